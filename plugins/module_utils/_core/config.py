@@ -1,0 +1,257 @@
+# Copyright: the agentlab.proxmox contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Configuration: an option wins over the environment, the environment over the file, the file over the default.
+
+The file is flat YAML with the names of the options. Unknown keys are refused: a misspelt guard must not be a missing guard.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from . import durations
+from .errors import ConfigError, InvalidInput
+
+CONFIG_FILE = "/etc/agentlab/config.yaml"
+DATABASE = "/var/lib/agentlab/agentlab.db"
+
+ENVIRONMENT = {
+    "config_file": "AGENTLAB_CONFIG",
+    "database": "AGENTLAB_DATABASE",
+    "api_host": "PROXMOX_HOST",
+    "api_port": "PROXMOX_PORT",
+    "api_user": "PROXMOX_USER",
+    "api_password": "PROXMOX_PASSWORD",
+    "api_token_id": "PROXMOX_TOKEN_ID",
+    "api_token_secret": "PROXMOX_TOKEN_SECRET",
+    "validate_certs": "PROXMOX_VALIDATE_CERTS",
+    "ca_path": "PROXMOX_CA_PATH",
+    "api_timeout": "PROXMOX_API_TIMEOUT",
+}
+
+# Every key the file may have, with its default.
+DEFAULTS: dict[str, Any] = {
+    "api_host": None,
+    "api_port": 8006,
+    "api_user": "root@pam",
+    "api_password": None,
+    "api_token_id": None,
+    "api_token_secret": None,
+    "validate_certs": True,
+    "ca_path": None,
+    "api_timeout": 30,
+    "database": DATABASE,
+    "database_group_access": False,
+    "connections": 16,
+    "vmid_range": "1000-1999",
+    "node": None,
+    "template": None,
+    "default_ttl": "4h",
+    "max_lifetime": None,
+    "max_ttl": "30d",
+    "claim_timeout": "30s",
+    "wait_timeout": "10m",
+    "shutdown_timeout": "30s",
+    "doubt_window": "60s",
+    "clock_jump_pause": "10m",
+    "absent_guard": "50",
+    # Read by the daemon; kept here so that one file serves both.
+    "auto_cleanup": None,
+    "daemon": None,
+    "profiles": "/etc/agentlab/profiles",
+}
+SECRETS = ("api_password", "api_token_secret")
+
+
+@dataclass(slots=True)
+class ProxmoxSettings:
+    """How to reach Proxmox. Secrets are kept out of repr()."""
+
+    api_host: str | None = None
+    api_port: int = 8006
+    api_user: str = "root@pam"
+    api_password: str | None = field(default=None, repr=False)
+    api_token_id: str | None = None
+    api_token_secret: str | None = field(default=None, repr=False)
+    validate_certs: bool = True
+    ca_path: str | None = None
+    api_timeout: int = 30
+    connections: int = 16
+
+    @property
+    def where(self) -> str:
+        return f"{self.api_host}:{self.api_port}" if self.api_host else "this node (pvesh)"
+
+    @property
+    def user(self) -> str:
+        # A token id given as user@realm!name carries the user along.
+        if self.api_token_id and "!" in self.api_token_id:
+            return self.api_token_id.partition("!")[0]
+        return self.api_user
+
+    @property
+    def token_name(self) -> str | None:
+        return self.api_token_id.rpartition("!")[2] if self.api_token_id else None
+
+    @property
+    def login(self) -> str:
+        if self.api_host is None:
+            return "root@pam"
+        return f"{self.user}!{self.token_name}" if self.token_name else self.user
+
+    def check_credentials(self) -> None:
+        """What is missing or contradictory, by the names of the options."""
+        if self.api_token_id and not self.api_token_secret:
+            raise InvalidInput("api_token_secret: missing, but api_token_id is set; give both, or api_password", option="api_token_secret")
+        if self.api_token_secret and not self.api_token_id:
+            raise InvalidInput("api_token_id: missing, but api_token_secret is set; give both, or api_password", option="api_token_id")
+        if not self.api_token_id and not self.api_password:
+            raise InvalidInput(f"api_host: {self.api_host!r} is set without credentials; give api_token_id and api_token_secret (or api_password)",
+                               option="api_host")
+        if "@" not in self.user:
+            raise InvalidInput(f"api_user: {self.user!r} has no realm. Valid: user@realm, such as root@pam", option="api_user", value=self.user)
+        if self.ca_path and not os.path.exists(self.ca_path):
+            raise InvalidInput(f"ca_path: {self.ca_path!r} does not exist; give the CA certificate's file", option="ca_path", value=self.ca_path)
+
+
+@dataclass(slots=True)
+class Config:
+    """Everything a run needs to know besides its own options; durations are seconds."""
+
+    proxmox: ProxmoxSettings
+    database: str
+    database_group_access: bool
+    vmid_range: tuple[int, int]
+    node: str | None
+    template: str | None
+    default_ttl: int
+    max_ttl: int
+    max_lifetime: int | None
+    claim_timeout: int
+    wait_timeout: int
+    shutdown_timeout: int
+    doubt_window: int
+    clock_jump_pause: int
+    absent_guard: int
+    workers: int
+    auto_cleanup: dict[str, Any] | None
+    daemon: dict[str, Any] | None
+    profiles: str
+
+
+def load(options: Mapping[str, Any], environment: Mapping[str, str]) -> Config:
+    """Merge options, environment and file; refuses by name what cannot be used."""
+    path = options.get("config_file") or environment.get(ENVIRONMENT["config_file"]) or CONFIG_FILE
+    from_file = read_file(str(path)) if os.path.exists(path) or options.get("config_file") else {}
+
+    def value(name: str) -> Any:
+        for found in (options.get(name), environment.get(ENVIRONMENT.get(name, ""), None) or None, from_file.get(name)):
+            if found is not None and found != "":
+                return found
+        return DEFAULTS[name]
+
+    connections = _integer("connections", value("connections"), 1, 256)
+    proxmox = ProxmoxSettings(
+        api_host=_text("api_host", value("api_host")),
+        api_port=_integer("api_port", value("api_port"), 1, 65535),
+        api_user=str(value("api_user")),
+        api_password=_text("api_password", value("api_password")),
+        api_token_id=_text("api_token_id", value("api_token_id")),
+        api_token_secret=_text("api_token_secret", value("api_token_secret")),
+        validate_certs=_boolean("validate_certs", value("validate_certs")),
+        ca_path=_text("ca_path", value("ca_path")),
+        api_timeout=_integer("api_timeout", value("api_timeout"), 1, 3600),
+        connections=connections,
+    )
+    lifetime = value("max_lifetime")
+    return Config(
+        proxmox=proxmox,
+        database=str(value("database")),
+        database_group_access=_boolean("database_group_access", value("database_group_access")),
+        vmid_range=vmid_range(value("vmid_range")),
+        node=_text("node", value("node")),
+        template=_text("template", value("template")),
+        default_ttl=durations.parse(value("default_ttl"), "default_ttl"),
+        max_ttl=durations.parse(value("max_ttl"), "max_ttl"),
+        max_lifetime=None if lifetime is None else durations.parse(lifetime, "max_lifetime"),
+        claim_timeout=_seconds("claim_timeout", value("claim_timeout")),
+        wait_timeout=_seconds("wait_timeout", value("wait_timeout")),
+        shutdown_timeout=_seconds("shutdown_timeout", value("shutdown_timeout")),
+        doubt_window=_seconds("doubt_window", value("doubt_window")),
+        clock_jump_pause=_seconds("clock_jump_pause", value("clock_jump_pause")),
+        absent_guard=_integer("absent_guard", value("absent_guard"), 1, 100),
+        workers=connections,
+        auto_cleanup=value("auto_cleanup"),
+        daemon=value("daemon"),
+        profiles=str(value("profiles")),
+    )
+
+
+def read_file(path: str) -> dict[str, Any]:
+    """The configuration file's keys; refused as a whole when it cannot be parsed or has a key that does not exist."""
+    try:
+        import yaml
+    except ImportError:
+        raise ConfigError(f"config_file: {path} cannot be read without the Python library yaml; install python3-yaml", file=path) from None
+    try:
+        with open(path, encoding="utf-8") as file:
+            found = yaml.safe_load(file)
+    except OSError as error:
+        raise ConfigError(f"config_file: {path}: {error.strerror}; correct config_file or its permissions", file=path) from None
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        # Only the place, never the line itself: it may hold a secret.
+        place = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ConfigError(f"config_file: {path} is not valid YAML{place}; nothing of it was used", file=path) from None
+    if found is None:
+        return {}
+    if not isinstance(found, dict):
+        raise ConfigError(f"config_file: {path} must be a mapping of options, such as 'api_host: 192.0.2.1'", file=path)
+    unknown = sorted(str(key) for key in found if key not in DEFAULTS)
+    if unknown:
+        raise ConfigError(f"config_file: {path} has the unknown key {unknown[0]!r}. Valid: {', '.join(DEFAULTS)}", file=path)
+    return found
+
+
+def vmid_range(value: object) -> tuple[int, int]:
+    """``1000-1999`` as two numbers."""
+    first, dash, last = str(value).partition("-")
+    if not dash or not first.strip().isdecimal() or not last.strip().isdecimal() or not 100 <= int(first) <= int(last) <= 999999999:
+        raise InvalidInput(f"vmid_range: {str(value)!r} is not a range. Valid: FIRST-LAST within 100-999999999, such as 1000-1999",
+                           option="vmid_range", value=str(value))
+    return int(first), int(last)
+
+
+def _text(name: str, value: Any) -> str | None:
+    return None if value is None else str(value)
+
+
+def _integer(name: str, value: Any, low: int, high: int) -> int:
+    text = str(value).strip()
+    if isinstance(value, bool) or not (text.isascii() and text.isdecimal()) or not low <= int(text) <= high:
+        shown = "that value" if name in SECRETS else repr(text)
+        raise InvalidInput(f"{name}: {shown} is not valid. Valid: a whole number from {low} to {high}", option=name, value=text)
+    return int(text)
+
+
+def _boolean(name: str, value: Any) -> bool:
+    text = str(value).strip().lower()
+    if text in ("true", "yes", "on", "1"):
+        return True
+    if text in ("false", "no", "off", "0"):
+        return False
+    raise InvalidInput(f"{name}: {text!r} is not valid. Valid: true or false", option=name, value=text)
+
+
+def _seconds(name: str, value: Any) -> int:
+    # These are times of waiting: a bare number is seconds here, as everywhere in Ansible; only leases and ages count in minutes.
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = f"{value}s"
+    elif isinstance(value, str) and value.strip().isdecimal():
+        value = f"{value.strip()}s"
+    return durations.parse(value, name, zero=True)

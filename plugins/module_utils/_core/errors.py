@@ -1,0 +1,159 @@
+# Copyright: the agentlab.proxmox contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""What can go wrong, as types. The adapters turn these into answers; the core never exits and never prints."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class AgentlabError(Exception):
+    """Base of all: ``message`` is one sentence for the user, ``code`` a stable word for programs, ``detail`` JSON-safe facts."""
+
+    code = "error"
+
+    def __init__(self, message: str, **detail: Any) -> None:
+        super().__init__(message)
+        self.message = message
+        self.detail = detail
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"code": self.code, "message": self.message, **{k: v for k, v in self.detail.items() if v is not None}}
+
+
+class InvalidInput(AgentlabError):
+    """An option, a variable or a configuration key has a value that cannot be used."""
+
+    code = "invalid_input"
+
+
+class ConfigError(InvalidInput):
+    """The configuration file cannot be used as it is."""
+
+    code = "invalid_config"
+
+
+class NotFound(AgentlabError):
+    """No live record has that VMID or name."""
+
+    code = "not_found"
+
+
+class StateConflict(AgentlabError):
+    """The sandbox is in a state that does not allow the operation."""
+
+    code = "state_conflict"
+
+
+class Busy(AgentlabError):
+    """Another run holds the claim on the sandbox."""
+
+    code = "busy"
+
+
+class ClaimLost(AgentlabError):
+    """Our claim ran out or was taken over: whatever we were about to do is not ours to do any more."""
+
+    code = "claim_lost"
+
+
+class GuardTripped(AgentlabError):
+    """A limit on how much may be destroyed in one run was exceeded; nothing was destroyed."""
+
+    code = "guard"
+
+
+class Kept(AgentlabError):
+    """The operation must not act on this sandbox now; ``reason`` is one of the documented words."""
+
+    code = "kept"
+
+    def __init__(self, reason: str, message: str, **detail: Any) -> None:
+        super().__init__(message, reason=reason, **detail)
+        self.reason = reason
+
+
+class CreationFailed(AgentlabError):
+    """A sandbox could not be created; what was made for it has been cleaned up as far as the message says."""
+
+    code = "creation_failed"
+
+
+# ---- the records ----
+
+
+class StoreError(AgentlabError):
+    """The database cannot be used: not readable, not writable, damaged, full, or of a newer version."""
+
+    code = "store"
+
+
+class RecordChanged(StoreError):
+    """A compare-and-set found another state or generation than the one it was computed from."""
+
+    code = "changed"
+
+
+# ---- Proxmox ----
+
+
+class ProxmoxError(AgentlabError):
+    """Base of what Proxmox answers or fails to answer."""
+
+    code = "proxmox"
+
+
+class ApiError(ProxmoxError):
+    """An answer with an error status. ``detail`` has status, method, path and Proxmox's own text."""
+
+    code = "proxmox_api"
+
+    @property
+    def status(self) -> int:
+        return int(self.detail.get("status") or 0)
+
+    @property
+    def text(self) -> str:
+        return str(self.detail.get("text") or "")
+
+
+class AccessDenied(ApiError):
+    """401 or 403: the credentials are refused, or a privilege is missing."""
+
+    code = "proxmox_access"
+
+
+class Unreachable(ProxmoxError):
+    """The request was certainly not carried out: name, connection or TLS failed, or a node did not take it (595)."""
+
+    code = "proxmox_unreachable"
+
+
+class OutcomeUnknown(ProxmoxError):
+    """The request may have been carried out: time-out, cut connection, 596 or an answer that makes no sense."""
+
+    code = "proxmox_outcome_unknown"
+
+
+class TaskFailed(ProxmoxError):
+    """A task ended with an error; ``exitstatus`` is Proxmox's text."""
+
+    code = "proxmox_task_failed"
+
+    @property
+    def exitstatus(self) -> str:
+        return str(self.detail.get("exitstatus") or "")
+
+
+class TaskTimeout(ProxmoxError):
+    """A task did not end within the time given; it goes on running on the node."""
+
+    code = "proxmox_task_timeout"
+
+
+class TaskUnknown(ProxmoxError):
+    """A task's outcome cannot be read (vanished from the list, or its worker died)."""
+
+    code = "proxmox_task_unknown"

@@ -1,0 +1,123 @@
+# Copyright: the agentlab.proxmox contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""The things we keep: a sandbox, the events of its life, and the outcome of working on it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from . import clock, states
+
+
+@dataclass(slots=True)
+class Sandbox:
+    """One record. Times are whole seconds since the epoch; ``smbios_uuid`` is Proxmox's own mark of the VM (None until read)."""
+
+    uuid: str
+    vmid: int
+    name: str
+    state: str
+    generation: int = 0
+    profile: str | None = None
+    node: str | None = None
+    ip: str | None = None
+    workspace_id: str | None = None
+    tags: list[str] = field(default_factory=list)
+    protected: bool = False
+    keepalive: bool = False
+    ttl_seconds: int = 0
+    lease_expires_at: int | None = None
+    created_at: int = 0
+    updated_at: int = 0
+    state_changed_at: int | None = None
+    smbios_uuid: str | None = None
+    absent_seen_at: int | None = None
+    reason: str | None = None
+
+    @classmethod
+    def from_row(cls, row: Any) -> Sandbox:
+        values = dict(row)
+        values["tags"] = json.loads(values["tags"] or "[]")
+        values["protected"] = bool(values["protected"])
+        values["keepalive"] = bool(values["keepalive"])
+        return cls(**values)
+
+    @property
+    def live(self) -> bool:
+        return self.state != states.DESTROYED
+
+    def expired(self, now: int) -> bool:
+        """True when the lease is over and the state still has a lease to run out."""
+        return self.lease_expires_at is not None and self.lease_expires_at <= now and self.state in states.OPERATIONS["expire"].allowed
+
+    def public(self) -> dict[str, Any]:
+        """The shape every answer uses; absent values are null, times are UTC."""
+        return {
+            "uuid": self.uuid,
+            "vmid": self.vmid,
+            "name": self.name,
+            "profile": self.profile,
+            "state": self.state,
+            "node": self.node,
+            "ip": self.ip,
+            "workspace_id": self.workspace_id,
+            "tags": list(self.tags),
+            "protected": self.protected,
+            "keepalive": self.keepalive,
+            "lease_expires_at": clock.iso(self.lease_expires_at),
+            "created_at": clock.iso(self.created_at),
+            "updated_at": clock.iso(self.updated_at),
+            "state_changed_at": clock.iso(self.state_changed_at),
+        }
+
+
+COLUMNS = tuple(Sandbox.__dataclass_fields__)
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What became of one item. ``outcome`` is one word, ``reason`` why; ``changed`` follows from what was done, never from text."""
+
+    outcome: str
+    vmid: int | None = None
+    uuid: str | None = None
+    name: str | None = None
+    previous_state: str | None = None
+    state: str | None = None
+    reason: str | None = None
+    message: str | None = None
+    changed: bool = False
+    failed: bool = False
+    upids: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    sandbox: Sandbox | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, outcome: str, sandbox: Sandbox, **values: Any) -> Outcome:
+        values.setdefault("previous_state", sandbox.state)
+        values.setdefault("state", sandbox.state)
+        return cls(outcome, vmid=sandbox.vmid, uuid=sandbox.uuid, name=sandbox.name, sandbox=sandbox, **values)
+
+    def public(self) -> dict[str, Any]:
+        out: dict[str, Any] = {
+            "vmid": self.vmid,
+            "uuid": self.uuid,
+            "name": self.name,
+            "outcome": self.outcome,
+            "previous_state": self.previous_state,
+            "state": self.state,
+            "reason": self.reason,
+            "message": self.message,
+            "upids": list(self.upids),
+            "changed": self.changed,
+            "failed": self.failed,
+        }
+        if self.warnings:
+            out["warnings"] = list(self.warnings)
+        out.update(self.extra)
+        return out

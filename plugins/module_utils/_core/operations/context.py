@@ -1,0 +1,101 @@
+# Copyright: the agentlab.proxmox contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""What every operation stands on: configuration, records, Proxmox, time, and who is acting. Plus the claim around an operation."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+from .. import states
+from ..clock import Clock, SystemClock
+from ..config import Config
+from ..errors import AgentlabError, ClaimLost, InvalidInput, Kept, NotFound, StoreError
+from ..model import Outcome, Sandbox
+from ..proxmox.client import ProxmoxClient
+from ..proxmox.cluster import Cluster
+from ..proxmox.tasks import TaskWaiter
+from ..store.database import Database
+from ..store.records import Claim, Records
+
+A = TypeVar("A")
+B = TypeVar("B")
+
+# Phases of a destroy after which the VM may already be gone.
+POINT_OF_NO_RETURN = ("deleting", "waiting")
+
+
+class Context:
+    """One run. Nothing is connected or read until it is used, so a run that the database alone answers asks Proxmox nothing."""
+
+    def __init__(self, config: Config, *, actor: str, dry_run: bool = False, force_hint: str = states.FORCE_HINT_CLI,
+                 wait_timeout: int | None = None, clock: Clock | None = None) -> None:
+        self.config = config
+        self.actor = actor
+        self.dry_run = dry_run
+        self.force_hint = force_hint
+        self.clock: Clock = clock or SystemClock()
+        self.wait_timeout = config.wait_timeout if wait_timeout is None else wait_timeout
+        self.database = Database(config.database, group_mode=config.database_group_access, dry_run=dry_run)
+        self.records = Records(self.database, self.clock, actor)
+        self.client = ProxmoxClient(config.proxmox, self.clock)
+        self.cluster = Cluster(self.client, self.clock, self.records)
+        self.tasks = TaskWaiter(self.client, self.clock)
+
+    def refresh(self) -> None:
+        """Forget what was read of Proxmox: for a process that lives longer than one run."""
+        self.cluster = Cluster(self.client, self.clock, self.records)
+
+    def close(self) -> None:
+        self.database.close()
+
+    # ---- choosing sandboxes ----
+
+    def select(self, vmid: int | None = None, name: str | None = None) -> Sandbox:
+        """The sandbox of a VMID or name: the live one, or else the last destroyed one; NotFound when there never was one."""
+        if vmid is not None:
+            found, word = self.records.last_by_vmid(vmid), f"vmid: {vmid}"
+        elif name is not None:
+            found, word = self.records.last_by_name(name), f"name: {name!r}"
+        else:
+            raise InvalidInput("give vmid, vmids or name")
+        if found is None:
+            raise NotFound(f"sandbox not found ({word}). A VM without a record is never touched", vmid=vmid, name=name)
+        return found
+
+    # ---- claiming ----
+
+    @contextlib.contextmanager
+    def claimed(self, sandbox: Sandbox, operation: str, *, wait: float | None = None) -> Iterator[tuple[Claim, Sandbox]]:
+        """Hold the claim on a sandbox and give its record as it is now. A destroy that was cut off bars every other operation."""
+        claim = self.records.claim(sandbox.uuid, operation, wait=self.config.claim_timeout if wait is None else wait)
+        try:
+            left = claim.interrupted
+            if left and left.kind == "destroy" and left.phase in POINT_OF_NO_RETURN and operation != "destroy":
+                raise Kept("busy", f"a destroy of sandbox {sandbox.vmid} was cut off after the delete was decided; "
+                           "destroy it again or run agentlab_reconcile to finish it", vmid=sandbox.vmid)
+            yield claim, self.records.get(sandbox.uuid)
+        finally:
+            # Also when the disk is full: then the claim ends with this process.
+            with contextlib.suppress(StoreError, ClaimLost):
+                self.records.release(claim)
+
+    # ---- bulk ----
+
+    def each(self, work: Callable[[A], B], items: list[A]) -> list[B]:
+        """Run several at once, as many as there are connections; the answers in the order of the items."""
+        if len(items) <= 1:
+            return [work(item) for item in items]
+        with ThreadPoolExecutor(max_workers=min(self.config.workers, len(items))) as pool:
+            return list(pool.map(work, items))
+
+
+def failure(sandbox: Sandbox, error: AgentlabError, **values: Any) -> Outcome:
+    """The outcome of an item that could not be done: the word, the sentence, and the state it is in."""
+    reason = error.reason if isinstance(error, Kept) else error.code
+    upid = error.detail.get("upid")
+    return Outcome.of("failed", sandbox, reason=reason, message=error.message, failed=True, upids=[upid] if upid else [], **values)

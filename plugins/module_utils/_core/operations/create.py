@@ -1,0 +1,411 @@
+# Copyright: the agentlab.proxmox contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Create a sandbox: reserve the record, clone with our marker, bind, configure, start, wait for the address.
+
+The record and the decision are written before each request. A creation that fails cleans up through the destroy pipeline, so only what its
+own clone made can be removed; one that was killed is taken up where it was by the next run.
+"""
+
+from __future__ import annotations
+
+import re
+import uuid as uuid_module
+from dataclasses import dataclass, field
+from typing import Any
+
+from .. import states
+from ..errors import (
+    AgentlabError,
+    ApiError,
+    ClaimLost,
+    CreationFailed,
+    InvalidInput,
+    Kept,
+    OutcomeUnknown,
+    RecordChanged,
+    StoreError,
+    TaskFailed,
+    TaskTimeout,
+    TaskUnknown,
+    Unreachable,
+)
+from ..model import Outcome, Sandbox
+from ..proxmox import identity
+from ..store.records import Claim
+from . import create_recovery, destroy, power
+from .context import Context
+from .verify import Located, locate, require_match
+
+_NAME = re.compile(r"(?=.{1,63}\Z)[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?(\.[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?)*", re.ASCII)
+_TAG = re.compile(r"[a-z0-9_][a-z0-9_+.-]*", re.ASCII)
+_SIZE = re.compile(r"\+?\d{1,7}(\.\d{1,3})?[KMGT]?", re.ASCII)
+_IPCONFIG = re.compile(r"[A-Za-z0-9.:/=,-]{1,200}", re.ASCII)
+_WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", re.ASCII)
+# A hint for people and for inventories; never a proof.
+OUR_TAG = "agentlab"
+
+
+@dataclass(slots=True)
+class Spec:
+    """What a sandbox is to be. Sizes as Proxmox takes them; ``ttl`` in seconds."""
+
+    vmid: int | None = None
+    name: str | None = None
+    profile: str | None = None
+    template: str | None = None
+    node: str | None = None
+    full_clone: bool | None = None
+    storage: str | None = None
+    pool: str | None = None
+    cores: int | None = None
+    memory: int | None = None
+    disk_size: str | None = None
+    bridge: str | None = None
+    firewall: bool | None = None
+    ip_config: str | None = None
+    nameserver: str | None = None
+    ssh_public_keys: list[str] = field(default_factory=list)
+    tags: list[str] = field(default_factory=list)
+    ttl: int = 0
+    keepalive: bool = False
+    protected: bool = False
+    wait_for_ip: bool = False
+
+    def check(self) -> None:
+        """Refuse by the name of the option what Proxmox would refuse later, or could take for something else."""
+        _match("name", self.name, _NAME, "a DNS name of letters, digits, dots and hyphens, 63 characters at most")
+        for option in ("node", "storage", "pool", "bridge"):
+            _match(option, getattr(self, option), _WORD, "letters, digits, dot, hyphen and underscore")
+        _match("disk_size", self.disk_size, _SIZE, "a size such as 20G, or +10G to add to the template's")
+        _match("ip_config", self.ip_config, _IPCONFIG, "such as ip=dhcp or ip=192.0.2.10/24,gw=192.0.2.1")
+        _match("nameserver", self.nameserver, re.compile(r"[0-9A-Fa-f.: ]{2,200}"), "IP addresses separated by blanks")
+        for tag in self.tags:
+            _match("tags", tag, _TAG, "lower-case letters, digits and _ + . -")
+        if self.vmid is not None and not 100 <= self.vmid <= 999999999:
+            raise InvalidInput(f"vmid: {self.vmid} is not valid. Valid: 100 to 999999999", option="vmid", value=self.vmid)
+        if self.storage and self.full_clone is False:
+            raise InvalidInput("storage: a linked clone stays on its template's storage; leave storage out, or set full_clone=true", option="storage")
+        for option, low, high in (("cores", 1, 512), ("memory", 16, 16777216)):
+            value = getattr(self, option)
+            if value is not None and not low <= value <= high:
+                raise InvalidInput(f"{option}: {value} is not valid. Valid: {low} to {high}", option=option, value=value)
+        for key in self.ssh_public_keys:
+            if "\n" in key.strip() or not re.match(r"(ssh-|ecdsa-|sk-)\S+ \S+", key.strip()):
+                raise InvalidInput(f"ssh_public_keys: {key.strip()[:30]!r}... is not a public key in one line (type, key, comment)",
+                                   option="ssh_public_keys")
+
+
+def _match(option: str, value: str | None, pattern: re.Pattern[str], valid: str) -> None:
+    if value is not None and not pattern.fullmatch(value):
+        raise InvalidInput(f"{option}: {value[:80]!r} is not valid. Valid: {valid}", option=option, value=value[:80])
+
+
+def existing(ctx: Context, spec: Spec) -> Sandbox | None:
+    """The live sandbox that the VMID or the name means; InvalidInput when the two mean different ones."""
+    by_vmid = ctx.records.live_by_vmid(spec.vmid) if spec.vmid is not None else None
+    by_name = ctx.records.live_by_name(spec.name) if spec.name is not None else None
+    if spec.vmid is not None and spec.name is not None:
+        if by_vmid and by_vmid.name != spec.name:
+            raise InvalidInput(f"name: sandbox {spec.vmid} is named {by_vmid.name!r}, not {spec.name!r}; give one of the two", option="name")
+        if by_name and by_name.vmid != spec.vmid:
+            raise InvalidInput(f"vmid: the sandbox named {spec.name!r} is {by_name.vmid}, not {spec.vmid}; give one of the two", option="vmid")
+    return by_vmid or by_name
+
+
+def run(ctx: Context, spec: Spec) -> Outcome:
+    """Make sure that the sandbox exists. One that is there keeps its power state; a creation that was cut off is finished."""
+    spec.check()
+    found = existing(ctx, spec)
+    if found is None:
+        return _create(ctx, spec)
+    if found.state in states.CREATING:
+        if ctx.dry_run:
+            return Outcome.of("would_create", found, changed=True, state=states.RUNNING)
+        claim = ctx.records.claim(found.uuid, "create", wait=ctx.config.claim_timeout)
+        return _carry_on(ctx, claim, spec, ctx.records.get(found.uuid))
+    if found.state == states.FAILED and found.smbios_uuid is None:
+        raise CreationFailed(f"sandbox {found.vmid} could not be created earlier ({found.reason}) and is in FAILED state; "
+                             f"remove it first: state=absent, {ctx.force_hint.lower()}", vmid=found.vmid)
+    return amend(ctx, found, protected=spec.protected or None, keepalive=spec.keepalive or None)
+
+
+def amend(ctx: Context, found: Sandbox, **wanted: bool | None) -> Outcome:
+    """Set what concerns the record alone (protected, keepalive) where it differs."""
+    new = {name: value for name, value in wanted.items() if value is not None and value != getattr(found, name)}
+    if not new:
+        return Outcome.of("unchanged", found)
+    if ctx.dry_run:
+        return Outcome.of("would_update", found, changed=True, extra={"update": new})
+    done = ctx.records.amend(found, "update", **new)
+    return Outcome.of("updated", done, previous_state=found.state, changed=True, extra={"update": new})
+
+
+def template_of(ctx: Context, wanted: str | None) -> tuple[int, str]:
+    """VMID and node of a template given by VMID or name."""
+    if not wanted:
+        raise InvalidInput("template: missing; give the VMID or name of a template (or set it in the configuration)", option="template")
+    rows = ctx.cluster.vms()
+    templates = {vmid: row for vmid, row in rows.items() if str(row.get("template")) == "1" and row.get("type") == "qemu"}
+    found = [vmid for vmid, row in templates.items() if str(vmid) == wanted or row.get("name") == wanted]
+    if len(found) == 1:
+        return found[0], str(templates[found[0]].get("node"))
+    if found:
+        raise InvalidInput(f"template: {wanted!r} is the name of several templates ({', '.join(map(str, sorted(found)))}); give the VMID",
+                           option="template", value=wanted)
+    if wanted.isdecimal() and int(wanted) in rows:
+        raise InvalidInput(f"template: VM {wanted} is not a template; convert it first (qm template {wanted})", option="template", value=wanted)
+    seen = ", ".join(f"{vmid} ({row.get('name')})" for vmid, row in sorted(templates.items())) or "none that these credentials may see"
+    raise InvalidInput(f"template: {wanted!r} does not exist. Templates: {seen}", option="template", value=wanted)
+
+
+def _create(ctx: Context, spec: Spec) -> Outcome:
+    template, template_node = template_of(ctx, spec.template or ctx.config.template)
+    node = spec.node or ctx.config.node or template_node
+    known = ctx.cluster.vms()
+    if spec.vmid is not None and spec.vmid in known:
+        raise _occupied(spec.vmid, str(known[spec.vmid].get("name") or "unnamed"))
+    uid = str(uuid_module.uuid4())
+    name = spec.name or f"sandbox-{uid[:8]}"
+    now = ctx.clock.now()
+    sandbox = Sandbox(uuid=uid, vmid=spec.vmid or 0, name=name, state=states.REQUESTED, profile=spec.profile, node=node, tags=sorted(set(spec.tags)),
+                      protected=spec.protected, keepalive=spec.keepalive, ttl_seconds=spec.ttl, lease_expires_at=now + spec.ttl)
+    journal = {"template": template, "template_node": template_node, "node": node}
+    claim = ctx.records.reserve(sandbox, vmid=spec.vmid, vmid_range=ctx.config.vmid_range, occupied=set(known), journal=journal)
+    if ctx.dry_run:
+        done = Outcome.of("would_create", sandbox, previous_state=None, state=states.RUNNING, changed=True)
+        return done
+    return _carry_on(ctx, claim, spec, sandbox, journal)
+
+
+def _carry_on(ctx: Context, claim: Claim, spec: Spec, sandbox: Sandbox, journal: dict[str, Any] | None = None) -> Outcome:
+    """From wherever the creation stands to RUNNING; on failure clean up what our own clone made."""
+    began = ctx.clock.monotonic()
+    upids: list[str] = []
+    warnings: list[str] = []
+    try:
+        if sandbox.state not in states.CREATING:
+            return Outcome.of("unchanged", sandbox)
+        left = claim.interrupted
+        noted = dict(journal if journal is not None else (left.detail if left else {}))
+        if sandbox.smbios_uuid is None:
+            phase = left.phase if left else "reserved"
+            sandbox = _clone(ctx, claim, spec, sandbox, noted, phase, left.updated_at if left else 0, upids, warnings)
+        if sandbox.state != states.BOOTING:
+            sandbox = ctx.records.change(claim, sandbox, "create", to=states.BOOTING, reason="cloned", upids=upids, journal=("configuring", noted))
+        found = require_match(ctx, sandbox)
+        _configure(ctx, spec, sandbox, found)
+        done, warned = power.start(ctx, sandbox, found)
+        upids += done
+        warnings += warned
+        if spec.wait_for_ip:
+            sandbox = _await_ip(ctx, claim, sandbox, found, noted)
+        sandbox = ctx.records.change(claim, sandbox, "create", to=states.READY, reason="started", upids=done, journal=("ready", noted))
+        took = int((ctx.clock.monotonic() - began) * 1000)
+        sandbox = ctx.records.change(claim, sandbox, "create", to=states.RUNNING, reason="ready", duration_ms=took, finish=True)
+        return Outcome.of("created", sandbox, previous_state=None, changed=True, upids=upids, warnings=warnings)
+    except (StoreError, ClaimLost, OutcomeUnknown, TaskTimeout, TaskUnknown, Kept) as error:
+        # What became of it is not known (or not ours to say): the journal stays, and the next run goes on from here.
+        now = ctx.records.get(sandbox.uuid) if not isinstance(error, StoreError) else sandbox
+        if isinstance(error, RecordChanged) and now.state == states.TIMEOUT:
+            raise CreationFailed(f"sandbox {now.vmid}: its lease ran out before it was ready; prune removes it, use a longer ttl", vmid=now.vmid) from None
+        error.detail.setdefault("vmid", sandbox.vmid)
+        raise
+    except AgentlabError as error:
+        raise _clean_up(ctx, claim, sandbox, error) from None
+    finally:
+        destroy.give_back(ctx, claim)
+
+
+def _clone(ctx: Context, claim: Claim, spec: Spec, sandbox: Sandbox, noted: dict[str, Any], phase: str, at: int, upids: list[str],
+           warnings: list[str]) -> Sandbox:
+    """Clone (or take up a clone that a killed run began), and bind the record to the VM it made."""
+    template, template_node = noted.get("template"), noted.get("template_node")
+    if template is None:
+        template, template_node = template_of(ctx, spec.template or ctx.config.template)
+        noted.update(template=template, template_node=template_node, node=sandbox.node)
+    resumed = phase in ("cloning", "waiting")
+    occupied: set[int] = set()
+    while True:
+        upid = noted.get("upid")
+        if resumed and not upid:
+            found = _await_doubt(ctx, claim, sandbox, {**noted, "phase": phase, "at": at})
+            if found.match:
+                return ctx.records.get(sandbox.uuid)
+            if found.node is not None and found.verdict and found.verdict.identity != identity.FOREIGN:
+                raise Kept("ambiguous", f"sandbox {sandbox.vmid}: whether VM {sandbox.vmid} is the clone that was begun is not certain; it was left alone")
+            resumed = False
+        try:
+            if not upid:
+                upid = _send_clone(ctx, claim, spec, sandbox, noted)
+                upids.append(upid)
+            warnings += ctx.tasks.wait(upid, f"clone template {template} to VM {sandbox.vmid}", ctx.wait_timeout)
+            break
+        except (ApiError, TaskFailed) as error:
+            text = error.text if isinstance(error, ApiError) else error.exitstatus
+            taken = "already exists" in text or "File exists" in text
+            if taken or isinstance(error, ApiError) and not noted.get("upid"):
+                # Nothing was made under this VMID by us: said by Proxmox, so there is no doubt to wait for.
+                noted.pop("upid", None)
+                ctx.records.journal(claim, "create", "reserved", noted)
+            if not taken:
+                raise
+            if spec.vmid is not None:
+                raise _occupied(sandbox.vmid, "one that these credentials may not see, or a container") from None
+            occupied |= {sandbox.vmid, *ctx.cluster.vms(fresh=True)}
+            ctx.records.renumber(claim, sandbox, vmid_range=ctx.config.vmid_range, occupied=occupied)
+            sandbox = ctx.records.get(sandbox.uuid)
+    ctx.cluster.vms(fresh=True)
+    found = locate(ctx, sandbox)
+    smbios = identity.smbios_uuid((found.verdict.config or {}) if found.verdict else {})
+    if found.verdict is None or found.verdict.identity != identity.UNBOUND or smbios is None:
+        raise Kept("ambiguous", f"sandbox {sandbox.vmid}: the clone ended well, but the VM now at that VMID does not carry its marker; it was left alone",
+                   evidence=found.verdict.evidence if found.verdict else None)
+    ctx.cluster.seen_ours()
+    return create_recovery.bind(ctx, claim, sandbox, smbios, found)
+
+
+def _send_clone(ctx: Context, claim: Claim, spec: Spec, sandbox: Sandbox, noted: dict[str, Any]) -> str:
+    if sandbox.state == states.REQUESTED:
+        done = ctx.records.change(claim, sandbox, "create", to=states.PROVISIONING, outcome="decided", reason="clone",
+                                  evidence={"template": noted["template"]}, journal=("cloning", noted))
+        for name in ("state", "generation", "state_changed_at", "updated_at", "reason"):
+            setattr(sandbox, name, getattr(done, name))
+    else:
+        ctx.records.journal(claim, "create", "cloning", noted)
+    full = spec.full_clone if spec.full_clone is not None else (True if spec.storage else None)
+    target = sandbox.node if sandbox.node != noted["template_node"] else None
+    try:
+        upid = ctx.client.post(f"nodes/{noted['template_node']}/qemu/{noted['template']}/clone", newid=sandbox.vmid, name=sandbox.name,
+                               description=identity.marker(sandbox.uuid), pool=spec.pool, storage=spec.storage, target=target,
+                               full=None if full is None else int(full))
+    except Unreachable:
+        # Certainly not carried out.
+        ctx.records.journal(claim, "create", "reserved", noted)
+        raise
+    if not isinstance(upid, str):
+        raise OutcomeUnknown(f"clone to VM {sandbox.vmid}: Proxmox answered without a task id; run again to find out what became of it")
+    noted["upid"] = upid
+    ctx.records.journal(claim, "create", "waiting", noted)
+    return upid
+
+
+def _await_doubt(ctx: Context, claim: Claim, sandbox: Sandbox, created: dict[str, Any]) -> Located:
+    """Look until it is certain whether the clone of a killed run was carried out."""
+    deadline = ctx.clock.monotonic() + ctx.wait_timeout
+    while True:
+        ctx.cluster.vms(fresh=True)
+        try:
+            found = create_recovery.locate_unbound(ctx, sandbox, claim, created)
+            if not (found.verdict and found.verdict.identity == identity.UNKNOWN):
+                return found
+        except Kept as error:
+            if error.reason not in ("unknown", "locked") or ctx.clock.monotonic() > deadline:
+                raise
+        if ctx.clock.monotonic() > deadline:
+            raise Kept("locked", f"sandbox {sandbox.vmid}: the clone that an earlier run began has not ended within {ctx.wait_timeout} s (wait_timeout)")
+        ctx.clock.sleep(1.0)
+
+
+def _configure(ctx: Context, spec: Spec, sandbox: Sandbox, found: Located) -> None:
+    """One config write with what the clone call cannot carry, guarded by the digest of what was judged; then the disk's size."""
+    config = (found.verdict.config if found.verdict else None) or {}
+    tags = sorted({OUR_TAG, *sandbox.tags})
+    wanted: dict[str, Any] = {"tags": ";".join(tags), "cores": spec.cores, "memory": spec.memory, "nameserver": spec.nameserver, "ipconfig0": spec.ip_config}
+    if str(config.get("protection", "0")) == "1":
+        # Copied from the template: a sandbox that cannot be deleted is none. Its own protection is a matter of the record.
+        wanted["protection"] = 0
+    if spec.ssh_public_keys:
+        from urllib.parse import quote
+
+        wanted["sshkeys"] = quote("\n".join(key.strip() for key in spec.ssh_public_keys), safe="")
+    if spec.bridge or spec.firewall is not None:
+        wanted["net0"] = network(str(config.get("net0") or "virtio"), spec.bridge, spec.firewall)
+    changes = {name: value for name, value in wanted.items() if value is not None and str(config.get(name, "")) != str(value)}
+    if changes:
+        ctx.client.put(f"{found.path}/config", digest=found.verdict.digest if found.verdict else None, **changes)
+    if spec.disk_size:
+        disk = boot_disk(config)
+        if disk is None:
+            raise InvalidInput("disk_size: the template has no disk to resize", option="disk_size")
+        answer = ctx.client.put(f"{found.path}/resize", disk=disk, size=spec.disk_size)
+        if isinstance(answer, str) and answer.startswith("UPID:"):
+            ctx.tasks.wait(answer, f"resize disk {disk} of VM {sandbox.vmid}", ctx.wait_timeout)
+
+
+def network(current: str, bridge: str | None, firewall: bool | None) -> str:
+    """A net0 value with another bridge or firewall flag; model and MAC address stay."""
+    parts = [part for part in current.split(",") if part]
+    kept = [part for part in parts if not (bridge and part.startswith("bridge=")) and not (firewall is not None and part.startswith("firewall="))]
+    if bridge:
+        kept.append(f"bridge={bridge}")
+    if firewall is not None:
+        kept.append(f"firewall={int(firewall)}")
+    return ",".join(kept)
+
+
+def boot_disk(config: dict[str, Any]) -> str | None:
+    """The disk the VM boots from: the first in the boot order, or else the first there is."""
+    disks = [key for key in sorted(config) if re.fullmatch(r"(scsi|virtio|sata|ide)\d+", key) and "media=cdrom" not in str(config[key])
+             and "cloudinit" not in str(config[key])]
+    order = re.findall(r"[a-z]+\d+", str(config.get("boot") or "").partition("order=")[2])
+    return next((key for key in order if key in disks), disks[0] if disks else None)
+
+
+def _await_ip(ctx: Context, claim: Claim, sandbox: Sandbox, found: Located, noted: dict[str, Any]) -> Sandbox:
+    """Ask the guest agent until it names an address that is not loopback or link-local."""
+    deadline = ctx.clock.monotonic() + ctx.wait_timeout
+    pause = 0.2
+    while True:
+        try:
+            answer = ctx.client.get_dict(f"{found.path}/agent/network-get-interfaces")
+            address = _address(answer)
+            if address:
+                return ctx.records.change(claim, sandbox, "create", ip=address, reason="address", evidence={"ip": address}, journal=("configuring", noted))
+        except ApiError as error:
+            if error.status != 500:
+                raise
+        if ctx.clock.monotonic() > deadline:
+            raise TaskTimeout(f"sandbox {sandbox.vmid} runs, but its guest agent named no address within {ctx.wait_timeout} s (wait_timeout); is "
+                              "qemu-guest-agent in the template and agent=1 set? Run again to go on waiting", vmid=sandbox.vmid)
+        ctx.clock.sleep(pause)
+        pause = min(pause * 1.5, 3.0)
+
+
+def _address(answer: dict[str, Any]) -> str | None:
+    import ipaddress
+
+    found: list[tuple[int, str]] = []
+    interfaces = answer.get("result")
+    for interface in interfaces if isinstance(interfaces, list) else []:
+        for entry in interface.get("ip-addresses") or []:
+            try:
+                address = ipaddress.ip_address(str(entry.get("ip-address")))
+            except ValueError:
+                continue
+            if not (address.is_loopback or address.is_link_local or address.is_unspecified):
+                found.append((address.version, str(address)))
+    return min(found)[1] if found else None
+
+
+def _occupied(vmid: int, by: str) -> CreationFailed:
+    return CreationFailed(f"vmid: {vmid} is occupied by a VM that is not ours ({by}); it was not touched. Choose another vmid, or leave vmid out",
+                          vmid=vmid, option="vmid")
+
+
+def _clean_up(ctx: Context, claim: Claim, sandbox: Sandbox, error: AgentlabError) -> CreationFailed:
+    """Make the record FAILED, then remove what our own clone made through the destroy pipeline; the message says what is left."""
+    try:
+        now = ctx.records.get(sandbox.uuid)
+        if states.can_follow(now.state, states.FAILED):
+            now = ctx.records.change(claim, now, "create", to=states.FAILED, outcome="failed", reason="creation_failed", evidence={"message": error.message})
+        destroy.give_back(ctx, claim)
+        outcome = destroy.run(ctx, [(now, destroy.Request(operation="clean-up", force=True, clean_up=True))])[0]
+        if outcome.state == states.DESTROYED:
+            left = "what was made for it has been removed"
+        else:
+            left = f"its record is in {outcome.state} state: {outcome.message}; remove it with state=absent, {ctx.force_hint.lower()}"
+    except AgentlabError as second:
+        left = f"and cleaning up failed too: {second.message}"
+    return CreationFailed(f"sandbox {sandbox.vmid} could not be created: {error.message}; {left}", vmid=sandbox.vmid, cause=error.as_dict())

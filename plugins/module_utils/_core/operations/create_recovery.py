@@ -1,0 +1,111 @@
+# Copyright: the agentlab.proxmox contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""A creation that was cut off: find out whether our clone was made, and bind it.
+
+A VM whose SMBIOS UUID was never stored is UNBOUND. It may be bound only when our own clone task ended well and marker and VMID fit.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..errors import ApiError, Kept, ProxmoxError
+from ..model import Sandbox
+from ..proxmox import identity
+from ..proxmox.tasks import started_at
+from ..store.records import Claim
+from .context import Context
+from .verify import Located, locate
+
+# Node clocks may differ a little from ours.
+_CLOCK_SLACK = 300
+
+
+def locate_unbound(ctx: Context, sandbox: Sandbox, claim: Claim | None, created: dict[str, Any] | None) -> Located:
+    """Locate the VM of a record without an SMBIOS UUID; bound to it (in the record, if a claim is given) when it is proven to be our clone.
+
+    ``created`` is what the creation noted in the journal: phase, at, template, template_node, upid. Kept while the clone may still come.
+    """
+    found = locate(ctx, sandbox)
+    sent = bool(created and created.get("phase") in ("cloning", "waiting"))
+    if found.node is None:
+        if sent:
+            refuse_in_doubt(ctx, sandbox, created or {})
+        return found
+    verdict = found.verdict
+    if verdict is None or verdict.identity != identity.UNBOUND:
+        if verdict is not None and verdict.identity == identity.FOREIGN and sent:
+            refuse_in_doubt(ctx, sandbox, created or {})
+        return found
+    if not sent or not _our_clone_ended_well(ctx, created or {}):
+        verdict.identity = identity.AMBIGUOUS
+        return found
+    smbios = identity.smbios_uuid(verdict.config or {})
+    if smbios is None:
+        verdict.identity = identity.AMBIGUOUS
+        return found
+    if claim is not None:
+        bind(ctx, claim, sandbox, smbios, found)
+    verdict.identity = identity.MATCH
+    ctx.cluster.seen_ours()
+    return found
+
+
+def bind(ctx: Context, claim: Claim, sandbox: Sandbox, smbios: str, found: Located) -> Sandbox:
+    """Store the SMBIOS UUID: from here on the VM is known to be ours."""
+    done = ctx.records.change(claim, sandbox, "create", smbios_uuid=smbios, node=found.node, reason="bound",
+                              evidence={"smbios_uuid": smbios, "node": found.node})
+    for name in ("smbios_uuid", "node", "generation", "updated_at"):
+        setattr(sandbox, name, getattr(done, name))
+    return done
+
+
+def refuse_in_doubt(ctx: Context, sandbox: Sandbox, created: dict[str, Any]) -> None:
+    """Kept while a clone that was asked for may still appear: a lost request may be carried out afterwards."""
+    age = ctx.clock.now() - int(created.get("at") or 0)
+    if created.get("upid"):
+        status = _status(ctx, created["upid"])
+        if status == "running":
+            raise Kept("locked", f"sandbox {sandbox.vmid}: its clone task {created['upid']} is still running; run again when it has ended")
+        if status is not None:
+            return
+    if 0 <= age < ctx.config.doubt_window:
+        raise Kept("unknown", f"sandbox {sandbox.vmid}: its creation was cut off {age} s ago and may still be carried out; "
+                   f"run again in {ctx.config.doubt_window - age} s (doubt_window)")
+    if _running_clone(ctx, created):
+        raise Kept("locked", f"sandbox {sandbox.vmid}: a clone of template {created.get('template')} is still running; run again when it has ended")
+
+
+def _status(ctx: Context, upid: str) -> str | None:
+    """``running``, the exit status, or None when the task cannot be read."""
+    try:
+        found = ctx.client.get_dict(f"nodes/{upid.split(':')[1]}/tasks/{upid}/status")
+    except (ProxmoxError, IndexError):
+        return None
+    return "running" if found.get("status") == "running" else str(found.get("exitstatus") or "unexpected status")
+
+
+def _clones(ctx: Context, created: dict[str, Any]) -> list[dict[str, Any]]:
+    since = int(created.get("at") or 0) - _CLOCK_SLACK
+    rows = ctx.client.get_list(f"nodes/{created.get('template_node')}/tasks", source="all", typefilter="qmclone", vmid=created.get("template"),
+                               since=max(since, 0), limit=1000)
+    login = ctx.config.proxmox.login
+    return [row for row in rows if row.get("type") == "qmclone" and str(row.get("id")) == str(created.get("template"))
+            and started_at(str(row.get("upid"))) >= since and login in (str(row.get("user")), f"{row.get('user')}!{row.get('tokenid')}")]
+
+
+def _running_clone(ctx: Context, created: dict[str, Any]) -> bool:
+    return any(row.get("status") in (None, "", "RUNNING", "running") and not row.get("endtime") for row in _clones(ctx, created))
+
+
+def _our_clone_ended_well(ctx: Context, created: dict[str, Any]) -> bool:
+    try:
+        if created.get("upid"):
+            status = _status(ctx, created["upid"]) or ""
+            return status == "OK" or status.startswith("WARNINGS")
+        # Killed between the request and its answer: the task id is not known, but the task is in the node's list.
+        return any(str(row.get("status") or "").startswith(("OK", "WARNINGS")) for row in _clones(ctx, created))
+    except ApiError:
+        return False

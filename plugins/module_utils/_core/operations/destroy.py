@@ -1,0 +1,302 @@
+# Copyright: the agentlab.proxmox contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""The one destroy pipeline: destroy, force, prune, cleanup rules and failed creations all go through it.
+
+claim, verify identity, stop, mark (which verifies again by the digest), delete, wait, prove absence, commit. Each phase is journaled before
+the request it announces, so a run killed at any point is finished by the next. Identity is never skipped, force or not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from .. import clock as clock_module
+from .. import states
+from ..errors import AgentlabError, ApiError, ClaimLost, Kept, OutcomeUnknown, RecordChanged, StateConflict, StoreError, TaskFailed
+from ..model import Outcome, Sandbox
+from ..proxmox import identity
+from ..store.records import Claim
+from . import create_recovery, power
+from .context import POINT_OF_NO_RETURN, Context, failure
+from .verify import Located, locate, refuse_guarded, refuse_not_ours
+
+# Times the VM may change between judging and marking before it is left alone.
+_MARK_TRIES = 3
+# Reasons that are a proof in themselves.
+_PROVEN = ("vmid_reused", "never_created")
+
+
+@dataclass(slots=True)
+class Request:
+    """What is asked for. ``recheck`` is run on the record once the claim is held: what was planned must still be true."""
+
+    operation: str = "destroy"
+    force: bool = False
+    # A failed creation removes its own remains, also when the sandbox was to be protected.
+    clean_up: bool = False
+    claim_wait: float | None = None
+    recheck: Callable[[Sandbox], None] | None = None
+
+
+@dataclass(slots=True)
+class _Gone:
+    """Deleted (or found missing), absence still to be proven. Holds the claim."""
+
+    claim: Claim
+    sandbox: Sandbox
+    before: Sandbox
+    reason: str
+    evidence: dict[str, Any]
+    began: float
+    upids: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+def check(ctx: Context, sandbox: Sandbox, force: bool, clean_up: bool = False) -> bool:
+    """State rule and protection, from the record alone: whether there is something to do."""
+    todo = states.check("force_destroy" if force else "destroy", sandbox.state, ctx.force_hint)
+    if todo and sandbox.protected and not clean_up:
+        raise Kept("protected", f"sandbox {sandbox.vmid} is protected; set protected=false first (force does not skip this)")
+    return todo
+
+
+def plan(ctx: Context, sandbox: Sandbox) -> tuple[str, str, str | None]:
+    """What the pipeline would do now, by full reads and no writes: (action, reason, message); raises Kept for what would be kept."""
+    found = _locate(ctx, sandbox)
+    if found.node is None:
+        presence = ctx.cluster.prove_absent([sandbox.vmid])[sandbox.vmid]
+        if presence.absent:
+            return "mark", "vm_absent", presence.why
+        raise Kept("unknown", f"sandbox {sandbox.vmid}: {presence.why}")
+    if found.verdict and found.verdict.identity == identity.FOREIGN:
+        ctx.cluster.require_quorum()
+        ctx.cluster.confirm()
+        return "mark", "vmid_reused", "the VMID belongs to another VM now, which is left alone"
+    refuse_not_ours(sandbox, found)
+    refuse_guarded(sandbox, found)
+    ctx.cluster.require_quorum()
+    return "destroy", "destroyed", None
+
+
+def run(ctx: Context, items: list[tuple[Sandbox, Request]]) -> list[Outcome]:
+    """Destroy several sandboxes at once; an item's failure stops no other. Absence is proven for all together at the end."""
+
+    def first(item: tuple[Sandbox, Request]) -> Outcome | _Gone:
+        sandbox, request = item
+        try:
+            return _until_gone(ctx, sandbox, request)
+        except Kept as error:
+            return Outcome.of("kept", _now(ctx, sandbox), previous_state=sandbox.state, reason=error.reason, message=error.message, failed=True)
+        except AgentlabError as error:
+            return failure(_now(ctx, sandbox), error)
+
+    results = ctx.each(first, items)
+    gone = [found for found in results if isinstance(found, _Gone)]
+    if gone:
+        try:
+            proofs = ctx.cluster.prove_absent([found.sandbox.vmid for found in gone if found.reason not in _PROVEN])
+        except AgentlabError:
+            for found in gone:
+                give_back(ctx, found.claim)
+            raise
+        finished = dict(zip(map(id, gone), ctx.each(lambda found: _finish(ctx, found, proofs), gone), strict=True))
+        return [finished[id(found)] if isinstance(found, _Gone) else found for found in results]
+    return [found for found in results if isinstance(found, Outcome)]
+
+
+def never_cloned(sandbox: Sandbox, created: dict[str, Any] | None) -> bool:
+    """True when the journal says that no clone request of ours is or was under way: whatever is at the VMID, it is not ours."""
+    return sandbox.smbios_uuid is None and created is not None and created.get("phase") == "reserved"
+
+
+def _now(ctx: Context, sandbox: Sandbox) -> Sandbox:
+    try:
+        return ctx.records.get(sandbox.uuid)
+    except AgentlabError:
+        return sandbox
+
+
+def give_back(ctx: Context, claim: Claim) -> None:
+    # Also when the disk is full: then the claim ends with this process.
+    with contextlib.suppress(StoreError, ClaimLost):
+        ctx.records.release(claim)
+
+
+def _until_gone(ctx: Context, planned: Sandbox, request: Request) -> Outcome | _Gone:
+    began = ctx.clock.monotonic()
+    try:
+        claim = ctx.records.claim(planned.uuid, "destroy", wait=ctx.config.claim_timeout if request.claim_wait is None else request.claim_wait)
+    except RecordChanged:
+        raise Kept("changed", f"sandbox {planned.vmid} was changed by another run; run again") from None
+    left = claim.interrupted
+    sent = bool(left and left.kind == "destroy" and left.phase in POINT_OF_NO_RETURN)
+    stopped = False
+    current = planned
+    try:
+        current = ctx.records.get(planned.uuid)
+        if current.state == states.DESTROYED:
+            give_back(ctx, claim)
+            return Outcome.of("unchanged", current, reason=current.reason)
+        if not sent:
+            if request.recheck:
+                request.recheck(current)
+            check(ctx, current, request.force, request.clean_up)
+        elif current.protected:
+            check(ctx, current, True)
+        detail: dict[str, Any] = {"operation": request.operation, "force": request.force}
+        if left and left.kind in ("create", "destroy"):
+            # What the creation noted is needed to tell an unbound VM, until it is bound.
+            detail["create"] = left.detail if left.kind == "create" else left.detail.get("create")
+            if detail["create"] is not None and left.kind == "create":
+                detail["create"] = {**left.detail, "phase": left.phase, "at": left.updated_at}
+        before = current
+        ctx.records.journal(claim, "destroy", left.phase if sent and left else "verifying", detail)
+        upids: list[str] = []
+        warnings: list[str] = []
+        if never_cloned(current, detail.get("create")):
+            return _Gone(claim, current, before, "never_created", {"creation": "the clone was never asked for, or refused"}, began)
+        for attempt in range(_MARK_TRIES):
+            found = _locate(ctx, current, claim, detail)
+            current = ctx.records.get(current.uuid) if current.smbios_uuid is None else current
+            if found.node is None:
+                return _Gone(claim, current, before, "vm_absent", {}, began, upids, warnings)
+            if found.verdict and found.verdict.identity == identity.FOREIGN:
+                ctx.cluster.require_quorum()
+                ctx.cluster.confirm()
+                return _Gone(claim, current, before, "vmid_reused", found.verdict.evidence, began, upids, warnings)
+            refuse_not_ours(current, found)
+            refuse_guarded(current, found)
+            ctx.cluster.require_quorum()
+            if str(found.row.get("status")) != "stopped" and not stopped:
+                ctx.records.journal(claim, "destroy", left.phase if sent and left else "stopping", detail)
+                done, warned = power.stop(ctx, current, found, hard=request.force or current.state in (states.TIMEOUT, states.SUSPENDED))
+                upids += done
+                warnings += warned
+                stopped = True
+            ctx.records.journal(claim, "destroy", "deleting", detail)
+            try:
+                _mark(ctx, request, found)
+            except ApiError as error:
+                sent = bool(left and left.kind == "destroy" and left.phase in POINT_OF_NO_RETURN)
+                if "checksum mismatch" in error.text and attempt + 1 < _MARK_TRIES:
+                    ctx.cluster.vms(fresh=True)
+                    continue
+                if "checksum mismatch" in error.text:
+                    raise Kept("changed", f"sandbox {current.vmid}: its VM's configuration keeps changing; it was left alone, run again") from None
+                raise Kept("unknown" if error.status == 500 else "denied",
+                           f"sandbox {current.vmid}: the VM was not deleted, because it cannot be marked: {error.message}") from None
+            sent = True
+            try:
+                upid = ctx.client.delete(found.path, purge=1)
+            except ApiError as error:
+                sent = False
+                if "is running" in error.text and attempt + 1 < _MARK_TRIES:
+                    # The list said stopped (it lags), or it was started meanwhile: judge it again, then stop it.
+                    ctx.cluster.vms(fresh=True)[current.vmid]["status"] = "running"
+                    stopped = False
+                    continue
+                if "does not exist" in error.text:
+                    ctx.cluster.vms(fresh=True)
+                    continue
+                raise
+            if not isinstance(upid, str):
+                raise OutcomeUnknown(f"delete VM {current.vmid}: Proxmox answered without a task id; whether it was done is not known, run again")
+            upids.append(upid)
+            ctx.records.journal(claim, "destroy", "waiting", {**detail, "upid": upid})
+            try:
+                warnings += ctx.tasks.wait(upid, f"delete VM {current.vmid}", ctx.wait_timeout)
+            except TaskFailed as error:
+                if "does not exist" not in error.exitstatus:
+                    # A definite end: the configuration is still there (its disks perhaps not), and the next run begins anew.
+                    sent = False
+                    raise
+            return _Gone(claim, current, before, "destroyed", found.verdict.evidence if found.verdict else {}, began, upids, warnings)
+        raise Kept("changed", f"sandbox {current.vmid}: its VM keeps changing; it was left alone, run again")
+    except AgentlabError as error:
+        _abandon(ctx, claim, current, request, error, sent=sent, stopped=stopped)
+        raise
+    except BaseException:
+        give_back(ctx, claim)
+        raise
+
+
+def _locate(ctx: Context, sandbox: Sandbox, claim: Claim | None = None, detail: dict[str, Any] | None = None) -> Located:
+    """As verify.locate, and for a VM whose SMBIOS UUID was never stored: find out whether our own clone made it."""
+    if sandbox.smbios_uuid is not None:
+        return locate(ctx, sandbox)
+    return create_recovery.locate_unbound(ctx, sandbox, claim, (detail or {}).get("create"))
+
+
+def _mark(ctx: Context, request: Request, found: Located) -> None:
+    """The config write that carries the digest of what was judged: it fails if anything changed, or if the cluster takes no writes."""
+    verdict = found.verdict
+    if verdict is None or verdict.digest is None:
+        raise Kept("unknown", "Proxmox gave no digest with the VM's configuration; without it nothing is deleted")
+    note = identity.deletion_note(verdict.config or {}, request.operation, clock_module.iso(ctx.clock.now()))
+    ctx.client.put(f"{found.path}/config", description=note, digest=verdict.digest)
+
+
+def _abandon(ctx: Context, claim: Claim, sandbox: Sandbox, request: Request, error: AgentlabError, *, sent: bool, stopped: bool) -> None:
+    """Leave a truthful record behind: why nothing more was done; the journal stays only when the delete may have been carried out."""
+    reason = error.reason if isinstance(error, Kept) else error.code
+    evidence = {"message": error.message, **{k: v for k, v in error.detail.items() if isinstance(v, (str, int, dict))}}
+    try:
+        uncertain = sent
+        now = ctx.records.get(sandbox.uuid)
+        to = states.STOPPED if stopped and now.state in (states.READY, states.RUNNING, states.SUSPENDED) else None
+        unbound = now.smbios_uuid is None and claim.interrupted is not None
+        if isinstance(error, StateConflict) or (isinstance(error, Kept) and reason == "protected" and not stopped):
+            # Refused by the rules: not worth an event each time it is asked.
+            if not unbound and not uncertain:
+                _drop_journal(ctx, claim)
+        else:
+            ctx.records.change(claim, now, request.operation, to=to, outcome="kept" if isinstance(error, Kept) else "failed", reason=reason,
+                               evidence=evidence, finish=not uncertain and not unbound)
+    except (StoreError, ClaimLost):
+        pass
+    finally:
+        give_back(ctx, claim)
+
+
+def _drop_journal(ctx: Context, claim: Claim) -> None:
+    if claim.interrupted is None:
+        ctx.records.fenced(claim, lambda conn: conn.execute("DELETE FROM operations WHERE sandbox_uuid = ?", (claim.uuid,)) and None)
+
+
+def _finish(ctx: Context, found: _Gone, proofs: dict[int, Any]) -> Outcome:
+    """Commit DESTROYED once absence is proven; otherwise the record stays as it is, and the journal tells the next run."""
+    sandbox = found.sandbox
+    try:
+        evidence = dict(found.evidence)
+        reason = found.reason
+        if reason not in _PROVEN:
+            proof = proofs[sandbox.vmid]
+            if proof.absent is False:
+                # Something is at the VMID: ours after all (moved, or the delete did nothing), or already somebody else's.
+                # Without a word from its configuration nothing is concluded.
+                ctx.cluster.vms(fresh=True)
+                again = locate(ctx, sandbox) if sandbox.smbios_uuid else Located(None, {}, None)
+                if again.verdict is None or again.verdict.identity != identity.FOREIGN:
+                    raise Kept("unknown", f"sandbox {sandbox.vmid}: a VM with that VMID is still there although it was "
+                               f"{'deleted' if found.upids else 'not to be seen'} ({proof.why}; hidden from these credentials?); run again")
+                reason, evidence = "vmid_reused", again.verdict.evidence
+            elif proof.absent is None:
+                raise Kept("unknown", f"sandbox {sandbox.vmid}: it is not proven that its VM is gone: {proof.why}")
+            else:
+                evidence.update(proof.evidence)
+        took = int((ctx.clock.monotonic() - found.began) * 1000)
+        done = power.settle(ctx, found.claim, ctx.records.get(sandbox.uuid), "destroy", to=states.DESTROYED, reason=reason, evidence=evidence,
+                            upids=found.upids, duration_ms=took, finish=True)
+        return Outcome.of("destroyed", done, previous_state=found.before.state, reason=reason, changed=True, upids=found.upids, warnings=found.warnings)
+    except Kept as error:
+        _abandon(ctx, found.claim, sandbox, Request(), error, sent=bool(found.upids), stopped=False)
+        return Outcome.of("kept", _now(ctx, sandbox), previous_state=found.before.state, reason=error.reason, message=error.message, failed=True,
+                          upids=found.upids)
+    except AgentlabError as error:
+        give_back(ctx, found.claim)
+        return failure(_now(ctx, sandbox), error)

@@ -1,0 +1,167 @@
+# Copyright: the agentlab.proxmox contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Renewing leases, and letting them run out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from .. import clock as clock_module
+from .. import durations, states
+from ..errors import AgentlabError, Kept, RecordChanged, StateConflict
+from ..model import Outcome, Sandbox
+from ..proxmox import identity
+from . import power, timeguard
+from .context import Context, failure
+from .verify import locate
+
+# A renewal that would move the end by less than this is a repetition: nothing is written.
+REPEAT_SECONDS = 60
+
+
+def parse_ttl(ctx: Context, value: object, option: str = "ttl") -> int:
+    """Seconds of a TTL; refused over the configured maximum."""
+    limit = ctx.config.max_ttl if ctx.config.max_lifetime is None else max(ctx.config.max_ttl, ctx.config.max_lifetime)
+    return durations.parse(value, option, maximum=limit)
+
+
+def renew(ctx: Context, sandbox: Sandbox, ttl: int, *, min_remaining: int | None = None, allow_shorten: bool = False) -> Outcome:
+    """Set the lease to now + ttl. One conditional UPDATE decides against expiry: a renewal that lost is an error, never a success."""
+    for _ in range(5):
+        now = ctx.clock.now()
+        states.check("renew_lease", sandbox.state, ctx.force_hint)
+        current = sandbox.lease_expires_at or 0
+        if current <= now:
+            raise StateConflict(f"cannot renew lease of sandbox {sandbox.vmid}: it expired at {clock_module.iso(current)} and is about to become TIMEOUT. "
+                                "Create a new sandbox", vmid=sandbox.vmid)
+        wanted = now + ttl
+        capped = False
+        if ctx.config.max_lifetime is not None and wanted > sandbox.created_at + ctx.config.max_lifetime:
+            wanted = sandbox.created_at + ctx.config.max_lifetime
+            capped = True
+        if wanted < current and not allow_shorten:
+            # Never shortens unless asked to.
+            wanted = current
+        enough = min_remaining is not None and current - now >= min_remaining and not (allow_shorten and wanted < current)
+        if enough or wanted == current or (0 <= wanted - current < REPEAT_SECONDS and min_remaining is None and not _far_enough(wanted, current, ttl)):
+            return _answer("unchanged", sandbox, current, now, capped, changed=False)
+        if ctx.dry_run:
+            return _answer("would_renew", sandbox, wanted, now, capped, changed=True)
+        try:
+            done = ctx.records.renew(sandbox, wanted, now, evidence={"ttl": ttl, "capped": capped, "was": current})
+            return _answer("renewed", done, wanted, now, capped, changed=True)
+        except RecordChanged:
+            sandbox = ctx.records.get(sandbox.uuid)
+            left = ctx.records.under_way(sandbox.uuid)
+            if left is not None and left.kind == "destroy":
+                raise Kept("busy", f"cannot renew lease of sandbox {sandbox.vmid}: it is being destroyed", vmid=sandbox.vmid) from None
+    raise RecordChanged(f"sandbox {sandbox.vmid} keeps being changed by other runs; run again", vmid=sandbox.vmid)
+
+
+def _far_enough(wanted: int, current: int, ttl: int) -> bool:
+    # A lease shorter than the repetition window is renewed all the same when a good part of it has passed.
+    return ttl <= REPEAT_SECONDS and wanted - current >= max(1, ttl // 2)
+
+
+def _answer(word: str, sandbox: Sandbox, expires_at: int, now: int, capped: bool, *, changed: bool) -> Outcome:
+    return Outcome.of(word, sandbox, changed=changed, extra={
+        "lease_expires_at": clock_module.iso(expires_at), "granted_seconds": max(0, expires_at - now), "capped": capped})
+
+
+@dataclass(slots=True)
+class Expiry:
+    """What an expiry pass did."""
+
+    expired: list[Outcome] = field(default_factory=list)
+    renewed: list[Outcome] = field(default_factory=list)
+    failed: list[Outcome] = field(default_factory=list)
+    suspended: str | None = None
+
+
+def expire(ctx: Context, *, stop_vms: bool = True) -> Expiry:
+    """Move what is over to TIMEOUT and stop its VM; a keepalive sandbox is renewed instead, as long as its lifetime allows.
+
+    All records are moved before the first VM is stopped, so that a slow stop delays no other expiry.
+    """
+    result = Expiry(suspended=timeguard.suspended(ctx))
+    if result.suspended:
+        return result
+    now = ctx.clock.now()
+    due = ctx.records.over(now)
+    moved: list[Sandbox] = []
+    for sandbox in due:
+        limit = None if ctx.config.max_lifetime is None else sandbox.created_at + ctx.config.max_lifetime
+        if sandbox.keepalive and sandbox.state in states.OPERATIONS["renew_lease"].allowed and (limit is None or limit > now):
+            until = now + (sandbox.ttl_seconds or ctx.config.default_ttl)
+            result.renewed.append(_keep_alive(ctx, sandbox, min(until, limit) if limit else until))
+            continue
+        if ctx.dry_run:
+            result.expired.append(Outcome.of("would_expire", sandbox, state=states.TIMEOUT, changed=True, reason="lease_expired"))
+            continue
+        try:
+            done = ctx.records.expire(sandbox, now)
+        except RecordChanged as error:
+            result.failed.append(Outcome.of("unchanged", sandbox, reason="changed", message=error.message))
+            continue
+        moved.append(done)
+        result.expired.append(Outcome.of("expired", done, previous_state=sandbox.state, changed=True, reason="lease_expired"))
+    if stop_vms:
+        for outcome, problem in zip(result.expired, ctx.each(lambda one: _stop_expired(ctx, one), moved), strict=False):
+            outcome.message = problem
+    return result
+
+
+def _keep_alive(ctx: Context, sandbox: Sandbox, until: int) -> Outcome:
+    if ctx.dry_run:
+        return Outcome.of("would_renew", sandbox, changed=True, reason="keepalive")
+    now = ctx.clock.now()
+    try:
+        done = ctx.records.amend(sandbox, "keepalive", lease_expires_at=until)
+    except RecordChanged as error:
+        return failure(sandbox, error)
+    return _answer("renewed", done, until, now, False, changed=True)
+
+
+def _stop_expired(ctx: Context, sandbox: Sandbox) -> str | None:
+    """Stop the VM of a TIMEOUT record; the record stays TIMEOUT. The reason is returned when it could not be done (the next pass tries again)."""
+    if sandbox.smbios_uuid is None:
+        return "its VM was never bound to the record; prune settles what became of it"
+    try:
+        with ctx.claimed(sandbox, "stop", wait=0) as (claim, current):
+            if current.state != states.TIMEOUT:
+                return None
+            found = locate(ctx, current)
+            if found.verdict is None:
+                return "no VM with that VMID is to be seen"
+            if found.verdict.identity == identity.FOREIGN:
+                return "the VMID belongs to another VM now, which was left alone"
+            if not found.match:
+                return f"its VM is {found.verdict.identity}, so it was left alone"
+            if (found.verdict.config or {}).get("lock"):
+                return "its VM is locked"
+            ctx.records.journal(claim, "stop", "requested", {"node": found.node})
+            upids, _warnings = power.stop(ctx, current, found, hard=False)
+            ctx.records.change(claim, current, "stop", upids=upids, reason="lease_expired", finish=True)
+            return None
+    except AgentlabError as error:
+        return error.message
+
+
+def stop_leftovers(ctx: Context) -> list[Sandbox]:
+    """TIMEOUT records whose VM still runs according to the cluster's list: the stop of an earlier pass failed or was cut off."""
+    waiting = ctx.records.find_all([states.TIMEOUT])
+    if not waiting:
+        return []
+    rows = ctx.cluster.vms()
+    running = [one for one in waiting if rows.get(one.vmid, {}).get("status") == "running"]
+    if not ctx.dry_run:
+        ctx.each(lambda one: _stop_expired(ctx, one), running)
+    return running
+
+
+def check_min_remaining(value: object) -> int | None:
+    return None if value is None else durations.parse(value, "min_remaining")
+
+

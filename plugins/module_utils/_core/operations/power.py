@@ -1,0 +1,151 @@
+# Copyright: the agentlab.proxmox contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Start, stop, suspend, and reporting a job's end. Each: state rule, claim, identity, the request, its task, the record."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .. import states
+from ..errors import ApiError, InvalidInput, OutcomeUnknown, RecordChanged, TaskFailed, TaskTimeout
+from ..model import Outcome, Sandbox
+from ..store.records import Claim
+from .context import Context
+from .verify import Located, refuse_guarded, require_match
+
+# What is asked of Proxmox, and the state it leads to.
+TARGETS = {"start": states.RUNNING, "stop": states.STOPPED, "suspend": states.SUSPENDED, "complete": states.COMPLETED, "fail": states.FAILED}
+
+
+def plan(ctx: Context, sandbox: Sandbox, operation: str) -> bool:
+    """Whether there is something to do; StateConflict when the state does not allow it."""
+    return states.check(operation, sandbox.state, ctx.force_hint)
+
+
+def run(ctx: Context, sandbox: Sandbox, operation: str) -> Outcome:
+    """Carry one of TARGETS out on one sandbox (in check mode: say what would be done)."""
+    target = TARGETS[operation]
+    if not plan(ctx, sandbox, operation):
+        return Outcome.of("unchanged", sandbox, reason=f"already {sandbox.state}")
+    if ctx.dry_run:
+        # The full reads of the real run: what would be refused there is refused here.
+        if operation not in ("complete", "fail"):
+            require_match(ctx, sandbox)
+        return Outcome.of("would_" + operation, sandbox, state=target, changed=True)
+    with ctx.claimed(sandbox, operation) as (claim, current):
+        if not plan(ctx, current, operation):
+            return Outcome.of("unchanged", current, reason=f"already {current.state}")
+        if operation in ("complete", "fail"):
+            done = ctx.records.change(claim, current, operation, to=target, reason="reported", finish=True)
+            return Outcome.of(_past(operation), done, previous_state=current.state, changed=True, reason="reported")
+        return _request(ctx, claim, current, operation, target)
+
+
+def _request(ctx: Context, claim: Claim, sandbox: Sandbox, operation: str, target: str) -> Outcome:
+    began = ctx.clock.monotonic()
+    found = require_match(ctx, sandbox)
+    config = (found.verdict.config if found.verdict else None) or {}
+    if config.get("lock"):
+        refuse_guarded(sandbox, found)
+    ctx.records.journal(claim, operation, "requested", {"node": found.node})
+    if operation == "stop":
+        upids, warnings = stop(ctx, sandbox, found, hard=sandbox.state == states.SUSPENDED)
+    elif operation == "start":
+        upids, warnings = start(ctx, sandbox, found)
+    else:
+        upids, warnings = _task(ctx, found, f"suspend VM {sandbox.vmid}", "status/suspend")
+    took = int((ctx.clock.monotonic() - began) * 1000)
+    values: dict[str, Any] = {"to": target, "upids": upids, "duration_ms": took, "finish": True, "node": found.node}
+    done = settle(ctx, claim, sandbox, operation, **values)
+    return Outcome.of(_past(operation), done, previous_state=sandbox.state, changed=True, upids=upids, warnings=warnings)
+
+
+def settle(ctx: Context, claim: Claim, sandbox: Sandbox, operation: str, *, to: str, **values: Any) -> Sandbox:
+    """Write the new state; a lease that was renewed or ran out meanwhile is taken into account, anything else is RecordChanged."""
+    try:
+        return ctx.records.change(claim, sandbox, operation, to=to, **values)
+    except RecordChanged:
+        now = ctx.records.get(sandbox.uuid)
+        if now.state != sandbox.state and not states.can_follow(now.state, to):
+            raise
+        return ctx.records.change(claim, now, operation, to=to, **values)
+
+
+def stop(ctx: Context, sandbox: Sandbox, found: Located, *, hard: bool) -> tuple[list[str], list[str]]:
+    """Stop a VM that was just judged to be ours; gracefully with a hard end after shutdown_timeout, or hard at once."""
+    if str(found.row.get("status")) == "stopped" and status(ctx, found).get("status") == "stopped":
+        return [], []
+    what = f"stop VM {sandbox.vmid}"
+    if hard or not ctx.config.shutdown_timeout:
+        upids, warnings = _task(ctx, found, what, "status/stop")
+    else:
+        try:
+            # forceStop: a guest that does not answer is switched off when its time is over.
+            upids, warnings = _task(ctx, found, what, "status/shutdown", timeout=ctx.config.shutdown_timeout, forceStop=1)
+        except ApiError as error:
+            if "not running" not in error.text:
+                raise
+            return [], []
+    if found.row.get("hastate"):
+        # The HA manager's task ends when the request is taken, not when the VM has stopped.
+        _await_status(ctx, found, "stopped", what)
+    return upids, warnings
+
+
+def start(ctx: Context, sandbox: Sandbox, found: Located) -> tuple[list[str], list[str]]:
+    """Start or resume a VM that was just judged to be ours."""
+    now = status(ctx, found)
+    what = f"start VM {sandbox.vmid}"
+    if now.get("status") == "running":
+        if now.get("qmpstatus") in ("paused", "suspended"):
+            return _task(ctx, found, f"resume VM {sandbox.vmid}", "status/resume")
+        return [], []
+    try:
+        upids, warnings = _task(ctx, found, what, "status/start")
+    except TaskFailed as error:
+        if "already running" not in error.exitstatus:
+            raise
+        return [], []
+    if found.row.get("hastate"):
+        _await_status(ctx, found, "running", what)
+    return upids, warnings
+
+
+def _task(ctx: Context, found: Located, what: str, action: str, **params: Any) -> tuple[list[str], list[str]]:
+    upid = ctx.client.post(f"{found.path}/{action}", **params)
+    if not isinstance(upid, str):
+        raise OutcomeUnknown(f"{what}: Proxmox answered without a task id; whether it was done is not known, run again")
+    return [upid], ctx.tasks.wait(upid, what, ctx.wait_timeout)
+
+
+def status(ctx: Context, found: Located) -> dict[str, Any]:
+    return ctx.client.get_dict(f"{found.path}/status/current")
+
+
+def _await_status(ctx: Context, found: Located, wanted: str, what: str) -> None:
+    deadline = ctx.clock.monotonic() + ctx.wait_timeout
+    pause = 0.2
+    while status(ctx, found).get("status") != wanted:
+        if ctx.clock.monotonic() > deadline:
+            raise TaskTimeout(f"{what}: the HA manager did not bring it to {wanted} within {ctx.wait_timeout} s (wait_timeout); run again")
+        ctx.clock.sleep(pause)
+        pause = min(pause * 1.5, 2.0)
+
+
+def _past(operation: str) -> str:
+    return {"start": "started", "stop": "stopped", "suspend": "suspended", "complete": "completed", "fail": "failed_reported"}[operation]
+
+
+OPERATION_OF_STATE = {"started": "start", "stopped": "stop", "suspended": "suspend", "completed": "complete", "failed": "fail"}
+
+
+def operation_for(state: str) -> str:
+    """The operation behind a module's ``state``."""
+    try:
+        return OPERATION_OF_STATE[state]
+    except KeyError:
+        raise InvalidInput(f"state: {state!r} is not valid. Valid: {', '.join(OPERATION_OF_STATE)}", option="state") from None
+
+

@@ -1,0 +1,276 @@
+# Copyright: the agentlab.proxmox contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Reconcile: compare the records with Proxmox in one pass, report the drift and (with apply) repair it.
+
+Reports first what it would do and why; ``apply`` carries exactly that out. An unreachable node changes nothing, a VM without a record is
+reported and never adopted, and when a large share of the records turns absent at once nothing is written at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from .. import states
+from ..errors import AgentlabError, GuardTripped, Kept, ProxmoxError, RecordChanged
+from ..model import Sandbox
+from ..proxmox import identity
+from . import destroy, lease, power, timeguard
+from .context import POINT_OF_NO_RETURN, Context
+from .verify import Located, locate
+
+# Absences of fewer records than this are never "a large share".
+_GUARD_FROM = 5
+_STOPS = ("qmstop", "qmshutdown", "qmsuspend", "hastop", "stopall", "qmreboot")
+_POWERED = (states.READY, states.RUNNING)
+
+
+@dataclass(slots=True)
+class Drift:
+    """One difference: what it is, what is done about it, and what shows it."""
+
+    kind: str
+    action: str
+    evidence: dict[str, Any]
+    sandbox: Sandbox | None = None
+    vmid: int | None = None
+    applied: bool = False
+    error: str | None = None
+    repair: Callable[[], None] | None = field(default=None, repr=False)
+
+    def public(self) -> dict[str, Any]:
+        one = self.sandbox
+        return {"kind": self.kind, "action": self.action, "vmid": one.vmid if one else self.vmid, "uuid": one.uuid if one else None,
+                "state": one.state if one else None, "evidence": self.evidence, "applied": self.applied, "error": self.error}
+
+
+def run(ctx: Context, *, apply: bool) -> list[Drift]:
+    """One pass over all live records. GuardTripped when too many are absent at once (with apply: nothing was written)."""
+    found: list[Drift] = []
+    if apply and not ctx.dry_run:
+        found += _finish_interrupted(ctx)
+    else:
+        found += [Drift("interrupted", "finish it", {"operation": left.kind, "phase": left.phase, "actor": left.actor}, ctx.records.get(left.sandbox_uuid))
+                  for left in ctx.records.interrupted()]
+    found += _leases(ctx, apply and not ctx.dry_run)
+    live = ctx.records.find_all()
+    rows = ctx.cluster.vms()
+    missing = [one for one in live if one.vmid not in rows and one.smbios_uuid is not None]
+    proofs = ctx.cluster.prove_absent([one.vmid for one in missing]) if missing else {}
+    drifts = [drift for drift in ctx.each(lambda one: _compare(ctx, one, rows, proofs), live) if drift is not None]
+    drifts += _unrecorded(ctx, rows, live)
+    absent = [drift for drift in drifts if drift.kind in ("absent", "vmid_reused")]
+    if apply and len(absent) >= _GUARD_FROM and len(absent) * 100 > ctx.config.absent_guard * len(live):
+        raise GuardTripped(f"{len(absent)} of {len(live)} sandboxes are absent at once (absent_guard is {ctx.config.absent_guard} %); nothing was written. "
+                           "Check that api_host leads to the right cluster, then prune or destroy what is really gone",
+                           drift=[drift.public() for drift in found + drifts], count=len(found + drifts))
+    if apply and not ctx.dry_run:
+        for drift in drifts:
+            _apply(drift)
+    return found + drifts
+
+
+def _apply(drift: Drift) -> None:
+    if drift.repair is None:
+        return
+    try:
+        drift.repair()
+        drift.applied = True
+    except AgentlabError as error:
+        drift.error = error.message
+
+
+def _leases(ctx: Context, apply: bool) -> list[Drift]:
+    """Leases that are over: the daemon does this by itself; without one this is where a play does it."""
+    if not apply:
+        rest = timeguard.suspended(ctx)
+        if rest:
+            return []
+        return [Drift("lease_expired", "expire" if not one.keepalive else "renew (keepalive)", {"lease_expires_at": one.public()["lease_expires_at"]}, one)
+                for one in ctx.records.over(ctx.clock.now())]
+    passed = lease.expire(ctx)
+    found = [Drift("lease_expired", "expired", {"previous_state": one.previous_state}, one.sandbox, applied=True, error=one.message) for one in passed.expired]
+    found += [Drift("lease_expired", "renewed (keepalive)", {}, one.sandbox, applied=not one.failed, error=one.message) for one in passed.renewed]
+    known = {one.uuid for one in passed.expired}
+    found += [Drift("still_running", "stopped", {}, one, applied=True) for one in lease.stop_leftovers(ctx) if one.uuid not in known]
+    return found
+
+
+def _finish_interrupted(ctx: Context) -> list[Drift]:
+    """Finish what killed runs left: a destroy goes on, a creation becomes FAILED (its VM bound if it is ours), the rest is compared anew."""
+    found = []
+    for left in ctx.records.interrupted():
+        sandbox = ctx.records.get(left.sandbox_uuid)
+        drift = Drift("interrupted", "", {"operation": left.kind, "phase": left.phase, "actor": left.actor}, sandbox)
+        try:
+            if left.kind == "destroy" and sandbox.live:
+                drift.action = "destroy finished"
+                force = bool(left.detail.get("force"))
+                # Before the delete was decided the request is judged anew, by the rules as they are now.
+                todo = left.phase in POINT_OF_NO_RETURN or destroy.check(ctx, sandbox, force)
+                if todo:
+                    operation = str(left.detail.get("operation") or "destroy")
+                    request = destroy.Request(operation=operation, force=force, claim_wait=0, clean_up=operation == "clean-up")
+                    outcome = destroy.run(ctx, [(sandbox, request)])[0]
+                    drift.sandbox = outcome.sandbox or sandbox
+                    drift.applied, drift.error = not outcome.failed, outcome.message if outcome.failed else None
+            elif left.kind == "create" and sandbox.state in states.CREATING:
+                drift.action = "creation given up: FAILED"
+                _give_up_creation(ctx, sandbox)
+                drift.applied = True
+            else:
+                if left.kind == "create" and sandbox.smbios_uuid is None and sandbox.live:
+                    # FAILED or TIMEOUT, never bound: the journal is what a later destroy tells its VM by.
+                    continue
+                drift.action = "journal closed"
+                with ctx.claimed(sandbox, "reconcile", wait=0) as (claim, current):
+                    ctx.records.change(claim, current, left.kind, outcome="interrupted", reason=left.phase, finish=True)
+                drift.applied = True
+        except AgentlabError as error:
+            drift.error = error.message
+        found.append(drift)
+    return found
+
+
+def _give_up_creation(ctx: Context, sandbox: Sandbox) -> None:
+    from . import create_recovery
+
+    with ctx.claimed(sandbox, "reconcile", wait=0) as (claim, current):
+        left = claim.interrupted
+        created = {**left.detail, "phase": left.phase, "at": left.updated_at} if left else None
+        bound = current.smbios_uuid is not None
+        if not bound and not destroy.never_cloned(current, created):
+            bound = create_recovery.locate_unbound(ctx, current, claim, created).match
+            current = ctx.records.get(current.uuid)
+        # Unbound: the journal entry stays, a later destroy needs it to tell whether a VM is its own.
+        ctx.records.change(claim, current, "create", to=states.FAILED, outcome="failed", reason="creation_interrupted", finish=bound)
+
+
+def _compare(ctx: Context, sandbox: Sandbox, rows: dict[int, dict[str, Any]], proofs: dict[int, Any]) -> Drift | None:
+    if sandbox.smbios_uuid is None:
+        return _stale_creation(ctx, sandbox)
+    row = rows.get(sandbox.vmid)
+    if row is None:
+        proof = proofs.get(sandbox.vmid)
+        if proof is None or not proof.absent:
+            return Drift("unknown", "none", {"why": proof.why if proof else "not in the list"}, sandbox)
+        return _absent(ctx, sandbox, "absent", proof.evidence)
+    node = str(row.get("node"))
+    if not ctx.cluster.node_online(node):
+        return Drift("node_offline", "none", {"node": node}, sandbox)
+    try:
+        found = locate(ctx, sandbox)
+    except Kept as error:
+        return Drift(error.reason, "none", {"why": error.message}, sandbox)
+    except ProxmoxError as error:
+        return Drift("unknown", "none", {"why": error.message}, sandbox)
+    if found.verdict is None:
+        return Drift("unknown", "none", {"why": "it vanished from the list while it was looked at"}, sandbox)
+    if found.verdict.identity == identity.FOREIGN:
+        return _absent(ctx, sandbox, "vmid_reused", found.verdict.evidence)
+    if not found.match:
+        return Drift("ambiguous", "none", found.verdict.evidence, sandbox)
+    return _power_drift(ctx, sandbox, found)
+
+
+def _absent(ctx: Context, sandbox: Sandbox, kind: str, evidence: dict[str, Any]) -> Drift:
+    """A first absence is noted; the second pass in a row believes it."""
+    if kind == "absent" and sandbox.absent_seen_at is None:
+        return Drift(kind, "noted; DESTROYED if it is absent in the next pass too", evidence, sandbox,
+                     repair=_amending(ctx, sandbox, absent_seen_at=ctx.clock.now()))
+
+    def mark() -> None:
+        ctx.cluster.require_quorum()
+        ctx.cluster.confirm()
+        with ctx.claimed(sandbox, "reconcile", wait=0) as (claim, current):
+            if (current.state, current.generation) != (sandbox.state, sandbox.generation):
+                raise RecordChanged(f"sandbox {sandbox.vmid} was changed by another run meanwhile; run again")
+            reason = "external" if kind == "absent" else "vmid_reused"
+            ctx.records.change(claim, current, "reconcile", to=states.DESTROYED, reason=reason, evidence=evidence, finish=True)
+
+    return Drift(kind, "DESTROYED", evidence, sandbox, repair=mark)
+
+
+def _power_drift(ctx: Context, sandbox: Sandbox, found: Located) -> Drift | None:
+    evidence: dict[str, Any] = {"node": found.node, "vm_status": found.row.get("status")}
+    if sandbox.state in _POWERED and found.row.get("status") == "stopped":
+        # The list lags by some seconds; the VM itself does not.
+        now = power.status(ctx, found).get("status")
+        if now == "stopped":
+            explained = _stop_task(ctx, sandbox, str(found.node))
+            evidence.update(vm_status=now, stop_task=explained)
+            target = states.STOPPED if explained else states.FAILED
+            return Drift("stopped", target, evidence, sandbox, repair=_moving(ctx, sandbox, target, evidence, node=found.node))
+    if found.node != sandbox.node:
+        evidence["was"] = sandbox.node
+        return Drift("moved", f"node updated to {found.node}", evidence, sandbox, repair=_amending(ctx, sandbox, node=found.node))
+    if sandbox.absent_seen_at is not None:
+        return Drift("back", "absence note removed", evidence, sandbox, repair=_amending(ctx, sandbox, absent_seen_at=None))
+    return None
+
+
+def _amending(ctx: Context, sandbox: Sandbox, **values: Any) -> Callable[[], None]:
+    def work() -> None:
+        ctx.records.amend(sandbox, "reconcile", **values)
+
+    return work
+
+
+def _moving(ctx: Context, sandbox: Sandbox, target: str, evidence: dict[str, Any], **values: Any) -> Callable[[], None]:
+    def work() -> None:
+        with ctx.claimed(sandbox, "reconcile", wait=0) as (claim, current):
+            if (current.state, current.generation) != (sandbox.state, sandbox.generation):
+                raise RecordChanged(f"sandbox {sandbox.vmid} was changed by another run meanwhile; run again")
+            ctx.records.change(claim, current, "reconcile", to=target, reason="external", evidence=evidence, finish=True, **values)
+
+    return work
+
+
+def _stop_task(ctx: Context, sandbox: Sandbox, node: str) -> str | None:
+    """The newest task that explains why the VM is stopped, if there is one since the state was entered."""
+    try:
+        rows = ctx.client.get_list(f"nodes/{node}/tasks", vmid=sandbox.vmid, source="all", limit=50, since=max(0, (sandbox.state_changed_at or 0) - 60))
+    except ProxmoxError:
+        return None
+    for row in rows:
+        if row.get("type") in _STOPS and str(row.get("status") or "").startswith(("OK", "WARNINGS")):
+            return str(row.get("upid"))
+    return None
+
+
+def _stale_creation(ctx: Context, sandbox: Sandbox) -> Drift | None:
+    """A REQUESTED or PROVISIONING record that nobody works on (no journal, no claim) becomes FAILED."""
+    if sandbox.state not in states.CREATING:
+        return None
+    if ctx.database.read("SELECT 1 FROM operations WHERE sandbox_uuid = ? UNION SELECT 1 FROM claims WHERE sandbox_uuid = ?", sandbox.uuid, sandbox.uuid):
+        return None
+    evidence = {"why": "no creation is under way"}
+    return Drift("stale", states.FAILED, evidence, sandbox, repair=_moving(ctx, sandbox, states.FAILED, evidence))
+
+
+def _unrecorded(ctx: Context, rows: dict[int, dict[str, Any]], live: list[Sandbox]) -> list[Drift]:
+    """VMs tagged as ours that no live record has: read, and reported if they carry our marker. Never adopted."""
+    known = {one.vmid for one in live}
+    suspects = [(vmid, row) for vmid, row in sorted(rows.items()) if vmid not in known and row.get("type") == "qemu"
+                and ("agentlab" in str(row.get("tags") or "").replace(",", ";").split(";") or _in_range(ctx, vmid))]
+
+    def look(suspect: tuple[int, dict[str, Any]]) -> Drift | None:
+        vmid, row = suspect
+        try:
+            marks = identity.markers(ctx.client.get_dict(f"nodes/{row.get('node')}/qemu/{vmid}/config"))
+        except ProxmoxError:
+            return None
+        if not marks:
+            return None
+        return Drift("unrecorded", "none: look at it, and remove it by hand if nobody needs it",
+                     {"node": row.get("node"), "name": row.get("name"), "markers": sorted(marks)}, vmid=vmid)
+
+    return [drift for drift in ctx.each(look, suspects) if drift is not None]
+
+
+def _in_range(ctx: Context, vmid: int) -> bool:
+    first, last = ctx.config.vmid_range
+    return first <= vmid <= last

@@ -1,0 +1,108 @@
+# Copyright: the agentlab.proxmox contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Find a sandbox's VM and judge whether it is ours. Every operation that touches a VM goes through here first."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from .. import states
+from ..errors import ApiError, Kept, ProxmoxError, Unreachable
+from ..model import Sandbox
+from ..proxmox import identity
+from .context import Context
+
+
+@dataclass(slots=True)
+class Located:
+    """Where the VM is and what it was judged to be. ``node`` is None when nothing was found at the VMID (which proves nothing yet)."""
+
+    node: str | None
+    row: dict[str, Any]
+    verdict: identity.Verdict | None
+
+    @property
+    def match(self) -> bool:
+        return self.verdict is not None and self.verdict.identity == identity.MATCH
+
+    @property
+    def path(self) -> str:
+        return f"nodes/{self.node}/qemu/{self.row.get('vmid')}"
+
+
+def locate(ctx: Context, sandbox: Sandbox) -> Located:
+    """Read the configuration of whatever is at the sandbox's VMID and judge it. Kept when that cannot be read."""
+    for fresh in (False, True):
+        row = ctx.cluster.find(sandbox.vmid, fresh=fresh)
+        if row is None:
+            if fresh or not _known_somewhere(ctx, sandbox):
+                return Located(None, {}, None)
+            continue
+        node = str(row.get("node"))
+        if row.get("type") != "qemu":
+            # A container has that VMID now: whatever it is, it is not the VM we made.
+            verdict = identity.Verdict(identity.FOREIGN, {"type": row.get("type"), "name": row.get("name")})
+            return Located(node, row, verdict)
+        try:
+            config = ctx.client.get_dict(f"nodes/{node}/qemu/{sandbox.vmid}/config")
+        except Unreachable as error:
+            raise Kept("node_offline", f"sandbox {sandbox.vmid}: node {node} does not answer; left as it is until the node is back ({error.message})") from None
+        except ApiError as error:
+            # The per-node answer proves only that the VM is not on that node: it may have moved since the list was read.
+            if "does not exist" in error.text and not fresh:
+                continue
+            if not ctx.cluster.node_online(node):
+                raise Kept("node_offline", f"sandbox {sandbox.vmid}: node {node} is offline; left as it is until the node is back") from None
+            raise Kept("unknown", f"sandbox {sandbox.vmid}: its VM cannot be read: {error.message}", status=error.status) from None
+        except ProxmoxError as error:
+            raise Kept("unknown", f"sandbox {sandbox.vmid}: its VM cannot be read: {error.message}") from None
+        verdict = identity.judge(sandbox.uuid, sandbox.smbios_uuid, config)
+        if verdict.identity == identity.MATCH:
+            ctx.cluster.seen_ours()
+        return Located(node, row, verdict)
+    return Located(None, {}, None)
+
+
+def _known_somewhere(ctx: Context, sandbox: Sandbox) -> bool:
+    # Not in a list read earlier in this run: worth a second look only if the VM may have come into being since.
+    return sandbox.state in states.CREATING
+
+
+def require_match(ctx: Context, sandbox: Sandbox) -> Located:
+    """The VM, proven to be ours; Kept with the reason otherwise. Nothing is ever done to a VM that is not."""
+    found = locate(ctx, sandbox)
+    if found.node is None:
+        raise Kept("unknown", f"sandbox {sandbox.vmid}: no VM with that VMID is to be seen; run agentlab_reconcile to find out what became of it")
+    refuse_not_ours(sandbox, found)
+    return found
+
+
+def refuse_not_ours(sandbox: Sandbox, found: Located) -> None:
+    """Kept unless the verdict is MATCH."""
+    verdict = found.verdict
+    if verdict is None or verdict.identity == identity.MATCH:
+        return
+    name = verdict.evidence.get("name")
+    if verdict.identity == identity.FOREIGN:
+        raise Kept("foreign", f"VMID {sandbox.vmid} now belongs to another VM ({name}); it was not touched. "
+                   "Destroy or prune the record, or run agentlab_reconcile", evidence=verdict.evidence)
+    if verdict.identity == identity.UNKNOWN:
+        raise Kept("locked", f"sandbox {sandbox.vmid}: the VM is still being cloned; run again when that has ended", evidence=verdict.evidence)
+    raise Kept("ambiguous", f"sandbox {sandbox.vmid}: it is not certain that VM {sandbox.vmid} ({name}) is ours (marker: {verdict.evidence['marker']}, "
+               f"SMBIOS UUID {verdict.evidence['smbios_uuid']}, expected {verdict.evidence['expected_smbios_uuid']}); it was not touched. "
+               "Look at it, and remove it by hand if it is to go", evidence=verdict.evidence)
+
+
+def refuse_guarded(sandbox: Sandbox, found: Located) -> None:
+    """Kept for what must never be destroyed: templates, VMs with Proxmox's protection, and those that are locked."""
+    config = (found.verdict.config if found.verdict else None) or {}
+    if str(config.get("template") or found.row.get("template") or "0") == "1":
+        raise Kept("protected", f"sandbox {sandbox.vmid}: its VM is a template now, and templates are never destroyed")
+    if str(config.get("protection", "0")) == "1":
+        raise Kept("protected", f"sandbox {sandbox.vmid}: its VM has Proxmox's protection; switch that off first (qm set {sandbox.vmid} --protection 0)")
+    if config.get("lock"):
+        raise Kept("locked", f"sandbox {sandbox.vmid}: its VM is locked ({config['lock']}); wait for that to end, or have an administrator run "
+                   f"qm unlock {sandbox.vmid}")

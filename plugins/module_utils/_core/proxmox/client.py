@@ -1,0 +1,232 @@
+# Copyright: the agentlab.proxmox contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""One door to the Proxmox API: proxmoxer underneath, typed errors above, and a count of what was asked.
+
+Retried are reads, and writes that Proxmox says it did not begin (no worker, a lock not got). Nothing else: a write whose answer was lost is
+OutcomeUnknown, and whoever asked looks before asking again.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections import Counter
+from typing import Any
+from urllib.parse import quote
+
+from ..clock import Clock
+from ..config import ProxmoxSettings
+from ..errors import AccessDenied, ApiError, InvalidInput, OutcomeUnknown, ProxmoxError, Unreachable
+
+# Proxmox says "not begun" in these; asking again is safe (facts: start worker failed, locks held for a moment).
+_NOT_BEGUN = ("start worker failed", "got no worker upid", "can't lock file", "unable to acquire lock")
+_NOT_DELIVERED = (595,)
+# 596-599 come from Proxmox's own proxy; 502-504 from one in front of it: the request may still be carried out.
+_UNKNOWN = (408, 502, 503, 504, 596, 597, 598, 599)
+_RETRIES = 3
+
+
+class ProxmoxClient:
+    """Requests to one Proxmox host or cluster; safe to use from several threads."""
+
+    def __init__(self, settings: ProxmoxSettings, clock: Clock) -> None:
+        self.settings = settings
+        self.clock = clock
+        self.requests: Counter[str] = Counter()
+        self._api: Any = None
+        self._lock = threading.Lock()
+
+    # ---- connecting ----
+
+    def _connect(self) -> Any:
+        with self._lock:
+            if self._api is None:
+                self._api = self._local() if self.settings.api_host is None else self._https()
+            return self._api
+
+    def _local(self) -> Any:
+        import shutil
+
+        proxmoxer = _import_proxmoxer()
+        if shutil.which("pvesh") is None:
+            raise InvalidInput("api_host: not set, and this host has no pvesh; run on a Proxmox node, or set api_host and a token", option="api_host")
+        return proxmoxer.ProxmoxAPI(backend="local", timeout=self.settings.api_timeout)
+
+    def _https(self) -> Any:
+        proxmoxer = _import_proxmoxer()
+        from requests.adapters import HTTPAdapter
+
+        found = self.settings
+        found.check_credentials()
+        verify: bool | str = found.ca_path if found.validate_certs and found.ca_path else found.validate_certs
+        login: dict[str, Any] = {"user": found.user}
+        if found.token_name:
+            login.update(token_name=found.token_name, token_value=found.api_token_secret)
+        else:
+            login.update(password=found.api_password)
+        api = self._guard("POST", "access/ticket",
+                          lambda: proxmoxer.ProxmoxAPI(found.api_host, port=found.api_port, verify_ssl=verify, timeout=found.api_timeout, **login))
+        session = api._store["session"]
+        # proxmoxer has no setting for the pool; one connection a request in flight, and no more than that.
+        session.mount("https://", HTTPAdapter(pool_connections=1, pool_maxsize=found.connections, pool_block=True))
+        # A redirect would turn a POST into a GET of some other host, token included.
+        session.max_redirects = 0
+        return api
+
+    # ---- requests ----
+
+    def get(self, path: str, **params: Any) -> Any:
+        """Read; retried when it could not be delivered."""
+        return self._request("GET", path, params)
+
+    def post(self, path: str, **params: Any) -> Any:
+        return self._request("POST", path, params)
+
+    def put(self, path: str, **params: Any) -> Any:
+        return self._request("PUT", path, params)
+
+    def delete(self, path: str, **params: Any) -> Any:
+        return self._request("DELETE", path, params)
+
+    def get_list(self, path: str, **params: Any) -> list[dict[str, Any]]:
+        """Read a list of objects; anything else is OutcomeUnknown, never an empty list."""
+        found = self.get(path, **params)
+        if not isinstance(found, list) or not all(isinstance(item, dict) for item in found):
+            raise OutcomeUnknown(f"GET /{path}: the answer is not a list, so nothing is known; is api_host a Proxmox node?", path=path)
+        return found
+
+    def get_dict(self, path: str, **params: Any) -> dict[str, Any]:
+        """Read an object; anything else is OutcomeUnknown."""
+        found = self.get(path, **params)
+        if not isinstance(found, dict):
+            raise OutcomeUnknown(f"GET /{path}: the answer is not an object, so nothing is known; is api_host a Proxmox node?", path=path)
+        return found
+
+    def _request(self, method: str, path: str, params: dict[str, Any]) -> Any:
+        api = self._connect()
+        attempt = 0
+        while True:
+            attempt += 1
+            self.requests[f"{method} {_template(path)}"] += 1
+            try:
+                return self._guard(method, path, lambda: _send(api, method, path, params))
+            except ProxmoxError as error:
+                if attempt > _RETRIES or not _may_retry(method, error):
+                    raise
+            self.clock.sleep(0.2 * 2**attempt)
+
+    def _guard(self, method: str, path: str, call: Any) -> Any:
+        """Run one request and turn whatever comes back into data or one of our errors. Secrets are never part of a message."""
+        import requests
+        from proxmoxer import ResourceException
+        from proxmoxer.core import AuthenticationError
+
+        where = f"{method} /{path} on {self.settings.where}"
+        try:
+            return call()
+        except ResourceException as error:
+            raise self._api_error(method, path, where, error) from None
+        except AuthenticationError as error:
+            code = re.search(r"code: (\d+)", str(error))
+            raise AccessDenied(f"Proxmox on {self.settings.where} refuses the login of {self.settings.user!r} (status {code[1] if code else '401'}); "
+                               "check api_user and api_password", status=401, method=method, path=path) from None
+        except requests.exceptions.SSLError as error:
+            raise Unreachable(f"the certificate of {self.settings.where} is not trusted: {_tls_reason(error)}; set ca_path to its CA "
+                              "(/etc/pve/pve-root-ca.pem of the node), or correct api_host", path=path) from None
+        except requests.exceptions.ConnectTimeout:
+            raise Unreachable(f"{self.settings.where} does not answer within {self.settings.api_timeout} s; check api_host, api_port and the network",
+                              path=path) from None
+        except requests.exceptions.Timeout:
+            raise OutcomeUnknown(f"{where}: no answer within {self.settings.api_timeout} s (api_timeout)", method=method, path=path) from None
+        except requests.exceptions.TooManyRedirects:
+            raise OutcomeUnknown(f"{where}: redirected elsewhere; set api_host to the Proxmox node itself", method=method, path=path) from None
+        except requests.exceptions.ConnectionError as error:
+            if _never_connected(error):
+                raise Unreachable(f"{self.settings.where} cannot be reached: {_reason(error)}; check api_host, api_port and the network",
+                                  path=path) from None
+            raise OutcomeUnknown(f"{where}: the connection was cut before the answer: {_reason(error)}", method=method, path=path) from None
+        except requests.exceptions.RequestException as error:
+            raise OutcomeUnknown(f"{where}: {_reason(error)}", method=method, path=path) from None
+        except (KeyError, TypeError, ValueError, AttributeError):
+            # proxmoxer looks for "data" in whatever was sent; not there means that this is no Proxmox answer.
+            raise OutcomeUnknown(f"{where}: the answer is not what Proxmox sends; is api_host a Proxmox node?", method=method, path=path) from None
+        except OSError as error:
+            raise Unreachable(f"{where}: {error}; is ca_path right?", path=path) from None
+        except Exception as error:
+            # subprocess.TimeoutExpired of the local backend, without importing subprocess for it
+            if type(error).__name__ == "TimeoutExpired":
+                raise OutcomeUnknown(f"{where}: pvesh did not end within {self.settings.api_timeout} s (api_timeout)", method=method, path=path) from None
+            raise
+
+    def _api_error(self, method: str, path: str, where: str, error: Any) -> ProxmoxError:
+        status = int(error.status_code)
+        text = " ".join(str(error.content or error.status_message or "").split())
+        errors = error.errors if isinstance(error.errors, dict) and not isinstance(error.errors.get("errors"), bytes) else None
+        if errors:
+            text = f"{text} {'; '.join(f'{name}: {value}' for name, value in errors.items())}".strip()
+        text = text[:1000]
+        facts = {"status": status, "text": text, "method": method, "path": path}
+        if status == 401:
+            return AccessDenied(f"Proxmox on {self.settings.where} refuses the credentials of {self.settings.login} ({status} {text}); "
+                                "check api_user, api_token_id and api_token_secret (and whether the token has expired)", **facts)
+        if status == 403:
+            return AccessDenied(f"{where}: {self.settings.login} may not do that ({status} {text}); grant the privilege named there", **facts)
+        if status in _NOT_DELIVERED:
+            return Unreachable(f"{where}: the node does not answer ({status} {text or 'no route to the node'})", **facts)
+        if status in _UNKNOWN:
+            return OutcomeUnknown(f"{where}: whether it was carried out is not known ({status} {text})", **facts)
+        return ApiError(f"{where}: {status} {text}", **facts)
+
+
+def _import_proxmoxer() -> Any:
+    try:
+        import proxmoxer
+        import requests  # noqa: F401 - proxmoxer ends the process when it is missing
+    except ImportError as error:
+        raise InvalidInput(f"the Python library {error.name} is missing on this host: install python3-proxmoxer and python3-requests "
+                           "(Debian), or pip install proxmoxer requests", library=error.name) from None
+    return proxmoxer
+
+
+def _send(api: Any, method: str, path: str, params: dict[str, Any]) -> Any:
+    parts = [quote(part, safe=":!@-._~") for part in path.split("/")]
+    found = getattr(api(parts), method.lower())(**{name.replace("_", "-"): value for name, value in params.items() if value is not None})
+    # proxmoxer hands out what it could not parse (and what pvesh printed) as {"errors": ...}: never take that for data.
+    if isinstance(found, dict) and set(found) == {"errors"}:
+        raise ValueError("not JSON")
+    return found
+
+
+def _may_retry(method: str, error: ProxmoxError) -> bool:
+    if isinstance(error, ApiError):
+        return any(text in error.text for text in _NOT_BEGUN)
+    if method != "GET":
+        return False
+    return isinstance(error, OutcomeUnknown) and "no answer within" not in error.message
+
+
+def _template(path: str) -> str:
+    """The kind of a request, for counting: names and numbers replaced."""
+    path = re.sub(r"/tasks/[^/]+", "/tasks/{upid}", path)
+    path = re.sub(r"^nodes/[^/]+", "nodes/{node}", path)
+    return re.sub(r"/qemu/\d+", "/qemu/{vmid}", path)
+
+
+def _never_connected(error: Exception) -> bool:
+    text = str(error)
+    return any(name in text for name in ("NewConnectionError", "NameResolutionError", "ConnectTimeoutError", "Connection refused",
+                                         "Name or service not known", "Failed to establish"))
+
+
+def _reason(error: Exception) -> str:
+    text = str(error)
+    found = re.search(r"(Connection refused|Name or service not known|Temporary failure in name resolution|No route to host|"
+                      r"Network is unreachable|Connection reset by peer|Remote end closed connection|Read timed out|IncompleteRead)", text)
+    return found[1] if found else type(error).__name__
+
+
+def _tls_reason(error: Exception) -> str:
+    found = re.search(r"certificate verify failed: ([^(\[]+)|(Hostname mismatch[^.]*)|(WRONG_VERSION_NUMBER)", str(error))
+    return next((part.strip() for part in found.groups() if part), "TLS failed") if found else "TLS failed"

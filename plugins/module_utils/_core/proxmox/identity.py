@@ -1,0 +1,78 @@
+# Copyright: the agentlab.proxmox contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Is the VM at this VMID ours? Two marks decide: our UUID in the description (set by the clone call itself, so it is there from the first
+moment), and the SMBIOS UUID that Proxmox gave the clone. Name and tags are no proof: a clone made by hand copies them, and the description too.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+MATCH = "MATCH"
+FOREIGN = "FOREIGN"
+AMBIGUOUS = "AMBIGUOUS"
+UNBOUND = "UNBOUND"
+UNKNOWN = "UNKNOWN"
+
+_MARKER = re.compile(r"agentlab-sandbox: ([0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12})(?![0-9a-f-])")
+_NOTE = "agentlab-delete:"
+_SMBIOS = re.compile(r"(?:^|,)uuid=([0-9A-Fa-f-]{36})(?:,|$)")
+_LONGEST_DESCRIPTION = 8192
+
+
+@dataclass(slots=True)
+class Verdict:
+    """The judgement on one VM, with what it was judged by."""
+
+    identity: str
+    evidence: dict[str, Any]
+    digest: str | None = None
+    config: dict[str, Any] | None = None
+
+
+def marker(uuid: str) -> str:
+    """The description a sandbox's VM is cloned with."""
+    return f"agentlab-sandbox: {uuid}\nThrow-away VM of agentlab.proxmox. Keep the line above: without it the VM is not recognised."
+
+
+def markers(config: dict[str, Any]) -> set[str]:
+    """The sandbox UUIDs that a VM's description carries."""
+    return set(_MARKER.findall(str(config.get("description") or "")))
+
+
+def smbios_uuid(config: dict[str, Any]) -> str | None:
+    """The SMBIOS UUID of a VM's configuration, lower case."""
+    found = _SMBIOS.search(str(config.get("smbios1") or ""))
+    return found[1].lower() if found else None
+
+
+def judge(uuid: str, known_smbios: str | None, config: dict[str, Any]) -> Verdict:
+    """MATCH, FOREIGN, AMBIGUOUS, or UNBOUND (our marker, but the SMBIOS UUID was never stored)."""
+    found_markers, found_smbios = markers(config), smbios_uuid(config)
+    ours = found_markers == {uuid}
+    evidence = {"marker": "ours" if ours else ("several" if uuid in found_markers else ("other" if found_markers else "none")),
+                "smbios_uuid": found_smbios, "expected_smbios_uuid": known_smbios, "name": config.get("name"), "lock": config.get("lock")}
+    if known_smbios is None:
+        if config.get("lock") in ("clone", "create"):
+            # Until a clone is done its description is Proxmox's own: it says nothing yet.
+            identity = UNKNOWN
+        elif ours:
+            identity = UNBOUND
+        else:
+            identity = AMBIGUOUS if uuid in found_markers else FOREIGN
+    elif found_smbios == known_smbios.lower():
+        identity = MATCH if ours else AMBIGUOUS
+    else:
+        identity = AMBIGUOUS if uuid in found_markers else FOREIGN
+    return Verdict(identity, evidence, str(config.get("digest") or "") or None, config)
+
+
+def deletion_note(config: dict[str, Any], operation: str, at: str | None) -> str:
+    """The description with one line more that says who deletes the VM and when; replaces the line of an earlier try."""
+    lines = [line for line in str(config.get("description") or "").splitlines() if not line.startswith(_NOTE)]
+    text = "\n".join([*lines, f"{_NOTE} {operation} {at}"])
+    return text[:_LONGEST_DESCRIPTION]

@@ -1,0 +1,141 @@
+# Copyright: the agentlab.proxmox contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Waiting for tasks. Many waiters share one poll a node: the list of its tasks, instead of one request a task a tick."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+from ..clock import Clock
+from ..errors import ApiError, InvalidInput, OutcomeUnknown, ProxmoxError, TaskFailed, TaskTimeout, TaskUnknown
+from .client import ProxmoxClient
+
+# Polling starts short, for tasks that end at once, and grows with the age of the youngest task waited for.
+FIRST_POLL = 0.05
+LONGEST_POLL = 2.0
+_LIST_LIMIT = 5000
+_LOST_AFTER = 10
+
+
+def node_of(upid: str) -> str:
+    """The node a task runs on; it must be asked for there. UPID:node:pid:pstart:starttime:type:id:user:"""
+    parts = upid.split(":")
+    if len(parts) < 9 or parts[0] != "UPID" or not parts[1]:
+        raise OutcomeUnknown(f"Proxmox answered {upid[:80]!r} where a task id was expected; whether anything was done is not known")
+    return parts[1]
+
+
+def started_at(upid: str) -> int:
+    """The node's wall time at the task's start, seconds."""
+    try:
+        return int(upid.split(":")[4], 16)
+    except (IndexError, ValueError):
+        return 0
+
+
+class TaskWaiter:
+    """Waits for task ids; use one for a whole run, from any number of threads."""
+
+    def __init__(self, client: ProxmoxClient, clock: Clock) -> None:
+        self._client = client
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
+        self._waiting: dict[str, dict[str, float]] = {}
+        self._polling: set[str] = set()
+        self._ended: dict[str, str] = {}
+        self._errors: dict[str, ProxmoxError] = {}
+
+    def wait(self, upid: Any, what: str, timeout: float) -> list[str]:
+        """Return the warnings ([] for none) once the task has ended well.
+
+        Raises TaskFailed with Proxmox's text, TaskTimeout when it goes on, TaskUnknown when its outcome cannot be read.
+        """
+        upid = str(upid)
+        node = node_of(upid)
+        begun = self._clock.monotonic()
+        deadline = begun + timeout
+        with self._lock:
+            self._waiting.setdefault(node, {})[upid] = begun
+        try:
+            while True:
+                with self._lock:
+                    if upid in self._ended:
+                        return _judge(upid, what, node, self._ended.pop(upid))
+                    if upid in self._errors:
+                        raise self._errors.pop(upid)
+                    left = deadline - self._clock.monotonic()
+                    if left <= 0:
+                        raise TaskTimeout(f"{what}: task {upid} on node {node} did not end within {timeout:g} s (wait_timeout); it goes on there, "
+                                          "run again to take it up", upid=upid, node=node, timeout=timeout)
+                    if node in self._polling:
+                        self._changed.wait(min(left, 0.5))
+                        continue
+                    self._polling.add(node)
+                    youngest = min(self._clock.monotonic() - since for since in self._waiting[node].values())
+                    awaited = dict(self._waiting[node])
+                try:
+                    self._clock.sleep(min(left, max(FIRST_POLL, min(youngest * 0.4, LONGEST_POLL))))
+                    ended, errors = self._poll(node, awaited)
+                finally:
+                    with self._lock:
+                        self._polling.discard(node)
+                        self._changed.notify_all()
+                with self._lock:
+                    self._ended.update(ended)
+                    self._errors.update(errors)
+                    self._changed.notify_all()
+        finally:
+            with self._lock:
+                self._waiting[node].pop(upid, None)
+
+    def _poll(self, node: str, awaited: dict[str, float]) -> tuple[dict[str, str], dict[str, ProxmoxError]]:
+        """Exit statuses of those that ended. A failed poll is tolerated until the waiter's own time-out."""
+        ended: dict[str, str] = {}
+        errors: dict[str, ProxmoxError] = {}
+        single = list(awaited) if len(awaited) == 1 else []
+        try:
+            if not single:
+                since = min(map(started_at, awaited)) - 1
+                rows = self._client.get_list(f"nodes/{node}/tasks", source="all", since=max(since, 0), limit=_LIST_LIMIT)
+                listed = {str(row.get("upid")): row for row in rows}
+                now = self._clock.monotonic()
+                for upid, since_ in awaited.items():
+                    row = listed.get(upid)
+                    if row is None:
+                        # New tasks may be listed a moment late; old ones that are missing are asked for by themselves.
+                        if now - since_ > _LOST_AFTER:
+                            single.append(upid)
+                    elif row.get("endtime") or row.get("status") not in (None, "", "RUNNING", "running"):
+                        ended[upid] = str(row.get("status") or "unexpected status")
+        except ApiError as error:
+            if error.status == 403:
+                single = list(awaited)
+        except ProxmoxError:
+            return ended, errors
+        for upid in single:
+            try:
+                found = self._client.get_dict(f"nodes/{node}/tasks/{upid}/status")
+                if found.get("status") == "stopped":
+                    ended[upid] = str(found.get("exitstatus") or "unexpected status")
+            except ApiError as error:
+                if "no such task" in error.text or "unable to parse worker upid" in error.text or error.status in (400, 403, 404):
+                    errors[upid] = TaskUnknown(f"the outcome of task {upid} cannot be read ({error.status} {error.text}); look at it on node {node} "
+                                               "and run again", upid=upid, node=node)
+            except (ProxmoxError, InvalidInput):
+                continue
+        return ended, errors
+
+
+def _judge(upid: str, what: str, node: str, status: str) -> list[str]:
+    if status == "OK":
+        return []
+    if status.startswith("WARNINGS"):
+        return [f"{what}: task {upid} ended with {status}; see its log on node {node}"]
+    if status == "unexpected status":
+        raise TaskUnknown(f"{what}: the worker of task {upid} on node {node} died (unexpected status); what it did is not known, run again",
+                          upid=upid, node=node)
+    raise TaskFailed(f"{what}: task {upid} on node {node} failed: {status}", upid=upid, node=node, exitstatus=status)

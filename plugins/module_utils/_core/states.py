@@ -1,0 +1,127 @@
+# Copyright: the agentlab.proxmox contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""The two tables every rule comes from: which state may follow which, and what each operation needs.
+
+Messages, documentation tables and the diagram are made from these two; nothing else in the code names a list of states.
+"""
+
+from __future__ import annotations
+
+from .errors import StateConflict
+
+REQUESTED = "REQUESTED"
+PROVISIONING = "PROVISIONING"
+BOOTING = "BOOTING"
+READY = "READY"
+RUNNING = "RUNNING"
+SUSPENDED = "SUSPENDED"
+COMPLETED = "COMPLETED"
+FAILED = "FAILED"
+TIMEOUT = "TIMEOUT"
+STOPPED = "STOPPED"
+DESTROYED = "DESTROYED"
+
+TRANSITIONS: dict[str, tuple[str, ...]] = {
+    REQUESTED: (PROVISIONING, FAILED, TIMEOUT, DESTROYED),
+    PROVISIONING: (BOOTING, FAILED, TIMEOUT, DESTROYED),
+    BOOTING: (READY, FAILED, TIMEOUT, DESTROYED),
+    READY: (RUNNING, SUSPENDED, STOPPED, FAILED, TIMEOUT, DESTROYED),
+    RUNNING: (SUSPENDED, COMPLETED, FAILED, TIMEOUT, STOPPED, DESTROYED),
+    SUSPENDED: (READY, RUNNING, STOPPED, TIMEOUT, DESTROYED),
+    COMPLETED: (STOPPED, DESTROYED),
+    FAILED: (STOPPED, DESTROYED),
+    TIMEOUT: (STOPPED, DESTROYED),
+    STOPPED: (BOOTING, READY, RUNNING, DESTROYED),
+    DESTROYED: (),
+}
+
+STATES: tuple[str, ...] = tuple(TRANSITIONS)
+
+
+class Rule:
+    """What one operation needs: the states it acts in, and those in which there is nothing left to do."""
+
+    __slots__ = ("phrase", "allowed", "satisfied", "hint")
+
+    def __init__(self, phrase: str, allowed: tuple[str, ...], satisfied: tuple[str, ...] = (), hint: str = "") -> None:
+        self.phrase = phrase
+        self.allowed = allowed
+        self.satisfied = satisfied
+        self.hint = hint
+
+
+OPERATIONS: dict[str, Rule] = {
+    "destroy": Rule("destroy sandbox", (STOPPED,), (DESTROYED,), "force"),
+    "force_destroy": Rule("force destroy sandbox", tuple(s for s in STATES if s != DESTROYED), (DESTROYED,)),
+    "renew_lease": Rule("renew lease", (RUNNING,)),
+    "stop": Rule("stop sandbox", (READY, RUNNING, SUSPENDED, COMPLETED, FAILED, TIMEOUT), (STOPPED,)),
+    "start": Rule("start sandbox", (STOPPED, SUSPENDED), (READY, RUNNING)),
+    "suspend": Rule("suspend sandbox", (READY, RUNNING), (SUSPENDED,)),
+    "complete": Rule("report completed", (RUNNING,), (COMPLETED,)),
+    "fail": Rule("report failed", (RUNNING,), (FAILED,)),
+    "prune": Rule("prune sandbox", (TIMEOUT,)),
+    # A lease can run out in every live state that still has a transition to TIMEOUT.
+    "expire": Rule("expire sandbox", tuple(s for s, follow in TRANSITIONS.items() if TIMEOUT in follow)),
+}
+
+# States that prune may be asked to look at besides TIMEOUT (semantics 8: "only where a rule names them").
+PRUNABLE: tuple[str, ...] = (TIMEOUT, COMPLETED, FAILED, STOPPED)
+# The creation is under way (or was, when it was killed).
+CREATING: tuple[str, ...] = (REQUESTED, PROVISIONING, BOOTING)
+# The VM is meant to run.
+POWERED: tuple[str, ...] = (READY, RUNNING)
+
+# How each interface spells "use force": the API and the command line use the flag, modules the option.
+FORCE_HINT_CLI = "Use --force to bypass"
+FORCE_HINT_MODULE = "Use force=true to bypass"
+
+
+def can_follow(current: str, target: str) -> bool:
+    """True when the table has a transition from ``current`` to ``target``."""
+    return target in TRANSITIONS[current]
+
+
+def refusal(operation: str, state: str, force_hint: str = FORCE_HINT_CLI) -> str:
+    """The sentence for an operation that the state does not allow; names the state and the valid ones."""
+    rule = OPERATIONS[operation]
+    # "Valid states" are those in which the call succeeds; the seed lists DESTROYED for destroy and only RUNNING for renew.
+    valid = ", ".join(rule.allowed + rule.satisfied)
+    message = f"cannot {rule.phrase} in {state} state. Valid states: {valid}"
+    return f"{message}. {force_hint}" if rule.hint == "force" else message
+
+
+def check(operation: str, state: str, force_hint: str = FORCE_HINT_CLI) -> bool:
+    """Whether there is something to do; raises StateConflict when the state forbids the operation."""
+    rule = OPERATIONS[operation]
+    if state in rule.allowed:
+        return True
+    if state in rule.satisfied:
+        return False
+    raise StateConflict(refusal(operation, state, force_hint), operation=operation, state=state,
+                        valid=rule.allowed + rule.satisfied)
+
+
+def transition_table() -> str:
+    """The transitions as a Markdown table."""
+    rows = ["| from | to |", "|---|---|"]
+    rows += [f"| {state} | {', '.join(follow) or 'none: terminal'} |" for state, follow in TRANSITIONS.items()]
+    return "\n".join(rows)
+
+
+def operation_table() -> str:
+    """The operations as a Markdown table: what each is allowed in, and where there is nothing to do."""
+    rows = ["| operation | allowed in | nothing to do in |", "|---|---|---|"]
+    for name, rule in OPERATIONS.items():
+        rows.append(f"| {name.replace('_', ' ')} | {', '.join(rule.allowed)} | {', '.join(rule.satisfied) or '-'} |")
+    return "\n".join(rows)
+
+
+def state_table() -> str:
+    """For the README: every state, and what can be done in it."""
+    rows = ["| state | what can be done in it |", "|---|---|"]
+    for state in STATES:
+        verbs = [name.replace("_", " ") for name, rule in OPERATIONS.items() if state in rule.allowed]
+        rows.append(f"| {state} | {', '.join(verbs) or 'nothing: terminal'} |")
+    return "\n".join(rows)

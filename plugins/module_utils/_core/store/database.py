@@ -1,0 +1,235 @@
+# Copyright: the agentlab.proxmox contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Opening, migrating and writing the SQLite file. Knows transactions and files; knows nothing of sandboxes.
+
+Writes of many threads are committed together: whoever gets the writer's lock first commits for all that queued up meanwhile, each in a
+savepoint of its own, so a bulk run pays for few disk syncs at full durability and one refused write spoils no other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+from ..errors import StoreError
+from . import schema
+
+T = TypeVar("T")
+
+BUSY_SECONDS = 60.0
+
+
+class _Job:
+    __slots__ = ("work", "done", "value", "error")
+
+    def __init__(self, work: Callable[[sqlite3.Connection], Any]) -> None:
+        self.work = work
+        self.done = False
+        self.value: Any = None
+        self.error: BaseException | None = None
+
+
+def explain(path: str, error: Exception) -> StoreError:
+    """SQLite's error as a sentence that names the file and says what to do."""
+    text = str(error)
+    low = text.lower()
+    if "readonly" in low or "read-only" in low:
+        advice = "the file or its folder is read-only for this user; run as the owner or mend the permissions"
+    elif "full" in low:
+        advice = "the disk is full; free some space and run again (nothing was written)"
+    elif "not a database" in low or "malformed" in low or "corrupt" in low:
+        advice = "the file is damaged or not an agentlab database; restore a backup, or move it away to begin with an empty one"
+    elif "unable to open" in low:
+        advice = "the folder is missing or not accessible for this user; create it or set another database"
+    elif "locked" in low or "busy" in low:
+        advice = f"other runs kept it busy for {BUSY_SECONDS:.0f} seconds; run again"
+    else:
+        advice = "nothing was written"
+    return StoreError(f"database {path}: {text}: {advice}", path=path)
+
+
+class Database:
+    """One SQLite file. ``read`` gives rows, ``write`` runs a function inside a durable transaction."""
+
+    def __init__(self, path: str, *, group_mode: bool = False, dry_run: bool = False) -> None:
+        self.path = path
+        self._queue: list[_Job] = []
+        self._queue_lock = threading.Lock()
+        self._writer_lock = threading.Lock()
+        self._reader_lock = threading.Lock()
+        try:
+            if dry_run:
+                self._writer = self._copy_in_memory()
+                self._reader = self._writer
+                self._reader_lock = self._writer_lock
+            else:
+                self._create_file(group_mode)
+                self._writer = self._connect(path)
+                self._migrate(self._writer)
+                self._reader = self._connect(path)
+        except (sqlite3.Error, OSError) as error:
+            raise explain(path, error) from error
+
+    # ---- opening ----
+
+    @staticmethod
+    def _connect(path: str) -> sqlite3.Connection:
+        conn = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
+        conn.row_factory = sqlite3.Row
+        conn.execute("PRAGMA foreign_keys = ON")
+        if path != ":memory:":
+            # A file that is not ours must not be turned into WAL: look before the first pragma that writes.
+            Database._refuse_foreign(path, conn)
+            conn.execute("PRAGMA journal_mode = WAL")
+            # FULL: a commit is on the disk before Proxmox is asked to do what it announces.
+            conn.execute("PRAGMA synchronous = FULL")
+        return conn
+
+    def _create_file(self, group_mode: bool) -> None:
+        folder = os.path.dirname(os.path.abspath(self.path))
+        os.makedirs(folder, mode=0o750 if group_mode else 0o700, exist_ok=True)
+        mode = 0o660 if group_mode else 0o600
+        try:
+            fd = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, mode)
+        except FileExistsError:
+            # Somebody widened it (or restored it from a backup): nobody but the owner and the group may ever read it.
+            found = os.stat(self.path).st_mode & 0o777
+            if found & 0o007:
+                with contextlib.suppress(PermissionError):
+                    os.chmod(self.path, found & ~0o007)
+        else:
+            os.fchmod(fd, mode)
+            os.close(fd)
+
+    def _copy_in_memory(self) -> sqlite3.Connection:
+        """For check mode: everything can be planned and tried on a copy, and no file is created, migrated or written."""
+        memory = self._connect(":memory:")
+        if os.path.exists(self.path) and os.path.getsize(self.path):
+            if not os.access(self.path, os.R_OK):
+                raise StoreError(f"database {self.path}: not readable for this user; run as the owner or mend the permissions", path=self.path)
+            source = sqlite3.connect(f"file:{_quote(self.path)}?mode=ro", uri=True, timeout=BUSY_SECONDS)
+            try:
+                self._refuse_foreign(self.path, source)
+                source.backup(memory)
+            finally:
+                source.close()
+        self._migrate(memory)
+        return memory
+
+    @staticmethod
+    def _refuse_foreign(path: str, conn: sqlite3.Connection) -> None:
+        found = conn.execute("PRAGMA application_id").fetchone()[0]
+        tables = conn.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+        if tables and found != schema.APPLICATION_ID:
+            raise StoreError(f"database {path}: this is the SQLite file of another program; set database to a path of its own", path=path)
+        version = conn.execute("PRAGMA user_version").fetchone()[0]
+        if version > schema.VERSION:
+            raise StoreError(
+                f"database {path}: its schema version {version} is newer than the {schema.VERSION} that this release knows; "
+                "upgrade agentlab.proxmox, or restore the backup made before the upgrade",
+                path=path,
+            )
+
+    def _migrate(self, conn: sqlite3.Connection) -> None:
+        if conn.execute("PRAGMA user_version").fetchone()[0] == schema.VERSION:
+            return
+        for number, step in enumerate(schema.MIGRATIONS, 1):
+            with _transaction(conn):
+                # Read again inside the transaction: another process may have been faster.
+                if conn.execute("PRAGMA user_version").fetchone()[0] >= number:
+                    continue
+                for statement in step:
+                    conn.execute(statement)
+                conn.execute(f"PRAGMA application_id = {schema.APPLICATION_ID}")
+                conn.execute(f"PRAGMA user_version = {number}")
+
+    # ---- use ----
+
+    def read(self, sql: str, *values: Any) -> list[sqlite3.Row]:
+        """Rows of a query, outside any transaction of a writer."""
+        try:
+            with self._reader_lock:
+                return self._reader.execute(sql, values).fetchall()
+        except sqlite3.Error as error:
+            raise explain(self.path, error) from error
+
+    def write(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        """Run ``work`` in a transaction and return its value once that is on the disk; what it raises undoes only its own writes."""
+        job = _Job(work)
+        with self._queue_lock:
+            self._queue.append(job)
+        with self._writer_lock:
+            if not job.done:
+                with self._queue_lock:
+                    batch, self._queue = self._queue, []
+                self._commit(batch)
+        if job.error is not None:
+            if isinstance(job.error, sqlite3.Error):
+                raise explain(self.path, job.error) from job.error
+            raise job.error
+        value: T = job.value
+        return value
+
+    def _commit(self, batch: list[_Job]) -> None:
+        try:
+            with _transaction(self._writer):
+                for job in batch:
+                    self._writer.execute("SAVEPOINT job")
+                    try:
+                        job.value = job.work(self._writer)
+                    except Exception as error:
+                        job.error = error
+                        # A full disk may already have rolled everything back: then the savepoint is gone with it.
+                        if not self._writer.in_transaction:
+                            raise
+                        self._writer.execute("ROLLBACK TO job")
+                    self._writer.execute("RELEASE job")
+        except Exception as error:
+            for job in batch:
+                job.error = job.error or error
+        finally:
+            for job in batch:
+                job.done = True
+
+    def integrity(self) -> str:
+        """``ok``, or what SQLite's own check found."""
+        return "; ".join(str(row[0]) for row in self.read("PRAGMA quick_check"))
+
+    def close(self) -> None:
+        for conn in (self._reader, self._writer):
+            with contextlib.suppress(sqlite3.Error):
+                conn.close()
+
+
+@contextlib.contextmanager
+def _transaction(conn: sqlite3.Connection) -> Iterator[None]:
+    deadline = time.monotonic() + BUSY_SECONDS
+    while True:
+        try:
+            conn.execute("BEGIN IMMEDIATE")
+            break
+        except sqlite3.OperationalError as error:
+            # busy_timeout does not cover every case (a WAL being recovered, a schema just changed): go on until the bound.
+            if "locked" not in str(error) and "busy" not in str(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
+    try:
+        yield
+        conn.execute("COMMIT")
+    except BaseException:
+        if conn.in_transaction:
+            conn.execute("ROLLBACK")
+        raise
+
+
+def _quote(path: str) -> str:
+    from urllib.parse import quote
+
+    return quote(os.path.abspath(path))

@@ -1,0 +1,51 @@
+# Copyright: the agentlab.proxmox contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Who holds a claim, and whether that process still lives. Lets the next run take over from a killed one at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+
+
+def _read(path: str) -> str:
+    try:
+        with open(path, encoding="ascii", errors="replace") as file:
+            return file.read()
+    except OSError:
+        return ""
+
+
+def _started(pid: int) -> str:
+    # Field 22 of /proc/PID/stat; the command in field 2 may hold blanks and brackets.
+    return _read(f"/proc/{pid}/stat").rpartition(")")[2].split()[19:20].__str__()
+
+
+def identity() -> str:
+    """This process, told apart from any other before or after it, on this host or another (JSON)."""
+    boot = _read("/proc/sys/kernel/random/boot_id").strip()
+    try:
+        namespace = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        namespace = ""
+    pid = os.getpid()
+    return json.dumps({"host": socket.gethostname(), "boot": boot, "ns": namespace, "pid": pid, "started": _started(pid)})
+
+
+def is_dead(process: str) -> bool:
+    """True only when it is certain; a process of another host, or of another container on this one, cannot be judged and counts as alive."""
+    try:
+        found = json.loads(process)
+        here = json.loads(identity())
+        if not found["boot"] or found["host"] != here["host"]:
+            return False
+        if found["boot"] != here["boot"]:
+            return True
+        if found["ns"] != here["ns"]:
+            return False
+        return bool(_started(int(found["pid"])) != found["started"])
+    except (ValueError, KeyError, TypeError):
+        return False

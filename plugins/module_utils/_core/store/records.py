@@ -1,0 +1,379 @@
+# Copyright: the agentlab.proxmox contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""The records: sandboxes, their events, the claims on them and the journal of what is under way.
+
+Every change of state is a compare-and-set on state and generation in the same transaction as its event. Every write of an operation is
+fenced by its claim: a run that lost its claim cannot write any more.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from .. import states
+from ..clock import Clock
+from ..errors import Busy, ClaimLost, InvalidInput, NotFound, RecordChanged
+from ..model import COLUMNS, Sandbox
+from . import process
+from .database import Database
+
+T = TypeVar("T")
+
+# Longer than the longest task we wait for; every journal entry and poll extends it.
+CLAIM_SECONDS = 3600
+_LIVE = "state <> 'DESTROYED'"
+_SELECT = f"SELECT {', '.join(COLUMNS)} FROM sandboxes"
+
+
+@dataclass(slots=True)
+class Claim:
+    """The right to work on one sandbox. ``interrupted`` is the journal entry a killed run left behind, if any."""
+
+    uuid: str
+    fence: int
+    operation: str
+    interrupted: Operation | None = None
+
+
+@dataclass(slots=True)
+class Operation:
+    """A journal entry: what is under way on a sandbox, and how far it has come."""
+
+    sandbox_uuid: str
+    kind: str
+    phase: str
+    detail: dict[str, Any]
+    actor: str
+    started_at: int
+    updated_at: int
+
+    @classmethod
+    def from_row(cls, row: sqlite3.Row) -> Operation:
+        return cls(row["sandbox_uuid"], row["kind"], row["phase"], json.loads(row["detail"]), row["actor"], row["started_at"], row["updated_at"])
+
+
+class Records:
+    """Reads and writes of records on one database."""
+
+    def __init__(self, database: Database, clock: Clock, actor: str) -> None:
+        self.db = database
+        self.clock = clock
+        self.actor = actor
+        self._process = process.identity()
+
+    # ---- reading ----
+
+    def get(self, uuid: str) -> Sandbox:
+        rows = self.db.read(f"{_SELECT} WHERE uuid = ?", uuid)
+        if not rows:
+            raise NotFound("sandbox not found", uuid=uuid)
+        return Sandbox.from_row(rows[0])
+
+    def live_by_vmid(self, vmid: int) -> Sandbox | None:
+        rows = self.db.read(f"{_SELECT} WHERE vmid = ? AND {_LIVE}", vmid)
+        return Sandbox.from_row(rows[0]) if rows else None
+
+    def live_by_name(self, name: str) -> Sandbox | None:
+        rows = self.db.read(f"{_SELECT} WHERE name = ? AND {_LIVE}", name)
+        return Sandbox.from_row(rows[0]) if rows else None
+
+    def last_by_vmid(self, vmid: int) -> Sandbox | None:
+        """The live record of that VMID, or else the newest destroyed one."""
+        live = self.live_by_vmid(vmid)
+        if live:
+            return live
+        rows = self.db.read(f"{_SELECT} WHERE vmid = ? AND state = 'DESTROYED' ORDER BY state_changed_at DESC, created_at DESC LIMIT 1", vmid)
+        return Sandbox.from_row(rows[0]) if rows else None
+
+    def last_by_name(self, name: str) -> Sandbox | None:
+        live = self.live_by_name(name)
+        if live:
+            return live
+        rows = self.db.read(f"{_SELECT} WHERE name = ? AND state = 'DESTROYED' ORDER BY state_changed_at DESC LIMIT 1", name)
+        return Sandbox.from_row(rows[0]) if rows else None
+
+    def find_all(self, wanted: Iterable[str] | None = None, *, include_destroyed: bool = False) -> list[Sandbox]:
+        """Sandboxes in the order of their VMIDs; the live ones unless asked otherwise."""
+        names = list(wanted) if wanted is not None else None
+        where, values = ("1", []) if include_destroyed else (_LIVE, [])
+        if names is not None:
+            where += f" AND state IN ({', '.join('?' * len(names))})"
+            values = list(names)
+        rows = self.db.read(f"{_SELECT} WHERE {where} ORDER BY vmid, created_at", *values)
+        return [Sandbox.from_row(row) for row in rows]
+
+    def over(self, now: int) -> list[Sandbox]:
+        """Live sandboxes whose lease is over."""
+        rows = self.db.read(f"{_SELECT} WHERE {_LIVE} AND lease_expires_at <= ? ORDER BY lease_expires_at", now)
+        return [found for found in map(Sandbox.from_row, rows) if found.expired(now)]
+
+    def counts(self) -> dict[str, int]:
+        """Live sandboxes by state; states without any are 0."""
+        found = {row["state"]: row["n"] for row in self.db.read(f"SELECT state, count(*) AS n FROM sandboxes WHERE {_LIVE} GROUP BY state")}
+        return {state: found.get(state, 0) for state in states.STATES if state != states.DESTROYED}
+
+    def events(self, *, uuid: str | None = None, vmid: int | None = None, after: int = 0, tail: int | None = None, limit: int = 1000) -> list[dict[str, Any]]:
+        """Events of a sandbox (or of every sandbox a VMID has had), oldest first."""
+        where, value = ("sandbox_uuid = ?", uuid) if uuid is not None else ("vmid = ?", vmid)
+        count = limit if tail is None else min(tail, limit)
+        order = "DESC" if tail is not None else "ASC"
+        rows = self.db.read(f"SELECT * FROM events WHERE {where} AND id > ? ORDER BY id {order} LIMIT ?", value, after, count)
+        found = [dict(row, evidence=json.loads(row["evidence"]), upids=json.loads(row["upids"])) for row in rows]
+        return found[::-1] if tail is not None else found
+
+    def under_way(self, uuid: str) -> Operation | None:
+        """The journal entry of a sandbox, if an operation on it is unfinished."""
+        rows = self.db.read("SELECT * FROM operations WHERE sandbox_uuid = ?", uuid)
+        return Operation.from_row(rows[0]) if rows else None
+
+    def interrupted(self) -> list[Operation]:
+        """Journal entries whose run is dead or whose claim is gone: what the next run has to finish."""
+        rows = self.db.read("SELECT o.*, c.process, c.expires_at FROM operations o LEFT JOIN claims c USING (sandbox_uuid) ORDER BY o.id")
+        now = self.clock.now()
+        return [Operation.from_row(row) for row in rows
+                if row["process"] is None or row["expires_at"] <= now or process.is_dead(row["process"])]
+
+    def meta(self, key: str) -> str | None:
+        rows = self.db.read("SELECT value FROM meta WHERE key = ?", key)
+        return rows[0]["value"] if rows else None
+
+    def set_meta(self, key: str, value: str | None) -> None:
+        def work(conn: sqlite3.Connection) -> None:
+            if value is None:
+                conn.execute("DELETE FROM meta WHERE key = ?", (key,))
+            else:
+                conn.execute("INSERT INTO meta VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET value = excluded.value", (key, value))
+
+        self.db.write(work)
+
+    # ---- a new record ----
+
+    def reserve(self, sandbox: Sandbox, *, vmid: int | None, vmid_range: tuple[int, int], occupied: set[int], journal: dict[str, Any]) -> Claim:
+        """Write a REQUESTED record under a VMID that no live record has, with its claim and journal entry, in one transaction.
+
+        Without ``vmid`` the range is walked on from the last one given out, so that a freed VMID is not the next one taken.
+        """
+
+        def work(conn: sqlite3.Connection) -> Claim:
+            now = self.clock.now()
+            taken = {row["vmid"] for row in conn.execute(f"SELECT vmid FROM sandboxes WHERE {_LIVE}")}
+            if vmid is not None:
+                if vmid in taken:
+                    raise InvalidInput(f"vmid: {vmid} already belongs to a live sandbox", option="vmid", value=vmid)
+                sandbox.vmid = vmid
+            else:
+                first, last = vmid_range
+                row = conn.execute("SELECT value FROM meta WHERE key = 'last_vmid'").fetchone()
+                begin = int(row["value"]) + 1 if row and first <= int(row["value"]) < last else first
+                free = (n for n in (*range(begin, last + 1), *range(first, begin)) if n not in taken and n not in occupied)
+                sandbox.vmid = next(free, 0)
+                if not sandbox.vmid:
+                    raise InvalidInput(
+                        f"vmid_range: all VMIDs of {first}-{last} are taken; destroy or prune sandboxes, or configure a larger range",
+                        option="vmid_range", value=f"{first}-{last}")
+                conn.execute("INSERT INTO meta VALUES ('last_vmid', ?) ON CONFLICT (key) DO UPDATE SET value = excluded.value", (str(sandbox.vmid),))
+            clash = conn.execute(f"SELECT vmid FROM sandboxes WHERE name = ? AND {_LIVE}", (sandbox.name,)).fetchone()
+            if clash:
+                raise InvalidInput(f"name: {sandbox.name!r} is the name of the live sandbox {clash['vmid']}", option="name", value=sandbox.name)
+            sandbox.created_at = sandbox.updated_at = sandbox.state_changed_at = now
+            sandbox.state = states.REQUESTED
+            values = [json.dumps(sandbox.tags) if name == "tags" else getattr(sandbox, name) for name in COLUMNS]
+            conn.execute(f"INSERT INTO sandboxes ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))})", values)
+            claim = self._take(conn, sandbox.uuid, "create", now)
+            self._event(conn, sandbox, None, states.REQUESTED, "create", outcome="decided", reason="requested")
+            self._journal(conn, sandbox.uuid, "create", "reserved", journal, now)
+            return claim
+
+        return self.db.write(work)
+
+    def renumber(self, claim: Claim, sandbox: Sandbox, *, vmid_range: tuple[int, int], occupied: set[int]) -> None:
+        """Give a REQUESTED record another VMID of the range: Proxmox said that the first is occupied."""
+
+        def work(conn: sqlite3.Connection) -> int:
+            taken = {row["vmid"] for row in conn.execute(f"SELECT vmid FROM sandboxes WHERE {_LIVE}")}
+            first, last = vmid_range
+            found = next((n for n in range(first, last + 1) if n not in taken and n not in occupied), 0)
+            if not found:
+                raise InvalidInput(f"vmid_range: all VMIDs of {first}-{last} are taken, some by VMs that are not ours; configure another range",
+                                   option="vmid_range", value=f"{first}-{last}")
+            self._set(conn, sandbox, vmid=found)
+            self._event(conn, sandbox, sandbox.state, sandbox.state, "create", outcome="done", reason="vmid_occupied", evidence={"was": sandbox.vmid})
+            return found
+
+        sandbox.vmid = self.fenced(claim, work)
+        sandbox.generation += 1
+
+    # ---- claims ----
+
+    def claim(self, uuid: str, operation: str, *, wait: float = 0) -> Claim:
+        """Take the claim on a sandbox; waits up to ``wait`` seconds for another run, then says who holds it (Busy)."""
+        deadline = self.clock.monotonic() + wait
+        pause = 0.05
+        while True:
+            try:
+                return self.db.write(lambda conn: self._take(conn, uuid, operation, self.clock.now()))
+            except Busy:
+                left = deadline - self.clock.monotonic()
+                if left <= 0:
+                    raise
+                self.clock.sleep(min(pause, left))
+                pause = min(pause * 1.5, 1.0)
+
+    def _take(self, conn: sqlite3.Connection, uuid: str, operation: str, now: int) -> Claim:
+        row = conn.execute("SELECT * FROM claims WHERE sandbox_uuid = ?", (uuid,)).fetchone()
+        if row and row["expires_at"] > now and not process.is_dead(row["process"]):
+            sandbox = conn.execute("SELECT vmid FROM sandboxes WHERE uuid = ?", (uuid,)).fetchone()
+            raise Busy(f"sandbox {sandbox['vmid'] if sandbox else uuid} is being worked on: {row['operation']} by {row['holder']} "
+                       f"for {max(0, now - row['acquired_at'])} s; wait for it or run again", holder=row["holder"], operation=row["operation"])
+        conn.execute("UPDATE meta SET value = value + 1 WHERE key = 'fence'")
+        fence = int(conn.execute("SELECT value FROM meta WHERE key = 'fence'").fetchone()["value"])
+        conn.execute("INSERT OR REPLACE INTO claims VALUES (?, ?, ?, ?, ?, ?, ?)",
+                     (uuid, fence, operation, self.actor, self._process, now, now + CLAIM_SECONDS))
+        left = conn.execute("SELECT * FROM operations WHERE sandbox_uuid = ?", (uuid,)).fetchone()
+        return Claim(uuid, fence, operation, Operation.from_row(left) if left else None)
+
+    def fenced(self, claim: Claim, work: Callable[[sqlite3.Connection], T]) -> T:
+        """Run a write only while the claim is still ours, and extend it."""
+
+        def inner(conn: sqlite3.Connection) -> T:
+            extended = conn.execute("UPDATE claims SET expires_at = ? WHERE sandbox_uuid = ? AND fence = ?",
+                                    (self.clock.now() + CLAIM_SECONDS, claim.uuid, claim.fence))
+            if extended.rowcount != 1:
+                raise ClaimLost(f"the claim on sandbox {claim.uuid} was lost to another run; nothing more was done here", uuid=claim.uuid)
+            return work(conn)
+
+        return self.db.write(inner)
+
+    def release(self, claim: Claim) -> None:
+        """Give the claim back; the journal entry stays if the operation is not finished."""
+        self.db.write(lambda conn: conn.execute("DELETE FROM claims WHERE sandbox_uuid = ? AND fence = ?", (claim.uuid, claim.fence)) and None)
+
+    # ---- journal ----
+
+    def _journal(self, conn: sqlite3.Connection, uuid: str, kind: str, phase: str, detail: dict[str, Any], now: int) -> None:
+        conn.execute(
+            "INSERT INTO operations (sandbox_uuid, kind, phase, detail, actor, started_at, updated_at) VALUES (?, ?, ?, ?, ?, ?, ?) "
+            "ON CONFLICT (sandbox_uuid) DO UPDATE SET kind = excluded.kind, phase = excluded.phase, detail = excluded.detail, "
+            "actor = excluded.actor, updated_at = excluded.updated_at",
+            (uuid, kind, phase, json.dumps(detail), self.actor, now, now))
+
+    def journal(self, claim: Claim, kind: str, phase: str, detail: dict[str, Any]) -> None:
+        """Write down what is about to be done, before it is done."""
+        self.fenced(claim, lambda conn: self._journal(conn, claim.uuid, kind, phase, detail, self.clock.now()))
+
+    # ---- changes ----
+
+    def _set(self, conn: sqlite3.Connection, sandbox: Sandbox, **values: Any) -> None:
+        """Compare-and-set of some columns on state and generation."""
+        if "tags" in values:
+            values["tags"] = json.dumps(values["tags"])
+        values["updated_at"] = self.clock.now()
+        names = ", ".join(f"{name} = ?" for name in values)
+        done = conn.execute(f"UPDATE sandboxes SET {names}, generation = generation + 1 WHERE uuid = ? AND state = ? AND generation = ?",
+                            (*values.values(), sandbox.uuid, sandbox.state, sandbox.generation))
+        if done.rowcount != 1:
+            found = conn.execute("SELECT state FROM sandboxes WHERE uuid = ?", (sandbox.uuid,)).fetchone()
+            raise RecordChanged(f"sandbox {sandbox.vmid} was changed by another run meanwhile (now {found['state'] if found else 'gone'}); run again",
+                                vmid=sandbox.vmid)
+
+    def _event(self, conn: sqlite3.Connection, sandbox: Sandbox, old: str | None, new: str | None, operation: str, *, outcome: str,
+               reason: str | None = None, evidence: dict[str, Any] | None = None, upids: Iterable[str] = (), duration_ms: int | None = None) -> None:
+        conn.execute(
+            "INSERT INTO events (at, sandbox_uuid, vmid, from_state, to_state, operation, actor, reason, evidence, upids, duration_ms, outcome) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (self.clock.now(), sandbox.uuid, sandbox.vmid, old, new, operation, self.actor, reason, json.dumps(evidence or {}),
+             json.dumps(list(upids)), duration_ms, outcome))
+
+    def change(self, claim: Claim, sandbox: Sandbox, operation: str, *, to: str | None = None, outcome: str = "done", reason: str | None = None,
+               evidence: dict[str, Any] | None = None, upids: Iterable[str] = (), duration_ms: int | None = None,
+               finish: bool = False, journal: tuple[str, dict[str, Any]] | None = None, **values: Any) -> Sandbox:
+        """One fenced step of an operation: a transition and/or new column values, with its event; returns the new record.
+
+        ``finish`` removes the journal entry and the claim in the same transaction; ``journal`` is the next phase to note in it.
+        """
+        target = to or sandbox.state
+        if to is not None and to != sandbox.state and not states.can_follow(sandbox.state, to):
+            raise RecordChanged(f"sandbox {sandbox.vmid}: no transition from {sandbox.state} to {to}", vmid=sandbox.vmid)
+
+        def work(conn: sqlite3.Connection) -> Sandbox:
+            new = dict(values)
+            if target != sandbox.state:
+                new.update(state=target, state_changed_at=self.clock.now(), absent_seen_at=None, reason=reason)
+            if new:
+                self._set(conn, sandbox, **new)
+            self._event(conn, sandbox, sandbox.state, target, operation, outcome=outcome, reason=reason, evidence=evidence, upids=upids,
+                        duration_ms=duration_ms)
+            if finish:
+                conn.execute("DELETE FROM operations WHERE sandbox_uuid = ?", (sandbox.uuid,))
+                conn.execute("DELETE FROM claims WHERE sandbox_uuid = ? AND fence = ?", (claim.uuid, claim.fence))
+            elif journal:
+                self._journal(conn, sandbox.uuid, operation, journal[0], journal[1], self.clock.now())
+            return Sandbox.from_row(conn.execute(f"{_SELECT} WHERE uuid = ?", (sandbox.uuid,)).fetchone())
+
+        return self.fenced(claim, work)
+
+    def renew(self, sandbox: Sandbox, expires_at: int, now: int, *, operation: str = "renew_lease", evidence: dict[str, Any] | None = None) -> Sandbox:
+        """The one conditional UPDATE of semantics 7: state RUNNING, not yet expired, generation unchanged. RecordChanged when it lost."""
+
+        def work(conn: sqlite3.Connection) -> Sandbox:
+            done = conn.execute(
+                "UPDATE sandboxes SET lease_expires_at = ?, updated_at = ?, generation = generation + 1 "
+                "WHERE uuid = ? AND state = 'RUNNING' AND lease_expires_at > ? AND generation = ? "
+                # A destroy under way wins: a renewal is never a success on a dying VM.
+                "AND NOT EXISTS (SELECT 1 FROM operations WHERE sandbox_uuid = uuid AND kind = 'destroy')",
+                (expires_at, now, sandbox.uuid, now, sandbox.generation))
+            if done.rowcount != 1:
+                raise RecordChanged(f"sandbox {sandbox.vmid} was changed or expired while its lease was renewed", vmid=sandbox.vmid)
+            self._event(conn, sandbox, sandbox.state, sandbox.state, operation, outcome="done", evidence=evidence)
+            return Sandbox.from_row(conn.execute(f"{_SELECT} WHERE uuid = ?", (sandbox.uuid,)).fetchone())
+
+        return self.db.write(work)
+
+    def expire(self, sandbox: Sandbox, now: int) -> Sandbox:
+        """The other side of that race: TIMEOUT, only while the lease is over and nothing changed. RecordChanged when it lost.
+
+        Needs no claim, so that a busy sandbox expires on time; a creation or a stop under way meets the new state at its next step.
+        """
+
+        def work(conn: sqlite3.Connection) -> Sandbox:
+            done = conn.execute(
+                "UPDATE sandboxes SET state = 'TIMEOUT', state_changed_at = ?, updated_at = ?, absent_seen_at = NULL, reason = 'lease_expired', "
+                "generation = generation + 1 WHERE uuid = ? AND state = ? AND lease_expires_at <= ? AND generation = ?",
+                (now, now, sandbox.uuid, sandbox.state, now, sandbox.generation))
+            if done.rowcount != 1:
+                raise RecordChanged(f"sandbox {sandbox.vmid} was renewed or changed before it expired", vmid=sandbox.vmid)
+            self._event(conn, sandbox, sandbox.state, states.TIMEOUT, "expire", outcome="done", reason="lease_expired")
+            return Sandbox.from_row(conn.execute(f"{_SELECT} WHERE uuid = ?", (sandbox.uuid,)).fetchone())
+
+        return self.db.write(work)
+
+    def amend(self, sandbox: Sandbox, operation: str, **values: Any) -> Sandbox:
+        """Change columns that concern no VM (protected, keepalive, absent_seen_at) with an event; needs no claim."""
+
+        def work(conn: sqlite3.Connection) -> Sandbox:
+            self._set(conn, sandbox, **values)
+            self._event(conn, sandbox, sandbox.state, sandbox.state, operation, outcome="done", evidence=values)
+            return Sandbox.from_row(conn.execute(f"{_SELECT} WHERE uuid = ?", (sandbox.uuid,)).fetchone())
+
+        return self.db.write(work)
+
+    def note(self, sandbox: Sandbox, operation: str, *, outcome: str, reason: str | None = None, evidence: dict[str, Any] | None = None,
+             upids: Iterable[str] = ()) -> None:
+        """An event without a change: something was looked at, refused or left alone."""
+        self.db.write(lambda conn: self._event(conn, sandbox, sandbox.state, sandbox.state, operation, outcome=outcome, reason=reason,
+                                               evidence=evidence, upids=upids))
+
+    def forget(self, older_than: int) -> int:
+        """Retention: remove DESTROYED records (and their events) older than so many seconds; returns how many."""
+        limit = self.clock.now() - older_than
+
+        def work(conn: sqlite3.Connection) -> int:
+            return conn.execute("DELETE FROM sandboxes WHERE state = 'DESTROYED' AND state_changed_at < ?", (limit,)).rowcount
+
+        return self.db.write(work)

@@ -1,0 +1,87 @@
+# Copyright: the agentlab.proxmox contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""The database's shape, as numbered steps. A step is never edited once released: a change is a new step."""
+
+from __future__ import annotations
+
+# "alab": tells our file from any other SQLite file before anything is written to it.
+APPLICATION_ID = 0x616C6162
+
+MIGRATIONS: tuple[tuple[str, ...], ...] = (
+    (
+        """CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID""",
+        """CREATE TABLE sandboxes (
+            uuid TEXT PRIMARY KEY,
+            vmid INTEGER NOT NULL CHECK (vmid BETWEEN 100 AND 999999999),
+            name TEXT NOT NULL,
+            state TEXT NOT NULL,
+            generation INTEGER NOT NULL DEFAULT 0,
+            profile TEXT,
+            node TEXT,
+            ip TEXT,
+            workspace_id TEXT,
+            tags TEXT NOT NULL DEFAULT '[]',
+            protected INTEGER NOT NULL DEFAULT 0,
+            keepalive INTEGER NOT NULL DEFAULT 0,
+            ttl_seconds INTEGER NOT NULL DEFAULT 0,
+            lease_expires_at INTEGER,
+            created_at INTEGER NOT NULL,
+            updated_at INTEGER NOT NULL,
+            state_changed_at INTEGER,
+            smbios_uuid TEXT,
+            absent_seen_at INTEGER,
+            reason TEXT
+        ) WITHOUT ROWID""",
+        # VMIDs and names are unique among live records, not over history: Proxmox hands VMIDs out again.
+        "CREATE UNIQUE INDEX live_vmid ON sandboxes (vmid) WHERE state <> 'DESTROYED'",
+        "CREATE UNIQUE INDEX live_name ON sandboxes (name) WHERE state <> 'DESTROYED'",
+        # Small however long the history: listing, prune planning and expiry never read a destroyed record.
+        "CREATE INDEX live_state ON sandboxes (state, state_changed_at) WHERE state <> 'DESTROYED'",
+        "CREATE INDEX live_lease ON sandboxes (lease_expires_at) WHERE state <> 'DESTROYED'",
+        "CREATE INDEX gone_vmid ON sandboxes (vmid, state_changed_at) WHERE state = 'DESTROYED'",
+        "CREATE INDEX gone_age ON sandboxes (state_changed_at) WHERE state = 'DESTROYED'",
+        """CREATE TABLE events (
+            id INTEGER PRIMARY KEY AUTOINCREMENT,
+            at INTEGER NOT NULL,
+            sandbox_uuid TEXT NOT NULL REFERENCES sandboxes (uuid) ON DELETE CASCADE,
+            vmid INTEGER NOT NULL,
+            from_state TEXT,
+            to_state TEXT,
+            operation TEXT NOT NULL,
+            actor TEXT NOT NULL,
+            reason TEXT,
+            evidence TEXT NOT NULL DEFAULT '{}',
+            upids TEXT NOT NULL DEFAULT '[]',
+            duration_ms INTEGER,
+            outcome TEXT NOT NULL
+        )""",
+        "CREATE INDEX events_of ON events (sandbox_uuid, id)",
+        "CREATE INDEX events_vmid ON events (vmid, id)",
+        """CREATE TABLE claims (
+            sandbox_uuid TEXT PRIMARY KEY REFERENCES sandboxes (uuid) ON DELETE CASCADE,
+            fence INTEGER NOT NULL,
+            operation TEXT NOT NULL,
+            holder TEXT NOT NULL,
+            process TEXT NOT NULL,
+            acquired_at INTEGER NOT NULL,
+            expires_at INTEGER NOT NULL
+        ) WITHOUT ROWID""",
+        """CREATE TABLE operations (
+            id INTEGER PRIMARY KEY,
+            sandbox_uuid TEXT NOT NULL REFERENCES sandboxes (uuid) ON DELETE CASCADE,
+            kind TEXT NOT NULL,
+            phase TEXT NOT NULL,
+            detail TEXT NOT NULL DEFAULT '{}',
+            actor TEXT NOT NULL,
+            started_at INTEGER NOT NULL,
+            updated_at INTEGER NOT NULL
+        )""",
+        # One unfinished operation a sandbox; finished ones leave their trace in the events.
+        "CREATE UNIQUE INDEX operation_of ON operations (sandbox_uuid)",
+        "INSERT INTO meta (key, value) VALUES ('fence', '0')",
+    ),
+)
+
+VERSION = len(MIGRATIONS)
