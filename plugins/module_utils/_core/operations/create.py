@@ -166,6 +166,7 @@ def _create(ctx: Context, spec: Spec) -> Outcome:
     known = ctx.cluster.vms()
     if spec.vmid is not None and spec.vmid in known:
         raise _occupied(spec.vmid, str(known[spec.vmid].get("name") or "unnamed"))
+    ctx.cluster.confirm(creating=True)
     uid = str(uuid_module.uuid4())
     name = spec.name or f"sandbox-{uid[:8]}"
     now = ctx.clock.now()

@@ -48,10 +48,10 @@ def renew(ctx: Context, sandbox: Sandbox, ttl: int, *, min_remaining: int | None
         if enough or wanted == current or (0 <= wanted - current < REPEAT_SECONDS and min_remaining is None and not _far_enough(wanted, current, ttl)):
             return _answer("unchanged", sandbox, current, now, capped, changed=False)
         if ctx.dry_run:
-            return _answer("would_renew", sandbox, wanted, now, capped, changed=True)
+            return _answer("would_renew", sandbox, wanted, now, capped, changed=True, was=current)
         try:
             done = ctx.records.renew(sandbox, wanted, now, evidence={"ttl": ttl, "capped": capped, "was": current})
-            return _answer("renewed", done, wanted, now, capped, changed=True)
+            return _answer("renewed", done, wanted, now, capped, changed=True, was=current)
         except RecordChanged:
             sandbox = ctx.records.get(sandbox.uuid)
             left = ctx.records.under_way(sandbox.uuid)
@@ -65,9 +65,9 @@ def _far_enough(wanted: int, current: int, ttl: int) -> bool:
     return ttl <= REPEAT_SECONDS and wanted - current >= max(1, ttl // 2)
 
 
-def _answer(word: str, sandbox: Sandbox, expires_at: int, now: int, capped: bool, *, changed: bool) -> Outcome:
+def _answer(word: str, sandbox: Sandbox, expires_at: int, now: int, capped: bool, *, changed: bool, was: int | None = None) -> Outcome:
     return Outcome.of(word, sandbox, changed=changed, extra={
-        "lease_expires_at": clock_module.iso(expires_at), "granted_seconds": max(0, expires_at - now), "capped": capped})
+        "lease_expires_at": clock_module.iso(expires_at), "granted_seconds": max(0, expires_at - now), "capped": capped, "was": clock_module.iso(was)})
 
 
 @dataclass(slots=True)

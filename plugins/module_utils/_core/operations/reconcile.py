@@ -25,7 +25,6 @@ from .verify import Located, locate
 # Absences of fewer records than this are never "a large share".
 _GUARD_FROM = 5
 _STOPS = ("qmstop", "qmshutdown", "qmsuspend", "hastop", "stopall", "qmreboot")
-_POWERED = (states.READY, states.RUNNING)
 
 
 @dataclass(slots=True)
@@ -40,6 +39,10 @@ class Drift:
     applied: bool = False
     error: str | None = None
     repair: Callable[[], None] | None = field(default=None, repr=False)
+
+    @property
+    def would_change(self) -> bool:
+        return self.repair is not None or self.kind in ("interrupted", "lease_expired", "still_running")
 
     def public(self) -> dict[str, Any]:
         one = self.sandbox
@@ -196,7 +199,7 @@ def _absent(ctx: Context, sandbox: Sandbox, kind: str, evidence: dict[str, Any])
 
 def _power_drift(ctx: Context, sandbox: Sandbox, found: Located) -> Drift | None:
     evidence: dict[str, Any] = {"node": found.node, "vm_status": found.row.get("status")}
-    if sandbox.state in _POWERED and found.row.get("status") == "stopped":
+    if sandbox.state in states.POWERED and found.row.get("status") == "stopped":
         # The list lags by some seconds; the VM itself does not.
         now = power.status(ctx, found).get("status")
         if now == "stopped":

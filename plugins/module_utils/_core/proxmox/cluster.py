@@ -97,8 +97,8 @@ class Cluster:
                 authority = None
         return {"name": cluster, "nodes": nodes, "authority": authority}
 
-    def confirm(self) -> None:
-        """Refuse to draw conclusions from a cluster other than the one the records belong to; the first one seen is remembered."""
+    def confirm(self, *, creating: bool = False) -> None:
+        """Refuse to draw conclusions from a cluster other than the one the records belong to; the first creation decides which that is."""
         import json
 
         with self._lock:
@@ -107,6 +107,9 @@ class Cluster:
             found = self._identity()
             text = self._records.meta("cluster")
             if text is None:
+                if not creating:
+                    raise Kept("unknown", "these records do not know yet which cluster they belong to (the first creation notes it), so nothing is "
+                               "concluded from this one")
                 self._records.set_meta("cluster", json.dumps(found))
             else:
                 known = json.loads(text)

@@ -1,0 +1,85 @@
+# One entry point for all checks, the same here and in CI (.ci/run).
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+MAKEFLAGS += --no-print-directory
+
+# Ansible wants a UTF-8 locale; a bare system may have none set.
+ifeq ($(findstring UTF-8,$(subst utf8,UTF-8,$(or $(LC_ALL),$(LC_CTYPE),$(LANG)))),)
+export LC_ALL := C.UTF-8
+endif
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+export PYTHONDONTWRITEBYTECODE := 1
+
+WORKERS ?= auto
+PYTEST = .venv/bin/python -m pytest -q -n $(WORKERS)
+PYTEST_ARGS ?=
+
+.PHONY: help setup demo test lint lint-python lint-ansible lint-meta sanity unit scenarios test-faults changelog build clean
+
+help: ## Show this list
+	@echo "Targets:"
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@echo "Variables: PYTHON (interpreter for .venv), WORKERS (parallel tests, default auto), PYTEST_ARGS (e.g. '-k lease')"
+
+setup: ## Make .venv with all tools (again when requirements-dev.txt changes)
+	@scripts/setup.sh
+
+demo: setup ## Show the collection at work against a fake Proxmox VE
+	@.venv/bin/python tests/support/demo.py
+
+test: unit lint scenarios sanity ## Everyday checks, under 5 minutes
+	@echo "==> All everyday checks passed"
+
+lint: lint-python lint-ansible lint-meta ## All linters and the type checker
+
+lint-python: setup ## ruff, mypy, shellcheck
+	@echo "==> ruff"
+	@ruff check --quiet .
+	@echo "==> mypy"
+	@mypy --no-error-summary
+	@echo "==> shellcheck"
+	@shellcheck .ci/run scripts/*.sh
+
+lint-ansible: setup ## ansible-lint with the production profile
+	@echo "==> ansible-lint"
+	@ansible-lint --quiet --offline --profile production
+
+lint-meta: setup ## Changelog, module documentation, licences
+	@echo "==> antsibull-changelog lint"
+	@antsibull-changelog lint
+	@echo "==> antsibull-docs lint-collection-docs"
+	@antsibull-docs lint-collection-docs --plugin-docs .
+	@echo "==> reuse lint"
+	@reuse lint --quiet || { reuse lint --lines; exit 1; }
+
+sanity: setup ## ansible-test sanity, on a copy of the collection
+	@echo "==> ansible-test sanity"
+	@scripts/sanity.sh
+
+unit: setup ## Tests of rules, store and operations
+	@echo "==> Unit tests"
+	@$(PYTEST) tests/unit $(PYTEST_ARGS)
+
+scenarios: setup ## Every module in real playbooks against a fake Proxmox VE
+	@echo "==> Scenarios"
+	@$(PYTEST) tests/scenarios $(PYTEST_ARGS)
+
+test-faults: setup ## Interrupted, broken and racing operations; takes long
+	@echo "==> Faults"
+	@$(PYTEST) tests/faults --durations=10 $(PYTEST_ARGS)
+
+changelog: setup ## Release: turn the changelog fragments into CHANGELOG.md
+	@echo "==> antsibull-changelog release"
+	@antsibull-changelog release
+
+build: setup ## Build the collection archive into build/
+	@echo "==> ansible-galaxy collection build"
+	@ansible-galaxy collection build --force --output-path build
+
+clean: ## Remove everything that was generated, .venv included
+	@echo "==> Clean"
+	@rm -rf .venv .ansible .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache build tests/output changelogs/.plugin-cache.yaml
+	@find . -path ./.git -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +

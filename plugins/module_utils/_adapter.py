@@ -1,0 +1,158 @@
+# Copyright: the agentlab.proxmox contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""AnsibleModule on one side, the core on the other: options in, outcomes out, errors to answers. Only this file knows both."""
+
+from __future__ import annotations
+
+import getpass
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ansible.module_utils.basic import AnsibleModule
+
+from ._core import config as core_config
+from ._core import states
+from ._core.errors import AgentlabError, InvalidInput
+from ._core.model import Outcome, Sandbox
+from ._core.operations.context import Context
+
+COMMON_ARGS: dict[str, Any] = {
+    "config_file": {"type": "path"},
+    "database": {"type": "path"},
+    "api_host": {"type": "str"},
+    "api_port": {"type": "int"},
+    "api_user": {"type": "str"},
+    "api_password": {"type": "str", "no_log": True},
+    "api_token_id": {"type": "str"},
+    "api_token_secret": {"type": "str", "no_log": True},
+    "validate_certs": {"type": "bool"},
+    "ca_path": {"type": "path"},
+    "api_timeout": {"type": "int"},
+    "actor": {"type": "str"},
+}
+SELECT_ARGS: dict[str, Any] = {
+    "vmid": {"type": "int"},
+    "vmids": {"type": "list", "elements": "int"},
+    "name": {"type": "str"},
+}
+SELECT_EXCLUSIVE = [("vmid", "vmids", "name")]
+
+
+def run(argument_spec: dict[str, Any], work: Callable[[AnsibleModule, Context], dict[str, Any]], **kwargs: Any) -> None:
+    """Run a module: build the context from options, environment and file, call ``work``, answer. Never shows a trace for what we know."""
+    module = AnsibleModule(argument_spec={**COMMON_ARGS, **argument_spec}, supports_check_mode=True, **kwargs)
+    context: Context | None = None
+    try:
+        found = core_config.load(module.params, os.environ)
+        # Secrets that came from the file or the environment are as secret as those given as options.
+        module.no_log_values.update(value for value in (found.proxmox.api_password, found.proxmox.api_token_secret) if value)
+        context = Context(found, actor=_actor(module), dry_run=module.check_mode, force_hint=states.FORCE_HINT_MODULE,
+                          wait_timeout=wait_timeout(module))
+        result = work(module, context)
+    except AgentlabError as error:
+        module.fail_json(msg=error.message, error=error.as_dict(), changed=False, **_extra(error))
+    except MemoryError:
+        module.fail_json(msg="out of memory; nothing more was done, run again")
+    finally:
+        if context is not None:
+            context.close()
+    for warning in result.pop("warnings", []):
+        module.warn(warning)
+    if result.get("failed"):
+        module.fail_json(**result)
+    module.exit_json(**result)
+
+
+def _extra(error: AgentlabError) -> dict[str, Any]:
+    return {name: error.detail[name] for name in ("count", "drift", "would_prune") if name in error.detail}
+
+
+def _actor(module: AnsibleModule) -> str:
+    """Who acts: the option, or else the user who ran Ansible (before sudo)."""
+    if module.params.get("actor"):
+        return str(module.params["actor"])[:200]
+    job = os.environ.get("AWX_JOB_ID") or os.environ.get("JOB_ID")
+    try:
+        user = os.environ.get("SUDO_USER") or getpass.getuser()
+    except (KeyError, OSError):
+        user = str(os.getuid())
+    return f"{user} ({module._name}{f', AWX job {job}' if job else ''})"
+
+
+def wait_timeout(module: AnsibleModule) -> int | None:
+    """Seconds of ``wait_timeout``, refused when negative."""
+    value = module.params.get("wait_timeout")
+    if value is not None and value < 0:
+        raise InvalidInput(f"wait_timeout: {value} is negative. Valid: seconds, 0 or more", option="wait_timeout", value=value)
+    return value
+
+
+def ids(module: AnsibleModule) -> list[dict[str, Any]]:
+    """What vmid, vmids or name ask for, each once, in order; InvalidInput for numbers that are no VMID."""
+    params = module.params
+    if params.get("name") is not None and params.get("vmid") is None:
+        return [{"name": params["name"]}]
+    wanted = params["vmids"] if params.get("vmids") is not None else [params["vmid"]] if params.get("vmid") is not None else []
+    option = "vmids" if params.get("vmids") is not None else "vmid"
+    for vmid in wanted:
+        if not 100 <= vmid <= 999999999:
+            raise InvalidInput(f"{option}: {vmid} is not a VMID. Valid: 100 to 999999999", option=option, value=vmid)
+    return [{"vmid": vmid} for vmid in dict.fromkeys(wanted)]
+
+
+def answer(outcomes: Sequence[Outcome], *, single: bool, diff: bool) -> dict[str, Any]:
+    """One shape for 0, 1 and n items; a failed item fails the call with all outcomes in the answer."""
+    sandboxes = [one.sandbox for one in outcomes if one.sandbox is not None]
+    failed = [one for one in outcomes if one.failed]
+    result: dict[str, Any] = {
+        "changed": any(one.changed for one in outcomes),
+        "sandboxes": [_shown(one) for one in outcomes if one.sandbox is not None],
+        "results": [one.public() for one in outcomes],
+        "failed_count": len(failed),
+        "warnings": [warning for one in outcomes for warning in one.warnings],
+    }
+    if single:
+        result["sandbox"] = result["sandboxes"][0] if sandboxes else None
+    if diff:
+        result["diff"] = difference(outcomes)
+    if failed:
+        result["failed"] = True
+        first = failed[0].message or failed[0].reason or "failed"
+        result["msg"] = first if len(outcomes) == 1 else f"{len(failed)} of {len(outcomes)} sandboxes failed; the first: {first}"
+    return result
+
+
+def _shown(outcome: Outcome) -> dict[str, Any]:
+    shown = outcome.sandbox.public() if outcome.sandbox else {}
+    if outcome.changed and outcome.state:
+        # In check mode the record is as it was; the answer tells what it would be.
+        shown["state"] = outcome.state
+        shown.update(outcome.extra.get("update") or {})
+    return shown
+
+
+def difference(outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """What changed, by VMID; nothing that did not."""
+    before: dict[str, Any] = {}
+    after: dict[str, Any] = {}
+    for one in outcomes:
+        if not one.changed:
+            continue
+        key = f"sandbox {one.vmid}"
+        old: dict[str, Any] = {"state": one.previous_state}
+        new: dict[str, Any] = {"state": one.state}
+        for name, value in (one.extra.get("update") or {}).items():
+            old[name], new[name] = not value, value
+        if "lease_expires_at" in one.extra:
+            new["lease_expires_at"] = one.extra["lease_expires_at"]
+            old["lease_expires_at"] = one.extra.get("was")
+        before[key], after[key] = old, new
+    return {"before": before, "after": after}
+
+
+def public(found: Sequence[Sandbox]) -> list[dict[str, Any]]:
+    """Sandboxes in the shape of every answer."""
+    return [one.public() for one in found]

@@ -1,0 +1,33 @@
+# Copyright: the agentlab.proxmox contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""The wiring of agentlab_lease."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ansible.module_utils.basic import AnsibleModule
+
+from . import _adapter
+from ._core.errors import AgentlabError
+from ._core.model import Outcome, Sandbox
+from ._core.operations import lease
+from ._core.operations.context import Context, failure
+
+
+def run(module: AnsibleModule, context: Context) -> dict[str, Any]:
+    """Check the options and look all ids up before anything is renewed; then item by item."""
+    params = module.params
+    ttl = lease.parse_ttl(context, params["ttl"])
+    min_remaining = lease.check_min_remaining(params["min_remaining"])
+    found = [context.select(**which) for which in _adapter.ids(module)]
+
+    def one(sandbox: Sandbox) -> Outcome:
+        try:
+            return lease.renew(context, sandbox, ttl, min_remaining=min_remaining, allow_shorten=params["allow_shorten"])
+        except AgentlabError as error:
+            return failure(sandbox, error)
+
+    return _adapter.answer([one(sandbox) for sandbox in found], single=params.get("vmids") is None, diff=module._diff)

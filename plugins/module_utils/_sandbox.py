@@ -1,0 +1,122 @@
+# Copyright: the agentlab.proxmox contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""The wiring of agentlab_sandbox: which operation a wanted state means, for one sandbox or many."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ansible.module_utils.basic import AnsibleModule
+
+from . import _adapter
+from ._core.errors import AgentlabError, Busy, InvalidInput, Kept, NotFound
+from ._core.model import Outcome, Sandbox
+from ._core.operations.context import Context, failure
+
+
+def run(module: AnsibleModule, context: Context, creation: Sequence[str]) -> dict[str, Any]:
+    """Check what is asked for as a whole, then do it item by item."""
+    params = module.params
+    state = params["state"]
+    if params["force"] and state != "absent":
+        raise InvalidInput(f"force: only with state=absent, not with state={state}", option="force")
+    given = [name for name in creation if params.get(name) is not None]
+    if state != "present" and given:
+        raise InvalidInput(f"{given[0]}: only with state=present, not with state={state}", option=given[0])
+    wanted = _adapter.ids(module)
+    if not wanted and state != "present" and params.get("vmids") is None:
+        raise InvalidInput(f"vmid: state={state} needs vmid, vmids or name", option="vmid")
+    if state == "present":
+        outcomes = _present(module, context, wanted)
+    elif state == "absent":
+        outcomes = _absent(context, wanted, params["force"])
+    else:
+        outcomes = _power(context, wanted, state)
+    return _adapter.answer(outcomes, single=params.get("vmids") is None, diff=module._diff)
+
+
+def _guarded(work: Callable[[Sandbox], Outcome], sandbox: Sandbox) -> Outcome:
+    try:
+        return work(sandbox)
+    except AgentlabError as error:
+        return failure(sandbox, error)
+
+
+def _present(module: AnsibleModule, context: Context, wanted: list[dict[str, Any]]) -> list[Outcome]:
+    from ._core.operations import create, lease
+
+    params = module.params
+    ttl = lease.parse_ttl(context, params["ttl"]) if params["ttl"] is not None else context.config.default_ttl
+    spec = {name: params[name] for name in ("template", "node", "full_clone", "storage", "pool", "cores", "memory", "disk_size", "bridge", "firewall",
+                                            "ip_config", "nameserver", "wait_for_ip")}
+    several = params.get("vmids") is not None
+
+    def one(which: dict[str, Any]) -> Outcome:
+        asked = create.Spec(**spec, vmid=which.get("vmid"), name=None if several else params.get("name"), ttl=ttl, tags=params["tags"] or [],
+                            ssh_public_keys=params["ssh_public_keys"] or [], keepalive=bool(params["keepalive"]), protected=bool(params["protected"]))
+        try:
+            asked.check()
+            found = create.existing(context, asked)
+            outcome = create.run(context, asked)
+            if found is not None and outcome.outcome in ("unchanged", "updated") and outcome.sandbox is not None:
+                # Given as false they are to be switched off; left out they stay as they are.
+                second = create.amend(context, outcome.sandbox, protected=params["protected"], keepalive=params["keepalive"])
+                return second if second.changed else outcome
+            return outcome
+        except AgentlabError as error:
+            if not several:
+                raise
+            return Outcome("failed", vmid=which.get("vmid"), reason=error.code, message=error.message, failed=True)
+
+    return context.each(one, (wanted or [{}]) if not several else wanted)
+
+
+def _absent(context: Context, wanted: list[dict[str, Any]], force: bool) -> list[Outcome]:
+    from ._core.operations import destroy
+
+    found: list[Sandbox | Outcome] = []
+    for which in wanted:
+        try:
+            found.append(context.select(**which))
+        except NotFound:
+            found.append(Outcome("not_found", vmid=which.get("vmid"), name=which.get("name"), reason="no record; a VM without one is never touched"))
+    todo: list[tuple[Sandbox, destroy.Request]] = []
+    outcomes: dict[int, Outcome] = {}
+    for index, one in enumerate(found):
+        if isinstance(one, Outcome):
+            outcomes[index] = one
+            continue
+        try:
+            if not destroy.check(context, one, force):
+                outcomes[index] = Outcome.of("unchanged", one, reason=one.reason)
+            elif context.dry_run:
+                outcomes[index] = _planned(context, one)
+            else:
+                todo.append((one, destroy.Request(force=force)))
+        except AgentlabError as error:
+            outcomes[index] = failure(one, error)
+    done = iter(destroy.run(context, todo) if todo else [])
+    return [outcomes[index] if index in outcomes else next(done) for index in range(len(found))]
+
+
+def _planned(context: Context, sandbox: Sandbox) -> Outcome:
+    from ._core import states
+    from ._core.operations import destroy
+
+    try:
+        _, reason, message = destroy.plan(context, sandbox)
+        return Outcome.of("would_destroy", sandbox, state=states.DESTROYED, reason=reason, message=message, changed=True)
+    except (Kept, Busy) as error:
+        return failure(sandbox, error)
+
+
+def _power(context: Context, wanted: list[dict[str, Any]], state: str) -> list[Outcome]:
+    from ._core.operations import power
+
+    operation = power.operation_for(state)
+    # All ids are looked up before anything is done.
+    found = [context.select(**which) for which in wanted]
+    return context.each(lambda one: _guarded(lambda sandbox: power.run(context, sandbox, operation), one), found)

@@ -1,0 +1,86 @@
+#!/usr/bin/python
+# Copyright: the agentlab.proxmox contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: agentlab_lease
+short_description: Renew the leases of sandboxes
+version_added: 1.0.0
+description:
+  - Sets the lease of running sandboxes to now plus O(ttl), capped at the configured maximum lifetime.
+  - A renewal that comes too late fails; it never succeeds for a sandbox that is being expired or destroyed.
+options:
+  ttl:
+    description: Time from now, as minutes (V(120)) or a duration (V(90s), V(30m), V(2h), V(1d12h)).
+    type: str
+    required: true
+  min_remaining:
+    description:
+      - Renew only when less than this is left, so that a play that renews on every run changes something only when it is time.
+      - Without it, repeating a renewal within a minute changes nothing.
+    type: str
+  allow_shorten:
+    description: Whether the lease may become shorter than it is.
+    type: bool
+    default: false
+extends_documentation_fragment:
+  - agentlab.proxmox.common
+  - agentlab.proxmox.common.select
+  - agentlab.proxmox.common.attributes
+"""
+
+EXAMPLES = r"""
+- name: Renew for two hours
+  agentlab.proxmox.agentlab_lease:
+    vmid: 1000
+    ttl: 2h
+
+- name: Keep at least half an hour on it
+  agentlab.proxmox.agentlab_lease:
+    name: agent-1
+    ttl: 2h
+    min_remaining: 30m
+"""
+
+RETURN = r"""
+sandboxes:
+  description: The sandboxes after the renewal, as in M(agentlab.proxmox.agentlab_sandbox).
+  returned: always
+  type: list
+  elements: dict
+results:
+  description: What became of each, as in M(agentlab.proxmox.agentlab_sandbox), with C(lease_expires_at), C(granted_seconds) and C(capped).
+  returned: always
+  type: list
+  elements: dict
+failed_count:
+  description: How many of them failed.
+  returned: always
+  type: int
+"""
+
+from ansible_collections.agentlab.proxmox.plugins.module_utils import _adapter
+
+ARGUMENT_SPEC = {
+    **_adapter.SELECT_ARGS,
+    "ttl": {"type": "str", "required": True},
+    "min_remaining": {"type": "str"},
+    "allow_shorten": {"type": "bool", "default": False},
+}
+
+
+def work(module, context):
+    from ansible_collections.agentlab.proxmox.plugins.module_utils import _lease
+
+    return _lease.run(module, context)
+
+
+def main():
+    _adapter.run(ARGUMENT_SPEC, work, mutually_exclusive=[_adapter.SELECT_EXCLUSIVE[0]], required_one_of=[_adapter.SELECT_EXCLUSIVE[0]])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+#!/usr/bin/python
+# Copyright: the agentlab.proxmox contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: agentlab_prune
+short_description: Destroy sandboxes whose lease is over
+version_added: 1.0.0
+description:
+  - Destroys what is in C(TIMEOUT) (and in other terminal states where asked), and closes the records of VMs that are proven to be gone.
+  - Everything else is kept and listed with its reason. Check mode is the dry run, with full reads and the same answer.
+options:
+  older_than:
+    description:
+      - Only those that entered their state longer ago than this, as minutes or a duration such as V(24h).
+    type: str
+  states:
+    description: Which states to prune.
+    type: list
+    elements: str
+    choices: [TIMEOUT, COMPLETED, FAILED, STOPPED]
+    default: [TIMEOUT]
+  tags:
+    description: Only sandboxes with at least one of these tags.
+    type: list
+    elements: str
+  max_count:
+    description: A guard, not a batch size. When more would be pruned, nothing is, and the task fails saying so.
+    type: int
+extends_documentation_fragment:
+  - agentlab.proxmox.common
+  - agentlab.proxmox.common.wait
+  - agentlab.proxmox.common.attributes
+"""
+
+EXAMPLES = r"""
+- name: Show what would be pruned, and why the rest is kept
+  agentlab.proxmox.agentlab_prune:
+  check_mode: true
+  diff: true
+
+- name: Prune what has been over for a day, but never more than twenty at once
+  agentlab.proxmox.agentlab_prune:
+    older_than: 24h
+    max_count: 20
+"""
+
+RETURN = r"""
+count:
+  description: How many were pruned (in check mode, would be).
+  returned: always
+  type: int
+  sample: 5
+pruned:
+  description: What was pruned, each as in RV(agentlab.proxmox.agentlab_sandbox#module:results).
+  returned: always
+  type: list
+  elements: dict
+kept:
+  description:
+    - What was kept, each with C(reason), one of V(protected), V(too_young), V(ambiguous), V(unknown), V(node_offline), V(locked), V(busy), V(changed)
+      and V(clock_jumped), and a C(message).
+  returned: always
+  type: list
+  elements: dict
+failed:
+  description: What failed. A failed item fails the task, with everything returned as C(failed_items).
+  returned: never
+  type: list
+  elements: dict
+failed_items:
+  description: What failed, each as in RV(agentlab.proxmox.agentlab_sandbox#module:results).
+  returned: always
+  type: list
+  elements: dict
+"""
+
+from ansible_collections.agentlab.proxmox.plugins.module_utils import _adapter
+
+ARGUMENT_SPEC = {
+    "older_than": {"type": "str"},
+    "states": {"type": "list", "elements": "str", "choices": ["TIMEOUT", "COMPLETED", "FAILED", "STOPPED"], "default": ["TIMEOUT"]},
+    "tags": {"type": "list", "elements": "str"},
+    "max_count": {"type": "int"},
+    "wait_timeout": {"type": "int"},
+}
+
+
+def work(module, context):
+    from ansible_collections.agentlab.proxmox.plugins.module_utils._core import durations
+    from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import prune
+
+    params = module.params
+    older_than = None if params["older_than"] is None else durations.parse(params["older_than"], "older_than", zero=True)
+    report = prune.run(context, prune.Wanted(states=params["states"], older_than=older_than, tags=params["tags"] or (), max_count=params["max_count"]))
+    result = {
+        "changed": bool(report.pruned),
+        "count": report.count,
+        "pruned": [one.public() for one in report.pruned],
+        "kept": [one.public() for one in report.kept],
+        "failed_items": [one.public() for one in report.failed],
+        "warnings": [warning for one in report.pruned for warning in one.warnings],
+    }
+    if module._diff:
+        result["diff"] = _adapter.difference(report.pruned)
+    if report.failed:
+        result.update(failed=True, msg=f"{len(report.failed)} sandboxes could not be pruned ({report.count} were); the first: {report.failed[0].message}")
+    return result
+
+
+def main():
+    _adapter.run(ARGUMENT_SPEC, work)
+
+
+if __name__ == "__main__":
+    main()

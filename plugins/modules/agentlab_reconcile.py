@@ -1,0 +1,80 @@
+#!/usr/bin/python
+# Copyright: the agentlab.proxmox contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: agentlab_reconcile
+short_description: Compare the records of sandboxes with Proxmox VE and repair the drift
+version_added: 1.0.0
+description:
+  - Finishes what interrupted runs left, lets leases that are over expire, and compares every record with its VM. Check mode only reports.
+  - A VM that is absent in two passes in a row becomes C(DESTROYED). A VM without a record is reported and never adopted. An unreachable node changes nothing.
+options: {}
+extends_documentation_fragment:
+  - agentlab.proxmox.common
+  - agentlab.proxmox.common.wait
+  - agentlab.proxmox.common.attributes
+"""
+
+EXAMPLES = r"""
+- name: Report the drift
+  agentlab.proxmox.agentlab_reconcile:
+  check_mode: true
+
+- name: Repair it
+  agentlab.proxmox.agentlab_reconcile:
+"""
+
+RETURN = r"""
+drift:
+  description: The differences found.
+  returned: always
+  type: list
+  elements: dict
+  contains:
+    kind:
+      description:
+        - One of V(interrupted), V(lease_expired), V(still_running), V(absent), V(back), V(vmid_reused), V(stopped), V(moved), V(stale),
+          V(unrecorded), V(node_offline), V(ambiguous), V(locked) and V(unknown).
+      type: str
+      returned: always
+    action: {description: What is done about it; V(none) where nothing may be., type: str, returned: always}
+    evidence: {description: What shows it., type: dict, returned: always}
+    vmid: {description: The VMID., type: int, returned: always}
+    uuid: {description: The sandbox's own UUID., type: str, returned: always}
+    state: {description: The state the record was in., type: str, returned: always}
+    applied: {description: Whether the action was carried out., type: bool, returned: always}
+    error: {description: 'Why it could not be, if so.', type: str, returned: always}
+count:
+  description: How many.
+  returned: always
+  type: int
+"""
+
+from ansible_collections.agentlab.proxmox.plugins.module_utils import _adapter
+
+ARGUMENT_SPEC = {"wait_timeout": {"type": "int"}}
+
+
+def work(module, context):
+    from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import reconcile
+
+    found = reconcile.run(context, apply=not module.check_mode)
+    drift = [one.public() for one in found]
+    changes = [one for one in found if (one.applied if not module.check_mode else one.would_change)]
+    result = {"changed": bool(changes), "drift": drift, "count": len(drift)}
+    if module._diff:
+        result["diff"] = {"before": {f"sandbox {one.public()['vmid']}": one.kind for one in changes},
+                          "after": {f"sandbox {one.public()['vmid']}": one.action for one in changes}}
+    return result
+
+
+def main():
+    _adapter.run(ARGUMENT_SPEC, work)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,222 @@
+#!/usr/bin/python
+# Copyright: the agentlab.proxmox contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: agentlab_sandbox
+short_description: Create, start, stop, suspend and destroy sandboxes on Proxmox VE
+version_added: 1.0.0
+description:
+  - A sandbox is a throw-away VM with a lease, cloned from a template, and the record of it.
+  - Only a VM that is proven to be the sandbox's own is ever stopped, changed or deleted. Proxmox VE hands VMIDs out again, so a VMID proves nothing.
+  - A record becomes C(DESTROYED) only when the absence of its VM is proven.
+options:
+  state:
+    description:
+      - V(present) creates and starts a sandbox that is not there, finishes a creation that was cut off, and leaves the power state of one that is there.
+      - V(started), V(stopped) and V(suspended) change the power state of one that is there.
+      - V(completed) and V(failed) report the end of its job.
+      - V(absent) destroys it. A sandbox that no record has is C(not_found) and unchanged; every other state fails for it.
+    type: str
+    choices: [present, started, stopped, suspended, completed, failed, absent]
+    default: present
+  force:
+    description:
+      - With O(state=absent), destroy in any state and without a graceful shutdown.
+      - It skips no proof of identity or absence, and no protection.
+    type: bool
+    default: false
+  protected:
+    description: Whether the sandbox is kept from every destroy, forced or not. With O(state=present), also changed on a sandbox that is there.
+    type: bool
+  keepalive:
+    description: Whether the lease is renewed when it runs out, as long as the configured maximum lifetime allows.
+    type: bool
+  template:
+    description: VMID or name of the template to clone. The configuration's C(template) unless set.
+    type: str
+  node:
+    description: Node to create on. The configuration's C(node), or else the template's node, unless set.
+    type: str
+  full_clone:
+    description: Whether to make a full clone. Proxmox VE makes linked clones of templates unless told otherwise.
+    type: bool
+  storage:
+    description: Storage for a full clone.
+    type: str
+  pool:
+    description: Resource pool to put the VM in.
+    type: str
+  cores:
+    description: Number of cores. The template's unless set.
+    type: int
+  memory:
+    description: Memory in MiB. The template's unless set.
+    type: int
+  disk_size:
+    description: Size of the boot disk, such as V(20G), or V(+10G) to add to the template's. It never shrinks.
+    type: str
+  bridge:
+    description: Network bridge of the first interface. The template's unless set.
+    type: str
+  firewall:
+    description: Whether the firewall of Proxmox VE is on for the first interface.
+    type: bool
+  ip_config:
+    description: Cloud-init network configuration, such as V(ip=dhcp) or V(ip=192.0.2.10/24,gw=192.0.2.1).
+    type: str
+  nameserver:
+    description: Cloud-init name servers, separated by blanks.
+    type: str
+  ssh_public_keys:
+    description: Public keys that cloud-init puts into the VM, one a line each.
+    type: list
+    elements: str
+    no_log: false
+  tags:
+    description: Tags of the record and the VM. The VM also gets the tag V(agentlab).
+    type: list
+    elements: str
+  ttl:
+    description:
+      - Time until the lease runs out, as minutes (V(120)) or a duration (V(90s), V(30m), V(2h), V(1d12h)).
+      - The configuration's C(default_ttl) (4 hours) unless set. Only used when the sandbox is created; see M(agentlab.proxmox.agentlab_lease).
+    type: str
+  wait_for_ip:
+    description: Whether to wait until the guest agent names an address.
+    type: bool
+    default: false
+extends_documentation_fragment:
+  - agentlab.proxmox.common
+  - agentlab.proxmox.common.select
+  - agentlab.proxmox.common.wait
+  - agentlab.proxmox.common.attributes
+seealso:
+  - module: agentlab.proxmox.agentlab_lease
+  - module: agentlab.proxmox.agentlab_prune
+"""
+
+EXAMPLES = r"""
+- name: Create a sandbox for two hours
+  agentlab.proxmox.agentlab_sandbox:
+    name: agent-1
+    template: debian-13
+    ttl: 2h
+    cores: 4
+    memory: 8192
+    ip_config: ip=dhcp
+    wait_for_ip: true
+  register: created
+
+- name: Stop it
+  agentlab.proxmox.agentlab_sandbox:
+    vmid: "{{ created.sandbox.vmid }}"
+    state: stopped
+
+- name: Destroy it, whatever state it is in
+  agentlab.proxmox.agentlab_sandbox:
+    vmid: "{{ created.sandbox.vmid }}"
+    state: absent
+    force: true
+
+- name: Destroy several at once
+  agentlab.proxmox.agentlab_sandbox:
+    vmids: [1009, 1010, 1011]
+    state: absent
+    force: true
+"""
+
+RETURN = r"""
+sandboxes:
+  description: The sandboxes as they are after the task, in the order asked for. Times are UTC, absent values null.
+  returned: always
+  type: list
+  elements: dict
+  sample:
+    - uuid: 0b0f7f2e-4c0a-4c39-8a55-2f5f0d7d5b11
+      vmid: 1000
+      name: agent-1
+      profile: null
+      state: RUNNING
+      node: pve1
+      ip: 192.0.2.10
+      workspace_id: null
+      tags: []
+      protected: false
+      keepalive: false
+      lease_expires_at: "2026-01-30T02:45:00Z"
+      created_at: "2026-01-30T00:45:00Z"
+      updated_at: "2026-01-30T00:45:07Z"
+      state_changed_at: "2026-01-30T00:45:07Z"
+sandbox:
+  description: The one sandbox, when one was asked for; null when there is none.
+  returned: when O(vmids) is not used
+  type: dict
+results:
+  description: What became of each, in the order asked for.
+  returned: always
+  type: list
+  elements: dict
+  contains:
+    vmid: {description: The VMID., type: int, returned: always}
+    uuid: {description: The sandbox's own UUID., type: str, returned: always}
+    outcome: {description: 'One word, such as V(created), V(destroyed), V(unchanged), V(not_found), V(kept) or V(failed).', type: str, returned: always}
+    previous_state: {description: The state it was in., type: str, returned: always}
+    state: {description: The state it is in now., type: str, returned: always}
+    reason: {description: 'Why, in one word.', type: str, returned: always}
+    message: {description: 'Why, and what to do, as a sentence.', type: str, returned: always}
+    upids: {description: Task ids of Proxmox VE., type: list, elements: str, returned: always}
+failed_count:
+  description: How many of them failed.
+  returned: always
+  type: int
+"""
+
+from ansible_collections.agentlab.proxmox.plugins.module_utils import _adapter
+
+CREATION = ("template", "node", "full_clone", "storage", "pool", "cores", "memory", "disk_size", "bridge", "firewall", "ip_config", "nameserver",
+            "ssh_public_keys", "tags", "ttl", "keepalive", "protected")
+
+ARGUMENT_SPEC = {
+    **_adapter.SELECT_ARGS,
+    "state": {"type": "str", "default": "present",
+              "choices": ["present", "started", "stopped", "suspended", "completed", "failed", "absent"]},
+    "force": {"type": "bool", "default": False},
+    "protected": {"type": "bool"},
+    "keepalive": {"type": "bool"},
+    "wait_timeout": {"type": "int"},
+    "template": {"type": "str"},
+    "node": {"type": "str"},
+    "full_clone": {"type": "bool"},
+    "storage": {"type": "str"},
+    "pool": {"type": "str"},
+    "cores": {"type": "int"},
+    "memory": {"type": "int"},
+    "disk_size": {"type": "str"},
+    "bridge": {"type": "str"},
+    "firewall": {"type": "bool"},
+    "ip_config": {"type": "str"},
+    "nameserver": {"type": "str"},
+    "ssh_public_keys": {"type": "list", "elements": "str", "no_log": False},
+    "tags": {"type": "list", "elements": "str"},
+    "ttl": {"type": "str"},
+    "wait_for_ip": {"type": "bool", "default": False},
+}
+
+
+def work(module, context):
+    # Imported here: a run imports only what its state needs.
+    from ansible_collections.agentlab.proxmox.plugins.module_utils import _sandbox
+
+    return _sandbox.run(module, context, CREATION)
+
+
+def main():
+    _adapter.run(ARGUMENT_SPEC, work, mutually_exclusive=[("vmid", "vmids"), ("name", "vmids")])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+#!/usr/bin/python
+# Copyright: the agentlab.proxmox contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: agentlab_sandbox_info
+short_description: Show sandboxes, their events, and whether Proxmox VE agrees
+version_added: 1.0.0
+description:
+  - Shows sandboxes from the records. Without O(verify) it asks Proxmox VE nothing.
+options:
+  states:
+    description: Only sandboxes in these states.
+    type: list
+    elements: str
+    choices: [REQUESTED, PROVISIONING, BOOTING, READY, RUNNING, SUSPENDED, COMPLETED, FAILED, TIMEOUT, STOPPED, DESTROYED]
+  profile:
+    description: Only sandboxes of this profile.
+    type: str
+  tags:
+    description: Only sandboxes with at least one of these tags.
+    type: list
+    elements: str
+  expired:
+    description: Only sandboxes whose lease is over (V(true)) or not over (V(false)).
+    type: bool
+  include_destroyed:
+    description: Whether to show destroyed ones too.
+    type: bool
+    default: false
+  events:
+    description: How many of the newest events to show of each sandbox.
+    type: int
+    default: 0
+  verify:
+    description: Whether to ask Proxmox VE for each VM's status and identity, and to name the drift.
+    type: bool
+    default: false
+extends_documentation_fragment:
+  - agentlab.proxmox.common
+  - agentlab.proxmox.common.select
+  - agentlab.proxmox.common.attributes
+"""
+
+EXAMPLES = r"""
+- name: Show the sandboxes that run
+  agentlab.proxmox.agentlab_sandbox_info:
+    states: [RUNNING]
+
+- name: Show one with its last ten events, and whether its VM is there and ours
+  agentlab.proxmox.agentlab_sandbox_info:
+    vmid: 1000
+    events: 10
+    verify: true
+"""
+
+RETURN = r"""
+sandboxes:
+  description: The sandboxes, in the order of their VMIDs. As in M(agentlab.proxmox.agentlab_sandbox), and with the following where asked for.
+  returned: always
+  type: list
+  elements: dict
+  contains:
+    events: {description: The newest events, type: list, elements: dict, returned: with O(events)}
+    vm_status: {description: What Proxmox VE says of the VM, type: str, returned: with O(verify)}
+    identity: {description: 'V(MATCH), V(FOREIGN), V(AMBIGUOUS), V(UNBOUND) or V(UNKNOWN)', type: str, returned: with O(verify)}
+    drift: {description: 'How record and VM differ, or null', type: str, returned: with O(verify)}
+count:
+  description: How many.
+  returned: always
+  type: int
+by_state:
+  description: How many of them in each state.
+  returned: always
+  type: dict
+"""
+
+from ansible_collections.agentlab.proxmox.plugins.module_utils import _adapter
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core import states
+
+ARGUMENT_SPEC = {
+    **_adapter.SELECT_ARGS,
+    "states": {"type": "list", "elements": "str", "choices": list(states.STATES)},
+    "profile": {"type": "str"},
+    "tags": {"type": "list", "elements": "str"},
+    "expired": {"type": "bool"},
+    "include_destroyed": {"type": "bool", "default": False},
+    "events": {"type": "int", "default": 0},
+    "verify": {"type": "bool", "default": False},
+}
+
+
+def work(module, context):
+    from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import info
+
+    params = module.params
+    wanted = info.Wanted(ids=_adapter.ids(module), states=params["states"], profile=params["profile"], tags=params["tags"] or (),
+                         expired=params["expired"], include_destroyed=params["include_destroyed"])
+    return dict(info.show(context, wanted, events=params["events"], verify=params["verify"]), changed=False)
+
+
+def main():
+    _adapter.run(ARGUMENT_SPEC, work, mutually_exclusive=[_adapter.SELECT_EXCLUSIVE[0]])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+#!/usr/bin/env bash
+# Runs `ansible-test sanity` on a copy of the collection; further arguments go to ansible-test, for example `--test pep8`.
+#
+# ansible-test wants the collection at .../ansible_collections/agentlab/proxmox and in a git repository of its own: it follows
+# no symlinks, and skips everything in a folder that an outer repository ignores. It keeps its environments in the home
+# folder, so it gets one under build/, where they are found again by the next run.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+root=$PWD
+work=$root/build/sanity
+home=$work/home
+copy=$work/ansible_collections/agentlab/proxmox
+log=$work/sanity.log
+bin=$root/.venv/bin
+
+if ! git -C "$root" rev-parse --is-inside-work-tree >/dev/null; then
+    echo "Error: the sanity tests need a git checkout." >&2
+    exit 1
+fi
+
+copy_collection() {
+    rm -rf "$copy"
+    mkdir -p "$copy"
+    # Files that are deleted but still tracked are listed too, and are not there to be packed.
+    git ls-files -z --cached --others --exclude-standard -- . ':!.collections' |
+        while IFS= read -r -d '' file; do
+            if [ -e "$file" ] || [ -L "$file" ]; then printf '%s\0' "$file"; fi
+        done |
+        tar --create --null --no-recursion --files-from=- | tar --extract --directory="$copy"
+    git -C "$copy" init --quiet --template=
+    git -C "$copy" add --all
+}
+
+# ansible-test passes neither PIP_* nor proxy variables on, so what pip needs to know is written down for it: the user's own
+# settings by a link in the older place, the environment's in the newer one, which wins.
+write_pip_settings() {
+    mkdir -p "$home/.pip" "$home/.config/pip"
+    rm -f "$home/.pip/pip.conf" "$home/.netrc"
+    local own
+    for own in "${PIP_CONFIG_FILE:-}" "${XDG_CONFIG_HOME:-$HOME/.config}/pip/pip.conf" "$HOME/.pip/pip.conf"; do
+        if [ -n "$own" ] && [ -f "$own" ]; then
+            ln -s "$(realpath "$own")" "$home/.pip/pip.conf"
+            break
+        fi
+    done
+    if [ -f "$HOME/.netrc" ]; then ln -s "$HOME/.netrc" "$home/.netrc"; fi
+    (
+        umask 077
+        PIP_PROXY=${PIP_PROXY:-${HTTPS_PROXY:-${https_proxy:-}}} PIP_CERT=${PIP_CERT:-${REQUESTS_CA_BUNDLE:-}} \
+            "$bin/python" - >"$home/.config/pip/pip.conf" <<'PYTHON'
+import os
+
+print("[global]")
+for name, value in sorted(os.environ.items()):
+    if name.startswith("PIP_") and name != "PIP_CONFIG_FILE" and value:
+        print(f"{name[4:].lower().replace('_', '-')} = {' '.join(value.split()).replace('%', '%%')}")
+PYTHON
+    )
+}
+
+# ansible-test fetches a get-pip script for its environments from a server of the Ansible project. Python brings pip along:
+# a stand-in with the name it looks for first needs no download. The versions are those of the installed ansible-test.
+write_get_pip() {
+    mkdir -p "$home/.ansible/test/cache"
+    "$bin/python" - "$home/.ansible/test/cache" <<'PYTHON'
+import importlib.util
+import pathlib
+import re
+import sys
+
+STAND_IN = """\
+import ensurepip
+import subprocess
+import sys
+
+ensurepip.bootstrap()
+arguments = [argument for argument in sys.argv[1:] if argument not in ("--no-setuptools", "--no-wheel")]
+sys.exit(subprocess.call([sys.executable, "-m", "pip", "install", "--quiet", *arguments]))
+"""
+package = pathlib.Path(importlib.util.find_spec("ansible_test").submodule_search_locations[0])
+source = (package / "_internal" / "python_requirements.py").read_text(encoding="utf-8")
+for version in set(re.findall(r"pip='([\d.]+)'", source)):
+    name = f"get_pip_{version.replace('.', '_')}.py"
+    (pathlib.Path(sys.argv[1]) / name).write_text(STAND_IN, encoding="utf-8")
+PYTHON
+}
+
+python_version=$("$bin/python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+copy_collection
+write_pip_settings
+write_get_pip
+
+cd "$copy"
+status=0
+HOME=$home PATH=$bin:$PATH "$bin/ansible-test" sanity --local --python "$python_version" --color no "$@" >"$log" 2>&1 </dev/null || status=$?
+
+if [ "$status" -ne 0 ]; then
+    cat "$log"
+    echo "Error: ansible-test sanity failed." >&2
+    exit 1
+fi
+if grep -q 'All targets skipped' "$log" || ! grep -q '^Running sanity test ' "$log"; then
+    cat "$log"
+    echo "Error: ansible-test tested nothing." >&2
+    exit 1
+fi
+grep '^WARNING' "$log" || true
+echo "$(grep -c '^Running sanity test ' "$log") sanity tests passed (Python $python_version)"

@@ -1,0 +1,58 @@
+# Copyright: the agentlab.proxmox contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Writes every task result as one JSON line to the file named by AGENTLAB_TEST_RESULTS: what a play did, without reading its output."""
+
+from __future__ import annotations
+
+import json
+import os
+import typing as t
+
+from ansible.plugins.callback import CallbackBase
+
+DOCUMENTATION = """
+name: agentlab_results
+type: notification
+short_description: Writes task results as JSON lines
+description:
+  - For tests only. Writes one JSON object a task, or a loop item, and host to the file named by E(AGENTLAB_TEST_RESULTS).
+"""
+
+
+class CallbackModule(CallbackBase):
+    CALLBACK_VERSION = 2.0
+    CALLBACK_TYPE = "notification"
+    CALLBACK_NAME = "agentlab_results"
+    CALLBACK_NEEDS_ENABLED = True
+
+    def _dump(self, result: t.Any, status: str, **more: t.Any) -> None:
+        data = result.result
+        if status == "ok" and data.get("changed"):
+            status = "changed"
+        entry = {"task": result.task.name or result.task.action, "action": result.task.action, "host": result.host.name, "status": status,
+                 "result": data, **more}
+        with open(os.environ["AGENTLAB_TEST_RESULTS"], "a", encoding="utf-8") as out:
+            out.write(json.dumps(entry, default=str) + "\n")
+
+    def v2_runner_on_ok(self, result: t.Any) -> None:
+        self._dump(result, "ok")
+
+    def v2_runner_on_failed(self, result: t.Any, ignore_errors: bool = False) -> None:
+        self._dump(result, "failed", ignored=ignore_errors)
+
+    def v2_runner_on_skipped(self, result: t.Any) -> None:
+        self._dump(result, "skipped")
+
+    def v2_runner_on_unreachable(self, result: t.Any) -> None:
+        self._dump(result, "unreachable")
+
+    def v2_runner_item_on_ok(self, result: t.Any) -> None:
+        self._dump(result, "ok", item=True)
+
+    def v2_runner_item_on_failed(self, result: t.Any) -> None:
+        self._dump(result, "failed", item=True)
+
+    def v2_runner_item_on_skipped(self, result: t.Any) -> None:
+        self._dump(result, "skipped", item=True)

@@ -1,0 +1,197 @@
+# Copyright: the agentlab.proxmox contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Run real playbooks, modules and ad-hoc commands, as a user would, and look at what came out."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import textwrap
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+REPO = Path(__file__).resolve().parents[2]
+SUPPORT = Path(__file__).resolve().parent
+INVENTORY = """\
+all:
+  hosts:
+    localhost:
+      ansible_connection: local
+      ansible_python_interpreter: "{{ ansible_playbook_python }}"
+"""
+# Of the caller's environment only this reaches a play: nobody's own configuration or Proxmox decides a test.
+_DROPPED = re.compile(r"(ANSIBLE|PROXMOX|AGENTLAB|PYTEST|COVERAGE)_?")
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+_BAD = re.compile(r"\[WARNING\]|\[DEPRECATION WARNING\]|Traceback \(most recent call last\)")
+
+
+@dataclass
+class Run:
+    """What one ansible command did. results: {task, action, host, status, result, item?, ignored?}, in order; status is
+    ok, changed, failed, skipped or unreachable. A loop gives an entry an item (item: True) and then one for the whole task."""
+
+    rc: int
+    stdout: str
+    stderr: str
+    results: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def output(self) -> str:
+        return self.stdout + self.stderr
+
+    @property
+    def warnings(self) -> list[str]:
+        """Every warning, deprecation and traceback in the output, and what modules returned of the first two."""
+        found = [line.strip() for line in _COLOUR.sub("", self.output).splitlines() if _BAD.search(line)]
+        for entry in self.results:
+            found += [str(text) for key in ("warnings", "deprecations") for text in entry["result"].get(key) or ()]
+        return found
+
+    def all(self, task: str) -> list[dict[str, Any]]:
+        """Entries of the task with that name, loop items included."""
+        return [entry for entry in self.results if entry["task"] == task]
+
+    def entry(self, task: str) -> dict[str, Any]:
+        """The last entry of the task with that name; raises when it never ran."""
+        found = [entry for entry in self.all(task) if not entry.get("item")]
+        if not found:
+            raise AssertionError(f"no task {task!r} ran; there were {[entry['task'] for entry in self.results]}\n{self.output}")
+        return found[-1]
+
+    def result(self, task: str) -> dict[str, Any]:
+        """What that task returned."""
+        return self.entry(task)["result"]
+
+    def status(self, task: str) -> str:
+        return str(self.entry(task)["status"])
+
+    @property
+    def last(self) -> dict[str, Any]:
+        """What the last task returned."""
+        if not self.results:
+            raise AssertionError(f"no task ran\n{self.output}")
+        return self.results[-1]["result"]
+
+    @property
+    def failed(self) -> list[dict[str, Any]]:
+        return [entry for entry in self.results if entry["status"] in ("failed", "unreachable") and not entry.get("ignored")]
+
+    def ok(self, warnings: bool = False) -> Run:
+        """Insist on success, and on no warnings unless they are allowed; returns self."""
+        if self.rc != 0 or (self.warnings and not warnings):
+            raise AssertionError(f"rc={self.rc} warnings={self.warnings}\n{self.output}")
+        return self
+
+
+def run_play(tasks_or_playbook: str | list[dict[str, Any]] | Path, env: Mapping[str, str], tmp_path: Path, check: bool = False, diff: bool = False,
+             extra_vars: Mapping[str, Any] | None = None, forks: int | None = None, tags: str | None = None, args: tuple[str, ...] = (),
+             timeout: float = 300) -> Run:
+    """Run a playbook (a path, its text, or its plays as data) or a list of tasks (text or data) with the real ansible-playbook."""
+    if isinstance(tasks_or_playbook, Path) or _is_playbook_name(tasks_or_playbook):
+        playbook = str(tasks_or_playbook)
+    else:
+        path = _fresh(tmp_path, "play", ".yml")
+        path.write_text(_as_playbook(tasks_or_playbook), encoding="utf-8")
+        playbook = str(path)
+    return _run([_tool("ansible-playbook"), *_common(tmp_path, check, diff, extra_vars, forks), *(["--tags", tags] if tags else []), *args, playbook],
+                env, tmp_path, timeout)
+
+
+def run_module(name: str, args: Mapping[str, Any] | None, env: Mapping[str, str], tmp_path: Path, **kw: Any) -> Run:
+    """Run one module as the only task of a play (task name: the module's). task=... adds keywords of the task (register, environment, ...)."""
+    task = {"name": name, name: dict(args or {}), **kw.pop("task", {})}
+    return run_play([task], env, tmp_path, **kw)
+
+
+def run_adhoc(name: str, args: Mapping[str, Any] | str | None, env: Mapping[str, str], tmp_path: Path, check: bool = False, diff: bool = False,
+              extra_vars: Mapping[str, Any] | None = None, forks: int | None = None, timeout: float = 300) -> Run:
+    """Run `ansible localhost -m name -a args`. args given as data travel as JSON, as text the way a user types them."""
+    given = [] if not args else ["-a", args if isinstance(args, str) else json.dumps(args)]
+    return _run([_tool("ansible"), "localhost", "-m", name, *given, *_common(tmp_path, check, diff, extra_vars, forks)], env, tmp_path, timeout)
+
+
+def collections_path(tmp_path: Path) -> Path:
+    """A folder that holds this checkout as ansible_collections/agentlab/proxmox: the checkout's own, or one made here."""
+    own = REPO / ".collections"
+    if (own / "ansible_collections" / "agentlab" / "proxmox").is_dir():
+        return own
+    link = tmp_path / "collections" / "ansible_collections" / "agentlab" / "proxmox"
+    if not link.is_symlink():
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(REPO, target_is_directory=True)
+    return tmp_path / "collections"
+
+
+def _is_playbook_name(text: str | list[dict[str, Any]]) -> bool:
+    return isinstance(text, str) and "\n" not in text and (text.endswith((".yml", ".yaml")) or bool(re.fullmatch(r"\w+\.\w+\.\w+", text)))
+
+
+def _as_playbook(given: str | list[dict[str, Any]] | Path) -> str:
+    play = {"hosts": "localhost", "gather_facts": False}
+    if isinstance(given, list):
+        whole = given if given and ("hosts" in given[0] or "import_playbook" in given[0]) else [{**play, "tasks": given}]
+        return yaml.safe_dump(whole, sort_keys=False, allow_unicode=True)
+    text = textwrap.dedent(str(given)).strip("\n")
+    if re.search(r"^(- |  )(hosts|(ansible\.builtin\.)?import_playbook):", text, re.M):
+        return text + "\n"
+    # Wrapped as text, not parsed: tags such as !unsafe and !vault mean something to Ansible only.
+    return "- hosts: localhost\n  gather_facts: false\n  tasks:\n" + textwrap.indent(text, "    ") + "\n"
+
+
+def _common(tmp_path: Path, check: bool, diff: bool, extra_vars: Mapping[str, Any] | None, forks: int | None) -> list[str]:
+    inventory = tmp_path / "inventory.yml"
+    inventory.write_text(INVENTORY, encoding="utf-8")
+    found = ["-i", str(inventory)]
+    found += ["--check"] if check else []
+    found += ["--diff"] if diff else []
+    found += ["-e", json.dumps(dict(extra_vars))] if extra_vars else []
+    return found + (["--forks", str(forks)] if forks else [])
+
+
+def _run(command: list[str], env: Mapping[str, str], tmp_path: Path, timeout: float) -> Run:
+    results = _fresh(tmp_path, "results", ".jsonl")
+    home = tmp_path / "ansible-home"
+    home.mkdir(exist_ok=True)
+    whole = {name: value for name, value in os.environ.items() if not _DROPPED.match(name)}
+    bindir = str(Path(sys.executable).parent)
+    whole.update({
+        "PATH": bindir + os.pathsep + whole.get("PATH", os.defpath),
+        "ANSIBLE_HOME": str(home), "ANSIBLE_LOCAL_TEMP": str(home / "tmp"), "ANSIBLE_REMOTE_TEMP": str(home / "remote"),
+        "ANSIBLE_NOCOLOR": "1", "ANSIBLE_RETRY_FILES_ENABLED": "false", "ANSIBLE_DEPRECATION_WARNINGS": "true", "COLUMNS": "1000",
+        "ANSIBLE_CALLBACK_PLUGINS": str(SUPPORT / "callback_plugins"), "ANSIBLE_CALLBACKS_ENABLED": "agentlab_results",
+        "ANSIBLE_LOAD_CALLBACK_PLUGINS": "true", "AGENTLAB_TEST_RESULTS": str(results)})
+    # ansible.cfg is believed about everything but what it does not say.
+    config = REPO / "ansible.cfg"
+    if not (config.is_file() and "collections_path" in config.read_text(encoding="utf-8")):
+        whole["ANSIBLE_COLLECTIONS_PATH"] = str(collections_path(tmp_path))
+    whole.update(env)
+    done = subprocess.run(command, cwd=REPO, env=whole, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL, check=False)
+    lines = results.read_text(encoding="utf-8").splitlines() if results.exists() else []
+    return Run(done.returncode, done.stdout, done.stderr, [json.loads(line) for line in lines])
+
+
+def _tool(name: str) -> str:
+    beside = Path(sys.executable).parent / name
+    return str(beside) if beside.exists() else name
+
+
+def _fresh(folder: Path, stem: str, suffix: str) -> Path:
+    """A name nobody has used in the folder; claimed, so that plays may run side by side."""
+    number = 0
+    while True:
+        path = folder / f"{stem}-{number}{suffix}"
+        try:
+            path.touch(exist_ok=False)
+        except FileExistsError:
+            number += 1
+        else:
+            return path

@@ -1,0 +1,1136 @@
+# Copyright: the agentlab.proxmox contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""A Proxmox VE cluster for tests: fakepve, corrected where it differs from what the real API was seen to do, plus faults.
+
+ProxmoxDouble is the cluster, DoubleServer runs one over HTTPS on a thread of its own. State may be read and changed from the test's thread;
+whatever has to happen at one moment goes through DoubleServer.call().
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import inspect
+import json
+import os
+import re
+import tempfile
+import threading
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from aiohttp import web
+from fakepve import FakePve, FakeVm, PveError, TaskError, settle
+from fakepve import schema as pve_schema
+from fakepve.certs import make_cert
+from fakepve.lxc import format_size, parse_size
+from fakepve.qemu import DRIVE_KEY, NEW_DISK, drives_of, is_cdrom, join_drive, split_drive, volume_ref
+from fakepve.routing import param_error
+from fakepve.server import API, EXTJS, USER
+from fakepve.server import params as request_params
+
+HOST = "127.0.0.1"
+COUNT_PATH = "/x-agentlab-count"
+CLONE_DESCRIPTION = "qmclone temporary file"
+UNEXPECTED = "unexpected status"
+OWNER = re.compile(r"(?:^|/)(?:vm|base)-(\d+)-")
+HOTPLUGGED = re.compile(r"(scsi|virtio)\d+$")
+CLOUDINIT_KEY = re.compile(r"(ciuser|cipassword|citype|ciupgrade|cicustom|sshkeys|nameserver|searchdomain|ipconfig\d+)$")
+CONFIG_PRIVS = ("VM.Config.Disk", "VM.Config.CDROM", "VM.Config.CPU", "VM.Config.Memory", "VM.Config.Network", "VM.Config.HWType",
+                "VM.Config.Options", "VM.Config.Cloudinit")
+# What the product needs on its own VMs; the template, the storage and the bridge come beside it.
+SANDBOX_PRIVS = ("VM.Audit", "VM.Allocate", "VM.PowerMgmt", "VM.Config.Options", "VM.Config.Cloudinit", "VM.Config.CPU", "VM.Config.Memory",
+                 "VM.Config.Disk", "VM.Config.Network", "VM.Snapshot", "VM.Snapshot.Rollback", "VM.GuestAgent.Audit")
+FORCED_SCALE = 1e-9
+
+
+@dataclass
+class Outcome:
+    """How a task yet to come shall end."""
+
+    ttype: str
+    how: str
+    vmid: int | None = None
+    carry_out: bool = False
+    text: str = ""
+    seconds: float = 0.0
+    times: int = 1
+
+
+@dataclass
+class Rule:
+    """What shall happen to a request yet to come."""
+
+    method: str
+    suffix: str
+    kind: str
+    times: int = 1
+    when: str = ""
+    seconds: float = 0.0
+    carry_out: bool | str = False
+    status: int = 200
+    body: bytes = b""
+    content_type: str = "application/json"
+    used: list[str] = field(default_factory=list)
+
+
+def on_loop(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Run a method on the server's thread, whichever thread calls it."""
+
+    @functools.wraps(method)
+    def call(self: ProxmoxDouble, *args: Any, **kwargs: Any) -> Any:
+        if self.loop is None or not self.loop.is_running() or threading.get_ident() == self.loop_thread:
+            return method(self, *args, **kwargs)
+
+        async def run() -> Any:
+            return method(self, *args, **kwargs)
+
+        return asyncio.run_coroutine_threadsafe(run(), self.loop).result(30)
+
+    return call
+
+
+def volume_owner(volume: str) -> int | None:
+    """The VMID in the name of a volume: Proxmox knows no other owner."""
+    found = OWNER.search(volume.partition(":")[2])
+    return int(found[1]) if found else None
+
+
+class ProxmoxDouble(FakePve):
+    """FakePve with the real API's manners. Attributes that tests set are described beside their defaults."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("host", HOST)
+        kwargs.setdefault("port", 0)
+        super().__init__(*args, **kwargs)
+        self.loop: asyncio.AbstractEventLoop | None = None
+        self.loop_thread: int | None = None
+        self.ca_fingerprint = _fingerprint()
+        # Called as hook(method, path, params) on the server's thread; may be a coroutine function. Paths begin with /nodes, /cluster, ...
+        self.before_request: Callable[[str, str, dict[str, Any]], Any] | None = None
+        self.after_request: Callable[[str, str, dict[str, Any]], Any] | None = None
+        self.hook_errors: list[BaseException] = []
+        # Answered as one node that was never part of a cluster: /cluster/status has no entry for a cluster.
+        self.standalone = False
+        # True: /cluster/status goes on saying quorate after lose_quorum().
+        self.stale_quorum = False
+        # Real seconds for which a new VM is listed as `unknown` and without a name.
+        self.listing_lag = 0.0
+        # True: tags are refused (403), as a cluster's tag policy may do.
+        self.tags_forbidden = False
+        # Real seconds before a wrong token is told so (Proxmox: 3).
+        self.auth_delay = 0.0
+        # Volume ids of the snippets that there are; cicustom may name no other.
+        self.snippets: set[str] = set()
+        # PVE seconds a task of a type takes (times time_scale), and real seconds (whatever time_scale says).
+        self.task_secs: dict[str, float] = {"qmclone": 5, "qmdestroy": 2, "resize": 1}
+        self.real_secs: dict[str, float] = {}
+        # Task type -> n: every such task ends with `WARNINGS: n`. A VM's own dict `task_warnings` does it for one VM.
+        self.task_warnings: dict[str, int] = {}
+        # True: a started VM whose config has agent=1 answers the guest agent, with an address in 192.0.2.0/24, after agent_delay real seconds.
+        self.agent_default = False
+        self.agent_delay = 0.0
+        # Every request: {method, path, template, params, status, user}; status None: not answered.
+        self.history: list[dict[str, Any]] = []
+        self._guard = threading.RLock()
+        self._counter: Counter[tuple[str, str]] = Counter()
+        self._touched: dict[int, list[tuple[str, str, dict[str, Any]]]] = {}
+        self._rules: list[Rule] = []
+        self._outcomes: list[Outcome] = []
+        self._cell: dict[str, str] = {}
+        self._running: dict[str, asyncio.Task[Any]] = {}
+        self._held: dict[str, asyncio.Future[str]] = {}
+        self._killed: dict[str, str] = {}
+        self._forgotten: set[str] = set()
+        self._stopping: asyncio.Event | None = None
+        self._clone: dict[str, Any] = {}
+        self._born: dict[int, float] = {}
+        self._addresses: dict[int, str] = {}
+
+    # ------------------------------------------------------------------ what was asked
+
+    def count(self) -> Counter[tuple[str, str]]:
+        """(method, path template) -> requests since the last reset_count()."""
+        with self._guard:
+            return Counter(self._counter)
+
+    def total(self) -> int:
+        """All requests since the last reset_count()."""
+        return sum(self.count().values())
+
+    def reset_count(self) -> None:
+        with self._guard:
+            self._counter.clear()
+            self._touched.clear()
+            self.history.clear()
+
+    def touched(self, vmid: int) -> list[tuple[str, str, dict[str, Any]]]:
+        """(method, path, params) of every request that could change something and named this VMID in its path, oldest first."""
+        with self._guard:
+            return list(self._touched.get(vmid, ()))
+
+    # ------------------------------------------------------------------ faults of the connection
+
+    def cut_next(self, method: str, suffix: str, when: str = "before", times: int = 1) -> Rule:
+        """Cut the connection of the next such request: `before` it is handled, `after` it was carried out, or `truncate`: half the answer.
+
+        suffix is the end of a path (`/qemu/101/config`) or a whole template (`/nodes/{node}/qemu/{vmid}`).
+        """
+        if when not in ("before", "after", "truncate"):
+            raise ValueError(when)
+        return self._rule(Rule(method, suffix, "cut", times, when=when))
+
+    def answer_next(self, method: str, suffix: str, raw_status: int = 200, raw_body: bytes | str = b"", content_type: str = "application/json",
+                    carry_out: bool = False, times: int = 1) -> Rule:
+        """Answer the next such request with exactly this; it is handled (and its real answer dropped) only with carry_out."""
+        body = raw_body.encode() if isinstance(raw_body, str) else raw_body
+        return self._rule(Rule(method, suffix, "answer", times, carry_out=carry_out, status=raw_status, body=body, content_type=content_type))
+
+    def hang_next(self, method: str, suffix: str, seconds: float, carry_out: bool | str = False, times: int = 1) -> Rule:
+        """Say nothing for real seconds. carry_out False: never handled, 596 in the end; True: handled at once; 'late': handled after them."""
+        return self._rule(Rule(method, suffix, "hang", times, seconds=seconds, carry_out=carry_out))
+
+    def clear_faults(self) -> None:
+        """Forget every fault that has not happened yet: of connections, tasks and fail()."""
+        with self._guard:
+            self._rules.clear()
+            self._outcomes.clear()
+        self.failures.clear()
+        self.before_request = self.after_request = None
+
+    def _rule(self, rule: Rule) -> Rule:
+        with self._guard:
+            self._rules.append(rule)
+        return rule
+
+    def _take_rule(self, method: str, path: str, template: str) -> Rule | None:
+        with self._guard:
+            for rule in self._rules:
+                if rule.method == method and (path.endswith(rule.suffix) or template == rule.suffix):
+                    rule.times -= 1
+                    rule.used.append(path)
+                    if rule.times <= 0:
+                        self._rules.remove(rule)
+                    return rule
+        return None
+
+    # ------------------------------------------------------------------ the server
+
+    async def start(self, certfile: str, keyfile: str) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.loop_thread = threading.get_ident()
+        self._stopping = asyncio.Event()
+        await super().start(certfile, keyfile)
+        # Requests that hang on purpose must not keep a test from ending.
+        self.runner._shutdown_timeout = 0.5
+
+    async def stop(self) -> None:
+        if self._stopping is not None:
+            self._stopping.set()
+        for running in list(self._running.values()):
+            running.cancel()
+        await settle()
+        await super().stop()
+
+    async def _sleep(self, seconds: float) -> None:
+        """Real seconds, or until the server stops."""
+        if seconds <= 0:
+            return
+        try:
+            await asyncio.wait_for(self._stopping.wait(), seconds) if self._stopping else await asyncio.sleep(seconds)
+        except asyncio.TimeoutError:
+            pass
+
+    def _build_app(self) -> web.Application:
+        app = super()._build_app()
+        app.middlewares.insert(0, self._outermost)
+        return app
+
+    @web.middleware
+    async def _outermost(self, request: web.Request, handler: Any) -> web.StreamResponse:
+        """Counting, hooks and faults of the connection: round everything else, so that refused requests count too."""
+        prefix = EXTJS if request.path.startswith(EXTJS + "/") else API
+        path = request.path[len(prefix):] if request.path.startswith(prefix) else request.path
+        if path == COUNT_PATH:
+            return self._serve_count(request)
+        match = self.resolve(request, API)
+        template = match.template if match else path
+        try:
+            values = await request_params(request)
+        except Exception:  # malformed bodies get their 400 from the handler
+            values = {}
+        entry = {"method": request.method, "path": path, "template": template, "params": values, "status": None, "user": None}
+        self._note(entry)
+        if not await self._hook(self.before_request, request.method, path, values):
+            return web.json_response({"data": None, "message": "the test's before_request failed"}, status=500)
+        rule = self._take_rule(request.method, path, template)
+
+        async def handle() -> web.StreamResponse:
+            response = await self._as_sent(request, handler)
+            entry["status"], entry["user"] = response.status, request.get(USER)
+            await self._hook(self.after_request, request.method, path, values)
+            return response
+
+        return await (self._with_fault(request, rule, handle) if rule else handle())
+
+    def _note(self, entry: dict[str, Any]) -> None:
+        with self._guard:
+            self._counter[entry["method"], entry["template"]] += 1
+            self.history.append(entry)
+            found = re.search(r"/qemu/(\d+)(?:/|$)", entry["path"])
+            if found and entry["method"] != "GET":
+                self._touched.setdefault(int(found[1]), []).append((entry["method"], entry["path"], entry["params"]))
+
+    async def _hook(self, hook: Any, method: str, path: str, values: dict[str, Any]) -> bool:
+        if hook is None:
+            return True
+        try:
+            waited = hook(method, path, values)
+            if inspect.isawaitable(waited):
+                await waited
+        except Exception as error:  # kept for the test, which would otherwise see a 500 of unknown origin
+            self.hook_errors.append(error)
+            return False
+        return True
+
+    async def _as_sent(self, request: web.Request, handler: Any) -> web.StreamResponse:
+        response = await handler(request)
+        if response.status == 401:
+            await self._sleep(self.auth_delay)
+        if response.status in (401, 595, 596) and request.path.startswith(API):
+            # These come from the daemon in front of the API: a reason, no body.
+            response = web.Response(status=response.status, reason=response.reason)
+        return response
+
+    async def _with_fault(self, request: web.Request, rule: Rule, handle: Any) -> web.StreamResponse:
+        if rule.kind == "cut":
+            if rule.when == "before":
+                return _dropped(request)
+            response = await handle()
+            return _dropped(request) if rule.when == "after" else await _half(request, response)
+        if rule.kind == "hang":
+            response = await handle() if rule.carry_out is True else None
+            await self._sleep(rule.seconds)
+            if rule.carry_out == "late":
+                response = await handle()
+            return response or web.Response(status=596, reason="Connection timed out")
+        if rule.carry_out:
+            await handle()
+        return web.Response(status=rule.status, body=rule.body, headers={"Content-Type": rule.content_type})
+
+    def _serve_count(self, request: web.Request) -> web.Response:
+        """GET: {template with method: n} and total since the last DELETE."""
+        found = {f"{method} {template}": number for (method, template), number in sorted(self.count().items())}
+        if request.method == "DELETE":
+            self.reset_count()
+        return web.json_response({"data": {"total": sum(found.values()), "requests": found}})
+
+    async def _answer(self, request: web.Request, handler: Any, generic: Any, path_node: str | None) -> web.StreamResponse:
+        match = generic or self.resolve(request, API)
+        if path_node and path_node not in self.nodes:
+            text = f"hostname lookup '{path_node}' failed - failed to get address info for: {path_node}: Name or service not known"
+            return _error(PveError(500, text))
+        if path_node and not self.nodes[path_node].get("online", True) and match and request.method in match.methods:
+            # Permissions are checked where the request arrives, before it is passed on to the node.
+            try:
+                values = dict(await request_params(request), **match.params)
+                self.check_permissions(request[USER], match.methods[request.method].get("permissions"), values)
+            except PveError as error:
+                return _error(error)
+        return await super()._answer(request, handler, generic, path_node)
+
+    # ------------------------------------------------------------------ tasks
+
+    def next_task(self, ttype: str, how: str, *, vmid: int | None = None, carry_out: bool | None = None, text: str = "", seconds: float = 0.0,
+                  warnings: int = 1, times: int = 1) -> None:
+        """Decide how the next task of a type (`qmclone`, `qmdestroy`, `qmstart`, `qmstop`, ...) goes; vmid: only that VM's.
+
+        how: `warnings` (done, WARNINGS: n) | `killed` (`unexpected status`) | `hang` (runs for ever; release_task() or kill_task()) |
+        `vanish` (done, then an unknown id) | `fail` (text) | `slow` (real seconds). carry_out says whether the work gets done;
+        default: for warnings, vanish and slow. A killed clone that is not carried out leaves the VM with lock clone.
+        """
+        if how not in ("warnings", "killed", "hang", "vanish", "fail", "slow"):
+            raise ValueError(how)
+        done = how in ("warnings", "vanish", "slow") if carry_out is None else carry_out
+        with self._guard:
+            self._outcomes.append(Outcome(ttype, how, vmid, done, text or f"WARNINGS: {warnings}", seconds, times))
+
+    @on_loop
+    def kill_task(self, upid: str, text: str = UNEXPECTED) -> None:
+        """End a running task as a killed worker does: what it was doing stays half done."""
+        record = self.tasks[upid]
+        if record["status"] != "running":
+            raise ValueError(f"{upid} has ended")
+        self._killed[upid] = text
+        if upid in self._running:
+            self._running[upid].cancel()
+        record.update(status="stopped", exitstatus=text, endtime=int(time.time()))
+
+    @on_loop
+    def release_task(self, upid: str) -> None:
+        """Let a hanging task go on (its work is done now unless it was before)."""
+        self._held[upid].set_result("go")
+
+    @on_loop
+    def forget_task(self, upid: str) -> None:
+        """Proxmox no longer knows this task id; its work goes on."""
+        self._forgotten.add(upid)
+
+    @on_loop
+    def running_tasks(self, ttype: str | None = None) -> list[str]:
+        return [t["upid"] for t in self.tasklog if t["status"] == "running" and ttype in (None, t["type"])]
+
+    def _take_outcome(self, ttype: str, ids: set[str]) -> Outcome | None:
+        with self._guard:
+            for found in self._outcomes:
+                if found.ttype == ttype and (found.vmid is None or str(found.vmid) in ids):
+                    found.times -= 1
+                    if found.times <= 0:
+                        self._outcomes.remove(found)
+                    return found
+        return None
+
+    def _upid(self, node: str, ttype: str, tid: Any, user: str) -> tuple[str, int, int]:
+        made = super()._upid(node, ttype, tid, user)
+        # task() cannot see the id of its own task before the task runs; this call is the first thing it makes.
+        self._cell["upid"] = made[0]
+        return made
+
+    async def task(self, node: str, ttype: str, tid: Any, user: str, body: Any, vm: Any = None, lock: bool = True, log: Any = ()) -> str:
+        """Start a task; nothing in here waits before the task is on its way, so the fields it borrows are its own."""
+        cell: dict[str, str] = {}
+        self._cell = cell
+        ids = {str(tid)} | ({str(vm.vmid)} if vm is not None else set())
+        outcome = self._take_outcome(ttype, ids)
+        around = getattr(self, "_around_" + ttype, None)
+        undo: list[Callable[[], None]] = []
+        inner = around(body, vm, undo) if around and vm is not None else body
+        target = vm or self.vm(int(tid)) if str(tid).isdigit() else vm
+        detached = bool(self.time_scale) or ttype in self.real_secs or (outcome is not None and outcome.how in ("hang", "slow"))
+
+        async def run() -> Any:
+            upid = cell["upid"]
+            if detached:
+                self._running[upid] = asyncio.current_task()
+            try:
+                await self.pause(self.task_secs.get(ttype, 0))
+                await self._sleep(self.real_secs.get(ttype, 0))
+                return await self._carry_out(upid, ttype, inner, target, outcome, undo)
+            except asyncio.CancelledError:
+                text = self._killed.pop(upid, None)
+                if text is None:
+                    raise
+                if text != UNEXPECTED:
+                    _run_all(undo)
+                raise TaskError(text) from None
+            finally:
+                self._running.pop(upid, None)
+                self._held.pop(upid, None)
+
+        scale = self.time_scale
+        self.time_scale = scale or (FORCED_SCALE if detached else scale)
+        try:
+            if detached:
+                started = super().task(node, ttype, tid, user, run, vm=vm, lock=lock, log=log)
+                return await started
+        finally:
+            self.time_scale = scale
+        return await super().task(node, ttype, tid, user, run, vm=vm, lock=lock, log=log)
+
+    async def _carry_out(self, upid: str, ttype: str, body: Any, vm: Any, outcome: Outcome | None, undo: list[Callable[[], None]]) -> Any:
+        number = getattr(vm, "task_warnings", {}).get(ttype) or self.task_warnings.get(ttype)
+        if outcome is None:
+            note = await body()
+            if number:
+                raise TaskError(f"WARNINGS: {number}")
+            return note
+        if outcome.how == "slow":
+            await self._sleep(outcome.seconds)
+        note = await body() if outcome.carry_out else None
+        if outcome.how == "hang":
+            self._held[upid] = asyncio.get_running_loop().create_future()
+            await self._held[upid]
+            return note if outcome.carry_out else await body()
+        if outcome.how == "vanish":
+            self._forgotten.add(upid)
+        elif outcome.how == "killed":
+            raise TaskError(UNEXPECTED)
+        elif outcome.how in ("fail", "warnings"):
+            if not outcome.carry_out:
+                _run_all(undo)
+            raise TaskError(outcome.text)
+        return note
+
+    async def _failing(self, node: str, ttype: str, tid: Any, user: str, text: str) -> str:
+        async def body() -> None:
+            raise TaskError(text)
+
+        return await self.task(node, ttype, tid, user, body)
+
+    def _get_task(self, request: web.Request) -> dict[str, Any]:
+        return self._find_task(request.match_info["node"], request.match_info["upid"], request[USER])
+
+    def _find_task(self, node: str, upid: str, user: str) -> dict[str, Any]:
+        found = re.match(r"UPID:([^:]+):[0-9A-F]{8}:[0-9A-F]{8,9}:[0-9A-F]{8}:[^:\s]+:[^:\s]*:[^:\s]+:$", upid)
+        if found is None:
+            raise PveError(500, f"unable to parse worker upid '{upid}'")
+        task = self.tasks.get(upid)
+        # Only the node named in the id has the task; asked elsewhere it is as unknown as any.
+        if task is None or upid in self._forgotten or found[1] != node:
+            raise param_error(upid="no such task")
+        if not self._task_owner(user, task):
+            self.require(user, "/nodes/" + node, "Sys.Audit")
+        return task
+
+    async def _task_list(self, request: web.Request) -> web.Response:
+        v = self._verify(request, await request_params(request))
+        found = self._tasks_of(request[USER], request.match_info["node"])
+        source = v.get("source", "archive")
+        found = [t for t in found if source == "all" or (t["status"] == "running") == (source == "active")]
+        tests = {"since": lambda t, x: t["starttime"] >= x, "until": lambda t, x: t["starttime"] <= x, "typefilter": lambda t, x: t["type"] == x,
+                 "vmid": lambda t, x: t["id"] == str(x), "userfilter": lambda t, x: x.lower() in t["user"].lower(),
+                 "errors": lambda t, x: not x or (t["status"] != "running" and t["exitstatus"] != "OK")}
+        for name, test in tests.items():
+            if v.get(name) is not None:
+                found = [t for t in found if test(t, v[name])]
+        start = v.get("start", 0)
+        return web.json_response({"data": [_listed(self._task_view(t, True)) for t in found[start:start + v.get("limit", 50)]]})
+
+    def _tasks_of(self, user: str, node: str | None = None) -> list[dict[str, Any]]:
+        """Tasks the user may see, newest first."""
+        found = [t for t in self.tasklog if node in (None, t["node"]) and t["upid"] not in self._forgotten
+                 and (self._task_owner(user, t) or self.allowed(user, "/nodes/" + t["node"], "Sys.Audit"))]
+        return sorted(reversed(found), key=lambda t: -t["starttime"])
+
+    async def _task_log(self, request: web.Request) -> web.Response:
+        response = await super()._task_log(request)
+        return web.json_response(text=response.text.replace("TASK ERROR: WARNINGS:", "TASK WARNINGS:"))
+
+    def _routes_double(self) -> list[tuple[str, str, Any]]:
+        return [("DELETE", "/nodes/{node}/tasks/{upid}", self._task_abort), ("GET", "/cluster/tasks", self._cluster_tasks),
+                ("PUT", "/nodes/{node}/qemu/{vmid}/resize", self._qm_resize), ("GET", "/nodes/{node}/certificates/info", self._certificates)]
+
+    async def _task_abort(self, v: dict[str, Any], user: str) -> None:
+        task = self._find_task(v["node"], v["upid"], user)
+        if task["status"] == "running":
+            self.kill_task(task["upid"], "interrupted by signal")
+
+    async def _cluster_tasks(self, v: dict[str, Any], user: str) -> list[dict[str, Any]]:
+        return [_listed(self._task_view(t, True)) for t in self._tasks_of(user)[:25]]
+
+    async def _certificates(self, v: dict[str, Any], user: str) -> list[dict[str, Any]]:
+        def entry(name: str, fingerprint: str, subject: str) -> dict[str, Any]:
+            return {"filename": name, "fingerprint": fingerprint, "subject": subject, "issuer": "/CN=Proxmox Virtual Environment", "san": [],
+                    "notbefore": 1700000000, "notafter": 2015360000, "public-key-type": "rsaEncryption", "public-key-bits": 4096,
+                    "pem": "-----BEGIN CERTIFICATE-----\n-----END CERTIFICATE-----\n"}
+
+        # The node's own certificate differs from node to node, the root's does not.
+        node = ":".join(f"{b:02X}" for b in uuid.uuid5(uuid.NAMESPACE_DNS, self.ca_fingerprint + v["node"]).bytes * 2)
+        return [entry("pve-root-ca.pem", self.ca_fingerprint, "/CN=Proxmox Virtual Environment"),
+                entry("pve-ssl.pem", node, f"/CN={v['node']}.example.org")]
+
+    # ------------------------------------------------------------------ listings and status
+
+    async def _resources(self, request: web.Request) -> web.Response:
+        response = await super()._resources(request)
+        data = json.loads(response.text)["data"]
+        now = time.time()
+        for item in data:
+            if item["type"] != "qemu":
+                continue
+            if now - self._born.get(item["vmid"], 0) < self.listing_lag:
+                item["status"] = "unknown"
+            if item["status"] == "unknown":
+                item.pop("name", None)
+        return web.json_response({"data": data})
+
+    async def _cluster_status(self, request: web.Request) -> web.Response:
+        response = await super()._cluster_status(request)
+        data = json.loads(response.text)["data"]
+        if self.standalone:
+            data = [item for item in data if item["type"] != "cluster"]
+        for item in data:
+            if item["type"] == "cluster" and self.stale_quorum:
+                item["quorate"] = 1
+        return web.json_response({"data": data})
+
+    # ------------------------------------------------------------------ permissions
+
+    def add_token(self, userid_tokenid: str, secret: str) -> None:
+        """An API token, e.g. add_token('agentlab@pve!test', secret). May do anything until the first grant()."""
+        if "!" not in userid_tokenid:
+            raise ValueError("user@realm!name expected")
+        self.apitokens[userid_tokenid] = secret
+
+    def grant_least(self, user: str, template: int = 9000, pool: str | None = None, vmids: tuple[int, ...] = (), storage: str = "local-lvm",
+                    bridge: str = "vmbr0") -> None:
+        """What the product needs and no more, for a user or token: on /vms, on a pool (made here), or on single VMIDs. Permissions count from now on."""
+        if pool is not None and pool not in self.pools:
+            self.pools[pool] = set()
+            self._pool_meta(pool)
+        where = [f"/pool/{pool}"] if pool else [f"/vms/{vmid}" for vmid in vmids] or ["/vms"]
+        for path in where:
+            self.grant(user, path, *SANDBOX_PRIVS)
+        if pool:
+            self.grant(user, f"/pool/{pool}", "Pool.Audit")
+        self.grant(user, f"/vms/{template}", "VM.Audit", "VM.Clone")
+        self.grant(user, f"/storage/{storage}", "Datastore.AllocateSpace", "Datastore.Audit")
+        self.grant(user, f"/sdn/zones/localnetwork/{bridge}", "SDN.Use")
+
+    @on_loop
+    def revoke(self, user: str, path: str | None = None) -> None:
+        """Take a user's grants away again (on one path)."""
+        acl = self.acl or {}
+        acl[user] = [entry for entry in acl.get(user, []) if path not in (None, entry[0])]
+        self.acl = acl
+
+    def allowed(self, user: str, path: str, priv: str) -> bool:
+        if super().allowed(user, path, priv):
+            return True
+        return priv == "VM.Config.Cloudinit" and super().allowed(user, path, "VM.Config.Network")
+
+    def _config_priv(self, key: str) -> str:
+        return "VM.Config.Cloudinit" if CLOUDINIT_KEY.match(key) else super()._config_priv(key)
+
+    def _vm(self, request: web.Request, priv: str | None = None) -> Any:
+        """Rights are looked at before the VM is: without them one that is not there answers 403 as well."""
+        path = "/vms/" + request.match_info["vmid"]
+        if request.match_info["vmid"].isdigit():
+            if priv:
+                self.require(request[USER], path, priv)
+            elif not any(self.allowed(request[USER], path, name) for name in CONFIG_PRIVS):
+                raise PveError(403, f"Permission check failed ({path}, {'|'.join(CONFIG_PRIVS)})")
+        return super()._vm(request, priv)
+
+    # ------------------------------------------------------------------ power
+
+    async def _status_action(self, request: web.Request) -> web.StreamResponse:
+        node, action, user = request.match_info["node"], request.match_info["action"], request[USER]
+        vmid = request.match_info["vmid"]
+        if vmid.isdigit() and action in ("start", "stop", "shutdown", "reboot"):
+            info = self.resolve(request, API).methods["POST"]
+            values, errors = pve_schema.validate(info.get("parameters"), {**await request_params(request), "node": node, "vmid": vmid})
+            if errors:
+                raise param_error(**errors)
+            if values.get("skiplock") and user != "root@pam":
+                raise param_error(skiplock="Only root may use this option.")
+            self.require(user, "/vms/" + vmid, "VM.PowerMgmt")
+            vm = self.vm(int(vmid))
+            if vm is None or vm.node != node:
+                if action == "reboot":
+                    raise PveError(500, _not_found(vmid, node))
+                self.need_quorum()
+                return web.json_response({"data": await self._failing(node, "qm" + action, vmid, user, _no_config(node, vmid))})
+        return await super()._status_action(request)
+
+    async def _do_stop(self, vm: Any, user: str, p: dict[str, Any]) -> str:
+        if vm.ha_managed:
+            return await super()._do_stop(vm, user, p)
+
+        async def body() -> None:
+            if vm.status != "running":
+                return
+            if vm.lock and not p.get("skiplock"):
+                raise TaskError(f"VM is locked ({vm.lock})")
+            await self.pause(vm.stop_secs)
+            self._power_off(vm)
+
+        return await self.task(vm.node, "qmstop", vm.vmid, user, body, vm=vm)
+
+    async def _do_shutdown(self, vm: Any, user: str, p: dict[str, Any]) -> str:
+        if vm.ha_managed:
+            return await super()._do_shutdown(vm, user, p)
+
+        async def body() -> Any:
+            if vm.status != "running":
+                return None
+            if vm.lock and not p.get("skiplock"):
+                raise TaskError(f"VM is locked ({vm.lock})")
+            note = await self._powerdown(vm, p)
+            self._power_off(vm)
+            return note
+
+        return await self.task(vm.node, "qmshutdown", vm.vmid, user, body, vm=vm)
+
+    @staticmethod
+    def _power_off(vm: Any) -> None:
+        vm.status = vm.qmpstatus = "stopped"
+        vm.started_at = None
+        if getattr(vm, "agent_by_default", False):
+            vm.agent, vm.agent_by_default = None, False
+
+    def _around_qmstart(self, body: Any, vm: Any, undo: list[Callable[[], None]]) -> Any:
+        async def run() -> Any:
+            if getattr(vm, "disks_lost", False):
+                raise TaskError("no such logical volume " + ", ".join(volume for _key, volume, _props in drives_of(vm.config, True)))
+            missing = self._missing_snippet(vm.config)
+            if missing and vm.status != "running":
+                raise TaskError(missing)
+            note = await body()
+            self._agent_up(vm)
+            return note
+
+        return run
+
+    _around_qmreboot = _around_qmstart
+
+    def _agent_up(self, vm: Any) -> None:
+        enabled = re.match(r"(enabled=)?(1|yes|on|true)\b", str(vm.config.get("agent", "0")))
+        if not (self.agent_default and enabled and vm.agent is None):
+            return
+        mac = re.search(r"([0-9A-Fa-f]{2}(?::[0-9A-Fa-f]{2}){5})", str(vm.config.get("net0", "")))
+        answer = {"interfaces": [
+            {"name": "lo", "hardware-address": "00:00:00:00:00:00",
+             "ip-addresses": [{"ip-address": "127.0.0.1", "ip-address-type": "ipv4", "prefix": 8},
+                              {"ip-address": "::1", "ip-address-type": "ipv6", "prefix": 128}]},
+            {"name": "eth0", "hardware-address": mac[1].lower() if mac else "bc:24:11:00:00:01",
+             "ip-addresses": [{"ip-address": "fe80::1", "ip-address-type": "ipv6", "prefix": 64},
+                              {"ip-address": self.address_of(vm.vmid), "ip-address-type": "ipv4", "prefix": 24}]}]}
+
+        def up() -> None:
+            if vm.status == "running" and vm.agent is None:
+                vm.agent, vm.agent_by_default = answer, True
+
+        if self.agent_delay:
+            asyncio.get_running_loop().call_later(self.agent_delay, up)
+        else:
+            up()
+
+    def address_of(self, vmid: int) -> str:
+        """The address a started VM's agent answers: the one in ipconfig0, or one of 192.0.2.0/24 that stays with the VMID."""
+        vm = self.vm(vmid)
+        static = re.search(r"ip=(\d+\.\d+\.\d+\.\d+)", str(vm.config.get("ipconfig0", ""))) if vm else None
+        return static[1] if static else self._addresses.setdefault(vmid, f"192.0.2.{10 + len(self._addresses) % 240}")
+
+    # ------------------------------------------------------------------ configuration
+
+    async def _apply_config(self, vm: Any, user: str, p: dict[str, Any]) -> None:
+        updates = dict(p)
+        if not self.quorate:
+            raise PveError(500, f"unable to open file '/etc/pve/nodes/{vm.node}/qemu-server/{vm.vmid}.conf.tmp.4711' - Permission denied")
+        if "tags" in updates:
+            if self.tags_forbidden:
+                raise PveError(403, f"Permission check failed (/vms/{vm.vmid}, tag policy)")
+            updates["tags"] = ";".join(sorted({tag.lower() for tag in re.split(r"[;, ]+", str(updates["tags"])) if tag}))
+        if "description" in updates:
+            updates["description"] = str(updates["description"]).rstrip()
+        for key, priv in ((key, self._config_priv(key)) for key in updates if DRIVE_KEY.match(key)):
+            if not is_cdrom(*split_drive(updates[key])):
+                self.require(user, f"/vms/{vm.vmid}", priv)
+        if not updates.get("digest") or updates["digest"] == vm.digest():
+            self._check_lock(vm)
+            for key in [key for key in updates if DRIVE_KEY.match(key)]:
+                updates[key] = self._drive_value(vm, user, key, updates[key])
+        deletes = [key for key in str(updates.get("delete") or "").split(",") if key]
+        before = {key: vm.config.get(key) for key in deletes}
+        await super()._apply_config(vm, user, updates)
+        for key in [key for key in updates if HOTPLUGGED.match(key) and vm.pending.get(key)]:
+            vm.config[key] = vm.pending.pop(key)
+        for key in deletes:
+            self._detached(vm, key, before[key], bool(updates.get("force")))
+        missing = self._missing_snippet(vm.config) if "cicustom" in updates else None
+        if missing:
+            raise PveError(500, missing)
+
+    def _drive_value(self, vm: Any, user: str, key: str, value: str) -> str:
+        """What the configuration says once the volume is made or found."""
+        volume, props = split_drive(value)
+        if volume.endswith(":cloudinit"):
+            return join_drive(self._cloudinit_volume(volume_ref(volume)[0], vm.vmid), dict(props, media="cdrom"))
+        if not volume or volume in ("none", "cdrom"):
+            return value
+        if NEW_DISK.match(volume):
+            self._qm_check_drive(user, vm.vmid, None, key, value, None)
+            return self._qm_new_drive(vm.vmid, key, value, None)[0]
+        sid, name = volume_ref(volume)
+        if sid is None:
+            return value
+        store = self._store(sid)
+        known = self._volumes(sid).get(name)
+        if known is None:
+            raise PveError(500, f"volume '{volume}' does not exist")
+        if volume_owner(volume) != vm.vmid:
+            vtype, owner, _format = self._parse_volname(store, name)
+            self._check_access(user, sid, vtype, owner, volume)
+        return join_drive(volume, dict(props, size=format_size(int(known["size"])))) if known.get("size") else value
+
+    def _detached(self, vm: Any, key: str, value: Any, force: bool) -> None:
+        """A disk taken off: the VM's own becomes unusedN (or goes, when it was unused or with force), another owner's just goes away."""
+        if HOTPLUGGED.match(key) and key in vm.pending:
+            vm.pending.pop(key)
+            vm.config.pop(key, None)
+        if value is None or key in vm.config or not re.match(r"(ide|sata|scsi|virtio|unused)\d+$", key):
+            return
+        volume, props = split_drive(value)
+        if is_cdrom(volume, props) or volume_owner(volume) != vm.vmid:
+            return
+        if force or key.startswith("unused"):
+            self._qm_free(volume)
+            return
+        number = next(n for n in range(256) if f"unused{n}" not in vm.config)
+        vm.config[f"unused{number}"] = volume
+
+    def _missing_snippet(self, config: dict[str, Any]) -> str | None:
+        named = [part.partition("=")[2] for part in str(config.get("cicustom") or "").split(",") if part]
+        missing = [volume for volume in named if volume not in self.snippets]
+        return f"volume '{missing[0]}' does not exist" if missing else None
+
+    async def _qm_resize(self, v: dict[str, Any], user: str) -> str:
+        vm = self.find(v["node"], v["vmid"])
+        self.need_quorum()
+        if v.get("digest") and v["digest"] != vm.digest():
+            raise PveError(500, "checksum mismatch (file change by other user?)")
+        self._check_lock(vm)
+        key = v["disk"]
+        if key not in vm.config:
+            raise PveError(500, f"disk '{key}' does not exist")
+        volume, props = split_drive(vm.config[key])
+        if is_cdrom(volume, props):
+            raise PveError(500, "can't resize a cdrom")
+        known = self._qm_volume(volume)
+        size = int((known or {}).get("size") or parse_size(props.get("size", "0")) or 0)
+        wanted = parse_size(str(v["size"]).lstrip("+")) + (size if str(v["size"]).startswith("+") else 0)
+        if wanted < size:
+            raise PveError(500, "shrinking disks is not supported")
+
+        async def body() -> None:
+            if known is not None:
+                known["size"] = wanted
+            vm.config[key] = join_drive(volume, dict(props, size=format_size(wanted)))
+
+        return await self.task(vm.node, "resize", vm.vmid, user, body, vm=vm)
+
+    def _around_qmrollback(self, body: Any, vm: Any, undo: list[Callable[[], None]]) -> Any:
+        async def run() -> Any:
+            note = await body()
+            if vm.config.get("vmgenid"):
+                vm.config["vmgenid"] = str(uuid.uuid4())
+            return note
+
+        return run
+
+    # ------------------------------------------------------------------ clone
+
+    async def _qm_clone(self, v: dict[str, Any], user: str) -> str:
+        node, vmid, newid = v["node"], int(v["vmid"]), int(v["newid"])
+        self._qm_check_pool(v.get("pool"))
+        self._qm_perm(user, newid, v.get("pool"), "VM.Allocate")
+        src = self.vm(vmid)
+        if src is None or src.node != node:
+            raise PveError(500, _not_found(vmid, node))
+        for key in sorted(src.config):
+            bridge = re.search(r"bridge=([^,]+)", str(src.config[key])) if re.match(r"net\d+$", key) else None
+            if bridge:
+                self.require(user, "/sdn/zones/localnetwork/" + bridge[1], "SDN.Use")
+        self.need_quorum()
+        taken = self.guest(newid)
+        if taken is not None and taken.node != node:
+            text = f"clone failed: unable to create file '/etc/pve/nodes/{node}/qemu-server/{newid}.conf' - File exists"
+            return await self._failing(node, "qmclone", vmid, user, text)
+        full = v.get("full")
+        self._clone = {"source": dict(src.config), "linked": src.template and not full}
+        if v.get("description"):
+            v = dict(v, description=str(v["description"]).rstrip())
+        return await super()._qm_clone(v, user)
+
+    def _around_qmclone(self, body: Any, new: Any, undo: list[Callable[[], None]]) -> Any:
+        """While it runs the target has Proxmox's own description and nothing else; what was asked for stands there at the end."""
+        source, linked = self._clone["source"], self._clone["linked"]
+        config, name = new.config, new.name
+        new.config = {"description": CLONE_DESCRIPTION, "lock": "clone"}
+        new.name = f"VM {new.vmid}"
+        self._born[new.vmid] = time.time()
+
+        def remove() -> None:
+            if new in self.vms:
+                self.vms.remove(new)
+
+        undo.append(remove)
+
+        async def run() -> Any:
+            new.config, new.name = config, name
+            note = await body()
+            for key, volume, props in drives_of(new.config):
+                if is_cdrom(volume, props) and re.search(r"vm-\d+-cloudinit", volume):
+                    new.config[key] = join_drive(self._cloudinit_volume(volume_ref(volume)[0], new.vmid), props)
+                elif linked and key in source and self._qm_volume(volume):
+                    self._qm_volume(volume)["base"] = split_drive(source[key])[0]
+            return note
+
+        return run
+
+    def _cloudinit_volume(self, sid: str, vmid: int) -> str:
+        """Make (or find) the cloud-init volume of a VM; returns its volume id."""
+        store = self.storages[sid]
+        name = f"{vmid}/vm-{vmid}-cloudinit.qcow2" if store.get("type") in ("dir", "nfs", "cifs") else f"vm-{vmid}-cloudinit"
+        store.setdefault("volumes", {}).setdefault(name, {"content": "images", "format": "qcow2" if "." in name else "raw", "size": 4 * 1024 ** 2,
+                                                          "vmid": vmid, "ctime": int(time.time())})
+        return f"{sid}:{name}"
+
+    # ------------------------------------------------------------------ delete
+
+    def _around_qmdestroy(self, body: Any, vm: Any, undo: list[Callable[[], None]]) -> Any:
+        async def run() -> Any:
+            if not vm.lock:
+                own = {volume for _key, volume, _props in drives_of(vm.config) if volume_owner(volume) == vm.vmid}
+                for sid, store in self.storages.items():
+                    for name, volume in store.get("volumes", {}).items():
+                        if volume.get("base") in own:
+                            raise TaskError(f"base volume '{volume['base'].partition(':')[2]}' is still in use by linked cloned '{sid}:{name}'")
+                if not self.quorate:
+                    # The configuration file cannot be removed, the disks can, and they go first.
+                    for volume in own:
+                        self._qm_free(volume)
+                    vm.disks_lost = True
+                    raise TaskError(f"unable to remove file '/etc/pve/nodes/{vm.node}/qemu-server/{vm.vmid}.conf' - Permission denied")
+            foreign = self._foreign_volumes(vm)
+            note = await body()
+            for sid, name, volume in foreign:
+                store = self.storages[sid]
+                if name not in store["volumes"]:
+                    store["volumes"][name] = volume
+                    if "avail" in store:
+                        store["avail"] -= int(volume.get("size") or 0)
+            return note
+
+        return run
+
+    def _foreign_volumes(self, vm: Any) -> list[tuple[str, str, dict[str, Any]]]:
+        """Volumes in the VM's configuration (and snapshots) whose name says another owner: a delete leaves them alone."""
+        found = []
+        for config in (vm.config, *vm.snapshots.values()):
+            values = [volume for _key, volume, _props in drives_of(config)]
+            values += [split_drive(value)[0] for key, value in config.items() if re.match(r"unused\d+$", key)]
+            for volume in values:
+                known = self._qm_volume(volume)
+                if known is not None and volume_owner(volume) != vm.vmid:
+                    found.append((*volume_ref(volume), known))
+        return found
+
+    def volumes_of(self, vmid: int) -> list[str]:
+        """Volume ids that belong to a VMID by their names, on every storage."""
+        return sorted(f"{sid}:{name}" for sid, store in self.storages.items() for name in store.get("volumes", {})
+                      if volume_owner(f"{sid}:{name}") == vmid)
+
+    # ------------------------------------------------------------------ what there is
+
+    def _disk(self, sid: str, name: str, vmid: int, size: int) -> str:
+        self.storages[sid].setdefault("volumes", {})[name] = {"content": "images", "format": "raw", "size": size, "vmid": vmid,
+                                                              "ctime": int(time.time())}
+        return f"{sid}:{name}"
+
+    @on_loop
+    def add_template(self, vmid: int = 9000, name: str = "debian-13", storage: str = "local-lvm", node: str = "pve1", **config: Any) -> Any:
+        """A cloud image's template: base disk, cloud-init drive, NIC on vmbr0, agent on."""
+        size = 3 * 1024 ** 3
+        base = self._disk(storage, f"base-{vmid}-disk-0", vmid, size)
+        settings = {"name": name, "template": 1, "agent": "1", "boot": "order=scsi0", "cores": 2, "memory": "2048", "ostype": "l26",
+                    "scsihw": "virtio-scsi-single", "serial0": "socket", "scsi0": f"{base},size={format_size(size)}",
+                    "ide2": f"{self._cloudinit_volume(storage, vmid)},media=cdrom", "net0": "virtio=BC:24:11:00:90:00,bridge=vmbr0",
+                    "smbios1": f"uuid={uuid.uuid4()}", "vmgenid": str(uuid.uuid4()), "meta": "creation-qemu=10.0.2,ctime=1700000000"}
+        return self.add_vm(vmid, name, node=node, template=True, config=dict(settings, **config))
+
+    @on_loop
+    def add_guest(self, vmid: int, name: str = "somebody-elses", node: str = "pve1", storage: str = "local-lvm", smbios: bool = True, **kw: Any) -> Any:
+        """An ordinary VM with a disk of its own and an identity; kw go to FakeVm (status, lock, pool, template, ...), config is merged."""
+        disk = self._disk(storage, f"{'base' if kw.get('template') else 'vm'}-{vmid}-disk-0", vmid, 8 * 1024 ** 3)
+        config = {"name": name, "cores": 1, "memory": "1024", "scsi0": f"{disk},size=8G", "net0": f"virtio={_mac()},bridge=vmbr0",
+                  "vmgenid": str(uuid.uuid4())}
+        if smbios:
+            config["smbios1"] = f"uuid={uuid.uuid4()}"
+        config.update(kw.pop("config", {}))
+        if kw.get("template"):
+            config["template"] = 1
+        if kw.get("lock"):
+            config["lock"] = kw["lock"]
+        return self.add_vm(vmid, name, node=node, config=config, **kw)
+
+    @on_loop
+    def remove_vm(self, vmid: int) -> Any:
+        """Somebody deleted it behind our back: VM, its volumes and its pool membership; returns what it was (None: nothing)."""
+        gone = self.vm(vmid)
+        if gone is not None:
+            self.vms.remove(gone)
+            self._pool_leave(vmid)
+            for volume in self.volumes_of(vmid):
+                self._qm_free(volume)
+        return gone
+
+    @on_loop
+    def make_foreign(self, vmid: int, *, same_name: bool = False, same_tags: bool = False, copy_description: bool = False, copy_smbios: bool = False,
+                     running: bool = False, template: bool = False, smbios: bool = True, protection: bool = False, lock: str | None = None,
+                     node: str | None = None, name: str = "somebody-elses", description: str | None = None) -> Any:
+        """Whatever is at the VMID goes; a VM of somebody else stands there instead, alike in what is asked for and in nothing else."""
+        old = self.remove_vm(vmid)
+        before = old.config if old else {}
+        config: dict[str, Any] = {}
+        copied = [("tags", same_tags), ("description", copy_description), ("smbios1", copy_smbios)]
+        config.update((key, before[key]) for key, wanted in copied if wanted and key in before)
+        if description is not None:
+            config["description"] = description
+        if protection:
+            config["protection"] = 1
+        return self.add_guest(vmid, str(before.get("name", name)) if same_name else name, node=node or (old.node if old else "pve1"), smbios=smbios,
+                              status="running" if running else "stopped", template=template, lock=lock, config=config)
+
+    @on_loop
+    def move_vm(self, vmid: int, node: str) -> None:
+        """The VM lives on another node from now on, as after a migration."""
+        self.nodes.setdefault(node, {"online": True})
+        self.vm(vmid).node = node
+
+    @on_loop
+    def power(self, vmid: int, status: str) -> None:
+        """Somebody else started or stopped the VM (no task tells of it)."""
+        vm = self.vm(vmid)
+        if status == "running":
+            vm.status = vm.qmpstatus = "running"
+            vm.started_at = time.time()
+        else:
+            self._power_off(vm)
+
+
+# ---------------------------------------------------------------------- small things
+
+def _no_config(node: str, vmid: Any) -> str:
+    return f"Configuration file 'nodes/{node}/qemu-server/{vmid}.conf' does not exist"
+
+
+def _not_found(vmid: Any, node: str) -> str:
+    return f"unable to find configuration file for VM {vmid} on node '{node}'"
+
+
+def _listed(view: dict[str, Any]) -> dict[str, Any]:
+    """A task as lists show it: the exit status stands in `status`, RUNNING where there is none yet."""
+    return view if "status" in view else dict(view, status="RUNNING")
+
+
+def _error(error: PveError) -> web.Response:
+    body = {"data": None, "message": error.message + "\n"}
+    if error.errors:
+        body["errors"] = error.errors
+    return web.json_response(body, status=error.status, reason=error.message.splitlines()[0][:200])
+
+
+def _run_all(steps: list[Callable[[], None]]) -> None:
+    for step in steps:
+        step()
+
+
+def _fingerprint() -> str:
+    return ":".join(f"{b:02X}" for b in os.urandom(32))
+
+
+def _mac() -> str:
+    return "BC:24:11:" + ":".join(f"{b:02X}" for b in os.urandom(3))
+
+
+def _dropped(request: web.Request) -> web.StreamResponse:
+    """The connection is gone before a byte of the answer."""
+    if request.transport is not None:
+        request.transport.abort()
+    return _Nothing()
+
+
+async def _half(request: web.Request, response: web.StreamResponse) -> web.StreamResponse:
+    """The headers promise the whole body; half of it comes."""
+    body = response.body if isinstance(response, web.Response) and isinstance(response.body, bytes) else b"{}"
+    if request.transport is not None:
+        head = f"HTTP/1.1 {response.status} {response.reason}\r\nContent-Type: application/json;charset=UTF-8\r\nContent-Length: {len(body)}\r\n\r\n"
+        request.transport.write(head.encode() + body[:len(body) // 2])
+        request.transport.close()
+    return _Nothing()
+
+
+class _Nothing(web.StreamResponse):
+    """An answer that was sent already, or never will be."""
+
+    async def prepare(self, request: web.BaseRequest) -> Any:
+        self.force_close()
+        return None
+
+    async def write_eof(self, data: bytes = b"") -> None:
+        return None
+
+
+class DoubleServer:
+    """A ProxmoxDouble on 127.0.0.1, on an event loop and thread of its own. Use as a context manager, or start() and stop().
+
+    setup(pve) runs before it listens. A given cafile path gets a copy of the certificate.
+    """
+
+    def __init__(self, time_scale: float = 0.0, port: int = 0, setup: Callable[[ProxmoxDouble], Any] | None = None) -> None:
+        self.pve = ProxmoxDouble(port=port)
+        self.pve.time_scale = time_scale
+        self._setup = setup
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run, name="proxmox-double", daemon=True)
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self.cafile = ""
+
+    @property
+    def url(self) -> str:
+        return self.pve.url
+
+    @property
+    def port(self) -> int:
+        return self.pve.port
+
+    @property
+    def host(self) -> str:
+        return self.pve.host
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        self._loop.run_forever()
+
+    def start(self) -> DoubleServer:
+        self._folder = tempfile.TemporaryDirectory(prefix="proxmox-double-")
+        self.cafile, keyfile, _der = make_cert(self._folder.name, hosts=(HOST,))
+        if self._setup is not None:
+            self._setup(self.pve)
+        self._thread.start()
+        try:
+            asyncio.run_coroutine_threadsafe(self.pve.start(self.cafile, keyfile), self._loop).result(30)
+        except BaseException:
+            self._halt()
+            raise
+        return self
+
+    def stop(self) -> None:
+        try:
+            asyncio.run_coroutine_threadsafe(self.pve.stop(), self._loop).result(30)
+        finally:
+            self._halt()
+
+    def _halt(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(30)
+        if not self._thread.is_alive():
+            self._loop.close()
+        if self._folder is not None:
+            self._folder.cleanup()
+
+    def __enter__(self) -> DoubleServer:
+        return self.start()
+
+    def __exit__(self, *_exc: object) -> None:
+        self.stop()
+
+    def call(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run a function (or coroutine function) on the server's thread, between requests; returns what it returns."""
+
+        async def run() -> Any:
+            found = fn(*args, **kwargs)
+            return await found if inspect.isawaitable(found) else found
+
+        return asyncio.run_coroutine_threadsafe(run(), self._loop).result(60)
+
+
+__all__ = ["COUNT_PATH", "CLONE_DESCRIPTION", "DoubleServer", "FakeVm", "ProxmoxDouble", "PveError", "TaskError", "pve_schema", "volume_owner"]

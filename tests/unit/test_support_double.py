@@ -1,0 +1,582 @@
+# Copyright: the agentlab.proxmox contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""The double keeps to what the real API was seen to do, asked through proxmoxer over HTTPS."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+from proxmoxer import ProxmoxAPI, ResourceException
+from support import play
+from support.proxmox_double import CLONE_DESCRIPTION, DoubleServer, ProxmoxDouble
+
+TOKEN = "agentlab@pve!test"
+
+
+@pytest.fixture
+def api(pve: ProxmoxDouble, agentlab_env: dict[str, str]) -> Any:
+    return _login(agentlab_env)
+
+
+def _login(env: dict[str, str], timeout: float = 5) -> Any:
+    return ProxmoxAPI(env["PROXMOX_HOST"], port=int(env["PROXMOX_PORT"]), user=env["PROXMOX_USER"], token_name=env["PROXMOX_TOKEN_ID"],
+                      token_value=env["PROXMOX_TOKEN_SECRET"], verify_ssl=env["PROXMOX_CA_PATH"], timeout=timeout)
+
+
+def _refused(call: Callable[[], Any]) -> tuple[int, str]:
+    with pytest.raises(ResourceException) as caught:
+        call()
+    error = caught.value
+    return error.status_code, f"{error.content} {error.errors or ''}"
+
+
+def _end(api: Any, upid: str, seconds: float = 5) -> str:
+    """Exit status of a task."""
+    node = upid.split(":")[1]
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        found = api.nodes(node).tasks(upid).status.get()
+        if found["status"] == "stopped":
+            return str(found["exitstatus"])
+        time.sleep(0.01)
+    raise AssertionError(f"{upid} still runs")
+
+
+def _clone(api: Any, newid: int = 101, **kw: Any) -> str:
+    return str(api.nodes("pve1").qemu(9000).clone.post(newid=newid, **{"name": f"vm{newid}", "description": "marker", **kw}))
+
+
+# ---- a VMID that is not there
+
+
+@pytest.mark.parametrize("action", ["start", "stop", "shutdown"])
+def test_power_of_missing_vm_is_accepted_and_its_task_fails(api: Any, action: str) -> None:
+    upid = api.nodes("pve1").qemu(999).status(action).post()
+    assert _end(api, upid) == "Configuration file 'nodes/pve1/qemu-server/999.conf' does not exist"
+
+
+def test_power_of_a_vm_on_another_node_fails_in_the_task(api: Any, pve: ProxmoxDouble) -> None:
+    pve.add_node("pve2")
+    pve.add_guest(101, node="pve2")
+    assert "does not exist" in _end(api, api.nodes("pve1").qemu(101).status.start.post())
+
+
+def test_missing_vm_elsewhere(api: Any) -> None:
+    one = api.nodes("pve1").qemu(999)
+    for call in (one.config.get, one.status.current.get, one.delete):
+        assert _refused(call) == (500, "Configuration file 'nodes/pve1/qemu-server/999.conf' does not exist ")
+    for call in (one.status.reboot.post, lambda: one.clone.post(newid=101)):
+        status, text = _refused(call)
+        assert status == 500 and "unable to find configuration file for VM 999 on node 'pve1'" in text
+
+
+def test_missing_vm_without_rights_is_403(api: Any, pve: ProxmoxDouble) -> None:
+    pve.grant(TOKEN, "/vms/500", "VM.Audit")
+    one = api.nodes("pve1").qemu(999)
+    for call in (one.config.get, one.status.current.get, one.status.start.post, one.delete, lambda: one.config.put(description="x")):
+        assert _refused(call)[0] == 403
+
+
+def test_unknown_node(api: Any) -> None:
+    status, text = _refused(api.nodes("PVE1").qemu(9000).config.get)
+    assert status == 500 and "hostname lookup 'PVE1' failed" in text
+
+
+def test_nextid_tells_free_from_taken_on_offline_nodes_too(api: Any, pve: ProxmoxDouble) -> None:
+    pve.add_guest(101, node="pve2")
+    pve.set_node_offline("pve2")
+    assert api.cluster.nextid.get(vmid=102) == "102"
+    status, text = _refused(lambda: api.cluster.nextid.get(vmid=101))
+    assert status == 400 and "VM 101 already exists" in text
+
+
+def test_offline_node_lists_its_vms_as_unknown_and_answers_595_without_body(api: Any, pve: ProxmoxDouble, agentlab_env: dict[str, str]) -> None:
+    pve.add_guest(101, node="pve2", status="running")
+    pve.set_node_offline("pve2")
+    listed = {vm["vmid"]: vm for vm in api.cluster.resources.get(type="vm")}
+    assert listed[101]["status"] == "unknown" and "name" not in listed[101] and listed[9000]["name"] == "debian-13"
+    assert _refused(api.nodes("pve2").qemu(101).config.get)[0] == 595
+    found = requests.get(f"{pve.url}/api2/json/nodes/pve2/qemu/101/config", verify=agentlab_env["PROXMOX_CA_PATH"], timeout=5,
+                         headers={"Authorization": f"PVEAPIToken={TOKEN}={agentlab_env['PROXMOX_TOKEN_SECRET']}"})
+    assert (found.status_code, found.content) == (595, b"")
+    pve.grant(TOKEN, "/vms/500", "VM.Audit")
+    assert _refused(api.nodes("pve2").qemu(101).config.get)[0] == 403
+
+
+# ---- power
+
+
+def test_template_does_not_start(api: Any) -> None:
+    assert "template" in _end(api, api.nodes("pve1").qemu(9000).status.start.post())
+
+
+def test_stop_and_shutdown_of_a_stopped_vm_are_fine(api: Any, pve: ProxmoxDouble) -> None:
+    pve.add_guest(101)
+    for action in ("stop", "shutdown"):
+        assert _end(api, api.nodes("pve1").qemu(101).status(action).post()) == "OK"
+    assert _refused(api.nodes("pve1").qemu(101).status.reset.post)[0] == 500
+
+
+def test_stop_of_a_running_locked_vm_fails_in_the_task(api: Any, pve: ProxmoxDouble) -> None:
+    pve.add_guest(101, status="running", lock="backup")
+    assert _end(api, api.nodes("pve1").qemu(101).status.stop.post()) == "VM is locked (backup)"
+
+
+def test_started_clone_answers_the_agent_until_it_stops(api: Any, pve: ProxmoxDouble) -> None:
+    _clone(api)
+    vm = api.nodes("pve1").qemu(101)
+    assert _refused(vm.agent("network-get-interfaces").get)[0] == 500
+    vm.status.start.post()
+    found = vm.agent("network-get-interfaces").get()["result"]
+    assert [a["ip-address"] for i in found for a in i["ip-addresses"] if a["ip-address"].startswith("192.0.2.")] == [pve.address_of(101)]
+    vm.status.stop.post()
+    assert _refused(vm.agent("network-get-interfaces").get)[0] == 500
+
+
+# ---- delete
+
+
+def test_delete_without_quorum_loses_the_disks_and_keeps_the_configuration(api: Any, pve: ProxmoxDouble) -> None:
+    _clone(api)
+    assert pve.volumes_of(101) == ["local-lvm:vm-101-cloudinit", "local-lvm:vm-101-disk-0"]
+    pve.lose_quorum()
+    assert "Permission denied" in _end(api, api.nodes("pve1").qemu(101).delete(purge=1))
+    assert pve.volumes_of(101) == [] and pve.vm(101).disks_lost
+    assert "scsi0" in api.nodes("pve1").qemu(101).config.get()
+    pve.regain_quorum()
+    assert _end(api, api.nodes("pve1").qemu(101).status.start.post()) != "OK"
+
+
+def test_delete_of_locked_protected_and_running(api: Any, pve: ProxmoxDouble) -> None:
+    pve.add_guest(101, lock="clone")
+    pve.add_guest(102, config={"protection": 1})
+    pve.add_guest(103, status="running")
+    assert _end(api, api.nodes("pve1").qemu(101).delete()) == "VM is locked (clone)"
+    assert pve.volumes_of(101)
+    assert "can't remove VM 102 - protection mode enabled" in _refused(api.nodes("pve1").qemu(102).delete)[1]
+    assert "VM 103 is running - destroy failed" in _refused(api.nodes("pve1").qemu(103).delete)[1]
+
+
+def test_delete_of_a_template_with_linked_clones_fails_in_the_task(api: Any, pve: ProxmoxDouble) -> None:
+    _clone(api)
+    assert "is still in use by linked clone" in _end(api, api.nodes("pve1").qemu(9000).delete())
+    _clone(api, 102, full=1)
+    assert _end(api, api.nodes("pve1").qemu(101).delete()) == "OK"
+    assert _end(api, api.nodes("pve1").qemu(9000).delete()) == "OK"
+
+
+def test_volume_of_another_owner_outlives_the_vm(api: Any, pve: ProxmoxDouble) -> None:
+    volume = api.nodes("pve1").storage("local-lvm").content.post(vmid=999001, filename="vm-999001-disk-0", size="1G")
+    pve.add_guest(101)
+    vm = api.nodes("pve1").qemu(101)
+    vm.status.start.post()
+    vm.config.put(scsi1=volume)
+    assert vm.config.get()["scsi1"] == f"{volume},size=1G"
+    vm.config.put(delete="scsi1")
+    assert not {"scsi1", "unused0"} & set(vm.config.get())
+    vm.config.put(scsi1=volume)
+    vm.status.stop.post()
+    assert _end(api, vm.delete(**{"purge": 1, "destroy-unreferenced-disks": 1})) == "OK"
+    assert pve.volumes_of(999001) == [volume] and pve.volumes_of(101) == []
+
+
+def test_own_disk_taken_off_stays_as_unused(api: Any, pve: ProxmoxDouble) -> None:
+    pve.add_guest(101)
+    vm = api.nodes("pve1").qemu(101)
+    vm.config.put(delete="scsi0")
+    assert vm.config.get()["unused0"] == "local-lvm:vm-101-disk-0"
+    vm.config.put(delete="unused0")
+    assert pve.volumes_of(101) == []
+
+
+# ---- configuration
+
+
+def test_writes_without_quorum(api: Any, pve: ProxmoxDouble) -> None:
+    pve.add_guest(101)
+    pve.lose_quorum()
+    status, text = _refused(lambda: api.nodes("pve1").qemu(101).config.put(description="x"))
+    assert status == 500 and "Permission denied" in text
+    for call in (api.nodes("pve1").qemu(101).status.start.post, lambda: _clone(api, 102)):
+        assert "no quorum" in _refused(call)[1]
+    assert api.nodes("pve1").qemu(101).config.get()["name"] == "somebody-elses"
+
+
+def test_quorum_as_told_and_as_it_is(api: Any, pve: ProxmoxDouble) -> None:
+    pve.lose_quorum()
+    assert api.cluster.status.get()[0]["quorate"] == 0
+    pve.stale_quorum = True
+    assert api.cluster.status.get()[0]["quorate"] == 1
+    pve.standalone = True
+    assert [item["type"] for item in api.cluster.status.get()] == ["node"]
+
+
+def test_digest_guards_a_write(api: Any, pve: ProxmoxDouble) -> None:
+    pve.add_guest(101)
+    vm = api.nodes("pve1").qemu(101)
+    digest = vm.config.get()["digest"]
+    vm.config.put(description="one\n", digest=digest)
+    assert vm.config.get()["description"] == "one"
+    assert "checksum mismatch" in _refused(lambda: vm.config.put(description="two", digest=digest))[1]
+
+
+def test_tags_are_lowered_and_sorted_or_refused(api: Any, pve: ProxmoxDouble) -> None:
+    pve.add_guest(101)
+    api.nodes("pve1").qemu(101).config.put(tags="zeta,Alpha")
+    assert api.nodes("pve1").qemu(101).config.get()["tags"] == "alpha;zeta"
+    pve.tags_forbidden = True
+    assert _refused(lambda: api.nodes("pve1").qemu(101).config.put(tags="x"))[0] == 403
+
+
+def test_cicustom_of_a_missing_file_is_saved_all_the_same(api: Any, pve: ProxmoxDouble) -> None:
+    pve.add_guest(101)
+    vm = api.nodes("pve1").qemu(101)
+    assert _refused(lambda: vm.config.put(cicustom="user=local:snippets/a.yaml"))[0] == 500
+    assert vm.config.get()["cicustom"] == "user=local:snippets/a.yaml"
+    assert _end(api, vm.status.start.post()) != "OK"
+    pve.snippets.add("local:snippets/a.yaml")
+    assert _end(api, vm.status.start.post()) == "OK"
+
+
+def test_resize_changes_the_drive(api: Any, pve: ProxmoxDouble) -> None:
+    _clone(api)
+    vm = api.nodes("pve1").qemu(101)
+    assert _end(api, vm.resize.put(disk="scsi0", size="+2G")) == "OK"
+    assert "size=5G" in vm.config.get()["scsi0"]
+    assert _end(api, vm.resize.put(disk="scsi0", size="8G")) == "OK"
+    assert "size=8G" in vm.config.get()["scsi0"] and "size=3G" in pve.vm(9000).config["scsi0"]
+    assert "shrinking" in _refused(lambda: vm.resize.put(disk="scsi0", size="4G"))[1]
+
+
+# ---- clone
+
+
+def test_clone_of_a_taken_id(api: Any, pve: ProxmoxDouble) -> None:
+    pve.add_node("pve2")
+    pve.add_guest(101)
+    pve.add_guest(102, node="pve2")
+    assert "unable to create VM 101: config file already exists" in _refused(lambda: _clone(api, 101))[1]
+    assert _end(api, _clone(api, 102)).endswith("File exists")
+    assert api.nodes("pve2").qemu(102).config.get()["name"] == "somebody-elses" and len(pve.vms) == 3
+
+
+def test_what_a_clone_copies_and_what_is_its_own(api: Any, pve: ProxmoxDouble) -> None:
+    source = pve.vm(9000).config
+    source.update(tags="gold", protection=1, onboot=1, ciuser="debian", ipconfig0="ip=dhcp", description="the template")
+    upid = _clone(api)
+    assert upid.split(":")[6] == "9000" and _end(api, upid) == "OK"
+    new = api.nodes("pve1").qemu(101).config.get()
+    assert {key: new[key] for key in ("tags", "protection", "onboot", "ciuser", "ipconfig0", "meta", "description", "name")} == {
+        **{key: source[key] for key in ("tags", "protection", "onboot", "ciuser", "ipconfig0", "meta")}, "description": "marker", "name": "vm101"}
+    assert not {key for key in ("smbios1", "vmgenid", "net0", "scsi0", "ide2") if new[key] == source[key]}
+    assert new["ide2"] == "local-lvm:vm-101-cloudinit,media=cdrom" and "template" not in new and "lock" not in new
+    api.nodes("pve1").qemu(9000).clone.post(newid=102)
+    assert api.nodes("pve1").qemu(102).config.get()["description"] == "the template"
+
+
+def test_target_of_a_running_clone_is_proxmoxs_own(api: Any, pve: ProxmoxDouble) -> None:
+    pve.real_secs["qmclone"] = 0.3
+    upid = _clone(api)
+    config = api.nodes("pve1").qemu(101).config.get()
+    assert (config["description"], config["lock"], "name" in config) == (CLONE_DESCRIPTION, "clone", False)
+    assert _end(api, upid) == "OK"
+    config = api.nodes("pve1").qemu(101).config.get()
+    assert (config["description"], config["name"], "lock" in config) == ("marker", "vm101", False)
+
+
+def test_aborted_clone_cleans_up_and_a_killed_one_does_not(api: Any, pve: ProxmoxDouble) -> None:
+    pve.real_secs["qmclone"] = 30
+    aborted, killed = _clone(api, 101), _clone(api, 102)
+    time.sleep(0.05)
+    api.nodes("pve1").tasks(aborted).delete()
+    pve.kill_task(killed)
+    assert _end(api, aborted) == "interrupted by signal" and _end(api, killed) == "unexpected status"
+    time.sleep(0.05)
+    assert pve.vm(101) is None and pve.vm(102).config == {"description": CLONE_DESCRIPTION, "lock": "clone"}
+    assert _end(api, api.nodes("pve1").qemu(102).delete()) == "VM is locked (clone)"
+    assert "Only root" in _refused(lambda: api.nodes("pve1").qemu(102).delete(skiplock=1))[1]
+
+
+def test_rollback_makes_a_new_vmgenid_and_keeps_the_description(api: Any, pve: ProxmoxDouble) -> None:
+    _clone(api)
+    vm = api.nodes("pve1").qemu(101)
+    vm.snapshot.post(snapname="clean")
+    before = vm.config.get()
+    vm.config.put(description="later", tags="later", smbios1="uuid=00000000-0000-4000-8000-000000000000")
+    assert _end(api, vm.snapshot("clean").rollback.post()) == "OK"
+    after = vm.config.get()
+    assert after["smbios1"] == before["smbios1"] and after["description"] == "later" and "tags" not in after
+    assert after["vmgenid"] != before["vmgenid"]
+
+
+# ---- tasks
+
+
+def test_task_list_filters(api: Any, pve: ProxmoxDouble) -> None:
+    pve.add_guest(101)
+    done = [api.nodes("pve1").qemu(101).status(action).post() for action in ("start", "stop", "start")]
+    pve.next_task("qmstop", "hang")
+    running = api.nodes("pve1").qemu(101).status.stop.post()
+
+    def listed(**kw: Any) -> list[tuple[str, str]]:
+        return [(task["upid"], task["status"]) for task in api.nodes("pve1").tasks.get(**kw)]
+
+    assert listed(source="active") == [(running, "RUNNING")]
+    assert listed(source="archive") == listed() == [(upid, "OK") for upid in reversed(done)]
+    assert listed(source="all") == [(running, "RUNNING")] + [(upid, "OK") for upid in reversed(done)]
+    assert listed(typefilter="qmstart") == [(done[2], "OK"), (done[0], "OK")]
+    assert listed(limit=1) == [(done[2], "OK")] and listed(limit=1, start=2) == [(done[0], "OK")]
+    assert listed(source="all", since=int(time.time()) + 60) == [] and len(listed(since=int(time.time()) - 60)) == 3
+    assert [task["upid"] for task in api.cluster.tasks.get()] == [running, *reversed(done)]
+    pve.release_task(running)
+    assert _end(api, running) == "OK" and pve.vm(101).status == "stopped"
+
+
+def test_task_unknown_or_under_a_wrong_node(api: Any, pve: ProxmoxDouble) -> None:
+    pve.add_node("pve2")
+    pve.add_guest(101)
+    upid = api.nodes("pve1").qemu(101).status.start.post()
+    for node, asked in (("pve2", upid), ("pve1", upid.replace(upid.split(":")[2], "0000FFFF"))):
+        status, text = _refused(api.nodes(node).tasks(asked).status.get)
+        assert status == 400 and "no such task" in text
+    pve.forget_task(upid)
+    assert _refused(api.nodes("pve1").tasks(upid).status.get)[0] == 400 and api.nodes("pve1").tasks.get() == []
+
+
+def test_how_tasks_end_on_request(api: Any, pve: ProxmoxDouble) -> None:
+    vm = api.nodes("pve1").qemu(101)
+    pve.next_task("qmclone", "killed", vmid=101)
+    assert _end(api, _clone(api)) == "unexpected status" and pve.vm(101).lock == "clone"
+    pve.remove_vm(101)
+    pve.next_task("qmclone", "fail", text="clone failed: no space")
+    assert _end(api, _clone(api)) == "clone failed: no space" and pve.vm(101) is None
+    _clone(api)
+    pve.next_task("qmstart", "vanish")
+    assert _refused(api.nodes("pve1").tasks(vm.status.start.post()).status.get)[0] == 400 and pve.vm(101).status == "running"
+    vm.status.stop.post()
+    pve.vm(101).task_warnings = {"qmdestroy": 2}
+    upid = vm.delete()
+    assert _end(api, upid) == "WARNINGS: 2" and pve.vm(101) is None
+    assert api.nodes("pve1").tasks(upid).log.get()[-1]["t"] == "TASK WARNINGS: 2"
+    _clone(api)
+    pve.next_task("qmdestroy", "killed", carry_out=True)
+    assert _end(api, vm.delete()) == "unexpected status" and pve.vm(101) is None
+
+
+# ---- certificates, permissions, listing
+
+
+def test_root_certificate_tells_clusters_apart(api: Any, pve: ProxmoxDouble) -> None:
+    pve.add_node("pve2")
+    pve.grant(TOKEN, "/vms/500", "VM.Audit")
+    roots = {cert["fingerprint"] for node in ("pve1", "pve2") for cert in api.nodes(node).certificates.info.get()
+             if cert["filename"] == "pve-root-ca.pem"}
+    assert roots == {pve.ca_fingerprint} and re.fullmatch(r"([0-9A-F]{2}:){31}[0-9A-F]{2}", pve.ca_fingerprint)
+    assert ProxmoxDouble().ca_fingerprint != pve.ca_fingerprint
+
+
+def test_least_rights_are_enough_and_no_more(api: Any, pve: ProxmoxDouble) -> None:
+    pve.add_guest(500)
+    pve.grant_least(TOKEN, pool="sandboxes")
+    assert _end(api, _clone(api, pool="sandboxes")) == "OK"
+    vm = api.nodes("pve1").qemu(101)
+    vm.config.put(description="x", ciuser="debian", cores=4, tags="a")
+    assert _end(api, vm.status.start.post()) == "OK" and vm.agent("network-get-interfaces").get()
+    assert [item["vmid"] for item in api.cluster.resources.get(type="vm")] == [9000, 101]
+    assert _refused(api.nodes("pve1").qemu(500).delete)[0] == 403
+    assert _refused(lambda: vm.config.put(smbios1="uuid=00000000-0000-4000-8000-000000000000"))[0] == 403
+    vm.status.stop.post()
+    assert _end(api, vm.delete(purge=1)) == "OK"
+    assert _refused(vm.config.get)[0] == 403
+    pve.revoke(TOKEN, "/sdn/zones/localnetwork/vmbr0")
+    assert "SDN.Use" in _refused(lambda: _clone(api, pool="sandboxes"))[1]
+
+
+def test_new_vms_are_listed_late(api: Any, pve: ProxmoxDouble) -> None:
+    pve.listing_lag = 60
+    _clone(api)
+    found = next(vm for vm in api.cluster.resources.get(type="vm") if vm["vmid"] == 101)
+    assert found["status"] == "unknown" and "name" not in found
+
+
+def test_wrong_token_is_401(api: Any, agentlab_env: dict[str, str]) -> None:
+    assert _refused(_login({**agentlab_env, "PROXMOX_TOKEN_SECRET": "wrong"}).version.get)[0] == 401
+
+
+# ---- what tests need beside
+
+
+def test_counting(api: Any, pve: ProxmoxDouble) -> None:
+    _clone(api)
+    pve.reset_count()
+    vm = api.nodes("pve1").qemu(101)
+    vm.config.get()
+    vm.config.get()
+    vm.config.put(description="x")
+    vm.status.start.post()
+    assert pve.count() == {("GET", "/nodes/{node}/qemu/{vmid}/config"): 2, ("PUT", "/nodes/{node}/qemu/{vmid}/config"): 1,
+                           ("POST", "/nodes/{node}/qemu/{vmid}/status/start"): 1}
+    assert pve.touched(101) == [("PUT", "/nodes/pve1/qemu/101/config", {"description": "x"}), ("POST", "/nodes/pve1/qemu/101/status/start", {})]
+    assert pve.touched(9000) == [] and [entry["status"] for entry in pve.history] == [200] * 4
+
+
+@pytest.mark.parametrize(("when", "done"), [("before", False), ("after", True), ("truncate", True)])
+def test_connections_cut(api: Any, pve: ProxmoxDouble, when: str, done: bool) -> None:
+    pve.add_guest(101)
+    pve.cut_next("POST", "/qemu/101/status/start", when)
+    with pytest.raises(requests.exceptions.RequestException):
+        api.nodes("pve1").qemu(101).status.start.post()
+    assert (pve.vm(101).status == "running") is done
+    assert api.nodes("pve1").qemu(101).config.get()["name"] == "somebody-elses"
+
+
+def test_raw_answers(api: Any, pve: ProxmoxDouble) -> None:
+    pve.answer_next("GET", "/version", 200, '{"data": {"vers')
+    assert set(api.version.get()) == {"errors"}
+    pve.answer_next("GET", "/version", 502, "<html>bad gateway</html>", "text/html")
+    assert _refused(api.version.get)[0] == 502
+    assert "version" in api.version.get()
+
+
+@pytest.mark.parametrize(("carry_out", "at_once", "later"), [(False, False, False), (True, True, True), ("late", False, True)])
+def test_hanging_requests(api: Any, pve: ProxmoxDouble, agentlab_env: dict[str, str], carry_out: bool | str, at_once: bool, later: bool) -> None:
+    pve.add_guest(101)
+    pve.hang_next("POST", "/nodes/{node}/qemu/{vmid}/status/start", 0.5, carry_out)
+    with pytest.raises(requests.exceptions.ReadTimeout):
+        _login(agentlab_env, timeout=0.2).nodes("pve1").qemu(101).status.start.post()
+    assert (pve.vm(101).status == "running") is at_once
+    time.sleep(0.5)
+    assert (pve.vm(101).status == "running") is later
+
+
+def test_a_vm_swapped_just_before_its_deletion(api: Any, pve: ProxmoxDouble) -> None:
+    _clone(api)
+    seen = []
+
+    def swap(method: str, path: str, params: dict[str, Any]) -> None:
+        if method == "DELETE":
+            pve.make_foreign(101, same_name=True, copy_description=True, running=True)
+
+    pve.before_request = swap
+    pve.after_request = lambda method, path, params: seen.append((method, path, params))
+    assert "is running" in _refused(lambda: api.nodes("pve1").qemu(101).delete(purge=1))[1]
+    assert seen == [("DELETE", "/nodes/pve1/qemu/101", {"purge": "1"})]
+
+
+def test_foreign_vms(api: Any, pve: ProxmoxDouble) -> None:
+    _clone(api)
+    old = dict(pve.vm(101).config, tags="mine")
+    pve.vm(101).config = dict(old)
+    new = pve.make_foreign(101, same_name=True, same_tags=True, copy_description=True)
+    assert all(new.config[key] == old[key] for key in ("name", "tags", "description")) and new.config["smbios1"] != old["smbios1"]
+    new = pve.make_foreign(101, smbios=False, template=True)
+    assert not {"smbios1", "tags", "description"} & set(new.config) and new.template and new.name == "somebody-elses"
+    assert pve.volumes_of(101) == ["local-lvm:base-101-disk-0"]
+    assert pve.make_foreign(700, lock="backup", protection=True).config["lock"] == "backup"
+
+
+def test_call_runs_between_requests(pve_server: DoubleServer, pve: ProxmoxDouble) -> None:
+    pve.add_guest(101, status="running")
+
+    async def migrate() -> str:
+        return str(await pve.migrate(101, "pve2"))
+
+    assert pve_server.call(migrate).startswith("UPID:pve1:") and pve.vm(101).node == "pve2"
+    assert pve_server.call(lambda: 7) == 7
+
+
+def test_many_at_once(api: Any, pve: ProxmoxDouble, agentlab_env: dict[str, str]) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    pve.time_scale = 0.01
+    with ThreadPoolExecutor(12) as pool:
+        ends = list(pool.map(lambda newid: _end(_login(agentlab_env), _clone(_login(agentlab_env), newid)), range(101, 125)))
+    assert ends == ["OK"] * 24
+    assert len({pve.vm(vmid).config["smbios1"] for vmid in range(101, 125)}) == 24
+
+
+# ---- the double as a process, plays
+
+
+def test_serve_double_as_a_process(tmp_path: Path) -> None:
+    script = Path(play.__file__).with_name("serve_double.py")
+    ports, ca = tmp_path / "port.json", tmp_path / "ca.pem"
+    process = subprocess.Popen([sys.executable, str(script), "--port-file", str(ports), "--ca-file", str(ca)], stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT)
+    try:
+        until = time.monotonic() + 20
+        while not ports.exists() and time.monotonic() < until:
+            time.sleep(0.05)
+        told = json.loads(ports.read_text())
+        token = told["token"]
+        api = ProxmoxAPI(told["host"], port=told["port"], user=token["user"], token_name=token["name"], token_value=token["secret"],
+                         verify_ssl=told["cafile"])
+        assert [vm["vmid"] for vm in api.cluster.resources.get(type="vm")] == [9000]
+        counter = f"{told['url']}/api2/json/x-agentlab-count"
+        assert requests.get(counter, verify=told["cafile"], timeout=5).json()["data"] == {"total": 1, "requests": {"GET /cluster/resources": 1}}
+        requests.delete(counter, verify=told["cafile"], timeout=5)
+        assert requests.get(counter, verify=told["cafile"], timeout=5).json()["data"]["total"] == 0
+        assert ports.stat().st_mode & 0o777 == 0o600
+    finally:
+        process.terminate()
+        output, _ = process.communicate(timeout=20)
+    assert (process.returncode, output) == (0, b"") and not ports.exists()
+
+
+def test_play_tells_what_every_task_did(tmp_path: Path) -> None:
+    done = play.run_play("""
+        - name: Say
+          ansible.builtin.debug:
+            msg: "{{ greeting }} {{ lookup('env', 'AGENTLAB_CONFIG') }}"
+        - name: Skip
+          ansible.builtin.debug:
+          when: false
+        - name: Loop
+          ansible.builtin.command: echo {{ item }}
+          loop: [a, b]
+        - name: Fail
+          ansible.builtin.fail:
+            msg: "on purpose"
+        """, {"AGENTLAB_CONFIG": "there"}, tmp_path, extra_vars={"greeting": "hello"})
+    assert done.rc == 2 and done.result("Say")["msg"] == "hello there" and done.last["msg"] == "on purpose"
+    assert [(entry["task"], entry["status"]) for entry in done.results] == [
+        ("Say", "ok"), ("Skip", "skipped"), ("Loop", "changed"), ("Loop", "changed"), ("Loop", "changed"), ("Fail", "failed")]
+    assert [entry["result"]["stdout"] for entry in done.all("Loop") if entry.get("item")] == ["a", "b"]
+    assert done.warnings == [] and [entry["task"] for entry in done.failed] == ["Fail"]
+
+
+def test_play_sees_warnings_and_no_outer_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PROXMOX_HOST", "proxmox.example.org")
+    monkeypatch.setenv("ANSIBLE_CHECK_MODE_MARKERS", "true")
+    done = play.run_play("- ansible.builtin.debug: {msg: \"{{ lookup('env', 'PROXMOX_HOST') }}\"}", {}, tmp_path).ok()
+    assert done.last["msg"] == "" and os.environ["PROXMOX_HOST"]
+    done = play.run_play([{"name": "Warn", "ansible.builtin.file": {"path": str(tmp_path / "x"), "state": "touch", "mode": 644}}], {}, tmp_path)
+    bad = play.run_play([{"hosts": "nobody", "tasks": []}], {}, tmp_path)
+    assert done.rc == 0 and any("[WARNING]" in line for line in bad.warnings)
+    with pytest.raises(AssertionError):
+        bad.ok()
+
+
+def test_module_and_adhoc(tmp_path: Path) -> None:
+    made = play.run_module("ansible.builtin.file", {"path": str(tmp_path / "new"), "state": "directory", "mode": "0700"}, {}, tmp_path, check=True).ok()
+    assert made.status("ansible.builtin.file") == "changed" and not (tmp_path / "new").exists()
+    assert play.run_adhoc("ansible.builtin.command", {"cmd": "echo hi"}, {}, tmp_path).ok().last["stdout"] == "hi"
+    assert play.run_adhoc("ansible.builtin.command", "echo 'a b'", {}, tmp_path).ok().last["stdout"] == "a b"
+
+
+def test_core_can_be_imported() -> None:
+    from ansible_collections.agentlab.proxmox.plugins.module_utils._core import states
+
+    assert "DESTROYED" in vars(states).get("STATES", ()) or states.__name__.endswith("_core.states")
