@@ -1,0 +1,53 @@
+# Copyright: the agentlab.proxmox contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""`make demo`: the fake Proxmox on loopback, and the real ansible-playbook against it, step by step with the requests each step made."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from tests.support.double import Server  # noqa: E402
+
+
+def main() -> int:
+    with tempfile.TemporaryDirectory(prefix="agentlab-demo-") as folder:
+        print("==> starting the fake Proxmox on loopback, with the template debian-13")
+        # Tasks take a twentieth of their time, so that waiting is real but short.
+        server = Server(folder, time_scale=0.05)
+        server.pve.add_template()
+        env = {**os.environ, **server.environment(folder), "ANSIBLE_NOCOLOR": "1", "PYTHONUNBUFFERED": "1", "ANSIBLE_LOCALHOST_WARNING": "False",
+               "ANSIBLE_INVENTORY_UNPARSED_WARNING": "False", "ANSIBLE_CALLBACK_RESULT_FORMAT": "yaml", "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg")}
+        command = [str(Path(sys.executable).with_name("ansible-playbook")), "-i", "localhost,", str(ROOT / "playbooks" / "demo.yml"), *sys.argv[1:]]
+        print(f"==> ansible-playbook playbooks/demo.yml (records in {folder})\n")
+        run = subprocess.Popen(command, env=env, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        requests: list[tuple[str, int]] = []
+        step, before = "", 0
+        assert run.stdout is not None
+        for line in run.stdout:
+            print(line, end="", flush=True)
+            if line.startswith(("TASK [", "PLAY RECAP")):
+                now = server.pve.count()
+                if step and now > before:
+                    requests.append((step, now - before))
+                step, before = line[6:].rpartition("]")[0], now
+        code = run.wait()
+        print("requests to Proxmox, by step:")
+        for name, count in requests:
+            print(f"  {count:4}  {name}")
+        print(f"  {server.pve.count():4}  in all")
+        server.stop()
+    print("\nThe demo went as told." if code == 0 else "\nThe demo FAILED; see above.")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
