@@ -6,26 +6,30 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib.util
+import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 TESTS = Path(__file__).resolve().parent
-if str(TESTS) not in sys.path:
-    sys.path.insert(0, str(TESTS))
+for folder in (TESTS, TESTS.parent):
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
 
 from support.play import collections_path  # noqa: E402
 from support.proxmox_double import DoubleServer, ProxmoxDouble  # noqa: E402
 
+from tests.support.double import Server  # noqa: E402
+
 TOKEN_USER, TOKEN_NAME = "agentlab@pve", "test"
 # Long, so that masking it in output hides nothing else.
 TOKEN_SECRET = "5b1f0c7e-made-up-for-tests-93d4e2a8b6f1"
-
-_made: list[tempfile.TemporaryDirectory[str]] = []
 
 
 def _find_core() -> None:
@@ -35,8 +39,10 @@ def _find_core() -> None:
             return
     except ModuleNotFoundError:
         pass
-    _made.append(tempfile.TemporaryDirectory(prefix="agentlab-collections-"))
-    sys.path.insert(0, str(collections_path(Path(_made[0].name))))
+    made = tempfile.TemporaryDirectory(prefix="agentlab-collections-")
+    # A link that leads back into the checkout: only the link goes, not what is behind it.
+    atexit.register(made.cleanup)
+    sys.path.insert(0, str(collections_path(Path(made.name))))
 
 
 _find_core()
@@ -76,3 +82,51 @@ def agentlab_env(tmp_path: Path, pve_server: DoubleServer) -> dict[str, str]:
         "AGENTLAB_DATABASE": str(tmp_path / "agentlab.db"),
         "AGENTLAB_CONFIG": str(tmp_path / "config.yaml"),
     }
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    """A fake Proxmox for one test, with the template debian-13. Tasks are done at once (time_scale 0)."""
+    folder = tmp_path / "proxmox"
+    folder.mkdir()
+    running = Server(str(folder))
+    running.pve.add_template()
+    yield running
+    running.stop()
+
+
+CONFIG = """\
+template: debian-13
+shutdown_timeout: 2s
+claim_timeout: 2s
+doubt_window: 1s
+wait_timeout: 10s
+api_timeout: 10
+"""
+
+
+@pytest.fixture
+def env(server: Server, tmp_path: Path) -> dict[str, str]:
+    """The environment of a user whose configuration leads to the fake Proxmox."""
+    (tmp_path / "config.yaml").write_text(CONFIG, encoding="utf-8")
+    own = {name: value for name, value in os.environ.items() if not name.startswith(("ANSIBLE_", "PROXMOX_", "AGENTLAB_", "PYTEST_"))}
+    return {**own, **server.environment(str(tmp_path))}
+
+
+@pytest.fixture
+def context(env: dict[str, str]) -> Iterator[Callable[..., Any]]:
+    """A factory of core contexts on the same records and the same Proxmox: context(actor=..., dry_run=..., option=...)."""
+    from ansible_collections.agentlab.proxmox.plugins.module_utils._core import config
+    from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations.context import Context
+
+    made: list[Any] = []
+    fields = ("dry_run", "force_hint", "wait_timeout", "clock")
+
+    def make(actor: str = "tester", **options: Any) -> Any:
+        values = {name: options.pop(name) for name in fields if name in options}
+        made.append(Context(config.load(options, env), actor=actor, **values))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()

@@ -9,10 +9,14 @@ from __future__ import annotations
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
+import tempfile
 import textwrap
-from collections.abc import Mapping
+import threading
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,6 +47,11 @@ class Run:
     stdout: str
     stderr: str
     results: list[dict[str, Any]] = field(default_factory=list)
+    # Requests to Proxmox by task name, where a double was given.
+    requests: dict[str, Counter[str]] = field(default_factory=dict)
+
+    def __getitem__(self, task: str) -> dict[str, Any]:
+        return self.result(task)
 
     @property
     def output(self) -> str:
@@ -90,6 +99,81 @@ class Run:
         if self.rc != 0 or (self.warnings and not warnings):
             raise AssertionError(f"rc={self.rc} warnings={self.warnings}\n{self.output}")
         return self
+
+
+def play(tasks: list[dict[str, Any]], env: Mapping[str, str], tmp_path: Path, check: bool = False, diff: bool = False, *, pve: Any = None,
+         args: tuple[str, ...] = ()) -> Run:
+    """Run tasks (unique names) as one playbook. A task may carry ``before``, a function called in the test before the task runs, so that one
+    playbook covers a story in which others act too; with the double given, the requests of each task are counted."""
+    hooks: dict[str, Callable[[], Any]] = {}
+    plain = []
+    names: set[str] = set()
+    for task in tasks:
+        task = dict(task)
+        assert task["name"] not in names, f"two tasks are named {task['name']!r}"
+        names.add(task["name"])
+        before = task.pop("before", None)
+        if before:
+            hooks[task["name"]] = before
+        plain.append(task)
+    with _Hooks(hooks, pve) as listening:
+        run = run_play(plain, {**env, "AGENTLAB_TEST_HOOK": listening.path}, tmp_path, check=check, diff=diff, args=args)
+    if listening.error is not None:
+        raise listening.error
+    run.requests = listening.requests
+    return run
+
+
+class _Hooks:
+    """The test's side of a running playbook: called by the callback before each task."""
+
+    def __init__(self, hooks: Mapping[str, Callable[[], Any]], pve: Any) -> None:
+        self.error: Exception | None = None
+        self.requests: dict[str, Counter[str]] = {}
+        self._hooks, self._pve, self._task = hooks, pve, ""
+        # Short on purpose: a socket's path may not be long.
+        self._folder = tempfile.TemporaryDirectory(prefix="hook-")
+        self.path = f"{self._folder.name}/s"
+        self._socket = socket.socket(socket.AF_UNIX)
+        self._socket.bind(self.path)
+        self._socket.listen()
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+
+    def __enter__(self) -> _Hooks:
+        self._note("")
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with socket.socket(socket.AF_UNIX) as last:
+            last.connect(self.path)
+            last.sendall(b'""\n')
+            last.recv(1)
+        self._thread.join(10)
+        self._socket.close()
+        self._folder.cleanup()
+
+    def _note(self, task: str) -> None:
+        if self._pve is not None:
+            if self._task:
+                self.requests[self._task] = Counter(self._pve.counted)
+            self._pve.counted.clear()
+        self._task = task
+
+    def _serve(self) -> None:
+        while True:
+            caller, _ = self._socket.accept()
+            with caller:
+                task = json.loads(caller.makefile().readline())
+                self._note(task)
+                try:
+                    if task in self._hooks:
+                        self._hooks[task]()
+                except Exception as error:
+                    self.error = self.error or error
+                caller.sendall(b".")
+            if not task:
+                return
 
 
 def run_play(tasks_or_playbook: str | list[dict[str, Any]] | Path, env: Mapping[str, str], tmp_path: Path, check: bool = False, diff: bool = False,

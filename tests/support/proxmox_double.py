@@ -244,7 +244,7 @@ class ProxmoxDouble(FakePve):
             return
         try:
             await asyncio.wait_for(self._stopping.wait(), seconds) if self._stopping else await asyncio.sleep(seconds)
-        except asyncio.TimeoutError:
+        except TimeoutError:
             pass
 
     def _build_app(self) -> web.Application:
@@ -1133,4 +1133,4 @@ class DoubleServer:
         return asyncio.run_coroutine_threadsafe(run(), self._loop).result(60)
 
 
-__all__ = ["COUNT_PATH", "CLONE_DESCRIPTION", "DoubleServer", "FakeVm", "ProxmoxDouble", "PveError", "TaskError", "pve_schema", "volume_owner"]
+__all__ = ["CLONE_DESCRIPTION", "COUNT_PATH", "DoubleServer", "FakeVm", "ProxmoxDouble", "PveError", "TaskError", "pve_schema", "volume_owner"]

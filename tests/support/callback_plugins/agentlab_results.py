@@ -2,12 +2,16 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Writes every task result as one JSON line to the file named by AGENTLAB_TEST_RESULTS: what a play did, without reading its output."""
+"""Writes every task result as one JSON line to the file named by AGENTLAB_TEST_RESULTS: what a play did, without reading its output.
+
+Before each task it tells the test (on the socket AGENTLAB_TEST_HOOK, if there is one) and waits until the test has done its part.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import socket
 import typing as t
 
 from ansible.plugins.callback import CallbackBase
@@ -35,6 +39,16 @@ class CallbackModule(CallbackBase):
                  "result": data, **more}
         with open(os.environ["AGENTLAB_TEST_RESULTS"], "a", encoding="utf-8") as out:
             out.write(json.dumps(entry, default=str) + "\n")
+
+    def v2_playbook_on_task_start(self, task: t.Any, is_conditional: bool) -> None:
+        path = os.environ.get("AGENTLAB_TEST_HOOK")
+        if not path:
+            return
+        with socket.socket(socket.AF_UNIX) as hook:
+            hook.settimeout(60)
+            hook.connect(path)
+            hook.sendall(json.dumps(task.name or task.action).encode() + b"\n")
+            hook.recv(1)
 
     def v2_runner_on_ok(self, result: t.Any) -> None:
         self._dump(result, "ok")

@@ -208,9 +208,9 @@ def _carry_on(ctx: Context, claim: Claim, spec: Spec, sandbox: Sandbox, journal:
         return Outcome.of("created", sandbox, previous_state=None, changed=True, upids=upids, warnings=warnings)
     except (StoreError, ClaimLost, OutcomeUnknown, TaskTimeout, TaskUnknown, Kept) as error:
         # What became of it is not known (or not ours to say): the journal stays, and the next run goes on from here.
-        now = ctx.records.get(sandbox.uuid) if not isinstance(error, StoreError) else sandbox
-        if isinstance(error, RecordChanged) and now.state == states.TIMEOUT:
-            raise CreationFailed(f"sandbox {now.vmid}: its lease ran out before it was ready; prune removes it, use a longer ttl", vmid=now.vmid) from None
+        if isinstance(error, RecordChanged) and ctx.records.get(sandbox.uuid).state == states.TIMEOUT:
+            raise CreationFailed(f"sandbox {sandbox.vmid}: its lease ran out before it was ready; prune removes it, use a longer ttl",
+                                 vmid=sandbox.vmid) from None
         error.detail.setdefault("vmid", sandbox.vmid)
         raise
     except AgentlabError as error:

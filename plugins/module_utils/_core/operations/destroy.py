@@ -17,10 +17,10 @@ from typing import Any
 
 from .. import clock as clock_module
 from .. import states
-from ..errors import AgentlabError, ApiError, ClaimLost, Kept, OutcomeUnknown, RecordChanged, StateConflict, StoreError, TaskFailed
+from ..errors import AgentlabError, ApiError, ClaimLost, Kept, OutcomeUnknown, StateConflict, StoreError, TaskFailed, TaskUnknown
 from ..model import Outcome, Sandbox
 from ..proxmox import identity
-from ..store.records import Claim
+from ..store.records import Claim, Operation
 from . import create_recovery, power
 from .context import POINT_OF_NO_RETURN, Context, failure
 from .verify import Located, locate, refuse_guarded, refuse_not_ours
@@ -129,10 +129,7 @@ def give_back(ctx: Context, claim: Claim) -> None:
 
 def _until_gone(ctx: Context, planned: Sandbox, request: Request) -> Outcome | _Gone:
     began = ctx.clock.monotonic()
-    try:
-        claim = ctx.records.claim(planned.uuid, "destroy", wait=ctx.config.claim_timeout if request.claim_wait is None else request.claim_wait)
-    except RecordChanged:
-        raise Kept("changed", f"sandbox {planned.vmid} was changed by another run; run again") from None
+    claim = ctx.records.claim(planned.uuid, "destroy", wait=ctx.config.claim_timeout if request.claim_wait is None else request.claim_wait)
     left = claim.interrupted
     sent = bool(left and left.kind == "destroy" and left.phase in POINT_OF_NO_RETURN)
     stopped = False
@@ -160,6 +157,8 @@ def _until_gone(ctx: Context, planned: Sandbox, request: Request) -> Outcome | _
         warnings: list[str] = []
         if never_cloned(current, detail.get("create")):
             return _Gone(claim, current, before, "never_created", {"creation": "the clone was never asked for, or refused"}, began)
+        if sent and left:
+            warnings += _await_cut_off(ctx, current, left)
         for attempt in range(_MARK_TRIES):
             found = _locate(ctx, current, claim, detail)
             current = ctx.records.get(current.uuid) if current.smbios_uuid is None else current
@@ -170,6 +169,9 @@ def _until_gone(ctx: Context, planned: Sandbox, request: Request) -> Outcome | _
                 ctx.cluster.confirm()
                 return _Gone(claim, current, before, "vmid_reused", found.verdict.evidence, began, upids, warnings)
             refuse_not_ours(current, found)
+            if sent and left and ctx.clock.now() - left.updated_at > ctx.config.doubt_window:
+                # The VM is there, and no delete of a killed run can be under way any more: from here on this is a new try.
+                sent, left = False, None
             refuse_guarded(current, found)
             ctx.cluster.require_quorum()
             if str(found.row.get("status")) != "stopped" and not stopped:
@@ -223,6 +225,17 @@ def _until_gone(ctx: Context, planned: Sandbox, request: Request) -> Outcome | _
     except BaseException:
         give_back(ctx, claim)
         raise
+
+
+def _await_cut_off(ctx: Context, sandbox: Sandbox, left: Operation) -> list[str]:
+    """Wait for the delete of a killed run, if its task is known. However it ended, what is there now is judged anew."""
+    upid = left.detail.get("upid")
+    if not upid:
+        return []
+    try:
+        return ctx.tasks.wait(upid, f"delete VM {sandbox.vmid}", ctx.wait_timeout)
+    except (TaskFailed, TaskUnknown):
+        return []
 
 
 def _locate(ctx: Context, sandbox: Sandbox, claim: Claim | None = None, detail: dict[str, Any] | None = None) -> Located:

@@ -144,8 +144,8 @@ def _give_up_creation(ctx: Context, sandbox: Sandbox) -> None:
     with ctx.claimed(sandbox, "reconcile", wait=0) as (claim, current):
         left = claim.interrupted
         created = {**left.detail, "phase": left.phase, "at": left.updated_at} if left else None
-        bound = current.smbios_uuid is not None
-        if not bound and not destroy.never_cloned(current, created):
+        bound = current.smbios_uuid is not None or destroy.never_cloned(current, created)
+        if not bound:
             bound = create_recovery.locate_unbound(ctx, current, claim, created).match
             current = ctx.records.get(current.uuid)
         # Unbound: the journal entry stays, a later destroy needs it to tell whether a VM is its own.

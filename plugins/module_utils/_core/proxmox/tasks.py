@@ -48,6 +48,7 @@ class TaskWaiter:
         self._polling: set[str] = set()
         self._ended: dict[str, str] = {}
         self._errors: dict[str, ProxmoxError] = {}
+        self._last_problem: dict[str, str] = {}
 
     def wait(self, upid: Any, what: str, timeout: float) -> list[str]:
         """Return the warnings ([] for none) once the task has ended well.
@@ -70,7 +71,7 @@ class TaskWaiter:
                     left = deadline - self._clock.monotonic()
                     if left <= 0:
                         raise TaskTimeout(f"{what}: task {upid} on node {node} did not end within {timeout:g} s (wait_timeout); it goes on there, "
-                                          "run again to take it up", upid=upid, node=node, timeout=timeout)
+                                          f"run again to take it up{self._last_problem.get(node, '')}", upid=upid, node=node, timeout=timeout)
                     if node in self._polling:
                         self._changed.wait(min(left, 0.5))
                         continue
@@ -114,7 +115,8 @@ class TaskWaiter:
         except ApiError as error:
             if error.status == 403:
                 single = list(awaited)
-        except ProxmoxError:
+        except ProxmoxError as error:
+            self._last_problem[node] = f" (the last look at it failed: {error.message})"
             return ended, errors
         for upid in single:
             try:
@@ -125,8 +127,8 @@ class TaskWaiter:
                 if "no such task" in error.text or "unable to parse worker upid" in error.text or error.status in (400, 403, 404):
                     errors[upid] = TaskUnknown(f"the outcome of task {upid} cannot be read ({error.status} {error.text}); look at it on node {node} "
                                                "and run again", upid=upid, node=node)
-            except (ProxmoxError, InvalidInput):
-                continue
+            except (ProxmoxError, InvalidInput) as error:
+                self._last_problem[node] = f" (the last look at it failed: {error.message})"
         return ended, errors
 
 
