@@ -45,7 +45,7 @@ lint-python: setup ## ruff, mypy, shellcheck
 
 lint-ansible: setup ## ansible-lint with the production profile
 	@echo "==> ansible-lint"
-	@ansible-lint --quiet --offline --profile production
+	@ansible-lint -q --offline --profile production
 
 lint-meta: setup ## Changelog, module documentation, licences
 	@echo "==> antsibull-changelog lint"

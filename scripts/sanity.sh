@@ -70,11 +70,11 @@ import re
 import sys
 
 STAND_IN = """\
-import ensurepip
 import subprocess
 import sys
 
-ensurepip.bootstrap()
+# In a process of its own: ensurepip switches pip's configuration off where it runs.
+subprocess.check_call([sys.executable, "-m", "ensurepip"], stdout=subprocess.DEVNULL)
 arguments = [argument for argument in sys.argv[1:] if argument not in ("--no-setuptools", "--no-wheel")]
 sys.exit(subprocess.call([sys.executable, "-m", "pip", "install", "--quiet", *arguments]))
 """
@@ -96,8 +96,13 @@ status=0
 HOME=$home PATH=$bin:$PATH "$bin/ansible-test" sanity --local --python "$python_version" --color no "$@" >"$log" 2>&1 </dev/null || status=$?
 
 if [ "$status" -ne 0 ]; then
-    cat "$log"
-    echo "Error: ansible-test sanity failed." >&2
+    # Not which packages went where, unless that is what failed.
+    if grep -q '^ERROR: Found ' "$log"; then
+        grep -E '^(ERROR|FATAL|[a-z-]+$)' "$log"
+    else
+        cat "$log"
+    fi
+    echo "Error: ansible-test sanity failed; the whole output is in ${log#"$root"/}." >&2
     exit 1
 fi
 if grep -q 'All targets skipped' "$log" || ! grep -q '^Running sanity test ' "$log"; then

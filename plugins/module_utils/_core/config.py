@@ -51,6 +51,8 @@ DEFAULTS: dict[str, Any] = {
     "vmid_range": "1000-1999",
     "node": None,
     "template": None,
+    "pool": None,
+    "storage": None,
     "default_ttl": "4h",
     "max_lifetime": None,
     "max_ttl": "30d",
@@ -129,6 +131,8 @@ class Config:
     vmid_range: tuple[int, int]
     node: str | None
     template: str | None
+    pool: str | None
+    storage: str | None
     default_ttl: int
     max_ttl: int
     max_lifetime: int | None
@@ -176,6 +180,8 @@ def load(options: Mapping[str, Any], environment: Mapping[str, str]) -> Config:
         vmid_range=vmid_range(value("vmid_range")),
         node=_text("node", value("node")),
         template=_text("template", value("template")),
+        pool=_text("pool", value("pool")),
+        storage=_text("storage", value("storage")),
         default_ttl=durations.parse(value("default_ttl"), "default_ttl"),
         max_ttl=durations.parse(value("max_ttl"), "max_ttl"),
         max_lifetime=None if lifetime is None else durations.parse(lifetime, "max_lifetime"),

@@ -275,11 +275,12 @@ def _send_clone(ctx: Context, claim: Claim, spec: Spec, sandbox: Sandbox, noted:
             setattr(sandbox, name, getattr(done, name))
     else:
         ctx.records.journal(claim, "create", "cloning", noted)
-    full = spec.full_clone if spec.full_clone is not None else (True if spec.storage else None)
+    storage = spec.storage or (ctx.config.storage if spec.full_clone is not False else None)
+    full = spec.full_clone if spec.full_clone is not None else (True if storage else None)
     target = sandbox.node if sandbox.node != noted["template_node"] else None
     try:
         upid = ctx.client.post(f"nodes/{noted['template_node']}/qemu/{noted['template']}/clone", newid=sandbox.vmid, name=sandbox.name,
-                               description=identity.marker(sandbox.uuid), pool=spec.pool, storage=spec.storage, target=target,
+                               description=identity.marker(sandbox.uuid), pool=spec.pool or ctx.config.pool, storage=storage, target=target,
                                full=None if full is None else int(full))
     except Unreachable:
         # Certainly not carried out.
