@@ -22,10 +22,9 @@ for folder in (TESTS, TESTS.parent):
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
 
+from support.double import Server  # noqa: E402
 from support.play import collections_path  # noqa: E402
 from support.proxmox_double import DoubleServer, ProxmoxDouble  # noqa: E402
-
-from tests.support.double import Server  # noqa: E402
 
 TOKEN_USER, TOKEN_NAME = "agentlab@pve", "test"
 # Long, so that masking it in output hides nothing else.

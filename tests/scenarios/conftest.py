@@ -1,0 +1,52 @@
+# Copyright: the agentlab.proxmox contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Fixtures of the scenarios: a story told in one playbook, and sandboxes that are there before it begins."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.double import Server
+from support.play import Run
+from support.story import tell
+
+
+@pytest.fixture
+def story(env: dict[str, str], tmp_path: Path, server: Server) -> Callable[..., Run]:
+    """story(tasks, check=..., diff=..., args=...): run them in one playbook, and insist that it went as the tasks say."""
+
+    def run(tasks: list[dict[str, Any]], **options: Any) -> Run:
+        return tell(tasks, {**env, **options.pop("more", {})}, tmp_path, server.pve, **options)
+
+    return run
+
+
+@pytest.fixture
+def given(context: Callable[..., Any], server: Server) -> Callable[..., list[Any]]:
+    """given(3, state="TIMEOUT", tags=["x"]): so many running (or what else) sandboxes, made by the core itself; their records."""
+    from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import create, power
+
+    def make(count: int = 1, state: str = "RUNNING", **values: Any) -> list[Any]:
+        ctx = context()
+        found = []
+        for _ in range(count):
+            ctx.refresh()
+            values.setdefault("ttl", 3600)
+            sandbox = create.run(ctx, create.Spec(**values)).sandbox
+            if state in ("STOPPED", "SUSPENDED", "COMPLETED", "FAILED"):
+                operation = {"STOPPED": "stop", "SUSPENDED": "suspend", "COMPLETED": "complete", "FAILED": "fail"}[state]
+                sandbox = power.run(ctx, sandbox, operation).sandbox
+            elif state == "TIMEOUT":
+                ctx.database.write(lambda conn, uuid=sandbox.uuid: conn.execute("UPDATE sandboxes SET lease_expires_at = 1 WHERE uuid = ?", (uuid,)))
+                sandbox = ctx.records.expire(ctx.records.get(sandbox.uuid), ctx.clock.now())
+            found.append(ctx.records.get(sandbox.uuid))
+        ctx.close()
+        server.pve.counted.clear()
+        return found
+
+    return make
