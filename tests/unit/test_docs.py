@@ -1,0 +1,60 @@
+# Copyright: the agentlab.proxmox contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""The documentation says what the code does: tables are made from the rules, quoted messages and named tests exist."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core import config, states
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text()
+CODE = "".join(path.read_text() for path in sorted((ROOT / "plugins").rglob("*.py")))
+
+
+def between(text: str, name: str) -> str:
+    return text.split(f"<!-- {name} -->")[1].split(f"<!-- /{name} -->")[0].strip()
+
+
+def test_readme_tables_are_made_from_the_rules() -> None:
+    assert between(README, "states") == states.state_table()
+    assert between(README, "operations") == states.operation_table()
+
+
+def test_every_configuration_key_is_documented_with_its_default() -> None:
+    rows = dict(re.findall(r"^\| `(\w+)` \| ([^|]+) \|", between((ROOT / "docs/configuration.md").read_text(), "configuration"), re.M))
+    assert set(rows) == set(config.DEFAULTS)
+    for key, default in config.DEFAULTS.items():
+        if default is not None:
+            shown = str(default).lower() if isinstance(default, bool) else str(default)
+            assert rows[key].strip() == shown, key
+
+
+def test_every_link_leads_somewhere() -> None:
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+            if not target.startswith("http"):
+                assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_every_test_that_safety_names_exists() -> None:
+    for path in re.findall(r"`(tests/[\w/.]+)`", (ROOT / "docs/safety.md").read_text()):
+        assert (ROOT / path).exists(), path
+
+
+# Parts that the code puts in: numbers, names, states.
+_FILLED = re.compile(r"\.\.\.|\d+|RUNNING|TIMEOUT|STOPPED|DESTROYED|Connection refused|force=true|Permission check failed.*|'|\(|\)|destroy sandbox|renew lease|,")
+
+
+@pytest.mark.parametrize("message", re.findall(r"^\*\*`(.+?)`\*\*", (ROOT / "docs/troubleshooting.md").read_text(), re.M))
+def test_every_message_quoted_in_troubleshooting_is_in_the_code(message: str) -> None:
+    joined = re.sub(r'"\s*f?"', "", CODE)
+    parts = [part.strip(" .:;") for part in _FILLED.split(message)]
+    for part in parts:
+        if len(part) > 3:
+            assert part in joined, f"{part!r} of {message!r}"
