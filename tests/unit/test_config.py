@@ -1,0 +1,137 @@
+# Copyright: the agentlab.proxmox contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Where a setting comes from, what is refused, and that secrets show up nowhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core import config
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import ConfigError, InvalidInput
+
+SECRET = "s3cr3t-of-the-tests"
+
+
+def load(folder: Path, text: str | None = None, environment: dict[str, str] | None = None, **options: Any) -> config.Config:
+    path = folder / "config.yaml"
+    if text is not None:
+        path.write_text(text, encoding="utf-8")
+    return config.load(options, {"AGENTLAB_CONFIG": str(path), **(environment or {})})
+
+
+def test_defaults(tmp_path: Path) -> None:
+    found = load(tmp_path)
+    assert (found.proxmox.api_port, found.proxmox.validate_certs, found.vmid_range, found.default_ttl, found.node) == (8006, True, (1000, 1999), 14400, None)
+    assert found.proxmox.api_host is None and found.proxmox.login == "root@pam"
+
+
+def test_option_before_environment_before_file_before_default(tmp_path: Path) -> None:
+    text, environment = "api_host: file\napi_port: 1111\n", {"PROXMOX_HOST": "environment", "PROXMOX_PORT": "2222"}
+    assert load(tmp_path, text).proxmox.api_host == "file"
+    assert load(tmp_path, text, environment).proxmox.api_host == "environment"
+    found = load(tmp_path, text, environment, api_host="option")
+    assert (found.proxmox.api_host, found.proxmox.api_port) == ("option", 2222)
+    assert load(tmp_path, "api_port: 1111\n").proxmox.api_port == 1111
+
+
+def test_empty_values_are_no_values(tmp_path: Path) -> None:
+    assert load(tmp_path, "api_host: file\n", {"PROXMOX_HOST": ""}, api_host="").proxmox.api_host == "file"
+
+
+def test_false_is_a_value(tmp_path: Path) -> None:
+    assert load(tmp_path, "validate_certs: true\n", {"PROXMOX_VALIDATE_CERTS": "true"}, validate_certs=False).proxmox.validate_certs is False
+    assert load(tmp_path, "validate_certs: false\n").proxmox.validate_certs is False
+
+
+@pytest.mark.parametrize("name", sorted(config.ENVIRONMENT))
+def test_every_environment_variable_is_read(tmp_path: Path, name: str) -> None:
+    if name == "config_file":
+        return
+    value = {"api_port": "9", "api_timeout": "9", "validate_certs": "false"}.get(name, "x")
+    found = load(tmp_path, None, {config.ENVIRONMENT[name]: value})
+    assert str(getattr(found.proxmox, name, None) if name != "database" else found.database).lower() == value
+
+
+def test_unknown_key_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="unknown key 'absent_gard'. Valid: .*absent_guard"):
+        load(tmp_path, "absent_gard: 10\n")
+
+
+@pytest.mark.parametrize("text", ["- a\n", "just text\n", "3\n", "a: [\n", "a: b: c\n", "\t: x\n", "? [a]\n: b\n", "&a [*a]\n", "!!python/object:os.system x\n", "{"])
+def test_a_file_that_cannot_be_used(tmp_path: Path, text: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, text)
+    assert str(tmp_path) in caught.value.message
+
+
+def test_bytes_that_are_no_text(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_bytes(b"\xff\xfe\x00api_host: \xe9")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        load(tmp_path)
+
+
+def test_a_named_file_must_exist(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="No such file"):
+        config.load({"config_file": str(tmp_path / "none.yaml")}, {})
+    with pytest.raises(ConfigError, match="Is a directory"):
+        config.load({"config_file": str(tmp_path)}, {})
+
+
+def test_an_empty_file_is_no_error(tmp_path: Path) -> None:
+    assert load(tmp_path, "# nothing\n").proxmox.api_port == 8006
+
+
+@pytest.mark.parametrize(("name", "value"), [
+    ("api_port", "0"), ("api_port", "65536"), ("api_port", "x"), ("api_port", True), ("api_port", "\u0663"), ("api_timeout", "0"), ("connections", "-1"),
+    ("connections", "1e3"), ("validate_certs", "maybe"), ("database_group_access", "2"), ("vmid_range", "1000"), ("vmid_range", "50-200"),
+    ("vmid_range", "2000-1000"), ("vmid_range", "a-b"), ("vmid_range", "100-1000000000"), ("default_ttl", "soon"), ("max_ttl", "0"), ("max_lifetime", "-1"),
+    ("wait_timeout", "x"), ("claim_timeout", "-1"), ("absent_guard", "0"), ("absent_guard", "101"), ("vmid_range", [1, 2]), ("api_port", []), ("default_ttl", {}),
+])
+def test_bad_value_is_refused_by_name(tmp_path: Path, name: str, value: object) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        load(tmp_path, **{name: value})
+    assert caught.value.message.startswith(f"{name}: ")
+
+
+def test_times_of_waiting_are_seconds_and_leases_minutes(tmp_path: Path) -> None:
+    found = load(tmp_path, "wait_timeout: 90\nclaim_timeout: '5'\nshutdown_timeout: 2m\ndefault_ttl: 90\n")
+    assert (found.wait_timeout, found.claim_timeout, found.shutdown_timeout, found.default_ttl) == (90, 5, 120, 5400)
+
+
+@pytest.mark.parametrize(("user", "token", "login"), [
+    ("agentlab@pve", "auto", "agentlab@pve!auto"),
+    ("root@pam", "agentlab@pve!auto", "agentlab@pve!auto"),
+    ("agentlab@pve", "agentlab@pve!auto", "agentlab@pve!auto"),
+])
+def test_token_id_short_and_long(tmp_path: Path, user: str, token: str, login: str) -> None:
+    found = load(tmp_path, api_host="h", api_user=user, api_token_id=token, api_token_secret=SECRET).proxmox
+    assert found.login == login and (found.user, found.token_name) == tuple(login.split("!"))
+    found.check_credentials()
+
+
+@pytest.mark.parametrize(("options", "option"), [
+    ({"api_token_id": "a@pve!b"}, "api_token_secret"), ({"api_token_secret": SECRET}, "api_token_id"), ({}, "api_host"),
+    ({"api_user": "root", "api_password": SECRET}, "api_user"), ({"api_password": SECRET, "ca_path": "/nowhere/ca.pem"}, "ca_path"),
+])
+def test_credentials_that_cannot_work(tmp_path: Path, options: dict[str, str], option: str) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        load(tmp_path, api_host="h", **options).proxmox.check_credentials()
+    assert caught.value.detail["option"] == option
+    assert SECRET not in str(caught.value.as_dict())
+
+
+def test_secrets_are_in_no_repr(tmp_path: Path) -> None:
+    found = load(tmp_path, api_host="h", api_password=SECRET, api_token_id="a@pve!b", api_token_secret=SECRET)
+    assert SECRET not in repr(found) and SECRET not in str(found) and SECRET not in f"{found.proxmox!r}"
+
+
+@pytest.mark.parametrize("text", [f"api_password: {SECRET}: x\n", f"api_token_secret: [{SECRET}\n", f"api_token_secret: '{SECRET}\n", f"api_password: *{SECRET}\n"])
+def test_secrets_are_in_no_error_of_the_file(tmp_path: Path, text: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, text)
+    assert SECRET not in str(caught.value.as_dict())
+    assert caught.value.__cause__ is None and caught.value.__suppress_context__
