@@ -209,19 +209,19 @@ class Double(FakePve):
             if self.clones_answer:
                 new.agent = {}
             if new.lock == "clone":
-                # Until it is done the description is Proxmox's own.
-                wanted = new.config.get("description")
+                # Until it is done the description is Proxmox's own; the last write of the clone sets ours and takes the lock away.
+                new.wanted_description = new.config.pop("description", None)
                 new.config["description"] = f"clone of VM {v['vmid']}"
-                record = self.tasks[upid]
-
-                async def later() -> None:
-                    while record["status"] == "running":
-                        await asyncio.sleep(0.005)
-                    if wanted:
-                        new.config["description"] = wanted
-
-                asyncio.ensure_future(later())
         return upid
+
+    @staticmethod
+    def _qm_lock(vm: Any, lock: str | None) -> None:
+        FakePve._qm_lock(vm, lock)
+        if lock is None and hasattr(vm, "wanted_description"):
+            vm.config.pop("description", None)
+            if vm.wanted_description:
+                vm.config["description"] = vm.wanted_description
+            del vm.wanted_description
 
     async def _task_list(self, request: Any) -> Any:
         from fakepve.server import USER

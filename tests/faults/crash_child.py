@@ -1,0 +1,256 @@
+# Copyright: the agentlab.proxmox contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""The processes that are killed: a warm parent that has the core imported forks one child a job, so a case costs milliseconds.
+
+A job names an operation, and the point at which its process kills itself. Points are not listed anywhere: every Proxmox request (before it is
+sent, and after it was carried out but before anything is made of its answer) and every database commit (before and after) is one.
+
+Reads one line of JSON a request: a list of jobs that run at the same time. Answers one line: for each its signal, result and points.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+CORE = "ansible_collections.agentlab.proxmox.plugins.module_utils._core"
+
+
+class Points:
+    """Counts the points a run passes, and kills this process at one of them."""
+
+    def __init__(self, kill_at: int | None) -> None:
+        self.kill_at = kill_at
+        self.seen: list[str] = []
+        self._lock = threading.Lock()
+
+    def passed(self, label: str) -> None:
+        with self._lock:
+            self.seen.append(label)
+            if len(self.seen) == self.kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    def install(self) -> None:
+        from ansible_collections.agentlab.proxmox.plugins.module_utils._core.proxmox.client import ProxmoxClient
+        from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.database import Database
+
+        request, write = ProxmoxClient._request, Database.write
+
+        def asked(client: Any, method: str, path: str, params: dict[str, Any]) -> Any:
+            self.passed(f"before {method} {path}")
+            try:
+                return request(client, method, path, params)
+            finally:
+                self.passed(f"after {method} {path}")
+
+        def written(database: Any, work: Callable[..., Any]) -> Any:
+            self.passed("before commit")
+            try:
+                return write(database, work)
+            finally:
+                self.passed("after commit")
+
+        ProxmoxClient._request = asked  # type: ignore[method-assign]
+        Database.write = written  # type: ignore[method-assign,assignment]
+
+
+# ---- the operations, as the modules call them ----
+
+
+def _told(outcomes: list[Any]) -> dict[str, Any]:
+    return {"ok": not any(one.failed for one in outcomes), "outcomes": [one.public() for one in outcomes]}
+
+
+def do_create(ctx: Any, **values: Any) -> dict[str, Any]:
+    from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import create
+
+    return _told([create.run(ctx, create.Spec(**values))])
+
+
+def do_power(ctx: Any, vmid: int, operation: str) -> dict[str, Any]:
+    from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import power
+
+    return _told([power.run(ctx, ctx.select(vmid), operation)])
+
+
+def do_destroy(ctx: Any, vmids: list[int], force: bool = False) -> dict[str, Any]:
+    from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import destroy
+
+    chosen = [ctx.select(vmid) for vmid in vmids]
+    for one in chosen:
+        destroy.check(ctx, one, force)
+    return _told(destroy.run(ctx, [(one, destroy.Request(force=force)) for one in chosen]))
+
+
+def do_renew(ctx: Any, vmid: int, ttl: int) -> dict[str, Any]:
+    from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import lease
+
+    return _told([lease.renew(ctx, ctx.select(vmid), ttl)])
+
+
+def do_expire(ctx: Any) -> dict[str, Any]:
+    from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import lease
+
+    done = lease.expire(ctx)
+    return {**_told(done.expired + done.renewed + done.failed), "suspended": done.suspended}
+
+
+def do_prune(ctx: Any, states: list[str] | None = None) -> dict[str, Any]:
+    from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import prune
+
+    done = prune.run(ctx, prune.Wanted(states=tuple(states or ("TIMEOUT",))))
+    return {**_told(done.pruned + done.failed), "kept": [one.public() for one in done.kept]}
+
+
+def do_reconcile(ctx: Any) -> dict[str, Any]:
+    from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import reconcile
+
+    return {"ok": True, "drift": [one.public() for one in reconcile.run(ctx, apply=True)]}
+
+
+OPERATIONS: dict[str, Callable[..., dict[str, Any]]] = {
+    "create": do_create, "power": do_power, "destroy": do_destroy, "renew": do_renew, "expire": do_expire, "prune": do_prune,
+    "reconcile": do_reconcile}
+
+
+def perform(job: dict[str, Any]) -> dict[str, Any]:
+    """One operation in a context of its own, as a module run has it; errors are told, and only a bug leaves a trace."""
+    from ansible_collections.agentlab.proxmox.plugins.module_utils._core import config
+    from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import AgentlabError
+    from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations.context import Context
+
+    ctx = None
+    try:
+        ctx = Context(config.load(job.get("options", {}), job["env"]), actor=f"{job['op']}-{os.getpid()}")
+        return OPERATIONS[job["op"]](ctx, **job.get("args", {}))
+    except AgentlabError as error:
+        return {"ok": False, "code": error.code, "message": error.message}
+    except Exception:
+        return {"ok": False, "code": "trace", "message": traceback.format_exc()}
+    finally:
+        if ctx is not None:
+            ctx.close()
+
+
+# ---- a user (or a scheduler) that does this and that ----
+
+
+def wander(job: dict[str, Any]) -> dict[str, Any]:
+    """So many random operations, chosen by the seed; what each answered."""
+    from ansible_collections.agentlab.proxmox.plugins.module_utils._core import config
+    from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations.context import Context
+
+    dice = random.Random(job["seed"])
+    told = []
+    number = 0
+    end = time.monotonic() + job["seconds"]
+    while time.monotonic() < end:
+        ctx = Context(config.load(job.get("options", {}), job["env"]), actor="looking")
+        live = ctx.records.find_all()
+        ctx.close()
+        word = dice.choices(job["words"], job["weights"])[0]
+        args: dict[str, Any] = {}
+        if word == "create":
+            if len(live) >= job.get("most", 12):
+                word = "prune"
+            else:
+                number += 1
+                args = {"name": f"s{job['seed']}-{number}", "ttl": dice.choice((1, 2, 3, 600)), "keepalive": dice.random() < 0.1}
+        if word in ("stop", "start", "suspend", "complete", "fail", "renew", "destroy", "force"):
+            if not live:
+                continue
+            vmid = dice.choice(live).vmid
+            args = {"vmid": vmid}
+            if word == "renew":
+                args["ttl"] = dice.choice((1, 2, 3))
+            elif word in ("destroy", "force"):
+                more = [one.vmid for one in dice.sample(live, min(len(live), dice.choice((1, 1, 2))))]
+                args = {"vmids": more, "force": word == "force"}
+                word = "destroy"
+            else:
+                args["operation"] = word
+                word = "power"
+        began = time.monotonic()
+        done = perform({**job, "op": word, "args": args})
+        told.append({"op": word, "args": args, "took": round(time.monotonic() - began, 2), **done})
+    return {"ok": True, "told": told}
+
+
+# ---- forking ----
+
+
+def child(job: dict[str, Any], path: str) -> None:
+    points = Points(job.get("kill"))
+    points.install()
+    try:
+        if "start" in job:
+            # A race: all of them begin at the same moment.
+            time.sleep(max(0.0, job["start"] - time.time()))
+        found = wander(job) if job["op"] == "wander" else perform(job)
+        found["points"] = points.seen if job["op"] != "wander" else []
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump(found, file, default=str)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(0)
+
+
+def run(jobs: list[dict[str, Any]], folder: str) -> list[dict[str, Any]]:
+    begun = []
+    for number, job in enumerate(jobs):
+        path = os.path.join(folder, f"{number}.json")
+        if os.path.exists(path):
+            os.unlink(path)
+        pid = os.fork()
+        if pid == 0:
+            child(job, path)
+        begun.append((pid, path, time.monotonic() + job.get("bound", 60)))
+    answers = []
+    for pid, path, bound in begun:
+        late = False
+        while True:
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                break
+            if time.monotonic() > bound:
+                late = True
+                os.kill(pid, signal.SIGKILL)
+                status = os.waitpid(pid, 0)[1]
+                break
+            time.sleep(0.003)
+        answer: dict[str, Any] = {"signal": os.WTERMSIG(status) if os.WIFSIGNALED(status) else None, "late": late, "result": None}
+        if os.path.exists(path):
+            with open(path, encoding="utf-8") as file:
+                answer["result"] = json.load(file)
+        answers.append(answer)
+    return answers
+
+
+def main() -> None:
+    for name in ("operations.create", "operations.destroy", "operations.lease", "operations.power", "operations.prune", "operations.reconcile",
+                 "operations.context", "config"):
+        __import__(f"{CORE}.{name}")
+    import proxmoxer.backends.https  # noqa: F401
+    import requests  # noqa: F401
+    import yaml  # noqa: F401
+
+    with tempfile.TemporaryDirectory(prefix="agentlab-crash-") as folder:
+        for line in sys.stdin:
+            print(json.dumps(run(json.loads(line), folder)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,224 @@
+# Copyright: the agentlab.proxmox contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""What the crash and concurrency tests share: the warm parent, a Proxmox that can be put back to where it was, and the promises to check."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import json
+import os
+import shutil
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core import states
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.proxmox import identity
+from fakepve.model import FakeVm
+from support.double import Server
+
+BYSTANDER = 1000
+
+CONFIG = """\
+template: debian-13
+shutdown_timeout: 5s
+claim_timeout: 10s
+doubt_window: 1s
+wait_timeout: 20s
+api_timeout: 5
+"""
+
+
+class Zygote:
+    """The warm parent of crash_child.py; ``run`` gives jobs to children of it and waits for their answers."""
+
+    def __init__(self) -> None:
+        paths = [path for path in sys.path if path]
+        # In a process of its own: this one has the server's threads, and a fork would copy their locks.
+        self._process = subprocess.Popen([sys.executable, str(Path(__file__).with_name("crash_child.py"))], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                         text=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)})
+
+    def run(self, jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        assert self._process.stdin and self._process.stdout
+        self._process.stdin.write(json.dumps(jobs) + "\n")
+        self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        assert line, "the parent of the children died"
+        found: list[dict[str, Any]] = json.loads(line)
+        return found
+
+    def stop(self) -> None:
+        assert self._process.stdin and self._process.stdout
+        self._process.stdin.close()
+        self._process.wait(30)
+        self._process.stdout.close()
+
+
+class Rig:
+    """A server, a database, and children that work on both."""
+
+    def __init__(self, folder: Path, *, time_scale: float = 0.02) -> None:
+        (folder / "pve").mkdir()
+        self.folder = folder
+        self.server = Server(str(folder / "pve"), time_scale=time_scale)
+        self.pve = self.server.pve
+        self.pve.add_template()
+        self.zygote = Zygote()
+        (folder / "config.yaml").write_text(CONFIG, encoding="utf-8")
+        self.env = self.server.environment(str(folder))
+        self.database = Path(self.env["AGENTLAB_DATABASE"])
+        self.bystanders: dict[int, dict[str, Any]] = {}
+        self._kept: Any = None
+        self._slow_tasks()
+
+    def stop(self) -> None:
+        self.zygote.stop()
+        self.server.stop()
+
+    def _slow_tasks(self) -> None:
+        # Tasks take a moment, so that a kill also meets them half done.
+        whole = self.pve.task
+
+        async def task(node: str, ttype: str, tid: Any, user: str, body: Any, **values: Any) -> Any:
+            async def slow() -> Any:
+                await self.pve.pause(self.task_seconds.get(ttype, 2))
+                return await body()
+
+            return await whole(node, ttype, tid, user, slow, **values)
+
+        self.task_seconds: dict[str, float] = {}
+        self.pve.task = task
+
+    # ---- doing ----
+
+    def job(self, op: str, *, kill: int | None = None, bound: float = 60, **args: Any) -> dict[str, Any]:
+        return {"op": op, "args": args, "env": self.env, "options": {}, "kill": kill, "bound": bound}
+
+    def do(self, op: str, *, kill: int | None = None, **args: Any) -> dict[str, Any]:
+        return self.zygote.run([self.job(op, kill=kill, **args)])[0]
+
+    def must(self, op: str, **args: Any) -> dict[str, Any]:
+        answer = self.do(op, **args)
+        assert answer["result"] and answer["result"]["ok"], answer
+        found: dict[str, Any] = answer["result"]
+        return found
+
+    def in_loop(self, work: Callable[[], Any]) -> Any:
+        """Change the server's state in its own thread."""
+
+        async def inside() -> Any:
+            return work()
+
+        return asyncio.run_coroutine_threadsafe(inside(), self.server.loop).result(30)
+
+    def idle(self) -> None:
+        """Wait until no task is running."""
+        end = time.monotonic() + 20
+        while self.in_loop(lambda: any(one["status"] == "running" for one in self.pve.tasks.values())):
+            assert time.monotonic() < end, "a task never ended"
+            time.sleep(0.005)
+
+    def foreign(self, vmid: int, **values: Any) -> None:
+        """Somebody else's VM, that nobody may touch."""
+
+        def work() -> None:
+            vm = self.pve.make_foreign(vmid, **values)
+            self.bystanders[vmid] = copy.deepcopy({"config": vm.config, "status": vm.status, "node": vm.node})
+
+        self.in_loop(work)
+
+    def sql(self, text: str, *values: Any) -> list[dict[str, Any]]:
+        with closing(sqlite3.connect(self.database, timeout=30)) as conn:
+            conn.row_factory = sqlite3.Row
+            with conn:
+                return [dict(row) for row in conn.execute(text, values).fetchall()]
+
+    # ---- there and back ----
+
+    def keep(self) -> None:
+        """Remember everything as it is now, for restore()."""
+        self.idle()
+        if self.database.exists():
+            self.sql("PRAGMA wal_checkpoint(TRUNCATE)")
+            shutil.copy(self.database, self.folder / "kept.db")
+        self._kept = self.in_loop(lambda: ([copy.deepcopy(vm.__dict__) for vm in self.pve.vms], copy.deepcopy(self.pve.storages)))
+        self._bystanders = copy.deepcopy(self.bystanders)
+
+    def restore(self) -> None:
+        self.idle()
+        for name in (self.database, Path(f"{self.database}-wal"), Path(f"{self.database}-shm")):
+            name.unlink(missing_ok=True)
+        if (self.folder / "kept.db").exists():
+            shutil.copy(self.folder / "kept.db", self.database)
+        self.bystanders = copy.deepcopy(self._bystanders)
+
+        def work() -> None:
+            vms, storages = self._kept
+            self.pve.vms[:] = []
+            for values in vms:
+                vm = FakeVm(values["vmid"], values["name"])
+                vm.__dict__.update(copy.deepcopy(values))
+                self.pve.vms.append(vm)
+            self.pve.storages = copy.deepcopy(storages)
+            self.pve.tasks.clear()
+            self.pve.tasklog.clear()
+            self.pve.requests.clear()
+            self.pve.faults.clear()
+            self.pve.task_endings.clear()
+            self.pve.before = self.pve.after = None
+
+        self.in_loop(work)
+
+    # ---- the promises ----
+
+    def records(self) -> list[dict[str, Any]]:
+        return self.sql("SELECT * FROM sandboxes ORDER BY vmid, created_at")
+
+    def broken(self, *, settled: bool = True) -> list[str]:
+        """Every promise that does not hold, as a sentence. ``settled``: nothing is under way any more."""
+        self.idle()
+        wrong = []
+        rows = {row["uuid"]: row for row in self.records()}
+        for vm in list(self.pve.vms):
+            if vm.vmid in self.bystanders:
+                continue
+            for uuid in identity.markers(vm.config):
+                if uuid not in rows or rows[uuid]["state"] == states.DESTROYED:
+                    wrong.append(f"VM {vm.vmid} is ours but has no live record ({rows.get(uuid, {}).get('state')}, {rows.get(uuid, {}).get('reason')})")
+            smbios = identity.smbios_uuid(vm.config)
+            wrong += [f"the record of {row['vmid']} is DESTROYED ({row['reason']}), and its VM is there" for row in rows.values()
+                      if row["state"] == states.DESTROYED and smbios and row["smbios_uuid"] == smbios]
+        for vmid, was in self.bystanders.items():
+            vm = self.pve.vm(vmid)
+            now = {"config": vm.config, "status": vm.status, "node": vm.node} if vm else None
+            if now != was or self.pve.touched(vmid):
+                wrong.append(f"somebody else's VM {vmid} was touched: {self.pve.touched(vmid)}, {was} became {now}")
+        if settled:
+            wrong += [f"claim left behind: {row}" for row in self.sql("SELECT * FROM claims")]
+            wrong += [f"operation left behind: {row}" for row in self.sql("SELECT * FROM operations")]
+        for uuid, row in rows.items():
+            wrong += [f"{row['vmid']}: {text}" for text in self._chain(uuid, row)]
+        return wrong
+
+    def _chain(self, uuid: str, row: dict[str, Any]) -> list[str]:
+        wrong = []
+        state = None
+        told = []
+        for event in self.sql("SELECT * FROM events WHERE sandbox_uuid = ? ORDER BY id", uuid):
+            told.append(f"{event['operation']} {event['from_state']}>{event['to_state']} {event['outcome']} {event['reason']}")
+            if event["from_state"] != state:
+                wrong.append(f"event {event['id']} begins in {event['from_state']}, but the record was in {state}: {told}")
+            if event["from_state"] is not None and event["to_state"] != event["from_state"] and event["to_state"] not in states.TRANSITIONS[event["from_state"]]:
+                wrong.append(f"no transition from {event['from_state']} to {event['to_state']}: {told}")
+            state = event["to_state"]
+        if state != row["state"]:
+            wrong.append(f"the record is in {row['state']}, but the events end in {state}: {told}")
+        return wrong

@@ -1,0 +1,222 @@
+# Copyright: the agentlab.proxmox contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Crash anywhere: every operation is killed (SIGKILL) before and after each of its requests and commits, and then simply run again.
+
+A dry pass counts the points; each is then tried on the same starting position. Afterwards the promises must hold (Rig.broken): no VM of ours
+without a live record, none that is recorded as DESTROYED and there, nothing of anybody else touched, no claim or journal entry left.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from faults.crash_support import BYSTANDER, Rig
+
+pytestmark = pytest.mark.faults
+
+GHOST = 1009
+SAMPLE = 60
+WHOLE = {"name": "crash", "ttl": 3600, "wait_for_ip": True, "cores": 4, "tags": ["x"], "bridge": "vmbr1", "disk_size": "20G"}
+
+
+class Case:
+    """A starting position, the operation to kill in it, and what must be true once it was run again."""
+
+    def __init__(self, prepare: Callable[[Rig], None], op: str, args: dict[str, Any], *, states: dict[str, str] | None = None,
+                 ready: Callable[[Rig], None] | None = None, after: Callable[[Rig], None] | None = None, ok: bool = True) -> None:
+        self.prepare, self.op, self.args = prepare, op, args
+        self.states, self.ready, self.after, self.ok = states, ready, after, ok
+
+
+def _empty(rig: Rig) -> None:
+    rig.must("reconcile")
+
+
+def _made(*names: str, states: dict[str, str] | None = None) -> Callable[[Rig], None]:
+    """These sandboxes running; then moved on as a user would."""
+
+    def prepare(rig: Rig) -> None:
+        for name in names:
+            rig.must("create", name=name, ttl=3600, vmid=GHOST if name == "ghost" else None)
+        for name, operation in (states or {}).items():
+            rig.must("power", vmid=_vmid(rig, name), operation=operation)
+        if "ghost" in names:
+            # Removed by hand; somebody else's VM has its VMID since.
+            rig.foreign(GHOST, name="ghost", running=True, tags="agentlab")
+
+    return prepare
+
+
+def _vmid(rig: Rig, name: str) -> int:
+    return next(row["vmid"] for row in rig.records() if row["name"] == name and row["state"] != "DESTROYED")
+
+
+def _over(rig: Rig) -> None:
+    rig.sql("UPDATE sandboxes SET lease_expires_at = ?", int(time.time()) - 5)
+
+
+def _timed_out(rig: Rig) -> None:
+    _made("a", "b", "gone", "ghost")(rig)
+    _over(rig)
+    rig.must("expire")
+    rig.in_loop(lambda: rig.pve.vms.remove(rig.pve.vm(_vmid(rig, "gone"))))
+
+
+def _drifted(rig: Rig) -> None:
+    """Everything that a reconcile has to mend, at once."""
+    _made("down", "moved", "gone", "late", "cut", "ghost")(rig)
+    rig.sql("UPDATE sandboxes SET lease_expires_at = ? WHERE name = 'late'", int(time.time()) - 5)
+    cut = _vmid(rig, "cut")
+    points = rig.do("destroy", vmids=[cut], force=True, kill=10 ** 6)["result"]["points"]
+    rig.must("create", name="cut", ttl=3600)
+    cut = _vmid(rig, "cut")
+    rig.do("destroy", vmids=[cut], force=True, kill=next(i for i, label in enumerate(points, 1) if label.startswith("before DELETE")))
+    rig.do("create", name="half", ttl=3600, kill=_point(rig, "after POST", "create", name="half-dry", ttl=3600))
+    down, moved, gone = (_vmid(rig, name) for name in ("down", "moved", "gone"))
+
+    def work() -> None:
+        rig.pve.add_node("pve2")
+        rig.pve.vm(down).status = rig.pve.vm(down).qmpstatus = "stopped"
+        rig.pve.vm(moved).node = "pve2"
+        rig.pve.vms.remove(rig.pve.vm(gone))
+
+    rig.in_loop(work)
+
+
+def _point(rig: Rig, beginning: str, op: str, **args: Any) -> int:
+    """The number of the first point of that kind, by a dry pass."""
+    found = rig.must(op, **args)["points"]
+    return next(number for number, label in enumerate(found, 1) if label.startswith(beginning))
+
+
+def _one_vm(rig: Rig) -> None:
+    ours = [vm.vmid for vm in rig.pve.vms if vm.vmid not in rig.bystanders and not vm.template]
+    assert len(ours) == 1, f"not exactly one VM: {ours}"
+
+
+def _stopped(*names: str) -> Callable[[Rig], None]:
+    def look(rig: Rig) -> None:
+        for name in names:
+            vm = rig.pve.vm(_vmid(rig, name))
+            assert vm.status == "stopped", f"{name} is {vm.status}"
+
+    return look
+
+
+def _taken(rig: Rig) -> None:
+    """Somebody takes the chosen VMID between our look and our clone."""
+
+    def before(method: str, path: str) -> None:
+        if method == "POST" and path.endswith("/clone") and rig.pve.vm(1001) is None:
+            vm = rig.pve.make_foreign(1001, name="faster")
+            rig.bystanders[1001] = {"config": dict(vm.config), "status": vm.status, "node": vm.node}
+
+    rig.pve.before = before
+
+
+def _start_fails(rig: Rig) -> None:
+    rig.pve.task_endings["qmstart"] = "start failed: QEMU exited with code 1"
+
+
+def _clear(rig: Rig) -> None:
+    """What is left FAILED is removed by its owner."""
+    rig.pve.task_endings.clear()
+    for row in rig.records():
+        if row["state"] in ("FAILED", "RUNNING"):
+            rig.must("destroy", vmids=[row["vmid"]], force=True)
+
+
+def _reconciled(rig: Rig) -> None:
+    found = {row["name"]: row["state"] for row in rig.records() if not row["name"].startswith("half-dry")}
+    assert found["half"] in ("FAILED",), found
+    _stopped("late")(rig)
+    rig.must("destroy", vmids=[_vmid(rig, "half")], force=True)
+
+
+CASES = {
+    "create": Case(_empty, "create", WHOLE, states={"crash": "RUNNING"}, after=_one_vm),
+    "create_taken": Case(_empty, "create", {"name": "crash", "ttl": 3600}, states={"crash": "RUNNING"}, ready=_taken, after=_one_vm),
+    "create_failing": Case(_empty, "create", {"name": "crash", "ttl": 3600}, ready=_start_fails, after=_clear, ok=False),
+    "stop": Case(_made("a"), "power", {"vmid": 1001, "operation": "stop"}, states={"a": "STOPPED"}, after=_stopped("a")),
+    "start": Case(_made("a", states={"a": "stop"}), "power", {"vmid": 1001, "operation": "start"}, states={"a": "RUNNING"}),
+    "suspend": Case(_made("a"), "power", {"vmid": 1001, "operation": "suspend"}, states={"a": "SUSPENDED"}),
+    "destroy": Case(_made("a", states={"a": "stop"}), "destroy", {"vmids": [1001]}, states={"a": "DESTROYED"}),
+    "force": Case(_made("a"), "destroy", {"vmids": [1001], "force": True}, states={"a": "DESTROYED"}),
+    "force_ghost": Case(_made("ghost"), "destroy", {"vmids": [GHOST], "force": True}, states={"ghost": "DESTROYED"}),
+    "bulk": Case(_made("a", "b", "c", "ghost"), "destroy", {"vmids": [1001, 1002, 1003], "force": True},
+                 states={"a": "DESTROYED", "b": "DESTROYED", "c": "DESTROYED"}),
+    "expire": Case(_made("a", "b", "ghost"), "expire", {}, ready=_over, states={"a": "TIMEOUT", "b": "TIMEOUT"}, after=_stopped("a", "b")),
+    "prune": Case(_timed_out, "prune", {}, states={"a": "DESTROYED", "b": "DESTROYED", "gone": "DESTROYED", "ghost": "DESTROYED"}),
+    "reconcile": Case(_drifted, "reconcile", {}, states={"gone": "DESTROYED", "cut": "DESTROYED", "ghost": "DESTROYED", "late": "TIMEOUT", "moved": "RUNNING",
+                                                         "down": "FAILED"}, after=_reconciled),
+}
+
+
+@pytest.fixture
+def rig(tmp_path: Path) -> Iterator[Rig]:
+    made = Rig(tmp_path)
+    made.foreign(BYSTANDER, name="bystander", running=True)
+    yield made
+    made.stop()
+
+
+def _try(rig: Rig, case: Case, number: int | None) -> tuple[dict[str, Any], list[str]]:
+    rig.restore()
+    if case.ready:
+        case.ready(rig)
+    first = rig.do(case.op, kill=number, **case.args)
+    wrong = []
+    if number is not None:
+        # As a user would: the same once more; and what a scheduler does anyway.
+        again = rig.do(case.op, **case.args)
+        if not (again["result"] or {}).get("ok") and case.ok:
+            wrong.append(f"the second run failed: {again}")
+    for _ in range(2):
+        found = rig.do("reconcile")
+        if not (found["result"] or {}).get("ok"):
+            wrong.append(f"reconcile failed: {found}")
+    try:
+        if case.after:
+            case.after(rig)
+        last = {row["name"]: row["state"] for row in rig.records()}
+        for name, state in (case.states or {}).items():
+            if last.get(name) != state:
+                wrong.append(f"{name} is {last.get(name)}, not {state}")
+    except (AssertionError, StopIteration, AttributeError) as error:
+        wrong.append(f"{type(error).__name__}: {error}")
+    return first, wrong + rig.broken()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_killed_anywhere_and_run_again(rig: Rig, name: str, record_property: Any) -> None:
+    case = CASES[name]
+    case.prepare(rig)
+    rig.keep()
+    began = time.monotonic()
+    dry, wrong = _try(rig, case, None)
+    assert not wrong, wrong
+    assert dry["result"]["ok"] or not case.ok, dry
+    points = dry["result"]["points"]
+    numbers = list(range(1, len(points) + 1))
+    if len(numbers) > SAMPLE:
+        # Several at once: which point a number is differs from run to run anyway.
+        numbers = sorted(random.Random(name).sample(numbers, SAMPLE)) if name == "bulk" else numbers
+    failures = {}
+    killed = 0
+    for number in numbers:
+        first, wrong = _try(rig, case, number)
+        killed += first["signal"] == 9
+        if wrong:
+            failures[f"{number}/{len(points)} {points[number - 1]} (after {points[max(0, number - 4):number - 1]})"] = wrong
+    summary = f"{name}: {len(points)} points, {len(numbers)} tried, {killed} killed, {len(numbers) - len(failures)} passed, {time.monotonic() - began:.0f} s"
+    record_property("summary", summary)
+    print("\n" + summary)
+    assert killed > len(numbers) * 0.8, "the kills do not happen"
+    assert not failures, summary + "".join(f"\n{where}:\n    " + "\n    ".join(map(str, what)) for where, what in failures.items())
