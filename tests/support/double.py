@@ -120,7 +120,8 @@ class Double(FakePve):
             request.transport.close()
             raise ConnectionResetError
         if fault and fault["kind"] == "answer":
-            return web.Response(status=fault["status"], text=fault.get("body", ""), content_type=fault.get("type", "application/json"))
+            return web.Response(status=fault["status"], text=fault.get("body", ""), content_type=fault.get("type", "application/json"),
+                                headers=fault.get("headers"))
         if fault and fault["kind"] == "hang" and not fault.get("carry_out"):
             await asyncio.sleep(fault["seconds"])
             request.transport.close()

@@ -73,6 +73,7 @@ class ProxmoxClient:
         session.mount("https://", HTTPAdapter(pool_connections=1, pool_maxsize=found.connections, pool_block=True))
         # A redirect would turn a POST into a GET of some other host, token included.
         session.max_redirects = 0
+        session.hooks["response"].append(_refuse_redirect)
         return api
 
     # ---- requests ----
@@ -178,6 +179,14 @@ class ProxmoxClient:
         if status in _UNKNOWN:
             return OutcomeUnknown(f"{where}: whether it was carried out is not known ({status} {text})", **facts)
         return ApiError(f"{where}: {status} {text}", **facts)
+
+
+def _refuse_redirect(response: Any, **_: Any) -> None:
+    """A redirect without a target would be taken for success with an empty answer."""
+    if 300 <= response.status_code < 400:
+        import requests
+
+        raise requests.exceptions.TooManyRedirects("redirected", response=response)
 
 
 def _import_proxmoxer() -> Any:

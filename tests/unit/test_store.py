@@ -1,0 +1,564 @@
+# Copyright: the agentlab.proxmox contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""The SQLite store: opening, refusing, migrating, group commit, claims and compare-and-set."""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.clock import SystemClock
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import Busy, ClaimLost, InvalidInput, NotFound, RecordChanged, StoreError
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.model import Sandbox
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store import process, records, schema
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.database import Database
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.records import Claim, Records
+
+from support.lab import FakeClock
+
+RANGE = (1000, 1099)
+CHILD = """
+import sys
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.clock import SystemClock
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.model import Sandbox
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.database import Database
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.records import Records
+path, me = sys.argv[1], sys.argv[2]
+store = Records(Database(path), SystemClock(), "child " + me)
+"""
+
+
+def child(path: Path, me: str, code: str) -> subprocess.Popen[str]:
+    return subprocess.Popen([sys.executable, "-c", CHILD + code, str(path), me], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            stdin=subprocess.PIPE, env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))})
+
+
+def new(number: int, state: str = "REQUESTED") -> Sandbox:
+    return Sandbox(uuid=f"00000000-0000-4000-8000-{number:012d}", vmid=0, name=f"s{number}", state=state, lease_expires_at=10**10)
+
+
+def reserve(store: Records, number: int = 1, vmid: int | None = None) -> tuple[Claim, Sandbox]:
+    sandbox = new(number)
+    claim = store.reserve(sandbox, vmid=vmid, vmid_range=RANGE, occupied=set(), journal={"a": 1})
+    return claim, store.get(sandbox.uuid)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "records" / "agentlab.db"
+
+
+@pytest.fixture
+def store(path: Path) -> Records:
+    return Records(Database(str(path)), SystemClock(), "tester")
+
+
+# ---- files ----
+
+
+def test_new_file_is_for_its_owner_alone(path: Path) -> None:
+    old = os.umask(0)
+    try:
+        Database(str(path))
+    finally:
+        os.umask(old)
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert path.parent.stat().st_mode & 0o777 == 0o700
+
+
+def test_group_access_where_configured(path: Path) -> None:
+    old = os.umask(0o077)
+    try:
+        Database(str(path), group_mode=True)
+    finally:
+        os.umask(old)
+    assert path.stat().st_mode & 0o777 == 0o660
+
+
+def test_the_files_beside_it_are_no_wider(path: Path) -> None:
+    old = os.umask(0)
+    try:
+        reserve(Records(Database(str(path)), SystemClock(), "x"))
+        for one in path.parent.iterdir():
+            assert one.stat().st_mode & 0o007 == 0, one
+    finally:
+        os.umask(old)
+
+
+def test_a_widened_file_is_narrowed(path: Path) -> None:
+    Database(str(path)).close()
+    path.chmod(0o644)
+    Database(str(path)).close()
+    assert path.stat().st_mode & 0o007 == 0
+
+
+def test_settings_that_promises_stand_on(path: Path) -> None:
+    database = Database(str(path))
+    assert database.read("PRAGMA journal_mode")[0][0] == "wal"
+    for conn in (database._writer, database._reader):
+        assert conn.execute("PRAGMA foreign_keys").fetchone()[0] == 1
+        assert conn.execute("PRAGMA synchronous").fetchone()[0] == 2
+        assert conn.execute("PRAGMA busy_timeout").fetchone()[0] >= 30000
+
+
+# ---- migrations ----
+
+
+def test_new_file_has_the_newest_schema(path: Path) -> None:
+    database = Database(str(path))
+    assert database.read("PRAGMA user_version")[0][0] == schema.VERSION
+    assert database.read("PRAGMA application_id")[0][0] == schema.APPLICATION_ID
+    assert database.integrity() == "ok"
+
+
+def test_an_older_file_is_brought_up_and_keeps_its_records(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reserve(Records(Database(str(path)), SystemClock(), "x"))
+    monkeypatch.setattr(schema, "MIGRATIONS", (*schema.MIGRATIONS, ("ALTER TABLE sandboxes ADD COLUMN extra TEXT", "CREATE TABLE more (a)")))
+    monkeypatch.setattr(schema, "VERSION", schema.VERSION + 1)
+    database = Database(str(path))
+    assert database.read("PRAGMA user_version")[0][0] == schema.VERSION
+    assert database.read("SELECT extra, name FROM sandboxes")[0]["name"] == "s1"
+
+
+def test_a_migration_that_fails_changes_nothing(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Database(str(path)).close()
+    with monkeypatch.context() as patch:
+        patch.setattr(schema, "MIGRATIONS", (*schema.MIGRATIONS, ("CREATE TABLE half (a)", "CREATE TABLE broken (")))
+        patch.setattr(schema, "VERSION", schema.VERSION + 1)
+        with pytest.raises(StoreError):
+            Database(str(path))
+    database = Database(str(path))
+    assert database.read("PRAGMA user_version")[0][0] == schema.VERSION
+    assert not database.read("SELECT 1 FROM sqlite_master WHERE name = 'half'")
+
+
+def test_many_processes_may_create_it_at_once(path: Path) -> None:
+    children = [child(path, str(n), "store.set_meta('k' + me, me)") for n in range(4)]
+    for one in children:
+        assert one.communicate(timeout=60)[1] == "" and one.returncode == 0
+    assert len(Database(str(path)).read("SELECT * FROM meta WHERE key LIKE 'k%'")) == 4
+
+
+# ---- what is refused ----
+
+
+def test_newer_schema_is_refused_and_left_alone(path: Path) -> None:
+    Database(str(path)).close()
+    with sqlite3.connect(path) as conn:
+        conn.execute("PRAGMA user_version = 99")
+    conn.close()
+    before = path.read_bytes()
+    for dry_run in (False, True):
+        with pytest.raises(StoreError, match="schema version 99 is newer than the 1 that this release knows; upgrade agentlab.proxmox"):
+            Database(str(path), dry_run=dry_run)
+    assert path.read_bytes() == before
+
+
+def test_file_of_another_program_is_refused_and_left_alone(path: Path) -> None:
+    path.parent.mkdir()
+    with sqlite3.connect(path) as conn:
+        conn.execute("CREATE TABLE theirs (a)")
+    conn.close()
+    path.chmod(0o600)
+    before = path.read_bytes()
+    for dry_run in (False, True):
+        with pytest.raises(StoreError, match="the SQLite file of another program; set database to a path of its own"):
+            Database(str(path), dry_run=dry_run)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+@pytest.mark.parametrize("damage", ["text", "header", "middle"])
+def test_damaged_file_is_named(path: Path, damage: str, dry_run: bool) -> None:
+    store = Records(Database(str(path)), SystemClock(), "x")
+    for number in range(40):
+        reserve(store, number)
+    store.db.write(lambda conn: None)
+    store.db._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    store.db.close()
+    content = bytearray(path.read_bytes())
+    if damage == "text":
+        content = bytearray(b"this is no database, but long enough to be looked at by anyone who wants to\n" * 20)
+    elif damage == "header":
+        content[:16] = b"x" * 16
+    else:
+        content[4096:] = b"\xa5" * (len(content) - 4096)
+    path.write_bytes(bytes(content))
+    for beside in ("-wal", "-shm"):
+        Path(f"{path}{beside}").unlink(missing_ok=True)
+    with pytest.raises(StoreError) as caught:
+        Records(Database(str(path), dry_run=dry_run), SystemClock(), "x").find_all()
+    assert str(path) in caught.value.message and "damaged" in caught.value.message
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match="file"):
+        Database(str(tmp_path / "file" / "agentlab.db"))
+    with pytest.raises(StoreError):
+        Database(str(tmp_path))
+
+
+def test_read_only_file_is_explained(path: Path) -> None:
+    database = Database(str(path))
+    database._writer.execute("PRAGMA query_only = ON")
+    with pytest.raises(StoreError, match="read-only for this user; run as the owner or mend the permissions"):
+        database.write(lambda conn: conn.execute("INSERT INTO meta VALUES ('a', 'b')") and None)
+
+
+def test_full_disk_is_explained_and_nothing_is_written(path: Path) -> None:
+    store = Records(Database(str(path)), SystemClock(), "x")
+    claim, sandbox = reserve(store)
+    pages = store.db._writer.execute("PRAGMA page_count").fetchone()[0]
+    store.db._writer.execute(f"PRAGMA max_page_count = {pages}")
+    with pytest.raises(StoreError, match="the disk is full"):
+        store.db.write(lambda conn: conn.execute("INSERT INTO meta VALUES ('big', ?)", ("x" * 1000000,)) and None)
+    store.db._writer.execute("PRAGMA max_page_count = 1073741823")
+    assert store.meta("big") is None
+    store.release(claim)
+    assert store.get(sandbox.uuid).state == "REQUESTED"
+
+
+# ---- check mode ----
+
+
+def test_check_mode_writes_no_file(path: Path) -> None:
+    store = Records(Database(str(path), dry_run=True), SystemClock(), "x")
+    _, sandbox = reserve(store)
+    assert store.get(sandbox.uuid).name == "s1"
+    assert not path.parent.exists()
+
+
+def test_check_mode_works_on_a_copy(path: Path) -> None:
+    first = Records(Database(str(path)), SystemClock(), "x")
+    claim, sandbox = reserve(first)
+    first.release(claim)
+    first.db.close()
+    before = {one.name: one.read_bytes() for one in path.parent.iterdir() if not one.name.endswith(("-shm", "-wal"))}
+    copy = Records(Database(str(path), dry_run=True), SystemClock(), "x")
+    assert copy.get(sandbox.uuid).name == "s1"
+    claim = copy.claim(sandbox.uuid, "create")
+    copy.change(claim, sandbox, "create", to="PROVISIONING")
+    reserve(copy, 2)
+    copy.db.close()
+    assert {one.name: one.read_bytes() for one in path.parent.iterdir() if not one.name.endswith(("-shm", "-wal"))} == before
+    assert [one.state for one in Records(Database(str(path)), SystemClock(), "x").find_all()] == ["REQUESTED"]
+
+
+def test_check_mode_sees_what_is_still_in_the_log(path: Path) -> None:
+    first = Records(Database(str(path)), SystemClock(), "x")
+    reserve(first)
+    assert len(Records(Database(str(path), dry_run=True), SystemClock(), "x").find_all()) == 1
+
+
+# ---- group commit ----
+
+
+def test_one_refused_write_spoils_no_other(path: Path) -> None:
+    database = Database(str(path))
+    results: dict[int, object] = {}
+    # Held, so that all of them queue up and are committed together.
+    database._writer_lock.acquire()
+
+    def work(number: int) -> Callable[[sqlite3.Connection], int]:
+        def inner(conn: sqlite3.Connection) -> int:
+            conn.execute("INSERT INTO meta VALUES (?, '1')", (f"job{number}",))
+            if number % 3 == 0:
+                raise InvalidInput(f"refused {number}")
+            if number % 5 == 0:
+                conn.execute("INSERT INTO nowhere VALUES (1)")
+            return number
+
+        return inner
+
+    def run(number: int) -> None:
+        try:
+            results[number] = database.write(work(number))
+        except Exception as error:
+            results[number] = error
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(1, 31)]
+    for one in threads:
+        one.start()
+    while len(database._queue) < 30:
+        pass
+    database._writer_lock.release()
+    for one in threads:
+        one.join(30)
+    for number, result in results.items():
+        if number % 3 == 0:
+            assert isinstance(result, InvalidInput) and result.message == f"refused {number}"
+        elif number % 5 == 0:
+            assert isinstance(result, StoreError)
+        else:
+            assert result == number
+    stored = {row["key"] for row in database.read("SELECT key FROM meta WHERE key LIKE 'job%'")}
+    assert stored == {f"job{n}" for n in range(1, 31) if n % 3 and n % 5}
+
+
+def test_a_failed_commit_fails_every_job_of_it(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    database = Database(str(path))
+
+    def work(conn: sqlite3.Connection) -> None:
+        conn.execute("INSERT INTO meta VALUES ('a', '1')")
+        conn.execute("ROLLBACK")
+
+    with pytest.raises(StoreError):
+        database.write(work)
+    assert database.read("SELECT * FROM meta WHERE key = 'a'") == []
+    database.write(lambda conn: conn.execute("INSERT INTO meta VALUES ('b', '1')") and None)
+    assert database.read("SELECT value FROM meta WHERE key = 'b'")[0][0] == "1"
+
+
+def test_writers_in_separate_processes_lose_nothing(path: Path) -> None:
+    Database(str(path)).close()
+    code = """
+import threading
+def work(part):
+    for n in range(10):
+        store.db.write(lambda conn: conn.execute("INSERT INTO meta VALUES (?, ?)", (f"{me}-{part}-{n}", "1")) and None)
+        store.db.write(lambda conn: conn.execute("UPDATE meta SET value = value + 1 WHERE key = 'fence'") and None)
+threads = [threading.Thread(target=work, args=(part,)) for part in range(2)]
+[one.start() for one in threads]; [one.join() for one in threads]
+"""
+    children = [child(path, str(n), code) for n in range(4)]
+    for one in children:
+        assert one.communicate(timeout=60)[1] == "" and one.returncode == 0
+    database = Database(str(path))
+    assert len(database.read("SELECT 1 FROM meta WHERE key LIKE '%-%-%'")) == 80
+    assert database.read("SELECT value FROM meta WHERE key = 'fence'")[0][0] == "80"
+    assert database.integrity() == "ok"
+
+
+def test_processes_that_reserve_at_once_get_different_vmids(path: Path) -> None:
+    Database(str(path)).close()
+    code = """
+import uuid
+for n in range(8):
+    one = Sandbox(uuid=str(uuid.uuid4()), vmid=0, name=f"c{me}-{n}", state="REQUESTED")
+    store.reserve(one, vmid=None, vmid_range=(1000, 1999), occupied=set(), journal={})
+    print(one.vmid)
+"""
+    children = [child(path, str(n), code) for n in range(4)]
+    vmids = []
+    for one in children:
+        out, err = one.communicate(timeout=60)
+        assert err == ""
+        vmids += out.split()
+    assert len(vmids) == len(set(vmids)) == 32
+
+
+# ---- records ----
+
+
+def test_vmid_and_name_are_unique_among_live_records_only(store: Records) -> None:
+    claim, sandbox = reserve(store, 1, vmid=1005)
+    with pytest.raises(InvalidInput, match="vmid: 1005 already belongs to a live sandbox"):
+        reserve(store, 2, vmid=1005)
+    twin = new(3)
+    twin.name = "s1"
+    with pytest.raises(InvalidInput, match="name: 's1' is the name of the live sandbox 1005"):
+        store.reserve(twin, vmid=None, vmid_range=RANGE, occupied=set(), journal={})
+    store.change(claim, sandbox, "destroy", to="DESTROYED", finish=True)
+    reserve(store, 2, vmid=1005)
+    store.reserve(twin, vmid=1006, vmid_range=RANGE, occupied=set(), journal={})
+    assert [(one.vmid, one.state) for one in store.find_all(include_destroyed=True)] == [(1005, "DESTROYED"), (1005, "REQUESTED"), (1006, "REQUESTED")]
+    assert store.last_by_vmid(1005).name == "s2"
+
+
+def test_a_freed_vmid_is_not_the_next_one_taken_and_the_range_wraps(store: Records) -> None:
+    given = []
+    for number in range(3):
+        sandbox = new(number)
+        claim = store.reserve(sandbox, vmid=None, vmid_range=(1000, 1002), occupied={1001} if number == 1 else set(), journal={})
+        given.append(sandbox.vmid)
+        store.change(claim, store.get(sandbox.uuid), "destroy", to="DESTROYED", finish=True)
+    assert given == [1000, 1002, 1000]
+
+
+def test_full_range_is_refused(store: Records) -> None:
+    with pytest.raises(InvalidInput, match="vmid_range: all VMIDs of 1000-1000 are taken"):
+        store.reserve(new(1), vmid=None, vmid_range=(1000, 1000), occupied={1000}, journal={})
+    assert store.find_all() == []
+
+
+def test_change_is_a_compare_and_set(store: Records) -> None:
+    claim, old = reserve(store)
+    now = store.change(claim, old, "create", to="PROVISIONING", reason="clone")
+    assert (now.state, now.generation) == ("PROVISIONING", old.generation + 1)
+    with pytest.raises(RecordChanged, match="was changed by another run meanwhile"):
+        store.change(claim, old, "create", to="FAILED")
+    with pytest.raises(RecordChanged, match="no transition from PROVISIONING to STOPPED"):
+        store.change(claim, now, "create", to="STOPPED")
+    assert store.get(old.uuid).state == "PROVISIONING"
+    assert [(row["from_state"], row["to_state"], row["outcome"]) for row in store.events(uuid=old.uuid)] == [
+        (None, "REQUESTED", "decided"), ("REQUESTED", "PROVISIONING", "done")]
+
+
+def test_a_refused_change_leaves_no_event(store: Records) -> None:
+    claim, old = reserve(store)
+    store.change(claim, old, "create", protected=1)
+    count = len(store.events(uuid=old.uuid))
+    for _ in range(2):
+        with pytest.raises(RecordChanged):
+            store.amend(old, "update", protected=0)
+    assert len(store.events(uuid=old.uuid)) == count and store.get(old.uuid).protected
+
+
+def test_destroyed_is_final(store: Records) -> None:
+    claim, old = reserve(store)
+    gone = store.change(claim, old, "destroy", to="DESTROYED", finish=True)
+    claim = store.claim(gone.uuid, "create")
+    for state in ("REQUESTED", "RUNNING", "STOPPED", "FAILED", "TIMEOUT"):
+        with pytest.raises(RecordChanged):
+            store.change(claim, gone, "create", to=state)
+
+
+def test_finish_removes_journal_and_claim_with_the_change(store: Records) -> None:
+    claim, old = reserve(store)
+    assert store.under_way(old.uuid).phase == "reserved"
+    store.change(claim, old, "create", to="FAILED", finish=True)
+    assert store.under_way(old.uuid) is None and store.db.read("SELECT * FROM claims") == []
+
+
+def test_retention_removes_old_destroyed_records_with_their_events_and_no_others(path: Path) -> None:
+    clock = FakeClock()
+    store = Records(Database(str(path)), clock, "x")
+    for number in (1, 2, 3):
+        claim, one = reserve(store, number)
+        if number < 3:
+            store.change(claim, one, "destroy", to="DESTROYED", finish=True)
+        clock.pass_time(100)
+    assert store.forget(250) == 1
+    assert [one.name for one in store.find_all(include_destroyed=True)] == ["s2", "s3"]
+    assert store.db.read("SELECT count(*) FROM events WHERE sandbox_uuid LIKE '%1'")[0][0] == 0
+    with pytest.raises(NotFound):
+        store.get(new(1).uuid)
+
+
+# ---- claims ----
+
+
+def test_a_lost_fence_writes_nothing_more(store: Records) -> None:
+    claim, sandbox = reserve(store)
+    store.db.write(lambda conn: conn.execute("UPDATE claims SET expires_at = 0") and None)
+    second = Records(store.db, SystemClock(), "second")
+    newer = second.claim(sandbox.uuid, "destroy")
+    assert newer.fence > claim.fence and newer.interrupted is not None and newer.interrupted.phase == "reserved"
+    for write in (lambda: store.journal(claim, "create", "cloning", {}), lambda: store.change(claim, sandbox, "create", to="PROVISIONING"),
+                  lambda: store.fenced(claim, lambda conn: None)):
+        with pytest.raises(ClaimLost, match="lost to another run"):
+            write()
+    store.release(claim)
+    assert store.get(sandbox.uuid).state == "REQUESTED" and store.under_way(sandbox.uuid).phase == "reserved"
+    assert len(store.db.read("SELECT * FROM claims")) == 1, "the release of a lost claim must not release the other run's"
+
+
+def test_writing_extends_the_claim(path: Path) -> None:
+    clock = FakeClock()
+    store = Records(Database(str(path)), clock, "x")
+    claim, _ = reserve(store)
+    clock.pass_time(records.CLAIM_SECONDS - 1)
+    store.journal(claim, "create", "cloning", {})
+    clock.pass_time(records.CLAIM_SECONDS - 1)
+    with pytest.raises(Busy):
+        Records(store.db, clock, "second").claim(claim.uuid, "stop")
+
+
+def test_a_dead_process_claim_is_taken_over_at_once(path: Path) -> None:
+    store = Records(Database(str(path)), SystemClock(), "heir")
+    killed = child(path, "1", """
+import os, signal
+one = Sandbox(uuid="00000000-0000-4000-8000-000000000001", vmid=0, name="s1", state="REQUESTED")
+claim = store.reserve(one, vmid=None, vmid_range=(1000, 1999), occupied=set(), journal={"a": 1})
+store.journal(claim, "create", "cloning", {"a": 2})
+os.kill(os.getpid(), signal.SIGKILL)
+""")
+    killed.communicate(timeout=30)
+    assert killed.returncode == -9
+    assert [one.phase for one in store.interrupted()] == ["cloning"]
+    claim = store.claim(new(1).uuid, "create", wait=0)
+    assert claim.interrupted is not None and claim.interrupted.detail == {"a": 2}
+
+
+def test_a_live_process_claim_is_busy_and_names_the_holder(path: Path) -> None:
+    store = Records(Database(str(path)), SystemClock(), "second")
+    living = child(path, "AWX job 7", """
+one = Sandbox(uuid="00000000-0000-4000-8000-000000000001", vmid=0, name="s1", state="REQUESTED")
+store.reserve(one, vmid=1044, vmid_range=(1000, 1999), occupied=set(), journal={})
+print("ready", flush=True)
+sys.stdin.readline()
+""")
+    try:
+        assert living.stdout.readline() == "ready\n"
+        with pytest.raises(Busy, match="sandbox 1044 is being worked on: create by child AWX job 7 for") as caught:
+            store.claim(new(1).uuid, "stop", wait=0.2)
+        assert caught.value.detail["holder"] == "child AWX job 7" and caught.value.detail["operation"] == "create"
+        assert store.interrupted() == []
+    finally:
+        living.communicate("\n", timeout=30)
+    assert store.claim(new(1).uuid, "stop", wait=5).operation == "stop"
+
+
+def test_waiting_for_a_claim_is_bounded_and_succeeds_when_it_is_given_back(store: Records) -> None:
+    claim, sandbox = reserve(store)
+    other = Records(store.db, SystemClock(), "other")
+    timer = threading.Timer(0.2, store.release, (claim,))
+    timer.start()
+    assert other.claim(sandbox.uuid, "stop", wait=5).operation == "stop"
+    timer.join()
+
+
+@pytest.mark.parametrize(("change", "dead"), [
+    ({}, False), ({"started": "['1']"}, True), ({"pid": 2**22 + 5}, True), ({"boot": "another"}, True), ({"host": "elsewhere"}, False),
+    ({"host": "elsewhere", "boot": "another"}, False), ({"ns": "pid:[1]", "pid": 2**22 + 5}, False), ({"boot": ""}, False),
+])
+def test_only_certain_death_counts(change: dict[str, object], dead: bool) -> None:
+    found = {**json.loads(process.identity()), **change}
+    assert process.is_dead(json.dumps(found)) is dead
+
+
+@pytest.mark.parametrize("text", ["", "x", "{}", "[]", "null", '{"host": 1}'])
+def test_a_holder_that_cannot_be_read_counts_as_alive(text: str) -> None:
+    assert process.is_dead(text) is False
+
+
+# ---- renewal against expiry ----
+
+
+def running(store: Records, lease: int) -> Sandbox:
+    _, sandbox = reserve(store)
+    store.db.write(lambda conn: conn.execute("UPDATE sandboxes SET state = 'RUNNING', lease_expires_at = ?", (lease,)) and None)
+    return store.get(sandbox.uuid)
+
+
+def test_renewal_and_expiry_exclude_each_other(store: Records) -> None:
+    sandbox = running(store, 1000)
+    with pytest.raises(RecordChanged):
+        store.expire(sandbox, 999)
+    with pytest.raises(RecordChanged):
+        store.renew(sandbox, 5000, 1000)
+    renewed = store.renew(sandbox, 5000, 999)
+    assert renewed.lease_expires_at == 5000
+    with pytest.raises(RecordChanged):
+        store.expire(sandbox, 1000)
+    over = store.expire(renewed, 5000)
+    assert over.state == "TIMEOUT"
+    with pytest.raises(RecordChanged):
+        store.renew(over, 9000, 4000)
+
+
+def test_a_destroy_under_way_beats_a_renewal(store: Records) -> None:
+    sandbox = running(store, 10**10)
+    store.db.write(lambda conn: conn.execute("UPDATE operations SET kind = 'destroy'") and None)
+    with pytest.raises(RecordChanged):
+        store.renew(sandbox, 2 * 10**10, 5)
