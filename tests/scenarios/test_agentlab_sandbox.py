@@ -253,9 +253,10 @@ def test_what_proxmox_refuses_or_fails(story: Any, server: Any, given: Any, env:
         task("clone fails", SANDBOX, name="unborn", fails=True, before=ending(qmclone="clone failed: no space left on device")),
         task("delete fails", SANDBOX, vmid=1000, state="absent", force=True, fails=True, before=ending(qmdestroy="volume is busy")),
         task("stop fails", SANDBOX, vmid=1001, state="stopped", fails=True, before=ending(qmshutdown="got timeout")),
-        task("stop hangs", SANDBOX, vmid=1001, state="stopped", wait_timeout=1, fails=True, before=ending(qmshutdown="hang")),
+        task("stop hangs", SANDBOX, vmid=1004, state="stopped", wait_timeout=1, fails=True, before=ending(qmshutdown="hang")),
         task("denied", SANDBOX, vmid=1001, state="suspended", fails=True, before=deny),
         task("node offline", SANDBOX, vmid=1002, state="absent", force=True, fails=True, before=allow),
+        task("create on an offline node", SANDBOX, name="there", node="pve2", fails=True),
         task("locked", SANDBOX, vmid=1003, state="absent", force=True, fails=True, before=lock),
         task("one fails and one does not", SANDBOX, vmids=[1003, 1000], state="absent", force=True, fails=True),
     ])
@@ -271,6 +272,7 @@ def test_what_proxmox_refuses_or_fails(story: Any, server: Any, given: Any, env:
     assert [one["outcome"] for one in run["one fails and one does not"]["results"]] == ["kept", "destroyed"]
     assert run["one fails and one does not"]["changed"] and run["one fails and one does not"]["failed_count"] == 1
     assert [state_of(env, vmid) for vmid in (1000, 1001, 1002, 1003)] == ["DESTROYED", "RUNNING", "RUNNING", "RUNNING"]
+    assert run["create on an offline node"]["msg"] == "node: 'pve2' is offline; choose another, or wait until it is back"
     assert not [vm for vm in pve.vms if vm.name in ("broken", "unborn")]
 
 
@@ -293,7 +295,7 @@ def test_bad_input_is_one_sentence_that_names_option_and_value(story: Any, serve
         "ttl too long": ({"name": "a", "ttl": "400d"}, "ttl: '400d' is longer than the maximum of 30d"),
         "template": ({"name": "a", "template": "windows-95"}, "template: 'windows-95' does not exist. Templates: 9000 (debian-13)"),
         "template vm": ({"name": "a", "template": "1000"}, "template: VM 1000 is not a template"),
-        "node": ({"name": "a", "node": "pve9"}, "node: 'pve9'"),
+        "node": ({"name": "a", "node": "pve9"}, "node: 'pve9' is not a node of this cluster. Nodes: pve1"),
         "force": ({"vmid": 1000, "force": True}, "force: only with state=absent, not with state=present"),
         "creation option": ({"vmid": 1000, "state": "stopped", "cores": 2}, "cores: only with state=present, not with state=stopped"),
         "no id": ({"state": "absent"}, "vmid: state=absent needs vmid, vmids or name"),
@@ -306,7 +308,7 @@ def test_bad_input_is_one_sentence_that_names_option_and_value(story: Any, serve
         "tags": ({"name": "a", "tags": ["UPPER"]}, "tags: 'UPPER' is not valid"),
         "cores": ({"name": "a", "cores": 0}, "cores: 0 is not valid. Valid: 1 to 512"),
         "storage": ({"name": "a", "storage": "x", "full_clone": False}, "storage: a linked clone stays on its template's storage"),
-        "wait": ({"vmid": 1000, "state": "stopped", "wait_timeout": -1}, "wait_timeout: -1 is negative"),
+        "wait": ({"vmid": 1000, "state": "stopped", "wait_timeout": -1}, "wait_timeout: '-1' is not a duration. Valid: seconds as a number"),
         "unknown option": ({"vmid": 1000, "vimd": 1}, "Unsupported parameters"),
     }
     run = story([task(name, SANDBOX, fails=True, **options) for name, (options, _) in cases.items()])
