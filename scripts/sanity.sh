@@ -51,10 +51,15 @@ write_pip_settings() {
             "$bin/python" - >"$home/.config/pip/pip.conf" <<'PYTHON'
 import os
 
+settings = {
+    name[4:].lower().replace("_", "-"): " ".join(value.split())
+    for name, value in os.environ.items()
+    if name.startswith("PIP_") and name != "PIP_CONFIG_FILE" and value
+}
+settings["quiet"] = "2"  # errors only
 print("[global]")
-for name, value in sorted(os.environ.items()):
-    if name.startswith("PIP_") and name != "PIP_CONFIG_FILE" and value:
-        print(f"{name[4:].lower().replace('_', '-')} = {' '.join(value.split()).replace('%', '%%')}")
+for name, value in sorted(settings.items()):
+    print(f"{name} = {value}")
 PYTHON
     )
 }
@@ -75,8 +80,10 @@ import sys
 
 # In a process of its own: ensurepip switches pip's configuration off where it runs.
 subprocess.check_call([sys.executable, "-m", "ensurepip"], stdout=subprocess.DEVNULL)
-arguments = [argument for argument in sys.argv[1:] if argument not in ("--no-setuptools", "--no-wheel")]
-sys.exit(subprocess.call([sys.executable, "-m", "pip", "install", "--quiet", *arguments]))
+# The pip that Python brings will do; fetching the one that is asked for takes a while for each environment.
+packages = [argument for argument in sys.argv[1:] if not argument.startswith(("-", "pip=="))]
+if packages:
+    sys.exit(subprocess.call([sys.executable, "-m", "pip", "install", *packages]))
 """
 package = pathlib.Path(importlib.util.find_spec("ansible_test").submodule_search_locations[0])
 source = (package / "_internal" / "python_requirements.py").read_text(encoding="utf-8")
@@ -98,7 +105,7 @@ HOME=$home PATH=$bin:$PATH "$bin/ansible-test" sanity --local --python "$python_
 if [ "$status" -ne 0 ]; then
     # Not which packages went where, unless that is what failed.
     if grep -q '^ERROR: Found ' "$log"; then
-        grep -E '^(ERROR|FATAL|[a-z-]+$)' "$log"
+        grep -E '^(ERROR|FATAL|[a-z0-9-]+$)' "$log"
     else
         cat "$log"
     fi
@@ -110,5 +117,5 @@ if grep -q 'All targets skipped' "$log" || ! grep -q '^Running sanity test ' "$l
     echo "Error: ansible-test tested nothing." >&2
     exit 1
 fi
-grep '^WARNING' "$log" || true
+grep '^WARNING' "$log" | grep -v 'Using locale' || true
 echo "$(grep -c '^Running sanity test ' "$log") sanity tests passed (Python $python_version)"

@@ -64,7 +64,7 @@ options:
     type: path
   api_timeout:
     description:
-      - Seconds one request may take; V(30) unless set. A task's time is O(wait_timeout) where a module has it.
+      - Seconds one request may take; V(30) unless set. The time for a task is C(wait_timeout), where a module has it.
       - The environment variable E(PROXMOX_API_TIMEOUT) is used when the option is not set.
     type: int
   actor:

@@ -54,7 +54,7 @@ def run(argument_spec: dict[str, Any], work: Callable[[AnsibleModule, Context], 
         result = work(module, context)
     except AgentlabError as error:
         module.fail_json(msg=error.message, error=error.as_dict(), changed=False, **_extra(error))
-    except Exception as error:  # noqa: BLE001 - the outermost edge: what we did not foresee is told without a trace
+    except Exception as error:  # the outermost edge: what we did not foresee is told without a trace
         module.fail_json(msg=f"internal error: {type(error).__name__}: {error}; nothing more was done. Please report this with the steps that led to it",
                          error={"code": "internal", "type": type(error).__name__}, changed=False)
     finally:

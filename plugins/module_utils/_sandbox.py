@@ -107,7 +107,7 @@ def _planned(context: Context, sandbox: Sandbox) -> Outcome:
     from ._core.operations import destroy
 
     try:
-        _, reason, message = destroy.plan(context, sandbox)
+        _action, reason, message = destroy.plan(context, sandbox)
         return Outcome.of("would_destroy", sandbox, state=states.DESTROYED, reason=reason, message=message, changed=True)
     except (Kept, Busy) as error:
         return failure(sandbox, error)

@@ -75,7 +75,6 @@ options:
     description: Public keys that cloud-init puts into the VM, one a line each.
     type: list
     elements: str
-    no_log: false
   tags:
     description: Tags of the record and the VM. The VM also gets the tag V(agentlab).
     type: list

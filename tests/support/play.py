@@ -191,7 +191,10 @@ def run_play(tasks_or_playbook: str | list[dict[str, Any]] | Path, env: Mapping[
 
 
 def run_module(name: str, args: Mapping[str, Any] | None, env: Mapping[str, str], tmp_path: Path, **kw: Any) -> Run:
-    """Run one module as the only task of a play (task name: the module's). task=... adds keywords of the task (register, environment, ...)."""
+    """Run one module as the only task of a play, named as the module.
+
+    task={...} adds keywords of the task (register, environment, ...).
+    """
     task = {"name": name, name: dict(args or {}), **kw.pop("task", {})}
     return run_play([task], env, tmp_path, **kw)
 

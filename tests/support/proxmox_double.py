@@ -133,7 +133,8 @@ class ProxmoxDouble(FakePve):
         self.real_secs: dict[str, float] = {}
         # Task type -> n: every such task ends with `WARNINGS: n`. A VM's own dict `task_warnings` does it for one VM.
         self.task_warnings: dict[str, int] = {}
-        # True: a started VM whose config has agent=1 answers the guest agent, with an address in 192.0.2.0/24, after agent_delay real seconds.
+        # True: a started VM whose config has agent=1 answers the guest agent with an address in 192.0.2.0/24,
+        # after agent_delay real seconds.
         self.agent_default = False
         self.agent_delay = 0.0
         # Every request: {method, path, template, params, status, user}; status None: not answered.
@@ -193,7 +194,10 @@ class ProxmoxDouble(FakePve):
         return self._rule(Rule(method, suffix, "answer", times, carry_out=carry_out, status=raw_status, body=body, content_type=content_type))
 
     def hang_next(self, method: str, suffix: str, seconds: float, carry_out: bool | str = False, times: int = 1) -> Rule:
-        """Say nothing for real seconds. carry_out False: never handled, 596 in the end; True: handled at once; 'late': handled after them."""
+        """Say nothing for real seconds.
+
+        carry_out False: never handled, 596 in the end; True: handled at once; 'late': handled after them.
+        """
         return self._rule(Rule(method, suffix, "hang", times, seconds=seconds, carry_out=carry_out))
 
     def clear_faults(self) -> None:
@@ -506,7 +510,9 @@ class ProxmoxDouble(FakePve):
         """Tasks the user may see, newest first."""
         found = [t for t in self.tasklog if node in (None, t["node"]) and t["upid"] not in self._forgotten
                  and (self._task_owner(user, t) or self.allowed(user, "/nodes/" + t["node"], "Sys.Audit"))]
-        return sorted(reversed(found), key=lambda t: -t["starttime"])
+        # Started in the same second: the later one first, so turned round before a sort that keeps their order.
+        found.reverse()
+        return sorted(found, key=lambda t: -t["starttime"])
 
     async def _task_log(self, request: web.Request) -> web.Response:
         response = await super()._task_log(request)
@@ -570,7 +576,10 @@ class ProxmoxDouble(FakePve):
 
     def grant_least(self, user: str, template: int = 9000, pool: str | None = None, vmids: tuple[int, ...] = (), storage: str = "local-lvm",
                     bridge: str = "vmbr0") -> None:
-        """What the product needs and no more, for a user or token: on /vms, on a pool (made here), or on single VMIDs. Permissions count from now on."""
+        """What the product needs and no more, for a user or token: on /vms, on a pool (made here), or on single VMIDs.
+
+        Permissions count for everybody from now on.
+        """
         if pool is not None and pool not in self.pools:
             self.pools[pool] = set()
             self._pool_meta(pool)

@@ -22,7 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from proxmox_double import DoubleServer, ProxmoxDouble  # noqa: E402
+from proxmox_double import DoubleServer, ProxmoxDouble
 
 USER, TOKEN_NAME = "agentlab@pve", "demo"
 

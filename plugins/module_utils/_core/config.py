@@ -62,10 +62,6 @@ DEFAULTS: dict[str, Any] = {
     "doubt_window": "60s",
     "clock_jump_pause": "10m",
     "absent_guard": "50",
-    # Read by the daemon; kept here so that one file serves both.
-    "auto_cleanup": None,
-    "daemon": None,
-    "profiles": "/etc/agentlab/profiles",
 }
 SECRETS = ("api_password", "api_token_secret")
 
@@ -143,9 +139,6 @@ class Config:
     clock_jump_pause: int
     absent_guard: int
     workers: int
-    auto_cleanup: dict[str, Any] | None
-    daemon: dict[str, Any] | None
-    profiles: str
 
 
 def load(options: Mapping[str, Any], environment: Mapping[str, str]) -> Config:
@@ -192,9 +185,6 @@ def load(options: Mapping[str, Any], environment: Mapping[str, str]) -> Config:
         clock_jump_pause=_seconds("clock_jump_pause", value("clock_jump_pause")),
         absent_guard=_integer("absent_guard", value("absent_guard"), 1, 100),
         workers=connections,
-        auto_cleanup=value("auto_cleanup"),
-        daemon=value("daemon"),
-        profiles=str(value("profiles")),
     )
 
 
@@ -256,8 +246,7 @@ def _boolean(name: str, value: Any) -> bool:
 
 def _seconds(name: str, value: Any) -> int:
     # These are times of waiting: a bare number is seconds here, as everywhere in Ansible; only leases and ages count in minutes.
-    if isinstance(value, int) and not isinstance(value, bool):
-        value = f"{value}s"
-    elif isinstance(value, str) and value.strip().isdecimal():
-        value = f"{value.strip()}s"
-    return durations.parse(value, name, zero=True)
+    text = str(value).strip()
+    if not isinstance(value, bool) and text.isascii() and text.isdecimal():
+        value = f"{text}s"
+    return durations.parse(value, name, zero=True, valid=durations.VALID_SECONDS)

@@ -16,13 +16,14 @@ _MINUTES = re.compile(r"\d{1,9}", re.ASCII)
 # Beyond this no deployment means it: it is a typing error, or seconds given as minutes.
 MAX_SECONDS = 10 * 365 * 86400
 VALID = "minutes as a number (120) or a duration such as 90s, 30m, 2h, 1d12h"
+VALID_SECONDS = "seconds as a number (30) or a duration such as 90s, 30m"
 
 
-def parse(value: object, option: str, *, maximum: int | None = None, zero: bool = False) -> int:
+def parse(value: object, option: str, *, maximum: int | None = None, zero: bool = False, valid: str = VALID) -> int:
     """Seconds of ``value``; refuses by the name of the option what is not a duration, not positive, or over ``maximum`` seconds."""
     text = str(value).strip()
     if isinstance(value, (bool, float)) and not (isinstance(value, float) and value.is_integer()):
-        raise InvalidInput(f"{option}: {text!r} is not a duration. Valid: {VALID}", option=option, value=text)
+        raise InvalidInput(f"{option}: {text!r} is not a duration. Valid: {valid}", option=option, value=text)
     if isinstance(value, float):
         text = str(int(value))
     if _MINUTES.fullmatch(text):
@@ -30,10 +31,10 @@ def parse(value: object, option: str, *, maximum: int | None = None, zero: bool 
     else:
         found = _WHOLE.fullmatch(text)
         if not text or found is None:
-            raise InvalidInput(f"{option}: {text!r} is not a duration. Valid: {VALID}", option=option, value=text)
+            raise InvalidInput(f"{option}: {text!r} is not a duration. Valid: {valid}", option=option, value=text)
         seconds = sum(int(part) * size for part, size in zip(found.groups(), _UNITS.values(), strict=True) if part)
     if seconds == 0 and not zero:
-        raise InvalidInput(f"{option}: {text!r} is zero. Valid: more than zero, {VALID}", option=option, value=text)
+        raise InvalidInput(f"{option}: {text!r} is zero. Valid: more than zero, {valid}", option=option, value=text)
     limit = MAX_SECONDS if maximum is None else min(maximum, MAX_SECONDS)
     if seconds > limit:
         raise InvalidInput(f"{option}: {text!r} is longer than the maximum of {show(limit)}", option=option, value=text)

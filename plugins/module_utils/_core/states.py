@@ -43,7 +43,7 @@ STATES: tuple[str, ...] = tuple(TRANSITIONS)
 class Rule:
     """What one operation needs: the states it acts in, and those in which there is nothing left to do."""
 
-    __slots__ = ("phrase", "allowed", "satisfied", "hint")
+    __slots__ = ("allowed", "hint", "phrase", "satisfied")
 
     def __init__(self, phrase: str, allowed: tuple[str, ...], satisfied: tuple[str, ...] = (), hint: str = "") -> None:
         self.phrase = phrase

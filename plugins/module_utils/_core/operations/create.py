@@ -120,7 +120,7 @@ def run(ctx: Context, spec: Spec) -> Outcome:
     found = existing(ctx, spec)
     if found is None:
         return _create(ctx, spec)
-    if found.state in states.CREATING:
+    if found.state in states.CREATING or _almost_done(ctx, found):
         if ctx.dry_run:
             return Outcome.of("would_create", found, changed=True, state=states.RUNNING)
         claim = ctx.records.claim(found.uuid, "create", wait=ctx.config.claim_timeout)
@@ -129,6 +129,12 @@ def run(ctx: Context, spec: Spec) -> Outcome:
         raise CreationFailed(f"sandbox {found.vmid} could not be created earlier ({found.reason}) and is in FAILED state; "
                              f"remove it first: state=absent, {ctx.force_hint.lower()}", vmid=found.vmid)
     return amend(ctx, found, protected=spec.protected or None, keepalive=spec.keepalive or None)
+
+
+def _almost_done(ctx: Context, found: Sandbox) -> bool:
+    """READY only because the creation was killed before its last step."""
+    left = ctx.records.under_way(found.uuid) if found.state == states.READY else None
+    return left is not None and left.kind == "create"
 
 
 def amend(ctx: Context, found: Sandbox, **wanted: bool | None) -> Outcome:
@@ -163,6 +169,11 @@ def template_of(ctx: Context, wanted: str | None) -> tuple[int, str]:
 def _create(ctx: Context, spec: Spec) -> Outcome:
     template, template_node = template_of(ctx, spec.template or ctx.config.template)
     node = spec.node or ctx.config.node or template_node
+    nodes = ctx.cluster.nodes()
+    if node not in nodes:
+        raise InvalidInput(f"node: {node!r} is not a node of this cluster. Nodes: {', '.join(sorted(nodes))}", option="node", value=node)
+    if not nodes[node]:
+        raise InvalidInput(f"node: {node!r} is offline; choose another, or wait until it is back", option="node", value=node)
     known = ctx.cluster.vms()
     if spec.vmid is not None and spec.vmid in known:
         raise _occupied(spec.vmid, str(known[spec.vmid].get("name") or "unnamed"))
@@ -186,9 +197,15 @@ def _carry_on(ctx: Context, claim: Claim, spec: Spec, sandbox: Sandbox, journal:
     upids: list[str] = []
     warnings: list[str] = []
     try:
+        left = claim.interrupted
+        if left and left.kind == "destroy":
+            # Its journal says no more how far the creation had come, and the delete may already have been sent.
+            raise Kept("busy", f"a destroy of sandbox {sandbox.vmid} was cut off; destroy it again or run agentlab_reconcile to finish it", vmid=sandbox.vmid)
+        if left and left.kind == "create" and sandbox.state == states.READY:
+            sandbox = ctx.records.change(claim, sandbox, "create", to=states.RUNNING, reason="ready", finish=True)
+            return Outcome.of("created", sandbox, previous_state=states.READY, changed=True)
         if sandbox.state not in states.CREATING:
             return Outcome.of("unchanged", sandbox)
-        left = claim.interrupted
         noted = dict(journal if journal is not None else (left.detail if left else {}))
         if sandbox.smbios_uuid is None:
             phase = left.phase if left else "reserved"
@@ -246,7 +263,7 @@ def _clone(ctx: Context, claim: Claim, spec: Spec, sandbox: Sandbox, noted: dict
         except (ApiError, TaskFailed) as error:
             text = error.text if isinstance(error, ApiError) else error.exitstatus
             taken = "already exists" in text or "File exists" in text
-            if taken or isinstance(error, ApiError) and not noted.get("upid"):
+            if taken or (isinstance(error, ApiError) and not noted.get("upid")):
                 # Nothing was made under this VMID by us: said by Proxmox, so there is no doubt to wait for.
                 noted.pop("upid", None)
                 ctx.records.journal(claim, "create", "reserved", noted)

@@ -29,7 +29,7 @@ def parse_ttl(ctx: Context, value: object, option: str = "ttl") -> int:
 
 def renew(ctx: Context, sandbox: Sandbox, ttl: int, *, min_remaining: int | None = None, allow_shorten: bool = False) -> Outcome:
     """Set the lease to now + ttl. One conditional UPDATE decides against expiry: a renewal that lost is an error, never a success."""
-    for _ in range(5):
+    for _attempt in range(5):
         now = ctx.clock.now()
         states.check("renew_lease", sandbox.state, ctx.force_hint)
         current = sandbox.lease_expires_at or 0
@@ -163,5 +163,3 @@ def stop_leftovers(ctx: Context) -> list[Sandbox]:
 
 def check_min_remaining(value: object) -> int | None:
     return None if value is None else durations.parse(value, "min_remaining")
-
-

@@ -147,5 +147,3 @@ def operation_for(state: str) -> str:
         return OPERATION_OF_STATE[state]
     except KeyError:
         raise InvalidInput(f"state: {state!r} is not valid. Valid: {', '.join(OPERATION_OF_STATE)}", option="state") from None
-
-

@@ -88,7 +88,7 @@ def run(ctx: Context, wanted: Wanted) -> Report:
     report = Report(kept=kept)
     if not candidates:
         return report
-    if ctx.dry_run or wanted.max_count is not None and len(candidates) > wanted.max_count:
+    if ctx.dry_run or (wanted.max_count is not None and len(candidates) > wanted.max_count):
         _plan(ctx, candidates, report)
         if wanted.max_count is not None and report.count > wanted.max_count:
             count = report.count
@@ -136,7 +136,7 @@ def _plan(ctx: Context, candidates: list[Sandbox], report: Report) -> None:
             absent.append(sandbox)
             return None
         try:
-            _, reason, message = destroy.plan(ctx, sandbox)
+            _action, reason, message = destroy.plan(ctx, sandbox)
             return Outcome.of("would_prune", sandbox, state=states.DESTROYED, reason=reason, message=message, changed=True)
         except Kept as error:
             return Outcome.of("kept", sandbox, reason=error.reason, message=error.message, failed=True)
@@ -156,5 +156,3 @@ def _plan(ctx: Context, candidates: list[Sandbox], report: Report) -> None:
             report.pruned.append(outcome)
         else:
             _sort(report, outcome)
-
-

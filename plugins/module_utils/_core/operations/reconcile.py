@@ -130,6 +130,10 @@ def _finish_interrupted(ctx: Context) -> list[Drift]:
                     continue
                 drift.action = "journal closed"
                 with ctx.claimed(sandbox, "reconcile", wait=0) as (claim, current):
+                    if left.kind == "create" and current.state == states.READY:
+                        # Started; only the last step of the creation was missing.
+                        drift.action = "creation finished"
+                        current = ctx.records.change(claim, current, "create", to=states.RUNNING, reason="ready")
                     ctx.records.change(claim, current, left.kind, outcome="interrupted", reason=left.phase, finish=True)
                 drift.applied = True
         except AgentlabError as error:

@@ -27,7 +27,7 @@ BUSY_SECONDS = 60.0
 
 
 class _Job:
-    __slots__ = ("work", "done", "value", "error")
+    __slots__ = ("done", "error", "value", "work")
 
     def __init__(self, work: Callable[[sqlite3.Connection], Any]) -> None:
         self.work = work
@@ -217,7 +217,7 @@ def _transaction(conn: sqlite3.Connection) -> Iterator[None]:
             break
         except sqlite3.OperationalError as error:
             # busy_timeout does not cover every case (a WAL being recovered, a schema just changed): go on until the bound.
-            if "locked" not in str(error) and "busy" not in str(error) or time.monotonic() > deadline:
+            if ("locked" not in str(error) and "busy" not in str(error)) or time.monotonic() > deadline:
                 raise
             time.sleep(0.05)
     try:
