@@ -73,7 +73,7 @@ options:
     type: str
 requirements:
   - python >= 3.11
-  - proxmoxer >= 1.2
+  - proxmoxer >= 1.2 (for C(pvesh), without O(api_host), >= 2.0)
   - requests
   - PyYAML, if there is a configuration file
 author:
@@ -115,5 +115,7 @@ attributes:
   action_group:
     description: Use C(group/agentlab.proxmox.agentlab) in C(module_defaults) to set options for all modules of the collection.
     support: full
+    membership:
+      - agentlab.proxmox.agentlab
 options: {}
 """

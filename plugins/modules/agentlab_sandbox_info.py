@@ -80,6 +80,7 @@ by_state:
 
 from ansible_collections.agentlab.proxmox.plugins.module_utils import _adapter
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core import states
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import InvalidInput
 
 ARGUMENT_SPEC = {
     **_adapter.SELECT_ARGS,
@@ -97,7 +98,11 @@ def work(module, context):
     from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import info
 
     params = module.params
-    wanted = info.Wanted(ids=_adapter.ids(module), states=params["states"], profile=params["profile"], tags=params["tags"] or (),
+    if params["events"] < 0:
+        raise InvalidInput(f"events: {params['events']} is negative. Valid: 0 or more", option="events", value=params["events"])
+    # An empty list asks for none; only without any of the three all are shown.
+    chosen = any(params[name] is not None for name in _adapter.SELECT_ARGS)
+    wanted = info.Wanted(ids=_adapter.ids(module) if chosen else None, states=params["states"], profile=params["profile"], tags=params["tags"] or (),
                          expired=params["expired"], include_destroyed=params["include_destroyed"])
     return dict(info.show(context, wanted, events=params["events"], verify=params["verify"]), changed=False)
 

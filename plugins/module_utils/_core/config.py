@@ -80,6 +80,8 @@ class ProxmoxSettings:
     ca_path: str | None = None
     api_timeout: int = 30
     connections: int = 16
+    # Seconds a task may take: pvesh answers only when the task it started has ended.
+    task_timeout: int = 600
 
     @property
     def where(self) -> str:
@@ -164,6 +166,7 @@ def load(options: Mapping[str, Any], environment: Mapping[str, str]) -> Config:
         ca_path=_text("ca_path", value("ca_path")),
         api_timeout=_integer("api_timeout", value("api_timeout"), 1, 3600),
         connections=connections,
+        task_timeout=_seconds("wait_timeout", value("wait_timeout")),
     )
     lifetime = value("max_lifetime")
     return Config(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from .. import clock as clock_module
@@ -22,9 +22,9 @@ from .verify import locate
 
 @dataclass(slots=True)
 class Wanted:
-    """Which sandboxes to show; an empty filter passes all."""
+    """Which sandboxes to show; a filter that is not given passes all (an empty list of ids passes none)."""
 
-    ids: list[dict[str, Any]] = field(default_factory=list)
+    ids: list[dict[str, Any]] | None = None
     states: Sequence[str] | None = None
     profile: str | None = None
     tags: Sequence[str] = ()
@@ -35,7 +35,7 @@ class Wanted:
 def find(ctx: Context, wanted: Wanted) -> list[Sandbox]:
     """The sandboxes, in the order of their VMIDs."""
     destroyed = wanted.include_destroyed or states.DESTROYED in (wanted.states or ())
-    if wanted.ids:
+    if wanted.ids is not None:
         found = []
         for which in wanted.ids:
             try:

@@ -52,7 +52,12 @@ class ProxmoxClient:
         proxmoxer = _import_proxmoxer()
         if shutil.which("pvesh") is None:
             raise InvalidInput("api_host: not set, and this host has no pvesh; run on a Proxmox node, or set api_host and a token", option="api_host")
-        return proxmoxer.ProxmoxAPI(backend="local", timeout=self.settings.api_timeout)
+        try:
+            # pvesh runs a task in the foreground: one request lasts as long as its task.
+            return proxmoxer.ProxmoxAPI(backend="local", timeout=max(self.settings.api_timeout, self.settings.task_timeout))
+        except NotImplementedError:
+            raise InvalidInput("api_host: not set, and this proxmoxer is too old for pvesh; install proxmoxer 2 or newer (Debian 13 has it; on Debian 12 "
+                               "use pip), or set api_host and a token (which works with Debian 12's)", option="api_host") from None
 
     def _https(self) -> Any:
         proxmoxer = _import_proxmoxer()
@@ -122,7 +127,7 @@ class ProxmoxClient:
         """Run one request and turn whatever comes back into data or one of our errors. Secrets are never part of a message."""
         import requests
         from proxmoxer import ResourceException
-        from proxmoxer.core import AuthenticationError
+        from proxmoxer.backends.https import AuthenticationError
 
         where = f"{method} /{path} on {self.settings.where}"
         try:
