@@ -16,7 +16,6 @@ LEASE = "agentlab_lease"
 def test_renewing(story: Any, given: Any, env: Any, server: Any) -> None:
     given(3)
     seen: dict[str, Any] = {}
-    now = [0]
 
     def note(name: str) -> Any:
         return lambda: seen.update({name: written(env["AGENTLAB_DATABASE"])})
@@ -29,7 +28,6 @@ def test_renewing(story: Any, given: Any, env: Any, server: Any) -> None:
         task("shorter when asked", LEASE, vmid=1000, ttl="30m", allow_shorten=True),
         task("enough left", LEASE, vmid=1000, ttl="4h", min_remaining="20m"),
         task("not enough left", LEASE, vmid=1000, ttl="4h", min_remaining="1h"),
-        task("minutes", LEASE, name="{{ 'sandbox-' ~ '' }}x", ttl=120, fails=True),
         task("none", LEASE, vmids=[], ttl="2h"),
         task("one of many", LEASE, vmids=[1001], ttl=120),
         task("three", LEASE, vmids=[1000, 1001, 1002], ttl="300"),
@@ -37,7 +35,7 @@ def test_renewing(story: Any, given: Any, env: Any, server: Any) -> None:
         task("unknown", LEASE, vmids=[1000, 1777], ttl="10h", fails=True),
         task("state as it was", "agentlab_sandbox_info", vmid=1000),
     ])
-    assert now and seen["start"] == seen["after check"] and seen["renewed"] == seen["again"] != seen["start"]
+    assert seen["start"] == seen["after check"] and seen["renewed"] == seen["again"] != seen["start"]
     assert sum(sum(found.values()) for found in run.requests.values()) == 0, "the records answer everything about leases"
     for name in ("would renew", "renew"):
         assert run.status(name) == "changed" and run[name]["results"][0]["granted_seconds"] == 7200 and run[name]["results"][0]["capped"] is False
@@ -86,6 +84,6 @@ def test_what_is_refused(story: Any, given: Any, env: Any, tmp_path: Any) -> Non
     assert all(run[name]["changed"] is False for name in cases if "changed" in run[name])
     mixed = run["mixed"]
     assert [one["outcome"] for one in mixed["results"]] == ["renewed", "failed"] and mixed["changed"] and mixed["failed_count"] == 1
-    assert mixed["results"][0]["capped"] is True and 10790 <= mixed["results"][0]["granted_seconds"] <= 10800
+    assert mixed["results"][0]["capped"] is True and 10600 <= mixed["results"][0]["granted_seconds"] <= 10800
     assert mixed["msg"] == "1 of 2 sandboxes failed; the first: cannot renew lease in TIMEOUT state. Valid states: RUNNING"
     assert written(env["AGENTLAB_DATABASE"]) != before and all(not writes(found) for found in run.requests.values())

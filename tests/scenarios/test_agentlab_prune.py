@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from support.story import edit, state_of, task, written, writes
+from support.story import edit, records, state_of, task, written, writes
 
 PRUNE = "agentlab_prune"
 SHAPE = {"changed", "count", "pruned", "kept", "failed_items"}
@@ -29,14 +29,14 @@ def test_prune_selects_plans_and_prunes(story: Any, given: Any, env: Any, server
     seen: dict[str, Any] = {}
 
     def note(name: str) -> Any:
-        return lambda: seen.update({name: written(env["AGENTLAB_DATABASE"])})
+        return lambda: seen.update({name: (records(env["AGENTLAB_DATABASE"]), written(env["AGENTLAB_DATABASE"]))})
 
     def lose() -> None:
         server.pve.vms.remove(server.pve.vm(1001))
 
     run = story([
         task("guard", PRUNE, max_count=2, fails=True, before=note("start")),
-        task("guard in check mode", PRUNE, max_count=2, check=True, fails=True),
+        task("guard in check mode", PRUNE, max_count=2, check=True, fails=True, before=note("guarded")),
         task("would prune", PRUNE, check=True, diff=True),
         task("old ones would", PRUNE, older_than="24h", check=True),
         task("old ones", PRUNE, older_than="24h", max_count=2, diff=True, before=lambda: (note("planned")(), lose())),
@@ -48,7 +48,7 @@ def test_prune_selects_plans_and_prunes(story: Any, given: Any, env: Any, server
     ])
     guard = "max_count: 5 sandboxes would be pruned, more than max_count=2; nothing was pruned. Look at them in check mode, then raise max_count"
     assert run["guard"]["msg"] == run["guard in check mode"]["msg"] == guard
-    assert seen["start"] == seen["planned"]
+    assert seen["start"][0] == seen["guarded"][0] and len(seen["start"][0]) > 40 and seen["guarded"] == seen["planned"]
     for name in ("guard", "guard in check mode", "would prune", "old ones would"):
         assert writes(run.requests[name]) == [], name
     would = run["would prune"]

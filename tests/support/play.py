@@ -117,7 +117,7 @@ def play(tasks: list[dict[str, Any]], env: Mapping[str, str], tmp_path: Path, ch
             hooks[task["name"]] = before
         plain.append(task)
     with _Hooks(hooks, pve) as listening:
-        run = run_play(plain, {**env, "AGENTLAB_TEST_HOOK": listening.path}, tmp_path, check=check, diff=diff, args=args)
+        run = run_play(plain, {"ANSIBLE_PIPELINING": "1", **env, "AGENTLAB_TEST_HOOK": listening.path}, tmp_path, check=check, diff=diff, args=args)
     if listening.error is not None:
         raise listening.error
     run.requests = listening.requests

@@ -58,6 +58,11 @@ def written(database: str) -> tuple[Any, ...]:
     return (path.read_bytes(), path.stat().st_mtime_ns, dump)
 
 
+def records(database: str) -> list[str]:
+    """The sandboxes and their events; what a run notes of the clocks and the cluster is not among them."""
+    return [line for line in written(database)[2] if "INTO \"sandboxes\"" in line or "INTO \"events\"" in line]
+
+
 def edit(env: dict[str, str], vmids: Iterable[int], **values: Any) -> None:
     """Change live records behind the product's back: to let time pass."""
     conn = sqlite3.connect(env["AGENTLAB_DATABASE"])
