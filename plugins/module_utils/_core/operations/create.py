@@ -127,7 +127,7 @@ def run(ctx: Context, spec: Spec) -> Outcome:
         return _carry_on(ctx, claim, spec, ctx.records.get(found.uuid))
     if found.state == states.FAILED and found.smbios_uuid is None:
         raise CreationFailed(f"sandbox {found.vmid} could not be created earlier ({found.reason}) and is in FAILED state; "
-                             f"remove it first: state=absent, {ctx.force_hint.lower()}", vmid=found.vmid)
+                             f"first {_how_to_remove(ctx)}", vmid=found.vmid)
     return amend(ctx, found, protected=spec.protected or None, keepalive=spec.keepalive or None)
 
 
@@ -413,6 +413,10 @@ def _occupied(vmid: int, by: str) -> CreationFailed:
                           vmid=vmid, option="vmid")
 
 
+def _how_to_remove(ctx: Context) -> str:
+    return "destroy it with --force" if ctx.force_hint == states.FORCE_HINT_CLI else "remove it with state=absent and force=true"
+
+
 def _clean_up(ctx: Context, claim: Claim, sandbox: Sandbox, error: AgentlabError) -> CreationFailed:
     """Make the record FAILED, then remove what our own clone made through the destroy pipeline; the message says what is left."""
     try:
@@ -420,11 +424,13 @@ def _clean_up(ctx: Context, claim: Claim, sandbox: Sandbox, error: AgentlabError
         if states.can_follow(now.state, states.FAILED):
             now = ctx.records.change(claim, now, "create", to=states.FAILED, outcome="failed", reason="creation_failed", evidence={"message": error.message})
         destroy.give_back(ctx, claim)
+        # The list is from before the clone: what is at the VMID now decides.
+        ctx.cluster.vms(fresh=True)
         outcome = destroy.run(ctx, [(now, destroy.Request(operation="clean-up", force=True, clean_up=True))])[0]
         if outcome.state == states.DESTROYED:
             left = "what was made for it has been removed"
         else:
-            left = f"its record is in {outcome.state} state: {outcome.message}; remove it with state=absent, {ctx.force_hint.lower()}"
+            left = f"its record is in {outcome.state} state: {outcome.message}; {_how_to_remove(ctx)}"
     except AgentlabError as second:
         left = f"and cleaning up failed too: {second.message}"
     return CreationFailed(f"sandbox {sandbox.vmid} could not be created: {error.message}; {left}", vmid=sandbox.vmid, cause=error.as_dict())
