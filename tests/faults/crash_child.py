@@ -166,14 +166,15 @@ def wander(job: dict[str, Any]) -> dict[str, Any]:
                 word = "prune"
             else:
                 number += 1
-                args = {"name": f"s{job['seed']}-{number}", "ttl": dice.choice((1, 2, 3, 600)), "keepalive": dice.random() < 0.1}
+                args = {"name": f"s{job['seed']}-{number}", "ttl": dice.choice((1, 3, 6, 600)), "keepalive": dice.random() < 0.1}
         if word in ("stop", "start", "suspend", "complete", "fail", "renew", "destroy", "force"):
             if not live:
                 continue
-            vmid = dice.choice(live).vmid
+            running = [one for one in live if one.state == "RUNNING"]
+            vmid = dice.choice(running if running and word != "start" and dice.random() < 0.8 else live).vmid
             args = {"vmid": vmid}
             if word == "renew":
-                args["ttl"] = dice.choice((1, 2, 3))
+                args["ttl"] = dice.choice((1, 3, 900))
             elif word in ("destroy", "force"):
                 more = [one.vmid for one in dice.sample(live, min(len(live), dice.choice((1, 1, 2))))]
                 args = {"vmids": more, "force": word == "force"}

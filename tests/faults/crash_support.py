@@ -22,7 +22,7 @@ from typing import Any
 
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core import states
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.proxmox import identity
-from fakepve.model import FakeVm
+from fakepve.model import FakeVm, TaskError
 from support.double import Server
 
 BYSTANDER = 1000
@@ -71,7 +71,7 @@ class Rig:
         self.server = Server(str(folder / "pve"), time_scale=time_scale)
         self.pve = self.server.pve
         self.pve.add_template()
-        self.zygote = Zygote()
+        self._zygote: Zygote | None = None
         (folder / "config.yaml").write_text(CONFIG, encoding="utf-8")
         self.env = self.server.environment(str(folder))
         self.database = Path(self.env["AGENTLAB_DATABASE"])
@@ -79,8 +79,15 @@ class Rig:
         self._kept: Any = None
         self._slow_tasks()
 
+    @property
+    def zygote(self) -> Zygote:
+        if self._zygote is None:
+            self._zygote = Zygote()
+        return self._zygote
+
     def stop(self) -> None:
-        self.zygote.stop()
+        if self._zygote:
+            self._zygote.stop()
         self.server.stop()
 
     def _slow_tasks(self) -> None:
@@ -90,11 +97,18 @@ class Rig:
         async def task(node: str, ttype: str, tid: Any, user: str, body: Any, **values: Any) -> Any:
             async def slow() -> Any:
                 await self.pve.pause(self.task_seconds.get(ttype, 2))
+                if ttype in self.task_fails:
+                    if ttype == "qmclone":
+                        # Proxmox removes what a failed clone had made.
+                        self.pve.vms.remove(values["vm"])
+                    raise TaskError(self.task_fails[ttype])
                 return await body()
 
             return await whole(node, ttype, tid, user, slow, **values)
 
         self.task_seconds: dict[str, float] = {}
+        # Tasks of these kinds fail with that text, and have done nothing.
+        self.task_fails: dict[str, str] = {}
         self.pve.task = task
 
     # ---- doing ----
@@ -126,6 +140,20 @@ class Rig:
             assert time.monotonic() < end, "a task never ended"
             time.sleep(0.005)
 
+    def well(self) -> None:
+        """No more faults."""
+
+        def work() -> None:
+            self.pve.faults.clear()
+            self.pve.task_endings.clear()
+            self.task_fails.clear()
+
+        self.in_loop(work)
+
+    def spoil(self, kind: str, text: str) -> None:
+        """Tasks of that kind fail with that text; "unexpected status" is a worker that died after its work."""
+        self.in_loop(lambda: (self.pve.task_endings if text == "unexpected status" else self.task_fails).update({kind: text}))
+
     def foreign(self, vmid: int, **values: Any) -> None:
         """Somebody else's VM, that nobody may touch."""
 
@@ -149,7 +177,7 @@ class Rig:
         if self.database.exists():
             self.sql("PRAGMA wal_checkpoint(TRUNCATE)")
             shutil.copy(self.database, self.folder / "kept.db")
-        self._kept = self.in_loop(lambda: ([copy.deepcopy(vm.__dict__) for vm in self.pve.vms], copy.deepcopy(self.pve.storages)))
+        self._kept = self.in_loop(lambda: ([copy.deepcopy(vm.__dict__) for vm in self.pve.vms], copy.deepcopy(self.pve.storages), list(self.pve.tasklog)))
         self._bystanders = copy.deepcopy(self.bystanders)
 
     def restore(self) -> None:
@@ -161,15 +189,15 @@ class Rig:
         self.bystanders = copy.deepcopy(self._bystanders)
 
         def work() -> None:
-            vms, storages = self._kept
+            vms, storages, tasklog = self._kept
             self.pve.vms[:] = []
             for values in vms:
                 vm = FakeVm(values["vmid"], values["name"])
                 vm.__dict__.update(copy.deepcopy(values))
                 self.pve.vms.append(vm)
             self.pve.storages = copy.deepcopy(storages)
-            self.pve.tasks.clear()
-            self.pve.tasklog.clear()
+            self.pve.tasklog[:] = tasklog
+            self.pve.tasks = {one["upid"]: one for one in tasklog}
             self.pve.requests.clear()
             self.pve.faults.clear()
             self.pve.task_endings.clear()

@@ -52,7 +52,7 @@ FAULTS = [
     ("POST", "/clone", 500), ("POST", "/clone", 596), ("POST", "/clone", 595), ("PUT", "/config", 500), ("DELETE", r"/qemu/\d+", 596),
     ("POST", "/status/start", 500), ("POST", "/status/stop", 596)]
 TASKS = [("qmclone", "clone failed: no space left"), ("qmstart", "start failed: QEMU exited with code 1"), ("qmdestroy", "storage is not online"),
-         ("qmstop", "VM quit/powerdown failed - got timeout"), ("qmdestroy", "unexpected status"), ("qmclone", "unexpected status")]
+         ("qmstop", "VM quit/powerdown failed - got timeout"), ("qmdestroy", "unexpected status"), ("qmstart", "unexpected status")]
 
 
 @pytest.fixture
@@ -67,9 +67,9 @@ def _break(rig: Rig, dice: random.Random) -> None:
     """One random fault for whoever comes next."""
     if dice.random() < 0.15:
         kind, text = dice.choice(TASKS)
-        rig.in_loop(lambda: rig.pve.task_endings.update({kind: text}))
+        rig.spoil(kind, text)
         time.sleep(0.1)
-        rig.in_loop(rig.pve.task_endings.clear)
+        rig.in_loop(lambda: (rig.pve.task_endings.clear(), rig.task_fails.clear()))
         return
     method, suffix, how = dice.choice(FAULTS)
     if isinstance(how, int):
@@ -80,8 +80,7 @@ def _break(rig: Rig, dice: random.Random) -> None:
 
 def _settle(rig: Rig) -> None:
     """No more faults; then what a scheduler does, until nothing is under way."""
-    rig.in_loop(rig.pve.faults.clear)
-    rig.in_loop(rig.pve.task_endings.clear)
+    rig.well()
     rig.idle()
     time.sleep(1.5)
     for _ in range(3):
@@ -114,9 +113,8 @@ def test_many_processes_at_once(rig: Rig, seed: int) -> None:
     while runner.is_alive() and time.monotonic() - began < SECONDS:
         _break(rig, dice)
         broken += 1
-        time.sleep(dice.uniform(0.01, 0.15))
-    rig.in_loop(rig.pve.faults.clear)
-    rig.in_loop(rig.pve.task_endings.clear)
+        time.sleep(dice.uniform(0.02, 0.4))
+    rig.well()
     runner.join(SECONDS + BOUND + 30)
     took = time.monotonic() - began
     assert not runner.is_alive() and all(not one["late"] and one["result"] for one in answers), f"a process did not end: {answers}"
@@ -160,7 +158,7 @@ def _race(rig: Rig, rounds: int, others: int = 0) -> Counter[str]:
         rows = [row for row in rig.records() if row["name"].startswith("race")]
         end = rows[0]["lease_expires_at"]
         # Both sides at the very second in which the lease ends, a little apart in some rounds.
-        renewals = [{**rig.job("renew", vmid=row["vmid"], ttl=600), "start": end - 0.01 + 0.02 * (number % 3 - 1)} for row in rows]
+        renewals = [{**rig.job("renew", vmid=row["vmid"], ttl=600), "start": end - 0.12 + 0.04 * (number % 4)} for row in rows]
         answers = rig.zygote.run([*renewals, *[{**rig.job("expire"), "start": end - 0.005} for _ in range(2)]])
         for row, answer in zip(rows, answers, strict=False):
             now = next(one for one in rig.records() if one["uuid"] == row["uuid"])
@@ -235,8 +233,7 @@ class Life(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         try:
-            self.rig.in_loop(self.rig.pve.faults.clear)
-            self.rig.in_loop(self.rig.pve.task_endings.clear)
+            self.rig.well()
             for _ in range(3):
                 self._context(lambda ctx: reconcile.run(ctx, apply=True))
             live = [row["vmid"] for row in self.rig.records() if row["state"] != "DESTROYED"]
@@ -342,12 +339,11 @@ class Life(RuleBasedStateMachine):
 
     @rule(which=st.sampled_from(TASKS))
     def task_fails(self, which: Any) -> None:
-        self.rig.in_loop(lambda: self.rig.pve.task_endings.update([which]))
+        self.rig.spoil(*which)
 
     @rule()
     def all_is_well_again(self) -> None:
-        self.rig.in_loop(self.rig.pve.faults.clear)
-        self.rig.in_loop(self.rig.pve.task_endings.clear)
+        self.rig.well()
 
     @rule(name=names)
     @precondition(lambda self: len(self.rig.bystanders) < 3)

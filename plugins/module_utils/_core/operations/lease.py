@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from .. import clock as clock_module
@@ -149,9 +150,12 @@ def _stop_expired(ctx: Context, sandbox: Sandbox) -> str | None:
         return error.message
 
 
-def stop_leftovers(ctx: Context) -> list[Sandbox]:
-    """TIMEOUT records whose VM still runs according to the cluster's list: the stop of an earlier pass failed or was cut off."""
-    waiting = ctx.records.find_all([states.TIMEOUT])
+def stop_leftovers(ctx: Context, done: Collection[str] = ()) -> list[Sandbox]:
+    """TIMEOUT records whose VM still runs according to the cluster's list: the stop of an earlier pass failed or was cut off.
+
+    ``done`` are those that this pass has dealt with: the list it reads is older than that.
+    """
+    waiting = [one for one in ctx.records.find_all([states.TIMEOUT]) if one.uuid not in done]
     if not waiting:
         return []
     rows = ctx.cluster.vms()

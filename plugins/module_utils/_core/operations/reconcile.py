@@ -97,14 +97,15 @@ def _leases(ctx: Context, apply: bool) -> list[Drift]:
     passed = lease.expire(ctx)
     found = [Drift("lease_expired", "expired", {"previous_state": one.previous_state}, one.sandbox, applied=True, error=one.message) for one in passed.expired]
     found += [Drift("lease_expired", "renewed (keepalive)", {}, one.sandbox, applied=not one.failed, error=one.message) for one in passed.renewed]
-    known = {one.uuid for one in passed.expired}
-    found += [Drift("still_running", "stopped", {}, one, applied=True) for one in lease.stop_leftovers(ctx) if one.uuid not in known]
+    known = {one.uuid for one in passed.expired if one.uuid}
+    found += [Drift("still_running", "stopped", {}, one, applied=True) for one in lease.stop_leftovers(ctx, known)]
     return found
 
 
 def _finish_interrupted(ctx: Context) -> list[Drift]:
     """Finish what killed runs left: a destroy goes on, a creation becomes FAILED (its VM bound if it is ours), the rest is compared anew."""
     found = []
+    ctx.records.drop_dead_claims()
     for left in ctx.records.interrupted():
         sandbox = ctx.records.get(left.sandbox_uuid)
         drift = Drift("interrupted", "", {"operation": left.kind, "phase": left.phase, "actor": left.actor}, sandbox)

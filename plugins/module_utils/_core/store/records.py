@@ -254,6 +254,13 @@ class Records:
         """Give the claim back; the journal entry stays if the operation is not finished."""
         self.db.write(lambda conn: conn.execute("DELETE FROM claims WHERE sandbox_uuid = ? AND fence = ?", (claim.uuid, claim.fence)) and None)
 
+    def drop_dead_claims(self) -> None:
+        """Remove the claims of processes that are certainly dead; what they left in the journal stays."""
+        dead = [row for row in self.db.read("SELECT sandbox_uuid, fence, process FROM claims") if process.is_dead(row["process"])]
+        if dead:
+            self.db.write(lambda conn: conn.executemany("DELETE FROM claims WHERE sandbox_uuid = ? AND fence = ?",
+                                                        [(row["sandbox_uuid"], row["fence"]) for row in dead]) and None)
+
     # ---- journal ----
 
     def _journal(self, conn: sqlite3.Connection, uuid: str, kind: str, phase: str, detail: dict[str, Any], now: int) -> None:
