@@ -12,6 +12,7 @@ import time
 from typing import Any
 
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core import config, states
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.clock import SystemClock
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.model import Outcome, Sandbox
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import create, destroy, info, lease, power, prune, reconcile
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations.context import Context
@@ -23,6 +24,13 @@ BYSTANDER = 500
 # As a user would set them for impatient tests; options of a run override them.
 IMPATIENT = {"template": "debian-13", "claim_timeout": "1s", "wait_timeout": "5s", "shutdown_timeout": "1s", "doubt_window": "1s", "api_timeout": 5,
              "connections": 4}
+
+
+class Hurried(SystemClock):
+    """Real time, but the pauses between tries are short."""
+
+    def sleep(self, seconds: float) -> None:
+        time.sleep(min(seconds, 0.05))
 
 
 class FakeClock:
@@ -69,7 +77,7 @@ class Lab:
         self.server = Server(self.folder, time_scale=time_scale)
         self.pve = self.server.pve
         self.options = {**IMPATIENT, **options}
-        self.clock: Any = None
+        self.clock: Any = Hurried()
         self._contexts: list[Context] = []
         self._number = 0
         self.database = os.path.join(self.folder, "agentlab.db")
@@ -117,11 +125,10 @@ class Lab:
         self.close_contexts()
         self.server.stop()
 
-    def context(self, *, dry_run: bool = False, actor: str = "test", wait_timeout: int | None = None, server: Server | None = None,
-                environment: dict[str, str] | None = None, **options: Any) -> Context:
+    def context(self, *, dry_run: bool = False, actor: str = "test", server: Server | None = None, **options: Any) -> Context:
         """A new run: nothing shared with any other but the database and the cluster."""
-        found = config.load({**self.options, "database": self.database, **options}, environment or (server or self.server).environment(self.folder))
-        made = Context(found, actor=actor, dry_run=dry_run, wait_timeout=wait_timeout, clock=self.clock)
+        found = config.load({**self.options, "database": self.database, **options}, (server or self.server).environment(self.folder))
+        made = Context(found, actor=actor, dry_run=dry_run, clock=self.clock)
         self._contexts.append(made)
         if len(self._contexts) > 40:
             self._contexts.pop(0).close()
@@ -150,8 +157,8 @@ class Lab:
     def expire(self, **options: Any) -> lease.Expiry:
         return lease.expire(self.context(**options))
 
-    def prune(self, *, dry_run: bool = False, **wanted: Any) -> prune.Report:
-        return prune.run(self.context(dry_run=dry_run), prune.Wanted(**wanted))
+    def prune(self, *, dry_run: bool = False, options: dict[str, Any] | None = None, **wanted: Any) -> prune.Report:
+        return prune.run(self.context(dry_run=dry_run, **(options or {})), prune.Wanted(**wanted))
 
     def reconcile(self, *, apply: bool = True, **options: Any) -> list[reconcile.Drift]:
         return reconcile.run(self.context(**options), apply=apply)

@@ -1,0 +1,388 @@
+# Copyright: the agentlab.proxmox contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Absence is proven, never inferred: what cannot be seen is not gone."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import AgentlabError, Kept
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.model import Sandbox
+
+from support.double import TOKEN_ID, Server
+from support.lab import Lab
+
+pytestmark = pytest.mark.faults
+
+NOTHING_LEFT = {"claims": [], "operations": []}
+
+
+@pytest.fixture(scope="module")
+def one_lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    made = Lab(tmp_path_factory.mktemp("lab"))
+    yield made
+    made.stop()
+
+
+@pytest.fixture
+def lab(one_lab: Lab) -> Iterator[Lab]:
+    one_lab.reset()
+    one_lab.pve.add_node("pve2")
+    yield one_lab
+    one_lab.check_promises()
+    assert one_lab.pve.disks_lost == set()
+    one_lab.pve.nodes.pop("pve2", None)
+    one_lab.reset()
+
+
+def everything(lab: Lab, sandbox: Sandbox, **options: Any) -> list[str]:
+    """Whatever could conclude that the VM is gone; what each said."""
+    said: list[str] = []
+    works: list[Callable[[], Any]] = [
+        lambda: lab.prune(dry_run=True, options=options), lambda: lab.prune(options=options), lambda: lab.destroy(sandbox.vmid, force=True, **options),
+        lambda: lab.reconcile(apply=False, **options), lambda: lab.reconcile(**options), lambda: lab.reconcile(**options), lambda: lab.reconcile(**options),
+        lambda: lab.expire(**options), lambda: lab.power("stop", sandbox.vmid, **options)]
+    for work in works:
+        try:
+            work()
+        except AgentlabError as error:
+            assert error.message
+            said.append(error.message)
+    return said
+
+
+def unchanged(lab: Lab, before: Sandbox) -> None:
+    """The record is as it was, and nothing at all was written to its VM."""
+    now = lab.record(before)
+    ignored = {"generation", "updated_at"}
+    assert {k: v for k, v in dataclasses.asdict(now).items() if k not in ignored} == {k: v for k, v in dataclasses.asdict(before).items() if k not in ignored}
+    assert lab.pve.touched(before.vmid) == []
+
+
+def hide(lab: Lab, *hidden: int) -> None:
+    for vmid in {9000, 500, *range(1000, 1010)} - set(hidden):
+        lab.pve.grant(TOKEN_ID, f"/vms/{vmid}", "VM.Audit", "VM.Allocate", "VM.PowerMgmt", "VM.Config.Options", "VM.Clone")
+    lab.pve.grant(TOKEN_ID, "/nodes", "Sys.Audit")
+
+
+# ---- hidden ----
+
+
+def test_vm_hidden_by_permissions_is_not_gone(lab: Lab) -> None:
+    ours = lab.timed_out()
+    hide(lab, ours.vmid)
+    report = lab.prune()
+    assert [one.reason for one in report.kept] == ["unknown"] and not report.pruned
+    assert "hidden from these credentials" in (report.kept[0].message or "")
+    everything(lab, ours)
+    unchanged(lab, ours)
+    lab.calm()
+    assert [one.reason for one in lab.prune().pruned] == ["destroyed"]
+    assert lab.leftovers() == NOTHING_LEFT
+
+
+def test_many_vms_hidden_by_permissions_are_not_gone(lab: Lab) -> None:
+    # More than a few are looked up in the list, which is trusted only if the token may see every VM.
+    ours = [lab.timed_out(f"b{n}") for n in range(5)]
+    hide(lab, *(one.vmid for one in ours))
+    report = lab.prune()
+    assert [one.reason for one in report.kept] == ["unknown"] * 5
+    lab.reconcile()
+    lab.reconcile()
+    for one in ours:
+        unchanged(lab, one)
+
+
+def test_list_that_lost_entries_although_the_token_may_see_all(lab: Lab) -> None:
+    ours = [lab.timed_out(f"b{n}") for n in range(5)]
+    body = json.dumps({"data": [{"vmid": 500, "type": "qemu", "node": "pve1", "status": "running", "id": "qemu/500"}]})
+    lab.pve.fault("GET", "/cluster/resources", "answer", status=200, body=body, times=99)
+    report = lab.prune()
+    assert [one.reason for one in report.kept] == ["unknown"] * 5 and not report.pruned
+    lab.reconcile()
+    lab.reconcile()
+    for one in ours:
+        unchanged(lab, one)
+
+
+# ---- nodes ----
+
+
+@pytest.mark.parametrize("state", ["TIMEOUT", "RUNNING", "STOPPED"])
+def test_vm_on_an_offline_node_is_kept_as_it_is(lab: Lab, state: str) -> None:
+    ours = lab.timed_out()
+    ours = lab.force_state(ours.vmid, state, lease_expires_at=int(time.time()) + 999)
+    lab.pve.vm(ours.vmid).node = "pve2"
+    lab.pve.set_node_offline("pve2")
+    before = lab.record(ours)
+    if state == "TIMEOUT":
+        assert [one.reason for one in lab.prune(dry_run=True).kept] == ["node_offline"]
+        assert [one.reason for one in lab.prune().kept] == ["node_offline"]
+    assert lab.destroy(ours.vmid, force=True)[0].reason == "node_offline"
+    assert [one.kind for one in lab.reconcile()] == ["node_offline"]
+    everything(lab, ours)
+    unchanged(lab, before)
+    assert lab.leftovers() == NOTHING_LEFT
+    lab.pve.set_node_offline("pve2", offline=False)
+    assert lab.destroy(ours.vmid, force=True)[0].outcome == "destroyed"
+
+
+def test_migrated_vm_is_found_and_destroyed_where_it_is(lab: Lab) -> None:
+    ours = lab.timed_out()
+    lab.pve.vm(ours.vmid).node = "pve2"
+    lab.pve.vm(9000).node = "pve1"
+    assert [one.reason for one in lab.prune().pruned] == ["destroyed"]
+    assert any("/nodes/pve2/" in line for line in lab.pve.touched(ours.vmid))
+
+
+def test_migrated_vm_updates_the_node_and_nothing_else(lab: Lab) -> None:
+    ours = lab.create()
+    lab.pve.requests.clear()
+    lab.pve.vm(ours.vmid).node = "pve2"
+    assert [(one.kind, one.applied) for one in lab.reconcile()] == [("moved", True)]
+    now = lab.record(ours)
+    assert (now.node, now.state, now.lease_expires_at) == ("pve2", "RUNNING", ours.lease_expires_at)
+    assert lab.pve.touched(ours.vmid) == [] and lab.reconcile() == []
+
+
+@pytest.mark.parametrize("path", ["/qemu/1000/config", "/status/stop", "PUT"])
+def test_vm_that_migrates_in_the_middle_of_a_destroy(lab: Lab, path: str) -> None:
+    ours = lab.create()
+    moved: list[int] = []
+
+    def move(method: str, where: str) -> None:
+        if (method == path or (path != "PUT" and where.endswith(path))) and not moved:
+            moved.append(1)
+            lab.pve.vm(ours.vmid).node = "pve2"
+
+    lab.pve.before = move
+    outcome = lab.destroy(ours.vmid, force=True)[0]
+    lab.check_promises()
+    lab.pve.before = None
+    if outcome.failed:
+        assert lab.record(ours).live and outcome.message
+        assert lab.destroy(ours.vmid, force=True)[0].outcome == "destroyed"
+    assert lab.pve.vm(ours.vmid) is None and lab.leftovers() == NOTHING_LEFT
+
+
+# ---- quorum ----
+
+
+@pytest.mark.parametrize("state", ["TIMEOUT", "RUNNING", "STOPPED"])
+@pytest.mark.parametrize("there", [True, False])
+def test_without_quorum_nothing_is_deleted_and_nothing_is_gone(lab: Lab, state: str, there: bool) -> None:
+    ours = lab.timed_out()
+    ours = lab.force_state(ours.vmid, state, lease_expires_at=int(time.time()) + 999)
+    if not there:
+        lab.pve.vms.remove(lab.pve.vm(ours.vmid))
+    before = lab.record(ours)
+    lab.pve.lose_quorum()
+    if state == "TIMEOUT":
+        assert [one.reason for one in lab.prune().kept] == ["unknown"]
+    outcome = lab.destroy(ours.vmid, force=True)[0]
+    assert outcome.failed and "quorum" in (outcome.message or "")
+    lab.reconcile(), lab.reconcile(), lab.prune(dry_run=True)
+    assert [line for line in lab.pve.touched(ours.vmid) if line.startswith("DELETE")] == [] and lab.pve.disks_lost == set()
+    now = lab.record(ours)
+    assert (now.state, now.reason, now.absent_seen_at) == (before.state, before.reason, None)
+    lab.pve.regain_quorum()
+    assert lab.destroy(ours.vmid, force=True)[0].outcome == "destroyed"
+    assert lab.leftovers() == NOTHING_LEFT
+
+
+def test_reused_vmid_without_quorum_concludes_nothing(lab: Lab) -> None:
+    ours = lab.timed_out()
+    vm = lab.swap(ours.vmid)
+    lab.pve.lose_quorum()
+    assert [one.reason for one in lab.prune().kept] == ["unknown"]
+    lab.reconcile()
+    unchanged(lab, ours)
+    lab.untouched(vm)
+
+
+def test_quorum_lost_while_the_status_still_says_quorate(lab: Lab) -> None:
+    # For 24 seconds a real cluster says so: only the config write tells, and it comes before the delete.
+    ours = lab.timed_out()
+
+    def lose(method: str, path: str) -> None:
+        lab.pve.quorate = path == "/api2/json/cluster/status"
+
+    lab.pve.before = lose
+    report = lab.prune()
+    assert not report.pruned and [one.reason for one in report.kept] == ["unknown"]
+    assert "cannot be marked" in (report.kept[0].message or "")
+    assert lab.pve.disks_lost == set() and not [line for line in lab.pve.touched(ours.vmid) if line.startswith("DELETE")]
+    assert lab.record(ours).state == "TIMEOUT"
+    lab.calm()
+    assert [one.reason for one in lab.prune().pruned] == ["destroyed"]
+
+
+# ---- the wrong cluster ----
+
+
+@pytest.fixture
+def other(tmp_path: Any) -> Iterator[Server]:
+    made = Server(str(tmp_path))
+    made.pve.add_template()
+    yield made
+    made.stop()
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_records_of_another_cluster_conclude_nothing(lab: Lab, other: Server, count: int) -> None:
+    ours = [lab.timed_out(f"b{n}") for n in range(count)]
+    ctx = lab.context(server=other)
+    from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import create, destroy, prune, reconcile
+
+    report = prune.run(ctx, prune.Wanted())
+    assert [one.reason for one in report.kept] == ["unknown"] * count and "not the cluster these records belong to" in (report.kept[0].message or "")
+    for _ in range(2):
+        assert not [one for one in reconcile.run(lab.context(server=other), apply=True) if one.applied]
+    outcome = destroy.run(lab.context(server=other), [(ours[0], destroy.Request(force=True))])[0]
+    assert outcome.failed and "not the cluster" in (outcome.message or "")
+    with pytest.raises(Kept, match="not the cluster"):
+        create.run(lab.context(server=other), create.Spec(name="new", ttl=60))
+    for one in ours:
+        unchanged(lab, one)
+    assert not [line for line in other.pve.requests if line[0] != "GET"]
+
+
+def test_stranger_at_our_vmid_on_another_cluster_does_not_end_the_record(lab: Lab, other: Server) -> None:
+    ours = lab.timed_out()
+    vm = other.pve.add_vm(ours.vmid, "theirs", status="running", config={"smbios1": "uuid=22222222-1111-4111-8111-111111111111"})
+    from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import lease, prune, reconcile
+
+    assert [one.reason for one in prune.run(lab.context(server=other), prune.Wanted()).kept] == ["unknown"]
+    assert not [one for one in reconcile.run(lab.context(server=other), apply=True) if one.applied and one.kind != "still_running"]
+    lease.expire(lab.context(server=other))
+    unchanged(lab, ours)
+    assert other.pve.touched(vm.vmid) == [] and vm in other.pve.vms and vm.status == "running"
+
+
+def test_cluster_without_a_readable_authority_is_not_ours(lab: Lab, other: Server) -> None:
+    ours = lab.timed_out()
+    other.pve.fail("GET", "/certificates/info", 403, "Permission check failed")
+    from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import prune
+
+    assert [one.reason for one in prune.run(lab.context(server=other), prune.Wanted()).kept] == ["unknown"]
+    unchanged(lab, ours)
+
+
+# ---- broken answers ----
+
+BROKEN = {
+    "empty_list": {"body": '{"data":[]}'}, "null": {"body": '{"data":null}'}, "html": {"body": "<html>Login</html>", "type": "text/html"},
+    "empty": {"body": ""}, "object": {"body": '{"data":{}}'}, "text": {"body": '{"data":"ok"}'}, "numbers": {"body": '{"data":[1,2]}'},
+    "other_rows": {"body": '{"data":[{"id":"x"}]}'}, "no_data": {"body": "{}"}, "bad_gateway": {"body": "<html>", "status": 502},
+    "not_found": {"body": "<html>Not Found</html>", "status": 404}, "forbidden": {"body": "", "status": 403}, "gone": {"body": '{"data":null}', "status": 410},
+    "does_not_exist": {"body": '{"data":null,"message":"Configuration file does not exist"}', "status": 500},
+}
+PATHS = ["/cluster/resources", "/cluster/status", "/cluster/nextid", "/access/permissions", "/certificates/info", "/qemu/1000/config"]
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("broken", BROKEN)
+def test_broken_answer_about_a_vm_that_is_there(lab: Lab, broken: str, path: str) -> None:
+    ours = lab.timed_out()
+    before = lab.record(ours)
+    lab.pve.fault("GET", path, "answer", **{"status": 200, **BROKEN[broken]}, times=9999)
+    for work in (lambda: lab.prune(dry_run=True), lab.reconcile, lab.reconcile):
+        try:
+            work()
+        except AgentlabError as error:
+            assert error.message
+    # Without the list, the status or the configuration nothing may happen; a broken proof may at most delay what was ours to delete.
+    if path in ("/cluster/resources", "/cluster/status", "/qemu/1000/config"):
+        everything(lab, ours)
+        assert lab.record(ours).state == before.state and lab.pve.touched(ours.vmid) == []
+    else:
+        try:
+            lab.prune()
+        except AgentlabError as error:
+            assert error.message
+        lab.check_promises()
+    lab.calm()
+    if lab.record(ours).live:
+        lab.destroy(ours.vmid, force=True)
+    assert lab.record(ours).state == "DESTROYED" and lab.pve.vm(ours.vmid) is None and lab.leftovers() == NOTHING_LEFT
+
+
+@pytest.mark.parametrize("path", PATHS[:5])
+@pytest.mark.parametrize("kind", ["truncate", "cut-before", "cut-after"])
+@pytest.mark.parametrize("count", [1, 4])
+def test_cut_answer_about_vms_that_are_there(lab: Lab, kind: str, path: str, count: int) -> None:
+    ours = [lab.timed_out(f"b{n}") for n in range(count)]
+    hide(lab, *(one.vmid for one in ours))
+    lab.pve.fault("GET", path, kind, times=9999)
+    for work in (lab.prune, lab.reconcile, lab.reconcile):
+        try:
+            work()
+        except AgentlabError as error:
+            assert error.message
+    for one in ours:
+        unchanged(lab, one)
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+def test_nextid_that_answers_nonsense_proves_nothing(lab: Lab, broken: str) -> None:
+    ours = lab.timed_out()
+    hide(lab, ours.vmid)
+    lab.pve.fault("GET", "/cluster/nextid", "answer", **{"status": 200, **BROKEN[broken]}, times=9999)
+    everything(lab, ours)
+    unchanged(lab, ours)
+
+
+@pytest.mark.parametrize("body", ['{"data":"1001"}', '{"data":100}', '{"data":true}', '{"data":"1000 "}', '{"data":["1000"]}'])
+def test_nextid_of_another_number_proves_nothing(lab: Lab, body: str) -> None:
+    ours = lab.timed_out()
+    hide(lab, ours.vmid)
+    lab.pve.fault("GET", "/cluster/nextid", "answer", status=200, body=body, times=9999)
+    everything(lab, ours)
+    unchanged(lab, ours)
+
+
+# ---- what is proven ----
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_vm_that_is_really_gone_is_marked_by_prune(lab: Lab, count: int) -> None:
+    ours = [lab.timed_out(f"b{n}") for n in range(count)]
+    for one in ours:
+        lab.pve.vms.remove(lab.pve.vm(one.vmid))
+    lab.pve.counted.clear()
+    assert [one.reason for one in lab.prune().pruned] == ["vm_absent"] * count
+    assert lab.pve.count() <= 8, dict(lab.pve.counted)
+    assert lab.leftovers() == NOTHING_LEFT
+
+
+def test_live_record_needs_two_passes_in_a_row(lab: Lab) -> None:
+    ours = lab.create()
+    vm = lab.pve.vm(ours.vmid)
+    lab.pve.vms.remove(vm)
+    lab.reconcile()
+    assert lab.record(ours).state == "RUNNING" and lab.record(ours).absent_seen_at
+    lab.pve.vms.append(vm)
+    lab.reconcile()
+    assert lab.record(ours).absent_seen_at is None
+    lab.pve.vms.remove(vm)
+    lab.reconcile()
+    assert lab.record(ours).live
+    lab.reconcile()
+    assert (lab.record(ours).state, lab.record(ours).reason) == ("DESTROYED", "external")
+
+
+def test_many_absences_at_once_write_nothing(lab: Lab) -> None:
+    ours = [lab.create(f"b{n}") for n in range(6)]
+    for one in ours:
+        lab.pve.vms.remove(lab.pve.vm(one.vmid))
+    for _ in range(2):
+        with pytest.raises(AgentlabError, match="6 of 6 sandboxes are absent at once"):
+            lab.reconcile()
+    assert all(lab.record(one).state == "RUNNING" and lab.record(one).absent_seen_at is None for one in ours)
