@@ -119,9 +119,13 @@ def do_reconcile(ctx: Any) -> dict[str, Any]:
     return {"ok": True, "drift": [one.public() for one in reconcile.run(ctx, apply=True)]}
 
 
+def do_look(ctx: Any) -> dict[str, Any]:
+    return {"ok": True, "count": len(ctx.records.find_all())}
+
+
 OPERATIONS: dict[str, Callable[..., dict[str, Any]]] = {
     "create": do_create, "power": do_power, "destroy": do_destroy, "renew": do_renew, "expire": do_expire, "prune": do_prune,
-    "reconcile": do_reconcile}
+    "reconcile": do_reconcile, "look": do_look}
 
 
 def perform(job: dict[str, Any]) -> dict[str, Any]:

@@ -145,6 +145,15 @@ def _waits_for_its_owner(rig: Rig, text: str) -> bool:
     return text.startswith("operation left behind") and "'kind': 'create'" in text
 
 
+def test_many_open_a_database_that_is_not_there_yet(rig: Rig) -> None:
+    """Whoever comes second must not take the half of the first one's work that it sees for another program's file."""
+    for number in range(30):
+        rig.env = {**rig.env, "AGENTLAB_DATABASE": str(rig.folder / f"new{number}.db")}
+        soon = time.time() + 0.05
+        answers = rig.zygote.run([{**rig.job("look"), "start": soon + 0.002 * place} for place in range(PROCESSES)])
+        assert all(one["result"] and one["result"]["ok"] for one in answers), answers
+
+
 # ---- renewal against expiry ----
 
 

@@ -86,8 +86,8 @@ class Database:
         conn.execute("PRAGMA foreign_keys = ON")
         if path != ":memory:":
             # A file that is not ours must not be turned into WAL: look before the first pragma that writes.
-            Database._refuse_foreign(path, conn)
-            conn.execute("PRAGMA journal_mode = WAL")
+            _patiently(lambda: Database._refuse_foreign(path, conn))
+            _patiently(lambda: conn.execute("PRAGMA journal_mode = WAL"))
             # FULL: a commit is on the disk before Proxmox is asked to do what it announces.
             conn.execute("PRAGMA synchronous = FULL")
         return conn
@@ -125,8 +125,9 @@ class Database:
 
     @staticmethod
     def _refuse_foreign(path: str, conn: sqlite3.Connection) -> None:
-        found = conn.execute("PRAGMA application_id").fetchone()[0]
+        # In this order: our first step writes both at once, so whoever sees our tables sees our id too, also while another run creates them.
         tables = conn.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+        found = conn.execute("PRAGMA application_id").fetchone()[0]
         if tables and found != schema.APPLICATION_ID:
             raise StoreError(f"database {path}: this is the SQLite file of another program; set database to a path of its own", path=path)
         version = conn.execute("PRAGMA user_version").fetchone()[0]
@@ -208,18 +209,22 @@ class Database:
                 conn.close()
 
 
-@contextlib.contextmanager
-def _transaction(conn: sqlite3.Connection) -> Iterator[None]:
+def _patiently(call: Callable[[], Any]) -> None:
+    """busy_timeout does not cover every case (the switch to WAL, a WAL being recovered, a schema just changed): go on until the bound."""
     deadline = time.monotonic() + BUSY_SECONDS
     while True:
         try:
-            conn.execute("BEGIN IMMEDIATE")
-            break
+            call()
+            return
         except sqlite3.OperationalError as error:
-            # busy_timeout does not cover every case (a WAL being recovered, a schema just changed): go on until the bound.
             if ("locked" not in str(error) and "busy" not in str(error)) or time.monotonic() > deadline:
                 raise
             time.sleep(0.05)
+
+
+@contextlib.contextmanager
+def _transaction(conn: sqlite3.Connection) -> Iterator[None]:
+    _patiently(lambda: conn.execute("BEGIN IMMEDIATE"))
     try:
         yield
         conn.execute("COMMIT")
