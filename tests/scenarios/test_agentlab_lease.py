@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from support.story import edit, task, written, writes
+from support.story import edit, task, writes, written
 
 LEASE = "agentlab_lease"
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from support.story import edit, records, state_of, task, written, writes
+from support.story import edit, records, state_of, task, writes, written
 
 RECONCILE = "agentlab_reconcile"
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from support.story import state_of, task, written, writes
+from support.story import state_of, task, writes, written
 
 SANDBOX = "agentlab_sandbox"
 DESTROY_REFUSED = "cannot destroy sandbox in RUNNING state. Valid states: STOPPED, DESTROYED. Use force=true to bypass"
@@ -204,7 +204,7 @@ def test_a_vm_hidden_from_the_token(story: Any, server: Any) -> None:
     server.pve.make_foreign(1000, running=True)
     server.pve.make_foreign(1001, running=True)
     everything = ("VM.Audit", "VM.Allocate", "VM.Clone", "VM.PowerMgmt", "VM.Config.Options", "VM.Config.CPU", "VM.Config.Memory", "VM.Config.Disk",
-                  "VM.Config.Network", "VM.Config.Cloudinit", "VM.GuestAgent.Audit", "VM.Monitor", "SDN.Use", "Sys.Audit", "Datastore.Audit", "Datastore.AllocateSpace")
+                  "VM.Config.Network", "VM.Config.Cloudinit", "VM.GuestAgent.Audit", "SDN.Use", "Sys.Audit", "Datastore.Audit", "Datastore.AllocateSpace")
     for path in ("/vms/9000", "/vms/1002", "/vms/1003", "/nodes", "/storage", "/sdn", "/pool"):
         server.pve.grant("agentlab@pve", path, *everything)
     server.pve.grant("agentlab@pve", "/", "Sys.Audit")
@@ -215,7 +215,7 @@ def test_a_vm_hidden_from_the_token(story: Any, server: Any) -> None:
         task("own vmid", SANDBOX, vmid=1001, fails=True),
         task("next", SANDBOX, name="next"),
     ])
-    assert run["own vmid"]["msg"].startswith("vmid: 1001 is occupied") or "1001 is occupied" in run["own vmid"]["msg"]
+    assert "vmid: 1001 is occupied by a VM that is not ours" in run["own vmid"]["msg"]
     assert run["next"]["sandbox"]["vmid"] == 1002
     assert server.pve.touched(1000) == server.pve.touched(1001) == []
 
@@ -294,7 +294,6 @@ def test_bad_input_is_one_sentence_that_names_option_and_value(story: Any, serve
     cases = {
         "ttl": ({"name": "a", "ttl": "2 hours ago"}, "ttl: '2 hours ago' is not a duration. Valid: minutes as a number (120)"),
         "ttl zero": ({"name": "a", "ttl": "0"}, "ttl: '0' is zero"),
-        "ttl negative": ({"name": "a", "ttl": "-5"}, "ttl: '-5' is not a duration"),
         "ttl too long": ({"name": "a", "ttl": "400d"}, "ttl: '400d' is longer than the maximum of 30d"),
         "template": ({"name": "a", "template": "windows-95"}, "template: 'windows-95' does not exist. Templates: 9000 (debian-13)"),
         "template vm": ({"name": "a", "template": "1000"}, "template: VM 1000 is not a template"),
@@ -304,7 +303,6 @@ def test_bad_input_is_one_sentence_that_names_option_and_value(story: Any, serve
         "no id": ({"state": "absent"}, "vmid: state=absent needs vmid, vmids or name"),
         "vmid": ({"vmid": 12}, "vmid: 12 is not a VMID. Valid: 100 to 999999999"),
         "vmids": ({"vmids": [1000, 7], "state": "absent"}, "vmids: 7 is not a VMID"),
-        "vmid and vmids": ({"vmid": 1000, "vmids": [1000]}, "parameters are mutually exclusive: vmid|vmids"),
         "state": ({"vmid": 1000, "state": "gone"}, "value of state must be one of: present, started"),
         "name": ({"name": "no spaces please"}, "name: 'no spaces please' is not valid"),
         "name of another": ({"name": "other", "vmid": 1000}, "name: sandbox 1000 is named"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from support.story import edit, task, written, writes
+from support.story import edit, task, writes, written
 
 INFO = "agentlab_sandbox_info"
 KEYS = {"uuid", "vmid", "name", "profile", "state", "node", "ip", "workspace_id", "tags", "protected", "keepalive", "lease_expires_at", "created_at",

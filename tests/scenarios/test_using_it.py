@@ -147,9 +147,10 @@ def test_short_names_ad_hoc_and_the_action_group(env: Any, tmp_path: Path, given
     assert '"count": 1' in would.stdout and '"count": 1' in done.stdout and "CHANGED" in done.stdout and server.pve.vm(1000) is None
     bare = {name: value for name, value in env.items() if not name.startswith("PROXMOX_TOKEN")}
     connection = {"api_token_id": env["PROXMOX_TOKEN_ID"], "api_token_secret": env["PROXMOX_TOKEN_SECRET"]}
+    options = {"agentlab_lease": {"name": "short", "ttl": "2h"}, "agentlab_sandbox": {"name": "short"}}
     run = run_play([{"hosts": "localhost", "gather_facts": False, "module_defaults": {"group/agentlab.proxmox.agentlab": connection}, "tasks": [
         {"name": "short", "agentlab_sandbox": {"name": "short", **connection}},
-        *(task(f"full {name}", name, **{"agentlab_lease": {"name": "short", "ttl": "2h"}, "agentlab_sandbox": {"name": "short"}}.get(name, {})) for name in MODULES),
+        *(task(f"full {name}", name, **options.get(name, {})) for name in MODULES),
     ]}], bare, tmp_path)
     run.ok()
     assert run.status("short") == "changed" and run.status("full agentlab_sandbox") == "ok"
