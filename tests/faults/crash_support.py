@@ -23,6 +23,7 @@ from typing import Any
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core import states
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.proxmox import identity
 from fakepve.model import FakeVm, TaskError
+
 from support.double import Server
 
 BYSTANDER = 1000

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from faults.crash_support import BYSTANDER, Rig
 
 pytestmark = pytest.mark.faults

@@ -289,6 +289,10 @@ class Records:
             raise RecordChanged(f"sandbox {sandbox.vmid} was changed by another run meanwhile (now {found['state'] if found else 'gone'}); run again",
                                 vmid=sandbox.vmid)
 
+    def _state(self, conn: sqlite3.Connection, sandbox: Sandbox) -> str:
+        found = conn.execute("SELECT state FROM sandboxes WHERE uuid = ?", (sandbox.uuid,)).fetchone()
+        return str(found["state"]) if found else sandbox.state
+
     def _event(self, conn: sqlite3.Connection, sandbox: Sandbox, old: str | None, new: str | None, operation: str, *, outcome: str,
                reason: str | None = None, evidence: dict[str, Any] | None = None, upids: Iterable[str] = (), duration_ms: int | None = None) -> None:
         conn.execute(
@@ -312,9 +316,13 @@ class Records:
             new = dict(values)
             if target != sandbox.state:
                 new.update(state=target, state_changed_at=self.clock.now(), absent_seen_at=None, reason=reason)
+            before, after = sandbox.state, target
             if new:
                 self._set(conn, sandbox, **new)
-            self._event(conn, sandbox, sandbox.state, target, operation, outcome=outcome, reason=reason, evidence=evidence, upids=upids,
+            else:
+                # Nothing is set, so nothing was compared: the lease may have run out since the record was read.
+                before = after = self._state(conn, sandbox)
+            self._event(conn, sandbox, before, after, operation, outcome=outcome, reason=reason, evidence=evidence, upids=upids,
                         duration_ms=duration_ms)
             if finish:
                 conn.execute("DELETE FROM operations WHERE sandbox_uuid = ?", (sandbox.uuid,))
@@ -327,14 +335,17 @@ class Records:
 
     def renew(self, sandbox: Sandbox, expires_at: int, now: int, *, operation: str = "renew_lease", evidence: dict[str, Any] | None = None) -> Sandbox:
         """The one conditional UPDATE of semantics 7: state RUNNING, not yet expired, generation unchanged. RecordChanged when it lost."""
+        began = self.clock.monotonic()
 
         def work(conn: sqlite3.Connection) -> Sandbox:
+            # Waiting for the writer's lock may have taken this past the end of the lease.
+            latest = now + int(self.clock.monotonic() - began)
             done = conn.execute(
                 "UPDATE sandboxes SET lease_expires_at = ?, updated_at = ?, generation = generation + 1 "
                 "WHERE uuid = ? AND state = 'RUNNING' AND lease_expires_at > ? AND generation = ? "
                 # A destroy under way wins: a renewal is never a success on a dying VM.
                 "AND NOT EXISTS (SELECT 1 FROM operations WHERE sandbox_uuid = uuid AND kind = 'destroy')",
-                (expires_at, now, sandbox.uuid, now, sandbox.generation))
+                (expires_at, now, sandbox.uuid, latest, sandbox.generation))
             if done.rowcount != 1:
                 raise RecordChanged(f"sandbox {sandbox.vmid} was changed or expired while its lease was renewed", vmid=sandbox.vmid)
             self._event(conn, sandbox, sandbox.state, sandbox.state, operation, outcome="done", evidence=evidence)
@@ -373,8 +384,12 @@ class Records:
     def note(self, sandbox: Sandbox, operation: str, *, outcome: str, reason: str | None = None, evidence: dict[str, Any] | None = None,
              upids: Iterable[str] = ()) -> None:
         """An event without a change: something was looked at, refused or left alone."""
-        self.db.write(lambda conn: self._event(conn, sandbox, sandbox.state, sandbox.state, operation, outcome=outcome, reason=reason,
-                                               evidence=evidence, upids=upids))
+
+        def work(conn: sqlite3.Connection) -> None:
+            state = self._state(conn, sandbox)
+            self._event(conn, sandbox, state, state, operation, outcome=outcome, reason=reason, evidence=evidence, upids=upids)
+
+        self.db.write(work)
 
     def forget(self, older_than: int) -> int:
         """Retention: remove DESTROYED records (and their events) older than so many seconds; returns how many."""
