@@ -1,0 +1,32 @@
+# Copyright: the agentlab.proxmox contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""The table at the end of a run of the faults: what was injected, how often it was met, and how many cases ended as promised."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+COLUMNS = ("known", "cases", "met", "passed")
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    rows: dict[str, Counter[str]] = {}
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if getattr(report, "when", None) == "call":
+                for key, value in report.user_properties:
+                    if key == "faults":
+                        rows.setdefault(value[0], Counter()).update(value[1])
+    if not rows:
+        return
+    width = max(map(len, rows))
+    terminalreporter.section("injected faults")
+    terminalreporter.write_line(f"{'request':{width}}" + "".join(f"{name:>8}" for name in COLUMNS))
+    total: Counter[str] = Counter()
+    for name, row in sorted(rows.items()):
+        total.update(row)
+        terminalreporter.write_line(f"{name:{width}}" + "".join(f"{row[one]:8}" for one in COLUMNS))
+    terminalreporter.write_line(f"{'all':{width}}" + "".join(f"{total[one]:8}" for one in COLUMNS))
