@@ -243,7 +243,7 @@ def test_records_of_another_cluster_conclude_nothing(lab: Lab, other: Server, co
 
     report = prune.run(ctx, prune.Wanted())
     assert [one.reason for one in report.kept] == ["unknown"] * count and "not the cluster these records belong to" in (report.kept[0].message or "")
-    for _ in range(2):
+    for _dummy in range(2):
         assert not [one for one in reconcile.run(lab.context(server=other), apply=True) if one.applied]
     outcome = destroy.run(lab.context(server=other), [(ours[0], destroy.Request(force=True))])[0]
     assert outcome.failed and "not the cluster" in (outcome.message or "")
@@ -382,7 +382,7 @@ def test_many_absences_at_once_write_nothing(lab: Lab) -> None:
     ours = [lab.create(f"b{n}") for n in range(6)]
     for one in ours:
         lab.pve.vms.remove(lab.pve.vm(one.vmid))
-    for _ in range(2):
+    for _dummy in range(2):
         with pytest.raises(AgentlabError, match="6 of 6 sandboxes are absent at once"):
             lab.reconcile()
     assert all(lab.record(one).state == "RUNNING" and lab.record(one).absent_seen_at is None for one in ours)

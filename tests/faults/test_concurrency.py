@@ -83,7 +83,7 @@ def _settle(rig: Rig) -> None:
     rig.well()
     rig.idle()
     time.sleep(1.5)
-    for _ in range(3):
+    for _dummy in range(3):
         rig.must("reconcile")
 
 
@@ -169,7 +169,7 @@ def _race(rig: Rig, rounds: int, others: int = 0) -> Counter[str]:
         end = rows[0]["lease_expires_at"]
         # Both sides at the very second in which the lease ends, a little apart in some rounds.
         renewals = [{**rig.job("renew", vmid=row["vmid"], ttl=600), "start": end - 0.12 + 0.04 * (number % 4)} for row in rows]
-        answers = rig.zygote.run([*renewals, *[{**rig.job("expire"), "start": end - 0.005} for _ in range(2)]])
+        answers = rig.zygote.run([*renewals, *[{**rig.job("expire"), "start": end - 0.005} for _dummy in range(2)]])
         for row, answer in zip(rows, answers, strict=False):
             now = next(one for one in rig.records() if one["uuid"] == row["uuid"])
             renewed = bool(answer["result"]["ok"])
@@ -287,7 +287,7 @@ class Life(RuleBasedStateMachine):
     def teardown(self) -> None:
         try:
             self.rig.well()
-            for _ in range(3):
+            for _dummy in range(3):
                 self._context(lambda ctx: reconcile.run(ctx, apply=True))
             live = [row["vmid"] for row in self.rig.records() if row["state"] != "DESTROYED"]
             done = self._context(lambda ctx: destroy.run(ctx, [(ctx.select(vmid), destroy.Request(force=True)) for vmid in live]))

@@ -211,7 +211,7 @@ def _try(rig: Rig, case: Case, number: int | None) -> tuple[dict[str, Any], list
         again = rig.do(case.again[0], **case.again[1])
         if not (again["result"] or {}).get("ok") and case.ok:
             wrong.append(f"the second run failed: {again}")
-    for _ in range(2):
+    for _dummy in range(2):
         found = rig.do("reconcile")
         if not (found["result"] or {}).get("ok"):
             wrong.append(f"reconcile failed: {found}")

@@ -105,7 +105,7 @@ def good_requests() -> dict[str, list[tuple[str, str]]]:
                 operation.run(lab)
                 assert operation.done(lab), name
                 kinds: dict[str, tuple[str, str]] = {}
-                for method, path, _ in lab.pve.requests:
+                for method, path, _dummy in lab.pve.requests:
                     kinds.setdefault(f"{method} {template_of(path)}", (method, path.removeprefix("/api2/json")))
                 found[name] = list(kinds.values())
         finally:

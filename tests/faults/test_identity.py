@@ -10,7 +10,6 @@ import re
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -411,7 +410,7 @@ def test_creation_at_the_vmid_of_a_vm_the_token_cannot_see(lab: Lab, node: str, 
     assert "occupied by a VM that is not ours" in caught.value.message
     lab.untouched(vm, status="running" if running else "stopped")
     assert all(not one.live or one.state == "FAILED" for one in lab.records())
-    for _ in range(3):
+    for _dummy in range(3):
         lab.reconcile()
     lab.prune()
     for one in lab.records():
@@ -451,7 +450,7 @@ def test_clone_whose_answer_was_lost_and_a_stranger_at_its_vmid(lab: Lab, fault:
         lab.create(vmid=1005)
     vm = lab.swap(1005, running=True)
     time.sleep(1.1)
-    for _ in range(3):
+    for _dummy in range(3):
         lab.reconcile()
     lab.untouched(vm, status="running")
     try_everything(lab, lab.records()[0])
@@ -476,7 +475,7 @@ def test_time_out_while_stopping_then_the_vmid_is_somebody_elses(lab: Lab, opera
         assert error.message
     lab.pve.task_endings.clear()
     vm = lab.swap(ours.vmid, running=True, tags="agentlab", name="a1")
-    for _ in range(2):
+    for _dummy in range(2):
         try_everything(lab, ours)
     lab.untouched(vm, status="running")
     assert lab.record(ours).state == "DESTROYED"
@@ -489,7 +488,7 @@ def test_delete_whose_answer_was_lost_then_the_vmid_is_somebody_elses(lab: Lab, 
     report = lab.prune()
     assert len(report.failed) == 1
     vm = lab.swap(ours.vmid, running=True, tags="agentlab", name="a1")
-    for _ in range(2):
+    for _dummy in range(2):
         try_everything(lab, ours)
     lab.untouched(vm, status="running")
     assert lab.record(ours).state == "DESTROYED"
@@ -518,7 +517,7 @@ def test_copied_marker_is_not_bound_without_our_own_clone_task(lab: Lab) -> None
 
     vm = lab.swap(1005, running=True, description=identity.marker(ours.uuid))
     time.sleep(1.1)
-    for _ in range(2):
+    for _dummy in range(2):
         with pytest.raises(AgentlabError):
             lab.create(vmid=1005)
         try_everything(lab, ours)
@@ -536,6 +535,6 @@ def test_every_request_that_changes_a_vm_names_one_of_ours(lab: Lab) -> None:
     lab.destroy(*(one.vmid for one in made), force=True)
     lab.prune()
     lab.reconcile()
-    written = {int(found[1]) for method, path, _ in lab.pve.requests if method != "GET" and (found := re.search(r"/qemu/(\d+)", path))}
+    written = {int(found[1]) for method, path, _dummy in lab.pve.requests if method != "GET" and (found := re.search(r"/qemu/(\d+)", path))}
     assert written == {9000, *(one.vmid for one in made)}
-    assert {path.rpartition("/")[2] for method, path, _ in lab.pve.requests if method != "GET" and "/qemu/9000/" in path} == {"clone"}
+    assert {path.rpartition("/")[2] for method, path, _dummy in lab.pve.requests if method != "GET" and "/qemu/9000/" in path} == {"clone"}

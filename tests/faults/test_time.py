@@ -116,7 +116,7 @@ def test_small_corrections_are_no_jump(lab: Lab) -> None:
 def test_slow_drift_is_no_jump(lab: Lab) -> None:
     lab.create(ttl=86400)
     lab.expire()
-    for _ in range(30):
+    for _dummy in range(30):
         lab.clock.pass_time(300)
         lab.clock.jump(10)
         assert lab.expire().suspended is None

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from support.double import Server
 from support.play import Run
 from support.story import tell
@@ -34,7 +35,7 @@ def given(context: Callable[..., Any], server: Server) -> Callable[..., list[Any
     def make(count: int = 1, state: str = "RUNNING", **values: Any) -> list[Any]:
         ctx = context()
         found = []
-        for _ in range(count):
+        for _dummy in range(count):
             ctx.refresh()
             values.setdefault("ttl", 3600)
             sandbox = create.run(ctx, create.Spec(**values)).sandbox

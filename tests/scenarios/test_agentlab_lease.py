@@ -78,9 +78,9 @@ def test_what_is_refused(story: Any, given: Any, env: Any, tmp_path: Any) -> Non
         "two ids": ({"vmid": 1002, "vmids": [1002], "ttl": "2h"}, "parameters are mutually exclusive: vmid|vmids|name"),
     }
     before = written(env["AGENTLAB_DATABASE"])
-    run = story([*(task(name, LEASE, fails=True, **options) for name, (options, _) in cases.items()),
+    run = story([*(task(name, LEASE, fails=True, **options) for name, (options, _dummy) in cases.items()),
                  task("mixed", LEASE, vmids=[1002, 1000], ttl="10h", fails=True)])
-    assert {name: run[name]["msg"] for name in cases} == {name: wanted for name, (_, wanted) in cases.items()}
+    assert {name: run[name]["msg"] for name in cases} == {name: wanted for name, (_dummy, wanted) in cases.items()}
     assert all(run[name]["changed"] is False for name in cases if "changed" in run[name])
     mixed = run["mixed"]
     assert [one["outcome"] for one in mixed["results"]] == ["renewed", "failed"] and mixed["changed"] and mixed["failed_count"] == 1

@@ -126,7 +126,7 @@ def test_bad_input(story: Any, given: Any) -> None:
         "wait_timeout": ({"wait_timeout": -3}, "wait_timeout: '-3' is not a duration"),
         "force": ({"force": True}, "Unsupported parameters"),
     }
-    run = story([task(name, PRUNE, fails=True, **options) for name, (options, _) in cases.items()])
-    wrong = {name: run[name]["msg"] for name, (_, wanted) in cases.items() if wanted not in run[name]["msg"] or "\n" in run[name]["msg"].strip()}
+    run = story([task(name, PRUNE, fails=True, **options) for name, (options, _dummy) in cases.items()])
+    wrong = {name: run[name]["msg"] for name, (_dummy, wanted) in cases.items() if wanted not in run[name]["msg"] or "\n" in run[name]["msg"].strip()}
     assert not wrong, wrong
     assert all(not writes(found) for found in run.requests.values())

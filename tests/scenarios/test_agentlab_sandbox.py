@@ -312,8 +312,8 @@ def test_bad_input_is_one_sentence_that_names_option_and_value(story: Any, serve
         "wait": ({"vmid": 1000, "state": "stopped", "wait_timeout": -1}, "wait_timeout: '-1' is not a duration. Valid: seconds as a number"),
         "unknown option": ({"vmid": 1000, "vimd": 1}, "Unsupported parameters"),
     }
-    run = story([task(name, SANDBOX, fails=True, **options) for name, (options, _) in cases.items()])
-    wrong = {name: run[name]["msg"] for name, (_, wanted) in cases.items() if wanted not in run[name]["msg"] or "\n" in run[name]["msg"].strip()}
+    run = story([task(name, SANDBOX, fails=True, **options) for name, (options, _dummy) in cases.items()])
+    wrong = {name: run[name]["msg"] for name, (_dummy, wanted) in cases.items() if wanted not in run[name]["msg"] or "\n" in run[name]["msg"].strip()}
     assert not wrong, wrong
     assert [name for name in cases if writes(run.requests[name])] == []
     assert [vm.vmid for vm in server.pve.vms] == [9000, 1000] and state_of(env, 1000) == "RUNNING"

@@ -75,6 +75,6 @@ def test_bad_input(story: Any, given: Any) -> None:
         "two": ({"vmid": 1000, "name": "x"}, "parameters are mutually exclusive: vmid|vmids|name"),
         "events": ({"events": -1}, "events: -1 is negative. Valid: 0 or more"),
     }
-    run = story([task(name, INFO, fails=True, **options) for name, (options, _) in cases.items()])
-    wrong = {name: run[name]["msg"] for name, (_, wanted) in cases.items() if wanted not in run[name]["msg"]}
+    run = story([task(name, INFO, fails=True, **options) for name, (options, _dummy) in cases.items()])
+    wrong = {name: run[name]["msg"] for name, (_dummy, wanted) in cases.items() if wanted not in run[name]["msg"]}
     assert not wrong, wrong

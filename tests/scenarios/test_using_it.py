@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from support.double import TOKEN_SECRET
 from support.play import run_adhoc, run_play
 from support.story import task, writes
@@ -31,7 +32,7 @@ def test_connection_and_credentials(story: Any, given: Any, tmp_path: Path, serv
 
     given(1)
     (tmp_path / "other").mkdir()
-    other_ca, _, _ = make_cert(str(tmp_path / "other"), hosts=("127.0.0.1",))
+    other_ca, _dummy, _dummy = make_cert(str(tmp_path / "other"), hosts=("127.0.0.1",))
     port = closed_port()
     here = f"127.0.0.1:{server.pve.port}"
     cases = {
@@ -44,8 +45,8 @@ def test_connection_and_credentials(story: Any, given: Any, tmp_path: Path, serv
         "port number": ({"api_port": 70000}, "api_port: '70000' is not valid. Valid: a whole number from 1 to 65535"),
         "timeout": ({"api_timeout": 0}, "api_timeout: '0' is not valid"),
     }
-    run = story([task(name, "agentlab_reconcile", fails=True, **options) for name, (options, _) in cases.items()])
-    wrong = {name: run[name]["msg"] for name, (_, wanted) in cases.items() if wanted not in run[name]["msg"] or "\n" in run[name]["msg"]}
+    run = story([task(name, "agentlab_reconcile", fails=True, **options) for name, (options, _dummy) in cases.items()])
+    wrong = {name: run[name]["msg"] for name, (_dummy, wanted) in cases.items() if wanted not in run[name]["msg"] or "\n" in run[name]["msg"]}
     assert not wrong, wrong
     assert all(run[name]["changed"] is False for name in cases)
 
@@ -79,10 +80,10 @@ def test_configuration_and_records(story: Any, given: Any, tmp_path: Path, env: 
     }
     before = {path.name: path.read_bytes() for path in tmp_path.glob("*.db")}
     run = story([
-        *(task(name, "agentlab_sandbox", name="x", fails=True, **options) for name, (options, _) in cases.items()),
+        *(task(name, "agentlab_sandbox", name="x", fails=True, **options) for name, (options, _dummy) in cases.items()),
         *(task(f"{name} in check mode", "agentlab_prune", check=True, fails=True, **cases[name][0]) for name in ("unknown key", "text", "newer", "foreign")),
     ])
-    wrong = {name: run[name]["msg"] for name, (_, wanted) in cases.items() if not run[name]["msg"].startswith(wanted) or "\n" in run[name]["msg"]}
+    wrong = {name: run[name]["msg"] for name, (_dummy, wanted) in cases.items() if not run[name]["msg"].startswith(wanted) or "\n" in run[name]["msg"]}
     wrong.update({name: run[f"{name} in check mode"]["msg"] for name in ("unknown key", "text", "newer", "foreign")
                   if not run[f"{name} in check mode"]["msg"].startswith(cases[name][1])})
     assert not wrong, wrong

@@ -144,7 +144,7 @@ class _Hooks:
         self._thread.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *_dummy: object) -> None:
         with socket.socket(socket.AF_UNIX) as last:
             last.connect(self.path)
             last.sendall(b'""\n')
@@ -162,7 +162,7 @@ class _Hooks:
 
     def _serve(self) -> None:
         while True:
-            caller, _ = self._socket.accept()
+            caller, _dummy = self._socket.accept()
             with caller:
                 task = json.loads(caller.makefile().readline())
                 self._note(task)

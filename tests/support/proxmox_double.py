@@ -1074,8 +1074,9 @@ class DoubleServer:
     setup(pve) runs before it listens. A given cafile path gets a copy of the certificate.
     """
 
-    def __init__(self, time_scale: float = 0.0, port: int = 0, setup: Callable[[ProxmoxDouble], Any] | None = None) -> None:
-        self.pve = ProxmoxDouble(port=port)
+    def __init__(self, time_scale: float = 0.0, port: int = 0, setup: Callable[[ProxmoxDouble], Any] | None = None,
+                 double: type[ProxmoxDouble] = ProxmoxDouble) -> None:
+        self.pve = double(port=port)
         self.pve.time_scale = time_scale
         self._setup = setup
         self._loop = asyncio.new_event_loop()

@@ -71,7 +71,8 @@ def test_status(server: Server, method: str, status: int, kind: type[errors.Agen
     assert TOKEN_SECRET not in str(caught.value.as_dict())
 
 
-@pytest.mark.parametrize("body", ["", "null", "[]", "7", '"text"', "{}", '{"data"', "<html>It works!</html>", '{"errors": {}}', '{"data": {"errors": "x"}}', "\x00\xff"])
+@pytest.mark.parametrize("body", ["", "null", "[]", "7", '"text"', "{}", '{"data"', "<html>It works!</html>", '{"errors": {}}',
+    '{"data": {"errors": "x"}}', "\x00\xff"])
 @pytest.mark.parametrize("method", ["GET", "PUT"])
 def test_200_that_is_no_answer_of_proxmox(server: Server, method: str, body: str) -> None:
     server.pve.fault(method, PATH, "answer", status=200, body=body, times=9)
@@ -161,7 +162,7 @@ def test_port_of_something_else(server: Server, junk: bytes) -> None:
         def serve() -> None:
             try:
                 while True:
-                    conn, _ = listener.accept()
+                    conn, _dummy = listener.accept()
                     conn.sendall(junk)
                     conn.close()
             except OSError:
@@ -175,7 +176,8 @@ def test_port_of_something_else(server: Server, junk: bytes) -> None:
 
 
 def test_wrong_token_says_what_to_check(server: Server) -> None:
-    with pytest.raises(errors.AccessDenied, match=r"refuses the credentials of agentlab@pve!tests \(401.*check api_user, api_token_id and api_token_secret") as caught:
+    with pytest.raises(errors.AccessDenied,
+        match=r"refuses the credentials of agentlab@pve!tests \(401.*check api_user, api_token_id and api_token_secret") as caught:
         client(server, api_token_secret="wrong-secret").get(PATH)
     assert "wrong-secret" not in str(caught.value.as_dict())
 

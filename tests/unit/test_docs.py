@@ -48,7 +48,8 @@ def test_every_test_that_safety_names_exists() -> None:
 
 
 # Parts that the code puts in: numbers, names, states.
-_FILLED = re.compile(r"\.\.\.|\d+|RUNNING|TIMEOUT|STOPPED|DESTROYED|Connection refused|force=true|Permission check failed.*|'|\(|\)|destroy sandbox|renew lease|,")
+_FILLED = re.compile(r"\.\.\.|\d+|"
+                     r"RUNNING|TIMEOUT|STOPPED|DESTROYED|Connection refused|force=true|Permission check failed.*|'|\(|\)|destroy sandbox|renew lease|,")
 
 
 @pytest.mark.parametrize("message", re.findall(r"^\*\*`(.+?)`\*\*", (ROOT / "docs/troubleshooting.md").read_text(), re.M))

@@ -233,7 +233,7 @@ def test_full_disk_is_explained_and_nothing_is_written(path: Path) -> None:
 
 def test_check_mode_writes_no_file(path: Path) -> None:
     store = Records(Database(str(path), dry_run=True), SystemClock(), "x")
-    _, sandbox = reserve(store)
+    _dummy, sandbox = reserve(store)
     assert store.get(sandbox.uuid).name == "s1"
     assert not path.parent.exists()
 
@@ -408,7 +408,7 @@ def test_a_refused_change_leaves_no_event(store: Records) -> None:
     claim, old = reserve(store)
     store.change(claim, old, "create", protected=1)
     count = len(store.events(uuid=old.uuid))
-    for _ in range(2):
+    for _dummy in range(2):
         with pytest.raises(RecordChanged):
             store.amend(old, "update", protected=0)
     assert len(store.events(uuid=old.uuid)) == count and store.get(old.uuid).protected
@@ -466,7 +466,7 @@ def test_a_lost_fence_writes_nothing_more(store: Records) -> None:
 def test_writing_extends_the_claim(path: Path) -> None:
     clock = FakeClock()
     store = Records(Database(str(path)), clock, "x")
-    claim, _ = reserve(store)
+    claim, _dummy = reserve(store)
     clock.pass_time(records.CLAIM_SECONDS - 1)
     store.journal(claim, "create", "cloning", {})
     clock.pass_time(records.CLAIM_SECONDS - 1)
@@ -536,7 +536,7 @@ def test_a_holder_that_cannot_be_read_counts_as_alive(text: str) -> None:
 
 
 def running(store: Records, lease: int) -> Sandbox:
-    _, sandbox = reserve(store)
+    _dummy, sandbox = reserve(store)
     store.db.write(lambda conn: conn.execute("UPDATE sandboxes SET state = 'RUNNING', lease_expires_at = ?", (lease,)) and None)
     return store.get(sandbox.uuid)
 

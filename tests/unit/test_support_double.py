@@ -6,11 +6,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +16,7 @@ from typing import Any
 import pytest
 import requests
 from proxmoxer import ProxmoxAPI, ResourceException
+
 from support import play
 from support.proxmox_double import CLONE_DESCRIPTION, DoubleServer, ProxmoxDouble
 
@@ -404,6 +402,17 @@ def test_least_rights_are_enough_and_no_more(api: Any, pve: ProxmoxDouble) -> No
     assert "SDN.Use" in _refused(lambda: _clone(api, pool="sandboxes"))[1]
 
 
+def test_cloud_init_keys_take_either_of_two_privileges(api: Any, pve: ProxmoxDouble) -> None:
+    vm = api.nodes("pve1").qemu(101)
+    pve.add_guest(101)
+    pve.grant(TOKEN, "/vms/101", "VM.Config.Options")
+    assert _refused(lambda: vm.config.put(ciuser="debian"))[0] == 403
+    for priv in ("VM.Config.Network", "VM.Config.Cloudinit"):
+        pve.revoke(TOKEN)
+        pve.grant(TOKEN, "/vms/101", priv)
+        vm.config.put(ciuser="debian")
+
+
 def test_new_vms_are_listed_late(api: Any, pve: ProxmoxDouble) -> None:
     pve.listing_lag = 60
     _clone(api)
@@ -508,31 +517,6 @@ def test_many_at_once(api: Any, pve: ProxmoxDouble, agentlab_env: dict[str, str]
 
 
 # ---- the double as a process, plays
-
-
-def test_serve_double_as_a_process(tmp_path: Path) -> None:
-    script = Path(play.__file__).with_name("serve_double.py")
-    ports, ca = tmp_path / "port.json", tmp_path / "ca.pem"
-    process = subprocess.Popen([sys.executable, str(script), "--port-file", str(ports), "--ca-file", str(ca)], stdout=subprocess.PIPE,
-                               stderr=subprocess.STDOUT)
-    try:
-        until = time.monotonic() + 20
-        while not ports.exists() and time.monotonic() < until:
-            time.sleep(0.05)
-        told = json.loads(ports.read_text())
-        token = told["token"]
-        api = ProxmoxAPI(told["host"], port=told["port"], user=token["user"], token_name=token["name"], token_value=token["secret"],
-                         verify_ssl=told["cafile"])
-        assert [vm["vmid"] for vm in api.cluster.resources.get(type="vm")] == [9000]
-        counter = f"{told['url']}/api2/json/x-agentlab-count"
-        assert requests.get(counter, verify=told["cafile"], timeout=5).json()["data"] == {"total": 1, "requests": {"GET /cluster/resources": 1}}
-        requests.delete(counter, verify=told["cafile"], timeout=5)
-        assert requests.get(counter, verify=told["cafile"], timeout=5).json()["data"]["total"] == 0
-        assert ports.stat().st_mode & 0o777 == 0o600
-    finally:
-        process.terminate()
-        output, _ = process.communicate(timeout=20)
-    assert (process.returncode, output) == (0, b"") and not ports.exists()
 
 
 def test_play_tells_what_every_task_did(tmp_path: Path) -> None:

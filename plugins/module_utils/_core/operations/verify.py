@@ -59,6 +59,9 @@ def locate(ctx: Context, sandbox: Sandbox) -> Located:
             raise Kept("unknown", f"sandbox {sandbox.vmid}: its VM cannot be read: {error.message}", status=error.status) from None
         except ProxmoxError as error:
             raise Kept("unknown", f"sandbox {sandbox.vmid}: its VM cannot be read: {error.message}") from None
+        if not config.get("digest"):
+            # Every configuration has one. An answer without it is not Proxmox's word on the VM, and proves nothing about whose it is.
+            raise Kept("unknown", f"sandbox {sandbox.vmid}: node {node} answered with something that is no VM configuration (no digest); nothing is concluded")
         verdict = identity.judge(sandbox.uuid, sandbox.smbios_uuid, config)
         if verdict.identity == identity.MATCH:
             ctx.cluster.seen_ours()
