@@ -41,7 +41,7 @@ from .verify import Located, locate, require_match
 _NAME = re.compile(r"(?=.{1,63}\Z)[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?(\.[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?)*", re.ASCII)
 _TAG = re.compile(r"[a-z0-9_][a-z0-9_+.-]*", re.ASCII)
 _SIZE = re.compile(r"\+?\d{1,7}(\.\d{1,3})?[KMGT]?", re.ASCII)
-_IPCONFIG = re.compile(r"[A-Za-z0-9.:/=,-]{1,200}", re.ASCII)
+_IPCONFIG = re.compile(r"[A-Za-z0-9][A-Za-z0-9.:/=,-]{0,199}", re.ASCII)
 _WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", re.ASCII)
 # A hint for people and for inventories; never a proof.
 OUR_TAG = "agentlab"
