@@ -98,11 +98,14 @@ def test_ttl_of_any_kind(lab: Lab, value: Any) -> None:
         assert 0 < found <= 30 * 86400
 
 
-_kept: dict[int, Any] = {}
+_kept: dict[str, Any] = {}
 
 
 def lab_context(lab: Lab) -> Any:
-    return _kept.setdefault(id(lab), lab.context())
+    """One context for the many examples of a test (a reset of the lab closes those it has made)."""
+    if lab.database not in _kept:
+        _kept[lab.database] = lab.context()
+    return _kept[lab.database]
 
 
 @FEW
