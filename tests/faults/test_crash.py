@@ -249,7 +249,7 @@ def test_killed_anywhere_and_run_again(rig: Rig, name: str, record_property: Any
         if wrong:
             failures[f"{number}/{len(points)} {points[number - 1]} (after {points[max(0, number - 4):number - 1]})"] = wrong
     summary = f"{name}: {len(points)} points, {len(numbers)} tried, {killed} killed, {len(numbers) - len(failures)} passed, {time.monotonic() - began:.0f} s"
-    record_property("summary", summary)
+    record_property("faults", (f"killed: {name}", {"known": len(points), "cases": len(numbers), "met": killed, "passed": len(numbers) - len(failures)}))
     print("\n" + summary)
     assert killed > len(numbers) * 0.8, "the kills do not happen"
     assert not failures, summary + "".join(f"\n{where}:\n    " + "\n    ".join(map(str, what)) for where, what in failures.items())
