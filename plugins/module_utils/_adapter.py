@@ -50,7 +50,7 @@ def run(argument_spec: dict[str, Any], work: Callable[[AnsibleModule, Context], 
         # Secrets that came from the file or the environment are as secret as those given as options.
         module.no_log_values.update(value for value in (found.proxmox.api_password, found.proxmox.api_token_secret) if value)
         context = Context(found, actor=_actor(module), dry_run=module.check_mode, force_hint=states.FORCE_HINT_MODULE,
-                          wait_timeout=wait_timeout(module))
+                          wait_timeout=module.params.get("wait_timeout"))
         result = work(module, context)
     except AgentlabError as error:
         module.fail_json(msg=error.message, error=error.as_dict(), changed=False, **_extra(error))
@@ -81,14 +81,6 @@ def _actor(module: AnsibleModule) -> str:
     except (KeyError, OSError):
         user = str(os.getuid())
     return f"{user} ({module._name}{f', AWX job {job}' if job else ''})"
-
-
-def wait_timeout(module: AnsibleModule) -> int | None:
-    """Seconds of ``wait_timeout``, refused when negative."""
-    value = module.params.get("wait_timeout")
-    if value is not None and value < 0:
-        raise InvalidInput(f"wait_timeout: {value} is negative. Valid: seconds, 0 or more", option="wait_timeout", value=value)
-    return value
 
 
 def ids(module: AnsibleModule) -> list[dict[str, Any]]:

@@ -67,8 +67,9 @@ kept:
   type: list
   elements: dict
 failed:
-  description: What failed. A failed item fails the task, with everything returned as C(failed_items).
-  returned: never
+  description:
+    - An empty list when nothing failed. A failed item fails the task; Ansible itself then says V(true) here, and RV(failed_items) has the items.
+  returned: always
   type: list
   elements: dict
 failed_items:
@@ -101,6 +102,7 @@ def work(module, context):
         "count": report.count,
         "pruned": [one.public() for one in report.pruned],
         "kept": [one.public() for one in report.kept],
+        "failed": [],
         "failed_items": [one.public() for one in report.failed],
         "warnings": [warning for one in report.pruned for warning in one.warnings],
     }

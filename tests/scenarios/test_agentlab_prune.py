@@ -46,7 +46,7 @@ def test_prune_selects_plans_and_prunes(story: Any, given: Any, env: Any, server
         task("all", PRUNE),
         task("all again", PRUNE, diff=True),
     ])
-    guard = "max_count: 5 sandboxes would be pruned, more than max_count=2; nothing was pruned. Look at them in check mode, then raise max_count"
+    guard = "max_count: 5 sandbox(es) would be pruned, more than max_count=2; nothing was pruned. Look at them in check mode, then raise max_count"
     assert run["guard"]["msg"] == run["guard in check mode"]["msg"] == guard
     assert seen["start"][0] == seen["guarded"][0] and len(seen["start"][0]) > 40 and seen["guarded"] == seen["planned"]
     for name in ("guard", "guard in check mode", "would prune", "old ones would"):
@@ -122,7 +122,7 @@ def test_bad_input(story: Any, given: Any) -> None:
         "older_than": ({"older_than": "yesterday"}, "older_than: 'yesterday' is not a duration. Valid: minutes as a number"),
         "states": ({"states": ["RUNNING"]}, "value of states must be one or more of: TIMEOUT, COMPLETED, FAILED, STOPPED. Got no match for: RUNNING"),
         "max_count": ({"max_count": -1}, "max_count: -1 is negative. Valid: 0 or more"),
-        "max_count zero": ({"max_count": 0}, "max_count: 1 sandboxes would be pruned, more than max_count=0"),
+        "max_count zero": ({"max_count": 0}, "max_count: 1 sandbox(es) would be pruned, more than max_count=0"),
         "wait_timeout": ({"wait_timeout": -3}, "wait_timeout: '-3' is not a duration"),
         "force": ({"force": True}, "Unsupported parameters"),
     }

@@ -62,9 +62,6 @@ def locate(ctx: Context, sandbox: Sandbox) -> Located:
         if not config.get("digest"):
             # Every configuration has one. An answer without it is not Proxmox's word on the VM, and proves nothing about whose it is.
             raise Kept("unknown", f"sandbox {sandbox.vmid}: node {node} answered with something that is no VM configuration (no digest); nothing is concluded")
-        if not config.get("digest"):
-            # Proxmox sends one with every configuration: without it this is something else, and an empty object must not pass for a stranger's VM.
-            raise Kept("unknown", f"sandbox {sandbox.vmid}: the answer about its VM is not a configuration (no digest); is api_host a Proxmox node?")
         verdict = identity.judge(sandbox.uuid, sandbox.smbios_uuid, config)
         if verdict.identity == identity.MATCH:
             ctx.cluster.seen_ours()

@@ -26,6 +26,16 @@ _NOT_DELIVERED = (595,)
 # 596-599 come from Proxmox's own proxy; 502-504 from one in front of it: the request may still be carried out.
 _UNKNOWN = (408, 502, 503, 504, 596, 597, 598, 599)
 _RETRIES = 3
+# What each kind of request needs, for answers that do not say it.
+_NEEDS = {
+    "GET cluster/status": "Sys.Audit on /",
+    "GET nodes/{node}/qemu/{vmid}/config": "VM.Audit on the VM or its pool",
+    "GET nodes/{node}/qemu/{vmid}/status/current": "VM.Audit on the VM or its pool",
+    "POST nodes/{node}/qemu/{vmid}/clone": "VM.Clone on the template, VM.Allocate on the pool (or /vms), Datastore.AllocateSpace on the storage",
+    "PUT nodes/{node}/qemu/{vmid}/config": "VM.Config.Options, .CPU, .Memory, .Network and .Cloudinit on the pool (or /vms)",
+    "PUT nodes/{node}/qemu/{vmid}/resize": "VM.Config.Disk on the pool (or /vms)",
+    "DELETE nodes/{node}/qemu/{vmid}": "VM.Allocate on the pool (or /vms)",
+}
 
 
 class ProxmoxClient:
@@ -178,7 +188,10 @@ class ProxmoxClient:
             return AccessDenied(f"Proxmox on {self.settings.where} refuses the credentials of {self.settings.login} ({status} {text}); "
                                 "check api_user, api_token_id and api_token_secret (and whether the token has expired)", **facts)
         if status == 403:
-            return AccessDenied(f"{where}: {self.settings.login} may not do that ({status} {text}); grant the privilege named there", **facts)
+            # Proxmox does not always name the privilege.
+            named = re.search(r"\b(VM|SDN|Sys|Datastore|Pool)\.\w+", text)
+            advice = "the privilege named there" if named else _NEEDS.get(f"{method} {_template(path)}", "the missing privilege")
+            return AccessDenied(f"{where}: {self.settings.login} may not do that ({status} {text}); grant {advice}", **facts)
         if status in _NOT_DELIVERED:
             return Unreachable(f"{where}: the node does not answer ({status} {text or 'no route to the node'})", **facts)
         if status in _UNKNOWN:
