@@ -562,3 +562,16 @@ def test_a_destroy_under_way_beats_a_renewal(store: Records) -> None:
     store.db.write(lambda conn: conn.execute("UPDATE operations SET kind = 'destroy'") and None)
     with pytest.raises(RecordChanged):
         store.renew(sandbox, 2 * 10**10, 5)
+
+
+def test_keepalive_renews_what_is_over_but_never_what_is_being_destroyed(path: Path) -> None:
+    store = Records(Database(str(path)), SystemClock(), "x")
+    sandbox = running(store, 10)
+    store.db.write(lambda conn: conn.execute("DELETE FROM claims") and None)
+    renewed = store.renew(sandbox, 5000, 1000, keepalive=True)
+    assert renewed.lease_expires_at == 5000
+    claim = store.claim(sandbox.uuid, "destroy")
+    store.journal(claim, "destroy", "verifying", {})
+    with pytest.raises(RecordChanged):
+        store.renew(renewed, 9000, 6000, keepalive=True)
+    assert store.get(sandbox.uuid).lease_expires_at == 5000

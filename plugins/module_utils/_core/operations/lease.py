@@ -119,7 +119,7 @@ def _keep_alive(ctx: Context, sandbox: Sandbox, until: int) -> Outcome:
         return Outcome.of("would_renew", sandbox, changed=True, reason="keepalive")
     now = ctx.clock.now()
     try:
-        done = ctx.records.amend(sandbox, "keepalive", lease_expires_at=until)
+        done = ctx.records.renew(sandbox, until, now, keepalive=True, evidence={"was": sandbox.lease_expires_at})
     except RecordChanged as error:
         return failure(sandbox, error)
     return _answer("renewed", done, until, now, False, changed=True)

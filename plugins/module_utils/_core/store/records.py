@@ -333,13 +333,16 @@ class Records:
 
         return self.fenced(claim, work)
 
-    def renew(self, sandbox: Sandbox, expires_at: int, now: int, *, operation: str = "renew_lease", evidence: dict[str, Any] | None = None) -> Sandbox:
-        """The one conditional UPDATE of semantics 7: state RUNNING, not yet expired, generation unchanged. RecordChanged when it lost."""
+    def renew(self, sandbox: Sandbox, expires_at: int, now: int, *, keepalive: bool = False, evidence: dict[str, Any] | None = None) -> Sandbox:
+        """The one conditional UPDATE of semantics 7: state RUNNING, not yet expired, generation unchanged. RecordChanged when it lost.
+
+        ``keepalive`` is the expiry pass itself, which renews what is over instead of expiring it.
+        """
         began = self.clock.monotonic()
 
         def work(conn: sqlite3.Connection) -> Sandbox:
             # Waiting for the writer's lock may have taken this past the end of the lease.
-            latest = now + int(self.clock.monotonic() - began)
+            latest = -1 if keepalive else now + int(self.clock.monotonic() - began)
             done = conn.execute(
                 "UPDATE sandboxes SET lease_expires_at = ?, updated_at = ?, generation = generation + 1 "
                 "WHERE uuid = ? AND state = 'RUNNING' AND lease_expires_at > ? AND generation = ? "
@@ -348,7 +351,7 @@ class Records:
                 (expires_at, now, sandbox.uuid, latest, sandbox.generation))
             if done.rowcount != 1:
                 raise RecordChanged(f"sandbox {sandbox.vmid} was changed or expired while its lease was renewed", vmid=sandbox.vmid)
-            self._event(conn, sandbox, sandbox.state, sandbox.state, operation, outcome="done", evidence=evidence)
+            self._event(conn, sandbox, sandbox.state, sandbox.state, "keepalive" if keepalive else "renew_lease", outcome="done", evidence=evidence)
             return Sandbox.from_row(conn.execute(f"{_SELECT} WHERE uuid = ?", (sandbox.uuid,)).fetchone())
 
         return self.db.write(work)
