@@ -364,7 +364,7 @@ class Life(RuleBasedStateMachine):
     @rule(name=names)
     def lease_ends(self, name: str) -> None:
         self.rig.sql("UPDATE sandboxes SET lease_expires_at = ? WHERE name = ? AND state <> 'DESTROYED'", int(time.time()) - 1, name)
-        done = self._context(lambda ctx: lease.expire(ctx))
+        done = self._context(lease.expire)
         assert not isinstance(done, AgentlabError), done
         now = self._live(name)
         assert now is None or now["state"] not in rules.OPERATIONS["expire"].allowed

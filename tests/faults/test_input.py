@@ -31,9 +31,9 @@ pytestmark = pytest.mark.faults
 
 # Whatever means something to a shell, to SQL, to YAML, to a path, to Proxmox's property strings or to an option parser.
 NASTY = st.sampled_from(["--purge", "-h", "'; DROP TABLE sandboxes; --", "$(reboot)", "`id`", "a,b=c", "a;b", "a\nb", "a\x00b", "../../etc/passwd",
-    "%2e%2e/", "a/b",
+                         "%2e%2e/", "a/b",
                          "{{ lookup('pipe', 'id') }}", "\u202eabc", "\u00e4", "\ud7ff", "a b", " a", "a ", "", ".", "..", "-", "a" * 64, "a" * 9000,
-                             "&x=1", "a?b",
+                         "&x=1", "a?b",
                          "#", "!!python/object:os.system", "*", "~", "0", "-1", "null", "A1", "1" * 40, "\u0661", "ip=dhcp\nagent: 1", "ip=dhcp,hookscript=x"])
 ANY = st.one_of(NASTY, st.text(max_size=80), st.from_regex(r"\A[ -~]{0,40}\Z"))
 LOOSE = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))

@@ -71,8 +71,8 @@ def test_what_is_refused(story: Any, given: Any, env: Any, tmp_path: Any) -> Non
                                                       "90s, 30m, 2h, 1d12h"),
         "ttl zero": ({"vmid": 1002, "ttl": 0}, "ttl: '0' is zero. Valid: more than zero, minutes as a number (120) or a duration such as 90s, 30m, 2h, 1d12h"),
         "ttl too long": ({"vmid": 1002, "ttl": "2d"}, "ttl: '2d' is longer than the maximum of 1d"),
-        "min_remaining": ({"vmid": 1002, "ttl": "2h", "min_remaining": "soon"}, "min_remaining: 'soon' is not a duration. Valid: minutes as a number (120) "
-                                                                               "or a duration such as 90s, 30m, 2h, 1d12h"),
+        "min_remaining": ({"vmid": 1002, "ttl": "2h", "min_remaining": "soon"}, "min_remaining: 'soon' is not a duration. Valid: minutes as "
+                          "a number (120) or a duration such as 90s, 30m, 2h, 1d12h"),
         "no ttl": ({"vmid": 1002}, "missing required arguments: ttl"),
         "no id": ({"ttl": "2h"}, "one of the following is required: vmid, vmids, name"),
         "two ids": ({"vmid": 1002, "vmids": [1002], "ttl": "2h"}, "parameters are mutually exclusive: vmid|vmids|name"),

@@ -66,13 +66,13 @@ def test_status(server: Server, method: str, status: int, kind: type[errors.Agen
     server.pve.fault(method, "/nodes/pve1/qemu/9000/config", "answer", status=status, body='{"data": null, "message": "the text"}', times=9)
     with pytest.raises(errors.ProxmoxError) as caught:
         ask(client(server), method, "nodes/pve1/qemu/9000/config")
-    assert type(caught.value) is kind
+    assert isinstance(caught.value, kind) and caught.value.code == kind.code
     assert str(status) in caught.value.message and "127.0.0.1" in caught.value.message
     assert TOKEN_SECRET not in str(caught.value.as_dict())
 
 
 @pytest.mark.parametrize("body", ["", "null", "[]", "7", '"text"', "{}", '{"data"', "<html>It works!</html>", '{"errors": {}}',
-    '{"data": {"errors": "x"}}', "\x00\xff"])
+                                  '{"data": {"errors": "x"}}', "\x00\xff"])
 @pytest.mark.parametrize("method", ["GET", "PUT"])
 def test_200_that_is_no_answer_of_proxmox(server: Server, method: str, body: str) -> None:
     server.pve.fault(method, PATH, "answer", status=200, body=body, times=9)
@@ -176,8 +176,8 @@ def test_port_of_something_else(server: Server, junk: bytes) -> None:
 
 
 def test_wrong_token_says_what_to_check(server: Server) -> None:
-    with pytest.raises(errors.AccessDenied,
-        match=r"refuses the credentials of agentlab@pve!tests \(401.*check api_user, api_token_id and api_token_secret") as caught:
+    told = r"refuses the credentials of agentlab@pve!tests \(401.*check api_user, api_token_id and api_token_secret"
+    with pytest.raises(errors.AccessDenied, match=told) as caught:
         client(server, api_token_secret="wrong-secret").get(PATH)
     assert "wrong-secret" not in str(caught.value.as_dict())
 

@@ -62,7 +62,7 @@ def test_unknown_key_is_refused_by_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["- a\n", "just text\n", "3\n", "a: [\n", "a: b: c\n", "\t: x\n", "? [a]\n: b\n", "&a [*a]\n",
-    "!!python/object:os.system x\n", "{"])
+                                  "!!python/object:os.system x\n", "{"])
 def test_a_file_that_cannot_be_used(tmp_path: Path, text: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load(tmp_path, text)
@@ -91,7 +91,7 @@ def test_an_empty_file_is_no_error(tmp_path: Path) -> None:
     ("connections", "1e3"), ("validate_certs", "maybe"), ("database_group_access", "2"), ("vmid_range", "1000"), ("vmid_range", "50-200"),
     ("vmid_range", "2000-1000"), ("vmid_range", "a-b"), ("vmid_range", "100-1000000000"), ("default_ttl", "soon"), ("max_ttl", "0"), ("max_lifetime", "-1"),
     ("wait_timeout", "x"), ("claim_timeout", "-1"), ("absent_guard", "0"), ("absent_guard", "101"), ("vmid_range", [1, 2]), ("api_port", []),
-        ("default_ttl", {}),
+    ("default_ttl", {}),
 ])
 def test_bad_value_is_refused_by_name(tmp_path: Path, name: str, value: object) -> None:
     with pytest.raises(InvalidInput) as caught:
@@ -132,7 +132,7 @@ def test_secrets_are_in_no_repr(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", [f"api_password: {SECRET}: x\n", f"api_token_secret: [{SECRET}\n", f"api_token_secret: '{SECRET}\n",
-    f"api_password: *{SECRET}\n"])
+                                  f"api_password: *{SECRET}\n"])
 def test_secrets_are_in_no_error_of_the_file(tmp_path: Path, text: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load(tmp_path, text)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 import threading
 from collections import Counter
+from functools import partial
 from typing import Any
 from urllib.parse import quote
 
@@ -123,12 +124,21 @@ class ProxmoxClient:
     def _request(self, method: str, path: str, params: dict[str, Any]) -> Any:
         api = self._connect()
         attempt = 0
+        logins = 0
         while True:
             attempt += 1
             self.requests[f"{method} {_template(path)}"] += 1
             try:
-                return self._guard(method, path, lambda: _send(api, method, path, params))
+                return self._guard(method, path, partial(_send, api, method, path, params))
             except ProxmoxError as error:
+                if isinstance(error, AccessDenied) and error.status == 401 and self.settings.token_name is None and self.settings.api_host and not logins:
+                    # A ticket lives for two hours, less when the node's key is renewed. 401 means not carried out: log in again, once.
+                    logins += 1
+                    with self._lock:
+                        if self._api is api:
+                            self._api = None
+                    api = self._connect()
+                    continue
                 if attempt > _RETRIES or not _may_retry(method, error):
                     raise
             self.clock.sleep(0.2 * 2**attempt)
