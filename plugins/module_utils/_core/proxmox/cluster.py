@@ -163,8 +163,11 @@ class Cluster:
 
     # ---- absence ----
 
-    def prove_absent(self, vmids: Iterable[int]) -> dict[int, Presence]:
-        """For each VMID whether it is proven free. Never raises for Proxmox's errors: those are ``absent=None``."""
+    def prove_absent(self, vmids: Iterable[int], *, fresh: bool = True) -> dict[int, Presence]:
+        """For each VMID whether it is proven free. Never raises for Proxmox's errors: those are ``absent=None``.
+
+        ``fresh=False`` lets the list stand that this run read before: right for VMs that this run did nothing to.
+        """
         wanted = sorted(set(vmids))
         try:
             quorum = self.require_quorum()
@@ -174,7 +177,7 @@ class Cluster:
         if len(wanted) <= _FEW:
             return {vmid: self._nextid(vmid, quorum) for vmid in wanted}
         try:
-            listed = self.vms(fresh=True)
+            listed = self.vms(fresh=fresh)
             trusted = bool(listed) and self.sees_everything()
         except ProxmoxError as error:
             return {vmid: Presence(None, error.message, {}) for vmid in wanted}
