@@ -99,8 +99,7 @@ def run(ctx: Context, items: list[tuple[Sandbox, Request]]) -> list[Outcome]:
     gone = [found for found in results if isinstance(found, _Gone)]
     if gone:
         try:
-            proofs = ctx.cluster.prove_absent([found.sandbox.vmid for found in gone if found.reason not in _PROVEN],
-                                              fresh=any(found.upids for found in gone))
+            proofs = ctx.cluster.prove_absent([found.sandbox.vmid for found in gone if found.reason not in _PROVEN])
         except AgentlabError:
             for found in gone:
                 give_back(ctx, found.claim)

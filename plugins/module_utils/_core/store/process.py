@@ -46,6 +46,16 @@ def is_dead(process: str) -> bool:
             return True
         if found["ns"] != here["ns"]:
             return False
-        return bool(_started(int(found["pid"])) != found["started"])
+        pid = int(found["pid"])
+        if not _read(f"/proc/{pid}/stat"):
+            # Unreadable is not dead: /proc may hide other users' processes.
+            try:
+                os.kill(pid, 0)
+            except ProcessLookupError:
+                return True
+            except OSError:
+                return False
+            return False
+        return bool(_started(pid) != found["started"])
     except (ValueError, KeyError, TypeError):
         return False
