@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""How many requests the work costs: counts, never times."""
+"""How many requests the work costs: counts, never times; and what must not be saved on."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import Kept
 
 from support.lab import Lab
 
@@ -50,3 +51,12 @@ def test_a_bulk_destroy_reads_the_list_once_and_each_vm_once(lab: Lab) -> None:
     assert counted["GET /cluster/resources"] == 1
     assert counted["GET /cluster/nextid"] == 8
     assert counted["GET /cluster/status"] == 1
+
+
+def test_a_repeated_renewal_is_no_success_while_the_sandbox_is_being_destroyed(lab: Lab) -> None:
+    made = lab.create(ttl=7200)
+    ctx = lab.context()
+    claim = ctx.records.claim(made.uuid, "destroy")
+    ctx.records.journal(claim, "destroy", "verifying", {})
+    with pytest.raises(Kept, match="it is being destroyed"):
+        lab.renew(made.vmid, 3600, min_remaining=60)

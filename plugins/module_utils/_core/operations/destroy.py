@@ -152,6 +152,9 @@ def _until_gone(ctx: Context, planned: Sandbox, request: Request) -> Outcome | _
             if detail["create"] is not None and left.kind == "create":
                 detail["create"] = {**left.detail, "phase": left.phase, "at": left.updated_at}
         before = current
+        if current.generation != planned.generation:
+            # Another run worked on it while we waited: what was read of the cluster before says nothing about it.
+            ctx.cluster.vms(fresh=True)
         ctx.records.journal(claim, "destroy", left.phase if sent and left else "verifying", detail)
         upids: list[str] = []
         warnings: list[str] = []
@@ -199,7 +202,7 @@ def _until_gone(ctx: Context, planned: Sandbox, request: Request) -> Outcome | _
                 sent = False
                 if "is running" in error.text and attempt + 1 < _MARK_TRIES:
                     # The list said stopped (it lags), or it was started meanwhile: judge it again, then stop it.
-                    ctx.cluster.vms(fresh=True)[current.vmid]["status"] = "running"
+                    ctx.cluster.vms(fresh=True).get(current.vmid, {})["status"] = "running"
                     stopped = False
                     continue
                 if "does not exist" in error.text:

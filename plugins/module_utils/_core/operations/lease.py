@@ -33,6 +33,10 @@ def renew(ctx: Context, sandbox: Sandbox, ttl: int, *, min_remaining: int | None
     for _attempt in range(5):
         now = ctx.clock.now()
         states.check("renew_lease", sandbox.state, ctx.force_hint)
+        under_way = ctx.records.under_way(sandbox.uuid)
+        if under_way is not None and under_way.kind == "destroy":
+            # Also where nothing would be written: "unchanged" would be a success on a dying VM.
+            raise Kept("busy", f"cannot renew lease of sandbox {sandbox.vmid}: it is being destroyed", vmid=sandbox.vmid)
         current = sandbox.lease_expires_at or 0
         if current <= now:
             raise StateConflict(f"cannot renew lease of sandbox {sandbox.vmid}: it expired at {clock_module.iso(current)} and is about to become TIMEOUT. "
@@ -55,9 +59,6 @@ def renew(ctx: Context, sandbox: Sandbox, ttl: int, *, min_remaining: int | None
             return _answer("renewed", done, wanted, now, capped, changed=True, was=current)
         except RecordChanged:
             sandbox = ctx.records.get(sandbox.uuid)
-            left = ctx.records.under_way(sandbox.uuid)
-            if left is not None and left.kind == "destroy":
-                raise Kept("busy", f"cannot renew lease of sandbox {sandbox.vmid}: it is being destroyed", vmid=sandbox.vmid) from None
     raise RecordChanged(f"sandbox {sandbox.vmid} keeps being changed by other runs; run again", vmid=sandbox.vmid)
 
 

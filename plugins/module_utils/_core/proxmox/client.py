@@ -27,6 +27,8 @@ _NOT_DELIVERED = (595,)
 # 596-599 come from Proxmox's own proxy; 502-504 from one in front of it: the request may still be carried out.
 _UNKNOWN = (408, 502, 503, 504, 596, 597, 598, 599)
 _RETRIES = 3
+# TLS failures before any request was sent.
+_TLS_REFUSED = re.compile(r"CERTIFICATE_VERIFY_FAILED|certificate verify failed|[Hh]ostname mismatch|WRONG_VERSION_NUMBER|doesn't match")
 # What each kind of request needs, for answers that do not say it.
 _NEEDS = {
     "GET cluster/status": "Sys.Audit on /",
@@ -159,6 +161,9 @@ class ProxmoxClient:
             raise AccessDenied(f"Proxmox on {self.settings.where} refuses the login of {self.settings.user!r} (status {code[1] if code else '401'}); "
                                "check api_user and api_password", status=401, method=method, path=path) from None
         except requests.exceptions.SSLError as error:
+            if not _TLS_REFUSED.search(str(error)):
+                # After the handshake: the request may have been sent.
+                raise OutcomeUnknown(f"{where}: the encrypted connection broke before the answer", method=method, path=path) from None
             raise Unreachable(f"the certificate of {self.settings.where} is not trusted: {_tls_reason(error)}; set ca_path to its CA "
                               "(/etc/pve/pve-root-ca.pem of the node), or correct api_host", path=path) from None
         except requests.exceptions.ConnectTimeout:
@@ -179,6 +184,8 @@ class ProxmoxClient:
             # proxmoxer looks for "data" in whatever was sent; not there means that this is no Proxmox answer.
             raise OutcomeUnknown(f"{where}: the answer is not what Proxmox sends; is api_host a Proxmox node?", method=method, path=path) from None
         except OSError as error:
+            if self._api is not None:
+                raise OutcomeUnknown(f"{where}: {error}", method=method, path=path) from None
             raise Unreachable(f"{where}: {error}; is ca_path right?", path=path) from None
         except Exception as error:
             # subprocess.TimeoutExpired of the local backend, without importing subprocess for it
