@@ -27,6 +27,7 @@ _NOT_DELIVERED = (595,)
 # 596-599 come from Proxmox's own proxy; 502-504 from one in front of it: the request may still be carried out.
 _UNKNOWN = (408, 502, 503, 504, 596, 597, 598, 599)
 _RETRIES = 3
+_SSH = re.compile(r"ssh: connect to host|closed by|Broken pipe|client_loop|Connection reset|Connection timed out")
 # TLS failures before any request was sent.
 _TLS_REFUSED = re.compile(r"CERTIFICATE_VERIFY_FAILED|certificate verify failed|[Hh]ostname mismatch|WRONG_VERSION_NUMBER|doesn't match")
 # What each kind of request needs, for answers that do not say it.
@@ -131,7 +132,8 @@ class ProxmoxClient:
             attempt += 1
             self.requests[f"{method} {_template(path)}"] += 1
             try:
-                return self._guard(method, path, partial(_send, api, method, path, params))
+                answer = self._guard(method, path, partial(_send, api, method, path, params, local=self.settings.api_host is None))
+                return self._read_back(path, params, answer) if isinstance(answer, _Unspoken) else answer
             except ProxmoxError as error:
                 if isinstance(error, AccessDenied) and error.status == 401 and self.settings.token_name is None and self.settings.api_host and not logins:
                     # A ticket lives for two hours, less when the node's key is renewed. 401 means not carried out: log in again, once.
@@ -144,6 +146,14 @@ class ProxmoxClient:
                 if attempt > _RETRIES or not _may_retry(method, error):
                     raise
             self.clock.sleep(0.2 * 2**attempt)
+
+    def _read_back(self, path: str, params: dict[str, Any], answer: _Unspoken) -> None:
+        """What became of a config write through pvesh: it says nothing that tells success from failure, the configuration does."""
+        config = self.get_dict(path)
+        missing = [name for name, value in params.items() if value is not None and name != "digest" and _parts(config.get(name)) != _parts(value)]
+        if missing:
+            text = answer.text or f"{', '.join(missing)} not written"
+            raise ApiError(f"PUT /{path} on {self.settings.where}: not carried out: {text}", status=500, text=text, method="PUT", path=path)
 
     def _guard(self, method: str, path: str, call: Any) -> Any:
         """Run one request and turn whatever comes back into data or one of our errors. Secrets are never part of a message."""
@@ -209,6 +219,11 @@ class ProxmoxClient:
             named = re.search(r"\b(VM|SDN|Sys|Datastore|Pool)\.\w+", text)
             advice = "the privilege named there" if named else _NEEDS.get(f"{method} {_template(path)}", "the missing privilege")
             return AccessDenied(f"{where}: {self.settings.login} may not do that ({status} {text}); grant {advice}", **facts)
+        if self.settings.api_host is None and _SSH.search(text):
+            # pvesh reaches other nodes by ssh; its end tells nothing of the request's.
+            if "connect to host" in text:
+                return Unreachable(f"{where}: the node does not answer ({text})", **facts)
+            return OutcomeUnknown(f"{where}: whether it was carried out is not known ({text})", **facts)
         if status in _NOT_DELIVERED:
             return Unreachable(f"{where}: the node does not answer ({status} {text or 'no route to the node'})", **facts)
         if status in _UNKNOWN:
@@ -234,11 +249,25 @@ def _import_proxmoxer() -> Any:
     return proxmoxer
 
 
-def _send(api: Any, method: str, path: str, params: dict[str, Any]) -> Any:
+class _Unspoken:
+    """What pvesh printed where no JSON was to be had: a method that returns nothing prints its log, or nothing at all."""
+
+    def __init__(self, text: str) -> None:
+        self.text = " ".join(text.split())[:1000]
+
+
+def _parts(value: Any) -> list[str]:
+    # Proxmox writes the parts of a property string in its own order, and ends descriptions with a line feed.
+    return sorted(str(value).rstrip("\n").split(","))
+
+
+def _send(api: Any, method: str, path: str, params: dict[str, Any], *, local: bool) -> Any:
     parts = [quote(part, safe=":!@-._~") for part in path.split("/")]
     found = getattr(api(parts), method.lower())(**{name.replace("_", "-"): value for name, value in params.items() if value is not None})
     # proxmoxer hands out what it could not parse (and what pvesh printed) as {"errors": ...}: never take that for data.
     if isinstance(found, dict) and set(found) == {"errors"}:
+        if local and method == "PUT" and path.endswith("/config"):
+            return _Unspoken(str(found["errors"]))
         raise ValueError("not JSON")
     return found
 

@@ -187,7 +187,7 @@ class Cluster:
         try:
             found = self._client.get("cluster/nextid", vmid=vmid)
         except ApiError as error:
-            if error.status == 400 and "already exists" in error.text:
+            if error.status in (400, 500) and "already exists" in error.text:
                 return Presence(False, f"VMID {vmid} is in use", {"nextid": error.text})
             return Presence(None, error.message, {})
         except ProxmoxError as error:
