@@ -41,7 +41,7 @@ class Context:
         self.clock: Clock = clock or SystemClock()
         self.wait_timeout = config.wait_timeout if wait_timeout is None else wait_timeout
         self.database = Database(config.database, group_mode=config.database_group_access, dry_run=dry_run)
-        self.records = Records(self.database, self.clock, actor)
+        self.records = Records(self.database, self.clock, actor, self.wait_timeout)
         self.client = ProxmoxClient(config.proxmox, self.clock)
         self.cluster = Cluster(self.client, self.clock, self.records)
         self.tasks = TaskWaiter(self.client, self.clock)

@@ -125,7 +125,7 @@ def run(ctx: Context, spec: Spec) -> Outcome:
             return Outcome.of("would_create", found, changed=True, state=states.RUNNING)
         claim = ctx.records.claim(found.uuid, "create", wait=ctx.config.claim_timeout)
         return _carry_on(ctx, claim, spec, ctx.records.get(found.uuid))
-    if found.state == states.FAILED and found.smbios_uuid is None:
+    if found.state == states.FAILED and (found.smbios_uuid is None or found.reason in ("creation_failed", "creation_interrupted")):
         raise CreationFailed(f"sandbox {found.vmid} could not be created earlier ({found.reason}) and is in FAILED state; "
                              f"first {_how_to_remove(ctx)}", vmid=found.vmid)
     return amend(ctx, found, protected=spec.protected or None, keepalive=spec.keepalive or None)

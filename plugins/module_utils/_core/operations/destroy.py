@@ -17,7 +17,7 @@ from typing import Any
 
 from .. import clock as clock_module
 from .. import states
-from ..errors import AgentlabError, ApiError, ClaimLost, Kept, OutcomeUnknown, StateConflict, StoreError, TaskFailed, TaskUnknown
+from ..errors import AgentlabError, ApiError, ClaimLost, Kept, OutcomeUnknown, ProxmoxError, StateConflict, StoreError, TaskFailed, TaskUnknown
 from ..model import Outcome, Sandbox
 from ..proxmox import identity
 from ..store.records import Claim, Operation
@@ -67,7 +67,11 @@ def check(ctx: Context, sandbox: Sandbox, force: bool, clean_up: bool = False) -
 
 def plan(ctx: Context, sandbox: Sandbox) -> tuple[str, str, str | None]:
     """What the pipeline would do now, by full reads and no writes: (action, reason, message); raises Kept for what would be kept."""
-    found = _locate(ctx, sandbox)
+    left = ctx.records.under_way(sandbox.uuid)
+    created = _creation_of(left) if left else None
+    if never_cloned(sandbox, created):
+        return "mark", "never_created", "no clone of ours was ever made for it"
+    found = _locate(ctx, sandbox, None, {"create": created})
     if found.node is None:
         presence = ctx.cluster.prove_absent([sandbox.vmid])[sandbox.vmid]
         if presence.absent:
@@ -114,6 +118,25 @@ def never_cloned(sandbox: Sandbox, created: dict[str, Any] | None) -> bool:
     return sandbox.smbios_uuid is None and created is not None and created.get("phase") == "reserved"
 
 
+def _creation_of(left: Operation) -> dict[str, Any] | None:
+    """What the creation noted, from its own journal entry or from the destroy's that took it over."""
+    if left.kind == "create":
+        return {**left.detail, "phase": left.phase, "at": left.updated_at}
+    found = left.detail.get("create")
+    return found if isinstance(found, dict) else None
+
+
+def _look_before_closing(ctx: Context, sandbox: Sandbox) -> None:
+    """A refused clone leaves nothing behind; should a VM with our marker (or one just being cloned) stand there all the same, it is kept."""
+    try:
+        found = locate(ctx, sandbox)
+    except (Kept, ProxmoxError):
+        return
+    if found.verdict and found.verdict.identity != identity.FOREIGN:
+        raise Kept("ambiguous", f"sandbox {sandbox.vmid}: Proxmox refused its clone, but a VM that may be that clone is there now; it was left alone. "
+                   "Look at it, and remove it by hand if it is to go", evidence=found.verdict.evidence)
+
+
 def _now(ctx: Context, sandbox: Sandbox) -> Sandbox:
     try:
         return ctx.records.get(sandbox.uuid)
@@ -146,11 +169,11 @@ def _until_gone(ctx: Context, planned: Sandbox, request: Request) -> Outcome | _
         elif current.protected:
             check(ctx, current, True)
         detail: dict[str, Any] = {"operation": request.operation, "force": request.force}
-        if left and left.kind in ("create", "destroy"):
+        if left:
             # What the creation noted is needed to tell an unbound VM, until it is bound.
-            detail["create"] = left.detail if left.kind == "create" else left.detail.get("create")
-            if detail["create"] is not None and left.kind == "create":
-                detail["create"] = {**left.detail, "phase": left.phase, "at": left.updated_at}
+            detail["create"] = _creation_of(left)
+            if sent and left.detail.get("upid"):
+                detail["upid"] = left.detail["upid"]
         before = current
         if current.generation != planned.generation:
             # Another run worked on it while we waited: what was read of the cluster before says nothing about it.
@@ -159,6 +182,7 @@ def _until_gone(ctx: Context, planned: Sandbox, request: Request) -> Outcome | _
         upids: list[str] = []
         warnings: list[str] = []
         if never_cloned(current, detail.get("create")):
+            _look_before_closing(ctx, current)
             return _Gone(claim, current, before, "never_created", {"creation": "the clone was never asked for, or refused"}, began)
         if sent and left:
             warnings += _await_cut_off(ctx, current, left)
@@ -280,7 +304,9 @@ def _abandon(ctx: Context, claim: Claim, sandbox: Sandbox, request: Request, err
 
 
 def _drop_journal(ctx: Context, claim: Claim) -> None:
-    if claim.interrupted is None:
+    left = claim.interrupted
+    # A destroy that was cut off before the delete was decided, and that the rules refuse now, is over: it must not bar renewals for good.
+    if left is None or (left.kind == "destroy" and left.phase not in POINT_OF_NO_RETURN):
         ctx.records.fenced(claim, lambda conn: conn.execute("DELETE FROM operations WHERE sandbox_uuid = ?", (claim.uuid,)) and None)
 
 

@@ -94,8 +94,8 @@ def expire(ctx: Context, *, stop_vms: bool = True) -> Expiry:
     due = ctx.records.over(now)
     moved: list[Sandbox] = []
     for sandbox in due:
-        limit = None if ctx.config.max_lifetime is None else sandbox.created_at + ctx.config.max_lifetime
-        if sandbox.keepalive and sandbox.state in states.OPERATIONS["renew_lease"].allowed and (limit is None or limit > now):
+        if is_kept_alive(ctx, sandbox, now):
+            limit = None if ctx.config.max_lifetime is None else sandbox.created_at + ctx.config.max_lifetime
             until = now + (sandbox.ttl_seconds or ctx.config.default_ttl)
             result.renewed.append(_keep_alive(ctx, sandbox, min(until, limit) if limit else until))
             continue
@@ -113,6 +113,12 @@ def expire(ctx: Context, *, stop_vms: bool = True) -> Expiry:
         for outcome, problem in zip(result.expired, ctx.each(lambda one: _stop_expired(ctx, one), moved), strict=False):
             outcome.message = problem
     return result
+
+
+def is_kept_alive(ctx: Context, sandbox: Sandbox, now: int) -> bool:
+    """True when a lease that is over is renewed by the expiry pass itself."""
+    limit = None if ctx.config.max_lifetime is None else sandbox.created_at + ctx.config.max_lifetime
+    return sandbox.keepalive and sandbox.state in states.OPERATIONS["renew_lease"].allowed and (limit is None or limit > now)
 
 
 def _keep_alive(ctx: Context, sandbox: Sandbox, until: int) -> Outcome:
@@ -156,14 +162,19 @@ def stop_leftovers(ctx: Context, done: Collection[str] = ()) -> list[Sandbox]:
 
     ``done`` are those that this pass has dealt with: the list it reads is older than that.
     """
+    running = leftovers(ctx, done)
+    if not ctx.dry_run:
+        ctx.each(lambda one: _stop_expired(ctx, one), running)
+    return running
+
+
+def leftovers(ctx: Context, done: Collection[str] = ()) -> list[Sandbox]:
+    """Those that stop_leftovers would stop."""
     waiting = [one for one in ctx.records.find_all([states.TIMEOUT]) if one.uuid not in done]
     if not waiting:
         return []
     rows = ctx.cluster.vms()
-    running = [one for one in waiting if rows.get(one.vmid, {}).get("status") == "running"]
-    if not ctx.dry_run:
-        ctx.each(lambda one: _stop_expired(ctx, one), running)
-    return running
+    return [one for one in waiting if rows.get(one.vmid, {}).get("status") == "running"]
 
 
 def check_min_remaining(value: object) -> int | None:

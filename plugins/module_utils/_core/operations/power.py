@@ -15,6 +15,7 @@ from ..store.records import Claim
 from .context import Context
 from .verify import Located, refuse_guarded, require_match
 
+_LOCK_TRIES = 3
 # What is asked of Proxmox, and the state it leads to.
 TARGETS = {"start": states.RUNNING, "stop": states.STOPPED, "suspend": states.SUSPENDED, "complete": states.COMPLETED, "fail": states.FAILED}
 
@@ -32,7 +33,7 @@ def run(ctx: Context, sandbox: Sandbox, operation: str) -> Outcome:
     if ctx.dry_run:
         # The full reads of the real run: what would be refused there is refused here.
         if operation not in ("complete", "fail"):
-            require_match(ctx, sandbox)
+            _refuse_locked(sandbox, require_match(ctx, sandbox))
         return Outcome.of("would_" + operation, sandbox, state=target, changed=True)
     with ctx.claimed(sandbox, operation) as (claim, current):
         if not plan(ctx, current, operation):
@@ -46,9 +47,7 @@ def run(ctx: Context, sandbox: Sandbox, operation: str) -> Outcome:
 def _request(ctx: Context, claim: Claim, sandbox: Sandbox, operation: str, target: str) -> Outcome:
     began = ctx.clock.monotonic()
     found = require_match(ctx, sandbox)
-    config = (found.verdict.config if found.verdict else None) or {}
-    if config.get("lock"):
-        refuse_guarded(sandbox, found)
+    _refuse_locked(sandbox, found)
     ctx.records.journal(claim, operation, "requested", {"node": found.node})
     if operation == "stop":
         upids, warnings = stop(ctx, sandbox, found, hard=sandbox.state == states.SUSPENDED)
@@ -60,6 +59,12 @@ def _request(ctx: Context, claim: Claim, sandbox: Sandbox, operation: str, targe
     values: dict[str, Any] = {"to": target, "upids": upids, "duration_ms": took, "finish": True, "node": found.node}
     done = settle(ctx, claim, sandbox, operation, **values)
     return Outcome.of(_past(operation), done, previous_state=sandbox.state, changed=True, upids=upids, warnings=warnings)
+
+
+def _refuse_locked(sandbox: Sandbox, found: Located) -> None:
+    config = (found.verdict.config if found.verdict else None) or {}
+    if config.get("lock"):
+        refuse_guarded(sandbox, found)
 
 
 def settle(ctx: Context, claim: Claim, sandbox: Sandbox, operation: str, *, to: str, **values: Any) -> Sandbox:
@@ -114,10 +119,19 @@ def start(ctx: Context, sandbox: Sandbox, found: Located) -> tuple[list[str], li
 
 
 def _task(ctx: Context, found: Located, what: str, action: str, **params: Any) -> tuple[list[str], list[str]]:
-    upid = ctx.client.post(f"{found.path}/{action}", **params)
-    if not isinstance(upid, str):
-        raise OutcomeUnknown(f"{what}: Proxmox answered without a task id; whether it was done is not known, run again")
-    return [upid], ctx.tasks.wait(upid, what, ctx.wait_timeout)
+    upids: list[str] = []
+    while True:
+        upid = ctx.client.post(f"{found.path}/{action}", **params)
+        if not isinstance(upid, str):
+            raise OutcomeUnknown(f"{what}: Proxmox answered without a task id; whether it was done is not known, run again")
+        upids.append(upid)
+        try:
+            return upids, ctx.tasks.wait(upid, what, ctx.wait_timeout)
+        except TaskFailed as error:
+            # The clean-up after a stop may hold the VM's lock for up to 30 s: the task did not begin.
+            if "can't lock file" not in error.exitstatus or len(upids) >= _LOCK_TRIES:
+                raise
+        ctx.clock.sleep(1.0)
 
 
 def status(ctx: Context, found: Located) -> dict[str, Any]:

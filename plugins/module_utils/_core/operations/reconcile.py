@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .. import states
-from ..errors import AgentlabError, GuardTripped, Kept, ProxmoxError, RecordChanged
+from ..errors import AgentlabError, GuardTripped, Kept, ProxmoxError, RecordChanged, StateConflict
 from ..model import Sandbox
 from ..proxmox import identity
 from . import destroy, lease, power, timeguard
@@ -52,28 +52,46 @@ class Drift:
 
 def run(ctx: Context, *, apply: bool) -> list[Drift]:
     """One pass over all live records. GuardTripped when too many are absent at once (with apply: nothing was written)."""
+    writing = apply and not ctx.dry_run
+    live = ctx.records.find_all()
+    drifts, unrecorded = _survey(ctx, live)
+    absent = [drift for drift in drifts.values() if drift.kind in ("absent", "vmid_reused")]
+    if apply and len(absent) >= _GUARD_FROM and len(absent) * 100 > ctx.config.absent_guard * len(live):
+        # Judged before anything is written: a pass that is not to be trusted finishes and expires nothing either.
+        raise GuardTripped(f"{len(absent)} of {len(live)} sandboxes are absent at once (absent_guard is {ctx.config.absent_guard} %); nothing was written. "
+                           "Check that api_host leads to the right cluster, then prune or destroy what is really gone",
+                           drift=[drift.public() for drift in [*drifts.values(), *unrecorded]], count=len(drifts) + len(unrecorded))
     found: list[Drift] = []
-    if apply and not ctx.dry_run:
+    if writing:
         found += _finish_interrupted(ctx)
     else:
         found += [Drift("interrupted", "finish it", {"operation": left.kind, "phase": left.phase, "actor": left.actor}, ctx.records.get(left.sandbox_uuid))
                   for left in ctx.records.interrupted()]
-    found += _leases(ctx, apply and not ctx.dry_run)
-    live = ctx.records.find_all()
-    rows = ctx.cluster.vms()
-    missing = [one for one in live if one.vmid not in rows and one.smbios_uuid is not None]
-    proofs = ctx.cluster.prove_absent([one.vmid for one in missing]) if missing else {}
-    drifts = [drift for drift in ctx.each(lambda one: _compare(ctx, one, rows, proofs), live) if drift is not None]
-    drifts += _unrecorded(ctx, rows, live)
-    absent = [drift for drift in drifts if drift.kind in ("absent", "vmid_reused")]
-    if apply and len(absent) >= _GUARD_FROM and len(absent) * 100 > ctx.config.absent_guard * len(live):
-        raise GuardTripped(f"{len(absent)} of {len(live)} sandboxes are absent at once (absent_guard is {ctx.config.absent_guard} %); nothing was written. "
-                           "Check that api_host leads to the right cluster, then prune or destroy what is really gone",
-                           drift=[drift.public() for drift in found + drifts], count=len(found + drifts))
-    if apply and not ctx.dry_run:
-        for drift in drifts:
+    found += _leases(ctx, writing)
+    if writing:
+        # What those two changed is compared anew; the rest stands as it was judged.
+        before = {one.uuid: one.generation for one in live}
+        changed = [one for one in ctx.records.find_all() if before.get(one.uuid) != one.generation]
+        if changed:
+            ctx.cluster.vms(fresh=True)
+        again, _more = _survey(ctx, changed, unrecorded=False)
+        still = {one.uuid for one in ctx.records.find_all()}
+        drifts = {uuid: drift for uuid, drift in drifts.items() if uuid in still and uuid not in {one.uuid for one in changed}} | again
+        for drift in drifts.values():
             _apply(drift)
-    return found + drifts
+    return found + list(drifts.values()) + unrecorded
+
+
+def _survey(ctx: Context, records: list[Sandbox], *, unrecorded: bool = True) -> tuple[dict[str, Drift], list[Drift]]:
+    """Compare these records with Proxmox: drift by sandbox, and the VMs with our marker that no record has. Reads only."""
+    if not records and not unrecorded:
+        return {}, []
+    rows = ctx.cluster.vms()
+    missing = [one for one in records if one.vmid not in rows and one.smbios_uuid is not None]
+    proofs = ctx.cluster.prove_absent([one.vmid for one in missing]) if missing else {}
+    found = ctx.each(lambda one: _compare(ctx, one, rows, proofs), records)
+    drifts = {one.uuid: drift for one, drift in zip(records, found, strict=True) if drift is not None}
+    return drifts, _unrecorded(ctx, rows, records) if unrecorded else []
 
 
 def _apply(drift: Drift) -> None:
@@ -92,8 +110,11 @@ def _leases(ctx: Context, apply: bool) -> list[Drift]:
         rest = timeguard.suspended(ctx)
         if rest:
             return []
-        return [Drift("lease_expired", "expire" if not one.keepalive else "renew (keepalive)", {"lease_expires_at": one.public()["lease_expires_at"]}, one)
-                for one in ctx.records.over(ctx.clock.now())]
+        now = ctx.clock.now()
+        over = ctx.records.over(now)
+        found = [Drift("lease_expired", "renew (keepalive)" if lease.is_kept_alive(ctx, one, now) else "expire",
+                       {"lease_expires_at": one.public()["lease_expires_at"]}, one) for one in over]
+        return found + [Drift("still_running", "stop", {}, one) for one in lease.leftovers(ctx)]
     passed = lease.expire(ctx)
     found = [Drift("lease_expired", "expired", {"previous_state": one.previous_state}, one.sandbox, applied=True, error=one.message) for one in passed.expired]
     found += [Drift("lease_expired", "renewed (keepalive)", {}, one.sandbox, applied=not one.failed, error=one.message) for one in passed.renewed]
@@ -114,7 +135,14 @@ def _finish_interrupted(ctx: Context) -> list[Drift]:
                 drift.action = "destroy finished"
                 force = bool(left.detail.get("force"))
                 # Before the delete was decided the request is judged anew, by the rules as they are now.
-                todo = left.phase in POINT_OF_NO_RETURN or destroy.check(ctx, sandbox, force)
+                try:
+                    todo = left.phase in POINT_OF_NO_RETURN or destroy.check(ctx, sandbox, force)
+                except (Kept, StateConflict) as refused:
+                    drift.action = f"destroy given up: {refused.message}"
+                    with ctx.claimed(sandbox, "reconcile", wait=0) as (claim, current):
+                        ctx.records.change(claim, current, "destroy", outcome="interrupted", reason=left.phase, finish=current.smbios_uuid is not None)
+                    drift.applied = True
+                    todo = False
                 if todo:
                     operation = str(left.detail.get("operation") or "destroy")
                     request = destroy.Request(operation=operation, force=force, claim_wait=0, clean_up=operation == "clean-up")

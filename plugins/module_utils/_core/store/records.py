@@ -25,7 +25,7 @@ from .database import Database
 
 T = TypeVar("T")
 
-# Longer than the longest task we wait for; every journal entry and poll extends it.
+# At the least; every journal entry extends a claim, and between two of them lie at most a few waits for a task.
 CLAIM_SECONDS = 3600
 _LIVE = "state <> 'DESTROYED'"
 _SELECT = f"SELECT {', '.join(COLUMNS)} FROM sandboxes"
@@ -61,7 +61,8 @@ class Operation:
 class Records:
     """Reads and writes of records on one database."""
 
-    def __init__(self, database: Database, clock: Clock, actor: str) -> None:
+    def __init__(self, database: Database, clock: Clock, actor: str, longest_wait: int = 0) -> None:
+        self.claim_seconds = max(CLAIM_SECONDS, 3 * longest_wait)
         self.db = database
         self.clock = clock
         self.actor = actor
@@ -234,7 +235,7 @@ class Records:
         conn.execute("UPDATE meta SET value = value + 1 WHERE key = 'fence'")
         fence = int(conn.execute("SELECT value FROM meta WHERE key = 'fence'").fetchone()["value"])
         conn.execute("INSERT OR REPLACE INTO claims VALUES (?, ?, ?, ?, ?, ?, ?)",
-                     (uuid, fence, operation, self.actor, self._process, now, now + CLAIM_SECONDS))
+                     (uuid, fence, operation, self.actor, self._process, now, now + self.claim_seconds))
         left = conn.execute("SELECT * FROM operations WHERE sandbox_uuid = ?", (uuid,)).fetchone()
         return Claim(uuid, fence, operation, Operation.from_row(left) if left else None)
 
@@ -243,7 +244,7 @@ class Records:
 
         def inner(conn: sqlite3.Connection) -> T:
             extended = conn.execute("UPDATE claims SET expires_at = ? WHERE sandbox_uuid = ? AND fence = ?",
-                                    (self.clock.now() + CLAIM_SECONDS, claim.uuid, claim.fence))
+                                    (self.clock.now() + self.claim_seconds, claim.uuid, claim.fence))
             if extended.rowcount != 1:
                 raise ClaimLost(f"the claim on sandbox {claim.uuid} was lost to another run; nothing more was done here", uuid=claim.uuid)
             return work(conn)
