@@ -12,7 +12,13 @@ version_added: 1.0.0
 description:
   - Finishes what interrupted runs left, lets leases that are over expire, and compares every record with its VM. Check mode only reports.
   - A VM that is absent in two passes in a row becomes C(DESTROYED). A VM without a record is reported and never adopted. An unreachable node changes nothing.
-options: {}
+options:
+  adopt_cluster:
+    description:
+      - Note the cluster that O(api_host) leads to as the one the records belong to, before comparing.
+      - Only for the same cluster after it got a new certificate authority, or for a node that joined a cluster. Records never change clusters.
+    type: bool
+    default: false
 extends_documentation_fragment:
   - agentlab.proxmox.common
   - agentlab.proxmox.common.wait
@@ -56,13 +62,13 @@ count:
 
 from ansible_collections.agentlab.proxmox.plugins.module_utils import _adapter
 
-ARGUMENT_SPEC = {"wait_timeout": {"type": "int"}}
+ARGUMENT_SPEC = {"wait_timeout": {"type": "int"}, "adopt_cluster": {"type": "bool", "default": False}}
 
 
 def work(module, context):
     from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import reconcile
 
-    found = reconcile.run(context, apply=not module.check_mode)
+    found = reconcile.run(context, apply=not module.check_mode, adopt_cluster=module.params["adopt_cluster"])
     drift = [one.public() for one in found]
     changes = [one for one in found if (one.applied if not module.check_mode else one.would_change)]
     result = {"changed": bool(changes), "drift": drift, "count": len(drift)}

@@ -6,12 +6,15 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import AgentlabError
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import create, destroy, power
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import create, destroy, power, reconcile
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store import process
 
 from support.double import TOKEN_ID
 from support.lab import Lab
@@ -91,3 +94,80 @@ def test_a_clone_whose_worker_was_killed_is_left_and_told(lab: Lab) -> None:
         outcome = lab.destroy(1000, force=True)[0]
         assert outcome.failed and "lock" in (outcome.message or "") + (outcome.reason or ""), outcome
         assert lab.pve.vm(1000) is not None and [one.live for one in lab.records()] == [True]
+
+
+def test_the_absence_guard_is_judged_before_anything_is_written(lab: Lab) -> None:
+    made = [lab.create(name=f"a{number}") for number in range(6)]
+    for one in made[1:]:
+        lab.pve.remove_vm(one.vmid)
+    # One lease is over, and a forced destroy was cut off: neither is touched by a pass that is not to be trusted.
+    ctx = lab.context()
+    ctx.database.write(lambda conn: conn.execute("UPDATE sandboxes SET lease_expires_at = 1 WHERE uuid = ?", (made[0].uuid,)) and None)
+    claim = ctx.records.claim(made[1].uuid, "destroy")
+    ctx.records.journal(claim, "destroy", "verifying", {"operation": "destroy", "force": True})
+    ctx.records.release(claim)
+    lab.pve.requests.clear()
+    with pytest.raises(AgentlabError, match="nothing was written"):
+        lab.reconcile()
+    assert [one.state for one in lab.records()] == ["RUNNING"] * 6
+    assert not [method for method, _path, _body in lab.pve.requests if method != "GET"]
+
+
+def test_a_cut_off_destroy_that_is_refused_now_bars_no_renewal(lab: Lab) -> None:
+    made = lab.create(ttl=600)
+    ctx = lab.context()
+    claim = ctx.records.claim(made.uuid, "destroy")
+    ctx.records.journal(claim, "destroy", "verifying", {"operation": "destroy", "force": True})
+    ctx.records.release(claim)
+    with pytest.raises(AgentlabError, match="being destroyed"):
+        lab.renew(made.vmid, 7200)
+    create.amend(lab.context(), made, protected=True)
+    lab.reconcile()
+    assert lab.renew(made.vmid, 7200).outcome == "renewed"
+    assert lab.pve.vm(made.vmid).status == "running"
+
+
+def test_a_list_from_before_a_wait_says_nothing_of_a_sandbox_made_meanwhile(lab: Lab) -> None:
+    """A bulk destroy waits for the claim of a creation; the VM that came into being meanwhile is not taken for gone."""
+    gone = [lab.create(name=f"a{number}") for number in range(3)]
+    ctx = lab.context()
+    planned = [ctx.select(one.vmid) for one in gone]
+    last = lab.pve.vm(gone[2].vmid)
+    lab.pve.vms.remove(last)
+    ctx.cluster.vms()
+    lab.pve.vms.append(last)
+    for one in gone[:2]:
+        lab.pve.remove_vm(one.vmid)
+    # Another run changes the third while this one waits for its claim.
+    lab.renew(gone[2].vmid, 9000)
+    outcomes = destroy.run(ctx, [(one, destroy.Request(force=True)) for one in planned])
+    assert [one.state for one in outcomes] == ["DESTROYED"] * 3
+    assert lab.pve.vm(gone[2].vmid) is None
+
+
+def test_check_mode_refuses_a_locked_vm_as_the_real_run_does(lab: Lab) -> None:
+    made = lab.create()
+    lab.pve.snapshot_lock(made.vmid, "backup")
+    for dry_run in (True, False):
+        ctx = lab.context(dry_run=dry_run)
+        with pytest.raises(AgentlabError, match="locked"):
+            power.run(ctx, ctx.select(made.vmid), "stop")
+
+
+def test_a_new_certificate_authority_is_adopted_when_the_operator_says_so(lab: Lab) -> None:
+    made = lab.create()
+    lab.pve.ca_fingerprint = "AA:BB"
+    with pytest.raises(AgentlabError, match="adopt_cluster=true"):
+        lab.create(name="a2")
+    assert reconcile.run(lab.context(), apply=True, adopt_cluster=True) == []
+    assert lab.create(name="a2").state == "RUNNING" and lab.records()[0].uuid == made.uuid
+
+
+def test_a_process_that_cannot_be_looked_at_is_not_dead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """/proc may hide the processes of other users."""
+    mine = process.identity()
+    monkeypatch.setattr(process, "_read", lambda path: "" if path.endswith("/stat") else Path(path).read_text())
+    assert not process.is_dead(mine)
+    ended = subprocess.Popen(["/bin/true"])
+    ended.wait()
+    assert process.is_dead(json.dumps({**json.loads(mine), "pid": ended.pid}))

@@ -50,9 +50,11 @@ class Drift:
                 "state": one.state if one else None, "evidence": self.evidence, "applied": self.applied, "error": self.error}
 
 
-def run(ctx: Context, *, apply: bool) -> list[Drift]:
+def run(ctx: Context, *, apply: bool, adopt_cluster: bool = False) -> list[Drift]:
     """One pass over all live records. GuardTripped when too many are absent at once (with apply: nothing was written)."""
     writing = apply and not ctx.dry_run
+    if adopt_cluster:
+        ctx.cluster.adopt()
     live = ctx.records.find_all()
     drifts, unrecorded = _survey(ctx, live)
     absent = [drift for drift in drifts.values() if drift.kind in ("absent", "vmid_reused")]

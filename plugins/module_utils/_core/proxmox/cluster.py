@@ -122,10 +122,20 @@ class Cluster:
                     same = (known["name"] == found["name"] or known["name"] is None) and bool(set(known["nodes"]) & set(found["nodes"]))
                 if not same:
                     raise Kept("unknown", f"this is not the cluster these records belong to (they know {_title(known)}, api_host leads to {_title(found)}); "
-                               "correct api_host or database")
+                               "correct api_host or database; if it is the same cluster with a new certificate authority, or a node that joined one, "
+                               "run agentlab_reconcile with adopt_cluster=true once")
                 if known != found and found["authority"]:
                     self._records.set_meta("cluster", json.dumps(found))
             self._confirmed = True
+
+    def adopt(self) -> dict[str, Any]:
+        """Note this cluster as the one the records belong to, because the operator says so."""
+        import json
+
+        found = self._identity()
+        self._records.set_meta("cluster", json.dumps(found))
+        self._confirmed = True
+        return found
 
     def seen_ours(self) -> None:
         """A VM proven to be ours was found here: whatever its name, this is the right cluster."""
