@@ -2,14 +2,26 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""The table at the end of a run of the faults: what was injected, how often it was met, and how many cases ended as promised."""
+"""What the faults share: a laboratory a file, and the table at the end: what was injected, how often it was met, how many cases ended as promised."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
+import pytest
+
+from support.lab import Lab
+
 COLUMNS = ("known", "cases", "met", "passed")
+
+
+@pytest.fixture(scope="module")
+def one_lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    made = Lab(tmp_path_factory.mktemp("lab"))
+    yield made
+    made.stop()
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

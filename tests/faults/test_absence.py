@@ -24,13 +24,6 @@ pytestmark = pytest.mark.faults
 NOTHING_LEFT = {"claims": [], "operations": []}
 
 
-@pytest.fixture(scope="module")
-def one_lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    made = Lab(tmp_path_factory.mktemp("lab"))
-    yield made
-    made.stop()
-
-
 @pytest.fixture
 def lab(one_lab: Lab) -> Iterator[Lab]:
     one_lab.reset()

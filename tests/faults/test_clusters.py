@@ -148,9 +148,11 @@ def test_a_list_from_before_a_wait_says_nothing_of_a_sandbox_made_meanwhile(lab:
 def test_check_mode_refuses_a_locked_vm_as_the_real_run_does(lab: Lab) -> None:
     made = lab.create()
     lab.pve.snapshot_lock(made.vmid, "backup")
+    # Protection bars a delete, not a stop: what is said is the lock.
+    lab.pve.vm(made.vmid).config["protection"] = 1
     for dry_run in (True, False):
         ctx = lab.context(dry_run=dry_run)
-        with pytest.raises(AgentlabError, match="locked"):
+        with pytest.raises(AgentlabError, match=r"its VM is locked \(backup\)"):
             power.run(ctx, ctx.select(made.vmid), "stop")
 
 

@@ -25,13 +25,6 @@ ALL_PRIVS = ("VM.Audit", "VM.Allocate", "VM.PowerMgmt", "VM.Clone", "VM.Config.O
              "VM.Config.CPU", "VM.Config.Memory", "VM.Config.Cloudinit", "VM.GuestAgent.Audit", "VM.Monitor")
 
 
-@pytest.fixture(scope="module")
-def one_lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    made = Lab(tmp_path_factory.mktemp("lab"))
-    yield made
-    made.stop()
-
-
 @pytest.fixture
 def lab(one_lab: Lab) -> Iterator[Lab]:
     one_lab.reset()

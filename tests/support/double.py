@@ -28,9 +28,12 @@ class Double(ProxmoxDouble):
         self.faults: list[dict[str, Any]] = []
         # Kind of task -> exit status that it ends with, or "hang".
         self.task_endings: dict[str, str] = {}
+        # Tasks that ended (or went on) otherwise than they would have by themselves.
+        self.spoiled: set[str] = set()
         # Called with (method, path) before a request is handled, and after it was.
         self.before: Any = None
         self.after: Any = None
+        self._wire_hooks()
 
     # ---- counting and looking ----
 
@@ -84,12 +87,13 @@ class Double(ProxmoxDouble):
         self._rules.remove(rule)
         return rule
 
-    async def _hook(self, hook: Any, method: str, path: str, values: dict[str, Any]) -> bool:
-        done = await super()._hook(hook, method, path, values)
-        short = self.before if hook is self.before_request else self.after
-        if short is not None:
-            short(method, "/api2/json" + path)
-        return done
+    def _wire_hooks(self) -> None:
+        self.before_request = lambda method, path, _values: self.before and self.before(method, "/api2/json" + path)
+        self.after_request = lambda method, path, _values: self.after and self.after(method, "/api2/json" + path)
+
+    def clear_faults(self) -> None:
+        super().clear_faults()
+        self._wire_hooks()
 
     # ---- tasks that end otherwise ----
 
@@ -97,6 +101,8 @@ class Double(ProxmoxDouble):
         upid = await super().task(node, ttype, tid, user, body, vm=vm, lock=lock, log=log)
         ending = self.task_endings.get(ttype)
         record = self.tasks[upid]
+        if ending is not None or self.task_warnings.get(ttype):
+            self.spoiled.add(upid)
         if ending == "hang":
             record["status"] = "running"
             record.pop("exitstatus", None)

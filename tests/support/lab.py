@@ -110,6 +110,7 @@ class Lab:
         pve.failures.clear()
         pve.task_endings.clear()
         pve.task_warnings.clear()
+        pve.spoiled.clear()
         pve.before = pve.after = None
         pve.acl = None
         pve.regain_quorum()
@@ -215,6 +216,8 @@ class Lab:
 
     def check_promises(self) -> None:
         """What holds at every moment: no DESTROYED record while its VM exists, and the bystander is as it was."""
+        # A hook that failed did not do what the test thinks it did.
+        assert not self.pve.hook_errors, self.pve.hook_errors
         smbios = {identity.smbios_uuid(vm.config) for vm in list(self.pve.vms)}
         ours = self.ours()
         for one in self.records():

@@ -21,7 +21,8 @@ def between(text: str, name: str) -> str:
     return text.split(f"<!-- {name} -->")[1].split(f"<!-- /{name} -->")[0].strip()
 
 
-def test_readme_tables_are_made_from_the_rules() -> None:
+def test_tables_are_made_from_the_rules() -> None:
+    assert between((ROOT / "docs/architecture.md").read_text(), "transitions") == states.transition_table()
     assert between(README, "states") == states.state_table()
     assert between(README, "operations") == states.operation_table()
 

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -60,3 +61,30 @@ def test_a_repeated_renewal_is_no_success_while_the_sandbox_is_being_destroyed(l
     ctx.records.journal(claim, "destroy", "verifying", {})
     with pytest.raises(Kept, match="it is being destroyed"):
         lab.renew(made.vmid, 3600, min_remaining=60)
+
+
+def test_absences_are_asked_for_side_by_side(lab: Lab) -> None:
+    """As many at once as there are connections: a thousand of them are not a thousand round trips one after the other."""
+    lab.create()
+    under_way: list[int] = []
+    most = 0
+    lock = threading.Lock()
+
+    def before(method: str, path: str) -> None:
+        nonlocal most
+        if path.endswith("/cluster/nextid"):
+            with lock:
+                under_way.append(1)
+                most = max(most, len(under_way))
+
+    def after(method: str, path: str) -> None:
+        if path.endswith("/cluster/nextid"):
+            with lock:
+                under_way.pop()
+
+    lab.pve.slow_network(1.0)
+    lab.pve.time_scale = 0.05
+    lab.pve.before, lab.pve.after = before, after
+    found = lab.context(connections=4).cluster.prove_absent(range(1500, 1512))
+    assert len(found) == 12 and all(one.absent for one in found.values())
+    assert most > 1

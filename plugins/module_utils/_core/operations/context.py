@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from .. import states
+from .. import parallel, states
 from ..clock import Clock, SystemClock
 from ..config import Config
 from ..errors import AgentlabError, ClaimLost, InvalidInput, Kept, NotFound, StoreError
@@ -88,10 +87,7 @@ class Context:
 
     def each(self, work: Callable[[A], B], items: list[A]) -> list[B]:
         """Run several at once, as many as there are connections; the answers in the order of the items."""
-        if len(items) <= 1:
-            return [work(item) for item in items]
-        with ThreadPoolExecutor(max_workers=min(self.config.workers, len(items))) as pool:
-            return list(pool.map(work, items))
+        return parallel.each(work, items, self.config.workers)
 
 
 def failure(sandbox: Sandbox, error: AgentlabError, **values: Any) -> Outcome:

@@ -154,7 +154,9 @@ def _until_gone(ctx: Context, planned: Sandbox, request: Request) -> Outcome | _
     began = ctx.clock.monotonic()
     claim = ctx.records.claim(planned.uuid, "destroy", wait=ctx.config.claim_timeout if request.claim_wait is None else request.claim_wait)
     left = claim.interrupted
-    sent = bool(left and left.kind == "destroy" and left.phase in POINT_OF_NO_RETURN)
+    # The journal entry of a killed run whose delete may have been sent, and may still be carried out; None for a new try.
+    cut_off = left if left and left.kind == "destroy" and left.phase in POINT_OF_NO_RETURN else None
+    sent = cut_off is not None
     stopped = False
     current = planned
     try:
@@ -162,7 +164,7 @@ def _until_gone(ctx: Context, planned: Sandbox, request: Request) -> Outcome | _
         if current.state == states.DESTROYED:
             give_back(ctx, claim)
             return Outcome.of("unchanged", current, reason=current.reason)
-        if not sent:
+        if cut_off is None:
             if request.recheck:
                 request.recheck(current)
             check(ctx, current, request.force, request.clean_up)
@@ -172,20 +174,20 @@ def _until_gone(ctx: Context, planned: Sandbox, request: Request) -> Outcome | _
         if left:
             # What the creation noted is needed to tell an unbound VM, until it is bound.
             detail["create"] = _creation_of(left)
-            if sent and left.detail.get("upid"):
-                detail["upid"] = left.detail["upid"]
+        if cut_off and cut_off.detail.get("upid"):
+            detail["upid"] = cut_off.detail["upid"]
         before = current
         if current.generation != planned.generation:
             # Another run worked on it while we waited: what was read of the cluster before says nothing about it.
             ctx.cluster.vms(fresh=True)
-        ctx.records.journal(claim, "destroy", left.phase if sent and left else "verifying", detail)
+        ctx.records.journal(claim, "destroy", cut_off.phase if cut_off else "verifying", detail)
         upids: list[str] = []
         warnings: list[str] = []
         if never_cloned(current, detail.get("create")):
             _look_before_closing(ctx, current)
             return _Gone(claim, current, before, "never_created", {"creation": "the clone was never asked for, or refused"}, began)
-        if sent and left:
-            warnings += _await_cut_off(ctx, current, left)
+        if cut_off:
+            warnings += _await_cut_off(ctx, current, cut_off)
         for attempt in range(_MARK_TRIES):
             found = _locate(ctx, current, claim, detail)
             current = ctx.records.get(current.uuid) if current.smbios_uuid is None else current
@@ -196,13 +198,13 @@ def _until_gone(ctx: Context, planned: Sandbox, request: Request) -> Outcome | _
                 ctx.cluster.confirm()
                 return _Gone(claim, current, before, "vmid_reused", found.verdict.evidence, began, upids, warnings)
             refuse_not_ours(current, found)
-            if sent and left and ctx.clock.now() - left.updated_at > ctx.config.doubt_window:
+            if cut_off and ctx.clock.now() - cut_off.updated_at > ctx.config.doubt_window:
                 # The VM is there, and no delete of a killed run can be under way any more: from here on this is a new try.
-                sent, left = False, None
+                sent, cut_off = False, None
             refuse_guarded(current, found)
             ctx.cluster.require_quorum()
             if str(found.row.get("status")) != "stopped" and not stopped:
-                ctx.records.journal(claim, "destroy", left.phase if sent and left else "stopping", detail)
+                ctx.records.journal(claim, "destroy", cut_off.phase if cut_off else "stopping", detail)
                 done, warned = power.stop(ctx, current, found, hard=request.force or current.state in (states.TIMEOUT, states.SUSPENDED))
                 upids += done
                 warnings += warned
@@ -211,7 +213,7 @@ def _until_gone(ctx: Context, planned: Sandbox, request: Request) -> Outcome | _
             try:
                 _mark(ctx, request, found)
             except ApiError as error:
-                sent = bool(left and left.kind == "destroy" and left.phase in POINT_OF_NO_RETURN)
+                sent = cut_off is not None
                 if "checksum mismatch" in error.text and attempt + 1 < _MARK_TRIES:
                     ctx.cluster.vms(fresh=True)
                     continue

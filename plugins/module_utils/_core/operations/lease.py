@@ -16,7 +16,7 @@ from ..model import Outcome, Sandbox
 from ..proxmox import identity
 from . import power, timeguard
 from .context import Context, failure
-from .verify import locate
+from .verify import locate, refuse_locked
 
 # A renewal that would move the end by less than this is a repetition: nothing is written.
 REPEAT_SECONDS = 60
@@ -147,8 +147,7 @@ def _stop_expired(ctx: Context, sandbox: Sandbox) -> str | None:
                 return "the VMID belongs to another VM now, which was left alone"
             if not found.match:
                 return f"its VM is {found.verdict.identity}, so it was left alone"
-            if (found.verdict.config or {}).get("lock"):
-                return "its VM is locked"
+            refuse_locked(current, found)
             ctx.records.journal(claim, "stop", "requested", {"node": found.node})
             upids, _warnings = power.stop(ctx, current, found, hard=False)
             ctx.records.change(claim, current, "stop", upids=upids, reason="lease_expired", finish=True)

@@ -13,7 +13,7 @@ from ..errors import ApiError, InvalidInput, OutcomeUnknown, RecordChanged, Task
 from ..model import Outcome, Sandbox
 from ..store.records import Claim
 from .context import Context
-from .verify import Located, refuse_guarded, require_match
+from .verify import Located, refuse_locked, require_match
 
 _LOCK_TRIES = 3
 # What is asked of Proxmox, and the state it leads to.
@@ -33,7 +33,7 @@ def run(ctx: Context, sandbox: Sandbox, operation: str) -> Outcome:
     if ctx.dry_run:
         # The full reads of the real run: what would be refused there is refused here.
         if operation not in ("complete", "fail"):
-            _refuse_locked(sandbox, require_match(ctx, sandbox))
+            refuse_locked(sandbox, require_match(ctx, sandbox))
         return Outcome.of("would_" + operation, sandbox, state=target, changed=True)
     with ctx.claimed(sandbox, operation) as (claim, current):
         if not plan(ctx, current, operation):
@@ -47,7 +47,7 @@ def run(ctx: Context, sandbox: Sandbox, operation: str) -> Outcome:
 def _request(ctx: Context, claim: Claim, sandbox: Sandbox, operation: str, target: str) -> Outcome:
     began = ctx.clock.monotonic()
     found = require_match(ctx, sandbox)
-    _refuse_locked(sandbox, found)
+    refuse_locked(sandbox, found)
     ctx.records.journal(claim, operation, "requested", {"node": found.node})
     if operation == "stop":
         upids, warnings = stop(ctx, sandbox, found, hard=sandbox.state == states.SUSPENDED)
@@ -59,12 +59,6 @@ def _request(ctx: Context, claim: Claim, sandbox: Sandbox, operation: str, targe
     values: dict[str, Any] = {"to": target, "upids": upids, "duration_ms": took, "finish": True, "node": found.node}
     done = settle(ctx, claim, sandbox, operation, **values)
     return Outcome.of(_past(operation), done, previous_state=sandbox.state, changed=True, upids=upids, warnings=warnings)
-
-
-def _refuse_locked(sandbox: Sandbox, found: Located) -> None:
-    config = (found.verdict.config if found.verdict else None) or {}
-    if config.get("lock"):
-        refuse_guarded(sandbox, found)
 
 
 def settle(ctx: Context, claim: Claim, sandbox: Sandbox, operation: str, *, to: str, **values: Any) -> Sandbox:

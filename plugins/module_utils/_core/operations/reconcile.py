@@ -73,12 +73,13 @@ def run(ctx: Context, *, apply: bool, adopt_cluster: bool = False) -> list[Drift
     if writing:
         # What those two changed is compared anew; the rest stands as it was judged.
         before = {one.uuid: one.generation for one in live}
-        changed = [one for one in ctx.records.find_all() if before.get(one.uuid) != one.generation]
+        now = ctx.records.find_all()
+        changed = [one for one in now if before.get(one.uuid) != one.generation]
         if changed:
             ctx.cluster.vms(fresh=True)
         again, _more = _survey(ctx, changed, unrecorded=False)
-        still = {one.uuid for one in ctx.records.find_all()}
-        drifts = {uuid: drift for uuid, drift in drifts.items() if uuid in still and uuid not in {one.uuid for one in changed}} | again
+        settled = {one.uuid for one in now} - {one.uuid for one in changed}
+        drifts = {uuid: drift for uuid, drift in drifts.items() if uuid in settled} | again
         for drift in drifts.values():
             _apply(drift)
     return found + list(drifts.values()) + unrecorded

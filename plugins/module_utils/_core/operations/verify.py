@@ -100,12 +100,18 @@ def refuse_not_ours(sandbox: Sandbox, found: Located) -> None:
 
 
 def refuse_guarded(sandbox: Sandbox, found: Located) -> None:
-    """Kept for what must never be destroyed: templates, VMs with Proxmox's protection, and those that are locked."""
+    """Kept for what must not be destroyed: templates, VMs with Proxmox's protection, and those that are locked."""
     config = (found.verdict.config if found.verdict else None) or {}
     if str(config.get("template") or found.row.get("template") or "0") == "1":
         raise Kept("protected", f"sandbox {sandbox.vmid}: its VM is a template now, and templates are never destroyed")
     if str(config.get("protection", "0")) == "1":
         raise Kept("protected", f"sandbox {sandbox.vmid}: its VM has Proxmox's protection; switch that off first (qm set {sandbox.vmid} --protection 0)")
+    refuse_locked(sandbox, found)
+
+
+def refuse_locked(sandbox: Sandbox, found: Located) -> None:
+    """Kept for a VM that something else works on: Proxmox would refuse it, or fail in the task."""
+    config = (found.verdict.config if found.verdict else None) or {}
     if config.get("lock"):
         raise Kept("locked", f"sandbox {sandbox.vmid}: its VM is locked ({config['lock']}); wait for that to end, or have an administrator run "
                    f"qm unlock {sandbox.vmid}")

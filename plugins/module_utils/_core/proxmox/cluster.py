@@ -9,11 +9,13 @@ Absence is proven, never inferred (semantics 5): the right cluster, with quorum,
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from .. import parallel
 from ..clock import Clock
 from ..errors import ApiError, Kept, OutcomeUnknown, ProxmoxError
 from ..store.records import Records
@@ -46,7 +48,6 @@ class Cluster:
         self._status: tuple[float, list[dict[str, Any]]] | None = None
         self._vms: dict[int, dict[str, Any]] | None = None
         self._confirmed = False
-        self._sees_all: bool | None = None
 
     # ---- nodes and quorum ----
 
@@ -99,8 +100,6 @@ class Cluster:
 
     def confirm(self, *, creating: bool = False) -> None:
         """Refuse to draw conclusions from a cluster other than the one the records belong to; the first creation decides which that is."""
-        import json
-
         with self._lock:
             if self._confirmed:
                 return
@@ -128,14 +127,10 @@ class Cluster:
                     self._records.set_meta("cluster", json.dumps(found))
             self._confirmed = True
 
-    def adopt(self) -> dict[str, Any]:
+    def adopt(self) -> None:
         """Note this cluster as the one the records belong to, because the operator says so."""
-        import json
-
-        found = self._identity()
-        self._records.set_meta("cluster", json.dumps(found))
+        self._records.set_meta("cluster", json.dumps(self._identity()))
         self._confirmed = True
-        return found
 
     def seen_ours(self) -> None:
         """A VM proven to be ours was found here: whatever its name, this is the right cluster."""
@@ -158,13 +153,12 @@ class Cluster:
         return self.vms(fresh=fresh).get(vmid)
 
     def sees_everything(self) -> bool:
-        """True when nothing can be hidden from these credentials."""
-        with self._lock:
-            if self._sees_all is None:
-                # Only root@pam itself has no ACL. For anybody else GET /access/permissions leaves out the paths on which there is no
-                # right at all, so it cannot show that nothing is hidden: then each VMID is asked for by nextid.
-                self._sees_all = self._client.settings.login == "root@pam"
-            return self._sees_all
+        """True when nothing can be hidden from these credentials.
+
+        Only root@pam itself has no ACL. For anybody else GET /access/permissions leaves out the paths on which there is no right at all, so it
+        cannot show that nothing is hidden.
+        """
+        return self._client.settings.login == "root@pam"
 
     # ---- absence ----
 
@@ -177,7 +171,7 @@ class Cluster:
         except (ProxmoxError, Kept) as error:
             return {vmid: Presence(None, error.message, {}) for vmid in wanted}
         if len(wanted) <= _FEW or not self.sees_everything():
-            return {vmid: self._nextid(vmid, quorum) for vmid in wanted}
+            return self._ask_for_each(wanted, quorum)
         try:
             listed = self.vms(fresh=True)
             trusted = bool(listed)
@@ -188,10 +182,14 @@ class Cluster:
             # A list that was cut short by something in between would make VMs vanish: one of them is asked for in another way.
             trusted = self._nextid(free[0], quorum).absent is True
         if not trusted:
-            return {vmid: self._nextid(vmid, quorum) for vmid in wanted}
+            return self._ask_for_each(wanted, quorum)
         proof = {**quorum, "proof": "not in the list of all VMs", "listed": len(listed)}
         return {vmid: Presence(True, "not in the cluster's list of all VMs", proof) if vmid not in listed
                 else Presence(False, "a VM with that VMID is in the cluster's list", {"node": listed[vmid].get("node")}) for vmid in wanted}
+
+    def _ask_for_each(self, vmids: list[int], quorum: dict[str, Any]) -> dict[int, Presence]:
+        found = parallel.each(lambda vmid: self._nextid(vmid, quorum), vmids, self._client.settings.connections)
+        return dict(zip(vmids, found, strict=True))
 
     def _nextid(self, vmid: int, quorum: dict[str, Any]) -> Presence:
         try:

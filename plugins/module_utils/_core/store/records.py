@@ -114,11 +114,6 @@ class Records:
         rows = self.db.read(f"{_SELECT} WHERE {_LIVE} AND lease_expires_at <= ? ORDER BY lease_expires_at", now)
         return [found for found in map(Sandbox.from_row, rows) if found.expired(now)]
 
-    def counts(self) -> dict[str, int]:
-        """Live sandboxes by state; states without any are 0."""
-        found = {row["state"]: row["n"] for row in self.db.read(f"SELECT state, count(*) AS n FROM sandboxes WHERE {_LIVE} GROUP BY state")}
-        return {state: found.get(state, 0) for state in states.STATES if state != states.DESTROYED}
-
     def events(self, *, uuid: str | None = None, vmid: int | None = None, after: int = 0, tail: int | None = None, limit: int = 1000) -> list[dict[str, Any]]:
         """Events of a sandbox (or of every sandbox a VMID has had), oldest first."""
         where, value = ("sandbox_uuid = ?", uuid) if uuid is not None else ("vmid = ?", vmid)
