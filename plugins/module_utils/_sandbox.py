@@ -45,18 +45,17 @@ def _guarded(work: Callable[[Sandbox], Outcome], sandbox: Sandbox) -> Outcome:
         return failure(sandbox, error)
 
 
-def _present(module: AnsibleModule, context: Context, wanted: list[dict[str, Any]]) -> list[Outcome]:
-    from ._core.operations import create, lease
+def _present(module: AnsibleModule, context: Context, which_ones: list[dict[str, Any]]) -> list[Outcome]:
+    import dataclasses
+
+    from ._core.operations import create, wanted
 
     params = module.params
-    ttl = lease.parse_ttl(context, params["ttl"]) if params["ttl"] is not None else context.config.default_ttl
-    spec = {name: params[name] for name in ("template", "node", "full_clone", "storage", "pool", "cores", "memory", "disk_size", "bridge", "firewall",
-                                            "ip_config", "nameserver", "wait_for_ip")}
     several = params.get("vmids") is not None
+    spec = wanted.spec(context, {**params, "vmid": None, "name": None if several else params.get("name")})
 
     def one(which: dict[str, Any]) -> Outcome:
-        asked = create.Spec(**spec, vmid=which.get("vmid"), name=None if several else params.get("name"), ttl=ttl, tags=params["tags"] or [],
-                            ssh_public_keys=params["ssh_public_keys"] or [], keepalive=bool(params["keepalive"]), protected=bool(params["protected"]))
+        asked = dataclasses.replace(spec, vmid=which.get("vmid"))
         try:
             asked.check()
             found = create.existing(context, asked)
@@ -71,7 +70,7 @@ def _present(module: AnsibleModule, context: Context, wanted: list[dict[str, Any
                 raise
             return Outcome("failed", vmid=which.get("vmid"), reason=error.code, message=error.message, failed=True)
 
-    return context.each(one, (wanted or [{}]) if not several else wanted)
+    return context.each(one, (which_ones or [{}]) if not several else which_ones)
 
 
 def _absent(context: Context, wanted: list[dict[str, Any]], force: bool) -> list[Outcome]:

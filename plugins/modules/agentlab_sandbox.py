@@ -35,6 +35,11 @@ options:
   keepalive:
     description: Whether the lease is renewed when it runs out, as long as the configured maximum lifetime allows.
     type: bool
+  profile:
+    description:
+      - Name of a profile, which fills in what is not given here. An option that is given wins over the profile, the profile over the configuration.
+      - Profiles are files of the folder C(profiles_dir) (V(/etc/agentlab/profiles)) on the host where the module runs.
+    type: str
   template:
     description: VMID or name of the template to clone. The configuration's C(template) unless set.
     type: str
@@ -62,14 +67,27 @@ options:
   bridge:
     description: Network bridge of the first interface. The template's unless set.
     type: str
+  network_model:
+    description: Model of the first interface. The template's unless set.
+    type: str
+    choices: [virtio, e1000, e1000e, rtl8139, vmxnet3]
   firewall:
     description: Whether the firewall of Proxmox VE is on for the first interface.
     type: bool
+  firewall_group:
+    description: Security group of Proxmox VE that is put into the VM's firewall rules, with its firewall on. The group has to exist.
+    type: str
+  cloud_init_user:
+    description: User that cloud-init creates instead of the image's own.
+    type: str
   ip_config:
     description: Cloud-init network configuration, such as V(ip=dhcp) or V(ip=192.0.2.10/24,gw=192.0.2.1).
     type: str
   nameserver:
     description: Cloud-init name servers, separated by blanks.
+    type: str
+  searchdomain:
+    description: Cloud-init search domain.
     type: str
   ssh_public_keys:
     description: Public keys that cloud-init puts into the VM, one a line each.
@@ -82,7 +100,8 @@ options:
   ttl:
     description:
       - Time until the lease runs out, as minutes (V(120)) or a duration (V(90s), V(30m), V(2h), V(1d12h)).
-      - The configuration's C(default_ttl) (4 hours) unless set. Only used when the sandbox is created; see M(agentlab.proxmox.agentlab_lease).
+      - The profile's default, or else the configuration's C(default_ttl) (4 hours), unless set.
+      - Only used when the sandbox is created; see M(agentlab.proxmox.agentlab_lease).
     type: str
   wait_for_ip:
     description: Whether to wait until the guest agent names an address.
@@ -109,6 +128,12 @@ EXAMPLES = r"""
     ip_config: ip=dhcp
     wait_for_ip: true
   register: created
+
+- name: Create one of a kind, for less time than its profile says
+  agentlab.proxmox.agentlab_sandbox:
+    name: agent-2
+    profile: yolo-ephemeral
+    ttl: 30m
 
 - name: Stop it
   agentlab.proxmox.agentlab_sandbox:
@@ -176,8 +201,8 @@ failed_count:
 
 from ansible_collections.agentlab.proxmox.plugins.module_utils import _adapter
 
-CREATION = ("template", "node", "full_clone", "storage", "pool", "cores", "memory", "disk_size", "bridge", "firewall", "ip_config", "nameserver",
-            "ssh_public_keys", "tags", "ttl", "keepalive", "protected")
+CREATION = ("profile", "template", "node", "full_clone", "storage", "pool", "cores", "memory", "disk_size", "bridge", "network_model", "firewall",
+            "firewall_group", "cloud_init_user", "ip_config", "nameserver", "searchdomain", "ssh_public_keys", "tags", "ttl", "keepalive", "protected")
 
 ARGUMENT_SPEC = {
     **_adapter.SELECT_ARGS,
@@ -187,6 +212,7 @@ ARGUMENT_SPEC = {
     "protected": {"type": "bool"},
     "keepalive": {"type": "bool"},
     "wait_timeout": {"type": "int"},
+    "profile": {"type": "str"},
     "template": {"type": "str"},
     "node": {"type": "str"},
     "full_clone": {"type": "bool"},
@@ -196,9 +222,13 @@ ARGUMENT_SPEC = {
     "memory": {"type": "int"},
     "disk_size": {"type": "str"},
     "bridge": {"type": "str"},
+    "network_model": {"type": "str", "choices": ["virtio", "e1000", "e1000e", "rtl8139", "vmxnet3"]},
     "firewall": {"type": "bool"},
+    "firewall_group": {"type": "str"},
+    "cloud_init_user": {"type": "str"},
     "ip_config": {"type": "str"},
     "nameserver": {"type": "str"},
+    "searchdomain": {"type": "str"},
     "ssh_public_keys": {"type": "list", "elements": "str", "no_log": False},
     "tags": {"type": "list", "elements": "str"},
     "ttl": {"type": "str"},

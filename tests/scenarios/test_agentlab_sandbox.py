@@ -317,3 +317,45 @@ def test_bad_input_is_one_sentence_that_names_option_and_value(story: Any, serve
     assert not wrong, wrong
     assert [name for name in cases if writes(run.requests[name])] == []
     assert [vm.vmid for vm in server.pve.vms] == [9000, 1000] and state_of(env, 1000) == "RUNNING"
+
+
+def test_profiles_fill_in_what_is_not_given(story: Any, env: Any, server: Any, tmp_path: Any) -> None:
+    folder = tmp_path / "profiles"
+    folder.mkdir()
+    (folder / "agents.yaml").write_text(
+        "name: agents\nresources: {cores: 4, memory: 3072}\nnetwork: {bridge: vmbr7, model: e1000, firewall_group: agents}\n"
+        "cloud_init: {user: agent, ip_config: ip=dhcp, searchdomain: example.org}\nlease: {default: 2h, maximum: 3h}\nkeepalive: true\ntags: [yolo]\n",
+        encoding="utf-8")
+    (folder / "wrong.yaml").write_text("resources: {corse: 4}\n", encoding="utf-8")
+    with open(env["AGENTLAB_CONFIG"], "a", encoding="utf-8") as config:
+        config.write(f"profiles_dir: {folder}\n")
+    server.pve.firewall_config("cluster").setdefault("groups", {}).setdefault("agents", {"comment": "", "rules": []})
+    run = story([
+        task("would create", SANDBOX, name="p1", profile="agents", check=True),
+        task("create", SANDBOX, name="p1", profile="agents"),
+        task("create again", SANDBOX, name="p1", profile="agents"),
+        task("options win", SANDBOX, name="p2", profile="agents", cores=1, tags=["mine"], keepalive=False, ttl="30m", firewall=False),
+        task("too long", SANDBOX, name="p3", profile="agents", ttl="4h", fails=True),
+        task("unknown", SANDBOX, name="p3", profile="nobody", fails=True),
+        task("wrong", SANDBOX, name="p3", profile="wrong", fails=True),
+        task("renew", "agentlab_lease", name="p1", ttl="3h"),
+        task("renew too long", "agentlab_lease", name="p1", ttl="181", fails=True),
+        task("not with other states", SANDBOX, name="p1", profile="agents", state="stopped", fails=True),
+    ])
+    assert writes(run.requests["would create"]) == [] and run.status("create again") == "ok"
+    made, other = run["create"]["sandbox"], run["options win"]["sandbox"]
+    assert (made["profile"], made["tags"], made["keepalive"]) == ("agents", ["yolo"], True)
+    assert (other["profile"], other["tags"], other["keepalive"]) == ("agents", ["mine"], False)
+    first, second = server.pve.vm(made["vmid"]).config, server.pve.vm(other["vmid"]).config
+    assert {name: str(first[name]) for name in ("cores", "memory", "ciuser", "ipconfig0", "searchdomain")} == {
+        "cores": "4", "memory": "3072", "ciuser": "agent", "ipconfig0": "ip=dhcp", "searchdomain": "example.org"}
+    assert first["net0"].startswith("e1000=") and "bridge=vmbr7" in first["net0"] and "firewall=1" in first["net0"]
+    assert str(second["cores"]) == "1" and "firewall=0" in second["net0"]
+    rules = server.pve.firewall_config("vm", "pve1", made["vmid"])
+    assert [(rule["type"], rule["action"]) for rule in rules["rules"]] == [("group", "agents")] and rules["options"]["enable"] == 1
+    assert server.pve.firewall_config("vm", "pve1", other["vmid"])["rules"] == []
+    assert run["too long"]["msg"] == "ttl: 4h is longer than the maximum of 3h that profile 'agents' grants"
+    assert run["unknown"]["msg"].startswith(f"profile: 'nobody' does not exist in {folder}. Profiles: agents; not usable: {folder}/wrong.yaml")
+    assert run["wrong"]["msg"].startswith(f"{folder}/wrong.yaml: resources.corse: no such key. Valid: resources.cores")
+    assert run["renew too long"]["msg"].startswith("ttl: 3h1m is longer than the maximum of 3h that profile 'agents' grants sandbox")
+    assert run["not with other states"]["msg"] == "profile: only with state=present, not with state=stopped"

@@ -148,6 +148,21 @@ def test_many_processes_may_create_it_at_once(path: Path) -> None:
     assert len(Database(str(path)).read("SELECT * FROM meta WHERE key LIKE 'k%'")) == 4
 
 
+def test_records_of_the_first_schema_are_brought_up_to_date(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as old:
+        old.setattr(schema, "MIGRATIONS", schema.MIGRATIONS[:1])
+        old.setattr(schema, "VERSION", 1)
+        first = Database(str(path))
+        first.write(lambda conn: conn.execute("INSERT INTO sandboxes (uuid, vmid, name, state, created_at, updated_at) "
+                                              "VALUES ('u', 1000, 'old', 'RUNNING', 1, 2)") and None)
+        first.close()
+    now = Database(str(path))
+    assert now.read("PRAGMA user_version")[0][0] == schema.VERSION > 1
+    kept = Records(now, SystemClock(), "test").get("u")
+    assert (kept.vmid, kept.name, kept.state, kept.created_at, kept.lease_max_seconds) == (1000, "old", "RUNNING", 1, None)
+    now.close()
+
+
 # ---- what is refused ----
 
 
@@ -158,7 +173,7 @@ def test_newer_schema_is_refused_and_left_alone(path: Path) -> None:
     conn.close()
     before = path.read_bytes()
     for dry_run in (False, True):
-        with pytest.raises(StoreError, match="schema version 99 is newer than the 1 that this release knows; upgrade agentlab.proxmox"):
+        with pytest.raises(StoreError, match="schema version 99 is newer than the \\d+ that this release knows; upgrade agentlab.proxmox"):
             Database(str(path), dry_run=dry_run)
     assert path.read_bytes() == before
 

@@ -19,6 +19,7 @@ from .errors import ConfigError, InvalidInput
 
 CONFIG_FILE = "/etc/agentlab/config.yaml"
 DATABASE = "/var/lib/agentlab/agentlab.db"
+PROFILES = "/etc/agentlab/profiles"
 
 ENVIRONMENT = {
     "config_file": "AGENTLAB_CONFIG",
@@ -62,6 +63,7 @@ DEFAULTS: dict[str, Any] = {
     "doubt_window": "60s",
     "clock_jump_pause": "10m",
     "absent_guard": "50",
+    "profiles_dir": PROFILES,
 }
 SECRETS = ("api_password", "api_token_secret")
 
@@ -141,6 +143,7 @@ class Config:
     clock_jump_pause: int
     absent_guard: int
     workers: int
+    profiles_dir: str
 
 
 def load(options: Mapping[str, Any], environment: Mapping[str, str]) -> Config:
@@ -188,25 +191,31 @@ def load(options: Mapping[str, Any], environment: Mapping[str, str]) -> Config:
         clock_jump_pause=_seconds("clock_jump_pause", value("clock_jump_pause")),
         absent_guard=_integer("absent_guard", value("absent_guard"), 1, 100),
         workers=connections,
+        profiles_dir=str(value("profiles_dir")),
     )
 
 
-def read_file(path: str) -> dict[str, Any]:
-    """The configuration file's keys; refused as a whole when it cannot be parsed or has a key that does not exist."""
+def read_yaml(path: str, where: str) -> Any:
+    """What a YAML file holds; ConfigError, which begins with ``where``, when it cannot be read or parsed."""
     try:
         import yaml
     except ImportError:
-        raise ConfigError(f"config_file: {path} cannot be read without the Python library yaml; install python3-yaml", file=path) from None
+        raise ConfigError(f"{where} cannot be read without the Python library yaml; install python3-yaml", file=path) from None
     try:
         with open(path, encoding="utf-8") as file:
-            found = yaml.safe_load(file)
+            return yaml.safe_load(file)
     except OSError as error:
-        raise ConfigError(f"config_file: {path}: {error.strerror}; correct config_file or its permissions", file=path) from None
+        raise ConfigError(f"{where}: {error.strerror}; correct the path or its permissions", file=path) from None
     except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         # Only the place, never the line itself: it may hold a secret.
         place = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise ConfigError(f"config_file: {path} is not valid YAML{place}; nothing of it was used", file=path) from None
+        raise ConfigError(f"{where} is not valid YAML{place}; nothing of it was used", file=path) from None
+
+
+def read_file(path: str) -> dict[str, Any]:
+    """The configuration file's keys; refused as a whole when it cannot be parsed or has a key that does not exist."""
+    found = read_yaml(path, f"config_file: {path}")
     if found is None:
         return {}
     if not isinstance(found, dict):

@@ -37,6 +37,8 @@ class Sandbox:
     smbios_uuid: str | None = None
     absent_seen_at: int | None = None
     reason: str | None = None
+    # The longest lease its profile grants.
+    lease_max_seconds: int | None = None
 
     @classmethod
     def from_row(cls, row: Any) -> Sandbox:

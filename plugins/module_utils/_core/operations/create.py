@@ -15,7 +15,7 @@ import uuid as uuid_module
 from dataclasses import dataclass, field
 from typing import Any
 
-from .. import states
+from .. import states, words
 from ..errors import (
     AgentlabError,
     ApiError,
@@ -38,11 +38,9 @@ from . import create_recovery, destroy, power
 from .context import Context
 from .verify import Located, locate, require_match
 
-_NAME = re.compile(r"(?=.{1,63}\Z)[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?(\.[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?)*", re.ASCII)
-_TAG = re.compile(r"[a-z0-9_][a-z0-9_+.-]*", re.ASCII)
-_SIZE = re.compile(r"\+?\d{1,7}(\.\d{1,3})?[KMGT]?", re.ASCII)
-_IPCONFIG = re.compile(r"[A-Za-z0-9][A-Za-z0-9.:/=,-]{0,199}", re.ASCII)
-_WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", re.ASCII)
+_WORDS = {"name": words.DNS_NAME, "node": words.WORD, "storage": words.WORD, "pool": words.WORD, "bridge": words.WORD, "disk_size": words.SIZE,
+          "ip_config": words.IPCONFIG, "nameserver": words.NAMESERVER, "searchdomain": words.SEARCHDOMAIN, "cloud_init_user": words.USER,
+          "firewall_group": words.FIREWALL_GROUP}
 # A hint for people and for inventories; never a proof.
 OUR_TAG = "agentlab"
 
@@ -63,26 +61,28 @@ class Spec:
     memory: int | None = None
     disk_size: str | None = None
     bridge: str | None = None
+    network_model: str | None = None
     firewall: bool | None = None
+    firewall_group: str | None = None
+    cloud_init_user: str | None = None
     ip_config: str | None = None
     nameserver: str | None = None
+    searchdomain: str | None = None
     ssh_public_keys: list[str] = field(default_factory=list)
     tags: list[str] = field(default_factory=list)
     ttl: int = 0
+    # The longest lease that the profile grants; None where only the configuration says it.
+    lease_maximum: int | None = None
     keepalive: bool = False
     protected: bool = False
     wait_for_ip: bool = False
 
     def check(self) -> None:
         """Refuse by the name of the option what Proxmox would refuse later, or could take for something else."""
-        _match("name", self.name, _NAME, "a DNS name of letters, digits, dots and hyphens, 63 characters at most")
-        for option in ("node", "storage", "pool", "bridge"):
-            _match(option, getattr(self, option), _WORD, "letters, digits, dot, hyphen and underscore")
-        _match("disk_size", self.disk_size, _SIZE, "a size such as 20G, or +10G to add to the template's")
-        _match("ip_config", self.ip_config, _IPCONFIG, "such as ip=dhcp or ip=192.0.2.10/24,gw=192.0.2.1")
-        _match("nameserver", self.nameserver, re.compile(r"[0-9A-Fa-f.: ]{2,200}"), "IP addresses separated by blanks")
+        for option, word in _WORDS.items():
+            words.match(option, getattr(self, option), word)
         for tag in self.tags:
-            _match("tags", tag, _TAG, "lower-case letters, digits and _ + . -")
+            words.match("tags", tag, words.TAG)
         if self.vmid is not None and not 100 <= self.vmid <= 999999999:
             raise InvalidInput(f"vmid: {self.vmid} is not valid. Valid: 100 to 999999999", option="vmid", value=self.vmid)
         if self.storage and self.full_clone is False:
@@ -91,15 +91,14 @@ class Spec:
             value = getattr(self, option)
             if value is not None and not low <= value <= high:
                 raise InvalidInput(f"{option}: {value} is not valid. Valid: {low} to {high}", option=option, value=value)
+        if self.network_model is not None and self.network_model not in words.MODELS:
+            raise InvalidInput(f"network_model: {self.network_model[:80]!r} is not valid. Valid: {', '.join(words.MODELS)}", option="network_model")
+        if self.firewall_group and self.firewall is False:
+            raise InvalidInput("firewall_group: has no effect with firewall=false; leave one of the two out", option="firewall_group")
         for key in self.ssh_public_keys:
-            if "\n" in key.strip() or not re.match(r"(ssh-|ecdsa-|sk-)\S+ \S+", key.strip()):
+            if not words.PUBLIC_KEY[0].fullmatch(key.strip()):
                 raise InvalidInput(f"ssh_public_keys: {key.strip()[:30]!r}... is not a public key in one line (type, key, comment)",
                                    option="ssh_public_keys")
-
-
-def _match(option: str, value: str | None, pattern: re.Pattern[str], valid: str) -> None:
-    if value is not None and not pattern.fullmatch(value):
-        raise InvalidInput(f"{option}: {value[:80]!r} is not valid. Valid: {valid}", option=option, value=value[:80])
 
 
 def existing(ctx: Context, spec: Spec) -> Sandbox | None:
@@ -182,7 +181,8 @@ def _create(ctx: Context, spec: Spec) -> Outcome:
     name = spec.name or f"sandbox-{uid[:8]}"
     now = ctx.clock.now()
     sandbox = Sandbox(uuid=uid, vmid=spec.vmid or 0, name=name, state=states.REQUESTED, profile=spec.profile, node=node, tags=sorted(set(spec.tags)),
-                      protected=spec.protected, keepalive=spec.keepalive, ttl_seconds=spec.ttl, lease_expires_at=now + spec.ttl)
+                      protected=spec.protected, keepalive=spec.keepalive, ttl_seconds=spec.ttl, lease_expires_at=now + spec.ttl,
+                      lease_max_seconds=spec.lease_maximum)
     journal = {"template": template, "template_node": template_node, "node": node}
     claim = ctx.records.reserve(sandbox, vmid=spec.vmid, vmid_range=ctx.config.vmid_range, occupied=set(known), journal=journal)
     if ctx.dry_run:
@@ -331,7 +331,8 @@ def _configure(ctx: Context, spec: Spec, sandbox: Sandbox, found: Located) -> No
     """One config write with what the clone call cannot carry, guarded by the digest of what was judged; then the disk's size."""
     config = (found.verdict.config if found.verdict else None) or {}
     tags = sorted({OUR_TAG, *sandbox.tags})
-    wanted: dict[str, Any] = {"tags": ";".join(tags), "cores": spec.cores, "memory": spec.memory, "nameserver": spec.nameserver, "ipconfig0": spec.ip_config}
+    wanted: dict[str, Any] = {"tags": ";".join(tags), "cores": spec.cores, "memory": spec.memory, "nameserver": spec.nameserver, "ipconfig0": spec.ip_config,
+                              "searchdomain": spec.searchdomain, "ciuser": spec.cloud_init_user}
     if str(config.get("protection", "0")) == "1":
         # Copied from the template: a sandbox that cannot be deleted is none. Its own protection is a matter of the record.
         wanted["protection"] = 0
@@ -339,11 +340,15 @@ def _configure(ctx: Context, spec: Spec, sandbox: Sandbox, found: Located) -> No
         from urllib.parse import quote
 
         wanted["sshkeys"] = quote("\n".join(key.strip() for key in spec.ssh_public_keys), safe="")
-    if spec.bridge or spec.firewall is not None:
-        wanted["net0"] = network(str(config.get("net0") or "virtio"), spec.bridge, spec.firewall)
+    # A security group means nothing on an interface that the firewall does not look at.
+    firewall = True if spec.firewall_group else spec.firewall
+    if spec.bridge or spec.network_model or firewall is not None:
+        wanted["net0"] = network(str(config.get("net0") or "virtio"), spec.bridge, firewall, spec.network_model)
     changes = {name: value for name, value in wanted.items() if value is not None and str(config.get(name, "")) != str(value)}
     if changes:
         ctx.client.put(f"{found.path}/config", digest=found.verdict.digest if found.verdict else None, **changes)
+    if spec.firewall_group:
+        join_firewall_group(ctx, found, spec.firewall_group)
     if spec.disk_size:
         disk = boot_disk(config)
         if disk is None:
@@ -353,9 +358,22 @@ def _configure(ctx: Context, spec: Spec, sandbox: Sandbox, found: Located) -> No
             ctx.tasks.wait(answer, f"resize disk {disk} of VM {sandbox.vmid}", ctx.wait_timeout)
 
 
-def network(current: str, bridge: str | None, firewall: bool | None) -> str:
-    """A net0 value with another bridge or firewall flag; model and MAC address stay."""
+def join_firewall_group(ctx: Context, found: Located, group: str) -> None:
+    """Put the VM's firewall on and the security group into its rules, unless that is so already (a template's rules are cloned along)."""
+    base = f"{found.path}/firewall"
+    rules = ctx.client.get_list(f"{base}/rules")
+    if not any(rule.get("type") == "group" and rule.get("action") == group and str(rule.get("enable", 1)) == "1" for rule in rules):
+        ctx.client.post(f"{base}/rules", type="group", action=group, enable=1)
+    if str(ctx.client.get_dict(f"{base}/options").get("enable", 0)) != "1":
+        ctx.client.put(f"{base}/options", enable=1)
+
+
+def network(current: str, bridge: str | None, firewall: bool | None, model: str | None = None) -> str:
+    """A net0 value with another bridge, firewall flag or model; the MAC address stays."""
     parts = [part for part in current.split(",") if part]
+    if model and parts:
+        # The model stands first, with the MAC address as its value: virtio=BC:24:11:00:00:01.
+        parts[0] = "=".join([model, *parts[0].split("=")[1:]])
     kept = [part for part in parts if not (bridge and part.startswith("bridge=")) and not (firewall is not None and part.startswith("firewall="))]
     if bridge:
         kept.append(f"bridge={bridge}")

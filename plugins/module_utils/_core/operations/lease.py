@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from .. import clock as clock_module
 from .. import durations, states
-from ..errors import AgentlabError, Kept, RecordChanged, StateConflict
+from ..errors import AgentlabError, InvalidInput, Kept, RecordChanged, StateConflict
 from ..model import Outcome, Sandbox
 from ..proxmox import identity
 from . import power, timeguard
@@ -30,6 +30,9 @@ def parse_ttl(ctx: Context, value: object, option: str = "ttl") -> int:
 
 def renew(ctx: Context, sandbox: Sandbox, ttl: int, *, min_remaining: int | None = None, allow_shorten: bool = False) -> Outcome:
     """Set the lease to now + ttl. One conditional UPDATE decides against expiry: a renewal that lost is an error, never a success."""
+    if sandbox.lease_max_seconds is not None and ttl > sandbox.lease_max_seconds:
+        raise InvalidInput(f"ttl: {durations.show(ttl)} is longer than the maximum of {durations.show(sandbox.lease_max_seconds)} that profile "
+                           f"{sandbox.profile!r} grants sandbox {sandbox.vmid}", option="ttl", vmid=sandbox.vmid)
     for _attempt in range(5):
         now = ctx.clock.now()
         states.check("renew_lease", sandbox.state, ctx.force_hint)

@@ -82,6 +82,8 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         "CREATE UNIQUE INDEX operation_of ON operations (sandbox_uuid)",
         "INSERT INTO meta (key, value) VALUES ('fence', '0')",
     ),
+    # Profiles: the longest lease that the profile of a sandbox grants.
+    ("ALTER TABLE sandboxes ADD COLUMN lease_max_seconds INTEGER",),
 )
 
 VERSION = len(MIGRATIONS)

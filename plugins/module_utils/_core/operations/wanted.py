@@ -1,0 +1,62 @@
+# Copyright: the agentlab.proxmox contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""From the options of a creation to its Spec: an option that is given wins over the profile, the profile over the configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from .. import durations, profiles
+from ..errors import InvalidInput
+from . import create, lease
+from .context import Context
+
+# The options of a creation, by the names that modules and the HTTP API give them. Besides them: vmid and name.
+OPTIONS = ("profile", "template", "node", "full_clone", "storage", "pool", "cores", "memory", "disk_size", "bridge", "network_model", "firewall",
+           "firewall_group", "cloud_init_user", "ip_config", "nameserver", "searchdomain", "ssh_public_keys", "tags", "ttl", "keepalive", "protected",
+           "wait_for_ip")
+
+
+def spec(ctx: Context, options: Mapping[str, Any]) -> create.Spec:
+    """The Spec of ``vmid``, ``name`` and OPTIONS (absent or None: not given); refuses by name what cannot be used. ``ttl`` as a duration."""
+    given = {name: options[name] for name in ("vmid", "name", *OPTIONS) if options.get(name) is not None}
+    profile = profiles.load(ctx.config.profiles_dir, str(given["profile"])) if "profile" in given else None
+    values = {**_of_profile(profile, given), **given}
+    values["ttl"], values["lease_maximum"] = _ttl(ctx, given.get("ttl"), profile)
+    found = create.Spec(**values)
+    found.check()
+    return found
+
+
+def _of_profile(profile: profiles.Profile | None, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What the profile fills in, without what would contradict an option that is given."""
+    if profile is None:
+        return {}
+    values = dict(profile.values)
+    if given.get("firewall") is False:
+        values.pop("firewall_group", None)
+    if "firewall_group" in given:
+        values.pop("firewall", None)
+    if given.get("full_clone") is False:
+        values.pop("storage", None)
+    if "storage" in given:
+        values.pop("full_clone", None)
+    return values
+
+
+def _ttl(ctx: Context, given: object, profile: profiles.Profile | None) -> tuple[int, int | None]:
+    """Seconds of the first lease, and the longest that the profile grants."""
+    maximum = profile.lease_maximum if profile else None
+    if given is not None:
+        ttl = lease.parse_ttl(ctx, given)
+        if maximum is not None and ttl > maximum:
+            raise InvalidInput(f"ttl: {durations.show(ttl)} is longer than the maximum of {durations.show(maximum)} that profile "
+                               f"{profile.name if profile else ''!r} grants", option="ttl", value=str(given))
+        return ttl, maximum
+    wanted = ctx.config.default_ttl
+    if profile and profile.lease_default is not None:
+        wanted = lease.parse_ttl(ctx, durations.show(profile.lease_default), f"{profile.path}: lease.default")
+    return min(wanted, maximum) if maximum is not None else wanted, maximum

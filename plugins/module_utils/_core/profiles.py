@@ -1,0 +1,232 @@
+# Copyright: the agentlab.proxmox contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Profiles: kinds of sandboxes that an operator describes once, one YAML file each.
+
+A profile only fills in what a creation does not say itself. A file is checked as a whole; an error names the file, the key and what is valid.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from . import durations, words
+from .errors import ConfigError, InvalidInput
+
+NAME: words.Word = (re.compile(r"[a-z0-9][a-z0-9_.-]{0,62}", re.ASCII), "lower-case letters, digits, dot, hyphen and underscore")
+_SUFFIXES = (".yaml", ".yml")
+WORKSPACE = ("none", "optional", "required")
+
+
+@dataclass(slots=True)
+class Profile:
+    """One kind of sandbox. ``values`` are creation options by their names (only those that the file sets); leases in seconds."""
+
+    name: str
+    path: str
+    description: str | None = None
+    values: dict[str, Any] = field(default_factory=dict)
+    lease_default: int | None = None
+    lease_maximum: int | None = None
+    workspace: str = "optional"
+
+    def public(self) -> dict[str, Any]:
+        """The shape of answers: the options it sets, and its leases as durations."""
+        return {"name": self.name, "path": self.path, "description": self.description, "workspace": self.workspace,
+                "lease_default": None if self.lease_default is None else durations.show(self.lease_default),
+                "lease_maximum": None if self.lease_maximum is None else durations.show(self.lease_maximum), **self.values}
+
+
+class _Refused(Exception):
+    """What is wrong with one value; the caller knows where it stands."""
+
+
+Check = Callable[[Any], Any]
+
+
+def _text(word: words.Word) -> Check:
+    pattern, valid = word
+
+    def check(value: Any) -> str:
+        text = str(value)
+        if isinstance(value, (bool, dict, list)) or not pattern.fullmatch(text):
+            raise _Refused(valid)
+        return text
+
+    return check
+
+
+def _whole(low: int, high: int) -> Check:
+    def check(value: Any) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            raise _Refused(f"a whole number from {low} to {high}")
+        return value
+
+    return check
+
+
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise _Refused("true or false")
+    return value
+
+
+def _choice(choices: tuple[str, ...]) -> Check:
+    def check(value: Any) -> str:
+        if value not in choices:
+            raise _Refused(", ".join(choices))
+        return str(value)
+
+    return check
+
+
+def _several(one: Check) -> Check:
+    def check(value: Any) -> list[Any]:
+        if not isinstance(value, list):
+            raise _Refused("a list")
+        return [one(item) for item in value]
+
+    return check
+
+
+def _duration(value: Any) -> int:
+    try:
+        return durations.parse(value, "")
+    except InvalidInput:
+        raise _Refused(f"{durations.VALID}, more than zero and less than {durations.show(durations.MAX_SECONDS)}") from None
+
+
+# Every key a file may have: what checks it, and the creation option it fills in. Sections are dictionaries of such keys.
+_KEYS: dict[str, Any] = {
+    "name": (_text(NAME), None),
+    "description": (_text((re.compile(r"[^\x00-\x08]{0,500}"), "a text of 500 characters at most")), None),
+    "template": (_text(words.WORD), "template"),
+    "full_clone": (_flag, "full_clone"),
+    "node": (_text(words.WORD), "node"),
+    "pool": (_text(words.WORD), "pool"),
+    "storage": (_text(words.WORD), "storage"),
+    "resources": {
+        "cores": (_whole(1, 512), "cores"),
+        "memory": (_whole(16, 16777216), "memory"),
+        "disk_size": (_text(words.SIZE), "disk_size"),
+    },
+    "network": {
+        "bridge": (_text(words.WORD), "bridge"),
+        "model": (_choice(words.MODELS), "network_model"),
+        "firewall": (_flag, "firewall"),
+        "firewall_group": (_text(words.FIREWALL_GROUP), "firewall_group"),
+    },
+    "cloud_init": {
+        "user": (_text(words.USER), "cloud_init_user"),
+        "ssh_public_keys": (_several(_text(words.PUBLIC_KEY)), "ssh_public_keys"),
+        "ip_config": (_text(words.IPCONFIG), "ip_config"),
+        "nameserver": (_text(words.NAMESERVER), "nameserver"),
+        "searchdomain": (_text(words.SEARCHDOMAIN), "searchdomain"),
+    },
+    "lease": {
+        "default": (_duration, "lease_default"),
+        "maximum": (_duration, "lease_maximum"),
+    },
+    "keepalive": (_flag, "keepalive"),
+    "tags": (_several(_text(words.TAG)), "tags"),
+    "workspace": (_choice(WORKSPACE), None),
+}
+
+
+def load_all(folder: str) -> dict[str, Profile]:
+    """Every profile of the folder by its name; ConfigError for the first file that is wrong. A folder that is not there has none."""
+    found: dict[str, Profile] = {}
+    for path in _files(folder):
+        _add(found, read(path))
+    return found
+
+
+def load(folder: str, name: str) -> Profile:
+    """One profile. Files that are wrong matter only if the name is not found without them."""
+    found: dict[str, Profile] = {}
+    wrong: list[ConfigError] = []
+    for path in _files(folder):
+        try:
+            _add(found, read(path))
+        except ConfigError as error:
+            wrong.append(error)
+    of_that_name = [error for error in wrong if os.path.splitext(os.path.basename(str(error.detail.get("file"))))[0] == name]
+    if of_that_name:
+        raise of_that_name[0]
+    if name in found:
+        return found[name]
+    unusable = f"; not usable: {wrong[0].message}" if wrong else ""
+    raise InvalidInput(f"profile: {name!r} does not exist in {folder}. Profiles: {', '.join(sorted(found)) or 'none'}{unusable}",
+                       option="profile", value=name)
+
+
+def _add(found: dict[str, Profile], profile: Profile) -> None:
+    if profile.name in found:
+        raise ConfigError(f"{profile.path}: name: {profile.name!r} is also the name of {found[profile.name].path}; give each profile a name of its own",
+                          file=profile.path, key="name")
+    found[profile.name] = profile
+
+
+def _files(folder: str) -> list[str]:
+    try:
+        return [os.path.join(folder, name) for name in sorted(os.listdir(folder)) if name.endswith(_SUFFIXES) and not name.startswith(".")]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise ConfigError(f"profiles_dir: {folder}: {error.strerror}; correct profiles_dir or its permissions", file=folder) from None
+
+
+def read(path: str) -> Profile:
+    """One file, checked as a whole; ConfigError names the file, the key and what is valid."""
+    from .config import read_yaml
+
+    content = read_yaml(path, path)
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: must be a mapping of keys. Valid: {', '.join(_KEYS)}", file=path)
+    values = _section(path, "", content, _KEYS)
+    plain = {name: values.pop(name, None) for name in ("name", "description", "workspace", "lease_default", "lease_maximum")}
+    default, maximum = plain["lease_default"], plain["lease_maximum"]
+    if default is not None and maximum is not None and default > maximum:
+        raise ConfigError(f"{path}: lease.default: {durations.show(default)} is longer than lease.maximum ({durations.show(maximum)})",
+                          file=path, key="lease.default")
+    if values.get("storage") and values.get("full_clone") is False:
+        raise ConfigError(f"{path}: storage: a linked clone stays on its template's storage; leave storage out, or set full_clone to true",
+                          file=path, key="storage")
+    if values.get("firewall_group") and values.get("firewall") is False:
+        raise ConfigError(f"{path}: network.firewall_group: has no effect with firewall: false; leave one of the two out",
+                          file=path, key="network.firewall_group")
+    name = plain["name"] or os.path.splitext(os.path.basename(path))[0]
+    if not NAME[0].fullmatch(name):
+        raise ConfigError(f"{path}: name: missing, and the file's own name is not one. Valid: {NAME[1]}", file=path, key="name")
+    return Profile(name, path, plain["description"], values, default, maximum, plain["workspace"] or "optional")
+
+
+def _section(path: str, prefix: str, content: dict[Any, Any], keys: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in content.items():
+        known = keys.get(key) if isinstance(key, str) else None
+        where = f"{prefix}{key}"
+        if known is None:
+            raise ConfigError(f"{path}: {where}: no such key. Valid: {', '.join(prefix + name for name in keys)}", file=path, key=where)
+        if value is None:
+            continue
+        if isinstance(known, dict):
+            if not isinstance(value, dict):
+                raise ConfigError(f"{path}: {where}: {_shown(value)} is not valid. Valid: a mapping of {', '.join(known)}", file=path, key=where)
+            found.update(_section(path, f"{where}.", value, known))
+            continue
+        check, option = known
+        try:
+            found[option or key] = check(value)
+        except _Refused as refused:
+            raise ConfigError(f"{path}: {where}: {_shown(value)} is not valid. Valid: {refused}", file=path, key=where) from None
+    return found
+
+
+def _shown(value: Any) -> str:
+    return repr(value)[:80]

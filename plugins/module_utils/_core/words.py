@@ -1,0 +1,34 @@
+# Copyright: the agentlab.proxmox contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""What values may look like: a pattern each, with the words that say what is valid. Creations and profiles are checked by the same ones."""
+
+from __future__ import annotations
+
+import re
+
+from .errors import InvalidInput
+
+Word = tuple[re.Pattern[str], str]
+
+DNS_NAME: Word = (re.compile(r"(?=.{1,63}\Z)[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?(\.[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?)*", re.ASCII),
+                  "a DNS name of letters, digits, dots and hyphens, 63 characters at most")
+TAG: Word = (re.compile(r"[a-z0-9_][a-z0-9_+.-]*", re.ASCII), "lower-case letters, digits and _ + . -")
+SIZE: Word = (re.compile(r"\+?\d{1,7}(\.\d{1,3})?[KMGT]?", re.ASCII), "a size such as 20G, or +10G to add to the template's")
+IPCONFIG: Word = (re.compile(r"[A-Za-z0-9][A-Za-z0-9.:/=,-]{0,199}", re.ASCII), "such as ip=dhcp or ip=192.0.2.10/24,gw=192.0.2.1")
+WORD: Word = (re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", re.ASCII), "letters, digits, dot, hyphen and underscore")
+NAMESERVER: Word = (re.compile(r"[0-9A-Fa-f.: ]{2,200}"), "IP addresses separated by blanks")
+SEARCHDOMAIN: Word = (re.compile(r"[A-Za-z0-9][A-Za-z0-9. -]{0,252}", re.ASCII), "a domain such as example.org")
+USER: Word = (re.compile(r"[a-z_][a-z0-9_-]{0,31}", re.ASCII), "a user name of lower-case letters, digits, hyphen and underscore")
+FIREWALL_GROUP: Word = (re.compile(r"[A-Za-z][A-Za-z0-9_-]{1,17}", re.ASCII), "the name of a security group, 2 to 18 letters, digits, - and _")
+PUBLIC_KEY: Word = (re.compile(r"(ssh-|ecdsa-|sk-)\S+ \S[^\n]*"), "a public key in one line (type, key, comment)")
+# The models of network card that Proxmox VE offers for new VMs.
+MODELS = ("virtio", "e1000", "e1000e", "rtl8139", "vmxnet3")
+
+
+def match(option: str, value: str | None, word: Word) -> None:
+    """InvalidInput, by the name of the option, for a value that does not look like that; None is not looked at."""
+    pattern, valid = word
+    if value is not None and not pattern.fullmatch(value):
+        raise InvalidInput(f"{option}: {value[:80]!r} is not valid. Valid: {valid}", option=option, value=value[:80])
