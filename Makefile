@@ -17,7 +17,7 @@ WORKERS ?= auto
 PYTEST = .venv/bin/python -m pytest -q -n $(WORKERS)
 PYTEST_ARGS ?=
 
-.PHONY: help setup demo test lint lint-python lint-ansible lint-meta sanity unit scenarios test-faults changelog build clean
+.PHONY: help setup demo test lint lint-python lint-ansible lint-meta sanity unit scenarios test-daemon test-faults changelog build clean
 
 help: ## Show this list
 	@echo "Targets:"
@@ -66,6 +66,10 @@ unit: setup ## Tests of rules, store and operations
 scenarios: setup ## Every module in real playbooks against a fake Proxmox VE
 	@echo "==> Scenarios"
 	@$(PYTEST) tests/scenarios $(PYTEST_ARGS)
+
+test-daemon: setup ## The daemon as a real process against a fake Proxmox VE
+	@echo "==> Daemon"
+	@$(PYTEST) tests/daemon $(PYTEST_ARGS)
 
 test-faults: setup ## Interrupted, broken and racing operations; takes long
 	@echo "==> Faults"

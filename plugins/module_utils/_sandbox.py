@@ -12,7 +12,7 @@ from typing import Any
 from ansible.module_utils.basic import AnsibleModule
 
 from . import _adapter
-from ._core.errors import AgentlabError, Busy, InvalidInput, Kept, NotFound
+from ._core.errors import AgentlabError, InvalidInput, NotFound
 from ._core.model import Outcome, Sandbox
 from ._core.operations.context import Context, failure
 
@@ -82,34 +82,8 @@ def _absent(context: Context, wanted: list[dict[str, Any]], force: bool) -> list
             found.append(context.select(**which))
         except NotFound:
             found.append(Outcome("not_found", vmid=which.get("vmid"), name=which.get("name"), reason="no record; a VM without one is never touched"))
-    todo: list[tuple[Sandbox, destroy.Request]] = []
-    outcomes: dict[int, Outcome] = {}
-    for index, one in enumerate(found):
-        if isinstance(one, Outcome):
-            outcomes[index] = one
-            continue
-        try:
-            if not destroy.check(context, one, force):
-                outcomes[index] = Outcome.of("unchanged", one, reason=one.reason)
-            elif context.dry_run:
-                outcomes[index] = _planned(context, one)
-            else:
-                todo.append((one, destroy.Request(force=force)))
-        except AgentlabError as error:
-            outcomes[index] = failure(one, error)
-    done = iter(destroy.run(context, todo) if todo else [])
-    return [outcomes[index] if index in outcomes else next(done) for index in range(len(found))]
-
-
-def _planned(context: Context, sandbox: Sandbox) -> Outcome:
-    from ._core import states
-    from ._core.operations import destroy
-
-    try:
-        _action, reason, message = destroy.plan(context, sandbox)
-        return Outcome.of("would_destroy", sandbox, state=states.DESTROYED, reason=reason, message=message, changed=True)
-    except (Kept, Busy) as error:
-        return failure(sandbox, error)
+    done = iter(destroy.several(context, [one for one in found if isinstance(one, Sandbox)], force))
+    return [one if isinstance(one, Outcome) else next(done) for one in found]
 
 
 def _power(context: Context, wanted: list[dict[str, Any]], state: str) -> list[Outcome]:

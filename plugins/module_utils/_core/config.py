@@ -64,7 +64,17 @@ DEFAULTS: dict[str, Any] = {
     "clock_jump_pause": "10m",
     "absent_guard": "50",
     "profiles_dir": PROFILES,
+    "socket": "/run/agentlab/agentlabd.sock",
+    "listen": None,
+    "listen_token_file": None,
+    "metrics_listen": None,
+    "cleanup_file": "/etc/agentlab/cleanup.yaml",
+    "expire_interval": "30s",
+    "reconcile_interval": "15m",
+    "stop_timeout": "60s",
 }
+# Of these the daemon takes a change only when it is started anew.
+FIXED = ("database", "database_group_access", "socket", "listen", "listen_token_file", "metrics_listen")
 SECRETS = ("api_password", "api_token_secret")
 
 
@@ -144,6 +154,14 @@ class Config:
     absent_guard: int
     workers: int
     profiles_dir: str
+    socket: str
+    listen: tuple[str, int] | None
+    listen_token_file: str | None
+    metrics_listen: tuple[str, int] | None
+    cleanup_file: str
+    expire_interval: int
+    reconcile_interval: int
+    stop_timeout: int
 
 
 def load(options: Mapping[str, Any], environment: Mapping[str, str]) -> Config:
@@ -192,6 +210,14 @@ def load(options: Mapping[str, Any], environment: Mapping[str, str]) -> Config:
         absent_guard=_integer("absent_guard", value("absent_guard"), 1, 100),
         workers=connections,
         profiles_dir=str(value("profiles_dir")),
+        socket=str(value("socket")),
+        listen=loopback("listen", value("listen")),
+        listen_token_file=_text("listen_token_file", value("listen_token_file")),
+        metrics_listen=loopback("metrics_listen", value("metrics_listen")),
+        cleanup_file=str(value("cleanup_file")),
+        expire_interval=_seconds("expire_interval", value("expire_interval"), zero=False),
+        reconcile_interval=_seconds("reconcile_interval", value("reconcile_interval"), zero=False),
+        stop_timeout=_seconds("stop_timeout", value("stop_timeout")),
     )
 
 
@@ -256,9 +282,28 @@ def _boolean(name: str, value: Any) -> bool:
     raise InvalidInput(f"{name}: {text!r} is not valid. Valid: true or false", option=name, value=text)
 
 
-def _seconds(name: str, value: Any) -> int:
+def loopback(name: str, value: Any) -> tuple[str, int] | None:
+    """``127.0.0.1:8080`` or ``[::1]:8080`` as address and port; any other address than loopback is refused."""
+    if value is None:
+        return None
+    import ipaddress
+
+    text = str(value).strip()
+    host, _colon, port = text.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    try:
+        local = ipaddress.ip_address("127.0.0.1" if host == "localhost" else host)
+    except ValueError:
+        local = None
+    if local is None or not local.is_loopback or not (port.isascii() and port.isdecimal()) or not 0 < int(port) < 65536:
+        raise InvalidInput(f"{name}: {text!r} is not valid. Valid: a loopback address and a port, such as 127.0.0.1:9820 or [::1]:9820",
+                           option=name, value=text)
+    return str(local), int(port)
+
+
+def _seconds(name: str, value: Any, *, zero: bool = True) -> int:
     # These are times of waiting: a bare number is seconds here, as everywhere in Ansible; only leases and ages count in minutes.
     text = str(value).strip()
     if not isinstance(value, bool) and text.isascii() and text.isdecimal():
         value = f"{text}s"
-    return durations.parse(value, name, zero=True, valid=durations.VALID_SECONDS)
+    return durations.parse(value, name, zero=zero, valid=durations.VALID_SECONDS)

@@ -53,6 +53,12 @@ class Busy(AgentlabError):
     code = "busy"
 
 
+class Stopping(AgentlabError):
+    """This process is about to end: nothing new is begun; what was not begun is as it was."""
+
+    code = "stopping"
+
+
 class ClaimLost(AgentlabError):
     """Our claim ran out or was taken over: whatever we were about to do is not ours to do any more."""
 

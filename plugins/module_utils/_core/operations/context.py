@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -18,7 +19,7 @@ from ..model import Outcome, Sandbox
 from ..proxmox.client import ProxmoxClient
 from ..proxmox.cluster import Cluster
 from ..proxmox.tasks import TaskWaiter
-from ..store.database import Database
+from ..store.database import Database, Rehearsal
 from ..store.records import Claim, Records
 
 A = TypeVar("A")
@@ -32,25 +33,40 @@ class Context:
     """One run. Nothing is connected or read until it is used, so a run that the database alone answers asks Proxmox nothing."""
 
     def __init__(self, config: Config, *, actor: str, dry_run: bool = False, force_hint: str = states.FORCE_HINT_CLI,
-                 wait_timeout: int | None = None, clock: Clock | None = None) -> None:
+                 wait_timeout: int | None = None, clock: Clock | None = None, parent: Context | None = None,
+                 stopping: threading.Event | None = None) -> None:
         self.config = config
         self.actor = actor
         self.dry_run = dry_run
         self.force_hint = force_hint
         self.clock: Clock = clock or SystemClock()
         self.wait_timeout = config.wait_timeout if wait_timeout is None else wait_timeout
-        self.database = Database(config.database, group_mode=config.database_group_access, dry_run=dry_run)
-        self.records = Records(self.database, self.clock, actor, self.wait_timeout)
-        self.client = ProxmoxClient(config.proxmox, self.clock)
+        self.stopping = stopping
+        self._owner = parent is None
+        if parent is None:
+            self.database = Database(config.database, group_mode=config.database_group_access, dry_run=dry_run)
+        else:
+            self.database = Rehearsal(parent.database) if dry_run else parent.database
+        self.records = Records(self.database, self.clock, actor, self.wait_timeout, stopping)
+        if parent is None or parent.client.settings != config.proxmox:
+            self.client: ProxmoxClient = ProxmoxClient(config.proxmox, self.clock, parent.client.statistics if parent else None)
+            self.tasks: TaskWaiter = TaskWaiter(self.client, self.clock)
+        else:
+            self.client, self.tasks = parent.client, parent.tasks
         self.cluster = Cluster(self.client, self.clock, self.records)
-        self.tasks = TaskWaiter(self.client, self.clock)
+
+    def derive(self, *, actor: str, dry_run: bool = False, config: Config | None = None) -> Context:
+        """A run of its own for a process that lives longer than one: shares the database and the connections, remembers nothing read of Proxmox."""
+        return Context(config or self.config, actor=actor, dry_run=dry_run, force_hint=self.force_hint, clock=self.clock, parent=self,
+                       stopping=self.stopping)
 
     def refresh(self) -> None:
-        """Forget what was read of Proxmox: for a process that lives longer than one run."""
+        """Forget what was read of Proxmox."""
         self.cluster = Cluster(self.client, self.clock, self.records)
 
     def close(self) -> None:
-        self.database.close()
+        if self._owner:
+            self.database.close()
 
     # ---- choosing sandboxes ----
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from .. import clock as clock_module
 from .. import states
-from ..errors import AgentlabError, ApiError, ClaimLost, Kept, OutcomeUnknown, ProxmoxError, StateConflict, StoreError, TaskFailed, TaskUnknown
+from ..errors import AgentlabError, ApiError, Busy, ClaimLost, Kept, OutcomeUnknown, ProxmoxError, StateConflict, StoreError, TaskFailed, TaskUnknown
 from ..model import Outcome, Sandbox
 from ..proxmox import identity
 from ..store.records import Claim, Operation
@@ -111,6 +111,33 @@ def run(ctx: Context, items: list[tuple[Sandbox, Request]]) -> list[Outcome]:
         finished = dict(zip(map(id, gone), ctx.each(lambda found: _finish(ctx, found, proofs), gone), strict=True))
         return [finished[id(found)] if isinstance(found, _Gone) else found for found in results]
     return [found for found in results if isinstance(found, Outcome)]
+
+
+def several(ctx: Context, found: list[Sandbox], force: bool) -> list[Outcome]:
+    """Destroy what the rules allow of these (in check mode: plan it); an outcome for each, in their order."""
+    outcomes: dict[str, Outcome] = {}
+    todo: list[Sandbox] = []
+    for one in found:
+        try:
+            if not check(ctx, one, force):
+                outcomes[one.uuid] = Outcome.of("unchanged", one, reason=one.reason)
+            elif ctx.dry_run:
+                outcomes[one.uuid] = _planned(ctx, one)
+            else:
+                todo.append(one)
+        except AgentlabError as error:
+            outcomes[one.uuid] = failure(one, error)
+    done = run(ctx, [(one, Request(force=force)) for one in todo]) if todo else []
+    outcomes.update(zip((one.uuid for one in todo), done, strict=True))
+    return [outcomes[one.uuid] for one in found]
+
+
+def _planned(ctx: Context, sandbox: Sandbox) -> Outcome:
+    try:
+        _action, reason, message = plan(ctx, sandbox)
+        return Outcome.of("would_destroy", sandbox, state=states.DESTROYED, reason=reason, message=message, changed=True)
+    except (Kept, Busy) as error:
+        return failure(sandbox, error)
 
 
 def never_cloned(sandbox: Sandbox, created: dict[str, Any] | None) -> bool:

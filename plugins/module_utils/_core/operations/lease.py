@@ -113,7 +113,7 @@ def expire(ctx: Context, *, stop_vms: bool = True) -> Expiry:
         moved.append(done)
         result.expired.append(Outcome.of("expired", done, previous_state=sandbox.state, changed=True, reason="lease_expired"))
     if stop_vms:
-        for outcome, problem in zip(result.expired, ctx.each(lambda one: _stop_expired(ctx, one), moved), strict=False):
+        for outcome, problem in zip(result.expired, ctx.each(lambda one: stop_expired(ctx, one), moved), strict=False):
             outcome.message = problem
     return result
 
@@ -135,7 +135,7 @@ def _keep_alive(ctx: Context, sandbox: Sandbox, until: int) -> Outcome:
     return _answer("renewed", done, until, now, False, changed=True)
 
 
-def _stop_expired(ctx: Context, sandbox: Sandbox) -> str | None:
+def stop_expired(ctx: Context, sandbox: Sandbox) -> str | None:
     """Stop the VM of a TIMEOUT record; the record stays TIMEOUT. The reason is returned when it could not be done (the next pass tries again)."""
     if sandbox.smbios_uuid is None:
         return "its VM was never bound to the record; prune settles what became of it"
@@ -166,7 +166,7 @@ def stop_leftovers(ctx: Context, done: Collection[str] = ()) -> list[Sandbox]:
     """
     running = leftovers(ctx, done)
     if not ctx.dry_run:
-        ctx.each(lambda one: _stop_expired(ctx, one), running)
+        ctx.each(lambda one: stop_expired(ctx, one), running)
     return running
 
 

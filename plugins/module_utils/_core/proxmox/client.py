@@ -30,6 +30,7 @@ _RETRIES = 3
 _SSH = re.compile(r"ssh: connect to host|closed by|Broken pipe|client_loop|Connection reset|Connection timed out")
 # TLS failures before any request was sent.
 _TLS_REFUSED = re.compile(r"CERTIFICATE_VERIFY_FAILED|certificate verify failed|[Hh]ostname mismatch|WRONG_VERSION_NUMBER|doesn't match")
+_KINDS = {"proxmox_api": "api", "proxmox_access": "access", "proxmox_unreachable": "unreachable", "proxmox_outcome_unknown": "unknown"}
 # What each kind of request needs, for answers that do not say it.
 _NEEDS = {
     "GET cluster/status": "Sys.Audit on /",
@@ -42,13 +43,31 @@ _NEEDS = {
 }
 
 
+class Statistics:
+    """What became of the requests: counted by ``METHOD template`` and by kind of error, and the last failure to reach Proxmox at all."""
+
+    def __init__(self) -> None:
+        self.requests: Counter[str] = Counter()
+        self.errors: Counter[str] = Counter()
+        # None until the first request.
+        self.reachable: bool | None = None
+        self.last_error: str | None = None
+
+    def failed(self, error: ProxmoxError) -> None:
+        self.errors[_KINDS.get(error.code, "task")] += 1
+        self.last_error = error.message
+        if isinstance(error, (Unreachable, OutcomeUnknown)):
+            self.reachable = False
+
+
 class ProxmoxClient:
     """Requests to one Proxmox host or cluster; safe to use from several threads."""
 
-    def __init__(self, settings: ProxmoxSettings, clock: Clock) -> None:
+    def __init__(self, settings: ProxmoxSettings, clock: Clock, statistics: Statistics | None = None) -> None:
         self.settings = settings
         self.clock = clock
-        self.requests: Counter[str] = Counter()
+        self.statistics = statistics or Statistics()
+        self.requests = self.statistics.requests
         self._api: Any = None
         self._lock = threading.Lock()
 
@@ -125,7 +144,11 @@ class ProxmoxClient:
         return found
 
     def _request(self, method: str, path: str, params: dict[str, Any]) -> Any:
-        api = self._connect()
+        try:
+            api = self._connect()
+        except ProxmoxError as error:
+            self.statistics.failed(error)
+            raise
         attempt = 0
         logins = 0
         while True:
@@ -133,8 +156,12 @@ class ProxmoxClient:
             self.requests[f"{method} {_template(path)}"] += 1
             try:
                 answer = self._guard(method, path, partial(_send, api, method, path, params, local=self.settings.api_host is None))
+                self.statistics.reachable = True
                 return self._read_back(path, params, answer) if isinstance(answer, _Unspoken) else answer
             except ProxmoxError as error:
+                if not (isinstance(error, ApiError) and path == "cluster/nextid"):
+                    # That a VMID is taken is an answer.
+                    self.statistics.failed(error)
                 if isinstance(error, AccessDenied) and error.status == 401 and self.settings.token_name is None and self.settings.api_host and not logins:
                     # A ticket lives for two hours, less when the node's key is renewed. 401 means not carried out: log in again, once.
                     logins += 1

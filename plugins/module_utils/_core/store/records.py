@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import json
 import sqlite3
+import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from .. import states
 from ..clock import Clock
-from ..errors import Busy, ClaimLost, InvalidInput, NotFound, RecordChanged
+from ..errors import Busy, ClaimLost, InvalidInput, NotFound, RecordChanged, Stopping
 from ..model import COLUMNS, Sandbox
 from . import process
 from .database import Database
@@ -61,12 +62,13 @@ class Operation:
 class Records:
     """Reads and writes of records on one database."""
 
-    def __init__(self, database: Database, clock: Clock, actor: str, longest_wait: int = 0) -> None:
+    def __init__(self, database: Database, clock: Clock, actor: str, longest_wait: int = 0, stopping: threading.Event | None = None) -> None:
         self.claim_seconds = max(CLAIM_SECONDS, 3 * longest_wait)
         self.db = database
         self.clock = clock
         self.actor = actor
         self._process = process.identity()
+        self._stopping = stopping
 
     # ---- reading ----
 
@@ -114,6 +116,26 @@ class Records:
         rows = self.db.read(f"{_SELECT} WHERE {_LIVE} AND lease_expires_at <= ? ORDER BY lease_expires_at", now)
         return [found for found in map(Sandbox.from_row, rows) if found.expired(now)]
 
+    def next_lease_end(self) -> int | None:
+        """When the next lease is over (it may be so already), or None; from the index of live leases."""
+        names = states.OPERATIONS["expire"].allowed
+        rows = self.db.read(f"SELECT min(lease_expires_at) FROM sandboxes WHERE {_LIVE} AND state IN ({', '.join('?' * len(names))})", *names)
+        found: int | None = rows[0][0]
+        return found
+
+    def by_state(self) -> dict[str, int]:
+        """How many records there are in each state, from the indexes alone."""
+        found = dict.fromkeys(states.STATES, 0)
+        found.update((row[0], row[1]) for row in self.db.read(f"SELECT state, count(*) FROM sandboxes WHERE {_LIVE} GROUP BY state"))
+        found[states.DESTROYED] = self.db.read("SELECT count(*) FROM sandboxes WHERE state = 'DESTROYED'")[0][0]
+        return found
+
+    def unfinished(self) -> tuple[list[Operation], list[Operation]]:
+        """The journal: what is under way, and what was interrupted."""
+        stale = {one.sandbox_uuid: one for one in self.interrupted()}
+        rows = self.db.read("SELECT * FROM operations ORDER BY id")
+        return [Operation.from_row(row) for row in rows if row["sandbox_uuid"] not in stale], list(stale.values())
+
     def events(self, *, uuid: str | None = None, vmid: int | None = None, after: int = 0, tail: int | None = None, limit: int = 1000) -> list[dict[str, Any]]:
         """Events of a sandbox (or of every sandbox a VMID has had), oldest first."""
         where, value = ("sandbox_uuid = ?", uuid) if uuid is not None else ("vmid = ?", vmid)
@@ -155,6 +177,7 @@ class Records:
 
         Without ``vmid`` the range is walked on from the last one given out, so that a freed VMID is not the next one taken.
         """
+        self._refuse_new()
 
         def work(conn: sqlite3.Connection) -> Claim:
             now = self.clock.now()
@@ -212,6 +235,7 @@ class Records:
         deadline = self.clock.monotonic() + wait
         pause = 0.05
         while True:
+            self._refuse_new()
             try:
                 return self.db.write(lambda conn: self._take(conn, uuid, operation, self.clock.now()))
             except Busy:
@@ -220,6 +244,10 @@ class Records:
                     raise
                 self.clock.sleep(min(pause, left))
                 pause = min(pause * 1.5, 1.0)
+
+    def _refuse_new(self) -> None:
+        if self._stopping is not None and self._stopping.is_set():
+            raise Stopping("agentlabd is stopping: this was not begun, and nothing was changed; ask again when it runs")
 
     def _take(self, conn: sqlite3.Connection, uuid: str, operation: str, now: int) -> Claim:
         row = conn.execute("SELECT * FROM claims WHERE sandbox_uuid = ?", (uuid,)).fetchone()

@@ -1,0 +1,9 @@
+# Copyright: the agentlab.proxmox contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""agentlabd: ends leases, cleans up, reconciles, and serves the HTTP API, on the same core as the modules."""
+
+from __future__ import annotations
+
+__version__ = "1.0.0"

@@ -1,0 +1,43 @@
+# Copyright: the agentlab.proxmox contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""``python3 -m agentlabd``: start the daemon, or check its files."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from agentlab_core.errors import AgentlabError
+
+from . import __version__, logs
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The exit status: 0 ended as asked, 1 could not start or failed."""
+    parser = argparse.ArgumentParser(prog="agentlabd", description="Daemon of agentlab.proxmox: ends leases, cleans up, reconciles, serves the API.")
+    parser.add_argument("--config", metavar="FILE", help="configuration (default: AGENTLAB_CONFIG, then /etc/agentlab/config.yaml)")
+    parser.add_argument("--check", action="store_true", help="check the configuration and the cleanup rules, and end")
+    parser.add_argument("--verbose", action="store_true", help="log more")
+    parser.add_argument("--version", action="version", version=f"agentlabd {__version__}")
+    options = parser.parse_args(arguments)
+    logs.setup(options.verbose)
+    from .service import load
+
+    try:
+        config, path = load(options.config, os.environ)
+        if options.check:
+            print("agentlabd: the configuration can be used")
+            return 0
+        from . import daemon
+
+        return daemon.run(config, path, os.environ)
+    except AgentlabError as error:
+        logs.log.error("Error: %s", error.message)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

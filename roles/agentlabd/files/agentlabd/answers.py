@@ -1,0 +1,98 @@
+# Copyright: the agentlab.proxmox contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Outcomes and errors of the core as HTTP answers: the status, and a body that says what a person and a program need."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from agentlab_core import config as core_config
+from agentlab_core.errors import AgentlabError, CreationFailed, Kept, NotFound
+from agentlab_core.model import Outcome
+
+# Seconds after which it is worth asking again (Retry-After of a 503).
+RETRY_AFTER = 10
+# Words of errors and outcomes that are no conflict with the state of things (409).
+_STATUS = {
+    "invalid_input": 400,
+    "invalid_config": 400,
+    "not_found": 404,
+    "proxmox_unreachable": 503,
+    "stopping": 503,
+    "proxmox": 502,
+    "proxmox_api": 502,
+    "proxmox_access": 502,
+    "proxmox_task_failed": 502,
+    "proxmox_task_unknown": 502,
+    "proxmox_outcome_unknown": 504,
+    "proxmox_task_timeout": 504,
+    "store": 500,
+    "error": 500,
+    "internal": 500,
+}
+
+
+@dataclass(slots=True)
+class Answer:
+    """A JSON body and its status; ``outcomes`` are what was done, for the log and the metrics."""
+
+    body: dict[str, Any]
+    status: int = 200
+    outcomes: list[Outcome] = field(default_factory=list)
+    headers: dict[str, str] = field(default_factory=dict)
+
+    def encoded(self) -> bytes:
+        return json.dumps(self.body, separators=(",", ":")).encode() + b"\n"
+
+
+def status_of(code: str) -> int:
+    """The HTTP status of an error's or a failed outcome's word."""
+    return _STATUS.get(code, 409)
+
+
+def of_error(error: AgentlabError) -> Answer:
+    """The error as {"error", "code", facts}."""
+    code = error.code
+    if isinstance(error, CreationFailed):
+        cause = error.detail.get("cause") or {}
+        found = status_of(str(cause.get("code") or code))
+    else:
+        # An option of the daemon's own configuration is no fault of who asks.
+        found = 500 if error.detail.get("option") in core_config.ENVIRONMENT else status_of(code)
+    message = "sandbox not found" if isinstance(error, NotFound) else error.message
+    facts = {name: value for name, value in error.detail.items() if value is not None and name not in ("error", "code")}
+    if isinstance(error, Kept):
+        facts["reason"] = error.reason
+    return failed(found, message, code, **facts)
+
+
+def of_failure(outcome: Outcome) -> Answer:
+    """A single item that could not be done."""
+    reason = outcome.reason or "error"
+    answer = failed(status_of(reason), outcome.message or reason, reason, vmid=outcome.vmid, state=outcome.state, upids=outcome.upids or None)
+    answer.outcomes = [outcome]
+    return answer
+
+
+def failed(status: int, message: str, code: str, **facts: Any) -> Answer:
+    body = {"error": message, "code": code, **{name: value for name, value in facts.items() if value is not None}}
+    return Answer(json.loads(json.dumps(body, default=str)), status, headers={"Retry-After": str(RETRY_AFTER)} if status == 503 else {})
+
+
+def of_item(outcome: Outcome, status: int = 200) -> Answer:
+    """A single item: the sandbox as it is now, and what was done."""
+    if outcome.failed or outcome.sandbox is None:
+        return of_failure(outcome)
+    body = {**outcome.sandbox.public(), "previous_state": outcome.previous_state, "outcome": outcome.outcome, "changed": outcome.changed,
+            "reason": outcome.reason, "upids": list(outcome.upids), "warnings": list(outcome.warnings)}
+    return Answer(body, status, [outcome])
+
+
+def of_items(outcomes: list[Outcome]) -> Answer:
+    """Several: an outcome for each; 207 when some failed."""
+    count = sum(one.failed for one in outcomes)
+    return Answer({"results": [one.public() for one in outcomes], "failed_count": count}, 207 if count else 200, outcomes)

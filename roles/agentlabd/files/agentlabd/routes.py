@@ -1,0 +1,246 @@
+# Copyright: the agentlab.proxmox contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""The API as one table: what is served, what a request may hold, and what answers it. The OpenAPI document is made from the same table.
+
+Handlers run in worker threads; they know nothing of HTTP but the status of their answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from agentlab_core import durations, states
+from agentlab_core.errors import InvalidInput
+from agentlab_core.model import Sandbox
+from agentlab_core.operations import create, destroy, info, lease, power, prune, reconcile
+from agentlab_core.operations.context import Context
+
+from .answers import Answer, of_item, of_items
+from .shapes import Field
+
+if TYPE_CHECKING:
+    from .service import Service
+
+_VMID = Field("integer", "VMID of the sandbox", low=100, high=999999999)
+_FORCE = Field("boolean", "destroy it whatever its state; identity and protection are judged all the same")
+
+
+@dataclass(slots=True)
+class Call:
+    """One request, checked: who asks, and what for."""
+
+    service: Service
+    actor: str
+    vmid: int | None = None
+    query: dict[str, Any] = field(default_factory=dict)
+    body: dict[str, Any] = field(default_factory=dict)
+
+    def context(self, dry_run: bool = False) -> Context:
+        return self.service.context(self.actor, dry_run=dry_run)
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """One request: ``quick`` ones are answered from the records alone, the others ask Proxmox and have threads of their own."""
+
+    method: str
+    path: str
+    name: str
+    summary: str
+    handler: Callable[[Call], Answer]
+    answers: Mapping[int, str]
+    quick: bool = False
+    query: Mapping[str, Field] = field(default_factory=dict)
+    body: Mapping[str, Field] | None = None
+
+    @property
+    def changes(self) -> bool:
+        return self.method != "GET"
+
+
+# ---- the daemon itself ----
+
+
+def healthz(call: Call) -> Answer:
+    return Answer({"status": "ok"})
+
+
+def status(call: Call) -> Answer:
+    return Answer(call.service.status())
+
+
+# ---- sandboxes: reading ----
+
+
+def list_sandboxes(call: Call) -> Answer:
+    wanted = info.Wanted(states=call.query.get("state"), profile=call.query.get("profile"), tags=call.query.get("tag", ()),
+                         include_destroyed=call.query.get("include_destroyed", False))
+    return Answer({"sandboxes": [one.public() for one in info.find(call.context(), wanted)]})
+
+
+def show_sandbox(call: Call) -> Answer:
+    return Answer(call.context().select(call.vmid).public())
+
+
+def events(call: Call) -> Answer:
+    ctx = call.context()
+    ctx.select(call.vmid)
+    after = call.query.get("after", 0)
+    found = ctx.records.events(vmid=call.vmid, after=after, tail=call.query.get("tail"), limit=call.query.get("limit", 1000))
+    return Answer({"events": [info.event(row) for row in found], "last_id": found[-1]["id"] if found else after})
+
+
+# ---- sandboxes: one ----
+
+
+def create_sandbox(call: Call) -> Answer:
+    ctx = call.context()
+    given = dict(call.body)
+    if "ttl" in given and "ttl_minutes" in given:
+        raise InvalidInput("ttl_minutes: give ttl or ttl_minutes, not both", option="ttl_minutes")
+    option = "ttl_minutes" if "ttl_minutes" in given else "ttl"
+    asked = given.pop(option, None)
+    ttl = ctx.config.default_ttl if asked is None else lease.parse_ttl(ctx, asked, option)
+    outcome = create.run(ctx, create.Spec(**given, ttl=ttl))
+    call.service.lease_changed()
+    return of_item(outcome, 201 if outcome.outcome == "created" else 200)
+
+
+def destroy_sandbox(call: Call) -> Answer:
+    ctx = call.context()
+    sandbox = ctx.select(call.vmid)
+    force = call.body.get("force", False)
+    # Refused here the answer names the valid states.
+    destroy.check(ctx, sandbox, force)
+    return of_item(destroy.several(ctx, [sandbox], force)[0])
+
+
+def _power(operation: str) -> Callable[[Call], Answer]:
+    def handler(call: Call) -> Answer:
+        ctx = call.context()
+        return of_item(power.run(ctx, ctx.select(call.vmid), operation))
+
+    return handler
+
+
+def renew_lease(call: Call) -> Answer:
+    ctx = call.context()
+    options = [name for name in ("ttl_minutes", "ttl") if name in call.body]
+    if len(options) != 1:
+        raise InvalidInput("ttl_minutes: give ttl or ttl_minutes, not both" if options else "ttl_minutes is required: minutes, or ttl as a duration",
+                           option="ttl_minutes")
+    ttl = lease.parse_ttl(ctx, call.body[options[0]], options[0])
+    shortest = lease.check_min_remaining(call.body.get("min_remaining"))
+    outcome = lease.renew(ctx, ctx.select(call.vmid), ttl, min_remaining=shortest, allow_shorten=call.body.get("allow_shorten", False))
+    call.service.lease_changed()
+    return Answer({"vmid": outcome.vmid, **{name: outcome.extra[name] for name in ("lease_expires_at", "granted_seconds", "capped")},
+                   "changed": outcome.changed}, outcomes=[outcome])
+
+
+# ---- sandboxes: many ----
+
+
+def destroy_sandboxes(call: Call) -> Answer:
+    ctx = call.context()
+    # All ids are looked up before anything is done.
+    found: list[Sandbox] = [ctx.select(vmid) for vmid in dict.fromkeys(call.body["vmids"])]
+    return of_items(destroy.several(ctx, found, call.body.get("force", False)))
+
+
+def prune_sandboxes(call: Call) -> Answer:
+    dry_run = call.body.get("dry_run", False)
+    older = call.body.get("older_than")
+    wanted = prune.Wanted(states=call.body.get("states") or (states.TIMEOUT,),
+                          older_than=None if older is None else durations.parse(older, "older_than", zero=True),
+                          tags=call.body.get("tags", ()), max_count=call.body.get("max_count"))
+    report = prune.run(call.context(dry_run), wanted)
+    body = {"count": report.count, "dry_run": dry_run, **{name: [one.public() for one in getattr(report, name)] for name in ("pruned", "kept", "failed")}}
+    return Answer(body, 207 if report.failed else 200, [*report.pruned, *report.kept, *report.failed])
+
+
+def reconcile_sandboxes(call: Call) -> Answer:
+    apply = call.body.get("apply", False)
+    adopt = call.body.get("adopt_cluster", False)
+    if adopt and not apply:
+        raise InvalidInput("adopt_cluster: only with apply=true", option="adopt_cluster")
+    found = reconcile.run(call.context(dry_run=not apply), apply=apply, adopt_cluster=adopt)
+    call.service.lease_changed()
+    return Answer({"drift": [one.public() for one in found], "count": len(found), "applied": apply})
+
+
+# ---- the table ----
+
+_LIFETIME = {
+    "ttl_minutes": Field("integer", "lease in minutes", low=1, high=5256000),
+    "ttl": Field("duration", "lease as minutes or a duration such as 2h"),
+}
+CREATION: dict[str, Field] = {
+    "name": Field("string", "name, unique among live sandboxes; made up when left out", longest=63),
+    "vmid": Field("integer", "VMID; from the configured range when left out", low=100, high=999999999),
+    "profile": Field("string", "profile it is made from", longest=100),
+    **_LIFETIME,
+    "keepalive": Field("boolean", "renew its lease by itself when it is over, up to max_lifetime"),
+    "protected": Field("boolean", "refuse to destroy it"),
+    "template": Field("string", "template to clone, by VMID or name", longest=100),
+    "node": Field("string", "node it shall run on", longest=100),
+    "full_clone": Field("boolean", "full instead of linked clone"),
+    "storage": Field("string", "storage of a full clone", longest=100),
+    "pool": Field("string", "pool it belongs to", longest=100),
+    "cores": Field("integer", "CPU cores", low=1, high=512),
+    "memory": Field("integer", "memory in MiB", low=16, high=16777216),
+    "disk_size": Field("string", "size of the boot disk, 20G or +10G", longest=20),
+    "bridge": Field("string", "bridge of the first network card", longest=100),
+    "firewall": Field("boolean", "firewall of the first network card"),
+    "ip_config": Field("string", "address, ip=dhcp or ip=192.0.2.10/24,gw=192.0.2.1", longest=200),
+    "nameserver": Field("string", "DNS servers, separated by blanks", longest=200),
+    "ssh_public_keys": Field("strings", "public keys of its user", longest=100),
+    "tags": Field("strings", "tags", longest=100),
+    "wait_for_ip": Field("boolean", "wait until the guest agent names an address"),
+}
+_OLD = Field("duration", "only what entered its state longer ago than this", low=0)
+
+ROUTES: tuple[Route, ...] = (
+    Route("GET", "/v1/healthz", "healthz", "Whether the daemon answers", healthz, {200: "Health"}, quick=True),
+    Route("GET", "/v1/status", "status", "What the daemon does, when it did it last, and what stands in its way", status, {200: "Status"}, quick=True),
+    Route("GET", "/v1/sandboxes", "list_sandboxes", "Sandboxes in the order of their VMIDs", list_sandboxes, {200: "Sandboxes"}, quick=True, query={
+        "state": Field("strings", "only these states", valid=states.STATES, longest=100),
+        "profile": Field("string", "only this profile", longest=100),
+        "tag": Field("strings", "only those with one of these tags", longest=100),
+        "include_destroyed": Field("boolean", "destroyed ones too"),
+    }),
+    Route("POST", "/v1/sandboxes", "create_sandbox", "Create and start a sandbox; one of that name or VMID stays as it is", create_sandbox,
+          {201: "Item", 200: "Item"}, body=CREATION),
+    Route("POST", "/v1/sandboxes/destroy", "destroy_sandboxes", "Destroy several; each item has its own outcome", destroy_sandboxes,
+          {200: "Results", 207: "Results"}, body={"vmids": Field("integers", "VMIDs", required=True, low=100, high=999999999, longest=10000), "force": _FORCE}),
+    Route("POST", "/v1/sandboxes/prune", "prune_sandboxes", "Destroy what is over, say for each thing kept why", prune_sandboxes,
+          {200: "Prune", 207: "Prune"}, body={
+              "older_than": _OLD,
+              "dry_run": Field("boolean", "say what would be done, do nothing"),
+              "states": Field("strings", "states to prune, TIMEOUT unless set", valid=states.PRUNABLE, longest=10),
+              "tags": Field("strings", "only those with one of these tags", longest=100),
+              "max_count": Field("integer", "do nothing at all if more than this would be pruned", low=0, high=1000000),
+          }),
+    Route("POST", "/v1/sandboxes/reconcile", "reconcile_sandboxes", "Compare the records with Proxmox; repair drift if asked to", reconcile_sandboxes,
+          {200: "Drift"}, body={
+              "apply": Field("boolean", "repair what can be repaired"),
+              "adopt_cluster": Field("boolean", "with apply: note this cluster as the one the records belong to"),
+          }),
+    Route("GET", "/v1/sandboxes/{vmid}", "show_sandbox", "The live sandbox of that VMID, or else the last destroyed one", show_sandbox,
+          {200: "Sandbox"}, quick=True),
+    Route("GET", "/v1/sandboxes/{vmid}/events", "list_events", "What happened to the sandboxes of that VMID, oldest first", events,
+          {200: "Events"}, quick=True, query={
+              "tail": Field("integer", "only the last so many", low=0, high=1000),
+              "after": Field("integer", "only those with a higher id", low=0, high=2**62),
+              "limit": Field("integer", "at most so many", low=1, high=1000),
+          }),
+    Route("POST", "/v1/sandboxes/{vmid}/destroy", "destroy_sandbox", "Destroy a sandbox", destroy_sandbox, {200: "Item"}, body={"force": _FORCE}),
+    *(Route("POST", f"/v1/sandboxes/{{vmid}}/{verb}", f"{verb}_sandbox", text, _power(verb), {200: "Item"}, body={}) for verb, text in (
+        ("start", "Start or resume its VM"), ("stop", "Shut its VM down, switch it off when it does not answer"), ("suspend", "Pause its VM"))),
+    Route("POST", "/v1/sandboxes/{vmid}/lease/renew", "renew_lease", "Set the lease to now plus the time given", renew_lease, {200: "Lease"}, quick=True,
+          body={**_LIFETIME, "min_remaining": Field("duration", "renew only when less than this is left"),
+                "allow_shorten": Field("boolean", "let the lease become shorter")}),
+)

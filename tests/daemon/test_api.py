@@ -1,0 +1,198 @@
+# Copyright: the agentlab.proxmox contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Every endpoint, answered by a real agentlabd on its real socket."""
+
+from __future__ import annotations
+
+import getpass
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from support.daemon import Daemon
+from support.lab import Lab
+
+Make = Callable[..., Daemon]
+ACTOR = f"{getpass.getuser()} (uid {os.getuid()}) via API"
+
+
+def test_health_and_status(daemon: Make, lab: Lab) -> None:
+    lab.create("a1")
+    one = daemon()
+    assert one.good("GET", "/v1/healthz") == {"status": "ok"}
+    status = one.good("GET", "/v1/status")
+    assert status["database"]["by_state"]["RUNNING"] == 1 and status["database"]["by_state"]["DESTROYED"] == 0
+    assert status["database"]["path"] == lab.database
+    assert status["config"]["error"] is None and status["config"]["path"] == str(one.config_file)
+    assert status["proxmox"]["where"] == f"127.0.0.1:{lab.server.port}"
+    assert status["operations"] == {"in_progress": 0, "interrupted": 0}
+
+
+def test_the_life_of_a_sandbox(daemon: Make, lab: Lab) -> None:
+    one = daemon()
+    made = one.good("POST", "/v1/sandboxes", {"name": "a1", "ttl_minutes": 120, "tags": ["web"]}, 201)
+    assert (made["state"], made["vmid"], made["outcome"], made["changed"]) == ("RUNNING", 1000, "created", True)
+    # Asked for again it is there, and stays as it is.
+    assert one.good("POST", "/v1/sandboxes", {"name": "a1"}, 200)["changed"] is False
+    path = "/v1/sandboxes/1000"
+    shown = one.good("GET", path)
+    assert set(shown) == {"uuid", "vmid", "name", "profile", "state", "node", "ip", "workspace_id", "tags", "protected", "keepalive", "lease_expires_at",
+                          "created_at", "updated_at", "state_changed_at"}
+    renewed = one.good("POST", f"{path}/lease/renew", {"ttl_minutes": 240})
+    assert renewed["vmid"] == 1000 and renewed["lease_expires_at"] == one.good("GET", path)["lease_expires_at"] > made["lease_expires_at"]
+    assert one.good("POST", f"{path}/suspend")["state"] == "SUSPENDED"
+    assert one.good("POST", f"{path}/start")["state"] == "RUNNING"
+    stopped = one.good("POST", f"{path}/stop", {})
+    assert (stopped["state"], stopped["previous_state"], lab.pve.vm(1000).status) == ("STOPPED", "RUNNING", "stopped")
+    destroyed = one.good("POST", f"{path}/destroy")
+    assert (destroyed["state"], destroyed["previous_state"], destroyed["outcome"]) == ("DESTROYED", "STOPPED", "destroyed")
+    assert lab.pve.vm(1000) is None
+    # Once more: nothing to do.
+    again = one.good("POST", f"{path}/destroy", {"force": True})
+    assert (again["previous_state"], again["changed"]) == ("DESTROYED", False)
+    assert one.good("GET", path)["state"] == "DESTROYED"
+    assert one.good("GET", "/v1/sandboxes") == {"sandboxes": []}
+    events = one.good("GET", f"{path}/events")["events"]
+    assert {event["actor"] for event in events} == {ACTOR}
+    assert [event["operation"] for event in events if event["from_state"] != event["to_state"]] == ["create"] * 5 + ["suspend", "start", "stop", "destroy"]
+
+
+def test_the_list_and_its_filters(daemon: Make, lab: Lab) -> None:
+    lab.create("a1", tags=["web"])
+    lab.create("a2", tags=["db"])
+    lab.timed_out("a3")
+    lab.destroy(lab.create("a4").vmid, force=True)
+    one = daemon()
+
+    def names(query: str = "") -> list[str]:
+        return [found["name"] for found in one.good("GET", f"/v1/sandboxes{query}")["sandboxes"]]
+
+    assert names() == ["a1", "a2", "a3"]
+    assert names("?state=TIMEOUT") == ["a3"]
+    assert names("?state=TIMEOUT&state=DESTROYED") == names("?state=TIMEOUT,DESTROYED") == ["a3", "a4"]
+    assert names("?tag=web") == ["a1"] and names("?profile=none") == []
+    assert names("?include_destroyed=true") == ["a1", "a2", "a3", "a4"]
+
+
+def test_events_are_paged(daemon: Make, lab: Lab) -> None:
+    lab.create("a1")
+    one = daemon()
+    every = one.good("GET", "/v1/sandboxes/1000/events")
+    ids = [event["id"] for event in every["events"]]
+    assert every["last_id"] == ids[-1] and len(ids) > 3
+    tail = one.good("GET", "/v1/sandboxes/1000/events?tail=2")
+    assert [event["id"] for event in tail["events"]] == ids[-2:]
+    first = one.good("GET", "/v1/sandboxes/1000/events?limit=2")
+    assert [event["id"] for event in first["events"]] == ids[:2] and first["last_id"] == ids[1]
+    assert [event["id"] for event in one.good("GET", f"/v1/sandboxes/1000/events?after={ids[1]}")["events"]] == ids[2:]
+    assert one.good("GET", f"/v1/sandboxes/1000/events?after={ids[-1]}") == {"events": [], "last_id": ids[-1]}
+
+
+def test_bulk_destroy_checks_all_ids_first_and_gives_each_its_outcome(daemon: Make, lab: Lab) -> None:
+    for name in ("a1", "a2", "a3"):
+        lab.create(name)
+    lab.power("stop", 1000)
+    one = daemon()
+    answer = one.post("/v1/sandboxes/destroy", {"vmids": [1000, 1777], "force": True})
+    assert (answer.status, answer.body["error"]) == (404, "sandbox not found")
+    assert len(lab.ours()) == 3, "an unknown id stops all before anything is done"
+    mixed = one.good("POST", "/v1/sandboxes/destroy", {"vmids": [1000, 1001, 1000]}, 207)
+    assert [(item["vmid"], item["outcome"], item["previous_state"], item["failed"]) for item in mixed["results"]] == [
+        (1000, "destroyed", "STOPPED", False), (1001, "failed", "RUNNING", True)]
+    assert mixed["failed_count"] == 1
+    assert mixed["results"][1]["message"] == "cannot destroy sandbox in RUNNING state. Valid states: STOPPED, DESTROYED. Use --force to bypass"
+    done = one.good("POST", "/v1/sandboxes/destroy", {"vmids": [1001, 1002], "force": True})
+    assert [item["outcome"] for item in done["results"]] == ["destroyed", "destroyed"] and done["failed_count"] == 0
+    assert lab.ours() == {}
+
+
+def test_prune_and_its_dry_run(daemon: Make, lab: Lab) -> None:
+    for name in ("a1", "a2"):
+        lab.timed_out(name)
+    lab.timed_out("a3", protected=True)
+    lab.pve.remove_vm(1001)
+    one = daemon()
+    before = lab.events(lab.record(1000))
+    dry = one.good("POST", "/v1/sandboxes/prune", {"dry_run": True})
+    assert (dry["count"], dry["dry_run"], [item["outcome"] for item in dry["pruned"]]) == (2, True, ["would_prune", "would_prune"])
+    assert lab.events(lab.record(1000)) == before and len(lab.ours()) == 2, "a dry run writes nothing"
+    answer = one.post("/v1/sandboxes/prune", {"max_count": 1})
+    assert (answer.status, answer.body["code"], answer.body["count"]) == (409, "guard", 2)
+    assert one.good("POST", "/v1/sandboxes/prune", {"older_than": "24h"})["count"] == 0
+    done = one.good("POST", "/v1/sandboxes/prune")
+    assert (done["count"], [item["reason"] for item in done["kept"]], done["failed"]) == (2, ["protected"], [])
+    assert one.good("POST", "/v1/sandboxes/prune")["count"] == 0
+
+
+def test_reconcile_reports_and_applies(daemon: Make, lab: Lab) -> None:
+    lab.create("a1")
+    lab.pve.vm(1000).status = lab.pve.vm(1000).qmpstatus = "stopped"
+    one = daemon()
+    report = one.good("POST", "/v1/sandboxes/reconcile")
+    assert (report["count"], report["applied"], report["drift"][0]["kind"], report["drift"][0]["applied"]) == (1, False, "stopped", False)
+    assert lab.record(1000).state == "RUNNING"
+    assert one.good("POST", "/v1/sandboxes/reconcile", {"apply": True})["drift"][0]["applied"] is True
+    assert lab.record(1000).state == "FAILED"
+
+
+def test_the_sentences_of_the_seed(daemon: Make, lab: Lab) -> None:
+    lab.timed_out("a1")
+    one = daemon()
+    refused = one.post("/v1/sandboxes/1000/destroy", {"force": False})
+    assert refused.status == 409
+    assert refused.body["error"] == "cannot destroy sandbox in TIMEOUT state. Valid states: STOPPED, DESTROYED. Use --force to bypass"
+    assert (refused.body["state"], refused.body["valid"]) == ("TIMEOUT", ["STOPPED", "DESTROYED"])
+    renewal = one.post("/v1/sandboxes/1000/lease/renew", {"ttl_minutes": 240})
+    assert (renewal.status, renewal.body["error"]) == (409, "cannot renew lease in TIMEOUT state. Valid states: RUNNING")
+    assert one.good("POST", "/v1/sandboxes/1000/destroy", {"force": True})["previous_state"] == "TIMEOUT"
+
+
+@pytest.mark.parametrize(("method", "path", "body", "status", "words"), [
+    ("GET", "/v1/sandboxes/1999", None, 404, "sandbox not found"),
+    ("POST", "/v1/sandboxes/1999/destroy", None, 404, "sandbox not found"),
+    ("POST", "/v1/sandboxes/1999/lease/renew", {"ttl_minutes": 10}, 404, "sandbox not found"),
+    ("GET", "/v1/sandboxes/1999/events", None, 404, "sandbox not found"),
+    ("GET", "/v1/nothing", None, 404, "no such path: /v1/nothing"),
+    ("GET", "/v1/sandboxes/abc", None, 400, "vmid: 'abc' is not a VMID. Valid: 100 to 999999999"),
+    ("POST", "/v1/sandboxes/99/stop", None, 400, "vmid: '99' is not a VMID"),
+    ("GET", "/v1/sandboxes?state=RUNING", None, 400, "state: 'RUNING' is not valid. Valid: REQUESTED"),
+    ("GET", "/v1/sandboxes?stat=RUNNING", None, 400, "stat: unknown query parameter. Valid: state"),
+    ("POST", "/v1/sandboxes/1000/destroy", b"{", 400, "the body is not valid JSON"),
+    ("POST", "/v1/sandboxes/1000/destroy", [1], 400, "the body must be a JSON object"),
+    ("POST", "/v1/sandboxes/1000/destroy", {"forse": True}, 400, "forse: unknown key. Valid: force"),
+    ("POST", "/v1/sandboxes/1000/destroy", {"force": "yes"}, 400, "force: 'yes' is not valid. Valid: true or false"),
+    ("POST", "/v1/sandboxes/1000/lease/renew", None, 400, "ttl_minutes is required"),
+    ("POST", "/v1/sandboxes/1000/lease/renew", {"ttl_minutes": 0}, 400, "ttl_minutes: '0' is not valid"),
+    ("POST", "/v1/sandboxes/1000/lease/renew", {"ttl": "2x"}, 400, "ttl: '2x' is not a duration"),
+    ("POST", "/v1/sandboxes/1000/lease/renew", {"ttl": "400d"}, 400, "ttl: '400d' is longer than the maximum of 30d"),
+    ("POST", "/v1/sandboxes/destroy", {"vmids": []}, 400, "vmids: '[]' is not valid"),
+    ("POST", "/v1/sandboxes/destroy", {}, 400, "vmids is required"),
+    ("POST", "/v1/sandboxes", {"name": "-x"}, 400, "name: '-x' is not valid"),
+    ("POST", "/v1/sandboxes", {"template": "none"}, 400, "template: 'none' does not exist"),
+    ("POST", "/v1/sandboxes/prune", {"states": ["RUNNING"]}, 400, "states: 'RUNNING' is not valid. Valid: TIMEOUT"),
+    ("DELETE", "/v1/sandboxes/1000", None, 405, "DELETE is not allowed for /v1/sandboxes/1000. Valid: GET"),
+    ("GET", "/v1/sandboxes/prune", None, 405, "GET is not allowed for /v1/sandboxes/prune. Valid: POST"),
+    ("POST", "/v1/sandboxes/1000/destroy", b" " * 2_000_000, 413, "the body is larger than 1048576 bytes"),
+])
+def test_what_is_refused(one_daemon: Daemon, method: str, path: str, body: Any, status: int, words: str) -> None:
+    answer = one_daemon.request(method, path, body)
+    assert answer.status == status and answer.body["error"].startswith(words), answer.body
+    assert answer.body["code"]
+    if status == 405:
+        assert answer.headers["Allow"] in words
+
+
+def test_proxmox_that_cannot_be_reached_is_503(daemon: Make, lab: Lab) -> None:
+    lab.create("a1")
+    one = daemon(environment={"PROXMOX_PORT": "1"})
+    answer = one.post("/v1/sandboxes/1000/stop")
+    assert (answer.status, answer.body["code"]) == (503, "proxmox_unreachable") and int(answer.headers["Retry-After"]) > 0
+    assert "cannot be reached" in answer.body["error"]
+    status = one.good("GET", "/v1/status")["proxmox"]
+    assert status["reachable"] is False and "cannot be reached" in status["last_error"]
+    # What the records alone answer is answered all the same.
+    assert one.good("GET", "/v1/sandboxes/1000")["state"] == "RUNNING"
