@@ -2,7 +2,9 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""`make demo`: the fake Proxmox on loopback, and the real ansible-playbook against it, step by step with the requests each step made."""
+"""`make demo`: the fake Proxmox on loopback, and the real ansible-playbook against it, step by step with the requests each step made.
+
+demo.py --installed FOLDER [ARGUMENTS] runs it from the collection that is installed there instead of the checkout."""
 
 from __future__ import annotations
 
@@ -19,16 +21,25 @@ from support.double import Server  # noqa: E402
 
 
 def main() -> int:
+    arguments = sys.argv[1:]
+    # What the play is, where it runs, and where Ansible finds the collection.
+    playbook, place, where = str(ROOT / "playbooks" / "demo.yml"), ROOT, {"ANSIBLE_CONFIG": str(ROOT / "ansible.cfg")}
+    if arguments[:1] == ["--installed"]:
+        place = Path(arguments[1]).resolve()
+        # No configuration but the environment; Ansible wants a file with the right ending all the same.
+        (place / "empty.cfg").touch()
+        where = {"ANSIBLE_CONFIG": str(place / "empty.cfg"), "ANSIBLE_COLLECTIONS_PATH": str(place)}
+        playbook, arguments = "agentlab.proxmox.demo", arguments[2:]
     with tempfile.TemporaryDirectory(prefix="agentlab-demo-") as folder:
         print("==> starting the fake Proxmox on loopback, with the template debian-13")
         # Tasks take a twentieth of their time, so that waiting is real but short.
         server = Server(folder, time_scale=0.05)
         server.pve.add_template()
         env = {**os.environ, **server.environment(folder), "ANSIBLE_NOCOLOR": "1", "PYTHONUNBUFFERED": "1", "ANSIBLE_LOCALHOST_WARNING": "False",
-               "ANSIBLE_INVENTORY_UNPARSED_WARNING": "False", "ANSIBLE_CALLBACK_RESULT_FORMAT": "yaml", "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg")}
-        command = [str(Path(sys.executable).with_name("ansible-playbook")), "-i", "localhost,", str(ROOT / "playbooks" / "demo.yml"), *sys.argv[1:]]
-        print(f"==> ansible-playbook playbooks/demo.yml (records in {folder})\n")
-        run = subprocess.Popen(command, env=env, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+               "ANSIBLE_INVENTORY_UNPARSED_WARNING": "False", "ANSIBLE_CALLBACK_RESULT_FORMAT": "yaml", **where}
+        command = [str(Path(sys.executable).with_name("ansible-playbook")), "-i", "localhost,", playbook, *arguments]
+        print(f"==> ansible-playbook {os.path.relpath(playbook, ROOT) if place == ROOT else playbook} (records in {folder})\n")
+        run = subprocess.Popen(command, env=env, cwd=place, stdout=subprocess.PIPE, text=True)
         requests: list[tuple[str, int]] = []
         step, before = "", 0
         assert run.stdout is not None

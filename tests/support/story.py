@@ -37,7 +37,8 @@ def tell(tasks: list[dict[str, Any]], env: dict[str, str], tmp_path: Path, pve: 
     expected = [one["name"] for one in tasks if one.get("ignore_errors")]
     failed = [entry["task"] for entry in run.results if entry["status"] in ("failed", "unreachable") and not entry.get("item")]
     told = {entry["task"]: entry["result"].get("msg") for entry in run.results}
-    assert failed == expected, f"failed: { {name: told[name] for name in failed if name not in expected} }; did not: {set(expected) - set(failed)}"
+    unforeseen = {name: told[name] for name in failed if name not in expected}
+    assert failed == expected, f"failed: {unforeseen}; did not: {set(expected) - set(failed)}"
     assert run.rc == 0 and not run.warnings, f"rc={run.rc} {run.warnings}\n{run.output}"
     return run
 

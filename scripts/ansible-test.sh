@@ -1,5 +1,7 @@
 #!/usr/bin/env bash
-# Runs `ansible-test sanity` on a copy of the collection; further arguments go to ansible-test, for example `--test pep8`.
+# Runs ansible-test on a copy of the collection: scripts/ansible-test.sh [--core 2.20] sanity|units|integration [ARGUMENTS]
+# Further arguments go to ansible-test, for example `sanity --test pep8`. With --core, another ansible-core than the one of .venv
+# is taken, in an environment of its own under .cache/ (on the newest Python at hand that it runs on); none at hand: says so, and passes.
 #
 # ansible-test wants the collection at .../ansible_collections/agentlab/proxmox and in a git repository of its own: it follows
 # no symlinks, and skips everything in a folder that an outer repository ignores. It keeps its environments in the home
@@ -8,14 +10,25 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 root=$PWD
-work=$root/build/sanity
+bin=$root/.venv/bin
+core=
+if [ "${1:-}" = --core ]; then
+    core=$2
+    shift 2
+fi
+kind=${1:?sanity, units or integration}
+shift
+if [ -n "$core" ]; then
+    bin=$(scripts/core-env.sh "$core")
+    if [ -z "$bin" ]; then exit 0; fi
+fi
+work=$root/build/ansible-test${core:+-$core}
 home=$work/home
 copy=$work/ansible_collections/agentlab/proxmox
-log=$work/sanity.log
-bin=$root/.venv/bin
+log=$work/$kind.log
 
 if ! git -C "$root" rev-parse --is-inside-work-tree >/dev/null; then
-    echo "Error: the sanity tests need a git checkout." >&2
+    echo "Error: ansible-test needs a git checkout." >&2
     exit 1
 fi
 
@@ -100,7 +113,9 @@ write_get_pip
 
 cd "$copy"
 status=0
-HOME=$home PATH=$bin:$PATH "$bin/ansible-test" sanity --local --python "$python_version" --color no "$@" >"$log" 2>&1 </dev/null || status=$?
+# The tests' own tools (pytest, the fake Proxmox) are in the environment already; only sanity makes environments of its own.
+HOME=$home PATH=$bin:$PATH "$bin/ansible-test" "$kind" --local --python "$python_version" --color no \
+    "$@" >"$log" 2>&1 </dev/null || status=$?
 
 if [ "$status" -ne 0 ]; then
     # Not which packages went where, unless that is what failed.
@@ -109,13 +124,20 @@ if [ "$status" -ne 0 ]; then
     else
         cat "$log"
     fi
-    echo "Error: ansible-test sanity failed; the whole output is in ${log#"$root"/}." >&2
+    echo "Error: ansible-test $kind failed; the whole output is in ${log#"$root"/}." >&2
     exit 1
 fi
-if grep -q 'All targets skipped' "$log" || ! grep -q '^Running sanity test ' "$log"; then
+case $kind in
+    sanity) ran=$(grep -c '^Running sanity test ' "$log" || true) what="sanity tests passed" ;;
+    units) ran=$(sed -n 's/.*[= ]\([0-9]*\) passed.*/\1/p' "$log" | awk '{n += $1} END {print n + 0}') what="unit tests passed" ;;
+    integration) ran=$(grep -c '^Running .* integration test' "$log" || true) what="integration targets passed" ;;
+esac
+if grep -q 'All targets skipped' "$log" || [ "$ran" -eq 0 ]; then
     cat "$log"
     echo "Error: ansible-test tested nothing." >&2
     exit 1
 fi
-grep '^WARNING' "$log" | grep -v -e 'Using locale' -e 'Reviewing previous' || true
-echo "$(grep -c '^Running sanity test ' "$log") sanity tests passed (Python $python_version)"
+if [ "$kind" = sanity ]; then
+    grep '^WARNING' "$log" | grep -v -e 'Using locale' -e 'Reviewing previous' || true
+fi
+echo "$ran $what ($("$bin/ansible" --version | sed -n '1s/ansible \[\(.*\)\]/\1/p'), Python $python_version)"
