@@ -17,4 +17,98 @@ WORKERS ?= auto
 PYTEST = .venv/bin/python -m pytest -q -n $(WORKERS)
 PYTEST_ARGS ?=
 
+.PHONY: help setup demo test lint lint-python lint-ansible lint-meta sanity unit scenarios test-daemon test-faults changelog build clean
+
 .PHONY: check gates test-cores demo-installed importer
+
+help: ## Show this list
+	@echo "Targets:"
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@echo "Variables: PYTHON (interpreter for .venv), WORKERS (parallel tests, default auto), PYTEST_ARGS (e.g. '-k lease')"
+
+setup: ## Make .venv with all tools (again when requirements-dev.txt changes)
+	@scripts/setup.sh
+
+demo: setup ## Show the collection at work against a fake Proxmox VE
+	@.venv/bin/python tests/support/demo.py
+
+test: unit lint scenarios sanity ## Everyday checks, under 5 minutes
+	@echo "==> All everyday checks passed"
+
+check: test test-daemon gates ## Every gate: the everyday checks, and all that Galaxy, AWX and other releases of ansible-core ask for
+	@echo "==> All gates passed"
+
+gates: test-cores demo-installed importer ## The gates beyond `make test`
+
+lint: lint-python lint-ansible lint-meta ## All linters and the type checker
+
+lint-python: setup ## ruff, mypy, shellcheck
+	@echo "==> ruff"
+	@ruff check --quiet .
+	@echo "==> mypy"
+	@mypy --no-error-summary
+	@echo "==> shellcheck"
+	@shellcheck .ci/run scripts/*.sh
+
+lint-ansible: setup ## ansible-lint with the production profile
+	@echo "==> ansible-lint"
+	@ansible-lint -q --offline --profile production
+
+lint-meta: setup ## Changelog, module documentation, licences
+	@echo "==> antsibull-changelog lint"
+	@antsibull-changelog lint
+	@echo "==> antsibull-docs lint-collection-docs"
+	@antsibull-docs lint-collection-docs --plugin-docs .
+	@echo "==> reuse lint"
+	@reuse lint --quiet || { reuse lint --lines; exit 1; }
+
+sanity: setup ## ansible-test sanity, on a copy of the collection
+	@echo "==> ansible-test sanity"
+	@scripts/ansible-test.sh sanity
+
+unit: setup ## Tests of rules, store and operations
+	@echo "==> Unit tests"
+	@$(PYTEST) tests/unit $(PYTEST_ARGS)
+
+scenarios: setup ## Every module in real playbooks against a fake Proxmox VE
+	@echo "==> Scenarios"
+	@$(PYTEST) tests/scenarios $(PYTEST_ARGS)
+
+test-daemon: setup ## The daemon as a real process against a fake Proxmox VE
+	@echo "==> Daemon"
+	@$(PYTEST) tests/daemon $(PYTEST_ARGS)
+
+test-faults: setup ## Interrupted, broken and racing operations; takes long
+	@echo "==> Faults"
+	@$(PYTEST) tests/faults --durations=10 $(PYTEST_ARGS)
+
+test-cores: setup ## ansible-test units and integration, and sanity on every ansible-core that runs here
+	@echo "==> ansible-test units, integration"
+	@scripts/ansible-test.sh units
+	@scripts/ansible-test.sh integration
+	@for core in 2.20 2.21; do \
+	    echo "==> ansible-test sanity and integration, ansible-core $$core"; \
+	    scripts/ansible-test.sh --core $$core sanity; \
+	    scripts/ansible-test.sh --core $$core integration; \
+	done
+
+demo-installed: setup ## The demo, from the archive as users install it
+	@echo "==> The archive, installed, and the demo from it"
+	@scripts/installed.sh
+
+importer: setup ## What Galaxy does with an uploaded archive
+	@echo "==> galaxy-importer"
+	@scripts/importer.sh
+
+changelog: setup ## Release: turn the changelog fragments into CHANGELOG.md
+	@echo "==> antsibull-changelog release"
+	@antsibull-changelog release
+
+build: setup ## Build the collection archive into build/
+	@echo "==> ansible-galaxy collection build"
+	@ansible-galaxy collection build --force --output-path build
+
+clean: ## Remove everything that was generated, .venv included
+	@echo "==> Clean"
+	@rm -rf .venv .ansible .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache build tests/output changelogs/.plugin-cache.yaml
+	@find . -path ./.git -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +

@@ -41,16 +41,20 @@ SELECT_ARGS: dict[str, Any] = {
 SELECT_EXCLUSIVE = [("vmid", "vmids", "name")]
 
 
-def run(argument_spec: dict[str, Any], work: Callable[[AnsibleModule, Context], dict[str, Any]], **kwargs: Any) -> None:
-    """Run a module: build the context from options, environment and file, call ``work``, answer. Never shows a trace for what we know."""
+def _context(module: AnsibleModule, config: core_config.Config) -> Context:
+    return Context(config, actor=_actor(module), dry_run=module.check_mode, force_hint=states.FORCE_HINT_MODULE, wait_timeout=module.params.get("wait_timeout"))
+
+
+def run(argument_spec: dict[str, Any], work: Callable[[AnsibleModule, Any], dict[str, Any]], *,
+        make: Callable[[AnsibleModule, core_config.Config], Any] = _context, **kwargs: Any) -> None:
+    """Run a module: make what it works on (a Context) from options, environment and file, call ``work``, answer. Never shows a trace for what we know."""
     module = AnsibleModule(argument_spec={**COMMON_ARGS, **argument_spec}, supports_check_mode=True, **kwargs)
-    context: Context | None = None
+    context: Any = None
     try:
         found = core_config.load(module.params, os.environ)
         # Secrets that came from the file or the environment are as secret as those given as options.
         module.no_log_values.update(value for value in (found.proxmox.api_password, found.proxmox.api_token_secret) if value)
-        context = Context(found, actor=_actor(module), dry_run=module.check_mode, force_hint=states.FORCE_HINT_MODULE,
-                          wait_timeout=module.params.get("wait_timeout"))
+        context = make(module, found)
         result = work(module, context)
     except AgentlabError as error:
         module.fail_json(msg=error.message, error=error.as_dict(), changed=False, **_extra(error))

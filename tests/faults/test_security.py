@@ -16,18 +16,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core import config
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import AgentlabError
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import doctor
 
 from support.double import TOKEN_ID, TOKEN_SECRET
 from support.lab import Lab
 
 pytestmark = pytest.mark.faults
 
-# docs/safety.md lists these; the double asks for them as Proxmox does.
-POOL = ("VM.Allocate", "VM.Audit", "VM.PowerMgmt", "VM.Config.Options", "VM.Config.CPU", "VM.Config.Memory", "VM.Config.Disk", "VM.Config.Network",
-        "VM.Config.Cloudinit", "VM.GuestAgent.Audit")
-GRANTS = {"/": ("VM.Audit", "Sys.Audit"), "/pool/agentlab": POOL, "/vms/9000": ("VM.Clone", "VM.Audit"), "/storage/local-lvm": ("Datastore.AllocateSpace",),
-          "/sdn/zones/localnetwork": ("SDN.Use",)}
+# What the documentation and agentlab_doctor tell; the double asks for them as Proxmox does.
+GRANTS = doctor.needs(config.load({"pool": "agentlab"}, {"AGENTLAB_CONFIG": "/nonexistent"}), template=9000, storage="local-lvm")
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from aiohttp import web
-from fakepve import FakePve, FakeVm, PveError, TaskError, settle
+from fakepve import FakePve, FakeVm, PveError, TaskError, settle, shapes
 from fakepve import schema as pve_schema
 from fakepve.certs import make_cert
 from fakepve.lxc import format_size, parse_size
@@ -126,6 +126,8 @@ class ProxmoxDouble(FakePve):
         self.tags_forbidden = False
         # Real seconds before a wrong token is told so (Proxmox: 3).
         self.auth_delay = 0.0
+        # Seconds by which the nodes' clocks are ahead of this host's.
+        self.clock_offset = 0.0
         # Volume ids of the snippets that there are; cicustom may name no other.
         self.snippets: set[str] = set()
         # PVE seconds a task of a type takes (times time_scale), and real seconds (whatever time_scale says).
@@ -520,7 +522,20 @@ class ProxmoxDouble(FakePve):
 
     def _routes_double(self) -> list[tuple[str, str, Any]]:
         return [("DELETE", "/nodes/{node}/tasks/{upid}", self._task_abort), ("GET", "/cluster/tasks", self._cluster_tasks),
-                ("PUT", "/nodes/{node}/qemu/{vmid}/resize", self._qm_resize), ("GET", "/nodes/{node}/certificates/info", self._certificates)]
+                ("PUT", "/nodes/{node}/qemu/{vmid}/resize", self._qm_resize), ("GET", "/nodes/{node}/certificates/info", self._certificates),
+                ("GET", "/nodes/{node}/time", self._node_time)]
+
+    async def _permissions(self, v: dict[str, Any], user: str) -> dict[str, dict[str, int]]:
+        """With a path: what counts there, pools and paths above it included, under that path alone."""
+        path = v.get("path")
+        if path is None:
+            return await super()._permissions(v, user)
+        held = {name: 1 for name in shapes.PRIVILEGES if self.allowed(v.get("userid") or user, path, name)}
+        return {path: held} if held else {}
+
+    async def _node_time(self, v: dict[str, Any], user: str) -> dict[str, Any]:
+        now = int(time.time() + self.clock_offset)
+        return {"time": now, "localtime": now, "timezone": "UTC"}
 
     async def _task_abort(self, v: dict[str, Any], user: str) -> None:
         task = self._find_task(v["node"], v["upid"], user)

@@ -162,6 +162,9 @@ class Config:
     expire_interval: int
     reconcile_interval: int
     stop_timeout: int
+    # The file that was read, if any, and whether it holds a secret (which then is in the hands of whoever may read it).
+    config_file: str | None = None
+    secret_in_file: bool = False
 
 
 def load(options: Mapping[str, Any], environment: Mapping[str, str]) -> Config:
@@ -218,6 +221,8 @@ def load(options: Mapping[str, Any], environment: Mapping[str, str]) -> Config:
         expire_interval=_seconds("expire_interval", value("expire_interval"), zero=False),
         reconcile_interval=_seconds("reconcile_interval", value("reconcile_interval"), zero=False),
         stop_timeout=_seconds("stop_timeout", value("stop_timeout")),
+        config_file=str(path) if from_file else None,
+        secret_in_file=any(from_file.get(name) for name in SECRETS),
     )
 
 

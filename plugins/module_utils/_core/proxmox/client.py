@@ -116,7 +116,7 @@ class ProxmoxClient:
 
     # ---- requests ----
 
-    def get(self, path: str, **params: Any) -> Any:
+    def get(self, path: str, /, **params: Any) -> Any:
         """Read; retried when it could not be delivered."""
         return self._request("GET", path, params)
 
@@ -129,14 +129,14 @@ class ProxmoxClient:
     def delete(self, path: str, **params: Any) -> Any:
         return self._request("DELETE", path, params)
 
-    def get_list(self, path: str, **params: Any) -> list[dict[str, Any]]:
+    def get_list(self, path: str, /, **params: Any) -> list[dict[str, Any]]:
         """Read a list of objects; anything else is OutcomeUnknown, never an empty list."""
         found = self.get(path, **params)
         if not isinstance(found, list) or not all(isinstance(item, dict) for item in found):
             raise OutcomeUnknown(f"GET /{path}: the answer is not a list, so nothing is known; is api_host a Proxmox node?", path=path)
         return found
 
-    def get_dict(self, path: str, **params: Any) -> dict[str, Any]:
+    def get_dict(self, path: str, /, **params: Any) -> dict[str, Any]:
         """Read an object; anything else is OutcomeUnknown."""
         found = self.get(path, **params)
         if not isinstance(found, dict):

@@ -152,6 +152,11 @@ class Cluster:
     def find(self, vmid: int, *, fresh: bool = False) -> dict[str, Any] | None:
         return self.vms(fresh=fresh).get(vmid)
 
+    def known(self) -> tuple[list[str], dict[int, str]]:
+        """Names of the nodes, and of the VMs by VMID, as far as this run has read them: asks nothing."""
+        nodes = [str(row.get("name")) for row in (self._status[1] if self._status else []) if row.get("type") == "node"]
+        return nodes, {vmid: str(row["name"]) for vmid, row in (self._vms or {}).items() if row.get("name")}
+
     def sees_everything(self) -> bool:
         """True when nothing can be hidden from these credentials.
 

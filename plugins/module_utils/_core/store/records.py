@@ -137,8 +137,8 @@ class Records:
         return [Operation.from_row(row) for row in rows if row["sandbox_uuid"] not in stale], list(stale.values())
 
     def events(self, *, uuid: str | None = None, vmid: int | None = None, after: int = 0, tail: int | None = None, limit: int = 1000) -> list[dict[str, Any]]:
-        """Events of a sandbox (or of every sandbox a VMID has had), oldest first."""
-        where, value = ("sandbox_uuid = ?", uuid) if uuid is not None else ("vmid = ?", vmid)
+        """Events of a sandbox (or of every sandbox a VMID has had, or of all), oldest first."""
+        where, value = ("sandbox_uuid = ?", uuid) if uuid is not None else ("vmid = ?", vmid) if vmid is not None else ("?", 1)
         count = limit if tail is None else min(tail, limit)
         order = "DESC" if tail is not None else "ASC"
         rows = self.db.read(f"SELECT * FROM events WHERE {where} AND id > ? ORDER BY id {order} LIMIT ?", value, after, count)

@@ -1,0 +1,658 @@
+# Copyright: the agentlab.proxmox contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Look at everything a sandbox's life depends on, and say what to do: reads only, of the configuration, the records, Proxmox and the daemon.
+
+Nothing that is broken ends the examination: what cannot be read becomes a finding with the status ``unknown``.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import platform
+import re
+import socket
+import sqlite3
+import stat
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from .. import __version__, clock, states
+from ..config import SECRETS, Config
+from ..durations import show
+from ..errors import AgentlabError, ApiError, InvalidInput, Kept, ProxmoxError, StoreError
+from ..proxmox import identity
+from ..store import schema
+from . import info, timeguard
+from .context import Context
+from .create import template_of
+
+OK, WARNING, PROBLEM, UNKNOWN = "ok", "warning", "problem", "unknown"
+# Worst first: what the examination as a whole comes to.
+STATUSES = (PROBLEM, UNKNOWN, WARNING, OK)
+
+# What a token needs, by role: docs/safety.md says for which request, and tests run the whole life of a sandbox with these and no others.
+SEE = ("VM.Audit", "Sys.Audit")
+RUN = ("VM.Allocate", "VM.Audit", "VM.PowerMgmt", "VM.Config.Options", "VM.Config.CPU", "VM.Config.Memory", "VM.Config.Disk", "VM.Config.Network",
+       "VM.Config.Cloudinit", "VM.GuestAgent.Audit")
+CLONE = ("VM.Clone", "VM.Audit")
+DISK = ("Datastore.AllocateSpace",)
+NET = ("SDN.Use",)
+# Bridges that no SDN zone manages belong to this one.
+ZONE = "/sdn/zones/localnetwork"
+# Whoever has one of these on / is an administrator of the cluster.
+ADMINISTRATOR = ("Permissions.Modify", "Sys.Modify", "Sys.PowerMgmt", "User.Modify", "Realm.Allocate")
+
+# Clocks this far apart make leases and ages wrong by as much; past the second value decisions are.
+_CLOCK_SECONDS = (5, 60)
+_FREE_BYTES = 100 * 1024 * 1024
+_FULL = 0.9
+# So many configurations of unknown VMs are read to see whether they carry our marker.
+_LOOK_AT = 20
+_DAEMON_SECONDS = 5.0
+# Storage types that cannot make linked clones at all; directories can with qcow2 only.
+_NO_LINKED_CLONES = ("lvm", "iscsi", "iscsidirect")
+_DIRECTORIES = ("dir", "nfs", "cifs", "cephfs", "glusterfs")
+
+
+@dataclass(slots=True)
+class Finding:
+    """One thing that was looked at: ``check`` is a stable word, ``meaning`` what was found and what it means, ``advice`` what to do about it."""
+
+    check: str
+    status: str
+    meaning: str
+    advice: str | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def public(self) -> dict[str, Any]:
+        return {"check": self.check, "status": self.status, "meaning": self.meaning, "advice": self.advice, "facts": self.facts}
+
+
+@dataclass(slots=True)
+class Wanted:
+    """What to look at besides what the configuration names."""
+
+    template: str | None = None
+
+
+@dataclass(slots=True)
+class Report:
+    """All findings, in the order of the checks, and the commands for a token with the least privileges."""
+
+    findings: list[Finding]
+    pveum: list[str]
+
+    @property
+    def status(self) -> str:
+        found = {one.status for one in self.findings}
+        return next(status for status in STATUSES if status in found or status == OK)
+
+    def worse_than(self, limit: str) -> list[Finding]:
+        """The findings that are a ``problem``, or with ``warning`` those, too; none with ``never``."""
+        wanted = {"problem": (PROBLEM,), "warning": (PROBLEM, UNKNOWN, WARNING)}.get(limit, ())
+        return sorted((one for one in self.findings if one.status in wanted), key=lambda one: STATUSES.index(one.status))
+
+    def public(self) -> dict[str, Any]:
+        return {"status": self.status, "problems": sum(one.status == PROBLEM for one in self.findings),
+                "findings": [one.public() for one in self.findings], "pveum": self.pveum}
+
+
+class Doctor:
+    """One examination of one host's configuration. Writes nothing: the records are read from a copy in memory."""
+
+    def __init__(self, config: Config, *, now: clock.Clock | None = None) -> None:
+        self.config = config
+        self.store_error: StoreError | None = None
+        try:
+            self.context = Context(config, actor="doctor", dry_run=True, clock=now)
+        except StoreError as error:
+            # Proxmox is looked at all the same, with records that are empty.
+            self.store_error = error
+            self.context = Context(replace(config, database=":memory:"), actor="doctor", dry_run=True, clock=now)
+        self._release = ""
+        self._nodes: dict[str, bool] = {}
+        self._local: str | None = None
+        self._template: tuple[int, str, dict[str, Any]] | None = None
+        self._storage: str | None = config.storage
+
+    def close(self) -> None:
+        self.context.close()
+
+    def examine(self, wanted: Wanted | None = None) -> Report:
+        """Every check, in an order in which each can stand on those before it."""
+        asked = wanted or Wanted()
+        findings = [*self._guarded("configuration", self._configuration), *self._guarded("database", self._database),
+                    *self._guarded("work", self._work)]
+        reached = self._guarded("proxmox", self._proxmox)
+        findings += reached
+        checks: dict[str, Callable[[], Iterable[Finding]]] = {
+            "cluster": self._cluster, "quorum": self._quorum, "template": lambda: self._template_fitness(asked.template), "storage": self._storage_space,
+            "privileges": self._privileges, "vmid_range": self._vmid_range, "clock": self._clock}
+        for name, check in checks.items():
+            if reached[0].status != OK:
+                findings.append(Finding(name, UNKNOWN, "not looked at, because Proxmox could not be asked", "see the finding proxmox"))
+            else:
+                findings += self._guarded(name, check)
+        findings += self._guarded("daemon", self._daemon)
+        return Report(findings, pveum_commands(self.config, template=self._template[0] if self._template else None, storage=self._storage,
+                                               release=self._release))
+
+    def _guarded(self, name: str, check: Callable[[], Iterable[Finding]]) -> list[Finding]:
+        try:
+            return list(check())
+        except AgentlabError as error:
+            return [Finding(name, UNKNOWN, f"could not be looked at: {error.message}", "see the message; run again when that is mended")]
+
+    # ---- this host ----
+
+    def _configuration(self) -> Iterable[Finding]:
+        found = self.config.proxmox
+        facts = {"api_host": found.api_host, "login": found.login, "validate_certs": found.validate_certs, "database": self.config.database,
+                 "python": platform.python_version(), "sqlite": sqlite3.sqlite_version, "collection": __version__, **_libraries()}
+        yield Finding("versions", OK, f"agentlab.proxmox {__version__}, Python {facts['python']}, proxmoxer {facts['proxmoxer'] or 'missing'}, "
+                      f"requests {facts['requests'] or 'missing'}, SQLite {facts['sqlite']}", None, facts)
+        if found.api_host and not found.validate_certs:
+            yield Finding("configuration", WARNING, f"the certificate of {found.where} is not verified: whoever can answer in its place gets the token",
+                          "set validate_certs: true, and ca_path to a copy of the node's /etc/pve/pve-root-ca.pem")
+        elif found.api_host and not found.token_name:
+            yield Finding("configuration", WARNING, f"{found.user} logs in with a password, with all rights of that user",
+                          "create a token with fewer rights: see the pveum commands")
+        else:
+            yield Finding("configuration", OK, f"Proxmox is reached through {found.where} as {found.login}")
+        path = self.config.config_file
+        if path and self.config.secret_in_file:
+            mode = stat.S_IMODE(os.stat(path).st_mode)
+            if mode & 0o007:
+                yield Finding("configuration", PROBLEM, f"{path} holds a secret and everybody on this host may read it (mode {mode:04o})",
+                              f"chmod 0600 {path}; then replace the secret, it may have been read", {"path": path, "mode": f"{mode:04o}"})
+
+    def _database(self) -> Iterable[Finding]:
+        path = self.config.database
+        if self.store_error is not None:
+            yield Finding("database", PROBLEM, self.store_error.message, "nothing was changed; the message says what helps", {"path": path})
+            return
+        folder = os.path.dirname(os.path.abspath(path))
+        while not os.path.isdir(folder):
+            folder = os.path.dirname(folder)
+        room = os.statvfs(folder)
+        free = room.f_bavail * room.f_frsize
+        facts = {"path": path, "schema": schema.VERSION, "free_bytes": free}
+        if free < _FREE_BYTES:
+            yield Finding("database", PROBLEM, f"only {free // 1048576} MiB are free in {folder}: without room no record is written and nothing is done",
+                          "free some space", facts)
+        if not os.path.exists(path):
+            yield Finding("database", OK, f"{path} does not exist yet; the first run that writes creates it with mode 0600", None, facts)
+            return
+        status = os.stat(path)
+        mode = stat.S_IMODE(status.st_mode)
+        allowed = 0o660 if self.config.database_group_access else 0o600
+        facts.update(mode=f"{mode:04o}", bytes=status.st_size)
+        integrity = self.context.database.integrity()
+        if integrity != "ok":
+            yield Finding("database", PROBLEM, f"{path} is damaged: {integrity[:300]}",
+                          "stop agentlabd, keep a copy of the file and restore a backup; see docs/troubleshooting.md", facts)
+        elif mode & ~allowed:
+            yield Finding("database", WARNING, f"{path} has mode {mode:04o}: more users than needed may read who runs what, or write states into it",
+                          f"chmod {allowed:04o} {path}", facts)
+        elif not os.access(path, os.W_OK) or not os.access(os.path.dirname(os.path.abspath(path)), os.W_OK):
+            yield Finding("database", PROBLEM, f"{path} or its folder is not writable for this user: nothing can be done to sandboxes",
+                          "run as its owner, or mend the permissions", facts)
+        else:
+            yield Finding("database", OK, f"{path}: SQLite's check finds nothing, schema {schema.VERSION}, mode {mode:04o}", None, facts)
+
+    def _work(self) -> Iterable[Finding]:
+        """What the records say of work left over."""
+        now = self.context.clock.now()
+        live = self.context.records.find_all()
+        overdue = [one.vmid for one in live if one.state in states.OPERATIONS["expire"].allowed and one.expired(now)]
+        vmids = {one.uuid: one.vmid for one in live}
+        cut_off = [f"{vmids.get(one.sandbox_uuid)} ({one.kind}, {one.phase})" for one in self.context.records.interrupted()]
+        facts = {"sandboxes": len(live), "overdue": overdue[:50], "cut_off": cut_off[:50]}
+        rest = timeguard.suspended(self.context)
+        if rest:
+            yield Finding("work", WARNING, rest, "set the clock right (timedatectl); prune and expiry go on by themselves after that", facts)
+        elif overdue:
+            yield Finding("work", WARNING, f"{len(overdue)} sandboxes are past their lease and still live ({_some(overdue)}): nobody lets leases expire",
+                          "run agentlab_reconcile on a schedule, or the daemon", facts)
+        elif cut_off:
+            yield Finding("work", WARNING, f"{len(cut_off)} operations were cut off: {_some(cut_off)}", "run agentlab_reconcile, which finishes them", facts)
+        else:
+            yield Finding("work", OK, f"{len(live)} sandboxes, none past its lease, no operation cut off", None, facts)
+
+    # ---- Proxmox ----
+
+    def _proxmox(self) -> Iterable[Finding]:
+        try:
+            found = self.context.client.get_dict("version")
+        except (ProxmoxError, InvalidInput) as error:
+            return [Finding("proxmox", PROBLEM, error.message, "the message says what to look at; nothing else about Proxmox could be looked at")]
+        self._release = str(found.get("version") or "")
+        facts = {"version": self._release}
+        major = self._release.partition(".")[0]
+        if not major.isdecimal() or int(major) < 8:
+            return [Finding("proxmox", OK, f"Proxmox VE {self._release} answers", None, facts),
+                    Finding("versions", WARNING, f"Proxmox VE {self._release} is older than what this is tested with", "upgrade to Proxmox VE 8 or 9", facts)]
+        return [Finding("proxmox", OK, f"Proxmox VE {self._release} answers", None, facts)]
+
+    def _cluster(self) -> Iterable[Finding]:
+        known = self.context.records.meta("cluster")
+        if known is None:
+            yield Finding("cluster", OK, "these records do not know a cluster yet; the first creation notes it")
+            return
+        try:
+            self.context.cluster.confirm()
+            yield Finding("cluster", OK, "this is the cluster these records belong to")
+        except Kept as error:
+            yield Finding("cluster", PROBLEM, error.message, "until then nothing of these records is destroyed or closed")
+
+    def _quorum(self) -> Iterable[Finding]:
+        self._nodes = self.context.cluster.nodes()
+        offline = sorted(node for node, online in self._nodes.items() if not online)
+        facts = {"nodes": self._nodes}
+        try:
+            self.context.cluster.require_quorum()
+        except Kept as error:
+            yield Finding("quorum", PROBLEM, error.message, "bring nodes back, or look at the cluster network: pvecm status", facts)
+            return
+        if offline:
+            yield Finding("quorum", WARNING, f"the cluster has quorum, but these nodes are offline: {', '.join(offline)}. Sandboxes there are left as they are",
+                          "bring them back", facts)
+        else:
+            yield Finding("quorum", OK, f"quorum, and all nodes are online: {', '.join(sorted(self._nodes))}", None, facts)
+
+    def _template_fitness(self, wanted: str | None) -> Iterable[Finding]:
+        asked = wanted or self.config.template
+        if not asked:
+            yield Finding("template", UNKNOWN, "no template is configured, so none was looked at",
+                          "set template in the configuration, or give the option template")
+            return
+        try:
+            vmid, node = template_of(self.context, asked)
+            config = self.context.client.get_dict(f"nodes/{node}/qemu/{vmid}/config")
+        except AgentlabError as error:
+            yield Finding("template", PROBLEM, error.message, "without a template that these credentials see, no sandbox is created")
+            return
+        self._template = (vmid, node, config)
+        name = f"template {vmid} ({config.get('name')})"
+        facts = {"vmid": vmid, "node": node}
+        found = list(self._unfit(vmid, node, config, name, facts))
+        yield from found or [Finding("template", OK, f"{name} is fit: guest agent, cloud-init drive, no protection, linked clones", None, facts)]
+
+    def _unfit(self, vmid: int, node: str, config: Mapping[str, Any], name: str, facts: dict[str, Any]) -> Iterable[Finding]:
+        if str(config.get("protection", "0")) == "1":
+            yield Finding("template", PROBLEM, f"{name} has protection, which every clone copies: such sandboxes cannot be destroyed",
+                          f"qm set {vmid} --protection 0 (a template is not destroyed by us anyway); likewise for sandboxes made from it", facts)
+        agent = str(config.get("agent", "0"))
+        if not re.match(r"(enabled=)?1\b", agent):
+            yield Finding("template", WARNING, f"{name} has the guest agent switched off: no address is known, and shutting down takes until the time-out",
+                          f"install qemu-guest-agent in it, and: qm set {vmid} --agent 1", facts)
+        drives = {key: str(value) for key, value in config.items() if re.fullmatch(r"(ide|sata|scsi|virtio)\d+", key)}
+        if not any("cloudinit" in value for value in drives.values()):
+            yield Finding("template", WARNING, f"{name} has no cloud-init drive: ip_config, nameserver and ssh_public_keys have no effect",
+                          f"qm set {vmid} --ide2 {self.config.storage or 'STORAGE'}:cloudinit", facts)
+        if str(config.get("onboot", "0")) == "1":
+            yield Finding("template", WARNING, f"{name} has onboot, which every clone copies: stopped sandboxes start with the node, past their lease",
+                          f"qm set {vmid} --onboot 0", facts)
+        disks = [value for value in drives.values() if "media=cdrom" not in value and "cloudinit" not in value]
+        if not disks:
+            yield Finding("template", PROBLEM, f"{name} has no disk", "give it one, or choose another template", facts)
+            return
+        kinds = {str(row.get("storage")): str(row.get("type")) for row in self._storages(node)}
+        for disk in disks:
+            storage = disk.partition(":")[0]
+            self._storage = self._storage or storage
+            kind = kinds.get(storage)
+            facts.setdefault("storages", {})[storage] = kind
+            if kind is None:
+                yield Finding("template", UNKNOWN, f"{name}: storage {storage} of its disk cannot be seen, so whether it makes linked clones is not known",
+                              f"grant Datastore.AllocateSpace on /storage/{storage}", facts)
+            elif kind in _NO_LINKED_CLONES or (kind in _DIRECTORIES and ".raw" in disk):
+                yield Finding("template", WARNING, f"{name}: storage {storage} ({kind}) makes no linked clones of its disk: creating copies the whole disk",
+                              "set full_clone: true, or move the template to lvmthin, zfspool, rbd or a directory with qcow2", facts)
+
+    def _storages(self, node: str) -> list[dict[str, Any]]:
+        return self.context.client.get_list(f"nodes/{node}/storage")
+
+    def _storage_space(self) -> Iterable[Finding]:
+        node = self._template[1] if self._template else next((name for name, online in sorted(self._nodes.items()) if online), "")
+        rows = {str(row.get("storage")): row for row in self._storages(node)}
+        wanted = self._storage
+        if wanted is None:
+            yield Finding("storage", UNKNOWN, "which storage sandboxes go to is not known (no template, no storage configured)", "see the finding template")
+            return
+        row = rows.get(wanted)
+        if row is None:
+            yield Finding("storage", PROBLEM, f"storage {wanted} cannot be seen on node {node}: it is not there, or Datastore.AllocateSpace is missing",
+                          f"grant Datastore.AllocateSpace on /storage/{wanted}, or correct storage")
+            return
+        total, used = int(row.get("total") or 0), int(row.get("used") or 0)
+        facts = {"storage": wanted, "total": total, "used": used, "active": row.get("active")}
+        if str(row.get("active")) != "1" or str(row.get("enabled", 1)) != "1":
+            yield Finding("storage", PROBLEM, f"storage {wanted} is not active on node {node}: nothing can be created there",
+                          f"pvesm status --storage {wanted}", facts)
+        elif total and used / total > _FULL:
+            yield Finding("storage", WARNING, f"storage {wanted} is {used * 100 // total} % full: thin volumes that outgrow it stop every VM on it",
+                          "prune sandboxes, or enlarge it", facts)
+        else:
+            yield Finding("storage", OK, f"storage {wanted} is active" + (f", {used * 100 // total} % used" if total else ""), None, facts)
+
+    def _privileges(self) -> Iterable[Finding]:
+        if self.context.cluster.sees_everything():
+            if self.config.proxmox.api_host is None:
+                yield Finding("privileges", OK, "pvesh on the node acts as root@pam: no privilege is missing")
+            else:
+                yield Finding("privileges", WARNING, "root@pam may do everything on the whole cluster, and so may whoever gets its secret",
+                              "use a token with the least privileges: see the pveum commands", {"login": "root@pam"})
+            return
+        missing: dict[str, list[str]] = {}
+        held: dict[str, set[str]] = {}
+        template = self._template[0] if self._template else None
+        for path, needed in needs(self.config, template=template, storage=self._storage, release=self._release).items():
+            # A right on the one bridge that is used serves as well as one on the whole zone.
+            held[path] = self._held(f"{path}/{self._bridge()}" if path == ZONE else path)
+            lacking = [name for name in needed if not any(word in held[path] for word in _same(name))]
+            if lacking:
+                missing[path] = lacking
+        facts: dict[str, Any] = {"login": self.config.proxmox.login, "missing": missing}
+        if missing:
+            told = "; ".join(f"{', '.join(names)} on {path}" for path, names in missing.items())
+            yield Finding("privileges", PROBLEM, f"{self.config.proxmox.login} lacks {told}",
+                          "run the pveum commands as root on a node; they add what is missing (roles that are there already: use 'pveum role modify')", facts)
+        else:
+            yield Finding("privileges", OK, f"{self.config.proxmox.login} has every privilege that is needed", None, facts)
+        too_many = sorted(held.get("/", set()) & set(ADMINISTRATOR))
+        if too_many:
+            yield Finding("privileges", WARNING, f"{self.config.proxmox.login} may administer the whole cluster ({', '.join(too_many)} on /)",
+                          "use a token with the least privileges: see the pveum commands", {"login": self.config.proxmox.login})
+
+    def _bridge(self) -> str:
+        found = re.search(r"bridge=([\w.-]+)", str(self._template[2].get("net0")) if self._template else "")
+        return found[1] if found else "vmbr0"
+
+    def _held(self, path: str) -> set[str]:
+        found = self.context.client.get_dict("access/permissions", path=path)
+        return {str(name) for rights in found.values() if isinstance(rights, dict) for name in rights}
+
+    def _vmid_range(self) -> Iterable[Finding]:
+        low, high = self.config.vmid_range
+        rows = self.context.cluster.vms()
+        ours = {one.vmid for one in self.context.records.find_all()}
+        within = {vmid: row for vmid, row in rows.items() if low <= vmid <= high}
+        strangers = sorted(set(within) - ours)
+        taken = len(set(within) | {vmid for vmid in ours if low <= vmid <= high})
+        free = high - low + 1 - taken
+        facts = {"range": f"{low}-{high}", "free": free, "foreign": strangers[:50]}
+        found = list(self._overlaps(low, high, facts))
+        if free <= 0:
+            found.append(Finding("vmid_range", PROBLEM, f"all VMIDs of {low}-{high} are taken: no sandbox can be created without a vmid",
+                                 "destroy or prune sandboxes, or set a larger vmid_range", facts))
+        marked = [vmid for vmid in strangers[:_LOOK_AT] if self._carries_marker(vmid, within[vmid])]
+        if marked:
+            found.append(Finding("vmid_range", WARNING, f"VMs with our marker but without a record here ({_some(marked)}): another database works in the "
+                                 "same range, or these records were lost",
+                                 "give each database a vmid_range of its own; agentlab_reconcile reports such VMs as unrecorded",
+                                 {**facts, "marked": marked}))
+        others = [vmid for vmid in strangers if vmid not in marked]
+        if others:
+            found.append(Finding("vmid_range", WARNING, f"{len(others)} VMs that are not ours are inside {low}-{high} ({_some(others)}); they are left alone, "
+                                 "but take VMIDs away", "move the range (vmid_range), or let other tools use another one", facts))
+        yield from found or [Finding("vmid_range", OK, f"{free} of {high - low + 1} VMIDs of {low}-{high} are free, and only sandboxes are in it", None, facts)]
+
+    def _overlaps(self, low: int, high: int, facts: dict[str, Any]) -> Iterable[Finding]:
+        try:
+            options = self.context.client.get_dict("cluster/options")
+        except ApiError:
+            return
+        bounds = _next_id(options.get("next-id"))
+        if bounds and bounds[0] <= high and low <= bounds[1]:
+            facts["next_id"] = f"{bounds[0]}-{bounds[1]}"
+            yield Finding("vmid_range", WARNING, f"Proxmox hands out VMIDs of {bounds[0]}-{bounds[1]} by itself (next-id), which overlaps {low}-{high}",
+                          f"pvesh set /cluster/options --next-id lower={high + 1},upper=999999999, or move vmid_range", dict(facts))
+
+    def _carries_marker(self, vmid: int, row: Mapping[str, Any]) -> bool:
+        if row.get("type") != "qemu":
+            return False
+        try:
+            return bool(identity.markers(self.context.client.get_dict(f"nodes/{row.get('node')}/qemu/{vmid}/config")))
+        except ProxmoxError:
+            return False
+
+    def _clock(self) -> Iterable[Finding]:
+        offsets: dict[str, int] = {}
+        for node in sorted(name for name, online in self._nodes.items() if online):
+            before = self.context.clock.now()
+            found = self.context.client.get_dict(f"nodes/{node}/time")
+            # The answer's moment lies somewhere within the request: the middle is the fairest guess.
+            offsets[node] = int(found.get("time") or 0) - (before + self.context.clock.now()) // 2
+        if not offsets:
+            yield Finding("clock", UNKNOWN, "no node is online, so no clock could be compared", "see the finding quorum")
+            return
+        node = max(offsets, key=lambda name: abs(offsets[name]))
+        apart = abs(offsets[node])
+        facts = {"offsets_seconds": offsets}
+        if apart <= _CLOCK_SECONDS[0]:
+            yield Finding("clock", OK, f"this host and the nodes differ by {apart} s at most", None, facts)
+        else:
+            yield Finding("clock", WARNING if apart <= _CLOCK_SECONDS[1] else PROBLEM,
+                          f"this host's clock and that of node {node} are {show(apart)} apart: leases are counted by this host's clock, tasks by the node's",
+                          "switch on time synchronisation on both (timedatectl; chrony)", facts)
+
+    # ---- the daemon ----
+
+    def _daemon(self) -> Iterable[Finding]:
+        path = self.config.socket
+        if not os.path.exists(path):
+            yield Finding("daemon", OK, f"no daemon here (no socket {path}); modules need none, but somebody has to run agentlab_reconcile and agentlab_prune",
+                          "a cron job, an AWX schedule, or the role agentlabd", {"socket": path})
+            return
+        try:
+            found = ask(path, "/v1/status")
+        except PermissionError:
+            yield Finding("daemon", UNKNOWN, f"{path} is there, but this user may not ask it",
+                          "run as root, or as a member of the group agentlab", {"socket": path})
+            return
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            yield Finding("daemon", PROBLEM, f"{path} is there, but the daemon does not answer ({type(error).__name__})",
+                          "systemctl status agentlabd; journalctl -u agentlabd", {"socket": path})
+            return
+        facts = {"socket": path, "status": found}
+        complaints = [f"{part}: {text}" for part, key in (("config", "error"), ("proxmox", "last_error"), ("expiry", "last_error"), ("reconcile", "last_error"))
+                      if (text := (found.get(part) or {}).get(key))]
+        frozen = (found.get("cleanup") or {}).get("frozen")
+        if frozen:
+            complaints.append(f"cleanup is frozen since {frozen.get('at')}: {frozen.get('reason')} (agentlab cleanup release)")
+        if found.get("version") not in (None, __version__):
+            complaints.append(f"it is version {found.get('version')}, the modules here are {__version__}")
+        if complaints:
+            yield Finding("daemon", WARNING, "the daemon answers, but says: " + "; ".join(complaints), "journalctl -u agentlabd tells more", facts)
+        else:
+            yield Finding("daemon", OK, f"the daemon answers (version {found.get('version')})", None, facts)
+
+
+# ---- privileges ----
+
+
+def needs(config: Config, *, template: int | None, storage: str | None, release: str = "") -> dict[str, tuple[str, ...]]:
+    """The least privileges, by path; paths that are not known (no template, no storage) are left out."""
+    found = {"/": SEE, f"/pool/{config.pool}" if config.pool else "/vms": RUN}
+    if template is not None:
+        found[f"/vms/{template}"] = CLONE
+    if storage is not None:
+        found[f"/storage/{storage}"] = DISK
+    found[ZONE] = NET
+    return {path: tuple(_spelt(name, release) for name in names) for path, names in found.items()}
+
+
+def pveum_commands(config: Config, *, template: int | None, storage: str | None, release: str = "") -> list[str]:
+    """What root runs on a node to make a token with these privileges and no others. Names in capitals are to be filled in."""
+    found = config.proxmox
+    user = found.user if "@" in found.user and not found.user.endswith("@pam") else "agentlab@pve"
+    roles = {"AgentlabSee": SEE, "AgentlabRun": RUN, "AgentlabClone": CLONE, "AgentlabDisk": DISK, "AgentlabNet": NET}
+    where = {"AgentlabSee": "/", "AgentlabRun": f"/pool/{config.pool}" if config.pool else "/vms", "AgentlabClone": f"/vms/{template or 'TEMPLATE'}",
+             "AgentlabDisk": f"/storage/{storage or 'STORAGE'}", "AgentlabNet": ZONE}
+    return [*([f"pveum pool add {config.pool}"] if config.pool else []),
+            *(f'pveum role add {role} --privs "{" ".join(_spelt(name, release) for name in names)}"' for role, names in roles.items()),
+            f"pveum user add {user}",
+            *(f"pveum acl modify {path} --users {user} --roles {role}" for role, path in where.items()),
+            f"pveum user token add {user} {found.token_name or 'ansible'} --privsep 0"]
+
+
+def _spelt(name: str, release: str) -> str:
+    # Proxmox VE 9 split VM.Monitor up.
+    return "VM.Monitor" if name == "VM.GuestAgent.Audit" and release.startswith("8.") else name
+
+
+def _same(name: str) -> tuple[str, ...]:
+    # What serves as well: Proxmox takes VM.Config.Network for cloud-init keys, too.
+    return (name, "VM.Config.Network") if name == "VM.Config.Cloudinit" else (name,)
+
+
+# ---- the bundle ----
+
+_ADDRESS = re.compile(r"(?<![\w.])(?:\d{1,3}\.){3}\d{1,3}(?![\w.]*\w)|(?<![\w:])(?:[0-9A-Fa-f]{0,4}:){2,7}[0-9A-Fa-f]{1,4}(?![\w:])")
+_KEEP = ("127.0.0.1", "::1")
+
+
+def bundle(doctor: Doctor, report: Report, *, hosts: bool = False, events: int = 100) -> dict[str, Any]:
+    """What helps with a bug report: findings, configuration, states, the last events. Secrets are never in it; names of hosts and VMs and
+    their addresses only with ``hosts``."""
+    context = doctor.context
+    config = {name: getattr(doctor.config.proxmox, name) for name in doctor.config.proxmox.__slots__ if name not in SECRETS}
+    config.update({name: getattr(doctor.config, name) for name in doctor.config.__slots__ if name != "proxmox"})
+    live = context.records.find_all()
+    found = {
+        "made_at": clock.iso(context.clock.now()),
+        "system": {"kernel": platform.release(), "machine": platform.machine(), "python": platform.python_version(), "collection": __version__},
+        "configuration": config,
+        **report.public(),
+        "sandboxes": [one.public() for one in live],
+        "events": [info.event(row) for row in context.records.events(tail=events)],
+    }
+    return dict(_redacted(json.loads(json.dumps(found, default=str)), _replacements(doctor, hosts), hosts))
+
+
+def write_bundle(path: str, content: Mapping[str, Any]) -> None:
+    """A file of its own with mode 0600, whole or not at all; whatever was there is replaced, never followed."""
+    folder = os.path.dirname(os.path.abspath(path))
+    try:
+        handle, fresh = tempfile.mkstemp(prefix=".agentlab-", dir=folder)
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                json.dump(content, file, indent=2, ensure_ascii=False)
+                file.write("\n")
+            os.replace(fresh, path)
+        except OSError:
+            os.unlink(fresh)
+            raise
+    except OSError as error:
+        raise InvalidInput(f"bundle: {path}: {error.strerror}; give a file in a folder that this user may write to", option="bundle", value=path) from None
+
+
+def _replacements(doctor: Doctor, hosts: bool) -> dict[str, str]:
+    found = doctor.config.proxmox
+    # A value this short would be found in half of all words; such a secret is not one.
+    replaced = {value: "(secret)" for value in (found.api_password, found.api_token_secret) if value and len(value) > 3}
+    if hosts:
+        return replaced
+    for name in (found.api_host, socket.gethostname(), socket.getfqdn()):
+        if name and name not in ("localhost", *_KEEP):
+            replaced[name] = "(host)"
+    nodes, vms = doctor.context.cluster.known()
+    for number, node in enumerate(sorted(nodes), 1):
+        replaced[node] = f"(node {number})"
+    for one in doctor.context.records.find_all(include_destroyed=True):
+        replaced[one.name] = f"(sandbox {one.vmid})"
+    for vmid, name in vms.items():
+        replaced.setdefault(name, f"(VM {vmid})")
+    return replaced
+
+
+def _redacted(value: Any, replaced: Mapping[str, str], hosts: bool) -> Any:
+    """The same with every such text replaced, longest first, as whole words (secrets: anywhere)."""
+    secrets = {text: word for text, word in replaced.items() if word == "(secret)"}
+    names = sorted((text for text in replaced if text not in secrets), key=len, reverse=True)
+    words = re.compile("|".join(rf"(?<![\w-]){re.escape(text)}(?![\w-])" for text in names)) if names else None
+
+    def text_of(text: str) -> str:
+        for secret, word in secrets.items():
+            text = text.replace(secret, word)
+        if hosts:
+            return text
+        if words:
+            text = words.sub(lambda found: replaced[found[0]], text)
+        return _ADDRESS.sub(lambda found: found[0] if found[0] in _KEEP else "(address)", text)
+
+    def walk(part: Any) -> Any:
+        if isinstance(part, str):
+            return text_of(part)
+        if isinstance(part, list):
+            return [walk(one) for one in part]
+        if isinstance(part, dict):
+            return {text_of(str(name)): walk(one) for name, one in part.items()}
+        return part
+
+    return walk(value)
+
+
+# ---- small things ----
+
+
+class _Local(http.client.HTTPConnection):
+    """HTTP over a unix socket."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__("localhost", timeout=_DAEMON_SECONDS)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(_DAEMON_SECONDS)
+        self.sock.connect(self._path)
+
+
+def ask(path: str, resource: str) -> dict[str, Any]:
+    """An object that the daemon behind the socket answers with; OSError or ValueError when it does not."""
+    connection = _Local(path)
+    try:
+        connection.request("GET", resource)
+        answer = connection.getresponse()
+        found = json.loads(answer.read())
+    finally:
+        connection.close()
+    if answer.status != 200 or not isinstance(found, dict):
+        raise ValueError(f"status {answer.status}")
+    return found
+
+
+def _libraries() -> dict[str, str | None]:
+    found: dict[str, str | None] = {}
+    for name in ("proxmoxer", "requests", "yaml"):
+        try:
+            found[name] = str(getattr(__import__(name), "__version__", "unknown"))
+        except (ImportError, SystemExit):
+            # proxmoxer ends the process when requests is missing
+            found[name] = None
+    return found
+
+
+def _next_id(value: Any) -> tuple[int, int] | None:
+    """The bounds that a datacenter's next-id sets, given as text or as an object; None when it sets none (then 100 to 1000000)."""
+    if isinstance(value, str):
+        value = dict(part.partition("=")[::2] for part in value.split(","))
+    if not isinstance(value, dict):
+        return None
+    try:
+        return int(value.get("lower") or 100), int(value.get("upper") or 1000000)
+    except (TypeError, ValueError):
+        return None
+
+
+def _some(values: Iterable[Any]) -> str:
+    found = list(dict.fromkeys(values))
+    return ", ".join(map(str, found[:5])) + (", ..." if len(found) > 5 else "")

@@ -1,0 +1,135 @@
+#!/usr/bin/python
+# Copyright: the agentlab.proxmox contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: agentlab_doctor
+short_description: Look at everything sandboxes depend on, and say what to do
+version_added: 1.0.0
+description:
+  - Looks at the configuration, the database, the privileges of the token, quorum, the range of VMIDs, clocks, the template, its storage, the daemon
+    and the versions of what is used. Each finding says what it means and what to do about it.
+  - Only reads. The exception is O(bundle), a file for bug reports.
+options:
+  template:
+    description: VMID or name of a template to look at, instead of the configured one.
+    type: str
+  bundle:
+    description:
+      - File to write on the host where the module runs, with the findings, the configuration, the live sandboxes and the last events, as JSON.
+      - It is written with mode 0600 and replaced if it is there. Passwords and token secrets are never in it. Check mode does not write it.
+    type: path
+  bundle_hosts:
+    description:
+      - Leave names of hosts, nodes and VMs and their addresses in the O(bundle). Otherwise each is replaced by a word such as V((node 1\)).
+    type: bool
+    default: false
+  fail_on:
+    description: Fail the task when there is a finding with this status or a worse one.
+    type: str
+    choices: [never, problem, warning]
+    default: never
+extends_documentation_fragment:
+  - agentlab.proxmox.common
+  - agentlab.proxmox.common.attributes
+"""
+
+EXAMPLES = r"""
+# Then show found.findings | rejectattr('status', 'equalto', 'ok'), and found.pveum for a token with the least privileges.
+- name: Look at everything
+  agentlab.proxmox.agentlab_doctor:
+  register: found
+
+- name: Stop a play where something would not work
+  agentlab.proxmox.agentlab_doctor:
+    template: debian-13
+    fail_on: problem
+
+- name: Write a bundle for a bug report, without names of hosts
+  agentlab.proxmox.agentlab_doctor:
+    bundle: /root/agentlab-bundle.json
+"""
+
+RETURN = r"""
+status:
+  description: The worst status of all findings, as in RV(findings[].status).
+  returned: always
+  type: str
+  sample: warning
+problems:
+  description: How many findings are a V(problem).
+  returned: always
+  type: int
+findings:
+  description: What was looked at.
+  returned: always
+  type: list
+  elements: dict
+  contains:
+    check:
+      description:
+        - One of V(versions), V(configuration), V(database), V(work), V(proxmox), V(cluster), V(quorum), V(template), V(storage), V(privileges),
+          V(vmid_range), V(clock) and V(daemon).
+      type: str
+      returned: always
+    status:
+      description: V(ok), V(warning) (works, but look at it), V(problem) (something does not work), or V(unknown) (could not be looked at).
+      type: str
+      returned: always
+    meaning: {description: What was found and what it means., type: str, returned: always}
+    advice: {description: What to do about it., type: str, returned: always}
+    facts: {description: Numbers and names behind it., type: dict, returned: always}
+pveum:
+  description: Commands for root on a node that make a token with the least privileges for this configuration.
+  returned: always
+  type: list
+  elements: str
+bundle:
+  description: The file that was written (in check mode, would be).
+  returned: when O(bundle) is set
+  type: str
+"""
+
+from ansible_collections.agentlab.proxmox.plugins.module_utils import _adapter
+
+ARGUMENT_SPEC = {
+    "template": {"type": "str"},
+    "bundle": {"type": "path"},
+    "bundle_hosts": {"type": "bool", "default": False},
+    "fail_on": {"type": "str", "choices": ["never", "problem", "warning"], "default": "never"},
+}
+
+
+def make(module, config):
+    from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import doctor
+
+    return doctor.Doctor(config)
+
+
+def work(module, found):
+    from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import doctor
+
+    params = module.params
+    report = found.examine(doctor.Wanted(template=params["template"]))
+    result = {"changed": bool(params["bundle"]), **report.public()}
+    if params["bundle"]:
+        result["bundle"] = params["bundle"]
+        if not module.check_mode:
+            doctor.write_bundle(params["bundle"], doctor.bundle(found, report, hosts=params["bundle_hosts"]))
+        if module._diff:
+            result["diff"] = {"before": {}, "after": {"bundle": params["bundle"]}}
+    bad = report.worse_than(params["fail_on"])
+    if bad:
+        result.update(failed=True, msg=f"{len(bad)} findings; the first: {bad[0].check}: {bad[0].meaning}; {bad[0].advice}")
+    return result
+
+
+def main():
+    _adapter.run(ARGUMENT_SPEC, work, make=make)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,309 @@
+# Copyright: the agentlab.proxmox contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""The doctor finds what is broken on purpose, says what to do, writes nothing, and its bundle holds no secret."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import os
+import re
+import socketserver
+import sqlite3
+import stat
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from ansible_collections.agentlab.proxmox.plugins.module_utils import _core
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core import config
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import InvalidInput
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import doctor
+
+from support.double import TOKEN_ID, TOKEN_SECRET
+from support.lab import Lab
+from support.story import written
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def lab(tmp_path: Path) -> Iterator[Lab]:
+    made = Lab(tmp_path)
+    yield made
+    made.stop()
+
+
+def examine(lab: Lab, *, bundle: bool | None = None, template: str | None = None, **options: Any) -> Any:
+    """The findings by check (those that are not ok first), or the bundle: with hosts (True) or without."""
+    found = config.load({**lab.options, "database": lab.database, **options}, lab.server.environment(lab.folder))
+    one = doctor.Doctor(found, now=lab.clock)
+    try:
+        report = one.examine(doctor.Wanted(template=template))
+        if bundle is not None:
+            return doctor.bundle(one, report, hosts=bundle)
+    finally:
+        one.close()
+    assert all(finding.advice for finding in report.findings if finding.status != "ok"), "a finding without advice"
+    by_check: dict[str, Any] = {}
+    for finding in sorted(report.findings, key=lambda each: doctor.STATUSES.index(each.status)):
+        by_check.setdefault(finding.check, finding)
+    by_check["report"] = report
+    return by_check
+
+
+def test_all_is_well(lab: Lab) -> None:
+    lab.create()
+    for path, names in doctor.needs(config.load({"pool": "agentlab"}, {"AGENTLAB_CONFIG": "/nonexistent"}), template=9000, storage="local-lvm").items():
+        lab.pve.grant(TOKEN_ID, path, *names)
+    before = written(lab.database)
+    lab.pve.requests.clear()
+    found = examine(lab, pool="agentlab")
+    assert found["report"].status == "ok", [one for one in found["report"].findings if one.status != "ok"]
+    assert set(found) - {"report"} == {"versions", "configuration", "database", "work", "proxmox", "cluster", "quorum", "template", "storage", "privileges",
+                                       "vmid_range", "clock", "daemon"}
+    assert written(lab.database) == before and all(method == "GET" for method, _path, _body in lab.pve.requests)
+    assert len(lab.pve.requests) < 25
+
+
+@pytest.mark.parametrize(("setting", "status", "words"), [
+    ({"protection": 1}, "problem", "cannot be destroyed"),
+    ({"agent": "0"}, "warning", "guest agent switched off"),
+    ({"ide2": "none,media=cdrom"}, "warning", "no cloud-init drive"),
+    ({"onboot": 1}, "warning", "start with the node"),
+    ({"scsi0": "local:9000/base-9000-disk-0.raw,size=3G"}, "warning", "no linked clones"),
+    ({"scsi0": "elsewhere:base-9000-disk-0,size=3G"}, "unknown", "cannot be seen")])
+def test_a_template_that_is_not_fit(lab: Lab, setting: dict[str, Any], status: str, words: str) -> None:
+    assert examine(lab)["template"].status == "ok"
+    lab.pve.vm(9000).config.update(setting)
+    found = examine(lab)["template"]
+    assert found.status == status and words in found.meaning, found
+
+
+def test_templates_that_are_none(lab: Lab) -> None:
+    assert examine(lab, template="nowhere")["template"].status == "problem"
+    assert "is not a template" in examine(lab, template="500")["template"].meaning
+    lab.options.pop("template")
+    assert examine(lab)["template"].status == "unknown"
+
+
+def test_missing_privileges_are_told_by_path_with_the_commands(lab: Lab) -> None:
+    lab.pve.grant_least(TOKEN_ID)
+    lab.pve.revoke(TOKEN_ID, "/storage/local-lvm")
+    found = examine(lab)
+    assert found["privileges"].status == "problem"
+    assert found["privileges"].facts["missing"] == {"/": ["VM.Audit", "Sys.Audit"], "/storage/local-lvm": ["Datastore.AllocateSpace"]}
+    assert "pveum acl modify /storage/local-lvm --users agentlab@pve --roles AgentlabDisk" in found["report"].pveum
+    lab.calm()
+    too_many = examine(lab)["privileges"]
+    assert too_many.status == "warning" and "Permissions.Modify" in too_many.meaning
+
+
+def test_the_commands_fit_the_release_and_the_readme() -> None:
+    found = config.load({"pool": "agentlab"}, {"AGENTLAB_CONFIG": "/nonexistent"})
+    commands = doctor.pveum_commands(found, template=9000, storage="local-lvm")
+    assert [f"# {line}" for line in commands] == [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("# pveum")]
+    assert "VM.Monitor" in doctor.pveum_commands(found, template=9000, storage="x", release="8.4.1")[2]
+    for name in {name for names in doctor.needs(found, template=1, storage="x").values() for name in names}:
+        assert name.removeprefix("VM.Config") in (ROOT / "docs/safety.md").read_text(), name
+
+
+def test_ranges_that_overlap(lab: Lab) -> None:
+    lab.create()
+    assert examine(lab)["vmid_range"].status == "ok"
+    lab.pve.add_guest(1500, "theirs")
+    found = examine(lab)["vmid_range"]
+    assert found.status == "warning" and found.facts["foreign"] == [1500] and "1500" in found.meaning
+    # Another database that works in our range: its VM carries the marker.
+    lab.pve.vm(1500).config["description"] = lab.pve.vm(1000).config["description"]
+    found = examine(lab)["vmid_range"]
+    assert found.facts["marked"] == [1500] and "another database" in found.meaning
+    assert examine(lab, vmid_range="500-500")["vmid_range"].status == "problem"
+    assert lab.pve.touched(1500) == []
+
+
+def test_next_id_of_the_datacenter() -> None:
+    assert doctor._next_id("lower=1500,upper=5000") == doctor._next_id({"lower": "1500", "upper": 5000}) == (1500, 5000)
+    assert doctor._next_id("lower=5") == (5, 1000000)
+    assert doctor._next_id(None) is None and doctor._next_id("lower=x") is None and doctor._next_id(3) is None
+
+
+@pytest.mark.parametrize(("offset", "status"), [(0, "ok"), (20, "warning"), (-20, "warning"), (4000, "problem")])
+def test_clocks_that_differ(lab: Lab, offset: int, status: str) -> None:
+    lab.pve.clock_offset = offset
+    assert examine(lab)["clock"].status == status
+
+
+def test_quorum_and_nodes(lab: Lab) -> None:
+    lab.pve.add_node("pve2", online=False)
+    assert examine(lab)["quorum"].status == "warning" and "pve2" in examine(lab)["quorum"].meaning
+    lab.pve.lose_quorum()
+    assert examine(lab)["quorum"].status == "problem" and "no quorum" in examine(lab)["quorum"].meaning
+
+
+def test_proxmox_that_cannot_be_asked(lab: Lab) -> None:
+    found = examine(lab, api_port=1)
+    assert found["proxmox"].status == "problem" and "Connection refused" in found["proxmox"].meaning
+    assert found["privileges"].status == found["clock"].status == "unknown" and found["database"].status == "ok"
+    lab.pve.fail("GET", "/version", 401, "expired")
+    assert "refuses the credentials" in examine(lab)["proxmox"].meaning
+
+
+def test_another_cluster(lab: Lab) -> None:
+    lab.create()
+    lab.pve.ca_fingerprint = "AA:BB"
+    assert examine(lab)["cluster"].status == "problem" and "not the cluster" in examine(lab)["cluster"].meaning
+
+
+def test_a_database_that_is_not_well(lab: Lab) -> None:
+    lab.create()
+    lab.close_contexts()
+    os.chmod(lab.database, 0o640)
+    assert examine(lab)["database"].status == "warning" and "0640" in examine(lab)["database"].meaning
+    assert examine(lab, database_group_access=True)["database"].status == "ok"
+    os.chmod(lab.database, 0o600)
+    with sqlite3.connect(lab.database) as conn:
+        conn.execute("PRAGMA user_version = 99")
+    conn.close()
+    found = examine(lab)
+    assert found["database"].status == "problem" and "newer" in found["database"].meaning and found["quorum"].status == "ok"
+    damaged = Path(lab.folder, "damaged.db")
+    damaged.write_bytes(b"no database at all" * 500)
+    assert examine(lab, database=str(damaged))["database"].status == "problem"
+    assert damaged.read_bytes() == b"no database at all" * 500
+    missing = Path(lab.folder, "no", "such.db")
+    assert examine(lab, database=str(missing))["database"].status == "ok" and not missing.parent.exists()
+
+
+def test_a_page_that_was_overwritten_is_found(lab: Lab) -> None:
+    made = lab.create()
+    ctx = lab.context()
+    for _number in range(300):
+        ctx.database.write(lambda conn: conn.execute("INSERT INTO events (at, sandbox_uuid, vmid, operation, actor, outcome) VALUES (1, ?, 1000, 'x', ?, 'ok')",
+                                                     (made.uuid, "y" * 200)) and None)
+    ctx.database.write(lambda conn: conn.execute("DELETE FROM claims") and None)
+    lab.close_contexts()
+    with sqlite3.connect(lab.database) as conn:
+        conn.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        root = conn.execute("SELECT rootpage FROM sqlite_master WHERE name = 'events_vmid'").fetchone()[0]
+        size = conn.execute("PRAGMA page_size").fetchone()[0]
+    conn.close()
+    with open(lab.database, "r+b") as file:
+        file.seek((root - 1) * size)
+        file.write(b"\xff" * size)
+    found = examine(lab)["database"]
+    assert found.status == "problem" and ("damaged" in found.meaning or "malformed" in found.meaning), found
+
+
+def test_work_left_over(lab: Lab) -> None:
+    made = lab.create()
+    lab.force_state(made.vmid, "RUNNING", lease_expires_at=1)
+    found = examine(lab)["work"]
+    assert found.status == "warning" and found.facts["overdue"] == [1000] and "agentlab_reconcile" in found.advice
+
+
+def test_secrets_that_everybody_may_read(lab: Lab) -> None:
+    path = Path(lab.folder, "config.yaml")
+    path.write_text(f"api_token_secret: {TOKEN_SECRET}\n")
+    path.chmod(0o644)
+    found = examine(lab)["configuration"]
+    assert found.status == "problem" and "0644" in found.meaning and TOKEN_SECRET not in str(found)
+    path.chmod(0o600)
+    assert examine(lab)["configuration"].status == "ok"
+    assert examine(lab, validate_certs=False)["configuration"].status == "warning"
+
+
+# ---- the daemon ----
+
+
+class _Daemon(socketserver.ThreadingUnixStreamServer):
+    """Answers /v1/status as the daemon does."""
+
+    daemon_threads = True
+
+    def __init__(self, path: str, answer: Any, status: int = 200) -> None:
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                body = json.dumps(answer).encode()
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def address_string(self) -> str:
+                return "unix"
+
+            def log_message(self, *_dummy: Any) -> None:
+                pass
+
+        super().__init__(path, Handler)
+        threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
+
+
+@pytest.mark.parametrize(("answer", "status", "words"), [
+    ({"version": _core.__version__}, "ok", "answers"),
+    ({"version": "0.9"}, "warning", "it is version 0.9"),
+    ({"version": _core.__version__, "cleanup": {"frozen": {"reason": "60 at once", "at": "2026-01-30T02:45:00Z"}}}, "warning", "60 at once"),
+    ({"version": _core.__version__, "expiry": {"last_error": "no quorum"}}, "warning", "expiry: no quorum"),
+    (["nonsense"], "problem", "does not answer")])
+def test_the_daemon(lab: Lab, tmp_path: Path, answer: Any, status: str, words: str) -> None:
+    # Short on purpose: a socket's path may not be long.
+    path = f"/tmp/agentlab-{os.getpid()}.sock"
+    Path(path).unlink(missing_ok=True)
+    server = _Daemon(path, answer)
+    try:
+        found = examine(lab, api_port=1, socket=path)["daemon"]
+        assert found.status == status and words in found.meaning, found
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert examine(lab, api_port=1, socket=path)["daemon"].status == "problem"
+    Path(path).unlink()
+    assert examine(lab, api_port=1, socket=path)["daemon"].status == "ok"
+
+
+# ---- the bundle ----
+
+
+def test_the_bundle_holds_no_secret_and_no_host(lab: Lab) -> None:
+    made = lab.create(name="customer-host")
+    lab.pve.add_guest(1700, "payroll-db")
+    # A secret in places where none belongs: an actor and a reason.
+    ctx = lab.context(actor=f"mallory {TOKEN_SECRET} at 192.0.2.77 and fe80::1:2")
+    ctx.records.amend(made, "update", protected=True)
+    found = examine(lab, bundle=False, api_password="a-made-up-password-12345")
+    text = json.dumps(found)
+    for hidden in (TOKEN_SECRET, "a-made-up-password-12345", "customer-host", "payroll-db", "pve1", "192.0.2.77", "fe80::1:2"):
+        assert hidden not in text, hidden
+    assert "(secret)" in text and "(sandbox 1000)" in text and "(address)" in text and "(node 1)" in text and "127.0.0.1" in text
+    assert found["events"] and found["findings"] and found["configuration"]["vmid_range"] == [1000, 1999]
+    with_hosts = json.dumps(examine(lab, bundle=True, api_password="a-made-up-password-12345"))
+    assert "customer-host" in with_hosts and "pve1" in with_hosts
+    assert TOKEN_SECRET not in with_hosts and "a-made-up-password-12345" not in with_hosts
+
+
+def test_the_bundle_is_private_and_follows_no_link(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        victim, link = tmp_path / "victim", tmp_path / "bundle.json"
+        victim.write_text("mine")
+        link.symlink_to(victim)
+        doctor.write_bundle(str(link), {"a": 1})
+    finally:
+        os.umask(before)
+    assert victim.read_text() == "mine" and not link.is_symlink() and json.loads(link.read_text()) == {"a": 1}
+    assert stat.S_IMODE(link.stat().st_mode) == 0o600 and sorted(path.name for path in tmp_path.iterdir()) == ["bundle.json", "victim"]
+    with pytest.raises(InvalidInput, match="bundle: /nonexistent/x: No such file"):
+        doctor.write_bundle("/nonexistent/x", {})
+
+
+def test_the_version_is_that_of_the_collection() -> None:
+    assert yaml.safe_load((ROOT / "galaxy.yml").read_text())["version"] == _core.__version__
+    for path in (ROOT / "roles/agentlabd/files").glob("*/__init__.py"):
+        for found in re.findall(r'^__version__ = "(.+)"', path.read_text(), re.M):
+            assert found == _core.__version__, path
