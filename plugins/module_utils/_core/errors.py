@@ -71,6 +71,12 @@ class GuardTripped(AgentlabError):
     code = "guard"
 
 
+class Frozen(AgentlabError):
+    """Cleanup is frozen until an operator releases it; nothing was done."""
+
+    code = "frozen"
+
+
 class Kept(AgentlabError):
     """The operation must not act on this sandbox now; ``reason`` is one of the documented words."""
 

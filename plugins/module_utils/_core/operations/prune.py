@@ -60,7 +60,7 @@ def select(ctx: Context, wanted: Wanted) -> tuple[list[Sandbox], list[Outcome]]:
     for sandbox in ctx.records.find_all(list(dict.fromkeys(wanted.states))):
         if wanted.tags and not set(wanted.tags) & set(sandbox.tags):
             continue
-        why = _keep(sandbox, wanted, now)
+        why = spared(sandbox, wanted.older_than, now)
         if why is None and rest:
             why = ("clock_jumped", rest)
         if why:
@@ -70,16 +70,19 @@ def select(ctx: Context, wanted: Wanted) -> tuple[list[Sandbox], list[Outcome]]:
     return candidates, kept
 
 
-def _keep(sandbox: Sandbox, wanted: Wanted, now: int) -> tuple[str, str] | None:
+def spared(sandbox: Sandbox, older_than: int | None, now: int) -> tuple[str, str] | None:
+    """Why the record alone keeps it (word and sentence), or None."""
     if sandbox.protected:
         return "protected", f"sandbox {sandbox.vmid} is protected"
-    if wanted.older_than is not None:
-        if sandbox.state_changed_at is None:
-            return "too_young", f"sandbox {sandbox.vmid} has no time at which it entered {sandbox.state}"
-        age = now - sandbox.state_changed_at
-        if not age > wanted.older_than:
-            return "too_young", f"in {sandbox.state} for {show(age)}, not longer than {show(wanted.older_than)}"
-    return None
+    return None if older_than is None else too_soon(sandbox, older_than, now)
+
+
+def too_soon(sandbox: Sandbox, older_than: int, now: int) -> tuple[str, str] | None:
+    """Age counts from the moment the state was entered, and must be strictly greater; no time means not old enough."""
+    if sandbox.state_changed_at is None:
+        return "too_young", f"sandbox {sandbox.vmid} has no time at which it entered {sandbox.state}"
+    age = now - sandbox.state_changed_at
+    return None if age > older_than else ("too_young", f"in {sandbox.state} for {show(age)}, not longer than {show(older_than)}")
 
 
 def run(ctx: Context, wanted: Wanted) -> Report:
@@ -89,7 +92,7 @@ def run(ctx: Context, wanted: Wanted) -> Report:
     if not candidates:
         return report
     if ctx.dry_run or (wanted.max_count is not None and len(candidates) > wanted.max_count):
-        _plan(ctx, candidates, report)
+        plan(ctx, candidates, report)
         if wanted.max_count is not None and report.count > wanted.max_count:
             count = report.count
             raise GuardTripped(f"max_count: {count} sandbox(es) would be pruned, more than max_count={wanted.max_count}; nothing was pruned. "
@@ -101,17 +104,22 @@ def run(ctx: Context, wanted: Wanted) -> Report:
         report.pruned = []
         report.failed = []
         candidates = [one for one in candidates if one.uuid in chosen]
+    execute(ctx, candidates, report)
+    return report
+
+
+def execute(ctx: Context, candidates: list[Sandbox], report: Report, operation: str = "prune") -> None:
+    """Destroy these, each only if it is still what it was when it was chosen."""
 
     def still(planned: Sandbox) -> destroy.Request:
         def recheck(current: Sandbox) -> None:
             if current.state != planned.state or current.state_changed_at != planned.state_changed_at:
-                raise Kept("changed", f"sandbox {current.vmid} was {planned.state} when the prune was planned and is {current.state} now")
+                raise Kept("changed", f"sandbox {current.vmid} was {planned.state} when the {operation} was planned and is {current.state} now")
 
-        return destroy.Request(operation="prune", force=True, claim_wait=0, recheck=recheck)
+        return destroy.Request(operation=operation, force=True, claim_wait=0, recheck=recheck)
 
     for outcome in destroy.run(ctx, [(one, still(one)) for one in candidates]):
         _sort(report, outcome)
-    return report
 
 
 def _sort(report: Report, outcome: Outcome) -> None:
@@ -126,8 +134,10 @@ def _sort(report: Report, outcome: Outcome) -> None:
         report.failed.append(outcome)
 
 
-def _plan(ctx: Context, candidates: list[Sandbox], report: Report) -> None:
+def plan(ctx: Context, candidates: list[Sandbox], report: Report) -> None:
     """The pipeline's own reads, without its writes."""
+    if not candidates:
+        return
     absent: list[Sandbox] = []
     listed = ctx.cluster.vms()
 

@@ -154,7 +154,7 @@ def _finish_interrupted(ctx: Context) -> list[Drift]:
                     drift.applied, drift.error = not outcome.failed, outcome.message if outcome.failed else None
             elif left.kind == "create" and sandbox.state in states.CREATING:
                 drift.action = "creation given up: FAILED"
-                _give_up_creation(ctx, sandbox)
+                give_up_creation(ctx, sandbox)
                 drift.applied = True
             else:
                 if left.kind == "create" and sandbox.smbios_uuid is None and sandbox.live:
@@ -174,10 +174,13 @@ def _finish_interrupted(ctx: Context) -> list[Drift]:
     return found
 
 
-def _give_up_creation(ctx: Context, sandbox: Sandbox) -> None:
+def give_up_creation(ctx: Context, sandbox: Sandbox, evidence: dict[str, Any] | None = None) -> Sandbox:
+    """Make a creation that nobody works on FAILED, its VM bound to the record if it is ours. Busy while somebody does."""
     from . import create_recovery
 
     with ctx.claimed(sandbox, "reconcile", wait=0) as (claim, current):
+        if current.state != sandbox.state:
+            raise Kept("changed", f"sandbox {sandbox.vmid} was {sandbox.state} and is {current.state} now")
         left = claim.interrupted
         created = {**left.detail, "phase": left.phase, "at": left.updated_at} if left else None
         bound = current.smbios_uuid is not None or destroy.never_cloned(current, created)
@@ -185,7 +188,8 @@ def _give_up_creation(ctx: Context, sandbox: Sandbox) -> None:
             bound = create_recovery.locate_unbound(ctx, current, claim, created).match
             current = ctx.records.get(current.uuid)
         # Unbound: the journal entry stays, a later destroy needs it to tell whether a VM is its own.
-        ctx.records.change(claim, current, "create", to=states.FAILED, outcome="failed", reason="creation_interrupted", finish=bound)
+        return ctx.records.change(claim, current, "create", to=states.FAILED, outcome="failed", reason="creation_interrupted", evidence=evidence,
+                                  finish=bound)
 
 
 def _compare(ctx: Context, sandbox: Sandbox, rows: dict[int, dict[str, Any]], proofs: dict[int, Any]) -> Drift | None:

@@ -55,6 +55,13 @@ class TaskWaiter:
 
         Raises TaskFailed with Proxmox's text, TaskTimeout when it goes on, TaskUnknown when its outcome cannot be read.
         """
+        try:
+            return self._wait(upid, what, timeout)
+        except ProxmoxError as error:
+            self._client.statistics.failed(error)
+            raise
+
+    def _wait(self, upid: Any, what: str, timeout: float) -> list[str]:
         upid = str(upid)
         node = node_of(upid)
         begun = self._clock.monotonic()
@@ -86,8 +93,9 @@ class TaskWaiter:
                         self._polling.discard(node)
                         self._changed.notify_all()
                 with self._lock:
-                    self._ended.update(ended)
-                    self._errors.update(errors)
+                    # Who has given up waiting asks no more: nothing is kept for him.
+                    self._ended.update((one, how) for one, how in ended.items() if one in self._waiting[node])
+                    self._errors.update((one, error) for one, error in errors.items() if one in self._waiting[node])
                     self._changed.notify_all()
         finally:
             with self._lock:

@@ -418,11 +418,12 @@ class Records:
 
         self.db.write(work)
 
-    def forget(self, older_than: int) -> int:
-        """Retention: remove DESTROYED records (and their events) older than so many seconds; returns how many."""
+    def forget(self, older_than: int, most: int = -1) -> int:
+        """Retention: remove DESTROYED records (and their events) older than so many seconds, ``most`` at once; returns how many."""
         limit = self.clock.now() - older_than
 
         def work(conn: sqlite3.Connection) -> int:
-            return conn.execute("DELETE FROM sandboxes WHERE state = 'DESTROYED' AND state_changed_at < ?", (limit,)).rowcount
+            return conn.execute("DELETE FROM sandboxes WHERE uuid IN (SELECT uuid FROM sandboxes WHERE state = 'DESTROYED' AND state_changed_at < ? "
+                                "ORDER BY state_changed_at LIMIT ?)", (limit, most)).rowcount
 
         return self.db.write(work)

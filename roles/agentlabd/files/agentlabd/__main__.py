@@ -20,20 +20,30 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="agentlabd", description="Daemon of agentlab.proxmox: ends leases, cleans up, reconciles, serves the API.")
     parser.add_argument("--config", metavar="FILE", help="configuration (default: AGENTLAB_CONFIG, then /etc/agentlab/config.yaml)")
     parser.add_argument("--check", action="store_true", help="check the configuration and the cleanup rules, and end")
+    parser.add_argument("--cleanup-file", metavar="FILE", help="with --check: the cleanup rules to check, instead of those of the configuration")
     parser.add_argument("--verbose", action="store_true", help="log more")
     parser.add_argument("--version", action="version", version=f"agentlabd {__version__}")
     options = parser.parse_args(arguments)
+    if options.cleanup_file and not options.check:
+        parser.error("--cleanup-file is for --check; set cleanup_file in the configuration")
     logs.setup(options.verbose)
-    from .service import load
+    from .service import check, load
 
     try:
         config, path = load(options.config, os.environ)
+        if options.cleanup_file:
+            config.cleanup_file = options.cleanup_file
         if options.check:
+            check(config)
+            if config.listen:
+                from .api import read_token
+
+                read_token(config.listen_token_file)
             print("agentlabd: the configuration can be used")
             return 0
         from . import daemon
 
-        return daemon.run(config, path, os.environ)
+        return daemon.run(config, path, os.environ, options.config)
     except AgentlabError as error:
         logs.log.error("Error: %s", error.message)
         return 1

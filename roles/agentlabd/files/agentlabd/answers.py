@@ -19,7 +19,8 @@ RETRY_AFTER = 10
 # Words of errors and outcomes that are no conflict with the state of things (409).
 _STATUS = {
     "invalid_input": 400,
-    "invalid_config": 400,
+    # Also the daemon's own files: no fault of who asks.
+    "invalid_config": 500,
     "not_found": 404,
     "proxmox_unreachable": 503,
     "stopping": 503,

@@ -84,8 +84,6 @@ class Api:
 
     def __init__(self, service: Service) -> None:
         self.service = service
-        # Requests that are being worked on; what is left of them when the time to stop is over is abandoned.
-        self.under_way: set[asyncio.Future[Any]] = set()
         self._runners: list[web.AppRunner] = []
         self._lock_file: int | None = None
 
@@ -128,11 +126,8 @@ class Api:
                 return self.service.perform(route, Call(self.service, _actor(uid, remote), vmid, query, body))
 
             pool = self.service.records_pool if route.quick else self.service.work_pool
-            done = asyncio.get_running_loop().run_in_executor(pool, work)
-            self.under_way.add(done)
-            done.add_done_callback(self.under_way.discard)
             # The client may go away; what was begun goes on.
-            status, raw, headers = await asyncio.shield(done)
+            status, raw, headers = await asyncio.shield(self.service.begin(pool, work))
             return web.Response(status=status, body=raw, content_type="application/json", charset="utf-8", headers=headers)
 
         return handle
@@ -156,6 +151,15 @@ class Api:
         if config.listen:
             token = read_token(config.listen_token_file)
             await self._tcp("listen", await self._runner(self.application(token=token)), config.listen)
+
+        if config.metrics_listen:
+            app = web.Application()
+            app.router.add_get("/metrics", self._metrics)
+            await self._tcp("metrics_listen", await self._runner(app), config.metrics_listen)
+
+    async def _metrics(self, request: web.Request) -> web.Response:
+        text = await asyncio.get_running_loop().run_in_executor(self.service.records_pool, self.service.metrics.text)
+        return web.Response(body=text, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
 
     async def _runner(self, app: web.Application) -> web.AppRunner:
         runner = web.AppRunner(app, handle_signals=False, access_log=None)

@@ -18,6 +18,7 @@ from agentlab_core.errors import AgentlabError
 from . import __version__, systemd
 from .api import Api
 from .logs import log
+from .scheduler import Scheduler
 from .service import Service
 
 
@@ -28,22 +29,41 @@ class Daemon:
         self.service = service
         self.api = Api(service)
         self.manager = systemd.Manager()
+        self.scheduler = Scheduler(service)
+        self._end = asyncio.Event()
+        self._failure: BaseException | None = None
 
     async def run(self) -> bool:
         """Until SIGTERM or SIGINT; True when nothing had to be abandoned."""
         loop = asyncio.get_running_loop()
-        end = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, end.set)
+            loop.add_signal_handler(number, self._end.set)
+        loop.add_signal_handler(signal.SIGHUP, self._reload)
         await self.api.listen()
-        watchdog = asyncio.ensure_future(self._watchdog())
-        where = self.service.config.socket
-        log.info("agentlabd %s serves %s; Proxmox: %s; records: %s", __version__, where, self.service.config.proxmox.where, self.service.config.database)
-        self.manager.ready(f"serving {where}")
-        await end.wait()
+        self.scheduler.start()
+        watchdog = asyncio.create_task(self._watchdog())
+        for task in (*self.scheduler.tasks, watchdog):
+            task.add_done_callback(self._ended)
+        config = self.service.config
+        log.info("agentlabd %s serves %s; Proxmox: %s; records: %s; %s", __version__, config.socket, config.proxmox.where, config.database, self._rules())
+        self.manager.ready(f"serving {config.socket}")
+        await self._end.wait()
         clean = await self._stop()
         watchdog.cancel()
+        if self._failure:
+            raise self._failure
         return clean
+
+    def _rules(self) -> str:
+        policy = self.service.policy
+        return f"cleanup: {len(policy.rules)} rules, mode {policy.mode}" if policy.enabled else "cleanup: off"
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        """A loop that ends by itself is an error of ours: better a new start than a daemon that only seems to work."""
+        if not task.cancelled() and task.exception():
+            log.critical("internal error: a loop of the daemon ended", exc_info=task.exception())
+            self._failure = task.exception()
+            self._end.set()
 
     async def _watchdog(self) -> None:
         period = systemd.watchdog_seconds()
@@ -51,29 +71,51 @@ class Daemon:
             self.manager.alive()
             await asyncio.sleep(period / 2)
 
+    def _reload(self) -> None:
+        """SIGHUP: reading a few small files holds nothing up."""
+        self.manager.reloading()
+        try:
+            waiting = self.service.reload()
+        except AgentlabError as error:
+            log.error("not reloaded, the old configuration stays in force: %s", error.message)
+            self.manager.ready(f"serving, but not reloaded: {error.message}")
+            return
+        if waiting:
+            log.warning("reloaded, but a change of %s needs a restart", ", ".join(waiting))
+        self.scheduler.reloaded()
+        log.info("reloaded; %s", self._rules())
+        self.manager.ready(f"serving {self.service.config.socket}")
+
     async def _stop(self) -> bool:
         """Begin nothing new, let what is under way end; after stop_timeout it is abandoned: the journal tells the next start."""
         self.service.stopping.set()
+        self.scheduler.stop()
         self.manager.stopping("finishing what is under way")
-        left = set(self.api.under_way)
+        left = set(self.service.under_way)
         if left:
-            log.info("stopping: %d requests are under way; waiting for them up to %d s (stop_timeout)", len(left), self.service.config.stop_timeout)
+            log.info("stopping: %d things are under way; waiting for them up to %d s (stop_timeout)", len(left), self.service.config.stop_timeout)
             _done, left = await asyncio.wait(left, timeout=self.service.config.stop_timeout)
         if left:
-            log.warning("stopping: %d requests did not end within stop_timeout; they are journaled, the next start takes them up", len(left))
+            log.warning("stopping: %d things did not end within stop_timeout; they are journaled, the next start takes them up", len(left))
             return False
+        # Answers that are ready now go out before the sockets close.
+        await asyncio.sleep(0)
         await self.api.close()
         return True
 
 
-def run(config: Config, path: str | None, environment: Mapping[str, str]) -> int:
+def run(config: Config, path: str | None, environment: Mapping[str, str], asked: str | None = None) -> int:
     """Serve until told to end; the exit status."""
-    service = Service(config, path, environment)
+    service = Service(config, path, environment, asked)
     try:
         clean = asyncio.run(_serve(service))
     except AgentlabError:
         service.close()
         raise
+    except Exception:
+        # Told already, where it happened. Threads may be waiting for anything.
+        sys.stderr.flush()
+        os._exit(1)
     if not clean:
         # Threads that wait for Proxmox cannot be ended; the journal holds what they were about.
         sys.stderr.flush()

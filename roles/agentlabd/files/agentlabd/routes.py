@@ -13,10 +13,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from agentlab_core import durations, states
-from agentlab_core.errors import InvalidInput
+from agentlab_core import durations, profiles, states, words
+from agentlab_core.errors import AgentlabError, InvalidInput
 from agentlab_core.model import Sandbox
-from agentlab_core.operations import create, destroy, info, lease, power, prune, reconcile
+from agentlab_core.operations import cleanup, create, destroy, info, lease, power, prune, reconcile, wanted
 from agentlab_core.operations.context import Context
 
 from .answers import Answer, of_item, of_items
@@ -54,6 +54,8 @@ class Route:
     handler: Callable[[Call], Answer]
     answers: Mapping[int, str]
     quick: bool = False
+    # What it is counted as.
+    operation: str | None = None
     query: Mapping[str, Field] = field(default_factory=dict)
     body: Mapping[str, Field] | None = None
 
@@ -77,9 +79,9 @@ def status(call: Call) -> Answer:
 
 
 def list_sandboxes(call: Call) -> Answer:
-    wanted = info.Wanted(states=call.query.get("state"), profile=call.query.get("profile"), tags=call.query.get("tag", ()),
+    which = info.Wanted(states=call.query.get("state"), profile=call.query.get("profile"), tags=call.query.get("tag", ()),
                          include_destroyed=call.query.get("include_destroyed", False))
-    return Answer({"sandboxes": [one.public() for one in info.find(call.context(), wanted)]})
+    return Answer({"sandboxes": [one.public() for one in info.find(call.context(), which)]})
 
 
 def show_sandbox(call: Call) -> Answer:
@@ -100,12 +102,12 @@ def events(call: Call) -> Answer:
 def create_sandbox(call: Call) -> Answer:
     ctx = call.context()
     given = dict(call.body)
-    if "ttl" in given and "ttl_minutes" in given:
-        raise InvalidInput("ttl_minutes: give ttl or ttl_minutes, not both", option="ttl_minutes")
-    option = "ttl_minutes" if "ttl_minutes" in given else "ttl"
-    asked = given.pop(option, None)
-    ttl = ctx.config.default_ttl if asked is None else lease.parse_ttl(ctx, asked, option)
-    outcome = create.run(ctx, create.Spec(**given, ttl=ttl))
+    minutes = given.pop("ttl_minutes", None)
+    if minutes is not None:
+        if "ttl" in given:
+            raise InvalidInput("ttl_minutes: give ttl or ttl_minutes, not both", option="ttl_minutes")
+        given["ttl"] = minutes
+    outcome = create.run(ctx, wanted.spec(ctx, given))
     call.service.lease_changed()
     return of_item(outcome, 201 if outcome.outcome == "created" else 200)
 
@@ -137,6 +139,7 @@ def renew_lease(call: Call) -> Answer:
     shortest = lease.check_min_remaining(call.body.get("min_remaining"))
     outcome = lease.renew(ctx, ctx.select(call.vmid), ttl, min_remaining=shortest, allow_shorten=call.body.get("allow_shorten", False))
     call.service.lease_changed()
+    call.service.metrics.renewed(outcome)
     return Answer({"vmid": outcome.vmid, **{name: outcome.extra[name] for name in ("lease_expires_at", "granted_seconds", "capped")},
                    "changed": outcome.changed}, outcomes=[outcome])
 
@@ -154,10 +157,18 @@ def destroy_sandboxes(call: Call) -> Answer:
 def prune_sandboxes(call: Call) -> Answer:
     dry_run = call.body.get("dry_run", False)
     older = call.body.get("older_than")
-    wanted = prune.Wanted(states=call.body.get("states") or (states.TIMEOUT,),
+    which = prune.Wanted(states=call.body.get("states") or (states.TIMEOUT,),
                           older_than=None if older is None else durations.parse(older, "older_than", zero=True),
                           tags=call.body.get("tags", ()), max_count=call.body.get("max_count"))
-    report = prune.run(call.context(dry_run), wanted)
+    metrics = call.service.metrics
+    try:
+        report = prune.run(call.context(dry_run), which)
+    except AgentlabError as error:
+        if not dry_run and not isinstance(error, InvalidInput):
+            metrics.prune_stopped(error)
+        raise
+    if not dry_run:
+        metrics.pruned("prune", report.pruned, report.kept, report.failed, report.count + len(report.failed))
     body = {"count": report.count, "dry_run": dry_run, **{name: [one.public() for one in getattr(report, name)] for name in ("pruned", "kept", "failed")}}
     return Answer(body, 207 if report.failed else 200, [*report.pruned, *report.kept, *report.failed])
 
@@ -168,8 +179,33 @@ def reconcile_sandboxes(call: Call) -> Answer:
     if adopt and not apply:
         raise InvalidInput("adopt_cluster: only with apply=true", option="adopt_cluster")
     found = reconcile.run(call.context(dry_run=not apply), apply=apply, adopt_cluster=adopt)
-    call.service.lease_changed()
+    if apply:
+        call.service.metrics.reconciled(found)
+        call.service.lease_changed()
     return Answer({"drift": [one.public() for one in found], "count": len(found), "applied": apply})
+
+
+# ---- profiles and cleanup ----
+
+
+def list_profiles(call: Call) -> Answer:
+    found = profiles.load_all(call.service.config.profiles_dir)
+    return Answer({"profiles": [one.public() for _name, one in sorted(found.items())]})
+
+
+def run_cleanup(call: Call) -> Answer:
+    if not call.service.policy.rules:
+        raise InvalidInput(f"there are no cleanup rules: {call.service.config.cleanup_file} is missing or names none")
+    report = call.service.clean(call.actor, dry_run=call.body.get("dry_run", False))
+    return Answer(report.public(), 207 if report.failed and not report.dry_run else 200, [*report.pruned, *report.marked, *report.failed])
+
+
+def freeze_cleanup(call: Call) -> Answer:
+    return Answer({"frozen": cleanup.freeze(call.context(), call.body["reason"])})
+
+
+def release_cleanup(call: Call) -> Answer:
+    return Answer({"frozen": None, "released": cleanup.release(call.context())})
 
 
 # ---- the table ----
@@ -194,9 +230,13 @@ CREATION: dict[str, Field] = {
     "memory": Field("integer", "memory in MiB", low=16, high=16777216),
     "disk_size": Field("string", "size of the boot disk, 20G or +10G", longest=20),
     "bridge": Field("string", "bridge of the first network card", longest=100),
+    "network_model": Field("string", "model of the first network card", valid=words.MODELS),
     "firewall": Field("boolean", "firewall of the first network card"),
+    "firewall_group": Field("string", "security group of its firewall", longest=100),
+    "cloud_init_user": Field("string", "user that cloud-init makes", longest=100),
     "ip_config": Field("string", "address, ip=dhcp or ip=192.0.2.10/24,gw=192.0.2.1", longest=200),
     "nameserver": Field("string", "DNS servers, separated by blanks", longest=200),
+    "searchdomain": Field("string", "DNS search domain", longest=255),
     "ssh_public_keys": Field("strings", "public keys of its user", longest=100),
     "tags": Field("strings", "tags", longest=100),
     "wait_for_ip": Field("boolean", "wait until the guest agent names an address"),
@@ -213,11 +253,12 @@ ROUTES: tuple[Route, ...] = (
         "include_destroyed": Field("boolean", "destroyed ones too"),
     }),
     Route("POST", "/v1/sandboxes", "create_sandbox", "Create and start a sandbox; one of that name or VMID stays as it is", create_sandbox,
-          {201: "Item", 200: "Item"}, body=CREATION),
+          {201: "Item", 200: "Item"}, operation="create", body=CREATION),
     Route("POST", "/v1/sandboxes/destroy", "destroy_sandboxes", "Destroy several; each item has its own outcome", destroy_sandboxes,
-          {200: "Results", 207: "Results"}, body={"vmids": Field("integers", "VMIDs", required=True, low=100, high=999999999, longest=10000), "force": _FORCE}),
+          {200: "Results", 207: "Results"}, operation="destroy",
+          body={"vmids": Field("integers", "VMIDs", required=True, low=100, high=999999999, longest=10000), "force": _FORCE}),
     Route("POST", "/v1/sandboxes/prune", "prune_sandboxes", "Destroy what is over, say for each thing kept why", prune_sandboxes,
-          {200: "Prune", 207: "Prune"}, body={
+          {200: "Prune", 207: "Prune"}, operation="prune", body={
               "older_than": _OLD,
               "dry_run": Field("boolean", "say what would be done, do nothing"),
               "states": Field("strings", "states to prune, TIMEOUT unless set", valid=states.PRUNABLE, longest=10),
@@ -225,7 +266,7 @@ ROUTES: tuple[Route, ...] = (
               "max_count": Field("integer", "do nothing at all if more than this would be pruned", low=0, high=1000000),
           }),
     Route("POST", "/v1/sandboxes/reconcile", "reconcile_sandboxes", "Compare the records with Proxmox; repair drift if asked to", reconcile_sandboxes,
-          {200: "Drift"}, body={
+          {200: "Drift"}, operation="reconcile", body={
               "apply": Field("boolean", "repair what can be repaired"),
               "adopt_cluster": Field("boolean", "with apply: note this cluster as the one the records belong to"),
           }),
@@ -237,10 +278,17 @@ ROUTES: tuple[Route, ...] = (
               "after": Field("integer", "only those with a higher id", low=0, high=2**62),
               "limit": Field("integer", "at most so many", low=1, high=1000),
           }),
-    Route("POST", "/v1/sandboxes/{vmid}/destroy", "destroy_sandbox", "Destroy a sandbox", destroy_sandbox, {200: "Item"}, body={"force": _FORCE}),
-    *(Route("POST", f"/v1/sandboxes/{{vmid}}/{verb}", f"{verb}_sandbox", text, _power(verb), {200: "Item"}, body={}) for verb, text in (
+    Route("POST", "/v1/sandboxes/{vmid}/destroy", "destroy_sandbox", "Destroy a sandbox", destroy_sandbox, {200: "Item"},
+          operation="destroy", body={"force": _FORCE}),
+    *(Route("POST", f"/v1/sandboxes/{{vmid}}/{verb}", f"{verb}_sandbox", text, _power(verb), {200: "Item"}, operation=verb, body={}) for verb, text in (
         ("start", "Start or resume its VM"), ("stop", "Shut its VM down, switch it off when it does not answer"), ("suspend", "Pause its VM"))),
     Route("POST", "/v1/sandboxes/{vmid}/lease/renew", "renew_lease", "Set the lease to now plus the time given", renew_lease, {200: "Lease"}, quick=True,
           body={**_LIFETIME, "min_remaining": Field("duration", "renew only when less than this is left"),
                 "allow_shorten": Field("boolean", "let the lease become shorter")}),
+    Route("GET", "/v1/profiles", "list_profiles", "Kinds of sandboxes that the operator has described", list_profiles, {200: "Profiles"}, quick=True),
+    Route("POST", "/v1/cleanup/run", "run_cleanup", "Run the cleanup rules now", run_cleanup, {200: "Cleanup", 207: "Cleanup"}, operation="cleanup",
+          body={"dry_run": Field("boolean", "say what would be done, do nothing")}),
+    Route("POST", "/v1/cleanup/freeze", "freeze_cleanup", "Let no rule act until it is released, also after a restart", freeze_cleanup, {200: "Frozen"},
+          quick=True, body={"reason": Field("string", "why", required=True, longest=500, pattern=r"\S")}),
+    Route("POST", "/v1/cleanup/release", "release_cleanup", "Let the rules act again", release_cleanup, {200: "Frozen"}, quick=True, body={}),
 )

@@ -6,45 +6,65 @@
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
 import os
 import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 from agentlab_core import clock as clock_module
 from agentlab_core import config as core_config
+from agentlab_core import profiles, rules
 from agentlab_core.config import Config
-from agentlab_core.errors import AgentlabError
+from agentlab_core.errors import AgentlabError, Busy
+from agentlab_core.operations import cleanup
 from agentlab_core.operations.context import Context
 from agentlab_core.store import schema
 
 from . import __version__, answers
 from .answers import Answer
 from .logs import log
+from .metrics import Metrics
 from .routes import Call, Route
+
+T = TypeVar("T")
 
 # Threads for what the records alone answer. SQLite serialises them anyway; a few hide the waiting for the disk.
 _READERS = 4
+# Whose handlers count by themselves what they did.
+_COUNTED = ("prune", "cleanup", "reconcile")
 
 
 class Service:
     """One daemon. ``config`` and what hangs on it may be replaced by a reload; the database and the sockets stay."""
 
-    def __init__(self, config: Config, path: str | None, environment: Mapping[str, str]) -> None:
+    def __init__(self, config: Config, path: str | None, environment: Mapping[str, str], asked: str | None = None) -> None:
         self.path = path
+        # The file that was named at the start; None for the usual place.
+        self._asked = asked
         self.environment = environment
         self.started_at = int(time.time())
         self._began = time.monotonic()
         self.stopping = threading.Event()
+        self.policy = check(config)
         self.base = Context(config, actor="agentlabd", stopping=self.stopping)
+        self._owner = self.base
         self.loaded_at = self.started_at
         self.config_error: str | None = None
         self.records_pool = ThreadPoolExecutor(_READERS, "records")
         self.work_pool = ThreadPoolExecutor(config.proxmox.connections, "work")
+        # Work that was begun and has not ended; belongs to the event loop.
+        self.under_way: set[asyncio.Future[Any]] = set()
         # What waits for the next lease to be over looks again.
         self.wake_expiry: Callable[[], None] = lambda: None
+        # Set by the scheduler: what it does, by name.
+        self.jobs: dict[str, Any] = {}
+        self.last_cleanup: dict[str, Any] | None = None
+        self._cleaning = threading.Lock()
+        self.metrics = Metrics(self)
 
     @property
     def config(self) -> Config:
@@ -57,6 +77,59 @@ class Service:
     def lease_changed(self) -> None:
         self.wake_expiry()
 
+    def reload(self) -> list[str]:
+        """Read the files again and act by them from now on; what is under way goes on by the old ones. The keys that need a restart are returned.
+
+        Raises the error of a broken file: then everything stays as it was.
+        """
+        try:
+            config, path = load(self._asked, self.environment)
+            policy = check(config)
+        except AgentlabError as error:
+            self.config_error = error.message
+            self.metrics.reload.set(0)
+            raise
+        stays = {name: getattr(self.config, name) for name in core_config.FIXED}
+        waiting = [name for name, value in stays.items() if getattr(config, name) != value]
+        self.path, self.policy = path, policy
+        self.base = self.base.derive(actor="agentlabd", config=dataclasses.replace(config, **stays))
+        self.loaded_at, self.config_error = int(time.time()), None
+        self.metrics.reload.set(1)
+        return waiting
+
+    def begin(self, pool: ThreadPoolExecutor, work: Callable[[], T]) -> asyncio.Future[T]:
+        """Run something in a thread, and remember that it is under way. To be called in the event loop."""
+        done = asyncio.get_running_loop().run_in_executor(pool, work)
+        self.under_way.add(done)
+        done.add_done_callback(self.under_way.discard)
+        return done
+
+    # ---- cleanup ----
+
+    def frozen(self) -> dict[str, Any] | None:
+        return cleanup.frozen(self.base)
+
+    def clean(self, actor: str, *, dry_run: bool = False) -> cleanup.Report:
+        """Run the rules once. Busy while they run already; Frozen, GuardTripped as the core says."""
+        policy = self.policy
+        shadow = policy.mode == rules.SHADOW
+        if not self._cleaning.acquire(blocking=False):
+            raise Busy("the cleanup rules are being run already; wait for that to end")
+        try:
+            report = cleanup.run(self.context(actor, dry_run=dry_run or shadow), policy)
+            if not dry_run:
+                self.metrics.pruned("cleanup", report.pruned, report.kept, report.failed, report.candidates, shadow=shadow)
+                self.last_cleanup = {"result": "shadow" if shadow else "failed" if report.failed else "ok", "count": len(report.pruned),
+                                     "kept": len(report.kept), "failed": len(report.failed), "forgotten": report.forgotten, "guard": report.guard}
+            return report
+        except AgentlabError as error:
+            if not dry_run:
+                self.metrics.prune_stopped(error)
+                self.last_cleanup = {"result": error.code, "message": error.message}
+            raise
+        finally:
+            self._cleaning.release()
+
     # ---- one request ----
 
     def perform(self, route: Route, call: Call) -> tuple[int, bytes, dict[str, str]]:
@@ -64,13 +137,22 @@ class Service:
         began = time.monotonic()
         try:
             answer = route.handler(call)
+            if route.operation and route.operation not in _COUNTED:
+                self.metrics.done(route.operation, answer.outcomes)
         except AgentlabError as error:
             answer = answers.of_error(error)
+            if route.operation and route.operation not in _COUNTED:
+                self.metrics.refused(route.operation, error)
+            elif route.name == "renew_lease" and answer.status == 409:
+                self.metrics.leases.labels("refused").inc()
         except Exception as error:  # the outermost edge: what we did not foresee is told without a trace, and logged with it
             log.exception("%s: internal error", route.name)
             answer = answers.failed(500, f"internal error: {type(error).__name__}; the daemon's log says more. Please report this", "internal")
+        seconds = time.monotonic() - began
+        if route.operation and answer.status not in (400, 404):
+            self.metrics.durations.labels(route.operation).observe(seconds)
         if route.changes:
-            self._tell(route, call, answer, time.monotonic() - began)
+            self._tell(route, call, answer, seconds)
         return answer.status, answer.encoded(), answer.headers
 
     def _tell(self, route: Route, call: Call, answer: Answer, seconds: float) -> None:
@@ -93,6 +175,9 @@ class Service:
             "database": {"path": self.config.database, "schema": schema.VERSION, "by_state": records.by_state()},
             "proxmox": {"where": self.config.proxmox.where, "reachable": statistics.reachable, "last_error": statistics.last_error,
                         "requests": sum(statistics.requests.values())},
+            **{name: job.public() for name, job in self.jobs.items() if name != "cleanup"},
+            "cleanup": {"enabled": self.policy.enabled, "mode": self.policy.mode, **(self.jobs["cleanup"].public() if self.jobs else {}),
+                        "last_result": self.last_cleanup, "frozen": self.frozen()},
             "operations": {"in_progress": len(under_way), "interrupted": len(interrupted)},
             "config": {"path": self.path, "loaded_at": clock_module.iso(self.loaded_at), "error": self.config_error},
         }
@@ -101,7 +186,13 @@ class Service:
         """Give up the threads that are idle, and the database."""
         for pool in (self.work_pool, self.records_pool):
             pool.shutdown(wait=True)
-        self.base.close()
+        self._owner.close()
+
+
+def check(config: Config) -> rules.Policy:
+    """Read the files that the configuration names; ConfigError for what cannot be used. The cleanup rules are returned."""
+    profiles.load_all(config.profiles_dir)
+    return rules.load(config.cleanup_file)
 
 
 def load(path: str | None, environment: Mapping[str, str]) -> tuple[Config, str | None]:

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -67,6 +68,8 @@ class Field:
         elif self.kind in ("string", "strings"):
             if not isinstance(value, str) or len(value) > self.longest:
                 raise _refused(name, value, f"a text of {self.longest} characters at most")
+            if self.pattern and not re.search(self.pattern, value):
+                raise _refused(name, value, self.text)
             if self.valid and value not in self.valid:
                 raise _refused(name, value, ", ".join(self.valid))
         elif isinstance(value, bool) or not isinstance(value, (int, float, str)):

@@ -1,0 +1,229 @@
+# Copyright: the agentlab.proxmox contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Cleanup rules: a file, checked as a whole, and which of its rules a sandbox meets first. Nothing here asks or changes anything.
+
+A key, state, action or duration that does not exist refuses the whole file, with its line: a misspelt rule must not be a missing rule.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from . import durations, states
+from .errors import ConfigError, InvalidInput
+from .model import Sandbox
+
+KEEP, DESTROY, FAIL = "keep", "destroy", "fail"
+ENFORCE, SHADOW = "enforce", "shadow"
+# Which states each action may name: a living sandbox is ended by its lease, not by a rule.
+_STATES_OF = {KEEP: states.STATES, DESTROY: states.PRUNABLE, FAIL: states.CREATING}
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """What it matches (all that is given must fit; any one of a list), how long a state must last, and what is done then."""
+
+    name: str
+    action: str
+    states: Sequence[str] = ()
+    tags: Sequence[str] = ()
+    profiles: Sequence[str] = ()
+    after: int = 0
+
+    def matches(self, sandbox: Sandbox) -> bool:
+        return ((not self.states or sandbox.state in self.states)
+                and (not self.tags or bool(set(self.tags) & set(sandbox.tags)))
+                and (not self.profiles or sandbox.profile in self.profiles))
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """A whole file; durations are seconds. Without a file nothing is enabled."""
+
+    enabled: bool = False
+    mode: str = ENFORCE
+    interval: int = 900
+    jitter: int = 120
+    # A run that would destroy more than so many, or more than this share of all live sandboxes, does nothing and freezes.
+    guard_count: int = 50
+    guard_percent: int = 50
+    rules: Sequence[Rule] = ()
+    keep_destroyed: int | None = None
+
+    def rule_for(self, sandbox: Sandbox) -> Rule | None:
+        """The first rule that matches, whether or not its time has come; later rules are not asked."""
+        return next((rule for rule in self.rules if rule.matches(sandbox)), None)
+
+
+@dataclass(slots=True)
+class _Reader:
+    """The tree of a YAML file, with the line of every node."""
+
+    file: str
+    loader: Any
+
+    def refuse(self, node: Any, what: str) -> ConfigError:
+        return ConfigError(f"cleanup_file: {self.file} line {node.start_mark.line + 1}: {what}; nothing of it was used", file=self.file,
+                           line=node.start_mark.line + 1)
+
+    def mapping(self, node: Any, where: str, known: dict[str, Callable[[Any, str], Any]], required: Sequence[str] = ()) -> dict[str, Any]:
+        """The values of a mapping, each read by the function that ``known`` has for its key."""
+        import yaml
+
+        if not isinstance(node, yaml.MappingNode):
+            raise self.refuse(node, f"{where} must be a mapping. Valid keys: {', '.join(known)}")
+        found: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            key = str(key_node.value) if isinstance(key_node, yaml.ScalarNode) else "a list or mapping"
+            if key not in known:
+                raise self.refuse(key_node, f"unknown key {key[:80]!r} in {where}. Valid: {', '.join(known)}")
+            if key in found:
+                raise self.refuse(key_node, f"{key!r} is given twice in {where}")
+            found[key] = known[key](value_node, key)
+        for key in required:
+            if key not in found:
+                raise self.refuse(node, f"{key!r} is missing in {where}")
+        return found
+
+    def scalar(self, node: Any, key: str, valid: str) -> Any:
+        import yaml
+
+        if not isinstance(node, yaml.ScalarNode):
+            raise self.refuse(node, f"{key} must be one value. Valid: {valid}")
+        try:
+            return self.loader.construct_object(node)
+        except (yaml.YAMLError, ValueError):
+            raise self.refuse(node, f"{key}: {str(node.value)[:80]!r} is not valid. Valid: {valid}") from None
+
+    def flag(self, node: Any, key: str) -> bool:
+        value = self.scalar(node, key, "true or false")
+        if not isinstance(value, bool):
+            raise self.refuse(node, f"{key}: {str(node.value)[:80]!r} is not valid. Valid: true or false")
+        return value
+
+    def whole(self, node: Any, key: str, low: int, high: int) -> int:
+        value = self.scalar(node, key, f"a whole number from {low} to {high}")
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            raise self.refuse(node, f"{key}: {str(node.value)[:80]!r} is not valid. Valid: a whole number from {low} to {high}")
+        return value
+
+    def choice(self, node: Any, key: str, choices: Sequence[str]) -> str:
+        value = self.scalar(node, key, ", ".join(choices))
+        if value not in choices:
+            raise self.refuse(node, f"{key}: {str(node.value)[:80]!r} is not valid. Valid: {', '.join(choices)}")
+        return str(value)
+
+    def duration(self, node: Any, key: str, *, zero: bool = False) -> int:
+        value = self.scalar(node, key, durations.VALID)
+        try:
+            # YAML reads 1:30 as a number of base 60: what was written decides.
+            return durations.parse(value if isinstance(value, bool) else node.value, key, zero=zero)
+        except InvalidInput as error:
+            raise self.refuse(node, error.message) from None
+
+    def words(self, node: Any, key: str, choices: Sequence[str] | None = None) -> tuple[str, ...]:
+        import yaml
+
+        if not isinstance(node, yaml.SequenceNode) or not node.value:
+            raise self.refuse(node, f"{key} must be a list, such as [{(choices or ('web',))[0]}]")
+        if choices is not None:
+            return tuple(self.choice(one, key, choices) for one in node.value)
+        return tuple(str(self.scalar(one, key, "a text")) for one in node.value)
+
+
+def parse(text: str, file: str) -> Policy:
+    """The policy of a file's text; ConfigError with line and reason when anything in it cannot be used."""
+    try:
+        import yaml
+    except ImportError:
+        raise ConfigError(f"cleanup_file: {file} cannot be read without the Python library yaml; install python3-yaml", file=file) from None
+    loader = yaml.SafeLoader(text)
+    try:
+        root = loader.get_single_node()
+    except (yaml.YAMLError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f" line {mark.line + 1}" if mark else ""
+        raise ConfigError(f"cleanup_file: {file}{place}: not valid YAML ({getattr(error, 'problem', None) or 'too deep'}); nothing of it was used",
+                          file=file) from None
+    if root is None:
+        return Policy()
+    read = _Reader(file, loader)
+    known = {
+        "enabled": read.flag,
+        "mode": lambda node, key: read.choice(node, key, (ENFORCE, SHADOW)),
+        "interval": read.duration,
+        "jitter": lambda node, key: read.duration(node, key, zero=True),
+        "guard": lambda node, key: read.mapping(node, key, {"count": lambda one, name: read.whole(one, name, 1, 1000000),
+                                                            "percent": lambda one, name: read.whole(one, name, 1, 100)}),
+        "rules": lambda node, key: _rules(read, node),
+        "retention": lambda node, key: read.mapping(node, key, {"destroyed_records": read.duration}),
+    }
+    found = read.mapping(root, "the file", {"auto_cleanup": lambda node, key: read.mapping(node, key, known)}, ("auto_cleanup",))["auto_cleanup"]
+    default = Policy()
+    guard = found.get("guard", {})
+    return Policy(enabled=found.get("enabled", True), mode=found.get("mode", ENFORCE), interval=found.get("interval", default.interval),
+                  jitter=found.get("jitter", default.jitter), guard_count=guard.get("count", default.guard_count),
+                  guard_percent=guard.get("percent", default.guard_percent), rules=found.get("rules", ()),
+                  keep_destroyed=found.get("retention", {}).get("destroyed_records"))
+
+
+def _rules(read: _Reader, node: Any) -> tuple[Rule, ...]:
+    import yaml
+
+    if not isinstance(node, yaml.SequenceNode):
+        raise read.refuse(node, "rules must be a list of rules")
+    found: list[Rule] = []
+    for one in node.value:
+        rule = _rule(read, one)
+        if any(rule.name == other.name for other in found):
+            raise read.refuse(one, f"name: {rule.name!r} is the name of an earlier rule")
+        found.append(rule)
+    return tuple(found)
+
+
+def _rule(read: _Reader, node: Any) -> Rule:
+    def name(one: Any, key: str) -> str:
+        value = str(read.scalar(one, key, "a name"))
+        if not _NAME.fullmatch(value):
+            raise read.refuse(one, f"{key}: {value[:80]!r} is not valid. Valid: letters, digits, dot, hyphen and underscore, 63 at most")
+        return value
+
+    def match(one: Any, key: str) -> dict[str, Any]:
+        values = read.mapping(one, key, {"states": lambda part, word: read.words(part, word, states.STATES), "tags": read.words, "profiles": read.words})
+        if not values:
+            raise read.refuse(one, "match: names nothing; a rule for everything is not a rule. Valid keys: states, tags, profiles")
+        return values
+
+    found = read.mapping(node, "a rule", {"name": name, "match": match, "after": lambda one, key: read.duration(one, key, zero=True),
+                                          "action": lambda one, key: read.choice(one, key, (KEEP, DESTROY, FAIL))}, ("name", "match", "action"))
+    rule = Rule(found["name"], found["action"], after=found.get("after", 0), **found["match"])
+    allowed = _STATES_OF[rule.action]
+    wrong = [state for state in rule.states if state not in allowed]
+    if wrong or (rule.action != KEEP and not rule.states):
+        what = f"{wrong[0]} may not be named" if wrong else "states are missing in match"
+        raise read.refuse(node, f"rule {rule.name!r} with action {rule.action}: {what}. Valid: {', '.join(allowed)}")
+    if rule.action == KEEP and "after" in found:
+        raise read.refuse(node, f"rule {rule.name!r}: after means nothing with action keep")
+    if rule.action != KEEP and "after" not in found:
+        raise read.refuse(node, f"rule {rule.name!r}: after is missing; say how long the state must last (0s for no time at all)")
+    return rule
+
+
+def load(path: str) -> Policy:
+    """The policy of a file; a file that is not there means that nothing is cleaned up."""
+    if not os.path.exists(path):
+        return Policy()
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cleanup_file: {path}: {getattr(error, 'strerror', None) or 'not UTF-8'}; correct cleanup_file or its permissions",
+                          file=path) from None
+    return parse(text, path)

@@ -1,0 +1,206 @@
+# Copyright: the agentlab.proxmox contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""What is counted for Prometheus: in a registry of its own, without a label for single VMs, and with every label set there from the start."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+# The time at which each counter was made is of no use to anybody, and doubles the number of series.
+os.environ.setdefault("PROMETHEUS_DISABLE_CREATED_SERIES", "true")
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+from agentlab_core.errors import AgentlabError, Busy, Frozen, GuardTripped, Kept, StateConflict
+from agentlab_core.model import Outcome
+from agentlab_core.operations.lease import Expiry
+from agentlab_core.operations.reconcile import Drift
+
+from . import __version__
+from .answers import status_of
+
+if TYPE_CHECKING:
+    from .service import Service
+
+OPERATIONS = ("create", "destroy", "start", "stop", "suspend", "expire", "prune", "cleanup", "reconcile")
+KEPT = ("protected", "too_young", "ambiguous", "foreign", "unknown", "node_offline", "locked", "busy", "changed", "denied", "clock_jumped", "rule")
+METHODS = ("GET", "POST", "PUT", "DELETE")
+ERRORS = ("api", "access", "unreachable", "unknown", "task")
+_SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+# How a destroy ended, as the kind of orphan it was.
+_ORPHANS = {"vm_absent": "vm_absent", "vmid_reused": "vmid_reused", "destroyed": "lease_over"}
+_MISMATCHES = {"foreign": "FOREIGN", "vmid_reused": "FOREIGN", "ambiguous": "AMBIGUOUS"}
+
+
+class Metrics:
+    """Counts what the daemon does; what can be read elsewhere (states, requests) is read when it is asked for."""
+
+    def __init__(self, service: Service) -> None:
+        self.registry = CollectorRegistry()
+
+        def counter(name: str, text: str, label: str | None = None, values: Iterable[str] = ()) -> Counter:
+            made = Counter(f"agentlab_{name}", text, [label] if label else [], registry=self.registry)
+            for value in values:
+                made.labels(value)
+            return made
+
+        def gauge(name: str, text: str) -> Gauge:
+            return Gauge(f"agentlab_{name}", text, registry=self.registry)
+
+        self.leases = counter("leases", "Leases by what became of them", "result", ("renewed", "kept_alive", "expired", "capped", "refused"))
+        self.prune_runs = counter("prune_runs", "Runs of prune and of the cleanup rules", "result", ("ok", "failed", "guard", "frozen", "shadow"))
+        self.prune_items = counter("prune_items", "Sandboxes those runs looked at", "result", ("pruned", "kept", "failed", "would_prune"))
+        self.prune_kept = counter("prune_kept", "Sandboxes that were kept, by reason", "reason", KEPT)
+        self.prune_candidates = gauge("prune_candidates", "Sandboxes that the last run wanted to destroy")
+        self.prune_success = gauge("prune_last_success_timestamp_seconds", "When a run of prune or cleanup last ended well")
+        self.guard_trips = counter("prune_guard_trips", "Runs that a guard stopped")
+        self.orphans = counter("orphans_found", "Orphans found, by kind", "kind", ("vm_absent", "vmid_reused", "lease_over", "unrecorded"))
+        self.mismatches = counter("identity_mismatches", "VMs at a sandbox's VMID that were not proven to be ours", "verdict", ("FOREIGN", "AMBIGUOUS"))
+        self.unknown = counter("unknown_absences", "Times that the absence of a VM could not be proven")
+        self.operations = Counter("agentlab_operations", "Sandboxes worked on, by operation and result", ["operation", "result"], registry=self.registry)
+        self.durations = Histogram("agentlab_operation_duration_seconds", "From the request to the end of an operation; a bulk call is one",
+                                   ["operation"], buckets=_SECONDS, registry=self.registry)
+        for operation in OPERATIONS:
+            if operation != "expire":
+                self.durations.labels(operation)
+            for result in ("ok", "failed", "kept"):
+                self.operations.labels(operation, result)
+        self.reconcile_success = gauge("reconcile_last_success_timestamp_seconds", "When records and Proxmox were last compared")
+        self.expiry_success = gauge("expiry_last_success_timestamp_seconds", "When leases that are over were last looked for")
+        self.reload = gauge("config_last_reload_successful", "1 when the configuration in force is that of the files")
+        self.reload.set(1)
+        Gauge("agentlab_build_info", "The version that runs", ["version"], registry=self.registry).labels(__version__).set(1)
+        # VMs without a record that were told already: they are found again by every pass.
+        self._unrecorded: set[int | None] = set()
+        self.registry.register(_Now(service))
+
+    def text(self) -> bytes:
+        return generate_latest(self.registry)
+
+    # ---- operations ----
+
+    def done(self, operation: str, outcomes: Iterable[Outcome]) -> None:
+        """Count what became of sandboxes."""
+        for one in outcomes:
+            self.operations.labels(operation, result_of(one)).inc()
+            self._identity(one.reason)
+
+    def refused(self, operation: str, error: AgentlabError) -> None:
+        """Count an operation that ended with an error; a request that made no sense is none."""
+        if isinstance(error, (StateConflict, Kept, Busy, GuardTripped, Frozen)):
+            result = "kept"
+        elif status_of(error.code) < 500 and status_of(error.code) != 409:
+            return
+        else:
+            result = "failed"
+        self.operations.labels(operation, result).inc()
+        self._identity(error.reason if isinstance(error, Kept) else None)
+
+    def _identity(self, reason: str | None) -> None:
+        if reason in _MISMATCHES:
+            self.mismatches.labels(_MISMATCHES[reason]).inc()
+        elif reason == "unknown":
+            self.unknown.inc()
+
+    # ---- leases ----
+
+    def renewed(self, outcome: Outcome) -> None:
+        if outcome.changed:
+            self.leases.labels("capped" if outcome.extra.get("capped") else "renewed").inc()
+
+    def expired(self, passed: Expiry) -> None:
+        self.leases.labels("expired").inc(len(passed.expired))
+        self.leases.labels("kept_alive").inc(sum(not one.failed for one in passed.renewed))
+        self.done("expire", passed.expired)
+
+    # ---- prune and cleanup ----
+
+    def pruned(self, operation: str, pruned: list[Outcome], kept: list[Outcome], failed: list[Outcome], candidates: int, *, shadow: bool = False) -> None:
+        """Count a run of prune or of the rules that came to its end."""
+        self.prune_candidates.set(candidates)
+        self.prune_runs.labels("shadow" if shadow else "failed" if failed else "ok").inc()
+        self.prune_items.labels("would_prune" if shadow else "pruned").inc(len(pruned))
+        self.prune_items.labels("kept").inc(len(kept))
+        self.prune_items.labels("failed").inc(len(failed))
+        for one in kept:
+            self.prune_kept.labels(one.reason if one.reason in KEPT else "changed").inc()
+        if not failed:
+            self.prune_success.set(time.time())
+        if not shadow:
+            self.done(operation, [*pruned, *kept, *failed])
+            for one in pruned:
+                if one.reason in _ORPHANS:
+                    self.orphans.labels(_ORPHANS[one.reason]).inc()
+
+    def prune_stopped(self, error: AgentlabError) -> None:
+        """Count a run that did nothing, or broke off."""
+        if isinstance(error, GuardTripped):
+            self.guard_trips.inc()
+            self.prune_candidates.set(int(error.detail.get("count") or 0))
+        self.prune_runs.labels("guard" if isinstance(error, GuardTripped) else "frozen" if isinstance(error, Frozen) else "failed").inc()
+
+    # ---- reconcile ----
+
+    def reconciled(self, found: list[Drift]) -> None:
+        self.reconcile_success.set(time.time())
+        self.operations.labels("reconcile", "ok").inc()
+        for one in found:
+            self._identity(one.kind)
+            if one.kind == "vmid_reused" and one.applied:
+                self.orphans.labels("vmid_reused").inc()
+            elif one.kind == "absent" and one.applied and one.action.startswith("noted"):
+                self.orphans.labels("vm_absent").inc()
+            elif one.kind == "still_running":
+                self.orphans.labels("lease_over").inc()
+        unrecorded = {one.vmid for one in found if one.kind == "unrecorded"}
+        self.orphans.labels("unrecorded").inc(len(unrecorded - self._unrecorded))
+        self._unrecorded = unrecorded
+
+
+def result_of(outcome: Outcome) -> str:
+    """ok, failed, or kept (left alone for a reason of ours)."""
+    if outcome.outcome == "kept" or (outcome.failed and status_of(outcome.reason or "error") == 409):
+        return "kept"
+    return "failed" if outcome.failed else "ok"
+
+
+class _Now:
+    """What is read at the moment of a scrape: from the indexes of the records, and from memory."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    def describe(self) -> list[Metric]:
+        # Nothing is read before the first scrape.
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        service = self._service
+        by_state = GaugeMetricFamily("agentlab_sandboxes", "Records by state", labels=["state"])
+        for state, count in service.base.records.by_state().items():
+            by_state.add_metric([state], count)
+        yield by_state
+        under_way, interrupted = service.base.records.unfinished()
+        yield GaugeMetricFamily("agentlab_operations_in_progress", "Operations that are under way", value=len(under_way))
+        began = [one.started_at for one in (*under_way, *interrupted)]
+        age = max(0, int(time.time()) - min(began)) if began else 0
+        yield GaugeMetricFamily("agentlab_oldest_operation_age_seconds", "Age of the oldest operation that is not finished", value=age)
+        yield GaugeMetricFamily("agentlab_prune_frozen", "1 while cleanup is frozen", value=int(service.frozen() is not None))
+        statistics = service.base.client.statistics
+        requests = CounterMetricFamily("agentlab_proxmox_requests", "Requests to Proxmox", labels=["method"])
+        asked: dict[str, int] = dict.fromkeys(METHODS, 0)
+        for name, count in list(statistics.requests.items()):
+            asked[name.partition(" ")[0]] += count
+        for method, count in asked.items():
+            requests.add_metric([method], count)
+        yield requests
+        errors = CounterMetricFamily("agentlab_proxmox_errors", "Requests and tasks that failed", labels=["kind"])
+        for kind in ERRORS:
+            errors.add_metric([kind], statistics.errors[kind])
+        yield errors

@@ -1,0 +1,237 @@
+# Copyright: the agentlab.proxmox contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""What the daemon does by itself: end leases on time, compare with Proxmox, clean up. Between two of these it sleeps.
+
+The loops only wait; the work is done in threads. A VM that is slow to stop holds up no other lease, and a slow Proxmox no loop but its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import random
+import time
+from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from agentlab_core import clock as clock_module
+from agentlab_core import rules
+from agentlab_core.errors import AgentlabError, Stopping
+from agentlab_core.model import Sandbox
+from agentlab_core.operations import lease, reconcile, timeguard
+from agentlab_core.operations.context import Context
+
+from .logs import log
+from .service import Service
+
+T = TypeVar("T")
+
+# After a failure the next try comes soon, then later and later, up to the interval.
+_FIRST_RETRY = 15.0
+_LAST_CLEANUP = "cleanup_last_run"
+
+
+@dataclass(slots=True)
+class Job:
+    """When it was done last, when it is due, and what went wrong (None: nothing did)."""
+
+    last_run: int | None = None
+    next_run: int | None = None
+    last_error: str | None = None
+
+    def public(self) -> dict[str, Any]:
+        return {"last_run": clock_module.iso(self.last_run), "next_run": clock_module.iso(self.next_run), "last_error": self.last_error}
+
+    def done(self, name: str) -> None:
+        if self.last_error:
+            log.info("%s works again", name)
+        self.last_run, self.last_error = int(time.time()), None
+
+    def failed(self, name: str, error: AgentlabError) -> None:
+        # Told once, not at every try.
+        if error.message != self.last_error:
+            log.warning("%s: %s", name, error.message)
+        self.last_error = error.message
+
+
+class Scheduler:
+    """Three loops: expiry, reconcile, cleanup."""
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+        self.expiry = Job()
+        self.reconcile = Job()
+        self.cleanup = Job()
+        self._look = asyncio.Event()
+        self._changed = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        self._jobs = ThreadPoolExecutor(3, "job")
+        self._stops = ThreadPoolExecutor(service.config.proxmox.connections, "stop")
+        self.tasks: list[asyncio.Task[None]] = []
+        service.wake_expiry = self._wake
+        service.jobs = {"expiry": self.expiry, "reconcile": self.reconcile, "cleanup": self.cleanup}
+
+    def start(self) -> None:
+        loops: tuple[Callable[[], Coroutine[Any, Any, None]], ...] = (self._expire_forever, self._reconcile_forever, self._clean_forever)
+        self.tasks = [asyncio.create_task(one()) for one in loops]
+
+    def _wake(self) -> None:
+        self._loop.call_soon_threadsafe(self._look.set)
+
+    def reloaded(self) -> None:
+        """Intervals and rules may be others now."""
+        self._look.set()
+        self._changed.set()
+
+    def stop(self) -> None:
+        """Begin nothing more."""
+        for task in self.tasks:
+            task.cancel()
+
+    async def _run(self, work: Callable[[], T]) -> T:
+        """Run it in a thread; when the loop is stopped meanwhile, the work goes on and is waited for elsewhere."""
+        return await asyncio.shield(self.service.begin(self._jobs, work))
+
+    # ---- leases ----
+
+    async def _expire_forever(self) -> None:
+        await self._run(self._note_the_clock)
+        while True:
+            self._look.clear()
+            try:
+                pause = await self._run(self._expire)
+                self.expiry.done("expiry")
+                self.service.metrics.expiry_success.set(time.time())
+            except Stopping:
+                return
+            except AgentlabError as error:
+                self.expiry.failed("expiry", error)
+                pause = float(self.service.config.expire_interval)
+            self.expiry.next_run = int(time.time() + pause)
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._look.wait(), pause)
+
+    def _note_the_clock(self) -> None:
+        # A jump can be told only from a time noted before it.
+        with contextlib.suppress(AgentlabError):
+            timeguard.suspended(self.service.context("agentlabd"))
+
+    def _expire(self) -> float:
+        """End the leases that are over; answers how long to sleep. Asks the records only."""
+        longest = float(self.service.config.expire_interval)
+        ctx = self.service.context("agentlabd")
+        due = ctx.records.next_lease_end()
+        if due is not None and due <= ctx.clock.now():
+            passed = lease.expire(ctx, stop_vms=False)
+            if passed.suspended:
+                log.warning("expiry rests: %s", passed.suspended)
+                return longest
+            self.service.metrics.expired(passed)
+            for one in passed.renewed:
+                if not one.failed:
+                    log.info("lease of sandbox %s renewed (keepalive)", one.vmid)
+            for one in passed.expired:
+                log.info("lease of sandbox %s is over: %s -> TIMEOUT", one.vmid, one.previous_state)
+                if one.sandbox is not None:
+                    self._stop_vm(ctx, one.sandbox)
+            if not passed.expired and not passed.renewed:
+                # Somebody else works on them; the next look may find them done.
+                return min(longest, 1.0) if not passed.failed else longest
+            due = ctx.records.next_lease_end()
+        return longest if due is None else min(longest, max(0.05, due - time.time()))
+
+    def _stop_vm(self, ctx: Context, sandbox: Sandbox) -> None:
+        def work() -> None:
+            problem = lease.stop_expired(ctx, sandbox)
+            if problem:
+                log.warning("sandbox %s is TIMEOUT, but its VM was not stopped: %s", sandbox.vmid, problem)
+
+        self._loop.call_soon_threadsafe(self.service.begin, self._stops, work)
+
+    # ---- reconcile ----
+
+    async def _reconcile_forever(self) -> None:
+        retry = _FIRST_RETRY
+        while True:
+            interval = float(self.service.config.reconcile_interval)
+            began = time.monotonic()
+            try:
+                # The first pass finishes what an earlier run of the daemon was killed in.
+                found = await self._run(lambda: reconcile.run(self.service.context("agentlabd"), apply=True))
+                self.reconcile.done("reconcile")
+                self.service.metrics.reconciled(found)
+                self._tell(found)
+                self._look.set()
+                pause, retry = interval, _FIRST_RETRY
+            except Stopping:
+                return
+            except AgentlabError as error:
+                self.reconcile.failed("reconcile", error)
+                self.service.metrics.refused("reconcile", error)
+                pause, retry = min(interval, retry), retry * 2
+            self.service.metrics.durations.labels("reconcile").observe(time.monotonic() - began)
+            self.reconcile.next_run = int(time.time() + pause)
+            await asyncio.sleep(pause)
+
+    @staticmethod
+    def _tell(found: list[reconcile.Drift]) -> None:
+        for one in found:
+            if one.applied or one.error:
+                vmid = one.sandbox.vmid if one.sandbox else one.vmid
+                log.log(30 if one.error else 20, "reconcile: %s %s: %s%s", vmid, one.kind, one.action, f": {one.error}" if one.error else "")
+
+    # ---- cleanup ----
+
+    async def _clean_forever(self) -> None:
+        while True:
+            self._changed.clear()
+            policy = self.service.policy
+            due = await self._run(lambda: self._next_cleanup(policy))  # noqa: B023 - run before the next turn
+            self.cleanup.next_run = due
+            pause = None if due is None else max(0.0, due - time.time())
+            try:
+                await asyncio.wait_for(self._changed.wait(), pause)
+                # Other rules, another interval.
+                continue
+            except TimeoutError:
+                pass
+            with contextlib.suppress(Stopping):
+                await self._run(self._clean)
+
+    def _next_cleanup(self, policy: rules.Policy) -> int | None:
+        """When the rules run next: an interval and a little more after the last run, which a restart does not make forgotten."""
+        if not policy.enabled:
+            return None
+        try:
+            text = self.service.base.records.meta(_LAST_CLEANUP)
+        except AgentlabError:
+            text = None
+        now = int(time.time())
+        last = int(json.loads(text)) if text else None
+        jitter = random.randint(0, policy.jitter)
+        if last is None or not now - policy.interval <= last <= now:
+            # The first time, or overdue: let the start be over first.
+            return now + min(policy.interval, 10) + jitter
+        return last + policy.interval + jitter
+
+    def _clean(self) -> None:
+        began = time.monotonic()
+        try:
+            report = self.service.clean("agentlabd")
+            self.cleanup.done("cleanup")
+            done = f"{len(report.pruned)} {'would be ' if report.dry_run else ''}destroyed, {len(report.marked)} marked FAILED, " \
+                   f"{len(report.kept)} kept, {len(report.failed)} failed, {report.forgotten} old records removed"
+            log.log(30 if report.failed else 20 if report.pruned or report.marked or report.forgotten else 10, "cleanup: %s", done)
+            if report.guard:
+                log.warning("cleanup (shadow): %s", report.guard)
+        except AgentlabError as error:
+            self.cleanup.failed("cleanup", error)
+            self.cleanup.last_run = int(time.time())
+        self.service.metrics.durations.labels("cleanup").observe(time.monotonic() - began)
+        with contextlib.suppress(AgentlabError):
+            self.service.base.records.set_meta(_LAST_CLEANUP, str(int(time.time())))
