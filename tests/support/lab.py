@@ -113,6 +113,7 @@ class Lab:
         pve.spoiled.clear()
         pve.before = pve.after = None
         pve.acl = None
+        pve.no_access.clear()
         pve.regain_quorum()
         for node in pve.nodes:
             pve.nodes[node]["online"] = True

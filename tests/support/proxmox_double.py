@@ -34,6 +34,7 @@ from fakepve.qemu import DRIVE_KEY, NEW_DISK, drives_of, is_cdrom, join_drive, s
 from fakepve.routing import param_error
 from fakepve.server import API, EXTJS, USER
 from fakepve.server import params as request_params
+from fakepve.shapes import PRIVILEGES
 
 HOST = "127.0.0.1"
 COUNT_PATH = "/x-agentlab-count"
@@ -122,6 +123,8 @@ class ProxmoxDouble(FakePve):
         self.stale_quorum = False
         # Real seconds for which a new VM is listed as `unknown` and without a name.
         self.listing_lag = 0.0
+        # ACL paths (/vms/N, /pool/NAME) on which everybody but root@pam has the role NoAccess.
+        self.no_access: set[str] = set()
         # True: tags are refused (403), as a cluster's tag policy may do.
         self.tags_forbidden = False
         # Real seconds before a wrong token is told so (Proxmox: 3).
@@ -614,7 +617,34 @@ class ProxmoxDouble(FakePve):
         acl[user] = [entry for entry in acl.get(user, []) if path not in (None, entry[0])]
         self.acl = acl
 
+    def _routes_access(self) -> list[Any]:
+        return [("GET", "/access/permissions", self._permissions), ("GET", "/access/acl", self._acl)]
+
+    async def _permissions(self, values: dict[str, Any], user: str) -> dict[str, dict[str, int]]:
+        """What is in force on the paths that Proxmox VE itself knows, that have an entry, or that are a pool's VMs; paths without any right are left out."""
+        who = values.get("userid") or user
+        paths = {"/", "/access", "/access/groups", "/nodes", "/pool", "/sdn", "/storage", "/vms", *(entry["path"] for entry in self._entries())}
+        paths |= {f"/vms/{vmid}" for vmids in self.pools.values() for vmid in vmids}
+        if values.get("path") is not None:
+            paths = {values["path"]}
+        found = {path: {priv: 1 for priv in PRIVILEGES if self.allowed(who, path, priv)} for path in sorted(paths)}
+        return {path: privs for path, privs in found.items() if privs}
+
+    async def _acl(self, _values: dict[str, Any], user: str) -> list[dict[str, Any]]:
+        """Everybody's entries, for who has Sys.Audit on /access; else none (Proxmox VE: those whose rights one may modify)."""
+        return self._entries() if self.allowed(user, "/access", "Sys.Audit") else []
+
+    def _entries(self) -> list[dict[str, Any]]:
+        made = [{"path": path, "type": "token" if "!" in user else "user", "ugid": user, "roleid": f"Role{number}", "propagate": 1}
+                for user, grants in (self.acl or {}).items() for number, (path, _privs) in enumerate(grants)]
+        return made + [{"path": path, "type": "user", "ugid": "agentlab@pve", "roleid": "NoAccess", "propagate": 1} for path in sorted(self.no_access)]
+
     def allowed(self, user: str, path: str, priv: str) -> bool:
+        if user.split("!")[0] != "root@pam":
+            number = path.removeprefix("/vms/")
+            pools = {f"/pool/{name}" for name, vmids in self.pools.items() if number.isdigit() and int(number) in vmids}
+            if self.no_access & {path, *pools}:
+                return False
         if super().allowed(user, path, priv):
             return True
         return priv == "VM.Config.Cloudinit" and super().allowed(user, path, "VM.Config.Network")

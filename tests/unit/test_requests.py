@@ -6,14 +6,20 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import Kept
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.model import Sandbox
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import destroy
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.proxmox.client import ProxmoxClient
 
+from support.double import TOKEN_ID
 from support.lab import Lab
+from support.proxmox_double import SANDBOX_PRIVS
 
 
 @pytest.fixture
@@ -25,33 +31,118 @@ def lab(tmp_path: Path) -> Iterator[Lab]:
         made.stop()
 
 
-def test_each_absence_is_asked_for_when_something_may_be_hidden_from_the_token(lab: Lab) -> None:
-    made = [lab.create(name=f"a{number}") for number in range(4)]
+def see_everything(lab: Lab) -> None:
+    """What docs/safety.md tells to grant: a token from which no VM is hidden."""
+    lab.pve.grant(TOKEN_ID, "/", "VM.Audit", "Sys.Audit")
+    lab.pve.grant(TOKEN_ID, "/vms", *SANDBOX_PRIVS)
+
+
+def timed_out(lab: Lab, count: int, *, there: bool = False) -> list[Sandbox]:
+    """So many sandboxes in TIMEOUT, their VMs gone unless they are to be there."""
+    made = [lab.create(name=f"a{number}") for number in range(count)]
     lab.context().database.write(lambda conn: conn.execute("UPDATE sandboxes SET state = 'TIMEOUT'") and None)
-    for one in made[:3]:
+    for one in () if there else made:
         lab.pve.remove_vm(one.vmid)
-    # The last one is there, but hidden: /access/permissions says nothing of the path on which there is no right.
-    real, hidden = lab.pve.allowed, f"/vms/{made[3].vmid}"
-    lab.pve.allowed = lambda user, path, priv: path != hidden and real(user, path, priv)
+    lab.pve.counted.clear()
+    return made
+
+
+@pytest.mark.parametrize("way", ["entry", "pool", "pool of a pool", "audit only here", "not handed down", "no audit of the entries", "entries cut",
+                                 "root entry"])
+def test_each_absence_is_asked_for_when_something_may_be_hidden_from_the_token(lab: Lab, way: str) -> None:
+    made = timed_out(lab, 6, there=True)
+    for one in made[:5]:
+        lab.pve.remove_vm(one.vmid)
+    hidden = made[5].vmid
+    see_everything(lab)
+    if way in ("entry", "no audit of the entries"):
+        lab.pve.no_access.add(f"/vms/{hidden}")
+    elif way in ("pool", "pool of a pool"):
+        name = {"pool": "secret", "pool of a pool": "some/secret"}[way]
+        lab.pve.pools[name] = {hidden}
+        lab.pve.no_access.add(f"/pool/{name}")
+    elif way == "root entry":
+        lab.pve.pools["secret"] = {hidden}
+        lab.pve.no_access |= {"/", "/pool/secret"}
+    elif way == "audit only here":
+        lab.pve.acl = None
+        lab.pve.grant(TOKEN_ID, "/", "Sys.Audit")
+        for vmid in {9000, *(one.vmid for one in made[:5])}:
+            lab.pve.grant(TOKEN_ID, f"/vms/{vmid}", *SANDBOX_PRIVS)
+    if way == "no audit of the entries":
+        real = lab.pve.allowed
+        lab.pve.allowed = lambda user, path, priv: path != "/access" and real(user, path, priv)
+    if way == "entries cut":
+        lab.pve.no_access.add(f"/vms/{hidden}")
+        lab.pve.fault("GET", "/access/acl", "answer", status=200, body='{"data":[]}', times=9)
+    if way == "not handed down":
+        lab.pve.no_access.add(f"/vms/{hidden}")
+        body = json.dumps({"data": {"/access": {"Sys.Audit": 1}, "/vms": {"VM.Audit": 0}, f"/vms/{hidden}": {"VM.Audit": 1}}})
+        lab.pve.fault("GET", "/access/permissions", "answer", status=200, body=body, times=9)
     report = lab.prune()
-    assert [one.vmid for one in report.pruned] == [one.vmid for one in made[:3]]
-    assert [one.state for one in lab.records() if one.vmid == made[3].vmid] == ["TIMEOUT"]
-    assert lab.pve.vm(made[3].vmid) is not None
+    assert [one.vmid for one in report.pruned] == [one.vmid for one in made[:5]]
+    assert [one.reason for one in report.kept] == ["unknown"]
+    assert [one.state for one in lab.records() if one.vmid == hidden] == ["TIMEOUT"]
+    assert lab.pve.vm(hidden) is not None
+    # What is not proven by the list is asked for, and that it may be incomplete is found out once.
+    assert lab.pve.counted["GET /cluster/nextid"] >= 6 and lab.pve.counted["GET /access/acl"] == 1
 
 
-def test_a_bulk_destroy_reads_the_list_once_and_each_vm_once(lab: Lab) -> None:
+def test_a_thousand_absences_cost_five_requests(lab: Lab) -> None:
+    """Prune of many whose VMs are gone: quorum, the list, the two reads that show it to be whole, and one absence asked for in another way."""
+    made = timed_out(lab, 8)
+    see_everything(lab)
+    lab.pve.ca_fingerprint = ProxmoxClient(lab.context().config.proxmox, lab.clock).trusted_authority()
+    lab.context().records.set_meta("cluster", json.dumps({"name": "other", "nodes": ["x"], "authority": lab.pve.ca_fingerprint}))
+    wanted = {"GET /cluster/status": 1, "GET /cluster/resources": 1, "GET /access/acl": 1, "GET /access/permissions": 1, "GET /cluster/nextid": 1}
+    assert lab.prune(dry_run=True).count == 8
+    assert dict(lab.pve.counted) == wanted
+    lab.pve.counted.clear()
+    assert [one.reason for one in lab.prune().pruned] == ["vm_absent"] * len(made)
+    assert dict(lab.pve.counted) == wanted
+
+
+def test_a_cluster_of_another_authority_is_not_taken_for_ours(lab: Lab) -> None:
+    timed_out(lab, 6)
+    see_everything(lab)
+    lab.context().records.set_meta("cluster", json.dumps({"name": "other", "nodes": ["x"], "authority": "00:11"}))
+    assert [one.reason for one in lab.prune().kept] == ["unknown"] * 6
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_bulk_destroy_reads_the_list_once_and_each_vm_once(lab: Lab, whole: bool) -> None:
     vmids = [lab.create(name=f"a{number}").vmid for number in range(8)]
     for vmid in vmids:
         lab.power("stop", vmid)
+    if whole:
+        see_everything(lab)
     lab.pve.counted.clear()
     assert {one.state for one in lab.destroy(*vmids)} == {"DESTROYED"}
     counted = lab.pve.counted
     one = "/nodes/{node}/qemu/{vmid}"
     assert counted[f"GET {one}/config"] == counted[f"PUT {one}/config"] == counted[f"DELETE {one}"] == 8
-    # Once to find them; that each is gone is asked for by itself, since a token may not see everything.
-    assert counted["GET /cluster/resources"] == 1
-    assert counted["GET /cluster/nextid"] == 8
     assert counted["GET /cluster/status"] == 1
+    # Once to find them, once to see that they are gone: a proof only if no VM is hidden from the token, else each is asked for by itself.
+    assert counted["GET /cluster/resources"] == 2
+    assert counted["GET /access/acl"] == 1
+    assert counted["GET /access/permissions"] == (1 if whole else 0)
+    assert counted["GET /cluster/nextid"] == (1 if whole else 8)
+
+
+def test_a_vm_that_came_while_the_run_waited_is_not_proven_absent_by_the_list_from_before(lab: Lab) -> None:
+    """The list a bulk run begins with proves the absence only of what nobody touched since."""
+    made = timed_out(lab, 7)
+    see_everything(lab)
+    gone = made[0]
+    ctx = lab.context()
+    planned = [ctx.records.get(one.uuid) for one in made]
+    ctx.cluster.survey([one.vmid for one in made])
+    other = lab.context()
+    claim = other.records.claim(gone.uuid, "reconcile")
+    other.records.change(claim, other.records.get(gone.uuid), "reconcile", outcome="done", finish=True, node="pve1", ip="192.0.2.1")
+    lab.pve.counted.clear()
+    assert {one.state for one in destroy.run(ctx, [(one, destroy.Request(force=True)) for one in planned])} == {"DESTROYED"}
+    assert lab.pve.counted["GET /cluster/resources"] == 3
 
 
 def test_a_repeated_renewal_is_no_success_while_the_sandbox_is_being_destroyed(lab: Lab) -> None:

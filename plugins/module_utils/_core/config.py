@@ -49,6 +49,7 @@ DEFAULTS: dict[str, Any] = {
     "database": DATABASE,
     "database_group_access": False,
     "connections": 16,
+    "poll_interval": 0.1,
     "vmid_range": "1000-1999",
     "node": None,
     "template": None,
@@ -116,6 +117,11 @@ class ProxmoxSettings:
             return "root@pam"
         return f"{self.user}!{self.token_name}" if self.token_name else self.user
 
+    @property
+    def is_root(self) -> bool:
+        """root@pam itself has no ACL; any of its tokens may have one."""
+        return self.login == "root@pam"
+
     def check_credentials(self) -> None:
         """What is missing or contradictory, by the names of the options."""
         if self.api_token_id and not self.api_token_secret:
@@ -153,6 +159,8 @@ class Config:
     clock_jump_pause: int
     absent_guard: int
     workers: int
+    # Seconds between two looks at the running tasks of a node, at the least.
+    poll_interval: float
     profiles_dir: str
     socket: str
     listen: tuple[str, int] | None
@@ -212,6 +220,7 @@ def load(options: Mapping[str, Any], environment: Mapping[str, str]) -> Config:
         clock_jump_pause=_seconds("clock_jump_pause", value("clock_jump_pause")),
         absent_guard=_integer("absent_guard", value("absent_guard"), 1, 100),
         workers=connections,
+        poll_interval=_fraction("poll_interval", value("poll_interval"), 0.01, 60.0),
         profiles_dir=str(value("profiles_dir")),
         socket=str(value("socket")),
         listen=loopback("listen", value("listen")),
@@ -276,6 +285,17 @@ def _integer(name: str, value: Any, low: int, high: int) -> int:
         shown = "that value" if name in SECRETS else repr(text)
         raise InvalidInput(f"{name}: {shown} is not valid. Valid: a whole number from {low} to {high}", option=name, value=text)
     return int(text)
+
+
+def _fraction(name: str, value: Any, low: float, high: float) -> float:
+    text = str(value).strip()
+    try:
+        found = -1.0 if isinstance(value, bool) else float(text)
+    except ValueError:
+        found = -1.0
+    if not low <= found <= high:
+        raise InvalidInput(f"{name}: {text!r} is not valid. Valid: a number from {low:g} to {high:g}", option=name, value=text)
+    return found
 
 
 def _boolean(name: str, value: Any) -> bool:

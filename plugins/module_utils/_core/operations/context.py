@@ -48,9 +48,9 @@ class Context:
         else:
             self.database = Rehearsal(parent.database) if dry_run else parent.database
         self.records = Records(self.database, self.clock, actor, self.wait_timeout, stopping)
-        if parent is None or parent.client.settings != config.proxmox:
+        if parent is None or parent.client.settings != config.proxmox or parent.config.poll_interval != config.poll_interval:
             self.client: ProxmoxClient = ProxmoxClient(config.proxmox, self.clock, parent.client.statistics if parent else None)
-            self.tasks: TaskWaiter = TaskWaiter(self.client, self.clock)
+            self.tasks: TaskWaiter = TaskWaiter(self.client, self.clock, config.poll_interval)
         else:
             self.client, self.tasks = parent.client, parent.tasks
         self.cluster = Cluster(self.client, self.clock, self.records)

@@ -55,6 +55,8 @@ class _Gone:
     began: float
     upids: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    # Nothing was ever done about it since the list was read, by us or by another run: that list may prove its absence.
+    quiet: bool = False
 
 
 def check(ctx: Context, sandbox: Sandbox, force: bool, clean_up: bool = False) -> bool:
@@ -99,11 +101,16 @@ def run(ctx: Context, items: list[tuple[Sandbox, Request]]) -> list[Outcome]:
         except AgentlabError as error:
             return failure(_now(ctx, sandbox), error)
 
+    if len(items) > 1:
+        # What cannot be read is told item by item.
+        with contextlib.suppress(ProxmoxError):
+            ctx.cluster.survey([sandbox.vmid for sandbox, _request in items])
     results = ctx.each(first, items)
     gone = [found for found in results if isinstance(found, _Gone)]
     if gone:
+        open_ = [found for found in gone if found.reason not in _PROVEN]
         try:
-            proofs = ctx.cluster.prove_absent([found.sandbox.vmid for found in gone if found.reason not in _PROVEN])
+            proofs = ctx.cluster.prove_absent([found.sandbox.vmid for found in open_], anew=not all(found.quiet for found in open_))
         except AgentlabError:
             for found in gone:
                 give_back(ctx, found.claim)
@@ -219,7 +226,8 @@ def _until_gone(ctx: Context, planned: Sandbox, request: Request) -> Outcome | _
             found = _locate(ctx, current, claim, detail)
             current = ctx.records.get(current.uuid) if current.smbios_uuid is None else current
             if found.node is None:
-                return _Gone(claim, current, before, "vm_absent", {}, began, upids, warnings)
+                quiet = not upids and left is None and current.generation == planned.generation and not attempt
+                return _Gone(claim, current, before, "vm_absent", {}, began, upids, warnings, quiet)
             if found.verdict and found.verdict.identity == identity.FOREIGN:
                 ctx.cluster.require_quorum()
                 ctx.cluster.confirm()

@@ -343,7 +343,7 @@ class Doctor:
             yield Finding("storage", OK, f"storage {wanted} is active" + (f", {used * 100 // total} % used" if total else ""), None, facts)
 
     def _privileges(self) -> Iterable[Finding]:
-        if self.context.cluster.sees_everything():
+        if self.config.proxmox.is_root:
             if self.config.proxmox.api_host is None:
                 yield Finding("privileges", OK, "pvesh on the node acts as root@pam: no privilege is missing")
             else:

@@ -74,9 +74,9 @@ def event(row: dict[str, Any]) -> dict[str, Any]:
 
 def verified(ctx: Context, found: list[Sandbox]) -> list[dict[str, Any]]:
     """For each: vm_status, identity and drift. The list is read once; a VM's configuration only where there is a VM."""
-    rows = ctx.cluster.vms()
+    rows = ctx.cluster.survey([one.vmid for one in found if one.live])
     absent = [one.vmid for one in found if one.live and one.vmid not in rows]
-    proofs = ctx.cluster.prove_absent(absent) if absent else {}
+    proofs = ctx.cluster.prove_absent(absent, anew=False) if absent else {}
 
     def one(sandbox: Sandbox) -> dict[str, Any]:
         row = rows.get(sandbox.vmid)

@@ -139,7 +139,7 @@ def plan(ctx: Context, candidates: list[Sandbox], report: Report) -> None:
     if not candidates:
         return
     absent: list[Sandbox] = []
-    listed = ctx.cluster.vms()
+    listed = ctx.cluster.survey([sandbox.vmid for sandbox in candidates])
 
     def one(sandbox: Sandbox) -> Outcome | None:
         if sandbox.vmid not in listed and sandbox.smbios_uuid is not None:
@@ -156,7 +156,7 @@ def plan(ctx: Context, candidates: list[Sandbox], report: Report) -> None:
             return Outcome.of("failed", sandbox, reason=error.code, message=error.message, failed=True)
 
     planned = ctx.each(one, candidates)
-    proofs = ctx.cluster.prove_absent([sandbox.vmid for sandbox in absent]) if absent else {}
+    proofs = ctx.cluster.prove_absent([sandbox.vmid for sandbox in absent], anew=False) if absent else {}
     for sandbox, outcome in zip(candidates, planned, strict=True):
         if outcome is None:
             proof = proofs[sandbox.vmid]

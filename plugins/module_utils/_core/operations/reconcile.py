@@ -75,8 +75,6 @@ def run(ctx: Context, *, apply: bool, adopt_cluster: bool = False) -> list[Drift
         before = {one.uuid: one.generation for one in live}
         now = ctx.records.find_all()
         changed = [one for one in now if before.get(one.uuid) != one.generation]
-        if changed:
-            ctx.cluster.vms(fresh=True)
         again, _more = _survey(ctx, changed, unrecorded=False)
         settled = {one.uuid for one in now} - {one.uuid for one in changed}
         drifts = {uuid: drift for uuid, drift in drifts.items() if uuid in settled} | again
@@ -89,9 +87,9 @@ def _survey(ctx: Context, records: list[Sandbox], *, unrecorded: bool = True) ->
     """Compare these records with Proxmox: drift by sandbox, and the VMs with our marker that no record has. Reads only."""
     if not records and not unrecorded:
         return {}, []
-    rows = ctx.cluster.vms()
+    rows = ctx.cluster.survey([one.vmid for one in records])
     missing = [one for one in records if one.vmid not in rows and one.smbios_uuid is not None]
-    proofs = ctx.cluster.prove_absent([one.vmid for one in missing]) if missing else {}
+    proofs = ctx.cluster.prove_absent([one.vmid for one in missing], anew=False) if missing else {}
     found = ctx.each(lambda one: _compare(ctx, one, rows, proofs), records)
     drifts = {one.uuid: drift for one, drift in zip(records, found, strict=True) if drift is not None}
     return drifts, _unrecorded(ctx, rows, records) if unrecorded else []

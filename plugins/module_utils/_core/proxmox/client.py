@@ -114,6 +114,23 @@ class ProxmoxClient:
         session.hooks["response"].append(_refuse_redirect)
         return api
 
+    def trusted_authority(self) -> str | None:
+        """The SHA-256 fingerprint (as Proxmox writes it) of the one certificate authority that the connection accepts; None for any but one."""
+        found = self.settings
+        if found.api_host is None or not found.validate_certs or not found.ca_path:
+            return None
+        import hashlib
+        import ssl
+
+        try:
+            with open(found.ca_path, encoding="ascii") as file:
+                text = file.read()
+            if text.count("-----BEGIN ") != 1:
+                return None
+            return hashlib.sha256(ssl.PEM_cert_to_DER_cert(text.strip())).digest().hex(":").upper()
+        except (OSError, ValueError):
+            return None
+
     # ---- requests ----
 
     def get(self, path: str, /, **params: Any) -> Any:

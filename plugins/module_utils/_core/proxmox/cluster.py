@@ -24,8 +24,8 @@ from .client import ProxmoxClient
 # Quorum changes rarely and is asked before every delete of a bulk run: an answer is good for this long. The config write directly
 # before the delete is what really tells whether the cluster takes writes.
 _STATUS_SECONDS = 5.0
-# So few are asked for one by one; more are looked up in the list.
-_FEW = 2
+# So few are asked for one by one; for more the list is cheaper, with the reads that show that nothing is missing from it.
+_FEW = 4
 
 
 @dataclass(slots=True)
@@ -48,6 +48,10 @@ class Cluster:
         self._status: tuple[float, list[dict[str, Any]]] | None = None
         self._vms: dict[int, dict[str, Any]] | None = None
         self._confirmed = False
+        # A list that shows every VM, and the quorum it was read under: see survey().
+        self._whole: tuple[dict[int, dict[str, Any]], dict[str, Any]] | None = None
+        # Once it is known that VMs may be hidden, each absence of this run is asked for by itself.
+        self._partial = False
 
     # ---- nodes and quorum ----
 
@@ -103,15 +107,19 @@ class Cluster:
         with self._lock:
             if self._confirmed:
                 return
-            found = self._identity()
             text = self._records.meta("cluster")
-            if text is None:
+            known = json.loads(text) if text else None
+            if known and known["authority"] and known["authority"] == self._client.trusted_authority():
+                # The connection itself proves it: nobody is talked to but whom that cluster's own authority signed for.
+                self._confirmed = True
+                return
+            found = self._identity()
+            if known is None:
                 if not creating:
                     raise Kept("unknown", "these records do not know yet which cluster they belong to (the first creation notes it), so nothing is "
                                "concluded from this one")
                 self._records.set_meta("cluster", json.dumps(found))
             else:
-                known = json.loads(text)
                 if known["authority"] and found["authority"]:
                     same = known["authority"] == found["authority"]
                 elif known["authority"]:
@@ -158,35 +166,60 @@ class Cluster:
         return nodes, {vmid: str(row["name"]) for vmid, row in (self._vms or {}).items() if row.get("name")}
 
     def sees_everything(self) -> bool:
-        """True when nothing can be hidden from these credentials.
-
-        Only root@pam itself has no ACL. For anybody else GET /access/permissions leaves out the paths on which there is no right at all, so it
-        cannot show that nothing is hidden.
-        """
-        return self._client.settings.login == "root@pam"
+        """True when no VM is hidden from these credentials now: root@pam itself has no ACL, for anybody else two reads must show it."""
+        if self._client.settings.is_root:
+            return True
+        if not self._partial:
+            try:
+                entries = self._client.get_list("access/acl")
+                self._partial = not entries or not sees_every_vm(entries, self._client.get_dict("access/permissions"))
+            except ProxmoxError:
+                self._partial = True
+        return not self._partial
 
     # ---- absence ----
 
-    def prove_absent(self, vmids: Iterable[int]) -> dict[int, Presence]:
-        """For each VMID whether it is proven free. Never raises for Proxmox's errors: those are ``absent=None``."""
+    def survey(self, vmids: Iterable[int]) -> dict[int, dict[str, Any]]:
+        """The list a bulk run begins with. When it lacks many of what is looked for, find out at once whether it shows every VM: then it is
+        the proof of those absences (prove_absent), and need not be read again."""
+        with self._lock:
+            try:
+                # Before the list: a node that had quorum then shows what existed then.
+                quorum = self.require_quorum()
+            except (ProxmoxError, Kept):
+                return self.vms()
+            listed = self.vms(fresh=True)
+            if len(set(vmids) - listed.keys()) > _FEW and self.sees_everything():
+                self._whole = listed, quorum
+            return listed
+
+    def prove_absent(self, vmids: Iterable[int], *, anew: bool = True) -> dict[int, Presence]:
+        """For each VMID whether it is proven free. Never raises for Proxmox's errors: those are ``absent=None``.
+
+        ``anew=False``: the list of survey() is as good as a new one, because nothing was done about these VMIDs since, by us or by another run.
+        """
         wanted = sorted(set(vmids))
         try:
             quorum = self.require_quorum()
             self.confirm()
         except (ProxmoxError, Kept) as error:
             return {vmid: Presence(None, error.message, {}) for vmid in wanted}
-        if len(wanted) <= _FEW or not self.sees_everything():
+        if len(wanted) <= _FEW or self._partial:
             return self._ask_for_each(wanted, quorum)
-        try:
-            listed = self.vms(fresh=True)
-            trusted = bool(listed)
-        except ProxmoxError as error:
-            return {vmid: Presence(None, error.message, {}) for vmid in wanted}
+        whole = None if anew else self._whole
+        if whole is None or not whole[0].keys().isdisjoint(wanted):
+            try:
+                listed = self.vms(fresh=True)
+            except ProxmoxError as error:
+                return {vmid: Presence(None, error.message, {}) for vmid in wanted}
+            # Rights are read after the list: a VM that is hidden from now on was still listed.
+            whole = (listed, quorum) if listed and self.sees_everything() else None
+        if whole is None:
+            return self._ask_for_each(wanted, quorum)
+        listed, quorum = whole
         free = [vmid for vmid in wanted if vmid not in listed]
-        if trusted and free:
-            # A list that was cut short by something in between would make VMs vanish: one of them is asked for in another way.
-            trusted = self._nextid(free[0], quorum).absent is True
-        if not trusted:
+        # A list that was cut short by something in between would make VMs vanish: one of them is asked for in another way.
+        if not listed or (free and self._nextid(free[0], quorum).absent is not True):
             return self._ask_for_each(wanted, quorum)
         proof = {**quorum, "proof": "not in the list of all VMs", "listed": len(listed)}
         return {vmid: Presence(True, "not in the cluster's list of all VMs", proof) if vmid not in listed
@@ -208,6 +241,34 @@ class Cluster:
         if str(found) != str(vmid):
             return Presence(None, f"GET /cluster/nextid answered {str(found)[:40]!r} for {vmid}, so nothing is known", {})
         return Presence(True, f"Proxmox says that VMID {vmid} is free", {**quorum, "proof": "nextid"})
+
+
+def sees_every_vm(entries: list[dict[str, Any]], held: dict[str, Any]) -> bool:
+    """Whether rights as GET /access/acl and GET /access/permissions tell them hide no VM.
+
+    A VM is listed when VM.Audit is effective on /vms/N. It is when /vms hands it down and nothing on the way takes it away again: an entry on
+    /vms/N itself (it replaces what was handed down), or NoAccess on the VM's pool. Permissions leave out paths without any right, so which paths
+    have entries must be known from the list of all entries - those of everybody, which takes Sys.Audit on /access: without it the list is cut.
+    It is never empty for anybody but root: no entry, no right.
+    """
+    if not entries:
+        return False
+    if "Sys.Audit" not in _rights(held, "/access") or str(_rights(held, "/vms").get("VM.Audit")) not in ("1", "True", "true"):
+        return False
+    for entry in entries:
+        path = str(entry.get("path") or "")
+        if not path.startswith("/") or not entry.get("roleid"):
+            return False
+        if path.startswith("/vms/") and "VM.Audit" not in _rights(held, path):
+            return False
+        if entry["roleid"] == "NoAccess" and (path == "/" or path.startswith("/pool")):
+            return False
+    return True
+
+
+def _rights(held: dict[str, Any], path: str) -> dict[str, Any]:
+    found = held.get(path)
+    return found if isinstance(found, dict) else {}
 
 
 def _title(identity: dict[str, Any]) -> str:

@@ -13,8 +13,7 @@ from ..clock import Clock
 from ..errors import ApiError, InvalidInput, OutcomeUnknown, ProxmoxError, TaskFailed, TaskTimeout, TaskUnknown
 from .client import ProxmoxClient
 
-# Polling starts short, for tasks that end at once, and grows with the age of the youngest task waited for.
-FIRST_POLL = 0.05
+# The first task of its kind is looked at soon and then ever more rarely; from then on it is known how long such a task takes at the least.
 LONGEST_POLL = 2.0
 _LIST_LIMIT = 5000
 _LOST_AFTER = 10
@@ -28,6 +27,11 @@ def node_of(upid: str) -> str:
     return parts[1]
 
 
+def kind_of(upid: str) -> str:
+    """What kind of task it is, such as ``qmdestroy``."""
+    return upid.split(":")[5]
+
+
 def started_at(upid: str) -> int:
     """The node's wall time at the task's start, seconds."""
     try:
@@ -37,11 +41,12 @@ def started_at(upid: str) -> int:
 
 
 class TaskWaiter:
-    """Waits for task ids; use one for a whole run, from any number of threads."""
+    """Waits for task ids; use one for a whole run, from any number of threads. Looks at a node's tasks at most every ``interval`` seconds."""
 
-    def __init__(self, client: ProxmoxClient, clock: Clock) -> None:
+    def __init__(self, client: ProxmoxClient, clock: Clock, interval: float) -> None:
         self._client = client
         self._clock = clock
+        self._interval = interval
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         self._waiting: dict[str, dict[str, float]] = {}
@@ -49,6 +54,8 @@ class TaskWaiter:
         self._ended: dict[str, str] = {}
         self._errors: dict[str, ProxmoxError] = {}
         self._last_problem: dict[str, str] = {}
+        # Kind of task -> the shortest time that one took.
+        self._shortest: dict[str, float] = {}
 
     def wait(self, upid: Any, what: str, timeout: float) -> list[str]:
         """Return the warnings ([] for none) once the task has ended well.
@@ -83,16 +90,18 @@ class TaskWaiter:
                         self._changed.wait(min(left, 0.5))
                         continue
                     self._polling.add(node)
-                    youngest = min(self._clock.monotonic() - since for since in self._waiting[node].values())
-                    awaited = dict(self._waiting[node])
+                    pause = min(left, self._pause(node))
                 try:
-                    self._clock.sleep(min(left, max(FIRST_POLL, min(youngest * 0.4, LONGEST_POLL))))
+                    self._clock.sleep(pause)
+                    with self._lock:
+                        awaited = dict(self._waiting[node])
                     ended, errors = self._poll(node, awaited)
                 finally:
                     with self._lock:
                         self._polling.discard(node)
                         self._changed.notify_all()
                 with self._lock:
+                    self._learn(awaited, ended)
                     # Who has given up waiting asks no more: nothing is kept for him.
                     self._ended.update((one, how) for one, how in ended.items() if one in self._waiting[node])
                     self._errors.update((one, error) for one, error in errors.items() if one in self._waiting[node])
@@ -100,6 +109,19 @@ class TaskWaiter:
         finally:
             with self._lock:
                 self._waiting[node].pop(upid, None)
+
+    def _pause(self, node: str) -> float:
+        """Until the first of the node's tasks can have ended; for one that is overdue a share of its delay, so that long tasks cost few looks."""
+        now = self._clock.monotonic()
+        late = [now - since - self._shortest.get(kind_of(upid), 0.0) for upid, since in self._waiting[node].items()]
+        return max(self._interval, min(LONGEST_POLL, *(seconds * 0.25 if seconds > 0 else -seconds for seconds in late)))
+
+    def _learn(self, awaited: dict[str, float], ended: dict[str, str]) -> None:
+        now = self._clock.monotonic()
+        for upid in ended:
+            took, kind = now - awaited[upid], kind_of(upid)
+            # Forgets slowly: when all take longer than one once did, the looks in between are for nothing.
+            self._shortest[kind] = min(took, self._shortest.get(kind, took) * 1.1)
 
     def _poll(self, node: str, awaited: dict[str, float]) -> tuple[dict[str, str], dict[str, ProxmoxError]]:
         """Exit statuses of those that ended. A failed poll is tolerated until the waiter's own time-out."""
