@@ -1,0 +1,169 @@
+# Copyright: the agentlab.proxmox contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Requests to the daemon: HTTP over its unix socket, and what to tell a user when that does not work."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import pwd
+import socket
+import stat
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import quote, urlencode
+
+from . import __version__
+from .errors import Problem, TimedOut, Unreachable
+from .text import span
+
+DEFAULT_SOCKET = "/run/agentlab/agentlabd.sock"
+# Reading answers at once; work waits for tasks of Proxmox, one after the other where many are asked for.
+READ_TIMEOUT = 30
+WORK_TIMEOUT = 3600
+GROUP = "agentlab"
+# The codes of agentlabd for a request that its release does not have.
+_UNKNOWN_REQUEST = ("no_such_path", "method_not_allowed")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the daemon said: the status, the very bytes, and what they mean."""
+
+    status: int
+    body: bytes
+    data: Any
+
+    @property
+    def ok(self) -> bool:
+        return self.status < 400
+
+
+@dataclass
+class Client:
+    """Where the daemon is, and how long to wait for it (None: as long as suits the request)."""
+
+    path: str
+    timeout: int | None = None
+
+    def get(self, *parts: object, **query: object) -> Answer:
+        asked = urlencode({name: value for name, value in query.items() if value not in (None, ())}, doseq=True)
+        return self.request("GET", _target(parts) + (f"?{asked}" if asked else ""), None, READ_TIMEOUT)
+
+    def post(self, *parts: object, body: dict[str, Any] | None = None) -> Answer:
+        return self.request("POST", _target(parts), body, WORK_TIMEOUT)
+
+    def request(self, method: str, target: str, body: dict[str, Any] | None, timeout: int) -> Answer:
+        """The daemon's answer, whatever its status. Raises Unreachable (with what to do) when there is none, or none that makes sense."""
+        return self._judge(method, target, self._exchange(method, target, body, timeout))
+
+    def _exchange(self, method: str, target: str, body: dict[str, Any] | None, timeout: int) -> Answer:
+        import http.client
+
+        limit = self.timeout or timeout
+        connection = http.client.HTTPConnection("localhost", timeout=limit)
+        connection.sock = self._connect(limit)
+        headers = {"Accept": "application/json", "User-Agent": f"agentlab/{__version__}"}
+        text = None
+        if body is not None:
+            text = json.dumps(body).encode()
+            headers["Content-Type"] = "application/json"
+        try:
+            connection.request(method, target, text, headers)
+            response = connection.getresponse()
+            raw = response.read()
+        except TimeoutError as error:
+            raise TimedOut(f"the daemon did not answer within {span(limit)} (--timeout). It goes on with what it was asked to do; "
+                           "see 'agentlab sandbox list'") from error
+        except (http.client.HTTPException, OSError) as error:
+            if isinstance(error, http.client.BadStatusLine) and not isinstance(error, http.client.RemoteDisconnected):
+                raise Unreachable(f"what listens on {self.path} does not speak HTTP: it is not agentlabd. Check --socket and AGENTLAB_SOCKET") from error
+            raise Unreachable(f"the daemon ended the connection before it answered ({error or type(error).__name__}); it was probably stopped. "
+                              "What it had begun it finishes when it runs again. See 'systemctl status agentlabd' and 'agentlab sandbox list'") from error
+        finally:
+            connection.close()
+        return Answer(response.status, raw, _parse(raw))
+
+    def _connect(self, limit: int) -> socket.socket:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        sock.settimeout(limit)
+        try:
+            sock.connect(self.path)
+        except OSError as error:
+            sock.close()
+            raise Unreachable(_why(self.path, error, limit)) from error
+        return sock
+
+    def _judge(self, method: str, target: str, answer: Answer) -> Answer:
+        """The answer if it is one of agentlabd; a release that does not know the request, or something else, is named as that."""
+        told = isinstance(answer.data, dict) and (answer.ok or isinstance(answer.data.get("error"), str))
+        if told and (answer.status not in (404, 405) or answer.data.get("code") not in _UNKNOWN_REQUEST):
+            return answer
+        if answer.status in (404, 405):
+            theirs = self._version()
+            if theirs is not None and theirs != __version__:
+                raise Unreachable(f"the daemon (version {theirs}) does not know {method} {target.partition('?')[0]}, which this command line "
+                                  f"(version {__version__}) asks for. Upgrade the older of the two; after an upgrade 'systemctl restart agentlabd'")
+            raise Unreachable(f"the daemon does not know {method} {target.partition('?')[0]}. "
+                              f"If it was upgraded, 'systemctl restart agentlabd'; this command line is version {__version__}")
+        raise Unreachable(f"the answer of {self.path} to {method} {target.partition('?')[0]} makes no sense (status {answer.status}, "
+                          f"{answer.body[:60]!r}): it is not agentlabd, or of a very different version. Check --socket and AGENTLAB_SOCKET, "
+                          "and 'journalctl -u agentlabd'")
+
+    def _version(self) -> str | None:
+        try:
+            told = Client(self.path, 2)._exchange("GET", "/v1/status", None, 2).data
+        except Problem:
+            return None
+        return str(told["version"]) if isinstance(told, dict) and told.get("version") else None
+
+
+def _target(parts: tuple[object, ...]) -> str:
+    return "/v1/" + "/".join(quote(str(part), safe="") for part in parts)
+
+
+def _parse(raw: bytes) -> Any:
+    try:
+        return json.loads(raw)
+    except ValueError:
+        return None
+
+
+def _why(path: str, error: OSError, limit: int) -> str:
+    """Why there is no connection, and what to do."""
+    if isinstance(error, PermissionError):
+        user = _user()
+        return (f"{user} may not use the socket {path}. Add the user to the group {GROUP} and log in again:\n"
+                f"  sudo usermod -aG {GROUP} {user}")
+    if isinstance(error, TimeoutError):
+        return f"the daemon accepted no connection on {path} within {span(limit)} (--timeout): it hangs or is overloaded.\n{_LOOK}"
+    if isinstance(error, (FileNotFoundError, NotADirectoryError)):
+        return f"the daemon is not running: there is no socket {path}.\n{_START}"
+    if isinstance(error, ConnectionRefusedError):
+        if not _is_socket(path):
+            return f"{path} is not a socket. Check --socket and AGENTLAB_SOCKET; the daemon's is {DEFAULT_SOCKET} unless configured otherwise"
+        return f"the daemon is not running: nothing listens on the socket {path}.\n{_START}"
+    if error.errno is None or error.errno in (errno.ENAMETOOLONG, errno.EINVAL):
+        return f"{path!r} cannot be the path of a socket: {error}"
+    return f"the socket {path} cannot be used: {error.strerror or error}.\n{_LOOK}"
+
+
+_LOOK = "  systemctl status agentlabd\n  journalctl -u agentlabd"
+_START = "  systemctl status agentlabd    # why not\n  systemctl start agentlabd     # start it\n  journalctl -u agentlabd       # what it says"
+
+
+def _is_socket(path: str) -> bool:
+    try:
+        return stat.S_ISSOCK(os.stat(path).st_mode)
+    except OSError:
+        return True
+
+
+def _user() -> str:
+    try:
+        return pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:
+        return str(os.geteuid())

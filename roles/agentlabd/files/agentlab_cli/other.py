@@ -1,0 +1,150 @@
+# Copyright: the agentlab.proxmox contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""The commands that are not about one sandbox: status, the cleanup rules, profiles, completion."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from .framework import Command, Group, Settings, finish
+from .progress import Progress
+from .sandbox import settings
+from .text import cell, pairs, span, table
+
+
+@click.command(cls=Command, usage="", examples=("agentlab status", "agentlab status --json | jq .cleanup.frozen"))
+@settings
+def status(to: Settings) -> None:
+    """Show how the daemon is, and what it does next."""
+    to.tell(to.client.get("status"), _status)
+
+
+def _status(data: dict[str, Any]) -> str:
+    database, proxmox, cleanup = data["database"], data["proxmox"], data["cleanup"]
+    operations, config = data["operations"], data["config"]
+    by_state = {state: count for state, count in database["by_state"].items() if count}
+    rows: list[tuple[str, Any]] = [
+        ("daemon", f"agentlabd {data['version']}, up {span(data['uptime_seconds'])} (since {data['started_at']})"),
+        ("sandboxes", by_state or "none"),
+        ("database", f"{database['path']} (schema {database['schema']})"),
+        ("Proxmox VE", f"{proxmox['where']}: {_reachable(proxmox)}"),
+        ("expiry", _turn(data["expiry"])),
+        ("reconcile", _turn(data["reconcile"])),
+        ("cleanup", f"{cleanup['mode']}, {_turn(cleanup)}" if cleanup["enabled"] else "off"),
+        ("operations", f"{operations['in_progress']} in progress, {operations['interrupted']} interrupted"),
+        ("configuration", f"{config['path']} (read {config['loaded_at']})"),
+    ]
+    text = pairs(rows)
+    if cleanup["frozen"]:
+        frozen = cleanup["frozen"]
+        text += (f"\n\nThe scheduled cleanup is FROZEN since {cell(frozen['at'])} by {cell(frozen['actor'])}: {cell(frozen['reason'])}\n"
+                 "  agentlab sandbox prune --dry-run    # what would go\n  agentlab cleanup release            # go on")
+    if config["error"]:
+        text += f"\n\nThe configuration could not be reloaded, the one before it is in force: {cell(config['error'])}"
+    return text
+
+
+def _reachable(proxmox: dict[str, Any]) -> str:
+    if proxmox["reachable"] is None:
+        return "not asked yet"
+    return "reachable" if proxmox["reachable"] else f"NOT reachable: {proxmox['last_error']}"
+
+
+def _turn(job: dict[str, Any]) -> str:
+    text = f"last {job['last_run'] or 'never'}, next {job['next_run'] or 'not planned'}"
+    return text + (f"; failed: {job['last_error']}" if job.get("last_error") else "")
+
+
+@click.group(cls=Group, examples=(
+    "agentlab cleanup run --dry-run",
+    'agentlab cleanup freeze --reason "storage maintenance until Monday"',
+    "agentlab cleanup release",
+))
+def cleanup() -> None:
+    """Run, freeze and release the cleanup rules."""
+
+
+@cleanup.command(usage="[--dry-run]", examples=("agentlab cleanup run --dry-run", "agentlab cleanup run"), notes=(
+    "The rules stand in the daemon's cleanup file; it runs them by itself at their",
+    "interval. Their guard counts here too.",
+))
+@click.option("--dry-run", is_flag=True, help="Only say what would be done.")
+@settings
+def run(to: Settings, dry_run: bool) -> None:
+    """Run the cleanup rules now."""
+    with Progress(lambda: "running the cleanup rules", wanted=not to.json):
+        answer = to.client.post("cleanup", "run", body={"dry_run": dry_run})
+    to.tell(answer, lambda data: _ran(data, dry_run))
+    finish(len(answer.data.get("pruned") or []), [(one.get("vmid"), str(one.get("message") or one.get("reason"))) for one in answer.data.get("failed") or []])
+
+
+def _ran(data: dict[str, Any], dry_run: bool) -> str:
+    return str(data)
+
+
+@cleanup.command(usage="--reason <text>", examples=('agentlab cleanup freeze --reason "storage maintenance until Monday"',), notes=(
+    "Expiry goes on: leases run out and VMs are stopped, but nothing is destroyed",
+    "on schedule until it is released.",
+))
+@click.option("--reason", required=True, metavar="<text>", help="Why, for whoever looks at it next.")
+@settings
+def freeze(to: Settings, reason: str) -> None:
+    """Let the daemon destroy nothing on schedule until it is released."""
+    to.tell(to.client.post("cleanup", "freeze", body={"reason": reason}), lambda data: f"cleanup frozen: {cell(reason)}")
+
+
+@cleanup.command(usage="", examples=("agentlab cleanup release",), notes=(
+    "The guard freezes the cleanup when it would destroy unusually much: look at",
+    "'agentlab cleanup run --dry-run' before you release it.",
+))
+@settings
+def release(to: Settings) -> None:
+    """Let the scheduled cleanup go on."""
+    to.tell(to.client.post("cleanup", "release"), lambda data: "cleanup released")
+
+
+@click.group(cls=Group, examples=("agentlab profile list",))
+def profile() -> None:
+    """Show the profiles that sandboxes are made from."""
+
+
+@profile.command("list", usage="", examples=("agentlab profile list",))
+@settings
+def profiles(to: Settings) -> None:
+    """List the profiles that the daemon has read."""
+    to.tell(to.client.get("profiles"), lambda data: _profiles(data["profiles"]))
+
+
+def _profiles(found: list[dict[str, Any]]) -> str:
+    if not found:
+        return "no profiles"
+    names = [name for name in ("name", "description", "template", "cores", "memory", "disk_size", "ttl", "keepalive") if any(name in one for one in found)]
+    return table([name.replace("_", " ").upper() for name in names], [[one.get(name) for name in names] for one in found])
+
+
+@click.command(cls=Command, usage="bash|zsh|fish", examples=(
+    "agentlab completion bash > /etc/bash_completion.d/agentlab",
+    "agentlab completion zsh > ~/.zfunc/_agentlab      # a folder of fpath",
+    "agentlab completion fish > ~/.config/fish/completions/agentlab.fish",
+))
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]), metavar="bash|zsh|fish")
+@click.pass_context
+def completion(ctx: click.Context, shell: str) -> None:
+    """Print the completion script of a shell.
+
+    It completes commands, options, states, and the VMIDs that the daemon knows.
+    """
+    from click.shell_completion import get_completion_class
+
+    from .app import COMPLETE_VARIABLE, NAME
+
+    made = get_completion_class(shell)
+    if made is None:
+        ctx.fail(f"click knows no completion for {shell}")
+    tool = made(ctx.find_root().command, {}, NAME, COMPLETE_VARIABLE)
+    # Not source(): it would look for the shell itself, which need not be installed where the script is made.
+    click.echo(tool.source_template % tool.source_vars())

@@ -1,0 +1,67 @@
+# Copyright: the agentlab.proxmox contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Progress of long work: one line on the terminal that is written over, and nothing at all in a pipe."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from types import TracebackType
+
+from .errors import Problem
+from .text import clean, span
+
+# Answers that come within this need no progress.
+_SHOW_AFTER = 0.4
+_EVERY = 1.0
+
+
+class Progress:
+    """Shows ``look()`` and the time passed until the block is left. Its own requests to the daemon run beside the one waited for."""
+
+    def __init__(self, look: Callable[[], str], *, wanted: bool = True) -> None:
+        self._look = look
+        self._on = wanted and sys.stdout.isatty() and sys.stderr.isatty() and os.environ.get("TERM") not in (None, "", "dumb")
+        self._end = threading.Event()
+        self._drawing = threading.Lock()
+        self._shown = False
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> None:
+        if self._on:
+            self._thread.start()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        # Under the lock, so that nothing is drawn after the line is cleared: a look that hangs does not hold up the answer.
+        with self._drawing:
+            self._end.set()
+            if self._shown:
+                sys.stderr.write("\r\x1b[K")
+                sys.stderr.flush()
+
+    def _run(self) -> None:
+        begun, wait = time.monotonic(), _SHOW_AFTER
+        while not self._end.wait(wait):
+            wait = _EVERY
+            try:
+                text = self._look()
+            except Problem:
+                continue
+            line = f"{clean(text)} ({span(time.monotonic() - begun)})"[:_width() - 1]
+            with self._drawing:
+                if not self._end.is_set():
+                    self._shown = True
+                    sys.stderr.write(f"\r{line}\x1b[K")
+                    sys.stderr.flush()
+
+
+def _width() -> int:
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns or 80
+    except OSError:
+        return 80

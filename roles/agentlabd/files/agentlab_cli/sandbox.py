@@ -1,0 +1,455 @@
+# Copyright: the agentlab.proxmox contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""``agentlab sandbox``: everything about sandboxes."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import click
+
+from .client import Client
+from .errors import USAGE, Problem, Unreachable
+from .framework import STATE, VMID, Group, Settings, finish
+from .progress import Progress
+from .text import cell, pairs, since, table, until
+
+# How often --follow asks, and how long it waits for a daemon that is being restarted.
+_FOLLOW_EVERY = 1.0
+_FOLLOW_PATIENCE = 60
+# The most events that one answer holds.
+_PAGE = 1000
+
+settings = click.make_pass_decorator(Settings, ensure=True)
+
+
+def one_vmid(function: Callable[..., Any]) -> Callable[..., Any]:
+    return click.argument("vmid", type=VMID, metavar="<vmid>")(function)
+
+
+@click.group(cls=Group, examples=(
+    "agentlab sandbox new --profile yolo-ephemeral --name agent-1 --ttl 2h",
+    "agentlab sandbox list --state RUNNING",
+    "agentlab sandbox lease renew --ttl 120 1009",
+    "agentlab sandbox destroy --force 1009 1010 1011",
+    "agentlab sandbox prune --older-than 24h --dry-run",
+))
+def sandbox() -> None:
+    """Create, show, use and destroy sandboxes."""
+
+
+# ---- looking ----
+
+
+@sandbox.command("list", usage="[--state <state>] [--profile <profile>] [--tag <tag>] [--all]", examples=(
+    "agentlab sandbox list",
+    "agentlab sandbox list --state TIMEOUT --state STOPPED",
+    "agentlab --json sandbox list | jq -r '.sandboxes[].ip'",
+))
+@click.option("--state", "states", type=STATE, metavar="<state>", multiple=True,
+              help=f"Only those in this state; may be given several times. One of: {', '.join(STATE.valid)}.")
+@click.option("--profile", metavar="<profile>", help="Only those of this profile.")
+@click.option("--tag", "tags", metavar="<tag>", multiple=True, help="Only those with this tag; may be given several times (any of them).")
+@click.option("--all", "every", is_flag=True, help="Destroyed ones too.")
+@settings
+def list_(to: Settings, states: tuple[str, ...], profile: str | None, tags: tuple[str, ...], every: bool) -> None:
+    """List sandboxes.
+
+    LEASE is the time that is left. Destroyed sandboxes are listed only with --all or --state DESTROYED.
+    """
+    answer = to.client.get("sandboxes", state=states, profile=profile, tag=tags, include_destroyed="true" if every else None)
+    to.tell(answer, lambda data: _listed(data["sandboxes"]))
+
+
+def _listed(found: list[dict[str, Any]]) -> str:
+    if not found:
+        return "no sandboxes"
+    return table(("VMID", "NAME", "STATE", "NODE", "IP", "PROFILE", "LEASE", "AGE", "TAGS"), [
+        (one["vmid"], one["name"], one["state"], one["node"], one["ip"], one["profile"], _lease(one), since(one["created_at"]), one["tags"])
+        for one in found])
+
+
+def _lease(one: dict[str, Any]) -> str:
+    if one["state"] == "DESTROYED":
+        return "-"
+    return until(one["lease_expires_at"]) + (" (keepalive)" if one["keepalive"] else "")
+
+
+@sandbox.command(usage="<vmid>", examples=("agentlab sandbox show 1009",))
+@one_vmid
+@settings
+def show(to: Settings, vmid: int) -> None:
+    """Show everything that is known about one sandbox."""
+    to.tell(to.client.get("sandboxes", vmid), lambda data: pairs((name.replace("_", " "), value) for name, value in data.items()))
+
+
+@sandbox.command(usage="[--follow] [--tail <n>] <vmid>", examples=(
+    "agentlab sandbox events 1009",
+    "agentlab sandbox events --follow 1009",
+    "agentlab sandbox events 1009 --tail 5 --json",
+))
+@click.option("--follow", "-f", is_flag=True, help="Go on showing events as they happen, until the sandbox is DESTROYED (or Ctrl-C).")
+@click.option("--tail", type=click.IntRange(1, _PAGE), metavar="<n>", help="Only the last n events.")
+@one_vmid
+@settings
+def events(to: Settings, vmid: int, follow: bool, tail: int | None) -> None:
+    """Show what happened to a sandbox.
+
+    When, what, from which state to which, with what outcome, by whom, and why. With --json and --follow: one answer a line.
+    """
+    answer = to.client.get("sandboxes", vmid, "events", tail=tail)
+    while True:
+        found = answer.data.get("events") or []
+        if found or not follow or not answer.ok:
+            to.tell(answer, _told)
+            sys.stdout.flush()
+        more = len(found) >= _PAGE and tail is None
+        if not more and (not follow or (found and found[-1].get("to_state") == "DESTROYED")):
+            return
+        after = answer.data.get("last_id") or 0
+        if not more:
+            time.sleep(_FOLLOW_EVERY)
+        answer = _patiently(lambda after=after: to.client.get("sandboxes", vmid, "events", after=after))  # type: ignore[misc]
+
+
+def _patiently(ask: Callable[[], Any]) -> Any:
+    """Ask again while the daemon is away, as it is while it is restarted."""
+    gives_up, told = time.monotonic() + _FOLLOW_PATIENCE, False
+    while True:
+        try:
+            return ask()
+        except Unreachable:
+            if time.monotonic() > gives_up:
+                raise
+            if not told:
+                click.echo("the daemon is away; waiting for it", err=True)
+                told = True
+            time.sleep(_FOLLOW_EVERY)
+
+
+def _told(data: dict[str, Any]) -> str:
+    lines = []
+    for one in data["events"]:
+        before, after = one["from_state"], one["to_state"]
+        change = f"{before} -> {after}" if before and after and before != after else cell(after or before)
+        why = f"  {cell(one['reason'])}" if one["reason"] else ""
+        lines.append(f"{cell(one['at'])}  {cell(one['operation']):<10}  {change:<24}  {cell(one['outcome']):<9}  {cell(one['actor'])}{why}")
+    return "\n".join(lines) or "no events"
+
+
+# ---- creating ----
+
+
+@sandbox.command(usage="[OPTIONS]", examples=(
+    "agentlab sandbox new --profile yolo-ephemeral --name agent-1",
+    "agentlab sandbox new --template debian-13 --ttl 2h --cores 4 --memory 8192",
+    "agentlab sandbox new --template 9000 --ip-config ip=dhcp --wait-for-ip",
+    "agentlab sandbox new --ssh-public-keys ~/.ssh/id_ed25519.pub --tag ci",
+), notes=(
+    "What is not given comes from the profile, then from the daemon's",
+    "configuration, then from the template. A creation that was cut off is",
+    "finished by running the command again with its --vmid or --name.",
+))
+@click.option("--name", metavar="<name>", help="Name of the sandbox: letters, digits and hyphens.")
+@click.option("--profile", metavar="<profile>", help="Profile with the settings; see 'agentlab profile list'.")
+@click.option("--template", metavar="<template>", help="VMID or name of the template to clone.")
+@click.option("--vmid", type=VMID, metavar="<vmid>", help="VMID to take. Without it, a free one of the configured range.")
+@click.option("--ttl", metavar="<ttl>", help="How long it may live: minutes (120), or 90s, 30m, 2h, 1d12h.")
+@click.option("--keepalive", is_flag=True, default=None, help="Renew the lease by itself when it runs out.")
+@click.option("--workspace", metavar="<workspace>", help="Workspace to attach.")
+@click.option("--node", metavar="<node>", help="Node of the cluster.")
+@click.option("--pool", metavar="<pool>", help="Resource pool of Proxmox VE.")
+@click.option("--storage", metavar="<storage>", help="Storage of a full clone.")
+@click.option("--full-clone/--linked-clone", default=None, help="Copy the template's disks, or share them (the default of Proxmox VE).")
+@click.option("--cores", type=click.IntRange(1), metavar="<n>", help="Number of cores.")
+@click.option("--memory", type=click.IntRange(16), metavar="<MiB>", help="Memory in MiB.")
+@click.option("--disk-size", metavar="<size>", help="Size of the boot disk, such as 20G; +10G adds to the template's. It never shrinks.")
+@click.option("--bridge", metavar="<bridge>", help="Network bridge of the first interface.")
+@click.option("--firewall/--no-firewall", default=None, help="Switch the firewall of Proxmox VE on or off for the first interface.")
+@click.option("--ip-config", metavar="<config>", help="Cloud-init network, such as ip=dhcp or ip=192.0.2.10/24,gw=192.0.2.1.")
+@click.option("--nameserver", metavar="<addresses>", help="Cloud-init name servers, separated by blanks.")
+@click.option("--ssh-public-keys", type=click.File("r"), multiple=True, metavar="<file>",
+              help="File with public keys, one a line (- for standard input); may be given several times.")
+@click.option("--cloud-init-user-data", type=click.File("r"), metavar="<file>", help="File with cloud-init user data (- for standard input).")
+@click.option("--tag", "tags", multiple=True, metavar="<tag>", help="Tag of the sandbox and its VM; may be given several times.")
+@click.option("--protected", is_flag=True, default=None, help="Keep it from every destroy, forced or not.")
+@click.option("--wait-for-ip", is_flag=True, default=None, help="Wait until the guest agent names an address.")
+@settings
+def new(to: Settings, /, **given: Any) -> None:
+    """Create a sandbox and start it.
+
+    The command ends when the sandbox runs, and prints its VMID; it is an error when it does not.
+    """
+    body = {name: value for name, value in given.items() if value is not None and value != ()}
+    _put_ttl(body, body.pop("ttl", None))
+    if "workspace" in body:
+        body["workspace_id"] = body.pop("workspace")
+    if "tags" in body:
+        body["tags"] = list(body["tags"])
+    if "ssh_public_keys" in body:
+        lines = [line.strip() for file in body["ssh_public_keys"] for line in _read(file).splitlines()]
+        body["ssh_public_keys"] = [line for line in lines if line and not line.startswith("#")]
+    if "cloud_init_user_data" in body:
+        body["cloud_init_user_data"] = _read(body["cloud_init_user_data"])
+    label = f"sandbox {body.get('vmid') or body.get('name') or ''}".strip()
+    with Progress(lambda: _state_of(to.client, label, body.get("vmid"), body.get("name")), wanted=not to.json):
+        answer = to.client.post("sandboxes", body=body)
+    to.tell(answer, _created)
+    _warn(to, answer.data)
+
+
+def _created(data: dict[str, Any]) -> str:
+    what = "created" if data.get("outcome", "created") == "created" else "was there already"
+    return (f"sandbox {cell(data['vmid'])} {what} (name={cell(data['name'])}, state={cell(data['state'])}, ip={cell(data['ip'])}, "
+            f"lease until {cell(data['lease_expires_at'])})")
+
+
+def _warn(to: Settings, *items: dict[str, Any]) -> None:
+    """What Proxmox warned of, beside the answer."""
+    for one in items:
+        for warning in () if to.json else one.get("warnings") or ():
+            click.echo(f"Warning: sandbox {cell(one.get('vmid'))}: {cell(warning)}", err=True)
+
+
+def _read(file: Any) -> str:
+    try:
+        return str(file.read())
+    except (OSError, UnicodeDecodeError) as error:
+        raise Problem(f"{file.name} cannot be read as text: {error}") from error
+
+
+def _put_ttl(body: dict[str, Any], ttl: str | None) -> None:
+    """A plain number is minutes, as the API's first field for it says; anything else is for the daemon to judge."""
+    if ttl is not None:
+        text = ttl.strip()
+        body.update({"ttl_minutes": int(text)} if text.isascii() and text.isdecimal() and len(text) < 10 else {"ttl": text})
+
+
+def _state_of(client: Client, label: str, vmid: int | None, name: str | None) -> str:
+    for one in client.get("sandboxes").data["sandboxes"]:
+        if one["vmid"] == vmid or (vmid is None and name is not None and one["name"] == name):
+            return f"sandbox {one['vmid']}: {one['state']}"
+    return f"{label}: waiting"
+
+
+# ---- power ----
+
+
+def _power(to: Settings, vmid: int, action: str) -> None:
+    with Progress(lambda: _state_of(to.client, f"sandbox {vmid}", vmid, None), wanted=not to.json):
+        answer = to.client.post("sandboxes", vmid, action)
+    to.tell(answer, lambda data: f"sandbox {cell(data['vmid'])} is {cell(data['state'])}")
+    _warn(to, answer.data)
+
+
+@sandbox.command(usage="<vmid>", examples=("agentlab sandbox start 1009",))
+@one_vmid
+@settings
+def start(to: Settings, vmid: int) -> None:
+    """Start a sandbox that is STOPPED or SUSPENDED."""
+    _power(to, vmid, "start")
+
+
+@sandbox.command(usage="<vmid>", examples=("agentlab sandbox stop 1009",))
+@one_vmid
+@settings
+def stop(to: Settings, vmid: int) -> None:
+    """Shut a sandbox down; one that does not is switched off."""
+    _power(to, vmid, "stop")
+
+
+@sandbox.command(usage="<vmid>", examples=("agentlab sandbox suspend 1009",))
+@one_vmid
+@settings
+def suspend(to: Settings, vmid: int) -> None:
+    """Suspend a sandbox that is READY or RUNNING; start resumes it."""
+    _power(to, vmid, "suspend")
+
+
+# ---- destroying ----
+
+
+@sandbox.command(usage="[--force] <vmid> [<vmid> ...]", examples=(
+    "agentlab sandbox destroy 1009",
+    "agentlab sandbox destroy --force 1009",
+    "agentlab sandbox destroy --force 1009 1010 1011",
+), notes=(
+    "Without --force a sandbox must be STOPPED.",
+    "--force bypasses the state and the graceful shutdown. It bypasses no proof",
+    "that the VM is ours, and no protection.",
+    "With several VMIDs all are looked up first: when one does not exist, nothing",
+    "is done. Then each is on its own, and gets its own line.",
+    "Exit status 4: some were destroyed, others not.",
+))
+@click.option("--force", is_flag=True, help="Destroy in any state, without a graceful shutdown.")
+@click.argument("vmids", type=VMID, nargs=-1, required=True, metavar="<vmid> [<vmid> ...]")
+@settings
+def destroy(to: Settings, vmids: tuple[int, ...], force: bool) -> None:
+    """Destroy sandboxes and their VMs. Prints the state in which each was."""
+    wanted = list(dict.fromkeys(vmids))
+    if len(wanted) == 1:
+        with Progress(lambda: _state_of(to.client, f"sandbox {wanted[0]}", wanted[0], None), wanted=not to.json):
+            answer = to.client.post("sandboxes", wanted[0], "destroy", body={"force": force})
+        to.tell(answer, _destroyed)
+        _warn(to, answer.data)
+        return
+    with Progress(lambda: _gone(to.client, wanted), wanted=not to.json):
+        answer = to.client.post("sandboxes", "destroy", body={"vmids": wanted, "force": force})
+    failed = [one for one in answer.data.get("results") or [] if one.get("failed")]
+    to.tell(answer, lambda data: "\n".join(_destroyed(one) for one in data["results"] if not one["failed"]))
+    _warn(to, *answer.data.get("results") or [])
+    finish(len(answer.data.get("results") or []) - len(failed), [(one.get("vmid"), str(one.get("message") or one.get("reason"))) for one in failed])
+
+
+def _destroyed(data: dict[str, Any]) -> str:
+    return f"sandbox {cell(data['vmid'])} destroyed (state={cell(data['previous_state'])})"
+
+
+def _gone(client: Client, vmids: list[int]) -> str:
+    there = {one["vmid"] for one in client.get("sandboxes").data["sandboxes"] if one["state"] != "DESTROYED"}
+    return f"destroying: {sum(1 for vmid in vmids if vmid not in there)} of {len(vmids)} done"
+
+
+# ---- leases ----
+
+
+@sandbox.group(examples=("agentlab sandbox lease renew --ttl 120 1009",))
+def lease() -> None:
+    """Renew the lease of a sandbox."""
+
+
+@lease.command(usage="--ttl <ttl> <vmid>", examples=(
+    "agentlab sandbox lease renew --ttl 120 1009       # two hours from now",
+    "agentlab sandbox lease renew --ttl 1d12h 1009",
+), notes=(
+    "The lease then ends that long from now; it is not shortened. Only a RUNNING",
+    "sandbox whose lease is not over can be renewed. A configured maximum lifetime",
+    "caps it: look at the time in the answer.",
+))
+@click.option("--ttl", metavar="<ttl>", help="How long from now: minutes (120), or 90s, 30m, 2h, 1d12h. Required.")
+@click.option("--min-remaining", metavar="<time>", help="Renew only when less than this is left, so that it can be repeated at will.")
+@click.option("--allow-shorten", is_flag=True, help="Also when the lease becomes shorter by it.")
+@click.argument("vmid", type=VMID, required=False, metavar="<vmid>")
+@click.pass_context
+def renew(ctx: click.Context, ttl: str | None, min_remaining: str | None, allow_shorten: bool, vmid: int | None) -> None:
+    """Renew the lease of a sandbox."""
+    if ttl is None:
+        _no_ttl(ctx)
+    if vmid is None:
+        ctx.fail("which sandbox? <vmid> is missing")
+    to = ctx.ensure_object(Settings)
+    body: dict[str, Any] = {}
+    _put_ttl(body, ttl)
+    if min_remaining is not None:
+        body["min_remaining"] = min_remaining
+    if allow_shorten:
+        body["allow_shorten"] = True
+    answer = to.client.post("sandboxes", vmid, "lease", "renew", body=body)
+    to.tell(answer, lambda data: f"sandbox {cell(data['vmid'])} lease renewed until {cell(data['lease_expires_at'])}")
+    if answer.data.get("capped"):
+        click.echo("Note: shorter than asked for, because the maximum lifetime of this sandbox ends then", err=True)
+
+
+def _no_ttl(ctx: click.Context) -> NoReturn:
+    click.echo(f"Usage: {ctx.command_path} --ttl <ttl> <vmid>\n"
+               "Note: Flags must come before vmid argument (e.g., --ttl 120 1009)\n"
+               "ttl is required. Flags must come before vmid (e.g., --ttl 120 1009)", err=True)
+    sys.exit(USAGE)
+
+
+# ---- what is over, and what has drifted ----
+
+
+@sandbox.command(usage="[--older-than <age>] [--dry-run] [OPTIONS]", examples=(
+    "agentlab sandbox prune               # pruned 5 sandbox(es)",
+    "agentlab sandbox prune --dry-run     # what would go, why the rest is kept",
+    "agentlab sandbox prune --older-than 24h",
+), notes=(
+    "Looks at every sandbox in TIMEOUT. Where its VM is there and proven to be",
+    "ours, it is destroyed; where the VM is proven to be gone, the record becomes",
+    "DESTROYED. What is kept is named on standard error with the reason.",
+    "Exit status 4: some were pruned, others failed. What is kept is no failure.",
+))
+@click.option("--older-than", metavar="<age>", help="Only those in TIMEOUT for longer than this: minutes (120), or 30m, 24h, 7d.")
+@click.option("--dry-run", is_flag=True, help="Only say what would be pruned.")
+@click.option("--state", "states", type=STATE, metavar="<state>", multiple=True,
+              help="States to prune: TIMEOUT (unless set), COMPLETED, FAILED, STOPPED; may be given several times.")
+@click.option("--tag", "tags", metavar="<tag>", multiple=True, help="Only those with this tag; may be given several times (any of them).")
+@click.option("--max-count", type=click.IntRange(0), metavar="<n>", help="Prune nothing at all when it would be more than this.")
+@settings
+def prune(to: Settings, /, **given: Any) -> None:
+    """Remove sandboxes whose time is over (state TIMEOUT)."""
+    body = {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()
+            if value is not None and value is not False and value != ()}
+    dry_run = bool(body.get("dry_run"))
+    with Progress(_Pruning(to.client), wanted=not to.json and not dry_run):
+        answer = to.client.post("sandboxes", "prune", body=body or None)
+    _warn(to, *answer.data.get("pruned") or [])
+    if dry_run:
+        to.tell(answer, _would_prune)
+    else:
+        to.tell(answer, lambda data: f"pruned {cell(data['count'])} sandbox(es)")
+        if not to.json:
+            for one in answer.data.get("kept") or []:
+                click.echo(f"kept {cell(one.get('vmid'))}: {_reason(one)}", err=True)
+    finish(len(answer.data.get("pruned") or []), [(one.get("vmid"), str(one.get("message") or one.get("reason"))) for one in answer.data.get("failed") or []])
+
+
+def _reason(one: dict[str, Any]) -> str:
+    return cell(one.get("reason")) + (f" - {cell(one['message'])}" if one.get("message") else "")
+
+
+def _would_prune(data: dict[str, Any]) -> str:
+    rows = [("prune", one["vmid"], one["name"], one["previous_state"], _reason(one)) for one in data["pruned"]]
+    rows += [("keep", one["vmid"], one["name"], one["previous_state"], _reason(one)) for one in data["kept"]]
+    head = f"would prune {cell(data['count'])} sandbox(es)"
+    return f"{head}\n\n{table(('', 'VMID', 'NAME', 'STATE', 'WHY'), rows)}" if rows else head
+
+
+class _Pruning:
+    """How many of those that were in TIMEOUT at first are still there."""
+
+    def __init__(self, client: Client) -> None:
+        self.client = client
+        self.first: set[str] = set()
+
+    def __call__(self) -> str:
+        now = {one["uuid"] for one in self.client.get("sandboxes", state="TIMEOUT").data["sandboxes"]}
+        self.first = self.first or now
+        return f"pruning: {len(self.first - now)} of {len(self.first)} done"
+
+
+@sandbox.command(usage="[--apply [--adopt-cluster]]", examples=(
+    "agentlab sandbox reconcile             # report",
+    "agentlab sandbox reconcile --apply     # repair",
+), notes=(
+    "The daemon does this by itself at its interval. A node that cannot be reached",
+    "changes nothing; a VM without a record is reported and never adopted; when a",
+    "large share of the sandboxes is absent at once, nothing is written.",
+))
+@click.option("--apply", is_flag=True, help="Repair what differs. Without it, only report.")
+@click.option("--adopt-cluster", is_flag=True, help="With --apply: take this cluster as the one that the records belong to (a new CA, a node that joined).")
+@settings
+def reconcile(to: Settings, apply: bool, adopt_cluster: bool) -> None:
+    """Find and repair drift from Proxmox VE.
+
+    Compares the records with what Proxmox VE has, and reports what differs and what would be done about it.
+    """
+    with Progress(lambda: "reconciling", wanted=not to.json):
+        answer = to.client.post("sandboxes", "reconcile", body={"apply": apply, **({"adopt_cluster": True} if adopt_cluster else {})})
+    to.tell(answer, lambda data: _drifted(data["drift"], apply))
+    failed = [one for one in answer.data.get("drift") or [] if one.get("error")]
+    finish(sum(1 for one in answer.data.get("drift") or [] if one.get("applied")), [(one.get("vmid"), str(one["error"])) for one in failed])
+
+
+def _drifted(drift: list[dict[str, Any]], apply: bool) -> str:
+    if not drift:
+        return "no drift: the records and Proxmox VE agree"
+    head = f"{len(drift)} difference(s)" + (f", {sum(1 for one in drift if one['applied'])} repaired" if apply else "; repair with --apply")
+    rows = [(one["vmid"], one["state"], one["kind"], one["action"] + (" (done)" if one["applied"] else ""), one["evidence"]) for one in drift]
+    return f"{head}\n\n{table(('VMID', 'STATE', 'WHAT', 'ACTION', 'EVIDENCE'), rows)}"

@@ -1,0 +1,589 @@
+# Copyright: the agentlab.proxmox contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""The command line against a daemon that answers as the test says: the seed's texts, tables, --json, exit statuses, the terminal."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core import states
+
+from support.cli import PYTHON, ROOT, StandIn, agentlab, environment, on_terminal, outcome, sandbox, start
+
+REFUSED = "cannot destroy sandbox in TIMEOUT state. Valid states: STOPPED, DESTROYED. Use --force to bypass"
+
+
+# ---- the seed, to the letter ----
+
+
+def test_destroy_refused_and_forced(daemon: StandIn) -> None:
+    daemon.replies["POST", "/v1/sandboxes/1009/destroy"] = lambda it: (
+        (200, {**sandbox(1009, "DESTROYED"), "previous_state": "TIMEOUT"}) if it.asked[-1][2]["force"]
+        else (409, {"error": REFUSED, "code": "state_conflict", "state": "TIMEOUT"}))
+    refused = agentlab("sandbox", "destroy", 1009, socket=daemon.path)
+    assert (refused.returncode, refused.stdout, refused.stderr) == (1, "", f"Error: {REFUSED}\n")
+    forced = agentlab("sandbox", "destroy", "--force", 1009, socket=daemon.path)
+    assert (forced.returncode, forced.stdout, forced.stderr) == (0, "sandbox 1009 destroyed (state=TIMEOUT)\n", "")
+    behind = agentlab("sandbox", "destroy", 1009, "--force", socket=daemon.path)
+    assert (behind.returncode, behind.stdout, behind.stderr) == (0, "sandbox 1009 destroyed (state=TIMEOUT)\n", "")
+
+
+def test_prune(daemon: StandIn) -> None:
+    daemon.replies["POST", "/v1/sandboxes/prune"] = (200, {"count": 5})
+    found = agentlab("sandbox", "prune", socket=daemon.path)
+    assert (found.returncode, found.stdout, found.stderr) == (0, "pruned 5 sandbox(es)\n", "")
+    assert daemon.posted() == [("/v1/sandboxes/prune", None)], "no body, as in the seed"
+
+
+def test_renewal_without_a_ttl_says_how(daemon: StandIn) -> None:
+    for args in ([1009], [], ["--json", 1009]):
+        found = agentlab("sandbox", "lease", "renew", *args, socket=daemon.path)
+        assert found.returncode == 2
+        assert found.stdout == ""
+        assert found.stderr == ("Usage: agentlab sandbox lease renew --ttl <ttl> <vmid>\n"
+                                "Note: Flags must come before vmid argument (e.g., --ttl 120 1009)\n"
+                                "ttl is required. Flags must come before vmid (e.g., --ttl 120 1009)\n")
+    assert daemon.asked == []
+
+
+def test_renewal(daemon: StandIn) -> None:
+    daemon.replies["POST", "/v1/sandboxes/1009/lease/renew"] = (200, {"vmid": 1009, "lease_expires_at": "2026-01-30T03:45:00Z"})
+    for args in (["--ttl", "240", "1009"], ["1009", "--ttl", "240"], ["1009", "--ttl=240"]):
+        found = agentlab("sandbox", "lease", "renew", *args, socket=daemon.path)
+        assert (found.returncode, found.stdout, found.stderr) == (0, "sandbox 1009 lease renewed until 2026-01-30T03:45:00Z\n", "")
+    assert {json.dumps(body) for _target, body in daemon.posted()} == {'{"ttl_minutes": 240}'}
+    agentlab("sandbox", "lease", "renew", "--ttl", "1d12h", "1009", socket=daemon.path)
+    assert daemon.posted()[-1][1] == {"ttl": "1d12h"}
+
+
+def test_renewal_refused(daemon: StandIn) -> None:
+    daemon.replies["POST", "/v1/sandboxes/1009/lease/renew"] = (409, {"error": "cannot renew lease in TIMEOUT state. Valid states: RUNNING"})
+    found = agentlab("sandbox", "lease", "renew", "--ttl", "120", "1009", socket=daemon.path)
+    assert (found.returncode, found.stdout, found.stderr) == (1, "", "Error: cannot renew lease in TIMEOUT state. Valid states: RUNNING\n")
+
+
+def test_a_capped_renewal_says_so(daemon: StandIn) -> None:
+    daemon.replies["POST", "/v1/sandboxes/1009/lease/renew"] = (200, {"vmid": 1009, "lease_expires_at": "2026-01-30T03:45:00Z", "capped": True})
+    found = agentlab("sandbox", "lease", "renew", "--ttl", "9d", "1009", socket=daemon.path)
+    assert found.stdout == "sandbox 1009 lease renewed until 2026-01-30T03:45:00Z\n"
+    assert "maximum lifetime" in found.stderr
+    assert found.returncode == 0
+
+
+def test_not_found(daemon: StandIn) -> None:
+    for name in ("show", "start", "stop", "suspend", "events", "destroy"):
+        method, target = ("GET", "") if name == "show" else ("GET", "/events") if name == "events" else ("POST", f"/{name}")
+        daemon.replies[method, f"/v1/sandboxes/4711{target}"] = (404, {"error": "sandbox not found", "code": "not_found"})
+        found = agentlab("sandbox", name, 4711, socket=daemon.path)
+        assert (found.returncode, found.stdout, found.stderr) == (1, "", "Error: sandbox not found\n"), name
+
+
+# ---- several at once ----
+
+
+def bulk(daemon: StandIn, status: int, *results: dict[str, Any]) -> None:
+    daemon.replies["POST", "/v1/sandboxes/destroy"] = (status, {"results": list(results), "failed_count": sum(1 for one in results if one["failed"])})
+
+
+def test_bulk_destroy_prints_one_line_an_item(daemon: StandIn) -> None:
+    bulk(daemon, 200, outcome(1009, "destroyed"), outcome(1010, "destroyed", previous="RUNNING"), outcome(1011, "destroyed", previous="STOPPED"))
+    found = agentlab("sandbox", "destroy", "--force", 1009, 1010, 1011, 1010, socket=daemon.path)
+    assert found.stdout == ("sandbox 1009 destroyed (state=TIMEOUT)\nsandbox 1010 destroyed (state=RUNNING)\nsandbox 1011 destroyed (state=STOPPED)\n")
+    assert (found.returncode, found.stderr) == (0, "")
+    assert daemon.asked == [("POST", "/v1/sandboxes/destroy", {"vmids": [1009, 1010, 1011], "force": True})]
+
+
+def test_bulk_destroy_that_is_mixed(daemon: StandIn) -> None:
+    bulk(daemon, 207, outcome(1009, "destroyed"), outcome(1010, "failed", state="RUNNING", message=REFUSED.replace("TIMEOUT", "RUNNING")),
+         outcome(1011, "failed", state="TIMEOUT", message="sandbox 1011 is protected"))
+    found = agentlab("sandbox", "destroy", 1009, 1010, 1011, socket=daemon.path)
+    assert found.stdout == "sandbox 1009 destroyed (state=TIMEOUT)\n"
+    assert found.stderr == (f"Error: sandbox 1010: {REFUSED.replace('TIMEOUT', 'RUNNING')}\n"
+                            "Error: sandbox 1011 is protected\n")
+    assert found.returncode == 4
+    told = agentlab("sandbox", "destroy", 1009, 1010, 1011, "--json", socket=daemon.path)
+    assert [one["vmid"] for one in json.loads(told.stdout)["results"]] == [1009, 1010, 1011]
+    assert told.returncode == 4
+
+
+def test_bulk_destroy_of_which_nothing_succeeds(daemon: StandIn) -> None:
+    bulk(daemon, 207, *(outcome(vmid, "failed", state="RUNNING", message=REFUSED) for vmid in (1009, 1010)))
+    found = agentlab("sandbox", "destroy", 1009, 1010, socket=daemon.path)
+    assert (found.returncode, found.stdout) == (1, "")
+    assert len(found.stderr.splitlines()) == 2
+
+
+def test_prune_tells_what_is_kept_beside_the_answer(daemon: StandIn) -> None:
+    daemon.replies["POST", "/v1/sandboxes/prune"] = (200, {
+        "count": 1, "pruned": [outcome(1001, "destroyed")],
+        "kept": [outcome(1002, "kept", state="TIMEOUT", reason="too_young", message="in TIMEOUT for 2h, not longer than 1d")], "failed": []})
+    found = agentlab("sandbox", "prune", "--older-than", "24h", socket=daemon.path)
+    assert (found.returncode, found.stdout) == (0, "pruned 1 sandbox(es)\n")
+    assert found.stderr == "kept 1002: too_young - in TIMEOUT for 2h, not longer than 1d\n"
+    assert daemon.posted() == [("/v1/sandboxes/prune", {"older_than": "24h"})]
+
+
+def test_prune_with_failures(daemon: StandIn) -> None:
+    failed = [outcome(1003, "failed", state="TIMEOUT", message="the storage is full")]
+    for pruned, status in (([outcome(1001, "destroyed")], 4), ([], 1)):
+        daemon.replies["POST", "/v1/sandboxes/prune"] = (207, {"count": len(pruned), "pruned": pruned, "kept": [], "failed": failed})
+        found = agentlab("sandbox", "prune", socket=daemon.path)
+        assert (found.returncode, found.stdout, found.stderr) == (status, f"pruned {len(pruned)} sandbox(es)\n", "Error: sandbox 1003: the storage is full\n")
+
+
+def test_dry_run_shows_what_would_go_and_why_the_rest_stays(daemon: StandIn) -> None:
+    daemon.replies["POST", "/v1/sandboxes/prune"] = (200, {
+        "count": 1, "pruned": [outcome(1001, "would_prune", reason="vm_absent", message="the list has no VM 1001")],
+        "kept": [outcome(1002, "kept", state="TIMEOUT", reason="protected", message="sandbox 1002 is protected")], "failed": []})
+    found = agentlab("sandbox", "prune", "--dry-run", socket=daemon.path)
+    assert (found.returncode, found.stderr) == (0, "")
+    assert found.stdout.splitlines()[0] == "would prune 1 sandbox(es)"
+    assert re.search(r"prune +1001 +agent-1001 +TIMEOUT +vm_absent - the list has no VM 1001", found.stdout)
+    assert re.search(r"keep +1002 +agent-1002 +TIMEOUT +protected - ", found.stdout)
+    assert daemon.posted() == [("/v1/sandboxes/prune", {"dry_run": True})]
+
+
+def test_a_guard_of_zero_is_a_guard(daemon: StandIn) -> None:
+    daemon.replies["POST", "/v1/sandboxes/prune"] = (409, {"error": "max_count: 3 sandbox(es) would be pruned, more than max_count=0; nothing was pruned"})
+    found = agentlab("sandbox", "prune", "--max-count", "0", "--state", "failed", "--tag", "ci", socket=daemon.path)
+    assert daemon.posted() == [("/v1/sandboxes/prune", {"max_count": 0, "states": ["FAILED"], "tags": ["ci"]})]
+    assert (found.returncode, found.stdout) == (1, "")
+
+
+# ---- tables for people, answers for programs ----
+
+
+def test_list(daemon: StandIn) -> None:
+    daemon.replies["GET", "/v1/sandboxes"] = (200, {"sandboxes": [
+        sandbox(1000, tags=["ci", "nightly"], keepalive=True), sandbox(1001, "TIMEOUT", name=None, ip=None, lease_expires_at="2026-01-30T01:00:00Z")]})
+    found = agentlab("sandbox", "list", socket=daemon.path)
+    head, first, second = found.stdout.splitlines()
+    assert head.split() == ["VMID", "NAME", "STATE", "NODE", "IP", "PROFILE", "LEASE", "AGE", "TAGS"]
+    assert re.fullmatch(r"1000 +agent-1000 +RUNNING +pve1 +192\.0\.2\.10 +- +\d+d\d+h \(keepalive\) +\d+d\S* +ci, nightly", first)
+    assert re.fullmatch(r"1001 +- +TIMEOUT +pve1 +- +- +over +\d+d\S* +-", second)
+    assert (found.returncode, found.stderr) == (0, "")
+
+
+def test_list_by_state(daemon: StandIn) -> None:
+    daemon.replies["GET", "/v1/sandboxes?state=TIMEOUT&state=STOPPED"] = (200, {"sandboxes": []})
+    found = agentlab("sandbox", "list", "--state", "timeout", "--state", "STOPPED", socket=daemon.path)
+    assert (found.returncode, found.stdout) == (0, "no sandboxes\n")
+    wrong = agentlab("sandbox", "list", "--state", "DEAD", socket=daemon.path)
+    assert wrong.returncode == 2
+    for state in states.STATES:
+        assert state in wrong.stderr, "the states offered are those of the rules"
+
+
+def test_show(daemon: StandIn) -> None:
+    daemon.replies["GET", "/v1/sandboxes/1000"] = (200, sandbox(1000))
+    found = agentlab("sandbox", "show", 1000, socket=daemon.path)
+    assert re.search(r"^lease expires at +2126-01-30T02:45:00Z$", found.stdout, re.M)
+    assert re.search(r"^protected +no$", found.stdout, re.M)
+
+
+def test_json_is_the_answer_of_the_api_to_the_byte(daemon: StandIn) -> None:
+    body = b'{"sandboxes":  [],"later":{"a":1.50}}'
+    daemon.replies["GET", "/v1/sandboxes"] = (200, body)
+    for args in (["--json", "sandbox", "list"], ["sandbox", "list", "--json"], ["sandbox", "--json", "list"]):
+        assert agentlab(*args, socket=daemon.path).stdout.encode() == body + b"\n"
+    refusal = b'{"error": "sandbox not found", "code": "not_found"}'
+    daemon.replies["GET", "/v1/sandboxes/1000"] = (404, refusal)
+    found = agentlab("sandbox", "show", 1000, "--json", socket=daemon.path)
+    assert (found.returncode, found.stdout.encode(), found.stderr) == (1, refusal + b"\n", "Error: sandbox not found\n")
+
+
+def test_what_a_guest_says_does_not_steer_the_terminal(daemon: StandIn) -> None:
+    nasty = "x\x1b]0;owned\x07\x9b2J\r\nTIMEOUT\u202e"
+    daemon.replies["GET", "/v1/sandboxes"] = (200, {"sandboxes": [sandbox(1000, ip=nasty)]})
+    daemon.replies["POST", "/v1/sandboxes/1000/stop"] = (409, {"error": nasty})
+    for found in (agentlab("sandbox", "list", socket=daemon.path), agentlab("sandbox", "stop", 1000, socket=daemon.path)):
+        assert "owned" in found.stdout + found.stderr
+        assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", found.stdout + found.stderr)
+    assert len(agentlab("sandbox", "list", socket=daemon.path).stdout.splitlines()) == 2
+
+
+def test_reconcile(daemon: StandIn) -> None:
+    drift = {"kind": "stopped", "action": "FAILED", "vmid": 1000, "uuid": None, "state": "RUNNING", "evidence": {"status": "stopped"}, "applied": False,
+             "error": None}
+    daemon.replies["POST", "/v1/sandboxes/reconcile"] = lambda it: (
+        200, {"drift": [{**drift, "applied": it.asked[-1][2]["apply"]}], "count": 1})
+    found = agentlab("sandbox", "reconcile", socket=daemon.path)
+    assert found.stdout.splitlines()[0] == "1 difference(s); repair with --apply"
+    assert re.search(r"1000 +RUNNING +stopped +FAILED +status=stopped", found.stdout)
+    found = agentlab("sandbox", "reconcile", "--apply", socket=daemon.path)
+    assert found.stdout.splitlines()[0] == "1 difference(s), 1 repaired"
+    daemon.replies["POST", "/v1/sandboxes/reconcile"] = (200, {"drift": [], "count": 0})
+    assert agentlab("sandbox", "reconcile", socket=daemon.path).stdout == "no drift: the records and Proxmox VE agree\n"
+    daemon.replies["POST", "/v1/sandboxes/reconcile"] = (200, {"drift": [{**drift, "error": "it is locked"}], "count": 1})
+    found = agentlab("sandbox", "reconcile", "--apply", socket=daemon.path)
+    assert (found.returncode, found.stderr) == (1, "Error: sandbox 1000: it is locked\n")
+
+
+def test_new_sends_every_option(daemon: StandIn, tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text("ssh-ed25519 AAAA a@b\n\n# mine\nssh-rsa BBBB c@d\n")
+    (tmp_path / "data").write_text("#cloud-config\n")
+    daemon.replies["POST", "/v1/sandboxes"] = (201, sandbox(1000))
+    found = agentlab(
+        "sandbox", "new", "--name", "agent-1", "--profile", "p", "--template", "9000", "--vmid", 1000, "--ttl", "2h", "--keepalive", "--workspace", "w-1",
+        "--node", "pve1", "--pool", "a", "--storage", "s", "--full-clone", "--cores", 4, "--memory", 8192, "--disk-size", "+10G", "--bridge", "vmbr1",
+        "--no-firewall", "--ip-config", "ip=dhcp", "--nameserver", "192.0.2.1", "--ssh-public-keys", tmp_path / "keys", "--ssh-public-keys", "-",
+        "--cloud-init-user-data", tmp_path / "data", "--tag", "a", "--tag", "b", "--protected", "--wait-for-ip", socket=daemon.path, stdin="ssh-rsa CCCC\n")
+    assert (found.returncode, found.stderr) == (0, "")
+    assert found.stdout == "sandbox 1000 created (name=agent-1000, state=RUNNING, ip=192.0.2.10, lease until 2126-01-30T02:45:00Z)\n"
+    assert daemon.posted() == [("/v1/sandboxes", {
+        "name": "agent-1", "profile": "p", "template": "9000", "vmid": 1000, "ttl": "2h", "keepalive": True, "workspace_id": "w-1", "node": "pve1", "pool": "a",
+        "storage": "s", "full_clone": True, "cores": 4, "memory": 8192, "disk_size": "+10G", "bridge": "vmbr1", "firewall": False, "ip_config": "ip=dhcp",
+        "nameserver": "192.0.2.1", "ssh_public_keys": ["ssh-ed25519 AAAA a@b", "ssh-rsa BBBB c@d", "ssh-rsa CCCC"], "cloud_init_user_data": "#cloud-config\n",
+        "tags": ["a", "b"], "protected": True, "wait_for_ip": True})]
+    agentlab("sandbox", "new", "--ttl", "120", socket=daemon.path)
+    assert daemon.posted()[-1][1] == {"ttl_minutes": 120}, "what is not given is not sent"
+
+
+def test_power(daemon: StandIn) -> None:
+    for name, state in (("start", "RUNNING"), ("stop", "STOPPED"), ("suspend", "SUSPENDED")):
+        daemon.replies["POST", f"/v1/sandboxes/1000/{name}"] = (200, sandbox(1000, state))
+        found = agentlab("sandbox", name, 1000, socket=daemon.path)
+        assert (found.returncode, found.stdout, found.stderr) == (0, f"sandbox 1000 is {state}\n", "")
+
+
+# ---- events ----
+
+
+def event(number: int, operation: str, before: str | None, after: str | None) -> dict[str, Any]:
+    return {"id": number, "at": "2026-01-30T00:45:07Z", "sandbox_uuid": "u", "vmid": 1000, "from_state": before, "to_state": after, "operation": operation,
+            "actor": "alice", "reason": None, "evidence": {}, "upids": [], "duration_ms": 5, "outcome": "ok"}
+
+
+def test_events_are_followed_until_the_sandbox_is_destroyed(daemon: StandIn) -> None:
+    daemon.replies["GET", "/v1/sandboxes/1000/events?tail=1"] = (200, {"events": [event(7, "start", "STOPPED", "RUNNING")], "last_id": 7})
+    daemon.replies["GET", "/v1/sandboxes/1000/events?after=7"] = lambda it: (
+        (200, {"events": [], "last_id": 7}) if len(it.asked) < 3 else (200, {"events": [event(8, "destroy", "RUNNING", "DESTROYED")], "last_id": 8}))
+    running = start("sandbox", "events", "--follow", "--tail", 1, 1000, socket=daemon.path)
+    assert running.stdout is not None
+    first = running.stdout.readline()
+    assert re.fullmatch(r"2026-01-30T00:45:07Z  start +STOPPED -> RUNNING +ok +alice\n", first)
+    out, err = running.communicate(timeout=20)
+    assert re.fullmatch(r"2026-01-30T00:45:07Z  destroy +RUNNING -> DESTROYED +ok +alice\n", out)
+    assert (running.returncode, err) == (0, "")
+
+
+def test_following_survives_a_restart_of_the_daemon(short_path: Path) -> None:
+    path = short_path / "d.sock"
+    with StandIn(path, {("GET", "/v1/sandboxes/1000/events"): (200, {"events": [event(7, "start", None, "RUNNING")], "last_id": 7}),
+                        ("GET", "/v1/sandboxes/1000/events?after=7"): (200, {"events": [], "last_id": 7})}):
+        running = start("sandbox", "events", "-f", 1000, socket=path)
+        assert running.stdout is not None and running.stderr is not None
+        running.stdout.readline()
+    assert running.stderr.readline() == "the daemon is away; waiting for it\n"
+    with StandIn(path, {("GET", "/v1/sandboxes/1000/events?after=7"): (200, {"events": [event(8, "stop", "RUNNING", "STOPPED")], "last_id": 8}),
+                        ("GET", "/v1/sandboxes/1000/events?after=8"): (200, {"events": [], "last_id": 8})}):
+        assert "RUNNING -> STOPPED" in running.stdout.readline()
+        running.send_signal(signal.SIGINT)
+        _out, err = running.communicate(timeout=20)
+    assert running.returncode == 130
+    assert "Traceback" not in err
+
+
+# ---- no usable answer ----
+
+
+def check_unreachable(found: subprocess.CompletedProcess[str], *parts: str) -> None:
+    assert found.returncode == 3
+    assert found.stdout == ""
+    assert found.stderr.startswith("Error: ")
+    assert "Traceback" not in found.stderr
+    for part in parts:
+        assert part in found.stderr
+
+
+def test_daemon_not_running(short_path: Path) -> None:
+    what_to_do = ("systemctl status agentlabd", "systemctl start agentlabd", "journalctl -u agentlabd")
+    check_unreachable(agentlab("sandbox", "list", socket=short_path / "none.sock"), "the daemon is not running: there is no socket", *what_to_do)
+    stand_in = StandIn(short_path / "d.sock").__enter__()
+    (short_path / "d.sock").rename(short_path / "left.sock")
+    stand_in.__exit__()
+    check_unreachable(agentlab("sandbox", "list", socket=short_path / "left.sock"), "the daemon is not running: nothing listens", *what_to_do)
+
+
+def test_the_option_wins_over_the_environment(daemon: StandIn) -> None:
+    daemon.replies["GET", "/v1/sandboxes"] = (200, {"sandboxes": []})
+    for args in (["--socket", daemon.path, "sandbox", "list"], ["sandbox", "list", "--socket", daemon.path]):
+        assert agentlab(*args, socket="/nonexistent").returncode == 0
+    check_unreachable(agentlab("status", env={"AGENTLAB_SOCKET": ""}), "/run/agentlab/agentlabd.sock")
+
+
+def test_socket_not_permitted(daemon: StandIn, short_path: Path) -> None:
+    """Asked by another user, as the mode of the socket is meant to refuse."""
+    import os
+
+    if os.geteuid() != 0:
+        daemon.path.chmod(0o000)
+        found = agentlab("sandbox", "list", socket=daemon.path)
+    else:
+        # The checkout may lie where that user may not look: the code is copied.
+        import shutil
+
+        short_path.chmod(0o755)
+        daemon.path.chmod(0o660)
+        shutil.copytree(ROOT / "roles/agentlabd/files/agentlab_cli", short_path / "agentlab_cli")
+        code = ("import os, sys, agentlab_cli.app as app, http.client; import agentlab_cli.text, agentlab_cli.client, encodings.idna; os.setgroups([]); "
+                "os.setgid(65534); os.setuid(65534); app.main()")
+        found = subprocess.run([PYTHON, "-c", code, "sandbox", "list"], capture_output=True, text=True, check=False,
+                               env={**environment(daemon.path), "PYTHONPATH": str(short_path)})
+    check_unreachable(found, "may not use the socket", "sudo usermod -aG agentlab", "log in again")
+    assert daemon.asked == []
+
+
+def test_path_that_cannot_be_a_socket(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    check_unreachable(agentlab("status", socket=tmp_path / "file"), "is not a socket", "--socket")
+    check_unreachable(agentlab("status", socket=tmp_path / "file" / "d.sock"), "there is no socket")
+    check_unreachable(agentlab("status", socket=f"/{'x' * 200}"), "cannot be the path of a socket")
+
+
+@pytest.mark.parametrize(("reply", "part"), [
+    ((200, b"<html>hello</html>"), "makes no sense"),
+    ((200, b""), "makes no sense"),
+    ((200, b"[]"), "makes no sense"),
+    ((502, b"Bad Gateway"), "makes no sense"),
+    ((500, {"detail": "x"}), "makes no sense"),
+    ((0, b""), "ended the connection"),
+    ((0, b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\n{"), "ended the connection"),
+    ((0, b"SSH-2.0-OpenSSH_9.2\r\n"), "does not speak HTTP"),
+    ((404, b"404: Not Found"), "does not know GET /v1/sandboxes"),
+    ((200, {"sandboxes": [{"vmid": 1}]}), "different versions"),
+])
+def test_answers_of_no_use(daemon: StandIn, reply: Any, part: str) -> None:
+    daemon.replies["GET", "/v1/sandboxes"] = reply
+    check_unreachable(agentlab("sandbox", "list", socket=daemon.path), part)
+
+
+def test_daemon_of_another_release(daemon: StandIn) -> None:
+    daemon.replies["GET", "/v1/status"] = (200, {"version": "0.9.0"})
+    check_unreachable(agentlab("profile", "list", socket=daemon.path), "the daemon (version 0.9.0) does not know GET /v1/profiles", "Upgrade the older")
+
+
+def test_time_out(daemon: StandIn) -> None:
+    def slow(_it: StandIn) -> tuple[int, Any]:
+        time.sleep(3)
+        return 200, {}
+
+    daemon.replies["POST", "/v1/sandboxes/1000/stop"] = slow
+    begun = time.monotonic()
+    found = agentlab("--timeout", "1", "sandbox", "stop", 1000, socket=daemon.path)
+    assert time.monotonic() - begun < 2.9
+    check_unreachable(found, "did not answer within 1s (--timeout)", "goes on")
+    for wrong in ("0", "-1", "1x", "", "1.5", "1h1d"):
+        found = agentlab("--timeout", wrong, "status", socket=daemon.path)
+        assert found.returncode == 2
+        assert "is not a time to wait. Valid: seconds as a number (30), or a duration such as 90s, 30m, 2h" in found.stderr
+    for right in ("90s", "1h30m", "2d"):
+        assert "is not a time" not in agentlab("--timeout", right, "status", socket=daemon.path).stderr
+
+
+# ---- usage ----
+
+
+@pytest.mark.parametrize(("args", "part"), [
+    (["sandbox", "show", "abc"], "'abc' is not a VMID. Valid: a number from 100 to 999999999"),
+    (["sandbox", "show", "99"], "'99' is not a VMID"),
+    (["sandbox", "show", "１０００"], "is not a VMID"),
+    (["sandbox", "show"], "Missing argument '<vmid>'"),
+    (["sandbox", "destroy"], "Missing argument"),
+    (["sandbox", "destroy", "--forse", "1009"], "No such option"),
+    (["sandbox", "lease", "renew", "--ttl", "120"], "<vmid> is missing"),
+    (["sandbox", "lst"], "there is no command 'lst'. Did you mean list?"),
+    (["sandboxes"], "there is no command 'sandboxes'. Did you mean sandbox?"),
+    (["xyzzy"], "there is no command 'xyzzy'. Commands: sandbox, "),
+    (["cleanup", "freeze"], "--reason"),
+    (["completion", "csh"], "csh"),
+])
+def test_wrong_usage(daemon: StandIn, args: list[str], part: str) -> None:
+    found = agentlab(*args, socket=daemon.path)
+    assert found.returncode == 2
+    assert found.stdout == ""
+    assert part in found.stderr
+    assert "Error: " in found.stderr
+    assert "Usage: agentlab" in found.stderr
+    assert daemon.asked == []
+
+
+def test_a_group_without_a_command_shows_its_help() -> None:
+    for args in ([], ["sandbox"], ["sandbox", "lease"], ["cleanup"]):
+        found = agentlab(*args)
+        assert (found.returncode, found.stdout) == (2, "")
+        assert found.stderr.startswith("Usage: agentlab ")
+        assert "Commands:" in found.stderr
+
+
+def test_version() -> None:
+    version = re.search(r"^version: (\S+)$", (ROOT / "galaxy.yml").read_text(), re.M)
+    assert version is not None
+    assert agentlab("--version").stdout == f"agentlab {version[1]}\n"
+
+
+def test_it_imports_neither_core_nor_daemon_and_little_to_start() -> None:
+    code = "import sys; sys.argv = ['agentlab', '--version']; import agentlab_cli.app as app; app.root.main(standalone_mode=False); print(*sorted(sys.modules))"
+    found = subprocess.run([PYTHON, "-c", code], capture_output=True, text=True, env=environment(None), check=True)
+    loaded = set(found.stdout.split())
+    assert not {name for name in loaded if name.partition(".")[0] in ("agentlab_core", "agentlabd", "ansible", "ansible_collections")}
+    assert not loaded & {"http.client", "ssl", "tabulate", "email", "asyncio"}
+    for path in (ROOT / "roles/agentlabd/files/agentlab_cli").glob("*.py"):
+        assert not re.search(r"^\s*(from|import) +(agentlab_core|agentlabd|ansible)", path.read_text(), re.M), path
+
+
+# ---- status, cleanup, profiles ----
+
+
+STATUS = {
+    "version": "1.0.0", "started_at": "2026-01-30T00:00:00Z", "uptime_seconds": 93784,
+    "database": {"path": "/var/lib/agentlab/agentlab.db", "schema": 2, "by_state": {"RUNNING": 3, "TIMEOUT": 1, "STOPPED": 0}},
+    "proxmox": {"where": "https://pve1:8006", "reachable": True, "last_error": None, "requests": 10},
+    "expiry": {"last_run": "2026-01-31T02:03:00Z", "next_run": "2026-01-31T02:04:00Z", "last_error": None},
+    "reconcile": {"last_run": None, "next_run": "2026-01-31T02:15:00Z", "last_error": None},
+    "cleanup": {"enabled": True, "mode": "enforce", "last_run": "2026-01-31T02:00:00Z", "next_run": "2026-01-31T02:15:00Z", "last_result": "ok",
+                "frozen": None},
+    "operations": {"in_progress": 1, "interrupted": 0},
+    "config": {"path": "/etc/agentlab/config.yaml", "loaded_at": "2026-01-30T00:00:00Z", "error": None},
+}
+
+
+def test_status(daemon: StandIn) -> None:
+    daemon.replies["GET", "/v1/status"] = (200, STATUS)
+    found = agentlab("status", socket=daemon.path)
+    assert (found.returncode, found.stderr) == (0, "")
+    assert "agentlabd 1.0.0, up 1d2h (since 2026-01-30T00:00:00Z)" in found.stdout
+    assert "RUNNING=3, TIMEOUT=1\n" in found.stdout
+    assert "https://pve1:8006: reachable" in found.stdout
+    assert "last never, next 2026-01-31T02:15:00Z" in found.stdout
+    assert "FROZEN" not in found.stdout
+    daemon.replies["GET", "/v1/status"] = (200, {
+        **STATUS, "proxmox": {**STATUS["proxmox"], "reachable": False, "last_error": "Connection refused"},  # type: ignore[dict-item]
+        "cleanup": {**STATUS["cleanup"], "frozen": {"reason": "guard: 60 of 80", "at": "2026-01-31T02:00:00Z", "actor": "daemon"}},  # type: ignore[dict-item]
+        "config": {**STATUS["config"], "error": "line 3: unknown key"}})  # type: ignore[dict-item]
+    found = agentlab("status", socket=daemon.path)
+    assert "NOT reachable: Connection refused" in found.stdout
+    assert "FROZEN since 2026-01-31T02:00:00Z by daemon: guard: 60 of 80" in found.stdout
+    assert "agentlab cleanup release" in found.stdout
+    assert "line 3: unknown key" in found.stdout
+
+
+def test_freeze_and_release(daemon: StandIn) -> None:
+    daemon.replies["POST", "/v1/cleanup/freeze"] = (200, {"frozen": {"reason": "maintenance"}})
+    daemon.replies["POST", "/v1/cleanup/release"] = (200, {"frozen": None})
+    assert agentlab("cleanup", "freeze", "--reason", "maintenance", socket=daemon.path).stdout == "cleanup frozen: maintenance\n"
+    assert agentlab("cleanup", "release", socket=daemon.path).stdout == "cleanup released\n"
+    assert daemon.posted() == [("/v1/cleanup/freeze", {"reason": "maintenance"}), ("/v1/cleanup/release", None)]
+
+
+def test_profiles(daemon: StandIn) -> None:
+    daemon.replies["GET", "/v1/profiles"] = (200, {"profiles": [{"name": "yolo-ephemeral", "template": "debian-13", "cores": 4, "ttl": "2h"}]})
+    head, row = agentlab("profile", "list", socket=daemon.path).stdout.splitlines()
+    assert head.split() == ["NAME", "TEMPLATE", "CORES", "TTL"]
+    assert row.split() == ["yolo-ephemeral", "debian-13", "4", "2h"]
+
+
+# ---- on a terminal ----
+
+
+def slow_bulk(daemon: StandIn) -> None:
+    """A destroy of three, one after the other, within two seconds and a half."""
+    left = [1009, 1010, 1011]
+
+    def work(_it: StandIn) -> tuple[int, Any]:
+        for _step in range(3):
+            time.sleep(0.6)
+            left.pop()
+        return 200, {"results": [outcome(vmid, "destroyed") for vmid in (1009, 1010, 1011)]}
+
+    daemon.replies["POST", "/v1/sandboxes/destroy"] = work
+    daemon.replies["GET", "/v1/sandboxes"] = lambda _it: (200, {"sandboxes": [sandbox(vmid, "TIMEOUT") for vmid in left]})
+
+
+def test_progress_on_a_terminal_and_none_in_a_pipe(daemon: StandIn) -> None:
+    answer = "".join(f"sandbox {vmid} destroyed (state=TIMEOUT)\n" for vmid in (1009, 1010, 1011))
+    args = ("sandbox", "destroy", "--force", 1009, 1010, 1011)
+    slow_bulk(daemon)
+    status, shown = on_terminal(*args, socket=daemon.path)
+    assert status == 0
+    assert re.search(r"\rdestroying: [012] of 3 done \(\d+s\)\x1b\[K", shown)
+    assert shown.endswith("\r\x1b[K" + answer.replace("\n", "\r\n")), "the progress is gone when the answer comes"
+    daemon.asked.clear()
+    slow_bulk(daemon)
+    found = agentlab(*args, socket=daemon.path)
+    assert (found.stdout, found.stderr) == (answer, "")
+    assert [one[0] for one in daemon.asked] == ["POST"], "nothing is asked for in between either"
+    slow_bulk(daemon)
+    status, shown = on_terminal(*args, "--json", socket=daemon.path)
+    assert "destroying" not in shown
+    slow_bulk(daemon)
+    status, shown = on_terminal(*args, socket=daemon.path, env={"TERM": "dumb"})
+    assert shown == answer.replace("\n", "\r\n")
+
+
+def test_control_c(daemon: StandIn) -> None:
+    slow_bulk(daemon)
+    status, shown = on_terminal("sandbox", "destroy", "--force", 1009, 1010, 1011, socket=daemon.path, press=("destroying", b"\x03"))
+    assert status == 130
+    assert shown.replace("\r\n", "\n").endswith("\x1b[K\nError: interrupted. What the daemon had begun it goes on with; see 'agentlab sandbox list'\n")
+    assert "Traceback" not in shown
+
+
+def test_a_reader_that_leaves_is_no_error(daemon: StandIn) -> None:
+    daemon.replies["GET", "/v1/sandboxes"] = (200, {"sandboxes": [sandbox(vmid) for vmid in range(1000, 4000)]})
+    found = subprocess.run(["bash", "-o", "pipefail", "-c", f"{PYTHON} -m agentlab_cli sandbox list | head -n 1"], capture_output=True, text=True,
+                           env=environment(daemon.path), check=False)
+    assert found.stdout.startswith("VMID")
+    assert found.stderr == ""
+
+
+# ---- completion ----
+
+
+def complete(daemon: StandIn, words: str) -> list[str]:
+    found = agentlab(socket=daemon.path, env={"_AGENTLAB_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split(" ")) - 1)})
+    assert found.stderr == ""
+    return [line.partition(",")[2] for line in found.stdout.splitlines() if line]
+
+
+def test_completion(daemon: StandIn) -> None:
+    daemon.replies["GET", "/v1/sandboxes"] = (200, {"sandboxes": [sandbox(1000), sandbox(1001, "TIMEOUT"), sandbox(2000, "DESTROYED")]})
+    assert complete(daemon, "agentlab sa") == ["sandbox"]
+    assert complete(daemon, "agentlab sandbox re") == ["reconcile"]
+    assert complete(daemon, "agentlab sandbox show ") == ["1000", "1001"]
+    assert complete(daemon, "agentlab sandbox show 1001") == ["1001"]
+    assert complete(daemon, "agentlab sandbox destroy --force 1000 ") == ["1001"]
+    assert complete(daemon, "agentlab sandbox lease renew --ttl 2h ") == ["1000", "1001"]
+    assert complete(daemon, "agentlab sandbox list --state T") == ["TIMEOUT"]
+    assert complete(daemon, "agentlab --socket /nonexistent sandbox show ") == [], "a daemon that is not there is no noise"
+    assert agentlab(env={"_AGENTLAB_COMPLETE": "bash_complete", "COMP_WORDS": f"agentlab --socket {daemon.path} sandbox show ", "COMP_CWORD": "5"},
+                    socket="/nonexistent").stdout.split() == ["plain,1000", "plain,1001"]
+
+
+@pytest.mark.parametrize(("shell", "part"), [
+    ("bash", "complete -o nosort -F"), ("zsh", "#compdef agentlab"), ("fish", "complete --no-files --command agentlab")])
+def test_completion_scripts(shell: str, part: str) -> None:
+    found = agentlab("completion", shell)
+    assert (found.returncode, found.stderr) == (0, "")
+    assert part in found.stdout
+    assert "_AGENTLAB_COMPLETE" in found.stdout
+
+
+def test_completion_in_a_real_bash(daemon: StandIn, short_path: Path) -> None:
+    daemon.replies["GET", "/v1/sandboxes"] = (200, {"sandboxes": [sandbox(1000), sandbox(1001)]})
+    (short_path / "agentlab").write_text(f'#!/bin/sh\nexec {PYTHON} -m agentlab_cli "$@"\n')
+    (short_path / "agentlab").chmod(0o755)
+    script = ('source <(agentlab completion bash); COMP_WORDS=(agentlab sandbox show 10); COMP_CWORD=3; '
+              '_agentlab_completion agentlab; printf "%s\\n" "${COMPREPLY[@]}"')
+    env = environment(daemon.path)
+    found = subprocess.run(["bash", "-c", script], capture_output=True, text=True, env={**env, "PATH": f"{short_path}:{env['PATH']}"}, check=True)
+    assert found.stdout.split() == ["1000", "1001"]
