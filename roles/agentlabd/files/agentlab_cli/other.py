@@ -27,7 +27,7 @@ def _status(data: dict[str, Any]) -> str:
     database, proxmox, cleanup = data["database"], data["proxmox"], data["cleanup"]
     operations, config = data["operations"], data["config"]
     by_state = {state: count for state, count in database["by_state"].items() if count}
-    rows: list[tuple[str, Any]] = [
+    text = pairs([
         ("daemon", f"agentlabd {data['version']}, up {span(data['uptime_seconds'])} (since {data['started_at']})"),
         ("sandboxes", by_state or "none"),
         ("database", f"{database['path']} (schema {database['schema']})"),
@@ -36,9 +36,8 @@ def _status(data: dict[str, Any]) -> str:
         ("reconcile", _turn(data["reconcile"])),
         ("cleanup", f"{cleanup['mode']}, {_turn(cleanup)}" if cleanup["enabled"] else "off"),
         ("operations", f"{operations['in_progress']} in progress, {operations['interrupted']} interrupted"),
-        ("configuration", f"{config['path']} (read {config['loaded_at']})"),
-    ]
-    text = pairs(rows)
+        ("configuration", f"{config['path'] or 'no file'} (read {config['loaded_at']})"),
+    ])
     if cleanup["frozen"]:
         frozen = cleanup["frozen"]
         text += (f"\n\nThe scheduled cleanup is FROZEN since {cell(frozen['at'])} by {cell(frozen['actor'])}: {cell(frozen['reason'])}\n"

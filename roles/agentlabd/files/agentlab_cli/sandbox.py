@@ -224,10 +224,11 @@ def _read(file: Any) -> str:
 
 
 def _put_ttl(body: dict[str, Any], ttl: str | None) -> None:
-    """A plain number is minutes, as the API's first field for it says; anything else is for the daemon to judge."""
+    """A plain number is minutes, for which the API has a field of its own; anything else is for the daemon to judge."""
     if ttl is not None:
         text = ttl.strip()
-        body.update({"ttl_minutes": int(text)} if text.isascii() and text.isdecimal() and len(text) < 10 else {"ttl": text})
+        whole = text.isascii() and text.isdecimal() and 0 < int(text[:10]) < 10**9
+        body.update({"ttl_minutes": int(text)} if whole else {"ttl": text})
 
 
 def _state_of(client: Client, label: str, vmid: int | None, name: str | None) -> str:
