@@ -74,9 +74,9 @@ scenarios: setup ## Every module in real playbooks against a fake Proxmox VE
 	@echo "==> Scenarios"
 	@$(PYTEST) tests/scenarios $(PYTEST_ARGS)
 
-test-daemon: setup ## The daemon as a real process against a fake Proxmox VE
+test-daemon: setup ## Daemon and command line as real processes against a fake Proxmox VE
 	@echo "==> Daemon"
-	@$(PYTEST) tests/daemon $(PYTEST_ARGS)
+	@$(PYTEST) tests/cli tests/daemon $(PYTEST_ARGS)
 
 test-faults: setup ## Interrupted, broken and racing operations; takes long
 	@echo "==> Faults"

@@ -486,9 +486,10 @@ def test_freeze_and_release(daemon: StandIn) -> None:
 
 
 def test_profiles(daemon: StandIn) -> None:
-    daemon.replies["GET", "/v1/profiles"] = (200, {"profiles": [{"name": "yolo-ephemeral", "template": "debian-13", "cores": 4, "ttl": "2h"}]})
+    daemon.replies["GET", "/v1/profiles"] = (200, {"profiles": [
+        {"name": "yolo-ephemeral", "template": "debian-13", "cores": 4, "lease_default": "2h", "description": None}]})
     head, row = agentlab("profile", "list", socket=daemon.path).stdout.splitlines()
-    assert head.split() == ["NAME", "TEMPLATE", "CORES", "TTL"]
+    assert head.split() == ["NAME", "TEMPLATE", "CORES", "LEASE", "DEFAULT"]
     assert row.split() == ["yolo-ephemeral", "debian-13", "4", "2h"]
 
 

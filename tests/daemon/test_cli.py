@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -116,10 +117,10 @@ def test_a_strangers_vm_stops_no_prune_and_survives_it(daemon: Make, lab: Lab) -
 def test_refusals_are_passed_on(daemon: Make, lab: Lab) -> None:
     one = daemon()
     lab.create("a1", vmid=1000)
-    lab.pve.fault("GET", "/qemu/1000/config", "answer", status=500, body='{"data":null,"message":"storage \'local-lvm\' is not online"}')
+    lab.pve.fault("GET", "/qemu/1000/config", "answer", times=20, status=500)
     found = agentlab("sandbox", "stop", 1000, socket=one.socket)
     assert (found.returncode, found.stdout) == (1, "")
-    assert re.match(r"Error: .*storage 'local-lvm' is not online", found.stderr)
+    assert re.match(r"Error: sandbox 1000: its VM cannot be read: GET /nodes/pve1/qemu/1000/config on \S+ 500 ", found.stderr)
     found = agentlab("sandbox", "new", "--name", "a2", "--template", "none-such", socket=one.socket)
     assert found.returncode == 1
     assert re.match(r"Error: template: 'none-such' does not exist\. Templates: ", found.stderr)
@@ -137,6 +138,61 @@ def test_status(daemon: Make, lab: Lab) -> None:
     assert "RUNNING=1" in found.stdout
     told = agentlab("status", "--json", socket=one.socket)
     assert json.loads(told.stdout)["database"] == one.good("GET", "/v1/status")["database"]
+
+
+RULES = """
+auto_cleanup:
+  enabled: false
+  guard: {count: 1, percent: 100}
+  rules:
+    - {name: debug, match: {tags: [debug]}, action: keep}
+    - {name: timeouts, match: {states: [TIMEOUT]}, after: 5s, action: destroy}
+"""
+
+
+def test_cleanup(daemon: Make, lab: Lab) -> None:
+    one = daemon(cleanup=RULES)
+
+    def run(*args: object) -> tuple[int, str, str]:
+        found = agentlab("cleanup", *args, socket=one.socket)
+        return found.returncode, found.stdout, found.stderr
+
+    lab.create("kept", tags=["debug"], vmid=1000)
+    for vmid in (1001, 1002):
+        lab.timed_out(f"a{vmid}", vmid=vmid)
+    code, out, err = run("run", "--dry-run")
+    assert (code, err) == (0, "")
+    assert out.startswith("would clean up 2 sandbox(es)\nThe guard would stop it: 2 sandboxes")
+    assert re.search(r"^destroy +1001 +a1001 +TIMEOUT ", out, re.M) and re.search(r"^keep +1000 +kept +RUNNING +rule - rule 'debug' keeps it$", out, re.M)
+    code, out, err = run("run")
+    assert (code, out) == (1, "")
+    assert re.match(r"Error: 2 sandboxes would be destroyed at once, more than guard count=1; nothing was destroyed, and cleanup is frozen", err)
+    status = agentlab("status", socket=one.socket).stdout
+    assert "The scheduled cleanup is FROZEN since " in status and "agentlab cleanup release" in status
+    assert run("release") == (0, "cleanup released\n", "")
+    assert agentlab("sandbox", "destroy", "--force", 1001, socket=one.socket).returncode == 0
+    assert run("run") == (0, "cleaned up 1 sandbox(es), kept 1\n", "")
+    assert run("freeze", "--reason", "maintenance") == (0, "cleanup frozen: maintenance\n", "")
+    code, out, err = run("run")
+    assert (code, out) == (1, "") and "cleanup is frozen since" in err and "(maintenance)" in err
+
+
+def test_profiles(daemon: Make, lab: Lab, tmp_path: Path) -> None:
+    assert agentlab("profile", "list", socket=daemon(profiles_dir=str(tmp_path / "none")).socket).stdout == "no profiles\n"
+
+
+def test_every_field_of_the_api_has_an_option() -> None:
+    code = ("import json; from agentlabd.routes import CREATION, ROUTES; "
+            "print(json.dumps({'new': list(CREATION), **{one.name: [*(one.body or ()), *one.query] for one in ROUTES}}))")
+    env = {**os.environ, "PYTHONPATH": str(ROOT / "roles/agentlabd/files")}
+    fields = json.loads(subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout)
+    named = {"workspace_id": "workspace", "tags": "tag", "states": "state", "ttl_minutes": "ttl", "include_destroyed": "all"}
+    for command, route in ((("sandbox", "new"), "new"), (("sandbox", "prune"), "prune_sandboxes"), (("sandbox", "reconcile"), "reconcile_sandboxes"),
+                           (("sandbox", "list"), "list_sandboxes"), (("sandbox", "lease", "renew"), "renew_lease"), (("cleanup", "run"), "run_cleanup"),
+                           (("cleanup", "freeze"), "freeze_cleanup")):
+        shown = agentlab(*command, "--help").stdout
+        for field in fields[route]:
+            assert f"--{named.get(field, field).replace('_', '-')}" in shown, (command, field)
 
 
 def test_events_are_followed_as_they_happen(daemon: Make, lab: Lab) -> None:

@@ -63,12 +63,17 @@ def _odd(answer: Answer, error: Exception) -> Problem:
                        "Upgrade both, 'systemctl restart agentlabd', or use --json")
 
 
-def finish(done: int, failures: list[tuple[object, str]]) -> None:
+def failures(items: list[dict[str, Any]] | None) -> list[tuple[object, str]]:
+    """What could not be done, of an answer's items."""
+    return [(one.get("vmid"), str(one.get("message") or one.get("reason"))) for one in items or []]
+
+
+def finish(done: int, failed: list[tuple[object, str]]) -> None:
     """End a command on several items: each failure as one line, exit status 1 when none was done and 4 when only some were."""
-    for what, why in failures:
+    for what, why in failed:
         prefix = f"sandbox {what}: "
         click.echo(f"Error: {'' if str(what) in why else prefix}{clean(why)}", err=True)
-    if failures:
+    if failed:
         sys.stdout.flush()
         sys.exit(PARTLY if done else REFUSED)
 

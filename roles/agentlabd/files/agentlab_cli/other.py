@@ -10,9 +10,9 @@ from typing import Any
 
 import click
 
-from .framework import Command, Group, Settings, finish
+from .framework import Command, Group, Settings, failures, finish
 from .progress import Progress
-from .sandbox import settings
+from .sandbox import plan, settings
 from .text import cell, pairs, span, table
 
 
@@ -69,7 +69,7 @@ def cleanup() -> None:
 
 @cleanup.command(usage="[--dry-run]", examples=("agentlab cleanup run --dry-run", "agentlab cleanup run"), notes=(
     "The rules stand in the daemon's cleanup file; it runs them by itself at their",
-    "interval. Their guard counts here too.",
+    "interval. Their guard counts here too, and shadow mode makes it a dry run.",
 ))
 @click.option("--dry-run", is_flag=True, help="Only say what would be done.")
 @settings
@@ -77,12 +77,19 @@ def run(to: Settings, dry_run: bool) -> None:
     """Run the cleanup rules now."""
     with Progress(lambda: "running the cleanup rules", wanted=not to.json):
         answer = to.client.post("cleanup", "run", body={"dry_run": dry_run})
-    to.tell(answer, lambda data: _ran(data, dry_run))
-    finish(len(answer.data.get("pruned") or []), [(one.get("vmid"), str(one.get("message") or one.get("reason"))) for one in answer.data.get("failed") or []])
+    to.tell(answer, _ran)
+    if not answer.data.get("dry_run"):
+        finish(len(answer.data.get("pruned") or []) + len(answer.data.get("marked") or []), failures(answer.data.get("failed")))
 
 
-def _ran(data: dict[str, Any], dry_run: bool) -> str:
-    return str(data)
+def _ran(data: dict[str, Any]) -> str:
+    marked = f", {len(data['marked'])} FAILED" if data["marked"] else ""
+    if not data["dry_run"]:
+        forgotten = f", {data['forgotten']} old record(s) removed" if data["forgotten"] else ""
+        return f"cleaned up {data['count']} sandbox(es){marked}, kept {len(data['kept'])}{forgotten}"
+    guard = f"\nThe guard would stop it: {cell(data['guard'])}" if data["guard"] else ""
+    return f"would clean up {data['count']} sandbox(es){marked}{guard}" + plan(
+        {"destroy": data["pruned"], "FAILED": data["marked"], "keep": data["kept"], "cannot": data["failed"]})
 
 
 @cleanup.command(usage="--reason <text>", examples=('agentlab cleanup freeze --reason "storage maintenance until Monday"',), notes=(
@@ -93,7 +100,7 @@ def _ran(data: dict[str, Any], dry_run: bool) -> str:
 @settings
 def freeze(to: Settings, reason: str) -> None:
     """Let the daemon destroy nothing on schedule until it is released."""
-    to.tell(to.client.post("cleanup", "freeze", body={"reason": reason}), lambda data: f"cleanup frozen: {cell(reason)}")
+    to.tell(to.client.post("cleanup", "freeze", body={"reason": reason}), lambda data: f"cleanup frozen: {cell(data['frozen']['reason'])}")
 
 
 @cleanup.command(usage="", examples=("agentlab cleanup release",), notes=(
@@ -121,7 +128,8 @@ def profiles(to: Settings) -> None:
 def _profiles(found: list[dict[str, Any]]) -> str:
     if not found:
         return "no profiles"
-    names = [name for name in ("name", "description", "template", "cores", "memory", "disk_size", "ttl", "keepalive") if any(name in one for one in found)]
+    names = [name for name in ("name", "template", "cores", "memory", "disk_size", "lease_default", "lease_maximum", "keepalive", "description")
+             if any(one.get(name) is not None for one in found)]
     return table([name.replace("_", " ").upper() for name in names], [[one.get(name) for name in names] for one in found])
 
 

@@ -15,7 +15,7 @@ import click
 
 from .client import Client
 from .errors import USAGE, Problem, Unreachable
-from .framework import STATE, VMID, Group, Settings, finish
+from .framework import STATE, VMID, Group, Settings, failures, finish
 from .progress import Progress
 from .text import cell, pairs, since, table, until
 
@@ -170,9 +170,13 @@ def _told(data: dict[str, Any]) -> str:
 @click.option("--memory", type=click.IntRange(16), metavar="<MiB>", help="Memory in MiB.")
 @click.option("--disk-size", metavar="<size>", help="Size of the boot disk, such as 20G; +10G adds to the template's. It never shrinks.")
 @click.option("--bridge", metavar="<bridge>", help="Network bridge of the first interface.")
+@click.option("--network-model", metavar="<model>", help="Model of the first interface, such as virtio.")
 @click.option("--firewall/--no-firewall", default=None, help="Switch the firewall of Proxmox VE on or off for the first interface.")
+@click.option("--firewall-group", metavar="<group>", help="Security group of its firewall.")
+@click.option("--cloud-init-user", metavar="<user>", help="User that cloud-init makes.")
 @click.option("--ip-config", metavar="<config>", help="Cloud-init network, such as ip=dhcp or ip=192.0.2.10/24,gw=192.0.2.1.")
 @click.option("--nameserver", metavar="<addresses>", help="Cloud-init name servers, separated by blanks.")
+@click.option("--searchdomain", metavar="<domain>", help="Cloud-init DNS search domain.")
 @click.option("--ssh-public-keys", type=click.File("r"), multiple=True, metavar="<file>",
               help="File with public keys, one a line (- for standard input); may be given several times.")
 @click.option("--cloud-init-user-data", type=click.File("r"), metavar="<file>", help="File with cloud-init user data (- for standard input).")
@@ -304,7 +308,7 @@ def destroy(to: Settings, vmids: tuple[int, ...], force: bool) -> None:
     failed = [one for one in answer.data.get("results") or [] if one.get("failed")]
     to.tell(answer, lambda data: "\n".join(_destroyed(one) for one in data["results"] if not one["failed"]))
     _warn(to, *answer.data.get("results") or [])
-    finish(len(answer.data.get("results") or []) - len(failed), [(one.get("vmid"), str(one.get("message") or one.get("reason"))) for one in failed])
+    finish(len(answer.data.get("results") or []) - len(failed), failures(failed))
 
 
 def _destroyed(data: dict[str, Any]) -> str:
@@ -398,7 +402,8 @@ def prune(to: Settings, /, **given: Any) -> None:
         if not to.json:
             for one in answer.data.get("kept") or []:
                 click.echo(f"kept {cell(one.get('vmid'))}: {_reason(one)}", err=True)
-    finish(len(answer.data.get("pruned") or []), [(one.get("vmid"), str(one.get("message") or one.get("reason"))) for one in answer.data.get("failed") or []])
+    if not dry_run:
+        finish(len(answer.data.get("pruned") or []), failures(answer.data.get("failed")))
 
 
 def _reason(one: dict[str, Any]) -> str:
@@ -406,10 +411,13 @@ def _reason(one: dict[str, Any]) -> str:
 
 
 def _would_prune(data: dict[str, Any]) -> str:
-    rows = [("prune", one["vmid"], one["name"], one["previous_state"], _reason(one)) for one in data["pruned"]]
-    rows += [("keep", one["vmid"], one["name"], one["previous_state"], _reason(one)) for one in data["kept"]]
-    head = f"would prune {cell(data['count'])} sandbox(es)"
-    return f"{head}\n\n{table(('', 'VMID', 'NAME', 'STATE', 'WHY'), rows)}" if rows else head
+    return f"would prune {cell(data['count'])} sandbox(es)" + plan({"prune": data["pruned"], "keep": data["kept"], "cannot": data["failed"]})
+
+
+def plan(items: dict[str, list[dict[str, Any]]]) -> str:
+    """What would be done with each sandbox, and why, as a table below the line that says how many; nothing when there is none."""
+    rows = [(action, one["vmid"], one["name"], one["previous_state"], _reason(one)) for action, found in items.items() for one in found]
+    return f"\n\n{table(('', 'VMID', 'NAME', 'STATE', 'WHY'), rows)}" if rows else ""
 
 
 class _Pruning:

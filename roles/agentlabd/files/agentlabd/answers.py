@@ -79,7 +79,7 @@ def of_failure(outcome: Outcome) -> Answer:
     return answer
 
 
-def failed(status: int, message: str, code: str, **facts: Any) -> Answer:
+def failed(status: int, message: str, code: str, /, **facts: Any) -> Answer:
     body = {"error": message, "code": code, **{name: value for name, value in facts.items() if value is not None}}
     return Answer(json.loads(json.dumps(body, default=str)), status, headers={"Retry-After": str(RETRY_AFTER)} if status == 503 else {})
 
