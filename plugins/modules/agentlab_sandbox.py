@@ -93,6 +93,13 @@ options:
     description: Public keys that cloud-init puts into the VM, one a line each.
     type: list
     elements: str
+  cloud_init_user_data:
+    description:
+      - User data for cloud-init, such as a C(#cloud-config) document. It replaces what Proxmox VE would say of users and keys.
+      - It is written as a snippet, readable for root alone, and removed with the sandbox, or when the creation fails. It stands nowhere else.
+      - Proxmox VE takes no uploads of snippets, so the module has to run on the node that will hold the VM, or on a host that shares the storage
+        C(snippets_storage) with it at C(snippets_dir).
+    type: str
   tags:
     description: Tags of the record and the VM. The VM also gets the tag V(agentlab).
     type: list
@@ -105,6 +112,13 @@ options:
     type: str
   wait_for_ip:
     description: Whether to wait until the guest agent names an address.
+    type: bool
+    default: false
+  wait_for_cloud_init:
+    description:
+      - Whether to wait until the guest agent shows that cloud-init has ended. When it ended with errors the sandbox becomes C(FAILED), and the VM stays.
+      - Reads C(/run/cloud-init/result.json) through the guest agent, which needs the privilege C(VM.GuestAgent.FileRead) or C(VM.GuestAgent.Unrestricted)
+        on Proxmox VE 9, C(VM.Monitor) on 8.
     type: bool
     default: false
 extends_documentation_fragment:
@@ -202,7 +216,8 @@ failed_count:
 from ansible_collections.agentlab.proxmox.plugins.module_utils import _adapter
 
 CREATION = ("profile", "template", "node", "full_clone", "storage", "pool", "cores", "memory", "disk_size", "bridge", "network_model", "firewall",
-            "firewall_group", "cloud_init_user", "ip_config", "nameserver", "searchdomain", "ssh_public_keys", "tags", "ttl", "keepalive", "protected")
+            "firewall_group", "cloud_init_user", "ip_config", "nameserver", "searchdomain", "ssh_public_keys", "cloud_init_user_data", "tags", "ttl",
+            "keepalive", "protected")
 
 ARGUMENT_SPEC = {
     **_adapter.SELECT_ARGS,
@@ -230,9 +245,11 @@ ARGUMENT_SPEC = {
     "nameserver": {"type": "str"},
     "searchdomain": {"type": "str"},
     "ssh_public_keys": {"type": "list", "elements": "str", "no_log": False},
+    "cloud_init_user_data": {"type": "str", "no_log": True},
     "tags": {"type": "list", "elements": "str"},
     "ttl": {"type": "str"},
     "wait_for_ip": {"type": "bool", "default": False},
+    "wait_for_cloud_init": {"type": "bool", "default": False},
 }
 
 

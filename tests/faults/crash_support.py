@@ -73,7 +73,10 @@ class Rig:
         self.pve = self.server.pve
         self.pve.add_template()
         self._zygote: Zygote | None = None
-        (folder / "config.yaml").write_text(CONFIG, encoding="utf-8")
+        self.snippets = folder / "snippets"
+        self.snippets.mkdir()
+        self.pve.hold_snippets(str(self.snippets))
+        (folder / "config.yaml").write_text(f"{CONFIG}snippets_dir: {self.snippets}\n", encoding="utf-8")
         self.env = self.server.environment(str(folder))
         self.database = Path(self.env["AGENTLAB_DATABASE"])
         self.bystanders: dict[int, dict[str, Any]] = {}
@@ -180,6 +183,7 @@ class Rig:
             shutil.copy(self.database, self.folder / "kept.db")
         self._kept = self.in_loop(lambda: ([copy.deepcopy(vm.__dict__) for vm in self.pve.vms], copy.deepcopy(self.pve.storages), list(self.pve.tasklog)))
         self._bystanders = copy.deepcopy(self.bystanders)
+        self._files = {path.name: path.read_bytes() for path in self.snippets.iterdir()}
 
     def restore(self) -> None:
         self.idle()
@@ -188,6 +192,10 @@ class Rig:
         if (self.folder / "kept.db").exists():
             shutil.copy(self.folder / "kept.db", self.database)
         self.bystanders = copy.deepcopy(self._bystanders)
+        for path in self.snippets.iterdir():
+            path.unlink()
+        for name, data in self._files.items():
+            (self.snippets / name).write_bytes(data)
 
         def work() -> None:
             vms, storages, tasklog = self._kept
@@ -233,6 +241,11 @@ class Rig:
         if settled:
             wrong += [f"claim left behind: {row}" for row in self.sql("SELECT * FROM claims")]
             wrong += [f"operation left behind: {row}" for row in self.sql("SELECT * FROM operations")]
+        for path in self.snippets.iterdir():
+            owner = next((row for uuid, row in rows.items() if uuid in path.name), None)
+            # A creation that was given up keeps no secrets either, whether or not its VM is gone.
+            if owner is None or owner["state"] in (states.DESTROYED, states.FAILED):
+                wrong.append(f"snippet {path.name} left behind by {owner}")
         for uuid, row in rows.items():
             wrong += [f"{row['vmid']}: {text}" for text in self._chain(uuid, row)]
         return wrong

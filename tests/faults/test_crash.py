@@ -26,6 +26,8 @@ GHOST = 1009
 SAMPLE = 60
 WHOLE = {"name": "crash", "ttl": 3600, "wait_for_ip": True, "cores": 4, "tags": ["x"], "bridge": "vmbr1", "disk_size": "20G"}
 
+USER_DATA = {"name": "crash", "ttl": 3600, "cloud_init_user_data": "#cloud-config\nhostname: crash\n"}
+
 
 class Case:
     """A starting position, the operation to kill in it, and what must be true once it was run again."""
@@ -42,12 +44,12 @@ def _empty(rig: Rig) -> None:
     rig.must("reconcile")
 
 
-def _made(*names: str, states: dict[str, str] | None = None) -> Callable[[Rig], None]:
+def _made(*names: str, states: dict[str, str] | None = None, **values: Any) -> Callable[[Rig], None]:
     """These sandboxes running; then moved on as a user would."""
 
     def prepare(rig: Rig) -> None:
         for name in names:
-            rig.must("create", name=name, ttl=3600, vmid=GHOST if name == "ghost" else None)
+            rig.must("create", name=name, ttl=3600, vmid=GHOST if name == "ghost" else None, **values)
         for name, operation in (states or {}).items():
             rig.must("power", vmid=_vmid(rig, name), operation=operation)
         if "ghost" in names:
@@ -173,6 +175,10 @@ def _reconciled(rig: Rig) -> None:
 
 CASES = {
     "create": Case(_empty, "create", WHOLE, states={"crash": "RUNNING"}, after=_one_vm),
+    "create_user_data": Case(_empty, "create", USER_DATA, states={"crash": "RUNNING"}, after=_one_vm),
+    "create_user_data_reconciled": Case(_empty, "create", USER_DATA, again=("reconcile", {}), after=_settled),
+    "create_user_data_failing": Case(_empty, "create", USER_DATA, ready=_start_fails, after=_clear, ok=False),
+    "force_user_data": Case(_made("a", cloud_init_user_data="#cloud-config\n"), "destroy", {"vmids": [1001], "force": True}, states={"a": "DESTROYED"}),
     "create_taken": Case(_empty, "create", {"name": "crash", "ttl": 3600}, states={"crash": "RUNNING"}, ready=_taken, after=_one_vm),
     "create_failing": Case(_empty, "create", {"name": "crash", "ttl": 3600}, ready=_start_fails, after=_clear, ok=False),
     "force_half": Case(_half, "destroy", {"vmids": [1002], "force": True}, again=("create", {"name": "crash", "ttl": 3600}), after=_once_more, ok=False),

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from typing import Any
 
@@ -359,3 +360,42 @@ def test_profiles_fill_in_what_is_not_given(story: Any, env: Any, server: Any, t
     assert run["wrong"]["msg"].startswith(f"{folder}/wrong.yaml: resources.corse: no such key. Valid: resources.cores")
     assert run["renew too long"]["msg"].startswith("ttl: 3h1m is longer than the maximum of 3h that profile 'agents' grants sandbox")
     assert run["not with other states"]["msg"] == "profile: only with state=present, not with state=stopped"
+
+
+def test_user_data_is_used_and_shown_nowhere(story: Any, env: Any, server: Any, tmp_path: Any) -> None:
+    folder = tmp_path / "snippets"
+    folder.mkdir(mode=0o755)
+    with open(env["AGENTLAB_CONFIG"], "a", encoding="utf-8") as config:
+        config.write(f"snippets_dir: {folder}\n")
+    secret = "correct-horse-made-up-for-tests-42"
+    data = f"#cloud-config\nchpasswd: {{list: 'root:{secret}'}}\n"
+    # In a file, as a user would keep them: Ansible quotes the playbook itself when a task fails.
+    (tmp_path / "vars.json").write_text(json.dumps({"data": data, "other": f"password: {secret}"}), encoding="utf-8")
+    server.pve.hold_snippets(str(folder))
+    refused = {"before": lambda: server.pve.storages["local"].update(content="iso"), "fails": True}
+
+    def mend() -> None:
+        server.pve.storages["local"]["content"] = "iso,snippets"
+
+    def broken() -> None:
+        server.pve.cloud_init_errors = [f"('cc_runcmd', RuntimeError('{secret}'))"]
+
+    run = story([
+        task("would create", SANDBOX, name="u1", cloud_init_user_data="{{ data }}", check=True, diff=True),
+        task("create", SANDBOX, name="u1", cloud_init_user_data="{{ data }}", wait_for_cloud_init=True, diff=True),
+        task("create again", SANDBOX, name="u1", cloud_init_user_data="{{ data }}", wait_for_cloud_init=True, diff=True),
+        task("keys as well", SANDBOX, name="u2", cloud_init_user_data="{{ data }}", ssh_public_keys=["ssh-ed25519 AAAA me"], fails=True),
+        task("no data", SANDBOX, name="u2", cloud_init_user_data="{{ other }}", fails=True),
+        task("no snippets there", SANDBOX, name="u2", cloud_init_user_data="{{ data }}", **refused),
+        task("fails inside", SANDBOX, name="u3", cloud_init_user_data="{{ data }}", wait_for_cloud_init=True, fails=True, before=lambda: (mend(), broken())),
+        task("look", "agentlab_sandbox_info", name="u3", events=50),
+        task("destroy", SANDBOX, vmids=[1000, 1001], state="absent", force=True, diff=True),
+    ], args=["-vvv", "-e", f"@{tmp_path}/vars.json"])
+    assert writes(run.requests["would create"]) == [] and run.status("create again") == "ok"
+    assert secret not in run.output and not any(secret in str(entry) for entry in run.results)
+    assert run["keys as well"]["msg"].startswith("ssh_public_keys: has no effect with cloud_init_user_data")
+    assert "storage 'local' holds no snippets" in run["no snippets there"]["msg"]
+    assert run["fails inside"]["msg"].startswith("cloud-init ended with errors in sandbox 1001: cc_runcmd: RuntimeError")
+    assert run["look"]["sandboxes"][0]["state"] == "FAILED" and run["look"]["sandboxes"][0]["events"][-1]["reason"] == "cloud_init_failed"
+    assert [one["state"] for one in run["destroy"]["results"]] == ["DESTROYED", "DESTROYED"]
+    assert list(folder.iterdir()) == []

@@ -133,6 +133,11 @@ class ProxmoxDouble(FakePve):
         self.clock_offset = 0.0
         # Volume ids of the snippets that there are; cicustom may name no other.
         self.snippets: set[str] = set()
+        # Storage -> (folder of this machine with its snippets, the node that has it or None for all): a file there is a snippet.
+        self.snippet_folders: dict[str, tuple[str, str | None]] = {}
+        # What a started guest's cloud-init will have reported (texts of errors), after cloud_init_delay real seconds; None: it never ends.
+        self.cloud_init_errors: list[str] | None = []
+        self.cloud_init_delay = 0.0
         # PVE seconds a task of a type takes (times time_scale), and real seconds (whatever time_scale says).
         self.task_secs: dict[str, float] = {"qmclone": 5, "qmdestroy": 2, "resize": 1}
         self.real_secs: dict[str, float] = {}
@@ -723,7 +728,7 @@ class ProxmoxDouble(FakePve):
         async def run() -> Any:
             if getattr(vm, "disks_lost", False):
                 raise TaskError("no such logical volume " + ", ".join(volume for _key, volume, _props in drives_of(vm.config, True)))
-            missing = self._missing_snippet(vm.config)
+            missing = self._missing_snippet(vm)
             if missing and vm.status != "running":
                 raise TaskError(missing)
             note = await body()
@@ -750,6 +755,12 @@ class ProxmoxDouble(FakePve):
         def up() -> None:
             if vm.status == "running" and vm.agent is None:
                 vm.agent, vm.agent_by_default = answer, True
+                asyncio.get_running_loop().call_later(self.cloud_init_delay, ended) if self.cloud_init_delay else ended()
+
+        def ended() -> None:
+            if vm.agent is answer and self.cloud_init_errors is not None:
+                told = {"v1": {"datasource": "DataSourceNoCloud", "errors": list(self.cloud_init_errors)}}
+                answer["files"] = {"/run/cloud-init/result.json": json.dumps(told)}
 
         if self.agent_delay:
             asyncio.get_running_loop().call_later(self.agent_delay, up)
@@ -788,7 +799,7 @@ class ProxmoxDouble(FakePve):
             vm.config[key] = vm.pending.pop(key)
         for key in deletes:
             self._detached(vm, key, before[key], bool(updates.get("force")))
-        missing = self._missing_snippet(vm.config) if "cicustom" in updates else None
+        missing = self._missing_snippet(vm) if "cicustom" in updates else None
         if missing:
             raise PveError(500, missing)
 
@@ -830,10 +841,36 @@ class ProxmoxDouble(FakePve):
         number = next(n for n in range(256) if f"unused{n}" not in vm.config)
         vm.config[f"unused{number}"] = volume
 
-    def _missing_snippet(self, config: dict[str, Any]) -> str | None:
-        named = [part.partition("=")[2] for part in str(config.get("cicustom") or "").split(",") if part]
-        missing = [volume for volume in named if volume not in self.snippets]
+    def _missing_snippet(self, vm: Any) -> str | None:
+        named = [part.partition("=")[2] for part in str(vm.config.get("cicustom") or "").split(",") if part]
+        missing = [volume for volume in named if volume not in self.snippets and volume not in self._snippet_files(vm.node)]
         return f"volume '{missing[0]}' does not exist" if missing else None
+
+    def _snippet_files(self, node: str) -> dict[str, str]:
+        """Volume id -> path of the snippets that are files of this machine, as that node sees them."""
+        return {f"{sid}:snippets/{name}": os.path.join(folder, name) for sid, (folder, owner) in self.snippet_folders.items()
+                if owner in (None, node) and os.path.isdir(folder) for name in os.listdir(folder)}
+
+    @on_loop
+    def hold_snippets(self, folder: str, storage: str = "local", node: str | None = "pve1") -> None:
+        """Let a storage hold snippets, in that folder of this machine; node None: shared by all."""
+        store = self.storages[storage]
+        store["content"] = ",".join(sorted({*str(store.get("content") or "").split(","), "snippets"} - {""}))
+        store["shared"] = int(node is None)
+        self.snippet_folders[storage] = (folder, node)
+
+    async def _content_list(self, v: dict[str, Any], user: str) -> list[dict[str, Any]]:
+        found = await super()._content_list(v, user)
+        if v.get("content") in (None, "snippets") and v.get("vmid") is None and self.allowed(user, f"/storage/{v['storage']}", "Datastore.Allocate"):
+            found += [{"volid": volume, "content": "snippets", "format": "snippet", "size": os.path.getsize(path), "ctime": int(os.path.getmtime(path))}
+                      for volume, path in self._snippet_files(v["node"]).items() if volume.startswith(v["storage"] + ":")]
+        return found
+
+    async def _agent_call(self, match: Any, values: dict[str, Any]) -> Any:
+        answer = await super()._agent_call(match, values)
+        if answer == {"content": "", "truncated": False}:
+            raise PveError(500, f"Agent error: Failed to open file '{values['file']}': No such file or directory")
+        return answer
 
     async def _qm_resize(self, v: dict[str, Any], user: str) -> str:
         vm = self.find(v["node"], v["vmid"])

@@ -65,6 +65,8 @@ DEFAULTS: dict[str, Any] = {
     "clock_jump_pause": "10m",
     "absent_guard": "50",
     "profiles_dir": PROFILES,
+    "snippets_storage": "local",
+    "snippets_dir": "/var/lib/vz/snippets",
     "socket": "/run/agentlab/agentlabd.sock",
     "listen": None,
     "listen_token_file": None,
@@ -162,6 +164,8 @@ class Config:
     # Seconds between two looks at the running tasks of a node, at the least.
     poll_interval: float
     profiles_dir: str
+    snippets_storage: str
+    snippets_dir: str
     socket: str
     listen: tuple[str, int] | None
     listen_token_file: str | None
@@ -222,6 +226,8 @@ def load(options: Mapping[str, Any], environment: Mapping[str, str]) -> Config:
         workers=connections,
         poll_interval=_fraction("poll_interval", value("poll_interval"), 0.01, 60.0),
         profiles_dir=str(value("profiles_dir")),
+        snippets_storage=str(value("snippets_storage")),
+        snippets_dir=str(value("snippets_dir")),
         socket=str(value("socket")),
         listen=loopback("listen", value("listen")),
         listen_token_file=_text("listen_token_file", value("listen_token_file")),

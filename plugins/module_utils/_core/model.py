@@ -39,6 +39,8 @@ class Sandbox:
     reason: str | None = None
     # The longest lease its profile grants.
     lease_max_seconds: int | None = None
+    # Path of its cloud-init snippet on this host.
+    snippet: str | None = None
 
     @classmethod
     def from_row(cls, row: Any) -> Sandbox:

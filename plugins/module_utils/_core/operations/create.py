@@ -34,7 +34,7 @@ from ..errors import (
 from ..model import Outcome, Sandbox
 from ..proxmox import identity
 from ..store.records import Claim
-from . import create_recovery, destroy, power
+from . import cloud_init, create_recovery, destroy, power
 from .context import Context
 from .verify import Located, locate, require_match
 
@@ -68,6 +68,8 @@ class Spec:
     ip_config: str | None = None
     nameserver: str | None = None
     searchdomain: str | None = None
+    # Whatever it holds is secret: it goes into the snippet and nowhere else.
+    cloud_init_user_data: str | None = field(default=None, repr=False)
     ssh_public_keys: list[str] = field(default_factory=list)
     tags: list[str] = field(default_factory=list)
     ttl: int = 0
@@ -76,6 +78,7 @@ class Spec:
     keepalive: bool = False
     protected: bool = False
     wait_for_ip: bool = False
+    wait_for_cloud_init: bool = False
 
     def check(self) -> None:
         """Refuse by the name of the option what Proxmox would refuse later, or could take for something else."""
@@ -95,6 +98,12 @@ class Spec:
             raise InvalidInput(f"network_model: {self.network_model[:80]!r} is not valid. Valid: {', '.join(words.MODELS)}", option="network_model")
         if self.firewall_group and self.firewall is False:
             raise InvalidInput("firewall_group: has no effect with firewall=false; leave one of the two out", option="firewall_group")
+        if self.cloud_init_user_data is not None:
+            cloud_init.check_data(self.cloud_init_user_data)
+            for option in ("ssh_public_keys", "cloud_init_user"):
+                if getattr(self, option):
+                    raise InvalidInput(f"{option}: has no effect with cloud_init_user_data, which replaces what Proxmox VE would say of users; "
+                                       "put it into the user data", option=option)
         for key in self.ssh_public_keys:
             if not words.PUBLIC_KEY[0].fullmatch(key.strip()):
                 raise InvalidInput(f"ssh_public_keys: {key.strip()[:30]!r}... is not a public key in one line (type, key, comment)",
@@ -124,7 +133,7 @@ def run(ctx: Context, spec: Spec) -> Outcome:
             return Outcome.of("would_create", found, changed=True, state=states.RUNNING)
         claim = ctx.records.claim(found.uuid, "create", wait=ctx.config.claim_timeout)
         return _carry_on(ctx, claim, spec, ctx.records.get(found.uuid))
-    if found.state == states.FAILED and (found.smbios_uuid is None or found.reason in ("creation_failed", "creation_interrupted")):
+    if found.state == states.FAILED and (found.smbios_uuid is None or found.reason in ("creation_failed", "creation_interrupted", "cloud_init_failed")):
         raise CreationFailed(f"sandbox {found.vmid} could not be created earlier ({found.reason}) and is in FAILED state; "
                              f"first {_how_to_remove(ctx)}", vmid=found.vmid)
     return amend(ctx, found, protected=spec.protected or None, keepalive=spec.keepalive or None)
@@ -176,6 +185,8 @@ def _create(ctx: Context, spec: Spec) -> Outcome:
     known = ctx.cluster.vms()
     if spec.vmid is not None and spec.vmid in known:
         raise _occupied(spec.vmid, str(known[spec.vmid].get("name") or "unnamed"))
+    if spec.cloud_init_user_data is not None:
+        cloud_init.check_place(ctx, node)
     ctx.cluster.confirm(creating=True)
     uid = str(uuid_module.uuid4())
     name = spec.name or f"sandbox-{uid[:8]}"
@@ -207,6 +218,7 @@ def _carry_on(ctx: Context, claim: Claim, spec: Spec, sandbox: Sandbox, journal:
         if sandbox.state not in states.CREATING:
             return Outcome.of("unchanged", sandbox)
         noted = dict(journal if journal is not None else (left.detail if left else {}))
+        sandbox = cloud_init.provide(ctx, claim, sandbox, spec.cloud_init_user_data)
         if sandbox.smbios_uuid is None:
             phase = left.phase if left else "reserved"
             sandbox = _clone(ctx, claim, spec, sandbox, noted, phase, left.updated_at if left else 0, upids, warnings)
@@ -219,6 +231,8 @@ def _carry_on(ctx: Context, claim: Claim, spec: Spec, sandbox: Sandbox, journal:
         warnings += warned
         if spec.wait_for_ip:
             sandbox = _await_ip(ctx, claim, sandbox, found, noted)
+        if spec.wait_for_cloud_init:
+            cloud_init.wait(ctx, sandbox, found)
         sandbox = ctx.records.change(claim, sandbox, "create", to=states.READY, reason="started", upids=done, journal=("ready", noted))
         took = int((ctx.clock.monotonic() - began) * 1000)
         sandbox = ctx.records.change(claim, sandbox, "create", to=states.RUNNING, reason="ready", duration_ms=took, finish=True)
@@ -229,6 +243,11 @@ def _carry_on(ctx: Context, claim: Claim, spec: Spec, sandbox: Sandbox, journal:
             raise CreationFailed(f"sandbox {sandbox.vmid}: its lease ran out before it was ready; prune removes it, use a longer ttl",
                                  vmid=sandbox.vmid) from None
         error.detail.setdefault("vmid", sandbox.vmid)
+        raise
+    except cloud_init.CloudInitFailed as error:
+        # The VM stays for whoever wants to know why; what its user data said does not.
+        cloud_init.remove(ctx, sandbox)
+        ctx.records.change(claim, sandbox, "create", to=states.FAILED, outcome="failed", reason=error.code, evidence={"message": error.message}, finish=True)
         raise
     except AgentlabError as error:
         raise _clean_up(ctx, claim, sandbox, error) from None
@@ -336,6 +355,9 @@ def _configure(ctx: Context, spec: Spec, sandbox: Sandbox, found: Located) -> No
     if str(config.get("protection", "0")) == "1":
         # Copied from the template: a sandbox that cannot be deleted is none. Its own protection is a matter of the record.
         wanted["protection"] = 0
+    if sandbox.snippet is not None:
+        others = [part for part in str(config.get("cicustom") or "").split(",") if part and not part.startswith("user=")]
+        wanted["cicustom"] = ",".join([f"user={cloud_init.volume_of(ctx, sandbox)}", *others])
     if spec.ssh_public_keys:
         from urllib.parse import quote
 
@@ -451,4 +473,9 @@ def _clean_up(ctx: Context, claim: Claim, sandbox: Sandbox, error: AgentlabError
             left = f"its record is in {outcome.state} state: {outcome.message}; {_how_to_remove(ctx)}"
     except AgentlabError as second:
         left = f"and cleaning up failed too: {second.message}"
+    try:
+        # Also when its VM could not be removed: what was to be secret is not left lying about.
+        cloud_init.remove(ctx, ctx.records.get(sandbox.uuid))
+    except AgentlabError as third:
+        left += f"; {third.message}"
     return CreationFailed(f"sandbox {sandbox.vmid} could not be created: {error.message}; {left}", vmid=sandbox.vmid, cause=error.as_dict())

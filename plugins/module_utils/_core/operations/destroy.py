@@ -21,7 +21,7 @@ from ..errors import AgentlabError, ApiError, Busy, ClaimLost, Kept, OutcomeUnkn
 from ..model import Outcome, Sandbox
 from ..proxmox import identity
 from ..store.records import Claim, Operation
-from . import create_recovery, power
+from . import create_recovery, power, remains
 from .context import POINT_OF_NO_RETURN, Context, failure
 from .verify import Located, locate, refuse_guarded, refuse_not_ours
 
@@ -368,6 +368,7 @@ def _finish(ctx: Context, found: _Gone, proofs: dict[int, Any]) -> Outcome:
                 raise Kept("unknown", f"sandbox {sandbox.vmid}: it is not proven that its VM is gone: {proof.why}")
             else:
                 evidence.update(proof.evidence)
+        remains.clear(ctx, ctx.records.get(sandbox.uuid))
         took = int((ctx.clock.monotonic() - found.began) * 1000)
         done = power.settle(ctx, found.claim, ctx.records.get(sandbox.uuid), "destroy", to=states.DESTROYED, reason=reason, evidence=evidence,
                             upids=found.upids, duration_ms=took, finish=True)

@@ -18,7 +18,7 @@ from .. import states
 from ..errors import AgentlabError, GuardTripped, Kept, ProxmoxError, RecordChanged, StateConflict
 from ..model import Sandbox
 from ..proxmox import identity
-from . import destroy, lease, power, timeguard
+from . import cloud_init, destroy, lease, power, remains, timeguard
 from .context import POINT_OF_NO_RETURN, Context
 from .verify import Located, locate
 
@@ -185,6 +185,7 @@ def give_up_creation(ctx: Context, sandbox: Sandbox, evidence: dict[str, Any] | 
         if not bound:
             bound = create_recovery.locate_unbound(ctx, current, claim, created).match
             current = ctx.records.get(current.uuid)
+        cloud_init.remove(ctx, current)
         # Unbound: the journal entry stays, a later destroy needs it to tell whether a VM is its own.
         return ctx.records.change(claim, current, "create", to=states.FAILED, outcome="failed", reason="creation_interrupted", evidence=evidence,
                                   finish=bound)
@@ -229,6 +230,7 @@ def _absent(ctx: Context, sandbox: Sandbox, kind: str, evidence: dict[str, Any])
         with ctx.claimed(sandbox, "reconcile", wait=0) as (claim, current):
             if (current.state, current.generation) != (sandbox.state, sandbox.generation):
                 raise RecordChanged(f"sandbox {sandbox.vmid} was changed by another run meanwhile; run again")
+            remains.clear(ctx, current)
             reason = "external" if kind == "absent" else "vmid_reused"
             ctx.records.change(claim, current, "reconcile", to=states.DESTROYED, reason=reason, evidence=evidence, finish=True)
 

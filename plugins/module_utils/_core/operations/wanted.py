@@ -16,8 +16,8 @@ from .context import Context
 
 # The options of a creation, by the names that modules and the HTTP API give them. Besides them: vmid and name.
 OPTIONS = ("profile", "template", "node", "full_clone", "storage", "pool", "cores", "memory", "disk_size", "bridge", "network_model", "firewall",
-           "firewall_group", "cloud_init_user", "ip_config", "nameserver", "searchdomain", "ssh_public_keys", "tags", "ttl", "keepalive", "protected",
-           "wait_for_ip")
+           "firewall_group", "cloud_init_user", "ip_config", "nameserver", "searchdomain", "ssh_public_keys", "cloud_init_user_data", "tags", "ttl",
+           "keepalive", "protected", "wait_for_ip", "wait_for_cloud_init")
 
 
 def spec(ctx: Context, options: Mapping[str, Any]) -> create.Spec:
@@ -44,6 +44,10 @@ def _of_profile(profile: profiles.Profile | None, given: Mapping[str, Any]) -> d
         values.pop("storage", None)
     if "storage" in given:
         values.pop("full_clone", None)
+    if "cloud_init_user_data" in given:
+        # It replaces what Proxmox would say of users.
+        values.pop("ssh_public_keys", None)
+        values.pop("cloud_init_user", None)
     return values
 
 

@@ -36,6 +36,7 @@ _NEEDS = {
     "GET cluster/status": "Sys.Audit on /",
     "GET nodes/{node}/qemu/{vmid}/config": "VM.Audit on the VM or its pool",
     "GET nodes/{node}/qemu/{vmid}/status/current": "VM.Audit on the VM or its pool",
+    "GET nodes/{node}/qemu/{vmid}/agent/file-read": "VM.GuestAgent.FileRead or VM.GuestAgent.Unrestricted (Proxmox VE 9), VM.Monitor (8) on the VM or its pool",
     "POST nodes/{node}/qemu/{vmid}/clone": "VM.Clone on the template, VM.Allocate on the pool (or /vms), Datastore.AllocateSpace on the storage",
     "PUT nodes/{node}/qemu/{vmid}/config": "VM.Config.Options, .CPU, .Memory, .Network and .Cloudinit on the pool (or /vms)",
     "PUT nodes/{node}/qemu/{vmid}/resize": "VM.Config.Disk on the pool (or /vms)",

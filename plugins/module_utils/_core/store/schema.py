@@ -84,6 +84,8 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
     ),
     # Profiles: the longest lease that the profile of a sandbox grants.
     ("ALTER TABLE sandboxes ADD COLUMN lease_max_seconds INTEGER",),
+    # Cloud-init: the path of a snippet, which is to be removed with the sandbox.
+    ("ALTER TABLE sandboxes ADD COLUMN snippet TEXT",),
 )
 
 VERSION = len(MIGRATIONS)

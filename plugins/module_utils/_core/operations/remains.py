@@ -1,0 +1,16 @@
+# Copyright: the agentlab.proxmox contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""What a sandbox leaves outside its VM. Every way to DESTROYED comes through here once the VM is proven to be gone."""
+
+from __future__ import annotations
+
+from ..model import Sandbox
+from . import cloud_init
+from .context import Context
+
+
+def clear(ctx: Context, sandbox: Sandbox) -> None:
+    """Remove what is left; Kept when that cannot be done, and the record stays as it is. Doing it again does no harm."""
+    cloud_init.remove(ctx, sandbox)
