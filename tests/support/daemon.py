@@ -50,6 +50,13 @@ class UnixConnection(http.client.HTTPConnection):
         self.sock.connect(self.path)
 
 
+def free_port() -> int:
+    """A TCP port of loopback that nobody listens on."""
+    with contextlib.closing(socket.socket()) as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
 def ask(connection: http.client.HTTPConnection, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None) -> Answer:
     """One request; ``body`` is sent as JSON unless it is bytes."""
     raw = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()

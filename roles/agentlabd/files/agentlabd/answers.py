@@ -80,6 +80,7 @@ def of_failure(outcome: Outcome) -> Answer:
 
 
 def failed(status: int, message: str, code: str, /, **facts: Any) -> Answer:
+    """An error's answer; ``facts`` may have any name but those two of the body."""
     body = {"error": message, "code": code, **{name: value for name, value in facts.items() if value is not None}}
     return Answer(json.loads(json.dumps(body, default=str)), status, headers={"Retry-After": str(RETRY_AFTER)} if status == 503 else {})
 

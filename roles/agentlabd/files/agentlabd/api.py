@@ -25,6 +25,7 @@ from aiohttp import web
 from agentlab_core.errors import ConfigError, InvalidInput
 
 from . import answers
+from .logs import log
 from .routes import ROUTES, Call, Route
 from .service import Service
 from .shapes import check_body, check_query
@@ -32,6 +33,8 @@ from .shapes import check_body, check_query
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 MAX_BODY = 1024 * 1024
 _SHORTEST_TOKEN = 16
+# A query with many states and tags is one line.
+_LONGEST_LINE = 65536
 
 
 def _response(answer: answers.Answer) -> web.Response:
@@ -106,6 +109,9 @@ class Api:
                 return _response(_http_error(request, error))
             except InvalidInput as error:
                 return _response(answers.of_error(error))
+            except Exception:  # nothing that a client can cause goes unanswered
+                log.exception("internal error in %s %s", request.method, request.path[:200])
+                return _response(answers.failed(500, "internal error; the daemon's log says more. Please report this", "internal"))
 
         app = web.Application(middlewares=[guard], client_max_size=MAX_BODY)
         # A word that is a path of its own is no VMID: so the methods it does not have are answered with 405.
@@ -162,7 +168,7 @@ class Api:
         return web.Response(body=text, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
 
     async def _runner(self, app: web.Application) -> web.AppRunner:
-        runner = web.AppRunner(app, handle_signals=False, access_log=None)
+        runner = web.AppRunner(app, handle_signals=False, access_log=None, max_line_size=_LONGEST_LINE)
         await runner.setup()
         self._runners.append(runner)
         return runner

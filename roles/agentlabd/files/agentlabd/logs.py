@@ -48,4 +48,6 @@ def setup(verbose: bool) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Journal("%(message)s") if to_journal() else _Plain("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    # Requests that are no HTTP are answered with 400; they are not worth a trace each.
+    logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)
     log.setLevel(logging.DEBUG if verbose else logging.INFO)

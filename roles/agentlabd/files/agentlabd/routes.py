@@ -14,11 +14,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from agentlab_core import durations, profiles, states, words
-from agentlab_core.errors import AgentlabError, InvalidInput
+from agentlab_core.errors import AgentlabError, InvalidInput, StateConflict
 from agentlab_core.model import Sandbox
 from agentlab_core.operations import cleanup, create, destroy, info, lease, power, prune, reconcile, wanted
 from agentlab_core.operations.context import Context
 
+from . import openapi
 from .answers import Answer, of_item, of_items
 from .shapes import Field
 
@@ -58,6 +59,8 @@ class Route:
     operation: str | None = None
     query: Mapping[str, Field] = field(default_factory=dict)
     body: Mapping[str, Field] | None = None
+    # What the body's fields must be to each other, as JSON schema; the handler refuses the rest.
+    together: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def changes(self) -> bool:
@@ -73,6 +76,10 @@ def healthz(call: Call) -> Answer:
 
 def status(call: Call) -> Answer:
     return Answer(call.service.status())
+
+
+def describe(call: Call) -> Answer:
+    return Answer(openapi.document(ROUTES))
 
 
 # ---- sandboxes: reading ----
@@ -195,7 +202,7 @@ def list_profiles(call: Call) -> Answer:
 
 def run_cleanup(call: Call) -> Answer:
     if not call.service.policy.rules:
-        raise InvalidInput(f"there are no cleanup rules: {call.service.config.cleanup_file} is missing or names none")
+        raise StateConflict(f"there are no cleanup rules: {call.service.config.cleanup_file} is missing or names none")
     report = call.service.clean(call.actor, dry_run=call.body.get("dry_run", False))
     return Answer(report.public(), 207 if report.failed and not report.dry_run else 200, [*report.pruned, *report.marked, *report.failed])
 
@@ -237,31 +244,37 @@ CREATION: dict[str, Field] = {
     "ip_config": Field("string", "address, ip=dhcp or ip=192.0.2.10/24,gw=192.0.2.1", longest=200),
     "nameserver": Field("string", "DNS servers, separated by blanks", longest=200),
     "searchdomain": Field("string", "DNS search domain", longest=255),
-    "ssh_public_keys": Field("strings", "public keys of its user", longest=100),
+    "ssh_public_keys": Field("strings", "public keys of its user", longest=10000),
     "tags": Field("strings", "tags", longest=100),
     "wait_for_ip": Field("boolean", "wait until the guest agent names an address"),
 }
 _OLD = Field("duration", "only what entered its state longer ago than this", low=0)
 
+_GIVEN: dict[str, Any] = {"not": {"type": "null"}}
+_NOT_BOTH: dict[str, Any] = {"not": {"required": ["ttl", "ttl_minutes"], "properties": {"ttl": _GIVEN, "ttl_minutes": _GIVEN}}}
+_ONE_OF_THEM: dict[str, Any] = {"anyOf": [{"required": [name], "properties": {name: _GIVEN}} for name in ("ttl", "ttl_minutes")]}
+_ADOPT_APPLIED: dict[str, Any] = {"not": {"required": ["adopt_cluster"], "properties": {"adopt_cluster": {"const": True}, "apply": {"enum": [False, None]}}}}
+
 ROUTES: tuple[Route, ...] = (
     Route("GET", "/v1/healthz", "healthz", "Whether the daemon answers", healthz, {200: "Health"}, quick=True),
     Route("GET", "/v1/status", "status", "What the daemon does, when it did it last, and what stands in its way", status, {200: "Status"}, quick=True),
+    Route("GET", "/v1/openapi.json", "openapi", "This document", describe, {200: "OpenApi"}, quick=True),
     Route("GET", "/v1/sandboxes", "list_sandboxes", "Sandboxes in the order of their VMIDs", list_sandboxes, {200: "Sandboxes"}, quick=True, query={
-        "state": Field("strings", "only these states", valid=states.STATES, longest=100),
+        "state": Field("strings", "only these states", valid=states.STATES, most=20),
         "profile": Field("string", "only this profile", longest=100),
-        "tag": Field("strings", "only those with one of these tags", longest=100),
+        "tag": Field("strings", "only those with one of these tags", longest=100, most=20),
         "include_destroyed": Field("boolean", "destroyed ones too"),
     }),
     Route("POST", "/v1/sandboxes", "create_sandbox", "Create and start a sandbox; one of that name or VMID stays as it is", create_sandbox,
-          {201: "Item", 200: "Item"}, operation="create", body=CREATION),
+          {201: "Item", 200: "Item"}, operation="create", body=CREATION, together=_NOT_BOTH),
     Route("POST", "/v1/sandboxes/destroy", "destroy_sandboxes", "Destroy several; each item has its own outcome", destroy_sandboxes,
           {200: "Results", 207: "Results"}, operation="destroy",
-          body={"vmids": Field("integers", "VMIDs", required=True, low=100, high=999999999, longest=10000), "force": _FORCE}),
+          body={"vmids": Field("integers", "VMIDs", required=True, low=100, high=999999999, most=10000), "force": _FORCE}),
     Route("POST", "/v1/sandboxes/prune", "prune_sandboxes", "Destroy what is over, say for each thing kept why", prune_sandboxes,
           {200: "Prune", 207: "Prune"}, operation="prune", body={
               "older_than": _OLD,
               "dry_run": Field("boolean", "say what would be done, do nothing"),
-              "states": Field("strings", "states to prune, TIMEOUT unless set", valid=states.PRUNABLE, longest=10),
+              "states": Field("strings", "states to prune, TIMEOUT unless set", valid=states.PRUNABLE, most=10),
               "tags": Field("strings", "only those with one of these tags", longest=100),
               "max_count": Field("integer", "do nothing at all if more than this would be pruned", low=0, high=1000000),
           }),
@@ -269,7 +282,7 @@ ROUTES: tuple[Route, ...] = (
           {200: "Drift"}, operation="reconcile", body={
               "apply": Field("boolean", "repair what can be repaired"),
               "adopt_cluster": Field("boolean", "with apply: note this cluster as the one the records belong to"),
-          }),
+          }, together=_ADOPT_APPLIED),
     Route("GET", "/v1/sandboxes/{vmid}", "show_sandbox", "The live sandbox of that VMID, or else the last destroyed one", show_sandbox,
           {200: "Sandbox"}, quick=True),
     Route("GET", "/v1/sandboxes/{vmid}/events", "list_events", "What happened to the sandboxes of that VMID, oldest first", events,
@@ -284,7 +297,7 @@ ROUTES: tuple[Route, ...] = (
         ("start", "Start or resume its VM"), ("stop", "Shut its VM down, switch it off when it does not answer"), ("suspend", "Pause its VM"))),
     Route("POST", "/v1/sandboxes/{vmid}/lease/renew", "renew_lease", "Set the lease to now plus the time given", renew_lease, {200: "Lease"}, quick=True,
           body={**_LIFETIME, "min_remaining": Field("duration", "renew only when less than this is left"),
-                "allow_shorten": Field("boolean", "let the lease become shorter")}),
+                "allow_shorten": Field("boolean", "let the lease become shorter")}, together={**_NOT_BOTH, **_ONE_OF_THEM}),
     Route("GET", "/v1/profiles", "list_profiles", "Kinds of sandboxes that the operator has described", list_profiles, {200: "Profiles"}, quick=True),
     Route("POST", "/v1/cleanup/run", "run_cleanup", "Run the cleanup rules now", run_cleanup, {200: "Cleanup", 207: "Cleanup"}, operation="cleanup",
           body={"dry_run": Field("boolean", "say what would be done, do nothing")}),

@@ -13,8 +13,10 @@ from typing import Any
 
 from agentlab_core.errors import InvalidInput
 
-# A duration as the core reads it: minutes as a number, or d, h, m, s in that order.
-_DURATION = r"^(?=.)(\d{1,5}|(?=\d)(\d{1,4}d)?(\d{1,5}h)?(\d{1,6}m)?(\d{1,7}s)?)$"
+# A duration as the core reads it: minutes as a number, or d, h, m, s in that order; what is longer than this allows is refused, or nearly.
+_DURATION = r"^(\d{1,5}|(?=\d)(\d{1,3}d)?(\d{1,4}h)?(\d{1,5}m)?(\d{1,6}s)?)$"
+_NOT_ZERO = r"^(?=.*[1-9])" + _DURATION[1:]
+_LONGEST_MINUTES = 5256000
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +30,7 @@ class Field:
     high: int | None = None
     valid: Sequence[str] = ()
     longest: int = 1000
+    most: int = 100
     pattern: str | None = None
 
     def schema(self) -> dict[str, Any]:
@@ -40,18 +43,19 @@ class Field:
         elif self.kind == "boolean":
             one = {"type": "boolean"}
         else:
-            one = {"anyOf": [{"type": "integer", "minimum": 0 if self.low == 0 else 1}, {"type": "string", "pattern": _DURATION}]}
+            low = 0 if self.low == 0 else 1
+            one = {"anyOf": [{"type": "integer", "minimum": low, "maximum": _LONGEST_MINUTES}, {"type": "string", "pattern": _NOT_ZERO if low else _DURATION}]}
         one = {name: value for name, value in one.items() if value is not None}
         if self.kind in ("integers", "strings"):
-            one = {"type": "array", "items": one, "maxItems": self.longest, "minItems": 1 if self.required else None}
+            one = {"type": "array", "items": one, "maxItems": self.most, "minItems": 1 if self.required else None}
             one = {name: value for name, value in one.items() if value is not None}
         return {**one, "description": self.text}
 
     def check(self, name: str, value: Any) -> Any:
         """The value, or InvalidInput naming the key, the value and what is valid."""
         if self.kind in ("integers", "strings"):
-            if not isinstance(value, list) or len(value) > self.longest or (self.required and not value):
-                raise _refused(name, value, f"a list of {'whole numbers' if self.kind == 'integers' else 'texts'}, {self.longest} at most")
+            if not isinstance(value, list) or len(value) > self.most or (self.required and not value):
+                raise _refused(name, value, f"a list of {'whole numbers' if self.kind == 'integers' else 'texts'}, {self.most} at most")
             return [self._one(name, item) for item in value]
         return self._one(name, value)
 
@@ -103,7 +107,7 @@ def check_query(fields: Mapping[str, Field], query: Sequence[tuple[str, str]]) -
         if one is None:
             raise InvalidInput(f"{name[:80]}: unknown query parameter. Valid: {', '.join(fields) or 'none'}", option=name[:80])
         if one.kind == "strings":
-            found.setdefault(name, []).extend(part for part in text.split(",") if part)
+            found.setdefault(name, []).extend(text.split(","))
         elif one.kind == "integer":
             found[name] = int(text) if text.isascii() and text.isdecimal() and len(text) < 20 else text
         elif one.kind == "boolean":

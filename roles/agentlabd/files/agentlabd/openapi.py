@@ -1,0 +1,129 @@
+# Copyright: the agentlab.proxmox contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""The OpenAPI document, made from the table that serves. What answers look like is described here; tests hold the daemon to it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from agentlab_core import states
+
+from . import __version__
+from .shapes import object_schema
+
+if TYPE_CHECKING:
+    from .routes import Route
+
+_TEXT: dict[str, Any] = {"type": "string"}
+_MAYBE: dict[str, Any] = {"type": ["string", "null"]}
+_WHOLE: dict[str, Any] = {"type": "integer"}
+_FLAG: dict[str, Any] = {"type": "boolean"}
+_ANY: dict[str, Any] = {"type": "object"}
+_STATE: dict[str, Any] = {"type": "string", "enum": list(states.STATES)}
+_TIME: dict[str, Any] = {"type": ["string", "null"], "pattern": r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$", "description": "UTC"}
+
+
+def _list(of: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "array", "items": of}
+
+
+def _object(properties: dict[str, Any], optional: Sequence[str] = (), *, more: bool = False) -> dict[str, Any]:
+    return {"type": "object", "properties": properties, "required": [name for name in properties if name not in optional], "additionalProperties": more}
+
+
+def _ref(name: str) -> dict[str, Any]:
+    return {"$ref": f"#/components/schemas/{name}"}
+
+
+_SANDBOX: dict[str, Any] = {
+    "uuid": _TEXT, "vmid": _WHOLE, "name": _TEXT, "profile": _MAYBE, "state": _STATE, "node": _MAYBE, "ip": _MAYBE, "workspace_id": _MAYBE,
+    "tags": _list(_TEXT), "protected": _FLAG, "keepalive": _FLAG, "lease_expires_at": _TIME, "created_at": _TIME, "updated_at": _TIME,
+    "state_changed_at": _TIME}
+_DONE: dict[str, Any] = {"previous_state": _MAYBE, "outcome": _TEXT, "changed": _FLAG, "reason": _MAYBE, "upids": _list(_TEXT), "warnings": _list(_TEXT)}
+_RESULT: dict[str, Any] = {**_DONE, "vmid": {"type": ["integer", "null"]}, "uuid": _MAYBE, "name": _MAYBE, "state": _MAYBE, "message": _MAYBE, "failed": _FLAG}
+_JOB: dict[str, Any] = {"last_run": _TIME, "next_run": _TIME, "last_error": _MAYBE}
+
+SCHEMAS: dict[str, Any] = {
+    "Error": _object({"error": {**_TEXT, "description": "one sentence"}, "code": {**_TEXT, "description": "a stable word"}}, more=True),
+    "Health": _object({"status": {"const": "ok"}}),
+    "Sandbox": _object(_SANDBOX),
+    "Sandboxes": _object({"sandboxes": _list(_ref("Sandbox"))}),
+    "Item": _object({**_SANDBOX, **_DONE}),
+    "Result": _object(_RESULT, ("warnings",), more=True),
+    "Results": _object({"results": _list(_ref("Result")), "failed_count": _WHOLE}),
+    "Lease": _object({"vmid": _WHOLE, "lease_expires_at": _TIME, "granted_seconds": _WHOLE, "capped": _FLAG, "changed": _FLAG}),
+    "Prune": _object({"count": _WHOLE, "dry_run": _FLAG, **{name: _list(_ref("Result")) for name in ("pruned", "kept", "failed")}}),
+    "Drift": _object({"drift": _list(_object({"kind": _TEXT, "action": _TEXT, "vmid": {"type": ["integer", "null"]}, "uuid": _MAYBE, "state": _MAYBE,
+                                              "evidence": _ANY, "applied": _FLAG, "error": _MAYBE})), "count": _WHOLE, "applied": _FLAG}),
+    "Events": _object({"events": _list(_object({
+        "id": _WHOLE, "at": _TIME, "sandbox_uuid": _TEXT, "vmid": _WHOLE, "from_state": _MAYBE, "to_state": _MAYBE, "operation": _TEXT, "actor": _TEXT,
+        "reason": _MAYBE, "evidence": _ANY, "upids": _list(_TEXT), "duration_ms": {"type": ["integer", "null"]}, "outcome": _TEXT})), "last_id": _WHOLE}),
+    "Profiles": _object({"profiles": _list(_object({"name": _TEXT, "description": _MAYBE}, more=True))}),
+    "Cleanup": _object({"count": _WHOLE, "dry_run": _FLAG, "candidates": _WHOLE, "forgotten": _WHOLE, "guard": _MAYBE,
+                        **{name: _list(_ref("Result")) for name in ("pruned", "marked", "kept", "failed")}}),
+    "Freeze": _object({"reason": _TEXT, "at": _TIME, "actor": _TEXT}),
+    "Frozen": _object({"frozen": {"anyOf": [_ref("Freeze"), {"type": "null"}]}, "released": {"anyOf": [_ref("Freeze"), {"type": "null"}]}}, ("released",)),
+    "Status": _object({
+        "version": _TEXT, "started_at": _TIME, "uptime_seconds": _WHOLE,
+        "database": _object({"path": _TEXT, "schema": _WHOLE, "by_state": {"type": "object", "additionalProperties": _WHOLE}}),
+        "proxmox": _object({"where": _TEXT, "reachable": {"type": ["boolean", "null"]}, "last_error": _MAYBE, "requests": _WHOLE}),
+        "expiry": _object(_JOB), "reconcile": _object(_JOB),
+        "cleanup": _object({"enabled": _FLAG, "mode": _TEXT, **_JOB, "last_result": {"type": ["object", "null"]},
+                            "frozen": {"anyOf": [_ref("Freeze"), {"type": "null"}]}}),
+        "operations": _object({"in_progress": _WHOLE, "interrupted": _WHOLE}),
+        "config": _object({"path": _MAYBE, "loaded_at": _TIME, "error": _MAYBE})}),
+    "OpenApi": _object({"openapi": _TEXT}, more=True),
+}
+_WHY = {400: "The request makes no sense", 404: "sandbox not found", 409: "The state of things forbids it", 413: "The body is too large",
+        502: "Proxmox refused, or its task failed", 503: "Proxmox cannot be reached, or the daemon is stopping", 504: "Proxmox did not answer in time"}
+
+
+def document(routes: Sequence[Route]) -> dict[str, Any]:
+    """The whole document."""
+    paths: dict[str, Any] = {}
+    for route in routes:
+        paths.setdefault(route.path, {})[route.method.lower()] = _operation(route)
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "agentlabd", "version": __version__, "description": "Throw-away VMs with leases on Proxmox VE.",
+                 "license": {"name": "GPL-3.0-or-later", "identifier": "GPL-3.0-or-later"}},
+        "servers": [{"url": "/"}],
+        "paths": paths,
+        "components": {"schemas": SCHEMAS},
+    }
+
+
+def _operation(route: Route) -> dict[str, Any]:
+    parameters: list[dict[str, Any]] = []
+    if "{vmid}" in route.path:
+        parameters.append({"name": "vmid", "in": "path", "required": True, "schema": {"type": "integer", "minimum": 100, "maximum": 999999999}})
+    for name, one in route.query.items():
+        schema = {key: value for key, value in one.schema().items() if key != "description"}
+        parameters.append({"name": name, "in": "query", "required": False, "description": one.text, "schema": schema})
+    found: dict[str, Any] = {"operationId": route.name, "summary": route.summary, "parameters": parameters}
+    if route.body is not None:
+        found["requestBody"] = {"required": any(one.required for one in route.body.values()),
+                                "content": {"application/json": {"schema": {**object_schema(route.body), **route.together}}}}
+    errors = [400]
+    if "{vmid}" in route.path or route.name == "destroy_sandboxes":
+        errors.append(404)
+    if route.changes:
+        errors += [409, 413]
+        if not route.quick:
+            errors += [502, 504]
+    errors.append(503)
+    found["responses"] = {str(status): _response(_says(status), schema) for status, schema in route.answers.items()}
+    found["responses"].update({str(status): _response(_WHY[status], "Error") for status in errors})
+    found["responses"]["default"] = _response("Any other error", "Error")
+    return found
+
+
+def _says(status: int) -> str:
+    return {200: "Done", 201: "Created", 207: "Some items failed; each has its own outcome"}[status]
+
+
+def _response(description: str, schema: str) -> dict[str, Any]:
+    return {"description": description, "content": {"application/json": {"schema": _ref(schema)}}}

@@ -1,0 +1,54 @@
+# Copyright: the agentlab.proxmox contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""The OpenAPI document is true: schemathesis asks a real daemon what the document promises, and what it forbids."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from support.daemon import FILES, Daemon, free_port
+from support.lab import Lab
+
+TOKEN = "a-long-token-of-the-tests-5d1f"
+# Whether a template or a node exists is not for a schema to say.
+CREATE = "/v1/sandboxes"
+RUNS = {
+    "any": ["--exclude-path", CREATE],
+    # Of a sandbox that is there.
+    "1000": ["--include-path-regex", "{vmid}"],
+    "create": ["--include-path", CREATE, "--exclude-checks", "positive_data_acceptance"],
+}
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_the_document_is_true(daemon: Callable[..., Daemon], lab: Lab, tmp_path: Path, run: str) -> None:
+    for name in ("a1", "a2"):
+        lab.create(name)
+    token = tmp_path / "token"
+    token.write_text(TOKEN)
+    token.chmod(0o600)
+    port = free_port()
+    daemon(listen=f"127.0.0.1:{port}", listen_token_file=str(token), max_ttl="3650d")
+    settings = tmp_path / "schemathesis.toml"
+    settings.write_text('[parameters]\n"path.vmid" = 1000\n' if run == "1000" else "")
+    done = subprocess.run(
+        [str(Path(sys.executable).with_name("schemathesis")), "--config-file", str(settings), "run", f"http://127.0.0.1:{port}/v1/openapi.json",
+         "-H", f"Authorization: Bearer {TOKEN}", "--phases", "coverage,fuzzing", "-c", "all", "--max-examples", "15", "--seed", "7",
+         "--generation-database", "none", "--continue-on-failure", "--suppress-health-check", "all", *RUNS[run]],
+        capture_output=True, text=True, timeout=400, cwd=tmp_path, env={**os.environ, "NO_COLOR": "1"})
+    assert done.returncode == 0, done.stdout[-6000:]
+    assert "passed" in done.stdout
+
+
+def test_every_creation_option_of_the_core_is_in_the_document() -> None:
+    code = ("from agentlabd.routes import CREATION; from agentlab_core.operations import wanted;"
+            "assert set(CREATION) == {'vmid', 'name', 'ttl_minutes', *wanted.OPTIONS}, set(CREATION) ^ {'vmid', 'name', 'ttl_minutes', *wanted.OPTIONS}")
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": str(FILES)}, timeout=30)
