@@ -91,6 +91,8 @@ class Lab:
         self.close_contexts()
         pve = self.pve
         pve.vms.clear()
+        pve.tasklog.clear()
+        pve.tasks.clear()
         for store in pve.storages.values():
             store.pop("volumes", None)
         pve.add_template()

@@ -615,6 +615,16 @@ class ProxmoxDouble(FakePve):
         self.grant(user, f"/storage/{storage}", "Datastore.AllocateSpace", "Datastore.Audit")
         self.grant(user, f"/sdn/zones/localnetwork/{bridge}", "SDN.Use")
 
+    async def _permissions(self, v: dict[str, Any], user: str) -> dict[str, Any]:
+        """With a path: what is held there, inherited rights included, under that path alone."""
+        found = await super()._permissions(v, user)
+        if v.get("path") is None:
+            return found
+        held: dict[str, int] = {}
+        for privileges in found.values():
+            held.update(privileges)
+        return {v["path"]: held} if held else {}
+
     @on_loop
     def revoke(self, user: str, path: str | None = None) -> None:
         """Take a user's grants away again (on one path)."""

@@ -463,10 +463,12 @@ def test_retention_removes_old_destroyed_records_with_their_events_and_no_others
 # ---- claims ----
 
 
-def test_a_lost_fence_writes_nothing_more(store: Records) -> None:
+def test_a_lost_fence_writes_nothing_more(path: Path) -> None:
+    clock = FakeClock()
+    store = Records(Database(str(path)), clock, "x")
     claim, sandbox = reserve(store)
-    store.db.write(lambda conn: conn.execute("UPDATE claims SET expires_at = 0") and None)
-    second = Records(store.db, SystemClock(), "second")
+    clock.pass_time(store.claim_seconds)
+    second = Records(store.db, clock, "second")
     newer = second.claim(sandbox.uuid, "destroy")
     assert newer.fence > claim.fence and newer.interrupted is not None and newer.interrupted.phase == "reserved"
     for write in (lambda: store.journal(claim, "create", "cloning", {}), lambda: store.change(claim, sandbox, "create", to="PROVISIONING"),

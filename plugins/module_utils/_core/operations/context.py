@@ -20,13 +20,10 @@ from ..proxmox.client import ProxmoxClient
 from ..proxmox.cluster import Cluster
 from ..proxmox.tasks import TaskWaiter
 from ..store.database import Database, Rehearsal
-from ..store.records import Claim, Records
+from ..store.records import POINT_OF_NO_RETURN, Claim, Records
 
 A = TypeVar("A")
 B = TypeVar("B")
-
-# Phases of a destroy after which the VM may already be gone.
-POINT_OF_NO_RETURN = ("deleting", "waiting")
 
 
 class Context:

@@ -225,7 +225,7 @@ def _carry_on(ctx: Context, claim: Claim, spec: Spec, sandbox: Sandbox, journal:
         if sandbox.state != states.BOOTING:
             sandbox = ctx.records.change(claim, sandbox, "create", to=states.BOOTING, reason="cloned", upids=upids, journal=("configuring", noted))
         found = require_match(ctx, sandbox)
-        _configure(ctx, spec, sandbox, found)
+        found = _configure(ctx, spec, sandbox, found)
         done, warned = power.start(ctx, sandbox, found)
         upids += done
         warnings += warned
@@ -263,15 +263,17 @@ def _clone(ctx: Context, claim: Claim, spec: Spec, sandbox: Sandbox, noted: dict
         template, template_node = template_of(ctx, spec.template or ctx.config.template)
         noted.update(template=template, template_node=template_node, node=sandbox.node)
     resumed = phase in ("cloning", "waiting")
+    # A clone request of an earlier run whose answer was lost: Proxmox may carry it out at any time.
+    doubt = {**noted, "phase": phase, "at": at} if resumed and not noted.get("upid") else None
     occupied: set[int] = set()
     while True:
         upid = noted.get("upid")
         if resumed and not upid:
-            found = _await_doubt(ctx, claim, sandbox, {**noted, "phase": phase, "at": at})
+            found = _await_doubt(ctx, claim, sandbox, doubt or noted)
             if found.match:
                 return ctx.records.get(sandbox.uuid)
             if found.node is not None and found.verdict and found.verdict.identity != identity.FOREIGN:
-                raise Kept("ambiguous", f"sandbox {sandbox.vmid}: whether VM {sandbox.vmid} is the clone that was begun is not certain; it was left alone")
+                raise _not_certain(sandbox)
             resumed = False
         try:
             if not upid:
@@ -280,16 +282,25 @@ def _clone(ctx: Context, claim: Claim, spec: Spec, sandbox: Sandbox, noted: dict
             warnings += ctx.tasks.wait(upid, f"clone template {template} to VM {sandbox.vmid}", ctx.wait_timeout)
             break
         except (ApiError, TaskFailed) as error:
-            text = error.text if isinstance(error, ApiError) else error.exitstatus
-            taken = "already exists" in text or "File exists" in text
+            taken, another = _in_the_way(error)
+            if taken and doubt:
+                # Or is it what was in doubt, carried out after all? Then it is not left behind for another VMID.
+                found, doubt = _await_doubt(ctx, claim, sandbox, doubt), None
+                if found.match:
+                    return ctx.records.get(sandbox.uuid)
+                if found.verdict is None or found.verdict.identity != identity.FOREIGN:
+                    raise _not_certain(sandbox) from None
             if taken or (isinstance(error, ApiError) and not noted.get("upid")):
                 # Nothing was made under this VMID by us: said by Proxmox, so there is no doubt to wait for.
                 noted.pop("upid", None)
                 ctx.records.journal(claim, "create", "reserved", noted)
-            if not taken:
-                raise
-            if spec.vmid is not None:
+            if taken and spec.vmid is not None:
                 raise _occupied(sandbox.vmid, "one that these credentials may not see, or a container") from None
+            if not taken and not (another and spec.vmid is None and ctx.cluster.prove_absent([sandbox.vmid])[sandbox.vmid].absent):
+                raise
+            if not taken:
+                noted.pop("upid", None)
+                ctx.records.journal(claim, "create", "reserved", noted)
             occupied |= {sandbox.vmid, *ctx.cluster.vms(fresh=True)}
             ctx.records.renumber(claim, sandbox, vmid_range=ctx.config.vmid_range, occupied=occupied)
             sandbox = ctx.records.get(sandbox.uuid)
@@ -299,8 +310,21 @@ def _clone(ctx: Context, claim: Claim, spec: Spec, sandbox: Sandbox, noted: dict
     if found.verdict is None or found.verdict.identity != identity.UNBOUND or smbios is None:
         raise Kept("ambiguous", f"sandbox {sandbox.vmid}: the clone ended well, but the VM now at that VMID does not carry its marker; it was left alone",
                    evidence=found.verdict.evidence if found.verdict else None)
-    ctx.cluster.seen_ours()
+    ctx.cluster.seen_ours(sandbox.vmid)
     return create_recovery.bind(ctx, claim, sandbox, smbios, found)
+
+
+def _in_the_way(error: ApiError | TaskFailed) -> tuple[bool, bool]:
+    """What a refused clone says: (another VM has the VMID, so nothing of ours is there; something is in the way that another VMID would not meet)."""
+    text = error.text if isinstance(error, ApiError) else error.exitstatus
+    exists = "already exists" in text or "File exists" in text
+    # In a task it may also be a volume, and then the task had begun to make a VM.
+    taken = exists and (isinstance(error, ApiError) or re.search(r"config file|\.conf\b|\b(VM|CT) \d+ already exists", text) is not None)
+    return taken, exists
+
+
+def _not_certain(sandbox: Sandbox) -> Kept:
+    return Kept("ambiguous", f"sandbox {sandbox.vmid}: whether VM {sandbox.vmid} is the clone that was begun is not certain; it was left alone")
 
 
 def _send_clone(ctx: Context, claim: Claim, spec: Spec, sandbox: Sandbox, noted: dict[str, Any]) -> str:
@@ -346,8 +370,8 @@ def _await_doubt(ctx: Context, claim: Claim, sandbox: Sandbox, created: dict[str
         ctx.clock.sleep(1.0)
 
 
-def _configure(ctx: Context, spec: Spec, sandbox: Sandbox, found: Located) -> None:
-    """One config write with what the clone call cannot carry, guarded by the digest of what was judged; then the disk's size."""
+def _configure(ctx: Context, spec: Spec, sandbox: Sandbox, found: Located) -> Located:
+    """One config write with what the clone call cannot carry, then the disk's size, each guarded by the digest of what was judged; the VM as judged last."""
     config = (found.verdict.config if found.verdict else None) or {}
     tags = sorted({OUR_TAG, *sandbox.tags})
     wanted: dict[str, Any] = {"tags": ";".join(tags), "cores": spec.cores, "memory": spec.memory, "nameserver": spec.nameserver, "ipconfig0": spec.ip_config,
@@ -375,9 +399,13 @@ def _configure(ctx: Context, spec: Spec, sandbox: Sandbox, found: Located) -> No
         disk = boot_disk(config)
         if disk is None:
             raise InvalidInput("disk_size: the template has no disk to resize", option="disk_size")
-        answer = ctx.client.put(f"{found.path}/resize", disk=disk, size=spec.disk_size)
+        found = require_match(ctx, sandbox)
+        answer = ctx.client.put(f"{found.path}/resize", disk=disk, size=spec.disk_size, digest=found.verdict.digest if found.verdict else None)
         if isinstance(answer, str) and answer.startswith("UPID:"):
             ctx.tasks.wait(answer, f"resize disk {disk} of VM {sandbox.vmid}", ctx.wait_timeout)
+        # It may have taken long: what is started next is looked at once more.
+        found = require_match(ctx, sandbox)
+    return found
 
 
 def join_firewall_group(ctx: Context, found: Located, group: str) -> None:

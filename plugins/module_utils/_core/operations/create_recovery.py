@@ -49,7 +49,7 @@ def locate_unbound(ctx: Context, sandbox: Sandbox, claim: Claim | None, created:
     if claim is not None:
         bind(ctx, claim, sandbox, smbios, found)
     verdict.identity = identity.MATCH
-    ctx.cluster.seen_ours()
+    ctx.cluster.seen_ours(sandbox.vmid)
     return found
 
 

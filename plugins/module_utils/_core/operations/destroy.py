@@ -20,9 +20,10 @@ from .. import states
 from ..errors import AgentlabError, ApiError, Busy, ClaimLost, Kept, OutcomeUnknown, ProxmoxError, StateConflict, StoreError, TaskFailed, TaskUnknown
 from ..model import Outcome, Sandbox
 from ..proxmox import identity
-from ..store.records import Claim, Operation
+from ..proxmox.client import not_begun
+from ..store.records import POINT_OF_NO_RETURN, Claim, Operation
 from . import create_recovery, power, remains
-from .context import POINT_OF_NO_RETURN, Context, failure
+from .context import Context, failure
 from .verify import Located, locate, refuse_guarded, refuse_not_ours
 
 # Times the VM may change between judging and marking before it is left alone.
@@ -240,21 +241,28 @@ def _until_gone(ctx: Context, planned: Sandbox, request: Request) -> Outcome | _
             ctx.cluster.require_quorum()
             if str(found.row.get("status")) != "stopped" and not stopped:
                 ctx.records.journal(claim, "destroy", cut_off.phase if cut_off else "stopping", detail)
-                done, warned = power.stop(ctx, current, found, hard=request.force or current.state in (states.TIMEOUT, states.SUSPENDED))
+                try:
+                    done, warned = power.stop(ctx, current, found, hard=request.force or current.state in (states.TIMEOUT, states.SUSPENDED))
+                except (ApiError, TaskFailed) as error:
+                    if "does not exist" not in error.message or attempt + 1 >= _MARK_TRIES:
+                        raise
+                    # Moved, or gone (perhaps by the delete of a killed run): looked for again.
+                    ctx.cluster.vms(fresh=True)
+                    continue
                 upids += done
                 warnings += warned
                 stopped = True
-            ctx.records.journal(claim, "destroy", "deleting", detail)
+            ctx.records.journal(claim, "destroy", "deleting", detail, unprotected=not request.clean_up)
             try:
                 _mark(ctx, request, found)
             except ApiError as error:
                 sent = cut_off is not None
-                if "checksum mismatch" in error.text and attempt + 1 < _MARK_TRIES:
+                if ("checksum mismatch" in error.text or "does not exist" in error.text) and attempt + 1 < _MARK_TRIES:
                     ctx.cluster.vms(fresh=True)
                     continue
                 if "checksum mismatch" in error.text:
                     raise Kept("changed", f"sandbox {current.vmid}: its VM's configuration keeps changing; it was left alone, run again") from None
-                raise Kept("unknown" if error.status == 500 else "denied",
+                raise Kept("locked" if "is locked" in error.text else "unknown" if error.status == 500 else "denied",
                            f"sandbox {current.vmid}: the VM was not deleted, because it cannot be marked: {error.message}") from None
             sent = True
             try:
@@ -268,6 +276,9 @@ def _until_gone(ctx: Context, planned: Sandbox, request: Request) -> Outcome | _
                     continue
                 if "does not exist" in error.text:
                     ctx.cluster.vms(fresh=True)
+                    continue
+                if not_begun(error.text) and attempt + 1 < _MARK_TRIES:
+                    ctx.clock.sleep(1.0)
                     continue
                 raise
             if not isinstance(upid, str):
@@ -379,4 +390,8 @@ def _finish(ctx: Context, found: _Gone, proofs: dict[int, Any]) -> Outcome:
                           upids=found.upids)
     except AgentlabError as error:
         give_back(ctx, found.claim)
-        return failure(_now(ctx, sandbox), error)
+        now = _now(ctx, sandbox)
+        if now.state == states.DESTROYED:
+            # The claim was lost to a run that brought this to its end.
+            return Outcome.of("destroyed", now, previous_state=found.before.state, reason=now.reason, changed=True, upids=found.upids, warnings=found.warnings)
+        return failure(now, error)

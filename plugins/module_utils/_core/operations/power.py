@@ -11,6 +11,7 @@ from typing import Any
 from .. import states
 from ..errors import ApiError, InvalidInput, OutcomeUnknown, RecordChanged, TaskFailed, TaskTimeout
 from ..model import Outcome, Sandbox
+from ..proxmox.client import not_begun
 from ..store.records import Claim
 from .context import Context
 from .verify import Located, refuse_locked, require_match
@@ -54,7 +55,7 @@ def _request(ctx: Context, claim: Claim, sandbox: Sandbox, operation: str, targe
     elif operation == "start":
         upids, warnings = start(ctx, sandbox, found)
     else:
-        upids, warnings = _task(ctx, found, f"suspend VM {sandbox.vmid}", "status/suspend")
+        upids, warnings = _task(ctx, sandbox, found, f"suspend VM {sandbox.vmid}", "status/suspend")
     took = int((ctx.clock.monotonic() - began) * 1000)
     values: dict[str, Any] = {"to": target, "upids": upids, "duration_ms": took, "finish": True, "node": found.node}
     done = settle(ctx, claim, sandbox, operation, **values)
@@ -78,11 +79,11 @@ def stop(ctx: Context, sandbox: Sandbox, found: Located, *, hard: bool) -> tuple
         return [], []
     what = f"stop VM {sandbox.vmid}"
     if hard or not ctx.config.shutdown_timeout:
-        upids, warnings = _task(ctx, found, what, "status/stop")
+        upids, warnings = _task(ctx, sandbox, found, what, "status/stop")
     else:
         try:
             # forceStop: a guest that does not answer is switched off when its time is over.
-            upids, warnings = _task(ctx, found, what, "status/shutdown", timeout=ctx.config.shutdown_timeout, forceStop=1)
+            upids, warnings = _task(ctx, sandbox, found, what, "status/shutdown", timeout=ctx.config.shutdown_timeout, forceStop=1)
         except ApiError as error:
             if "not running" not in error.text:
                 raise
@@ -99,10 +100,10 @@ def start(ctx: Context, sandbox: Sandbox, found: Located) -> tuple[list[str], li
     what = f"start VM {sandbox.vmid}"
     if now.get("status") == "running":
         if now.get("qmpstatus") in ("paused", "suspended"):
-            return _task(ctx, found, f"resume VM {sandbox.vmid}", "status/resume")
+            return _task(ctx, sandbox, found, f"resume VM {sandbox.vmid}", "status/resume")
         return [], []
     try:
-        upids, warnings = _task(ctx, found, what, "status/start")
+        upids, warnings = _task(ctx, sandbox, found, what, "status/start")
     except TaskFailed as error:
         if "already running" not in error.exitstatus:
             raise
@@ -112,20 +113,24 @@ def start(ctx: Context, sandbox: Sandbox, found: Located) -> tuple[list[str], li
     return upids, warnings
 
 
-def _task(ctx: Context, found: Located, what: str, action: str, **params: Any) -> tuple[list[str], list[str]]:
+def _task(ctx: Context, sandbox: Sandbox, found: Located, what: str, action: str, **params: Any) -> tuple[list[str], list[str]]:
     upids: list[str] = []
+    tries = 0
     while True:
-        upid = ctx.client.post(f"{found.path}/{action}", **params)
-        if not isinstance(upid, str):
-            raise OutcomeUnknown(f"{what}: Proxmox answered without a task id; whether it was done is not known, run again")
-        upids.append(upid)
+        tries += 1
         try:
+            upid = ctx.client.post(f"{found.path}/{action}", **params)
+            if not isinstance(upid, str):
+                raise OutcomeUnknown(f"{what}: Proxmox answered without a task id; whether it was done is not known, run again")
+            upids.append(upid)
             return upids, ctx.tasks.wait(upid, what, ctx.wait_timeout)
-        except TaskFailed as error:
+        except (ApiError, TaskFailed) as error:
             # The clean-up after a stop may hold the VM's lock for up to 30 s: the task did not begin.
-            if "can't lock file" not in error.exitstatus or len(upids) >= _LOCK_TRIES:
+            if tries >= _LOCK_TRIES or not not_begun(error.text if isinstance(error, ApiError) else error.exitstatus):
                 raise
         ctx.clock.sleep(1.0)
+        # That took its time: whose VM it is now is looked at before the next try.
+        found = require_match(ctx, sandbox)
 
 
 def status(ctx: Context, found: Located) -> dict[str, Any]:

@@ -18,13 +18,15 @@ from .. import states
 from ..errors import AgentlabError, GuardTripped, Kept, ProxmoxError, RecordChanged, StateConflict
 from ..model import Sandbox
 from ..proxmox import identity
+from ..store.records import POINT_OF_NO_RETURN
 from . import cloud_init, destroy, lease, power, remains, timeguard
-from .context import POINT_OF_NO_RETURN, Context
+from .context import Context
 from .verify import Located, locate
 
 # Absences of fewer records than this are never "a large share".
 _GUARD_FROM = 5
 _STOPS = ("qmstop", "qmshutdown", "qmsuspend", "hastop", "stopall", "qmreboot")
+_STARTS = ("qmstart", "qmresume", "hastart", "startall")
 
 
 @dataclass(slots=True)
@@ -213,9 +215,18 @@ def _compare(ctx: Context, sandbox: Sandbox, rows: dict[int, dict[str, Any]], pr
         return Drift("unknown", "none", {"why": "it vanished from the list while it was looked at"}, sandbox)
     if found.verdict.identity == identity.FOREIGN:
         return _absent(ctx, sandbox, "vmid_reused", found.verdict.evidence)
+    if found.verdict.identity == identity.UNKNOWN:
+        return Drift("locked", "none", found.verdict.evidence, sandbox)
     if not found.match:
         return Drift("ambiguous", "none", found.verdict.evidence, sandbox)
-    return _power_drift(ctx, sandbox, found)
+    drift = _power_drift(ctx, sandbox, found)
+    if drift is not None:
+        try:
+            ctx.cluster.require_quorum()
+        except Kept as error:
+            # This side's copy of the configuration may be old: the VM may have been started on the other side.
+            return Drift("unknown", "none", {**drift.evidence, "why": error.message}, sandbox)
+    return drift
 
 
 def _absent(ctx: Context, sandbox: Sandbox, kind: str, evidence: dict[str, Any]) -> Drift:
@@ -245,7 +256,13 @@ def _power_drift(ctx: Context, sandbox: Sandbox, found: Located) -> Drift | None
         if now == "stopped":
             explained = _stop_task(ctx, sandbox, str(found.node))
             evidence.update(vm_status=now, stop_task=explained)
-            target = states.STOPPED if explained else states.FAILED
+            target = states.STOPPED
+            if not explained:
+                hidden = _hidden_tasks(ctx, str(found.node))
+                # FAILED says that nobody stopped it; without a sight of everybody's tasks all that is known is that it is stopped.
+                target = states.STOPPED if hidden else states.FAILED
+                if hidden:
+                    evidence["why"] = hidden
             return Drift("stopped", target, evidence, sandbox, repair=_moving(ctx, sandbox, target, evidence, node=found.node))
     if found.node != sandbox.node:
         evidence["was"] = sandbox.node
@@ -273,15 +290,30 @@ def _moving(ctx: Context, sandbox: Sandbox, target: str, evidence: dict[str, Any
 
 
 def _stop_task(ctx: Context, sandbox: Sandbox, node: str) -> str | None:
-    """The newest task that explains why the VM is stopped, if there is one since the state was entered."""
+    """The task that explains why the VM is stopped: the newest of those that start or stop it, if that stopped it since the state was entered."""
     try:
         rows = ctx.client.get_list(f"nodes/{node}/tasks", vmid=sandbox.vmid, source="all", limit=50, since=max(0, (sandbox.state_changed_at or 0) - 60))
     except ProxmoxError:
         return None
     for row in rows:
-        if row.get("type") in _STOPS and str(row.get("status") or "").startswith(("OK", "WARNINGS")):
-            return str(row.get("upid"))
+        if row.get("type") in (*_STOPS, *_STARTS) and str(row.get("status") or "").startswith(("OK", "WARNINGS")):
+            # A stop from before the last start (perhaps of another sandbox with this VMID) explains nothing.
+            return str(row.get("upid")) if row.get("type") in _STOPS else None
     return None
+
+
+def _hidden_tasks(ctx: Context, node: str) -> str | None:
+    """Why tasks of others may be hidden, so that the missing of one proves nothing; None when all can be seen."""
+    if ctx.config.proxmox.is_root:
+        return None
+    path = f"/nodes/{node}"
+    try:
+        held = ctx.client.get_dict("access/permissions", path=path).get(path)
+    except ProxmoxError as error:
+        return f"whether these credentials may see the tasks of others is not known: {error.message}"
+    if isinstance(held, dict) and "Sys.Audit" in held:
+        return None
+    return f"these credentials see only their own tasks; grant Sys.Audit on {path} to tell a stop from a crash"
 
 
 def _stale_creation(ctx: Context, sandbox: Sandbox) -> Drift | None:

@@ -42,12 +42,14 @@ def locate(ctx: Context, sandbox: Sandbox) -> Located:
                 return Located(None, {}, None)
             continue
         node = str(row.get("node"))
-        if row.get("type") != "qemu":
-            # A container has that VMID now: whatever it is, it is not the VM we made.
-            verdict = identity.Verdict(identity.FOREIGN, {"type": row.get("type"), "name": row.get("name")})
-            return Located(node, row, verdict)
+        kind = row.get("type")
+        if kind not in ("qemu", "lxc"):
+            raise Kept("unknown", f"sandbox {sandbox.vmid}: the cluster's list calls it {kind!r}, which is neither VM nor container; nothing is concluded")
+        if kind == "lxc" and not fresh:
+            # The list is only a hint where to look.
+            continue
         try:
-            config = ctx.client.get_dict(f"nodes/{node}/qemu/{sandbox.vmid}/config")
+            config = ctx.client.get_dict(f"nodes/{node}/{kind}/{sandbox.vmid}/config")
         except Unreachable as error:
             raise Kept("node_offline", f"sandbox {sandbox.vmid}: node {node} does not answer; left as it is until the node is back ({error.message})") from None
         except ApiError as error:
@@ -62,9 +64,12 @@ def locate(ctx: Context, sandbox: Sandbox) -> Located:
         if not config.get("digest"):
             # Every configuration has one. An answer without it is not Proxmox's word on the VM, and proves nothing about whose it is.
             raise Kept("unknown", f"sandbox {sandbox.vmid}: node {node} answered with something that is no VM configuration (no digest); nothing is concluded")
+        if kind == "lxc":
+            # A container has that VMID now: whatever it is, it is not the VM we made.
+            return Located(node, row, identity.Verdict(identity.FOREIGN, {"type": kind, "name": config.get("hostname") or row.get("name")}))
         verdict = identity.judge(sandbox.uuid, sandbox.smbios_uuid, config)
         if verdict.identity == identity.MATCH:
-            ctx.cluster.seen_ours()
+            ctx.cluster.seen_ours(sandbox.vmid)
         return Located(node, row, verdict)
     return Located(None, {}, None)
 
@@ -93,7 +98,8 @@ def refuse_not_ours(sandbox: Sandbox, found: Located) -> None:
         raise Kept("foreign", f"VMID {sandbox.vmid} now belongs to another VM ({name}); it was not touched. "
                    "Destroy or prune the record, or run agentlab_reconcile", evidence=verdict.evidence)
     if verdict.identity == identity.UNKNOWN:
-        raise Kept("locked", f"sandbox {sandbox.vmid}: the VM is still being cloned; run again when that has ended", evidence=verdict.evidence)
+        raise Kept("locked", f"sandbox {sandbox.vmid}: a VM is just being made at that VMID (cloned or restored); run again when that has ended",
+                   evidence=verdict.evidence)
     raise Kept("ambiguous", f"sandbox {sandbox.vmid}: it is not certain that VM {sandbox.vmid} ({name}) is ours (marker: {verdict.evidence['marker']}, "
                f"SMBIOS UUID {verdict.evidence['smbios_uuid']}, expected {verdict.evidence['expected_smbios_uuid']}); it was not touched. "
                "Look at it, and remove it by hand if it is to go", evidence=verdict.evidence)
@@ -102,11 +108,16 @@ def refuse_not_ours(sandbox: Sandbox, found: Located) -> None:
 def refuse_guarded(sandbox: Sandbox, found: Located) -> None:
     """Kept for what must not be destroyed: templates, VMs with Proxmox's protection, and those that are locked."""
     config = (found.verdict.config if found.verdict else None) or {}
-    if str(config.get("template") or found.row.get("template") or "0") == "1":
+    if _is_on(config.get("template")) or _is_on(found.row.get("template")):
         raise Kept("protected", f"sandbox {sandbox.vmid}: its VM is a template now, and templates are never destroyed")
-    if str(config.get("protection", "0")) == "1":
+    if _is_on(config.get("protection")):
         raise Kept("protected", f"sandbox {sandbox.vmid}: its VM has Proxmox's protection; switch that off first (qm set {sandbox.vmid} --protection 0)")
     refuse_locked(sandbox, found)
+
+
+def _is_on(value: Any) -> bool:
+    # In doubt it is on: Proxmox says 1, and takes more words for it.
+    return value is not None and str(value).strip().lower() not in ("", "0", "no", "off", "false")
 
 
 def refuse_locked(sandbox: Sandbox, found: Located) -> None:

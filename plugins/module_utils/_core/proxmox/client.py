@@ -29,7 +29,11 @@ _UNKNOWN = (408, 502, 503, 504, 596, 597, 598, 599)
 _RETRIES = 3
 _SSH = re.compile(r"ssh: connect to host|closed by|Broken pipe|client_loop|Connection reset|Connection timed out")
 # TLS failures before any request was sent.
-_TLS_REFUSED = re.compile(r"CERTIFICATE_VERIFY_FAILED|certificate verify failed|[Hh]ostname mismatch|WRONG_VERSION_NUMBER|doesn't match")
+_TLS_REFUSED = re.compile(r"CERTIFICATE_VERIFY_FAILED|certificate verify failed|[Hh]ostname mismatch|doesn't match")
+# No TLS at that port; or what took the place of the answer in the middle of a connection.
+_NO_TLS = "WRONG_VERSION_NUMBER"
+# Asked for again only by whoever judges the VM anew: there is no digest that would stop the second try.
+_UNGUARDED = re.compile(r"/qemu/\d+(/status/\w+)?$")
 _KINDS = {"proxmox_api": "api", "proxmox_access": "access", "proxmox_unreachable": "unreachable", "proxmox_outcome_unknown": "unknown"}
 # What each kind of request needs, for answers that do not say it.
 _NEEDS = {
@@ -138,13 +142,13 @@ class ProxmoxClient:
         """Read; retried when it could not be delivered."""
         return self._request("GET", path, params)
 
-    def post(self, path: str, **params: Any) -> Any:
+    def post(self, path: str, /, **params: Any) -> Any:
         return self._request("POST", path, params)
 
-    def put(self, path: str, **params: Any) -> Any:
+    def put(self, path: str, /, **params: Any) -> Any:
         return self._request("PUT", path, params)
 
-    def delete(self, path: str, **params: Any) -> Any:
+    def delete(self, path: str, /, **params: Any) -> Any:
         return self._request("DELETE", path, params)
 
     def get_list(self, path: str, /, **params: Any) -> list[dict[str, Any]]:
@@ -188,7 +192,7 @@ class ProxmoxClient:
                             self._api = None
                     api = self._connect()
                     continue
-                if attempt > _RETRIES or not _may_retry(method, error):
+                if attempt > _RETRIES or not _may_retry(method, path, error):
                     raise
             self.clock.sleep(0.2 * 2**attempt)
 
@@ -216,8 +220,10 @@ class ProxmoxClient:
             raise AccessDenied(f"Proxmox on {self.settings.where} refuses the login of {self.settings.user!r} (status {code[1] if code else '401'}); "
                                "check api_user and api_password", status=401, method=method, path=path) from None
         except requests.exceptions.SSLError as error:
-            if not _TLS_REFUSED.search(str(error)):
-                # After the handshake: the request may have been sent.
+            text = str(error)
+            harmless = method == "GET" or path == "access/ticket"
+            if not (_TLS_REFUSED.search(text) or (_NO_TLS in text and harmless)):
+                # Perhaps after the handshake: the request may have been sent.
                 raise OutcomeUnknown(f"{where}: the encrypted connection broke before the answer", method=method, path=path) from None
             raise Unreachable(f"the certificate of {self.settings.where} is not trusted: {_tls_reason(error)}; set ca_path to its CA "
                               "(/etc/pve/pve-root-ca.pem of the node), or correct api_host", path=path) from None
@@ -317,9 +323,14 @@ def _send(api: Any, method: str, path: str, params: dict[str, Any], *, local: bo
     return found
 
 
-def _may_retry(method: str, error: ProxmoxError) -> bool:
+def not_begun(text: str) -> bool:
+    """True when Proxmox says by this that it did not begin: no worker, or a lock not got."""
+    return any(part in text for part in _NOT_BEGUN)
+
+
+def _may_retry(method: str, path: str, error: ProxmoxError) -> bool:
     if isinstance(error, ApiError):
-        return any(text in error.text for text in _NOT_BEGUN)
+        return not_begun(error.text) and (method == "GET" or not _UNGUARDED.search(path))
     if method != "GET":
         return False
     return isinstance(error, OutcomeUnknown) and "no answer within" not in error.message

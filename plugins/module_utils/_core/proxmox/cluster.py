@@ -52,6 +52,7 @@ class Cluster:
         self._whole: tuple[dict[int, dict[str, Any]], dict[str, Any]] | None = None
         # Once it is known that VMs may be hidden, each absence of this run is asked for by itself.
         self._partial = False
+        self._ours: set[int] = set()
 
     # ---- nodes and quorum ----
 
@@ -140,9 +141,10 @@ class Cluster:
         self._records.set_meta("cluster", json.dumps(self._identity()))
         self._confirmed = True
 
-    def seen_ours(self) -> None:
-        """A VM proven to be ours was found here: whatever its name, this is the right cluster."""
-        self._confirmed = True
+    def seen_ours(self, vmid: int) -> None:
+        """A VM proven to be ours was found here. Its own absence, later in this run, needs no other sign that this is the right cluster; that of
+        others does: a single VM may be here because somebody restored its backup."""
+        self._ours.add(vmid)
 
     # ---- the list ----
 
@@ -201,9 +203,14 @@ class Cluster:
         wanted = sorted(set(vmids))
         try:
             quorum = self.require_quorum()
-            self.confirm()
         except (ProxmoxError, Kept) as error:
             return {vmid: Presence(None, error.message, {}) for vmid in wanted}
+        if not self._ours.issuperset(wanted):
+            try:
+                self.confirm()
+            except (ProxmoxError, Kept) as error:
+                unknown = {vmid: Presence(None, error.message, {}) for vmid in wanted if vmid not in self._ours}
+                return {**unknown, **self.prove_absent(self._ours.intersection(wanted))}
         if len(wanted) <= _FEW or self._partial:
             return self._ask_for_each(wanted, quorum)
         whole = None if anew else self._whole

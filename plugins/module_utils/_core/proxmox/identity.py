@@ -18,7 +18,7 @@ AMBIGUOUS = "AMBIGUOUS"
 UNBOUND = "UNBOUND"
 UNKNOWN = "UNKNOWN"
 
-_MARKER = re.compile(r"agentlab-sandbox: ([0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12})(?![0-9a-f-])")
+_MARKER = re.compile(r"agentlab-sandbox: ([0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12})(?![0-9a-f-])", re.IGNORECASE | re.ASCII)
 _NOTE = "agentlab-delete:"
 _SMBIOS = re.compile(r"(?:^|,)uuid=([0-9A-Fa-f-]{36})(?:,|$)")
 _LONGEST_DESCRIPTION = 8192
@@ -41,7 +41,7 @@ def marker(uuid: str) -> str:
 
 def markers(config: dict[str, Any]) -> set[str]:
     """The sandbox UUIDs that a VM's description carries."""
-    return set(_MARKER.findall(str(config.get("description") or "")))
+    return {found.lower() for found in _MARKER.findall(str(config.get("description") or ""))}
 
 
 def smbios_uuid(config: dict[str, Any]) -> str | None:
@@ -51,21 +51,19 @@ def smbios_uuid(config: dict[str, Any]) -> str | None:
 
 
 def judge(uuid: str, known_smbios: str | None, config: dict[str, Any]) -> Verdict:
-    """MATCH, FOREIGN, AMBIGUOUS, or UNBOUND (our marker, but the SMBIOS UUID was never stored)."""
+    """MATCH, FOREIGN, AMBIGUOUS, UNBOUND (our marker, but the SMBIOS UUID was never stored), or UNKNOWN (a VM is just being made there)."""
     found_markers, found_smbios = markers(config), smbios_uuid(config)
     ours = found_markers == {uuid}
     evidence = {"marker": "ours" if ours else ("several" if uuid in found_markers else ("other" if found_markers else "none")),
                 "smbios_uuid": found_smbios, "expected_smbios_uuid": known_smbios, "name": config.get("name"), "lock": config.get("lock")}
-    if known_smbios is None:
-        if config.get("lock") in ("clone", "create"):
-            # Until a clone is done its description is Proxmox's own: it says nothing yet.
-            identity = UNKNOWN
-        elif ours:
-            identity = UNBOUND
-        else:
-            identity = AMBIGUOUS if uuid in found_markers else FOREIGN
-    elif found_smbios == known_smbios.lower():
+    # Until a clone or a restore is done the configuration says nothing yet: it may become our own clone, or ours again from its backup.
+    unfinished = config.get("lock") in ("clone", "create")
+    if known_smbios is not None and found_smbios == known_smbios.lower():
         identity = MATCH if ours else AMBIGUOUS
+    elif unfinished and (known_smbios is None or uuid not in found_markers):
+        identity = UNKNOWN
+    elif ours and known_smbios is None:
+        identity = UNBOUND
     else:
         identity = AMBIGUOUS if uuid in found_markers else FOREIGN
     return Verdict(identity, evidence, str(config.get("digest") or "") or None, config)
@@ -75,4 +73,7 @@ def deletion_note(config: dict[str, Any], operation: str, at: str | None) -> str
     """The description with one line more that says who deletes the VM and when; replaces the line of an earlier try."""
     lines = [line for line in str(config.get("description") or "").splitlines() if not line.startswith(_NOTE)]
     text = "\n".join([*lines, f"{_NOTE} {operation} {at}"])
+    if len(text) > _LONGEST_DESCRIPTION:
+        # Whatever is cut off, our own line is not: first the lines that carry a marker.
+        text = "\n".join(sorted(text.splitlines(), key=lambda line: not _MARKER.search(line)))
     return text[:_LONGEST_DESCRIPTION]

@@ -35,6 +35,17 @@ def identity() -> str:
     return json.dumps({"host": socket.gethostname(), "boot": boot, "ns": namespace, "pid": pid, "started": _started(pid)})
 
 
+def is_over(process: str, expires_at: int, now: int, since_boot: float) -> bool:
+    """Whether a claim has run out: by the time since boot where it was written in this boot, so that no jump of the clock ends or lengthens it."""
+    try:
+        found = json.loads(process)
+        if found["boot"] and found["boot"] == json.loads(identity())["boot"]:
+            return float(found["until"]) <= since_boot
+    except (ValueError, KeyError, TypeError):
+        pass
+    return expires_at <= now
+
+
 def is_dead(process: str) -> bool:
     """True only when it is certain; a process of another host, or of another container on this one, cannot be judged and counts as alive."""
     try:

@@ -19,15 +19,19 @@ from typing import Any, TypeVar
 
 from .. import states
 from ..clock import Clock
-from ..errors import Busy, ClaimLost, InvalidInput, NotFound, RecordChanged, Stopping
+from ..errors import Busy, ClaimLost, InvalidInput, Kept, NotFound, RecordChanged, Stopping
 from ..model import COLUMNS, Sandbox
 from . import process
 from .database import Database
 
 T = TypeVar("T")
 
-# At the least; every journal entry extends a claim, and between two of them lie at most a few waits for a task.
+# At the least; every journal entry extends a claim. Between two of them lie at most six waits (a creation: resize, three tries to start, the HA
+# manager, the guest agent), and some requests.
 CLAIM_SECONDS = 3600
+_WAITS = 8
+# Phases of a destroy after which the VM may already be gone.
+POINT_OF_NO_RETURN = ("deleting", "waiting")
 _LIVE = "state <> 'DESTROYED'"
 _SELECT = f"SELECT {', '.join(COLUMNS)} FROM sandboxes"
 
@@ -63,7 +67,7 @@ class Records:
     """Reads and writes of records on one database."""
 
     def __init__(self, database: Database, clock: Clock, actor: str, longest_wait: int = 0, stopping: threading.Event | None = None) -> None:
-        self.claim_seconds = max(CLAIM_SECONDS, 3 * longest_wait)
+        self.claim_seconds = max(CLAIM_SECONDS, _WAITS * longest_wait)
         self.db = database
         self.clock = clock
         self.actor = actor
@@ -153,9 +157,14 @@ class Records:
     def interrupted(self) -> list[Operation]:
         """Journal entries whose run is dead or whose claim is gone: what the next run has to finish."""
         rows = self.db.read("SELECT o.*, c.process, c.expires_at FROM operations o LEFT JOIN claims c USING (sandbox_uuid) ORDER BY o.id")
-        now = self.clock.now()
-        return [Operation.from_row(row) for row in rows
-                if row["process"] is None or row["expires_at"] <= now or process.is_dead(row["process"])]
+        return [Operation.from_row(row) for row in rows if row["process"] is None or self._given_up(row)]
+
+    def _given_up(self, claim: sqlite3.Row) -> bool:
+        return process.is_over(claim["process"], claim["expires_at"], self.clock.now(), self.clock.since_boot()) or process.is_dead(claim["process"])
+
+    def _holder(self) -> str:
+        """Which process holds a claim, and until when by the time since boot (JSON)."""
+        return json.dumps({**json.loads(self._process), "until": self.clock.since_boot() + self.claim_seconds})
 
     def meta(self, key: str) -> str | None:
         rows = self.db.read("SELECT value FROM meta WHERE key = ?", key)
@@ -251,14 +260,15 @@ class Records:
 
     def _take(self, conn: sqlite3.Connection, uuid: str, operation: str, now: int) -> Claim:
         row = conn.execute("SELECT * FROM claims WHERE sandbox_uuid = ?", (uuid,)).fetchone()
-        if row and row["expires_at"] > now and not process.is_dead(row["process"]):
+        if row and not self._given_up(row):
             sandbox = conn.execute("SELECT vmid FROM sandboxes WHERE uuid = ?", (uuid,)).fetchone()
             raise Busy(f"sandbox {sandbox['vmid'] if sandbox else uuid} is being worked on: {row['operation']} by {row['holder']} "
                        f"for {max(0, now - row['acquired_at'])} s; wait for it or run again", holder=row["holder"], operation=row["operation"])
-        conn.execute("UPDATE meta SET value = value + 1 WHERE key = 'fence'")
+        # Never below the time in milliseconds: a database restored from a backup hands out no fence that somebody may still hold.
+        conn.execute("UPDATE meta SET value = max(CAST(value AS INTEGER) + 1, ?) WHERE key = 'fence'", (now * 1000,))
         fence = int(conn.execute("SELECT value FROM meta WHERE key = 'fence'").fetchone()["value"])
         conn.execute("INSERT OR REPLACE INTO claims VALUES (?, ?, ?, ?, ?, ?, ?)",
-                     (uuid, fence, operation, self.actor, self._process, now, now + self.claim_seconds))
+                     (uuid, fence, operation, self.actor, self._holder(), now, now + self.claim_seconds))
         left = conn.execute("SELECT * FROM operations WHERE sandbox_uuid = ?", (uuid,)).fetchone()
         return Claim(uuid, fence, operation, Operation.from_row(left) if left else None)
 
@@ -266,8 +276,8 @@ class Records:
         """Run a write only while the claim is still ours, and extend it."""
 
         def inner(conn: sqlite3.Connection) -> T:
-            extended = conn.execute("UPDATE claims SET expires_at = ? WHERE sandbox_uuid = ? AND fence = ?",
-                                    (self.clock.now() + self.claim_seconds, claim.uuid, claim.fence))
+            extended = conn.execute("UPDATE claims SET expires_at = ?, process = ? WHERE sandbox_uuid = ? AND fence = ?",
+                                    (self.clock.now() + self.claim_seconds, self._holder(), claim.uuid, claim.fence))
             if extended.rowcount != 1:
                 raise ClaimLost(f"the claim on sandbox {claim.uuid} was lost to another run; nothing more was done here", uuid=claim.uuid)
             return work(conn)
@@ -294,9 +304,17 @@ class Records:
             "actor = excluded.actor, updated_at = excluded.updated_at",
             (uuid, kind, phase, json.dumps(detail), self.actor, now, now))
 
-    def journal(self, claim: Claim, kind: str, phase: str, detail: dict[str, Any]) -> None:
-        """Write down what is about to be done, before it is done."""
-        self.fenced(claim, lambda conn: self._journal(conn, claim.uuid, kind, phase, detail, self.clock.now()))
+    def journal(self, claim: Claim, kind: str, phase: str, detail: dict[str, Any], *, unprotected: bool = False) -> None:
+        """Write down what is about to be done, before it is done; ``unprotected``: Kept when the sandbox was protected meanwhile."""
+
+        def work(conn: sqlite3.Connection) -> None:
+            if unprotected:
+                row = conn.execute("SELECT vmid, protected FROM sandboxes WHERE uuid = ?", (claim.uuid,)).fetchone()
+                if row["protected"]:
+                    raise Kept("protected", f"sandbox {row['vmid']} was protected while it was to be destroyed; it was not deleted", vmid=row["vmid"])
+            self._journal(conn, claim.uuid, kind, phase, detail, self.clock.now())
+
+        self.fenced(claim, work)
 
     # ---- changes ----
 
@@ -399,9 +417,16 @@ class Records:
         return self.db.write(work)
 
     def amend(self, sandbox: Sandbox, operation: str, **values: Any) -> Sandbox:
-        """Change columns that concern no VM (protected, keepalive, absent_seen_at) with an event; needs no claim."""
+        """Change columns that concern no VM (protected, keepalive, absent_seen_at) with an event; needs no claim.
+
+        Kept (busy) when it is to be protected and its delete is already decided: the other side of the check in ``journal``.
+        """
 
         def work(conn: sqlite3.Connection) -> Sandbox:
+            if values.get("protected"):
+                row = conn.execute("SELECT phase FROM operations WHERE sandbox_uuid = ? AND kind = 'destroy'", (sandbox.uuid,)).fetchone()
+                if row and row["phase"] in POINT_OF_NO_RETURN:
+                    raise Kept("busy", f"cannot protect sandbox {sandbox.vmid}: it is being destroyed", vmid=sandbox.vmid)
             self._set(conn, sandbox, **values)
             self._event(conn, sandbox, sandbox.state, sandbox.state, operation, outcome="done", evidence=values)
             return Sandbox.from_row(conn.execute(f"{_SELECT} WHERE uuid = ?", (sandbox.uuid,)).fetchone())
