@@ -640,8 +640,8 @@ class Breaker:
             while data := server.recv(65536):
                 if self.armed is not None:
                     # Armed by the double when it has the request: this is the answer.
-                    client.sendall(self.armed)
                     self.broken += 1
+                    client.sendall(self.armed)
                     client.close()
                     return
                 client.sendall(data)
