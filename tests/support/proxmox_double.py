@@ -1161,14 +1161,15 @@ class _Nothing(web.StreamResponse):
 
 
 class DoubleServer:
-    """A ProxmoxDouble on 127.0.0.1, on an event loop and thread of its own. Use as a context manager, or start() and stop().
+    """A ProxmoxDouble on loopback, on an event loop and thread of its own. Use as a context manager, or start() and stop().
 
-    setup(pve) runs before it listens. A given cafile path gets a copy of the certificate.
+    setup(pve) runs before it listens. The certificate in cafile is for the host and the further names.
     """
 
     def __init__(self, time_scale: float = 0.0, port: int = 0, setup: Callable[[ProxmoxDouble], Any] | None = None,
-                 double: type[ProxmoxDouble] = ProxmoxDouble) -> None:
-        self.pve = double(port=port)
+                 double: type[ProxmoxDouble] = ProxmoxDouble, host: str = HOST, names: tuple[str, ...] = ()) -> None:
+        self.pve = double(host=host, port=port)
+        self._names = (host, *names)
         self.pve.time_scale = time_scale
         self._setup = setup
         self._loop = asyncio.new_event_loop()
@@ -1194,7 +1195,7 @@ class DoubleServer:
 
     def start(self) -> DoubleServer:
         self._folder = tempfile.TemporaryDirectory(prefix="proxmox-double-")
-        self.cafile, keyfile, _der = make_cert(self._folder.name, hosts=(HOST,))
+        self.cafile, keyfile, _der = make_cert(self._folder.name, hosts=self._names)
         if self._setup is not None:
             self._setup(self.pve)
         self._thread.start()

@@ -1,0 +1,203 @@
+# Copyright: the agentlab.proxmox contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Run by the role on the host: judges a configuration before it replaces the one in force, and keeps the records safe when the release changes.
+
+Every command prints one JSON object. Exit status 1 and a line on standard error: refused, and nothing was changed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import pwd
+import re
+import shutil
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+BACKUP = re.compile(r"agentlab-(?P<version>.+)-schema(?P<schema>\d+)-(?P<at>\d{8}T\d{6}Z)\.db$")
+
+
+class Refused(Exception):
+    """Why nothing was done."""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="agentlab_install", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    check = commands.add_parser("check", help="judge configuration, rules and profiles, given as JSON on standard input")
+    check.add_argument("--release", type=Path, required=True)
+    check.add_argument("--etc", type=Path, required=True)
+    check.add_argument("--user", required=True)
+    records = commands.add_parser("records", help="back the records up, and restore older ones when the release does not know their schema")
+    records.add_argument("--release", type=Path, required=True)
+    records.add_argument("--running", default="none", help="version that is being replaced")
+    records.add_argument("--database", type=Path, required=True)
+    records.add_argument("--backups", type=Path, required=True)
+    records.add_argument("--keep", type=int, required=True)
+    records.add_argument("--dry-run", action="store_true")
+    given = parser.parse_args()
+    print(json.dumps(judge(given) if given.command == "check" else secure(given), sort_keys=True))
+    return 0
+
+
+# ---- configuration ----
+
+def judge(given: argparse.Namespace) -> dict[str, Any]:
+    """Standard input: {"config.yaml": text, "cleanup.yaml": text, "profiles/NAME.yaml": text, ...}, as it would stand in ``etc``.
+
+    Everything is judged together, by the release that is to run, as the user that it is to run as: {"restart": whether a reload would not do}.
+    """
+    import yaml
+
+    texts: dict[str, str] = json.load(sys.stdin)
+    user = pwd.getpwnam(given.user)
+    # /run is in memory: a secret never reaches the disk before its file has the right owner.
+    with tempfile.TemporaryDirectory(prefix="agentlab-check-", dir="/run") as made:
+        folder = Path(made)
+        # What somebody put there by hand counts too, unless it is to be replaced.
+        profiles = given.etc / "profiles"
+        (folder / "profiles").mkdir()
+        for path in sorted(profiles.glob("*.yaml")) if profiles.is_dir() else []:
+            (folder / "profiles" / path.name).write_bytes(path.read_bytes())
+        for name in texts.pop("remove", []):
+            (folder / "profiles" / name).unlink(missing_ok=True)
+        config = yaml.safe_load(texts.pop("config.yaml")) or {}
+        for name, text in texts.items():
+            (folder / name).write_text(text, encoding="utf-8")
+        staged = {**config, "cleanup_file": f"{folder}/cleanup.yaml", "profiles_dir": f"{folder}/profiles"}
+        known = _core(given.release, "config").DEFAULTS
+        staged = {name: value for name, value in staged.items() if name in known or name in config}
+        (folder / "config.yaml").write_text(yaml.safe_dump(staged), encoding="utf-8")
+        for path in (folder, *folder.rglob("*")):
+            os.chown(path, user.pw_uid, user.pw_gid)
+            path.chmod(0o700 if path.is_dir() else 0o600)
+        done = subprocess.run(
+            [sys.executable, "-Ps", "-m", "agentlabd", "--config", f"{folder}/config.yaml", "--check"], capture_output=True, text=True, check=False, cwd="/",
+            user=user.pw_uid, group=user.pw_gid, extra_groups=[],
+            env={"PYTHONPATH": str(given.release), "PYTHONDONTWRITEBYTECODE": "1", "PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8"})
+    if done.returncode:
+        raise Refused((done.stderr or done.stdout).strip().replace(made, str(given.etc)) or f"agentlabd --check ended with {done.returncode}")
+    return {"restart": _needs_restart(given, config)}
+
+
+def _needs_restart(given: argparse.Namespace, config: dict[str, Any]) -> bool:
+    """Some keys are read at the start only."""
+    import yaml
+
+    try:
+        before = yaml.safe_load((given.etc / "config.yaml").read_text(encoding="utf-8")) or {}
+    except (OSError, ValueError, yaml.YAMLError):
+        return True
+    return not isinstance(before, dict) or any(before.get(name) != config.get(name) for name in _core(given.release, "config").FIXED)
+
+
+def _core(release: Path, module: str) -> Any:
+    import importlib
+
+    if str(release) not in sys.path:
+        sys.path.insert(0, str(release))
+    return importlib.import_module(f"agentlab_core.{module}")
+
+
+# ---- records ----
+
+def secure(given: argparse.Namespace) -> dict[str, Any]:
+    """{"schema", "known", "backup", "restored"}: schema of the records and of the release, the copy that was made, the one that was restored.
+
+    The daemon must not run. A copy is restored only when the records' schema is newer than the release knows.
+    """
+    known = _core(given.release, "store.schema").VERSION
+    answer: dict[str, Any] = {"schema": None, "known": known, "backup": None, "restored": None}
+    if not given.database.exists() or not given.database.stat().st_size:
+        return answer
+    answer["schema"] = _schema(given.database)
+    older = None
+    if answer["schema"] > known:
+        older = next((path for path, schema in _backups(given.backups) if schema <= known), None)
+        if older is None:
+            raise Refused(
+                f"the records {given.database} have schema {answer['schema']}, this release knows {known}, and {given.backups} holds no older copy; "
+                "run a newer release, or move the records away to begin with none")
+        answer["restored"] = str(older)
+    stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+    backup = given.backups / f"agentlab-{given.running}-schema{answer['schema']}-{stamp}.db"
+    answer["backup"] = str(backup)
+    if given.dry_run:
+        return answer
+    _copy(given.database, backup)
+    if older is not None:
+        _restore(older, given.database)
+    for path, _schema_number in _backups(given.backups)[given.keep:]:
+        path.unlink()
+    return answer
+
+
+def _schema(path: Path) -> int:
+    with contextlib.closing(sqlite3.connect(path, timeout=60)) as conn:
+        return int(conn.execute("PRAGMA user_version").fetchone()[0])
+
+
+def _backups(folder: Path) -> list[tuple[Path, int]]:
+    """Newest first, each with its schema."""
+    found = [(match["at"], path, int(match["schema"])) for path in folder.glob("agentlab-*.db") if (match := BACKUP.match(path.name))]
+    return [(path, schema) for _at, path, schema in sorted(found, reverse=True)]
+
+
+def _copy(source: Path, target: Path) -> None:
+    """SQLite's own way, which sees what stands in the WAL; on the disk before it has its name."""
+    draft = target.with_suffix(".part")
+    draft.unlink(missing_ok=True)
+    os.close(os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+    with contextlib.closing(sqlite3.connect(source, timeout=60)) as conn, contextlib.closing(sqlite3.connect(draft)) as copy:
+        conn.backup(copy)
+        # One file, without a WAL beside it.
+        copy.execute("PRAGMA journal_mode = DELETE")
+        if copy.execute("PRAGMA quick_check").fetchone()[0] != "ok":
+            raise Refused(f"the copy of {source} is damaged, and so may be the records; nothing was changed")
+    _sync(draft)
+    draft.rename(target)
+    _sync(target.parent)
+
+
+def _restore(copy: Path, database: Path) -> None:
+    """Put a copy in the place of the records, with their owner and mode."""
+    was = database.stat()
+    draft = database.with_name(f".{database.name}.restored")
+    shutil.copyfile(copy, draft)
+    os.chown(draft, was.st_uid, was.st_gid)
+    draft.chmod(was.st_mode & 0o777)
+    _sync(draft)
+    # A WAL belongs to the file that it was written for.
+    for suffix in ("-wal", "-shm"):
+        database.with_name(database.name + suffix).unlink(missing_ok=True)
+    draft.rename(database)
+    _sync(database.parent)
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except Refused as refused:
+        print(refused, file=sys.stderr)
+        sys.exit(1)
+    except (OSError, sqlite3.Error) as error:
+        print(f"{error}; nothing was changed", file=sys.stderr)
+        sys.exit(1)
