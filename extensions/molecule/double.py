@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 
-from support.proxmox_double import DoubleServer, ProxmoxDouble  # noqa: E402
+from support.proxmox_double import DoubleServer, ProxmoxDouble
 
 PORT = 8006
 NAME = "pve1.example.net"
