@@ -53,27 +53,28 @@ def main() -> int:
 # ---- configuration ----
 
 def judge(given: argparse.Namespace) -> dict[str, Any]:
-    """Standard input: {"config.yaml": text, "cleanup.yaml": text, "profiles/NAME.yaml": text, ...}, as it would stand in ``etc``.
+    """Standard input: {"config.yaml": text, "cleanup.yaml": text, "profiles": {name: text}, "remove": file names}, as it would stand in ``etc``.
 
     Everything is judged together, by the release that is to run, as the user that it is to run as: {"restart": whether a reload would not do}.
     """
     import yaml
 
-    texts: dict[str, str] = json.load(sys.stdin)
+    texts: dict[str, Any] = json.load(sys.stdin)
     user = pwd.getpwnam(given.user)
-    # /run is in memory: a secret never reaches the disk before its file has the right owner.
-    with tempfile.TemporaryDirectory(prefix="agentlab-check-", dir="/run") as made:
+    # In memory: a secret never reaches the disk before its file has the right owner.
+    with tempfile.TemporaryDirectory(prefix="agentlab-check-", dir="/run" if os.geteuid() == 0 else None) as made:
         folder = Path(made)
         # What somebody put there by hand counts too, unless it is to be replaced.
         profiles = given.etc / "profiles"
         (folder / "profiles").mkdir()
         for path in sorted(profiles.glob("*.yaml")) if profiles.is_dir() else []:
             (folder / "profiles" / path.name).write_bytes(path.read_bytes())
-        for name in texts.pop("remove", []):
+        for name in texts["remove"]:
             (folder / "profiles" / name).unlink(missing_ok=True)
-        config = yaml.safe_load(texts.pop("config.yaml")) or {}
-        for name, text in texts.items():
-            (folder / name).write_text(text, encoding="utf-8")
+        for name, text in texts["profiles"].items():
+            (folder / "profiles" / f"{name}.yaml").write_text(text, encoding="utf-8")
+        (folder / "cleanup.yaml").write_text(texts["cleanup.yaml"], encoding="utf-8")
+        config = yaml.safe_load(texts["config.yaml"]) or {}
         staged = {**config, "cleanup_file": f"{folder}/cleanup.yaml", "profiles_dir": f"{folder}/profiles"}
         known = _core(given.release, "config").DEFAULTS
         staged = {name: value for name, value in staged.items() if name in known or name in config}
@@ -81,9 +82,10 @@ def judge(given: argparse.Namespace) -> dict[str, Any]:
         for path in (folder, *folder.rglob("*")):
             os.chown(path, user.pw_uid, user.pw_gid)
             path.chmod(0o700 if path.is_dir() else 0o600)
+        become: dict[str, Any] = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []} if os.geteuid() == 0 else {}
         done = subprocess.run(
             [sys.executable, "-Ps", "-m", "agentlabd", "--config", f"{folder}/config.yaml", "--check"], capture_output=True, text=True, check=False, cwd="/",
-            user=user.pw_uid, group=user.pw_gid, extra_groups=[],
+            **become,
             env={"PYTHONPATH": str(given.release), "PYTHONDONTWRITEBYTECODE": "1", "PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8"})
     if done.returncode:
         raise Refused((done.stderr or done.stdout).strip().replace(made, str(given.etc)) or f"agentlabd --check ended with {done.returncode}")

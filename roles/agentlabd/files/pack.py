@@ -4,7 +4,7 @@
 
 """Run by the role on the controller: what is to be installed, as one piece instead of a hundred copied files.
 
-``info`` prints JSON: the version, and a manifest as sha256sum reads it. ``archive`` prints a gzipped tar in base64.
+``info`` prints JSON: the version, a manifest as sha256sum reads it, and the example profiles. ``archive`` prints a gzipped tar in base64.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ def main() -> int:
             sys.exit("agentlabd/__init__.py has no __version__")
         print(json.dumps({
             "version": version[1],
-            "manifest": "".join(f"{hashlib.sha256(content).hexdigest()}  {name}\n" for name, content in files.items())}))
+            "manifest": "".join(f"{hashlib.sha256(content).hexdigest()}  {name}\n" for name, content in files.items()),
+            "examples": {Path(name).stem: content.decode() for name, content in files.items() if name.startswith("profiles/")}}))
         return 0
     if sys.argv[1:] == ["archive"]:
         packed = io.BytesIO()

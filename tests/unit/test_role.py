@@ -1,0 +1,214 @@
+# Copyright: the agentlab.proxmox contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""The role agentlabd without a host: its variables, what it packs, and what it does with configuration and records."""
+
+from __future__ import annotations
+
+import base64
+import getpass
+import io
+import json
+import os
+import re
+import sqlite3
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core import config
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store import schema
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.database import Database
+
+ROOT = Path(__file__).resolve().parents[2]
+ROLE = ROOT / "roles/agentlabd"
+FILES = ROLE / "files"
+# What the unit, the command and the role rely on, and what the role sets itself.
+FIXED = {"socket", "cleanup_file", "profiles_dir", "ca_path"}
+POLICY = "auto_cleanup: {enabled: true, rules: [{name: t, match: {states: [TIMEOUT]}, after: 1h, action: destroy}]}\n"
+
+
+def _yaml(name: str) -> Any:
+    return yaml.safe_load((ROLE / name).read_text())
+
+
+OPTIONS = _yaml("meta/argument_specs.yml")["argument_specs"]["main"]["options"]
+
+
+# ---- variables ----
+
+def test_every_key_of_the_configuration_has_a_variable() -> None:
+    keys = set(_yaml("vars/main.yml")["agentlabd__keys"])
+    assert keys == set(config.DEFAULTS) - FIXED
+    assert {f"agentlabd_{key}" for key in keys} <= set(OPTIONS)
+
+
+def test_defaults_are_those_of_the_argument_specs() -> None:
+    defaults = _yaml("defaults/main.yml")
+    documented = {name: option["default"] for name, option in OPTIONS.items() if "default" in option}
+    # Too long to be said twice; argument_specs says in words what it is.
+    documented["agentlabd_auto_cleanup"] = defaults["agentlabd_auto_cleanup"]
+    assert defaults == documented
+
+
+def test_every_variable_stands_in_the_readme_and_secrets_are_marked() -> None:
+    readme = (ROLE / "README.md").read_text()
+    assert set(re.findall(r"^\| `(agentlabd_\w+)`", readme, re.M)) == set(OPTIONS)
+    assert {name for name, option in OPTIONS.items() if option.get("no_log")} == {f"agentlabd_{key}" for key in config.SECRETS}
+
+
+# ---- what is installed ----
+
+def _pack(what: str) -> str:
+    return subprocess.run([sys.executable, str(FILES / "pack.py"), what], capture_output=True, text=True, check=True).stdout
+
+
+def test_the_archive_is_what_the_manifest_says(tmp_path: Path) -> None:
+    info = json.loads(_pack("info"))
+    with tarfile.open(fileobj=io.BytesIO(base64.b64decode(_pack("archive")))) as archive:
+        archive.extractall(tmp_path, filter="data")
+    subprocess.run(["sha256sum", "--check", "--strict", "--quiet"], cwd=tmp_path, input=info["manifest"], text=True, check=True)
+    found = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
+    assert found == {line.partition("  ")[2] for line in info["manifest"].splitlines()}
+    assert {"agentlab_core/store/schema.py", "agentlabd/__main__.py", "agentlab_cli/__main__.py", "agentlab_install.py"} <= found
+    assert not [name for name in found if "__pycache__" in name or name == "pack.py"]
+
+
+def test_the_version_is_that_of_the_collection() -> None:
+    galaxy = yaml.safe_load((ROOT / "galaxy.yml").read_text())
+    assert json.loads(_pack("info"))["version"] == galaxy["version"]
+
+
+# ---- configuration, judged before it replaces the one in force ----
+
+def _judge(etc: Path, content: dict[str, Any]) -> subprocess.CompletedProcess[str]:
+    given = {"config.yaml": "api_host: pve1\napi_token_id: a@pve!t\napi_token_secret: made-up-secret\n", "cleanup.yaml": POLICY, "profiles": {},
+             "remove": [], **content}
+    return subprocess.run([sys.executable, "-I", str(FILES / "agentlab_install.py"), "check", f"--release={FILES}", f"--etc={etc}",
+                           f"--user={getpass.getuser()}"], input=json.dumps(given), capture_output=True, text=True, check=False)
+
+
+@pytest.fixture
+def etc(tmp_path: Path) -> Path:
+    made = tmp_path / "etc"
+    (made / "profiles").mkdir(parents=True)
+    return made
+
+
+def test_what_is_good_is_accepted(etc: Path) -> None:
+    done = _judge(etc, {"profiles": {"small": "resources: {cores: 1}\n"}})
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout) == {"restart": True}
+
+
+@pytest.mark.parametrize(("content", "words"), [
+    ({"config.yaml": "default_ttl: whenever\n"}, ("default_ttl", "whenever")),
+    ({"config.yaml": "no_such_key: 1\n"}, ("no_such_key",)),
+    ({"cleanup.yaml": POLICY.replace("destroy", "obliterate")}, ("cleanup.yaml", "obliterate", "destroy")),
+    ({"profiles": {"big": "resources: {cores: many}\n"}}, ("profiles/big.yaml", "cores", "many")),
+])
+def test_what_is_wrong_is_refused_by_its_real_name(etc: Path, content: dict[str, Any], words: tuple[str, ...]) -> None:
+    done = _judge(etc, content)
+    assert done.returncode == 1
+    assert all(word in done.stderr for word in words), done.stderr
+    assert "agentlab-check-" not in done.stderr and "Traceback" not in done.stderr and "made-up-secret" not in done.stderr
+    assert list(etc.rglob("*.yaml")) == []
+
+
+def test_files_put_there_by_hand_count_unless_they_are_to_go(etc: Path) -> None:
+    (etc / "profiles/old.yaml").write_text("resources: {cores: many}\n")
+    assert "profiles/old.yaml" in _judge(etc, {}).stderr
+    assert _judge(etc, {"remove": ["old.yaml"]}).returncode == 0
+
+
+def test_only_what_is_read_at_the_start_asks_for_a_restart(etc: Path) -> None:
+    before = "api_host: pve1\napi_token_id: a@pve!t\napi_token_secret: made-up-secret\n"
+    (etc / "config.yaml").write_text(before)
+    assert json.loads(_judge(etc, {"config.yaml": before + "default_ttl: 2h\n"}).stdout) == {"restart": False}
+    assert json.loads(_judge(etc, {"config.yaml": before + "metrics_listen: 127.0.0.1:9821\n"}).stdout) == {"restart": True}
+
+
+# ---- records, when the release changes ----
+
+class Records:
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "agentlab.db"
+        self.backups = folder / "backups"
+        self.backups.mkdir()
+        Database(str(self.path)).close()
+
+    def secure(self, *arguments: str, keep: int = 5, running: str = "1.0.0") -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, "-I", str(FILES / "agentlab_install.py"), "records", f"--release={FILES}", f"--running={running}",
+                               f"--database={self.path}", f"--backups={self.backups}", f"--keep={keep}", *arguments],
+                              capture_output=True, text=True, check=False)
+
+    def note(self, key: str) -> None:
+        conn = sqlite3.connect(self.path)
+        with conn:
+            conn.execute("INSERT INTO meta (key, value) VALUES (?, '')", (key,))
+        conn.close()
+
+    def notes(self) -> set[str]:
+        conn = sqlite3.connect(self.path)
+        found = {row[0] for row in conn.execute("SELECT key FROM meta")}
+        conn.close()
+        return found
+
+    def set_schema(self, number: int) -> None:
+        conn = sqlite3.connect(self.path)
+        conn.execute(f"PRAGMA user_version = {number}")
+        conn.close()
+
+
+@pytest.fixture
+def records(tmp_path: Path) -> Records:
+    return Records(tmp_path)
+
+
+def test_a_copy_holds_what_stands_in_the_wal_and_is_nobody_elses(records: Records) -> None:
+    writer = sqlite3.connect(records.path)
+    writer.execute("INSERT INTO meta (key, value) VALUES ('in-the-wal', '')")
+    writer.commit()
+    answer = json.loads(records.secure().stdout)
+    writer.close()
+    copy = sqlite3.connect(f"file:{answer['backup']}?mode=ro", uri=True)
+    assert copy.execute("SELECT 1 FROM meta WHERE key = 'in-the-wal'").fetchone()
+    copy.close()
+    assert os.stat(answer["backup"]).st_mode & 0o777 == 0o600
+    assert [path.name for path in records.backups.iterdir()] == [Path(answer["backup"]).name]
+    assert answer["restored"] is None and answer["schema"] == answer["known"] == schema.VERSION
+
+
+def test_no_records_no_copy(records: Records) -> None:
+    records.path.unlink()
+    assert json.loads(records.secure().stdout)["backup"] is None
+    assert not records.path.exists()
+
+
+def test_newer_records_give_way_to_the_copy_from_before_and_are_kept(records: Records) -> None:
+    records.note("before")
+    first = json.loads(records.secure().stdout)
+    records.note("after")
+    records.set_schema(schema.VERSION + 1)
+    os.chmod(records.path, 0o660)
+    planned = json.loads(records.secure("--dry-run", running="2.0.0").stdout)
+    assert records.notes() >= {"before", "after"} and planned["restored"] == first["backup"]
+    done = json.loads(records.secure(running="2.0.0", keep=1).stdout)
+    assert done["restored"] == first["backup"]
+    assert "before" in records.notes() and "after" not in records.notes()
+    assert os.stat(records.path).st_mode & 0o777 == 0o660
+    kept = [path.name for path in records.backups.iterdir()]
+    assert kept == [Path(done["backup"]).name] and kept[0].startswith(f"agentlab-2.0.0-schema{schema.VERSION + 1}-")
+
+
+def test_newer_records_without_an_older_copy_are_left_alone(records: Records) -> None:
+    records.note("after")
+    records.set_schema(schema.VERSION + 1)
+    refused = records.secure()
+    assert refused.returncode == 1 and "holds no older copy" in refused.stderr
+    assert "after" in records.notes() and list(records.backups.iterdir()) == []
