@@ -17,7 +17,7 @@ WORKERS ?= auto
 PYTEST = .venv/bin/python -m pytest -q -n $(WORKERS)
 PYTEST_ARGS ?=
 
-.PHONY: help setup demo test lint lint-python lint-ansible lint-meta sanity unit scenarios test-daemon test-faults changelog build clean
+.PHONY: help setup demo test lint lint-python lint-ansible lint-meta sanity unit scenarios test-daemon test-molecule test-faults changelog build clean
 
 .PHONY: check gates test-cores demo-installed importer
 
@@ -81,6 +81,10 @@ test-daemon: setup ## Daemon and command line as real processes against a fake P
 test-faults: setup ## Interrupted, broken and racing operations; takes long
 	@echo "==> Faults"
 	@$(PYTEST) tests/faults --durations=10 $(PYTEST_ARGS)
+
+test-molecule: setup ## The role on Debian 12 and 13, booted under systemd-nspawn; needs root
+	@echo "==> Molecule"
+	@scripts/molecule.sh
 
 test-cores: setup ## ansible-test units and integration, and sanity on every ansible-core that runs here
 	@echo "==> ansible-test units, integration"
