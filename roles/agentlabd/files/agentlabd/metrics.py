@@ -192,6 +192,7 @@ class _Now:
         age = max(0, int(time.time()) - min(began)) if began else 0
         yield GaugeMetricFamily("agentlab_oldest_operation_age_seconds", "Age of the oldest operation that is not finished", value=age)
         yield GaugeMetricFamily("agentlab_prune_frozen", "1 while cleanup is frozen", value=int(service.frozen() is not None))
+        yield GaugeMetricFamily("agentlab_prune_enabled", "1 when the cleanup rules run by themselves", value=int(service.policy.enabled))
         statistics = service.base.client.statistics
         requests = CounterMetricFamily("agentlab_proxmox_requests", "Requests to Proxmox", labels=["method"])
         asked: dict[str, int] = dict.fromkeys(METHODS, 0)
