@@ -19,6 +19,8 @@ PYTEST_ARGS ?=
 
 .PHONY: help setup demo test lint lint-python lint-ansible lint-meta sanity unit scenarios test-daemon test-molecule test-faults changelog build clean
 
+.PHONY: test-cli-oldest test-monitoring
+
 .PHONY: check gates test-cores demo-installed importer
 
 help: ## Show this list
@@ -35,7 +37,7 @@ demo: setup ## Show the collection at work against a fake Proxmox VE
 test: unit lint scenarios sanity ## Everyday checks, under 5 minutes
 	@echo "==> All everyday checks passed"
 
-check: test test-daemon gates ## Every gate: the everyday checks, and all that Galaxy, AWX and other releases of ansible-core ask for
+check: test test-daemon test-cli-oldest test-monitoring gates ## Every gate: the everyday checks, and all that Galaxy, AWX and other releases of ansible-core ask for
 	@echo "==> All gates passed"
 
 gates: test-cores demo-installed importer ## The gates beyond `make test`
@@ -77,6 +79,16 @@ scenarios: setup ## Every module in real playbooks against a fake Proxmox VE
 test-daemon: setup ## Daemon and command line as real processes against a fake Proxmox VE
 	@echo "==> Daemon"
 	@$(PYTEST) tests/cli tests/daemon $(PYTEST_ARGS)
+
+test-cli-oldest: setup ## The command line with the releases of click and tabulate that Debian 12 has
+	@echo "==> Command line with click 8.1.3, tabulate 0.8.9"
+	@rm -rf .cache/debian12
+	@.venv/bin/python -m pip install --quiet --disable-pip-version-check --target .cache/debian12 click==8.1.3 tabulate==0.8.9
+	@AGENTLAB_TEST_CLI_LIBRARIES=$(CURDIR)/.cache/debian12 $(PYTEST) tests/cli -k 'not manual' $(PYTEST_ARGS)
+
+test-monitoring: setup ## Alert rules and dashboard (needs promtool, of the Debian package prometheus)
+	@echo "==> Monitoring"
+	@.venv/bin/python -m pytest -q tests/monitoring $(PYTEST_ARGS)
 
 test-faults: setup ## Interrupted, broken and racing operations; takes long
 	@echo "==> Faults"

@@ -7,7 +7,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -17,6 +19,7 @@ from typing import Any
 import pytest
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core import states
 
+from support import cli_page
 from support.cli import PYTHON, ROOT, StandIn, agentlab, environment, on_terminal, outcome, sandbox, start
 
 REFUSED = "cannot destroy sandbox in TIMEOUT state. Valid states: STOPPED, DESTROYED. Use --force to bypass"
@@ -323,15 +326,11 @@ def test_the_option_wins_over_the_environment(daemon: StandIn) -> None:
 
 def test_socket_not_permitted(daemon: StandIn, short_path: Path) -> None:
     """Asked by another user, as the mode of the socket is meant to refuse."""
-    import os
-
     if os.geteuid() != 0:
         daemon.path.chmod(0o000)
         found = agentlab("sandbox", "list", socket=daemon.path)
     else:
         # The checkout may lie where that user may not look: the code is copied.
-        import shutil
-
         short_path.chmod(0o755)
         daemon.path.chmod(0o660)
         shutil.copytree(ROOT / "roles/agentlabd/files/agentlab_cli", short_path / "agentlab_cli")
@@ -439,6 +438,24 @@ def test_it_imports_neither_core_nor_daemon_and_little_to_start() -> None:
     assert not loaded & {"http.client", "ssl", "tabulate", "email", "asyncio"}
     for path in (ROOT / "roles/agentlabd/files/agentlab_cli").glob("*.py"):
         assert not re.search(r"^\s*(from|import) +(agentlab_core|agentlabd|ansible)", path.read_text(), re.M), path
+
+
+def test_the_manual_says_what_help_says() -> None:
+    assert cli_page.written() == cli_page.reference(), "run: .venv/bin/python tests/support/cli_page.py"
+
+
+def test_the_manual_lists_the_statuses() -> None:
+    table = cli_page.PAGE.read_text().split("<!-- statuses -->")[1].split("<!-- /statuses -->")[0]
+    told = {int(number) for number in re.findall(r"^\| (\d+) \|", table, re.M)}
+    source = (ROOT / "roles/agentlabd/files/agentlab_cli/errors.py").read_text()
+    assert told == {0, *(int(number) for number in re.findall(r"^[A-Z]+ = (\d+)$", source, re.M))}
+
+
+@pytest.mark.skipif("AGENTLAB_TEST_CLI_LIBRARIES" not in os.environ, reason="runs with the libraries of .venv")
+def test_it_really_runs_with_the_libraries_given() -> None:
+    found = subprocess.run([PYTHON, "-c", "import click, tabulate; print(click.__file__, tabulate.__file__)"], capture_output=True, text=True,
+                           env=environment(None), check=True)
+    assert all(path.startswith(os.environ["AGENTLAB_TEST_CLI_LIBRARIES"]) for path in found.stdout.split())
 
 
 # ---- status, cleanup, profiles ----

@@ -21,14 +21,15 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-# With another interpreter the same tests run against other releases of click and tabulate.
-PYTHON = os.environ.get("AGENTLAB_TEST_CLI_PYTHON", sys.executable)
+PYTHON = sys.executable
+# With a folder of libraries the same tests run against other releases of click and tabulate.
+LIBRARIES = os.environ.get("AGENTLAB_TEST_CLI_LIBRARIES")
 
 
 def environment(socket: str | Path | None, extra: Mapping[str, str] | None = None) -> dict[str, str]:
     """A user's environment, with nothing of the test run in it."""
     env = {name: value for name, value in os.environ.items() if not name.startswith(("AGENTLAB_", "PYTEST_", "_AGENTLAB")) and name != "COLUMNS"}
-    env["PYTHONPATH"] = str(ROOT / "roles/agentlabd/files")
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT / "roles/agentlabd/files"), LIBRARIES)))
     # Compiled once, as where it is installed, and not into the checkout.
     env.pop("PYTHONDONTWRITEBYTECODE", None)
     env["PYTHONPYCACHEPREFIX"] = str(ROOT / ".cache/pycache")
