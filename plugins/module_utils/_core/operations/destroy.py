@@ -102,10 +102,9 @@ def run(ctx: Context, items: list[tuple[Sandbox, Request]]) -> list[Outcome]:
         except AgentlabError as error:
             return failure(_now(ctx, sandbox), error)
 
-    if len(items) > 1:
-        # What cannot be read is told item by item.
-        with contextlib.suppress(ProxmoxError):
-            ctx.cluster.survey([sandbox.vmid for sandbox, _request in items])
+    # What cannot be read is told item by item.
+    with contextlib.suppress(ProxmoxError):
+        ctx.cluster.survey([sandbox.vmid for sandbox, _request in items])
     results = ctx.each(first, items)
     gone = [found for found in results if isinstance(found, _Gone)]
     if gone:
@@ -116,7 +115,11 @@ def run(ctx: Context, items: list[tuple[Sandbox, Request]]) -> list[Outcome]:
             for found in gone:
                 give_back(ctx, found.claim)
             raise
-        finished = dict(zip(map(id, gone), ctx.each(lambda found: _finish(ctx, found, proofs), gone), strict=True))
+        sure = [found for found in gone if found.reason in _PROVEN or proofs[found.sandbox.vmid].absent]
+        closing = set(map(id, sure))
+        rest = [found for found in gone if id(found) not in closing]
+        outcomes = [*_close(ctx, sure, proofs), *ctx.each(lambda found: _finish(ctx, found, proofs), rest)]
+        finished = dict(zip(map(id, [*sure, *rest]), outcomes, strict=True))
         return [finished[id(found)] if isinstance(found, _Gone) else found for found in results]
     return [found for found in results if isinstance(found, Outcome)]
 
@@ -356,6 +359,17 @@ def _drop_journal(ctx: Context, claim: Claim) -> None:
     # A destroy that was cut off before the delete was decided, and that the rules refuse now, is over: it must not bar renewals for good.
     if left is None or (left.kind == "destroy" and left.phase not in POINT_OF_NO_RETURN):
         ctx.records.fenced(claim, lambda conn: conn.execute("DELETE FROM operations WHERE sandbox_uuid = ?", (claim.uuid,)) and None)
+
+
+def _close(ctx: Context, proven: list[_Gone], proofs: dict[int, Any]) -> list[Outcome]:
+    """Finish those that are proven to be gone, in one transaction: nobody is asked anything any more."""
+    try:
+        with ctx.database.together():
+            return [_finish(ctx, found, proofs) for found in proven]
+    except AgentlabError as error:
+        for found in proven:
+            give_back(ctx, found.claim)
+        return [failure(_now(ctx, found.sandbox), error) for found in proven]
 
 
 def _finish(ctx: Context, found: _Gone, proofs: dict[int, Any]) -> Outcome:

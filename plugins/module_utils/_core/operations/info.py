@@ -54,7 +54,7 @@ def find(ctx: Context, wanted: Wanted) -> list[Sandbox]:
             and (wanted.expired is None or one.expired(now) == wanted.expired)]
 
 
-def show(ctx: Context, wanted: Wanted, *, events: int = 0, verify: bool = False) -> dict[str, Any]:
+def show(ctx: Context, wanted: Wanted, *, events: int = 0, verify: bool = False, identities: bool = True) -> dict[str, Any]:
     """``sandboxes``, ``count`` and ``by_state``."""
     found = find(ctx, wanted)
     shown = [one.public() for one in found]
@@ -62,7 +62,7 @@ def show(ctx: Context, wanted: Wanted, *, events: int = 0, verify: bool = False)
         for one, answer in zip(found, shown, strict=True):
             answer["events"] = [event(row) for row in ctx.records.events(uuid=one.uuid, tail=events)]
     if verify and found:
-        for answer, extra in zip(shown, verified(ctx, found), strict=True):
+        for answer, extra in zip(shown, verified(ctx, found, identities), strict=True):
             answer.update(extra)
     return {"sandboxes": shown, "count": len(shown), "by_state": dict(Counter(one.state for one in found))}
 
@@ -72,8 +72,11 @@ def event(row: dict[str, Any]) -> dict[str, Any]:
     return {**row, "at": clock_module.iso(row["at"])}
 
 
-def verified(ctx: Context, found: list[Sandbox]) -> list[dict[str, Any]]:
-    """For each: vm_status, identity and drift. The list is read once; a VM's configuration only where there is a VM."""
+def verified(ctx: Context, found: list[Sandbox], identities: bool = True) -> list[dict[str, Any]]:
+    """For each: vm_status, identity and drift. The list is read once; a VM's configuration only where there is a VM.
+
+    Without ``identities`` no configuration is read: records and list are compared, whose the VMs are is not said.
+    """
     rows = ctx.cluster.survey([one.vmid for one in found if one.live])
     absent = [one.vmid for one in found if one.live and one.vmid not in rows]
     proofs = ctx.cluster.prove_absent(absent, anew=False) if absent else {}
@@ -87,6 +90,12 @@ def verified(ctx: Context, found: list[Sandbox]) -> list[dict[str, Any]]:
             if proof.absent:
                 return {"vm_status": "absent", "identity": None, "drift": "its VM is gone; prune or reconcile closes the record"}
             return {"vm_status": None, "identity": identity.UNKNOWN, "drift": f"not known: {proof.why}"}
+        if not identities:
+            judged = None if row.get("type") == "qemu" else identity.FOREIGN
+            drift = _drift(sandbox, row, judged or identity.MATCH)
+            if drift is None and row.get("name", sandbox.name) != sandbox.name:
+                drift = f"the VM is called {row['name']} there; whether it is ours tells only its configuration"
+            return {"vm_status": row.get("status"), "identity": judged, "drift": drift}
         try:
             located = locate(ctx, sandbox)
         except AgentlabError as error:
@@ -94,7 +103,7 @@ def verified(ctx: Context, found: list[Sandbox]) -> list[dict[str, Any]]:
         judged = located.verdict.identity if located.verdict else identity.UNKNOWN
         return {"vm_status": row.get("status"), "identity": judged, "drift": _drift(sandbox, row, judged)}
 
-    return ctx.each(one, found)
+    return ctx.each(one, found) if identities else [one(sandbox) for sandbox in found]
 
 
 def _drift(sandbox: Sandbox, row: dict[str, Any], judged: str) -> str | None:

@@ -77,6 +77,8 @@ def run(ctx: Context, *, apply: bool, adopt_cluster: bool = False) -> list[Drift
         before = {one.uuid: one.generation for one in live}
         now = ctx.records.find_all()
         changed = [one for one in now if before.get(one.uuid) != one.generation]
+        if changed:
+            ctx.cluster.vms(fresh=True)
         again, _more = _survey(ctx, changed, unrecorded=False)
         settled = {one.uuid for one in now} - {one.uuid for one in changed}
         drifts = {uuid: drift for uuid, drift in drifts.items() if uuid in settled} | again
