@@ -14,10 +14,8 @@ from .. import clock as clock_module
 from .. import durations, states
 from ..errors import AgentlabError, InvalidInput, Kept, RecordChanged, StateConflict
 from ..model import Outcome, Sandbox
-from ..proxmox import identity
-from . import power, timeguard
+from . import timeguard
 from .context import Context, failure
-from .verify import locate, refuse_locked
 
 # A renewal that would move the end by less than this is a repetition: nothing is written.
 REPEAT_SECONDS = 60
@@ -142,6 +140,11 @@ def stop_expired(ctx: Context, sandbox: Sandbox) -> str | None:
     """Stop the VM of a TIMEOUT record; the record stays TIMEOUT. The reason is returned when it could not be done (the next pass tries again)."""
     if sandbox.smbios_uuid is None:
         return "its VM was never bound to the record; prune settles what became of it"
+    # Here, and not above: a renewal needs none of it.
+    from ..proxmox import identity
+    from . import power
+    from .verify import locate, refuse_locked
+
     try:
         with ctx.claimed(sandbox, "stop", wait=0) as (claim, current):
             if current.state != states.TIMEOUT:
