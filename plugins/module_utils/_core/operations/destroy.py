@@ -22,7 +22,7 @@ from ..model import Outcome, Sandbox
 from ..proxmox import identity
 from ..proxmox.client import not_begun
 from ..store.records import POINT_OF_NO_RETURN, Claim, Operation
-from . import create_recovery, power, remains
+from . import create_recovery, power, remains, workspace
 from .context import Context, failure
 from .verify import Located, locate, refuse_guarded, refuse_not_ours
 
@@ -86,6 +86,7 @@ def plan(ctx: Context, sandbox: Sandbox) -> tuple[str, str, str | None]:
         return "mark", "vmid_reused", "the VMID belongs to another VM now, which is left alone"
     refuse_not_ours(sandbox, found)
     refuse_guarded(sandbox, found)
+    workspace.refuse_planned(ctx, sandbox, found)
     ctx.cluster.require_quorum()
     return "destroy", "destroyed", None
 
@@ -255,6 +256,11 @@ def _until_gone(ctx: Context, planned: Sandbox, request: Request) -> Outcome | _
                 upids += done
                 warnings += warned
                 stopped = True
+            if workspace.take_off(ctx, claim, current, found):
+                # The configuration is another one now: judged anew before anything else is done.
+                current = ctx.records.get(current.uuid)
+                continue
+            workspace.refuse_listed(ctx, current, found)
             ctx.records.journal(claim, "destroy", "deleting", detail, unprotected=not request.clean_up)
             try:
                 _mark(ctx, request, found)
@@ -393,7 +399,7 @@ def _finish(ctx: Context, found: _Gone, proofs: dict[int, Any]) -> Outcome:
                 raise Kept("unknown", f"sandbox {sandbox.vmid}: it is not proven that its VM is gone: {proof.why}")
             else:
                 evidence.update(proof.evidence)
-        remains.clear(ctx, ctx.records.get(sandbox.uuid))
+        remains.clear(ctx, found.claim, ctx.records.get(sandbox.uuid))
         took = int((ctx.clock.monotonic() - found.began) * 1000)
         done = power.settle(ctx, found.claim, ctx.records.get(sandbox.uuid), "destroy", to=states.DESTROYED, reason=reason, evidence=evidence,
                             upids=found.upids, duration_ms=took, finish=True)
