@@ -25,6 +25,7 @@ from . import power
 from .context import Context
 from .verify import Located, locate, refuse_locked, require_match
 
+STATES = store.STATES
 _DRIVE = re.compile(r"(?:ide|sata|scsi|virtio|efidisk|tpmstate|unused)\d+")
 _OWNER = re.compile(r"(?:^|[:/])(?:vm|base)-(\d+)-[^/]*$")
 _SIZE = re.compile(r"(\d{1,6})([MGT])", re.ASCII)
