@@ -19,15 +19,16 @@ from support.daemon import FILES, Daemon, free_port
 from support.lab import Lab
 
 TOKEN = "a-long-token-of-the-tests-5d1f"
-# Whether a template or a node exists is not for a schema to say.
+# Whether a template, a node or a storage exists is not for a schema to say.
 CREATE = "/v1/sandboxes"
+NEW = "/v1/workspaces"
 RUNS = {
-    "any": ["--exclude-path", CREATE],
+    "any": ["--exclude-path", CREATE, "--exclude-path", NEW],
     # Of a sandbox that is there.
     "1000": ["--include-path-regex", "{vmid}"],
     # Of a workspace that is there.
     "w1": ["--include-path-regex", "{id}"],
-    "create": ["--include-path", CREATE, "--exclude-checks", "positive_data_acceptance"],
+    "create": ["--include-path", CREATE, "--include-path", NEW, "--exclude-checks", "positive_data_acceptance"],
 }
 
 

@@ -353,8 +353,8 @@ ROUTES: tuple[Route, ...] = (
     }),
     Route("POST", "/v1/workspaces", "create_workspace", "Create one, or let one grow that is attached", create_workspace,
           {201: "WorkspaceItem", 200: "WorkspaceItem"}, body={
-              "name": Field("string", "name, unique among workspaces", required=True, longest=63),
-              "size": Field("string", "size, such as 20G", longest=20),
+              "name": Field("string", "a name of letters, digits and . - _", required=True, longest=63, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"),
+              "size": Field("string", "size, such as 20G", longest=7, pattern=r"^[1-9][0-9]{0,5}[MGT]$"),
               "storage": Field("string", "storage of a new one", longest=100),
               "node": Field("string", "node of a new one on local storage", longest=100),
           }),
@@ -369,6 +369,6 @@ ROUTES: tuple[Route, ...] = (
     Route("POST", "/v1/cleanup/run", "run_cleanup", "Run the cleanup rules now", run_cleanup, {200: "Cleanup", 207: "Cleanup"}, operation="cleanup",
           body={"dry_run": Field("boolean", "say what would be done, do nothing")}),
     Route("POST", "/v1/cleanup/freeze", "freeze_cleanup", "Let no rule act until it is released, also after a restart", freeze_cleanup, {200: "Frozen"},
-          quick=True, body={"reason": Field("string", "why", required=True, longest=500, pattern=r"\S")}),
+          quick=True, body={"reason": Field("string", "why", required=True, longest=500, pattern=r"[^\s\x1c-\x1f\x85\ufeff]")}),
     Route("POST", "/v1/cleanup/release", "release_cleanup", "Let the rules act again", release_cleanup, {200: "Frozen"}, quick=True, body={}),
 )
