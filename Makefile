@@ -21,7 +21,7 @@ PYTEST_ARGS ?=
 
 .PHONY: test-cli-oldest test-monitoring
 
-.PHONY: check gates test-cores demo-installed importer
+.PHONY: check gates test-awx test-cores demo-installed importer
 
 help: ## Show this list
 	@echo "Targets:"
@@ -40,7 +40,7 @@ test: unit lint scenarios sanity ## Everyday checks, under 5 minutes
 check: test test-daemon test-cli-oldest test-monitoring gates ## Every gate: the everyday checks, and all that Galaxy, AWX and other releases of ansible-core ask for
 	@echo "==> All gates passed"
 
-gates: test-cores demo-installed importer ## The gates beyond `make test`
+gates: test-cores test-awx demo-installed importer ## The gates beyond `make test`
 
 lint: lint-python lint-ansible lint-meta ## All linters and the type checker
 
@@ -108,6 +108,10 @@ test-cores: setup ## ansible-test units and integration, and sanity on every ans
 	    scripts/ansible-test.sh --core $$core integration; \
 	done
 
+test-awx: setup ## The playbooks as AWX runs them (ansible-runner), and its set-up against a small AWX API
+	@echo "==> AWX"
+	@$(PYTEST) tests/awx $(PYTEST_ARGS)
+
 demo-installed: setup ## The demo, from the archive as users install it
 	@echo "==> The archive, installed, and the demo from it"
 	@scripts/installed.sh
@@ -126,5 +130,5 @@ build: setup ## Build the collection archive into build/
 
 clean: ## Remove everything that was generated, .venv included
 	@echo "==> Clean"
-	@rm -rf .venv .ansible .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache build tests/output changelogs/.plugin-cache.yaml
+	@rm -rf .venv .ansible .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache .schemathesis build tests/output changelogs/.plugin-cache.yaml
 	@find . -path ./.git -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +

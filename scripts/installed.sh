@@ -6,6 +6,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 where=$PWD/build/installed
 rm -rf "$where"
 mkdir -p "$where"
+export PATH=$PWD/.venv/bin:$PATH
 ansible-galaxy collection build --force --output-path "$where" >/dev/null
 archive=$(echo "$where"/agentlab-proxmox-*.tar.gz)
 

@@ -106,7 +106,7 @@ class Daemon:
 
     def start(self, **environment: str) -> Daemon:
         self.spawn(**environment)
-        self.wait_for(lambda: self.serving(), "it serves", 20)
+        self.wait_for(self.serving, "it serves", 20)
         return self
 
     def serving(self) -> bool:

@@ -23,7 +23,7 @@ PACKAGES = ("agentlab_core", "agentlabd", "agentlab_cli")
 
 
 def contents() -> dict[str, bytes]:
-    """Name on the host -> content, of everything beside this file. agentlab_core is a link to the modules' core: it exists once."""
+    """Name on the host -> content, of everything beside this file. agentlab_core holds links to the core of the modules: it exists once."""
     found: dict[str, bytes] = {}
     for top in sorted(FILES.iterdir()):
         if top == Path(__file__).resolve() or top.name == "__pycache__":

@@ -34,7 +34,7 @@ from ..errors import (
 from ..model import Outcome, Sandbox
 from ..proxmox import identity
 from ..store.records import Claim
-from . import cloud_init, create_recovery, destroy, power, workspace
+from . import cloud_init, create_recovery, destroy, power
 from .context import Context
 from .verify import Located, locate, require_match
 
@@ -70,8 +70,6 @@ class Spec:
     searchdomain: str | None = None
     # Whatever it holds is secret: it goes into the snippet and nowhere else.
     cloud_init_user_data: str | None = field(default=None, repr=False)
-    # Name or id of a workspace that it gets before it starts.
-    workspace: str | None = None
     ssh_public_keys: list[str] = field(default_factory=list)
     tags: list[str] = field(default_factory=list)
     ttl: int = 0
@@ -178,9 +176,7 @@ def template_of(ctx: Context, wanted: str | None) -> tuple[int, str]:
 
 def _create(ctx: Context, spec: Spec) -> Outcome:
     template, template_node = template_of(ctx, spec.template or ctx.config.template)
-    disk = workspace.select(ctx, spec.workspace) if spec.workspace is not None else None
-    # Where its workspace is, if that is on one node only.
-    node = spec.node or (disk.node if disk else None) or ctx.config.node or template_node
+    node = spec.node or ctx.config.node or template_node
     nodes = ctx.cluster.nodes()
     if node not in nodes:
         raise InvalidInput(f"node: {node!r} is not a node of this cluster. Nodes: {', '.join(sorted(nodes))}", option="node", value=node)
@@ -189,8 +185,6 @@ def _create(ctx: Context, spec: Spec) -> Outcome:
     known = ctx.cluster.vms()
     if spec.vmid is not None and spec.vmid in known:
         raise _occupied(spec.vmid, str(known[spec.vmid].get("name") or "unnamed"))
-    if disk is not None:
-        workspace.check_usable(ctx, disk, node)
     if spec.cloud_init_user_data is not None:
         cloud_init.check_place(ctx, node)
     ctx.cluster.confirm(creating=True)
@@ -224,7 +218,6 @@ def _carry_on(ctx: Context, claim: Claim, spec: Spec, sandbox: Sandbox, journal:
         if sandbox.state not in states.CREATING:
             return Outcome.of("unchanged", sandbox)
         noted = dict(journal if journal is not None else (left.detail if left else {}))
-        disk = workspace.of_creation(ctx, claim, sandbox, spec.workspace)
         sandbox = cloud_init.provide(ctx, claim, sandbox, spec.cloud_init_user_data)
         if sandbox.smbios_uuid is None:
             phase = left.phase if left else "reserved"
@@ -233,10 +226,6 @@ def _carry_on(ctx: Context, claim: Claim, spec: Spec, sandbox: Sandbox, journal:
             sandbox = ctx.records.change(claim, sandbox, "create", to=states.BOOTING, reason="cloned", upids=upids, journal=("configuring", noted))
         found = require_match(ctx, sandbox)
         found = _configure(ctx, spec, sandbox, found)
-        if disk is not None:
-            found = require_match(ctx, sandbox)
-            workspace.attach(ctx, claim, sandbox, found, disk)
-            sandbox = ctx.records.get(sandbox.uuid)
         done, warned = power.start(ctx, sandbox, found)
         upids += done
         warnings += warned

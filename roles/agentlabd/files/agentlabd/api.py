@@ -123,13 +123,13 @@ class Api:
     def _handler(self, route: Route) -> Handler:
         async def handle(request: web.Request) -> web.StreamResponse:
             vmid = _vmid(request.match_info["vmid"]) if "vmid" in request.match_info else None
-            query = check_query(route.query, [(name, value) for name, value in request.query.items()])
+            query = check_query(route.query, list(request.query.items()))
             body = _body(route, await request.read())
             uid, remote = _peer(request), request.remote
 
             def work() -> tuple[int, bytes, dict[str, str]]:
                 # In the thread: looking a user up may ask a directory service.
-                return self.service.perform(route, Call(self.service, _actor(uid, remote), vmid, request.match_info.get("id", ""), query, body))
+                return self.service.perform(route, Call(self.service, _actor(uid, remote), vmid, query, body))
 
             pool = self.service.records_pool if route.quick else self.service.work_pool
             # The client may go away; what was begun goes on.

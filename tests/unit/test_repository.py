@@ -1,0 +1,37 @@
+# Copyright: the agentlab.proxmox contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""What has to fit together in the repository itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+CORE = ROOT / "plugins/module_utils/_core"
+LINKS = ROOT / "roles/agentlabd/files/agentlab_core"
+
+
+def test_the_role_has_a_link_to_every_file_of_the_core() -> None:
+    """scripts/link-core.sh makes them."""
+    core = {path.relative_to(CORE) for path in CORE.rglob("*.py")}
+    assert {path.relative_to(LINKS) for path in LINKS.rglob("*.py")} == core, "run scripts/link-core.sh"
+    assert all((LINKS / name).is_symlink() and (LINKS / name).resolve() == CORE / name for name in core), "run scripts/link-core.sh"
+
+
+def test_no_gate_is_switched_off() -> None:
+    assert not list((ROOT / "tests").glob("sanity/ignore*")) and not (ROOT / ".ansible-lint-ignore").exists()
+    lint = yaml.safe_load((ROOT / ".ansible-lint").read_text())
+    assert lint["profile"] == "production" and not {"skip_list", "warn_list", "mock_modules", "mock_roles"} & set(lint)
+
+
+def test_the_awx_project_runs_every_playbook_of_the_collection() -> None:
+    ours = {path.stem for path in (ROOT / "playbooks").glob("*.yml")} - {"demo", "awx_setup", "install"}
+    shims = {path.stem: yaml.safe_load(path.read_text()) for path in (ROOT / "awx").glob("*.yml")}
+    assert set(shims) == ours
+    assert {name: plays[0]["ansible.builtin.import_playbook"] for name, plays in shims.items()} == {name: f"agentlab.proxmox.{name}" for name in ours}
+    wanted = yaml.safe_load((ROOT / "awx/collections/requirements.yml").read_text())["collections"][0]
+    assert wanted["name"] == "agentlab.proxmox" and wanted["version"].startswith(f">={yaml.safe_load((ROOT / 'galaxy.yml').read_text())['version']}")
