@@ -100,6 +100,11 @@ options:
       - Proxmox VE takes no uploads of snippets, so the module has to run on the node that will hold the VM, or on a host that shares the storage
         C(snippets_storage) with it at C(snippets_dir).
     type: str
+  workspace:
+    description:
+      - Name (or id) of a workspace that the sandbox gets before it starts. It has to exist and to be detached; see M(agentlab.proxmox.agentlab_workspace).
+      - It is detached again before the sandbox is destroyed, and kept.
+    type: str
   tags:
     description: Tags of the record and the VM. The VM also gets the tag V(agentlab).
     type: list
@@ -216,8 +221,8 @@ failed_count:
 from ansible_collections.agentlab.proxmox.plugins.module_utils import _adapter
 
 CREATION = ("profile", "template", "node", "full_clone", "storage", "pool", "cores", "memory", "disk_size", "bridge", "network_model", "firewall",
-            "firewall_group", "cloud_init_user", "ip_config", "nameserver", "searchdomain", "ssh_public_keys", "cloud_init_user_data", "tags", "ttl",
-            "keepalive", "protected")
+            "firewall_group", "cloud_init_user", "ip_config", "nameserver", "searchdomain", "ssh_public_keys", "cloud_init_user_data", "workspace", "tags",
+            "ttl", "keepalive", "protected")
 
 ARGUMENT_SPEC = {
     **_adapter.SELECT_ARGS,
@@ -246,6 +251,7 @@ ARGUMENT_SPEC = {
     "searchdomain": {"type": "str"},
     "ssh_public_keys": {"type": "list", "elements": "str", "no_log": False},
     "cloud_init_user_data": {"type": "str", "no_log": True},
+    "workspace": {"type": "str"},
     "tags": {"type": "list", "elements": "str"},
     "ttl": {"type": "str"},
     "wait_for_ip": {"type": "bool", "default": False},

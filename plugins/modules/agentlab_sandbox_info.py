@@ -39,6 +39,12 @@ options:
     description: Whether to ask Proxmox VE for each VM's status and identity, and to name the drift.
     type: bool
     default: false
+  verify_identity:
+    description:
+      - Whether O(verify) also reads each VM's configuration and judges whose it is.
+      - When V(false), the records are only compared with the cluster's list of VMs; that is one request, however many sandboxes there are.
+    type: bool
+    default: true
 extends_documentation_fragment:
   - agentlab.proxmox.common
   - agentlab.proxmox.common.select
@@ -55,6 +61,11 @@ EXAMPLES = r"""
     vmid: 1000
     events: 10
     verify: true
+
+- name: Compare thousands of records with the list of VMs, in one request
+  agentlab.proxmox.agentlab_sandbox_info:
+    verify: true
+    verify_identity: false
 """
 
 RETURN = r"""
@@ -66,7 +77,10 @@ sandboxes:
   contains:
     events: {description: The newest events, type: list, elements: dict, returned: with O(events)}
     vm_status: {description: What Proxmox VE says of the VM, type: str, returned: with O(verify)}
-    identity: {description: 'V(MATCH), V(FOREIGN), V(AMBIGUOUS), V(UNBOUND) or V(UNKNOWN)', type: str, returned: with O(verify)}
+    identity:
+      description: One of V(MATCH), V(FOREIGN), V(AMBIGUOUS), V(UNBOUND) and V(UNKNOWN); null without O(verify_identity).
+      type: str
+      returned: with O(verify)
     drift: {description: 'How record and VM differ, or null', type: str, returned: with O(verify)}
 count:
   description: How many.
@@ -91,6 +105,7 @@ ARGUMENT_SPEC = {
     "include_destroyed": {"type": "bool", "default": False},
     "events": {"type": "int", "default": 0},
     "verify": {"type": "bool", "default": False},
+    "verify_identity": {"type": "bool", "default": True},
 }
 
 
@@ -104,7 +119,8 @@ def work(module, context):
     chosen = any(params[name] is not None for name in _adapter.SELECT_ARGS)
     wanted = info.Wanted(ids=_adapter.ids(module) if chosen else None, states=params["states"], profile=params["profile"], tags=params["tags"] or (),
                          expired=params["expired"], include_destroyed=params["include_destroyed"])
-    return dict(info.show(context, wanted, events=params["events"], verify=params["verify"]), changed=False)
+    return dict(info.show(context, wanted, events=params["events"], verify=params["verify"],
+                          identities=params["verify_identity"]), changed=False)
 
 
 def main():

@@ -239,14 +239,15 @@ def test_new_sends_every_option(daemon: StandIn, tmp_path: Path) -> None:
         "sandbox", "new", "--name", "agent-1", "--profile", "p", "--template", "9000", "--vmid", 1000, "--ttl", "2h", "--keepalive", "--workspace", "w-1",
         "--node", "pve1", "--pool", "a", "--storage", "s", "--full-clone", "--cores", 4, "--memory", 8192, "--disk-size", "+10G", "--bridge", "vmbr1",
         "--no-firewall", "--ip-config", "ip=dhcp", "--nameserver", "192.0.2.1", "--ssh-public-keys", tmp_path / "keys", "--ssh-public-keys", "-",
-        "--cloud-init-user-data", tmp_path / "data", "--tag", "a", "--tag", "b", "--protected", "--wait-for-ip", socket=daemon.path, stdin="ssh-rsa CCCC\n")
+        "--cloud-init-user-data", tmp_path / "data", "--tag", "a", "--tag", "b", "--protected", "--wait-for-ip", "--wait-for-cloud-init",
+        socket=daemon.path, stdin="ssh-rsa CCCC\n")
     assert (found.returncode, found.stderr) == (0, "")
     assert found.stdout == "sandbox 1000 created (name=agent-1000, state=RUNNING, ip=192.0.2.10, lease until 2126-01-30T02:45:00Z)\n"
     assert daemon.posted() == [("/v1/sandboxes", {
         "name": "agent-1", "profile": "p", "template": "9000", "vmid": 1000, "ttl": "2h", "keepalive": True, "workspace_id": "w-1", "node": "pve1", "pool": "a",
         "storage": "s", "full_clone": True, "cores": 4, "memory": 8192, "disk_size": "+10G", "bridge": "vmbr1", "firewall": False, "ip_config": "ip=dhcp",
         "nameserver": "192.0.2.1", "ssh_public_keys": ["ssh-ed25519 AAAA a@b", "ssh-rsa BBBB c@d", "ssh-rsa CCCC"], "cloud_init_user_data": "#cloud-config\n",
-        "tags": ["a", "b"], "protected": True, "wait_for_ip": True})]
+        "tags": ["a", "b"], "protected": True, "wait_for_ip": True, "wait_for_cloud_init": True})]
     agentlab("sandbox", "new", "--ttl", "120", socket=daemon.path)
     assert daemon.posted()[-1][1] == {"ttl_minutes": 120}, "what is not given is not sent"
 

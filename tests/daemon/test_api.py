@@ -9,6 +9,7 @@ from __future__ import annotations
 import getpass
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -196,3 +197,47 @@ def test_proxmox_that_cannot_be_reached_is_503(daemon: Make, lab: Lab) -> None:
     assert status["reachable"] is False and "cannot be reached" in status["last_error"]
     # What the records alone answer is answered all the same.
     assert one.good("GET", "/v1/sandboxes/1000")["state"] == "RUNNING"
+
+
+def test_workspaces(daemon: Make, lab: Lab) -> None:
+    one = daemon()
+    made = one.post("/v1/workspaces", {"name": "w1", "size": "2G", "storage": "local-lvm"})
+    assert (made.status, made.body["state"], made.body["size"], made.body["outcome"]) == (201, "DETACHED", 2 * 1024**3, "created")
+    again = one.post("/v1/workspaces", {"name": "w1", "size": "2G"})
+    assert (again.status, again.body["outcome"], again.body["changed"]) == (200, "unchanged", False)
+    first = one.post("/v1/sandboxes", {"name": "a1", "workspace_id": made.body["id"]}).body
+    second = one.post("/v1/sandboxes", {"name": "a2"}).body
+    assert first["workspace_id"] == made.body["id"]
+    held = one.post("/v1/workspaces/w1/attach", {"vmid": second["vmid"]})
+    assert held.status == 409 and held.body["code"] == "workspace" and f"is ATTACHED to sandbox {first['vmid']} (a1)" in held.body["error"]
+    assert one.post("/v1/sandboxes", {"name": "a3", "workspace": "w1"}).status == 409
+    assert one.post(f"/v1/workspaces/{made.body['id']}/detach").body["outcome"] == "detached"
+    there = one.post("/v1/workspaces/w1/attach", {"vmid": second["vmid"], "ttl": "30m"})
+    assert there.status == 200 and (there.body["vmid"], there.body["sandbox"], there.body["state"]) == (second["vmid"], "a2", "ATTACHED")
+    assert one.post("/v1/workspaces", {"name": "w1", "size": "3G"}).body["outcome"] == "grown"
+    assert one.post("/v1/workspaces/w1/destroy", {"force": True}).status == 409
+    assert one.post(f"/v1/sandboxes/{second['vmid']}/destroy", {"force": True}).status == 200
+    assert one.get("/v1/workspaces/w1").body["state"] == "DETACHED"
+    refused = one.post("/v1/workspaces/w1/destroy")
+    assert refused.status == 409 and "use force=true" in refused.body["error"]
+    assert one.post("/v1/workspaces/w1/destroy", {"force": True}).body["outcome"] == "deleted"
+    for path in ("/v1/workspaces/w1", "/v1/workspaces/nobody"):
+        assert (one.get(path).status, one.get(path).body["error"]) == (404, "workspace not found")
+    assert one.get("/v1/workspaces").body == {"workspaces": []}
+    assert [found["state"] for found in one.get("/v1/workspaces?include_deleted=true").body["workspaces"]] == ["DELETED"]
+    assert one.post("/v1/workspaces", {"name": "w2", "size": "a lot"}).status == 400
+
+
+def test_user_data_is_quoted_nowhere(daemon: Make, lab: Lab, tmp_path: Path) -> None:
+    secret = "correct-horse-made-up-for-tests-77"
+    folder = tmp_path / "snippets"
+    folder.mkdir()
+    lab.pve.hold_snippets(str(folder))
+    one = daemon(snippets_dir=str(folder))
+    made = one.post("/v1/sandboxes", {"name": "a1", "cloud_init_user_data": f"#cloud-config\npassword: {secret}\n", "wait_for_cloud_init": True})
+    assert made.status == 201 and len(list(folder.iterdir())) == 1
+    for data in ([secret], secret * 20000, f"{secret}", f"#cloud-config\n- {secret}\n- ["):
+        refused = one.post("/v1/sandboxes", {"name": "a2", "cloud_init_user_data": data})
+        assert refused.status == 400 and secret not in str(refused.body) and "cloud_init_user_data" in refused.body["error"]
+    assert one.post(f"/v1/sandboxes/{made.body['vmid']}/destroy", {"force": True}).status == 200
+    assert list(folder.iterdir()) == [] and secret not in one.log()

@@ -186,7 +186,7 @@ def test_every_field_of_the_api_has_an_option() -> None:
             "print(json.dumps({'new': list(CREATION), **{one.name: [*(one.body or ()), *one.query] for one in ROUTES}}))")
     env = {**os.environ, "PYTHONPATH": str(ROOT / "roles/agentlabd/files")}
     fields = json.loads(subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout)
-    named = {"workspace_id": "workspace", "tags": "tag", "states": "state", "ttl_minutes": "ttl", "include_destroyed": "all"}
+    named = {"workspace_id": "workspace", "tags": "tag", "states": "state", "ttl_minutes": "ttl", "include_destroyed": "all", "include_deleted": "all"}
     for command, route in ((("sandbox", "new"), "new"), (("sandbox", "prune"), "prune_sandboxes"), (("sandbox", "reconcile"), "reconcile_sandboxes"),
                            (("sandbox", "list"), "list_sandboxes"), (("sandbox", "lease", "renew"), "renew_lease"), (("cleanup", "run"), "run_cleanup"),
                            (("cleanup", "freeze"), "freeze_cleanup")):
@@ -258,3 +258,26 @@ def test_completion_of_vmids(daemon: Make, lab: Lab) -> None:
     lab.create("a2", vmid=1234)
     found = agentlab(socket=one.socket, env={"_AGENTLAB_COMPLETE": "bash_complete", "COMP_WORDS": "agentlab sandbox stop 12", "COMP_CWORD": "3"})
     assert found.stdout == "plain,1234\n"
+
+
+def test_workspaces(daemon: Make, lab: Lab) -> None:
+    path = daemon().socket
+
+    def ws(*arguments: object) -> str:
+        found = agentlab("workspace", *arguments, socket=path)
+        return found.stdout if found.returncode == 0 else found.stderr
+
+    assert ws("list") == "no workspaces\n"
+    assert ws("new", "--size", "2G", "--storage", "local-lvm", "w1") == "workspace w1 created (2G on local-lvm, DETACHED)\n"
+    assert agentlab("sandbox", "new", "--name", "a1", "--workspace", "w1", socket=path).returncode == 0
+    assert ws("list").splitlines()[1].split()[:7] == ["w1", "ATTACHED", "2G", "local-lvm", "pve1", "1000", "(a1)"]
+    lab.create("a2")
+    assert "Error: workspace 'w1' is ATTACHED to sandbox 1000 (a1)" in ws("attach", "--vmid", 1001, "w1")
+    assert ws("new", "--size", "3G", "w1") == "workspace w1 grown (3G on local-lvm, ATTACHED)\n"
+    assert ws("detach", "w1") == "workspace w1 detached\n"
+    assert "workspace w1 attached to sandbox 1001 as /dev/disk/by-id/scsi-0QEMU_QEMU_HARDDISK_agentlab-" in ws("attach", "--vmid", 1001, "--ttl", "30", "w1")
+    assert re.search(r"^vmid +1001$", ws("show", "w1"), re.M)
+    assert agentlab("sandbox", "destroy", "--force", "1000", "1001", socket=path).returncode == 0
+    assert "would be lost; use force=true" in ws("destroy", "w1")
+    assert ws("destroy", "--force", "w1") == "workspace w1 destroyed\n"
+    assert ws("show", "w1") == "Error: workspace not found\n"

@@ -13,18 +13,22 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import workspace
 
 from support.daemon import FILES, Daemon, free_port
 from support.lab import Lab
 
 TOKEN = "a-long-token-of-the-tests-5d1f"
-# Whether a template or a node exists is not for a schema to say.
+# Whether a template, a node or a storage exists is not for a schema to say.
 CREATE = "/v1/sandboxes"
+NEW = "/v1/workspaces"
 RUNS = {
-    "any": ["--exclude-path", CREATE],
+    "any": ["--exclude-path", CREATE, "--exclude-path", NEW],
     # Of a sandbox that is there.
     "1000": ["--include-path-regex", "{vmid}"],
-    "create": ["--include-path", CREATE, "--exclude-checks", "positive_data_acceptance"],
+    # Of a workspace that is there.
+    "w1": ["--include-path-regex", "{id}"],
+    "create": ["--include-path", CREATE, "--include-path", NEW, "--exclude-checks", "positive_data_acceptance"],
 }
 
 
@@ -32,13 +36,14 @@ RUNS = {
 def test_the_document_is_true(daemon: Callable[..., Daemon], lab: Lab, tmp_path: Path, run: str) -> None:
     for name in ("a1", "a2"):
         lab.create(name)
+    workspace.present(lab.context(), "w1", size="1G", storage="local-lvm")
     token = tmp_path / "token"
     token.write_text(TOKEN)
     token.chmod(0o600)
     port = free_port()
     daemon(listen=f"127.0.0.1:{port}", listen_token_file=str(token), max_ttl="3650d")
     settings = tmp_path / "schemathesis.toml"
-    settings.write_text('[parameters]\n"path.vmid" = 1000\n' if run == "1000" else "")
+    settings.write_text({"1000": '[parameters]\n"path.vmid" = 1000\n', "w1": '[parameters]\n"path.id" = "w1"\n'}.get(run, ""))
     done = subprocess.run(
         [str(Path(sys.executable).with_name("schemathesis")), "--config-file", str(settings), "run", f"http://127.0.0.1:{port}/v1/openapi.json",
          "-H", f"Authorization: Bearer {TOKEN}", "--phases", "coverage,fuzzing", "-c", "all", "--max-examples", "15", "--seed", "7",
@@ -50,5 +55,5 @@ def test_the_document_is_true(daemon: Callable[..., Daemon], lab: Lab, tmp_path:
 
 def test_every_creation_option_of_the_core_is_in_the_document() -> None:
     code = ("from agentlabd.routes import CREATION; from agentlab_core.operations import wanted;"
-            "assert set(CREATION) == {'vmid', 'name', 'ttl_minutes', *wanted.OPTIONS}, set(CREATION) ^ {'vmid', 'name', 'ttl_minutes', *wanted.OPTIONS}")
+            "assert set(CREATION) == {'vmid', 'name', 'ttl_minutes', 'workspace_id', *wanted.OPTIONS}, set(CREATION)")
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": str(FILES)}, timeout=30)

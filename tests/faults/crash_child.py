@@ -119,13 +119,23 @@ def do_reconcile(ctx: Any) -> dict[str, Any]:
     return {"ok": True, "drift": [one.public() for one in reconcile.run(ctx, apply=True)]}
 
 
+def do_workspace(ctx: Any, word: str, name: str, vmid: int | None = None, **values: Any) -> dict[str, Any]:
+    from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import workspace
+
+    if word == "attached":
+        done = workspace.attached(ctx, name, ctx.select(vmid))
+    else:
+        done = {"present": workspace.present, "detached": workspace.detached, "absent": workspace.absent}[word](ctx, name, **values)
+    return {"ok": True, "outcome": done.outcome}
+
+
 def do_look(ctx: Any) -> dict[str, Any]:
     return {"ok": True, "count": len(ctx.records.find_all())}
 
 
 OPERATIONS: dict[str, Callable[..., dict[str, Any]]] = {
     "create": do_create, "power": do_power, "destroy": do_destroy, "renew": do_renew, "expire": do_expire, "prune": do_prune,
-    "reconcile": do_reconcile, "look": do_look}
+    "reconcile": do_reconcile, "workspace": do_workspace, "look": do_look}
 
 
 def perform(job: dict[str, Any]) -> dict[str, Any]:
@@ -246,7 +256,7 @@ def run(jobs: list[dict[str, Any]], folder: str) -> list[dict[str, Any]]:
 
 def main() -> None:
     for name in ("operations.create", "operations.destroy", "operations.lease", "operations.power", "operations.prune", "operations.reconcile",
-                 "operations.context", "config"):
+                 "operations.workspace", "operations.context", "config"):
         __import__(f"{CORE}.{name}")
     import proxmoxer.backends.https  # noqa: F401
     import requests  # noqa: F401

@@ -241,6 +241,7 @@ class Rig:
         if settled:
             wrong += [f"claim left behind: {row}" for row in self.sql("SELECT * FROM claims")]
             wrong += [f"operation left behind: {row}" for row in self.sql("SELECT * FROM operations")]
+        wrong += self._workspaces(settled)
         for path in self.snippets.iterdir():
             owner = next((row for uuid, row in rows.items() if uuid in path.name), None)
             # A creation that was given up keeps no secrets either, whether or not its VM is gone.
@@ -249,6 +250,30 @@ class Rig:
         for uuid, row in rows.items():
             wrong += [f"{row['vmid']}: {text}" for text in self._chain(uuid, row)]
         return wrong
+
+    def _workspaces(self, settled: bool) -> list[str]:
+        """No workspace is lost, none is at two VMs, and records, VMs and storage say the same of it."""
+        wrong = []
+        rows = {row["id"]: row for row in self.sql("SELECT w.*, s.vmid, s.workspace_id FROM workspaces w LEFT JOIN sandboxes s ON s.uuid = w.sandbox_uuid")}
+        for row in rows.values():
+            where = f"workspace {row['name']} ({row['state']}, {row['reason']})"
+            there = row["volume"] in self.pve.volumes_of(row["owner_vmid"])
+            at = [vm.vmid for vm in self.pve.vms if any(row["volume"] in str(value) for value in vm.config.values())]
+            if row["state"] in ("DETACHED", "ATTACHING", "ATTACHED", "DETACHING") and not there:
+                wrong.append(f"{where} is lost")
+            if len(at) > 1 or (at and row["state"] in ("DETACHED", "DELETED")) or (row["state"] == "ATTACHED" and at != [row["vmid"]]):
+                wrong.append(f"{where} is attached to {at}, by the records to {row['vmid']}")
+            if row["state"] == "ATTACHED" and row["workspace_id"] != row["id"]:
+                wrong.append(f"{where}: its sandbox does not say so")
+            if row["state"] == "DELETED" and there:
+                wrong.append(f"{where} left its volume behind")
+            if settled and row["state"] in ("CREATING", "ATTACHING", "DETACHING", "DELETING"):
+                wrong.append(f"{where} is not finished")
+        owned = {volume for sid, store in self.pve.storages.items() for name in store.get("volumes", {}) if "-ws-" in (volume := f"{sid}:{name}")}
+        wrong += [f"volume {volume} has no record" for volume in owned - {row["volume"] for row in rows.values()}]
+        shown = {row["workspace_id"] for row in self.records() if row["workspace_id"]}
+        return wrong + [f"a sandbox names the workspace {ident}, which is not attached to it" for ident in shown
+                        if rows.get(ident, {}).get("state") not in ("ATTACHED", "DETACHING")]
 
     def _chain(self, uuid: str, row: dict[str, Any]) -> list[str]:
         wrong = []

@@ -28,6 +28,8 @@ WHOLE = {"name": "crash", "ttl": 3600, "wait_for_ip": True, "cores": 4, "tags": 
 
 USER_DATA = {"name": "crash", "ttl": 3600, "cloud_init_user_data": "#cloud-config\nhostname: crash\n"}
 
+WITH_DISK = {"name": "crash", "ttl": 3600, "workspace": "w"}
+
 
 class Case:
     """A starting position, the operation to kill in it, and what must be true once it was run again."""
@@ -173,12 +175,57 @@ def _reconciled(rig: Rig) -> None:
     rig.must("destroy", vmids=[_vmid(rig, "half")], force=True)
 
 
+def _with_disk(*names: str, **values: Any) -> Callable[[Rig], None]:
+    """A workspace, and these sandboxes."""
+
+    def prepare(rig: Rig) -> None:
+        rig.must("reconcile")
+        rig.must("workspace", word="present", name="w", size="1G", storage="local-lvm")
+        _made(*names, **values)(rig)
+
+    return prepare
+
+
+def _disk(state: str) -> Callable[[Rig], None]:
+    """The workspace is in that state once what was begun on it is settled."""
+
+    def look(rig: Rig) -> None:
+        if rig.sql("SELECT 1 FROM workspaces WHERE state IN ('CREATING', 'ATTACHING', 'DETACHING', 'DELETING')"):
+            time.sleep(1.5)
+            rig.must("reconcile")
+        found = rig.sql("SELECT state FROM workspaces WHERE reason IS NOT 'creation_interrupted'")
+        assert [row["state"] for row in found] == [state], found
+
+    return look
+
+
+def _disk_settled(rig: Rig) -> None:
+    _settled(rig)
+    _clear(rig)
+    _disk("DETACHED")(rig)
+
+
+def _disk_cleared(rig: Rig) -> None:
+    _clear(rig)
+    _disk("DETACHED")(rig)
+
+
 CASES = {
     "create": Case(_empty, "create", WHOLE, states={"crash": "RUNNING"}, after=_one_vm),
     "create_user_data": Case(_empty, "create", USER_DATA, states={"crash": "RUNNING"}, after=_one_vm),
     "create_user_data_reconciled": Case(_empty, "create", USER_DATA, again=("reconcile", {}), after=_settled),
     "create_user_data_failing": Case(_empty, "create", USER_DATA, ready=_start_fails, after=_clear, ok=False),
     "force_user_data": Case(_made("a", cloud_init_user_data="#cloud-config\n"), "destroy", {"vmids": [1001], "force": True}, states={"a": "DESTROYED"}),
+    "workspace_create": Case(_empty, "workspace", {"word": "present", "name": "w", "size": "1G", "storage": "local-lvm"}, after=_disk("DETACHED")),
+    "workspace_attach": Case(_with_disk("a"), "workspace", {"word": "attached", "name": "w", "vmid": 1001}, after=_disk("ATTACHED")),
+    "workspace_detach": Case(_with_disk("a", workspace="w"), "workspace", {"word": "detached", "name": "w"}, after=_disk("DETACHED")),
+    "workspace_absent": Case(_with_disk(), "workspace", {"word": "absent", "name": "w", "force": True}, after=_disk("DELETED")),
+    "create_workspace": Case(_with_disk(), "create", WITH_DISK, states={"crash": "RUNNING"}, after=_disk("ATTACHED")),
+    "create_workspace_reconciled": Case(_with_disk(), "create", WITH_DISK, again=("reconcile", {}), after=_disk_settled),
+    "create_workspace_failing": Case(_with_disk(), "create", WITH_DISK, ready=_start_fails, after=_disk_cleared, ok=False),
+    "force_workspace": Case(_with_disk("a", workspace="w"), "destroy", {"vmids": [1001], "force": True}, states={"a": "DESTROYED"}, after=_disk("DETACHED")),
+    "force_workspace_ghost": Case(_with_disk("ghost", workspace="w"), "destroy", {"vmids": [GHOST], "force": True}, states={"ghost": "DESTROYED"},
+                                  after=_disk("DETACHED")),
     "create_taken": Case(_empty, "create", {"name": "crash", "ttl": 3600}, states={"crash": "RUNNING"}, ready=_taken, after=_one_vm),
     "create_failing": Case(_empty, "create", {"name": "crash", "ttl": 3600}, ready=_start_fails, after=_clear, ok=False),
     "force_half": Case(_half, "destroy", {"vmids": [1002], "force": True}, again=("create", {"name": "crash", "ttl": 3600}), after=_once_more, ok=False),

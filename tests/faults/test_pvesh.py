@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import AgentlabError, OutcomeUnknown, Unreachable
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import workspace
 
 from support.double import TOKEN_ID, TOKEN_SECRET
 from support.lab import Lab
@@ -52,6 +53,22 @@ def test_the_whole_life_through_pvesh(lab: Lab) -> None:
     outcome = lab.destroy(made.vmid, force=True)[0]
     assert outcome.state == "DESTROYED", outcome.message
     assert lab.pve.vm(made.vmid) is None
+
+
+def test_a_workspace_and_a_security_group_through_pvesh(lab: Lab) -> None:
+    lab.pve.firewall_config("cluster").setdefault("groups", {}).setdefault("agents", {"comment": "", "rules": []})
+    found = workspace.present(lab.context(), "w1", size="2G", storage="local-lvm").workspace
+    assert found is not None
+    made = lab.create(workspace="w1", firewall_group="agents")
+    rules = lab.pve.firewall_config("vm", "pve1", made.vmid)
+    assert [rule["action"] for rule in rules["rules"]] == ["agents"] and rules["options"]["enable"] == 1
+    assert workspace.present(lab.context(), "w1", size="3G").outcome == "grown"
+    assert workspace.detached(lab.context(), "w1").changed
+    ctx = lab.context()
+    assert workspace.attached(ctx, "w1", ctx.select(made.vmid)).outcome == "attached"
+    assert lab.destroy(made.vmid, force=True)[0].state == "DESTROYED"
+    assert lab.pve.volumes_of(found.owner_vmid) == [found.volume]
+    assert workspace.absent(lab.context(), "w1", force=True).outcome == "deleted" and lab.pve.volumes_of(found.owner_vmid) == []
 
 
 def test_several_at_once_and_absence(lab: Lab) -> None:

@@ -47,6 +47,7 @@ def test_showing(story: Any, given: Any, env: Any, server: Any) -> None:
         task("profile", INFO, profile="big"),
         task("events", INFO, vmid=1000, events=3),
         task("verify", INFO, verify=True),
+        task("compare", INFO, verify=True, verify_identity=False, vmids=[1000, 1002, 1003]),
         task("verify nothing", INFO, states=["SUSPENDED"], verify=True),
     ])
     assert written(env["AGENTLAB_DATABASE"]) == start
@@ -63,8 +64,12 @@ def test_showing(story: Any, given: Any, env: Any, server: Any) -> None:
     assert shown[1000]["identity"] == "MATCH" and shown[1000]["vm_status"] == "running" and shown[1000]["drift"] is None
     assert shown[1003]["identity"] == "FOREIGN" and shown[1004]["vm_status"] == "absent" and shown[1004]["drift"].startswith("its VM is gone")
     assert shown[1002]["drift"] == "the record says TIMEOUT, the VM is running"
+    compared = {one["vmid"]: one for one in run["compare"]["sandboxes"]}
+    assert {one["identity"] for one in compared.values()} == {None} and compared[1000]["vm_status"] == "running" and compared[1000]["drift"] is None
+    assert compared[1002]["drift"] == "the record says TIMEOUT, the VM is running" and compared[1003]["drift"].startswith("the VM is called ")
+    assert dict(run.requests["compare"]) == {"GET /cluster/resources": 1}
     for name, requests in run.requests.items():
-        assert writes(requests) == [] and (name == "verify" or not requests), (name, requests)
+        assert writes(requests) == [] and (name in ("verify", "compare") or not requests), (name, requests)
 
 
 def test_bad_input(story: Any, given: Any) -> None:

@@ -133,6 +133,8 @@ class ProxmoxDouble(FakePve):
         self.clock_offset = 0.0
         # Volume ids of the snippets that there are; cicustom may name no other.
         self.snippets: set[str] = set()
+        # False: running guests take no disk and let none go; the change stays pending until the next start.
+        self.hotplug = True
         # Storage -> (folder of this machine with its snippets, the node that has it or None for all): a file there is a snippet.
         self.snippet_folders: dict[str, tuple[str, str | None]] = {}
         # What a started guest's cloud-init will have reported (texts of errors), after cloud_init_delay real seconds; None: it never ends.
@@ -802,10 +804,12 @@ class ProxmoxDouble(FakePve):
             self._check_lock(vm)
             for key in [key for key in updates if DRIVE_KEY.match(key)]:
                 updates[key] = self._drive_value(vm, user, key, updates[key])
+        for key in [key for key in str(updates.pop("revert", None) or "").split(",") if key]:
+            vm.pending.pop(key, None)
         deletes = [key for key in str(updates.get("delete") or "").split(",") if key]
         before = {key: vm.config.get(key) for key in deletes}
         await super()._apply_config(vm, user, updates)
-        for key in [key for key in updates if HOTPLUGGED.match(key) and vm.pending.get(key)]:
+        for key in [key for key in updates if HOTPLUGGED.match(key) and vm.pending.get(key) and self.hotplug]:
             vm.config[key] = vm.pending.pop(key)
         for key in deletes:
             self._detached(vm, key, before[key], bool(updates.get("force")))
@@ -828,7 +832,7 @@ class ProxmoxDouble(FakePve):
             return value
         store = self._store(sid)
         known = self._volumes(sid).get(name)
-        if known is None:
+        if known is None or not self._on_node(volume, vm.node):
             raise PveError(500, f"volume '{volume}' does not exist")
         if volume_owner(volume) != vm.vmid:
             vtype, owner, _format = self._parse_volname(store, name)
@@ -837,7 +841,7 @@ class ProxmoxDouble(FakePve):
 
     def _detached(self, vm: Any, key: str, value: Any, force: bool) -> None:
         """A disk taken off: the VM's own becomes unusedN (or goes, when it was unused or with force), another owner's just goes away."""
-        if HOTPLUGGED.match(key) and key in vm.pending:
+        if HOTPLUGGED.match(key) and key in vm.pending and self.hotplug:
             vm.pending.pop(key)
             vm.config.pop(key, None)
         if value is None or key in vm.config or not re.match(r"(ide|sata|scsi|virtio|unused)\d+$", key):
@@ -869,8 +873,19 @@ class ProxmoxDouble(FakePve):
         store["shared"] = int(node is None)
         self.snippet_folders[storage] = (folder, node)
 
+    def _on_node(self, volume: str, node: str) -> bool:
+        """Whether a node sees a volume: one on local storage is on the node that allocated it alone."""
+        known = self._qm_volume(volume)
+        return known is None or known.get("node") in (None, node)
+
+    async def _content_create(self, v: dict[str, Any], user: str) -> str:
+        volume = await super()._content_create(v, user)
+        if not self.storages[v["storage"]].get("shared"):
+            self._qm_volume(volume)["node"] = v["node"]
+        return volume
+
     async def _content_list(self, v: dict[str, Any], user: str) -> list[dict[str, Any]]:
-        found = await super()._content_list(v, user)
+        found = [row for row in await super()._content_list(v, user) if self._on_node(row["volid"], v["node"])]
         if v.get("content") in (None, "snippets") and v.get("vmid") is None and self.allowed(user, f"/storage/{v['storage']}", "Datastore.Allocate"):
             found += [{"volid": volume, "content": "snippets", "format": "snippet", "size": os.path.getsize(path), "ctime": int(os.path.getmtime(path))}
                       for volume, path in self._snippet_files(v["node"]).items() if volume.startswith(v["storage"] + ":")]

@@ -116,19 +116,24 @@ def make(tmp_path: Path, context: Any) -> Any:
     write(tmp_path / "profiles", WHOLE, "whole.yaml")
     write(tmp_path / "profiles", "storage: local-lvm\nlease: {maximum: 1h}", "short.yaml")
     write(tmp_path / "profiles", "lease: {default: 40d}", "long.yaml")
+    write(tmp_path / "profiles", "workspace: none", "none.yaml")
     return lambda **options: wanted.spec(context(profiles_dir=str(tmp_path / "profiles")), options)
 
 
 def test_given_options_win_over_the_profile_and_the_profile_over_the_configuration(make: Any) -> None:
-    plain = make(profile="whole")
+    plain = make(profile="whole", workspace="w")
     assert (plain.cores, plain.memory, plain.tags, plain.keepalive, plain.ttl, plain.lease_maximum) == (4, 8192, ["a", "b"], True, 7200, 28800)
-    mine = make(profile="whole", cores=1, tags=[], keepalive=False, ttl="30m", firewall=False, bridge="vmbr9")
+    mine = make(profile="whole", workspace="w", cores=1, tags=[], keepalive=False, ttl="30m", firewall=False, bridge="vmbr9")
     assert (mine.cores, mine.tags, mine.keepalive, mine.ttl, mine.firewall, mine.firewall_group, mine.bridge) == (1, [], False, 1800, False, None, "vmbr9")
     assert make().ttl == 4 * 3600 and make(profile="short").ttl == 3600
     assert make(profile="short", full_clone=False).storage is None
     with pytest.raises(InvalidInput, match="ttl: 9h is longer than the maximum of 8h that profile 'whole' grants"):
-        make(profile="whole", ttl="9h")
+        make(profile="whole", workspace="w", ttl="9h")
+    with pytest.raises(InvalidInput, match="workspace: missing; profile 'whole' requires one"):
+        make(profile="whole")
+    with pytest.raises(InvalidInput, match="workspace: profile 'none' allows none"):
+        make(profile="none", workspace="w")
     with pytest.raises(InvalidInput, match=r"long\.yaml: lease\.default: '40d' is longer than the maximum of 30d"):
         make(profile="long")
-    with pytest.raises(InvalidInput, match=r"profile: 'nope' does not exist in .* Profiles: long, short, whole"):
+    with pytest.raises(InvalidInput, match=r"profile: 'nope' does not exist in .* Profiles: long, none, short, whole"):
         make(profile="nope")

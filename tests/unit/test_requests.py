@@ -7,6 +7,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -143,6 +146,27 @@ def test_a_vm_that_came_while_the_run_waited_is_not_proven_absent_by_the_list_fr
     lab.pve.counted.clear()
     assert {one.state for one in destroy.run(ctx, [(one, destroy.Request(force=True)) for one in planned])} == {"DESTROYED"}
     assert lab.pve.counted["GET /cluster/resources"] == 3
+
+
+def test_a_run_that_the_records_alone_answer_loads_nothing_of_proxmox(tmp_path: Path) -> None:
+    """Modules are sent as source and compiled on every run: what is not needed must not be loaded."""
+    core = "ansible_collections.agentlab.proxmox.plugins.module_utils._core"
+    code = f"""
+import json, os, sys
+from {core} import config
+from {core}.operations import info, lease
+from {core}.operations.context import Context
+ctx = Context(config.load({{"database": sys.argv[1]}}, {{"AGENTLAB_CONFIG": "/nowhere"}}), actor="test")
+assert info.show(ctx, info.Wanted(), events=1)["count"] == 0
+print(json.dumps(sorted(sys.modules)))
+"""
+    path = os.pathsep.join(filter(None, sys.path))
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "agentlab.db")], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True,
+                          check=True)
+    loaded = json.loads(done.stdout)
+    unwanted = {"proxmoxer", "requests", "urllib3", "ssl", "yaml", "http.client", "concurrent.futures", "subprocess"} & set(loaded)
+    assert not unwanted, unwanted
+    assert not [name for name in loaded if name.startswith((f"{core}.proxmox", f"{core}.operations.verify", f"{core}.operations.destroy"))]
 
 
 def test_a_repeated_renewal_is_no_success_while_the_sandbox_is_being_destroyed(lab: Lab) -> None:

@@ -269,6 +269,23 @@ def test_check_mode_works_on_a_copy(path: Path) -> None:
     assert [one.state for one in Records(Database(str(path)), SystemClock(), "x").find_all()] == ["REQUESTED"]
 
 
+def test_check_mode_reads_the_file_itself_until_something_is_written(path: Path) -> None:
+    """A million records are not copied to say what would be pruned; nor can anything of it reach the file."""
+    real = Records(Database(str(path)), SystemClock(), "real")
+    reserve(real, 1)
+    store = Records(Database(str(path), dry_run=True), SystemClock(), "check")
+    reserve(real, 2)
+    assert [one.name for one in store.find_all()] == ["s1", "s2"]
+    with pytest.raises(sqlite3.OperationalError, match="readonly"):
+        store.db._writer.execute("DELETE FROM sandboxes")
+    store.set_meta("tried", "1")
+    reserve(real, 3)
+    assert [one.name for one in store.find_all()] == ["s1", "s2"] and store.meta("tried") == "1"
+    with store.db.together():
+        store.set_meta("tried", "2")
+    assert store.meta("tried") == "2" and real.meta("tried") is None and len(real.find_all()) == 3
+
+
 def test_check_mode_sees_what_is_still_in_the_log(path: Path) -> None:
     first = Records(Database(str(path)), SystemClock(), "x")
     reserve(first)
@@ -332,6 +349,81 @@ def test_a_failed_commit_fails_every_job_of_it(path: Path, monkeypatch: pytest.M
     assert database.read("SELECT * FROM meta WHERE key = 'a'") == []
     database.write(lambda conn: conn.execute("INSERT INTO meta VALUES ('b', '1')") and None)
     assert database.read("SELECT value FROM meta WHERE key = 'b'")[0][0] == "1"
+
+
+def test_together_is_one_commit_and_reads_its_own_writes(path: Path) -> None:
+    store = Records(Database(str(path)), SystemClock(), "test")
+    other = Records(Database(str(path)), SystemClock(), "other")
+    with store.db.together():
+        store.set_meta("a", "1")
+        with pytest.raises(StoreError):
+            store.db.write(lambda conn: conn.execute("INSERT INTO meta VALUES ('b', '1')") and conn.execute("INSERT INTO nothing VALUES (1)"))
+        store.set_meta("c", "1")
+        assert store.meta("a") == store.meta("c") == "1" and store.meta("b") is None
+        assert other.meta("a") is None
+    assert other.meta("a") == other.meta("c") == "1" and other.meta("b") is None
+
+
+def test_together_writes_all_or_nothing(path: Path) -> None:
+    store = Records(Database(str(path)), SystemClock(), "test")
+    with pytest.raises(RuntimeError), store.db.together():
+        store.set_meta("a", "1")
+        raise RuntimeError
+    assert store.meta("a") is None
+    with pytest.raises(StoreError, match="rolled back"), store.db.together():
+        store.set_meta("a", "1")
+        # As SQLite does by itself when the disk is full.
+        store.db._writer.execute("ROLLBACK")
+        store.set_meta("b", "1")
+    assert store.meta("a") is None and store.meta("b") is None
+    store.set_meta("d", "1")
+    assert store.meta("d") == "1"
+
+
+def test_others_wait_for_together_and_lose_nothing(path: Path) -> None:
+    store = Records(Database(str(path)), SystemClock(), "test")
+    begun = threading.Event()
+    threads = [threading.Thread(target=lambda number=number: begun.wait() and store.set_meta(f"k{number}", "1")) for number in range(20)]
+    for one in threads:
+        one.start()
+    with store.db.together():
+        begun.set()
+        store.set_meta("first", "1")
+    for one in threads:
+        one.join(10)
+    assert all(store.meta(f"k{number}") == "1" for number in range(20)) and store.meta("first") == "1"
+
+
+def test_a_writer_that_is_interrupted_while_it_waits_keeps_nobody_waiting(path: Path) -> None:
+    """Ctrl-C in the thread whose turn comes next: the others are written all the same."""
+    code = """
+import signal, threading, time
+def interrupt(*_):
+    raise KeyboardInterrupt
+signal.signal(signal.SIGALRM, interrupt)
+db = store.db
+held = threading.Event()
+def hold():
+    def work(conn):
+        held.set()
+        time.sleep(1.0)
+    db.write(work)
+threads = [threading.Thread(target=hold)]
+threads[0].start()
+held.wait()
+signal.setitimer(signal.ITIMER_REAL, 0.3)
+later = threading.Thread(target=lambda: (time.sleep(0.1), store.set_meta("later", "1")))
+later.start()
+try:
+    store.set_meta("mine", "1")
+except KeyboardInterrupt:
+    print("interrupted")
+threads[0].join(); later.join(20)
+print(store.meta("later"), store.meta("mine"))
+"""
+    done = child(path, "a", code)
+    out, err = done.communicate(timeout=60)
+    assert out.split("\n")[:2] == ["interrupted", "1 None"], out + err
 
 
 def test_writers_in_separate_processes_lose_nothing(path: Path) -> None:

@@ -65,6 +65,7 @@ DEFAULTS: dict[str, Any] = {
     "clock_jump_pause": "10m",
     "absent_guard": "50",
     "profiles_dir": PROFILES,
+    "workspace_owner_range": "990000-990999",
     "snippets_storage": "local",
     "snippets_dir": "/var/lib/vz/snippets",
     "socket": "/run/agentlab/agentlabd.sock",
@@ -164,6 +165,7 @@ class Config:
     # Seconds between two looks at the running tasks of a node, at the least.
     poll_interval: float
     profiles_dir: str
+    workspace_owner_range: tuple[int, int]
     snippets_storage: str
     snippets_dir: str
     socket: str
@@ -205,11 +207,16 @@ def load(options: Mapping[str, Any], environment: Mapping[str, str]) -> Config:
         task_timeout=_seconds("wait_timeout", value("wait_timeout")),
     )
     lifetime = value("max_lifetime")
+    vmids, owners = vmid_range(value("vmid_range")), vmid_range(value("workspace_owner_range"), "workspace_owner_range")
+    if vmids[0] <= owners[1] and owners[0] <= vmids[1]:
+        raise InvalidInput(f"workspace_owner_range: {owners[0]}-{owners[1]} overlaps vmid_range ({vmids[0]}-{vmids[1]}). Proxmox VE deletes with a VM what its "
+                           "VMID owns, so the owners of workspaces need VMIDs that no VM ever has", option="workspace_owner_range")
     return Config(
         proxmox=proxmox,
         database=str(value("database")),
         database_group_access=_boolean("database_group_access", value("database_group_access")),
-        vmid_range=vmid_range(value("vmid_range")),
+        vmid_range=vmids,
+        workspace_owner_range=owners,
         node=_text("node", value("node")),
         template=_text("template", value("template")),
         pool=_text("pool", value("pool")),
@@ -272,12 +279,12 @@ def read_file(path: str) -> dict[str, Any]:
     return found
 
 
-def vmid_range(value: object) -> tuple[int, int]:
+def vmid_range(value: object, name: str = "vmid_range") -> tuple[int, int]:
     """``1000-1999`` as two numbers."""
     first, dash, last = str(value).partition("-")
     if not dash or not first.strip().isdecimal() or not last.strip().isdecimal() or not 100 <= int(first) <= int(last) <= 999999999:
-        raise InvalidInput(f"vmid_range: {str(value)!r} is not a range. Valid: FIRST-LAST within 100-999999999, such as 1000-1999",
-                           option="vmid_range", value=str(value))
+        raise InvalidInput(f"{name}: {str(value)!r} is not a range. Valid: FIRST-LAST within 100-999999999, such as {DEFAULTS[name]}",
+                           option=name, value=str(value))
     return int(first), int(last)
 
 

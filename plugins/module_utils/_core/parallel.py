@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 A = TypeVar("A")
@@ -18,5 +17,7 @@ def each(work: Callable[[A], B], items: list[A], workers: int) -> list[B]:
     """The answers in the order of the items, ``workers`` at a time; a single item needs no thread."""
     if len(items) <= 1:
         return [work(item) for item in items]
+    from concurrent.futures import ThreadPoolExecutor
+
     with ThreadPoolExecutor(max_workers=min(workers, len(items))) as pool:
         return list(pool.map(work, items))

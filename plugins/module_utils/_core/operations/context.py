@@ -9,18 +9,21 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .. import parallel, states
 from ..clock import Clock, SystemClock
 from ..config import Config
 from ..errors import AgentlabError, ClaimLost, InvalidInput, Kept, NotFound, StoreError
 from ..model import Outcome, Sandbox
-from ..proxmox.client import ProxmoxClient
-from ..proxmox.cluster import Cluster
-from ..proxmox.tasks import TaskWaiter
 from ..store.database import Database, Rehearsal
 from ..store.records import POINT_OF_NO_RETURN, Claim, Records
+from ..store.workspaces import Workspaces
+
+if TYPE_CHECKING:
+    from ..proxmox.client import ProxmoxClient
+    from ..proxmox.cluster import Cluster
+    from ..proxmox.tasks import TaskWaiter
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -45,12 +48,47 @@ class Context:
         else:
             self.database = Rehearsal(parent.database) if dry_run else parent.database
         self.records = Records(self.database, self.clock, actor, self.wait_timeout, stopping)
-        if parent is None or parent.client.settings != config.proxmox or parent.config.poll_interval != config.poll_interval:
-            self.client: ProxmoxClient = ProxmoxClient(config.proxmox, self.clock, parent.client.statistics if parent else None)
-            self.tasks: TaskWaiter = TaskWaiter(self.client, self.clock, config.poll_interval)
-        else:
-            self.client, self.tasks = parent.client, parent.tasks
-        self.cluster = Cluster(self.client, self.clock, self.records)
+        self.workspaces = Workspaces(self.records)
+        self._parent = parent
+        self._lock = threading.RLock()
+        self._reach: tuple[ProxmoxClient, TaskWaiter] | None = None
+        self._cluster: Cluster | None = None
+
+    # ---- Proxmox, from the first use on ----
+
+    def _reached(self) -> tuple[ProxmoxClient, TaskWaiter]:
+        parent = self._parent
+        if parent is not None and (parent.config.proxmox, parent.config.poll_interval) == (self.config.proxmox, self.config.poll_interval):
+            return parent._reached()
+        with self._lock:
+            if self._reach is None:
+                # Here, and not above: most of what a module has to load is what talks to Proxmox.
+                from ..proxmox.client import ProxmoxClient
+                from ..proxmox.tasks import TaskWaiter
+
+                client = ProxmoxClient(self.config.proxmox, self.clock, parent.client.statistics if parent else None)
+                self._reach = client, TaskWaiter(client, self.clock, self.config.poll_interval)
+            return self._reach
+
+    @property
+    def client(self) -> ProxmoxClient:
+        """Requests to Proxmox."""
+        return self._reached()[0]
+
+    @property
+    def tasks(self) -> TaskWaiter:
+        """Waiting for Proxmox's tasks."""
+        return self._reached()[1]
+
+    @property
+    def cluster(self) -> Cluster:
+        """What this run has read of the cluster."""
+        with self._lock:
+            if self._cluster is None:
+                from ..proxmox.cluster import Cluster
+
+                self._cluster = Cluster(self.client, self.clock, self.records)
+            return self._cluster
 
     def derive(self, *, actor: str, dry_run: bool = False, config: Config | None = None) -> Context:
         """A run of its own for a process that lives longer than one: shares the database and the connections, remembers nothing read of Proxmox."""
@@ -59,7 +97,7 @@ class Context:
 
     def refresh(self) -> None:
         """Forget what was read of Proxmox."""
-        self.cluster = Cluster(self.client, self.clock, self.records)
+        self._cluster = None
 
     def close(self) -> None:
         if self._owner:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 import uuid as uuid_module
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,7 +35,7 @@ from ..errors import (
 from ..model import Outcome, Sandbox
 from ..proxmox import identity
 from ..store.records import Claim
-from . import cloud_init, create_recovery, destroy, power
+from . import cloud_init, create_recovery, destroy, power, workspace
 from .context import Context
 from .verify import Located, locate, require_match
 
@@ -70,6 +71,8 @@ class Spec:
     searchdomain: str | None = None
     # Whatever it holds is secret: it goes into the snippet and nowhere else.
     cloud_init_user_data: str | None = field(default=None, repr=False)
+    # Name or id of a workspace that it gets before it starts.
+    workspace: str | None = None
     ssh_public_keys: list[str] = field(default_factory=list)
     tags: list[str] = field(default_factory=list)
     ttl: int = 0
@@ -176,7 +179,9 @@ def template_of(ctx: Context, wanted: str | None) -> tuple[int, str]:
 
 def _create(ctx: Context, spec: Spec) -> Outcome:
     template, template_node = template_of(ctx, spec.template or ctx.config.template)
-    node = spec.node or ctx.config.node or template_node
+    disk = workspace.select(ctx, spec.workspace) if spec.workspace is not None else None
+    # Where its workspace is, if that is on one node only.
+    node = spec.node or (disk.node if disk else None) or ctx.config.node or template_node
     nodes = ctx.cluster.nodes()
     if node not in nodes:
         raise InvalidInput(f"node: {node!r} is not a node of this cluster. Nodes: {', '.join(sorted(nodes))}", option="node", value=node)
@@ -185,6 +190,8 @@ def _create(ctx: Context, spec: Spec) -> Outcome:
     known = ctx.cluster.vms()
     if spec.vmid is not None and spec.vmid in known:
         raise _occupied(spec.vmid, str(known[spec.vmid].get("name") or "unnamed"))
+    if disk is not None:
+        workspace.check_usable(ctx, disk, node)
     if spec.cloud_init_user_data is not None:
         cloud_init.check_place(ctx, node)
     ctx.cluster.confirm(creating=True)
@@ -218,6 +225,7 @@ def _carry_on(ctx: Context, claim: Claim, spec: Spec, sandbox: Sandbox, journal:
         if sandbox.state not in states.CREATING:
             return Outcome.of("unchanged", sandbox)
         noted = dict(journal if journal is not None else (left.detail if left else {}))
+        disk = workspace.of_creation(ctx, claim, sandbox, spec.workspace)
         sandbox = cloud_init.provide(ctx, claim, sandbox, spec.cloud_init_user_data)
         if sandbox.smbios_uuid is None:
             phase = left.phase if left else "reserved"
@@ -226,6 +234,10 @@ def _carry_on(ctx: Context, claim: Claim, spec: Spec, sandbox: Sandbox, journal:
             sandbox = ctx.records.change(claim, sandbox, "create", to=states.BOOTING, reason="cloned", upids=upids, journal=("configuring", noted))
         found = require_match(ctx, sandbox)
         found = _configure(ctx, spec, sandbox, found)
+        if disk is not None:
+            found = require_match(ctx, sandbox)
+            workspace.attach(ctx, claim, sandbox, found, disk)
+            sandbox = ctx.records.get(sandbox.uuid)
         done, warned = power.start(ctx, sandbox, found)
         upids += done
         warnings += warned
@@ -411,11 +423,26 @@ def _configure(ctx: Context, spec: Spec, sandbox: Sandbox, found: Located) -> Lo
 def join_firewall_group(ctx: Context, found: Located, group: str) -> None:
     """Put the VM's firewall on and the security group into its rules, unless that is so already (a template's rules are cloned along)."""
     base = f"{found.path}/firewall"
-    rules = ctx.client.get_list(f"{base}/rules")
-    if not any(rule.get("type") == "group" and rule.get("action") == group and str(rule.get("enable", 1)) == "1" for rule in rules):
-        ctx.client.post(f"{base}/rules", type="group", action=group, enable=1)
-    if str(ctx.client.get_dict(f"{base}/options").get("enable", 0)) != "1":
-        ctx.client.put(f"{base}/options", enable=1)
+
+    def joined() -> bool:
+        return any(rule.get("type") == "group" and rule.get("action") == group and str(rule.get("enable", 1)) == "1"
+                   for rule in ctx.client.get_list(f"{base}/rules"))
+
+    def on() -> bool:
+        return str(ctx.client.get_dict(f"{base}/options").get("enable", 0)) == "1"
+
+    writes: tuple[tuple[Callable[[], bool], Callable[[], Any]], ...] = (
+        (joined, lambda: ctx.client.post(f"{base}/rules", type="group", action=group, enable=1)),
+        (on, lambda: ctx.client.put(f"{base}/options", enable=1)))
+    for is_so, write in writes:
+        if is_so():
+            continue
+        try:
+            write()
+        except OutcomeUnknown:
+            # Also what pvesh says of a write that answers nothing: what is there now tells.
+            if not is_so():
+                raise
 
 
 def network(current: str, bridge: str | None, firewall: bool | None, model: str | None = None) -> str:

@@ -22,7 +22,7 @@ from ..model import Outcome, Sandbox
 from ..proxmox import identity
 from ..proxmox.client import not_begun
 from ..store.records import POINT_OF_NO_RETURN, Claim, Operation
-from . import create_recovery, power, remains
+from . import create_recovery, power, remains, workspace
 from .context import Context, failure
 from .verify import Located, locate, refuse_guarded, refuse_not_ours
 
@@ -86,6 +86,7 @@ def plan(ctx: Context, sandbox: Sandbox) -> tuple[str, str, str | None]:
         return "mark", "vmid_reused", "the VMID belongs to another VM now, which is left alone"
     refuse_not_ours(sandbox, found)
     refuse_guarded(sandbox, found)
+    workspace.refuse_planned(ctx, sandbox, found)
     ctx.cluster.require_quorum()
     return "destroy", "destroyed", None
 
@@ -102,10 +103,9 @@ def run(ctx: Context, items: list[tuple[Sandbox, Request]]) -> list[Outcome]:
         except AgentlabError as error:
             return failure(_now(ctx, sandbox), error)
 
-    if len(items) > 1:
-        # What cannot be read is told item by item.
-        with contextlib.suppress(ProxmoxError):
-            ctx.cluster.survey([sandbox.vmid for sandbox, _request in items])
+    # What cannot be read is told item by item.
+    with contextlib.suppress(ProxmoxError):
+        ctx.cluster.survey([sandbox.vmid for sandbox, _request in items])
     results = ctx.each(first, items)
     gone = [found for found in results if isinstance(found, _Gone)]
     if gone:
@@ -116,7 +116,11 @@ def run(ctx: Context, items: list[tuple[Sandbox, Request]]) -> list[Outcome]:
             for found in gone:
                 give_back(ctx, found.claim)
             raise
-        finished = dict(zip(map(id, gone), ctx.each(lambda found: _finish(ctx, found, proofs), gone), strict=True))
+        sure = [found for found in gone if found.reason in _PROVEN or proofs[found.sandbox.vmid].absent]
+        closing = set(map(id, sure))
+        rest = [found for found in gone if id(found) not in closing]
+        outcomes = [*_close(ctx, sure, proofs), *ctx.each(lambda found: _finish(ctx, found, proofs), rest)]
+        finished = dict(zip(map(id, [*sure, *rest]), outcomes, strict=True))
         return [finished[id(found)] if isinstance(found, _Gone) else found for found in results]
     return [found for found in results if isinstance(found, Outcome)]
 
@@ -252,6 +256,11 @@ def _until_gone(ctx: Context, planned: Sandbox, request: Request) -> Outcome | _
                 upids += done
                 warnings += warned
                 stopped = True
+            if workspace.take_off(ctx, claim, current, found):
+                # The configuration is another one now: judged anew before anything else is done.
+                current = ctx.records.get(current.uuid)
+                continue
+            workspace.refuse_listed(ctx, current, found)
             ctx.records.journal(claim, "destroy", "deleting", detail, unprotected=not request.clean_up)
             try:
                 _mark(ctx, request, found)
@@ -358,6 +367,17 @@ def _drop_journal(ctx: Context, claim: Claim) -> None:
         ctx.records.fenced(claim, lambda conn: conn.execute("DELETE FROM operations WHERE sandbox_uuid = ?", (claim.uuid,)) and None)
 
 
+def _close(ctx: Context, proven: list[_Gone], proofs: dict[int, Any]) -> list[Outcome]:
+    """Finish those that are proven to be gone, in one transaction: nobody is asked anything any more."""
+    try:
+        with ctx.database.together():
+            return [_finish(ctx, found, proofs) for found in proven]
+    except AgentlabError as error:
+        for found in proven:
+            give_back(ctx, found.claim)
+        return [failure(_now(ctx, found.sandbox), error) for found in proven]
+
+
 def _finish(ctx: Context, found: _Gone, proofs: dict[int, Any]) -> Outcome:
     """Commit DESTROYED once absence is proven; otherwise the record stays as it is, and the journal tells the next run."""
     sandbox = found.sandbox
@@ -379,7 +399,7 @@ def _finish(ctx: Context, found: _Gone, proofs: dict[int, Any]) -> Outcome:
                 raise Kept("unknown", f"sandbox {sandbox.vmid}: it is not proven that its VM is gone: {proof.why}")
             else:
                 evidence.update(proof.evidence)
-        remains.clear(ctx, ctx.records.get(sandbox.uuid))
+        remains.clear(ctx, found.claim, ctx.records.get(sandbox.uuid))
         took = int((ctx.clock.monotonic() - found.began) * 1000)
         done = power.settle(ctx, found.claim, ctx.records.get(sandbox.uuid), "destroy", to=states.DESTROYED, reason=reason, evidence=evidence,
                             upids=found.upids, duration_ms=took, finish=True)

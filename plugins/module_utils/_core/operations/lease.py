@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
@@ -13,10 +14,8 @@ from .. import clock as clock_module
 from .. import durations, states
 from ..errors import AgentlabError, InvalidInput, Kept, RecordChanged, StateConflict
 from ..model import Outcome, Sandbox
-from ..proxmox import identity
-from . import power, timeguard
+from . import timeguard
 from .context import Context, failure
-from .verify import locate, refuse_locked
 
 # A renewal that would move the end by less than this is a repetition: nothing is written.
 REPEAT_SECONDS = 60
@@ -96,22 +95,24 @@ def expire(ctx: Context, *, stop_vms: bool = True) -> Expiry:
     now = ctx.clock.now()
     due = ctx.records.over(now)
     moved: list[Sandbox] = []
-    for sandbox in due:
-        if is_kept_alive(ctx, sandbox, now):
-            limit = None if ctx.config.max_lifetime is None else sandbox.created_at + ctx.config.max_lifetime
-            until = now + (sandbox.ttl_seconds or ctx.config.default_ttl)
-            result.renewed.append(_keep_alive(ctx, sandbox, min(until, limit) if limit else until))
-            continue
-        if ctx.dry_run:
-            result.expired.append(Outcome.of("would_expire", sandbox, state=states.TIMEOUT, changed=True, reason="lease_expired"))
-            continue
-        try:
-            done = ctx.records.expire(sandbox, now)
-        except RecordChanged as error:
-            result.failed.append(Outcome.of("unchanged", sandbox, reason="changed", message=error.message))
-            continue
-        moved.append(done)
-        result.expired.append(Outcome.of("expired", done, previous_state=sandbox.state, changed=True, reason="lease_expired"))
+    # One commit for all of them; with nothing to write no other writer is kept waiting.
+    with ctx.database.together() if due and not ctx.dry_run else contextlib.nullcontext():
+        for sandbox in due:
+            if is_kept_alive(ctx, sandbox, now):
+                limit = None if ctx.config.max_lifetime is None else sandbox.created_at + ctx.config.max_lifetime
+                until = now + (sandbox.ttl_seconds or ctx.config.default_ttl)
+                result.renewed.append(_keep_alive(ctx, sandbox, min(until, limit) if limit else until))
+                continue
+            if ctx.dry_run:
+                result.expired.append(Outcome.of("would_expire", sandbox, state=states.TIMEOUT, changed=True, reason="lease_expired"))
+                continue
+            try:
+                done = ctx.records.expire(sandbox, now)
+            except RecordChanged as error:
+                result.failed.append(Outcome.of("unchanged", sandbox, reason="changed", message=error.message))
+                continue
+            moved.append(done)
+            result.expired.append(Outcome.of("expired", done, previous_state=sandbox.state, changed=True, reason="lease_expired"))
     if stop_vms:
         for outcome, problem in zip(result.expired, ctx.each(lambda one: stop_expired(ctx, one), moved), strict=False):
             outcome.message = problem
@@ -139,6 +140,11 @@ def stop_expired(ctx: Context, sandbox: Sandbox) -> str | None:
     """Stop the VM of a TIMEOUT record; the record stays TIMEOUT. The reason is returned when it could not be done (the next pass tries again)."""
     if sandbox.smbios_uuid is None:
         return "its VM was never bound to the record; prune settles what became of it"
+    # Here, and not above: a renewal needs none of it.
+    from ..proxmox import identity
+    from . import power
+    from .verify import locate, refuse_locked
+
     try:
         with ctx.claimed(sandbox, "stop", wait=0) as (claim, current):
             if current.state != states.TIMEOUT:

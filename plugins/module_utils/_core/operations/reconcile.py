@@ -19,7 +19,7 @@ from ..errors import AgentlabError, GuardTripped, Kept, ProxmoxError, RecordChan
 from ..model import Sandbox
 from ..proxmox import identity
 from ..store.records import POINT_OF_NO_RETURN
-from . import cloud_init, destroy, lease, power, remains, timeguard
+from . import cloud_init, destroy, lease, power, remains, timeguard, workspace
 from .context import Context
 from .verify import Located, locate
 
@@ -44,7 +44,7 @@ class Drift:
 
     @property
     def would_change(self) -> bool:
-        return self.repair is not None or self.kind in ("interrupted", "lease_expired", "still_running")
+        return self.repair is not None or self.kind in ("interrupted", "lease_expired", "still_running", "workspace")
 
     def public(self) -> dict[str, Any]:
         one = self.sandbox
@@ -77,12 +77,30 @@ def run(ctx: Context, *, apply: bool, adopt_cluster: bool = False) -> list[Drift
         before = {one.uuid: one.generation for one in live}
         now = ctx.records.find_all()
         changed = [one for one in now if before.get(one.uuid) != one.generation]
+        if changed:
+            ctx.cluster.vms(fresh=True)
         again, _more = _survey(ctx, changed, unrecorded=False)
         settled = {one.uuid for one in now} - {one.uuid for one in changed}
         drifts = {uuid: drift for uuid, drift in drifts.items() if uuid in settled} | again
         for drift in drifts.values():
             _apply(drift)
+    found += _workspaces(ctx, writing)
     return found + list(drifts.values()) + unrecorded
+
+
+def _workspaces(ctx: Context, writing: bool) -> list[Drift]:
+    """What killed runs began on workspaces is finished or undone, and what a sandbox that is gone had is free."""
+    drifts = []
+    for one in workspace.unfinished(ctx):
+        drift = Drift("workspace", "finish or undo it", {"workspace": one.name, "state": one.state}, vmid=one.vmid)
+        if writing:
+            try:
+                done = workspace.finish(ctx, one)
+                drift.action, drift.applied = done.state, done.generation != one.generation
+            except AgentlabError as error:
+                drift.error = error.message
+        drifts.append(drift)
+    return drifts
 
 
 def _survey(ctx: Context, records: list[Sandbox], *, unrecorded: bool = True) -> tuple[dict[str, Drift], list[Drift]]:
@@ -241,7 +259,8 @@ def _absent(ctx: Context, sandbox: Sandbox, kind: str, evidence: dict[str, Any])
         with ctx.claimed(sandbox, "reconcile", wait=0) as (claim, current):
             if (current.state, current.generation) != (sandbox.state, sandbox.generation):
                 raise RecordChanged(f"sandbox {sandbox.vmid} was changed by another run meanwhile; run again")
-            remains.clear(ctx, current)
+            remains.clear(ctx, claim, current)
+            current = ctx.records.get(current.uuid)
             reason = "external" if kind == "absent" else "vmid_reused"
             ctx.records.change(claim, current, "reconcile", to=states.DESTROYED, reason=reason, evidence=evidence, finish=True)
 

@@ -7,10 +7,12 @@
 from __future__ import annotations
 
 from ..model import Sandbox
-from . import cloud_init
+from ..store.records import Claim
+from . import cloud_init, workspace
 from .context import Context
 
 
-def clear(ctx: Context, sandbox: Sandbox) -> None:
-    """Remove what is left; Kept when that cannot be done, and the record stays as it is. Doing it again does no harm."""
+def clear(ctx: Context, claim: Claim, sandbox: Sandbox) -> None:
+    """Remove what is left, and free its workspace; Kept when that cannot be done, and the record stays as it is. Doing it again does no harm."""
     cloud_init.remove(ctx, sandbox)
+    workspace.released(ctx, claim, sandbox)

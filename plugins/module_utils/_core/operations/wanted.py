@@ -16,7 +16,8 @@ from .context import Context
 
 # The options of a creation, by the names that modules and the HTTP API give them. Besides them: vmid and name.
 OPTIONS = ("profile", "template", "node", "full_clone", "storage", "pool", "cores", "memory", "disk_size", "bridge", "network_model", "firewall",
-           "firewall_group", "cloud_init_user", "ip_config", "nameserver", "searchdomain", "ssh_public_keys", "cloud_init_user_data", "tags", "ttl",
+           "firewall_group", "cloud_init_user", "ip_config", "nameserver", "searchdomain", "ssh_public_keys", "cloud_init_user_data", "workspace",
+           "tags", "ttl",
            "keepalive", "protected", "wait_for_ip", "wait_for_cloud_init")
 
 
@@ -24,6 +25,10 @@ def spec(ctx: Context, options: Mapping[str, Any]) -> create.Spec:
     """The Spec of ``vmid``, ``name`` and OPTIONS (absent or None: not given); refuses by name what cannot be used. ``ttl`` as a duration."""
     given = {name: options[name] for name in ("vmid", "name", *OPTIONS) if options.get(name) is not None}
     profile = profiles.load(ctx.config.profiles_dir, str(given["profile"])) if "profile" in given else None
+    if profile and profile.workspace == "required" and "workspace" not in given:
+        raise InvalidInput(f"workspace: missing; profile {profile.name!r} requires one", option="workspace")
+    if profile and profile.workspace == "none" and "workspace" in given:
+        raise InvalidInput(f"workspace: profile {profile.name!r} allows none", option="workspace")
     values = {**_of_profile(profile, given), **given}
     values["ttl"], values["lease_maximum"] = _ttl(ctx, given.get("ttl"), profile)
     found = create.Spec(**values)

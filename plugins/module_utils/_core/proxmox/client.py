@@ -199,7 +199,9 @@ class ProxmoxClient:
     def _read_back(self, path: str, params: dict[str, Any], answer: _Unspoken) -> None:
         """What became of a config write through pvesh: it says nothing that tells success from failure, the configuration does."""
         config = self.get_dict(path)
-        missing = [name for name, value in params.items() if value is not None and name != "digest" and _parts(config.get(name)) != _parts(value)]
+        missing = [name for name, value in params.items() if value is not None and name not in ("digest", "delete", "revert")
+                   and _parts(config.get(name)) != _parts(value)]
+        missing += [name for name in str(params.get("delete") or "").split(",") if name and name in config]
         if missing:
             text = answer.text or f"{', '.join(missing)} not written"
             raise ApiError(f"PUT /{path} on {self.settings.where}: not carried out: {text}", status=500, text=text, method="PUT", path=path)

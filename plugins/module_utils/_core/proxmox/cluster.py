@@ -184,6 +184,9 @@ class Cluster:
     def survey(self, vmids: Iterable[int]) -> dict[int, dict[str, Any]]:
         """The list a bulk run begins with. When it lacks many of what is looked for, find out at once whether it shows every VM: then it is
         the proof of those absences (prove_absent), and need not be read again."""
+        wanted = set(vmids)
+        if len(wanted) <= _FEW:
+            return self.vms()
         with self._lock:
             try:
                 # Before the list: a node that had quorum then shows what existed then.
@@ -191,7 +194,7 @@ class Cluster:
             except (ProxmoxError, Kept):
                 return self.vms()
             listed = self.vms(fresh=True)
-            if len(set(vmids) - listed.keys()) > _FEW and self.sees_everything():
+            if len(wanted - listed.keys()) > _FEW and self.sees_everything():
                 self._whole = listed, quorum
             return listed
 

@@ -27,11 +27,13 @@ BUSY_SECONDS = 60.0
 
 
 class _Job:
-    __slots__ = ("done", "error", "value", "work")
+    __slots__ = ("done", "error", "turn", "value", "work")
 
     def __init__(self, work: Callable[[sqlite3.Connection], Any]) -> None:
         self.work = work
         self.done = False
+        # Set when it is done, or when it is for this one to commit what has queued up.
+        self.turn = threading.Event()
         self.value: Any = None
         self.error: BaseException | None = None
 
@@ -61,14 +63,17 @@ class Database:
     def __init__(self, path: str, *, group_mode: bool = False, dry_run: bool = False) -> None:
         self.path = path
         self._queue: list[_Job] = []
+        self._led = False
+        self._together: int | None = None
+        # Check mode: the file itself is read, and nothing can be written to it.
+        self._untouched = False
         self._queue_lock = threading.Lock()
         self._writer_lock = threading.Lock()
         self._reader_lock = threading.Lock()
         try:
             if dry_run:
-                self._writer = self._copy_in_memory()
-                self._reader = self._writer
                 self._reader_lock = self._writer_lock
+                self._writer = self._reader = self._look_only()
             else:
                 self._create_file(group_mode)
                 self._writer = self._connect(path)
@@ -108,20 +113,41 @@ class Database:
             os.fchmod(fd, mode)
             os.close(fd)
 
-    def _copy_in_memory(self) -> sqlite3.Connection:
-        """For check mode: everything can be planned and tried on a copy, and no file is created, migrated or written."""
+    def _look_only(self) -> sqlite3.Connection:
+        """For check mode: no file is created, migrated or written. What is there is read as it is; not before something is written, to try what
+        would come of it, are the records copied into memory."""
+        if not os.path.exists(self.path) or not os.path.getsize(self.path):
+            memory = self._connect(":memory:")
+            self._migrate(memory)
+            return memory
+        if not os.access(self.path, os.R_OK):
+            raise StoreError(f"database {self.path}: not readable for this user; run as the owner or mend the permissions", path=self.path)
+        source = sqlite3.connect(f"file:{_quote(self.path)}?mode=ro", uri=True, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
+        source.row_factory = sqlite3.Row
+        try:
+            self._refuse_foreign(self.path, source)
+            if source.execute("PRAGMA user_version").fetchone()[0] == schema.VERSION:
+                self._untouched = True
+                return source
+        except BaseException:
+            source.close()
+            raise
+        return self._copy(source)
+
+    def _copy(self, source: sqlite3.Connection) -> sqlite3.Connection:
         memory = self._connect(":memory:")
-        if os.path.exists(self.path) and os.path.getsize(self.path):
-            if not os.access(self.path, os.R_OK):
-                raise StoreError(f"database {self.path}: not readable for this user; run as the owner or mend the permissions", path=self.path)
-            source = sqlite3.connect(f"file:{_quote(self.path)}?mode=ro", uri=True, timeout=BUSY_SECONDS)
-            try:
-                self._refuse_foreign(self.path, source)
-                source.backup(memory)
-            finally:
-                source.close()
+        try:
+            source.backup(memory)
+        finally:
+            source.close()
         self._migrate(memory)
         return memory
+
+    def _begin_writing(self) -> None:
+        """In check mode, before the first write: from now on everything happens in a copy. Called with the writer's lock held."""
+        if self._untouched:
+            self._writer = self._reader = self._copy(self._reader)
+            self._untouched = False
 
     @staticmethod
     def _refuse_foreign(path: str, conn: sqlite3.Connection) -> None:
@@ -156,6 +182,8 @@ class Database:
     def read(self, sql: str, *values: Any) -> list[sqlite3.Row]:
         """Rows of a query, outside any transaction of a writer."""
         try:
+            if self._together == threading.get_ident():
+                return self._writer.execute(sql, values).fetchall()
             with self._reader_lock:
                 return self._reader.execute(sql, values).fetchall()
         except sqlite3.Error as error:
@@ -163,14 +191,24 @@ class Database:
 
     def write(self, work: Callable[[sqlite3.Connection], T]) -> T:
         """Run ``work`` in a transaction and return its value once that is on the disk; what it raises undoes only its own writes."""
+        if self._together == threading.get_ident():
+            try:
+                return self._in_savepoint(work)
+            except sqlite3.Error as error:
+                raise explain(self.path, error) from error
         job = _Job(work)
         with self._queue_lock:
             self._queue.append(job)
-        with self._writer_lock:
-            if not job.done:
-                with self._queue_lock:
-                    batch, self._queue = self._queue, []
-                self._commit(batch)
+            if not self._led:
+                self._led = True
+                job.turn.set()
+        try:
+            job.turn.wait()
+        except BaseException:
+            self._withdraw(job)
+            raise
+        if not job.done:
+            self._lead()
         if job.error is not None:
             if isinstance(job.error, sqlite3.Error):
                 raise explain(self.path, job.error) from job.error
@@ -178,20 +216,75 @@ class Database:
         value: T = job.value
         return value
 
+    def _lead(self) -> None:
+        """Commit for all that have queued up, then let the next one do it for those that came meanwhile."""
+        batch: list[_Job] = []
+        try:
+            with self._writer_lock:
+                with self._queue_lock:
+                    batch, self._queue = self._queue, []
+                self._commit(batch)
+        finally:
+            with self._queue_lock:
+                self._pass_on()
+            for job in batch:
+                job.turn.set()
+
+    def _pass_on(self) -> None:
+        self._led = bool(self._queue)
+        if self._queue:
+            self._queue[0].turn.set()
+
+    def _withdraw(self, job: _Job) -> None:
+        """Interrupted while it waited: nobody may wait for it to commit for them."""
+        with self._queue_lock:
+            if job in self._queue:
+                self._queue.remove(job)
+                if job.turn.is_set():
+                    self._pass_on()
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Commit all that this thread writes within in one transaction. Nothing of it is on the disk, and nothing may be said of it, before the end;
+        when that fails, nothing of it was written. For work that asks nobody else: other writers wait meanwhile."""
+        try:
+            with self._writer_lock:
+                self._begin_writing()
+                with _transaction(self._writer):
+                    self._together = threading.get_ident()
+                    try:
+                        yield
+                    finally:
+                        self._together = None
+        except sqlite3.Error as error:
+            raise explain(self.path, error) from error
+
+    def _in_savepoint(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        if not self._writer.in_transaction:
+            raise sqlite3.OperationalError("the transaction was rolled back")
+        self._writer.execute("SAVEPOINT job")
+        try:
+            return work(self._writer)
+        except Exception:
+            # A full disk may already have rolled everything back: then the savepoint is gone with it.
+            if self._writer.in_transaction:
+                self._writer.execute("ROLLBACK TO job")
+            raise
+        finally:
+            if self._writer.in_transaction:
+                self._writer.execute("RELEASE job")
+
     def _commit(self, batch: list[_Job]) -> None:
         try:
+            self._begin_writing()
             with _transaction(self._writer):
                 for job in batch:
-                    self._writer.execute("SAVEPOINT job")
                     try:
-                        job.value = job.work(self._writer)
+                        job.value = self._in_savepoint(job.work)
                     except Exception as error:
                         job.error = error
-                        # A full disk may already have rolled everything back: then the savepoint is gone with it.
                         if not self._writer.in_transaction:
                             raise
-                        self._writer.execute("ROLLBACK TO job")
-                    self._writer.execute("RELEASE job")
         except Exception as error:
             for job in batch:
                 job.error = job.error or error
@@ -231,6 +324,10 @@ class Rehearsal(Database):
             value: T = done.args[0]
             return value
         raise AssertionError("unreachable")
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        yield
 
     def close(self) -> None:
         """The database belongs to somebody else."""

@@ -86,6 +86,46 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
     ("ALTER TABLE sandboxes ADD COLUMN lease_max_seconds INTEGER",),
     # Cloud-init: the path of a snippet, which is to be removed with the sandbox.
     ("ALTER TABLE sandboxes ADD COLUMN snippet TEXT",),
+    # Workspaces: disks that outlive sandboxes.
+    (
+        """CREATE TABLE workspaces (
+            id TEXT PRIMARY KEY,
+            name TEXT NOT NULL,
+            state TEXT NOT NULL,
+            generation INTEGER NOT NULL DEFAULT 0,
+            storage TEXT NOT NULL,
+            node TEXT,
+            owner_vmid INTEGER NOT NULL CHECK (owner_vmid BETWEEN 100 AND 999999999),
+            volume TEXT NOT NULL,
+            size INTEGER NOT NULL,
+            sandbox_uuid TEXT REFERENCES sandboxes (uuid),
+            slot TEXT,
+            lease_expires_at INTEGER,
+            created_at INTEGER NOT NULL,
+            updated_at INTEGER NOT NULL,
+            state_changed_at INTEGER NOT NULL,
+            reason TEXT
+        ) WITHOUT ROWID""",
+        "CREATE UNIQUE INDEX workspace_name ON workspaces (name) WHERE state <> 'DELETED'",
+        "CREATE UNIQUE INDEX workspace_owner ON workspaces (owner_vmid) WHERE state <> 'DELETED'",
+        # A sandbox has one workspace at most.
+        "CREATE UNIQUE INDEX workspace_sandbox ON workspaces (sandbox_uuid) WHERE sandbox_uuid IS NOT NULL",
+        """CREATE TABLE workspace_events (
+            id INTEGER PRIMARY KEY AUTOINCREMENT,
+            at INTEGER NOT NULL,
+            workspace_id TEXT NOT NULL REFERENCES workspaces (id) ON DELETE CASCADE,
+            sandbox_uuid TEXT,
+            from_state TEXT,
+            to_state TEXT NOT NULL,
+            operation TEXT NOT NULL,
+            actor TEXT NOT NULL,
+            reason TEXT,
+            evidence TEXT NOT NULL DEFAULT '{}',
+            upids TEXT NOT NULL DEFAULT '[]',
+            outcome TEXT NOT NULL
+        )""",
+        "CREATE INDEX workspace_events_of ON workspace_events (workspace_id, id)",
+    ),
 )
 
 VERSION = len(MIGRATIONS)

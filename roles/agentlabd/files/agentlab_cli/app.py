@@ -15,6 +15,7 @@ from .errors import INTERRUPTED
 from .framework import Group
 from .other import cleanup, completion, profile, status
 from .sandbox import sandbox
+from .workspace import workspace
 
 NAME = "agentlab"
 COMPLETE_VARIABLE = "_AGENTLAB_COMPLETE"
@@ -38,7 +39,7 @@ def root() -> None:
     """
 
 
-for _command in (sandbox, status, cleanup, profile, completion):
+for _command in (sandbox, workspace, status, cleanup, profile, completion):
     root.add_command(_command)
 
 

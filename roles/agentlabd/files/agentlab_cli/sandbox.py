@@ -183,6 +183,7 @@ def _told(data: dict[str, Any]) -> str:
 @click.option("--tag", "tags", multiple=True, metavar="<tag>", help="Tag of the sandbox and its VM; may be given several times.")
 @click.option("--protected", is_flag=True, default=None, help="Keep it from every destroy, forced or not.")
 @click.option("--wait-for-ip", is_flag=True, default=None, help="Wait until the guest agent names an address.")
+@click.option("--wait-for-cloud-init", is_flag=True, default=None, help="Wait until cloud-init has ended; with errors the sandbox is FAILED.")
 @settings
 def new(to: Settings, /, **given: Any) -> None:
     """Create a sandbox and start it.

@@ -64,7 +64,9 @@ def of_error(error: AgentlabError) -> Answer:
     else:
         # An option of the daemon's own configuration is no fault of who asks.
         found = 500 if error.detail.get("option") in core_config.ENVIRONMENT else status_of(code)
-    message = "sandbox not found" if isinstance(error, NotFound) else error.message
+    message = error.message
+    if isinstance(error, NotFound):
+        message = "workspace not found" if "workspace" in error.detail else "sandbox not found"
     facts = {name: value for name, value in error.detail.items() if value is not None and name not in ("error", "code")}
     if isinstance(error, Kept):
         facts["reason"] = error.reason

@@ -129,7 +129,7 @@ class Api:
 
             def work() -> tuple[int, bytes, dict[str, str]]:
                 # In the thread: looking a user up may ask a directory service.
-                return self.service.perform(route, Call(self.service, _actor(uid, remote), vmid, query, body))
+                return self.service.perform(route, Call(self.service, _actor(uid, remote), vmid, request.match_info.get("id", ""), query, body))
 
             pool = self.service.records_pool if route.quick else self.service.work_pool
             # The client may go away; what was begun goes on.

@@ -44,6 +44,10 @@ _SANDBOX: dict[str, Any] = {
     "state_changed_at": _TIME}
 _DONE: dict[str, Any] = {"previous_state": _MAYBE, "outcome": _TEXT, "changed": _FLAG, "reason": _MAYBE, "upids": _list(_TEXT), "warnings": _list(_TEXT)}
 _RESULT: dict[str, Any] = {**_DONE, "vmid": {"type": ["integer", "null"]}, "uuid": _MAYBE, "name": _MAYBE, "state": _MAYBE, "message": _MAYBE, "failed": _FLAG}
+_WORKSPACE: dict[str, Any] = {
+    "id": _TEXT, "name": _TEXT, "state": _TEXT, "size": {**_WHOLE, "description": "bytes"}, "storage": _TEXT, "node": _MAYBE, "volume": _TEXT,
+    "owner_vmid": _WHOLE, "vmid": {"type": ["integer", "null"]}, "sandbox": _MAYBE, "sandbox_uuid": _MAYBE, "device": _TEXT, "lease_expires_at": _TIME,
+    "created_at": _TIME, "updated_at": _TIME, "state_changed_at": _TIME, "reason": _MAYBE}
 _JOB: dict[str, Any] = {"last_run": _TIME, "next_run": _TIME, "last_error": _MAYBE}
 
 SCHEMAS: dict[str, Any] = {
@@ -61,6 +65,9 @@ SCHEMAS: dict[str, Any] = {
     "Events": _object({"events": _list(_object({
         "id": _WHOLE, "at": _TIME, "sandbox_uuid": _TEXT, "vmid": _WHOLE, "from_state": _MAYBE, "to_state": _MAYBE, "operation": _TEXT, "actor": _TEXT,
         "reason": _MAYBE, "evidence": _ANY, "upids": _list(_TEXT), "duration_ms": {"type": ["integer", "null"]}, "outcome": _TEXT})), "last_id": _WHOLE}),
+    "Workspace": _object(_WORKSPACE),
+    "Workspaces": _object({"workspaces": _list(_ref("Workspace"))}),
+    "WorkspaceItem": _object({**_WORKSPACE, "outcome": _TEXT, "changed": _FLAG}),
     "Profiles": _object({"profiles": _list(_object({"name": _TEXT, "description": _MAYBE}, more=True))}),
     "Cleanup": _object({"count": _WHOLE, "dry_run": _FLAG, "candidates": _WHOLE, "forgotten": _WHOLE, "guard": _MAYBE,
                         **{name: _list(_ref("Result")) for name in ("pruned", "marked", "kept", "failed")}}),
@@ -77,7 +84,7 @@ SCHEMAS: dict[str, Any] = {
         "config": _object({"path": _MAYBE, "loaded_at": _TIME, "error": _MAYBE})}),
     "OpenApi": _object({"openapi": _TEXT}, more=True),
 }
-_WHY = {400: "The request makes no sense", 404: "sandbox not found", 409: "The state of things forbids it", 413: "The body is too large",
+_WHY = {400: "The request makes no sense", 404: "sandbox (or workspace) not found", 409: "The state of things forbids it", 413: "The body is too large",
         502: "Proxmox refused, or its task failed", 503: "Proxmox cannot be reached, or the daemon is stopping", 504: "Proxmox did not answer in time"}
 
 
@@ -100,6 +107,8 @@ def _operation(route: Route) -> dict[str, Any]:
     parameters: list[dict[str, Any]] = []
     if "{vmid}" in route.path:
         parameters.append({"name": "vmid", "in": "path", "required": True, "schema": {"type": "integer", "minimum": 100, "maximum": 999999999}})
+    if "{id}" in route.path:
+        parameters.append({"name": "id", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1, "maxLength": 100}})
     for name, one in route.query.items():
         schema = {key: value for key, value in one.schema().items() if key != "description"}
         parameters.append({"name": name, "in": "query", "required": False, "description": one.text, "schema": schema})
@@ -108,7 +117,7 @@ def _operation(route: Route) -> dict[str, Any]:
         found["requestBody"] = {"required": any(one.required for one in route.body.values()),
                                 "content": {"application/json": {"schema": {**object_schema(route.body), **route.together}}}}
     errors = [400]
-    if "{vmid}" in route.path or route.name == "destroy_sandboxes":
+    if "{" in route.path or route.name == "destroy_sandboxes":
         errors.append(404)
     if route.changes:
         errors += [409, 413]

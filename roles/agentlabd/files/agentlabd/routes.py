@@ -10,13 +10,13 @@ Handlers run in worker threads; they know nothing of HTTP but the status of thei
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from agentlab_core import durations, profiles, states, words
 from agentlab_core.errors import AgentlabError, InvalidInput, StateConflict
 from agentlab_core.model import Sandbox
-from agentlab_core.operations import cleanup, create, destroy, info, lease, power, prune, reconcile, wanted
+from agentlab_core.operations import cleanup, create, destroy, info, lease, power, prune, reconcile, wanted, workspace
 from agentlab_core.operations.context import Context
 
 from . import openapi
@@ -37,6 +37,8 @@ class Call:
     service: Service
     actor: str
     vmid: int | None = None
+    # Of a workspace: its id or name.
+    ident: str = ""
     query: dict[str, Any] = field(default_factory=dict)
     body: dict[str, Any] = field(default_factory=dict)
 
@@ -114,6 +116,11 @@ def create_sandbox(call: Call) -> Answer:
         if "ttl" in given:
             raise InvalidInput("ttl_minutes: give ttl or ttl_minutes, not both", option="ttl_minutes")
         given["ttl"] = minutes
+    by_id = given.pop("workspace_id", None)
+    if by_id is not None:
+        if "workspace" in given:
+            raise InvalidInput("workspace_id: give workspace or workspace_id, not both", option="workspace_id")
+        given["workspace"] = by_id
     outcome = create.run(ctx, wanted.spec(ctx, given))
     call.service.lease_changed()
     return of_item(outcome, 201 if outcome.outcome == "created" else 200)
@@ -192,6 +199,44 @@ def reconcile_sandboxes(call: Call) -> Answer:
     return Answer({"drift": [one.public() for one in found], "count": len(found), "applied": apply})
 
 
+# ---- workspaces ----
+
+
+def _of_workspace(done: workspace.Done) -> Answer:
+    shown = done.workspace.public() if done.workspace else {}
+    return Answer({**shown, "outcome": done.outcome, "changed": done.changed}, 201 if done.outcome == "created" else 200)
+
+
+def list_workspaces(call: Call) -> Answer:
+    found = workspace.show(call.context(), states=call.query.get("state"), include_deleted=call.query.get("include_deleted", False))
+    return Answer({"workspaces": found["workspaces"]})
+
+
+def show_workspace(call: Call) -> Answer:
+    return Answer(workspace.select(call.context(), call.ident).public())
+
+
+def create_workspace(call: Call) -> Answer:
+    given = call.body
+    return _of_workspace(workspace.present(call.context(), given["name"], size=given.get("size"), storage=given.get("storage"), node=given.get("node")))
+
+
+def attach_workspace(call: Call) -> Answer:
+    ctx = call.context()
+    ttl = call.body.get("ttl")
+    return _of_workspace(workspace.attached(ctx, call.ident, ctx.select(call.body["vmid"]), None if ttl is None else lease.parse_ttl(ctx, ttl)))
+
+
+def detach_workspace(call: Call) -> Answer:
+    return _of_workspace(workspace.detached(call.context(), call.ident))
+
+
+def destroy_workspace(call: Call) -> Answer:
+    ctx = call.context()
+    # The module is asked for absence, and is content with it; here somebody names a thing.
+    return _of_workspace(workspace.absent(ctx, workspace.select(ctx, call.ident).id, force=call.body.get("force", False)))
+
+
 # ---- profiles and cleanup ----
 
 
@@ -245,7 +290,11 @@ CREATION: dict[str, Field] = {
     "nameserver": Field("string", "DNS servers, separated by blanks", longest=200),
     "searchdomain": Field("string", "DNS search domain", longest=255),
     "ssh_public_keys": Field("strings", "public keys of its user", longest=10000),
+    "cloud_init_user_data": Field("string", "user data for cloud-init; it needs a daemon that can write the node's snippets", longest=524288, secret=True),
+    "workspace": Field("string", "workspace it gets before it starts, by name or id", longest=100),
+    "workspace_id": Field("string", "the same", longest=100),
     "tags": Field("strings", "tags", longest=100),
+    "wait_for_cloud_init": Field("boolean", "wait until cloud-init has ended; FAILED when it ended with errors"),
     "wait_for_ip": Field("boolean", "wait until the guest agent names an address"),
 }
 _OLD = Field("duration", "only what entered its state longer ago than this", low=0)
@@ -298,10 +347,28 @@ ROUTES: tuple[Route, ...] = (
     Route("POST", "/v1/sandboxes/{vmid}/lease/renew", "renew_lease", "Set the lease to now plus the time given", renew_lease, {200: "Lease"}, quick=True,
           body={**_LIFETIME, "min_remaining": Field("duration", "renew only when less than this is left"),
                 "allow_shorten": Field("boolean", "let the lease become shorter")}, together={**_NOT_BOTH, **_ONE_OF_THEM}),
+    Route("GET", "/v1/workspaces", "list_workspaces", "Disks that outlive sandboxes, by their names", list_workspaces, {200: "Workspaces"}, quick=True, query={
+        "state": Field("strings", "only these states", valid=workspace.STATES, most=20),
+        "include_deleted": Field("boolean", "deleted ones too"),
+    }),
+    Route("POST", "/v1/workspaces", "create_workspace", "Create one, or let one grow that is attached", create_workspace,
+          {201: "WorkspaceItem", 200: "WorkspaceItem"}, body={
+              "name": Field("string", "a name of letters, digits and . - _", required=True, longest=63, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"),
+              "size": Field("string", "size, such as 20G", longest=7, pattern=r"^[1-9][0-9]{0,5}[MGT]$"),
+              "storage": Field("string", "storage of a new one", longest=100),
+              "node": Field("string", "node of a new one on local storage", longest=100),
+          }),
+    Route("GET", "/v1/workspaces/{id}", "show_workspace", "One workspace, by id or name", show_workspace, {200: "Workspace"}, quick=True),
+    Route("POST", "/v1/workspaces/{id}/attach", "attach_workspace", "Give it to a sandbox; one has it at a time", attach_workspace, {200: "WorkspaceItem"},
+          body={"vmid": replace(_VMID, required=True), "ttl": Field("duration", "how long it has it; as long as the sandbox's lease unless given")}),
+    Route("POST", "/v1/workspaces/{id}/detach", "detach_workspace", "Take it off; unmount it in a running guest first", detach_workspace,
+          {200: "WorkspaceItem"}, body={}),
+    Route("POST", "/v1/workspaces/{id}/destroy", "destroy_workspace", "Delete it and the data on it", destroy_workspace, {200: "WorkspaceItem"},
+          body={"force": Field("boolean", "must be true: the data is lost")}),
     Route("GET", "/v1/profiles", "list_profiles", "Kinds of sandboxes that the operator has described", list_profiles, {200: "Profiles"}, quick=True),
     Route("POST", "/v1/cleanup/run", "run_cleanup", "Run the cleanup rules now", run_cleanup, {200: "Cleanup", 207: "Cleanup"}, operation="cleanup",
           body={"dry_run": Field("boolean", "say what would be done, do nothing")}),
     Route("POST", "/v1/cleanup/freeze", "freeze_cleanup", "Let no rule act until it is released, also after a restart", freeze_cleanup, {200: "Frozen"},
-          quick=True, body={"reason": Field("string", "why", required=True, longest=500, pattern=r"\S")}),
+          quick=True, body={"reason": Field("string", "why", required=True, longest=500, pattern=r"[^\s\x1c-\x1f\x85\ufeff]")}),
     Route("POST", "/v1/cleanup/release", "release_cleanup", "Let the rules act again", release_cleanup, {200: "Frozen"}, quick=True, body={}),
 )

@@ -32,6 +32,8 @@ class Field:
     longest: int = 1000
     most: int = 100
     pattern: str | None = None
+    # Its value is never quoted.
+    secret: bool = False
 
     def schema(self) -> dict[str, Any]:
         """This field as JSON schema."""
@@ -71,7 +73,7 @@ class Field:
                 raise _refused(name, value, "true or false")
         elif self.kind in ("string", "strings"):
             if not isinstance(value, str) or len(value) > self.longest:
-                raise _refused(name, value, f"a text of {self.longest} characters at most")
+                raise _refused(name, "that value" if self.secret else value, f"a text of {self.longest} characters at most")
             if self.pattern and not re.search(self.pattern, value):
                 raise _refused(name, value, self.text)
             if self.valid and value not in self.valid:

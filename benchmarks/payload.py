@@ -1,0 +1,62 @@
+# Copyright: the agentlab.proxmox contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""What Ansible sends to a host for each module: the size of the whole, and of each piece in it.
+
+    python benchmarks/payload.py [MODULE]     # a table; with a module, its pieces
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+import re
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parents[1]
+
+
+def modules() -> list[str]:
+    """The names of the collection's modules."""
+    return sorted(path.stem for path in (REPO / "plugins" / "modules").glob("*.py"))
+
+
+def shipped(name: str) -> bytes:
+    """The script that Ansible would copy to a host for a module (full name), with no arguments."""
+    os.environ.setdefault("ANSIBLE_LOCAL_TEMP", tempfile.mkdtemp(prefix="payload-"))
+    os.environ["ANSIBLE_COLLECTIONS_PATH"] = str(REPO / ".collections")
+    from ansible.executor.module_common import modify_module
+    from ansible.parsing.dataloader import DataLoader
+    from ansible.plugins.loader import init_plugin_loader, module_loader
+    from ansible.template import Templar
+
+    if not getattr(shipped, "ready", False):
+        init_plugin_loader()
+        shipped.ready = True  # type: ignore[attr-defined]
+    found = module_loader.find_plugin_with_context(name)
+    variables = {"ansible_python_interpreter": sys.executable}
+    made = modify_module(module_name=found.resolved_fqcn, module_path=found.plugin_resolved_path, module_args={}, templar=Templar(DataLoader(), variables),
+                         module_compression="ZIP_DEFLATED", task_vars=variables)
+    script = made[0] if isinstance(made, tuple) else made.b_module_data
+    return script
+
+
+def pieces(script: bytes) -> dict[str, int]:
+    """File in the payload -> what it takes of it, compressed and in base 64 (bytes)."""
+    blob = max(re.findall(rb"[\"']([A-Za-z0-9+/=]{1000,})[\"']", script), key=len)
+    with zipfile.ZipFile(io.BytesIO(base64.b64decode(blob))) as archive:
+        return {one.filename: one.compress_size * 4 // 3 for one in archive.infolist()}
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        for file, size in sorted(pieces(shipped(f"agentlab.proxmox.{sys.argv[1]}")).items(), key=lambda item: -item[1]):
+            print(f"{size:8} {file}")
+    else:
+        for module in ("ansible.builtin.ping", *(f"agentlab.proxmox.{name}" for name in modules())):
+            print(f"{len(shipped(module)):8} {module}")

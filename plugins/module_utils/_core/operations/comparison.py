@@ -1,0 +1,64 @@
+# Copyright: the agentlab.proxmox contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Records beside what Proxmox says of their VMs, for showing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .. import states
+from ..errors import AgentlabError
+from ..model import Sandbox
+from ..proxmox import identity
+from .context import Context
+from .verify import locate
+
+
+def verified(ctx: Context, found: list[Sandbox], identities: bool = True) -> list[dict[str, Any]]:
+    """For each: vm_status, identity and drift. The list is read once; a VM's configuration only where there is a VM.
+
+    Without ``identities`` no configuration is read: records and list are compared, whose the VMs are is not said.
+    """
+    rows = ctx.cluster.survey([one.vmid for one in found if one.live])
+    absent = [one.vmid for one in found if one.live and one.vmid not in rows]
+    proofs = ctx.cluster.prove_absent(absent, anew=False) if absent else {}
+
+    def one(sandbox: Sandbox) -> dict[str, Any]:
+        row = rows.get(sandbox.vmid)
+        if not sandbox.live:
+            return {"vm_status": None, "identity": None, "drift": None}
+        if row is None:
+            proof = proofs[sandbox.vmid]
+            if proof.absent:
+                return {"vm_status": "absent", "identity": None, "drift": "its VM is gone; prune or reconcile closes the record"}
+            return {"vm_status": None, "identity": identity.UNKNOWN, "drift": f"not known: {proof.why}"}
+        if not identities:
+            judged = None if row.get("type") == "qemu" else identity.FOREIGN
+            drift = _drift(sandbox, row, judged or identity.MATCH)
+            if drift is None and row.get("name", sandbox.name) != sandbox.name:
+                drift = f"the VM is called {row['name']} there; whether it is ours tells only its configuration"
+            return {"vm_status": row.get("status"), "identity": judged, "drift": drift}
+        try:
+            located = locate(ctx, sandbox)
+        except AgentlabError as error:
+            return {"vm_status": row.get("status"), "identity": identity.UNKNOWN, "drift": f"not known: {error.message}"}
+        judged = located.verdict.identity if located.verdict else identity.UNKNOWN
+        return {"vm_status": row.get("status"), "identity": judged, "drift": _drift(sandbox, row, judged)}
+
+    return ctx.each(one, found) if identities else [one(sandbox) for sandbox in found]
+
+
+def _drift(sandbox: Sandbox, row: dict[str, Any], judged: str) -> str | None:
+    if judged == identity.FOREIGN:
+        return "the VMID belongs to another VM now; prune or reconcile closes the record and leaves that VM alone"
+    if judged != identity.MATCH:
+        return f"it is not certain that the VM is ours ({judged}); it is left alone"
+    if sandbox.state in states.POWERED and row.get("status") == "stopped":
+        return f"the record says {sandbox.state}, the VM is stopped; reconcile corrects the record"
+    if sandbox.state in (states.STOPPED, states.TIMEOUT) and row.get("status") == "running":
+        return f"the record says {sandbox.state}, the VM is running"
+    if row.get("node") != sandbox.node:
+        return f"the VM moved from {sandbox.node} to {row.get('node')}; reconcile corrects the record"
+    return None

@@ -1,0 +1,661 @@
+# Copyright: the agentlab.proxmox contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Workspaces: disks that outlive sandboxes. Created under an owner VMID that no VM ever has, attached to one sandbox at a time.
+
+Proxmox deletes with a VM what the VMID in a volume's name owns, and stops nobody from attaching a volume twice. So a workspace's volume is owned by
+a VMID of a range of its own, the database decides who has it, the VMs' configurations are read to see that nobody else has, and a VM is deleted
+only when its configuration, read directly before, names no workspace. Volumes are never moved (that would give them to the VM).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import AgentlabError, ApiError, InvalidInput, Kept, NotFound, OutcomeUnknown, ProxmoxError
+from ..model import Sandbox
+from ..store import workspaces as store
+from ..store.records import Claim
+from ..store.workspaces import Workspace
+from . import power
+from .context import Context
+from .verify import Located, locate, refuse_locked, require_match
+
+STATES = store.STATES
+_DRIVE = re.compile(r"(?:ide|sata|scsi|virtio|efidisk|tpmstate|unused)\d+")
+_OWNER = re.compile(r"(?:^|[:/])(?:vm|base)-(\d+)-[^/]*$")
+_SIZE = re.compile(r"(\d{1,6})([MGT])", re.ASCII)
+_UNITS = {"M": 1024**2, "G": 1024**3, "T": 1024**4}
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}", re.ASCII)
+# Storages that keep disks as files, with the suffix (and format) of a new one; all others have volumes without.
+_FILES = {"dir": ".qcow2", "nfs": ".qcow2", "cifs": ".qcow2", "glusterfs": ".qcow2", "btrfs": ".raw"}
+# The last ones first, so that a template's own disks are in nobody's way.
+_SLOTS = tuple(f"scsi{number}" for number in range(30, 0, -1))
+# States in which a sandbox's VM may get or lose a disk.
+_USABLE = ("BOOTING", "READY", "RUNNING", "STOPPED")
+_UNPLUG_SECONDS = 10
+
+
+class WorkspaceRefused(AgentlabError):
+    """What is asked of a workspace cannot be done now: somebody else has it, or it is not where it would have to be."""
+
+    code = "workspace"
+
+
+@dataclass(slots=True)
+class Done:
+    """What became of a workspace; ``changed`` follows from what was done."""
+
+    outcome: str
+    workspace: Workspace | None
+    changed: bool = False
+    message: str | None = None
+
+
+# ---- options ----
+
+
+def parse_size(value: object) -> int:
+    """Bytes of ``20G``; refused by name."""
+    found = _SIZE.fullmatch(str(value).strip())
+    if not found or not int(found[1]):
+        raise InvalidInput(f"size: {str(value)[:40]!r} is not valid. Valid: a number with M, G or T, such as 20G", option="size", value=str(value)[:40])
+    return int(found[1]) * _UNITS[found[2]]
+
+
+def show_size(size: int) -> str:
+    """As Proxmox writes it: the largest unit that divides it."""
+    for unit in ("T", "G", "M"):
+        if size % _UNITS[unit] == 0:
+            return f"{size // _UNITS[unit]}{unit}"
+    return f"{size // 1024}K"
+
+
+def check_name(name: str) -> None:
+    if not _NAME.fullmatch(name):
+        raise InvalidInput(f"name: {name[:80]!r} is not valid. Valid: letters, digits, dot, hyphen and underscore, 63 characters at most", option="name")
+
+
+def select(ctx: Context, which: str) -> Workspace:
+    """The live workspace of a name or id."""
+    found = ctx.workspaces.find(which)
+    if found is None:
+        there = ", ".join(one.name for one in ctx.workspaces.find_all()) or "none"
+        raise NotFound(f"workspace not found ({which[:80]!r}). Workspaces: {there}", workspace=which[:80])
+    return found
+
+
+# ---- looking ----
+
+
+def volumes_in(config: dict[str, Any]) -> dict[str, str]:
+    """Volume ids of a VM's configuration by the key that names them, unused ones included."""
+    return {key: str(value).partition(",")[0] for key, value in config.items() if _DRIVE.fullmatch(key)}
+
+
+def _pending(ctx: Context, node: str, vmid: int) -> dict[str, set[str]]:
+    """Volumes by key, as the VM has them now and as it will have them: only what is in neither is off."""
+    found: dict[str, set[str]] = {}
+    for row in ctx.client.get_list(f"nodes/{node}/qemu/{vmid}/pending"):
+        key = str(row.get("key"))
+        if _DRIVE.fullmatch(key):
+            found[key] = {str(row[name]).partition(",")[0] for name in ("value", "pending") if row.get(name) is not None}
+    return found
+
+
+def exists(ctx: Context, found: Workspace, node: str) -> dict[str, Any] | None:
+    """The storage's own entry of the volume, or None when its list does not have it."""
+    rows = ctx.client.get_list(f"nodes/{node}/storage/{found.storage}/content", vmid=found.owner_vmid)
+    return next((row for row in rows if row.get("volid") == found.volume), None)
+
+
+def _node_for(ctx: Context, found: Workspace) -> str:
+    """A node that sees the storage: its own, or any that is online."""
+    if found.node is not None:
+        return found.node
+    online = sorted(node for node, up in ctx.cluster.nodes().items() if up)
+    for node in online:
+        if any(row.get("storage") == found.storage for row in ctx.client.get_list(f"nodes/{node}/storage")):
+            return node
+    raise WorkspaceRefused(f"{found.title}: no node that is online has its storage {found.storage!r}")
+
+
+def holders(ctx: Context, found: Workspace) -> list[int]:
+    """VMIDs of all VMs whose configuration names the volume. Kept when one that might cannot be read."""
+    rows = [(vmid, row) for vmid, row in ctx.cluster.vms(fresh=True).items()
+            if row.get("type") == "qemu" and (found.node is None or row.get("node") == found.node)]
+
+    def look(item: tuple[int, dict[str, Any]]) -> int | None:
+        vmid, row = item
+        try:
+            listed = _pending(ctx, str(row.get("node")), vmid)
+        except ProxmoxError as error:
+            if isinstance(error, ApiError) and "does not exist" in error.text:
+                return None
+            raise Kept("unknown", f"{found.title}: whether VM {vmid} has it attached cannot be read: {error.message}") from None
+        return vmid if any(found.volume in volumes for volumes in listed.values()) else None
+
+    return sorted(vmid for vmid in ctx.each(look, rows) if vmid is not None)
+
+
+def in_snapshots(ctx: Context, located: Located, found: Workspace) -> list[str]:
+    """Names of the VM's snapshots that contain the volume: rolling back to one would roll the workspace back."""
+    return [name for name, config in _snapshots(ctx, located).items() if found.volume in volumes_in(config).values()]
+
+
+def _snapshots(ctx: Context, located: Located) -> dict[str, dict[str, Any]]:
+    config = (located.verdict.config if located.verdict else None) or {}
+    if not config.get("parent"):
+        # Proxmox notes the snapshot a configuration stands on; without one there is none.
+        return {}
+    names = [str(row.get("name")) for row in ctx.client.get_list(f"{located.path}/snapshot") if row.get("name") != "current"]
+    return {name: ctx.client.get_dict(f"{located.path}/snapshot/{name}/config") for name in names}
+
+
+# ---- creating and growing ----
+
+
+def present(ctx: Context, name: str, *, size: object = None, storage: str | None = None, node: str | None = None) -> Done:
+    """Make sure that the workspace exists; one that is there may only grow."""
+    check_name(name)
+    wanted = None if size is None else parse_size(size)
+    found = ctx.workspaces.find(name)
+    if found is None:
+        return _create(ctx, name, wanted, storage, node)
+    if storage is not None and storage != found.storage:
+        raise InvalidInput(f"storage: {found.title} is on {found.storage!r} and is never moved", option="storage", value=storage)
+    if node is not None and found.node is not None and node != found.node:
+        raise InvalidInput(f"node: {found.title} is on {found.node!r} (local storage) and is never moved", option="node", value=node)
+    if found.state == store.CREATING:
+        return Done("would_create", found, True) if ctx.dry_run else Done("created", _allocate(ctx, found), True)
+    if wanted is None or wanted == found.size:
+        return Done("unchanged", found)
+    if wanted < found.size:
+        raise InvalidInput(f"size: {found.title} has {show_size(found.size)}, and workspaces only grow", option="size", value=str(size))
+    return _grow(ctx, found, wanted)
+
+
+def _create(ctx: Context, name: str, size: int | None, storage: str | None, node: str | None) -> Done:
+    if size is None:
+        raise InvalidInput(f"size: missing; a new workspace ({name!r}) needs one, such as 20G", option="size")
+    storage = storage or ctx.config.storage
+    if storage is None:
+        raise InvalidInput("storage: missing; give the storage for the workspace (or set it in the configuration)", option="storage")
+    nodes = ctx.cluster.nodes()
+    node = node or ctx.config.node or next(iter(sorted(name for name, up in nodes.items() if up)), None)
+    if node not in nodes or not nodes[node]:
+        raise InvalidInput(f"node: {node!r} is not a node of this cluster that is online. Nodes: {', '.join(sorted(nodes))}", option="node", value=node)
+    row = next((row for row in ctx.client.get_list(f"nodes/{node}/storage") if row.get("storage") == storage), None)
+    if row is None:
+        raise InvalidInput(f"storage: {storage!r} is not a storage of node {node} that these credentials may see", option="storage", value=storage)
+    if "images" not in str(row.get("content") or "").split(","):
+        raise InvalidInput(f"storage: {storage!r} holds no disk images", option="storage", value=storage)
+    if str(row.get("active", 1)) != "1":
+        raise InvalidInput(f"storage: {storage!r} is not active on node {node}", option="storage", value=storage)
+    shared = str(row.get("shared", 0)) == "1"
+    if not shared and len(nodes) > 1 and node is None:
+        raise InvalidInput(f"node: missing; storage {storage!r} is local, so say on which node the workspace is to be", option="node")
+    suffix = _FILES.get(str(row.get("type")), "")
+    ctx.cluster.confirm(creating=True)
+    found = ctx.workspaces.reserve(name, size=size, storage=storage, node=None if shared else node, owners=ctx.config.workspace_owner_range,
+                                   occupied=set(ctx.cluster.vms()), suffix=suffix, folder=bool(suffix))
+    if ctx.dry_run:
+        return Done("would_create", found, True)
+    return Done("created", _allocate(ctx, found, node), True)
+
+
+def _allocate(ctx: Context, found: Workspace, node: str | None = None) -> Workspace:
+    """Make the volume. Its name carries the workspace's id, so asking again after a kill can make no second one."""
+    node = node or _node_for(ctx, found)
+    row = exists(ctx, found, node)
+    if row is None:
+        try:
+            _require_free_owner(ctx, found, node)
+            answer = ctx.client.post(f"nodes/{node}/storage/{found.storage}/content", vmid=found.owner_vmid, size=show_size(found.size),
+                                     filename=found.volume.rpartition("/")[2].rpartition(":")[2])
+        except ApiError as error:
+            if "already exists" not in error.text:
+                _give_up(ctx, found, error)
+                raise
+            answer = found.volume
+        except WorkspaceRefused as error:
+            _give_up(ctx, found, error)
+            raise
+        if answer != found.volume:
+            raise OutcomeUnknown(f"{found.title}: Proxmox answered {str(answer)[:80]!r} where {found.volume!r} was expected; run again")
+        row = exists(ctx, found, node)
+        if row is None:
+            raise OutcomeUnknown(f"{found.title}: {found.volume} was allocated, but the storage does not list it (Datastore.Audit on the storage and "
+                                 "VM.Config.Disk on /vms are needed); run again")
+    return ctx.workspaces.change(found, "create", to=store.DETACHED, reason="created", evidence={"volume": found.volume, "node": node},
+                                 size=int(row.get("size") or found.size))
+
+
+def _require_free_owner(ctx: Context, found: Workspace, node: str) -> None:
+    """No VM has the owner's VMID, and no volume is owned by it: whatever the list of VMs may have hidden."""
+    proof = ctx.cluster.prove_absent([found.owner_vmid])[found.owner_vmid]
+    if not proof.absent:
+        raise WorkspaceRefused(f"{found.title}: VMID {found.owner_vmid} of workspace_owner_range is not proven to be free ({proof.why}); VMs must never "
+                               "get a VMID of that range")
+    others = ctx.client.get_list(f"nodes/{node}/storage/{found.storage}/content", vmid=found.owner_vmid)
+    if others:
+        raise WorkspaceRefused(f"{found.title}: storage {found.storage!r} has a volume of VMID {found.owner_vmid} already "
+                               f"({others[0].get('volid')}); look at whose it is, and run again for another VMID")
+
+
+def _give_up(ctx: Context, found: Workspace, error: AgentlabError) -> None:
+    ctx.workspaces.change(found, "create", to=store.DELETED, outcome="failed", reason="creation_failed", evidence={"message": error.message})
+
+
+def _grow(ctx: Context, found: Workspace, wanted: int) -> Done:
+    if found.state != store.ATTACHED or found.sandbox_uuid is None:
+        raise WorkspaceRefused(f"size: {found.title} is {found.state}; Proxmox VE resizes disks of VMs only, so attach it to a sandbox, then let it grow")
+    if ctx.dry_run:
+        return Done("would_grow", found, True)
+    with ctx.claimed(ctx.records.get(found.sandbox_uuid), "grow_workspace") as (claim, sandbox):
+        located = require_match(ctx, sandbox)
+        refuse_locked(sandbox, located)
+        listed = _pending(ctx, str(located.node), sandbox.vmid)
+        slot = next((key for key, volumes in listed.items() if found.volume in volumes), None)
+        if slot is None:
+            raise WorkspaceRefused(f"{found.title}: sandbox {sandbox.vmid} does not have it attached; run agentlab_reconcile")
+        found = ctx.workspaces.change(found, "grow", claim=claim, outcome="decided", reason="grow", evidence={"from": found.size, "to": wanted})
+        # An absolute size: asking twice is asking once.
+        answer = ctx.client.put(f"{located.path}/resize", disk=slot, size=show_size(wanted))
+        if isinstance(answer, str) and answer.startswith("UPID:"):
+            ctx.tasks.wait(answer, f"grow {found.title}", ctx.wait_timeout)
+        row = exists(ctx, found, str(located.node))
+        size = int((row or {}).get("size") or wanted)
+        done = ctx.workspaces.change(found, "grow", claim=claim, reason="grown", size=size, evidence={"size": size})
+    return Done("grown", done, True)
+
+
+# ---- attaching ----
+
+
+def hold(ctx: Context, claim: Claim, sandbox: Sandbox, found: Workspace, ttl: int | None = None) -> Workspace:
+    """Take the workspace for the sandbox, in the records: from here on nobody else gets it. The caller holds the sandbox's claim."""
+    if found.sandbox_uuid == sandbox.uuid and found.state in (store.ATTACHING, store.ATTACHED):
+        return found
+    if found.state != store.DETACHED:
+        raise _held(ctx, found)
+    other = ctx.workspaces.of_sandbox(sandbox.uuid)
+    if other is not None:
+        raise WorkspaceRefused(f"sandbox {sandbox.vmid} has {other.title} already; a sandbox has one workspace at most")
+    until = sandbox.lease_expires_at if ttl is None else ctx.clock.now() + ttl
+    return ctx.workspaces.change(found, "attach", to=store.ATTACHING, claim=claim, outcome="decided", reason="attach", sandbox_uuid=sandbox.uuid,
+                                 lease_expires_at=until, evidence={"vmid": sandbox.vmid})
+
+
+def _held(ctx: Context, found: Workspace) -> WorkspaceRefused:
+    from .. import clock as clock_module
+
+    if found.sandbox_uuid is not None:
+        until = clock_module.iso(found.lease_expires_at)
+        return WorkspaceRefused(f"{found.title} is {found.state} to sandbox {found.vmid} ({found.sandbox}), whose lease on it lasts until {until}; detach it "
+                                "first. A workspace is attached to one sandbox at a time", vmid=found.vmid, lease_expires_at=until)
+    return WorkspaceRefused(f"{found.title} is {found.state}; run its task again to finish that first")
+
+
+def of_creation(ctx: Context, claim: Claim, sandbox: Sandbox, which: str | None) -> Workspace | None:
+    """The workspace of a sandbox that is being created, held from here on; also the one that an earlier, killed run took for it."""
+    found = ctx.workspaces.of_sandbox(sandbox.uuid)
+    if found is None and which is not None:
+        found = hold(ctx, claim, sandbox, select(ctx, which))
+    return found
+
+
+def check_usable(ctx: Context, found: Workspace, node: str) -> None:
+    """Before anything is made: whether a new sandbox on that node could have it."""
+    if found.state != store.DETACHED:
+        raise _held(ctx, found)
+    _check_node(found, node)
+
+
+def _check_node(found: Workspace, node: str | None) -> None:
+    if found.node is not None and node != found.node:
+        raise WorkspaceRefused(f"{found.title} is on node {found.node} (storage {found.storage!r} is local), and the sandbox is on {node}; create the sandbox "
+                               f"with node={found.node}")
+
+
+def attach(ctx: Context, claim: Claim, sandbox: Sandbox, located: Located, found: Workspace) -> Workspace:
+    """Put the volume into the VM, for a workspace that ``hold`` took; proven by reading the configuration back."""
+    if found.state == store.ATTACHED:
+        return found
+    _check_node(found, located.node)
+    node = str(located.node)
+    if exists(ctx, found, node) is None:
+        raise WorkspaceRefused(f"{found.title}: its volume {found.volume} is not to be seen on node {node}; it was removed, moved or renamed (move_disk?), or "
+                               "Datastore.Audit is missing")
+    others = [vmid for vmid in holders(ctx, found) if vmid != sandbox.vmid]
+    if others:
+        raise WorkspaceRefused(f"{found.title}: VM {others[0]} has its volume {found.volume} attached, though by no record of ours; it was not attached a "
+                               "second time. Take it off there first", vmid=others[0])
+    listed = _pending(ctx, node, sandbox.vmid)
+    slot = next((key for key, volumes in listed.items() if found.volume in volumes), None)
+    if slot is None:
+        config = (located.verdict.config if located.verdict else None) or {}
+        slot = next((key for key in _SLOTS if key not in listed and key not in config), None)
+        if slot is None:
+            raise WorkspaceRefused(f"sandbox {sandbox.vmid} has no free slot for a disk")
+        found = ctx.workspaces.change(found, "attach", claim=claim, outcome="decided", reason="attaching", slot=slot)
+        # Neither backups nor replication of a throw-away VM are to take it along.
+        drive = f"{found.volume},backup=0,replicate=0,serial={found.serial},size={show_size(found.size)}"
+        ctx.client.put(f"{located.path}/config", digest=located.verdict.digest if located.verdict else None, **{slot: drive})
+        now = ctx.client.get_list(f"{located.path}/pending")
+        row = next((row for row in now if row.get("key") == slot), {})
+        if str(row.get("value") or "").partition(",")[0] != found.volume:
+            # Noted for the next start only: a disk that is half there is none.
+            ctx.client.put(f"{located.path}/config", revert=slot)
+            raise WorkspaceRefused(f"{found.title}: the running VM {sandbox.vmid} did not take the disk (is hotplug for disks on?); stop the sandbox, then "
+                                   "attach it")
+    done = ctx.workspaces.change(found, "attach", to=store.ATTACHED, claim=claim, reason="attached", slot=slot,
+                                 evidence={"vmid": sandbox.vmid, "slot": slot, "node": node})
+    ctx.records.note(sandbox, "attach_workspace", outcome="done", reason=found.name, evidence={"workspace_id": found.id, "slot": slot})
+    return done
+
+
+def attached(ctx: Context, which: str, sandbox: Sandbox, ttl: int | None = None) -> Done:
+    """Make sure that the sandbox has it. One whose lease is over and whose holder's VM does not run is taken over."""
+    found = select(ctx, which)
+    if found.state == store.ATTACHED and found.sandbox_uuid == sandbox.uuid:
+        return _renew(ctx, found, ttl)
+    if sandbox.state not in _USABLE:
+        raise WorkspaceRefused(f"cannot attach {found.title} to sandbox {sandbox.vmid} in {sandbox.state} state. Valid states: {', '.join(_USABLE)}")
+    if found.sandbox_uuid is not None and found.sandbox_uuid != sandbox.uuid:
+        _check_over(ctx, found)
+        if not ctx.dry_run:
+            found = detached(ctx, found.id, only_stopped=True).workspace or found
+    if ctx.dry_run:
+        _check_node(found, sandbox.node)
+        return Done("would_attach", found, True)
+    with ctx.claimed(sandbox, "attach_workspace") as (claim, current):
+        if current.state not in _USABLE:
+            raise WorkspaceRefused(f"cannot attach {found.title} to sandbox {current.vmid} in {current.state} state. Valid states: {', '.join(_USABLE)}")
+        located = require_match(ctx, current)
+        refuse_locked(current, located)
+        _check_node(found, located.node)
+        held = hold(ctx, claim, current, found, ttl)
+        try:
+            done = attach(ctx, claim, current, located, held)
+        except WorkspaceRefused as error:
+            _let_go(ctx, claim, current, held.id, error)
+            raise
+    return Done("attached", done, True)
+
+
+def _let_go(ctx: Context, claim: Claim, sandbox: Sandbox, ident: str, error: AgentlabError) -> None:
+    """An attachment that was refused before or undone after it was asked for: the workspace is free again, if that is so."""
+    found = ctx.workspaces.get(ident)
+    if found.state == store.ATTACHING and found.slot is None:
+        ctx.workspaces.change(found, "attach", to=store.DETACHED, claim=claim, outcome="failed", reason="refused", sandbox_uuid=None, lease_expires_at=None,
+                              evidence={"message": error.message})
+        return
+    off(ctx, claim, sandbox, locate(ctx, sandbox), found, sure=True)
+
+
+def _renew(ctx: Context, found: Workspace, ttl: int | None) -> Done:
+    until = None if ttl is None else ctx.clock.now() + ttl
+    if until is None or until - (found.lease_expires_at or 0) < 60:
+        return Done("unchanged", found)
+    if ctx.dry_run:
+        return Done("would_renew", found, True)
+    return Done("renewed", ctx.workspaces.change(found, "renew_lease", reason="renewed", lease_expires_at=until), True)
+
+
+def _check_over(ctx: Context, found: Workspace) -> None:
+    if found.lease_expires_at is None or found.lease_expires_at > ctx.clock.now():
+        raise _held(ctx, found)
+
+
+# ---- detaching ----
+
+
+def detached(ctx: Context, which: str, *, only_stopped: bool = False) -> Done:
+    """Make sure that nobody has it. What is written in the guest but not yet on the disk is the guest's to care for: unmount it there first."""
+    found = select(ctx, which)
+    if found.state == store.DETACHED:
+        return Done("unchanged", found)
+    if found.sandbox_uuid is None:
+        raise _held(ctx, found)
+    sandbox = ctx.records.get(found.sandbox_uuid)
+    if ctx.dry_run:
+        if sandbox.live and sandbox.smbios_uuid is not None:
+            refuse_snapshots(ctx, sandbox, require_match(ctx, sandbox), found)
+        return Done("would_detach", found, True)
+    with ctx.claimed(sandbox, "detach_workspace") as (claim, current):
+        found = ctx.workspaces.get(found.id)
+        if found.sandbox_uuid != current.uuid:
+            return Done("unchanged", found)
+        if not current.live:
+            return Done("detached", released(ctx, claim, current) or found, True)
+        if current.smbios_uuid is None:
+            raise WorkspaceRefused(f"{found.title}: the creation of sandbox {current.vmid} is not finished; finish or destroy it first")
+        located = require_match(ctx, current)
+        refuse_locked(current, located)
+        if only_stopped and power.status(ctx, located).get("status") != "stopped":
+            raise WorkspaceRefused(f"{found.title}: the lease of sandbox {current.vmid} on it is over, but its VM still runs; stop it first")
+        return Done("detached", off(ctx, claim, current, located, found), True)
+
+
+def refuse_snapshots(ctx: Context, sandbox: Sandbox, located: Located, found: Workspace) -> None:
+    """Kept when a snapshot of the VM contains the workspace."""
+    names = in_snapshots(ctx, located, found)
+    if names:
+        raise Kept("workspace_in_snapshot", f"{found.title}: snapshot {names[0]!r} of VM {sandbox.vmid} contains it (rolling back would roll it back too); "
+                   f"delete the snapshot first (qm delsnapshot {sandbox.vmid} {names[0]})", vmid=sandbox.vmid)
+
+
+def off(ctx: Context, claim: Claim, sandbox: Sandbox, located: Located, found: Workspace, *, sure: bool = False) -> Workspace:
+    """Take the volume off a VM that was judged to be ours, proven by reading the configuration back, and that the volume is still what it was.
+
+    ``sure``: no attachment of a killed run can come after this (the caller writes the configuration next, guarded by its digest).
+    """
+    refuse_snapshots(ctx, sandbox, located, found)
+    node = str(located.node)
+    listed = [key for key, volumes in _pending(ctx, node, sandbox.vmid).items() if found.volume in volumes]
+    age = ctx.clock.now() - found.updated_at
+    if not listed and not sure and found.state == store.ATTACHING and 0 <= age < ctx.config.doubt_window:
+        raise Kept("unknown", f"{found.title}: its attachment to sandbox {sandbox.vmid} was begun {age} s ago and may still be carried out; run again in "
+                   f"{ctx.config.doubt_window - age} s (doubt_window)")
+    if found.state != store.DETACHING:
+        found = ctx.workspaces.change(found, "detach", to=store.DETACHING, claim=claim, outcome="decided", reason="detach",
+                                      evidence={"vmid": sandbox.vmid, "slots": listed})
+    if listed:
+        ctx.client.put(f"{located.path}/config", digest=located.verdict.digest if located.verdict else None, delete=",".join(listed))
+        _await_off(ctx, node, sandbox, found)
+    if exists(ctx, found, node) is None:
+        raise Kept("workspace", f"{found.title}: VM {sandbox.vmid} does not name its volume {found.volume}, and the storage does not list it any more: it may "
+                   f"have been given to a VM (move_disk), which is therefore left alone. Look at the disks of VM {sandbox.vmid}", vmid=sandbox.vmid)
+    done = ctx.workspaces.change(found, "detach", to=store.DETACHED, claim=claim, reason="detached", sandbox_uuid=None, slot=None, lease_expires_at=None,
+                                 evidence={"vmid": sandbox.vmid, "slots": listed})
+    ctx.records.note(sandbox, "detach_workspace", outcome="done", reason=found.name, evidence={"workspace_id": found.id, "slots": listed})
+    return done
+
+
+def _await_off(ctx: Context, node: str, sandbox: Sandbox, found: Workspace) -> None:
+    """A running guest may take a moment to let a disk go."""
+    deadline = ctx.clock.monotonic() + min(_UNPLUG_SECONDS, ctx.wait_timeout)
+    while any(found.volume in volumes for volumes in _pending(ctx, node, sandbox.vmid).values()):
+        if ctx.clock.monotonic() > deadline:
+            raise Kept("workspace", f"{found.title}: VM {sandbox.vmid} still has it after it was taken off; the running guest does not let it go. Stop the "
+                       "sandbox, then detach it", vmid=sandbox.vmid)
+        ctx.clock.sleep(0.5)
+
+
+# ---- before a VM is deleted, and after ----
+
+
+def take_off(ctx: Context, claim: Claim, sandbox: Sandbox, located: Located) -> bool:
+    """Detach the sandbox's workspace before its VM is deleted; True when it had one: then the VM is to be judged anew."""
+    found = ctx.workspaces.of_sandbox(sandbox.uuid)
+    if found is None:
+        return False
+    off(ctx, claim, sandbox, located, found, sure=True)
+    return True
+
+
+def refuse_listed(ctx: Context, sandbox: Sandbox, located: Located) -> None:
+    """Kept when the deletion of the VM, as its configuration is now, could take a workspace along (or might, because one is missing)."""
+    live = ctx.workspaces.find_all()
+    config = (located.verdict.config if located.verdict else None) or {}
+    configs = {"": config, **_snapshots(ctx, located)} if live else {"": config}
+    first, last = ctx.config.workspace_owner_range
+    known = {one.volume: one for one in live}
+    serials = {one.serial: one for one in live}
+    for where, content in configs.items():
+        place = f"snapshot {where!r}" if where else "its configuration"
+        for key, volume in volumes_in(content).items():
+            owner = _OWNER.search(volume)
+            serial = re.search(r"(?:^|,)serial=([^,]+)", str(content[key]))
+            found = known.get(volume) or (serials.get(serial[1]) if serial else None)
+            if found is not None or (owner and first <= int(owner[1]) <= last):
+                what = found.title if found else "a workspace"
+                raise Kept("workspace", f"sandbox {sandbox.vmid}: {place} names {volume} as {key}, which is (or was) {what}; the VM was not deleted. Take the "
+                           f"disk off it first (agentlab_workspace, or qm set {sandbox.vmid} --delete {key})", volume=volume, vmid=sandbox.vmid)
+    _refuse_if_missing(ctx, sandbox, config, [one for one in live if one.sandbox_uuid is not None])
+
+
+def refuse_planned(ctx: Context, sandbox: Sandbox, located: Located) -> None:
+    """As the destroy would, for a plan: its own workspace would be taken off first."""
+    own = ctx.workspaces.of_sandbox(sandbox.uuid)
+    if own is not None:
+        refuse_snapshots(ctx, sandbox, located, own)
+    config = dict((located.verdict.config if located.verdict else None) or {})
+    kept = {key: value for key, value in config.items() if own is None or str(value).partition(",")[0] != own.volume}
+    verdict = dataclasses.replace(located.verdict, config=kept) if located.verdict else None
+    refuse_listed(ctx, sandbox, Located(located.node, located.row, verdict))
+
+
+def _refuse_if_missing(ctx: Context, sandbox: Sandbox, config: dict[str, Any], held: list[Workspace]) -> None:
+    """A volume that a VM was given (move_disk) bears that VM's name: if a workspace is missing, a VM with a further disk of its own is left alone."""
+    own = [volume for key, volume in volumes_in(config).items() if (owner := _OWNER.search(volume)) and int(owner[1]) == sandbox.vmid
+           and re.fullmatch(r"(ide|sata|scsi|virtio|unused)\d+", key) and "cloudinit" not in volume and "media=cdrom" not in str(config[key])]
+    if len(own) < 2:
+        return
+    for found in held:
+        if exists(ctx, found, _node_for(ctx, found)) is None:
+            raise Kept("workspace", f"sandbox {sandbox.vmid}: its VM has {len(own)} disks of its own, and the volume of {found.title} "
+                       f"({found.volume}) is missing from its storage; one of those disks may be it (move_disk), so the VM was not deleted", vmid=sandbox.vmid)
+
+
+def released(ctx: Context, claim: Claim | None, sandbox: Sandbox) -> Workspace | None:
+    """The VM is proven to be gone: what it had is free. The next attachment looks whether anybody else has the volume."""
+    found = ctx.workspaces.of_sandbox(sandbox.uuid)
+    if found is None:
+        return None
+    return ctx.workspaces.change(found, "detach", to=store.DETACHED, claim=claim, reason="vm_gone", sandbox_uuid=None, slot=None, lease_expires_at=None,
+                                 evidence={"vmid": sandbox.vmid})
+
+
+# ---- deleting ----
+
+
+def absent(ctx: Context, which: str, *, force: bool) -> Done:
+    """Delete a workspace and what is on it: only a detached one that nobody has attached, and only with force."""
+    found = ctx.workspaces.find(which)
+    if found is None:
+        return Done("not_found", None)
+    if found.state not in (store.DETACHED, store.CREATING, store.DELETING):
+        raise _held(ctx, found)
+    if found.state == store.DETACHED and not force:
+        raise WorkspaceRefused(f"{found.title} holds {show_size(found.size)} of data on {found.volume}, which would be lost; use force=true to delete it")
+    age = ctx.clock.now() - found.updated_at
+    if found.state == store.CREATING and 0 <= age < ctx.config.doubt_window:
+        raise Kept("unknown", f"{found.title}: its creation was begun {age} s ago and may still be carried out; run again in {ctx.config.doubt_window - age} s "
+                   "(doubt_window)")
+    having = holders(ctx, found)
+    if having:
+        raise WorkspaceRefused(f"{found.title}: VM {having[0]} has its volume {found.volume} attached; it was not deleted", vmid=having[0])
+    proof = ctx.cluster.prove_absent([found.owner_vmid])[found.owner_vmid]
+    if not proof.absent:
+        raise WorkspaceRefused(f"{found.title}: VMID {found.owner_vmid}, which owns its volume, is not proven to be free ({proof.why}); it was not deleted")
+    if ctx.dry_run:
+        return Done("would_delete", found, True)
+    if found.state != store.DELETING:
+        found = ctx.workspaces.change(found, "delete", to=store.DELETING, outcome="decided", reason="delete", evidence={"volume": found.volume})
+    return Done("deleted", _delete(ctx, found), True)
+
+
+def _delete(ctx: Context, found: Workspace) -> Workspace:
+    node = _node_for(ctx, found)
+    upids: tuple[str, ...] = ()
+    row = exists(ctx, found, node)
+    # The name carries the workspace's id: what is listed under it is the volume that we made.
+    if row is not None:
+        answer = ctx.client.delete(f"nodes/{node}/storage/{found.storage}/content/{found.volume}")
+        if isinstance(answer, str) and answer.startswith("UPID:"):
+            upids = (answer,)
+            ctx.tasks.wait(answer, f"delete {found.volume}", ctx.wait_timeout)
+        if exists(ctx, found, node) is not None:
+            raise OutcomeUnknown(f"{found.title}: its volume {found.volume} is still there after it was deleted; run again")
+    return ctx.workspaces.change(found, "delete", to=store.DELETED, reason="deleted" if row is not None else "volume_missing", upids=upids,
+                                 evidence={"volume": found.volume})
+
+
+# ---- showing ----
+
+
+def show(ctx: Context, *, name: str | None = None, states: list[str] | None = None, include_deleted: bool = False, events: int = 0,
+         verify: bool = False) -> dict[str, Any]:
+    """{workspaces, count}: the records, and with ``verify`` what Proxmox says of each."""
+    found = [one for one in ctx.workspaces.find_all(include_deleted=include_deleted or bool(states and store.DELETED in states))
+             if name in (None, one.name, one.id) and (not states or one.state in states)]
+
+    def one_of(one: Workspace) -> dict[str, Any]:
+        shown = one.public()
+        if events > 0:
+            shown["events"] = ctx.workspaces.events(one.id, events)
+        if verify and one.live:
+            shown["volume_present"] = exists(ctx, one, _node_for(ctx, one)) is not None
+            shown["attached_to"] = holders(ctx, one)
+        return shown
+
+    return {"workspaces": [one_of(one) for one in found], "count": len(found)}
+
+
+# ---- what killed runs left ----
+
+
+def unfinished(ctx: Context) -> list[Workspace]:
+    """Workspaces on which something was begun that nobody is at work on, and those whose sandbox is gone."""
+    now = ctx.clock.now()
+    found = []
+    for one in ctx.workspaces.find_all():
+        gone = one.sandbox_uuid is not None and not ctx.records.get(one.sandbox_uuid).live
+        if gone or (one.state in store.UNFINISHED and not 0 <= now - one.updated_at < ctx.config.doubt_window):
+            found.append(one)
+    return found
+
+
+def finish(ctx: Context, found: Workspace) -> Workspace:
+    """Finish (or undo) what a killed run began on a workspace."""
+    if found.state == store.CREATING:
+        if exists(ctx, found, _node_for(ctx, found)) is not None:
+            return _allocate(ctx, found)
+        return ctx.workspaces.change(found, "create", to=store.DELETED, outcome="failed", reason="creation_interrupted")
+    if found.state == store.DELETING:
+        return absent(ctx, found.id, force=True).workspace or found
+    if found.sandbox_uuid is None:
+        return found
+    sandbox = ctx.records.get(found.sandbox_uuid)
+    with ctx.claimed(sandbox, "reconcile", wait=0) as (claim, current):
+        found = ctx.workspaces.get(found.id)
+        if found.sandbox_uuid != current.uuid or found.state not in (*store.UNFINISHED, store.ATTACHED):
+            return found
+        if not current.live:
+            return released(ctx, claim, current) or found
+        left = claim.interrupted
+        if current.smbios_uuid is None or (left is not None and left.kind in ("create", "destroy")):
+            # The creation, or the destroy, brings it to an end with its own.
+            return found
+        located = require_match(ctx, current)
+        if found.state == store.ATTACHING:
+            listed = _pending(ctx, str(located.node), current.vmid)
+            if any(found.volume in volumes for volumes in listed.values()):
+                return attach(ctx, claim, current, located, found)
+        return off(ctx, claim, current, located, found) if found.state != store.ATTACHED else found

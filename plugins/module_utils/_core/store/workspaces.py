@@ -1,0 +1,195 @@
+# Copyright: the agentlab.proxmox contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""The records of workspaces. The state of the row is the journal: it is written before the request that it announces.
+
+A workspace belongs to at most one sandbox: whoever moves it from DETACHED to ATTACHING has it, and from then on only whoever holds that
+sandbox's claim may go on with it.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import uuid as uuid_module
+from dataclasses import dataclass
+from typing import Any
+
+from .. import clock as clock_module
+from ..errors import InvalidInput, NotFound, RecordChanged
+from .records import Claim, Records
+
+CREATING = "CREATING"
+DETACHED = "DETACHED"
+ATTACHING = "ATTACHING"
+ATTACHED = "ATTACHED"
+DETACHING = "DETACHING"
+DELETING = "DELETING"
+DELETED = "DELETED"
+STATES = (CREATING, DETACHED, ATTACHING, ATTACHED, DETACHING, DELETING, DELETED)
+# Something was begun and has to be finished.
+UNFINISHED = (CREATING, ATTACHING, DETACHING, DELETING)
+_LIVE = "state <> 'DELETED'"
+
+
+@dataclass(slots=True)
+class Workspace:
+    """One record. ``volume`` is Proxmox's volume id, ``owner_vmid`` the VMID in its name, ``node`` None on shared storage; sizes in bytes."""
+
+    id: str
+    name: str
+    state: str
+    storage: str
+    owner_vmid: int
+    volume: str
+    size: int
+    generation: int = 0
+    node: str | None = None
+    sandbox_uuid: str | None = None
+    slot: str | None = None
+    lease_expires_at: int | None = None
+    created_at: int = 0
+    updated_at: int = 0
+    state_changed_at: int = 0
+    reason: str | None = None
+    # Not columns: of the sandbox that holds it.
+    vmid: int | None = None
+    sandbox: str | None = None
+
+    @property
+    def live(self) -> bool:
+        return self.state != DELETED
+
+    @property
+    def serial(self) -> str:
+        """The disk's serial number in the guest; Proxmox allows 20 characters."""
+        return f"agentlab-{self.id[:8]}"
+
+    @property
+    def title(self) -> str:
+        return f"workspace {self.name!r}"
+
+    def public(self) -> dict[str, Any]:
+        """The shape every answer uses; absent values are null, times are UTC. ``device`` is where the guest finds the disk."""
+        return {
+            "id": self.id, "name": self.name, "state": self.state, "size": self.size, "storage": self.storage, "node": self.node, "volume": self.volume,
+            "owner_vmid": self.owner_vmid, "vmid": self.vmid, "sandbox": self.sandbox, "sandbox_uuid": self.sandbox_uuid,
+            "device": f"/dev/disk/by-id/scsi-0QEMU_QEMU_HARDDISK_{self.serial}", "lease_expires_at": clock_module.iso(self.lease_expires_at),
+            "created_at": clock_module.iso(self.created_at), "updated_at": clock_module.iso(self.updated_at),
+            "state_changed_at": clock_module.iso(self.state_changed_at), "reason": self.reason,
+        }
+
+
+COLUMNS = tuple(name for name in Workspace.__dataclass_fields__ if name not in ("vmid", "sandbox"))
+_SELECT = (f"SELECT {', '.join('w.' + name for name in COLUMNS)}, s.vmid, s.name AS sandbox FROM workspaces w "
+           "LEFT JOIN sandboxes s ON s.uuid = w.sandbox_uuid")
+
+
+class Workspaces:
+    """Reads and writes of workspaces, on the database of the records."""
+
+    def __init__(self, records: Records) -> None:
+        self._records = records
+        self._db = records.db
+
+    # ---- reading ----
+
+    def get(self, ident: str) -> Workspace:
+        found = self._rows("w.id = ?", ident)
+        if not found:
+            raise NotFound("workspace not found", id=ident)
+        return found[0]
+
+    def find(self, which: str) -> Workspace | None:
+        """The live workspace of that name or id."""
+        found = self._rows(f"(w.id = ? OR w.name = ?) AND w.{_LIVE} ORDER BY w.id = ? DESC", which, which, which)
+        return found[0] if found else None
+
+    def find_all(self, *, include_deleted: bool = False) -> list[Workspace]:
+        return self._rows("1 ORDER BY w.name, w.created_at" if include_deleted else f"w.{_LIVE} ORDER BY w.name")
+
+    def of_sandbox(self, sandbox_uuid: str) -> Workspace | None:
+        found = self._rows(f"w.sandbox_uuid = ? AND w.{_LIVE}", sandbox_uuid)
+        return found[0] if found else None
+
+    def _rows(self, where: str, *values: Any) -> list[Workspace]:
+        return [Workspace(**dict(row)) for row in self._db.read(f"{_SELECT} WHERE {where}", *values)]
+
+    def events(self, ident: str, limit: int) -> list[dict[str, Any]]:
+        """The newest events of a workspace, oldest first."""
+        rows = self._db.read("SELECT * FROM workspace_events WHERE workspace_id = ? ORDER BY id DESC LIMIT ?", ident, limit)
+        return [dict(row, at=clock_module.iso(row["at"]), evidence=json.loads(row["evidence"]), upids=json.loads(row["upids"])) for row in rows][::-1]
+
+    # ---- writing ----
+
+    def reserve(self, name: str, *, size: int, storage: str, node: str | None, owners: tuple[int, int], occupied: set[int], suffix: str,
+                folder: bool) -> Workspace:
+        """A CREATING record with an owner VMID of the range that no live workspace has and that is not ``occupied``."""
+
+        def work(conn: sqlite3.Connection) -> Workspace:
+            now = self._records.clock.now()
+            if conn.execute(f"SELECT 1 FROM workspaces WHERE name = ? AND {_LIVE}", (name,)).fetchone():
+                raise RecordChanged(f"workspace {name!r} was created by another run meanwhile; run again")
+            # Never given out again while any record remembers it: a volume that was lost and turns up is not taken for another's.
+            taken = {row["owner_vmid"] for row in conn.execute("SELECT owner_vmid FROM workspaces")}
+            first, last = owners
+            owner = next((n for n in range(first, last + 1) if n not in taken and n not in occupied), None)
+            if owner is None:
+                live = {row["owner_vmid"] for row in conn.execute(f"SELECT owner_vmid FROM workspaces WHERE {_LIVE}")}
+                owner = next((n for n in range(first, last + 1) if n not in live and n not in occupied), None)
+            if owner is None:
+                raise InvalidInput(f"workspace_owner_range: all VMIDs of {first}-{last} are taken; remove workspaces, or configure a larger range",
+                                   option="workspace_owner_range", value=f"{first}-{last}")
+            ident = str(uuid_module.uuid4())
+            file = f"vm-{owner}-ws-{ident}{suffix}"
+            made = Workspace(ident, name, CREATING, storage, owner, f"{storage}:{owner}/{file}" if folder else f"{storage}:{file}", size, node=node,
+                             created_at=now, updated_at=now, state_changed_at=now, reason="requested")
+            conn.execute(f"INSERT INTO workspaces ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))})",
+                         [getattr(made, column) for column in COLUMNS])
+            self._event(conn, made, None, "create", outcome="decided", reason="requested", evidence={"volume": made.volume, "size": size})
+            return made
+
+        return self._db.write(work)
+
+    def change(self, found: Workspace, operation: str, *, to: str | None = None, claim: Claim | None = None, outcome: str = "done",
+               reason: str | None = None, evidence: dict[str, Any] | None = None, upids: tuple[str, ...] = (), **values: Any) -> Workspace:
+        """One step: compare-and-set on state and generation, with its event, fenced by the claim on the sandbox where one is held.
+
+        RecordChanged when another run was faster. The sandbox's own record tells the same in the same transaction.
+        """
+        target = to or found.state
+
+        def work(conn: sqlite3.Connection) -> Workspace:
+            now = self._records.clock.now()
+            new: dict[str, Any] = {**values, "updated_at": now, "reason": reason}
+            if target != found.state:
+                new.update(state=target, state_changed_at=now)
+            names = ", ".join(f"{name} = ?" for name in new)
+            try:
+                done = conn.execute(f"UPDATE workspaces SET {names}, generation = generation + 1 WHERE id = ? AND state = ? AND generation = ?",
+                                    (*new.values(), found.id, found.state, found.generation))
+            except sqlite3.IntegrityError:
+                raise RecordChanged(f"{found.title}: the sandbox has another workspace already") from None
+            if done.rowcount != 1:
+                raise RecordChanged(f"{found.title} was changed by another run meanwhile; run again", id=found.id)
+            after = Workspace(**dict(conn.execute(f"{_SELECT} WHERE w.id = ?", (found.id,)).fetchone()))
+            self._event(conn, after, found.state, operation, outcome=outcome, reason=reason, evidence=evidence, upids=upids)
+            self._tell_sandbox(conn, found, after, now)
+            return after
+
+        return self._records.fenced(claim, work) if claim is not None else self._db.write(work)
+
+    def _tell_sandbox(self, conn: sqlite3.Connection, before: Workspace, after: Workspace, now: int) -> None:
+        for uuid in {before.sandbox_uuid, after.sandbox_uuid} - {None}:
+            shown = after.id if after.sandbox_uuid == uuid and after.state in (ATTACHED, DETACHING) else None
+            conn.execute("UPDATE sandboxes SET workspace_id = ?, updated_at = ?, generation = generation + 1 WHERE uuid = ? AND workspace_id IS NOT ?",
+                         (shown, now, uuid, shown))
+
+    def _event(self, conn: sqlite3.Connection, found: Workspace, before: str | None, operation: str, *, outcome: str, reason: str | None = None,
+               evidence: dict[str, Any] | None = None, upids: tuple[str, ...] = ()) -> None:
+        conn.execute(
+            "INSERT INTO workspace_events (at, workspace_id, sandbox_uuid, from_state, to_state, operation, actor, reason, evidence, upids, outcome) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (self._records.clock.now(), found.id, found.sandbox_uuid, before, found.state, operation, self._records.actor, reason,
+             json.dumps(evidence or {}), json.dumps(list(upids)), outcome))

@@ -1,0 +1,122 @@
+# Copyright: the agentlab.proxmox contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""``agentlab workspace``: disks that outlive sandboxes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from .framework import VMID, Group, Settings
+from .progress import Progress
+from .sandbox import settings
+from .text import cell, pairs, since, table
+
+_UNITS = (("T", 1024**4), ("G", 1024**3), ("M", 1024**2))
+
+
+def _size(found: Any) -> str:
+    return next((f"{found // unit}{name}" for name, unit in _UNITS if found % unit == 0), f"{found // 1024}K")
+
+
+def _which(data: dict[str, Any]) -> str:
+    return f"workspace {cell(data['name'])}"
+
+
+def _with(data: dict[str, Any]) -> str:
+    return "-" if data["vmid"] is None else f"{cell(data['vmid'])} ({cell(data['sandbox'])})"
+
+
+@click.group(cls=Group, examples=(
+    "agentlab workspace new --size 50G --storage local-lvm project-x",
+    "agentlab workspace attach --vmid 1009 project-x",
+    "agentlab workspace detach project-x",
+    "agentlab workspace list",
+))
+def workspace() -> None:
+    """Create, attach, detach and delete disks that outlive sandboxes."""
+
+
+@workspace.command("list", usage="[--all]", examples=("agentlab workspace list", "agentlab workspace list --json | jq '.workspaces[].volume'"))
+@click.option("--all", "every", is_flag=True, help="Deleted ones too.")
+@settings
+def list_(to: Settings, every: bool) -> None:
+    """List workspaces, and who has them."""
+    to.tell(to.client.get("workspaces", include_deleted="true" if every else None), lambda data: _listed(data["workspaces"]))
+
+
+def _listed(found: list[dict[str, Any]]) -> str:
+    if not found:
+        return "no workspaces"
+    return table(("NAME", "STATE", "SIZE", "STORAGE", "NODE", "SANDBOX", "AGE"), [
+        (one["name"], one["state"], _size(one["size"]), one["storage"], one["node"], _with(one), since(one["created_at"])) for one in found])
+
+
+@workspace.command(usage="<workspace>", examples=("agentlab workspace show project-x",))
+@click.argument("name", metavar="<workspace>")
+@settings
+def show(to: Settings, name: str) -> None:
+    """Show everything that is known about one workspace, by its name or id."""
+    to.tell(to.client.get("workspaces", name), lambda data: pairs((field.replace("_", " "), value) for field, value in data.items()))
+
+
+@workspace.command(usage="--size <size> [--storage <storage>] [--node <node>] <workspace>", examples=(
+    "agentlab workspace new --size 50G --storage local-lvm project-x",
+    "agentlab workspace new --size 80G project-x        # let one grow that is attached",
+), notes=(
+    "It is empty: the first sandbox that has it makes a file system on it. One that",
+    "is there only grows, and only while it is attached.",
+))
+@click.option("--size", metavar="<size>", help="Size, such as 20G.")
+@click.option("--storage", metavar="<storage>", help="Storage of a new one; the daemon's configuration says it otherwise.")
+@click.option("--node", metavar="<node>", help="Node of a new one on local storage.")
+@click.argument("name", metavar="<workspace>")
+@settings
+def new(to: Settings, /, **given: Any) -> None:
+    """Create a workspace, or let one grow."""
+    answer = to.client.post("workspaces", body={name: value for name, value in given.items() if value is not None})
+    to.tell(answer, lambda data: f"{_which(data)} {'was there already' if data['outcome'] == 'unchanged' else data['outcome']} "
+                                 f"({_size(data['size'])} on {cell(data['storage'])}, {data['state']})")
+
+
+@workspace.command(usage="--vmid <vmid> [--ttl <ttl>] <workspace>", examples=("agentlab workspace attach --vmid 1009 project-x",), notes=(
+    "One sandbox has it at a time. When the time is over and its VM does not run,",
+    "another may take it over.",
+))
+@click.option("--vmid", type=VMID, required=True, metavar="<vmid>", help="Sandbox that gets it.")
+@click.option("--ttl", metavar="<ttl>", help="How long it has it: minutes (120), or 90s, 30m, 2h, 1d12h. As long as the sandbox's lease unless given.")
+@click.argument("name", metavar="<workspace>")
+@settings
+def attach(to: Settings, name: str, vmid: int, ttl: str | None) -> None:
+    """Give a workspace to a sandbox."""
+    body: dict[str, Any] = {"vmid": vmid} if ttl is None else {"vmid": vmid, "ttl": int(ttl) if ttl.isascii() and ttl.isdecimal() else ttl}
+    with Progress(lambda: f"attaching workspace {name}", wanted=not to.json):
+        answer = to.client.post("workspaces", name, "attach", body=body)
+    to.tell(answer, lambda data: f"{_which(data)} attached to sandbox {cell(data['vmid'])} as {cell(data['device'])}")
+
+
+@workspace.command(usage="<workspace>", examples=("agentlab workspace detach project-x",), notes=("Unmount it in a running guest first.",))
+@click.argument("name", metavar="<workspace>")
+@settings
+def detach(to: Settings, name: str) -> None:
+    """Take a workspace off the sandbox that has it."""
+    with Progress(lambda: f"detaching workspace {name}", wanted=not to.json):
+        answer = to.client.post("workspaces", name, "detach")
+    to.tell(answer, lambda data: f"{_which(data)} detached")
+
+
+@workspace.command(usage="--force <workspace>", examples=("agentlab workspace destroy --force project-x",), notes=(
+    "The data on it is lost, so it needs --force. One that is attached is never",
+    "deleted, forced or not.",
+))
+@click.option("--force", is_flag=True, help="Delete the data.")
+@click.argument("name", metavar="<workspace>")
+@settings
+def destroy(to: Settings, name: str, force: bool) -> None:
+    """Delete a workspace and the data on it."""
+    with Progress(lambda: f"deleting workspace {name}", wanted=not to.json):
+        answer = to.client.post("workspaces", name, "destroy", body={"force": force})
+    to.tell(answer, lambda data: f"{_which(data)} destroyed")

@@ -1,0 +1,396 @@
+# Copyright: the agentlab.proxmox contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Workspaces outlive every way a sandbox can end, are attached once at most, and are deleted only when that is asked for and proven to be safe."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import AgentlabError, CreationFailed, InvalidInput, Kept, NotFound
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import destroy, workspace
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations.workspace import WorkspaceRefused
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.workspaces import Workspace
+
+from support.lab import BYSTANDER, Lab
+
+pytestmark = pytest.mark.faults
+
+STORAGES = ("local-lvm", "local", "shared")
+
+
+@pytest.fixture
+def lab(tmp_path: Path) -> Iterator[Lab]:
+    made = Lab(tmp_path, storage=None)
+    made.pve.add_node("pve2")
+    made.pve.storages["local"]["content"] = "iso,images"
+    made.pve.storages["shared"] = {"type": "nfs", "active": 1, "content": "images", "shared": 1, "files": set(), "volumes": {}}
+    yield made
+    made.stop()
+
+
+def make(lab: Lab, name: str = "w1", storage: str = "local-lvm", **values: Any) -> Workspace:
+    found = workspace.present(lab.context(), name, size=values.pop("size", "8G"), storage=storage, **values).workspace
+    assert found is not None
+    return found
+
+
+def attach(lab: Lab, name: str, vmid: int, ttl: int | None = None, **options: Any) -> workspace.Done:
+    ctx = lab.context(**options)
+    return workspace.attached(ctx, name, ctx.select(vmid), ttl)
+
+
+def detach(lab: Lab, name: str, **options: Any) -> workspace.Done:
+    return workspace.detached(lab.context(**options), name)
+
+
+def now(lab: Lab, name: str = "w1") -> Workspace:
+    found = lab.context().workspaces.find(name)
+    assert found is not None
+    return found
+
+
+def kept_whole(lab: Lab, found: Workspace) -> None:
+    """The volume is there, under its name, and no VM has it."""
+    assert lab.pve.volumes_of(found.owner_vmid) == [found.volume]
+    assert not any(found.volume in str(value) for vm in lab.pve.vms for value in vm.config.values())
+    again = now(lab, found.name)
+    assert (again.state, again.sandbox_uuid, again.slot, again.vmid) == ("DETACHED", None, None, None)
+
+
+def in_vm(lab: Lab, found: Workspace) -> list[str]:
+    return [f"{vm.vmid}:{key}" for vm in lab.pve.vms for key, value in vm.config.items() if found.volume in str(value)]
+
+
+# ---- its own life ----
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_a_life(lab: Lab, storage: str) -> None:
+    found = make(lab, storage=storage)
+    assert found.owner_vmid == 990000 and f"vm-990000-ws-{found.id}" in found.volume and found.size == 8 * 1024**3
+    assert found.node == (None if storage == "shared" else "pve1")
+    assert workspace.present(lab.context(), "w1", size="8G").outcome == "unchanged"
+    made = lab.create("a1", workspace="w1")
+    assert made.workspace_id == found.id and now(lab).state == "ATTACHED"
+    key = in_vm(lab, found)[0].partition(":")[2]
+    drive = lab.pve.vm(made.vmid).config[key]
+    assert "backup=0" in drive and "replicate=0" in drive and f"serial={found.serial}" in drive
+    assert lab.events(made)[-1]["reason"] == "ready"
+    assert workspace.present(lab.context(), "w1", size="12G").outcome == "grown" and now(lab).size == 12 * 1024**3
+    with pytest.raises(WorkspaceRefused, match="w1' is ATTACHED to sandbox"):
+        workspace.absent(lab.context(), "w1", force=True)
+    assert detach(lab, "w1").changed and not detach(lab, "w1").changed
+    assert lab.record(made).workspace_id is None
+    kept_whole(lab, found)
+    assert attach(lab, "w1", made.vmid).outcome == "attached" and attach(lab, "w1", made.vmid).outcome == "unchanged"
+    lab.destroy(made.vmid, force=True)
+    kept_whole(lab, found)
+    with pytest.raises(WorkspaceRefused, match="holds 12G of data .* use force=true"):
+        workspace.absent(lab.context(), "w1", force=False)
+    assert workspace.absent(lab.context(), "w1", force=True).outcome == "deleted"
+    assert workspace.absent(lab.context(), "w1", force=True).outcome == "not_found"
+    assert lab.pve.volumes_of(found.owner_vmid) == []
+    # Another of the same name is another one, under another owner.
+    assert make(lab, storage=storage).owner_vmid == 990001
+
+
+def test_what_is_refused_before_anything_is_made(lab: Lab) -> None:
+    for values, message in (({"size": None}, "size: missing"), ({"size": "8"}, "size: '8' is not valid"), ({"size": "0G"}, "size: '0G' is not valid"),
+                            ({"storage": "nowhere"}, "storage: 'nowhere' is not a storage of node pve1"), ({"node": "pve9"}, "node: 'pve9' is not a node"),
+                            ({"name": "a b"}, "name: 'a b' is not valid")):
+        with pytest.raises(InvalidInput, match=message):
+            make(lab, **values)
+    lab.pve.storages["local"]["content"] = "iso"
+    with pytest.raises(InvalidInput, match="storage: 'local' holds no disk images"):
+        make(lab, storage="local")
+    with pytest.raises(InvalidInput, match="workspace_owner_range: 1500-1600 overlaps vmid_range"):
+        lab.context(workspace_owner_range="1500-1600")
+    with pytest.raises(NotFound, match=r"workspace not found \('w9'\). Workspaces: none"):
+        lab.create("a1", workspace="w9")
+    make(lab)
+    with pytest.raises(InvalidInput, match="size: workspace 'w1' has 8G, and workspaces only grow"):
+        workspace.present(lab.context(), "w1", size="4G")
+    with pytest.raises(WorkspaceRefused, match="attach it to a sandbox, then let it grow"):
+        workspace.present(lab.context(), "w1", size="9G")
+    with pytest.raises(InvalidInput, match="never moved"):
+        workspace.present(lab.context(), "w1", storage="shared")
+    assert lab.records() == [] and len(lab.context().workspaces.find_all()) == 1
+
+
+def test_an_owner_that_a_vm_has_or_that_owns_something_is_not_taken(lab: Lab) -> None:
+    lab.pve.add_guest(990000)
+    assert make(lab).owner_vmid == 990001
+    lab.pve._disk("local-lvm", "vm-990002-disk-0", 990002, 1024**3)
+    with pytest.raises(WorkspaceRefused, match="has a volume of VMID 990002 already"):
+        make(lab, "w2")
+    assert make(lab, "w2").owner_vmid == 990003
+    # Hidden from the list, but Proxmox says that it is taken.
+    lab.pve.add_guest(990004)
+    lab.pve.before = lambda method, path: None
+    rows = lab.context().cluster.vms()
+    assert 990004 in rows
+    assert lab.pve.volumes_of(990002) == ["local-lvm:vm-990002-disk-0"]
+
+
+# ---- once at most ----
+
+
+def test_a_second_attachment_is_refused_by_the_records(lab: Lab) -> None:
+    found = make(lab)
+    one, two = lab.create("a1", workspace="w1"), lab.create("a2")
+    with pytest.raises(WorkspaceRefused, match=f"is ATTACHED to sandbox {one.vmid} .a1., whose lease on it lasts until .*Z; detach it first"):
+        attach(lab, "w1", two.vmid)
+    with pytest.raises(WorkspaceRefused, match="is ATTACHED to sandbox"):
+        lab.create("a3", workspace="w1")
+    assert len(in_vm(lab, found)) == 1 and len(lab.records()) == 2
+    make(lab, "w2")
+    with pytest.raises(WorkspaceRefused, match="has workspace 'w1' already"):
+        attach(lab, "w2", one.vmid)
+
+
+def test_a_foreign_attachment_is_refused_and_left_alone(lab: Lab) -> None:
+    found = make(lab)
+    lab.pve.vm(BYSTANDER).config["scsi7"] = f"{found.volume},size=8G"
+    before = dict(lab.pve.vm(BYSTANDER).config)
+    made = lab.create("a1")
+    with pytest.raises(WorkspaceRefused, match=f"VM {BYSTANDER} has its volume .* attached, though by no record of ours"):
+        attach(lab, "w1", made.vmid)
+    with pytest.raises(CreationFailed, match="what was made for it has been removed"):
+        lab.create("a2", workspace="w1")
+    with pytest.raises(WorkspaceRefused, match=f"VM {BYSTANDER} has its volume"):
+        workspace.absent(lab.context(), "w1", force=True)
+    assert lab.pve.vm(BYSTANDER).config == before and now(lab).state == "DETACHED"
+    assert in_vm(lab, found) == [f"{BYSTANDER}:scsi7"]
+
+
+def test_a_vm_that_cannot_be_read_may_have_it(lab: Lab) -> None:
+    found = make(lab, storage="shared")
+    made = lab.create("a1")
+    lab.pve.add_guest(700, node="pve2")
+    lab.pve.set_node_offline("pve2")
+    with pytest.raises(Kept, match="whether VM 700 has it attached cannot be read"):
+        attach(lab, "w1", made.vmid)
+    assert in_vm(lab, found) == []
+
+
+def test_a_lease_that_is_over_is_taken_over_only_from_a_vm_that_is_stopped(lab: Lab) -> None:
+    found = make(lab)
+    one, two = lab.create("a1", workspace="w1"), lab.create("a2")
+    lab.context().database.write(lambda conn: conn.execute("UPDATE workspaces SET lease_expires_at = 1") and None)
+    with pytest.raises(WorkspaceRefused, match="its VM still runs; stop it first"):
+        attach(lab, "w1", two.vmid)
+    lab.power("stop", one.vmid)
+    assert attach(lab, "w1", two.vmid, ttl=600).outcome == "attached"
+    assert [where.partition(":")[0] for where in in_vm(lab, found)] == [str(two.vmid)]
+    assert lab.record(one).workspace_id is None and lab.record(two).workspace_id == found.id
+    assert attach(lab, "w1", two.vmid, ttl=6000).outcome == "renewed"
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_two_nodes(lab: Lab, storage: str) -> None:
+    found = make(lab, storage=storage, node="pve2")
+    lab.pve.add_template(9001, "debian-pve2", node="pve2", storage="local-lvm")
+    here = lab.create("here")
+    if storage == "shared":
+        attach(lab, "w1", here.vmid)
+        lab.destroy(here.vmid, force=True)
+    else:
+        with pytest.raises(WorkspaceRefused, match=r"is on node pve2 \(storage .* is local\), and the sandbox is on pve1; create the sandbox with node=pve2"):
+            attach(lab, "w1", here.vmid)
+        with pytest.raises(WorkspaceRefused, match="is on node pve2"):
+            lab.create("no", workspace="w1", node="pve1")
+    kept_whole(lab, found)
+    # Without a node, the workspace's own is taken.
+    there = lab.create("there", workspace="w1", template="debian-pve2", **({"node": "pve2"} if storage == "shared" else {}))
+    assert there.node == "pve2"
+    lab.destroy(there.vmid, force=True)
+    kept_whole(lab, found)
+
+
+# ---- every way a sandbox ends ----
+
+
+@pytest.mark.parametrize("way", ["destroy", "force", "prune", "vm_absent", "vmid_reused", "reconcile external", "failed start", "failed clone"])
+@pytest.mark.parametrize("storage", ["local-lvm", "shared"])
+def test_it_outlives_every_way_out(lab: Lab, way: str, storage: str) -> None:
+    found = make(lab, storage=storage)
+    if way.startswith("failed"):
+        if way == "failed start":
+            lab.pve.task_endings["qmstart"] = "start failed: QEMU exited with code 1"
+        else:
+            lab.pve.next_task("qmclone", "fail", text="no space left")
+        with pytest.raises(CreationFailed):
+            lab.create("a1", workspace="w1")
+    else:
+        made = lab.create("a1", workspace="w1")
+        vm = lab.pve.vm(made.vmid)
+        if way == "destroy":
+            lab.power("stop", made.vmid)
+            lab.destroy(made.vmid)
+        elif way == "force":
+            lab.destroy(made.vmid, force=True)
+        elif way == "prune":
+            lab.force_state(made.vmid, "TIMEOUT", age=10, lease_expires_at=int(time.time()) - 10)
+            assert lab.prune().pruned
+        elif way == "vm_absent":
+            lab.pve.vms.remove(vm)
+            lab.destroy(made.vmid, force=True)
+        elif way == "vmid_reused":
+            lab.pve.make_foreign(made.vmid)
+            lab.destroy(made.vmid, force=True)
+        else:
+            lab.pve.vms.remove(vm)
+            lab.reconcile()
+            lab.reconcile()
+    assert lab.records()[0].state == "DESTROYED" and lab.records()[0].workspace_id is None
+    kept_whole(lab, found)
+    lab.calm()
+    assert lab.create("next", workspace="w1").workspace_id == found.id
+
+
+def test_a_reused_vmid_that_has_the_volume_keeps_it_from_everybody_else(lab: Lab) -> None:
+    found = make(lab)
+    made = lab.create("a1", workspace="w1")
+    slot = in_vm(lab, found)[0].partition(":")[2]
+    drive = lab.pve.vm(made.vmid).config[slot]
+    lab.pve.vms.remove(lab.pve.vm(made.vmid))
+    foreign = lab.pve.make_foreign(made.vmid)
+    foreign.config[slot] = drive
+    before = dict(foreign.config)
+    assert lab.destroy(made.vmid, force=True)[0].reason == "vmid_reused"
+    other = lab.create("a2")
+    with pytest.raises(WorkspaceRefused, match=f"VM {made.vmid} has its volume"):
+        attach(lab, "w1", other.vmid)
+    assert lab.pve.vm(made.vmid).config == before
+
+
+# ---- a VM whose deletion would take it along is not deleted ----
+
+
+def test_a_volume_that_is_there_again_when_the_vm_is_deleted_keeps_the_vm(lab: Lab) -> None:
+    found = make(lab)
+    made = lab.create("a1")
+    # Somebody put it there by hand; no record says so.
+    lab.pve.vm(made.vmid).config["scsi5"] = f"{found.volume},size=8G"
+    outcome = lab.destroy(made.vmid, force=True)[0]
+    assert (outcome.outcome, outcome.reason) == ("kept", "workspace") and "names local-lvm:vm-990000" in str(outcome.message)
+    assert lab.pve.vm(made.vmid) is not None and not any(entry.startswith("DELETE") for entry in lab.pve.touched(made.vmid))
+    ctx = lab.context(dry_run=True)
+    with pytest.raises(Kept, match="the VM was not deleted"):
+        destroy.plan(ctx, ctx.select(made.vmid))
+    del lab.pve.vm(made.vmid).config["scsi5"]
+    assert lab.destroy(made.vmid, force=True)[0].state == "DESTROYED"
+    kept_whole(lab, found)
+
+
+def test_a_volume_put_there_between_judging_and_deleting_keeps_the_vm(lab: Lab) -> None:
+    found = make(lab)
+    made = lab.create("a1")
+
+    def sneak(method: str, path: str) -> None:
+        if method == "PUT" and path.endswith(f"/qemu/{made.vmid}/config"):
+            lab.pve.vm(made.vmid).config["scsi5"] = f"{found.volume},size=8G"
+
+    lab.pve.before = sneak
+    outcome = lab.destroy(made.vmid, force=True)[0]
+    assert (outcome.outcome, outcome.reason) == ("kept", "workspace")
+    assert lab.pve.vm(made.vmid) is not None and lab.pve.volumes_of(found.owner_vmid) == [found.volume]
+
+
+@pytest.mark.parametrize("to", ["itself", "another"])
+def test_a_volume_that_was_given_to_a_vm_keeps_that_vm(lab: Lab, to: str) -> None:
+    """move_disk with target-vmid renames the volume: it would die with that VM."""
+    found = make(lab)
+    made, other = lab.create("a1", workspace="w1"), lab.create("a2")
+    slot = in_vm(lab, found)[0].partition(":")[2]
+    target = made if to == "itself" else other
+    volumes = lab.pve.storages["local-lvm"]["volumes"]
+    moved = f"vm-{target.vmid}-disk-7"
+    volumes[moved] = dict(volumes.pop(found.volume.partition(":")[2]), vmid=target.vmid)
+    lab.pve.vm(made.vmid).config.pop(slot)
+    lab.pve.vm(target.vmid).config["scsi9"] = f"local-lvm:{moved},size=8G"
+    for one in (made, other):
+        outcome = lab.destroy(one.vmid, force=True)[0]
+        if one is target or one is made:
+            assert (outcome.outcome, outcome.reason) == ("kept", "workspace"), outcome
+    assert moved in volumes and lab.pve.vm(target.vmid) is not None
+
+
+def test_a_snapshot_that_contains_it_bars_detaching_and_deleting(lab: Lab) -> None:
+    found = make(lab)
+    made = lab.create("a1", workspace="w1")
+    vm = lab.pve.vm(made.vmid)
+    vm.snapshots["before"] = {**vm.config, "snaptime": 1}
+    vm.config["parent"] = "before"
+    with pytest.raises(Kept, match="snapshot 'before' of VM .* contains it .rolling back would roll it back too.; delete the snapshot first"):
+        detach(lab, "w1")
+    outcome = lab.destroy(made.vmid, force=True)[0]
+    assert (outcome.outcome, outcome.reason) == ("kept", "workspace_in_snapshot")
+    assert now(lab).state == "ATTACHED" and lab.pve.vm(made.vmid) is not None
+    vm.snapshots.clear()
+    del vm.config["parent"]
+    assert lab.destroy(made.vmid, force=True)[0].state == "DESTROYED"
+    kept_whole(lab, found)
+
+
+def test_a_guest_that_does_not_take_or_release_a_disk(lab: Lab) -> None:
+    found = make(lab)
+    made = lab.create("a1")
+    lab.pve.hotplug = False
+    with pytest.raises(WorkspaceRefused, match="did not take the disk"):
+        attach(lab, "w1", made.vmid)
+    kept_whole(lab, found)
+    assert not lab.pve.vm(made.vmid).pending
+    lab.pve.hotplug = True
+    attach(lab, "w1", made.vmid)
+    lab.pve.hotplug = False
+    with pytest.raises(Kept, match="the running guest does not let it go"):
+        detach(lab, "w1", wait_timeout="1s")
+    assert now(lab).state == "DETACHING"
+    lab.pve.hotplug = True
+    assert detach(lab, "w1").changed
+    kept_whole(lab, found)
+
+
+# ---- lost answers ----
+
+
+@pytest.mark.parametrize("kind", ["cut-before", "cut-after"])
+@pytest.mark.parametrize(("method", "suffix"), [("POST", "/content"), ("PUT", "/config"), ("DELETE", r"/content/.*")])
+def test_a_lost_answer_is_settled_by_the_next_run(lab: Lab, kind: str, method: str, suffix: str) -> None:
+    if method == "POST":
+        lab.pve.fault(method, suffix, kind)
+        with pytest.raises(AgentlabError):
+            make(lab)
+        found = make(lab)
+        kept_whole(lab, found)
+        return
+    found = make(lab)
+    made = lab.create("a1")
+    if method == "PUT":
+        lab.pve.fault(method, suffix, kind)
+        with pytest.raises(AgentlabError):
+            attach(lab, "w1", made.vmid)
+        assert now(lab).state == "ATTACHING"
+        assert attach(lab, "w1", made.vmid).outcome == "attached"
+        assert len(in_vm(lab, found)) == 1
+        lab.pve.fault(method, suffix, kind)
+        with pytest.raises(AgentlabError):
+            detach(lab, "w1")
+        assert detach(lab, "w1").changed
+        kept_whole(lab, found)
+    else:
+        lab.pve.fault(method, suffix, kind)
+        with pytest.raises(AgentlabError):
+            workspace.absent(lab.context(), "w1", force=True)
+        assert now(lab).state == "DELETING"
+        with pytest.raises(WorkspaceRefused, match="is DELETING"):
+            attach(lab, "w1", made.vmid)
+        assert workspace.absent(lab.context(), "w1", force=True).outcome == "deleted"
+        assert lab.pve.volumes_of(found.owner_vmid) == []
