@@ -361,6 +361,7 @@ def test_path_that_cannot_be_a_socket(tmp_path: Path) -> None:
     ((0, b"SSH-2.0-OpenSSH_9.2\r\n"), "does not speak HTTP"),
     ((404, b"404: Not Found"), "does not know GET /v1/sandboxes"),
     ((200, {"sandboxes": [{"vmid": 1}]}), "different versions"),
+    ((503, {"error": "agentlabd is stopping; ask again when it runs", "code": "stopping"}), "Error: agentlabd is stopping; ask again when it runs\n"),
 ])
 def test_answers_of_no_use(daemon: StandIn, reply: Any, part: str) -> None:
     daemon.replies["GET", "/v1/sandboxes"] = reply

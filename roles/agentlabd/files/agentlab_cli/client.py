@@ -100,6 +100,9 @@ class Client:
     def _judge(self, method: str, target: str, answer: Answer) -> Answer:
         """The answer if it is one of agentlabd; a release that does not know the request, or something else, is named as that."""
         told = isinstance(answer.data, dict) and (answer.ok or isinstance(answer.data.get("error"), str))
+        if told and answer.data.get("code") == "stopping":
+            # As good as not running; who waits for a restart waits on.
+            raise Unreachable(str(answer.data["error"]))
         if told and (answer.status not in (404, 405) or answer.data.get("code") not in _UNKNOWN_REQUEST):
             return answer
         if answer.status in (404, 405):
