@@ -6,7 +6,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,6 +28,26 @@ def test_tables_are_made_from_the_rules() -> None:
     assert between((ROOT / "docs/architecture.md").read_text(), "transitions") == states.transition_table()
     assert between(README, "states") == states.state_table()
     assert between(README, "operations") == states.operation_table()
+
+
+def test_the_diagram_of_the_states_is_current() -> None:
+    done = subprocess.run([sys.executable, str(ROOT / "scripts/state_diagram.py"), "--check"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_diagram_draws_what_the_tables_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = importlib.util.spec_from_file_location("state_diagram", ROOT / "scripts/state_diagram.py")
+    assert spec and spec.loader
+    diagram = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(diagram)
+    with monkeypatch.context() as other:
+        other.setitem(diagram.states.TRANSITIONS, "FAILED", ("DESTROYED",))
+        with pytest.raises(SystemExit, match="not in the table: .*'FAILED', 'STOPPED'"):
+            diagram.draw()
+    with monkeypatch.context() as other:
+        other.setitem(diagram.states.TRANSITIONS, "DESTROYED", ("REQUESTED",))
+        with pytest.raises(SystemExit, match="not drawn: .*'DESTROYED', 'REQUESTED'"):
+            diagram.draw()
 
 
 def test_every_configuration_key_is_documented_with_its_default() -> None:
