@@ -21,11 +21,11 @@ PYTEST_ARGS ?=
 
 .PHONY: test-cli-oldest test-monitoring
 
-.PHONY: check gates test-awx test-cores demo-installed importer
+.PHONY: check gates test-awx test-cores demo-installed importer faults-everyday test-faults-all
 
 help: ## Show this list
 	@echo "Targets:"
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo "Variables: PYTHON (interpreter for .venv), WORKERS (parallel tests, default auto), PYTEST_ARGS (e.g. '-k lease')"
 
 setup: ## Make .venv with all tools (again when requirements-dev.txt changes)
@@ -34,7 +34,7 @@ setup: ## Make .venv with all tools (again when requirements-dev.txt changes)
 demo: setup ## Show the collection at work against a fake Proxmox VE
 	@.venv/bin/python tests/support/demo.py
 
-test: unit lint scenarios sanity ## Everyday checks, under 5 minutes
+test: unit faults-everyday lint scenarios sanity ## Everyday checks, under 5 minutes
 	@echo "==> All everyday checks passed"
 
 check: test test-daemon test-cli-oldest test-monitoring gates ## Every gate: the everyday checks, and all that Galaxy, AWX and other releases of ansible-core ask for
@@ -89,6 +89,10 @@ test-cli-oldest: setup ## The command line with the releases of click and tabula
 test-monitoring: setup ## Alert rules and dashboard (needs promtool, of the Debian package prometheus)
 	@echo "==> Monitoring"
 	@.venv/bin/python -m pytest -q tests/monitoring $(PYTEST_ARGS)
+
+faults-everyday: setup ## The thirteen ways in which others destroyed strangers' VMs (docs/safety.md)
+	@echo "==> Thirteen ways"
+	@$(PYTEST) tests/faults -m way $(PYTEST_ARGS)
 
 test-faults: setup ## Interrupted, broken and racing operations; takes long
 	@echo "==> Faults"

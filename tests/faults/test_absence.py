@@ -108,6 +108,7 @@ def test_list_that_lost_entries_although_the_token_may_see_all(lab: Lab) -> None
 # ---- nodes ----
 
 
+@pytest.mark.way(9)
 @pytest.mark.parametrize("state", ["TIMEOUT", "RUNNING", "STOPPED"])
 def test_vm_on_an_offline_node_is_kept_as_it_is(lab: Lab, state: str) -> None:
     ours = lab.timed_out()
@@ -127,6 +128,7 @@ def test_vm_on_an_offline_node_is_kept_as_it_is(lab: Lab, state: str) -> None:
     assert lab.destroy(ours.vmid, force=True)[0].outcome == "destroyed"
 
 
+@pytest.mark.way(8)
 def test_migrated_vm_is_found_and_destroyed_where_it_is(lab: Lab) -> None:
     ours = lab.timed_out()
     lab.pve.vm(ours.vmid).node = "pve2"
@@ -135,6 +137,7 @@ def test_migrated_vm_is_found_and_destroyed_where_it_is(lab: Lab) -> None:
     assert any("/nodes/pve2/" in line for line in lab.pve.touched(ours.vmid))
 
 
+@pytest.mark.way(8)
 def test_migrated_vm_updates_the_node_and_nothing_else(lab: Lab) -> None:
     ours = lab.create()
     lab.pve.requests.clear()
@@ -168,6 +171,7 @@ def test_vm_that_migrates_in_the_middle_of_a_destroy(lab: Lab, path: str) -> Non
 # ---- quorum ----
 
 
+@pytest.mark.way(10)
 @pytest.mark.parametrize("state", ["TIMEOUT", "RUNNING", "STOPPED"])
 @pytest.mark.parametrize("there", [True, False])
 def test_without_quorum_nothing_is_deleted_and_nothing_is_gone(lab: Lab, state: str, there: bool) -> None:
@@ -200,6 +204,7 @@ def test_reused_vmid_without_quorum_concludes_nothing(lab: Lab) -> None:
     lab.untouched(vm)
 
 
+@pytest.mark.way(10)
 def test_quorum_lost_while_the_status_still_says_quorate(lab: Lab) -> None:
     # For 24 seconds a real cluster says so: only the config write tells, and it comes before the delete.
     ours = lab.timed_out()
@@ -228,6 +233,7 @@ def other(tmp_path: Any) -> Iterator[Server]:
     made.stop()
 
 
+@pytest.mark.way(12)
 @pytest.mark.parametrize("count", [1, 5])
 def test_records_of_another_cluster_conclude_nothing(lab: Lab, other: Server, count: int) -> None:
     ours = [lab.timed_out(f"b{n}") for n in range(count)]
@@ -281,7 +287,7 @@ PATHS = ["/cluster/resources", "/cluster/status", "/cluster/nextid", "/access/pe
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("broken", BROKEN)
+@pytest.mark.parametrize("broken", [pytest.param(one, marks=pytest.mark.way(12)) if one == "empty_list" else one for one in BROKEN])
 def test_broken_answer_about_a_vm_that_is_there(lab: Lab, broken: str, path: str) -> None:
     ours = lab.timed_out()
     before = lab.record(ours)

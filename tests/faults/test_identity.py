@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import AgentlabError, CreationFailed, Kept, OutcomeUnknown
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.model import Sandbox
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.proxmox import identity
 
 from support.double import TOKEN_ID
 from support.lab import Lab
@@ -77,9 +78,16 @@ STRANGERS: dict[str, dict[str, Any]] = {
     "same_name_and_tags_running": {"name": "a1", "tags": "agentlab", "running": True}, "template": {"template": True}, "no_smbios": {"smbios": False},
     "other_node": {"node": "pve2"}, "marker_of_another_sandbox": {"description": f"agentlab-sandbox: {uuid.uuid4()}", "running": True},
 }
+# The everyday run takes the least remarkable one, and the one that is most like ours.
+EVERYDAY = ("stopped", "same_name_and_tags_running")
 
 
-@pytest.mark.parametrize("stranger", STRANGERS)
+def strangers(way: int) -> list[Any]:
+    """All of STRANGERS, for the test of one of the thirteen ways (docs/safety.md); some of them every day."""
+    return [pytest.param(one, marks=pytest.mark.way(way)) if one in EVERYDAY else one for one in STRANGERS]
+
+
+@pytest.mark.parametrize("stranger", strangers(way=1))
 def test_prune_of_a_reused_vmid_marks_the_record_and_leaves_the_stranger(lab: Lab, stranger: str) -> None:
     ours = lab.timed_out()
     vm = lab.swap(ours.vmid, **STRANGERS[stranger])
@@ -90,7 +98,7 @@ def test_prune_of_a_reused_vmid_marks_the_record_and_leaves_the_stranger(lab: La
     assert lab.leftovers() == {"claims": [], "operations": []}
 
 
-@pytest.mark.parametrize("stranger", STRANGERS)
+@pytest.mark.parametrize("stranger", strangers(way=2))
 def test_force_on_a_reused_vmid_marks_the_record_and_leaves_the_stranger(lab: Lab, stranger: str) -> None:
     ours = lab.create()
     vm = lab.swap(ours.vmid, **STRANGERS[stranger])
@@ -99,7 +107,7 @@ def test_force_on_a_reused_vmid_marks_the_record_and_leaves_the_stranger(lab: La
     lab.untouched(vm, status="running" if STRANGERS[stranger].get("running") else "stopped")
 
 
-@pytest.mark.parametrize("stranger", STRANGERS)
+@pytest.mark.parametrize("stranger", strangers(way=3))
 def test_lease_expiry_of_a_reused_vmid_stops_nobody(lab: Lab, stranger: str) -> None:
     ours = lab.create()
     lab.force_state(ours.vmid, "RUNNING", lease_expires_at=int(time.time()) - 5)
@@ -128,7 +136,7 @@ def test_no_operation_in_any_state_touches_a_stranger(lab: Lab, state: str, stra
 
 @pytest.mark.parametrize("phase", ["reserved", "cloning", "waiting", None])
 @pytest.mark.parametrize("state", ["REQUESTED", "PROVISIONING"])
-@pytest.mark.parametrize("stranger", STRANGERS)
+@pytest.mark.parametrize("stranger", strangers(way=4))
 def test_start_up_sweep_over_a_stale_creation_whose_vmid_was_reused(lab: Lab, state: str, phase: str | None, stranger: str) -> None:
     ours = lab.create()
     lab.force_state(ours.vmid, state, age=7200, smbios_uuid=None)
@@ -354,7 +362,7 @@ def test_swap_while_it_is_being_stopped_is_seen_before_the_delete(lab: Lab) -> N
 # ---- records that are over ----
 
 
-@pytest.mark.parametrize("stranger", STRANGERS)
+@pytest.mark.parametrize("stranger", strangers(way=5))
 def test_destroyed_record_is_never_revived(lab: Lab, stranger: str) -> None:
     ours = lab.create()
     lab.destroy(ours.vmid, force=True)
@@ -382,7 +390,7 @@ def test_destroyed_record_is_not_revived_by_its_own_vm_coming_back(lab: Lab) -> 
 # ---- creations that fail because the VMID is taken ----
 
 
-@pytest.mark.parametrize("stranger", STRANGERS)
+@pytest.mark.parametrize("stranger", strangers(way=6))
 def test_creation_at_a_taken_vmid_says_so_and_cleans_up_nothing(lab: Lab, stranger: str) -> None:
     vm = lab.swap(1005, **STRANGERS[stranger])
     with pytest.raises(CreationFailed, match="vmid: 1005 is occupied by a VM that is not ours"):
@@ -393,6 +401,7 @@ def test_creation_at_a_taken_vmid_says_so_and_cleans_up_nothing(lab: Lab, strang
     assert lab.leftovers() == {"claims": [], "operations": []}
 
 
+@pytest.mark.way(6)
 @pytest.mark.parametrize("node", ["pve1", "pve2"])
 @pytest.mark.parametrize("running", [True, False])
 def test_creation_at_the_vmid_of_a_vm_the_token_cannot_see(lab: Lab, node: str, running: bool) -> None:
@@ -450,9 +459,53 @@ def test_clone_whose_answer_was_lost_and_a_stranger_at_its_vmid(lab: Lab, fault:
     lab.untouched(vm, status="running")
 
 
+# ---- records that were brought in from elsewhere ----
+
+
+@pytest.mark.parametrize("state", ["READY", "RUNNING", "TIMEOUT", "STOPPED", "FAILED"])
+@pytest.mark.parametrize("stranger", strangers(way=13))
+def test_an_imported_record_without_a_uuid_adopts_nobody(lab: Lab, state: str, stranger: str) -> None:
+    """As a list of VMIDs from another tool would be written into the database: name and VMID fit, and that proves nothing."""
+    ours = lab.create()
+    vm = lab.swap(ours.vmid, **STRANGERS[stranger])
+    lab.force_state(ours.vmid, state, smbios_uuid=None, lease_expires_at=int(time.time()) - 5)
+    before = dict(vm.config)
+    words = try_everything(lab, ours)
+    assert not [word for word in words if word.startswith(("start: started", "stop: stopped", "suspend: suspended"))], words
+    lab.untouched(vm, status="running" if STRANGERS[stranger].get("running") else "stopped")
+    assert vm.config == before
+    now = lab.record(ours)
+    assert now.smbios_uuid is None and (now.state, now.reason) == ("DESTROYED", "vmid_reused")
+
+
+@pytest.mark.way(13)
+@pytest.mark.parametrize("state", ["RUNNING", "TIMEOUT", "STOPPED"])
+def test_an_imported_record_without_a_uuid_is_not_bound_by_a_copied_marker(lab: Lab, state: str) -> None:
+    ours = lab.create()
+    lab.force_state(ours.vmid, state, smbios_uuid=None)
+    vm = lab.swap(ours.vmid, running=True, name="a1", tags="agentlab", description=identity.marker(ours.uuid))
+    before = dict(vm.config)
+    words = try_everything(lab, ours)
+    assert "force: kept ambiguous" in words
+    lab.untouched(vm, status="running")
+    assert vm.config == before and lab.record(ours).smbios_uuid is None and lab.record(ours).state == state
+
+
+@pytest.mark.way(13)
+def test_asking_for_a_sandbox_by_the_vmid_or_name_of_a_stranger_adopts_nobody(lab: Lab) -> None:
+    vm = lab.swap(1005, name="wanted", tags="agentlab", running=True)
+    with pytest.raises(CreationFailed, match="occupied by a VM that is not ours"):
+        lab.create("wanted", vmid=1005)
+    made = lab.create("wanted")
+    assert made.vmid != 1005
+    lab.destroy(made.vmid, force=True)
+    lab.untouched(vm, status="running")
+
+
 # ---- time-outs, and what the next run finds ----
 
 
+@pytest.mark.way(7)
 @pytest.mark.parametrize("operation", ["stop", "destroy", "prune", "expire"])
 def test_time_out_while_stopping_then_the_vmid_is_somebody_elses(lab: Lab, operation: str) -> None:
     ours = lab.create()
@@ -506,8 +559,6 @@ def test_copied_marker_is_not_bound_without_our_own_clone_task(lab: Lab) -> None
         lab.create(vmid=1005)
     ours = lab.records()[0]
     lab.pve.tasklog.clear()
-    from ansible_collections.agentlab.proxmox.plugins.module_utils._core.proxmox import identity
-
     vm = lab.swap(1005, running=True, description=identity.marker(ours.uuid))
     time.sleep(1.1)
     for _dummy in range(2):

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import AgentlabError, RecordChanged
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import lease
 
 from support.lab import FakeClock, Lab
 
@@ -129,6 +131,47 @@ def test_host_asleep_over_an_expiry_expires_on_waking(lab: Lab, hours: int) -> N
     lab.clock.asleep(hours * 3600)
     found = lab.expire()
     assert found.suspended is None and [one.vmid for one in found.expired] == [made.vmid]
+
+
+@pytest.mark.way(11)
+@pytest.mark.parametrize("late", [0, 1, 30])
+def test_a_lease_that_is_renewed_in_its_last_second_holds(lab: Lab, late: int) -> None:
+    """Whoever looked before the renewal acts after it: an expiry pass, a prune and a destroy that was planned."""
+    made = lab.create(ttl=600)
+    lab.clock.pass_time(599)
+    # A pass that has read the old end of the lease and is slow to act on it.
+    slow = lab.context()
+    seen = slow.records.over(int(lab.clock.now()) + 2)
+    assert [one.uuid for one in seen] == [made.uuid]
+    assert lab.renew(made.vmid, 3600).changed
+    lab.clock.pass_time(late)
+    with pytest.raises(RecordChanged):
+        slow.records.expire(seen[0], lab.clock.now() + 2)
+    lab.pve.requests.clear()
+    lab.expire(), lab.reconcile(), lab.prune(older_than=0), lab.expire()
+    assert lab.record(made).state == "RUNNING" and running(lab, made.vmid) and lab.pve.touched(made.vmid) == []
+
+
+@pytest.mark.way(11)
+def test_a_renewal_that_comes_while_the_expiry_is_at_work_is_an_error(lab: Lab) -> None:
+    """Never a success on a VM that is about to be stopped: at every request of the pass, from the first to the last."""
+    made = lab.create(ttl=600)
+    lab.clock.pass_time(601)
+    said: list[str] = []
+
+    def renew(_method: str, _path: str) -> None:
+        ctx = lab.context()
+        try:
+            said.append(lease.renew(ctx, ctx.records.get(made.uuid), 3600).outcome)
+        except AgentlabError as error:
+            said.append(error.code)
+
+    lab.pve.before = renew
+    found = lab.expire()
+    lab.prune()
+    lab.pve.before = None
+    assert [one.state for one in found.expired] == ["TIMEOUT"] and len(said) > 5 and set(said) <= {"state_conflict", "kept"}, said
+    assert lab.record(made).state == "DESTROYED" and lab.pve.vm(made.vmid) is None
 
 
 def test_renewal_after_sleep_over_the_expiry_is_refused(lab: Lab) -> None:

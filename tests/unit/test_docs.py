@@ -66,9 +66,41 @@ def test_every_link_leads_somewhere() -> None:
                 assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
+SAFETY = (ROOT / "docs/safety.md").read_text()
+
+
 def test_every_test_that_safety_names_exists() -> None:
-    for path in re.findall(r"`(tests/[\w/.]+)`", (ROOT / "docs/safety.md").read_text()):
+    named = re.findall(r"`(tests/[\w/.]+)(?:::(\w+))?`", SAFETY)
+    assert len(named) > 30
+    for path, function in named:
         assert (ROOT / path).exists(), path
+        if function:
+            assert re.search(rf"^def {function}\(", (ROOT / path).read_text(), re.M), f"{path}::{function}"
+
+
+# Run in a process of its own, as `make faults-everyday` is: prints the way and the test of everything that the marker selects.
+_COLLECT = """
+import sys, pytest
+class Show:
+    def pytest_collection_finish(self, session):
+        for item in session.items:
+            print("selected", *{mark.args[0] for mark in item.iter_markers("way")}, item.nodeid.partition("[")[0])
+sys.exit(pytest.main(["--collect-only", "-qq", "-p", "no:cacheprovider", "-m", "way", "tests/faults"], plugins=[Show()]))
+"""
+
+
+def test_the_everyday_run_shows_each_of_the_thirteen_ways() -> None:
+    """Every test of the table is selected by its marker under the number of its row, and every test that is selected stands in the table."""
+    rows = re.findall(r"^\| (\d+) \|.*\| (.+) \|$", SAFETY, re.M)
+    table = {(int(number), name) for number, tests in rows for name in re.findall(r"`([^`]+)`", tests)}
+    assert [int(number) for number, _tests in rows] == list(range(1, 14)) == sorted({number for number, _name in table})
+    done = subprocess.run([sys.executable, "-c", _COLLECT], cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    selected = {(int(number), name) for number, name in re.findall(r"^selected (\d+) (\S+)$", done.stdout, re.M)}
+    assert selected == table
+    recipe = re.search(r"^faults-everyday:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.M)
+    assert recipe is not None and "tests/faults -m way" in recipe[1]
+    assert "faults-everyday" in re.findall(r"^test:(.*?)##", (ROOT / "Makefile").read_text(), re.M)[0].split()
 
 
 # Parts that the code puts in: numbers, names, states.
