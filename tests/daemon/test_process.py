@@ -293,17 +293,12 @@ def test_a_kill_in_the_middle_of_a_bulk_destroy_converges(daemon: Make, lab: Lab
 
 
 def test_reload_good_and_broken(daemon: Make, tmp_path: Path) -> None:
-    port = free_port()
-    one = daemon(metrics_listen=f"127.0.0.1:{port}")
-
-    def metric(name: str) -> float:
-        text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=20).read().decode()
-        return float(next(line for line in text.splitlines() if line.startswith(name + " ")).split()[1])
+    one = daemon(metrics_listen=f"127.0.0.1:{free_port()}")
 
     def status() -> Any:
         return one.good("GET", "/v1/status")
 
-    assert status()["cleanup"]["enabled"] is False and metric("agentlab_config_last_reload_successful") == 1
+    assert status()["cleanup"]["enabled"] is False and one.metric("agentlab_config_last_reload_successful") == 1
     one.cleanup_file.write_text(RULES)
     one.reload()
     one.wait_for(lambda: status()["cleanup"]["enabled"], "the rules are in force")
@@ -314,13 +309,13 @@ def test_reload_good_and_broken(daemon: Make, tmp_path: Path) -> None:
     error = one.wait_for(lambda: status()["config"]["error"], "the error is told")
     assert "line 4: states: 'TIMEOUTS' is not valid" in error
     assert error in one.log() and "the old configuration stays in force" in one.log()
-    assert metric("agentlab_config_last_reload_successful") == 0
+    assert one.metric("agentlab_config_last_reload_successful") == 0
     assert status()["cleanup"]["enabled"] is True
     one.cleanup_file.write_text(RULES.replace("interval: 1h", "mode: shadow"))
     one.write_config(max_ttl="1h", socket=str(tmp_path / "other.sock"))
     one.reload()
     one.wait_for(lambda: status()["cleanup"]["mode"] == "shadow", "the new rules are in force")
-    assert status()["config"]["error"] is None and metric("agentlab_config_last_reload_successful") == 1
+    assert status()["config"]["error"] is None and one.metric("agentlab_config_last_reload_successful") == 1
     assert "a change of socket needs a restart" in one.log()
     refused = one.post("/v1/sandboxes", {"name": "a1", "ttl": "2h"})
     assert (refused.status, refused.body["error"]) == (400, "ttl: '2h' is longer than the maximum of 1h")

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -152,6 +153,17 @@ class Daemon:
         found = re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{self.process.pid}/status").read_text())
         assert found
         return int(found[1])
+
+    def cpu(self) -> float:
+        """Seconds of processor time used so far."""
+        assert self.process is not None
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def metric(self, series: str) -> float:
+        """The value of a series, such as agentlab_prune_runs_total{result="ok"}; metrics_listen must be set."""
+        text = urllib.request.urlopen(f"http://{self.options['metrics_listen']}/metrics", timeout=20).read().decode()
+        return float(next(line for line in text.splitlines() if line.startswith(series + " ")).split()[-1])
 
     def log(self) -> str:
         return self.log_file.read_text(errors="replace") if self.log_file.exists() else ""

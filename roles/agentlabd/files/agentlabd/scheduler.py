@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import math
 import random
 import time
 from collections.abc import Callable, Coroutine
@@ -69,6 +70,7 @@ class Scheduler:
         self.cleanup = Job()
         self._look = asyncio.Event()
         self._changed = asyncio.Event()
+        self._reconsider = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         self._jobs = ThreadPoolExecutor(3, "job")
         self._stops = ThreadPoolExecutor(service.config.proxmox.connections, "stop")
@@ -85,8 +87,8 @@ class Scheduler:
 
     def reloaded(self) -> None:
         """Intervals and rules may be others now."""
-        self._look.set()
-        self._changed.set()
+        for one in (self._look, self._changed, self._reconsider):
+            one.set()
 
     def stop(self) -> None:
         """Begin nothing more."""
@@ -158,7 +160,6 @@ class Scheduler:
     async def _reconcile_forever(self) -> None:
         retry = _FIRST_RETRY
         while True:
-            interval = float(self.service.config.reconcile_interval)
             began = time.monotonic()
             try:
                 # The first pass finishes what an earlier run of the daemon was killed in.
@@ -167,16 +168,24 @@ class Scheduler:
                 self.service.metrics.reconciled(found)
                 self._tell(found)
                 self._look.set()
-                pause, retry = interval, _FIRST_RETRY
+                longest, retry = math.inf, _FIRST_RETRY
             except Stopping:
                 return
             except AgentlabError as error:
                 self.reconcile.failed("reconcile", error)
                 self.service.metrics.refused("reconcile", error)
-                pause, retry = min(interval, retry), retry * 2
+                longest, retry = retry, retry * 2
             self.service.metrics.durations.labels("reconcile").observe(time.monotonic() - began)
-            self.reconcile.next_run = int(time.time() + pause)
-            await asyncio.sleep(pause)
+            await self._rest(longest)
+
+    async def _rest(self, longest: float) -> None:
+        """Sleep until the next pass is due: for the interval, which a reload may change, or for ``longest`` if that is shorter."""
+        began = time.monotonic()
+        while (left := began + min(longest, float(self.service.config.reconcile_interval)) - time.monotonic()) > 0:
+            self._reconsider.clear()
+            self.reconcile.next_run = int(time.time() + left)
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._reconsider.wait(), left)
 
     @staticmethod
     def _tell(found: list[reconcile.Drift]) -> None:
