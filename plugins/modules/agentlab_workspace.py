@@ -12,7 +12,7 @@ version_added: 1.0.0
 description:
   - A workspace is a disk that outlives sandboxes. It is attached to at most one at a time, and detached before the VM of a sandbox is deleted.
   - Its volume is owned by a VMID out of the configuration's C(workspace_owner_range), which no VM may ever get. No deletion of a VM takes it along.
-  - The guest finds it as RV(workspace.device). It is empty when it is new, so the first job makes a file system on it.
+  - The guest finds it at the C(device) of RV(workspace). It is empty when it is new, so the first job makes a file system on it.
 options:
   name:
     description: Name (or id) of the workspace.

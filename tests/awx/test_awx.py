@@ -86,8 +86,8 @@ def test_what_awx_refuses_is_told_in_its_words(awx: Awx, tmp_path: Path) -> None
     for expected, run in (
             ("answers 401 for organizations: {'detail': 'Authentication credentials were not provided", set_up(awx, tmp_path, token="wrong-token-1234567")),
             ("inventories of AWX has none named nowhere; create it first, or name another with awx_inventory", set_up(awx, tmp_path, awx_inventory="nowhere")),
-            ("refuses projects mine (400): {'organization': ['Invalid pk", set_up(awx, tmp_path, awx_project="mine", awx_project_scm_url="x",
-                                                                               awx_ids={"organization": 99})),
+            ("refuses projects mine (400): {'organization': ['Invalid pk",
+             set_up(awx, tmp_path, awx_project="mine", awx_project_scm_url="x", awx_ids={"organization": 99})),
             ("Set awx_host (or CONTROLLER_HOST)", set_up(awx, tmp_path, awx_host=""))):
         told = str(run.failed[-1]["result"].get("msg"))
         assert run.rc != 0 and not run.warnings and expected in told, (expected, told, run.output[-2000:])

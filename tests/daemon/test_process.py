@@ -113,27 +113,27 @@ def test_check_refuses_what_the_start_would_refuse(daemon: Make, tmp_path: Path,
         (tmp_path / name).chmod(mode)
     one = daemon(start=False, **{name: value.replace("{tmp}", str(tmp_path)) for name, value in options.items()})
     for more in (["--check"], []):
-        done = subprocess.run(one.command(*more), env=one.environment, capture_output=True, text=True, timeout=30)
+        done = subprocess.run(one.command(*more), env=one.environment, capture_output=True, text=True, timeout=30, check=False)
         assert done.returncode == 1 and words.replace("{tmp}", str(tmp_path)) in done.stderr, done
         assert "Traceback" not in done.stderr
 
 
 def test_check_of_good_files_and_of_rules_that_are_not_in_place_yet(daemon: Make, tmp_path: Path, lab: Lab) -> None:
     one = daemon(start=False, cleanup=RULES)
-    done = subprocess.run(one.command("--check"), env=one.environment, capture_output=True, text=True, timeout=30)
+    done = subprocess.run(one.command("--check"), env=one.environment, capture_output=True, text=True, timeout=30, check=False)
     assert (done.returncode, done.stdout) == (0, "agentlabd: the configuration can be used\n")
     assert not os.path.exists(lab.database), "a check opens no database"
     other = tmp_path / "new.yaml"
     other.write_text(RULES.replace("action", "aktion"))
-    done = subprocess.run(one.command("--check", "--cleanup-file", str(other)), env=one.environment, capture_output=True, text=True, timeout=30)
+    done = subprocess.run(one.command("--check", "--cleanup-file", str(other)), env=one.environment, capture_output=True, text=True, timeout=30, check=False)
     assert done.returncode == 1 and "line 4: unknown key 'aktion'" in done.stderr
-    version = subprocess.run([PYTHON, "-m", "agentlabd", "--version"], env=one.environment, capture_output=True, text=True, timeout=30)
+    version = subprocess.run([PYTHON, "-m", "agentlabd", "--version"], env=one.environment, capture_output=True, text=True, timeout=30, check=False)
     assert version.stdout.startswith("agentlabd 1.")
 
 
 def test_one_socket_has_one_daemon_and_a_killed_one_leaves_no_obstacle(daemon: Make) -> None:
     first = daemon()
-    second = subprocess.run(first.command(), env=first.environment, capture_output=True, text=True, timeout=30)
+    second = subprocess.run(first.command(), env=first.environment, capture_output=True, text=True, timeout=30, check=False)
     assert second.returncode == 1 and "is served by another agentlabd" in second.stderr
     assert first.good("GET", "/v1/healthz") == {"status": "ok"}
     first.kill()
@@ -191,7 +191,7 @@ def test_a_slow_proxmox_holds_up_no_list(daemon: Make, lab: Lab) -> None:
         slow = pool.submit(one.post, "/v1/sandboxes/1000/destroy", {"force": True})
         assert waiting.wait(10)
         took = []
-        for _ in range(20):
+        for _attempt in range(20):
             began = time.monotonic()
             assert one.get("/v1/sandboxes").status == 200
             took.append(time.monotonic() - began)
@@ -207,7 +207,7 @@ def test_a_slow_proxmox_holds_up_no_list(daemon: Make, lab: Lab) -> None:
 def test_a_kept_alive_connection_serves_many_requests(daemon: Make) -> None:
     one = daemon()
     with contextlib.closing(one.connection()) as connection:
-        for _ in range(5):
+        for _attempt in range(5):
             assert ask(connection, "GET", "/v1/healthz").status == 200
             assert connection.sock is not None
 

@@ -216,20 +216,19 @@ class Cluster:
                 return {**unknown, **self.prove_absent(self._ours.intersection(wanted))}
         if len(wanted) <= _FEW or self._partial:
             return self._ask_for_each(wanted, quorum)
-        whole = None if anew else self._whole
-        if whole is None or not whole[0].keys().isdisjoint(wanted):
+        if not anew and self._whole is not None and self._whole[0].keys().isdisjoint(wanted):
+            listed, quorum = self._whole
+        else:
             try:
                 listed = self.vms(fresh=True)
             except ProxmoxError as error:
                 return {vmid: Presence(None, error.message, {}) for vmid in wanted}
             # Rights are read after the list: a VM that is hidden from now on was still listed.
-            whole = (listed, quorum) if listed and self.sees_everything() else None
-        if whole is None:
-            return self._ask_for_each(wanted, quorum)
-        listed, quorum = whole
+            if not listed or not self.sees_everything():
+                return self._ask_for_each(wanted, quorum)
         free = [vmid for vmid in wanted if vmid not in listed]
         # A list that was cut short by something in between would make VMs vanish: one of them is asked for in another way.
-        if not listed or (free and self._nextid(free[0], quorum).absent is not True):
+        if free and self._nextid(free[0], quorum).absent is not True:
             return self._ask_for_each(wanted, quorum)
         proof = {**quorum, "proof": "not in the list of all VMs", "listed": len(listed)}
         return {vmid: Presence(True, "not in the cluster's list of all VMs", proof) if vmid not in listed

@@ -89,7 +89,7 @@ def describe(call: Call) -> Answer:
 
 def list_sandboxes(call: Call) -> Answer:
     which = info.Wanted(states=call.query.get("state"), profile=call.query.get("profile"), tags=call.query.get("tag", ()),
-                         include_destroyed=call.query.get("include_destroyed", False))
+                        include_destroyed=call.query.get("include_destroyed", False))
     return Answer({"sandboxes": [one.public() for one in info.find(call.context(), which)]})
 
 
@@ -172,8 +172,8 @@ def prune_sandboxes(call: Call) -> Answer:
     dry_run = call.body.get("dry_run", False)
     older = call.body.get("older_than")
     which = prune.Wanted(states=call.body.get("states") or (states.TIMEOUT,),
-                          older_than=None if older is None else durations.parse(older, "older_than", zero=True),
-                          tags=call.body.get("tags", ()), max_count=call.body.get("max_count"))
+                         older_than=None if older is None else durations.parse(older, "older_than", zero=True),
+                         tags=call.body.get("tags", ()), max_count=call.body.get("max_count"))
     metrics = call.service.metrics
     try:
         report = prune.run(call.context(dry_run), which)
