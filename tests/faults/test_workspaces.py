@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -394,3 +396,178 @@ def test_a_lost_answer_is_settled_by_the_next_run(lab: Lab, kind: str, method: s
             attach(lab, "w1", made.vmid)
         assert workspace.absent(lab.context(), "w1", force=True).outcome == "deleted"
         assert lab.pve.volumes_of(found.owner_vmid) == []
+
+
+# ---- a stranger in the place of the VM, while a workspace is worked on ----
+
+
+def stranger_with(lab: Lab, vmid: int, config: dict[str, str], *, running: bool = True) -> Any:
+    """Somebody else's VM in place of ours, with these keys in its configuration."""
+    foreign = lab.pve.make_foreign(vmid, running=running)
+    foreign.config.update(config)
+    return foreign
+
+
+@pytest.mark.parametrize("moment", ["PUT /resize", "GET /pending"])
+def test_growing_changes_no_stranger_that_took_the_vmid(lab: Lab, moment: str) -> None:
+    found = make(lab)
+    made = lab.create("a1", workspace="w1")
+    slot = in_vm(lab, found)[0].partition(":")[2]
+    drive = lab.pve.vm(made.vmid).config[slot]
+    method, suffix = moment.split()
+    swapped: list[Any] = []
+
+    def swap(asked: str, path: str) -> None:
+        if asked == method and path.endswith(f"/qemu/{made.vmid}{suffix}") and not swapped:
+            swapped.append(stranger_with(lab, made.vmid, {slot: drive}))
+            swapped.append(dict(swapped[0].config))
+
+    lab.pve.before = swap
+    with pytest.raises(AgentlabError):
+        workspace.present(lab.context(), "w1", size="12G")
+    assert swapped and swapped[0] in lab.pve.vms and swapped[0].config == swapped[1]
+
+
+@pytest.mark.parametrize("moment", ["GET /pending", "PUT /config", "GET /config"])
+def test_an_attachment_that_is_undone_touches_no_stranger_that_took_the_vmid(lab: Lab, moment: str) -> None:
+    """The guest did not take the disk; before that is undone the VMID is somebody else's, whose VM has the volume (or just the slot) in its configuration."""
+    found = make(lab)
+    made = lab.create("a1")
+    lab.pve.hotplug = False
+    method, suffix = moment.split()
+    asked: list[str] = []
+    swapped: list[Any] = []
+
+    def swap(verb: str, path: str) -> None:
+        if not path.endswith((f"/qemu/{made.vmid}/config", f"/qemu/{made.vmid}/pending")):
+            return
+        if (verb, path.rpartition("/")[2]) == (method, suffix.strip("/")) and "PUT" in asked and not swapped:
+            swapped.append(stranger_with(lab, made.vmid, {"scsi30": f"{found.volume},size=8G"}))
+            swapped[0].pending["scsi30"] = f"{found.volume},size=9G"
+            swapped.extend((dict(swapped[0].config), dict(swapped[0].pending)))
+        asked.append(verb)
+
+    lab.pve.before = swap
+    with contextlib.suppress(AgentlabError):
+        # Seen after the write with the volume in it, the VM passes for ours until it is next judged.
+        assert attach(lab, "w1", made.vmid).outcome == "attached" and moment == "GET /pending"
+    assert swapped and swapped[0] in lab.pve.vms and (swapped[0].config, swapped[0].pending) == (swapped[1], swapped[2])
+
+
+def test_a_refusal_after_a_lost_answer_does_not_free_what_may_still_be_attached(lab: Lab) -> None:
+    """The request of the first try is carried out late; meanwhile the second is refused. Nobody else may get the workspace before that is over."""
+    found = make(lab)
+    one, two = lab.create("a1"), lab.create("a2")
+    lab.options["doubt_window"] = "30s"
+    lab.pve.fault("PUT", f"/qemu/{one.vmid}/config", "hang", seconds=3, carry_out="late")
+    with pytest.raises(AgentlabError):
+        attach(lab, "w1", one.vmid, api_timeout=1)
+    # The second try is refused before it asks for anything: somebody's VM has the volume for a moment.
+    bystander = lab.pve.vm(BYSTANDER)
+    bystander.config["scsi7"] = f"{found.volume},size=8G"
+    with pytest.raises(AgentlabError):
+        attach(lab, "w1", one.vmid)
+    del bystander.config["scsi7"]
+    with pytest.raises(AgentlabError):
+        attach(lab, "w1", two.vmid)
+    time.sleep(3.5)
+    assert [where.partition(":")[0] for where in in_vm(lab, found)] in ([], [str(one.vmid)])
+    assert now(lab).sandbox_uuid == one.uuid
+
+
+# ---- what is looked at before anything is given up ----
+
+
+def test_a_snapshot_counts_also_when_the_configuration_stands_on_none(lab: Lab) -> None:
+    """Snapshots aa and bb, back to aa, aa deleted: Proxmox notes no parent any more, and bb is still there."""
+    make(lab)
+    made = lab.create("a1", workspace="w1")
+    vm = lab.pve.vm(made.vmid)
+    vm.snapshots["bb"] = {**vm.config, "snaptime": 1}
+    assert "parent" not in vm.config
+    with pytest.raises(Kept, match="snapshot 'bb' of VM .* contains it"):
+        detach(lab, "w1")
+    assert lab.destroy(made.vmid, force=True)[0].reason == "workspace_in_snapshot"
+    # Not its own, but one that somebody had attached by hand when the snapshot was made.
+    other, w2 = lab.create("a2"), make(lab, "w2")
+    lab.pve.vm(other.vmid).snapshots["cc"] = {**lab.pve.vm(other.vmid).config, "scsi9": f"{w2.volume},size=8G", "snaptime": 1}
+    outcome = lab.destroy(other.vmid, force=True)[0]
+    assert (outcome.outcome, outcome.reason) == ("kept", "workspace") and "snapshot 'cc'" in str(outcome.message)
+    assert now(lab).state == "ATTACHED" and lab.pve.vm(made.vmid) is not None and lab.pve.vm(other.vmid) is not None
+
+
+@pytest.mark.parametrize("why", ["another workspace", "protected", "snapshot"])
+def test_a_destroy_that_is_refused_keeps_the_workspace_attached_and_the_vm_running(lab: Lab, why: str) -> None:
+    found = make(lab)
+    made = lab.create("a1", workspace="w1")
+    vm = lab.pve.vm(made.vmid)
+    if why == "another workspace":
+        vm.config["scsi5"] = f"{make(lab, 'w2').volume},size=8G"
+    elif why == "snapshot":
+        vm.snapshots["before"] = {**vm.config, "snaptime": 1}
+    else:
+        def protect(method: str, path: str) -> None:
+            if method == "POST" and path.endswith("/status/stop"):
+                ctx = lab.context()
+                ctx.records.amend(ctx.select(made.vmid), "update", protected=True)
+
+        lab.pve.before = protect
+    outcome = lab.destroy(made.vmid, force=True)[0]
+    lab.pve.before = None
+    assert outcome.outcome == "kept" and outcome.reason == {"another workspace": "workspace", "snapshot": "workspace_in_snapshot"}.get(why, why)
+    assert now(lab).state == "ATTACHED" and now(lab).sandbox_uuid == made.uuid and len(in_vm(lab, found)) == 1
+    assert lab.leftovers() == {"claims": [], "operations": []}
+    if why != "protected":
+        assert vm.status == "running" and lab.record(made).state == "RUNNING"
+        assert not lab.pve.touched(made.vmid)[-1:] or "status/stop" not in " ".join(lab.pve.touched(made.vmid))
+
+
+def test_protection_comes_too_late_once_the_workspace_is_being_taken_off(lab: Lab) -> None:
+    make(lab)
+    made = lab.create("a1", workspace="w1")
+    said: list[str] = []
+
+    def protect(method: str, path: str) -> None:
+        if method == "PUT" and path.endswith(f"/qemu/{made.vmid}/config") and not said:
+            ctx = lab.context()
+            with pytest.raises(Kept, match="cannot protect sandbox .*: it is being destroyed") as caught:
+                ctx.records.amend(ctx.select(made.vmid), "update", protected=True)
+            said.append(caught.value.reason)
+
+    lab.pve.before = protect
+    assert lab.destroy(made.vmid, force=True)[0].outcome == "destroyed" and said == ["busy"]
+
+
+@pytest.mark.parametrize("times", [1, 9])
+def test_a_vm_that_migrates_while_it_is_asked_may_have_it(lab: Lab, times: int) -> None:
+    """"Does not exist" from one node says only that the VM is not there."""
+    found = make(lab, storage="shared")
+    made = lab.create("a1")
+    holder = lab.pve.add_guest(700, node="pve1", config={"scsi7": f"{found.volume},size=8G"})
+    moves: list[int] = []
+
+    def migrate(method: str, path: str) -> None:
+        if method == "GET" and path.endswith("/qemu/700/pending") and len(moves) < times:
+            moves.append(1)
+            holder.node = "pve1" if holder.node == "pve2" else "pve2"
+
+    lab.pve.before = migrate
+    with pytest.raises(AgentlabError, match="VM 700 has (its volume|it attached cannot be read)"):
+        attach(lab, "w1", made.vmid)
+    with pytest.raises(AgentlabError, match="VM 700 has (its volume|it attached cannot be read)"):
+        workspace.absent(lab.context(), "w1", force=True)
+    lab.pve.before = None
+    assert in_vm(lab, found) == ["700:scsi7"] and lab.pve.volumes_of(found.owner_vmid) == [found.volume]
+    lab.pve.remove_vm(700)
+
+
+def test_what_a_message_advises_frees_the_vm_from_a_disk_that_no_record_tells_of(lab: Lab) -> None:
+    found = make(lab)
+    made = lab.create("a1")
+    lab.pve.vm(made.vmid).config["scsi5"] = f"{found.volume},size=8G"
+    outcome = lab.destroy(made.vmid, force=True)[0]
+    advised = re.search(r"qm set (\d+) --delete (\w+)", str(outcome.message))
+    assert advised is not None and "agentlab_workspace" not in str(outcome.message)
+    del lab.pve.vm(int(advised[1])).config[advised[2]]
+    assert lab.destroy(made.vmid, force=True)[0].state == "DESTROYED"
+    kept_whole(lab, found)

@@ -81,7 +81,7 @@ class Double(ProxmoxDouble):
         if kind == "answer":
             rule = self.answer_next(method, fault["suffix"], fault["status"], fault.get("body", ""), fault.get("type", "application/json"))
         elif kind == "hang":
-            rule = self.hang_next(method, fault["suffix"], fault["seconds"], bool(fault.get("carry_out")))
+            rule = self.hang_next(method, fault["suffix"], fault["seconds"], fault.get("carry_out", False))
         else:
             rule = self.cut_next(method, fault["suffix"], kind.removeprefix("cut-"))
         self._rules.remove(rule)

@@ -804,8 +804,10 @@ class ProxmoxDouble(FakePve):
             self._check_lock(vm)
             for key in [key for key in updates if DRIVE_KEY.match(key)]:
                 updates[key] = self._drive_value(vm, user, key, updates[key])
-        for key in [key for key in str(updates.pop("revert", None) or "").split(",") if key]:
-            vm.pending.pop(key, None)
+        reverts = [key for key in str(updates.pop("revert", None) or "").split(",") if key]
+        if not updates.get("digest") or updates["digest"] == vm.digest():
+            for key in reverts:
+                vm.pending.pop(key, None)
         deletes = [key for key in str(updates.get("delete") or "").split(",") if key]
         before = {key: vm.config.get(key) for key in deletes}
         await super()._apply_config(vm, user, updates)

@@ -242,6 +242,8 @@ def _until_gone(ctx: Context, planned: Sandbox, request: Request) -> Outcome | _
                 # The VM is there, and no delete of a killed run can be under way any more: from here on this is a new try.
                 sent, cut_off = False, None
             refuse_guarded(current, found)
+            # What will be kept in the end is not stopped, and does not lose its workspace.
+            workspace.refuse_planned(ctx, current, found)
             ctx.cluster.require_quorum()
             if str(found.row.get("status")) != "stopped" and not stopped:
                 ctx.records.journal(claim, "destroy", cut_off.phase if cut_off else "stopping", detail)
@@ -256,7 +258,11 @@ def _until_gone(ctx: Context, planned: Sandbox, request: Request) -> Outcome | _
                 upids += done
                 warnings += warned
                 stopped = True
-            if workspace.take_off(ctx, claim, current, found):
+            own = ctx.workspaces.of_sandbox(current.uuid)
+            if own is not None:
+                # From here on it is too late to protect the sandbox: it would be kept without its workspace.
+                ctx.records.journal(claim, "destroy", cut_off.phase if cut_off else "detaching", detail, unprotected=not request.clean_up)
+                workspace.off(ctx, claim, current, found, own, sure=True)
                 # The configuration is another one now: judged anew before anything else is done.
                 current = ctx.records.get(current.uuid)
                 continue

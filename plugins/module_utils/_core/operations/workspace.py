@@ -23,7 +23,7 @@ from ..store.records import Claim
 from ..store.workspaces import Workspace
 from . import power
 from .context import Context
-from .verify import Located, locate, refuse_locked, require_match
+from .verify import Located, refuse_locked, require_match
 
 STATES = store.STATES
 _DRIVE = re.compile(r"(?:ide|sata|scsi|virtio|efidisk|tpmstate|unused)\d+")
@@ -38,6 +38,8 @@ _SLOTS = tuple(f"scsi{number}" for number in range(30, 0, -1))
 # States in which a sandbox's VM may get or lose a disk.
 _USABLE = ("BOOTING", "READY", "RUNNING", "STOPPED")
 _UNPLUG_SECONDS = 10
+# Times a VM is looked for where the list says that it is.
+_LOOKS = 3
 
 
 class WorkspaceRefused(AgentlabError):
@@ -131,13 +133,21 @@ def holders(ctx: Context, found: Workspace) -> list[int]:
 
     def look(item: tuple[int, dict[str, Any]]) -> int | None:
         vmid, row = item
-        try:
-            listed = _pending(ctx, str(row.get("node")), vmid)
-        except ProxmoxError as error:
-            if isinstance(error, ApiError) and "does not exist" in error.text:
-                return None
-            raise Kept("unknown", f"{found.title}: whether VM {vmid} has it attached cannot be read: {error.message}") from None
-        return vmid if any(found.volume in volumes for volumes in listed.values()) else None
+        for _attempt in range(_LOOKS):
+            try:
+                listed = _pending(ctx, str(row.get("node")), vmid)
+            except ProxmoxError as error:
+                if not isinstance(error, ApiError) or "does not exist" not in error.text:
+                    raise Kept("unknown", f"{found.title}: whether VM {vmid} has it attached cannot be read: {error.message}") from None
+                # That proves only that it is not on that node: gone, or moved to another.
+                again = ctx.cluster.vms(fresh=True).get(vmid)
+                if again is None or (found.node is not None and again.get("node") != found.node):
+                    return None
+                row = again
+                continue
+            return vmid if any(found.volume in volumes for volumes in listed.values()) else None
+        raise Kept("unknown", f"{found.title}: whether VM {vmid} has it attached cannot be read: it is not on the node that lists it (is it being "
+                   "migrated?); run again")
 
     return sorted(vmid for vmid in ctx.each(look, rows) if vmid is not None)
 
@@ -148,10 +158,7 @@ def in_snapshots(ctx: Context, located: Located, found: Workspace) -> list[str]:
 
 
 def _snapshots(ctx: Context, located: Located) -> dict[str, dict[str, Any]]:
-    config = (located.verdict.config if located.verdict else None) or {}
-    if not config.get("parent"):
-        # Proxmox notes the snapshot a configuration stands on; without one there is none.
-        return {}
+    # Always asked for: the configuration names the snapshot that it stands on, and may stand on none although there are some.
     names = [str(row.get("name")) for row in ctx.client.get_list(f"{located.path}/snapshot") if row.get("name") != "current"]
     return {name: ctx.client.get_dict(f"{located.path}/snapshot/{name}/config") for name in names}
 
@@ -265,7 +272,7 @@ def _grow(ctx: Context, found: Workspace, wanted: int) -> Done:
             raise WorkspaceRefused(f"{found.title}: sandbox {sandbox.vmid} does not have it attached; run agentlab_reconcile")
         found = ctx.workspaces.change(found, "grow", claim=claim, outcome="decided", reason="grow", evidence={"from": found.size, "to": wanted})
         # An absolute size: asking twice is asking once.
-        answer = ctx.client.put(f"{located.path}/resize", disk=slot, size=show_size(wanted))
+        answer = ctx.client.put(f"{located.path}/resize", disk=slot, size=show_size(wanted), digest=located.verdict.digest if located.verdict else None)
         if isinstance(answer, str) and answer.startswith("UPID:"):
             ctx.tasks.wait(answer, f"grow {found.title}", ctx.wait_timeout)
         row = exists(ctx, found, str(located.node))
@@ -349,8 +356,9 @@ def attach(ctx: Context, claim: Claim, sandbox: Sandbox, located: Located, found
         now = ctx.client.get_list(f"{located.path}/pending")
         row = next((row for row in now if row.get("key") == slot), {})
         if str(row.get("value") or "").partition(",")[0] != found.volume:
-            # Noted for the next start only: a disk that is half there is none.
-            ctx.client.put(f"{located.path}/config", revert=slot)
+            # Noted for the next start only: a disk that is half there is none. Whose VM it is now is looked at before that is written, too.
+            located = require_match(ctx, sandbox)
+            ctx.client.put(f"{located.path}/config", revert=slot, digest=located.verdict.digest if located.verdict else None)
             raise WorkspaceRefused(f"{found.title}: the running VM {sandbox.vmid} did not take the disk (is hotplug for disks on?); stop the sandbox, then "
                                    "attach it")
     done = ctx.workspaces.change(found, "attach", to=store.ATTACHED, claim=claim, reason="attached", slot=slot,
@@ -382,20 +390,23 @@ def attached(ctx: Context, which: str, sandbox: Sandbox, ttl: int | None = None)
         held = hold(ctx, claim, current, found, ttl)
         try:
             done = attach(ctx, claim, current, located, held)
-        except WorkspaceRefused as error:
-            _let_go(ctx, claim, current, held.id, error)
+        except (WorkspaceRefused, Kept) as error:
+            # Nothing was asked for, or it was asked for and answered; anything else is left to the next run.
+            if isinstance(error, WorkspaceRefused) or ctx.workspaces.get(held.id).slot is None:
+                _let_go(ctx, claim, current, held, error)
             raise
     return Done("attached", done, True)
 
 
-def _let_go(ctx: Context, claim: Claim, sandbox: Sandbox, ident: str, error: AgentlabError) -> None:
+def _let_go(ctx: Context, claim: Claim, sandbox: Sandbox, held: Workspace, error: AgentlabError) -> None:
     """An attachment that was refused before or undone after it was asked for: the workspace is free again, if that is so."""
-    found = ctx.workspaces.get(ident)
+    found = ctx.workspaces.get(held.id)
     if found.state == store.ATTACHING and found.slot is None:
         ctx.workspaces.change(found, "attach", to=store.DETACHED, claim=claim, outcome="failed", reason="refused", sandbox_uuid=None, lease_expires_at=None,
                               evidence={"message": error.message})
         return
-    off(ctx, claim, sandbox, locate(ctx, sandbox), found, sure=True)
+    # Held with a slot: an earlier run had asked for it, and Proxmox may still carry that out.
+    off(ctx, claim, sandbox, require_match(ctx, sandbox), found, sure=held.slot is None)
 
 
 def _renew(ctx: Context, found: Workspace, ttl: int | None) -> Done:
@@ -490,15 +501,6 @@ def _await_off(ctx: Context, node: str, sandbox: Sandbox, found: Workspace) -> N
 # ---- before a VM is deleted, and after ----
 
 
-def take_off(ctx: Context, claim: Claim, sandbox: Sandbox, located: Located) -> bool:
-    """Detach the sandbox's workspace before its VM is deleted; True when it had one: then the VM is to be judged anew."""
-    found = ctx.workspaces.of_sandbox(sandbox.uuid)
-    if found is None:
-        return False
-    off(ctx, claim, sandbox, located, found, sure=True)
-    return True
-
-
 def refuse_listed(ctx: Context, sandbox: Sandbox, located: Located) -> None:
     """Kept when the deletion of the VM, as its configuration is now, could take a workspace along (or might, because one is missing)."""
     live = ctx.workspaces.find_all()
@@ -515,13 +517,15 @@ def refuse_listed(ctx: Context, sandbox: Sandbox, located: Located) -> None:
             found = known.get(volume) or (serials.get(serial[1]) if serial else None)
             if found is not None or (owner and first <= int(owner[1]) <= last):
                 what = found.title if found else "a workspace"
+                # No record of ours says that this VM has it, so none of our commands would take it off.
+                advice = f"delete the snapshot: qm delsnapshot {sandbox.vmid} {where}" if where else f"qm set {sandbox.vmid} --delete {key}"
                 raise Kept("workspace", f"sandbox {sandbox.vmid}: {place} names {volume} as {key}, which is (or was) {what}; the VM was not deleted. Take the "
-                           f"disk off it first (agentlab_workspace, or qm set {sandbox.vmid} --delete {key})", volume=volume, vmid=sandbox.vmid)
+                           f"disk off it first ({advice})", volume=volume, vmid=sandbox.vmid)
     _refuse_if_missing(ctx, sandbox, config, [one for one in live if one.sandbox_uuid is not None])
 
 
 def refuse_planned(ctx: Context, sandbox: Sandbox, located: Located) -> None:
-    """As the destroy would, for a plan: its own workspace would be taken off first."""
+    """As the destroy would do it in the end: its own workspace would be taken off first. Asked before anything is stopped or taken off, too."""
     own = ctx.workspaces.of_sandbox(sandbox.uuid)
     if own is not None:
         refuse_snapshots(ctx, sandbox, located, own)

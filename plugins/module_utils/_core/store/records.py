@@ -32,6 +32,8 @@ CLAIM_SECONDS = 3600
 _WAITS = 8
 # Phases of a destroy after which the VM may already be gone.
 POINT_OF_NO_RETURN = ("deleting", "waiting")
+# From the first of these on it is too late to protect a sandbox; a destroy that was cut off in it is still judged anew by the rules.
+_TOO_LATE_TO_PROTECT = ("detaching", *POINT_OF_NO_RETURN)
 _LIVE = "state <> 'DESTROYED'"
 _SELECT = f"SELECT {', '.join(COLUMNS)} FROM sandboxes"
 
@@ -425,7 +427,7 @@ class Records:
         def work(conn: sqlite3.Connection) -> Sandbox:
             if values.get("protected"):
                 row = conn.execute("SELECT phase FROM operations WHERE sandbox_uuid = ? AND kind = 'destroy'", (sandbox.uuid,)).fetchone()
-                if row and row["phase"] in POINT_OF_NO_RETURN:
+                if row and row["phase"] in _TOO_LATE_TO_PROTECT:
                     raise Kept("busy", f"cannot protect sandbox {sandbox.vmid}: it is being destroyed", vmid=sandbox.vmid)
             self._set(conn, sandbox, **values)
             self._event(conn, sandbox, sandbox.state, sandbox.state, operation, outcome="done", evidence=values)
