@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Draws docs/states.svg from the rule tables: scripts/state_diagram.py (writes it), or --check (says whether it is current).
+"""Draws docs/states.svg from the rule tables; with --check: says whether it is current.
 
 Where the boxes stand is decided here by hand; which arrows there are, the tables say. Drawing fails when a transition of the table has no
 arrow, an arrow no transition, or an arrow is labelled with an operation that the state it starts from does not allow.
@@ -134,5 +134,5 @@ def draw() -> str:
 
 if __name__ == "__main__":
     if sys.argv[1:] == ["--check"]:
-        sys.exit(0 if FILE.read_text(encoding="utf-8") == draw() else f"Error: {FILE.relative_to(ROOT)} is not current; run scripts/state_diagram.py")
+        sys.exit(0 if FILE.read_text(encoding="utf-8") == draw() else f"Error: {FILE.relative_to(ROOT)} is not current; run python scripts/state_diagram.py")
     FILE.write_text(draw(), encoding="utf-8")

@@ -206,6 +206,11 @@ def run_adhoc(name: str, args: Mapping[str, Any] | str | None, env: Mapping[str,
     return _run([_tool("ansible"), "localhost", "-m", name, *given, *_common(tmp_path, check, diff, extra_vars, forks)], env, tmp_path, timeout)
 
 
+def run_command(command: list[str], env: Mapping[str, str], tmp_path: Path, timeout: float = 300) -> Run:
+    """Run a command as a page has it, with the programs of this environment."""
+    return _run([_tool(command[0]), *command[1:]], env, tmp_path, timeout)
+
+
 def collections_path(tmp_path: Path) -> Path:
     """A folder that holds this checkout as ansible_collections/agentlab/proxmox: the checkout's own, or one made here."""
     own = REPO / ".collections"
