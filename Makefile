@@ -21,7 +21,7 @@ PYTEST_ARGS ?=
 
 .PHONY: test-cli-oldest test-monitoring
 
-.PHONY: check gates test-awx test-cores demo-installed importer faults-everyday test-faults-all
+.PHONY: check gates test-awx test-cores demo-installed importer docs faults-everyday test-faults-all
 
 help: ## Show this list
 	@echo "Targets:"
@@ -40,7 +40,7 @@ test: unit faults-everyday lint scenarios sanity ## Everyday checks, under 5 min
 check: test test-daemon test-cli-oldest test-monitoring gates ## Every gate: the everyday checks, and all that Galaxy, AWX and other releases of ansible-core ask for
 	@echo "==> All gates passed"
 
-gates: test-cores test-awx demo-installed importer ## The gates beyond `make test`
+gates: test-cores test-awx docs demo-installed importer ## The gates beyond `make test`
 
 lint: lint-python lint-ansible lint-meta ## All linters and the type checker
 
@@ -115,6 +115,10 @@ test-cores: setup ## ansible-test units and integration, and sanity on every ans
 test-awx: setup ## The playbooks as AWX runs them (ansible-runner), and its set-up against a small AWX API
 	@echo "==> AWX"
 	@$(PYTEST) tests/awx $(PYTEST_ARGS)
+
+docs: setup ## The documentation as HTML in build/docs/html, without a warning
+	@echo "==> Documentation"
+	@scripts/docs.sh
 
 demo-installed: setup ## The demo, from the archive as users install it
 	@echo "==> The archive, installed, and the demo from it"
