@@ -16,12 +16,16 @@ export PYTHONDONTWRITEBYTECODE := 1
 WORKERS ?= auto
 PYTEST = .venv/bin/python -m pytest -q -n $(WORKERS)
 PYTEST_ARGS ?=
+ROWS ?=
+RUNS ?= 5
 
 .PHONY: help setup demo test lint lint-python lint-ansible lint-meta sanity unit scenarios test-daemon test-molecule test-faults changelog build clean
 
 .PHONY: test-cli-oldest test-monitoring
 
 .PHONY: check gates test-awx test-cores demo-installed importer docs faults-everyday test-faults-all
+
+.PHONY: bench bench-short
 
 help: ## Show this list
 	@echo "Targets:"
@@ -127,6 +131,13 @@ demo-installed: setup ## The demo, from the archive as users install it
 importer: setup ## What Galaxy does with an uploaded archive
 	@echo "==> galaxy-importer"
 	@scripts/importer.sh
+
+bench: setup ## Measure us and the peers side by side, on a quiet machine, about 20 minutes; ROWS="1 2" for some rows, RUNS=5
+	@.venv/bin/python benchmarks/run.py --runs $(RUNS) --rows "$(ROWS)"
+
+bench-short: setup ## What the benchmarks count and weigh: requests exactly, payload of the modules, no times (part of `unit`)
+	@echo "==> Requests and payload"
+	@.venv/bin/python -m pytest -q tests/unit/test_benchmarks.py $(PYTEST_ARGS)
 
 changelog: setup ## Release: turn the changelog fragments into CHANGELOG.md
 	@echo "==> antsibull-changelog release"

@@ -19,6 +19,8 @@ import zipfile
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[1]
+# What a module of ours may add to what ansible-core ships with every module of its own, bytes.
+LIMIT = 150_000
 
 
 def modules() -> list[str]:
@@ -44,6 +46,12 @@ def shipped(name: str) -> bytes:
                          module_compression="ZIP_DEFLATED", task_vars=variables)
     script = made[0] if isinstance(made, tuple) else made.b_module_data
     return script
+
+
+def sizes() -> dict[str, int]:
+    """What each module ships beyond the payload of ansible.builtin.ping (which is under that name), bytes: ansible-core's own part is always there."""
+    floor = len(shipped("ansible.builtin.ping"))
+    return {"ansible.builtin.ping": floor, **{name: len(shipped(f"agentlab.proxmox.{name}")) - floor for name in modules()}}
 
 
 def pieces(script: bytes) -> dict[str, int]:

@@ -20,7 +20,7 @@ from ._core.operations.context import Context, failure
 def run(module: AnsibleModule, context: Context) -> dict[str, Any]:
     """Check the options and look all ids up before anything is renewed; then item by item."""
     params = module.params
-    ttl = lease.parse_ttl(context, params["ttl"])
+    ttl = context.config.parse_ttl(params["ttl"])
     min_remaining = lease.check_min_remaining(params["min_remaining"])
     found = [context.select(**which) for which in _adapter.ids(module)]
 

@@ -11,7 +11,7 @@ from typing import Any
 from ansible.module_utils.basic import AnsibleModule
 
 from ._core.errors import InvalidInput
-from ._core.operations import lease, workspace
+from ._core.operations import workspace
 from ._core.operations.context import Context
 
 # Options that only some states take.
@@ -32,7 +32,7 @@ def run(module: AnsibleModule, context: Context) -> dict[str, Any]:
     elif state == "attached":
         if params["vmid"] is None and params["sandbox"] is None:
             raise InvalidInput("vmid: state=attached needs vmid or sandbox", option="vmid")
-        ttl = None if params["ttl"] is None else lease.parse_ttl(context, params["ttl"])
+        ttl = None if params["ttl"] is None else context.config.parse_ttl(params["ttl"])
         done = workspace.attached(context, params["name"], context.select(vmid=params["vmid"], name=params["sandbox"]), ttl)
     elif state == "detached":
         done = workspace.detached(context, params["name"])

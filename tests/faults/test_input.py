@@ -19,7 +19,7 @@ import pytest
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core import config
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.clock import SystemClock
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import AgentlabError, InvalidInput
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import create, lease
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import create
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.proxmox import identity
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.proxmox.client import ProxmoxClient
 from hypothesis import HealthCheck, example, given, settings
@@ -91,7 +91,7 @@ def test_public_keys_that_pass_are_one_line(key: str) -> None:
 @given(value=st.one_of(ANY, st.integers(), st.floats(), st.none(), st.booleans(), st.lists(st.integers(), max_size=2)))
 def test_ttl_of_any_kind(lab: Lab, value: Any) -> None:
     try:
-        found = lease.parse_ttl(lab_context(lab), value)
+        found = lab_context(lab).config.parse_ttl(value)
     except InvalidInput as error:
         assert error.message.startswith("ttl: ")
     else:

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from datetime import UTC, datetime
 from typing import Protocol
@@ -44,8 +45,10 @@ class SystemClock:
         time.sleep(seconds)
 
 
+# A list that is asked for again and again has the same times each time, four a sandbox.
+@functools.lru_cache(4096)
 def iso(seconds: int | None) -> str | None:
     """``2026-01-30T02:45:00Z``, or None."""
     if seconds is None:
         return None
-    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return f"{datetime.fromtimestamp(int(seconds), UTC).isoformat()[:19]}Z"

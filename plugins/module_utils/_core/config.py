@@ -180,6 +180,11 @@ class Config:
     config_file: str | None = None
     secret_in_file: bool = False
 
+    def parse_ttl(self, value: object, option: str = "ttl") -> int:
+        """Seconds of a lease; refused over the configured maximum."""
+        limit = self.max_ttl if self.max_lifetime is None else max(self.max_ttl, self.max_lifetime)
+        return durations.parse(value, option, maximum=limit)
+
 
 def load(options: Mapping[str, Any], environment: Mapping[str, str]) -> Config:
     """Merge options, environment and file; refuses by name what cannot be used."""

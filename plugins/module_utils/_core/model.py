@@ -44,11 +44,13 @@ class Sandbox:
 
     @classmethod
     def from_row(cls, row: Any) -> Sandbox:
-        values = dict(row)
-        values["tags"] = json.loads(values["tags"] or "[]")
-        values["protected"] = bool(values["protected"])
-        values["keepalive"] = bool(values["keepalive"])
-        return cls(**values)
+        """From a row with COLUMNS in their order."""
+        found = cls(*row)
+        # As the column has it until here.
+        text: Any = found.tags
+        found.tags = json.loads(text) if text and text != "[]" else []
+        found.protected, found.keepalive = bool(found.protected), bool(found.keepalive)
+        return found
 
     @property
     def live(self) -> bool:

@@ -159,26 +159,8 @@ def amend(ctx: Context, found: Sandbox, **wanted: bool | None) -> Outcome:
     return Outcome.of("updated", done, previous_state=found.state, changed=True, extra={"update": new})
 
 
-def template_of(ctx: Context, wanted: str | None) -> tuple[int, str]:
-    """VMID and node of a template given by VMID or name."""
-    if not wanted:
-        raise InvalidInput("template: missing; give the VMID or name of a template (or set it in the configuration)", option="template")
-    rows = ctx.cluster.vms()
-    templates = {vmid: row for vmid, row in rows.items() if str(row.get("template")) == "1" and row.get("type") == "qemu"}
-    found = [vmid for vmid, row in templates.items() if str(vmid) == wanted or row.get("name") == wanted]
-    if len(found) == 1:
-        return found[0], str(templates[found[0]].get("node"))
-    if found:
-        raise InvalidInput(f"template: {wanted!r} is the name of several templates ({', '.join(map(str, sorted(found)))}); give the VMID",
-                           option="template", value=wanted)
-    if wanted.isdecimal() and int(wanted) in rows:
-        raise InvalidInput(f"template: VM {wanted} is not a template; convert it first (qm template {wanted})", option="template", value=wanted)
-    seen = ", ".join(f"{vmid} ({row.get('name')})" for vmid, row in sorted(templates.items())) or "none that these credentials may see"
-    raise InvalidInput(f"template: {wanted!r} does not exist. Templates: {seen}", option="template", value=wanted)
-
-
 def _create(ctx: Context, spec: Spec) -> Outcome:
-    template, template_node = template_of(ctx, spec.template or ctx.config.template)
+    template, template_node = ctx.cluster.template(spec.template or ctx.config.template)
     disk = workspace.select(ctx, spec.workspace) if spec.workspace is not None else None
     # Where its workspace is, if that is on one node only.
     node = spec.node or (disk.node if disk else None) or ctx.config.node or template_node
@@ -272,7 +254,7 @@ def _clone(ctx: Context, claim: Claim, spec: Spec, sandbox: Sandbox, noted: dict
     """Clone (or take up a clone that a killed run began), and bind the record to the VM it made."""
     template, template_node = noted.get("template"), noted.get("template_node")
     if template is None:
-        template, template_node = template_of(ctx, spec.template or ctx.config.template)
+        template, template_node = ctx.cluster.template(spec.template or ctx.config.template)
         noted.update(template=template, template_node=template_node, node=sandbox.node)
     resumed = phase in ("cloning", "waiting")
     # A clone request of an earlier run whose answer was lost: Proxmox may carry it out at any time.

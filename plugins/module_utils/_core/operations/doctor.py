@@ -30,7 +30,6 @@ from ..proxmox import identity
 from ..store import schema
 from . import info, timeguard
 from .context import Context
-from .create import template_of
 
 OK, WARNING, PROBLEM, UNKNOWN = "ok", "warning", "problem", "unknown"
 # Worst first: what the examination as a whole comes to.
@@ -273,7 +272,7 @@ class Doctor:
                           "set template in the configuration, or give the option template")
             return
         try:
-            vmid, node = template_of(self.context, asked)
+            vmid, node = self.context.cluster.template(asked)
             config = self.context.client.get_dict(f"nodes/{node}/qemu/{vmid}/config")
         except AgentlabError as error:
             yield Finding("template", PROBLEM, error.message, "without a template that these credentials see, no sandbox is created")

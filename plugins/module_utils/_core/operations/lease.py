@@ -21,12 +21,6 @@ from .context import Context, failure
 REPEAT_SECONDS = 60
 
 
-def parse_ttl(ctx: Context, value: object, option: str = "ttl") -> int:
-    """Seconds of a TTL; refused over the configured maximum."""
-    limit = ctx.config.max_ttl if ctx.config.max_lifetime is None else max(ctx.config.max_ttl, ctx.config.max_lifetime)
-    return durations.parse(value, option, maximum=limit)
-
-
 def renew(ctx: Context, sandbox: Sandbox, ttl: int, *, min_remaining: int | None = None, allow_shorten: bool = False) -> Outcome:
     """Set the lease to now + ttl. One conditional UPDATE decides against expiry: a renewal that lost is an error, never a success."""
     if sandbox.lease_max_seconds is not None and ttl > sandbox.lease_max_seconds:

@@ -11,7 +11,7 @@ from typing import Any
 
 from .. import durations, profiles
 from ..errors import InvalidInput
-from . import create, lease
+from . import create
 from .context import Context
 
 # The options of a creation, by the names that modules and the HTTP API give them. Besides them: vmid and name.
@@ -60,12 +60,12 @@ def _ttl(ctx: Context, given: object, profile: profiles.Profile | None) -> tuple
     """Seconds of the first lease, and the longest that the profile grants."""
     maximum = profile.lease_maximum if profile else None
     if given is not None:
-        ttl = lease.parse_ttl(ctx, given)
+        ttl = ctx.config.parse_ttl(given)
         if maximum is not None and ttl > maximum:
             raise InvalidInput(f"ttl: {durations.show(ttl)} is longer than the maximum of {durations.show(maximum)} that profile "
                                f"{profile.name if profile else ''!r} grants", option="ttl", value=str(given))
         return ttl, maximum
     wanted = ctx.config.default_ttl
     if profile and profile.lease_default is not None:
-        wanted = lease.parse_ttl(ctx, durations.show(profile.lease_default), f"{profile.path}: lease.default")
+        wanted = ctx.config.parse_ttl(durations.show(profile.lease_default), f"{profile.path}: lease.default")
     return min(wanted, maximum) if maximum is not None else wanted, maximum

@@ -149,7 +149,7 @@ def renew_lease(call: Call) -> Answer:
     if len(options) != 1:
         raise InvalidInput("ttl_minutes: give ttl or ttl_minutes, not both" if options else "ttl_minutes is required: minutes, or ttl as a duration",
                            option="ttl_minutes")
-    ttl = lease.parse_ttl(ctx, call.body[options[0]], options[0])
+    ttl = ctx.config.parse_ttl(call.body[options[0]], options[0])
     shortest = lease.check_min_remaining(call.body.get("min_remaining"))
     outcome = lease.renew(ctx, ctx.select(call.vmid), ttl, min_remaining=shortest, allow_shorten=call.body.get("allow_shorten", False))
     call.service.lease_changed()
@@ -224,7 +224,7 @@ def create_workspace(call: Call) -> Answer:
 def attach_workspace(call: Call) -> Answer:
     ctx = call.context()
     ttl = call.body.get("ttl")
-    return _of_workspace(workspace.attached(ctx, call.ident, ctx.select(call.body["vmid"]), None if ttl is None else lease.parse_ttl(ctx, ttl)))
+    return _of_workspace(workspace.attached(ctx, call.ident, ctx.select(call.body["vmid"]), None if ttl is None else ctx.config.parse_ttl(ttl)))
 
 
 def detach_workspace(call: Call) -> Answer:

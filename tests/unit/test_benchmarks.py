@@ -1,0 +1,105 @@
+# Copyright: the agentlab.proxmox contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""What the benchmarks count and weigh, without their times (`make bench-short`): requests exactly, the payload of every module. No peers are needed."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT / "benchmarks"))
+
+import payload
+import report
+import rows
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.proxmox import cluster
+from field import FIRST, field, play, playbook
+
+# Looks at running tasks come once a poll_interval while something runs, so a slow machine sees more of them: they are bounded by the time, the rest is exact.
+INTERVAL = 1.0
+LOOKS = ("GET /nodes/{node}/tasks", "GET /nodes/{node}/tasks/{upid}/status")
+# What a bulk run asks once: the list before, quorum; and for the proof the list after, the rights that make it one, and one VMID in another way.
+ONCE = {"GET /cluster/resources": 2, "GET /cluster/status": 1, "GET /access/acl": 1, "GET /access/permissions": 1, "GET /cluster/nextid": 1}
+
+
+@pytest.fixture(scope="module")
+def bench() -> Iterator[rows.Bench]:
+    with field() as server:
+        made = rows.Bench(server, 1)
+        Path(server.folder, "config.yaml").write_text(f"poll_interval: {INTERVAL}\n", encoding="utf-8")
+        made.env["AGENTLAB_CONFIG"] = f"{server.folder}/config.yaml"
+        yield made
+
+
+def asked(bench: rows.Bench, module: str, **options: Any) -> Counter[str]:
+    """The requests of a playbook with this one task, by kind."""
+    before = bench.server.counts()
+    bench.ours(playbook(bench.folder, module, play({f"agentlab.proxmox.{module}": options})))
+    return bench.server.counts() - before
+
+
+def test_row_4_prune_of_a_thousand_vanished_vms_asks_five_things(bench: rows.Bench) -> None:
+    bench.vms(0)
+    bench.records(1000, "TIMEOUT")
+    assert asked(bench, "agentlab_prune") == {**ONCE, "GET /cluster/resources": 1}
+
+
+@pytest.mark.parametrize(("state", "status", "most", "extra"), [
+    ("STOPPED", "stopped", 3.4, {}), ("RUNNING", "running", 5.0, {"POST /nodes/{node}/qemu/{vmid}/status/stop": rows.MANY})])
+def test_row_5_requests_of_each_destroyed_vm(bench: rows.Bench, state: str, status: str, most: float, extra: dict[str, int]) -> None:
+    """Its configuration is read, then written with what was judged, then it is deleted: never less, and nothing else but the shared looks at tasks."""
+    bench.vms(status=status)
+    bench.records(state=state)
+    took = bench.ours(bench.destroy_play())
+    found = bench.server.counts()
+    # Quorum counts as known for some seconds.
+    quorum = found.pop("GET /cluster/status")
+    assert 1 <= quorum <= took / cluster._STATUS_SECONDS + 1
+    looks = sum(found.pop(kind, 0) for kind in LOOKS)
+    each = dict.fromkeys((f"{method} /nodes/{{node}}/qemu/{{vmid}}{rest}" for method, rest in (("GET", "/config"), ("PUT", "/config"), ("DELETE", ""))),
+                         rows.MANY)
+    assert {**found, "GET /cluster/status": 1} == {**ONCE, **each, **extra}
+    assert bench.server.state()["vms"] == 1 and bench.server.state()["most_tasks"] <= rows.IN_FLIGHT
+    assert 1 <= looks <= took / INTERVAL + 1
+    # Four turns of sixteen, each waited for (twice when it is stopped first): room enough for what the row allows.
+    assert (sum(found.values()) + (8 if extra else 4) * 2) / rows.MANY <= most
+
+
+def test_row_6_what_is_absent_already_costs_no_request(bench: rows.Bench) -> None:
+    bench.vms(0)
+    bench.records(state="DESTROYED")
+    assert asked(bench, "agentlab_sandbox", vmids=bench.vmids, state="absent", force=True) == {}
+
+
+def test_rows_7_8_and_9_reading(bench: rows.Bench) -> None:
+    bench.vms(5000)
+    bench.records(5000, "RUNNING")
+    none = [{"agentlab.proxmox.agentlab_sandbox_info": {"vmid": FIRST}}, {"agentlab.proxmox.agentlab_lease": {"vmid": FIRST, "ttl": "2h"}}]
+    one = {"agentlab.proxmox.agentlab_sandbox_info": {"vmid": FIRST, "verify": True, "verify_identity": False}}
+    bench.ours(playbook(bench.folder, "reading", play(*none, one)))
+    assert bench.server.counts() == {"GET /cluster/resources": 1}
+    # Quorum first, so that the list may count as a proof of what it lacks.
+    assert asked(bench, "agentlab_sandbox_info", verify=True, verify_identity=False) == {"GET /cluster/resources": 1, "GET /cluster/status": 1}
+
+
+def test_row_14_payload_of_every_module(bench: rows.Bench) -> None:
+    sizes = dict(bench.process("payload.sizes"))
+    floor = sizes.pop("ansible.builtin.ping")
+    assert set(sizes) == {path.stem for path in (ROOT / "plugins/modules").glob("*.py")} and floor > 100_000
+    assert {name: size for name, size in sizes.items() if size > payload.LIMIT} == {}
+
+
+def test_the_page_is_made_of_the_results() -> None:
+    """docs/performance.md has every row of the last measurement, as benchmarks/results.json has it."""
+    known = report.load()
+    text = (ROOT / "docs/performance.md").read_text()
+    for made in (report.when(known), report.table(known), report.text_plot(known), report.lever_table(known), report.scale_table(known)):
+        assert made in text, "run benchmarks/report.py"
