@@ -44,7 +44,7 @@ test: unit faults-everyday lint scenarios sanity ## Everyday checks, under 5 min
 check: test test-daemon test-cli-oldest test-monitoring gates ## Every gate: the everyday checks, and all that Galaxy, AWX and other releases of ansible-core ask for
 	@echo "==> All gates passed"
 
-gates: test-cores test-awx docs demo-installed importer ## The gates beyond `make test`
+gates: test-cores test-awx test-inventory docs demo-installed importer ## The gates beyond `make test`
 
 lint: lint-python lint-ansible lint-meta ## All linters and the type checker
 
@@ -119,6 +119,10 @@ test-cores: setup ## ansible-test units and integration, and sanity on every ans
 test-awx: setup ## The playbooks as AWX runs them (ansible-runner), and its set-up against a small AWX API
 	@echo "==> AWX"
 	@$(PYTEST) tests/awx $(PYTEST_ARGS)
+
+test-inventory: setup ## Sandboxes as hosts, by the inventory plugin of community.proxmox (fetched from PyPI once)
+	@echo "==> Inventory"
+	@.venv/bin/python -m pytest -q tests/inventory $(PYTEST_ARGS)
 
 docs: setup ## The documentation as HTML in build/docs/html, without a warning
 	@echo "==> Documentation"

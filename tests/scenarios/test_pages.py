@@ -119,3 +119,14 @@ def test_the_backup_of_troubleshooting_is_a_backup(given: Any, env: dict[str, st
     assert conn.execute("SELECT count(*) FROM sandboxes").fetchone() == (2,)
     conn.close()
     assert os.path.getsize(tmp_path / "agentlab-backup.db") > 0
+
+
+def test_the_play_of_the_inventory_page(given: Any, typed: Any, tmp_path: Path) -> None:
+    given(2, tags=["ci"])
+    given(1, "STOPPED")
+    text = (DOCS / "inventory.md").read_text(encoding="utf-8").split("<!-- records -->")[1].split("<!-- /records -->")[0]
+    (tmp_path / "hosts.yml").write_text(text.strip().removeprefix("```yaml\n").removesuffix("```"), encoding="utf-8")
+    done = typed("ansible-playbook -i inventory.ini hosts.yml")
+    assert done.rc == 0 and not done.warnings, done.output
+    said = [entry["result"]["msg"] for entry in done.all("Say whose it is, and how long it lives")]
+    assert len(said) == 2 and all(re.fullmatch(r"tester's, until \d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", one) for one in said)
