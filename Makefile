@@ -18,6 +18,7 @@ PYTEST = .venv/bin/python -m pytest -q -n $(WORKERS)
 PYTEST_ARGS ?=
 ROWS ?=
 RUNS ?= 5
+SOAK_MINUTES ?= 10
 
 .PHONY: help setup demo test lint lint-python lint-ansible lint-meta sanity unit scenarios test-daemon test-molecule test-faults changelog build clean
 
@@ -30,7 +31,7 @@ RUNS ?= 5
 help: ## Show this list
 	@echo "Targets:"
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
-	@echo "Variables: PYTHON (interpreter for .venv), WORKERS (parallel tests, default auto), PYTEST_ARGS (e.g. '-k lease')"
+	@echo "Variables: PYTHON (interpreter for .venv), WORKERS (parallel tests, default auto), PYTEST_ARGS (e.g. '-k lease'), SOAK_MINUTES (default 10)"
 
 setup: ## Make .venv with all tools (again when requirements-dev.txt changes)
 	@scripts/setup.sh
@@ -83,6 +84,10 @@ scenarios: setup ## Every module in real playbooks against a fake Proxmox VE
 test-daemon: setup ## Daemon and command line as real processes against a fake Proxmox VE
 	@echo "==> Daemon"
 	@$(PYTEST) tests/cli tests/daemon $(PYTEST_ARGS)
+
+soak: setup ## The daemon under churn for SOAK_MINUTES: a table of its memory, and an error when that grows
+	@echo "==> Soak, $(SOAK_MINUTES) minutes"
+	@.venv/bin/python tests/support/soak.py $(SOAK_MINUTES)
 
 test-cli-oldest: setup ## The command line with the releases of click and tabulate that Debian 12 has
 	@echo "==> Command line with click 8.1.3, tabulate 0.8.9"

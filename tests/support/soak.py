@@ -1,0 +1,229 @@
+# Copyright: the agentlab.proxmox contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""`make soak`: agentlabd under churn for minutes or hours, and whether it stays as small as it was.
+
+soak.py [MINUTES] starts the daemon (compiled, as the role installs it) against the fake Proxmox. Clients create, renew, stop and destroy sandboxes, or
+leave them to expire and to the cleanup rules; others read, ask for metrics, reload, and send what is refused. Records that are destroyed are forgotten
+after a minute, so the database has a size to stay at.
+
+The rule: the first third of the run is warm-up (threads, connections and SQLite's page cache fill). Of what follows, the median of the last third must
+be no more above the median of the first third than LIMITS says. The exit status is 1 when it is, or when requests failed.
+"""
+
+from __future__ import annotations
+
+import compileall
+import contextlib
+import os
+import random
+import re
+import shutil
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from support.daemon import FILES, Daemon, free_port
+from support.double import Server
+
+CLIENTS = 6
+RULES = """auto_cleanup:
+  interval: 5s
+  jitter: 1s
+  guard: {count: 1000, percent: 100}
+  rules:
+    - {name: over, match: {states: [TIMEOUT, COMPLETED, FAILED, STOPPED]}, after: 1s, action: destroy}
+  retention: {destroyed_records: 60s}
+"""
+
+
+@dataclass
+class Sample:
+    """What the daemon is at one moment: KiB, but for seconds and counts."""
+
+    seconds: int
+    resident: int
+    anonymous: int
+    threads: int
+    files: int
+    database: int
+    live: int
+    done: int
+    requests: int
+
+
+# By how much each may be higher in the end than after the warm-up.
+LIMITS = {"resident": 2048, "anonymous": 2048, "threads": 4, "files": 12, "database": 2048}
+
+
+class Soak:
+    def __init__(self, folder: Path, minutes: float) -> None:
+        self.seconds = minutes * 60
+        self.server = Server(str(folder), time_scale=0.02)
+        self.server.pve.add_template()
+        code = folder / "code"
+        shutil.copytree(FILES, code, ignore=shutil.ignore_patterns("__pycache__"))
+        compileall.compile_dir(str(code), quiet=1)
+        self.database = folder / "records" / "agentlab.db"
+        environment = {**self.server.environment(str(folder)), "AGENTLAB_DATABASE": str(self.database)}
+        self.daemon = Daemon(folder / "daemon", environment, cleanup=RULES, metrics_listen=f"127.0.0.1:{free_port()}", expire_interval="5s",
+                             reconcile_interval="20s", connections=16)
+        self.daemon.environment.update(PYTHONPATH=str(code), MALLOC_ARENA_MAX="2")
+        for name in ("PYTHONDONTWRITEBYTECODE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE", "SSL_CERT_DIR"):
+            self.daemon.environment.pop(name, None)
+        self.done: Counter[str] = Counter()
+        self.wrong: list[str] = []
+        self._requests = 0
+        self._end = threading.Event()
+        self._began = time.monotonic()
+
+    # ---- churn ----
+
+    def expect(self, what: str, answer: Any, *good: int) -> Any:
+        """The answer's body; a status that is not expected is noted as wrong."""
+        self.done[what] += 1
+        if answer.status not in good:
+            self.wrong.append(f"{what}: {answer.status} {str(answer.body)[:200]}")
+        return answer.body
+
+    def churn(self, number: int) -> None:
+        """One client after another's fashion: a sandbox is made, used, and given up in one of four ways."""
+        dice = random.Random(number)
+        one = self.daemon
+        while not self._end.is_set():
+            way = dice.choice(("expire", "destroy", "stop", "bulk"))
+            made = self.expect("create", one.post("/v1/sandboxes", {"ttl": "3s" if way == "expire" else "10m", "tags": [way]}), 201)
+            vmid = made.get("vmid")
+            if vmid is None:
+                self._end.wait(1)
+                continue
+            if way != "expire":
+                self.expect("renew", one.post(f"/v1/sandboxes/{vmid}/lease/renew", {"ttl_minutes": dice.randint(20, 60)}), 200)
+            if way == "stop":
+                self.expect("stop", one.post(f"/v1/sandboxes/{vmid}/stop"), 200)
+            elif way == "destroy":
+                self.expect("destroy", one.post(f"/v1/sandboxes/{vmid}/destroy", {"force": True}), 200)
+            elif way == "bulk":
+                self.expect("bulk", one.post("/v1/sandboxes/destroy", {"vmids": [vmid], "force": True}), 200)
+            self.expect("refused", one.post(f"/v1/sandboxes/{vmid}/lease/renew", {"ttl": "soon"}), 400)
+
+    def look(self) -> None:
+        """Those who read, and who reload."""
+        one, turn = self.daemon, 0
+        while not self._end.wait(0.5):
+            turn += 1
+            live = self.expect("list", one.get("/v1/sandboxes"), 200)["sandboxes"]
+            self.expect("status", one.get("/v1/status"), 200)
+            self.expect("dry run", one.post("/v1/sandboxes/prune", {"dry_run": True}), 200)
+            if live:
+                self.expect("events", one.get(f"/v1/sandboxes/{live[0]['vmid']}/events"), 200)
+            if turn % 10 == 0:
+                one.metric("agentlab_prune_frozen")
+                self.expect("document", one.get("/v1/openapi.json"), 200)
+                self.expect("prune", one.post("/v1/sandboxes/prune", {"older_than": "2s"}), 200)
+            if turn % 60 == 0:
+                one.reload()
+
+    # ---- measuring ----
+
+    def sample(self) -> Sample:
+        one = self.daemon
+        assert one.process is not None
+        proc = Path(f"/proc/{one.process.pid}")
+        found = dict(re.findall(r"^(VmRSS|RssAnon|Threads):\s+(\d+)", (proc / "status").read_text(), re.M))
+        size = sum(os.stat(path).st_size for path in self.database.parent.iterdir()) // 1024
+        live = len(one.get("/v1/sandboxes").body["sandboxes"])
+        # The fake's own history is not what is measured, and would slow it down.
+        pve = self.server.pve
+        self._requests += pve.count()
+        pve.counted.clear()
+        pve.requests.clear()
+        self.server.call(self._forget_tasks)
+        return Sample(int(time.monotonic() - self._began), int(found["VmRSS"]), int(found["RssAnon"]), int(found["Threads"]),
+                      len(list((proc / "fd").iterdir())), size, live, sum(self.done.values()), self._requests)
+
+    def _forget_tasks(self) -> None:
+        pve = self.server.pve
+        ended = [upid for upid, task in pve.tasks.items() if task["status"] != "running"][:-500]
+        for upid in ended:
+            del pve.tasks[upid]
+        pve.tasklog[:] = [task for task in pve.tasklog if task.get("upid") in pve.tasks]
+
+    def run(self) -> list[Sample]:
+        self.daemon.start()
+        self.daemon.wait_for(lambda: self.daemon.get("/v1/status").body["reconcile"]["last_run"], "the first reconcile is over", 30)
+        time.sleep(2)
+        names = [field.name for field in fields(Sample)]
+        print("  ".join(f"{name:>9}" for name in names), flush=True)
+        samples = [self.sample()]
+        tell(samples[-1])
+        threads = [threading.Thread(target=self.churn, args=(number,)) for number in range(CLIENTS)] + [threading.Thread(target=self.look)]
+        for thread in threads:
+            thread.start()
+        pause = max(2.0, self.seconds / 60)
+        while time.monotonic() - self._began < self.seconds and self.daemon.process is not None and self.daemon.process.poll() is None:
+            time.sleep(pause)
+            samples.append(self.sample())
+            tell(samples[-1])
+        self._end.set()
+        for thread in threads:
+            thread.join(60)
+        return samples
+
+    def close(self) -> None:
+        self._end.set()
+        self.daemon.close()
+        self.server.stop()
+
+
+def tell(one: Sample) -> None:
+    print("  ".join(f"{getattr(one, field.name):>9}" for field in fields(Sample)), flush=True)
+
+
+def judge(samples: list[Sample]) -> list[str]:
+    """What grew beyond its limit: a sentence for each."""
+    after = samples[len(samples) // 3:]
+    third = max(1, len(after) // 3)
+    grown = []
+    for name, limit in LIMITS.items():
+        first, last = (statistics.median(getattr(one, name) for one in part) for part in (after[:third], after[-third:]))
+        print(f"{name}: {first:.0f} after the warm-up, {last:.0f} in the end ({last - first:+.0f}, limit +{limit})")
+        if last - first > limit:
+            grown.append(f"{name} grew by {last - first:.0f}, more than {limit}")
+    return grown
+
+
+def main() -> int:
+    minutes = float(sys.argv[1]) if len(sys.argv) > 1 else 10.0
+    with tempfile.TemporaryDirectory(prefix="agentlab-soak-") as folder:
+        soak = Soak(Path(folder), minutes)
+        try:
+            samples = soak.run()
+            load = os.getloadavg()[1]
+            print(f"\n{sum(soak.done.values())} requests of clients ({', '.join(f'{count} {what}' for what, count in sorted(soak.done.items()))}), "
+                  f"{samples[-1].requests} to Proxmox; load {load:.1f}; idle {samples[0].resident} KiB, at most {max(one.resident for one in samples)} KiB")
+            problems = judge(samples) + soak.wrong[:20]
+            if not samples[1:] or samples[-1].done == samples[len(samples) // 2].done:
+                problems.append("the churn stood still")
+            ended = "" if soak.daemon.process is None or soak.daemon.process.poll() is None else "agentlabd ended by itself"
+            problems += [ended] if ended else []
+            if problems:
+                with contextlib.suppress(OSError):
+                    print(soak.daemon.log()[-3000:], file=sys.stderr)
+        finally:
+            soak.close()
+    print("\n".join(["", *(f"FAILED: {one}" for one in problems)]) if problems else "\nIt stayed as small as it was.")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
