@@ -27,8 +27,16 @@ PUBLIC_KEY: Word = (re.compile(r"(ssh-|ecdsa-|sk-)\S+ \S[^\n]*"), "a public key 
 MODELS = ("virtio", "e1000", "e1000e", "rtl8139", "vmxnet3")
 
 
+def quoted(value: object) -> str:
+    """A refused value as an error quotes it: one short line, or not at all. User data or a private key may have got into the wrong place."""
+    if isinstance(value, (list, tuple, dict)):
+        return ("that mapping" if isinstance(value, dict) else "that list") if value else repr(str(value))
+    text = str(value)
+    return repr(text[:80]) if text.isprintable() else "that value"
+
+
 def match(option: str, value: str | None, word: Word) -> None:
     """InvalidInput, by the name of the option, for a value that does not look like that; None is not looked at."""
     pattern, valid = word
     if value is not None and not pattern.fullmatch(value):
-        raise InvalidInput(f"{option}: {value[:80]!r} is not valid. Valid: {valid}", option=option, value=value[:80])
+        raise InvalidInput(f"{option}: {quoted(value)} is not valid. Valid: {valid}", option=option)

@@ -107,10 +107,10 @@ class Spec:
                 if getattr(self, option):
                     raise InvalidInput(f"{option}: has no effect with cloud_init_user_data, which replaces what Proxmox VE would say of users; "
                                        "put it into the user data", option=option)
-        for key in self.ssh_public_keys:
+        for number, key in enumerate(self.ssh_public_keys, 1):
             if not words.PUBLIC_KEY[0].fullmatch(key.strip()):
-                raise InvalidInput(f"ssh_public_keys: {key.strip()[:30]!r}... is not a public key in one line (type, key, comment)",
-                                   option="ssh_public_keys")
+                # It may be the private one.
+                raise InvalidInput(f"ssh_public_keys: the key number {number} is not a public key in one line (type, key, comment)", option="ssh_public_keys")
 
 
 def existing(ctx: Context, spec: Spec) -> Sandbox | None:

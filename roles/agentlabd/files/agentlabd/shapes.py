@@ -11,12 +11,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from agentlab_core import words
 from agentlab_core.errors import InvalidInput
 
 # A duration as the core reads it: minutes as a number, or d, h, m, s in that order; what is longer than this allows is refused, or nearly.
 _DURATION = r"^(\d{1,5}|(?=\d)(\d{1,3}d)?(\d{1,4}h)?(\d{1,5}m)?(\d{1,6}s)?)$"
 _NOT_ZERO = r"^(?=.*[1-9])" + _DURATION[1:]
 _LONGEST_MINUTES = 5256000
+# A value of one line; what has more was meant for another field, and the core would quote it.
+_LINE = r"^[^\x00-\x1f\x7f]*$"
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +35,14 @@ class Field:
     longest: int = 1000
     most: int = 100
     pattern: str | None = None
+    # It may have several lines.
+    lines: bool = False
     # Its value is never quoted.
     secret: bool = False
+
+    @property
+    def _pattern(self) -> str | None:
+        return self.pattern or (None if self.lines else _LINE)
 
     def schema(self) -> dict[str, Any]:
         """This field as JSON schema."""
@@ -41,7 +50,7 @@ class Field:
         if self.kind in ("integer", "integers"):
             one = {"type": "integer", "minimum": self.low, "maximum": self.high}
         elif self.kind in ("string", "strings"):
-            one = {"type": "string", "enum": list(self.valid)} if self.valid else {"type": "string", "maxLength": self.longest, "pattern": self.pattern}
+            one = {"type": "string", "enum": list(self.valid)} if self.valid else {"type": "string", "maxLength": self.longest, "pattern": self._pattern}
         elif self.kind == "boolean":
             one = {"type": "boolean"}
         else:
@@ -57,7 +66,7 @@ class Field:
         """The value, or InvalidInput naming the key, the value and what is valid."""
         if self.kind in ("integers", "strings"):
             if not isinstance(value, list) or len(value) > self.most or (self.required and not value):
-                raise _refused(name, value, f"a list of {'whole numbers' if self.kind == 'integers' else 'texts'}, {self.most} at most")
+                raise self._refused(name, value, f"a list of {'whole numbers' if self.kind == 'integers' else 'texts'}, {self.most} at most")
             return [self._one(name, item) for item in value]
         return self._one(name, value)
 
@@ -67,24 +76,31 @@ class Field:
                 value = int(value)
             if isinstance(value, bool) or not isinstance(value, int) or not (self.low or 0) <= value <= (self.high if self.high is not None else value):
                 upper = "" if self.high is None else f" to {self.high}"
-                raise _refused(name, value, f"a whole number from {self.low or 0}{upper}")
+                raise self._refused(name, value, f"a whole number from {self.low or 0}{upper}")
         elif self.kind == "boolean":
             if not isinstance(value, bool):
-                raise _refused(name, value, "true or false")
+                raise self._refused(name, value, "true or false")
         elif self.kind in ("string", "strings"):
             if not isinstance(value, str) or len(value) > self.longest:
-                raise _refused(name, "that value" if self.secret else value, f"a text of {self.longest} characters at most")
-            if self.pattern and not re.search(self.pattern, value):
-                raise _refused(name, value, self.text)
+                raise self._refused(name, value, f"a text of {self.longest} characters at most")
+            if self._pattern and not re.search(self._pattern, value):
+                raise self._refused(name, value, self.text if self.pattern else "a text in one line")
             if self.valid and value not in self.valid:
-                raise _refused(name, value, ", ".join(self.valid))
-        elif isinstance(value, bool) or not isinstance(value, (int, float, str)):
-            raise _refused(name, value, "minutes as a number (120) or a duration such as 90s, 30m, 2h, 1d12h")
+                raise self._refused(name, value, ", ".join(self.valid))
+        elif isinstance(value, bool) or not isinstance(value, (int, float, str)) or not re.search(_LINE, str(value)):
+            raise self._refused(name, value, "minutes as a number (120) or a duration such as 90s, 30m, 2h, 1d12h")
         return value
 
+    def _refused(self, name: str, value: Any, valid: str) -> InvalidInput:
+        return InvalidInput(f"{name}: {'that value' if self.secret else words.quoted(value)} is not valid. Valid: {valid}", option=name)
 
-def _refused(name: str, value: Any, valid: str) -> InvalidInput:
-    return InvalidInput(f"{name}: {str(value)[:80]!r} is not valid. Valid: {valid}", option=name)
+
+# What a name of a key looks like; anything else in its place may be what was meant to be a value.
+_KEY = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,39}", re.ASCII)
+
+
+def _key(name: str) -> str:
+    return name if _KEY.fullmatch(name) else "that key"
 
 
 def check_body(fields: Mapping[str, Field], body: Any) -> dict[str, Any]:
@@ -93,7 +109,8 @@ def check_body(fields: Mapping[str, Field], body: Any) -> dict[str, Any]:
         raise InvalidInput("the body must be a JSON object")
     unknown = sorted(set(body) - set(fields))
     if unknown:
-        raise InvalidInput(f"{unknown[0][:80]}: unknown key. Valid: {', '.join(fields) or 'none, leave the body out'}", option=unknown[0][:80])
+        shown = _key(unknown[0])
+        raise InvalidInput(f"{shown}: unknown key. Valid: {', '.join(fields) or 'none, leave the body out'}", option=shown)
     found = {name: fields[name].check(name, value) for name, value in body.items() if value is not None}
     for name, one in fields.items():
         if one.required and name not in found:
@@ -107,7 +124,7 @@ def check_query(fields: Mapping[str, Field], query: Sequence[tuple[str, str]]) -
     for name, text in query:
         one = fields.get(name)
         if one is None:
-            raise InvalidInput(f"{name[:80]}: unknown query parameter. Valid: {', '.join(fields) or 'none'}", option=name[:80])
+            raise InvalidInput(f"{_key(name)}: unknown query parameter. Valid: {', '.join(fields) or 'none'}", option=_key(name))
         if one.kind == "strings":
             found.setdefault(name, []).extend(text.split(","))
         elif one.kind == "integer":
