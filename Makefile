@@ -152,6 +152,10 @@ changelog: setup ## Release: turn the changelog fragments into CHANGELOG.md
 	@echo "==> antsibull-changelog release"
 	@antsibull-changelog release
 
+release-check: setup ## A release without the tag, in a scratch clone: changelog, archive, installation, importer
+	@echo "==> Release, tried"
+	@scripts/release-check.sh
+
 build: setup ## Build the collection archive into build/
 	@echo "==> ansible-galaxy collection build"
 	@ansible-galaxy collection build --force --output-path build

@@ -14,7 +14,6 @@ git ls-files -z --cached --others --exclude-standard -- '*.md' ':!scripts' docs 
         if [ -f "$file" ]; then printf '%s\0' "$file"; fi
     done | tar --create --null --files-from=- | tar --extract --directory="$pages"
 cp -r scripts/docs/. "$pages/"
-if [ ! -f docs/performance.md ]; then sed -i /performance/d "$pages/index.md"; fi
 mkdir -p "$pages/collection"
 ANSIBLE_COLLECTIONS_PATH=$PWD/.collections antsibull-docs collection --use-current --fail-on-error --squash-hierarchy --no-add-antsibull-docs-version \
     --dest-dir "$pages/collection" agentlab.proxmox >"$work/antsibull-docs.log" 2>&1 || { cat "$work/antsibull-docs.log" >&2; exit 1; }

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import json
 import re
@@ -54,6 +55,48 @@ def test_the_diagram_draws_what_the_tables_say(monkeypatch: pytest.MonkeyPatch) 
         other.setitem(diagram.states.TRANSITIONS, "DESTROYED", ("REQUESTED",))
         with pytest.raises(SystemExit, match="not drawn: .*'DESTROYED', 'REQUESTED'"):
             diagram.draw()
+
+
+def test_the_map_of_the_folders_is_complete_and_true() -> None:
+    said = between((ROOT / "docs/architecture.md").read_text(), "map")
+    named = set(re.findall(r"\b(\w+\.py)\b", said))
+    files = ROOT / "roles/agentlabd/files"
+    there = {path.name for folder in (ROOT / "plugins/module_utils", ROOT / "plugins/doc_fragments", files / "agentlabd", files / "agentlab_cli")
+             for path in folder.rglob("*.py")} | {path.name for path in files.glob("*.py")}
+    assert named == there - {"__init__.py"}
+    # A folder stands at the beginning of a line as it is found from the one above it.
+    for folder in re.findall(r"^((?:\w+/)+) ", said, re.M):
+        assert (ROOT / folder).is_dir(), folder
+    for name in {path.name for path in ROOT.iterdir() if path.is_dir() and not path.name.startswith(".")} - {"build", "LICENSES", "changelogs", "meta"}:
+        assert re.search(rf"\b{name}/", said), name
+
+
+def imported(path: Path) -> set[str]:
+    """The modules that a file imports, relative ones as they are written (.errors, ..store.records)."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {one.name for one in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = "." * node.level + (node.module or "")
+            found |= {base + one.name for one in node.names} if base.strip(".") == "" else {base}
+    return found
+
+
+def test_imports_point_one_way_as_the_page_says() -> None:
+    core, files = ROOT / "plugins/module_utils/_core", ROOT / "roles/agentlabd/files"
+    for path in core.rglob("*.py"):
+        names = imported(path)
+        assert not any(name.split(".")[0] in ("ansible", "ansible_collections", "agentlabd", "agentlab_cli") for name in names), path
+        # Relative to the core: store and proxmox are folders of it.
+        if path.parent.name == "store":
+            assert not any("proxmox" in name or "operations" in name for name in names), path
+        if path.parent.name == "proxmox":
+            assert not any("operations" in name for name in names), path
+            assert path.name == "cluster.py" or not any("store" in name for name in names), path
+    assert {name for name in imported(core / "states.py") if name.startswith(".")} == {".errors"}
+    for path in (files / "agentlab_cli").glob("*.py"):
+        assert not any(name.split(".")[0] in ("agentlab_core", "agentlabd") for name in imported(path)), path
 
 
 def test_every_configuration_key_is_documented_with_its_default() -> None:
