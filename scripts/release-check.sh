@@ -26,15 +26,17 @@ fi
 antsibull-changelog lint
 antsibull-changelog release >"$work/changelog.log" 2>&1 || { cat "$work/changelog.log" >&2; exit 1; }
 antsibull-changelog lint-changelog-yaml changelogs/changelog.yaml
-if ! grep -q "^## v$version" CHANGELOG.md || find changelogs/fragments -name '*.yml' | grep -q .; then
+# As it stands in Markdown: a full stop is escaped.
+title="## v${version//./\\.}"
+if ! grep -qxF "$title" CHANGELOG.md || find changelogs/fragments -name '*.yml' | grep -q .; then
     echo "Error: the changelog was not made of all fragments." >&2
     exit 1
 fi
-echo "CHANGELOG.md: v$version, $(grep -c '^- ' CHANGELOG.md) entries"
+echo "CHANGELOG.md: v$version, $(grep -c '^\* ' CHANGELOG.md) entries"
 scripts/installed.sh
 scripts/importer.sh
 archive=build/installed/agentlab-proxmox-$version.tar.gz
-if ! tar --extract --to-stdout --file "$archive" CHANGELOG.md 2>/dev/null | grep -q "^## v$version"; then
+if ! tar --extract --to-stdout --file "$archive" CHANGELOG.md 2>/dev/null | grep -qxF "$title"; then
     echo "Error: the changelog is not in $archive." >&2
     exit 1
 fi

@@ -265,6 +265,12 @@ def test_every_variable_of_the_awx_page_is_one_of_the_playbook() -> None:
     assert given and given <= wanted
 
 
+def test_fragments_of_the_changelog_are_rst() -> None:
+    """The markup of module documentation, such as C(x), would stand in the changelog as it is."""
+    for path in (ROOT / "changelogs/fragments").glob("*.yml"):
+        assert not re.search(r"\b[A-Z]\([^)]", path.read_text()), path
+
+
 def test_the_cleanup_rules_of_the_page_are_understood() -> None:
     text = between((ROOT / "docs/configuration.md").read_text(), "cleanup").removeprefix("```yaml\n").removesuffix("```")
     policy = rules.parse(text, "page")
