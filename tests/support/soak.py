@@ -101,13 +101,13 @@ class Soak:
         one = self.daemon
         while not self._end.is_set():
             way = dice.choice(("expire", "destroy", "stop", "bulk"))
-            made = self.expect("create", one.post("/v1/sandboxes", {"ttl": "3s" if way == "expire" else "10m", "tags": [way]}), 201)
+            made = self.expect("create", one.post("/v1/sandboxes", {"ttl": "10m", "tags": [way]}), 201)
             vmid = made.get("vmid")
             if vmid is None:
                 self._end.wait(1)
                 continue
-            if way != "expire":
-                self.expect("renew", one.post(f"/v1/sandboxes/{vmid}/lease/renew", {"ttl_minutes": dice.randint(20, 60)}), 200)
+            lease = {"ttl": "1s", "allow_shorten": True} if way == "expire" else {"ttl_minutes": dice.randint(20, 60)}
+            self.expect("renew", one.post(f"/v1/sandboxes/{vmid}/lease/renew", lease), 200)
             if way == "stop":
                 self.expect("stop", one.post(f"/v1/sandboxes/{vmid}/stop"), 200)
             elif way == "destroy":

@@ -292,6 +292,12 @@ class Database:
             for job in batch:
                 job.done = True
 
+    def limit_cache(self, kib: int) -> None:
+        """Let each connection keep at most so many KiB of pages, for a process that lives long: the system's own cache holds them too."""
+        for lock, conn in ((self._reader_lock, self._reader), (self._writer_lock, self._writer)):
+            with lock:
+                conn.execute(f"PRAGMA cache_size = -{int(kib)}")
+
     def integrity(self) -> str:
         """``ok``, or what SQLite's own check found."""
         return "; ".join(str(row[0]) for row in self.read("PRAGMA quick_check"))

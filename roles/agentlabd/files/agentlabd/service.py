@@ -34,6 +34,8 @@ T = TypeVar("T")
 
 # Threads for what the records alone answer. SQLite serialises them anyway; a few hide the waiting for the disk.
 _READERS = 4
+# SQLite's own pages, for each of two connections: enough for a list of a thousand, and less than the two megabytes it would take.
+_CACHE_KIB = 512
 # Whose handlers count by themselves what they did.
 _COUNTED = ("prune", "cleanup", "reconcile")
 
@@ -52,6 +54,7 @@ class Service:
         self.policy = check(config)
         self.base = Context(config, actor="agentlabd", stopping=self.stopping)
         self._owner = self.base
+        self.base.database.limit_cache(_CACHE_KIB)
         self.loaded_at = self.started_at
         self.config_error: str | None = None
         self.records_pool = ThreadPoolExecutor(_READERS, "records")

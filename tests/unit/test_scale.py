@@ -1,0 +1,147 @@
+# Copyright: the agentlab.proxmox contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""History costs nothing: what is done at every tick, and what a list asks, takes as many steps of SQLite among many destroyed records as among none.
+
+Steps are counted and plans are read; how long it takes on this machine is no part of it. What does not grow with 20,000 does not with 100,000.
+"""
+
+from __future__ import annotations
+
+import re
+import sqlite3
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core import config, rules
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import cleanup, info, lease, prune, timeguard
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations.context import Context
+
+LIVE, HISTORY = 1000, 20_000
+EVERY = 50
+POLICY = rules.parse("""auto_cleanup:
+  rules: [{name: old, match: {states: [TIMEOUT, STOPPED]}, after: 7d, action: destroy}]
+  retention: {destroyed_records: 90d}
+""", "rules")
+
+
+def filled(path: Path, history: int) -> Context:
+    """Live records, half of them TIMEOUT, among so many destroyed ones with an event each. All VMIDs have had many sandboxes."""
+    ctx = Context(config.load({"database": str(path), "config_file": ""}, {"AGENTLAB_CONFIG": str(path.parent / "none.yaml")}), actor="test")
+    now = int(time.time())
+
+    def work(conn: sqlite3.Connection) -> None:
+        names = "uuid, vmid, name, state, node, lease_expires_at, created_at, updated_at, state_changed_at, smbios_uuid"
+        marks = ", ".join("?" * 10)
+        conn.executemany(f"INSERT INTO sandboxes ({names}) VALUES ({marks})", (
+            (f"gone-{n}", 1000 + n % LIVE, f"old-{n}", "DESTROYED", "pve1", now - 9000, now - 9000, now - 5000, now - 5000, f"s-{n}") for n in range(history)))
+        conn.executemany(f"INSERT INTO sandboxes ({names}) VALUES ({marks})", (
+            (f"live-{n}", 1000 + n, f"a-{n}", "TIMEOUT" if n % 2 else "RUNNING", "pve1", now + 3600, now - 60, now - 60, now - 60, f"t-{n}")
+            for n in range(LIVE)))
+        conn.execute("INSERT INTO events (at, sandbox_uuid, vmid, operation, actor, outcome) "
+                     "SELECT created_at, uuid, vmid, 'create', 'test', 'done' FROM sandboxes ORDER BY uuid")
+
+    ctx.database.write(work)
+    # Notes the clocks, as the first tick does.
+    timeguard.suspended(ctx)
+    return ctx
+
+
+@pytest.fixture(scope="module")
+def contexts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Context, Context]]:
+    """The same live records without history, and with it."""
+    made = [filled(tmp_path_factory.mktemp(name) / "agentlab.db", count) for name, count in (("young", 0), ("old", HISTORY))]
+    yield made[0], made[1]
+    for one in made:
+        one.close()
+
+
+WORK: dict[str, Callable[[Context], object]] = {
+    "when the next lease ends": lambda ctx: ctx.records.next_lease_end(),
+    "leases that are over": lambda ctx: lease.expire(ctx, stop_vms=False),
+    "a run of the cleanup rules": lambda ctx: cleanup.run(ctx, POLICY),
+    "planning a prune": lambda ctx: prune.select(ctx, prune.Wanted(older_than=86400)),
+    "what was interrupted": lambda ctx: (ctx.records.unfinished(), ctx.records.drop_dead_claims()),
+    "whether cleanup is frozen": cleanup.frozen,
+    "a list": lambda ctx: [one.public() for one in info.find(ctx, info.Wanted())],
+    "a list of one state": lambda ctx: info.find(ctx, info.Wanted(states=["TIMEOUT"])),
+    "one sandbox": lambda ctx: ctx.select(1500),
+    "a name": lambda ctx: ctx.select(name="a-500"),
+    "the last events of a VMID": lambda ctx: ctx.records.events(vmid=1500, tail=20),
+    "the events of a sandbox": lambda ctx: ctx.records.events(uuid="live-500"),
+}
+
+
+def connections(ctx: Context) -> list[sqlite3.Connection]:
+    return [ctx.database._reader, ctx.database._writer]
+
+
+def steps(ctx: Context, work: Callable[[Context], object]) -> int:
+    """Steps of SQLite's virtual machine, counted in fifties."""
+    count = 0
+
+    def step() -> int:
+        nonlocal count
+        count += EVERY
+        return 0
+
+    # A first time, so that statements are prepared and nothing is to be noted any more.
+    work(ctx)
+    for conn in connections(ctx):
+        conn.set_progress_handler(step, EVERY)
+    try:
+        work(ctx)
+    finally:
+        for conn in connections(ctx):
+            conn.set_progress_handler(None, 0)
+    return count
+
+
+def statements(ctx: Context, work: Callable[[Context], object]) -> list[str]:
+    told: list[str] = []
+    for conn in connections(ctx):
+        conn.set_trace_callback(told.append)
+    try:
+        work(ctx)
+    finally:
+        for conn in connections(ctx):
+            conn.set_trace_callback(None)
+    return [one for one in told if re.match(r"SELECT|UPDATE|DELETE", one)]
+
+
+@pytest.mark.parametrize("what", WORK)
+def test_history_adds_no_steps(contexts: tuple[Context, Context], what: str) -> None:
+    young, old = (steps(ctx, WORK[what]) for ctx in contexts)
+    # One search in a deeper tree, and 20 events of a VMID instead of one; not 20,000 records.
+    assert old <= young + 1500, (young, old)
+
+
+@pytest.mark.parametrize("what", WORK)
+def test_no_plan_walks_through_history(contexts: tuple[Context, Context], what: str) -> None:
+    ctx = contexts[1]
+    asked = statements(ctx, WORK[what])
+    assert asked
+    for statement in asked:
+        for row in ctx.database.read(f"EXPLAIN QUERY PLAN {statement}"):
+            detail = row["detail"]
+            # What is walked through whole must be an index of live records, or a table without history.
+            if detail.startswith("SCAN"):
+                assert re.search(r"USING (COVERING )?INDEX live_|^SCAN (o|operations|claims|workspaces|w|CONSTANT ROW|c)\b", detail), (statement, detail)
+
+
+def test_a_plan_that_walks_through_history_would_be_seen(contexts: tuple[Context, Context]) -> None:
+    young, old = (steps(ctx, lambda one: one.records.by_state()) for ctx in contexts)
+    assert old > young + 2 * HISTORY, "a count of all that were destroyed reads its whole index: for status and metrics, not for a tick"
+    plan = contexts[1].database.read("EXPLAIN QUERY PLAN SELECT uuid FROM sandboxes WHERE reason = 'x'")
+    assert plan[0]["detail"].startswith("SCAN sandboxes") and "live_" not in plan[0]["detail"]
+
+
+def test_retention_reads_only_what_it_removes(contexts: tuple[Context, Context]) -> None:
+    ctx = contexts[1]
+    assert steps(ctx, lambda one: one.records.forget(90 * 86400, 500)) < 500, "nothing is old enough"
+    # Fifty steps a record and its event are far from a scan for each.
+    assert steps(ctx, lambda one: one.records.forget(60, 500)) < 500 * 400
+    assert ctx.database.read("SELECT count(*) FROM sandboxes WHERE state = 'DESTROYED'")[0][0] == HISTORY - 1000
