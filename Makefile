@@ -19,6 +19,7 @@ PYTEST_ARGS ?=
 ROWS ?=
 RUNS ?= 5
 SOAK_MINUTES ?= 10
+SHARD ?=
 
 .PHONY: help setup demo test lint lint-python lint-ansible lint-meta sanity unit scenarios test-daemon test-molecule test-faults changelog build clean
 
@@ -31,7 +32,7 @@ SOAK_MINUTES ?= 10
 help: ## Show this list
 	@echo "Targets:"
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
-	@echo "Variables: PYTHON (interpreter for .venv), WORKERS (parallel tests, default auto), PYTEST_ARGS (e.g. '-k lease'), SOAK_MINUTES (default 10)"
+	@echo "Variables: PYTHON (interpreter for .venv), WORKERS (parallel tests, default auto), PYTEST_ARGS (e.g. '-k lease'), SOAK_MINUTES (default 10), SHARD"
 
 setup: ## Make .venv with all tools (again when requirements-dev.txt changes)
 	@scripts/setup.sh
@@ -103,9 +104,13 @@ faults-everyday: setup ## The thirteen ways in which others destroyed strangers'
 	@echo "==> Thirteen ways"
 	@$(PYTEST) tests/faults -m way $(PYTEST_ARGS)
 
-test-faults: setup ## Interrupted, broken and racing operations; takes long
+test-faults: setup ## Interrupted, broken and racing operations; takes up to half an hour (AGENTLAB_FAULTS_SEED replays another day's choice)
 	@echo "==> Faults"
 	@$(PYTEST) tests/faults --durations=10 $(PYTEST_ARGS)
+
+test-faults-all: setup ## As test-faults, with all of the thousands of cases: hours (SHARD=2/5 does the second of five parts)
+	@echo "==> Faults, all of them"
+	@AGENTLAB_FAULTS=all SHARD=$(SHARD) $(PYTEST) tests/faults --durations=10 $(PYTEST_ARGS)
 
 test-molecule: setup ## The role on Debian 12 and 13, booted under systemd-nspawn; needs root
 	@echo "==> Molecule"

@@ -63,9 +63,13 @@ class Double(ProxmoxDouble):
 
     # ---- faults ----
 
-    def fault(self, method: str, suffix: str, kind: str, *, times: int = 1, **values: Any) -> None:
-        """The next requests whose path ends with the pattern: cut-before, cut-after, truncate, answer (status, body), hang (seconds, carry_out)."""
+    def fault(self, method: str, suffix: str, kind: str, *, times: int = 1, **values: Any) -> dict[str, Any]:
+        """The next requests whose path ends with the pattern: cut-before, cut-after, truncate, answer (status, body), hang (seconds, carry_out).
+
+        Returned is the rule, whose ``times`` says how many are left.
+        """
         self.faults.append({"method": method, "suffix": suffix, "kind": kind, "times": times, **values})
+        return self.faults[-1]
 
     def _take_rule(self, method: str, path: str, template: str) -> Any:
         for fault in self.faults:

@@ -102,6 +102,7 @@ class Lab:
         pve.requests.clear()
         pve.counted.clear()
         pve.disks_lost.clear()
+        pve.hook_errors.clear()
         self._number += 1
         self.database = os.path.join(self.folder, f"records-{self._number}", "agentlab.db")
 

@@ -300,9 +300,13 @@ def _clone(ctx: Context, claim: Claim, spec: Spec, sandbox: Sandbox, noted: dict
             sandbox = ctx.records.get(sandbox.uuid)
     ctx.cluster.vms(fresh=True)
     found = locate(ctx, sandbox)
+    if found.node is None:
+        raise Kept("unknown", f"sandbox {sandbox.vmid}: the clone ended well, but no VM with that VMID is to be seen (removed meanwhile, or hidden from these "
+                   f"credentials?); to give it up, {_how_to_remove(ctx)}")
     smbios = identity.smbios_uuid((found.verdict.config or {}) if found.verdict else {})
     if found.verdict is None or found.verdict.identity != identity.UNBOUND or smbios is None:
-        raise Kept("ambiguous", f"sandbox {sandbox.vmid}: the clone ended well, but the VM now at that VMID does not carry its marker; it was left alone",
+        raise Kept("ambiguous", f"sandbox {sandbox.vmid}: the clone ended well, but the VM now at that VMID does not carry its marker; it was left alone. "
+                   f"To give the sandbox up, {_how_to_remove(ctx)}",
                    evidence=found.verdict.evidence if found.verdict else None)
     ctx.cluster.seen_ours(sandbox.vmid)
     return create_recovery.bind(ctx, claim, sandbox, smbios, found)
@@ -318,7 +322,8 @@ def _in_the_way(error: ApiError | TaskFailed) -> tuple[bool, bool]:
 
 
 def _not_certain(sandbox: Sandbox) -> Kept:
-    return Kept("ambiguous", f"sandbox {sandbox.vmid}: whether VM {sandbox.vmid} is the clone that was begun is not certain; it was left alone")
+    return Kept("ambiguous", f"sandbox {sandbox.vmid}: whether VM {sandbox.vmid} is the clone that was begun is not certain; it was left alone. "
+                "Look at it, and remove it by hand if it is to go")
 
 
 def _send_clone(ctx: Context, claim: Claim, spec: Spec, sandbox: Sandbox, noted: dict[str, Any]) -> str:

@@ -39,6 +39,8 @@ def locate_unbound(ctx: Context, sandbox: Sandbox, claim: Claim | None, created:
         if verdict is not None and verdict.identity == identity.FOREIGN and sent:
             refuse_in_doubt(ctx, sandbox, created or {})
         return found
+    if sent:
+        _refuse_running(ctx, sandbox, created or {})
     if not sent or not _our_clone_ended_well(ctx, created or {}):
         verdict.identity = identity.AMBIGUOUS
         return found
@@ -65,17 +67,22 @@ def bind(ctx: Context, claim: Claim, sandbox: Sandbox, smbios: str, found: Locat
 def refuse_in_doubt(ctx: Context, sandbox: Sandbox, created: dict[str, Any]) -> None:
     """Kept while a clone that was asked for may still appear: a lost request may be carried out afterwards."""
     age = ctx.clock.now() - int(created.get("at") or 0)
-    if created.get("upid"):
-        status = _status(ctx, created["upid"])
-        if status == "running":
-            raise Kept("locked", f"sandbox {sandbox.vmid}: its clone task {created['upid']} is still running; run again when it has ended")
-        if status is not None:
-            return
+    if created.get("upid") and _refuse_running(ctx, sandbox, created) is not None:
+        return
     if 0 <= age < ctx.config.doubt_window:
         raise Kept("unknown", f"sandbox {sandbox.vmid}: its creation was cut off {age} s ago and may still be carried out; "
                    f"run again in {ctx.config.doubt_window - age} s (doubt_window)")
     if _running_clone(ctx, created):
         raise Kept("locked", f"sandbox {sandbox.vmid}: a clone of template {created.get('template')} is still running; run again when it has ended")
+
+
+def _refuse_running(ctx: Context, sandbox: Sandbox, created: dict[str, Any]) -> str | None:
+    """How the clone task ended (None: not known); Kept while it is running: until then nothing is said about what it made."""
+    upid = created.get("upid")
+    status = _status(ctx, upid) if upid else None
+    if status == "running":
+        raise Kept("locked", f"sandbox {sandbox.vmid}: its clone task {upid} is still running; run again when it has ended (or stop it, if it hangs)")
+    return status
 
 
 def _status(ctx: Context, upid: str) -> str | None:

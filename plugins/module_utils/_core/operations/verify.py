@@ -98,7 +98,8 @@ def refuse_not_ours(sandbox: Sandbox, found: Located) -> None:
         raise Kept("foreign", f"VMID {sandbox.vmid} now belongs to another VM ({name}); it was not touched. "
                    "Destroy or prune the record, or run agentlab_reconcile", evidence=verdict.evidence)
     if verdict.identity == identity.UNKNOWN:
-        raise Kept("locked", f"sandbox {sandbox.vmid}: a VM is just being made at that VMID (cloned or restored); run again when that has ended",
+        raise Kept("locked", f"sandbox {sandbox.vmid}: a VM is just being made at that VMID (cloned or restored); run again when that has ended. If its "
+                   f"task was killed, have an administrator run qm unlock {sandbox.vmid}, look at VM {sandbox.vmid}, and remove it by hand if it is to go",
                    evidence=verdict.evidence)
     raise Kept("ambiguous", f"sandbox {sandbox.vmid}: it is not certain that VM {sandbox.vmid} ({name}) is ours (marker: {verdict.evidence['marker']}, "
                f"SMBIOS UUID {verdict.evidence['smbios_uuid']}, expected {verdict.evidence['expected_smbios_uuid']}); it was not touched. "

@@ -1,0 +1,372 @@
+# Copyright: the agentlab.proxmox contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""What a message tells the operator to do leads to the end: the commands are read out of the message, carried out, and the next run succeeds."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core import rules
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import AgentlabError
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import cleanup, create, workspace
+
+from support.lab import BYSTANDER, Lab
+
+pytestmark = pytest.mark.faults
+
+NOTHING_LEFT = {"claims": [], "operations": []}
+USER_DATA = "#cloud-config\n"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    made = tmp_path / "snippets"
+    made.mkdir(mode=0o755)
+    return made
+
+
+@pytest.fixture
+def lab(tmp_path: Path, folder: Path) -> Iterator[Lab]:
+    made = Lab(tmp_path, snippets_dir=str(folder))
+    made.pve.hold_snippets(str(folder))
+    yield made
+    made.check_promises()
+    assert made.leftovers() == NOTHING_LEFT
+    made.stop()
+
+
+class Operator:
+    """Does what a message says, and nothing else."""
+
+    def __init__(self, lab: Lab) -> None:
+        self.lab = lab
+        self.commands: dict[str, Callable[..., Any]] = {
+            r"qm set (\d+) --protection 0": lambda vmid: self.config(vmid).pop("protection"),
+            r"qm set (\d+) --delete (\w+)": lambda vmid, key: self.config(vmid).pop(key),
+            r"qm unlock (\d+)": self.unlock,
+            r"qm delsnapshot (\d+) (\w+)": lambda vmid, name: lab.pve.vm(int(vmid)).snapshots.pop(name),
+            r"qm template (\d+)": self.template,
+            r"pvesm set (\S+) --content ([\w,]+)": lambda storage, content: lab.pve.storages[storage].update(content=content),
+            r"(/\S+) can be written by everybody .*\(chmod o-w\)": lambda path: os.chmod(path, os.stat(path).st_mode & ~0o002),
+            r"VM (\d+)\b.*remove it by hand": lambda vmid: lab.pve.remove_vm(int(vmid)),
+            r"snippet (\S+) cannot be removed.*remove it": os.rmdir,
+            r"run again in (\d+) s": lambda seconds: time.sleep(int(seconds) + 0.1),
+            r"VM (\d+) has its volume (\S+) attached.*Take it off there": self.take_off,
+        }
+
+    def config(self, vmid: str) -> dict[str, Any]:
+        found: dict[str, Any] = self.lab.pve.vm(int(vmid)).config
+        return found
+
+    def unlock(self, vmid: str) -> None:
+        self.lab.pve.vm(int(vmid)).lock = None
+        self.config(vmid).pop("lock", None)
+
+    def template(self, vmid: str) -> None:
+        self.lab.pve.vm(int(vmid)).template = True
+        self.config(vmid)["template"] = 1
+
+    def take_off(self, vmid: str, volume: str) -> None:
+        config = self.config(vmid)
+        del config[next(key for key, value in config.items() if str(value).startswith(volume))]
+
+    def follow(self, message: str | None) -> None:
+        done = 0
+        for words, carry_out in self.commands.items():
+            for found in re.finditer(words, message or "", re.S):
+                carry_out(*found.groups())
+                done += 1
+        assert done, f"nothing to do by hand in: {message}"
+
+
+@pytest.fixture
+def operator(lab: Lab) -> Operator:
+    return Operator(lab)
+
+
+def refused(work: Callable[[], Any]) -> str:
+    """The message of what is refused."""
+    try:
+        found = work()
+    except AgentlabError as error:
+        return error.message
+    found = found[0] if isinstance(found, list) else found
+    assert found.failed, found
+    return str(found.message)
+
+
+# ---- VMs that are kept ----
+
+
+def protect(lab: Lab, vmid: int) -> None:
+    lab.pve.vm(vmid).config["protection"] = 1
+
+
+def lock(lab: Lab, vmid: int) -> None:
+    # What a backup that was killed leaves.
+    lab.pve.vm(vmid).lock = lab.pve.vm(vmid).config["lock"] = "backup"
+
+
+def copy(lab: Lab, vmid: int) -> None:
+    lab.swap(vmid, running=True, description=lab.pve.vm(vmid).config["description"])
+
+
+def edit(lab: Lab, vmid: int) -> None:
+    lab.pve.vm(vmid).config["description"] = "mine"
+
+
+def disk_by_hand(lab: Lab, vmid: int) -> None:
+    found = workspace.present(lab.context(), "w1", size="1G", storage="local-lvm").workspace
+    lab.pve.vm(vmid).config["scsi7"] = f"{found.volume if found else ''},size=1G"
+
+
+def disk_in_snapshot(lab: Lab, vmid: int) -> None:
+    disk_by_hand(lab, vmid)
+    vm = lab.pve.vm(vmid)
+    vm.snapshots["before"] = {**vm.config, "snaptime": 1}
+    del vm.config["scsi7"]
+
+
+def own_disk_in_snapshot(lab: Lab, vmid: int) -> None:
+    workspace.present(lab.context(), "w1", size="1G", storage="local-lvm")
+    ctx = lab.context()
+    workspace.attached(ctx, "w1", ctx.select(vmid))
+    vm = lab.pve.vm(vmid)
+    vm.snapshots["before"] = {**vm.config, "snaptime": 1}
+
+
+@pytest.mark.parametrize("state", ["RUNNING", "TIMEOUT"])
+@pytest.mark.parametrize("spoil", [protect, lock, copy, edit, disk_by_hand, disk_in_snapshot, own_disk_in_snapshot])
+def test_a_vm_that_is_kept(lab: Lab, operator: Operator, spoil: Callable[[Lab, int], None], state: str) -> None:
+    made = lab.create()
+    spoil(lab, made.vmid)
+    lab.force_state(made.vmid, state)
+    if state == "TIMEOUT":
+        report = lab.prune()
+        message = str((report.kept + report.failed)[0].message)
+    else:
+        message = refused(lambda: lab.destroy(made.vmid, force=True))
+    assert lab.record(made).live
+    operator.follow(message)
+    outcome = lab.prune().pruned[0] if state == "TIMEOUT" else lab.destroy(made.vmid, force=True)[0]
+    assert outcome.state == "DESTROYED" and not outcome.failed and lab.pve.vm(made.vmid) is None
+
+
+def test_a_sandbox_that_is_protected(lab: Lab) -> None:
+    made = lab.create(protected=True)
+    assert "set protected=false first" in refused(lambda: lab.destroy(made.vmid, force=True))
+    create.amend(lab.context(), lab.record(made), protected=False)
+    assert lab.destroy(made.vmid, force=True)[0].outcome == "destroyed"
+
+
+def test_a_snippet_that_cannot_be_removed(lab: Lab, operator: Operator, folder: Path) -> None:
+    made = lab.create(cloud_init_user_data=USER_DATA)
+    path = folder / os.listdir(folder)[0]
+    # Root can write to every folder: a folder where the file was cannot be unlinked.
+    path.unlink()
+    path.mkdir()
+    operator.follow(refused(lambda: lab.destroy(made.vmid, force=True)))
+    assert lab.destroy(made.vmid, force=True)[0].state == "DESTROYED"
+
+
+# ---- VMIDs that are somebody else's, and VMs that are gone ----
+
+
+@pytest.mark.parametrize("way", ["destroy", "prune", "reconcile"])
+@pytest.mark.parametrize("what", ["foreign", "gone"])
+def test_a_vm_that_is_not_ours_or_not_there(lab: Lab, way: str, what: str) -> None:
+    made = lab.create()
+    if what == "foreign":
+        vm = lab.swap(made.vmid, running=True)
+        advised = ("Destroy or prune the record", "run agentlab_reconcile")
+    else:
+        lab.pve.remove_vm(made.vmid)
+        advised = ("run agentlab_reconcile",)
+    message = refused(lambda: lab.power("stop", made.vmid))
+    assert all(one in message for one in advised)
+    if way == "destroy":
+        lab.destroy(made.vmid, force=True)
+    elif way == "prune":
+        lab.force_state(made.vmid, "TIMEOUT")
+        lab.prune()
+    else:
+        lab.reconcile(), lab.reconcile()
+    assert lab.record(made).state == "DESTROYED"
+    if what == "foreign":
+        lab.untouched(vm, status="running")
+
+
+def test_many_vms_that_are_gone_at_once(lab: Lab) -> None:
+    made = [lab.create(f"b{number}") for number in range(6)]
+    for one in made:
+        lab.pve.remove_vm(one.vmid)
+    assert "then prune or destroy what is really gone" in refused(lab.reconcile)
+    lab.destroy(*(one.vmid for one in made), force=True)
+    assert {one.state for one in lab.records()} == {"DESTROYED"} and lab.reconcile() == []
+
+
+def test_a_vm_without_a_record(lab: Lab) -> None:
+    made = lab.create()
+    config = dict(lab.pve.vm(made.vmid).config)
+    lab.destroy(made.vmid, force=True)
+    lab.pve.add_vm(777, "restored", status="stopped", config={**config, "smbios1": "uuid=33333333-1111-4111-8111-111111111111"})
+    drift = lab.reconcile()[0]
+    assert drift.kind == "unrecorded" and "remove it by hand if nobody needs it" in drift.action
+    lab.pve.remove_vm(777)
+    assert lab.reconcile() == []
+
+
+# ---- creations ----
+
+
+def test_a_creation_that_failed_and_could_not_be_cleaned_up(lab: Lab) -> None:
+    lab.pve.task_endings["qmstart"] = "start failed: QEMU exited with code 1"
+    lab.pve.fault("DELETE", "/qemu/1000", "answer", status=403, body='{"data":null,"message":"Permission check failed"}', times=9)
+    assert "destroy it with --force" in refused(lab.create)
+    lab.calm()
+    assert "first destroy it with --force" in refused(lab.create)
+    assert lab.destroy(1000, force=True)[0].outcome == "destroyed"
+    assert lab.create().state == "RUNNING"
+
+
+@pytest.mark.parametrize("kind", ["cut-before", "cut-after"])
+@pytest.mark.parametrize("then", ["destroy", "create"])
+def test_a_clone_in_doubt(lab: Lab, operator: Operator, kind: str, then: str) -> None:
+    lab.pve.fault("POST", "/clone", kind)
+    refused(lab.create)
+    if then == "create":
+        # Waits for it by itself.
+        assert lab.create().state == "RUNNING"
+        return
+    if kind == "cut-before":
+        operator.follow(refused(lambda: lab.destroy(1000, force=True)))
+    assert lab.destroy(1000, force=True)[0].outcome == "destroyed" and lab.pve.vm(1000) is None
+
+
+@pytest.mark.parametrize("ending", ["the disk is on fire", "unexpected status", "hang"])
+def test_a_clone_that_was_made_although_its_task_says_otherwise(lab: Lab, operator: Operator, ending: str) -> None:
+    """Left alone (it may be anybody's), FAILED with the reason; the operator looks and removes it, and the name can be used again."""
+    lab.pve.task_endings["qmclone"] = ending
+    refused(lambda: lab.create(options={"wait_timeout": "1s"}))
+    lab.calm()
+    if ending == "hang":
+        upid = re.search(r"its clone task (UPID:\S+) is still running; .*\(or stop it, if it hangs\)", refused(lambda: lab.destroy(1000, force=True)))
+        assert upid is not None
+        lab.pve.tasks[upid[1]].update(status="stopped", exitstatus="interrupted by signal")
+    vm = lab.pve.vm(1000)
+    assert vm is not None
+    message = refused(lambda: lab.destroy(1000, force=True))
+    assert "remove it by hand if it is to go" in message and vm in lab.pve.vms and lab.record(1000).live
+    operator.follow(message)
+    assert lab.destroy(1000, force=True)[0].outcome == "destroyed"
+    assert lab.create().state == "RUNNING"
+
+
+def test_a_clone_whose_worker_was_killed(lab: Lab, operator: Operator) -> None:
+    lab.pve.next_task("qmclone", "killed")
+    refused(lab.create)
+    assert lab.pve.vm(1000).lock == "clone"
+    message = refused(lambda: lab.destroy(1000, force=True))
+    assert "qm unlock 1000" in message
+    operator.follow(message)
+    assert lab.pve.vm(1000) is None and lab.destroy(1000, force=True)[0].outcome == "destroyed"
+
+
+def test_a_clone_that_was_removed_before_it_was_bound(lab: Lab) -> None:
+    def remove(method: str, path: str) -> None:
+        if method == "GET" and path.endswith("/status") and "/tasks/" in path:
+            lab.pve.vms[:] = [vm for vm in lab.pve.vms if vm.vmid != 1000]
+
+    lab.pve.after = remove
+    message = refused(lab.create)
+    lab.pve.after = None
+    assert "no VM with that VMID is to be seen" in message and "destroy it with --force" in message
+    assert lab.destroy(1000, force=True)[0].outcome == "destroyed"
+    assert lab.create().state == "RUNNING"
+
+
+@pytest.mark.parametrize("spoil", ["content", "folder"])
+def test_user_data_that_has_no_place(lab: Lab, operator: Operator, folder: Path, spoil: str) -> None:
+    if spoil == "content":
+        lab.pve.storages["local"]["content"] = "iso"
+    else:
+        folder.chmod(0o777)
+    operator.follow(refused(lambda: lab.create(cloud_init_user_data=USER_DATA)))
+    assert lab.create(cloud_init_user_data=USER_DATA).state == "RUNNING"
+
+
+def test_a_template_that_is_none_yet(lab: Lab, operator: Operator) -> None:
+    lab.pve.add_guest(700, "golden")
+    operator.follow(refused(lambda: lab.create(template="700", full_clone=True)))
+    assert lab.create(template="700", full_clone=True).state == "RUNNING"
+
+
+# ---- destroys that were cut off ----
+
+
+@pytest.mark.parametrize("way", ["destroy", "reconcile"])
+@pytest.mark.parametrize("kind", ["cut-before", "cut-after"])
+def test_a_destroy_that_was_cut_off(lab: Lab, kind: str, way: str) -> None:
+    made = lab.create()
+    lab.power("stop", made.vmid)
+    lab.pve.fault("DELETE", f"/qemu/{made.vmid}", kind)
+    refused(lambda: lab.destroy(made.vmid))
+    message = refused(lambda: lab.power("start", made.vmid))
+    assert "destroy it again or run agentlab_reconcile to finish it" in message
+    assert lab.destroy(made.vmid)[0].outcome == "destroyed" if way == "destroy" else lab.reconcile()
+    assert lab.record(made).state == "DESTROYED" and lab.pve.vm(made.vmid) is None
+
+
+# ---- workspaces ----
+
+
+def test_a_volume_that_somebody_attached(lab: Lab, operator: Operator) -> None:
+    disk_by_hand(lab, BYSTANDER)
+    made = lab.create()
+
+    def attach() -> Any:
+        ctx = lab.context()
+        return workspace.attached(ctx, "w1", ctx.select(made.vmid))
+
+    operator.follow(refused(attach))
+    assert attach().outcome == "attached"
+
+
+@pytest.mark.parametrize("what", ["attach", "detach"])
+def test_a_guest_without_hotplug(lab: Lab, what: str) -> None:
+    workspace.present(lab.context(), "w1", size="1G", storage="local-lvm")
+    made = lab.create(workspace="w1" if what == "detach" else None)
+
+    def work() -> Any:
+        ctx = lab.context(wait_timeout="1s")
+        return workspace.detached(ctx, "w1") if what == "detach" else workspace.attached(ctx, "w1", ctx.select(made.vmid))
+
+    lab.pve.hotplug = False
+    assert re.search(r"[Ss]top the sandbox, then (at|de)tach it", refused(work))
+    lab.power("stop", made.vmid)
+    assert work().outcome == f"{what}ed"
+
+
+# ---- guards ----
+
+
+def test_guards_that_tripped(lab: Lab) -> None:
+    for number in range(6):
+        lab.timed_out(f"b{number}")
+    assert "then raise max_count" in refused(lambda: lab.prune(max_count=3))
+    policy = rules.Policy(enabled=True, guard_count=3, guard_percent=100, rules=(rules.Rule("over", rules.DESTROY, states=("TIMEOUT",)),))
+    assert "cleanup is frozen until it is released" in refused(lambda: cleanup.run(lab.context(), policy))
+    message = refused(lambda: cleanup.run(lab.context(), policy))
+    assert "look at what it would do (dry run), then release it" in message
+    assert cleanup.run(lab.context(dry_run=True), policy).candidates == 6
+    assert lab.prune(max_count=6).count == 6
+    cleanup.release(lab.context())
+    assert cleanup.run(lab.context(), policy).candidates == 0
