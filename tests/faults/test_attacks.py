@@ -325,6 +325,23 @@ def test_a_vm_swapped_while_its_disk_is_resized_is_not_started(lab: Lab) -> None
     lab.untouched(swapped[0], status="stopped")
 
 
+@pytest.mark.parametrize("moment", ["rules", "options"])
+def test_a_vm_swapped_while_its_firewall_is_set_gets_no_rule(lab: Lab, moment: str) -> None:
+    swapped: list[Any] = []
+
+    def swap(method: str, path: str) -> None:
+        if method == "GET" and path.endswith(f"/firewall/{moment}") and not swapped:
+            vmid = int(re.search(r"/qemu/(\d+)", path)[1])  # type: ignore[index]
+            swapped.append(lab.pve.make_foreign(vmid))
+            lab.pve.requests.clear()
+
+    lab.pve.before = swap
+    with pytest.raises(AgentlabError):
+        lab.create(firewall_group="agents")
+    lab.pve.before = None
+    lab.untouched(swapped[0], status="stopped")
+
+
 # ---- creations ----
 
 

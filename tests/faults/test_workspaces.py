@@ -571,3 +571,42 @@ def test_what_a_message_advises_frees_the_vm_from_a_disk_that_no_record_tells_of
     del lab.pve.vm(int(advised[1])).config[advised[2]]
     assert lab.destroy(made.vmid, force=True)[0].state == "DESTROYED"
     kept_whole(lab, found)
+
+
+@pytest.mark.parametrize("moment", ["/snapshot", "/content"])
+def test_a_vm_that_is_swapped_while_its_workspace_is_looked_at_is_not_stopped(lab: Lab, moment: str) -> None:
+    """What is asked about workspaces before a destroy takes its time: whose VM it is is looked at once more before it is stopped."""
+    make(lab)
+    made = lab.create("a1", workspace="w1")
+    lab.pve.vm(made.vmid).config["scsi5"] = f"local-lvm:vm-{made.vmid}-disk-7,size=1G"
+    swapped: list[Any] = []
+
+    def swap(method: str, path: str) -> None:
+        if method == "GET" and path.endswith(moment) and not swapped:
+            swapped.append(lab.pve.make_foreign(made.vmid, running=True))
+            lab.pve.requests.clear()
+
+    lab.pve.before = swap
+    outcome = lab.destroy(made.vmid, force=True)[0]
+    lab.pve.before = None
+    assert (outcome.outcome, outcome.reason) == ("destroyed", "vmid_reused")
+    lab.untouched(swapped[0], status="running")
+
+
+def test_a_vm_that_is_swapped_while_it_gets_its_workspace_is_not_started(lab: Lab) -> None:
+    found = make(lab)
+    swapped: list[Any] = []
+    written: list[str] = []
+
+    def swap(method: str, path: str) -> None:
+        if method == "GET" and path.endswith("/qemu/1000/pending") and written and not swapped:
+            swapped.append(stranger_with(lab, 1000, {"scsi30": f"{found.volume},size=8G"}, running=False))
+            lab.pve.requests.clear()
+        if method == "PUT" and in_vm(lab, found) == [] and now(lab).slot is not None:
+            written.append(path)
+
+    lab.pve.before = swap
+    with pytest.raises(AgentlabError):
+        lab.create("a1", workspace="w1")
+    lab.pve.before = None
+    lab.untouched(swapped[0], status="stopped")

@@ -220,6 +220,8 @@ def _carry_on(ctx: Context, claim: Claim, spec: Spec, sandbox: Sandbox, journal:
             found = require_match(ctx, sandbox)
             workspace.attach(ctx, claim, sandbox, found, disk)
             sandbox = ctx.records.get(sandbox.uuid)
+            # It may have taken long, too: all VMs that could have the workspace were read.
+            found = require_match(ctx, sandbox)
         done, warned = power.start(ctx, sandbox, found)
         upids += done
         warnings += warned
@@ -393,7 +395,8 @@ def _configure(ctx: Context, spec: Spec, sandbox: Sandbox, found: Located) -> Lo
     if changes:
         ctx.client.put(f"{found.path}/config", digest=found.verdict.digest if found.verdict else None, **changes)
     if spec.firewall_group:
-        join_firewall_group(ctx, found, spec.firewall_group)
+        join_firewall_group(ctx, sandbox, found, spec.firewall_group)
+        found = require_match(ctx, sandbox)
     if spec.disk_size:
         disk = boot_disk(config)
         if disk is None:
@@ -407,7 +410,7 @@ def _configure(ctx: Context, spec: Spec, sandbox: Sandbox, found: Located) -> Lo
     return found
 
 
-def join_firewall_group(ctx: Context, found: Located, group: str) -> None:
+def join_firewall_group(ctx: Context, sandbox: Sandbox, found: Located, group: str) -> None:
     """Put the VM's firewall on and the security group into its rules, unless that is so already (a template's rules are cloned along)."""
     base = f"{found.path}/firewall"
 
@@ -424,6 +427,8 @@ def join_firewall_group(ctx: Context, found: Located, group: str) -> None:
     for is_so, write in writes:
         if is_so():
             continue
+        # These writes know no digest of the VM's configuration: whose VM it is is looked at directly before each.
+        require_match(ctx, sandbox)
         try:
             write()
         except OutcomeUnknown:

@@ -243,8 +243,15 @@ def _until_gone(ctx: Context, planned: Sandbox, request: Request) -> Outcome | _
                 sent, cut_off = False, None
             refuse_guarded(current, found)
             # What will be kept in the end is not stopped, and does not lose its workspace.
-            workspace.refuse_planned(ctx, current, found)
+            asked = workspace.refuse_planned(ctx, current, found)
             ctx.cluster.require_quorum()
+            if asked:
+                # That took its time, and a stop has no precondition: whose VM it is now is looked at directly before it.
+                again = _locate(ctx, current, claim, detail)
+                if not again.match:
+                    ctx.cluster.vms(fresh=True)
+                    continue
+                found = again
             if str(found.row.get("status")) != "stopped" and not stopped:
                 ctx.records.journal(claim, "destroy", cut_off.phase if cut_off else "stopping", detail)
                 try:

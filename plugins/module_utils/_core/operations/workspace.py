@@ -501,8 +501,11 @@ def _await_off(ctx: Context, node: str, sandbox: Sandbox, found: Workspace) -> N
 # ---- before a VM is deleted, and after ----
 
 
-def refuse_listed(ctx: Context, sandbox: Sandbox, located: Located) -> None:
-    """Kept when the deletion of the VM, as its configuration is now, could take a workspace along (or might, because one is missing)."""
+def refuse_listed(ctx: Context, sandbox: Sandbox, located: Located) -> bool:
+    """Kept when the deletion of the VM, as its configuration is now, could take a workspace along (or might, because one is missing).
+
+    Returns whether Proxmox was asked anything.
+    """
     live = ctx.workspaces.find_all()
     config = (located.verdict.config if located.verdict else None) or {}
     configs = {"": config, **_snapshots(ctx, located)} if live else {"": config}
@@ -522,17 +525,21 @@ def refuse_listed(ctx: Context, sandbox: Sandbox, located: Located) -> None:
                 raise Kept("workspace", f"sandbox {sandbox.vmid}: {place} names {volume} as {key}, which is (or was) {what}; the VM was not deleted. Take the "
                            f"disk off it first ({advice})", volume=volume, vmid=sandbox.vmid)
     _refuse_if_missing(ctx, sandbox, config, [one for one in live if one.sandbox_uuid is not None])
+    return bool(live)
 
 
-def refuse_planned(ctx: Context, sandbox: Sandbox, located: Located) -> None:
-    """As the destroy would do it in the end: its own workspace would be taken off first. Asked before anything is stopped or taken off, too."""
+def refuse_planned(ctx: Context, sandbox: Sandbox, located: Located) -> bool:
+    """As the destroy would do it in the end: its own workspace would be taken off first. Asked before anything is stopped or taken off, too.
+
+    False when the records alone said it: there are no workspaces.
+    """
     own = ctx.workspaces.of_sandbox(sandbox.uuid)
     if own is not None:
         refuse_snapshots(ctx, sandbox, located, own)
     config = dict((located.verdict.config if located.verdict else None) or {})
     kept = {key: value for key, value in config.items() if own is None or str(value).partition(",")[0] != own.volume}
     verdict = dataclasses.replace(located.verdict, config=kept) if located.verdict else None
-    refuse_listed(ctx, sandbox, Located(located.node, located.row, verdict))
+    return refuse_listed(ctx, sandbox, Located(located.node, located.row, verdict))
 
 
 def _refuse_if_missing(ctx: Context, sandbox: Sandbox, config: dict[str, Any], held: list[Workspace]) -> None:
