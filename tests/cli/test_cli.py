@@ -496,6 +496,25 @@ def test_status(daemon: StandIn) -> None:
     assert "line 3: unknown key" in found.stdout
 
 
+def test_doctor(daemon: StandIn, tmp_path: Path) -> None:
+    report: dict[str, Any] = {"status": "warning", "problems": 0, "pveum": ["pveum role add AgentlabRun"], "bundle": None, "findings": [
+        {"check": "database", "status": "ok", "meaning": "it is whole", "advice": "nothing", "facts": {}},
+        {"check": "privileges", "status": "warning", "meaning": "more\x1b[31m than needed", "advice": "make another token", "facts": {}}]}
+    daemon.replies["GET", "/v1/doctor"] = (200, report)
+    found = agentlab("doctor", socket=daemon.path)
+    assert (found.returncode, found.stderr) == (0, "")
+    assert found.stdout == ("ok       database    it is whole\nwarning  privileges  more\\x1b[31m than needed\n                     -> make another token\n\n"
+                            "A token with the least privileges, made as root on a node:\n  pveum role add AgentlabRun\n")
+    daemon.replies["GET", "/v1/doctor?template=9000&bundle=true&bundle_hosts=true"] = (200, {**report, "problems": 2, "bundle": {"a": 1}})
+    file = tmp_path / "bundle.json"
+    found = agentlab("doctor", "--template", "9000", "--bundle", file, "--bundle-hosts", socket=daemon.path)
+    assert found.returncode == 1 and json.loads(file.read_text()) == {"a": 1}, found
+    daemon.replies["GET", "/v1/doctor?bundle=true"] = (200, {**report, "bundle": {"a": 1}})
+    found = agentlab("doctor", "--bundle", tmp_path / "none" / "x", socket=daemon.path)
+    assert found.returncode == 1 and "No such file or directory; give a file in a folder that you may write to" in found.stderr
+    assert agentlab("doctor", "--bundle-hosts", socket=daemon.path).returncode == 2
+
+
 def test_freeze_and_release(daemon: StandIn) -> None:
     daemon.replies["POST", "/v1/cleanup/freeze"] = (200, {"frozen": {"reason": "maintenance"}})
     daemon.replies["POST", "/v1/cleanup/release"] = (200, {"frozen": None})

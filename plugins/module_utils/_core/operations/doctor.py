@@ -536,6 +536,11 @@ def bundle(doctor: Doctor, report: Report, *, hosts: bool = False, events: int =
     return dict(_redacted(json.loads(json.dumps(found, default=str)), _replacements(doctor, hosts), hosts))
 
 
+def shown(doctor: Doctor, report: Report) -> dict[str, Any]:
+    """The report for others' eyes: whatever Proxmox, or an error, may have quoted, no secret of the configuration is in it."""
+    return dict(_redacted(report.public(), _replacements(doctor, True), True))
+
+
 def write_bundle(path: str, content: Mapping[str, Any]) -> None:
     """A file of its own with mode 0600, whole or not at all; whatever was there is replaced, never followed."""
     folder = os.path.dirname(os.path.abspath(path))

@@ -11,6 +11,7 @@ import sys
 import click
 
 from . import __version__
+from .doctor import doctor
 from .errors import INTERRUPTED
 from .framework import Group
 from .other import cleanup, completion, profile, status
@@ -39,7 +40,7 @@ def root() -> None:
     """
 
 
-for _command in (sandbox, workspace, status, cleanup, profile, completion):
+for _command in (sandbox, workspace, status, doctor, cleanup, profile, completion):
     root.add_command(_command)
 
 

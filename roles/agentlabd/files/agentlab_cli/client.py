@@ -50,8 +50,11 @@ class Client:
     timeout: int | None = None
 
     def get(self, *parts: object, **query: object) -> Answer:
-        asked = urlencode({name: value for name, value in query.items() if value not in (None, ())}, doseq=True)
-        return self.request("GET", _target(parts) + (f"?{asked}" if asked else ""), None, READ_TIMEOUT)
+        return self.request("GET", _resource(parts, query), None, READ_TIMEOUT)
+
+    def ask(self, *parts: object, **query: object) -> Answer:
+        """As ``get``, of what has to ask Proxmox first."""
+        return self.request("GET", _resource(parts, query), None, WORK_TIMEOUT)
 
     def post(self, *parts: object, body: dict[str, Any] | None = None) -> Answer:
         return self.request("POST", _target(parts), body, WORK_TIMEOUT)
@@ -126,6 +129,11 @@ class Client:
 
 def _target(parts: tuple[object, ...]) -> str:
     return "/v1/" + "/".join(quote(str(part), safe="") for part in parts)
+
+
+def _resource(parts: tuple[object, ...], query: dict[str, object]) -> str:
+    asked = urlencode({name: value for name, value in query.items() if value not in (None, ())}, doseq=True)
+    return _target(parts) + (f"?{asked}" if asked else "")
 
 
 def _parse(raw: bytes) -> Any:

@@ -48,6 +48,7 @@ _WORKSPACE: dict[str, Any] = {
     "id": _TEXT, "name": _TEXT, "state": _TEXT, "size": {**_WHOLE, "description": "bytes"}, "storage": _TEXT, "node": _MAYBE, "volume": _TEXT,
     "owner_vmid": _WHOLE, "vmid": {"type": ["integer", "null"]}, "sandbox": _MAYBE, "sandbox_uuid": _MAYBE, "device": _TEXT, "lease_expires_at": _TIME,
     "created_at": _TIME, "updated_at": _TIME, "state_changed_at": _TIME, "reason": _MAYBE}
+_FINDING: dict[str, Any] = {"type": "string", "enum": ["ok", "warning", "problem", "unknown"]}
 _JOB: dict[str, Any] = {"last_run": _TIME, "next_run": _TIME, "last_error": _MAYBE}
 
 SCHEMAS: dict[str, Any] = {
@@ -82,6 +83,10 @@ SCHEMAS: dict[str, Any] = {
                             "frozen": {"anyOf": [_ref("Freeze"), {"type": "null"}]}}),
         "operations": _object({"in_progress": _WHOLE, "interrupted": _WHOLE}),
         "config": _object({"path": _MAYBE, "loaded_at": _TIME, "error": _MAYBE})}),
+    "Doctor": _object({
+        "status": _FINDING, "problems": _WHOLE, "pveum": {**_list(_TEXT), "description": "commands for a token with the least privileges"},
+        "findings": _list(_object({"check": _TEXT, "status": _FINDING, "meaning": _TEXT, "advice": _MAYBE, "facts": _ANY})),
+        "bundle": {"type": ["object", "null"]}}),
     "OpenApi": _object({"openapi": _TEXT}, more=True),
 }
 _WHY = {400: "The request makes no sense", 404: "sandbox (or workspace) not found", 409: "The state of things forbids it", 413: "The body is too large",

@@ -260,6 +260,22 @@ def release_cleanup(call: Call) -> Answer:
     return Answer({"frozen": None, "released": cleanup.release(call.context())})
 
 
+# ---- the doctor ----
+
+
+def examine(call: Call) -> Answer:
+    # Here, and not above: it is seldom asked for, and large.
+    from agentlab_core.operations import doctor
+
+    found = doctor.Doctor(call.service.config)
+    try:
+        report = found.examine(doctor.Wanted(template=call.query.get("template")))
+        made = doctor.bundle(found, report, hosts=call.query.get("bundle_hosts", False)) if call.query.get("bundle") else None
+        return Answer({**doctor.shown(found, report), "bundle": made})
+    finally:
+        found.close()
+
+
 # ---- the table ----
 
 _LIFETIME = {
@@ -308,6 +324,11 @@ _ADOPT_APPLIED: dict[str, Any] = {"not": {"required": ["adopt_cluster"], "proper
 ROUTES: tuple[Route, ...] = (
     Route("GET", "/v1/healthz", "healthz", "Whether the daemon answers", healthz, {200: "Health"}, quick=True),
     Route("GET", "/v1/status", "status", "What the daemon does, when it did it last, and what stands in its way", status, {200: "Status"}, quick=True),
+    Route("GET", "/v1/doctor", "doctor", "Look at everything sandboxes depend on, and say what to do; reads only", examine, {200: "Doctor"}, query={
+        "template": Field("string", "VMID or name of a template to look at, instead of the configured one", longest=100),
+        "bundle": Field("boolean", "add a bundle for a bug report, without secrets"),
+        "bundle_hosts": Field("boolean", "leave names and addresses of hosts, nodes and VMs in the bundle"),
+    }),
     Route("GET", "/v1/openapi.json", "openapi", "This document", describe, {200: "OpenApi"}, quick=True),
     Route("GET", "/v1/sandboxes", "list_sandboxes", "Sandboxes in the order of their VMIDs", list_sandboxes, {200: "Sandboxes"}, quick=True, query={
         "state": Field("strings", "only these states", valid=states.STATES, most=20),

@@ -1,0 +1,74 @@
+# Copyright: the agentlab.proxmox contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""The command that looks at everything, and writes the bundle for a bug report."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import Any
+
+import click
+
+from .errors import REFUSED, Problem
+from .framework import Command, Settings
+from .progress import Progress
+from .sandbox import settings
+from .text import cell
+
+
+@click.command(cls=Command, usage="[--template <template>] [--bundle <file>]", examples=(
+    "agentlab doctor",
+    "agentlab doctor --json | jq '.findings[] | select(.status != \"ok\")'",
+    "agentlab doctor --bundle agentlab-bundle.json",
+), notes=(
+    "It only reads. The exit status is 1 when there is a problem; warnings, and what",
+    "could not be looked at, are none.",
+    "The bundle is for bug reports: findings, configuration, sandboxes, the last",
+    "events. No password or secret is in it, and the file is yours alone (mode 0600).",
+))
+@click.option("--template", metavar="<template>", help="VMID or name of a template to look at, instead of the configured one.")
+@click.option("--bundle", metavar="<file>", type=click.Path(dir_okay=False), help="Write a bundle for a bug report; what is there is replaced.")
+@click.option("--bundle-hosts", is_flag=True, help="Leave names and addresses of hosts, nodes and VMs in the bundle.")
+@settings
+def doctor(to: Settings, template: str | None, bundle: str | None, bundle_hosts: bool) -> None:
+    """Look at everything sandboxes depend on, and say what to do."""
+    if bundle_hosts and not bundle:
+        raise click.UsageError("--bundle-hosts is for --bundle")
+    with Progress(lambda: "looking at configuration, records, Proxmox VE and daemon", wanted=not to.json):
+        answer = to.client.ask("doctor", template=template, bundle="true" if bundle else None, bundle_hosts="true" if bundle_hosts else None)
+    to.tell(answer, _findings)
+    if bundle:
+        _write(bundle, answer.data["bundle"])
+        click.echo(f"bundle written to {bundle}; look through it before you send it", err=True)
+    if answer.data["problems"]:
+        sys.stdout.flush()
+        sys.exit(REFUSED)
+
+
+def _findings(data: dict[str, Any]) -> str:
+    found = data["findings"]
+    width = max((len(str(one["check"])) for one in found), default=0)
+    lines = []
+    for one in found:
+        lines.append(f"{cell(one['status']):<7}  {cell(one['check']):<{width}}  {cell(one['meaning'])}")
+        if one["advice"] and one["status"] != "ok":
+            lines.append(f"{'':<7}  {'':<{width}}  -> {cell(one['advice'])}")
+    if any(one["status"] != "ok" and one["check"] in ("configuration", "privileges", "proxmox") for one in found):
+        lines += ["", "A token with the least privileges, made as root on a node:", *(f"  {cell(line)}" for line in data["pveum"])]
+    return "\n".join(lines)
+
+
+def _write(path: str, content: Any) -> None:
+    """The file is whole or not there, and nobody else's to read; a link in its place is replaced, not followed."""
+    fresh = f"{path}.{os.getpid()}.new"
+    try:
+        with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
+            json.dump(content, file, indent=2, ensure_ascii=False)
+            file.write("\n")
+        os.replace(fresh, path)
+    except OSError as error:
+        raise Problem(f"--bundle {path}: {error.strerror}; give a file in a folder that you may write to") from error
