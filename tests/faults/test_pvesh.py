@@ -23,7 +23,8 @@ PROGRAM = Path(__file__).resolve().parents[1] / "support" / "pvesh.py"
 
 @pytest.fixture
 def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Lab]:
-    made = Lab(tmp_path)
+    # Every request starts a program, which a busy machine may take long over.
+    made = Lab(tmp_path, api_timeout=60)
     program = tmp_path / "bin" / "pvesh"
     program.parent.mkdir()
     program.write_text(f'#!/bin/sh\nexec {sys.executable} {PROGRAM} "$@"\n')
