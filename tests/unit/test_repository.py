@@ -35,3 +35,24 @@ def test_the_awx_project_runs_every_playbook_of_the_collection() -> None:
     assert {name: plays[0]["ansible.builtin.import_playbook"] for name, plays in shims.items()} == {name: f"agentlab.proxmox.{name}" for name in ours}
     wanted = yaml.safe_load((ROOT / "awx/collections/requirements.yml").read_text())["collections"][0]
     assert wanted["name"] == "agentlab.proxmox" and wanted["version"].startswith(f">={yaml.safe_load((ROOT / 'galaxy.yml').read_text())['version']}")
+
+
+def test_the_issue_forms_are_forms() -> None:
+    forms = {path.stem: yaml.safe_load(path.read_text()) for path in (ROOT / ".github/ISSUE_TEMPLATE").glob("*.yml")}
+    assert set(forms) == {"bug", "feature", "documentation", "config"}
+    assert forms.pop("config")["blank_issues_enabled"] is False
+    for form in forms.values():
+        assert {"name", "description", "labels", "body"} == set(form)
+        ids = [part["id"] for part in form["body"] if part["type"] != "markdown"]
+        assert len(ids) == len(set(ids))
+        for part in form["body"]:
+            assert part["type"] in ("markdown", "dropdown", "textarea", "input") and part["attributes"].get("value" if part["type"] == "markdown" else "label")
+
+
+def test_what_the_commit_hooks_run_is_there() -> None:
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+    for hook in hooks:
+        if hook["language"] == "system":
+            program, *words = hook["entry"].replace("bash -c '", "").split()
+            assert (ROOT / program).exists(), program
+            assert all((ROOT / word).exists() for word in words if word.startswith("scripts/")), hook["entry"]
