@@ -25,7 +25,7 @@ SHARD ?=
 
 .PHONY: test-cli-oldest test-monitoring
 
-.PHONY: check gates test-awx test-cores demo-installed importer docs faults-everyday test-faults-all
+.PHONY: check gates test-awx test-cores demo-installed importer docs faults-everyday test-faults-all test-inventory release-check
 
 .PHONY: bench bench-short
 

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 from support import pages
 from support.cli import agentlab
@@ -14,7 +15,7 @@ from support.daemon import Daemon
 from support.lab import Lab
 
 
-def test_the_commands_of_troubleshooting_work_in_their_order(daemon: Callable[..., Daemon], lab: Lab) -> None:
+def test_the_commands_of_troubleshooting_work_in_their_order(daemon: Callable[..., Daemon], lab: Lab, tmp_path: Path) -> None:
     for number in range(4):
         lab.create(f"a{number}", vmid=1000 + number)
     lab.timed_out("old", vmid=1004)
@@ -22,7 +23,7 @@ def test_the_commands_of_troubleshooting_work_in_their_order(daemon: Callable[..
     one = daemon(cleanup="auto_cleanup: {enabled: true, interval: 1d, rules: [{name: old, match: {states: [TIMEOUT]}, after: 1d, action: destroy}]}\n")
     said = []
     for command in pages.commands(pages.ROOT / "docs/troubleshooting.md"):
-        words = pages.words(command)
+        words = [word.replace("/root/", f"{tmp_path}/") for word in pages.words(command)]
         if words[0] == "agentlab":
             done = agentlab(*words[1:], socket=one.socket)
             assert done.returncode == 0, (command, done.stdout, done.stderr)
