@@ -36,6 +36,9 @@ RECIPE = 1
 SSH_PORT = 22022
 # How nspawn says that the host asked for a reboot.
 REBOOT = 133
+# A mirror may stutter while it takes in what is new: apt asks again, and so do we.
+TRIES = 3
+APT_RETRIES = 'Acquire::Retries "5";'
 STOP_SECONDS = 20
 CA_BUNDLE = Path("/etc/ssl/certs/ca-certificates.crt")
 PROXIES = ("http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
@@ -105,10 +108,17 @@ def tree(release: str) -> Path:
                 shutil.rmtree(old)
             # Not in the cache folder itself: a run that is killed must not leave half a tree that looks like a whole one.
             draft = CACHE / f".{release}.draft"
-            shutil.rmtree(draft, ignore_errors=True)
-            # The package lists stay: a bare host knows what there is to install.
-            _call("mmdebstrap", "--quiet", "--mode=root", "--variant=apt", "--skip=cleanup/apt/lists", f"--include={','.join(PACKAGES)}",
-                  *(f"--aptopt={option}" for option in options), release, str(draft), MIRROR)
+            for attempt in range(TRIES):
+                shutil.rmtree(draft, ignore_errors=True)
+                try:
+                    # The package lists stay: a bare host knows what there is to install.
+                    _call("mmdebstrap", "--quiet", "--mode=root", "--variant=apt", "--skip=cleanup/apt/lists", f"--include={','.join(PACKAGES)}",
+                          *(f"--aptopt={option}" for option in options), release, str(draft), MIRROR)
+                    break
+                except Failed:
+                    if attempt == TRIES - 1:
+                        raise
+                    time.sleep(10 * (attempt + 1))
             draft.rename(made)
     return made
 
@@ -116,7 +126,8 @@ def tree(release: str) -> Path:
 def _apt_options() -> list[str]:
     """What the machine's apt needs to reach its servers (proxies, dates): the hosts' apt needs it too."""
     done = subprocess.run(["apt-config", "dump"], capture_output=True, text=True, check=False)
-    return sorted(line for line in done.stdout.splitlines() if re.match(r'Acquire::(https?::.*|Check-Date|Check-Valid-Until|Retries) ".+";', line))
+    found = (line for line in done.stdout.splitlines() if re.match(r'Acquire::(https?::.*|Check-Date|Check-Valid-Until) ".+";', line))
+    return [*sorted(found), APT_RETRIES]
 
 
 # ---- hosts ----

@@ -24,6 +24,7 @@ import yaml
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core import config
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store import schema
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.database import Database
+from fakepve.certs import make_cert
 
 ROOT = Path(__file__).resolve().parents[2]
 ROLE = ROOT / "roles/agentlabd"
@@ -87,8 +88,8 @@ def test_the_version_is_that_of_the_collection() -> None:
 # ---- configuration, judged before it replaces the one in force ----
 
 def _judge(etc: Path, content: dict[str, Any]) -> subprocess.CompletedProcess[str]:
-    given = {"config.yaml": "api_host: pve1\napi_token_id: a@pve!t\napi_token_secret: made-up-secret\n", "cleanup.yaml": POLICY, "profiles": {},
-             "remove": [], **content}
+    given = {"config.yaml": "api_host: pve1\napi_token_id: a@pve!t\napi_token_secret: made-up-secret\n", "cleanup.yaml": POLICY,
+             "ca.pem": None, "profiles": {}, "remove": [], **content}
     return subprocess.run([sys.executable, "-I", str(FILES / "agentlab_install.py"), "check", f"--release={FILES}", f"--etc={etc}",
                            f"--user={getpass.getuser()}"], input=json.dumps(given), capture_output=True, text=True, check=False)
 
@@ -110,6 +111,7 @@ def test_what_is_good_is_accepted(etc: Path) -> None:
     ({"config.yaml": "default_ttl: whenever\n"}, ("default_ttl", "whenever")),
     ({"config.yaml": "no_such_key: 1\n"}, ("no_such_key",)),
     ({"cleanup.yaml": POLICY.replace("destroy", "obliterate")}, ("cleanup.yaml", "obliterate", "destroy")),
+    ({"ca.pem": "no certificate\n"}, ("ca_path", "PEM")),
     ({"profiles": {"big": "resources: {cores: many}\n"}}, ("profiles/big.yaml", "cores", "many")),
 ])
 def test_what_is_wrong_is_refused_by_its_real_name(etc: Path, content: dict[str, Any], words: tuple[str, ...]) -> None:
@@ -131,6 +133,70 @@ def test_only_what_is_read_at_the_start_asks_for_a_restart(etc: Path) -> None:
     (etc / "config.yaml").write_text(before)
     assert json.loads(_judge(etc, {"config.yaml": before + "default_ttl: 2h\n"}).stdout) == {"restart": False}
     assert json.loads(_judge(etc, {"config.yaml": before + "metrics_listen: 127.0.0.1:9821\n"}).stdout) == {"restart": True}
+
+
+def test_the_ca_certificate_is_judged_before_it_has_its_place(etc: Path, tmp_path: Path) -> None:
+    config = f"api_host: pve1\napi_token_id: a@pve!t\napi_token_secret: made-up-secret\nca_path: {etc}/ca.pem\n"
+    assert f"{etc}/ca.pem" in _judge(etc, {"config.yaml": config}).stderr
+    done = _judge(etc, {"config.yaml": config, "ca.pem": Path(make_cert(str(tmp_path))[0]).read_text()})
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+# ---- what the daemon was told last ----
+
+class Installed:
+    """A host after the role ran there once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.etc, self.lib, self.unit = folder / "etc", folder / "lib", folder / "agentlabd.service"
+        (self.etc / "profiles").mkdir(parents=True)
+        (self.lib / "releases/1").mkdir(parents=True)
+        (self.lib / "current").symlink_to("releases/1")
+        for path in (self.unit, self.lib / "current/MANIFEST", self.etc / "config.yaml", self.etc / "cleanup.yaml"):
+            path.write_text("as it was\n")
+
+    def settled(self, *arguments: str) -> dict[str, bool]:
+        done = subprocess.run([sys.executable, "-I", str(FILES / "agentlab_install.py"), "settled", f"--etc={self.etc}", f"--lib={self.lib}",
+                               f"--unit={self.unit}", *arguments], capture_output=True, text=True, check=True)
+        found: dict[str, bool] = json.loads(done.stdout)
+        return found
+
+
+@pytest.fixture
+def installed(tmp_path: Path) -> Installed:
+    made = Installed(tmp_path)
+    assert made.settled() == {"settled": False, "noted": False}
+    assert made.settled("--note") == {"settled": False, "noted": True}
+    assert made.settled("--note") == {"settled": True, "noted": False}
+    return made
+
+
+MANAGED = f"# {_yaml('vars/main.yml')['agentlabd__managed']}\n"
+
+
+@pytest.mark.parametrize("changed", [
+    "etc/config.yaml", "etc/cleanup.yaml", "etc/ca.pem", "etc/profiles/new.yaml", "agentlabd.service", "agentlabd.service.d/10-local.conf",
+    "lib/releases/1/MANIFEST"])
+def test_what_was_written_but_not_told_is_not_settled(installed: Installed, tmp_path: Path, changed: str) -> None:
+    (tmp_path / changed).parent.mkdir(exist_ok=True)
+    (tmp_path / changed).write_text(f"{MANAGED}other\n")
+    assert installed.settled() == {"settled": False, "noted": False}
+    assert installed.settled("--note")["noted"]
+    assert installed.settled()["settled"]
+    (tmp_path / changed).unlink()
+    assert not installed.settled()["settled"]
+
+
+def test_what_others_put_there_is_theirs_to_make_known(installed: Installed) -> None:
+    (installed.etc / "profiles/mine.yaml").write_text("resources: {cores: 1}\n")
+    assert installed.settled()["settled"]
+
+
+def test_the_list_of_what_was_told_is_for_root_and_a_bare_host_needs_none(installed: Installed) -> None:
+    assert (installed.lib / "settled").stat().st_mode & 0o777 == 0o600
+    (installed.lib / "current").unlink()
+    (installed.lib / "settled").unlink()
+    assert installed.settled()["settled"]
 
 
 # ---- records, when the release changes ----
@@ -212,3 +278,14 @@ def test_newer_records_without_an_older_copy_are_left_alone(records: Records) ->
     refused = records.secure()
     assert refused.returncode == 1 and "holds no older copy" in refused.stderr
     assert "after" in records.notes() and list(records.backups.iterdir()) == []
+
+
+def test_a_link_where_the_records_are_restored_is_not_followed(records: Records, tmp_path: Path) -> None:
+    records.secure()
+    records.set_schema(schema.VERSION + 1)
+    other = tmp_path / "other"
+    other.write_text("not ours\n")
+    (tmp_path / ".agentlab.db.restored").symlink_to(other)
+    assert json.loads(records.secure(running="2.0.0").stdout)["restored"]
+    assert other.read_text() == "not ours\n"
+    assert not records.path.is_symlink() and records.notes()

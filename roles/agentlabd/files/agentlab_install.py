@@ -2,7 +2,8 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Run by the role on the host: judges a configuration before it replaces the one in force, and keeps the records safe when the release changes.
+"""Run by the role on the host: judges a configuration before it replaces the one in force, keeps the records safe when the release changes, and
+tells whether the daemon has taken in what stands on the disk.
 
 Every command prints one JSON object. Exit status 1 and a line on standard error: refused, and nothing was changed.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import json
 import os
 import pwd
@@ -24,6 +26,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+# How a file begins that the role wrote (agentlabd__managed).
+MANAGED = b"# Managed by the role agentlab.proxmox.agentlabd"
 BACKUP = re.compile(r"agentlab-(?P<version>.+)-schema(?P<schema>\d+)-(?P<at>\d{8}T\d{6}Z)\.db$")
 
 
@@ -45,15 +49,22 @@ def main() -> int:
     records.add_argument("--backups", type=Path, required=True)
     records.add_argument("--keep", type=int, required=True)
     records.add_argument("--dry-run", action="store_true")
+    settled = commands.add_parser("settled", help="whether the files are those that the daemon was last started or reloaded with")
+    settled.add_argument("--etc", type=Path, required=True)
+    settled.add_argument("--lib", type=Path, required=True)
+    settled.add_argument("--unit", type=Path, required=True)
+    settled.add_argument("--note", action="store_true", help="it was started or reloaded with them just now")
     given = parser.parse_args()
-    print(json.dumps(judge(given) if given.command == "check" else secure(given), sort_keys=True))
+    does = {"check": judge, "records": secure, "settled": settle}
+    print(json.dumps(does[given.command](given), sort_keys=True))
     return 0
 
 
 # ---- configuration ----
 
 def judge(given: argparse.Namespace) -> dict[str, Any]:
-    """Standard input: {"config.yaml": text, "cleanup.yaml": text, "profiles": {name: text}, "remove": file names}, as it would stand in ``etc``.
+    """Standard input: {"config.yaml": text, "cleanup.yaml": text, "ca.pem": text or null, "profiles": {name: text}, "remove": file names}, as it would
+    stand in ``etc``.
 
     Everything is judged together, by the release that is to run, as the user that it is to run as: {"restart": whether a reload would not do}.
     """
@@ -78,10 +89,14 @@ def judge(given: argparse.Namespace) -> dict[str, Any]:
         staged = {**config, "cleanup_file": f"{folder}/cleanup.yaml", "profiles_dir": f"{folder}/profiles"}
         known = _core(given.release, "config").DEFAULTS
         staged = {name: value for name, value in staged.items() if name in known or name in config}
+        if texts["ca.pem"] is not None:
+            (folder / "ca.pem").write_text(texts["ca.pem"], encoding="utf-8")
+            staged["ca_path"] = f"{folder}/ca.pem"
         (folder / "config.yaml").write_text(yaml.safe_dump(staged), encoding="utf-8")
-        for path in (folder, *folder.rglob("*")):
-            os.chown(path, user.pw_uid, user.pw_gid)
+        # The folder last: until it is the user's, nobody can put a link where a file was.
+        for path in (*sorted(folder.rglob("*"), reverse=True), folder):
             path.chmod(0o700 if path.is_dir() else 0o600)
+            os.chown(path, user.pw_uid, user.pw_gid, follow_symlinks=False)
         become: dict[str, Any] = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []} if os.geteuid() == 0 else {}
         done = subprocess.run(
             [sys.executable, "-Ps", "-m", "agentlabd", "--config", f"{folder}/config.yaml", "--check"], capture_output=True, text=True, check=False, cwd="/",
@@ -175,15 +190,49 @@ def _restore(copy: Path, database: Path) -> None:
     """Put a copy in the place of the records, with their owner and mode."""
     was = database.stat()
     draft = database.with_name(f".{database.name}.restored")
-    shutil.copyfile(copy, draft)
-    os.chown(draft, was.st_uid, was.st_gid)
-    draft.chmod(was.st_mode & 0o777)
-    _sync(draft)
+    draft.unlink(missing_ok=True)
+    # The folder is the daemon's, and we are root: nothing is written through a link that stands there.
+    with copy.open("rb") as source, open(os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW, 0o600), "wb") as target:
+        shutil.copyfileobj(source, target)
+        os.fchown(target.fileno(), was.st_uid, was.st_gid)
+        os.fchmod(target.fileno(), was.st_mode & 0o777)
+        target.flush()
+        os.fsync(target.fileno())
     # A WAL belongs to the file that it was written for.
     for suffix in ("-wal", "-shm"):
         database.with_name(database.name + suffix).unlink(missing_ok=True)
     draft.rename(database)
     _sync(database.parent)
+
+
+# ---- what the daemon has taken in ----
+
+def settle(given: argparse.Namespace) -> dict[str, Any]:
+    """{"settled", "noted"}: a run that is broken off between writing a file and telling the daemon leaves them apart, and no file changes in the next.
+
+    The list of what the daemon was last told of lies beside the releases, for root only: it holds a hash of the file with the secret.
+    """
+    note = given.lib / "settled"
+    there = _fingerprint(given)
+    known = note.read_text(encoding="utf-8") if note.exists() else ""
+    # Before the first start there is nothing to catch up with.
+    answer = {"settled": there == known or not (given.lib / "current").is_symlink(), "noted": given.note and there != known}
+    if answer["noted"]:
+        draft = note.with_suffix(".part")
+        draft.unlink(missing_ok=True)
+        with open(os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w", encoding="utf-8") as file:
+            file.write(there)
+        _sync(draft)
+        draft.rename(note)
+    return answer
+
+
+def _fingerprint(given: argparse.Namespace) -> str:
+    """Of the files that the role writes; what somebody put beside them is theirs to make known."""
+    profiles = [path for path in sorted((given.etc / "profiles").glob("*.yaml")) if path.read_bytes().startswith(MANAGED)]
+    dropins = sorted(given.unit.with_name(f"{given.unit.name}.d").glob("10-local.conf"))
+    files = [given.unit, *dropins, given.lib / "current/MANIFEST", *(given.etc / name for name in ("config.yaml", "cleanup.yaml", "ca.pem")), *profiles]
+    return "".join(f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path}\n" for path in files if path.exists())
 
 
 def _sync(path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import os
+import ssl
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -19,7 +20,7 @@ from agentlab_core import clock as clock_module
 from agentlab_core import config as core_config
 from agentlab_core import profiles, rules
 from agentlab_core.config import Config
-from agentlab_core.errors import AgentlabError, Busy
+from agentlab_core.errors import AgentlabError, Busy, ConfigError
 from agentlab_core.operations import cleanup
 from agentlab_core.operations.context import Context
 from agentlab_core.store import schema
@@ -194,6 +195,13 @@ class Service:
 
 def check(config: Config) -> rules.Policy:
     """Read the files that the configuration names; ConfigError for what cannot be used. The cleanup rules are returned."""
+    authority = config.proxmox.ca_path
+    if authority:
+        where = {"capath": authority} if os.path.isdir(authority) else {"cafile": authority}
+        try:
+            ssl.create_default_context(**where)
+        except OSError as error:
+            raise ConfigError(f"ca_path: {authority} cannot be used: {error.strerror or error}; give the CA certificate in PEM", file=authority) from None
     profiles.load_all(config.profiles_dir)
     return rules.load(config.cleanup_file)
 
