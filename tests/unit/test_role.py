@@ -118,6 +118,7 @@ def test_what_is_wrong_is_refused_by_its_real_name(etc: Path, content: dict[str,
     done = _judge(etc, content)
     assert done.returncode == 1
     assert all(word in done.stderr for word in words), done.stderr
+    assert "ERROR" not in done.stderr
     assert "agentlab-check-" not in done.stderr and "Traceback" not in done.stderr and "made-up-secret" not in done.stderr
     assert list(etc.rglob("*.yaml")) == []
 

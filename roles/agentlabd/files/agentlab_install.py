@@ -103,7 +103,9 @@ def judge(given: argparse.Namespace) -> dict[str, Any]:
             **become,
             env={"PYTHONPATH": str(given.release), "PYTHONDONTWRITEBYTECODE": "1", "PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8"})
     if done.returncode:
-        raise Refused((done.stderr or done.stdout).strip().replace(made, str(given.etc)) or f"agentlabd --check ended with {done.returncode}")
+        # The words alone, without the time and the level of a log.
+        words = re.sub(r"(?m)^[-\d]+ [\d:,]+ [A-Z]+ (Error: )?", "", (done.stderr or done.stdout).strip()).replace(made, str(given.etc))
+        raise Refused(words or f"agentlabd --check ended with {done.returncode}")
     return {"restart": _needs_restart(given, config)}
 
 
