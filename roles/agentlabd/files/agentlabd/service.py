@@ -197,9 +197,8 @@ def check(config: Config) -> rules.Policy:
     """Read the files that the configuration names; ConfigError for what cannot be used. The cleanup rules are returned."""
     authority = config.proxmox.ca_path
     if authority:
-        where = {"capath": authority} if os.path.isdir(authority) else {"cafile": authority}
         try:
-            ssl.create_default_context(**where)
+            ssl.create_default_context(cafile=authority)
         except OSError as error:
             raise ConfigError(f"ca_path: {authority} cannot be used: {error.strerror or error}; give the CA certificate in PEM", file=authority) from None
     profiles.load_all(config.profiles_dir)
