@@ -65,6 +65,11 @@ class Operation:
         return cls(row["sandbox_uuid"], row["kind"], row["phase"], json.loads(row["detail"]), row["actor"], row["started_at"], row["updated_at"])
 
 
+def _json(value: list[Any] | dict[str, Any]) -> str:
+    """Most are empty, and a bulk run writes thousands."""
+    return json.dumps(value) if value else "{}" if isinstance(value, dict) else "[]"
+
+
 class Records:
     """Reads and writes of records on one database."""
 
@@ -166,7 +171,7 @@ class Records:
 
     def _holder(self) -> str:
         """Which process holds a claim, and until when by the time since boot (JSON)."""
-        return json.dumps({**json.loads(self._process), "until": self.clock.since_boot() + self.claim_seconds})
+        return f'{self._process[:-1]}, "until": {float(self.clock.since_boot() + self.claim_seconds)!r}}}'
 
     def meta(self, key: str) -> str | None:
         rows = self.db.read("SELECT value FROM meta WHERE key = ?", key)
@@ -274,13 +279,16 @@ class Records:
         left = conn.execute("SELECT * FROM operations WHERE sandbox_uuid = ?", (uuid,)).fetchone()
         return Claim(uuid, fence, operation, Operation.from_row(left) if left else None)
 
-    def fenced(self, claim: Claim, work: Callable[[sqlite3.Connection], T]) -> T:
-        """Run a write only while the claim is still ours, and extend it."""
+    def fenced(self, claim: Claim, work: Callable[[sqlite3.Connection], T], *, finish: bool = False) -> T:
+        """Run a write only while the claim is still ours, and extend it; ``finish``: end it, if the write is done."""
 
         def inner(conn: sqlite3.Connection) -> T:
-            extended = conn.execute("UPDATE claims SET expires_at = ?, process = ? WHERE sandbox_uuid = ? AND fence = ?",
+            if finish:
+                held = conn.execute("DELETE FROM claims WHERE sandbox_uuid = ? AND fence = ?", (claim.uuid, claim.fence))
+            else:
+                held = conn.execute("UPDATE claims SET expires_at = ?, process = ? WHERE sandbox_uuid = ? AND fence = ?",
                                     (self.clock.now() + self.claim_seconds, self._holder(), claim.uuid, claim.fence))
-            if extended.rowcount != 1:
+            if held.rowcount != 1:
                 raise ClaimLost(f"the claim on sandbox {claim.uuid} was lost to another run; nothing more was done here", uuid=claim.uuid)
             return work(conn)
 
@@ -342,8 +350,8 @@ class Records:
         conn.execute(
             "INSERT INTO events (at, sandbox_uuid, vmid, from_state, to_state, operation, actor, reason, evidence, upids, duration_ms, outcome) "
             "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            (self.clock.now(), sandbox.uuid, sandbox.vmid, old, new, operation, self.actor, reason, json.dumps(evidence or {}),
-             json.dumps(list(upids)), duration_ms, outcome))
+            (self.clock.now(), sandbox.uuid, sandbox.vmid, old, new, operation, self.actor, reason, _json(evidence or {}), _json(list(upids)),
+             duration_ms, outcome))
 
     def change(self, claim: Claim, sandbox: Sandbox, operation: str, *, to: str | None = None, outcome: str = "done", reason: str | None = None,
                evidence: dict[str, Any] | None = None, upids: Iterable[str] = (), duration_ms: int | None = None,
@@ -370,12 +378,11 @@ class Records:
                         duration_ms=duration_ms)
             if finish:
                 conn.execute("DELETE FROM operations WHERE sandbox_uuid = ?", (sandbox.uuid,))
-                conn.execute("DELETE FROM claims WHERE sandbox_uuid = ? AND fence = ?", (claim.uuid, claim.fence))
             elif journal:
                 self._journal(conn, sandbox.uuid, operation, journal[0], journal[1], self.clock.now())
             return Sandbox.from_row(conn.execute(f"{_SELECT} WHERE uuid = ?", (sandbox.uuid,)).fetchone())
 
-        return self.fenced(claim, work)
+        return self.fenced(claim, work, finish=finish)
 
     def renew(self, sandbox: Sandbox, expires_at: int, now: int, *, keepalive: bool = False, evidence: dict[str, Any] | None = None) -> Sandbox:
         """The one conditional UPDATE of semantics 7: state RUNNING, not yet expired, generation unchanged. RecordChanged when it lost.
