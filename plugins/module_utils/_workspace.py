@@ -26,7 +26,7 @@ def run(module: AnsibleModule, context: Context) -> dict[str, Any]:
     for option, states in _ONLY.items():
         if params.get(option) not in (None, False) and state not in states:
             raise InvalidInput(f"{option}: only with state={' or '.join(states)}, not with state={state}", option=option)
-    before = context.workspaces.find(params["name"])
+    before = workspace.records(context).find(params["name"])
     if state == "present":
         done = workspace.present(context, params["name"], size=params["size"], storage=params["storage"], node=params["node"])
     elif state == "attached":

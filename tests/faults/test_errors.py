@@ -113,7 +113,7 @@ CLEANUP = rules.Policy(enabled=True, rules=(rules.Rule("over", rules.DESTROY, st
 
 
 def disk(lab: Lab) -> Workspace | None:
-    return lab.context().workspaces.find("w1")
+    return workspace.records(lab.context()).find("w1")
 
 
 def disk_is(*wanted: str) -> Callable[[Lab], bool]:
@@ -424,7 +424,7 @@ def one_case(trial: Trial, faults: list[Fault], *, impatient: bool = False) -> b
 
 def settled(lab: Lab) -> bool:
     ctx = lab.context()
-    if any(one.state in UNFINISHED for one in ctx.workspaces.find_all()):
+    if any(one.state in UNFINISHED for one in workspace.records(ctx).find_all()):
         return False
     wanted = {os.path.basename(one.snippet) for one in lab.records() if one.live and one.snippet}
     return lab.leftovers() == NOTHING_LEFT and not lab.unrecorded() and set(os.listdir(lab.options["snippets_dir"])) == wanted

@@ -52,7 +52,7 @@ def detach(lab: Lab, name: str, **options: Any) -> workspace.Done:
 
 
 def now(lab: Lab, name: str = "w1") -> Workspace:
-    found = lab.context().workspaces.find(name)
+    found = workspace.records(lab.context()).find(name)
     assert found is not None
     return found
 
@@ -122,7 +122,7 @@ def test_what_is_refused_before_anything_is_made(lab: Lab) -> None:
         workspace.present(lab.context(), "w1", size="9G")
     with pytest.raises(InvalidInput, match="never moved"):
         workspace.present(lab.context(), "w1", storage="shared")
-    assert lab.records() == [] and len(lab.context().workspaces.find_all()) == 1
+    assert lab.records() == [] and len(workspace.records(lab.context()).find_all()) == 1
 
 
 def test_an_owner_that_a_vm_has_or_that_owns_something_is_not_taken(lab: Lab) -> None:

@@ -18,7 +18,6 @@ from ..errors import AgentlabError, ClaimLost, InvalidInput, Kept, NotFound, Sto
 from ..model import Outcome, Sandbox
 from ..store.database import Database, Rehearsal
 from ..store.records import POINT_OF_NO_RETURN, Claim, Records
-from ..store.workspaces import Workspaces
 
 if TYPE_CHECKING:
     from ..proxmox.client import ProxmoxClient
@@ -48,7 +47,6 @@ class Context:
         else:
             self.database = Rehearsal(parent.database) if dry_run else parent.database
         self.records = Records(self.database, self.clock, actor, self.wait_timeout, stopping)
-        self.workspaces = Workspaces(self.records)
         self._parent = parent
         self._lock = threading.RLock()
         self._reach: tuple[ProxmoxClient, TaskWaiter] | None = None

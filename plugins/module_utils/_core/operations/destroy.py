@@ -265,7 +265,7 @@ def _until_gone(ctx: Context, planned: Sandbox, request: Request) -> Outcome | _
                 upids += done
                 warnings += warned
                 stopped = True
-            own = ctx.workspaces.of_sandbox(current.uuid)
+            own = workspace.records(ctx).of_sandbox(current.uuid)
             if own is not None:
                 # From here on it is too late to protect the sandbox: it would be kept without its workspace.
                 ctx.records.journal(claim, "destroy", cut_off.phase if cut_off else "detaching", detail, unprotected=not request.clean_up)

@@ -82,11 +82,16 @@ def check_name(name: str) -> None:
         raise InvalidInput(f"name: {name[:80]!r} is not valid. Valid: letters, digits, dot, hyphen and underscore, 63 characters at most", option="name")
 
 
+def records(ctx: Context) -> store.Workspaces:
+    """Their records. Not a part of the context: a module that knows no workspaces need not ship what keeps them."""
+    return store.Workspaces(ctx.records)
+
+
 def select(ctx: Context, which: str) -> Workspace:
     """The live workspace of a name or id."""
-    found = ctx.workspaces.find(which)
+    found = records(ctx).find(which)
     if found is None:
-        there = ", ".join(one.name for one in ctx.workspaces.find_all()) or "none"
+        there = ", ".join(one.name for one in records(ctx).find_all()) or "none"
         raise NotFound(f"workspace not found ({which[:80]!r}). Workspaces: {there}", workspace=which[:80])
     return found
 
@@ -170,7 +175,7 @@ def present(ctx: Context, name: str, *, size: object = None, storage: str | None
     """Make sure that the workspace exists; one that is there may only grow."""
     check_name(name)
     wanted = None if size is None else parse_size(size)
-    found = ctx.workspaces.find(name)
+    found = records(ctx).find(name)
     if found is None:
         return _create(ctx, name, wanted, storage, node)
     if storage is not None and storage != found.storage:
@@ -208,7 +213,7 @@ def _create(ctx: Context, name: str, size: int | None, storage: str | None, node
         raise InvalidInput(f"node: missing; storage {storage!r} is local, so say on which node the workspace is to be", option="node")
     suffix = _FILES.get(str(row.get("type")), "")
     ctx.cluster.confirm(creating=True)
-    found = ctx.workspaces.reserve(name, size=size, storage=storage, node=None if shared else node, owners=ctx.config.workspace_owner_range,
+    found = records(ctx).reserve(name, size=size, storage=storage, node=None if shared else node, owners=ctx.config.workspace_owner_range,
                                    occupied=set(ctx.cluster.vms()), suffix=suffix, folder=bool(suffix))
     if ctx.dry_run:
         return Done("would_create", found, True)
@@ -238,7 +243,7 @@ def _allocate(ctx: Context, found: Workspace, node: str | None = None) -> Worksp
         if row is None:
             raise OutcomeUnknown(f"{found.title}: {found.volume} was allocated, but the storage does not list it (Datastore.Audit on the storage and "
                                  "VM.Config.Disk on /vms are needed); run again")
-    return ctx.workspaces.change(found, "create", to=store.DETACHED, reason="created", evidence={"volume": found.volume, "node": node},
+    return records(ctx).change(found, "create", to=store.DETACHED, reason="created", evidence={"volume": found.volume, "node": node},
                                  size=int(row.get("size") or found.size))
 
 
@@ -255,7 +260,7 @@ def _require_free_owner(ctx: Context, found: Workspace, node: str) -> None:
 
 
 def _give_up(ctx: Context, found: Workspace, error: AgentlabError) -> None:
-    ctx.workspaces.change(found, "create", to=store.DELETED, outcome="failed", reason="creation_failed", evidence={"message": error.message})
+    records(ctx).change(found, "create", to=store.DELETED, outcome="failed", reason="creation_failed", evidence={"message": error.message})
 
 
 def _grow(ctx: Context, found: Workspace, wanted: int) -> Done:
@@ -270,14 +275,14 @@ def _grow(ctx: Context, found: Workspace, wanted: int) -> Done:
         slot = next((key for key, volumes in listed.items() if found.volume in volumes), None)
         if slot is None:
             raise WorkspaceRefused(f"{found.title}: sandbox {sandbox.vmid} does not have it attached; run agentlab_reconcile")
-        found = ctx.workspaces.change(found, "grow", claim=claim, outcome="decided", reason="grow", evidence={"from": found.size, "to": wanted})
+        found = records(ctx).change(found, "grow", claim=claim, outcome="decided", reason="grow", evidence={"from": found.size, "to": wanted})
         # An absolute size: asking twice is asking once.
         answer = ctx.client.put(f"{located.path}/resize", disk=slot, size=show_size(wanted), digest=located.verdict.digest if located.verdict else None)
         if isinstance(answer, str) and answer.startswith("UPID:"):
             ctx.tasks.wait(answer, f"grow {found.title}", ctx.wait_timeout)
         row = exists(ctx, found, str(located.node))
         size = int((row or {}).get("size") or wanted)
-        done = ctx.workspaces.change(found, "grow", claim=claim, reason="grown", size=size, evidence={"size": size})
+        done = records(ctx).change(found, "grow", claim=claim, reason="grown", size=size, evidence={"size": size})
     return Done("grown", done, True)
 
 
@@ -290,11 +295,11 @@ def hold(ctx: Context, claim: Claim, sandbox: Sandbox, found: Workspace, ttl: in
         return found
     if found.state != store.DETACHED:
         raise _held(ctx, found)
-    other = ctx.workspaces.of_sandbox(sandbox.uuid)
+    other = records(ctx).of_sandbox(sandbox.uuid)
     if other is not None:
         raise WorkspaceRefused(f"sandbox {sandbox.vmid} has {other.title} already; a sandbox has one workspace at most")
     until = sandbox.lease_expires_at if ttl is None else ctx.clock.now() + ttl
-    return ctx.workspaces.change(found, "attach", to=store.ATTACHING, claim=claim, outcome="decided", reason="attach", sandbox_uuid=sandbox.uuid,
+    return records(ctx).change(found, "attach", to=store.ATTACHING, claim=claim, outcome="decided", reason="attach", sandbox_uuid=sandbox.uuid,
                                  lease_expires_at=until, evidence={"vmid": sandbox.vmid})
 
 
@@ -310,7 +315,7 @@ def _held(ctx: Context, found: Workspace) -> WorkspaceRefused:
 
 def of_creation(ctx: Context, claim: Claim, sandbox: Sandbox, which: str | None) -> Workspace | None:
     """The workspace of a sandbox that is being created, held from here on; also the one that an earlier, killed run took for it."""
-    found = ctx.workspaces.of_sandbox(sandbox.uuid)
+    found = records(ctx).of_sandbox(sandbox.uuid)
     if found is None and which is not None:
         found = hold(ctx, claim, sandbox, select(ctx, which))
     return found
@@ -349,7 +354,7 @@ def attach(ctx: Context, claim: Claim, sandbox: Sandbox, located: Located, found
         slot = next((key for key in _SLOTS if key not in listed and key not in config), None)
         if slot is None:
             raise WorkspaceRefused(f"sandbox {sandbox.vmid} has no free slot for a disk")
-        found = ctx.workspaces.change(found, "attach", claim=claim, outcome="decided", reason="attaching", slot=slot)
+        found = records(ctx).change(found, "attach", claim=claim, outcome="decided", reason="attaching", slot=slot)
         # Neither backups nor replication of a throw-away VM are to take it along.
         drive = f"{found.volume},backup=0,replicate=0,serial={found.serial},size={show_size(found.size)}"
         ctx.client.put(f"{located.path}/config", digest=located.verdict.digest if located.verdict else None, **{slot: drive})
@@ -361,7 +366,7 @@ def attach(ctx: Context, claim: Claim, sandbox: Sandbox, located: Located, found
             ctx.client.put(f"{located.path}/config", revert=slot, digest=located.verdict.digest if located.verdict else None)
             raise WorkspaceRefused(f"{found.title}: the running VM {sandbox.vmid} did not take the disk (is hotplug for disks on?); stop the sandbox, then "
                                    "attach it")
-    done = ctx.workspaces.change(found, "attach", to=store.ATTACHED, claim=claim, reason="attached", slot=slot,
+    done = records(ctx).change(found, "attach", to=store.ATTACHED, claim=claim, reason="attached", slot=slot,
                                  evidence={"vmid": sandbox.vmid, "slot": slot, "node": node})
     ctx.records.note(sandbox, "attach_workspace", outcome="done", reason=found.name, evidence={"workspace_id": found.id, "slot": slot})
     return done
@@ -392,7 +397,7 @@ def attached(ctx: Context, which: str, sandbox: Sandbox, ttl: int | None = None)
             done = attach(ctx, claim, current, located, held)
         except (WorkspaceRefused, Kept) as error:
             # Nothing was asked for, or it was asked for and answered; anything else is left to the next run.
-            if isinstance(error, WorkspaceRefused) or ctx.workspaces.get(held.id).slot is None:
+            if isinstance(error, WorkspaceRefused) or records(ctx).get(held.id).slot is None:
                 _let_go(ctx, claim, current, held, error)
             raise
     return Done("attached", done, True)
@@ -400,9 +405,9 @@ def attached(ctx: Context, which: str, sandbox: Sandbox, ttl: int | None = None)
 
 def _let_go(ctx: Context, claim: Claim, sandbox: Sandbox, held: Workspace, error: AgentlabError) -> None:
     """An attachment that was refused before or undone after it was asked for: the workspace is free again, if that is so."""
-    found = ctx.workspaces.get(held.id)
+    found = records(ctx).get(held.id)
     if found.state == store.ATTACHING and found.slot is None:
-        ctx.workspaces.change(found, "attach", to=store.DETACHED, claim=claim, outcome="failed", reason="refused", sandbox_uuid=None, lease_expires_at=None,
+        records(ctx).change(found, "attach", to=store.DETACHED, claim=claim, outcome="failed", reason="refused", sandbox_uuid=None, lease_expires_at=None,
                               evidence={"message": error.message})
         return
     # Held with a slot: an earlier run had asked for it, and Proxmox may still carry that out.
@@ -415,7 +420,7 @@ def _renew(ctx: Context, found: Workspace, ttl: int | None) -> Done:
         return Done("unchanged", found)
     if ctx.dry_run:
         return Done("would_renew", found, True)
-    return Done("renewed", ctx.workspaces.change(found, "renew_lease", reason="renewed", lease_expires_at=until), True)
+    return Done("renewed", records(ctx).change(found, "renew_lease", reason="renewed", lease_expires_at=until), True)
 
 
 def _check_over(ctx: Context, found: Workspace) -> None:
@@ -439,7 +444,7 @@ def detached(ctx: Context, which: str, *, only_stopped: bool = False) -> Done:
             refuse_snapshots(ctx, sandbox, require_match(ctx, sandbox), found)
         return Done("would_detach", found, True)
     with ctx.claimed(sandbox, "detach_workspace") as (claim, current):
-        found = ctx.workspaces.get(found.id)
+        found = records(ctx).get(found.id)
         if found.sandbox_uuid != current.uuid:
             return Done("unchanged", found)
         if not current.live:
@@ -474,7 +479,7 @@ def off(ctx: Context, claim: Claim, sandbox: Sandbox, located: Located, found: W
         raise Kept("unknown", f"{found.title}: its attachment to sandbox {sandbox.vmid} was begun {age} s ago and may still be carried out; run again in "
                    f"{ctx.config.doubt_window - age} s (doubt_window)")
     if found.state != store.DETACHING:
-        found = ctx.workspaces.change(found, "detach", to=store.DETACHING, claim=claim, outcome="decided", reason="detach",
+        found = records(ctx).change(found, "detach", to=store.DETACHING, claim=claim, outcome="decided", reason="detach",
                                       evidence={"vmid": sandbox.vmid, "slots": listed})
     if listed:
         ctx.client.put(f"{located.path}/config", digest=located.verdict.digest if located.verdict else None, delete=",".join(listed))
@@ -482,7 +487,7 @@ def off(ctx: Context, claim: Claim, sandbox: Sandbox, located: Located, found: W
     if exists(ctx, found, node) is None:
         raise Kept("workspace", f"{found.title}: VM {sandbox.vmid} does not name its volume {found.volume}, and the storage does not list it any more: it may "
                    f"have been given to a VM (move_disk), which is therefore left alone. Look at the disks of VM {sandbox.vmid}", vmid=sandbox.vmid)
-    done = ctx.workspaces.change(found, "detach", to=store.DETACHED, claim=claim, reason="detached", sandbox_uuid=None, slot=None, lease_expires_at=None,
+    done = records(ctx).change(found, "detach", to=store.DETACHED, claim=claim, reason="detached", sandbox_uuid=None, slot=None, lease_expires_at=None,
                                  evidence={"vmid": sandbox.vmid, "slots": listed})
     ctx.records.note(sandbox, "detach_workspace", outcome="done", reason=found.name, evidence={"workspace_id": found.id, "slots": listed})
     return done
@@ -506,7 +511,7 @@ def refuse_listed(ctx: Context, sandbox: Sandbox, located: Located) -> bool:
 
     Returns whether Proxmox was asked anything.
     """
-    live = ctx.workspaces.find_all()
+    live = records(ctx).find_all()
     config = (located.verdict.config if located.verdict else None) or {}
     configs = {"": config, **_snapshots(ctx, located)} if live else {"": config}
     first, last = ctx.config.workspace_owner_range
@@ -533,7 +538,7 @@ def refuse_planned(ctx: Context, sandbox: Sandbox, located: Located) -> bool:
 
     False when the records alone said it: there are no workspaces.
     """
-    own = ctx.workspaces.of_sandbox(sandbox.uuid)
+    own = records(ctx).of_sandbox(sandbox.uuid)
     if own is not None:
         refuse_snapshots(ctx, sandbox, located, own)
     config = dict((located.verdict.config if located.verdict else None) or {})
@@ -556,10 +561,10 @@ def _refuse_if_missing(ctx: Context, sandbox: Sandbox, config: dict[str, Any], h
 
 def released(ctx: Context, claim: Claim | None, sandbox: Sandbox) -> Workspace | None:
     """The VM is proven to be gone: what it had is free. The next attachment looks whether anybody else has the volume."""
-    found = ctx.workspaces.of_sandbox(sandbox.uuid)
+    found = records(ctx).of_sandbox(sandbox.uuid)
     if found is None:
         return None
-    return ctx.workspaces.change(found, "detach", to=store.DETACHED, claim=claim, reason="vm_gone", sandbox_uuid=None, slot=None, lease_expires_at=None,
+    return records(ctx).change(found, "detach", to=store.DETACHED, claim=claim, reason="vm_gone", sandbox_uuid=None, slot=None, lease_expires_at=None,
                                  evidence={"vmid": sandbox.vmid})
 
 
@@ -568,7 +573,7 @@ def released(ctx: Context, claim: Claim | None, sandbox: Sandbox) -> Workspace |
 
 def absent(ctx: Context, which: str, *, force: bool) -> Done:
     """Delete a workspace and what is on it: only a detached one that nobody has attached, and only with force."""
-    found = ctx.workspaces.find(which)
+    found = records(ctx).find(which)
     if found is None:
         return Done("not_found", None)
     if found.state not in (store.DETACHED, store.CREATING, store.DELETING):
@@ -588,7 +593,7 @@ def absent(ctx: Context, which: str, *, force: bool) -> Done:
     if ctx.dry_run:
         return Done("would_delete", found, True)
     if found.state != store.DELETING:
-        found = ctx.workspaces.change(found, "delete", to=store.DELETING, outcome="decided", reason="delete", evidence={"volume": found.volume})
+        found = records(ctx).change(found, "delete", to=store.DELETING, outcome="decided", reason="delete", evidence={"volume": found.volume})
     return Done("deleted", _delete(ctx, found), True)
 
 
@@ -604,7 +609,7 @@ def _delete(ctx: Context, found: Workspace) -> Workspace:
             ctx.tasks.wait(answer, f"delete {found.volume}", ctx.wait_timeout)
         if exists(ctx, found, node) is not None:
             raise OutcomeUnknown(f"{found.title}: its volume {found.volume} is still there after it was deleted; run again")
-    return ctx.workspaces.change(found, "delete", to=store.DELETED, reason="deleted" if row is not None else "volume_missing", upids=upids,
+    return records(ctx).change(found, "delete", to=store.DELETED, reason="deleted" if row is not None else "volume_missing", upids=upids,
                                  evidence={"volume": found.volume})
 
 
@@ -614,13 +619,13 @@ def _delete(ctx: Context, found: Workspace) -> Workspace:
 def show(ctx: Context, *, name: str | None = None, states: list[str] | None = None, include_deleted: bool = False, events: int = 0,
          verify: bool = False) -> dict[str, Any]:
     """{workspaces, count}: the records, and with ``verify`` what Proxmox says of each."""
-    found = [one for one in ctx.workspaces.find_all(include_deleted=include_deleted or bool(states and store.DELETED in states))
+    found = [one for one in records(ctx).find_all(include_deleted=include_deleted or bool(states and store.DELETED in states))
              if name in (None, one.name, one.id) and (not states or one.state in states)]
 
     def one_of(one: Workspace) -> dict[str, Any]:
         shown = one.public()
         if events > 0:
-            shown["events"] = ctx.workspaces.events(one.id, events)
+            shown["events"] = records(ctx).events(one.id, events)
         if verify and one.live:
             shown["volume_present"] = exists(ctx, one, _node_for(ctx, one)) is not None
             shown["attached_to"] = holders(ctx, one)
@@ -636,7 +641,7 @@ def unfinished(ctx: Context) -> list[Workspace]:
     """Workspaces on which something was begun that nobody is at work on, and those whose sandbox is gone."""
     now = ctx.clock.now()
     found = []
-    for one in ctx.workspaces.find_all():
+    for one in records(ctx).find_all():
         gone = one.sandbox_uuid is not None and not ctx.records.get(one.sandbox_uuid).live
         if gone or (one.state in store.UNFINISHED and not 0 <= now - one.updated_at < ctx.config.doubt_window):
             found.append(one)
@@ -648,14 +653,14 @@ def finish(ctx: Context, found: Workspace) -> Workspace:
     if found.state == store.CREATING:
         if exists(ctx, found, _node_for(ctx, found)) is not None:
             return _allocate(ctx, found)
-        return ctx.workspaces.change(found, "create", to=store.DELETED, outcome="failed", reason="creation_interrupted")
+        return records(ctx).change(found, "create", to=store.DELETED, outcome="failed", reason="creation_interrupted")
     if found.state == store.DELETING:
         return absent(ctx, found.id, force=True).workspace or found
     if found.sandbox_uuid is None:
         return found
     sandbox = ctx.records.get(found.sandbox_uuid)
     with ctx.claimed(sandbox, "reconcile", wait=0) as (claim, current):
-        found = ctx.workspaces.get(found.id)
+        found = records(ctx).get(found.id)
         if found.sandbox_uuid != current.uuid or found.state not in (*store.UNFINISHED, store.ATTACHED):
             return found
         if not current.live:
