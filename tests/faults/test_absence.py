@@ -17,7 +17,8 @@ from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors impo
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.model import Sandbox
 
 from support.double import TOKEN_ID, Server
-from support.lab import Lab
+from support.lab import FakeClock, Lab
+from support.proxmox_double import SANDBOX_PRIVS
 
 pytestmark = pytest.mark.faults
 
@@ -376,6 +377,68 @@ def test_live_record_needs_two_passes_in_a_row(lab: Lab) -> None:
     assert lab.record(ours).live
     lab.reconcile()
     assert (lab.record(ours).state, lab.record(ours).reason) == ("DESTROYED", "external")
+
+
+@pytest.mark.parametrize("kind", ["absent", "vmid_reused"])
+def test_a_vm_that_is_restored_while_the_pass_is_busy_is_not_written_off(lab: Lab, kind: str) -> None:
+    """The pass finds it gone, then stops a VM whose lease is over, which takes its time; what it found before that is looked at anew."""
+    ours, late = lab.create("a1"), lab.create("late")
+    vm = lab.pve.vm(ours.vmid)
+    lab.pve.vms.remove(vm)
+    if kind == "absent":
+        lab.reconcile()
+        assert lab.record(ours).absent_seen_at
+    else:
+        lab.pve.make_foreign(ours.vmid)
+    lab.force_state(late.vmid, "RUNNING", lease_expires_at=int(time.time()) - 5)
+
+    def restore(method: str, path: str) -> None:
+        if method == "POST" and f"/qemu/{late.vmid}/status/" in path and vm not in lab.pve.vms:
+            lab.pve.remove_vm(ours.vmid)
+            lab.pve.vms.append(vm)
+
+    lab.pve.before = restore
+    lab.reconcile()
+    lab.pve.before = None
+    assert vm in lab.pve.vms and lab.record(late).state == "TIMEOUT"
+    lab.check_promises()
+    assert lab.record(ours).state == "RUNNING"
+
+
+def test_an_absence_is_not_proven_by_a_list_from_before_a_long_wait(lab: Lab) -> None:
+    """Five that are gone, and one whose stop takes a minute and then fails: meanwhile somebody restores one of the five."""
+    ours, late = [lab.timed_out(f"b{number}") for number in range(5)], lab.timed_out("late", stopped=False)
+    lab.pve.grant(TOKEN_ID, "/", "VM.Audit", "Sys.Audit")
+    lab.pve.grant(TOKEN_ID, "/vms", *SANDBOX_PRIVS)
+    vm = lab.pve.vm(ours[2].vmid)
+    for one in ours:
+        lab.pve.vms.remove(lab.pve.vm(one.vmid))
+    lab.pve.task_endings["qmstop"] = "the disk is on fire"
+    before, clock = lab.clock, FakeClock()
+
+    def restore(method: str, path: str) -> None:
+        if method == "POST" and "/status/stop" in path and vm not in lab.pve.vms:
+            clock.pass_time(60)
+            lab.pve.vms.append(vm)
+
+    lab.pve.before, lab.clock = restore, clock
+    try:
+        report = lab.prune()
+    finally:
+        lab.pve.before, lab.clock = None, before
+    assert vm in lab.pve.vms and {one.vmid for one in report.pruned} == {one.vmid for one in ours} - {vm.vmid}, report
+    assert lab.record(ours[2]).live and lab.record(late).live
+    lab.calm()
+    assert [one.outcome for one in lab.destroy(vm.vmid, late.vmid, force=True)] == ["destroyed"] * 2 and lab.pve.vm(vm.vmid) is None
+
+
+def test_a_reused_vmid_is_written_down_when_it_is_seen_and_not_when_others_are_done(lab: Lab) -> None:
+    ours, slow = lab.create("a1"), lab.create("slow")
+    lab.swap(ours.vmid)
+    seen: list[str] = []
+    lab.pve.before = lambda method, path: seen.append(lab.record(ours).state) if method == "POST" and "/status/stop" in path else None
+    assert [one.reason for one in lab.destroy(ours.vmid, slow.vmid, force=True, connections=1)] == ["vmid_reused", "destroyed"]
+    assert seen == ["DESTROYED"]
 
 
 def test_many_absences_at_once_write_nothing(lab: Lab) -> None:

@@ -387,7 +387,8 @@ class Trial:
         """Do what the last messages tell the operator to do by hand; whether there was something."""
         told = "\n".join(self.said[-4:])
         done = False
-        for upid in set(re.findall(r"its clone task (UPID:\S+) is still running", told)):
+        for upid in set(re.findall(r"its clone task (UPID:\S+) is still running|clone template .* task (UPID:\S+) on node .* stop it there if it hangs", told)):
+            upid = upid[0] or upid[1]
             # It will never end by itself: stopped in Proxmox's own interface.
             if self.lab.pve.tasks[upid]["status"] == "running":
                 self.lab.pve.tasks[upid].update(status="stopped", exitstatus="interrupted by signal", endtime=int(time.time()))

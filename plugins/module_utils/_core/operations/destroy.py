@@ -97,7 +97,9 @@ def run(ctx: Context, items: list[tuple[Sandbox, Request]]) -> list[Outcome]:
     def first(item: tuple[Sandbox, Request]) -> Outcome | _Gone:
         sandbox, request = item
         try:
-            return _until_gone(ctx, sandbox, request)
+            found = _until_gone(ctx, sandbox, request)
+            # What is a proof in itself is one now: it is not kept until the others, which may take long, are done.
+            return _finish(ctx, found, {}) if isinstance(found, _Gone) and found.reason in _PROVEN else found
         except Kept as error:
             return Outcome.of("kept", _now(ctx, sandbox), previous_state=sandbox.state, reason=error.reason, message=error.message, failed=True)
         except AgentlabError as error:
@@ -109,14 +111,13 @@ def run(ctx: Context, items: list[tuple[Sandbox, Request]]) -> list[Outcome]:
     results = ctx.each(first, items)
     gone = [found for found in results if isinstance(found, _Gone)]
     if gone:
-        open_ = [found for found in gone if found.reason not in _PROVEN]
         try:
-            proofs = ctx.cluster.prove_absent([found.sandbox.vmid for found in open_], anew=not all(found.quiet for found in open_))
+            proofs = ctx.cluster.prove_absent([found.sandbox.vmid for found in gone], anew=not all(found.quiet for found in gone))
         except AgentlabError:
             for found in gone:
                 give_back(ctx, found.claim)
             raise
-        sure = [found for found in gone if found.reason in _PROVEN or proofs[found.sandbox.vmid].absent]
+        sure = [found for found in gone if proofs[found.sandbox.vmid].absent]
         closing = set(map(id, sure))
         rest = [found for found in gone if id(found) not in closing]
         outcomes = [*_close(ctx, sure, proofs), *ctx.each(lambda found: _finish(ctx, found, proofs), rest)]

@@ -24,6 +24,8 @@ from .client import ProxmoxClient
 # Quorum changes rarely and is asked before every delete of a bulk run: an answer is good for this long. The config write directly
 # before the delete is what really tells whether the cluster takes writes.
 _STATUS_SECONDS = 5.0
+# The list that a run began with proves an absence for so long.
+_LIST_SECONDS = 30.0
 # So few are asked for one by one; for more the list is cheaper, with the reads that show that nothing is missing from it.
 _FEW = 4
 
@@ -49,7 +51,7 @@ class Cluster:
         self._vms: dict[int, dict[str, Any]] | None = None
         self._confirmed = False
         # A list that shows every VM, and the quorum it was read under: see survey().
-        self._whole: tuple[dict[int, dict[str, Any]], dict[str, Any]] | None = None
+        self._whole: tuple[dict[int, dict[str, Any]], dict[str, Any], float] | None = None
         # Once it is known that VMs may be hidden, each absence of this run is asked for by itself.
         self._partial = False
         self._ours: set[int] = set()
@@ -212,13 +214,14 @@ class Cluster:
                 return self.vms()
             listed = self.vms(fresh=True)
             if len(wanted - listed.keys()) > _FEW and self.sees_everything():
-                self._whole = listed, quorum
+                self._whole = listed, quorum, self._clock.monotonic()
             return listed
 
     def prove_absent(self, vmids: Iterable[int], *, anew: bool = True) -> dict[int, Presence]:
         """For each VMID whether it is proven free. Never raises for Proxmox's errors: those are ``absent=None``.
 
-        ``anew=False``: the list of survey() is as good as a new one, because nothing was done about these VMIDs since, by us or by another run.
+        ``anew=False``: the list of survey() is as good as a new one, because nothing was done about these VMIDs since, by us or by another run;
+        if it is not old, for anybody may restore a VM.
         """
         wanted = sorted(set(vmids))
         try:
@@ -233,8 +236,9 @@ class Cluster:
                 return {**unknown, **self.prove_absent(self._ours.intersection(wanted))}
         if len(wanted) <= _FEW or self._partial:
             return self._ask_for_each(wanted, quorum)
-        if not anew and self._whole is not None and self._whole[0].keys().isdisjoint(wanted):
-            listed, quorum = self._whole
+        if (not anew and self._whole is not None and self._whole[0].keys().isdisjoint(wanted)
+                and self._clock.monotonic() - self._whole[2] <= _LIST_SECONDS):
+            listed, quorum, _read = self._whole
         else:
             try:
                 listed = self.vms(fresh=True)

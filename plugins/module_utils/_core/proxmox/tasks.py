@@ -85,7 +85,8 @@ class TaskWaiter:
                     left = deadline - self._clock.monotonic()
                     if left <= 0:
                         raise TaskTimeout(f"{what}: task {upid} on node {node} did not end within {timeout:g} s (wait_timeout); it goes on there, "
-                                          f"run again to take it up{self._last_problem.get(node, '')}", upid=upid, node=node, timeout=timeout)
+                                          f"run again to take it up, or stop it there if it hangs{self._last_problem.get(node, '')}",
+                                          upid=upid, node=node, timeout=timeout)
                     if node in self._polling:
                         self._changed.wait(min(left, 0.5))
                         continue
