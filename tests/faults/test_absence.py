@@ -379,23 +379,28 @@ def test_live_record_needs_two_passes_in_a_row(lab: Lab) -> None:
     assert (lab.record(ours).state, lab.record(ours).reason) == ("DESTROYED", "external")
 
 
-@pytest.mark.parametrize("kind", ["absent", "vmid_reused"])
+@pytest.mark.parametrize("kind", ["absent", "vmid_reused", "stopped"])
 def test_a_vm_that_is_restored_while_the_pass_is_busy_is_not_written_off(lab: Lab, kind: str) -> None:
     """The pass finds it gone, then stops a VM whose lease is over, which takes its time; what it found before that is looked at anew."""
     ours, late = lab.create("a1"), lab.create("late")
     vm = lab.pve.vm(ours.vmid)
-    lab.pve.vms.remove(vm)
+    if kind == "stopped":
+        lab.pve.power(ours.vmid, "stopped")
+    else:
+        lab.pve.vms.remove(vm)
     if kind == "absent":
         lab.reconcile()
         assert lab.record(ours).absent_seen_at
-    else:
+    elif kind == "vmid_reused":
         lab.pve.make_foreign(ours.vmid)
     lab.force_state(late.vmid, "RUNNING", lease_expires_at=int(time.time()) - 5)
 
     def restore(method: str, path: str) -> None:
-        if method == "POST" and f"/qemu/{late.vmid}/status/" in path and vm not in lab.pve.vms:
-            lab.pve.remove_vm(ours.vmid)
-            lab.pve.vms.append(vm)
+        if method == "POST" and f"/qemu/{late.vmid}/status/" in path:
+            if vm not in lab.pve.vms:
+                lab.pve.remove_vm(ours.vmid)
+                lab.pve.vms.append(vm)
+            vm.status = vm.qmpstatus = "running"
 
     lab.pve.before = restore
     lab.reconcile()

@@ -78,8 +78,8 @@ def run(ctx: Context, *, apply: bool, adopt_cluster: bool = False) -> list[Drift
         now = ctx.records.find_all()
         changed = [one for one in now if before.get(one.uuid) != one.generation]
         if found:
-            # That may have taken long: whoever was seen to be gone before it is looked for once more.
-            doubtful = {drift.sandbox.uuid for drift in absent if drift.sandbox} - {one.uuid for one in changed}
+            # That may have taken long: whoever was seen to be gone or stopped before it is looked at once more.
+            doubtful = {uuid for uuid, drift in drifts.items() if drift.repair} - {one.uuid for one in changed}
             changed += [one for one in now if one.uuid in doubtful]
         if changed:
             ctx.cluster.vms(fresh=True)
