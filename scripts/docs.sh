@@ -9,7 +9,7 @@ pages=$work/source
 rm -rf "$work"
 mkdir -p "$pages"
 # The pages keep their places, so that the links between them lead where they lead on GitHub; what else they link to comes along.
-git ls-files -z --cached --others --exclude-standard -- '*.md' ':!scripts' docs awx meta playbooks roles/agentlabd/files/monitoring changelogs LICENSE ':!.collections' |
+git ls-files -z --cached --others --exclude-standard -- '*.md' ':!scripts' ':!.github' docs awx meta playbooks roles/agentlabd/files/monitoring changelogs LICENSE ':!.collections' |
     while IFS= read -r -d '' file; do
         if [ -f "$file" ]; then printf '%s\0' "$file"; fi
     done | tar --create --null --files-from=- | tar --extract --directory="$pages"
