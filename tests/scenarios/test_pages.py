@@ -47,9 +47,11 @@ def ansible(page: Path, program: str) -> list[str]:
 
 
 def known_variables(playbook: str) -> set[str]:
-    """Those that a playbook of the collection looks at."""
+    """Those that a playbook of the collection looks at, and those of the role that it runs."""
     text = (pages.ROOT / "playbooks" / f"{playbook.rsplit('.', 1)[1]}.yml").read_text(encoding="utf-8")
-    return set(re.findall(r"\b(?:sandbox|prune|lease|job|doctor|reconcile|agentlab)_\w+", text))
+    if "agentlab.proxmox.agentlabd" in text:
+        text += (pages.ROOT / "roles/agentlabd/meta/argument_specs.yml").read_text(encoding="utf-8")
+    return set(re.findall(r"\b(?:sandbox|prune|lease|job|doctor|reconcile|awx|agentlabd?)_\w+", text))
 
 
 @pytest.mark.parametrize("page", [page for page in pages.PAGES if ansible(page, "ansible-playbook")], ids=lambda page: page.stem)
