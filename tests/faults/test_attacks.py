@@ -342,6 +342,25 @@ def test_a_vm_swapped_while_its_firewall_is_set_gets_no_rule(lab: Lab, moment: s
     lab.untouched(swapped[0], status="stopped")
 
 
+@pytest.mark.parametrize("done", [True, False])
+def test_a_delete_task_that_hangs_ends_with_its_vm(lab: Lab, done: bool) -> None:
+    """Its work done, the proof that the VM is gone is enough; not done, nothing is deleted beside it until somebody has stopped it."""
+    made = lab.create()
+    if done:
+        lab.pve.task_endings["qmdestroy"] = "hang"
+    else:
+        lab.pve.next_task("qmdestroy", "hang")
+    assert "stop it there if it hangs" in str(lab.destroy(made.vmid, force=True, wait_timeout="1s")[0].message)
+    lab.pve.task_endings.clear()
+    lab.pve.requests.clear()
+    outcome = lab.destroy(made.vmid, force=True, wait_timeout="1s")[0]
+    if not done:
+        assert outcome.failed and "stop it there if it hangs" in str(outcome.message) and lab.pve.touched(made.vmid) == []
+        lab.pve.kill_task(lab.pve.running_tasks("qmdestroy")[0])
+        outcome = lab.destroy(made.vmid, force=True)[0]
+    assert outcome.outcome == "destroyed" and lab.pve.vm(made.vmid) is None and lab.leftovers() == NOTHING_LEFT
+
+
 # ---- creations ----
 
 

@@ -17,7 +17,20 @@ from typing import Any
 
 from .. import clock as clock_module
 from .. import states
-from ..errors import AgentlabError, ApiError, Busy, ClaimLost, Kept, OutcomeUnknown, ProxmoxError, StateConflict, StoreError, TaskFailed, TaskUnknown
+from ..errors import (
+    AgentlabError,
+    ApiError,
+    Busy,
+    ClaimLost,
+    Kept,
+    OutcomeUnknown,
+    ProxmoxError,
+    StateConflict,
+    StoreError,
+    TaskFailed,
+    TaskTimeout,
+    TaskUnknown,
+)
 from ..model import Outcome, Sandbox
 from ..proxmox import identity
 from ..proxmox.client import not_begun
@@ -227,7 +240,12 @@ def _until_gone(ctx: Context, planned: Sandbox, request: Request) -> Outcome | _
             _look_before_closing(ctx, current)
             return _Gone(claim, current, before, "never_created", {"creation": "the clone was never asked for, or refused"}, began)
         if cut_off:
-            warnings += _await_cut_off(ctx, current, cut_off)
+            try:
+                warnings += _await_cut_off(ctx, current, cut_off)
+            except TaskTimeout:
+                # It goes on, or hangs. If its VM is gone that is to be proven all the same; else nothing is done beside it.
+                if _locate(ctx, current, claim, detail).node is not None:
+                    raise
         for attempt in range(_MARK_TRIES):
             found = _locate(ctx, current, claim, detail)
             current = ctx.records.get(current.uuid) if current.smbios_uuid is None else current
