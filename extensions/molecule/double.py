@@ -30,6 +30,7 @@ TOKEN_SECRET = "00000000-0000-0000-0000-000000000000"
 def furnish(pve: ProxmoxDouble) -> None:
     pve.add_token(TOKEN_ID, TOKEN_SECRET)
     pve.add_template()
+    pve.pools["agentlab"] = set()
     pve.agent_default = True
     pve.add_vm(500, "bystander", status="running")
 
