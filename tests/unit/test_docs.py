@@ -284,3 +284,49 @@ def test_the_cleanup_rules_of_the_page_are_understood() -> None:
 def test_every_block_of_yaml_is_yaml(page: Path) -> None:
     for block in pages.blocks(page, "yaml"):
         assert yaml.safe_load(block) is not None
+
+
+DAEMON = (ROOT / "docs/daemon.md").read_text()
+
+
+def daemon_code(name: str) -> str:
+    return (ROOT / "roles/agentlabd/files/agentlabd" / f"{name}.py").read_text()
+
+
+def test_every_key_of_the_daemon_stands_in_its_page_with_when_a_change_counts() -> None:
+    rows = re.findall(r"^\| (`.+?) \| (.+?) \|$", between(DAEMON, "keys"), re.M)
+    said = {key: when for keys, when in rows for key in re.findall(r"`(\w+)`", keys)}
+    assert set(said) <= set(config.DEFAULTS)
+    assert {key for key, when in said.items() if when == "with the next start"} == set(config.FIXED)
+    # Whatever the daemon's own code reads of the configuration, but for where Proxmox is.
+    read = set(re.findall(r"config\.(\w+)", "".join(daemon_code(name) for name in ("api", "daemon", "scheduler", "service")))) & set(config.DEFAULTS)
+    assert read and read <= set(said), read - set(said)
+
+
+def test_the_requests_of_the_daemons_page_are_routes() -> None:
+    routes = {(method, re.sub(r"\{\w+\}", "[^/]+", path)) for method, path in re.findall(r'Route\("(GET|POST)", f?"([^"]+)"', daemon_code("routes"))}
+    # start, stop and suspend are made by one line.
+    routes |= {("POST", f"/v1/sandboxes/[^/]+/{verb}") for verb in ("start", "stop", "suspend")}
+    found = re.findall(r"^\$ curl (.+?)'?http://[^/]+(/v1/[^?'\s]+)", DAEMON, re.M)
+    assert len(found) == 17
+    for options, path in found:
+        method = "POST" if "--json" in options or "--request POST" in options else "GET"
+        assert any(method == one and re.fullmatch(pattern, path) for one, pattern in routes), (method, path)
+
+
+def test_numbers_and_names_of_the_daemons_page_are_those_of_the_code() -> None:
+    scheduler, answers, api = daemon_code("scheduler"), daemon_code("answers"), daemon_code("api")
+    retry = re.search(r"^_FIRST_RETRY = (\d+)", scheduler, re.M)
+    assert retry and f"after a failure after {retry[1]} s" in DAEMON
+    jobs = re.search(r"service\.jobs = \{(.+)\}", scheduler)
+    assert jobs and set(re.findall(r"^\| (\w+) \| .+ \| .+ \| .+ \|$", DAEMON, re.M)) - {"job"} == set(re.findall(r'"(\w+)"', jobs[1]))
+    statuses = {int(number) for number in re.findall(r"\b([45]\d\d) ", DAEMON.split("An error is")[1].split("###")[0])}
+    assert {int(number) for number in re.findall(r": (\d{3}),", answers)} | {405, 409, 413} == statuses | {500}
+    shortest = re.search(r"^_SHORTEST_TOKEN = (\d+)", api, re.M)
+    assert shortest and f"at least {shortest[1]} characters" in DAEMON
+    for metric in re.findall(r"`agentlab_(\w+)`", DAEMON):
+        assert f'"{metric}"' in daemon_code("metrics") or metric in ("operators",), metric
+    for words in ("via API", "token via API (", "agentlabd (cleanup rule"):
+        assert words in DAEMON
+    assert 'f"token via API ({remote})"' in api and 'via API"' in api
+    assert re.search(r"GUARD_FROM = 5\b", (ROOT / "plugins/module_utils/_core/operations/cleanup.py").read_text()) and "(from five on)" in DAEMON
