@@ -217,12 +217,18 @@ def _section(path: str, prefix: str, content: dict[Any, Any], keys: dict[str, An
             continue
         if isinstance(known, dict):
             if not isinstance(value, dict):
-                raise ConfigError(f"{path}: {where}: {words.quoted(value)} is not valid. Valid: a mapping of {', '.join(known)}", file=path, key=where)
+                raise ConfigError(f"{path}: {where}: {_shown(value)} is not valid. Valid: a mapping of {', '.join(known)}", file=path, key=where)
             found.update(_section(path, f"{where}.", value, known))
             continue
         check, option = known
         try:
             found[option or key] = check(value)
         except _Refused as refused:
-            raise ConfigError(f"{path}: {where}: {words.quoted(value)} is not valid. Valid: {refused}", file=path, key=where) from None
+            raise ConfigError(f"{path}: {where}: {_shown(value)} is not valid. Valid: {refused}", file=path, key=where) from None
     return found
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    # Several lines may be a private key.
+    return "that value" if "\\n" in text else text[:80]
