@@ -4,8 +4,9 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-# The release for ansible-core 2.19; the inventory plugin is the same with newer ones.
-wanted="ansible>=12,<13"
+# The release for the ansible-core at hand: 12 for 2.19, 13 for 2.20, and so on.
+release=$(.venv/bin/python -c 'from ansible import release; print(int(release.__version__.split(".")[1]) - 7)')
+wanted="ansible>=$release,<$((release + 1))"
 peers=$PWD/.cache/peers
 if [ "$(cat "$peers/installed" 2>/dev/null)" != "$wanted" ]; then
     rm -rf "$peers"
