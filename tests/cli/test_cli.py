@@ -12,6 +12,7 @@ import re
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -374,14 +375,16 @@ def test_daemon_of_another_release(daemon: StandIn) -> None:
 
 
 def test_time_out(daemon: StandIn) -> None:
+    over = threading.Event()
+
     def slow(_it: StandIn) -> tuple[int, Any]:
-        time.sleep(3)
+        over.wait(60)
         return 200, {}
 
     daemon.replies["POST", "/v1/sandboxes/1000/stop"] = slow
-    begun = time.monotonic()
+    # It ends while the daemon is still at it: here it is waited for no longer than half of that.
     found = agentlab("--timeout", "1", "sandbox", "stop", 1000, socket=daemon.path)
-    assert time.monotonic() - begun < 2.9
+    over.set()
     check_unreachable(found, "did not answer within 1s (--timeout)", "goes on")
     for wrong in ("0", "-1", "1x", "", "1.5", "1h1d"):
         found = agentlab("--timeout", wrong, "status", socket=daemon.path)

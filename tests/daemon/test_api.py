@@ -131,8 +131,10 @@ def test_prune_and_its_dry_run(daemon: Make, lab: Lab) -> None:
 
 def test_reconcile_reports_and_applies(daemon: Make, lab: Lab) -> None:
     lab.create("a1")
-    lab.pve.vm(1000).status = lab.pve.vm(1000).qmpstatus = "stopped"
     one = daemon()
+    # Else it would be the daemon's own first pass that finds it.
+    one.wait_for(lambda: one.get("/v1/status").body["reconcile"]["last_run"], "the first reconcile is over", 20)
+    lab.pve.power(1000, "stopped")
     report = one.good("POST", "/v1/sandboxes/reconcile")
     assert (report["count"], report["applied"], report["drift"][0]["kind"], report["drift"][0]["applied"]) == (1, False, "stopped", False)
     assert lab.record(1000).state == "RUNNING"

@@ -236,6 +236,19 @@ def test_sigterm_lets_what_is_under_way_end_and_begins_nothing_new(daemon: Make,
     assert not os.path.exists(one.socket)
 
 
+def test_signals_that_come_while_it_ends_do_not_kill_it(daemon: Make, lab: Lab) -> None:
+    lab.create("a1")
+    one = daemon()
+    assert one.process is not None
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT) * 2000:
+        if one.process.poll() is not None:
+            break
+        one.signal(number)
+        time.sleep(0.002)
+    assert one.stop() == 0
+    assert one.log().rstrip().endswith("agentlabd stopped")
+
+
 def test_what_does_not_end_in_time_is_abandoned_and_taken_up_by_the_next_start(daemon: Make, lab: Lab) -> None:
     lab.create("a1")
     lab.pve.real_secs["qmdestroy"] = 4.0

@@ -107,7 +107,8 @@ class Daemon:
 
     def start(self, **environment: str) -> Daemon:
         self.spawn(**environment)
-        self.wait_for(self.serving, "it serves", 20)
+        # Loading the libraries takes half a second of one core; others may want it too.
+        self.wait_for(self.serving, "it serves", 60)
         return self
 
     def serving(self) -> bool:

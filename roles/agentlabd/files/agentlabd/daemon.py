@@ -50,6 +50,10 @@ class Daemon:
         await self._end.wait()
         clean = await self._stop()
         watchdog.cancel()
+        # The loop would leave them to their default when it closes: one more of them must not kill what has nearly ended.
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            loop.remove_signal_handler(number)
+            signal.signal(number, signal.SIG_IGN)
         if self._failure:
             raise self._failure
         return clean
