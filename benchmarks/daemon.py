@@ -10,6 +10,7 @@ import contextlib
 import http.client
 import json
 import os
+import re
 import socket
 import statistics
 import subprocess
@@ -39,7 +40,10 @@ class Daemon:
         options = {"socket": self.socket, "cleanup_file": f"{bench.folder}/none-cleanup.yaml", "profiles_dir": f"{bench.folder}/none-profiles"}
         file = Path(bench.folder, "agentlabd.yaml")
         file.write_text(json.dumps(options), encoding="utf-8")
-        env = {**{name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}, **bench.env,
+        # What the unit of the role sets, apart from paths.
+        unit = (REPO / "roles/agentlabd/templates/agentlabd.service.j2").read_text(encoding="utf-8")
+        of_unit = dict(re.findall(r" (\w+)=([\w.]+)(?= |$)", " ".join(re.findall(r"^Environment=(.*)$", unit, re.M))))
+        env = {**of_unit, **{name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}, **bench.env,
                "PYTHONPATH": str(REPO / "roles" / "agentlabd" / "files"), "AGENTLAB_CONFIG": str(file)}
         self._log = Path(bench.folder, "agentlabd.log")
         with self._log.open("wb") as log:

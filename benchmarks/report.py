@@ -164,8 +164,7 @@ def scale_table(known: Known) -> str:
     lines += [f"| destroy {node['sandboxes']:,} / 1,000 with {ours.rpartition(', ')[2]} | {shown(node[ours])} | {shown(cluster[theirs])} |"
               for ours, theirs in zip(*ends, strict=True)]
     lines += ["", f"| a play over {fleet['hosts']} hosts, forks={fleet['forks']} | seconds | against ping |", "|---|---|---|"]
-    names = {"ping": "`ansible.builtin.ping`", "records": "`agentlab_sandbox_info`", "compared": "the same, compared with Proxmox VE",
-             "prune": "`agentlab_prune`, nothing to prune"}
+    names = {"ping": "`ansible.builtin.ping`", "records": "`agentlab_sandbox_info`", "compared": "the same, compared with Proxmox VE"}
     lines += [f"| {title} | {fleet[name]:.0f} | {fleet[name] / fleet['ping']:.2f}x |" for name, title in names.items()]
     return "\n".join(lines)
 

@@ -89,10 +89,10 @@ class Bench:
         return playbook(self.folder, "vm-info", play({"community.proxmox.proxmox_vm_info": self._kvm(type="qemu")}))
 
     def interleaved(self, *parts: Part, slow: tuple[Part, ...] = ()) -> list[list[float]]:
-        """Each part measured ``runs`` times, one after the other in turn; the slow ones in every second round only, their times come last."""
+        """Each part measured ``runs`` times, one after the other in turn; the slow ones in every third round only, their times come last."""
         found: list[list[float]] = [[] for _part in (*parts, *slow)]
         for number in range(self.runs):
-            turn = parts if number % 2 else (*parts, *slow)
+            turn = parts if number % 3 else (*parts, *slow)
             for times, part in zip(found, turn, strict=False):
                 times.append(part())
         return found

@@ -95,7 +95,6 @@ def _fleet(bench: Bench) -> dict[str, Any]:
     where = {"database": "{{ agentlab_database }}"}
     found: dict[str, Any] = {"hosts": HOSTS, "forks": 20}
     for name, task in {"ping": {"ansible.builtin.ping": {}}, "records": {"agentlab.proxmox.agentlab_sandbox_info": where},
-                       "compared": {"agentlab.proxmox.agentlab_sandbox_info": {**where, "verify": True, "verify_identity": False}},
-                       "prune": {"agentlab.proxmox.agentlab_prune": where}}.items():
+                       "compared": {"agentlab.proxmox.agentlab_sandbox_info": {**where, "verify": True, "verify_identity": False}}}.items():
         found[name] = round(over_all(name, task), 1)
     return json.loads(json.dumps(found))
