@@ -22,6 +22,7 @@ PLOT = REPO / "docs" / "performance.png"
 Known = dict[str, Any]
 # Cores that something else may use before the table says so.
 QUIET_CORES = 0.25
+ROWS = 14
 _WIDTH = 50
 
 
@@ -73,9 +74,11 @@ def when(known: Known) -> str:
     alone = ("nothing else ran" if busy <= QUIET_CORES else
              f"**other work was running**, up to {busy:.1f} of the {machine['cores']} cores were busy with it (each row's share is in "
              "`benchmarks/results.json`); ratios suffer less from that than times, and requests not at all")
+    missing = [str(number) for number in range(1, ROWS + 1) if str(number) not in known["rows"]]
+    gaps = f" Not measured: row{'s' if len(missing) > 1 else ''} {', '.join(missing)}." if missing else ""
     return (f"Measured on {' to '.join(dict.fromkeys((days[0], days[-1])))}: {machine['cpu']}, {machine['cores']} cores, {machine['memory_gb']} GB, "
             f"Linux {machine['kernel']}, Python {machine['python']}, ansible-core {machine['ansible-core']}, "
-            f"community.proxmox {machine.get('community.proxmox')}; {alone}.")
+            f"community.proxmox {machine.get('community.proxmox')}; {alone}.{gaps}")
 
 
 def text_plot(known: Known) -> str:

@@ -63,7 +63,7 @@ def _cluster(bench: Bench, nodes: int, count: int, gone: int) -> dict[str, Any]:
         measured("daemon: start and first reconcile", time.perf_counter() - began)
         found["daemon MB"] = round(one.megabytes)
         rate = daemon.lists_a_second(one, daemon.SECONDS)
-        found["daemon: seconds a list"], found["daemon MB after lists"] = round(1 / rate, 3), round(one.megabytes)
+        found["daemon: core seconds a list"], found["daemon MB after lists"] = round(1 / rate, 3), round(one.megabytes)
     found["records MB"] = round(os.path.getsize(bench.database) / 2**20, 1)
     for connections in (IN_FLIGHT, 64):
         bench.vms(gone, nodes=nodes)
