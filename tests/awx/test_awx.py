@@ -146,6 +146,9 @@ def runner(tmp_path: Path, server: Any) -> Runner:
 
 
 def test_every_playbook_as_awx_runs_it(runner: Runner, server: Any) -> None:
+    server.pve.agent_default = True
+    tasks = runner.folder / "tasks.yml"
+    tasks.write_text(f"- name: Work\n  ansible.builtin.copy: {{content: done, dest: {runner.folder}/made-inside, mode: '0600'}}\n")
     who = {"awx_job_id": 4711, "awx_user_name": "alice", "tower_job_id": 4711, "tower_user_name": "alice"}
     create = {"sandbox_name": "agent-1", "sandbox_ttl": "2h", "sandbox_template": "", "sandbox_cores": "3", "sandbox_memory": "", "sandbox_tags": "a,b",
               "sandbox_ssh_public_keys": "", "sandbox_wait_for_ip": "true"}
@@ -156,6 +159,8 @@ def test_every_playbook_as_awx_runs_it(runner: Runner, server: Any) -> None:
         ("reconcile", {}),
         ("prune", {"prune_older_than": "24h", "prune_max_count": "50", "prune_states": "", "prune_tags": ""}),
         ("sandbox_destroy", {"sandbox_vmids": "1000, 1001", "sandbox_force": "true"}),
+        ("job", {"job_name": "job-1", "job_tasks": str(tasks), "job_profile": "", "job_ttl": "1h", "job_workspace": "", "job_keep": "",
+                 "job_connection": "local", "job_python": sys.executable, "job_fetch": ""}),
     ]
     assert {name for name, _variables in story} == set(PLAYBOOKS)
     found: dict[tuple[str, bool], dict[str, Any]] = {}
@@ -164,15 +169,18 @@ def test_every_playbook_as_awx_runs_it(runner: Runner, server: Any) -> None:
             status, results, output = runner.run(name, check=check, **variables, **who)
             assert status == 0 and "[WARNING]" not in output and "[DEPRECATION" not in output, f"{name} {check}\n{output}"
             found[name, check] = results[-1]["res"]
-            if check and name == "sandbox_create":
-                assert server.pve.vm(1000) is None
+            if check and name in ("sandbox_create", "job"):
+                assert [vm.vmid for vm in server.pve.vms if not vm.template] == []
     assert found["sandbox_create", True]["changed"] is found["sandbox_create", False]["changed"] is True
     made = found["sandbox_create", False]["sandbox"]
     assert made["tags"] == ["a", "b"] and made["ip"] and made["vmid"] == 1000
     assert found["lease_renew", False]["results"][0]["granted_seconds"] == 240 * 60
     assert found["sandbox_destroy", True]["changed"] is True
     assert [one["outcome"] for one in found["sandbox_destroy", False]["results"]] == ["destroyed", "not_found"]
-    assert server.pve.vm(1000) is None and found["prune", False]["count"] == 0
+    assert found["prune", False]["count"] == 0
+    assert found["job", True]["changed"] is True and found["job", False]["sandbox"]["state"] == "DESTROYED"
+    assert (runner.folder / "made-inside").read_text() == "done"
+    assert [vm.vmid for vm in server.pve.vms if not vm.template] == []
     actors = sqlite3.connect(runner.env["AGENTLAB_DATABASE"]).execute("SELECT DISTINCT actor FROM events").fetchall()
     assert actors == [("alice (AWX job 4711)",)]
     assert runner.leaks(TOKEN_SECRET) == []
