@@ -169,6 +169,26 @@ def test_vm_that_migrates_in_the_middle_of_a_destroy(lab: Lab, path: str) -> Non
     assert lab.pve.vm(ours.vmid) is None and lab.leftovers() == NOTHING_LEFT
 
 
+def test_vm_that_goes_while_reconcile_looks_at_it(lab: Lab) -> None:
+    """It was there, and ours, when it was judged: nothing is concluded in this pass, and the others are looked at all the same."""
+    gone, down = lab.create("gone"), lab.create("down")
+    for one in (gone, down):
+        lab.pve.power(one.vmid, "stopped")
+
+    def remove(_method: str, where: str) -> None:
+        if where.endswith(f"/qemu/{gone.vmid}/status/current") and lab.pve.vm(gone.vmid) is not None:
+            lab.pve.remove_vm(gone.vmid)
+
+    lab.pve.before = remove
+    drifts = {one.sandbox.vmid: one for one in lab.reconcile() if one.sandbox}
+    lab.pve.before = None
+    assert (drifts[gone.vmid].kind, drifts[gone.vmid].applied) == ("unknown", False) and "does not exist" in str(drifts[gone.vmid].evidence)
+    assert (lab.record(gone).state, lab.record(down).state) == ("RUNNING", "FAILED")
+    lab.reconcile()
+    lab.reconcile()
+    assert lab.record(gone).state == "DESTROYED"
+
+
 # ---- quorum ----
 
 

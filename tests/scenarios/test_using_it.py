@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store import schema
 
 from support.double import TOKEN_SECRET
 from support.play import run_adhoc, run_play
@@ -75,7 +76,8 @@ def test_configuration_and_records(story: Any, given: Any, tmp_path: Path, env: 
         "damaged": ({"database": f"{tmp_path}/damaged.db"}, f"database {tmp_path}/damaged.db: "),
         "text": ({"database": f"{tmp_path}/text.db"}, f"database {tmp_path}/text.db: file is not a database: the file is damaged or not an agentlab database"),
         "foreign": ({"database": f"{tmp_path}/foreign.db"}, f"database {tmp_path}/foreign.db: this is the SQLite file of another program"),
-        "newer": ({"database": f"{tmp_path}/newer.db"}, f"database {tmp_path}/newer.db: its schema version 99 is newer than the 1 that this release knows"),
+        "newer": ({"database": f"{tmp_path}/newer.db"},
+                  f"database {tmp_path}/newer.db: its schema version 99 is newer than the {schema.VERSION} that this release knows"),
         "folder": ({"database": str(tmp_path)}, f"database {tmp_path}: "),
     }
     before = {path.name: path.read_bytes() for path in tmp_path.glob("*.db")}

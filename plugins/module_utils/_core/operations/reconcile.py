@@ -241,7 +241,11 @@ def _compare(ctx: Context, sandbox: Sandbox, rows: dict[int, dict[str, Any]], pr
         return Drift("locked", "none", found.verdict.evidence, sandbox)
     if not found.match:
         return Drift("ambiguous", "none", found.verdict.evidence, sandbox)
-    drift = _power_drift(ctx, sandbox, found)
+    try:
+        drift = _power_drift(ctx, sandbox, found)
+    except ProxmoxError as error:
+        # It may have gone, or its node stopped answering, since it was judged: said for this one, and the others are looked at.
+        return Drift("unknown", "none", {"why": error.message}, sandbox)
     if drift is not None:
         try:
             ctx.cluster.require_quorum()
