@@ -23,7 +23,7 @@ SHARD ?=
 
 .PHONY: help setup demo test lint lint-python lint-ansible lint-meta sanity unit scenarios test-daemon test-molecule test-faults changelog build clean
 
-.PHONY: test-cli-oldest test-monitoring
+.PHONY: scenarios-everyday test-cli-oldest test-monitoring
 
 .PHONY: check gates test-awx test-cores demo-installed importer docs faults-everyday test-faults-all test-inventory release-check
 
@@ -40,13 +40,13 @@ setup: ## Make .venv with all tools (again when requirements-dev.txt changes)
 demo: setup ## Show the collection at work against a fake Proxmox VE
 	@.venv/bin/python tests/support/demo.py
 
-test: unit faults-everyday lint scenarios sanity ## Everyday checks, under 5 minutes
+test: unit faults-everyday lint scenarios-everyday ## Everyday checks, under 5 minutes
 	@echo "==> All everyday checks passed"
 
 check: test test-daemon test-cli-oldest test-monitoring gates ## Every gate: the everyday checks, and all that Galaxy, AWX and other releases of ansible-core ask for
 	@echo "==> All gates passed"
 
-gates: test-cores test-awx test-inventory docs demo-installed importer ## The gates beyond `make test`
+gates: scenarios sanity test-cores test-awx test-inventory docs demo-installed importer ## The gates beyond `make test`
 
 lint: lint-python lint-ansible lint-meta ## All linters and the type checker
 
@@ -81,6 +81,10 @@ unit: setup ## Tests of rules, store and operations
 scenarios: setup ## Every module in real playbooks against a fake Proxmox VE
 	@echo "==> Scenarios"
 	@$(PYTEST) tests/scenarios $(PYTEST_ARGS)
+
+scenarios-everyday: setup ## A life of each module in real playbooks, and what holds for all of them
+	@echo "==> Scenarios, the everyday ones"
+	@$(PYTEST) tests/scenarios -m everyday $(PYTEST_ARGS)
 
 test-daemon: setup ## Daemon and command line as real processes against a fake Proxmox VE
 	@echo "==> Daemon"

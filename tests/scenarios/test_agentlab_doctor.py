@@ -11,6 +11,8 @@ import stat
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from support.double import TOKEN_SECRET
 from support.play import run_play
 from support.story import task, writes, written
@@ -18,6 +20,7 @@ from support.story import task, writes, written
 DOCTOR = "agentlab_doctor"
 
 
+@pytest.mark.everyday
 def test_it_looks_and_writes_nothing_but_the_bundle(story: Any, given: Any, env: Any, server: Any, tmp_path: Path) -> None:
     given(2)
     server.pve.vm(9000).config["agent"] = "0"

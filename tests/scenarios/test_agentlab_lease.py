@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from support.story import edit, task, writes, written
 
 LEASE = "agentlab_lease"
 
 
+@pytest.mark.everyday
 def test_renewing(story: Any, given: Any, env: Any, server: Any) -> None:
     given(3)
     seen: dict[str, Any] = {}

@@ -9,6 +9,8 @@ from __future__ import annotations
 import time
 from typing import Any
 
+import pytest
+
 from support.story import edit, records, state_of, task, writes, written
 
 PRUNE = "agentlab_prune"
@@ -19,6 +21,7 @@ def reasons(answer: dict[str, Any]) -> dict[int, str]:
     return {one["vmid"]: one["reason"] for one in answer["kept"]}
 
 
+@pytest.mark.everyday
 def test_prune_selects_plans_and_prunes(story: Any, given: Any, env: Any, server: Any) -> None:
     given(4, "TIMEOUT")
     given(1, "TIMEOUT", tags=["debug"])

@@ -9,6 +9,8 @@ from __future__ import annotations
 import time
 from typing import Any
 
+import pytest
+
 from support.story import edit, records, state_of, task, writes, written
 
 RECONCILE = "agentlab_reconcile"
@@ -43,6 +45,7 @@ def test_a_short_lease_runs_out_and_prune_removes_it(story: Any, server: Any, en
     assert run["prune"]["count"] == 1 and server.pve.vm(1000) is None and server.pve.vm(1001).status == server.pve.vm(1002).status == "running"
 
 
+@pytest.mark.everyday
 def test_drift(story: Any, given: Any, env: Any, server: Any) -> None:
     given(9)
     pve = server.pve

@@ -10,12 +10,15 @@ import json
 import time
 from typing import Any
 
+import pytest
+
 from support.story import state_of, task, writes, written
 
 SANDBOX = "agentlab_sandbox"
 DESTROY_REFUSED = "cannot destroy sandbox in RUNNING state. Valid states: STOPPED, DESTROYED. Use force=true to bypass"
 
 
+@pytest.mark.everyday
 def test_a_life(story: Any, env: Any, server: Any) -> None:
     seen: dict[str, Any] = {}
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from support.story import edit, task, writes, written
 
 INFO = "agentlab_sandbox_info"
@@ -19,6 +21,7 @@ def vmids(answer: dict[str, Any]) -> list[int]:
     return [one["vmid"] for one in answer["sandboxes"]]
 
 
+@pytest.mark.everyday
 def test_showing(story: Any, given: Any, env: Any, server: Any) -> None:
     empty = story([task("nothing", INFO), task("nothing in check mode", INFO, check=True)])
     assert empty["nothing"]["sandboxes"] == [] and empty["nothing"]["count"] == 0 and empty["nothing"]["by_state"] == {}

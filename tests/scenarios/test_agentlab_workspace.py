@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from support.story import task, writes, written
 
 WORKSPACE = "agentlab_workspace"
 SANDBOX = "agentlab_sandbox"
 
 
+@pytest.mark.everyday
 def test_a_life(story: Any, env: Any, server: Any) -> None:
     seen: dict[str, Any] = {}
 

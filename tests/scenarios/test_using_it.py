@@ -112,6 +112,7 @@ def test_records_that_cannot_be_written(story: Any, given: Any, env: Any, server
     assert server.pve.vm(1000).status == "running"
 
 
+@pytest.mark.everyday
 def test_secrets_are_never_shown(given: Any, env: Any, tmp_path: Path, server: Any) -> None:
     given(1)
     secrets = {"option": "secret-as-option-1234", "file": "secret-in-the-file-5678", "password": "password-as-option-9012"}
@@ -142,6 +143,7 @@ def test_secrets_are_never_shown(given: Any, env: Any, tmp_path: Path, server: A
         assert not any(secret in str(vm.config) for vm in server.pve.vms)
 
 
+@pytest.mark.everyday
 def test_short_names_ad_hoc_and_the_action_group(env: Any, tmp_path: Path, given: Any, server: Any) -> None:
     given(1, "TIMEOUT")
     would = run_adhoc("agentlab_prune", None, env, tmp_path, check=True)
@@ -159,6 +161,7 @@ def test_short_names_ad_hoc_and_the_action_group(env: Any, tmp_path: Path, given
     assert run.status("short") == "changed" and run.status("full agentlab_sandbox") == "ok"
 
 
+@pytest.mark.everyday
 def test_a_run_that_changes_nothing_costs_at_most_two_requests(story: Any, given: Any) -> None:
     given(5)
     given(1, "STOPPED")
