@@ -46,7 +46,7 @@ test: unit faults-everyday lint scenarios-everyday ## Everyday checks, under 5 m
 check: test test-daemon test-cli-oldest test-monitoring gates ## Every gate: the everyday checks, and all that Galaxy, AWX and other releases of ansible-core ask for
 	@echo "==> All gates passed"
 
-gates: scenarios sanity test-cores test-awx test-inventory docs demo-installed importer ## The gates beyond `make test`
+gates: scenarios bench-short sanity test-cores test-awx test-inventory docs demo-installed importer ## The gates beyond `make test`
 
 lint: lint-python lint-ansible lint-meta ## All linters and the type checker
 
@@ -153,9 +153,9 @@ importer: setup ## What Galaxy does with an uploaded archive
 bench: setup ## Measure us and the peers side by side, on a quiet machine, about 20 minutes; ROWS="1 2" for some rows, RUNS=5
 	@.venv/bin/python benchmarks/run.py --runs $(RUNS) --rows "$(ROWS)"
 
-bench-short: setup ## What the benchmarks count and weigh: requests exactly, payload of the modules, no times (part of `unit`)
+bench-short: setup ## What the benchmarks count and weigh: requests exactly, payload of the modules, no times
 	@echo "==> Requests and payload"
-	@.venv/bin/python -m pytest -q tests/unit/test_benchmarks.py $(PYTEST_ARGS)
+	@.venv/bin/python -m pytest -q tests/benchmarks/test_counts.py $(PYTEST_ARGS)
 
 changelog: setup ## Release: turn the changelog fragments into CHANGELOG.md
 	@echo "==> antsibull-changelog release"

@@ -143,7 +143,6 @@ def test_secrets_are_never_shown(given: Any, env: Any, tmp_path: Path, server: A
         assert not any(secret in str(vm.config) for vm in server.pve.vms)
 
 
-@pytest.mark.everyday
 def test_short_names_ad_hoc_and_the_action_group(env: Any, tmp_path: Path, given: Any, server: Any) -> None:
     given(1, "TIMEOUT")
     would = run_adhoc("agentlab_prune", None, env, tmp_path, check=True)
@@ -161,7 +160,6 @@ def test_short_names_ad_hoc_and_the_action_group(env: Any, tmp_path: Path, given
     assert run.status("short") == "changed" and run.status("full agentlab_sandbox") == "ok"
 
 
-@pytest.mark.everyday
 def test_a_run_that_changes_nothing_costs_at_most_two_requests(story: Any, given: Any) -> None:
     given(5)
     given(1, "STOPPED")
