@@ -14,7 +14,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export PYTHONDONTWRITEBYTECODE := 1
 
 WORKERS ?= auto
-PYTEST = .venv/bin/python -m pytest -q -n $(WORKERS)
+PYTEST = .venv/bin/python -m pytest -q -n $(WORKERS) --dist worksteal
 PYTEST_ARGS ?=
 ROWS ?=
 RUNS ?= 5

@@ -90,8 +90,8 @@ def text_plot(known: Known) -> str:
             lines.append(f"{row['row']:>4} failed")
             continue
         length = min(_WIDTH, max(1, round(row["used"] * half)))
-        bar = "".join("|" if place == half else "#" if place < length else " " for place in range(_WIDTH))
-        lines.append(f"{row['row']:>4} {bar.rstrip() if length > half else bar[:half + 1]:<{_WIDTH}} {row['used'] * 100:4.0f} %")
+        drawn = "".join("|" if place == half else "#" if place < length else " " for place in range(_WIDTH))
+        lines.append(f"{row['row']:>4} {drawn.rstrip() if length > half else drawn[:half + 1]:<{_WIDTH}} {row['used'] * 100:4.0f} %")
     destroyed = _destroyed(known)
     if destroyed:
         slowest = max(destroyed.values())

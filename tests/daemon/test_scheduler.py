@@ -124,7 +124,7 @@ def test_a_proxmox_that_hangs_delays_no_lease_and_no_answer(daemon: Make, lab: L
             one.good("POST", f"/v1/sandboxes/{vmid}/lease/renew", {"ttl": "2s", "allow_shorten": True})
         ends = lab.record(1001).lease_expires_at
         took = []
-        for _ in range(20):
+        for _dummy in range(20):
             began = time.monotonic()
             assert len(one.good("GET", "/v1/sandboxes")["sandboxes"]) == 5
             took.append(time.monotonic() - began)
@@ -285,7 +285,7 @@ def test_the_rules_run_by_interval_and_jitter_and_a_restart_forgets_neither(daem
         return int(datetime.datetime.strptime(text, "%Y-%m-%dT%H:%M:%S%z").timestamp())
 
     found = set()
-    for _ in range(6):
+    for _dummy in range(6):
         found.add(planned())
         one.stop()
         one.start()

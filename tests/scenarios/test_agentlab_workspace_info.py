@@ -8,14 +8,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
-
 from support.story import task, writes
 
 INFO = "agentlab_workspace_info"
 
 
-@pytest.mark.everyday
 def test_what_is_shown(story: Any, server: Any) -> None:
     run = story([
         task("none", INFO),

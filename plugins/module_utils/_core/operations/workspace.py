@@ -214,7 +214,7 @@ def _create(ctx: Context, name: str, size: int | None, storage: str | None, node
     suffix = _FILES.get(str(row.get("type")), "")
     ctx.cluster.confirm(creating=True)
     found = records(ctx).reserve(name, size=size, storage=storage, node=None if shared else node, owners=ctx.config.workspace_owner_range,
-                                   occupied=set(ctx.cluster.vms()), suffix=suffix, folder=bool(suffix))
+                                 occupied=set(ctx.cluster.vms()), suffix=suffix, folder=bool(suffix))
     if ctx.dry_run:
         return Done("would_create", found, True)
     return Done("created", _allocate(ctx, found, node), True)
@@ -244,7 +244,7 @@ def _allocate(ctx: Context, found: Workspace, node: str | None = None) -> Worksp
             raise OutcomeUnknown(f"{found.title}: {found.volume} was allocated, but the storage does not list it (Datastore.Audit on the storage and "
                                  "VM.Config.Disk on /vms are needed); run again")
     return records(ctx).change(found, "create", to=store.DETACHED, reason="created", evidence={"volume": found.volume, "node": node},
-                                 size=int(row.get("size") or found.size))
+                               size=int(row.get("size") or found.size))
 
 
 def _require_free_owner(ctx: Context, found: Workspace, node: str) -> None:
@@ -300,7 +300,7 @@ def hold(ctx: Context, claim: Claim, sandbox: Sandbox, found: Workspace, ttl: in
         raise WorkspaceRefused(f"sandbox {sandbox.vmid} has {other.title} already; a sandbox has one workspace at most")
     until = sandbox.lease_expires_at if ttl is None else ctx.clock.now() + ttl
     return records(ctx).change(found, "attach", to=store.ATTACHING, claim=claim, outcome="decided", reason="attach", sandbox_uuid=sandbox.uuid,
-                                 lease_expires_at=until, evidence={"vmid": sandbox.vmid})
+                               lease_expires_at=until, evidence={"vmid": sandbox.vmid})
 
 
 def _held(ctx: Context, found: Workspace) -> WorkspaceRefused:
@@ -367,7 +367,7 @@ def attach(ctx: Context, claim: Claim, sandbox: Sandbox, located: Located, found
             raise WorkspaceRefused(f"{found.title}: the running VM {sandbox.vmid} did not take the disk (is hotplug for disks on?); stop the sandbox, then "
                                    "attach it")
     done = records(ctx).change(found, "attach", to=store.ATTACHED, claim=claim, reason="attached", slot=slot,
-                                 evidence={"vmid": sandbox.vmid, "slot": slot, "node": node})
+                               evidence={"vmid": sandbox.vmid, "slot": slot, "node": node})
     ctx.records.note(sandbox, "attach_workspace", outcome="done", reason=found.name, evidence={"workspace_id": found.id, "slot": slot})
     return done
 
@@ -408,7 +408,7 @@ def _let_go(ctx: Context, claim: Claim, sandbox: Sandbox, held: Workspace, error
     found = records(ctx).get(held.id)
     if found.state == store.ATTACHING and found.slot is None:
         records(ctx).change(found, "attach", to=store.DETACHED, claim=claim, outcome="failed", reason="refused", sandbox_uuid=None, lease_expires_at=None,
-                              evidence={"message": error.message})
+                            evidence={"message": error.message})
         return
     # Held with a slot: an earlier run had asked for it, and Proxmox may still carry that out.
     off(ctx, claim, sandbox, require_match(ctx, sandbox), found, sure=held.slot is None)
@@ -480,7 +480,7 @@ def off(ctx: Context, claim: Claim, sandbox: Sandbox, located: Located, found: W
                    f"{ctx.config.doubt_window - age} s (doubt_window)")
     if found.state != store.DETACHING:
         found = records(ctx).change(found, "detach", to=store.DETACHING, claim=claim, outcome="decided", reason="detach",
-                                      evidence={"vmid": sandbox.vmid, "slots": listed})
+                                    evidence={"vmid": sandbox.vmid, "slots": listed})
     if listed:
         ctx.client.put(f"{located.path}/config", digest=located.verdict.digest if located.verdict else None, delete=",".join(listed))
         _await_off(ctx, node, sandbox, found)
@@ -488,7 +488,7 @@ def off(ctx: Context, claim: Claim, sandbox: Sandbox, located: Located, found: W
         raise Kept("workspace", f"{found.title}: VM {sandbox.vmid} does not name its volume {found.volume}, and the storage does not list it any more: it may "
                    f"have been given to a VM (move_disk), which is therefore left alone. Look at the disks of VM {sandbox.vmid}", vmid=sandbox.vmid)
     done = records(ctx).change(found, "detach", to=store.DETACHED, claim=claim, reason="detached", sandbox_uuid=None, slot=None, lease_expires_at=None,
-                                 evidence={"vmid": sandbox.vmid, "slots": listed})
+                               evidence={"vmid": sandbox.vmid, "slots": listed})
     ctx.records.note(sandbox, "detach_workspace", outcome="done", reason=found.name, evidence={"workspace_id": found.id, "slots": listed})
     return done
 
@@ -565,7 +565,7 @@ def released(ctx: Context, claim: Claim | None, sandbox: Sandbox) -> Workspace |
     if found is None:
         return None
     return records(ctx).change(found, "detach", to=store.DETACHED, claim=claim, reason="vm_gone", sandbox_uuid=None, slot=None, lease_expires_at=None,
-                                 evidence={"vmid": sandbox.vmid})
+                               evidence={"vmid": sandbox.vmid})
 
 
 # ---- deleting ----
@@ -610,7 +610,7 @@ def _delete(ctx: Context, found: Workspace) -> Workspace:
         if exists(ctx, found, node) is not None:
             raise OutcomeUnknown(f"{found.title}: its volume {found.volume} is still there after it was deleted; run again")
     return records(ctx).change(found, "delete", to=store.DELETED, reason="deleted" if row is not None else "volume_missing", upids=upids,
-                                 evidence={"volume": found.volume})
+                               evidence={"volume": found.volume})
 
 
 # ---- showing ----
