@@ -74,9 +74,9 @@ sanity: setup ## ansible-test sanity, on a copy of the collection
 	@echo "==> ansible-test sanity"
 	@scripts/ansible-test.sh sanity
 
-unit: setup ## Tests of rules, store and operations
+unit: setup ## Tests of rules, store and operations, and of what the files of the repository promise one another
 	@echo "==> Unit tests"
-	@$(PYTEST) tests/unit $(PYTEST_ARGS)
+	@$(PYTEST) tests/unit tests/repository $(PYTEST_ARGS)
 
 scenarios: setup ## Every module in real playbooks against a fake Proxmox VE
 	@echo "==> Scenarios"
