@@ -166,7 +166,7 @@ def timed(command: list[str], env: dict[str, str], folder: str) -> float:
     return took
 
 
-def resident_kb(pid: int) -> int:
-    """Resident memory of a process, kB."""
+def resident_kb(pid: int | str, *, most: bool = False) -> int:
+    """Resident memory of a process, kB: now, or the most since its program began (``ru_maxrss`` would count the parent that it was forked from too)."""
     with open(f"/proc/{pid}/status", encoding="ascii") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith("VmRSS:"))
+        return next(int(line.split()[1]) for line in file if line.startswith("VmHWM:" if most else "VmRSS:"))

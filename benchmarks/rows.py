@@ -20,7 +20,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 
 import payload
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import prune
-from field import FIRST, REPO, TOKEN_SECRET, Canned, context, play, playbook, seed, timed
+from field import FIRST, REPO, TOKEN_SECRET, Canned, context, play, playbook, resident_kb, seed, timed
 
 BIN = Path(sys.executable).parent
 TASK = 0.2
@@ -295,8 +295,6 @@ def growing(bench: Bench, _wanted: set[str]) -> list[Row]:
 
 def grow(database: str, count: str, connections: str = str(IN_FLIGHT), interval: str = str(TICK)) -> tuple[float, int]:
     """In a process of its own: destroy them all; seconds, and the most memory that was resident (kB)."""
-    import resource
-
     from ansible_collections.agentlab.proxmox.plugins.module_utils._core import clock, config
     from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import destroy
     from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations.context import Context
@@ -313,7 +311,7 @@ def grow(database: str, count: str, connections: str = str(IN_FLIGHT), interval:
     took = time.perf_counter() - began
     assert all(one.state == "DESTROYED" for one in outcomes), next(one.message for one in outcomes if one.state != "DESTROYED")
     ctx.close()
-    return took, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return took, resident_kb("self", most=True)
 
 
 def loading(bench: Bench, _wanted: set[str]) -> list[Row]:
