@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -249,7 +250,8 @@ def test_every_rule_acts_on_what_it_names_and_on_nothing_else(daemon: Make, lab:
     assert one.metric('agentlab_prune_items_total{result="pruned"}') == 2
     assert one.metric('agentlab_prune_kept_total{reason="rule"}') >= 2 and one.metric('agentlab_prune_kept_total{reason="protected"}') >= 2
     assert status(one)["cleanup"]["last_result"]["kept"] == 3
-    assert "cleanup: 2 destroyed" in one.log()
+    # Not necessarily in one pass: reconcile may have one of them in hand while the first pass looks.
+    assert sum(map(int, re.findall(r"cleanup: (\d+) destroyed", one.log()))) == 2
 
 
 def test_shadow_mode_only_says_what_it_would_do(daemon: Make, lab: Lab) -> None:
