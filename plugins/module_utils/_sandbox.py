@@ -48,6 +48,7 @@ def _guarded(work: Callable[[Sandbox], Outcome], sandbox: Sandbox) -> Outcome:
 def _present(module: AnsibleModule, context: Context, which_ones: list[dict[str, Any]]) -> list[Outcome]:
     import dataclasses
 
+    from ._core import states
     from ._core.operations import create, wanted
 
     params = module.params
@@ -59,6 +60,11 @@ def _present(module: AnsibleModule, context: Context, which_ones: list[dict[str,
         try:
             asked.check()
             found = create.existing(context, asked)
+            if found is not None and found.state == states.FAILED and params["protected"] is False:
+                # Its creation failed, so it can only be removed; its protection, which bars that, has to be taken off first.
+                done = create.amend(context, found, protected=False)
+                if done.changed:
+                    return done
             outcome = create.run(context, asked)
             if found is not None and outcome.outcome in ("unchanged", "updated") and outcome.sandbox is not None:
                 # Given as false they are to be switched off; left out they stay as they are.

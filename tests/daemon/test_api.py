@@ -162,6 +162,7 @@ def test_the_sentences_of_the_seed(daemon: Make, lab: Lab) -> None:
     ("GET", "/v1/nothing", None, 404, "no such path: /v1/nothing"),
     ("GET", "/v1/sandboxes/abc", None, 400, "vmid: 'abc' is not a VMID. Valid: 100 to 999999999"),
     ("POST", "/v1/sandboxes/99/stop", None, 400, "vmid: '99' is not a VMID"),
+    ("GET", f"/v1/sandboxes/{'0' * 9}101{'9' * 20}", None, 400, "vmid: '000000000101999"),
     ("GET", "/v1/sandboxes?state=RUNING", None, 400, "state: 'RUNING' is not valid. Valid: REQUESTED"),
     ("GET", "/v1/sandboxes?stat=RUNNING", None, 400, "stat: unknown query parameter. Valid: state"),
     ("POST", "/v1/sandboxes/1000/destroy", b"{", 400, "the body is not valid JSON"),

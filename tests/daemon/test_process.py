@@ -87,7 +87,8 @@ def test_tcp_needs_the_token_and_metrics_need_none(daemon: Make, tmp_path: Path,
         with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=20)) as connection:
             return ask(connection, "GET", path, None, headers)
 
-    for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "a-long-token-of-the-tests-77aa"}, {"Authorization": "Bearer "}):
+    for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "a-long-token-of-the-tests-77aa"}, {"Authorization": "Bearer "},
+                    {"Authorization": "Bearer \xff\xfe"}):
         answer = get("/v1/sandboxes", **headers)
         assert (answer.status, answer.body["error"]) == (401, "a valid bearer token is required")
         assert answer.headers["WWW-Authenticate"] == "Bearer"

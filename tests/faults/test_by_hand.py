@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -370,3 +371,57 @@ def test_guards_that_tripped(lab: Lab) -> None:
     assert lab.prune(max_count=6).count == 6
     cleanup.release(lab.context())
     assert cleanup.run(lab.context(), policy).candidates == 0
+
+
+def test_a_freeze_while_the_rules_are_at_work_stops_the_rules_to_come(lab: Lab) -> None:
+    for number in range(3):
+        lab.force_state(lab.create(f"c{number}", tags=[f"t{number}"]).vmid, "TIMEOUT", age=100)
+    policy = rules.Policy(enabled=True, guard_count=9, guard_percent=100,
+                          rules=tuple(rules.Rule(f"r{number}", rules.DESTROY, states=("TIMEOUT",), tags=(f"t{number}",)) for number in range(3)))
+
+    def freeze(method: str, _path: str) -> None:
+        if method == "DELETE" and not cleanup.frozen(lab.context()):
+            cleanup.freeze(lab.context(), "the operator saw it")
+
+    lab.pve.before = freeze
+    report = cleanup.run(lab.context(), policy)
+    lab.pve.before = None
+    assert [one.name for one in report.pruned] == ["c0"]
+    assert {(one.name, one.reason) for one in report.kept} == {("c1", "changed"), ("c2", "changed")}
+    assert "was frozen while it ran" in str(report.kept[0].message)
+    assert {one.name for one in lab.records() if one.live} == {"c1", "c2"}
+    cleanup.release(lab.context())
+    assert len(cleanup.run(lab.context(), policy).pruned) == 2
+
+
+# ---- what another run did meanwhile ----
+
+
+def test_a_creation_that_another_run_gave_up_is_not_taken_for_a_success(lab: Lab) -> None:
+    """This run waits for the other one's claim; what the sandbox is then decides, not what it was."""
+    first = lab.create("web")
+    lab.force_state(first.vmid, "PROVISIONING")
+    ctx = lab.context(claim_timeout="20s")
+    claim = ctx.records.claim(first.uuid, "create", wait=0)
+    ended: list[Any] = []
+    waiting = threading.Thread(target=lambda: ended.append(lab.create("web")))
+    waiting.start()
+    time.sleep(0.5)
+    # What the other run does when its clone fails: cleans up, and is done.
+    lab.pve.remove_vm(first.vmid)
+    ctx.records.change(claim, ctx.records.get(first.uuid), "create", to="DESTROYED", reason="creation_failed", finish=True)
+    waiting.join(30)
+    assert len(ended) == 1 and ended[0].live and ended[0].uuid != first.uuid and lab.pve.vm(ended[0].vmid) is not None
+
+
+def test_a_destroy_that_was_cut_off_and_is_refused_now_bars_nothing(lab: Lab) -> None:
+    made = lab.create()
+    lab.pve.cut_next("DELETE", f"/qemu/{made.vmid}", when="before")
+    assert lab.destroy(made.vmid, force=True)[0].failed
+    lab.pve.vm(made.vmid).config["protection"] = 1
+    time.sleep(2.2)
+    assert "protection" in str(lab.destroy(made.vmid, force=True)[0].message)
+    assert lab.leftovers() == {"claims": [], "operations": []}
+    # The administrator wanted to keep it, so it can be used.
+    lab.power("start", made.vmid)
+    assert lab.record(made).state == "RUNNING"

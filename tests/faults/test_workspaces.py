@@ -140,6 +140,52 @@ def test_an_owner_that_a_vm_has_or_that_owns_something_is_not_taken(lab: Lab) ->
     assert lab.pve.volumes_of(990002) == ["local-lvm:vm-990002-disk-0"]
 
 
+def test_a_sandbox_gets_no_vmid_that_owns_a_workspace(lab: Lab) -> None:
+    """Proxmox VE deletes with a VM what its VMID owns, and an unused disk of its own for good."""
+    found = make(lab)
+    for vmid in (found.owner_vmid, 990999):
+        with pytest.raises(InvalidInput, match=rf"vmid: {vmid} is in workspace_owner_range \(990000-990999\)"):
+            lab.create("a1", vmid=vmid)
+    assert lab.records() == [] and lab.pve.vm(found.owner_vmid) is None
+    kept_whole(lab, found)
+
+
+def test_a_workspace_that_its_sandbox_owns_is_never_taken_off(lab: Lab) -> None:
+    """The range was another one when the sandbox was made: Proxmox VE would keep the disk as an unused one of the VM's own, and then delete it."""
+    found = make(lab)
+    vmid = lab.create("a1", vmid=found.owner_vmid, options={"workspace_owner_range": "991000-991999"}).vmid
+    attach(lab, "w1", vmid)
+    before = in_vm(lab, found)
+    with pytest.raises(Kept, match=f"owned by the VMID of sandbox {vmid} itself"):
+        detach(lab, "w1")
+    assert in_vm(lab, found) == before and before
+
+
+def test_a_volume_that_comes_into_being_late_is_its_own(lab: Lab) -> None:
+    """The answer was lost, and the request is carried out between the two looks of the next run."""
+    lab.pve.cut_next("POST", "/content", when="before")
+    with pytest.raises(AgentlabError):
+        make(lab)
+    reserved = now(lab)
+    looks: list[str] = []
+
+    def late(method: str, where: str) -> None:
+        if method == "GET" and where.endswith("/content"):
+            looks.append(where)
+            if len(looks) == 2:
+                lab.pve._disk("local-lvm", reserved.volume.rpartition(":")[2], reserved.owner_vmid, reserved.size)
+
+    lab.pve.before = late
+    with contextlib.suppress(AgentlabError):
+        workspace.present(lab.context(), "w1", size="8G", storage="local-lvm")
+    lab.pve.before = None
+    assert len(looks) >= 2
+    assert now(lab).state in ("CREATING", "DETACHED")
+    done = workspace.present(lab.context(), "w1", size="8G", storage="local-lvm").workspace
+    assert done is not None and done.id == reserved.id
+    kept_whole(lab, done)
+
+
 # ---- once at most ----
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from support.story import state_of, task, writes, written
+from support.story import edit, state_of, task, writes, written
 
 SANDBOX = "agentlab_sandbox"
 DESTROY_REFUSED = "cannot destroy sandbox in RUNNING state. Valid states: STOPPED, DESTROYED. Use force=true to bypass"
@@ -154,6 +154,21 @@ def test_a_protected_sandbox_and_proxmox_protection_survive_force(story: Any, se
     assert [run[f"force {name}"]["results"][0]["reason"] for name in ("kept", "guarded", "template-now")] == ["protected"] * 3
     assert server.pve.vm(1001).status == "running" and server.pve.vm(1002).status == "running"
     assert run.status("force at last") == "changed"
+
+
+def test_a_failed_creation_that_is_protected_can_be_removed(story: Any, given: Any, env: Any) -> None:
+    given(1, name="kept", protected=True)
+    edit(env, [1000], state="FAILED", reason="creation_interrupted")
+    run = story([
+        task("force", SANDBOX, name="kept", state="absent", force=True, fails=True),
+        task("unprotect in check mode", SANDBOX, name="kept", protected=False, check=True),
+        task("unprotect", SANDBOX, name="kept", protected=False),
+        task("present", SANDBOX, name="kept", fails=True),
+        task("force at last", SANDBOX, name="kept", state="absent", force=True),
+    ])
+    assert run["force"]["msg"] == "sandbox 1000 is protected; set protected=false first (force does not skip this)"
+    assert run.status("unprotect in check mode") == run.status("unprotect") == run.status("force at last") == "changed"
+    assert "could not be created earlier (creation_interrupted)" in run["present"]["msg"]
 
 
 def test_a_vmid_that_is_somebody_elses_now(story: Any, server: Any, given: Any, env: Any) -> None:

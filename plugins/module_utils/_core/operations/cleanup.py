@@ -105,7 +105,10 @@ def run(ctx: Context, policy: rules.Policy) -> Report:
         raise GuardTripped(f"{too_many}; nothing was destroyed, and cleanup is frozen until it is released", count=report.candidates)
     for rule in policy.rules:
         mine = [one for other, one in chosen if other is rule]
-        if mine:
+        if mine and frozen(ctx):
+            # Frozen by somebody who saw it at work.
+            report.kept += [Outcome.of("kept", one, reason="changed", message=f"sandbox {one.vmid}: cleanup was frozen while it ran") for one in mine]
+        elif mine:
             _apply(ctx, rule, mine, report)
     if policy.keep_destroyed is not None and not rest:
         report.forgotten = _forget(ctx, policy.keep_destroyed)

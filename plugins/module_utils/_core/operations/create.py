@@ -135,7 +135,12 @@ def run(ctx: Context, spec: Spec) -> Outcome:
         if ctx.dry_run:
             return Outcome.of("would_create", found, changed=True, state=states.RUNNING)
         claim = ctx.records.claim(found.uuid, "create", wait=ctx.config.claim_timeout)
-        return _carry_on(ctx, claim, spec, ctx.records.get(found.uuid))
+        now = ctx.records.get(found.uuid)
+        if claim.interrupted or now.state in states.CREATING:
+            return _carry_on(ctx, claim, spec, now)
+        # Another run finished it, or gave it up, while this one waited for the claim: what it is by now decides.
+        destroy.give_back(ctx, claim)
+        return run(ctx, spec)
     if found.state == states.FAILED and (found.smbios_uuid is None or found.reason in ("creation_failed", "creation_interrupted", "cloud_init_failed")):
         raise CreationFailed(f"sandbox {found.vmid} could not be created earlier ({found.reason}) and is in FAILED state; "
                              f"first {_how_to_remove(ctx)}", vmid=found.vmid)
@@ -160,6 +165,10 @@ def amend(ctx: Context, found: Sandbox, **wanted: bool | None) -> Outcome:
 
 
 def _create(ctx: Context, spec: Spec) -> Outcome:
+    first, last = ctx.config.workspace_owner_range
+    if spec.vmid is not None and first <= spec.vmid <= last:
+        raise InvalidInput(f"vmid: {spec.vmid} is in workspace_owner_range ({first}-{last}), whose VMIDs own the volumes of workspaces: Proxmox VE "
+                           "deletes with a VM what its VMID owns. Take one outside of it", option="vmid", value=spec.vmid)
     template, template_node = ctx.cluster.template(spec.template or ctx.config.template)
     disk = workspace.select(ctx, spec.workspace) if spec.workspace is not None else None
     # Where its workspace is, if that is on one node only.

@@ -222,7 +222,7 @@ def _until_gone(ctx: Context, planned: Sandbox, request: Request) -> Outcome | _
                 request.recheck(current)
             check(ctx, current, request.force, request.clean_up)
         elif current.protected:
-            check(ctx, current, True)
+            check(ctx, current, True, request.clean_up)
         detail: dict[str, Any] = {"operation": request.operation, "force": request.force}
         if left:
             # What the creation noted is needed to tell an unbound VM, until it is bound.
@@ -394,8 +394,9 @@ def _abandon(ctx: Context, claim: Claim, sandbox: Sandbox, request: Request, err
 
 def _drop_journal(ctx: Context, claim: Claim) -> None:
     left = claim.interrupted
-    # A destroy that was cut off before the delete was decided, and that the rules refuse now, is over: it must not bar renewals for good.
-    if left is None or (left.kind == "destroy" and left.phase not in POINT_OF_NO_RETURN):
+    # A destroy that was cut off, and that is refused now, is over: it must not bar everything else for good. Whether its delete may still be carried
+    # out is certain by now (the callers ask for that first).
+    if left is None or left.kind == "destroy":
         ctx.records.fenced(claim, lambda conn: conn.execute("DELETE FROM operations WHERE sandbox_uuid = ?", (claim.uuid,)) and None)
 
 

@@ -217,11 +217,14 @@ def _create(ctx: Context, name: str, size: int | None, storage: str | None, node
                                  occupied=set(ctx.cluster.vms()), suffix=suffix, folder=bool(suffix))
     if ctx.dry_run:
         return Done("would_create", found, True)
-    return Done("created", _allocate(ctx, found, node), True)
+    return Done("created", _allocate(ctx, found, node, first=True), True)
 
 
-def _allocate(ctx: Context, found: Workspace, node: str | None = None) -> Workspace:
-    """Make the volume. Its name carries the workspace's id, so asking again after a kill can make no second one."""
+def _allocate(ctx: Context, found: Workspace, node: str | None = None, *, first: bool = False) -> Workspace:
+    """Make the volume. Its name carries the workspace's id, so asking again after a kill can make no second one.
+
+    ``first``: no other run has asked for it, so a refusal means that there is none, and the record ends.
+    """
     node = node or _node_for(ctx, found)
     row = exists(ctx, found, node)
     if row is None:
@@ -231,11 +234,13 @@ def _allocate(ctx: Context, found: Workspace, node: str | None = None) -> Worksp
                                      filename=found.volume.rpartition("/")[2].rpartition(":")[2])
         except ApiError as error:
             if "already exists" not in error.text:
-                _give_up(ctx, found, error)
+                if first:
+                    _give_up(ctx, found, error)
                 raise
             answer = found.volume
         except WorkspaceRefused as error:
-            _give_up(ctx, found, error)
+            if first:
+                _give_up(ctx, found, error)
             raise
         if answer != found.volume:
             raise OutcomeUnknown(f"{found.title}: Proxmox answered {str(answer)[:80]!r} where {found.volume!r} was expected; run again")
@@ -253,7 +258,8 @@ def _require_free_owner(ctx: Context, found: Workspace, node: str) -> None:
     if not proof.absent:
         raise WorkspaceRefused(f"{found.title}: VMID {found.owner_vmid} of workspace_owner_range is not proven to be free ({proof.why}); VMs must never "
                                "get a VMID of that range")
-    others = ctx.client.get_list(f"nodes/{node}/storage/{found.storage}/content", vmid=found.owner_vmid)
+    # Its own may have come into being just now: by another run, or by a request whose answer was lost.
+    others = [row for row in ctx.client.get_list(f"nodes/{node}/storage/{found.storage}/content", vmid=found.owner_vmid) if row.get("volid") != found.volume]
     if others:
         raise WorkspaceRefused(f"{found.title}: storage {found.storage!r} has a volume of VMID {found.owner_vmid} already "
                                f"({others[0].get('volid')}); look at whose it is, and run again for another VMID")
@@ -274,7 +280,8 @@ def _grow(ctx: Context, found: Workspace, wanted: int) -> Done:
         listed = _pending(ctx, str(located.node), sandbox.vmid)
         slot = next((key for key, volumes in listed.items() if found.volume in volumes), None)
         if slot is None:
-            raise WorkspaceRefused(f"{found.title}: sandbox {sandbox.vmid} does not have it attached; run agentlab_reconcile")
+            raise WorkspaceRefused(f"{found.title}: sandbox {sandbox.vmid} does not have it attached any more (was it taken off by hand?); detach "
+                                   "it, then attach it again")
         found = records(ctx).change(found, "grow", claim=claim, outcome="decided", reason="grow", evidence={"from": found.size, "to": wanted})
         # An absolute size: asking twice is asking once.
         answer = ctx.client.put(f"{located.path}/resize", disk=slot, size=show_size(wanted), digest=located.verdict.digest if located.verdict else None)
@@ -482,6 +489,9 @@ def off(ctx: Context, claim: Claim, sandbox: Sandbox, located: Located, found: W
         found = records(ctx).change(found, "detach", to=store.DETACHING, claim=claim, outcome="decided", reason="detach",
                                     evidence={"vmid": sandbox.vmid, "slots": listed})
     if listed:
+        if found.owner_vmid == sandbox.vmid:
+            raise Kept("workspace", f"{found.title}: its volume {found.volume} is owned by the VMID of sandbox {sandbox.vmid} itself, so Proxmox VE may delete "
+                       "it when it is taken off; it was left where it is. Move its data to another workspace", vmid=sandbox.vmid)
         ctx.client.put(f"{located.path}/config", digest=located.verdict.digest if located.verdict else None, delete=",".join(listed))
         _await_off(ctx, node, sandbox, found)
     if exists(ctx, found, node) is None:

@@ -50,7 +50,8 @@ class Progress:
             wait = _EVERY
             try:
                 text = self._look()
-            except Problem:
+            except (Problem, KeyError, TypeError):
+                # No usable answer: it is shown by the command itself, if it matters.
                 continue
             line = f"{clean(text)} ({span(time.monotonic() - begun)})"[:_width() - 1]
             with self._drawing:

@@ -22,7 +22,7 @@ from typing import Any
 
 from aiohttp import web
 
-from agentlab_core.errors import ConfigError, InvalidInput
+from agentlab_core.errors import AgentlabError, ConfigError, InvalidInput
 
 from . import answers
 from .logs import log
@@ -63,7 +63,7 @@ def _actor(uid: int | None, remote: str | None) -> str:
 
 
 def _vmid(text: str) -> int:
-    if not (text.isascii() and text.isdecimal()) or not 100 <= int(text[:12]) <= 999999999:
+    if not (text.isascii() and text.isdecimal()) or len(text) > 9 or not 100 <= int(text) <= 999999999:
         raise InvalidInput(f"vmid: {text[:80]!r} is not a VMID. Valid: 100 to 999999999", option="vmid")
     return int(text)
 
@@ -164,7 +164,11 @@ class Api:
             await self._tcp("metrics_listen", await self._runner(app), config.metrics_listen)
 
     async def _metrics(self, request: web.Request) -> web.Response:
-        text = await asyncio.get_running_loop().run_in_executor(self.service.records_pool, self.service.metrics.text)
+        try:
+            text = await asyncio.get_running_loop().run_in_executor(self.service.records_pool, self.service.metrics.text)
+        except AgentlabError as error:
+            log.warning("metrics: %s", error.message)
+            return web.Response(status=503, text=f"{error.message}\n")
         return web.Response(body=text, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
 
     async def _runner(self, app: web.Application) -> web.AppRunner:
@@ -208,7 +212,7 @@ class Api:
 
 def _authorised(request: web.Request, token: str) -> bool:
     scheme, _blank, given = request.headers.get("Authorization", "").partition(" ")
-    return scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode(), token.encode())
+    return scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode("utf-8", "surrogateescape"), token.encode())
 
 
 def _http_error(request: web.Request, error: web.HTTPException) -> answers.Answer:

@@ -141,7 +141,7 @@ class Scheduler:
                 log.info("lease of sandbox %s is over: %s -> TIMEOUT", one.vmid, one.previous_state)
                 if one.sandbox is not None:
                     self._stop_vm(ctx, one.sandbox)
-            if not passed.expired and not passed.renewed:
+            if not passed.expired and all(one.failed for one in passed.renewed):
                 # Somebody else works on them; the next look may find them done.
                 return min(longest, 1.0) if not passed.failed else longest
             due = ctx.records.next_lease_end()

@@ -96,7 +96,8 @@ class Service:
         stays = {name: getattr(self.config, name) for name in core_config.FIXED}
         waiting = [name for name, value in stays.items() if getattr(config, name) != value]
         self.path, self.policy = path, policy
-        self.base = self.base.derive(actor="agentlabd", config=dataclasses.replace(config, **stays))
+        # From the first one: a chain of all those before would grow with each reload.
+        self.base = self._owner.derive(actor="agentlabd", config=dataclasses.replace(config, **stays))
         self.loaded_at, self.config_error = int(time.time()), None
         self.metrics.reload.set(1)
         return waiting
