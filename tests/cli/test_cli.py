@@ -172,7 +172,7 @@ def test_list(daemon: StandIn) -> None:
     found = agentlab("sandbox", "list", socket=daemon.path)
     head, first, second = found.stdout.splitlines()
     assert head.split() == ["VMID", "NAME", "STATE", "NODE", "IP", "PROFILE", "LEASE", "AGE", "TAGS"]
-    assert re.fullmatch(r"1000 +agent-1000 +RUNNING +pve1 +192\.0\.2\.10 +- +\d+d\d+h \(keepalive\) +\d+d\S* +ci, nightly", first)
+    assert re.fullmatch(r"1000 +agent-1000 +RUNNING +pve1 +192\.0\.2\.10 +- +\d+d\S* \(keepalive\) +\d+d\S* +ci, nightly", first)
     assert re.fullmatch(r"1001 +- +TIMEOUT +pve1 +- +- +over +\d+d\S* +-", second)
     assert (found.returncode, found.stderr) == (0, "")
 
