@@ -262,7 +262,14 @@ def _until_gone(ctx: Context, planned: Sandbox, request: Request) -> Outcome | _
                 sent, cut_off = False, None
             refuse_guarded(current, found)
             # What will be kept in the end is not stopped, and does not lose its workspace.
-            asked = workspace.refuse_planned(ctx, current, found)
+            try:
+                asked = workspace.refuse_planned(ctx, current, found)
+            except ApiError as error:
+                if "does not exist" not in error.text or attempt + 1 >= _MARK_TRIES:
+                    raise
+                # Moved, or gone by the delete of a killed run, since it was judged: looked for again.
+                ctx.cluster.vms(fresh=True)
+                continue
             ctx.cluster.require_quorum()
             if asked:
                 # That took its time, and a stop has no precondition: whose VM it is now is looked at directly before it.
