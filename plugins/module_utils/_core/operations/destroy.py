@@ -265,10 +265,8 @@ def _until_gone(ctx: Context, planned: Sandbox, request: Request) -> Outcome | _
             try:
                 asked = workspace.refuse_planned(ctx, current, found)
             except ApiError as error:
-                if "does not exist" not in error.text or attempt + 1 >= _MARK_TRIES:
+                if not _vanished(ctx, error, attempt):
                     raise
-                # Moved, or gone by the delete of a killed run, since it was judged: looked for again.
-                ctx.cluster.vms(fresh=True)
                 continue
             ctx.cluster.require_quorum()
             if asked:
@@ -295,11 +293,20 @@ def _until_gone(ctx: Context, planned: Sandbox, request: Request) -> Outcome | _
             if own is not None:
                 # From here on it is too late to protect the sandbox: it would be kept without its workspace.
                 ctx.records.journal(claim, "destroy", cut_off.phase if cut_off else "detaching", detail, unprotected=not request.clean_up)
-                workspace.off(ctx, claim, current, found, own, sure=True)
+                try:
+                    workspace.off(ctx, claim, current, found, own, sure=True)
+                except ApiError as error:
+                    if not _vanished(ctx, error, attempt):
+                        raise
                 # The configuration is another one now: judged anew before anything else is done.
                 current = ctx.records.get(current.uuid)
                 continue
-            workspace.refuse_listed(ctx, current, found)
+            try:
+                workspace.refuse_listed(ctx, current, found)
+            except ApiError as error:
+                if not _vanished(ctx, error, attempt):
+                    raise
+                continue
             ctx.records.journal(claim, "destroy", "deleting", detail, unprotected=not request.clean_up)
             try:
                 _mark(ctx, request, found)
@@ -366,6 +373,14 @@ def _locate(ctx: Context, sandbox: Sandbox, claim: Claim | None = None, detail: 
     if sandbox.smbios_uuid is not None:
         return locate(ctx, sandbox)
     return create_recovery.locate_unbound(ctx, sandbox, claim, (detail or {}).get("create"))
+
+
+def _vanished(ctx: Context, error: ApiError, attempt: int) -> bool:
+    """Whether the VM moved, or was deleted for a killed run, since it was judged, so that it is to be looked for again."""
+    if "does not exist" not in error.text or attempt + 1 >= _MARK_TRIES:
+        return False
+    ctx.cluster.vms(fresh=True)
+    return True
 
 
 def _mark(ctx: Context, request: Request, found: Located) -> None:
