@@ -27,7 +27,8 @@ from pathlib import Path
 
 RUN = Path("/run/agentlab-test-hosts")
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "agentlab-test-hosts"
-MIRROR = os.environ.get("AGENTLAB_DEBIAN_MIRROR", "http://deb.debian.org/debian")
+# Where the packages come from; without it, where mmdebstrap takes them from by itself.
+MIRROR = os.environ.get("AGENTLAB_DEBIAN_MIRROR", "")
 # A bare server with what Ansible needs to get in. Nothing of what the role installs.
 PACKAGES = ("systemd-sysv", "dbus", "python3", "python3-apt", "openssh-server", "iproute2", "ca-certificates", "sudo", "procps")
 # Part of the key of a tree: raise it when the way a tree is made changes.
@@ -113,7 +114,7 @@ def tree(release: str) -> Path:
                 try:
                     # The package lists stay: a bare host knows what there is to install.
                     _call("mmdebstrap", "--quiet", "--mode=root", "--variant=apt", "--skip=cleanup/apt/lists", f"--include={','.join(PACKAGES)}",
-                          *(f"--aptopt={option}" for option in options), release, str(draft), MIRROR)
+                          *(f"--aptopt={option}" for option in options), release, str(draft), *filter(None, [MIRROR]))
                     break
                 except Failed:
                     if attempt == TRIES - 1:
