@@ -572,6 +572,14 @@ def test_progress_on_a_terminal_and_none_in_a_pipe(daemon: StandIn) -> None:
     assert shown == answer.replace("\n", "\r\n")
 
 
+def test_progress_that_cannot_be_looked_up_is_none(daemon: StandIn) -> None:
+    slow_bulk(daemon)
+    daemon.replies["GET", "/v1/sandboxes"] = (500, {"error": "database: disk I/O error", "code": "store"})
+    status, shown = on_terminal("sandbox", "destroy", "--force", 1009, 1010, 1011, socket=daemon.path)
+    assert status == 0 and "Traceback" not in shown and "Exception" not in shown
+    assert ("GET", "/v1/sandboxes") in [one[:2] for one in daemon.asked], "it was looked up"
+
+
 def test_control_c(daemon: StandIn) -> None:
     slow_bulk(daemon)
     status, shown = on_terminal("sandbox", "destroy", "--force", 1009, 1010, 1011, socket=daemon.path, press=("destroying", b"\x03"))

@@ -11,10 +11,12 @@ import json
 import os
 import signal
 import socket
+import sqlite3
 import stat
 import subprocess
 import threading
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -96,6 +98,21 @@ def test_tcp_needs_the_token_and_metrics_need_none(daemon: Make, tmp_path: Path,
     text = urllib.request.urlopen(f"http://127.0.0.1:{metrics}/metrics", timeout=20).read().decode()
     assert 'agentlab_sandboxes{state="RUNNING"} 1.0' in text
     assert "a-long-token" not in one.log() + text
+
+
+def test_a_scrape_that_fails_says_why_here_and_there(daemon: Make, tmp_path: Path, lab: Lab) -> None:
+    lab.create("a1")
+    metrics = free_port()
+    one = daemon(metrics_listen=f"127.0.0.1:{metrics}")
+    with contextlib.closing(sqlite3.connect(lab.database)) as conn:
+        conn.execute("ALTER TABLE sandboxes RENAME TO elsewhere")
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(f"http://127.0.0.1:{metrics}/metrics", timeout=20)
+    with contextlib.closing(sqlite3.connect(lab.database)) as conn:
+        conn.execute("ALTER TABLE elsewhere RENAME TO sandboxes")
+    said = refused.value.read().decode()
+    assert refused.value.code == 503 and "no such table" in said and "Traceback" not in said
+    assert f"metrics: {said.strip()}" in one.log() and "Traceback" not in one.log()
 
 
 @pytest.mark.parametrize(("options", "words"), [

@@ -373,25 +373,29 @@ def test_guards_that_tripped(lab: Lab) -> None:
     assert cleanup.run(lab.context(), policy).candidates == 0
 
 
-def test_a_freeze_while_the_rules_are_at_work_stops_the_rules_to_come(lab: Lab) -> None:
+def test_a_freeze_stops_the_rules_that_are_at_work(lab: Lab) -> None:
     for number in range(3):
         lab.force_state(lab.create(f"c{number}", tags=[f"t{number}"]).vmid, "TIMEOUT", age=100)
+    lab.force_state(lab.create("stuck").vmid, "BOOTING", age=100)
+    # Two of them under one rule, and one that destroys nothing.
     policy = rules.Policy(enabled=True, guard_count=9, guard_percent=100,
-                          rules=tuple(rules.Rule(f"r{number}", rules.DESTROY, states=("TIMEOUT",), tags=(f"t{number}",)) for number in range(3)))
+                          rules=(rules.Rule("r0", rules.DESTROY, states=("TIMEOUT",), tags=("t0", "t1")), rules.Rule("r1", rules.DESTROY, states=("TIMEOUT",)),
+                                 rules.Rule("r2", rules.FAIL, states=("BOOTING",))))
 
     def freeze(method: str, _path: str) -> None:
         if method == "DELETE" and not cleanup.frozen(lab.context()):
             cleanup.freeze(lab.context(), "the operator saw it")
 
     lab.pve.before = freeze
-    report = cleanup.run(lab.context(), policy)
+    report = cleanup.run(lab.context(connections=1), policy)
     lab.pve.before = None
-    assert [one.name for one in report.pruned] == ["c0"]
-    assert {(one.name, one.reason) for one in report.kept} == {("c1", "changed"), ("c2", "changed")}
-    assert "was frozen while it ran" in str(report.kept[0].message)
-    assert {one.name for one in lab.records() if one.live} == {"c1", "c2"}
+    assert [one.name for one in report.pruned] == ["c0"] and not report.marked
+    assert {(one.name, one.reason) for one in report.kept} == {("c1", "changed"), ("c2", "changed"), ("stuck", "changed")}
+    assert all("was frozen while it ran; release it" in str(one.message) for one in report.kept)
+    assert {one.name: one.state for one in lab.records() if one.live} == {"c1": "TIMEOUT", "c2": "TIMEOUT", "stuck": "BOOTING"}
     cleanup.release(lab.context())
-    assert len(cleanup.run(lab.context(), policy).pruned) == 2
+    after = cleanup.run(lab.context(), policy)
+    assert (len(after.pruned), len(after.marked)) == (2, 1)
 
 
 # ---- what another run did meanwhile ----

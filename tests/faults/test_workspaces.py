@@ -607,6 +607,28 @@ def test_a_vm_that_migrates_while_it_is_asked_may_have_it(lab: Lab, times: int) 
     lab.pve.remove_vm(700)
 
 
+@pytest.mark.parametrize("look", [1, 2])
+def test_a_vm_that_goes_while_its_workspace_is_looked_at_is_looked_for_again(lab: Lab, look: int) -> None:
+    """By the delete of a killed run, which is carried out late: gone is what it was to be."""
+    found = make(lab)
+    made = lab.create("a1", workspace="w1")
+    lab.power("stop", made.vmid)
+    looks: list[str] = []
+
+    def remove(method: str, where: str) -> None:
+        if where.endswith(f"/qemu/{made.vmid}/snapshot"):
+            looks.append(method)
+            if len(looks) == look:
+                lab.pve.vms.remove(lab.pve.vm(made.vmid))
+
+    lab.pve.before = remove
+    outcome = lab.destroy(made.vmid, force=True)[0]
+    lab.pve.before = None
+    assert (outcome.failed, outcome.state) == (False, "DESTROYED"), outcome.message
+    assert lab.leftovers() == {"claims": [], "operations": []}
+    kept_whole(lab, found)
+
+
 def test_what_a_message_advises_frees_the_vm_from_a_disk_that_no_record_tells_of(lab: Lab) -> None:
     found = make(lab)
     made = lab.create("a1")

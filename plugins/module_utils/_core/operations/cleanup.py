@@ -105,10 +105,7 @@ def run(ctx: Context, policy: rules.Policy) -> Report:
         raise GuardTripped(f"{too_many}; nothing was destroyed, and cleanup is frozen until it is released", count=report.candidates)
     for rule in policy.rules:
         mine = [one for other, one in chosen if other is rule]
-        if mine and frozen(ctx):
-            # Frozen by somebody who saw it at work.
-            report.kept += [Outcome.of("kept", one, reason="changed", message=f"sandbox {one.vmid}: cleanup was frozen while it ran") for one in mine]
-        elif mine:
+        if mine:
             _apply(ctx, rule, mine, report)
     if policy.keep_destroyed is not None and not rest:
         report.forgotten = _forget(ctx, policy.keep_destroyed)
@@ -149,16 +146,23 @@ def _apply(ctx: Context, rule: rules.Rule, found: list[Sandbox], report: Report)
     acting = ctx.derive(actor=f"{ctx.actor} (cleanup rule {rule.name})")
     if rule.action == rules.DESTROY:
         done = prune.Report()
-        prune.execute(acting, found, done, operation="cleanup")
+        prune.execute(acting, found, done, operation="cleanup", allowed=lambda one: _refuse_frozen(acting, one))
         _add(report, done)
         return
     for outcome in acting.each(lambda one: _fail(acting, rule, one), found):
         {"failed": report.failed, "kept": report.kept}.get(outcome.outcome, report.marked).append(outcome)
 
 
+def _refuse_frozen(ctx: Context, one: Sandbox) -> None:
+    """Kept when somebody who saw the run at work has frozen it."""
+    if frozen(ctx):
+        raise Kept("changed", f"sandbox {one.vmid}: cleanup was frozen while it ran; release it")
+
+
 def _fail(ctx: Context, rule: rules.Rule, planned: Sandbox) -> Outcome:
     """Give up a creation that nobody works on any more; its VM, if there is one, is bound to the record and left for a later rule."""
     try:
+        _refuse_frozen(ctx, planned)
         done = reconcile.give_up_creation(ctx, planned, {"rule": rule.name, "after": show(rule.after)})
         return Outcome.of("failed_reported", done, previous_state=planned.state, reason=rule.name, changed=True)
     except (Kept, Busy) as error:

@@ -136,7 +136,8 @@ def run(ctx: Context, spec: Spec) -> Outcome:
             return Outcome.of("would_create", found, changed=True, state=states.RUNNING)
         claim = ctx.records.claim(found.uuid, "create", wait=ctx.config.claim_timeout)
         now = ctx.records.get(found.uuid)
-        if claim.interrupted or now.state in states.CREATING:
+        left = claim.interrupted
+        if now.state in states.CREATING or (left and (left.kind == "destroy" or (left.kind == "create" and now.state == states.READY))):
             return _carry_on(ctx, claim, spec, now)
         # Another run finished it, or gave it up, while this one waited for the claim: what it is by now decides.
         destroy.give_back(ctx, claim)
@@ -213,8 +214,6 @@ def _carry_on(ctx: Context, claim: Claim, spec: Spec, sandbox: Sandbox, journal:
         if left and left.kind == "create" and sandbox.state == states.READY:
             sandbox = ctx.records.change(claim, sandbox, "create", to=states.RUNNING, reason="ready", finish=True)
             return Outcome.of("created", sandbox, previous_state=states.READY, changed=True)
-        if sandbox.state not in states.CREATING:
-            return Outcome.of("unchanged", sandbox)
         noted = dict(journal if journal is not None else (left.detail if left else {}))
         disk = workspace.of_creation(ctx, claim, sandbox, spec.workspace)
         sandbox = cloud_init.provide(ctx, claim, sandbox, spec.cloud_init_user_data)

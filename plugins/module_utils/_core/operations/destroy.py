@@ -281,10 +281,8 @@ def _until_gone(ctx: Context, planned: Sandbox, request: Request) -> Outcome | _
                 try:
                     done, warned = power.stop(ctx, current, found, hard=request.force or current.state in (states.TIMEOUT, states.SUSPENDED))
                 except (ApiError, TaskFailed) as error:
-                    if "does not exist" not in error.message or attempt + 1 >= _MARK_TRIES:
+                    if not _vanished(ctx, error, attempt):
                         raise
-                    # Moved, or gone (perhaps by the delete of a killed run): looked for again.
-                    ctx.cluster.vms(fresh=True)
                     continue
                 upids += done
                 warnings += warned
@@ -312,8 +310,7 @@ def _until_gone(ctx: Context, planned: Sandbox, request: Request) -> Outcome | _
                 _mark(ctx, request, found)
             except ApiError as error:
                 sent = cut_off is not None
-                if ("checksum mismatch" in error.text or "does not exist" in error.text) and attempt + 1 < _MARK_TRIES:
-                    ctx.cluster.vms(fresh=True)
+                if _vanished(ctx, error, attempt, "checksum mismatch", "does not exist"):
                     continue
                 if "checksum mismatch" in error.text:
                     raise Kept("changed", f"sandbox {current.vmid}: its VM's configuration keeps changing; it was left alone, run again") from None
@@ -375,9 +372,9 @@ def _locate(ctx: Context, sandbox: Sandbox, claim: Claim | None = None, detail: 
     return create_recovery.locate_unbound(ctx, sandbox, claim, (detail or {}).get("create"))
 
 
-def _vanished(ctx: Context, error: ApiError, attempt: int) -> bool:
-    """Whether the VM moved, or was deleted for a killed run, since it was judged, so that it is to be looked for again."""
-    if "does not exist" not in error.text or attempt + 1 >= _MARK_TRIES:
+def _vanished(ctx: Context, error: ApiError | TaskFailed, attempt: int, *signs: str) -> bool:
+    """Whether the VM moved, changed, or was deleted for a killed run, since it was judged, so that it is to be looked for and judged again."""
+    if attempt + 1 >= _MARK_TRIES or not any(sign in error.message for sign in signs or ("does not exist",)):
         return False
     ctx.cluster.vms(fresh=True)
     return True

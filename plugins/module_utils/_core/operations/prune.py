@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from .. import states
@@ -108,11 +108,13 @@ def run(ctx: Context, wanted: Wanted) -> Report:
     return report
 
 
-def execute(ctx: Context, candidates: list[Sandbox], report: Report, operation: str = "prune") -> None:
-    """Destroy these, each only if it is still what it was when it was chosen."""
+def execute(ctx: Context, candidates: list[Sandbox], report: Report, operation: str = "prune", allowed: Callable[[Sandbox], None] | None = None) -> None:
+    """Destroy these, each only if it is still what it was when it was chosen. ``allowed`` raises Kept where nothing may be begun any more."""
 
     def still(planned: Sandbox) -> destroy.Request:
         def recheck(current: Sandbox) -> None:
+            if allowed:
+                allowed(current)
             if current.state != planned.state or current.state_changed_at != planned.state_changed_at:
                 raise Kept("changed", f"sandbox {current.vmid} was {planned.state} when the {operation} was planned and is {current.state} now")
 

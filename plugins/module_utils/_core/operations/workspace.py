@@ -239,9 +239,12 @@ def _allocate(ctx: Context, found: Workspace, node: str | None = None, *, first:
                 raise
             answer = found.volume
         except WorkspaceRefused as error:
-            if first:
-                _give_up(ctx, found, error)
-            raise
+            if not first:
+                # An earlier request may still be carried out.
+                raise WorkspaceRefused(f"{error.message}; agentlab_reconcile gives this one up once its volume can come no more (doubt_window), and a run "
+                                       "after that takes another VMID") from None
+            _give_up(ctx, found, error)
+            raise WorkspaceRefused(f"{error.message}; run again for another VMID") from None
         if answer != found.volume:
             raise OutcomeUnknown(f"{found.title}: Proxmox answered {str(answer)[:80]!r} where {found.volume!r} was expected; run again")
         row = exists(ctx, found, node)
@@ -262,7 +265,7 @@ def _require_free_owner(ctx: Context, found: Workspace, node: str) -> None:
     others = [row for row in ctx.client.get_list(f"nodes/{node}/storage/{found.storage}/content", vmid=found.owner_vmid) if row.get("volid") != found.volume]
     if others:
         raise WorkspaceRefused(f"{found.title}: storage {found.storage!r} has a volume of VMID {found.owner_vmid} already "
-                               f"({others[0].get('volid')}); look at whose it is, and run again for another VMID")
+                               f"({others[0].get('volid')}); look at whose it is")
 
 
 def _give_up(ctx: Context, found: Workspace, error: AgentlabError) -> None:
