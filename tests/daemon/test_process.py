@@ -254,6 +254,16 @@ def test_sigterm_lets_what_is_under_way_end_and_begins_nothing_new(daemon: Make,
     assert not os.path.exists(one.socket)
 
 
+def test_no_storm_of_signals_hides_the_one_that_ends_it(daemon: Make, lab: Lab) -> None:
+    one = daemon()
+    one.wait_for(lambda: one.get("/v1/status").body["reconcile"]["last_run"], "the first reconcile is over")
+    for _ in range(20000):
+        one.reload()
+    assert one.stop() == 0
+    assert one.log().rstrip().endswith("agentlabd stopped")
+    assert "Exception" not in one.log()
+
+
 def test_signals_that_come_while_it_ends_do_not_kill_it(daemon: Make, lab: Lab) -> None:
     lab.create("a1")
     one = daemon()

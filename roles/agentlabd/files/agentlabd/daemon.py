@@ -20,6 +20,7 @@ from .api import Api
 from .logs import log
 from .scheduler import Scheduler
 from .service import Service
+from .signals import Signals
 
 
 class Daemon:
@@ -35,10 +36,7 @@ class Daemon:
 
     async def run(self) -> bool:
         """Until SIGTERM or SIGINT; True when nothing had to be abandoned."""
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._end.set)
-        loop.add_signal_handler(signal.SIGHUP, self._reload)
+        signals = Signals({signal.SIGTERM: self._end.set, signal.SIGINT: self._end.set, signal.SIGHUP: self._reload})
         await self.api.listen()
         self.scheduler.start()
         watchdog = asyncio.create_task(self._watchdog())
@@ -50,10 +48,8 @@ class Daemon:
         await self._end.wait()
         clean = await self._stop()
         watchdog.cancel()
-        # The loop would leave them to their default when it closes: one more of them must not kill what has nearly ended.
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            loop.remove_signal_handler(number)
-            signal.signal(number, signal.SIG_IGN)
+        # One more of them must not kill what has nearly ended.
+        signals.close()
         if self._failure:
             raise self._failure
         return clean
@@ -77,6 +73,8 @@ class Daemon:
 
     def _reload(self) -> None:
         """SIGHUP: reading a few small files holds nothing up."""
+        if self._end.is_set():
+            return
         self.manager.reloading()
         try:
             waiting = self.service.reload()
