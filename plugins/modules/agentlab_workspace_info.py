@@ -53,7 +53,8 @@ EXAMPLES = r"""
 
 RETURN = r"""
 workspaces:
-  description: The workspaces in the order of their names, as in M(agentlab.proxmox.agentlab_workspace); with C(events), C(volume_present), C(attached_to).
+  description: The workspaces in the order of their names, as in M(agentlab.proxmox.agentlab_workspace); with C(events); and with C(volume_present),
+    C(attached_to), either null where it cannot be told, and C(unknown), a list of why.
   returned: always
   type: list
   elements: dict

@@ -101,7 +101,10 @@ def test_bulk_destroy_checks_all_ids_first_and_gives_each_its_outcome(daemon: Ma
     answer = one.post("/v1/sandboxes/destroy", {"vmids": [1000, 1777], "force": True})
     assert (answer.status, answer.body["error"]) == (404, "sandbox not found")
     assert len(lab.ours()) == 3, "an unknown id stops all before anything is done"
+    none = one.good("POST", "/v1/sandboxes/destroy", {"vmids": []})
+    assert (none["results"], none["failed_count"]) == ([], 0)
     mixed = one.good("POST", "/v1/sandboxes/destroy", {"vmids": [1000, 1001, 1000]}, 207)
+    assert mixed.keys() == none.keys()
     assert [(item["vmid"], item["outcome"], item["previous_state"], item["failed"]) for item in mixed["results"]] == [
         (1000, "destroyed", "STOPPED", False), (1001, "failed", "RUNNING", True)]
     assert mixed["failed_count"] == 1
@@ -173,7 +176,7 @@ def test_the_sentences_of_the_seed(daemon: Make, lab: Lab) -> None:
     ("POST", "/v1/sandboxes/1000/lease/renew", {"ttl_minutes": 0}, 400, "ttl_minutes: '0' is not valid"),
     ("POST", "/v1/sandboxes/1000/lease/renew", {"ttl": "2x"}, 400, "ttl: '2x' is not a duration"),
     ("POST", "/v1/sandboxes/1000/lease/renew", {"ttl": "400d"}, 400, "ttl: '400d' is longer than the maximum of 30d"),
-    ("POST", "/v1/sandboxes/destroy", {"vmids": []}, 400, "vmids: '[]' is not valid"),
+    ("POST", "/v1/sandboxes/destroy", {"vmids": "1000"}, 400, "vmids: '1000' is not valid"),
     ("POST", "/v1/sandboxes/destroy", {}, 400, "vmids is required"),
     ("POST", "/v1/sandboxes", {"name": "-x"}, 400, "name: '-x' is not valid"),
     ("POST", "/v1/sandboxes", {"template": "none"}, 400, "template: 'none' does not exist"),

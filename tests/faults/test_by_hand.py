@@ -19,7 +19,7 @@ from ansible_collections.agentlab.proxmox.plugins.module_utils._core import rule
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import AgentlabError
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import cleanup, create, workspace
 
-from support.lab import BYSTANDER, Lab
+from support.lab import BYSTANDER, FakeClock, Lab
 
 pytestmark = pytest.mark.faults
 
@@ -429,3 +429,21 @@ def test_a_destroy_that_was_cut_off_and_is_refused_now_bars_nothing(lab: Lab) ->
     # The administrator wanted to keep it, so it can be used.
     lab.power("start", made.vmid)
     assert lab.record(made).state == "RUNNING"
+
+
+@pytest.mark.parametrize("refused", ["before the mark", "by the mark"])
+def test_the_doubt_of_a_cut_off_destroy_ends_however_often_it_is_asked_for_again(lab: Lab, refused: str) -> None:
+    lab.clock = FakeClock()
+    lab.options["doubt_window"] = "60s"
+    made = lab.create()
+    lab.pve.cut_next("DELETE", f"/qemu/{made.vmid}", when="before")
+    assert lab.destroy(made.vmid, force=True)[0].failed
+    if refused == "before the mark":
+        lab.pve.vm(made.vmid).config["protection"] = 1
+    else:
+        lab.pve.answer_next("PUT", f"/qemu/{made.vmid}/config", 403, '{"data": null, "message": "Permission check failed"}', "application/json", times=99)
+    for _ in range(5):
+        lab.clock.pass_time(14)
+        assert lab.destroy(made.vmid, force=True)[0].failed
+    assert lab.leftovers() == {"claims": [], "operations": []}
+    assert lab.record(made).live and lab.pve.vm(made.vmid) is not None

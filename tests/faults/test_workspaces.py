@@ -19,6 +19,7 @@ from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations 
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations.workspace import WorkspaceRefused
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.workspaces import Workspace
 
+from support.double import TOKEN_ID
 from support.lab import BYSTANDER, Lab
 
 pytestmark = pytest.mark.faults
@@ -404,6 +405,102 @@ def test_a_guest_that_does_not_take_or_release_a_disk(lab: Lab) -> None:
     lab.pve.hotplug = True
     assert detach(lab, "w1").changed
     kept_whole(lab, found)
+
+
+@pytest.mark.parametrize("hidden", ["volume", "storage"])
+def test_a_volume_that_these_credentials_do_not_see_is_not_called_gone(lab: Lab, hidden: str) -> None:
+    """Proxmox's list leaves out what they may not see, with the status of a success."""
+    found = make(lab)
+    lab.pve.add_vm(2000, "theirs")
+
+    def grant(*volume: str) -> None:
+        lab.pve.acl = {TOKEN_ID: [("/", {"Sys.Audit", "VM.Audit", "VM.Allocate", "Datastore.AllocateSpace", *volume})]}
+
+    grant("Datastore.Audit" if hidden == "volume" else "VM.Config.Disk")
+    for dry_run in (True, False):
+        with pytest.raises(Kept, match="would not see it if it were there; grant Datastore.Audit on /storage/local-lvm and VM.Config.Disk on /vms/990000"):
+            workspace.absent(lab.context(dry_run=dry_run), "w1", force=True)
+    told = workspace.show(lab.context(), verify=True)["workspaces"][0]
+    assert told["volume_present"] is None and told["attached_to"] == [] and "would not see it" in told["unknown"][0]
+    assert now(lab).state == "DETACHED" and lab.pve.volumes_of(found.owner_vmid) == [found.volume]
+    grant("Datastore.Audit", "VM.Config.Disk")
+    # Somebody removed it: with rights to see it, that is known.
+    lab.pve.storages["local-lvm"]["volumes"].clear()
+    told = workspace.show(lab.context(), verify=True)["workspaces"][0]
+    assert told["volume_present"] is False and told["unknown"] == []
+    assert workspace.absent(lab.context(), "w1", force=True).outcome == "deleted"
+
+
+def test_rights_lost_between_deleting_and_looking_leave_it_deleting(lab: Lab) -> None:
+    found = make(lab)
+    lab.pve.fault("DELETE", r"/content/.*", "cut-before")
+
+    def revoke(method: str, path: str) -> None:
+        if method == "DELETE":
+            lab.pve.acl = {TOKEN_ID: [("/", {"Sys.Audit", "VM.Audit", "VM.Allocate", "Datastore.AllocateSpace", "Datastore.Audit"})]}
+
+    lab.pve.before = revoke
+    with pytest.raises(AgentlabError):
+        workspace.absent(lab.context(), "w1", force=True)
+    lab.pve.before = None
+    assert now(lab).state == "DELETING"
+    with pytest.raises(Kept, match="would not see it"):
+        workspace.finish(lab.context(), now(lab))
+    assert now(lab).state == "DELETING" and lab.pve.volumes_of(found.owner_vmid) == [found.volume]
+    lab.pve.acl = None
+    workspace.finish(lab.context(), now(lab))
+    assert lab.pve.volumes_of(found.owner_vmid) == [] and workspace.records(lab.context()).find("w1") is None
+
+
+def test_a_creation_that_was_cut_off_is_given_up_only_where_its_volume_would_be_seen(lab: Lab) -> None:
+    lab.pve.fault("POST", "/content", "cut-after")
+    with pytest.raises(AgentlabError):
+        make(lab)
+    found = now(lab)
+    assert lab.pve.volumes_of(found.owner_vmid) == [found.volume]
+    lab.pve.acl = {TOKEN_ID: [("/", {"Sys.Audit", "VM.Audit", "VM.Allocate", "Datastore.AllocateSpace", "Datastore.Audit"})]}
+    with pytest.raises(Kept, match="would not see it"):
+        workspace.finish(lab.context(), found)
+    lab.pve.acl = None
+    assert workspace.finish(lab.context(), found).state == "DETACHED"
+
+
+def test_what_was_taken_off_by_hand_is_not_called_attached(lab: Lab) -> None:
+    found = make(lab)
+    made = lab.create("a1", workspace="w1")
+    assert attach(lab, "w1", made.vmid).outcome == "unchanged"
+    vm = lab.pve.vm(made.vmid)
+    slot = now(lab).slot
+    assert slot is not None
+    drive = vm.config.pop(slot)
+    with pytest.raises(WorkspaceRefused, match="does not have it attached any more"):
+        attach(lab, "w1", made.vmid)
+    # Put aside is not attached either.
+    vm.config["unused0"] = found.volume
+    with pytest.raises(WorkspaceRefused, match="does not have it attached any more"):
+        attach(lab, "w1", made.vmid, ttl=7200)
+    with pytest.raises(WorkspaceRefused, match="does not have it attached any more"):
+        workspace.present(lab.context(), "w1", size="12G")
+    assert detach(lab, "w1").changed
+    kept_whole(lab, found)
+    assert attach(lab, "w1", made.vmid).outcome == "attached"
+    assert vm.config[str(now(lab).slot)] == drive
+
+
+def test_a_disk_that_is_only_pending_after_a_lost_answer_is_not_called_attached(lab: Lab) -> None:
+    found = make(lab)
+    made = lab.create("a1")
+    lab.pve.hotplug = False
+    lab.pve.fault("PUT", f"/qemu/{made.vmid}/config", "cut-after")
+    with pytest.raises(AgentlabError):
+        attach(lab, "w1", made.vmid)
+    assert now(lab).state == "ATTACHING" and lab.pve.vm(made.vmid).pending
+    with pytest.raises(AgentlabError, match="did not take the disk"):
+        attach(lab, "w1", made.vmid)
+    assert now(lab).state != "ATTACHED" and not lab.pve.vm(made.vmid).pending
+    lab.pve.hotplug = True
+    assert attach(lab, "w1", made.vmid).outcome == "attached"
+    assert len(in_vm(lab, found)) == 1
 
 
 # ---- lost answers ----

@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from aiohttp import web
-from fakepve import FakePve, FakeVm, PveError, TaskError, settle, shapes
+from fakepve import FakePve, FakeVm, PveError, TaskError, settle
 from fakepve import schema as pve_schema
 from fakepve.certs import make_cert
 from fakepve.lxc import format_size, parse_size
@@ -535,14 +535,6 @@ class ProxmoxDouble(FakePve):
                 ("PUT", "/nodes/{node}/qemu/{vmid}/resize", self._qm_resize), ("GET", "/nodes/{node}/certificates/info", self._certificates),
                 ("GET", "/nodes/{node}/time", self._node_time)]
 
-    async def _permissions(self, v: dict[str, Any], user: str) -> dict[str, dict[str, int]]:
-        """With a path: what counts there, pools and paths above it included, under that path alone."""
-        path = v.get("path")
-        if path is None:
-            return await super()._permissions(v, user)
-        held = {name: 1 for name in shapes.PRIVILEGES if self.allowed(v.get("userid") or user, path, name)}
-        return {path: held} if held else {}
-
     async def _node_time(self, v: dict[str, Any], user: str) -> dict[str, Any]:
         now = int(time.time() + self.clock_offset)
         return {"time": now, "localtime": now, "timezone": "UTC"}
@@ -616,16 +608,6 @@ class ProxmoxDouble(FakePve):
         self.grant(user, f"/vms/{template}", "VM.Audit", "VM.Clone")
         self.grant(user, f"/storage/{storage}", "Datastore.AllocateSpace", "Datastore.Audit")
         self.grant(user, f"/sdn/zones/localnetwork/{bridge}", "SDN.Use")
-
-    async def _permissions(self, v: dict[str, Any], user: str) -> dict[str, Any]:
-        """With a path: what is held there, inherited rights included, under that path alone."""
-        found = await super()._permissions(v, user)
-        if v.get("path") is None:
-            return found
-        held: dict[str, int] = {}
-        for privileges in found.values():
-            held.update(privileges)
-        return {v["path"]: held} if held else {}
 
     @on_loop
     def revoke(self, user: str, path: str | None = None) -> None:
@@ -843,7 +825,8 @@ class ProxmoxDouble(FakePve):
 
     def _detached(self, vm: Any, key: str, value: Any, force: bool) -> None:
         """A disk taken off: the VM's own becomes unusedN (or goes, when it was unused or with force), another owner's just goes away."""
-        if HOTPLUGGED.match(key) and key in vm.pending and self.hotplug:
+        # What is put aside is no device of the guest's: it goes at once.
+        if key in vm.pending and (key.startswith("unused") or (HOTPLUGGED.match(key) and self.hotplug)):
             vm.pending.pop(key)
             vm.config.pop(key, None)
         if value is None or key in vm.config or not re.match(r"(ide|sata|scsi|virtio|unused)\d+$", key):

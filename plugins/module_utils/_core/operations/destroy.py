@@ -210,6 +210,7 @@ def _until_gone(ctx: Context, planned: Sandbox, request: Request) -> Outcome | _
     # The journal entry of a killed run whose delete may have been sent, and may still be carried out; None for a new try.
     cut_off = left if left and left.kind == "destroy" and left.phase in POINT_OF_NO_RETURN else None
     sent = cut_off is not None
+    since = 0
     stopped = False
     current = planned
     try:
@@ -227,8 +228,11 @@ def _until_gone(ctx: Context, planned: Sandbox, request: Request) -> Outcome | _
         if left:
             # What the creation noted is needed to tell an unbound VM, until it is bound.
             detail["create"] = _creation_of(left)
-        if cut_off and cut_off.detail.get("upid"):
-            detail["upid"] = cut_off.detail["upid"]
+        if cut_off:
+            if cut_off.detail.get("upid"):
+                detail["upid"] = cut_off.detail["upid"]
+            # However often it is asked again: the doubt ends some time after the delete may have been sent, not after the last look.
+            detail["since"] = since = int(cut_off.detail.get("since", cut_off.updated_at))
         before = current
         if current.generation != planned.generation:
             # Another run worked on it while we waited: what was read of the cluster before says nothing about it.
@@ -257,9 +261,10 @@ def _until_gone(ctx: Context, planned: Sandbox, request: Request) -> Outcome | _
                 ctx.cluster.confirm()
                 return _Gone(claim, current, before, "vmid_reused", found.verdict.evidence, began, upids, warnings)
             refuse_not_ours(current, found)
-            if cut_off and ctx.clock.now() - cut_off.updated_at > ctx.config.doubt_window:
+            if cut_off and ctx.clock.now() - since > ctx.config.doubt_window:
                 # The VM is there, and no delete of a killed run can be under way any more: from here on this is a new try.
                 sent, cut_off = False, None
+                del detail["since"]
             refuse_guarded(current, found)
             # What will be kept in the end is not stopped, and does not lose its workspace.
             try:
@@ -305,11 +310,14 @@ def _until_gone(ctx: Context, planned: Sandbox, request: Request) -> Outcome | _
                 if not _vanished(ctx, error, attempt):
                     raise
                 continue
-            ctx.records.journal(claim, "destroy", "deleting", detail, unprotected=not request.clean_up)
+            # With this one another delete may be under way, whose time counts.
+            ctx.records.journal(claim, "destroy", "deleting", {**detail, "since": ctx.clock.now()}, unprotected=not request.clean_up)
             try:
                 _mark(ctx, request, found)
             except ApiError as error:
                 sent = cut_off is not None
+                if cut_off:
+                    ctx.records.journal(claim, "destroy", cut_off.phase, detail)
                 if _vanished(ctx, error, attempt, "checksum mismatch", "does not exist"):
                     continue
                 if "checksum mismatch" in error.text:
@@ -336,7 +344,7 @@ def _until_gone(ctx: Context, planned: Sandbox, request: Request) -> Outcome | _
             if not isinstance(upid, str):
                 raise OutcomeUnknown(f"delete VM {current.vmid}: Proxmox answered without a task id; whether it was done is not known, run again")
             upids.append(upid)
-            ctx.records.journal(claim, "destroy", "waiting", {**detail, "upid": upid})
+            ctx.records.journal(claim, "destroy", "waiting", {**detail, "upid": upid, "since": ctx.clock.now()})
             try:
                 warnings += ctx.tasks.wait(upid, f"delete VM {current.vmid}", ctx.wait_timeout)
             except TaskFailed as error:

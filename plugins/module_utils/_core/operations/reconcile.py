@@ -331,15 +331,12 @@ def _stop_task(ctx: Context, sandbox: Sandbox, node: str) -> str | None:
 
 def _hidden_tasks(ctx: Context, node: str) -> str | None:
     """Why tasks of others may be hidden, so that the missing of one proves nothing; None when all can be seen."""
-    if ctx.config.proxmox.is_root:
-        return None
     path = f"/nodes/{node}"
     try:
-        held = ctx.client.get_dict("access/permissions", path=path).get(path)
+        if ctx.cluster.holds(path, "Sys.Audit"):
+            return None
     except ProxmoxError as error:
         return f"whether these credentials may see the tasks of others is not known: {error.message}"
-    if isinstance(held, dict) and "Sys.Audit" in held:
-        return None
     return f"these credentials see only their own tasks; grant Sys.Audit on {path} to tell a stop from a crash"
 
 

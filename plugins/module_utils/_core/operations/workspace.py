@@ -104,20 +104,38 @@ def volumes_in(config: dict[str, Any]) -> dict[str, str]:
     return {key: str(value).partition(",")[0] for key, value in config.items() if _DRIVE.fullmatch(key)}
 
 
-def _pending(ctx: Context, node: str, vmid: int) -> dict[str, set[str]]:
-    """Volumes by key, as the VM has them now and as it will have them: only what is in neither is off."""
-    found: dict[str, set[str]] = {}
-    for row in ctx.client.get_list(f"nodes/{node}/qemu/{vmid}/pending"):
-        key = str(row.get("key"))
-        if _DRIVE.fullmatch(key):
-            found[key] = {str(row[name]).partition(",")[0] for name in ("value", "pending") if row.get(name) is not None}
-    return found
+def _rows(ctx: Context, node: str, vmid: int) -> dict[str, dict[str, Any]]:
+    """What the VM's configuration says of its drives, by key: {"value": as it is now, "pending": as it will be}."""
+    return {str(row.get("key")): row for row in ctx.client.get_list(f"nodes/{node}/qemu/{vmid}/pending") if _DRIVE.fullmatch(str(row.get("key")))}
+
+
+def _naming(rows: dict[str, dict[str, Any]], volume: str) -> list[str]:
+    """The keys that name the volume now or will name it: only what is in neither is off."""
+    return [key for key, row in rows.items() if volume in (str(row.get(name) or "").partition(",")[0] for name in ("value", "pending"))]
+
+
+def _in_use(rows: dict[str, dict[str, Any]], volume: str) -> str | None:
+    """The slot in which the VM has the volume now: not noted for its next start only, and not put aside as unused."""
+    return next((key for key, row in rows.items() if not key.startswith("unused") and str(row.get("value") or "").partition(",")[0] == volume), None)
 
 
 def exists(ctx: Context, found: Workspace, node: str) -> dict[str, Any] | None:
     """The storage's own entry of the volume, or None when its list does not have it."""
     rows = ctx.client.get_list(f"nodes/{node}/storage/{found.storage}/content", vmid=found.owner_vmid)
     return next((row for row in rows if row.get("volid") == found.volume), None)
+
+
+def missing(ctx: Context, found: Workspace, node: str) -> bool:
+    """Whether the volume is proven not to be there. Kept when these credentials might only not see it: a list leaves out what they may not."""
+    if exists(ctx, found, node) is not None:
+        return False
+    storage, owner = f"/storage/{found.storage}", f"/vms/{found.owner_vmid}"
+    # As Proxmox VE itself decides whether a volume is listed (PVE::Storage::check_volume_access).
+    if not ctx.cluster.holds(storage, "Datastore.Allocate") and not (ctx.cluster.holds(storage, "Datastore.Audit")
+                                                                     and ctx.cluster.holds(owner, "VM.Config.Disk")):
+        raise Kept("unknown", f"{found.title}: storage {found.storage!r} does not list its volume {found.volume}, but these credentials would not see it if it "
+                   f"were there; grant Datastore.Audit on {storage} and VM.Config.Disk on {owner} (or on /vms), then run again")
+    return True
 
 
 def _node_for(ctx: Context, found: Workspace) -> str:
@@ -140,7 +158,7 @@ def holders(ctx: Context, found: Workspace) -> list[int]:
         vmid, row = item
         for _attempt in range(_LOOKS):
             try:
-                listed = _pending(ctx, str(row.get("node")), vmid)
+                listed = _rows(ctx, str(row.get("node")), vmid)
             except ProxmoxError as error:
                 if not isinstance(error, ApiError) or "does not exist" not in error.text:
                     raise Kept("unknown", f"{found.title}: whether VM {vmid} has it attached cannot be read: {error.message}") from None
@@ -150,7 +168,7 @@ def holders(ctx: Context, found: Workspace) -> list[int]:
                     return None
                 row = again
                 continue
-            return vmid if any(found.volume in volumes for volumes in listed.values()) else None
+            return vmid if _naming(listed, found.volume) else None
         raise Kept("unknown", f"{found.title}: whether VM {vmid} has it attached cannot be read: it is not on the node that lists it (is it being "
                    "migrated?); run again")
 
@@ -280,11 +298,7 @@ def _grow(ctx: Context, found: Workspace, wanted: int) -> Done:
     with ctx.claimed(ctx.records.get(found.sandbox_uuid), "grow_workspace") as (claim, sandbox):
         located = require_match(ctx, sandbox)
         refuse_locked(sandbox, located)
-        listed = _pending(ctx, str(located.node), sandbox.vmid)
-        slot = next((key for key, volumes in listed.items() if found.volume in volumes), None)
-        if slot is None:
-            raise WorkspaceRefused(f"{found.title}: sandbox {sandbox.vmid} does not have it attached any more (was it taken off by hand?); detach "
-                                   "it, then attach it again")
+        slot = _slot_of(ctx, sandbox, located, found)
         found = records(ctx).change(found, "grow", claim=claim, outcome="decided", reason="grow", evidence={"from": found.size, "to": wanted})
         # An absolute size: asking twice is asking once.
         answer = ctx.client.put(f"{located.path}/resize", disk=slot, size=show_size(wanted), digest=located.verdict.digest if located.verdict else None)
@@ -294,6 +308,15 @@ def _grow(ctx: Context, found: Workspace, wanted: int) -> Done:
         size = int((row or {}).get("size") or wanted)
         done = records(ctx).change(found, "grow", claim=claim, reason="grown", size=size, evidence={"size": size})
     return Done("grown", done, True)
+
+
+def _slot_of(ctx: Context, sandbox: Sandbox, located: Located, found: Workspace) -> str:
+    """The slot of a workspace that the records call ATTACHED; refused when the VM does not have it."""
+    slot = _in_use(_rows(ctx, str(located.node), sandbox.vmid), found.volume)
+    if slot is None:
+        raise WorkspaceRefused(f"{found.title}: sandbox {sandbox.vmid} does not have it attached any more (was it taken off by hand?); detach it, then attach "
+                               "it again", vmid=sandbox.vmid)
+    return slot
 
 
 # ---- attaching ----
@@ -357,8 +380,8 @@ def attach(ctx: Context, claim: Claim, sandbox: Sandbox, located: Located, found
     if others:
         raise WorkspaceRefused(f"{found.title}: VM {others[0]} has its volume {found.volume} attached, though by no record of ours; it was not attached a "
                                "second time. Take it off there first", vmid=others[0])
-    listed = _pending(ctx, node, sandbox.vmid)
-    slot = next((key for key, volumes in listed.items() if found.volume in volumes), None)
+    listed = _rows(ctx, node, sandbox.vmid)
+    slot = next(iter(_naming(listed, found.volume)), None)
     if slot is None:
         config = (located.verdict.config if located.verdict else None) or {}
         slot = next((key for key in _SLOTS if key not in listed and key not in config), None)
@@ -368,14 +391,18 @@ def attach(ctx: Context, claim: Claim, sandbox: Sandbox, located: Located, found
         # Neither backups nor replication of a throw-away VM are to take it along.
         drive = f"{found.volume},backup=0,replicate=0,serial={found.serial},size={show_size(found.size)}"
         ctx.client.put(f"{located.path}/config", digest=located.verdict.digest if located.verdict else None, **{slot: drive})
-        now = ctx.client.get_list(f"{located.path}/pending")
-        row = next((row for row in now if row.get("key") == slot), {})
-        if str(row.get("value") or "").partition(",")[0] != found.volume:
-            # Noted for the next start only: a disk that is half there is none. Whose VM it is now is looked at before that is written, too.
-            located = require_match(ctx, sandbox)
-            ctx.client.put(f"{located.path}/config", revert=slot, digest=located.verdict.digest if located.verdict else None)
-            raise WorkspaceRefused(f"{found.title}: the running VM {sandbox.vmid} did not take the disk (is hotplug for disks on?); stop the sandbox, then "
-                                   "attach it")
+        listed = _rows(ctx, node, sandbox.vmid)
+    used = _in_use(listed, found.volume)
+    if used is None:
+        if slot.startswith("unused"):
+            raise WorkspaceRefused(f"{found.title}: VM {sandbox.vmid} has it put aside as {slot}; detach it, then attach it again")
+        # Noted for the next start only, by this run or one before: a disk that is half there is none. Whose VM it is now is looked at before that
+        # is written, too.
+        located = require_match(ctx, sandbox)
+        ctx.client.put(f"{located.path}/config", revert=slot, digest=located.verdict.digest if located.verdict else None)
+        raise WorkspaceRefused(f"{found.title}: the running VM {sandbox.vmid} did not take the disk (is hotplug for disks on?); stop the sandbox, then "
+                               "attach it")
+    slot = used
     done = records(ctx).change(found, "attach", to=store.ATTACHED, claim=claim, reason="attached", slot=slot,
                                evidence={"vmid": sandbox.vmid, "slot": slot, "node": node})
     ctx.records.note(sandbox, "attach_workspace", outcome="done", reason=found.name, evidence={"workspace_id": found.id, "slot": slot})
@@ -386,6 +413,7 @@ def attached(ctx: Context, which: str, sandbox: Sandbox, ttl: int | None = None)
     """Make sure that the sandbox has it. One whose lease is over and whose holder's VM does not run is taken over."""
     found = select(ctx, which)
     if found.state == store.ATTACHED and found.sandbox_uuid == sandbox.uuid:
+        _slot_of(ctx, sandbox, require_match(ctx, sandbox), found)
         return _renew(ctx, found, ttl)
     if sandbox.state not in _USABLE:
         raise WorkspaceRefused(f"cannot attach {found.title} to sandbox {sandbox.vmid} in {sandbox.state} state. Valid states: {', '.join(_USABLE)}")
@@ -408,7 +436,10 @@ def attached(ctx: Context, which: str, sandbox: Sandbox, ttl: int | None = None)
         except (WorkspaceRefused, Kept) as error:
             # Nothing was asked for, or it was asked for and answered; anything else is left to the next run.
             if isinstance(error, WorkspaceRefused) or records(ctx).get(held.id).slot is None:
-                _let_go(ctx, claim, current, held, error)
+                try:
+                    _let_go(ctx, claim, current, held, error)
+                except Kept as still:
+                    raise WorkspaceRefused(f"{error.message}. Until that is certain nobody else gets it: {still.message}", vmid=current.vmid) from None
             raise
     return Done("attached", done, True)
 
@@ -483,7 +514,7 @@ def off(ctx: Context, claim: Claim, sandbox: Sandbox, located: Located, found: W
     """
     refuse_snapshots(ctx, sandbox, located, found)
     node = str(located.node)
-    listed = [key for key, volumes in _pending(ctx, node, sandbox.vmid).items() if found.volume in volumes]
+    listed = _naming(_rows(ctx, node, sandbox.vmid), found.volume)
     age = ctx.clock.now() - found.updated_at
     if not listed and not sure and found.state == store.ATTACHING and 0 <= age < ctx.config.doubt_window:
         raise Kept("unknown", f"{found.title}: its attachment to sandbox {sandbox.vmid} was begun {age} s ago and may still be carried out; run again in "
@@ -509,7 +540,7 @@ def off(ctx: Context, claim: Claim, sandbox: Sandbox, located: Located, found: W
 def _await_off(ctx: Context, node: str, sandbox: Sandbox, found: Workspace) -> None:
     """A running guest may take a moment to let a disk go."""
     deadline = ctx.clock.monotonic() + min(_UNPLUG_SECONDS, ctx.wait_timeout)
-    while any(found.volume in volumes for volumes in _pending(ctx, node, sandbox.vmid).values()):
+    while _naming(_rows(ctx, node, sandbox.vmid), found.volume):
         if ctx.clock.monotonic() > deadline:
             raise Kept("workspace", f"{found.title}: VM {sandbox.vmid} still has it after it was taken off; the running guest does not let it go. Stop the "
                        "sandbox, then detach it", vmid=sandbox.vmid)
@@ -603,6 +634,8 @@ def absent(ctx: Context, which: str, *, force: bool) -> Done:
     proof = ctx.cluster.prove_absent([found.owner_vmid])[found.owner_vmid]
     if not proof.absent:
         raise WorkspaceRefused(f"{found.title}: VMID {found.owner_vmid}, which owns its volume, is not proven to be free ({proof.why}); it was not deleted")
+    # Before it is called DELETING, which it would have to stay: can it be told whether the volume is there?
+    missing(ctx, found, _node_for(ctx, found))
     if ctx.dry_run:
         return Done("would_delete", found, True)
     if found.state != store.DELETING:
@@ -613,16 +646,16 @@ def absent(ctx: Context, which: str, *, force: bool) -> Done:
 def _delete(ctx: Context, found: Workspace) -> Workspace:
     node = _node_for(ctx, found)
     upids: tuple[str, ...] = ()
-    row = exists(ctx, found, node)
+    there = not missing(ctx, found, node)
     # The name carries the workspace's id: what is listed under it is the volume that we made.
-    if row is not None:
+    if there:
         answer = ctx.client.delete(f"nodes/{node}/storage/{found.storage}/content/{found.volume}")
         if isinstance(answer, str) and answer.startswith("UPID:"):
             upids = (answer,)
             ctx.tasks.wait(answer, f"delete {found.volume}", ctx.wait_timeout)
-        if exists(ctx, found, node) is not None:
+        if not missing(ctx, found, node):
             raise OutcomeUnknown(f"{found.title}: its volume {found.volume} is still there after it was deleted; run again")
-    return records(ctx).change(found, "delete", to=store.DELETED, reason="deleted" if row is not None else "volume_missing", upids=upids,
+    return records(ctx).change(found, "delete", to=store.DELETED, reason="deleted" if there else "volume_missing", upids=upids,
                                evidence={"volume": found.volume})
 
 
@@ -640,11 +673,21 @@ def show(ctx: Context, *, name: str | None = None, states: list[str] | None = No
         if events > 0:
             shown["events"] = records(ctx).events(one.id, events)
         if verify and one.live:
-            shown["volume_present"] = exists(ctx, one, _node_for(ctx, one)) is not None
-            shown["attached_to"] = holders(ctx, one)
+            shown.update(_look(ctx, one))
         return shown
 
     return {"workspaces": [one_of(one) for one in found], "count": len(found)}
+
+
+def _look(ctx: Context, found: Workspace) -> dict[str, Any]:
+    """{volume_present, attached_to, unknown}: None for what cannot be told, and why."""
+    told: dict[str, Any] = {"volume_present": None, "attached_to": None, "unknown": []}
+    for name, look in (("volume_present", lambda: not missing(ctx, found, _node_for(ctx, found))), ("attached_to", lambda: holders(ctx, found))):
+        try:
+            told[name] = look()
+        except (Kept, WorkspaceRefused) as error:
+            told["unknown"].append(error.message)
+    return told
 
 
 # ---- what killed runs left ----
@@ -664,7 +707,7 @@ def unfinished(ctx: Context) -> list[Workspace]:
 def finish(ctx: Context, found: Workspace) -> Workspace:
     """Finish (or undo) what a killed run began on a workspace."""
     if found.state == store.CREATING:
-        if exists(ctx, found, _node_for(ctx, found)) is not None:
+        if not missing(ctx, found, _node_for(ctx, found)):
             return _allocate(ctx, found)
         return records(ctx).change(found, "create", to=store.DELETED, outcome="failed", reason="creation_interrupted")
     if found.state == store.DELETING:
@@ -683,8 +726,6 @@ def finish(ctx: Context, found: Workspace) -> Workspace:
             # The creation, or the destroy, brings it to an end with its own.
             return found
         located = require_match(ctx, current)
-        if found.state == store.ATTACHING:
-            listed = _pending(ctx, str(located.node), current.vmid)
-            if any(found.volume in volumes for volumes in listed.values()):
-                return attach(ctx, claim, current, located, found)
+        if found.state == store.ATTACHING and _naming(_rows(ctx, str(located.node), current.vmid), found.volume):
+            return attach(ctx, claim, current, located, found)
         return off(ctx, claim, current, located, found) if found.state != store.ATTACHED else found

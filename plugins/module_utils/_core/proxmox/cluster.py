@@ -198,6 +198,10 @@ class Cluster:
                 self._partial = True
         return not self._partial
 
+    def holds(self, path: str, privilege: str) -> bool:
+        """Whether these credentials have the privilege on the path now, inherited or not."""
+        return self._client.settings.is_root or privilege in _rights(self._client.get_dict("access/permissions", path=path), path)
+
     # ---- absence ----
 
     def survey(self, vmids: Iterable[int]) -> dict[int, dict[str, Any]]:

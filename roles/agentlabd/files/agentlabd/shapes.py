@@ -58,14 +58,14 @@ class Field:
             one = {"anyOf": [{"type": "integer", "minimum": low, "maximum": _LONGEST_MINUTES}, {"type": "string", "pattern": _NOT_ZERO if low else _DURATION}]}
         one = {name: value for name, value in one.items() if value is not None}
         if self.kind in ("integers", "strings"):
-            one = {"type": "array", "items": one, "maxItems": self.most, "minItems": 1 if self.required else None}
+            one = {"type": "array", "items": one, "maxItems": self.most}
             one = {name: value for name, value in one.items() if value is not None}
         return {**one, "description": self.text}
 
     def check(self, name: str, value: Any) -> Any:
         """The value, or InvalidInput naming the key, the value and what is valid."""
         if self.kind in ("integers", "strings"):
-            if not isinstance(value, list) or len(value) > self.most or (self.required and not value):
+            if not isinstance(value, list) or len(value) > self.most:
                 raise self._refused(name, value, f"a list of {'whole numbers' if self.kind == 'integers' else 'texts'}, {self.most} at most")
             return [self._one(name, item) for item in value]
         return self._one(name, value)
