@@ -19,6 +19,7 @@ from ansible_collections.agentlab.proxmox.plugins.module_utils._core import rule
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import AgentlabError
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import cleanup, create, workspace
 
+from support.double import TOKEN_ID
 from support.lab import BYSTANDER, FakeClock, Lab
 
 pytestmark = pytest.mark.faults
@@ -447,3 +448,33 @@ def test_the_doubt_of_a_cut_off_destroy_ends_however_often_it_is_asked_for_again
         assert lab.destroy(made.vmid, force=True)[0].failed
     assert lab.leftovers() == {"claims": [], "operations": []}
     assert lab.record(made).live and lab.pve.vm(made.vmid) is not None
+
+
+def cut_off(lab: Lab, vmid: int, ago: int = 0) -> int:
+    """The journal of a run that was killed when its delete may have been sent, so many seconds ago; when that was."""
+    lab.options["doubt_window"] = "60s"
+    ctx = lab.context()
+    claim = ctx.records.claim(lab.record(vmid).uuid, "destroy", wait=0)
+    since = ctx.clock.now() - ago
+    ctx.records.journal(claim, "destroy", "deleting", {"since": since})
+    ctx.records.release(claim)
+    return since
+
+
+@pytest.mark.parametrize("why", ["hidden", "the delete is refused", "the mark is cut off"])
+def test_what_comes_after_a_cut_off_destroy_neither_ends_nor_prolongs_its_doubt(lab: Lab, why: str) -> None:
+    made = lab.create()
+    since = cut_off(lab, made.vmid, 20)
+    if why == "hidden":
+        lab.pve.acl = {TOKEN_ID: [("/", {"Sys.Audit"})]}
+    elif why == "the delete is refused":
+        lab.pve.fault("DELETE", f"/qemu/{made.vmid}", "answer", status=403, body='{"data": null, "message": "Permission check failed"}')
+    else:
+        lab.pve.fault("PUT", f"/qemu/{made.vmid}/config", "cut-before")
+    assert lab.destroy(made.vmid, force=True)[0].failed
+    lab.pve.acl = None
+    left = lab.context().records.under_way(made.uuid)
+    assert left is not None and (left.kind, left.phase, left.detail["since"]) == ("destroy", "deleting", since)
+    with pytest.raises(AgentlabError, match="was cut off"):
+        lab.power("start" if lab.record(made).state == "STOPPED" else "stop", made.vmid)
+    assert lab.destroy(made.vmid, force=True)[0].state == "DESTROYED"

@@ -71,6 +71,8 @@ class _Gone:
     warnings: list[str] = field(default_factory=list)
     # Nothing was ever done about it since the list was read, by us or by another run: that list may prove its absence.
     quiet: bool = False
+    # The delete of a killed run may still be carried out: while absence is not proven, that stays in the journal.
+    doubtful: bool = False
 
 
 def check(ctx: Context, sandbox: Sandbox, force: bool, clean_up: bool = False) -> bool:
@@ -255,7 +257,8 @@ def _until_gone(ctx: Context, planned: Sandbox, request: Request) -> Outcome | _
             current = ctx.records.get(current.uuid) if current.smbios_uuid is None else current
             if found.node is None:
                 quiet = not upids and left is None and current.generation == planned.generation and not attempt
-                return _Gone(claim, current, before, "vm_absent", {}, began, upids, warnings, quiet)
+                doubtful = cut_off is not None and ctx.clock.now() - since <= ctx.config.doubt_window
+                return _Gone(claim, current, before, "vm_absent", {}, began, upids, warnings, quiet, doubtful)
             if found.verdict and found.verdict.identity == identity.FOREIGN:
                 ctx.cluster.require_quorum()
                 ctx.cluster.confirm()
@@ -310,14 +313,11 @@ def _until_gone(ctx: Context, planned: Sandbox, request: Request) -> Outcome | _
                 if not _vanished(ctx, error, attempt):
                     raise
                 continue
-            # With this one another delete may be under way, whose time counts.
-            ctx.records.journal(claim, "destroy", "deleting", {**detail, "since": ctx.clock.now()}, unprotected=not request.clean_up)
+            ctx.records.journal(claim, "destroy", "deleting", detail, unprotected=not request.clean_up)
             try:
                 _mark(ctx, request, found)
             except ApiError as error:
                 sent = cut_off is not None
-                if cut_off:
-                    ctx.records.journal(claim, "destroy", cut_off.phase, detail)
                 if _vanished(ctx, error, attempt, "checksum mismatch", "does not exist"):
                     continue
                 if "checksum mismatch" in error.text:
@@ -325,10 +325,13 @@ def _until_gone(ctx: Context, planned: Sandbox, request: Request) -> Outcome | _
                 raise Kept("locked" if "is locked" in error.text else "unknown" if error.status == 500 else "denied",
                            f"sandbox {current.vmid}: the VM was not deleted, because it cannot be marked: {error.message}") from None
             sent = True
+            if cut_off:
+                # Another one, whose time counts.
+                ctx.records.journal(claim, "destroy", "deleting", {**detail, "since": ctx.clock.now()})
             try:
                 upid = ctx.client.delete(found.path, purge=1)
             except ApiError as error:
-                sent = False
+                sent = _only_the_first(ctx, claim, cut_off, detail)
                 if "is running" in error.text and attempt + 1 < _MARK_TRIES:
                     # The list said stopped (it lags), or it was started meanwhile: judge it again, then stop it.
                     ctx.cluster.vms(fresh=True).get(current.vmid, {})["status"] = "running"
@@ -350,7 +353,7 @@ def _until_gone(ctx: Context, planned: Sandbox, request: Request) -> Outcome | _
             except TaskFailed as error:
                 if "does not exist" not in error.exitstatus:
                     # A definite end: the configuration is still there (its disks perhaps not), and the next run begins anew.
-                    sent = False
+                    sent = _only_the_first(ctx, claim, cut_off, detail)
                     raise
             return _Gone(claim, current, before, "destroyed", found.verdict.evidence if found.verdict else {}, began, upids, warnings)
         raise Kept("changed", f"sandbox {current.vmid}: its VM keeps changing; it was left alone, run again")
@@ -360,6 +363,13 @@ def _until_gone(ctx: Context, planned: Sandbox, request: Request) -> Outcome | _
     except BaseException:
         give_back(ctx, claim)
         raise
+
+
+def _only_the_first(ctx: Context, claim: Claim, cut_off: Operation | None, detail: dict[str, Any]) -> bool:
+    """The delete of this run was not carried out; whether that of a killed run before it still may be."""
+    if cut_off is not None:
+        ctx.records.journal(claim, "destroy", cut_off.phase, detail)
+    return cut_off is not None
 
 
 def _await_cut_off(ctx: Context, sandbox: Sandbox, left: Operation) -> list[str]:
@@ -465,7 +475,7 @@ def _finish(ctx: Context, found: _Gone, proofs: dict[int, Any]) -> Outcome:
                             upids=found.upids, duration_ms=took, finish=True)
         return Outcome.of("destroyed", done, previous_state=found.before.state, reason=reason, changed=True, upids=found.upids, warnings=found.warnings)
     except Kept as error:
-        _abandon(ctx, found.claim, sandbox, Request(), error, sent=bool(found.upids), stopped=False)
+        _abandon(ctx, found.claim, sandbox, Request(), error, sent=found.doubtful or bool(found.upids), stopped=False)
         return Outcome.of("kept", _now(ctx, sandbox), previous_state=found.before.state, reason=error.reason, message=error.message, failed=True,
                           upids=found.upids)
     except AgentlabError as error:

@@ -126,16 +126,27 @@ def exists(ctx: Context, found: Workspace, node: str) -> dict[str, Any] | None:
 
 
 def missing(ctx: Context, found: Workspace, node: str) -> bool:
-    """Whether the volume is proven not to be there. Kept when these credentials might only not see it: a list leaves out what they may not."""
+    """Whether the volume is proven not to be there. Kept when the storage's list leaves it out for another reason, which it does with the status of a
+    success."""
     if exists(ctx, found, node) is not None:
         return False
+    _require_sight(ctx, found, node)
+    # Once more: what was set right meanwhile shows it now.
+    return exists(ctx, found, node) is None
+
+
+def _require_sight(ctx: Context, found: Workspace, node: str) -> None:
+    """Kept unless the volume would be listed if it were there: as PVE::Storage decides that (volume_list, check_volume_access)."""
+    unseen = f"{found.title}: storage {found.storage!r} does not list its volume {found.volume}, but it would not if it were there"
+    row = next((row for row in ctx.client.get_list(f"nodes/{node}/storage") if row.get("storage") == found.storage), None)
+    if row is None or "images" not in str(row.get("content") or "").split(",") or str(row.get("active", 1)) != "1":
+        raise Kept("unknown", f"{unseen}: on node {node} the storage is missing, not active, or has no content type 'images'. Mend that (pvesm status; pvesm "
+                   "set), then run again")
     storage, owner = f"/storage/{found.storage}", f"/vms/{found.owner_vmid}"
-    # As Proxmox VE itself decides whether a volume is listed (PVE::Storage::check_volume_access).
     if not ctx.cluster.holds(storage, "Datastore.Allocate") and not (ctx.cluster.holds(storage, "Datastore.Audit")
                                                                      and ctx.cluster.holds(owner, "VM.Config.Disk")):
-        raise Kept("unknown", f"{found.title}: storage {found.storage!r} does not list its volume {found.volume}, but these credentials would not see it if it "
-                   f"were there; grant Datastore.Audit on {storage} and VM.Config.Disk on {owner} (or on /vms), then run again")
-    return True
+        raise Kept("unknown", f"{unseen}: these credentials may not see it. Grant Datastore.Audit on {storage} and VM.Config.Disk on {owner} (or on /vms), "
+                   "then run again")
 
 
 def _node_for(ctx: Context, found: Workspace) -> str:
@@ -227,8 +238,6 @@ def _create(ctx: Context, name: str, size: int | None, storage: str | None, node
     if str(row.get("active", 1)) != "1":
         raise InvalidInput(f"storage: {storage!r} is not active on node {node}", option="storage", value=storage)
     shared = str(row.get("shared", 0)) == "1"
-    if not shared and len(nodes) > 1 and node is None:
-        raise InvalidInput(f"node: missing; storage {storage!r} is local, so say on which node the workspace is to be", option="node")
     suffix = _FILES.get(str(row.get("type")), "")
     ctx.cluster.confirm(creating=True)
     found = records(ctx).reserve(name, size=size, storage=storage, node=None if shared else node, owners=ctx.config.workspace_owner_range,
@@ -248,7 +257,11 @@ def _allocate(ctx: Context, found: Workspace, node: str | None = None, *, first:
     if row is None:
         try:
             _require_free_owner(ctx, found, node)
-            answer = ctx.client.post(f"nodes/{node}/storage/{found.storage}/content", vmid=found.owner_vmid, size=show_size(found.size),
+            if not first:
+                # From now on this request is the one in doubt: doubt_window counts from here, and nobody gives the record up beside it.
+                found = records(ctx).change(found, "create", outcome="decided", reason="allocating")
+            # This request knows no T.
+            answer = ctx.client.post(f"nodes/{node}/storage/{found.storage}/content", vmid=found.owner_vmid, size=f"{found.size // _UNITS['M']}M",
                                      filename=found.volume.rpartition("/")[2].rpartition(":")[2])
         except ApiError as error:
             if "already exists" not in error.text:
@@ -395,7 +408,8 @@ def attach(ctx: Context, claim: Claim, sandbox: Sandbox, located: Located, found
     used = _in_use(listed, found.volume)
     if used is None:
         if slot.startswith("unused"):
-            raise WorkspaceRefused(f"{found.title}: VM {sandbox.vmid} has it put aside as {slot}; detach it, then attach it again")
+            raise WorkspaceRefused(f"{found.title}: VM {sandbox.vmid} has it put aside as {slot}; take it off there (qm set {sandbox.vmid} --delete {slot}; "
+                                   "Proxmox VE removes only what the VM's own VMID owns), then attach it", vmid=sandbox.vmid)
         # Noted for the next start only, by this run or one before: a disk that is half there is none. Whose VM it is now is looked at before that
         # is written, too.
         located = require_match(ctx, sandbox)
@@ -528,13 +542,20 @@ def off(ctx: Context, claim: Claim, sandbox: Sandbox, located: Located, found: W
                        "it when it is taken off; it was left where it is. Move its data to another workspace", vmid=sandbox.vmid)
         ctx.client.put(f"{located.path}/config", digest=located.verdict.digest if located.verdict else None, delete=",".join(listed))
         _await_off(ctx, node, sandbox, found)
-    if exists(ctx, found, node) is None:
-        raise Kept("workspace", f"{found.title}: VM {sandbox.vmid} does not name its volume {found.volume}, and the storage does not list it any more: it may "
-                   f"have been given to a VM (move_disk), which is therefore left alone. Look at the disks of VM {sandbox.vmid}", vmid=sandbox.vmid)
+    _refuse_lost(ctx, sandbox, found, node)
     done = records(ctx).change(found, "detach", to=store.DETACHED, claim=claim, reason="detached", sandbox_uuid=None, slot=None, lease_expires_at=None,
                                evidence={"vmid": sandbox.vmid, "slots": listed})
     ctx.records.note(sandbox, "detach_workspace", outcome="done", reason=found.name, evidence={"workspace_id": found.id, "slots": listed})
     return done
+
+
+def _refuse_lost(ctx: Context, sandbox: Sandbox, found: Workspace, node: str) -> None:
+    """Kept when the volume of a workspace that the sandbox has is not there any more, or not to be seen."""
+    if missing(ctx, found, node):
+        vmid = sandbox.vmid
+        raise Kept("workspace", f"{found.title}: the storage does not have its volume {found.volume} any more: it may have been given to a VM (move_disk), so "
+                   f"VM {vmid} is left alone. Look at its disks; if none is the workspace, remove the VM by hand (qm destroy {vmid}), then destroy the sandbox",
+                   vmid=vmid)
 
 
 def _await_off(ctx: Context, node: str, sandbox: Sandbox, found: Workspace) -> None:
@@ -585,6 +606,7 @@ def refuse_planned(ctx: Context, sandbox: Sandbox, located: Located) -> bool:
     own = records(ctx).of_sandbox(sandbox.uuid)
     if own is not None:
         refuse_snapshots(ctx, sandbox, located, own)
+        _refuse_lost(ctx, sandbox, own, str(located.node))
     config = dict((located.verdict.config if located.verdict else None) or {})
     kept = {key: value for key, value in config.items() if own is None or str(value).partition(",")[0] != own.volume}
     verdict = dataclasses.replace(located.verdict, config=kept) if located.verdict else None
@@ -598,7 +620,7 @@ def _refuse_if_missing(ctx: Context, sandbox: Sandbox, config: dict[str, Any], h
     if len(own) < 2:
         return
     for found in held:
-        if exists(ctx, found, _node_for(ctx, found)) is None:
+        if missing(ctx, found, _node_for(ctx, found)):
             raise Kept("workspace", f"sandbox {sandbox.vmid}: its VM has {len(own)} disks of its own, and the volume of {found.title} "
                        f"({found.volume}) is missing from its storage; one of those disks may be it (move_disk), so the VM was not deleted", vmid=sandbox.vmid)
 
@@ -685,7 +707,7 @@ def _look(ctx: Context, found: Workspace) -> dict[str, Any]:
     for name, look in (("volume_present", lambda: not missing(ctx, found, _node_for(ctx, found))), ("attached_to", lambda: holders(ctx, found))):
         try:
             told[name] = look()
-        except (Kept, WorkspaceRefused) as error:
+        except (Kept, WorkspaceRefused, ProxmoxError) as error:
             told["unknown"].append(error.message)
     return told
 
