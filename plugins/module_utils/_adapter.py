@@ -97,7 +97,9 @@ def ids(module: AnsibleModule) -> list[dict[str, Any]]:
     for vmid in wanted:
         if not 100 <= vmid <= 999999999:
             raise InvalidInput(f"{option}: {vmid} is not a VMID. Valid: 100 to 999999999", option=option, value=vmid)
-    return [{"vmid": vmid} for vmid in dict.fromkeys(wanted)]
+    # Both for one sandbox: it is to be that one.
+    named = {"name": params["name"]} if params.get("name") is not None and params.get("state") != "present" else {}
+    return [{"vmid": vmid, **named} for vmid in dict.fromkeys(wanted)]
 
 
 def answer(outcomes: Sequence[Outcome], *, single: bool, diff: bool) -> dict[str, Any]:

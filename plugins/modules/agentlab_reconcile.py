@@ -12,6 +12,7 @@ version_added: 1.0.0
 description:
   - Finishes what interrupted runs left, lets leases that are over expire, and compares every record with its VM. Check mode only reports.
   - A VM that is absent in two passes in a row becomes C(DESTROYED). A VM without a record is reported and never adopted. An unreachable node changes nothing.
+  - When a repair fails, the task fails after all others were tried, with all differences in the answer.
 options:
   adopt_cluster:
     description:
@@ -72,6 +73,10 @@ def work(module, context):
     drift = [one.public() for one in found]
     changes = [one for one in found if (one.applied if not module.check_mode else one.would_change)]
     result = {"changed": bool(changes), "drift": drift, "count": len(drift)}
+    wrong = [one for one in found if one.error]
+    if wrong:
+        result["failed"] = True
+        result["msg"] = f"{len(wrong)} of {len(drift)} differences could not be repaired; the first, sandbox {wrong[0].public()['vmid']}: {wrong[0].error}"
     if module._diff:
         result["diff"] = {"before": {f"sandbox {one.public()['vmid']}": one.kind for one in changes},
                           "after": {f"sandbox {one.public()['vmid']}": one.action for one in changes}}

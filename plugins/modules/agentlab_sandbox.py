@@ -13,6 +13,7 @@ description:
   - A sandbox is a throw-away VM with a lease, cloned from a template, and the record of it.
   - Only a VM that is proven to be the sandbox's own is ever stopped, changed or deleted. Proxmox VE hands VMIDs out again, so a VMID proves nothing.
   - A record becomes C(DESTROYED) only when the absence of its VM is proven.
+  - With O(vmid) and O(name), the sandbox of that VMID has to have that name; otherwise nothing is done.
 options:
   state:
     description:

@@ -494,7 +494,7 @@ def test_status(daemon: StandIn) -> None:
         "config": {**STATUS["config"], "error": "line 3: unknown key"}})  # type: ignore[dict-item]
     found = agentlab("status", socket=daemon.path)
     assert "NOT reachable: Connection refused" in found.stdout
-    assert "FROZEN since 2026-01-31T02:00:00Z by daemon: guard: 60 of 80" in found.stdout
+    assert "FROZEN since 2026-01-31T02:00:00Z by daemon: guard: 60 of 80" in found.stdout and "agentlab cleanup run --dry-run" in found.stdout
     assert "agentlab cleanup release" in found.stdout
     assert "line 3: unknown key" in found.stdout
 

@@ -98,7 +98,7 @@ def test_bulk_destroy_looks_everything_up_first(daemon: Make, lab: Lab) -> None:
     lab.timed_out("a1", vmid=1000)
     lab.create("a2", vmid=1001)
     found = agentlab("sandbox", "destroy", "--force", 1000, 1001, 1999, socket=one.socket)
-    assert (found.returncode, found.stdout, found.stderr) == (1, "", "Error: sandbox not found\n")
+    assert (found.returncode, found.stdout, found.stderr) == (1, "", "Error: sandbox not found (vmid 1999); nothing was destroyed\n")
     assert lab.pve.vm(1000) is not None
     lab.power("stop", 1001)
     found = agentlab("sandbox", "destroy", 1000, 1001, socket=one.socket)

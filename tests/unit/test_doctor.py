@@ -57,6 +57,22 @@ def examine(lab: Lab, *, bundle: bool | None = None, template: str | None = None
     return by_check
 
 
+def test_what_cannot_be_read_is_unknown_and_no_problem(lab: Lab, tmp_path: Path) -> None:
+    lab.pve.fault("GET", "/qemu/9000/config", "answer", status=595, body="", times=9)
+    file = tmp_path / "config.yaml"
+    file.write_text(f"api_token_secret: {TOKEN_SECRET}\n", encoding="utf-8")
+    file.chmod(0o600)
+    found = config.load({**lab.options, "config_file": str(file), "database": lab.database}, lab.server.environment(lab.folder))
+    file.unlink()
+    one = doctor.Doctor(found, now=lab.clock)
+    try:
+        findings = one.examine().findings
+    finally:
+        one.close()
+    unread = [(each.check, each.status) for each in findings if "could not be looked at" in each.meaning]
+    assert unread == [("configuration", "unknown"), ("template", "unknown")]
+
+
 def test_all_is_well(lab: Lab) -> None:
     lab.create()
     for path, names in doctor.needs(config.load({"pool": "agentlab"}, {"AGENTLAB_CONFIG": "/nonexistent"}), template=9000, storage="local-lvm").items():

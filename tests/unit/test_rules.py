@@ -74,6 +74,12 @@ def test_what_is_left_out_and_what_is_not_there(tmp_path: Path) -> None:
     assert rules.parse("auto_cleanup: {guard: {count: 3}}", "f").guard_percent == 50, "one guard given leaves the other on"
 
 
+def test_tags_and_profiles_are_what_is_written() -> None:
+    """YAML reads these as a number, a boolean and an octal number."""
+    policy = rules.parse(rule("{name: a, match: {tags: [1.10, on, 010], profiles: [1.0]}, action: keep}"), "x")
+    assert (policy.rules[0].tags, policy.rules[0].profiles) == (("1.10", "on", "010"), ("1.0",))
+
+
 @pytest.mark.parametrize(("text", "line", "reason"), [
     ("cleanup: {}", 1, "unknown key 'cleanup' in the file. Valid: auto_cleanup"),
     ("auto_cleanup:\n  intervall: 5m", 2, "unknown key 'intervall' in auto_cleanup. Valid: enabled, mode"),
@@ -104,6 +110,9 @@ def test_what_is_left_out_and_what_is_not_there(tmp_path: Path) -> None:
     (rule("{match: {tags: [x]}, action: keep}"), 3, "'name' is missing in a rule"),
     (rule("{name: 'a b', match: {tags: [x]}, action: keep}"), 3, "name: 'a b' is not valid"),
     (rule("{name: a, match: {tags: [x]}, action: keep}\n    - {name: a, match: {tags: [y]}, action: keep}"), 4, "'a' is the name of an earlier rule"),
+    (rule("{name: a, match: {tags: [Debug]}, action: keep}"), 3, "tags: 'Debug' is not valid. Valid: lower-case letters"),
+    (rule("{name: a, match: {tags: [[x]]}, action: keep}"), 3, "tags: "),
+    (rule("{name: a, match: {profiles: ['a b']}, action: keep}"), 3, "profiles: 'a b' is not valid. Valid: letters, digits"),
     ("auto_cleanup:\n  rules: [", 2, "not valid YAML"),
 ])
 def test_a_file_that_is_wrong_is_refused_as_a_whole_with_line_and_reason(text: str, line: int, reason: str) -> None:

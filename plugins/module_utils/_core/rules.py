@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from . import durations, states
+from . import durations, states, words
 from .errors import ConfigError, InvalidInput
 from .model import Sandbox
 
@@ -135,7 +135,12 @@ class _Reader:
             raise self.refuse(node, f"{key} must be a list, such as [{(choices or ('web',))[0]}]")
         if choices is not None:
             return tuple(self.choice(one, key, choices) for one in node.value)
-        return tuple(str(self.scalar(one, key, "a text")) for one in node.value)
+        pattern, valid = words.TAG if key == "tags" else words.WORD
+        for one in node.value:
+            # What was written: YAML reads 1.10 as a number, and on as true. What nothing can be called makes a rule that never matches.
+            if not isinstance(one, yaml.ScalarNode) or not pattern.fullmatch(one.value):
+                raise self.refuse(one, f"{key}: {str(getattr(one, 'value', ''))[:80]!r} is not valid. Valid: {valid}")
+        return tuple(str(one.value) for one in node.value)
 
 
 def parse(text: str, file: str) -> Policy:

@@ -99,7 +99,14 @@ def run(ctx: Context, policy: rules.Policy) -> Report:
             report.guard = too_many
             report.marked = [Outcome.of("would_fail", one, state=states.FAILED, reason=rule.name, changed=True)
                              for rule, one in chosen if rule.action == rules.FAIL]
+            if policy.keep_destroyed is not None and not rest:
+                report.forgotten = ctx.records.forgettable(policy.keep_destroyed)
             return report
+        # Nothing but what the guard has counted: the others may have come free meanwhile.
+        counted = {one.uuid for one in planned.pruned}
+        chosen = [(rule, one) for rule, one in chosen if rule.action != rules.DESTROY or one.uuid in counted]
+        planned.pruned = []
+        _add(report, planned)
     if too_many:
         freeze(ctx, too_many)
         raise GuardTripped(f"{too_many}; nothing was destroyed, and cleanup is frozen until it is released", count=report.candidates)

@@ -104,7 +104,9 @@ class Context:
     # ---- choosing sandboxes ----
 
     def select(self, vmid: int | None = None, name: str | None = None) -> Sandbox:
-        """The sandbox of a VMID or name: the live one, or else the last destroyed one; NotFound when there never was one."""
+        """The sandbox of a VMID or name: the live one, or else the last destroyed one; NotFound when there never was one. With both, that VMID's sandbox is
+        to have that name.
+        """
         if vmid is not None:
             found, word = self.records.last_by_vmid(vmid), f"vmid: {vmid}"
         elif name is not None:
@@ -113,6 +115,9 @@ class Context:
             raise InvalidInput("give vmid, vmids or name")
         if found is None:
             raise NotFound(f"sandbox not found ({word}). A VM without a record is never touched", vmid=vmid, name=name)
+        if vmid is not None and name not in (None, found.name):
+            raise InvalidInput(f"name: sandbox {vmid} is named {found.name!r}, not {name!r} (VMIDs are handed out again); nothing was done. Give the one that "
+                               "is meant", option="name", value=name)
         return found
 
     # ---- claiming ----

@@ -25,7 +25,7 @@ from typing import Any
 from .. import __version__, clock, states
 from ..config import SECRETS, Config
 from ..durations import show
-from ..errors import AgentlabError, ApiError, InvalidInput, Kept, ProxmoxError, StoreError
+from ..errors import AccessDenied, AgentlabError, ApiError, InvalidInput, Kept, ProxmoxError, StoreError
 from ..proxmox import identity
 from ..store import schema
 from . import info, timeguard
@@ -145,8 +145,9 @@ class Doctor:
     def _guarded(self, name: str, check: Callable[[], Iterable[Finding]]) -> list[Finding]:
         try:
             return list(check())
-        except AgentlabError as error:
-            return [Finding(name, UNKNOWN, f"could not be looked at: {error.message}", "see the message; run again when that is mended")]
+        except (AgentlabError, OSError) as error:
+            why = error.message if isinstance(error, AgentlabError) else f"{error.filename}: {error.strerror}"
+            return [Finding(name, UNKNOWN, f"could not be looked at: {why}", "see the message; run again when that is mended")]
 
     # ---- this host ----
 
@@ -274,7 +275,7 @@ class Doctor:
         try:
             vmid, node = self.context.cluster.template(asked)
             config = self.context.client.get_dict(f"nodes/{node}/qemu/{vmid}/config")
-        except AgentlabError as error:
+        except (InvalidInput, AccessDenied) as error:
             yield Finding("template", PROBLEM, error.message, "without a template that these credentials see, no sandbox is created")
             return
         self._template = (vmid, node, config)

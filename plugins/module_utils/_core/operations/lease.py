@@ -159,15 +159,14 @@ def stop_expired(ctx: Context, sandbox: Sandbox) -> str | None:
         return error.message
 
 
-def stop_leftovers(ctx: Context, done: Collection[str] = ()) -> list[Sandbox]:
-    """TIMEOUT records whose VM still runs according to the cluster's list: the stop of an earlier pass failed or was cut off.
+def stop_leftovers(ctx: Context, done: Collection[str] = ()) -> list[tuple[Sandbox, str | None]]:
+    """TIMEOUT records whose VM still runs according to the cluster's list: the stop of an earlier pass failed or was cut off. Each with why it could not
+    be stopped this time either, or None.
 
     ``done`` are those that this pass has dealt with: the list it reads is older than that.
     """
     running = leftovers(ctx, done)
-    if not ctx.dry_run:
-        ctx.each(lambda one: stop_expired(ctx, one), running)
-    return running
+    return list(zip(running, ctx.each(lambda one: stop_expired(ctx, one), running), strict=True))
 
 
 def leftovers(ctx: Context, done: Collection[str] = ()) -> list[Sandbox]:

@@ -18,7 +18,7 @@ from .. import states
 from ..errors import AgentlabError, GuardTripped, Kept, ProxmoxError, RecordChanged, StateConflict
 from ..model import Sandbox
 from ..proxmox import identity
-from ..store.records import POINT_OF_NO_RETURN
+from ..store.records import POINT_OF_NO_RETURN, Operation
 from . import cloud_init, destroy, lease, power, remains, timeguard, workspace
 from .context import Context
 from .verify import Located, locate
@@ -144,7 +144,7 @@ def _leases(ctx: Context, apply: bool) -> list[Drift]:
     found = [Drift("lease_expired", "expired", {"previous_state": one.previous_state}, one.sandbox, applied=True, error=one.message) for one in passed.expired]
     found += [Drift("lease_expired", "renewed (keepalive)", {}, one.sandbox, applied=not one.failed, error=one.message) for one in passed.renewed]
     known = {one.uuid for one in passed.expired if one.uuid}
-    found += [Drift("still_running", "stopped", {}, one, applied=True) for one in lease.stop_leftovers(ctx, known)]
+    found += [Drift("still_running", "stop", {}, one, applied=problem is None, error=problem) for one, problem in lease.stop_leftovers(ctx, known)]
     return found
 
 
@@ -161,7 +161,7 @@ def _finish_interrupted(ctx: Context) -> list[Drift]:
                 force = bool(left.detail.get("force"))
                 # Before the delete was decided the request is judged anew, by the rules as they are now.
                 try:
-                    todo = left.phase in POINT_OF_NO_RETURN or destroy.check(ctx, sandbox, force)
+                    todo = left.phase in POINT_OF_NO_RETURN or (_nobody_decides_anew(ctx, left) and destroy.check(ctx, sandbox, force))
                 except (Kept, StateConflict) as refused:
                     drift.action = f"destroy given up: {refused.message}"
                     with ctx.claimed(sandbox, "reconcile", wait=0) as (claim, current):
@@ -194,6 +194,15 @@ def _finish_interrupted(ctx: Context) -> list[Drift]:
             drift.error = error.message
         found.append(drift)
     return found
+
+
+def _nobody_decides_anew(ctx: Context, left: Operation) -> bool:
+    """Kept for a destroy that was chosen by rule or age, and not decided: by now they may say something else, be frozen, or rest."""
+    if left.detail.get("operation") == "cleanup":
+        raise Kept("rule", "a cleanup rule had chosen it; the next run of the rules decides anew")
+    if left.detail.get("operation") == "prune" and (rest := timeguard.suspended(ctx)):
+        raise Kept("clock_jumped", rest)
+    return True
 
 
 def give_up_creation(ctx: Context, sandbox: Sandbox, evidence: dict[str, Any] | None = None) -> Sandbox:

@@ -35,7 +35,10 @@ def suspended(ctx: Context) -> str | None:
         return None
     if known and now < known.get("wall", 0) - JUMP_SECONDS:
         # Another boot, and it is earlier than it has been: the clock is not set (yet).
-        return "the wall clock is behind the time of the last run; expiry and prune rest until it is right again"
+        # Or it is right, and was wrong then: the clock alone does not tell. Behind, it makes nothing old; when it is corrected that is a jump again.
+        _note(ctx, boot, now - since_boot, since_boot + ctx.config.clock_jump_pause, now)
+        return ("the wall clock is behind the time of the last run, before this host was started; expiry and prune rest for "
+                f"{show(ctx.config.clock_jump_pause)} (clock_jump_pause)")
     _note(ctx, boot, now - since_boot, 0.0, now)
     return None
 

@@ -452,6 +452,11 @@ class Records:
 
         self.db.write(work)
 
+    def forgettable(self, older_than: int) -> int:
+        """How many records ``forget`` would remove."""
+        found: int = self.db.read("SELECT count(*) FROM sandboxes WHERE state = 'DESTROYED' AND state_changed_at < ?", self.clock.now() - older_than)[0][0]
+        return found
+
     def forget(self, older_than: int, most: int = -1) -> int:
         """Retention: remove DESTROYED records (and their events) older than so many seconds, ``most`` at once; returns how many."""
         limit = self.clock.now() - older_than

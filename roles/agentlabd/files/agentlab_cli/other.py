@@ -41,7 +41,8 @@ def _status(data: dict[str, Any]) -> str:
     if cleanup["frozen"]:
         frozen = cleanup["frozen"]
         text += (f"\n\nThe scheduled cleanup is FROZEN since {cell(frozen['at'])} by {cell(frozen['actor'])}: {cell(frozen['reason'])}\n"
-                 "  agentlab sandbox prune --dry-run    # what would go\n  agentlab cleanup release            # go on")
+                 "  agentlab cleanup run --dry-run    # what would go; where a guard would stop it again, raise the guard first\n"
+                 "  agentlab cleanup release          # go on")
     if config["error"]:
         text += f"\n\nThe configuration could not be reloaded, the one before it is in force: {cell(config['error'])}"
     return text
@@ -84,11 +85,11 @@ def run(to: Settings, dry_run: bool) -> None:
 
 def _ran(data: dict[str, Any]) -> str:
     marked = f", {len(data['marked'])} FAILED" if data["marked"] else ""
+    forgotten = f", {data['forgotten']} old record(s) removed" if data["forgotten"] else ""
     if not data["dry_run"]:
-        forgotten = f", {data['forgotten']} old record(s) removed" if data["forgotten"] else ""
         return f"cleaned up {data['count']} sandbox(es){marked}, kept {len(data['kept'])}{forgotten}"
     guard = f"\nThe guard would stop it: {cell(data['guard'])}" if data["guard"] else ""
-    return f"would clean up {data['count']} sandbox(es){marked}{guard}" + plan(
+    return f"would clean up {data['count']} sandbox(es){marked}{forgotten}{guard}" + plan(
         {"destroy": data["pruned"], "FAILED": data["marked"], "keep": data["kept"], "cannot": data["failed"]})
 
 

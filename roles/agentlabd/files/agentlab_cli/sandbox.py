@@ -306,6 +306,8 @@ def destroy(to: Settings, vmids: tuple[int, ...], force: bool) -> None:
         return
     with Progress(lambda: _gone(to.client, wanted), wanted=not to.json):
         answer = to.client.post("sandboxes", "destroy", body={"vmids": wanted, "force": force})
+    if answer.data.get("code") == "not_found" and not to.json:
+        raise Problem(f"{answer.data['error']} (vmid {answer.data.get('vmid')}); nothing was destroyed")
     failed = [one for one in answer.data.get("results") or [] if one.get("failed")]
     to.tell(answer, lambda data: "\n".join(_destroyed(one) for one in data["results"] if not one["failed"]))
     _warn(to, *answer.data.get("results") or [])

@@ -1,0 +1,119 @@
+# Copyright: the agentlab.proxmox contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Rules destroy what their guard has counted and nothing else, and nothing at all while they are frozen; what could not be done is not called done."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core import rules
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import cleanup
+
+from support.lab import FakeClock, Lab
+
+pytestmark = pytest.mark.faults
+
+TIMEOUTS = "{name: timeouts, match: {states: [TIMEOUT]}, after: 0s, action: destroy}"
+
+
+@pytest.fixture
+def lab(tmp_path: Path) -> Iterator[Lab]:
+    made = Lab(tmp_path)
+    yield made
+    made.stop()
+
+
+def policy(*each: str, guard: str = "{count: 100, percent: 100}", more: str = "") -> rules.Policy:
+    lines = "".join(f"    - {one}\n" for one in each)
+    return rules.parse(f"auto_cleanup:\n  guard: {guard}\n{more}" + (f"  rules:\n{lines}" if each else ""), "/etc/agentlab/cleanup.yaml")
+
+
+def cut_off(lab: Lab, operation: str, phase: str = "stopping") -> int:
+    """A destroy that was killed before its delete was decided."""
+    made = lab.timed_out("a1")
+    ctx = lab.context()
+    claim = ctx.records.claim(made.uuid, "destroy", wait=0)
+    ctx.records.journal(claim, "destroy", phase, {"operation": operation, "force": True})
+    ctx.records.release(claim)
+    return made.vmid
+
+
+def test_what_comes_free_after_the_guard_has_counted_is_left_for_the_next_run(lab: Lab) -> None:
+    for number in range(6):
+        lab.timed_out(f"a{number}")
+    locked = range(1002, 1006)
+    for vmid in locked:
+        lab.pve.vm(vmid).config["lock"] = "backup"
+    reads: list[str] = []
+
+    def backup_ends(method: str, path: str) -> None:
+        if method == "GET" and path.endswith("/config"):
+            reads.append(path)
+            if len(reads) > 6:
+                for vmid in locked:
+                    if lab.pve.vm(vmid) is not None:
+                        lab.pve.vm(vmid).config.pop("lock", None)
+
+    lab.pve.before = backup_ends
+    report = cleanup.run(lab.context(), policy(TIMEOUTS, guard="{count: 3, percent: 100}"))
+    assert sorted(one.vmid or 0 for one in report.pruned) == [1000, 1001]
+    assert sorted((one.vmid, one.reason) for one in report.kept) == [(vmid, "locked") for vmid in locked]
+    assert sorted(lab.ours().values()) == list(locked)
+
+
+@pytest.mark.parametrize("why", ["frozen", "kept by a rule now", "nothing"])
+def test_a_destroy_of_a_rule_that_was_cut_off_is_decided_anew_by_the_rules(lab: Lab, why: str) -> None:
+    vmid = cut_off(lab, "cleanup")
+    if why == "frozen":
+        cleanup.freeze(lab.context(), "storage maintenance")
+    found = lab.reconcile()
+    assert [(one.kind, one.applied) for one in found] == [("interrupted", True)] and "the next run of the rules decides anew" in found[0].action
+    assert lab.record(vmid).state == "TIMEOUT" and lab.pve.vm(vmid) is not None
+    assert lab.leftovers() == {"claims": [], "operations": []}
+    if why != "frozen":
+        keep = ["{name: kept, match: {states: [TIMEOUT]}, action: keep}"] if why.startswith("kept") else []
+        cleanup.run(lab.context(), policy(*keep, TIMEOUTS))
+        assert lab.record(vmid).state == ("TIMEOUT" if keep else "DESTROYED")
+
+
+def test_a_prune_that_was_cut_off_rests_while_the_clock_is_doubtful(lab: Lab) -> None:
+    lab.clock = FakeClock()
+    lab.options["clock_jump_pause"] = "10m"
+    lab.expire()
+    vmid = cut_off(lab, "prune")
+    lab.clock.jump(86400)
+    lab.reconcile()
+    assert lab.record(vmid).state == "TIMEOUT" and lab.pve.vm(vmid) is not None
+
+
+@pytest.mark.parametrize("operation", ["destroy", "prune"])
+def test_what_a_person_asked_for_is_finished(lab: Lab, operation: str) -> None:
+    vmid = cut_off(lab, operation)
+    lab.reconcile()
+    assert lab.record(vmid).state == "DESTROYED" and lab.pve.vm(vmid) is None
+
+
+def test_a_dry_run_tells_what_retention_would_remove(lab: Lab) -> None:
+    made = lab.create("a1")
+    lab.destroy(made.vmid, force=True)
+    lab.context().database.write(lambda conn: conn.execute("UPDATE sandboxes SET state_changed_at = ?", (int(time.time()) - 9999,)) and None)
+    old = policy(more="  retention: {destroyed_records: 1h}\n")
+    assert cleanup.run(lab.context(dry_run=True), old).forgotten == 1 and len(lab.records()) == 1
+    assert cleanup.run(lab.context(), old).forgotten == 1 and lab.records() == []
+
+
+def test_a_vm_that_could_not_be_stopped_is_not_called_stopped(lab: Lab) -> None:
+    made = lab.timed_out("a1", stopped=False)
+    lab.pve.vm(made.vmid).config["lock"] = "backup"
+    for _ in range(2):
+        found = lab.reconcile()
+        assert [(one.kind, one.applied) for one in found] == [("still_running", False)] and "backup" in str(found[0].error)
+        assert lab.pve.vm(made.vmid).status == "running"
+    del lab.pve.vm(made.vmid).config["lock"]
+    assert [(one.kind, one.applied, one.error) for one in lab.reconcile()] == [("still_running", True, None)]
+    assert lab.pve.vm(made.vmid).status == "stopped" and lab.reconcile() == []
