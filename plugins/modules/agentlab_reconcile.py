@@ -44,7 +44,7 @@ drift:
   contains:
     kind:
       description:
-        - One of V(interrupted), V(lease_expired), V(still_running), V(absent), V(back), V(vmid_reused), V(stopped), V(moved), V(stale),
+        - One of V(interrupted), V(lease_expired), V(still_running), V(absent), V(back), V(vmid_reused), V(stopped), V(moved), V(running), V(stale),
           V(unrecorded), V(node_offline), V(ambiguous), V(locked) and V(unknown).
       type: str
       returned: always

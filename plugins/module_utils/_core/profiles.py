@@ -108,7 +108,7 @@ _KEYS: dict[str, Any] = {
     "template": (_text(words.WORD), "template"),
     "full_clone": (_flag, "full_clone"),
     "node": (_text(words.WORD), "node"),
-    "pool": (_text(words.WORD), "pool"),
+    "pool": (_text(words.POOL), "pool"),
     "storage": (_text(words.WORD), "storage"),
     "resources": {
         "cores": (_whole(1, 512), "cores"),

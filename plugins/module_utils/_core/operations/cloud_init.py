@@ -23,7 +23,7 @@ from ..errors import AgentlabError, ApiError, InvalidInput, Kept, ProxmoxError, 
 from ..model import Sandbox
 from ..store.records import Claim
 from .context import Context
-from .verify import Located
+from .verify import Located, require_match
 
 _LONGEST = 512 * 1024
 # What cloud-init recognises user data by; anything else it ignores with a warning in a log that nobody reads.
@@ -47,7 +47,8 @@ def check_data(data: str) -> None:
     if not data.startswith(_KINDS):
         raise InvalidInput("cloud_init_user_data: the first line does not say what it is. Valid: #cloud-config, #! (a script), or another header of "
                            "cloud-init's", option="cloud_init_user_data")
-    if data.startswith("#cloud-config"):
+    # And not an archive or a JSON patch, which are lists.
+    if data.split(None, 1)[0] == "#cloud-config":
         try:
             import yaml
         except ImportError:
@@ -187,7 +188,7 @@ def _here() -> str:
 # ---- waiting for its end ----
 
 
-def wait(ctx: Context, sandbox: Sandbox, found: Located) -> None:
+def wait(ctx: Context, sandbox: Sandbox) -> None:
     """Until the guest agent shows cloud-init's result; CloudInitFailed with the names of what failed.
 
     Read is the file that cloud-init writes at its end, so nothing is executed in the guest.
@@ -195,8 +196,12 @@ def wait(ctx: Context, sandbox: Sandbox, found: Located) -> None:
     deadline = ctx.clock.monotonic() + ctx.wait_timeout
     pause = 0.2
     while True:
+        # Nothing is read in the guest of whoever may have got the VMID since.
+        found = require_match(ctx, sandbox)
         errors = _result(ctx, found)
         if errors is not None:
+            # And it is believed only if that was nobody else's.
+            require_match(ctx, sandbox)
             if errors:
                 raise CloudInitFailed(f"cloud-init ended with errors in sandbox {sandbox.vmid}: {'; '.join(errors)}; see /var/log/cloud-init.log in the VM, "
                                       "which is left as it is", vmid=sandbox.vmid)

@@ -57,8 +57,10 @@ def _drift(sandbox: Sandbox, row: dict[str, Any], judged: str) -> str | None:
         return f"it is not certain that the VM is ours ({judged}); it is left alone"
     if sandbox.state in states.POWERED and row.get("status") == "stopped":
         return f"the record says {sandbox.state}, the VM is stopped; reconcile corrects the record"
-    if sandbox.state in (states.STOPPED, states.TIMEOUT) and row.get("status") == "running":
-        return f"the record says {sandbox.state}, the VM is running"
+    if sandbox.state == states.TIMEOUT and row.get("status") == "running":
+        return "the record says TIMEOUT, the VM is running; reconcile stops it"
+    if sandbox.state == states.STOPPED and row.get("status") == "running":
+        return "the record says STOPPED, the VM is running; start the sandbox, which corrects the record, then stop it if need be"
     if row.get("node") != sandbox.node:
         return f"the VM moved from {sandbox.node} to {row.get('node')}; reconcile corrects the record"
     return None

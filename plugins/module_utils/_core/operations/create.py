@@ -34,16 +34,19 @@ from ..errors import (
 )
 from ..model import Outcome, Sandbox
 from ..proxmox import identity
+from ..proxmox.client import not_begun
 from ..store.records import Claim
-from . import cloud_init, create_recovery, destroy, power, workspace
+from . import cloud_init, create_recovery, destroy, power, workspace_disk
 from .context import Context
 from .verify import Located, locate, require_match
 
-_WORDS = {"name": words.DNS_NAME, "node": words.WORD, "storage": words.WORD, "pool": words.WORD, "bridge": words.WORD, "disk_size": words.SIZE,
+_WORDS = {"name": words.DNS_NAME, "node": words.WORD, "storage": words.WORD, "pool": words.POOL, "bridge": words.WORD, "disk_size": words.SIZE,
           "ip_config": words.IPCONFIG, "nameserver": words.NAMESERVER, "searchdomain": words.SEARCHDOMAIN, "cloud_init_user": words.USER,
           "firewall_group": words.FIREWALL_GROUP}
 # A hint for people and for inventories; never a proof.
 OUR_TAG = "agentlab"
+# A template's lock is waited for one second only.
+_CLONE_TRIES = 3
 
 
 @dataclass(slots=True)
@@ -171,7 +174,7 @@ def _create(ctx: Context, spec: Spec) -> Outcome:
         raise InvalidInput(f"vmid: {spec.vmid} is in workspace_owner_range ({first}-{last}), whose VMIDs own the volumes of workspaces: Proxmox VE "
                            "deletes with a VM what its VMID owns. Take one outside of it", option="vmid", value=spec.vmid)
     template, template_node = ctx.cluster.template(spec.template or ctx.config.template)
-    disk = workspace.select(ctx, spec.workspace) if spec.workspace is not None else None
+    disk = workspace_disk.select(ctx, spec.workspace) if spec.workspace is not None else None
     # Where its workspace is, if that is on one node only.
     node = spec.node or (disk.node if disk else None) or ctx.config.node or template_node
     nodes = ctx.cluster.nodes()
@@ -183,7 +186,7 @@ def _create(ctx: Context, spec: Spec) -> Outcome:
     if spec.vmid is not None and spec.vmid in known:
         raise _occupied(spec.vmid, str(known[spec.vmid].get("name") or "unnamed"))
     if disk is not None:
-        workspace.check_usable(ctx, disk, node)
+        workspace_disk.check_usable(ctx, disk, node)
     if spec.cloud_init_user_data is not None:
         cloud_init.check_place(ctx, node)
     ctx.cluster.confirm(creating=True)
@@ -215,7 +218,7 @@ def _carry_on(ctx: Context, claim: Claim, spec: Spec, sandbox: Sandbox, journal:
             sandbox = ctx.records.change(claim, sandbox, "create", to=states.RUNNING, reason="ready", finish=True)
             return Outcome.of("created", sandbox, previous_state=states.READY, changed=True)
         noted = dict(journal if journal is not None else (left.detail if left else {}))
-        disk = workspace.of_creation(ctx, claim, sandbox, spec.workspace)
+        disk = workspace_disk.of_creation(ctx, claim, sandbox, spec.workspace)
         sandbox = cloud_init.provide(ctx, claim, sandbox, spec.cloud_init_user_data)
         if sandbox.smbios_uuid is None:
             phase = left.phase if left else "reserved"
@@ -223,10 +226,10 @@ def _carry_on(ctx: Context, claim: Claim, spec: Spec, sandbox: Sandbox, journal:
         if sandbox.state != states.BOOTING:
             sandbox = ctx.records.change(claim, sandbox, "create", to=states.BOOTING, reason="cloned", upids=upids, journal=("configuring", noted))
         found = require_match(ctx, sandbox)
-        found = _configure(ctx, spec, sandbox, found)
+        found = _configure(ctx, claim, spec, sandbox, found, noted)
         if disk is not None:
             found = require_match(ctx, sandbox)
-            workspace.attach(ctx, claim, sandbox, found, disk)
+            workspace_disk.attach(ctx, claim, sandbox, found, disk)
             sandbox = ctx.records.get(sandbox.uuid)
             # It may have taken long, too: all VMs that could have the workspace were read.
             found = require_match(ctx, sandbox)
@@ -236,7 +239,7 @@ def _carry_on(ctx: Context, claim: Claim, spec: Spec, sandbox: Sandbox, journal:
         if spec.wait_for_ip:
             sandbox = _await_ip(ctx, claim, sandbox, found, noted)
         if spec.wait_for_cloud_init:
-            cloud_init.wait(ctx, sandbox, found)
+            cloud_init.wait(ctx, sandbox)
         sandbox = ctx.records.change(claim, sandbox, "create", to=states.READY, reason="started", upids=done, journal=("ready", noted))
         took = int((ctx.clock.monotonic() - began) * 1000)
         sandbox = ctx.records.change(claim, sandbox, "create", to=states.RUNNING, reason="ready", duration_ms=took, finish=True)
@@ -267,8 +270,10 @@ def _clone(ctx: Context, claim: Claim, spec: Spec, sandbox: Sandbox, noted: dict
         template, template_node = ctx.cluster.template(spec.template or ctx.config.template)
         noted.update(template=template, template_node=template_node, node=sandbox.node)
     resumed = phase in ("cloning", "waiting")
+    before = {**noted, "phase": phase, "at": at}
     # A clone request of an earlier run whose answer was lost: Proxmox may carry it out at any time.
-    doubt = {**noted, "phase": phase, "at": at} if resumed and not noted.get("upid") else None
+    doubt = before if resumed and not noted.get("upid") else None
+    tries = 0
     occupied: set[int] = set()
     while True:
         upid = noted.get("upid")
@@ -285,7 +290,29 @@ def _clone(ctx: Context, claim: Claim, spec: Spec, sandbox: Sandbox, noted: dict
                 upids.append(upid)
             warnings += ctx.tasks.wait(upid, f"clone template {template} to VM {sandbox.vmid}", ctx.wait_timeout)
             break
+        except TaskUnknown as error:
+            if upids:
+                raise
+            # The task of an earlier run, of which nobody can say how it ended: what is there tells.
+            found = create_recovery.locate_unbound(ctx, sandbox, claim, before)
+            if found.match:
+                return ctx.records.get(sandbox.uuid)
+            foreign = found.verdict is not None and found.verdict.identity == identity.FOREIGN
+            if not foreign and (found.node is not None or not ctx.cluster.prove_absent([sandbox.vmid])[sandbox.vmid].absent):
+                raise Kept("ambiguous", f"sandbox {sandbox.vmid}: {error.message}. Whether VM {sandbox.vmid} is its clone is not certain, so it was left "
+                           f"alone; to give the sandbox up, {_how_to_remove(ctx)}", vmid=sandbox.vmid) from None
+            noted.pop("upid", None)
+            resumed = False
+            ctx.records.journal(claim, "create", "reserved", noted)
         except (ApiError, TaskFailed) as error:
+            tries += 1
+            if (isinstance(error, TaskFailed) and not_begun(error.exitstatus) and tries < _CLONE_TRIES
+                    and ctx.cluster.prove_absent([sandbox.vmid])[sandbox.vmid].absent):
+                # The template is locked for a moment (another clone, a backup), and nothing was made.
+                noted.pop("upid", None)
+                ctx.records.journal(claim, "create", "reserved", noted)
+                ctx.clock.sleep(1.0)
+                continue
             taken, another = _in_the_way(error)
             if taken and doubt:
                 # Or is it what was in doubt, carried out after all? Then it is not left behind for another VMID.
@@ -306,8 +333,8 @@ def _clone(ctx: Context, claim: Claim, spec: Spec, sandbox: Sandbox, noted: dict
                 noted.pop("upid", None)
                 ctx.records.journal(claim, "create", "reserved", noted)
             occupied |= {sandbox.vmid, *ctx.cluster.vms(fresh=True)}
+            # The record that the caller has, too: what it says when this fails must not name somebody else's VMID.
             ctx.records.renumber(claim, sandbox, vmid_range=ctx.config.vmid_range, occupied=occupied)
-            sandbox = ctx.records.get(sandbox.uuid)
     ctx.cluster.vms(fresh=True)
     found = locate(ctx, sandbox)
     if found.node is None:
@@ -379,7 +406,7 @@ def _await_doubt(ctx: Context, claim: Claim, sandbox: Sandbox, created: dict[str
         ctx.clock.sleep(1.0)
 
 
-def _configure(ctx: Context, spec: Spec, sandbox: Sandbox, found: Located) -> Located:
+def _configure(ctx: Context, claim: Claim, spec: Spec, sandbox: Sandbox, found: Located, noted: dict[str, Any]) -> Located:
     """One config write with what the clone call cannot carry, then the disk's size, each guarded by the digest of what was judged; the VM as judged last."""
     config = (found.verdict.config if found.verdict else None) or {}
     tags = sorted({OUR_TAG, *sandbox.tags})
@@ -409,8 +436,15 @@ def _configure(ctx: Context, spec: Spec, sandbox: Sandbox, found: Located) -> Lo
         disk = boot_disk(config)
         if disk is None:
             raise InvalidInput("disk_size: the template has no disk to resize", option="disk_size")
+        size = spec.disk_size
+        if size.startswith("+"):
+            # Once, and written down before it is asked for: a run that goes on from here must not add it again, for disks do not shrink.
+            if "disk_size" not in noted:
+                noted["disk_size"] = grown(str(config[disk]), size)
+                ctx.records.journal(claim, "create", "configuring", noted)
+            size = noted["disk_size"]
         found = require_match(ctx, sandbox)
-        answer = ctx.client.put(f"{found.path}/resize", disk=disk, size=spec.disk_size, digest=found.verdict.digest if found.verdict else None)
+        answer = ctx.client.put(f"{found.path}/resize", disk=disk, size=size, digest=found.verdict.digest if found.verdict else None)
         if isinstance(answer, str) and answer.startswith("UPID:"):
             ctx.tasks.wait(answer, f"resize disk {disk} of VM {sandbox.vmid}", ctx.wait_timeout)
         # It may have taken long: what is started next is looked at once more.
@@ -459,6 +493,15 @@ def network(current: str, bridge: str | None, firewall: bool | None, model: str 
     return ",".join(kept)
 
 
+def grown(drive: str, more: str) -> str:
+    """The size of a drive of the configuration, with so much (``+10G``) added, in KiB as Proxmox takes it."""
+    units = {"": 1 / 1024, "K": 1, "M": 1024, "G": 1024**2, "T": 1024**3}
+    now = re.search(r"(?:^|,)size=(\d+(?:\.\d+)?)([KMGT]?)(?:,|$)", drive)
+    if now is None:
+        raise InvalidInput("disk_size: Proxmox VE does not tell the size of the template's disk; give an absolute one, such as 20G", option="disk_size")
+    return f"{int(float(now[1]) * units[now[2]] + float(more[1:-1]) * units[more[-1]])}K"
+
+
 def boot_disk(config: dict[str, Any]) -> str | None:
     """The disk the VM boots from: the first in the boot order, or else the first there is."""
     disks = [key for key in sorted(config) if re.fullmatch(r"(scsi|virtio|sata|ide)\d+", key) and "media=cdrom" not in str(config[key])
@@ -476,6 +519,8 @@ def _await_ip(ctx: Context, claim: Claim, sandbox: Sandbox, found: Located, note
             answer = ctx.client.get_dict(f"{found.path}/agent/network-get-interfaces")
             address = _address(answer)
             if address:
+                # It may have taken minutes: is this still the machine that was asked?
+                require_match(ctx, sandbox)
                 return ctx.records.change(claim, sandbox, "create", ip=address, reason="address", evidence={"ip": address}, journal=("configuring", noted))
         except ApiError as error:
             if error.status != 500:

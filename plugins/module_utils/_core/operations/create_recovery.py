@@ -36,7 +36,7 @@ def locate_unbound(ctx: Context, sandbox: Sandbox, claim: Claim | None, created:
         return found
     verdict = found.verdict
     if verdict is None or verdict.identity != identity.UNBOUND:
-        if verdict is not None and verdict.identity == identity.FOREIGN and sent:
+        if verdict is not None and verdict.identity in (identity.FOREIGN, identity.UNKNOWN) and sent:
             refuse_in_doubt(ctx, sandbox, created or {})
         return found
     if sent:
@@ -72,8 +72,10 @@ def refuse_in_doubt(ctx: Context, sandbox: Sandbox, created: dict[str, Any]) -> 
     if 0 <= age < ctx.config.doubt_window:
         raise Kept("unknown", f"sandbox {sandbox.vmid}: its creation was cut off {age} s ago and may still be carried out; "
                    f"run again in {ctx.config.doubt_window - age} s (doubt_window)")
-    if _running_clone(ctx, created):
-        raise Kept("locked", f"sandbox {sandbox.vmid}: a clone of template {created.get('template')} is still running; run again when it has ended")
+    running = _running_clones(ctx, sandbox, created)
+    if running:
+        raise Kept("locked", f"sandbox {sandbox.vmid}: a clone of template {created.get('template')} that may be its own is still running "
+                   f"({', '.join(running)}); run again when it has ended (or stop it, if it hangs)")
 
 
 def _refuse_running(ctx: Context, sandbox: Sandbox, created: dict[str, Any]) -> str | None:
@@ -103,8 +105,12 @@ def _clones(ctx: Context, created: dict[str, Any]) -> list[dict[str, Any]]:
             and started_at(str(row.get("upid"))) >= since and login in (str(row.get("user")), f"{row.get('user')}!{row.get('tokenid')}")]
 
 
-def _running_clone(ctx: Context, created: dict[str, Any]) -> bool:
-    return any(row.get("status") in (None, "", "RUNNING", "running") and not row.get("endtime") for row in _clones(ctx, created))
+def _running_clones(ctx: Context, sandbox: Sandbox, created: dict[str, Any]) -> list[str]:
+    """Tasks that may be the request whose answer was lost: begun while it could be, and by no other creation."""
+    until = int(created.get("at") or 0) + ctx.config.doubt_window + _CLOCK_SLACK
+    others = {one.detail.get("upid") for found in ctx.records.unfinished() for one in found if one.sandbox_uuid != sandbox.uuid}
+    return [str(row.get("upid")) for row in _clones(ctx, created) if row.get("status") in (None, "", "RUNNING", "running") and not row.get("endtime")
+            and started_at(str(row.get("upid"))) <= until and row.get("upid") not in others]
 
 
 def _our_clone_ended_well(ctx: Context, created: dict[str, Any]) -> bool:

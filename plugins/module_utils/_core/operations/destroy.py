@@ -35,7 +35,7 @@ from ..model import Outcome, Sandbox
 from ..proxmox import identity
 from ..proxmox.client import not_begun
 from ..store.records import POINT_OF_NO_RETURN, Claim, Operation
-from . import create_recovery, power, remains, workspace
+from . import create_recovery, power, remains, workspace_disk
 from .context import Context, failure
 from .verify import Located, locate, refuse_guarded, refuse_not_ours
 
@@ -101,7 +101,7 @@ def plan(ctx: Context, sandbox: Sandbox) -> tuple[str, str, str | None]:
         return "mark", "vmid_reused", "the VMID belongs to another VM now, which is left alone"
     refuse_not_ours(sandbox, found)
     refuse_guarded(sandbox, found)
-    workspace.refuse_planned(ctx, sandbox, found)
+    workspace_disk.refuse_planned(ctx, sandbox, found)
     ctx.cluster.require_quorum()
     return "destroy", "destroyed", None
 
@@ -271,7 +271,7 @@ def _until_gone(ctx: Context, planned: Sandbox, request: Request) -> Outcome | _
             refuse_guarded(current, found)
             # What will be kept in the end is not stopped, and does not lose its workspace.
             try:
-                asked = workspace.refuse_planned(ctx, current, found)
+                asked = workspace_disk.refuse_planned(ctx, current, found)
             except ApiError as error:
                 if not _vanished(ctx, error, attempt):
                     raise
@@ -295,12 +295,12 @@ def _until_gone(ctx: Context, planned: Sandbox, request: Request) -> Outcome | _
                 upids += done
                 warnings += warned
                 stopped = True
-            own = workspace.records(ctx).of_sandbox(current.uuid)
+            own = workspace_disk.records(ctx).of_sandbox(current.uuid)
             if own is not None:
                 # From here on it is too late to protect the sandbox: it would be kept without its workspace.
                 ctx.records.journal(claim, "destroy", cut_off.phase if cut_off else "detaching", detail, unprotected=not request.clean_up)
                 try:
-                    workspace.off(ctx, claim, current, found, own, sure=True)
+                    workspace_disk.off(ctx, claim, current, found, own, sure=True)
                 except ApiError as error:
                     if not _vanished(ctx, error, attempt):
                         raise
@@ -308,7 +308,7 @@ def _until_gone(ctx: Context, planned: Sandbox, request: Request) -> Outcome | _
                 current = ctx.records.get(current.uuid)
                 continue
             try:
-                workspace.refuse_listed(ctx, current, found)
+                workspace_disk.refuse_listed(ctx, current, found)
             except ApiError as error:
                 if not _vanished(ctx, error, attempt):
                     raise

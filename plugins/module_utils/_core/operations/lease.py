@@ -151,9 +151,12 @@ def stop_expired(ctx: Context, sandbox: Sandbox) -> str | None:
             if not found.match:
                 return f"its VM is {found.verdict.identity}, so it was left alone"
             refuse_locked(current, found)
-            ctx.records.journal(claim, "stop", "requested", {"node": found.node})
+            # A destroy that was cut off stays to be finished.
+            other = claim.interrupted is not None and claim.interrupted.kind == "destroy"
+            if not other:
+                ctx.records.journal(claim, "stop", "requested", {"node": found.node})
             upids, _warnings = power.stop(ctx, current, found, hard=False)
-            ctx.records.change(claim, current, "stop", upids=upids, reason="lease_expired", finish=True)
+            ctx.records.change(claim, current, "stop", upids=upids, reason="lease_expired", finish=not other)
             return None
     except AgentlabError as error:
         return error.message

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from .. import states
-from ..errors import ApiError, InvalidInput, OutcomeUnknown, RecordChanged, TaskFailed, TaskTimeout
+from ..errors import ApiError, InvalidInput, Kept, OutcomeUnknown, RecordChanged, TaskFailed, TaskTimeout
 from ..model import Outcome, Sandbox
 from ..proxmox.client import not_begun
 from ..store.records import Claim
@@ -39,6 +39,9 @@ def run(ctx: Context, sandbox: Sandbox, operation: str) -> Outcome:
     with ctx.claimed(sandbox, operation) as (claim, current):
         if not plan(ctx, current, operation):
             return Outcome.of("unchanged", current, reason=f"already {current.state}")
+        if claim.interrupted is not None and claim.interrupted.kind == "destroy":
+            # Its journal would be gone with this one.
+            raise Kept("busy", f"a destroy of sandbox {current.vmid} was cut off; destroy it again or run agentlab_reconcile to finish it", vmid=current.vmid)
         if operation in ("complete", "fail"):
             done = ctx.records.change(claim, current, operation, to=target, reason="reported", finish=True)
             return Outcome.of(_past(operation), done, previous_state=current.state, changed=True, reason="reported")
@@ -135,6 +138,12 @@ def _task(ctx: Context, sandbox: Sandbox, found: Located, what: str, action: str
 
 def status(ctx: Context, found: Located) -> dict[str, Any]:
     return ctx.client.get_dict(f"{found.path}/status/current")
+
+
+def runs(ctx: Context, found: Located) -> bool:
+    """Whether the VM is running and not suspended, as it says itself."""
+    now = status(ctx, found)
+    return now.get("status") == "running" and now.get("qmpstatus") not in ("paused", "suspended")
 
 
 def _await_status(ctx: Context, found: Located, wanted: str, what: str) -> None:

@@ -188,6 +188,12 @@ def _finish_interrupted(ctx: Context) -> list[Drift]:
                         # Started; only the last step of the creation was missing.
                         drift.action = "creation finished"
                         current = ctx.records.change(claim, current, "create", to=states.RUNNING, reason="ready")
+                    if left.kind == "start" and current.state in (states.STOPPED, states.SUSPENDED) and current.smbios_uuid is not None:
+                        # Its answer was lost. A VM that runs is not left under a record that no lease ends.
+                        found_there = locate(ctx, current)
+                        if found_there.match and power.runs(ctx, found_there):
+                            drift.action = "start finished"
+                            current = ctx.records.change(claim, current, "start", to=states.RUNNING, reason="started")
                     ctx.records.change(claim, current, left.kind, outcome="interrupted", reason=left.phase, finish=True)
                 drift.applied = True
         except AgentlabError as error:
@@ -305,6 +311,8 @@ def _power_drift(ctx: Context, sandbox: Sandbox, found: Located) -> Drift | None
         return Drift("moved", f"node updated to {found.node}", evidence, sandbox, repair=_amending(ctx, sandbox, node=found.node))
     if sandbox.absent_seen_at is not None:
         return Drift("back", "absence note removed", evidence, sandbox, repair=_amending(ctx, sandbox, absent_seen_at=None))
+    if sandbox.state == states.STOPPED and found.row.get("status") == "running" and power.runs(ctx, found):
+        return Drift("running", "none: somebody started it, and no lease ends it; start the sandbox, then stop it or renew its lease", evidence, sandbox)
     return None
 
 
@@ -327,11 +335,7 @@ def _moving(ctx: Context, sandbox: Sandbox, target: str, evidence: dict[str, Any
 
 def _stop_task(ctx: Context, sandbox: Sandbox, node: str) -> str | None:
     """The task that explains why the VM is stopped: the newest of those that start or stop it, if that stopped it since the state was entered."""
-    try:
-        rows = ctx.client.get_list(f"nodes/{node}/tasks", vmid=sandbox.vmid, source="all", limit=50, since=max(0, (sandbox.state_changed_at or 0) - 60))
-    except ProxmoxError:
-        return None
-    for row in rows:
+    for row in ctx.client.get_list(f"nodes/{node}/tasks", vmid=sandbox.vmid, source="all", limit=50, since=max(0, (sandbox.state_changed_at or 0) - 60)):
         if row.get("type") in (*_STOPS, *_STARTS) and str(row.get("status") or "").startswith(("OK", "WARNINGS")):
             # A stop from before the last start (perhaps of another sandbox with this VMID) explains nothing.
             return str(row.get("upid")) if row.get("type") in _STOPS else None
@@ -371,7 +375,9 @@ def _unrecorded(ctx: Context, rows: dict[int, dict[str, Any]], live: list[Sandbo
             marks = identity.markers(ctx.client.get_dict(f"nodes/{row.get('node')}/qemu/{vmid}/config"))
         except ProxmoxError:
             return None
-        if not marks:
+        now = ctx.records.live_by_vmid(vmid)
+        if not marks or (now is not None and now.uuid in marks):
+            # Created since the records were read.
             return None
         return Drift("unrecorded", "none: look at it, and remove it by hand if nobody needs it",
                      {"node": row.get("node"), "name": row.get("name"), "markers": sorted(marks)}, vmid=vmid)

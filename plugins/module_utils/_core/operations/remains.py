@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from ..model import Sandbox
 from ..store.records import Claim
-from . import cloud_init, workspace
+from . import cloud_init, workspace_disk
 from .context import Context
 
 
 def clear(ctx: Context, claim: Claim, sandbox: Sandbox) -> None:
     """Remove what is left, and free its workspace; Kept when that cannot be done, and the record stays as it is. Doing it again does no harm."""
     cloud_init.remove(ctx, sandbox)
-    workspace.released(ctx, claim, sandbox)
+    workspace_disk.released(ctx, claim, sandbox)

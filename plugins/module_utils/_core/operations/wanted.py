@@ -58,9 +58,12 @@ def _of_profile(profile: profiles.Profile | None, given: Mapping[str, Any]) -> d
 
 def _ttl(ctx: Context, given: object, profile: profiles.Profile | None) -> tuple[int, int | None]:
     """Seconds of the first lease, and the longest that the profile grants."""
-    maximum = profile.lease_maximum if profile else None
+    maximum, lifetime = profile.lease_maximum if profile else None, ctx.config.max_lifetime
     if given is not None:
         ttl = ctx.config.parse_ttl(given)
+        if lifetime is not None and ttl > lifetime:
+            raise InvalidInput(f"ttl: {durations.show(ttl)} is longer than max_lifetime ({durations.show(lifetime)}), the longest life of a sandbox",
+                               option="ttl", value=str(given))
         if maximum is not None and ttl > maximum:
             raise InvalidInput(f"ttl: {durations.show(ttl)} is longer than the maximum of {durations.show(maximum)} that profile "
                                f"{profile.name if profile else ''!r} grants", option="ttl", value=str(given))
@@ -68,4 +71,4 @@ def _ttl(ctx: Context, given: object, profile: profiles.Profile | None) -> tuple
     wanted = ctx.config.default_ttl
     if profile and profile.lease_default is not None:
         wanted = ctx.config.parse_ttl(durations.show(profile.lease_default), f"{profile.path}: lease.default")
-    return min(wanted, maximum) if maximum is not None else wanted, maximum
+    return min(limit for limit in (wanted, maximum, lifetime) if limit is not None), maximum

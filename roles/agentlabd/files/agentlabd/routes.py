@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from agentlab_core import durations, profiles, states, words
 from agentlab_core.errors import AgentlabError, InvalidInput, StateConflict
 from agentlab_core.model import Sandbox
-from agentlab_core.operations import cleanup, create, destroy, info, lease, power, prune, reconcile, wanted, workspace
+from agentlab_core.operations import cleanup, create, destroy, info, lease, power, prune, reconcile, wanted, workspace, workspace_disk
 from agentlab_core.operations.context import Context
 
 from . import openapi
@@ -213,7 +213,7 @@ def list_workspaces(call: Call) -> Answer:
 
 
 def show_workspace(call: Call) -> Answer:
-    return Answer(workspace.select(call.context(), call.ident).public())
+    return Answer(workspace_disk.select(call.context(), call.ident).public())
 
 
 def create_workspace(call: Call) -> Answer:
@@ -234,7 +234,7 @@ def detach_workspace(call: Call) -> Answer:
 def destroy_workspace(call: Call) -> Answer:
     ctx = call.context()
     # The module is asked for absence, and is content with it; here somebody names a thing.
-    return _of_workspace(workspace.absent(ctx, workspace.select(ctx, call.ident).id, force=call.body.get("force", False)))
+    return _of_workspace(workspace.absent(ctx, workspace_disk.select(ctx, call.ident).id, force=call.body.get("force", False)))
 
 
 # ---- profiles and cleanup ----
