@@ -69,7 +69,8 @@ def test_showing(story: Any, given: Any, env: Any, server: Any) -> None:
     assert shown[1002]["drift"] == "the record says TIMEOUT, the VM is running; reconcile stops it"
     compared = {one["vmid"]: one for one in run["compare"]["sandboxes"]}
     assert {one["identity"] for one in compared.values()} == {None} and compared[1000]["vm_status"] == "running" and compared[1000]["drift"] is None
-    assert compared[1002]["drift"] == "the record says TIMEOUT, the VM is running; reconcile stops it" and compared[1003]["drift"].startswith("the VM is called ")
+    assert compared[1002]["drift"] == "the record says TIMEOUT, the VM is running; reconcile stops it"
+    assert compared[1003]["drift"].startswith("the VM is called ")
     assert dict(run.requests["compare"]) == {"GET /cluster/resources": 1}
     for name, requests in run.requests.items():
         assert writes(requests) == [] and (name in ("verify", "compare") or not requests), (name, requests)
