@@ -110,7 +110,7 @@ def test_a_dry_run_tells_what_retention_would_remove(lab: Lab) -> None:
 def test_a_vm_that_could_not_be_stopped_is_not_called_stopped(lab: Lab) -> None:
     made = lab.timed_out("a1", stopped=False)
     lab.pve.vm(made.vmid).config["lock"] = "backup"
-    for _ in range(2):
+    for _time in range(2):
         found = lab.reconcile()
         assert [(one.kind, one.applied) for one in found] == [("still_running", False)] and "backup" in str(found[0].error)
         assert lab.pve.vm(made.vmid).status == "running"

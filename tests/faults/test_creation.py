@@ -42,7 +42,7 @@ def boot_size(lab: Lab, vmid: int) -> str:
 def test_a_disk_grows_once_however_often_its_creation_is_gone_on_with(lab: Lab) -> None:
     lab.pve.agent_default = False
     assert boot_size(lab, 9000) == "3G"
-    for _ in range(3):
+    for _time in range(3):
         with pytest.raises(TaskTimeout, match="Run again to go on waiting"):
             lab.create("a1", disk_size="+10G", wait_for_ip=True, options=PATIENCE)
         assert boot_size(lab, 1000) == "13G"
@@ -226,7 +226,7 @@ def test_a_vm_that_somebody_started_is_reported_with_the_way_back(lab: Lab) -> N
     made = lab.create("a1")
     lab.power("stop", made.vmid)
     lab.pve.vm(made.vmid).status = "running"
-    for _ in range(2):
+    for _time in range(2):
         found = lab.reconcile()
         assert [(one.kind, one.applied) for one in found] == [("running", False)] and "start the sandbox, then stop it" in found[0].action
     lab.power("start", made.vmid)

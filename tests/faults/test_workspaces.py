@@ -548,7 +548,7 @@ def test_a_workspace_that_is_put_aside_in_a_vm_is_attached_once_it_is_taken_off_
     found = make(lab)
     made = lab.create("a1")
     lab.pve.vm(made.vmid).config["unused0"] = found.volume
-    for _ in range(2):
+    for _time in range(2):
         with pytest.raises(WorkspaceRefused, match=f"qm set {made.vmid} --delete unused0"):
             attach(lab, "w1", made.vmid)
         assert now(lab).state == "DETACHED"
