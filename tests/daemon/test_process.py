@@ -257,7 +257,7 @@ def test_sigterm_lets_what_is_under_way_end_and_begins_nothing_new(daemon: Make,
 def test_no_storm_of_signals_hides_the_one_that_ends_it(daemon: Make, lab: Lab) -> None:
     one = daemon()
     one.wait_for(lambda: one.get("/v1/status").body["reconcile"]["last_run"], "the first reconcile is over")
-    for _ in range(20000):
+    for _time in range(20000):
         one.reload()
     assert one.stop() == 0
     assert one.log().rstrip().endswith("agentlabd stopped")

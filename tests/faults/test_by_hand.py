@@ -443,7 +443,7 @@ def test_the_doubt_of_a_cut_off_destroy_ends_however_often_it_is_asked_for_again
         lab.pve.vm(made.vmid).config["protection"] = 1
     else:
         lab.pve.answer_next("PUT", f"/qemu/{made.vmid}/config", 403, '{"data": null, "message": "Permission check failed"}', "application/json", times=99)
-    for _ in range(5):
+    for _time in range(5):
         lab.clock.pass_time(14)
         assert lab.destroy(made.vmid, force=True)[0].failed
     assert lab.leftovers() == {"claims": [], "operations": []}
