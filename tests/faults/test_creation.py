@@ -163,6 +163,20 @@ def test_a_stranger_that_takes_the_vmid_while_it_is_waited_for_is_not_taken_for_
         assert len(seen) == 3, "nothing more was read in the guest"
 
 
+@pytest.mark.parametrize("asked", ["address", "cloud-init"])
+def test_a_look_that_fails_once_does_not_end_the_wait(lab: Lab, asked: str) -> None:
+    suffix = "network-get-interfaces" if asked == "address" else "file-read"
+    failed: list[str] = []
+
+    def fail(_method: str, path: str) -> None:
+        if path.endswith(suffix) and not failed:
+            failed.append(path)
+            lab.pve.fault("GET", "/qemu/1000/config", "answer", status=500, body='{"data": null, "message": "boom"}')
+
+    lab.pve.before = fail
+    assert lab.create("a1", wait_for_ip=asked == "address", wait_for_cloud_init=asked == "cloud-init").state == "RUNNING" and failed
+
+
 # ---- what was cut off, and the passes of the daemon ----
 
 

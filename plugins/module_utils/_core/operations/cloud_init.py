@@ -23,7 +23,7 @@ from ..errors import AgentlabError, ApiError, InvalidInput, Kept, ProxmoxError, 
 from ..model import Sandbox
 from ..store.records import Claim
 from .context import Context
-from .verify import Located, require_match
+from .verify import Located, match_if_readable
 
 _LONGEST = 512 * 1024
 # What cloud-init recognises user data by; anything else it ignores with a warning in a log that nobody reads.
@@ -197,11 +197,10 @@ def wait(ctx: Context, sandbox: Sandbox) -> None:
     pause = 0.2
     while True:
         # Nothing is read in the guest of whoever may have got the VMID since.
-        found = require_match(ctx, sandbox)
-        errors = _result(ctx, found)
-        if errors is not None:
-            # And it is believed only if that was nobody else's.
-            require_match(ctx, sandbox)
+        found = match_if_readable(ctx, sandbox)
+        errors = _result(ctx, found) if found else None
+        # And it is believed only if that was nobody else's.
+        if errors is not None and match_if_readable(ctx, sandbox):
             if errors:
                 raise CloudInitFailed(f"cloud-init ended with errors in sandbox {sandbox.vmid}: {'; '.join(errors)}; see /var/log/cloud-init.log in the VM, "
                                       "which is left as it is", vmid=sandbox.vmid)

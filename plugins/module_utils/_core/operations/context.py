@@ -124,13 +124,11 @@ class Context:
 
     @contextlib.contextmanager
     def claimed(self, sandbox: Sandbox, operation: str, *, wait: float | None = None) -> Iterator[tuple[Claim, Sandbox]]:
-        """Hold the claim on a sandbox and give its record as it is now. A destroy that was cut off bars every other operation."""
+        """Hold the claim on a sandbox and give its record as it is now. A destroy that was cut off after its delete was decided bars every other operation."""
         claim = self.records.claim(sandbox.uuid, operation, wait=self.config.claim_timeout if wait is None else wait)
         try:
-            left = claim.interrupted
-            if left and left.kind == "destroy" and left.phase in POINT_OF_NO_RETURN and operation != "destroy":
-                raise Kept("busy", f"a destroy of sandbox {sandbox.vmid} was cut off after the delete was decided; "
-                           "destroy it again or run agentlab_reconcile to finish it", vmid=sandbox.vmid)
+            if claim.interrupted and claim.interrupted.phase in POINT_OF_NO_RETURN and operation != "destroy":
+                refuse_cut_off(claim, sandbox)
             yield claim, self.records.get(sandbox.uuid)
         finally:
             # Also when the disk is full: then the claim ends with this process.
@@ -142,6 +140,12 @@ class Context:
     def each(self, work: Callable[[A], B], items: list[A]) -> list[B]:
         """Run several at once, as many as there are connections; the answers in the order of the items."""
         return parallel.each(work, items, self.config.workers)
+
+
+def refuse_cut_off(claim: Claim, sandbox: Sandbox) -> None:
+    """Kept while a destroy that was cut off is to be finished: for what would put its own journal entry in the place of that one."""
+    if claim.interrupted is not None and claim.interrupted.kind == "destroy":
+        raise Kept("busy", f"a destroy of sandbox {sandbox.vmid} was cut off; destroy it again or run agentlab_reconcile to finish it", vmid=sandbox.vmid)
 
 
 def failure(sandbox: Sandbox, error: AgentlabError, **values: Any) -> Outcome:

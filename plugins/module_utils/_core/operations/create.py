@@ -37,8 +37,8 @@ from ..proxmox import identity
 from ..proxmox.client import not_begun
 from ..store.records import Claim
 from . import cloud_init, create_recovery, destroy, power, workspace_disk
-from .context import Context
-from .verify import Located, locate, require_match
+from .context import Context, refuse_cut_off
+from .verify import Located, locate, match_if_readable, require_match
 
 _WORDS = {"name": words.DNS_NAME, "node": words.WORD, "storage": words.WORD, "pool": words.POOL, "bridge": words.WORD, "disk_size": words.SIZE,
           "ip_config": words.IPCONFIG, "nameserver": words.NAMESERVER, "searchdomain": words.SEARCHDOMAIN, "cloud_init_user": words.USER,
@@ -211,9 +211,8 @@ def _carry_on(ctx: Context, claim: Claim, spec: Spec, sandbox: Sandbox, journal:
     warnings: list[str] = []
     try:
         left = claim.interrupted
-        if left and left.kind == "destroy":
-            # Its journal says no more how far the creation had come, and the delete may already have been sent.
-            raise Kept("busy", f"a destroy of sandbox {sandbox.vmid} was cut off; destroy it again or run agentlab_reconcile to finish it", vmid=sandbox.vmid)
+        # Its journal says no more how far the creation had come, and the delete may already have been sent.
+        refuse_cut_off(claim, sandbox)
         if left and left.kind == "create" and sandbox.state == states.READY:
             sandbox = ctx.records.change(claim, sandbox, "create", to=states.RUNNING, reason="ready", finish=True)
             return Outcome.of("created", sandbox, previous_state=states.READY, changed=True)
@@ -518,9 +517,8 @@ def _await_ip(ctx: Context, claim: Claim, sandbox: Sandbox, found: Located, note
         try:
             answer = ctx.client.get_dict(f"{found.path}/agent/network-get-interfaces")
             address = _address(answer)
-            if address:
-                # It may have taken minutes: is this still the machine that was asked?
-                require_match(ctx, sandbox)
+            # It may have taken minutes: is this still the machine that was asked?
+            if address and match_if_readable(ctx, sandbox):
                 return ctx.records.change(claim, sandbox, "create", ip=address, reason="address", evidence={"ip": address}, journal=("configuring", noted))
         except ApiError as error:
             if error.status != 500:

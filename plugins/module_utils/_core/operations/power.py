@@ -9,11 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 from .. import states
-from ..errors import ApiError, InvalidInput, Kept, OutcomeUnknown, RecordChanged, TaskFailed, TaskTimeout
+from ..errors import ApiError, InvalidInput, OutcomeUnknown, RecordChanged, TaskFailed, TaskTimeout
 from ..model import Outcome, Sandbox
 from ..proxmox.client import not_begun
 from ..store.records import Claim
-from .context import Context
+from .context import Context, refuse_cut_off
 from .verify import Located, refuse_locked, require_match
 
 _LOCK_TRIES = 3
@@ -39,9 +39,8 @@ def run(ctx: Context, sandbox: Sandbox, operation: str) -> Outcome:
     with ctx.claimed(sandbox, operation) as (claim, current):
         if not plan(ctx, current, operation):
             return Outcome.of("unchanged", current, reason=f"already {current.state}")
-        if claim.interrupted is not None and claim.interrupted.kind == "destroy":
-            # Its journal would be gone with this one.
-            raise Kept("busy", f"a destroy of sandbox {current.vmid} was cut off; destroy it again or run agentlab_reconcile to finish it", vmid=current.vmid)
+        # Its journal would be gone with this one.
+        refuse_cut_off(claim, current)
         if operation in ("complete", "fail"):
             done = ctx.records.change(claim, current, operation, to=target, reason="reported", finish=True)
             return Outcome.of(_past(operation), done, previous_state=current.state, changed=True, reason="reported")

@@ -161,7 +161,10 @@ def _finish_interrupted(ctx: Context) -> list[Drift]:
                 force = bool(left.detail.get("force"))
                 # Before the delete was decided the request is judged anew, by the rules as they are now.
                 try:
-                    todo = left.phase in POINT_OF_NO_RETURN or (_nobody_decides_anew(ctx, left) and destroy.check(ctx, sandbox, force))
+                    todo = left.phase in POINT_OF_NO_RETURN
+                    if not todo:
+                        _refuse_chosen(ctx, left)
+                        todo = destroy.check(ctx, sandbox, force)
                 except (Kept, StateConflict) as refused:
                     drift.action = f"destroy given up: {refused.message}"
                     with ctx.claimed(sandbox, "reconcile", wait=0) as (claim, current):
@@ -202,13 +205,12 @@ def _finish_interrupted(ctx: Context) -> list[Drift]:
     return found
 
 
-def _nobody_decides_anew(ctx: Context, left: Operation) -> bool:
+def _refuse_chosen(ctx: Context, left: Operation) -> None:
     """Kept for a destroy that was chosen by rule or age, and not decided: by now they may say something else, be frozen, or rest."""
     if left.detail.get("operation") == "cleanup":
         raise Kept("rule", "a cleanup rule had chosen it; the next run of the rules decides anew")
     if left.detail.get("operation") == "prune" and (rest := timeguard.suspended(ctx)):
         raise Kept("clock_jumped", rest)
-    return True
 
 
 def give_up_creation(ctx: Context, sandbox: Sandbox, evidence: dict[str, Any] | None = None) -> Sandbox:

@@ -88,6 +88,16 @@ def require_match(ctx: Context, sandbox: Sandbox) -> Located:
     return found
 
 
+def match_if_readable(ctx: Context, sandbox: Sandbox) -> Located | None:
+    """As require_match, for those who wait and look again anyway: None where it cannot be read just now."""
+    try:
+        return require_match(ctx, sandbox)
+    except Kept as error:
+        if error.reason in ("unknown", "node_offline"):
+            return None
+        raise
+
+
 def refuse_not_ours(sandbox: Sandbox, found: Located) -> None:
     """Kept unless the verdict is MATCH."""
     verdict = found.verdict

@@ -314,8 +314,9 @@ def absent(ctx: Context, which: str, *, force: bool) -> Done:
     proof = ctx.cluster.prove_absent([found.owner_vmid])[found.owner_vmid]
     if not proof.absent:
         raise WorkspaceRefused(f"{found.title}: VMID {found.owner_vmid}, which owns its volume, is not proven to be free ({proof.why}); it was not deleted")
-    # Before it is called DELETING, which it would have to stay: can it be told whether the volume is there?
-    missing(ctx, found, node_for(ctx, found))
+    if found.state != store.DELETING:
+        # Kept, before it is called DELETING, which it would have to stay, where it cannot be told whether the volume is there.
+        missing(ctx, found, node_for(ctx, found))
     if ctx.dry_run:
         return Done("would_delete", found, True)
     if found.state != store.DELETING:
