@@ -227,6 +227,18 @@ def test_a_cleanup_that_a_kill_cut_off_is_finished_by_the_next_start(daemon: Mak
     assert lab.leftovers() == {"claims": [], "operations": []}
 
 
+def test_a_vm_that_cannot_be_stopped_is_one_orphan_however_often_it_is_met(daemon: Make, lab: Lab) -> None:
+    made = lab.timed_out("a1", stopped=False)
+    lab.pve.vm(made.vmid).config["lock"] = "backup"
+    one = measured(daemon, reconcile_interval="1s")
+    passes = 'agentlab_operations_total{operation="reconcile",result="ok"}'
+    one.wait_for(lambda: one.metric(passes) >= 3, "it was met in three passes", 30)
+    assert one.metric('agentlab_orphans_found_total{kind="lease_over"}') == 1
+    del lab.pve.vm(made.vmid).config["lock"]
+    one.wait_for(lambda: lab.pve.vm(made.vmid).status == "stopped", "it is stopped", 20)
+    assert one.metric('agentlab_orphans_found_total{kind="lease_over"}') == 1
+
+
 # ---- the rules ----
 
 

@@ -77,7 +77,8 @@ class Metrics:
         self.reload.set(1)
         Gauge("agentlab_build_info", "The version that runs", ["version"], registry=self.registry).labels(__version__).set(1)
         # VMs without a record that were told already: they are found again by every pass.
-        self._unrecorded: set[int | None] = set()
+        # Orphans of the last pass that are still there, by kind: each is counted once.
+        self._still_there: dict[str, set[int | None]] = {}
         self.registry.register(_Now(service))
 
     def text(self) -> bytes:
@@ -156,11 +157,10 @@ class Metrics:
                 self.orphans.labels("vmid_reused").inc()
             elif one.kind == "absent" and one.applied and one.action.startswith("noted"):
                 self.orphans.labels("vm_absent").inc()
-            elif one.kind == "still_running":
-                self.orphans.labels("lease_over").inc()
-        unrecorded = {one.vmid for one in found if one.kind == "unrecorded"}
-        self.orphans.labels("unrecorded").inc(len(unrecorded - self._unrecorded))
-        self._unrecorded = unrecorded
+        for kind, label in (("unrecorded", "unrecorded"), ("still_running", "lease_over")):
+            there = {one.sandbox.vmid if one.sandbox else one.vmid: one.applied for one in found if one.kind == kind}
+            self.orphans.labels(label).inc(len(there.keys() - self._still_there.get(kind, set())))
+            self._still_there[kind] = {vmid for vmid, settled in there.items() if not settled}
 
 
 def result_of(outcome: Outcome) -> str:
