@@ -76,7 +76,6 @@ class Metrics:
         self.reload = gauge("config_last_reload_successful", "1 when the configuration in force is that of the files")
         self.reload.set(1)
         Gauge("agentlab_build_info", "The version that runs", ["version"], registry=self.registry).labels(__version__).set(1)
-        # VMs without a record that were told already: they are found again by every pass.
         # Orphans of the last pass that are still there, by kind: each is counted once.
         self._still_there: dict[str, set[int | None]] = {}
         self.registry.register(_Now(service))
