@@ -51,6 +51,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
 
 
 @LOOSE
+@example(option="pool", value="--purge")
 @given(option=st.sampled_from(["name", "node", "storage", "pool", "bridge", "disk_size", "ip_config", "nameserver"]), value=ANY)
 def test_what_a_check_lets_through_is_plain(option: str, value: str) -> None:
     try:

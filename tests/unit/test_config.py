@@ -91,12 +91,19 @@ def test_an_empty_file_is_no_error(tmp_path: Path) -> None:
     ("connections", "1e3"), ("validate_certs", "maybe"), ("database_group_access", "2"), ("vmid_range", "1000"), ("vmid_range", "50-200"),
     ("vmid_range", "2000-1000"), ("vmid_range", "a-b"), ("vmid_range", "100-1000000000"), ("default_ttl", "soon"), ("max_ttl", "0"), ("max_lifetime", "-1"),
     ("wait_timeout", "x"), ("claim_timeout", "-1"), ("absent_guard", "0"), ("absent_guard", "101"), ("vmid_range", [1, 2]), ("api_port", []),
-    ("default_ttl", {}),
+    ("default_ttl", {}), ("pool", "--purge"), ("pool", "a/--purge"), ("pool", "a;reboot"), ("pool", "a/b/c/d"), ("node", "../pve1"), ("node", ["pve1"]),
+    ("storage", "local lvm"), ("template", "-9000"), ("snippets_storage", "local:snippets"),
 ])
 def test_bad_value_is_refused_by_name(tmp_path: Path, name: str, value: object) -> None:
     with pytest.raises(InvalidInput) as caught:
         load(tmp_path, **{name: value})
     assert caught.value.message.startswith(f"{name}: ")
+
+
+@pytest.mark.parametrize(("name", "value"), [("pool", "agents/ci_1.x/y"), ("pool", ".a"), ("node", "pve-1.example.org"), ("storage", "local-lvm"),
+                                             ("template", 9000), ("template", "debian-13")])
+def test_names_of_proxmox(tmp_path: Path, name: str, value: object) -> None:
+    assert getattr(load(tmp_path, **{name: value}), name) == str(value)
 
 
 def test_times_of_waiting_are_seconds_and_leases_minutes(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from . import durations
+from . import durations, words
 from .errors import ConfigError, InvalidInput
 
 CONFIG_FILE = "/etc/agentlab/config.yaml"
@@ -222,10 +222,10 @@ def load(options: Mapping[str, Any], environment: Mapping[str, str]) -> Config:
         database_group_access=_boolean("database_group_access", value("database_group_access")),
         vmid_range=vmids,
         workspace_owner_range=owners,
-        node=_text("node", value("node")),
-        template=_text("template", value("template")),
-        pool=_text("pool", value("pool")),
-        storage=_text("storage", value("storage")),
+        node=_word("node", value("node"), words.WORD),
+        template=_word("template", value("template"), words.WORD),
+        pool=_word("pool", value("pool"), words.POOL),
+        storage=_word("storage", value("storage"), words.WORD),
         default_ttl=durations.parse(value("default_ttl"), "default_ttl"),
         max_ttl=durations.parse(value("max_ttl"), "max_ttl"),
         max_lifetime=None if lifetime is None else durations.parse(lifetime, "max_lifetime"),
@@ -238,7 +238,7 @@ def load(options: Mapping[str, Any], environment: Mapping[str, str]) -> Config:
         workers=connections,
         poll_interval=_fraction("poll_interval", value("poll_interval"), 0.01, 60.0),
         profiles_dir=str(value("profiles_dir")),
-        snippets_storage=str(value("snippets_storage")),
+        snippets_storage=str(_word("snippets_storage", value("snippets_storage"), words.WORD)),
         snippets_dir=str(value("snippets_dir")),
         socket=str(value("socket")),
         listen=loopback("listen", value("listen")),
@@ -295,6 +295,12 @@ def vmid_range(value: object, name: str = "vmid_range") -> tuple[int, int]:
 
 def _text(name: str, value: Any) -> str | None:
     return None if value is None else str(value)
+
+
+def _word(name: str, value: Any, word: words.Word) -> str | None:
+    text = _text(name, value)
+    words.match(name, text, word)
+    return text
 
 
 def _integer(name: str, value: Any, low: int, high: int) -> int:

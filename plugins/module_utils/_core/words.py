@@ -18,7 +18,9 @@ TAG: Word = (re.compile(r"[a-z0-9_][a-z0-9_+.-]*", re.ASCII), "lower-case letter
 SIZE: Word = (re.compile(r"\+?\d{1,7}(\.\d{1,3})?[KMGT]", re.ASCII), "a size such as 20G, or +10G to add to the template's")
 IPCONFIG: Word = (re.compile(r"[A-Za-z0-9][A-Za-z0-9.:/=,-]{0,199}", re.ASCII), "such as ip=dhcp or ip=192.0.2.10/24,gw=192.0.2.1")
 WORD: Word = (re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", re.ASCII), "letters, digits, dot, hyphen and underscore")
-POOL: Word = (re.compile(r"[A-Za-z0-9._-]{1,100}(/[A-Za-z0-9._-]{1,100}){0,2}", re.ASCII), "letters, digits, dot, hyphen and underscore, nested by /")
+# Proxmox VE would take a pool named --purge; on a command line (pvesh, pveum) that is an option.
+POOL: Word = (re.compile(r"[A-Za-z0-9._][A-Za-z0-9._-]{0,99}(/[A-Za-z0-9._][A-Za-z0-9._-]{0,99}){0,2}", re.ASCII),
+              "letters, digits, dot, hyphen and underscore, no hyphen first, nested by /")
 NAMESERVER: Word = (re.compile(r"[0-9A-Fa-f.: ]{2,200}"), "IP addresses separated by blanks")
 SEARCHDOMAIN: Word = (re.compile(r"[A-Za-z0-9][A-Za-z0-9. -]{0,252}", re.ASCII), "a domain such as example.org")
 USER: Word = (re.compile(r"[a-z_][a-z0-9_-]{0,31}", re.ASCII), "a user name of lower-case letters, digits, hyphen and underscore")
