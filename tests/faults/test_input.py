@@ -52,6 +52,8 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
 
 @LOOSE
 @example(option="pool", value="--purge")
+@example(option="pool", value="a/--purge")
+@example(option="pool", value="a/b")
 @given(option=st.sampled_from(["name", "node", "storage", "pool", "bridge", "disk_size", "ip_config", "nameserver"]), value=ANY)
 def test_what_a_check_lets_through_is_plain(option: str, value: str) -> None:
     try:
@@ -61,7 +63,10 @@ def test_what_a_check_lets_through_is_plain(option: str, value: str) -> None:
     else:
         assert value.isascii() and value.isprintable() and not value.startswith("-")
         assert not set(value) & set("\n\r\x00;&'\"`$\\|<>(){}?#%*"), value
-        if option not in ("ip_config", "nameserver"):
+        if option == "pool":
+            # Pools may be nested.
+            assert all(part and not part.startswith("-") for part in value.split("/")) and not set(value) & set(" ,="), value
+        elif option not in ("ip_config", "nameserver"):
             assert not set(value) & set(" ,=/"), value
 
 

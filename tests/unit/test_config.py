@@ -88,6 +88,7 @@ def test_an_empty_file_is_no_error(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("name", "value"), [
     ("api_port", "0"), ("api_port", "65536"), ("api_port", "x"), ("api_port", True), ("api_port", "\u0663"), ("api_timeout", "0"), ("connections", "-1"),
+    ("node_connections", "0"),
     ("connections", "1e3"), ("validate_certs", "maybe"), ("database_group_access", "2"), ("vmid_range", "1000"), ("vmid_range", "50-200"),
     ("vmid_range", "2000-1000"), ("vmid_range", "a-b"), ("vmid_range", "100-1000000000"), ("default_ttl", "soon"), ("max_ttl", "0"), ("max_lifetime", "-1"),
     ("wait_timeout", "x"), ("claim_timeout", "-1"), ("absent_guard", "0"), ("absent_guard", "101"), ("vmid_range", [1, 2]), ("api_port", []),

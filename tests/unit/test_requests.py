@@ -11,13 +11,14 @@ import os
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import Kept
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.model import Sandbox
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import destroy
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import destroy, info
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.proxmox.client import ProxmoxClient
 
 from support.double import TOKEN_ID
@@ -176,6 +177,33 @@ def test_a_repeated_renewal_is_no_success_while_the_sandbox_is_being_destroyed(l
     ctx.records.journal(claim, "destroy", "verifying", {})
     with pytest.raises(Kept, match="it is being destroyed"):
         lab.renew(made.vmid, 3600, min_remaining=60)
+
+
+@pytest.mark.parametrize("limit", [None, 2])
+def test_requests_in_flight_to_one_node(lab: Lab, limit: int | None) -> None:
+    lab.pve.add_node("pve2")
+    for number in range(12):
+        lab.create(f"a{number}", node=f"pve{number % 2 + 1}")
+    under_way: Counter[str] = Counter()
+    most: Counter[str] = Counter()
+    lock = threading.Lock()
+
+    def before(method: str, path: str) -> None:
+        node = path.removeprefix("/api2/json/").split("/")[1]
+        with lock:
+            under_way[node] += 1
+            most[node] = max(most[node], under_way[node])
+
+    def after(method: str, path: str) -> None:
+        with lock:
+            under_way[path.removeprefix("/api2/json/").split("/")[1]] -= 1
+
+    lab.pve.slow_network(1.0)
+    lab.pve.time_scale = 0.05
+    lab.pve.before, lab.pve.after = before, after
+    ctx = lab.context(connections=12, node_connections=limit)
+    assert all(one["identity"] == "MATCH" for one in info.show(ctx, info.Wanted(), verify=True)["sandboxes"])
+    assert {most[node] > 2 for node in ("pve1", "pve2")} == {limit is None}, most
 
 
 def test_absences_are_asked_for_side_by_side(lab: Lab) -> None:

@@ -49,6 +49,7 @@ DEFAULTS: dict[str, Any] = {
     "database": DATABASE,
     "database_group_access": False,
     "connections": 16,
+    "node_connections": None,
     "poll_interval": 0.1,
     "vmid_range": "1000-1999",
     "node": None,
@@ -96,6 +97,8 @@ class ProxmoxSettings:
     ca_path: str | None = None
     api_timeout: int = 30
     connections: int = 16
+    # Of these to one node at most; None: as many as there are.
+    node_connections: int | None = None
     # Seconds a task may take: pvesh answers only when the task it started has ended.
     task_timeout: int = 600
 
@@ -197,7 +200,7 @@ def load(options: Mapping[str, Any], environment: Mapping[str, str]) -> Config:
                 return found
         return DEFAULTS[name]
 
-    connections = _integer("connections", value("connections"), 1, 256)
+    connections, to_node = _integer("connections", value("connections"), 1, 256), value("node_connections")
     proxmox = ProxmoxSettings(
         api_host=_text("api_host", value("api_host")),
         api_port=_integer("api_port", value("api_port"), 1, 65535),
@@ -209,6 +212,7 @@ def load(options: Mapping[str, Any], environment: Mapping[str, str]) -> Config:
         ca_path=_text("ca_path", value("ca_path")),
         api_timeout=_integer("api_timeout", value("api_timeout"), 1, 3600),
         connections=connections,
+        node_connections=None if to_node is None else _integer("node_connections", to_node, 1, 256),
         task_timeout=_seconds("wait_timeout", value("wait_timeout")),
     )
     lifetime = value("max_lifetime")

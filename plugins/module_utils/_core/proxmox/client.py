@@ -10,6 +10,7 @@ OutcomeUnknown, and whoever asked looks before asking again.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import threading
 from collections import Counter
@@ -75,6 +76,8 @@ class ProxmoxClient:
         self.requests = self.statistics.requests
         self._api: Any = None
         self._lock = threading.Lock()
+        # Node -> the requests that may be in flight to it.
+        self._turns: dict[str, threading.Semaphore] = {}
 
     # ---- connecting ----
 
@@ -177,7 +180,8 @@ class ProxmoxClient:
             attempt += 1
             self.requests[f"{method} {_template(path)}"] += 1
             try:
-                answer = self._guard(method, path, partial(_send, api, method, path, params, local=self.settings.api_host is None))
+                with self._turn(path):
+                    answer = self._guard(method, path, partial(_send, api, method, path, params, local=self.settings.api_host is None))
                 self.statistics.reachable = True
                 return self._read_back(path, params, answer) if isinstance(answer, _Unspoken) else answer
             except ProxmoxError as error:
@@ -195,6 +199,14 @@ class ProxmoxClient:
                 if attempt > _RETRIES or not _may_retry(method, path, error):
                     raise
             self.clock.sleep(0.2 * 2**attempt)
+
+    def _turn(self, path: str) -> contextlib.AbstractContextManager[Any]:
+        """Wait until the node that the path leads to has no more than ``node_connections`` requests of ours; each ends within api_timeout."""
+        limit, parts = self.settings.node_connections, path.split("/", 2)
+        if limit is None or parts[0] != "nodes" or len(parts) < 2:
+            return contextlib.nullcontext()
+        with self._lock:
+            return self._turns.setdefault(parts[1], threading.Semaphore(limit))
 
     def _read_back(self, path: str, params: dict[str, Any], answer: _Unspoken) -> None:
         """What became of a config write through pvesh: it says nothing that tells success from failure, the configuration does."""
