@@ -11,6 +11,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -42,6 +43,22 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(scope="module")
 def one_lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     made = Lab(tmp_path_factory.mktemp("lab"))
+    yield made
+    made.stop()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Where snippets are kept, on a storage of the double's."""
+    made = tmp_path / "snippets"
+    made.mkdir(mode=0o755)
+    return made
+
+
+@pytest.fixture
+def snippet_lab(tmp_path: Path, folder: Path) -> Iterator[Lab]:
+    made = Lab(tmp_path, snippets_dir=str(folder))
+    made.pve.hold_snippets(str(folder))
     yield made
     made.stop()
 

@@ -291,55 +291,37 @@ def test_a_delete_that_was_not_begun_is_tried_again(lab: Lab) -> None:
     assert [one.reason for one in lab.prune().pruned] == ["destroyed"]
 
 
-def test_a_disk_is_resized_only_while_the_vm_is_what_it_was_judged_to_be(lab: Lab) -> None:
+def swapped_at(lab: Lab, method: str, ending: str, moment: str = "after", **options: Any) -> Any:
+    """The stranger that takes a creation's VMID at its first request of that kind; the creation has failed."""
     swapped: list[Any] = []
 
-    def swap(method: str, path: str) -> None:
-        if method == "PUT" and path.endswith("/config") and not swapped:
+    def swap(asked: str, path: str) -> None:
+        if asked == method and path.endswith(ending) and not swapped:
             vmid = int(re.search(r"/qemu/(\d+)", path)[1])  # type: ignore[index]
             swapped.append(lab.pve.make_foreign(vmid))
             lab.pve.requests.clear()
 
-    lab.pve.after = swap
+    setattr(lab.pve, moment, swap)
     with pytest.raises(AgentlabError):
-        lab.create(disk_size="20G")
-    lab.pve.after = None
-    lab.untouched(swapped[0], status="stopped")
-    try_all(lab, swapped[0].vmid)
-    lab.untouched(swapped[0], status="stopped")
+        lab.create(**options)
+    setattr(lab.pve, moment, None)
+    return swapped[0]
+
+
+def test_a_disk_is_resized_only_while_the_vm_is_what_it_was_judged_to_be(lab: Lab) -> None:
+    stranger = swapped_at(lab, "PUT", "/config", disk_size="20G")
+    lab.untouched(stranger, status="stopped")
+    try_all(lab, stranger.vmid)
+    lab.untouched(stranger, status="stopped")
 
 
 def test_a_vm_swapped_while_its_disk_is_resized_is_not_started(lab: Lab) -> None:
-    swapped: list[Any] = []
-
-    def swap(method: str, path: str) -> None:
-        if method == "PUT" and path.endswith("/resize") and not swapped:
-            vmid = int(re.search(r"/qemu/(\d+)", path)[1])  # type: ignore[index]
-            swapped.append(lab.pve.make_foreign(vmid))
-            lab.pve.requests.clear()
-
-    lab.pve.after = swap
-    with pytest.raises(AgentlabError):
-        lab.create(disk_size="20G")
-    lab.pve.after = None
-    lab.untouched(swapped[0], status="stopped")
+    lab.untouched(swapped_at(lab, "PUT", "/resize", disk_size="20G"), status="stopped")
 
 
 @pytest.mark.parametrize("moment", ["rules", "options"])
 def test_a_vm_swapped_while_its_firewall_is_set_gets_no_rule(lab: Lab, moment: str) -> None:
-    swapped: list[Any] = []
-
-    def swap(method: str, path: str) -> None:
-        if method == "GET" and path.endswith(f"/firewall/{moment}") and not swapped:
-            vmid = int(re.search(r"/qemu/(\d+)", path)[1])  # type: ignore[index]
-            swapped.append(lab.pve.make_foreign(vmid))
-            lab.pve.requests.clear()
-
-    lab.pve.before = swap
-    with pytest.raises(AgentlabError):
-        lab.create(firewall_group="agents")
-    lab.pve.before = None
-    lab.untouched(swapped[0], status="stopped")
+    lab.untouched(swapped_at(lab, "GET", f"/firewall/{moment}", "before", firewall_group="agents"), status="stopped")
 
 
 @pytest.mark.parametrize("done", [True, False])

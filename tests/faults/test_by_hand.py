@@ -29,20 +29,10 @@ USER_DATA = "#cloud-config\n"
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    made = tmp_path / "snippets"
-    made.mkdir(mode=0o755)
-    return made
-
-
-@pytest.fixture
-def lab(tmp_path: Path, folder: Path) -> Iterator[Lab]:
-    made = Lab(tmp_path, snippets_dir=str(folder))
-    made.pve.hold_snippets(str(folder))
-    yield made
-    made.check_promises()
-    assert made.leftovers() == NOTHING_LEFT
-    made.stop()
+def lab(snippet_lab: Lab) -> Iterator[Lab]:
+    yield snippet_lab
+    snippet_lab.check_promises()
+    assert snippet_lab.leftovers() == NOTHING_LEFT
 
 
 class Operator:

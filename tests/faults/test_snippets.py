@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import stat
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,18 +26,8 @@ DATA = f"#cloud-config\npassword: {SECRET}\n"
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    made = tmp_path / "snippets"
-    made.mkdir(mode=0o755)
-    return made
-
-
-@pytest.fixture
-def lab(tmp_path: Path, folder: Path) -> Iterator[Lab]:
-    made = Lab(tmp_path, snippets_dir=str(folder))
-    made.pve.hold_snippets(str(folder))
-    yield made
-    made.stop()
+def lab(snippet_lab: Lab) -> Lab:
+    return snippet_lab
 
 
 def snippets(folder: Path) -> list[str]:
