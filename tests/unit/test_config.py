@@ -93,6 +93,7 @@ def test_an_empty_file_is_no_error(tmp_path: Path) -> None:
     ("vmid_range", "2000-1000"), ("vmid_range", "a-b"), ("vmid_range", "100-1000000000"), ("default_ttl", "soon"), ("max_ttl", "0"), ("max_lifetime", "-1"),
     ("wait_timeout", "x"), ("claim_timeout", "-1"), ("absent_guard", "0"), ("absent_guard", "101"), ("vmid_range", [1, 2]), ("api_port", []),
     ("default_ttl", {}), ("pool", "--purge"), ("pool", "a/--purge"), ("pool", "a;reboot"), ("pool", "a/b/c/d"), ("node", "../pve1"), ("node", ["pve1"]),
+    ("node", True),
     ("storage", "local lvm"), ("template", "-9000"), ("snippets_storage", "local:snippets"),
 ])
 def test_bad_value_is_refused_by_name(tmp_path: Path, name: str, value: object) -> None:

@@ -200,7 +200,8 @@ def load(options: Mapping[str, Any], environment: Mapping[str, str]) -> Config:
                 return found
         return DEFAULTS[name]
 
-    connections, to_node = _integer("connections", value("connections"), 1, 256), value("node_connections")
+    connections = _integer("connections", value("connections"), 1, 256)
+    to_node = value("node_connections")
     proxmox = ProxmoxSettings(
         api_host=_text("api_host", value("api_host")),
         api_port=_integer("api_port", value("api_port"), 1, 65535),
@@ -302,9 +303,8 @@ def _text(name: str, value: Any) -> str | None:
 
 
 def _word(name: str, value: Any, word: words.Word) -> str | None:
-    text = _text(name, value)
-    words.match(name, text, word)
-    return text
+    words.match(name, value, word)
+    return _text(name, value)
 
 
 def _integer(name: str, value: Any, low: int, high: int) -> int:

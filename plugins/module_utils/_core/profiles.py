@@ -50,13 +50,10 @@ Check = Callable[[Any], Any]
 
 
 def _text(word: words.Word) -> Check:
-    pattern, valid = word
-
     def check(value: Any) -> str:
-        text = str(value)
-        if isinstance(value, (bool, dict, list)) or not pattern.fullmatch(text):
-            raise _Refused(valid)
-        return text
+        if not words.fits(value, word):
+            raise _Refused(word[1])
+        return str(value)
 
     return check
 

@@ -38,8 +38,13 @@ def quoted(value: object) -> str:
     return repr(text[:80]) if text.isprintable() else "that value"
 
 
-def match(option: str, value: str | None, word: Word) -> None:
+def fits(value: object, word: Word) -> bool:
+    """Whether it looks like that. What YAML made of a yes is no word."""
+    return not isinstance(value, (bool, dict, list)) and word[0].fullmatch(str(value)) is not None
+
+
+def match(option: str, value: object, word: Word) -> None:
     """InvalidInput, by the name of the option, for a value that does not look like that; None is not looked at."""
-    pattern, valid = word
-    if value is not None and not pattern.fullmatch(value):
-        raise InvalidInput(f"{option}: {quoted(value)} is not valid. Valid: {valid}", option=option)
+    if value is not None and not fits(value, word):
+        hint = "; YAML read a word such as yes or on, put it in quotes" if isinstance(value, bool) else ""
+        raise InvalidInput(f"{option}: {quoted(value)} is not valid. Valid: {word[1]}{hint}", option=option)
