@@ -57,6 +57,27 @@ def test_a_disk_grows_once_when_the_answer_is_lost(lab: Lab, when: str) -> None:
     assert boot_size(lab, 1000) == "4608M"
 
 
+@pytest.mark.parametrize("request_", ["/config", "/resize"])
+def test_a_configuration_that_somebody_changes_meanwhile_is_judged_anew_and_the_change_stays(lab: Lab, request_: str) -> None:
+    """Also the task of a killed run, still at work, changes it."""
+    edited = lab.edited_before(request_)
+    made = lab.create("a1", disk_size="+10G", cores=3)
+    assert made.state == "RUNNING" and edited == [made.vmid]
+    config = lab.pve.vm(made.vmid).config
+    assert "edited 1" in config["description"] and int(config["cores"]) == 3 and boot_size(lab, made.vmid) == "13G"
+
+
+@pytest.mark.parametrize("request_", ["/config", "/resize"])
+def test_a_configuration_that_changes_all_the_time_is_left_alone(lab: Lab, request_: str) -> None:
+    edited = lab.edited_before(request_, times=99)
+    with pytest.raises(Kept, match="its VM's configuration keeps changing; it was left as it is, run again"):
+        lab.create("a1", disk_size="20G", cores=3)
+    assert len(edited) == 3 and lab.pve.vm(1000).status == "stopped"
+    lab.pve.before = None
+    made = lab.create("a1", disk_size="20G", cores=3)
+    assert made.state == "RUNNING" and boot_size(lab, made.vmid) == "20G"
+
+
 @pytest.mark.parametrize(("drive", "more", "size"), [("a:b,size=3G", "+10G", "13631488K"), ("a:b,size=2252M,ssd=1", "+512K", "2306560K"),
                                                      ("a:b,iothread=1,size=1T", "+1T", "2147483648K"), ("a:b,size=1048576", "+1M", "2048K")])
 def test_the_sum_of_sizes(drive: str, more: str, size: str) -> None:

@@ -103,6 +103,35 @@ def test_a_life(lab: Lab, storage: str) -> None:
     assert make(lab, storage=storage).owner_vmid == 990001
 
 
+def test_a_configuration_that_somebody_changes_meanwhile_is_judged_anew(lab: Lab) -> None:
+    found = make(lab)
+    vmid = lab.create("a1").vmid
+    steps: tuple[tuple[str, Any, str], ...] = (("/config", lambda: attach(lab, "w1", vmid), "attached"),
+                                              ("/resize", lambda: workspace.present(lab.context(), "w1", size="12G"), "grown"),
+                                              ("/config", lambda: detach(lab, "w1"), "detached"))
+    for ending, act, outcome in steps:
+        edited = lab.edited_before(ending)
+        assert act().outcome == outcome and edited == [vmid]
+    assert lab.pve.vm(vmid).config["description"].count("edited") == 3 and now(lab).size == 12 * 1024**3
+    kept_whole(lab, found)
+
+
+def test_a_slot_that_somebody_takes_meanwhile_is_not_taken_from_him(lab: Lab) -> None:
+    found = make(lab)
+    vmid = lab.create("a1").vmid
+
+    def edit(method: str, path: str) -> None:
+        if method == "PUT" and path.endswith("/config"):
+            lab.pve.vm(vmid).config.setdefault("scsi30", "local-lvm:vm-1-disk-9,size=1G")
+
+    lab.pve.before = edit
+    with pytest.raises(Kept, match=f"another disk was put into sandbox {vmid} as scsi30 meanwhile; run again"):
+        attach(lab, "w1", vmid)
+    assert lab.pve.vm(vmid).config["scsi30"] == "local-lvm:vm-1-disk-9,size=1G" and in_vm(lab, found) == []
+    lab.pve.before = None
+    assert attach(lab, "w1", vmid).outcome == "attached" and in_vm(lab, found) == [f"{vmid}:scsi29"]
+
+
 def test_what_is_refused_before_anything_is_made(lab: Lab) -> None:
     for values, message in (({"size": None}, "size: missing"), ({"size": "8"}, "size: '8' is not valid"), ({"size": "0G"}, "size: '0G' is not valid"),
                             ({"storage": "nowhere"}, "storage: 'nowhere' is not a storage of node pve1"), ({"node": "pve9"}, "node: 'pve9' is not a node"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import time
 from typing import Any
 
@@ -237,6 +238,18 @@ class Lab:
         found = self.pve.make_foreign(vmid, **values)
         self.pve.requests.clear()
         return found
+
+    def edited_before(self, ending: str, times: int = 1) -> list[int]:
+        """Somebody changes the VM's configuration just before each of so many PUTs whose path ends so: the VMIDs, once it happened."""
+        edited: list[int] = []
+
+        def edit(method: str, path: str) -> None:
+            if method == "PUT" and path.endswith(ending) and len(edited) < times:
+                edited.append(int(re.search(r"/qemu/(\d+)", path)[1]))  # type: ignore[index]
+                self.pve.vm(edited[-1]).config["description"] += f"edited {len(edited)}\n"
+
+        self.pve.before = edit
+        return edited
 
     def untouched(self, vm: Any, *, status: str | None = None) -> None:
         """The foreign VM is there, unchanged, and nobody asked for anything but to read it."""

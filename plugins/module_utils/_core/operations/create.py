@@ -38,7 +38,7 @@ from ..proxmox.client import not_begun
 from ..store.records import Claim
 from . import cloud_init, create_recovery, destroy, power, workspace_disk
 from .context import Context, refuse_cut_off
-from .verify import Located, locate, match_if_readable, require_match
+from .verify import Located, guarded, locate, match_if_readable, require_match
 
 _WORDS = {"name": words.DNS_NAME, "node": words.WORD, "storage": words.WORD, "pool": words.POOL, "bridge": words.WORD, "disk_size": words.SIZE,
           "ip_config": words.IPCONFIG, "nameserver": words.NAMESERVER, "searchdomain": words.SEARCHDOMAIN, "cloud_init_user": words.USER,
@@ -339,7 +339,7 @@ def _clone(ctx: Context, claim: Claim, spec: Spec, sandbox: Sandbox, noted: dict
     if found.node is None:
         raise Kept("unknown", f"sandbox {sandbox.vmid}: the clone ended well, but no VM with that VMID is to be seen (removed meanwhile, or hidden from these "
                    f"credentials?); to give it up, {_how_to_remove(ctx)}")
-    smbios = identity.smbios_uuid((found.verdict.config or {}) if found.verdict else {})
+    smbios = identity.smbios_uuid(found.config)
     if found.verdict is None or found.verdict.identity != identity.UNBOUND or smbios is None:
         raise Kept("ambiguous", f"sandbox {sandbox.vmid}: the clone ended well, but the VM now at that VMID does not carry its marker; it was left alone. "
                    f"To give the sandbox up, {_how_to_remove(ctx)}",
@@ -405,9 +405,8 @@ def _await_doubt(ctx: Context, claim: Claim, sandbox: Sandbox, created: dict[str
         ctx.clock.sleep(1.0)
 
 
-def _configure(ctx: Context, claim: Claim, spec: Spec, sandbox: Sandbox, found: Located, noted: dict[str, Any]) -> Located:
-    """One config write with what the clone call cannot carry, then the disk's size, each guarded by the digest of what was judged; the VM as judged last."""
-    config = (found.verdict.config if found.verdict else None) or {}
+def _changes(ctx: Context, spec: Spec, sandbox: Sandbox, config: dict[str, Any]) -> dict[str, Any]:
+    """What is to be written into that configuration."""
     tags = sorted({OUR_TAG, *sandbox.tags})
     wanted: dict[str, Any] = {"tags": ";".join(tags), "cores": spec.cores, "memory": spec.memory, "nameserver": spec.nameserver, "ipconfig0": spec.ip_config,
                               "searchdomain": spec.searchdomain, "ciuser": spec.cloud_init_user}
@@ -425,25 +424,33 @@ def _configure(ctx: Context, claim: Claim, spec: Spec, sandbox: Sandbox, found: 
     firewall = True if spec.firewall_group else spec.firewall
     if spec.bridge or spec.network_model or firewall is not None:
         wanted["net0"] = network(str(config.get("net0") or "virtio"), spec.bridge, firewall, spec.network_model)
-    changes = {name: value for name, value in wanted.items() if value is not None and str(config.get(name, "")) != str(value)}
-    if changes:
-        ctx.client.put(f"{found.path}/config", digest=found.verdict.digest if found.verdict else None, **changes)
+    return {name: value for name, value in wanted.items() if value is not None and str(config.get(name, "")) != str(value)}
+
+
+def _configure(ctx: Context, claim: Claim, spec: Spec, sandbox: Sandbox, found: Located, noted: dict[str, Any]) -> Located:
+    """One config write with what the clone call cannot carry, then the disk's size, each guarded by the digest of what was judged; the VM as judged last."""
+    def write(located: Located) -> None:
+        changes = _changes(ctx, spec, sandbox, located.config)
+        if changes:
+            ctx.client.put(f"{located.path}/config", digest=located.digest, **changes)
+
+    guarded(ctx, sandbox, found, write)
     if spec.firewall_group:
         join_firewall_group(ctx, sandbox, found, spec.firewall_group)
         found = require_match(ctx, sandbox)
     if spec.disk_size:
-        disk = boot_disk(config)
+        disk = boot_disk(found.config)
         if disk is None:
             raise InvalidInput("disk_size: the template has no disk to resize", option="disk_size")
         size = spec.disk_size
         if size.startswith("+"):
             # Once, and written down before it is asked for: a run that goes on from here must not add it again, for disks do not shrink.
             if "disk_size" not in noted:
-                noted["disk_size"] = grown(str(config[disk]), size)
+                noted["disk_size"] = grown(str(found.config[disk]), size)
                 ctx.records.journal(claim, "create", "configuring", noted)
             size = noted["disk_size"]
         found = require_match(ctx, sandbox)
-        answer = ctx.client.put(f"{found.path}/resize", disk=disk, size=size, digest=found.verdict.digest if found.verdict else None)
+        answer = guarded(ctx, sandbox, found, lambda located: ctx.client.put(f"{located.path}/resize", disk=disk, size=size, digest=located.digest))
         if isinstance(answer, str) and answer.startswith("UPID:"):
             ctx.tasks.wait(answer, f"resize disk {disk} of VM {sandbox.vmid}", ctx.wait_timeout)
         # It may have taken long: what is started next is looked at once more.

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,9 @@ from ..errors import ApiError, Kept, ProxmoxError, Unreachable
 from ..model import Sandbox
 from ..proxmox import identity
 from .context import Context
+
+# A task of a killed run, or a person, changes a configuration now and then; what changes it at each try will not end soon.
+_WRITE_TRIES = 3
 
 
 @dataclass(slots=True)
@@ -31,6 +35,16 @@ class Located:
     @property
     def path(self) -> str:
         return f"nodes/{self.node}/qemu/{self.row.get('vmid')}"
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What was judged; empty when nothing was found, or a container."""
+        return (self.verdict.config if self.verdict else None) or {}
+
+    @property
+    def digest(self) -> str | None:
+        """Of the configuration that was judged; a write that carries it is refused once that is another one."""
+        return self.verdict.digest if self.verdict else None
 
 
 def locate(ctx: Context, sandbox: Sandbox) -> Located:
@@ -98,6 +112,19 @@ def match_if_readable(ctx: Context, sandbox: Sandbox) -> Located | None:
         raise
 
 
+def guarded(ctx: Context, sandbox: Sandbox, found: Located, write: Callable[[Located], Any]) -> Any:
+    """What ``write`` answers, which sends one request with the digest of the VM it is given. Where the configuration became another one, the VM is judged anew
+    and ``write`` called with that; Kept when it changes each time."""
+    for _time in range(_WRITE_TRIES):
+        try:
+            return write(found)
+        except ApiError as error:
+            if "checksum mismatch" not in error.text:
+                raise
+        found = require_match(ctx, sandbox)
+    raise Kept("changed", f"sandbox {sandbox.vmid}: its VM's configuration keeps changing; it was left as it is, run again")
+
+
 def refuse_not_ours(sandbox: Sandbox, found: Located) -> None:
     """Kept unless the verdict is MATCH."""
     verdict = found.verdict
@@ -118,7 +145,7 @@ def refuse_not_ours(sandbox: Sandbox, found: Located) -> None:
 
 def refuse_guarded(sandbox: Sandbox, found: Located) -> None:
     """Kept for what must not be destroyed: templates, VMs with Proxmox's protection, and those that are locked."""
-    config = (found.verdict.config if found.verdict else None) or {}
+    config = found.config
     if _is_on(config.get("template")) or _is_on(found.row.get("template")):
         raise Kept("protected", f"sandbox {sandbox.vmid}: its VM is a template now, and templates are never destroyed")
     if _is_on(config.get("protection")):
@@ -133,7 +160,7 @@ def _is_on(value: Any) -> bool:
 
 def refuse_locked(sandbox: Sandbox, found: Located) -> None:
     """Kept for a VM that something else works on: Proxmox would refuse it, or fail in the task."""
-    config = (found.verdict.config if found.verdict else None) or {}
+    config = found.config
     if config.get("lock"):
         raise Kept("locked", f"sandbox {sandbox.vmid}: its VM is locked ({config['lock']}); wait for that to end, or have an administrator run "
                    f"qm unlock {sandbox.vmid}")

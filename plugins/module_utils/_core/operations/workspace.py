@@ -18,7 +18,7 @@ from ..store.records import Claim
 from ..store.workspaces import Workspace
 from . import power
 from .context import Context
-from .verify import refuse_locked, require_match
+from .verify import guarded, refuse_locked, require_match
 from .workspace_disk import (
     UNITS,
     WorkspaceRefused,
@@ -193,7 +193,8 @@ def _grow(ctx: Context, found: Workspace, wanted: int) -> Done:
         slot = slot_of(ctx, sandbox, located, found)
         found = records(ctx).change(found, "grow", claim=claim, outcome="decided", reason="grow", evidence={"from": found.size, "to": wanted})
         # An absolute size: asking twice is asking once.
-        answer = ctx.client.put(f"{located.path}/resize", disk=slot, size=show_size(wanted), digest=located.verdict.digest if located.verdict else None)
+        answer = guarded(ctx, sandbox, located, lambda now: ctx.client.put(
+            f"{now.path}/resize", disk=slot if now is located else slot_of(ctx, sandbox, now, found), size=show_size(wanted), digest=now.digest))
         if isinstance(answer, str) and answer.startswith("UPID:"):
             ctx.tasks.wait(answer, f"grow {found.title}", ctx.wait_timeout)
         row = exists(ctx, found, str(located.node))

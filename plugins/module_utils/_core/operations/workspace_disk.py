@@ -21,7 +21,7 @@ from ..store import workspaces as store
 from ..store.records import Claim
 from ..store.workspaces import Workspace
 from .context import Context
-from .verify import Located, require_match
+from .verify import Located, guarded, require_match
 
 UNITS = {"M": 1024**2, "G": 1024**3, "T": 1024**4}
 _DRIVE = re.compile(r"(?:ide|sata|scsi|virtio|efidisk|tpmstate|unused)\d+")
@@ -235,14 +235,20 @@ def attach(ctx: Context, claim: Claim, sandbox: Sandbox, located: Located, found
     listed = rows_of(ctx, node, sandbox.vmid)
     slot = next(iter(naming(listed, found.volume)), None)
     if slot is None:
-        config = (located.verdict.config if located.verdict else None) or {}
-        slot = next((key for key in _SLOTS if key not in listed and key not in config), None)
-        if slot is None:
+        free = next((key for key in _SLOTS if key not in listed and key not in located.config), None)
+        if free is None:
             raise WorkspaceRefused(f"sandbox {sandbox.vmid} has no free slot for a disk")
-        found = records(ctx).change(found, "attach", claim=claim, outcome="decided", reason="attaching", slot=slot)
+        found = records(ctx).change(found, "attach", claim=claim, outcome="decided", reason="attaching", slot=free)
         # Neither backups nor replication of a throw-away VM are to take it along.
         drive = f"{found.volume},backup=0,replicate=0,serial={found.serial},size={show_size(found.size)}"
-        ctx.client.put(f"{located.path}/config", digest=located.verdict.digest if located.verdict else None, **{slot: drive})
+
+        def put_in(now: Located) -> None:
+            if free in now.config:
+                raise Kept("changed", f"{found.title}: another disk was put into sandbox {sandbox.vmid} as {free} meanwhile; run again", vmid=sandbox.vmid)
+            ctx.client.put(f"{now.path}/config", digest=now.digest, **{free: drive})
+
+        guarded(ctx, sandbox, located, put_in)
+        slot = free
         listed = rows_of(ctx, node, sandbox.vmid)
     used = _in_use(listed, found.volume)
     if used is None:
@@ -252,7 +258,7 @@ def attach(ctx: Context, claim: Claim, sandbox: Sandbox, located: Located, found
         # Noted for the next start only, by this run or one before: a disk that is half there is none. Whose VM it is now is looked at before that
         # is written, too.
         located = require_match(ctx, sandbox)
-        ctx.client.put(f"{located.path}/config", revert=slot, digest=located.verdict.digest if located.verdict else None)
+        guarded(ctx, sandbox, located, lambda now: ctx.client.put(f"{now.path}/config", revert=slot, digest=now.digest))
         raise WorkspaceRefused(f"{found.title}: the running VM {sandbox.vmid} did not take the disk (is hotplug for disks on?); stop the sandbox, then "
                                "attach it")
     slot = used
@@ -292,7 +298,16 @@ def off(ctx: Context, claim: Claim, sandbox: Sandbox, located: Located, found: W
         if found.owner_vmid == sandbox.vmid:
             raise Kept("workspace", f"{found.title}: its volume {found.volume} is owned by the VMID of sandbox {sandbox.vmid} itself, so Proxmox VE may delete "
                        "it when it is taken off; it was left where it is. Move its data to another workspace", vmid=sandbox.vmid)
-        ctx.client.put(f"{located.path}/config", digest=located.verdict.digest if located.verdict else None, delete=",".join(listed))
+
+        def take_off(now: Located) -> None:
+            slots = listed
+            if now is not located:
+                refuse_snapshots(ctx, sandbox, now, found)
+                slots = naming(rows_of(ctx, str(now.node), sandbox.vmid), found.volume)
+            if slots:
+                ctx.client.put(f"{now.path}/config", digest=now.digest, delete=",".join(slots))
+
+        guarded(ctx, sandbox, located, take_off)
         _await_off(ctx, node, sandbox, found)
     _refuse_lost(ctx, sandbox, found, node)
     done = records(ctx).change(found, "detach", to=store.DETACHED, claim=claim, reason="detached", sandbox_uuid=None, slot=None, lease_expires_at=None,
@@ -329,7 +344,7 @@ def refuse_listed(ctx: Context, sandbox: Sandbox, located: Located) -> bool:
     Returns whether Proxmox was asked anything.
     """
     live = records(ctx).find_all()
-    config = (located.verdict.config if located.verdict else None) or {}
+    config = located.config
     configs = {"": config, **_snapshots(ctx, located)} if live else {"": config}
     first, last = ctx.config.workspace_owner_range
     known = {one.volume: one for one in live}
@@ -359,7 +374,7 @@ def refuse_planned(ctx: Context, sandbox: Sandbox, located: Located) -> bool:
     if own is not None:
         refuse_snapshots(ctx, sandbox, located, own)
         _refuse_lost(ctx, sandbox, own, str(located.node))
-    config = dict((located.verdict.config if located.verdict else None) or {})
+    config = dict(located.config)
     kept = {key: value for key, value in config.items() if own is None or str(value).partition(",")[0] != own.volume}
     verdict = dataclasses.replace(located.verdict, config=kept) if located.verdict else None
     return refuse_listed(ctx, sandbox, Located(located.node, located.row, verdict))
