@@ -106,9 +106,11 @@ def test_a_life(lab: Lab, storage: str) -> None:
 def test_a_configuration_that_somebody_changes_meanwhile_is_judged_anew(lab: Lab) -> None:
     found = make(lab)
     vmid = lab.create("a1").vmid
-    steps: tuple[tuple[str, Any, str], ...] = (("/config", lambda: attach(lab, "w1", vmid), "attached"),
-                                              ("/resize", lambda: workspace.present(lab.context(), "w1", size="12G"), "grown"),
-                                              ("/config", lambda: detach(lab, "w1"), "detached"))
+    steps: list[tuple[str, Any, str]] = [
+        ("/config", lambda: attach(lab, "w1", vmid), "attached"),
+        ("/resize", lambda: workspace.present(lab.context(), "w1", size="12G"), "grown"),
+        ("/config", lambda: detach(lab, "w1"), "detached"),
+    ]
     for ending, act, outcome in steps:
         edited = lab.edited_before(ending)
         assert act().outcome == outcome and edited == [vmid]
