@@ -83,6 +83,13 @@ def test_a_capped_renewal_says_so(daemon: StandIn) -> None:
     assert found.returncode == 0
 
 
+def test_a_renewal_that_changes_nothing_says_so(daemon: StandIn) -> None:
+    daemon.replies["POST", "/v1/sandboxes/1009/lease/renew"] = (200, {"vmid": 1009, "lease_expires_at": "2026-01-30T03:45:00Z", "changed": False})
+    found = agentlab("sandbox", "lease", "renew", "--ttl", "1m", "1009", socket=daemon.path)
+    assert (found.returncode, found.stdout) == (0, "sandbox 1009 lease lasts until 2026-01-30T03:45:00Z\n")
+    assert found.stderr == "Note: unchanged, because it lasts that long already; --allow-shorten lets it end sooner\n"
+
+
 def test_not_found(daemon: StandIn) -> None:
     for name in ("show", "start", "stop", "suspend", "events", "destroy"):
         method, target = ("GET", "") if name == "show" else ("GET", "/events") if name == "events" else ("POST", f"/{name}")
@@ -124,6 +131,12 @@ def test_bulk_destroy_of_which_nothing_succeeds(daemon: StandIn) -> None:
     found = agentlab("sandbox", "destroy", 1009, 1010, socket=daemon.path)
     assert (found.returncode, found.stdout) == (1, "")
     assert len(found.stderr.splitlines()) == 2
+
+
+def test_a_failure_names_its_sandbox_also_where_its_number_is_part_of_a_path(daemon: StandIn) -> None:
+    bulk(daemon, 207, *(outcome(vmid, "failed", state="RUNNING", message=f"POST /nodes/pve1/qemu/{vmid}/status/stop: 500 got timeout") for vmid in (5, 1005)))
+    found = agentlab("sandbox", "destroy", "--force", 1005, 1006, socket=daemon.path)
+    assert found.stderr.splitlines() == [f"Error: sandbox {vmid}: POST /nodes/pve1/qemu/{vmid}/status/stop: 500 got timeout" for vmid in (5, 1005)]
 
 
 def test_prune_tells_what_is_kept_beside_the_answer(daemon: StandIn) -> None:
@@ -594,6 +607,20 @@ def test_a_reader_that_leaves_is_no_error(daemon: StandIn) -> None:
                            env=environment(daemon.path), check=False)
     assert found.stdout.startswith("VMID")
     assert found.stderr == ""
+
+
+def test_a_full_disk_behind_standard_output(daemon: StandIn) -> None:
+    daemon.replies["GET", "/v1/sandboxes"] = (200, {"sandboxes": [sandbox(1000)]})
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        found = subprocess.run([PYTHON, "-m", "agentlab_cli", "sandbox", "list"], stdout=full, stderr=subprocess.PIPE, text=True,
+                               env=environment(daemon.path), check=False)
+    assert (found.returncode, found.stderr) == (1, "Error: standard output: No space left on device; the daemon has answered\n")
+
+
+def test_half_a_character_from_elsewhere_is_shown_harmless(daemon: StandIn) -> None:
+    daemon.replies["GET", "/v1/sandboxes"] = (200, {"sandboxes": [{**sandbox(1000), "name": "a\ud800"}]})
+    found = agentlab("sandbox", "list", socket=daemon.path)
+    assert (found.returncode, found.stderr) == (0, "") and "a\\xd800" in found.stdout
 
 
 # ---- completion ----

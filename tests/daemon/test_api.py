@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import getpass
 import os
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from support.daemon import Daemon
+from support.daemon import Daemon, UnixConnection, ask, free_port
 from support.lab import Lab
 
 Make = Callable[..., Daemon]
@@ -181,6 +182,10 @@ def test_the_sentences_of_the_seed(daemon: Make, lab: Lab) -> None:
     ("POST", "/v1/sandboxes", {"name": "-x"}, 400, "name: '-x' is not valid"),
     ("POST", "/v1/sandboxes", {"template": "none"}, 400, "template: 'none' does not exist"),
     ("POST", "/v1/sandboxes/prune", {"states": ["RUNNING"]}, 400, "states: 'RUNNING' is not valid. Valid: TIMEOUT"),
+    *[("POST", "/v1/sandboxes", {name: value}, 400, f"{name}: that value is not valid. Valid: a text that UTF-8 can hold")
+      for name, value in (("ssh_public_keys", ["ssh-ed25519 AAAA \ud800"]), ("workspace", "\ud800"), ("cloud_init_user_data", "#cloud-config\n# \udfff\n"),
+                          ("name", "a\ud800"))],
+    ("POST", "/v1/cleanup/freeze", {"reason": "\ud800"}, 400, "reason: that value is not valid. Valid: a text that UTF-8 can hold"),
     ("DELETE", "/v1/sandboxes/1000", None, 405, "DELETE is not allowed for /v1/sandboxes/1000. Valid: GET"),
     ("GET", "/v1/sandboxes/prune", None, 405, "GET is not allowed for /v1/sandboxes/prune. Valid: POST"),
     ("POST", "/v1/sandboxes/1000/destroy", b" " * 2_000_000, 413, "the body is larger than 1048576 bytes"),
@@ -191,6 +196,42 @@ def test_what_is_refused(one_daemon: Daemon, method: str, path: str, body: Any, 
     assert answer.body["code"]
     if status == 405:
         assert answer.headers["Allow"] in words
+
+
+def test_a_body_that_is_not_what_its_encoding_says(one_daemon: Daemon) -> None:
+    with contextlib.closing(UnixConnection(one_daemon.socket)) as connection:
+        answer = ask(connection, "POST", "/v1/sandboxes/1000/stop", b"this is not compressed", {"Content-Encoding": "gzip"})
+    assert (answer.status, answer.body["code"]) == (400, "invalid_input") and answer.body["error"].startswith("the body cannot be read"), answer
+    assert "Traceback" not in one_daemon.log()
+
+
+def test_what_counts_as_a_failure(daemon: Make, lab: Lab) -> None:
+    """A VMID that is taken is a refusal; what Proxmox could not do is a failure."""
+    lab.pve.make_foreign(1234)
+    one = daemon(metrics_listen=f"127.0.0.1:{free_port()}")
+    assert one.post("/v1/sandboxes", {"vmid": 1234}).status == 409
+    lab.pve.fail("POST", "/clone", 500, "storage is full")
+    assert one.post("/v1/sandboxes", {"name": "a1"}).status == 502
+    found = {result: one.metric(f'agentlab_operations_total{{operation="create",result="{result}"}}') for result in ("ok", "kept", "failed")}
+    assert found == {"ok": 0, "kept": 1, "failed": 1}
+
+
+def test_the_last_error_is_over_when_proxmox_answers_again(daemon: Make, lab: Lab) -> None:
+    lab.create("a1")
+    one = daemon()
+    one.wait_for(lambda: one.get("/v1/status").body["reconcile"]["last_run"], "the first reconcile is over")
+    # A refusal is an answer.
+    assert one.post("/v1/sandboxes", {"template": "none"}).status == 400
+    lab.pve.fail("POST", "/clone", 400, "Parameter verification failed.")
+    assert one.post("/v1/sandboxes", {"name": "a2"}).status >= 400
+    assert one.good("GET", "/v1/status")["proxmox"]["last_error"] is None
+    lab.pve.fail("GET", "/cluster/resources", 595, "No route to host", times=9)
+    assert one.post("/v1/sandboxes/1000/stop").status >= 500
+    assert "No route to host" in one.good("GET", "/v1/status")["proxmox"]["last_error"]
+    lab.pve.clear_faults()
+    one.good("POST", "/v1/sandboxes/1000/stop")
+    found = one.good("GET", "/v1/status")["proxmox"]
+    assert found["reachable"] and found["last_error"] is None
 
 
 def test_proxmox_that_cannot_be_reached_is_503(daemon: Make, lab: Lab) -> None:
@@ -225,7 +266,7 @@ def test_workspaces(daemon: Make, lab: Lab) -> None:
     assert one.post(f"/v1/sandboxes/{second['vmid']}/destroy", {"force": True}).status == 200
     assert one.get("/v1/workspaces/w1").body["state"] == "DETACHED"
     refused = one.post("/v1/workspaces/w1/destroy")
-    assert refused.status == 409 and "use force=true" in refused.body["error"]
+    assert refused.status == 409 and "use --force" in refused.body["error"]
     assert one.post("/v1/workspaces/w1/destroy", {"force": True}).body["outcome"] == "deleted"
     for path in ("/v1/workspaces/w1", "/v1/workspaces/nobody"):
         assert (one.get(path).status, one.get(path).body["error"]) == (404, "workspace not found")

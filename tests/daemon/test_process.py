@@ -254,6 +254,18 @@ def test_sigterm_lets_what_is_under_way_end_and_begins_nothing_new(daemon: Make,
     assert not os.path.exists(one.socket)
 
 
+def test_a_request_that_is_never_sent_to_its_end_holds_up_no_stop(daemon: Make) -> None:
+    one = daemon(stop_timeout="2s")
+    with contextlib.closing(socket.socket(socket.AF_UNIX)) as half:
+        half.connect(one.socket)
+        half.sendall(b"POST /v1/sandboxes HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{")
+        assert one.get("/v1/healthz").status == 200
+        began = time.monotonic()
+        assert one.stop() == 0
+        assert time.monotonic() - began < 10
+    assert not os.path.exists(one.socket) and one.log().rstrip().endswith("agentlabd stopped")
+
+
 def test_no_storm_of_signals_hides_the_one_that_ends_it(daemon: Make, lab: Lab) -> None:
     one = daemon()
     one.wait_for(lambda: one.get("/v1/status").body["reconcile"]["last_run"], "the first reconcile is over")

@@ -307,3 +307,17 @@ def test_no_lease_is_longer_than_a_life(lab: Lab) -> None:
     with pytest.raises(InvalidInput, match=r"ttl: 1d is longer than max_lifetime \(1h\)"):
         wanted.spec(ctx, {"name": "a1", "ttl": "1d"})
     assert wanted.spec(ctx, {"name": "a1"}).ttl == 3600 and wanted.spec(ctx, {"name": "a1", "ttl": "30m"}).ttl == 1800
+
+
+def test_a_template_whose_node_is_offline_is_not_called_missing(lab: Lab) -> None:
+    lab.pve.add_node("pve2")
+    lab.pve.set_node_offline("pve1")
+    with pytest.raises(InvalidInput, match=r"template: 'debian-13' is not to be seen, but pve1 is offline, and what is there is not known") as caught:
+        lab.create("a1")
+    assert "None" not in caught.value.message and lab.records() == []
+
+
+@pytest.mark.parametrize(("option", "value"), [("ssh_public_keys", ["ssh-ed25519 AAAA \ud800"]), ("cloud_init_user_data", "#cloud-config\n# \udfff\n")])
+def test_half_a_character_is_refused_before_anything_is_made(option: str, value: Any) -> None:
+    with pytest.raises(InvalidInput, match=f"{option}: "):
+        create.Spec(name="a1", **{option: value}).check()

@@ -101,6 +101,21 @@ def test_a_widened_file_is_narrowed(path: Path) -> None:
     assert path.stat().st_mode & 0o007 == 0
 
 
+def test_the_mode_of_a_file_that_is_not_ours_stays(path: Path) -> None:
+    path.parent.mkdir()
+    text = path.parent / "motd"
+    text.write_text("Welcome to this host, where everybody may read this.\n" * 30, encoding="utf-8")
+    with sqlite3.connect(path) as conn:
+        conn.execute("CREATE TABLE theirs (a)")
+    conn.close()
+    for found in (text, path):
+        found.chmod(0o644)
+        before = found.read_bytes()
+        with pytest.raises(StoreError):
+            Database(str(found))
+        assert found.stat().st_mode & 0o777 == 0o644 and found.read_bytes() == before
+
+
 def test_settings_that_promises_stand_on(path: Path) -> None:
     database = Database(str(path))
     assert database.read("PRAGMA journal_mode")[0][0] == "wal"

@@ -38,6 +38,15 @@ def quoted(value: object) -> str:
     return repr(text[:80]) if text.isprintable() else "that value"
 
 
+def encodable(text: str) -> bool:
+    """Whether UTF-8 can hold it: JSON and YAML can write half of a surrogate pair, which no file, database or terminal takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def fits(value: object, word: Word) -> bool:
     """Whether it looks like that. What YAML made of a yes is no word."""
     return not isinstance(value, (bool, dict, list)) and word[0].fullmatch(str(value)) is not None

@@ -19,6 +19,7 @@ import socket
 import stat
 from typing import Any
 
+from .. import words
 from ..errors import AgentlabError, ApiError, InvalidInput, Kept, ProxmoxError, TaskTimeout
 from ..model import Sandbox
 from ..store.records import Claim
@@ -42,6 +43,8 @@ class CloudInitFailed(AgentlabError):
 
 def check_data(data: str) -> None:
     """Refuse what cloud-init would not understand. No message ever holds a part of the data."""
+    if not words.encodable(data):
+        raise InvalidInput("cloud_init_user_data: holds characters that UTF-8 cannot hold (half of a surrogate pair)", option="cloud_init_user_data")
     if len(data.encode()) > _LONGEST:
         raise InvalidInput(f"cloud_init_user_data: longer than {_LONGEST // 1024} KiB", option="cloud_init_user_data")
     if not data.startswith(_KINDS):

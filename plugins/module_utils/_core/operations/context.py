@@ -52,6 +52,11 @@ class Context:
         self._reach: tuple[ProxmoxClient, TaskWaiter] | None = None
         self._cluster: Cluster | None = None
 
+    @property
+    def force_option(self) -> str:
+        """How whoever asks says that something is to be done in spite of what it destroys."""
+        return "--force" if self.force_hint == states.FORCE_HINT_CLI else "force=true"
+
     # ---- Proxmox, from the first use on ----
 
     def _reached(self) -> tuple[ProxmoxClient, TaskWaiter]:

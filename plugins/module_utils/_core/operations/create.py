@@ -111,7 +111,7 @@ class Spec:
                     raise InvalidInput(f"{option}: has no effect with cloud_init_user_data, which replaces what Proxmox VE would say of users; "
                                        "put it into the user data", option=option)
         for number, key in enumerate(self.ssh_public_keys, 1):
-            if not words.PUBLIC_KEY[0].fullmatch(key.strip()):
+            if not words.PUBLIC_KEY[0].fullmatch(key.strip()) or not words.encodable(key):
                 # It may be the private one.
                 raise InvalidInput(f"ssh_public_keys: the key number {number} is not a public key in one line (type, key, comment)", option="ssh_public_keys")
 

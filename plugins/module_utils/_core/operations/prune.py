@@ -96,7 +96,7 @@ def run(ctx: Context, wanted: Wanted) -> Report:
         if wanted.max_count is not None and report.count > wanted.max_count:
             count = report.count
             raise GuardTripped(f"max_count: {count} sandbox(es) would be pruned, more than max_count={wanted.max_count}; nothing was pruned. "
-                               "Look at them in check mode, then raise max_count", would_prune=[one.public() for one in report.pruned],
+                               "Look at them (a dry run, check mode), then raise max_count", would_prune=[one.public() for one in report.pruned],
                                count=count, max_count=wanted.max_count)
         if ctx.dry_run:
             return report

@@ -304,7 +304,8 @@ def absent(ctx: Context, which: str, *, force: bool) -> Done:
     if found.state not in (store.DETACHED, store.CREATING, store.DELETING):
         raise taken(ctx, found)
     if found.state == store.DETACHED and not force:
-        raise WorkspaceRefused(f"{found.title} holds {show_size(found.size)} of data on {found.volume}, which would be lost; use force=true to delete it")
+        raise WorkspaceRefused(f"{found.title} holds {show_size(found.size)} of data on {found.volume}, which would be lost; "
+                               f"use {ctx.force_option} to delete it")
     age = ctx.clock.now() - found.updated_at
     if found.state == store.CREATING and 0 <= age < ctx.config.doubt_window:
         raise Kept("unknown", f"{found.title}: its creation was begun {age} s ago and may still be carried out; run again in {ctx.config.doubt_window - age} s "

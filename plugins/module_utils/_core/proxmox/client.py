@@ -61,9 +61,12 @@ class Statistics:
 
     def failed(self, error: ProxmoxError) -> None:
         self.errors[_KINDS.get(error.code, "task")] += 1
-        self.last_error = error.message
         if isinstance(error, (Unreachable, OutcomeUnknown)):
-            self.reachable = False
+            self.reachable, self.last_error = False, error.message
+
+    def answered(self) -> None:
+        """Proxmox was reached; what it said may still be a refusal."""
+        self.reachable, self.last_error = True, None
 
 
 class ProxmoxClient:
@@ -182,7 +185,7 @@ class ProxmoxClient:
             try:
                 with self._turn(path):
                     answer = self._guard(method, path, partial(_send, api, method, path, params, local=self.settings.api_host is None))
-                self.statistics.reachable = True
+                self.statistics.answered()
                 return self._read_back(path, params, answer) if isinstance(answer, _Unspoken) else answer
             except ProxmoxError as error:
                 if not (isinstance(error, ApiError) and path == "cluster/nextid"):

@@ -176,9 +176,15 @@ class Cluster:
         if found:
             raise InvalidInput(f"template: {wanted!r} is the name of several templates ({', '.join(map(str, sorted(found)))}); give the VMID",
                                option="template", value=wanted)
+        names = [f"{vmid} ({row['name']})" if row.get("name") else str(vmid) for vmid, row in sorted(templates.items())]
+        seen = ", ".join(names) or "none that these credentials may see"
+        silent = sorted(name for name, online in self.nodes().items() if not online)
+        if silent:
+            # Of what is on them Proxmox tells neither the name nor that it is a template.
+            raise InvalidInput(f"template: {wanted!r} is not to be seen, but {', '.join(silent)} is offline, and what is there is not known; wait until the "
+                               f"node is back, or give another template. Templates on the other nodes: {seen}", option="template", value=wanted)
         if wanted.isdecimal() and int(wanted) in rows:
             raise InvalidInput(f"template: VM {wanted} is not a template; convert it first (qm template {wanted})", option="template", value=wanted)
-        seen = ", ".join(f"{vmid} ({row.get('name')})" for vmid, row in sorted(templates.items())) or "none that these credentials may see"
         raise InvalidInput(f"template: {wanted!r} does not exist. Templates: {seen}", option="template", value=wanted)
 
     def known(self) -> tuple[list[str], dict[int, str]]:

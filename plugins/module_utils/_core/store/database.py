@@ -77,6 +77,8 @@ class Database:
             else:
                 self._create_file(group_mode)
                 self._writer = self._connect(path)
+                # Judged to be ours by now: the mode of a file that is not is not ours to change.
+                self._narrow()
                 self._migrate(self._writer)
                 self._reader = self._connect(path)
         except (sqlite3.Error, OSError) as error:
@@ -104,14 +106,17 @@ class Database:
         try:
             fd = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, mode)
         except FileExistsError:
-            # Somebody widened it (or restored it from a backup): nobody but the owner and the group may ever read it.
-            found = os.stat(self.path).st_mode & 0o777
-            if found & 0o007:
-                with contextlib.suppress(PermissionError):
-                    os.chmod(self.path, found & ~0o007)
-        else:
-            os.fchmod(fd, mode)
-            os.close(fd)
+            return
+        os.fchmod(fd, mode)
+        os.close(fd)
+
+    def _narrow(self) -> None:
+        """Somebody widened it (or restored it from a backup): nobody but the owner and the group may ever read it."""
+        for path in (self.path, f"{self.path}-wal", f"{self.path}-shm"):
+            with contextlib.suppress(PermissionError, FileNotFoundError):
+                found = os.stat(path).st_mode & 0o777
+                if found & 0o007:
+                    os.chmod(path, found & ~0o007)
 
     def _look_only(self) -> sqlite3.Connection:
         """For check mode: no file is created, migrated or written. What is there is read as it is; not before something is written, to try what

@@ -6,13 +6,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import click
 
 from . import __version__
 from .doctor import doctor
-from .errors import INTERRUPTED
+from .errors import INTERRUPTED, REFUSED
 from .framework import Group
 from .other import cleanup, completion, profile, status
 from .sandbox import sandbox
@@ -54,5 +55,11 @@ def main() -> None:
     except (click.Abort, KeyboardInterrupt):
         click.echo("Error: interrupted. What the daemon had begun it goes on with; see 'agentlab sandbox list'", err=True)
         sys.exit(INTERRUPTED)
+    except OSError as error:
+        # A full disk behind standard output; what the daemon was asked for is done.
+        click.echo(f"Error: standard output: {error.strerror or error}; the daemon has answered", err=True)
+        # Or Python tries once more when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(REFUSED)
     # Commands return nothing; a number is the status of an early exit (--help, a group without a command).
     sys.exit(status if isinstance(status, int) else 0)

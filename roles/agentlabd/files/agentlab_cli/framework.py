@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -71,8 +72,8 @@ def failures(items: list[dict[str, Any]] | None) -> list[tuple[object, str]]:
 def finish(done: int, failed: list[tuple[object, str]]) -> None:
     """End a command on several items: each failure as one line, exit status 1 when none was done and 4 when only some were."""
     for what, why in failed:
-        prefix = f"sandbox {what}: "
-        click.echo(f"Error: {'' if str(what) in why else prefix}{clean(why)}", err=True)
+        said = re.search(rf"\b(sandbox|VM|VMID) {re.escape(str(what))}\b", why) is not None
+        click.echo(f"Error: {'' if said else f'sandbox {what}: '}{clean(why)}", err=True)
     if failed:
         sys.stdout.flush()
         sys.exit(PARTLY if done else REFUSED)

@@ -358,7 +358,10 @@ def renew(ctx: click.Context, ttl: str | None, min_remaining: str | None, allow_
     if allow_shorten:
         body["allow_shorten"] = True
     answer = to.client.post("sandboxes", vmid, "lease", "renew", body=body)
-    to.tell(answer, lambda data: f"sandbox {cell(data['vmid'])} lease renewed until {cell(data['lease_expires_at'])}")
+    same = answer.data.get("changed") is False
+    to.tell(answer, lambda data: f"sandbox {cell(data['vmid'])} lease {'lasts' if same else 'renewed'} until {cell(data['lease_expires_at'])}")
+    if same:
+        click.echo("Note: unchanged, because it lasts that long already; --allow-shorten lets it end sooner", err=True)
     if answer.data.get("capped"):
         click.echo("Note: shorter than asked for, because the maximum lifetime of this sandbox ends then", err=True)
 

@@ -21,6 +21,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from aiohttp import web
+from aiohttp.http_exceptions import PayloadEncodingError
 
 from agentlab_core.errors import AgentlabError, ConfigError, InvalidInput
 
@@ -35,6 +36,8 @@ MAX_BODY = 1024 * 1024
 _SHORTEST_TOKEN = 16
 # A query with many states and tags is one line.
 _LONGEST_LINE = 65536
+# Seconds for answers that are on their way when the sockets close.
+_LAST_ANSWERS = 2.0
 
 
 def _response(answer: answers.Answer) -> web.Response:
@@ -124,7 +127,11 @@ class Api:
         async def handle(request: web.Request) -> web.StreamResponse:
             vmid = _vmid(request.match_info["vmid"]) if "vmid" in request.match_info else None
             query = check_query(route.query, list(request.query.items()))
-            body = _body(route, await request.read())
+            try:
+                raw = await request.read()
+            except (web.RequestPayloadError, PayloadEncodingError):
+                raise InvalidInput("the body cannot be read: its Content-Encoding or chunks are broken; send it as it is") from None
+            body = _body(route, raw)
             uid, remote = _peer(request), request.remote
 
             def work() -> tuple[int, bytes, dict[str, str]]:
@@ -203,9 +210,10 @@ class Api:
             pass
 
     async def close(self) -> None:
-        """Close all sockets; requests under way have had their time."""
+        """Close all sockets; requests under way have had their time, and one that is still being sent is waited for no longer than it takes to say no."""
         for runner in self._runners:
-            await runner.cleanup()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(runner.cleanup(), _LAST_ANSWERS)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self.service.config.socket)
 

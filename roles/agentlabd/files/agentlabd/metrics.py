@@ -17,7 +17,7 @@ os.environ.setdefault("PROMETHEUS_DISABLE_CREATED_SERIES", "true")
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from agentlab_core.errors import AgentlabError, Busy, Frozen, GuardTripped, Kept, StateConflict
+from agentlab_core.errors import AgentlabError, Busy, CreationFailed, Frozen, GuardTripped, Kept, StateConflict
 from agentlab_core.model import Outcome
 from agentlab_core.operations.lease import Expiry
 from agentlab_core.operations.reconcile import Drift
@@ -93,7 +93,7 @@ class Metrics:
 
     def refused(self, operation: str, error: AgentlabError) -> None:
         """Count an operation that ended with an error; a request that made no sense is none."""
-        if isinstance(error, (StateConflict, Kept, Busy, GuardTripped, Frozen)):
+        if isinstance(error, (StateConflict, Kept, Busy, GuardTripped, Frozen)) or (isinstance(error, CreationFailed) and error.detail.get("option")):
             result = "kept"
         elif status_of(error.code) < 500 and status_of(error.code) != 409:
             return
@@ -101,6 +101,10 @@ class Metrics:
             result = "failed"
         self.operations.labels(operation, result).inc()
         self._identity(error.reason if isinstance(error, Kept) else None)
+
+    def broke(self, operation: str) -> None:
+        """Count an operation that ended with an error of ours."""
+        self.operations.labels(operation, "failed").inc()
 
     def _identity(self, reason: str | None) -> None:
         if reason in _MISMATCHES:

@@ -191,7 +191,7 @@ def reconcile_sandboxes(call: Call) -> Answer:
     apply = call.body.get("apply", False)
     adopt = call.body.get("adopt_cluster", False)
     if adopt and not apply:
-        raise InvalidInput("adopt_cluster: only with apply=true", option="adopt_cluster")
+        raise InvalidInput("adopt_cluster: has an effect together with apply only", option="adopt_cluster")
     found = reconcile.run(call.context(dry_run=not apply), apply=apply, adopt_cluster=adopt)
     if apply:
         call.service.metrics.reconciled(found)

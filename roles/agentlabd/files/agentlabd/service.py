@@ -152,6 +152,8 @@ class Service:
                 self.metrics.leases.labels("refused").inc()
         except Exception as error:  # the outermost edge: what we did not foresee is told without a trace, and logged with it
             log.exception("%s: internal error", route.name)
+            if route.operation:
+                self.metrics.broke(route.operation)
             answer = answers.failed(500, f"internal error: {type(error).__name__}; the daemon's log says more. Please report this", "internal")
         seconds = time.monotonic() - began
         if route.operation and answer.status not in (400, 404):

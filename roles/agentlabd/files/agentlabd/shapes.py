@@ -83,6 +83,8 @@ class Field:
         elif self.kind in ("string", "strings"):
             if not isinstance(value, str) or len(value) > self.longest:
                 raise self._refused(name, value, f"a text of {self.longest} characters at most")
+            if not words.encodable(value):
+                raise self._refused(name, value, "a text that UTF-8 can hold")
             if self._pattern and not re.search(self._pattern, value):
                 raise self._refused(name, value, self.text if self.pattern else "a text in one line")
             if self.valid and value not in self.valid:
