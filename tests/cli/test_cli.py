@@ -485,7 +485,8 @@ STATUS = {
     "proxmox": {"where": "https://pve1:8006", "reachable": True, "last_error": None, "requests": 10},
     "expiry": {"last_run": "2026-01-31T02:03:00Z", "next_run": "2026-01-31T02:04:00Z", "last_error": None},
     "reconcile": {"last_run": None, "next_run": "2026-01-31T02:15:00Z", "last_error": None},
-    "cleanup": {"enabled": True, "mode": "enforce", "last_run": "2026-01-31T02:00:00Z", "next_run": "2026-01-31T02:15:00Z", "last_result": "ok",
+    "cleanup": {"enabled": True, "mode": "enforce", "last_run": "2026-01-31T02:00:00Z", "next_run": "2026-01-31T02:15:00Z",
+                "last_result": {"result": "shadow", "count": 3, "kept": 2, "failed": 0},
                 "frozen": None},
     "operations": {"in_progress": 1, "interrupted": 0},
     "config": {"path": "/etc/agentlab/config.yaml", "loaded_at": "2026-01-30T00:00:00Z", "error": None},
@@ -500,6 +501,7 @@ def test_status(daemon: StandIn) -> None:
     assert "RUNNING=3, TIMEOUT=1\n" in found.stdout
     assert "https://pve1:8006: reachable" in found.stdout
     assert "last never, next 2026-01-31T02:15:00Z" in found.stdout
+    assert "next 2026-01-31T02:15:00Z; would have cleaned up 3 sandbox(es), kept 2\n" in found.stdout
     assert "FROZEN" not in found.stdout
     daemon.replies["GET", "/v1/status"] = (200, {
         **STATUS, "proxmox": {**STATUS["proxmox"], "reachable": False, "last_error": "Connection refused"},  # type: ignore[dict-item]
@@ -533,10 +535,12 @@ def test_doctor(daemon: StandIn, tmp_path: Path) -> None:
 
 def test_freeze_and_release(daemon: StandIn) -> None:
     daemon.replies["POST", "/v1/cleanup/freeze"] = (200, {"frozen": {"reason": "maintenance"}})
-    daemon.replies["POST", "/v1/cleanup/release"] = (200, {"frozen": None})
+    daemon.replies["POST", "/v1/cleanup/release"] = (200, {"frozen": None, "released": {"reason": "maintenance"}})
     assert agentlab("cleanup", "freeze", "--reason", "maintenance", socket=daemon.path).stdout == "cleanup frozen: maintenance\n"
     assert agentlab("cleanup", "release", socket=daemon.path).stdout == "cleanup released\n"
     assert daemon.posted() == [("/v1/cleanup/freeze", {"reason": "maintenance"}), ("/v1/cleanup/release", None)]
+    daemon.replies["POST", "/v1/cleanup/release"] = (200, {"frozen": None, "released": None})
+    assert agentlab("cleanup", "release", socket=daemon.path).stdout == "cleanup was not frozen\n"
 
 
 def test_profiles(daemon: StandIn) -> None:

@@ -208,12 +208,17 @@ def test_a_body_that_is_not_what_its_encoding_says(one_daemon: Daemon) -> None:
 def test_what_counts_as_a_failure(daemon: Make, lab: Lab) -> None:
     """A VMID that is taken is a refusal; what Proxmox could not do is a failure."""
     lab.pve.make_foreign(1234)
+    lab.timed_out("over")
+    lab.timed_out("over2")
     one = daemon(metrics_listen=f"127.0.0.1:{free_port()}")
     assert one.post("/v1/sandboxes", {"vmid": 1234}).status == 409
     lab.pve.fail("POST", "/clone", 500, "storage is full")
     assert one.post("/v1/sandboxes", {"name": "a1"}).status == 502
     found = {result: one.metric(f'agentlab_operations_total{{operation="create",result="{result}"}}') for result in ("ok", "kept", "failed")}
     assert found == {"ok": 0, "kept": 1, "failed": 1}
+    # Nor is a limit that somebody gives an alarm.
+    assert one.post("/v1/sandboxes/prune", {"max_count": 1}).status == 409
+    assert one.metric("agentlab_prune_guard_trips_total") == 0 and one.metric('agentlab_prune_runs_total{result="guard"}') == 1
 
 
 def test_the_last_error_is_over_when_proxmox_answers_again(daemon: Make, lab: Lab) -> None:

@@ -278,6 +278,6 @@ def test_workspaces(daemon: Make, lab: Lab) -> None:
     assert "workspace w1 attached to sandbox 1001 as /dev/disk/by-id/scsi-0QEMU_QEMU_HARDDISK_agentlab-" in ws("attach", "--vmid", 1001, "--ttl", "30", "w1")
     assert re.search(r"^vmid +1001$", ws("show", "w1"), re.M)
     assert agentlab("sandbox", "destroy", "--force", "1000", "1001", socket=path).returncode == 0
-    assert "would be lost; use force=true" in ws("destroy", "w1")
+    assert "would be lost; use --force" in ws("destroy", "w1")
     assert ws("destroy", "--force", "w1") == "workspace w1 destroyed\n"
     assert ws("show", "w1") == "Error: workspace not found\n"

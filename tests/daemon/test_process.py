@@ -306,11 +306,70 @@ def test_what_does_not_end_in_time_is_abandoned_and_taken_up_by_the_next_start(d
     assert one.stop() == 0
     assert time.monotonic() - began < 4
     client.join(10)
-    assert "did not end within stop_timeout" in one.log()
+    assert "stopping: destroy_sandbox 1000 did not end within stop_timeout; what was begun is journaled, the next start takes it up" in one.log()
     assert [entry["kind"] for entry in lab.leftovers()["operations"]] == ["destroy"]
     one.start()
     one.wait_for(lambda: lab.record(1000).state == "DESTROYED", "the next start finishes the destroy", 20)
     assert lab.leftovers() == {"claims": [], "operations": []}
+
+
+def test_what_waits_for_a_thread_is_answered_when_the_daemon_stops_and_was_not_begun(daemon: Make, lab: Lab) -> None:
+    for number in range(3):
+        lab.create(f"a{number}")
+    lab.pve.real_secs["qmdestroy"] = 4.0
+    one = daemon(connections=1, stop_timeout="1s")
+    one.wait_for(lambda: one.get("/v1/status").body["reconcile"]["last_run"], "the first reconcile is over")
+    with ThreadPoolExecutor(3) as pool:
+        first = pool.submit(one.post, "/v1/sandboxes/1000/destroy", {"force": True})
+        one.wait_for(lambda: lab.pve.counted["DELETE /nodes/{node}/qemu/{vmid}"], "the delete was sent")
+        waiting = [pool.submit(one.post, f"/v1/sandboxes/{vmid}/destroy", {"force": True}) for vmid in (1001, 1002)]
+        one.wait_for(lambda: one.get("/v1/healthz").status == 200, "they wait")
+        time.sleep(0.5)
+        assert one.stop() == 0
+        for asked in waiting:
+            answer = asked.result(20)
+            assert (answer.status, answer.body["code"]) == (503, "stopping"), answer
+        with contextlib.suppress(OSError, Exception):
+            first.result(20)
+    assert "stopping: destroy_sandbox 1000 did not end within stop_timeout" in one.log() and "Traceback" not in one.log()
+    assert [entry["kind"] for entry in lab.leftovers()["operations"]] == ["destroy"]
+    assert [lab.record(vmid).state for vmid in (1001, 1002)] == ["RUNNING", "RUNNING"]
+
+
+def test_the_doctor_comes_also_when_all_threads_wait(daemon: Make, lab: Lab) -> None:
+    lab.create("a1")
+    lab.pve.real_secs["qmdestroy"] = 5.0
+    one = daemon(connections=1)
+    one.wait_for(lambda: one.get("/v1/status").body["reconcile"]["last_run"], "the first reconcile is over")
+    with ThreadPoolExecutor(1) as pool:
+        bulk = pool.submit(one.post, "/v1/sandboxes/1000/destroy", {"force": True})
+        one.wait_for(lambda: lab.pve.counted["DELETE /nodes/{node}/qemu/{vmid}"], "the delete was sent")
+        assert one.get("/v1/doctor").body["findings"] and not bulk.done()
+        assert bulk.result(20).status == 200
+
+
+def test_a_start_that_fails_leaves_no_socket(daemon: Make) -> None:
+    with contextlib.closing(socket.socket()) as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        where = f"127.0.0.1:{taken.getsockname()[1]}"
+        one = daemon(start=False, metrics_listen=where)
+        found = subprocess.run(one.command(), env=one.environment, capture_output=True, text=True, timeout=30, check=False)
+    assert found.returncode != 0 and f"metrics_listen: {where}: Address already in use; give another address or port" in found.stderr, found
+    assert not os.path.exists(one.socket)
+
+
+def test_the_log_says_what_was_asked(daemon: Make, lab: Lab) -> None:
+    one = daemon()
+    one.post("/v1/sandboxes", {"name": "a1"})
+    one.post("/v1/workspaces", {"name": "w1", "size": "1G", "storage": "local-lvm"})
+    one.post("/v1/workspaces/w1/attach", {"vmid": 1000})
+    one.post("/v1/sandboxes/destroy", {"vmids": [1000, 1999], "force": True})
+    one.post("/v1/cleanup/freeze", {"reason": "the storage is being moved"})
+    one.post("/v1/sandboxes/reconcile", {"apply": True})
+    for line in ('create_sandbox name="a1" by ', 'create_workspace name="w1" by ', "attach_workspace w1 vmid=1000 by ",
+                 "destroy_sandboxes 1000 1999 force=true by ", 'freeze_cleanup reason="the storage is being moved" by ', "reconcile_sandboxes apply=true by "):
+        assert line in one.log(), line
 
 
 def test_a_kill_in_the_middle_of_a_bulk_destroy_converges(daemon: Make, lab: Lab) -> None:

@@ -34,7 +34,7 @@ def _status(data: dict[str, Any]) -> str:
         ("Proxmox VE", f"{proxmox['where']}: {_reachable(proxmox)}"),
         ("expiry", _turn(data["expiry"])),
         ("reconcile", _turn(data["reconcile"])),
-        ("cleanup", f"{cleanup['mode']}, {_turn(cleanup)}" if cleanup["enabled"] else "off"),
+        ("cleanup", f"{cleanup['mode']}, {_turn(cleanup)}{_outcome(cleanup['last_result'])}" if cleanup["enabled"] else "off"),
         ("operations", f"{operations['in_progress']} in progress, {operations['interrupted']} interrupted"),
         ("configuration", f"{config['path'] or 'no file'} (read {config['loaded_at']})"),
     ])
@@ -57,6 +57,16 @@ def _reachable(proxmox: dict[str, Any]) -> str:
 def _turn(job: dict[str, Any]) -> str:
     text = f"last {job['last_run'] or 'never'}, next {job['next_run'] or 'not planned'}"
     return text + (f"; failed: {job['last_error']}" if job.get("last_error") else "")
+
+
+def _outcome(last: dict[str, Any] | None) -> str:
+    """What the rules did last; in shadow mode, what they would have done."""
+    if not last:
+        return ""
+    if "message" in last:
+        return f"; {last['message']}"
+    failed = f", {last['failed']} failed" if last["failed"] else ""
+    return f"; {'would have cleaned up' if last['result'] == 'shadow' else 'cleaned up'} {last['count']} sandbox(es), kept {last['kept']}{failed}"
 
 
 @click.group(cls=Group, examples=(
@@ -111,7 +121,7 @@ def freeze(to: Settings, reason: str) -> None:
 @settings
 def release(to: Settings) -> None:
     """Let the scheduled cleanup go on."""
-    to.tell(to.client.post("cleanup", "release"), lambda data: "cleanup released")
+    to.tell(to.client.post("cleanup", "release"), lambda data: "cleanup released" if data.get("released") else "cleanup was not frozen")
 
 
 @click.group(cls=Group, examples=("agentlab profile list",))

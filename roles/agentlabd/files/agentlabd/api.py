@@ -44,6 +44,10 @@ def _response(answer: answers.Answer) -> web.Response:
     return web.Response(status=answer.status, body=answer.encoded(), content_type="application/json", charset="utf-8", headers=answer.headers)
 
 
+def _stopping() -> web.Response:
+    return _response(answers.failed(503, "agentlabd is stopping: this was not begun; ask again when it runs", "stopping"))
+
+
 @functools.lru_cache(256)
 def _user(uid: int) -> str:
     try:
@@ -92,6 +96,8 @@ class Api:
         self.service = service
         self._runners: list[web.AppRunner] = []
         self._lock_file: int | None = None
+        # The socket at the path is ours.
+        self._serves = False
 
     # ---- requests ----
 
@@ -106,7 +112,7 @@ class Api:
                     refused.headers["WWW-Authenticate"] = "Bearer"
                     return _response(refused)
                 if self.service.stopping.is_set() and request.path != "/v1/healthz":
-                    return _response(answers.failed(503, "agentlabd is stopping; ask again when it runs", "stopping"))
+                    return _stopping()
                 return await handler(request)
             except web.HTTPException as error:
                 return _response(_http_error(request, error))
@@ -134,13 +140,26 @@ class Api:
             body = _body(route, raw)
             uid, remote = _peer(request), request.remote
 
+            call = Call(self.service, "", vmid, request.match_info.get("id", ""), query, body)
+
             def work() -> tuple[int, bytes, dict[str, str]]:
                 # In the thread: looking a user up may ask a directory service.
-                return self.service.perform(route, Call(self.service, _actor(uid, remote), vmid, request.match_info.get("id", ""), query, body))
+                call.actor = _actor(uid, remote)
+                return self.service.perform(route, call)
 
-            pool = self.service.records_pool if route.quick else self.service.work_pool
-            # The client may go away; what was begun goes on.
-            status, raw, headers = await asyncio.shield(self.service.begin(pool, work))
+            service = self.service
+            if service.stopping.is_set() and not route.quick:
+                # It was still being sent when the stop began.
+                return _stopping()
+            pool = service.records_pool if route.quick else service.doctor_pool if route.apart else service.work_pool
+            begun = service.begin(pool, work, call.described(route))
+            try:
+                # The client may go away; what was begun goes on.
+                status, raw, headers = await asyncio.shield(begun)
+            except asyncio.CancelledError:
+                if not begun.cancelled():
+                    raise
+                return _stopping()
             return web.Response(status=status, body=raw, content_type="application/json", charset="utf-8", headers=headers)
 
         return handle
@@ -157,9 +176,10 @@ class Api:
         try:
             await web.UnixSite(runner, config.socket).start()
         except OSError as error:
-            raise ConfigError(f"socket: {config.socket}: {error.strerror}; correct socket or the folder's permissions") from None
+            raise ConfigError(f"socket: {config.socket}: {error.strerror or error}; correct socket or the folder's permissions") from None
         finally:
             os.umask(before)
+        self._serves = True
         os.chmod(config.socket, 0o660)
         if config.listen:
             token = read_token(config.listen_token_file)
@@ -189,7 +209,8 @@ class Api:
         try:
             await web.TCPSite(runner, *where).start()
         except OSError as error:
-            raise ConfigError(f"{option}: {where[0]}:{where[1]}: {error.strerror}; is the port in use?") from None
+            reason = os.strerror(error.errno) if error.errno else str(error)
+            raise ConfigError(f"{option}: {where[0]}:{where[1]}: {reason}; give another address or port, or end what uses it") from None
 
     def _claim_socket(self, path: str) -> None:
         """Make sure that no other daemon serves this socket, and remove what a killed one left."""
@@ -214,8 +235,9 @@ class Api:
         for runner in self._runners:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(runner.cleanup(), _LAST_ANSWERS)
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self.service.config.socket)
+        if self._serves:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.service.config.socket)
 
 
 def _authorised(request: web.Request, token: str) -> bool:

@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 from collections.abc import Mapping
+from typing import Any
 
 from agentlab_core.config import Config
 from agentlab_core.errors import AgentlabError
@@ -37,7 +38,11 @@ class Daemon:
     async def run(self) -> bool:
         """Until SIGTERM or SIGINT; True when nothing had to be abandoned."""
         signals = Signals({signal.SIGTERM: self._end.set, signal.SIGINT: self._end.set, signal.SIGHUP: self._reload})
-        await self.api.listen()
+        try:
+            await self.api.listen()
+        except AgentlabError:
+            await self.api.close()
+            raise
         self.scheduler.start()
         watchdog = asyncio.create_task(self._watchdog())
         for task in (*self.scheduler.tasks, watchdog):
@@ -90,20 +95,27 @@ class Daemon:
 
     async def _stop(self) -> bool:
         """Begin nothing new, let what is under way end; after stop_timeout it is abandoned: the journal tells the next start."""
-        self.service.stopping.set()
         self.scheduler.stop()
+        self.service.begin_no_more()
         self.manager.stopping("finishing what is under way")
+        # What was waiting for a thread is cancelled by now, and its client gets the answer.
+        await asyncio.sleep(0)
         left = set(self.service.under_way)
         if left:
-            log.info("stopping: %d things are under way; waiting for them up to %d s (stop_timeout)", len(left), self.service.config.stop_timeout)
+            log.info("stopping: waiting up to %d s (stop_timeout) for %s", self.service.config.stop_timeout, self._named(left))
             _done, left = await asyncio.wait(left, timeout=self.service.config.stop_timeout)
         if left:
-            log.warning("stopping: %d things did not end within stop_timeout; they are journaled, the next start takes them up", len(left))
+            log.warning("stopping: %s did not end within stop_timeout; what was begun is journaled, the next start takes it up", self._named(left))
             return False
         # Answers that are ready now go out before the sockets close.
         await asyncio.sleep(0)
         await self.api.close()
         return True
+
+    def _named(self, work: set[asyncio.Future[Any]]) -> str:
+        """Ten of them by name."""
+        names = sorted(self.service.under_way.get(one, "what has just ended") for one in work)
+        return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 
 def run(config: Config, path: str | None, environment: Mapping[str, str], asked: str | None = None) -> int:

@@ -59,7 +59,7 @@ class Metrics:
         self.prune_kept = counter("prune_kept", "Sandboxes that were kept, by reason", "reason", KEPT)
         self.prune_candidates = gauge("prune_candidates", "Sandboxes that the last run wanted to destroy")
         self.prune_success = gauge("prune_last_success_timestamp_seconds", "When a run of prune or cleanup last ended well")
-        self.guard_trips = counter("prune_guard_trips", "Runs that a guard stopped")
+        self.guard_trips = counter("prune_guard_trips", "Runs of the cleanup rules that their guard stopped")
         self.orphans = counter("orphans_found", "Orphans found, by kind", "kind", ("vm_absent", "vmid_reused", "lease_over", "unrecorded"))
         self.mismatches = counter("identity_mismatches", "VMs at a sandbox's VMID that were not proven to be ours", "verdict", ("FOREIGN", "AMBIGUOUS"))
         self.unknown = counter("unknown_absences", "Times that the absence of a VM could not be proven")
@@ -142,10 +142,10 @@ class Metrics:
                 if one.reason in _ORPHANS:
                     self.orphans.labels(_ORPHANS[one.reason]).inc()
 
-    def prune_stopped(self, error: AgentlabError) -> None:
-        """Count a run that did nothing, or broke off."""
+    def prune_stopped(self, error: AgentlabError, *, by_rules: bool = False) -> None:
+        """Count a run that did nothing, or broke off. ``by_rules``: of the cleanup rules; a limit that somebody gives for one prune is no alarm."""
         if isinstance(error, GuardTripped):
-            self.guard_trips.inc()
+            self.guard_trips.inc(by_rules)
             self.prune_candidates.set(int(error.detail.get("count") or 0))
         self.prune_runs.labels("guard" if isinstance(error, GuardTripped) else "frozen" if isinstance(error, Frozen) else "failed").inc()
 

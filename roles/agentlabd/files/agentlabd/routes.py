@@ -42,6 +42,11 @@ class Call:
     query: dict[str, Any] = field(default_factory=dict)
     body: dict[str, Any] = field(default_factory=dict)
 
+    def described(self, route: Route) -> str:
+        """What is asked, for the log."""
+        which = [self.vmid, self.ident or None, *self.body.get("vmids", ())[:20]]
+        return " ".join([route.name, *(str(one) for one in which if one is not None)])
+
     def context(self, dry_run: bool = False) -> Context:
         return self.service.context(self.actor, dry_run=dry_run)
 
@@ -57,6 +62,8 @@ class Route:
     handler: Callable[[Call], Answer]
     answers: Mapping[int, str]
     quick: bool = False
+    # It has a thread of its own, however many others wait for Proxmox.
+    apart: bool = False
     # What it is counted as.
     operation: str | None = None
     query: Mapping[str, Field] = field(default_factory=dict)
@@ -324,7 +331,7 @@ _ADOPT_APPLIED: dict[str, Any] = {"not": {"required": ["adopt_cluster"], "proper
 ROUTES: tuple[Route, ...] = (
     Route("GET", "/v1/healthz", "healthz", "Whether the daemon answers", healthz, {200: "Health"}, quick=True),
     Route("GET", "/v1/status", "status", "What the daemon does, when it did it last, and what stands in its way", status, {200: "Status"}, quick=True),
-    Route("GET", "/v1/doctor", "doctor", "Look at everything sandboxes depend on, and say what to do; reads only", examine, {200: "Doctor"}, query={
+    Route("GET", "/v1/doctor", "doctor", "Look at everything sandboxes depend on, and say what to do; reads only", examine, {200: "Doctor"}, apart=True, query={
         "template": Field("string", "VMID or name of a template to look at, instead of the configured one", longest=100),
         "bundle": Field("boolean", "add a bundle for a bug report, without secrets"),
         "bundle_hosts": Field("boolean", "leave names and addresses of hosts, nodes and VMs in the bundle"),
@@ -391,6 +398,6 @@ ROUTES: tuple[Route, ...] = (
     Route("POST", "/v1/cleanup/run", "run_cleanup", "Run the cleanup rules now", run_cleanup, {200: "Cleanup", 207: "Cleanup"}, operation="cleanup",
           body={"dry_run": Field("boolean", "say what would be done, do nothing")}),
     Route("POST", "/v1/cleanup/freeze", "freeze_cleanup", "Let no rule act until it is released, also after a restart", freeze_cleanup, {200: "Frozen"},
-          quick=True, body={"reason": Field("string", "why", required=True, longest=500, pattern=r"[^\s\x1c-\x1f\x85\ufeff]")}),
+          quick=True, body={"reason": Field("string", "why, in some words", required=True, longest=500, pattern=r"[^\s\x1c-\x1f\x85\ufeff]")}),
     Route("POST", "/v1/cleanup/release", "release_cleanup", "Let the rules act again", release_cleanup, {200: "Frozen"}, quick=True, body={}),
 )

@@ -97,7 +97,7 @@ class Scheduler:
 
     async def _run(self, work: Callable[[], T]) -> T:
         """Run it in a thread; when the loop is stopped meanwhile, the work goes on and is waited for elsewhere."""
-        return await asyncio.shield(self.service.begin(self._jobs, work))
+        return await asyncio.shield(self.service.begin(self._jobs, work, work.__name__.strip("_")))
 
     # ---- leases ----
 
@@ -153,7 +153,7 @@ class Scheduler:
             if problem:
                 log.warning("sandbox %s is TIMEOUT, but its VM was not stopped: %s", sandbox.vmid, problem)
 
-        self._loop.call_soon_threadsafe(self.service.begin, self._stops, work)
+        self._loop.call_soon_threadsafe(self.service.begin, self._stops, work, f"the stop of expired sandbox {sandbox.vmid}")
 
     # ---- reconcile ----
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import json
 import os
 import ssl
 import threading
@@ -39,6 +40,8 @@ _READERS = 4
 _CACHE_KIB = 512
 # Whose handlers count by themselves what they did.
 _COUNTED = ("prune", "cleanup", "reconcile")
+# Of a request's body, what the log tells.
+_TOLD = ("vmid", "name", "force", "dry_run", "apply", "max_count", "reason")
 
 
 class Service:
@@ -60,8 +63,10 @@ class Service:
         self.config_error: str | None = None
         self.records_pool = ThreadPoolExecutor(_READERS, "records")
         self.work_pool = ThreadPoolExecutor(config.proxmox.connections, "work")
-        # Work that was begun and has not ended; belongs to the event loop.
-        self.under_way: set[asyncio.Future[Any]] = set()
+        # The doctor is asked when the others wait.
+        self.doctor_pool = ThreadPoolExecutor(1, "doctor")
+        # Work that has not ended, and what it is; belongs to the event loop.
+        self.under_way: dict[asyncio.Future[Any], str] = {}
         # What waits for the next lease to be over looks again.
         self.wake_expiry: Callable[[], None] = lambda: None
         # Set by the scheduler: what it does, by name.
@@ -102,12 +107,18 @@ class Service:
         self.metrics.reload.set(1)
         return waiting
 
-    def begin(self, pool: ThreadPoolExecutor, work: Callable[[], T]) -> asyncio.Future[T]:
+    def begin(self, pool: ThreadPoolExecutor, work: Callable[[], T], what: str) -> asyncio.Future[T]:
         """Run something in a thread, and remember that it is under way. To be called in the event loop."""
         done = asyncio.get_running_loop().run_in_executor(pool, work)
-        self.under_way.add(done)
-        done.add_done_callback(self.under_way.discard)
+        self.under_way[done] = what
+        done.add_done_callback(self.under_way.pop)
         return done
+
+    def begin_no_more(self) -> None:
+        """What waits for a thread is cancelled; its client is told."""
+        self.stopping.set()
+        for pool in (self.work_pool, self.doctor_pool):
+            pool.shutdown(wait=False, cancel_futures=True)
 
     # ---- cleanup ----
 
@@ -129,7 +140,7 @@ class Service:
             return report
         except AgentlabError as error:
             if not dry_run:
-                self.metrics.prune_stopped(error)
+                self.metrics.prune_stopped(error, by_rules=True)
                 self.last_cleanup = {"result": error.code, "message": error.message}
             raise
         finally:
@@ -163,7 +174,7 @@ class Service:
         return answer.status, answer.encoded(), answer.headers
 
     def _tell(self, route: Route, call: Call, answer: Answer, seconds: float) -> None:
-        what = f"{route.name} {call.vmid}" if call.vmid is not None else route.name
+        what = " ".join([call.described(route), *(f"{name}={json.dumps(call.body[name])}" for name in _TOLD if name in call.body)])
         done = answer.body.get("error") or ", ".join(f"{one.vmid} {one.outcome}" for one in answer.outcomes[:20]) or "done"
         more = f" and {len(answer.outcomes) - 20} more" if len(answer.outcomes) > 20 and "error" not in answer.body else ""
         log.log(30 if answer.status >= 500 else 20, "%s by %s: %s%s (%s, %.1f s)", what, call.actor, done, more, answer.status, seconds)
@@ -191,7 +202,7 @@ class Service:
 
     def close(self) -> None:
         """Give up the threads that are idle, and the database."""
-        for pool in (self.work_pool, self.records_pool):
+        for pool in (self.work_pool, self.records_pool, self.doctor_pool):
             pool.shutdown(wait=True)
         self._owner.close()
 
