@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import re
 import socket
@@ -14,7 +15,9 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,7 +32,7 @@ from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors impo
     OutcomeUnknown,
     Unreachable,
 )
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import create, destroy, prune, reconcile
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import create, destroy, power, prune, reconcile
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.proxmox import identity
 
 from support.double import TOKEN_ID, Server
@@ -306,6 +309,78 @@ def swapped_at(lab: Lab, method: str, ending: str, moment: str = "after", **opti
         lab.create(**options)
     setattr(lab.pve, moment, None)
     return swapped[0]
+
+
+@pytest.mark.parametrize("act", ["force", "prune"])
+def test_a_vm_swapped_while_the_quorum_is_looked_at_is_not_stopped(lab: Lab, act: str) -> None:
+    ours = lab.create() if act == "force" else lab.timed_out(stopped=False)
+    swapped: list[Any] = []
+
+    def swap(_method: str, path: str) -> None:
+        if path.endswith("/cluster/status") and not swapped:
+            swapped.append(lab.pve.make_foreign(ours.vmid, running=True))
+            lab.pve.requests.clear()
+
+    lab.pve.before = swap
+    if act == "force":
+        lab.destroy(ours.vmid, force=True)
+    else:
+        lab.prune()
+    lab.untouched(swapped[0], status="running")
+
+
+@pytest.mark.parametrize("operation", ["start", "stop"])
+def test_a_vm_swapped_while_its_power_state_is_looked_at_is_left_alone(lab: Lab, operation: str) -> None:
+    ours = lab.create()
+    if operation == "start":
+        lab.power("stop", ours.vmid)
+    ctx = lab.context()
+    # The list lags.
+    ctx.cluster.vms()[ours.vmid]["status"] = "stopped"
+    swapped: list[Any] = []
+
+    def swap(_method: str, path: str) -> None:
+        if path.endswith("/status/current") and not swapped:
+            swapped.append(lab.pve.make_foreign(ours.vmid, running=operation == "stop"))
+            lab.pve.requests.clear()
+
+    lab.pve.before = swap
+    with pytest.raises(Kept, match="now belongs to another VM"):
+        power.run(ctx, ctx.select(ours.vmid), operation)
+    lab.untouched(swapped[0], status="running" if operation == "stop" else "stopped")
+
+
+@pytest.mark.parametrize("limits", [{"node_connections": 1}, {"connections": 1}])
+def test_no_queue_of_ours_lies_between_judging_and_acting(tmp_path: Path, limits: dict[str, Any]) -> None:
+    """The others' slow reads take the only place; whoever acts waits for it before the VM is judged."""
+    lab = Lab(tmp_path, storage=None)
+    try:
+        made = [lab.create(name) for name in ("a1", "b1", "c1")]
+        seen: dict[int, list[tuple[str, float]]] = {one.vmid: [] for one in made}
+
+        def note(method: str, path: str) -> None:
+            found = re.search(r"/qemu/(\d+)(.*)", path)
+            if found and int(found[1]) in seen and "/tasks/" not in path:
+                seen[int(found[1])].append((f"{method} {found[2]}", time.monotonic()))
+
+        lab.pve.before = note
+        for one in made:
+            lab.pve.fault("GET", f"/qemu/{one.vmid}/config", "hang", seconds=0.7, carry_out=True, times=20)
+        base = lab.context(**limits)
+        with ThreadPoolExecutor(3) as pool:
+            def away(vmid: int) -> Any:
+                ctx = base.derive(actor="x")
+                return destroy.run(ctx, [(ctx.select(vmid), destroy.Request(force=True))])[0].outcome
+
+            assert list(pool.map(away, seen)) == ["destroyed"] * 3
+        for requests in seen.values():
+            for (before, _at), (what, at) in itertools.pairwise(requests):
+                if what in ("POST /status/stop", "DELETE "):
+                    last = max(moment for asked, moment in requests if moment < at and asked in ("GET /config", "PUT /config"))
+                    # The read itself hangs for 0.7 s.
+                    assert before in ("GET /config", "PUT /config") and at - last < 1.2, requests
+    finally:
+        lab.stop()
 
 
 def test_a_disk_is_resized_only_while_the_vm_is_what_it_was_judged_to_be(lab: Lab) -> None:

@@ -78,6 +78,68 @@ def test_a_configuration_that_changes_all_the_time_is_left_alone(lab: Lab, reque
     assert made.state == "RUNNING" and boot_size(lab, made.vmid) == "20G"
 
 
+@pytest.mark.parametrize("ending", ["checksum missmatch (file change by other user?)", "can't lock file '/var/lock/qemu-server/lock-1000.conf' - got timeout"])
+def test_a_resize_whose_task_met_another_one_is_asked_for_again(lab: Lab, ending: str) -> None:
+    lab.pve.next_task("resize", "fail", text=ending)
+    made = lab.create("a1", disk_size="+10G")
+    assert made.state == "RUNNING" and boot_size(lab, made.vmid) == "13G"
+
+
+def test_protection_that_somebody_sets_meanwhile_stays(lab: Lab) -> None:
+    lab.pve.vm(9000).config["protection"] = 1
+
+    def protect(method: str, path: str) -> None:
+        if method == "PUT" and path.endswith("/config"):
+            lab.pve.before = None
+            lab.pve.vm(1000).config.update(protection=1, description=lab.pve.vm(1000).config["description"] + "keep me\n")
+
+    lab.pve.before = protect
+    lab.create("a1", cores=3)
+    config = lab.pve.vm(1000).config
+    assert str(config["protection"]) == "1" and int(config["cores"]) == 3
+
+
+@pytest.mark.parametrize("how", ["cut-before", "595", "596"])
+def test_a_look_for_the_address_that_fails_ends_nothing(lab: Lab, how: str) -> None:
+    if how.isdecimal():
+        lab.pve.fault("GET", "/agent/network-get-interfaces", "answer", status=int(how), times=5)
+    else:
+        lab.pve.fault("GET", "/agent/network-get-interfaces", how, times=5)
+    assert lab.create("a1", wait_for_ip=True).state == "RUNNING"
+
+
+def test_a_creation_that_was_told_to_run_again_is_not_given_up_meanwhile(lab: Lab) -> None:
+    lab.pve.agent_default = False
+    with pytest.raises(TaskTimeout, match="Run again to go on waiting"):
+        lab.create("a1", wait_for_ip=True, options=PATIENCE)
+    assert lab.reconcile() == []
+    assert lab.records()[0].state == "BOOTING"
+    lab.pve.agent_default = True
+    lab.pve._agent_up(lab.pve.vm(1000))
+    assert lab.create("a1", wait_for_ip=True).state == "RUNNING"
+
+
+def test_a_creation_goes_on_where_it_was_after_a_destroy_that_was_refused(lab: Lab) -> None:
+    lab.pve.agent_default = False
+    with pytest.raises(TaskTimeout):
+        lab.create("a1", disk_size="+10G", wait_for_ip=True, options=PATIENCE)
+    vm = lab.pve.vm(1000)
+    vm.config["lock"] = "backup"
+    assert lab.destroy(1000, force=True)[0].reason == "locked"
+    del vm.config["lock"]
+    assert lab.create("a1", disk_size="+10G").state == "RUNNING" and boot_size(lab, 1000) == "13G"
+    assert lab.leftovers() == {"claims": [], "operations": []}
+
+
+def test_the_protection_of_a_template_does_not_bar_the_rest_of_a_creation(lab: Lab) -> None:
+    lab.pve.vm(9000).config["protection"] = 1
+    lab.pve.fault("PUT", "/qemu/1000/config", "cut-before")
+    with pytest.raises(AgentlabError):
+        lab.create("a1")
+    assert lab.destroy(1000, force=True)[0].reason == "protected"
+    assert lab.create("a1").state == "RUNNING"
+
+
 @pytest.mark.parametrize(("drive", "more", "size"), [("a:b,size=3G", "+10G", "13631488K"), ("a:b,size=2252M,ssd=1", "+512K", "2306560K"),
                                                      ("a:b,iothread=1,size=1T", "+1T", "2147483648K"), ("a:b,size=1048576", "+1M", "2048K")])
 def test_the_sum_of_sizes(drive: str, more: str, size: str) -> None:

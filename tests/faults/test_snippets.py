@@ -65,6 +65,16 @@ def test_a_umask_that_is_wide_open_changes_nothing(lab: Lab, folder: Path) -> No
     assert stat.S_IMODE((folder / snippets(folder)[0]).stat().st_mode) == 0o600
 
 
+def test_a_folder_that_is_not_mounted_is_not_taken_for_removed_snippets(lab: Lab, folder: Path) -> None:
+    made = lab.create("a1", cloud_init_user_data=DATA)
+    away = folder.with_name("unmounted")
+    folder.rename(away)
+    outcome = lab.destroy(made.vmid, force=True)[0]
+    assert outcome.failed and outcome.reason == "snippet" and "is not there (a storage that is not mounted?)" in str(outcome.message)
+    away.rename(folder)
+    assert lab.destroy(made.vmid, force=True)[0].state == "DESTROYED" and snippets(folder) == []
+
+
 @pytest.mark.parametrize("way", ["destroy", "force", "prune", "vm_absent", "vmid_reused", "reconcile external", "failed start", "failed clone",
                                  "cicustom refused", "cloud-init failed"])
 def test_it_is_gone_after_every_way_out(lab: Lab, folder: Path, way: str) -> None:

@@ -94,7 +94,7 @@ def test_a_life(lab: Lab, storage: str) -> None:
     assert attach(lab, "w1", made.vmid).outcome == "attached" and attach(lab, "w1", made.vmid).outcome == "unchanged"
     lab.destroy(made.vmid, force=True)
     kept_whole(lab, found)
-    with pytest.raises(WorkspaceRefused, match="holds 12G of data .* use force=true"):
+    with pytest.raises(WorkspaceRefused, match="holds 12G of data .* use --force"):
         workspace.absent(lab.context(), "w1", force=False)
     assert workspace.absent(lab.context(), "w1", force=True).outcome == "deleted"
     assert workspace.absent(lab.context(), "w1", force=True).outcome == "not_found"
@@ -132,6 +132,50 @@ def test_a_slot_that_somebody_takes_meanwhile_is_not_taken_from_him(lab: Lab) ->
     assert lab.pve.vm(vmid).config["scsi30"] == "local-lvm:vm-1-disk-9,size=1G" and in_vm(lab, found) == []
     lab.pve.before = None
     assert attach(lab, "w1", vmid).outcome == "attached" and in_vm(lab, found) == [f"{vmid}:scsi29"]
+
+
+def test_a_workspace_that_is_renewed_before_it_is_taken_over_stays(lab: Lab) -> None:
+    lab.clock = FakeClock()
+    make(lab)
+    holder, other = lab.create("a1", workspace="w1", ttl=3600), lab.create("b1", ttl=36000)
+    lab.power("stop", holder.vmid)
+    lab.clock.pass_time(3700)
+    renewed: list[str] = []
+
+    class Records:
+        """Renews between the first look and the claim, as another run might."""
+
+        def __init__(self, real: Any) -> None:
+            self._real = real
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._real, name)
+
+        def claim(self, uuid: str, operation: str, **values: Any) -> Any:
+            if operation == "detach_workspace" and not renewed:
+                renewed.append(attach(lab, "w1", holder.vmid, 7200).outcome)
+            return self._real.claim(uuid, operation, **values)
+
+    ctx = lab.context()
+    ctx.records = Records(ctx.records)  # type: ignore[assignment]
+    with pytest.raises(WorkspaceRefused, match="w1' is ATTACHED to sandbox"):
+        workspace.attached(ctx, "w1", ctx.select(other.vmid))
+    assert renewed == ["renewed"] and now(lab).vmid == holder.vmid
+
+
+def test_no_disk_is_pulled_out_of_a_machine_that_runs_again(lab: Lab) -> None:
+    found = make(lab)
+    made = lab.create("a1", workspace="w1")
+    lab.edited_before("/config", times=99)
+    assert lab.destroy(made.vmid, force=True)[0].reason == "changed" and now(lab).state == "DETACHING"
+    lab.pve.before = None
+    lab.power("start", made.vmid)
+    time.sleep(2.1)
+    drift = lab.reconcile()
+    assert [one.error for one in drift if one.error] and "which runs; detach it, or stop the sandbox" in str([one.error for one in drift])
+    assert len(in_vm(lab, found)) == 1 and now(lab).state == "DETACHING"
+    detach(lab, "w1")
+    kept_whole(lab, found)
 
 
 def test_what_is_refused_before_anything_is_made(lab: Lab) -> None:

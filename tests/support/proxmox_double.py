@@ -885,8 +885,6 @@ class ProxmoxDouble(FakePve):
     async def _qm_resize(self, v: dict[str, Any], user: str) -> str:
         vm = self.find(v["node"], v["vmid"])
         self.need_quorum()
-        if v.get("digest") and v["digest"] != vm.digest():
-            raise PveError(500, "checksum mismatch (file change by other user?)")
         self._check_lock(vm)
         key = v["disk"]
         if key not in vm.config:
@@ -901,6 +899,9 @@ class ProxmoxDouble(FakePve):
             raise PveError(500, "shrinking disks is not supported")
 
         async def body() -> None:
+            # Under the lock, and thus in the task.
+            if v.get("digest") and v["digest"] != vm.digest():
+                raise TaskError("checksum mismatch (file change by other user?)")
             if known is not None:
                 known["size"] = wanted
             vm.config[key] = join_drive(volume, dict(props, size=format_size(wanted)))

@@ -136,7 +136,9 @@ def remove(ctx: Context, sandbox: Sandbox) -> None:
         try:
             os.unlink(path)
         except FileNotFoundError:
-            pass
+            if not os.path.isdir(os.path.dirname(path)):
+                raise Kept("snippet", f"sandbox {sandbox.vmid}: the folder of its cloud-init snippet {path} is not there (a storage that is not mounted?), so "
+                           "it may still exist; mount it, or make the folder if it is gone for good, then run again", vmid=sandbox.vmid) from None
         except OSError as error:
             raise Kept("snippet", f"sandbox {sandbox.vmid}: its cloud-init snippet {path} cannot be removed: {error.strerror}; remove it, or run as a user "
                        "who may, then run again", vmid=sandbox.vmid) from None

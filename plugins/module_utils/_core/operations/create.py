@@ -35,7 +35,7 @@ from ..errors import (
 from ..model import Outcome, Sandbox
 from ..proxmox import identity
 from ..proxmox.client import not_begun
-from ..store.records import Claim
+from ..store.records import AWAITED, Claim
 from . import cloud_init, create_recovery, destroy, power, workspace_disk
 from .context import Context, refuse_cut_off
 from .verify import Located, guarded, locate, match_if_readable, require_match
@@ -249,6 +249,9 @@ def _carry_on(ctx: Context, claim: Claim, spec: Spec, sandbox: Sandbox, journal:
             raise CreationFailed(f"sandbox {sandbox.vmid}: its lease ran out before it was ready; prune removes it, use a longer ttl",
                                  vmid=sandbox.vmid) from None
         error.detail.setdefault("vmid", sandbox.vmid)
+        if isinstance(error, TaskTimeout) and sandbox.smbios_uuid is not None:
+            # Whoever asked was told to ask again.
+            ctx.records.journal(claim, "create", AWAITED, noted)
         raise
     except cloud_init.CloudInitFailed as error:
         # The VM stays for whoever wants to know why; what its user data said does not.
@@ -431,6 +434,9 @@ def _configure(ctx: Context, claim: Claim, spec: Spec, sandbox: Sandbox, found: 
     """One config write with what the clone call cannot carry, then the disk's size, each guarded by the digest of what was judged; the VM as judged last."""
     def write(located: Located) -> None:
         changes = _changes(ctx, spec, sandbox, located.config)
+        if located is not found:
+            # What is set by now is somebody's wish, and not the template's.
+            changes.pop("protection", None)
         if changes:
             ctx.client.put(f"{located.path}/config", digest=located.digest, **changes)
 
@@ -450,9 +456,7 @@ def _configure(ctx: Context, claim: Claim, spec: Spec, sandbox: Sandbox, found: 
                 ctx.records.journal(claim, "create", "configuring", noted)
             size = noted["disk_size"]
         found = require_match(ctx, sandbox)
-        answer = guarded(ctx, sandbox, found, lambda located: ctx.client.put(f"{located.path}/resize", disk=disk, size=size, digest=located.digest))
-        if isinstance(answer, str) and answer.startswith("UPID:"):
-            ctx.tasks.wait(answer, f"resize disk {disk} of VM {sandbox.vmid}", ctx.wait_timeout)
+        guarded(ctx, sandbox, found, lambda located: power.resize(ctx, located, disk, size, f"resize disk {disk} of VM {sandbox.vmid}"))
         # It may have taken long: what is started next is looked at once more.
         found = require_match(ctx, sandbox)
     return found
@@ -530,6 +534,9 @@ def _await_ip(ctx: Context, claim: Claim, sandbox: Sandbox, found: Located, note
         except ApiError as error:
             if error.status != 500:
                 raise
+        except (Unreachable, OutcomeUnknown):
+            # One look that failed ends no wait: the sandbox is there.
+            pass
         if ctx.clock.monotonic() > deadline:
             raise TaskTimeout(f"sandbox {sandbox.vmid} runs, but its guest agent named no address within {ctx.wait_timeout} s (wait_timeout); is "
                               "qemu-guest-agent in the template and agent=1 set? Run again to go on waiting", vmid=sandbox.vmid)

@@ -253,6 +253,9 @@ def _until_gone(ctx: Context, planned: Sandbox, request: Request) -> Outcome | _
                 if _locate(ctx, current, claim, detail).node is not None:
                     raise
         for attempt in range(_MARK_TRIES):
+            with contextlib.suppress(ProxmoxError):
+                # Needed after the VM was judged, and not to be read between that and the stop.
+                ctx.cluster.nodes()
             found = _locate(ctx, current, claim, detail)
             current = ctx.records.get(current.uuid) if current.smbios_uuid is None else current
             if found.node is None:
@@ -314,36 +317,37 @@ def _until_gone(ctx: Context, planned: Sandbox, request: Request) -> Outcome | _
                     raise
                 continue
             ctx.records.journal(claim, "destroy", "deleting", detail, unprotected=not request.clean_up)
-            try:
-                _mark(ctx, request, found)
-            except ApiError as error:
-                sent = cut_off is not None
-                if _vanished(ctx, error, attempt, "checksum mismatch", "does not exist"):
-                    continue
-                if "checksum mismatch" in error.text:
-                    raise Kept("changed", f"sandbox {current.vmid}: its VM's configuration keeps changing; it was left alone, run again") from None
-                raise Kept("locked" if "is locked" in error.text else "unknown" if error.status == 500 else "denied",
-                           f"sandbox {current.vmid}: the VM was not deleted, because it cannot be marked: {error.message}") from None
-            sent = True
-            if cut_off:
-                # Another one, whose time counts.
-                ctx.records.journal(claim, "destroy", "deleting", {**detail, "since": ctx.clock.now()})
-            try:
-                upid = ctx.client.delete(found.path, purge=1)
-            except ApiError as error:
-                sent = _only_the_first(ctx, claim, cut_off, detail)
-                if "is running" in error.text and attempt + 1 < _MARK_TRIES:
-                    # The list said stopped (it lags), or it was started meanwhile: judge it again, then stop it.
-                    ctx.cluster.vms(fresh=True).get(current.vmid, {})["status"] = "running"
-                    stopped = False
-                    continue
-                if "does not exist" in error.text:
-                    ctx.cluster.vms(fresh=True)
-                    continue
-                if not_begun(error.text) and attempt + 1 < _MARK_TRIES:
-                    ctx.clock.sleep(1.0)
-                    continue
-                raise
+            with ctx.client.held(found.path):
+                try:
+                    _mark(ctx, request, found)
+                except ApiError as error:
+                    sent = cut_off is not None
+                    if _vanished(ctx, error, attempt, "checksum mismatch", "does not exist"):
+                        continue
+                    if "checksum mismatch" in error.text:
+                        raise Kept("changed", f"sandbox {current.vmid}: its VM's configuration keeps changing; it was left alone, run again") from None
+                    raise Kept("locked" if "is locked" in error.text else "unknown" if error.status == 500 else "denied",
+                               f"sandbox {current.vmid}: the VM was not deleted, because it cannot be marked: {error.message}") from None
+                sent = True
+                if cut_off:
+                    # Another one, whose time counts.
+                    ctx.records.journal(claim, "destroy", "deleting", {**detail, "since": ctx.clock.now()})
+                try:
+                    upid = ctx.client.delete(found.path, purge=1)
+                except ApiError as error:
+                    sent = _only_the_first(ctx, claim, cut_off, detail)
+                    if "is running" in error.text and attempt + 1 < _MARK_TRIES:
+                        # The list said stopped (it lags), or it was started meanwhile: judge it again, then stop it.
+                        ctx.cluster.vms(fresh=True).get(current.vmid, {})["status"] = "running"
+                        stopped = False
+                        continue
+                    if "does not exist" in error.text:
+                        ctx.cluster.vms(fresh=True)
+                        continue
+                    if not_begun(error.text) and attempt + 1 < _MARK_TRIES:
+                        ctx.clock.sleep(1.0)
+                        continue
+                    raise
             if not isinstance(upid, str):
                 raise OutcomeUnknown(f"delete VM {current.vmid}: Proxmox answered without a task id; whether it was done is not known, run again")
             upids.append(upid)
@@ -416,17 +420,31 @@ def _abandon(ctx: Context, claim: Claim, sandbox: Sandbox, request: Request, err
         now = ctx.records.get(sandbox.uuid)
         to = states.STOPPED if stopped and now.state in (states.READY, states.RUNNING, states.SUSPENDED) else None
         unbound = now.smbios_uuid is None and claim.interrupted is not None
+        creation = _cut_off_creation(claim, now) if to is None and not uncertain and not unbound else None
         if isinstance(error, StateConflict) or (isinstance(error, Kept) and reason == "protected" and not stopped):
             # Refused by the rules: not worth an event each time it is asked.
             if not unbound and not uncertain:
                 _drop_journal(ctx, claim)
         else:
             ctx.records.change(claim, now, request.operation, to=to, outcome="kept" if isinstance(error, Kept) else "failed", reason=reason,
-                               evidence=evidence, finish=not uncertain and not unbound)
+                               evidence=evidence, finish=not uncertain and not unbound and creation is None)
+        if creation is not None:
+            # It is as far as it was: what it has done already is not to be done twice.
+            ctx.records.journal(claim, "create", str(creation.pop("phase")), creation)
     except (StoreError, ClaimLost):
         pass
     finally:
         give_back(ctx, claim)
+
+
+def _cut_off_creation(claim: Claim, now: Sandbox) -> dict[str, Any] | None:
+    """What a creation had noted that was cut off before this destroy, and that can still be gone on with."""
+    if claim.interrupted is None or not (now.state in states.CREATING or now.state == states.READY):
+        return None
+    found = _creation_of(claim.interrupted)
+    if found is not None:
+        found.pop("at", None)
+    return found
 
 
 def _drop_journal(ctx: Context, claim: Claim) -> None:

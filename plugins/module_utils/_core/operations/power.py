@@ -14,7 +14,7 @@ from ..model import Outcome, Sandbox
 from ..proxmox.client import not_begun
 from ..store.records import Claim
 from .context import Context, refuse_cut_off
-from .verify import Located, refuse_locked, require_match
+from .verify import Located, just_judged, refuse_locked, require_match
 
 _LOCK_TRIES = 3
 # What is asked of Proxmox, and the state it leads to.
@@ -121,7 +121,9 @@ def _task(ctx: Context, sandbox: Sandbox, found: Located, what: str, action: str
     while True:
         tries += 1
         try:
-            upid = ctx.client.post(f"{found.path}/{action}", **params)
+            with ctx.client.held(found.path) as waited:
+                found = just_judged(ctx, sandbox, found, waited)
+                upid = ctx.client.post(f"{found.path}/{action}", **params)
             if not isinstance(upid, str):
                 raise OutcomeUnknown(f"{what}: Proxmox answered without a task id; whether it was done is not known, run again")
             upids.append(upid)
@@ -131,8 +133,13 @@ def _task(ctx: Context, sandbox: Sandbox, found: Located, what: str, action: str
             if tries >= _LOCK_TRIES or not not_begun(error.text if isinstance(error, ApiError) else error.exitstatus):
                 raise
         ctx.clock.sleep(1.0)
-        # That took its time: whose VM it is now is looked at before the next try.
-        found = require_match(ctx, sandbox)
+
+
+def resize(ctx: Context, located: Located, disk: str, size: str, what: str) -> None:
+    """To an absolute size: asking twice is asking once."""
+    answer = ctx.client.put(f"{located.path}/resize", disk=disk, size=size, digest=located.digest)
+    if isinstance(answer, str) and answer.startswith("UPID:"):
+        ctx.tasks.wait(answer, what, ctx.wait_timeout)
 
 
 def status(ctx: Context, found: Located) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from .. import states
 from ..errors import AgentlabError, GuardTripped, Kept, ProxmoxError, RecordChanged, StateConflict
 from ..model import Sandbox
 from ..proxmox import identity
-from ..store.records import POINT_OF_NO_RETURN, Operation
+from ..store.records import AWAITED, POINT_OF_NO_RETURN, Operation
 from . import cloud_init, destroy, lease, power, remains, timeguard, workspace
 from .context import Context
 from .verify import Located, locate
@@ -177,6 +177,9 @@ def _finish_interrupted(ctx: Context) -> list[Drift]:
                     outcome = destroy.run(ctx, [(sandbox, request)])[0]
                     drift.sandbox = outcome.sandbox or sandbox
                     drift.applied, drift.error = not outcome.failed, outcome.message if outcome.failed else None
+            elif left.kind == "create" and left.phase == AWAITED and sandbox.state in states.CREATING:
+                # Its VM is there, and its run said to run again; if nobody does, the lease ends it.
+                continue
             elif left.kind == "create" and sandbox.state in states.CREATING:
                 drift.action = "creation given up: FAILED"
                 give_up_creation(ctx, sandbox)

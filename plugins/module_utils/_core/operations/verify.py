@@ -6,18 +6,25 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from .. import states
-from ..errors import ApiError, Kept, ProxmoxError, Unreachable
+from ..errors import ApiError, Kept, ProxmoxError, TaskFailed, Unreachable
 from ..model import Sandbox
 from ..proxmox import identity
+from ..proxmox.client import not_begun
 from .context import Context
 
+# Resizing says it in its task, and some releases write it with two s.
+_CHANGED = re.compile("checksum miss?match")
 # A task of a killed run, or a person, changes a configuration now and then; what changes it at each try will not end soon.
 _WRITE_TRIES = 3
+# Seconds: a few commits of a loaded disk; a queue that is noticed.
+_JUST_NOW = 2.0
+_SHORT_WAIT = 0.25
 
 
 @dataclass(slots=True)
@@ -27,6 +34,8 @@ class Located:
     node: str | None
     row: dict[str, Any]
     verdict: identity.Verdict | None
+    # When it was read: how many requests the thread had sent by then, and the time. None: not known.
+    read: tuple[int, float] | None = None
 
     @property
     def match(self) -> bool:
@@ -84,7 +93,7 @@ def locate(ctx: Context, sandbox: Sandbox) -> Located:
         verdict = identity.judge(sandbox.uuid, sandbox.smbios_uuid, config)
         if verdict.identity == identity.MATCH:
             ctx.cluster.seen_ours(sandbox.vmid)
-        return Located(node, row, verdict)
+        return Located(node, row, verdict, (ctx.client.asked, ctx.clock.monotonic()))
     return Located(None, {}, None)
 
 
@@ -102,6 +111,13 @@ def require_match(ctx: Context, sandbox: Sandbox) -> Located:
     return found
 
 
+def just_judged(ctx: Context, sandbox: Sandbox, found: Located, waited: float) -> Located:
+    """For what has no precondition (start, stop, suspend): the VM as it was judged, if nothing was asked and no time went by since; judged anew
+    otherwise. ``waited``: seconds that this request has waited for its place."""
+    same = found.read is not None and found.read[0] == ctx.client.asked and waited < _SHORT_WAIT and ctx.clock.monotonic() - found.read[1] < _JUST_NOW
+    return found if same else require_match(ctx, sandbox)
+
+
 def match_if_readable(ctx: Context, sandbox: Sandbox) -> Located | None:
     """As require_match, for those who wait and look again anyway: None where it cannot be read just now."""
     try:
@@ -113,13 +129,17 @@ def match_if_readable(ctx: Context, sandbox: Sandbox) -> Located | None:
 
 
 def guarded(ctx: Context, sandbox: Sandbox, found: Located, write: Callable[[Located], Any]) -> Any:
-    """What ``write`` answers, which sends one request with the digest of the VM it is given. Where the configuration became another one, the VM is judged anew
-    and ``write`` called with that; Kept when it changes each time."""
+    """What ``write`` answers, which sends one request with the digest of the VM it is given, and waits for its task. Where the configuration became another
+    one, the VM is judged anew and ``write`` called with that; Kept when it changes each time."""
     for _time in range(_WRITE_TRIES):
         try:
             return write(found)
-        except ApiError as error:
-            if "checksum mismatch" not in error.text:
+        except (ApiError, TaskFailed) as error:
+            text = error.text if isinstance(error, ApiError) else error.exitstatus
+            if isinstance(error, TaskFailed) and not_begun(text):
+                # The task of a killed run has the lock.
+                ctx.clock.sleep(1.0)
+            elif not _CHANGED.search(text):
                 raise
         found = require_match(ctx, sandbox)
     raise Kept("changed", f"sandbox {sandbox.vmid}: its VM's configuration keeps changing; it was left as it is, run again")

@@ -193,10 +193,8 @@ def _grow(ctx: Context, found: Workspace, wanted: int) -> Done:
         slot = slot_of(ctx, sandbox, located, found)
         found = records(ctx).change(found, "grow", claim=claim, outcome="decided", reason="grow", evidence={"from": found.size, "to": wanted})
         # An absolute size: asking twice is asking once.
-        answer = guarded(ctx, sandbox, located, lambda now: ctx.client.put(
-            f"{now.path}/resize", disk=slot if now is located else slot_of(ctx, sandbox, now, found), size=show_size(wanted), digest=now.digest))
-        if isinstance(answer, str) and answer.startswith("UPID:"):
-            ctx.tasks.wait(answer, f"grow {found.title}", ctx.wait_timeout)
+        guarded(ctx, sandbox, located, lambda now: power.resize(
+            ctx, now, slot if now is located else slot_of(ctx, sandbox, now, found), show_size(wanted), f"grow {found.title}"))
         row = exists(ctx, found, str(located.node))
         size = int((row or {}).get("size") or wanted)
         done = records(ctx).change(found, "grow", claim=claim, reason="grown", size=size, evidence={"size": size})
@@ -284,6 +282,9 @@ def detached(ctx: Context, which: str, *, only_stopped: bool = False) -> Done:
             return Done("unchanged", found)
         if not current.live:
             return Done("detached", released(ctx, claim, current) or found, True)
+        if only_stopped:
+            # Renewed since it was looked at?
+            _check_over(ctx, found)
         if current.smbios_uuid is None:
             raise WorkspaceRefused(f"{found.title}: the creation of sandbox {current.vmid} is not finished; finish or destroy it first")
         located = require_match(ctx, current)
@@ -411,4 +412,8 @@ def finish(ctx: Context, found: Workspace) -> Workspace:
         located = require_match(ctx, current)
         if found.state == store.ATTACHING and naming(rows_of(ctx, str(located.node), current.vmid), found.volume):
             return attach(ctx, claim, current, located, found)
+        if found.state == store.DETACHING and power.status(ctx, located).get("status") != "stopped":
+            # A destroy that was given up, perhaps, and somebody works with it again: no disk is pulled out of a machine that runs.
+            raise Kept("workspace", f"{found.title}: it was being taken off sandbox {current.vmid}, which runs; detach it, or stop the sandbox",
+                       vmid=current.vmid)
         return off(ctx, claim, current, located, found) if found.state != store.ATTACHED else found

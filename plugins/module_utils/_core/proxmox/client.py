@@ -14,6 +14,7 @@ import contextlib
 import re
 import threading
 from collections import Counter
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 from urllib.parse import quote
@@ -79,8 +80,11 @@ class ProxmoxClient:
         self.requests = self.statistics.requests
         self._api: Any = None
         self._lock = threading.Lock()
-        # Node -> the requests that may be in flight to it.
+        # Node -> the requests that may be in flight to it; and to all of them.
         self._turns: dict[str, threading.Semaphore] = {}
+        self._places = threading.Semaphore(settings.connections)
+        # Of each thread: how many requests it has sent, and whether it holds a place.
+        self._mine = threading.local()
 
     # ---- connecting ----
 
@@ -182,8 +186,9 @@ class ProxmoxClient:
         while True:
             attempt += 1
             self.requests[f"{method} {_template(path)}"] += 1
+            self._mine.asked = self.asked + 1
             try:
-                with self._turn(path):
+                with self._place(path):
                     answer = self._guard(method, path, partial(_send, api, method, path, params, local=self.settings.api_host is None))
                 self.statistics.answered()
                 return self._read_back(path, params, answer) if isinstance(answer, _Unspoken) else answer
@@ -203,8 +208,35 @@ class ProxmoxClient:
                     raise
             self.clock.sleep(0.2 * 2**attempt)
 
+    @property
+    def asked(self) -> int:
+        """How many requests this thread has sent: two looks at it tell whether something was asked in between."""
+        return int(getattr(self._mine, "asked", 0))
+
+    @contextlib.contextmanager
+    def held(self, path: str) -> Iterator[float]:
+        """Wait for a place now, and keep it: what this thread asks within, one request directly after the other, queues behind nobody. Gives the
+        seconds that were waited."""
+        began = self.clock.monotonic()
+        with self._place(path):
+            before, self._mine.held = getattr(self._mine, "held", False), True
+            try:
+                yield self.clock.monotonic() - began
+            finally:
+                self._mine.held = before
+
+    @contextlib.contextmanager
+    def _place(self, path: str) -> Iterator[None]:
+        """Wait until there are no more than ``connections`` requests of ours in flight, and to the node that the path leads to no more than
+        ``node_connections``; each ends within api_timeout."""
+        if getattr(self._mine, "held", False):
+            yield
+            return
+        # The node's first: who waits for a slow node takes no place from the others.
+        with self._turn(path), self._places:
+            yield
+
     def _turn(self, path: str) -> contextlib.AbstractContextManager[Any]:
-        """Wait until the node that the path leads to has no more than ``node_connections`` requests of ours; each ends within api_timeout."""
         limit, parts = self.settings.node_connections, path.split("/", 2)
         if limit is None or parts[0] != "nodes" or len(parts) < 2:
             return contextlib.nullcontext()

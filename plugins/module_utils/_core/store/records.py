@@ -32,6 +32,8 @@ CLAIM_SECONDS = 3600
 _WAITS = 8
 # Phases of a destroy after which the VM may already be gone.
 POINT_OF_NO_RETURN = ("deleting", "waiting")
+# The phase of a creation that ended waiting, and that its next run goes on with.
+AWAITED = "awaited"
 # From the first of these on it is too late to protect a sandbox; a destroy that was cut off in it is still judged anew by the rules.
 _TOO_LATE_TO_PROTECT = ("detaching", *POINT_OF_NO_RETURN)
 _LIVE = "state <> 'DESTROYED'"
