@@ -134,6 +134,23 @@ def test_a_slot_that_somebody_takes_meanwhile_is_not_taken_from_him(lab: Lab) ->
     assert attach(lab, "w1", vmid).outcome == "attached" and in_vm(lab, found) == [f"{vmid}:scsi29"]
 
 
+def test_a_workspace_stays_as_long_as_its_sandbox_unless_it_was_given_for_another_time(lab: Lab) -> None:
+    lab.clock = FakeClock()
+    make(lab)
+    make(lab, "w2")
+    first, second, third = lab.create("a1", workspace="w1", ttl=3600), lab.create("b1", ttl=3600), lab.create("c1", ttl=36000)
+    attach(lab, "w2", second.vmid, 1800)
+    for holder in (first, second):
+        lab.renew(holder.vmid, 36000)
+    assert now(lab).lease_expires_at == lab.record(first).lease_expires_at
+    lab.clock.pass_time(3700)
+    for holder in (first, second):
+        lab.power("stop", holder.vmid)
+    with pytest.raises(WorkspaceRefused, match="w1' is ATTACHED to sandbox"):
+        attach(lab, "w1", third.vmid)
+    assert attach(lab, "w2", third.vmid).outcome == "attached"
+
+
 def test_a_workspace_that_is_renewed_before_it_is_taken_over_stays(lab: Lab) -> None:
     lab.clock = FakeClock()
     make(lab)

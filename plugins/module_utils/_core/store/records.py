@@ -404,6 +404,9 @@ class Records:
                 (expires_at, now, sandbox.uuid, latest, sandbox.generation))
             if done.rowcount != 1:
                 raise RecordChanged(f"sandbox {sandbox.vmid} was changed or expired while its lease was renewed", vmid=sandbox.vmid)
+            # A workspace is the sandbox's as long as its lease, unless it was given for another time.
+            conn.execute("UPDATE workspaces SET lease_expires_at = ?, updated_at = ? WHERE sandbox_uuid = ? AND lease_expires_at = ?",
+                         (expires_at, now, sandbox.uuid, sandbox.lease_expires_at))
             self._event(conn, sandbox, sandbox.state, sandbox.state, "keepalive" if keepalive else "renew_lease", outcome="done", evidence=evidence)
             return Sandbox.from_row(conn.execute(f"{_SELECT} WHERE uuid = ?", (sandbox.uuid,)).fetchone())
 
