@@ -288,6 +288,12 @@ def test_a_second_try_to_delete_judges_and_marks_anew(lab: Lab, said: str) -> No
     assert "agentlab-delete" not in str(swapped[0].config.get("description"))
 
 
+def test_a_mark_that_met_a_change_is_set_anew_however_proxmox_spells_it(lab: Lab) -> None:
+    ours = lab.timed_out()
+    lab.pve.fail("PUT", "/config", 500, "checksum missmatch (file change by other user?)", times=1)
+    assert [one.reason for one in lab.prune().pruned] == ["destroyed"] and lab.record(ours).state == "DESTROYED"
+
+
 def test_a_delete_that_was_not_begun_is_tried_again(lab: Lab) -> None:
     ours = lab.timed_out()
     lab.pve.fail("DELETE", f"/qemu/{ours.vmid}", 500, "got no worker upid - start worker failed", times=2)
@@ -329,8 +335,10 @@ def test_a_vm_swapped_while_the_quorum_is_looked_at_is_not_stopped(lab: Lab, act
     lab.untouched(swapped[0], status="running")
 
 
+@pytest.mark.parametrize("runs", [True, False])
 @pytest.mark.parametrize("operation", ["start", "stop"])
-def test_a_vm_swapped_while_its_power_state_is_looked_at_is_left_alone(lab: Lab, operation: str) -> None:
+def test_a_vm_swapped_while_its_power_state_is_looked_at_is_left_alone(lab: Lab, operation: str, runs: bool) -> None:
+    """And what was said of the stranger's power is not written down as the sandbox's."""
     ours = lab.create()
     if operation == "start":
         lab.power("stop", ours.vmid)
@@ -341,13 +349,14 @@ def test_a_vm_swapped_while_its_power_state_is_looked_at_is_left_alone(lab: Lab,
 
     def swap(_method: str, path: str) -> None:
         if path.endswith("/status/current") and not swapped:
-            swapped.append(lab.pve.make_foreign(ours.vmid, running=operation == "stop"))
+            swapped.append(lab.pve.make_foreign(ours.vmid, running=runs))
             lab.pve.requests.clear()
 
     lab.pve.before = swap
     with pytest.raises(Kept, match="now belongs to another VM"):
         power.run(ctx, ctx.select(ours.vmid), operation)
-    lab.untouched(swapped[0], status="running" if operation == "stop" else "stopped")
+    lab.untouched(swapped[0], status="running" if runs else "stopped")
+    assert lab.record(ours).state == ("STOPPED" if operation == "start" else "RUNNING")
 
 
 @pytest.mark.parametrize("limits", [{"node_connections": 1}, {"connections": 1}])

@@ -49,7 +49,7 @@ def encodable(text: str) -> bool:
 
 def fits(value: object, word: Word) -> bool:
     """Whether it looks like that. What YAML made of a yes is no word."""
-    return not isinstance(value, (bool, dict, list)) and word[0].fullmatch(str(value)) is not None
+    return not isinstance(value, (bool, dict, list)) and word[0].fullmatch(str(value)) is not None and encodable(str(value))
 
 
 def match(option: str, value: object, word: Word) -> None:

@@ -111,7 +111,7 @@ class Spec:
                     raise InvalidInput(f"{option}: has no effect with cloud_init_user_data, which replaces what Proxmox VE would say of users; "
                                        "put it into the user data", option=option)
         for number, key in enumerate(self.ssh_public_keys, 1):
-            if not words.PUBLIC_KEY[0].fullmatch(key.strip()) or not words.encodable(key):
+            if not words.fits(key.strip(), words.PUBLIC_KEY):
                 # It may be the private one.
                 raise InvalidInput(f"ssh_public_keys: the key number {number} is not a public key in one line (type, key, comment)", option="ssh_public_keys")
 
@@ -230,8 +230,6 @@ def _carry_on(ctx: Context, claim: Claim, spec: Spec, sandbox: Sandbox, journal:
             found = require_match(ctx, sandbox)
             workspace_disk.attach(ctx, claim, sandbox, found, disk)
             sandbox = ctx.records.get(sandbox.uuid)
-            # It may have taken long, too: all VMs that could have the workspace were read.
-            found = require_match(ctx, sandbox)
         done, warned = power.start(ctx, sandbox, found)
         upids += done
         warnings += warned
@@ -249,7 +247,7 @@ def _carry_on(ctx: Context, claim: Claim, spec: Spec, sandbox: Sandbox, journal:
             raise CreationFailed(f"sandbox {sandbox.vmid}: its lease ran out before it was ready; prune removes it, use a longer ttl",
                                  vmid=sandbox.vmid) from None
         error.detail.setdefault("vmid", sandbox.vmid)
-        if isinstance(error, TaskTimeout) and sandbox.smbios_uuid is not None:
+        if (isinstance(error, TaskTimeout) or (isinstance(error, Kept) and error.reason == "changed")) and sandbox.smbios_uuid is not None:
             # Whoever asked was told to ask again.
             ctx.records.journal(claim, "create", AWAITED, noted)
         raise
@@ -457,8 +455,6 @@ def _configure(ctx: Context, claim: Claim, spec: Spec, sandbox: Sandbox, found: 
             size = noted["disk_size"]
         found = require_match(ctx, sandbox)
         guarded(ctx, sandbox, found, lambda located: power.resize(ctx, located, disk, size, f"resize disk {disk} of VM {sandbox.vmid}"))
-        # It may have taken long: what is started next is looked at once more.
-        found = require_match(ctx, sandbox)
     return found
 
 

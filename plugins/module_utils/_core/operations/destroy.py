@@ -33,7 +33,7 @@ from ..errors import (
 )
 from ..model import Outcome, Sandbox
 from ..proxmox import identity
-from ..proxmox.client import not_begun
+from ..proxmox.client import changed, not_begun
 from ..store.records import POINT_OF_NO_RETURN, Claim, Operation
 from . import create_recovery, power, remains, workspace_disk
 from .context import Context, failure
@@ -253,9 +253,12 @@ def _until_gone(ctx: Context, planned: Sandbox, request: Request) -> Outcome | _
                 if _locate(ctx, current, claim, detail).node is not None:
                     raise
         for attempt in range(_MARK_TRIES):
-            with contextlib.suppress(ProxmoxError):
-                # Needed after the VM was judged, and not to be read between that and the stop.
-                ctx.cluster.nodes()
+            # Needed after the VM was judged, and not to be read between that and the stop. What it says (or why it does not) counts then.
+            no_quorum: AgentlabError | None = None
+            try:
+                ctx.cluster.require_quorum()
+            except (ProxmoxError, Kept) as error:
+                no_quorum = error
             found = _locate(ctx, current, claim, detail)
             current = ctx.records.get(current.uuid) if current.smbios_uuid is None else current
             if found.node is None:
@@ -263,7 +266,8 @@ def _until_gone(ctx: Context, planned: Sandbox, request: Request) -> Outcome | _
                 doubtful = cut_off is not None and ctx.clock.now() - since <= ctx.config.doubt_window
                 return _Gone(claim, current, before, "vm_absent", {}, began, upids, warnings, quiet, doubtful)
             if found.verdict and found.verdict.identity == identity.FOREIGN:
-                ctx.cluster.require_quorum()
+                if no_quorum is not None:
+                    raise no_quorum
                 ctx.cluster.confirm()
                 return _Gone(claim, current, before, "vmid_reused", found.verdict.evidence, began, upids, warnings)
             refuse_not_ours(current, found)
@@ -279,7 +283,8 @@ def _until_gone(ctx: Context, planned: Sandbox, request: Request) -> Outcome | _
                 if not _vanished(ctx, error, attempt):
                     raise
                 continue
-            ctx.cluster.require_quorum()
+            if no_quorum is not None:
+                raise no_quorum
             if asked:
                 # That took its time, and a stop has no precondition: whose VM it is now is looked at directly before it.
                 again = _locate(ctx, current, claim, detail)
@@ -322,9 +327,9 @@ def _until_gone(ctx: Context, planned: Sandbox, request: Request) -> Outcome | _
                     _mark(ctx, request, found)
                 except ApiError as error:
                     sent = cut_off is not None
-                    if _vanished(ctx, error, attempt, "checksum mismatch", "does not exist"):
+                    if _vanished(ctx, error, attempt):
                         continue
-                    if "checksum mismatch" in error.text:
+                    if changed(error.text):
                         raise Kept("changed", f"sandbox {current.vmid}: its VM's configuration keeps changing; it was left alone, run again") from None
                     raise Kept("locked" if "is locked" in error.text else "unknown" if error.status == 500 else "denied",
                                f"sandbox {current.vmid}: the VM was not deleted, because it cannot be marked: {error.message}") from None
@@ -394,9 +399,9 @@ def _locate(ctx: Context, sandbox: Sandbox, claim: Claim | None = None, detail: 
     return create_recovery.locate_unbound(ctx, sandbox, claim, (detail or {}).get("create"))
 
 
-def _vanished(ctx: Context, error: ApiError | TaskFailed, attempt: int, *signs: str) -> bool:
+def _vanished(ctx: Context, error: ApiError | TaskFailed, attempt: int) -> bool:
     """Whether the VM moved, changed, or was deleted for a killed run, since it was judged, so that it is to be looked for and judged again."""
-    if attempt + 1 >= _MARK_TRIES or not any(sign in error.message for sign in signs or ("does not exist",)):
+    if attempt + 1 >= _MARK_TRIES or not ("does not exist" in error.message or changed(error.message)):
         return False
     ctx.cluster.vms(fresh=True)
     return True

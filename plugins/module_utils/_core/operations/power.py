@@ -77,8 +77,12 @@ def settle(ctx: Context, claim: Claim, sandbox: Sandbox, operation: str, *, to: 
 
 def stop(ctx: Context, sandbox: Sandbox, found: Located, *, hard: bool) -> tuple[list[str], list[str]]:
     """Stop a VM that was just judged to be ours; gracefully with a hard end after shutdown_timeout, or hard at once."""
-    if str(found.row.get("status")) == "stopped" and status(ctx, found).get("status") == "stopped":
-        return [], []
+    if str(found.row.get("status")) == "stopped":
+        now = status(ctx, found)
+        # Believed only if that was said of our VM.
+        found = require_match(ctx, sandbox)
+        if now.get("status") == "stopped":
+            return [], []
     what = f"stop VM {sandbox.vmid}"
     if hard or not ctx.config.shutdown_timeout:
         upids, warnings = _task(ctx, sandbox, found, what, "status/stop")
@@ -97,8 +101,9 @@ def stop(ctx: Context, sandbox: Sandbox, found: Located, *, hard: bool) -> tuple
 
 
 def start(ctx: Context, sandbox: Sandbox, found: Located) -> tuple[list[str], list[str]]:
-    """Start or resume a VM that was just judged to be ours."""
+    """Start or resume a VM that was judged to be ours; it is judged once more, after its power state was read."""
     now = status(ctx, found)
+    found = require_match(ctx, sandbox)
     what = f"start VM {sandbox.vmid}"
     if now.get("status") == "running":
         if now.get("qmpstatus") in ("paused", "suspended"):

@@ -197,7 +197,8 @@ def _finish_interrupted(ctx: Context) -> list[Drift]:
                     if left.kind == "start" and current.state in (states.STOPPED, states.SUSPENDED) and current.smbios_uuid is not None:
                         # Its answer was lost. A VM that runs is not left under a record that no lease ends.
                         found_there = locate(ctx, current)
-                        if found_there.match and power.runs(ctx, found_there):
+                        # What was said of its power counts if that was our VM, before and after.
+                        if found_there.match and power.runs(ctx, found_there) and locate(ctx, current).match:
                             drift.action = "start finished"
                             current = ctx.records.change(claim, current, "start", to=states.RUNNING, reason="started")
                     ctx.records.change(claim, current, left.kind, outcome="interrupted", reason=left.phase, finish=True)

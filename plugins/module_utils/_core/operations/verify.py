@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,11 +14,9 @@ from .. import states
 from ..errors import ApiError, Kept, ProxmoxError, TaskFailed, Unreachable
 from ..model import Sandbox
 from ..proxmox import identity
-from ..proxmox.client import not_begun
+from ..proxmox.client import changed, not_begun
 from .context import Context
 
-# Resizing says it in its task, and some releases write it with two s.
-_CHANGED = re.compile("checksum miss?match")
 # A task of a killed run, or a person, changes a configuration now and then; what changes it at each try will not end soon.
 _WRITE_TRIES = 3
 # Seconds: a few commits of a loaded disk; a queue that is noticed.
@@ -135,11 +132,12 @@ def guarded(ctx: Context, sandbox: Sandbox, found: Located, write: Callable[[Loc
         try:
             return write(found)
         except (ApiError, TaskFailed) as error:
+            # Resizing says it in its task.
             text = error.text if isinstance(error, ApiError) else error.exitstatus
             if isinstance(error, TaskFailed) and not_begun(text):
                 # The task of a killed run has the lock.
                 ctx.clock.sleep(1.0)
-            elif not _CHANGED.search(text):
+            elif not changed(text):
                 raise
         found = require_match(ctx, sandbox)
     raise Kept("changed", f"sandbox {sandbox.vmid}: its VM's configuration keeps changing; it was left as it is, run again")

@@ -376,6 +376,11 @@ def _send(api: Any, method: str, path: str, params: dict[str, Any], *, local: bo
     return found
 
 
+def changed(text: str) -> bool:
+    """True when Proxmox says by this that the configuration is not the one of the digest any more; some releases write it with two s."""
+    return re.search("checksum miss?match", text) is not None
+
+
 def not_begun(text: str) -> bool:
     """True when Proxmox says by this that it did not begin: no worker, or a lock not got."""
     return any(part in text for part in _NOT_BEGUN)

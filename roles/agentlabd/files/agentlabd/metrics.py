@@ -145,7 +145,8 @@ class Metrics:
     def prune_stopped(self, error: AgentlabError, *, by_rules: bool = False) -> None:
         """Count a run that did nothing, or broke off. ``by_rules``: of the cleanup rules; a limit that somebody gives for one prune is no alarm."""
         if isinstance(error, GuardTripped):
-            self.guard_trips.inc(by_rules)
+            if by_rules:
+                self.guard_trips.inc()
             self.prune_candidates.set(int(error.detail.get("count") or 0))
         self.prune_runs.labels("guard" if isinstance(error, GuardTripped) else "frozen" if isinstance(error, Frozen) else "failed").inc()
 
