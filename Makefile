@@ -81,6 +81,8 @@ unit: setup ## Tests of rules, store and operations, and of what the files of th
 scenarios: setup ## Every module in real playbooks against a fake Proxmox VE
 	@echo "==> Scenarios"
 	@$(PYTEST) tests/scenarios $(PYTEST_ARGS)
+	@echo "==> Scenarios, modules shipped as to another host"
+	@AGENTLAB_TEST_SHIPPED=1 $(PYTEST) tests/scenarios $(PYTEST_ARGS)
 
 scenarios-everyday: setup ## A life of each module in real playbooks, and what holds for all of them
 	@echo "==> Scenarios, the everyday ones"

@@ -46,9 +46,12 @@ def _context(module: AnsibleModule, config: core_config.Config) -> Context:
 
 
 def run(argument_spec: dict[str, Any], work: Callable[[AnsibleModule, Any], dict[str, Any]], *,
-        make: Callable[[AnsibleModule, core_config.Config], Any] = _context, **kwargs: Any) -> None:
-    """Run a module: make what it works on (a Context) from options, environment and file, call ``work``, answer. Never shows a trace for what we know."""
-    module = AnsibleModule(argument_spec={**COMMON_ARGS, **argument_spec}, supports_check_mode=True, **kwargs)
+        make: Callable[[AnsibleModule, core_config.Config], Any] = _context, front: Any = AnsibleModule, **kwargs: Any) -> None:
+    """Run a module: make what it works on (a Context) from options, environment and file, call ``work``, answer. Never shows a trace for what we know.
+
+    ``front`` stands for Ansible: AnsibleModule in a module that was shipped, something of the same kind in one that runs in place (plugins/action).
+    """
+    module = front(argument_spec={**COMMON_ARGS, **argument_spec}, supports_check_mode=True, **kwargs)
     context: Any = None
     try:
         found = core_config.load(module.params, os.environ)

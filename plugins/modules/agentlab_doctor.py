@@ -127,8 +127,8 @@ def work(module, found):
     return result
 
 
-def main():
-    _adapter.run(ARGUMENT_SPEC, work, make=make)
+def main(front=_adapter.AnsibleModule):
+    _adapter.run(ARGUMENT_SPEC, work, front=front, make=make)
 
 
 if __name__ == "__main__":

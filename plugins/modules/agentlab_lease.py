@@ -78,8 +78,8 @@ def work(module, context):
     return _lease.run(module, context)
 
 
-def main():
-    _adapter.run(ARGUMENT_SPEC, work, mutually_exclusive=[_adapter.SELECT_EXCLUSIVE[0]], required_one_of=[_adapter.SELECT_EXCLUSIVE[0]])
+def main(front=_adapter.AnsibleModule):
+    _adapter.run(ARGUMENT_SPEC, work, front=front, mutually_exclusive=[_adapter.SELECT_EXCLUSIVE[0]], required_one_of=[_adapter.SELECT_EXCLUSIVE[0]])
 
 
 if __name__ == "__main__":

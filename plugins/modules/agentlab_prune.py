@@ -113,8 +113,8 @@ def work(module, context):
     return result
 
 
-def main():
-    _adapter.run(ARGUMENT_SPEC, work)
+def main(front=_adapter.AnsibleModule):
+    _adapter.run(ARGUMENT_SPEC, work, front=front)
 
 
 if __name__ == "__main__":

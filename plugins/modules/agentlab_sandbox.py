@@ -267,8 +267,8 @@ def work(module, context):
     return _sandbox.run(module, context, CREATION)
 
 
-def main():
-    _adapter.run(ARGUMENT_SPEC, work, mutually_exclusive=[("vmid", "vmids"), ("name", "vmids")])
+def main(front=_adapter.AnsibleModule):
+    _adapter.run(ARGUMENT_SPEC, work, front=front, mutually_exclusive=[("vmid", "vmids"), ("name", "vmids")])
 
 
 if __name__ == "__main__":

@@ -123,8 +123,8 @@ def work(module, context):
                           identities=params["verify_identity"]), changed=False)
 
 
-def main():
-    _adapter.run(ARGUMENT_SPEC, work, mutually_exclusive=[_adapter.SELECT_EXCLUSIVE[0]])
+def main(front=_adapter.AnsibleModule):
+    _adapter.run(ARGUMENT_SPEC, work, front=front, mutually_exclusive=[_adapter.SELECT_EXCLUSIVE[0]])
 
 
 if __name__ == "__main__":

@@ -144,8 +144,8 @@ def work(module, context):
     return _workspace.run(module, context)
 
 
-def main():
-    _adapter.run(ARGUMENT_SPEC, work, mutually_exclusive=[("vmid", "sandbox")])
+def main(front=_adapter.AnsibleModule):
+    _adapter.run(ARGUMENT_SPEC, work, front=front, mutually_exclusive=[("vmid", "sandbox")])
 
 
 if __name__ == "__main__":

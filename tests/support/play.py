@@ -32,6 +32,8 @@ all:
       ansible_connection: local
       ansible_python_interpreter: "{{ ansible_playbook_python }}"
 """
+# `make scenarios` runs them both ways: the modules in place, and shipped as to any other host.
+SHIPPED = "      agentlab_in_place: false\n" if os.environ.get("AGENTLAB_TEST_SHIPPED") else ""
 # Of the caller's environment only this reaches a play: nobody's own configuration or Proxmox decides a test.
 _DROPPED = re.compile(r"(ANSIBLE|PROXMOX|AGENTLAB|PYTEST|COVERAGE)_?")
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
@@ -241,7 +243,7 @@ def _as_playbook(given: str | list[dict[str, Any]] | Path) -> str:
 
 def _common(tmp_path: Path, check: bool, diff: bool, extra_vars: Mapping[str, Any] | None, forks: int | None) -> list[str]:
     inventory = tmp_path / "inventory.yml"
-    inventory.write_text(INVENTORY, encoding="utf-8")
+    inventory.write_text(INVENTORY + SHIPPED, encoding="utf-8")
     found = ["-i", str(inventory)]
     found += ["--check"] if check else []
     found += ["--diff"] if diff else []

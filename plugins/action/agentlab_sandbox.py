@@ -1,0 +1,100 @@
+# Copyright: the agentlab.proxmox contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""The action behind every module of the collection (meta/runtime.yml): where a task would only start the Python that runs Ansible once more, on this
+host and as this user, the module runs right here, and nothing is packed, copied and started. Everywhere else it is shipped to the host as any other
+module is. Both ways run the same ``main`` and give the same answer."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+import warnings
+from typing import Any, NoReturn
+
+from ansible import constants as C
+from ansible.module_utils.common.arg_spec import ModuleArgumentSpecValidator
+from ansible.module_utils.common.parameters import remove_values
+from ansible.module_utils.errors import UnsupportedError
+from ansible.module_utils.parsing.convert_bool import boolean
+from ansible.parsing.ajson import AnsibleJSONEncoder
+from ansible.plugins.action import ActionBase
+from ansible.plugins.action.normal import ActionModule as ShippedModule
+from ansible.utils.display import Display
+
+_MODULES = "ansible_collections.agentlab.proxmox.plugins.modules"
+
+display = Display()
+
+
+class _Ended(BaseException):
+    """A module gave its answer. No failure: as SystemExit, with which a shipped module ends, it passes by whatever handles those."""
+
+    def __init__(self, answer: dict[str, Any]) -> None:
+        super().__init__()
+        self.answer = answer
+
+
+class _Here:
+    """What our modules use of AnsibleModule, for one that runs here: options checked by the same validator, and an answer without secrets."""
+
+    def __init__(self, action: ActionBase, argument_spec: dict[str, Any], *, supports_check_mode: bool, **rules: Any) -> None:
+        # Every module of ours does.
+        del supports_check_mode
+        self._name = action._task.action
+        self.check_mode = action._task.check_mode
+        self._diff = action._task.diff
+        self._warnings: list[str] = []
+        # As they would arrive elsewhere: plain values, what a vault holds as text.
+        self.params = json.loads(json.dumps(action._task.args, cls=AnsibleJSONEncoder, vault_to_text=True))
+        checked = ModuleArgumentSpecValidator(argument_spec, **rules).validate(self.params)
+        self.params.update(checked.validated_parameters)
+        self.no_log_values: set[str] = set(checked._no_log_values)
+        if checked.error_messages:
+            unsupported = isinstance(checked.errors[0], UnsupportedError)
+            self.fail_json(msg=f"Unsupported parameters for ({self._name}) module: {checked.errors.msg}" if unsupported else checked.errors.msg)
+
+    def warn(self, warning: str) -> None:
+        self._warnings.append(warning)
+
+    def fail_json(self, msg: str, **more: Any) -> NoReturn:
+        self.exit_json(**{**more, "failed": True, "msg": msg})
+
+    def exit_json(self, **answer: Any) -> NoReturn:
+        answer["invocation"] = {"module_args": self.params}
+        if self._warnings:
+            answer["warnings"] = self._warnings
+        # Through JSON as well: what is registered is the same either way.
+        raise _Ended(json.loads(json.dumps(remove_values(answer, self.no_log_values))))
+
+
+class ActionModule(ShippedModule):
+    """Runs a module here, or ships it."""
+
+    def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
+        if not self._is_here(task_vars or {}):
+            return super().run(tmp, task_vars)
+        result: dict[str, Any] = ActionBase.run(self, tmp, task_vars)
+        name = self._task.action.rpartition(".")[2]
+        display.vvv(f"Running {name} in place, see agentlab_in_place")
+        try:
+            with warnings.catch_warnings():
+                # Nobody reads what a library prints for developers; it would be told as output that went astray.
+                warnings.simplefilter("ignore")
+                importlib.import_module(f"{_MODULES}.{name}").main(lambda **given: _Here(self, **given))
+        except _Ended as ended:
+            result.update(ended.answer)
+        return result
+
+    def _is_here(self, task_vars: dict[str, Any]) -> bool:
+        task = self._task
+        if self._connection.transport != "local" or self._connection.become or task.async_val or task.timeout or any(task.environment):
+            return False
+        if task.delegate_to:
+            task_vars = task_vars.get("ansible_delegated_vars", {}).get(task.delegate_to, {})
+        if not boolean(self._templar.template(task_vars.get("agentlab_in_place", True))):
+            return False
+        python = C.config.get_config_value("INTERPRETER_PYTHON", variables=task_vars)
+        return bool(self._templar.template(python) == sys.executable)
