@@ -19,7 +19,7 @@ from ..errors import AgentlabError, GuardTripped, Kept, ProxmoxError, RecordChan
 from ..model import Sandbox
 from ..proxmox import identity
 from ..store.records import AWAITED, POINT_OF_NO_RETURN, Operation
-from . import cloud_init, destroy, lease, power, remains, timeguard, workspace
+from . import cloud_init, destroy, lease, power, remains, removal, timeguard, workspace
 from .context import Context
 from .verify import Located, locate
 
@@ -226,7 +226,7 @@ def give_up_creation(ctx: Context, sandbox: Sandbox, evidence: dict[str, Any] | 
             raise Kept("changed", f"sandbox {sandbox.vmid} was {sandbox.state} and is {current.state} now")
         left = claim.interrupted
         created = {**left.detail, "phase": left.phase, "at": left.updated_at} if left else None
-        bound = current.smbios_uuid is not None or destroy.never_cloned(current, created)
+        bound = current.smbios_uuid is not None or removal.never_cloned(current, created)
         if not bound:
             bound = create_recovery.locate_unbound(ctx, current, claim, created).match
             current = ctx.records.get(current.uuid)
