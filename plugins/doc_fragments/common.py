@@ -117,5 +117,11 @@ attributes:
     support: full
     membership:
       - agentlab.proxmox.agentlab
+  action:
+    description:
+      - Runs in the process of Ansible itself, instead of being copied and started, where both are the same Python on the same host
+        (connection C(local)), and no C(become), C(environment), C(async) or C(timeout) is asked for. The answer is the same.
+      - The variable C(agentlab_in_place=false) switches it off.
+    support: full
 options: {}
 """
