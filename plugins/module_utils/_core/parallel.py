@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -14,10 +15,36 @@ B = TypeVar("B")
 
 
 def each(work: Callable[[A], B], items: list[A], workers: int) -> list[B]:
-    """The answers in the order of the items, ``workers`` at a time; a single item needs no thread."""
+    """The answers in the order of the items, ``workers`` at a time; a single item needs no thread. The first error (in that order) is raised when
+    what was under way has ended, and nothing more is begun."""
     if len(items) <= 1:
         return [work(item) for item in items]
     from concurrent.futures import ThreadPoolExecutor
 
-    with ThreadPoolExecutor(max_workers=min(workers, len(items))) as pool:
-        return list(pool.map(work, items))
+    # Each worker takes the next one when it is free: a future for each item, all made at the start, is a megabyte for a thousand.
+    left = deque(range(len(items)))
+    answers: dict[int, B] = {}
+    errors: dict[int, BaseException] = {}
+
+    def some(_worker: int) -> None:
+        while True:
+            try:
+                index = left.popleft()
+            except IndexError:
+                return
+            try:
+                answers[index] = work(items[index])
+            except BaseException as error:
+                errors[index] = error
+                left.clear()
+
+    count = min(workers, len(items))
+    with ThreadPoolExecutor(max_workers=count) as pool:
+        try:
+            list(pool.map(some, range(count)))
+        finally:
+            # Whoever waits here may be interrupted.
+            left.clear()
+    if errors:
+        raise errors[min(errors)]
+    return [answers[index] for index in range(len(items))]
