@@ -11,6 +11,7 @@ import http.client
 import json
 import os
 import re
+import shutil
 import socket
 import statistics
 import subprocess
@@ -32,6 +33,15 @@ MOST_MB = 45
 LEAST_A_SECOND = 40
 
 
+def _compiled(folder: str) -> Path:
+    """The code as the role installs it: files, no links, compiled."""
+    made = Path(folder, "lib")
+    if not made.exists():
+        shutil.copytree(REPO / "roles" / "agentlabd" / "files", made, ignore=shutil.ignore_patterns("__pycache__"))
+        subprocess.run([sys.executable, "-m", "compileall", "-q", str(made)], check=True)
+    return made
+
+
 class Daemon:
     """One agentlabd on the benchmark's records."""
 
@@ -44,7 +54,7 @@ class Daemon:
         unit = (REPO / "roles/agentlabd/templates/agentlabd.service.j2").read_text(encoding="utf-8")
         of_unit = dict(re.findall(r" (\w+)=([\w.]+)(?= |$)", " ".join(re.findall(r"^Environment=(.*)$", unit, re.M))))
         env = {**of_unit, **{name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}, **bench.env,
-               "PYTHONPATH": str(REPO / "roles" / "agentlabd" / "files"), "AGENTLAB_CONFIG": str(file)}
+               "PYTHONPATH": str(_compiled(bench.folder)), "AGENTLAB_CONFIG": str(file)}
         self._log = Path(bench.folder, "agentlabd.log")
         with self._log.open("wb") as log:
             self._process = subprocess.Popen([sys.executable, "-m", "agentlabd"], env=env, cwd=bench.folder, stdout=log, stderr=log)

@@ -77,7 +77,8 @@ class Soak:
         environment = {**self.server.environment(str(folder)), "AGENTLAB_DATABASE": str(self.database)}
         self.daemon = Daemon(folder / "daemon", environment, cleanup=RULES, metrics_listen=f"127.0.0.1:{free_port()}", expire_interval="5s",
                              reconcile_interval="20s", connections=16)
-        self.daemon.environment.update(PYTHONPATH=str(code), MALLOC_ARENA_MAX="2", MALLOC_MMAP_THRESHOLD_="131072")
+        self.daemon.environment.update(PYTHONPATH=str(code), MALLOC_ARENA_MAX="2", MALLOC_MMAP_THRESHOLD_="131072",
+                                       PYTHONNODEBUGRANGES="1")
         for name in ("PYTHONDONTWRITEBYTECODE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE", "SSL_CERT_DIR"):
             self.daemon.environment.pop(name, None)
         self.done: Counter[str] = Counter()

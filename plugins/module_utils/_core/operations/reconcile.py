@@ -58,9 +58,8 @@ def run(ctx: Context, *, apply: bool, adopt_cluster: bool = False) -> list[Drift
     if adopt_cluster:
         ctx.cluster.adopt()
     live = ctx.records.find_all()
-    drifts, unrecorded = _survey(ctx, live)
     before, count = {one.uuid: one.generation for one in live}, len(live)
-    # Read again before anything is repaired: a thousand of them are 0.7 MB, and need not be there twice.
+    drifts, unrecorded = _survey(ctx, live)
     del live
     absent = [drift for drift in drifts.values() if drift.kind in ("absent", "vmid_reused")]
     if apply and len(absent) >= _GUARD_FROM and len(absent) * 100 > ctx.config.absent_guard * count:
@@ -77,17 +76,16 @@ def run(ctx: Context, *, apply: bool, adopt_cluster: bool = False) -> list[Drift
     found += _leases(ctx, writing)
     if writing:
         # What those two changed is compared anew; the rest stands as it was judged.
-        now = ctx.records.find_all()
-        changed = [one for one in now if before.get(one.uuid) != one.generation]
+        now = ctx.records.generations()
+        changed = {uuid for uuid, generation in now.items() if before.get(uuid) != generation}
         if found:
             # That may have taken long: whoever was seen to be gone or stopped before it is looked at once more.
-            doubtful = {uuid for uuid, drift in drifts.items() if drift.repair} - {one.uuid for one in changed}
-            changed += [one for one in now if one.uuid in doubtful]
+            changed |= {uuid for uuid, drift in drifts.items() if drift.repair and uuid in now}
+        again: dict[str, Drift] = {}
         if changed:
             ctx.cluster.vms(fresh=True)
-        again, _more = _survey(ctx, changed, unrecorded=False)
-        settled = {one.uuid for one in now} - {one.uuid for one in changed}
-        drifts = {uuid: drift for uuid, drift in drifts.items() if uuid in settled} | again
+            again, _more = _survey(ctx, [one for one in ctx.records.find_all() if one.uuid in changed], unrecorded=False)
+        drifts = {uuid: drift for uuid, drift in drifts.items() if uuid in now and uuid not in changed} | again
         for drift in drifts.values():
             _apply(drift)
     found += _workspaces(ctx, writing)

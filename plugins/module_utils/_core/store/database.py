@@ -186,11 +186,15 @@ class Database:
 
     def read(self, sql: str, *values: Any) -> list[sqlite3.Row]:
         """Rows of a query, outside any transaction of a writer."""
+        return self.read_as(lambda row: row, sql, *values)
+
+    def read_as(self, make: Callable[[sqlite3.Row], T], sql: str, *values: Any) -> list[T]:
+        """What is made of each row, as it comes: of very many only one of the two is there at once."""
         try:
             if self._together == threading.get_ident():
-                return self._writer.execute(sql, values).fetchall()
+                return list(map(make, self._writer.execute(sql, values)))
             with self._reader_lock:
-                return self._reader.execute(sql, values).fetchall()
+                return list(map(make, self._reader.execute(sql, values)))
         except sqlite3.Error as error:
             raise explain(self.path, error) from error
 
@@ -320,8 +324,8 @@ class Rehearsal(Database):
         self.path = database.path
         self._database = database
 
-    def read(self, sql: str, *values: Any) -> list[sqlite3.Row]:
-        return self._database.read(sql, *values)
+    def read_as(self, make: Callable[[sqlite3.Row], T], sql: str, *values: Any) -> list[T]:
+        return self._database.read_as(make, sql, *values)
 
     def write(self, work: Callable[[sqlite3.Connection], T]) -> T:
         """Run ``work`` and give its value; its savepoint is rolled back."""

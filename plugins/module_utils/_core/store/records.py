@@ -121,8 +121,11 @@ class Records:
         if names is not None:
             where += f" AND state IN ({', '.join('?' * len(names))})"
             values = list(names)
-        rows = self.db.read(f"{_SELECT} WHERE {where} ORDER BY vmid, created_at", *values)
-        return [Sandbox.from_row(row) for row in rows]
+        return self.db.read_as(Sandbox.from_row, f"{_SELECT} WHERE {where} ORDER BY vmid, created_at", *values)
+
+    def generations(self) -> dict[str, int]:
+        """UUID -> generation of each live sandbox: which of them were changed since they were read."""
+        return dict(self.db.read_as(tuple, f"SELECT uuid, generation FROM sandboxes WHERE {_LIVE}"))
 
     def over(self, now: int) -> list[Sandbox]:
         """Live sandboxes whose lease is over."""

@@ -14,7 +14,6 @@ import re
 import sys
 import warnings
 from collections.abc import Iterator
-from importlib.abc import SourceLoader
 from typing import Any
 
 # What guesses the character set of an answer that does not name it: tables of some megabytes. Proxmox answers in UTF-8.
@@ -39,12 +38,13 @@ def client() -> None:
 def _within(name: str, wanted: str) -> None:
     """Load a module of a package, and not what the package's own code loads. That code runs when somebody asks the package for one of its names."""
     found = importlib.util.find_spec(name)
-    if found is None or not isinstance(found.loader, SourceLoader):
+    source = getattr(found.loader, "get_source", None) if found else None
+    if found is None or found.loader is None or source is None:
         importlib.import_module(f"{name}.{wanted}")
         return
     load = found.loader.exec_module
     package = importlib.util.module_from_spec(found)
-    said = re.search(r"""^__version__ = ["'](.+?)["']""", found.loader.get_source(name) or "", re.M)
+    said = re.search(r"""^__version__ = ["'](.+?)["']""", source(name) or "", re.M)
     # All that its modules ask it for, of the releases so far. (Its metadata would say it too, and read those of all that is installed.)
     vars(package)["__version__"] = said[1] if said else ""
     sys.modules[name] = package
