@@ -98,9 +98,3 @@ def test_message_to_the_letter(operation: str, state: str, message: str) -> None
 
 def test_a_module_names_its_option() -> None:
     assert states.refusal("destroy", "TIMEOUT", states.FORCE_HINT_MODULE).endswith("Valid states: STOPPED, DESTROYED. Use force=true to bypass")
-
-
-def test_tables_for_the_documentation_name_everything() -> None:
-    assert all(f"| {state} |" in states.transition_table() for state in ALL)
-    assert all(f"| {name.replace('_', ' ')} |" in states.operation_table() for name in OPERATIONS)
-    assert all(f"| {state} |" in states.state_table() for state in ALL)

@@ -1,5 +1,4 @@
 # Copyright: the agentlab.proxmox contributors
-# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
 """The two tables every rule comes from: which state may follow which, and what each operation needs.
@@ -101,27 +100,3 @@ def check(operation: str, state: str, force_hint: str = FORCE_HINT_CLI) -> bool:
         return False
     raise StateConflict(refusal(operation, state, force_hint), operation=operation, state=state,
                         valid=rule.allowed + rule.satisfied)
-
-
-def transition_table() -> str:
-    """The transitions as a Markdown table."""
-    rows = ["| from | to |", "|---|---|"]
-    rows += [f"| {state} | {', '.join(follow) or 'none: terminal'} |" for state, follow in TRANSITIONS.items()]
-    return "\n".join(rows)
-
-
-def operation_table() -> str:
-    """The operations as a Markdown table: what each is allowed in, and where there is nothing to do."""
-    rows = ["| operation | allowed in | nothing to do in |", "|---|---|---|"]
-    for name, rule in OPERATIONS.items():
-        rows.append(f"| {name.replace('_', ' ')} | {', '.join(rule.allowed)} | {', '.join(rule.satisfied) or '-'} |")
-    return "\n".join(rows)
-
-
-def state_table() -> str:
-    """For the README: every state, and what can be done in it."""
-    rows = ["| state | what can be done in it |", "|---|---|"]
-    for state in STATES:
-        verbs = [name.replace("_", " ") for name, rule in OPERATIONS.items() if state in rule.allowed]
-        rows.append(f"| {state} | {', '.join(verbs) or 'nothing: terminal'} |")
-    return "\n".join(rows)

@@ -1,5 +1,4 @@
 # Copyright: the agentlab.proxmox contributors
-# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
 """Prune: destroy what is over, say for each thing kept why. One planner serves the real run, check mode and dry run."""

@@ -1,5 +1,4 @@
 # Copyright: the agentlab.proxmox contributors
-# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
 """What a sandbox leaves outside its VM. Every way to DESTROYED comes through here once the VM is proven to be gone."""

@@ -1,5 +1,4 @@
 # Copyright: the agentlab.proxmox contributors
-# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
 """One VM on its way out, up to its deletion: claim, judge, stop, take the workspace off, mark (which judges again, by the digest), delete, wait.

@@ -1,5 +1,4 @@
 # Copyright: the agentlab.proxmox contributors
-# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
 """What is asked of workspaces: there and of a size, attached, detached, gone; and what killed runs left of that. How a disk gets into a VM and out of it is

@@ -1,5 +1,4 @@
 # Copyright: the agentlab.proxmox contributors
-# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
 """The records of workspaces. The state of the row is the journal: it is written before the request that it announces.
