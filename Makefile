@@ -122,7 +122,7 @@ test-molecule: setup ## The role on Debian 12 and 13, booted under systemd-nspaw
 	@echo "==> Molecule"
 	@scripts/molecule.sh
 
-test-cores: setup ## ansible-test units and integration, and sanity on every ansible-core that runs here
+test-cores: setup ## ansible-test units and integration, sanity and scenarios on every ansible-core that runs here
 	@echo "==> ansible-test units, integration"
 	@scripts/ansible-test.sh units
 	@scripts/ansible-test.sh integration
@@ -130,6 +130,9 @@ test-cores: setup ## ansible-test units and integration, and sanity on every ans
 	    echo "==> ansible-test sanity and integration, ansible-core $$core"; \
 	    scripts/ansible-test.sh --core $$core sanity; \
 	    scripts/ansible-test.sh --core $$core integration; \
+	    echo "==> Scenarios, the everyday ones, ansible-core $$core"; \
+	    bin=$$(scripts/core-env.sh $$core); \
+	    if [ -n "$$bin" ]; then $$bin/python -m pytest -q -n $(WORKERS) --dist worksteal tests/scenarios -m everyday $(PYTEST_ARGS); fi; \
 	done
 
 test-awx: setup ## The playbooks as AWX runs them (ansible-runner), and its set-up against a small AWX API

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Makes (once) .cache/core-VERSION: an environment with that ansible-core and what the integration target needs. Prints its bin folder,
+# Makes (once) .cache/core-VERSION: an environment with that ansible-core and what the tests with it need. Prints its bin folder,
 # or nothing when no Python that it runs on is at hand (then a line on standard error says so).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 core=${1:?version of ansible-core, such as 2.20}
 venv=$PWD/.cache/core-$core
-wanted="ansible-core==$core.* $(sed -n -E 's/^(proxmoxer|requests|PyYAML|fakepve\[pytest\])([<>=].*)$/\1\2/p' requirements-dev.txt | tr '\n' ' ')"
+wanted="ansible-core==$core.* $(sed -n -E 's/^(proxmoxer|requests|PyYAML|fakepve\[pytest\]|pytest|pytest-xdist)([<>=].*)$/\1\2/p' requirements-dev.txt | tr '\n' ' ')"
 
 if [ "$(cat "$venv/installed" 2>/dev/null)" = "$wanted" ] && "$venv/bin/python" -c '' 2>/dev/null; then
     printf '%s\n' "$venv/bin"

@@ -69,9 +69,9 @@ kept:
 failed:
   description:
     - An empty list when nothing failed. A failed item fails the task; Ansible itself then says V(true) here, and RV(failed_items) has the items.
+    - From ansible-core 2.21 on it is V(false) when nothing failed, because Ansible takes nothing but a boolean here.
   returned: always
-  type: list
-  elements: dict
+  type: raw
 failed_items:
   description: What failed, each as in RV(agentlab.proxmox.agentlab_sandbox#module:results).
   returned: always
@@ -79,6 +79,7 @@ failed_items:
   elements: dict
 """
 
+from ansible.module_utils.ansible_release import __version__ as ansible_version
 from ansible_collections.agentlab.proxmox.plugins.module_utils import _adapter
 
 ARGUMENT_SPEC = {
@@ -88,6 +89,9 @@ ARGUMENT_SPEC = {
     "max_count": {"type": "int"},
     "wait_timeout": {"type": "int"},
 }
+
+# Later releases warn of anything but a boolean, and put that in its place.
+_MAY_BE_A_LIST = [int(part) for part in ansible_version.split(".")[:2]] < [2, 21]
 
 
 def work(module, context):
@@ -102,12 +106,13 @@ def work(module, context):
         "count": report.count,
         "pruned": [one.public() for one in report.pruned],
         "kept": [one.public() for one in report.kept],
-        "failed": [],
         "failed_items": [one.public() for one in report.failed],
         "warnings": [warning for one in report.pruned for warning in one.warnings],
     }
     if module._diff:
         result["diff"] = _adapter.difference(report.pruned)
+    if _MAY_BE_A_LIST:
+        result["failed"] = []
     if report.failed:
         result.update(failed=True, msg=f"{len(report.failed)} sandboxes could not be pruned ({report.count} were); the first: {report.failed[0].message}")
     return result
