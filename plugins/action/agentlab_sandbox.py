@@ -8,13 +8,17 @@ module is. Both ways run the same ``main`` and give the same answer."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
+import signal
 import sys
 import warnings
+from collections.abc import Iterator
 from typing import Any, NoReturn
 
 from ansible import constants as C
+from ansible.errors import AnsibleActionFail
 from ansible.module_utils.common.arg_spec import ModuleArgumentSpecValidator
 from ansible.module_utils.common.parameters import remove_values
 from ansible.module_utils.errors import UnsupportedError
@@ -25,6 +29,8 @@ from ansible.plugins.action.normal import ActionModule as ShippedModule
 from ansible.utils.display import Display
 
 _MODULES = "ansible_collections.agentlab.proxmox.plugins.modules"
+_STOPS = (signal.SIGINT, signal.SIGTERM)
+_SECONDS_TO_STOP = 5
 
 display = Display()
 
@@ -40,13 +46,16 @@ class _Ended(BaseException):
 class _Here:
     """What our modules use of AnsibleModule, for one that runs here: options checked by the same validator, and an answer without secrets."""
 
-    def __init__(self, action: ActionBase, argument_spec: dict[str, Any], *, supports_check_mode: bool, **rules: Any) -> None:
+    def __init__(self, action: ActionBase, task_vars: dict[str, Any], argument_spec: dict[str, Any], *, supports_check_mode: bool, **rules: Any) -> None:
         # Every module of ours does.
         del supports_check_mode
         self._name = action._task.action
         self.check_mode = action._task.check_mode
         self._diff = action._task.diff
         self._warnings: list[str] = []
+        # From ansible-core 2.21 on only when it is asked for.
+        self._tells_options = ("INJECT_INVOCATION" not in C.config.get_configuration_definitions()
+                               or C.config.get_config_value("INJECT_INVOCATION", variables=task_vars))
         # As they would arrive elsewhere: plain values, what a vault holds as text.
         self.params = json.loads(json.dumps(action._task.args, cls=AnsibleJSONEncoder, vault_to_text=True))
         checked = ModuleArgumentSpecValidator(argument_spec, **rules).validate(self.params)
@@ -57,33 +66,59 @@ class _Here:
             self.fail_json(msg=f"Unsupported parameters for ({self._name}) module: {checked.errors.msg}" if unsupported else checked.errors.msg)
 
     def warn(self, warning: str) -> None:
-        self._warnings.append(warning)
+        if warning not in self._warnings:
+            self._warnings.append(warning)
 
     def fail_json(self, msg: str, **more: Any) -> NoReturn:
         self.exit_json(**{**more, "failed": True, "msg": msg})
 
     def exit_json(self, **answer: Any) -> NoReturn:
-        answer["invocation"] = {"module_args": self.params}
+        if self._tells_options:
+            answer["invocation"] = {"module_args": self.params}
         if self._warnings:
             answer["warnings"] = self._warnings
         # Through JSON as well: what is registered is the same either way.
         raise _Ended(json.loads(json.dumps(remove_values(answer, self.no_log_values))))
 
 
+def _stop(_signal: int, _frame: Any) -> NoReturn:
+    """Ansible was told to stop, which it passes on more than once: what is held is given back, or else the alarm ends this process and the journal tells."""
+    for one in _STOPS:
+        signal.signal(one, signal.SIG_IGN)
+    signal.alarm(_SECONDS_TO_STOP)
+    raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def _as_shipped(folder: str) -> Iterator[None]:
+    """What a process of its own would give a module: the folder that relative paths begin in, an end that is an exception, and nobody who reads what a
+    library prints for developers (it would be told as output that went astray)."""
+    before = {one: signal.signal(one, _stop) for one in _STOPS}
+    try:
+        with contextlib.chdir(folder), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        signal.alarm(0)
+        for one, handler in before.items():
+            signal.signal(one, handler)
+
+
 class ActionModule(ShippedModule):
     """Runs a module here, or ships it."""
 
     def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
-        if not self._is_here(task_vars or {}):
+        variables = task_vars or {}
+        if not self._is_here(variables):
             return super().run(tmp, task_vars)
         result: dict[str, Any] = ActionBase.run(self, tmp, task_vars)
-        name = self._task.action.rpartition(".")[2]
+        # Another collection may call it by a name of its own.
+        found = self._shared_loader_obj.module_loader.find_plugin_with_context(self._task.action, collection_list=self._task.collections)
+        name = found.resolved_fqcn.rpartition(".")[2]
         display.vvv(f"Running {name} in place, see agentlab_in_place")
         try:
-            with warnings.catch_warnings():
-                # Nobody reads what a library prints for developers; it would be told as output that went astray.
-                warnings.simplefilter("ignore")
-                importlib.import_module(f"{_MODULES}.{name}").main(lambda **given: _Here(self, **given))
+            with _as_shipped(self._loader.get_basedir()):
+                importlib.import_module(f"{_MODULES}.{name}").main(lambda **given: _Here(self, variables, **given))
         except _Ended as ended:
             result.update(ended.answer)
         return result
@@ -94,7 +129,11 @@ class ActionModule(ShippedModule):
             return False
         if task.delegate_to:
             task_vars = task_vars.get("ansible_delegated_vars", {}).get(task.delegate_to, {})
-        if not boolean(self._templar.template(task_vars.get("agentlab_in_place", True))):
-            return False
+        wanted = self._templar.template(task_vars.get("agentlab_in_place"))
+        try:
+            if wanted is not None and not boolean(wanted):
+                return False
+        except TypeError as error:
+            raise AnsibleActionFail(f"agentlab_in_place: {error}") from None
         python = C.config.get_config_value("INTERPRETER_PYTHON", variables=task_vars)
         return bool(self._templar.template(python) == sys.executable)

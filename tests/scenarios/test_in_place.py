@@ -13,13 +13,17 @@ import os
 import re
 import signal
 import sqlite3
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from support.double import TOKEN_SECRET
-from support.play import run_command, run_play
+from support.play import REPO, run_play
 from support.story import task
 
 SANDBOX = "agentlab_sandbox"
@@ -33,6 +37,7 @@ def places(output: str) -> list[str]:
     return ["in place" if found[1] else "shipped" for found in PLACE.finditer(output)]
 
 
+@pytest.mark.everyday
 def test_where_a_module_runs(env: dict[str, str], tmp_path: Path, given: Any) -> None:
     given(1)
     show = {"agentlab.proxmox.agentlab_sandbox_info": {}}
@@ -56,12 +61,13 @@ def test_where_a_module_runs(env: dict[str, str], tmp_path: Path, given: Any) ->
     assert places(run.output) == ["in place", *["shipped"] * 6, "in place", "shipped"]
 
 
+@pytest.mark.everyday
 def test_both_ways_answer_the_same(env: dict[str, str], tmp_path: Path) -> None:
     """One story, told in place and shipped, each with records of its own: the results are equal but for times, identities and task ids."""
     password, sealed = tmp_path / "password", tmp_path / "sealed.yml"
     password.write_text("password of the vault")
-    sealed.write_text(run_command(["ansible-vault", "encrypt_string", "--vault-password-file", str(password), "--name", "sealed", TOKEN_SECRET],
-                                  env, tmp_path).stdout)
+    vault = [str(Path(sys.executable).with_name("ansible-vault")), "encrypt_string", "--vault-password-file", str(password), "--stdin-name", "sealed"]
+    sealed.write_text(subprocess.run(vault, input=TOKEN_SECRET, env=env, cwd=tmp_path, capture_output=True, text=True, check=True).stdout)
     plain = {name: value for name, value in env.items() if name != "PROXMOX_TOKEN_SECRET"}
     tasks = [
         task("would create", SANDBOX, name="mine", tags=["a", "b"], ttl="1h", check=True, diff=True),
@@ -94,7 +100,18 @@ def test_both_ways_answer_the_same(env: dict[str, str], tmp_path: Path) -> None:
         assert [entry["task"] for entry in run.results if entry["status"] == "failed"] == [one["name"] for one in tasks if one.get("ignore_errors")]
         told[way] = [json.loads(_OWN.sub("0", json.dumps({name: entry[name] for name in ("task", "status", "result")}))) for entry in run.results]
     for here, shipped in zip(told["yes"], told["no"], strict=True):
+        one, other = here["result"], shipped["result"]
+        assert {key: (one.get(key), other.get(key)) for key in {*one, *other} if one.get(key) != other.get(key)} == {}, here["task"]
         assert here == shipped
+
+
+def worker_of(env: dict[str, str], server: Any) -> int:
+    """The process that waits for the clone of 1000, once that has begun."""
+    deadline = time.monotonic() + 30
+    while server.pve.vm(1000) is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    with contextlib.closing(sqlite3.connect(env["AGENTLAB_DATABASE"])) as conn:
+        return int(json.loads(conn.execute("SELECT process FROM claims").fetchone()[0])["pid"])
 
 
 def test_the_process_that_ran_it_is_killed(env: dict[str, str], tmp_path: Path, server: Any) -> None:
@@ -103,14 +120,58 @@ def test_the_process_that_ran_it_is_killed(env: dict[str, str], tmp_path: Path, 
     create = task("create", SANDBOX, name="mine", keywords={"vars": {"agentlab_in_place": True}})
     with ThreadPoolExecutor() as pool:
         first = pool.submit(run_play, [create], env, tmp_path)
-        deadline = time.monotonic() + 30
-        while server.pve.vm(1000) is None and time.monotonic() < deadline:
-            time.sleep(0.05)
-        with contextlib.closing(sqlite3.connect(env["AGENTLAB_DATABASE"])) as conn:
-            worker = json.loads(conn.execute("SELECT process FROM claims").fetchone()[0])["pid"]
-        os.kill(worker, signal.SIGKILL)
+        os.kill(worker_of(env, server), signal.SIGKILL)
         killed = first.result()
     assert killed.rc != 0 and "dead state" in killed.output, killed.output
     again = run_play([create, task("show", "agentlab_sandbox_info", verify=True)], env, tmp_path).ok()
     assert again.status("create") == "changed"
     assert [(one["vmid"], one["state"], one["identity"]) for one in again["show"]["sandboxes"]] == [(1000, "RUNNING", "MATCH")]
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_stopping_ansible_gives_the_claim_back(env: dict[str, str], tmp_path: Path, server: Any, stop: signal.Signals) -> None:
+    """Ctrl-C, or a job that is cancelled: from another container nobody could tell whether the process that held it is dead."""
+    server.pve.fault("POST", "/clone", "hang", seconds=20, carry_out=True)
+    create = task("create", SANDBOX, name="mine", keywords={"vars": {"agentlab_in_place": True}})
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(run_play, [create], env, tmp_path)
+        above = [worker_of(env, server)]
+        while above[-1] != os.getpid():
+            above.append(int(Path(f"/proc/{above[-1]}/stat").read_text().rpartition(")")[2].split()[1]))
+        os.kill(above[-2], stop)
+        ended = first.result()
+    assert ended.rc != 0 and "Traceback" not in ended.output, ended.output
+    deadline = time.monotonic() + 10
+    with contextlib.closing(sqlite3.connect(env["AGENTLAB_DATABASE"])) as conn:
+        while conn.execute("SELECT count(*) FROM claims").fetchone() != (0,) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert conn.execute("SELECT * FROM claims").fetchall() == []
+        assert conn.execute("SELECT kind, phase FROM operations").fetchall() == [("create", "cloning")]
+    again = run_play([create], env, tmp_path).ok()
+    assert again.status("create") == "changed" and again["create"]["sandbox"]["vmid"] == 1000
+
+
+@pytest.mark.parametrize("way", [True, False])
+def test_relative_paths_begin_in_the_folder_of_the_playbook(env: dict[str, str], tmp_path: Path, given: Any, way: bool) -> None:
+    given(1)
+    (tmp_path / "beside.yaml").write_text(Path(env["AGENTLAB_CONFIG"]).read_text())
+    show = task("show", "agentlab_sandbox_info", config_file="beside.yaml", keywords={"vars": {"agentlab_in_place": way}})
+    assert run_play([show], env, tmp_path).ok()["show"]["count"] == 1
+
+
+def test_another_collection_may_give_a_module_a_name_of_its_own(env: dict[str, str], tmp_path: Path, given: Any) -> None:
+    given(1)
+    other = tmp_path / "collections/ansible_collections/some/one"
+    (other / "meta").mkdir(parents=True)
+    (other / "meta/runtime.yml").write_text(json.dumps({"plugin_routing": {"modules": {"leased": {"redirect": "agentlab.proxmox.agentlab_sandbox_info"}}}}))
+    where = {**env, "ANSIBLE_COLLECTIONS_PATH": f"{tmp_path}/collections:{REPO}/.collections"}
+    run = run_play([{"name": "show", "some.one.leased": {}, "vars": {"agentlab_in_place": True}}], where, tmp_path, args=("-vvv",)).ok()
+    assert run["show"]["count"] == 1 and places(run.output) == ["in place"]
+
+
+def test_the_variable_is_checked(env: dict[str, str], tmp_path: Path, given: Any) -> None:
+    given(1)
+    run = run_play([task("wrong", "agentlab_sandbox_info", fails=True, keywords={"vars": {"agentlab_in_place": "perhaps"}}),
+                    task("unset", "agentlab_sandbox_info", keywords={"vars": {"agentlab_in_place": None}})], env, tmp_path, args=("-vvv",)).ok()
+    assert run["wrong"]["msg"].startswith("agentlab_in_place: The value 'perhaps' is not a valid boolean")
+    assert run["unset"]["count"] == 1 and places(run.output) == ["in place"]

@@ -633,6 +633,22 @@ sys.stdin.readline()
     assert store.claim(new(1).uuid, "stop", wait=5).operation == "stop"
 
 
+def test_a_claim_that_cannot_be_given_back_keeps_its_own_process_waiting_for_nothing(store: Records, path: Path) -> None:
+    """A full disk: the module that runs next in this process (a loop, a retry), or the daemon's next pass, goes on; another process still waits."""
+    claim, sandbox = reserve(store)
+    store.db._writer.execute("PRAGMA query_only = ON")
+    store.release(claim)
+    store.db._writer.execute("PRAGMA query_only = OFF")
+    run = child(path, "b", f"from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import Busy\n"
+                           f"try: store.claim({sandbox.uuid!r}, 'stop')\nexcept Busy: print('busy')")
+    assert run.communicate() == ("busy\n", "")
+    assert [one.kind for one in store.interrupted()] == ["create"]
+    again = Records(Database(str(path)), SystemClock(), "tester").claim(sandbox.uuid, "create")
+    assert again.fence > claim.fence and again.interrupted is not None
+    with pytest.raises(Busy):
+        store.claim(sandbox.uuid, "create")
+
+
 def test_waiting_for_a_claim_is_bounded_and_succeeds_when_it_is_given_back(store: Records) -> None:
     claim, sandbox = reserve(store)
     other = Records(store.db, SystemClock(), "other")

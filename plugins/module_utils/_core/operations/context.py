@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from .. import parallel, states
 from ..clock import Clock, SystemClock
 from ..config import Config
-from ..errors import AgentlabError, ClaimLost, InvalidInput, Kept, NotFound, StoreError
+from ..errors import AgentlabError, InvalidInput, Kept, NotFound
 from ..model import Outcome, Sandbox
 from ..store.database import Database, Rehearsal
 from ..store.records import POINT_OF_NO_RETURN, Claim, Records
@@ -135,9 +135,7 @@ class Context:
                 refuse_cut_off(claim, sandbox)
             yield claim, self.records.get(sandbox.uuid)
         finally:
-            # Also when the disk is full: then the claim ends with this process.
-            with contextlib.suppress(StoreError, ClaimLost):
-                self.records.release(claim)
+            self.records.release(claim)
 
     # ---- bulk ----
 

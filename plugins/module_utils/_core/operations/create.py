@@ -35,7 +35,7 @@ from ..model import Outcome, Sandbox
 from ..proxmox import identity
 from ..proxmox.client import not_begun
 from ..store.records import AWAITED, Claim
-from . import cloud_init, create_recovery, destroy, power, removal, workspace_disk
+from . import cloud_init, create_recovery, destroy, power, workspace_disk
 from .context import Context, refuse_cut_off
 from .verify import Located, guarded, locate, match_if_readable, require_match
 
@@ -142,7 +142,7 @@ def run(ctx: Context, spec: Spec) -> Outcome:
         if now.state in states.CREATING or (left and (left.kind == "destroy" or (left.kind == "create" and now.state == states.READY))):
             return _carry_on(ctx, claim, spec, now)
         # Another run finished it, or gave it up, while this one waited for the claim: what it is by now decides.
-        removal.give_back(ctx, claim)
+        ctx.records.release(claim)
         return run(ctx, spec)
     if found.state == states.FAILED and (found.smbios_uuid is None or found.reason in ("creation_failed", "creation_interrupted", "cloud_init_failed")):
         raise CreationFailed(f"sandbox {found.vmid} could not be created earlier ({found.reason}) and is in FAILED state; "
@@ -258,7 +258,7 @@ def _carry_on(ctx: Context, claim: Claim, spec: Spec, sandbox: Sandbox, journal:
     except AgentlabError as error:
         raise _clean_up(ctx, claim, sandbox, error) from None
     finally:
-        removal.give_back(ctx, claim)
+        ctx.records.release(claim)
 
 
 def _clone(ctx: Context, claim: Claim, spec: Spec, sandbox: Sandbox, noted: dict[str, Any], phase: str, at: int, upids: list[str],
@@ -570,7 +570,7 @@ def _clean_up(ctx: Context, claim: Claim, sandbox: Sandbox, error: AgentlabError
         now = ctx.records.get(sandbox.uuid)
         if states.can_follow(now.state, states.FAILED):
             now = ctx.records.change(claim, now, "create", to=states.FAILED, outcome="failed", reason="creation_failed", evidence={"message": error.message})
-        removal.give_back(ctx, claim)
+        ctx.records.release(claim)
         # The list is from before the clone: what is at the VMID now decides.
         ctx.cluster.vms(fresh=True)
         outcome = destroy.run(ctx, [(now, destroy.Request(operation="clean-up", force=True, clean_up=True))])[0]

@@ -17,7 +17,7 @@ from ..model import Outcome, Sandbox
 from ..proxmox import identity
 from . import power, remains, workspace_disk
 from .context import Context, failure
-from .removal import Gone, Removal, Request, abandon, check, creation_of, give_back, locate_own, never_cloned
+from .removal import Gone, Removal, Request, abandon, check, creation_of, locate_own, never_cloned
 from .verify import Located, locate, refuse_guarded, refuse_not_ours
 
 __all__ = ["Request", "check", "plan", "run", "several"]
@@ -73,7 +73,7 @@ def run(ctx: Context, items: list[tuple[Sandbox, Request]]) -> list[Outcome]:
             proofs = ctx.cluster.prove_absent([found.sandbox.vmid for found in gone], anew=not all(found.quiet for found in gone))
         except AgentlabError:
             for found in gone:
-                give_back(ctx, found.claim)
+                ctx.records.release(found.claim)
             raise
         sure = [found for found in gone if proofs[found.sandbox.vmid].absent]
         closing = set(map(id, sure))
@@ -125,7 +125,7 @@ def _close(ctx: Context, proven: list[Gone], proofs: dict[int, Any]) -> list[Out
             return [_finish(ctx, found, proofs) for found in proven]
     except AgentlabError as error:
         for found in proven:
-            give_back(ctx, found.claim)
+            ctx.records.release(found.claim)
         return [failure(_now(ctx, found.sandbox), error) for found in proven]
 
 
@@ -160,7 +160,7 @@ def _finish(ctx: Context, found: Gone, proofs: dict[int, Any]) -> Outcome:
         return Outcome.of("kept", _now(ctx, sandbox), previous_state=found.before.state, reason=error.reason, message=error.message, failed=True,
                           upids=found.upids)
     except AgentlabError as error:
-        give_back(ctx, found.claim)
+        ctx.records.release(found.claim)
         now = _now(ctx, sandbox)
         if now.state == states.DESTROYED:
             # The claim was lost to a run that brought this to its end.

@@ -120,7 +120,7 @@ class Removal:
             abandon(self._ctx, self._claim, self._sandbox, self._request, error, sent=self._sent, stopped=self._stopped)
             raise
         except BaseException:
-            give_back(self._ctx, self._claim)
+            self._ctx.records.release(self._claim)
             raise
 
     # ---- the steps ----
@@ -130,7 +130,7 @@ class Removal:
         ctx, request, left = self._ctx, self._request, self._left
         current = self._sandbox = ctx.records.get(self._planned.uuid)
         if current.state == states.DESTROYED:
-            give_back(ctx, self._claim)
+            ctx.records.release(self._claim)
             return Outcome.of("unchanged", current, reason=current.reason)
         if self._cut_off is None:
             if request.recheck:
@@ -367,12 +367,6 @@ def _look_before_closing(ctx: Context, sandbox: Sandbox) -> None:
                    "Look at it, and remove it by hand if it is to go", evidence=found.verdict.evidence)
 
 
-def give_back(ctx: Context, claim: Claim) -> None:
-    # Also when the disk is full: then the claim ends with this process.
-    with contextlib.suppress(StoreError, ClaimLost):
-        ctx.records.release(claim)
-
-
 def _await_cut_off(ctx: Context, sandbox: Sandbox, left: Operation) -> list[str]:
     """Wait for the delete of a killed run, if its task is known. However it ended, what is there now is judged anew."""
     upid = left.detail.get("upid")
@@ -423,7 +417,7 @@ def abandon(ctx: Context, claim: Claim, sandbox: Sandbox, request: Request, erro
     except (StoreError, ClaimLost):
         pass
     finally:
-        give_back(ctx, claim)
+        ctx.records.release(claim)
 
 
 def _cut_off_creation(claim: Claim, now: Sandbox) -> dict[str, Any] | None:

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from .. import states
 from ..clock import Clock
-from ..errors import Busy, ClaimLost, InvalidInput, Kept, NotFound, RecordChanged, Stopping
+from ..errors import Busy, ClaimLost, InvalidInput, Kept, NotFound, RecordChanged, Stopping, StoreError
 from ..model import COLUMNS, Sandbox
 from . import process
 from .database import Database
@@ -37,6 +37,8 @@ AWAITED = "awaited"
 _TOO_LATE_TO_PROTECT = ("detaching", *POINT_OF_NO_RETURN)
 _LIVE = "state <> 'DESTROYED'"
 _SELECT = f"SELECT {', '.join(COLUMNS)} FROM sandboxes"
+# Claims (sandbox, fence) that this process was done with and could not give back: nobody here waits for them.
+_unreturned: set[tuple[str, int]] = set()
 
 
 @dataclass(slots=True)
@@ -167,11 +169,12 @@ class Records:
 
     def interrupted(self) -> list[Operation]:
         """Journal entries whose run is dead or whose claim is gone: what the next run has to finish."""
-        rows = self.db.read("SELECT o.*, c.process, c.expires_at FROM operations o LEFT JOIN claims c USING (sandbox_uuid) ORDER BY o.id")
+        rows = self.db.read("SELECT o.*, c.fence, c.process, c.expires_at FROM operations o LEFT JOIN claims c USING (sandbox_uuid) ORDER BY o.id")
         return [Operation.from_row(row) for row in rows if row["process"] is None or self._given_up(row)]
 
     def _given_up(self, claim: sqlite3.Row) -> bool:
-        return process.is_over(claim["process"], claim["expires_at"], self.clock.now(), self.clock.since_boot()) or process.is_dead(claim["process"])
+        return ((claim["sandbox_uuid"], claim["fence"]) in _unreturned
+                or process.is_over(claim["process"], claim["expires_at"], self.clock.now(), self.clock.since_boot()) or process.is_dead(claim["process"]))
 
     def _holder(self) -> str:
         """Which process holds a claim, and until when by the time since boot (JSON)."""
@@ -299,8 +302,11 @@ class Records:
         return self.db.write(inner)
 
     def release(self, claim: Claim) -> None:
-        """Give the claim back; the journal entry stays if the operation is not finished."""
-        self.db.write(lambda conn: conn.execute("DELETE FROM claims WHERE sandbox_uuid = ? AND fence = ?", (claim.uuid, claim.fence)) and None)
+        """Give the claim back; the journal entry stays if the operation is not finished. When the disk is full, it ends for others with this process."""
+        try:
+            self.db.write(lambda conn: conn.execute("DELETE FROM claims WHERE sandbox_uuid = ? AND fence = ?", (claim.uuid, claim.fence)) and None)
+        except StoreError:
+            _unreturned.add((claim.uuid, claim.fence))
 
     def drop_dead_claims(self) -> None:
         """Remove the claims of processes that are certainly dead; what they left in the journal stays."""
