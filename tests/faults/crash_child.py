@@ -54,10 +54,10 @@ class Points:
             finally:
                 self.passed(f"after {method} {path}")
 
-        def written(database: Any, work: Callable[..., Any]) -> Any:
+        def written(database: Any, work: Callable[..., Any], **how: Any) -> Any:
             self.passed("before commit")
             try:
-                return write(database, work)
+                return write(database, work, **how)
             finally:
                 self.passed("after commit")
 

@@ -244,9 +244,9 @@ def test_a_renewal_that_waited_past_the_end_of_the_lease_has_lost(rig: Rig, monk
     sandbox = ctx.select(name="race")
     write = ctx.database.write
 
-    def wait(work: Any) -> Any:
+    def wait(work: Any, **how: Any) -> Any:
         clock.ahead = 601
-        return write(work)
+        return write(work, **how)
 
     monkeypatch.setattr(ctx.database, "write", wait)
     with pytest.raises(AgentlabError, match="expired"):

@@ -310,7 +310,8 @@ def test_check_mode_sees_what_is_still_in_the_log(path: Path) -> None:
 # ---- group commit ----
 
 
-def test_one_refused_write_spoils_no_other(path: Path) -> None:
+@pytest.mark.parametrize("checked", [False, True])
+def test_one_refused_write_spoils_no_other(path: Path, checked: bool) -> None:
     database = Database(str(path))
     results: dict[int, object] = {}
     # Held, so that all of them queue up and are committed together.
@@ -329,7 +330,7 @@ def test_one_refused_write_spoils_no_other(path: Path) -> None:
 
     def run(number: int) -> None:
         try:
-            results[number] = database.write(work(number))
+            results[number] = database.write(work(number), checked=checked)
         except Exception as error:
             results[number] = error
 
@@ -393,6 +394,63 @@ def test_together_writes_all_or_nothing(path: Path) -> None:
     assert store.meta("a") is None and store.meta("b") is None
     store.set_meta("d", "1")
     assert store.meta("d") == "1"
+
+
+def everything(store: Records, *tables: str) -> list[list[tuple[object, ...]]]:
+    """All rows of these tables, or of all that a step of an operation writes to."""
+    return [[tuple(row) for row in store.db.read(f"SELECT * FROM {table} ORDER BY 1")]
+            for table in tables or ("sandboxes", "events", "claims", "operations")]
+
+
+def test_a_step_that_is_refused_in_a_bulk_run_leaves_nothing_and_spoils_no_other(path: Path) -> None:
+    store = Records(Database(str(path)), SystemClock(), "test")
+    (first, one), (stale, two), (lost, three), (last, four) = (reserve(store, number) for number in (1, 2, 3, 4))
+    store.amend(two, "update", keepalive=1)
+    lost.fence -= 1
+    with store.db.together():
+        store.change(first, one, "create", to="FAILED", finish=True)
+        before = everything(store)
+        for finish in (True, False):
+            with pytest.raises(RecordChanged, match="changed by another run"):
+                store.change(stale, two, "create", to="FAILED", finish=finish, journal=("late", {}))
+            with pytest.raises(ClaimLost):
+                store.change(lost, three, "create", to="FAILED", finish=finish, journal=("late", {}))
+            with pytest.raises(ClaimLost):
+                store.change(lost, three, "create", outcome="kept", finish=finish, journal=("late", {}))
+        for refused in (lambda: store.renew(three, 10**11, 5), lambda: store.expire(three, 5), lambda: store.amend(two, "update", protected=1)):
+            with pytest.raises(RecordChanged):
+                refused()
+        assert everything(store) == before
+        store.change(last, four, "create", to="FAILED", finish=True)
+    assert [found.state for found in store.find_all()] == ["FAILED", "REQUESTED", "REQUESTED", "FAILED"]
+    assert [found.sandbox_uuid for found in store.unfinished()[0]] == [two.uuid, three.uuid]
+    # The claims of those that were refused are still held, and good for another try.
+    store.change(stale, store.get(two.uuid), "create", to="FAILED", finish=True)
+
+
+def test_a_step_that_the_database_breaks_off_halfway_leaves_no_half(path: Path) -> None:
+    """As a full disk does: after the record was written, and before its event was."""
+    store = Records(Database(str(path)), SystemClock(), "test")
+    (first, one), (second, two), (third, three) = (reserve(store, number) for number in (1, 2, 3))
+    before = everything(store)
+    store.db._writer.execute(f"CREATE TEMP TRIGGER broken BEFORE INSERT ON main.events WHEN NEW.sandbox_uuid = '{two.uuid}' "
+                             "BEGIN SELECT RAISE(ABORT, 'disk is full'); END")
+    with pytest.raises(StoreError, match="disk is full"):
+        store.change(second, two, "create", to="FAILED", finish=True)
+    assert everything(store) == before
+    with pytest.raises(StoreError), store.db.together():
+        store.change(first, one, "create", to="FAILED", finish=True)
+        with pytest.raises(StoreError, match="disk is full"):
+            store.change(second, two, "create", to="FAILED", finish=True)
+        # Nobody is told that it was written: neither those before it nor those after it were.
+        with pytest.raises(StoreError, match="rolled back"):
+            store.change(third, three, "create", to="FAILED", finish=True)
+    assert everything(store) == before
+    store.db._writer.execute("DROP TRIGGER broken")
+    with store.db.together():
+        for claim, sandbox in ((first, one), (second, two), (third, three)):
+            store.change(claim, sandbox, "create", to="FAILED", finish=True)
+    assert {found.state for found in store.find_all()} == {"FAILED"} and store.db.read("SELECT * FROM claims") == []
 
 
 def test_others_wait_for_together_and_lose_nothing(path: Path) -> None:

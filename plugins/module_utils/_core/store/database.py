@@ -197,11 +197,15 @@ class Database:
         except sqlite3.Error as error:
             raise explain(self.path, error) from error
 
-    def write(self, work: Callable[[sqlite3.Connection], T]) -> T:
-        """Run ``work`` in a transaction and return its value once that is on the disk; what it raises undoes only its own writes."""
+    def write(self, work: Callable[[sqlite3.Connection], T], *, checked: bool = False) -> T:
+        """Run ``work`` in a transaction and return its value once that is on the disk; what it raises undoes only its own writes.
+
+        ``checked``: what it refuses, it refuses before its first write. So there is nothing to undo then, and in a bulk run no savepoint is taken,
+        into which SQLite would copy each page that it touches.
+        """
         if self._together == threading.get_ident():
             try:
-                return self._in_savepoint(work)
+                return self._checked(work) if checked else self._in_savepoint(work)
             except sqlite3.Error as error:
                 raise explain(self.path, error) from error
         job = _Job(work)
@@ -254,7 +258,8 @@ class Database:
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
         """Commit all that this thread writes within in one transaction. Nothing of it is on the disk, and nothing may be said of it, before the end;
-        when that fails, nothing of it was written. For work that asks nobody else: other writers wait meanwhile."""
+        when that fails, or the database breaks off a write halfway, nothing of it was written. What is refused within undoes only itself.
+        For work that asks nobody else: other writers wait meanwhile."""
         try:
             with self._writer_lock:
                 self._begin_writing()
@@ -267,9 +272,23 @@ class Database:
         except sqlite3.Error as error:
             raise explain(self.path, error) from error
 
-    def _in_savepoint(self, work: Callable[[sqlite3.Connection], T]) -> T:
+    def _checked(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        self._still_open()
+        before = self._writer.total_changes
+        try:
+            return work(self._writer)
+        except BaseException:
+            # Not refused, but broken off halfway, which only the database does (a full disk, say): half of it must not stay, so nothing does.
+            if self._writer.in_transaction and self._writer.total_changes != before:
+                self._writer.execute("ROLLBACK")
+            raise
+
+    def _still_open(self) -> None:
         if not self._writer.in_transaction:
             raise sqlite3.OperationalError("the transaction was rolled back")
+
+    def _in_savepoint(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        self._still_open()
         self._writer.execute("SAVEPOINT job")
         try:
             return work(self._writer)
@@ -326,8 +345,8 @@ class Rehearsal(Database):
     def read_as(self, make: Callable[[sqlite3.Row], T], sql: str, *values: Any) -> list[T]:
         return self._database.read_as(make, sql, *values)
 
-    def write(self, work: Callable[[sqlite3.Connection], T]) -> T:
-        """Run ``work`` and give its value; its savepoint is rolled back."""
+    def write(self, work: Callable[[sqlite3.Connection], T], *, checked: bool = False) -> T:
+        """Run ``work`` and give its value; its savepoint is rolled back (so it needs one, also when it is ``checked``)."""
 
         def undone(conn: sqlite3.Connection) -> None:
             raise _Undone(work(conn))

@@ -290,21 +290,24 @@ class Records:
         """Run a write only while the claim is still ours, and extend it; ``finish``: end it, if the write is done."""
 
         def inner(conn: sqlite3.Connection) -> T:
-            if finish:
-                held = conn.execute("DELETE FROM claims WHERE sandbox_uuid = ? AND fence = ?", (claim.uuid, claim.fence))
-            else:
-                held = conn.execute("UPDATE claims SET expires_at = ?, process = ? WHERE sandbox_uuid = ? AND fence = ?",
-                                    (self.clock.now() + self.claim_seconds, self._holder(), claim.uuid, claim.fence))
-            if held.rowcount != 1:
+            # The claim is read first and written last: what is refused here or by the work has written nothing yet.
+            if not conn.execute("SELECT 1 FROM claims WHERE sandbox_uuid = ? AND fence = ?", (claim.uuid, claim.fence)).fetchone():
                 raise ClaimLost(f"the claim on sandbox {claim.uuid} was lost to another run; nothing more was done here", uuid=claim.uuid)
-            return work(conn)
+            value = work(conn)
+            if finish:
+                conn.execute("DELETE FROM claims WHERE sandbox_uuid = ? AND fence = ?", (claim.uuid, claim.fence))
+            else:
+                conn.execute("UPDATE claims SET expires_at = ?, process = ? WHERE sandbox_uuid = ? AND fence = ?",
+                             (self.clock.now() + self.claim_seconds, self._holder(), claim.uuid, claim.fence))
+            return value
 
-        return self.db.write(inner)
+        return self.db.write(inner, checked=True)
 
     def release(self, claim: Claim) -> None:
         """Give the claim back; the journal entry stays if the operation is not finished. When the disk is full, it ends for others with this process."""
         try:
-            self.db.write(lambda conn: conn.execute("DELETE FROM claims WHERE sandbox_uuid = ? AND fence = ?", (claim.uuid, claim.fence)) and None)
+            self.db.write(lambda conn: conn.execute("DELETE FROM claims WHERE sandbox_uuid = ? AND fence = ?", (claim.uuid, claim.fence)) and None,
+                          checked=True)
         except StoreError:
             _unreturned.add((claim.uuid, claim.fence))
 
@@ -418,7 +421,7 @@ class Records:
             self._event(conn, sandbox, sandbox.state, sandbox.state, "keepalive" if keepalive else "renew_lease", outcome="done", evidence=evidence)
             return Sandbox.from_row(conn.execute(f"{_SELECT} WHERE uuid = ?", (sandbox.uuid,)).fetchone())
 
-        return self.db.write(work)
+        return self.db.write(work, checked=True)
 
     def expire(self, sandbox: Sandbox, now: int) -> Sandbox:
         """The other side of that race: TIMEOUT, only while the lease is over and nothing changed. RecordChanged when it lost.
@@ -436,7 +439,7 @@ class Records:
             self._event(conn, sandbox, sandbox.state, states.TIMEOUT, "expire", outcome="done", reason="lease_expired")
             return Sandbox.from_row(conn.execute(f"{_SELECT} WHERE uuid = ?", (sandbox.uuid,)).fetchone())
 
-        return self.db.write(work)
+        return self.db.write(work, checked=True)
 
     def amend(self, sandbox: Sandbox, operation: str, **values: Any) -> Sandbox:
         """Change columns that concern no VM (protected, keepalive, absent_seen_at) with an event; needs no claim.
@@ -453,7 +456,7 @@ class Records:
             self._event(conn, sandbox, sandbox.state, sandbox.state, operation, outcome="done", evidence=values)
             return Sandbox.from_row(conn.execute(f"{_SELECT} WHERE uuid = ?", (sandbox.uuid,)).fetchone())
 
-        return self.db.write(work)
+        return self.db.write(work, checked=True)
 
     def note(self, sandbox: Sandbox, operation: str, *, outcome: str, reason: str | None = None, evidence: dict[str, Any] | None = None,
              upids: Iterable[str] = ()) -> None:
@@ -463,7 +466,7 @@ class Records:
             state = self._state(conn, sandbox)
             self._event(conn, sandbox, state, state, operation, outcome=outcome, reason=reason, evidence=evidence, upids=upids)
 
-        self.db.write(work)
+        self.db.write(work, checked=True)
 
     def forgettable(self, older_than: int) -> int:
         """How many records ``forget`` would remove."""
