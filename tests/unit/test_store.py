@@ -594,6 +594,28 @@ def test_a_refused_change_leaves_no_event(store: Records) -> None:
     assert len(store.events(uuid=old.uuid)) == count and store.get(old.uuid).protected
 
 
+def test_what_a_change_answers_is_what_is_stored(store: Records) -> None:
+    claim, old = reserve(store)
+    now = store.amend(old, "update", protected=1, keepalive=1, absent_seen_at=7)
+    assert now == store.get(old.uuid) and now.protected is True and now.keepalive is True
+    for values in ({"to": "PROVISIONING", "reason": "clone"}, {"tags": ["a", "b"]}, {"node": "pve1", "ip": "192.0.2.7", "protected": 0},
+                   {"outcome": "kept", "journal": ("cloning", {})}, {"to": "BOOTING", "smbios_uuid": new(1).uuid, "snippet": "/x"}):
+        now = store.change(claim, now, "create", **values)
+        assert now == store.get(old.uuid), values
+    assert now.protected is False and now.tags == ["a", "b"] and now.absent_seen_at is None
+    over = store.expire(now, now.lease_expires_at)
+    assert over == store.get(old.uuid) and (over.state, over.reason, over.generation) == ("TIMEOUT", "lease_expired", now.generation + 1)
+
+
+def test_each_write_to_a_record_raises_its_generation() -> None:
+    """A change answers the columns that it does not write as they were read, at that generation."""
+    sources = [path.read_text(encoding="utf-8") for path in Path(records.__file__).parent.glob("*.py")]
+    found = [statement for source in sources for statement in source.split("UPDATE sandboxes")[1:]]
+    assert len(found) >= 3
+    for statement in found:
+        assert "generation = generation + 1" in statement.split("WHERE")[0], statement[:200]
+
+
 def test_destroyed_is_final(store: Records) -> None:
     claim, old = reserve(store)
     gone = store.change(claim, old, "destroy", to="DESTROYED", finish=True)

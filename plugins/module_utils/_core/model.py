@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import operator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,6 +52,15 @@ class Sandbox:
         found.protected, found.keepalive = bool(found.protected), bool(found.keepalive)
         return found
 
+    def written(self, values: dict[str, Any]) -> Sandbox:
+        """This record as a write of these columns leaves it, one generation later. (dataclasses.replace takes five times as long.)"""
+        found = Sandbox(*_values(self))
+        found.generation += 1
+        for name, value in values.items():
+            setattr(found, name, value)
+        found.protected, found.keepalive = bool(found.protected), bool(found.keepalive)
+        return found
+
     @property
     def live(self) -> bool:
         return self.state != states.DESTROYED
@@ -81,6 +91,7 @@ class Sandbox:
 
 
 COLUMNS = tuple(Sandbox.__dataclass_fields__)
+_values = operator.attrgetter(*COLUMNS)
 
 
 @dataclass(slots=True)

@@ -9,6 +9,7 @@ fenced by its claim: a run that lost its claim cannot write any more.
 
 from __future__ import annotations
 
+import functools
 import json
 import sqlite3
 import threading
@@ -71,6 +72,11 @@ class Operation:
 def _json(value: list[Any] | dict[str, Any]) -> str:
     """Most are empty, and a bulk run writes thousands."""
     return json.dumps(value) if value else "{}" if isinstance(value, dict) else "[]"
+
+
+@functools.lru_cache(64)
+def _update(names: tuple[str, ...]) -> str:
+    return f"UPDATE sandboxes SET {' = ?, '.join(names)} = ?, generation = generation + 1 WHERE uuid = ? AND state = ? AND generation = ?"
 
 
 class Records:
@@ -244,7 +250,7 @@ class Records:
             if not found:
                 raise InvalidInput(f"vmid_range: all VMIDs of {first}-{last} are taken, some by VMs that are not ours; configure another range",
                                    option="vmid_range", value=f"{first}-{last}")
-            self._set(conn, sandbox, vmid=found)
+            self._set(conn, sandbox, {"vmid": found})
             self._event(conn, sandbox, sandbox.state, sandbox.state, "create", outcome="done", reason="vmid_occupied", evidence={"was": sandbox.vmid})
             return found
 
@@ -341,18 +347,17 @@ class Records:
 
     # ---- changes ----
 
-    def _set(self, conn: sqlite3.Connection, sandbox: Sandbox, **values: Any) -> None:
-        """Compare-and-set of some columns on state and generation."""
-        if "tags" in values:
-            values["tags"] = json.dumps(values["tags"])
-        values["updated_at"] = self.clock.now()
-        names = ", ".join(f"{name} = ?" for name in values)
-        done = conn.execute(f"UPDATE sandboxes SET {names}, generation = generation + 1 WHERE uuid = ? AND state = ? AND generation = ?",
-                            (*values.values(), sandbox.uuid, sandbox.state, sandbox.generation))
+    def _set(self, conn: sqlite3.Connection, sandbox: Sandbox, values: dict[str, Any]) -> Sandbox:
+        """Compare-and-set of some columns on state and generation; the record as it is now."""
+        new = {**values, "updated_at": self.clock.now()}
+        row = {**new, "tags": json.dumps(new["tags"])} if "tags" in new else new
+        done = conn.execute(_update(tuple(row)), (*row.values(), sandbox.uuid, sandbox.state, sandbox.generation))
         if done.rowcount != 1:
             found = conn.execute("SELECT state FROM sandboxes WHERE uuid = ?", (sandbox.uuid,)).fetchone()
             raise RecordChanged(f"sandbox {sandbox.vmid} was changed by another run meanwhile (now {found['state'] if found else 'gone'}); run again",
                                 vmid=sandbox.vmid)
+        # Whatever writes to a record raises its generation. That was still the one that was read, so the other columns were too.
+        return sandbox.written(new)
 
     def _state(self, conn: sqlite3.Connection, sandbox: Sandbox) -> str:
         found = conn.execute("SELECT state FROM sandboxes WHERE uuid = ?", (sandbox.uuid,)).fetchone()
@@ -381,19 +386,19 @@ class Records:
             new = dict(values)
             if target != sandbox.state:
                 new.update(state=target, state_changed_at=self.clock.now(), absent_seen_at=None, reason=reason)
-            before, after = sandbox.state, target
+            before = sandbox
             if new:
-                self._set(conn, sandbox, **new)
+                after = self._set(conn, sandbox, new)
             else:
                 # Nothing is set, so nothing was compared: the lease may have run out since the record was read.
-                before = after = self._state(conn, sandbox)
-            self._event(conn, sandbox, before, after, operation, outcome=outcome, reason=reason, evidence=evidence, upids=upids,
+                before = after = Sandbox.from_row(conn.execute(f"{_SELECT} WHERE uuid = ?", (sandbox.uuid,)).fetchone())
+            self._event(conn, sandbox, before.state, after.state, operation, outcome=outcome, reason=reason, evidence=evidence, upids=upids,
                         duration_ms=duration_ms)
             if finish:
                 conn.execute("DELETE FROM operations WHERE sandbox_uuid = ?", (sandbox.uuid,))
             elif journal:
                 self._journal(conn, sandbox.uuid, operation, journal[0], journal[1], self.clock.now())
-            return Sandbox.from_row(conn.execute(f"{_SELECT} WHERE uuid = ?", (sandbox.uuid,)).fetchone())
+            return after
 
         return self.fenced(claim, work, finish=finish)
 
@@ -430,14 +435,13 @@ class Records:
         """
 
         def work(conn: sqlite3.Connection) -> Sandbox:
-            done = conn.execute(
-                "UPDATE sandboxes SET state = 'TIMEOUT', state_changed_at = ?, updated_at = ?, absent_seen_at = NULL, reason = 'lease_expired', "
-                "generation = generation + 1 WHERE uuid = ? AND state = ? AND lease_expires_at <= ? AND generation = ?",
-                (now, now, sandbox.uuid, sandbox.state, now, sandbox.generation))
+            new = {"state": states.TIMEOUT, "state_changed_at": now, "updated_at": now, "absent_seen_at": None, "reason": "lease_expired"}
+            done = conn.execute(f"{_update(tuple(new))} AND lease_expires_at <= ?",
+                                (*new.values(), sandbox.uuid, sandbox.state, sandbox.generation, now))
             if done.rowcount != 1:
                 raise RecordChanged(f"sandbox {sandbox.vmid} was renewed or changed before it expired", vmid=sandbox.vmid)
             self._event(conn, sandbox, sandbox.state, states.TIMEOUT, "expire", outcome="done", reason="lease_expired")
-            return Sandbox.from_row(conn.execute(f"{_SELECT} WHERE uuid = ?", (sandbox.uuid,)).fetchone())
+            return sandbox.written(new)
 
         return self.db.write(work, checked=True)
 
@@ -452,9 +456,9 @@ class Records:
                 row = conn.execute("SELECT phase FROM operations WHERE sandbox_uuid = ? AND kind = 'destroy'", (sandbox.uuid,)).fetchone()
                 if row and row["phase"] in _TOO_LATE_TO_PROTECT:
                     raise Kept("busy", f"cannot protect sandbox {sandbox.vmid}: it is being destroyed", vmid=sandbox.vmid)
-            self._set(conn, sandbox, **values)
+            done = self._set(conn, sandbox, values)
             self._event(conn, sandbox, sandbox.state, sandbox.state, operation, outcome="done", evidence=values)
-            return Sandbox.from_row(conn.execute(f"{_SELECT} WHERE uuid = ?", (sandbox.uuid,)).fetchone())
+            return done
 
         return self.db.write(work, checked=True)
 
