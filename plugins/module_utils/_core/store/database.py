@@ -307,10 +307,11 @@ class Database:
             with _transaction(self._writer):
                 for job in batch:
                     try:
-                        job.value = self._in_savepoint(job.work)
+                        # One alone needs no savepoint: the transaction is undone with it.
+                        job.value = self._in_savepoint(job.work) if len(batch) > 1 else job.work(self._writer)
                     except Exception as error:
                         job.error = error
-                        if not self._writer.in_transaction:
+                        if len(batch) == 1 or not self._writer.in_transaction:
                             raise
         except Exception as error:
             for job in batch:
