@@ -367,6 +367,35 @@ def test_a_failed_commit_fails_every_job_of_it(path: Path, monkeypatch: pytest.M
     assert database.read("SELECT value FROM meta WHERE key = 'b'")[0][0] == "1"
 
 
+def test_an_interrupted_commit_is_told_to_every_job_of_it(path: Path) -> None:
+    """Ctrl-C in the thread that commits for the others."""
+    database = Database(str(path))
+    told: dict[str, BaseException] = {}
+
+    def interrupted(conn: sqlite3.Connection) -> None:
+        raise KeyboardInterrupt
+
+    def run(name: str, work: Callable[[sqlite3.Connection], None]) -> None:
+        try:
+            database.write(work)
+        except BaseException as error:
+            told[name] = error
+
+    threads = [threading.Thread(target=run, args=("leader", interrupted)),
+               threading.Thread(target=run, args=("other", lambda conn: conn.execute("INSERT INTO meta VALUES ('a', '1')") and None))]
+    # Held, so that the second one queues up behind the first.
+    with database._writer_lock:
+        for number, one in enumerate(threads, 1):
+            one.start()
+            while len(database._queue) < number:
+                pass
+    for one in threads:
+        one.join(30)
+    assert isinstance(told["leader"], KeyboardInterrupt) and isinstance(told["other"], StoreError)
+    assert database.read("SELECT * FROM meta WHERE key = 'a'") == []
+    database.write(lambda conn: conn.execute("INSERT INTO meta VALUES ('b', '1')") and None)
+
+
 def test_together_is_one_commit_and_reads_its_own_writes(path: Path) -> None:
     store = Records(Database(str(path)), SystemClock(), "test")
     other = Records(Database(str(path)), SystemClock(), "other")

@@ -313,9 +313,13 @@ class Database:
                         job.error = error
                         if len(batch) == 1 or not self._writer.in_transaction:
                             raise
-        except Exception as error:
+        except BaseException as error:
+            # Also when this thread is interrupted: the others must not take for written what was undone.
+            told = error if isinstance(error, Exception) else sqlite3.OperationalError("interrupted")
             for job in batch:
-                job.error = job.error or error
+                job.error = job.error or told
+            if told is not error:
+                raise
         finally:
             for job in batch:
                 job.done = True
