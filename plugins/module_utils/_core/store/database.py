@@ -64,6 +64,8 @@ class Database:
         self._queue: list[_Job] = []
         self._led = False
         self._together: int | None = None
+        # What rolled the bulk transaction back before its end.
+        self._broken: sqlite3.Error | None = None
         # Check mode: the file itself is read, and nothing can be written to it.
         self._untouched = False
         self._queue_lock = threading.Lock()
@@ -207,6 +209,8 @@ class Database:
             try:
                 return self._checked(work) if checked else self._in_savepoint(work)
             except sqlite3.Error as error:
+                if not self._writer.in_transaction:
+                    self._broken = self._broken or error
                 raise explain(self.path, error) from error
         job = _Job(work)
         with self._queue_lock:
@@ -263,12 +267,14 @@ class Database:
         try:
             with self._writer_lock:
                 self._begin_writing()
+                self._broken = None
                 with _transaction(self._writer):
                     self._together = threading.get_ident()
                     try:
                         yield
                     finally:
                         self._together = None
+                    self._still_open()
         except sqlite3.Error as error:
             raise explain(self.path, error) from error
 
@@ -285,7 +291,7 @@ class Database:
 
     def _still_open(self) -> None:
         if not self._writer.in_transaction:
-            raise sqlite3.OperationalError("the transaction was rolled back")
+            raise self._broken or sqlite3.OperationalError("the transaction was rolled back")
 
     def _in_savepoint(self, work: Callable[[sqlite3.Connection], T]) -> T:
         self._still_open()
