@@ -29,7 +29,7 @@ from support.story import task
 SANDBOX = "agentlab_sandbox"
 PLACE = re.compile(r"Running (\w+) in place|Using module file \S*/(agentlab_\w+)\.py")
 # What no two runs have in common.
-_OWN = re.compile(r"[0-9a-f]{8}-[0-9a-f-]{27}|\d{4}-\d\d-\d\dT[\d:]+Z|UPID:[^\" ]+|(?<=\"duration_ms\": )\d+")
+_OWN = re.compile(r"[0-9a-f]{8}-[0-9a-f-]{27}|\d{4}-\d\d-\d\dT[\d:]+Z|UPID:[^\" ]+|(?<=\"duration_ms\": )\d+|(?<= for )\d+s")
 
 
 def places(output: str) -> list[str]:
@@ -87,7 +87,8 @@ def test_both_ways_answer_the_same(env: dict[str, str], tmp_path: Path) -> None:
         task("a path", "agentlab_sandbox_info", config_file="~/none.yaml", fails=True),
         task("without certificate checks", "agentlab_sandbox_info", verify=True, validate_certs=False),
         task("reconcile", "agentlab_reconcile", diff=True),
-        task("prune", "agentlab_prune", states=["STOPPED"], older_than="0", diff=True),
+        task("prune", "agentlab_prune", states=["STOPPED"], older_than="1d", diff=True),
+        task("destroy", SANDBOX, name="mine", state="absent", diff=True),
     ]
     for one in tasks:
         one[next(name for name in one if name.startswith("agentlab."))]["api_token_secret"] = "{{ sealed }}"
