@@ -20,6 +20,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 
 import payload
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import prune
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store import upkeep
 from field import FIRST, REPO, TOKEN_SECRET, Canned, context, play, playbook, resident_kb, seed, timed
 
 BIN = Path(sys.executable).parent
@@ -249,8 +250,8 @@ def history(bench: Bench, _wanted: set[str]) -> list[Row]:
         assert len(prune.select(ctx, prune.Wanted())[0]) == 200
 
     def ticked() -> None:
-        ctx.records.next_lease_end()
-        assert ctx.records.over(now - 86400) == []
+        upkeep.next_lease_end(ctx.records)
+        assert upkeep.over(ctx.records, now - 86400) == []
 
     def opened() -> None:
         one = context(bench.server, bench.database, dry_run=True)

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import AgentlabError, RecordChanged
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import lease
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store import upkeep
 
 from support.lab import FakeClock, Lab
 
@@ -141,7 +142,7 @@ def test_a_lease_that_is_renewed_in_its_last_second_holds(lab: Lab, late: int) -
     lab.clock.pass_time(599)
     # A pass that has read the old end of the lease and is slow to act on it.
     slow = lab.context()
-    seen = slow.records.over(int(lab.clock.now()) + 2)
+    seen = upkeep.over(slow.records, int(lab.clock.now()) + 2)
     assert [one.uuid for one in seen] == [made.uuid]
     assert lab.renew(made.vmid, 3600).changed
     lab.clock.pass_time(late)

@@ -18,6 +18,7 @@ from ansible_collections.agentlab.proxmox.plugins.module_utils._core.model impor
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import create, destroy, info, lease, power, prune, reconcile
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations.context import Context
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.proxmox import identity
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store import history
 
 from support.double import Server
 
@@ -203,7 +204,7 @@ class Lab:
         return self.context().records.find_all(include_destroyed=True)
 
     def events(self, sandbox: Sandbox) -> list[dict[str, Any]]:
-        return self.context().records.events(uuid=sandbox.uuid)
+        return history.events(self.context().database, uuid=sandbox.uuid)
 
     def leftovers(self) -> dict[str, list[dict[str, Any]]]:
         """Claims and journal entries that nobody removed."""

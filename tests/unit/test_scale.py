@@ -19,6 +19,7 @@ import pytest
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core import config, rules
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import cleanup, info, lease, prune, timeguard
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations.context import Context
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store import history, upkeep
 
 LIVE, HISTORY = 1000, 20_000
 EVERY = 50
@@ -60,18 +61,18 @@ def contexts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Context
 
 
 WORK: dict[str, Callable[[Context], object]] = {
-    "when the next lease ends": lambda ctx: ctx.records.next_lease_end(),
+    "when the next lease ends": lambda ctx: upkeep.next_lease_end(ctx.records),
     "leases that are over": lambda ctx: lease.expire(ctx, stop_vms=False),
     "a run of the cleanup rules": lambda ctx: cleanup.run(ctx, POLICY),
     "planning a prune": lambda ctx: prune.select(ctx, prune.Wanted(older_than=86400)),
-    "what was interrupted": lambda ctx: (ctx.records.unfinished(), ctx.records.drop_dead_claims()),
+    "what was interrupted": lambda ctx: (ctx.records.unfinished(), upkeep.drop_dead_claims(ctx.records)),
     "whether cleanup is frozen": cleanup.frozen,
     "a list": lambda ctx: [one.public() for one in info.find(ctx, info.Wanted())],
     "a list of one state": lambda ctx: info.find(ctx, info.Wanted(states=["TIMEOUT"])),
     "one sandbox": lambda ctx: ctx.select(1500),
     "a name": lambda ctx: ctx.select(name="a-500"),
-    "the last events of a VMID": lambda ctx: ctx.records.events(vmid=1500, tail=20),
-    "the events of a sandbox": lambda ctx: ctx.records.events(uuid="live-500"),
+    "the last events of a VMID": lambda ctx: history.events(ctx.database, vmid=1500, tail=20),
+    "the events of a sandbox": lambda ctx: history.events(ctx.database, uuid="live-500"),
 }
 
 
@@ -133,7 +134,7 @@ def test_no_plan_walks_through_history(contexts: tuple[Context, Context], what: 
 
 
 def test_a_plan_that_walks_through_history_would_be_seen(contexts: tuple[Context, Context]) -> None:
-    young, old = (steps(ctx, lambda one: one.records.by_state()) for ctx in contexts)
+    young, old = (steps(ctx, lambda one: upkeep.by_state(one.records)) for ctx in contexts)
     assert old > young + 2 * HISTORY, "a count of all that were destroyed reads its whole index: for status and metrics, not for a tick"
     plan = contexts[1].database.read("EXPLAIN QUERY PLAN SELECT uuid FROM sandboxes WHERE reason = 'x'")
     assert plan[0]["detail"].startswith("SCAN sandboxes") and "live_" not in plan[0]["detail"]
@@ -141,7 +142,7 @@ def test_a_plan_that_walks_through_history_would_be_seen(contexts: tuple[Context
 
 def test_retention_reads_only_what_it_removes(contexts: tuple[Context, Context]) -> None:
     ctx = contexts[1]
-    assert steps(ctx, lambda one: one.records.forget(90 * 86400, 500)) < 500, "nothing is old enough"
+    assert steps(ctx, lambda one: history.forget(one.records, 90 * 86400, 500)) < 500, "nothing is old enough"
     # Fifty steps a record and its event are far from a scan for each.
-    assert steps(ctx, lambda one: one.records.forget(60, 500)) < 500 * 400
+    assert steps(ctx, lambda one: history.forget(one.records, 60, 500)) < 500 * 400
     assert ctx.database.read("SELECT count(*) FROM sandboxes WHERE state = 'DESTROYED'")[0][0] == HISTORY - 1000

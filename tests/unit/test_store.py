@@ -19,7 +19,7 @@ import pytest
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.clock import SystemClock
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import Busy, ClaimLost, InvalidInput, NotFound, RecordChanged, StoreError
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.model import Sandbox
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store import process, records, schema
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store import history, process, records, schema
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.database import Database
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.records import Claim, Records
 
@@ -609,18 +609,18 @@ def test_change_is_a_compare_and_set(store: Records) -> None:
     with pytest.raises(RecordChanged, match="no transition from PROVISIONING to STOPPED"):
         store.change(claim, now, "create", to="STOPPED")
     assert store.get(old.uuid).state == "PROVISIONING"
-    assert [(row["from_state"], row["to_state"], row["outcome"]) for row in store.events(uuid=old.uuid)] == [
+    assert [(row["from_state"], row["to_state"], row["outcome"]) for row in history.events(store.db, uuid=old.uuid)] == [
         (None, "REQUESTED", "decided"), ("REQUESTED", "PROVISIONING", "done")]
 
 
 def test_a_refused_change_leaves_no_event(store: Records) -> None:
     claim, old = reserve(store)
     store.change(claim, old, "create", protected=1)
-    count = len(store.events(uuid=old.uuid))
+    count = len(history.events(store.db, uuid=old.uuid))
     for _dummy in range(2):
         with pytest.raises(RecordChanged):
             store.amend(old, "update", protected=0)
-    assert len(store.events(uuid=old.uuid)) == count and store.get(old.uuid).protected
+    assert len(history.events(store.db, uuid=old.uuid)) == count and store.get(old.uuid).protected
 
 
 def test_what_a_change_answers_is_what_is_stored(store: Records) -> None:
@@ -669,7 +669,7 @@ def test_retention_removes_old_destroyed_records_with_their_events_and_no_others
         if number < 3:
             store.change(claim, one, "destroy", to="DESTROYED", finish=True)
         clock.pass_time(100)
-    assert store.forget(250) == 1
+    assert history.forget(store, 250) == 1
     assert [one.name for one in store.find_all(include_destroyed=True)] == ["s2", "s3"]
     assert store.db.read("SELECT count(*) FROM events WHERE sandbox_uuid LIKE '%1'")[0][0] == 0
     with pytest.raises(NotFound):

@@ -14,6 +14,7 @@ from .. import rules, states
 from ..durations import show
 from ..errors import AgentlabError, Busy, Frozen, GuardTripped, Kept
 from ..model import Outcome, Sandbox
+from ..store import history
 from . import prune, reconcile, timeguard
 from .context import Context, failure
 
@@ -99,7 +100,7 @@ def run(ctx: Context, policy: rules.Policy) -> Report:
             report.marked = [Outcome.of("would_fail", one, state=states.FAILED, reason=rule.name, changed=True)
                              for rule, one in chosen if rule.action == rules.FAIL]
             if policy.keep_destroyed is not None and not rest:
-                report.forgotten = ctx.records.forgettable(policy.keep_destroyed)
+                report.forgotten = history.forgettable(ctx.records, policy.keep_destroyed)
             return report
         # Nothing but what the guard has counted: the others may have come free meanwhile.
         counted = {one.uuid for one in planned.pruned}
@@ -186,7 +187,7 @@ def _add(report: Report, more: prune.Report) -> None:
 def _forget(ctx: Context, older_than: int) -> int:
     gone = 0
     while True:
-        count = ctx.records.forget(older_than, _FORGET_AT_ONCE)
+        count = history.forget(ctx.records, older_than, _FORGET_AT_ONCE)
         gone += count
         if count < _FORGET_AT_ONCE:
             return gone

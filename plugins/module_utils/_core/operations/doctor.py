@@ -26,7 +26,7 @@ from ..config import SECRETS, Config
 from ..durations import show
 from ..errors import AccessDenied, AgentlabError, ApiError, InvalidInput, Kept, ProxmoxError, StoreError
 from ..proxmox import identity
-from ..store import schema
+from ..store import history, schema
 from . import info, timeguard
 from .context import Context
 
@@ -531,7 +531,7 @@ def bundle(doctor: Doctor, report: Report, *, hosts: bool = False, events: int =
         "configuration": config,
         **report.public(),
         "sandboxes": [one.public() for one in live],
-        "events": [info.event(row) for row in context.records.events(tail=events)],
+        "events": [info.event(row) for row in history.events(context.database, tail=events)],
     }
     return dict(_redacted(json.loads(json.dumps(found, default=str)), _replacements(doctor, hosts), hosts))
 

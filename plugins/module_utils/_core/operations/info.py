@@ -14,6 +14,7 @@ from .. import clock as clock_module
 from .. import states
 from ..errors import NotFound
 from ..model import Sandbox
+from ..store import history
 from .context import Context
 
 
@@ -57,7 +58,7 @@ def show(ctx: Context, wanted: Wanted, *, events: int = 0, verify: bool = False,
     shown = [one.public() for one in found]
     if events > 0:
         for one, answer in zip(found, shown, strict=True):
-            answer["events"] = [event(row) for row in ctx.records.events(uuid=one.uuid, tail=events)]
+            answer["events"] = [event(row) for row in history.events(ctx.database, uuid=one.uuid, tail=events)]
     if verify and found:
         from . import comparison
 

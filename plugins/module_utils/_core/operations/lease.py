@@ -13,6 +13,7 @@ from .. import clock as clock_module
 from .. import durations, states
 from ..errors import AgentlabError, InvalidInput, Kept, RecordChanged, StateConflict
 from ..model import Outcome, Sandbox
+from ..store import upkeep
 from . import timeguard
 from .context import Context, failure
 
@@ -86,7 +87,7 @@ def expire(ctx: Context, *, stop_vms: bool = True) -> Expiry:
     if result.suspended:
         return result
     now = ctx.clock.now()
-    due = ctx.records.over(now)
+    due = upkeep.over(ctx.records, now)
     moved: list[Sandbox] = []
     # One commit for all of them; with nothing to write no other writer is kept waiting.
     with ctx.database.together() if due and not ctx.dry_run else contextlib.nullcontext():

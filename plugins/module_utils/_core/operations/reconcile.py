@@ -17,6 +17,7 @@ from .. import states
 from ..errors import AgentlabError, GuardTripped, Kept, ProxmoxError, RecordChanged, StateConflict
 from ..model import Sandbox
 from ..proxmox import identity
+from ..store import upkeep
 from ..store.records import AWAITED, POINT_OF_NO_RETURN, Operation
 from . import cloud_init, destroy, lease, power, remains, removal, timeguard, workspace
 from .context import Context
@@ -75,7 +76,7 @@ def run(ctx: Context, *, apply: bool, adopt_cluster: bool = False) -> list[Drift
     found += _leases(ctx, writing)
     if writing:
         # What those two changed is compared anew; the rest stands as it was judged.
-        now = ctx.records.generations()
+        now = upkeep.generations(ctx.records)
         changed = {uuid for uuid, generation in now.items() if before.get(uuid) != generation}
         if found:
             # That may have taken long: whoever was seen to be gone or stopped before it is looked at once more.
@@ -135,7 +136,7 @@ def _leases(ctx: Context, apply: bool) -> list[Drift]:
         if rest:
             return []
         now = ctx.clock.now()
-        over = ctx.records.over(now)
+        over = upkeep.over(ctx.records, now)
         found = [Drift("lease_expired", "renew (keepalive)" if lease.is_kept_alive(ctx, one, now) else "expire",
                        {"lease_expires_at": one.public()["lease_expires_at"]}, one) for one in over]
         return found + [Drift("still_running", "stop", {}, one) for one in lease.leftovers(ctx)]
@@ -150,7 +151,7 @@ def _leases(ctx: Context, apply: bool) -> list[Drift]:
 def _finish_interrupted(ctx: Context) -> list[Drift]:
     """Finish what killed runs left: a destroy goes on, a creation becomes FAILED (its VM bound if it is ours), the rest is compared anew."""
     found = []
-    ctx.records.drop_dead_claims()
+    upkeep.drop_dead_claims(ctx.records)
     for left in ctx.records.interrupted():
         sandbox = ctx.records.get(left.sandbox_uuid)
         drift = Drift("interrupted", "", {"operation": left.kind, "phase": left.phase, "actor": left.actor}, sandbox)

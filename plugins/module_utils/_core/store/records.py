@@ -36,8 +36,8 @@ POINT_OF_NO_RETURN = ("deleting", "waiting")
 AWAITED = "awaited"
 # From the first of these on it is too late to protect a sandbox; a destroy that was cut off in it is still judged anew by the rules.
 _TOO_LATE_TO_PROTECT = ("detaching", *POINT_OF_NO_RETURN)
-_LIVE = "state <> 'DESTROYED'"
-_SELECT = f"SELECT {', '.join(COLUMNS)} FROM sandboxes"
+LIVE = "state <> 'DESTROYED'"
+SELECT = f"SELECT {', '.join(COLUMNS)} FROM sandboxes"
 # Claims (sandbox, fence) that this process was done with and could not give back: nobody here waits for them.
 _unreturned: set[tuple[str, int]] = set()
 
@@ -93,17 +93,17 @@ class Records:
     # ---- reading ----
 
     def get(self, uuid: str) -> Sandbox:
-        rows = self.db.read(f"{_SELECT} WHERE uuid = ?", uuid)
+        rows = self.db.read(f"{SELECT} WHERE uuid = ?", uuid)
         if not rows:
             raise NotFound("sandbox not found", uuid=uuid)
         return Sandbox.from_row(rows[0])
 
     def live_by_vmid(self, vmid: int) -> Sandbox | None:
-        rows = self.db.read(f"{_SELECT} WHERE vmid = ? AND {_LIVE}", vmid)
+        rows = self.db.read(f"{SELECT} WHERE vmid = ? AND {LIVE}", vmid)
         return Sandbox.from_row(rows[0]) if rows else None
 
     def live_by_name(self, name: str) -> Sandbox | None:
-        rows = self.db.read(f"{_SELECT} WHERE name = ? AND {_LIVE}", name)
+        rows = self.db.read(f"{SELECT} WHERE name = ? AND {LIVE}", name)
         return Sandbox.from_row(rows[0]) if rows else None
 
     def last_by_vmid(self, vmid: int) -> Sandbox | None:
@@ -111,62 +111,30 @@ class Records:
         live = self.live_by_vmid(vmid)
         if live:
             return live
-        rows = self.db.read(f"{_SELECT} WHERE vmid = ? AND state = 'DESTROYED' ORDER BY state_changed_at DESC, created_at DESC LIMIT 1", vmid)
+        rows = self.db.read(f"{SELECT} WHERE vmid = ? AND state = 'DESTROYED' ORDER BY state_changed_at DESC, created_at DESC LIMIT 1", vmid)
         return Sandbox.from_row(rows[0]) if rows else None
 
     def last_by_name(self, name: str) -> Sandbox | None:
         live = self.live_by_name(name)
         if live:
             return live
-        rows = self.db.read(f"{_SELECT} WHERE name = ? AND state = 'DESTROYED' ORDER BY state_changed_at DESC LIMIT 1", name)
+        rows = self.db.read(f"{SELECT} WHERE name = ? AND state = 'DESTROYED' ORDER BY state_changed_at DESC LIMIT 1", name)
         return Sandbox.from_row(rows[0]) if rows else None
 
     def find_all(self, wanted: Iterable[str] | None = None, *, include_destroyed: bool = False) -> list[Sandbox]:
         """Sandboxes in the order of their VMIDs; the live ones unless asked otherwise."""
         names = list(wanted) if wanted is not None else None
-        where, values = ("1", []) if include_destroyed else (_LIVE, [])
+        where, values = ("1", []) if include_destroyed else (LIVE, [])
         if names is not None:
             where += f" AND state IN ({', '.join('?' * len(names))})"
             values = list(names)
-        return self.db.read_as(Sandbox.from_row, f"{_SELECT} WHERE {where} ORDER BY vmid, created_at", *values)
-
-    def generations(self) -> dict[str, int]:
-        """UUID -> generation of each live sandbox: which of them were changed since they were read."""
-        return dict(self.db.read_as(tuple, f"SELECT uuid, generation FROM sandboxes WHERE {_LIVE}"))
-
-    def over(self, now: int) -> list[Sandbox]:
-        """Live sandboxes whose lease is over."""
-        rows = self.db.read(f"{_SELECT} WHERE {_LIVE} AND lease_expires_at <= ? ORDER BY lease_expires_at", now)
-        return [found for found in map(Sandbox.from_row, rows) if found.expired(now)]
-
-    def next_lease_end(self) -> int | None:
-        """When the next lease is over (it may be so already), or None; from the index of live leases."""
-        names = states.OPERATIONS["expire"].allowed
-        rows = self.db.read(f"SELECT min(lease_expires_at) FROM sandboxes WHERE {_LIVE} AND state IN ({', '.join('?' * len(names))})", *names)
-        found: int | None = rows[0][0]
-        return found
-
-    def by_state(self) -> dict[str, int]:
-        """How many records there are in each state, from the indexes alone."""
-        found = dict.fromkeys(states.STATES, 0)
-        found.update((row[0], row[1]) for row in self.db.read(f"SELECT state, count(*) FROM sandboxes WHERE {_LIVE} GROUP BY state"))
-        found[states.DESTROYED] = self.db.read("SELECT count(*) FROM sandboxes WHERE state = 'DESTROYED'")[0][0]
-        return found
+        return self.db.read_as(Sandbox.from_row, f"{SELECT} WHERE {where} ORDER BY vmid, created_at", *values)
 
     def unfinished(self) -> tuple[list[Operation], list[Operation]]:
         """The journal: what is under way, and what was interrupted."""
         stale = {one.sandbox_uuid: one for one in self.interrupted()}
         rows = self.db.read("SELECT * FROM operations ORDER BY id")
         return [Operation.from_row(row) for row in rows if row["sandbox_uuid"] not in stale], list(stale.values())
-
-    def events(self, *, uuid: str | None = None, vmid: int | None = None, after: int = 0, tail: int | None = None, limit: int = 1000) -> list[dict[str, Any]]:
-        """Events of a sandbox (or of every sandbox a VMID has had, or of all), oldest first."""
-        where, value = ("sandbox_uuid = ?", uuid) if uuid is not None else ("vmid = ?", vmid) if vmid is not None else ("?", 1)
-        count = limit if tail is None else min(tail, limit)
-        order = "DESC" if tail is not None else "ASC"
-        rows = self.db.read(f"SELECT * FROM events WHERE {where} AND id > ? ORDER BY id {order} LIMIT ?", value, after, count)
-        found = [dict(row, evidence=json.loads(row["evidence"]), upids=json.loads(row["upids"])) for row in rows]
-        return found[::-1] if tail is not None else found
 
     def under_way(self, uuid: str) -> Operation | None:
         """The journal entry of a sandbox, if an operation on it is unfinished."""
@@ -210,7 +178,7 @@ class Records:
 
         def work(conn: sqlite3.Connection) -> Claim:
             now = self.clock.now()
-            taken = {row["vmid"] for row in conn.execute(f"SELECT vmid FROM sandboxes WHERE {_LIVE}")}
+            taken = {row["vmid"] for row in conn.execute(f"SELECT vmid FROM sandboxes WHERE {LIVE}")}
             if vmid is not None:
                 if vmid in taken:
                     raise InvalidInput(f"vmid: {vmid} already belongs to a live sandbox", option="vmid", value=vmid)
@@ -226,7 +194,7 @@ class Records:
                         f"vmid_range: all VMIDs of {first}-{last} are taken; destroy or prune sandboxes, or configure a larger range",
                         option="vmid_range", value=f"{first}-{last}")
                 conn.execute("INSERT INTO meta VALUES ('last_vmid', ?) ON CONFLICT (key) DO UPDATE SET value = excluded.value", (str(sandbox.vmid),))
-            clash = conn.execute(f"SELECT vmid FROM sandboxes WHERE name = ? AND {_LIVE}", (sandbox.name,)).fetchone()
+            clash = conn.execute(f"SELECT vmid FROM sandboxes WHERE name = ? AND {LIVE}", (sandbox.name,)).fetchone()
             if clash:
                 raise InvalidInput(f"name: {sandbox.name!r} is the name of the live sandbox {clash['vmid']}", option="name", value=sandbox.name)
             sandbox.created_at = sandbox.updated_at = sandbox.state_changed_at = now
@@ -244,7 +212,7 @@ class Records:
         """Give a REQUESTED record another VMID of the range: Proxmox said that the first is occupied."""
 
         def work(conn: sqlite3.Connection) -> int:
-            taken = {row["vmid"] for row in conn.execute(f"SELECT vmid FROM sandboxes WHERE {_LIVE}")}
+            taken = {row["vmid"] for row in conn.execute(f"SELECT vmid FROM sandboxes WHERE {LIVE}")}
             first, last = vmid_range
             found = next((n for n in range(first, last + 1) if n not in taken and n not in occupied), 0)
             if not found:
@@ -317,13 +285,6 @@ class Records:
         except StoreError:
             _unreturned.add((claim.uuid, claim.fence))
 
-    def drop_dead_claims(self) -> None:
-        """Remove the claims of processes that are certainly dead; what they left in the journal stays."""
-        dead = [row for row in self.db.read("SELECT sandbox_uuid, fence, process FROM claims") if process.is_dead(row["process"])]
-        if dead:
-            self.db.write(lambda conn: conn.executemany("DELETE FROM claims WHERE sandbox_uuid = ? AND fence = ?",
-                                                        [(row["sandbox_uuid"], row["fence"]) for row in dead]) and None)
-
     # ---- journal ----
 
     def _journal(self, conn: sqlite3.Connection, uuid: str, kind: str, phase: str, detail: dict[str, Any], now: int) -> None:
@@ -391,7 +352,7 @@ class Records:
                 after = self._set(conn, sandbox, new)
             else:
                 # Nothing is set, so nothing was compared: the lease may have run out since the record was read.
-                before = after = Sandbox.from_row(conn.execute(f"{_SELECT} WHERE uuid = ?", (sandbox.uuid,)).fetchone())
+                before = after = Sandbox.from_row(conn.execute(f"{SELECT} WHERE uuid = ?", (sandbox.uuid,)).fetchone())
             self._event(conn, sandbox, before.state, after.state, operation, outcome=outcome, reason=reason, evidence=evidence, upids=upids,
                         duration_ms=duration_ms)
             if finish:
@@ -424,7 +385,7 @@ class Records:
             conn.execute("UPDATE workspaces SET lease_expires_at = ?, updated_at = ? WHERE sandbox_uuid = ? AND lease_expires_at = ?",
                          (expires_at, now, sandbox.uuid, sandbox.lease_expires_at))
             self._event(conn, sandbox, sandbox.state, sandbox.state, "keepalive" if keepalive else "renew_lease", outcome="done", evidence=evidence)
-            return Sandbox.from_row(conn.execute(f"{_SELECT} WHERE uuid = ?", (sandbox.uuid,)).fetchone())
+            return Sandbox.from_row(conn.execute(f"{SELECT} WHERE uuid = ?", (sandbox.uuid,)).fetchone())
 
         return self.db.write(work, checked=True)
 
@@ -471,18 +432,3 @@ class Records:
             self._event(conn, sandbox, state, state, operation, outcome=outcome, reason=reason, evidence=evidence, upids=upids)
 
         self.db.write(work, checked=True)
-
-    def forgettable(self, older_than: int) -> int:
-        """How many records ``forget`` would remove."""
-        found: int = self.db.read("SELECT count(*) FROM sandboxes WHERE state = 'DESTROYED' AND state_changed_at < ?", self.clock.now() - older_than)[0][0]
-        return found
-
-    def forget(self, older_than: int, most: int = -1) -> int:
-        """Retention: remove DESTROYED records (and their events) older than so many seconds, ``most`` at once; returns how many."""
-        limit = self.clock.now() - older_than
-
-        def work(conn: sqlite3.Connection) -> int:
-            return conn.execute("DELETE FROM sandboxes WHERE uuid IN (SELECT uuid FROM sandboxes WHERE state = 'DESTROYED' AND state_changed_at < ? "
-                                "ORDER BY state_changed_at LIMIT ?)", (limit, most)).rowcount
-
-        return self.db.write(work)

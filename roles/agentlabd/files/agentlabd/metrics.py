@@ -21,6 +21,7 @@ from agentlab_core.errors import AgentlabError, Busy, CreationFailed, Frozen, Gu
 from agentlab_core.model import Outcome
 from agentlab_core.operations.lease import Expiry
 from agentlab_core.operations.reconcile import Drift
+from agentlab_core.store import upkeep
 
 from . import __version__
 from .answers import status_of
@@ -187,7 +188,7 @@ class _Now:
     def collect(self) -> Iterator[Metric]:
         service = self._service
         by_state = GaugeMetricFamily("agentlab_sandboxes", "Records by state", labels=["state"])
-        for state, count in service.base.records.by_state().items():
+        for state, count in upkeep.by_state(service.base.records).items():
             by_state.add_metric([state], count)
         yield by_state
         under_way, interrupted = service.base.records.unfinished()

@@ -18,6 +18,7 @@ from agentlab_core.errors import AgentlabError, InvalidInput, StateConflict
 from agentlab_core.model import Sandbox
 from agentlab_core.operations import cleanup, create, destroy, info, lease, power, prune, reconcile, wanted, workspace, workspace_disk
 from agentlab_core.operations.context import Context
+from agentlab_core.store import history
 
 from . import openapi
 from .answers import Answer, of_item, of_items
@@ -108,7 +109,7 @@ def events(call: Call) -> Answer:
     ctx = call.context()
     ctx.select(call.vmid)
     after = call.query.get("after", 0)
-    found = ctx.records.events(vmid=call.vmid, after=after, tail=call.query.get("tail"), limit=call.query.get("limit", 1000))
+    found = history.events(ctx.database, vmid=call.vmid, after=after, tail=call.query.get("tail"), limit=call.query.get("limit", 1000))
     return Answer({"events": [info.event(row) for row in found], "last_id": found[-1]["id"] if found else after})
 
 

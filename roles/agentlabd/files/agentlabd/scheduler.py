@@ -26,6 +26,7 @@ from agentlab_core.errors import AgentlabError, Stopping
 from agentlab_core.model import Sandbox
 from agentlab_core.operations import lease, reconcile, timeguard
 from agentlab_core.operations.context import Context
+from agentlab_core.store import upkeep
 
 from .logs import log
 from .service import Service
@@ -127,7 +128,7 @@ class Scheduler:
         """End the leases that are over; answers how long to sleep. Asks the records only."""
         longest = float(self.service.config.expire_interval)
         ctx = self.service.context("agentlabd")
-        due = ctx.records.next_lease_end()
+        due = upkeep.next_lease_end(ctx.records)
         if due is not None and due <= ctx.clock.now():
             passed = lease.expire(ctx, stop_vms=False)
             if passed.suspended:
@@ -144,7 +145,7 @@ class Scheduler:
             if not passed.expired and all(one.failed for one in passed.renewed):
                 # Somebody else works on them; the next look may find them done.
                 return min(longest, 1.0) if not passed.failed else longest
-            due = ctx.records.next_lease_end()
+            due = upkeep.next_lease_end(ctx.records)
         return longest if due is None else min(longest, max(0.05, due - time.time()))
 
     def _stop_vm(self, ctx: Context, sandbox: Sandbox) -> None:

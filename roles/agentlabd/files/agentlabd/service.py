@@ -24,7 +24,7 @@ from agentlab_core.config import Config
 from agentlab_core.errors import AgentlabError, Busy, ConfigError
 from agentlab_core.operations import cleanup
 from agentlab_core.operations.context import Context
-from agentlab_core.store import schema
+from agentlab_core.store import schema, upkeep
 
 from . import __version__, answers
 from .answers import Answer
@@ -190,7 +190,7 @@ class Service:
             "version": __version__,
             "started_at": clock_module.iso(self.started_at),
             "uptime_seconds": int(time.monotonic() - self._began),
-            "database": {"path": self.config.database, "schema": schema.VERSION, "by_state": records.by_state()},
+            "database": {"path": self.config.database, "schema": schema.VERSION, "by_state": upkeep.by_state(records)},
             "proxmox": {"where": self.config.proxmox.where, "reachable": statistics.reachable, "last_error": statistics.last_error,
                         "requests": sum(statistics.requests.values())},
             **{name: job.public() for name, job in self.jobs.items() if name != "cleanup"},

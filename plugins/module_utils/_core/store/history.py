@@ -1,0 +1,41 @@
+# Copyright: the agentlab.proxmox contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""What has been: the events of sandboxes, and how long those that are destroyed are kept."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from typing import Any
+
+from .database import Database
+from .records import Records
+
+
+def events(database: Database, *, uuid: str | None = None, vmid: int | None = None, after: int = 0, tail: int | None = None,
+           limit: int = 1000) -> list[dict[str, Any]]:
+    """Events of a sandbox (or of every sandbox a VMID has had, or of all), oldest first."""
+    where, value = ("sandbox_uuid = ?", uuid) if uuid is not None else ("vmid = ?", vmid) if vmid is not None else ("?", 1)
+    count = limit if tail is None else min(tail, limit)
+    order = "DESC" if tail is not None else "ASC"
+    rows = database.read(f"SELECT * FROM events WHERE {where} AND id > ? ORDER BY id {order} LIMIT ?", value, after, count)
+    found = [dict(row, evidence=json.loads(row["evidence"]), upids=json.loads(row["upids"])) for row in rows]
+    return found[::-1] if tail is not None else found
+
+
+def forgettable(records: Records, older_than: int) -> int:
+    """How many records ``forget`` would remove."""
+    found: int = records.db.read("SELECT count(*) FROM sandboxes WHERE state = 'DESTROYED' AND state_changed_at < ?", records.clock.now() - older_than)[0][0]
+    return found
+
+
+def forget(records: Records, older_than: int, most: int = -1) -> int:
+    """Retention: remove DESTROYED records (and their events) older than so many seconds, ``most`` at once; returns how many."""
+    limit = records.clock.now() - older_than
+
+    def work(conn: sqlite3.Connection) -> int:
+        return conn.execute("DELETE FROM sandboxes WHERE uuid IN (SELECT uuid FROM sandboxes WHERE state = 'DESTROYED' AND state_changed_at < ? "
+                            "ORDER BY state_changed_at LIMIT ?)", (limit, most)).rowcount
+
+    return records.db.write(work)
