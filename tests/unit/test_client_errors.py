@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core import errors
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.clock import SystemClock
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.config import ProxmoxSettings
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.proxmox import client as client_module
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.proxmox.client import ProxmoxClient
 
 from support.double import TOKEN_ID, TOKEN_SECRET, Server
@@ -121,6 +124,25 @@ def test_no_answer_in_time_is_unknown_and_names_the_setting(server: Server) -> N
     server.pve.fault("GET", PATH, "hang", seconds=1.4)
     with pytest.raises(errors.OutcomeUnknown, match=r"no answer within 1 s \(api_timeout\)"):
         client(server, api_timeout=1).get(PATH)
+
+
+def test_a_connection_that_the_server_may_be_closing_is_not_used_again(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Proxmox VE closes one after five idle seconds; a write that meets that has an unknown outcome."""
+    monkeypatch.setattr(client_module, "_IDLE_SECONDS", 0.3)
+
+    def connections() -> set[int]:
+        return {one.laddr.port for one in psutil.Process().net_connections("tcp")
+                if one.raddr and one.raddr.port == server.port and one.status == psutil.CONN_ESTABLISHED} - others
+
+    others: set[int] = set()
+    others = connections()
+    which = client(server)
+    assert which.get_list(PATH)
+    first = connections()
+    assert len(first) == 1 and which.get_list(PATH) and connections() == first
+    time.sleep(0.4)
+    assert which.get_list(PATH) and len(connections()) == 1 and connections() != first
+    which.put("nodes/pve1/qemu/9000/config", description="z")
 
 
 def test_nobody_listens(server: Server) -> None:

@@ -10,8 +10,10 @@ OutcomeUnknown, and whoever asked looks before asking again.
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
@@ -28,6 +30,8 @@ _NOT_DELIVERED = (595,)
 # 596-599 come from Proxmox's own proxy; 502-504 from one in front of it: the request may still be carried out.
 _UNKNOWN = (408, 502, 503, 504, 596, 597, 598, 599)
 _RETRIES = 3
+# Proxmox VE closes a connection that was idle for five: what is sent just then is cut off, and nobody knows whether it was carried out.
+_IDLE_SECONDS = 4.0
 _SSH = re.compile(r"ssh: connect to host|closed by|Broken pipe|client_loop|Connection reset|Connection timed out")
 # TLS failures before any request was sent.
 _TLS_REFUSED = re.compile(r"CERTIFICATE_VERIFY_FAILED|certificate verify failed|[Hh]ostname mismatch|doesn't match")
@@ -122,7 +126,9 @@ class ProxmoxClient:
                           lambda: proxmoxer.ProxmoxAPI(found.api_host, port=found.api_port, verify_ssl=verify, timeout=found.api_timeout, **login))
         session = api._store["session"]
         # proxmoxer has no setting for the pool; one connection a request in flight, and no more than that.
-        session.mount("https://", HTTPAdapter(pool_connections=1, pool_maxsize=found.connections, pool_block=True))
+        adapter = HTTPAdapter(pool_connections=1, pool_maxsize=found.connections, pool_block=True)
+        adapter.poolmanager.pool_classes_by_scheme = {"https": _pool()}
+        session.mount("https://", adapter)
         # A redirect would turn a POST into a GET of some other host, token included.
         session.max_redirects = 0
         session.hooks["response"].append(_refuse_redirect)
@@ -350,6 +356,26 @@ def _import_proxmoxer() -> Any:
         raise InvalidInput(f"the Python library {error.name} is missing on this host: install python3-proxmoxer and python3-requests "
                            "(Debian), or pip install proxmoxer requests", library=error.name) from None
     return proxmoxer
+
+
+def _pool() -> type:
+    from urllib3.connectionpool import HTTPSConnectionPool
+
+    class Pool(HTTPSConnectionPool):
+        """Sends nothing over a connection that was idle for too long; urllib3 only knows those that are closed already."""
+
+        def _put_conn(self, conn: Any) -> None:
+            if conn is not None:
+                conn.idle_since = time.monotonic()
+            super()._put_conn(conn)
+
+        def _get_conn(self, timeout: float | None = None) -> Any:
+            conn: Any = super()._get_conn(timeout)
+            if time.monotonic() - getattr(conn, "idle_since", math.inf) > _IDLE_SECONDS:
+                conn.close()
+            return conn
+
+    return Pool
 
 
 class _Unspoken:
