@@ -96,11 +96,15 @@ soak: setup ## The daemon under churn for SOAK_MINUTES: a table of its memory, a
 	@echo "==> Soak, $(SOAK_MINUTES) minutes"
 	@.venv/bin/python tests/support/soak.py $(SOAK_MINUTES)
 
-test-cli-oldest: setup ## The command line with the releases of click and tabulate that Debian 12 has
+test-cli-oldest: setup ## The command line and the requests to Proxmox with the releases of the libraries that Debian 12 has
 	@echo "==> Command line with click 8.1.3, tabulate 0.8.9"
 	@rm -rf .cache/debian12
 	@.venv/bin/python -m pip install --quiet --disable-pip-version-check --target .cache/debian12 click==8.1.3 tabulate==0.8.9
 	@AGENTLAB_TEST_CLI_LIBRARIES=$(CURDIR)/.cache/debian12 $(PYTEST) tests/cli -k 'not manual' $(PYTEST_ARGS)
+	@echo "==> Requests to Proxmox with requests 2.28.1, urllib3 1.26.12"
+	@rm -rf .cache/debian12-requests
+	@.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --target .cache/debian12-requests requests==2.28.1 urllib3==1.26.12 charset-normalizer==2.1.1
+	@PYTHONPATH=$(CURDIR)/.cache/debian12-requests $(PYTEST) tests/unit/test_client_errors.py $(PYTEST_ARGS)
 
 test-monitoring: setup ## Alert rules and dashboard (needs promtool, of the Debian package prometheus)
 	@echo "==> Monitoring"

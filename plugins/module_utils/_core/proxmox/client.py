@@ -440,5 +440,5 @@ def _reason(error: Exception) -> str:
 
 
 def _tls_reason(error: Exception) -> str:
-    found = re.search(r"certificate verify failed: ([^(\[]+)|(Hostname mismatch[^.]*)|(WRONG_VERSION_NUMBER)", str(error))
+    found = re.search(r"certificate verify failed: ([^(\[]+)|(Hostname mismatch[^.]*)|(hostname \S+ doesn't match)|(WRONG_VERSION_NUMBER)", str(error))
     return next((part.strip() for part in found.groups() if part), "TLS failed") if found else "TLS failed"
