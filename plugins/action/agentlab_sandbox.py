@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import os
 import signal
 import sys
 import warnings
@@ -94,11 +95,16 @@ def _as_shipped(folder: str) -> Iterator[None]:
     """What a process of its own would give a module: the folder that relative paths begin in, an end that is an exception, and nobody who reads what a
     library prints for developers (it would be told as output that went astray)."""
     before = {one: signal.signal(one, _stop) for one in _STOPS}
+    came_from = os.getcwd()
     try:
-        with contextlib.chdir(folder), warnings.catch_warnings():
+        os.chdir(folder)
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
+        # Where Ansible was started may be a folder that this user cannot enter: the answer counts all the same.
+        with contextlib.suppress(OSError):
+            os.chdir(came_from)
         signal.alarm(0)
         for one, handler in before.items():
             signal.signal(one, handler)
@@ -121,6 +127,10 @@ class ActionModule(ShippedModule):
                 importlib.import_module(f"{_MODULES}.{name}").main(lambda **given: _Here(self, variables, **given))
         except _Ended as ended:
             result.update(ended.answer)
+        except KeyboardInterrupt:
+            # Now as Ansible ends a worker; from ansible-core 2.21 on it shows a trace of what ends in any other way.
+            signal.raise_signal(signal.SIGTERM)
+            raise
         return result
 
     def _is_here(self, task_vars: dict[str, Any]) -> bool:

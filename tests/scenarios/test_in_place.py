@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 
 from support.double import TOKEN_SECRET
-from support.play import REPO, run_play
+from support.play import REPO, run_command, run_play
 from support.story import task
 
 SANDBOX = "agentlab_sandbox"
@@ -129,6 +129,18 @@ def test_the_process_that_ran_it_is_killed(env: dict[str, str], tmp_path: Path, 
     assert [(one["vmid"], one["state"], one["identity"]) for one in again["show"]["sandboxes"]] == [(1000, "RUNNING", "MATCH")]
 
 
+def stop_ansible(worker: int, stop: signal.Signals) -> None:
+    """Tell the ansible-playbook over that worker to stop, and wait until the worker has ended."""
+    above = [worker]
+    while above[-1] != os.getpid():
+        above.append(int(Path(f"/proc/{above[-1]}/stat").read_text().rpartition(")")[2].split()[1]))
+    os.kill(above[-2], stop)
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{worker}").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+@pytest.mark.everyday
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
 def test_stopping_ansible_gives_the_claim_back(env: dict[str, str], tmp_path: Path, server: Any, stop: signal.Signals) -> None:
     """Ctrl-C, or a job that is cancelled: from another container nobody could tell whether the process that held it is dead."""
@@ -136,20 +148,44 @@ def test_stopping_ansible_gives_the_claim_back(env: dict[str, str], tmp_path: Pa
     create = task("create", SANDBOX, name="mine", keywords={"vars": {"agentlab_in_place": True}})
     with ThreadPoolExecutor() as pool:
         first = pool.submit(run_play, [create], env, tmp_path)
-        above = [worker_of(env, server)]
-        while above[-1] != os.getpid():
-            above.append(int(Path(f"/proc/{above[-1]}/stat").read_text().rpartition(")")[2].split()[1]))
-        os.kill(above[-2], stop)
+        stop_ansible(worker_of(env, server), stop)
         ended = first.result()
     assert ended.rc != 0 and "Traceback" not in ended.output, ended.output
-    deadline = time.monotonic() + 10
     with contextlib.closing(sqlite3.connect(env["AGENTLAB_DATABASE"])) as conn:
-        while conn.execute("SELECT count(*) FROM claims").fetchone() != (0,) and time.monotonic() < deadline:
-            time.sleep(0.05)
         assert conn.execute("SELECT * FROM claims").fetchall() == []
         assert conn.execute("SELECT kind, phase FROM operations").fetchall() == [("create", "cloning")]
     again = run_play([create], env, tmp_path).ok()
     assert again.status("create") == "changed" and again["create"]["sandbox"]["vmid"] == 1000
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_stopping_ansible_while_absence_is_proven_gives_the_claims_back(env: dict[str, str], tmp_path: Path, server: Any, given: Any, count: int) -> None:
+    given(count)
+    server.pve.fault("GET", "cluster/nextid", "hang", seconds=3)
+    vmids = list(range(1000, 1000 + count))
+    destroy = task("destroy", SANDBOX, vmids=vmids, state="absent", force=True, keywords={"vars": {"agentlab_in_place": True}})
+    with ThreadPoolExecutor() as pool, contextlib.closing(sqlite3.connect(env["AGENTLAB_DATABASE"])) as conn:
+        first = pool.submit(run_play, [destroy], env, tmp_path)
+        deadline = time.monotonic() + 30
+        while "GET /cluster/nextid" not in server.pve.counted and time.monotonic() < deadline:
+            time.sleep(0.02)
+        held = conn.execute("SELECT process FROM claims").fetchall()
+        assert len(held) == count
+        stop_ansible(int(json.loads(held[0][0])["pid"]), signal.SIGTERM)
+        assert first.result().rc != 0
+        assert conn.execute("SELECT * FROM claims").fetchall() == []
+        assert conn.execute("SELECT phase FROM operations").fetchall() == [("waiting",)] * count
+    assert run_play([destroy], env, tmp_path).ok()["destroy"]["results"][0]["state"] == "DESTROYED"
+
+
+@pytest.mark.everyday
+def test_a_worker_that_is_told_to_stop_shows_no_trace(env: dict[str, str], tmp_path: Path, server: Any) -> None:
+    server.pve.fault("POST", "/clone", "hang", seconds=20, carry_out=True)
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(run_play, [task("create", SANDBOX, name="mine", keywords={"vars": {"agentlab_in_place": True}})], env, tmp_path)
+        os.kill(worker_of(env, server), signal.SIGTERM)
+        ended = first.result()
+    assert ended.rc != 0 and "Traceback" not in ended.output, ended.output
 
 
 @pytest.mark.parametrize("way", [True, False])
@@ -158,6 +194,19 @@ def test_relative_paths_begin_in_the_folder_of_the_playbook(env: dict[str, str],
     (tmp_path / "beside.yaml").write_text(Path(env["AGENTLAB_CONFIG"]).read_text())
     show = task("show", "agentlab_sandbox_info", config_file="beside.yaml", keywords={"vars": {"agentlab_in_place": way}})
     assert run_play([show], env, tmp_path).ok()["show"]["count"] == 1
+
+
+def test_ansible_may_be_started_where_its_user_may_not_go(env: dict[str, str], tmp_path: Path, given: Any) -> None:
+    """As with sudo, out of a folder of one's own; root needs to lose what lets it in everywhere."""
+    given(1)
+    book = tmp_path / "book.yml"
+    book.write_text(json.dumps([{"hosts": "localhost", "gather_facts": False, "tasks": [task("show", "agentlab_sandbox_info")]}]))
+    (tmp_path / "closed").mkdir()
+    dropped = "setpriv --bounding-set=-dac_override,-dac_read_search" if os.geteuid() == 0 else ""
+    playbook = Path(sys.executable).with_name("ansible-playbook")
+    run = run_command(["sh", "-c", f"cd {tmp_path}/closed && chmod 0 . && exec {dropped} {playbook} -vvv {book}"],
+                      {**env, "ANSIBLE_CONFIG": f"{REPO}/ansible.cfg"}, tmp_path).ok()
+    assert run["show"]["count"] == 1 and places(run.output) == ["in place"]
 
 
 def test_another_collection_may_give_a_module_a_name_of_its_own(env: dict[str, str], tmp_path: Path, given: Any) -> None:

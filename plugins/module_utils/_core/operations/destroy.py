@@ -51,13 +51,27 @@ def plan(ctx: Context, sandbox: Sandbox) -> tuple[str, str, str | None]:
 
 def run(ctx: Context, items: list[tuple[Sandbox, Request]]) -> list[Outcome]:
     """Destroy several sandboxes at once; an item's failure stops no other. Absence is proven for all together at the end."""
+    held: list[Gone] = []
+    try:
+        return _run(ctx, items, held)
+    except BaseException:
+        # Also when it is told to stop. Those that are closed have no claim any more.
+        for found in held:
+            ctx.records.release(found.claim)
+        raise
+
+
+def _run(ctx: Context, items: list[tuple[Sandbox, Request]], held: list[Gone]) -> list[Outcome]:
 
     def first(item: tuple[Sandbox, Request]) -> Outcome | Gone:
         sandbox, request = item
         try:
             found = Removal(ctx, sandbox, request).run()
+            if isinstance(found, Outcome):
+                return found
+            held.append(found)
             # What is a proof in itself is one now: it is not kept until the others, which may take long, are done.
-            return _finish(ctx, found, {}) if isinstance(found, Gone) and found.reason in _PROVEN else found
+            return _finish(ctx, found, {}) if found.reason in _PROVEN else found
         except Kept as error:
             return Outcome.of("kept", _now(ctx, sandbox), previous_state=sandbox.state, reason=error.reason, message=error.message, failed=True)
         except AgentlabError as error:
@@ -68,20 +82,15 @@ def run(ctx: Context, items: list[tuple[Sandbox, Request]]) -> list[Outcome]:
         ctx.cluster.survey([sandbox.vmid for sandbox, _request in items])
     results = ctx.each(first, items)
     gone = [found for found in results if isinstance(found, Gone)]
-    if gone:
-        try:
-            proofs = ctx.cluster.prove_absent([found.sandbox.vmid for found in gone], anew=not all(found.quiet for found in gone))
-        except AgentlabError:
-            for found in gone:
-                ctx.records.release(found.claim)
-            raise
-        sure = [found for found in gone if proofs[found.sandbox.vmid].absent]
-        closing = set(map(id, sure))
-        rest = [found for found in gone if id(found) not in closing]
-        outcomes = [*_close(ctx, sure, proofs), *ctx.each(lambda found: _finish(ctx, found, proofs), rest)]
-        finished = dict(zip(map(id, [*sure, *rest]), outcomes, strict=True))
-        return [finished[id(found)] if isinstance(found, Gone) else found for found in results]
-    return [found for found in results if isinstance(found, Outcome)]
+    if not gone:
+        return [found for found in results if isinstance(found, Outcome)]
+    proofs = ctx.cluster.prove_absent([found.sandbox.vmid for found in gone], anew=not all(found.quiet for found in gone))
+    sure = [found for found in gone if proofs[found.sandbox.vmid].absent]
+    closing = set(map(id, sure))
+    rest = [found for found in gone if id(found) not in closing]
+    outcomes = [*_close(ctx, sure, proofs), *ctx.each(lambda found: _finish(ctx, found, proofs), rest)]
+    finished = dict(zip(map(id, [*sure, *rest]), outcomes, strict=True))
+    return [finished[id(found)] if isinstance(found, Gone) else found for found in results]
 
 
 def several(ctx: Context, found: list[Sandbox], force: bool) -> list[Outcome]:
