@@ -18,6 +18,6 @@ mkdir -p "$pages/collection"
 ANSIBLE_COLLECTIONS_PATH=$PWD/.collections antsibull-docs collection --use-current --fail-on-error --squash-hierarchy --no-add-antsibull-docs-version \
     --dest-dir "$pages/collection" agentlab.proxmox >"$work/antsibull-docs.log" 2>&1 || { cat "$work/antsibull-docs.log" >&2; exit 1; }
 # A label of Ansible's own documentation, which is not at hand here.
-sed -i 's|:ref:`action plugin <action_plugins>`|`action plugin <https://docs.ansible.com/ansible/latest/plugins/action.html>`__|' "$pages"/collection/*.rst
+sed -i 's|:ref:\x60action plugin <action_plugins>\x60|\x60action plugin <https://docs.ansible.com/ansible/latest/plugins/action.html>\x60__|' "$pages"/collection/*.rst
 sphinx-build --quiet -W --keep-going --jobs auto --doctree-dir "$work/doctrees" "$pages" "$work/html"
 echo "build/docs/html/index.html: $(find "$work/html" -name '*.html' | wc -l) pages, no warnings"
