@@ -295,7 +295,7 @@ class Life(RuleBasedStateMachine):
             assert not [one.message for one in done if one.failed], [one.message for one in done]
             wrong = self.rig.broken()
             assert not wrong, wrong
-            assert [vm.vmid for vm in self.rig.pve.vms if not vm.template] == [*sorted(self.rig.bystanders)]
+            assert sorted(vm.vmid for vm in self.rig.pve.vms if not vm.template) == [*sorted(self.rig.bystanders)]
         finally:
             self.rig.stop()
             shutil.rmtree(self.folder, ignore_errors=True)
