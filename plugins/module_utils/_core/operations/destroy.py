@@ -62,6 +62,7 @@ def run(ctx: Context, items: list[tuple[Sandbox, Request]]) -> list[Outcome]:
 
 
 def _run(ctx: Context, items: list[tuple[Sandbox, Request]], held: list[Gone]) -> list[Outcome]:
+    """What ``run`` does; ``held`` is filled with those whose VM is gone and whose claim is still ours."""
 
     def first(item: tuple[Sandbox, Request]) -> Outcome | Gone:
         sandbox, request = item
