@@ -20,7 +20,7 @@ from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[1]
 # What a module of ours may add to what ansible-core ships with every module of its own, bytes.
-LIMIT = 150_000
+LIMIT = 190_000
 
 
 def modules() -> list[str]:
