@@ -71,17 +71,23 @@ class Database:
         self._queue_lock = threading.Lock()
         self._writer_lock = threading.Lock()
         self._reader_lock = threading.Lock()
+        # Device and inode of the file and of its -wal, as this process opened them; None where no file is open for writing.
+        self._opened: tuple[Any, Any] | None = None
         try:
             if dry_run:
                 self._reader_lock = self._writer_lock
                 self._writer = self._reader = self._look_only()
             else:
                 self._create_file(group_mode)
+                before = _file_identity(path)
                 self._writer = self._connect(path)
                 # Judged to be ours by now: the mode of a file that is not is not ours to change.
                 self._narrow()
                 self._migrate(self._writer)
                 self._reader = self._connect(path)
+                # The -wal exists from the first read on, until the last connection closes.
+                self._opened = (before, _file_identity(f"{path}-wal"))
+                self._refuse_replaced()
         except (sqlite3.Error, OSError) as error:
             raise explain(path, error) from error
 
@@ -185,6 +191,33 @@ class Database:
 
     # ---- use ----
 
+    def replaced(self) -> str | None:
+        """Return the sentence for a file that was deleted, moved or replaced since this process opened it; None while it is the same.
+
+        SQLite goes on with the file that it opened: a commit succeeds, and nobody who opens the path reads it.
+        """
+        if self._opened is None:
+            return None
+        # Two calls of stat, a few microseconds: nothing beside the sync of a commit.
+        for path, opened in zip((self.path, f"{self.path}-wal"), self._opened, strict=True):
+            if opened is not None and _file_identity(path) != opened:
+                return (f"database {self.path}: {path} was deleted, moved or replaced while this process had it open; nothing is written any more. "
+                        "End everything that uses the records, put the right file in place (docs/troubleshooting.md, Backups), and start it again")
+        return None
+
+    def _refuse_replaced(self) -> None:
+        sentence = self.replaced()
+        if sentence:
+            raise StoreError(sentence, path=self.path, replaced=True)
+
+    @contextlib.contextmanager
+    def _transact(self) -> Iterator[None]:
+        """One transaction of the writer, on the file that stands at the path when it begins and when it is committed."""
+        with _transaction(self._writer):
+            self._refuse_replaced()
+            yield
+            self._refuse_replaced()
+
     def read(self, sql: str, *values: Any) -> list[sqlite3.Row]:
         """Rows of a query, outside any transaction of a writer."""
         return self.read_as(lambda row: row, sql, *values)
@@ -268,7 +301,7 @@ class Database:
             with self._writer_lock:
                 self._begin_writing()
                 self._broken = None
-                with _transaction(self._writer):
+                with self._transact():
                     self._together = threading.get_ident()
                     try:
                         yield
@@ -310,7 +343,7 @@ class Database:
     def _commit(self, batch: list[_Job]) -> None:
         try:
             self._begin_writing()
-            with _transaction(self._writer):
+            with self._transact():
                 for job in batch:
                     try:
                         # One alone needs no savepoint: the transaction is undone with it.
@@ -352,6 +385,9 @@ class Rehearsal(Database):
     def __init__(self, database: Database) -> None:
         self.path = database.path
         self._database = database
+
+    def replaced(self) -> str | None:
+        return self._database.replaced()
 
     def read_as(self, make: Callable[[sqlite3.Row], T], sql: str, *values: Any) -> list[T]:
         return self._database.read_as(make, sql, *values)
@@ -404,6 +440,15 @@ def _transaction(conn: sqlite3.Connection) -> Iterator[None]:
         if conn.in_transaction:
             conn.execute("ROLLBACK")
         raise
+
+
+def _file_identity(path: str) -> tuple[int, int] | None:
+    """Return device and inode of the file that the path leads to now, or None without one."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 def _quote(path: str) -> str:
