@@ -1,40 +1,60 @@
 #!/usr/bin/env bash
-# Makes (once) .cache/core-VERSION: an environment with that ansible-core and what the tests with it need. Prints its bin folder,
-# or nothing when no Python that it runs on is at hand (then a line on standard error says so).
+# Make .cache/core-VERSION once: an environment with that ansible-core and what the tests need beside it. Print its bin folder.
+# Print nothing when this machine has no Python that the release runs on; a line on standard error then says so.
+# `scripts/core-env.sh --today` prints the releases whose turn it is: two of four on even days, the other two on odd days.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-core=${1:?version of ansible-core, such as 2.20}
-venv=$PWD/.cache/core-$core
-wanted="ansible-core==$core.* $(sed -n -E 's/^(proxmoxer|requests|PyYAML|fakepve\[pytest\]|pytest|pytest-xdist)([<>=].*)$/\1\2/p' requirements-dev.txt | tr '\n' ' ')"
+# AGENTLAB_CORES_DAY replays another day's turn (days since 1970).
+if [ "${1:-}" = --today ]; then
+    day=${AGENTLAB_CORES_DAY:-$(($(date -u +%s) / 86400))}
+    # .venv has 2.19, or a newer release where its Python is newer: every run tests that one anyway.
+    if [ $((day % 2)) -eq 0 ]; then echo "2.16 2.18 2.20"; else echo "2.17 2.19 2.21"; fi
+    exit 0
+fi
 
-if [ "$(cat "$venv/installed" 2>/dev/null)" = "$wanted" ] && "$venv/bin/python" -c '' 2>/dev/null; then
+core=${1:?version of ansible-core, such as 2.20, or --today}
+# The Pythons that a control node of that release may have. 3.11 is the oldest that our modules run on.
+case $core in
+    2.16 | 2.17) pythons="3.11 3.12" ;;
+    2.18 | 2.19) pythons="3.11 3.12 3.13" ;;
+    *) pythons="3.13 3.12 3.14" ;;
+esac
+venv=$PWD/.cache/core-$core
+packages=$(sed -n -E 's/^(proxmoxer|requests|PyYAML|fakepve\[pytest\]|pytest|pytest-xdist)([<>=].*)$/\1\2/p' requirements-dev.txt)
+requirements="ansible-core==$core.* $(tr '\n' ' ' <<<"$packages")"
+
+if [ "$(cat "$venv/installed" 2>/dev/null)" = "$requirements" ] && "$venv/bin/python" -c '' 2>/dev/null; then
     printf '%s\n' "$venv/bin"
     exit 0
 fi
 
-# ansible-core 2.20 and 2.21 run on Python 3.12 to 3.14; interpreters of a version manager are not on the PATH.
-shopt -s nullglob
-python=
-for candidate in python3.13 python3.12 python3.14 "$HOME"/.pyenv/versions/3.1[234].*/bin/python3 /opt/python/3.1[234]*/bin/python3; do
-    if "$candidate" -c 'import sys, venv, ensurepip; sys.exit(not (3, 12) <= sys.version_info[:2] <= (3, 14))' 2>/dev/null; then
-        python=$candidate
-        break
-    fi
-done
+# Interpreters of a version manager are not on the PATH.
+find_python() {
+    local version candidate
+    shopt -s nullglob
+    for version in $pythons; do
+        for candidate in "python$version" "$HOME/.pyenv/versions/$version".*/bin/python3 /opt/python/"$version"*/bin/python3; do
+            if "$candidate" -c "import sys, venv, ensurepip; sys.exit('%d.%d' % sys.version_info[:2] != '$version')" 2>/dev/null; then
+                printf '%s\n' "$candidate"
+                return
+            fi
+        done
+    done
+}
+python=$(find_python)
 if [ -z "$python" ]; then
-    echo "No Python 3.12 or newer here: ansible-core $core is not tested." >&2
+    echo "No Python of ${pythons// /, } here: ansible-core $core is not tested." >&2
     exit 0
 fi
 rm -rf "$venv"
 "$python" -m venv "$venv"
-shopt -u nullglob
 set -f
 # shellcheck disable=SC2086 # requirements, one a word
-if ! "$venv/bin/python" -m pip install --quiet --disable-pip-version-check $wanted >"$venv/pip.log" 2>&1; then
+if ! "$venv/bin/python" -m pip install --quiet --disable-pip-version-check $requirements >"$venv/pip.log" 2>&1; then
     cat "$venv/pip.log" >&2
     echo "Error: ansible-core $core could not be installed (see above)." >&2
     exit 1
 fi
-printf '%s\n' "$wanted" >"$venv/installed"
+printf '%s\n' "$requirements" >"$venv/installed"
 printf '%s\n' "$venv/bin"
