@@ -45,7 +45,7 @@ CORE_ROOMS: dict[str, tuple[str, str]] = {
     "doctor": ("operations/doctor", "tables tools files store proxmox run vm guest workspaces views sandboxes"),
 }
 DAEMON_ROOMS: dict[str, tuple[str, str]] = {
-    "process": ("systemd logs signals lean", ""),
+    "process": ("systemd logs", ""),
     "http": ("api routes shapes answers openapi", "process service"),
     "service": ("service metrics", "process http"),
     "scheduler": ("scheduler", "process service"),

@@ -41,11 +41,6 @@ def main(arguments: list[str] | None = None) -> int:
                 read_token(config.listen_token_file)
             print("agentlabd: the configuration can be used")
             return 0
-        from . import lean
-
-        lean.server()
-        if config.proxmox.api_host:
-            lean.client()
         from . import daemon
 
         return daemon.run(config, path, os.environ, options.config)

@@ -10,7 +10,7 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from agentlab_core.config import Config
@@ -21,7 +21,6 @@ from .api import Api
 from .logs import log
 from .scheduler import Scheduler
 from .service import Service
-from .signals import Signals
 
 
 class Daemon:
@@ -33,11 +32,13 @@ class Daemon:
         self.manager = systemd.Manager()
         self.scheduler = Scheduler(service)
         self._end = asyncio.Event()
+        # Set by SIGHUP. A storm of them asks for one reload, so that SIGTERM never waits behind thousands.
+        self._hangup = asyncio.Event()
         self._failure: BaseException | None = None
 
     async def run(self) -> bool:
         """Until SIGTERM or SIGINT; True when nothing had to be abandoned."""
-        signals = Signals({signal.SIGTERM: self._end.set, signal.SIGINT: self._end.set, signal.SIGHUP: self._reload})
+        handle_signals({signal.SIGTERM: self._end.set, signal.SIGINT: self._end.set, signal.SIGHUP: self._hangup.set})
         try:
             await self.api.listen()
         except AgentlabError:
@@ -45,7 +46,8 @@ class Daemon:
             raise
         self.scheduler.start()
         watchdog = asyncio.create_task(self._watchdog())
-        for task in (*self.scheduler.tasks, watchdog):
+        reloads = asyncio.create_task(self._reload_when_asked())
+        for task in (*self.scheduler.tasks, watchdog, reloads):
             task.add_done_callback(self._ended)
         config = self.service.config
         log.info("agentlabd %s serves %s; Proxmox: %s; records: %s; %s", __version__, config.socket, config.proxmox.where, config.database, self._rules())
@@ -53,8 +55,10 @@ class Daemon:
         await self._end.wait()
         clean = await self._stop()
         watchdog.cancel()
-        # One more of them must not kill what has nearly ended.
-        signals.close()
+        reloads.cancel()
+        # A second SIGTERM must not kill a daemon that has nearly ended.
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
         if self._failure:
             raise self._failure
         return clean
@@ -75,6 +79,12 @@ class Daemon:
         while period:
             self.manager.alive()
             await asyncio.sleep(period / 2)
+
+    async def _reload_when_asked(self) -> None:
+        while True:
+            await self._hangup.wait()
+            self._hangup.clear()
+            self._reload()
 
     def _reload(self) -> None:
         """SIGHUP: reading a few small files holds nothing up."""
@@ -116,6 +126,21 @@ class Daemon:
         """Ten of them by name."""
         names = sorted(self.service.under_way.get(one, "what has just ended") for one in work)
         return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+
+
+def handle_signals(actions: Mapping[signal.Signals, Callable[[], object]]) -> None:
+    """Run an action in the running event loop for each signal. Call this in the main thread.
+
+    ``loop.add_signal_handler`` is not used: it passes signals on as bytes in a pipe, and while the pipe is full (a storm
+    of SIGHUP) the byte of a SIGTERM is dropped.
+    """
+    loop = asyncio.get_running_loop()
+
+    def call_soon(number: int, _frame: object) -> None:
+        loop.call_soon_threadsafe(actions[signal.Signals(number)])
+
+    for number in actions:
+        signal.signal(number, call_soon)
 
 
 def run(config: Config, path: str | None, environment: Mapping[str, str], asked: str | None = None) -> int:
