@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import workspace
 
-from support.daemon import FILES, Daemon, free_port
+from support.daemon import PYTHONPATH, Daemon, free_port
 from support.lab import Lab
 
 TOKEN = "a-long-token-of-the-tests-5d1f"
@@ -56,4 +56,4 @@ def test_the_document_is_true(daemon: Callable[..., Daemon], lab: Lab, tmp_path:
 def test_every_creation_option_of_the_core_is_in_the_document() -> None:
     code = ("from agentlabd.routes import CREATION; from agentlab_core.operations import wanted;"
             "assert set(CREATION) == {'vmid', 'name', 'ttl_minutes', 'workspace_id', *wanted.OPTIONS}, set(CREATION)")
-    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": str(FILES)}, timeout=30)
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": PYTHONPATH}, timeout=30)

@@ -13,13 +13,14 @@ from typing import Any
 
 import pytest
 
-from support.daemon import FILES
+from support.daemon import CODE
 from support.lab import Lab
 
 
 @pytest.fixture
 def service(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(FILES))
+    for folder in CODE:
+        monkeypatch.syspath_prepend(str(folder))
     from agentlabd.service import Service, load
 
     path = tmp_path / "config.yaml"

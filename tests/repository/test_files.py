@@ -12,14 +12,10 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 CORE = ROOT / "plugins/module_utils/_core"
-LINKS = ROOT / "roles/agentlabd/files/agentlab_core"
 
 
-def test_the_role_has_a_link_to_every_file_of_the_core() -> None:
-    """scripts/link-core.sh makes them."""
-    core = {path.relative_to(CORE) for path in CORE.rglob("*.py")}
-    assert {path.relative_to(LINKS) for path in LINKS.rglob("*.py")} == core, "run scripts/link-core.sh"
-    assert all((LINKS / name).is_symlink() and (LINKS / name).resolve() == CORE / name for name in core), "run scripts/link-core.sh"
+def test_one_link_lets_a_checkout_run_the_daemon_on_the_core() -> None:
+    assert (ROOT / ".collections/agentlab_core").resolve() == CORE
 
 
 def test_no_gate_is_switched_off() -> None:

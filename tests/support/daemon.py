@@ -24,6 +24,9 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = ROOT / "roles" / "agentlabd" / "files"
+# Where a checkout has the daemon and the command line, and the link to the core that they run on.
+CODE = (FILES, ROOT / ".collections")
+PYTHONPATH = os.pathsep.join(map(str, CODE))
 # Another interpreter (one with Debian's versions of the libraries, say) can be tested with the same tests.
 PYTHON = os.environ.get("AGENTLABD_PYTHON", sys.executable)
 CONFIG = {"template": "debian-13", "shutdown_timeout": "2s", "claim_timeout": "5s", "doubt_window": "1s", "wait_timeout": "20s", "api_timeout": 10,
@@ -86,7 +89,7 @@ class Daemon:
         if cleanup is not None:
             self.cleanup_file.write_text(cleanup, encoding="utf-8")
         own = {name: value for name, value in os.environ.items() if not name.startswith(("PROXMOX_", "AGENTLAB_", "JOURNAL_"))}
-        self.environment = {**own, **environment, "AGENTLAB_CONFIG": str(self.config_file), "PYTHONPATH": str(FILES), "PYTHONUNBUFFERED": "1"}
+        self.environment = {**own, **environment, "AGENTLAB_CONFIG": str(self.config_file), "PYTHONPATH": PYTHONPATH, "PYTHONUNBUFFERED": "1"}
         self.process: subprocess.Popen[bytes] | None = None
 
     def write_config(self, **changes: Any) -> None:

@@ -32,7 +32,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from support.daemon import FILES, Daemon, free_port
+from support.daemon import FILES, ROOT, Daemon, free_port
 from support.double import Server
 
 CLIENTS = 6
@@ -72,6 +72,8 @@ class Soak:
         self.server.pve.add_template()
         code = folder / "code"
         shutil.copytree(FILES, code, ignore=shutil.ignore_patterns("__pycache__"))
+        core = ROOT / "plugins" / "module_utils" / "_core"
+        shutil.copytree(core, code / "agentlab_core", ignore=shutil.ignore_patterns("__pycache__"))
         compileall.compile_dir(str(code), quiet=1)
         self.database = folder / "records" / "agentlab.db"
         environment = {**self.server.environment(str(folder)), "AGENTLAB_DATABASE": str(self.database)}

@@ -6,7 +6,9 @@
 
 from __future__ import annotations
 
+import atexit
 import base64
+import functools
 import getpass
 import io
 import json
@@ -16,6 +18,7 @@ import sqlite3
 import subprocess
 import sys
 import tarfile
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -69,11 +72,24 @@ def _pack(what: str) -> str:
     return subprocess.run([sys.executable, str(FILES / "pack.py"), what], capture_output=True, text=True, check=True).stdout
 
 
-def test_the_archive_is_what_the_manifest_says(tmp_path: Path) -> None:
-    info = json.loads(_pack("info"))
+@functools.cache
+def _release() -> Path:
+    """The files of a release, unpacked as the role unpacks them on a host."""
+    folder = tempfile.TemporaryDirectory(prefix="agentlab-release-")
+    atexit.register(folder.cleanup)
+    _unpack(Path(folder.name))
+    return Path(folder.name)
+
+
+def _unpack(folder: Path) -> None:
     with tarfile.open(fileobj=io.BytesIO(base64.b64decode(_pack("archive")))) as archive:
         # Debian 12's Python 3.11.2 knows no filters; 3.14 would warn without one.
-        archive.extractall(tmp_path, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
+        archive.extractall(folder, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
+
+
+def test_the_archive_is_what_the_manifest_says(tmp_path: Path) -> None:
+    info = json.loads(_pack("info"))
+    _unpack(tmp_path)
     subprocess.run(["sha256sum", "--check", "--strict", "--quiet"], cwd=tmp_path, input=info["manifest"], text=True, check=True)
     found = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
     assert found == {line.partition("  ")[2] for line in info["manifest"].splitlines()}
@@ -91,7 +107,7 @@ def test_the_version_is_that_of_the_collection() -> None:
 def _judge(etc: Path, content: dict[str, Any]) -> subprocess.CompletedProcess[str]:
     given = {"config.yaml": "api_host: pve1\napi_token_id: a@pve!t\napi_token_secret: made-up-secret\n", "cleanup.yaml": POLICY,
              "ca.pem": None, "profiles": {}, "remove": [], **content}
-    return subprocess.run([sys.executable, "-I", str(FILES / "agentlab_install.py"), "check", f"--release={FILES}", f"--etc={etc}",
+    return subprocess.run([sys.executable, "-I", str(FILES / "agentlab_install.py"), "check", f"--release={_release()}", f"--etc={etc}",
                            f"--user={getpass.getuser()}"], input=json.dumps(given), capture_output=True, text=True, check=False)
 
 
@@ -211,7 +227,7 @@ class Records:
         Database(str(self.path)).close()
 
     def secure(self, *arguments: str, keep: int = 5, running: str = "1.0.0") -> subprocess.CompletedProcess[str]:
-        return subprocess.run([sys.executable, "-I", str(FILES / "agentlab_install.py"), "records", f"--release={FILES}", f"--running={running}",
+        return subprocess.run([sys.executable, "-I", str(FILES / "agentlab_install.py"), "records", f"--release={_release()}", f"--running={running}",
                                f"--database={self.path}", f"--backups={self.backups}", f"--keep={keep}", *arguments],
                               capture_output=True, text=True, check=False)
 

@@ -19,22 +19,23 @@ import tarfile
 from pathlib import Path
 
 FILES = Path(__file__).resolve().parent
+# The core of the modules, in the same collection: the daemon runs on a copy of it.
+CORE = FILES.parents[2] / "plugins" / "module_utils" / "_core"
 PACKAGES = ("agentlab_core", "agentlabd", "agentlab_cli")
 
 
 def contents() -> dict[str, bytes]:
-    """Name on the host -> content, of everything beside this file. agentlab_core holds links to the core of the modules: it exists once."""
-    found: dict[str, bytes] = {}
-    for top in sorted(FILES.iterdir()):
-        if top == Path(__file__).resolve() or top.name == "__pycache__":
-            continue
-        for path in sorted(top.rglob("*")) if top.is_dir() else [top]:
-            if path.is_file() and "__pycache__" not in path.parts:
-                found[path.relative_to(FILES).as_posix()] = path.read_bytes()
+    """Return name on the host -> content, of the core (as agentlab_core) and of everything beside this file."""
+    files: dict[str, bytes] = {}
+    for folder, prefix in ((CORE, "agentlab_core/"), (FILES, "")):
+        for path in sorted(folder.rglob("*")):
+            if path.is_file() and path != Path(__file__).resolve() and "__pycache__" not in path.parts:
+                files[prefix + path.relative_to(folder).as_posix()] = path.read_bytes()
     for package in PACKAGES:
-        if f"{package}/__init__.py" not in found:
-            sys.exit(f"{FILES / package} is missing or no link that can be followed; install the collection again with ansible-galaxy")
-    return found
+        if f"{package}/__init__.py" not in files:
+            folder = CORE if package == "agentlab_core" else FILES / package
+            sys.exit(f"{folder} is missing; install the collection again with ansible-galaxy")
+    return files
 
 
 def main() -> int:
