@@ -22,7 +22,7 @@ FILES = ROOT / "roles/agentlabd/files"
 # Room -> its files without ".py" (a name that ends in "/" means all files of that folder), and the rooms it may import.
 CORE_ROOMS: dict[str, tuple[str, str]] = {
     "tables": ("clock errors reasons states model", ""),
-    "tools": ("parallel durations words values patterns waiting", "tables"),
+    "tools": ("parallel durations words safe_yaml values patterns waiting", "tables"),
     "files": ("config profiles rules", "tables tools"),
     "store": ("store/", "tables tools"),
     "proxmox": ("proxmox/", "tables tools files"),
@@ -35,7 +35,7 @@ CORE_ROOMS: dict[str, tuple[str, str]] = {
     ),
     "views": ("operations/info operations/comparison", "tables tools files store proxmox run vm"),
     "sandboxes": (
-        "operations/wanted operations/create operations/destroy operations/removal operations/remains operations/lease",
+        "operations/wanted operations/spec operations/vm_config operations/create operations/destroy operations/removal operations/remains operations/lease",
         "tables tools files store proxmox run vm guest workspaces",
     ),
     "many": (

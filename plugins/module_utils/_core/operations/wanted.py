@@ -10,8 +10,8 @@ from typing import Any
 
 from .. import durations, profiles, words
 from ..errors import InvalidInput
-from . import create
 from .context import Context
+from .spec import Spec
 
 # The options of a creation, by the names that modules and the HTTP API give them. Besides them: vmid and name.
 # To add an option: CONTRIBUTING.md names every place that has to know it, and tests/repository/test_options.py compares them.
@@ -42,7 +42,7 @@ def normalise(given: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
-def spec(ctx: Context, options: Mapping[str, Any]) -> create.Spec:
+def spec(ctx: Context, options: Mapping[str, Any]) -> Spec:
     """The Spec of ``vmid``, ``name`` and OPTIONS (absent or None: not given); refuses by name what cannot be used. ``ttl`` as a duration."""
     given = normalise({name: options[name] for name in ("vmid", "name", *OPTIONS) if options.get(name) is not None})
     profile = profiles.load(ctx.config.profiles_dir, str(given["profile"])) if "profile" in given else None
@@ -52,7 +52,7 @@ def spec(ctx: Context, options: Mapping[str, Any]) -> create.Spec:
         raise InvalidInput(f"workspace: profile {profile.name!r} allows none", option="workspace")
     values = {**_of_profile(profile, given), **given}
     values["ttl"], values["lease_maximum"] = _ttl(ctx, given.get("ttl"), profile)
-    found = create.Spec(**values)
+    found = Spec(**values)
     found.check()
     return found
 
