@@ -78,7 +78,7 @@ DEFAULTS: dict[str, Any] = {
     "stop_timeout": "60s",
 }
 # Of these the daemon takes a change only when it is started anew.
-FIXED = ("database", "database_group_access", "socket", "listen", "listen_token_file", "metrics_listen")
+FIXED = ("database", "database_group_access", "socket", "listen", "metrics_listen")
 SECRETS = ("api_password", "api_token_secret")
 # Keys whose value is a text: what YAML read as something else (012345, yes) is refused in the file, and not guessed.
 TEXTS = ("api_host", "api_user", *SECRETS, "api_token_id", "ca_path", "database", "node", "template", "pool", "storage", "profiles_dir",
