@@ -21,7 +21,7 @@ FILES = ROOT / "roles/agentlabd/files"
 
 # Room -> its files without ".py" (a name that ends in "/" means all files of that folder), and the rooms it may import.
 CORE_ROOMS: dict[str, tuple[str, str]] = {
-    "tables": ("clock errors reasons states model", ""),
+    "tables": ("clock errors escapes reasons states model", ""),
     "tools": ("parallel durations words safe_yaml values patterns waiting", "tables"),
     "files": ("config profiles rules", "tables tools"),
     "store": ("store/", "tables tools"),
@@ -45,9 +45,9 @@ CORE_ROOMS: dict[str, tuple[str, str]] = {
     "doctor": ("operations/doctor", "tables tools files store proxmox run vm guest workspaces views sandboxes"),
 }
 DAEMON_ROOMS: dict[str, tuple[str, str]] = {
-    "process": ("systemd logs", ""),
+    "process": ("systemd logs connections", ""),
     "http": ("api routes shapes answers openapi", "process service"),
-    "service": ("service metrics", "process http"),
+    "service": ("service metrics conditions", "process http"),
     "scheduler": ("scheduler", "process service"),
     "daemon": ("daemon __main__", "process http service scheduler"),
 }
