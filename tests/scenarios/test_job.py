@@ -2,17 +2,24 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""The life of a job in one play, with this machine standing in for the guest: completed, failed, and a creation that fails."""
+"""The life of a job in one playbook, with this machine standing in for the guest: what is refused before anything is made, and that results,
+workspace and sandbox end where they should, however the job ends."""
 
 from __future__ import annotations
 
 import json
+import os
 import sqlite3
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from support.play import run_play
+from support.play import REPO, Run, run_play
 
 JOB = """\
 ---
@@ -24,44 +31,280 @@ JOB = """\
 
 - name: Break
   ansible.builtin.command: /bin/false
-  when: job_breaks | bool
+  when: job_breaks | default(false) | bool
   changed_when: false
 """
 
 
-@pytest.mark.parametrize("how", ["completed", "failed", "not created"])
-def test_the_life_of_a_job(env: Any, server: Any, tmp_path: Any, how: str) -> None:
+@dataclass
+class Job:
+    """A run of the playbook, and what is left of its sandbox and its workspace."""
+
+    run: Run
+    folder: Path
+    pve: Any
+    database: str
+
+    def rows(self, query: str) -> list[tuple[Any, ...]]:
+        if not Path(self.database).exists():
+            return []
+        with sqlite3.connect(self.database) as conn:
+            return conn.execute(query).fetchall()
+
+    @property
+    def vms(self) -> list[int]:
+        return [vm.vmid for vm in self.pve.vms if not vm.template]
+
+    @property
+    def states(self) -> list[str]:
+        return [state for (state,) in self.rows("SELECT state FROM sandboxes ORDER BY created_at")]
+
+    @property
+    def workspace(self) -> str:
+        return str(self.rows("SELECT state FROM workspaces")[0][0])
+
+    @property
+    def events(self) -> list[tuple[Any, ...]]:
+        return self.rows("SELECT operation, to_state, outcome FROM events ORDER BY id")
+
+    def result(self, name: str) -> Path:
+        return self.folder / "results" / "job-1" / name
+
+    @property
+    def said(self) -> str:
+        """The sentence that the playbook ends with."""
+        ends = [entry for entry in self.run.results if entry["task"] in ("Fail if the job failed", "Fail if the sandbox could not be cleared up",
+                                                                         "Say where the results are") and entry["status"] != "skipped"]
+        assert ends, self.run.output
+        return str(ends[-1]["result"]["msg"])
+
+    def cleared_up(self) -> bool:
+        return self.vms == [] and self.states in ([], ["DESTROYED"]) and (not self.rows("SELECT 1 FROM workspaces") or self.workspace == "DETACHED")
+
+
+@pytest.fixture
+def job(env: Any, server: Any, tmp_path: Path) -> Callable[..., Job]:
+    """job(tasks, variables...): run the playbook with those tasks in a file, a workspace and a result to collect."""
     server.pve.agent_default = True
     (tmp_path / "profiles").mkdir()
     (tmp_path / "profiles" / "jobs.yaml").write_text("workspace: required\nlease: {default: 1h, maximum: 2h}\ntags: [job]\n", encoding="utf-8")
-    (tmp_path / "job-tasks.yml").write_text(JOB, encoding="utf-8")
     with open(env["AGENTLAB_CONFIG"], "a", encoding="utf-8") as config:
         config.write(f"profiles_dir: {tmp_path}/profiles\n")
+
+    def run(tasks: str | None = JOB, more_args: tuple[str, ...] = (), check: bool = False, **variables: Any) -> Job:
+        if tasks is not None:
+            (tmp_path / "job-tasks.yml").write_text(tasks, encoding="utf-8")
+        given = {
+            "agentlab_hosts": "localhost", "job_name": "job-1", "job_tasks": f"{tmp_path}/job-tasks.yml", "job_profile": "jobs",
+            "job_workspace": "data", "job_workspace_size": "2G", "job_workspace_storage": "local-lvm", "job_connection": "local",
+            "job_python": "{{ ansible_playbook_python }}", "job_fetch": [f"{tmp_path}/made-inside"], "job_results": f"{tmp_path}/results",
+            "job_file": f"{tmp_path}/made-inside", **variables}
+        done = run_play("playbooks/job.yml", env, tmp_path, check=check, args=more_args,
+                        extra_vars={name: value for name, value in given.items() if value is not None})
+        return Job(done, tmp_path, server.pve, env["AGENTLAB_DATABASE"])
+
+    return run
+
+
+@pytest.mark.parametrize("how", ["completed", "failed", "not created"])
+def test_the_life_of_a_job(job: Callable[..., Job], server: Any, how: str) -> None:
     if how == "not created":
         server.pve.task_endings["qmstart"] = "start failed: QEMU exited with code 1"
-    run = run_play("playbooks/job.yml", env, tmp_path, extra_vars={
-        "agentlab_hosts": "localhost", "job_name": "job-1", "job_tasks": f"{tmp_path}/job-tasks.yml", "job_profile": "jobs", "job_workspace": "data",
-        "job_workspace_size": "2G", "job_workspace_storage": "local-lvm", "job_connection": "local", "job_python": "{{ ansible_playbook_python }}",
-        "job_fetch": [f"{tmp_path}/made-inside"], "job_results": f"{tmp_path}/results", "job_file": f"{tmp_path}/made-inside",
-        "job_breaks": how == "failed"})
-    conn = sqlite3.connect(env["AGENTLAB_DATABASE"])
-    events = conn.execute("SELECT operation, to_state, outcome FROM events ORDER BY id").fetchall()
-    state, tags, profile = conn.execute("SELECT state, tags, profile FROM sandboxes").fetchone()
-    workspace = conn.execute("SELECT state, volume, owner_vmid FROM workspaces").fetchone()
-    conn.close()
-    assert (state, json.loads(tags), profile) == ("DESTROYED", ["job"], "jobs")
-    assert workspace[0] == "DETACHED" and server.pve.volumes_of(workspace[2]) == [workspace[1]]
-    assert [vm.vmid for vm in server.pve.vms if not vm.template] == []
-    fetched = tmp_path / "results" / "job-1" / "made-inside"
+    ended = job(job_breaks=how == "failed")
+    assert ended.cleared_up(), ended.run.output
+    tags, profile = ended.rows("SELECT tags, profile FROM sandboxes")[0]
+    assert (json.loads(tags), profile) == (["job"], "jobs")
+    volume, owner = ended.rows("SELECT volume, owner_vmid FROM workspaces")[0]
+    assert server.pve.volumes_of(owner) == [volume]
     if how == "completed":
-        assert run.rc == 0 and not run.warnings, run.output
-        assert fetched.read_text() == "worked in job-1"
-        assert ("complete", "COMPLETED", "done") in events
+        assert ended.run.rc == 0 and not ended.run.warnings, ended.run.output
+        assert ended.result("made-inside").read_text() == "worked in job-1"
+        assert ("complete", "COMPLETED", "done") in ended.events
+        assert f"Collected 1 file(s) in {ended.folder}/results/job-1" in ended.said and "Workspace data is free" in ended.said
+    elif how == "failed":
+        # What a failed job wrote is a result too: it says why.
+        assert ended.run.rc != 0 and ended.result("made-inside").exists()
+        assert ("fail", "FAILED", "done") in ended.events and ended.said.startswith("the job in sandbox job-1 failed: Break:")
+        assert "Collected 1 file(s)" in ended.said
     else:
-        assert run.rc != 0 and not fetched.exists()
-        assert ("complete", "COMPLETED", "done") not in events
-        said = run["Fail if the job failed"]["msg"]
-        if how == "failed":
-            assert ("fail", "FAILED", "done") in events and said.startswith("the job in sandbox job-1 failed: Break:")
-        else:
-            assert said.startswith("the job in sandbox job-1 failed: Create the sandbox: sandbox 1000 could not be created") and "start failed" in said
+        assert ended.run.rc != 0 and not ended.result("made-inside").exists()
+        assert ended.said.startswith("the job in sandbox job-1 failed: Create the sandbox: sandbox 1000 could not be created")
+        assert "start failed" in ended.said and "Workspace data is free" in ended.said
+    assert ("complete", "COMPLETED", "done") not in ended.events or how == "completed"
+
+
+UNUSABLE = {
+    "no module": ("- name: Work\n  no_such_module:\n    path: /tmp\n", "no_such_module"),
+    "no module in a block": ("- name: Work\n  block:\n    - name: Inner\n      a.b.no_such_module:\n", "no_such_module"),
+    "a playbook": ("- name: Play\n  hosts: all\n  tasks: []\n", "is a playbook"),
+    "a tab": ("- name: Work\n\tansible.builtin.ping:\n", "line 2, column 1"),
+    "not yaml": ("- name: {Work\n", "is not valid YAML"),
+    "a mapping": ("name: Work\n", "is not a list of tasks"),
+    "empty": ("---\n", "holds no tasks"),
+    "words": ("- run the thing\n", "entry 1 is 'run the thing'"),
+    "no role": ("- name: Work\n  ansible.builtin.include_role:\n    name: no_such_role\n", "no_such_role"),
+    "no role in a block": ("- name: Work\n  block:\n    - ansible.builtin.import_role:\n        name: no_such_role\n", "no_such_role"),
+    "no file": ("- name: Work\n  ansible.builtin.include_tasks: not-there.yml\n", "not-there.yml"),
+    "two actions": ("- name: Work\n  ansible.builtin.ping:\n  ansible.builtin.debug:\n", "conflicting action"),
+    "an end": ("- name: Work\n  ansible.builtin.meta: end_play\n", "meta: end_play"),
+    "a missing file": (None, "does not exist"),
+}
+
+
+@pytest.mark.parametrize("what", UNUSABLE)
+def test_the_check_of_the_tasks_names_what_is_wrong(tmp_path: Path, what: str) -> None:
+    tasks, words = UNUSABLE[what]
+    path = tmp_path / "job-tasks.yml"
+    if tasks is not None:
+        path.write_text(tasks, encoding="utf-8")
+    run = subprocess.run([sys.executable, REPO / "playbooks" / "files" / "check_job_tasks.py", path, tmp_path], capture_output=True, text=True, check=True)
+    said = json.loads(run.stdout)["problem"]
+    assert words in said and "agentlab-job-" not in said and "\n" not in said, said
+
+
+def test_the_check_of_the_tasks_passes_what_can_be_run(tmp_path: Path) -> None:
+    (tmp_path / "roles" / "mine" / "tasks").mkdir(parents=True)
+    (tmp_path / "roles" / "mine" / "tasks" / "main.yml").write_text("- ansible.builtin.ping:\n", encoding="utf-8")
+    (tmp_path / "more.yml").write_text("- ansible.builtin.ping:\n", encoding="utf-8")
+    path = tmp_path / "job-tasks.yml"
+    path.write_text("""\ufeff---
+- name: Work
+  block:
+    - ansible.builtin.include_role: {name: mine}
+    - ansible.builtin.include_tasks: more.yml
+    - ansible.builtin.include_tasks: "{{ which }}.yml"
+    - ansible.builtin.debug: {msg: !unsafe "{{ text }}"}
+  rescue:
+    - ansible.builtin.meta: flush_handlers
+""", encoding="utf-8")
+    run = subprocess.run([sys.executable, REPO / "playbooks" / "files" / "check_job_tasks.py", path, tmp_path], capture_output=True, text=True, check=True,
+                         env={**os.environ, "ANSIBLE_ROLES_PATH": str(tmp_path / "roles")})
+    assert json.loads(run.stdout) == {"problem": ""}
+
+
+@pytest.mark.parametrize("what", ["no module", "a tab", "a missing file"])
+def test_tasks_that_cannot_be_run_are_refused_before_anything_is_made(job: Callable[..., Job], what: str) -> None:
+    tasks, words = UNUSABLE[what]
+    ended = job(tasks)
+    said = ended.run["Check that the tasks can be run"]["msg"]
+    assert ended.run.rc == 2 and said.startswith(f"job_tasks: {ended.folder}/job-tasks.yml ") and words in said, said
+    assert ended.pve.counted["POST"] == 0 and ended.states == [] and ended.rows("SELECT 1 FROM workspaces") == []
+
+
+REFUSED = {
+    "no tasks": ({"job_tasks": None}, "job_tasks: missing"),
+    "fetch a mapping": ({"job_fetch": {"a": 1}}, "job_fetch: {'a': 1} is neither a path nor a list of paths"),
+    "fetch a number": ({"job_fetch": 5}, "job_fetch: 5 is neither"),
+    "fetch numbers": ({"job_fetch": ["/tmp/a", 5]}, "holds something that is not a path"),
+    "fetch up": ({"job_fetch": "/tmp/../.."}, "holds a path with '..'"),
+    "a time": ({"job_connect_timeout": "soon"}, "job_connect_timeout: soon is not a number of seconds"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_variables_are_checked_before_anything_is_made(job: Callable[..., Job], what: str) -> None:
+    variables, words = REFUSED[what]
+    ended = job(**variables)
+    assert ended.run.rc == 2 and words in json.dumps([entry["result"] for entry in ended.run.failed]), ended.run.output
+    assert ended.pve.counted["POST"] == 0 and not Path(ended.database).exists()
+
+
+@pytest.mark.parametrize("form", ["text", "lines", "json text", "folder"])
+def test_what_is_collected_may_be_named_in_each_way(job: Callable[..., Job], tmp_path: Path, form: str) -> None:
+    out = tmp_path / "out"
+    tasks = f"""\
+- name: Work
+  ansible.builtin.shell: mkdir -p {out}/deep/.hidden && echo one > {out}/a.txt && echo two > {out}/deep/.hidden/b.txt
+  changed_when: true
+"""
+    a, b = f"{out}/a.txt", f"{out}/deep/.hidden/b.txt"
+    fetch = {"text": a, "lines": f"{a}\r\n\n  {b}\n", "json text": json.dumps([a, b]), "folder": f"{out}/"}[form]
+    ended = job(tasks, job_fetch=fetch)
+    assert ended.run.rc == 0 and ended.cleared_up(), ended.run.output
+    names = {"text": ["a.txt"], "lines": ["a.txt", "b.txt"], "json text": ["a.txt", "b.txt"], "folder": ["out/a.txt", "out/deep/.hidden/b.txt"]}[form]
+    files = sorted(str(path.relative_to(ended.result(""))) for path in ended.result("").rglob("*") if path.is_file())
+    assert files == names and f"Collected {len(names)} file(s)" in ended.said
+
+
+def test_a_file_that_is_not_there_is_told_and_two_of_one_name_are_both_kept(job: Callable[..., Job], tmp_path: Path) -> None:
+    tasks = f"""\
+- name: Work
+  ansible.builtin.shell: mkdir -p {tmp_path}/x {tmp_path}/y && echo 1 > {tmp_path}/x/log && echo 2 > {tmp_path}/y/log
+  changed_when: true
+"""
+    ended = job(tasks, job_fetch=[f"{tmp_path}/x/log", f"{tmp_path}/missing", f"{tmp_path}/y/log"])
+    assert ended.run.rc == 0 and ended.cleared_up(), ended.run.output
+    assert ended.result(f".{tmp_path}/x/log").read_text() == "1\n" and ended.result(f".{tmp_path}/y/log").read_text() == "2\n"
+    assert f"Not there: {tmp_path}/missing." in ended.said and ("complete", "COMPLETED", "done") in ended.events
+
+
+def test_a_sandbox_whose_results_cannot_be_collected_stays_and_its_workspace_is_free(job: Callable[..., Job], tmp_path: Path) -> None:
+    (tmp_path / "results").write_text("a file where the folder should be", encoding="utf-8")
+    ended = job()
+    assert ended.run.rc == 2 and ended.states == ["STOPPED"] and len(ended.vms) == 1, ended.run.output
+    assert ended.workspace == "DETACHED"
+    assert "Collect the files: " in ended.said and "Results that were not collected are in sandbox job-1 (VMID 1000)" in ended.said
+    assert "its lease ends at 20" in ended.said and "Workspace data is free" in ended.said
+
+
+def test_a_guest_that_cannot_be_reached_any_more_is_cleared_up(job: Callable[..., Job]) -> None:
+    tasks = """\
+- name: Lose the guest
+  ansible.builtin.ping:
+  vars: {ansible_connection: ssh, ansible_host: 127.0.0.1, ansible_port: 1, ansible_ssh_retries: 0}
+
+- name: Not reached
+  ansible.builtin.ping:
+"""
+    ended = job(tasks, job_fetch=None)
+    assert ended.run.rc != 0 and ended.cleared_up(), ended.run.output
+    assert "could not be reached any more" in ended.said and "Workspace data is free" in ended.said
+    assert ("fail", "FAILED", "done") in ended.events and ("complete", "COMPLETED", "done") not in ended.events
+    # With results to collect nothing is destroyed before they are.
+    ended = job(tasks)
+    assert len(ended.vms) == 1 and ended.workspace == "DETACHED", ended.run.output
+    assert "Results that were not collected are in sandbox job-1" in ended.said
+
+
+def test_a_name_that_is_used_is_refused_and_the_other_sandbox_left_alone(job: Callable[..., Job], given: Callable[..., Any]) -> None:
+    given(1, name="job-1")
+    ended = job()
+    assert ended.run.rc == 2 and ended.run["Check that the name is free"]["msg"].startswith("job_name: job-1 is the name of sandbox 1000 (RUNNING)")
+    assert ended.states == ["RUNNING"] and len(ended.vms) == 1
+
+
+def test_a_task_without_a_name_or_with_secrets_is_told_without_them(job: Callable[..., Job]) -> None:
+    ended = job("- ansible.builtin.fail: {msg: the cause}\n")
+    assert ended.said.startswith("the job in sandbox job-1 failed: ") and "the cause" in ended.said and ended.cleared_up()
+    ended = job("- name: Secret\n  ansible.builtin.fail: {msg: hunter2}\n  no_log: true\n", job_name="job-2")
+    assert "Secret: failed; its output is hidden (no_log)" in ended.said and "hunter2" not in ended.said
+
+
+def test_a_relative_path_starts_where_ansible_was_started(job: Callable[..., Job]) -> None:
+    ended = job(job_tasks="tests/no-such-job.yml")
+    assert ended.run["Check that the tasks can be run"]["msg"] == \
+        f"job_tasks: {REPO}/tests/no-such-job.yml does not exist. Nothing was made"
+
+
+def test_one_host_is_meant_unless_told_otherwise(job: Callable[..., Job], tmp_path: Path) -> None:
+    three = tmp_path / "three.ini"
+    three.write_text("".join(f"pve{n} ansible_connection=local ansible_python_interpreter='{{{{ ansible_playbook_python }}}}'\n" for n in (1, 2, 3))
+                     + "[pve]\npve1\npve2\npve3\n", encoding="utf-8")
+    ended = job(agentlab_hosts="pve", more_args=("-i", str(three)))
+    assert ended.run.rc == 2 and ended.pve.counted["POST"] == 0
+    assert "agentlab_hosts: the play would run on 3 hosts (pve1, pve2, pve3)" in ended.run.failed[0]["result"]["msg"]
+    assert "agentlab_allow_many_hosts" in ended.run.failed[0]["result"]["msg"]
+    # A limit that leaves the sandbox out is no reason not to work in it.
+    ended = job(agentlab_hosts="pve", more_args=("-i", str(three), "--limit", "pve2"))
+    assert ended.run.rc == 0 and ended.cleared_up() and ended.result("made-inside").exists(), ended.run.output
+
+
+def test_check_mode_says_what_would_be_made_and_ends(job: Callable[..., Job]) -> None:
+    ended = job(check=True, job_workspace=None, job_profile=None)
+    assert ended.run.rc == 0 and ended.run.status("Create the sandbox") == "changed" and ended.vms == [], ended.run.output
+
+
+def test_a_failed_job_is_kept_on_request(job: Callable[..., Job]) -> None:
+    ended = job(job_breaks=True, job_keep="yes")
+    assert ended.run.rc == 2 and ended.states == ["FAILED"] and ended.workspace == "ATTACHED", ended.run.output
+    assert "is still there: it is FAILED" in ended.said and "state: detached" in ended.said
