@@ -27,7 +27,7 @@ SHARD ?=
 
 .PHONY: check gates test-awx test-cores demo-installed importer docs faults-everyday test-faults-all test-inventory release-check
 
-.PHONY: bench bench-short
+.PHONY: bench bench-short test-bare test-core
 
 help: ## Show this list
 	@echo "Targets:"
@@ -125,6 +125,10 @@ test-faults-all: setup ## As test-faults, with all of the thousands of cases: ho
 test-molecule: setup ## The role on Debian 12 and 13, booted under systemd-nspawn; needs root
 	@echo "==> Molecule"
 	@scripts/molecule.sh
+
+test-bare: ## README's two commands on bare Debian 12 and 13, with Debian's own Python; needs root
+	@echo "==> Bare Debian"
+	@scripts/test-bare.sh
 
 test-cores: setup ## ansible-test units and integration, sanity and scenarios on every ansible-core that runs here
 	@echo "==> ansible-test units, integration"

@@ -38,7 +38,7 @@ extends_documentation_fragment:
 """
 
 EXAMPLES = r"""
-# Then show found.findings | rejectattr('status', 'equalto', 'ok'), and found.pveum for a token with the least privileges.
+# Then show found.findings | rejectattr('status', 'equalto', 'ok'), and found.pveum, the commands for missing privileges.
 - name: Look at everything
   agentlab.proxmox.agentlab_doctor:
   register: found
@@ -71,8 +71,8 @@ findings:
   contains:
     check:
       description:
-        - One of V(versions), V(configuration), V(database), V(work), V(proxmox), V(cluster), V(quorum), V(template), V(storage), V(privileges),
-          V(vmid_range), V(clock) and V(daemon).
+        - One of V(versions), V(configuration), V(database), V(work), V(proxmox), V(cluster), V(quorum), V(template),
+          V(storage), V(creation), V(privileges), V(vmid_range), V(clock) and V(daemon).
       type: str
       returned: always
     status:
@@ -83,7 +83,10 @@ findings:
     advice: {description: What to do about it., type: str, returned: always}
     facts: {description: Numbers and names behind it., type: dict, returned: always}
 pveum:
-  description: Commands for root on a node that make a token with the least privileges for this configuration.
+  description:
+    - Commands for root on a node, with names of this configuration.
+    - They give the login what it lacks, and take nothing away. For root and for an administrator they make a token with
+      the least privileges. The list is empty when nothing is missing.
   returned: always
   type: list
   elements: str

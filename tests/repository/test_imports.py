@@ -21,8 +21,8 @@ FILES = ROOT / "roles/agentlabd/files"
 
 # Room -> its files without ".py" (a name that ends in "/" means all files of that folder), and the rooms it may import.
 CORE_ROOMS: dict[str, tuple[str, str]] = {
-    "tables": ("clock errors escapes reasons states model", ""),
-    "tools": ("parallel durations words safe_yaml values patterns waiting", "tables"),
+    "tables": ("clock errors reasons states model", ""),
+    "tools": ("parallel durations words values patterns waiting", "tables"),
     "files": ("config profiles rules", "tables tools"),
     "store": ("store/", "tables tools"),
     "proxmox": ("proxmox/", "tables tools files"),
@@ -35,19 +35,22 @@ CORE_ROOMS: dict[str, tuple[str, str]] = {
     ),
     "views": ("operations/info operations/comparison", "tables tools files store proxmox run vm"),
     "sandboxes": (
-        "operations/wanted operations/spec operations/vm_config operations/create operations/destroy operations/removal operations/remains operations/lease",
+        "operations/wanted operations/create operations/destroy operations/removal operations/remains operations/lease",
         "tables tools files store proxmox run vm guest workspaces",
     ),
     "many": (
         "operations/prune operations/cleanup operations/reconcile",
         "tables tools files store proxmox run vm guest workspaces sandboxes",
     ),
-    "doctor": ("operations/doctor", "tables tools files store proxmox run vm guest workspaces views sandboxes"),
+    "doctor": (
+        "operations/doctor operations/privileges",
+        "tables tools files store proxmox run vm guest workspaces views sandboxes",
+    ),
 }
 DAEMON_ROOMS: dict[str, tuple[str, str]] = {
-    "process": ("systemd logs connections", ""),
+    "process": ("systemd logs", ""),
     "http": ("api routes shapes answers openapi", "process service"),
-    "service": ("service metrics conditions", "process http"),
+    "service": ("service metrics", "process http"),
     "scheduler": ("scheduler", "process service"),
     "daemon": ("daemon __main__", "process http service scheduler"),
 }

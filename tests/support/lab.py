@@ -117,10 +117,8 @@ class Lab:
         pve.task_warnings.clear()
         pve.spoiled.clear()
         pve.before = pve.after = None
-        pve.acl = None
+        pve.acl = pve.access = None
         pve.no_access.clear()
-        pve.tag_access = "free"
-        pve.registered_tags.clear()
         pve.regain_quorum()
         for node in pve.nodes:
             pve.nodes[node]["online"] = True

@@ -30,11 +30,13 @@ from fakepve import FakePve, FakeVm, PveError, TaskError, settle
 from fakepve import schema as pve_schema
 from fakepve.certs import make_cert
 from fakepve.lxc import format_size, parse_size
-from fakepve.qemu import DRIVE_KEY, NEW_DISK, drives_of, is_cdrom, join_drive, split_drive, volume_ref, with_mac
+from fakepve.qemu import DRIVE_KEY, NEW_DISK, drives_of, is_cdrom, join_drive, split_drive, volume_ref
 from fakepve.routing import param_error
 from fakepve.server import API, EXTJS, USER
 from fakepve.server import params as request_params
 from fakepve.shapes import PRIVILEGES
+
+from support.access import AccessControl
 
 HOST = "127.0.0.1"
 COUNT_PATH = "/x-agentlab-count"
@@ -125,10 +127,11 @@ class ProxmoxDouble(FakePve):
         self.listing_lag = 0.0
         # ACL paths (/vms/N, /pool/NAME) on which everybody but root@pam has the role NoAccess.
         self.no_access: set[str] = set()
-        # The cluster's user-tag-access: free, none, list (of tag_allow_list) or existing; and its registered tags. root@pam may set any tag.
-        self.tag_access = "free"
-        self.tag_allow_list: set[str] = set()
-        self.registered_tags: set[str] = set()
+        # Users, roles and ACL entries with Proxmox VE's rules of inheritance, see use_access().
+        # None: what grant() says counts.
+        self.access: AccessControl | None = None
+        # True: tags are refused (403), as a cluster's tag policy may do.
+        self.tags_forbidden = False
         # Real seconds before a wrong token is told so (Proxmox: 3).
         self.auth_delay = 0.0
         # Seconds by which the nodes' clocks are ahead of this host's.
@@ -618,8 +621,35 @@ class ProxmoxDouble(FakePve):
         acl[user] = [entry for entry in acl.get(user, []) if path not in (None, entry[0])]
         self.acl = acl
 
+    @on_loop
+    def use_access(self) -> AccessControl:
+        """Let users, roles and ACL entries count from now on. Tokens that are known keep their secrets."""
+        self.access = AccessControl(PRIVILEGES, tokens=dict.fromkeys(self.apitokens, True))
+        self.access.users |= {token.partition("!")[0] for token in self.apitokens}
+        self.acl = {}
+        return self.access
+
     def _routes_access(self) -> list[Any]:
-        return [("GET", "/access/permissions", self._permissions), ("GET", "/access/acl", self._acl)]
+        return [
+            ("GET", "/access/permissions", self._permissions),
+            ("GET", "/access/acl", self._acl),
+            ("GET", "/access/roles", self._roles),
+            ("GET", "/access/users", self._users),
+        ]
+
+    async def _roles(self, _values: dict[str, Any], _user: str) -> list[dict[str, Any]]:
+        """Every user that is logged in may read the roles."""
+        roles = self.access.roles if self.access else {}
+        return [
+            {"roleid": name, "privs": ",".join(sorted(privs)), "special": int(name in ("Administrator", "NoAccess"))}
+            for name, privs in sorted(roles.items())
+        ]
+
+    async def _users(self, _values: dict[str, Any], user: str) -> list[dict[str, Any]]:
+        """Users whose groups one may audit; without that oneself."""
+        everybody = sorted(self.access.users) if self.access else []
+        audit = self.allowed(user, "/access/groups", "Sys.Audit")
+        return [{"userid": name, "enable": 1} for name in everybody if name == user or audit]
 
     async def _permissions(self, values: dict[str, Any], user: str) -> dict[str, dict[str, int]]:
         """What is in force on the paths that Proxmox VE itself knows, that have an entry, or that are a pool's VMs; paths without any right are left out."""
@@ -629,6 +659,8 @@ class ProxmoxDouble(FakePve):
         if values.get("path") is not None:
             paths = {values["path"]}
         found = {path: {priv: 1 for priv in PRIVILEGES if self.allowed(who, path, priv)} for path in sorted(paths)}
+        if self.access and values.get("path") is not None:
+            return found
         return {path: privs for path, privs in found.items() if privs}
 
     async def _acl(self, _values: dict[str, Any], user: str) -> list[dict[str, Any]]:
@@ -636,11 +668,15 @@ class ProxmoxDouble(FakePve):
         return self._entries() if self.allowed(user, "/access", "Sys.Audit") else []
 
     def _entries(self) -> list[dict[str, Any]]:
+        if self.access:
+            return [entry.public() for entry in self.access.entries]
         made = [{"path": path, "type": "token" if "!" in user else "user", "ugid": user, "roleid": f"Role{number}", "propagate": 1}
                 for user, grants in (self.acl or {}).items() for number, (path, _privs) in enumerate(grants)]
         return made + [{"path": path, "type": "user", "ugid": "agentlab@pve", "roleid": "NoAccess", "propagate": 1} for path in sorted(self.no_access)]
 
     def allowed(self, user: str, path: str, priv: str) -> bool:
+        if self.access:
+            return self._allowed_by_roles(user, path, priv)
         if user.split("!")[0] != "root@pam":
             number = path.removeprefix("/vms/")
             pools = {f"/pool/{name}" for name, vmids in self.pools.items() if number.isdigit() and int(number) in vmids}
@@ -649,6 +685,13 @@ class ProxmoxDouble(FakePve):
         if super().allowed(user, path, priv):
             return True
         return priv == "VM.Config.Cloudinit" and super().allowed(user, path, "VM.Config.Network")
+
+    def _allowed_by_roles(self, user: str, path: str, priv: str) -> bool:
+        assert self.access is not None
+        number = path.removeprefix("/vms/")
+        pools = [name for name, vmids in self.pools.items() if number.isdigit() and int(number) in vmids]
+        held = self.access.held(user, path, pools)
+        return priv in held or (priv == "VM.Config.Cloudinit" and "VM.Config.Network" in held)
 
     def _config_priv(self, key: str) -> str:
         return "VM.Config.Cloudinit" if CLOUDINIT_KEY.match(key) else super()._config_priv(key)
@@ -776,10 +819,9 @@ class ProxmoxDouble(FakePve):
         if not self.quorate:
             raise PveError(500, f"unable to open file '/etc/pve/nodes/{vm.node}/qemu-server/{vm.vmid}.conf.tmp.4711' - Permission denied")
         if "tags" in updates:
-            self._check_tags(user, vm, updates["tags"])
+            if self.tags_forbidden:
+                raise PveError(403, f"Permission check failed (/vms/{vm.vmid}, tag policy)")
             updates["tags"] = ";".join(sorted({tag.lower() for tag in re.split(r"[;, ]+", str(updates["tags"])) if tag}))
-        elif "tags" in str(updates.get("delete") or "").split(","):
-            self._check_tags(user, vm, "")
         if "description" in updates:
             updates["description"] = str(updates["description"]).rstrip()
         for key, priv in ((key, self._config_priv(key)) for key in updates if DRIVE_KEY.match(key)):
@@ -789,9 +831,6 @@ class ProxmoxDouble(FakePve):
             self._check_lock(vm)
             for key in [key for key in updates if DRIVE_KEY.match(key)]:
                 updates[key] = self._drive_value(vm, user, key, updates[key])
-        for key in [key for key in updates if re.fullmatch(r"net\d+", key)]:
-            # An interface without a MAC address gets one.
-            updates[key] = with_mac(updates[key])
         reverts = [key for key in str(updates.pop("revert", None) or "").split(",") if key]
         if not updates.get("digest") or updates["digest"] == vm.digest():
             for key in reverts:
@@ -806,25 +845,6 @@ class ProxmoxDouble(FakePve):
         missing = self._missing_snippet(vm) if "cicustom" in updates else None
         if missing:
             raise PveError(500, missing)
-
-    def _check_tags(self, user: str, vm: Any, new: str) -> None:
-        """Refuse a tag that changes and that this user may not set or take away; one of them is named."""
-        def split(text: Any) -> set[str]:
-            return {tag for tag in re.split(r"[;, ]+", str(text or "")) if tag}
-
-        if user == "root@pam" or (self.acl is not None and self.allowed(user, "/", "Sys.Modify")):
-            return
-        for tag in sorted(split(new) ^ split(vm.config.get("tags"))):
-            if tag in self.registered_tags or tag not in self._allowed_tags(user):
-                raise PveError(403, f"Permission check failed (/, Sys.Modify for modifying tag '{tag}')")
-
-    def _allowed_tags(self, user: str) -> Any:
-        """What `in` it may be set: anything when free."""
-        if self.tag_access == "free":
-            return _Everything()
-        if self.tag_access == "existing":
-            return {tag for vm in self.vms for tag in re.split(r"[;, ]+", str(vm.config.get("tags") or "")) if tag}
-        return self.tag_allow_list if self.tag_access == "list" else set()
 
     def _drive_value(self, vm: Any, user: str, key: str, value: str) -> str:
         """What the configuration says once the volume is made or found."""
@@ -1173,13 +1193,6 @@ async def _half(request: web.Request, response: web.StreamResponse) -> web.Strea
         request.transport.write(head.encode() + body[:len(body) // 2])
         request.transport.close()
     return _Nothing()
-
-
-class _Everything:
-    """A set that has whatever is asked for."""
-
-    def __contains__(self, _item: object) -> bool:
-        return True
 
 
 class _Nothing(web.StreamResponse):

@@ -25,6 +25,7 @@ from ansible_collections.agentlab.proxmox.plugins.module_utils._core import conf
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import InvalidInput
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import doctor
 
+from support import pages
 from support.double import TOKEN_ID, TOKEN_SECRET
 from support.lab import Lab
 from support.story import written
@@ -62,7 +63,9 @@ def test_what_cannot_be_read_is_unknown_and_no_problem(lab: Lab, tmp_path: Path)
     file = tmp_path / "config.yaml"
     file.write_text(f"api_token_secret: {TOKEN_SECRET}\n", encoding="utf-8")
     file.chmod(0o600)
-    found = config.load({**lab.options, "config_file": str(file), "database": lab.database}, lab.server.environment(lab.folder))
+    found = config.load(
+        {**lab.options, "config_file": str(file), "database": lab.database}, lab.server.environment(lab.folder)
+    )
     file.unlink()
     one = doctor.Doctor(found, now=lab.clock)
     try:
@@ -75,25 +78,48 @@ def test_what_cannot_be_read_is_unknown_and_no_problem(lab: Lab, tmp_path: Path)
 
 def test_all_is_well(lab: Lab) -> None:
     lab.create()
-    for path, names in doctor.needs(config.load({"pool": "agentlab"}, {"AGENTLAB_CONFIG": "/nonexistent"}), template=9000, storage="local-lvm").items():
-        lab.pve.grant(TOKEN_ID, path, *names)
+    access = lab.pve.use_access()
+    access.users, access.tokens = {"root@pam"}, {}
+    for command in pages.commands(ROOT / "README.md"):
+        if command.startswith("pveum"):
+            access.pveum(
+                lab.pve,
+                command.replace("agentlab@pve ansible", "agentlab@pve tests") if "token" in command else command,
+            )
     before = written(lab.database)
     lab.pve.requests.clear()
     found = examine(lab, pool="agentlab")
     assert found["report"].status == "ok", [one for one in found["report"].findings if one.status != "ok"]
-    assert set(found) - {"report"} == {"versions", "configuration", "database", "work", "proxmox", "cluster", "quorum", "template", "storage", "privileges",
-                                       "vmid_range", "clock", "daemon"}
+    assert set(found) - {"report"} == {
+        "versions",
+        "configuration",
+        "database",
+        "work",
+        "proxmox",
+        "cluster",
+        "quorum",
+        "template",
+        "storage",
+        "creation",
+        "privileges",
+        "vmid_range",
+        "clock",
+        "daemon",
+    }
     assert written(lab.database) == before and all(method == "GET" for method, _path, _body in lab.pve.requests)
     assert len(lab.pve.requests) < 25
 
 
-@pytest.mark.parametrize(("setting", "status", "words"), [
-    ({"protection": 1}, "problem", "cannot be destroyed"),
-    ({"agent": "0"}, "warning", "guest agent switched off"),
-    ({"ide2": "none,media=cdrom"}, "warning", "no cloud-init drive"),
-    ({"onboot": 1}, "warning", "start with the node"),
-    ({"scsi0": "local:9000/base-9000-disk-0.raw,size=3G"}, "warning", "no linked clones"),
-    ({"scsi0": "elsewhere:base-9000-disk-0,size=3G"}, "unknown", "cannot be seen")])
+@pytest.mark.parametrize(
+    ("setting", "status", "words"),
+    [
+        ({"agent": "0"}, "warning", "guest agent switched off"),
+        ({"ide2": "none,media=cdrom"}, "warning", "no cloud-init drive"),
+        ({"onboot": 1}, "warning", "start with the node"),
+        ({"scsi0": "local:9000/base-9000-disk-0.raw,size=3G"}, "warning", "no linked clones"),
+        ({"scsi0": "elsewhere:base-9000-disk-0,size=3G"}, "unknown", "cannot be seen"),
+    ],
+)
 def test_a_template_that_is_not_fit(lab: Lab, setting: dict[str, Any], status: str, words: str) -> None:
     assert examine(lab)["template"].status == "ok"
     lab.pve.vm(9000).config.update(setting)
@@ -113,7 +139,10 @@ def test_missing_privileges_are_told_by_path_with_the_commands(lab: Lab) -> None
     lab.pve.revoke(TOKEN_ID, "/storage/local-lvm")
     found = examine(lab)
     assert found["privileges"].status == "problem"
-    assert found["privileges"].facts["missing"] == {"/": ["VM.Audit", "Sys.Audit"], "/storage/local-lvm": ["Datastore.AllocateSpace"]}
+    assert found["privileges"].facts["missing"] == {
+        "/": ["VM.Audit", "Sys.Audit"],
+        "/storage/local-lvm": ["Datastore.AllocateSpace"],
+    }
     assert "pveum acl modify /storage/local-lvm --users agentlab@pve --roles AgentlabDisk" in found["report"].pveum
     lab.calm()
     too_many = examine(lab)["privileges"]
@@ -123,7 +152,9 @@ def test_missing_privileges_are_told_by_path_with_the_commands(lab: Lab) -> None
 def test_the_commands_fit_the_release_and_the_readme() -> None:
     found = config.load({"pool": "agentlab"}, {"AGENTLAB_CONFIG": "/nonexistent"})
     commands = doctor.pveum_commands(found, template=9000, storage="local-lvm")
-    assert [f"# {line}" for line in commands] == [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("# pveum")]
+    assert [f"# {line}" for line in commands] == [
+        line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("# pveum")
+    ]
     assert "VM.Monitor" in doctor.pveum_commands(found, template=9000, storage="x", release="8.4.1")[2]
     for name in {name for names in doctor.needs(found, template=1, storage="x").values() for name in names}:
         assert name.removeprefix("VM.Config") in (ROOT / "docs/safety.md").read_text(), name
@@ -187,7 +218,11 @@ def test_a_database_that_is_not_well(lab: Lab) -> None:
         conn.execute("PRAGMA user_version = 99")
     conn.close()
     found = examine(lab)
-    assert found["database"].status == "problem" and "newer" in found["database"].meaning and found["quorum"].status == "ok"
+    assert (
+        found["database"].status == "problem"
+        and "newer" in found["database"].meaning
+        and found["quorum"].status == "ok"
+    )
     damaged = Path(lab.folder, "damaged.db")
     damaged.write_bytes(b"no database at all" * 500)
     assert examine(lab, database=str(damaged))["database"].status == "problem"
@@ -200,8 +235,14 @@ def test_a_page_that_was_overwritten_is_found(lab: Lab) -> None:
     made = lab.create()
     ctx = lab.context()
     for _number in range(300):
-        ctx.database.write(lambda conn: conn.execute("INSERT INTO events (at, sandbox_uuid, vmid, operation, actor, outcome) VALUES (1, ?, 1000, 'x', ?, 'ok')",
-                                                     (made.uuid, "y" * 200)) and None)
+        ctx.database.write(
+            lambda conn: conn.execute(
+                "INSERT INTO events (at, sandbox_uuid, vmid, operation, actor, outcome) VALUES (1, ?, 1000, 'x', ?,"
+                " 'ok')",
+                (made.uuid, "y" * 200),
+            )
+            and None
+        )
     ctx.database.write(lambda conn: conn.execute("DELETE FROM claims") and None)
     lab.close_contexts()
     with sqlite3.connect(lab.database) as conn:
@@ -261,12 +302,23 @@ class _Daemon(socketserver.ThreadingUnixStreamServer):
         threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
 
 
-@pytest.mark.parametrize(("answer", "status", "words"), [
-    ({"version": _core.__version__}, "ok", "answers"),
-    ({"version": "0.9"}, "warning", "it is version 0.9"),
-    ({"version": _core.__version__, "cleanup": {"frozen": {"reason": "60 at once", "at": "2026-01-30T02:45:00Z"}}}, "warning", "60 at once"),
-    ({"version": _core.__version__, "expiry": {"last_error": "no quorum"}}, "warning", "expiry: no quorum"),
-    (["nonsense"], "problem", "does not answer")])
+@pytest.mark.parametrize(
+    ("answer", "status", "words"),
+    [
+        ({"version": _core.__version__}, "ok", "answers"),
+        ({"version": "0.9"}, "warning", "it is version 0.9"),
+        (
+            {
+                "version": _core.__version__,
+                "cleanup": {"frozen": {"reason": "60 at once", "at": "2026-01-30T02:45:00Z"}},
+            },
+            "warning",
+            "60 at once",
+        ),
+        ({"version": _core.__version__, "expiry": {"last_error": "no quorum"}}, "warning", "expiry: no quorum"),
+        (["nonsense"], "problem", "does not answer"),
+    ],
+)
 def test_the_daemon(lab: Lab, tmp_path: Path, answer: Any, status: str, words: str) -> None:
     # Short on purpose: a socket's path may not be long.
     path = f"/tmp/agentlab-{os.getpid()}.sock"
@@ -294,9 +346,23 @@ def test_the_bundle_holds_no_secret_and_no_host(lab: Lab) -> None:
     ctx.records.amend(made, "update", protected=True)
     found = examine(lab, bundle=False, api_password="a-made-up-password-12345")
     text = json.dumps(found)
-    for hidden in (TOKEN_SECRET, "a-made-up-password-12345", "customer-host", "payroll-db", "pve1", "192.0.2.77", "fe80::1:2"):
+    for hidden in (
+        TOKEN_SECRET,
+        "a-made-up-password-12345",
+        "customer-host",
+        "payroll-db",
+        "pve1",
+        "192.0.2.77",
+        "fe80::1:2",
+    ):
         assert hidden not in text, hidden
-    assert "(secret)" in text and "(sandbox 1000)" in text and "(address)" in text and "(node 1)" in text and "127.0.0.1" in text
+    assert (
+        "(secret)" in text
+        and "(sandbox 1000)" in text
+        and "(address)" in text
+        and "(node 1)" in text
+        and "127.0.0.1" in text
+    )
     assert found["events"] and found["findings"] and found["configuration"]["vmid_range"] == [1000, 1999]
     with_hosts = json.dumps(examine(lab, bundle=True, api_password="a-made-up-password-12345"))
     assert "customer-host" in with_hosts and "pve1" in with_hosts
@@ -313,7 +379,10 @@ def test_the_bundle_is_private_and_follows_no_link(tmp_path: Path) -> None:
     finally:
         os.umask(before)
     assert victim.read_text() == "mine" and not link.is_symlink() and json.loads(link.read_text()) == {"a": 1}
-    assert stat.S_IMODE(link.stat().st_mode) == 0o600 and sorted(path.name for path in tmp_path.iterdir()) == ["bundle.json", "victim"]
+    assert stat.S_IMODE(link.stat().st_mode) == 0o600 and sorted(path.name for path in tmp_path.iterdir()) == [
+        "bundle.json",
+        "victim",
+    ]
     with pytest.raises(InvalidInput, match="bundle: /nonexistent/x: No such file"):
         doctor.write_bundle("/nonexistent/x", {})
 
@@ -323,3 +392,135 @@ def test_the_version_is_that_of_the_collection() -> None:
     for path in (ROOT / "roles/agentlabd/files").glob("*/__init__.py"):
         for found in re.findall(r'^__version__ = "(.+)"', path.read_text(), re.M):
             assert found == _core.__version__, path
+
+
+# ---- what makes every creation fail ----
+
+
+def not_well(lab: Lab, check: str, **options: Any) -> list[tuple[str, str]]:
+    """Status and meaning of the findings of one check that are not ok."""
+    report = examine(lab, **options)["report"]
+    return [(one.status, one.meaning) for one in report.findings if one.check == check and one.status != "ok"]
+
+
+def test_a_template_with_protection_is_no_finding(lab: Lab) -> None:
+    """The creation takes the copied protection off, and such a sandbox is destroyed."""
+    lab.pve.vm(9000).config["protection"] = 1
+    assert examine(lab)["template"].status == "ok"
+    made = lab.create()
+    assert lab.destroy(made.vmid, force=True)[0].state == "DESTROYED"
+
+
+def test_a_node_that_cannot_be_used(lab: Lab) -> None:
+    lab.pve.add_node("pve2", online=False)
+    ((status, meaning),) = not_well(lab, "creation", node="PVE1")
+    assert status == "problem" and "'PVE1' is not a node of this cluster" in meaning and "pve1, pve2" in meaning
+    ((status, meaning),) = not_well(lab, "creation", node="pve2")
+    assert status == "problem" and "offline" in meaning
+    assert not_well(lab, "creation", node="pve1") == []
+
+
+def test_a_pool_that_does_not_exist(lab: Lab) -> None:
+    ((status, meaning),) = not_well(lab, "creation", pool="nowhere")
+    assert status == "problem" and "'nowhere' does not exist" in meaning
+    assert "pveum pool add nowhere" in examine(lab, pool="nowhere")["report"].pveum
+    lab.pve.pools["nowhere"] = set()
+    lab.pve.pool_info["nowhere"] = {"comment": None, "storage": set()}
+    assert not_well(lab, "creation", pool="nowhere") == []
+
+
+def test_a_template_whose_snippet_is_missing(lab: Lab, tmp_path: Path) -> None:
+    lab.pve.vm(9000).config["cicustom"] = "user=local:snippets/nope.yaml,network=local:snippets/there.yaml"
+    assert [meaning for _status, meaning in not_well(lab, "template")] == [
+        f"template 9000 (debian-13) names the snippet local:snippets/{name}.yaml (cicustom), but storage local holds no"
+        " snippets: no sandbox starts"
+        for name in ("nope", "there")
+    ]
+    (tmp_path / "there.yaml").write_text("#cloud-config")
+    lab.pve.hold_snippets(str(tmp_path))
+    ((status, meaning),) = not_well(lab, "template")
+    assert status == "problem" and "local:snippets/nope.yaml" in meaning and "not there" in meaning
+    (tmp_path / "nope.yaml").write_text("#cloud-config")
+    assert not_well(lab, "template") == []
+
+
+def test_a_snippet_that_these_credentials_cannot_see_is_not_called_missing(lab: Lab) -> None:
+    lab.pve.vm(9000).config["cicustom"] = "user=local:snippets/nope.yaml"
+    lab.pve.storages["local"]["content"] = "iso,vztmpl,backup,snippets"
+    lab.pve.grant_least(TOKEN_ID)
+    lab.pve.grant(TOKEN_ID, "/storage/local", "Datastore.Audit")
+    ((status, meaning),) = not_well(lab, "template")
+    assert status == "unknown" and "may not see" in meaning
+
+
+@pytest.mark.parametrize("storage", ["elsewhere", "local-lvm"])
+def test_a_storage_for_snippets_that_takes_none(lab: Lab, storage: str) -> None:
+    ((status, meaning),) = not_well(lab, "creation", snippets_storage=storage)
+    assert status == "problem" and f"'{storage}'" in meaning and "cloud_init_user_data is refused" in meaning
+
+
+def test_the_default_storage_without_snippets_is_a_problem_where_user_data_is_used(lab: Lab) -> None:
+    assert examine(lab)["creation"].status == "ok" and "holds no snippets" in examine(lab)["creation"].meaning
+    made = lab.create()
+    lab.force_state(made.vmid, "RUNNING", snippet="/nonexistent/agentlab.yaml")
+    ((status, meaning),) = not_well(lab, "creation")
+    assert status == "problem" and "pvesm set local --content" in meaning
+
+
+@pytest.mark.parametrize("line", ["node: PVE1", "pool: nowhere"])
+def test_names_that_only_a_profile_gives_are_looked_at(lab: Lab, tmp_path: Path, line: str) -> None:
+    (tmp_path / "profiles").mkdir()
+    (tmp_path / "profiles" / "agent.yaml").write_text(f"name: agent\n{line}\n")
+    ((status, meaning),) = not_well(lab, "creation", profiles_dir=str(tmp_path / "profiles"))
+    assert status == "problem" and f"{line.partition(':')[0]} of profile agent: " in meaning
+
+
+def test_a_storage_that_holds_no_disk_images(lab: Lab) -> None:
+    ((status, meaning),) = not_well(lab, "storage", storage="local")
+    assert status == "problem" and "holds no disk images" in meaning
+
+
+@pytest.mark.parametrize(
+    ("options", "refused"),
+    [
+        ({"allowed-tags": [], "user-tag-access": {"user-allow": "none"}}, ["agentlab", "web"]),
+        ({"allowed-tags": ["agentlab"], "user-tag-access": {"user-allow": "list"}}, ["web"]),
+        ({"allowed-tags": ["agentlab", "web"], "user-tag-access": "user-allow=list"}, []),
+        ({"allowed-tags": [], "user-tag-access": {"user-allow": "existing"}}, ["agentlab", "web"]),
+        ({"allowed-tags": [], "registered-tags": ["agentlab"]}, ["agentlab"]),
+        ({"allowed-tags": ["other"], "registered-tags": "other;reserved"}, []),
+        ({"allowed-tags": []}, []),
+    ],
+)
+def test_tags_that_the_cluster_refuses(lab: Lab, tmp_path: Path, options: dict[str, Any], refused: list[str]) -> None:
+    (tmp_path / "profiles").mkdir()
+    (tmp_path / "profiles" / "p.yaml").write_text("name: p\ntags: [web]\n")
+    access = lab.pve.use_access()
+    access.roles["All"] = {*access.roles["Administrator"]} - {"Sys.Modify", "Permissions.Modify"}
+    access.pveum(lab.pve, "pveum acl modify / --users agentlab@pve --tokens agentlab@pve!tests --roles All")
+    lab.pve.fault("GET", "/cluster/options", "answer", status=200, body=json.dumps({"data": options}), times=9)
+    findings = not_well(lab, "creation", profiles_dir=str(tmp_path / "profiles"))
+    assert [status for status, _meaning in findings] == (["warning"] if refused else [])
+    assert not refused or f"refuses the tags {', '.join(refused)} to" in findings[0][1]
+
+
+def test_nodes_that_may_not_be_read_are_not_called_offline(lab: Lab) -> None:
+    lab.pve.fail("GET", "/cluster/status", 403, "Permission check failed (/, Sys.Audit)", times=9)
+    found = examine(lab)
+    assert found["clock"].status == "unknown" and "could not be read" in found["clock"].meaning
+    lab.options.pop("template")
+    lab.pve.fail("GET", "/cluster/status", 403, "Permission check failed (/, Sys.Audit)", times=9)
+    assert examine(lab)["storage"].status == "unknown"
+
+
+def test_a_mode_that_is_too_wide_does_not_hide_a_folder_that_cannot_be_written(lab: Lab, monkeypatch: Any) -> None:
+    lab.create()
+    lab.close_contexts()
+    os.chmod(lab.database, 0o640)
+    folder = str(Path(lab.database).parent)
+    # Root may write everywhere, so the kernel's answer for this folder is changed.
+    real = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: False if path == folder else real(path, mode))
+    found = not_well(lab, "database")
+    assert [status for status, _meaning in found] == ["warning", "problem"]
+    assert "0640" in found[0][1] and f"{folder} cannot be written" in found[1][1]

@@ -135,7 +135,8 @@ def test_no_plan_walks_through_history(contexts: tuple[Context, Context], what: 
 
 def test_a_plan_that_walks_through_history_would_be_seen(contexts: tuple[Context, Context]) -> None:
     young, old = (steps(ctx, lambda one: upkeep.by_state(one.records)) for ctx in contexts)
-    assert old > young + 2 * HISTORY, "a count of all that were destroyed reads its whole index: for status and metrics, not for a tick"
+    # One step for each record at least; how many more depends on SQLite's release (two with 3.46).
+    assert old > young + HISTORY, "a count of all that were destroyed reads its whole index: for status and metrics, not for a tick"
     plan = contexts[1].database.read("EXPLAIN QUERY PLAN SELECT uuid FROM sandboxes WHERE reason = 'x'")
     assert plan[0]["detail"].startswith("SCAN sandboxes") and "live_" not in plan[0]["detail"]
 

@@ -18,7 +18,7 @@ import socket
 import stat
 from typing import Any
 
-from .. import safe_yaml, words
+from .. import words
 from ..errors import AgentlabError, ApiError, InvalidInput, Kept, ProxmoxError, TaskTimeout
 from ..model import Sandbox
 from ..store.records import Claim
@@ -26,10 +26,8 @@ from .context import Context
 from .verify import Located, match_if_readable
 
 _LONGEST = 512 * 1024
-# What cloud-init recognises user data by, in small letters, after white space. Anything else it ignores, with a warning in a log that nobody reads.
-_KINDS = ("#cloud-config", "#!", "#include", "#cloud-boothook", "#part-handler", "#upstart-job", "## template:")
-# It looks for a MIME message's header in so many bytes, in any case.
-_MIME, _MIME_WITHIN = "mime-version:", 4096
+# What cloud-init recognises user data by; anything else it ignores with a warning in a log that nobody reads.
+_KINDS = ("#cloud-config", "#!", "#include", "#cloud-boothook", "#part-handler", "#upstart-job", "## template:", "Content-Type:", "MIME-Version:", "From ")
 _RESULT = "/run/cloud-init/result.json"
 _ERROR_NAMES = re.compile(r"\(\s*['\"]([\w.-]{1,60})['\"]\s*,\s*(\w{1,60})")
 _ELSEWHERE = "Proxmox VE takes no uploads of snippets, so user data needs a run on the node that will hold the VM, or snippets_storage on a storage " \
@@ -48,25 +46,22 @@ def check_data(data: str) -> None:
         raise InvalidInput("cloud_init_user_data: holds characters that UTF-8 cannot hold (half of a surrogate pair)", option="cloud_init_user_data")
     if len(data.encode()) > _LONGEST:
         raise InvalidInput(f"cloud_init_user_data: longer than {_LONGEST // 1024} KiB", option="cloud_init_user_data")
-    if data.startswith("\ufeff"):
-        raise InvalidInput("cloud_init_user_data: begins with a byte order mark (BOM), and cloud-init would not know what it is; save it as UTF-8 "
-                           "without BOM", option="cloud_init_user_data")
-    head = data.lstrip()[:200].lower()
-    if not head.startswith(_KINDS) and _MIME not in data[:_MIME_WITHIN].lower():
+    if not data.startswith(_KINDS):
         raise InvalidInput("cloud_init_user_data: the first line does not say what it is. Valid: #cloud-config, #! (a script), or another header of "
                            "cloud-init's", option="cloud_init_user_data")
-    # An archive and a JSON patch are lists.
-    if head.startswith("#cloud-config") and not head.startswith(("#cloud-config-archive", "#cloud-config-jsonp")):
+    # And not an archive or a JSON patch, which are lists.
+    if data.split(None, 1)[0] == "#cloud-config":
         try:
-            import yaml  # noqa: F401 - safe_yaml needs it
+            import yaml
         except ImportError:
             return
         try:
-            kind = safe_yaml.recognise(data)
-        except safe_yaml.Refused as error:
-            raise InvalidInput(f"cloud_init_user_data: {error.reason.replace('is not valid', 'not valid')}{error.place}",
-                               option="cloud_init_user_data") from None
-        if kind not in (None, "mapping"):
+            found = yaml.safe_load(data)
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            mark = getattr(error, "problem_mark", None)
+            place = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+            raise InvalidInput(f"cloud_init_user_data: not valid YAML{place}", option="cloud_init_user_data") from None
+        if found is not None and not isinstance(found, dict):
             raise InvalidInput("cloud_init_user_data: #cloud-config must be followed by a mapping", option="cloud_init_user_data")
 
 
@@ -77,9 +72,9 @@ def name_of(sandbox: Sandbox) -> str:
     return f"agentlab-{sandbox.uuid}.yaml"
 
 
-def check_place(ctx: Context, node: str) -> None:
-    """Before anything is made: whether a snippet written here is one that ``node`` will find. InvalidInput says what is missing."""
-    storage, folder = ctx.config.snippets_storage, ctx.config.snippets_dir
+def check_storage(ctx: Context, node: str) -> dict[str, Any]:
+    """Return the node's entry of the storage for snippets; InvalidInput when it is missing, idle or holds none."""
+    storage = ctx.config.snippets_storage
     row = next((row for row in ctx.client.get_list(f"nodes/{node}/storage") if row.get("storage") == storage), None)
     if row is None:
         raise InvalidInput(f"snippets_storage: {storage!r} is not a storage of node {node} that these credentials may see (Datastore.Audit)",
@@ -90,6 +85,13 @@ def check_place(ctx: Context, node: str) -> None:
                            "choose another storage", option="snippets_storage", value=storage)
     if str(row.get("active", 1)) != "1":
         raise InvalidInput(f"snippets_storage: storage {storage!r} is not active on node {node}", option="snippets_storage", value=storage)
+    return row
+
+
+def check_place(ctx: Context, node: str) -> None:
+    """Before anything is made: whether a snippet written here is one that ``node`` will find. InvalidInput says what is missing."""
+    storage, folder = ctx.config.snippets_storage, ctx.config.snippets_dir
+    row = check_storage(ctx, node)
     here = _here()
     if here != node and here in ctx.cluster.nodes() and not _shared(row):
         raise InvalidInput(f"cloud_init_user_data: the VM will be on node {node}, but this runs on {here} and storage {storage!r} is local. {_ELSEWHERE}",

@@ -17,6 +17,8 @@ AMBIGUOUS = "AMBIGUOUS"
 UNBOUND = "UNBOUND"
 UNKNOWN = "UNKNOWN"
 
+# A hint for people and for inventories; never a proof.
+OUR_TAG = "agentlab"
 _MARKER = re.compile(r"agentlab-sandbox: ([0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12})(?![0-9a-f-])", re.IGNORECASE | re.ASCII)
 _NOTE = "agentlab-delete:"
 _SMBIOS = re.compile(r"(?:^|,)uuid=([0-9A-Fa-f-]{36})(?:,|$)")

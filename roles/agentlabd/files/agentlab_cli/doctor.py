@@ -57,7 +57,9 @@ def _findings(data: dict[str, Any]) -> str:
         lines.append(f"{cell(one['status']):<7}  {cell(one['check']):<{width}}  {cell(one['meaning'])}")
         if one["advice"] and one["status"] != "ok":
             lines.append(f"{'':<7}  {'':<{width}}  -> {cell(one['advice'])}")
-    if any(one["status"] != "ok" and one["check"] in ("configuration", "privileges", "proxmox") for one in found):
+    if data["pveum"] and any(
+        one["status"] != "ok" and one["check"] in ("configuration", "privileges", "proxmox", "creation") for one in found
+    ):
         lines += ["", "A token with the least privileges, made as root on a node:", *(f"  {cell(line)}" for line in data["pveum"])]
     return "\n".join(lines)
 

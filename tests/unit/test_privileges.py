@@ -1,0 +1,234 @@
+# Copyright: the agentlab.proxmox contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Privileges by Proxmox VE's rules: what the pages grant is enough, and the doctor's commands mend what it finds.
+
+The double takes the commands literally (tests/support/access.py). A command that makes something twice, or names what
+is not there, fails.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core import config
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import AgentlabError
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import doctor, workspace
+
+from support import pages
+from support.access import AccessControl, Entry, Refused
+from support.double import TOKEN_ID
+from support.lab import Lab
+
+USER = "agentlab@pve"
+
+
+@pytest.fixture
+def lab(tmp_path: Path) -> Iterator[Lab]:
+    made = Lab(tmp_path, pool="agentlab", profiles_dir=str(tmp_path / "profiles"))
+    yield made
+    made.stop()
+
+
+@pytest.fixture
+def access(lab: Lab) -> AccessControl:
+    """Access control with root alone: no user, no token."""
+    found: AccessControl = lab.pve.use_access()
+    found.users = {"root@pam"}
+    found.tokens.clear()
+    return found
+
+
+def run(lab: Lab, access: AccessControl, commands: list[str]) -> None:
+    """Run the commands as printed; but the token has the name that the tests' secret belongs to."""
+    for command in commands:
+        access.pveum(lab.pve, re.sub(r"(token \w+ agentlab@pve) (ansible|daemon)\b", r"\1 tests", command))
+
+
+def commands_of(page: str) -> list[str]:
+    """The pveum commands of a page, one by one."""
+    return [
+        part
+        for command in pages.commands(pages.ROOT / page)
+        for part in command.split(" && ")
+        if part.startswith("pveum")
+    ]
+
+
+def examine(lab: Lab, **options: Any) -> Any:
+    found = config.load({**lab.options, "database": lab.database, **options}, lab.server.environment(lab.folder))
+    one = doctor.Doctor(found, now=lab.clock)
+    try:
+        return one.examine()
+    finally:
+        one.close()
+
+
+def wrong(report: Any, *checks: str) -> list[str]:
+    """The meanings of what is not well."""
+    return [
+        f"{one.check}: {one.meaning}"
+        for one in report.findings
+        if one.status != "ok" and (not checks or one.check in checks)
+    ]
+
+
+def whole_life(lab: Lab) -> None:
+    made = lab.create(cores=3, memory=1024, disk_size="20G", bridge="vmbr1", ip_config="ip=dhcp", wait_for_ip=True)
+    lab.power("stop", made.vmid)
+    lab.power("start", made.vmid)
+    assert lab.destroy(made.vmid, force=True)[0].state == "DESTROYED"
+
+
+def effective(lab: Lab, access: AccessControl) -> dict[str, set[str]]:
+    paths = [
+        "/",
+        "/vms",
+        "/vms/9000",
+        "/vms/500",
+        "/pool/agentlab",
+        "/storage/local-lvm",
+        "/storage/local",
+        "/sdn/zones/localnetwork",
+    ]
+    return {path: access.held(TOKEN_ID, path) for path in paths}
+
+
+def test_the_commands_of_the_readme_are_enough(lab: Lab, access: AccessControl) -> None:
+    run(lab, access, commands_of("README.md"))
+    whole_life(lab)
+    report = examine(lab)
+    assert wrong(report, "privileges", "creation") == [] and report.pveum == []
+
+
+def test_the_commands_of_the_creation_page_are_enough_for_workspaces_too(lab: Lab, access: AccessControl) -> None:
+    run(lab, access, commands_of("docs/creation.md"))
+    lab.options["pool"] = None
+    whole_life(lab)
+    made = lab.create()
+    workspace.present(lab.context(), "w1", size="5G", storage="local-lvm")
+    workspace.attached(lab.context(), "w1", lab.context().select(made.vmid))
+    lab.power("stop", made.vmid)
+    workspace.detached(lab.context(), "w1")
+    workspace.absent(lab.context(), "w1", force=True)
+    report = examine(lab)
+    assert wrong(report, "privileges") == [] and report.pveum == []
+
+
+def separate(lab: Lab, access: AccessControl) -> None:
+    """Proxmox VE's default: the token is separated from its user, and has nothing of its own."""
+    run(lab, access, [command.replace(" --privsep 0", "") for command in commands_of("README.md")])
+
+
+def only_disks_on_vms(lab: Lab, access: AccessControl) -> None:
+    run(
+        lab,
+        access,
+        [
+            *commands_of("README.md"),
+            'pveum role add Mine --privs "VM.Config.Disk"',
+            f"pveum acl modify /vms --users {USER} --roles Mine",
+        ],
+    )
+
+
+def only_allocate_on_the_storage(lab: Lab, access: AccessControl) -> None:
+    run(lab, access, ['pveum role add Mine --privs "Datastore.Allocate"', *commands_of("README.md")])
+    access.entries = [entry for entry in access.entries if not entry.path.startswith("/storage")]
+    run(lab, access, [f"pveum acl modify /storage/local-lvm --users {USER} --roles Mine"])
+
+
+def pool_removed(lab: Lab, access: AccessControl) -> None:
+    run(lab, access, commands_of("README.md"))
+    # Proxmox VE removes the entries of a pool with the pool.
+    del lab.pve.pools["agentlab"], lab.pve.pool_info["agentlab"]
+    access.entries = [entry for entry in access.entries if not entry.path.startswith("/pool")]
+
+
+def own_entries(lab: Lab, access: AccessControl) -> None:
+    """A token that is separated on purpose, and may see everything itself."""
+    separate(lab, access)
+    run(lab, access, [f"pveum acl modify / --tokens '{TOKEN_ID}' --roles AgentlabSee"])
+
+
+def older_roles(lab: Lab, access: AccessControl) -> None:
+    """The roles are there with fewer privileges, as an older release of this page made them."""
+    run(lab, access, commands_of("README.md"))
+    access.roles["AgentlabRun"] -= {"VM.PowerMgmt"}
+    access.roles["AgentlabDisk"] = {"Datastore.Audit"}
+
+
+def nothing_at_all(lab: Lab, access: AccessControl) -> None:
+    run(lab, access, [f"pveum user add {USER}", f"pveum user token add {USER} ansible --privsep 0"])
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [separate, only_disks_on_vms, only_allocate_on_the_storage, pool_removed, own_entries, older_roles, nothing_at_all],
+    ids=lambda setting: setting.__name__,
+)
+def test_the_commands_of_the_doctor_mend_what_it_finds(lab: Lab, access: AccessControl, setting: Any) -> None:
+    setting(lab, access)
+    before = effective(lab, access)
+    report = examine(lab)
+    assert [one.status for one in report.findings if one.check == "privileges"] == ["problem"], wrong(report)
+    for _round in range(2):
+        # Each is run as it is printed. What nobody could see before (the template) is found by the second examination.
+        assert report.pveum and not re.search(r"[A-Z]{4,}", " ".join(report.pveum)), report.pveum
+        for command in report.pveum:
+            access.pveum(lab.pve, command)
+        report = examine(lab)
+        if not wrong(report, "privileges", "creation"):
+            break
+    assert wrong(report, "privileges", "creation") == [] and report.pveum == []
+    after = effective(lab, access)
+    # Sys.* counts on / alone.
+    lost = {
+        path: names
+        for path in before
+        if (names := {name for name in before[path] - after[path] if path == "/" or not name.startswith("Sys.")})
+    }
+    assert not lost, "a command took something away"
+    whole_life(lab)
+
+
+def test_a_root_login_is_told_how_to_make_a_token(lab: Lab, access: AccessControl) -> None:
+    access.tokens["root@pam!tests"] = False
+    lab.pve.apitokens["root@pam!tests"] = lab.pve.apitokens[TOKEN_ID]
+    report = examine(lab, api_token_id="root@pam!tests")
+    assert any("may administer the whole cluster" in one for one in wrong(report, "privileges"))
+    run(lab, access, report.pveum)
+    whole_life(lab)
+
+
+def test_a_vm_that_is_hidden_is_told(lab: Lab, access: AccessControl) -> None:
+    run(lab, access, commands_of("README.md"))
+    access.entries.append(Entry("/vms/500", "user", USER, "AgentlabNet"))
+    report = examine(lab)
+    assert any("not proven to see every VM" in one for one in wrong(report, "privileges"))
+    assert any("/vms/500" in str(one.advice) for one in report.findings)
+
+
+def test_what_the_double_takes_for_a_command_is_what_pveum_takes(lab: Lab, access: AccessControl) -> None:
+    """Without this a test above could pass because the double refuses nothing."""
+    run(lab, access, commands_of("README.md"))
+    for line in (
+        "pveum pool add agentlab",
+        'pveum role add AgentlabNet --privs "SDN.Use"',
+        "pveum user add agentlab@pve",
+        "pveum user token add agentlab@pve tests --privsep 0",
+        "pveum acl modify /vms/TEMPLATE --users agentlab@pve --roles AgentlabNet",
+        "pveum acl modify / --users nobody@pve --roles AgentlabNet",
+        'pveum role modify None --privs "SDN.Use"',
+        'pveum role add Odd --privs "VM.Everything"',
+    ):
+        with pytest.raises(Refused):
+            access.pveum(lab.pve, line)
+    with pytest.raises(AgentlabError):
+        access.entries.clear()
+        lab.create()
