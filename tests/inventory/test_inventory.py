@@ -61,6 +61,11 @@ def test_sandboxes_are_hosts_and_nothing_else_is(inventory: Any, context: Any, s
     second = create.run(ctx, create.Spec(name="two", ttl=3600)).sandbox
     power.run(ctx, ctx.records.get(second.uuid), "stop")
     server.pve.make_foreign(700)
+    # A container bridge that sorts and comes before the NIC, and an IPv6 address before IPv4.
+    agent = server.pve.vm(first.vmid).agent["interfaces"]
+    agent.insert(0, {"name": "docker0", "hardware-address": "02:42:00:00:00:01",
+                     "ip-addresses": [{"ip-address": "172.17.0.1", "ip-address-type": "ipv4", "prefix": 16}]})
+    agent[-1]["ip-addresses"].insert(0, {"ip-address": "2001:db8::1", "ip-address-type": "ipv6", "prefix": 64})
     found = json.loads(inventory("--list"))
     assert set(found["sandboxes"]["hosts"]) == {"one", "two"} == set(found["_meta"]["hostvars"])
     assert found["tag_ci"]["hosts"] == ["one"] and set(found["tag_agentlab"]["hosts"]) == {"one", "two"}

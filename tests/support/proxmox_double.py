@@ -922,6 +922,16 @@ class ProxmoxDouble(FakePve):
         return found
 
     async def _agent_call(self, match: Any, values: dict[str, Any]) -> Any:
+        vm = self.find(values["node"], values["vmid"])
+        command = match.template.rsplit("/", 1)[1]
+        if vm.status != "running":
+            raise PveError(500, f"VM {vm.vmid} is not running")
+        if "agent" not in vm.config:
+            raise PveError(500, "No QEMU guest agent configured")
+        if vm.agent is not None and command in getattr(vm, "agent_blocks", ()):
+            name = {"file-read": "guest-file-open"}.get(command, f"guest-{command}")
+            text = f"Agent error: Command {name} has been disabled: the command is not allowed"
+            raise PveError(500, text)
         answer = await super()._agent_call(match, values)
         if answer == {"content": "", "truncated": False}:
             raise PveError(500, f"Agent error: Failed to open file '{values['file']}': No such file or directory")

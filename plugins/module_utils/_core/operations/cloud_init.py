@@ -22,6 +22,7 @@ from .. import words
 from ..errors import AgentlabError, ApiError, InvalidInput, Kept, ProxmoxError, TaskTimeout
 from ..model import Sandbox
 from ..store.records import Claim
+from . import address
 from .context import Context
 from .verify import Located, match_if_readable
 
@@ -29,6 +30,10 @@ _LONGEST = 512 * 1024
 # What cloud-init recognises user data by; anything else it ignores with a warning in a log that nobody reads.
 _KINDS = ("#cloud-config", "#!", "#include", "#cloud-boothook", "#part-handler", "#upstart-job", "## template:", "Content-Type:", "MIME-Version:", "From ")
 _RESULT = "/run/cloud-init/result.json"
+# The guest writes the result: what is longer is not read.
+_LONGEST_RESULT = 1024 * 1024
+_LONGEST_ERROR = 10_000
+_MOST_ERRORS = 20
 _ERROR_NAMES = re.compile(r"\(\s*['\"]([\w.-]{1,60})['\"]\s*,\s*(\w{1,60})")
 _ELSEWHERE = "Proxmox VE takes no uploads of snippets, so user data needs a run on the node that will hold the VM, or snippets_storage on a storage " \
              "that this host and that node share"
@@ -209,7 +214,7 @@ def wait(ctx: Context, sandbox: Sandbox) -> None:
     while True:
         # Nothing is read in the guest of whoever may have got the VMID since.
         found = match_if_readable(ctx, sandbox)
-        errors = _result(ctx, found) if found else None
+        errors = _result(ctx, sandbox, found) if found else None
         # And it is believed only if that was nobody else's.
         if errors is not None and match_if_readable(ctx, sandbox):
             if errors:
@@ -224,22 +229,32 @@ def wait(ctx: Context, sandbox: Sandbox) -> None:
         pause = min(pause * 1.5, 3.0)
 
 
-def _result(ctx: Context, found: Located) -> list[str] | None:
-    """What failed, by names ([]: nothing), or None while cloud-init is at work (or the agent not up)."""
+def _result(ctx: Context, sandbox: Sandbox, found: Located) -> list[str] | None:
+    """Return what failed, by names ([]: nothing), or None while cloud-init is at work or the guest agent is not up.
+
+    Raises AgentUnusable when the guest agent will never answer.
+    """
     try:
         answer = ctx.client.get_dict(f"{found.path}/agent/file-read", file=_RESULT)
     except ApiError as error:
         # 500: no agent yet, or no such file yet.
         if error.status != 500:
             raise
+        address.refuse_hopeless(sandbox, found, error, "wait_for_cloud_init")
         return None
     except ProxmoxError:
         return None
+    content = answer.get("content")
+    if not isinstance(content, str) or len(content) > _LONGEST_RESULT:
+        return None
     try:
-        told = json.loads(str(answer.get("content") or ""))["v1"]["errors"]
-        errors = [str(one) for one in told]
-    except (ValueError, KeyError, TypeError):
+        errors = json.loads(content)["v1"]["errors"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        # Half written, or not cloud-init's: the guest may write into that file what it likes.
+        return None
+    if not isinstance(errors, list):
         return None
     # The texts may quote user data: only the names of what failed are told.
-    names = [": ".join(part) for one in errors for part in _ERROR_NAMES.findall(one)]
+    texts = [text[:_LONGEST_ERROR] for text in errors[:_MOST_ERRORS] if isinstance(text, str)]
+    names = [": ".join(part) for text in texts for part in _ERROR_NAMES.findall(text)][:_MOST_ERRORS]
     return names or ["an error without a name"] if errors else []

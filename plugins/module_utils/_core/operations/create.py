@@ -36,7 +36,7 @@ from ..proxmox import identity
 from ..proxmox.client import not_begun
 from ..proxmox.identity import OUR_TAG
 from ..store.records import AWAITED, Claim
-from . import cloud_init, create_recovery, destroy, power, workspace_disk
+from . import address, cloud_init, create_recovery, destroy, power, workspace_disk
 from .context import Context, refuse_cut_off
 from .verify import Located, guarded, locate, match_if_readable, require_match
 
@@ -515,43 +515,12 @@ def boot_disk(config: dict[str, Any]) -> str | None:
 
 
 def _await_ip(ctx: Context, claim: Claim, sandbox: Sandbox, found: Located, noted: dict[str, Any]) -> Sandbox:
-    """Ask the guest agent until it names an address that is not loopback or link-local."""
-    deadline = ctx.clock.monotonic() + ctx.wait_timeout
-    pause = 0.2
-    while True:
-        try:
-            answer = ctx.client.get_dict(f"{found.path}/agent/network-get-interfaces")
-            address = _address(answer)
-            # It may have taken minutes: is this still the machine that was asked?
-            if address and match_if_readable(ctx, sandbox):
-                return ctx.records.change(claim, sandbox, "create", ip=address, reason="address", evidence={"ip": address}, journal=("configuring", noted))
-        except ApiError as error:
-            if error.status != 500:
-                raise
-        except (Unreachable, OutcomeUnknown):
-            # One look that failed ends no wait: the sandbox is there.
-            pass
-        if ctx.clock.monotonic() > deadline:
-            raise TaskTimeout(f"sandbox {sandbox.vmid} runs, but its guest agent named no address within {ctx.wait_timeout} s (wait_timeout); is "
-                              "qemu-guest-agent in the template and agent=1 set? Run again to go on waiting", vmid=sandbox.vmid)
-        ctx.clock.sleep(pause)
-        pause = min(pause * 1.5, 3.0)
-
-
-def _address(answer: dict[str, Any]) -> str | None:
-    import ipaddress
-
-    found: list[tuple[int, str]] = []
-    interfaces = answer.get("result")
-    for interface in interfaces if isinstance(interfaces, list) else []:
-        for entry in interface.get("ip-addresses") or []:
-            try:
-                address = ipaddress.ip_address(str(entry.get("ip-address")))
-            except ValueError:
-                continue
-            if not (address.is_loopback or address.is_link_local or address.is_unspecified):
-                found.append((address.version, str(address)))
-    return min(found)[1] if found else None
+    """Wait for the address that the guest agent names, and write it into the record."""
+    # The configuration was read before it was written: read again it has the static address of ipconfig0.
+    ip = address.wait(ctx, sandbox, match_if_readable(ctx, sandbox) or found)
+    return ctx.records.change(
+        claim, sandbox, "create", ip=ip, reason="address", evidence={"ip": ip}, journal=("configuring", noted)
+    )
 
 
 def _occupied(vmid: int, by: str) -> CreationFailed:

@@ -295,7 +295,7 @@ class ProxmoxClient:
             raise OutcomeUnknown(f"{where}: the connection was cut before the answer: {_reason(error)}", method=method, path=path) from None
         except requests.exceptions.RequestException as error:
             raise OutcomeUnknown(f"{where}: {_reason(error)}", method=method, path=path) from None
-        except (KeyError, TypeError, ValueError, AttributeError):
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
             # proxmoxer looks for "data" in whatever was sent; not there means that this is no Proxmox answer.
             raise OutcomeUnknown(f"{where}: the answer is not what Proxmox sends; is api_host a Proxmox node?", method=method, path=path) from None
         except OSError as error:

@@ -1,0 +1,230 @@
+# Copyright: the agentlab.proxmox contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Find a sandbox's address: ask the guest agent, choose one of the addresses it names, wait for the first one.
+
+What the guest agent answers is written by the guest, so it is data: types are checked, lengths are bounded, and
+nothing of it is taken for more than an address.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import AccessDenied, AgentlabError, ApiError, OutcomeUnknown, TaskTimeout, Unreachable
+from ..model import Sandbox
+from .context import Context
+from .verify import Located, match_if_readable
+
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+# Seconds that DHCP gets to bring the IPv4 address after another address was seen.
+GRACE_SECONDS = 5.0
+# No guest has more; what comes after is not looked at.
+_MOST_INTERFACES = 256
+_MOST_ADDRESSES = 256
+_LONGEST_TEXT = 64
+_MAC = re.compile(r"([0-9A-Fa-f]{2}(?::[0-9A-Fa-f]{2}){5})")
+_UNIQUE_LOCAL = ipaddress.ip_network("fc00::/7")
+# Interfaces that programs in the guest make for themselves: nobody outside reaches their addresses.
+_INNER = re.compile(
+    r"(docker|podman|br-|virbr|lxcbr|lxdbr|veth|cni|flannel|cali|cilium|vxlan|kube|nerdctl|incusbr|vmnet|vboxnet|tap|tun|wg"
+    r"|tailscale|zt|dummy)"
+)
+_AGENT_ON = re.compile(r"(?:enabled=)?(?:1|yes|on|true)(?:,|$)", re.IGNORECASE)
+_BLOCKED = re.compile(r"[Cc]ommand '?(guest-[a-z-]+)'? has been disabled")
+
+
+class AgentUnusable(AgentlabError):
+    """The guest agent will not answer, however long one waits; the message says why and what to do."""
+
+    code = "guest_agent"
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The address to use. ``final`` is False while a better one of the same interface may still come (DHCP)."""
+
+    address: str
+    final: bool
+
+
+def choose(interfaces: object, config: dict[str, Any]) -> Choice | None:
+    """Choose the sandbox's address from what ``network-get-interfaces`` answers, or None.
+
+    ``config`` is the VM's configuration. The rule (docs/inventory.md has it, too):
+
+    1. Only interfaces with the MAC address of ``net0`` count. Others count if none has it: first those of the
+       configuration's other NICs, then those that no container or tunnel program made, then all.
+    2. Of their addresses: the static one of ``ipconfig0``; else the first IPv4 address; else the first IPv6 address
+       that is valid outside the site; else any other. Loopback, link-local and multicast addresses never count.
+    """
+    known = _read_interfaces(interfaces)
+    first = _mac_of(config.get("net0"))
+    expected, ipv4_may_come = _read_ipconfig(config.get("ipconfig0"))
+    own = [addresses for _name, mac, addresses in known if first is not None and mac == first]
+    if own:
+        return _best([address for addresses in own for address in addresses], expected, ipv4_may_come)
+    macs = {_mac_of(value) for key, value in config.items() if re.fullmatch(r"net\d+", key)} - {None}
+    ranked = (
+        [addresses for _name, mac, addresses in known if mac in macs],
+        [addresses for name, _mac, addresses in known if not _INNER.match(name)],
+        [addresses for _name, _mac, addresses in known],
+    )
+    for rank in ranked:
+        choice = _best([address for addresses in rank for address in addresses], expected, ipv4_may_come)
+        if choice is not None:
+            # The NIC of the configuration may be missing only because the guest is still booting.
+            return Choice(choice.address, choice.final and first is None)
+    return None
+
+
+def _best(addresses: list[Address], expected: list[Address], ipv4_may_come: bool) -> Choice | None:
+    for address in expected:
+        if address in addresses:
+            return Choice(str(address), True)
+    for address in addresses:
+        if address.version == 4:
+            # The configuration names another one: cloud-init may not have set it yet.
+            return Choice(str(address), not expected)
+    outside = [address for address in addresses if address not in _UNIQUE_LOCAL]
+    for address in outside or addresses:
+        return Choice(str(address), bool(outside) and not ipv4_may_come and not expected)
+    return None
+
+
+def _read_interfaces(answer: object) -> list[tuple[str, str | None, list[Address]]]:
+    """Return (name, MAC address in small letters, usable addresses) of each interface that has the right shape."""
+    result = []
+    for interface in answer[:_MOST_INTERFACES] if isinstance(answer, list) else []:
+        if not isinstance(interface, dict):
+            continue
+        name, listed = interface.get("name"), interface.get("ip-addresses")
+        addresses = [
+            address
+            for entry in (listed[:_MOST_ADDRESSES] if isinstance(listed, list) else [])
+            if isinstance(entry, dict) and (address := _usable(entry.get("ip-address"))) is not None
+        ]
+        result.append((name if isinstance(name, str) else "", _mac_of(interface.get("hardware-address")), addresses))
+    return result
+
+
+def _usable(text: object) -> Address | None:
+    if not isinstance(text, str) or len(text) > _LONGEST_TEXT:
+        return None
+    try:
+        address = ipaddress.ip_address(text)
+    except ValueError:
+        return None
+    if address.version == 6 and (address.scope_id or address.ipv4_mapped):
+        return None
+    if address.is_loopback or address.is_link_local or address.is_unspecified or address.is_multicast:
+        return None
+    return None if str(address) == "255.255.255.255" else address
+
+
+def _mac_of(value: object) -> str | None:
+    match = _MAC.search(value[:1000]) if isinstance(value, str) else None
+    return match[1].lower() if match else None
+
+
+def _read_ipconfig(value: object) -> tuple[list[Address], bool]:
+    """Return the static addresses of an ``ipconfigN`` value, IPv4 first, and whether an IPv4 address may come."""
+    parts = dict(part.partition("=")[::2] for part in str(value or "").split(",") if part)
+    static = []
+    for name in ("ip", "ip6"):
+        address = _usable(parts.get(name, "").partition("/")[0])
+        if address is not None:
+            static.append(address)
+    # cloud-init configures no IPv4 where only ip6 is given; without ipconfig0 the image decides.
+    return static, "ip" in parts or "ip6" not in parts
+
+
+# ---- asking ----
+
+
+def agent_is_on(config: dict[str, Any]) -> bool:
+    """Whether the VM's configuration gives the guest agent a channel (``agent: 1``)."""
+    return _AGENT_ON.match(str(config.get("agent", "0"))) is not None
+
+
+def ask(ctx: Context, located: Located) -> Choice | None:
+    """Ask the guest agent once and choose; None where it names no usable address.
+
+    Raises ProxmoxError when it did not answer. ApiError with status 500 is the guest agent's, or that there is none.
+    """
+    answer = ctx.client.get_dict(f"{located.path}/agent/network-get-interfaces")
+    return choose(answer.get("result"), located.config)
+
+
+def refuse_hopeless(sandbox: Sandbox, located: Located, error: ApiError, wanted: str) -> None:
+    """Raise AgentUnusable if the answer says that the guest agent will not answer however long one waits.
+
+    ``wanted`` is the option that waits, with what it waits for.
+    """
+    vmid = sandbox.vmid
+    blocked = _BLOCKED.search(error.text)
+    if blocked:
+        raise AgentUnusable(
+            f"{wanted}: the guest agent of sandbox {vmid} refuses {blocked[1]} (it is blocked in the guest, by block-rpcs "
+            "or allow-rpcs of /etc/qemu/qemu-ga.conf or its service). Allow it in the template, or leave the option out",
+            vmid=vmid,
+        )
+    if re.search(r"VM \d+ is not running|VM \d+ not running", error.text):
+        raise AgentUnusable(
+            f"{wanted}: VM {vmid} does not run any more, so its guest agent cannot answer. Look at why the guest "
+            "switched itself off, start the sandbox, then wait again",
+            vmid=vmid,
+        )
+    # The configuration may say agent=0 while the running VM still has a channel: only an agent that is silent is absent.
+    if "No QEMU guest agent configured" in error.text or not agent_is_on(located.config):
+        raise AgentUnusable(
+            f"{wanted}: the guest agent of VM {vmid} is switched off in its configuration (agent: "
+            f"{str(located.config.get('agent', 'not set'))[:40]}), so it never answers. Set agent=1 on the template "
+            "(qm set TEMPLATE --agent 1) and install qemu-guest-agent in it, or leave the option out",
+            vmid=vmid,
+        )
+
+
+def wait(ctx: Context, sandbox: Sandbox, located: Located) -> str:
+    """Ask until the guest agent names an address that is worth having, at most ``wait_timeout`` seconds; return it.
+
+    An address that is only second best is taken when no better one comes within GRACE_SECONDS.
+    Raises AgentUnusable at once when nothing can come, TaskTimeout when nothing came.
+    """
+    deadline = ctx.clock.monotonic() + ctx.wait_timeout
+    pause = 0.2
+    seen_since: float | None = None
+    while True:
+        now = ctx.clock.monotonic()
+        try:
+            choice = ask(ctx, located)
+            if choice is None:
+                seen_since = None
+            else:
+                seen_since = now if seen_since is None else seen_since
+                patient = min(GRACE_SECONDS, max(0.0, deadline - now))
+                # Waiting may have taken minutes: the answer counts only if this is still the machine that was asked.
+                if (choice.final or now - seen_since >= patient) and match_if_readable(ctx, sandbox):
+                    return choice.address
+        except AccessDenied:
+            raise
+        except ApiError as error:
+            if error.status != 500:
+                raise
+            refuse_hopeless(sandbox, located, error, "wait_for_ip")
+        except (Unreachable, OutcomeUnknown):
+            # A single look that failed does not end the wait: the sandbox is there.
+            pass
+        if now > deadline:
+            raise TaskTimeout(
+                f"sandbox {sandbox.vmid} runs, but its guest agent named no address within {ctx.wait_timeout} s "
+                "(wait_timeout); is qemu-guest-agent in the template, and does the guest get an address? Run again to "
+                "go on waiting",
+                vmid=sandbox.vmid,
+            )
+        ctx.clock.sleep(pause)
+        pause = min(pause * 1.5, 3.0)
