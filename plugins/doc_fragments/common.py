@@ -87,9 +87,9 @@ options:
     description: VMID of the sandbox.
     type: int
   vmids:
-    description: VMIDs of several sandboxes, worked on at once.
+    description: VMIDs of several sandboxes, worked on at once. Also a text with commas, blanks or line feeds between them, as surveys give it.
     type: list
-    elements: int
+    elements: str
   name:
     description: Name of the sandbox.
     type: str

@@ -13,7 +13,7 @@ from typing import Any
 from ansible.module_utils.basic import AnsibleModule
 
 from ._core import config as core_config
-from ._core import states
+from ._core import states, words
 from ._core.errors import AgentlabError, InvalidInput
 from ._core.model import Outcome, Sandbox
 from ._core.operations.context import Context
@@ -34,7 +34,8 @@ COMMON_ARGS: dict[str, Any] = {
 }
 SELECT_ARGS: dict[str, Any] = {
     "vmid": {"type": "int"},
-    "vmids": {"type": "list", "elements": "int"},
+    # As text: a textarea gives several in one value, and AnsibleModule would refuse that before it can be split.
+    "vmids": {"type": "list", "elements": "str"},
     "name": {"type": "str"},
 }
 SELECT_EXCLUSIVE = [("vmid", "vmids", "name")]
@@ -92,16 +93,31 @@ def _actor(module: AnsibleModule) -> str:
 def ids(module: AnsibleModule) -> list[dict[str, Any]]:
     """What vmid, vmids or name ask for, each once, in order; InvalidInput for numbers that are no VMID."""
     params = module.params
-    if params.get("name") is not None and params.get("vmid") is None:
-        return [{"name": params["name"]}]
-    wanted = params["vmids"] if params.get("vmids") is not None else [params["vmid"]] if params.get("vmid") is not None else []
+    name = params["name"].strip() if isinstance(params.get("name"), str) else None
+    if name is not None and params.get("vmid") is None:
+        return [{"name": name}]
     option = "vmids" if params.get("vmids") is not None else "vmid"
+    wanted = _numbers(params["vmids"]) if option == "vmids" else [params["vmid"]] if params.get("vmid") is not None else []
     for vmid in wanted:
         if not 100 <= vmid <= 999999999:
             raise InvalidInput(f"{option}: {vmid} is not a VMID. Valid: 100 to 999999999", option=option, value=vmid)
     # Both for one sandbox: it is to be that one.
-    named = {"name": params["name"]} if params.get("name") is not None and params.get("state") != "present" else {}
+    named = {"name": name} if name is not None and params.get("state") != "present" else {}
     return [{"vmid": vmid, **named} for vmid in dict.fromkeys(wanted)]
+
+
+def tags(module: AnsibleModule) -> list[str]:
+    """What the option ``tags`` names, in small letters."""
+    return words.split_tags(module.params.get("tags"))
+
+
+def _numbers(value: object) -> list[int]:
+    numbers = []
+    for word in words.split_words(value):
+        if not (word.isascii() and word.isdecimal() and len(word) < 20):
+            raise InvalidInput(f"vmids: {words.quoted(word)} is not a VMID. Valid: 100 to 999999999", option="vmids")
+        numbers.append(int(word))
+    return numbers
 
 
 def answer(outcomes: Sequence[Outcome], *, single: bool, diff: bool) -> dict[str, Any]:

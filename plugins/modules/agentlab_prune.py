@@ -100,7 +100,7 @@ def work(module, context):
 
     params = module.params
     older_than = None if params["older_than"] is None else durations.parse(params["older_than"], "older_than", zero=True)
-    report = prune.run(context, prune.Wanted(states=params["states"], older_than=older_than, tags=params["tags"] or (), max_count=params["max_count"]))
+    report = prune.run(context, prune.Wanted(states=params["states"], older_than=older_than, tags=_adapter.tags(module), max_count=params["max_count"]))
     result = {
         "changed": bool(report.pruned),
         "count": report.count,

@@ -62,6 +62,9 @@ options:
   memory:
     description: Memory in MiB. The template's unless set.
     type: int
+  cpu_type:
+    description: CPU type, such as V(host) or V(x86-64-v2-AES). The template's unless set.
+    type: str
   disk_size:
     description: Size of the boot disk, such as V(20G), or V(+10G) to add to the template's. It never shrinks.
     type: str
@@ -72,6 +75,18 @@ options:
     description: Model of the first interface. The template's unless set.
     type: str
     choices: [virtio, e1000, e1000e, rtl8139, vmxnet3]
+  vlan_tag:
+    description: VLAN of the first interface, from V(1) to V(4094). The template's unless set.
+    type: int
+  second_bridge:
+    description: Network bridge of a second interface, which is made where the template has none.
+    type: str
+  second_vlan_tag:
+    description: VLAN of the second interface, from V(1) to V(4094).
+    type: int
+  second_ip_config:
+    description: Cloud-init network configuration of the second interface, as O(ip_config).
+    type: str
   firewall:
     description: Whether the firewall of Proxmox VE is on for the first interface.
     type: bool
@@ -81,19 +96,34 @@ options:
   cloud_init_user:
     description: User that cloud-init creates instead of the image's own.
     type: str
+  cloud_init_password:
+    description:
+      - Password of that user. Proxmox VE keeps its hash; this collection keeps nothing of it.
+      - Has to be a text. YAML reads V(012345) as a number, so put it in quotes.
+    type: raw
+  cloud_init_upgrade:
+    description: Whether cloud-init upgrades the packages at the first start. Proxmox VE does so unless told otherwise.
+    type: bool
+  cloud_init_vendor_data:
+    description:
+      - Vendor data for cloud-init, as the volume id of a snippet that is there, such as V(local:snippets/vendor.yaml).
+      - It is used beside what Proxmox VE or O(cloud_init_user_data) say.
+    type: str
   ip_config:
     description: Cloud-init network configuration, such as V(ip=dhcp) or V(ip=192.0.2.10/24,gw=192.0.2.1).
     type: str
   nameserver:
-    description: Cloud-init name servers, separated by blanks.
+    description: Cloud-init name servers, separated by blanks or commas.
     type: str
   searchdomain:
-    description: Cloud-init search domain.
+    description: Cloud-init search domain; several are separated by blanks.
     type: str
   ssh_public_keys:
-    description: Public keys that cloud-init puts into the VM, one a line each.
-    type: list
-    elements: str
+    description:
+      - Public keys that cloud-init puts into the VM - a list of keys, or a text with one key a line, such as a file or a survey's textarea.
+      - Empty lines and lines that begin with C(#) are left out. Options of a key, such as C(from="192.0.2.0/24"), are kept.
+      - A private key is refused.
+    type: raw
   cloud_init_user_data:
     description:
       - User data for cloud-init, such as a C(#cloud-config) document. It replaces what Proxmox VE would say of users and keys.
@@ -107,7 +137,10 @@ options:
       - It is detached again before the sandbox is destroyed, and kept.
     type: str
   tags:
-    description: Tags of the record and the VM. The VM also gets the tag V(agentlab).
+    description:
+      - Tags of the record and the VM, in small letters. The VM also gets the tag V(agentlab).
+      - A list, or a text with commas, blanks or line feeds between them.
+      - A cluster may forbid tags. A sandbox is then created without them, with a warning; its record has them.
     type: list
     elements: str
   ttl:
@@ -221,9 +254,10 @@ failed_count:
 
 from ansible_collections.agentlab.proxmox.plugins.module_utils import _adapter
 
-CREATION = ("profile", "template", "node", "full_clone", "storage", "pool", "cores", "memory", "disk_size", "bridge", "network_model", "firewall",
-            "firewall_group", "cloud_init_user", "ip_config", "nameserver", "searchdomain", "ssh_public_keys", "cloud_init_user_data", "workspace", "tags",
-            "ttl", "keepalive", "protected")
+CREATION = ("profile", "template", "node", "full_clone", "storage", "pool", "cores", "memory", "cpu_type", "disk_size", "bridge", "network_model",
+            "vlan_tag", "firewall", "firewall_group", "second_bridge", "second_vlan_tag", "second_ip_config", "cloud_init_user",
+            "cloud_init_password", "cloud_init_upgrade", "ip_config", "nameserver", "searchdomain", "ssh_public_keys", "cloud_init_user_data",
+            "cloud_init_vendor_data", "workspace", "tags", "ttl", "keepalive", "protected")
 
 ARGUMENT_SPEC = {
     **_adapter.SELECT_ARGS,
@@ -241,16 +275,26 @@ ARGUMENT_SPEC = {
     "pool": {"type": "str"},
     "cores": {"type": "int"},
     "memory": {"type": "int"},
+    "cpu_type": {"type": "str"},
     "disk_size": {"type": "str"},
     "bridge": {"type": "str"},
     "network_model": {"type": "str", "choices": ["virtio", "e1000", "e1000e", "rtl8139", "vmxnet3"]},
+    "vlan_tag": {"type": "int"},
+    "second_bridge": {"type": "str"},
+    "second_vlan_tag": {"type": "int"},
+    "second_ip_config": {"type": "str"},
     "firewall": {"type": "bool"},
     "firewall_group": {"type": "str"},
     "cloud_init_user": {"type": "str"},
+    # As it was given: Ansible would make a text of a number.
+    "cloud_init_password": {"type": "raw", "no_log": True},
+    "cloud_init_upgrade": {"type": "bool"},
+    "cloud_init_vendor_data": {"type": "str"},
     "ip_config": {"type": "str"},
     "nameserver": {"type": "str"},
     "searchdomain": {"type": "str"},
-    "ssh_public_keys": {"type": "list", "elements": "str", "no_log": False},
+    # Ansible would split a text at the commas, which the options of a key hold.
+    "ssh_public_keys": {"type": "raw", "no_log": False},
     "cloud_init_user_data": {"type": "str", "no_log": True},
     "workspace": {"type": "str"},
     "tags": {"type": "list", "elements": "str"},

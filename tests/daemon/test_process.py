@@ -100,6 +100,53 @@ def test_tcp_needs_the_token_and_metrics_need_none(daemon: Make, tmp_path: Path,
     assert "a-long-token" not in one.log() + text
 
 
+def test_a_reload_takes_the_new_token_and_refuses_a_file_that_cannot_be_used(daemon: Make, tmp_path: Path) -> None:
+    old, new = "the-old-token-of-the-tests-0001", "the-new-token-of-the-tests-0002"
+    token = tmp_path / "token"
+    token.write_text(old)
+    token.chmod(0o640)
+    port = free_port()
+    one = daemon(listen=f"127.0.0.1:{port}", listen_token_file=str(token))
+
+    def status(value: str) -> int:
+        import http.client
+
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=20)) as connection:
+            return ask(connection, "GET", "/v1/sandboxes", None, {"Authorization": f"Bearer {value}"}).status
+
+    assert (status(old), status(new)) == (200, 401)
+    token.write_text(new)
+    one.reload()
+    one.wait_for(lambda: status(new) == 200, "the new token is in force")
+    assert status(old) == 401
+    # Each of these is told, and the token before it stays in force.
+    fifo, other = tmp_path / "fifo", tmp_path / "other"
+    os.mkfifo(fifo, 0o600)
+    other.write_text("third-token-of-the-tests-000003")
+    other.chmod(0o600)
+    token.chmod(0o644)
+    for path, problem in ((token, "can be read by every user"), (tmp_path / "none", "No such file or directory"), (fifo, "must hold one token")):
+        one.write_config(listen_token_file=str(path))
+        one.reload()
+        error = one.wait_for(lambda: one.good("GET", "/v1/status")["config"]["error"], "the error is told")
+        one.wait_for(lambda wanted=problem: wanted in (one.good("GET", "/v1/status")["config"]["error"] or ""), f"it says {problem}")
+        assert str(error).startswith("listen_token_file: ")
+        assert (status(new), status(old)) == (200, 401)
+    one.write_config(listen_token_file=str(other))
+    one.reload()
+    one.wait_for(lambda: status("third-token-of-the-tests-000003") == 200, "another file is taken")
+    assert old not in one.log() and new not in one.log()
+
+
+def test_the_last_line_of_a_daemon_that_cannot_start_says_what_to_do(daemon: Make, tmp_path: Path) -> None:
+    """systemd gives up after some of these: the end of the journal is all that an operator has."""
+    one = daemon(start=False, listen="127.0.0.1:9820", listen_token_file=str(tmp_path / "none"))
+    ended = subprocess.run(one.command(), env=one.environment, capture_output=True, text=True, timeout=30, check=False)
+    cause, last = ended.stderr.splitlines()[-2:]
+    assert ended.returncode == 1 and "Error: listen_token_file: " in cause and "agentlabd ends; the lines before say why" in last
+    assert "systemctl reset-failed agentlabd" in last
+
+
 def test_a_scrape_that_fails_says_why_here_and_there(daemon: Make, tmp_path: Path, lab: Lab) -> None:
     lab.create("a1")
     metrics = free_port()

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import AgentlabError, CreationFailed, InvalidInput, Kept, TaskTimeout
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import cloud_init, create, reconcile, wanted
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import cloud_init, create, reconcile, vm_config, wanted
 
 from support.lab import Lab
 
@@ -145,12 +145,12 @@ def test_the_protection_of_a_template_does_not_bar_the_rest_of_a_creation(lab: L
 @pytest.mark.parametrize(("drive", "more", "size"), [("a:b,size=3G", "+10G", "13631488K"), ("a:b,size=2252M,ssd=1", "+512K", "2306560K"),
                                                      ("a:b,iothread=1,size=1T", "+1T", "2147483648K"), ("a:b,size=1048576", "+1M", "2048K")])
 def test_the_sum_of_sizes(drive: str, more: str, size: str) -> None:
-    assert create.grown(drive, more) == size
+    assert vm_config.grown(drive, more) == size
 
 
 def test_a_size_that_is_not_told_is_not_guessed() -> None:
     with pytest.raises(InvalidInput, match="give an absolute one"):
-        create.grown("a:b,ssd=1", "+1G")
+        vm_config.grown("a:b,ssd=1", "+1G")
 
 
 @pytest.mark.parametrize("ending", ["killed", "vanish"])

@@ -332,14 +332,14 @@ def test_the_requests_of_the_daemons_page_are_routes() -> None:
 
 
 def test_numbers_and_names_of_the_daemons_page_are_those_of_the_code() -> None:
-    scheduler, answers, api = daemon_code("scheduler"), daemon_code("answers"), daemon_code("api")
+    scheduler, answers, api, service = (daemon_code(name) for name in ("scheduler", "answers", "api", "service"))
     retry = re.search(r"^_FIRST_RETRY = (\d+)", scheduler, re.M)
     assert retry and f"after a failure after {retry[1]} s" in DAEMON
     jobs = re.search(r"service\.jobs = \{(.+)\}", scheduler)
     assert jobs and set(re.findall(r"^\| (\w+) \| .+ \| .+ \| .+ \|$", DAEMON, re.M)) - {"job"} == set(re.findall(r'"(\w+)"', jobs[1]))
     statuses = {int(number) for number in re.findall(r"\b([45]\d\d) ", DAEMON.split("An error is")[1].split("###")[0])}
-    assert {int(number) for number in re.findall(r": (\d{3}),", answers)} | {405, 409, 413} == statuses | {500}
-    shortest = re.search(r"^_SHORTEST_TOKEN = (\d+)", api, re.M)
+    assert {int(number) for number in re.findall(r": (\d{3}),", answers)} | {405, 408, 409, 413, 421, 431} == statuses | {500}
+    shortest = re.search(r"^_SHORTEST_TOKEN = (\d+)", service, re.M)
     assert shortest and f"at least {shortest[1]} characters" in DAEMON
     for metric in re.findall(r"`agentlab_(\w+)`", DAEMON):
         assert f'"{metric}"' in daemon_code("metrics") or metric in ("operators",), metric

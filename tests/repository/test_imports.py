@@ -21,8 +21,8 @@ FILES = ROOT / "roles/agentlabd/files"
 
 # Room -> its files without ".py" (a name that ends in "/" means all files of that folder), and the rooms it may import.
 CORE_ROOMS: dict[str, tuple[str, str]] = {
-    "tables": ("clock errors reasons states model", ""),
-    "tools": ("parallel durations words values patterns waiting", "tables"),
+    "tables": ("clock errors escapes reasons states model", ""),
+    "tools": ("parallel durations words safe_yaml values patterns waiting", "tables"),
     "files": ("config profiles rules", "tables tools"),
     "store": ("store/", "tables tools"),
     "proxmox": ("proxmox/", "tables tools files"),
@@ -35,7 +35,7 @@ CORE_ROOMS: dict[str, tuple[str, str]] = {
     ),
     "views": ("operations/info operations/comparison", "tables tools files store proxmox run vm"),
     "sandboxes": (
-        "operations/wanted operations/create operations/destroy operations/removal operations/remains operations/lease",
+        "operations/wanted operations/spec operations/vm_config operations/create operations/destroy operations/removal operations/remains operations/lease",
         "tables tools files store proxmox run vm guest workspaces",
     ),
     "many": (
@@ -48,9 +48,9 @@ CORE_ROOMS: dict[str, tuple[str, str]] = {
     ),
 }
 DAEMON_ROOMS: dict[str, tuple[str, str]] = {
-    "process": ("systemd logs", ""),
+    "process": ("systemd logs connections", ""),
     "http": ("api routes shapes answers openapi", "process service"),
-    "service": ("service metrics", "process http"),
+    "service": ("service metrics conditions", "process http"),
     "scheduler": ("scheduler", "process service"),
     "daemon": ("daemon __main__", "process http service scheduler"),
 }

@@ -327,7 +327,7 @@ def test_bad_input_is_one_sentence_that_names_option_and_value(story: Any, serve
         "name of another": ({"name": "other", "vmid": 1000}, "name: sandbox 1000 is named"),
         "destroy another": ({"name": "other", "vmid": 1000, "state": "absent", "force": True}, "name: sandbox 1000 is named"),
         "stop another": ({"name": "other", "vmid": 1000, "state": "stopped"}, "name: sandbox 1000 is named"),
-        "tags": ({"name": "a", "tags": ["UPPER"]}, "tags: 'UPPER' is not valid"),
+        "tags": ({"name": "a", "tags": ["-upper"]}, "tags: '-upper' is not valid"),
         "cores": ({"name": "a", "cores": 0}, "cores: 0 is not valid. Valid: 1 to 512"),
         "storage": ({"name": "a", "storage": "x", "full_clone": False}, "storage: a linked clone stays on its template's storage"),
         "wait": ({"vmid": 1000, "state": "stopped", "wait_timeout": -1}, "wait_timeout: '-1' is not a duration. Valid: seconds as a number"),

@@ -119,6 +119,8 @@ class Lab:
         pve.before = pve.after = None
         pve.acl = pve.access = None
         pve.no_access.clear()
+        pve.tag_access = "free"
+        pve.registered_tags.clear()
         pve.regain_quorum()
         for node in pve.nodes:
             pve.nodes[node]["online"] = True

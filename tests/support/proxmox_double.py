@@ -30,7 +30,7 @@ from fakepve import FakePve, FakeVm, PveError, TaskError, settle
 from fakepve import schema as pve_schema
 from fakepve.certs import make_cert
 from fakepve.lxc import format_size, parse_size
-from fakepve.qemu import DRIVE_KEY, NEW_DISK, drives_of, is_cdrom, join_drive, split_drive, volume_ref
+from fakepve.qemu import DRIVE_KEY, NEW_DISK, drives_of, is_cdrom, join_drive, split_drive, volume_ref, with_mac
 from fakepve.routing import param_error
 from fakepve.server import API, EXTJS, USER
 from fakepve.server import params as request_params
@@ -127,11 +127,13 @@ class ProxmoxDouble(FakePve):
         self.listing_lag = 0.0
         # ACL paths (/vms/N, /pool/NAME) on which everybody but root@pam has the role NoAccess.
         self.no_access: set[str] = set()
+        # The cluster's user-tag-access: free, none, list (of tag_allow_list) or existing; and its registered tags. root@pam may set any tag.
+        self.tag_access = "free"
+        self.tag_allow_list: set[str] = set()
+        self.registered_tags: set[str] = set()
         # Users, roles and ACL entries with Proxmox VE's rules of inheritance, see use_access().
         # None: what grant() says counts.
         self.access: AccessControl | None = None
-        # True: tags are refused (403), as a cluster's tag policy may do.
-        self.tags_forbidden = False
         # Real seconds before a wrong token is told so (Proxmox: 3).
         self.auth_delay = 0.0
         # Seconds by which the nodes' clocks are ahead of this host's.
@@ -819,9 +821,10 @@ class ProxmoxDouble(FakePve):
         if not self.quorate:
             raise PveError(500, f"unable to open file '/etc/pve/nodes/{vm.node}/qemu-server/{vm.vmid}.conf.tmp.4711' - Permission denied")
         if "tags" in updates:
-            if self.tags_forbidden:
-                raise PveError(403, f"Permission check failed (/vms/{vm.vmid}, tag policy)")
+            self._check_tags(user, vm, updates["tags"])
             updates["tags"] = ";".join(sorted({tag.lower() for tag in re.split(r"[;, ]+", str(updates["tags"])) if tag}))
+        elif "tags" in str(updates.get("delete") or "").split(","):
+            self._check_tags(user, vm, "")
         if "description" in updates:
             updates["description"] = str(updates["description"]).rstrip()
         for key, priv in ((key, self._config_priv(key)) for key in updates if DRIVE_KEY.match(key)):
@@ -831,6 +834,9 @@ class ProxmoxDouble(FakePve):
             self._check_lock(vm)
             for key in [key for key in updates if DRIVE_KEY.match(key)]:
                 updates[key] = self._drive_value(vm, user, key, updates[key])
+        for key in [key for key in updates if re.fullmatch(r"net\d+", key)]:
+            # An interface without a MAC address gets one.
+            updates[key] = with_mac(updates[key])
         reverts = [key for key in str(updates.pop("revert", None) or "").split(",") if key]
         if not updates.get("digest") or updates["digest"] == vm.digest():
             for key in reverts:
@@ -845,6 +851,25 @@ class ProxmoxDouble(FakePve):
         missing = self._missing_snippet(vm) if "cicustom" in updates else None
         if missing:
             raise PveError(500, missing)
+
+    def _check_tags(self, user: str, vm: Any, new: str) -> None:
+        """Refuse a tag that changes and that this user may not set or take away; one of them is named."""
+        def split(text: Any) -> set[str]:
+            return {tag for tag in re.split(r"[;, ]+", str(text or "")) if tag}
+
+        if user == "root@pam" or (self.acl is not None and self.allowed(user, "/", "Sys.Modify")):
+            return
+        for tag in sorted(split(new) ^ split(vm.config.get("tags"))):
+            if tag in self.registered_tags or tag not in self._allowed_tags(user):
+                raise PveError(403, f"Permission check failed (/, Sys.Modify for modifying tag '{tag}')")
+
+    def _allowed_tags(self, user: str) -> Any:
+        """What `in` it may be set: anything when free."""
+        if self.tag_access == "free":
+            return _Everything()
+        if self.tag_access == "existing":
+            return {tag for vm in self.vms for tag in re.split(r"[;, ]+", str(vm.config.get("tags") or "")) if tag}
+        return self.tag_allow_list if self.tag_access == "list" else set()
 
     def _drive_value(self, vm: Any, user: str, key: str, value: str) -> str:
         """What the configuration says once the volume is made or found."""
@@ -1203,6 +1228,13 @@ async def _half(request: web.Request, response: web.StreamResponse) -> web.Strea
         request.transport.write(head.encode() + body[:len(body) // 2])
         request.transport.close()
     return _Nothing()
+
+
+class _Everything:
+    """A set that has whatever is asked for."""
+
+    def __contains__(self, _item: object) -> bool:
+        return True
 
 
 class _Nothing(web.StreamResponse):

@@ -16,13 +16,14 @@ from hypothesis import strategies as st
 @pytest.mark.parametrize(("text", "seconds"), [
     ("120", 7200), (120, 7200), (120.0, 7200), ("90s", 90), ("30m", 1800), ("2h", 7200), ("7d", 604800), ("1d12h", 129600), ("1h30m15s", 5415),
     (" 2h ", 7200), ("0120", 7200), ("1", 60), ("3650d", 315360000),
+    ("4 h", 14400), ("1 d 12 h", 129600), ("1h 30m", 5400), ("5\tm", 300),
 ])
 def test_accepted(text: object, seconds: int) -> None:
     assert durations.parse(text, "ttl") == seconds
 
 
 @pytest.mark.parametrize("text", [
-    "", " ", "abc", "-5", "-5m", "+5", "5x", "m5", "1h2d", "1h1h", "1.5h", "1,5", "5 m", "1e3", "0x10", "10minutes", "nan", "inf", "None",
+    "", " ", "abc", "-5", "-5m", "+5", "5x", "m5", "1h2d", "1h1h", "1.5h", "1,5", "5 5m", "1 2", "1e3", "0x10", "10minutes", "nan", "inf", "None",
     "\u0661\u0662", "\u00b2h", "1h\n2m", "1h;rm -rf /", "9999999999", "4000d", "99999999h", True, False, 1.5, float("nan"), float("inf"), None, [], {}, b"1h",
 ])
 def test_refused_by_name(text: object) -> None:

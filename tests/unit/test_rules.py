@@ -110,7 +110,7 @@ def test_tags_and_profiles_are_what_is_written() -> None:
     (rule("{match: {tags: [x]}, action: keep}"), 3, "'name' is missing in a rule"),
     (rule("{name: 'a b', match: {tags: [x]}, action: keep}"), 3, "name: 'a b' is not valid"),
     (rule("{name: a, match: {tags: [x]}, action: keep}\n    - {name: a, match: {tags: [y]}, action: keep}"), 4, "'a' is the name of an earlier rule"),
-    (rule("{name: a, match: {tags: [Debug]}, action: keep}"), 3, "tags: 'Debug' is not valid. Valid: lower-case letters"),
+    (rule("{name: a, match: {tags: [-debug]}, action: keep}"), 3, "tags: '-debug' is not valid. Valid: lower-case letters"),
     (rule("{name: a, match: {tags: [[x]]}, action: keep}"), 3, "tags: "),
     (rule("{name: a, match: {profiles: ['a b']}, action: keep}"), 3, "profiles: 'a b' is not valid. Valid: letters, digits"),
     ("auto_cleanup:\n  rules: [", 2, "not valid YAML"),

@@ -234,8 +234,12 @@ def test_tags_are_lowered_and_sorted_or_refused(api: Any, pve: ProxmoxDouble) ->
     pve.add_guest(101)
     api.nodes("pve1").qemu(101).config.put(tags="zeta,Alpha")
     assert api.nodes("pve1").qemu(101).config.get()["tags"] == "alpha;zeta"
-    pve.tags_forbidden = True
-    assert _refused(lambda: api.nodes("pve1").qemu(101).config.put(tags="x"))[0] == 403
+    pve.tag_access, pve.tag_allow_list = "list", {"x"}
+    refused = _refused(lambda: api.nodes("pve1").qemu(101).config.put(tags="alpha;zeta;y"))
+    assert refused[0] == 403 and "(/, Sys.Modify for modifying tag 'y')" in refused[1]
+    # Only what changes counts: alpha and zeta stay.
+    api.nodes("pve1").qemu(101).config.put(tags="alpha;x;zeta")
+    assert _refused(lambda: api.nodes("pve1").qemu(101).config.put(delete="tags"))[0] == 403
 
 
 def test_cicustom_of_a_missing_file_is_saved_all_the_same(api: Any, pve: ProxmoxDouble) -> None:

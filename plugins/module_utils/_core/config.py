@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from . import durations, words
+from . import durations, safe_yaml, words
 from .errors import ConfigError, InvalidInput
 
 CONFIG_FILE = "/etc/agentlab/config.yaml"
@@ -78,8 +78,11 @@ DEFAULTS: dict[str, Any] = {
     "stop_timeout": "60s",
 }
 # Of these the daemon takes a change only when it is started anew.
-FIXED = ("database", "database_group_access", "socket", "listen", "listen_token_file", "metrics_listen")
+FIXED = ("database", "database_group_access", "socket", "listen", "metrics_listen")
 SECRETS = ("api_password", "api_token_secret")
+# Keys whose value is a text: what YAML read as something else (012345, yes) is refused in the file, and not guessed.
+TEXTS = ("api_host", "api_user", *SECRETS, "api_token_id", "ca_path", "database", "node", "template", "pool", "storage", "profiles_dir",
+         "snippets_storage", "snippets_dir", "socket", "listen_token_file", "cleanup_file")
 
 
 @dataclass(slots=True)
@@ -260,19 +263,18 @@ def load(options: Mapping[str, Any], environment: Mapping[str, str]) -> Config:
 def read_yaml(path: str, where: str) -> Any:
     """What a YAML file holds; ConfigError, which begins with ``where``, when it cannot be read or parsed."""
     try:
-        import yaml
+        import yaml  # noqa: F401 - safe_yaml needs it
     except ImportError:
         raise ConfigError(f"{where} cannot be read without the Python library yaml; install python3-yaml", file=path) from None
     try:
-        with open(path, encoding="utf-8") as file:
-            return yaml.safe_load(file)
+        return safe_yaml.load(safe_yaml.read_text(path))
     except OSError as error:
         raise ConfigError(f"{where}: {error.strerror}; correct the path or its permissions", file=path) from None
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
+    except UnicodeDecodeError:
+        raise ConfigError(f"{where} is not valid YAML (not UTF-8); nothing of it was used", file=path) from None
+    except safe_yaml.Refused as error:
         # Only the place, never the line itself: it may hold a secret.
-        place = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise ConfigError(f"{where} is not valid YAML{place}; nothing of it was used", file=path) from None
+        raise ConfigError(f"{where} {error.reason}{error.place}; nothing of it was used", file=path) from None
 
 
 def read_file(path: str) -> dict[str, Any]:
@@ -280,12 +282,19 @@ def read_file(path: str) -> dict[str, Any]:
     found = read_yaml(path, f"config_file: {path}")
     if found is None:
         return {}
-    if not isinstance(found, dict):
+    if not isinstance(found, safe_yaml.Mapping):
         raise ConfigError(f"config_file: {path} must be a mapping of options, such as 'api_host: 192.0.2.1'", file=path)
-    unknown = sorted(str(key) for key in found if key not in DEFAULTS)
+    unknown = [key for key in found if key not in DEFAULTS]
     if unknown:
-        raise ConfigError(f"config_file: {path} has the unknown key {unknown[0]!r}. Valid: {', '.join(DEFAULTS)}", file=path)
-    return found
+        raise ConfigError(f"config_file: {path} has the unknown key {safe_yaml.shown(unknown[0])}. Valid: {', '.join(DEFAULTS)} "
+                          f"(line {found.lines[unknown[0]]})", file=path)
+    for key in TEXTS:
+        if safe_yaml.misread(found.get(key), found.written.get(key)):
+            # A password 012345 would be sent as 5349.
+            shown = "that value" if key in SECRETS else words.quoted(found.written[key])
+            raise ConfigError(f"config_file: {path}: {key}: YAML reads {shown} as something else than a text (line {found.lines[key]}); "
+                              "put it in quotes", file=path)
+    return dict(found)
 
 
 def vmid_range(value: object, name: str = "vmid_range") -> tuple[int, int]:
@@ -302,6 +311,7 @@ def _text(name: str, value: Any) -> str | None:
 
 
 def _word(name: str, value: Any, word: words.Word) -> str | None:
+    value = value.strip() if isinstance(value, str) else value
     words.match(name, value, word)
     return _text(name, value)
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from .escapes import escape_controls
+
 
 class AgentlabError(Exception):
     """Base of all: ``message`` is one sentence for the user, ``code`` a stable word for programs, ``detail`` JSON-safe facts."""
@@ -14,8 +16,9 @@ class AgentlabError(Exception):
     code = "error"
 
     def __init__(self, message: str, **detail: Any) -> None:
-        super().__init__(message)
-        self.message = message
+        # A message may quote the name of a VM or a path: it is shown on terminals, and must not move their cursor.
+        self.message = escape_controls(message)
+        super().__init__(self.message)
         self.detail = detail
 
     def as_dict(self) -> dict[str, Any]:

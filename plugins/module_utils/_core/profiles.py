@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from . import durations, words
+from . import durations, safe_yaml, words
 from .errors import ConfigError, InvalidInput
 
 NAME: words.Word = (re.compile(r"[a-z0-9][a-z0-9_.-]{0,62}", re.ASCII), "lower-case letters, digits, dot, hyphen and underscore")
@@ -45,11 +45,20 @@ class _Refused(Exception):
     """What is wrong with one value; the caller knows where it stands."""
 
 
+class _Secret(_Refused):
+    """As _Refused, for a value that no message may quote."""
+
+
 Check = Callable[[Any], Any]
 
 
-def _text(word: words.Word) -> Check:
+def _text(word: words.Word, spread: bool = False) -> Check:
+    """Check a text in one line; ``spread``: words that may be given as a list, or with commas."""
     def check(value: Any) -> str:
+        if spread:
+            value = words.join_words(value)
+        elif isinstance(value, str):
+            value = value.strip()
         if not words.fits(value, word):
             raise _Refused(word[1])
         return str(value)
@@ -81,11 +90,12 @@ def _choice(choices: tuple[str, ...]) -> Check:
     return check
 
 
-def _several(one: Check) -> Check:
+def _several(split: Callable[[Any], list[str]], one: Check) -> Check:
+    """Check a list of texts, or a text that holds several of them."""
     def check(value: Any) -> list[Any]:
-        if not isinstance(value, list):
-            raise _Refused("a list")
-        return [one(item) for item in value]
+        if not isinstance(value, (list, str)) or (isinstance(value, list) and any(isinstance(item, (list, dict, bool)) for item in value)):
+            raise _Refused("a list of texts (in quotes where YAML reads a word such as yes or on)")
+        return [one(item) for item in split(value)]
 
     return check
 
@@ -95,6 +105,13 @@ def _duration(value: Any) -> int:
         return durations.parse(value, "")
     except InvalidInput:
         raise _Refused(f"{durations.VALID}, more than zero and less than {durations.show(durations.MAX_SECONDS)}") from None
+
+
+def _public_keys(value: Any) -> list[str]:
+    try:
+        return words.split_keys("ssh_public_keys", value)
+    except InvalidInput:
+        raise _Secret("a public key; that is a private one, which belongs into no profile") from None
 
 
 # Every key a file may have: what checks it, and the creation option it fills in. Sections are dictionaries of such keys.
@@ -110,28 +127,42 @@ _KEYS: dict[str, Any] = {
         "cores": (_whole(1, 512), "cores"),
         "memory": (_whole(16, 16777216), "memory"),
         "disk_size": (_text(words.SIZE), "disk_size"),
+        "cpu_type": (_text(words.CPU), "cpu_type"),
     },
     "network": {
         "bridge": (_text(words.WORD), "bridge"),
         "model": (_choice(words.MODELS), "network_model"),
         "firewall": (_flag, "firewall"),
         "firewall_group": (_text(words.FIREWALL_GROUP), "firewall_group"),
+        "vlan_tag": (_whole(1, 4094), "vlan_tag"),
+        "second": {
+            "bridge": (_text(words.WORD), "second_bridge"),
+            "vlan_tag": (_whole(1, 4094), "second_vlan_tag"),
+            "ip_config": (_text(words.IPCONFIG), "second_ip_config"),
+        },
     },
     "cloud_init": {
         "user": (_text(words.USER), "cloud_init_user"),
-        "ssh_public_keys": (_several(_text(words.PUBLIC_KEY)), "ssh_public_keys"),
+        "upgrade": (_flag, "cloud_init_upgrade"),
+        "vendor_data": (_text(words.VOLUME), "cloud_init_vendor_data"),
+        "ssh_public_keys": (_several(_public_keys, _text(words.PUBLIC_KEY)), "ssh_public_keys"),
         "ip_config": (_text(words.IPCONFIG), "ip_config"),
-        "nameserver": (_text(words.NAMESERVER), "nameserver"),
-        "searchdomain": (_text(words.SEARCHDOMAIN), "searchdomain"),
+        "nameserver": (_text(words.NAMESERVER, spread=True), "nameserver"),
+        "searchdomain": (_text(words.SEARCHDOMAIN, spread=True), "searchdomain"),
     },
     "lease": {
         "default": (_duration, "lease_default"),
         "maximum": (_duration, "lease_maximum"),
     },
     "keepalive": (_flag, "keepalive"),
-    "tags": (_several(_text(words.TAG)), "tags"),
+    "tags": (_several(words.split_tags, _text(words.TAG)), "tags"),
     "workspace": (_choice(WORKSPACE), None),
 }
+
+
+# Options whose value is a text: of these, what YAML read as something else is refused, and not guessed.
+_TEXTS = frozenset({"template", "node", "pool", "storage", "cpu_type", "disk_size", "bridge", "firewall_group", "second_bridge", "second_ip_config",
+                    "cloud_init_user", "cloud_init_vendor_data", "ip_config", "nameserver", "searchdomain", "ssh_public_keys", "tags"})
 
 
 def load_all(folder: str) -> dict[str, Profile]:
@@ -182,7 +213,7 @@ def read(path: str) -> Profile:
     from .config import read_yaml
 
     content = read_yaml(path, path)
-    if not isinstance(content, dict):
+    if not isinstance(content, safe_yaml.Mapping):
         raise ConfigError(f"{path}: must be a mapping of keys. Valid: {', '.join(_KEYS)}", file=path)
     values = _section(path, "", content, _KEYS)
     plain = {name: values.pop(name, None) for name in ("name", "description", "workspace", "lease_default", "lease_maximum")}
@@ -202,29 +233,43 @@ def read(path: str) -> Profile:
     return Profile(name, path, plain["description"], values, default, maximum, plain["workspace"] or "optional")
 
 
-def _section(path: str, prefix: str, content: dict[Any, Any], keys: dict[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+def _section(path: str, prefix: str, content: safe_yaml.Mapping, keys: dict[str, Any]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
     for key, value in content.items():
         known = keys.get(key) if isinstance(key, str) else None
-        where = f"{prefix}{key}"
         if known is None:
-            raise ConfigError(f"{path}: {where}: no such key. Valid: {', '.join(prefix + name for name in keys)}", file=path, key=where)
+            # The file may be a link to one with secrets: what is no word is not quoted.
+            name = safe_yaml.shown(key).strip("'")
+            raise ConfigError(f"{path}: {prefix}{name}: no such key. Valid: {', '.join(prefix + one for one in keys)} (line {content.lines[key]})",
+                              file=path, key=f"{prefix}{name}")
+        where = f"{prefix}{key}"
         if value is None:
             continue
         if isinstance(known, dict):
-            if not isinstance(value, dict):
+            if not isinstance(value, safe_yaml.Mapping):
                 raise ConfigError(f"{path}: {where}: {_shown(value)} is not valid. Valid: a mapping of {', '.join(known)}", file=path, key=where)
-            found.update(_section(path, f"{where}.", value, known))
+            values.update(_section(path, f"{where}.", value, known))
             continue
         check, option = known
+        for item, written in _scalars(content, key, value):
+            if option in _TEXTS and safe_yaml.misread(item, written):
+                raise ConfigError(f"{path}: {where}: YAML reads {words.quoted(written)} as {words.quoted(item)}; put it in quotes", file=path, key=where)
         try:
-            found[option or key] = check(value)
+            values[option or key] = check(value)
         except _Refused as refused:
-            raise ConfigError(f"{path}: {where}: {_shown(value)} is not valid. Valid: {refused}", file=path, key=where) from None
-    return found
+            shown = "that value" if isinstance(refused, _Secret) else _shown(value)
+            raise ConfigError(f"{path}: {where}: {shown} is not valid. Valid: {refused}", file=path, key=where) from None
+    return values
+
+
+def _scalars(content: safe_yaml.Mapping, key: Any, value: Any) -> list[tuple[Any, str | None]]:
+    """Return the value, or each of a list, with what was written for it."""
+    if isinstance(value, safe_yaml.Sequence):
+        return [(item, value.written.get(number)) for number, item in enumerate(value)]
+    return [(value, content.written.get(key))]
 
 
 def _shown(value: Any) -> str:
     text = repr(value)
     # Several lines may be a private key.
-    return "that value" if "\\n" in text else text[:80]
+    return "that value" if "\\n" in text or "PRIVATE KEY" in text else text[:80]

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from . import durations, states, words
+from . import durations, safe_yaml, states, words
 from .errors import ConfigError, InvalidInput
 from .model import Sandbox
 
@@ -82,7 +82,7 @@ class _Reader:
         for key_node, value_node in node.value:
             key = str(key_node.value) if isinstance(key_node, yaml.ScalarNode) else "a list or mapping"
             if key not in known:
-                raise self.refuse(key_node, f"unknown key {key[:80]!r} in {where}. Valid: {', '.join(known)}")
+                raise self.refuse(key_node, f"unknown key {safe_yaml.shown(key)} in {where}. Valid: {', '.join(known)}")
             if key in found:
                 raise self.refuse(key_node, f"{key!r} is given twice in {where}")
             found[key] = known[key](value_node, key)
@@ -137,25 +137,23 @@ class _Reader:
         pattern, valid = words.TAG if key == "tags" else words.WORD
         for one in node.value:
             # What was written: YAML reads 1.10 as a number, and on as true. What nothing can be called makes a rule that never matches.
-            if not isinstance(one, yaml.ScalarNode) or not pattern.fullmatch(one.value):
+            if not isinstance(one, yaml.ScalarNode) or not pattern.fullmatch(one.value.lower() if key == "tags" else one.value):
                 raise self.refuse(one, f"{key}: {str(getattr(one, 'value', ''))[:80]!r} is not valid. Valid: {valid}")
-        return tuple(str(one.value) for one in node.value)
+        # Tags are kept in small letters, as Proxmox VE stores them.
+        return tuple(str(one.value).lower() if key == "tags" else str(one.value) for one in node.value)
 
 
 def parse(text: str, file: str) -> Policy:
     """The policy of a file's text; ConfigError with line and reason when anything in it cannot be used."""
     try:
-        import yaml
+        import yaml  # noqa: F401 - safe_yaml needs it
     except ImportError:
         raise ConfigError(f"cleanup_file: {file} cannot be read without the Python library yaml; install python3-yaml", file=file) from None
-    loader = yaml.SafeLoader(text)
     try:
-        root = loader.get_single_node()
-    except (yaml.YAMLError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f" line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"cleanup_file: {file}{place}: not valid YAML ({getattr(error, 'problem', None) or 'too deep'}); nothing of it was used",
-                          file=file) from None
+        loader, root = safe_yaml.compose(text)
+    except safe_yaml.Refused as error:
+        place = f" line {error.line}" if error.line else ""
+        raise ConfigError(f"cleanup_file: {file}{place}: {error.reason.removeprefix('is ')}; nothing of it was used", file=file) from None
     if root is None:
         return Policy()
     read = _Reader(file, loader)
@@ -225,8 +223,9 @@ def load(path: str) -> Policy:
     if not os.path.exists(path):
         return Policy()
     try:
-        with open(path, encoding="utf-8") as file:
-            text = file.read()
+        text = safe_yaml.read_text(path)
+    except safe_yaml.Refused as error:
+        raise ConfigError(f"cleanup_file: {path} {error.reason}; nothing of it was used", file=path) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cleanup_file: {path}: {getattr(error, 'strerror', None) or 'not UTF-8'}; correct cleanup_file or its permissions",
                           file=path) from None

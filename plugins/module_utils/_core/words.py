@@ -11,8 +11,9 @@ from .errors import InvalidInput
 
 Word = tuple[re.Pattern[str], str]
 
-DNS_NAME: Word = (re.compile(r"(?=.{1,63}\Z)[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?(\.[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?)*", re.ASCII),
-                  "a DNS name of letters, digits, dots and hyphens, 63 characters at most")
+DNS_NAME: Word = (re.compile(r"(?=.{1,253}\Z)(?![^.]{64})[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?"
+                             r"(\.(?![^.]{64})[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?)*", re.ASCII),
+                  "a DNS name of letters, digits, dots and hyphens, each part 63 characters at most, 253 in all")
 TAG: Word = (re.compile(r"[a-z0-9_][a-z0-9_+.-]*", re.ASCII), "lower-case letters, digits and _ + . -")
 SIZE: Word = (re.compile(r"\+?\d{1,7}(\.\d{1,3})?[KMGT]", re.ASCII), "a size such as 20G, or +10G to add to the template's")
 IPCONFIG: Word = (re.compile(r"[A-Za-z0-9][A-Za-z0-9.:/=,-]{0,199}", re.ASCII), "such as ip=dhcp or ip=192.0.2.10/24,gw=192.0.2.1")
@@ -20,13 +21,57 @@ WORD: Word = (re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", re.ASCII), "letters
 # Proxmox VE would take a pool named --purge; on a command line (pvesh, pveum) that is an option.
 POOL: Word = (re.compile(r"[A-Za-z0-9._][A-Za-z0-9._-]{0,99}(/[A-Za-z0-9._][A-Za-z0-9._-]{0,99}){0,2}", re.ASCII),
               "letters, digits, dot, hyphen and underscore, no hyphen first, nested by /")
-NAMESERVER: Word = (re.compile(r"[0-9A-Fa-f.: ]{2,200}"), "IP addresses separated by blanks")
-SEARCHDOMAIN: Word = (re.compile(r"[A-Za-z0-9][A-Za-z0-9. -]{0,252}", re.ASCII), "a domain such as example.org")
-USER: Word = (re.compile(r"[a-z_][a-z0-9_-]{0,31}", re.ASCII), "a user name of lower-case letters, digits, hyphen and underscore")
+NAMESERVER: Word = (re.compile(r"[0-9A-Fa-f.: ]{2,200}"), "IP addresses separated by blanks or commas")
+SEARCHDOMAIN: Word = (re.compile(r"[A-Za-z0-9_][A-Za-z0-9_. -]{0,252}", re.ASCII), "a domain such as example.org; several separated by blanks")
+USER: Word = (re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,31}", re.ASCII), "a user name of letters, digits, dot, hyphen and underscore")
+CPU: Word = (re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,59}(,[a-z-]+=[A-Za-z0-9+;._-]{1,200})*", re.ASCII),
+             "a CPU type of Proxmox VE such as host or x86-64-v2-AES")
+VOLUME: Word = (re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}:snippets/[A-Za-z0-9][A-Za-z0-9._-]{0,199}", re.ASCII),
+                "the volume id of a snippet, such as local:snippets/vendor.yaml")
 FIREWALL_GROUP: Word = (re.compile(r"[A-Za-z][A-Za-z0-9_-]{1,17}", re.ASCII), "the name of a security group, 2 to 18 letters, digits, - and _")
-PUBLIC_KEY: Word = (re.compile(r"(ssh-|ecdsa-|sk-)\S+ \S[^\n]*"), "a public key in one line (type, key, comment)")
+# One option of a key of authorized_keys, such as restrict or from="192.0.2.0/24"; blanks and commas within quotes belong to it.
+_KEY_OPTION = r'[A-Za-z][A-Za-z0-9-]*(?:="(?:[^"\\\n]|\\[^\n])*")?'
+PUBLIC_KEY: Word = (re.compile(rf"(?:{_KEY_OPTION}(?:,{_KEY_OPTION})*[ \t]+)?(?:ssh-|ecdsa-|sk-)\S+[ \t]+\S[^\n\r]*"),
+                    "a public key in one line (options, type, key, comment)")
 # The models of network card that Proxmox VE offers for new VMs.
 MODELS = ("virtio", "e1000", "e1000e", "rtl8139", "vmxnet3")
+
+
+def split_lines(value: object) -> list[str]:
+    """Return the lines of what was pasted or listed: stripped, without empty lines and comments (``#``). For SSH keys, whose options hold commas.
+
+    ``value`` is a text (a survey's textarea, a file; CRLF too), a list of texts, or one value of another kind.
+    """
+    if value is None:
+        return []
+    if isinstance(value, (list, tuple)):
+        return [line for item in value for line in split_lines(item)]
+    lines = (line.strip() for line in re.split(r"\r\n|\r|\n", str(value)))
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def split_words(value: object) -> list[str]:
+    """Return the words of what was pasted or listed: as split_lines, and each line split at commas, semicolons and blanks. For tags and ids."""
+    return [word for line in split_lines(value) for word in re.split(r"[\s,;]+", line) if word]
+
+
+def split_tags(value: object) -> list[str]:
+    """Return the tags in small letters, as Proxmox VE stores them, each once, in their order."""
+    return list(dict.fromkeys(word.lower() for word in split_words(value)))
+
+
+def split_keys(option: str, value: object) -> list[str]:
+    """Return the public keys, one a line; InvalidInput for a private key, which is never quoted."""
+    keys = split_lines(value)
+    if any("PRIVATE KEY" in key or key.startswith(("-----BEGIN", "PuTTY-User-Key-File")) for key in keys):
+        raise InvalidInput(f"{option}: holds a private key. Give the public one, the file that ends with .pub, and keep the private one where it is",
+                           option=option)
+    return keys
+
+
+def join_words(value: object) -> str:
+    """Return a list, or a text with commas, as words separated by one blank: what Proxmox VE takes for name servers and search domains."""
+    return " ".join(split_words(value))
 
 
 def quoted(value: object) -> str:

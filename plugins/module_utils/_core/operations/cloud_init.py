@@ -18,7 +18,7 @@ import socket
 import stat
 from typing import Any
 
-from .. import words
+from .. import safe_yaml, words
 from ..errors import AgentlabError, ApiError, InvalidInput, Kept, ProxmoxError, TaskTimeout
 from ..model import Sandbox
 from ..store.records import Claim
@@ -27,8 +27,10 @@ from .context import Context
 from .verify import Located, match_if_readable
 
 _LONGEST = 512 * 1024
-# What cloud-init recognises user data by; anything else it ignores with a warning in a log that nobody reads.
-_KINDS = ("#cloud-config", "#!", "#include", "#cloud-boothook", "#part-handler", "#upstart-job", "## template:", "Content-Type:", "MIME-Version:", "From ")
+# What cloud-init recognises user data by, in small letters, after white space. Anything else it ignores, with a warning in a log that nobody reads.
+_KINDS = ("#cloud-config", "#!", "#include", "#cloud-boothook", "#part-handler", "#upstart-job", "## template:")
+# It looks for a MIME message's header in so many bytes, in any case.
+_MIME, _MIME_WITHIN = "mime-version:", 4096
 _RESULT = "/run/cloud-init/result.json"
 # The guest writes the result: what is longer is not read.
 _LONGEST_RESULT = 1024 * 1024
@@ -51,22 +53,25 @@ def check_data(data: str) -> None:
         raise InvalidInput("cloud_init_user_data: holds characters that UTF-8 cannot hold (half of a surrogate pair)", option="cloud_init_user_data")
     if len(data.encode()) > _LONGEST:
         raise InvalidInput(f"cloud_init_user_data: longer than {_LONGEST // 1024} KiB", option="cloud_init_user_data")
-    if not data.startswith(_KINDS):
+    if data.startswith("\ufeff"):
+        raise InvalidInput("cloud_init_user_data: begins with a byte order mark (BOM), and cloud-init would not know what it is; save it as UTF-8 "
+                           "without BOM", option="cloud_init_user_data")
+    head = data.lstrip()[:200].lower()
+    if not head.startswith(_KINDS) and _MIME not in data[:_MIME_WITHIN].lower():
         raise InvalidInput("cloud_init_user_data: the first line does not say what it is. Valid: #cloud-config, #! (a script), or another header of "
                            "cloud-init's", option="cloud_init_user_data")
-    # And not an archive or a JSON patch, which are lists.
-    if data.split(None, 1)[0] == "#cloud-config":
+    # An archive and a JSON patch are lists.
+    if head.startswith("#cloud-config") and not head.startswith(("#cloud-config-archive", "#cloud-config-jsonp")):
         try:
-            import yaml
+            import yaml  # noqa: F401 - safe_yaml needs it
         except ImportError:
             return
         try:
-            found = yaml.safe_load(data)
-        except (yaml.YAMLError, ValueError, RecursionError) as error:
-            mark = getattr(error, "problem_mark", None)
-            place = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-            raise InvalidInput(f"cloud_init_user_data: not valid YAML{place}", option="cloud_init_user_data") from None
-        if found is not None and not isinstance(found, dict):
+            kind = safe_yaml.recognise(data)
+        except safe_yaml.Refused as error:
+            raise InvalidInput(f"cloud_init_user_data: {error.reason.replace('is not valid', 'not valid')}{error.place}",
+                               option="cloud_init_user_data") from None
+        if kind not in (None, "mapping"):
             raise InvalidInput("cloud_init_user_data: #cloud-config must be followed by a mapping", option="cloud_init_user_data")
 
 

@@ -11,11 +11,9 @@ from __future__ import annotations
 
 import re
 import uuid as uuid_module
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
-from .. import states, words
+from .. import states
 from ..errors import (
     AgentlabError,
     ApiError,
@@ -34,84 +32,14 @@ from ..errors import (
 from ..model import Outcome, Sandbox
 from ..proxmox import identity
 from ..proxmox.client import not_begun
-from ..proxmox.identity import OUR_TAG
 from ..store.records import AWAITED, Claim
-from . import address, cloud_init, create_recovery, destroy, power, workspace_disk
+from . import address, cloud_init, create_recovery, destroy, power, vm_config, workspace_disk
 from .context import Context, refuse_cut_off
+from .spec import Spec
 from .verify import Located, guarded, locate, match_if_readable, require_match
 
-_WORDS = {"name": words.DNS_NAME, "node": words.WORD, "storage": words.WORD, "pool": words.POOL, "bridge": words.WORD, "disk_size": words.SIZE,
-          "ip_config": words.IPCONFIG, "nameserver": words.NAMESERVER, "searchdomain": words.SEARCHDOMAIN, "cloud_init_user": words.USER,
-          "firewall_group": words.FIREWALL_GROUP}
 # A template's lock is waited for one second only.
 _CLONE_TRIES = 3
-
-
-@dataclass(slots=True)
-class Spec:
-    """What a sandbox is to be. Sizes as Proxmox takes them; ``ttl`` in seconds."""
-
-    vmid: int | None = None
-    name: str | None = None
-    profile: str | None = None
-    template: str | None = None
-    node: str | None = None
-    full_clone: bool | None = None
-    storage: str | None = None
-    pool: str | None = None
-    cores: int | None = None
-    memory: int | None = None
-    disk_size: str | None = None
-    bridge: str | None = None
-    network_model: str | None = None
-    firewall: bool | None = None
-    firewall_group: str | None = None
-    cloud_init_user: str | None = None
-    ip_config: str | None = None
-    nameserver: str | None = None
-    searchdomain: str | None = None
-    # Whatever it holds is secret: it goes into the snippet and nowhere else.
-    cloud_init_user_data: str | None = field(default=None, repr=False)
-    # Name or id of a workspace that it gets before it starts.
-    workspace: str | None = None
-    ssh_public_keys: list[str] = field(default_factory=list)
-    tags: list[str] = field(default_factory=list)
-    ttl: int = 0
-    # The longest lease that the profile grants; None where only the configuration says it.
-    lease_maximum: int | None = None
-    keepalive: bool = False
-    protected: bool = False
-    wait_for_ip: bool = False
-    wait_for_cloud_init: bool = False
-
-    def check(self) -> None:
-        """Refuse by the name of the option what Proxmox would refuse later, or could take for something else."""
-        for option, word in _WORDS.items():
-            words.match(option, getattr(self, option), word)
-        for tag in self.tags:
-            words.match("tags", tag, words.TAG)
-        if self.vmid is not None and not 100 <= self.vmid <= 999999999:
-            raise InvalidInput(f"vmid: {self.vmid} is not valid. Valid: 100 to 999999999", option="vmid", value=self.vmid)
-        if self.storage and self.full_clone is False:
-            raise InvalidInput("storage: a linked clone stays on its template's storage; leave storage out, or set full_clone=true", option="storage")
-        for option, low, high in (("cores", 1, 512), ("memory", 16, 16777216)):
-            value = getattr(self, option)
-            if value is not None and not low <= value <= high:
-                raise InvalidInput(f"{option}: {value} is not valid. Valid: {low} to {high}", option=option, value=value)
-        if self.network_model is not None and self.network_model not in words.MODELS:
-            raise InvalidInput(f"network_model: {self.network_model[:80]!r} is not valid. Valid: {', '.join(words.MODELS)}", option="network_model")
-        if self.firewall_group and self.firewall is False:
-            raise InvalidInput("firewall_group: has no effect with firewall=false; leave one of the two out", option="firewall_group")
-        if self.cloud_init_user_data is not None:
-            cloud_init.check_data(self.cloud_init_user_data)
-            for option in ("ssh_public_keys", "cloud_init_user"):
-                if getattr(self, option):
-                    raise InvalidInput(f"{option}: has no effect with cloud_init_user_data, which replaces what Proxmox VE would say of users; "
-                                       "put it into the user data", option=option)
-        for number, key in enumerate(self.ssh_public_keys, 1):
-            if not words.fits(key.strip(), words.PUBLIC_KEY):
-                # It may be the private one.
-                raise InvalidInput(f"ssh_public_keys: the key number {number} is not a public key in one line (type, key, comment)", option="ssh_public_keys")
 
 
 def existing(ctx: Context, spec: Spec) -> Sandbox | None:
@@ -223,7 +151,7 @@ def _carry_on(ctx: Context, claim: Claim, spec: Spec, sandbox: Sandbox, journal:
         if sandbox.state != states.BOOTING:
             sandbox = ctx.records.change(claim, sandbox, "create", to=states.BOOTING, reason="cloned", upids=upids, journal=("configuring", noted))
         found = require_match(ctx, sandbox)
-        found = _configure(ctx, claim, spec, sandbox, found, noted)
+        found = _configure(ctx, claim, spec, sandbox, found, noted, warnings)
         if disk is not None:
             found = require_match(ctx, sandbox)
             workspace_disk.attach(ctx, claim, sandbox, found, disk)
@@ -404,114 +332,38 @@ def _await_doubt(ctx: Context, claim: Claim, sandbox: Sandbox, created: dict[str
         ctx.clock.sleep(1.0)
 
 
-def _changes(ctx: Context, spec: Spec, sandbox: Sandbox, config: dict[str, Any]) -> dict[str, Any]:
-    """What is to be written into that configuration."""
-    tags = sorted({OUR_TAG, *sandbox.tags})
-    wanted: dict[str, Any] = {"tags": ";".join(tags), "cores": spec.cores, "memory": spec.memory, "nameserver": spec.nameserver, "ipconfig0": spec.ip_config,
-                              "searchdomain": spec.searchdomain, "ciuser": spec.cloud_init_user}
-    if str(config.get("protection", "0")) == "1":
-        # Copied from the template: a sandbox that cannot be deleted is none. Its own protection is a matter of the record.
-        wanted["protection"] = 0
-    if sandbox.snippet is not None:
-        others = [part for part in str(config.get("cicustom") or "").split(",") if part and not part.startswith("user=")]
-        wanted["cicustom"] = ",".join([f"user={cloud_init.volume_of(ctx, sandbox)}", *others])
-    if spec.ssh_public_keys:
-        from urllib.parse import quote
+def _configure(ctx: Context, claim: Claim, spec: Spec, sandbox: Sandbox, found: Located, noted: dict[str, Any],
+               warnings: list[str]) -> Located:
+    """Write what the clone call cannot carry, then resize the disk. Each write carries the digest of what was judged. Return the VM as judged last."""
+    refused: set[str] = set()
 
-        wanted["sshkeys"] = quote("\n".join(key.strip() for key in spec.ssh_public_keys), safe="")
-    # A security group means nothing on an interface that the firewall does not look at.
-    firewall = True if spec.firewall_group else spec.firewall
-    if spec.bridge or spec.network_model or firewall is not None:
-        wanted["net0"] = network(str(config.get("net0") or "virtio"), spec.bridge, firewall, spec.network_model)
-    return {name: value for name, value in wanted.items() if value is not None and str(config.get(name, "")) != str(value)}
-
-
-def _configure(ctx: Context, claim: Claim, spec: Spec, sandbox: Sandbox, found: Located, noted: dict[str, Any]) -> Located:
-    """One config write with what the clone call cannot carry, then the disk's size, each guarded by the digest of what was judged; the VM as judged last."""
     def write(located: Located) -> None:
-        changes = _changes(ctx, spec, sandbox, located.config)
+        changes = vm_config.desired_config(ctx, spec, sandbox, located.config)
         if located is not found:
             # What is set by now is somebody's wish, and not the template's.
             changes.pop("protection", None)
         if changes:
-            ctx.client.put(f"{located.path}/config", digest=located.digest, **changes)
+            vm_config.write_config(ctx, located, changes, refused)
 
     guarded(ctx, sandbox, found, write)
+    warnings += vm_config.tag_warnings(sandbox, refused, vm_config.split_tags(found.config.get("tags")))
     if spec.firewall_group:
-        join_firewall_group(ctx, sandbox, found, spec.firewall_group)
+        vm_config.join_firewall_group(ctx, sandbox, found, spec.firewall_group)
         found = require_match(ctx, sandbox)
     if spec.disk_size:
-        disk = boot_disk(found.config)
+        disk = vm_config.boot_disk(found.config)
         if disk is None:
             raise InvalidInput("disk_size: the template has no disk to resize", option="disk_size")
         size = spec.disk_size
         if size.startswith("+"):
             # Once, and written down before it is asked for: a run that goes on from here must not add it again, for disks do not shrink.
             if "disk_size" not in noted:
-                noted["disk_size"] = grown(str(found.config[disk]), size)
+                noted["disk_size"] = vm_config.grown(str(found.config[disk]), size)
                 ctx.records.journal(claim, "create", "configuring", noted)
             size = noted["disk_size"]
         found = require_match(ctx, sandbox)
         guarded(ctx, sandbox, found, lambda located: power.resize(ctx, located, disk, size, f"resize disk {disk} of VM {sandbox.vmid}"))
     return found
-
-
-def join_firewall_group(ctx: Context, sandbox: Sandbox, found: Located, group: str) -> None:
-    """Put the VM's firewall on and the security group into its rules, unless that is so already (a template's rules are cloned along)."""
-    base = f"{found.path}/firewall"
-
-    def joined() -> bool:
-        return any(rule.get("type") == "group" and rule.get("action") == group and str(rule.get("enable", 1)) == "1"
-                   for rule in ctx.client.get_list(f"{base}/rules"))
-
-    def on() -> bool:
-        return str(ctx.client.get_dict(f"{base}/options").get("enable", 0)) == "1"
-
-    writes: tuple[tuple[Callable[[], bool], Callable[[], Any]], ...] = (
-        (joined, lambda: ctx.client.post(f"{base}/rules", type="group", action=group, enable=1)),
-        (on, lambda: ctx.client.put(f"{base}/options", enable=1)))
-    for is_so, write in writes:
-        if is_so():
-            continue
-        # These writes know no digest of the VM's configuration: whose VM it is is looked at directly before each.
-        require_match(ctx, sandbox)
-        try:
-            write()
-        except OutcomeUnknown:
-            # Also what pvesh says of a write that answers nothing: what is there now tells.
-            if not is_so():
-                raise
-
-
-def network(current: str, bridge: str | None, firewall: bool | None, model: str | None = None) -> str:
-    """A net0 value with another bridge, firewall flag or model; the MAC address stays."""
-    parts = [part for part in current.split(",") if part]
-    if model and parts:
-        # The model stands first, with the MAC address as its value: virtio=BC:24:11:00:00:01.
-        parts[0] = "=".join([model, *parts[0].split("=")[1:]])
-    kept = [part for part in parts if not (bridge and part.startswith("bridge=")) and not (firewall is not None and part.startswith("firewall="))]
-    if bridge:
-        kept.append(f"bridge={bridge}")
-    if firewall is not None:
-        kept.append(f"firewall={int(firewall)}")
-    return ",".join(kept)
-
-
-def grown(drive: str, more: str) -> str:
-    """The size of a drive of the configuration, with so much (``+10G``) added, in KiB as Proxmox takes it."""
-    units = {"": 1 / 1024, "K": 1, "M": 1024, "G": 1024**2, "T": 1024**3}
-    now = re.search(r"(?:^|,)size=(\d+(?:\.\d+)?)([KMGT]?)(?:,|$)", drive)
-    if now is None:
-        raise InvalidInput("disk_size: Proxmox VE does not tell the size of the template's disk; give an absolute one, such as 20G", option="disk_size")
-    return f"{int(float(now[1]) * units[now[2]] + float(more[1:-1]) * units[more[-1]])}K"
-
-
-def boot_disk(config: dict[str, Any]) -> str | None:
-    """The disk the VM boots from: the first in the boot order, or else the first there is."""
-    disks = [key for key in sorted(config) if re.fullmatch(r"(scsi|virtio|sata|ide)\d+", key) and "media=cdrom" not in str(config[key])
-             and "cloudinit" not in str(config[key])]
-    order = re.findall(r"[a-z]+\d+", str(config.get("boot") or "").partition("order=")[2])
-    return next((key for key in order if key in disks), disks[0] if disks else None)
 
 
 def _await_ip(ctx: Context, claim: Claim, sandbox: Sandbox, found: Located, noted: dict[str, Any]) -> Sandbox:

@@ -8,21 +8,43 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .. import durations, profiles
+from .. import durations, profiles, words
 from ..errors import InvalidInput
-from . import create
 from .context import Context
+from .spec import Spec
 
 # The options of a creation, by the names that modules and the HTTP API give them. Besides them: vmid and name.
-OPTIONS = ("profile", "template", "node", "full_clone", "storage", "pool", "cores", "memory", "disk_size", "bridge", "network_model", "firewall",
-           "firewall_group", "cloud_init_user", "ip_config", "nameserver", "searchdomain", "ssh_public_keys", "cloud_init_user_data", "workspace",
-           "tags", "ttl",
-           "keepalive", "protected", "wait_for_ip", "wait_for_cloud_init")
+# To add an option: CONTRIBUTING.md names every place that has to know it, and tests/repository/test_options.py compares them.
+OPTIONS = ("profile", "template", "node", "full_clone", "storage", "pool", "cores", "memory", "cpu_type", "disk_size", "bridge", "network_model",
+           "vlan_tag", "firewall", "firewall_group", "second_bridge", "second_vlan_tag", "second_ip_config", "cloud_init_user",
+           "cloud_init_password", "cloud_init_upgrade", "ip_config", "nameserver", "searchdomain", "ssh_public_keys", "cloud_init_user_data",
+           "cloud_init_vendor_data", "workspace", "tags", "ttl", "keepalive", "protected", "wait_for_ip", "wait_for_cloud_init")
+# Whatever blanks are around them was pasted along. Not: the password and the user data, in which a blank may be meant.
+_TRIMMED = ("name", "profile", "template", "node", "storage", "pool", "cpu_type", "disk_size", "bridge", "network_model", "firewall_group",
+            "second_bridge", "second_ip_config", "cloud_init_user", "cloud_init_vendor_data", "ip_config", "workspace", "ttl")
 
 
-def spec(ctx: Context, options: Mapping[str, Any]) -> create.Spec:
+def normalise(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options as the Spec takes them, from what surveys, files and people write: see words.split_lines."""
+    values = {name: value.strip() if name in _TRIMMED and isinstance(value, str) else value for name, value in given.items()}
+    for option in ("nameserver", "searchdomain"):
+        if values.get(option):
+            values[option] = words.join_words(values[option])
+    if "tags" in values:
+        values["tags"] = words.split_tags(values["tags"])
+    if "ssh_public_keys" in values:
+        values["ssh_public_keys"] = words.split_keys("ssh_public_keys", values["ssh_public_keys"])
+    password = values.get("cloud_init_password")
+    if password is not None and not isinstance(password, str):
+        # YAML reads 012345 as the number 5349.
+        raise InvalidInput("cloud_init_password: is not a text (YAML reads an unquoted number or a word such as yes as something else); put it in "
+                           "quotes", option="cloud_init_password")
+    return values
+
+
+def spec(ctx: Context, options: Mapping[str, Any]) -> Spec:
     """The Spec of ``vmid``, ``name`` and OPTIONS (absent or None: not given); refuses by name what cannot be used. ``ttl`` as a duration."""
-    given = {name: options[name] for name in ("vmid", "name", *OPTIONS) if options.get(name) is not None}
+    given = normalise({name: options[name] for name in ("vmid", "name", *OPTIONS) if options.get(name) is not None})
     profile = profiles.load(ctx.config.profiles_dir, str(given["profile"])) if "profile" in given else None
     if profile and profile.workspace == "required" and "workspace" not in given:
         raise InvalidInput(f"workspace: missing; profile {profile.name!r} requires one", option="workspace")
@@ -30,7 +52,7 @@ def spec(ctx: Context, options: Mapping[str, Any]) -> create.Spec:
         raise InvalidInput(f"workspace: profile {profile.name!r} allows none", option="workspace")
     values = {**_of_profile(profile, given), **given}
     values["ttl"], values["lease_maximum"] = _ttl(ctx, given.get("ttl"), profile)
-    found = create.Spec(**values)
+    found = Spec(**values)
     found.check()
     return found
 
@@ -52,6 +74,7 @@ def _of_profile(profile: profiles.Profile | None, given: Mapping[str, Any]) -> d
         # It replaces what Proxmox would say of users.
         values.pop("ssh_public_keys", None)
         values.pop("cloud_init_user", None)
+        values.pop("cloud_init_upgrade", None)
     return values
 
 

@@ -168,19 +168,27 @@ def _told(data: dict[str, Any]) -> str:
 @click.option("--full-clone/--linked-clone", default=None, help="Copy the template's disks, or share them (the default of Proxmox VE).")
 @click.option("--cores", type=click.IntRange(1), metavar="<n>", help="Number of cores.")
 @click.option("--memory", type=click.IntRange(16), metavar="<MiB>", help="Memory in MiB.")
+@click.option("--cpu-type", metavar="<type>", help="CPU type, such as host or x86-64-v2-AES.")
 @click.option("--disk-size", metavar="<size>", help="Size of the boot disk, such as 20G; +10G adds to the template's. It never shrinks.")
 @click.option("--bridge", metavar="<bridge>", help="Network bridge of the first interface.")
 @click.option("--network-model", metavar="<model>", help="Model of the first interface, such as virtio.")
+@click.option("--vlan-tag", type=click.IntRange(1, 4094), metavar="<n>", help="VLAN of the first interface.")
+@click.option("--second-bridge", metavar="<bridge>", help="Network bridge of a second interface.")
+@click.option("--second-vlan-tag", type=click.IntRange(1, 4094), metavar="<n>", help="VLAN of the second interface.")
+@click.option("--second-ip-config", metavar="<config>", help="Cloud-init network of the second interface.")
 @click.option("--firewall/--no-firewall", default=None, help="Switch the firewall of Proxmox VE on or off for the first interface.")
 @click.option("--firewall-group", metavar="<group>", help="Security group of its firewall.")
 @click.option("--cloud-init-user", metavar="<user>", help="User that cloud-init makes.")
+@click.option("--cloud-init-password", type=click.File("r"), metavar="<file>", help="File with the password of that user (- for standard input).")
+@click.option("--cloud-init-upgrade/--no-cloud-init-upgrade", default=None, help="Whether cloud-init upgrades the packages at the first start.")
+@click.option("--cloud-init-vendor-data", metavar="<volume>", help="Snippet with vendor data, such as local:snippets/vendor.yaml.")
 @click.option("--ip-config", metavar="<config>", help="Cloud-init network, such as ip=dhcp or ip=192.0.2.10/24,gw=192.0.2.1.")
-@click.option("--nameserver", metavar="<addresses>", help="Cloud-init name servers, separated by blanks.")
+@click.option("--nameserver", metavar="<addresses>", help="Cloud-init name servers, separated by blanks or commas.")
 @click.option("--searchdomain", metavar="<domain>", help="Cloud-init DNS search domain.")
 @click.option("--ssh-public-keys", type=click.File("r"), multiple=True, metavar="<file>",
               help="File with public keys, one a line (- for standard input); may be given several times.")
 @click.option("--cloud-init-user-data", type=click.File("r"), metavar="<file>", help="File with cloud-init user data (- for standard input).")
-@click.option("--tag", "tags", multiple=True, metavar="<tag>", help="Tag of the sandbox and its VM; may be given several times.")
+@click.option("--tag", "tags", multiple=True, metavar="<tag>", help="Tag of the sandbox and its VM; may be given several times, or several with commas.")
 @click.option("--protected", is_flag=True, default=None, help="Keep it from every destroy, forced or not.")
 @click.option("--wait-for-ip", is_flag=True, default=None, help="Wait until the guest agent names an address.")
 @click.option("--wait-for-cloud-init", is_flag=True, default=None, help="Wait until cloud-init has ended; with errors the sandbox is FAILED.")
@@ -197,8 +205,10 @@ def new(to: Settings, /, **given: Any) -> None:
     if "tags" in body:
         body["tags"] = list(body["tags"])
     if "ssh_public_keys" in body:
-        lines = [line.strip() for file in body["ssh_public_keys"] for line in _read(file).splitlines()]
-        body["ssh_public_keys"] = [line for line in lines if line and not line.startswith("#")]
+        # The daemon splits them and leaves comments out. An empty file would make a sandbox that nobody can log in to.
+        body["ssh_public_keys"] = [_read_keys(file) for file in body["ssh_public_keys"]]
+    if "cloud_init_password" in body:
+        body["cloud_init_password"] = _read(body["cloud_init_password"]).rstrip("\r\n")
     if "cloud_init_user_data" in body:
         body["cloud_init_user_data"] = _read(body["cloud_init_user_data"])
     label = f"sandbox {body.get('vmid') or body.get('name') or ''}".strip()
@@ -226,6 +236,14 @@ def _read(file: Any) -> str:
         return str(file.read())
     except (OSError, UnicodeDecodeError) as error:
         raise Problem(f"{file.name} cannot be read as text: {error}") from error
+
+
+def _read_keys(file: Any) -> str:
+    text = _read(file)
+    if not any(line.strip() and not line.strip().startswith("#") for line in text.splitlines()):
+        raise click.UsageError(f"--ssh-public-keys: {file.name} holds no key; give the file with the public key, such as ~/.ssh/id_ed25519.pub, or "
+                               "leave the option out")
+    return text
 
 
 def _put_ttl(body: dict[str, Any], ttl: str | None) -> None:

@@ -12,7 +12,7 @@ import sys
 
 from agentlab_core.errors import AgentlabError
 
-from . import __version__, logs
+from . import LAST_WORD, __version__, logs
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -35,10 +35,6 @@ def main(arguments: list[str] | None = None) -> int:
             config.cleanup_file = options.cleanup_file
         if options.check:
             check(config)
-            if config.listen:
-                from .api import read_token
-
-                read_token(config.listen_token_file)
             print("agentlabd: the configuration can be used")
             return 0
         from . import daemon
@@ -46,6 +42,12 @@ def main(arguments: list[str] | None = None) -> int:
         return daemon.run(config, path, os.environ, options.config)
     except AgentlabError as error:
         logs.log.error("Error: %s", error.message)
+        if not options.check:
+            logs.log.error("%s", LAST_WORD)
+        return 1
+    except Exception as error:  # the outermost edge: whoever reads the journal needs a sentence after the trace
+        logs.log.critical("internal error: %s. Please report this", type(error).__name__, exc_info=True)
+        logs.log.error("%s", LAST_WORD)
         return 1
 
 

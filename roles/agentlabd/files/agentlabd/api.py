@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import fcntl
 import functools
 import hmac
@@ -18,22 +19,22 @@ import socket
 import stat
 import struct
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, cast
 
 from aiohttp import web
+from aiohttp.client_exceptions import ClientError
 from aiohttp.http_exceptions import PayloadEncodingError
 
 from agentlab_core.errors import AgentlabError, ConfigError, InvalidInput
 
-from . import answers
-from .logs import log
+from . import answers, connections
+from .connections import BODY_BYTES, BODY_SECONDS, IDLE_SECONDS, Listener
+from .logs import log, seldom
 from .routes import ROUTES, Call, Route
 from .service import Service
 from .shapes import check_body, check_query
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-MAX_BODY = 1024 * 1024
-_SHORTEST_TOKEN = 16
 # A query with many states and tags is one line.
 _LONGEST_LINE = 65536
 # Seconds for answers that are on their way when the sockets close.
@@ -42,6 +43,21 @@ _LAST_ANSWERS = 2.0
 
 def _response(answer: answers.Answer) -> web.Response:
     return web.Response(status=answer.status, body=answer.encoded(), content_type="application/json", charset="utf-8", headers=answer.headers)
+
+
+def _impatient(status: int, message: str, code: str) -> web.Response:
+    """An answer to a request that was not read to its end: the connection ends with it."""
+    response = _response(answers.failed(status, message, code))
+    response.force_close()
+    return response
+
+
+class _Refused(Exception):
+    """Status, sentence and word of the answer to a request that is not read to its end."""
+
+
+class _ClientGone(Exception):
+    """The client ended the connection before its request was complete."""
 
 
 def _stopping() -> web.Response:
@@ -96,18 +112,25 @@ class Api:
         self.service = service
         self._runners: list[web.AppRunner] = []
         self._lock_file: int | None = None
-        # The socket at the path is ours.
-        self._serves = False
+        self._bodies = connections.Bodies()
+        # How many connections each listener may have.
+        self._share: dict[str, int] = {}
+        # By the option that names where each listens.
+        self._listeners: dict[str, Listener] = {}
+        self._servers: dict[str, asyncio.AbstractServer] = {}
+        # Device and inode of the socket's file that is ours.
+        self._socket_file: tuple[int, int] | None = None
 
     # ---- requests ----
 
-    def application(self, *, token: str | None = None) -> web.Application:
-        """The API; with a token every request must bring it."""
+    def application(self, option: str) -> web.Application:
+        """The API, as ``option`` (socket, listen) serves it; over TCP every request must bring the token in force."""
 
         @web.middleware
         async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
             try:
-                if token is not None and not _authorised(request, token):
+                token = self.service.token if option == "listen" else None
+                if option == "listen" and not (token and _authorised(request, token)):
                     refused = answers.failed(401, "a valid bearer token is required", "unauthorised")
                     refused.headers["WWW-Authenticate"] = "Bearer"
                     return _response(refused)
@@ -118,26 +141,78 @@ class Api:
                 return _response(_http_error(request, error))
             except InvalidInput as error:
                 return _response(answers.of_error(error))
+            except _Refused as refused:
+                return _impatient(*refused.args)
+            except _ClientGone:
+                log.debug("%s %s: the client ended the connection before its request was complete", request.method, request.path[:200])
+                return _impatient(400, "the request is not complete", "incomplete")
             except Exception:  # nothing that a client can cause goes unanswered
                 log.exception("internal error in %s %s", request.method, request.path[:200])
                 return _response(answers.failed(500, "internal error; the daemon's log says more. Please report this", "internal"))
 
-        app = web.Application(middlewares=[guard], client_max_size=MAX_BODY)
+        app = web.Application(middlewares=[self._timed(option), guard], client_max_size=BODY_BYTES)
         # A word that is a path of its own is no VMID: so the methods it does not have are answered with 405.
         words = sorted({route.path.split("/")[3] for route in ROUTES if route.path.startswith("/v1/sandboxes/") and "{" not in route.path})
         for route in ROUTES:
             app.router.add_route(route.method, route.path.replace("{vmid}", f"{{vmid:(?!(?:{'|'.join(words)})$)[^/]+}}"), self._handler(route))
         return app
 
+    def _timed(self, option: str) -> Any:
+        """A middleware that tells the connection's gate how far its request is."""
+
+        @web.middleware
+        async def timed(request: web.Request, handler: Handler) -> web.StreamResponse:
+            gate = self._listeners[option].head_is_complete(request.protocol)
+            if gate is None:
+                return await handler(request)
+            request["gate"] = gate
+            if not request.body_exists:
+                gate.body_is_read()
+            try:
+                return await handler(request)
+            finally:
+                self._bodies.give_back(request.get("size", 0))
+                gate.answered(request.content.is_eof())
+
+        return timed
+
+    async def _read(self, request: web.Request) -> bytes:
+        """The whole body; refused when it is too large or too slow, or when too much of others' is on its way."""
+        if not request.body_exists:
+            return b""
+        if request.headers.get("Content-Encoding", "identity").lower() != "identity":
+            # What it would unpack to is not known before it is unpacked.
+            raise InvalidInput("the body cannot be read: its Content-Encoding or chunks are broken; send it as it is")
+        parts: list[bytes] = []
+        size = 0
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                while chunk := await request.content.readany():
+                    if size + len(chunk) > BODY_BYTES:
+                        raise web.HTTPRequestEntityTooLarge(BODY_BYTES, size + len(chunk))
+                    if not self._bodies.take(size, size + len(chunk)):
+                        raise _Refused(503, "too many large bodies are on their way at once; ask again in some seconds", "too_much")
+                    size += len(chunk)
+                    parts.append(chunk)
+            return b"".join(parts)
+        except TimeoutError:
+            raise _Refused(408, f"the body of the request was not complete within {BODY_SECONDS:.0f} s", "too_slow") from None
+        except (web.RequestPayloadError, PayloadEncodingError, ConnectionError, ClientError) as error:
+            # A client that broke off is told apart from one that sends nonsense.
+            if request.transport is None or request.transport.is_closing():
+                raise _ClientGone from error
+            raise InvalidInput("the body cannot be read: its Content-Encoding or chunks are broken; send it as it is") from None
+        finally:
+            # Until it is answered: what waits for a thread is held in memory, too.
+            request["size"] = size
+
     def _handler(self, route: Route) -> Handler:
         async def handle(request: web.Request) -> web.StreamResponse:
             vmid = _vmid(request.match_info["vmid"]) if "vmid" in request.match_info else None
             query = check_query(route.query, list(request.query.items()))
-            try:
-                raw = await request.read()
-            except (web.RequestPayloadError, PayloadEncodingError):
-                raise InvalidInput("the body cannot be read: its Content-Encoding or chunks are broken; send it as it is") from None
-            body = _body(route, raw)
+            body = _body(route, await self._read(request))
+            if "gate" in request:
+                request["gate"].body_is_read()
             uid, remote = _peer(request), request.remote
 
             call = Call(self.service, "", vmid, request.match_info.get("id", ""), query, body)
@@ -169,45 +244,78 @@ class Api:
     async def listen(self) -> None:
         """Open what the configuration names: the socket, and TCP on loopback if asked for."""
         config = self.service.config
+        self._share = connections.shares(connections.raise_descriptors(), config.proxmox.connections)
+        asyncio.get_running_loop().set_exception_handler(_loop_failed)
         self._claim_socket(config.socket)
-        runner = await self._runner(self.application())
+        await self._serve("socket", self.application("socket"))
+        await self._bind_socket()
+        if config.listen:
+            await self._serve("listen", self.application("listen"))
+            await self._tcp("listen", config.listen)
+        if config.metrics_listen:
+            app = web.Application(middlewares=[self._timed("metrics_listen")])
+            app.router.add_get("/metrics", self._metrics)
+            await self._serve("metrics_listen", app)
+            await self._tcp("metrics_listen", config.metrics_listen)
+
+    async def _bind_socket(self) -> None:
+        path = self.service.config.socket
         # Nobody else may connect, not even between bind and chmod.
         before = os.umask(0o117)
         try:
-            await web.UnixSite(runner, config.socket).start()
+            self._servers["socket"] = await asyncio.get_running_loop().create_unix_server(
+                self._listeners["socket"], path, backlog=connections.ACCEPTED_AT_ONCE)
         except OSError as error:
-            raise ConfigError(f"socket: {config.socket}: {error.strerror or error}; correct socket or the folder's permissions") from None
+            raise ConfigError(f"socket: {path}: {error.strerror or error}; correct socket or the folder's permissions") from None
         finally:
             os.umask(before)
-        self._serves = True
-        os.chmod(config.socket, 0o660)
-        if config.listen:
-            token = read_token(config.listen_token_file)
-            await self._tcp("listen", await self._runner(self.application(token=token)), config.listen)
+        _lengthen_queue(self._servers["socket"])
+        os.chmod(path, 0o660)
+        self._socket_file = _file_at(path)
 
-        if config.metrics_listen:
-            app = web.Application()
-            app.router.add_get("/metrics", self._metrics)
-            await self._tcp("metrics_listen", await self._runner(app), config.metrics_listen)
+    async def look_after_socket(self) -> str | None:
+        """Make the socket's file anew when it was deleted; the sentence about what stands in the way is returned, or None."""
+        path = self.service.config.socket
+        there = _file_at(path)
+        if there == self._socket_file:
+            return None
+        if there is not None:
+            return f"{path} is not this daemon's socket any more: something else was put in its place. Remove it; the socket is made anew by itself"
+        try:
+            self._servers.pop("socket").close()
+            await self._bind_socket()
+        except (AgentlabError, OSError, KeyError) as error:
+            # Without the folder, say; tried again at the next look.
+            return f"{path} was deleted and cannot be made anew: {error}. Restart agentlabd"
+        log.warning("%s was deleted; it was made anew", path)
+        return None
 
     async def _metrics(self, request: web.Request) -> web.Response:
+        where = self.service.config.metrics_listen
+        if where is not None and not _addressed(request.headers.get("Host"), where):
+            # A web page whose name was made to lead to loopback may read nothing here.
+            return web.Response(status=421, text=f"this address serves requests for its own host only. Valid: {where[0]}:{where[1]}, localhost:{where[1]}\n")
         try:
             text = await asyncio.get_running_loop().run_in_executor(self.service.records_pool, self.service.metrics.text)
         except AgentlabError as error:
-            log.warning("metrics: %s", error.message)
+            seldom(30, "metrics", "metrics: %s", error.message)
             return web.Response(status=503, text=f"{error.message}\n")
         return web.Response(body=text, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
 
-    async def _runner(self, app: web.Application) -> web.AppRunner:
-        runner = web.AppRunner(app, handle_signals=False, access_log=None, max_line_size=_LONGEST_LINE)
+    async def _serve(self, option: str, app: web.Application) -> None:
+        """Prepare aiohttp's side of a listener."""
+        runner = web.AppRunner(app, handle_signals=False, access_log=None, max_line_size=_LONGEST_LINE, read_bufsize=connections.READ_BYTES,
+                               keepalive_timeout=IDLE_SECONDS, auto_decompress=False)
         await runner.setup()
         self._runners.append(runner)
-        return runner
+        assert runner.server is not None
+        self._listeners[option] = Listener(option, runner.server, self._share[option])
 
-    @staticmethod
-    async def _tcp(option: str, runner: web.AppRunner, where: tuple[str, int]) -> None:
+    async def _tcp(self, option: str, where: tuple[str, int]) -> None:
         try:
-            await web.TCPSite(runner, *where).start()
+            self._servers[option] = await asyncio.get_running_loop().create_server(
+                self._listeners[option], *where, backlog=connections.ACCEPTED_AT_ONCE)
+            _lengthen_queue(self._servers[option])
         except OSError as error:
             reason = os.strerror(error.errno) if error.errno else str(error)
             raise ConfigError(f"{option}: {where[0]}:{where[1]}: {reason}; give another address or port, or end what uses it") from None
@@ -232,12 +340,52 @@ class Api:
 
     async def close(self) -> None:
         """Close all sockets; requests under way have had their time, and one that is still being sent is waited for no longer than it takes to say no."""
+        for server in self._servers.values():
+            server.close()
         for runner in self._runners:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(runner.cleanup(), _LAST_ANSWERS)
-        if self._serves:
+        path = self.service.config.socket
+        if self._socket_file is not None and _file_at(path) == self._socket_file:
             with contextlib.suppress(FileNotFoundError):
-                os.unlink(self.service.config.socket)
+                os.unlink(path)
+
+
+def _lengthen_queue(server: asyncio.AbstractServer) -> None:
+    """Let more connections wait in the kernel than asyncio accepts at one go: a client that finds no place there is refused at once."""
+    for listening in cast(asyncio.Server, server).sockets:
+        with contextlib.closing(socket.socket(fileno=os.dup(listening.fileno()))) as same:
+            same.listen(connections.QUEUE)
+
+
+def _file_at(path: str) -> tuple[int, int] | None:
+    """Device and inode of the file at a path, or None without one."""
+    try:
+        status = os.lstat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _addressed(host: str | None, where: tuple[str, int]) -> bool:
+    """Whether a Host header names the address that is listened on (HTTP/1.0 has none)."""
+    if host is None:
+        return True
+    name, colon, port = host.strip().lower().rpartition(":")
+    if not colon or not port.isdecimal():
+        name = host.strip().lower()
+    return name.removeprefix("[").removesuffix("]") in (where[0], "localhost", "127.0.0.1", "::1")
+
+
+def _loop_failed(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """What the event loop cannot hand to anybody, in one line a minute."""
+    error = context.get("exception")
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        seldom(40, "no descriptor", "no file descriptor is left for connections of clients (%s); they wait. Raise LimitNOFILE of the unit", error.strerror)
+    elif isinstance(error, ConnectionError):
+        log.debug("a client ended its connection: %s", error)
+    else:
+        loop.default_exception_handler(context)
 
 
 def _authorised(request: web.Request, token: str) -> bool:
@@ -255,22 +403,5 @@ def _http_error(request: web.Request, error: web.HTTPException) -> answers.Answe
     if error.status == 404:
         return answers.failed(404, f"no such path: {request.path[:200]}; GET /v1/openapi.json lists what there is", "no_such_path")
     if error.status == 413:
-        return answers.failed(413, f"the body is larger than {MAX_BODY} bytes", "too_large")
+        return answers.failed(413, f"the body is larger than {BODY_BYTES} bytes", "too_large")
     return answers.failed(error.status, error.reason, "http")
-
-
-def read_token(path: str | None) -> str:
-    """The bearer token of the TCP listener; the file must not be readable for others."""
-    if path is None:
-        raise ConfigError("listen_token_file: missing, but listen is set; give a file with a token (openssl rand -hex 32)", option="listen_token_file")
-    try:
-        with open(path, encoding="ascii") as file:
-            mode = os.fstat(file.fileno()).st_mode
-            token = file.read(4096).strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"listen_token_file: {path}: {getattr(error, 'strerror', None) or 'not a token'}", option="listen_token_file") from None
-    if mode & 0o007:
-        raise ConfigError(f"listen_token_file: {path} can be read by every user; chmod 0640 it, and make a new token", option="listen_token_file")
-    if len(token) < _SHORTEST_TOKEN or not token.isprintable() or " " in token:
-        raise ConfigError(f"listen_token_file: {path} must hold one token of at least {_SHORTEST_TOKEN} characters", option="listen_token_file")
-    return token

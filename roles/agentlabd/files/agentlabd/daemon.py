@@ -16,11 +16,14 @@ from typing import Any
 from agentlab_core.config import Config
 from agentlab_core.errors import AgentlabError
 
-from . import __version__, systemd
+from . import LAST_WORD, __version__, systemd
 from .api import Api
 from .logs import log
 from .scheduler import Scheduler
 from .service import Service
+
+# How often the socket's file and the records' are looked for.
+_LOOK_SECONDS = 2.0
 
 
 class Daemon:
@@ -47,7 +50,8 @@ class Daemon:
         self.scheduler.start()
         watchdog = asyncio.create_task(self._watchdog())
         reloads = asyncio.create_task(self._reload_when_asked())
-        for task in (*self.scheduler.tasks, watchdog, reloads):
+        look = asyncio.create_task(self._look_after())
+        for task in (*self.scheduler.tasks, watchdog, reloads, look):
             task.add_done_callback(self._ended)
         config = self.service.config
         log.info("agentlabd %s serves %s; Proxmox: %s; records: %s; %s", __version__, config.socket, config.proxmox.where, config.database, self._rules())
@@ -56,6 +60,7 @@ class Daemon:
         clean = await self._stop()
         watchdog.cancel()
         reloads.cancel()
+        look.cancel()
         # A second SIGTERM must not kill a daemon that has nearly ended.
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
@@ -85,6 +90,18 @@ class Daemon:
             await self._hangup.wait()
             self._hangup.clear()
             self._reload()
+
+    async def _look_after(self) -> None:
+        """Look every few seconds whether what the daemon stands on is still there; costs some calls of stat."""
+        told: str | None = None
+        while True:
+            await asyncio.sleep(_LOOK_SECONDS)
+            if self._end.is_set():
+                return
+            problem = await self.api.look_after_socket()
+            if problem and problem != told:
+                log.error("socket: %s", problem)
+            told = problem
 
     def _reload(self) -> None:
         """SIGHUP: reading a few small files holds nothing up."""
@@ -153,6 +170,7 @@ def run(config: Config, path: str | None, environment: Mapping[str, str], asked:
         raise
     except Exception:
         # Told already, where it happened. Threads may be waiting for anything.
+        log.error("%s", LAST_WORD)
         sys.stderr.flush()
         os._exit(1)
     if not clean:

@@ -9,10 +9,18 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import threading
+import time
+
+from agentlab_core.escapes import escape_controls
 
 log = logging.getLogger("agentlabd")
 
 _PRIORITY = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3, logging.CRITICAL: 2}
+# Lines of one kind that clients or libraries can cause: one in so many seconds; the next one says how many there were.
+SELDOM_SECONDS = 60.0
+# Kinds that are remembered; names of loggers and of places in the code, so there are few.
+_KINDS = 1000
 
 
 class _Journal(logging.Formatter):
@@ -20,17 +28,61 @@ class _Journal(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         prefix = f"<{_PRIORITY.get(record.levelno, 6)}>"
-        # A name or a message from elsewhere may hold line feeds: it must not look like a line of ours.
-        lines = super().format(record).replace("\r", " ").split("\n")
-        if record.exc_info:
-            return "\n".join(prefix + line for line in lines)
-        return prefix + " ".join(lines)
+        return "\n".join(prefix + line for line in _lines(super().format(record), record))
 
 
 class _Plain(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        text = super().format(record)
-        return text if record.exc_info else " ".join(text.splitlines())
+        return "\n".join(_lines(super().format(record), record))
+
+
+def _lines(text: str, record: logging.LogRecord) -> list[str]:
+    """The lines of a message, of which only a traceback has several: a name with a line feed must not look like a line of ours."""
+    lines = text.split("\n") if record.exc_info else [text.replace("\r", " ").replace("\n", " ")]
+    return [escape_controls(line, "\t") for line in lines]
+
+
+class _Seldom(logging.Filter):
+    """Lets one line of a kind pass each minute. A kind is named by ``seldom``, or is a library's logger and text, or the place of an exception."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._lock = threading.Lock()
+        # Kind -> when the last line of it passed, and how many were held back since.
+        self._passed: dict[str, tuple[float, int]] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        kind = getattr(record, "kind", None) or self._kind(record)
+        if kind is None:
+            return True
+        now = time.monotonic()
+        with self._lock:
+            last, held = self._passed.get(kind, (-SELDOM_SECONDS, 0))
+            if now - last < SELDOM_SECONDS:
+                self._passed[kind] = (last, held + 1)
+                return False
+            if len(self._passed) >= _KINDS:
+                self._passed.clear()
+            self._passed[kind] = (now, 0)
+        if held:
+            record.msg, record.args = f"{record.getMessage()} ({held} more of these since the last such line)", ()
+        return True
+
+    @staticmethod
+    def _kind(record: logging.LogRecord) -> str | None:
+        error = record.exc_info[1] if record.exc_info else None
+        if error is not None:
+            place = error.__traceback__
+            while place is not None and place.tb_next is not None:
+                place = place.tb_next
+            return f"{type(error).__name__} in {place.tb_frame.f_code.co_filename}:{place.tb_lineno}" if place else type(error).__name__
+        # Lines of our own are about somebody's request or about a job, and each is needed.
+        return None if record.name.startswith(log.name) else f"{record.name} {str(record.msg)[:80]}"
+
+
+def seldom(level: int, kind: str, text: str, *values: object) -> None:
+    """Log a line of which a client can cause very many: one of the kind a minute."""
+    log.log(level, text, *values, extra={"kind": kind})
 
 
 def to_journal() -> bool:
@@ -47,6 +99,7 @@ def setup(verbose: bool) -> None:
     """Send everything of ours (and warnings of the libraries) to standard error."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Journal("%(message)s") if to_journal() else _Plain("%(asctime)s %(levelname)s %(message)s"))
+    handler.addFilter(_Seldom())
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     # Requests that are no HTTP are answered with 400; they are not worth a trace each.
     logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)

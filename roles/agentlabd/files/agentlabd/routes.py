@@ -286,12 +286,17 @@ def examine(call: Call) -> Answer:
 
 # ---- the table ----
 
+
+def _tags(_name: str, value: Any) -> list[str]:
+    return words.split_tags(value)
+
+
 _LIFETIME = {
     "ttl_minutes": Field("integer", "lease in minutes", low=1, high=5256000),
     "ttl": Field("duration", "lease as minutes or a duration such as 2h"),
 }
 CREATION: dict[str, Field] = {
-    "name": Field("string", "name, unique among live sandboxes; made up when left out", longest=63),
+    "name": Field("string", "name, unique among live sandboxes; made up when left out", longest=253),
     "vmid": Field("integer", "VMID; from the configured range when left out", low=100, high=999999999),
     "profile": Field("string", "profile it is made from", longest=100),
     **_LIFETIME,
@@ -303,22 +308,30 @@ CREATION: dict[str, Field] = {
     "storage": Field("string", "storage of a full clone", longest=100),
     "pool": Field("string", "pool it belongs to", longest=100),
     "cores": Field("integer", "CPU cores", low=1, high=512),
+    "cpu_type": Field("string", "CPU type, such as host or x86-64-v2-AES", longest=200),
     "memory": Field("integer", "memory in MiB", low=16, high=16777216),
     "disk_size": Field("string", "size of the boot disk, 20G or +10G", longest=20),
     "bridge": Field("string", "bridge of the first network card", longest=100),
     "network_model": Field("string", "model of the first network card", valid=words.MODELS),
+    "vlan_tag": Field("integer", "VLAN of the first network card", low=1, high=4094),
+    "second_bridge": Field("string", "bridge of the second network card, which is made where the template has none", longest=100),
+    "second_vlan_tag": Field("integer", "VLAN of the second network card", low=1, high=4094),
+    "second_ip_config": Field("string", "address of the second network card, as ip_config", longest=200),
     "firewall": Field("boolean", "firewall of the first network card"),
     "firewall_group": Field("string", "security group of its firewall", longest=100),
     "cloud_init_user": Field("string", "user that cloud-init makes", longest=100),
+    "cloud_init_password": Field("string", "password of that user; Proxmox VE keeps its hash", longest=1000, secret=True),
+    "cloud_init_upgrade": Field("boolean", "whether cloud-init upgrades the packages at the first start"),
+    "cloud_init_vendor_data": Field("string", "snippet with vendor data that is there, such as local:snippets/vendor.yaml", longest=300),
     "ip_config": Field("string", "address, ip=dhcp or ip=192.0.2.10/24,gw=192.0.2.1", longest=200),
-    "nameserver": Field("string", "DNS servers, separated by blanks", longest=200),
+    "nameserver": Field("string", "DNS servers, separated by blanks or commas", longest=200),
     "searchdomain": Field("string", "DNS search domain", longest=255),
-    "ssh_public_keys": Field("strings", "public keys of its user", longest=10000, lines=True),
+    "ssh_public_keys": Field("strings", "public keys of its user, as a list, or as a text with one a line", longest=10000, split=words.split_keys),
     "cloud_init_user_data": Field("string", "user data for cloud-init; it needs a daemon that can write the node's snippets", longest=524288, lines=True,
                                   secret=True),
     "workspace": Field("string", "workspace it gets before it starts, by name or id", longest=100),
     "workspace_id": Field("string", "the same", longest=100),
-    "tags": Field("strings", "tags", longest=100),
+    "tags": Field("strings", "tags, as a list, or as a text with commas or blanks between them", longest=100, split=_tags),
     "wait_for_cloud_init": Field("boolean", "wait until cloud-init has ended; FAILED when it ended with errors"),
     "wait_for_ip": Field("boolean", "wait until the guest agent names an address"),
 }
@@ -341,7 +354,7 @@ ROUTES: tuple[Route, ...] = (
     Route("GET", "/v1/sandboxes", "list_sandboxes", "Sandboxes in the order of their VMIDs", list_sandboxes, {200: "Sandboxes"}, quick=True, query={
         "state": Field("strings", "only these states", valid=states.STATES, most=20),
         "profile": Field("string", "only this profile", longest=100),
-        "tag": Field("strings", "only those with one of these tags", longest=100, most=20),
+        "tag": Field("strings", "only those with one of these tags", longest=100, most=20, split=_tags),
         "include_destroyed": Field("boolean", "destroyed ones too"),
     }),
     Route("POST", "/v1/sandboxes", "create_sandbox", "Create and start a sandbox; one of that name or VMID stays as it is", create_sandbox,
@@ -354,7 +367,7 @@ ROUTES: tuple[Route, ...] = (
               "older_than": _OLD,
               "dry_run": Field("boolean", "say what would be done, do nothing"),
               "states": Field("strings", "states to prune, TIMEOUT unless set", valid=states.PRUNABLE, most=10),
-              "tags": Field("strings", "only those with one of these tags", longest=100),
+              "tags": Field("strings", "only those with one of these tags", longest=100, split=_tags),
               "max_count": Field("integer", "do nothing at all if more than this would be pruned", low=0, high=1000000),
           }),
     Route("POST", "/v1/sandboxes/reconcile", "reconcile_sandboxes", "Compare the records with Proxmox; repair drift if asked to", reconcile_sandboxes,

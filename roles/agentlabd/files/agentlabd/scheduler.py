@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import math
 import random
@@ -96,18 +97,18 @@ class Scheduler:
         for task in self.tasks:
             task.cancel()
 
-    async def _run(self, work: Callable[[], T]) -> T:
-        """Run it in a thread; when the loop is stopped meanwhile, the work goes on and is waited for elsewhere."""
-        return await asyncio.shield(self.service.begin(self._jobs, work, work.__name__.strip("_")))
+    async def _run(self, work: Callable[[], T], name: str) -> T:
+        """Run it in a thread; when the loop is stopped meanwhile, the work goes on and is waited for elsewhere, by that name."""
+        return await asyncio.shield(self.service.begin(self._jobs, work, name))
 
     # ---- leases ----
 
     async def _expire_forever(self) -> None:
-        await self._run(self._note_the_clock)
+        await self._run(self._note_the_clock, "a look at the clock")
         while True:
             self._look.clear()
             try:
-                pause = await self._run(self._expire)
+                pause = await self._run(self._expire, "expiry")
                 self.expiry.done("expiry")
                 self.service.metrics.expiry_success.set(time.time())
             except Stopping:
@@ -164,7 +165,7 @@ class Scheduler:
             began = time.monotonic()
             try:
                 # The first pass finishes what an earlier run of the daemon was killed in.
-                found = await self._run(lambda: reconcile.run(self.service.context("agentlabd"), apply=True))
+                found = await self._run(self._compare, "reconcile")
                 self.reconcile.done("reconcile")
                 self.service.metrics.reconciled(found)
                 self._tell(found)
@@ -178,6 +179,9 @@ class Scheduler:
                 longest, retry = retry, retry * 2
             self.service.metrics.durations.labels("reconcile").observe(time.monotonic() - began)
             await self._rest(longest)
+
+    def _compare(self) -> list[reconcile.Drift]:
+        return reconcile.run(self.service.context("agentlabd"), apply=True)
 
     async def _rest(self, longest: float) -> None:
         """Sleep until the next pass is due: for the interval, which a reload may change, or for ``longest`` if that is shorter."""
@@ -201,7 +205,7 @@ class Scheduler:
         while True:
             self._changed.clear()
             policy = self.service.policy
-            due = await self._run(lambda: self._next_cleanup(policy))  # noqa: B023 - run before the next turn
+            due = await self._run(functools.partial(self._next_cleanup, policy), "a look at the cleanup's plan")
             self.cleanup.next_run = due
             pause = None if due is None else max(0.0, due - time.time())
             try:
@@ -211,7 +215,7 @@ class Scheduler:
             except TimeoutError:
                 pass
             with contextlib.suppress(Stopping):
-                await self._run(self._clean)
+                await self._run(self._clean, "cleanup")
 
     def _next_cleanup(self, policy: rules.Policy) -> int | None:
         """When the rules run next: an interval and a little more after the last run, which a restart does not make forgotten."""

@@ -11,6 +11,7 @@ import dataclasses
 import json
 import os
 import ssl
+import stat
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -40,6 +41,7 @@ _READERS = 4
 _CACHE_KIB = 512
 # Whose handlers count by themselves what they did.
 _COUNTED = ("prune", "cleanup", "reconcile")
+_SHORTEST_TOKEN = 16
 # Of a request's body, what the log tells.
 _TOLD = ("vmid", "name", "force", "dry_run", "apply", "max_count", "reason")
 
@@ -61,6 +63,8 @@ class Service:
         self.base.database.limit_cache(_CACHE_KIB)
         self.loaded_at = self.started_at
         self.config_error: str | None = None
+        # The token of the TCP listener, as it was read last; None without one.
+        self.token = read_token(config.listen_token_file) if config.listen else None
         self.records_pool = ThreadPoolExecutor(_READERS, "records")
         self.work_pool = ThreadPoolExecutor(config.proxmox.connections, "work")
         # The doctor is asked when the others wait.
@@ -94,13 +98,14 @@ class Service:
         try:
             config, path = load(self._asked, self.environment)
             policy = check(config)
+            token = read_token(config.listen_token_file) if config.listen else None
         except AgentlabError as error:
             self.config_error = error.message
             self.metrics.reload.set(0)
             raise
         stays = {name: getattr(self.config, name) for name in core_config.FIXED}
         waiting = [name for name, value in stays.items() if getattr(config, name) != value]
-        self.path, self.policy = path, policy
+        self.path, self.policy, self.token = path, policy, token
         # From the first one: a chain of all those before would grow with each reload.
         self.base = self._owner.derive(actor="agentlabd", config=dataclasses.replace(config, **stays))
         self.loaded_at, self.config_error = int(time.time()), None
@@ -215,8 +220,28 @@ def check(config: Config) -> rules.Policy:
             ssl.create_default_context(cafile=authority)
         except OSError as error:
             raise ConfigError(f"ca_path: {authority} cannot be used: {error.strerror or error}; give the CA certificate in PEM", file=authority) from None
+    if config.listen:
+        read_token(config.listen_token_file)
     profiles.load_all(config.profiles_dir)
     return rules.load(config.cleanup_file)
+
+
+def read_token(path: str | None) -> str:
+    """The bearer token of the TCP listener; the file must not be readable for others."""
+    if path is None:
+        raise ConfigError("listen_token_file: missing, but listen is set; give a file with a token (openssl rand -hex 32)", option="listen_token_file")
+    try:
+        # A FIFO would hold the whole daemon up.
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), encoding="ascii") as file:
+            mode = os.fstat(file.fileno()).st_mode
+            token = file.read(4096).strip() if stat.S_ISREG(mode) else ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"listen_token_file: {path}: {getattr(error, 'strerror', None) or 'not a token'}", option="listen_token_file") from None
+    if mode & 0o007:
+        raise ConfigError(f"listen_token_file: {path} can be read by every user; chmod 0640 it, and make a new token", option="listen_token_file")
+    if len(token) < _SHORTEST_TOKEN or not token.isprintable() or " " in token:
+        raise ConfigError(f"listen_token_file: {path} must hold one token of at least {_SHORTEST_TOKEN} characters", option="listen_token_file")
+    return token
 
 
 def load(path: str | None, environment: Mapping[str, str]) -> tuple[Config, str | None]:

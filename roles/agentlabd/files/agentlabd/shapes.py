@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,12 +37,14 @@ class Field:
     pattern: str | None = None
     # It may have several lines.
     lines: bool = False
+    # Of "strings": what makes them of a text that holds several (a textarea, a file), and of each text in a list.
+    split: Callable[[str, Any], list[str]] | None = None
     # Its value is never quoted.
     secret: bool = False
 
     @property
     def _pattern(self) -> str | None:
-        return self.pattern or (None if self.lines else _LINE)
+        return self.pattern or (None if self.lines or self.split else _LINE)
 
     def schema(self) -> dict[str, Any]:
         """This field as JSON schema."""
@@ -60,14 +62,21 @@ class Field:
         if self.kind in ("integers", "strings"):
             one = {"type": "array", "items": one, "maxItems": self.most}
             one = {name: value for name, value in one.items() if value is not None}
+            if self.split:
+                one = {"anyOf": [one, {"type": "string", "maxLength": self.longest * self.most}]}
         return {**one, "description": self.text}
 
     def check(self, name: str, value: Any) -> Any:
         """The value, or InvalidInput naming the key, the value and what is valid."""
+        if self.split and isinstance(value, str):
+            if len(value) > self.longest * self.most or not words.encodable(value):
+                raise self._refused(name, value, f"a text of {self.longest * self.most} characters at most that UTF-8 can hold, or a list of texts")
+            return self.split(name, value)
         if self.kind in ("integers", "strings"):
             if not isinstance(value, list) or len(value) > self.most:
                 raise self._refused(name, value, f"a list of {'whole numbers' if self.kind == 'integers' else 'texts'}, {self.most} at most")
-            return [self._one(name, item) for item in value]
+            items = [self._one(name, item) for item in value]
+            return self.split(name, items) if self.split else items
         return self._one(name, value)
 
     def _one(self, name: str, value: Any) -> Any:

@@ -1,0 +1,23 @@
+# Copyright: the agentlab.proxmox contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Text from elsewhere (a VM's name, a path, an answer of Proxmox) made harmless for a terminal and a log."""
+
+from __future__ import annotations
+
+import unicodedata
+
+# Categories of Unicode that a terminal obeys, or that hide or reorder text: control (ESC, BEL), format (U+202E, U+200B), surrogates, and the
+# separators of lines and paragraphs.
+_UNSEEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
+
+
+def escape_controls(text: str, keep: str = "\n\t") -> str:
+    """Return the text with every control and formatting character but those of ``keep`` written as an escape, such as ``\\x1b``."""
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(char if char in keep or unicodedata.category(char) not in _UNSEEN else _escape(ord(char)) for char in text)
+
+
+def _escape(number: int) -> str:
+    return f"\\x{number:02x}" if number < 0x100 else f"\\u{number:04x}" if number < 0x10000 else f"\\U{number:08x}"
