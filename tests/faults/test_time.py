@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import AgentlabError, RecordChanged
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import lease
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store import upkeep
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import lease, timeguard
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store import process, upkeep
 
 from support.lab import FakeClock, Lab
 
@@ -49,6 +49,23 @@ def test_jump_forward_expires_and_prunes_nothing_for_a_while(lab: Lab, jump: int
     assert [one.reason for one in lab.prune().kept] == ["clock_jumped"]
     lab.reconcile()
     assert lab.record(made).state == "RUNNING" and running(lab, made.vmid) and lab.pve.vm(old.vmid) is not None
+
+
+def test_the_look_of_another_host_takes_nothing_from_this_hosts_pause(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two hosts share the records; the clock of one jumps, the other's never did."""
+    made = lab.create(ttl=3600)
+    lab.expire()
+    lab.clock.jump(86400)
+    assert lab.expire().suspended
+    here = process.identity()
+    with monkeypatch.context() as other:
+        other.setattr(timeguard, "host", lambda: "other/1")
+        other.setattr(timeguard, "process_identity", lambda: here.replace('"boot": "', '"boot": "other'))
+        lab.clock.jump(-86400)
+        assert not lab.expire().expired
+        lab.clock.jump(86400)
+    found = lab.expire()
+    assert found.suspended and not found.expired and lab.record(made).state == "RUNNING"
 
 
 def test_jump_forward_and_back_again_destroys_nothing(lab: Lab) -> None:
@@ -210,10 +227,10 @@ def test_rebooted_host_whose_clock_is_behind_rests_for_a_while(lab: Lab, monkeyp
 def test_check_mode_after_a_jump_says_so_and_notes_nothing(lab: Lab) -> None:
     lab.timed_out("old")
     lab.expire()
-    before = lab.context().records.meta("clock")
+    before = lab.context().records.meta(f"clock:{process.host()}")
     lab.clock.jump(86400)
     assert [one.reason for one in lab.prune(dry_run=True).kept] == ["clock_jumped"]
-    assert lab.context().records.meta("clock") == before
+    assert lab.context().records.meta(f"clock:{process.host()}") == before
 
 
 def test_force_by_a_person_is_not_held_up_by_a_jump(lab: Lab) -> None:

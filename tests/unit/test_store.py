@@ -12,6 +12,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -834,6 +835,35 @@ def test_waiting_for_a_claim_is_bounded_and_succeeds_when_it_is_given_back(store
 def test_only_certain_death_counts(change: dict[str, object], dead: bool) -> None:
     found = {**json.loads(process.identity()), **change}
     assert process.is_dead(json.dumps(found)) is dead
+
+
+@pytest.mark.parametrize("written, machine, dead", [("before this boot", None, True), ("after this boot", None, False), ("before this boot", "other", False)])
+def test_another_boot_of_this_name_is_dead_only_if_it_was_this_machine(written: str, machine: str | None, dead: bool) -> None:
+    """A second host with the same name, also one made from the same image, keeps its claims while it works."""
+    booted = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
+    holder = {**json.loads(process.identity()), "boot": "another", "at": booted + (-5 if written == "before this boot" else 5)}
+    if machine:
+        holder["machine"] = machine
+    assert process.is_dead(json.dumps(holder)) is dead
+
+
+def test_a_renewal_that_waited_over_the_end_of_the_lease_is_refused(path: Path) -> None:
+    """The second in which it began and the wait, each rounded down, are less than the time that has passed."""
+    clock = FakeClock()
+    clock.wall = 1000000000.9
+    store = Records(Database(str(path)), clock, "x")
+    _claim, sandbox = reserve(store)
+    store.db.write(lambda conn: conn.execute("UPDATE sandboxes SET state = 'RUNNING', lease_expires_at = 1000000001") and None)
+    sandbox = store.get(sandbox.uuid)
+    write = store.db.write
+
+    def late(work: Callable[[sqlite3.Connection], object], *, checked: bool = False) -> object:
+        clock.pass_time(0.5)
+        return write(work, checked=checked)
+
+    store.db.write = late  # type: ignore[method-assign, assignment]
+    with pytest.raises(RecordChanged):
+        store.renew(sandbox, 1000003600, clock.now())
 
 
 @pytest.mark.parametrize("text", ["", "x", "{}", "[]", "null", '{"host": 1}'])

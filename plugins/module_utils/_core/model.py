@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from . import clock, states
+from .errors import DamagedRecord
 
 
 @dataclass(slots=True)
@@ -44,13 +45,35 @@ class Sandbox:
 
     @classmethod
     def from_row(cls, row: Any) -> Sandbox:
-        """From a row with COLUMNS in their order."""
+        """Return the record of a row with COLUMNS in their order; DamagedRecord names a value that cannot be one."""
         found = cls(*row)
+        # SQLite keeps whatever somebody wrote into a column. Rows of sound types come again and again, so their pattern is known.
+        kinds = tuple(map(type, row))
+        if kinds not in _sound_kinds:
+            for name, kind in zip(COLUMNS, kinds, strict=True):
+                if kind not in _KINDS[name]:
+                    raise found.damaged(name, _VALID[_KINDS[name][0]])
+            _sound_kinds.add(kinds)
+        for name in _TIMES:
+            value = getattr(found, name)
+            if value is not None and not 0 <= value <= _LAST_SECOND:
+                raise found.damaged(name, "a time in seconds since 1970")
+        if found.state not in states.STATES:
+            raise found.damaged("state", f"a state ({', '.join(states.STATES)})")
         # As the column has it until here.
         text: Any = found.tags
-        found.tags = json.loads(text) if text and text != "[]" else []
+        try:
+            found.tags = json.loads(text) if text and text != "[]" else []
+        except ValueError:
+            raise found.damaged("tags", "a JSON list of texts") from None
+        if not isinstance(found.tags, list) or not all(isinstance(tag, str) for tag in found.tags):
+            raise found.damaged("tags", "a JSON list of texts")
         found.protected, found.keepalive = bool(found.protected), bool(found.keepalive)
         return found
+
+    def damaged(self, column: str, valid: str) -> DamagedRecord:
+        """Return the error that names a column of this record, which holds no such value."""
+        return DamagedRecord("sandboxes", f"sandbox {self.vmid} (uuid {self.uuid})", column, valid)
 
     def written(self, values: dict[str, Any]) -> Sandbox:
         """This record as a write of these columns leaves it, one generation later. (dataclasses.replace takes five times as long.)"""
@@ -91,6 +114,15 @@ class Sandbox:
 
 
 COLUMNS = tuple(Sandbox.__dataclass_fields__)
+_TIMES = ("lease_expires_at", "created_at", "updated_at", "state_changed_at", "absent_seen_at")
+# The end of the year 9999, the last that can be written as a date.
+_LAST_SECOND = 253402300799
+_OF_ANNOTATION: dict[str, tuple[type, ...]] = {"str": (str,), "str | None": (str, type(None)), "int": (int,), "int | None": (int, type(None)),
+                                               "bool": (int,), "list[str]": (str,)}
+_KINDS = {name: _OF_ANNOTATION[str(field.type)] for name, field in Sandbox.__dataclass_fields__.items()}
+_VALID: dict[type, str] = {str: "a text", int: "a whole number"}
+# Types of the values of rows that were sound.
+_sound_kinds: set[tuple[type, ...]] = set()
 _values = operator.attrgetter(*COLUMNS)
 
 

@@ -49,8 +49,14 @@ class Report:
 def frozen(ctx: Context) -> dict[str, Any] | None:
     """Why, since when and by whom cleanup is frozen, or None."""
     text = ctx.records.meta(_FROZEN)
-    found: dict[str, Any] | None = json.loads(text) if text else None
-    return found
+    if not text:
+        return None
+    try:
+        note = json.loads(text)
+        return {name: str(note[name]) for name in ("reason", "at", "actor")}
+    except (ValueError, TypeError, KeyError):
+        # Somebody froze it: it stays so, whatever became of the reason.
+        return {"reason": f"its reason cannot be read (meta.value of key {_FROZEN} is damaged)", "at": None, "actor": None}
 
 
 def freeze(ctx: Context, reason: str) -> dict[str, Any]:

@@ -305,6 +305,14 @@ class Doctor:
                 None,
                 facts,
             )
+        for error in (*self.context.records.damage(), *workspaces.Workspaces(self.context.records).damage()):
+            yield Finding(
+                "records",
+                PROBLEM,
+                error.message.partition("; run agentlab_doctor")[0],
+                _mend(path, error.detail),
+                dict(error.detail),
+            )
 
     def _work(self) -> Iterable[Finding]:
         """What the records say of work left over."""
@@ -1208,6 +1216,28 @@ def _libraries() -> dict[str, str | None]:
             # proxmoxer ends the process when requests is missing
             found[name] = None
     return found
+
+
+# What may stand in a damaged column instead, as SQL; other columns have no value that is right by itself.
+_HARMLESS = {("sandboxes", "tags"): "'[]'", ("operations", "detail"): "'{}'"}
+
+
+def _mend(path: str, detail: Mapping[str, Any]) -> str:
+    """Return how to mend one damaged value, as commands."""
+    table, column, row = (str(detail.get(name)) for name in ("table", "column", "row"))
+    keys = {"sandboxes": "uuid", "operations": "sandbox_uuid", "workspaces": "id", "meta": "key"}
+    # The row is named with its key last, and in brackets for a sandbox.
+    key = row.removesuffix(")").rpartition(" ")[2].replace("'", "''")
+    where = f"WHERE {keys.get(table, 'rowid')} = '{key}'"
+    begin = "stop agentlabd and wait for plays to end; copy the file; then "
+    if table == "meta":
+        return f"""{begin}sqlite3 {path} "DELETE FROM meta {where}" (it is written anew)"""
+    new = _HARMLESS.get((table, column))
+    if new is None:
+        return (f"""{begin}look at the row with sqlite3 {path} "SELECT * FROM {table} {where}", set {column} to what it was (agentlab sandbox events, """
+                "a backup), or restore a backup")
+    return begin + f'sqlite3 {path} "UPDATE {table} SET {column} = {new} {where}"' + (
+        "; what the interrupted operation had noted is lost, so look at its VM" if table == "operations" else "")
 
 
 def _next_id(value: Any) -> tuple[int, int] | None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .. import states
-from ..errors import AgentlabError, GuardTripped, Kept, ProxmoxError, RecordChanged, StateConflict
+from ..errors import AgentlabError, DamagedRecord, GuardTripped, Kept, ProxmoxError, RecordChanged, StateConflict
 from ..model import Sandbox
 from ..proxmox import identity
 from ..store import upkeep
@@ -381,7 +381,11 @@ def _unrecorded(ctx: Context, rows: dict[int, dict[str, Any]], live: list[Sandbo
             marks = identity.markers(ctx.client.get_dict(f"nodes/{row.get('node')}/qemu/{vmid}/config"))
         except ProxmoxError:
             return None
-        now = ctx.records.live_by_vmid(vmid)
+        try:
+            now = ctx.records.live_by_vmid(vmid)
+        except DamagedRecord:
+            # It has a record, which cannot be read.
+            return None
         if not marks or (now is not None and now.uuid in marks):
             # Created since the records were read.
             return None

@@ -1,14 +1,16 @@
 # Copyright: the agentlab.proxmox contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Wall clocks that jump. Ages and leases are wall time; when it jumps by more than a minute against the time since boot, nothing is
-destroyed or expired for a while (clock_jump_pause), so that a wrong date never costs a sandbox."""
+"""Wall clocks that jump. Ages and leases are wall time; when it jumps by more than a minute against the time since boot, no lease ends
+and nothing is pruned for a while (clock_jump_pause), so that a wrong date never costs a sandbox. A destroy that somebody asks for goes on."""
 
 from __future__ import annotations
 
 import json
+from typing import Any
 
 from ..durations import show
+from ..store.process import host
 from ..store.process import identity as process_identity
 from .context import Context
 
@@ -16,25 +18,29 @@ JUMP_SECONDS = 60
 
 
 def suspended(ctx: Context) -> str | None:
-    """Why destructive work rests at the moment, or None. Notes the clocks for the next look (not in check mode)."""
+    """Return why expiry and prune rest at the moment on this host, or None. Notes the clocks for the next look (not in check mode)."""
     now, since_boot = ctx.clock.now(), ctx.clock.since_boot()
     boot = json.loads(process_identity())["boot"]
-    text = ctx.records.meta("clock")
-    known = json.loads(text) if text else None
-    if known and known["boot"] == boot:
+    damaged, note = _read(ctx)
+    if damaged:
+        # Whether the clock jumped since is not known: as after a jump.
+        _note(ctx, boot, now - since_boot, since_boot + ctx.config.clock_jump_pause, now)
+        return (f"the note of the clocks in the records is damaged (meta.value of key {_key()}); expiry and prune rest for "
+                f"{show(ctx.config.clock_jump_pause)} (clock_jump_pause), then they go on by a new one")
+    if note and note["boot"] == boot:
         offset = now - since_boot
-        until = float(known.get("until") or 0)
-        if abs(offset - known["offset"]) > JUMP_SECONDS:
+        until = float(note.get("until") or 0)
+        if abs(offset - note["offset"]) > JUMP_SECONDS:
             until = since_boot + ctx.config.clock_jump_pause
             _note(ctx, boot, offset, until, now)
-        elif since_boot - known.get("seen", 0) > JUMP_SECONDS:
+        elif since_boot - note.get("seen", 0) > JUMP_SECONDS:
             _note(ctx, boot, offset, until, now)
         if since_boot < until:
             return f"the wall clock jumped by more than a minute; expiry and prune rest for another {show(int(until - since_boot) + 1)} (clock_jump_pause)"
         return None
-    if known and now < known.get("wall", 0) - JUMP_SECONDS:
-        # Another boot, and it is earlier than it has been: the clock is not set (yet).
-        # Or it is right, and was wrong then: the clock alone does not tell. Behind, it makes nothing old; when it is corrected that is a jump again.
+    if note and now < note.get("wall", 0) - JUMP_SECONDS:
+        # After a reboot the clock reads earlier than the last run noted. Either it is not set yet, or it was wrong before; we cannot tell.
+        # Pause: a slow clock expires nothing, and setting it is detected as a jump.
         _note(ctx, boot, now - since_boot, since_boot + ctx.config.clock_jump_pause, now)
         return ("the wall clock is behind the time of the last run, before this host was started; expiry and prune rest for "
                 f"{show(ctx.config.clock_jump_pause)} (clock_jump_pause)")
@@ -42,6 +48,31 @@ def suspended(ctx: Context) -> str | None:
     return None
 
 
+def rests_until(ctx: Context) -> int | None:
+    """Return the wall time until which expiry and prune rest on this host, or None; looks only."""
+    _damaged, note = _read(ctx)
+    left = float(note.get("until") or 0) - ctx.clock.since_boot() if note and note["boot"] == json.loads(process_identity())["boot"] else 0.0
+    return ctx.clock.now() + int(left) + 1 if left > 0 else None
+
+
+def _key() -> str:
+    """Return the key of this host's note: another host on the same records has a clock of its own."""
+    return f"clock:{host()}"
+
+
+def _read(ctx: Context) -> tuple[bool, dict[str, Any] | None]:
+    """Return whether this host's note is damaged, and the note. Release 1.0.0 had one for all hosts."""
+    text = ctx.records.meta(_key()) or ctx.records.meta("clock")
+    if text is None:
+        return False, None
+    try:
+        note = json.loads(text)
+        numbers = [float(note[name]) for name in ("offset", "until", "seen", "wall")]
+        return not (isinstance(note["boot"], str) and all(abs(number) < 1e18 for number in numbers)), note
+    except (ValueError, TypeError, KeyError):
+        return True, None
+
+
 def _note(ctx: Context, boot: str, offset: float, until: float, now: int) -> None:
     if not ctx.dry_run:
-        ctx.records.set_meta("clock", json.dumps({"boot": boot, "offset": offset, "until": until, "seen": ctx.clock.since_boot(), "wall": now}))
+        ctx.records.set_meta(_key(), json.dumps({"boot": boot, "offset": offset, "until": until, "seen": ctx.clock.since_boot(), "wall": now}))

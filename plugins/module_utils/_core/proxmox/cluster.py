@@ -112,7 +112,14 @@ class Cluster:
             if self._confirmed:
                 return
             text = self._records.meta("cluster")
-            known = json.loads(text) if text else None
+            try:
+                known = json.loads(text) if text else None
+                sound = known is None or {"authority", "name", "nodes"} <= set(known)
+            except (ValueError, TypeError):
+                sound = False
+            if not sound:
+                raise Kept("unknown", "the records' note of their cluster is damaged (meta.value of key cluster), so nothing is concluded from this one; "
+                           "run agentlab_reconcile with adopt_cluster=true once, when this is the right cluster")
             if known and known["authority"] and known["authority"] == self._client.trusted_authority():
                 # The connection itself proves it: nobody is talked to but whom that cluster's own authority signed for.
                 self._confirmed = True

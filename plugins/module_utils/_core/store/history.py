@@ -20,8 +20,20 @@ def events(database: Database, *, uuid: str | None = None, vmid: int | None = No
     count = limit if tail is None else min(tail, limit)
     order = "DESC" if tail is not None else "ASC"
     rows = database.read(f"SELECT * FROM events WHERE {where} AND id > ? ORDER BY id {order} LIMIT ?", value, after, count)
-    found = [dict(row, evidence=json.loads(row["evidence"]), upids=json.loads(row["upids"])) for row in rows]
+    found = [dict(row, at=row["at"] if isinstance(row["at"], int) else None, evidence=parse_json(row, "events", "evidence"),
+                  upids=parse_json(row, "events", "upids", list)) for row in rows]
     return found[::-1] if tail is not None else found
+
+
+def parse_json(row: sqlite3.Row, table: str, column: str, kind: type = dict) -> Any:
+    """Return what the column's JSON says; what is damaged is told as such, and hides no other event."""
+    try:
+        value = json.loads(row[column])
+    except (ValueError, TypeError):
+        value = None
+    if isinstance(value, kind):
+        return value
+    return {"damaged": f"{table}.{column} of id {row['id']} is not JSON"} if kind is dict else []
 
 
 def forgettable(records: Records, older_than: int) -> int:

@@ -5,9 +5,12 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
 import os
 import socket
+import time
 
 
 def _read(path: str) -> str:
@@ -23,15 +26,27 @@ def _started(pid: int) -> str:
     return _read(f"/proc/{pid}/stat").rpartition(")")[2].split()[19:20].__str__()
 
 
+@functools.lru_cache(1)
+def machine() -> str:
+    """Return a word that stays the same for this machine over boots, or an empty text; /etc/machine-id itself is kept secret by systemd's advice."""
+    number = _read("/etc/machine-id").strip()
+    return hashlib.sha256(f"agentlab {number}".encode()).hexdigest()[:16] if number else ""
+
+
+def host() -> str:
+    """Return the name under which this host notes what is its own: two hosts may have the same name, and two machines made from one image the same id."""
+    return f"{socket.gethostname()}/{machine()}"
+
+
 def identity() -> str:
-    """This process, told apart from any other before or after it, on this host or another (JSON)."""
+    """Return this process, told apart from any other before or after it, on this host or another (JSON)."""
     boot = _read("/proc/sys/kernel/random/boot_id").strip()
     try:
         namespace = os.readlink("/proc/self/ns/pid")
     except OSError:
         namespace = ""
     pid = os.getpid()
-    return json.dumps({"host": socket.gethostname(), "boot": boot, "ns": namespace, "pid": pid, "started": _started(pid)})
+    return json.dumps({"host": socket.gethostname(), "machine": machine(), "boot": boot, "ns": namespace, "pid": pid, "started": _started(pid)})
 
 
 def is_over(process: str, expires_at: int, now: int, since_boot: float) -> bool:
@@ -42,7 +57,20 @@ def is_over(process: str, expires_at: int, now: int, since_boot: float) -> bool:
             return float(found["until"]) <= since_boot
     except (ValueError, KeyError, TypeError):
         pass
-    return expires_at <= now
+    # A text that somebody wrote there ends no claim; its holder's death does.
+    return isinstance(expires_at, int) and expires_at <= now
+
+
+def _of_an_earlier_boot(holder: dict[str, object], here: dict[str, object]) -> bool:
+    """Whether a holder with this host's name and another boot id is of this machine before its last boot, and not of another machine of that name.
+
+    The machine's id must be the same, and the claim must have been written before this boot: a machine made from the same image may have both.
+    """
+    if "machine" not in holder:
+        # Written by release 1.0.0, which compared the name alone.
+        return True
+    booted = time.time() - time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
+    return holder["machine"] == here["machine"] and float(str(holder.get("at", 0))) < booted
 
 
 def is_dead(process: str) -> bool:
@@ -53,7 +81,7 @@ def is_dead(process: str) -> bool:
         if not found["boot"] or found["host"] != here["host"]:
             return False
         if found["boot"] != here["boot"]:
-            return True
+            return _of_an_earlier_boot(found, here)
         if found["ns"] != here["ns"]:
             return False
         pid = int(found["pid"])

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from .. import states
 from ..clock import Clock
-from ..errors import Busy, ClaimLost, InvalidInput, Kept, NotFound, RecordChanged, Stopping, StoreError
+from ..errors import Busy, ClaimLost, DamagedRecord, InvalidInput, Kept, NotFound, RecordChanged, Stopping, StoreError
 from ..model import COLUMNS, Sandbox
 from . import process
 from .database import Database
@@ -38,6 +38,11 @@ AWAITED = "awaited"
 _TOO_LATE_TO_PROTECT = ("detaching", *POINT_OF_NO_RETURN)
 LIVE = "state <> 'DESTROYED'"
 SELECT = f"SELECT {', '.join(COLUMNS)} FROM sandboxes"
+# Notes in the table meta, and what raises ValueError, TypeError or KeyError for one that is damaged.
+_NOTES: dict[str, Callable[[str], object]] = {
+    "clock": lambda text: float(json.loads(text)["offset"]), "cleanup_frozen": lambda text: json.loads(text)["reason"], "cleanup_last_run": int,
+    "cluster": lambda text: json.loads(text)["authority"], "last_vmid": int,
+}
 # Claims (sandbox, fence) that this process was done with and could not give back: nobody here waits for them.
 _unreturned: set[tuple[str, int]] = set()
 
@@ -66,7 +71,36 @@ class Operation:
 
     @classmethod
     def from_row(cls, row: sqlite3.Row) -> Operation:
-        return cls(row["sandbox_uuid"], row["kind"], row["phase"], json.loads(row["detail"]), row["actor"], row["started_at"], row["updated_at"])
+        """Return the entry of a row of the table operations; DamagedRecord names a value that cannot be one."""
+        try:
+            detail = json.loads(row["detail"])
+        except (ValueError, TypeError):
+            detail = None
+        if not isinstance(detail, dict):
+            raise DamagedRecord("operations", f"sandbox_uuid {row['sandbox_uuid']}", "detail", "a JSON object")
+        for name in ("started_at", "updated_at"):
+            if not isinstance(row[name], int):
+                raise DamagedRecord("operations", f"sandbox_uuid {row['sandbox_uuid']}", name, "a whole number")
+        return cls(row["sandbox_uuid"], row["kind"], row["phase"], detail, row["actor"], row["started_at"], row["updated_at"])
+
+
+def sound_sandbox(row: sqlite3.Row) -> Sandbox | None:
+    """Return the record of a row, or None for a damaged one: a list goes on with the others, and ``Records.damage`` names it."""
+    try:
+        return Sandbox.from_row(row)
+    except DamagedRecord:
+        return None
+
+
+def sound_operations(rows: Iterable[sqlite3.Row]) -> list[Operation]:
+    """Return the journal entries of these rows, without the damaged ones."""
+    entries = []
+    for row in rows:
+        try:
+            entries.append(Operation.from_row(row))
+        except DamagedRecord:
+            continue
+    return entries
 
 
 def _json(value: list[Any] | dict[str, Any]) -> str:
@@ -128,13 +162,34 @@ class Records:
         if names is not None:
             where += f" AND state IN ({', '.join('?' * len(names))})"
             values = list(names)
-        return self.db.read_as(Sandbox.from_row, f"{SELECT} WHERE {where} ORDER BY vmid, created_at", *values)
+        rows = self.db.read_as(sound_sandbox, f"{SELECT} WHERE {where} ORDER BY vmid, created_at", *values)
+        return rows if None not in rows else [sandbox for sandbox in rows if sandbox is not None]  # type: ignore[return-value]
+
+    def damage(self) -> list[DamagedRecord]:
+        """Return what is damaged in live records, in the journal and in the notes about all of them."""
+        errors: list[DamagedRecord] = []
+        for make, query in ((Sandbox.from_row, f"{SELECT} WHERE {LIVE}"), (Operation.from_row, "SELECT * FROM operations")):
+
+            def judge(row: sqlite3.Row, make: Callable[[sqlite3.Row], object] = make) -> None:
+                try:
+                    make(row)
+                except DamagedRecord as error:
+                    errors.append(error)
+
+            self.db.read_as(judge, query)
+        for key, check in _NOTES.items():
+            for row in self.db.read("SELECT key, value FROM meta WHERE key = ? OR key LIKE ?", key, f"{key}:%"):
+                try:
+                    check(row["value"])
+                except (ValueError, TypeError, KeyError):
+                    errors.append(DamagedRecord("meta", f"key {row['key']}", "value", "what this program wrote there"))
+        return errors
 
     def unfinished(self) -> tuple[list[Operation], list[Operation]]:
         """The journal: what is under way, and what was interrupted."""
         stale = {one.sandbox_uuid: one for one in self.interrupted()}
         rows = self.db.read("SELECT * FROM operations ORDER BY id")
-        return [Operation.from_row(row) for row in rows if row["sandbox_uuid"] not in stale], list(stale.values())
+        return sound_operations(row for row in rows if row["sandbox_uuid"] not in stale), list(stale.values())
 
     def under_way(self, uuid: str) -> Operation | None:
         """The journal entry of a sandbox, if an operation on it is unfinished."""
@@ -144,15 +199,15 @@ class Records:
     def interrupted(self) -> list[Operation]:
         """Journal entries whose run is dead or whose claim is gone: what the next run has to finish."""
         rows = self.db.read("SELECT o.*, c.fence, c.process, c.expires_at FROM operations o LEFT JOIN claims c USING (sandbox_uuid) ORDER BY o.id")
-        return [Operation.from_row(row) for row in rows if row["process"] is None or self._given_up(row)]
+        return sound_operations(row for row in rows if row["process"] is None or self._given_up(row))
 
     def _given_up(self, claim: sqlite3.Row) -> bool:
         return ((claim["sandbox_uuid"], claim["fence"]) in _unreturned
                 or process.is_over(claim["process"], claim["expires_at"], self.clock.now(), self.clock.since_boot()) or process.is_dead(claim["process"]))
 
     def _holder(self) -> str:
-        """Which process holds a claim, and until when by the time since boot (JSON)."""
-        return f'{self._process[:-1]}, "until": {float(self.clock.since_boot() + self.claim_seconds)!r}}}'
+        """Return which process holds a claim, when it said so, and until when by the time since boot (JSON)."""
+        return f'{self._process[:-1]}, "at": {self.clock.now()}, "until": {float(self.clock.since_boot() + self.claim_seconds)!r}}}'
 
     def meta(self, key: str) -> str | None:
         rows = self.db.read("SELECT value FROM meta WHERE key = ?", key)
@@ -186,7 +241,8 @@ class Records:
             else:
                 first, last = vmid_range
                 row = conn.execute("SELECT value FROM meta WHERE key = 'last_vmid'").fetchone()
-                begin = int(row["value"]) + 1 if row and first <= int(row["value"]) < last else first
+                last_vmid = int(row["value"]) if row and str(row["value"]).isdecimal() else 0
+                begin = last_vmid + 1 if first <= last_vmid < last else first
                 free = (n for n in (*range(begin, last + 1), *range(first, begin)) if n not in taken and n not in occupied)
                 sandbox.vmid = next(free, 0)
                 if not sandbox.vmid:
@@ -250,8 +306,9 @@ class Records:
         row = conn.execute("SELECT * FROM claims WHERE sandbox_uuid = ?", (uuid,)).fetchone()
         if row and not self._given_up(row):
             sandbox = conn.execute("SELECT vmid FROM sandboxes WHERE uuid = ?", (uuid,)).fetchone()
+            since = row["acquired_at"] if isinstance(row["acquired_at"], int) else now
             raise Busy(f"sandbox {sandbox['vmid'] if sandbox else uuid} is being worked on: {row['operation']} by {row['holder']} "
-                       f"for {max(0, now - row['acquired_at'])} s; wait for it or run again", holder=row["holder"], operation=row["operation"])
+                       f"for {max(0, now - since)} s; wait for it or run again", holder=row["holder"], operation=row["operation"])
         # Never below the time in milliseconds: a database restored from a backup hands out no fence that somebody may still hold.
         conn.execute("UPDATE meta SET value = max(CAST(value AS INTEGER) + 1, ?) WHERE key = 'fence'", (now * 1000,))
         fence = int(conn.execute("SELECT value FROM meta WHERE key = 'fence'").fetchone()["value"])
@@ -369,10 +426,14 @@ class Records:
         ``keepalive`` is the expiry pass itself, which renews what is over instead of expiring it.
         """
         began = self.clock.monotonic()
+        # A caller whose ``now`` is another clock's is taken at its word; a second of difference is rounding.
+        apart = now - self.clock.now()
+        apart = apart if abs(apart) > 1 else 0
 
         def work(conn: sqlite3.Connection) -> Sandbox:
-            # Waiting for the writer's lock may have taken this past the end of the lease.
-            latest = -1 if keepalive else now + int(self.clock.monotonic() - began)
+            # Waiting for the writer's lock may have taken this past the end of the lease. The clock is read here: the second in which this
+            # began and the seconds of waiting, each rounded down, would add up to a second too little. (It may be set back meanwhile.)
+            latest = -1 if keepalive else max(self.clock.now() + apart, now + int(self.clock.monotonic() - began))
             done = conn.execute(
                 "UPDATE sandboxes SET lease_expires_at = ?, updated_at = ?, generation = generation + 1 "
                 "WHERE uuid = ? AND state = 'RUNNING' AND lease_expires_at > ? AND generation = ? "

@@ -8,21 +8,22 @@ from __future__ import annotations
 from .. import states
 from ..model import Sandbox
 from . import process
-from .records import LIVE, SELECT, Records
+from .records import LIVE, SELECT, Records, sound_sandbox
 
 
 def over(records: Records, now: int) -> list[Sandbox]:
     """Live sandboxes whose lease is over."""
-    rows = records.db.read(f"{SELECT} WHERE {LIVE} AND lease_expires_at <= ? ORDER BY lease_expires_at", now)
-    return [found for found in map(Sandbox.from_row, rows) if found.expired(now)]
+    rows = records.db.read_as(sound_sandbox, f"{SELECT} WHERE {LIVE} AND lease_expires_at <= ? ORDER BY lease_expires_at", now)
+    return [sandbox for sandbox in rows if sandbox is not None and sandbox.expired(now)]
 
 
 def next_lease_end(records: Records) -> int | None:
     """When the next lease is over (it may be so already), or None; from the index of live leases."""
     names = states.OPERATIONS["expire"].allowed
     rows = records.db.read(f"SELECT min(lease_expires_at) FROM sandboxes WHERE {LIVE} AND state IN ({', '.join('?' * len(names))})", *names)
-    found: int | None = rows[0][0]
-    return found
+    end = rows[0][0]
+    # A text, which somebody wrote into the column, sorts behind every number.
+    return end if isinstance(end, int) else None
 
 
 def by_state(records: Records) -> dict[str, int]:

@@ -9,6 +9,7 @@ sandbox's claim may go on with it.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sqlite3
 import uuid as uuid_module
@@ -16,7 +17,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from .. import clock as clock_module
-from ..errors import InvalidInput, NotFound, RecordChanged
+from ..errors import DamagedRecord, InvalidInput, NotFound, RecordChanged
+from .history import parse_json
 from .records import Claim, Records
 
 CREATING = "CREATING"
@@ -85,6 +87,21 @@ _SELECT = (f"SELECT {', '.join('w.' + name for name in COLUMNS)}, s.vmid, s.name
            "LEFT JOIN sandboxes s ON s.uuid = w.sandbox_uuid")
 
 
+_NUMBERS = ("size", "owner_vmid", "generation", "created_at", "updated_at", "state_changed_at")
+
+
+def _sound(row: sqlite3.Row) -> Workspace:
+    """Return the workspace of a row; DamagedRecord names a value that cannot be one."""
+    for name in _NUMBERS:
+        if not isinstance(row[name], int) or not 0 <= row[name] <= 2**53:
+            raise DamagedRecord("workspaces", f"id {row['id']}", name, "a whole number")
+    if row["lease_expires_at"] is not None and not isinstance(row["lease_expires_at"], int):
+        raise DamagedRecord("workspaces", f"id {row['id']}", "lease_expires_at", "a time in seconds since 1970")
+    if row["state"] not in STATES:
+        raise DamagedRecord("workspaces", f"id {row['id']}", "state", f"a state ({', '.join(STATES)})")
+    return Workspace(**dict(row))
+
+
 class Workspaces:
     """Reads and writes of workspaces, on the database of the records."""
 
@@ -106,19 +123,36 @@ class Workspaces:
         return found[0] if found else None
 
     def find_all(self, *, include_deleted: bool = False) -> list[Workspace]:
-        return self._rows("1 ORDER BY w.name, w.created_at" if include_deleted else f"w.{_LIVE} ORDER BY w.name")
+        where = "1 ORDER BY w.name, w.created_at" if include_deleted else f"w.{_LIVE} ORDER BY w.name"
+        workspaces = []
+        for row in self._db.read(f"{_SELECT} WHERE {where}"):
+            with contextlib.suppress(DamagedRecord):
+                workspaces.append(_sound(row))
+        return workspaces
+
+    def damage(self) -> list[DamagedRecord]:
+        """Return what is damaged in the records of live workspaces."""
+        errors = []
+        for row in self._db.read(f"{_SELECT} WHERE w.{_LIVE}"):
+            try:
+                _sound(row)
+            except DamagedRecord as error:
+                errors.append(error)
+        return errors
 
     def of_sandbox(self, sandbox_uuid: str) -> Workspace | None:
         found = self._rows(f"w.sandbox_uuid = ? AND w.{_LIVE}", sandbox_uuid)
         return found[0] if found else None
 
     def _rows(self, where: str, *values: Any) -> list[Workspace]:
-        return [Workspace(**dict(row)) for row in self._db.read(f"{_SELECT} WHERE {where}", *values)]
+        # A single one that is damaged is refused: its sandbox must not be destroyed as if it had no workspace.
+        return [_sound(row) for row in self._db.read(f"{_SELECT} WHERE {where}", *values)]
 
     def events(self, ident: str, limit: int) -> list[dict[str, Any]]:
         """The newest events of a workspace, oldest first."""
         rows = self._db.read("SELECT * FROM workspace_events WHERE workspace_id = ? ORDER BY id DESC LIMIT ?", ident, limit)
-        return [dict(row, at=clock_module.iso(row["at"]), evidence=json.loads(row["evidence"]), upids=json.loads(row["upids"])) for row in rows][::-1]
+        return [dict(row, at=clock_module.iso(row["at"]) if isinstance(row["at"], int) else None, evidence=parse_json(row, "workspace_events", "evidence"),
+                     upids=parse_json(row, "workspace_events", "upids", list)) for row in rows][::-1]
 
     # ---- writing ----
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import json
 import math
 import random
 import time
@@ -226,7 +225,8 @@ class Scheduler:
         except AgentlabError:
             text = None
         now = int(time.time())
-        last = int(json.loads(text)) if text else None
+        # Not a number: somebody damaged it, and the run is due.
+        last = int(text) if text and text.isdecimal() else None
         jitter = random.randint(0, policy.jitter)
         if last is None or not now - policy.interval <= last <= now:
             # The first time, or overdue: let the start be over first.
