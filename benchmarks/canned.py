@@ -130,6 +130,9 @@ class Cluster:
         return rows + [{"type": "node", "id": f"node/{name}", "name": name, "online": 1, "local": int(name == "pve1"), "nodeid": number}
                        for number, name in enumerate(self.nodes, 1)]
 
+    def ha_status(self, _parts: list[str], _values: dict[str, str]) -> Any:
+        return [{"id": "quorum", "type": "quorum", "node": "pve1", "quorate": 1, "status": "OK"}]
+
     def resources(self, _parts: list[str], _values: dict[str, str]) -> Any:
         if self.listed is None:
             self.listed = json.dumps({"data": [_row(vm) for vm in self.vms.values()]}).encode()
@@ -244,6 +247,7 @@ class Cluster:
 
 _KINDS: dict[str, Callable[[Cluster, list[str], dict[str, str]], Any]] = {
     "GET /cluster/status": Cluster.status,
+    "GET /cluster/ha/status/current": Cluster.ha_status,
     "GET /cluster/resources": Cluster.resources,
     "GET /cluster/nextid": Cluster.nextid,
     "GET /access/permissions": Cluster.permissions,

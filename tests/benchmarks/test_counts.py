@@ -27,7 +27,7 @@ from field import FIRST, field, play, playbook
 INTERVAL = 1.0
 LOOKS = ("GET /nodes/{node}/tasks", "GET /nodes/{node}/tasks/{upid}/status")
 # What a bulk run asks once: the list before, quorum; and for the proof the list after, the rights that make it one, and one VMID in another way.
-ONCE = {"GET /cluster/resources": 2, "GET /cluster/status": 1, "GET /access/acl": 1, "GET /access/permissions": 1, "GET /cluster/nextid": 1}
+ONCE = {"GET /cluster/resources": 2, "GET /cluster/ha/status/current": 1, "GET /access/acl": 1, "GET /access/permissions": 1, "GET /cluster/nextid": 1}
 
 
 @pytest.fixture(scope="module")
@@ -61,12 +61,12 @@ def test_row_5_requests_of_each_destroyed_vm(bench: rows.Bench, state: str, stat
     took = bench.ours(bench.destroy_play())
     found = bench.server.counts()
     # Quorum counts as known for some seconds.
-    quorum = found.pop("GET /cluster/status")
+    quorum = found.pop("GET /cluster/ha/status/current")
     assert 1 <= quorum <= took / cluster._STATUS_SECONDS + 1
     looks = sum(found.pop(kind, 0) for kind in LOOKS)
     each = dict.fromkeys((f"{method} /nodes/{{node}}/qemu/{{vmid}}{rest}" for method, rest in (("GET", "/config"), ("PUT", "/config"), ("DELETE", ""))),
                          rows.MANY)
-    assert {**found, "GET /cluster/status": 1} == {**ONCE, **each, **extra}
+    assert {**found, "GET /cluster/ha/status/current": 1} == {**ONCE, **each, **extra}
     assert bench.server.state()["vms"] == 1 and bench.server.state()["most_tasks"] <= rows.IN_FLIGHT
     assert 1 <= looks <= took / INTERVAL + 1
     # Four turns of sixteen, each waited for (twice when it is stopped first): room enough for what the row allows.
@@ -87,7 +87,7 @@ def test_rows_7_8_and_9_reading(bench: rows.Bench) -> None:
     bench.ours(playbook(bench.folder, "reading", play(*none, one)))
     assert bench.server.counts() == {"GET /cluster/resources": 1}
     # Quorum first, so that the list may count as a proof of what it lacks.
-    assert asked(bench, "agentlab_sandbox_info", verify=True, verify_identity=False) == {"GET /cluster/resources": 1, "GET /cluster/status": 1}
+    assert asked(bench, "agentlab_sandbox_info", verify=True, verify_identity=False) == {"GET /cluster/resources": 1, "GET /cluster/ha/status/current": 1}
 
 
 def test_row_14_payload_of_every_module(bench: rows.Bench) -> None:

@@ -231,7 +231,7 @@ def test_quorum_lost_while_the_status_still_says_quorate(lab: Lab) -> None:
     ours = lab.timed_out()
 
     def lose(method: str, path: str) -> None:
-        lab.pve.quorate = path == "/api2/json/cluster/status"
+        lab.pve.quorate = path == "/api2/json/cluster/ha/status/current"
 
     lab.pve.before = lose
     report = lab.prune()
@@ -241,6 +241,22 @@ def test_quorum_lost_while_the_status_still_says_quorate(lab: Lab) -> None:
     assert lab.record(ours).state == "TIMEOUT"
     lab.calm()
     assert [one.reason for one in lab.prune().pruned] == ["destroyed"]
+
+
+@pytest.mark.parametrize("cached", [0, 1])
+def test_quorum_is_read_where_it_is_live(lab: Lab, cached: int) -> None:
+    """/cluster/status comes from a cache: after `pvecm expected 1` it says 0 for minutes, after a cut it may say 1."""
+    ours = lab.timed_out()
+    lab.pve.cached_quorate = cached
+    try:
+        if cached:
+            lab.pve.lose_quorum()
+            assert [one.reason for one in lab.prune().kept] == ["unknown"]
+            assert lab.pve.touched(ours.vmid) == []
+        else:
+            assert [one.reason for one in lab.prune().pruned] == ["destroyed"]
+    finally:
+        lab.pve.cached_quorate = None
 
 
 # ---- the wrong cluster ----
@@ -304,7 +320,7 @@ BROKEN = {
     "not_found": {"body": "<html>Not Found</html>", "status": 404}, "forbidden": {"body": "", "status": 403}, "gone": {"body": '{"data":null}', "status": 410},
     "does_not_exist": {"body": '{"data":null,"message":"Configuration file does not exist"}', "status": 500},
 }
-PATHS = ["/cluster/resources", "/cluster/status", "/cluster/nextid", "/access/permissions", "/certificates/info", "/qemu/1000/config"]
+PATHS = ["/cluster/resources", "/ha/status/current", "/cluster/nextid", "/access/permissions", "/certificates/info", "/qemu/1000/config"]
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -319,7 +335,7 @@ def test_broken_answer_about_a_vm_that_is_there(lab: Lab, broken: str, path: str
         except AgentlabError as error:
             assert error.message
     # Without the list, the status or the configuration nothing may happen; a broken proof may at most delay what was ours to delete.
-    if path in ("/cluster/resources", "/cluster/status", "/qemu/1000/config"):
+    if path in ("/cluster/resources", "/ha/status/current", "/qemu/1000/config"):
         everything(lab, ours)
         assert lab.record(ours).state == before.state and lab.pve.touched(ours.vmid) == []
     else:

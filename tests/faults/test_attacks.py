@@ -323,7 +323,7 @@ def test_a_vm_swapped_while_the_quorum_is_looked_at_is_not_stopped(lab: Lab, act
     swapped: list[Any] = []
 
     def swap(_method: str, path: str) -> None:
-        if path.endswith("/cluster/status") and not swapped:
+        if path.endswith("/ha/status/current") and not swapped:
             swapped.append(lab.pve.make_foreign(ours.vmid, running=True))
             lab.pve.requests.clear()
 

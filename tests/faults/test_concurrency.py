@@ -43,7 +43,7 @@ BOUND = 60
 
 # What may be broken: a request's method, the end of its path, and how.
 FAULTS = [
-    ("GET", "/config", "cut-before"), ("GET", "/config", "truncate"), ("GET", "/cluster/resources", "cut-before"), ("GET", "/cluster/status", "truncate"),
+    ("GET", "/config", "cut-before"), ("GET", "/config", "truncate"), ("GET", "/cluster/resources", "cut-before"), ("GET", "/ha/status/current", "truncate"),
     ("GET", "/cluster/nextid", "cut-before"), ("GET", "/status", "cut-after"), ("GET", "/tasks", "truncate"), ("POST", "/clone", "cut-before"),
     ("POST", "/clone", "cut-after"), ("POST", "/clone", "truncate"), ("POST", "/status/start", "cut-after"), ("POST", "/status/stop", "cut-before"),
     ("POST", "/status/stop", "cut-after"), ("POST", "/status/shutdown", "cut-after"), ("PUT", "/config", "cut-before"), ("PUT", "/config", "cut-after"),

@@ -121,8 +121,10 @@ class ProxmoxDouble(FakePve):
         self.hook_errors: list[BaseException] = []
         # Answered as one node that was never part of a cluster: /cluster/status has no entry for a cluster.
         self.standalone = False
-        # True: /cluster/status goes on saying quorate after lose_quorum().
+        # True: /cluster/status and the HA status go on saying quorate after lose_quorum(), as for seven seconds of a cut.
         self.stale_quorum = False
+        # What /cluster/status says of quorum whatever is true: pvedaemon caches it for minutes. None: the truth.
+        self.cached_quorate: int | None = None
         # Real seconds for which a new VM is listed as `unknown` and without a name.
         self.listing_lag = 0.0
         # ACL paths (/vms/N, /pool/NAME) on which everybody but root@pam has the role NoAccess.
@@ -539,8 +541,21 @@ class ProxmoxDouble(FakePve):
 
     def _routes_double(self) -> list[tuple[str, str, Any]]:
         return [("DELETE", "/nodes/{node}/tasks/{upid}", self._task_abort), ("GET", "/cluster/tasks", self._cluster_tasks),
+                ("GET", "/cluster/ha/status/current", self._ha_status),
                 ("PUT", "/nodes/{node}/qemu/{vmid}/resize", self._qm_resize), ("GET", "/nodes/{node}/certificates/info", self._certificates),
                 ("GET", "/nodes/{node}/time", self._node_time)]
+
+    async def _ha_status(self, v: dict[str, Any], user: str) -> list[dict[str, Any]]:
+        """What the HA manager says; the row `quorum` is there without any HA resource, and on a single node too."""
+        node = sorted(self.nodes)[0]
+        quorate = self.quorate or self.stale_quorum
+        rows: list[dict[str, Any]] = [{"id": "quorum", "type": "quorum", "node": node, "quorate": int(quorate),
+                                       "status": "OK" if quorate else f"No quorum on node '{node}'!"}]
+        for vm in self.vms:
+            if vm.ha_managed:
+                rows.append({"id": f"service:vm:{vm.vmid}", "type": "service", "sid": f"vm:{vm.vmid}", "node": vm.node,
+                             "state": vm.ha_state, "status": f"vm:{vm.vmid} ({vm.node}, {vm.ha_state})"})
+        return rows
 
     async def _node_time(self, v: dict[str, Any], user: str) -> dict[str, Any]:
         now = int(time.time() + self.clock_offset)
@@ -588,6 +603,8 @@ class ProxmoxDouble(FakePve):
         for item in data:
             if item["type"] == "cluster" and self.stale_quorum:
                 item["quorate"] = 1
+            elif item["type"] == "cluster" and self.cached_quorate is not None:
+                item["quorate"] = self.cached_quorate
         return web.json_response({"data": data})
 
     # ------------------------------------------------------------------ permissions

@@ -43,6 +43,7 @@ _KINDS = {"proxmox_api": "api", "proxmox_access": "access", "proxmox_unreachable
 # What each kind of request needs, for answers that do not say it.
 _NEEDS = {
     "GET cluster/status": "Sys.Audit on /",
+    "GET cluster/ha/status/current": "Sys.Audit on /",
     "GET nodes/{node}/qemu/{vmid}/config": "VM.Audit on the VM or its pool",
     "GET nodes/{node}/qemu/{vmid}/status/current": "VM.Audit on the VM or its pool",
     "GET nodes/{node}/qemu/{vmid}/agent/file-read": "VM.GuestAgent.FileRead or VM.GuestAgent.Unrestricted (Proxmox VE 9), VM.Monitor (8) on the VM or its pool",

@@ -49,6 +49,7 @@ class Cluster:
         self._records = records
         self._lock = threading.RLock()
         self._status: tuple[float, list[dict[str, Any]]] | None = None
+        self._quorum: tuple[float, dict[str, Any]] | None = None
         self._vms: dict[int, dict[str, Any]] | None = None
         self._confirmed = False
         # A list that shows every VM, and the quorum it was read under: see survey().
@@ -66,18 +67,30 @@ class Cluster:
                 self._status = (self._clock.monotonic(), rows)
             return self._status[1]
 
+    def _quorum_row(self) -> dict[str, Any]:
+        """Return the row ``quorum`` of the HA manager's status, which speaks for the node that answers."""
+        with self._lock:
+            if self._quorum is None or self._clock.monotonic() - self._quorum[0] > _STATUS_SECONDS:
+                rows = self._client.get_list("cluster/ha/status/current")
+                row = next((row for row in rows if row.get("type") == "quorum"), None)
+                if row is None or "quorate" not in row:
+                    raise OutcomeUnknown(
+                        "GET /cluster/ha/status/current says nothing of quorum, so nothing is known; is api_host a Proxmox node?"
+                    )
+                self._quorum = (self._clock.monotonic(), row)
+            return self._quorum[1]
+
     def require_quorum(self) -> dict[str, Any]:
-        """Evidence of quorum (or of a single node); Kept(unknown) without it: Proxmox would delete the disks and then fail."""
-        rows = self._status_rows()
-        cluster = next((row for row in rows if row.get("type") == "cluster"), None)
-        nodes = [str(row.get("name")) for row in rows if row.get("type") == "node"]
-        if not nodes:
-            raise OutcomeUnknown("GET /cluster/status names no node, so nothing is known; is api_host a Proxmox node?")
-        if cluster is None and len(nodes) == 1:
-            return {"quorum": "single node", "nodes": nodes}
-        if cluster is None or str(cluster.get("quorate")) not in ("1", "True", "true"):
+        """Return the evidence of quorum. Kept(unknown) without it: Proxmox would delete the disks and then fail.
+
+        ``GET /cluster/status`` is no source for this: pvedaemon caches it, and it says 0 (or 1) for minutes after that
+        stopped being true. The HA manager's row is right within two seconds, with and without HA resources, and a node
+        that was never part of a cluster has it too.
+        """
+        row = self._quorum_row()
+        if str(row.get("quorate")) not in ("1", "True", "true"):
             raise Kept("unknown", "the cluster has no quorum; nothing is deleted and nothing is known to be gone until it has (pvecm status)")
-        return {"quorum": "quorate", "cluster": cluster.get("name"), "nodes": nodes}
+        return {"quorum": "quorate", "node": row.get("node"), "status": str(row.get("status"))[:200]}
 
     def node_online(self, node: str) -> bool:
         """False only when the cluster says so."""
