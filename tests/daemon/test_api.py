@@ -164,13 +164,21 @@ def test_the_sentences_of_the_seed(daemon: Make, lab: Lab) -> None:
     ("POST", "/v1/sandboxes/1999/lease/renew", {"ttl_minutes": 10}, 404, "sandbox not found"),
     ("GET", "/v1/sandboxes/1999/events", None, 404, "sandbox not found"),
     ("GET", "/v1/nothing", None, 404, "no such path: /v1/nothing"),
-    ("GET", "/v1/sandboxes/abc", None, 400, "vmid: 'abc' is not a VMID. Valid: 100 to 999999999"),
+    # A word in the place of a VMID is a path that there is not, whatever the method.
+    *[(method, f"/v1/sandboxes/{word}", None, 404, f"no such path: /v1/sandboxes/{word}; GET /v1/openapi.json lists what there is")
+      for method, word in (("GET", "abc"), ("POST", "abc"), ("DELETE", "nothing"), ("POST", "stop-everything"), ("GET", "1000x"), ("GET", "-1000"))],
+    ("POST", "/v1/sandboxes/abc/stop", None, 404, "no such path: /v1/sandboxes/abc/stop"),
+    ("POST", "/v1/sandboxes/1000/nothing", None, 404, "no such path: /v1/sandboxes/1000/nothing"),
     ("POST", "/v1/sandboxes/99/stop", None, 400, "vmid: '99' is not a VMID"),
     ("GET", f"/v1/sandboxes/{'0' * 9}101{'9' * 20}", None, 400, "vmid: '000000000101999"),
     ("GET", "/v1/sandboxes?state=RUNING", None, 400, "state: 'RUNING' is not valid. Valid: REQUESTED"),
     ("GET", "/v1/sandboxes?stat=RUNNING", None, 400, "stat: unknown query parameter. Valid: state"),
     ("POST", "/v1/sandboxes/1000/destroy", b"{", 400, "the body is not valid JSON"),
     ("POST", "/v1/sandboxes/1000/destroy", [1], 400, "the body must be a JSON object"),
+    ("POST", "/v1/sandboxes/prune", b'{"dry_run": true, "dry_run": false}', 400, "dry_run: is given twice. Give each key once"),
+    ("POST", "/v1/sandboxes/1000/destroy", b'{"force": {"a": 1, "a": 2}}', 400, "a: is given twice"),
+    ("POST", "/v1/sandboxes/reconcile", {"apply": True, "dry_run": True}, 400, "dry_run: contradicts apply"),
+    ("POST", "/v1/workspaces", {"name": "w1", "size": "1G", "size_gb": 1}, 400, "size_gb: give size or size_gb, not both"),
     ("POST", "/v1/sandboxes/1000/destroy", {"forse": True}, 400, "forse: unknown key. Valid: force"),
     ("POST", "/v1/sandboxes/1000/destroy", {"force": "yes"}, 400, "force: 'yes' is not valid. Valid: true or false"),
     ("POST", "/v1/sandboxes/1000/lease/renew", None, 400, "ttl_minutes is required"),
@@ -293,3 +301,30 @@ def test_user_data_is_quoted_nowhere(daemon: Make, lab: Lab, tmp_path: Path) -> 
         assert refused.status == 400 and secret not in str(refused.body) and "cloud_init_user_data" in refused.body["error"]
     assert one.post(f"/v1/sandboxes/{made.body['vmid']}/destroy", {"force": True}).status == 200
     assert list(folder.iterdir()) == [] and secret not in one.log()
+
+
+def test_what_clients_may_name_is_limited_by_the_configuration(daemon: Make, lab: Lab, tmp_path: Path) -> None:
+    (tmp_path / "profiles").mkdir()
+    (tmp_path / "profiles" / "own.yaml").write_text("template: 9000\npool: agents\n", encoding="utf-8")
+    limits = {"api_vmid_range_only": True, "api_templates": ["other"], "api_pools": "spare, tests", "profiles_dir": str(tmp_path / "profiles")}
+    one = daemon(**limits)
+
+    def refusal(body: dict[str, Any]) -> str:
+        answer = one.post("/v1/sandboxes", body)
+        assert answer.status == 400, answer.body
+        plan = one.good("POST", "/v1/sandboxes/validate-plan", body)
+        assert [issue["message"] for issue in plan["errors"]] == [answer.body["error"]]
+        return str(answer.body["error"])
+
+    assert refusal({"vmid": 5000}) == "vmid: 5000 is outside the range that clients may use (api_vmid_range_only). Valid: 1000 to 1999, or leave it out"
+    assert refusal({"pool": "agents"}) == "pool: 'agents' is not for clients (api_pools). Valid: spare, tests"
+    for template in ("debian-13", "9000"):
+        assert refusal({"template": template}) == f"template: '{template}' is not for clients (api_templates). Valid: other"
+    assert lab.ours() == {}
+    # What the operator has set is the operator's.
+    assert one.good("POST", "/v1/sandboxes", {"name": "a1", "vmid": 1500}, 201)["vmid"] == 1500
+    # A template may be listed by its VMID and asked for by its name.
+    named = daemon(api_templates=[9000])
+    assert named.post("/v1/sandboxes", {"name": "a2", "template": "debian-13"}).status == 201
+    # Without limits nothing is limited.
+    assert daemon().post("/v1/sandboxes", {"name": "a3", "vmid": 5000, "template": "9000"}).status == 201

@@ -22,13 +22,17 @@ TOKEN = "a-long-token-of-the-tests-5d1f"
 # Whether a template, a node or a storage exists is not for a schema to say.
 CREATE = "/v1/sandboxes"
 NEW = "/v1/workspaces"
+REBIND = "/v1/workspaces/{id}/rebind"
+# It answers 200 to a plan that makes no sense, and says so.
+PLAN = "/v1/sandboxes/validate-plan"
 RUNS = {
-    "any": ["--exclude-path", CREATE, "--exclude-path", NEW],
+    "any": ["--exclude-path", CREATE, "--exclude-path", NEW, "--exclude-path", REBIND, "--exclude-path", PLAN],
     # Of a sandbox that is there.
     "1000": ["--include-path-regex", "{vmid}"],
     # Of a workspace that is there.
-    "w1": ["--include-path-regex", "{id}"],
-    "create": ["--include-path", CREATE, "--include-path", NEW, "--exclude-checks", "positive_data_acceptance"],
+    "w1": ["--include-path-regex", "{id}", "--exclude-path", REBIND],
+    "create": ["--include-path", CREATE, "--include-path", NEW, "--include-path", REBIND, "--exclude-checks", "positive_data_acceptance"],
+    "plan": ["--include-path", PLAN, "--exclude-checks", "positive_data_acceptance,negative_data_rejection"],
 }
 
 

@@ -72,6 +72,9 @@ DEFAULTS: dict[str, Any] = {
     "listen": None,
     "listen_token_file": None,
     "metrics_listen": None,
+    "api_vmid_range_only": False,
+    "api_templates": None,
+    "api_pools": None,
     "cleanup_file": "/etc/agentlab/cleanup.yaml",
     "expire_interval": "30s",
     "reconcile_interval": "15m",
@@ -177,6 +180,10 @@ class Config:
     listen: tuple[str, int] | None
     listen_token_file: str | None
     metrics_listen: tuple[str, int] | None
+    # What a client of the daemon may name itself; None: whatever the credentials may use.
+    api_vmid_range_only: bool
+    api_templates: tuple[str, ...] | None
+    api_pools: tuple[str, ...] | None
     cleanup_file: str
     expire_interval: int
     reconcile_interval: int
@@ -251,6 +258,9 @@ def load(options: Mapping[str, Any], environment: Mapping[str, str]) -> Config:
         listen=loopback("listen", value("listen")),
         listen_token_file=_text("listen_token_file", value("listen_token_file")),
         metrics_listen=loopback("metrics_listen", value("metrics_listen")),
+        api_vmid_range_only=_boolean("api_vmid_range_only", value("api_vmid_range_only")),
+        api_templates=_words("api_templates", value("api_templates"), words.WORD),
+        api_pools=_words("api_pools", value("api_pools"), words.POOL),
         cleanup_file=str(value("cleanup_file")),
         expire_interval=_seconds("expire_interval", value("expire_interval"), zero=False),
         reconcile_interval=_seconds("reconcile_interval", value("reconcile_interval"), zero=False),
@@ -314,6 +324,18 @@ def _word(name: str, value: Any, word: words.Word) -> str | None:
     value = value.strip() if isinstance(value, str) else value
     words.match(name, value, word)
     return _text(name, value)
+
+
+def _words(name: str, value: Any, word: words.Word) -> tuple[str, ...] | None:
+    """Return a list, or a text with commas, as names; None when nothing was set. An empty list allows none."""
+    if value is None:
+        return None
+    if isinstance(value, (dict, bool)):
+        raise InvalidInput(f"{name}: {words.quoted(value)} is not valid. Valid: a list of names", option=name)
+    names = words.split_words(value)
+    for text in names:
+        words.match(name, text, word)
+    return tuple(names)
 
 
 def _integer(name: str, value: Any, low: int, high: int) -> int:

@@ -12,7 +12,6 @@ import errno
 import fcntl
 import functools
 import hmac
-import json
 import os
 import pwd
 import socket
@@ -32,7 +31,7 @@ from .connections import BODY_BYTES, BODY_SECONDS, IDLE_SECONDS, Listener
 from .logs import log, seldom
 from .routes import ROUTES, Call, Route
 from .service import Service
-from .shapes import check_body, check_query
+from .shapes import check_body, check_query, parse_json
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 # A query with many states and tags is one line.
@@ -98,11 +97,7 @@ def _body(route: Route, raw: bytes) -> dict[str, Any]:
         return {}
     if not raw.strip():
         return check_body(route.body, {})
-    try:
-        found = json.loads(raw)
-    except (ValueError, RecursionError):
-        raise InvalidInput("the body is not valid JSON") from None
-    return check_body(route.body, found)
+    return check_body(route.body, parse_json(raw))
 
 
 class Api:
@@ -151,10 +146,9 @@ class Api:
                 return _response(answers.failed(500, "internal error; the daemon's log says more. Please report this", "internal"))
 
         app = web.Application(middlewares=[self._timed(option), guard], client_max_size=BODY_BYTES)
-        # A word that is a path of its own is no VMID: so the methods it does not have are answered with 405.
-        words = sorted({route.path.split("/")[3] for route in ROUTES if route.path.startswith("/v1/sandboxes/") and "{" not in route.path})
+        # Only digits are a VMID: any other word below /v1/sandboxes is no path of this API, and says so with 404.
         for route in ROUTES:
-            app.router.add_route(route.method, route.path.replace("{vmid}", f"{{vmid:(?!(?:{'|'.join(words)})$)[^/]+}}"), self._handler(route))
+            app.router.add_route(route.method, route.path.replace("{vmid}", "{vmid:[0-9]+}"), self._handler(route))
         return app
 
     def _timed(self, option: str) -> Any:

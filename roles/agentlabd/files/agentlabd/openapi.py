@@ -47,7 +47,19 @@ _RESULT: dict[str, Any] = {**_DONE, "vmid": {"type": ["integer", "null"]}, "uuid
 _WORKSPACE: dict[str, Any] = {
     "id": _TEXT, "name": _TEXT, "state": _TEXT, "size": {**_WHOLE, "description": "bytes"}, "storage": _TEXT, "node": _MAYBE, "volume": _TEXT,
     "owner_vmid": _WHOLE, "vmid": {"type": ["integer", "null"]}, "sandbox": _MAYBE, "sandbox_uuid": _MAYBE, "device": _TEXT, "lease_expires_at": _TIME,
-    "created_at": _TIME, "updated_at": _TIME, "state_changed_at": _TIME, "reason": _MAYBE}
+    "created_at": _TIME, "updated_at": _TIME, "state_changed_at": _TIME, "reason": _MAYBE,
+    # As the original command line reads them.
+    "size_gb": {**_WHOLE, "description": "size in GiB, rounded up"}, "volid": _TEXT, "attached_vmid": {"type": ["integer", "null"]}}
+_EVENT: dict[str, Any] = {
+    "id": _WHOLE, "at": _TIME, "sandbox_uuid": _TEXT, "vmid": _WHOLE, "from_state": _MAYBE, "to_state": _MAYBE, "operation": _TEXT, "actor": _TEXT,
+    "reason": _MAYBE, "evidence": _ANY, "upids": _list(_TEXT), "duration_ms": {"type": ["integer", "null"]}, "outcome": _TEXT,
+    # As the original command line reads them.
+    "ts": _TIME, "kind": _TEXT, "sandbox_vmid": _WHOLE, "job_id": {"type": "null"}, "msg": _TEXT, "json": _ANY}
+_ENTRY: dict[str, Any] = {
+    "vmid": _WHOLE, "name": _TEXT, "managed": _FLAG, "profile": _MAYBE, "agentlab_state": _MAYBE, "proxmox_status": _MAYBE, "agentlab_ip": _MAYBE,
+    "tags": _list(_TEXT), "drift": _list(_TEXT)}
+_COUNTS: dict[str, Any] = {"type": "object", "additionalProperties": _WHOLE}
+_ISSUES: dict[str, Any] = _list(_object({"code": _TEXT, "field": _TEXT, "message": _TEXT}))
 _FINDING: dict[str, Any] = {"type": "string", "enum": ["ok", "warning", "problem", "unknown"]}
 _JOB: dict[str, Any] = {"last_run": _TIME, "next_run": _TIME, "last_error": _MAYBE}
 
@@ -62,14 +74,21 @@ SCHEMAS: dict[str, Any] = {
     "Lease": _object({"vmid": _WHOLE, "lease_expires_at": _TIME, "granted_seconds": _WHOLE, "capped": _FLAG, "changed": _FLAG}),
     "Prune": _object({"count": _WHOLE, "dry_run": _FLAG, **{name: _list(_ref("Result")) for name in ("pruned", "kept", "failed")}}),
     "Drift": _object({"drift": _list(_object({"kind": _TEXT, "action": _TEXT, "vmid": {"type": ["integer", "null"]}, "uuid": _MAYBE, "state": _MAYBE,
-                                              "evidence": _ANY, "applied": _FLAG, "error": _MAYBE})), "count": _WHOLE, "applied": _FLAG}),
-    "Events": _object({"events": _list(_object({
-        "id": _WHOLE, "at": _TIME, "sandbox_uuid": _TEXT, "vmid": _WHOLE, "from_state": _MAYBE, "to_state": _MAYBE, "operation": _TEXT, "actor": _TEXT,
-        "reason": _MAYBE, "evidence": _ANY, "upids": _list(_TEXT), "duration_ms": {"type": ["integer", "null"]}, "outcome": _TEXT})), "last_id": _WHOLE}),
+                                              "evidence": _ANY, "applied": _FLAG, "error": _MAYBE})), "count": _WHOLE, "applied": _FLAG,
+                      "dry_run": _FLAG, "checked": _WHOLE, "drifted": _WHOLE, "reconciled": _WHOLE, "results": _list(_object(_ENTRY))}),
+    "Events": _object({"events": _list(_object(_EVENT)), "last_id": _WHOLE}),
+    "Inventory": _object({"sandboxes": _list(_object(_ENTRY))}),
+    "StopAll": _object({"total": _WHOLE, "stopped": _WHOLE, "skipped": _WHOLE, "failed": _WHOLE, "results": _list(_object({
+        "vmid": _WHOLE, "name": _TEXT, "profile": _MAYBE, "state": _STATE, "result": {"type": "string", "enum": ["stopped", "skipped", "failed"]},
+        "error": _MAYBE}))}),
+    "ValidatedPlan": _object({"ok": _FLAG, "errors": _ISSUES, "warnings": _ISSUES, "plan": _ANY}),
+    "Rebound": _object({"workspace": _ref("Workspace"), "sandbox": _ref("Sandbox"), "old_vmid": {"type": ["integer", "null"]}, "warnings": _list(_TEXT)}),
     "Workspace": _object(_WORKSPACE),
     "Workspaces": _object({"workspaces": _list(_ref("Workspace"))}),
     "WorkspaceItem": _object({**_WORKSPACE, "outcome": _TEXT, "changed": _FLAG}),
-    "Profiles": _object({"profiles": _list(_object({"name": _TEXT, "description": _MAYBE}, more=True))}),
+    "Profiles": _object({"profiles": _list(_object({
+        "name": _TEXT, "description": _MAYBE, "template_vmid": {**_WHOLE, "description": "0 for a template that is named"}, "updated_at": _TIME},
+        more=True))}),
     "Cleanup": _object({"count": _WHOLE, "dry_run": _FLAG, "candidates": _WHOLE, "forgotten": _WHOLE, "guard": _MAYBE,
                         **{name: _list(_ref("Result")) for name in ("pruned", "marked", "kept", "failed")}}),
     "Freeze": _object({"reason": _TEXT, "at": _TIME, "actor": _TEXT}),
@@ -82,7 +101,9 @@ SCHEMAS: dict[str, Any] = {
         "cleanup": _object({"enabled": _FLAG, "mode": _TEXT, **_JOB, "last_result": {"type": ["object", "null"]},
                             "frozen": {"anyOf": [_ref("Freeze"), {"type": "null"}]}}),
         "operations": _object({"in_progress": _WHOLE, "interrupted": _WHOLE}),
-        "config": _object({"path": _MAYBE, "loaded_at": _TIME, "error": _MAYBE})}),
+        "config": _object({"path": _MAYBE, "loaded_at": _TIME, "error": _MAYBE}),
+        "api_schema_version": _WHOLE, "event_schema_version": _WHOLE, "sandboxes": _COUNTS, "jobs": _COUNTS, "network_modes": _COUNTS,
+        "artifacts": _ANY, "metrics": _object({"enabled": _FLAG}), "recent_failures": _list(_object(_EVENT))}),
     "Doctor": _object({
         "status": _FINDING, "problems": _WHOLE, "pveum": {**_list(_TEXT), "description": "commands for a token with the least privileges"},
         "findings": _list(_object({"check": _TEXT, "status": _FINDING, "meaning": _TEXT, "advice": _MAYBE, "facts": _ANY})),

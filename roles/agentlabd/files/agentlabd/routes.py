@@ -14,13 +14,13 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from agentlab_core import durations, profiles, states, words
-from agentlab_core.errors import AgentlabError, InvalidInput, StateConflict
-from agentlab_core.model import Sandbox
+from agentlab_core.errors import AgentlabError, InvalidInput, ProxmoxError, StateConflict
+from agentlab_core.model import Outcome, Sandbox
 from agentlab_core.operations import cleanup, create, destroy, info, lease, power, prune, reconcile, wanted, workspace, workspace_disk
-from agentlab_core.operations.context import Context
+from agentlab_core.operations.context import Context, failure
 from agentlab_core.store import history
 
-from . import openapi
+from . import openapi, upstream
 from .answers import Answer, of_item, of_items
 from .shapes import Field
 
@@ -85,7 +85,9 @@ def healthz(call: Call) -> Answer:
 
 
 def status(call: Call) -> Answer:
-    return Answer(call.service.status())
+    service = call.service
+    events = history.events(service.base.database, tail=upstream.EVENTS_LOOKED_THROUGH)
+    return Answer(upstream.describe_status(service.status(), events, metrics=service.config.metrics_listen is not None))
 
 
 def describe(call: Call) -> Answer:
@@ -110,7 +112,7 @@ def events(call: Call) -> Answer:
     ctx.select(call.vmid)
     after = call.query.get("after", 0)
     found = history.events(ctx.database, vmid=call.vmid, after=after, tail=call.query.get("tail"), limit=call.query.get("limit", 1000))
-    return Answer({"events": [info.event(row) for row in found], "last_id": found[-1]["id"] if found else after})
+    return Answer({"events": [upstream.describe_event(row) for row in found], "last_id": found[-1]["id"] if found else after})
 
 
 # ---- sandboxes: one ----
@@ -118,7 +120,39 @@ def events(call: Call) -> Answer:
 
 def create_sandbox(call: Call) -> Answer:
     ctx = call.context()
-    given = dict(call.body)
+    _check_limits(ctx, call.body)
+    outcome = create.run(ctx, wanted.spec(ctx, _creation(call.body)))
+    call.service.lease_changed()
+    return of_item(outcome, 201 if outcome.outcome == "created" else 200)
+
+
+def _check_limits(ctx: Context, body: Mapping[str, Any]) -> None:
+    """Raise InvalidInput for what the configuration keeps from clients of the API.
+
+    Only what the request itself names is judged: profiles and configuration are the operator's own.
+    """
+    config = ctx.config
+    low, high = config.vmid_range
+    vmid, template, pool = body.get("vmid"), body.get("template"), body.get("pool")
+    if config.api_vmid_range_only and vmid is not None and not low <= vmid <= high:
+        raise InvalidInput(f"vmid: {vmid} is outside the range that clients may use (api_vmid_range_only). Valid: {low} to {high}, or leave it out",
+                           option="vmid")
+    if config.api_pools is not None and pool is not None and pool not in config.api_pools:
+        raise InvalidInput(f"pool: {words.quoted(pool)} is not for clients (api_pools). Valid: {', '.join(config.api_pools) or 'none, leave it out'}",
+                           option="pool")
+    if config.api_templates is not None and template is not None and template not in config.api_templates:
+        # One list may have the name, the request the VMID, or the other way round.
+        names = {str(found): str(row.get("name") or "") for found, row in ctx.cluster.vms().items() if row.get("template")}
+        allowed = {found for found, name in names.items() if found in config.api_templates or name in config.api_templates}
+        asked = {found for found, name in names.items() if template in (found, name)}
+        if not asked or not asked <= allowed:
+            raise InvalidInput(f"template: {words.quoted(template)} is not for clients (api_templates). "
+                               f"Valid: {', '.join(config.api_templates) or 'none, leave it out'}", option="template")
+
+
+def _creation(body: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a creation, each under its own name."""
+    given = dict(body)
     minutes = given.pop("ttl_minutes", None)
     if minutes is not None:
         if "ttl" in given:
@@ -129,9 +163,7 @@ def create_sandbox(call: Call) -> Answer:
         if "workspace" in given:
             raise InvalidInput("workspace_id: give workspace or workspace_id, not both", option="workspace_id")
         given["workspace"] = by_id
-    outcome = create.run(ctx, wanted.spec(ctx, given))
-    call.service.lease_changed()
-    return of_item(outcome, 201 if outcome.outcome == "created" else 200)
+    return given
 
 
 def destroy_sandbox(call: Call) -> Answer:
@@ -149,6 +181,101 @@ def _power(operation: str) -> Callable[[Call], Answer]:
         return of_item(power.run(ctx, ctx.select(call.vmid), operation))
 
     return handler
+
+
+# A sandbox in TIMEOUT that becomes STOPPED would be out of prune's sight for ever. The daemon stops the VM itself.
+_STOPPABLE = tuple(state for state in (*states.OPERATIONS["stop"].allowed, *states.OPERATIONS["stop"].satisfied) if state != states.TIMEOUT)
+
+
+def _refuse_stop(sandbox: Sandbox) -> None:
+    """Raise StateConflict for a sandbox in TIMEOUT, as the original daemon does. (A module may stop it.)"""
+    if sandbox.state == states.TIMEOUT:
+        raise StateConflict(f"cannot stop sandbox in {states.TIMEOUT} state. Valid states: {', '.join(_STOPPABLE)}. "
+                            "Its lease is over and its VM is stopped by the daemon: prune it, or destroy it with --force",
+                            operation="stop", state=sandbox.state, valid=_STOPPABLE)
+
+
+def stop_sandbox(call: Call) -> Answer:
+    ctx = call.context()
+    sandbox = ctx.select(call.vmid)
+    _refuse_stop(sandbox)
+    return of_item(power.run(ctx, sandbox, "stop"))
+
+
+def resume_sandbox(call: Call) -> Answer:
+    ctx = call.context()
+    sandbox = ctx.select(call.vmid)
+    valid = (states.SUSPENDED, *states.OPERATIONS["start"].satisfied)
+    if sandbox.state not in valid:
+        raise StateConflict(f"cannot resume sandbox in {sandbox.state} state. Valid states: {', '.join(valid)}", operation="start",
+                            state=sandbox.state, valid=valid)
+    return of_item(power.run(ctx, sandbox, "start"))
+
+
+def stop_all_sandboxes(call: Call) -> Answer:
+    """Stop every sandbox that is meant to run; the rest is named as skipped. A failure stops no other."""
+    ctx = call.context()
+    sandboxes = ctx.records.find_all()
+
+    def stop(sandbox: Sandbox) -> Outcome | None:
+        if sandbox.state not in (*states.POWERED, states.SUSPENDED):
+            return None
+        try:
+            return power.run(ctx, sandbox, "stop")
+        except AgentlabError as error:
+            return failure(sandbox, error)
+
+    outcomes = ctx.each(stop, sandboxes)
+    results = [upstream.describe_stop(sandbox, outcome) for sandbox, outcome in zip(sandboxes, outcomes, strict=True)]
+    counts = {word: sum(result["result"] == word for result in results) for word in ("stopped", "skipped", "failed")}
+    return Answer({"total": len(results), **counts, "results": results}, 207 if counts["failed"] else 200,
+                  [outcome for outcome in outcomes if outcome is not None])
+
+
+def _amend(call: Call, **values: bool) -> Answer:
+    ctx = call.context()
+    sandbox = ctx.select(call.vmid)
+    if not sandbox.live:
+        raise StateConflict(f"cannot change sandbox in {sandbox.state} state. Valid states: every other one", operation="update", state=sandbox.state)
+    answer = of_item(create.amend(ctx, sandbox, **values))
+    call.service.lease_changed()
+    return answer
+
+
+def _protect(protected: bool) -> Callable[[Call], Answer]:
+    return lambda call: _amend(call, protected=protected)
+
+
+def set_keepalive(call: Call) -> Answer:
+    return _amend(call, keepalive=call.body["keepalive"])
+
+
+def validate_plan(call: Call) -> Answer:
+    """Say what a creation would do and what is wrong with it; nothing is made."""
+    ctx = call.context(dry_run=True)
+    plan = {name: call.body.get(name) for name in ("name", "profile", "ttl_minutes", "workspace_id", "vmid", "tags")}
+    plan["keepalive"] = call.body.get("keepalive", False)
+    errors: list[dict[str, str]] = []
+    warnings: list[str] = []
+    try:
+        _check_limits(ctx, call.body)
+        outcome = create.run(ctx, wanted.spec(ctx, _creation(call.body)))
+        warnings = outcome.warnings
+        if outcome.outcome == "unchanged":
+            warnings = [*warnings, f"sandbox {outcome.vmid} ({outcome.name}) is there already and stays as it is"]
+    except ProxmoxError:
+        # Whether the plan is sound is not known.
+        raise
+    except AgentlabError as error:
+        option = error.detail.get("option") or ("workspace" if "workspace" in error.detail else "")
+        errors = [{"code": error.code, "field": str(option), "message": error.message}]
+    return Answer({"ok": not errors, "errors": errors, "plan": plan,
+                   "warnings": [{"code": "warning", "field": "", "message": text} for text in warnings]})
+
+
+def list_inventory(call: Call) -> Answer:
+    ctx = call.context()
+    return Answer({"sandboxes": upstream.inventory(ctx.records.find_all(), ctx.cluster.vms(fresh=True), ctx.config.vmid_range)})
 
 
 def renew_lease(call: Call) -> Answer:
@@ -196,37 +323,76 @@ def prune_sandboxes(call: Call) -> Answer:
 
 
 def reconcile_sandboxes(call: Call) -> Answer:
-    apply = call.body.get("apply", False)
+    if "apply" in call.body and call.body.get("dry_run") == call.body["apply"]:
+        raise InvalidInput("dry_run: contradicts apply; give one of the two", option="dry_run")
+    apply = call.body.get("apply", not call.body.get("dry_run", True))
     adopt = call.body.get("adopt_cluster", False)
     if adopt and not apply:
         raise InvalidInput("adopt_cluster: has an effect together with apply only", option="adopt_cluster")
-    found = reconcile.run(call.context(dry_run=not apply), apply=apply, adopt_cluster=adopt)
+    ctx = call.context(dry_run=not apply)
+    checked = len(ctx.records.find_all())
+    found = reconcile.run(ctx, apply=apply, adopt_cluster=adopt)
     if apply:
         call.service.metrics.reconciled(found)
         call.service.lease_changed()
-    return Answer({"drift": [one.public() for one in found], "count": len(found), "applied": apply})
+    return Answer(upstream.describe_drift(found, checked, applied=apply))
 
 
 # ---- workspaces ----
 
 
 def _of_workspace(done: workspace.Done) -> Answer:
-    shown = done.workspace.public() if done.workspace else {}
+    shown = upstream.describe_workspace(done.workspace.public()) if done.workspace else {}
     return Answer({**shown, "outcome": done.outcome, "changed": done.changed}, 201 if done.outcome == "created" else 200)
 
 
 def list_workspaces(call: Call) -> Answer:
     found = workspace.show(call.context(), states=call.query.get("state"), include_deleted=call.query.get("include_deleted", False))
-    return Answer({"workspaces": found["workspaces"]})
+    return Answer({"workspaces": [upstream.describe_workspace(shown) for shown in found["workspaces"]]})
 
 
 def show_workspace(call: Call) -> Answer:
-    return Answer(workspace_disk.select(call.context(), call.ident).public())
+    return Answer(upstream.describe_workspace(workspace_disk.select(call.context(), call.ident).public()))
 
 
 def create_workspace(call: Call) -> Answer:
     given = call.body
-    return _of_workspace(workspace.present(call.context(), given["name"], size=given.get("size"), storage=given.get("storage"), node=given.get("node")))
+    size = given.get("size")
+    if given.get("size_gb") is not None:
+        if size is not None:
+            raise InvalidInput("size_gb: give size or size_gb, not both", option="size_gb")
+        size = f"{given['size_gb']}G"
+    return _of_workspace(workspace.present(call.context(), given["name"], size=size, storage=given.get("storage"), node=given.get("node")))
+
+
+def rebind_workspace(call: Call) -> Answer:
+    """Move a workspace into a new sandbox; the old one is stopped first, so that nothing is written while the disk is moved."""
+    ctx = call.context()
+    disk = workspace_disk.select(ctx, call.ident)
+    given: dict[str, Any] = {name: call.body[name] for name in ("profile", "ttl_minutes") if name in call.body}
+    # What is wrong with the new sandbox is said before the old one loses its disk.
+    spec = wanted.spec(ctx, _creation({**given, "workspace_id": disk.id}))
+    old = ctx.records.get(disk.sandbox_uuid) if disk.sandbox_uuid else None
+    if old is not None and old.live:
+        if not call.body.get("keep_old", False):
+            destroy.check(ctx, old, force=True)
+        if old.state in (*states.POWERED, states.SUSPENDED):
+            power.run(ctx, old, "stop")
+    workspace.detached(ctx, disk.id)
+    created = create.run(ctx, spec)
+    call.service.lease_changed()
+    answer = of_item(created)
+    if created.failed or created.sandbox is None:
+        return answer
+    outcomes = [created]
+    if old is not None and old.live and not call.body.get("keep_old", False):
+        outcomes += destroy.several(ctx, [ctx.records.get(old.uuid)], force=True)
+    moved = workspace_disk.select(ctx, disk.id)
+    body = {"workspace": upstream.describe_workspace(moved.public()), "sandbox": created.sandbox.public(),
+            "old_vmid": old.vmid if old is not None else None}
+    if any(outcome.failed for outcome in outcomes):
+        return Answer({**body, "warnings": [str(outcome.message or outcome.reason) for outcome in outcomes if outcome.failed]}, 207, outcomes)
+    return Answer({**body, "warnings": []}, 200, outcomes)
 
 
 def attach_workspace(call: Call) -> Answer:
@@ -250,7 +416,7 @@ def destroy_workspace(call: Call) -> Answer:
 
 def list_profiles(call: Call) -> Answer:
     found = profiles.load_all(call.service.config.profiles_dir)
-    return Answer({"profiles": [one.public() for _name, one in sorted(found.items())]})
+    return Answer({"profiles": [upstream.describe_profile(profile.public(), profile.path) for _name, profile in sorted(found.items())]})
 
 
 def run_cleanup(call: Call) -> Answer:
@@ -373,8 +539,15 @@ ROUTES: tuple[Route, ...] = (
     Route("POST", "/v1/sandboxes/reconcile", "reconcile_sandboxes", "Compare the records with Proxmox; repair drift if asked to", reconcile_sandboxes,
           {200: "Drift"}, operation="reconcile", body={
               "apply": Field("boolean", "repair what can be repaired"),
+              "dry_run": Field("boolean", "false is the same as apply; give one of the two"),
               "adopt_cluster": Field("boolean", "with apply: note this cluster as the one the records belong to"),
           }, together=_ADOPT_APPLIED),
+    Route("POST", "/v1/sandboxes/stop_all", "stop_all_sandboxes", "Stop every sandbox that runs or is paused", stop_all_sandboxes,
+          {200: "StopAll", 207: "StopAll"}, operation="stop", body={"force": Field("boolean", "taken and without effect: no job holds a sandbox")}),
+    Route("POST", "/v1/sandboxes/validate-plan", "validate_plan", "Say what is wrong with a creation, and make nothing", validate_plan,
+          {200: "ValidatedPlan"}, body=CREATION, together=_NOT_BOTH),
+    Route("GET", "/v1/sandboxes/inventory", "list_inventory", "Sandboxes beside Proxmox's VM list, and VMs of the range without a record",
+          list_inventory, {200: "Inventory"}),
     Route("GET", "/v1/sandboxes/{vmid}", "show_sandbox", "The live sandbox of that VMID, or else the last destroyed one", show_sandbox,
           {200: "Sandbox"}, quick=True),
     Route("GET", "/v1/sandboxes/{vmid}/events", "list_events", "What happened to the sandboxes of that VMID, oldest first", events,
@@ -385,8 +558,17 @@ ROUTES: tuple[Route, ...] = (
           }),
     Route("POST", "/v1/sandboxes/{vmid}/destroy", "destroy_sandbox", "Destroy a sandbox", destroy_sandbox, {200: "Item"},
           operation="destroy", body={"force": _FORCE}),
-    *(Route("POST", f"/v1/sandboxes/{{vmid}}/{verb}", f"{verb}_sandbox", text, _power(verb), {200: "Item"}, operation=verb, body={}) for verb, text in (
-        ("start", "Start or resume its VM"), ("stop", "Shut its VM down, switch it off when it does not answer"), ("suspend", "Pause its VM"))),
+    *(Route("POST", f"/v1/sandboxes/{{vmid}}/{verb}", f"{verb}_sandbox", text, handler, {200: "Item"}, operation=operation, body={})
+      for verb, operation, text, handler in (
+          ("start", "start", "Start or resume its VM", _power("start")),
+          ("stop", "stop", "Shut its VM down, switch it off when it does not answer", stop_sandbox),
+          ("suspend", "suspend", "Pause its VM", _power("suspend")),
+          ("pause", "suspend", "The same as suspend", _power("suspend")),
+          ("resume", "start", "Resume its VM after a pause", resume_sandbox))),
+    *(Route("POST", f"/v1/sandboxes/{{vmid}}/{verb}", f"{verb}_sandbox", text, _protect(value), {200: "Item"}, quick=True, body={})
+      for verb, value, text in (("protect", True, "Let nothing destroy it, forced or not"), ("unprotect", False, "Let it be destroyed again"))),
+    Route("POST", "/v1/sandboxes/{vmid}/keepalive", "set_keepalive", "Renew its lease by itself when it is over, or no more", set_keepalive,
+          {200: "Item"}, quick=True, body={"keepalive": Field("boolean", "true or false", required=True)}),
     Route("POST", "/v1/sandboxes/{vmid}/lease/renew", "renew_lease", "Set the lease to now plus the time given", renew_lease, {200: "Lease"}, quick=True,
           body={**_LIFETIME, "min_remaining": Field("duration", "renew only when less than this is left"),
                 "allow_shorten": Field("boolean", "let the lease become shorter")}, together={**_NOT_BOTH, **_ONE_OF_THEM}),
@@ -398,6 +580,7 @@ ROUTES: tuple[Route, ...] = (
           {201: "WorkspaceItem", 200: "WorkspaceItem"}, body={
               "name": Field("string", "a name of letters, digits and . - _", required=True, longest=63, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"),
               "size": Field("string", "size, such as 20G", longest=7, pattern=r"^[1-9][0-9]{0,5}[MGT]$"),
+              "size_gb": Field("integer", "the same in GiB", low=1, high=999999),
               "storage": Field("string", "storage of a new one", longest=100),
               "node": Field("string", "node of a new one on local storage", longest=100),
           }),
@@ -406,6 +589,12 @@ ROUTES: tuple[Route, ...] = (
           body={"vmid": replace(_VMID, required=True), "ttl": Field("duration", "how long it has it; as long as the sandbox's lease unless given")}),
     Route("POST", "/v1/workspaces/{id}/detach", "detach_workspace", "Take it off; unmount it in a running guest first", detach_workspace,
           {200: "WorkspaceItem"}, body={}),
+    Route("POST", "/v1/workspaces/{id}/rebind", "rebind_workspace", "Give it to a new sandbox; the one that has it is stopped, and destroyed after",
+          rebind_workspace, {200: "Rebound", 207: "Rebound"}, operation="create", body={
+              "profile": Field("string", "profile of the new sandbox", required=True, longest=100),
+              "ttl_minutes": Field("integer", "lease of the new sandbox in minutes", low=1, high=5256000),
+              "keep_old": Field("boolean", "keep the old sandbox, stopped"),
+          }),
     Route("POST", "/v1/workspaces/{id}/destroy", "destroy_workspace", "Delete it and the data on it", destroy_workspace, {200: "WorkspaceItem"},
           body={"force": Field("boolean", "must be true: the data is lost")}),
     Route("GET", "/v1/profiles", "list_profiles", "Kinds of sandboxes that the operator has described", list_profiles, {200: "Profiles"}, quick=True),

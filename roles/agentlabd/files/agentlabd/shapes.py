@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -112,6 +113,24 @@ _KEY = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,39}", re.ASCII)
 
 def _key(name: str) -> str:
     return name if _KEY.fullmatch(name) else "that key"
+
+
+def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make an object of its keys and values; a key that stands twice would silently win over the first one."""
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise InvalidInput(f"{_key(name)}: is given twice. Give each key once", option=_key(name))
+        found[name] = value
+    return found
+
+
+def parse_json(raw: bytes) -> Any:
+    """Read a body; InvalidInput when it is not JSON, or when an object has a key twice."""
+    try:
+        return json.loads(raw, object_pairs_hook=_refuse_duplicates)
+    except (ValueError, RecursionError):
+        raise InvalidInput("the body is not valid JSON") from None
 
 
 def check_body(fields: Mapping[str, Field], body: Any) -> dict[str, Any]:
