@@ -73,8 +73,7 @@ options:
     type: str
 requirements:
   - python >= 3.11
-  - proxmoxer >= 1.2 (for C(pvesh), without O(api_host), >= 2.0)
-  - requests
+  - proxmoxer >= 1.2 and requests, with O(api_host); without it nothing but C(pvesh) of the node
   - PyYAML, if there is a configuration file
 author:
   - agentlab.proxmox contributors (@agentlab)

@@ -247,7 +247,7 @@ def argv_of(log: Path, method: str, path: str, **params: Any) -> list[str]:
 def test_pvesh_gets_each_value_as_one_argument(pvesh: Path) -> None:
     argv = argv_of(pvesh, "put", "nodes/pve1/qemu/100/config", description="a b; rm -rf / $(x)", digest="d")
     assert argv[:2] == ["set", "/nodes/pve1/qemu/100/config"]
-    assert argv[argv.index("-description") + 1] == "a b; rm -rf / $(x)"
+    assert argv[argv.index("--description") + 1] == "a b; rm -rf / $(x)"
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
@@ -264,10 +264,10 @@ def test_no_value_becomes_an_option_of_pvesh(pvesh: Path, value: str) -> None:
         name = value
     argv = argv_of(pvesh, "post", "nodes/pve1/qemu/9000/clone", newid=1000, name=name, description=identity.marker("u") + value)
     assert argv[:2] == ["create", "/nodes/pve1/qemu/9000/clone"]
-    assert argv[argv.index("-description") + 1] == identity.marker("u") + value
-    assert argv[argv.index("-name") + 1] == name
+    assert argv[argv.index("--description") + 1] == identity.marker("u") + value
+    assert argv[argv.index("--name") + 1] == name
     options = [one for position, one in enumerate(argv[2:]) if position % 2 == 0]
-    assert set(options) <= {"-newid", "-name", "-description", "--output-format"}, argv
+    assert set(options) <= {"--newid", "--name", "--description", "--output-format"}, argv
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))

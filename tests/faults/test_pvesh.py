@@ -6,18 +6,32 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import AgentlabError, OutcomeUnknown, Unreachable
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import (
+    AgentlabError,
+    InvalidInput,
+    OutcomeUnknown,
+    Unreachable,
+)
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import workspace
 
 from support.double import TOKEN_ID, TOKEN_SECRET
 from support.lab import Lab
 
 pytestmark = pytest.mark.faults
+CORE = "ansible_collections.agentlab.proxmox.plugins.module_utils._core"
+# A process of its own that asks pvesh.
+CLIENT = (f"from {CORE}.clock import SystemClock; from {CORE}.config import ProxmoxSettings; "
+          f"from {CORE}.proxmox.client import ProxmoxClient; client = ProxmoxClient(ProxmoxSettings(), SystemClock())")
 PROGRAM = Path(__file__).resolve().parents[1] / "support" / "pvesh.py"
 
 
@@ -27,7 +41,7 @@ def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Lab]:
     made = Lab(tmp_path, api_timeout=60)
     program = tmp_path / "bin" / "pvesh"
     program.parent.mkdir()
-    program.write_text(f'#!/bin/sh\nexec {sys.executable} {PROGRAM} "$@"\n')
+    program.write_text(f'#!/bin/sh\necho "$1 $2" >> {tmp_path}/calls\nexec {sys.executable} {PROGRAM} "$@"\n')
     program.chmod(0o755)
     for name, value in (("PATH", f"{program.parent}:/usr/bin:/bin"), ("PVESH_URL", made.server.url), ("PVESH_TOKEN", f"{TOKEN_ID}={TOKEN_SECRET}"),
                         ("PVESH_CA", made.server.cafile)):
@@ -38,15 +52,35 @@ def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Lab]:
         return {name: value for name, value in real(folder).items() if name.startswith("AGENTLAB_")}
 
     monkeypatch.setattr(made.server, "environment", environment)
+    # Nothing but pvesh is needed: these cannot be imported.
+    for library in ("proxmoxer", "requests"):
+        monkeypatch.setitem(sys.modules, library, None)
     try:
         yield made
     finally:
         made.stop()
 
 
-def test_the_whole_life_through_pvesh(lab: Lab) -> None:
-    made = lab.create(cores=3, memory=1024, bridge="vmbr1", firewall=True, ip_config="ip=dhcp", tags=["x"], wait_for_ip=True)
-    assert made.state == "RUNNING" and made.ip
+def child_environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+
+
+def calls(lab: Lab) -> list[str]:
+    """Return what pvesh was asked since the last look."""
+    log = Path(lab.folder) / "calls"
+    lines = log.read_text().splitlines() if log.exists() else []
+    log.write_text("")
+    return lines
+
+
+@pytest.mark.parametrize("node", ["pve1", "pve2"])
+def test_the_whole_life_through_pvesh(lab: Lab, node: str) -> None:
+    """On this node, and on another one, whose answers are glued to the log of their tasks."""
+    lab.pve.add_node("pve2")
+    lab.pve.add_template(9001, "on-pve2", node="pve2")
+    made = lab.create(cores=3, memory=1024, bridge="vmbr1", firewall=True, ip_config="ip=dhcp", tags=["x"], wait_for_ip=True, node=node,
+                      template={"pve1": None, "pve2": "on-pve2"}[node])
+    assert made.state == "RUNNING" and made.ip and made.node == node
     assert lab.pve.vm(made.vmid).config["cores"] == "3"
     assert lab.power("stop", made.vmid).state == "STOPPED"
     assert lab.power("start", made.vmid).state == "RUNNING"
@@ -54,6 +88,79 @@ def test_the_whole_life_through_pvesh(lab: Lab) -> None:
     outcome = lab.destroy(made.vmid, force=True)[0]
     assert outcome.state == "DESTROYED", outcome.message
     assert lab.pve.vm(made.vmid) is None
+
+
+def test_how_often_pvesh_is_started(lab: Lab) -> None:
+    """Each start takes half a second on a node. One status read tells how a task ended; what was written is not read back."""
+    counts = {}
+    made = lab.create()
+    counts["create"] = calls(lab)
+    lab.power("stop", made.vmid)
+    counts["stop"] = calls(lab)
+    lab.power("start", made.vmid)
+    counts["start"] = calls(lab)
+    lab.power("stop", made.vmid)
+    calls(lab)
+    assert lab.destroy(made.vmid)[0].state == "DESTROYED"
+    counts["destroy"] = calls(lab)
+    most = {"create": 13, "stop": 5, "start": 6, "destroy": 8}
+    assert {name: len(asked) for name, asked in counts.items() if len(asked) > most[name]} == {}, counts
+    for name, tasks in (("create", 2), ("stop", 1), ("start", 1), ("destroy", 1)):
+        assert sum("/tasks/" in line for line in counts[name]) == tasks, counts[name]
+
+
+def test_a_task_goes_on_when_the_run_that_began_it_is_killed(lab: Lab, tmp_path: Path) -> None:
+    """A worker of Proxmox ends with pvesh; a clone that is cut off would leave a locked VM."""
+    (tmp_path / "bin" / "pvesh").write_text(f"#!/bin/sh\nsleep 2\necho a line of the log\necho ended > {tmp_path}/ended\n")
+    code = f"{CLIENT}; client.post('nodes/pve1/qemu/9000/clone', newid=1000)"
+    run = subprocess.Popen([sys.executable, "-c", code], env=child_environment(), start_new_session=True)
+    deadline = time.monotonic() + 60
+    while not psutil.Process(run.pid).children() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(run.pid, signal.SIGKILL)
+    assert run.wait() == -signal.SIGKILL
+    while not (tmp_path / "ended").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert (tmp_path / "ended").exists()
+
+
+def test_a_write_that_takes_too_long_is_unknown_and_goes_on(lab: Lab, tmp_path: Path) -> None:
+    (tmp_path / "bin" / "pvesh").write_text(f"#!/bin/sh\nsleep 3\necho ended > {tmp_path}/ended\n")
+    ctx = lab.context(api_timeout=1, wait_timeout="1s")
+    with pytest.raises(OutcomeUnknown, match=r"did not end within 1 s \(wait_timeout\); it goes on.*not known"):
+        ctx.client.post("nodes/pve1/qemu/9000/clone", newid=1000)
+    assert not (tmp_path / "ended").exists()
+    with pytest.raises(OutcomeUnknown, match=r"no answer within 1 s \(api_timeout\); nothing was changed"):
+        ctx.client.get("version")
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "ended").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert (tmp_path / "ended").exists()
+
+
+@pytest.mark.parametrize("value", [f"{TOKEN_SECRET}", "a secret of the guest"])
+def test_no_secret_reaches_pvesh(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    """Neither in its environment nor among its arguments, which every user of the host may read."""
+    monkeypatch.setenv("PROXMOX_TOKEN_SECRET", TOKEN_SECRET)
+    (tmp_path / "bin" / "pvesh").write_text('#!/bin/sh\nenv | grep -E "LC_ALL|PROXMOX" >&2\nexit 1\n')
+    with pytest.raises(AgentlabError) as caught:
+        lab.context().client.get("version")
+    assert "LC_ALL=C.UTF-8" in caught.value.message and "PROXMOX_TOKEN_SECRET" not in caught.value.message
+    with pytest.raises(InvalidInput, match="cipassword: pvesh would show it to every user") as refused:
+        lab.context().client.put("nodes/pve1/qemu/1000/config", cipassword=value)
+    assert value not in str(refused.value.as_dict())
+
+
+def test_pmxcfs_admits_root_only_in_its_group(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that runs as root in another group sees nothing of the cluster; it starts pvesh in the group root."""
+    monkeypatch.setenv("PVESH_PMXCFS", "1")
+    if os.geteuid() != 0:
+        with pytest.raises(Unreachable, match="pmxcfs of this node refuses the connection.*group id"):
+            lab.context().client.get("version")
+        return
+    code = f"{CLIENT}; print(client.get_dict('version')['version'])"
+    run = subprocess.run([sys.executable, "-c", code], env=child_environment(), group=4711, capture_output=True, text=True, check=False)
+    assert run.returncode == 0 and run.stdout.strip(), run.stderr
 
 
 def test_a_workspace_and_a_security_group_through_pvesh(lab: Lab) -> None:

@@ -18,7 +18,7 @@ import pytest
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core import errors
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.clock import SystemClock
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.config import ProxmoxSettings
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.proxmox import client as client_module
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.proxmox import https as https_module
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.proxmox.client import ProxmoxClient
 
 from support.double import TOKEN_ID, TOKEN_SECRET, Server
@@ -101,11 +101,28 @@ def test_an_object_is_an_object_or_unknown(server: Server, body: str) -> None:
 def test_broken_connection_reads_are_repeated_and_writes_are_not(server: Server, kind: str) -> None:
     server.pve.fault("GET", PATH, kind, times=1)
     assert client(server).get_list(PATH)
-    server.pve.fault("PUT", "/config", kind, times=1)
+    server.pve.fault("DELETE", "/qemu/9000", kind, times=1)
+    server.pve.fail("DELETE", "/qemu/9000", 500, "not for tests", times=9)
     server.pve.counted.clear()
     with pytest.raises(errors.OutcomeUnknown):
-        client(server).put("nodes/pve1/qemu/9000/config", description="x")
-    assert server.pve.counted == {"PUT /nodes/{node}/qemu/{vmid}/config": 1}
+        client(server).delete("nodes/pve1/qemu/9000")
+    assert server.pve.counted == {"DELETE /nodes/{node}/qemu/{vmid}": 1}
+
+
+@pytest.mark.parametrize(("kind", "carried_out"), [("cut-before", False), ("cut-after", True), ("truncate", True)])
+def test_a_config_write_whose_connection_was_cut_is_looked_up_and_not_repeated(server: Server, kind: str, carried_out: bool) -> None:
+    """pveproxy cuts a write with a ticket now and then; the configuration tells whether it was carried out."""
+    path = "nodes/pve1/qemu/9000/config"
+    which = client(server)
+    values = {"description": f"written {kind}", "digest": which.get_dict(path)["digest"]}
+    server.pve.fault("PUT", "/config", kind, times=1)
+    server.pve.counted.clear()
+    if carried_out:
+        assert which.put(path, **values) is None
+    else:
+        with pytest.raises(errors.OutcomeUnknown, match="whether it was carried out is not known"):
+            which.put(path, **values)
+    assert server.pve.counted == {"PUT /nodes/{node}/qemu/{vmid}/config": 1, "GET /nodes/{node}/qemu/{vmid}/config": 1}
 
 
 @pytest.mark.parametrize("text", ["got no worker upid - start worker failed", "can't lock file '/var/lock/qemu-server/lock-100.conf' - got timeout"])
@@ -128,7 +145,7 @@ def test_no_answer_in_time_is_unknown_and_names_the_setting(server: Server) -> N
 
 def test_a_connection_that_the_server_may_be_closing_is_not_used_again(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """Proxmox VE closes one after five idle seconds; a write that meets that has an unknown outcome."""
-    monkeypatch.setattr(client_module, "_IDLE_SECONDS", 1.0)
+    monkeypatch.setattr(https_module, "IDLE_SECONDS", 1.0)
 
     def connections() -> set[int]:
         return {one.laddr.port for one in psutil.Process().net_connections("tcp")

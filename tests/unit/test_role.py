@@ -307,3 +307,11 @@ def test_a_link_where_the_records_are_restored_is_not_followed(records: Records,
     assert json.loads(records.secure(running="2.0.0").stdout)["restored"]
     assert other.read_text() == "not ours\n"
     assert not records.path.is_symlink() and records.notes()
+
+
+def test_the_local_backend_runs_in_the_group_that_pmxcfs_admits_and_its_socket_stays_with_the_operators() -> None:
+    """pmxcfs refuses root in any other group; systemd would give the socket's folder to the group that the service runs in."""
+    lines = (ROLE / "templates/local.conf.j2").read_text(encoding="utf-8").splitlines()
+    assert {"User=root", "Group=root", "RuntimeDirectory=", "StateDirectory="} <= set(lines)
+    assert "ExecStartPre=/usr/bin/install -d -o root -g agentlab -m 2750 /run/agentlab" in lines
+    assert "'2750' if agentlabd_backend == 'local'" in _yaml("vars/main.yml")["agentlabd__state_mode"]

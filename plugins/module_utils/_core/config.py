@@ -94,6 +94,8 @@ class ProxmoxSettings:
 
     api_host: str | None = None
     api_port: int = 8006
+    # Path before /api2/json, for an API behind a proxy; empty, or with a leading slash.
+    api_path: str = ""
     api_user: str = "root@pam"
     api_password: str | None = field(default=None, repr=False)
     api_token_id: str | None = None
@@ -109,7 +111,7 @@ class ProxmoxSettings:
 
     @property
     def where(self) -> str:
-        return f"{self.api_host}:{self.api_port}" if self.api_host else "this node (pvesh)"
+        return f"{self.api_host}:{self.api_port}{self.api_path}" if self.api_host else "this node (pvesh)"
 
     @property
     def user(self) -> str:
@@ -127,6 +129,12 @@ class ProxmoxSettings:
         if self.api_host is None:
             return "root@pam"
         return f"{self.user}!{self.token_name}" if self.token_name else self.user
+
+    @property
+    def credential_options(self) -> str:
+        """The options to check when the credentials are refused."""
+        return ("api_user, api_token_id and api_token_secret (and whether the token has expired)" if self.api_token_id
+                else "api_user and api_password")
 
     @property
     def is_root(self) -> bool:

@@ -10,12 +10,17 @@ from typing import Any
 
 from ..clock import Clock
 from ..errors import ApiError, InvalidInput, OutcomeUnknown, ProxmoxError, TaskFailed, TaskTimeout, TaskUnknown
+from . import answers
 from .client import ProxmoxClient
 
 # The first task of its kind is looked at soon and then ever more rarely; from then on it is known how long such a task takes at the least.
 LONGEST_POLL = 2.0
 _LIST_LIMIT = 5000
 _LOST_AFTER = 10
+# Of a failed task's log: how much is read (a full clone writes a line for each percent), and how much of it is told.
+_LOG_READ = 10_000
+_LOG_LINES = 5
+_LOG_LINE_CHARS = 300
 
 
 def node_of(upid: str) -> str:
@@ -57,28 +62,34 @@ class TaskWaiter:
         self._shortest: dict[str, float] = {}
 
     def wait(self, upid: Any, what: str, timeout: float) -> list[str]:
-        """Return the warnings ([] for none) once the task has ended well.
+        """Return the warnings ([] for none) once the task has ended well; ``timeout`` is in seconds.
 
-        Raises TaskFailed with Proxmox's text, TaskTimeout when it goes on, TaskUnknown when its outcome cannot be read.
+        Raises TaskFailed with Proxmox's text and the end of the task's log, TaskTimeout when the task goes on, TaskUnknown
+        when its outcome cannot be read.
         """
         try:
-            return self._wait(upid, what, timeout)
+            upid = str(upid)
+            node = node_of(upid)
+            return self._judge(upid, what, node, self._await(upid, what, node, timeout))
         except ProxmoxError as error:
             self._client.statistics.failed(error)
             raise
 
-    def _wait(self, upid: Any, what: str, timeout: float) -> list[str]:
-        upid = str(upid)
-        node = node_of(upid)
+    def _await(self, upid: str, what: str, node: str, timeout: float) -> str:
+        """Return the exit status of a task once it has ended."""
         begun = self._clock.monotonic()
         deadline = begun + timeout
         with self._lock:
             self._waiting.setdefault(node, {})[upid] = begun
         try:
+            # pvesh has waited for the task already, so one look before any pause is enough.
+            status = self._look(upid, node) if self._client.awaits_tasks else None
+            if status is not None:
+                return status
             while True:
                 with self._lock:
                     if upid in self._ended:
-                        return _judge(upid, what, node, self._ended.pop(upid))
+                        return self._ended.pop(upid)
                     if upid in self._errors:
                         raise self._errors.pop(upid)
                     left = deadline - self._clock.monotonic()
@@ -161,13 +172,37 @@ class TaskWaiter:
                 self._last_problem[node] = f" (the last look at it failed: {error.message})"
         return ended, errors
 
+    def _look(self, upid: str, node: str) -> str | None:
+        """Return the exit status of one task that has ended, None when it runs or cannot be read."""
+        try:
+            task = self._client.get_dict(f"nodes/{node}/tasks/{upid}/status")
+        except (ProxmoxError, InvalidInput):
+            # The loop of the waiter looks again, and says what is wrong.
+            return None
+        return str(task.get("exitstatus") or "unexpected status") if task.get("status") == "stopped" else None
 
-def _judge(upid: str, what: str, node: str, status: str) -> list[str]:
-    if status == "OK":
-        return []
-    if status.startswith("WARNINGS"):
-        return [f"{what}: task {upid} ended with {status}; see its log on node {node}"]
-    if status == "unexpected status":
-        raise TaskUnknown(f"{what}: the worker of task {upid} on node {node} died (unexpected status); what it did is not known, run again",
-                          upid=upid, node=node)
-    raise TaskFailed(f"{what}: task {upid} on node {node} failed: {status}", upid=upid, node=node, exitstatus=status)
+    def _judge(self, upid: str, what: str, node: str, status: str) -> list[str]:
+        """Return the warnings of a task that ended well; raise TaskFailed or TaskUnknown for another exit status."""
+        if status == "OK":
+            return []
+        if status.startswith("WARNINGS"):
+            return [f"{what}: task {upid} ended with {status}; see its log on node {node}"]
+        # A lock that was not got is tried again by the caller, and its log says no more than the status.
+        log = "" if answers.not_begun(status) else self._end_of_log(upid, node, status)
+        if status == "unexpected status":
+            raise TaskUnknown(f"{what}: the worker of task {upid} on node {node} died (unexpected status); what it did is not known, run "
+                              f"again{log}", upid=upid, node=node)
+        raise TaskFailed(f"{what}: task {upid} on node {node} failed: {answers.clean(status)}{log}", upid=upid, node=node, exitstatus=status)
+
+    def _end_of_log(self, upid: str, node: str, status: str) -> str:
+        """Return the last lines of a failed task's log for its message; the cause often stands only there."""
+        try:
+            rows = self._client.get_list(f"nodes/{node}/tasks/{upid}/log", limit=_LOG_READ)
+        except (ProxmoxError, InvalidInput) as error:
+            return f" (its log cannot be read: {error.detail.get('text') or error.message})"
+        lines = [answers.clean(row.get("t"), self._client.settings) for row in rows if row.get("t")]
+        if lines and lines[0].startswith("unable to open file"):
+            # Proxmox answers so, with status 200, when the file of the log is gone.
+            return f" (its log cannot be read: {lines[0][:_LOG_LINE_CHARS]})"
+        told = [line[:_LOG_LINE_CHARS] for line in lines if line != f"TASK ERROR: {answers.clean(status)}"]
+        return f". Its log ends: {' | '.join(told[-_LOG_LINES:])}" if told else ""

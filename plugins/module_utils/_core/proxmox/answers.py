@@ -1,0 +1,159 @@
+# Copyright: the agentlab.proxmox contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""What Proxmox's refusals mean, however they came: over https (``https.py``) or through pvesh (``pvesh.py``)."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from typing import Any
+
+from ..config import ProxmoxSettings
+from ..errors import AccessDenied, ApiError, OutcomeUnknown, ProxmoxError, Unreachable
+
+# Proxmox says "not begun" in these; asking again is safe (start worker failed, locks held for a moment).
+_NOT_BEGUN = ("start worker failed", "got no worker upid", "can't lock file", "unable to acquire lock")
+# 595 comes from Proxmox's own proxy: the connection to the node was refused, so the request was not delivered.
+_NOT_DELIVERED = (595,)
+# 596-599 come from Proxmox's own proxy; 502-504 from one in front of it: the request may still be carried out.
+_FOREIGN_PROXY = (408, 502, 503, 504)
+_UNKNOWN = (*_FOREIGN_PROXY, 596, 597, 598, 599)
+# Bytes of one answer, unpacked: a list of 10,000 VMs has 5 MB. Objects and lists within one another: Proxmox needs six.
+LARGEST_ANSWER = 32 * 1024 * 1024
+DEEPEST_ANSWER = 32
+_LONGEST_TEXT = 1000
+# What each kind of request needs, for answers that do not say it. A role on a deeper path replaces what is inherited there.
+_NEEDS = {
+    "GET cluster/status": "Sys.Audit on /",
+    "GET cluster/ha/status/current": "Sys.Audit on /",
+    "GET nodes/{node}/qemu/{vmid}/config": "VM.Audit on /vms or the VM's pool",
+    "GET nodes/{node}/qemu/{vmid}/status/current": "VM.Audit on /vms or the VM's pool",
+    "GET nodes/{node}/qemu/{vmid}/agent/file-read":
+        "VM.GuestAgent.FileRead or VM.GuestAgent.Unrestricted (Proxmox VE 9), VM.Monitor (8) on the VM or its pool",
+    "POST nodes/{node}/qemu/{vmid}/clone":
+        "VM.Clone on the template, VM.Allocate on the pool (or /vms), Datastore.AllocateSpace on the storage",
+    "PUT nodes/{node}/qemu/{vmid}/config":
+        "VM.Config.Options, .CPU, .Memory, .Network and .Cloudinit on the pool (or /vms)",
+    "PUT nodes/{node}/qemu/{vmid}/resize": "VM.Config.Disk on the pool (or /vms)",
+    "DELETE nodes/{node}/qemu/{vmid}": "VM.Allocate on the pool (or /vms)",
+}
+
+
+def changed(text: str) -> bool:
+    """Return True when Proxmox says by this text that the configuration is not the one of the digest any more.
+
+    Some releases write "mismatch" with two s.
+    """
+    return re.search("checksum miss?match", text) is not None
+
+
+def not_begun(text: str) -> bool:
+    """Return True when Proxmox says by this text that it did not begin: no worker, or a lock not got."""
+    return any(part in text for part in _NOT_BEGUN)
+
+
+def template_of(path: str) -> str:
+    """Return the kind of a request, for counting: names and numbers of the path replaced."""
+    path = re.sub(r"/tasks/[^/]+", "/tasks/{upid}", path)
+    path = re.sub(r"^nodes/[^/]+", "nodes/{node}", path)
+    return re.sub(r"/qemu/\d+", "/qemu/{vmid}", path)
+
+
+def clean(text: object, settings: ProxmoxSettings | None = None) -> str:
+    """Return a text of somebody else's as part of a message: one line, no control characters, bounded, no secret."""
+    line = " ".join("".join(char if char.isprintable() else " " for char in str(text)).split())
+    for secret in (settings.api_password, settings.api_token_secret) if settings else ():
+        # A text that quotes a request may quote its header. A value this short would be found in half of all words.
+        if secret and len(secret) > 3:
+            line = line.replace(secret, "(secret)")
+    return line[:_LONGEST_TEXT]
+
+
+def out_of_descriptors(error: BaseException | None = None) -> bool:
+    """Return True when this process or system has no file descriptor left.
+
+    A resolver without descriptors reports an unknown host, so the error alone does not tell: try to open one.
+    """
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        return True
+    try:
+        os.close(os.open("/", os.O_RDONLY))
+    except OSError as problem:
+        return problem.errno in (errno.EMFILE, errno.ENFILE)
+    return False
+
+
+def no_descriptor(path: str) -> Unreachable:
+    """Return the error of a request that was not sent because no file descriptor is left."""
+    return Unreachable("this process has no file descriptor left; Proxmox was not asked. Raise its limit (ulimit -n; "
+                       "LimitNOFILE= of the unit), or lower connections", path=path)
+
+
+def unanswered(method: str, path: str, settings: ProxmoxSettings) -> OutcomeUnknown:
+    """Return the error of a request that was not answered within api_timeout."""
+    return OutcomeUnknown(f"{method} /{path} on {settings.where}: no answer within {settings.api_timeout} s (api_timeout); "
+                          f"{became_of(method)}. Look at pveproxy and at the load of the node, or raise api_timeout; then run again",
+                          method=method, path=path, timed_out=True)
+
+
+def became_of(method: str) -> str:
+    """Return what is known of a request whose answer is lost. A read changes nothing, whatever became of it."""
+    return "nothing was changed" if method == "GET" else "whether it was carried out is not known"
+
+
+def too_deep(data: Any) -> bool:
+    """Return True when objects and lists stand within one another more often than any answer of Proxmox needs."""
+    level = [data]
+    for _depth in range(DEEPEST_ANSWER):
+        level = [item for value in level for item in (value.values() if isinstance(value, dict) else value)
+                 if isinstance(item, (dict, list))]
+        if not level:
+            return False
+    return True
+
+
+def failure(method: str, path: str, settings: ProxmoxSettings, status: int, text: str, params: dict[str, Any]) -> ProxmoxError:
+    """Return the error that stands for an answer with an error status.
+
+    ``text`` is Proxmox's own sentence. The message names the request, the sentence and what to do.
+    """
+    where = f"{method} /{path} on {settings.where}"
+    text = clean(text, settings)
+    said = f"{status} {text}".strip()
+    facts = {"status": status, "text": text, "method": method, "path": path}
+    if status == 401:
+        return AccessDenied(f"Proxmox on {settings.where} refuses the credentials of {settings.login} ({said}); check "
+                            f"{settings.credential_options}", **facts)
+    pool = re.search(r"pool '([^']+)' does not exist", text)
+    if pool and status in (403, 500):
+        return AccessDenied(f"{where}: {said}; create it (pveum pool add {pool[1]}), or correct pool", **{**facts, "status": 403})
+    if status == 403:
+        return AccessDenied(f"{where}: {settings.login} may not do that ({said}); {_grant(method, path, text, params)}", **facts)
+    node = path.split("/", 2)[1] if path.startswith("nodes/") else ""
+    if status in _NOT_DELIVERED:
+        return Unreachable(f"{where}: the node does not answer ({status} {text or 'no route to the node'})", **facts)
+    if status in _FOREIGN_PROXY:
+        return OutcomeUnknown(f"{where}: a proxy between here and Proxmox answers {said}; {became_of(method)}. Look at pveproxy, "
+                              "then run again", **facts)
+    if status in _UNKNOWN:
+        if method == "GET":
+            return OutcomeUnknown(f"{where}: {f'node {node}' if node else 'the node'} does not answer ({said}); nothing was changed. "
+                                  "Look at pveproxy and the load there, then run again", **facts)
+        return OutcomeUnknown(f"{where}: {became_of(method)} ({said})", **facts)
+    return ApiError(f"{where}: {said}", **facts)
+
+
+def _grant(method: str, path: str, text: str, params: dict[str, Any]) -> str:
+    kind = f"{method} {template_of(path)}"
+    # Proxmox does not always name the privilege.
+    if re.search(r"\b(VM|SDN|Sys|Datastore|Pool)\.\w+", text) and kind not in (
+            "GET nodes/{node}/qemu/{vmid}/config", "GET nodes/{node}/qemu/{vmid}/status/current"):
+        advice = "grant the privilege named there"
+    else:
+        advice = f"grant {_NEEDS.get(kind, 'the missing privilege')}"
+    if "(" not in text and kind == "POST nodes/{node}/qemu/{vmid}/clone" and params.get("pool"):
+        # Proxmox answers so to everybody but root when the pool is gone.
+        advice += f"; or pool {params['pool']!r} does not exist: create it (pveum pool add {params['pool']}), or correct pool"
+    return advice

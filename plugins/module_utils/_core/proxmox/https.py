@@ -1,0 +1,432 @@
+# Copyright: the agentlab.proxmox contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Requests over the https API: proxmoxer for addresses, tokens and JSON, and what it leaves open around it.
+
+Added to proxmoxer (1.2 of Debian 12 and newer) and requests are:
+
+- A deadline for the whole answer, and bounds for its size and depth.
+- No request over a connection that was idle so long that Proxmox may be closing it.
+- A second try where the TLS handshake of a new connection breaks: nothing has been sent yet.
+- The sentence of an error from the answer's body; proxies drop the reason line that proxmoxer reads.
+- A login by password that stops where a second factor is asked for.
+- Addresses with a path prefix, and IPv6 addresses.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import re
+import ssl
+import threading
+import time
+from typing import Any
+from urllib.parse import quote
+
+from ..config import ProxmoxSettings
+from ..errors import AccessDenied, InvalidInput, OutcomeUnknown, ProxmoxError, Unreachable
+from . import answers
+
+try:
+    import proxmoxer
+    import requests  # proxmoxer ends the process when it is missing
+    from requests.adapters import HTTPAdapter
+    from urllib3.connection import HTTPSConnection
+    from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
+    from urllib3.exceptions import NewConnectionError
+except ImportError as missing:
+    raise InvalidInput(f"the Python library {missing.name} is missing on this host: install python3-proxmoxer and python3-requests "
+                       "(Debian), or pip install proxmoxer requests", library=missing.name) from None
+
+# Proxmox VE closes a connection that was idle for five. A request sent just then is cut off, and its outcome is unknown.
+IDLE_SECONDS = 4.0
+_HANDSHAKES = 3
+# Seconds until a ticket is renewed; Proxmox's own end after two hours.
+_TICKET_SECONDS = 3600
+# TLS failures before any request was sent.
+_TLS_REFUSED = re.compile(r"CERTIFICATE_VERIFY_FAILED|certificate verify failed|[Hh]ostname mismatch|doesn't match")
+# No TLS at that port; or what took the place of the answer in the middle of a connection.
+_NO_TLS = "WRONG_VERSION_NUMBER"
+_REASONS = re.compile(r"(Connection refused|Name or service not known|Temporary failure in name resolution|No route to host|"
+                      r"Network is unreachable|Connection reset by peer|Remote end closed connection|Read timed out|IncompleteRead|"
+                      r"TLS handshake broken)")
+_NEVER_CONNECTED = ("NewConnectionError", "NameResolutionError", "ConnectTimeoutError", "Connection refused",
+                    "Name or service not known", "Failed to establish")
+
+
+class Https:
+    """One session with the API of a Proxmox host; safe to use from several threads. Logs in when it is made."""
+
+    # A write that starts a task is answered at once.
+    awaits_tasks = False
+
+    def __init__(self, settings: ProxmoxSettings) -> None:
+        settings.check_credentials()
+        self._settings = settings
+        verify: bool | str = settings.ca_path if settings.validate_certs and settings.ca_path else settings.validate_certs
+        # With a token proxmoxer sends nothing when it is made. A password is exchanged for a ticket by our own class.
+        api = proxmoxer.ProxmoxAPI("proxmox", user=settings.user, token_name=settings.token_name or "none", port=settings.api_port,
+                                   token_value=settings.api_token_secret or "none", verify_ssl=verify, timeout=settings.api_timeout)
+        session = api._store["session"]
+        host = f"[{settings.api_host}]" if ":" in str(settings.api_host) else settings.api_host
+        api._store["base_url"] = self._url = f"https://{host}:{settings.api_port}{settings.api_path}/api2/json"
+        # proxmoxer has no setting for the pool: one connection for each request in flight, and no more than that.
+        session.mount("https://", _Adapter(settings))
+        session.verify = verify
+        self._api, self._session = api, session
+        if settings.token_name is None:
+            session.auth = _Ticket(self, settings, verify)
+            session.auth.login()
+
+    def send(self, method: str, path: str, params: dict[str, Any]) -> Any:
+        """Return the answer's data. Raises AccessDenied, ApiError, Unreachable or OutcomeUnknown."""
+        parts = [quote(part, safe=":!@-._~") for part in path.split("/")]
+        values = {name.replace("_", "-"): value for name, value in params.items() if value is not None}
+        data = self._call(method, path, params, lambda: getattr(self._api(parts), method.lower())(**values))
+        # proxmoxer hands out what it could not parse as {"errors": ...}: never take that for data.
+        if isinstance(data, (dict, list)) and (answers.too_deep(data) or (isinstance(data, dict) and set(data) == {"errors"})):
+            raise self._nonsense(method, path)
+        return data
+
+    def log_in(self, data: dict[str, Any]) -> Any:
+        """Return what Proxmox answers to a login; one attempt."""
+        settings = self._settings
+
+        def post() -> Any:
+            return requests.Session.request(self._session, "POST", f"{self._url}/access/ticket", data=data, auth=_keep,
+                                            verify=self._session.verify, timeout=settings.api_timeout)
+
+        response = self._call("POST", "access/ticket", {}, post)
+        # proxmoxer prefers the session's cookies to the ticket.
+        self._session.cookies.clear()
+        if response.status_code == 401:
+            raise AccessDenied(f"Proxmox on {settings.where} refuses the login of {settings.user!r} (status 401); "
+                               "check api_user and api_password", status=401, method="POST", path="access/ticket")
+        if response.status_code >= 400:
+            raise answers.failure("POST", "access/ticket", settings, response.status_code, response.reason, {})
+        try:
+            answer = response.json()["data"]
+            answer["ticket"], answer["CSRFPreventionToken"]
+        except (KeyError, TypeError, ValueError, RecursionError):
+            raise self._nonsense("POST", "access/ticket") from None
+        return answer
+
+    # ---- errors ----
+
+    def _nonsense(self, method: str, path: str) -> OutcomeUnknown:
+        return OutcomeUnknown(f"{method} /{path} on {self._settings.where}: the answer is not what Proxmox sends; is api_host a Proxmox "
+                              "node?", method=method, path=path)
+
+    def _call(self, method: str, path: str, params: dict[str, Any], call: Any) -> Any:
+        """Run one request and turn every exception of the libraries into one of our errors."""
+        settings = self._settings
+        where = f"{method} /{path} on {settings.where}"
+        try:
+            return call()
+        except ProxmoxError:
+            raise
+        except proxmoxer.ResourceException as error:
+            text = str(error.content or error.status_message or "")
+            raise answers.failure(method, path, settings, int(error.status_code), text, params) from None
+        except requests.exceptions.ProxyError as error:
+            raise self._proxy_error(path, error) from None
+        except requests.exceptions.SSLError as error:
+            raise self._tls_error(method, path, error) from None
+        except requests.exceptions.ConnectTimeout:
+            raise Unreachable(f"{settings.where} does not answer within {settings.api_timeout} s; check api_host, api_port and the "
+                              f"network{self._through_proxy()}", path=path) from None
+        except requests.exceptions.Timeout:
+            raise answers.unanswered(method, path, settings) from None
+        except (requests.exceptions.InvalidSchema, requests.exceptions.InvalidProxyURL) as error:
+            raise self._schema_error(path, error) from None
+        except requests.exceptions.ConnectionError as error:
+            if "Read timed out" in str(error):
+                raise answers.unanswered(method, path, settings) from None
+            if answers.out_of_descriptors():
+                raise answers.no_descriptor(path) from None
+            if any(name in str(error) for name in _NEVER_CONNECTED):
+                raise Unreachable(f"{settings.where} cannot be reached: {_reason(error)}; check api_host, api_port and the "
+                                  f"network{self._through_proxy()}", path=path) from None
+            raise OutcomeUnknown(f"{where}: the connection was cut before the answer: {_reason(error)}; {answers.became_of(method)}",
+                                 method=method, path=path, cut=True) from None
+        except requests.exceptions.RequestException as error:
+            raise OutcomeUnknown(f"{where}: {_reason(error)}; {answers.became_of(method)}", method=method, path=path,
+                                 cut=isinstance(error, requests.exceptions.ChunkedEncodingError) or None) from None
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
+            # proxmoxer looks for "data" in whatever was sent.
+            raise self._nonsense(method, path) from None
+        except OSError as error:
+            if answers.out_of_descriptors(error):
+                raise answers.no_descriptor(path) from None
+            # requests reads the file of ca_path before it connects.
+            raise Unreachable(f"{where}: {error}; is ca_path right?", path=path) from None
+
+    def _tls_error(self, method: str, path: str, error: Exception) -> ProxmoxError:
+        text, settings = str(error), self._settings
+        if answers.out_of_descriptors():
+            return answers.no_descriptor(path)
+        harmless = method == "GET" or path == "access/ticket"
+        if not (_TLS_REFUSED.search(text) or (_NO_TLS in text and harmless)):
+            # Perhaps after the handshake: the request may have been sent.
+            return OutcomeUnknown(f"{method} /{path} on {settings.where}: the encrypted connection broke before the answer; "
+                                  f"{answers.became_of(method)}", method=method, path=path, cut=True)
+        if "has expired" in text or "not yet valid" in text:
+            until = self._certificate_end()
+            how = "is not yet valid" if "not yet valid" in text else f"expired{f' on {until}' if until else ''}"
+            return Unreachable(f"the certificate of {settings.where} {how}: renew it on the node (pvecm updatecerts -f), or check the "
+                               "date of this host", path=path)
+        return Unreachable(f"the certificate of {settings.where} is not trusted: {_tls_reason(error)}; set ca_path to its CA "
+                           "(/etc/pve/pve-root-ca.pem of the node), or correct api_host", path=path)
+
+    def _certificate_end(self) -> str | None:
+        """Return the day the node's certificate expired, by asking for it once more without checking it."""
+        import socket
+        from datetime import UTC, datetime
+
+        context = ssl.create_default_context()
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+        try:
+            where = (str(self._settings.api_host), self._settings.api_port)
+            with socket.create_connection(where, timeout=5) as plain, context.wrap_socket(plain) as sock:
+                certificate = sock.getpeercert(binary_form=True) or b""
+        except (OSError, ValueError):
+            return None
+        # The validity is a sequence of two times (UTCTime until 2049, GeneralizedTime after it).
+        dates = re.search(rb"(?:\x17\x0d|\x18\x0f)\d{12,14}Z(?:\x17\x0d(\d{12})|\x18\x0f(\d{14}))Z", certificate)
+        if dates is None:
+            return None
+        end = datetime.strptime((b"20" + dates[1] if dates[1] else dates[2]).decode(), "%Y%m%d%H%M%S").replace(tzinfo=UTC)
+        # Otherwise it is the CA's certificate that expired.
+        return f"{end:%Y-%m-%d}" if end.timestamp() < time.time() else None
+
+    # ---- proxies of the environment ----
+
+    def _proxy(self) -> tuple[str, str] | None:
+        """Return the variable that sets a proxy for this host, and the proxy without its user and password."""
+        if requests.utils.should_bypass_proxies(self._url, no_proxy=None):
+            return None
+        for name in ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
+            if os.environ.get(name):
+                return name, re.sub(r"^(\w+://)?[^/@]*@", r"\1", os.environ[name])
+        return None
+
+    def _through_proxy(self) -> str:
+        proxy = self._proxy()
+        return f" (requests go through the proxy {proxy[1]} of {proxy[0]}; NO_PROXY makes exceptions)" if proxy else ""
+
+    def _proxy_error(self, path: str, error: Exception) -> Unreachable:
+        name, shown = self._proxy() or ("the environment", "")
+        if answers.out_of_descriptors():
+            return answers.no_descriptor(path)
+        refused = re.search(r"Tunnel connection failed: ([^'\"\\)]+)", str(error))
+        what = f"refuses ({refused[1].strip()})" if refused else f"cannot be reached ({_reason(error)})"
+        return Unreachable(f"the proxy {shown} of {name} {what}, so {self._settings.where} was not asked; correct the proxy, or put "
+                           f"{self._settings.api_host} into NO_PROXY", path=path)
+
+    def _schema_error(self, path: str, error: Exception) -> ProxmoxError:
+        name, shown = self._proxy() or ("the environment", "")
+        if "SOCKS" in str(error):
+            return Unreachable(f"the proxy {shown} of {name} needs the Python library PySocks: install python3-socks (Debian) or pip "
+                               f"install PySocks, or put {self._settings.api_host} into NO_PROXY", path=path)
+        return Unreachable(f"the proxy {shown} of {name} is of no kind that can be used; give http://HOST:PORT, or put "
+                           f"{self._settings.api_host} into NO_PROXY", path=path)
+
+
+def _keep(request: Any) -> Any:
+    """Stand in for authentication: without any, requests would look for a password in ~/.netrc."""
+    return request
+
+
+class _Ticket(requests.auth.AuthBase):
+    """Logs in by password, and renews the ticket every hour."""
+
+    def __init__(self, https: Https, settings: ProxmoxSettings, verify: bool | str) -> None:
+        # proxmoxer's session reads these four.
+        self.verify_ssl, self.timeout, self.cert, self.proxies = verify, settings.api_timeout, None, None
+        self._https = https
+        self._settings = settings
+        self._lock = threading.Lock()
+        self._born = -math.inf
+        self._ticket = self._token = ""
+
+    def login(self) -> None:
+        settings = self._settings
+        answer = self._https.log_in({"username": settings.user, "password": settings.api_password})
+        if answer.get("NeedTFA"):
+            raise AccessDenied(f"Proxmox on {settings.where} asks {settings.user!r} for a second factor, which no program can give; use an "
+                               "API token (api_token_id and api_token_secret)", status=401, method="POST", path="access/ticket", tfa=True)
+        self._ticket, self._token = answer["ticket"], answer["CSRFPreventionToken"]
+        self._born = time.monotonic()
+
+    def get_cookies(self) -> Any:
+        jar = requests.cookies.RequestsCookieJar()
+        jar.set("PVEAuthCookie", self._ticket)
+        return jar
+
+    def get_tokens(self) -> tuple[str, str]:
+        return self._ticket, self._token
+
+    def __call__(self, request: Any) -> Any:
+        if time.monotonic() - self._born > _TICKET_SECONDS:
+            with self._lock:
+                if time.monotonic() - self._born > _TICKET_SECONDS:
+                    self.login()
+            request.headers["Cookie"] = f"PVEAuthCookie={self._ticket}"
+        if request.method != "GET":
+            request.headers["CSRFPreventionToken"] = self._token
+        return request
+
+
+class _TooLarge(requests.exceptions.RequestException):
+    """The answer is larger than any of Proxmox."""
+
+
+class _Adapter(HTTPAdapter):
+    """Bounds every answer, refuses redirects, and takes an error's sentence from the body."""
+
+    def __init__(self, settings: ProxmoxSettings) -> None:
+        self._seconds = settings.api_timeout
+        super().__init__(pool_connections=1, pool_maxsize=settings.connections, pool_block=True)
+        self.poolmanager.pool_classes_by_scheme = {"http": HTTPConnectionPool, "https": _Pool}
+
+    def proxy_manager_for(self, proxy: str, **options: Any) -> Any:
+        manager = super().proxy_manager_for(proxy, **options)
+        manager.pool_classes_by_scheme = {"http": HTTPConnectionPool, "https": _Pool}
+        return manager
+
+    def send(self, request: Any, **options: Any) -> Any:  # type: ignore[override]
+        # proxmoxer 1.2 (Debian 12) passes no time-out on.
+        response = super().send(request, **{**options, "timeout": self._seconds})
+        content = bytearray()
+        for chunk in response.iter_content(65536):
+            content += chunk
+            if len(content) > answers.LARGEST_ANSWER:
+                response.close()
+                raise _TooLarge("the answer is larger than any of Proxmox", response=response)
+        response._content = bytes(content)
+        if 300 <= response.status_code < 400:
+            # A redirect would turn a POST into a GET of some other host, token included. Without a target it would be
+            # taken for success with an empty answer.
+            raise requests.exceptions.TooManyRedirects("redirected elsewhere; set api_host to the Proxmox node itself",
+                                                       response=response)
+        if response.status_code >= 400:
+            response.reason = _sentence(response._content) or response.reason
+            # proxmoxer adds the errors of the body to its own message, each release in another way.
+            response._content = b'{"data":null}'
+        return response
+
+
+def _sentence(body: bytes) -> str | None:
+    """Return the text of an error's body: the message, then the parameters' errors by name."""
+    try:
+        answer = json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(answer, dict):
+        return None
+    message, errors = answer.get("message"), answer.get("errors")
+    parts = [message.strip()] if isinstance(message, str) else []
+    if isinstance(errors, dict):
+        parts.append("; ".join(f"{name}: {text}" for name, text in errors.items()))
+    return " ".join(parts) or None
+
+
+class _Reader(io.RawIOBase):
+    """Reads a socket until a deadline. The socket's own time-out begins anew with each byte that arrives."""
+
+    def __init__(self, sock: Any, raw: Any, deadline: float) -> None:
+        self._sock = sock
+        self._raw = raw
+        self._deadline = deadline
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        left = self._deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("timed out")
+        self._sock.settimeout(left)
+        return int(self._raw.readinto(buffer))
+
+    def close(self) -> None:
+        super().close()
+        # The socket stays open for as long as this is.
+        self._raw.close()
+
+
+class _Connection(HTTPSConnection):
+    """One connection: asks again when the TLS handshake breaks, and holds each answer to a deadline."""
+
+    deadline = math.inf
+
+    def connect(self) -> None:
+        for number in range(1, _HANDSHAKES + 1):
+            # A proxy's answer is read in here.
+            self._begin()
+            try:
+                super().connect()
+                return
+            except (ssl.SSLEOFError, ssl.SSLZeroReturnError, ConnectionResetError, BrokenPipeError):
+                # Seen once in some thousands when a worker of pveproxy had just been replaced. Nothing was sent yet.
+                self.close()
+                if number == _HANDSHAKES:
+                    raise NewConnectionError(self, "TLS handshake broken") from None
+                time.sleep(0.1 * number)
+
+    def request(self, *arguments: Any, **options: Any) -> None:
+        seconds = self._begin()
+        if self.sock is not None:
+            # The last answer's deadline is still set.
+            self.sock.settimeout(seconds)
+        super().request(*arguments, **options)
+
+    def _begin(self) -> float | None:
+        """Set the deadline, and return the seconds until it."""
+        seconds = self.timeout if isinstance(self.timeout, (int, float)) else None
+        self.deadline = time.monotonic() + seconds if seconds else math.inf
+        return seconds
+
+    def response_class(self, sock: Any, *arguments: Any, **options: Any) -> Any:  # type: ignore[override]
+        """Make http.client's response read by the deadline."""
+        import http.client
+
+        response = http.client.HTTPResponse(sock, *arguments, **options)
+        if self.deadline < math.inf:
+            response.fp = io.BufferedReader(_Reader(sock, response.fp.detach(), self.deadline))
+        return response
+
+
+class _Pool(HTTPSConnectionPool):
+    """Sends nothing over a connection that was idle for too long; urllib3 only knows those that are closed already."""
+
+    ConnectionCls = _Connection
+
+    def _put_conn(self, conn: Any) -> None:
+        if conn is not None:
+            conn.idle_since = time.monotonic()
+        super()._put_conn(conn)
+
+    def _get_conn(self, timeout: float | None = None) -> Any:
+        conn: Any = super()._get_conn(timeout)
+        if time.monotonic() - getattr(conn, "idle_since", math.inf) > IDLE_SECONDS:
+            conn.close()
+        return conn
+
+
+def _reason(error: Exception) -> str:
+    text = str(error)
+    known = _REASONS.search(text)
+    if known:
+        return known[1]
+    return text if isinstance(error, (_TooLarge, requests.exceptions.TooManyRedirects)) else type(error).__name__
+
+
+def _tls_reason(error: Exception) -> str:
+    known = re.search(r"certificate verify failed: ([^(\[]+)|(Hostname mismatch[^.]*)|(hostname \S+ doesn't match)|(WRONG_VERSION_NUMBER)",
+                      str(error))
+    return next((part.strip() for part in known.groups() if part), "TLS failed") if known else "TLS failed"

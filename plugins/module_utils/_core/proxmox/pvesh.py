@@ -1,0 +1,218 @@
+# Copyright: the agentlab.proxmox contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Requests through ``pvesh``, the command line of the Proxmox API on a node. Needs root, no token and no library.
+
+How pvesh (Proxmox VE 8 and 9) answers, which differs from the https API:
+
+- The exit status tells success (0) from refusal (anything else; the number means nothing). Standard error has warnings of good
+  answers too, so its text counts only after a refusal.
+- A request that starts a task returns when the task has ended, and exits with 0 even if the task failed. The task's exit
+  status has to be read. Task log lines stand before the answer on standard output.
+- On another node (reached by ssh) log lines and answer are one JSON string, glued together without line feeds.
+- A config write prints ``update VM 100: ...`` on this node and nothing on another one.
+- An ssh connection that could not be made proves that nothing was done; one that broke proves nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from typing import Any
+
+from ..config import ENVIRONMENT, ProxmoxSettings
+from ..errors import ApiError, InvalidInput, OutcomeUnknown, ProxmoxError, Unreachable
+from . import answers
+
+_COMMANDS = {"GET": "get", "POST": "create", "PUT": "set", "DELETE": "delete"}
+# A task id as the answer: in quotes (escaped ones within a glued string), and nothing after it.
+_TASK_ID = re.compile(r'\\?"(UPID:[^:\s"\\]+:[0-9A-F]{8,}:[0-9A-F]{8,}:[0-9A-F]{8,}:[^:\s"\\]+:[^:\s"\\]*:[^:\s"\\]+:)\\?"["\s]*$')
+# Another answer at the end of a glued string, such as the name of a new volume.
+_LAST_STRING = re.compile(r'"([^"\s]+)"\s*$')
+_CONFIG = re.compile(r"/(qemu|lxc)/\d+/config$")
+_USAGE = re.compile(r"(proxy handler failed: )?(pvesh (get|create|set|delete|ls|usage) <api_path>|USAGE: )")
+# Perl's nine lines about a locale that is not installed, and other warnings that are no part of an error.
+_WARNING = re.compile(r"perl: warning: |(LANGUAGE|LC_\w+|LANG) = |are supported and installed|Use of uninitialized value|Wide character in |"
+                      r"Warning: Permanently added |WARN(ING)?: ")
+_NO_SSH = re.compile(r"ssh: connect to host|ssh: Could not resolve|Host key verification failed|kex_exchange_identification|"
+                     r"Permission denied \(publickey")
+_BROKEN_SSH = re.compile(r"[Cc]onnection (to \S+ )?(closed|reset|timed out)|closed by remote host|Broken pipe|client_loop|"
+                         r"Timeout, server \S+ not responding")
+# pvesh shows its arguments to every user of the host.
+_SECRET_OPTIONS = ("cipassword", "password")
+
+
+class Pvesh:
+    """Runs one pvesh for each request; safe to use from several threads."""
+
+    # A write returns when its task has ended: the task's status is there at once.
+    awaits_tasks = True
+
+    def __init__(self, settings: ProxmoxSettings) -> None:
+        self._settings = settings
+        program = shutil.which("pvesh") or shutil.which("pvesh", path="/usr/bin:/usr/sbin")
+        if program is None:
+            raise InvalidInput("api_host: not set, and this host has no pvesh; run on a Proxmox node, or set api_host and a token",
+                               option="api_host")
+        self._program = program
+
+    def send(self, method: str, path: str, params: dict[str, Any]) -> Any:
+        """Return the answer's data; a task id for what started a task, None for what answers nothing.
+
+        Raises the same errors as the https API: ApiError, Unreachable, OutcomeUnknown.
+        """
+        status, output, complaint = self._run(method, path, self._arguments(method, path, params))
+        if status == 0:
+            return self._data(method, path, output)
+        raise self._refusal(method, path, params, status, complaint)
+
+    # ---- asking ----
+
+    def _arguments(self, method: str, path: str, params: dict[str, Any]) -> list[bytes]:
+        secret = next((name for name in _SECRET_OPTIONS if params.get(name) is not None), None)
+        if secret:
+            raise InvalidInput(f"{secret}: pvesh would show it to every user of this host; set api_host and a token, or put it into "
+                               "user_data", option=secret)
+        words = [self._program, _COMMANDS[method], f"/{path}"]
+        for name, value in params.items():
+            for item in value if isinstance(value, (list, tuple)) else [value]:
+                if item is not None:
+                    words += [f"--{name.replace('_', '-')}", str(int(item)) if isinstance(item, bool) else str(item)]
+        words += ["--output-format", "json"]
+        try:
+            encoded = [word.encode() for word in words]
+        except UnicodeEncodeError:
+            encoded = [b"\0"]
+        if any(b"\0" in word for word in encoded):
+            raise InvalidInput(f"{method} /{clean_path(path)}: a value has characters that no program can be given; remove them")
+        return encoded
+
+    def _run(self, method: str, path: str, arguments: list[bytes]) -> tuple[int, str, str]:
+        """Return exit status, standard output and standard error.
+
+        Output goes to files in memory instead of pipes, and the process has a session of its own: when this process ends,
+        a task that pvesh runs must not end with it (a clone that is cut off leaves a locked VM behind).
+        """
+        settings = self._settings
+        seconds = settings.api_timeout if method == "GET" else max(settings.api_timeout, settings.task_timeout)
+        hidden = {*ENVIRONMENT.values(), "LANGUAGE"}
+        # Without a UTF-8 locale pvesh breaks what is not ASCII; with a missing one perl prints warnings.
+        environment = {name: value for name, value in os.environ.items() if name not in hidden} | {"LC_ALL": "C.UTF-8"}
+        try:
+            with open(os.memfd_create("pvesh"), "w+b") as output, open(os.memfd_create("pvesh"), "w+b") as complaint:
+                # pmxcfs admits uid 0 only together with gid 0 (or group www-data).
+                group = 0 if os.geteuid() == 0 and os.getegid() != 0 else None
+                process = subprocess.Popen(arguments, stdin=subprocess.DEVNULL, stdout=output, stderr=complaint, env=environment,
+                                           start_new_session=True, cwd="/", group=group)
+                try:
+                    status = process.wait(seconds)
+                except subprocess.TimeoutExpired:
+                    if method == "GET":
+                        process.kill()
+                        process.wait()
+                        raise answers.unanswered(method, path, settings) from None
+                    raise OutcomeUnknown(f"{method} /{path} on {settings.where}: pvesh did not end within {seconds} s (wait_timeout); it goes "
+                                         "on, and whether it will be carried out is not known. Run again to find out",
+                                         method=method, path=path, timed_out=True) from None
+                except BaseException:
+                    if method == "GET":
+                        process.kill()
+                    raise
+                if os.fstat(output.fileno()).st_size > answers.LARGEST_ANSWER:
+                    raise OutcomeUnknown(f"{method} /{path} on {settings.where}: the answer has more than {answers.LARGEST_ANSWER} bytes, "
+                                         "which no answer of Proxmox has", method=method, path=path)
+                output.seek(0)
+                complaint.seek(0)
+                return status, output.read().decode(errors="replace"), complaint.read(65536).decode(errors="replace")
+        except OSError as error:
+            if answers.out_of_descriptors(error):
+                raise answers.no_descriptor(path) from None
+            raise Unreachable(f"{method} /{path} on {settings.where}: pvesh cannot be started: {error.strerror}; Proxmox was not asked",
+                              path=path) from None
+
+    # ---- reading ----
+
+    def _data(self, method: str, path: str, output: str) -> Any:
+        # What a config write prints quotes the description, which is a user's text.
+        if method == "PUT" and _CONFIG.search(path):
+            return None
+        if method != "GET":
+            task = _TASK_ID.search(output)
+            if task:
+                return task[1]
+        text = output.strip()
+        if not text:
+            return None
+        data = _parse(text)
+        if method == "GET":
+            if data is _NO_JSON:
+                raise OutcomeUnknown(f"GET /{path} on {self._settings.where}: the answer of pvesh is not JSON, so nothing is known; "
+                                     "run again, or look at what pvesh prints", method=method, path=path)
+            return data
+        if data is _NO_JSON:
+            # Log lines of what answers nothing, or log lines and then the answer.
+            data = _parse(text.splitlines()[-1])
+            return None if data is _NO_JSON else data
+        glued = _LAST_STRING.search(data) if isinstance(data, str) else None
+        return glued[1] if glued else data
+
+    def _refusal(self, method: str, path: str, params: dict[str, Any], status: int, complaint: str) -> ProxmoxError:
+        settings = self._settings
+        where = f"{method} /{path} on {settings.where}"
+        lines = [line.strip() for line in complaint.splitlines() if line.strip() and not _USAGE.match(line)]
+        # Warnings count only where there is nothing else to go by.
+        lines = [line for line in lines if not _WARNING.match(line)] or lines
+        text = " ".join(lines).removeprefix("proxy handler failed: ")
+        facts = {"method": method, "path": path}
+        if status < 0 or not text:
+            how = f"was ended by signal {-status}" if status < 0 else f"exited with {status} and said nothing"
+            return OutcomeUnknown(f"{where}: pvesh {how}; {answers.became_of(method)}, run again", **facts)
+        facts["text"] = answers.clean(text, settings)
+        if "please run as root" in text:
+            return Unreachable(f"{where}: pvesh works only as root; use become, or set api_host and a token", **facts)
+        if "ipcc_send_rec" in text:
+            group = os.getegid()
+            advice = (f"this process has group id {group}, and pmxcfs wants 0 (Group=root in a unit)" if group else
+                      "look at systemctl status pve-cluster")
+            return Unreachable(f"{where}: pmxcfs of this node refuses the connection ({facts['text']}); {advice}", **facts)
+        if _NO_SSH.search(text):
+            return Unreachable(f"{where}: the node does not answer ({facts['text']})", **facts)
+        if _BROKEN_SSH.search(text):
+            return OutcomeUnknown(f"{where}: {answers.became_of(method)} ({facts['text']})", **facts, cut=True)
+        number = re.match(r"(?:Unknown option: \S+ )?([45]\d\d) ", text)
+        if number:
+            text = text.removeprefix(f"{number[1]} ")
+        error = answers.failure(method, path, settings, int(number[1]) if number else _status(text), text, params)
+        if isinstance(error, ApiError):
+            error.detail.setdefault("exit", status)
+        return error
+
+
+def clean_path(path: str) -> str:
+    """Return a path for a message: only what can be printed."""
+    return "".join(char for char in path if char.isascii() and char.isprintable())[:200]
+
+
+def _status(text: str) -> int:
+    """Return the status that the https API has for the same sentence."""
+    if text.startswith("Permission check failed"):
+        return 403
+    return 501 if re.match(r"No '\w+' handler defined for", text) else 500
+
+
+class _NoJson:
+    pass
+
+
+_NO_JSON = _NoJson()
+
+
+def _parse(text: str) -> Any:
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError):
+        return _NO_JSON
+    return _NO_JSON if isinstance(data, (dict, list)) and answers.too_deep(data) else data
