@@ -249,7 +249,7 @@ def test_a_vm_made_a_template_between_judging_and_deleting_is_kept(lab: Lab) -> 
 def test_a_second_try_to_stop_judges_anew(lab: Lab, operation: str) -> None:
     """The first try failed for a lock and took its time; whoever has the VMID by then is not stopped."""
     ours = lab.create()
-    task = {"stop": "qmshutdown", "force": "qmstop", "suspend": "qmsuspend"}[operation]
+    task = {"stop": "qmshutdown", "force": "qmstop", "suspend": "qmpause"}[operation]
     lab.pve.next_task(task, "fail", text=f"can't lock file '/var/lock/qemu-server/lock-{ours.vmid}.conf' - got timeout", carry_out=False)
     swapped: list[Any] = []
 

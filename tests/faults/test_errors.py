@@ -43,7 +43,14 @@ pytestmark = pytest.mark.faults
 STATUSES = (400, 401, 403, 404, 500, 501, 502, 503, 504, 595, 596, 599)
 BROKEN = ("cut-before", "cut-after", "truncate", "html", "null", "hang", "hang-and-do")
 ENDINGS = ("fails", "unexpected status", "WARNINGS: 1", "vanished", "hang")
-TASKS = {"clone": "qmclone", "start": "qmstart", "stop": "qmstop", "shutdown": "qmshutdown", "suspend": "qmsuspend", "resume": "qmresume"}
+TASKS = {
+    "clone": "qmclone",
+    "start": "qmstart",
+    "stop": "qmstop",
+    "shutdown": "qmshutdown",
+    "suspend": "qmpause",
+    "resume": "qmresume",
+}
 VMID = 1000
 ALL = os.environ.get("AGENTLAB_FAULTS") == "all"
 # Cases of one operation and request that are run (of those there are), and random combinations of one operation.

@@ -34,9 +34,9 @@ from fakepve.qemu import DRIVE_KEY, NEW_DISK, drives_of, is_cdrom, join_drive, s
 from fakepve.routing import param_error
 from fakepve.server import API, EXTJS, USER
 from fakepve.server import params as request_params
-from fakepve.shapes import PRIVILEGES
 
-from support.access import AccessControl
+from support.proxmox_access import AccessRules
+from support.proxmox_power import STATE_KEYS, PowerRules
 
 HOST = "127.0.0.1"
 COUNT_PATH = "/x-agentlab-count"
@@ -105,13 +105,15 @@ def volume_owner(volume: str) -> int | None:
     return int(found[1]) if found else None
 
 
-class ProxmoxDouble(FakePve):
+class ProxmoxDouble(AccessRules, PowerRules, FakePve):
     """FakePve with the real API's manners. Attributes that tests set are described beside their defaults."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs.setdefault("host", HOST)
         kwargs.setdefault("port", 0)
         super().__init__(*args, **kwargs)
+        self._reset_access()
+        self._reset_power()
         self.loop: asyncio.AbstractEventLoop | None = None
         self.loop_thread: int | None = None
         self.ca_fingerprint = _fingerprint()
@@ -121,21 +123,8 @@ class ProxmoxDouble(FakePve):
         self.hook_errors: list[BaseException] = []
         # Answered as one node that was never part of a cluster: /cluster/status has no entry for a cluster.
         self.standalone = False
-        # True: /cluster/status and the HA status go on saying quorate after lose_quorum(), as for seven seconds of a cut.
-        self.stale_quorum = False
-        # What /cluster/status says of quorum whatever is true: pvedaemon caches it for minutes. None: the truth.
-        self.cached_quorate: int | None = None
         # Real seconds for which a new VM is listed as `unknown` and without a name.
         self.listing_lag = 0.0
-        # ACL paths (/vms/N, /pool/NAME) on which everybody but root@pam has the role NoAccess.
-        self.no_access: set[str] = set()
-        # The cluster's user-tag-access: free, none, list (of tag_allow_list) or existing; and its registered tags. root@pam may set any tag.
-        self.tag_access = "free"
-        self.tag_allow_list: set[str] = set()
-        self.registered_tags: set[str] = set()
-        # Users, roles and ACL entries with Proxmox VE's rules of inheritance, see use_access().
-        # None: what grant() says counts.
-        self.access: AccessControl | None = None
         # Real seconds before a wrong token is told so (Proxmox: 3).
         self.auth_delay = 0.0
         # Seconds by which the nodes' clocks are ahead of this host's.
@@ -292,6 +281,7 @@ class ProxmoxDouble(FakePve):
             values = {}
         entry = {"method": request.method, "path": path, "template": template, "params": values, "status": None, "user": None}
         self._note(entry)
+        self._snap_broadcast()
         if not await self._hook(self.before_request, request.method, path, values):
             return web.json_response({"data": None, "message": "the test's before_request failed"}, status=500)
         rule = self._take_rule(request.method, path, template)
@@ -541,21 +531,8 @@ class ProxmoxDouble(FakePve):
 
     def _routes_double(self) -> list[tuple[str, str, Any]]:
         return [("DELETE", "/nodes/{node}/tasks/{upid}", self._task_abort), ("GET", "/cluster/tasks", self._cluster_tasks),
-                ("GET", "/cluster/ha/status/current", self._ha_status),
                 ("PUT", "/nodes/{node}/qemu/{vmid}/resize", self._qm_resize), ("GET", "/nodes/{node}/certificates/info", self._certificates),
                 ("GET", "/nodes/{node}/time", self._node_time)]
-
-    async def _ha_status(self, v: dict[str, Any], user: str) -> list[dict[str, Any]]:
-        """What the HA manager says; the row `quorum` is there without any HA resource, and on a single node too."""
-        node = sorted(self.nodes)[0]
-        quorate = self.quorate or self.stale_quorum
-        rows: list[dict[str, Any]] = [{"id": "quorum", "type": "quorum", "node": node, "quorate": int(quorate),
-                                       "status": "OK" if quorate else f"No quorum on node '{node}'!"}]
-        for vm in self.vms:
-            if vm.ha_managed:
-                rows.append({"id": f"service:vm:{vm.vmid}", "type": "service", "sid": f"vm:{vm.vmid}", "node": vm.node,
-                             "state": vm.ha_state, "status": f"vm:{vm.vmid} ({vm.node}, {vm.ha_state})"})
-        return rows
 
     async def _node_time(self, v: dict[str, Any], user: str) -> dict[str, Any]:
         now = int(time.time() + self.clock_offset)
@@ -587,10 +564,16 @@ class ProxmoxDouble(FakePve):
         data = json.loads(response.text)["data"]
         now = time.time()
         for item in data:
+            if item["type"] == "node":
+                row = self._node_row(item, request[USER])
+                item.clear()
+                item.update(row, hastate="maintenance" if row["node"] in self.maintenance else "online")
             if item["type"] != "qemu":
                 continue
+            self._as_broadcast(item)
             if now - self._born.get(item["vmid"], 0) < self.listing_lag:
                 item["status"] = "unknown"
+                item.pop("template", None)
             if item["status"] == "unknown":
                 item.pop("name", None)
         return web.json_response({"data": data})
@@ -601,19 +584,13 @@ class ProxmoxDouble(FakePve):
         if self.standalone:
             data = [item for item in data if item["type"] != "cluster"]
         for item in data:
-            if item["type"] == "cluster" and self.stale_quorum:
-                item["quorate"] = 1
-            elif item["type"] == "cluster" and self.cached_quorate is not None:
-                item["quorate"] = self.cached_quorate
+            if item["type"] == "cluster":
+                item.pop("online", None)
+                live = int(self.quorate or self.stale_quorum)
+                item["quorate"] = live if self.cached_quorate is None else self.cached_quorate
         return web.json_response({"data": data})
 
     # ------------------------------------------------------------------ permissions
-
-    def add_token(self, userid_tokenid: str, secret: str) -> None:
-        """An API token, e.g. add_token('agentlab@pve!test', secret). May do anything until the first grant()."""
-        if "!" not in userid_tokenid:
-            raise ValueError("user@realm!name expected")
-        self.apitokens[userid_tokenid] = secret
 
     def grant_least(self, user: str, template: int = 9000, pool: str | None = None, vmids: tuple[int, ...] = (), storage: str = "local-lvm",
                     bridge: str = "vmbr0") -> None:
@@ -633,85 +610,6 @@ class ProxmoxDouble(FakePve):
         self.grant(user, f"/storage/{storage}", "Datastore.AllocateSpace", "Datastore.Audit")
         self.grant(user, f"/sdn/zones/localnetwork/{bridge}", "SDN.Use")
 
-    @on_loop
-    def revoke(self, user: str, path: str | None = None) -> None:
-        """Take a user's grants away again (on one path)."""
-        acl = self.acl or {}
-        acl[user] = [entry for entry in acl.get(user, []) if path not in (None, entry[0])]
-        self.acl = acl
-
-    @on_loop
-    def use_access(self) -> AccessControl:
-        """Let users, roles and ACL entries count from now on. Tokens that are known keep their secrets."""
-        self.access = AccessControl(PRIVILEGES, tokens=dict.fromkeys(self.apitokens, True))
-        self.access.users |= {token.partition("!")[0] for token in self.apitokens}
-        self.acl = {}
-        return self.access
-
-    def _routes_access(self) -> list[Any]:
-        return [
-            ("GET", "/access/permissions", self._permissions),
-            ("GET", "/access/acl", self._acl),
-            ("GET", "/access/roles", self._roles),
-            ("GET", "/access/users", self._users),
-        ]
-
-    async def _roles(self, _values: dict[str, Any], _user: str) -> list[dict[str, Any]]:
-        """Every user that is logged in may read the roles."""
-        roles = self.access.roles if self.access else {}
-        return [
-            {"roleid": name, "privs": ",".join(sorted(privs)), "special": int(name in ("Administrator", "NoAccess"))}
-            for name, privs in sorted(roles.items())
-        ]
-
-    async def _users(self, _values: dict[str, Any], user: str) -> list[dict[str, Any]]:
-        """Users whose groups one may audit; without that oneself."""
-        everybody = sorted(self.access.users) if self.access else []
-        audit = self.allowed(user, "/access/groups", "Sys.Audit")
-        return [{"userid": name, "enable": 1} for name in everybody if name == user or audit]
-
-    async def _permissions(self, values: dict[str, Any], user: str) -> dict[str, dict[str, int]]:
-        """What is in force on the paths that Proxmox VE itself knows, that have an entry, or that are a pool's VMs; paths without any right are left out."""
-        who = values.get("userid") or user
-        paths = {"/", "/access", "/access/groups", "/nodes", "/pool", "/sdn", "/storage", "/vms", *(entry["path"] for entry in self._entries())}
-        paths |= {f"/vms/{vmid}" for vmids in self.pools.values() for vmid in vmids}
-        if values.get("path") is not None:
-            paths = {values["path"]}
-        found = {path: {priv: 1 for priv in PRIVILEGES if self.allowed(who, path, priv)} for path in sorted(paths)}
-        if self.access and values.get("path") is not None:
-            return found
-        return {path: privs for path, privs in found.items() if privs}
-
-    async def _acl(self, _values: dict[str, Any], user: str) -> list[dict[str, Any]]:
-        """Everybody's entries, for who has Sys.Audit on /access; else none (Proxmox VE: those whose rights one may modify)."""
-        return self._entries() if self.allowed(user, "/access", "Sys.Audit") else []
-
-    def _entries(self) -> list[dict[str, Any]]:
-        if self.access:
-            return [entry.public() for entry in self.access.entries]
-        made = [{"path": path, "type": "token" if "!" in user else "user", "ugid": user, "roleid": f"Role{number}", "propagate": 1}
-                for user, grants in (self.acl or {}).items() for number, (path, _privs) in enumerate(grants)]
-        return made + [{"path": path, "type": "user", "ugid": "agentlab@pve", "roleid": "NoAccess", "propagate": 1} for path in sorted(self.no_access)]
-
-    def allowed(self, user: str, path: str, priv: str) -> bool:
-        if self.access:
-            return self._allowed_by_roles(user, path, priv)
-        if user.split("!")[0] != "root@pam":
-            number = path.removeprefix("/vms/")
-            pools = {f"/pool/{name}" for name, vmids in self.pools.items() if number.isdigit() and int(number) in vmids}
-            if self.no_access & {path, *pools}:
-                return False
-        if super().allowed(user, path, priv):
-            return True
-        return priv == "VM.Config.Cloudinit" and super().allowed(user, path, "VM.Config.Network")
-
-    def _allowed_by_roles(self, user: str, path: str, priv: str) -> bool:
-        assert self.access is not None
-        number = path.removeprefix("/vms/")
-        pools = [name for name, vmids in self.pools.items() if number.isdigit() and int(number) in vmids]
-        held = self.access.held(user, path, pools)
-        return priv in held or (priv == "VM.Config.Cloudinit" and "VM.Config.Network" in held)
-
     def _config_priv(self, key: str) -> str:
         return "VM.Config.Cloudinit" if CLOUDINIT_KEY.match(key) else super()._config_priv(key)
 
@@ -730,7 +628,7 @@ class ProxmoxDouble(FakePve):
     async def _status_action(self, request: web.Request) -> web.StreamResponse:
         node, action, user = request.match_info["node"], request.match_info["action"], request[USER]
         vmid = request.match_info["vmid"]
-        if vmid.isdigit() and action in ("start", "stop", "shutdown", "reboot"):
+        if vmid.isdigit() and action in ("start", "stop", "shutdown", "reboot", "suspend", "resume"):
             info = self.resolve(request, API).methods["POST"]
             values, errors = pve_schema.validate(info.get("parameters"), {**await request_params(request), "node": node, "vmid": vmid})
             if errors:
@@ -740,7 +638,7 @@ class ProxmoxDouble(FakePve):
             self.require(user, "/vms/" + vmid, "VM.PowerMgmt")
             vm = self.vm(int(vmid))
             if vm is None or vm.node != node:
-                if action == "reboot":
+                if action in ("reboot", "suspend", "resume"):
                     raise PveError(500, _not_found(vmid, node))
                 self.need_quorum()
                 return web.json_response({"data": await self._failing(node, "qm" + action, vmid, user, _no_config(node, vmid))})
@@ -763,6 +661,8 @@ class ProxmoxDouble(FakePve):
     async def _do_shutdown(self, vm: Any, user: str, p: dict[str, Any]) -> str:
         if vm.ha_managed:
             return await super()._do_shutdown(vm, user, p)
+        if vm.status == "running" and vm.qmpstatus == "paused":
+            raise PveError(500, "VM is paused - cannot shutdown")
 
         async def body() -> Any:
             if vm.status != "running":
@@ -786,9 +686,14 @@ class ProxmoxDouble(FakePve):
         async def run() -> Any:
             if getattr(vm, "disks_lost", False):
                 raise TaskError("no such logical volume " + ", ".join(volume for _key, volume, _props in drives_of(vm.config, True)))
+            if vm.lock == "suspended":
+                await self._wake(vm)
+                return None
             missing = self._missing_snippet(vm)
             if missing and vm.status != "running":
                 raise TaskError(missing)
+            if vm.status != "running" and not vm.template and not vm.lock:
+                self._check_vcpus(vm)
             note = await body()
             self._agent_up(vm)
             return note
@@ -837,11 +742,15 @@ class ProxmoxDouble(FakePve):
         updates = dict(p)
         if not self.quorate:
             raise PveError(500, f"unable to open file '/etc/pve/nodes/{vm.node}/qemu-server/{vm.vmid}.conf.tmp.4711' - Permission denied")
+        wanted = [key for key in str(updates.get("delete") or "").split(",") if key]
+        if "vmstate" in wanted:
+            self._check_state_delete(vm, user, updates)
+            updates["delete"] = ",".join(key for key in wanted if key not in (*STATE_KEYS, "lock"))
         if "tags" in updates:
-            self._check_tags(user, vm, updates["tags"])
+            self._check_tags(user, vm.config.get("tags"), updates["tags"])
             updates["tags"] = ";".join(sorted({tag.lower() for tag in re.split(r"[;, ]+", str(updates["tags"])) if tag}))
         elif "tags" in str(updates.get("delete") or "").split(","):
-            self._check_tags(user, vm, "")
+            self._check_tags(user, vm.config.get("tags"), "")
         if "description" in updates:
             updates["description"] = str(updates["description"]).rstrip()
         for key, priv in ((key, self._config_priv(key)) for key in updates if DRIVE_KEY.match(key)):
@@ -861,6 +770,7 @@ class ProxmoxDouble(FakePve):
         deletes = [key for key in str(updates.get("delete") or "").split(",") if key]
         before = {key: vm.config.get(key) for key in deletes}
         await super()._apply_config(vm, user, updates)
+        await self._refuse_unplug(vm, deletes)
         for key in [key for key in updates if HOTPLUGGED.match(key) and vm.pending.get(key) and self.hotplug]:
             vm.config[key] = vm.pending.pop(key)
         for key in deletes:
@@ -869,24 +779,16 @@ class ProxmoxDouble(FakePve):
         if missing:
             raise PveError(500, missing)
 
-    def _check_tags(self, user: str, vm: Any, new: str) -> None:
-        """Refuse a tag that changes and that this user may not set or take away; one of them is named."""
-        def split(text: Any) -> set[str]:
-            return {tag for tag in re.split(r"[;, ]+", str(text or "")) if tag}
-
-        if user == "root@pam" or (self.acl is not None and self.allowed(user, "/", "Sys.Modify")):
-            return
-        for tag in sorted(split(new) ^ split(vm.config.get("tags"))):
-            if tag in self.registered_tags or tag not in self._allowed_tags(user):
-                raise PveError(403, f"Permission check failed (/, Sys.Modify for modifying tag '{tag}')")
-
-    def _allowed_tags(self, user: str) -> Any:
-        """What `in` it may be set: anything when free."""
-        if self.tag_access == "free":
-            return _Everything()
-        if self.tag_access == "existing":
-            return {tag for vm in self.vms for tag in re.split(r"[;, ]+", str(vm.config.get("tags") or "")) if tag}
-        return self.tag_allow_list if self.tag_access == "list" else set()
+    def _check_state_delete(self, vm: Any, user: str, updates: dict[str, Any]) -> None:
+        """Throw a hibernated VM's state away: the one write that the lock `suspended` lets through."""
+        if updates.get("digest") and updates["digest"] != vm.digest():
+            raise PveError(500, "checksum mismatch (file change by other user?)")
+        for priv in ("VM.Config.Disk", "VM.PowerMgmt"):
+            self.require(user, f"/vms/{vm.vmid}", priv)
+        if vm.lock not in (None, "suspended"):
+            raise PveError(500, f"VM is locked ({vm.lock})")
+        self._forget_state(vm)
+        updates.pop("digest", None)
 
     def _drive_value(self, vm: Any, user: str, key: str, value: str) -> str:
         """What the configuration says once the volume is made or found."""
@@ -1076,6 +978,9 @@ class ProxmoxDouble(FakePve):
 
     def _around_qmdestroy(self, body: Any, vm: Any, undo: list[Callable[[], None]]) -> Any:
         async def run() -> Any:
+            if vm.lock == "suspended":
+                # A hibernated VM is deleted like a stopped one; the saved state goes too.
+                self._forget_state(vm)
             if not vm.lock:
                 own = {volume for _key, volume, _props in drives_of(vm.config) if volume_owner(volume) == vm.vmid}
                 for sid, store in self.storages.items():
@@ -1186,11 +1091,11 @@ class ProxmoxDouble(FakePve):
 
     @on_loop
     def power(self, vmid: int, status: str) -> None:
-        """Somebody else started or stopped the VM (no task tells of it)."""
+        """Somebody else started, stopped or paused the VM (no task tells of it)."""
         vm = self.vm(vmid)
-        if status == "running":
-            vm.status = vm.qmpstatus = "running"
-            vm.started_at = time.time()
+        if status in ("running", "paused"):
+            vm.status, vm.qmpstatus = "running", status
+            vm.started_at = vm.started_at or time.time()
         else:
             self._power_off(vm)
 
@@ -1245,13 +1150,6 @@ async def _half(request: web.Request, response: web.StreamResponse) -> web.Strea
         request.transport.write(head.encode() + body[:len(body) // 2])
         request.transport.close()
     return _Nothing()
-
-
-class _Everything:
-    """A set that has whatever is asked for."""
-
-    def __contains__(self, _item: object) -> bool:
-        return True
 
 
 class _Nothing(web.StreamResponse):

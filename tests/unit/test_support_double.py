@@ -567,3 +567,247 @@ def test_core_can_be_imported() -> None:
     from ansible_collections.agentlab.proxmox.plugins.module_utils._core import states
 
     assert Path(states.__file__).resolve() == play.REPO / "plugins" / "module_utils" / "_core" / "states.py"
+
+
+# ---- access: what a deeper path, a pool and a separated token give
+
+
+def _may(api: Any, path: str) -> set[str]:
+    return set(api.access.permissions.get(path=path)[path])
+
+
+def test_a_role_on_a_deeper_path_replaces_what_is_inherited(api: Any, pve: ProxmoxDouble) -> None:
+    pve.add_guest(101)
+    pve.add_guest(102)
+    pve.grant(TOKEN, "/", "VM.Audit", "Sys.Audit")
+    assert [row["vmid"] for row in api.cluster.resources.get(type="vm")] == [9000, 101, 102]
+    pve.grant(TOKEN, "/vms/101", "VM.Config.Disk")
+    assert _may(api, "/vms/101") == {"VM.Config.Disk"} and _may(api, "/vms/102") == {"VM.Audit", "Sys.Audit"}
+    assert [row["vmid"] for row in api.cluster.resources.get(type="vm")] == [9000, 102]
+    assert _refused(api.nodes("pve1").qemu(101).config.get)[0] == 403
+    pve.grant(TOKEN, "/vms/101", "VM.Audit")
+    assert _may(api, "/vms/101") == {"VM.Config.Disk", "VM.Audit"}
+
+
+def test_a_pools_roles_add_to_those_of_its_vms(api: Any, pve: ProxmoxDouble) -> None:
+    pve.add_guest(101, pool="sandboxes")
+    pve.grant(TOKEN, "/", "VM.Audit", "Sys.Audit")
+    pve.grant(TOKEN, "/pool/sandboxes", "VM.PowerMgmt")
+    assert _may(api, "/vms/101") == {"VM.Audit", "Sys.Audit", "VM.PowerMgmt"} and _may(api, "/pool/sandboxes") == {
+        "VM.PowerMgmt"
+    }
+    pve.no_access.add("/pool/sandboxes")
+    assert _may(api, "/vms/101") == set()
+
+
+def test_a_role_without_propagation_counts_for_its_path_alone(api: Any, pve: ProxmoxDouble) -> None:
+    pve.grant(TOKEN, "/vms", "VM.Audit", propagate=False)
+    assert _may(api, "/vms") == {"VM.Audit"} and _may(api, "/vms/101") == set()
+
+
+def test_a_separated_token_holds_what_both_it_and_its_user_hold(api: Any, pve: ProxmoxDouble) -> None:
+    pve.separated.add(TOKEN)
+    pve.grant(TOKEN.split("!")[0], "/", "VM.Audit", "Sys.Audit")
+    assert _may(api, "/vms/9000") == set() and api.access.permissions.get() == {}
+    pve.grant(TOKEN, "/vms", "VM.Audit", "VM.Allocate")
+    assert _may(api, "/vms/9000") == {"VM.Audit"} and _refused(api.cluster.ha.status.current.get)[0] == 403
+
+
+def test_a_separated_token_without_any_acl_may_nothing(api: Any, pve: ProxmoxDouble) -> None:
+    pve.grant(TOKEN.split("!")[0], "/", "VM.Audit", "Sys.Audit")
+    assert _may(api, "/vms/9000") == {"VM.Audit", "Sys.Audit"}
+
+
+# ---- tags
+
+
+@pytest.mark.parametrize(
+    ("policy", "registered", "refused", "taken"),
+    [
+        (("none", set()), set(), ["agentlab", ""], []),
+        (("list", {"agentlab"}), set(), ["free1", "AgentLab;old"], ["agentlab;old"]),
+        (("existing", set()), set(), ["new;old"], ["seen;old"]),
+        (("free", set()), {"reserved1"}, ["reserved1;old"], ["free1;old"]),
+        (("list", {"reserved1"}), {"reserved1"}, ["reserved1;old"], ["old"]),
+    ],
+)
+def test_tags_that_the_cluster_restricts(
+    api: Any,
+    pve: ProxmoxDouble,
+    policy: tuple[str, set[str]],
+    registered: set[str],
+    refused: list[str],
+    taken: list[str],
+) -> None:
+    (pve.tag_access, pve.tag_allow_list), pve.registered_tags = policy, registered
+    pve.add_guest(101, config={"tags": "old"})
+    pve.add_guest(102, config={"tags": "seen"})
+    config = api.nodes("pve1").qemu(101).config
+    for tags in refused:
+        status, text = _refused(
+            lambda wanted=tags: config.put(
+                **({"tags": wanted} if wanted else {"delete": "tags"}), description="beside it"
+            )
+        )
+        assert status == 403 and re.search(r"Permission check failed \(/, Sys.Modify for modifying tag '\w+'\)", text)
+    assert config.get().get("description") is None
+    config.put(tags="old", description="beside it")
+    for tags in taken:
+        config.put(tags=tags)
+    pve.grant(TOKEN, "/", "Sys.Modify", "VM.Config.Options", "VM.Audit")
+    config.put(tags="free1;reserved1")
+
+
+def test_allowed_tags_are_told_beforehand(api: Any, pve: ProxmoxDouble) -> None:
+    pve.add_guest(101, config={"tags": "seen"})
+    assert api.cluster.options.get()["allowed-tags"] == ["seen"]
+    pve.tag_access, pve.tag_allow_list, pve.registered_tags = "list", {"a", "b"}, {"b"}
+    told = api.cluster.options.get()
+    assert (
+        told["allowed-tags"] == ["a"]
+        and told["user-tag-access"]["user-allow"] == "list"
+        and told["registered-tags"] == ["b"]
+    )
+    pve.tag_access = "none"
+    pve.grant(TOKEN, "/vms", "VM.Audit")
+    assert api.cluster.options.get() == {"allowed-tags": []}
+
+
+# ---- power and hibernation
+
+
+def test_a_hibernated_vm(api: Any, pve: ProxmoxDouble) -> None:
+    pve.add_guest(101)
+    vm = api.nodes("pve1").qemu(101)
+    vm.status.start.post()
+    assert _end(api, vm.status.suspend.post(todisk=1)) == "OK"
+    assert (
+        vm.status.current.get()["status"] == "stopped"
+        and vm.config.get()["lock"] == "suspended"
+        and pve.volumes_of(101)[-1].endswith(".raw")
+    )
+    for end in (vm.status.stop.post(), vm.status.shutdown.post()):
+        assert _end(api, end) == "OK" and vm.config.get()["lock"] == "suspended"
+    assert _refused(lambda: vm.config.put(description="x")) == (500, "VM is locked (suspended) ")
+    assert _refused(vm.status.suspend.post)[0] == 500
+    pve.vm(101).start_error = "start failed: QEMU exited with code 1"
+    for end in (vm.status.start.post(), vm.status.resume.post()):
+        assert _end(api, end) == "start failed: QEMU exited with code 1" and vm.config.get()["lock"] == "suspended"
+    pve.vm(101).start_error = None
+    assert _end(api, vm.status.resume.post()) == "OK" and vm.status.current.get()["qmpstatus"] == "running"
+    assert not {"lock", "vmstate", "runningcpu"} & set(vm.config.get()) and not [
+        name for name in pve.volumes_of(101) if "state" in name
+    ]
+
+
+def test_the_state_of_a_hibernated_vm_is_thrown_away(api: Any, pve: ProxmoxDouble) -> None:
+    pve.add_guest(101)
+    pve.hibernate(101)
+    vm = api.nodes("pve1").qemu(101)
+    vm.config.put(delete="vmstate", description="kept", digest=vm.config.get()["digest"])
+    assert not {"lock", "vmstate", "runningcpu"} & set(vm.config.get()) and vm.config.get()["description"] == "kept"
+    assert _end(api, vm.status.start.post()) == "OK"
+    vm.status.stop.post()
+    pve.hibernate(101)
+    assert _end(api, vm.delete(purge=1)) == "OK" and pve.volumes_of(101) == []
+
+
+def test_a_hibernation_that_fails_leaves_the_vm_running_and_locked(api: Any, pve: ProxmoxDouble) -> None:
+    pve.add_guest(101, status="running")
+    vm = api.nodes("pve1").qemu(101)
+    pve.hibernation_error = "VM 101 qmp command 'savevm-start' failed"
+    assert _end(api, vm.status.suspend.post(todisk=1)) == pve.hibernation_error
+    assert vm.status.current.get()["status"] == "running" and vm.config.get()["lock"] == "suspending"
+    for end in (vm.status.start.post(), vm.status.stop.post(), vm.status.shutdown.post()):
+        assert _end(api, end) == "VM is locked (suspending)"
+    assert _refused(vm.delete) == (500, "VM 101 is running - destroy failed ")
+    assert _refused(lambda: vm.config.put(delete="vmstate")) == (500, "VM is locked (suspending) ")
+    assert _end(api, vm.status.resume.post()) == "OK" and vm.config.get()["lock"] == "suspending"
+    pve.unlock(101)
+    assert _end(api, vm.status.stop.post()) == "OK"
+
+
+def test_a_paused_vm(api: Any, pve: ProxmoxDouble) -> None:
+    pve.add_guest(101)
+    pve.power(101, "paused")
+    vm = api.nodes("pve1").qemu(101)
+    assert (vm.status.current.get()["status"], vm.status.current.get()["qmpstatus"]) == ("running", "paused")
+    assert _refused(vm.status.shutdown.post) == (500, "VM is paused - cannot shutdown ")
+    upid = vm.status.suspend.post()
+    assert ":qmpause:" in upid and _end(api, upid) == "OK" and _end(api, vm.status.resume.post()) == "OK"
+
+
+def test_more_vcpus_than_the_node_has(api: Any, pve: ProxmoxDouble) -> None:
+    pve.add_guest(101, config={"cores": 3})
+    pve.node_figures["pve1"] = {"maxcpu": 2}
+    assert _end(api, api.nodes("pve1").qemu(101).status.start.post()) == "MAX 2 vcpus allowed per VM on this node"
+    assert api.nodes.get()[0]["maxcpu"] == 2
+
+
+def test_a_guest_that_does_not_let_a_disk_go(api: Any, pve: ProxmoxDouble) -> None:
+    pve.add_guest(101, status="running")
+    pve._disk("local-lvm", "vm-800-disk-0", 800, 1024**3)
+    vm = api.nodes("pve1").qemu(101)
+    vm.config.put(scsi5="local-lvm:vm-800-disk-0")
+    pve.unplug_refused = {101}
+    status, text = _refused(lambda: vm.config.put(delete="scsi5"))
+    assert (
+        status == 400
+        and "hotplug problem - error on hot-unplugging device 'virtioscsi5' - still busy in guest?" in text
+    )
+    assert "scsi5" not in vm.config.get() and "scsi5" in vm.config.get(current=1)
+    assert next(row for row in vm.pending.get() if row["key"] == "scsi5")["delete"] == 1
+    vm.config.put(description="the next write succeeds")
+    vm.status.stop.post()
+    vm.status.start.post()
+    assert "scsi5" not in vm.config.get(current=1)
+
+
+# ---- quorum, nodes, lists
+
+
+def test_the_quorum_row_is_live_and_cluster_status_a_cache(api: Any, pve: ProxmoxDouble) -> None:
+    def quorate() -> tuple[int, int]:
+        rows = {row["type"]: row for row in api.cluster.ha.status.current.get()}
+        return rows["quorum"]["quorate"], next(
+            row["quorate"] for row in api.cluster.status.get() if row["type"] == "cluster"
+        )
+
+    assert quorate() == (1, 1)
+    pve.cached_quorate = 0
+    assert quorate() == (1, 0)
+    pve.lose_quorum()
+    pve.cached_quorate = 1
+    assert quorate() == (0, 1)
+    assert api.cluster.ha.status.current.get()[0]["status"] == "No quorum on node 'pve1'!"
+    pve.cached_quorate, pve.stale_quorum = None, True
+    assert quorate() == (1, 1)
+    pve.grant(TOKEN, "/vms", "VM.Audit")
+    assert _refused(api.cluster.ha.status.current.get) == (403, "Permission check failed (/, Sys.Audit) ")
+
+
+def test_the_list_lags_behind_the_power_state(api: Any, pve: ProxmoxDouble) -> None:
+    pve.add_guest(101)
+    pve.status_lag = 60
+    assert [row["status"] for row in api.cluster.resources.get(type="vm") if row["vmid"] == 101] == ["stopped"]
+    api.nodes("pve1").qemu(101).status.start.post()
+    pve.add_guest(102)
+    listed = {row["vmid"]: row for row in api.cluster.resources.get(type="vm")}
+    assert (
+        listed[101]["status"] == "stopped"
+        and listed[102]["status"] == "unknown"
+        and not {"name", "template"} & set(listed[102])
+    )
+    assert api.nodes("pve1").qemu(101).status.current.get()["status"] == "running"
+    pve.status_lag = 0
+    assert [row["status"] for row in api.cluster.resources.get(type="vm") if row["vmid"] == 101] == ["running"]
+
+
+def test_nodes_without_rights_have_no_figures(api: Any, pve: ProxmoxDouble) -> None:
+    pve.add_node("pve2")
+    pve.maintenance.add("pve2")
+    pve.grant(TOKEN, "/nodes/pve1", "Sys.Audit")
+    for rows in (api.nodes.get(), api.cluster.resources.get(type="node")):
+        with_figures = {row["node"]: "maxmem" in row for row in rows}
+        assert with_figures == {"pve1": True, "pve2": False} and {row["status"] for row in rows} == {"online"}
+    assert [row["hastate"] for row in api.cluster.resources.get(type="node")] == ["online", "maintenance"]
