@@ -42,13 +42,17 @@ options:
       - Profiles are files of the folder C(profiles_dir) (V(/etc/agentlab/profiles)) on the host where the module runs.
     type: str
   template:
-    description: VMID or name of the template to clone. The configuration's C(template) unless set.
+    description:
+      - VMID or name of the template to clone. The configuration's C(template) unless set.
+      - Of several templates with that name, the one on the node where the sandbox is to be.
     type: str
   node:
     description: Node to create on. The configuration's C(node), or else the template's node, unless set.
     type: str
   full_clone:
-    description: Whether to make a full clone. Proxmox VE makes linked clones of templates unless told otherwise.
+    description:
+      - Whether to make a full clone. A clone is linked unless this or O(storage) asks for a full one, the template lies on another storage than the
+        configuration's C(storage), or that storage has no linked clones.
     type: bool
   storage:
     description: Storage for a full clone.

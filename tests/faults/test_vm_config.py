@@ -71,12 +71,11 @@ def test_tags_that_are_there_already_are_not_written(lab: Lab) -> None:
     lab.pve.vm(9000).config["tags"] = "ci;agentlab"
     lab.pve.tag_access = "none"
     assert outcome_of(lab, tags=["CI"]).warnings == []
-    assert all("tags" not in body for method, path, body in lab.pve.requests if method == "PUT" and path.endswith("/config"))
+    assert all("tags" not in one["params"] for one in lab.pve.history if one["method"] == "PUT" and one["path"].endswith("/config"))
 
 
 def test_a_refusal_of_something_else_is_none_of_a_tag(lab: Lab) -> None:
-    lab.pve.fault("PUT", "/qemu/1000/config", "answer", status=403,
-                  body='{"data": null, "message": "Permission check failed (/vms/1000, VM.Config.Options)"}', times=9)
+    lab.pve.fail("PUT", "/qemu/1000/config", 403, "Permission check failed (/vms/1000, VM.Config.Options)")
     with pytest.raises(AgentlabError, match=r"VM\.Config\.Options"):
         outcome_of(lab, tags=["ci"])
 

@@ -35,7 +35,8 @@ CORE_ROOMS: dict[str, tuple[str, str]] = {
     ),
     "views": ("operations/info operations/comparison", "tables tools files store proxmox run vm"),
     "sandboxes": (
-        "operations/wanted operations/spec operations/vm_config operations/create operations/destroy operations/removal operations/remains operations/lease",
+        "operations/wanted operations/spec operations/vm_config operations/template operations/refusals operations/create "
+        "operations/destroy operations/removal operations/remains operations/lease",
         "tables tools files store proxmox run vm guest workspaces",
     ),
     "many": (

@@ -50,6 +50,8 @@ class Context:
         self._lock = threading.RLock()
         self._reach: tuple[ProxmoxClient, TaskWaiter] | None = None
         self._cluster: Cluster | None = None
+        self._read_once: dict[Any, Any] = {}
+        self._once_lock = threading.RLock()
 
     @property
     def force_option(self) -> str:
@@ -92,6 +94,14 @@ class Context:
                 self._cluster = Cluster(self.client, self.clock, self.records)
             return self._cluster
 
+    def once(self, key: Any, read: Callable[[], B]) -> B:
+        """Return what ``read`` answers, asked once in this run: for what its items share and nobody changes meanwhile (a template, the storages of a node)."""
+        with self._once_lock:
+            if key not in self._read_once:
+                self._read_once[key] = read()
+            found: B = self._read_once[key]
+            return found
+
     def derive(self, *, actor: str, dry_run: bool = False, config: Config | None = None) -> Context:
         """A run of its own for a process that lives longer than one: shares the database and the connections, remembers nothing read of Proxmox."""
         return Context(config or self.config, actor=actor, dry_run=dry_run, force_hint=self.force_hint, clock=self.clock, parent=self,
@@ -100,6 +110,7 @@ class Context:
     def refresh(self) -> None:
         """Forget what was read of Proxmox."""
         self._cluster = None
+        self._read_once.clear()
 
     def close(self) -> None:
         if self._owner:

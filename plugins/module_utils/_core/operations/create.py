@@ -33,7 +33,8 @@ from ..model import Outcome, Sandbox
 from ..proxmox import identity
 from ..proxmox.client import not_begun
 from ..store.records import AWAITED, Claim
-from . import address, cloud_init, create_recovery, destroy, power, vm_config, workspace_disk
+from . import address, cloud_init, create_recovery, destroy, power, refusals, vm_config, workspace_disk
+from . import template as templates
 from .context import Context, refuse_cut_off
 from .spec import Spec
 from .verify import Located, guarded, locate, match_if_readable, require_match
@@ -99,15 +100,17 @@ def _create(ctx: Context, spec: Spec) -> Outcome:
     if spec.vmid is not None and first <= spec.vmid <= last:
         raise InvalidInput(f"vmid: {spec.vmid} is in workspace_owner_range ({first}-{last}), whose VMIDs own the volumes of workspaces: Proxmox VE "
                            "deletes with a VM what its VMID owns. Take one outside of it", option="vmid", value=spec.vmid)
-    template, template_node = ctx.cluster.template(spec.template or ctx.config.template)
     disk = workspace_disk.select(ctx, spec.workspace) if spec.workspace is not None else None
     # Where its workspace is, if that is on one node only.
-    node = spec.node or (disk.node if disk else None) or ctx.config.node or template_node
+    wanted_node = spec.node or (disk.node if disk else None) or ctx.config.node
+    template = templates.find(ctx, spec.template or ctx.config.template, wanted_node)
+    node = wanted_node or template.node
     nodes = ctx.cluster.nodes()
     if node not in nodes:
         raise InvalidInput(f"node: {node!r} is not a node of this cluster. Nodes: {', '.join(sorted(nodes))}", option="node", value=node)
     if not nodes[node]:
         raise InvalidInput(f"node: {node!r} is offline; choose another, or wait until it is back", option="node", value=node)
+    templates.check(ctx, spec, template, node)
     known = ctx.cluster.vms()
     if spec.vmid is not None and spec.vmid in known:
         raise _occupied(spec.vmid, str(known[spec.vmid].get("name") or "unnamed"))
@@ -122,7 +125,7 @@ def _create(ctx: Context, spec: Spec) -> Outcome:
     sandbox = Sandbox(uuid=uid, vmid=spec.vmid or 0, name=name, state=states.REQUESTED, profile=spec.profile, node=node, tags=sorted(set(spec.tags)),
                       protected=spec.protected, keepalive=spec.keepalive, ttl_seconds=spec.ttl, lease_expires_at=now + spec.ttl,
                       lease_max_seconds=spec.lease_maximum)
-    journal = {"template": template, "template_node": template_node, "node": node}
+    journal = _clone_note(ctx, spec, template, node)
     claim = ctx.records.reserve(sandbox, vmid=spec.vmid, vmid_range=ctx.config.vmid_range, occupied=set(known), journal=journal)
     if ctx.dry_run:
         done = Outcome.of("would_create", sandbox, previous_state=None, state=states.RUNNING, changed=True)
@@ -130,11 +133,18 @@ def _create(ctx: Context, spec: Spec) -> Outcome:
     return _carry_on(ctx, claim, spec, sandbox, journal)
 
 
+def _clone_note(ctx: Context, spec: Spec, template: templates.Template, node: str | None) -> dict[str, Any]:
+    """Return what the journal has to know to send the clone, also in a later run."""
+    full, storage = templates.clone_mode(ctx, spec, template)
+    return {"template": template.vmid, "template_node": template.node, "node": node, "full": full, "storage": storage}
+
+
 def _carry_on(ctx: Context, claim: Claim, spec: Spec, sandbox: Sandbox, journal: dict[str, Any] | None = None) -> Outcome:
     """From wherever the creation stands to RUNNING; on failure clean up what our own clone made."""
     began = ctx.clock.monotonic()
     upids: list[str] = []
     warnings: list[str] = []
+    noted: dict[str, Any] = {}
     try:
         left = claim.interrupted
         # Its journal says no more how far the creation had come, and the delete may already have been sent.
@@ -142,7 +152,7 @@ def _carry_on(ctx: Context, claim: Claim, spec: Spec, sandbox: Sandbox, journal:
         if left and left.kind == "create" and sandbox.state == states.READY:
             sandbox = ctx.records.change(claim, sandbox, "create", to=states.RUNNING, reason="ready", finish=True)
             return Outcome.of("created", sandbox, previous_state=states.READY, changed=True)
-        noted = dict(journal if journal is not None else (left.detail if left else {}))
+        noted.update(journal if journal is not None else (left.detail if left else {}))
         disk = workspace_disk.of_creation(ctx, claim, sandbox, spec.workspace)
         sandbox = cloud_init.provide(ctx, claim, sandbox, spec.cloud_init_user_data)
         if sandbox.smbios_uuid is None:
@@ -183,7 +193,8 @@ def _carry_on(ctx: Context, claim: Claim, spec: Spec, sandbox: Sandbox, journal:
         ctx.records.change(claim, sandbox, "create", to=states.FAILED, outcome="failed", reason=error.code, evidence={"message": error.message}, finish=True)
         raise
     except AgentlabError as error:
-        raise _clean_up(ctx, claim, sandbox, error) from None
+        told = refusals.explain(ctx, spec, sandbox.node, noted.get("template"), error)
+        raise _clean_up(ctx, claim, sandbox, error, told or error.message, noted) from None
     finally:
         ctx.records.release(claim)
 
@@ -191,10 +202,10 @@ def _carry_on(ctx: Context, claim: Claim, spec: Spec, sandbox: Sandbox, journal:
 def _clone(ctx: Context, claim: Claim, spec: Spec, sandbox: Sandbox, noted: dict[str, Any], phase: str, at: int, upids: list[str],
            warnings: list[str]) -> Sandbox:
     """Clone (or take up a clone that a killed run began), and bind the record to the VM it made."""
-    template, template_node = noted.get("template"), noted.get("template_node")
+    template = noted.get("template")
     if template is None:
-        template, template_node = ctx.cluster.template(spec.template or ctx.config.template)
-        noted.update(template=template, template_node=template_node, node=sandbox.node)
+        noted.update(_clone_note(ctx, spec, templates.find(ctx, spec.template or ctx.config.template, sandbox.node), sandbox.node))
+        template = noted["template"]
     resumed = phase in ("cloning", "waiting")
     before = {**noted, "phase": phase, "at": at}
     # A clone request of an earlier run whose answer was lost: Proxmox may carry it out at any time.
@@ -297,13 +308,18 @@ def _send_clone(ctx: Context, claim: Claim, spec: Spec, sandbox: Sandbox, noted:
             setattr(sandbox, name, getattr(done, name))
     else:
         ctx.records.journal(claim, "create", "cloning", noted)
-    storage = spec.storage or (ctx.config.storage if spec.full_clone is not False else None)
-    full = spec.full_clone if spec.full_clone is not None else (True if storage else None)
-    target = sandbox.node if sandbox.node != noted["template_node"] else None
+    if "full" not in noted:
+        # A journal of an earlier release.
+        noted.update(_clone_note(ctx, spec, templates.find(ctx, str(noted["template"])), sandbox.node))
     try:
-        upid = ctx.client.post(f"nodes/{noted['template_node']}/qemu/{noted['template']}/clone", newid=sandbox.vmid, name=sandbox.name,
-                               description=identity.marker(sandbox.uuid), pool=spec.pool or ctx.config.pool, storage=storage, target=target,
-                               full=None if full is None else int(full))
+        upid = _post_clone(ctx, spec, sandbox, noted)
+    except ApiError as error:
+        if "Linked clone feature is not supported" not in error.text or noted["full"] is not None or not ctx.config.storage:
+            raise
+        # Nothing was made. The configuration names the storage where the template lies, and that one has full clones only.
+        noted.update(full=True, storage=ctx.config.storage)
+        ctx.records.journal(claim, "create", "cloning", noted)
+        upid = _post_clone(ctx, spec, sandbox, noted)
     except Unreachable:
         # Certainly not carried out.
         ctx.records.journal(claim, "create", "reserved", noted)
@@ -313,6 +329,13 @@ def _send_clone(ctx: Context, claim: Claim, spec: Spec, sandbox: Sandbox, noted:
     noted["upid"] = upid
     ctx.records.journal(claim, "create", "waiting", noted)
     return upid
+
+
+def _post_clone(ctx: Context, spec: Spec, sandbox: Sandbox, noted: dict[str, Any]) -> Any:
+    target = sandbox.node if sandbox.node != noted["template_node"] else None
+    return ctx.client.post(f"nodes/{noted['template_node']}/qemu/{noted['template']}/clone", newid=sandbox.vmid, name=sandbox.name,
+                           description=identity.marker(sandbox.uuid), pool=spec.pool or ctx.config.pool, storage=noted["storage"], target=target,
+                           full=None if noted["full"] is None else int(noted["full"]))
 
 
 def _await_doubt(ctx: Context, claim: Claim, sandbox: Sandbox, created: dict[str, Any]) -> Located:
@@ -384,7 +407,7 @@ def _how_to_remove(ctx: Context) -> str:
     return "destroy it with --force" if ctx.force_hint == states.FORCE_HINT_CLI else "remove it with state=absent and force=true"
 
 
-def _clean_up(ctx: Context, claim: Claim, sandbox: Sandbox, error: AgentlabError) -> CreationFailed:
+def _clean_up(ctx: Context, claim: Claim, sandbox: Sandbox, error: AgentlabError, told: str, noted: dict[str, Any]) -> CreationFailed:
     """Make the record FAILED, then remove what our own clone made through the destroy pipeline; the message says what is left."""
     try:
         now = ctx.records.get(sandbox.uuid)
@@ -395,7 +418,9 @@ def _clean_up(ctx: Context, claim: Claim, sandbox: Sandbox, error: AgentlabError
         ctx.cluster.vms(fresh=True)
         outcome = destroy.run(ctx, [(now, destroy.Request(operation="clean-up", force=True, clean_up=True))])[0]
         if outcome.state == states.DESTROYED:
-            left = "what was made for it has been removed"
+            # A clone request that Proxmox VE took left its task id in the journal.
+            made = sandbox.smbios_uuid is not None or sandbox.snippet is not None or noted.get("upid") is not None
+            left = "what was made for it has been removed" if made else "nothing was made for it"
         else:
             left = f"its record is in {outcome.state} state: {outcome.message}; {_how_to_remove(ctx)}"
     except AgentlabError as second:
@@ -405,4 +430,4 @@ def _clean_up(ctx: Context, claim: Claim, sandbox: Sandbox, error: AgentlabError
         cloud_init.remove(ctx, ctx.records.get(sandbox.uuid))
     except AgentlabError as third:
         left += f"; {third.message}"
-    return CreationFailed(f"sandbox {sandbox.vmid} could not be created: {error.message}; {left}", vmid=sandbox.vmid, cause=error.as_dict())
+    return CreationFailed(f"sandbox {sandbox.vmid} could not be created: {told}; {left}", vmid=sandbox.vmid, cause=error.as_dict())

@@ -31,6 +31,7 @@ from ..proxmox import identity
 from ..proxmox.identity import OUR_TAG
 from ..store import history, schema, workspaces
 from . import cloud_init, info, privileges, timeguard
+from . import template as templates
 from .context import Context
 from .privileges import needs, pveum_commands
 
@@ -436,8 +437,11 @@ class Doctor:
             )
             return
         try:
-            vmid, node = self.context.cluster.template(asked)
-            config = self.context.client.get_dict(f"nodes/{node}/qemu/{vmid}/config")
+            found_template = templates.find(self.context, asked, self.config.node)
+            vmid, node = found_template.vmid, found_template.node
+            config = found_template.config
+            if config is None:
+                config = self.context.client.get_dict(f"nodes/{node}/qemu/{vmid}/config")
         except (InvalidInput, AccessDenied) as error:
             yield Finding(
                 "template",

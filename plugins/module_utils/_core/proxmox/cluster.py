@@ -16,7 +16,7 @@ from typing import Any
 
 from .. import parallel
 from ..clock import Clock
-from ..errors import ApiError, InvalidInput, Kept, OutcomeUnknown, ProxmoxError
+from ..errors import ApiError, Kept, OutcomeUnknown, ProxmoxError
 from ..store.records import Records
 from .client import ProxmoxClient
 
@@ -184,29 +184,6 @@ class Cluster:
 
     def find(self, vmid: int, *, fresh: bool = False) -> dict[str, Any] | None:
         return self.vms(fresh=fresh).get(vmid)
-
-    def template(self, wanted: str | None) -> tuple[int, str]:
-        """VMID and node of a template given by VMID or name."""
-        if not wanted:
-            raise InvalidInput("template: missing; give the VMID or name of a template (or set it in the configuration)", option="template")
-        rows = self.vms()
-        templates = {vmid: row for vmid, row in rows.items() if str(row.get("template")) == "1" and row.get("type") == "qemu"}
-        found = [vmid for vmid, row in templates.items() if str(vmid) == wanted or row.get("name") == wanted]
-        if len(found) == 1:
-            return found[0], str(templates[found[0]].get("node"))
-        if found:
-            raise InvalidInput(f"template: {wanted!r} is the name of several templates ({', '.join(map(str, sorted(found)))}); give the VMID",
-                               option="template", value=wanted)
-        names = [f"{vmid} ({row['name']})" if row.get("name") else str(vmid) for vmid, row in sorted(templates.items())]
-        seen = ", ".join(names) or "none that these credentials may see"
-        silent = sorted(name for name, online in self.nodes().items() if not online)
-        if silent:
-            # Of what is on them Proxmox tells neither the name nor that it is a template.
-            raise InvalidInput(f"template: {wanted!r} is not to be seen, but {', '.join(silent)} is offline, and what is there is not known; wait until the "
-                               f"node is back, or give another template. Templates on the other nodes: {seen}", option="template", value=wanted)
-        if wanted.isdecimal() and int(wanted) in rows:
-            raise InvalidInput(f"template: VM {wanted} is not a template; convert it first (qm template {wanted})", option="template", value=wanted)
-        raise InvalidInput(f"template: {wanted!r} does not exist. Templates: {seen}", option="template", value=wanted)
 
     def known(self) -> tuple[list[str], dict[int, str]]:
         """Names of the nodes, and of the VMs by VMID, as far as this run has read them: asks nothing."""
