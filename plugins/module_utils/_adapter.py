@@ -147,7 +147,7 @@ def _shown(outcome: Outcome) -> dict[str, Any]:
     if outcome.changed and outcome.state:
         # In check mode the record is as it was; the answer tells what it would be.
         shown["state"] = outcome.state
-        shown.update(outcome.extra.get("update") or {})
+        shown.update({name: value for name, value in (outcome.extra.get("update") or {}).items() if name in shown})
     return shown
 
 
@@ -162,7 +162,7 @@ def difference(outcomes: Sequence[Outcome]) -> dict[str, Any]:
         old: dict[str, Any] = {"state": one.previous_state}
         new: dict[str, Any] = {"state": one.state}
         for name, value in (one.extra.get("update") or {}).items():
-            old[name], new[name] = not value, value
+            old[name], new[name] = (one.extra.get("before") or {}).get(name), value
         if "lease_expires_at" in one.extra:
             new["lease_expires_at"] = one.extra["lease_expires_at"]
             old["lease_expires_at"] = one.extra.get("was")

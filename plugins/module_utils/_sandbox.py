@@ -23,6 +23,7 @@ def run(module: AnsibleModule, context: Context, creation: Sequence[str]) -> dic
     if params["force"] and state != "absent":
         raise InvalidInput(f"force: only with state=absent, not with state={state}", option="force")
     given = [name for name in creation if params.get(name) is not None]
+    given += [name for name in ("update", "allow_restart") if params.get(name)]
     if state != "present" and given:
         raise InvalidInput(f"{given[0]}: only with state=present, not with state={state}", option=given[0])
     wanted = _adapter.ids(module)
@@ -68,7 +69,12 @@ def _present(module: AnsibleModule, context: Context, which_ones: list[dict[str,
             if found is not None and outcome.outcome in ("unchanged", "updated") and outcome.sandbox is not None:
                 # Given as false they are to be switched off; left out they stay as they are.
                 second = create.amend(context, outcome.sandbox, protected=params["protected"], keepalive=params["keepalive"])
-                return second if second.changed else outcome
+                if second.changed:
+                    second.warnings, second.upids = outcome.warnings, outcome.upids
+                    for part in ("update", "before"):
+                        second.extra[part] = {**outcome.extra.get(part, {}), **second.extra[part]}
+                    outcome = second
+                return outcome
             return outcome
         except AgentlabError as error:
             if not several:

@@ -147,6 +147,24 @@ options:
       - A cluster may forbid tags. A sandbox is then created without them, with a warning; its record has them.
     type: list
     elements: str
+  description:
+    description:
+      - Text for the notes of the VM in Proxmox VE. It stands below the lines by which the VM is recognised, which stay.
+      - A profile's C(description) is the profile's own text.
+    type: str
+  update:
+    description:
+      - With O(state=present), apply O(cores), O(memory), O(tags) and O(description) to a sandbox that is there, where they differ.
+      - Without it, and for all other options, a warning names each option that was given and differs from what the sandbox was created with. Of
+        O(cloud_init_user_data) and O(cloud_init_password) nothing is kept, so they are not compared.
+    type: bool
+    default: false
+  allow_restart:
+    description:
+      - Whether O(update) may stop and start the VM where Proxmox VE needs that - for O(cores) and O(memory) of a VM that runs.
+      - Without it such an update is refused, and nothing is changed. Tags and description need no restart.
+    type: bool
+    default: false
   ttl:
     description:
       - Time until the lease runs out, as minutes (V(120)) or a duration (V(90s), V(30m), V(2h), V(1d12h)).
@@ -191,6 +209,25 @@ EXAMPLES = r"""
     name: agent-2
     profile: yolo-ephemeral
     ttl: 30m
+
+- name: Create one in a VLAN, with a second interface
+  agentlab.proxmox.agentlab_sandbox:
+    name: agent-3
+    template: debian-13
+    ip_config: ip=dhcp
+    vlan_tag: 42
+    second_bridge: vmbr1
+    second_ip_config: ip=198.51.100.10/24
+    cloud_init_upgrade: false
+    description: Nightly build
+
+- name: Give it more memory, which takes a restart
+  agentlab.proxmox.agentlab_sandbox:
+    name: agent-3
+    memory: 4096
+    tags: [nightly]
+    update: true
+    allow_restart: true
 
 - name: Stop it
   agentlab.proxmox.agentlab_sandbox:
@@ -249,6 +286,8 @@ results:
     state: {description: The state it is in now., type: str, returned: always}
     reason: {description: 'Why, in one word.', type: str, returned: always}
     message: {description: 'Why, and what to do, as a sentence.', type: str, returned: always}
+    update: {description: What was changed of a sandbox that was there, type: dict, returned: when something was}
+    before: {description: What that was before., type: dict, returned: when something was}
     upids: {description: Task ids of Proxmox VE., type: list, elements: str, returned: always}
 failed_count:
   description: How many of them failed.
@@ -261,7 +300,7 @@ from ansible_collections.agentlab.proxmox.plugins.module_utils import _adapter
 CREATION = ("profile", "template", "node", "full_clone", "storage", "pool", "cores", "memory", "cpu_type", "disk_size", "bridge", "network_model",
             "vlan_tag", "firewall", "firewall_group", "second_bridge", "second_vlan_tag", "second_ip_config", "cloud_init_user",
             "cloud_init_password", "cloud_init_upgrade", "ip_config", "nameserver", "searchdomain", "ssh_public_keys", "cloud_init_user_data",
-            "cloud_init_vendor_data", "workspace", "tags", "ttl", "keepalive", "protected")
+            "cloud_init_vendor_data", "workspace", "tags", "description", "ttl", "keepalive", "protected")
 
 ARGUMENT_SPEC = {
     **_adapter.SELECT_ARGS,
@@ -302,6 +341,9 @@ ARGUMENT_SPEC = {
     "cloud_init_user_data": {"type": "str", "no_log": True},
     "workspace": {"type": "str"},
     "tags": {"type": "list", "elements": "str"},
+    "description": {"type": "str"},
+    "update": {"type": "bool", "default": False},
+    "allow_restart": {"type": "bool", "default": False},
     "ttl": {"type": "str"},
     "wait_for_ip": {"type": "bool", "default": False},
     "wait_for_cloud_init": {"type": "bool", "default": False},

@@ -35,7 +35,7 @@ CORE_ROOMS: dict[str, tuple[str, str]] = {
     ),
     "views": ("operations/info operations/comparison", "tables tools files store proxmox run vm"),
     "sandboxes": (
-        "operations/wanted operations/spec operations/vm_config operations/template operations/refusals operations/create "
+        "operations/wanted operations/spec operations/vm_config operations/template operations/refusals operations/update operations/create "
         "operations/destroy operations/removal operations/remains operations/lease",
         "tables tools files store proxmox run vm guest workspaces",
     ),

@@ -20,8 +20,9 @@ VALID_SECONDS = "seconds as a number (30) or a duration such as 90s, 30m"
 
 def parse(value: object, option: str, *, maximum: int | None = None, zero: bool = False, valid: str = VALID) -> int:
     """Seconds of ``value``; refuses by the name of the option what is not a duration, not positive, or over ``maximum`` seconds."""
+    text = str(value).strip()
     # "4 h" and "1 d 12 h" mean what they say; two numbers with a blank between them do not.
-    text = re.sub(r"(?<=\d)[ \t]+(?=[dhms])|(?<=[dhms])[ \t]+(?=\d)", "", str(value).strip())
+    compact = re.sub(r"(?<=\d)[ \t]+(?=[dhms])|(?<=[dhms])[ \t]+(?=\d)", "", text)
     if isinstance(value, (bool, float)) and not (isinstance(value, float) and value.is_integer()):
         raise InvalidInput(f"{option}: {text!r} is not a duration. Valid: {valid}", option=option, value=text)
     if isinstance(value, float):
@@ -29,7 +30,7 @@ def parse(value: object, option: str, *, maximum: int | None = None, zero: bool 
     if _MINUTES.fullmatch(text):
         seconds = int(text) * 60
     else:
-        found = _WHOLE.fullmatch(text)
+        found = _WHOLE.fullmatch(compact)
         if not text or found is None:
             raise InvalidInput(f"{option}: {text!r} is not a duration. Valid: {valid}", option=option, value=text)
         seconds = sum(int(part) * size for part, size in zip(found.groups(), _UNITS.values(), strict=True) if part)

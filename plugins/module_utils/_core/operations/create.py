@@ -33,7 +33,7 @@ from ..model import Outcome, Sandbox
 from ..proxmox import identity
 from ..proxmox.client import not_begun
 from ..store.records import AWAITED, Claim
-from . import address, cloud_init, create_recovery, destroy, power, refusals, vm_config, workspace_disk
+from . import address, cloud_init, create_recovery, destroy, power, refusals, update, vm_config, workspace_disk
 from . import template as templates
 from .context import Context, refuse_cut_off
 from .spec import Spec
@@ -75,7 +75,23 @@ def run(ctx: Context, spec: Spec) -> Outcome:
     if found.state == states.FAILED and (found.smbios_uuid is None or found.reason in ("creation_failed", "creation_interrupted", "cloud_init_failed")):
         raise CreationFailed(f"sandbox {found.vmid} could not be created earlier ({found.reason}) and is in FAILED state; "
                              f"first {_how_to_remove(ctx)}", vmid=found.vmid)
-    return amend(ctx, found, protected=spec.protected or None, keepalive=spec.keepalive or None)
+    return _renewed(ctx, found, spec)
+
+
+def _renewed(ctx: Context, sandbox: Sandbox, spec: Spec) -> Outcome:
+    """Apply to a sandbox that is there what can be applied, and warn of each option that was given and is not in force."""
+    outcome = amend(ctx, sandbox, protected=spec.protected or None, keepalive=spec.keepalive or None)
+    if spec.update:
+        applied = update.apply(ctx, outcome.sandbox or sandbox, spec)
+        if applied.changed:
+            for part in ("update", "before"):
+                applied.extra[part] = {**outcome.extra.get(part, {}), **applied.extra[part]}
+            outcome = applied
+    differences = update.different(ctx, outcome.sandbox or sandbox, spec)
+    if spec.update:
+        differences = {name: values for name, values in differences.items() if name not in update.APPLICABLE}
+    outcome.warnings += update.warnings(ctx, sandbox, differences)
+    return outcome
 
 
 def _almost_done(ctx: Context, found: Sandbox) -> bool:
@@ -89,10 +105,11 @@ def amend(ctx: Context, found: Sandbox, **wanted: bool | None) -> Outcome:
     new = {name: value for name, value in wanted.items() if value is not None and value != getattr(found, name)}
     if not new:
         return Outcome.of("unchanged", found)
+    before = {name: getattr(found, name) for name in new}
     if ctx.dry_run:
-        return Outcome.of("would_update", found, changed=True, extra={"update": new})
+        return Outcome.of("would_update", found, changed=True, extra={"update": new, "before": before})
     done = ctx.records.amend(found, "update", **new)
-    return Outcome.of("updated", done, previous_state=found.state, changed=True, extra={"update": new})
+    return Outcome.of("updated", done, previous_state=found.state, changed=True, extra={"update": new, "before": before})
 
 
 def _create(ctx: Context, spec: Spec) -> Outcome:
@@ -136,7 +153,7 @@ def _create(ctx: Context, spec: Spec) -> Outcome:
 def _clone_note(ctx: Context, spec: Spec, template: templates.Template, node: str | None) -> dict[str, Any]:
     """Return what the journal has to know to send the clone, also in a later run."""
     full, storage = templates.clone_mode(ctx, spec, template)
-    return {"template": template.vmid, "template_node": template.node, "node": node, "full": full, "storage": storage}
+    return {"template": template.vmid, "template_name": template.name, "template_node": template.node, "node": node, "full": full, "storage": storage}
 
 
 def _carry_on(ctx: Context, claim: Claim, spec: Spec, sandbox: Sandbox, journal: dict[str, Any] | None = None) -> Outcome:
@@ -303,7 +320,8 @@ def _not_certain(sandbox: Sandbox) -> Kept:
 def _send_clone(ctx: Context, claim: Claim, spec: Spec, sandbox: Sandbox, noted: dict[str, Any]) -> str:
     if sandbox.state == states.REQUESTED:
         done = ctx.records.change(claim, sandbox, "create", to=states.PROVISIONING, outcome="decided", reason="clone",
-                                  evidence={"template": noted["template"]}, journal=("cloning", noted))
+                                  evidence={"template": noted["template"], "template_name": noted.get("template_name"),
+                                            "options": update.remembered(spec)}, journal=("cloning", noted))
         for name in ("state", "generation", "state_changed_at", "updated_at", "reason"):
             setattr(sandbox, name, getattr(done, name))
     else:
@@ -332,10 +350,16 @@ def _send_clone(ctx: Context, claim: Claim, spec: Spec, sandbox: Sandbox, noted:
 
 
 def _post_clone(ctx: Context, spec: Spec, sandbox: Sandbox, noted: dict[str, Any]) -> Any:
-    target = sandbox.node if sandbox.node != noted["template_node"] else None
-    return ctx.client.post(f"nodes/{noted['template_node']}/qemu/{noted['template']}/clone", newid=sandbox.vmid, name=sandbox.name,
-                           description=identity.marker(sandbox.uuid), pool=spec.pool or ctx.config.pool, storage=noted["storage"], target=target,
-                           full=None if noted["full"] is None else int(noted["full"]))
+    return ctx.client.post(
+        f"nodes/{noted['template_node']}/qemu/{noted['template']}/clone",
+        newid=sandbox.vmid,
+        name=sandbox.name,
+        description=identity.described({"description": identity.marker(sandbox.uuid)}, spec.description or ""),
+        pool=spec.pool or ctx.config.pool,
+        storage=noted["storage"],
+        target=sandbox.node if sandbox.node != noted["template_node"] else None,
+        full=None if noted["full"] is None else int(noted["full"]),
+    )
 
 
 def _await_doubt(ctx: Context, claim: Claim, sandbox: Sandbox, created: dict[str, Any]) -> Located:

@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
 from .. import words
 from ..errors import InvalidInput
+from ..proxmox import identity
 from . import cloud_init
 
 _WORDS = {"name": words.DNS_NAME, "node": words.WORD, "storage": words.WORD, "pool": words.POOL, "bridge": words.WORD, "disk_size": words.SIZE,
@@ -17,6 +19,8 @@ _WORDS = {"name": words.DNS_NAME, "node": words.WORD, "storage": words.WORD, "po
           "cloud_init_vendor_data": words.VOLUME}
 # Low and high of the whole numbers.
 _RANGES = {"cores": (1, 512), "memory": (16, 16777216), "vlan_tag": (1, 4094), "second_vlan_tag": (1, 4094)}
+
+_LONGEST_DESCRIPTION = 4000
 
 
 @dataclass(slots=True)
@@ -63,6 +67,13 @@ class Spec:
     ttl: int = 0
     # The longest lease that the profile grants; None where only the configuration says it.
     lease_maximum: int | None = None
+    # Of the VM, after our marker; a profile's description is the profile's own.
+    description: str | None = None
+    # Of a sandbox that is there: apply what can be applied, and stop and start it where Proxmox VE needs that.
+    update: bool = False
+    allow_restart: bool = False
+    # The options that were given by themselves, and not by a profile or the configuration.
+    given: frozenset[str] = frozenset()
     keepalive: bool = False
     protected: bool = False
     wait_for_ip: bool = False
@@ -84,6 +95,13 @@ class Spec:
                 raise InvalidInput(f"{option}: {value} is not valid. Valid: {low} to {high}", option=option, value=value)
         if self.network_model is not None and self.network_model not in words.MODELS:
             raise InvalidInput(f"network_model: {self.network_model[:80]!r} is not valid. Valid: {', '.join(words.MODELS)}", option="network_model")
+        if self.allow_restart and not self.update:
+            raise InvalidInput("allow_restart: has an effect together with update only; set update too, or leave it out", option="allow_restart")
+        if self.description is not None and (len(self.description) > _LONGEST_DESCRIPTION or not words.encodable(self.description)
+                                             or re.search(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]", self.description)
+                                             or identity.is_ours(self.description)):
+            raise InvalidInput(f"description: that text is not valid. Valid: a text of {_LONGEST_DESCRIPTION} characters at most, without control characters "
+                               "and without a line of ours (agentlab-sandbox:)", option="description")
         if self.firewall_group and self.firewall is False:
             raise InvalidInput("firewall_group: has no effect with firewall=false; leave one of the two out", option="firewall_group")
         if self.cloud_init_user_data is not None:

@@ -13,7 +13,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import AccessDenied, ApiError, InvalidInput
+from ..errors import AccessDenied, ApiError, InvalidInput, ProxmoxError
 from . import vm_config
 from .context import Context
 from .spec import Spec
@@ -35,8 +35,11 @@ class Template:
 
     @property
     def title(self) -> str:
-        name = (self.config or {}).get("name")
-        return f"template {self.vmid} ({name})" if name else f"template {self.vmid}"
+        return f"template {self.vmid} ({self.name})" if self.name else f"template {self.vmid}"
+
+    @property
+    def name(self) -> str | None:
+        return (self.config or {}).get("name")
 
     @property
     def storages(self) -> set[str]:
@@ -108,7 +111,8 @@ def _of_unclear_rows(ctx: Context, wanted: str) -> dict[int, str]:
     for vmid in unclear[:_MOST_READ]:
         try:
             template = _read(ctx, vmid, str(ctx.cluster.vms()[vmid].get("node")), listed=False)
-        except InvalidInput:
+        except (InvalidInput, ProxmoxError):
+            # What does not answer is told below, by its node.
             continue
         if template.config is not None and template.config.get("name") == wanted and str(template.config.get("template", "0")) == "1":
             found[vmid] = template.node

@@ -18,7 +18,8 @@ from .spec import Spec
 OPTIONS = ("profile", "template", "node", "full_clone", "storage", "pool", "cores", "memory", "cpu_type", "disk_size", "bridge", "network_model",
            "vlan_tag", "firewall", "firewall_group", "second_bridge", "second_vlan_tag", "second_ip_config", "cloud_init_user",
            "cloud_init_password", "cloud_init_upgrade", "ip_config", "nameserver", "searchdomain", "ssh_public_keys", "cloud_init_user_data",
-           "cloud_init_vendor_data", "workspace", "tags", "ttl", "keepalive", "protected", "wait_for_ip", "wait_for_cloud_init")
+           "cloud_init_vendor_data", "workspace", "tags", "description", "ttl", "keepalive", "protected", "wait_for_ip", "wait_for_cloud_init",
+           "update", "allow_restart")
 # Whatever blanks are around them was pasted along. Not: the password and the user data, in which a blank may be meant.
 _TRIMMED = ("name", "profile", "template", "node", "storage", "pool", "cpu_type", "disk_size", "bridge", "network_model", "firewall_group",
             "second_bridge", "second_ip_config", "cloud_init_user", "cloud_init_vendor_data", "ip_config", "workspace", "ttl")
@@ -34,6 +35,8 @@ def normalise(given: Mapping[str, Any]) -> dict[str, Any]:
         values["tags"] = words.split_tags(values["tags"])
     if "ssh_public_keys" in values:
         values["ssh_public_keys"] = words.split_keys("ssh_public_keys", values["ssh_public_keys"])
+    if isinstance(values.get("description"), str):
+        values["description"] = values["description"].replace("\r\n", "\n").replace("\r", "\n").strip("\n")
     password = values.get("cloud_init_password")
     if password is not None and not isinstance(password, str):
         # YAML reads 012345 as the number 5349.
@@ -52,6 +55,7 @@ def spec(ctx: Context, options: Mapping[str, Any]) -> Spec:
         raise InvalidInput(f"workspace: profile {profile.name!r} allows none", option="workspace")
     values = {**_of_profile(profile, given), **given}
     values["ttl"], values["lease_maximum"] = _ttl(ctx, given.get("ttl"), profile)
+    values["given"] = frozenset(given)
     found = Spec(**values)
     found.check()
     return found

@@ -40,6 +40,27 @@ def marker(uuid: str) -> str:
     return f"agentlab-sandbox: {uuid}\nThrow-away VM of agentlab.proxmox. Keep the line above: without it the VM is not recognised."
 
 
+def described(config: dict[str, Any], text: str) -> str:
+    """Return the description with ``text`` after its first empty line. All before that line stays: it carries our marker."""
+    return f"{_head(config)}\n\n{text}" if text else _head(config)
+
+
+def own_text(config: dict[str, Any]) -> str:
+    """Return what stands after the first empty line of the description, without the note of a deletion."""
+    text = str(config.get("description") or "").partition("\n\n")[2]
+    return "\n".join(line for line in text.splitlines() if not line.startswith(_NOTE)).strip("\n")
+
+
+def _head(config: dict[str, Any]) -> str:
+    head = str(config.get("description") or "").partition("\n\n")[0]
+    return "\n".join(line for line in head.splitlines() if not line.startswith(_NOTE)).strip("\n")
+
+
+def is_ours(text: str) -> bool:
+    """Whether a text holds what only we may write into a description."""
+    return _MARKER.search(text) is not None or any(line.startswith(_NOTE) for line in text.splitlines())
+
+
 def markers(config: dict[str, Any]) -> set[str]:
     """The sandbox UUIDs that a VM's description carries."""
     return {found.lower() for found in _MARKER.findall(str(config.get("description") or ""))}

@@ -36,6 +36,13 @@ def parse_json(row: sqlite3.Row, table: str, column: str, kind: type = dict) -> 
     return {"damaged": f"{table}.{column} of id {row['id']} is not JSON"} if kind is dict else []
 
 
+def evidence(database: Database, uuid: str, reasons: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Return the evidence of a sandbox's events with one of these reasons, oldest first."""
+    places = ", ".join("?" for _reason in reasons)
+    rows = database.read(f"SELECT id, evidence FROM events WHERE sandbox_uuid = ? AND reason IN ({places}) ORDER BY id", uuid, *reasons)
+    return [parse_json(row, "events", "evidence") for row in rows]
+
+
 def forgettable(records: Records, older_than: int) -> int:
     """How many records ``forget`` would remove."""
     found: int = records.db.read("SELECT count(*) FROM sandboxes WHERE state = 'DESTROYED' AND state_changed_at < ?", records.clock.now() - older_than)[0][0]

@@ -189,6 +189,9 @@ def _told(data: dict[str, Any]) -> str:
               help="File with public keys, one a line (- for standard input); may be given several times.")
 @click.option("--cloud-init-user-data", type=click.File("r"), metavar="<file>", help="File with cloud-init user data (- for standard input).")
 @click.option("--tag", "tags", multiple=True, metavar="<tag>", help="Tag of the sandbox and its VM; may be given several times, or several with commas.")
+@click.option("--description", metavar="<text>", help="Text for the notes of the VM in Proxmox VE.")
+@click.option("--update", is_flag=True, default=None, help="Of a sandbox that is there: apply cores, memory, tags and description where they differ.")
+@click.option("--allow-restart", is_flag=True, default=None, help="Let --update stop and start the VM, which cores and memory need.")
 @click.option("--protected", is_flag=True, default=None, help="Keep it from every destroy, forced or not.")
 @click.option("--wait-for-ip", is_flag=True, default=None, help="Wait until the guest agent names an address.")
 @click.option("--wait-for-cloud-init", is_flag=True, default=None, help="Wait until cloud-init has ended; with errors the sandbox is FAILED.")
@@ -219,7 +222,7 @@ def new(to: Settings, /, **given: Any) -> None:
 
 
 def _created(data: dict[str, Any]) -> str:
-    what = "created" if data.get("outcome", "created") == "created" else "was there already"
+    what = {"created": "created", "updated": "was there already, and was updated"}.get(data.get("outcome", "created"), "was there already")
     return (f"sandbox {cell(data['vmid'])} {what} (name={cell(data['name'])}, state={cell(data['state'])}, ip={cell(data['ip'])}, "
             f"lease until {cell(data['lease_expires_at'])})")
 

@@ -498,6 +498,9 @@ CREATION: dict[str, Field] = {
     "workspace": Field("string", "workspace it gets before it starts, by name or id", longest=100),
     "workspace_id": Field("string", "the same", longest=100),
     "tags": Field("strings", "tags, as a list, or as a text with commas or blanks between them", longest=100, split=_tags),
+    "description": Field("string", "text for the notes of the VM", longest=4000, lines=True),
+    "update": Field("boolean", "of a sandbox that is there: apply cores, memory, tags and description where they differ"),
+    "allow_restart": Field("boolean", "whether update may stop and start the VM, which cores and memory of a VM that runs need"),
     "wait_for_cloud_init": Field("boolean", "wait until cloud-init has ended; FAILED when it ended with errors"),
     "wait_for_ip": Field("boolean", "wait until the guest agent names an address"),
 }
