@@ -192,7 +192,7 @@ class _Plan:
     def _tags(self, sandbox: Sandbox, tags: list[str], config: dict[str, Any]) -> None:
         there = vm_config.split_tags(config.get("tags"))
         # Tags that somebody else put on the VM stay.
-        wanted = (there - set(sandbox.tags)) | set(tags) | {vm_config.OUR_TAG}
+        wanted = (there - set(sandbox.tags)) | set(tags) | {identity.OUR_TAG}
         if tags != sorted(sandbox.tags):
             self.new["tags"], self.before["tags"] = tags, sorted(sandbox.tags)
         if wanted != there and "tags" in self.new:
