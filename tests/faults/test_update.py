@@ -162,7 +162,7 @@ def test_a_change_by_somebody_else_meanwhile_stays(lab: Lab) -> None:
 def test_states_and_suspension(lab: Lab) -> None:
     present(lab)
     lab.power("suspend", 1000)
-    with pytest.raises(Kept, match="is suspended, and would lose its memory; start it first. Nothing was changed"):
+    with pytest.raises(StateConflict, match="is suspended, and would lose its memory; start it first. Nothing was changed"):
         present(lab, cores=3, update=True, allow_restart=True)
     assert present(lab, tags=["x"], update=True).outcome == "updated"
     lab.force_state(1000, "TIMEOUT")

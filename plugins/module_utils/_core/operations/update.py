@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .. import durations, states
-from ..errors import AgentlabError, InvalidInput, Kept, StateConflict
+from ..errors import AgentlabError, InvalidInput, StateConflict
 from ..model import Outcome, Sandbox
 from ..proxmox import identity
 from ..store import history
@@ -216,8 +216,8 @@ def _check_restart(ctx: Context, sandbox: Sandbox, spec: Spec, plan: _Plan, stat
     """Return whether the VM has to be stopped and started again; refuse where nobody allowed that."""
     option = next(name for name in _STOPPED_ONLY if name in plan.new)
     if plan.located.config.get("lock") == "suspended" or status.get("qmpstatus") in ("paused", "suspended"):
-        raise Kept("suspended", f"{option}: sandbox {sandbox.vmid} is suspended, and would lose its memory; start it first. Nothing was changed",
-                   vmid=sandbox.vmid)
+        raise StateConflict(f"{option}: sandbox {sandbox.vmid} is suspended, and would lose its memory; start it first. Nothing was changed",
+                            operation="update", state=sandbox.state, valid=_STATES)
     if status.get("status") != "running":
         return False
     if sandbox.state not in states.POWERED:
