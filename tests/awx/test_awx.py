@@ -2,96 +2,25 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""AWX: its set-up against a small AWX API, and every playbook through ansible-runner as AWX runs it, answers as strings and empty ones included."""
+"""Every playbook through ansible-runner as AWX runs it, answers as strings and empty ones included."""
 
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from support.awx import TOKEN, Awx
 from support.double import TOKEN_SECRET
-from support.play import REPO, collections_path, run_play
+from support.play import REPO, collections_path
 
 PROJECT = REPO / "awx"
 PLAYBOOKS = sorted(path.stem for path in PROJECT.glob("*.yml"))
-
-
-@pytest.fixture
-def awx() -> Iterator[Awx]:
-    running = Awx()
-    running.add("inventories", name="proxmox", organization=1)
-    running.add("projects", name="agentlab")
-    ssh = running.add("credential_types", name="Machine", kind="ssh")
-    running.add("credentials", name="nodes", credential_type=ssh)
-    yield running
-    running.stop()
-
-
-def set_up(awx: Awx, tmp_path: Path, *, check: bool = False, token: str = TOKEN, args: tuple[str, ...] = (), **variables: Any) -> Any:
-    """Run awx_setup; the secrets come from the environment, as the documentation says."""
-    env = {"ANSIBLE_PIPELINING": "1", "CONTROLLER_HOST": awx.url, "CONTROLLER_OAUTH_TOKEN": token, "PROXMOX_TOKEN_SECRET": TOKEN_SECRET}
-    return run_play("agentlab.proxmox.awx_setup", env, tmp_path, check=check, args=args,
-                    extra_vars={"awx_inventory": "proxmox", "awx_machine_credential": "nodes", "awx_proxmox_api_host": "pve.example.net",
-                                "awx_proxmox_api_token_id": "agentlab@pve!awx", **variables})
-
-
-def test_set_up_makes_all_and_then_nothing(awx: Awx, tmp_path: Path) -> None:
-    project = {"awx_project": "mine", "awx_project_scm_url": "https://git.example.net/mine.git"}
-    would = set_up(awx, tmp_path, check=True).ok()
-    assert awx.writes == [] and "changed=0" not in would.stdout
-    done = set_up(awx, tmp_path, args=("-vvv",), **project).ok()
-    templates = {row["name"]: row for row in awx.objects["job_templates"]}
-    assert set(templates) == {f"agentlab - {name}" for name in ("create", "renew", "destroy", "prune check", "prune", "reconcile")}
-    assert templates["agentlab - prune check"]["job_type"] == "check" and templates["agentlab - prune"]["job_type"] == "run"
-    assert awx.named("projects", "mine")["scm_url"] == project["awx_project_scm_url"]
-    for row in templates.values():
-        assert (PROJECT / row["playbook"]).is_file() and row["inventory"] == awx.named("inventories", "proxmox")["id"]
-        assert row["project"] == awx.named("projects", "mine")["id"] and json.loads(row["extra_vars"])["agentlab_hosts"] == "pve"
-        assert sorted(awx.attached[row["id"]]) == [one["id"] for one in awx.objects["credentials"]]
-    kind = awx.named("credential_types", "agentlab Proxmox VE API")
-    assert kind["injectors"]["env"]["AGENTLAB_API_TOKEN_SECRET"] == "{{ api_token_secret }}"
-    assert [field["id"] for field in kind["inputs"]["fields"] if field.get("secret")] == ["api_token_secret"]
-    assert awx.named("credentials", "agentlab - Proxmox VE API")["inputs"]["api_token_secret"] == TOKEN_SECRET
-    nightly = awx.named("schedules", "agentlab - nightly prune")
-    assert nightly["unified_job_template"] == templates["agentlab - prune"]["id"] and "FREQ=DAILY" in nightly["rrule"] and nightly["enabled"] is True
-    assert TOKEN not in done.output and TOKEN_SECRET not in done.output
-    # Survey answers are variables of the playbook that the template runs.
-    for number, survey in awx.surveys.items():
-        playbook = next(row["playbook"] for row in templates.values() if row["id"] == number)
-        text = (REPO / "playbooks" / playbook).read_text(encoding="utf-8")
-        for question in survey["spec"]:
-            assert re.search(rf"\b{question['variable']}\b", text), (playbook, question["variable"])
-    assert len(awx.surveys) == 5
-    # Again: nothing. With one thing different: only that.
-    awx.writes.clear()
-    again = set_up(awx, tmp_path, **project).ok()
-    assert awx.writes == [] and "changed=0" in again.stdout
-    changed = set_up(awx, tmp_path, awx_prune_older_than="48h", **project).ok()
-    number = templates["agentlab - prune"]["id"]
-    assert sorted(awx.writes) == sorted([f"PATCH /api/v2/job_templates/{number}/", f"POST /api/v2/job_templates/{number}/survey_spec/",
-                                         f"POST /api/v2/job_templates/{templates['agentlab - prune check']['id']}/survey_spec/"]), changed.stdout
-
-
-def test_what_awx_refuses_is_told_in_its_words(awx: Awx, tmp_path: Path) -> None:
-    for expected, run in (
-            ("answers 401 for organizations: {'detail': 'Authentication credentials were not provided", set_up(awx, tmp_path, token="wrong-token-1234567")),
-            ("inventories of AWX has none named nowhere; create it first, or name another with awx_inventory", set_up(awx, tmp_path, awx_inventory="nowhere")),
-            ("refuses projects mine (400): {'organization': ['Invalid pk",
-             set_up(awx, tmp_path, awx_project="mine", awx_project_scm_url="x", awx_ids={"organization": 99})),
-            ("Set awx_host (or CONTROLLER_HOST)", set_up(awx, tmp_path, awx_host=""))):
-        told = str(run.failed[-1]["result"].get("msg"))
-        assert run.rc != 0 and not run.warnings and expected in told, (expected, told, run.output[-2000:])
-        assert TOKEN not in run.output and TOKEN_SECRET not in run.output
 
 
 # ---- as AWX runs it ----
@@ -104,16 +33,28 @@ class Runner:
         self.folder, self.server, self.number = folder, server, 0
         shutil.copytree(PROJECT, folder / "project")
         (folder / "inventory").mkdir()
-        (folder / "inventory" / "hosts").write_text(f"[pve]\nnode ansible_connection=local ansible_python_interpreter={sys.executable}\n")
+        (folder / "inventory" / "hosts").write_text(
+            f"[pve]\nnode ansible_connection=local ansible_python_interpreter={sys.executable}\n"
+        )
         (folder / "config.yaml").write_text("template: debian-13\nvmid_range: 1000-1999\n")
         (folder / "env").mkdir()
         found = server.environment(str(folder))
         # What the credential type injects, and what is the host's own. In the environment only: never on a command line.
-        self.env = {"AGENTLAB_API_HOST": found["PROXMOX_HOST"], "AGENTLAB_API_PORT": found["PROXMOX_PORT"], "AGENTLAB_API_TOKEN_ID": found["PROXMOX_TOKEN_ID"],
-                    "AGENTLAB_API_TOKEN_SECRET": found["PROXMOX_TOKEN_SECRET"], "AGENTLAB_API_CA_PATH": found["PROXMOX_CA_PATH"],
-                    "AGENTLAB_DATABASE": found["AGENTLAB_DATABASE"], "AGENTLAB_CONFIG": found["AGENTLAB_CONFIG"],
-                    "ANSIBLE_COLLECTIONS_PATH": str(collections_path(folder)), "ANSIBLE_HOME": str(folder / "home"), "ANSIBLE_FORCE_COLOR": "false",
-                    "ANSIBLE_CONFIG": str(folder / "ansible.cfg"), "ANSIBLE_DEPRECATION_WARNINGS": "true", "ANSIBLE_PIPELINING": "1"}
+        self.env = {
+            "AGENTLAB_API_HOST": found["PROXMOX_HOST"],
+            "AGENTLAB_API_PORT": found["PROXMOX_PORT"],
+            "AGENTLAB_API_TOKEN_ID": found["PROXMOX_TOKEN_ID"],
+            "AGENTLAB_API_TOKEN_SECRET": found["PROXMOX_TOKEN_SECRET"],
+            "AGENTLAB_API_CA_PATH": found["PROXMOX_CA_PATH"],
+            "AGENTLAB_DATABASE": found["AGENTLAB_DATABASE"],
+            "AGENTLAB_CONFIG": found["AGENTLAB_CONFIG"],
+            "ANSIBLE_COLLECTIONS_PATH": str(collections_path(folder)),
+            "ANSIBLE_HOME": str(folder / "home"),
+            "ANSIBLE_FORCE_COLOR": "false",
+            "ANSIBLE_CONFIG": str(folder / "ansible.cfg"),
+            "ANSIBLE_DEPRECATION_WARNINGS": "true",
+            "ANSIBLE_PIPELINING": "1",
+        }
         (folder / "ansible.cfg").write_text("")
 
     def run(self, playbook: str, *, check: bool = False, **variables: Any) -> tuple[int, list[dict[str, Any]], str]:
@@ -124,20 +65,40 @@ class Runner:
         # Written each time: ansible-runner keeps what --cmdline said for the runs that follow.
         (self.folder / "env" / "cmdline").write_text("--check --diff" if check else "")
         (self.folder / "env" / "settings").write_text(json.dumps({"suppress_env_files": False}))
-        command = [str(Path(sys.executable).with_name("ansible-runner")), "run", str(self.folder), "-p", f"{playbook}.yml", "-i", f"job{self.number}"]
+        command = [
+            str(Path(sys.executable).with_name("ansible-runner")),
+            "run",
+            str(self.folder),
+            "-p",
+            f"{playbook}.yml",
+            "-i",
+            f"job{self.number}",
+        ]
         clean = {"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin", "HOME": str(self.folder), "LC_ALL": "C.UTF-8"}
-        done = subprocess.run(command, env=clean, capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL, check=False)
+        done = subprocess.run(
+            command, env=clean, capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL, check=False
+        )
         artifacts = self.folder / "artifacts" / f"job{self.number}"
         written = sorted((artifacts / "job_events").glob("[0-9]*.json"), key=lambda path: int(path.name.split("-")[0]))
         events = [json.loads(path.read_text())["event_data"] for path in written]
-        results = [event for event in events if str(event.get("task_action", "")).startswith("agentlab.proxmox.") and "res" in event]
+        results = [
+            event
+            for event in events
+            if str(event.get("task_action", "")).startswith("agentlab.proxmox.") and "res" in event
+        ]
         return done.returncode, results, done.stdout + done.stderr + (artifacts / "stdout").read_text()
 
     def leaks(self, secret: str) -> list[str]:
         """Files of the job folders that hold the secret, beyond those in which ansible-runner itself writes the injected environment."""
         own = {"env/envvars"} | {f"artifacts/job{number}/command" for number in range(1, self.number + 1)}
-        return [name for path in sorted(self.folder.rglob("*")) if path.is_file() and not path.is_relative_to(self.folder / "proxmox")
-                and secret.encode() in path.read_bytes() and (name := str(path.relative_to(self.folder))) not in own]
+        return [
+            name
+            for path in sorted(self.folder.rglob("*"))
+            if path.is_file()
+            and not path.is_relative_to(self.folder / "proxmox")
+            and secret.encode() in path.read_bytes()
+            and (name := str(path.relative_to(self.folder))) not in own
+        ]
 
 
 @pytest.fixture
@@ -148,10 +109,20 @@ def runner(tmp_path: Path, server: Any) -> Runner:
 def test_every_playbook_as_awx_runs_it(runner: Runner, server: Any) -> None:
     server.pve.agent_default = True
     tasks = runner.folder / "tasks.yml"
-    tasks.write_text(f"- name: Work\n  ansible.builtin.copy: {{content: done, dest: {runner.folder}/made-inside, mode: '0600'}}\n")
+    tasks.write_text(
+        f"- name: Work\n  ansible.builtin.copy: {{content: done, dest: {runner.folder}/made-inside, mode: '0600'}}\n"
+    )
     who = {"awx_job_id": 4711, "awx_user_name": "alice", "tower_job_id": 4711, "tower_user_name": "alice"}
-    create = {"sandbox_name": "agent-1", "sandbox_ttl": "2h", "sandbox_template": "", "sandbox_cores": "3", "sandbox_memory": "", "sandbox_tags": "a,b",
-              "sandbox_ssh_public_keys": "", "sandbox_wait_for_ip": "true"}
+    create = {
+        "sandbox_name": "agent-1",
+        "sandbox_ttl": "2h",
+        "sandbox_template": "",
+        "sandbox_cores": "3",
+        "sandbox_memory": "",
+        "sandbox_tags": "a,b",
+        "sandbox_ssh_public_keys": "",
+        "sandbox_wait_for_ip": "true",
+    }
     story: list[tuple[str, dict[str, Any]]] = [
         ("sandbox_create", create),
         ("doctor", {"doctor_bundle": "", "sandbox_template": ""}),
@@ -159,15 +130,29 @@ def test_every_playbook_as_awx_runs_it(runner: Runner, server: Any) -> None:
         ("reconcile", {}),
         ("prune", {"prune_older_than": "24h", "prune_max_count": "50", "prune_states": "", "prune_tags": ""}),
         ("sandbox_destroy", {"sandbox_vmids": "1000, 1001", "sandbox_force": "true"}),
-        ("job", {"job_name": "job-1", "job_tasks": str(tasks), "job_profile": "", "job_ttl": "1h", "job_workspace": "", "job_keep": "",
-                 "job_connection": "local", "job_python": sys.executable, "job_fetch": ""}),
+        (
+            "job",
+            {
+                "job_name": "job-1",
+                "job_tasks": str(tasks),
+                "job_profile": "",
+                "job_ttl": "1h",
+                "job_workspace": "",
+                "job_keep": "",
+                "job_connection": "local",
+                "job_python": sys.executable,
+                "job_fetch": "",
+            },
+        ),
     ]
     assert {name for name, _variables in story} == set(PLAYBOOKS)
     found: dict[tuple[str, bool], dict[str, Any]] = {}
     for name, variables in story:
         for check in (True, False):
             status, results, output = runner.run(name, check=check, **variables, **who)
-            assert status == 0 and "[WARNING]" not in output and "[DEPRECATION" not in output, f"{name} {check}\n{output}"
+            assert (
+                status == 0 and "[WARNING]" not in output and "[DEPRECATION" not in output
+            ), f"{name} {check}\n{output}"
             found[name, check] = results[-1]["res"]
             if check and name in ("sandbox_create", "job"):
                 assert [vm.vmid for vm in server.pve.vms if not vm.template] == []
@@ -189,7 +174,12 @@ def test_every_playbook_as_awx_runs_it(runner: Runner, server: Any) -> None:
 
 def test_a_schedule_is_an_actor_and_a_failure_is_told(runner: Runner) -> None:
     status, results, output = runner.run("sandbox_create", sandbox_name="x", sandbox_cores="many", awx_job_id=5)
-    assert status != 0 and "sandbox" not in str(results[-1]["res"].get("sandbox")) and "many" in output and runner.leaks(TOKEN_SECRET) == []
+    assert (
+        status != 0
+        and "sandbox" not in str(results[-1]["res"].get("sandbox"))
+        and "many" in output
+        and runner.leaks(TOKEN_SECRET) == []
+    )
     runner.run("sandbox_create", sandbox_name="x", awx_job_id=6, awx_schedule_name="nightly")
     status, results, _output = runner.run("sandbox_destroy", sandbox_vmids="1000", sandbox_force="", awx_job_id=7)
     assert status != 0 and "cannot destroy sandbox in RUNNING state" in results[-1]["res"]["msg"]

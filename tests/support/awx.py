@@ -2,35 +2,94 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""A small AWX API for tests: the objects that awx_setup makes, with AWX's manners where it matters (unknown fields are refused here, though)."""
+"""A double of AWX's API for tests: it answers as AWX 24.6.1 was seen to answer (tests/awx/test_contract.py).
+
+It knows what the set-up and a launch meet: uniqueness by organization, fields that are ignored, the states of a
+project's sync, the rules for credentials and surveys, and the variables that AWX hands to a job.
+"""
 
 from __future__ import annotations
 
+import base64
 import http.server
 import json
 import re
 import threading
+from collections.abc import Callable
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
-TOKEN = "made-up-awx-token-0f6c21d4a9"
+import yaml
 
-# Fields by endpoint: what may be set, what must be.
-FIELDS: dict[str, tuple[set[str], set[str]]] = {
-    "organizations": ({"name", "description"}, {"name"}),
-    "inventories": ({"name", "organization"}, {"name", "organization"}),
-    "execution_environments": ({"name", "image"}, {"name", "image"}),
-    "projects": ({"name", "description", "organization", "scm_type", "scm_url", "scm_branch", "scm_update_on_launch"}, {"name"}),
-    "credential_types": ({"name", "description", "kind", "inputs", "injectors"}, {"name", "kind"}),
-    "credentials": ({"name", "description", "organization", "credential_type", "inputs"}, {"name", "credential_type"}),
-    "job_templates": ({"name", "description", "job_type", "inventory", "project", "playbook", "extra_vars", "execution_environment", "survey_enabled",
-                       "allow_simultaneous"}, {"name"}),
-    "schedules": ({"name", "description", "rrule", "enabled", "unified_job_template", "extra_data"}, {"name", "rrule", "unified_job_template"}),
-}
-REFERENCES = {"organization": "organizations", "inventory": "inventories", "project": "projects", "execution_environment": "execution_environments",
-              "credential_type": "credential_types", "unified_job_template": "job_templates"}
-QUESTION = {"type", "question_name", "variable", "required"}
-TYPES = {"text", "textarea", "password", "integer", "float", "multiplechoice", "multiselect"}
+TOKEN = "made-up-awx-token-0f6c21d4a9"
+# An administrator of the organization Default, who is no system administrator.
+ORGANIZATION_TOKEN = "made-up-awx-token-of-an-org-admin-77"
+PASSWORD = "made-up-awx-password-3d1b"
+
+# Endpoint -> the fields that AWX keeps (others are ignored), with their defaults; REQUIRED names those without which
+# AWX refuses to create one.
+FIELDS: dict[str, dict[str, Any]] = {
+    "organizations": {"name": "", "description": ""},
+    "inventories": {"name": "", "description": "", "organization": None, "kind": "", "has_inventory_sources": False},
+    "groups": {"name": "", "description": "", "inventory": None},
+    "hosts": {"name": "", "description": "", "inventory": None, "variables": ""},
+    "execution_environments": {"name": "", "description": "", "image": "", "organization": None},
+    "labels": {"name": "", "organization": None},
+    "notification_templates": {"name": "", "description": "", "organization": None, "notification_type": "email"},
+    "projects": {
+        "name": "", "description": "", "organization": None, "scm_type": "", "scm_url": "", "scm_branch": "",
+        "scm_update_on_launch": False, "scm_update_cache_timeout": 0, "allow_override": False, "status": "never updated",
+    },
+    "credential_types": {"name": "", "description": "", "kind": "", "inputs": {}, "injectors": {}},
+    "credentials": {"name": "", "description": "", "organization": None, "credential_type": None, "inputs": {}},
+    "job_templates": {
+        "name": "", "description": "", "job_type": "run", "inventory": None, "project": None, "playbook": "",
+        "extra_vars": "", "execution_environment": None, "survey_enabled": False, "allow_simultaneous": False, "forks": 0,
+        "verbosity": 0, "limit": "", "ask_variables_on_launch": False, "ask_inventory_on_launch": False,
+    },
+    "schedules": {
+        "name": "", "description": "", "rrule": "", "enabled": True, "unified_job_template": None, "extra_data": {},
+    },
+    "jobs": {"name": "", "unified_job_template": None, "status": "pending", "extra_vars": "", "created_by": None},
+    "project_updates": {"name": "", "status": "", "job_explanation": "", "result_traceback": "", "output": ""},
+    "workflow_job_template_nodes": {"unified_job_template": None},
+}  # fmt: skip
+READ_ONLY = {"status", "has_inventory_sources"}
+REQUIRED = {
+    "organizations": ["name"], "inventories": ["name", "organization"], "groups": ["name", "inventory"],
+    "hosts": ["name", "inventory"], "execution_environments": ["name", "image"], "labels": ["name", "organization"],
+    "notification_templates": ["name", "organization"], "projects": ["name"], "credential_types": ["name", "kind"],
+    "credentials": ["name", "credential_type"], "job_templates": ["name"],
+    "schedules": ["rrule", "name", "unified_job_template"],
+}  # fmt: skip
+UNIQUE = {
+    "organizations": ["name"], "inventories": ["organization", "name"], "groups": ["name", "inventory"],
+    "hosts": ["name", "inventory"], "execution_environments": ["name"], "labels": ["name", "organization"],
+    "notification_templates": ["organization", "name"], "projects": ["name", "organization"],
+    "credential_types": ["name", "kind"], "credentials": ["organization", "name", "credential_type"],
+    "job_templates": ["organization", "name"], "schedules": ["unified_job_template", "name"],
+}  # fmt: skip
+MODELS = {
+    "organizations": "Organization", "inventories": "Inventory", "groups": "Group", "hosts": "Host",
+    "execution_environments": "ExecutionEnvironment", "labels": "Label", "notification_templates": "NotificationTemplate",
+    "projects": "Project", "credential_types": "CredentialType", "credentials": "Credential",
+    "job_templates": "JobTemplate", "schedules": "Schedule", "jobs": "Job", "project_updates": "ProjectUpdate",
+    "workflow_job_template_nodes": "WorkflowJobTemplateNode",
+}  # fmt: skip
+REFERENCES = {
+    "organization": "organizations", "inventory": "inventories", "project": "projects",
+    "execution_environment": "execution_environments", "credential_type": "credential_types",
+    "unified_job_template": "job_templates",
+}  # fmt: skip
+SURVEY_TYPES: dict[str, Any] = {
+    "text": str, "textarea": str, "password": str, "multiplechoice": str, "multiselect": (str, list), "integer": int,
+    "float": (int, float),
+}  # fmt: skip
+OTHER_FILTERS = {("job_templates", "organization"), ("job_templates", "credentials")}
+ACTIVE = ("pending", "waiting", "running")
+PLAYBOOKS = [
+    "doctor.yml", "job.yml", "lease_renew.yml", "prune.yml", "reconcile.yml", "sandbox_create.yml", "sandbox_destroy.yml",
+]  # fmt: skip
 
 
 class Refused(Exception):
@@ -39,30 +98,68 @@ class Refused(Exception):
         self.status, self.answer = status, answer
 
 
-class Awx:
-    """The API on loopback. ``objects[endpoint]`` are its rows; ``writes`` every request that changed (or tried to change) something."""
+class _SafeStringDumper(yaml.SafeDumper):
+    def represent_data(self, data: Any) -> Any:
+        return self.represent_scalar("!unsafe", data) if isinstance(data, str) else super().represent_data(data)
 
-    def __init__(self) -> None:
+
+def dump_variables(variables: dict[str, Any], of_template: dict[str, Any]) -> str:
+    """Return the file of extra variables as AWX writes it: a text is !unsafe unless it is the template's own."""
+    return "".join(
+        yaml.dump_all(
+            [{key: value}],
+            Dumper=yaml.SafeDumper if key in of_template and of_template[key] == value else _SafeStringDumper,
+            default_flow_style=False,
+        )
+        for key, value in variables.items()
+    )
+
+
+class Awx:
+    """The API on loopback.
+
+    ``objects[endpoint]`` are its rows; ``writes`` every request that changed (or tried to change) something.
+    ``syncs`` says by URL why a project's sync fails; ``repositories`` which playbooks a repository has. A sync ends
+    after ``sync_reads`` reads of the project.
+    """
+
+    def __init__(self, prefix: str = "/api/v2") -> None:
+        self.prefix = prefix
         self.objects: dict[str, list[dict[str, Any]]] = {name: [] for name in FIELDS}
         self.surveys: dict[int, dict[str, Any]] = {}
         self.attached: dict[int, list[int]] = {}
+        self.related: dict[tuple[str, int, str], list[int]] = {}
+        self.variables: dict[int, str] = {}
         self.writes: list[str] = []
+        self.sync_reads = 2
+        self.syncs: dict[str, str] = {}
+        self.repositories: dict[str, list[str]] = {}
+        self.page_size = 25
+        self.before: Callable[[str, str], None] | None = None
+        self._syncing: dict[int, int] = {}
         self._next = 1
-        self.add("organizations", name="Default")
+        organization = self.add("organizations", name="Default")
+        for name, kind in (("Machine", "ssh"), ("Ansible Galaxy/Automation Hub API Token", "galaxy")):
+            self.add("credential_types", name=name, kind=kind)
+        galaxy = self.add(
+            "credentials", name="Ansible Galaxy", organization=organization,
+            credential_type=self.named("credential_types", "Ansible Galaxy/Automation Hub API Token")["id"],
+        )  # fmt: skip
+        self.related["organizations", organization, "galaxy_credentials"] = [galaxy]
         owner = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
             def _answer(self) -> None:
                 body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
                 try:
-                    if self.headers.get("Authorization") != f"Bearer {TOKEN}":
-                        raise Refused(401, {"detail": "Authentication credentials were not provided. To establish a login session, visit /api/login/."})
-                    status, answer = owner.handle(self.command, self.path, json.loads(body) if body else {})
+                    user = owner.user(self.headers.get("Authorization") or "")
+                    status, answer = owner.handle(self.command, self.path, json.loads(body) if body else {}, user)
                 except Refused as refused:
                     status, answer = refused.status, refused.answer
-                data = b"" if answer is None else json.dumps(answer).encode()
+                text = isinstance(answer, str)
+                data = b"" if answer is None else answer.encode() if text else json.dumps(answer).encode()
                 self.send_response(status)
-                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Type", "text/plain" if text else "application/json")
                 self.send_header("Content-Length", str(len(data)))
                 self.end_headers()
                 self.wfile.write(data)
@@ -81,95 +178,491 @@ class Awx:
         self.server.server_close()
 
     def add(self, endpoint: str, **values: Any) -> int:
-        row = {"id": self._next, "description": "", **values}
+        """Put an object there, without any check."""
+        defaults = json.loads(json.dumps(FIELDS[endpoint]))
+        row = {"id": self._next, **defaults, **values}
         self._next += 1
         self.objects[endpoint].append(row)
         return int(row["id"])
 
-    def named(self, endpoint: str, name: str) -> dict[str, Any]:
-        return next(row for row in self.objects[endpoint] if row["name"] == name)
+    def named(self, endpoint: str, name: str, **more: Any) -> dict[str, Any]:
+        return next(
+            row
+            for row in self.objects[endpoint]
+            if row["name"] == name and all(row[key] == value for key, value in more.items())
+        )
+
+    def row(self, endpoint: str, number: Any) -> dict[str, Any]:
+        return next(row for row in self.objects[endpoint] if row["id"] == number)
+
+    def inventory(self, name: str, organization: int, group: str = "pve", hosts: tuple[str, ...] = ("pve1",)) -> int:
+        """Add an inventory with one group and its hosts."""
+        number = self.add("inventories", name=name, organization=organization)
+        group_id = self.add("groups", name=group, inventory=number)
+        self.related["groups", group_id, "all_hosts"] = [
+            self.add("hosts", name=host, inventory=number) for host in hosts
+        ]
+        return number
+
+    def user(self, header: str) -> str:
+        basic = "Basic " + base64.b64encode(f"admin:{PASSWORD}".encode()).decode()
+        users = {f"Bearer {TOKEN}": "admin", basic: "admin", f"Bearer {ORGANIZATION_TOKEN}": "org-admin"}
+        if header not in users:
+            detail = "Authentication credentials were not provided. To establish a login session, visit /api/login/."
+            raise Refused(401, {"detail": detail})
+        return users[header]
 
     # ---- requests ----
 
-    def handle(self, method: str, target: str, body: dict[str, Any]) -> tuple[int, Any]:
+    def handle(self, method: str, target: str, body: dict[str, Any], user: str) -> tuple[int, Any]:
         parts = urlsplit(target)
-        found = re.fullmatch(r"/api/v2/(\w+)/(?:(\d+)/(?:(\w+)/)?)?", parts.path)
-        if not found or found[1] not in FIELDS:
-            raise Refused(404, {"detail": "The requested resource could not be found."})
-        endpoint, number, part = found[1], found[2], found[3]
+        match = re.fullmatch(rf"{re.escape(self.prefix)}/(\w+)/(?:(\d+)/(?:(\w+)/)?)?", parts.path)
         if method != "GET":
             self.writes.append(f"{method} {parts.path}")
+        if self.before:
+            self.before(method, parts.path)
+        query = dict(parse_qsl(parts.query))
+        if match and match[1] == "me":
+            return 200, self._list([{"id": 1, "username": user, "is_superuser": user == "admin"}], parts, {})
+        if not match or match[1] not in FIELDS:
+            raise Refused(404, "<!doctype html><html><body><h1>Not Found</h1></body></html>")
+        endpoint, number, part = match[1], match[2], match[3]
+        if method != "GET" and endpoint == "credential_types" and user != "admin":
+            raise Refused(403, {"detail": "You do not have permission to perform this action."})
         if number is None:
             if method == "POST":
                 return 201, self._shown(endpoint, self._create(endpoint, body))
-            wanted = dict(parse_qsl(parts.query))
-            rows = [self._shown(endpoint, row) for row in self.objects[endpoint] if all(str(row.get(key)) == value for key, value in wanted.items())]
-            return 200, {"count": len(rows), "results": rows}
+            return 200, self._list(self._filtered(endpoint, query), parts, query)
         row = next((row for row in self.objects[endpoint] if row["id"] == int(number)), None)
         if row is None:
-            raise Refused(404, {"detail": "Not found."})
-        if part is None:
-            if method == "PATCH":
-                self._check(endpoint, body)
-                row.update(body)
-            return 200, self._shown(endpoint, row)
-        return self._part(method, endpoint, row["id"], part, body)
+            raise Refused(404, {"detail": f"No {MODELS[endpoint]} matches the given query."})
+        if part is not None:
+            return self._part(method, endpoint, row, part, body, parts, query)
+        if method == "PATCH":
+            self._change(endpoint, row, body)
+        elif method == "DELETE":
+            self._delete(endpoint, row)
+            return (202 if endpoint == "inventories" else 204), None
+        elif endpoint == "projects":
+            self._sync_goes_on(row)
+        return 200, self._shown(endpoint, row)
 
-    def _part(self, method: str, endpoint: str, number: int, part: str, body: dict[str, Any]) -> tuple[int, Any]:
-        if endpoint == "job_templates" and part == "schedules" and method == "POST":
-            return 201, self._create("schedules", {**body, "unified_job_template": number})
-        if endpoint == "job_templates" and part == "survey_spec":
+    def _list(self, rows: list[dict[str, Any]], parts: Any, query: dict[str, str]) -> dict[str, Any]:
+        page = int(query.get("page", "1"))
+        size = int(query.get("page_size", self.page_size))
+        following = None
+        if page * size < len(rows):
+            rest = "".join(f"&{key}={value}" for key, value in query.items() if key != "page")
+            following = f"{parts.path}?page={page + 1}{rest}"
+        return {
+            "count": len(rows),
+            "next": following,
+            "previous": None,
+            "results": rows[(page - 1) * size : page * size],
+        }
+
+    def _filtered(self, endpoint: str, query: dict[str, str], rows: list[dict[str, Any]] | None = None) -> list[Any]:
+        result = []
+        filters = {key: value for key, value in query.items() if key not in ("page", "page_size")}
+        for key in filters:
+            name = key.partition("__")[0]
+            if name not in {*FIELDS[endpoint], "id"} and (endpoint, name) not in OTHER_FILTERS:
+                raise Refused(400, {"detail": f"{MODELS[endpoint]} has no field named '{name}'"})
+        for row in self.objects[endpoint] if rows is None else rows:
+            for key, value in filters.items():
+                if key == "credentials" and endpoint == "job_templates":
+                    if int(value) not in self.attached.get(row["id"], []):
+                        break
+                    continue
+                name, _separator, inner = key.partition("__")
+                actual: Any = self._organization(row) if name == "organization" else row.get(name)
+                if inner:
+                    actual = self.row(REFERENCES[name], actual)[inner] if actual else None
+                if str(actual) != value:
+                    break
+            else:
+                result.append(self._shown(endpoint, row))
+        return result
+
+    def _organization(self, row: dict[str, Any]) -> Any:
+        """Return the organization; a template follows its project."""
+        if "playbook" in row:
+            return self.row("projects", row["project"])["organization"] if row["project"] else None
+        return row.get("organization")
+
+    def _part(
+        self,
+        method: str,
+        endpoint: str,
+        row: dict[str, Any],
+        part: str,
+        body: dict[str, Any],
+        parts: Any,
+        query: dict[str, str],
+    ) -> tuple[int, Any]:
+        number = row["id"]
+        if (endpoint, part) == ("projects", "playbooks"):
+            return 200, self._playbooks(row)
+        if (endpoint, part) == ("projects", "update") and method == "POST":
+            self._start_sync(row)
+            return 202, {"project_update": self._syncing_update(row)}
+        if (endpoint, part) == ("project_updates", "stdout"):
+            return 200, row["output"]
+        if (endpoint, part) == ("inventories", "groups"):
+            rows = [group for group in self.objects["groups"] if group["inventory"] == number]
+            return 200, self._list(self._filtered("groups", query, rows), parts, query)
+        if (endpoint, part) == ("inventories", "hosts"):
+            rows = [host for host in self.objects["hosts"] if host["inventory"] == number]
+            return 200, self._list(self._filtered("hosts", query, rows), parts, query)
+        if (endpoint, part) == ("job_templates", "schedules"):
+            if method == "POST":
+                return 201, self._create("schedules", {**body, "unified_job_template": number})
+            rows = [one for one in self.objects["schedules"] if one["unified_job_template"] == number]
+            return 200, self._list(self._filtered("schedules", query, rows), parts, query)
+        if (endpoint, part) == ("job_templates", "survey_spec"):
             if method == "POST":
                 self._check_survey(body)
                 self.surveys[number] = body
                 return 200, None
             return 200, self.surveys.get(number, {})
-        if endpoint == "job_templates" and part == "credentials":
+        if (endpoint, part) == ("job_templates", "credentials"):
             if method == "POST":
-                if body.get("id") not in [row["id"] for row in self.objects["credentials"]]:
-                    raise Refused(400, {"msg": "no such credential"})
-                self.attached.setdefault(number, []).append(body["id"])
-                return 204, None
-            rows = [row for row in self.objects["credentials"] if row["id"] in self.attached.get(number, [])]
-            return 200, {"count": len(rows), "results": [self._shown("credentials", row) for row in rows]}
-        raise Refused(404, {"detail": "The requested resource could not be found."})
+                return self._attach(number, body)
+            rows = [one for one in self.objects["credentials"] if one["id"] in self.attached.get(number, [])]
+            return 200, self._list(self._filtered("credentials", query, rows), parts, query)
+        if (endpoint, part) == ("job_templates", "launch") and method == "POST":
+            return 201, self.launch(row, body.get("extra_vars") or {})
+        lists = {"labels": "labels", "notification_templates_error": "notification_templates",
+                 "galaxy_credentials": "credentials", "all_hosts": "hosts"}  # fmt: skip
+        if part in lists:
+            other = lists[part]
+            ids = self.related.setdefault((endpoint, number, part), [])
+            if method == "POST":
+                return self._relate(other, ids, body)
+            return 200, self._list(self._filtered(other, query, [self.row(other, one) for one in ids]), parts, query)
+        raise Refused(404, "<!doctype html><html><body><h1>Not Found</h1></body></html>")
+
+    def _relate(self, endpoint: str, ids: list[int], body: dict[str, Any]) -> tuple[int, Any]:
+        if body.get("disassociate"):
+            ids.remove(body["id"])
+            # AWX deletes a label with its last use.
+            if endpoint == "labels" and not any(
+                body["id"] in other for key, other in self.related.items() if key[2] == "labels"
+            ):
+                self.objects["labels"].remove(self.row("labels", body["id"]))
+            return 204, None
+        if "id" in body:
+            ids.append(body["id"])
+            return 204, None
+        present = [row for row in self.objects[endpoint] if all(row[key] == body.get(key) for key in UNIQUE[endpoint])]
+        row = present[0] if present else self._create(endpoint, body)
+        ids.append(row["id"])
+        return (204, None) if present else (201, row)
+
+    def _attach(self, number: int, body: dict[str, Any]) -> tuple[int, Any]:
+        ids = self.attached.setdefault(number, [])
+        if not isinstance(body.get("id"), int):
+            raise Refused(400, {"msg": '"id" field must be an integer.'})
+        credential = next((row for row in self.objects["credentials"] if row["id"] == body["id"]), None)
+        if body.get("disassociate"):
+            if body["id"] in ids:
+                ids.remove(body["id"])
+            return 204, None
+        if credential is None:
+            raise Refused(400, {"detail": "Credential matching query does not exist."})
+        kinds = [self.row("credentials", other)["credential_type"] for other in ids]
+        if credential["credential_type"] in kinds:
+            name = self.row("credential_types", credential["credential_type"])["name"]
+            raise Refused(400, {"error": f"Cannot assign multiple {name} credentials."})
+        ids.append(body["id"])
+        return 204, None
+
+    # ---- objects ----
 
     def _create(self, endpoint: str, body: dict[str, Any]) -> dict[str, Any]:
-        self._check(endpoint, body)
-        missing = FIELDS[endpoint][1] - set(body)
+        missing = [name for name in REQUIRED.get(endpoint, []) if name not in body]
         if missing:
             raise Refused(400, {name: ["This field is required."] for name in missing})
-        if any(row["name"] == body["name"] for row in self.objects[endpoint]):
-            raise Refused(400, {"__all__": ["an object with this name already exists."]})
-        number = self.add(endpoint, **body)
-        return next(row for row in self.objects[endpoint] if row["id"] == number)
+        body = {key: value for key, value in body.items() if key in FIELDS[endpoint] and key not in READ_ONLY}
+        row = {**json.loads(json.dumps(FIELDS[endpoint])), **body}
+        self._check(endpoint, row, body)
+        self._check_unique(endpoint, row, None)
+        number = self.add(endpoint, **row)
+        row = self.row(endpoint, number)
+        if endpoint == "projects" and row["scm_type"]:
+            self._start_sync(row)
+        elif endpoint == "projects":
+            row["status"] = "ok"
+        return row
 
-    def _check(self, endpoint: str, body: dict[str, Any]) -> None:
-        unknown = set(body) - FIELDS[endpoint][0]
-        if unknown:
-            raise Refused(400, {name: ["no such field"] for name in unknown})
+    def _check_unique(self, endpoint: str, row: dict[str, Any], own: int | None) -> None:
+        keys = UNIQUE.get(endpoint, [])
+
+        def key_of(candidate: dict[str, Any]) -> list[Any]:
+            return [self._organization(candidate) if key == "organization" else candidate[key] for key in keys]
+
+        if keys and any(other["id"] != own and key_of(other) == key_of(row) for other in self.objects[endpoint]):
+            model = MODELS[endpoint]
+            if endpoint == "credential_types":
+                raise Refused(400, {"__all__": ["Credential type with this Name and Kind already exists."]})
+            if len(keys) == 1:
+                raise Refused(400, {keys[0]: [f"{model} with this {keys[0]} already exists."]})
+            raise Refused(400, {"__all__": [f"{model} with this ({', '.join(keys)}) combination already exists."]})
+
+    def _change(self, endpoint: str, row: dict[str, Any], body: dict[str, Any]) -> None:
+        body = {key: value for key, value in body.items() if key in FIELDS[endpoint] and key not in READ_ONLY}
+        of_type = [one for one in self.objects["credentials"] if one["credential_type"] == row["id"]]
+        if endpoint == "credential_types" and body.get("inputs", row["inputs"]) != row["inputs"] and of_type:
+            detail = "Modifications to inputs are not allowed for credential types that are in use"
+            raise Refused(403, {"detail": detail})
+        moved = endpoint == "projects" and body.get("organization", row["organization"]) != row["organization"]
+        if moved and any(one["project"] == row["id"] for one in self.objects["job_templates"]):
+            raise Refused(400, {"organization": ["Organization cannot be changed when in use by job templates."]})
+        if endpoint == "credentials" and "inputs" in body:
+            # "$encrypted$" keeps the secret; what is not sent is gone.
+            body["inputs"] = {
+                key: row["inputs"].get(key) if value == "$encrypted$" else value
+                for key, value in body["inputs"].items()
+            }
+        changed = {**row, **body}
+        self._check(endpoint, changed, body)
+        self._check_unique(endpoint, changed, row["id"])
+        row.update(body)
+        if endpoint == "credentials":
+            row["inputs"] = self._kept_inputs(row)
+        if (
+            endpoint == "projects"
+            and row["scm_type"]
+            and set(body) & {"description", "scm_url", "scm_branch", "scm_type"}
+        ):
+            self._start_sync(row)
+
+    def _delete(self, endpoint: str, row: dict[str, Any]) -> None:
+        number = row["id"]
+        jobs = [
+            {"id": job["id"], "type": "job"}
+            for job in self.objects["jobs"]
+            if endpoint == "job_templates" and job["unified_job_template"] == number and job["status"] in ACTIVE
+        ]
+        if endpoint == "projects" and number in self._syncing:
+            jobs = [{"id": number, "type": "project_update"}]
+        if jobs:
+            raise Refused(409, {"error": "Resource is being used by running jobs.", "active_jobs": jobs})
+        if endpoint == "credential_types" and any(
+            one["credential_type"] == number for one in self.objects["credentials"]
+        ):
+            raise Refused(403, {"detail": "Credential types that are in use cannot be deleted"})
+        self.objects[endpoint].remove(row)
+        if endpoint == "job_templates":
+            self.objects["schedules"] = [
+                one for one in self.objects["schedules"] if one["unified_job_template"] != number
+            ]
+            self.related.pop(("job_templates", number, "labels"), None)
+        if endpoint == "projects":
+            for template in self.objects["job_templates"]:
+                if template["project"] == number:
+                    template["project"] = None
+        if endpoint == "credentials":
+            for ids in self.attached.values():
+                if number in ids:
+                    ids.remove(number)
+
+    def _check(self, endpoint: str, row: dict[str, Any], body: dict[str, Any]) -> None:
         for name, other in REFERENCES.items():
-            if name in body and body[name] not in [row["id"] for row in self.objects[other]]:
+            if body.get(name) is not None and body[name] not in [one["id"] for one in self.objects[other]]:
                 raise Refused(400, {name: [f'Invalid pk "{body[name]}" - object does not exist.']})
-        if "rrule" in body and not re.fullmatch(r"DTSTART(;TZID=[\w/]+)?:\d{8}T\d{6}Z? RRULE:FREQ=\w+;INTERVAL=\d+(;.*)?", body["rrule"]):
-            raise Refused(400, {"rrule": ["rrule parsing failed validation"]})
-        if "extra_vars" in body and not isinstance(body["extra_vars"], str):
+        check = getattr(self, f"_check_{endpoint}", None)
+        if check:
+            check(row, body)
+
+    def _check_projects(self, row: dict[str, Any], _body: dict[str, Any]) -> None:
+        if row["scm_type"] and not row["scm_url"]:
+            raise Refused(400, {"scm_url": ["SCM URL is required."]})
+        if row["scm_type"] == "git" and not re.match(r"(https?|git|ssh|file)://|[\w.-]+@[\w.-]+:", row["scm_url"]):
+            raise Refused(400, {"scm_url": [f"Unsupported git URL: {row['scm_url']}"]})
+
+    def _check_credential_types(self, row: dict[str, Any], body: dict[str, Any]) -> None:
+        if "kind" in body and row["kind"] not in ("cloud", "net"):
+            raise Refused(400, {"kind": [f"Must be 'cloud' or 'net', not {row['kind']}"]})
+        fields = {field["id"] for field in row["inputs"].get("fields", [])}
+        for key, text in row["injectors"].get("env", {}).items():
+            for name in re.findall(r"{{\s*(\w+)", text):
+                if name not in fields:
+                    raise Refused(400, {"injectors": [f"env.{key} uses an undefined field ({name})"]})
+
+    def _check_credentials(self, row: dict[str, Any], body: dict[str, Any]) -> None:
+        if not row["organization"]:
+            raise Refused(400, {"non_field_errors": ["Missing 'user', 'team', or 'organization'."]})
+        fields = {
+            field["id"] for field in self.row("credential_types", row["credential_type"])["inputs"].get("fields", [])
+        }
+        unknown = sorted(set(body.get("inputs") or {}) - fields)
+        if unknown and self.row("credential_types", row["credential_type"])["kind"] == "cloud":
+            told = f"Additional properties are not allowed ({', '.join(map(repr, unknown))} were unexpected)"
+            raise Refused(400, {"inputs": [told]})
+        row["inputs"] = self._kept_inputs(row)
+
+    def _kept_inputs(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Return the inputs without empty secrets, which AWX drops."""
+        secret = self._secrets(row)
+        return {key: value for key, value in (row["inputs"] or {}).items() if value or key not in secret}
+
+    def _check_job_templates(self, row: dict[str, Any], body: dict[str, Any]) -> None:
+        if row["project"] is None:
+            raise Refused(400, {"project": ["This field is required."]})
+        if not row["playbook"]:
+            raise Refused(400, {"playbook": ["Must select playbook for project."]})
+        if row["inventory"] is None and not row["ask_inventory_on_launch"]:
+            raise Refused(400, {"inventory": ["You must either set a default value or ask to prompt on launch."]})
+        project = self.row("projects", row["project"])
+        if {"playbook", "project"} & set(body) and row["playbook"] not in self._playbooks(project):
+            raise Refused(400, {"playbook": ["Playbook not found for project."]})
+        if not isinstance(row["extra_vars"], str):
             raise Refused(400, {"extra_vars": ["Not a valid string."]})
 
+    def _check_schedules(self, row: dict[str, Any], body: dict[str, Any]) -> None:
+        if "rrule" not in body:
+            return
+        row["rrule"] = body["rrule"] = " ".join(str(row["rrule"]).split())
+        if not row["rrule"]:
+            raise Refused(400, {"rrule": ["This field may not be blank."]})
+        if re.match(r"DTSTART:\d{8}T\d{6}(?!Z)", row["rrule"]):
+            told = "DTSTART cannot be a naive datetime.  Require ;TZINFO= or YYYYMMDDTHHMMSSZZ."
+            raise Refused(400, {"rrule": [told]})
+        if "FREQ=SECONDLY" in row["rrule"]:
+            raise Refused(400, {"rrule": ["SECONDLY is not supported."]})
+        if "INTERVAL=" not in row["rrule"]:
+            raise Refused(400, {"rrule": ["INTERVAL required in rrule."]})
+        if not re.fullmatch(r"DTSTART(;TZID=[\w/]+)?:\d{8}T\d{6}Z? RRULE:FREQ=\w+;INTERVAL=\d+(;.*)?", row["rrule"]):
+            raise Refused(400, {"rrule": ["rrule parsing failed validation"]})
+
     def _check_survey(self, body: dict[str, Any]) -> None:
-        if set(body) != {"name", "description", "spec"} or not body["spec"]:
+        for name in ("name", "description", "spec"):
+            if name not in body:
+                raise Refused(400, {"error": f"Field '{name}' is missing from survey spec."})
+        if not body["spec"]:
             raise Refused(400, {"error": "'spec' doesn't contain any items."})
+        seen: set[str] = set()
         for number, question in enumerate(body["spec"]):
-            if not set(question) >= QUESTION or question["type"] not in TYPES:
-                raise Refused(400, {"error": f"survey question {number} is incomplete, or of no type that there is"})
-            if question["type"] == "multiplechoice" and question["default"] not in question["choices"]:
-                raise Refused(400, {"error": f"Default choice must be answered from the choices listed in question {number}."})
-            if question["type"] in ("text", "textarea") and question["default"] and not question["min"] <= len(question["default"]) <= question["max"]:
-                raise Refused(400, {"error": f"default of question {number} is too short or too long"})
+            for name in ("type", "question_name", "variable", "required"):
+                if name not in question:
+                    raise Refused(400, {"error": f"'{name}' missing from survey question {number}"})
+            if question["variable"] in seen:
+                told = f"'variable' '{question['variable']}' duplicated in survey question {number}."
+                raise Refused(400, {"error": told})
+            seen.add(question["variable"])
+            kind, default = question["type"], question.get("default", "")
+            if kind not in SURVEY_TYPES:
+                raise Refused(400, {"error": f"'{kind}' in survey question {number} is not one of the question types."})
+            if default != "" and not isinstance(default, SURVEY_TYPES[kind]):
+                label = kind if kind in ("integer", "float") else "string"
+                told = f"Default value {default} in survey question {number} expected to be {label}."
+                raise Refused(400, {"error": told})
+            if kind in ("multiplechoice", "multiselect"):
+                defaults = default.splitlines() if isinstance(default, str) else default
+                if any(item not in question["choices"] for item in defaults):
+                    raise Refused(400, {"error": "Default choice must be answered from the choices listed."})
+
+    # ---- syncs and launches ----
+
+    def _playbooks(self, project: dict[str, Any]) -> list[str]:
+        """Return the playbooks. A project that has been synced once keeps them while it is synced again."""
+        if project["status"] in ("successful", "ok") or project.get("synced"):
+            return self.repositories.get(project["scm_url"], PLAYBOOKS)
+        return []
+
+    def _start_sync(self, row: dict[str, Any]) -> None:
+        row["status"] = "pending"
+        reason = self.syncs.get(row["scm_url"], "")
+        update = self.add(
+            "project_updates", name=row["name"], status="failed" if reason else "successful",
+            output=f"\x1b[0;31mfatal: [localhost]: FAILED! => {reason}\x1b[0m" if reason else "ok",
+        )  # fmt: skip
+        row["update"] = update
+        self._syncing[row["id"]] = self.sync_reads
+
+    def _syncing_update(self, row: dict[str, Any]) -> int:
+        return int(row["update"])
+
+    def _sync_goes_on(self, row: dict[str, Any]) -> None:
+        if row["id"] not in self._syncing:
+            return
+        self._syncing[row["id"]] -= 1
+        if self._syncing[row["id"]] > 0:
+            row["status"] = "running"
+            return
+        del self._syncing[row["id"]]
+        row["status"] = self.row("project_updates", row["update"])["status"]
+        row["synced"] = row.get("synced") or row["status"] == "successful"
+
+    def launch(self, template: dict[str, Any], answers: dict[str, Any], user: str = "admin") -> dict[str, Any]:
+        """Launch as the API does; ``variables[job]`` is the file of variables that AWX hands to ansible-runner."""
+        of_template = json.loads(template["extra_vars"] or "{}")
+        spec = self.surveys.get(template["id"], {}).get("spec", []) if template["survey_enabled"] else []
+        errors = [error for question in spec for error in self._wrong_answers(question, answers)]
+        if errors:
+            raise Refused(400, {"variables_needed_to_start": errors})
+        named = {question["variable"] for question in spec}
+        variables = dict(of_template)
+        for question in spec:
+            # A default that its own limits refuse is left out: a required question with the default "".
+            default = question.get("default")
+            if default is not None and not self._wrong_answers(question, {question["variable"]: default}):
+                variables[question["variable"]] = default
+        variables.update({key: value for key, value in answers.items() if key in named})
+        ignored = {key: value for key, value in answers.items() if key not in named and of_template.get(key) != value}
+        job = self.add("jobs", name=template["name"], unified_job_template=template["id"], status="pending")
+        meta: dict[str, Any] = {}
+        for prefix in ("awx", "tower"):
+            meta |= {f"{prefix}_job_id": job, f"{prefix}_job_launch_type": "manual", f"{prefix}_user_id": 1,
+                     f"{prefix}_user_name": user, f"{prefix}_user_email": "", f"{prefix}_inventory_id": template["inventory"],
+                     f"{prefix}_job_template_name": template["name"]}  # fmt: skip
+        self.row("jobs", job)["extra_vars"] = json.dumps(variables)
+        self.variables[job] = dump_variables({**variables, **meta}, of_template)
+        return {"job": job, "ignored_fields": {"extra_vars": ignored} if ignored else {}, "id": job, "type": "job"}
+
+    @staticmethod
+    def _wrong_answers(question: dict[str, Any], answers: dict[str, Any]) -> list[str]:
+        name, kind = question["variable"], question["type"]
+        if name not in answers:
+            return [f"'{name}' value missing"] if question["required"] else []
+        value, low, high = answers[name], question.get("min"), question.get("max")
+        if kind in ("text", "textarea", "password"):
+            if not isinstance(value, str):
+                return [f"Value {value} for '{name}' expected to be a string."]
+            told = []
+            if low is not None and len(value) < low:
+                told.append(f"'{name}' value {value} is too small (length is {len(value)} must be at least {low}).")
+            if high is not None and len(value) > high:
+                told.append(f"'{name}' value {value} is too large (must be no more than {high}).")
+            return told
+        if kind == "integer":
+            return [] if type(value) is int else [f"Value {value} for '{name}' expected to be an integer."]
+        choices = question.get("choices") or []
+        values = value if isinstance(value, list) else [value]
+        return [f"Value {one} for '{name}' expected to be one of {choices}." for one in values if one not in choices]
+
+    # ---- what is shown ----
+
+    def _secrets(self, row: dict[str, Any]) -> set[str]:
+        kind = next((one for one in self.objects["credential_types"] if one["id"] == row["credential_type"]), {})
+        return {field["id"] for field in kind.get("inputs", {}).get("fields", []) if field.get("secret")}
 
     def _shown(self, endpoint: str, row: dict[str, Any]) -> dict[str, Any]:
-        if endpoint != "credentials":
-            return row
-        kind = next((one for one in self.objects["credential_types"] if one["id"] == row["credential_type"]), {})
-        secret = {field["id"] for field in kind.get("inputs", {}).get("fields", []) if field.get("secret")}
-        return {**row, "inputs": {name: "$encrypted$" if name in secret else value for name, value in row.get("inputs", {}).items()}}
+        summary: dict[str, Any] = {}
+        shown = {key: value for key, value in row.items() if key not in ("synced", "update", "output")}
+        if endpoint == "job_templates":
+            shown["organization"] = self._organization(row)
+        organization = shown.get("organization")
+        if organization:
+            summary["organization"] = {"id": organization, "name": self.row("organizations", organization)["name"]}
+        if endpoint == "credentials":
+            secret = self._secrets(row)
+            inputs = row["inputs"] or {}
+            shown["inputs"] = {key: "$encrypted$" if key in secret else value for key, value in inputs.items()}
+            kind = self.row("credential_types", row["credential_type"])
+            summary["credential_type"] = {"id": kind["id"], "name": kind["name"]}
+        if endpoint == "projects" and row.get("update"):
+            key = "current_update" if row["id"] in self._syncing else "last_update"
+            summary[key] = {"id": row["update"], "status": row["status"]}
+        return {**shown, "summary_fields": summary}

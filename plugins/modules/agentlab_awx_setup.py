@@ -1,0 +1,376 @@
+#!/usr/bin/python
+# Copyright: the agentlab.proxmox contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: agentlab_awx_setup
+short_description: Set AWX up for sandboxes, or take that away again
+version_added: 1.1.0
+description:
+  - Makes credential type, credential, project, job templates with surveys, and schedules in one organization of AWX or of the
+    controller of Automation Platform.
+  - The playbook C(agentlab.proxmox.awx_setup) calls it with the surveys of the collection. Run that, not this module.
+  - Every object is looked up by its name and its organization. Objects of another organization are neither found nor changed.
+  - An object that this module did not make is changed only with O(adopt).
+options:
+  host:
+    description: Address of AWX with its scheme, such as V(https://awx.example.net).
+    type: str
+    required: true
+  api_path:
+    description: Path of the API below O(host). V(/api/controller/v2) for the gateway of Automation Platform 2.5.
+    type: str
+    default: /api/v2
+  token:
+    description: OAuth token of AWX. With it O(username) and O(password) are not used.
+    type: str
+  username:
+    description: User of AWX.
+    type: str
+  password:
+    description: Password of O(username).
+    type: str
+  validate_certs:
+    description: Whether the certificate of AWX is verified.
+    type: bool
+    default: true
+  timeout:
+    description: Seconds that one request to AWX may take.
+    type: int
+    default: 30
+  state:
+    description:
+      - V(present) makes what is missing and changes what differs.
+      - V(absent) removes what this module made, and nothing else.
+    type: str
+    choices: [present, absent]
+    default: present
+  adopt:
+    description:
+      - Whether objects that this module did not make may be changed, when they have the name and the organization of one of
+        its own. Without it they are named, and nothing is changed at all.
+      - With O(state=absent), whether schedules and workflow nodes of other people that use a template may go with it.
+    type: bool
+    default: false
+  organization:
+    description: Name of the organization.
+    type: str
+    default: Default
+  project:
+    description: Name of the project.
+    type: str
+    default: agentlab
+  project_scm_url:
+    description: URL of the Git repository of the project. Without it the project has to be there.
+    type: str
+    default: ""
+  project_scm_branch:
+    description: Branch of O(project_scm_url); the repository's own default unless set.
+    type: str
+    default: ""
+  project_update_on_launch:
+    description: Whether AWX syncs the project when a job is launched.
+    type: bool
+    default: true
+  project_cache_timeout:
+    description: Seconds after a sync in which a launch does not sync again.
+    type: int
+    default: 3600
+  project_timeout:
+    description: Seconds to wait for the sync of the project.
+    type: int
+    default: 600
+  inventory:
+    description: Name of the inventory. Required with O(state=present).
+    type: str
+    default: ""
+  hosts:
+    description: Group or host of the inventory on which the playbooks run.
+    type: str
+    default: pve
+  allow_many_hosts:
+    description: Whether create, renew, destroy and job may run on more than one host.
+    type: bool
+    default: false
+  execution_environment:
+    description: Name of the execution environment of the templates; the default of AWX unless set.
+    type: str
+    default: ""
+  machine_credential:
+    description: Name of the SSH credential for the hosts.
+    type: str
+    default: ""
+  notification:
+    description: Name of a notification template that tells of failed jobs.
+    type: str
+    default: ""
+  galaxy_check:
+    description: Whether an organization without a Galaxy credential is refused.
+    type: bool
+    default: true
+  prefix:
+    description: Beginning of the names of templates, schedules and credential.
+    type: str
+    default: "agentlab - "
+  update_secrets:
+    description:
+      - Whether secrets in O(credential_inputs) are written to a credential that is there already.
+      - AWX does not show a secret, so each run with this changes something.
+    type: bool
+    default: false
+  credential_type:
+    description: The credential type as AWX takes it.
+    type: dict
+    required: true
+  credential_inputs:
+    description: Values of the credential. Without any, neither credential type nor credential is made.
+    type: dict
+    default: {}
+    suboptions:
+      api_host:
+        description: Host of the Proxmox VE API.
+        type: str
+      api_port:
+        description: Its port.
+        type: str
+      api_user:
+        description: User with realm.
+        type: str
+      api_password:
+        description: Password of that user.
+        type: str
+      api_token_id:
+        description: Token, as V(user@realm!name).
+        type: str
+      api_token_secret:
+        description: Secret of the token.
+        type: str
+      validate_certs:
+        description: Whether the certificate of Proxmox VE is verified.
+        type: str
+      ca_path:
+        description: CA certificate, a path on the hosts.
+        type: str
+      database:
+        description: Records, a path on the hosts or a DSN.
+        type: str
+      database_password:
+        description: Password of the DSN.
+        type: str
+  templates:
+    description: Job templates, with playbook, survey, extra variables and schedule.
+    type: list
+    elements: dict
+    required: true
+requirements:
+  - python >= 3.11
+author:
+  - agentlab.proxmox contributors (@agentlab)
+attributes:
+  check_mode:
+    description: Plans with full reads and writes nothing.
+    support: full
+  diff_mode:
+    description: Tells each object before and after, without secrets.
+    support: full
+"""
+
+EXAMPLES = r"""
+- name: Make one template in the organization Default
+  agentlab.proxmox.agentlab_awx_setup:
+    host: https://awx.example.net
+    token: "{{ lookup('ansible.builtin.env', 'CONTROLLER_OAUTH_TOKEN') }}"
+    inventory: proxmox
+    credential_type:
+      name: agentlab Proxmox VE API
+      description: A token of Proxmox VE
+      kind: cloud
+      inputs: {fields: []}
+    templates:
+      - name: reconcile
+        description: Let leases that are over expire
+        playbook: reconcile.yml
+"""
+
+RETURN = r"""
+steps:
+  description: What was done, in order. In check mode, and after a failure, what would be or was to be done.
+  returned: always
+  type: list
+  elements: dict
+  contains:
+    kind:
+      description: Kind of the object, such as C(job template).
+      type: str
+      returned: always
+    name:
+      description: Its name.
+      type: str
+      returned: always
+    action:
+      description: What was done, such as C(created).
+      type: str
+      returned: always
+    fields:
+      description: Fields that differed.
+      type: list
+      elements: str
+      returned: always
+    done:
+      description: Whether it has been done.
+      type: bool
+      returned: always
+foreign:
+  description: Objects that the set-up did not make but would change. A run changes them only with O(adopt).
+  returned: always
+  type: list
+  elements: str
+notes:
+  description: What a user should know, such as objects that were kept and why.
+  returned: always
+  type: list
+  elements: str
+lines:
+  description: O(ignore:steps), foreign objects and notes as lines for people.
+  returned: always
+  type: list
+  elements: str
+"""
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.agentlab.proxmox.plugins.module_utils import _awx_client, _awx_plan
+
+TEXT = {"type": "str"}
+ARGUMENT_SPEC = {
+    "host": {"type": "str", "required": True},
+    "api_path": {"type": "str", "default": "/api/v2"},
+    "token": {"type": "str", "no_log": True},
+    "username": TEXT,
+    "password": {"type": "str", "no_log": True},
+    "validate_certs": {"type": "bool", "default": True},
+    "timeout": {"type": "int", "default": 30},
+    "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
+    "adopt": {"type": "bool", "default": False},
+    "organization": {"type": "str", "default": "Default"},
+    "project": {"type": "str", "default": "agentlab"},
+    "project_scm_url": {"type": "str", "default": ""},
+    "project_scm_branch": {"type": "str", "default": ""},
+    "project_update_on_launch": {"type": "bool", "default": True},
+    "project_cache_timeout": {"type": "int", "default": 3600},
+    "project_timeout": {"type": "int", "default": 600},
+    "inventory": {"type": "str", "default": ""},
+    "hosts": {"type": "str", "default": "pve"},
+    "allow_many_hosts": {"type": "bool", "default": False},
+    "execution_environment": {"type": "str", "default": ""},
+    "machine_credential": {"type": "str", "default": ""},
+    "notification": {"type": "str", "default": ""},
+    "galaxy_check": {"type": "bool", "default": True},
+    "prefix": {"type": "str", "default": "agentlab - "},
+    # A switch, not a secret.
+    "update_secrets": {"type": "bool", "default": False, "no_log": False},
+    "credential_type": {"type": "dict", "required": True},
+    "credential_inputs": {
+        "type": "dict",
+        "default": {},
+        "options": {
+            "api_host": TEXT,
+            "api_port": TEXT,
+            "api_user": TEXT,
+            "api_password": {"type": "str", "no_log": True},
+            "api_token_id": TEXT,
+            "api_token_secret": {"type": "str", "no_log": True},
+            "validate_certs": TEXT,
+            "ca_path": TEXT,
+            "database": {"type": "str", "no_log": True},
+            "database_password": {"type": "str", "no_log": True},
+        },
+    },
+    "templates": {"type": "list", "elements": "dict", "required": True},
+}
+
+
+def wanted(params):
+    """Return the options as the planner takes them; texts from the environment lose their line breaks."""
+    names = _awx_plan.Wanted.__dataclass_fields__
+    values = {name: params[name] for name in names}
+    values["credential_inputs"] = {
+        name: value.strip() for name, value in (params["credential_inputs"] or {}).items() if value and value.strip()
+    }
+    return _awx_plan.Wanted(**values)
+
+
+def main():
+    module = AnsibleModule(argument_spec=ARGUMENT_SPEC, supports_check_mode=True)
+    params = module.params
+    plan = _awx_plan.Plan()
+    done = 0
+
+    def result():
+        steps = [
+            {"kind": step.kind, "name": step.name, "action": step.action, "fields": step.fields, "done": number < done}
+            for number, step in enumerate(plan.steps)
+        ]
+        pending = module.check_mode
+        lines = [step.told(pending) for number, step in enumerate(plan.steps) if pending or number < done]
+        lines += [
+            f"not made by this set-up, changed only with awx_adopt=true: {text}" for text in plan.foreign if pending
+        ]
+        before = {f"{step.kind} {step.name}": step.before for step in plan.steps if step.before or step.after}
+        after = {f"{step.kind} {step.name}": step.after for step in plan.steps if step.before or step.after}
+        answer = {
+            "changed": any(step.changes for number, step in enumerate(plan.steps) if pending or number < done),
+            "steps": steps,
+            "foreign": plan.foreign,
+            "notes": plan.notes,
+            "lines": lines + [f"note: {text}" for text in plan.notes],
+        }
+        if module._diff:
+            answer["diff"] = {"before": before, "after": after}
+        return answer
+
+    try:
+        client = _awx_client.Client(
+            params["host"],
+            params["api_path"],
+            token=params["token"] or "",
+            username=params["username"] or "",
+            password=params["password"] or "",
+            validate_certs=params["validate_certs"],
+            timeout=params["timeout"],
+        )
+        planner = _awx_plan.Planner(client, wanted(params))
+        plan = planner.plan
+        if params["state"] == "absent":
+            planner.take_away()
+        else:
+            planner.set_up()
+        if plan.problems:
+            module.fail_json(msg=". ".join(plan.problems), **result())
+        if plan.foreign and not module.check_mode and not params["adopt"]:
+            module.fail_json(
+                msg=(
+                    f"nothing was changed: these objects of the organization {params['organization']} were not made by this "
+                    f"set-up: {'; '.join(plan.foreign)}. Choose another awx_prefix or awx_project, or set awx_adopt to true to "
+                    "take them over"
+                ),
+                **result(),
+            )
+        if not module.check_mode:
+            for step in plan.steps:
+                step.run()
+                done += 1
+    except _awx_client.AwxError as error:
+        after = (
+            f" (done before that: {done} of {len(plan.steps)} steps; they stay, and the next run goes on)"
+            if done
+            else ""
+        )
+        module.fail_json(msg=f"{error}{after}", **result())
+    module.exit_json(**result())
+
+
+if __name__ == "__main__":
+    main()
