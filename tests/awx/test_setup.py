@@ -49,7 +49,7 @@ def test_a_first_run_makes_all_and_the_second_nothing(awx: Awx, set_up: SetUp) -
     assert all(step["done"] for step in result(run)["steps"]) and not any(
         step["done"] for step in result(would)["steps"]
     )
-    assert len([line for line in awx.writes]) == len([step for step in steps if step[2] != "synced"])
+    assert len(awx.writes) == len([step for step in steps if step[2] != "synced"])
     project = awx.named("projects", "agentlab")
     assert project["scm_url"] == PROJECT_URL and project["organization"] == 1
     assert project["scm_update_on_launch"] is True and project["scm_update_cache_timeout"] == 3600

@@ -403,8 +403,12 @@ class Awx:
 
         if keys and any(other["id"] != own and key_of(other) == key_of(row) for other in self.objects[endpoint]):
             model = MODELS[endpoint]
-            if endpoint == "credential_types":
-                raise Refused(400, {"__all__": ["Credential type with this Name and Kind already exists."]})
+            words = {
+                "credential_types": "Credential type with this Name and Kind already exists.",
+                "credentials": "Credential with this Organization, Name and Credential type already exists.",
+            }
+            if endpoint in words:
+                raise Refused(400, {"__all__": [words[endpoint]]})
             if len(keys) == 1:
                 raise Refused(400, {keys[0]: [f"{model} with this {keys[0]} already exists."]})
             raise Refused(400, {"__all__": [f"{model} with this ({', '.join(keys)}) combination already exists."]})
