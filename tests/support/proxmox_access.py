@@ -29,7 +29,7 @@ from fakepve import PveError
 from fakepve import schema as pve_schema
 from fakepve.shapes import PRIVILEGES
 
-from support.access import AccessControl
+from support.access import AccessControl, Entry
 
 Grant = tuple[Any, ...]  # (path, privileges) or (path, privileges, propagate)
 
@@ -205,6 +205,9 @@ class AccessRules:
     def _entries(self) -> list[dict[str, Any]]:
         if self.access is not None:
             return [entry.public() for entry in self.access.entries]
+        if self.acl is None and not self.no_access:
+            # Everybody may do everything, so somebody has granted that: the real list is never empty for a user.
+            return [Entry("/", "user", "agentlab@pve", "Administrator").public()]
         made = [
             {
                 "path": entry[0],

@@ -232,3 +232,45 @@ def test_what_the_double_takes_for_a_command_is_what_pveum_takes(lab: Lab, acces
     with pytest.raises(AgentlabError):
         access.entries.clear()
         lab.create()
+
+
+# ---- workspaces: nothing is attached where a VM may be hidden ----
+
+
+@pytest.mark.parametrize("way", ["/vms", "/vms/500", "NoAccess"])
+def test_no_workspace_is_attached_or_deleted_where_a_vm_may_be_hidden(
+    lab: Lab, access: AccessControl, way: str
+) -> None:
+    """Somebody has attached the volume to a VM of theirs by hand, and a deeper role hides that VM."""
+    run(lab, access, commands_of("README.md"))
+    commands = ['pveum role add Volumes --privs "Datastore.Allocate Datastore.AllocateSpace Datastore.Audit"']
+    run(lab, access, [*commands, f"pveum acl modify /storage/local-lvm --users {USER} --roles Volumes"])
+    made = lab.create()
+    workspace.present(lab.context(), "w1", size="5G", storage="local-lvm")
+    volume = workspace.select(lab.context(), "w1").volume
+    lab.pve.vm(500).config["scsi1"] = f"{volume},size=5G"
+    if way == "NoAccess":
+        lab.pve.pools["theirs"] = {500}
+        lab.pve.pool_info["theirs"] = {"comment": None, "storage": set()}
+        access.entries.append(Entry("/pool/theirs", "user", USER, "NoAccess"))
+        access.entries.append(Entry("/vms/500", "user", USER, "NoAccess"))
+    else:
+        access.roles["Mine"] = {"VM.Config.Disk"}
+        access.entries.append(Entry(way, "user", USER, "Mine"))
+    before = dict(lab.pve.vm(500).config)
+    for work in (
+        lambda: workspace.attached(lab.context(), "w1", lab.context().select(made.vmid)),
+        lambda: workspace.absent(lab.context(), "w1", force=True),
+        lambda: lab.create(name="a2", workspace="w1"),
+    ):
+        with pytest.raises(AgentlabError, match="not proven to see every VM of the cluster"):
+            work()
+    assert lab.pve.vm(500).config == before and {vm.vmid for vm in lab.pve.vms} == {500, 1000, 9000}
+    found = workspace.select(lab.context(), "w1")
+    assert found.state == "DETACHED" and found.sandbox_uuid is None
+    # With sight of everything the VM is named, and once the volume is taken off there, it is attached.
+    access.entries = [entry for entry in access.entries if entry.role not in ("Mine", "NoAccess")]
+    with pytest.raises(AgentlabError, match="VM 500 has its volume"):
+        workspace.attached(lab.context(), "w1", lab.context().select(made.vmid))
+    del lab.pve.vm(500).config["scsi1"]
+    assert workspace.attached(lab.context(), "w1", lab.context().select(made.vmid)).outcome == "attached"

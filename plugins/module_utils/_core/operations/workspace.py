@@ -158,8 +158,8 @@ def _allocate(ctx: Context, found: Workspace, node: str | None = None, *, first:
             raise OutcomeUnknown(f"{found.title}: Proxmox answered {str(answer)[:80]!r} where {found.volume!r} was expected; run again")
         row = exists(ctx, found, node)
         if row is None:
-            raise OutcomeUnknown(f"{found.title}: {found.volume} was allocated, but the storage does not list it (Datastore.Audit on the storage and "
-                                 "VM.Config.Disk on /vms are needed); run again")
+            raise OutcomeUnknown(f"{found.title}: {found.volume} was allocated, but the storage does not list it: grant Datastore.Allocate, "
+                                 f"Datastore.AllocateSpace and Datastore.Audit together on /storage/{found.storage}, then run again")
     return records(ctx).change(found, "create", to=store.DETACHED, reason="created", evidence={"volume": found.volume, "node": node},
                                size=int(row.get("size") or found.size))
 

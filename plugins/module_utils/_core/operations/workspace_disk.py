@@ -109,8 +109,8 @@ def _require_sight(ctx: Context, found: Workspace, node: str) -> None:
     storage, owner = f"/storage/{found.storage}", f"/vms/{found.owner_vmid}"
     if not ctx.cluster.holds(storage, "Datastore.Allocate") and not (ctx.cluster.holds(storage, "Datastore.Audit")
                                                                      and ctx.cluster.holds(owner, "VM.Config.Disk")):
-        raise Kept("unknown", f"{unseen}: these credentials may not see it. Grant Datastore.Audit on {storage} and VM.Config.Disk on {owner} (or on /vms), "
-                   "then run again")
+        raise Kept("unknown", f"{unseen}: these credentials may not see it. Grant Datastore.Allocate, Datastore.AllocateSpace and "
+                   f"Datastore.Audit together on {storage} (a role there replaces what is inherited), then run again")
 
 
 def node_for(ctx: Context, found: Workspace) -> str:
@@ -147,7 +147,24 @@ def holders(ctx: Context, found: Workspace) -> list[int]:
         raise Kept("unknown", f"{found.title}: whether VM {vmid} has it attached cannot be read: it is not on the node that lists it (is it being "
                    "migrated?); run again")
 
-    return sorted(vmid for vmid in ctx.each(look, rows) if vmid is not None)
+    having = sorted(vmid for vmid in ctx.each(look, rows) if vmid is not None)
+    if not having:
+        require_full_sight(ctx, found)
+    return having
+
+
+def require_full_sight(ctx: Context, found: Workspace) -> None:
+    """Raise Kept unless these credentials see every VM: Proxmox VE attaches one volume to two VMs without a word.
+
+    A role without VM.Audit on /vms, on /vms/N or on a pool hides VMs, whatever stands on the paths above.
+    """
+    if not ctx.cluster.sees_everything():
+        raise Kept(
+            "unknown",
+            f"{found.title}: these credentials are not proven to see every VM of the cluster, so another VM may have its"
+            " volume attached. Grant VM.Audit on /vms (a role there replaces what / hands down, so it must hold VM.Audit"
+            " too) and Sys.Audit on /; agentlab_doctor names what is missing. Then run again",
+        )
 
 
 def in_snapshots(ctx: Context, located: Located, found: Workspace) -> list[str]:
@@ -210,6 +227,7 @@ def check_usable(ctx: Context, found: Workspace, node: str) -> None:
     if found.state != store.DETACHED:
         raise taken(ctx, found)
     check_node(found, node)
+    require_full_sight(ctx, found)
 
 
 def check_node(found: Workspace, node: str | None) -> None:
@@ -226,7 +244,7 @@ def attach(ctx: Context, claim: Claim, sandbox: Sandbox, located: Located, found
     node = str(located.node)
     if exists(ctx, found, node) is None:
         raise WorkspaceRefused(f"{found.title}: its volume {found.volume} is not to be seen on node {node}; it was removed, moved or renamed (move_disk?), or "
-                               "Datastore.Audit is missing")
+                               f"Datastore.Allocate (with Datastore.AllocateSpace and Datastore.Audit) is missing on /storage/{found.storage}")
     others = [vmid for vmid in holders(ctx, found) if vmid != sandbox.vmid]
     if others:
         raise WorkspaceRefused(f"{found.title}: VM {others[0]} has its volume {found.volume} attached, though by no record of ours; it was not attached a "
