@@ -20,6 +20,7 @@ ROWS ?=
 RUNS ?= 5
 SOAK_MINUTES ?= 10
 SHARD ?=
+CORES ?= 2.16 2.17 2.18 2.19 2.20 2.21
 
 .PHONY: help setup demo test lint lint-python lint-ansible lint-meta sanity unit scenarios test-daemon test-molecule test-faults changelog build clean
 
@@ -27,12 +28,12 @@ SHARD ?=
 
 .PHONY: check gates test-awx test-cores demo-installed importer docs faults-everyday test-faults-all test-inventory release-check
 
-.PHONY: bench bench-short test-bare test-core
+.PHONY: bench bench-short test-bare
 
 help: ## Show this list
 	@echo "Targets:"
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
-	@echo "Variables: PYTHON (interpreter for .venv), WORKERS (parallel tests, default auto), PYTEST_ARGS (e.g. '-k lease'), SOAK_MINUTES (default 10), SHARD"
+	@echo "Variables: PYTHON (interpreter for .venv), WORKERS (parallel tests, default auto), PYTEST_ARGS (e.g. '-k lease'), SOAK_MINUTES (default 10), SHARD, CORES"
 
 setup: ## Make .venv with all tools (again when requirements-dev.txt changes)
 	@scripts/setup.sh
@@ -130,18 +131,8 @@ test-bare: ## README's two commands on bare Debian 12 and 13, with Debian's own 
 	@echo "==> Bare Debian"
 	@scripts/test-bare.sh
 
-test-cores: setup ## ansible-test units and integration, sanity and scenarios on every ansible-core that runs here
-	@echo "==> ansible-test units, integration"
-	@scripts/ansible-test.sh units
-	@scripts/ansible-test.sh integration
-	@for core in 2.20 2.21; do \
-	    echo "==> ansible-test sanity and integration, ansible-core $$core"; \
-	    scripts/ansible-test.sh --core $$core sanity; \
-	    scripts/ansible-test.sh --core $$core integration; \
-	    echo "==> Scenarios, the everyday ones, ansible-core $$core"; \
-	    bin=$$(scripts/core-env.sh $$core); \
-	    if [ -n "$$bin" ]; then $$bin/python -m pytest -q -n $(WORKERS) --dist worksteal tests/scenarios -m everyday $(PYTEST_ARGS); fi; \
-	done
+test-cores: setup ## Sanity, units, integration and everyday scenarios on ansible-core 2.16 to 2.21 (CORES="2.16 2.21" for some)
+	@WORKERS=$(WORKERS) PYTEST_ARGS="$(PYTEST_ARGS)" scripts/test-core.sh $(CORES)
 
 test-awx: setup ## The playbooks as AWX runs them (ansible-runner), and its set-up against a small AWX API
 	@echo "==> AWX"

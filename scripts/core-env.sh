@@ -1,14 +1,13 @@
 #!/usr/bin/env bash
 # Make .cache/core-VERSION once: an environment with that ansible-core and what the tests need beside it. Print its bin folder.
 # Print nothing when this machine has no Python that the release runs on; a line on standard error then says so.
-# `scripts/core-env.sh --today` prints the releases whose turn it is: two of four on even days, the other two on odd days.
+# `scripts/core-env.sh --today` prints the releases whose turn it is: three on even days, the other three on odd days.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 # AGENTLAB_CORES_DAY replays another day's turn (days since 1970).
 if [ "${1:-}" = --today ]; then
     day=${AGENTLAB_CORES_DAY:-$(($(date -u +%s) / 86400))}
-    # .venv has 2.19, or a newer release where its Python is newer: every run tests that one anyway.
     if [ $((day % 2)) -eq 0 ]; then echo "2.16 2.18 2.20"; else echo "2.17 2.19 2.21"; fi
     exit 0
 fi
@@ -24,6 +23,11 @@ venv=$PWD/.cache/core-$core
 packages=$(sed -n -E 's/^(proxmoxer|requests|PyYAML|fakepve\[pytest\]|pytest|pytest-xdist)([<>=].*)$/\1\2/p' requirements-dev.txt)
 requirements="ansible-core==$core.* $(tr '\n' ' ' <<<"$packages")"
 
+# The development environment has what the tests need; where its release is asked for, no other is made.
+if [ "$(.venv/bin/python -c 'from ansible.release import __version__ as v; print(".".join(v.split(".")[:2]))' 2>/dev/null)" = "$core" ]; then
+    printf '%s\n' "$PWD/.venv/bin"
+    exit 0
+fi
 if [ "$(cat "$venv/installed" 2>/dev/null)" = "$requirements" ] && "$venv/bin/python" -c '' 2>/dev/null; then
     printf '%s\n' "$venv/bin"
     exit 0

@@ -6,8 +6,12 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
 from pathlib import Path
 
+import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,3 +56,37 @@ def test_what_the_commit_hooks_run_is_there() -> None:
             program, *words = hook["entry"].replace("bash -c '", "").split()
             assert (ROOT / program).exists(), program
             assert all((ROOT / word).exists() for word in words if word.startswith("scripts/")), hook["entry"]
+
+
+CORES = ["2.16", "2.17", "2.18", "2.19", "2.20", "2.21"]
+
+
+def test_every_supported_ansible_core_is_tested_and_the_pages_say_the_same() -> None:
+    oldest = yaml.safe_load((ROOT / "meta/runtime.yml").read_text())["requires_ansible"]
+    assert oldest == f">={CORES[0]}.0"
+    assert re.search(r"^CORES \?= (.+)$", (ROOT / "Makefile").read_text(), re.M)[1].split() == CORES
+    table = (ROOT / "docs/compatibility.md").read_text().split("| ansible-core on the controller |")[1].partition("|")[0]
+    assert table.strip().split(", ") == CORES
+    assert f"Supported: ansible-core {CORES[0]} to {CORES[-1]}," in (ROOT / "README.md").read_text()
+
+
+def test_ci_takes_every_release_at_least_every_second_day() -> None:
+    def today(script: str, variable: str, day: int) -> set[str]:
+        env = {**os.environ, variable: str(day)}
+        command = [str(ROOT / "scripts" / script), "--today"]
+        return set(subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout.split())
+
+    assert today("core-env.sh", "AGENTLAB_CORES_DAY", 20000) | today("core-env.sh", "AGENTLAB_CORES_DAY", 20001) == set(CORES)
+    ci = (ROOT / ".ci/run").read_text()
+    assert "scripts/test-bare.sh --today" in ci and "scripts/core-env.sh --today" in ci
+
+
+@pytest.mark.parametrize("core", [CORES[0], CORES[-1]])
+def test_the_execution_environments_have_a_supported_ansible_core(core: str) -> None:
+    built = yaml.safe_load((ROOT / f"meta/ee-core-{core}.yml").read_text())
+    found = re.fullmatch(r"ansible-core>=(\d\.\d+),<2\.(\d+)", built["dependencies"]["ansible_core"]["package_pip"])
+    assert found and found[1] == core and int(found[2]) == int(core.partition(".")[2]) + 1
+    python = built["dependencies"]["python_interpreter"]["package_system"].removeprefix("python")
+    assert tuple(map(int, python.split("."))) >= (3, 11)
+    own = yaml.safe_load((ROOT / "meta/execution-environment.yml").read_text())["dependencies"]
+    assert all((ROOT / path).is_file() for path in own.values())

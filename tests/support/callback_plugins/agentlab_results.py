@@ -25,6 +25,11 @@ description:
 """
 
 
+def _of(result: t.Any, name: str) -> t.Any:
+    """Return a part of a task's result: ansible-core 2.19 made public what older releases keep under private names."""
+    return getattr(result, name) if hasattr(result, name) else getattr(result, f"_{name}")
+
+
 class CallbackModule(CallbackBase):
     CALLBACK_VERSION = 2.0
     CALLBACK_TYPE = "notification"
@@ -32,11 +37,17 @@ class CallbackModule(CallbackBase):
     CALLBACK_NEEDS_ENABLED = True
 
     def _dump(self, result: t.Any, status: str, **more: t.Any) -> None:
-        data = result.result
+        data, task = _of(result, "result"), _of(result, "task")
         if status == "ok" and data.get("changed"):
             status = "changed"
-        entry = {"task": result.task.name or result.task.action, "action": result.task.action, "host": result.host.name, "status": status,
-                 "result": data, **more}
+        entry = {
+            "task": task.name or task.action,
+            "action": task.action,
+            "host": _of(result, "host").name,
+            "status": status,
+            "result": data,
+            **more,
+        }
         with open(os.environ["AGENTLAB_TEST_RESULTS"], "a", encoding="utf-8") as out:
             out.write(json.dumps(entry, default=str) + "\n")
 

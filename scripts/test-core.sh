@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# Test the collection on releases of ansible-core, one after the other: scripts/test-core.sh 2.16 2.21
+# Each gets ansible-test sanity, units and integration, and the everyday scenarios. ARGUMENTS for pytest come from PYTEST_ARGS.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+if [ "$#" -eq 0 ]; then
+    echo "Error: give releases of ansible-core, such as 2.16 2.21." >&2
+    exit 2
+fi
+for core; do
+    bin=$(scripts/core-env.sh "$core")
+    # No Python for it here; core-env.sh has said so.
+    if [ -z "$bin" ]; then continue; fi
+    echo "==> ansible-core $core: ansible-test sanity, units, integration"
+    for kind in sanity units integration; do scripts/ansible-test.sh --core "$core" "$kind"; done
+    echo "==> ansible-core $core: the everyday scenarios"
+    # shellcheck disable=SC2086 # arguments, one a word
+    "$bin/python" -m pytest -q -n "${WORKERS:-auto}" --dist worksteal tests/scenarios -m everyday ${PYTEST_ARGS:-}
+done
