@@ -53,6 +53,8 @@ def run(argument_spec: dict[str, Any], work: Callable[[AnsibleModule, Any], dict
     """
     module = front(argument_spec={**COMMON_ARGS, **argument_spec}, supports_check_mode=True, **kwargs)
     context: Any = None
+    failure: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     try:
         found = core_config.load(module.params, os.environ)
         # Secrets that came from the file or the environment are as secret as those given as options.
@@ -60,13 +62,20 @@ def run(argument_spec: dict[str, Any], work: Callable[[AnsibleModule, Any], dict
         context = make(module, found)
         result = work(module, context)
     except AgentlabError as error:
-        module.fail_json(msg=error.message, error=error.as_dict(), changed=False, **_extra(error))
+        failure = {"msg": error.message, "error": error.as_dict(), "changed": False, **_extra(error)}
     except Exception as error:  # the outermost edge: what we did not foresee is told without a trace
-        module.fail_json(msg=f"internal error: {type(error).__name__}: {error}; nothing more was done. Please report this with the steps that led to it",
-                         error={"code": "internal", "type": type(error).__name__}, changed=False)
+        failure = {
+            "msg": f"internal error: {type(error).__name__}: {error}; nothing more was done. Please report this with the"
+            " steps that led to it",
+            "error": {"code": "internal", "type": type(error).__name__},
+            "changed": False,
+        }
     finally:
         if context is not None:
             context.close()
+    if failure:
+        # Outside of the handlers: up to ansible-core 2.18 fail_json adds the trace of an exception that is being handled.
+        module.fail_json(**failure)
     for warning in result.pop("warnings", []):
         module.warn(warning)
     if result.get("failed"):

@@ -501,7 +501,7 @@ def test_tags_that_the_cluster_refuses(lab: Lab, tmp_path: Path, options: dict[s
     lab.pve.fault("GET", "/cluster/options", "answer", status=200, body=json.dumps({"data": options}), times=9)
     findings = not_well(lab, "creation", profiles_dir=str(tmp_path / "profiles"))
     assert [status for status, _meaning in findings] == (["warning"] if refused else [])
-    assert not refused or f"refuses the tags {', '.join(refused)} to" in findings[0][1]
+    assert not refused or f"refuses the tags {', '.join(refused)} to whoever" in findings[0][1]
 
 
 def test_nodes_that_may_not_be_read_are_not_called_offline(lab: Lab) -> None:

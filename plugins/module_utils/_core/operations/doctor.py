@@ -761,23 +761,20 @@ class Doctor:
             {OUR_TAG, *(str(tag).lower() for profile in self._profiles() for tag in profile.values.get("tags") or [])}
         )
         refused = [tag for tag in tags if tag not in allowed and (policy != "free" or tag in registered)]
-        if not refused or self.context.cluster.holds("/", "Sys.Modify"):
+        if not refused:
             return
-        reason = (
-            f"registered-tags is {';'.join(registered)}"
-            if policy == "free"
-            else f"user-tag-access is user-allow={policy}"
-        )
-        mend = (
-            f"--registered-tags '{';'.join(tag for tag in registered if tag not in refused)}'"
-            if policy == "free"
-            else f"--user-tag-access 'user-allow=list,user-allow-list={';'.join(dict.fromkeys((*allowed, *refused)))}'"
-        )
+        mend = []
+        if policy != "free":
+            listed = ";".join(dict.fromkeys((*allowed, *refused)))
+            mend.append(f"--user-tag-access 'user-allow=list,user-allow-list={listed}'")
+        if set(refused) & set(registered):
+            mend.append(f"--registered-tags '{';'.join(tag for tag in registered if tag not in refused)}'")
         yield Finding(
             "creation",
             WARNING,
-            f"this cluster refuses the tags {_some(refused)} to {self.config.proxmox.login} ({reason})",
-            f"pvesh set /cluster/options {mend}, as root on a node",
+            f"this cluster refuses the tags {_some(refused)} to whoever has no Sys.Modify on / (user-allow is {policy}"
+            f"{', registered-tags is ' + ';'.join(registered) if registered else ''})",
+            f"pvesh set /cluster/options {' '.join(mend)}, as root on a node",
             {
                 "refused": refused,
                 "user_allow": policy,
