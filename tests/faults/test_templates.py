@@ -2,7 +2,9 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Which template a sandbox is made from, what is refused before the clone, and what a refusal of Proxmox VE is told as."""
+"""Which template a sandbox is made from, what is refused before the clone, and what a refusal of Proxmox VE is told
+as.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import AgentlabError, CreationFailed, InvalidInput
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import (
+    AgentlabError,
+    CreationFailed,
+    InvalidInput,
+)
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.model import Outcome
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import create, template, vm_config, wanted
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import (
+    create,
+    template,
+    vm_config,
+    wanted,
+)
 
 from support.double import TOKEN_ID
 from support.lab import Lab
@@ -59,7 +70,11 @@ def test_one_name_on_two_nodes_means_the_one_on_the_node_that_is_wanted(lab: Lab
     lab.pve.add_template(9001, "debian-13", node="pve2")
     first, second = outcome_of(lab, node="pve2"), outcome_of(lab, name="a2", options={"node": "pve1"})
     assert [one.sandbox.node for one in (first, second) if one.sandbox] == ["pve2", "pve1"]
-    assert refused_name(lab) == "template: 'debian-13' is the name of several templates (9000 on pve1, 9001 on pve2); give the VMID, or the node"
+    assert (
+        refused_name(lab)
+        == "template: 'debian-13' is the name of several templates (9000 on pve1, 9001 on pve2); give the VMID, or "
+        "the node"
+    )
     assert "(9000 on pve1, 9001 on pve2), none of them on node pve3" in refused_name(lab, node="pve3")
     lab.pve.add_template(9002, "debian-13", node="pve2")
     assert "(9001 on pve2, 9002 on pve2); give the VMID" in refused_name(lab, node="pve2")
@@ -104,10 +119,20 @@ def test_a_stale_list_that_calls_a_vm_a_template_is_not_believed(lab: Lab) -> No
 # ---- what is refused before the clone ----
 
 
-@pytest.mark.parametrize(("option", "value"), [("ip_config", "ip=dhcp"), ("nameserver", "192.0.2.1"), ("searchdomain", "example.org"),
-                                               ("ssh_public_keys", KEY), ("cloud_init_user", "me"), ("cloud_init_password", "x"),
-                                               ("cloud_init_upgrade", False), ("cloud_init_vendor_data", "local:snippets/v.yaml"),
-                                               ("cloud_init_user_data", "#cloud-config\n")])
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("ip_config", "ip=dhcp"),
+        ("nameserver", "192.0.2.1"),
+        ("searchdomain", "example.org"),
+        ("ssh_public_keys", KEY),
+        ("cloud_init_user", "me"),
+        ("cloud_init_password", "x"),
+        ("cloud_init_upgrade", False),
+        ("cloud_init_vendor_data", "local:snippets/v.yaml"),
+        ("cloud_init_user_data", "#cloud-config\n"),
+    ],
+)
 @pytest.mark.parametrize("drive", ["none,media=cdrom", "local:iso/debian.iso,media=cdrom", None])
 def test_a_cloud_init_option_without_a_cloud_init_drive(lab: Lab, option: str, value: Any, drive: str | None) -> None:
     config = lab.pve.vm(9000).config
@@ -115,25 +140,38 @@ def test_a_cloud_init_option_without_a_cloud_init_drive(lab: Lab, option: str, v
     if drive:
         config["ide2"] = drive
     message = refused(lab, **{option: value})
-    assert message.startswith(f"{option}: template 9000 (debian-13) has no cloud-init drive, so it would have no effect")
+    assert message.startswith(
+        f"{option}: template 9000 (debian-13) has no cloud-init drive, so it would have no effect"
+    )
     assert outcome_of(lab).state == "RUNNING"
 
 
-@pytest.mark.parametrize("drive", ["local-lvm:vm-9000-cloudinit,media=cdrom", "local:9000/vm-9000-cloudinit.qcow2,media=cdrom,size=4M"])
+@pytest.mark.parametrize(
+    "drive", ["local-lvm:vm-9000-cloudinit,media=cdrom", "local:9000/vm-9000-cloudinit.qcow2,media=cdrom,size=4M"]
+)
 def test_a_cloud_init_drive_of_any_storage(drive: str) -> None:
-    assert vm_config.has_cloud_init_drive({"scsi1": drive}) and not vm_config.has_cloud_init_drive({"efidisk0": drive, "name": drive})
+    assert vm_config.has_cloud_init_drive({"scsi1": drive}) and not vm_config.has_cloud_init_drive(
+        {"efidisk0": drive, "name": drive}
+    )
 
 
 def test_more_cores_than_the_node_has(lab: Lab) -> None:
-    assert refused(lab, cores=5) == ("cores: 5 is more than the 4 CPUs of node pve1, which would not start the VM. Give fewer cores, or another node")
+    assert refused(lab, cores=5) == (
+        "cores: 5 is more than the 4 CPUs of node pve1, which would not start the VM. Give fewer cores, or another node"
+    )
     lab.pve.vm(9000).config["sockets"] = 2
-    assert refused(lab, cores=3).startswith("cores: 3 (times 2 sockets of the template) is more than the 4 CPUs of node pve1")
+    assert refused(lab, cores=3).startswith(
+        "cores: 3 (times 2 sockets of the template) is more than the 4 CPUs of node pve1"
+    )
     assert outcome_of(lab, cores=2).state == "RUNNING"
 
 
 def test_a_storage_that_the_node_does_not_have(lab: Lab) -> None:
     message = refused(lab, storage="nas")
-    assert message.startswith("storage: 'nas' is not a storage of node pve1 for disks of VMs. Storages: ") and "local-lvm" in message
+    assert (
+        message.startswith("storage: 'nas' is not a storage of node pve1 for disks of VMs. Storages: ")
+        and "local-lvm" in message
+    )
     assert refused(lab, options={"storage": "nas"}) == message
     lab.pve.counted.clear()
     outcome_of(lab)
@@ -158,20 +196,38 @@ def test_the_storage_of_the_configuration_makes_no_full_clone_where_the_template
     assert str(clone_of(lab)["full"]) == "0" and "storage" not in clone_of(lab)
 
 
-@pytest.mark.parametrize(("config", "mode"), [
-    ({"scsi0": "local-lvm:base-9000-disk-0,size=3G", "ide2": "local:vm-9000-cloudinit,media=cdrom"}, (None, None)),
-    ({"scsi0": "local-lvm:base-9000-disk-0", "efidisk0": "local-lvm:base-9000-disk-1", "tpmstate0": "local-lvm:base-9000-disk-2"}, (None, None)),
-    # Also one disk elsewhere, and what nobody may read.
-    ({"scsi0": "local-lvm:base-9000-disk-0", "scsi1": "fast:base-9000-disk-1"}, (True, "local-lvm")),
-    ({"scsi0": "local-lvm:base-9000-disk-0", "efidisk0": "fast:base-9000-disk-1"}, (True, "local-lvm")),
-    ({}, (True, "local-lvm")), (None, (True, "local-lvm"))])
+@pytest.mark.parametrize(
+    ("config", "mode"),
+    [
+        ({"scsi0": "local-lvm:base-9000-disk-0,size=3G", "ide2": "local:vm-9000-cloudinit,media=cdrom"}, (None, None)),
+        (
+            {
+                "scsi0": "local-lvm:base-9000-disk-0",
+                "efidisk0": "local-lvm:base-9000-disk-1",
+                "tpmstate0": "local-lvm:base-9000-disk-2",
+            },
+            (None, None),
+        ),
+        # Also one disk elsewhere, and what nobody may read.
+        ({"scsi0": "local-lvm:base-9000-disk-0", "scsi1": "fast:base-9000-disk-1"}, (True, "local-lvm")),
+        ({"scsi0": "local-lvm:base-9000-disk-0", "efidisk0": "fast:base-9000-disk-1"}, (True, "local-lvm")),
+        ({}, (True, "local-lvm")),
+        (None, (True, "local-lvm")),
+    ],
+)
 def test_where_the_template_lies(lab: Lab, config: dict[str, Any] | None, mode: tuple[Any, Any]) -> None:
     ctx = lab.context(storage="local-lvm")
     assert template.clone_mode(ctx, wanted.spec(ctx, {"name": "a1"}), template.Template(9000, "pve1", config)) == mode
 
 
 def test_a_storage_without_linked_clones_still_gets_full_ones(lab: Lab) -> None:
-    lab.pve.fail("POST", "/qemu/9000/clone", 500, "Linked clone feature is not supported for 'local-lvm:base-9000-disk-0' (scsi0)", times=1)
+    lab.pve.fail(
+        "POST",
+        "/qemu/9000/clone",
+        500,
+        "Linked clone feature is not supported for 'local-lvm:base-9000-disk-0' (scsi0)",
+        times=1,
+    )
     outcome = outcome_of(lab, options={"storage": "local-lvm"})
     assert outcome.state == "RUNNING" and str(clone_of(lab)["full"]) == "1" and clone_of(lab)["storage"] == "local-lvm"
 
@@ -179,14 +235,35 @@ def test_a_storage_without_linked_clones_still_gets_full_ones(lab: Lab) -> None:
 # ---- refusals ----
 
 
-@pytest.mark.parametrize(("status", "text", "values", "words"), [
-    (403, "Permission check failed (pool 'lab' does not exist)", {"pool": "lab"}, "pool: 'lab' does not exist. Make it (pveum pool add lab)"),
-    (403, "Permission check failed", {"pool": "lab"}, "pool: 'lab' does not exist, or"),
-    (403, "Permission check failed", {}, "Grant VM.Allocate on /vms"),
-    (500, "Linked clone feature is not supported for 'x:base-1' (scsi0)", {}, "full_clone: a linked clone of template 9000 is not possible"),
-    (500, "can't clone VM to node 'pve1' (VM uses local storage)", {}, "node: template 9000 lies on local storage of another node"),
-    (500, "cluster not ready - no quorum?", {}, "the cluster has no quorum")])
-def test_a_refused_clone_names_our_option_and_the_remedy(lab: Lab, status: int, text: str, values: dict[str, Any], words: str) -> None:
+@pytest.mark.parametrize(
+    ("status", "text", "values", "words"),
+    [
+        (
+            403,
+            "Permission check failed (pool 'lab' does not exist)",
+            {"pool": "lab"},
+            "pool: 'lab' does not exist. Make it (pveum pool add lab)",
+        ),
+        (403, "Permission check failed", {"pool": "lab"}, "pool: 'lab' does not exist, or"),
+        (403, "Permission check failed", {}, "Grant VM.Allocate on /vms"),
+        (
+            500,
+            "Linked clone feature is not supported for 'x:base-1' (scsi0)",
+            {},
+            "full_clone: a linked clone of template 9000 is not possible",
+        ),
+        (
+            500,
+            "can't clone VM to node 'pve1' (VM uses local storage)",
+            {},
+            "node: template 9000 lies on local storage of another node",
+        ),
+        (500, "cluster not ready - no quorum?", {}, "the cluster has no quorum"),
+    ],
+)
+def test_a_refused_clone_names_our_option_and_the_remedy(
+    lab: Lab, status: int, text: str, values: dict[str, Any], words: str
+) -> None:
     lab.pve.fail("POST", "/qemu/9000/clone", status, text)
     with pytest.raises(CreationFailed) as failed:
         outcome_of(lab, **values)
@@ -202,10 +279,14 @@ def test_a_pool_on_which_nothing_is_granted(lab: Lab) -> None:
         outcome_of(lab, pool="nopool")
 
 
-@pytest.mark.parametrize(("text", "values", "words"), [
-    ("bridge 'vmbr9' does not exist", {"bridge": "vmbr9"}, "bridge: node pve1 has no bridge 'vmbr9'"),
-    ("bridge 'vmbr9' does not exist", {"second_bridge": "vmbr9"}, "second_bridge: node pve1 has no bridge 'vmbr9'"),
-    ("MAX 2 vcpus allowed per VM on this node", {"cores": 4}, "cores: node pve1 has fewer CPUs")])
+@pytest.mark.parametrize(
+    ("text", "values", "words"),
+    [
+        ("bridge 'vmbr9' does not exist", {"bridge": "vmbr9"}, "bridge: node pve1 has no bridge 'vmbr9'"),
+        ("bridge 'vmbr9' does not exist", {"second_bridge": "vmbr9"}, "second_bridge: node pve1 has no bridge 'vmbr9'"),
+        ("MAX 2 vcpus allowed per VM on this node", {"cores": 4}, "cores: node pve1 has fewer CPUs"),
+    ],
+)
 def test_a_failed_start_names_our_option(lab: Lab, text: str, values: dict[str, Any], words: str) -> None:
     lab.pve.next_task("qmstart", "fail", text=text)
     with pytest.raises(CreationFailed, match="what was made for it has been removed") as failed:

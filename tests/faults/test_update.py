@@ -2,7 +2,10 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""A sandbox that is there is asked for with other options: each that differs is told, and what can be applied is applied on request."""
+"""A sandbox that is there is asked for with other options.
+
+Each that differs is told, and what can be applied is applied on request.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import AgentlabError, InvalidInput, Kept, StateConflict
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import (
+    AgentlabError,
+    InvalidInput,
+    Kept,
+    StateConflict,
+)
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.model import Outcome
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import create, wanted
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.proxmox import identity
@@ -44,32 +52,83 @@ def writes(lab: Lab) -> list[tuple[str, str]]:
 # ---- what is told ----
 
 
-@pytest.mark.parametrize(("first", "again", "words"), [
-    ({"cores": 2}, {"cores": 3}, "cores: '3' was not applied to sandbox 1000, which has '2'. Set --update to apply it"),
-    ({}, {"memory": 4096}, "memory: '4096' was not applied to sandbox 1000, which has what its template or the configuration said. Set --update"),
-    ({"tags": ["ci"]}, {"tags": "night, ci"}, "tags: 'ci, night' was not applied to sandbox 1000, which has 'ci'. Set --update"),
-    ({"ttl": "1h"}, {"ttl": "2h"}, "ttl: a lease of 2h was not applied to sandbox 1000, which has a lease of 1h. Renew its lease with agentlab sandbox lease"),
-    ({}, {"disk_size": "20G"}, "disk_size: '20G' was not applied to sandbox 1000"),
-    ({"bridge": "vmbr0"}, {"bridge": "vmbr1"}, "bridge: 'vmbr1' was not applied to sandbox 1000, which has 'vmbr0'. It counts when a sandbox is created"),
-    ({"ssh_public_keys": [KEY]}, {"ssh_public_keys": [KEY, OTHER_KEY]}, "ssh_public_keys: another list of keys was not applied"),
-    ({"template": "debian-13"}, {"template": "9001"}, "template: '9001' was not applied to sandbox 1000, which has 'debian-13'"),
-    ({"ip_config": "ip=dhcp"}, {"ip_config": "ip=192.0.2.9/24"}, "ip_config: 'ip=192.0.2.9/24' was not applied"),
-    ({}, {"description": "x"}, "description: another text was not applied")])
-def test_an_option_that_differs_is_told_by_its_name(lab: Lab, first: dict[str, Any], again: dict[str, Any], words: str) -> None:
+@pytest.mark.parametrize(
+    ("first", "again", "words"),
+    [
+        (
+            {"cores": 2},
+            {"cores": 3},
+            "cores: '3' was not applied to sandbox 1000, which has '2'. Set --update to apply it",
+        ),
+        (
+            {},
+            {"memory": 4096},
+            "memory: '4096' was not applied to sandbox 1000, which has what its template or the configuration said. "
+            "Set --update",
+        ),
+        (
+            {"tags": ["ci"]},
+            {"tags": "night, ci"},
+            "tags: 'ci, night' was not applied to sandbox 1000, which has 'ci'. Set --update",
+        ),
+        (
+            {"ttl": "1h"},
+            {"ttl": "2h"},
+            "ttl: a lease of 2h was not applied to sandbox 1000, which has a lease of 1h. Renew its lease with "
+            "agentlab sandbox lease",
+        ),
+        ({}, {"disk_size": "20G"}, "disk_size: '20G' was not applied to sandbox 1000"),
+        (
+            {"bridge": "vmbr0"},
+            {"bridge": "vmbr1"},
+            "bridge: 'vmbr1' was not applied to sandbox 1000, which has 'vmbr0'. It counts when a sandbox is created",
+        ),
+        (
+            {"ssh_public_keys": [KEY]},
+            {"ssh_public_keys": [KEY, OTHER_KEY]},
+            "ssh_public_keys: another list of keys was not applied",
+        ),
+        (
+            {"template": "debian-13"},
+            {"template": "9001"},
+            "template: '9001' was not applied to sandbox 1000, which has 'debian-13'",
+        ),
+        ({"ip_config": "ip=dhcp"}, {"ip_config": "ip=192.0.2.9/24"}, "ip_config: 'ip=192.0.2.9/24' was not applied"),
+        ({}, {"description": "x"}, "description: another text was not applied"),
+    ],
+)
+def test_an_option_that_differs_is_told_by_its_name(
+    lab: Lab, first: dict[str, Any], again: dict[str, Any], words: str
+) -> None:
     present(lab, **first)
     lab.pve.requests.clear()
     for dry_run in (False, True):
         outcome = present(lab, dry_run, **again)
-        assert outcome.outcome == "unchanged" and len(outcome.warnings) == 1 and words in outcome.warnings[0], outcome.warnings
+        assert outcome.outcome == "unchanged" and len(outcome.warnings) == 1 and words in outcome.warnings[0], (
+            outcome.warnings
+        )
     assert lab.pve.requests == [], "records alone tell it"
 
 
-@pytest.mark.parametrize(("first", "again"), [
-    ({"cores": 2, "memory": 1024, "ttl": "1h", "tags": ["b", "a"]}, {"cores": 2, "memory": 1024, "ttl": 60, "tags": "a,B"}),
-    ({"template": "debian-13"}, {"template": "9000"}), ({"template": "9000"}, {"template": "debian-13"}), ({}, {"node": "pve1"}),
-    ({}, {"template": "debian-13"}), ({"nameserver": "192.0.2.1 192.0.2.2"}, {"nameserver": "192.0.2.1,192.0.2.2"}), ({}, {"full_clone": False}),
-    ({"ssh_public_keys": [KEY, OTHER_KEY]}, {"ssh_public_keys": f"{OTHER_KEY}\n{KEY}"}), ({"cores": 2}, {}), ({}, {"wait_for_ip": True}),
-    ({"cloud_init_password": "a"}, {"cloud_init_password": "b"})])
+@pytest.mark.parametrize(
+    ("first", "again"),
+    [
+        (
+            {"cores": 2, "memory": 1024, "ttl": "1h", "tags": ["b", "a"]},
+            {"cores": 2, "memory": 1024, "ttl": 60, "tags": "a,B"},
+        ),
+        ({"template": "debian-13"}, {"template": "9000"}),
+        ({"template": "9000"}, {"template": "debian-13"}),
+        ({}, {"node": "pve1"}),
+        ({}, {"template": "debian-13"}),
+        ({"nameserver": "192.0.2.1 192.0.2.2"}, {"nameserver": "192.0.2.1,192.0.2.2"}),
+        ({}, {"full_clone": False}),
+        ({"ssh_public_keys": [KEY, OTHER_KEY]}, {"ssh_public_keys": f"{OTHER_KEY}\n{KEY}"}),
+        ({"cores": 2}, {}),
+        ({}, {"wait_for_ip": True}),
+        ({"cloud_init_password": "a"}, {"cloud_init_password": "b"}),
+    ],
+)
 def test_what_does_not_differ_is_not_told(lab: Lab, first: dict[str, Any], again: dict[str, Any]) -> None:
     present(lab, **first)
     assert present(lab, **again).warnings == []
@@ -87,7 +146,9 @@ def test_nothing_secret_is_kept(lab: Lab) -> None:
 def test_tags_and_description_of_a_sandbox_that_runs(lab: Lab) -> None:
     present(lab, tags=["ci"], description="first\n\nwith a paragraph")
     vm = lab.pve.vm(1000)
-    assert identity.own_text(vm.config) == "first\n\nwith a paragraph" and identity.markers(vm.config) == {lab.records()[0].uuid}
+    assert identity.own_text(vm.config) == "first\n\nwith a paragraph" and identity.markers(vm.config) == {
+        lab.records()[0].uuid
+    }
     vm.config["tags"] += ";by-hand"
     lab.pve.requests.clear()
     asked = {"tags": ["night"], "description": "second", "update": True}
@@ -95,8 +156,15 @@ def test_tags_and_description_of_a_sandbox_that_runs(lab: Lab) -> None:
     assert would.outcome == "would_update" and would.changed and writes(lab) == []
     done = present(lab, **asked)
     assert done.outcome == "updated" and done.extra == would.extra
-    assert done.extra == {"update": {"tags": ["night"], "description": "second"}, "before": {"tags": ["ci"], "description": "first\n\nwith a paragraph"}}
-    assert vm.config["tags"] == "agentlab;by-hand;night" and identity.own_text(vm.config) == "second" and vm.status == "running"
+    assert done.extra == {
+        "update": {"tags": ["night"], "description": "second"},
+        "before": {"tags": ["ci"], "description": "first\n\nwith a paragraph"},
+    }
+    assert (
+        vm.config["tags"] == "agentlab;by-hand;night"
+        and identity.own_text(vm.config) == "second"
+        and vm.status == "running"
+    )
     assert identity.markers(vm.config) == {lab.records()[0].uuid} and lab.record(1000).tags == ["night"]
     puts = [one["params"] for one in lab.pve.history if one["method"] == "PUT" and one["path"].endswith("/1000/config")]
     assert puts[-1].get("digest"), "guarded by the digest"
@@ -113,14 +181,24 @@ def test_cores_and_memory_take_a_restart_that_is_allowed(lab: Lab) -> None:
     vm = lab.pve.vm(1000)
     for dry_run in (True, False):
         lab.pve.requests.clear()
-        with pytest.raises(InvalidInput, match=r"cores: sandbox 1000 runs, .* Set --allow-restart, .* Nothing was changed"):
+        with pytest.raises(
+            InvalidInput, match=r"cores: sandbox 1000 runs, .* Set --allow-restart, .* Nothing was changed"
+        ):
             present(lab, dry_run, cores=3, tags=["x"], update=True)
         assert writes(lab) == [] and vm.config["tags"] == "agentlab"
     done = present(lab, cores=3, memory=512, update=True, allow_restart=True)
     assert done.outcome == "updated" and done.state == "RUNNING" and len(done.upids) == 2
-    assert (int(vm.config["cores"]), int(vm.config["memory"]), int(vm.config["balloon"]), vm.status) == (3, 512, 512, "running")
+    assert (int(vm.config["cores"]), int(vm.config["memory"]), int(vm.config["balloon"]), vm.status) == (
+        3,
+        512,
+        512,
+        "running",
+    )
     assert [one for one in writes(lab) if one[1].startswith("1000/")] == [
-        ("POST", "1000/status/shutdown"), ("PUT", "1000/config"), ("POST", "1000/status/start")]
+        ("POST", "1000/status/shutdown"),
+        ("PUT", "1000/config"),
+        ("POST", "1000/status/start"),
+    ]
     assert lab.leftovers() == {"claims": [], "operations": []} and lab.reconcile() == []
     assert present(lab, cores=3, memory=512, update=True).outcome == "unchanged"
 
@@ -129,7 +207,11 @@ def test_a_stopped_sandbox_takes_cores_without_a_start(lab: Lab) -> None:
     present(lab, cores=2)
     lab.power("stop", 1000)
     done = present(lab, cores=3, update=True)
-    assert done.outcome == "updated" and lab.pve.vm(1000).status == "stopped" and int(lab.pve.vm(1000).config["cores"]) == 3
+    assert (
+        done.outcome == "updated"
+        and lab.pve.vm(1000).status == "stopped"
+        and int(lab.pve.vm(1000).config["cores"]) == 3
+    )
 
 
 def test_a_write_that_fails_leaves_the_vm_running(lab: Lab) -> None:
@@ -162,11 +244,16 @@ def test_a_change_by_somebody_else_meanwhile_stays(lab: Lab) -> None:
 def test_states_and_suspension(lab: Lab) -> None:
     present(lab)
     lab.power("suspend", 1000)
-    with pytest.raises(StateConflict, match="is suspended, and would lose its memory; start it first. Nothing was changed"):
+    with pytest.raises(
+        StateConflict, match="is suspended, and would lose its memory; start it first. Nothing was changed"
+    ):
         present(lab, cores=3, update=True, allow_restart=True)
     assert present(lab, tags=["x"], update=True).outcome == "updated"
     lab.force_state(1000, "TIMEOUT")
-    with pytest.raises(StateConflict, match="cannot update sandbox in TIMEOUT state. Valid states: READY, RUNNING, SUSPENDED, STOPPED, COMPLETED"):
+    with pytest.raises(
+        StateConflict,
+        match="cannot update sandbox in TIMEOUT state. Valid states: READY, RUNNING, SUSPENDED, STOPPED, COMPLETED",
+    ):
         present(lab, tags=["y"], update=True)
 
 
@@ -179,7 +266,10 @@ def test_a_forbidden_tag_is_a_warning_here_too(lab: Lab) -> None:
     assert identity.own_text(lab.pve.vm(1000).config) == "d"
 
 
-@pytest.mark.parametrize("text", ["agentlab-sandbox: 11111111-1111-4111-8111-111111111111", "x\nagentlab-delete: destroy", "a\x00b", "x" * 4001])
+@pytest.mark.parametrize(
+    "text",
+    ["agentlab-sandbox: 11111111-1111-4111-8111-111111111111", "x\nagentlab-delete: destroy", "a\x00b", "x" * 4001],
+)
 def test_a_description_cannot_forge_what_is_ours(lab: Lab, text: str) -> None:
     with pytest.raises(InvalidInput, match="^description: that text is not valid"):
         present(lab, description=text)

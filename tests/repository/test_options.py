@@ -139,7 +139,19 @@ def test_the_page_of_the_command_line_shows_each(name: str) -> None:
 
 def test_contributing_names_the_places() -> None:
     page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    section = page[page.index("## To add an option"):].partition("\n## ")[2] and page[page.index("## To add an option"):]
-    for place in ("agentlab_sandbox.py", "wanted.py", "spec.py", "vm_config.py", "profiles.py", "routes.py", "agentlab_cli/sandbox.py", "cli_page.py",
-                  "docs/configuration.md", "test_options.py"):
+    section = (
+        page[page.index("## To add an option") :].partition("\n## ")[2] and page[page.index("## To add an option") :]
+    )
+    for place in (
+        "agentlab_sandbox.py",
+        "wanted.py",
+        "spec.py",
+        "vm_config.py",
+        "profiles.py",
+        "routes.py",
+        "agentlab_cli/sandbox.py",
+        "cli_page.py",
+        "docs/configuration.md",
+        "test_options.py",
+    ):
         assert place in section, place

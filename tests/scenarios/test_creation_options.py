@@ -34,25 +34,43 @@ def test_the_examples_of_the_module_run(env: Any, tmp_path: Path, server: Any) -
     run = play(tasks, {**env, "AGENTLAB_CONFIG": str(config)}, tmp_path, pve=server.pve)
     assert run.rc == 0 and not run.warnings, run.output
     config_of = server.pve.vm(1002).config
-    assert "tag=42" in config_of["net0"] and config_of["memory"] in (4096, "4096") and "Nightly build" in config_of["description"]
+    assert (
+        "tag=42" in config_of["net0"]
+        and config_of["memory"] in (4096, "4096")
+        and "Nightly build" in config_of["description"]
+    )
 
 
 @pytest.mark.parametrize("keywords", [{}, SHIPPED], ids=["in place", "shipped"])
 def test_what_people_paste_becomes_lists(story: Any, server: Any, keywords: dict[str, Any]) -> None:
-    run = story([
-        task("textarea", SANDBOX, name=" a1 ", template="debian-13\n", ttl=" 4 h ", ssh_public_keys=f"{K}\r\n\r\n# mine\r\n{L}\r\n",
-             tags="CI, nightly", keywords=keywords),
-        task("list", SANDBOX, name="a2", ssh_public_keys=[K, "", L], tags=["ci\nnight", ""], keywords=keywords),
-        task("private", SANDBOX, name="a3", ssh_public_keys=PRIVATE, fails=True, keywords=keywords),
-        task("a number", SANDBOX, name="a3", cloud_init_password=5349, fails=True, keywords=keywords),
-        task("stop", SANDBOX, vmids="1000\n1001, 1000", state="stopped", keywords=keywords),
-        task("info", "agentlab_sandbox_info", tags="NIGHTLY", keywords=keywords),
-        task("wrong vmids", SANDBOX, vmids="1000,abc", state="absent", fails=True, keywords=keywords),
-        task("absent", SANDBOX, vmids=["1000", "1001 ", ""], state="absent", keywords=keywords),
-    ])
+    run = story(
+        [
+            task(
+                "textarea",
+                SANDBOX,
+                name=" a1 ",
+                template="debian-13\n",
+                ttl=" 4 h ",
+                ssh_public_keys=f"{K}\r\n\r\n# mine\r\n{L}\r\n",
+                tags="CI, nightly",
+                keywords=keywords,
+            ),
+            task("list", SANDBOX, name="a2", ssh_public_keys=[K, "", L], tags=["ci\nnight", ""], keywords=keywords),
+            task("private", SANDBOX, name="a3", ssh_public_keys=PRIVATE, fails=True, keywords=keywords),
+            task("a number", SANDBOX, name="a3", cloud_init_password=5349, fails=True, keywords=keywords),
+            task("stop", SANDBOX, vmids="1000\n1001, 1000", state="stopped", keywords=keywords),
+            task("info", "agentlab_sandbox_info", tags="NIGHTLY", keywords=keywords),
+            task("wrong vmids", SANDBOX, vmids="1000,abc", state="absent", fails=True, keywords=keywords),
+            task("absent", SANDBOX, vmids=["1000", "1001 ", ""], state="absent", keywords=keywords),
+        ]
+    )
     assert run["textarea"]["sandbox"]["name"] == "a1" and run["textarea"]["sandbox"]["tags"] == ["ci", "nightly"]
     assert run["list"]["sandbox"]["tags"] == ["ci", "night"]
-    keys = [unquote(one["params"]["sshkeys"]) for one in server.pve.history if one["method"] == "PUT" and "sshkeys" in one["params"]]
+    keys = [
+        unquote(one["params"]["sshkeys"])
+        for one in server.pve.history
+        if one["method"] == "PUT" and "sshkeys" in one["params"]
+    ]
     assert keys == [f"{K}\n{L}", f"{K}\n{L}"]
     assert "holds a private key" in run["private"]["msg"] and "b3BlbnNzaC1" not in str(run["private"]["msg"])
     assert "put it in quotes" in run["a number"]["msg"]
@@ -67,22 +85,65 @@ def test_another_option_is_a_warning_and_update_applies_it(env: Any, tmp_path: P
         task("again", SANDBOX, name="a1", cores=2, tags=["ci"]),
         task("other", SANDBOX, name="a1", cores=3, memory=4096, ttl="9h"),
         task("refused", SANDBOX, name="a1", cores=3, update=True, fails=True),
-        task("would", SANDBOX, name="a1", cores=3, tags=["x"], protected=True, update=True, allow_restart=True, check=True, diff=True),
-        task("update", SANDBOX, name="a1", cores=3, tags=["x"], protected=True, update=True, allow_restart=True, diff=True),
-        task("update again", SANDBOX, name="a1", cores=3, tags=["x"], protected=True, update=True, allow_restart=True, diff=True),
+        task(
+            "would",
+            SANDBOX,
+            name="a1",
+            cores=3,
+            tags=["x"],
+            protected=True,
+            update=True,
+            allow_restart=True,
+            check=True,
+            diff=True,
+        ),
+        task(
+            "update",
+            SANDBOX,
+            name="a1",
+            cores=3,
+            tags=["x"],
+            protected=True,
+            update=True,
+            allow_restart=True,
+            diff=True,
+        ),
+        task(
+            "update again",
+            SANDBOX,
+            name="a1",
+            cores=3,
+            tags=["x"],
+            protected=True,
+            update=True,
+            allow_restart=True,
+            diff=True,
+        ),
         task("elsewhere", SANDBOX, name="a1", state="stopped", update=True, fails=True),
     ]
     run = play(tasks, env, tmp_path, pve=server.pve)
     assert run.rc == 0, run.output
-    assert "warnings" not in run["again"] and run.status("again") == run.status("other") == run.status("update again") == "ok"
+    assert (
+        "warnings" not in run["again"]
+        and run.status("again") == run.status("other") == run.status("update again") == "ok"
+    )
     told = run["other"]["warnings"]
-    assert [one.partition(":")[0] for one in told] == ["cores", "memory", "ttl"] and "Set update=true to apply it" in told[0]
+    assert [one.partition(":")[0] for one in told] == [
+        "cores",
+        "memory",
+        "ttl",
+    ] and "Set update=true to apply it" in told[0]
     assert "Renew its lease with agentlab_lease" in told[2] and sum(run.requests["other"].values()) == 0
-    assert "Set allow_restart=true" in run["refused"]["msg"] and writes(run.requests["refused"]) == writes(run.requests["would"]) == []
+    assert (
+        "Set allow_restart=true" in run["refused"]["msg"]
+        and writes(run.requests["refused"]) == writes(run.requests["would"]) == []
+    )
     before = {"sandbox 1000": {"state": "RUNNING", "cores": 2, "tags": ["ci"], "protected": False}}
     after = {"sandbox 1000": {"state": "RUNNING", "cores": 3, "tags": ["x"], "protected": True}}
     assert run["would"]["diff"] == run["update"]["diff"] == {"before": before, "after": after}
-    assert run["would"]["results"][0]["outcome"] == "would_update" and run["update"]["results"][0]["outcome"] == "updated"
+    assert (
+        run["would"]["results"][0]["outcome"] == "would_update" and run["update"]["results"][0]["outcome"] == "updated"
+    )
     assert run["update"]["sandbox"]["tags"] == ["x"] and "cores" not in run["update"]["sandbox"]
     assert run["elsewhere"]["msg"] == "update: only with state=present, not with state=stopped"
 

@@ -18,55 +18,128 @@ L = 'from="10.0.0.0/8,192.0.2.0/24",command="/bin/run a, b \\"c\\"",no-pty ssh-r
 PRIVATE = "-----BEGIN OPENSSH PRIVATE KEY-----\nb3BlbnNzaC1rZXktdjEAAAAA\n-----END OPENSSH PRIVATE KEY-----\n"
 
 
-@pytest.mark.parametrize(("value", "keys"), [
-    (f"{K}\n{L}\n", [K, L]), (f"{K}\r\n\r\n# mine\r\n  {L}  \r\n", [K, L]), ([K, ""], [K]), ([f"{K}\n{L}", "# x", None], [K, L]), ([], []), ("", []),
-    (None, []), (" \n\t\n", []), ((K,), [K]), (f"{K}\r{L}", [K, L]), ([[K], [[L]]], [K, L])])
+@pytest.mark.parametrize(
+    ("value", "keys"),
+    [
+        (f"{K}\n{L}\n", [K, L]),
+        (f"{K}\r\n\r\n# mine\r\n  {L}  \r\n", [K, L]),
+        ([K, ""], [K]),
+        ([f"{K}\n{L}", "# x", None], [K, L]),
+        ([], []),
+        ("", []),
+        (None, []),
+        (" \n\t\n", []),
+        ((K,), [K]),
+        (f"{K}\r{L}", [K, L]),
+        ([[K], [[L]]], [K, L]),
+    ],
+)
 def test_keys_are_lines(value: Any, keys: list[str]) -> None:
     assert words.split_keys("ssh_public_keys", value) == keys
     create.Spec(ssh_public_keys=keys).check()
 
 
-@pytest.mark.parametrize("value", [PRIVATE, [K, PRIVATE], PRIVATE.replace("\n", "\r\n"), [PRIVATE.splitlines()[0]],
-                                   "PuTTY-User-Key-File-3: ssh-ed25519\nEncryption: none\n"])
+@pytest.mark.parametrize(
+    "value",
+    [
+        PRIVATE,
+        [K, PRIVATE],
+        PRIVATE.replace("\n", "\r\n"),
+        [PRIVATE.splitlines()[0]],
+        "PuTTY-User-Key-File-3: ssh-ed25519\nEncryption: none\n",
+    ],
+)
 def test_a_private_key_is_refused_and_not_quoted(value: Any) -> None:
     with pytest.raises(InvalidInput, match="ssh_public_keys: holds a private key") as caught:
         words.split_keys("ssh_public_keys", value)
     assert "b3BlbnNzaC1" not in str(caught.value.as_dict()) and "BEGIN" not in str(caught.value.as_dict())
 
 
-@pytest.mark.parametrize(("value", "tags"), [
-    ("ci, nightly", ["ci", "nightly"]), ("ci\r\nnightly\r\n", ["ci", "nightly"]), ("CI;Night ly", ["ci", "night", "ly"]), (["ci", ""], ["ci"]),
-    (["ci,night", "CI"], ["ci", "night"]), ("# all of them\nci\n", ["ci"]), ([1, "a"], ["1", "a"]), (7, ["7"]), (",", []), ("", []), (None, [])])
+@pytest.mark.parametrize(
+    ("value", "tags"),
+    [
+        ("ci, nightly", ["ci", "nightly"]),
+        ("ci\r\nnightly\r\n", ["ci", "nightly"]),
+        ("CI;Night ly", ["ci", "night", "ly"]),
+        (["ci", ""], ["ci"]),
+        (["ci,night", "CI"], ["ci", "night"]),
+        ("# all of them\nci\n", ["ci"]),
+        ([1, "a"], ["1", "a"]),
+        (7, ["7"]),
+        (",", []),
+        ("", []),
+        (None, []),
+    ],
+)
 def test_tags_are_words(value: Any, tags: list[str]) -> None:
     assert words.split_tags(value) == tags
 
 
-@pytest.mark.parametrize("key", [K, L, "ssh-rsa AAAA", 'restrict ssh-ed25519 AAAA', "sk-ssh-ed25519@openssh.com AAAA x", "ecdsa-sha2-nistp256 AAAA x",
-                                 'environment="A=b c",cert-authority ssh-rsa AAAA'])
+@pytest.mark.parametrize(
+    "key",
+    [
+        K,
+        L,
+        "ssh-rsa AAAA",
+        "restrict ssh-ed25519 AAAA",
+        "sk-ssh-ed25519@openssh.com AAAA x",
+        "ecdsa-sha2-nistp256 AAAA x",
+        'environment="A=b c",cert-authority ssh-rsa AAAA',
+    ],
+)
 def test_public_keys(key: str) -> None:
     assert words.fits(key, words.PUBLIC_KEY)
 
 
-@pytest.mark.parametrize("key", ["AAAA", "ssh-ed25519", 'from="x ssh-ed25519 AAAA', "a b c", 'from="x",  ssh-rsa AAAA', f"{K}\n{K}"])
+@pytest.mark.parametrize(
+    "key", ["AAAA", "ssh-ed25519", 'from="x ssh-ed25519 AAAA', "a b c", 'from="x",  ssh-rsa AAAA', f"{K}\n{K}"]
+)
 def test_what_is_no_public_key(key: str) -> None:
     assert not words.fits(key, words.PUBLIC_KEY)
 
 
-@pytest.mark.parametrize(("option", "value", "expected"), [
-    ("name", " agent-1 ", "agent-1"), ("template", "debian-13\n", "debian-13"), ("ttl", " 4 h ", 14400), ("node", "\tpve1", "pve1"),
-    ("nameserver", "192.0.2.1, 192.0.2.2", "192.0.2.1 192.0.2.2"), ("nameserver", ["192.0.2.1", "2001:db8::1"], "192.0.2.1 2001:db8::1"),
-    ("searchdomain", "lab_1.example.org,example.org", "lab_1.example.org example.org"), ("cloud_init_user", " first.last ", "first.last"),
-    ("cloud_init_user", "Admin", "Admin"), ("tags", "CI, Night", ["ci", "night"]), ("ssh_public_keys", f"{K}\n{L}", [K, L]),
-    ("name", "a" * 63 + "." + "b" * 63 + ".example.org", "a" * 63 + "." + "b" * 63 + ".example.org")])
+@pytest.mark.parametrize(
+    ("option", "value", "expected"),
+    [
+        ("name", " agent-1 ", "agent-1"),
+        ("template", "debian-13\n", "debian-13"),
+        ("ttl", " 4 h ", 14400),
+        ("node", "\tpve1", "pve1"),
+        ("nameserver", "192.0.2.1, 192.0.2.2", "192.0.2.1 192.0.2.2"),
+        ("nameserver", ["192.0.2.1", "2001:db8::1"], "192.0.2.1 2001:db8::1"),
+        ("searchdomain", "lab_1.example.org,example.org", "lab_1.example.org example.org"),
+        ("cloud_init_user", " first.last ", "first.last"),
+        ("cloud_init_user", "Admin", "Admin"),
+        ("tags", "CI, Night", ["ci", "night"]),
+        ("ssh_public_keys", f"{K}\n{L}", [K, L]),
+        ("name", "a" * 63 + "." + "b" * 63 + ".example.org", "a" * 63 + "." + "b" * 63 + ".example.org"),
+    ],
+)
 def test_options_as_people_write_them(context: Any, option: str, value: Any, expected: Any) -> None:
     assert getattr(wanted.spec(context(), {option: value}), option) == expected
 
 
-@pytest.mark.parametrize(("option", "value"), [
-    ("name", "a" * 64), ("name", ".".join(["a" * 60] * 5)), ("cloud_init_user", ".first"), ("cloud_init_user", "a b"), ("tags", "-x"),
-    ("vlan_tag", 4095), ("vlan_tag", 0), ("second_vlan_tag", 5000), ("cpu_type", "host,args=-x y"), ("cloud_init_vendor_data", "/etc/passwd"),
-    ("cloud_init_password", 12345), ("cloud_init_password", True), ("cloud_init_password", ""), ("cloud_init_password", "a\nb"),
-    ("second_ip_config", "ip=dhcp\nx"), ("second_bridge", "a,b")])
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("name", "a" * 64),
+        ("name", ".".join(["a" * 60] * 5)),
+        ("cloud_init_user", ".first"),
+        ("cloud_init_user", "a b"),
+        ("tags", "-x"),
+        ("vlan_tag", 4095),
+        ("vlan_tag", 0),
+        ("second_vlan_tag", 5000),
+        ("cpu_type", "host,args=-x y"),
+        ("cloud_init_vendor_data", "/etc/passwd"),
+        ("cloud_init_password", 12345),
+        ("cloud_init_password", True),
+        ("cloud_init_password", ""),
+        ("cloud_init_password", "a\nb"),
+        ("second_ip_config", "ip=dhcp\nx"),
+        ("second_bridge", "a,b"),
+    ],
+)
 def test_options_that_are_refused_by_name(context: Any, option: str, value: Any) -> None:
     with pytest.raises(InvalidInput, match=f"^{option}: ") as caught:
         wanted.spec(context(), {option: value})

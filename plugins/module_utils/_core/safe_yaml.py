@@ -3,8 +3,10 @@
 
 """Read YAML that somebody else wrote, within bounds of size, depth and time.
 
-PyYAML builds whatever a text says. A few hundred bytes of nested merge keys (``<<: [*a, *a]``) keep it busy for minutes, and a mapping
-may have a key twice, of which it keeps the last. Here every node is counted, also each time an alias repeats it, and a key that is
+PyYAML builds whatever a text says. A few hundred bytes of nested merge keys (``<<: [*a, *a]``) keep it busy for
+minutes, and a mapping
+may have a key twice, of which it keeps the last. Here every node is counted, also each time an alias repeats it, and
+a key that is
 given twice is refused. An error tells the line and never quotes the text, which may be a secret in the wrong file.
 """
 
@@ -47,7 +49,10 @@ class Refused(Exception):
 
 
 class Mapping(dict[Any, Any]):
-    """A mapping of a file. ``lines``: the line of each key. ``written``: of each plain scalar without quotes, the text as it was written."""
+    """A mapping of a file. ``lines``.
+
+    The line of each key. ``written``: of each plain scalar without quotes, the text as it was written.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,7 +69,10 @@ class Sequence(list[Any]):
 
 
 def misread(value: object, written: str | None) -> bool:
-    """Whether YAML made something else of a plain scalar than a text that says the same: 012345 is 5349, 1_000 is 1000, yes is true."""
+    """Whether YAML made something else of a plain scalar than a text that says the same.
+
+    012345 is 5349, 1_000 is 1000, yes is true.
+    """
     return written is not None and not isinstance(value, str) and str(value) != written
 
 
@@ -122,7 +130,12 @@ def _loader() -> Any:
             if self.nodes > MAX_NODES or self.depth > MAX_DEPTH:
                 event: Any = self.peek_event()  # type: ignore[no-untyped-call]
                 line = event.start_mark.line + 1
-                raise Refused(f"has more than {MAX_NODES} values" if self.nodes > MAX_NODES else f"is nested deeper than {MAX_DEPTH} levels", line)
+                raise Refused(
+                    f"has more than {MAX_NODES} values"
+                    if self.nodes > MAX_NODES
+                    else f"is nested deeper than {MAX_DEPTH} levels",
+                    line,
+                )
             node = super().compose_node(parent, index)
             self.depth -= 1
             return node
@@ -202,16 +215,19 @@ def scalar(loader: Any, node: Any) -> Any:
 
 
 def recognise(text: str) -> str | None:
-    """Return what the one document in ``text`` is (``mapping``, ``sequence`` or ``scalar``; None: nothing) without building it.
+    """Return what the one document in ``text`` is (``mapping``, ``sequence`` or ``scalar``; None: nothing) without
+    building it.
 
-    Refused for what PyYAML's safe_load would refuse, and for what is out of bounds once its aliases stand for what they repeat.
+    Refused for what PyYAML's safe_load would refuse, and for what is out of bounds once its aliases stand for what
+    they repeat.
     """
     import yaml
 
     loader: Any = yaml.SafeLoader(text)
     root: str | None = None
     events = documents = 0
-    # Of each collection that is open: its anchor, its size so far, whether it is a mapping, and how many children it has.
+    # Of each collection that is open: its anchor, its size so far, whether it is a mapping, and how many children it
+    # has.
     stack: list[list[Any]] = []
     anchors: dict[str, int] = {}
     try:
@@ -239,9 +255,13 @@ def recognise(text: str) -> str | None:
     return root
 
 
-def _recognise_event(yaml: Any, loader: Any, event: Any, stack: list[list[Any]], anchors: dict[str, int],
-                     line: int) -> tuple[str | None, int]:
-    """Return the kind of the node that begins or ends here, and its size once that is known (0: not yet); (None, 0) for other events."""
+def _recognise_event(
+    yaml: Any, loader: Any, event: Any, stack: list[list[Any]], anchors: dict[str, int], line: int
+) -> tuple[str | None, int]:
+    """Return the kind of the node that begins or ends here, and its size once that is known (0.
+
+    Not yet); (None, 0) for other events.
+    """
     if isinstance(event, (yaml.MappingEndEvent, yaml.SequenceEndEvent)):
         anchor, size, mapping, _children = stack.pop()
         if anchor:
@@ -257,7 +277,9 @@ def _recognise_event(yaml: Any, loader: Any, event: Any, stack: list[list[Any]],
             raise Refused("has an alias to something that is not complete before it", line)
         return "alias", anchors[event.anchor]
     if isinstance(event, yaml.ScalarEvent):
-        tag = event.tag if event.tag not in (None, "!") else loader.resolve(yaml.ScalarNode, event.value, event.implicit)
+        tag = (
+            event.tag if event.tag not in (None, "!") else loader.resolve(yaml.ScalarNode, event.value, event.implicit)
+        )
         if tag not in (_TAG + "str", _TAG + "merge", _TAG + "value"):
             scalar(loader, yaml.ScalarNode(tag, event.value, event.start_mark, event.end_mark))
         if event.anchor:

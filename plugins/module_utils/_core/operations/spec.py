@@ -13,10 +13,23 @@ from ..errors import InvalidInput
 from ..proxmox import identity
 from . import cloud_init
 
-_WORDS = {"name": words.DNS_NAME, "node": words.WORD, "storage": words.WORD, "pool": words.POOL, "bridge": words.WORD, "disk_size": words.SIZE,
-          "ip_config": words.IPCONFIG, "nameserver": words.NAMESERVER, "searchdomain": words.SEARCHDOMAIN, "cloud_init_user": words.USER,
-          "firewall_group": words.FIREWALL_GROUP, "cpu_type": words.CPU, "second_bridge": words.WORD, "second_ip_config": words.IPCONFIG,
-          "cloud_init_vendor_data": words.VOLUME}
+_WORDS = {
+    "name": words.DNS_NAME,
+    "node": words.WORD,
+    "storage": words.WORD,
+    "pool": words.POOL,
+    "bridge": words.WORD,
+    "disk_size": words.SIZE,
+    "ip_config": words.IPCONFIG,
+    "nameserver": words.NAMESERVER,
+    "searchdomain": words.SEARCHDOMAIN,
+    "cloud_init_user": words.USER,
+    "firewall_group": words.FIREWALL_GROUP,
+    "cpu_type": words.CPU,
+    "second_bridge": words.WORD,
+    "second_ip_config": words.IPCONFIG,
+    "cloud_init_vendor_data": words.VOLUME,
+}
 # Low and high of the whole numbers.
 _RANGES = {"cores": (1, 512), "memory": (16, 16777216), "vlan_tag": (1, 4094), "second_vlan_tag": (1, 4094)}
 
@@ -86,35 +99,68 @@ class Spec:
         for tag in self.tags:
             words.match("tags", tag, words.TAG)
         if self.vmid is not None and not 100 <= self.vmid <= 999999999:
-            raise InvalidInput(f"vmid: {self.vmid} is not valid. Valid: 100 to 999999999", option="vmid", value=self.vmid)
+            raise InvalidInput(
+                f"vmid: {self.vmid} is not valid. Valid: 100 to 999999999", option="vmid", value=self.vmid
+            )
         if self.storage and self.full_clone is False:
-            raise InvalidInput("storage: a linked clone stays on its template's storage; leave storage out, or set full_clone=true", option="storage")
+            raise InvalidInput(
+                "storage: a linked clone stays on its template's storage; leave storage out, or set full_clone=true",
+                option="storage",
+            )
         for option, (low, high) in _RANGES.items():
             value = getattr(self, option)
             if value is not None and not low <= value <= high:
-                raise InvalidInput(f"{option}: {value} is not valid. Valid: {low} to {high}", option=option, value=value)
+                raise InvalidInput(
+                    f"{option}: {value} is not valid. Valid: {low} to {high}", option=option, value=value
+                )
         if self.network_model is not None and self.network_model not in words.MODELS:
-            raise InvalidInput(f"network_model: {self.network_model[:80]!r} is not valid. Valid: {', '.join(words.MODELS)}", option="network_model")
+            raise InvalidInput(
+                f"network_model: {self.network_model[:80]!r} is not valid. Valid: {', '.join(words.MODELS)}",
+                option="network_model",
+            )
         if self.allow_restart and not self.update:
-            raise InvalidInput("allow_restart: has an effect together with update only; set update too, or leave it out", option="allow_restart")
-        if self.description is not None and (len(self.description) > _LONGEST_DESCRIPTION or not words.encodable(self.description)
-                                             or re.search(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]", self.description)
-                                             or identity.is_ours(self.description)):
-            raise InvalidInput(f"description: that text is not valid. Valid: a text of {_LONGEST_DESCRIPTION} characters at most, without control characters "
-                               "and without a line of ours (agentlab-sandbox:)", option="description")
+            raise InvalidInput(
+                "allow_restart: has an effect together with update only; set update too, or leave it out",
+                option="allow_restart",
+            )
+        if self.description is not None and (
+            len(self.description) > _LONGEST_DESCRIPTION
+            or not words.encodable(self.description)
+            or re.search(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]", self.description)
+            or identity.is_ours(self.description)
+        ):
+            raise InvalidInput(
+                f"description: that text is not valid. Valid: a text of {_LONGEST_DESCRIPTION} characters at most, "
+                "without control characters "
+                "and without a line of ours (agentlab-sandbox:)",
+                option="description",
+            )
         if self.firewall_group and self.firewall is False:
-            raise InvalidInput("firewall_group: has no effect with firewall=false; leave one of the two out", option="firewall_group")
+            raise InvalidInput(
+                "firewall_group: has no effect with firewall=false; leave one of the two out", option="firewall_group"
+            )
         if self.cloud_init_user_data is not None:
             cloud_init.check_data(self.cloud_init_user_data)
             for option in ("ssh_public_keys", "cloud_init_user", "cloud_init_password", "cloud_init_upgrade"):
                 if getattr(self, option) not in (None, []):
-                    raise InvalidInput(f"{option}: has no effect with cloud_init_user_data, which replaces what Proxmox VE would say of users; "
-                                       "put it into the user data", option=option)
+                    raise InvalidInput(
+                        f"{option}: has no effect with cloud_init_user_data, which replaces what Proxmox VE would "
+                        "say of users; "
+                        "put it into the user data",
+                        option=option,
+                    )
         password = self.cloud_init_password
-        if password is not None and not (password and password.isprintable() and words.encodable(password) and len(password) <= 1000):
-            raise InvalidInput("cloud_init_password: that value is not valid. Valid: a text in one line of 1000 characters at most",
-                               option="cloud_init_password")
+        if password is not None and not (
+            password and password.isprintable() and words.encodable(password) and len(password) <= 1000
+        ):
+            raise InvalidInput(
+                "cloud_init_password: that value is not valid. Valid: a text in one line of 1000 characters at most",
+                option="cloud_init_password",
+            )
         for number, key in enumerate(self.ssh_public_keys, 1):
             if not words.fits(key.strip(), words.PUBLIC_KEY):
                 # It may be the private one.
-                raise InvalidInput(f"ssh_public_keys: the key number {number} is not a public key in one line (type, key, comment)", option="ssh_public_keys")
+                raise InvalidInput(
+                    f"ssh_public_keys: the key number {number} is not a public key in one line (type, key, comment)",
+                    option="ssh_public_keys",
+                )

@@ -1,7 +1,8 @@
 # Copyright: the agentlab.proxmox contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""A sandbox that is there is asked for with other options: tell which of them differ, and apply the few that can be applied.
+"""A sandbox that is there is asked for with other options: tell which of them differ, and apply the few that can be
+applied.
 
 What a sandbox was created with stands in the event of its clone, so that telling asks Proxmox VE nothing.
 """
@@ -22,7 +23,8 @@ from .context import Context, refuse_cut_off
 from .spec import Spec
 from .verify import Located, guarded, refuse_locked, require_match
 
-# What can be applied to a sandbox that is there, and what of it Proxmox VE applies for certain only to a VM that is stopped.
+# What can be applied to a sandbox that is there, and what of it Proxmox VE applies for certain only to a VM that is
+# stopped.
 APPLICABLE = ("cores", "memory", "tags", "description")
 _STOPPED_ONLY = ("cores", "memory")
 # The event that remembers options: the decision to clone, and each update.
@@ -30,12 +32,26 @@ _REASONS = ("clone", "options")
 # Nothing of these is kept, so nothing can be compared.
 _SECRET = ("cloud_init_user_data", "cloud_init_password")
 # What is said elsewhere, or concerns this run alone.
-_NOT_COMPARED = ("vmid", "name", "given", "lease_maximum", "keepalive", "protected", "wait_for_ip", "wait_for_cloud_init", "update", "allow_restart")
+_NOT_COMPARED = (
+    "vmid",
+    "name",
+    "given",
+    "lease_maximum",
+    "keepalive",
+    "protected",
+    "wait_for_ip",
+    "wait_for_cloud_init",
+    "update",
+    "allow_restart",
+)
 _STATES = (states.READY, states.RUNNING, states.SUSPENDED, states.STOPPED, states.COMPLETED)
 
 
 def remembered(spec: Spec) -> dict[str, Any]:
-    """Return the options that the clone's event keeps: what was asked for, without secrets; public keys as a hash, for they are long."""
+    """Return the options that the clone's event keeps.
+
+    What was asked for, without secrets; public keys as a hash, for they are long.
+    """
     values = {name: getattr(spec, name) for name in Spec.__dataclass_fields__ if name not in (*_NOT_COMPARED, *_SECRET)}
     return {name: _comparable(name, value) for name, value in values.items() if value not in (None, [])}
 
@@ -47,7 +63,10 @@ def _comparable(name: str, value: Any) -> Any:
 
 
 def different(ctx: Context, sandbox: Sandbox, spec: Spec) -> dict[str, tuple[Any, Any]]:
-    """Return the options that were given and differ from what the sandbox was created with: name -> (what it has, what is asked for)."""
+    """Return the options that were given and differ from what the sandbox was created with.
+
+    Name -> (what it has, what is asked for).
+    """
     asked = {name: _comparable(name, getattr(spec, name)) for name in sorted(spec.given - {*_NOT_COMPARED, *_SECRET})}
     if not asked:
         return {}
@@ -86,8 +105,11 @@ def _means_the_same(ctx: Context, sandbox: Sandbox, name: str, was: Any, value: 
 
 def warnings(ctx: Context, sandbox: Sandbox, differences: dict[str, tuple[Any, Any]]) -> list[str]:
     """Return one warning for each option that was given and not applied, with what to do."""
-    return [f"{name}: {_shown(name, asked)} was not applied to sandbox {sandbox.vmid}, which has {_shown(name, was)}. {_remedy(ctx, name)}"
-            for name, (was, asked) in differences.items()]
+    return [
+        f"{name}: {_shown(name, asked)} was not applied to sandbox {sandbox.vmid}, which has {_shown(name, was)}. "
+        f"{_remedy(ctx, name)}"
+        for name, (was, asked) in differences.items()
+    ]
 
 
 def _shown(name: str, value: Any) -> str:
@@ -117,13 +139,24 @@ def _remedy(ctx: Context, name: str) -> str:
 
 
 def apply(ctx: Context, sandbox: Sandbox, spec: Spec) -> Outcome:
-    """Make the VM what the Spec's applicable options say. Their values count where they were given, or where the given profile sets them."""
-    asked = {name: getattr(spec, name) for name in APPLICABLE if getattr(spec, name) is not None and (name != "tags" or name in spec.given or spec.tags)}
+    """Make the VM what the Spec's applicable options say.
+
+    Their values count where they were given, or where the given profile sets them.
+    """
+    asked = {
+        name: getattr(spec, name)
+        for name in APPLICABLE
+        if getattr(spec, name) is not None and (name != "tags" or name in spec.given or spec.tags)
+    }
     if not asked:
         return Outcome.of("unchanged", sandbox)
     if sandbox.state not in _STATES:
-        raise StateConflict(f"cannot update sandbox in {sandbox.state} state. Valid states: {', '.join(_STATES)}", operation="update",
-                            state=sandbox.state, valid=_STATES)
+        raise StateConflict(
+            f"cannot update sandbox in {sandbox.state} state. Valid states: {', '.join(_STATES)}",
+            operation="update",
+            state=sandbox.state,
+            valid=_STATES,
+        )
     if ctx.dry_run:
         plan = _Plan(sandbox, asked, require_match(ctx, sandbox))
         if plan.needs_stop:
@@ -149,7 +182,12 @@ def apply(ctx: Context, sandbox: Sandbox, spec: Spec) -> Outcome:
             located = require_match(ctx, current)
         refused: set[str] = set()
         try:
-            guarded(ctx, current, located, lambda now: vm_config.write_config(ctx, now, _Plan(current, asked, now).changes, refused))
+            guarded(
+                ctx,
+                current,
+                located,
+                lambda now: vm_config.write_config(ctx, now, _Plan(current, asked, now).changes, refused),
+            )
         finally:
             # Also when the write failed: whoever allowed a restart did not ask for a VM that is off.
             if restart:
@@ -157,9 +195,19 @@ def apply(ctx: Context, sandbox: Sandbox, spec: Spec) -> Outcome:
                 upids += done
                 told += warned
         values = {"tags": plan.new["tags"]} if "tags" in plan.new else {}
-        current = ctx.records.change(claim, current, "update", reason="options", upids=upids,
-                                     evidence={"options": {name: _comparable(name, value) for name, value in asked.items()}, "before": plan.before},
-                                     finish=True, **values)
+        current = ctx.records.change(
+            claim,
+            current,
+            "update",
+            reason="options",
+            upids=upids,
+            evidence={
+                "options": {name: _comparable(name, value) for name, value in asked.items()},
+                "before": plan.before,
+            },
+            finish=True,
+            **values,
+        )
         told += vm_config.tag_warnings(current, refused, set())
         outcome = plan.outcome("updated", current)
         outcome.upids, outcome.warnings = upids, told
@@ -178,7 +226,10 @@ class _Plan:
         makers: dict[str, Callable[[Any], tuple[Any, dict[str, Any]]]] = {
             "cores": lambda value: (_number(config.get("cores"), 1), {"cores": value}),
             "memory": lambda value: (_number(config.get("memory"), 512), vm_config.memory_values(value, config)),
-            "description": lambda value: (identity.own_text(config), {"description": identity.described(config, value)}),
+            "description": lambda value: (
+                identity.own_text(config),
+                {"description": identity.described(config, value)},
+            ),
         }
         for name, value in asked.items():
             if name == "tags":
@@ -216,15 +267,27 @@ def _check_restart(ctx: Context, sandbox: Sandbox, spec: Spec, plan: _Plan, stat
     """Return whether the VM has to be stopped and started again; refuse where nobody allowed that."""
     option = next(name for name in _STOPPED_ONLY if name in plan.new)
     if plan.located.config.get("lock") == "suspended" or status.get("qmpstatus") in ("paused", "suspended"):
-        raise StateConflict(f"{option}: sandbox {sandbox.vmid} is suspended, and would lose its memory; start it first. Nothing was changed",
-                            operation="update", state=sandbox.state, valid=_STATES)
+        raise StateConflict(
+            f"{option}: sandbox {sandbox.vmid} is suspended, and would lose its memory; start it first. Nothing was "
+            "changed",
+            operation="update",
+            state=sandbox.state,
+            valid=_STATES,
+        )
     if status.get("status") != "running":
         return False
     if sandbox.state not in states.POWERED:
-        raise InvalidInput(f"{option}: the VM of sandbox {sandbox.vmid} runs, although the sandbox is {sandbox.state}; stop it first. Nothing was changed",
-                           option=option)
+        raise InvalidInput(
+            f"{option}: the VM of sandbox {sandbox.vmid} runs, although the sandbox is {sandbox.state}; stop it "
+            "first. Nothing was changed",
+            option=option,
+        )
     if not spec.allow_restart:
         allow = "--allow-restart" if ctx.force_hint == states.FORCE_HINT_CLI else "allow_restart=true"
-        raise InvalidInput(f"{option}: sandbox {sandbox.vmid} runs, and Proxmox VE applies that for certain only to a VM that is stopped. Set {allow}, which "
-                           "stops and starts it, or stop it first. Nothing was changed", option=option)
+        raise InvalidInput(
+            f"{option}: sandbox {sandbox.vmid} runs, and Proxmox VE applies that for certain only to a VM that is "
+            f"stopped. Set {allow}, which "
+            "stops and starts it, or stop it first. Nothing was changed",
+            option=option,
+        )
     return True

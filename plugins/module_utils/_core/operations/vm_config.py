@@ -3,7 +3,8 @@
 
 """Translate a Spec into the configuration of its VM: hardware, network, cloud-init, tags, and the disk to resize.
 
-A tag is a hint for people. A cluster may forbid tags; then the VM keeps the tags that the cluster lets it have, and the caller is warned.
+A tag is a hint for people. A cluster may forbid tags; then the VM keeps the tags that the cluster lets it have, and
+the caller is warned.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from .verify import Located, require_match
 
 # Proxmox VE names one of the tags that change: "Permission check failed (/, Sys.Modify for modifying tag 'x')".
 _REFUSED_TAG = re.compile(r"Sys\.Modify for modifying tag '([^']*)'")
-# The order in which Proxmox VE looks for a disk when the configuration names no boot disk (qemu-server, valid_drive_names).
+# The order in which Proxmox VE looks for a disk when the configuration names no boot disk (qemu-server,
+# valid_drive_names).
 _BUSES = ("ide", "scsi", "virtio", "sata")
 
 
@@ -45,7 +47,8 @@ def desired_config(ctx: Context, spec: Spec, sandbox: Sandbox, config: dict[str,
     if tags != split_tags(config.get("tags")):
         values["tags"] = ";".join(sorted(tags))
     if str(config.get("protection", "0")) == "1":
-        # The clone copied it from the template. A sandbox that cannot be deleted is none; its own protection is a matter of the record.
+        # The clone copied it from the template. A sandbox that cannot be deleted is none; its own protection is a
+        # matter of the record.
         values["protection"] = 0
     custom = _cicustom(ctx, spec, sandbox, str(config.get("cicustom") or ""))
     if custom is not None:
@@ -60,11 +63,16 @@ def desired_config(ctx: Context, spec: Spec, sandbox: Sandbox, config: dict[str,
     if spec.second_bridge or spec.second_vlan_tag:
         model = spec.network_model or re.split(r"[=,]", first)[0]
         values["net1"] = network(str(config.get("net1") or model), spec.second_bridge, None, None, spec.second_vlan_tag)
-    return {name: value for name, value in values.items() if value is not None and str(config.get(name, "")) != str(value)}
+    return {
+        name: value for name, value in values.items() if value is not None and str(config.get(name, "")) != str(value)
+    }
 
 
 def memory_values(memory: int | None, config: dict[str, Any]) -> dict[str, Any]:
-    """Return ``memory`` (MiB), and a lower ``balloon`` where the configuration's is above it: Proxmox VE refuses memory below balloon."""
+    """Return ``memory`` (MiB), and a lower ``balloon`` where the configuration's is above it.
+
+    Proxmox VE refuses memory below balloon.
+    """
     if memory is None:
         return {}
     balloon = str(config.get("balloon") or "0")
@@ -72,7 +80,10 @@ def memory_values(memory: int | None, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _cicustom(ctx: Context, spec: Spec, sandbox: Sandbox, current: str) -> str | None:
-    """Return the value of ``cicustom`` with our user data and the Spec's vendor data in it; None when neither is given."""
+    """Return the value of ``cicustom`` with our user data and the Spec's vendor data in it.
+
+    None when neither is given.
+    """
     volumes: dict[str, str] = {}
     if sandbox.snippet is not None:
         volumes["user"] = cloud_init.volume_of(ctx, sandbox)
@@ -88,14 +99,19 @@ def _cicustom(ctx: Context, spec: Spec, sandbox: Sandbox, current: str) -> str |
 
 
 def split_tags(value: object) -> set[str]:
-    """Return the tags of a configuration's ``tags``. Proxmox VE stores them in small letters, and takes ``;``, ``,`` and blanks between them."""
+    """Return the tags of a configuration's ``tags``.
+
+    Proxmox VE stores them in small letters, and takes ``;``, ``,`` and blanks between them.
+    """
     return {tag.lower() for tag in re.split(r"[;,\s]+", str(value or "")) if tag}
 
 
 def write_config(ctx: Context, located: Located, changes: dict[str, Any], refused: set[str]) -> None:
-    """Write ``changes`` with the digest of the configuration that was judged; a tag that the cluster refuses is left as it is on the VM.
+    """Write ``changes`` with the digest of the configuration that was judged; a tag that the cluster refuses is left
+    as it is on the VM.
 
-    Proxmox VE refuses the whole write for one tag that the user may not set or take away, and names that tag. ``refused`` collects those tags.
+    Proxmox VE refuses the whole write for one tag that the user may not set or take away, and names that tag.
+    ``refused`` collects those tags.
     """
     before = split_tags(located.config.get("tags"))
     wanted = split_tags(changes.pop("tags")) if "tags" in changes else before
@@ -122,25 +138,38 @@ def write_config(ctx: Context, located: Located, changes: dict[str, Any], refuse
 
 
 def tag_warnings(sandbox: Sandbox, refused: set[str], template_tags: set[str]) -> list[str]:
-    """Return one warning for the tags that the cluster did not let us set, and one for those of the template that it did not let us take away."""
+    """Return one warning for the tags that the cluster did not let us set, and one for those of the template that it
+    did not let us take away.
+    """
     wanted = {OUR_TAG, *sandbox.tags}
-    remedy = ("Proxmox VE asks for Sys.Modify on / to change them; have an administrator allow them (Datacenter, Options, User Tag Access and "
-              "Registered Tags), or leave them out")
+    remedy = (
+        "Proxmox VE asks for Sys.Modify on / to change them; have an administrator allow them (Datacenter, Options, "
+        "User Tag Access and "
+        "Registered Tags), or leave them out"
+    )
     warnings = []
     missing, kept = sorted(refused & wanted), sorted((refused - wanted) & template_tags)
     if missing:
-        warnings.append(f"tags: the cluster does not allow the tag {', '.join(missing)}; VM {sandbox.vmid} is without, the record has what was asked "
-                        f"for. {remedy}")
+        warnings.append(
+            f"tags: the cluster does not allow the tag {', '.join(missing)}; VM {sandbox.vmid} is without, the "
+            "record has what was asked "
+            f"for. {remedy}"
+        )
     if kept:
-        warnings.append(f"tags: VM {sandbox.vmid} keeps the tag {', '.join(kept)} of its template, which the cluster does not allow to be taken away. "
-                        "Take it off the template")
+        warnings.append(
+            f"tags: VM {sandbox.vmid} keeps the tag {', '.join(kept)} of its template, which the cluster does not "
+            "allow to be taken away. "
+            "Take it off the template"
+        )
     return warnings
 
 
 # ---- network ----
 
 
-def network(current: str, bridge: str | None, firewall: bool | None, model: str | None = None, vlan_tag: int | None = None) -> str:
+def network(
+    current: str, bridge: str | None, firewall: bool | None, model: str | None = None, vlan_tag: int | None = None
+) -> str:
     """Return the value of an interface with another bridge, firewall flag, model or VLAN tag; its MAC address stays."""
     parts = [part for part in current.split(",") if part]
     if model and parts:
@@ -148,23 +177,33 @@ def network(current: str, bridge: str | None, firewall: bool | None, model: str 
         parts[0] = "=".join([model, *parts[0].split("=")[1:]])
     values = {"bridge": bridge, "firewall": None if firewall is None else int(firewall), "tag": vlan_tag}
     new = {name: value for name, value in values.items() if value is not None and value != ""}
-    return ",".join([*(part for part in parts if part.partition("=")[0] not in new), *(f"{name}={value}" for name, value in new.items())])
+    return ",".join(
+        [
+            *(part for part in parts if part.partition("=")[0] not in new),
+            *(f"{name}={value}" for name, value in new.items()),
+        ]
+    )
 
 
 def join_firewall_group(ctx: Context, sandbox: Sandbox, found: Located, group: str) -> None:
-    """Put the VM's firewall on and the security group into its rules, unless that is so already (a template's rules are cloned along)."""
+    """Put the VM's firewall on and the security group into its rules, unless that is so already (a template's rules
+    are cloned along).
+    """
     base = f"{found.path}/firewall"
 
     def joined() -> bool:
-        return any(rule.get("type") == "group" and rule.get("action") == group and str(rule.get("enable", 1)) == "1"
-                   for rule in ctx.client.get_list(f"{base}/rules"))
+        return any(
+            rule.get("type") == "group" and rule.get("action") == group and str(rule.get("enable", 1)) == "1"
+            for rule in ctx.client.get_list(f"{base}/rules")
+        )
 
     def on() -> bool:
         return str(ctx.client.get_dict(f"{base}/options").get("enable", 0)) == "1"
 
     writes: tuple[tuple[Callable[[], bool], Callable[[], Any]], ...] = (
         (joined, lambda: ctx.client.post(f"{base}/rules", type="group", action=group, enable=1)),
-        (on, lambda: ctx.client.put(f"{base}/options", enable=1)))
+        (on, lambda: ctx.client.put(f"{base}/options", enable=1)),
+    )
     for is_so, write in writes:
         if is_so():
             continue
@@ -186,21 +225,34 @@ def grown(drive: str, more: str) -> str:
     units = {"": 1 / 1024, "K": 1, "M": 1024, "G": 1024**2, "T": 1024**3}
     now = re.search(r"(?:^|,)size=(\d+(?:\.\d+)?)([KMGT]?)(?:,|$)", drive)
     if now is None:
-        raise InvalidInput("disk_size: Proxmox VE does not tell the size of the template's disk; give an absolute one, such as 20G",
-                           option="disk_size")
+        raise InvalidInput(
+            "disk_size: Proxmox VE does not tell the size of the template's disk; give an absolute one, such as 20G",
+            option="disk_size",
+        )
     return f"{int(float(now[1]) * units[now[2]] + float(more[1:-1]) * units[more[-1]])}K"
 
 
 def disks(config: dict[str, Any]) -> list[str]:
-    """Return the keys of the disks (no CD-ROM, no cloud-init drive), in the order in which Proxmox VE looks for one to boot from."""
-    numbered = [(_BUSES.index(match[1]), int(match[2]), match[0]) for match in map(re.compile(rf"({'|'.join(_BUSES)})(\d+)").fullmatch, config) if match]
-    return [key for _bus, _number, key in sorted(numbered) if "media=cdrom" not in str(config[key]) and "cloudinit" not in str(config[key])]
+    """Return the keys of the disks (no CD-ROM, no cloud-init drive), in the order in which Proxmox VE looks for one
+    to boot from.
+    """
+    numbered = [
+        (_BUSES.index(match[1]), int(match[2]), match[0])
+        for match in map(re.compile(rf"({'|'.join(_BUSES)})(\d+)").fullmatch, config)
+        if match
+    ]
+    return [
+        key
+        for _bus, _number, key in sorted(numbered)
+        if "media=cdrom" not in str(config[key]) and "cloudinit" not in str(config[key])
+    ]
 
 
 def boot_disk(config: dict[str, Any]) -> str | None:
     """Return the disk that Proxmox VE boots the VM from; None when there is no disk.
 
-    The first disk of ``boot: order=``; in the older form, where ``boot`` is letters (``c`` is the disk) or missing, the disk that ``bootdisk``
+    The first disk of ``boot: order=``; in the older form, where ``boot`` is letters (``c`` is the disk) or missing,
+    the disk that ``bootdisk``
     names; else the first disk in Proxmox VE's own order.
     """
     found = disks(config)
@@ -214,5 +266,8 @@ def boot_disk(config: dict[str, Any]) -> str | None:
 
 def has_cloud_init_drive(config: dict[str, Any]) -> bool:
     """Whether the VM has the drive on which Proxmox VE hands cloud-init its data."""
-    return any(re.fullmatch(r"(ide|scsi|sata|virtio)\d+", key) and re.search(r"(^|[:/-])cloudinit\b", str(value).split(",", 1)[0])
-               for key, value in config.items())
+    return any(
+        re.fullmatch(r"(ide|scsi|sata|virtio)\d+", key)
+        and re.search(r"(^|[:/-])cloudinit\b", str(value).split(",", 1)[0])
+        for key, value in config.items()
+    )
