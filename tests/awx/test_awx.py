@@ -6,10 +6,7 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 import sqlite3
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,88 +14,9 @@ from typing import Any
 import pytest
 
 from support.double import TOKEN_SECRET
-from support.play import REPO, collections_path
+from support.runner import PROJECT, Runner
 
-PROJECT = REPO / "awx"
 PLAYBOOKS = sorted(path.stem for path in PROJECT.glob("*.yml"))
-
-
-# ---- as AWX runs it ----
-
-
-class Runner:
-    """A private data folder as AWX makes one for each job: project, inventory, injected environment, extra variables; and ansible-runner itself."""
-
-    def __init__(self, folder: Path, server: Any) -> None:
-        self.folder, self.server, self.number = folder, server, 0
-        shutil.copytree(PROJECT, folder / "project")
-        (folder / "inventory").mkdir()
-        (folder / "inventory" / "hosts").write_text(
-            f"[pve]\nnode ansible_connection=local ansible_python_interpreter={sys.executable}\n"
-        )
-        (folder / "config.yaml").write_text("template: debian-13\nvmid_range: 1000-1999\n")
-        (folder / "env").mkdir()
-        found = server.environment(str(folder))
-        # What the credential type injects, and what is the host's own. In the environment only: never on a command line.
-        self.env = {
-            "AGENTLAB_API_HOST": found["PROXMOX_HOST"],
-            "AGENTLAB_API_PORT": found["PROXMOX_PORT"],
-            "AGENTLAB_API_TOKEN_ID": found["PROXMOX_TOKEN_ID"],
-            "AGENTLAB_API_TOKEN_SECRET": found["PROXMOX_TOKEN_SECRET"],
-            "AGENTLAB_API_CA_PATH": found["PROXMOX_CA_PATH"],
-            "AGENTLAB_DATABASE": found["AGENTLAB_DATABASE"],
-            "AGENTLAB_CONFIG": found["AGENTLAB_CONFIG"],
-            "ANSIBLE_COLLECTIONS_PATH": str(collections_path(folder)),
-            "ANSIBLE_HOME": str(folder / "home"),
-            "ANSIBLE_FORCE_COLOR": "false",
-            "ANSIBLE_CONFIG": str(folder / "ansible.cfg"),
-            "ANSIBLE_DEPRECATION_WARNINGS": "true",
-            "ANSIBLE_PIPELINING": "1",
-        }
-        (folder / "ansible.cfg").write_text("")
-
-    def run(self, playbook: str, *, check: bool = False, **variables: Any) -> tuple[int, list[dict[str, Any]], str]:
-        """Status, the events of the modules, and all output."""
-        self.number += 1
-        (self.folder / "env" / "envvars").write_text(json.dumps(self.env))
-        (self.folder / "env" / "extravars").write_text(json.dumps(variables))
-        # Written each time: ansible-runner keeps what --cmdline said for the runs that follow.
-        (self.folder / "env" / "cmdline").write_text("--check --diff" if check else "")
-        (self.folder / "env" / "settings").write_text(json.dumps({"suppress_env_files": False}))
-        command = [
-            str(Path(sys.executable).with_name("ansible-runner")),
-            "run",
-            str(self.folder),
-            "-p",
-            f"{playbook}.yml",
-            "-i",
-            f"job{self.number}",
-        ]
-        clean = {"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin", "HOME": str(self.folder), "LC_ALL": "C.UTF-8"}
-        done = subprocess.run(
-            command, env=clean, capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL, check=False
-        )
-        artifacts = self.folder / "artifacts" / f"job{self.number}"
-        written = sorted((artifacts / "job_events").glob("[0-9]*.json"), key=lambda path: int(path.name.split("-")[0]))
-        events = [json.loads(path.read_text())["event_data"] for path in written]
-        results = [
-            event
-            for event in events
-            if str(event.get("task_action", "")).startswith("agentlab.proxmox.") and "res" in event
-        ]
-        return done.returncode, results, done.stdout + done.stderr + (artifacts / "stdout").read_text()
-
-    def leaks(self, secret: str) -> list[str]:
-        """Files of the job folders that hold the secret, beyond those in which ansible-runner itself writes the injected environment."""
-        own = {"env/envvars"} | {f"artifacts/job{number}/command" for number in range(1, self.number + 1)}
-        return [
-            name
-            for path in sorted(self.folder.rglob("*"))
-            if path.is_file()
-            and not path.is_relative_to(self.folder / "proxmox")
-            and secret.encode() in path.read_bytes()
-            and (name := str(path.relative_to(self.folder))) not in own
-        ]
 
 
 @pytest.fixture

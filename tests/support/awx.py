@@ -406,6 +406,7 @@ class Awx:
             words = {
                 "credential_types": "Credential type with this Name and Kind already exists.",
                 "credentials": "Credential with this Organization, Name and Credential type already exists.",
+                "schedules": "Schedule with this Unified job template and Name already exists.",
             }
             if endpoint in words:
                 raise Refused(400, {"__all__": [words[endpoint]]})

@@ -1,0 +1,202 @@
+# Copyright: the agentlab.proxmox contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Surveys as people answer them: each template is launched through the double of AWX, and the variables that AWX would
+hand over are run with ansible-runner through the playbook that the template names.
+
+AGENTLAB_TEST_AWX_CORES names releases of ansible-core to run them on beside the one of the tests ("2.17 2.21").
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support.awx import TOKEN, Awx, Refused
+from support.awx_setup import PROJECT_URL, furnish
+from support.play import REPO, run_play
+from support.runner import Runner
+
+KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIJrm5Nm1Yk9w0yQHB1Yv2Y6XG0i8lI3eQ1m8m0o0k3aB"
+CORES = ["", *os.environ.get("AGENTLAB_TEST_AWX_CORES", "").split()]
+
+
+@pytest.fixture(scope="module")
+def furnished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Awx]:
+    """A double of AWX after the set-up."""
+    awx = Awx()
+    furnish(awx, 1)
+    env = {"CONTROLLER_HOST": awx.url, "CONTROLLER_OAUTH_TOKEN": TOKEN}
+    variables = {"awx_inventory": "proxmox", "awx_project_scm_url": PROJECT_URL}
+    run_play("agentlab.proxmox.awx_setup", env, tmp_path_factory.mktemp("setup"), extra_vars=variables).ok()
+    yield awx
+    awx.stop()
+
+
+@pytest.fixture(params=CORES, ids=lambda core: core or "own")
+def runner(request: pytest.FixtureRequest, tmp_path: Path, server: Any) -> Runner:
+    core = None
+    if request.param:
+        command = [str(REPO / "scripts" / "core-env.sh"), request.param]
+        core = Path(subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip())
+    server.pve.agent_default = True
+    (tmp_path / "job").mkdir()
+    return Runner(tmp_path / "job", server, core)
+
+
+@pytest.fixture
+def launch(furnished: Awx, runner: Runner) -> Callable[..., tuple[int, dict[str, Any], str]]:
+    """Launch a template with answers, and run what AWX hands over. Return status, result of the last module, output."""
+
+    def run(
+        template: str, answers: dict[str, Any], own: dict[str, Any] | None = None
+    ) -> tuple[int, dict[str, Any], str]:
+        row = dict(furnished.named("job_templates", f"agentlab - {template}"))
+        row["extra_vars"] = json.dumps({**json.loads(row["extra_vars"]), **(own or {})})
+        job = furnished.launch(row, answers)["job"]
+        text = furnished.variables[job]
+        assert "!unsafe" in text
+        status, results, output = runner.run(
+            row["playbook"].removesuffix(".yml"), check=row["job_type"] == "check", text=text
+        )
+        assert "[WARNING]" not in output and "[DEPRECATION" not in output and "Traceback" not in output, output
+        return status, results[-1]["res"] if results else {}, output
+
+    return run
+
+
+def create(launch: Any, name: str) -> None:
+    status, result, output = launch("create", {"sandbox_name": name, "sandbox_ttl": "1h"})
+    assert status == 0 and result["sandbox"]["state"] == "RUNNING", output
+
+
+def test_create_with_the_defaults_left_alone(launch: Any) -> None:
+    status, result, output = launch("create", {"sandbox_name": "agent-1"})
+    assert status == 0, output
+    sandbox = result["sandbox"]
+    assert sandbox["name"] == "agent-1" and sandbox["ip"] and sandbox["tags"] == [] and sandbox["lease_expires_at"]
+
+
+def test_create_with_blanks_lines_and_lists(launch: Any, server: Any) -> None:
+    """F11, W4, W16: what people type and paste."""
+    keys = f'{KEY} a@x\r\n# the next one is restricted\r\n\r\n  command="a,b" {KEY} b@x\r\n'
+    status, result, output = launch("create", {
+        "sandbox_name": " agent-2 ", "sandbox_ttl": "4 h", "sandbox_template": " 9000 ", "sandbox_cores": " 2 ",
+        "sandbox_memory": "1024", "sandbox_tags": "ci, nightly, ,", "sandbox_ssh_public_keys": keys,
+        "sandbox_wait_for_ip": "false", "sandbox_profile": " "})  # fmt: skip
+    assert status == 0, output
+    assert result["sandbox"]["name"] == "agent-2" and result["sandbox"]["tags"] == ["ci", "nightly"]
+    vm = next(vm for vm in server.pve.vms if not vm.template)
+    assert str(vm.config["cores"]) == "2" and str(vm.config["memory"]) == "1024"
+    from urllib.parse import unquote
+
+    assert unquote(vm.config["sshkeys"]).split("\n")[:2] == [f"{KEY} a@x", f'command="a,b" {KEY} b@x']
+
+
+@pytest.mark.parametrize("answers, told", [
+    ({}, "'sandbox_name' value missing"), ({"sandbox_name": ""}, "too small"),
+    ({"sandbox_name": "x", "sandbox_cores": 2}, "Value 2 for 'sandbox_cores' expected to be a string."),
+    ({"sandbox_name": "x", "sandbox_wait_for_ip": "maybe"}, "expected to be one of")])  # fmt: skip
+def test_what_awx_refuses_starts_no_job(furnished: Awx, answers: dict[str, Any], told: str) -> None:
+    with pytest.raises(Refused) as refused:
+        furnished.launch(furnished.named("job_templates", "agentlab - create"), answers)
+    assert told in str(refused.value.answer)
+
+
+def test_no_question_with_a_default_is_required(furnished: Awx) -> None:
+    """W17: AWX does not fill in the default of a required question in a launch by the API."""
+    questions = [question for survey in furnished.surveys.values() for question in survey["spec"]]
+    assert len(questions) > 20
+    assert [question["variable"] for question in questions if question["required"] and question["default"] != ""] == []
+    for row in furnished.objects["job_templates"]:
+        spec = furnished.surveys.get(row["id"], {}).get("spec", [])
+        needed = {question["variable"]: "1000" for question in spec if question["required"]}
+        variables = json.loads(furnished.row("jobs", furnished.launch(row, needed)["job"])["extra_vars"])
+        assert {question["variable"] for question in spec} <= set(variables), "AWX fills in the rest"
+
+
+def test_renew_and_destroy(launch: Any) -> None:
+    create(launch, "agent-1")
+    create(launch, "agent-2")
+    status, result, output = launch("renew", {"sandbox_vmids": " 1000 , 1001, "})
+    assert status == 0 and [row["granted_seconds"] for row in result["results"]] == [4 * 3600] * 2, output
+    status, result, output = launch("renew", {"sandbox_vmids": "1000", "sandbox_ttl": " 6 h "})
+    assert status == 0 and result["results"][0]["granted_seconds"] == 6 * 3600, output
+    status, result, output = launch("renew", {"sandbox_vmids": "1000", "sandbox_ttl": ""})
+    assert status != 0 and "ttl" in output
+    # The default of "Also if it runs" is no.
+    status, result, output = launch("destroy", {"sandbox_vmids": "1000,"})
+    assert status != 0 and "cannot destroy sandbox in RUNNING state" in output
+    status, result, output = launch("destroy", {"sandbox_vmids": "1000 1001", "sandbox_force": "true"})
+    assert status == 0 and [row["outcome"] for row in result["results"]] == ["destroyed", "destroyed"], output
+    status, result, output = launch("destroy", {"sandbox_vmids": "many"})
+    assert status != 0 and "many" in output
+
+
+def test_prune_reconcile_and_doctor(launch: Any) -> None:
+    for template in ("prune check", "prune"):
+        for answers in (
+            {},
+            {"prune_older_than": "", "prune_max_count": ""},
+            {"prune_older_than": " 1 h", "prune_max_count": " 5 "},
+        ):
+            status, result, output = launch(template, answers)
+            assert status == 0 and result["count"] == 0, output
+    status, _result, output = launch("prune", {"prune_max_count": "many"})
+    assert status != 0 and "many" in output
+    assert launch("reconcile", {})[0] == 0
+    status, result, output = launch("doctor", {"sandbox_template": " 9000 "})
+    assert status == 0 and result["findings"], output
+
+
+def test_job(launch: Any, runner: Runner) -> None:
+    """A path is relative to the project, where AWX starts the job."""
+    (runner.folder / "project" / "jobs").mkdir()
+    tasks = f"- name: Work\n  ansible.builtin.copy: {{content: done, dest: {runner.folder}/made, mode: '0600'}}\n"
+    (runner.folder / "project" / "jobs" / "work.yml").write_text(tasks)
+    own = {"job_connection": "local", "job_python": f"{runner.bin}/python"}
+    status, _result, output = launch("job", {"job_tasks": "jobs/work.yml"}, own)
+    assert status == 0 and (runner.folder / "made").read_text() == "done", output
+    status, _result, output = launch("job", {"job_tasks": "jobs/nosuch.yml", "job_keep": "true"}, own)
+    assert status != 0 and "nosuch.yml" in output
+
+
+@pytest.mark.parametrize("playbook", [
+    "sandbox_create", "sandbox_destroy", "lease_renew", "prune", "reconcile", "doctor", "job"])  # fmt: skip
+def test_a_job_without_a_host_fails(runner: Runner, playbook: str) -> None:
+    """W12: AWX calls a job successful in which no host matched."""
+    for hosts in ("nosuch", "empty"):
+        status, results, output = runner.run(playbook, agentlab_hosts=hosts, sandbox_name="x", job_tasks="x")
+        assert status != 0 and results == [] and f"no host of the inventory matches {hosts}" in output, output
+
+
+@pytest.mark.parametrize("playbook", ["sandbox_create", "sandbox_destroy", "lease_renew", "job"])
+def test_three_nodes_of_a_cluster_are_not_three_sandboxes(runner: Runner, server: Any, playbook: str) -> None:
+    """F2, W3"""
+    hosts = runner.folder / "inventory" / "hosts"
+    line = hosts.read_text().splitlines()[1]
+    hosts.write_text("[pve]\n" + "".join(f"{name}{line.removeprefix('node')}\n" for name in ("pve1", "pve2", "pve3")))
+    status, results, output = runner.run(
+        playbook, sandbox_name="agent-2", sandbox_vmids="1000", sandbox_ttl="1h", job_tasks="x"
+    )
+    assert status != 0 and results == [] and "3 hosts" in output and "agentlab_allow_many_hosts" in output, output
+    assert [vm for vm in server.pve.vms if not vm.template] == []
+
+
+def test_many_hosts_when_they_are_meant(runner: Runner) -> None:
+    hosts = runner.folder / "inventory" / "hosts"
+    line = hosts.read_text().splitlines()[1]
+    hosts.write_text("[pve]\n" + "".join(f"{name}{line.removeprefix('node')}\n" for name in ("pve1", "pve2")))
+    variables = {"sandbox_name": "agent-1", "sandbox_wait_for_ip": "false"}
+    status, results, output = runner.run("sandbox_create", agentlab_allow_many_hosts=True, **variables)
+    assert len(results) == 2, output
+    # prune and reconcile act on each host by design.
+    status, results, output = runner.run("reconcile")
+    assert status == 0 and len(results) == 2, output
