@@ -9,6 +9,7 @@ module is. Both ways run the same ``main`` and give the same answer."""
 from __future__ import annotations
 
 import contextlib
+import datetime
 import importlib
 import json
 import os
@@ -115,6 +116,10 @@ class ActionModule(ShippedModule):
 
     def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
         variables = task_vars or {}
+        for name in ("api_password", "api_token_id", "api_token_secret"):
+            # Later the option's type has made text of it: 012345 would be 5349.
+            if isinstance(self._task.args.get(name), (bool, int, float, datetime.date)):
+                raise AnsibleActionFail(f"{name}: YAML reads the value as a number, a date or a boolean, not as text, which would change it; put it in quotes")
         if not self._is_here(variables):
             return super().run(tmp, task_vars)
         result: dict[str, Any] = ActionBase.run(self, tmp, task_vars)

@@ -23,7 +23,7 @@ options:
     type: path
   api_host:
     description:
-      - Host name or address of a Proxmox VE node.
+      - Host name or address of a Proxmox VE node. C(HOST:PORT), C(https://HOST:PORT) and a path before C(/api2/json) are understood too.
       - Without it C(pvesh) of the node itself is used, which needs no token.
       - The environment variable E(PROXMOX_HOST) is used when the option is not set.
     type: str
@@ -39,7 +39,8 @@ options:
     type: str
   api_password:
     description:
-      - Password of O(api_user). A token is better - it can have fewer privileges.
+      - Password of O(api_user). A token is better - it can have fewer privileges, and needs no second factor.
+      - Put it in quotes. YAML reads C(012345), C(12:30) and C(yes) as something else, which is refused.
       - The environment variable E(PROXMOX_PASSWORD) is used when the option is not set.
     type: str
   api_token_id:

@@ -147,3 +147,65 @@ def test_secrets_are_in_no_error_of_the_file(tmp_path: Path, text: str) -> None:
         load(tmp_path, text)
     assert SECRET not in str(caught.value.as_dict())
     assert caught.value.__cause__ is None and caught.value.__suppress_context__
+
+
+@pytest.mark.parametrize(("value", "address"), [
+    ("pve1", ("pve1", 8006, "")), (" pve1.example.net\n", ("pve1.example.net", 8006, "")), ("pve1:8007", ("pve1", 8007, "")),
+    ("https://pve1:8006", ("pve1", 8006, "")), ("https://pve1", ("pve1", 8006, "")), ("HTTPS://pve1:443/", ("pve1", 443, "")),
+    ("https://gate.example.net/proxmox/", ("gate.example.net", 8006, "/proxmox")), ("gate:443/a/b", ("gate", 443, "/a/b")),
+    ("https://pve1:8006/api2/json", ("pve1", 8006, "")), ("gate/pve/api2/json/", ("gate", 8006, "/pve")),
+    ("192.0.2.1:8006", ("192.0.2.1", 8006, "")), ("2001:db8::1", ("2001:db8::1", 8006, "")), ("[2001:db8::1]", ("2001:db8::1", 8006, "")),
+    ("[2001:db8::1]:8007", ("2001:db8::1", 8007, "")), ("https://[2001:db8::1]:8007", ("2001:db8::1", 8007, "")), ("fe80::1%eth0", ("fe80::1%eth0", 8006, "")),
+])
+def test_how_people_write_a_host(tmp_path: Path, value: str, address: tuple[str, int, str]) -> None:
+    settings = load(tmp_path, api_host=value).proxmox
+    assert (settings.api_host, settings.api_port, settings.api_path) == address
+    assert load(tmp_path, api_host="pve1:8007", api_port=8007).proxmox.api_port == 8007
+
+
+@pytest.mark.parametrize(("value", "words"), [
+    ("http://pve1:8006", "does not begin with https://"), ("ftp://pve1", "does not begin with https://"), ("pve1:port", "no host name"),
+    ("pve1:0", "not valid. Valid: a whole number"), ("pve1:70000", "not valid. Valid: a whole number"), ("pve 1", "no host name"), ("https://", "no host name"),
+    ("pve1/?x=1", "has a path"), ("root:secret-word@pve1", "the value is no host name"), ("pve1\n8006", "no host name"), ("[::1", "no host name")])
+def test_a_host_that_is_none_is_refused_by_name(tmp_path: Path, value: str, words: str) -> None:
+    with pytest.raises(InvalidInput, match=words) as caught:
+        load(tmp_path, api_host=value)
+    assert caught.value.message.startswith("api_host: ") and "secret-word" not in str(caught.value.as_dict())
+
+
+def test_two_ports_that_contradict_each_other_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match="api_host: 'pve1:8007' names port 8007, but api_port is 443; leave one of them out"):
+        load(tmp_path, api_host="pve1:8007", api_port=443)
+
+
+@pytest.mark.parametrize("text", ["012345", "12:30", "1_000", "yes", "1.5", "2026-01-30", "[a]"])
+@pytest.mark.parametrize("name", ["api_password", "api_token_secret", "api_token_id", "api_user"])
+def test_a_secret_that_yaml_reads_as_something_else_is_refused(tmp_path: Path, name: str, text: str) -> None:
+    with pytest.raises(InvalidInput, match=f"{name}: YAML reads .*put it in quotes$") as caught:
+        load(tmp_path, f"{name}: {text}\n")
+    assert name not in config.SECRETS or text not in caught.value.message.partition("config.yaml")[2]
+
+
+@pytest.mark.parametrize("value", [5349, 750, 1.5, True, ["a"]])
+@pytest.mark.parametrize("name", ["api_password", "api_token_secret", "api_token_id", "api_user"])
+def test_a_secret_that_is_no_text_is_refused(tmp_path: Path, name: str, value: object) -> None:
+    with pytest.raises(InvalidInput, match=f"^{name}: YAML reads the value as .*put it in quotes$") as caught:
+        load(tmp_path, **{name: value})
+    assert str(value) not in caught.value.message
+
+
+@pytest.mark.parametrize(("name", "value", "kept"), [
+    ("api_token_secret", f"{SECRET}\n", SECRET), ("api_token_secret", f" {SECRET}\r\n", SECRET), ("api_password", " two words \n", " two words "),
+    ("api_password", "'12345'", "'12345'"), ("api_token_id", "agentlab@pve!ci\n", "agentlab@pve!ci"), ("api_user", "agentlab@pve\n", "agentlab@pve")])
+def test_a_line_feed_behind_a_secret_is_no_part_of_it(tmp_path: Path, name: str, value: str, kept: str) -> None:
+    assert getattr(load(tmp_path, **{name: value}).proxmox, name) == kept
+    assert getattr(load(tmp_path, None, {config.ENVIRONMENT[name]: value}).proxmox, name) == kept
+
+
+@pytest.mark.parametrize(("name", "value"), [
+    ("api_token_secret", "made-\nup"), ("api_token_secret", "made up"), ("api_token_secret", "agentlab@pve!ci=made-up"), ("api_token_secret", "made-\u00fcp"),
+    ("api_token_id", "agentlab@pve!ci=made-up"), ("api_password", "made\nup"), ("api_password", "made\x00up")])
+def test_a_secret_that_cannot_be_one_is_refused_and_not_told(tmp_path: Path, name: str, value: str) -> None:
+    with pytest.raises(InvalidInput, match=f"^{name}: the value has ") as caught:
+        load(tmp_path, **{name: value})
+    assert "made" not in str(caught.value.as_dict())

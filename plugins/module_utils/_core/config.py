@@ -9,6 +9,7 @@ The file is flat YAML with the names of the options. Unknown keys are refused: a
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -219,13 +220,15 @@ def load(options: Mapping[str, Any], environment: Mapping[str, str]) -> Config:
 
     connections = _integer("connections", value("connections"), 1, 256)
     to_node = value("node_connections")
+    api_host, api_port, api_path = api_address(value("api_host"), _integer("api_port", value("api_port"), 1, 65535))
     proxmox = ProxmoxSettings(
-        api_host=_text("api_host", value("api_host")),
-        api_port=_integer("api_port", value("api_port"), 1, 65535),
-        api_user=str(value("api_user")),
-        api_password=_text("api_password", value("api_password")),
-        api_token_id=_text("api_token_id", value("api_token_id")),
-        api_token_secret=_text("api_token_secret", value("api_token_secret")),
+        api_host=api_host,
+        api_port=api_port,
+        api_path=api_path,
+        api_user=str(_credential("api_user", value("api_user"))),
+        api_password=_credential("api_password", value("api_password")),
+        api_token_id=_credential("api_token_id", value("api_token_id")),
+        api_token_secret=_credential("api_token_secret", value("api_token_secret")),
         validate_certs=_boolean("validate_certs", value("validate_certs")),
         ca_path=_text("ca_path", value("ca_path")),
         api_timeout=_integer("api_timeout", value("api_timeout"), 1, 3600),
@@ -322,6 +325,65 @@ def vmid_range(value: object, name: str = "vmid_range") -> tuple[int, int]:
         raise InvalidInput(f"{name}: {str(value)!r} is not a range. Valid: FIRST-LAST within 100-999999999, such as {DEFAULTS[name]}",
                            option=name, value=str(value))
     return int(first), int(last)
+
+
+def api_address(value: object, port: int) -> tuple[str | None, int, str]:
+    """Return host, port and path of the API as people write them: ``pve1``, ``pve1:8006``, ``https://pve1:8006/prefix``.
+
+    ``port`` is api_port. Raises InvalidInput for what is no address, and for two ports that contradict each other.
+    """
+    if value is None:
+        return None, port, ""
+    text = str(value).strip()
+
+    def refuse(why: str) -> InvalidInput:
+        # What stands before an @ may be a password.
+        shown = repr(text[:100]) if "@" not in text else "the value"
+        return InvalidInput(f"api_host: {shown} {why}. Valid: a host name or address such as pve1.example.net or 192.0.2.1, or "
+                            "https://HOST:PORT", option="api_host")
+
+    scheme, separator, rest = text.partition("://")
+    if separator and scheme.lower() != "https":
+        raise refuse("does not begin with https://, and Proxmox VE answers to nothing else")
+    host, _slash, path = (rest if separator else text).partition("/")
+    path = path.strip("/").removesuffix("api2/json").rstrip("/")
+    if not re.fullmatch(r"[\w.~/-]*", path, re.ASCII):
+        raise refuse("has a path that is no path of an API")
+    bracketed = re.fullmatch(r"\[([0-9A-Fa-f:.%\w]+)\](?::(\d+))?", host, re.ASCII)
+    plain = re.fullmatch(r"([\w.-]+)(?::(\d+))?", host)
+    if bracketed or plain:
+        host, own_port = (bracketed or plain).groups()  # type: ignore[union-attr]
+    elif re.fullmatch(r"[0-9A-Fa-f:.]+(%\w+)?", host, re.ASCII):
+        own_port = None
+    else:
+        raise refuse("is no host name or address")
+    if own_port is not None:
+        own = _integer("api_host", own_port, 1, 65535)
+        if port not in (own, DEFAULTS["api_port"]):
+            raise refuse(f"names port {own}, but api_port is {port}; leave one of them out")
+        port = own
+    return host, port, f"/{path}" if path else ""
+
+
+def _credential(name: str, value: Any) -> str | None:
+    """Return a user, token or password as text; the value is never part of a message."""
+    if value is None:
+        return None
+    if not isinstance(value, str):
+        kind = "a boolean" if isinstance(value, bool) else "a number" if isinstance(value, (int, float)) else "something else"
+        raise InvalidInput(f"{name}: YAML reads the value as {kind}, not as text, which would change it; put it in quotes", option=name)
+    # Files and clipboards add a line feed. A password may begin or end with spaces.
+    text = value.strip("\r\n") if name == "api_password" else value.strip()
+    if not text.isprintable() or (name.startswith("api_token") and not (text.isascii() and " " not in text)):
+        raise InvalidInput(f"{name}: the value has a line feed, a space or another character that it cannot have; give it in one piece",
+                           option=name)
+    if name == "api_token_id" and "=" in text:
+        raise InvalidInput("api_token_id: the value has a '='. Valid: user@realm!name; what follows the '=' belongs into "
+                           "api_token_secret", option=name)
+    if name == "api_token_secret" and ("!" in text or "=" in text):
+        raise InvalidInput("api_token_secret: the value has a '!' or a '='. Valid: only the secret, such as "
+                           "12345678-1234-1234-1234-123456789abc; user@realm!name belongs into api_token_id", option=name)
+    return text
 
 
 def _text(name: str, value: Any) -> str | None:
