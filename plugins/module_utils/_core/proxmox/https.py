@@ -140,7 +140,7 @@ class Https:
                               f"network{self._through_proxy()}", path=path) from None
         except requests.exceptions.Timeout:
             raise answers.unanswered(method, path, settings) from None
-        except (requests.exceptions.InvalidSchema, requests.exceptions.InvalidProxyURL) as error:
+        except (requests.exceptions.InvalidSchema, requests.exceptions.InvalidURL) as error:
             raise self._schema_error(path, error) from None
         except requests.exceptions.ConnectionError as error:
             if "Read timed out" in str(error):
