@@ -45,6 +45,11 @@ def test_connection_and_credentials(story: Any, given: Any, tmp_path: Path, serv
         "token": ({"api_token_id": "agentlab@pve!nobody"}, f"Proxmox on {here} refuses the credentials of agentlab@pve!nobody (401"),
         "port number": ({"api_port": 70000}, "api_port: '70000' is not valid. Valid: a whole number from 1 to 65535"),
         "timeout": ({"api_timeout": 0}, "api_timeout: '0' is not valid"),
+        # As YAML reads 012345, 12:30 and yes without quotes: the option's type would make another text of it.
+        "octal": ({"api_password": 5349}, "api_password: YAML reads the value as a number"),
+        "boolean": ({"api_token_secret": True}, "api_token_secret: YAML reads the value as a number, a date or a boolean"),
+        "shipped": ({"api_password": 750, "keywords": {"vars": {"agentlab_in_place": False}}}, "api_password: YAML reads the value as a number"),
+        "URL": ({"api_host": "http://127.0.0.1:8006"}, "api_host: 'http://127.0.0.1:8006' does not begin with https://"),
     }
     run = story([task(name, "agentlab_reconcile", fails=True, **options) for name, (options, _dummy) in cases.items()])
     wrong = {name: run[name]["msg"] for name, (_dummy, wanted) in cases.items() if wanted not in run[name]["msg"] or "\n" in run[name]["msg"]}

@@ -36,8 +36,9 @@ def log(lab: Lab, *lines: str, times: int = 9) -> None:
     lab.pve.fault("GET", "/log", "answer", status=200, body=json.dumps({"data": rows}), times=times)
 
 
-def fail(lab: Lab, kind: str) -> None:
-    lab.pve.next_task(kind, "fail", text=STATUS, times=9)
+def fail(lab: Lab, kinds: str) -> None:
+    for kind in kinds.split():
+        lab.pve.next_task(kind, "fail", text=STATUS, times=9)
     log(lab, "generating cloud-init ISO", CAUSE)
 
 
@@ -50,7 +51,7 @@ def test_of_a_creation(lab: Lab, kind: str) -> None:
     assert TOLD in json.dumps(lab.events(lab.records()[0]))
 
 
-@pytest.mark.parametrize(("kind", "operation"), [("qmstart", "start"), ("qmstop", "stop"), ("qmpause", "suspend")])
+@pytest.mark.parametrize(("kind", "operation"), [("qmstart", "start"), ("qmstop", "stop"), ("qmpause qmsuspend", "suspend")])
 def test_of_power(lab: Lab, kind: str, operation: str) -> None:
     made = lab.create()
     if operation == "start":

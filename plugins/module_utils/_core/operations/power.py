@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from .. import states
-from ..errors import ApiError, InvalidInput, OutcomeUnknown, RecordChanged, TaskFailed, TaskTimeout
+from ..errors import ApiError, InvalidInput, OutcomeUnknown, RecordChanged, TaskFailed, TaskTimeout, TaskUnknown
 from ..model import Outcome, Sandbox
 from ..proxmox.client import not_begun
 from ..store.records import Claim
@@ -43,7 +43,13 @@ def run(ctx: Context, sandbox: Sandbox, operation: str) -> Outcome:
         if operation in ("complete", "fail"):
             done = ctx.records.change(claim, current, operation, to=target, reason="reported", finish=True)
             return Outcome.of(_past(operation), done, previous_state=current.state, changed=True, reason="reported")
-        return _request(ctx, claim, current, operation, target)
+        try:
+            return _request(ctx, claim, current, operation, target)
+        except (TaskFailed, TaskUnknown) as error:
+            # The message has the end of the task's log, which may be gone from the node when somebody looks.
+            ctx.records.note(current, operation, outcome="failed", reason=error.code, evidence={"message": error.message},
+                             upids=[str(error.detail["upid"])] if error.detail.get("upid") else [])
+            raise
 
 
 def _request(ctx: Context, claim: Claim, sandbox: Sandbox, operation: str, target: str) -> Outcome:

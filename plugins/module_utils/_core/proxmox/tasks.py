@@ -199,7 +199,8 @@ class TaskWaiter:
         try:
             rows = self._client.get_list(f"nodes/{node}/tasks/{upid}/log", limit=_LOG_READ)
         except (ProxmoxError, InvalidInput) as error:
-            return f" (its log cannot be read: {error.detail.get('text') or error.message})"
+            said = f"{error.detail['status']} {error.detail.get('text')}" if error.detail.get("status") else error.message
+            return f" (its log cannot be read: {said})"
         lines = [answers.clean(row.get("t"), self._client.settings) for row in rows if row.get("t")]
         if lines and lines[0].startswith("unable to open file"):
             # Proxmox answers so, with status 200, when the file of the log is gone.
