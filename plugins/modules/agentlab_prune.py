@@ -61,8 +61,10 @@ pruned:
   elements: dict
 kept:
   description:
-    - What was kept, each with C(reason), one of V(protected), V(too_young), V(ambiguous), V(unknown), V(node_offline), V(locked), V(busy), V(changed)
-      and V(clock_jumped), and a C(message).
+    - What was kept, each with a C(message) and a C(reason).
+    - Reasons are V(too_young), V(protected), V(locked), V(node_offline), V(ambiguous), V(foreign), V(unknown),
+      V(workspace), V(workspace_in_snapshot), V(snippet), V(busy), V(changed), V(denied), V(rule), V(clock_jumped),
+      V(restored).
   returned: always
   type: list
   elements: dict

@@ -16,8 +16,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core import config, rules, states
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import prune
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core import config, reasons, rules, states
 
 from support import pages
 from support.cli import environment
@@ -201,9 +200,10 @@ def test_refusals_are_quoted_to_the_letter() -> None:
 
 
 def test_every_reason_for_keeping_is_explained() -> None:
-    explained = set(re.findall(r"`(\w+)`", "".join(line.split("|")[1] for line in between(TROUBLESHOOTING, "kept").splitlines())))
-    reasons = set(re.findall(r'Kept\("([a-z_]+)"', CODE)) | set(re.findall(r'why = \("([a-z_]+)"', CODE)) | set(prune._KEPT) | {"denied"}
-    assert explained == reasons
+    table = ["| kept because | what to do |", "|---|---|", *(f"| `{word}` | {advice} |" for word, advice in reasons.KEPT.items())]
+    assert between(TROUBLESHOOTING, "kept").splitlines() == table
+    used = set(re.findall(r'Kept\("([a-z_]+)"', CODE)) | set(re.findall(r'return "([a-z_]+)", f?"', CODE)) | {"restored", "clock_jumped", "denied", "rule"}
+    assert used <= set(reasons.KEPT), used - set(reasons.KEPT)
 
 
 def test_the_sections_that_were_asked_for_are_there() -> None:
@@ -214,8 +214,9 @@ def test_the_sections_that_were_asked_for_are_there() -> None:
 
 # Programs of the node and the host: they are not run (there is no Proxmox VE here), and each is named on purpose.
 NOT_RUN = {"qm", "pveum", "pvesm", "pve-firewall", "journalctl", "systemctl", "apt-get", "wget", "git", "openssl", "sudo", "curl", "export"}
-# Tested as they stand: the role's quickstart by molecule, sqlite3 by tests/scenarios/test_pages.py, the archive by scripts/installed.sh.
-ELSEWHERE = {"ansible-galaxy", "sqlite3"}
+# Tested as they stand: the restore by tests/daemon/test_restore.py,
+# the role's quickstart by molecule, sqlite3 by tests/scenarios/test_pages.py, the archive by scripts/installed.sh.
+ELSEWHERE = {"ansible-galaxy", "sqlite3", "mkdir", "mv", "cp", "chown", "echo"}
 CHECKED = {"agentlab", "agentlabd", "ansible", "ansible-playbook", "ansible-inventory", "cd", "pre-commit"}
 
 

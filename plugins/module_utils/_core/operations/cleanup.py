@@ -17,10 +17,10 @@ from ..model import Outcome, Sandbox
 from ..store import history
 from . import prune, reconcile, timeguard
 from .context import Context, failure
+from .timeguard import frozen as frozen
 
 # Fewer than so many are never too large a share.
 GUARD_FROM = 5
-_FROZEN = "cleanup_frozen"
 # So many records go in one transaction: others get their turn between two of them.
 _FORGET_AT_ONCE = 500
 
@@ -46,26 +46,13 @@ class Report:
 # ---- freezing ----
 
 
-def frozen(ctx: Context) -> dict[str, Any] | None:
-    """Why, since when and by whom cleanup is frozen, or None."""
-    text = ctx.records.meta(_FROZEN)
-    if not text:
-        return None
-    try:
-        note = json.loads(text)
-        return {name: str(note[name]) for name in ("reason", "at", "actor")}
-    except (ValueError, TypeError, KeyError):
-        # Somebody froze it: it stays so, whatever became of the reason.
-        return {"reason": f"its reason cannot be read (meta.value of key {_FROZEN} is damaged)", "at": None, "actor": None}
-
-
 def freeze(ctx: Context, reason: str) -> dict[str, Any]:
     """Let no rule act until somebody releases it, also after a restart. Frozen already: the first reason stays."""
     known = frozen(ctx)
     if known:
         return known
-    made = {"reason": reason, "at": clock_module.iso(ctx.clock.now()), "actor": ctx.actor}
-    ctx.records.set_meta(_FROZEN, json.dumps(made))
+    made = {"reason": reason, "at": clock_module.iso(ctx.clock.now()), "actor": ctx.actor, "leases": False}
+    ctx.records.set_meta(timeguard.FROZEN, json.dumps(made))
     return made
 
 
@@ -73,7 +60,7 @@ def release(ctx: Context) -> dict[str, Any] | None:
     """Let the rules act again; what had frozen them, or None."""
     known = frozen(ctx)
     if known:
-        ctx.records.set_meta(_FROZEN, None)
+        ctx.records.set_meta(timeguard.FROZEN, None)
     return known
 
 
@@ -90,7 +77,7 @@ def run(ctx: Context, policy: rules.Policy) -> Report:
     if stopped and not looking:
         raise Frozen(f"cleanup is frozen since {stopped['at']} ({stopped['reason']}); look at what it would do (dry run), then release it", **stopped)
     report = Report(dry_run=looking)
-    rest = timeguard.suspended(ctx)
+    rest = timeguard.rests(ctx)
     live = ctx.records.find_all()
     chosen = _choose(ctx, policy, live, rest, report)
     doomed = [one for rule, one in chosen if rule.action == rules.DESTROY]
@@ -125,7 +112,7 @@ def run(ctx: Context, policy: rules.Policy) -> Report:
     return report
 
 
-def _choose(ctx: Context, policy: rules.Policy, live: list[Sandbox], rest: str | None, report: Report) -> list[tuple[rules.Rule, Sandbox]]:
+def _choose(ctx: Context, policy: rules.Policy, live: list[Sandbox], rest: tuple[str, str] | None, report: Report) -> list[tuple[rules.Rule, Sandbox]]:
     """From the records alone: which rule acts on which sandbox now; the others of a matching rule are kept, with the reason."""
     now = ctx.clock.now()
     chosen = []
@@ -138,7 +125,7 @@ def _choose(ctx: Context, policy: rules.Policy, live: list[Sandbox], rest: str |
             continue
         why = prune.too_soon(one, rule.after, now) if rule.action == rules.FAIL else prune.spared(one, rule.after, now)
         if why is None and rest:
-            why = ("clock_jumped", rest)
+            why = rest
         if why:
             report.kept.append(Outcome.of("kept", one, reason=why[0], message=f"rule {rule.name!r}: {why[1]}"))
         else:

@@ -34,7 +34,9 @@ def renew(ctx: Context, sandbox: Sandbox, ttl: int, *, min_remaining: int | None
             # Also where nothing would be written: "unchanged" would be a success on a dying VM.
             raise Kept("busy", f"cannot renew lease of sandbox {sandbox.vmid}: it is being destroyed", vmid=sandbox.vmid)
         current = sandbox.lease_expires_at or 0
-        if current <= now:
+        # While leases rest after a restore, this is how a sandbox is kept whose lease was renewed since the copy was made.
+        over = current <= now
+        if over and not timeguard.hold(ctx):
             raise StateConflict(f"cannot renew lease of sandbox {sandbox.vmid}: it expired at {clock_module.iso(current)} and is about to become TIMEOUT. "
                                 "Create a new sandbox", vmid=sandbox.vmid)
         wanted = now + ttl
@@ -51,7 +53,7 @@ def renew(ctx: Context, sandbox: Sandbox, ttl: int, *, min_remaining: int | None
         if ctx.dry_run:
             return _answer("would_renew", sandbox, wanted, now, capped, changed=True, was=current)
         try:
-            done = ctx.records.renew(sandbox, wanted, now, evidence={"ttl": ttl, "capped": capped, "was": current})
+            done = ctx.records.renew(sandbox, wanted, now, over=over, evidence={"ttl": ttl, "capped": capped, "was": current})
             return _answer("renewed", done, wanted, now, capped, changed=True, was=current)
         except RecordChanged:
             sandbox = ctx.records.get(sandbox.uuid)

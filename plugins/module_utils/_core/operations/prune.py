@@ -8,15 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from .. import states
+from .. import reasons, states
 from ..durations import show
 from ..errors import AgentlabError, Busy, GuardTripped, InvalidInput, Kept
 from ..model import Outcome, Sandbox
 from . import destroy, timeguard
 from .context import Context
-
-# How the pipeline's reasons are told in a prune's answer.
-_KEPT = ("protected", "too_young", "ambiguous", "unknown", "node_offline", "locked", "busy", "changed", "clock_jumped")
 
 
 @dataclass(slots=True)
@@ -55,13 +52,13 @@ def select(ctx: Context, wanted: Wanted) -> tuple[list[Sandbox], list[Outcome]]:
     now = ctx.clock.now()
     candidates: list[Sandbox] = []
     kept: list[Outcome] = []
-    rest = timeguard.suspended(ctx)
+    rest = timeguard.rests(ctx)
     for sandbox in ctx.records.find_all(list(dict.fromkeys(wanted.states))):
         if wanted.tags and not set(wanted.tags) & set(sandbox.tags):
             continue
         why = spared(sandbox, wanted.older_than, now)
         if why is None and rest:
-            why = ("clock_jumped", rest)
+            why = rest
         if why:
             kept.append(Outcome.of("kept", sandbox, reason=why[0], message=why[1]))
         else:
@@ -128,7 +125,7 @@ def _sort(report: Report, outcome: Outcome) -> None:
         (report.pruned if outcome.changed else report.kept).append(outcome)
         if not outcome.changed:
             outcome.outcome, outcome.reason = "kept", "changed"
-    elif outcome.reason in _KEPT:
+    elif outcome.reason in reasons.KEPT:
         outcome.outcome, outcome.failed = "kept", False
         report.kept.append(outcome)
     else:

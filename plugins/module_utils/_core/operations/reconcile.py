@@ -143,6 +143,9 @@ def _leases(ctx: Context, apply: bool) -> list[Drift]:
     passed = lease.expire(ctx)
     found = [Drift("lease_expired", "expired", {"previous_state": one.previous_state}, one.sandbox, applied=True, error=one.message) for one in passed.expired]
     found += [Drift("lease_expired", "renewed (keepalive)", {}, one.sandbox, applied=not one.failed, error=one.message) for one in passed.renewed]
+    if timeguard.hold(ctx):
+        # By the older copy they are over; their VMs may have been started and renewed since.
+        return found
     known = {one.uuid for one in passed.expired if one.uuid}
     found += [Drift("still_running", "stop", {}, one, applied=problem is None, error=problem) for one, problem in lease.stop_leftovers(ctx, known)]
     return found

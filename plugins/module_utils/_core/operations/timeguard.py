@@ -9,16 +9,76 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from .. import clock as clock_module
 from ..durations import show
+from ..store import latest
 from ..store.process import host
 from ..store.process import identity as process_identity
 from .context import Context
 
 JUMP_SECONDS = 60
+# The note of a freeze, in the table meta.
+FROZEN = "cleanup_frozen"
+_HELD = ("the records are an older copy than those in use before, as after a restore (noticed {at}); no lease ends and nothing is pruned until somebody has "
+         "looked. Renew the leases of sandboxes that are still needed, then run agentlab cleanup release")
 
 
 def suspended(ctx: Context) -> str | None:
     """Return why expiry and prune rest at the moment on this host, or None. Notes the clocks for the next look (not in check mode)."""
+    rest = rests(ctx)
+    return rest[1] if rest else None
+
+
+def rests(ctx: Context) -> tuple[str, str] | None:
+    """Return the word (a reason of reasons.py) and the sentence for why expiry and prune rest, or None."""
+    held = hold(ctx)
+    if held:
+        return "restored", held
+    jumped = _clock_jumped(ctx)
+    return ("clock_jumped", jumped) if jumped else None
+
+
+def hold(ctx: Context) -> str | None:
+    """Return why no lease ends before somebody releases it, or None: the records are an older copy than those that were used before.
+
+    An older copy is recognised by its newest event. Then the hold is written into the records, so that it lasts over restarts.
+    """
+    note = frozen(ctx)
+    if note and note["leases"]:
+        return _HELD.format(at=note["at"])
+    path = ctx.database.path
+    if path == ":memory:":
+        return None
+    event, noted = ctx.database.latest_event(), latest.read(path) or 0
+    at = clock_module.iso(ctx.clock.now())
+    if event < noted:
+        if not ctx.dry_run:
+            reason = f"the records were replaced by an older copy (its last event is {event}, {noted} was the last one before)"
+            if note:
+                reason = f"{note['reason']}; and {reason}"
+            ctx.records.set_meta(FROZEN, json.dumps({"reason": reason, "at": at, "actor": ctx.actor, "leases": True}))
+            latest.write(path, event)
+        return _HELD.format(at=at)
+    if event > noted and not ctx.dry_run:
+        latest.write(path, event)
+    return None
+
+
+def frozen(ctx: Context) -> dict[str, Any] | None:
+    """Return why, since when and by whom cleanup is frozen, and whether leases rest too; None while it is not."""
+    text = ctx.records.meta(FROZEN)
+    if not text:
+        return None
+    try:
+        note = json.loads(text)
+        return {**{name: str(note[name]) for name in ("reason", "at", "actor")}, "leases": bool(note.get("leases"))}
+    except (ValueError, TypeError, KeyError, AttributeError):
+        # Somebody froze it: it stays so, whatever became of the reason.
+        return {"reason": f"its reason cannot be read (meta.value of key {FROZEN} is damaged)", "at": None, "actor": None, "leases": False}
+
+
+def _clock_jumped(ctx: Context) -> str | None:
+    """Return the sentence for a clock that jumped a while ago, or None."""
     now, since_boot = ctx.clock.now(), ctx.clock.since_boot()
     boot = json.loads(process_identity())["boot"]
     damaged, note = _read(ctx)

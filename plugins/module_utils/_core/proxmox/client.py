@@ -64,15 +64,22 @@ class Statistics:
         # None until the first request.
         self.reachable: bool | None = None
         self.last_error: str | None = None
+        # The last refusal of the credentials themselves (401), or None since a request was accepted.
+        self.refused: str | None = None
 
     def failed(self, error: ProxmoxError) -> None:
         self.errors[_KINDS.get(error.code, "task")] += 1
         if isinstance(error, (Unreachable, OutcomeUnknown)):
             self.reachable, self.last_error = False, error.message
+        elif isinstance(error, ApiError):
+            # A refusal is an answer, too.
+            self.reachable, self.last_error = True, None
+            if error.status == 401:
+                self.refused = error.message
 
     def answered(self) -> None:
         """Proxmox was reached; what it said may still be a refusal."""
-        self.reachable, self.last_error = True, None
+        self.reachable, self.last_error, self.refused = True, None, None
 
 
 class ProxmoxClient:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from ..errors import StoreError
-from . import schema
+from . import latest, schema
 
 T = TypeVar("T")
 
@@ -71,6 +71,9 @@ class Database:
         self._queue_lock = threading.Lock()
         self._writer_lock = threading.Lock()
         self._reader_lock = threading.Lock()
+        # Since when a write waits for other processes to finish theirs (monotonic seconds), or None.
+        self.waits_since: float | None = None
+        self._wrote = False
         # Device and inode of the file and of its -wal, as this process opened them; None where no file is open for writing.
         self._opened: tuple[Any, Any] | None = None
         try:
@@ -213,10 +216,16 @@ class Database:
     @contextlib.contextmanager
     def _transact(self) -> Iterator[None]:
         """One transaction of the writer, on the file that stands at the path when it begins and when it is committed."""
-        with _transaction(self._writer):
-            self._refuse_replaced()
-            yield
-            self._refuse_replaced()
+        self.waits_since = time.monotonic()
+        try:
+            with _transaction(self._writer):
+                self.waits_since = None
+                self._refuse_replaced()
+                yield
+                self._refuse_replaced()
+                self._wrote = True
+        finally:
+            self.waits_since = None
 
     def read(self, sql: str, *values: Any) -> list[sqlite3.Row]:
         """Rows of a query, outside any transaction of a writer."""
@@ -373,7 +382,18 @@ class Database:
         """``ok``, or what SQLite's own check found."""
         return "; ".join(str(row[0]) for row in self.read("PRAGMA quick_check"))
 
+    def latest_event(self) -> int:
+        """Return the id of the newest event that these records ever had, 0 without one."""
+        rows = self.read("SELECT seq FROM sqlite_sequence WHERE name = 'events'")
+        return int(rows[0][0]) if rows and isinstance(rows[0][0], int) else 0
+
     def close(self) -> None:
+        if self._wrote and self._opened is not None and not self.replaced():
+            with contextlib.suppress(StoreError):
+                event = self.latest_event()
+                # An older copy stays one until timeguard has seen it.
+                if event >= (latest.read(self.path) or 0):
+                    latest.write(self.path, event)
         for conn in (self._reader, self._writer):
             with contextlib.suppress(sqlite3.Error):
                 conn.close()
@@ -384,6 +404,7 @@ class Rehearsal(Database):
 
     def __init__(self, database: Database) -> None:
         self.path = database.path
+        self.waits_since = None
         self._database = database
 
     def replaced(self) -> str | None:

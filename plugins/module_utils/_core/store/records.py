@@ -420,10 +420,11 @@ class Records:
 
         return self.fenced(claim, work, finish=finish)
 
-    def renew(self, sandbox: Sandbox, expires_at: int, now: int, *, keepalive: bool = False, evidence: dict[str, Any] | None = None) -> Sandbox:
+    def renew(self, sandbox: Sandbox, expires_at: int, now: int, *, keepalive: bool = False, over: bool = False,
+              evidence: dict[str, Any] | None = None) -> Sandbox:
         """The one conditional UPDATE of semantics 7: state RUNNING, not yet expired, generation unchanged. RecordChanged when it lost.
 
-        ``keepalive`` is the expiry pass itself, which renews what is over instead of expiring it.
+        ``keepalive`` is the expiry pass itself, which renews what is over instead of expiring it; ``over``: leases rest, and it is known to be over.
         """
         began = self.clock.monotonic()
         # A caller whose ``now`` is another clock's is taken at its word; a second of difference is rounding.
@@ -433,7 +434,7 @@ class Records:
         def work(conn: sqlite3.Connection) -> Sandbox:
             # Waiting for the writer's lock may have taken this past the end of the lease. The clock is read here: the second in which this
             # began and the seconds of waiting, each rounded down, would add up to a second too little. (It may be set back meanwhile.)
-            latest = -1 if keepalive else max(self.clock.now() + apart, now + int(self.clock.monotonic() - began))
+            latest = -1 if keepalive or over else max(self.clock.now() + apart, now + int(self.clock.monotonic() - began))
             done = conn.execute(
                 "UPDATE sandboxes SET lease_expires_at = ?, updated_at = ?, generation = generation + 1 "
                 "WHERE uuid = ? AND state = 'RUNNING' AND lease_expires_at > ? AND generation = ? "

@@ -43,6 +43,9 @@ def _status(data: dict[str, Any]) -> str:
         text += (f"\n\nThe scheduled cleanup is FROZEN since {cell(frozen['at'])} by {cell(frozen['actor'])}: {cell(frozen['reason'])}\n"
                  "  agentlab cleanup run --dry-run    # what would go; where a guard would stop it again, raise the guard first\n"
                  "  agentlab cleanup release          # go on")
+    for one in data.get("conditions") or []:
+        text += (f"\n\n{cell(one['part'])} {cell(one['condition']).upper()} since {cell(one['since'])}: {cell(one['why'])}\n"
+                 f"  {cell(one['todo'])}")
     if config["error"]:
         text += f"\n\nThe configuration could not be reloaded, the one before it is in force: {cell(config['error'])}"
     return text

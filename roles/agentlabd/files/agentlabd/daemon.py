@@ -93,15 +93,14 @@ class Daemon:
 
     async def _look_after(self) -> None:
         """Look every few seconds whether what the daemon stands on is still there; costs some calls of stat."""
-        told: str | None = None
+        service = self.service
         while True:
             await asyncio.sleep(_LOOK_SECONDS)
             if self._end.is_set():
                 return
-            problem = await self.api.look_after_socket()
-            if problem and problem != told:
-                log.error("socket: %s", problem)
-            told = problem
+            service.conditions.socket_problem = await self.api.look_after_socket()
+            # In a thread: it reads the records.
+            await asyncio.get_running_loop().run_in_executor(service.records_pool, service.conditions.tell)
 
     def _reload(self) -> None:
         """SIGHUP: reading a few small files holds nothing up."""

@@ -17,6 +17,7 @@ os.environ.setdefault("PROMETHEUS_DISABLE_CREATED_SERIES", "true")
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
+from agentlab_core import reasons
 from agentlab_core.errors import AgentlabError, Busy, CreationFailed, Frozen, GuardTripped, Kept, StateConflict
 from agentlab_core.model import Outcome
 from agentlab_core.operations.lease import Expiry
@@ -25,12 +26,12 @@ from agentlab_core.store import upkeep
 
 from . import __version__
 from .answers import status_of
+from .conditions import PARTS
 
 if TYPE_CHECKING:
     from .service import Service
 
 OPERATIONS = ("create", "destroy", "start", "stop", "suspend", "expire", "prune", "cleanup", "reconcile")
-KEPT = ("protected", "too_young", "ambiguous", "foreign", "unknown", "node_offline", "locked", "busy", "changed", "denied", "clock_jumped", "rule")
 METHODS = ("GET", "POST", "PUT", "DELETE")
 ERRORS = ("api", "access", "unreachable", "unknown", "task")
 _SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
@@ -57,7 +58,7 @@ class Metrics:
         self.leases = counter("leases", "Leases by what became of them", "result", ("renewed", "kept_alive", "expired", "capped", "refused"))
         self.prune_runs = counter("prune_runs", "Runs of prune and of the cleanup rules", "result", ("ok", "failed", "guard", "frozen", "shadow"))
         self.prune_items = counter("prune_items", "Sandboxes those runs looked at", "result", ("pruned", "kept", "failed", "would_prune"))
-        self.prune_kept = counter("prune_kept", "Sandboxes that were kept, by reason", "reason", KEPT)
+        self.prune_kept = counter("prune_kept", "Sandboxes that were kept, by reason", "reason", reasons.KEPT)
         self.prune_candidates = gauge("prune_candidates", "Sandboxes that the last run wanted to destroy")
         self.prune_success = gauge("prune_last_success_timestamp_seconds", "When a run of prune or cleanup last ended well")
         self.guard_trips = counter("prune_guard_trips", "Runs of the cleanup rules that their guard stopped")
@@ -134,7 +135,7 @@ class Metrics:
         self.prune_items.labels("kept").inc(len(kept))
         self.prune_items.labels("failed").inc(len(failed))
         for one in kept:
-            self.prune_kept.labels(one.reason if one.reason in KEPT else "changed").inc()
+            self.prune_kept.labels(one.reason if one.reason in reasons.KEPT else "changed").inc()
         if not failed:
             self.prune_success.set(time.time())
         if not shadow:
@@ -193,10 +194,20 @@ class _Now:
         yield by_state
         under_way, interrupted = service.base.records.unfinished()
         yield GaugeMetricFamily("agentlab_operations_in_progress", "Operations that are under way", value=len(under_way))
-        began = [one.started_at for one in (*under_way, *interrupted)]
-        age = max(0, int(time.time()) - min(began)) if began else 0
+        started = [one.started_at for one in (*under_way, *interrupted)]
+        age = max(0, int(time.time()) - min(started)) if started else 0
         yield GaugeMetricFamily("agentlab_oldest_operation_age_seconds", "Age of the oldest operation that is not finished", value=age)
         yield GaugeMetricFamily("agentlab_prune_frozen", "1 while cleanup is frozen", value=int(service.frozen() is not None))
+        present = service.conditions.now()
+        condition = GaugeMetricFamily("agentlab_condition", "1 while a part of the daemon rests, waits or fails", labels=["part"])
+        since = GaugeMetricFamily("agentlab_condition_since_timestamp_seconds", "When that began; 0 while all is as usual", labels=["part"])
+        for part in PARTS:
+            began = [one.since or 0 for one in present if one.part == part]
+            condition.add_metric([part], int(bool(began)))
+            since.add_metric([part], min(began, default=0))
+        yield condition
+        yield since
+        yield GaugeMetricFamily("agentlab_unrecorded_vms", "VMs with our marker that have no record, at the last reconcile", value=len(service.unrecorded))
         yield GaugeMetricFamily("agentlab_prune_enabled", "1 when the cleanup rules run by themselves", value=int(service.policy.enabled))
         statistics = service.base.client.statistics
         requests = CounterMetricFamily("agentlab_proxmox_requests", "Requests to Proxmox", labels=["method"])

@@ -91,7 +91,7 @@ SCHEMAS: dict[str, Any] = {
         more=True))}),
     "Cleanup": _object({"count": _WHOLE, "dry_run": _FLAG, "candidates": _WHOLE, "forgotten": _WHOLE, "guard": _MAYBE,
                         **{name: _list(_ref("Result")) for name in ("pruned", "marked", "kept", "failed")}}),
-    "Freeze": _object({"reason": _TEXT, "at": _TIME, "actor": _TEXT}),
+    "Freeze": _object({"reason": _TEXT, "at": _MAYBE, "actor": _MAYBE, "leases": {**_FLAG, "description": "leases rest, too"}}),
     "Frozen": _object({"frozen": {"anyOf": [_ref("Freeze"), {"type": "null"}]}, "released": {"anyOf": [_ref("Freeze"), {"type": "null"}]}}, ("released",)),
     "Status": _object({
         "version": _TEXT, "started_at": _TIME, "uptime_seconds": _WHOLE,
@@ -101,6 +101,9 @@ SCHEMAS: dict[str, Any] = {
         "cleanup": _object({"enabled": _FLAG, "mode": _TEXT, **_JOB, "last_result": {"type": ["object", "null"]},
                             "frozen": {"anyOf": [_ref("Freeze"), {"type": "null"}]}}),
         "operations": _object({"in_progress": _WHOLE, "interrupted": _WHOLE}),
+        "unrecorded": _list(_object({"vmid": _WHOLE, "name": _MAYBE, "node": _MAYBE})),
+        "conditions": {**_list(_object({"part": _TEXT, "condition": {"enum": ["rests", "waits", "fails"]}, "since": _MAYBE, "why": _TEXT, "todo": _TEXT})),
+                       "description": "what does not do its work: how, since when, why, and what to do; empty when all is as usual"},
         "config": _object({"path": _MAYBE, "loaded_at": _TIME, "error": _MAYBE}),
         "api_schema_version": _WHOLE, "event_schema_version": _WHOLE, "sandboxes": _COUNTS, "jobs": _COUNTS, "network_modes": _COUNTS,
         "artifacts": _ANY, "metrics": _object({"enabled": _FLAG}), "recent_failures": _list(_object(_EVENT))}),

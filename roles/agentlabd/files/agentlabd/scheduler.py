@@ -28,7 +28,7 @@ from agentlab_core.operations import lease, reconcile, timeguard
 from agentlab_core.operations.context import Context
 from agentlab_core.store import upkeep
 
-from .logs import log
+from .logs import log, seldom
 from .service import Service
 
 T = TypeVar("T")
@@ -45,6 +45,9 @@ class Job:
     last_run: int | None = None
     next_run: int | None = None
     last_error: str | None = None
+    # Since when it fails, and since when its present turn runs; None: it does not.
+    failing_since: int | None = None
+    running_since: int | None = None
 
     def public(self) -> dict[str, Any]:
         return {"last_run": clock_module.iso(self.last_run), "next_run": clock_module.iso(self.next_run), "last_error": self.last_error}
@@ -52,13 +55,14 @@ class Job:
     def done(self, name: str) -> None:
         if self.last_error:
             log.info("%s works again", name)
-        self.last_run, self.last_error = int(time.time()), None
+        self.last_run, self.last_error, self.failing_since = int(time.time()), None, None
 
     def failed(self, name: str, error: AgentlabError) -> None:
         # Told once, not at every try.
         if error.message != self.last_error:
             log.warning("%s: %s", name, error.message)
         self.last_error = error.message
+        self.failing_since = self.failing_since or int(time.time())
 
 
 class Scheduler:
@@ -98,7 +102,18 @@ class Scheduler:
 
     async def _run(self, work: Callable[[], T], name: str) -> T:
         """Run it in a thread; when the loop is stopped meanwhile, the work goes on and is waited for elsewhere, by that name."""
-        return await asyncio.shield(self.service.begin(self._jobs, work, name))
+        job = self.service.jobs.get(name)
+
+        def timed() -> T:
+            if job is None:
+                return work()
+            job.running_since = int(time.time())
+            try:
+                return work()
+            finally:
+                job.running_since = None
+
+        return await asyncio.shield(self.service.begin(self._jobs, timed, name))
 
     # ---- leases ----
 
@@ -128,11 +143,13 @@ class Scheduler:
         """End the leases that are over; answers how long to sleep. Asks the records only."""
         longest = float(self.service.config.expire_interval)
         ctx = self.service.context("agentlabd")
+        # Notes how far the records have come, and recognises an older copy.
+        timeguard.hold(ctx)
         due = upkeep.next_lease_end(ctx.records)
         if due is not None and due <= ctx.clock.now():
             passed = lease.expire(ctx, stop_vms=False)
             if passed.suspended:
-                log.warning("expiry rests: %s", passed.suspended)
+                seldom(30, "expiry rests", "expiry rests: %s", passed.suspended)
                 return longest
             self.service.metrics.expired(passed)
             for one in passed.renewed:
@@ -168,6 +185,8 @@ class Scheduler:
                 self.reconcile.done("reconcile")
                 self.service.metrics.reconciled(found)
                 self._tell(found)
+                self.service.unrecorded = [{"vmid": one.vmid, "name": one.evidence.get("name"), "node": one.evidence.get("node")}
+                                           for one in found if one.kind == "unrecorded"]
                 self._look.set()
                 longest, retry = math.inf, _FIRST_RETRY
             except Stopping:

@@ -26,9 +26,11 @@ from agentlab_core.errors import AgentlabError, Busy, ConfigError
 from agentlab_core.operations import cleanup
 from agentlab_core.operations.context import Context
 from agentlab_core.store import schema, upkeep
+from agentlab_core.store.workspaces import Workspaces
 
 from . import __version__, answers
 from .answers import Answer
+from .conditions import Conditions
 from .logs import log
 from .metrics import Metrics
 from .routes import Call, Route
@@ -41,6 +43,7 @@ _READERS = 4
 _CACHE_KIB = 512
 # Whose handlers count by themselves what they did.
 _COUNTED = ("prune", "cleanup", "reconcile")
+_DAMAGE_SECONDS = 60.0
 _SHORTEST_TOKEN = 16
 # Of a request's body, what the log tells.
 _TOLD = ("vmid", "name", "force", "dry_run", "apply", "max_count", "reason")
@@ -76,6 +79,10 @@ class Service:
         # Set by the scheduler: what it does, by name.
         self.jobs: dict[str, Any] = {}
         self.last_cleanup: dict[str, Any] | None = None
+        # VMs with our marker and without a record, of the last reconcile: vmid, name, node.
+        self.unrecorded: list[dict[str, Any]] = []
+        self._damage: tuple[float, list[str]] = (0.0, [])
+        self.conditions = Conditions(self)
         self._cleaning = threading.Lock()
         self.metrics = Metrics(self)
 
@@ -124,6 +131,15 @@ class Service:
         self.stopping.set()
         for pool in (self.work_pool, self.doctor_pool):
             pool.shutdown(wait=False, cancel_futures=True)
+
+    def damage(self) -> list[str]:
+        """Return what is damaged in the records, a sentence each; looked for once a minute."""
+        at, told = self._damage
+        if not at or time.monotonic() - at > _DAMAGE_SECONDS:
+            records = self.base.records
+            told = [error.message for error in (*records.damage(), *Workspaces(records).damage())]
+            self._damage = time.monotonic(), told
+        return told
 
     # ---- cleanup ----
 
@@ -190,6 +206,7 @@ class Service:
         """What GET /v1/status answers; from the records and from memory."""
         records = self.base.records
         under_way, interrupted = records.unfinished()
+        conditions = [one.public() for one in self.conditions.now()]
         statistics = self.base.client.statistics
         return {
             "version": __version__,
@@ -202,6 +219,8 @@ class Service:
             "cleanup": {"enabled": self.policy.enabled, "mode": self.policy.mode, **(self.jobs["cleanup"].public() if self.jobs else {}),
                         "last_result": self.last_cleanup, "frozen": self.frozen()},
             "operations": {"in_progress": len(under_way), "interrupted": len(interrupted)},
+            "unrecorded": self.unrecorded,
+            "conditions": conditions,
             "config": {"path": self.path, "loaded_at": clock_module.iso(self.loaded_at), "error": self.config_error},
         }
 

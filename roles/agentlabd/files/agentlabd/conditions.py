@@ -1,0 +1,183 @@
+# Copyright: the agentlab.proxmox contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""What rests, waits or fails at the moment: one list, which status, log and metrics tell alike.
+
+Each condition is collected anew from what the daemon knows; nothing in here asks Proxmox VE. When a condition began is remembered between looks.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from agentlab_core import clock as clock_module
+from agentlab_core.errors import AgentlabError
+from agentlab_core.operations import timeguard
+
+from .logs import log
+
+if TYPE_CHECKING:
+    from .service import Service
+
+RESTS, WAITS, FAILS = "rests", "waits", "fails"
+# What can be in a condition, and so a label of the metric: each is there from the start.
+PARTS = ("expiry", "reconcile", "cleanup", "proxmox", "token", "records", "damage", "clock", "restore", "unrecorded", "operations", "configuration", "socket")
+# Seconds after which a wait is told.
+_WAIT_SECONDS = 5.0
+_JOB_SECONDS = 60.0
+# An interrupted operation is taken up by the next reconcile; one that stays has a cause that somebody has to mend.
+_INTERRUPTED_SECONDS = 3600
+
+
+@dataclass(slots=True)
+class Condition:
+    """One part of the daemon that does not do its work: how, since when (seconds since the epoch), why, and what to do."""
+
+    part: str
+    condition: str
+    why: str
+    todo: str
+    since: int | None = None
+
+    def public(self) -> dict[str, Any]:
+        return {"part": self.part, "condition": self.condition, "since": clock_module.iso(self.since), "why": self.why, "todo": self.todo}
+
+
+class Conditions:
+    """Collects them, remembers when each began, and logs each once when it begins and when it ends."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        # What the look at the socket found, by the event loop.
+        self.socket_problem: str | None = None
+        self._since: dict[tuple[str, str], int] = {}
+        self._logged: dict[str, str] = {}
+
+    def now(self) -> list[Condition]:
+        """Return all conditions of this moment, each with its beginning."""
+        found = list(self._collect())
+        keys = {(one.part, one.condition) for one in found}
+        for key in set(self._since) - keys:
+            self._since.pop(key, None)
+        for one in found:
+            known = self._since.setdefault((one.part, one.condition), one.since or int(time.time()))
+            one.since = one.since or known
+        return found
+
+    def tell(self) -> None:
+        """Log what began and what ended since the last look."""
+        found: dict[str, Condition] = {}
+        for one in self.now():
+            found.setdefault(one.part, one)
+        for part, one in found.items():
+            if self._logged.get(part) != one.condition:
+                # Failures of a job are told where they happen.
+                if part not in ("reconcile", "cleanup", "configuration"):
+                    log.warning("%s %s: %s. %s", part, one.condition, one.why, one.todo)
+                self._logged[part] = one.condition
+        for part in set(self._logged) - set(found):
+            del self._logged[part]
+            log.info("%s: as usual again", part)
+
+    # ---- collecting ----
+
+    def _collect(self) -> Iterator[Condition]:
+        try:
+            yield from self._of_records()
+        except AgentlabError as error:
+            yield Condition("records", FAILS, error.message, "the message says what to look at; run agentlab doctor")
+        yield from self._of_jobs()
+        yield from self._of_proxmox()
+        service = self._service
+        if service.config_error:
+            yield Condition("configuration", FAILS, f"it could not be reloaded, the one before it is in force: {service.config_error}",
+                            "correct the file, then systemctl reload agentlabd")
+        if self.socket_problem:
+            yield Condition("socket", FAILS, self.socket_problem, "the message says what to do")
+
+    def _of_records(self) -> Iterator[Condition]:
+        service = self._service
+        database = service.base.database
+        replaced = database.replaced()
+        if replaced:
+            yield Condition("records", FAILS, replaced, "systemctl stop agentlabd; put the right file in place; systemctl start agentlabd")
+            return
+        waits = database.waits_since
+        if waits is not None and time.monotonic() - waits > _WAIT_SECONDS:
+            began = int(time.time() - (time.monotonic() - waits))
+            yield Condition("records", WAITS, f"a write waits for the records, which another process has locked ({_locker(service.config.database)})",
+                            "end that process, or wait until it has done", began)
+            # The other looks would wait, too.
+            return
+        damaged = service.damage()
+        if damaged:
+            more = f" (and {len(damaged) - 1} more)" if len(damaged) > 1 else ""
+            yield Condition("damage", FAILS, damaged[0] + more, "run agentlab doctor, which says how to mend it")
+        frozen = service.frozen()
+        if frozen and frozen["leases"]:
+            yield Condition("restore", RESTS, f"{frozen['reason']}; no lease ends and nothing is cleaned up",
+                            "look at agentlab sandbox reconcile and list, renew what is still needed, then agentlab cleanup release", _seconds(frozen["at"]))
+        elif frozen:
+            yield Condition("cleanup", RESTS, f"cleanup is frozen by {frozen['actor']}: {frozen['reason']}",
+                            "look at agentlab cleanup run --dry-run, then agentlab cleanup release", _seconds(frozen["at"]))
+        until = timeguard.rests_until(service.base)
+        if until is not None:
+            yield Condition("clock", RESTS, f"the wall clock jumped, or its note was lost; expiry and cleanup rest until {clock_module.iso(until)}",
+                            "look at the clock (timedatectl); they go on by themselves (clock_jump_pause)", until - service.config.clock_jump_pause)
+        stuck = [one for one in service.base.records.interrupted() if one.updated_at < time.time() - _INTERRUPTED_SECONDS]
+        if stuck:
+            yield Condition("operations", WAITS, f"{len(stuck)} operation(s) were cut off and could not be finished since; the oldest: {stuck[0].kind} by "
+                            f"{stuck[0].actor}", "run agentlab doctor, which names them and what ends them", min(one.updated_at for one in stuck))
+        unrecorded = service.unrecorded
+        if unrecorded:
+            some = ", ".join(f"{one['vmid']} ({one['name']} on {one['node']})" for one in unrecorded[:5]) + (", ..." if len(unrecorded) > 5 else "")
+            yield Condition("unrecorded", FAILS, f"{len(unrecorded)} VM(s) carry our marker and have no record here, so no lease ends them: {some}",
+                            "after a restore: they were created since the copy; look at each, and remove by hand what nobody needs (qm destroy)")
+
+    def _of_jobs(self) -> Iterator[Condition]:
+        for name, job in self._service.jobs.items():
+            if job.last_error:
+                yield Condition(name, FAILS, job.last_error, "the message says what to look at; it is tried again by itself", job.failing_since)
+            elif job.running_since is not None and time.time() - job.running_since > _JOB_SECONDS:
+                yield Condition(name, WAITS, "this turn has not ended yet; it waits for Proxmox VE or for the records", "see the other conditions, or wait",
+                                job.running_since)
+
+    def _of_proxmox(self) -> Iterator[Condition]:
+        statistics = self._service.base.client.statistics
+        if statistics.reachable is False:
+            yield Condition("proxmox", FAILS, statistics.last_error or "it is not reached", "the message says what to look at; leases end all the same, and "
+                            "their VMs are stopped once it answers")
+        elif statistics.refused:
+            yield Condition("token", FAILS, statistics.refused, "give agentlabd a token that is in force, or grant what is missing: agentlab doctor says what")
+
+
+def _seconds(text: str | None) -> int | None:
+    from datetime import datetime
+
+    try:
+        return int(datetime.fromisoformat(str(text).replace("Z", "+00:00")).timestamp())
+    except ValueError:
+        return None
+
+
+def _locker(database: str) -> str:
+    """Name the process that holds the writer's lock of the records, as far as this host tells."""
+    try:
+        # SQLite's writer holds byte 120 of the -shm file.
+        shared = os.stat(f"{database}-shm")
+        wanted = f"{os.major(shared.st_dev):02x}:{os.minor(shared.st_dev):02x}:{shared.st_ino}"
+        with open("/proc/locks", encoding="ascii", errors="replace") as file:
+            for line in file:
+                fields = line.split()
+                if len(fields) >= 8 and fields[3] == "WRITE" and fields[5] == wanted and int(fields[6]) <= 120 <= int(fields[7].replace("EOF", "9" * 9)):
+                    pid = int(fields[4])
+                    with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as name:
+                        return f"process {pid}, {name.read().strip()}"
+    except (OSError, ValueError, IndexError):
+        pass
+    return "which process it is cannot be seen from here: fuser -v names it"

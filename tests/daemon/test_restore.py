@@ -1,0 +1,146 @@
+# Copyright: the agentlab.proxmox contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""The manual's restore, to the letter, with VMs that went on meanwhile: nobody's work ends, nobody's VM is forgotten."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import sqlite3
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support.cli import agentlab
+from support.daemon import Daemon, free_port
+from support.lab import Lab
+
+Make = Callable[..., Daemon]
+MANUAL = (Path(__file__).resolve().parents[2] / "docs" / "troubleshooting.md").read_text()
+
+
+def commands(name: str) -> list[str]:
+    """The commands of a part of the manual."""
+    return re.findall(r"^[#$] (.+)$", MANUAL.split(f"<!-- {name} -->")[1].split(f"<!-- /{name} -->")[0], re.M)
+
+
+def back_up(lab: Lab, to: Path) -> None:
+    with contextlib.closing(sqlite3.connect(lab.database)) as source, contextlib.closing(sqlite3.connect(to)) as copy:
+        source.backup(copy)
+
+
+def follow(one: Daemon, lab: Lab, tmp_path: Path, steps: list[str]) -> dict[str, str]:
+    """Do what the manual says, with this daemon and these records; what each command of agentlab said is returned."""
+    told = {}
+    for step in steps:
+        if step == "systemctl stop agentlabd":
+            assert one.stop() == 0
+        elif step == "systemctl start agentlabd":
+            one.start()
+        elif step.startswith("agentlab "):
+            ran = agentlab(*step.split()[1:], socket=one.socket)
+            assert ran.returncode in (0, 3), ran
+            told[step] = ran.stdout
+        else:
+            lab.close_contexts()
+            mine = step.replace("/var/lib/agentlab", os.path.dirname(lab.database)).replace("/root/", f"{tmp_path}/")
+            subprocess.run(["bash", "-euc", mine], check=True)
+    return told
+
+
+@pytest.mark.parametrize("lost", [False, True], ids=["the folder is there", "the folder was lost"])
+def test_the_manuals_restore_ends_nobodys_work_and_forgets_nobodys_vm(daemon: Make, lab: Lab, tmp_path: Path, lost: bool) -> None:
+    for name in ("renewed", "steady", "ended"):
+        lab.create(name, ttl=3600)
+    one = daemon(metrics_listen=f"127.0.0.1:{free_port()}", expire_interval="1s")
+    back_up(lab, tmp_path / "agentlab-backup.db")
+    with contextlib.closing(sqlite3.connect(tmp_path / "agentlab-backup.db", isolation_level=None)) as copy:
+        # As if the copy had been made hours ago: by it this lease is over.
+        copy.execute("UPDATE sandboxes SET lease_expires_at = ? WHERE vmid = 1000", (int(time.time()) - 5,))
+    # The life goes on.
+    assert one.post("/v1/sandboxes/1000/lease/renew", {"ttl_minutes": 240}).status == 200
+    assert one.post("/v1/sandboxes/1002/destroy", {"force": True}).status == 200
+    assert one.post("/v1/sandboxes", {"name": "newer", "vmid": 1010}).status == 201
+    assert lab.pve.vm(1000).status == "running"
+    if lost:
+        for name in os.listdir(os.path.dirname(lab.database)):
+            if name.startswith("."):
+                os.unlink(os.path.join(os.path.dirname(lab.database), name))
+    lab.pve.requests.clear()
+    told = follow(one, lab, tmp_path, commands("restore"))
+
+    said = told["agentlab status"]
+    assert "older copy" in said and "agentlab cleanup release" in said, said
+    status = one.wait_for(lambda: (found := one.good("GET", "/v1/status"))["unrecorded"] and found, "the newer VM is seen", 30)
+    assert [row["vmid"] for row in status["unrecorded"]] == [1010]
+    parts = {row["part"]: row for row in status["conditions"]}
+    assert parts["restore"]["condition"] == "rests" and "1010 (newer" in parts["unrecorded"]["why"], parts
+    assert one.metric("agentlab_unrecorded_vms") == 1 and one.metric('agentlab_condition{part="restore"}') == 1
+    one.wait_for(lambda: "unrecorded fails" in one.log() and "restore rests" in one.log(), "the log says both", 20)
+    # Passes of every kind, by the daemon and by people, end nothing.
+    assert one.good("POST", "/v1/sandboxes/reconcile", {"apply": True})
+    assert one.good("POST", "/v1/sandboxes/prune")["count"] == 0
+    time.sleep(3)
+    assert lab.record(1000).state == "RUNNING" and lab.pve.vm(1000).status == "running"
+    assert lab.pve.vm(1001).status == "running" and lab.pve.vm(1010).status == "running"
+    # Also over a restart.
+    assert one.stop() == 0
+    one.start()
+    time.sleep(2)
+    assert lab.record(1000).state == "RUNNING" and lab.pve.vm(1000).status == "running"
+
+    follow(one, lab, tmp_path, commands("release"))
+    one.wait_for(lambda: "restore" not in {row["part"] for row in one.good("GET", "/v1/status")["conditions"]}, "leases go on", 20)
+    time.sleep(3)
+    assert lab.record(1000).state == "RUNNING" and lab.pve.vm(1000).status == "running"
+    assert lab.pve.vm(1010).status == "running" and lab.pve.touched(1010) == []
+    # And the next lease that is over ends.
+    assert one.post("/v1/sandboxes/1001/lease/renew", {"ttl": "2s", "allow_shorten": True}).status == 200
+    one.wait_for(lambda: lab.pve.vm(1001).status == "stopped", "leases end again", 30)
+
+
+def test_an_older_copy_holds_plays_without_a_daemon_too(lab: Lab, tmp_path: Path) -> None:
+    lab.create("a1", ttl=2)
+    back_up(lab, tmp_path / "copy.db")
+    lab.renew(1000, 7200)
+    lab.close_contexts()
+    for path in Path(lab.database).parent.glob("agentlab.db*"):
+        path.unlink()
+    os.rename(tmp_path / "copy.db", lab.database)
+    time.sleep(3)
+    found = lab.expire()
+    assert found.suspended and "older copy" in found.suspended and not found.expired
+    lab.reconcile()
+    assert lab.record(1000).state == "RUNNING" and lab.pve.vm(1000).status == "running"
+    assert lab.renew(1000, 7200).outcome == "renewed"
+    assert not lab.expire(dry_run=True).expired
+    lab.timed_out("a2")
+    assert [one.reason for one in lab.prune().kept] == ["restored"]
+
+
+def test_records_that_only_went_on_are_no_older_copy(lab: Lab) -> None:
+    for number in range(3):
+        lab.create(f"a{number}")
+        lab.close_contexts()
+        assert lab.expire().suspended is None
+    lab.force_state(1002, "RUNNING", lease_expires_at=1)
+    assert [one.vmid for one in lab.expire().expired] == [1002]
+
+
+def test_nothing_is_noted_by_who_only_looks(lab: Lab) -> None:
+    lab.create("a1")
+    lab.close_contexts()
+    folder = Path(lab.database).parent
+    before: Any = {path.name: path.read_bytes() for path in folder.iterdir() if path.name.startswith(".")}
+    assert before
+    lab.expire(dry_run=True)
+    lab.prune(dry_run=True)
+    lab.close_contexts()
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.name.startswith(".")} == before
