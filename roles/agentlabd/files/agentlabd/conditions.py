@@ -13,16 +13,13 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from agentlab_core import clock as clock_module
 from agentlab_core.errors import AgentlabError
 from agentlab_core.operations import timeguard
 
 from .logs import log
-
-if TYPE_CHECKING:
-    from .service import Service
 
 RESTS, WAITS, FAILS = "rests", "waits", "fails"
 # What can be in a condition, and so a label of the metric: each is there from the start.
@@ -51,7 +48,8 @@ class Condition:
 class Conditions:
     """Collects them, remembers when each began, and logs each once when it begins and when it ends."""
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Any) -> None:
+        # A Service, which has these conditions.
         self._service = service
         # What the look at the socket found, by the event loop.
         self.socket_problem: str | None = None
