@@ -98,9 +98,9 @@ soak: setup ## The daemon under churn for SOAK_MINUTES: a table of its memory, a
 	@.venv/bin/python tests/support/soak.py $(SOAK_MINUTES)
 
 test-cli-oldest: setup ## The command line and the requests to Proxmox with the releases of the libraries that Debian 12 has
-	@echo "==> Command line with click 8.1.3, tabulate 0.8.9"
+	@echo "==> Command line with click 8.1.3"
 	@rm -rf .cache/debian12
-	@.venv/bin/python -m pip install --quiet --disable-pip-version-check --target .cache/debian12 click==8.1.3 tabulate==0.8.9
+	@.venv/bin/python -m pip install --quiet --disable-pip-version-check --target .cache/debian12 click==8.1.3
 	@AGENTLAB_TEST_CLI_LIBRARIES=$(CURDIR)/.cache/debian12 $(PYTEST) tests/cli -k 'not manual' $(PYTEST_ARGS)
 	@echo "==> Requests to Proxmox with requests 2.28.1, urllib3 1.26.12"
 	@rm -rf .cache/debian12-requests

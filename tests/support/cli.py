@@ -22,7 +22,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 PYTHON = sys.executable
-# With a folder of libraries the same tests run against other releases of click and tabulate.
+# With a folder of libraries the same tests run against other releases of click.
 LIBRARIES = os.environ.get("AGENTLAB_TEST_CLI_LIBRARIES")
 
 

@@ -21,11 +21,14 @@ PAGE = ROOT / "docs/cli.md"
 BEGIN, END = "<!-- reference -->\n", "<!-- /reference -->\n"
 _WALK = """
 import json, click
-from agentlab_cli.app import root
+from agentlab_cli.tree import root
 def walk(command, path):
     yield path
-    for name in command.commands if isinstance(command, click.Group) else ():
-        yield from walk(command.commands[name], [*path, name])
+    here = click.Context(command)
+    for name in command.list_commands(here) if isinstance(command, click.Group) else ():
+        inner = command.get_command(here, name)
+        if not inner.hidden:
+            yield from walk(inner, [*path, name])
 print(json.dumps(list(walk(root, []))))
 """
 

@@ -5,3 +5,6 @@
 """The command line ``agentlab``: it talks to the daemon over its socket, and imports neither the core nor the daemon."""
 
 __version__ = "1.0.0"
+NAME = "agentlab"
+# The variable with which a shell asks for completions.
+COMPLETE_VARIABLE = "_AGENTLAB_COMPLETE"

@@ -6,15 +6,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
-import pwd
 import socket
 import stat
+import threading
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import quote, urlencode
 
 from . import __version__
 from .errors import Problem, TimedOut, Unreachable
@@ -47,7 +47,7 @@ class Client:
     """Where the daemon is, and how long to wait for it (None: as long as suits the request)."""
 
     path: str
-    timeout: int | None = None
+    timeout: float | None = None
 
     def get(self, *parts: object, **query: object) -> Answer:
         return self.request("GET", _resource(parts, query), None, READ_TIMEOUT)
@@ -66,9 +66,16 @@ class Client:
     def _exchange(self, method: str, target: str, body: dict[str, Any] | None, timeout: int) -> Answer:
         import http.client
 
-        limit = self.timeout or timeout
+        # 0 was asked for: no limit.
+        limit = timeout if self.timeout is None else self.timeout or None
         connection = http.client.HTTPConnection("localhost", timeout=limit)
-        connection.sock = self._connect(limit)
+        connection.sock = sock = self._connect(limit)
+        # A socket's own time-out begins anew with each byte; this ends the whole exchange.
+        over = threading.Event()
+        watch = threading.Timer(limit, _end, (sock, over)) if limit else None
+        if watch:
+            watch.daemon = True
+            watch.start()
         headers = {"Accept": "application/json", "User-Agent": f"agentlab/{__version__}"}
         text = None
         if body is not None:
@@ -78,19 +85,25 @@ class Client:
             connection.request(method, target, text, headers)
             response = connection.getresponse()
             raw = response.read()
-        except TimeoutError as error:
-            raise TimedOut(f"the daemon did not answer within {span(limit)} (--timeout). It goes on with what it was asked to do; "
-                           "see 'agentlab sandbox list'") from error
         except (http.client.HTTPException, OSError) as error:
+            if limit and (over.is_set() or isinstance(error, TimeoutError)):
+                raise TimedOut(f"the daemon did not answer within {span(limit)} (--timeout). It goes on with what it was asked to do; "
+                               "see 'agentlab sandbox list'") from error
             if isinstance(error, http.client.BadStatusLine) and not isinstance(error, http.client.RemoteDisconnected):
                 raise Unreachable(f"what listens on {self.path} does not speak HTTP: it is not agentlabd. Check --socket and AGENTLAB_SOCKET") from error
             raise Unreachable(f"the daemon ended the connection before it answered ({error or type(error).__name__}); it was probably stopped. "
                               "What it had begun it finishes when it runs again. See 'systemctl status agentlabd' and 'agentlab sandbox list'") from error
         finally:
+            if watch:
+                watch.cancel()
             connection.close()
+        if over.is_set():
+            # It ended in the middle of a body without a length.
+            raise TimedOut(f"the daemon did not answer within {span(limit or 0)} (--timeout). It goes on with what it was asked to do; "
+                           "see 'agentlab sandbox list'")
         return Answer(response.status, raw, _parse(raw))
 
-    def _connect(self, limit: int) -> socket.socket:
+    def _connect(self, limit: float | None) -> socket.socket:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         sock.settimeout(limit)
         try:
@@ -128,10 +141,14 @@ class Client:
 
 
 def _target(parts: tuple[object, ...]) -> str:
+    from urllib.parse import quote
+
     return "/v1/" + "/".join(quote(str(part), safe="") for part in parts)
 
 
 def _resource(parts: tuple[object, ...], query: dict[str, object]) -> str:
+    from urllib.parse import urlencode
+
     asked = urlencode({name: value for name, value in query.items() if value not in (None, ())}, doseq=True)
     return _target(parts) + (f"?{asked}" if asked else "")
 
@@ -143,16 +160,23 @@ def _parse(raw: bytes) -> Any:
         return None
 
 
-def _why(path: str, error: OSError, limit: int) -> str:
+def _end(sock: socket.socket, over: threading.Event) -> None:
+    """End a connection whose time is over, in the middle of whatever is being read."""
+    over.set()
+    with contextlib.suppress(OSError):
+        sock.shutdown(socket.SHUT_RDWR)
+
+
+def _why(path: str, error: OSError, limit: float | None) -> str:
     """Why there is no connection, and what to do."""
     if isinstance(error, PermissionError):
         user = _user()
         return (f"{user} may not use the socket {path}. Add the user to the group {GROUP} and log in again:\n"
                 f"  sudo usermod -aG {GROUP} {user}")
     if isinstance(error, TimeoutError):
-        return f"the daemon accepted no connection on {path} within {span(limit)} (--timeout): it hangs or is overloaded.\n{_LOOK}"
+        return f"the daemon accepted no connection on {path} within {span(limit or 0)} (--timeout): it hangs or is overloaded.\n{_LOOK}"
     if isinstance(error, (FileNotFoundError, NotADirectoryError)):
-        return f"the daemon is not running: there is no socket {path}.\n{_START}"
+        return f"the daemon is not running: there is no socket {path}. If systemctl says that it is active, restart it.\n{_START}"
     if isinstance(error, ConnectionRefusedError):
         if not _is_socket(path):
             return f"{path} is not a socket. Check --socket and AGENTLAB_SOCKET; the daemon's is {DEFAULT_SOCKET} unless configured otherwise"
@@ -174,6 +198,8 @@ def _is_socket(path: str) -> bool:
 
 
 def _user() -> str:
+    import pwd
+
     try:
         return pwd.getpwuid(os.geteuid()).pw_name
     except KeyError:

@@ -14,9 +14,8 @@ from typing import Any
 import click
 
 from .errors import REFUSED, Problem
-from .framework import Command, Settings
+from .framework import Command, Settings, settings
 from .progress import Progress
-from .sandbox import settings
 from .text import cell
 
 

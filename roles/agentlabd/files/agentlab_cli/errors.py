@@ -32,6 +32,15 @@ class Problem(click.ClickException):
         click.echo(f"Error: {clean(self.message)}", file=file or sys.stderr)
 
 
+class Usage(Problem):
+    """Wrong usage whose words are fixed: they are printed as they are."""
+
+    exit_code = USAGE
+
+    def show(self, file: IO[Any] | None = None) -> None:
+        click.echo(self.message, file=file or sys.stderr)
+
+
 class Unreachable(Problem):
     """The daemon could not be asked, or its answer is of no use."""
 

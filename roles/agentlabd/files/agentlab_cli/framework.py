@@ -6,26 +6,27 @@
 
 from __future__ import annotations
 
-import difflib
+import json
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import click
 
 from .client import DEFAULT_SOCKET, Answer, Client
 from .errors import PARTLY, REFUSED, USAGE, Problem
-from .text import cell, clean, seconds
+from .text import cell, one_line, seconds
 
 # Generic only in newer releases of click.
 if TYPE_CHECKING:
     _IntType = click.ParamType[int]
+    _FloatType = click.ParamType[float]
     _StrType = click.ParamType[str]
 else:
-    _IntType = _StrType = click.ParamType
+    _IntType = _FloatType = _StrType = click.ParamType
 
 MIN_VMID, MAX_VMID = 100, 999999999
 
@@ -36,7 +37,11 @@ class Settings:
 
     socket: str | None = None
     json: bool = False
-    timeout: int | None = None
+    # Seconds for one request; 0 for as long as it takes, None for what suits the request.
+    timeout: float | None = None
+
+    # Something was printed for a program; for all objects of this class, because a run has one standard output.
+    answered: ClassVar[bool] = False
 
     @property
     def client(self) -> Client:
@@ -45,9 +50,11 @@ class Settings:
     def tell(self, answer: Answer, text: Callable[[Any], str]) -> None:
         """Show an answer: the very bytes of the API for programs, ``text`` of it for people. A refusal ends the command."""
         if self.json:
-            click.echo(answer.body.strip())
+            Settings.answered = True
+            # Escapes keep what a guest says from steering the terminal; a program gets the very bytes.
+            click.echo(json.dumps(answer.data, indent=2) if sys.stdout.isatty() else answer.body.strip())
         if not answer.ok:
-            raise Problem(str(answer.data["error"]))
+            raise Problem(one_line(answer.data["error"]) + self._explain(answer))
         if not self.json:
             try:
                 shown = text(answer.data)
@@ -55,6 +62,19 @@ class Settings:
                 raise _odd(answer, error) from error
             if shown:
                 click.echo(shown)
+
+    def _explain(self, answer: Answer) -> str:
+        """Return further lines for a sandbox that there is not: its VMID, and those nearest to it."""
+        vmid = answer.data.get("vmid")
+        if answer.data.get("code") != "not_found" or not isinstance(vmid, int):
+            return ""
+        try:
+            sandboxes = self.client.get("sandboxes").data["sandboxes"]
+            there = sorted({int(sandbox["vmid"]) for sandbox in sandboxes}, key=lambda other: (abs(other - vmid), other))
+        except (Problem, KeyError, TypeError, ValueError):
+            there = []
+        near = f" Nearest: {', '.join(map(str, sorted(there[:3])))}." if there else " There is none."
+        return f"\nThere is no sandbox {vmid}.{near} See 'agentlab sandbox list --all'"
 
 
 def _odd(answer: Answer, error: Exception) -> Problem:
@@ -73,24 +93,25 @@ def finish(done: int, failed: list[tuple[object, str]]) -> None:
     """End a command on several items: each failure as one line, exit status 1 when none was done and 4 when only some were."""
     for what, why in failed:
         said = re.search(rf"\b(sandbox|VM|VMID) {re.escape(str(what))}\b", why) is not None
-        click.echo(f"Error: {'' if said else f'sandbox {what}: '}{clean(why)}", err=True)
+        click.echo(f"Error: {'' if said else f'sandbox {what}: '}{one_line(why)}", err=True)
     if failed:
         sys.stdout.flush()
         sys.exit(PARTLY if done else REFUSED)
 
 
-class Duration(_IntType):
-    """A time to wait: seconds as a number, or a duration."""
+class Duration(_FloatType):
+    """A time to wait in seconds: a number, or a duration; 0 for no limit."""
 
     name = "duration"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        if isinstance(value, int):
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        if isinstance(value, (int, float)):
             return value
         try:
-            return seconds(value.strip())
+            return 0 if value.strip() in ("0", "0s") else seconds(value.strip())
         except ValueError:
-            self.fail(f"{value!r} is not a time to wait. Valid: seconds as a number (30), or a duration such as 90s, 30m, 2h", param, ctx)
+            self.fail(f"{value!r} is not a time to wait. Valid: seconds as a number (30), or a duration such as 90s, 30m, 2h, 1500ms; "
+                      "0 for no limit", param, ctx)
 
 
 class Vmid(_IntType):
@@ -137,6 +158,29 @@ class State(_StrType):
         return [CompletionItem(state) for state in self.valid if state.startswith(incomplete.upper())]
 
 
+class Known(_StrType):
+    """A name that the shell completes from a list of the daemon."""
+
+    name = "name"
+
+    def __init__(self, resource: str) -> None:
+        self.resource = resource
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        return str(value)
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[Any]:
+        from click.shell_completion import CompletionItem
+
+        try:
+            names = [str(item["name"]) for item in Client(ctx.ensure_object(Settings).client.path, 2).get(self.resource).data[self.resource]]
+        except (Problem, KeyError, TypeError):
+            return []
+        return [CompletionItem(cell(name)) for name in names if name.startswith(incomplete)]
+
+
+PROFILE = Known("profiles")
+WORKSPACE = Known("workspaces")
 VMID = Vmid()
 STATE = State()
 DURATION = Duration()
@@ -157,19 +201,47 @@ class _Global(click.Option):
 
 def _globals() -> list[click.Parameter]:
     return [
-        _Global(["--socket"], metavar="PATH", type=click.Path(), expose_value=False, callback=_keep("socket"),
+        _Global(["--socket"], metavar="PATH", expose_value=False, callback=_keep("socket"),
                 help=f"Socket of the daemon. Environment: AGENTLAB_SOCKET. Default: {DEFAULT_SOCKET}"),
-        _Global(["--json"], is_flag=True, expose_value=False, callback=_keep("json"), help="Print the daemon's answer as it is, for programs."),
+        _Global(["--json"], is_flag=True, expose_value=False, callback=_keep("json"),
+                help="Print the daemon's answer as it is, for programs; indented on a terminal."),
         _Global(["--timeout"], metavar="DURATION", type=DURATION, expose_value=False, callback=_keep("timeout"),
-                help="How long to wait for the daemon's answer: seconds, or 90s, 30m, 2h. Default: 30s to look, 1h to work."),
+                help="How long to wait for the daemon's whole answer: seconds, or 1500ms, 90s, 30m, 2h; 0 for no limit. "
+                     "Default: 30s to look, 1h to work."),
     ]
 
 
+_TRUE, _FALSE = ("true", "t", "1", "yes"), ("false", "f", "0", "no")
+
+
 class _Page(click.Command):
-    """Help that shows notes and examples as they are written."""
+    """Help that shows notes and examples as they are written; flags may be given as ``--flag=true``."""
 
     examples: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+
+    def make_parser(self, ctx: click.Context) -> Any:
+        parser = super().make_parser(ctx)
+        parse = parser.parse_args
+        parser.parse_args = lambda args: parse(self._plain_flags(ctx, args))  # type: ignore[method-assign]
+        return parser
+
+    def _plain_flags(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Return the words with ``--flag=true`` as ``--flag``, and ``--flag=false`` as its opposite or as nothing."""
+        flags = {name: param for param in self.get_params(ctx) if isinstance(param, click.Option) and param.is_flag for name in param.opts}
+        plain: list[str] = []
+        for number, word in enumerate(args):
+            if word == "--":
+                return plain + args[number:]
+            name, equals, value = word.partition("=")
+            flag = flags.get(name) if equals else None
+            if flag is not None and value.lower() in _TRUE:
+                plain.append(name)
+            elif flag is not None and value.lower() in _FALSE:
+                plain += flag.secondary_opts[:1]
+            else:
+                plain.append(word)
+        return plain
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         own: list[tuple[str, str]] = []
@@ -209,10 +281,15 @@ class Group(_Page, click.Group):
 
     command_class = Command
     group_class = type
+    # Nobody who mistypes a word shall be led to what destroys.
+    never_suggested = ("destroy", "prune")
 
-    def __init__(self, *args: Any, examples: tuple[str, ...] = (), notes: tuple[str, ...] = (), **options: Any) -> None:
+    def __init__(self, *args: Any, examples: tuple[str, ...] = (), notes: tuple[str, ...] = (), words: Mapping[str, str] | None = None,
+                 meant: Mapping[str, str] | None = None, **options: Any) -> None:
+        """``words``: other names of commands, which work and are not listed. ``meant``: for words that are no command, the line to type instead."""
         super().__init__(*args, **{"subcommand_metavar": "<command>", **options})
         self.examples, self.notes = examples, notes
+        self.words, self.meant = words or {}, meant or {}
         self.params.extend(_globals())
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -231,9 +308,22 @@ class Group(_Page, click.Group):
             ctx.exit(USAGE)
         return super().parse_args(ctx, args)
 
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        return super().get_command(ctx, self.words.get(cmd_name, cmd_name))
+
     def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
-        if args and not ctx.resilient_parsing and args[0] not in self.commands and not args[0].startswith("-"):
-            near = difflib.get_close_matches(args[0], self.commands, 1)
-            meant = f"Did you mean {near[0]}?" if near else f"Commands: {', '.join(self.commands)}"
-            ctx.fail(f"there is no command {args[0]!r}. {meant}")
+        if args and not ctx.resilient_parsing and not args[0].startswith("-") and self.get_command(ctx, args[0]) is None:
+            ctx.fail(f"there is no command {args[0]!r}. {self._advise(ctx, args[0])}")
         return super().resolve_command(ctx, args)
+
+    def _advise(self, ctx: click.Context, word: str) -> str:
+        if word in self.meant:
+            return f"Use: {self.meant[word]}"
+        import difflib
+
+        names = self.list_commands(ctx)
+        near = difflib.get_close_matches(word, [name for name in names if name not in self.never_suggested], 1)
+        return f"Did you mean {near[0]}?" if near else f"Commands: {', '.join(names)}"
+
+
+settings = click.make_pass_decorator(Settings, ensure=True)

@@ -10,10 +10,10 @@ from typing import Any
 
 import click
 
-from .framework import Command, Group, Settings, failures, finish
+from . import COMPLETE_VARIABLE, NAME, __version__
+from .framework import Command, Group, Settings, failures, finish, settings
 from .progress import Progress
-from .sandbox import plan, settings
-from .text import cell, pairs, span, table
+from .text import cell, pairs, span, table, terminal_width
 
 
 @click.command(cls=Command, usage="", examples=("agentlab status", "agentlab status --json | jq .cleanup.frozen"))
@@ -101,6 +101,8 @@ def _ran(data: dict[str, Any]) -> str:
     forgotten = f", {data['forgotten']} old record(s) removed" if data["forgotten"] else ""
     if not data["dry_run"]:
         return f"cleaned up {data['count']} sandbox(es){marked}, kept {len(data['kept'])}{forgotten}"
+    from .sandbox import plan
+
     guard = f"\nThe guard would stop it: {cell(data['guard'])}" if data["guard"] else ""
     return f"would clean up {data['count']} sandbox(es){marked}{forgotten}{guard}" + plan(
         {"destroy": data["pruned"], "FAILED": data["marked"], "keep": data["kept"], "cannot": data["failed"]})
@@ -144,7 +146,8 @@ def _profiles(found: list[dict[str, Any]]) -> str:
         return "no profiles"
     names = [name for name in ("name", "template", "cores", "memory", "disk_size", "lease_default", "lease_maximum", "keepalive", "description")
              if any(one.get(name) is not None for one in found)]
-    return table([name.replace("_", " ").upper() for name in names], [[one.get(name) for name in names] for one in found])
+    return table([name.replace("_", " ").upper() for name in names], [[one.get(name) for name in names] for one in found], width=terminal_width(),
+                 droppable=("DESCRIPTION",))
 
 
 @click.command(cls=Command, usage="bash|zsh|fish", examples=(
@@ -161,11 +164,29 @@ def completion(ctx: click.Context, shell: str) -> None:
     """
     from click.shell_completion import get_completion_class
 
-    from .app import COMPLETE_VARIABLE, NAME
-
     made = get_completion_class(shell)
     if made is None:
         ctx.fail(f"click knows no completion for {shell}")
     tool = made(ctx.find_root().command, {}, NAME, COMPLETE_VARIABLE)
     # Not source(): it would look for the shell itself, which need not be installed where the script is made.
     click.echo(tool.source_template % tool.source_vars())
+
+
+@click.command(cls=Command, usage="", hidden=True)
+def version() -> None:
+    """Show the version."""
+    click.echo(f"{NAME} {__version__}")
+
+
+@click.command("help", cls=Command, usage="[<command> ...]", hidden=True)
+@click.argument("words", nargs=-1, metavar="<command>")
+@click.pass_context
+def help_(ctx: click.Context, words: tuple[str, ...]) -> None:
+    """Show the help of a command."""
+    where = ctx.find_root()
+    for word in words:
+        command = where.command.get_command(where, word) if isinstance(where.command, click.Group) else None
+        if command is None:
+            raise click.UsageError(f"there is no command {' '.join(words)!r}; see 'agentlab --help'")
+        where = click.Context(command, info_name=word, parent=where)
+    click.echo(where.get_help())

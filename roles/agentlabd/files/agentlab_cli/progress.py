@@ -14,7 +14,7 @@ from collections.abc import Callable
 from types import TracebackType
 
 from .errors import Problem
-from .text import clean, span
+from .text import one_line, span
 
 # Answers that come within this need no progress.
 _SHOW_AFTER = 0.4
@@ -53,7 +53,7 @@ class Progress:
             except (Problem, KeyError, TypeError):
                 # No usable answer: it is shown by the command itself, if it matters.
                 continue
-            line = f"{clean(text)} ({span(time.monotonic() - begun)})"[:_width() - 1]
+            line = f"{one_line(text)} ({span(time.monotonic() - begun)})"[:_width() - 1]
             with self._drawing:
                 if not self._end.is_set():
                     self._shown = True

@@ -14,10 +14,10 @@ from typing import Any, NoReturn
 import click
 
 from .client import Client
-from .errors import USAGE, Problem, Unreachable
-from .framework import STATE, VMID, Group, Settings, failures, finish
+from .errors import INTERRUPTED, Problem, Unreachable, Usage
+from .framework import PROFILE, STATE, VMID, WORKSPACE, Group, Settings, failures, finish, settings
 from .progress import Progress
-from .text import cell, pairs, since, table, until
+from .text import cell, pairs, seconds, since, table, terminal_width, until
 
 # How often --follow asks, and how long it waits for a daemon that is being restarted.
 _FOLLOW_EVERY = 1.0
@@ -25,7 +25,10 @@ _FOLLOW_PATIENCE = 60
 # The most events that one answer holds.
 _PAGE = 1000
 
-settings = click.make_pass_decorator(Settings, ensure=True)
+# Characters of a file that is sent; the daemon takes a little less.
+_LONGEST_USER_DATA = 512 * 1024
+_LONGEST_KEYS = 256 * 1024
+_LONGEST_PASSWORD = 4096
 
 
 def one_vmid(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -38,7 +41,8 @@ def one_vmid(function: Callable[..., Any]) -> Callable[..., Any]:
     "agentlab sandbox lease renew --ttl 120 1009",
     "agentlab sandbox destroy --force 1009 1010 1011",
     "agentlab sandbox prune --older-than 24h --dry-run",
-))
+), words={"ls": "list", "ps": "list", "create": "new", "get": "show", "logs": "events", "log": "events", "pause": "suspend"},
+    meant=dict.fromkeys(("rm", "delete", "remove", "kill"), "agentlab sandbox destroy <vmid>"))
 def sandbox() -> None:
     """Create, show, use and destroy sandboxes."""
 
@@ -53,7 +57,7 @@ def sandbox() -> None:
 ))
 @click.option("--state", "states", type=STATE, metavar="<state>", multiple=True,
               help=f"Only those in this state; may be given several times. One of: {', '.join(STATE.valid)}.")
-@click.option("--profile", metavar="<profile>", help="Only those of this profile.")
+@click.option("--profile", type=PROFILE, metavar="<profile>", help="Only those of this profile.")
 @click.option("--tag", "tags", metavar="<tag>", multiple=True, help="Only those with this tag; may be given several times (any of them).")
 @click.option("--all", "every", is_flag=True, help="Destroyed ones too.")
 @settings
@@ -71,7 +75,7 @@ def _listed(found: list[dict[str, Any]]) -> str:
         return "no sandboxes"
     return table(("VMID", "NAME", "STATE", "NODE", "IP", "PROFILE", "LEASE", "AGE", "TAGS"), [
         (one["vmid"], one["name"], one["state"], one["node"], one["ip"], one["profile"], _lease(one), since(one["created_at"]), one["tags"])
-        for one in found])
+        for one in found], width=terminal_width(), droppable=("TAGS", "NODE", "PROFILE", "AGE"))
 
 
 def _lease(one: dict[str, Any]) -> str:
@@ -85,7 +89,26 @@ def _lease(one: dict[str, Any]) -> str:
 @settings
 def show(to: Settings, vmid: int) -> None:
     """Show everything that is known about one sandbox."""
-    to.tell(to.client.get("sandboxes", vmid), lambda data: pairs((name.replace("_", " "), value) for name, value in data.items()))
+    to.tell(to.client.get("sandboxes", vmid), lambda data: pairs(_shown(to.client, data)))
+
+
+def _shown(client: Client, data: dict[str, Any]) -> list[tuple[str, Any]]:
+    rows: list[tuple[str, Any]] = []
+    for name, value in data.items():
+        rows.append((name.replace("_", " "), value))
+        if name == "lease_expires_at":
+            rows.append(("time left", _lease(data)))
+        elif name == "workspace_id" and value:
+            rows.append(("workspace", _name_of(client, str(value))))
+    return rows
+
+
+def _name_of(client: Client, workspace: str) -> str | None:
+    """Return the name of a workspace, None where it cannot be told."""
+    try:
+        return str(client.get("workspaces", workspace).data["name"])
+    except (Problem, KeyError, TypeError):
+        return None
 
 
 @sandbox.command(usage="[--follow] [--tail <n>] <vmid>", examples=(
@@ -102,6 +125,16 @@ def events(to: Settings, vmid: int, follow: bool, tail: int | None) -> None:
 
     When, what, from which state to which, with what outcome, by whom, and why. With --json and --follow: one answer a line.
     """
+    try:
+        _show_events(to, vmid, follow, tail)
+    except KeyboardInterrupt:
+        # With --follow that is how it ends: no error, and the status that a shell expects.
+        if not follow:
+            raise
+        sys.exit(INTERRUPTED)
+
+
+def _show_events(to: Settings, vmid: int, follow: bool, tail: int | None) -> None:
     answer = to.client.get("sandboxes", vmid, "events", tail=tail)
     while True:
         found = answer.data.get("events") or []
@@ -138,7 +171,7 @@ def _told(data: dict[str, Any]) -> str:
         before, after = one["from_state"], one["to_state"]
         change = f"{before} -> {after}" if before and after and before != after else cell(after or before)
         why = f"  {cell(one['reason'])}" if one["reason"] else ""
-        lines.append(f"{cell(one['at'])}  {cell(one['operation']):<10}  {change:<24}  {cell(one['outcome']):<9}  {cell(one['actor'])}{why}")
+        lines.append(f"{cell(one['at'])}  {cell(one['operation']):<13}  {change:<28}  {cell(one['outcome']):<11}  {cell(one['actor'])}{why}")
     return "\n".join(lines) or "no events"
 
 
@@ -156,12 +189,12 @@ def _told(data: dict[str, Any]) -> str:
     "finished by running the command again with its --vmid or --name.",
 ))
 @click.option("--name", metavar="<name>", help="Name of the sandbox: letters, digits and hyphens.")
-@click.option("--profile", metavar="<profile>", help="Profile with the settings; see 'agentlab profile list'.")
+@click.option("--profile", type=PROFILE, metavar="<profile>", help="Profile with the settings; see 'agentlab profile list'.")
 @click.option("--template", metavar="<template>", help="VMID or name of the template to clone.")
 @click.option("--vmid", type=VMID, metavar="<vmid>", help="VMID to take. Without it, a free one of the configured range.")
 @click.option("--ttl", metavar="<ttl>", help="How long it may live: minutes (120), or 90s, 30m, 2h, 1d12h.")
 @click.option("--keepalive", is_flag=True, default=None, help="Renew the lease by itself when it runs out.")
-@click.option("--workspace", metavar="<workspace>", help="Workspace to attach.")
+@click.option("--workspace", type=WORKSPACE, metavar="<workspace>", help="Workspace to attach.")
 @click.option("--node", metavar="<node>", help="Node of the cluster.")
 @click.option("--pool", metavar="<pool>", help="Resource pool of Proxmox VE.")
 @click.option("--storage", metavar="<storage>", help="Storage of a full clone.")
@@ -211,9 +244,9 @@ def new(to: Settings, /, **given: Any) -> None:
         # The daemon splits them and leaves comments out. An empty file would make a sandbox that nobody can log in to.
         body["ssh_public_keys"] = [_read_keys(file) for file in body["ssh_public_keys"]]
     if "cloud_init_password" in body:
-        body["cloud_init_password"] = _read(body["cloud_init_password"]).rstrip("\r\n")
+        body["cloud_init_password"] = _read("--cloud-init-password", body["cloud_init_password"], _LONGEST_PASSWORD).rstrip("\r\n")
     if "cloud_init_user_data" in body:
-        body["cloud_init_user_data"] = _read(body["cloud_init_user_data"])
+        body["cloud_init_user_data"] = _read("--cloud-init-user-data", body["cloud_init_user_data"], _LONGEST_USER_DATA)
     label = f"sandbox {body.get('vmid') or body.get('name') or ''}".strip()
     with Progress(lambda: _state_of(to.client, label, body.get("vmid"), body.get("name")), wanted=not to.json):
         answer = to.client.post("sandboxes", body=body)
@@ -234,15 +267,19 @@ def _warn(to: Settings, *items: dict[str, Any]) -> None:
             click.echo(f"Warning: sandbox {cell(one.get('vmid'))}: {cell(warning)}", err=True)
 
 
-def _read(file: Any) -> str:
+def _read(option: str, file: Any, longest: int) -> str:
+    """Return the text of a file of at most so many characters. More is not read: a device has no end."""
     try:
-        return str(file.read())
+        text = str(file.read(longest + 1))
     except (OSError, UnicodeDecodeError) as error:
-        raise Problem(f"{file.name} cannot be read as text: {error}") from error
+        raise Problem(f"{option}: {file.name} cannot be read as text: {error}. Give a text file in UTF-8") from error
+    if len(text) > longest:
+        raise click.UsageError(f"{option}: {file.name} is larger than {longest // 1024} KiB. Give a smaller file; let it fetch what is large")
+    return text
 
 
 def _read_keys(file: Any) -> str:
-    text = _read(file)
+    text = _read("--ssh-public-keys", file, _LONGEST_KEYS)
     if not any(line.strip() and not line.strip().startswith("#") for line in text.splitlines()):
         raise click.UsageError(f"--ssh-public-keys: {file.name} holds no key; give the file with the public key, such as ~/.ssh/id_ed25519.pub, or "
                                "leave the option out")
@@ -254,7 +291,18 @@ def _put_ttl(body: dict[str, Any], ttl: str | None) -> None:
     if ttl is not None:
         text = ttl.strip()
         whole = text.isascii() and text.isdecimal() and 0 < int(text[:10]) < 10**9
-        body.update({"ttl_minutes": int(text)} if whole else {"ttl": text})
+        body.update({"ttl_minutes": int(text)} if whole else {"ttl": _whole_seconds(text)})
+
+
+def _whole_seconds(ttl: str) -> str:
+    """Return a duration with a fraction (1.5h, or 1.5 as minutes) in seconds; the daemon takes whole numbers. Anything else as it is."""
+    if "." not in ttl:
+        return ttl
+    try:
+        length = seconds(ttl if ttl[-1:].isalpha() else f"{ttl}m")
+    except ValueError:
+        return ttl
+    return f"{int(length)}s" if length == int(length) else ttl
 
 
 def _state_of(client: Client, label: str, vmid: int | None, name: str | None) -> str:
@@ -282,12 +330,25 @@ def start(to: Settings, vmid: int) -> None:
     _power(to, vmid, "start")
 
 
-@sandbox.command(usage="<vmid>", examples=("agentlab sandbox stop 1009",))
-@one_vmid
+@sandbox.command(usage="<vmid> | --all", examples=("agentlab sandbox stop 1009", "agentlab sandbox stop --all"), notes=(
+    "A sandbox in TIMEOUT is not stopped: the daemon does that by itself, and prune",
+    "looks for that state.",
+))
+@click.option("--all", "every", is_flag=True, help="Stop every sandbox that runs or is paused.")
+@click.argument("vmid", type=VMID, required=False, metavar="<vmid>")
 @settings
-def stop(to: Settings, vmid: int) -> None:
+def stop(to: Settings, vmid: int | None, every: bool) -> None:
     """Shut a sandbox down; one that does not is switched off."""
-    _power(to, vmid, "stop")
+    if every == (vmid is not None):
+        raise click.UsageError("which sandbox? Give <vmid>, or --all for every one that runs")
+    if vmid is not None:
+        _power(to, vmid, "stop")
+        return
+    with Progress(lambda: "stopping every sandbox", wanted=not to.json):
+        answer = to.client.post("sandboxes", "stop_all", body={})
+    to.tell(answer, lambda data: f"stopped {cell(data['stopped'])} sandbox(es), {cell(data['skipped'])} did not run")
+    failed = [one for one in answer.data.get("results") or [] if one.get("result") == "failed"]
+    finish(int(answer.data.get("stopped") or 0), [(one.get("vmid"), str(one.get("error"))) for one in failed])
 
 
 @sandbox.command(usage="<vmid>", examples=("agentlab sandbox suspend 1009",))
@@ -296,6 +357,49 @@ def stop(to: Settings, vmid: int) -> None:
 def suspend(to: Settings, vmid: int) -> None:
     """Suspend a sandbox that is READY or RUNNING; start resumes it."""
     _power(to, vmid, "suspend")
+
+
+@sandbox.command(usage="<vmid>", hidden=True, examples=("agentlab sandbox resume 1009",))
+@one_vmid
+@settings
+def resume(to: Settings, vmid: int) -> None:
+    """Resume a sandbox that is SUSPENDED."""
+    _power(to, vmid, "resume")
+
+
+# ---- what protects it, and what keeps it alive ----
+
+
+def _amend(to: Settings, vmid: int, action: str, text: str, body: dict[str, Any] | None = None) -> None:
+    answer = to.client.post("sandboxes", vmid, action, body=body)
+    to.tell(answer, lambda data: f"sandbox {cell(data['vmid'])} {text}" + ("" if data.get("changed", True) else " already"))
+
+
+@sandbox.command(usage="<vmid>", examples=("agentlab sandbox protect 1009",), notes=(
+    "Its lease still ends: then it is stopped, and stays. 'unprotect' is the way back.",
+))
+@one_vmid
+@settings
+def protect(to: Settings, vmid: int) -> None:
+    """Keep a sandbox from every destroy, forced or not."""
+    _amend(to, vmid, "protect", "is protected")
+
+
+@sandbox.command(usage="<vmid>", examples=("agentlab sandbox unprotect 1009",))
+@one_vmid
+@settings
+def unprotect(to: Settings, vmid: int) -> None:
+    """Let a protected sandbox be destroyed again."""
+    _amend(to, vmid, "unprotect", "is not protected")
+
+
+@sandbox.command(usage="on|off <vmid>", examples=("agentlab sandbox keepalive on 1009", "agentlab sandbox keepalive off 1009"))
+@click.argument("switch", type=click.Choice(["on", "off"]), metavar="on|off")
+@one_vmid
+@settings
+def keepalive(to: Settings, switch: str, vmid: int) -> None:
+    """Renew the lease of a sandbox by itself when it runs out, or no more."""
+    _amend(to, vmid, "keepalive", f"has keepalive {switch}", {"keepalive": switch == "on"})
 
 
 # ---- destroying ----
@@ -323,6 +427,7 @@ def destroy(to: Settings, vmids: tuple[int, ...], force: bool) -> None:
         with Progress(lambda: _state_of(to.client, f"sandbox {wanted[0]}", wanted[0], None), wanted=not to.json):
             answer = to.client.post("sandboxes", wanted[0], "destroy", body={"force": force})
         to.tell(answer, _destroyed)
+        _tell_fates(to, answer.data)
         _warn(to, answer.data)
         return
     with Progress(lambda: _gone(to.client, wanted), wanted=not to.json):
@@ -331,12 +436,29 @@ def destroy(to: Settings, vmids: tuple[int, ...], force: bool) -> None:
         raise Problem(f"{answer.data['error']} (vmid {answer.data.get('vmid')}); nothing was destroyed")
     failed = [one for one in answer.data.get("results") or [] if one.get("failed")]
     to.tell(answer, lambda data: "\n".join(_destroyed(one) for one in data["results"] if not one["failed"]))
+    _tell_fates(to, *answer.data.get("results") or [])
     _warn(to, *answer.data.get("results") or [])
     finish(len(answer.data.get("results") or []) - len(failed), failures(failed))
 
 
 def _destroyed(data: dict[str, Any]) -> str:
     return f"sandbox {cell(data['vmid'])} destroyed (state={cell(data['previous_state'])})"
+
+
+# What became of the VM, where it was not deleted just now.
+_FATES = {
+    "vm_absent": "Note: sandbox {vmid}: its VM was already gone",
+    "vmid_reused": "Note: sandbox {vmid}: its VM was already gone; VMID {vmid} is somebody else's VM now, and was left alone",
+    "never_created": "Note: sandbox {vmid}: its VM was never made",
+}
+
+
+def _tell_fates(to: Settings, *items: dict[str, Any]) -> None:
+    """Say beside the answer, whose words are fixed, what became of VMs that were not there any more."""
+    for item in () if to.json else items:
+        fate = _FATES.get(str(item.get("reason")))
+        if fate and not item.get("failed") and item.get("changed", True):
+            click.echo(fate.format(vmid=cell(item.get("vmid"))), err=True)
 
 
 def _gone(client: Client, vmids: list[int]) -> str:
@@ -388,10 +510,9 @@ def renew(ctx: click.Context, ttl: str | None, min_remaining: str | None, allow_
 
 
 def _no_ttl(ctx: click.Context) -> NoReturn:
-    click.echo(f"Usage: {ctx.command_path} --ttl <ttl> <vmid>\n"
+    raise Usage(f"Usage: {ctx.command_path} --ttl <ttl> <vmid>\n"
                "Note: Flags must come before vmid argument (e.g., --ttl 120 1009)\n"
-               "ttl is required. Flags must come before vmid (e.g., --ttl 120 1009)", err=True)
-    sys.exit(USAGE)
+               "ttl is required. Flags must come before vmid (e.g., --ttl 120 1009)")
 
 
 # ---- what is over, and what has drifted ----
@@ -486,6 +607,9 @@ def reconcile(to: Settings, apply: bool, adopt_cluster: bool) -> None:
 def _drifted(drift: list[dict[str, Any]], apply: bool) -> str:
     if not drift:
         return "no drift: the records and Proxmox VE agree"
-    head = f"{len(drift)} difference(s)" + (f", {sum(1 for one in drift if one['applied'])} repaired" if apply else "; repair with --apply")
+    # An absence is only noted the first time it is seen.
+    noted = sum(1 for one in drift if one["applied"] and str(one["action"]).startswith("noted"))
+    repaired = sum(1 for one in drift if one["applied"]) - noted
+    head = f"{len(drift)} difference(s)" + (f", {repaired} repaired" + (f", {noted} noted" if noted else "") if apply else "; repair with --apply")
     rows = [(one["vmid"], one["state"], one["kind"], one["action"] + (" (done)" if one["applied"] else ""), one["evidence"]) for one in drift]
     return f"{head}\n\n{table(('VMID', 'STATE', 'WHAT', 'ACTION', 'EVIDENCE'), rows)}"

@@ -7,19 +7,26 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
 _UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
-_WHOLE = re.compile(r"(?:(\d{1,9})d)?(?:(\d{1,9})h)?(?:(\d{1,9})m)?(?:(\d{1,9})s)?", re.ASCII)
+_NUMBER = r"(\d{1,9}(?:\.\d{1,6})?)"
+_DURATION = re.compile(rf"(?:{_NUMBER}d)?(?:{_NUMBER}h)?(?:{_NUMBER}m)?(?:{_NUMBER}s)?(?:{_NUMBER}ms)?", re.ASCII)
 # Names, addresses and messages may come from inside a guest: nothing in them may steer the terminal (C0, DEL, C1).
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
 
 
 def clean(text: object) -> str:
     """Text without control characters; line feeds and tabs stay."""
     return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", str(text))
+
+
+def one_line(text: object) -> str:
+    """Return text on one line without control characters: a name with line feeds makes no lines of its own."""
+    return " ".join(clean(text).split())
 
 
 def cell(value: object) -> str:
@@ -32,25 +39,27 @@ def cell(value: object) -> str:
         return ", ".join(cell(one) for one in value)
     if isinstance(value, dict):
         return ", ".join(f"{name}={cell(one)}" for name, one in value.items())
-    return " ".join(clean(value).split())
+    return one_line(value)
 
 
-def seconds(text: str) -> int:
-    """Seconds of ``30`` (seconds), ``90s``, ``5m``, ``1h30m``; ValueError for anything else, and for nothing."""
-    if text.isascii() and text.isdecimal():
-        found = int(text)
+def seconds(text: str) -> float:
+    """Return the seconds of ``30`` (seconds), ``1500ms``, ``90s``, ``1.5h``, ``1h30m``; ValueError for anything else, and for nothing."""
+    if re.fullmatch(_NUMBER, text, re.ASCII):
+        total = float(text)
     else:
-        parts = _WHOLE.fullmatch(text)
+        parts = _DURATION.fullmatch(text)
         if parts is None:
             raise ValueError(text)
-        found = sum(int(part) * size for part, size in zip(parts.groups(), _UNITS.values(), strict=True) if part)
-    if not 0 < found < 10**9:
+        total = sum(float(part) * size for part, size in zip(parts.groups(), (*_UNITS.values(), 0.001), strict=True) if part)
+    if not 0 < total < 10**9:
         raise ValueError(text)
-    return found
+    return int(total) if total == int(total) else round(total, 3)
 
 
 def span(length: float) -> str:
     """A length of time, at most two units: ``1d4h``, ``3m``, ``12s``."""
+    if 0 < length < 60 and length != int(length):
+        return f"{length:.3g}s" if length >= 1 else f"{round(length * 1000)}ms"
     rest, out = max(0, int(length)), []
     for unit, size in _UNITS.items():
         count, rest = divmod(rest, size)
@@ -81,12 +90,29 @@ def _moment(value: object) -> datetime | None:
         return None
 
 
-def table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Columns for people; nothing in a cell breaks its line."""
-    from tabulate import tabulate
+def table(headers: Sequence[str], rows: Iterable[Sequence[object]], *, width: int | None = None, droppable: Sequence[str] = ()) -> str:
+    """Return columns for people; nothing in a cell breaks its line.
 
-    text: str = tabulate([[cell(value) for value in row] for row in rows], headers=list(headers), tablefmt="plain", disable_numparse=True)
-    return "\n".join(line.rstrip() for line in text.splitlines())
+    With ``width``, the columns of ``droppable`` are left out, one after the other, while a line is longer than that.
+    """
+    columns = [[header, *column] for header, column in
+               zip(headers, zip(*([cell(value) for value in row] for row in rows), strict=True), strict=True)]
+    widths = {column[0]: max(map(len, column)) for column in columns}
+    for header in droppable if width is not None else ():
+        if sum(widths.values()) + 2 * (len(widths) - 1) <= (width or 0):
+            break
+        widths.pop(header, None)
+    shown = [[text.ljust(widths[column[0]]) for text in column] for column in columns if column[0] in widths]
+    return "\n".join("  ".join(line).rstrip() for line in zip(*shown, strict=True))
+
+
+def terminal_width() -> int | None:
+    """Return the columns of the terminal, or None when standard output is none."""
+    if not sys.stdout.isatty():
+        return None
+    import shutil
+
+    return shutil.get_terminal_size().columns
 
 
 def pairs(rows: Iterable[tuple[str, Any]]) -> str:

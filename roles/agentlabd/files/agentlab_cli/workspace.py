@@ -6,13 +6,13 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import click
 
-from .framework import VMID, Group, Settings
+from .framework import VMID, WORKSPACE, Group, Settings, settings
 from .progress import Progress
-from .sandbox import settings
 from .text import cell, pairs, since, table
 
 _UNITS = (("T", 1024**4), ("G", 1024**3), ("M", 1024**2))
@@ -20,6 +20,16 @@ _UNITS = (("T", 1024**4), ("G", 1024**3), ("M", 1024**2))
 
 def _size(found: Any) -> str:
     return next((f"{found // unit}{name}" for name, unit in _UNITS if found % unit == 0), f"{found // 1024}K")
+
+
+# Fields that the API has for the original command line too.
+_SAID_TWICE = ("size_gb", "volid", "attached_vmid")
+
+
+def _plain_size(text: str) -> str:
+    """Return a size as the daemon takes it: 10, 10g, 10GB and 10GiB are 10G. Anything else as it is, for the daemon to judge."""
+    found = re.fullmatch(r"([0-9]+)([kmgt]?)(?:i?b)?", text.strip(), re.IGNORECASE | re.ASCII)
+    return f"{found[1]}{found[2].upper() or 'G'}" if found else text
 
 
 def _which(data: dict[str, Any]) -> str:
@@ -35,7 +45,8 @@ def _with(data: dict[str, Any]) -> str:
     "agentlab workspace attach --vmid 1009 project-x",
     "agentlab workspace detach project-x",
     "agentlab workspace list",
-))
+), words={"ls": "list", "create": "new", "get": "show"},
+    meant=dict.fromkeys(("rm", "delete", "remove"), "agentlab workspace destroy --force <workspace>"))
 def workspace() -> None:
     """Create, attach, detach and delete disks that outlive sandboxes."""
 
@@ -56,11 +67,12 @@ def _listed(found: list[dict[str, Any]]) -> str:
 
 
 @workspace.command(usage="<workspace>", examples=("agentlab workspace show project-x",))
-@click.argument("name", metavar="<workspace>")
+@click.argument("name", type=WORKSPACE, metavar="<workspace>")
 @settings
 def show(to: Settings, name: str) -> None:
     """Show everything that is known about one workspace, by its name or id."""
-    to.tell(to.client.get("workspaces", name), lambda data: pairs((field.replace("_", " "), value) for field, value in data.items()))
+    to.tell(to.client.get("workspaces", name), lambda data: pairs(
+        (field.replace("_", " "), _size(value) if field == "size" else value) for field, value in data.items() if field not in _SAID_TWICE))
 
 
 @workspace.command(usage="--size <size> [--storage <storage>] [--node <node>] <workspace>", examples=(
@@ -70,28 +82,42 @@ def show(to: Settings, name: str) -> None:
     "It is empty: the first sandbox that has it makes a file system on it. One that",
     "is there only grows, and only while it is attached.",
 ))
-@click.option("--size", metavar="<size>", help="Size, such as 20G.")
+@click.option("--size", metavar="<size>", help="Size, such as 20G; a number alone is GiB.")
 @click.option("--storage", metavar="<storage>", help="Storage of a new one; the daemon's configuration says it otherwise.")
 @click.option("--node", metavar="<node>", help="Node of a new one on local storage.")
-@click.argument("name", metavar="<workspace>")
+@click.option("--name", "named", metavar="<workspace>", help="Its name, which may also stand without the option.")
+@click.argument("name", type=WORKSPACE, metavar="<workspace>", required=False)
 @settings
 def new(to: Settings, /, **given: Any) -> None:
     """Create a workspace, or let one grow."""
+    named = given.pop("named")
+    if (named is None) == (given["name"] is None):
+        raise click.UsageError("which workspace? Give its name once: <workspace>, or --name <workspace>")
+    given["name"] = given["name"] or named
+    if given["size"] is not None:
+        given["size"] = _plain_size(given["size"])
     answer = to.client.post("workspaces", body={name: value for name, value in given.items() if value is not None})
     to.tell(answer, lambda data: f"{_which(data)} {'was there already' if data['outcome'] == 'unchanged' else data['outcome']} "
                                  f"({_size(data['size'])} on {cell(data['storage'])}, {data['state']})")
 
 
-@workspace.command(usage="--vmid <vmid> [--ttl <ttl>] <workspace>", examples=("agentlab workspace attach --vmid 1009 project-x",), notes=(
+@workspace.command(usage="[--ttl <ttl>] <workspace> <vmid>", examples=(
+    "agentlab workspace attach project-x 1009",
+    "agentlab workspace attach --vmid 1009 project-x",
+), notes=(
     "One sandbox has it at a time. When the time is over and its VM does not run,",
     "another may take it over.",
 ))
-@click.option("--vmid", type=VMID, required=True, metavar="<vmid>", help="Sandbox that gets it.")
+@click.option("--vmid", "named", type=VMID, metavar="<vmid>", help="Sandbox that gets it, which may also stand without the option.")
 @click.option("--ttl", metavar="<ttl>", help="How long it has it: minutes (120), or 90s, 30m, 2h, 1d12h. As long as the sandbox's lease unless given.")
-@click.argument("name", metavar="<workspace>")
+@click.argument("name", type=WORKSPACE, metavar="<workspace>")
+@click.argument("vmid", type=VMID, metavar="<vmid>", required=False)
 @settings
-def attach(to: Settings, name: str, vmid: int, ttl: str | None) -> None:
+def attach(to: Settings, name: str, vmid: int | None, named: int | None, ttl: str | None) -> None:
     """Give a workspace to a sandbox."""
+    if (vmid is None) == (named is None):
+        raise click.UsageError("which sandbox? Give <vmid> once, behind the workspace or as --vmid <vmid>")
+    vmid = vmid if vmid is not None else named
     body: dict[str, Any] = {"vmid": vmid} if ttl is None else {"vmid": vmid, "ttl": int(ttl) if ttl.isascii() and ttl.isdecimal() else ttl}
     with Progress(lambda: f"attaching workspace {name}", wanted=not to.json):
         answer = to.client.post("workspaces", name, "attach", body=body)
@@ -99,7 +125,7 @@ def attach(to: Settings, name: str, vmid: int, ttl: str | None) -> None:
 
 
 @workspace.command(usage="<workspace>", examples=("agentlab workspace detach project-x",), notes=("Unmount it in a running guest first.",))
-@click.argument("name", metavar="<workspace>")
+@click.argument("name", type=WORKSPACE, metavar="<workspace>")
 @settings
 def detach(to: Settings, name: str) -> None:
     """Take a workspace off the sandbox that has it."""
@@ -113,7 +139,7 @@ def detach(to: Settings, name: str) -> None:
     "deleted, forced or not.",
 ))
 @click.option("--force", is_flag=True, help="Delete the data.")
-@click.argument("name", metavar="<workspace>")
+@click.argument("name", type=WORKSPACE, metavar="<workspace>")
 @settings
 def destroy(to: Settings, name: str, force: bool) -> None:
     """Delete a workspace and the data on it."""

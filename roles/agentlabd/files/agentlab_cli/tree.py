@@ -1,0 +1,86 @@
+# Copyright: the agentlab.proxmox contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""The command tree, and how a command ends. A command's module is loaded when the command is asked for."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from importlib import import_module
+from typing import Any
+
+import click
+
+from . import COMPLETE_VARIABLE, NAME, __version__, framework
+from .errors import INTERRUPTED, REFUSED, UNREACHABLE, USAGE
+from .framework import Group
+from .text import clean
+
+# Where each command is. Those of the second table work and are not listed: words that people type.
+COMMANDS = {"sandbox": "sandbox", "workspace": "workspace", "status": "other", "doctor": "doctor", "cleanup": "other", "profile": "other",
+            "completion": "other"}
+WORDS = {"logs": ("sandbox", "events"), "version": ("other", "version"), "help": ("other", "help_")}
+# Words of programs for the code of an exit status.
+CODES = {USAGE: "usage", UNREACHABLE: "unreachable", REFUSED: "failed"}
+
+
+class Root(Group):
+    """The first word of a line."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        module, name = (COMMANDS[cmd_name], cmd_name) if cmd_name in COMMANDS else WORDS.get(cmd_name, (None, ""))
+        return getattr(import_module(f".{module}", __package__), name) if module else None
+
+
+@click.group(cls=Root, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120}, examples=(
+    "agentlab sandbox list",
+    "agentlab sandbox destroy --force 1009",
+    "agentlab sandbox prune",
+    "agentlab status",
+), notes=(
+    "Exit status: 0 done; 1 refused or failed; 2 wrong usage; 3 no usable answer",
+    "from the daemon; 4 some items done, others not; 130 interrupted.",
+    "Answers go to standard output, everything else to standard error. With --json",
+    "an error is an object on standard output too: {\"error\": ..., \"code\": ...}.",
+))
+@click.version_option(__version__, prog_name=NAME, message="%(prog)s %(version)s", help="Show the version and exit.")
+def root() -> None:
+    """Throw-away VMs with leases on Proxmox VE.
+
+    Everything is done by the daemon agentlabd; this talks to it over its socket.
+    """
+
+
+def _tell_program(message: str, status: int) -> None:
+    """Print an error as an object where --json was asked for and nothing has been printed yet."""
+    if framework.Settings.answered or not any(word in ("--json", "--json=true") for word in sys.argv[1:]):
+        return
+    shown: dict[str, Any] = {"error": clean(message), "code": CODES.get(status, "error")}
+    click.echo(json.dumps(shown, indent=2 if sys.stdout.isatty() else None))
+
+
+def run() -> None:
+    """Run the command line and leave with its exit status."""
+    try:
+        status = root.main(prog_name=NAME, complete_var=COMPLETE_VARIABLE, standalone_mode=False)
+    except click.ClickException as error:
+        _tell_program(error.format_message(), error.exit_code)
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("Error: interrupted. What the daemon had begun it goes on with; see 'agentlab sandbox list'", err=True)
+        sys.exit(INTERRUPTED)
+    except OSError as error:
+        # A full disk behind standard output; what the daemon was asked for is done.
+        click.echo(f"Error: standard output: {error.strerror or error}; the daemon has answered", err=True)
+        # Or Python tries once more when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(REFUSED)
+    # Commands return nothing; a number is the status of an early exit (--help, a group without a command).
+    sys.exit(status if isinstance(status, int) else 0)
