@@ -18,7 +18,7 @@ from typing import Any
 
 from . import __version__
 from .errors import Problem, TimedOut, Unreachable
-from .text import span
+from .text import time_limit
 
 DEFAULT_SOCKET = "/run/agentlab/agentlabd.sock"
 # Reading answers at once; work waits for tasks of Proxmox, one after the other where many are asked for.
@@ -87,7 +87,7 @@ class Client:
             raw = response.read()
         except (http.client.HTTPException, OSError) as error:
             if limit and (over.is_set() or isinstance(error, TimeoutError)):
-                raise TimedOut(f"the daemon did not answer within {span(limit)} (--timeout). It goes on with what it was asked to do; "
+                raise TimedOut(f"the daemon did not answer within {time_limit(limit)} (--timeout). It goes on with what it was asked to do; "
                                "see 'agentlab sandbox list'") from error
             if isinstance(error, http.client.BadStatusLine) and not isinstance(error, http.client.RemoteDisconnected):
                 raise Unreachable(f"what listens on {self.path} does not speak HTTP: it is not agentlabd. Check --socket and AGENTLAB_SOCKET") from error
@@ -99,7 +99,7 @@ class Client:
             connection.close()
         if over.is_set():
             # It ended in the middle of a body without a length.
-            raise TimedOut(f"the daemon did not answer within {span(limit or 0)} (--timeout). It goes on with what it was asked to do; "
+            raise TimedOut(f"the daemon did not answer within {time_limit(limit or 0)} (--timeout). It goes on with what it was asked to do; "
                            "see 'agentlab sandbox list'")
         return Answer(response.status, raw, _parse(raw))
 
@@ -174,7 +174,7 @@ def _why(path: str, error: OSError, limit: float | None) -> str:
         return (f"{user} may not use the socket {path}. Add the user to the group {GROUP} and log in again:\n"
                 f"  sudo usermod -aG {GROUP} {user}")
     if isinstance(error, TimeoutError):
-        return f"the daemon accepted no connection on {path} within {span(limit or 0)} (--timeout): it hangs or is overloaded.\n{_LOOK}"
+        return f"the daemon accepted no connection on {path} within {time_limit(limit or 0)} (--timeout): it hangs or is overloaded.\n{_LOOK}"
     if isinstance(error, (FileNotFoundError, NotADirectoryError)):
         return f"the daemon is not running: there is no socket {path}. If systemctl says that it is active, restart it.\n{_START}"
     if isinstance(error, ConnectionRefusedError):

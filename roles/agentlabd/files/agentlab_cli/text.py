@@ -58,14 +58,17 @@ def seconds(text: str) -> float:
 
 def span(length: float) -> str:
     """A length of time, at most two units: ``1d4h``, ``3m``, ``12s``."""
-    if 0 < length < 60 and length != int(length):
-        return f"{length:.3g}s" if length >= 1 else f"{round(length * 1000)}ms"
     rest, out = max(0, int(length)), []
     for unit, size in _UNITS.items():
         count, rest = divmod(rest, size)
         if count:
             out.append(f"{count}{unit}")
     return "".join(out[:2]) or "0s"
+
+
+def time_limit(length: float) -> str:
+    """Return a time that was given, with its fraction: ``1.5s``, ``2h``."""
+    return span(length) if length == int(length) else f"{length:.10g}s"
 
 
 def until(value: object, now: datetime | None = None) -> str:
