@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from support.cli import PYTHON, ROOT, agentlab, environment, on_terminal, start
-from support.daemon import Daemon
+from support.daemon import PYTHONPATH, Daemon
 from support.lab import Lab
 
 Make = Callable[..., Daemon]
@@ -184,7 +184,7 @@ def test_profiles(daemon: Make, lab: Lab, tmp_path: Path) -> None:
 def test_every_field_of_the_api_has_an_option() -> None:
     code = ("import json; from agentlabd.routes import CREATION, ROUTES; "
             "print(json.dumps({'new': list(CREATION), **{one.name: [*(one.body or ()), *one.query] for one in ROUTES}}))")
-    env = {**os.environ, "PYTHONPATH": str(ROOT / "roles/agentlabd/files")}
+    env = {**os.environ, "PYTHONPATH": PYTHONPATH}
     fields = json.loads(subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout)
     named = {"workspace_id": "workspace", "tags": "tag", "states": "state", "ttl_minutes": "ttl", "include_destroyed": "all", "include_deleted": "all"}
     for command, route in ((("sandbox", "new"), "new"), (("sandbox", "prune"), "prune_sandboxes"), (("sandbox", "reconcile"), "reconcile_sandboxes"),

@@ -590,13 +590,16 @@ class _Pruning:
     "large share of the sandboxes is absent at once, nothing is written.",
 ))
 @click.option("--apply", is_flag=True, help="Repair what differs. Without it, only report.")
+@click.option("--dry-run", is_flag=True, help="Only report, which is what it does without --apply.")
 @click.option("--adopt-cluster", is_flag=True, help="With --apply: take this cluster as the one that the records belong to (a new CA, a node that joined).")
 @settings
-def reconcile(to: Settings, apply: bool, adopt_cluster: bool) -> None:
+def reconcile(to: Settings, apply: bool, dry_run: bool, adopt_cluster: bool) -> None:
     """Find and repair drift from Proxmox VE.
 
     Compares the records with what Proxmox VE has, and reports what differs and what would be done about it.
     """
+    if apply and dry_run:
+        raise click.UsageError("--dry-run contradicts --apply; give one of the two")
     with Progress(lambda: "reconciling", wanted=not to.json):
         answer = to.client.post("sandboxes", "reconcile", body={"apply": apply, **({"adopt_cluster": True} if adopt_cluster else {})})
     to.tell(answer, lambda data: _drifted(data["drift"], apply))
