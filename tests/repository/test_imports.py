@@ -21,7 +21,7 @@ FILES = ROOT / "roles/agentlabd/files"
 
 # Room -> its files without ".py" (a name that ends in "/" means all files of that folder), and the rooms it may import.
 CORE_ROOMS: dict[str, tuple[str, str]] = {
-    "tables": ("clock errors escapes reasons states model", ""),
+    "tables": ("clock errors escapes reasons states model version", ""),
     "tools": ("parallel durations words safe_yaml values patterns waiting", "tables"),
     "files": ("config profiles rules", "tables tools"),
     "store": ("store/", "tables tools"),

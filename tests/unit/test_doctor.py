@@ -20,8 +20,7 @@ from typing import Any
 
 import pytest
 import yaml
-from ansible_collections.agentlab.proxmox.plugins.module_utils import _core
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core import config
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core import config, version
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import InvalidInput
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import doctor
 
@@ -305,17 +304,17 @@ class _Daemon(socketserver.ThreadingUnixStreamServer):
 @pytest.mark.parametrize(
     ("answer", "status", "words"),
     [
-        ({"version": _core.__version__}, "ok", "answers"),
+        ({"version": version.__version__}, "ok", "answers"),
         ({"version": "0.9"}, "warning", "it is version 0.9"),
         (
             {
-                "version": _core.__version__,
+                "version": version.__version__,
                 "cleanup": {"frozen": {"reason": "60 at once", "at": "2026-01-30T02:45:00Z"}},
             },
             "warning",
             "60 at once",
         ),
-        ({"version": _core.__version__, "expiry": {"last_error": "no quorum"}}, "warning", "expiry: no quorum"),
+        ({"version": version.__version__, "expiry": {"last_error": "no quorum"}}, "warning", "expiry: no quorum"),
         (["nonsense"], "problem", "does not answer"),
     ],
 )
@@ -388,10 +387,10 @@ def test_the_bundle_is_private_and_follows_no_link(tmp_path: Path) -> None:
 
 
 def test_the_version_is_that_of_the_collection() -> None:
-    assert yaml.safe_load((ROOT / "galaxy.yml").read_text())["version"] == _core.__version__
+    assert yaml.safe_load((ROOT / "galaxy.yml").read_text())["version"] == version.__version__
     for path in (ROOT / "roles/agentlabd/files").glob("*/__init__.py"):
         for found in re.findall(r'^__version__ = "(.+)"', path.read_text(), re.M):
-            assert found == _core.__version__, path
+            assert found == version.__version__, path
 
 
 # ---- what makes every creation fail ----

@@ -23,13 +23,14 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from .. import __version__, clock, profiles, states
+from .. import clock, profiles, states
 from ..config import DEFAULTS, SECRETS, Config
 from ..durations import show
 from ..errors import AccessDenied, AgentlabError, ApiError, InvalidInput, Kept, ProxmoxError, StoreError
 from ..proxmox import identity
 from ..proxmox.identity import OUR_TAG
 from ..store import history, schema, workspaces
+from ..version import __version__
 from . import cloud_init, info, privileges, timeguard
 from . import template as templates
 from .context import Context
