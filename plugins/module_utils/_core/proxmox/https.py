@@ -23,6 +23,7 @@ import re
 import ssl
 import threading
 import time
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import quote
 
@@ -30,6 +31,7 @@ from ..config import ProxmoxSettings
 from ..errors import AccessDenied, InvalidInput, OutcomeUnknown, ProxmoxError, Unreachable
 from . import answers
 
+MISSING_LIBRARY: str | None = None
 try:
     import proxmoxer
     import requests  # proxmoxer ends the process when it is missing
@@ -37,9 +39,13 @@ try:
     from urllib3.connection import HTTPSConnection
     from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
     from urllib3.exceptions import NewConnectionError
-except ImportError as missing:
-    raise InvalidInput(f"the Python library {missing.name} is missing on this host: install python3-proxmoxer and python3-requests "
-                       "(Debian), or pip install proxmoxer requests", library=missing.name) from None
+except ImportError as error:
+    MISSING_LIBRARY = error.name
+    # The file can be imported all the same, as ansible-test asks of every file; the classes below need something to stand on.
+    requests = SimpleNamespace(
+        auth=SimpleNamespace(AuthBase=object), exceptions=SimpleNamespace(RequestException=Exception)
+    )  # type: ignore[assignment]
+    HTTPAdapter = HTTPSConnection = HTTPConnectionPool = HTTPSConnectionPool = object  # type: ignore[assignment,misc]
 
 # Proxmox VE closes a connection that was idle for five. A request sent just then is cut off, and its outcome is unknown.
 IDLE_SECONDS = 4.0
@@ -64,6 +70,12 @@ class Https:
     awaits_tasks = False
 
     def __init__(self, settings: ProxmoxSettings) -> None:
+        if MISSING_LIBRARY is not None:
+            raise InvalidInput(
+                f"the Python library {MISSING_LIBRARY} is missing on this host: install python3-proxmoxer and"
+                " python3-requests (Debian), or pip install proxmoxer requests",
+                library=MISSING_LIBRARY,
+            )
         settings.check_credentials()
         self._settings = settings
         verify: bool | str = settings.ca_path if settings.validate_certs and settings.ca_path else settings.validate_certs
