@@ -314,4 +314,5 @@ def test_the_local_backend_runs_in_the_group_that_pmxcfs_admits_and_its_socket_s
     lines = (ROLE / "templates/local.conf.j2").read_text(encoding="utf-8").splitlines()
     assert {"User=root", "Group=root", "RuntimeDirectory=", "StateDirectory="} <= set(lines)
     assert "ExecStartPre=/usr/bin/install -d -o root -g agentlab -m 2750 /run/agentlab" in lines
+    assert "ExecStopPost=/usr/bin/rm -rf /run/agentlab" in lines
     assert "'2750' if agentlabd_backend == 'local'" in _yaml("vars/main.yml")["agentlabd__state_mode"]

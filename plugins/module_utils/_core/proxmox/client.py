@@ -39,6 +39,7 @@ from .answers import not_begun as not_begun
 from .answers import template_of
 
 _RETRIES = 3
+_NODE_AUTHORITY = "/etc/pve/pve-root-ca.pem"
 # A refused login is not tried again for so long: threads and later requests would lock the user out.
 _REFUSAL_SECONDS = 60
 # Asked for again only by whoever judges the VM anew: there is no digest that would stop the second try.
@@ -132,15 +133,22 @@ class ProxmoxClient:
         return self._connect().awaits_tasks
 
     def trusted_authority(self) -> str | None:
-        """The SHA-256 fingerprint (as Proxmox writes it) of the one certificate authority that the connection accepts; None for any but one."""
-        found = self.settings
-        if found.api_host is None or not found.validate_certs or not found.ca_path:
+        """Return the SHA-256 fingerprint (as Proxmox writes it) of the one authority whose cluster answers; None if more could.
+
+        Over https it is the certificate of ca_path. pvesh asks the node's own cluster, whose authority is a file there.
+        """
+        settings = self.settings
+        if settings.api_host is None:
+            path = _NODE_AUTHORITY
+        elif settings.validate_certs and settings.ca_path:
+            path = settings.ca_path
+        else:
             return None
         import hashlib
         import ssl
 
         try:
-            with open(found.ca_path, encoding="ascii") as file:
+            with open(path, encoding="ascii") as file:
                 text = file.read()
             if text.count("-----BEGIN ") != 1:
                 return None
