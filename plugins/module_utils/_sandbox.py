@@ -20,8 +20,8 @@ def run(module: AnsibleModule, context: Context, creation: Sequence[str]) -> dic
     """Check what is asked for as a whole, then do it item by item."""
     params = module.params
     state = params["state"]
-    if params["force"] and state != "absent":
-        raise InvalidInput(f"force: only with state=absent, not with state={state}", option="force")
+    if params["force"] and state not in ("absent", "stopped"):
+        raise InvalidInput(f"force: only with state=absent or state=stopped, not with state={state}", option="force")
     given = [name for name in creation if params.get(name) is not None]
     given += [name for name in ("update", "allow_restart") if params.get(name)]
     if state != "present" and given:
@@ -34,7 +34,7 @@ def run(module: AnsibleModule, context: Context, creation: Sequence[str]) -> dic
     elif state == "absent":
         outcomes = _absent(context, wanted, params["force"])
     else:
-        outcomes = _power(context, wanted, state)
+        outcomes = _power(context, wanted, state, params["force"])
     return _adapter.answer(outcomes, single=params.get("vmids") is None, diff=module._diff)
 
 
@@ -97,10 +97,10 @@ def _absent(context: Context, wanted: list[dict[str, Any]], force: bool) -> list
     return [one if isinstance(one, Outcome) else next(done) for one in found]
 
 
-def _power(context: Context, wanted: list[dict[str, Any]], state: str) -> list[Outcome]:
+def _power(context: Context, wanted: list[dict[str, Any]], state: str, force: bool) -> list[Outcome]:
     from ._core.operations import power
 
     operation = power.operation_for(state)
     # All ids are looked up before anything is done.
     found = [context.select(**which) for which in wanted]
-    return context.each(lambda one: _guarded(lambda sandbox: power.run(context, sandbox, operation), one), found)
+    return context.each(lambda one: _guarded(lambda sandbox: power.run(context, sandbox, operation, force=force), one), found)

@@ -18,15 +18,19 @@ options:
   state:
     description:
       - V(present) creates and starts a sandbox that is not there, finishes a creation that was cut off, and leaves the power state of one that is there.
-      - V(started), V(stopped) and V(suspended) change the power state of one that is there.
+      - V(started), V(stopped) and V(suspended) change the power state of one that is there. They look at the VM. Where somebody else switched it on or
+        off, suspended or hibernated it, it is brought to the state that is asked for, and the record with it.
+      - A hibernated VM counts as suspended. V(started) takes its saved memory up again, V(stopped) throws that away only with O(force=true).
       - V(completed) and V(failed) report the end of its job.
-      - V(absent) destroys it. A sandbox that no record has is C(not_found) and unchanged; every other state fails for it.
+      - V(absent) destroys it. A sandbox whose VM runs is refused unless O(force=true), whatever the record says.
+      - With V(absent), a sandbox that no record has is C(not_found) and unchanged; every other state fails for it.
     type: str
     choices: [present, started, stopped, suspended, completed, failed, absent]
     default: present
   force:
     description:
       - With O(state=absent), destroy in any state and without a graceful shutdown.
+      - With O(state=stopped), throw the saved memory of a hibernated VM away.
       - It skips no proof of identity or absence, and no protection.
     type: bool
     default: false

@@ -76,7 +76,7 @@ sandboxes:
   elements: dict
   contains:
     events: {description: The newest events, type: list, elements: dict, returned: with O(events)}
-    vm_status: {description: What Proxmox VE says of the VM, type: str, returned: with O(verify)}
+    vm_status: {description: 'What Proxmox VE says of the VM: running, stopped, hibernated, absent or unknown', type: str, returned: with O(verify)}
     identity:
       description: One of V(MATCH), V(FOREIGN), V(AMBIGUOUS), V(UNBOUND) and V(UNKNOWN); null without O(verify_identity).
       type: str

@@ -317,7 +317,7 @@ def test_bad_input_is_one_sentence_that_names_option_and_value(story: Any, serve
         "template": ({"name": "a", "template": "windows-95"}, "template: 'windows-95' does not exist. Templates: 9000 (debian-13)"),
         "template vm": ({"name": "a", "template": "1000"}, "template: VM 1000 is not a template"),
         "node": ({"name": "a", "node": "pve9"}, "node: 'pve9' is not a node of this cluster. Nodes: pve1"),
-        "force": ({"vmid": 1000, "force": True}, "force: only with state=absent, not with state=present"),
+        "force": ({"vmid": 1000, "force": True}, "force: only with state=absent or state=stopped, not with state=present"),
         "creation option": ({"vmid": 1000, "state": "stopped", "cores": 2}, "cores: only with state=present, not with state=stopped"),
         "no id": ({"state": "absent"}, "vmid: state=absent needs vmid, vmids or name"),
         "vmid": ({"vmid": 12}, "vmid: 12 is not a VMID. Valid: 100 to 999999999"),

@@ -151,9 +151,9 @@ class Lab:
         assert outcome.sandbox is not None
         return outcome.sandbox
 
-    def power(self, operation: str, vmid: int, **options: Any) -> Outcome:
+    def power(self, operation: str, vmid: int, *, force: bool = False, **options: Any) -> Outcome:
         ctx = self.context(**options)
-        return power.run(ctx, ctx.select(vmid), operation)
+        return power.run(ctx, ctx.select(vmid), operation, force=force)
 
     def destroy(self, *vmids: int, force: bool = False, **options: Any) -> list[Outcome]:
         ctx = self.context(**options)

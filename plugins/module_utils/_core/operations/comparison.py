@@ -12,7 +12,7 @@ from ..errors import AgentlabError
 from ..model import Sandbox
 from ..proxmox import identity
 from .context import Context
-from .verify import locate
+from .verify import is_hibernated, locate
 
 
 def verified(ctx: Context, found: list[Sandbox], identities: bool = True) -> list[dict[str, Any]]:
@@ -38,15 +38,24 @@ def verified(ctx: Context, found: list[Sandbox], identities: bool = True) -> lis
             drift = _drift(sandbox, row, judged or identity.MATCH)
             if drift is None and row.get("name", sandbox.name) != sandbox.name:
                 drift = f"the VM is called {row['name']} there; whether it is ours tells only its configuration"
-            return {"vm_status": row.get("status"), "identity": judged, "drift": drift}
+            return {"vm_status": _status(row), "identity": judged, "drift": drift}
         try:
             located = locate(ctx, sandbox)
         except AgentlabError as error:
-            return {"vm_status": row.get("status"), "identity": identity.UNKNOWN, "drift": f"not known: {error.message}"}
+            return {"vm_status": _status(row), "identity": identity.UNKNOWN, "drift": f"not known: {error.message}"}
         judged = located.verdict.identity if located.verdict else identity.UNKNOWN
-        return {"vm_status": row.get("status"), "identity": judged, "drift": _drift(sandbox, row, judged)}
+        return {"vm_status": _status(row), "identity": judged, "drift": _drift(sandbox, row, judged)}
 
     return ctx.each(one, found) if identities else [one(sandbox) for sandbox in found]
+
+
+def _status(row: dict[str, Any]) -> Any:
+    """What the list says of the VM's power; ``hibernated`` for one that is switched off with its memory saved."""
+    return "hibernated" if _hibernated(row) else row.get("status")
+
+
+def _hibernated(row: dict[str, Any]) -> bool:
+    return is_hibernated(row) and row.get("status") == "stopped"
 
 
 def _drift(sandbox: Sandbox, row: dict[str, Any], judged: str) -> str | None:
@@ -54,6 +63,10 @@ def _drift(sandbox: Sandbox, row: dict[str, Any], judged: str) -> str | None:
         return "the VMID belongs to another VM now; prune or reconcile closes the record and leaves that VM alone"
     if judged != identity.MATCH:
         return f"it is not certain that the VM is ours ({judged}); it is left alone"
+    if sandbox.state in (*states.POWERED, states.STOPPED) and _hibernated(row):
+        return f"the record says {sandbox.state}, the VM is hibernated; reconcile corrects the record"
+    if sandbox.state == states.SUSPENDED and row.get("status") == "stopped" and not _hibernated(row):
+        return "the record says SUSPENDED, the VM is stopped; reconcile corrects the record"
     if sandbox.state in states.POWERED and row.get("status") == "stopped":
         return f"the record says {sandbox.state}, the VM is stopped; reconcile corrects the record"
     if sandbox.state == states.TIMEOUT and row.get("status") == "running":

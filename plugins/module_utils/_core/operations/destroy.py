@@ -12,12 +12,12 @@ import contextlib
 from typing import Any
 
 from .. import states
-from ..errors import AgentlabError, Busy, Kept, ProxmoxError
+from ..errors import AgentlabError, Busy, Kept, ProxmoxError, StateConflict
 from ..model import Outcome, Sandbox
 from ..proxmox import identity
 from . import power, remains, workspace_disk
 from .context import Context, failure
-from .removal import Gone, Removal, Request, abandon, check, creation_of, locate_own, never_cloned
+from .removal import Gone, Removal, Request, abandon, check, creation_of, locate_own, never_cloned, refuse_running
 from .verify import Located, locate, refuse_guarded, refuse_not_ours
 
 __all__ = ["Request", "check", "plan", "run", "several"]
@@ -26,8 +26,11 @@ __all__ = ["Request", "check", "plan", "run", "several"]
 _PROVEN = ("vmid_reused", "never_created")
 
 
-def plan(ctx: Context, sandbox: Sandbox) -> tuple[str, str, str | None]:
-    """What the pipeline would do now, by full reads and no writes: (action, reason, message); raises Kept for what would be kept."""
+def plan(ctx: Context, sandbox: Sandbox, *, force: bool = True) -> tuple[str, str, str | None]:
+    """Return what the pipeline would do now, by full reads and no writes: (action, reason, message).
+
+    Raises Kept for what would be kept, and StateConflict for a VM that runs where that is not forced.
+    """
     left = ctx.records.under_way(sandbox.uuid)
     created = creation_of(left) if left else None
     if never_cloned(sandbox, created):
@@ -44,6 +47,8 @@ def plan(ctx: Context, sandbox: Sandbox) -> tuple[str, str, str | None]:
         return "mark", "vmid_reused", "the VMID belongs to another VM now, which is left alone"
     refuse_not_ours(sandbox, found)
     refuse_guarded(sandbox, found)
+    if not force:
+        refuse_running(ctx, sandbox, found)
     workspace_disk.refuse_planned(ctx, sandbox, found)
     ctx.cluster.require_quorum()
     return "destroy", "destroyed", None
@@ -103,7 +108,7 @@ def several(ctx: Context, found: list[Sandbox], force: bool) -> list[Outcome]:
             if not check(ctx, one, force):
                 outcomes[one.uuid] = Outcome.of("unchanged", one, reason=one.reason)
             elif ctx.dry_run:
-                outcomes[one.uuid] = _planned(ctx, one)
+                outcomes[one.uuid] = _planned(ctx, one, force)
             else:
                 todo.append(one)
         except AgentlabError as error:
@@ -113,11 +118,11 @@ def several(ctx: Context, found: list[Sandbox], force: bool) -> list[Outcome]:
     return [outcomes[one.uuid] for one in found]
 
 
-def _planned(ctx: Context, sandbox: Sandbox) -> Outcome:
+def _planned(ctx: Context, sandbox: Sandbox, force: bool) -> Outcome:
     try:
-        _action, reason, message = plan(ctx, sandbox)
+        _action, reason, message = plan(ctx, sandbox, force=force)
         return Outcome.of("would_destroy", sandbox, state=states.DESTROYED, reason=reason, message=message, changed=True)
-    except (Kept, Busy) as error:
+    except (Kept, Busy, StateConflict) as error:
         return failure(sandbox, error)
 
 

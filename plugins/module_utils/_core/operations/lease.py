@@ -139,7 +139,7 @@ def stop_expired(ctx: Context, sandbox: Sandbox) -> str | None:
     # Here, and not above: a renewal needs none of it.
     from ..proxmox import identity
     from . import power
-    from .verify import locate, refuse_locked
+    from .verify import HIBERNATED, locate, refuse_locked
 
     try:
         with ctx.claimed(sandbox, "stop", wait=0) as (claim, current):
@@ -152,7 +152,8 @@ def stop_expired(ctx: Context, sandbox: Sandbox) -> str | None:
                 return "the VMID belongs to another VM now, which was left alone"
             if not found.match:
                 return f"its VM is {found.verdict.identity}, so it was left alone"
-            refuse_locked(current, found)
+            # A hibernated VM is switched off already.
+            refuse_locked(current, found, but=HIBERNATED)
             # A destroy that was cut off stays to be finished.
             other = claim.interrupted is not None and claim.interrupted.kind == "destroy"
             if not other:

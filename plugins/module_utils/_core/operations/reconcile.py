@@ -21,7 +21,7 @@ from ..store import upkeep
 from ..store.records import AWAITED, POINT_OF_NO_RETURN, Operation
 from . import cloud_init, destroy, lease, power, remains, removal, timeguard, workspace
 from .context import Context
-from .verify import Located, locate
+from .verify import Located, is_hibernated, locate, power_state
 
 # Absences of fewer records than this are never "a large share".
 _GUARD_FROM = 5
@@ -301,28 +301,63 @@ def _absent(ctx: Context, sandbox: Sandbox, kind: str, evidence: dict[str, Any])
 
 def _power_drift(ctx: Context, sandbox: Sandbox, found: Located) -> Drift | None:
     evidence: dict[str, Any] = {"node": found.node, "vm_status": found.row.get("status")}
-    if sandbox.state in states.POWERED and found.row.get("status") == "stopped":
-        # The list lags by some seconds; the VM itself does not.
-        now = power.status(ctx, found).get("status")
-        if now == "stopped":
-            explained = _stop_task(ctx, sandbox, str(found.node))
-            evidence.update(vm_status=now, stop_task=explained)
-            target = states.STOPPED
-            if not explained:
-                hidden = _hidden_tasks(ctx, str(found.node))
-                # FAILED says that nobody stopped it; without a sight of everybody's tasks all that is known is that it is stopped.
-                target = states.STOPPED if hidden else states.FAILED
-                if hidden:
-                    evidence["why"] = hidden
-            return Drift("stopped", target, evidence, sandbox, repair=_moving(ctx, sandbox, target, evidence, node=found.node))
+    seen = _seen(ctx, sandbox, found)
+    if seen is not None:
+        evidence["vm_status"] = "hibernated" if is_hibernated(found.config) else seen.lower()
+    if sandbox.state in states.POWERED and seen == states.STOPPED:
+        explained = _stop_task(ctx, sandbox, str(found.node))
+        evidence.update(stop_task=explained)
+        target = states.STOPPED
+        if not explained:
+            hidden = _hidden_tasks(ctx, str(found.node))
+            # FAILED says that nobody stopped it; without a sight of everybody's tasks all that is known is that it is stopped.
+            target = states.STOPPED if hidden else states.FAILED
+            if hidden:
+                evidence["why"] = hidden
+        return Drift("stopped", target, evidence, sandbox, repair=_moving(ctx, sandbox, target, evidence, node=found.node))
+    if seen == states.STOPPED and sandbox.state == states.SUSPENDED:
+        return Drift("stopped", seen, evidence, sandbox, repair=_following(ctx, sandbox, seen, found))
+    if seen == states.SUSPENDED and sandbox.state in (*states.POWERED, states.STOPPED):
+        return Drift("suspended", seen, evidence, sandbox, repair=_following(ctx, sandbox, seen, found))
+    if seen == states.RUNNING and sandbox.state == states.SUSPENDED:
+        return Drift("running", seen, evidence, sandbox, repair=_following(ctx, sandbox, seen, found))
     if found.node != sandbox.node:
         evidence["was"] = sandbox.node
         return Drift("moved", f"node updated to {found.node}", evidence, sandbox, repair=_amending(ctx, sandbox, node=found.node))
     if sandbox.absent_seen_at is not None:
         return Drift("back", "absence note removed", evidence, sandbox, repair=_amending(ctx, sandbox, absent_seen_at=None))
-    if sandbox.state == states.STOPPED and found.row.get("status") == "running" and power.runs(ctx, found):
+    if sandbox.state == states.STOPPED and seen == states.RUNNING:
         return Drift("running", "none: somebody started it, and no lease ends it; start the sandbox, then stop it or renew its lease", evidence, sandbox)
     return None
+
+
+def _seen(ctx: Context, sandbox: Sandbox, found: Located) -> str | None:
+    """The state of a VM that the list shows in another one than the record; asked of the VM itself, for the list lags.
+
+    None where list and record agree, or where the record says nothing of the VM's power.
+    """
+    listed = found.row.get("status")
+    agrees = {states.READY: "running", states.RUNNING: "running", states.STOPPED: "stopped"}
+    if sandbox.state not in (*agrees, states.SUSPENDED):
+        return None
+    if listed == agrees.get(sandbox.state) and not is_hibernated(found.config):
+        return None
+    if sandbox.state == states.SUSPENDED and listed == "stopped" and is_hibernated(found.config):
+        return None
+    try:
+        return power_state(sandbox, power.status(ctx, found), found.config)
+    except Kept:
+        return None
+
+
+def _following(ctx: Context, sandbox: Sandbox, seen: str, found: Located) -> Callable[[], None]:
+    def work() -> None:
+        with ctx.claimed(sandbox, "reconcile", wait=0) as (claim, current):
+            if (current.state, current.generation) != (sandbox.state, sandbox.generation):
+                raise RecordChanged(f"sandbox {sandbox.vmid} was changed by another run meanwhile; run again")
+            power.follow(ctx, claim, current, "reconcile", seen, found)
+
+    return work
 
 
 def _amending(ctx: Context, sandbox: Sandbox, **values: Any) -> Callable[[], None]:

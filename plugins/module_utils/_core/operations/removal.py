@@ -35,7 +35,7 @@ from ..proxmox.client import changed, not_begun
 from ..store.records import POINT_OF_NO_RETURN, Claim, Operation
 from . import create_recovery, power, workspace_disk
 from .context import Context
-from .verify import Located, locate, refuse_guarded, refuse_not_ours
+from .verify import Located, is_hibernated, locate, power_state, refuse_guarded, refuse_not_ours
 
 # Times the VM may change between judging and marking before it is left alone.
 _MARK_TRIES = 3
@@ -168,7 +168,8 @@ class Removal:
         found = self._judge()
         if isinstance(found, Gone):
             return found
-        self._stop(found)
+        self._refuse_running(found)
+        found = self._stop(found)
         self._detach(found)
         upid = self._mark_and_delete(found)
         if not isinstance(upid, str):
@@ -215,9 +216,27 @@ class Removal:
                 raise _Again
         return found
 
-    def _stop(self, found: Located) -> None:
-        if str(found.row.get("status")) == "stopped" or self._stopped:
+    def _refuse_running(self, found: Located) -> None:
+        """StateConflict where a plain destroy meets a VM that runs: only force ends that, whatever the record says."""
+        if self._request.force or self._request.operation != "destroy" or self._cut_off is not None:
             return
+        with self._again_if_vanished():
+            refuse_running(self._ctx, self._sandbox, found)
+
+    def _stop(self, found: Located) -> Located:
+        """Switch the VM off, and throw its saved memory away where it is hibernated; the VM as judged last.
+
+        The list lags by ten seconds, so before a disk is taken off the VM itself is asked. A delete needs no question:
+        Proxmox refuses it for a VM that runs.
+        """
+        if is_hibernated(found.config):
+            self._journal("stopping")
+            with self._again_if_vanished():
+                return power.discard_saved_memory(self._ctx, self._sandbox, found)
+        if self._stopped:
+            return found
+        if str(found.row.get("status")) == "stopped" and workspace_disk.records(self._ctx).of_sandbox(self._sandbox.uuid) is None:
+            return found
         self._journal("stopping")
         with self._again_if_vanished():
             upids, warnings = power.stop(self._ctx, self._sandbox, found,
@@ -225,6 +244,7 @@ class Removal:
         self._upids += upids
         self._warnings += warnings
         self._stopped = True
+        return found
 
     def _detach(self, found: Located) -> None:
         """Nothing that outlives the sandbox may be in the VM that is deleted."""
@@ -341,6 +361,15 @@ class Removal:
 
     def _gone(self, reason: str, evidence: dict[str, Any], *, quiet: bool = False, doubtful: bool = False) -> Gone:
         return Gone(self._claim, self._sandbox, self._before, reason, evidence, self._began, self._upids, self._warnings, quiet, doubtful)
+
+
+def refuse_running(ctx: Context, sandbox: Sandbox, located: Located) -> None:
+    """StateConflict, in the words for the state that the VM is really in, unless it is switched off."""
+    seen = power_state(sandbox, power.status(ctx, located), located.config)
+    if seen != states.STOPPED:
+        raise StateConflict(
+            states.refusal("destroy", seen, ctx.force_hint), operation="destroy", state=seen, valid=(states.STOPPED, states.DESTROYED)
+        )
 
 
 def never_cloned(sandbox: Sandbox, created: dict[str, Any] | None) -> bool:

@@ -21,6 +21,9 @@ _WRITE_TRIES = 3
 # Seconds: a few commits of a loaded disk; a queue that is noticed.
 _JUST_NOW = 2.0
 _SHORT_WAIT = 0.25
+# Proxmox VE's lock of a hibernated VM, and of one whose memory is being saved.
+HIBERNATED = "suspended"
+_HIBERNATING = "suspending"
 
 
 @dataclass(slots=True)
@@ -70,27 +73,104 @@ def locate(ctx: Context, sandbox: Sandbox) -> Located:
         try:
             config = ctx.client.get_dict(f"nodes/{node}/{kind}/{sandbox.vmid}/config")
         except Unreachable as error:
-            raise Kept("node_offline", f"sandbox {sandbox.vmid}: node {node} does not answer; left as it is until the node is back ({error.message})") from None
+            raise _node_silent(sandbox, node, error) from None
         except ApiError as error:
             # The per-node answer proves only that the VM is not on that node: it may have moved since the list was read.
             if "does not exist" in error.text and not fresh:
                 continue
-            if not ctx.cluster.node_online(node):
-                raise Kept("node_offline", f"sandbox {sandbox.vmid}: node {node} is offline; left as it is until the node is back") from None
-            raise Kept("unknown", f"sandbox {sandbox.vmid}: its VM cannot be read: {error.message}", status=error.status) from None
+            raise _unreadable(ctx, sandbox, node, error) from None
         except ProxmoxError as error:
             raise Kept("unknown", f"sandbox {sandbox.vmid}: its VM cannot be read: {error.message}") from None
         if not config.get("digest"):
-            # Every configuration has one. An answer without it is not Proxmox's word on the VM, and proves nothing about whose it is.
-            raise Kept("unknown", f"sandbox {sandbox.vmid}: node {node} answered with something that is no VM configuration (no digest); nothing is concluded")
+            raise _no_config(sandbox, node)
         if kind == "lxc":
             # A container has that VMID now: whatever it is, it is not the VM we made.
             return Located(node, row, identity.Verdict(identity.FOREIGN, {"type": kind, "name": config.get("hostname") or row.get("name")}))
-        verdict = identity.judge(sandbox.uuid, sandbox.smbios_uuid, config)
-        if verdict.identity == identity.MATCH:
-            ctx.cluster.seen_ours(sandbox.vmid)
-        return Located(node, row, verdict, (ctx.client.asked, ctx.clock.monotonic()))
+        return _judged(ctx, sandbox, node, row, config)
     return Located(None, {}, None)
+
+
+def _judged(ctx: Context, sandbox: Sandbox, node: str, row: dict[str, Any], config: dict[str, Any]) -> Located:
+    verdict = identity.judge(sandbox.uuid, sandbox.smbios_uuid, config)
+    if verdict.identity == identity.MATCH:
+        ctx.cluster.seen_ours(sandbox.vmid)
+    return Located(node, row, verdict, (ctx.client.asked, ctx.clock.monotonic()))
+
+
+def _node_silent(sandbox: Sandbox, node: str, error: Unreachable) -> Kept:
+    return Kept("node_offline", f"sandbox {sandbox.vmid}: node {node} does not answer; left as it is until the node is back ({error.message})")
+
+
+def _unreadable(ctx: Context, sandbox: Sandbox, node: str, error: ApiError) -> Kept:
+    if not ctx.cluster.node_online(node):
+        return Kept("node_offline", f"sandbox {sandbox.vmid}: node {node} is offline; left as it is until the node is back")
+    return Kept("unknown", f"sandbox {sandbox.vmid}: its VM cannot be read: {error.message}", status=error.status)
+
+
+def _no_config(sandbox: Sandbox, node: str) -> Kept:
+    # Every configuration has a digest. An answer without it is not Proxmox's word on the VM, and proves nothing about whose it is.
+    return Kept(
+        "unknown",
+        f"sandbox {sandbox.vmid}: node {node} answered with something that is no VM configuration (no digest); nothing is concluded",
+    )
+
+
+def look(ctx: Context, sandbox: Sandbox) -> tuple[Located, str]:
+    """Return the sandbox's VM, proven to be ours, and the state it is in (see ``power_state``). Kept otherwise.
+
+    Both are read from the VM itself, the power state first: it counts if the VM is ours afterwards. Two requests where
+    the VM is on the node that the record names; the cluster's list, which lags by ten seconds, is only asked where it
+    is not.
+    """
+    node = sandbox.node
+    if node:
+        path = f"nodes/{node}/qemu/{sandbox.vmid}"
+        try:
+            now = ctx.client.get_dict(f"{path}/status/current")
+            config = ctx.client.get_dict(f"{path}/config")
+        except Unreachable as error:
+            raise _node_silent(sandbox, node, error) from None
+        except ApiError as error:
+            if "does not exist" not in error.text:
+                raise _unreadable(ctx, sandbox, node, error) from None
+        except ProxmoxError as error:
+            raise Kept("unknown", f"sandbox {sandbox.vmid}: its VM cannot be read: {error.message}") from None
+        else:
+            if not config.get("digest"):
+                raise _no_config(sandbox, node)
+            located = _judged(ctx, sandbox, node, _row_of(sandbox, node, now), config)
+            refuse_not_ours(sandbox, located)
+            return located, power_state(sandbox, now, config)
+    located = require_match(ctx, sandbox)
+    now = ctx.client.get_dict(f"{located.path}/status/current")
+    return located, power_state(sandbox, now, located.config)
+
+
+def _row_of(sandbox: Sandbox, node: str, now: dict[str, Any]) -> dict[str, Any]:
+    """Return what the cluster's list would have, from the VM's own status."""
+    row = {"vmid": sandbox.vmid, "node": node, "type": "qemu", "status": now.get("status")}
+    managed = now.get("ha")
+    if isinstance(managed, dict) and str(managed.get("managed")) == "1":
+        row["hastate"] = managed.get("state") or "managed"
+    return row
+
+
+def power_state(sandbox: Sandbox, now: dict[str, Any], config: dict[str, Any]) -> str:
+    """Return RUNNING, SUSPENDED (paused, or hibernated) or STOPPED: what ``status/current`` says of a VM. Kept otherwise."""
+    status = now.get("status")
+    if status == "stopped":
+        return states.SUSPENDED if is_hibernated(config) else states.STOPPED
+    if status == "running":
+        return states.SUSPENDED if now.get("qmpstatus") in ("paused", "suspended") else states.RUNNING
+    raise Kept(
+        "unknown",
+        f"sandbox {sandbox.vmid}: its node says {str(status)[:40]!r} of the VM's power state, so nothing is concluded; run again",
+    )
+
+
+def is_hibernated(config: dict[str, Any]) -> bool:
+    """Whether the VM is switched off with its memory saved on a disk, to be loaded by the next start."""
+    return config.get("lock") == HIBERNATED
 
 
 def _known_somewhere(ctx: Context, sandbox: Sandbox) -> bool:
@@ -167,7 +247,8 @@ def refuse_guarded(sandbox: Sandbox, found: Located) -> None:
         raise Kept("protected", f"sandbox {sandbox.vmid}: its VM is a template now, and templates are never destroyed")
     if _is_on(config.get("protection")):
         raise Kept("protected", f"sandbox {sandbox.vmid}: its VM has Proxmox's protection; switch that off first (qm set {sandbox.vmid} --protection 0)")
-    refuse_locked(sandbox, found)
+    # A hibernated VM is deleted like one that is switched off.
+    refuse_locked(sandbox, found, but=HIBERNATED)
 
 
 def _is_on(value: Any) -> bool:
@@ -175,9 +256,22 @@ def _is_on(value: Any) -> bool:
     return value is not None and str(value).strip().lower() not in ("", "0", "no", "off", "false")
 
 
-def refuse_locked(sandbox: Sandbox, found: Located) -> None:
-    """Kept for a VM that something else works on: Proxmox would refuse it, or fail in the task."""
-    config = found.config
-    if config.get("lock"):
-        raise Kept("locked", f"sandbox {sandbox.vmid}: its VM is locked ({config['lock']}); wait for that to end, or have an administrator run "
-                   f"qm unlock {sandbox.vmid}")
+def refuse_locked(sandbox: Sandbox, found: Located, *, but: str | None = None) -> None:
+    """Kept for a VM that something else works on: Proxmox would refuse the request, or fail in the task.
+
+    ``but`` is a lock that does not hinder what is to be done.
+    """
+    lock = found.config.get("lock")
+    if not lock or lock == but:
+        return
+    vmid = sandbox.vmid
+    if lock == HIBERNATED:
+        text = f"its VM is hibernated (lock: {lock}), and Proxmox VE changes nothing of it until it runs: start it first"
+    elif lock == _HIBERNATING:
+        text = (
+            f"its VM is being hibernated (lock: {lock}); wait for that to end. If it stays so, saving has failed and the "
+            f"VM still runs: then only root can take the lock away (qm unlock {vmid} on the node)"
+        )
+    else:
+        text = f"its VM is locked ({lock}); wait for that to end, or have an administrator run qm unlock {vmid}"
+    raise Kept("locked", f"sandbox {vmid}: {text}")

@@ -28,7 +28,7 @@ _LIST_SECONDS = 30.0
 # So few are asked for one by one; for more the list is cheaper, with the reads that show that nothing is missing from it.
 _FEW = 4
 # Of the twenty-odd values that the list has of each VM; the rest is a kilobyte for each of some thousands.
-_LOOKED_AT = ("vmid", "type", "node", "status", "name", "template", "tags", "hastate")
+_LOOKED_AT = ("vmid", "type", "node", "status", "name", "template", "tags", "hastate", "lock")
 
 
 @dataclass(slots=True)

@@ -315,9 +315,9 @@ def _state_of(client: Client, label: str, vmid: int | None, name: str | None) ->
 # ---- power ----
 
 
-def _power(to: Settings, vmid: int, action: str) -> None:
+def _power(to: Settings, vmid: int, action: str, body: dict[str, Any] | None = None) -> None:
     with Progress(lambda: _state_of(to.client, f"sandbox {vmid}", vmid, None), wanted=not to.json):
-        answer = to.client.post("sandboxes", vmid, action)
+        answer = to.client.post("sandboxes", vmid, action, body=body)
     to.tell(answer, lambda data: f"sandbox {cell(data['vmid'])} is {cell(data['state'])}")
     _warn(to, answer.data)
 
@@ -330,19 +330,23 @@ def start(to: Settings, vmid: int) -> None:
     _power(to, vmid, "start")
 
 
-@sandbox.command(usage="<vmid> | --all", examples=("agentlab sandbox stop 1009", "agentlab sandbox stop --all"), notes=(
+@sandbox.command(usage="[--force] <vmid> | --all", examples=("agentlab sandbox stop 1009", "agentlab sandbox stop --all"), notes=(
     "A sandbox in TIMEOUT is not stopped: the daemon does that by itself, and prune",
-    "looks for that state.",
+    "looks for that state. A hibernated VM keeps its memory on a disk; stopping it",
+    "throws that away, which needs --force.",
 ))
+@click.option("--force", is_flag=True, help="Throw the saved memory of a hibernated VM away.")
 @click.option("--all", "every", is_flag=True, help="Stop every sandbox that runs or is paused.")
 @click.argument("vmid", type=VMID, required=False, metavar="<vmid>")
 @settings
-def stop(to: Settings, vmid: int | None, every: bool) -> None:
+def stop(to: Settings, vmid: int | None, every: bool, force: bool) -> None:
     """Shut a sandbox down; one that does not is switched off."""
     if every == (vmid is not None):
         raise click.UsageError("which sandbox? Give <vmid>, or --all for every one that runs")
+    if every and force:
+        raise click.UsageError("--force throws saved memory away, so it is for one <vmid> at a time, not for --all")
     if vmid is not None:
-        _power(to, vmid, "stop")
+        _power(to, vmid, "stop", {"force": True} if force else None)
         return
     with Progress(lambda: "stopping every sandbox", wanted=not to.json):
         answer = to.client.post("sandboxes", "stop_all", body={})

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .service import Service
 
 _VMID = Field("integer", "VMID of the sandbox", low=100, high=999999999)
+_DISCARD = Field("boolean", "throw the saved memory of a hibernated VM away")
 _FORCE = Field("boolean", "destroy it whatever its state; identity and protection are judged all the same")
 
 
@@ -199,7 +200,7 @@ def stop_sandbox(call: Call) -> Answer:
     ctx = call.context()
     sandbox = ctx.select(call.vmid)
     _refuse_stop(sandbox)
-    return of_item(power.run(ctx, sandbox, "stop"))
+    return of_item(power.run(ctx, sandbox, "stop", force=call.body.get("force", False)))
 
 
 def resume_sandbox(call: Call) -> Answer:
@@ -561,7 +562,8 @@ ROUTES: tuple[Route, ...] = (
           }),
     Route("POST", "/v1/sandboxes/{vmid}/destroy", "destroy_sandbox", "Destroy a sandbox", destroy_sandbox, {200: "Item"},
           operation="destroy", body={"force": _FORCE}),
-    *(Route("POST", f"/v1/sandboxes/{{vmid}}/{verb}", f"{verb}_sandbox", text, handler, {200: "Item"}, operation=operation, body={})
+    *(Route("POST", f"/v1/sandboxes/{{vmid}}/{verb}", f"{verb}_sandbox", text, handler, {200: "Item"}, operation=operation,
+            body={"force": _DISCARD} if verb == "stop" else {})
       for verb, operation, text, handler in (
           ("start", "start", "Start or resume its VM", _power("start")),
           ("stop", "stop", "Shut its VM down, switch it off when it does not answer", stop_sandbox),
