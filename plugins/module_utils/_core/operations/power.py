@@ -60,6 +60,11 @@ def run(ctx: Context, sandbox: Sandbox, operation: str, *, force: bool = False) 
     """
     if operation in ("complete", "fail"):
         return _report(ctx, sandbox, operation)
+    left = ctx.records.under_way(sandbox.uuid)
+    if left is not None and left.kind == "destroy":
+        # Its VM may be gone already: what is to be done about that comes before what the VM says.
+        with ctx.claimed(sandbox, operation) as (claim, sandbox):
+            refuse_cut_off(claim, sandbox)
     if sandbox.state not in _FOLLOW_THE_VM:
         _check(ctx, operation, sandbox.state)
     located, seen = look(ctx, sandbox)
