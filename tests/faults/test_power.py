@@ -236,7 +236,7 @@ def test_a_request_that_is_refused_leaves_nothing_unfinished(lab: Lab, operation
     if how == "refused":
         lab.pve.fail("POST", f"/nodes/pve1/qemu/{vmid}/status/{action}", 500, "cluster not ready - no quorum?", times=9)
     else:
-        lab.pve.next_task(f"qm{action}", "fail", text="MAX 2 vcpus allowed per VM on this node", times=9)
+        lab.pve.next_task({"suspend": "qmpause"}.get(action, f"qm{action}"), "fail", text="MAX 2 vcpus allowed per VM on this node", times=9)
     with pytest.raises((ApiError, TaskFailed)) as refused:
         lab.power(operation, vmid)
     if (operation, how) == ("start", "refused"):
