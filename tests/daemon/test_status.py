@@ -1,0 +1,103 @@
+# Copyright: the agentlab.proxmox contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Status, log and metrics say what rests, waits or fails: since when, why, and what to do."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sqlite3
+import time
+from collections.abc import Callable
+from typing import Any
+
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store import process
+
+from support.cli import agentlab
+from support.daemon import Daemon, free_port
+from support.double import TOKEN_SECRET
+from support.lab import Lab
+
+Make = Callable[..., Daemon]
+
+
+def condition(one: Daemon, part: str, timeout: float = 30) -> Any:
+    """The condition of a part once it is told."""
+
+    def look() -> Any:
+        return next((row for row in one.good("GET", "/v1/status")["conditions"] if row["part"] == part), None)
+
+    found = one.wait_for(look, f"{part} is told", timeout)
+    assert found["since"] and found["why"] and found["todo"], found
+    return found
+
+
+def gone(one: Daemon, part: str) -> bool:
+    return part not in {row["part"] for row in one.good("GET", "/v1/status")["conditions"]}
+
+
+def test_nothing_is_told_when_all_is_as_usual(daemon: Make, lab: Lab) -> None:
+    lab.create("a1")
+    one = daemon()
+    one.wait_for(lambda: one.get("/v1/status").body["reconcile"]["last_run"], "the first reconcile is over", 30)
+    assert one.good("GET", "/v1/status")["conditions"] == []
+
+
+def test_records_that_were_replaced(daemon: Make, lab: Lab) -> None:
+    one = daemon(metrics_listen=f"127.0.0.1:{free_port()}")
+    one.wait_for(lambda: one.get("/v1/status").body["reconcile"]["last_run"], "the first reconcile is over", 30)
+    os.rename(lab.database, f"{lab.database}.old")
+    told = condition(one, "records")
+    assert told["condition"] == "fails" and "was deleted, moved or replaced" in told["why"] and "systemctl stop agentlabd" in told["todo"]
+    refused = one.post("/v1/sandboxes", {"name": "a1"})
+    assert refused.status == 500 and "was deleted, moved or replaced" in refused.body["error"], refused
+    assert [vm for vm in lab.ours().values() if vm >= 1000] == []
+    assert one.metric('agentlab_condition{part="records"}') == 1
+    one.wait_for(lambda: "records fails: database" in one.log(), "the log says so", 20)
+    assert "records FAILS since" in agentlab("status", socket=one.socket).stdout
+    os.rename(f"{lab.database}.old", lab.database)
+    one.wait_for(lambda: gone(one, "records"), "the right file is there again", 20)
+    assert one.post("/v1/sandboxes", {"name": "a1"}).status == 201
+
+
+def test_records_that_another_process_has_locked(daemon: Make, lab: Lab) -> None:
+    lab.create("a1")
+    one = daemon()
+    one.wait_for(lambda: one.get("/v1/status").body["reconcile"]["last_run"], "the first reconcile is over", 30)
+    with contextlib.closing(sqlite3.connect(lab.database, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        asked = one.connection()
+        asked.request("POST", "/v1/cleanup/freeze", json.dumps({"reason": "x"}), {"Content-Type": "application/json"})
+        told = condition(one, "records", 40)
+        assert told["condition"] == "waits" and f"process {os.getpid()}" in told["why"], told
+        other.execute("ROLLBACK")
+    assert asked.getresponse().status == 200
+    asked.close()
+    one.wait_for(lambda: gone(one, "records"), "it goes on", 20)
+
+
+def test_a_clock_that_jumped(daemon: Make, lab: Lab) -> None:
+    lab.create("a1")
+    boot = time.clock_gettime(time.CLOCK_BOOTTIME)
+    note = {"boot": json.loads(process.identity())["boot"], "offset": time.time() - boot, "until": boot + 300, "seen": boot, "wall": int(time.time())}
+    lab.context().records.set_meta(f"clock:{process.host()}", json.dumps(note))
+    one = daemon()
+    told = condition(one, "clock")
+    assert told["condition"] == "rests" and "expiry and cleanup rest until 20" in told["why"] and "timedatectl" in told["todo"]
+
+
+def test_credentials_that_are_refused(daemon: Make, lab: Lab) -> None:
+    one = daemon(environment={"PROXMOX_TOKEN_SECRET": TOKEN_SECRET + "-wrong"})
+    told = condition(one, "token")
+    assert told["condition"] == "fails" and "refuses the credentials" in told["why"]
+    assert one.good("GET", "/v1/status")["proxmox"]["reachable"] is True, "it was asked, and it answered"
+    assert TOKEN_SECRET not in json.dumps(one.good("GET", "/v1/status")) + one.log()
+
+
+def test_a_job_that_fails(daemon: Make, lab: Lab) -> None:
+    one = daemon(environment={"PROXMOX_PORT": str(free_port())})
+    told = condition(one, "reconcile")
+    assert told["condition"] == "fails" and condition(one, "proxmox")["condition"] == "fails"

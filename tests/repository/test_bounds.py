@@ -1,0 +1,81 @@
+# Copyright: the agentlab.proxmox contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""docs/bounds.md says what the code bounds: numbers, keys and sentences."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core import config, safe_yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = (ROOT / "docs/bounds.md").read_text()
+DAEMON = ROOT / "roles/agentlabd/files/agentlabd"
+UNIT = (ROOT / "roles/agentlabd/templates/agentlabd.service.j2").read_text()
+
+
+def rows(name: str) -> list[list[str]]:
+    """The cells of a table of the page, without its head."""
+    text = PAGE.split(f"<!-- {name} -->")[1].split(f"<!-- /{name} -->")[0]
+    return [[cell.strip() for cell in line.strip("| ").split("|")] if "||" in line else [cell.strip() for cell in line[1:-1].split("|")]
+            for line in text.strip().splitlines()[2:]]
+
+
+def constants(file: str) -> dict[str, object]:
+    """What the names in capitals of a file stand for, as far as that is arithmetic."""
+    found: dict[str, object] = {}
+    for node in ast.parse((DAEMON / file).read_text()).body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id.isupper():
+            try:
+                found[node.targets[0].id] = eval(compile(ast.Expression(node.value), file, "eval"), {"__builtins__": {}}, dict(found))
+            except (NameError, TypeError):
+                continue
+    return found
+
+
+def test_the_bounds_on_clients_are_those_of_the_code() -> None:
+    code, logs = constants("connections.py"), constants("logs.py")
+    numbers = {row[0]: row[1] for row in rows("bounds")}
+    connections = code["CONNECTIONS"]
+    assert isinstance(connections, dict)
+    expected = {
+        "connections to the socket at once": connections["socket"],
+        "connections to `listen` at once": connections["listen"],
+        "connections to `metrics_listen` at once": connections["metrics_listen"],
+        "descriptors kept for Proxmox VE, records and log": f"{code['_OWN_DESCRIPTORS']}, and two for each of `connections`",
+        "time for the head of a request": f"{code['HEAD_SECONDS']:.0f} s",
+        "time for its body": f"{code['BODY_SECONDS']:.0f} s",
+        "time between two requests of a connection, and for reading an answer": f"{code['IDLE_SECONDS']:.0f} s",
+        "bytes of a head, and of requests sent ahead": code["HEAD_BYTES"],
+        "bytes of a body": code["BODY_BYTES"],
+        f"bytes of all bodies on their way, beyond the first {code['SMALL_BODY']} of each": code["BODIES_BYTES"],
+        "lines of a kind in the log that clients or libraries can cause": f"one in {logs['SELDOM_SECONDS']:.0f} s",
+        "threads for what asks Proxmox VE, and requests to it in flight": config.DEFAULTS["connections"],
+        "time for what is under way when the daemon stops": config.DEFAULTS["stop_timeout"].replace("s", " s"),
+    }
+    assert numbers == {name: str(value) for name, value in expected.items()}
+
+
+def test_keys_and_sentences_are_those_of_the_code() -> None:
+    texts = "".join((DAEMON / name).read_text() for name in ("api.py", "connections.py"))
+    for _what, _default, key, beyond in rows("bounds"):
+        assert not key or key.strip("`") in config.DEFAULTS, key
+        for sentence in re.findall(r"`([a-z][^`]{20,})`", beyond):
+            pattern = re.sub(r"\d+", r"\\{[^}]+\\}", re.escape(sentence).replace(r"\ ", " "))
+            assert re.search(pattern, texts), sentence
+
+
+def test_the_bounds_of_the_unit_are_those_of_its_template() -> None:
+    for name, value, beyond in rows("unit"):
+        assert re.search(rf"^{name.strip('`')}={value}$", UNIT, re.M), name
+        for other, its_value in re.findall(r"`(\w+Sec)` \((\w+)\)", beyond):
+            assert f"\n{other}={its_value}\n" in UNIT
+
+
+def test_the_bounds_on_files_are_those_of_the_code() -> None:
+    assert [row[1] for row in rows("parsed")] == [str(number) for number in
+                                                   (safe_yaml.LONGEST_FILE, safe_yaml.MAX_NODES, safe_yaml.MAX_EXPANDED, safe_yaml.MAX_DEPTH)]
