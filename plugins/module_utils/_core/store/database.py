@@ -384,7 +384,8 @@ class Database:
 
     def latest_event(self) -> int:
         """Return the id of the newest event that these records ever had, 0 without one."""
-        rows = self.read("SELECT seq FROM sqlite_sequence WHERE name = 'events'")
+        # Two rows: SQLite's own counters, which stay when retention removes events.
+        rows = self.read("SELECT c.seq FROM sqlite_sequence AS c WHERE c.name = 'events'")
         return int(rows[0][0]) if rows and isinstance(rows[0][0], int) else 0
 
     def close(self) -> None:
