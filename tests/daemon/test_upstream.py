@@ -221,3 +221,28 @@ def test_protection_and_keepalive_have_a_way_back(daemon: Make, lab: Lab) -> Non
     refused = one.post("/v1/sandboxes/1000/protect")
     assert refused.status == 409 and "DESTROYED" in refused.body["error"]
     assert one.post("/v1/sandboxes/1777/protect").status == 404
+
+
+def test_ssh_gets_an_address_by_asking_for_the_sandbox(daemon: Make, lab: Lab) -> None:
+    """The original's ssh asks until there is an address; nobody has to have waited for one at the creation."""
+    lab.pve.agent_default = True
+    one = daemon()
+    made = one.good("POST", "/v1/sandboxes", {"name": "a1"}, 201)
+    assert made["ip"] is None
+    found = one.wait_for(lambda: read(SANDBOX, one.good("GET", "/v1/sandboxes/1000"))["ip"], "the address is there", 30)
+    assert found == one.good("GET", "/v1/sandboxes")["sandboxes"][0]["ip"]
+    events = one.good("GET", "/v1/sandboxes/1000/events")["events"]
+    assert [(event["operation"], event["actor"], event["evidence"]) for event in events if event["operation"] == "address"] == [
+        ("address", "agentlabd", {"ip": found})]
+    # Nothing is left behind that another operation would stumble over.
+    assert one.good("POST", "/v1/sandboxes/1000/stop")["state"] == "STOPPED"
+
+
+def test_a_guest_that_is_silent_holds_nobody_up(daemon: Make, lab: Lab) -> None:
+    lab.create("a1")
+    lab.pve.fail("GET", "/agent/network-get-interfaces", 500, "QEMU guest agent is not running", times=999)
+    one = daemon()
+    for _dummy in range(5):
+        assert one.good("GET", "/v1/sandboxes/1000")["ip"] is None
+    assert one.good("POST", "/v1/sandboxes/1000/stop")["state"] == "STOPPED"
+    assert one.good("GET", "/v1/status")["operations"]["in_progress"] == 0 and "Traceback" not in one.log()

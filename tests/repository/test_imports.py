@@ -50,7 +50,7 @@ CORE_ROOMS: dict[str, tuple[str, str]] = {
 }
 DAEMON_ROOMS: dict[str, tuple[str, str]] = {
     "process": ("systemd logs connections", ""),
-    "http": ("api routes shapes answers openapi upstream", "process service"),
+    "http": ("api routes shapes answers openapi upstream lookup", "process service"),
     "service": ("service metrics conditions", "process http"),
     "scheduler": ("scheduler", "process service"),
     "daemon": ("daemon __main__", "process http service scheduler"),

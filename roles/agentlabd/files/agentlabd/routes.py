@@ -20,7 +20,7 @@ from agentlab_core.operations import cleanup, create, destroy, info, lease, powe
 from agentlab_core.operations.context import Context, failure
 from agentlab_core.store import history
 
-from . import openapi, upstream
+from . import lookup, openapi, upstream
 from .answers import Answer, of_item, of_items
 from .shapes import Field
 
@@ -105,7 +105,10 @@ def list_sandboxes(call: Call) -> Answer:
 
 
 def show_sandbox(call: Call) -> Answer:
-    return Answer(call.context().select(call.vmid).public())
+    sandbox = call.context().select(call.vmid)
+    if sandbox.ip is None and sandbox.state in states.POWERED:
+        lookup.look_up_address(call.service, sandbox)
+    return Answer(sandbox.public())
 
 
 def events(call: Call) -> Answer:

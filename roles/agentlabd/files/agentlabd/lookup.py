@@ -1,0 +1,80 @@
+# Copyright: the agentlab.proxmox contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Look up the address of a running sandbox that has none on record, beside the request that shows it.
+
+A program that wants to log in asks for the sandbox until it has an address. The answer itself never waits for the guest.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import TYPE_CHECKING
+
+from agentlab_core import states
+from agentlab_core.errors import AgentlabError
+from agentlab_core.model import Sandbox
+from agentlab_core.operations import address
+from agentlab_core.operations.verify import match_if_readable
+
+from .logs import log
+
+if TYPE_CHECKING:
+    from .service import Service
+
+# Seconds between two questions to one guest.
+EVERY = 3.0
+# Questions under way at once: a guest that is silent must not hold the threads of others' work.
+AT_ONCE = 2
+# Seconds after which an address counts that is only second best: DHCP has had its time.
+SETTLED = 30
+
+_lock = threading.Lock()
+_asked: dict[str, float] = {}
+_under_way = 0
+
+
+def look_up_address(service: Service, sandbox: Sandbox) -> None:
+    """Have the guest agent asked, unless that was done just now; returns at once."""
+    global _under_way
+    now = time.monotonic()
+    with _lock:
+        for uuid in [uuid for uuid, at in _asked.items() if now - at >= EVERY]:
+            del _asked[uuid]
+        if sandbox.uuid in _asked or _under_way >= AT_ONCE or service.stopping.is_set():
+            return
+        _asked[sandbox.uuid] = now
+        _under_way += 1
+    try:
+        service.work_pool.submit(_ask, service, sandbox.uuid)
+    except RuntimeError:
+        # The daemon has begun to stop since.
+        _ended()
+
+
+def _ended() -> None:
+    global _under_way
+    with _lock:
+        _under_way -= 1
+
+
+def _ask(service: Service, uuid: str) -> None:
+    try:
+        ctx = service.context("agentlabd")
+        sandbox = ctx.records.get(uuid)
+        located = match_if_readable(ctx, sandbox)
+        choice = address.ask(ctx, located) if located else None
+        if choice is None or not (choice.final or ctx.clock.now() - (sandbox.state_changed_at or 0) > SETTLED):
+            return
+        with ctx.claimed(sandbox, "address", wait=0) as (claim, current):
+            # Another operation's journal is for that operation to finish.
+            if claim.interrupted is None and current.ip is None and current.state in states.POWERED:
+                ctx.records.change(claim, current, "address", ip=choice.address, reason="address", evidence={"ip": choice.address}, finish=True)
+    except AgentlabError as error:
+        log.debug("the address of sandbox %s cannot be looked up: %s", uuid, error.message)
+    except Exception:  # a thread of the pool would keep it to itself
+        log.exception("internal error while the address of sandbox %s was looked up", uuid)
+    finally:
+        _ended()
