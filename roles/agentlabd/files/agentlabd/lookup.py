@@ -11,18 +11,16 @@ from __future__ import annotations
 
 import threading
 import time
-from typing import TYPE_CHECKING
+from concurrent.futures import Executor
 
 from agentlab_core import states
 from agentlab_core.errors import AgentlabError
 from agentlab_core.model import Sandbox
 from agentlab_core.operations import address
+from agentlab_core.operations.context import Context
 from agentlab_core.operations.verify import match_if_readable
 
 from .logs import log
-
-if TYPE_CHECKING:
-    from .service import Service
 
 # Seconds between two questions to one guest.
 EVERY = 3.0
@@ -36,19 +34,19 @@ _asked: dict[str, float] = {}
 _under_way = 0
 
 
-def look_up_address(service: Service, sandbox: Sandbox) -> None:
-    """Have the guest agent asked, unless that was done just now; returns at once."""
+def look_up_address(ctx: Context, sandbox: Sandbox, threads: Executor) -> None:
+    """Have the guest agent asked in one of the threads, unless that was done just now; returns at once."""
     global _under_way
     now = time.monotonic()
     with _lock:
         for uuid in [uuid for uuid, at in _asked.items() if now - at >= EVERY]:
             del _asked[uuid]
-        if sandbox.uuid in _asked or _under_way >= AT_ONCE or service.stopping.is_set():
+        if sandbox.uuid in _asked or _under_way >= AT_ONCE:
             return
         _asked[sandbox.uuid] = now
         _under_way += 1
     try:
-        service.work_pool.submit(_ask, service, sandbox.uuid)
+        threads.submit(_ask, ctx, sandbox.uuid)
     except RuntimeError:
         # The daemon has begun to stop since.
         _ended()
@@ -60,9 +58,8 @@ def _ended() -> None:
         _under_way -= 1
 
 
-def _ask(service: Service, uuid: str) -> None:
+def _ask(ctx: Context, uuid: str) -> None:
     try:
-        ctx = service.context("agentlabd")
         sandbox = ctx.records.get(uuid)
         located = match_if_readable(ctx, sandbox)
         choice = address.ask(ctx, located) if located else None

@@ -105,9 +105,10 @@ def list_sandboxes(call: Call) -> Answer:
 
 
 def show_sandbox(call: Call) -> Answer:
-    sandbox = call.context().select(call.vmid)
+    ctx = call.context()
+    sandbox = ctx.select(call.vmid)
     if sandbox.ip is None and sandbox.state in states.POWERED:
-        lookup.look_up_address(call.service, sandbox)
+        lookup.look_up_address(ctx, sandbox, call.service.work_pool)
     return Answer(sandbox.public())
 
 
