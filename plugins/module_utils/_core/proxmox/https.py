@@ -320,6 +320,10 @@ class _Adapter(HTTPAdapter):
                 response.close()
                 raise _TooLarge("the answer is larger than any of Proxmox", response=response)
         response._content = bytes(content)
+        length = response.headers.get("Content-Length", "")
+        if length.isdecimal() and "Content-Encoding" not in response.headers and len(content) < int(length):
+            # urllib3 1.26 (Debian 12) takes half an answer for a whole one.
+            raise requests.exceptions.ChunkedEncodingError("IncompleteRead", response=response)
         if 300 <= response.status_code < 400:
             # A redirect would turn a POST into a GET of some other host, token included. Without a target it would be
             # taken for success with an empty answer.
