@@ -385,3 +385,12 @@ def test_a_template_whose_node_is_offline_is_not_called_missing(lab: Lab) -> Non
 def test_half_a_character_is_refused_before_anything_is_made(option: str, value: Any) -> None:
     with pytest.raises(InvalidInput, match=f"{option}: "):
         create.Spec(name="a1", **{option: value}).check()
+
+
+def test_a_clone_that_takes_longer_than_was_waited_is_left_to_the_next_run(lab: Lab) -> None:
+    lab.pve.next_task("qmclone", "slow", seconds=4.0)
+    with pytest.raises(TaskTimeout, match="run again to take it up"):
+        lab.create("a1", options={"wait_timeout": "1s"})
+    # What the daemon does all the time.
+    assert lab.reconcile() == [] and lab.records()[0].state == "PROVISIONING"
+    assert lab.create("a1", options={"wait_timeout": "30s"}).state == "RUNNING"

@@ -254,3 +254,19 @@ def test_two_that_ask_at_once(lab: Lab) -> None:
     done = ctx.each(lambda _n: lab.power("start", vmid, claim_timeout="20s"), [1, 2, 3])
     assert sorted(one.outcome for one in done) == ["started", "unchanged", "unchanged"]
     assert len([line for line in lab.pve.touched(vmid) if line.startswith("POST")]) == 1
+
+
+# ---- a lease that ends over a VM that is not there ----
+
+
+@pytest.mark.parametrize("how", ["gone", "stranger"])
+def test_a_pass_that_repairs_all_there_is_reports_no_failure(lab: Lab, how: str) -> None:
+    vmid = sandbox(lab, "RUNNING", RUNNING)
+    foreign = lab.swap(vmid, running=True) if how == "stranger" else lab.pve.remove_vm(vmid)
+    lab.force_state(vmid, "RUNNING", lease_expires_at=1)
+    drifts = lab.reconcile()
+    assert drifts and all(one.applied and one.error is None for one in drifts), drifts
+    lab.reconcile()
+    assert lab.record(vmid).state == "DESTROYED"
+    if how == "stranger":
+        lab.untouched(foreign, status="running")

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import time
 from collections.abc import Iterator
@@ -958,3 +959,37 @@ def test_a_vm_that_is_swapped_while_it_gets_its_workspace_is_not_started(lab: La
         lab.create("a1", workspace="w1")
     lab.pve.before = None
     lab.untouched(swapped[0], status="stopped")
+
+
+def test_a_guest_that_does_not_let_the_disk_go_leaves_a_clear_state(lab: Lab) -> None:
+    made = lab.create()
+    ctx = lab.context()
+    workspace.present(ctx, "w1", size="1G", storage="local-lvm")
+    workspace.attached(ctx, "w1", ctx.select(made.vmid))
+    lab.pve.unplug_refused = True
+    try:
+        with pytest.raises(Kept, match="does not let it go. Stop the sandbox, then detach it"):
+            workspace.detached(lab.context(), "w1")
+        assert now(lab).state == "ATTACHED" and not lab.pve.vm(made.vmid).pending
+        lab.power("stop", made.vmid)
+        assert workspace.detached(lab.context(), "w1").outcome == "detached"
+    finally:
+        lab.pve.unplug_refused = False
+
+
+def test_a_vm_that_the_list_calls_stopped_is_stopped_before_its_disk_is_taken_off(lab: Lab) -> None:
+    """The list lags by up to ten seconds; the guest of this VM would not let the disk go."""
+    made = lab.create()
+    ctx = lab.context()
+    workspace.present(ctx, "w1", size="1G", storage="local-lvm")
+    workspace.attached(ctx, "w1", ctx.select(made.vmid))
+    rows = {"data": [{"vmid": vm.vmid, "type": "qemu", "node": vm.node, "status": "stopped", "name": vm.name, "template": int(vm.template)}
+                     for vm in lab.pve.vms]}
+    lab.pve.unplug_refused = True
+    lab.pve.fault("GET", "/cluster/resources", "answer", status=200, body=json.dumps(rows), times=2)
+    try:
+        assert lab.destroy(made.vmid, force=True)[0].state == "DESTROYED"
+    finally:
+        lab.pve.unplug_refused = False
+        lab.calm()
+    assert now(lab).state == "DETACHED"

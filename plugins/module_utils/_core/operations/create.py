@@ -203,6 +203,9 @@ def _carry_on(ctx: Context, claim: Claim, spec: Spec, sandbox: Sandbox, journal:
         if (isinstance(error, TaskTimeout) or (isinstance(error, Kept) and error.reason == "changed")) and sandbox.smbios_uuid is not None:
             # Whoever asked was told to ask again.
             ctx.records.journal(claim, "create", AWAITED, noted)
+        elif isinstance(error, TaskTimeout) and noted.get("upid"):
+            # The clone goes on, and the next run takes it up: a reconcile leaves it to that.
+            ctx.records.journal(claim, "create", "waiting", {**noted, "awaited": True})
         raise
     except cloud_init.CloudInitFailed as error:
         # The VM stays for whoever wants to know why; what its user data said does not.

@@ -19,6 +19,9 @@ from .context import Context, failure
 
 # A renewal that would move the end by less than this is a repetition: nothing is written.
 REPEAT_SECONDS = 60
+# Why the VM of an expired sandbox was not stopped where that is no failure: it does not run.
+NO_VM = "no VM with that VMID is to be seen"
+ANOTHER_VM = "the VMID belongs to another VM now, which was left alone"
 
 
 def renew(ctx: Context, sandbox: Sandbox, ttl: int, *, min_remaining: int | None = None, allow_shorten: bool = False) -> Outcome:
@@ -147,9 +150,9 @@ def stop_expired(ctx: Context, sandbox: Sandbox) -> str | None:
                 return None
             found = locate(ctx, current)
             if found.verdict is None:
-                return "no VM with that VMID is to be seen"
+                return NO_VM
             if found.verdict.identity == identity.FOREIGN:
-                return "the VMID belongs to another VM now, which was left alone"
+                return ANOTHER_VM
             if not found.match:
                 return f"its VM is {found.verdict.identity}, so it was left alone"
             # A hibernated VM is switched off already.

@@ -141,14 +141,30 @@ def _leases(ctx: Context, apply: bool) -> list[Drift]:
                        {"lease_expires_at": one.public()["lease_expires_at"]}, one) for one in over]
         return found + [Drift("still_running", "stop", {}, one) for one in lease.leftovers(ctx)]
     passed = lease.expire(ctx)
-    found = [Drift("lease_expired", "expired", {"previous_state": one.previous_state}, one.sandbox, applied=True, error=one.message) for one in passed.expired]
+    found = [
+        Drift("lease_expired", "expired", _with_note({"previous_state": one.previous_state}, one.message), one.sandbox, applied=True,
+              error=_failure_of(one.message))
+        for one in passed.expired
+    ]
     found += [Drift("lease_expired", "renewed (keepalive)", {}, one.sandbox, applied=not one.failed, error=one.message) for one in passed.renewed]
     if timeguard.hold(ctx):
         # By the older copy they are over; their VMs may have been started and renewed since.
         return found
     known = {one.uuid for one in passed.expired if one.uuid}
-    found += [Drift("still_running", "stop", {}, one, applied=problem is None, error=problem) for one, problem in lease.stop_leftovers(ctx, known)]
+    found += [
+        Drift("still_running", "stop", _with_note({}, problem), one, applied=_failure_of(problem) is None, error=_failure_of(problem))
+        for one, problem in lease.stop_leftovers(ctx, known)
+    ]
     return found
+
+
+def _failure_of(problem: str | None) -> str | None:
+    """Why a VM could not be stopped; None where there was none of ours to stop, which the same pass settles."""
+    return None if problem in (lease.NO_VM, lease.ANOTHER_VM) else problem
+
+
+def _with_note(evidence: dict[str, Any], problem: str | None) -> dict[str, Any]:
+    return {**evidence, "note": problem} if problem is not None and _failure_of(problem) is None else evidence
 
 
 def _finish_interrupted(ctx: Context) -> list[Drift]:
@@ -180,7 +196,7 @@ def _finish_interrupted(ctx: Context) -> list[Drift]:
                     outcome = destroy.run(ctx, [(sandbox, request)])[0]
                     drift.sandbox = outcome.sandbox or sandbox
                     drift.applied, drift.error = not outcome.failed, outcome.message if outcome.failed else None
-            elif left.kind == "create" and left.phase == AWAITED and sandbox.state in states.CREATING:
+            elif left.kind == "create" and (left.phase == AWAITED or left.detail.get("awaited")) and sandbox.state in states.CREATING:
                 # Its VM is there, and its run said to run again; if nobody does, the lease ends it.
                 continue
             elif left.kind == "create" and sandbox.state in states.CREATING:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from typing import Any
+from typing import Any, NoReturn
 
 from ..errors import AgentlabError, ApiError, Kept, NotFound, ProxmoxError
 from ..model import Sandbox
@@ -28,6 +28,8 @@ _OWNER = re.compile(r"(?:^|[:/])(?:vm|base)-(\d+)-[^/]*$")
 # The last ones first, so that a template's own disks are in nobody's way.
 _SLOTS = tuple(f"scsi{number}" for number in range(30, 0, -1))
 _UNPLUG_SECONDS = 10
+# What Proxmox says, after some 18 seconds, of a guest that does not let a disk go.
+_UNPLUG_REFUSED = re.compile(r"hotplug problem|error on hot-unplugging|still busy in guest")
 # Times a VM is looked for where the list says that it is.
 _LOOKS = 3
 
@@ -209,6 +211,11 @@ def taken(ctx: Context, found: Workspace) -> WorkspaceRefused:
 
     if found.sandbox_uuid is not None:
         until = clock_module.iso(found.lease_expires_at)
+        if found.state in (store.ATTACHING, store.DETACHING):
+            doing = "attached to" if found.state == store.ATTACHING else "taken off"
+            return WorkspaceRefused(
+                f"{found.title} is just being {doing} sandbox {found.vmid} ({found.sandbox}). Wait for that to end; if it was cut off, run its "
+                "task again or agentlab_reconcile, which finishes it", vmid=found.vmid, lease_expires_at=until)
         return WorkspaceRefused(f"{found.title} is {found.state} to sandbox {found.vmid} ({found.sandbox}), whose lease on it lasts until {until}; detach it "
                                 "first. A workspace is attached to one sandbox at a time", vmid=found.vmid, lease_expires_at=until)
     return WorkspaceRefused(f"{found.title} is {found.state}; run its task again to finish that first")
@@ -324,13 +331,34 @@ def off(ctx: Context, claim: Claim, sandbox: Sandbox, located: Located, found: W
             if slots:
                 ctx.client.put(f"{now.path}/config", digest=now.digest, delete=",".join(slots))
 
-        guarded(ctx, sandbox, located, take_off)
+        try:
+            guarded(ctx, sandbox, located, take_off)
+        except ApiError as error:
+            if not _UNPLUG_REFUSED.search(error.text):
+                raise
+            _undo_unplug(ctx, claim, sandbox, found, listed)
         _await_off(ctx, node, sandbox, found)
     _refuse_lost(ctx, sandbox, found, node)
     done = records(ctx).change(found, "detach", to=store.DETACHED, claim=claim, reason="detached", sandbox_uuid=None, slot=None, lease_expires_at=None,
                                evidence={"vmid": sandbox.vmid, "slots": listed})
     ctx.records.note(sandbox, "detach_workspace", outcome="done", reason=found.name, evidence={"workspace_id": found.id, "slots": listed})
     return done
+
+
+def _undo_unplug(ctx: Context, claim: Claim, sandbox: Sandbox, found: Workspace, slots: list[str]) -> NoReturn:
+    """Take back a detachment that the running guest refused: the delete that Proxmox keeps pending goes. Always Kept.
+
+    The workspace is ATTACHED again, because the VM has it: nothing of the refused try comes true at the next start.
+    """
+    located = require_match(ctx, sandbox)
+    guarded(ctx, sandbox, located, lambda now: ctx.client.put(f"{now.path}/config", revert=",".join(slots), digest=now.digest))
+    rows = rows_of(ctx, str(located.node), sandbox.vmid)
+    slot = _in_use(rows, found.volume)
+    if slot is not None and not rows[slot].get("delete"):
+        records(ctx).change(found, "detach", to=store.ATTACHED, claim=claim, outcome="failed", reason="busy", slot=slot,
+                            evidence={"vmid": sandbox.vmid, "slot": slot})
+    raise Kept("workspace", f"{found.title}: VM {sandbox.vmid} still has it after it was taken off; the running guest does not let it go. Stop the "
+               "sandbox, then detach it", vmid=sandbox.vmid)
 
 
 def _refuse_lost(ctx: Context, sandbox: Sandbox, found: Workspace, node: str) -> None:
