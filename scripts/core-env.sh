@@ -20,7 +20,9 @@ case $core in
     *) pythons="3.13 3.12 3.14" ;;
 esac
 venv=$PWD/.cache/core-$core
-packages=$(sed -n -E 's/^(proxmoxer|requests|PyYAML|fakepve\[pytest\]|pytest|pytest-xdist)([<>=].*)$/\1\2/p' requirements-dev.txt)
+# What modules, daemon, command line and their tests import. Linters and molecule stay with .venv.
+names='proxmoxer|requests|PyYAML|aiohttp|click|prometheus-client|sdnotify|tabulate|fakepve\[pytest\]|hypothesis|psutil|pytest|pytest-xdist'
+packages=$(sed -n -E "s/^($names)([<>=].*)\$/\1\2/p" requirements-dev.txt)
 requirements="ansible-core==$core.* $(tr '\n' ' ' <<<"$packages")"
 
 # The development environment has what the tests need; where its release is asked for, no other is made.
