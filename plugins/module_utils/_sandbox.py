@@ -34,7 +34,7 @@ def run(module: AnsibleModule, context: Context, creation: Sequence[str]) -> dic
     elif state == "absent":
         outcomes = _absent(context, wanted, params["force"])
     else:
-        outcomes = _power(context, wanted, state, params["force"])
+        outcomes = _power(context, wanted, state, params["force"], params["wait_for_ip"])
     return _adapter.answer(outcomes, single=params.get("vmids") is None, diff=module._diff)
 
 
@@ -74,6 +74,8 @@ def _present(module: AnsibleModule, context: Context, which_ones: list[dict[str,
                     for part in ("update", "before"):
                         second.extra[part] = {**outcome.extra.get(part, {}), **second.extra[part]}
                     outcome = second
+                if params["wait_for_ip"] and outcome.sandbox is not None and outcome.sandbox.ip is None:
+                    return _with_address(context, outcome)
                 return outcome
             return outcome
         except AgentlabError as error:
@@ -97,10 +99,33 @@ def _absent(context: Context, wanted: list[dict[str, Any]], force: bool) -> list
     return [one if isinstance(one, Outcome) else next(done) for one in found]
 
 
-def _power(context: Context, wanted: list[dict[str, Any]], state: str, force: bool) -> list[Outcome]:
+def _power(
+    context: Context, wanted: list[dict[str, Any]], state: str, force: bool, wait_for_ip: bool
+) -> list[Outcome]:
     from ._core.operations import power
 
     operation = power.operation_for(state)
     # All ids are looked up before anything is done.
     found = [context.select(**which) for which in wanted]
-    return context.each(lambda one: _guarded(lambda sandbox: power.run(context, sandbox, operation, force=force), one), found)
+
+    def work(sandbox: Sandbox) -> Outcome:
+        outcome = power.run(context, sandbox, operation, force=force)
+        # A guest that was started may have got another address.
+        return _with_address(context, outcome) if wait_for_ip and state == "started" else outcome
+
+    return context.each(lambda sandbox: _guarded(work, sandbox), found)
+
+
+def _with_address(context: Context, outcome: Outcome) -> Outcome:
+    """Wait for the address of a sandbox that runs, and put it into the outcome and the record."""
+    from ._core import states
+    from ._core.operations import address
+
+    sandbox = outcome.sandbox
+    if sandbox is None or context.dry_run or sandbox.state not in states.POWERED:
+        return outcome
+    now = address.refresh(context, sandbox)
+    if now.ip != sandbox.ip and not outcome.changed:
+        outcome.outcome, outcome.changed, outcome.reason = "updated", True, "address"
+    outcome.sandbox = now
+    return outcome

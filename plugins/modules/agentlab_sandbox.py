@@ -176,7 +176,10 @@ options:
       - Only used when the sandbox is created; see M(agentlab.proxmox.agentlab_lease).
     type: str
   wait_for_ip:
-    description: Whether to wait until the guest agent names an address.
+    description:
+      - Whether to wait until the guest agent names an address.
+      - With O(state=present), also for a sandbox that is there, runs and has no address yet.
+      - With O(state=started), the address is looked up anew, because a guest that was started may have got another one.
     type: bool
     default: false
   wait_for_cloud_init:

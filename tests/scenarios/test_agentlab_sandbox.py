@@ -424,3 +424,21 @@ def test_user_data_is_used_and_shown_nowhere(story: Any, env: Any, server: Any, 
     assert run["look"]["sandboxes"][0]["state"] == "FAILED" and run["look"]["sandboxes"][0]["events"][-1]["reason"] == "cloud_init_failed"
     assert [one["state"] for one in run["destroy"]["results"]] == ["DESTROYED", "DESTROYED"]
     assert list(folder.iterdir()) == []
+
+
+def test_an_address_is_waited_for_later_and_looked_up_anew_at_a_start(story: Any, server: Any) -> None:
+    def another() -> None:
+        agent = server.pve.vm(1000).agent["interfaces"]
+        agent[-1]["ip-addresses"] = [{"ip-address": "192.0.2.77", "ip-address-type": "ipv4", "prefix": 24}]
+
+    run = story([
+        task("create", SANDBOX, name="later"),
+        task("wait", SANDBOX, name="later", wait_for_ip=True),
+        task("wait again", SANDBOX, name="later", wait_for_ip=True),
+        task("another lease", SANDBOX, name="later", state="started", wait_for_ip=True, before=another),
+        task("the same", SANDBOX, name="later", state="started", wait_for_ip=True),
+    ])
+    assert run["create"]["sandbox"]["ip"] is None
+    assert run["wait"]["sandbox"]["ip"] and run.status("wait") == "changed" and run.status("wait again") == "ok"
+    assert run["another lease"]["sandbox"]["ip"] == "192.0.2.77" and run.status("another lease") == "changed"
+    assert run.status("the same") == "ok"

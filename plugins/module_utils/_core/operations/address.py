@@ -14,10 +14,11 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from .. import states
 from ..errors import AccessDenied, AgentlabError, ApiError, OutcomeUnknown, TaskTimeout, Unreachable
 from ..model import Sandbox
 from .context import Context
-from .verify import Located, match_if_readable
+from .verify import Located, look, match_if_readable
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
@@ -228,3 +229,16 @@ def wait(ctx: Context, sandbox: Sandbox, located: Located) -> str:
             )
         ctx.clock.sleep(pause)
         pause = min(pause * 1.5, 3.0)
+
+
+def refresh(ctx: Context, sandbox: Sandbox) -> Sandbox:
+    """Wait for the address of a sandbox that runs, and write it into the record where it is another one.
+
+    Raises what ``wait`` raises. A sandbox whose VM does not run is returned as it is.
+    """
+    located, seen = look(ctx, sandbox)
+    if seen != states.RUNNING:
+        return sandbox
+    ip = wait(ctx, sandbox, located)
+    current = ctx.records.get(sandbox.uuid)
+    return current if current.ip == ip else ctx.records.amend(current, "address", ip=ip)
