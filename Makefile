@@ -19,6 +19,8 @@ PYTEST_ARGS ?=
 ROWS ?=
 RUNS ?= 5
 SOAK_MINUTES ?= 10
+MINUTES ?= 15
+SEED ?=
 SHARD ?=
 CORES ?= 2.16 2.17 2.18 2.19 2.20 2.21
 
@@ -28,7 +30,7 @@ CORES ?= 2.16 2.17 2.18 2.19 2.20 2.21
 
 .PHONY: check gates test-awx test-cores demo-installed importer docs faults-everyday test-faults-all test-inventory release-check
 
-.PHONY: bench bench-short test-bare
+.PHONY: bench bench-short test-chaos test-bare
 
 help: ## Show this list
 	@echo "Targets:"
@@ -96,6 +98,10 @@ test-daemon: setup ## Daemon and command line as real processes against a fake P
 soak: setup ## The daemon under churn for SOAK_MINUTES: a table of its memory, and an error when that grows
 	@echo "==> Soak, $(SOAK_MINUTES) minutes"
 	@.venv/bin/python tests/support/soak.py $(SOAK_MINUTES)
+
+test-chaos: setup ## The daemon under kills, faults, restarts and rude clients for MINUTES, and whether the promises hold (SEED replays the choices)
+	@echo "==> Chaos, $(MINUTES) minutes"
+	@.venv/bin/python tests/support/chaos.py $(MINUTES) $(SEED)
 
 test-cli-oldest: setup ## The command line and the requests to Proxmox with the releases of the libraries that Debian 12 has
 	@echo "==> Command line with click 8.1.3"
