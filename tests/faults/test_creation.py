@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core import config
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import AgentlabError, CreationFailed, InvalidInput, Kept, TaskTimeout
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import cloud_init, create, reconcile, vm_config, wanted
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import cloud_init, create, doctor, reconcile, vm_config, wanted
 
 from support.lab import Lab
 
@@ -391,6 +392,23 @@ def test_a_clone_that_takes_longer_than_was_waited_is_left_to_the_next_run(lab: 
     lab.pve.next_task("qmclone", "slow", seconds=4.0)
     with pytest.raises(TaskTimeout, match="run again to take it up"):
         lab.create("a1", options={"wait_timeout": "1s"})
-    # What the daemon does all the time.
+    # The doctor names the way out that works; a reconcile, which the daemon runs all the time, is none.
+    settings = config.load({**lab.options, "database": lab.database}, lab.server.environment(lab.folder))
+    report = doctor.Doctor(settings, now=lab.clock).examine(doctor.Wanted())
+    work = next(finding for finding in report.findings if finding.check == "work")
+    assert "wait for their task to be run again: 1000" in work.meaning and "reconcile" not in str(work.advice)
     assert lab.reconcile() == [] and lab.records()[0].state == "PROVISIONING"
     assert lab.create("a1", options={"wait_timeout": "30s"}).state == "RUNNING"
+
+
+def test_a_creation_whose_vm_an_administrator_removed_has_a_way_out(lab: Lab) -> None:
+    lab.pve.next_task("qmclone", "killed")
+    with pytest.raises(AgentlabError):
+        lab.create("a1")
+    made = lab.records()[0]
+    lab.reconcile()
+    lab.pve.remove_vm(made.vmid)
+    lab.reconcile()
+    assert lab.leftovers() == {"claims": [], "operations": []}
+    assert lab.record(made).state == "FAILED"
+    assert lab.destroy(made.vmid, force=True)[0].state == "DESTROYED"

@@ -10,16 +10,22 @@ from __future__ import annotations
 
 from typing import Any
 
+from .. import states
 from ..errors import ApiError, Kept, ProxmoxError
 from ..model import Sandbox
 from ..proxmox import identity
 from ..proxmox.tasks import started_at
-from ..store.records import Claim
+from ..store.records import AWAITED, Claim, Operation
 from .context import Context
 from .verify import Located, locate
 
 # Node clocks may differ a little from ours.
 _CLOCK_SLACK = 300
+
+
+def waits_for_next_run(left: Operation, state: str) -> bool:
+    """Whether this is a creation whose caller was told to run its task again: nobody else finishes it, its lease ends it."""
+    return left.kind == "create" and state in states.CREATING and (left.phase == AWAITED or bool(left.detail.get("awaited")))
 
 
 def locate_unbound(ctx: Context, sandbox: Sandbox, claim: Claim | None, created: dict[str, Any] | None) -> Located:

@@ -31,7 +31,7 @@ from ..proxmox import identity
 from ..proxmox.identity import OUR_TAG
 from ..store import history, schema, workspaces
 from ..version import __version__
-from . import cloud_init, info, privileges, timeguard
+from . import cloud_init, create_recovery, info, privileges, timeguard
 from . import template as templates
 from .context import Context
 from .privileges import needs, pveum_commands
@@ -322,8 +322,17 @@ class Doctor:
         live = self.context.records.find_all()
         overdue = [one.vmid for one in live if one.state in states.OPERATIONS["expire"].allowed and one.expired(now)]
         vmids = {one.uuid: one.vmid for one in live}
+        state_of = {one.uuid: one.state for one in live}
+        interrupted = self.context.records.interrupted()
+        waiting = [
+            str(vmids.get(one.sandbox_uuid))
+            for one in interrupted
+            if create_recovery.waits_for_next_run(one, state_of.get(one.sandbox_uuid, ""))
+        ]
         cut_off = [
-            f"{vmids.get(one.sandbox_uuid)} ({one.kind}, {one.phase})" for one in self.context.records.interrupted()
+            f"{vmids.get(one.sandbox_uuid)} ({one.kind}, {one.phase})"
+            for one in interrupted
+            if not create_recovery.waits_for_next_run(one, state_of.get(one.sandbox_uuid, ""))
         ]
         facts = {"sandboxes": len(live), "overdue": overdue[:50], "cut_off": cut_off[:50]}
         rest = timeguard.suspended(self.context)
@@ -349,7 +358,15 @@ class Doctor:
                 "work",
                 WARNING,
                 f"{len(cut_off)} operations were cut off: {_some(cut_off)}",
-                "run agentlab_reconcile, which finishes them",
+                "run agentlab_reconcile, which finishes them; what it does not finish, destroy with force",
+                facts,
+            )
+        elif waiting:
+            yield Finding(
+                "work",
+                WARNING,
+                f"{len(waiting)} creations wait for their task to be run again: {_some(waiting)}",
+                "run the same task again, or destroy them with force; otherwise their leases end them",
                 facts,
             )
         else:

@@ -18,8 +18,8 @@ from ..errors import AgentlabError, DamagedRecord, GuardTripped, Kept, ProxmoxEr
 from ..model import Sandbox
 from ..proxmox import identity
 from ..store import upkeep
-from ..store.records import AWAITED, POINT_OF_NO_RETURN, Operation
-from . import cloud_init, destroy, lease, power, remains, removal, timeguard, workspace
+from ..store.records import POINT_OF_NO_RETURN, Operation
+from . import cloud_init, create_recovery, destroy, lease, power, remains, removal, timeguard, workspace
 from .context import Context
 from .verify import Located, is_hibernated, locate, power_state
 
@@ -196,7 +196,7 @@ def _finish_interrupted(ctx: Context) -> list[Drift]:
                     outcome = destroy.run(ctx, [(sandbox, request)])[0]
                     drift.sandbox = outcome.sandbox or sandbox
                     drift.applied, drift.error = not outcome.failed, outcome.message if outcome.failed else None
-            elif left.kind == "create" and (left.phase == AWAITED or left.detail.get("awaited")) and sandbox.state in states.CREATING:
+            elif create_recovery.waits_for_next_run(left, sandbox.state):
                 # Its VM is there, and its run said to run again; if nobody does, the lease ends it.
                 continue
             elif left.kind == "create" and sandbox.state in states.CREATING:
@@ -204,7 +204,7 @@ def _finish_interrupted(ctx: Context) -> list[Drift]:
                 give_up_creation(ctx, sandbox)
                 drift.applied = True
             else:
-                if left.kind == "create" and sandbox.smbios_uuid is None and sandbox.live:
+                if left.kind == "create" and sandbox.smbios_uuid is None and sandbox.live and not _nothing_was_left(ctx, sandbox, left):
                     # FAILED or TIMEOUT, never bound: the journal is what a later destroy tells its VM by.
                     continue
                 drift.action = "journal closed"
@@ -236,10 +236,20 @@ def _refuse_chosen(ctx: Context, left: Operation) -> None:
         raise Kept("clock_jumped", rest)
 
 
+def _nothing_was_left(ctx: Context, sandbox: Sandbox, left: Operation) -> bool:
+    """Whether the clone of a creation is over for certain and no VM is at its VMID: then its journal tells nobody anything.
+
+    So it is after an administrator removed what a killed clone had left.
+    """
+    try:
+        located = create_recovery.locate_unbound(ctx, sandbox, None, {**left.detail, "phase": left.phase, "at": left.updated_at})
+    except (Kept, ProxmoxError):
+        return False
+    return located.node is None and ctx.cluster.prove_absent([sandbox.vmid])[sandbox.vmid].absent is True
+
+
 def give_up_creation(ctx: Context, sandbox: Sandbox, evidence: dict[str, Any] | None = None) -> Sandbox:
     """Make a creation that nobody works on FAILED, its VM bound to the record if it is ours. Busy while somebody does."""
-    from . import create_recovery
-
     with ctx.claimed(sandbox, "reconcile", wait=0) as (claim, current):
         if current.state != sandbox.state:
             raise Kept("changed", f"sandbox {sandbox.vmid} was {sandbox.state} and is {current.state} now")
@@ -249,6 +259,7 @@ def give_up_creation(ctx: Context, sandbox: Sandbox, evidence: dict[str, Any] | 
         if not bound:
             bound = create_recovery.locate_unbound(ctx, current, claim, created).match
             current = ctx.records.get(current.uuid)
+            bound = bound or (left is not None and _nothing_was_left(ctx, current, left))
         cloud_init.remove(ctx, current)
         # Unbound: the journal entry stays, a later destroy needs it to tell whether a VM is its own.
         return ctx.records.change(claim, current, "create", to=states.FAILED, outcome="failed", reason="creation_interrupted", evidence=evidence,
