@@ -66,7 +66,9 @@ def launch(furnished: Awx, runner: Runner) -> Callable[..., tuple[int, dict[str,
         status, results, output = runner.run(
             row["playbook"].removesuffix(".yml"), check=row["job_type"] == "check", text=text
         )
-        assert "[WARNING]" not in output and "[DEPRECATION" not in output and "Traceback" not in output, output
+        # Before ansible-core 2.19 the connection of these tests (local) has no reset, and Ansible says so.
+        said = output.replace("[WARNING]: Reset is not implemented for this connection", "")
+        assert "[WARNING]" not in said and "[DEPRECATION" not in said and "Traceback" not in said, output
         return status, results[-1]["res"] if results else {}, output
 
     return run
@@ -149,8 +151,9 @@ def test_prune_reconcile_and_doctor(launch: Any) -> None:
         ):
             status, result, output = launch(template, answers)
             assert status == 0 and result["count"] == 0, output
+    # Before ansible-core 2.19 Ansible names the option, but not the value.
     status, _result, output = launch("prune", {"prune_max_count": "many"})
-    assert status != 0 and "many" in output
+    assert status != 0 and "max_count" in output and "int" in output
     assert launch("reconcile", {})[0] == 0
     status, result, output = launch("doctor", {"sandbox_template": " 9000 "})
     assert status == 0 and result["findings"], output
