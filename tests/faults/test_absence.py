@@ -63,7 +63,7 @@ def unchanged(lab: Lab, before: Sandbox) -> None:
 def hide(lab: Lab, *hidden: int) -> None:
     for vmid in {9000, 500, *range(1000, 1010)} - set(hidden):
         lab.pve.grant(TOKEN_ID, f"/vms/{vmid}", "VM.Audit", "VM.Allocate", "VM.PowerMgmt", "VM.Config.Options", "VM.Clone")
-    lab.pve.grant(TOKEN_ID, "/nodes", "Sys.Audit")
+    lab.pve.grant(TOKEN_ID, "/", "Sys.Audit")
 
 
 # ---- hidden ----

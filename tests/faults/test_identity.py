@@ -36,7 +36,7 @@ def lab(one_lab: Lab) -> Iterator[Lab]:
 
 def hidden_from_token(lab: Lab, *hidden: int) -> None:
     """The token may do everything, except that it sees nothing of these VMIDs."""
-    lab.pve.grant(TOKEN_ID, "/nodes", "Sys.Audit")
+    lab.pve.grant(TOKEN_ID, "/", "Sys.Audit")
     lab.pve.grant(TOKEN_ID, "/storage", "Datastore.AllocateSpace", "Datastore.Audit")
     lab.pve.grant(TOKEN_ID, "/sdn", "SDN.Use")
     for vmid in {9000, 500, *range(1000, 1010)} - set(hidden):

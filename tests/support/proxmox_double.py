@@ -123,6 +123,8 @@ class ProxmoxDouble(AccessRules, PowerRules, FakePve):
         self.hook_errors: list[BaseException] = []
         # Answered as one node that was never part of a cluster: /cluster/status has no entry for a cluster.
         self.standalone = False
+        # True: a clone to another node is refused where a disk lies on local storage, as Proxmox VE does.
+        self.strict_targets = False
         # Real seconds for which a new VM is listed as `unknown` and without a name.
         self.listing_lag = 0.0
         # Real seconds before a wrong token is told so (Proxmox: 3).
@@ -315,13 +317,31 @@ class ProxmoxDouble(AccessRules, PowerRules, FakePve):
         return True
 
     async def _as_sent(self, request: web.Request, handler: Any) -> web.StreamResponse:
-        response = await handler(request)
+        try:
+            response = await handler(request)
+        except web.HTTPNotFound:
+            response = web.Response(status=404)
+        if response.status == 404 and not self.resolve(request, API) and request.path.startswith(API):
+            response = _not_implemented(request.method, request.path[len(API):])
+        elif response.status == 501:
+            response = _not_implemented(request.method, request.path.removeprefix(API))
         if response.status == 401:
             await self._sleep(self.auth_delay)
-        if response.status in (401, 595, 596) and request.path.startswith(API):
+        login = request.path == API + "/access/ticket"
+        if response.status in (401, 595, 596) and request.path.startswith(API) and not login:
             # These come from the daemon in front of the API: a reason, no body.
             response = web.Response(status=response.status, reason=response.reason)
         return response
+
+    def _authenticate(self, request: web.Request) -> Any:
+        """Return the user, or refuse with the reason that Proxmox VE has: one for every wrong token or ticket."""
+        try:
+            return super()._authenticate(request)
+        except PveError as error:
+            if "csrf" in error.message:
+                raise
+            presented = request.headers.get("Authorization") or request.cookies.get("PVEAuthCookie")
+            raise PveError(401, "Authentication failed!" if presented else "No ticket") from None
 
     async def _with_fault(self, request: web.Request, rule: Rule, handle: Any) -> web.StreamResponse:
         if rule.kind == "cut":
@@ -494,7 +514,7 @@ class ProxmoxDouble(AccessRules, PowerRules, FakePve):
     def _find_task(self, node: str, upid: str, user: str) -> dict[str, Any]:
         found = re.match(r"UPID:([^:]+):[0-9A-F]{8}:[0-9A-F]{8,9}:[0-9A-F]{8}:[^:\s]+:[^:\s]*:[^:\s]+:$", upid)
         if found is None:
-            raise PveError(500, f"unable to parse worker upid '{upid}'")
+            raise param_error(upid="unable to parse worker upid")
         task = self.tasks.get(upid)
         # Only the node named in the id has the task; asked elsewhere it is as unknown as any.
         if task is None or upid in self._forgotten or found[1] != node:
@@ -541,7 +561,8 @@ class ProxmoxDouble(AccessRules, PowerRules, FakePve):
     async def _task_abort(self, v: dict[str, Any], user: str) -> None:
         task = self._find_task(v["node"], v["upid"], user)
         if task["status"] == "running":
-            self.kill_task(task["upid"], "interrupted by signal")
+            clone = "clone failed: copy failed: command '/usr/bin/qemu-img convert' failed: interrupted by signal"
+            self.kill_task(task["upid"], clone if task["type"] == "qmclone" else UNEXPECTED)
 
     async def _cluster_tasks(self, v: dict[str, Any], user: str) -> list[dict[str, Any]]:
         return [_listed(self._task_view(t, True)) for t in self._tasks_of(user)[:25]]
@@ -563,11 +584,13 @@ class ProxmoxDouble(AccessRules, PowerRules, FakePve):
         response = await super()._resources(request)
         data = json.loads(response.text)["data"]
         now = time.time()
+        data = [item for item in data if item["type"] != "storage" or self._sees_storage(request[USER], item["storage"])]
         for item in data:
             if item["type"] == "node":
                 row = self._node_row(item, request[USER])
                 item.clear()
                 item.update(row, hastate="maintenance" if row["node"] in self.maintenance else "online")
+                item["cgroup-mode"] = 2
             if item["type"] != "qemu":
                 continue
             self._as_broadcast(item)
@@ -578,7 +601,12 @@ class ProxmoxDouble(AccessRules, PowerRules, FakePve):
                 item.pop("name", None)
         return web.json_response({"data": data})
 
+    def _sees_storage(self, user: str, sid: str) -> bool:
+        return any(self.allowed(user, f"/storage/{sid}", priv) for priv in ("Datastore.Audit", "Datastore.AllocateSpace"))
+
     async def _cluster_status(self, request: web.Request) -> web.Response:
+        if self.acl is not None:
+            self.require(request[USER], "/", "Sys.Audit")
         response = await super()._cluster_status(request)
         data = json.loads(response.text)["data"]
         if self.standalone:
@@ -640,8 +668,15 @@ class ProxmoxDouble(AccessRules, PowerRules, FakePve):
             if vm is None or vm.node != node:
                 if action in ("reboot", "suspend", "resume"):
                     raise PveError(500, _not_found(vmid, node))
-                self.need_quorum()
-                return web.json_response({"data": await self._failing(node, "qm" + action, vmid, user, _no_config(node, vmid))})
+                text = _not_found(vmid, node)
+                if action == "start":
+                    self.need_quorum()
+                    text = _no_config(node, vmid)
+                return web.json_response({"data": await self._failing(node, "qm" + action, vmid, user, text)})
+            if not self.quorate and action in ("stop", "shutdown", "suspend", "resume"):
+                # Only what writes a configuration or begins a VM asks for quorum.
+                data = await getattr(self, "_do_" + action)(vm, user, await request_params(request))
+                return web.json_response({"data": data})
         return await super()._status_action(request)
 
     async def _do_stop(self, vm: Any, user: str, p: dict[str, Any]) -> str:
@@ -740,8 +775,16 @@ class ProxmoxDouble(AccessRules, PowerRules, FakePve):
 
     async def _apply_config(self, vm: Any, user: str, p: dict[str, Any]) -> None:
         updates = dict(p)
+        if updates.get("skiplock") and user != "root@pam":
+            raise param_error(skiplock="Only root may use this option.")
+        if not {key for key in updates if key not in ("digest", "skiplock")}:
+            raise PveError(500, "no options specified")
+        known = pve_schema.load().paths["/nodes/{node}/qemu/{vmid}/config"]["PUT"]["parameters"]["properties"]
+        for key in [key for key in str(updates.get("delete") or "").split(",") if key]:
+            if re.sub(r"\d+$", "[n]", key) not in known and key not in known and key not in ("vmstate", "lock"):
+                raise param_error(delete=f"unknown option '{key}'")
         if not self.quorate:
-            raise PveError(500, f"unable to open file '/etc/pve/nodes/{vm.node}/qemu-server/{vm.vmid}.conf.tmp.4711' - Permission denied")
+            raise PveError(500, _no_quorum(vm.node, vm.vmid))
         wanted = [key for key in str(updates.get("delete") or "").split(",") if key]
         if "vmstate" in wanted:
             self._check_state_delete(vm, user, updates)
@@ -775,7 +818,7 @@ class ProxmoxDouble(AccessRules, PowerRules, FakePve):
             vm.config[key] = vm.pending.pop(key)
         for key in deletes:
             self._detached(vm, key, before[key], bool(updates.get("force")))
-        missing = self._missing_snippet(vm) if "cicustom" in updates else None
+        missing = self._missing_snippet(vm) if "cicustom" in updates and vm.status == "running" else None
         if missing:
             raise PveError(500, missing)
 
@@ -860,6 +903,10 @@ class ProxmoxDouble(AccessRules, PowerRules, FakePve):
 
     async def _content_list(self, v: dict[str, Any], user: str) -> list[dict[str, Any]]:
         found = [row for row in await super()._content_list(v, user) if self._on_node(row["volid"], v["node"])]
+        for row in found:
+            if row.get("content") == "images" and self.storages[v["storage"]].get("type") in ("dir", "nfs", "cifs"):
+                row.setdefault("parent", None)
+                row.setdefault("used", row.get("size", 0))
         if v.get("content") in (None, "snippets") and v.get("vmid") is None and self.allowed(user, f"/storage/{v['storage']}", "Datastore.Allocate"):
             found += [{"volid": volume, "content": "snippets", "format": "snippet", "size": os.path.getsize(path), "ctime": int(os.path.getmtime(path))}
                       for volume, path in self._snippet_files(v["node"]).items() if volume.startswith(v["storage"] + ":")]
@@ -876,36 +923,57 @@ class ProxmoxDouble(AccessRules, PowerRules, FakePve):
             name = {"file-read": "guest-file-open"}.get(command, f"guest-{command}")
             text = f"Agent error: Command {name} has been disabled: the command is not allowed"
             raise PveError(500, text)
+        if vm.qmpstatus == "paused":
+            raise PveError(500, "QEMU guest agent is not running")
         answer = await super()._agent_call(match, values)
-        if answer == {"content": "", "truncated": False}:
-            raise PveError(500, f"Agent error: Failed to open file '{values['file']}': No such file or directory")
+        if command == "file-read":
+            return self._file_read(vm, values["file"])
         return answer
 
+    @staticmethod
+    def _file_read(vm: Any, path: str) -> dict[str, Any]:
+        files = (vm.agent or {}).get("files") or {}
+        if path not in files:
+            raise PveError(500, f"Agent error: failed to open file '{path}' (mode: 'r'): No such file or directory")
+        content = str(files[path])
+        return {"content": content, "bytes-read": len(content)}
+
     async def _qm_resize(self, v: dict[str, Any], user: str) -> str:
-        vm = self.find(v["node"], v["vmid"])
-        self.need_quorum()
-        self._check_lock(vm)
-        key = v["disk"]
-        if key not in vm.config:
-            raise PveError(500, f"disk '{key}' does not exist")
-        volume, props = split_drive(vm.config[key])
-        if is_cdrom(volume, props):
-            raise PveError(500, "can't resize a cdrom")
-        known = self._qm_volume(volume)
-        size = int((known or {}).get("size") or parse_size(props.get("size", "0")) or 0)
-        wanted = parse_size(str(v["size"]).lstrip("+")) + (size if str(v["size"]).startswith("+") else 0)
-        if wanted < size:
-            raise PveError(500, "shrinking disks is not supported")
+        """Enlarge a disk: always a task, which finds out what is wrong."""
+        node, vmid, key = v["node"], v["vmid"], v["disk"]
 
         async def body() -> None:
-            # Under the lock, and thus in the task.
+            vm = self.vm(int(vmid))
+            if vm is None or vm.node != node:
+                raise TaskError(_no_config(node, vmid))
             if v.get("digest") and v["digest"] != vm.digest():
                 raise TaskError("checksum mismatch (file change by other user?)")
+            if vm.lock:
+                raise TaskError(f"VM is locked ({vm.lock})")
+            if key not in vm.config:
+                raise TaskError(f"disk '{key}' does not exist")
+            volume, props = split_drive(vm.config[key])
+            if is_cdrom(volume, props):
+                raise TaskError("can't resize a cdrom")
+            known = self._qm_volume(volume)
+            size = int((known or {}).get("size") or parse_size(props.get("size", "0")) or 0)
+            wanted = parse_size(str(v["size"]).lstrip("+")) + (size if str(v["size"]).startswith("+") else 0)
+            if wanted < size:
+                raise TaskError("shrinking disks is not supported")
             if known is not None:
+                # The image is enlarged before the configuration is written: without quorum only the former happens.
                 known["size"] = wanted
+            if not self.quorate:
+                raise TaskError(_no_quorum(node, vmid))
             vm.config[key] = join_drive(volume, dict(props, size=format_size(wanted)))
 
-        return await self.task(vm.node, "resize", vm.vmid, user, body, vm=vm)
+        return await self.task(node, "resize", vmid, user, body, vm=self.vm(int(vmid)))
+
+    async def _qm_snapshot(self, v: dict[str, Any], user: str) -> str:
+        if self.quorate:
+            return await super()._qm_snapshot(v, user)
+        self.find(v["node"], v["vmid"])
+        return await self._failing(v["node"], "qmsnapshot", v["vmid"], user, _no_quorum(v["node"], v["vmid"]))
 
     def _around_qmrollback(self, body: Any, vm: Any, undo: list[Callable[[], None]]) -> Any:
         async def run() -> Any:
@@ -925,6 +993,11 @@ class ProxmoxDouble(AccessRules, PowerRules, FakePve):
         src = self.vm(vmid)
         if src is None or src.node != node:
             raise PveError(500, _not_found(vmid, node))
+        target = v.get("target")
+        if v.get("snapname") and v["snapname"] not in src.snapshots:
+            raise PveError(500, f"snapshot '{v['snapname']}' does not exist")
+        if self.strict_targets and target and target != node and not self._is_shared(src):
+            raise PveError(500, f"can't clone VM to node '{target}' (VM uses local storage)")
         for key in sorted(src.config):
             bridge = re.search(r"bridge=([^,]+)", str(src.config[key])) if re.match(r"net\d+$", key) else None
             if bridge:
@@ -932,13 +1005,18 @@ class ProxmoxDouble(AccessRules, PowerRules, FakePve):
         self.need_quorum()
         taken = self.guest(newid)
         if taken is not None and taken.node != node:
-            text = f"clone failed: unable to create file '/etc/pve/nodes/{node}/qemu-server/{newid}.conf' - File exists"
+            text = f"close (rename) atomic file '/etc/pve/nodes/{node}/qemu-server/{newid}.conf' failed: File exists"
             return await self._failing(node, "qmclone", vmid, user, text)
         full = v.get("full")
         self._clone = {"source": dict(src.config), "linked": src.template and not full}
         if v.get("description"):
             v = dict(v, description=str(v["description"]).rstrip())
         return await super()._qm_clone(v, user)
+
+    def _is_shared(self, vm: Any) -> bool:
+        """Return whether every disk of a VM lies on shared storage."""
+        stores = [volume_ref(volume)[0] for _key, volume, _props in drives_of(vm.config) if ":" in volume]
+        return all(self.storages.get(sid, {}).get("shared") for sid in stores)
 
     def _around_qmclone(self, body: Any, new: Any, undo: list[Callable[[], None]]) -> Any:
         """While it runs the target has Proxmox's own description and nothing else; what was asked for stands there at the end."""
@@ -983,16 +1061,16 @@ class ProxmoxDouble(AccessRules, PowerRules, FakePve):
                 self._forget_state(vm)
             if not vm.lock:
                 own = {volume for _key, volume, _props in drives_of(vm.config) if volume_owner(volume) == vm.vmid}
-                for sid, store in self.storages.items():
-                    for name, volume in store.get("volumes", {}).items():
+                for store in self.storages.values():
+                    for volume in store.get("volumes", {}).values():
                         if volume.get("base") in own:
-                            raise TaskError(f"base volume '{volume['base'].partition(':')[2]}' is still in use by linked cloned '{sid}:{name}'")
+                            raise TaskError(f"base volume '{volume['base']}' is still in use by linked cloned")
                 if not self.quorate:
                     # The configuration file cannot be removed, the disks can, and they go first.
                     for volume in own:
                         self._qm_free(volume)
                     vm.disks_lost = True
-                    raise TaskError(f"unable to remove file '/etc/pve/nodes/{vm.node}/qemu-server/{vm.vmid}.conf' - Permission denied")
+                    raise TaskError(_no_quorum(vm.node, vm.vmid))
             foreign = self._foreign_volumes(vm)
             note = await body()
             for sid, name, volume in foreign:
@@ -1025,8 +1103,17 @@ class ProxmoxDouble(AccessRules, PowerRules, FakePve):
     # ------------------------------------------------------------------ what there is
 
     def _disk(self, sid: str, name: str, vmid: int, size: int) -> str:
-        self.storages[sid].setdefault("volumes", {})[name] = {"content": "images", "format": "raw", "size": size, "vmid": vmid,
-                                                              "ctime": int(time.time())}
+        store = self.storages[sid]
+        kind = "raw"
+        if store.get("type") in ("dir", "nfs", "cifs") and "/" not in name:
+            name, kind = f"{vmid}/{name}.qcow2", "qcow2"
+        store.setdefault("volumes", {})[name] = {
+            "content": "images",
+            "format": kind,
+            "size": size,
+            "vmid": vmid,
+            "ctime": int(time.time()),
+        }
         return f"{sid}:{name}"
 
     @on_loop
@@ -1043,8 +1130,9 @@ class ProxmoxDouble(AccessRules, PowerRules, FakePve):
     @on_loop
     def add_guest(self, vmid: int, name: str = "somebody-elses", node: str = "pve1", storage: str = "local-lvm", smbios: bool = True, **kw: Any) -> Any:
         """An ordinary VM with a disk of its own and an identity; kw go to FakeVm (status, lock, pool, template, ...), config is merged."""
-        disk = self._disk(storage, f"{'base' if kw.get('template') else 'vm'}-{vmid}-disk-0", vmid, 8 * 1024 ** 3)
-        config = {"name": name, "cores": 1, "memory": "1024", "scsi0": f"{disk},size=8G", "net0": f"virtio={_mac()},bridge=vmbr0",
+        size = kw.pop("size", 8 * 1024**3)
+        disk = self._disk(storage, f"{'base' if kw.get('template') else 'vm'}-{vmid}-disk-0", vmid, size)
+        config = {"name": name, "cores": 1, "memory": "1024", "scsi0": f"{disk},size={format_size(size)}", "net0": f"virtio={_mac()},bridge=vmbr0",
                   "vmgenid": str(uuid.uuid4())}
         if smbios:
             config["smbios1"] = f"uuid={uuid.uuid4()}"
@@ -1106,13 +1194,28 @@ def _no_config(node: str, vmid: Any) -> str:
     return f"Configuration file 'nodes/{node}/qemu-server/{vmid}.conf' does not exist"
 
 
+def _not_implemented(method: str, path: str) -> web.Response:
+    text = f"Method '{method} {path}' not implemented"
+    return web.json_response({"data": None, "message": text}, status=501, reason=text)
+
+
+def _no_quorum(node: str, vmid: Any) -> str:
+    return f"unable to open file '/etc/pve/nodes/{node}/qemu-server/{vmid}.conf.tmp.4711' - Permission denied"
+
+
 def _not_found(vmid: Any, node: str) -> str:
     return f"unable to find configuration file for VM {vmid} on node '{node}'"
 
 
 def _listed(view: dict[str, Any]) -> dict[str, Any]:
     """A task as lists show it: the exit status stands in `status`, RUNNING where there is none yet."""
-    return view if "status" in view else dict(view, status="RUNNING")
+    if "status" in view:
+        return view
+    active = dict(view, status="RUNNING", saved="0")
+    token = active.pop("tokenid", None)
+    if token:
+        active["user"] = f"{active['user']}!{token}"
+    return active
 
 
 def _error(error: PveError) -> web.Response:
