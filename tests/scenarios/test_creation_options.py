@@ -14,9 +14,10 @@ import pytest
 import yaml
 from ansible_collections.agentlab.proxmox.plugins.modules import agentlab_sandbox
 
-from support.play import play
+from support.play import play, run_play
 from support.story import task, writes
 
+PLAYBOOKS = Path(__file__).resolve().parents[2] / "playbooks"
 SANDBOX = "agentlab_sandbox"
 K = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIMadeUp me@example.org"
 L = 'from="10.0.0.0/8,192.0.2.0/24" ssh-rsa AAAAB3NzaC1yc2E you'
@@ -153,3 +154,25 @@ def test_a_cluster_that_forbids_tags(env: Any, tmp_path: Path, server: Any) -> N
     run = play([task("create", SANDBOX, name="a1", tags=["ci"])], env, tmp_path, pve=server.pve)
     assert run.rc == 0 and run["create"]["sandbox"]["state"] == "RUNNING"
     assert "does not allow the tag agentlab, ci" in run["create"]["warnings"][0]
+
+
+def test_a_survey_of_the_playbook_that_creates(env: Any, tmp_path: Path, server: Any) -> None:
+    answers = {
+        "agentlab_hosts": "localhost",
+        "sandbox_name": " agent-1 ",
+        "sandbox_ttl": "4 h",
+        "sandbox_cores": "",
+        "sandbox_vlan_tag": "42",
+        "sandbox_ssh_public_keys": f"{K}\r\n# mine\r\n\r\n{L}\r\n",
+        "sandbox_tags": "CI, nightly",
+        "sandbox_description": "",
+        "sandbox_update": "",
+    }
+    run = run_play(PLAYBOOKS / "sandbox_create.yml", env, tmp_path, extra_vars=answers)
+    assert run.rc == 0, run.output
+    config = server.pve.vm(1000).config
+    assert (
+        unquote(config["sshkeys"]) == f"{K}\n{L}"
+        and config["tags"] == "agentlab;ci;nightly"
+        and "tag=42" in config["net0"]
+    )
