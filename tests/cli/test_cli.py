@@ -263,10 +263,25 @@ def test_new_sends_every_option(daemon: StandIn, tmp_path: Path) -> None:
         "name": "agent-1", "profile": "p", "template": "9000", "vmid": 1000, "ttl": "2h", "keepalive": True, "workspace_id": "w-1", "node": "pve1", "pool": "a",
         "storage": "s", "full_clone": True, "cores": 4, "memory": 8192, "disk_size": "+10G", "bridge": "vmbr1", "firewall": False, "ip_config": "ip=dhcp",
         "nameserver": "192.0.2.1",
-        "ssh_public_keys": ["ssh-ed25519 AAAA a@b\n\n# mine\nssh-rsa BBBB c@d\n", "ssh-rsa CCCC\n"], "cloud_init_user_data": "#cloud-config\n",
+        "ssh_public_keys": ["ssh-ed25519 AAAA a@b", "ssh-rsa BBBB c@d", "ssh-rsa CCCC"], "cloud_init_user_data": "#cloud-config\n",
         "tags": ["a", "b"], "protected": True, "wait_for_ip": True, "wait_for_cloud_init": True})]
     agentlab("sandbox", "new", "--ttl", "120", socket=daemon.path)
     assert daemon.posted()[-1][1] == {"ttl_minutes": 120}, "what is not given is not sent"
+
+
+@pytest.mark.parametrize("text", ["", "\n \n", "# none yet\n"])
+def test_a_key_file_without_a_key_is_refused(daemon: StandIn, tmp_path: Path, text: str) -> None:
+    (tmp_path / "keys").write_text(text)
+    refused = agentlab("sandbox", "new", "--ssh-public-keys", tmp_path / "keys", socket=daemon.path)
+    assert refused.returncode == 2 and "holds no key" in refused.stderr and daemon.posted() == []
+
+
+def test_a_key_file_with_many_keys_is_sent_key_by_key(daemon: StandIn, tmp_path: Path) -> None:
+    """One text of the list may have 10,000 characters; a file of keys has more than that soon."""
+    (tmp_path / "keys").write_text("".join(f"ssh-rsa {'A' * 370} key-{number}\n" for number in range(60)))
+    daemon.replies["POST", "/v1/sandboxes"] = (201, sandbox(1000))
+    assert agentlab("sandbox", "new", "--ssh-public-keys", tmp_path / "keys", socket=daemon.path).returncode == 0
+    assert len(daemon.posted()[-1][1]["ssh_public_keys"]) == 60
 
 
 def test_power(daemon: StandIn) -> None:

@@ -241,8 +241,7 @@ def new(to: Settings, /, **given: Any) -> None:
     if "tags" in body:
         body["tags"] = list(body["tags"])
     if "ssh_public_keys" in body:
-        # The daemon splits them and leaves comments out. An empty file would make a sandbox that nobody can log in to.
-        body["ssh_public_keys"] = [_read_keys(file) for file in body["ssh_public_keys"]]
+        body["ssh_public_keys"] = [key for file in body["ssh_public_keys"] for key in _read_keys(file)]
     if "cloud_init_password" in body:
         body["cloud_init_password"] = _read("--cloud-init-password", body["cloud_init_password"], _LONGEST_PASSWORD).rstrip("\r\n")
     if "cloud_init_user_data" in body:
@@ -278,12 +277,16 @@ def _read(option: str, file: Any, longest: int) -> str:
     return text
 
 
-def _read_keys(file: Any) -> str:
-    text = _read("--ssh-public-keys", file, _LONGEST_KEYS)
-    if not any(line.strip() and not line.strip().startswith("#") for line in text.splitlines()):
-        raise click.UsageError(f"--ssh-public-keys: {file.name} holds no key; give the file with the public key, such as ~/.ssh/id_ed25519.pub, or "
-                               "leave the option out")
-    return text
+def _read_keys(file: Any) -> list[str]:
+    """Return the keys of a file, one a line. A file without any would make a sandbox that nobody can log in to."""
+    lines = [line.strip() for line in _read("--ssh-public-keys", file, _LONGEST_KEYS).splitlines()]
+    keys = [line for line in lines if line and not line.startswith("#")]
+    if not keys:
+        raise click.UsageError(
+            f"--ssh-public-keys: {file.name} holds no key; give the file with the public key, such as "
+            "~/.ssh/id_ed25519.pub, or leave the option out"
+        )
+    return keys
 
 
 def _put_ttl(body: dict[str, Any], ttl: str | None) -> None:
