@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -34,6 +35,7 @@ CORE = "ansible_collections.agentlab.proxmox.plugins.module_utils._core"
 CLIENT = (f"from {CORE}.clock import SystemClock; from {CORE}.config import ProxmoxSettings; "
           f"from {CORE}.proxmox.client import ProxmoxClient; client = ProxmoxClient(ProxmoxSettings(), SystemClock())")
 PROGRAM = Path(__file__).resolve().parents[1] / "support" / "pvesh.py"
+UNIT = Path(__file__).resolve().parents[2] / "roles/agentlabd/templates/agentlabd.service.j2"
 
 
 @pytest.fixture
@@ -168,6 +170,23 @@ def test_pmxcfs_admits_root_only_in_its_group(lab: Lab, monkeypatch: pytest.Monk
     code = f"{CLIENT}; print(client.get_dict('version')['version'])"
     run = subprocess.run([sys.executable, "-c", code], env=child_environment(), group=4711, capture_output=True, text=True, check=False)
     assert run.returncode == 0 and run.stdout.strip(), run.stderr
+
+
+def test_pvesh_inherits_neither_umask_nor_environment_of_the_service(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A VM, its hook script and the folders of its disks would get them."""
+    (tmp_path / "bin" / "pvesh").write_text(f"#!/bin/sh\numask > {tmp_path}/umask\nenv > {tmp_path}/env\necho '{{}}'\n")
+    service = re.findall(r"([A-Z_]+)=", " ".join(re.findall(r"^Environment=(.*)$", UNIT.read_text(encoding="utf-8"), re.M)))
+    assert "MALLOC_ARENA_MAX" in service
+    for name in (*service, "NOTIFY_SOCKET", "WATCHDOG_USEC"):
+        monkeypatch.setenv(name, "131072")
+    before = os.umask(0o077)
+    try:
+        lab.context().client.get("version")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "umask").read_text().strip() == "0022"
+    names = {line.partition("=")[0] for line in (tmp_path / "env").read_text().splitlines()}
+    assert "PATH" in names and names & {*service, "NOTIFY_SOCKET", "WATCHDOG_USEC"} == set()
 
 
 def test_a_workspace_and_a_security_group_through_pvesh(lab: Lab) -> None:

@@ -316,3 +316,20 @@ def test_the_local_backend_runs_in_the_group_that_pmxcfs_admits_and_its_socket_s
     assert "ExecStartPre=/usr/bin/install -d -o root -g agentlab -m 2750 /run/agentlab" in lines
     assert "ExecStopPost=/usr/bin/rm -rf /run/agentlab" in lines
     assert "'2750' if agentlabd_backend == 'local'" in _yaml("vars/main.yml")["agentlabd__state_mode"]
+
+
+def test_the_local_backend_bounds_no_vm_and_no_task_that_pvesh_runs() -> None:
+    """Tasks of pvesh are children of the daemon, at 100 MB each; a VM keeps the limit of open files. A directive of the unit must be answered."""
+    local = dict(_settings("templates/local.conf.j2"))
+    unit = dict(_settings("templates/agentlabd.service.j2"))
+    for name in ("MemoryMax", "TasksMax"):
+        assert name in unit and local[name] == "infinity"
+    # Soft and hard: the daemon keeps its own, the hard one is systemd's default.
+    assert local["LimitNOFILE"] == f"{unit['LimitNOFILE']}:524288"
+    # No other bound of resources has come to the unit without an answer here.
+    bounds = {name for name in unit if re.match(r"(Limit|Memory(Max|High|Swap)|Tasks|CPU|IO(?!Sched)|IPAddress|OOM)", name)}
+    assert bounds <= set(local)
+
+
+def _settings(name: str) -> list[tuple[str, str]]:
+    return re.findall(r"^([A-Z]\w+)=(.*)$", (ROLE / name).read_text(encoding="utf-8"), re.M)

@@ -41,6 +41,9 @@ _NO_SSH = re.compile(r"ssh: connect to host|ssh: Could not resolve|Host key veri
                      r"Permission denied \(publickey")
 _BROKEN_SSH = re.compile(r"[Cc]onnection (to \S+ )?(closed|reset|timed out)|closed by remote host|Broken pipe|client_loop|"
                          r"Timeout, server \S+ not responding")
+# A VM, its hook script and a backup inherit the environment of the pvesh that started them: what the service sets for its own Python stays out.
+_SERVICE_ENVIRONMENT = {"PYTHONPATH", "PYTHONDONTWRITEBYTECODE", "PYTHONNODEBUGRANGES", "MALLOC_ARENA_MAX", "MALLOC_MMAP_THRESHOLD_",
+                        "NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC"}
 # pvesh shows its arguments to every user of the host.
 _SECRET_OPTIONS = ("cipassword", "password")
 
@@ -94,11 +97,12 @@ class Pvesh:
         """Return exit status, standard output and standard error.
 
         Output goes to files in memory instead of pipes, and the process has a session of its own: when this process ends,
-        a task that pvesh runs must not end with it (a clone that is cut off leaves a locked VM behind).
+        a task that pvesh runs must not end with it (a clone that is cut off leaves a locked VM behind). Files that a task makes
+        get the modes that they get from a root shell, not those of the daemon's umask (0077).
         """
         settings = self._settings
         seconds = settings.api_timeout if method == "GET" else max(settings.api_timeout, settings.task_timeout)
-        hidden = {*ENVIRONMENT.values(), "LANGUAGE"}
+        hidden = {*ENVIRONMENT.values(), "LANGUAGE", *_SERVICE_ENVIRONMENT}
         # Without a UTF-8 locale pvesh breaks what is not ASCII; with a missing one perl prints warnings.
         environment = {name: value for name, value in os.environ.items() if name not in hidden} | {"LC_ALL": "C.UTF-8"}
         try:
@@ -106,7 +110,7 @@ class Pvesh:
                 # pmxcfs admits uid 0 only together with gid 0 (or group www-data).
                 group = 0 if os.geteuid() == 0 and os.getegid() != 0 else None
                 process = subprocess.Popen(arguments, stdin=subprocess.DEVNULL, stdout=output, stderr=complaint, env=environment,
-                                           start_new_session=True, cwd="/", group=group)
+                                           start_new_session=True, cwd="/", group=group, umask=0o022)
                 try:
                     status = process.wait(seconds)
                 except subprocess.TimeoutExpired:
