@@ -26,7 +26,8 @@ def explain(ctx: Context, spec: Spec, node: str | None, template: object, error:
         text, asked = error.exitstatus, ""
     else:
         return None
-    told = f" (Proxmox VE: {text.strip()[:300]})"
+    status = f"{error.status} " if isinstance(error, ApiError) else ""
+    told = f" (Proxmox VE: {status}{text.strip()[:300]})"
     pool = spec.pool or ctx.config.pool
     if re.search(r"pool '[^']*' does not exist", text):
         return f"pool: {pool!r} does not exist. Make it (pveum pool add {pool}), or correct pool{told}"

@@ -129,6 +129,9 @@ def look(ctx: Context, sandbox: Sandbox) -> tuple[Located, str]:
             now = ctx.client.get_dict(f"{path}/status/current")
             config = ctx.client.get_dict(f"{path}/config")
         except Unreachable as error:
+            if error.detail.get("status") is None:
+                # Nobody answered at api_host: that says nothing of the VM's node.
+                raise
             raise _node_silent(sandbox, node, error) from None
         except ApiError as error:
             if "does not exist" not in error.text:
