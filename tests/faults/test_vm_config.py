@@ -112,11 +112,29 @@ def test_a_refusal_of_something_else_is_none_of_a_tag(lab: Lab) -> None:
         ({"sata0": "a:b", "virtio0": "a:c", "scsi10": "a:d", "scsi2": "a:e"}, "scsi2"),
         ({"boot": "order=net0", "virtio1": "a:b", "sata0": "a:c"}, "virtio1"),
         ({"boot": "c", "bootdisk": "ide9", "ide2": "a:vm-1-cloudinit,media=cdrom", "scsi0": "a:b"}, "scsi0"),
+        # A storage may be called cloudinit; its volumes are disks like any other.
+        ({"scsi0": "cloudinit-ssd:vm-9-disk-0,size=3G", "scsi1": "a:b"}, "scsi0"),
+        ({"scsi0": "cloudinit:9/vm-9-disk-0.qcow2,size=3G", "ide2": "cloudinit:9/vm-9-cloudinit.qcow2,media=cdrom"}, "scsi0"),
         ({"ide2": "local:iso/x.iso,media=cdrom", "efidisk0": "a:b", "tpmstate0": "a:c", "unused0": "a:d"}, None),
     ],
 )
 def test_the_disk_that_proxmox_boots_from(config: dict[str, Any], disk: str | None) -> None:
     assert vm_config.boot_disk(config) == disk
+
+
+@pytest.mark.parametrize(
+    ("drive", "is_it"),
+    [
+        ("local-lvm:vm-9-cloudinit,media=cdrom", True),
+        ("local:9/vm-9-cloudinit.qcow2,media=cdrom,size=4M", True),
+        ("a:cloudinit", True),
+        ("cloudinit:vm-9-disk-0,size=3G", False),
+        ("my-cloudinit:9/vm-9-disk-0.raw", False),
+        ("none,media=cdrom", False),
+    ],
+)
+def test_a_cloud_init_drive_is_told_by_its_volume_and_not_by_its_storage(drive: str, is_it: bool) -> None:
+    assert vm_config.has_cloud_init_drive({"ide2": drive}) is is_it
 
 
 def test_the_boot_disk_grows_and_not_the_data_disk(lab: Lab) -> None:

@@ -10,7 +10,7 @@ import random
 from typing import Any
 
 import pytest
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations.address import Choice, choose
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations.address import Choice, agent_is_on, choose
 
 MAC = "BC:24:11:00:00:01"
 CONFIG = {"net0": f"virtio={MAC},bridge=vmbr0", "ipconfig0": "ip=dhcp"}
@@ -47,12 +47,16 @@ LO = nic("lo", "127.0.0.1", "::1", mac="00:00:00:00:00:00")
     ([own("192.0.2.50", "10.0.0.1")], CONFIG, "192.0.2.50", True),
     # A bond, or a bridge over the NIC, has the NIC's address as well.
     ([own(name="eth0"), own("192.0.2.7", name="br0"), nic("docker0", "172.17.0.1")], CONFIG, "192.0.2.7", True),
+    # So has a VLAN on it, which is another network.
+    ([own("10.0.0.2", name="eth0.100"), own("192.0.2.8")], CONFIG, "192.0.2.8", True),
+    ([own("10.0.0.2", name="eth0.100"), own(name="eth0")], CONFIG, "10.0.0.2", True),
     # Without an address yet: no other interface takes its place.
     ([own("fe80::1"), nic("docker0", "172.17.0.1")], CONFIG, None, None),
     # None has the MAC address (it was changed in the guest): other NICs of the configuration, then what nobody made.
     ([nic("docker0", "172.17.0.1"), nic("eth0", "192.0.2.5")], CONFIG, "192.0.2.5", False),
     ([nic("eth0", "192.0.2.5"), nic("eth1", "192.0.2.6", mac="bc:24:11:00:00:02")],
      {**CONFIG, "net1": "virtio=BC:24:11:00:00:02,bridge=vmbr1"}, "192.0.2.6", False),
+    ([nic("weave", "10.32.0.1"), nic("ens18", "192.0.2.5")], CONFIG, "192.0.2.5", False),
     ([nic("docker0", "172.17.0.1")], CONFIG, "172.17.0.1", False),
     ([nic("eth0", "192.0.2.5")], {}, "192.0.2.5", True),
     ([own("127.0.0.1", "169.254.7.7", "fe80::2%eth0", "224.0.0.1", "0.0.0.0", "::ffff:192.0.2.1")], CONFIG, None, None),
@@ -98,3 +102,11 @@ def test_answers_of_any_shape_never_crash() -> None:
 def test_an_answer_of_any_length_is_looked_at_for_a_moment_only() -> None:
     many = [nic("eth0", *["fe80::1"] * 2000)] * 5000
     assert choose(many, CONFIG) is None
+
+
+@pytest.mark.parametrize(("value", "is_on"), [
+    ("1", True), ("enabled=1", True), ("1,fstrim_cloned_disks=1", True), ("fstrim_cloned_disks=1,enabled=1", True),
+    ("type=virtio,1", True), ("Yes", True), ("0", False), ("enabled=0,fstrim_cloned_disks=1", False), ("fstrim_cloned_disks=1", False),
+])
+def test_the_guest_agent_is_on_in_whatever_order_the_keys_stand(value: str, is_on: bool) -> None:
+    assert agent_is_on({"agent": value}) is is_on

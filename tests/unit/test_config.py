@@ -154,6 +154,8 @@ def test_secrets_are_in_no_error_of_the_file(tmp_path: Path, text: str) -> None:
     ("https://pve1:8006", ("pve1", 8006, "")), ("https://pve1", ("pve1", 8006, "")), ("HTTPS://pve1:443/", ("pve1", 443, "")),
     ("https://gate.example.net/proxmox/", ("gate.example.net", 8006, "/proxmox")), ("gate:443/a/b", ("gate", 443, "/a/b")),
     ("https://pve1:8006/api2/json", ("pve1", 8006, "")), ("gate/pve/api2/json/", ("gate", 8006, "/pve")),
+    # From the browser's address bar, and half of the API's path.
+    ("https://pve1:8006/#v1:0:18:4:::::::", ("pve1", 8006, "")), ("pve1/api2", ("pve1", 8006, "")), ("gate/api2/", ("gate", 8006, "")),
     ("192.0.2.1:8006", ("192.0.2.1", 8006, "")), ("2001:db8::1", ("2001:db8::1", 8006, "")), ("[2001:db8::1]", ("2001:db8::1", 8006, "")),
     ("[2001:db8::1]:8007", ("2001:db8::1", 8007, "")), ("https://[2001:db8::1]:8007", ("2001:db8::1", 8007, "")), ("fe80::1%eth0", ("fe80::1%eth0", 8006, "")),
 ])
@@ -209,3 +211,11 @@ def test_a_secret_that_cannot_be_one_is_refused_and_not_told(tmp_path: Path, nam
     with pytest.raises(InvalidInput, match=f"^{name}: the value has ") as caught:
         load(tmp_path, **{name: value})
     assert "made" not in str(caught.value.as_dict())
+
+
+@pytest.mark.parametrize("value", ["root@pam!ci", "PVEAPIToken=root@pam!ci=secret-word"])
+def test_a_token_in_api_user_is_refused_by_name_and_not_shown(tmp_path: Path, value: str) -> None:
+    settings = load(tmp_path, api_host="pve1", api_user=value, api_token_id="ci", api_token_secret="x").proxmox
+    with pytest.raises(InvalidInput, match="api_user: the value has a '!'. Valid: user@realm.*api_token_id") as caught:
+        settings.check_credentials()
+    assert "secret-word" not in str(caught.value.as_dict())

@@ -144,3 +144,85 @@ def test_options_that_are_refused_by_name(context: Any, option: str, value: Any)
     with pytest.raises(InvalidInput, match=f"^{option}: ") as caught:
         wanted.spec(context(), {option: value})
     assert option != "cloud_init_password" or "12345" not in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ("~/.ssh/id_ed25519.pub", "looks like the path of a file"),
+        ("/root/keys", "looks like the path of a file"),
+        ([K, "https://example.org/me.keys"], "number 2 looks like the path of a file or a URL"),
+        (f"{K} {K}", "line number 1 holds several keys"),
+        (f"{K}, {L}", "line number 1 holds several keys"),
+        ({"key": K}, "that mapping is not valid"),
+    ],
+)
+def test_what_is_no_list_of_keys_is_told_what_it_looks_like(value: Any, text: str) -> None:
+    with pytest.raises(InvalidInput, match="ssh_public_keys: .*" + text):
+        words.split_keys("ssh_public_keys", value)
+
+
+def test_a_byte_order_mark_before_a_key_is_dropped_and_a_wrapped_key_is_no_path() -> None:
+    assert words.split_keys("ssh_public_keys", f"\ufeff{K}\r\n") == [K]
+    assert words.split_keys("ssh_public_keys", "ssh-rsa\nAAAAB3/x") == ["ssh-rsa", "AAAAB3/x"]
+
+
+def test_tags_are_no_mapping() -> None:
+    with pytest.raises(InvalidInput, match="tags: that mapping is not valid"):
+        words.split_tags({"ci": True})
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "ip=dhcp",
+        "ip=dhcp,ip6=auto",
+        "ip6=dhcp",
+        "ip=192.0.2.4/24",
+        "gw=192.0.2.1,ip=192.0.2.4/32",
+        "ip=192.0.2.4/24,gw=192.0.2.1,ip6=2001:db8::4/64,gw6=fe80::1",
+        None,
+    ],
+)
+def test_an_ip_config_that_proxmox_takes(value: str | None) -> None:
+    create.Spec(ip_config=value, second_bridge="vmbr1", second_ip_config=value).check()
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ("dhcp", "'dhcp' is not one of ip=, gw=, ip6=, gw6="),
+        ("192.0.2.4/24", "is not one of"),
+        ("IP=dhcp", "'IP=dhcp' is not one of"),
+        ("ip=dhcp,ip=dhcp", "is not one of"),
+        ("ip=192.0.2.300/24", "'ip=192.0.2.300/24' is no address with its prefix length"),
+        ("ip=192.0.2.4", "'ip=192.0.2.4' is no address with its prefix length"),
+        ("ip=192.0.2.4/33", "no address with its prefix length"),
+        ("ip=192.0.2.4/255.255.255.0", "no address with its prefix length"),
+        ("ip=2001:db8::4/64", "no address with its prefix length"),
+        ("ip=auto", "no address with its prefix length"),
+        ("ip=192.0.2.4/24,gw=192.0.2.1/24", "'gw=192.0.2.1/24' is no address"),
+        ("ip6=192.0.2.4/24", "no address with its prefix length"),
+        ("gw=192.0.2.1", "'gw' needs a fixed address in 'ip'"),
+        ("ip=dhcp,gw=192.0.2.1", "'gw' needs a fixed address in 'ip'"),
+        ("ip6=auto,gw6=fe80::1", "'gw6' needs a fixed address in 'ip6'"),
+    ],
+)
+def test_an_ip_config_that_proxmox_would_refuse_after_the_clone(value: str, text: str) -> None:
+    for option in ("ip_config", "second_ip_config"):
+        with pytest.raises(InvalidInput) as caught:
+            create.Spec(second_bridge="vmbr1", **{option: value}).check()
+        assert caught.value.message.startswith(f"{option}: '{value}' is not valid: ") and text in caught.value.message
+        assert "Valid: such as ip=dhcp" in caught.value.message
+
+
+def test_blanks_after_the_commas_of_an_ip_config_are_dropped() -> None:
+    value = "ip=192.0.2.4/24, gw=192.0.2.1"
+    assert wanted.normalise({"ip_config": value})["ip_config"] == "ip=192.0.2.4/24,gw=192.0.2.1"
+
+
+@pytest.mark.parametrize("value", ["dead", "1.2.3", "192.0.2.300", "192.0.2.53 2001:db8"])
+def test_a_name_server_is_an_address(value: str) -> None:
+    with pytest.raises(InvalidInput, match=r"nameserver: '.*' is no IP address\. Valid: IP addresses"):
+        create.Spec(nameserver=value).check()
+    create.Spec(nameserver="192.0.2.53 2001:db8::53").check()

@@ -151,6 +151,10 @@ class ProxmoxSettings:
         if not self.api_token_id and not self.api_password:
             raise InvalidInput(f"api_host: {self.api_host!r} is set without credentials; give api_token_id and api_token_secret (or api_password)",
                                option="api_host")
+        if "!" in self.api_user:
+            # What follows may be the secret as well: nothing of the value is shown.
+            raise InvalidInput("api_user: the value has a '!'. Valid: user@realm, such as root@pam; the token belongs into "
+                               "api_token_id (user@realm!name) and api_token_secret", option="api_user")
         if "@" not in self.user:
             raise InvalidInput(f"api_user: {self.user!r} has no realm. Valid: user@realm, such as root@pam", option="api_user", value=self.user)
         if self.ca_path and not os.path.exists(self.ca_path):
@@ -345,8 +349,9 @@ def api_address(value: object, port: int) -> tuple[str | None, int, str]:
     scheme, separator, rest = text.partition("://")
     if separator and scheme.lower() != "https":
         raise refuse("does not begin with https://, and Proxmox VE answers to nothing else")
-    host, _slash, path = (rest if separator else text).partition("/")
-    path = path.strip("/").removesuffix("api2/json").rstrip("/")
+    # A URL copied from the browser names a view of the web interface after a #.
+    host, _slash, path = (rest if separator else text).partition("#")[0].partition("/")
+    path = re.sub(r"(^|/)api2(/json)?$", "", path.strip("/"))
     if not re.fullmatch(r"[\w.~/-]*", path, re.ASCII):
         raise refuse("has a path that is no path of an API")
     bracketed = re.fullmatch(r"\[([0-9A-Fa-f:.%\w]+)\](?::(\d+))?", host, re.ASCII)

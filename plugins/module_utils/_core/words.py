@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
 
 from .errors import InvalidInput
@@ -55,17 +56,70 @@ def split_words(value: object) -> list[str]:
     return [word for line in split_lines(value) for word in re.split(r"[\s,;]+", line) if word]
 
 
+def check_ip_config(option: str, value: str | None) -> None:
+    """Raise InvalidInput for what Proxmox VE would refuse in ``ipconfigN`` only after the VM was cloned; None is not looked at."""
+    if value is None:
+        return
+    parts: dict[str, str] = {}
+    for part in value.split(","):
+        name, sign, text = part.partition("=")
+        wrong = f"{part!r} is not one of ip=, gw=, ip6=, gw6="
+        if not sign or name not in ("ip", "gw", "ip6", "gw6") or name in parts:
+            break
+        words = {"ip": ("dhcp",), "ip6": ("dhcp", "auto")}.get(name, ())
+        parts[name] = text
+        wrong = f"{part!r} is no address{' with its prefix length' if words else ''}"
+        if text not in words and not _is_address(text, 6 if name.endswith("6") else 4, prefix=bool(words)):
+            break
+    else:
+        wrong = next((f"{gateway!r} needs a fixed address in {name!r}" for gateway, name in (("gw", "ip"), ("gw6", "ip6"))
+                      if gateway in parts and "/" not in parts.get(name, "")), "")
+    if wrong:
+        raise InvalidInput(f"{option}: {quoted(value)} is not valid: {wrong}. Valid: {IPCONFIG[1]}; IPv6 as ip6=auto or "
+                           "ip6=2001:db8::10/64,gw6=2001:db8::1", option=option)
+
+
+def check_nameserver(option: str, value: str | None) -> None:
+    """Raise InvalidInput for a word that is no IP address; None is not looked at."""
+    for word in (value or "").split():
+        if not (_is_address(word, 4) or _is_address(word, 6)):
+            raise InvalidInput(f"{option}: {quoted(word)} is no IP address. Valid: {NAMESERVER[1]}", option=option)
+
+
+def _is_address(text: str, version: int, *, prefix: bool = False) -> bool:
+    address, slash, length = text.partition("/")
+    try:
+        if ipaddress.ip_address(address).version != version or bool(slash) != prefix:
+            return False
+    except ValueError:
+        return False
+    # Proxmox VE takes no shorter prefix.
+    return not prefix or (length.isascii() and length.isdecimal() and 8 <= int(length) <= (32 if version == 4 else 128))
+
+
 def split_tags(value: object) -> list[str]:
     """Return the tags in small letters, as Proxmox VE stores them, each once, in their order."""
+    if isinstance(value, dict):
+        raise InvalidInput(f"tags: that mapping is not valid. Valid: a list of tags of {TAG[1]}", option="tags")
     return list(dict.fromkeys(word.lower() for word in split_words(value)))
 
 
 def split_keys(option: str, value: object) -> list[str]:
     """Return the public keys, one a line; InvalidInput for a private key, which is never quoted."""
-    keys = split_lines(value)
+    if isinstance(value, dict):
+        raise InvalidInput(f"{option}: that mapping is not valid. Valid: a list of public keys", option=option)
+    # Editors of Windows begin a file with a byte order mark.
+    keys = [key.lstrip("\ufeff") for key in split_lines(value)]
     if any("PRIVATE KEY" in key or key.startswith(("-----BEGIN", "PuTTY-User-Key-File")) for key in keys):
         raise InvalidInput(f"{option}: holds a private key. Give the public one, the file that ends with .pub, and keep the private one where it is",
                            option=option)
+    for number, key in enumerate(keys, 1):
+        if re.fullmatch(r"(?!AAAA)\S*[/\\]\S*|\S+\.pub", key):
+            raise InvalidInput(f"{option}: the key number {number} looks like the path of a file or a URL. Give what the file holds, such as "
+                               "{{ lookup('ansible.builtin.file', '~/.ssh/id_ed25519.pub') }}", option=option)
+        if len(re.findall(r"(?:ssh-|ecdsa-|sk-)[\w@.-]+[ \t]+AAAA", key)) > 1:
+            # sshd would take the second one for the comment of the first.
+            raise InvalidInput(f"{option}: the line number {number} holds several keys; give each key in a line of its own", option=option)
     return keys
 
 

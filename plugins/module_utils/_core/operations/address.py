@@ -33,9 +33,10 @@ _UNIQUE_LOCAL = ipaddress.ip_network("fc00::/7")
 # Interfaces that programs in the guest make for themselves: nobody outside reaches their addresses.
 _INNER = re.compile(
     r"(docker|podman|br-|virbr|lxcbr|lxdbr|veth|cni|flannel|cali|cilium|vxlan|kube|nerdctl|incusbr|vmnet|vboxnet|tap|tun|wg"
-    r"|tailscale|zt|dummy)"
+    r"|tailscale|zt|dummy|weave|ovs|antrea|crio|lxc|bridge|nodelocaldns|azure|gre|ipip|sit|ip6tnl)"
 )
-_AGENT_ON = re.compile(r"(?:enabled=)?(?:1|yes|on|true)(?:,|$)", re.IGNORECASE)
+# Proxmox VE takes the keys of the option in any order: fstrim_cloned_disks=1,enabled=1.
+_AGENT_ON = re.compile(r"(?:^|,)(?:enabled=)?(?:1|yes|on|true)(?:,|$)", re.IGNORECASE)
 _BLOCKED = re.compile(r"[Cc]ommand '?(guest-[a-z-]+)'? has been disabled")
 
 
@@ -58,15 +59,20 @@ def choose(interfaces: object, config: dict[str, Any]) -> Choice | None:
 
     ``config`` is the VM's configuration. The rule (docs/inventory.md has it, too):
 
-    1. Only interfaces with the MAC address of ``net0`` count. Others count if none has it: first those of the
-       configuration's other NICs, then those that no container or tunnel program made, then all.
+    1. Only interfaces with the MAC address of ``net0`` count, those of a VLAN on it last. Others count if none has
+       it: first those of the configuration's other NICs, then those that no container or tunnel program made, then all.
     2. Of their addresses: the static one of ``ipconfig0``; else the first IPv4 address; else the first IPv6 address
        that is valid outside the site; else any other. Loopback, link-local and multicast addresses never count.
     """
     known = _read_interfaces(interfaces)
     first = _mac_of(config.get("net0"))
     expected, ipv4_may_come = _read_ipconfig(config.get("ipconfig0"))
-    own = [addresses for _name, mac, addresses in known if first is not None and mac == first]
+    # A VLAN or another interface on top of the NIC has its MAC address, too; its name has a dot or an @.
+    own = [
+        addresses
+        for name, mac, addresses in sorted(known, key=lambda interface: re.search(r"[.@]", interface[0]) is not None)
+        if first is not None and mac == first
+    ]
     if own:
         return _best([address for addresses in own for address in addresses], expected, ipv4_may_come)
     macs = {_mac_of(value) for key, value in config.items() if re.fullmatch(r"net\d+", key)} - {None}
@@ -149,7 +155,7 @@ def _read_ipconfig(value: object) -> tuple[list[Address], bool]:
 
 def agent_is_on(config: dict[str, Any]) -> bool:
     """Whether the VM's configuration gives the guest agent a channel (``agent: 1``)."""
-    return _AGENT_ON.match(str(config.get("agent", "0"))) is not None
+    return _AGENT_ON.search(str(config.get("agent", "0"))) is not None
 
 
 def ask(ctx: Context, located: Located) -> Choice | None:

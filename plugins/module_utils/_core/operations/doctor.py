@@ -31,7 +31,7 @@ from ..proxmox import identity
 from ..proxmox.identity import OUR_TAG
 from ..store import history, schema, workspaces
 from ..version import __version__
-from . import cloud_init, create_recovery, info, privileges, timeguard
+from . import address, cloud_init, create_recovery, info, privileges, timeguard, vm_config
 from . import template as templates
 from .context import Context
 from .privileges import needs, pveum_commands
@@ -479,8 +479,7 @@ class Doctor:
     def _unfit(
         self, vmid: int, node: str, config: Mapping[str, Any], name: str, facts: dict[str, Any]
     ) -> Iterable[Finding]:
-        agent = str(config.get("agent", "0"))
-        if not re.match(r"(enabled=)?1\b", agent):
+        if not address.agent_is_on(dict(config)):
             yield Finding(
                 "template",
                 WARNING,
@@ -490,7 +489,7 @@ class Doctor:
                 facts,
             )
         drives = {key: str(value) for key, value in config.items() if re.fullmatch(r"(ide|sata|scsi|virtio)\d+", key)}
-        if not any("cloudinit" in value for value in drives.values()):
+        if not vm_config.has_cloud_init_drive(dict(config)):
             yield Finding(
                 "template",
                 WARNING,

@@ -96,6 +96,9 @@ class Spec:
         """Refuse by the name of the option what Proxmox would refuse later, or could take for something else."""
         for option, word in _WORDS.items():
             words.match(option, getattr(self, option), word)
+        words.check_nameserver("nameserver", self.nameserver)
+        words.check_ip_config("ip_config", self.ip_config)
+        words.check_ip_config("second_ip_config", self.second_ip_config)
         for tag in self.tags:
             words.match("tags", tag, words.TAG)
         if self.vmid is not None and not 100 <= self.vmid <= 999999999:

@@ -244,7 +244,7 @@ def disks(config: dict[str, Any]) -> list[str]:
     return [
         key
         for _bus, _number, key in sorted(numbered)
-        if "media=cdrom" not in str(config[key]) and "cloudinit" not in str(config[key])
+        if "media=cdrom" not in str(config[key]) and not _is_cloud_init(config[key])
     ]
 
 
@@ -267,7 +267,12 @@ def boot_disk(config: dict[str, Any]) -> str | None:
 def has_cloud_init_drive(config: dict[str, Any]) -> bool:
     """Whether the VM has the drive on which Proxmox VE hands cloud-init its data."""
     return any(
-        re.fullmatch(r"(ide|scsi|sata|virtio)\d+", key)
-        and re.search(r"(^|[:/-])cloudinit\b", str(value).split(",", 1)[0])
+        re.fullmatch(r"(ide|scsi|sata|virtio)\d+", key) and _is_cloud_init(value)
         for key, value in config.items()
     )
+
+
+def _is_cloud_init(drive: object) -> bool:
+    """Whether that drive holds cloud-init's data: by its volume's name, as Proxmox VE tells it; a storage may be named so, too."""
+    volume = str(drive).partition(",")[0].partition(":")[2]
+    return re.search(r"(^|[/-])cloudinit(\.[a-z0-9]+)?$", volume) is not None

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,6 +32,9 @@ def normalise(given: Mapping[str, Any]) -> dict[str, Any]:
     for option in ("nameserver", "searchdomain"):
         if values.get(option):
             values[option] = words.join_words(values[option])
+    for option in ("ip_config", "second_ip_config"):
+        if isinstance(values.get(option), str):
+            values[option] = re.sub(r"\s*,\s*", ",", values[option])
     if "tags" in values:
         values["tags"] = words.split_tags(values["tags"])
     if "ssh_public_keys" in values:
