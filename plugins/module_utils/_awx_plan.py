@@ -27,6 +27,7 @@ CREDENTIAL_TEXT = "Token of Proxmox VE for agentlab.proxmox"
 ENCRYPTED = "$encrypted$"
 ACTIVE = ("new", "pending", "waiting", "running")
 POLL_SECONDS = 1.0
+OUTPUT_READS = 15
 
 NAMES = {
     "projects": "project",
@@ -595,14 +596,20 @@ class Planner:
         update = (summary.get("last_update") or summary.get("last_job") or {}).get("id")
         if not update:
             return "AWX says no reason"
-        try:
-            job = self.client.get(f"project_updates/{update}/")
-            status, output = self.client.send("GET", f"project_updates/{update}/stdout/", query={"format": "txt"})
-        except AwxError as error:
-            return f"the reason cannot be read ({error})"
-        text = re.sub(r"\x1b\[[0-9;]*m", "", output) if status == 200 and isinstance(output, str) else ""
-        fatal = [line for line in text.splitlines() if line.startswith(("fatal:", "ERROR"))]
-        reason = fatal[-1] if fatal else job.get("job_explanation") or job.get("result_traceback") or text[-500:]
+        reason = ""
+        for _attempt in range(OUTPUT_READS):
+            try:
+                job = self.client.get(f"project_updates/{update}/")
+                status, output = self.client.send("GET", f"project_updates/{update}/stdout/", query={"format": "txt"})
+            except AwxError as error:
+                return f"the reason cannot be read ({error})"
+            text = re.sub(r"\x1b\[[0-9;]*m", "", output) if status == 200 and isinstance(output, str) else ""
+            fatal = [line for line in text.splitlines() if line.startswith(("fatal:", "ERROR"))]
+            reason = fatal[-1] if fatal else job.get("job_explanation") or job.get("result_traceback") or text[-500:]
+            # AWX sets the status before it has stored the output.
+            if fatal or job.get("event_processing_finished"):
+                break
+            time.sleep(POLL_SECONDS)
         return hide_login(words_of(reason or "AWX says no reason"))
 
     # ---- a template ----

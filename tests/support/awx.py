@@ -307,7 +307,9 @@ class Awx:
             self._start_sync(row)
             return 202, {"project_update": self._syncing_update(row)}
         if (endpoint, part) == ("project_updates", "stdout"):
-            return 200, row["output"]
+            # The output is stored a while after the status is set.
+            row["output_reads"] = row.get("output_reads", 0) + 1
+            return 200, row["output"] if row["output_reads"] > 1 else ""
         if (endpoint, part) == ("inventories", "groups"):
             rows = [group for group in self.objects["groups"] if group["inventory"] == number]
             return 200, self._list(self._filtered("groups", query, rows), parts, query)
