@@ -49,7 +49,7 @@ def _present(module: AnsibleModule, context: Context, which_ones: list[dict[str,
     import dataclasses
 
     from ._core import states
-    from ._core.operations import create, wanted
+    from ._core.operations import address, create, wanted
 
     params = module.params
     several = params.get("vmids") is not None
@@ -74,9 +74,7 @@ def _present(module: AnsibleModule, context: Context, which_ones: list[dict[str,
                     for part in ("update", "before"):
                         second.extra[part] = {**outcome.extra.get(part, {}), **second.extra[part]}
                     outcome = second
-                if params["wait_for_ip"] and outcome.sandbox is not None and outcome.sandbox.ip is None:
-                    return _with_address(context, outcome)
-                return outcome
+                return address.with_address(context, outcome, started=False) if params["wait_for_ip"] else outcome
             return outcome
         except AgentlabError as error:
             if not several:
@@ -102,7 +100,7 @@ def _absent(context: Context, wanted: list[dict[str, Any]], force: bool) -> list
 def _power(
     context: Context, wanted: list[dict[str, Any]], state: str, force: bool, wait_for_ip: bool
 ) -> list[Outcome]:
-    from ._core.operations import power
+    from ._core.operations import address, power
 
     operation = power.operation_for(state)
     # All ids are looked up before anything is done.
@@ -111,21 +109,6 @@ def _power(
     def work(sandbox: Sandbox) -> Outcome:
         outcome = power.run(context, sandbox, operation, force=force)
         # A guest that was started may have got another address.
-        return _with_address(context, outcome) if wait_for_ip and state == "started" else outcome
+        return address.with_address(context, outcome, started=True) if wait_for_ip and state == "started" else outcome
 
     return context.each(lambda sandbox: _guarded(work, sandbox), found)
-
-
-def _with_address(context: Context, outcome: Outcome) -> Outcome:
-    """Wait for the address of a sandbox that runs, and put it into the outcome and the record."""
-    from ._core import states
-    from ._core.operations import address
-
-    sandbox = outcome.sandbox
-    if sandbox is None or context.dry_run or sandbox.state not in states.POWERED:
-        return outcome
-    now = address.refresh(context, sandbox)
-    if now.ip != sandbox.ip and not outcome.changed:
-        outcome.outcome, outcome.changed, outcome.reason = "updated", True, "address"
-    outcome.sandbox = now
-    return outcome

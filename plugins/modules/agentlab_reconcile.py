@@ -45,7 +45,7 @@ drift:
     kind:
       description:
         - One of V(interrupted), V(lease_expired), V(still_running), V(absent), V(back), V(vmid_reused), V(stopped), V(moved), V(running), V(stale),
-          V(unrecorded), V(node_offline), V(ambiguous), V(locked) and V(unknown).
+          V(address), V(unrecorded), V(node_offline), V(ambiguous), V(locked) and V(unknown).
       type: str
       returned: always
     action: {description: What is done about it; V(none) where nothing may be., type: str, returned: always}

@@ -178,7 +178,8 @@ options:
   wait_for_ip:
     description:
       - Whether to wait until the guest agent names an address.
-      - With O(state=present), also for a sandbox that is there, runs and has no address yet.
+      - With O(state=present), also for a sandbox that is there and runs, if it has no address yet or was started since.
+        An address that is more than five minutes old is looked up once, without waiting.
       - With O(state=started), the address is looked up anew, because a guest that was started may have got another one.
     type: bool
     default: false
@@ -256,7 +257,10 @@ EXAMPLES = r"""
 
 RETURN = r"""
 sandboxes:
-  description: The sandboxes as they are after the task, in the order asked for. Times are UTC, absent values null.
+  description:
+    - The sandboxes as they are after the task, in the order asked for. Times are UTC, absent values null.
+    - RV(sandboxes[].ip_seen_at) says when the guest agent last named the address. With an address, null means that the
+      sandbox was started since, so the address may be an old one.
   returned: always
   type: list
   elements: dict
@@ -268,6 +272,7 @@ sandboxes:
       state: RUNNING
       node: pve1
       ip: 192.0.2.10
+      ip_seen_at: "2026-01-30T00:45:06Z"
       workspace_id: null
       tags: []
       protected: false

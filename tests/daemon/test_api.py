@@ -42,8 +42,8 @@ def test_the_life_of_a_sandbox(daemon: Make, lab: Lab) -> None:
     assert one.good("POST", "/v1/sandboxes", {"name": "a1"}, 200)["changed"] is False
     path = "/v1/sandboxes/1000"
     shown = one.good("GET", path)
-    assert set(shown) == {"uuid", "vmid", "name", "profile", "state", "node", "ip", "workspace_id", "tags", "protected", "keepalive", "lease_expires_at",
-                          "created_at", "updated_at", "state_changed_at"}
+    assert set(shown) == {"uuid", "vmid", "name", "profile", "state", "node", "ip", "ip_seen_at", "workspace_id", "tags",
+                          "protected", "keepalive", "lease_expires_at", "created_at", "updated_at", "state_changed_at"}
     renewed = one.good("POST", f"{path}/lease/renew", {"ttl_minutes": 240})
     assert renewed["vmid"] == 1000 and renewed["lease_expires_at"] == one.good("GET", path)["lease_expires_at"] > made["lease_expires_at"]
     assert one.good("POST", f"{path}/suspend")["state"] == "SUSPENDED"

@@ -13,8 +13,8 @@ import pytest
 from support.story import edit, task, writes, written
 
 INFO = "agentlab_sandbox_info"
-KEYS = {"uuid", "vmid", "name", "profile", "state", "node", "ip", "workspace_id", "tags", "protected", "keepalive", "lease_expires_at", "created_at",
-        "updated_at", "state_changed_at"}
+KEYS = {"uuid", "vmid", "name", "profile", "state", "node", "ip", "ip_seen_at", "workspace_id", "tags",
+        "protected", "keepalive", "lease_expires_at", "created_at", "updated_at", "state_changed_at"}
 
 
 def vmids(answer: dict[str, Any]) -> list[int]:

@@ -158,7 +158,8 @@ class StandIn:
 def sandbox(vmid: int, state: str = "RUNNING", **values: Any) -> dict[str, Any]:
     """A sandbox as the API shows it."""
     return {"uuid": f"0b0f7f2e-4c0a-4c39-8a55-{vmid:012d}", "vmid": vmid, "name": f"agent-{vmid}", "profile": None, "state": state, "node": "pve1",
-            "ip": "192.0.2.10", "workspace_id": None, "tags": [], "protected": False, "keepalive": False, "lease_expires_at": "2126-01-30T02:45:00Z",
+            "ip": "192.0.2.10", "ip_seen_at": "2026-01-30T00:45:06Z", "workspace_id": None,
+            "tags": [], "protected": False, "keepalive": False, "lease_expires_at": "2126-01-30T02:45:00Z",
             "created_at": "2026-01-30T00:45:00Z", "updated_at": "2026-01-30T00:45:07Z", "state_changed_at": "2026-01-30T00:45:07Z", **values}
 
 

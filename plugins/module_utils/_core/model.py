@@ -42,6 +42,8 @@ class Sandbox:
     lease_max_seconds: int | None = None
     # Path of its cloud-init snippet on this host.
     snippet: str | None = None
+    # When the guest agent last named ``ip``. None: not since the sandbox was started, so the address may be an old one.
+    ip_seen_at: int | None = None
 
     @classmethod
     def from_row(cls, row: Any) -> Sandbox:
@@ -102,6 +104,7 @@ class Sandbox:
             "state": self.state,
             "node": self.node,
             "ip": self.ip,
+            "ip_seen_at": clock.iso(self.ip_seen_at),
             "workspace_id": self.workspace_id,
             "tags": list(self.tags),
             "protected": self.protected,
@@ -114,7 +117,7 @@ class Sandbox:
 
 
 COLUMNS = tuple(Sandbox.__dataclass_fields__)
-_TIMES = ("lease_expires_at", "created_at", "updated_at", "state_changed_at", "absent_seen_at")
+_TIMES = ("lease_expires_at", "created_at", "updated_at", "state_changed_at", "absent_seen_at", "ip_seen_at")
 # The end of the year 9999, the last that can be written as a date.
 _LAST_SECOND = 253402300799
 _OF_ANNOTATION: dict[str, tuple[type, ...]] = {"str": (str,), "str | None": (str, type(None)), "int": (int,), "int | None": (int, type(None)),

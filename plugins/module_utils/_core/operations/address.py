@@ -9,14 +9,27 @@ nothing of it is taken for more than an address.
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
+import random
 import re
 from dataclasses import dataclass
 from typing import Any
 
 from .. import states
-from ..errors import AccessDenied, AgentlabError, ApiError, OutcomeUnknown, TaskTimeout, Unreachable
-from ..model import Sandbox
+from ..errors import (
+    AccessDenied,
+    AgentlabError,
+    ApiError,
+    Kept,
+    NotFound,
+    OutcomeUnknown,
+    ProxmoxError,
+    RecordChanged,
+    TaskTimeout,
+    Unreachable,
+)
+from ..model import Outcome, Sandbox
 from .context import Context
 from .verify import Located, look, match_if_readable
 
@@ -24,6 +37,13 @@ Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 # Seconds that DHCP gets to bring the IPv4 address after another address was seen.
 GRACE_SECONDS = 5.0
+# Seconds for which an address counts without another look.
+FRESH_SECONDS = 300
+# Seconds in one state after which an address counts that is only second best: DHCP has had its time.
+SETTLED_SECONDS = 30
+# How many guests one pass over many sandboxes asks, and for how many seconds. A silent agent takes three seconds.
+MOST_LOOKS = 64
+LOOK_SECONDS = 10.0
 # No guest has more; what comes after is not looked at.
 _MOST_INTERFACES = 256
 _MOST_ADDRESSES = 256
@@ -237,14 +257,126 @@ def wait(ctx: Context, sandbox: Sandbox, located: Located) -> str:
         pause = min(pause * 1.5, 3.0)
 
 
-def refresh(ctx: Context, sandbox: Sandbox) -> Sandbox:
-    """Wait for the address of a sandbox that runs, and write it into the record where it is another one.
+def refresh(ctx: Context, sandbox: Sandbox, *, patient: bool = True) -> Sandbox:
+    """Find out the address of a sandbox that runs, and write it into the record; return the record.
 
-    Raises what ``wait`` raises. A sandbox whose VM does not run is returned as it is.
+    With ``patient`` the address is waited for; otherwise there is one look, and what fails leaves the record as it
+    is. Raises what ``wait`` raises. A sandbox whose VM does not run is returned as it is.
     """
     located, seen = look(ctx, sandbox)
     if seen != states.RUNNING:
         return sandbox
-    ip = wait(ctx, sandbox, located)
-    current = ctx.records.get(sandbox.uuid)
-    return current if current.ip == ip else ctx.records.amend(current, "address", ip=ip)
+    ip: str | None
+    if patient:
+        ip = wait(ctx, sandbox, located)
+    else:
+        try:
+            ip = look_up(ctx, sandbox, located)
+        except ProxmoxError:
+            ip = None
+    return sandbox if ip is None else remember(ctx, ctx.records.get(sandbox.uuid), ip)
+
+
+def remember(ctx: Context, sandbox: Sandbox, ip: str) -> Sandbox:
+    """Write the address that the guest agent named just now into the record; return the record."""
+    if sandbox.ip == ip:
+        return ctx.records.confirm_address(sandbox)
+    return ctx.records.amend(sandbox, "address", ip=ip, ip_seen_at=ctx.clock.now())
+
+
+def with_address(ctx: Context, outcome: Outcome, *, started: bool) -> Outcome:
+    """Have the address of the outcome's sandbox in the record and the outcome, if the sandbox runs.
+
+    It is waited for where there is none, where the sandbox was started since, and always with ``started``. One that is
+    only old is looked up once. Raises what ``wait`` raises. Check mode asks nothing.
+    """
+    sandbox = outcome.sandbox
+    if sandbox is None or ctx.dry_run or sandbox.state not in states.POWERED:
+        return outcome
+    if not started and not is_due(sandbox, ctx.clock.now()):
+        return outcome
+    now = refresh(ctx, sandbox, patient=started or sandbox.ip is None or sandbox.ip_seen_at is None)
+    if now.ip != sandbox.ip and not outcome.changed:
+        outcome.outcome, outcome.changed, outcome.reason = "updated", True, "address"
+    outcome.sandbox = now
+    return outcome
+
+
+# ---- one look, without waiting ----
+
+
+def is_due(sandbox: Sandbox, now: int) -> bool:
+    """Return whether a sandbox that runs has no address, or one that was named long ago or before its last start."""
+    if sandbox.state not in states.POWERED:
+        return False
+    return sandbox.ip is None or sandbox.ip_seen_at is None or now - sandbox.ip_seen_at > FRESH_SECONDS
+
+
+def look_up(ctx: Context, sandbox: Sandbox, located: Located, *, settled: bool | None = None) -> str | None:
+    """Ask the guest agent once and return the address that counts; None where it names none.
+
+    ``settled`` says whether an address that is only second best counts. Without it, it counts once the sandbox has been
+    in its state for SETTLED_SECONDS. A new address counts only if the VM is still ours after the answer.
+    Raises ProxmoxError when the agent did not answer, and Kept when the VM is not ours any more.
+    """
+    choice = ask(ctx, located)
+    if choice is None:
+        return None
+    if choice.address == sandbox.ip:
+        return choice.address
+    if settled is None:
+        settled = ctx.clock.now() - (sandbox.state_changed_at or 0) > SETTLED_SECONDS
+    return choice.address if (choice.final or settled) and match_if_readable(ctx, sandbox) else None
+
+
+def columns_after_start(ctx: Context, sandbox: Sandbox, located: Located) -> dict[str, Any]:
+    """Return the address columns of a sandbox that was just started: DHCP may have given the guest another address.
+
+    One look, only where an address is on record and the agent is on. Otherwise the address on record stays, as an old one.
+    """
+    ip = None
+    if sandbox.ip is not None and agent_is_on(located.config):
+        try:
+            ip = look_up(ctx, sandbox, located, settled=False)
+        except (ProxmoxError, Kept):
+            # The guest still boots: nothing is waited for here.
+            pass
+    return {"ip_seen_at": None} if ip is None else {"ip": ip, "ip_seen_at": ctx.clock.now()}
+
+
+class Looks:
+    """The looks of one pass over many sandboxes, bounded in number and time."""
+
+    def __init__(self, ctx: Context, sandboxes: list[Sandbox]) -> None:
+        now = ctx.clock.now()
+        due = [sandbox.uuid for sandbox in sandboxes if is_due(sandbox, now)]
+        # By chance, so that guests which never answer do not keep the others waiting for ever.
+        self._chosen = frozenset(due if len(due) <= MOST_LOOKS else random.sample(due, MOST_LOOKS))
+        self._ctx = ctx
+        self._ends: float | None = None
+        self._named: list[tuple[Sandbox, str]] = []
+
+    def look_up(self, sandbox: Sandbox, located: Located) -> str | None:
+        """Return the address that the guest names; None if it is not asked, does not answer, or its VM does not run."""
+        if sandbox.uuid not in self._chosen or located.row.get("status") != "running" or not agent_is_on(located.config):
+            return None
+        now = self._ctx.clock.monotonic()
+        if self._ends is None:
+            self._ends = now + LOOK_SECONDS
+        if now > self._ends:
+            return None
+        try:
+            ip = look_up(self._ctx, sandbox, located)
+        except (ProxmoxError, Kept):
+            return None
+        if ip is not None and sandbox.ip in (None, ip):
+            self._named.append((sandbox, ip))
+        return ip
+
+    def remember(self) -> None:
+        """Write first addresses, and those that the guests named again, into the records. Another address is a drift."""
+        named, self._named = self._named, []
+        for sandbox, ip in named:
+            # A record that another run changed meanwhile waits for the next pass.
+            with contextlib.suppress(RecordChanged, NotFound):
+                remember(self._ctx, sandbox, ip)

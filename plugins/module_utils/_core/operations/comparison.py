@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from .. import states
+from .. import clock, states
 from ..errors import AgentlabError
 from ..model import Sandbox
 from ..proxmox import identity
+from .address import Looks
 from .context import Context
 from .verify import is_hibernated, locate
 
@@ -19,10 +20,12 @@ def verified(ctx: Context, found: list[Sandbox], identities: bool = True) -> lis
     """For each: vm_status, identity and drift. The list is read once; a VM's configuration only where there is a VM.
 
     Without ``identities`` no configuration is read: records and list are compared, whose the VMs are is not said.
+    With it, an address that is missing or old is asked of the guest (see ``Looks``): ip and ip_seen_at are those of now.
     """
     rows = ctx.cluster.survey([one.vmid for one in found if one.live])
     absent = [one.vmid for one in found if one.live and one.vmid not in rows]
     proofs = ctx.cluster.prove_absent(absent, anew=False) if absent else {}
+    looks = Looks(ctx, found if identities else [])
 
     def one(sandbox: Sandbox) -> dict[str, Any]:
         row = rows.get(sandbox.vmid)
@@ -44,7 +47,13 @@ def verified(ctx: Context, found: list[Sandbox], identities: bool = True) -> lis
         except AgentlabError as error:
             return {"vm_status": _status(row), "identity": identity.UNKNOWN, "drift": f"not known: {error.message}"}
         judged = located.verdict.identity if located.verdict else identity.UNKNOWN
-        return {"vm_status": _status(row), "identity": judged, "drift": _drift(sandbox, row, judged)}
+        answer = {"vm_status": _status(row), "identity": judged, "drift": _drift(sandbox, row, judged)}
+        ip = looks.look_up(sandbox, located) if located.match else None
+        if ip is not None:
+            answer.update(ip=ip, ip_seen_at=clock.iso(ctx.clock.now()))
+            if sandbox.ip not in (None, ip) and answer["drift"] is None:
+                answer["drift"] = f"the record has the address {sandbox.ip}, the guest has {ip}; reconcile corrects the record"
+        return answer
 
     return ctx.each(one, found) if identities else [one(sandbox) for sandbox in found]
 

@@ -421,7 +421,8 @@ def _await_ip(ctx: Context, claim: Claim, sandbox: Sandbox, found: Located, note
     # The configuration was read before it was written: read again it has the static address of ipconfig0.
     ip = address.wait(ctx, sandbox, match_if_readable(ctx, sandbox) or found)
     return ctx.records.change(
-        claim, sandbox, "create", ip=ip, reason="address", evidence={"ip": ip}, journal=("configuring", noted)
+        claim, sandbox, "create", ip=ip, ip_seen_at=ctx.clock.now(), reason="address", evidence={"ip": ip},
+        journal=("configuring", noted),
     )
 
 

@@ -28,6 +28,7 @@ from ..errors import (
 from ..model import Outcome, Sandbox
 from ..proxmox.client import not_begun
 from ..store.records import Claim
+from . import address
 from .context import Context, refuse_cut_off
 from .verify import (
     HIBERNATED,
@@ -142,7 +143,11 @@ def follow(ctx: Context, claim: Claim, sandbox: Sandbox, operation: str, actual:
     evidence = {"vm": actual, "record": sandbox.state, "node": located.node, "lock": located.config.get("lock")}
     steps = [actual] if states.can_follow(sandbox.state, actual) else [states.RUNNING, actual]
     for step in steps:
-        sandbox = settle(ctx, claim, sandbox, operation, to=step, reason="external", evidence=evidence, node=located.node)
+        values: dict[str, Any] = {"node": located.node}
+        if step == states.RUNNING:
+            # Somebody started it: the guest may have another address since.
+            values["ip_seen_at"] = None
+        sandbox = settle(ctx, claim, sandbox, operation, to=step, reason="external", evidence=evidence, **values)
     return sandbox
 
 
@@ -186,6 +191,8 @@ def _request(ctx: Context, claim: Claim, sandbox: Sandbox, operation: str, found
         raise
     took = int((ctx.clock.monotonic() - began) * 1000)
     values: dict[str, Any] = {"to": target, "upids": upids, "duration_ms": took, "finish": True, "node": found.node}
+    if operation == "start":
+        values.update(address.columns_after_start(ctx, sandbox, found))
     done = settle(ctx, claim, sandbox, operation, **values)
     return Outcome.of(_past(operation), done, previous_state=sandbox.state, changed=True, upids=upids, warnings=warnings)
 

@@ -19,7 +19,7 @@ from ..model import Sandbox
 from ..proxmox import identity
 from ..store import upkeep
 from ..store.records import POINT_OF_NO_RETURN, Operation
-from . import cloud_init, create_recovery, destroy, lease, power, remains, removal, timeguard, workspace
+from . import address, cloud_init, create_recovery, destroy, lease, power, remains, removal, timeguard, workspace
 from .context import Context
 from .verify import Located, is_hibernated, locate, power_state
 
@@ -59,7 +59,8 @@ def run(ctx: Context, *, apply: bool, adopt_cluster: bool = False) -> list[Drift
         ctx.cluster.adopt()
     live = ctx.records.find_all()
     before, count = {one.uuid: one.generation for one in live}, len(live)
-    drifts, unrecorded = _survey(ctx, live)
+    looks = address.Looks(ctx, live)
+    drifts, unrecorded = _survey(ctx, live, looks)
     del live
     absent = [drift for drift in drifts.values() if drift.kind in ("absent", "vmid_reused")]
     if apply and len(absent) >= _GUARD_FROM and len(absent) * 100 > ctx.config.absent_guard * count:
@@ -84,10 +85,12 @@ def run(ctx: Context, *, apply: bool, adopt_cluster: bool = False) -> list[Drift
         again: dict[str, Drift] = {}
         if changed:
             ctx.cluster.vms(fresh=True)
-            again, _more = _survey(ctx, [one for one in ctx.records.find_all() if one.uuid in changed], unrecorded=False)
+            records = [sandbox for sandbox in ctx.records.find_all() if sandbox.uuid in changed]
+            again, _more = _survey(ctx, records, looks, unrecorded=False)
         drifts = {uuid: drift for uuid, drift in drifts.items() if uuid in now and uuid not in changed} | again
         for drift in drifts.values():
             _apply(drift)
+        looks.remember()
     found += _workspaces(ctx, writing)
     return found + list(drifts.values()) + unrecorded
 
@@ -107,14 +110,16 @@ def _workspaces(ctx: Context, writing: bool) -> list[Drift]:
     return drifts
 
 
-def _survey(ctx: Context, records: list[Sandbox], *, unrecorded: bool = True) -> tuple[dict[str, Drift], list[Drift]]:
+def _survey(
+    ctx: Context, records: list[Sandbox], looks: address.Looks, *, unrecorded: bool = True
+) -> tuple[dict[str, Drift], list[Drift]]:
     """Compare these records with Proxmox: drift by sandbox, and the VMs with our marker that no record has. Reads only."""
     if not records and not unrecorded:
         return {}, []
     rows = ctx.cluster.survey([one.vmid for one in records])
     missing = [one for one in records if one.vmid not in rows and one.smbios_uuid is not None]
     proofs = ctx.cluster.prove_absent([one.vmid for one in missing], anew=False) if missing else {}
-    found = ctx.each(lambda one: _compare(ctx, one, rows, proofs), records)
+    found = ctx.each(lambda one: _compare(ctx, one, rows, proofs, looks), records)
     drifts = {one.uuid: drift for one, drift in zip(records, found, strict=True) if drift is not None}
     return drifts, _unrecorded(ctx, rows, records) if unrecorded else []
 
@@ -219,7 +224,7 @@ def _finish_interrupted(ctx: Context) -> list[Drift]:
                         # What was said of its power counts if that was our VM, before and after.
                         if found_there.match and power.runs(ctx, found_there) and locate(ctx, current).match:
                             drift.action = "start finished"
-                            current = ctx.records.change(claim, current, "start", to=states.RUNNING, reason="started")
+                            current = ctx.records.change(claim, current, "start", to=states.RUNNING, reason="started", ip_seen_at=None)
                     ctx.records.change(claim, current, left.kind, outcome="interrupted", reason=left.phase, finish=True)
                 drift.applied = True
         except AgentlabError as error:
@@ -266,7 +271,9 @@ def give_up_creation(ctx: Context, sandbox: Sandbox, evidence: dict[str, Any] | 
                                   finish=bound)
 
 
-def _compare(ctx: Context, sandbox: Sandbox, rows: dict[int, dict[str, Any]], proofs: dict[int, Any]) -> Drift | None:
+def _compare(
+    ctx: Context, sandbox: Sandbox, rows: dict[int, dict[str, Any]], proofs: dict[int, Any], looks: address.Looks
+) -> Drift | None:
     if sandbox.smbios_uuid is None:
         return _stale_creation(ctx, sandbox)
     row = rows.get(sandbox.vmid)
@@ -303,7 +310,19 @@ def _compare(ctx: Context, sandbox: Sandbox, rows: dict[int, dict[str, Any]], pr
         except Kept as error:
             # This side's copy of the configuration may be old: the VM may have been started on the other side.
             return Drift("unknown", "none", {**drift.evidence, "why": error.message}, sandbox)
-    return drift
+        return drift
+    return _address_drift(ctx, sandbox, looks.look_up(sandbox, found))
+
+
+def _address_drift(ctx: Context, sandbox: Sandbox, ip: str | None) -> Drift | None:
+    """Return the drift of an address that the guest names and the record does not have."""
+    if ip is None or sandbox.ip in (None, ip):
+        # A first address completes the record (see Looks.remember); a difference is only another one.
+        return None
+    return Drift(
+        "address", f"address updated to {ip}", {"ip": ip, "was": sandbox.ip}, sandbox,
+        repair=_amending(ctx, sandbox, ip=ip, ip_seen_at=ctx.clock.now()),
+    )
 
 
 def _absent(ctx: Context, sandbox: Sandbox, kind: str, evidence: dict[str, Any]) -> Drift:

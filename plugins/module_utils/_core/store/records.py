@@ -485,6 +485,16 @@ class Records:
 
         return self.db.write(work, checked=True)
 
+    def confirm_address(self, sandbox: Sandbox) -> Sandbox:
+        """Note that the guest agent named the recorded address again; return the record.
+
+        There is no event and no new generation, because nothing changed for any other run.
+        """
+        query = "UPDATE sandboxes SET ip_seen_at = ? WHERE uuid = ? AND ip = ?"
+        values = (self.clock.now(), sandbox.uuid, sandbox.ip)
+        self.db.write(lambda conn: conn.execute(query, values) and None, checked=True)
+        return self.get(sandbox.uuid)
+
     def note(self, sandbox: Sandbox, operation: str, *, outcome: str, reason: str | None = None, evidence: dict[str, Any] | None = None,
              upids: Iterable[str] = ()) -> None:
         """An event without a change: something was looked at, refused or left alone."""

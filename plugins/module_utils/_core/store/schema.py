@@ -125,6 +125,8 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         )""",
         "CREATE INDEX workspace_events_of ON workspace_events (workspace_id, id)",
     ),
+    # When the guest agent last named the address; NULL for one that is older than the last start.
+    ("ALTER TABLE sandboxes ADD COLUMN ip_seen_at INTEGER",),
 )
 
 VERSION = len(MIGRATIONS)

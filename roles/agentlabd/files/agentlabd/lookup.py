@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Look up the address of a running sandbox that has none on record, beside the request that shows it.
+"""Look up the address of a running sandbox that has none or an old one on record, beside the request that shows it.
 
 A program that wants to log in asks for the sandbox until it has an address. The answer itself never waits for the guest.
 """
@@ -26,8 +26,6 @@ from .logs import log
 EVERY = 3.0
 # Questions under way at once: a guest that is silent must not hold the threads of others' work.
 AT_ONCE = 2
-# Seconds after which an address counts that is only second best: DHCP has had its time.
-SETTLED = 30
 
 _lock = threading.Lock()
 _asked: dict[str, float] = {}
@@ -62,13 +60,19 @@ def _ask(ctx: Context, uuid: str) -> None:
     try:
         sandbox = ctx.records.get(uuid)
         located = match_if_readable(ctx, sandbox)
-        choice = address.ask(ctx, located) if located else None
-        if choice is None or not (choice.final or ctx.clock.now() - (sandbox.state_changed_at or 0) > SETTLED):
+        ip = address.look_up(ctx, sandbox, located) if located else None
+        if ip is None:
+            return
+        if ip == sandbox.ip:
+            ctx.records.confirm_address(sandbox)
             return
         with ctx.claimed(sandbox, "address", wait=0) as (claim, current):
             # Another operation's journal is for that operation to finish.
-            if claim.interrupted is None and current.ip is None and current.state in states.POWERED:
-                ctx.records.change(claim, current, "address", ip=choice.address, reason="address", evidence={"ip": choice.address}, finish=True)
+            if claim.interrupted is None and current.ip == sandbox.ip and current.state in states.POWERED:
+                ctx.records.change(
+                    claim, current, "address", ip=ip, ip_seen_at=ctx.clock.now(), reason="address", evidence={"ip": ip},
+                    finish=True,
+                )
     except AgentlabError as error:
         log.debug("the address of sandbox %s cannot be looked up: %s", uuid, error.message)
     except Exception:  # a thread of the pool would keep it to itself

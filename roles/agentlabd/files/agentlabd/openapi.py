@@ -39,8 +39,8 @@ def _ref(name: str) -> dict[str, Any]:
 
 
 _SANDBOX: dict[str, Any] = {
-    "uuid": _TEXT, "vmid": _WHOLE, "name": _TEXT, "profile": _MAYBE, "state": _STATE, "node": _MAYBE, "ip": _MAYBE, "workspace_id": _MAYBE,
-    "tags": _list(_TEXT), "protected": _FLAG, "keepalive": _FLAG, "lease_expires_at": _TIME, "created_at": _TIME, "updated_at": _TIME,
+    "uuid": _TEXT, "vmid": _WHOLE, "name": _TEXT, "profile": _MAYBE, "state": _STATE, "node": _MAYBE, "ip": _MAYBE, "ip_seen_at": _TIME,
+    "workspace_id": _MAYBE, "tags": _list(_TEXT), "protected": _FLAG, "keepalive": _FLAG, "lease_expires_at": _TIME, "created_at": _TIME, "updated_at": _TIME,
     "state_changed_at": _TIME}
 _DONE: dict[str, Any] = {"previous_state": _MAYBE, "outcome": _TEXT, "changed": _FLAG, "reason": _MAYBE, "upids": _list(_TEXT), "warnings": _list(_TEXT)}
 _RESULT: dict[str, Any] = {**_DONE, "vmid": {"type": ["integer", "null"]}, "uuid": _MAYBE, "name": _MAYBE, "state": _MAYBE, "message": _MAYBE, "failed": _FLAG}

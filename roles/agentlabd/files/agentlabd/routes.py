@@ -16,7 +16,20 @@ from typing import TYPE_CHECKING, Any
 from agentlab_core import durations, profiles, states, words
 from agentlab_core.errors import AgentlabError, InvalidInput, ProxmoxError, StateConflict
 from agentlab_core.model import Outcome, Sandbox
-from agentlab_core.operations import cleanup, create, destroy, info, lease, power, prune, reconcile, wanted, workspace, workspace_disk
+from agentlab_core.operations import (
+    address,
+    cleanup,
+    create,
+    destroy,
+    info,
+    lease,
+    power,
+    prune,
+    reconcile,
+    wanted,
+    workspace,
+    workspace_disk,
+)
 from agentlab_core.operations.context import Context, failure
 from agentlab_core.store import history
 
@@ -107,7 +120,7 @@ def list_sandboxes(call: Call) -> Answer:
 def show_sandbox(call: Call) -> Answer:
     ctx = call.context()
     sandbox = ctx.select(call.vmid)
-    if sandbox.ip is None and sandbox.state in states.POWERED:
+    if address.is_due(sandbox, ctx.clock.now()):
         lookup.look_up_address(ctx, sandbox, call.service.work_pool)
     return Answer(sandbox.public())
 
