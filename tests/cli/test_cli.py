@@ -439,6 +439,18 @@ def test_time_out(daemon: StandIn) -> None:
     (["sandbox", "lst"], "there is no command 'lst'. Did you mean list?"),
     (["sandboxes"], "there is no command 'sandboxes'. Did you mean sandbox?"),
     (["xyzzy"], "there is no command 'xyzzy'. Commands: sandbox, "),
+    # What belongs behind sandbox is told as the whole line.
+    (["ls"], "there is no command 'ls'. Use: agentlab sandbox list"),
+    (["stop", "1009"], "there is no command 'stop'. Use: agentlab sandbox stop"),
+    (["pause", "1009"], "Use: agentlab sandbox suspend"),
+    (["rm", "1009"], "there is no command 'rm'. Use: agentlab sandbox destroy <vmid>"),
+    (["sandbox", "restart", "1009"], "Use: agentlab sandbox stop <vmid>, then agentlab sandbox start <vmid>"),
+    (["sandbox", "shutdown", "1009"], "Use: agentlab sandbox stop <vmid>"),
+    (["sandbox", "renew", "1009"], "Use: agentlab sandbox lease renew --ttl <ttl> <vmid>"),
+    (["sandbox", "ssh", "1009"], "Use: agentlab sandbox show <vmid>, then ssh <user>@<ip>"),
+    (["profile", "show", "x"], "Use: agentlab profile list"),
+    # Nor to what takes the protection away.
+    (["sandbox", "inprotect", "1009"], "there is no command 'inprotect'. Did you mean protect?"),
     # No likeness leads to what destroys.
     (["sandbox", "prun"], "there is no command 'prun'. Commands: list, "),
     (["sandbox", "destry"], "there is no command 'destry'. Commands: list, "),
@@ -796,6 +808,17 @@ def test_a_sandbox_that_is_not_there_is_named_with_those_nearest(daemon: StandIn
     found = agentlab("sandbox", "stop", 1009, socket=daemon.path)
     assert (found.returncode, found.stdout) == (1, "")
     assert found.stderr == "Error: sandbox not found\nThere is no sandbox 1009. Nearest: 1000, 1008, 1010. See 'agentlab sandbox list --all'\n"
+
+
+def test_a_workspace_that_is_not_there_is_named_with_those_that_are(daemon: StandIn) -> None:
+    refusal = (404, {"error": "workspace not found", "code": "not_found", "workspace": "w1"})
+    daemon.replies["GET", "/v1/workspaces/w1"] = refusal
+    for there, said in (([{"name": "a"}, {"name": "b"}], "a, b"), ([], "none"), ([{"name": f"w{n}"} for n in range(12)], "w8, w9 and 2 more")):
+        daemon.replies["GET", "/v1/workspaces"] = (200, {"workspaces": there})
+        found = agentlab("workspace", "show", "w1", socket=daemon.path)
+        assert (found.returncode, found.stdout) == (1, "")
+        assert found.stderr.startswith("Error: workspace not found\nThere is no workspace 'w1'. Workspaces: ")
+        assert f"{said}. See 'agentlab workspace list --all'\n" in found.stderr
 
 
 @pytest.mark.parametrize(("reason", "said"), [

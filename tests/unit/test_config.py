@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core import config
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core import config, words
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import ConfigError, InvalidInput
 
 SECRET = "s3cr3t-of-the-tests"
@@ -219,3 +219,18 @@ def test_a_token_in_api_user_is_refused_by_name_and_not_shown(tmp_path: Path, va
     with pytest.raises(InvalidInput, match="api_user: the value has a '!'. Valid: user@realm.*api_token_id") as caught:
         settings.check_credentials()
     assert "secret-word" not in str(caught.value.as_dict())
+
+
+@pytest.mark.parametrize("content", ["", "pve1\n", "-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n", "\u00ff"])
+def test_a_file_without_a_certificate_is_refused_by_name(tmp_path: Path, content: str) -> None:
+    file = tmp_path / "ca.pem"
+    file.write_text(content)
+    settings = load(tmp_path, api_host="pve1", api_password="x", ca_path=str(file)).proxmox
+    with pytest.raises(InvalidInput, match="ca_path: .*ca.pem' holds no certificate in PEM form"):
+        settings.check_credentials()
+    load(tmp_path, api_host="pve1", api_password="x", ca_path=str(file), validate_certs=False).proxmox.check_credentials()
+
+
+def test_an_empty_name_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match=r"node: '' is not valid\. Valid: .*; leave the option out"):
+        words.match("node", "", words.WORD)

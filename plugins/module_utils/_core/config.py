@@ -159,6 +159,22 @@ class ProxmoxSettings:
             raise InvalidInput(f"api_user: {self.user!r} has no realm. Valid: user@realm, such as root@pam", option="api_user", value=self.user)
         if self.ca_path and not os.path.exists(self.ca_path):
             raise InvalidInput(f"ca_path: {self.ca_path!r} does not exist; give the CA certificate's file", option="ca_path", value=self.ca_path)
+        if self.ca_path and self.validate_certs and os.path.isfile(self.ca_path):
+            _check_certificates(self.ca_path)
+
+
+def _check_certificates(path: str) -> None:
+    """Raise InvalidInput for a file without a certificate: the TLS library would only say that the connection failed."""
+    import ssl
+
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(path)
+    except ssl.SSLError:
+        raise InvalidInput(f"ca_path: {path!r} holds no certificate in PEM form (-----BEGIN CERTIFICATE-----); give a copy of "
+                           "/etc/pve/pve-root-ca.pem of the node", option="ca_path", value=path) from None
+    except OSError as error:
+        raise InvalidInput(f"ca_path: {path!r} cannot be read: {error.strerror}; correct the path or its permissions",
+                           option="ca_path", value=path) from None
 
 
 @dataclass(slots=True)

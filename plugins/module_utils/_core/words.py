@@ -154,4 +154,6 @@ def match(option: str, value: object, word: Word) -> None:
     """InvalidInput, by the name of the option, for a value that does not look like that; None is not looked at."""
     if value is not None and not fits(value, word):
         hint = "; YAML read a word such as yes or on, put it in quotes" if isinstance(value, bool) else ""
+        if value == "":
+            hint = "; leave the option out where there is nothing to say (in a playbook: | default(omit, true))"
         raise InvalidInput(f"{option}: {quoted(value)} is not valid. Valid: {word[1]}{hint}", option=option)

@@ -64,8 +64,10 @@ class Settings:
                 click.echo(shown)
 
     def _explain(self, answer: Answer) -> str:
-        """Return further lines for a sandbox that there is not: its VMID, and those nearest to it."""
-        vmid = answer.data.get("vmid")
+        """Return further lines for a sandbox or workspace that there is not: its VMID or name, and which there are."""
+        vmid, workspace = answer.data.get("vmid"), answer.data.get("workspace")
+        if answer.data.get("code") == "not_found" and isinstance(workspace, str):
+            return self._explain_workspace(workspace)
         if answer.data.get("code") != "not_found" or not isinstance(vmid, int):
             return ""
         try:
@@ -75,6 +77,15 @@ class Settings:
             there = []
         near = f" Nearest: {', '.join(map(str, sorted(there[:3])))}." if there else " There is none."
         return f"\nThere is no sandbox {vmid}.{near} See 'agentlab sandbox list --all'"
+
+    def _explain_workspace(self, name: str) -> str:
+        try:
+            there = [str(workspace["name"]) for workspace in self.client.get("workspaces").data["workspaces"]]
+        except (Problem, KeyError, TypeError):
+            return ""
+        more = f" and {len(there) - 10} more" if len(there) > 10 else ""
+        names = f"{', '.join(map(one_line, there[:10]))}{more}" if there else "none"
+        return f"\nThere is no workspace {one_line(name)!r}. Workspaces: {names}. See 'agentlab workspace list --all'"
 
 
 def _odd(answer: Answer, error: Exception) -> Problem:
@@ -282,7 +293,7 @@ class Group(_Page, click.Group):
     command_class = Command
     group_class = type
     # Nobody who mistypes a word shall be led to what destroys.
-    never_suggested = ("destroy", "prune")
+    never_suggested = ("destroy", "prune", "unprotect")
 
     def __init__(self, *args: Any, examples: tuple[str, ...] = (), notes: tuple[str, ...] = (), words: Mapping[str, str] | None = None,
                  meant: Mapping[str, str] | None = None, **options: Any) -> None:

@@ -129,7 +129,8 @@ def release(to: Settings) -> None:
     to.tell(to.client.post("cleanup", "release"), lambda data: "cleanup released" if data.get("released") else "cleanup was not frozen")
 
 
-@click.group(cls=Group, examples=("agentlab profile list",))
+@click.group(cls=Group, examples=("agentlab profile list",), words={"ls": "list"},
+             meant=dict.fromkeys(("show", "get"), "agentlab profile list"))
 def profile() -> None:
     """Show the profiles that sandboxes are made from."""
 

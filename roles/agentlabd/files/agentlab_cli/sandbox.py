@@ -41,8 +41,15 @@ def one_vmid(function: Callable[..., Any]) -> Callable[..., Any]:
     "agentlab sandbox lease renew --ttl 120 1009",
     "agentlab sandbox destroy --force 1009 1010 1011",
     "agentlab sandbox prune --older-than 24h --dry-run",
-), words={"ls": "list", "ps": "list", "create": "new", "get": "show", "logs": "events", "log": "events", "pause": "suspend"},
-    meant=dict.fromkeys(("rm", "delete", "remove", "kill"), "agentlab sandbox destroy <vmid>"))
+), words={"ls": "list", "ps": "list", "create": "new", "get": "show", "info": "show", "inspect": "show", "describe": "show",
+          "unpause": "resume", "logs": "events", "log": "events", "pause": "suspend"},
+    meant={
+        **dict.fromkeys(("rm", "delete", "del", "remove", "kill", "terminate"), "agentlab sandbox destroy <vmid>"),
+        **dict.fromkeys(("shutdown", "halt", "poweroff"), "agentlab sandbox stop <vmid>"),
+        **dict.fromkeys(("restart", "reboot"), "agentlab sandbox stop <vmid>, then agentlab sandbox start <vmid>"),
+        **dict.fromkeys(("renew", "extend"), "agentlab sandbox lease renew --ttl <ttl> <vmid>"),
+        **dict.fromkeys(("ssh", "exec", "console", "shell"), "agentlab sandbox show <vmid>, then ssh <user>@<ip>"),
+    })
 def sandbox() -> None:
     """Create, show, use and destroy sandboxes."""
 

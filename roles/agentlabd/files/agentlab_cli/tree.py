@@ -37,6 +37,15 @@ class Root(Group):
         module, name = (COMMANDS[cmd_name], cmd_name) if cmd_name in COMMANDS else WORDS.get(cmd_name, (None, ""))
         return getattr(import_module(f".{module}", __package__), name) if module else None
 
+    def _advise(self, ctx: click.Context, word: str) -> str:
+        """Name the whole line for a word that belongs behind ``sandbox``, such as ``agentlab stop 1009``."""
+        from .sandbox import sandbox
+
+        if word in sandbox.meant:
+            return f"Use: {sandbox.meant[word]}"
+        name = sandbox.words.get(word, word)
+        return f"Use: agentlab sandbox {name}" if name in sandbox.commands else super()._advise(ctx, word)
+
 
 @click.group(cls=Root, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120}, examples=(
     "agentlab sandbox list",
