@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
 import uuid
@@ -582,3 +583,43 @@ def test_every_request_that_changes_a_vm_names_one_of_ours(lab: Lab) -> None:
     written = {int(found[1]) for method, path, _dummy in lab.pve.requests if method != "GET" and (found := re.search(r"/qemu/(\d+)", path))}
     assert written == {9000, *(one.vmid for one in made)}
     assert {path.rpartition("/")[2] for method, path, _dummy in lab.pve.requests if method != "GET" and "/qemu/9000/" in path} == {"clone"}
+
+
+def test_two_databases_on_one_cluster_leave_each_other_in_peace(lab: Lab) -> None:
+    """Each has a vmid_range of its own; the marker of a VM names the database with its record."""
+    def use(name: str) -> dict[str, Any]:
+        lab.database = os.path.join(lab.folder, f"{name}-{uuid.uuid4()}", "agentlab.db")
+        return {"vmid_range": {"one": "1000-1099", "two": "1100-1199"}[name]}
+
+    first_range = use("one")
+    first_database = lab.database
+    first = lab.create("a1", options=first_range)
+    second_range = use("two")
+    second_database = lab.database
+    second = lab.create("a1", options=second_range)
+    assert (first.vmid, second.vmid) == (1000, 1100)
+    ids = []
+    for database, vmid_range, own in ((first_database, first_range, first), (second_database, second_range, second)):
+        lab.database = database
+        assert lab.reconcile(**vmid_range) == []
+        ids.append(lab.context().records.database_id())
+        assert [shown["identity"] for shown in lab.info()["sandboxes"]] == ["MATCH"] and lab.record(own).state == "RUNNING"
+    assert len(set(ids)) == 2 and None not in ids
+    # Each still sees what it lost itself, wherever that is, and what is in its range.
+    lab.database = first_database
+    config = dict(lab.pve.vm(first.vmid).config)
+    lab.pve.add_vm(777, "restored", config={**config, "smbios1": "uuid=33333333-1111-4111-8111-111111111111"})
+    lab.pve.add_vm(1050, "lost", config={**lab.pve.vm(second.vmid).config, "smbios1": "uuid=33333333-1111-4111-8111-111111111112"})
+    drifts = {drift.vmid: drift for drift in lab.reconcile(**first_range)}
+    assert sorted(drifts) == [777, 1050] and {drift.kind for drift in drifts.values()} == {"unrecorded"}
+    assert drifts[777].evidence["databases"] == [] and drifts[1050].evidence["databases"] == [ids[1]]
+    lab.database = second_database
+    assert [drift.vmid for drift in lab.reconcile(**second_range)] == [1050]
+    # Markers of older releases name no database: nobody knows whose the VM is, so both report it.
+    lab.pve.remove_vm(777)
+    lab.pve.remove_vm(1050)
+    lab.pve.add_vm(778, "older", config={"description": identity.marker(first.uuid), "tags": "agentlab"})
+    assert [drift.vmid for drift in lab.reconcile(**second_range)] == [778]
+    lab.destroy(second.vmid, force=True, **second_range)
+    assert lab.pve.vm(first.vmid) is not None and lab.pve.vm(second.vmid) is None
+    lab.pve.remove_vm(778)

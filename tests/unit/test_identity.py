@@ -95,3 +95,26 @@ def test_deletion_note_of_the_longest_description_still_carries_marker_and_note(
     # The marker need not stand first: text of somebody's own in front of it may not push it out.
     note = identity.deletion_note({"description": "x" * 8050 + "\n" + MINE}, "destroy", "2026-01-01T00:00:00Z")
     assert len(note) <= 8192 and identity.markers({"description": note}) == {OURS}
+
+
+def test_the_judge_takes_markers_with_and_without_a_database() -> None:
+    for database in (None, "a" * 32, "b" * 32):
+        mark = identity.marker(OURS, database)
+        assert identity.judge(OURS, SMBIOS, config(mark, SMBIOS)).identity == identity.MATCH
+        assert identity.markers({"description": mark}) == {OURS} and identity.is_ours(mark)
+
+
+@pytest.mark.parametrize(("description", "others"), [
+    (identity.marker(OURS, "a" * 32), set()),
+    (identity.marker(OURS, "b" * 32), {"b" * 32}),
+    (identity.marker(OURS, "b" * 32).upper(), {"b" * 32}),
+    (identity.marker(OURS), set()),
+    (identity.marker(OURS, "b" * 32) + "\n" + identity.marker(OTHER), set()),
+    (identity.marker(OURS, "b" * 32) + "\n" + identity.marker(OTHER, "a" * 32), set()),
+    (identity.marker(OURS, "b" * 32) + "\n" + identity.marker(OTHER, "c" * 32), {"b" * 32, "c" * 32}),
+    (f"agentlab-sandbox: {OURS} (database abc)", set()),
+    ("", set()),
+])
+def test_a_vm_is_another_databases_only_if_each_marker_says_so(description: str, others: set[str]) -> None:
+    assert identity.other_databases({"description": description}, "a" * 32) == others
+    assert identity.other_databases({"description": description}, None) == set()

@@ -357,7 +357,9 @@ def _post_clone(ctx: Context, spec: Spec, sandbox: Sandbox, noted: dict[str, Any
         f"nodes/{noted['template_node']}/qemu/{noted['template']}/clone",
         newid=sandbox.vmid,
         name=sandbox.name,
-        description=identity.described({"description": identity.marker(sandbox.uuid)}, spec.description or ""),
+        description=identity.described(
+            {"description": identity.marker(sandbox.uuid, ctx.records.database_id())}, spec.description or ""
+        ),
         pool=spec.pool or ctx.config.pool,
         storage=noted["storage"],
         target=sandbox.node if sandbox.node != noted["template_node"] else None,

@@ -454,7 +454,11 @@ def _stale_creation(ctx: Context, sandbox: Sandbox) -> Drift | None:
 
 
 def _unrecorded(ctx: Context, rows: dict[int, dict[str, Any]], live: list[Sandbox]) -> list[Drift]:
-    """VMs tagged as ours that no live record has: read, and reported if they carry our marker. Never adopted."""
+    """Return the VMs with our marker that no live record has. They are never adopted.
+
+    A VM of another database, outside our own vmid_range, is left out.
+    """
+    database = ctx.records.database_id()
     known = {one.vmid for one in live}
     suspects = [(vmid, row) for vmid, row in sorted(rows.items()) if vmid not in known and row.get("type") == "qemu"
                 and ("agentlab" in str(row.get("tags") or "").replace(",", ";").split(";") or _in_range(ctx, vmid))]
@@ -462,8 +466,13 @@ def _unrecorded(ctx: Context, rows: dict[int, dict[str, Any]], live: list[Sandbo
     def look(suspect: tuple[int, dict[str, Any]]) -> Drift | None:
         vmid, row = suspect
         try:
-            marks = identity.markers(ctx.client.get_dict(f"nodes/{row.get('node')}/qemu/{vmid}/config"))
+            config = ctx.client.get_dict(f"nodes/{row.get('node')}/qemu/{vmid}/config")
         except ProxmoxError:
+            return None
+        marks = identity.markers(config)
+        others = identity.other_databases(config, database)
+        if others and not _in_range(ctx, vmid):
+            # That database has its record. Within our own range nobody else's VM is expected, and our records may have been lost.
             return None
         try:
             now = ctx.records.live_by_vmid(vmid)
@@ -474,7 +483,8 @@ def _unrecorded(ctx: Context, rows: dict[int, dict[str, Any]], live: list[Sandbo
             # Created since the records were read.
             return None
         return Drift("unrecorded", "none: look at it, and remove it by hand if nobody needs it",
-                     {"node": row.get("node"), "name": row.get("name"), "markers": sorted(marks)}, vmid=vmid)
+                     {"node": row.get("node"), "name": row.get("name"), "markers": sorted(marks), "databases": sorted(others)},
+                     vmid=vmid)
 
     return [drift for drift in ctx.each(look, suspects) if drift is not None]
 

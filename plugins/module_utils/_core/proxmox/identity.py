@@ -20,6 +20,8 @@ UNKNOWN = "UNKNOWN"
 # A hint for people and for inventories; never a proof.
 OUR_TAG = "agentlab"
 _MARKER = re.compile(r"agentlab-sandbox: ([0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12})(?![0-9a-f-])", re.IGNORECASE | re.ASCII)
+# The database whose sandbox it is. Markers of older releases lack it.
+_DATABASE = re.compile(r" \(database ([0-9a-f]{32})\)", re.IGNORECASE | re.ASCII)
 _NOTE = "agentlab-delete:"
 _SMBIOS = re.compile(r"(?:^|,)uuid=([0-9A-Fa-f-]{36})(?:,|$)")
 _LONGEST_DESCRIPTION = 8192
@@ -35,9 +37,10 @@ class Verdict:
     config: dict[str, Any] | None = None
 
 
-def marker(uuid: str) -> str:
-    """The description a sandbox's VM is cloned with."""
-    return f"agentlab-sandbox: {uuid}\nThrow-away VM of agentlab.proxmox. Keep the line above: without it the VM is not recognised."
+def marker(uuid: str, database: str | None = None) -> str:
+    """Return the description that a sandbox's VM is cloned with. ``database`` is the id of the database with its record."""
+    of = f" (database {database})" if database else ""
+    return f"agentlab-sandbox: {uuid}{of}\nThrow-away VM of agentlab.proxmox. Keep the line above: without it the VM is not recognised."
 
 
 def described(config: dict[str, Any], text: str) -> str:
@@ -64,6 +67,21 @@ def is_ours(text: str) -> bool:
 def markers(config: dict[str, Any]) -> set[str]:
     """The sandbox UUIDs that a VM's description carries."""
     return {found.lower() for found in _MARKER.findall(str(config.get("description") or ""))}
+
+
+def other_databases(config: dict[str, Any], database: str | None) -> set[str]:
+    """Return the databases that the VM's markers name, if each names one and none names ``database``; else nothing.
+
+    Only then the VM is known to be another database's.
+    """
+    text = str(config.get("description") or "")
+    named = set()
+    for match in _MARKER.finditer(text):
+        of = _DATABASE.match(text, match.end())
+        if of is None:
+            return set()
+        named.add(of[1].lower())
+    return set() if database is None or database in named else named
 
 
 def smbios_uuid(config: dict[str, Any]) -> str | None:

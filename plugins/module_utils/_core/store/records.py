@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import sqlite3
 import threading
 from collections.abc import Callable, Iterable
@@ -43,6 +44,7 @@ _NOTES: dict[str, Callable[[str], object]] = {
     "clock": lambda text: float(json.loads(text)["offset"]), "cleanup_frozen": lambda text: json.loads(text)["reason"], "cleanup_last_run": int,
     "cluster": lambda text: json.loads(text)["authority"], "last_vmid": int,
 }
+DATABASE_ID = re.compile(r"[0-9a-f]{32}")
 # Claims (sandbox, fence) that this process was done with and could not give back: nobody here waits for them.
 _unreturned: set[tuple[str, int]] = set()
 
@@ -212,6 +214,11 @@ class Records:
     def meta(self, key: str) -> str | None:
         rows = self.db.read("SELECT value FROM meta WHERE key = ?", key)
         return rows[0]["value"] if rows else None
+
+    def database_id(self) -> str | None:
+        """Return the name of these records in the marker of their VMs (32 hexadecimal digits); None if it was lost."""
+        value = self.meta("database_id")
+        return value if value is not None and DATABASE_ID.fullmatch(value) else None
 
     def set_meta(self, key: str, value: str | None) -> None:
         def work(conn: sqlite3.Connection) -> None:

@@ -127,6 +127,8 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
     ),
     # When the guest agent last named the address; NULL for one that is older than the last start.
     ("ALTER TABLE sandboxes ADD COLUMN ip_seen_at INTEGER",),
+    # The name of these records in the marker of their VMs: several databases may work on one cluster.
+    ("INSERT OR IGNORE INTO meta (key, value) VALUES ('database_id', lower(hex(randomblob(16))))",),
 )
 
 VERSION = len(MIGRATIONS)
