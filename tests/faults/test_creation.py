@@ -397,8 +397,15 @@ def test_a_clone_that_takes_longer_than_was_waited_is_left_to_the_next_run(lab: 
     report = doctor.Doctor(settings, now=lab.clock).examine(doctor.Wanted())
     work = next(finding for finding in report.findings if finding.check == "work")
     assert "wait for their task to be run again: 1000" in work.meaning and "reconcile" not in str(work.advice)
+    assert lab.reconcile(apply=False) == []
     assert lab.reconcile() == [] and lab.records()[0].state == "PROVISIONING"
     assert lab.create("a1", options={"wait_timeout": "30s"}).state == "RUNNING"
+
+
+def interrupted(lab: Lab, *, apply: bool) -> list[int]:
+    """Return the sandboxes of the operations that a reconcile finishes, or would finish."""
+    drifts = lab.reconcile(apply=apply)
+    return [drift.sandbox.vmid for drift in drifts if drift.kind == "interrupted" and drift.sandbox is not None]
 
 
 def test_a_creation_whose_vm_an_administrator_removed_has_a_way_out(lab: Lab) -> None:
@@ -407,8 +414,10 @@ def test_a_creation_whose_vm_an_administrator_removed_has_a_way_out(lab: Lab) ->
         lab.create("a1")
     made = lab.records()[0]
     lab.reconcile()
+    # The VM is there and not certainly ours: neither check mode nor a pass finishes that.
+    assert interrupted(lab, apply=False) == [] and interrupted(lab, apply=True) == []
     lab.pve.remove_vm(made.vmid)
-    lab.reconcile()
+    assert interrupted(lab, apply=False) == [made.vmid] and interrupted(lab, apply=True) == [made.vmid]
     assert lab.leftovers() == {"claims": [], "operations": []}
     assert lab.record(made).state == "FAILED"
     assert lab.destroy(made.vmid, force=True)[0].state == "DESTROYED"

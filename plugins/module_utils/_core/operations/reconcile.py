@@ -72,8 +72,11 @@ def run(ctx: Context, *, apply: bool, adopt_cluster: bool = False) -> list[Drift
     if writing:
         found += _finish_interrupted(ctx)
     else:
-        found += [Drift("interrupted", "finish it", {"operation": left.kind, "phase": left.phase, "actor": left.actor}, ctx.records.get(left.sandbox_uuid))
-                  for left in ctx.records.interrupted()]
+        for left in ctx.records.interrupted():
+            sandbox = ctx.records.get(left.sandbox_uuid)
+            if not _stays_interrupted(ctx, sandbox, left):
+                evidence = {"operation": left.kind, "phase": left.phase, "actor": left.actor}
+                found.append(Drift("interrupted", "finish it", evidence, sandbox))
     found += _leases(ctx, writing)
     if writing:
         # What those two changed is compared anew; the rest stands as it was judged.
@@ -201,17 +204,13 @@ def _finish_interrupted(ctx: Context) -> list[Drift]:
                     outcome = destroy.run(ctx, [(sandbox, request)])[0]
                     drift.sandbox = outcome.sandbox or sandbox
                     drift.applied, drift.error = not outcome.failed, outcome.message if outcome.failed else None
-            elif create_recovery.waits_for_next_run(left, sandbox.state):
-                # Its VM is there, and its run said to run again; if nobody does, the lease ends it.
+            elif _stays_interrupted(ctx, sandbox, left):
                 continue
             elif left.kind == "create" and sandbox.state in states.CREATING:
                 drift.action = "creation given up: FAILED"
                 give_up_creation(ctx, sandbox)
                 drift.applied = True
             else:
-                if left.kind == "create" and sandbox.smbios_uuid is None and sandbox.live and not _nothing_was_left(ctx, sandbox, left):
-                    # FAILED or TIMEOUT, never bound: the journal is what a later destroy tells its VM by.
-                    continue
                 drift.action = "journal closed"
                 with ctx.claimed(sandbox, "reconcile", wait=0) as (claim, current):
                     if left.kind == "create" and current.state == states.READY:
@@ -231,6 +230,20 @@ def _finish_interrupted(ctx: Context) -> list[Drift]:
             drift.error = error.message
         found.append(drift)
     return found
+
+
+def _stays_interrupted(ctx: Context, sandbox: Sandbox, left: Operation) -> bool:
+    """Return whether no reconcile finishes this operation: it waits for its task, or a later destroy needs its journal.
+
+    Proxmox is only read.
+    """
+    if create_recovery.waits_for_next_run(left, sandbox.state):
+        # The VM is there, and the run said to run again; if nobody does, the lease ends the sandbox.
+        return True
+    if left.kind != "create" or sandbox.state in states.CREATING or sandbox.smbios_uuid is not None or not sandbox.live:
+        return False
+    # FAILED or TIMEOUT, never bound: the journal is what a later destroy tells the VM by.
+    return not _nothing_was_left(ctx, sandbox, left)
 
 
 def _refuse_chosen(ctx: Context, left: Operation) -> None:
