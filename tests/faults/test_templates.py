@@ -299,3 +299,17 @@ def test_nothing_is_removed_where_nothing_was_made(lab: Lab) -> None:
     with pytest.raises(AgentlabError, match="nothing was made for it"):
         outcome_of(lab)
     assert lab.destroy(1000, force=True)[0].state == "DESTROYED" and lab.pve.touched(1000) == []
+
+
+@pytest.mark.parametrize(
+    ("size", "fits"),
+    [("1G", False), ("0G", False), ("3071M", False), ("3G", True), ("3072M", True), ("0.1T", True), ("+1G", True)],
+)
+def test_a_disk_size_below_the_templates_is_refused_before_the_clone(lab: Lab, size: str, fits: bool) -> None:
+    if fits:
+        assert lab.create("a1", disk_size=size).state == "RUNNING"
+        return
+    told = f"disk_size: {size} is less than the 3G of disk scsi0 of template 9000.*disks only grow. Give 3G or more"
+    with pytest.raises(InvalidInput, match=told):
+        lab.create("a1", disk_size=size)
+    assert lab.records() == []

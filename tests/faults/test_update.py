@@ -278,3 +278,33 @@ def test_a_description_cannot_forge_what_is_ours(lab: Lab, text: str) -> None:
 def test_allow_restart_without_update(lab: Lab) -> None:
     with pytest.raises(InvalidInput, match="allow_restart: has an effect together with update only"):
         present(lab, allow_restart=True)
+
+
+# ---- what would leave the VM switched off ----
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_more_cores_than_the_node_has_are_refused_before_anything_is_stopped(lab: Lab, dry_run: bool) -> None:
+    present(lab, ttl=3600, cores=1)
+    lab.pve.vm(1000).config["sockets"] = 2
+    lab.pve.requests.clear()
+    with pytest.raises(InvalidInput, match=r"cores: 3 \(times 2 sockets of the VM\) is more than the 4 CPUs of node pve1"):
+        present(lab, dry_run, cores=3, update=True, allow_restart=True)
+    assert writes(lab) == [] and lab.pve.vm(1000).status == "running"
+    lab.power("stop", 1000)
+    lab.pve.requests.clear()
+    with pytest.raises(InvalidInput, match="cores: 3"):
+        present(lab, dry_run, cores=3, update=True)
+    assert writes(lab) == []
+
+
+def test_nothing_is_stopped_without_quorum_and_the_write_says_so(lab: Lab) -> None:
+    present(lab, ttl=3600, cores=1)
+    lab.pve.lose_quorum()
+    lab.pve.requests.clear()
+    with pytest.raises(Kept, match="sandbox 1000 was neither stopped nor changed, .*without quorum.*pvecm status"):
+        present(lab, cores=2, update=True, allow_restart=True)
+    assert writes(lab) == [] and lab.pve.vm(1000).status == "running"
+    with pytest.raises(AgentlabError, match="the cluster takes no changes, most likely because it has no quorum"):
+        present(lab, tags=["ci"], update=True)
+    assert "ci" not in str(lab.pve.vm(1000).config["tags"]) and lab.record(1000).tags == []

@@ -61,6 +61,8 @@ def explain(ctx: Context, spec: Spec, node: str | None, template: object, error:
     )
     if storage:
         return f"storage: {storage[1]!r} {storage[2]}. Give a storage of node {node} that holds disks of VMs{told}"
+    if "shrinking disks is not supported" in text:
+        return f"disk_size: {spec.disk_size} is less than the template's disk has, and disks only grow. Give more{told}"
     if "no quorum" in text:
         return f"the cluster has no quorum, and takes no new VMs until it has (pvecm status); run again then{told}"
     if re.search(r"MAX \d+ vcpus allowed", text):

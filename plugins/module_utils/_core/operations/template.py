@@ -219,10 +219,8 @@ def check(ctx: Context, spec: Spec, template: Template, node: str) -> None:
                     f"{template.vmid} --ide2 STORAGE:cloudinit), or leave {option} out",
                     option=option,
                 )
-    if spec.disk_size and not vm_config.disks(config):
-        raise InvalidInput(
-            f"disk_size: {template.title} has no disk to resize; leave disk_size out", option="disk_size"
-        )
+    if spec.disk_size:
+        _check_disk_size(spec.disk_size, template, config)
     if not spec.second_bridge and "net1" not in config:
         for option in ("second_vlan_tag", "second_ip_config"):
             if getattr(spec, option) is not None:
@@ -231,7 +229,7 @@ def check(ctx: Context, spec: Spec, template: Template, node: str) -> None:
                     option=option,
                 )
     if spec.cores is not None:
-        _check_cores(ctx, spec.cores, config, node)
+        check_cores(ctx, spec.cores, config, node, "template")
 
 
 def _check_storage(ctx: Context, storage: str | None, node: str) -> None:
@@ -248,8 +246,28 @@ def _check_storage(ctx: Context, storage: str | None, node: str) -> None:
         )
 
 
-def _check_cores(ctx: Context, cores: int, config: dict[str, Any], node: str) -> None:
-    """Proxmox VE starts no VM with more virtual CPUs than its node has CPUs."""
+def _check_disk_size(size: str, template: Template, config: dict[str, Any]) -> None:
+    """Refuse a size below the template's: Proxmox VE shrinks no disk, and would say so after the clone."""
+    disk = vm_config.boot_disk(config)
+    if disk is None:
+        raise InvalidInput(
+            f"disk_size: {template.title} has no disk to resize; leave disk_size out", option="disk_size"
+        )
+    has = vm_config.size_of(str(config[disk]))
+    if has is not None and not size.startswith("+") and vm_config.kib(size) < vm_config.kib(has):
+        raise InvalidInput(
+            f"disk_size: {size} is less than the {has} of disk {disk} of {template.title}, and disks only grow. Give "
+            f"{has} or more, or leave disk_size out",
+            option="disk_size",
+            value=size,
+        )
+
+
+def check_cores(ctx: Context, cores: int, config: dict[str, Any], node: str, owner: str) -> None:
+    """Refuse more virtual CPUs than the node has CPUs: Proxmox VE would not start the VM.
+
+    ``owner`` is whose configuration that is, for the message: ``template`` or ``VM``.
+    """
     try:
         rows = ctx.once("nodes", lambda: ctx.client.get_list("cluster/resources", type="node"))
     except AccessDenied:
@@ -259,7 +277,7 @@ def _check_cores(ctx: Context, cores: int, config: dict[str, Any], node: str) ->
     sockets = re.fullmatch(r"\d{1,3}", str(config.get("sockets") or "1"))
     count = cores * (int(sockets[0]) if sockets else 1)
     if known.isdecimal() and count > int(known):
-        times = f" (times {sockets[0]} sockets of the template)" if sockets and sockets[0] != "1" else ""
+        times = f" (times {sockets[0]} sockets of the {owner})" if sockets and sockets[0] != "1" else ""
         raise InvalidInput(
             f"cores: {cores}{times} is more than the {known} CPUs of node {node}, which would not start the VM. Give "
             "fewer cores, or "

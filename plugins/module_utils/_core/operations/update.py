@@ -14,11 +14,12 @@ from collections.abc import Callable
 from typing import Any
 
 from .. import durations, states
-from ..errors import AgentlabError, InvalidInput, StateConflict
+from ..errors import AgentlabError, InvalidInput, Kept, StateConflict
 from ..model import Outcome, Sandbox
 from ..proxmox import identity
 from ..store import history
 from . import power, vm_config, workspace_disk
+from . import template as templates
 from .context import Context, refuse_cut_off
 from .spec import Spec
 from .verify import Located, guarded, refuse_locked, require_match
@@ -159,6 +160,7 @@ def apply(ctx: Context, sandbox: Sandbox, spec: Spec) -> Outcome:
         )
     if ctx.dry_run:
         plan = _Plan(sandbox, asked, require_match(ctx, sandbox))
+        plan.check(ctx)
         if plan.needs_stop:
             _check_restart(ctx, sandbox, spec, plan, power.status(ctx, plan.located))
         return plan.outcome("would_update", sandbox) if plan.new else Outcome.of("unchanged", sandbox)
@@ -169,11 +171,14 @@ def apply(ctx: Context, sandbox: Sandbox, spec: Spec) -> Outcome:
         if not plan.new:
             return Outcome.of("unchanged", current)
         refuse_locked(current, located)
+        plan.check(ctx)
         upids: list[str] = []
         told: list[str] = []
         restart = False
         if plan.needs_stop:
             restart = _check_restart(ctx, current, spec, plan, power.status(ctx, located))
+            if restart:
+                _require_writes(ctx, current)
             located = require_match(ctx, current)
         if restart:
             done, warned = power.stop(ctx, current, located, hard=False)
@@ -249,6 +254,11 @@ class _Plan:
         if wanted != there and "tags" in self.new:
             self.changes["tags"] = ";".join(sorted(wanted))
 
+    def check(self, ctx: Context) -> None:
+        """Refuse, before the VM is stopped for it, what Proxmox VE would take and then not start."""
+        if "cores" in self.new:
+            templates.check_cores(ctx, self.new["cores"], self.located.config, str(self.located.node), "VM")
+
     @property
     def needs_stop(self) -> bool:
         return any(name in self.new for name in _STOPPED_ONLY)
@@ -261,6 +271,18 @@ def _number(value: Any, default: int) -> int:
     """Return a number of the configuration; memory may be written ``current=2048``."""
     text = str(value if value is not None else default).partition(",")[0].removeprefix("current=")
     return int(text) if text.isascii() and text.isdecimal() else default
+
+
+def _require_writes(ctx: Context, sandbox: Sandbox) -> None:
+    """Raise Kept without quorum: a VM can be stopped then, and neither be changed nor started again."""
+    try:
+        ctx.cluster.require_quorum()
+    except Kept as error:
+        raise Kept(
+            error.reason,
+            f"sandbox {sandbox.vmid} was neither stopped nor changed, for the cluster takes no changes without quorum, and "
+            "would not start it again; bring the other nodes back (pvecm status), then run again",
+        ) from None
 
 
 def _check_restart(ctx: Context, sandbox: Sandbox, spec: Spec, plan: _Plan, status: dict[str, Any]) -> bool:

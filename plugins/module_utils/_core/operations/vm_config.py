@@ -222,14 +222,25 @@ def join_firewall_group(ctx: Context, sandbox: Sandbox, found: Located, group: s
 
 def grown(drive: str, more: str) -> str:
     """Return the size of a drive of the configuration, with so much (``+10G``) added, in KiB as Proxmox takes it."""
-    units = {"": 1 / 1024, "K": 1, "M": 1024, "G": 1024**2, "T": 1024**3}
-    now = re.search(r"(?:^|,)size=(\d+(?:\.\d+)?)([KMGT]?)(?:,|$)", drive)
+    now = size_of(drive)
     if now is None:
         raise InvalidInput(
             "disk_size: Proxmox VE does not tell the size of the template's disk; give an absolute one, such as 20G",
             option="disk_size",
         )
-    return f"{int(float(now[1]) * units[now[2]] + float(more[1:-1]) * units[more[-1]])}K"
+    return f"{int(kib(now) + kib(more[1:]))}K"
+
+
+def size_of(drive: str) -> str | None:
+    """Return the size that the value of a drive names, such as 8G; None where it names none."""
+    match = re.search(r"(?:^|,)size=(\d+(?:\.\d+)?[KMGT]?)(?:,|$)", drive)
+    return match[1] if match else None
+
+
+def kib(size: str) -> float:
+    """Return a size of Proxmox VE (8G, 512M, 4096) in KiB; a number without a unit is bytes."""
+    units = {"K": 1.0, "M": 1024.0, "G": 1024.0**2, "T": 1024.0**3}
+    return float(size[:-1]) * units[size[-1]] if size[-1] in units else float(size) / 1024
 
 
 def disks(config: dict[str, Any]) -> list[str]:

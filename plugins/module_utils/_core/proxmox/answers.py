@@ -142,6 +142,9 @@ def failure(method: str, path: str, settings: ProxmoxSettings, status: int, text
             return OutcomeUnknown(f"{where}: {f'node {node}' if node else 'the node'} does not answer ({said}); nothing was changed. "
                                   "Look at pveproxy and the load there, then run again", **facts)
         return OutcomeUnknown(f"{where}: {became_of(method)} ({said})", **facts)
+    if method != "GET" and "/etc/pve/" in text and "Permission denied" in text:
+        # The cluster's file system is read-only without quorum, whatever the user may do.
+        said += "; the cluster takes no changes, most likely because it has no quorum. Look at pvecm status, then run again"
     return ApiError(f"{where}: {said}", **facts)
 
 
