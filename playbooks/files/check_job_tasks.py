@@ -84,7 +84,7 @@ def load_tasks(path: str) -> list[dict[str, Any]] | None:
     if isinstance(content, dict):
         raise Problem("is not a list of tasks: begin each task with '- name:'")
     if not isinstance(content, list):
-        raise Problem(f"is not a list of tasks but {type(content).__name__}")
+        raise Problem(f"is not a list of tasks but {str(content)[:60]!r}; begin each task with '- name:'")
     if not content:
         raise Problem("holds no tasks")
     for number, task in enumerate(content, 1):
@@ -131,7 +131,8 @@ def collect(path: str, folder: str, roles: list[str], seen: set[str]) -> None:
             role = argument(task, action, "name")
             if role:
                 roles.append(role)
-        included = argument(task, "include_tasks", "file")
+        # Of a missing file that is imported Ansible says only that it cannot be retrieved.
+        included = argument(task, "include_tasks", "file") or argument(task, "import_tasks", "file")
         if included:
             candidates = [os.path.join(base, included) for base in (os.path.dirname(path), f"{os.path.dirname(path)}/tasks", folder)]
             inner = next((each for each in candidates if os.path.isfile(each)), None)

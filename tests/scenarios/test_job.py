@@ -145,6 +145,9 @@ UNUSABLE = {
     "no role": ("- name: Work\n  ansible.builtin.include_role:\n    name: no_such_role\n", "no_such_role"),
     "no role in a block": ("- name: Work\n  block:\n    - ansible.builtin.import_role:\n        name: no_such_role\n", "no_such_role"),
     "no file": ("- name: Work\n  ansible.builtin.include_tasks: not-there.yml\n", "not-there.yml"),
+    "no imported file": ("- name: Work\n  ansible.builtin.import_tasks: not-there.yml\n", "includes not-there.yml, which is not there"),
+    "no imported file in a block": ("- block:\n    - import_tasks: {file: sub/gone.yml}\n", "includes sub/gone.yml, which is not there"),
+    "one word": ("run\n", "is not a list of tasks but 'run'; begin each task"),
     "two actions": ("- name: Work\n  ansible.builtin.ping:\n  ansible.builtin.debug:\n", "conflicting action"),
     "an end": ("- name: Work\n  ansible.builtin.meta: end_play\n", "meta: end_play"),
     "a missing file": (None, "does not exist"),
@@ -172,6 +175,7 @@ def test_the_check_of_the_tasks_passes_what_can_be_run(tmp_path: Path) -> None:
   block:
     - ansible.builtin.include_role: {name: mine}
     - ansible.builtin.include_tasks: more.yml
+    - ansible.builtin.import_tasks: more.yml
     - ansible.builtin.include_tasks: "{{ which }}.yml"
     - ansible.builtin.debug: {msg: !unsafe "{{ text }}"}
   rescue:
