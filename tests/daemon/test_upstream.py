@@ -238,6 +238,14 @@ def test_ssh_gets_an_address_by_asking_for_the_sandbox(daemon: Make, lab: Lab) -
     assert one.good("POST", "/v1/sandboxes/1000/stop")["state"] == "STOPPED"
 
 
+def test_an_address_is_waited_for_at_a_sandbox_that_is_there(daemon: Make, lab: Lab) -> None:
+    lab.pve.agent_default = True
+    one = daemon()
+    assert one.good("POST", "/v1/sandboxes", {"name": "a1"}, 201)["ip"] is None
+    again = one.good("POST", "/v1/sandboxes", {"name": "a1", "wait_for_ip": True}, 200)
+    assert again["ip"] and again["ip_seen_at"] and (again["changed"], again["reason"]) == (True, "address")
+
+
 def test_a_guest_that_is_silent_holds_nobody_up(daemon: Make, lab: Lab) -> None:
     lab.create("a1")
     lab.pve.fail("GET", "/agent/network-get-interfaces", 500, "QEMU guest agent is not running", times=999)

@@ -140,6 +140,8 @@ def create_sandbox(call: Call) -> Answer:
     ctx = call.context()
     _check_limits(ctx, call.body)
     outcome = create.run(ctx, wanted.spec(ctx, _creation(call.body)))
+    if call.body.get("wait_for_ip") and outcome.outcome in ("unchanged", "updated"):
+        outcome = address.with_address(ctx, outcome, started=False)
     call.service.lease_changed()
     return of_item(outcome, 201 if outcome.outcome == "created" else 200)
 
