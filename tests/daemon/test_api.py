@@ -238,8 +238,8 @@ def test_the_last_error_is_over_when_proxmox_answers_again(daemon: Make, lab: La
     lab.pve.fail("POST", "/clone", 400, "Parameter verification failed.")
     assert one.post("/v1/sandboxes", {"name": "a2"}).status >= 400
     assert one.good("GET", "/v1/status")["proxmox"]["last_error"] is None
-    lab.pve.fail("GET", "/cluster/resources", 595, "No route to host", times=9)
-    assert one.post("/v1/sandboxes/1000/stop").status >= 500
+    lab.pve.fail("GET", "/status/current", 595, "No route to host", times=9)
+    assert one.post("/v1/sandboxes/1000/stop").status == 409
     assert "No route to host" in one.good("GET", "/v1/status")["proxmox"]["last_error"]
     lab.pve.clear_faults()
     one.good("POST", "/v1/sandboxes/1000/stop")

@@ -101,7 +101,14 @@ def split_tags(value: object) -> list[str]:
     """Return the tags in small letters, as Proxmox VE stores them, each once, in their order."""
     if isinstance(value, dict):
         raise InvalidInput(f"tags: that mapping is not valid. Valid: a list of tags of {TAG[1]}", option="tags")
-    return list(dict.fromkeys(word.lower() for word in split_words(value)))
+    tags = list(dict.fromkeys(word.lower() for word in split_words(value)))
+    texts = value if isinstance(value, (list, tuple)) else [value]
+    if any(isinstance(text, str) and len(text.split("\n")) > 1 for text in texts):
+        # A text of several lines may be user data in the wrong place: no part of it is quoted.
+        for number, tag in enumerate(tags, 1):
+            if not fits(tag, TAG):
+                raise InvalidInput(f"tags: the tag number {number} is not valid. Valid: {TAG[1]}", option="tags")
+    return tags
 
 
 def split_keys(option: str, value: object) -> list[str]:
