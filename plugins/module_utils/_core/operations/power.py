@@ -49,7 +49,6 @@ TARGETS = {"start": states.RUNNING, "stop": states.STOPPED, "suspend": states.SU
 
 # A record in one of these says how its VM is powered, so the VM itself is asked. The others say how a job went.
 _FOLLOW_THE_VM = (states.READY, states.RUNNING, states.SUSPENDED, states.STOPPED)
-_STOP_FIRST = (states.COMPLETED, states.FAILED, states.TIMEOUT)
 
 
 def run(ctx: Context, sandbox: Sandbox, operation: str, *, force: bool = False) -> Outcome:
@@ -120,13 +119,7 @@ def _report(ctx: Context, sandbox: Sandbox, operation: str) -> Outcome:
 
 
 def _check(ctx: Context, operation: str, state: str) -> bool:
-    """As states.check, and the refusal of a start says how it can be done."""
-    try:
-        return states.check(operation, state, ctx.force_hint)
-    except StateConflict as error:
-        if operation == "start" and state in _STOP_FIRST:
-            raise StateConflict(f"{error.message}. Stop it first, then start it", **error.detail) from None
-        raise
+    return states.check(operation, state, ctx.force_hint)
 
 
 def _actual_state(sandbox: Sandbox, seen: str) -> str:
