@@ -688,6 +688,7 @@ def test_without_quorum_reconcile_writes_no_drift(lab: Lab) -> None:
 def test_a_vm_stopped_by_somebody_else_is_no_failure_unless_that_is_known(lab: Lab, task: bool, sees: bool) -> None:
     ours = lab.create()
     lab.pve.grant(TOKEN_ID, "/vms", "VM.Audit", "VM.PowerMgmt", "VM.Config.Options", "VM.Allocate")
+    lab.pve.grant(TOKEN_ID, "/", "Sys.Audit", propagate=False)
     if sees:
         lab.pve.grant(TOKEN_ID, "/nodes", "Sys.Audit")
     vm = lab.pve.vm(ours.vmid)

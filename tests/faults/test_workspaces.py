@@ -703,15 +703,18 @@ def test_a_lost_answer_is_settled_by_the_next_run(lab: Lab, kind: str, method: s
     found = make(lab)
     made = lab.create("a1")
     if method == "PUT":
+        # A write that was carried out is recognised in the configuration; one that was not is left to the next run.
         lab.pve.fault(method, suffix, kind)
-        with pytest.raises(AgentlabError):
-            attach(lab, "w1", made.vmid)
-        assert now(lab).state == "ATTACHING"
+        if kind == "cut-before":
+            with pytest.raises(AgentlabError):
+                attach(lab, "w1", made.vmid)
+            assert now(lab).state == "ATTACHING"
         assert attach(lab, "w1", made.vmid).outcome == "attached"
         assert len(in_vm(lab, found)) == 1
         lab.pve.fault(method, suffix, kind)
-        with pytest.raises(AgentlabError):
-            detach(lab, "w1")
+        if kind == "cut-before":
+            with pytest.raises(AgentlabError):
+                detach(lab, "w1")
         assert detach(lab, "w1").changed
         kept_whole(lab, found)
     else:
