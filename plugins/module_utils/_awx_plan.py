@@ -15,7 +15,7 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Union
 
 from ansible_collections.agentlab.proxmox.plugins.module_utils._awx_client import AwxError, Client, Refused, words_of
 
@@ -49,7 +49,7 @@ class Later:
         self.id: int | None = None
 
 
-Id = int | Later
+Id = Union[int, Later]  # noqa: UP007 - ansible-test reads this as older Python
 
 
 def known(value: Any) -> Any:

@@ -259,7 +259,7 @@ RETURN = r"""
 sandboxes:
   description:
     - The sandboxes as they are after the task, in the order asked for. Times are UTC, absent values null.
-    - RV(sandboxes[].ip_seen_at) says when the guest agent last named the address. With an address, null means that the
+    - C(ip_seen_at) says when the guest agent last named the address. With an address, null means that the
       sandbox was started since, so the address may be an old one.
   returned: always
   type: list

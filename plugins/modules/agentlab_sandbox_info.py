@@ -39,7 +39,7 @@ options:
     description:
       - Whether to ask Proxmox VE for each VM's status and identity, and to name the drift.
       - Where a VM runs, its guest agent is on, and the address is missing or more than five minutes old, the guest is
-        asked for its address. RV(sandboxes[].ip) and RV(sandboxes[].ip_seen_at) are those of now then; the record is not
+        asked for its address. C(ip) and C(ip_seen_at) are those of now then; the record is not
         written. One task asks 64 guests at most, for ten seconds.
     type: bool
     default: false

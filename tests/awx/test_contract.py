@@ -277,7 +277,8 @@ def test_surveys(api: Api) -> None:
         ({"type": "multiplechoice", "variable": "v", "choices": ["a"], "default": "b"},
          "Default choice must be answered from the choices listed."),
         ({"type": "integer", "variable": "v", "default": "50"},
-         "Default value 50 in survey question 0 expected to be integer.")):  # fmt: skip
+         "Default value 50 in survey question 0 expected to be integer."),
+    ):
         assert api.refused("POST", path, api.survey(question)) == {"error": told}
     told = api.refused("POST", path, api.survey(text, text))
     assert told == {"error": "'variable' 'v' duplicated in survey question 1."}
@@ -302,7 +303,8 @@ def test_launches(api: Api) -> None:
         ({"name": ""}, "'name' value  is too small (length is 0 must be at least 1)."),
         ({"name": "123456"}, "'name' value 123456 is too large (must be no more than 5)."),
         ({"name": "x", "wait": "maybe"}, "Value maybe for 'wait' expected to be one of ['true', 'false']."),
-        ({"name": "x", "wait": True}, "Value True for 'wait' expected to be one of ['true', 'false'].")):  # fmt: skip
+        ({"name": "x", "wait": True}, "Value True for 'wait' expected to be one of ['true', 'false']."),
+    ):
         refused = api.refused("POST", path, {"extra_vars": answers})
         assert refused["variables_needed_to_start"] == [told]
     status, answer = api.ask("POST", path, {"extra_vars": {"name": "x", "nosuch": "y", "own": "z"}})
@@ -333,7 +335,8 @@ def test_schedules(api: Api) -> None:
         ("DTSTART:20260101T000000Z RRULE:FREQ=DAILY", "INTERVAL required in rrule"),
         ("DTSTART:20260101T000000Z RRULE:FREQ=SECONDLY;INTERVAL=1", "SECONDLY is not supported"),
         ("DTSTART:20260101T000000 RRULE:FREQ=DAILY;INTERVAL=1", "DTSTART cannot be a naive datetime"),
-        ("", "may not be blank")):  # fmt: skip
+        ("", "may not be blank"),
+    ):
         assert told in str(api.refused("POST", path, {"name": "other", "rrule": rrule})["rrule"])
 
 

@@ -538,7 +538,8 @@ def test_what_awx_refuses_is_told_in_its_words(awx: Awx, set_up: SetUp) -> None:
          set_up(awx_host="awx.example.net")),
         ("cannot be reached: [Errno 111] Connection refused. Check awx_host and its port", set_up(awx_host="http://127.0.0.1:9")),
         ("It does not speak TLS there: write http://", set_up(awx_host=awx.url.replace("http", "https"))),
-        ("Set awx_host (or CONTROLLER_HOST)", set_up(awx_host=""))):  # fmt: skip
+        ("Set awx_host (or CONTROLLER_HOST)", set_up(awx_host="")),
+    ):
         assert expected in failure(run), (expected, failure(run))
 
 

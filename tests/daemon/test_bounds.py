@@ -195,7 +195,7 @@ def test_a_body_that_arrives_in_one_piece_with_its_head_may_be_large(daemon: Mak
 def test_a_socket_that_is_deleted_is_made_anew(daemon: Make) -> None:
     one = daemon()
     os.unlink(one.socket)
-    one.wait_for(lambda: one.serving(), "it serves at the same path again")
+    one.wait_for(one.serving, "it serves at the same path again")
     one.wait_for(lambda: f"{one.socket} was deleted; it was made anew" in one.log(), "the log says so")
     assert oct(os.stat(one.socket).st_mode)[-3:] == "660"
     assert one.stop() == 0 and not os.path.exists(one.socket)

@@ -50,7 +50,7 @@ def read(shape: Any, value: Any, where: str = "answer") -> Any:
         missing = set(shape) - set(value)
         assert not missing, f"{where} lacks {missing}"
         return {name: read(inner, value[name], f"{where}.{name}") for name, inner in shape.items()}
-    assert shape is object or (type(value) is shape), f"{where} is {value!r}, not {shape.__name__}"
+    assert shape is object or (isinstance(value, shape) and isinstance(value, bool) == (shape is bool)), f"{where} is {value!r}, not {shape.__name__}"
     return value
 
 

@@ -77,5 +77,5 @@ def test_the_bounds_of_the_unit_are_those_of_its_template() -> None:
 
 
 def test_the_bounds_on_files_are_those_of_the_code() -> None:
-    assert [row[1] for row in rows("parsed")] == [str(number) for number in
-                                                   (safe_yaml.LONGEST_FILE, safe_yaml.MAX_NODES, safe_yaml.MAX_EXPANDED, safe_yaml.MAX_DEPTH)]
+    bounds = (safe_yaml.LONGEST_FILE, safe_yaml.MAX_NODES, safe_yaml.MAX_EXPANDED, safe_yaml.MAX_DEPTH)
+    assert [row[1] for row in rows("parsed")] == [str(number) for number in bounds]

@@ -131,7 +131,7 @@ class AccessRules:
         return held
 
     def _pool_paths(self, path: str) -> list[str]:
-        kind, _, name = path.strip("/").partition("/")
+        kind, _slash, name = path.strip("/").partition("/")
         if kind == "vms" and name.isdigit():
             return [f"/pool/{pool}" for pool, vmids in self.pools.items() if int(name) in vmids]
         if kind == "storage" and name:

@@ -85,7 +85,7 @@ class PowerRules:
         """Put a VM to disk at once, as a successful suspend with todisk=1 leaves it."""
         vm = self.vm(vmid)
         day = time.strftime("%Y-%m-%d")
-        memory = int(str(vm.config.get("memory", 512)).split("=")[-1])
+        memory = int(str(vm.config.get("memory", 512)).rsplit("=", maxsplit=1)[-1])
         name = f"{vmid}/vm-{vmid}-state-suspend-{day}.raw"
         self.storages[storage].setdefault("volumes", {})[name] = {
             "content": "images",

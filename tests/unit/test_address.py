@@ -90,11 +90,11 @@ def test_answers_of_any_shape_never_crash() -> None:
         if kind == 0:
             return chance.choice(kinds)
         if kind == 1:
-            return [anything(depth + 1) for _ in range(chance.randrange(4))]
+            return [anything(depth + 1) for _number in range(chance.randrange(4))]
         names = ["name", "hardware-address", "ip-addresses", "ip-address"]
-        return {chance.choice(names): anything(depth + 1) for _ in range(chance.randrange(4))}
+        return {chance.choice(names): anything(depth + 1) for _number in range(chance.randrange(4))}
 
-    for _ in range(3000):
+    for _number in range(3000):
         found = choose(anything(), {"net0": anything(), "ipconfig0": anything(), "net1": anything()})
         assert found is None or isinstance(found, Choice)
 

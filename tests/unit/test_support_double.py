@@ -611,14 +611,14 @@ def test_a_role_without_propagation_counts_for_its_path_alone(api: Any, pve: Pro
 
 def test_a_separated_token_holds_what_both_it_and_its_user_hold(api: Any, pve: ProxmoxDouble) -> None:
     pve.separated.add(TOKEN)
-    pve.grant(TOKEN.split("!")[0], "/", "VM.Audit", "Sys.Audit")
+    pve.grant(TOKEN.split("!", maxsplit=1)[0], "/", "VM.Audit", "Sys.Audit")
     assert _may(api, "/vms/9000") == set() and api.access.permissions.get() == {}
     pve.grant(TOKEN, "/vms", "VM.Audit", "VM.Allocate")
     assert _may(api, "/vms/9000") == {"VM.Audit"} and _refused(api.cluster.ha.status.current.get)[0] == 403
 
 
 def test_a_separated_token_without_any_acl_may_nothing(api: Any, pve: ProxmoxDouble) -> None:
-    pve.grant(TOKEN.split("!")[0], "/", "VM.Audit", "Sys.Audit")
+    pve.grant(TOKEN.split("!", maxsplit=1)[0], "/", "VM.Audit", "Sys.Audit")
     assert _may(api, "/vms/9000") == {"VM.Audit", "Sys.Audit"}
 
 

@@ -14,7 +14,7 @@ import ipaddress
 import random
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Union
 
 from .. import states
 from ..errors import (
@@ -33,7 +33,7 @@ from ..model import Outcome, Sandbox
 from .context import Context
 from .verify import Located, look, match_if_readable
 
-Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+Address = Union[ipaddress.IPv4Address, ipaddress.IPv6Address]  # noqa: UP007 - ansible-test reads this as older Python
 
 # Seconds that DHCP gets to bring the IPv4 address after another address was seen.
 GRACE_SECONDS = 5.0

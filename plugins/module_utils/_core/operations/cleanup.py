@@ -17,7 +17,6 @@ from ..model import Outcome, Sandbox
 from ..store import history
 from . import prune, reconcile, timeguard
 from .context import Context, failure
-from .timeguard import frozen as frozen
 
 # Fewer than so many are never too large a share.
 GUARD_FROM = 5
@@ -48,7 +47,7 @@ class Report:
 
 def freeze(ctx: Context, reason: str) -> dict[str, Any]:
     """Let no rule act until somebody releases it, also after a restart. Frozen already: the first reason stays."""
-    known = frozen(ctx)
+    known = timeguard.frozen(ctx)
     if known:
         return known
     made = {"reason": reason, "at": clock_module.iso(ctx.clock.now()), "actor": ctx.actor, "leases": False}
@@ -58,7 +57,7 @@ def freeze(ctx: Context, reason: str) -> dict[str, Any]:
 
 def release(ctx: Context) -> dict[str, Any] | None:
     """Let the rules act again; what had frozen them, or None."""
-    known = frozen(ctx)
+    known = timeguard.frozen(ctx)
     if known:
         ctx.records.set_meta(timeguard.FROZEN, None)
     return known
@@ -73,7 +72,7 @@ def run(ctx: Context, policy: rules.Policy) -> Report:
     Raises Frozen when it is frozen, GuardTripped when it has just frozen itself.
     """
     looking = ctx.dry_run
-    stopped = frozen(ctx)
+    stopped = timeguard.frozen(ctx)
     if stopped and not looking:
         raise Frozen(f"cleanup is frozen since {stopped['at']} ({stopped['reason']}); look at what it would do (dry run), then release it", **stopped)
     report = Report(dry_run=looking)
@@ -155,7 +154,7 @@ def _apply(ctx: Context, rule: rules.Rule, found: list[Sandbox], report: Report)
 
 def _refuse_frozen(ctx: Context, one: Sandbox) -> None:
     """Kept when somebody who saw the run at work has frozen it."""
-    if frozen(ctx):
+    if timeguard.frozen(ctx):
         raise Kept("changed", f"sandbox {one.vmid}: cleanup was frozen while it ran; release it")
 
 

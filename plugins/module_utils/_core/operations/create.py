@@ -31,7 +31,7 @@ from ..errors import (
 )
 from ..model import Outcome, Sandbox
 from ..proxmox import identity
-from ..proxmox.client import not_begun
+from ..proxmox.answers import not_begun
 from ..store.records import AWAITED, Claim
 from . import address, cloud_init, create_recovery, destroy, power, refusals, update, vm_config, workspace_disk
 from . import template as templates

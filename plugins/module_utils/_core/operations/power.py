@@ -26,7 +26,7 @@ from ..errors import (
     TaskUnknown,
 )
 from ..model import Outcome, Sandbox
-from ..proxmox.client import not_begun
+from ..proxmox.answers import not_begun
 from ..store.records import Claim
 from . import address
 from .context import Context, refuse_cut_off

@@ -31,7 +31,7 @@ from ..errors import (
 )
 from ..model import Outcome, Sandbox
 from ..proxmox import identity
-from ..proxmox.client import changed, not_begun
+from ..proxmox.answers import changed, not_begun
 from ..store.records import POINT_OF_NO_RETURN, Claim, Operation
 from . import create_recovery, power, workspace_disk
 from .context import Context

@@ -13,7 +13,7 @@ from .. import states
 from ..errors import ApiError, Kept, ProxmoxError, TaskFailed, Unreachable
 from ..model import Sandbox
 from ..proxmox import identity
-from ..proxmox.client import changed, not_begun
+from ..proxmox.answers import changed, not_begun
 from .context import Context
 
 # A task of a killed run, or a person, changes a configuration now and then; what changes it at each try will not end soon.

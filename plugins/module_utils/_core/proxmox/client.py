@@ -34,9 +34,7 @@ from typing import Any, Protocol
 from ..clock import Clock
 from ..config import ProxmoxSettings
 from ..errors import AccessDenied, ApiError, OutcomeUnknown, ProxmoxError, Unreachable
-from .answers import changed as changed
-from .answers import not_begun as not_begun
-from .answers import template_of
+from .answers import not_begun, template_of
 
 _RETRIES = 3
 _NODE_AUTHORITY = "/etc/pve/pve-root-ca.pem"

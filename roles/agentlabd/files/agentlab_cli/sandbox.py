@@ -49,7 +49,8 @@ def one_vmid(function: Callable[..., Any]) -> Callable[..., Any]:
         **dict.fromkeys(("restart", "reboot"), "agentlab sandbox stop <vmid>, then agentlab sandbox start <vmid>"),
         **dict.fromkeys(("renew", "extend"), "agentlab sandbox lease renew --ttl <ttl> <vmid>"),
         **dict.fromkeys(("ssh", "exec", "console", "shell"), "agentlab sandbox show <vmid>, then ssh <user>@<ip>"),
-    })
+    },
+)
 def sandbox() -> None:
     """Create, show, use and destroy sandboxes."""
 
@@ -524,9 +525,11 @@ def renew(ctx: click.Context, ttl: str | None, min_remaining: str | None, allow_
 
 
 def _no_ttl(ctx: click.Context) -> NoReturn:
-    raise Usage(f"Usage: {ctx.command_path} --ttl <ttl> <vmid>\n"
-               "Note: Flags must come before vmid argument (e.g., --ttl 120 1009)\n"
-               "ttl is required. Flags must come before vmid (e.g., --ttl 120 1009)")
+    raise Usage(
+        f"Usage: {ctx.command_path} --ttl <ttl> <vmid>\n"
+        "Note: Flags must come before vmid argument (e.g., --ttl 120 1009)\n"
+        "ttl is required. Flags must come before vmid (e.g., --ttl 120 1009)"
+    )
 
 
 # ---- what is over, and what has drifted ----

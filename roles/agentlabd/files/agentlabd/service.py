@@ -23,7 +23,7 @@ from agentlab_core import config as core_config
 from agentlab_core import profiles, rules
 from agentlab_core.config import Config
 from agentlab_core.errors import AgentlabError, Busy, ConfigError
-from agentlab_core.operations import cleanup
+from agentlab_core.operations import cleanup, timeguard
 from agentlab_core.operations.context import Context
 from agentlab_core.store import schema, upkeep
 from agentlab_core.store.workspaces import Workspaces
@@ -144,7 +144,7 @@ class Service:
     # ---- cleanup ----
 
     def frozen(self) -> dict[str, Any] | None:
-        return cleanup.frozen(self.base)
+        return timeguard.frozen(self.base)
 
     def clean(self, actor: str, *, dry_run: bool = False) -> cleanup.Report:
         """Run the rules once. Busy while they run already; Frozen, GuardTripped as the core says."""

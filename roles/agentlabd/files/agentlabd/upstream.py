@@ -123,6 +123,7 @@ def describe_drift(drifts: list[Drift], checked: int, *, applied: bool) -> dict[
             results.append({**_entry(drift.sandbox, vmid, None, [drift.kind])})
     return {
         "drift": [drift.public() for drift in drifts], "count": len(drifts), "applied": applied,
-        "dry_run": not applied, "checked": checked, "drifted": len(drifts), # An absence is only noted the first time it is seen.
+        "dry_run": not applied, "checked": checked, "drifted": len(drifts),
+        # An absence is only noted the first time it is seen.
         "reconciled": sum(drift.applied and not drift.action.startswith("noted") for drift in drifts), "results": results,
     }
