@@ -35,14 +35,23 @@ def one_vmid(function: Callable[..., Any]) -> Callable[..., Any]:
     return click.argument("vmid", type=VMID, metavar="<vmid>")(function)
 
 
-@click.group(cls=Group, examples=(
-    "agentlab sandbox new --profile yolo-ephemeral --name agent-1 --ttl 2h",
-    "agentlab sandbox list --state RUNNING",
-    "agentlab sandbox lease renew --ttl 120 1009",
-    "agentlab sandbox destroy --force 1009 1010 1011",
-    "agentlab sandbox prune --older-than 24h --dry-run",
-), words={"ls": "list", "ps": "list", "create": "new", "get": "show", "info": "show", "inspect": "show", "describe": "show",
-          "unpause": "resume", "logs": "events", "log": "events", "pause": "suspend"},
+@click.group(
+    cls=Group,
+    examples=(
+        "agentlab sandbox new --profile yolo-ephemeral --name agent-1 --ttl 2h",
+        "agentlab sandbox list --state RUNNING",
+        "agentlab sandbox lease renew --ttl 120 1009",
+        "agentlab sandbox destroy --force 1009 1010 1011",
+        "agentlab sandbox prune --older-than 24h --dry-run",
+    ),
+    words={
+        **dict.fromkeys(("ls", "ps"), "list"),
+        **dict.fromkeys(("get", "info", "inspect", "describe"), "show"),
+        **dict.fromkeys(("logs", "log"), "events"),
+        "create": "new",
+        "unpause": "resume",
+        "pause": "suspend",
+    },
     meant={
         **dict.fromkeys(("rm", "delete", "del", "remove", "kill", "terminate"), "agentlab sandbox destroy <vmid>"),
         **dict.fromkeys(("shutdown", "halt", "poweroff"), "agentlab sandbox stop <vmid>"),
