@@ -66,7 +66,7 @@ WORK: dict[str, Callable[[Context], object]] = {
     "a run of the cleanup rules": lambda ctx: cleanup.run(ctx, POLICY),
     "planning a prune": lambda ctx: prune.select(ctx, prune.Wanted(older_than=86400)),
     "what was interrupted": lambda ctx: (ctx.records.unfinished(), upkeep.drop_dead_claims(ctx.records)),
-    "whether cleanup is frozen": cleanup.frozen,
+    "whether cleanup is frozen": timeguard.frozen,
     "a list": lambda ctx: [one.public() for one in info.find(ctx, info.Wanted())],
     "a list of one state": lambda ctx: info.find(ctx, info.Wanted(states=["TIMEOUT"])),
     "one sandbox": lambda ctx: ctx.select(1500),
