@@ -33,6 +33,9 @@ def test_the_commands_of_troubleshooting_work_in_their_order(daemon: Callable[..
     said = []
     for command in pages.commands(pages.ROOT / "docs/troubleshooting.md"):
         words = [word.replace("/root/", f"{tmp_path}/") for word in pages.words(command)]
+        if words == ["agentlab", "sandbox", "lease", "renew", "--ttl", "4h", "1000"]:
+            # A step of the restore, on records that were put back: tests/daemon/test_restore.py types it there.
+            continue
         if words[0] == "agentlab":
             done = agentlab(*words[1:], socket=one.socket)
             assert done.returncode == 0, (command, done.stdout, done.stderr)
