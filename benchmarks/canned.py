@@ -71,8 +71,17 @@ class Task:
     status: str | None = None
 
     def row(self) -> dict[str, Any]:
-        found: dict[str, Any] = {"upid": self.upid, "node": self.node, "type": self.kind, "id": str(self.vmid), "user": "bench@pve", "tokenid": "bench",
-                                 "starttime": self.started, "pid": 1, "pstart": 1}
+        found: dict[str, Any] = {
+            "upid": self.upid,
+            "node": self.node,
+            "type": self.kind,
+            "id": str(self.vmid),
+            "user": "bench@pve",
+            "tokenid": "bench",
+            "starttime": self.started,
+            "pid": 1,
+            "pstart": 1,
+        }
         return {**found, "endtime": self.ended, "status": self.status} if self.ended else {**found, "status": "RUNNING"}
 
 
@@ -103,8 +112,14 @@ class Cluster:
         self.listed: bytes | None = None
 
     def made(self, vmid: int) -> dict[str, Any]:
-        return {"vmid": vmid, "name": f"bench-{vmid}", "node": self.nodes[vmid % len(self.nodes)], "status": self.settings.status, "edits": 0,
-                "description": f"agentlab-sandbox: {sandbox_uuid(vmid)}\nThrow-away VM of agentlab.proxmox."}
+        return {
+            "vmid": vmid,
+            "name": f"bench-{vmid}",
+            "node": self.nodes[vmid % len(self.nodes)],
+            "status": self.settings.status,
+            "edits": 0,
+            "description": f"agentlab-sandbox: {sandbox_uuid(vmid)}\nThrow-away VM of agentlab.proxmox.",
+        }
 
     # ---- requests ----
 
@@ -126,9 +141,20 @@ class Cluster:
         return answer if isinstance(answer, bytes) else json.dumps({"data": answer}).encode()
 
     def status(self, _parts: list[str], _values: dict[str, str]) -> Any:
-        rows = [{"type": "cluster", "id": "cluster", "name": "bench", "quorate": 1, "nodes": len(self.nodes), "version": 3}]
-        return rows + [{"type": "node", "id": f"node/{name}", "name": name, "online": 1, "local": int(name == "pve1"), "nodeid": number}
-                       for number, name in enumerate(self.nodes, 1)]
+        rows = [
+            {"type": "cluster", "id": "cluster", "name": "bench", "quorate": 1, "nodes": len(self.nodes), "version": 3}
+        ]
+        return rows + [
+            {
+                "type": "node",
+                "id": f"node/{name}",
+                "name": name,
+                "online": 1,
+                "local": int(name == "pve1"),
+                "nodeid": number,
+            }
+            for number, name in enumerate(self.nodes, 1)
+        ]
 
     def ha_status(self, _parts: list[str], _values: dict[str, str]) -> Any:
         return [{"id": "quorum", "type": "quorum", "node": "pve1", "quorate": 1, "status": "OK"}]
@@ -150,14 +176,23 @@ class Cluster:
     def permissions(self, _parts: list[str], _values: dict[str, str]) -> Any:
         see = {"VM.Audit": 1, "Sys.Audit": 1}
         run = {**see, "VM.Allocate": 1, "VM.PowerMgmt": 1, "VM.Config.Options": 1}
-        return {**dict.fromkeys(("/", "/access", "/access/groups", "/nodes", "/sdn", "/storage"), see), "/vms": run, "/pool": run}
+        return {
+            **dict.fromkeys(("/", "/access", "/access/groups", "/nodes", "/sdn", "/storage"), see),
+            "/vms": run,
+            "/pool": run,
+        }
 
     def acl(self, _parts: list[str], _values: dict[str, str]) -> Any:
-        return [{"path": "/", "type": "user", "ugid": "bench@pve", "roleid": "See", "propagate": 1},
-                {"path": "/vms", "type": "user", "ugid": "bench@pve", "roleid": "Run", "propagate": 1}]
+        return [
+            {"path": "/", "type": "user", "ugid": "bench@pve", "roleid": "See", "propagate": 1},
+            {"path": "/vms", "type": "user", "ugid": "bench@pve", "roleid": "Run", "propagate": 1},
+        ]
 
     def certificates(self, _parts: list[str], _values: dict[str, str]) -> Any:
-        return [{"filename": "pve-root-ca.pem", "fingerprint": self.fingerprint}, {"filename": "pve-ssl.pem", "fingerprint": "00"}]
+        return [
+            {"filename": "pve-root-ca.pem", "fingerprint": self.fingerprint},
+            {"filename": "pve-ssl.pem", "fingerprint": "00"},
+        ]
 
     def vm(self, parts: list[str]) -> dict[str, Any]:
         found = self.vms.get(int(parts[3]))
@@ -167,9 +202,19 @@ class Cluster:
 
     def config(self, parts: list[str], _values: dict[str, str]) -> Any:
         vm = self.vm(parts)
-        return {"name": vm["name"], "description": vm["description"] + "\n", "smbios1": f"uuid={smbios_uuid(vm['vmid'])}", "cores": 1, "memory": "512",
-                "net0": "virtio=BC:24:11:00:00:01,bridge=vmbr0", "scsi0": f"local-lvm:vm-{vm['vmid']}-disk-0,size=8G", "boot": "order=scsi0",
-                "scsihw": "virtio-scsi-single", "agent": "1", "digest": _digest(vm)}
+        return {
+            "name": vm["name"],
+            "description": vm["description"] + "\n",
+            "smbios1": f"uuid={smbios_uuid(vm['vmid'])}",
+            "cores": 1,
+            "memory": "512",
+            "net0": "virtio=BC:24:11:00:00:01,bridge=vmbr0",
+            "scsi0": f"local-lvm:vm-{vm['vmid']}-disk-0,size=8G",
+            "boot": "order=scsi0",
+            "scsihw": "virtio-scsi-single",
+            "agent": "1",
+            "digest": _digest(vm),
+        }
 
     def configure(self, parts: list[str], values: dict[str, str]) -> Any:
         vm = self.vm(parts)
@@ -180,7 +225,15 @@ class Cluster:
 
     def current(self, parts: list[str], _values: dict[str, str]) -> Any:
         vm = self.vm(parts)
-        return {"vmid": vm["vmid"], "name": vm["name"], "status": vm["status"], "qmpstatus": vm["status"], "uptime": 0, "cpus": 1, "maxmem": 536870912}
+        return {
+            "vmid": vm["vmid"],
+            "name": vm["name"],
+            "status": vm["status"],
+            "qmpstatus": vm["status"],
+            "uptime": 0,
+            "cpus": 1,
+            "maxmem": 536870912,
+        }
 
     def stop(self, parts: list[str], _values: dict[str, str]) -> Any:
         vm = self.vm(parts)
@@ -228,7 +281,11 @@ class Cluster:
         return upid
 
     def task_list(self, parts: list[str], values: dict[str, str]) -> Any:
-        source, since, limit = values.get("source", "archive"), int(values.get("since", 0)), int(values.get("limit", 50))
+        source, since, limit = (
+            values.get("source", "archive"),
+            int(values.get("since", 0)),
+            int(values.get("limit", 50)),
+        )
         mine = [task for task in reversed(self.tasks.values()) if task.node == parts[1] and task.started >= since]
         active = [task.row() for task in mine if task.ended is None] if source != "archive" else []
         ended = [task.row() for task in mine if task.ended is not None] if source != "active" else []
@@ -252,7 +309,11 @@ _KINDS: dict[str, Callable[[Cluster, list[str], dict[str, str]], Any]] = {
     "GET /cluster/nextid": Cluster.nextid,
     "GET /access/permissions": Cluster.permissions,
     "GET /access/acl": Cluster.acl,
-    "POST /access/ticket": lambda cluster, parts, values: {"ticket": "PVE:bench", "CSRFPreventionToken": "x", "username": values.get("username")},
+    "POST /access/ticket": lambda cluster, parts, values: {
+        "ticket": "PVE:bench",
+        "CSRFPreventionToken": "x",
+        "username": values.get("username"),
+    },
     "GET /version": lambda cluster, parts, values: {"version": "9.2.0", "release": "9.2", "repoid": "0"},
     "GET /nodes": Cluster.all_nodes,
     "GET /nodes/{node}/certificates/info": Cluster.certificates,
@@ -271,9 +332,27 @@ _KINDS: dict[str, Callable[[Cluster, list[str], dict[str, str]], Any]] = {
 
 
 def _row(vm: dict[str, Any]) -> dict[str, Any]:
-    return {"id": f"qemu/{vm['vmid']}", "type": "qemu", "vmid": vm["vmid"], "name": vm["name"], "node": vm["node"], "status": vm["status"], "template": 0,
-            "cpu": 0, "maxcpu": 1, "mem": 0, "maxmem": 536870912, "disk": 0, "maxdisk": 8589934592, "diskread": 0, "diskwrite": 0, "netin": 0, "netout": 0,
-            "uptime": 0, "tags": "agentlab"}
+    return {
+        "id": f"qemu/{vm['vmid']}",
+        "type": "qemu",
+        "vmid": vm["vmid"],
+        "name": vm["name"],
+        "node": vm["node"],
+        "status": vm["status"],
+        "template": 0,
+        "cpu": 0,
+        "maxcpu": 1,
+        "mem": 0,
+        "maxmem": 536870912,
+        "disk": 0,
+        "maxdisk": 8589934592,
+        "diskread": 0,
+        "diskwrite": 0,
+        "netin": 0,
+        "netout": 0,
+        "uptime": 0,
+        "tags": "agentlab",
+    }
 
 
 def _digest(vm: dict[str, Any]) -> str:
@@ -327,8 +406,10 @@ class Connection(asyncio.Protocol):
             self.served += 1
             status, reason, body = await self.handle(*request)
             close = status >= 400 or self.served >= REQUESTS_A_CONNECTION
-            head = (f"HTTP/1.1 {status} {reason}\r\nContent-Type: application/json;charset=UTF-8\r\nContent-Length: {len(body)}\r\n"
-                    f"Connection: {'close' if close else 'Keep-Alive'}\r\n\r\n")
+            head = (
+                f"HTTP/1.1 {status} {reason}\r\nContent-Type: application/json;charset=UTF-8\r\nContent-Length: {len(body)}\r\n"
+                f"Connection: {'close' if close else 'Keep-Alive'}\r\n\r\n"
+            )
             self.transport.write(head.encode() + body)
             if close:
                 self.transport.close()
@@ -340,7 +421,13 @@ class Connection(asyncio.Protocol):
             self.cluster.reset(Settings(**json.loads(body)))
             return 200, "OK", b"{}"
         if path == "/counts":
-            return 200, "OK", json.dumps({"counts": self.cluster.counts, "most_tasks": self.cluster.most_tasks, "vms": len(self.cluster.vms)}).encode()
+            return (
+                200,
+                "OK",
+                json.dumps(
+                    {"counts": self.cluster.counts, "most_tasks": self.cluster.most_tasks, "vms": len(self.cluster.vms)}
+                ).encode(),
+            )
         if self.cluster.settings.delay:
             await asyncio.sleep(self.cluster.settings.delay)
         values = dict(parse_qsl(query, keep_blank_values=True))
@@ -366,24 +453,50 @@ def make_certificates(folder: str) -> tuple[str, str, str, str]:
 
     def made(name: str, key: Any, issuer: Any, signer: Any, *extensions: tuple[Any, bool]) -> Any:
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-        builder = (x509.CertificateBuilder().subject_name(subject).issuer_name(issuer.subject if issuer else subject).public_key(key.public_key())
-                   .serial_number(x509.random_serial_number()).not_valid_before(now - datetime.timedelta(days=1))
-                   .not_valid_after(now + datetime.timedelta(days=30)))
+        builder = (
+            x509.CertificateBuilder()
+            .subject_name(subject)
+            .issuer_name(issuer.subject if issuer else subject)
+            .public_key(key.public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - datetime.timedelta(days=1))
+            .not_valid_after(now + datetime.timedelta(days=30))
+        )
         for extension, critical in extensions:
             builder = builder.add_extension(extension, critical=critical)
         return builder.sign(signer, hashes.SHA256())
 
     ca_key, key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
-    ca = made("Benchmark CA", ca_key, None, ca_key, (x509.BasicConstraints(ca=True, path_length=None), True),
-              (x509.SubjectKeyIdentifier.from_public_key(ca_key.public_key()), False))
+    ca = made(
+        "Benchmark CA",
+        ca_key,
+        None,
+        ca_key,
+        (x509.BasicConstraints(ca=True, path_length=None), True),
+        (x509.SubjectKeyIdentifier.from_public_key(ca_key.public_key()), False),
+    )
     import ipaddress
 
-    certificate = made("canned", key, ca, ca_key, (x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address(HOST))]), False),
-                       (x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key()), False))
+    certificate = made(
+        "canned",
+        key,
+        ca,
+        ca_key,
+        (x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address(HOST))]), False),
+        (x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key()), False),
+    )
     paths = [os.path.join(folder, name) for name in ("pve-root-ca.pem", "pve-ssl.pem", "pve-ssl.key")]
-    for path, data in zip(paths, (ca.public_bytes(serialization.Encoding.PEM), certificate.public_bytes(serialization.Encoding.PEM),
-                                  key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())),
-                          strict=True):
+    for path, data in zip(
+        paths,
+        (
+            ca.public_bytes(serialization.Encoding.PEM),
+            certificate.public_bytes(serialization.Encoding.PEM),
+            key.private_bytes(
+                serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+            ),
+        ),
+        strict=True,
+    ):
         with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
             file.write(data)
     fingerprint = ca.fingerprint(hashes.SHA256()).hex(":").upper()

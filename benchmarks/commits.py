@@ -84,6 +84,6 @@ if __name__ == "__main__":
     _found, _items = _records(sys.argv[1], int(sys.argv[2]))
     for _begin in range(0, len(_items), CHUNK):
         with _found.db.together():
-            _written = [_transition(_found, _item) for _item in _items[_begin:_begin + CHUNK]]
+            _written = [_transition(_found, _item) for _item in _items[_begin : _begin + CHUNK]]
         sys.stdout.write("".join(f"{_vmid}\n" for _vmid in _written))
         sys.stdout.flush()

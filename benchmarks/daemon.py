@@ -47,19 +47,32 @@ class Daemon:
 
     def __init__(self, bench: Bench) -> None:
         self.socket = f"{bench.folder}/agentlabd.sock"
-        options = {"socket": self.socket, "cleanup_file": f"{bench.folder}/none-cleanup.yaml", "profiles_dir": f"{bench.folder}/none-profiles"}
+        options = {
+            "socket": self.socket,
+            "cleanup_file": f"{bench.folder}/none-cleanup.yaml",
+            "profiles_dir": f"{bench.folder}/none-profiles",
+        }
         file = Path(bench.folder, "agentlabd.yaml")
         file.write_text(json.dumps(options), encoding="utf-8")
         # What the unit of the role sets, apart from paths.
         unit = (REPO / "roles/agentlabd/templates/agentlabd.service.j2").read_text(encoding="utf-8")
         of_unit = dict(re.findall(r" (\w+)=([\w.]+)(?= |$)", " ".join(re.findall(r"^Environment=(.*)$", unit, re.M))))
-        env = {**of_unit, **{name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}, **bench.env,
-               "PYTHONPATH": str(_compiled(bench.folder)), "AGENTLAB_CONFIG": str(file)}
+        env = {
+            **of_unit,
+            **{name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ},
+            **bench.env,
+            "PYTHONPATH": str(_compiled(bench.folder)),
+            "AGENTLAB_CONFIG": str(file),
+        }
         self._log = Path(bench.folder, "agentlabd.log")
         with self._log.open("wb") as log:
-            self._process = subprocess.Popen([sys.executable, "-m", "agentlabd"], env=env, cwd=bench.folder, stdout=log, stderr=log)
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "agentlabd"], env=env, cwd=bench.folder, stdout=log, stderr=log
+            )
 
-    def ask(self, method: str, path: str, body: Any = None, connection: http.client.HTTPConnection | None = None) -> tuple[int, bytes]:
+    def ask(
+        self, method: str, path: str, body: Any = None, connection: http.client.HTTPConnection | None = None
+    ) -> tuple[int, bytes]:
         one = connection or self.connection()
         try:
             one.request(method, path, None if body is None else json.dumps(body), {"Content-Type": "application/json"})
@@ -81,7 +94,9 @@ class Daemon:
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline:
             if self._process.poll() is not None:
-                raise RuntimeError(f"agentlabd ended with {self._process.returncode}: {self._log.read_text(errors='replace')[-1000:]}")
+                raise RuntimeError(
+                    f"agentlabd ended with {self._process.returncode}: {self._log.read_text(errors='replace')[-1000:]}"
+                )
             with contextlib.suppress(OSError):
                 status = json.loads(self.ask("GET", "/v1/status")[1])
                 if status["reconcile"]["last_run"]:
@@ -139,11 +154,22 @@ def serving(bench: Bench, _wanted: set[str]) -> list[Row]:
             after.append(one.megabytes)
     memory, worked, rate = statistics.median(rest), statistics.median(after), statistics.median(rates)
     errors = sum(wrong.values())
-    return [row("12", f"daemon: resident memory; list of {RECORDS:,}; {CLIENTS} clients at once",
-                f"at most {MOST_MB} MB; at least {LEAST_A_SECOND} a second on one core; no error",
-                f"{memory:.0f} MB ({worked:.0f} after the load); {rate:.0f} a second; {f'{errors} errors: {dict(wrong)}' if errors else 'no error'}",
-                99.0 if errors else max(memory / MOST_MB, LEAST_A_SECOND / rate),
-                {"resident MB": rest, "after the load": after, "lists a second": rates, "errors": dict(wrong), "first start": first})]
+    return [
+        row(
+            "12",
+            f"daemon: resident memory; list of {RECORDS:,}; {CLIENTS} clients at once",
+            f"at most {MOST_MB} MB; at least {LEAST_A_SECOND} a second on one core; no error",
+            f"{memory:.0f} MB ({worked:.0f} after the load); {rate:.0f} a second; {f'{errors} errors: {dict(wrong)}' if errors else 'no error'}",
+            99.0 if errors else max(memory / MOST_MB, LEAST_A_SECOND / rate),
+            {
+                "resident MB": rest,
+                "after the load": after,
+                "lists a second": rates,
+                "errors": dict(wrong),
+                "first start": first,
+            },
+        )
+    ]
 
 
 def lists_a_second(one: Daemon, seconds: float) -> float:
@@ -168,8 +194,12 @@ def crowd(one: Daemon) -> Counter[str]:
         try:
             connection = one.connection()
             gate.wait(60)
-            for method, path, body in (("GET", "/v1/sandboxes", None), ("GET", f"/v1/sandboxes/{vmid}", None),
-                                       ("POST", f"/v1/sandboxes/{vmid}/lease/renew", {"ttl": "2h"}), ("GET", f"/v1/sandboxes/{vmid}/events", None)):
+            for method, path, body in (
+                ("GET", "/v1/sandboxes", None),
+                ("GET", f"/v1/sandboxes/{vmid}", None),
+                ("POST", f"/v1/sandboxes/{vmid}/lease/renew", {"ttl": "2h"}),
+                ("GET", f"/v1/sandboxes/{vmid}/events", None),
+            ):
                 status, text = one.ask(method, path, body, connection)
                 if status != 200:
                     wrong[f"{method} {path}: {status} {text[:80]!r}"] += 1

@@ -40,7 +40,9 @@ class Canned:
 
     def __init__(self, folder: str) -> None:
         self.folder = folder
-        self._process = subprocess.Popen([sys.executable, canned.__file__, folder], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._process = subprocess.Popen(
+            [sys.executable, canned.__file__, folder], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
         assert self._process.stdout is not None
         told = json.loads(self._process.stdout.readline())
         self.port, self.ca, self.fingerprint = int(told["port"]), str(told["ca"]), str(told["fingerprint"])
@@ -73,9 +75,17 @@ class Canned:
 
     def environment(self, database: str, **more: str) -> dict[str, str]:
         """What a user would set; a token that sees everything, and the cluster's own CA."""
-        return {"PROXMOX_HOST": canned.HOST, "PROXMOX_PORT": str(self.port), "PROXMOX_USER": "bench@pve", "PROXMOX_TOKEN_ID": TOKEN_ID,
-                "PROXMOX_TOKEN_SECRET": TOKEN_SECRET, "PROXMOX_CA_PATH": self.ca, "AGENTLAB_DATABASE": database,
-                "AGENTLAB_CONFIG": f"{self.folder}/none.yaml", **more}
+        return {
+            "PROXMOX_HOST": canned.HOST,
+            "PROXMOX_PORT": str(self.port),
+            "PROXMOX_USER": "bench@pve",
+            "PROXMOX_TOKEN_ID": TOKEN_ID,
+            "PROXMOX_TOKEN_SECRET": TOKEN_SECRET,
+            "PROXMOX_CA_PATH": self.ca,
+            "AGENTLAB_DATABASE": database,
+            "AGENTLAB_CONFIG": f"{self.folder}/none.yaml",
+            **more,
+        }
 
     def stop(self) -> None:
         assert self._process.stdin is not None
@@ -94,7 +104,16 @@ def field() -> Iterator[Canned]:
             server.stop()
 
 
-def seed(server: Canned, path: str, count: int, state: str = "STOPPED", *, nodes: int = 1, history: int = 0, first: int = FIRST) -> str:
+def seed(
+    server: Canned,
+    path: str,
+    count: int,
+    state: str = "STOPPED",
+    *,
+    nodes: int = 1,
+    history: int = 0,
+    first: int = FIRST,
+) -> str:
     """A new database with ``count`` sandboxes of the canned cluster, and so many DESTROYED ones before them; returns its path."""
     for suffix in ("", "-wal", "-shm"):
         Path(path + suffix).unlink(missing_ok=True)
@@ -107,14 +126,41 @@ def seed(server: Canned, path: str, count: int, state: str = "STOPPED", *, nodes
     def rows() -> Iterator[tuple[Any, ...]]:
         for number in range(history):
             gone = now - 10 * (history - number)
-            yield (f"{number:032x}", 100000 + number % 5000, f"gone-{number}", "DESTROYED", "pve1", 3600, gone, gone, gone, gone, f"{number:032x}")
+            yield (
+                f"{number:032x}",
+                100000 + number % 5000,
+                f"gone-{number}",
+                "DESTROYED",
+                "pve1",
+                3600,
+                gone,
+                gone,
+                gone,
+                gone,
+                f"{number:032x}",
+            )
         for vmid in range(first, first + count):
-            yield (canned.sandbox_uuid(vmid), vmid, f"bench-{vmid}", state, f"pve{vmid % nodes + 1}", 3600, lease, now - 7200, now - 3600, now - 3600,
-                   canned.smbios_uuid(vmid))
+            yield (
+                canned.sandbox_uuid(vmid),
+                vmid,
+                f"bench-{vmid}",
+                state,
+                f"pve{vmid % nodes + 1}",
+                3600,
+                lease,
+                now - 7200,
+                now - 3600,
+                now - 3600,
+                canned.smbios_uuid(vmid),
+            )
 
     def work(conn: Any) -> None:
         conn.executemany(into, rows())
-        found = {"name": "bench", "nodes": sorted(f"pve{number + 1}" for number in range(nodes)), "authority": server.fingerprint}
+        found = {
+            "name": "bench",
+            "nodes": sorted(f"pve{number + 1}" for number in range(nodes)),
+            "authority": server.fingerprint,
+        }
         conn.execute("INSERT OR REPLACE INTO meta VALUES ('cluster', ?)", (json.dumps(found),))
 
     database.write(work)
@@ -139,8 +185,16 @@ def playbook(folder: str, name: str, plays: list[dict[str, Any]]) -> str:
 
 def play(*tasks: dict[str, Any], **more: Any) -> list[dict[str, Any]]:
     """One play on localhost with these tasks."""
-    return [{"hosts": "localhost", "gather_facts": False, "connection": "local", "vars": {"ansible_python_interpreter": "{{ ansible_playbook_python }}"},
-             "tasks": list(tasks), **more}]
+    return [
+        {
+            "hosts": "localhost",
+            "gather_facts": False,
+            "connection": "local",
+            "vars": {"ansible_python_interpreter": "{{ ansible_playbook_python }}"},
+            "tasks": list(tasks),
+            **more,
+        }
+    ]
 
 
 class Failed(Exception):
@@ -155,11 +209,29 @@ def timed(command: list[str], env: dict[str, str], folder: str) -> float:
     """Wall time of a command that must succeed, seconds."""
     kept = {name: os.environ[name] for name in ("PATH", "LANG", "LC_ALL", "HOME", "TMPDIR") if name in os.environ}
     # A token's secret may be on nobody's screen, and nobody's Ansible configuration decides a measurement.
-    whole = {**kept, "LC_ALL": "C.UTF-8", "ANSIBLE_NOCOLOR": "1", "ANSIBLE_HOME": f"{folder}/ansible", "ANSIBLE_LOCAL_TEMP": f"{folder}/ansible/tmp",
-             "ANSIBLE_PIPELINING": "1", "ANSIBLE_DEPRECATION_WARNINGS": "0", "ANSIBLE_LOCALHOST_WARNING": "0", "ANSIBLE_INVENTORY_UNPARSED_WARNING": "0",
-             **env}
+    whole = {
+        **kept,
+        "LC_ALL": "C.UTF-8",
+        "ANSIBLE_NOCOLOR": "1",
+        "ANSIBLE_HOME": f"{folder}/ansible",
+        "ANSIBLE_LOCAL_TEMP": f"{folder}/ansible/tmp",
+        "ANSIBLE_PIPELINING": "1",
+        "ANSIBLE_DEPRECATION_WARNINGS": "0",
+        "ANSIBLE_LOCALHOST_WARNING": "0",
+        "ANSIBLE_INVENTORY_UNPARSED_WARNING": "0",
+        **env,
+    }
     began = time.perf_counter()
-    done = subprocess.run(command, env=whole, cwd=folder, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False, timeout=_LONGEST_SECONDS)
+    done = subprocess.run(
+        command,
+        env=whole,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        check=False,
+        timeout=_LONGEST_SECONDS,
+    )
     took = time.perf_counter() - began
     if done.returncode:
         raise Failed(f"{' '.join(command)} ended with {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")

@@ -25,7 +25,9 @@ async def main(first: int, count: int, in_flight: int) -> None:
     tls = ssl.create_default_context(cafile=env["PROXMOX_CA_PATH"])
     waiting: dict[str, asyncio.Future[str]] = {}
     slots = asyncio.Semaphore(in_flight)
-    async with aiohttp.ClientSession(headers=headers, connector=aiohttp.TCPConnector(limit=in_flight, ssl=tls)) as session:
+    async with aiohttp.ClientSession(
+        headers=headers, connector=aiohttp.TCPConnector(limit=in_flight, ssl=tls)
+    ) as session:
 
         async def ask(method: str, path: str, **data: object) -> object:
             async with session.request(method, f"{base}/{path}", data=data or None) as answer:

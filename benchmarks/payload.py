@@ -4,7 +4,7 @@
 
 """What Ansible sends to a host for each module: the size of the whole, and of each piece in it.
 
-    python benchmarks/payload.py [MODULE]     # a table; with a module, its pieces
+python benchmarks/payload.py [MODULE]     # a table; with a module, its pieces
 """
 
 from __future__ import annotations
@@ -44,8 +44,14 @@ def shipped(name: str) -> bytes:
         shipped.ready = True  # type: ignore[attr-defined]
     found = module_loader.find_plugin_with_context(name)
     variables = {"ansible_python_interpreter": sys.executable}
-    made = modify_module(module_name=found.resolved_fqcn, module_path=found.plugin_resolved_path, module_args={}, templar=Templar(DataLoader(), variables),
-                         module_compression="ZIP_DEFLATED", task_vars=variables)
+    made = modify_module(
+        module_name=found.resolved_fqcn,
+        module_path=found.plugin_resolved_path,
+        module_args={},
+        templar=Templar(DataLoader(), variables),
+        module_compression="ZIP_DEFLATED",
+        task_vars=variables,
+    )
     script = made[0] if isinstance(made, tuple) else made.b_module_data
     return script
 
@@ -53,7 +59,10 @@ def shipped(name: str) -> bytes:
 def sizes() -> dict[str, int]:
     """What each module ships beyond the payload of ansible.builtin.ping (which is under that name), bytes: ansible-core's own part is always there."""
     floor = len(shipped("ansible.builtin.ping"))
-    return {"ansible.builtin.ping": floor, **{name: len(shipped(f"agentlab.proxmox.{name}")) - floor for name in modules()}}
+    return {
+        "ansible.builtin.ping": floor,
+        **{name: len(shipped(f"agentlab.proxmox.{name}")) - floor for name in modules()},
+    }
 
 
 def pieces(script: bytes) -> dict[str, int]:

@@ -25,7 +25,11 @@ _PART = "ansible_collections/community/proxmox/"
 def version() -> str | None:
     """The release that is unpacked, if any."""
     manifest = WHERE / _PART / "MANIFEST.json"
-    return str(json.loads(manifest.read_text(encoding="utf-8"))["collection_info"]["version"]) if manifest.exists() else None
+    return (
+        str(json.loads(manifest.read_text(encoding="utf-8"))["collection_info"]["version"])
+        if manifest.exists()
+        else None
+    )
 
 
 def fetch() -> Path:
@@ -37,8 +41,23 @@ def fetch() -> Path:
     shutil.rmtree(WHERE, ignore_errors=True)
     WHERE.mkdir(parents=True)
     with tempfile.TemporaryDirectory(dir=WHERE) as folder:
-        subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps", "--only-binary", ":all:",
-                        "--dest", folder, PACKAGE], check=True)
+        subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "pip",
+                "download",
+                "--quiet",
+                "--disable-pip-version-check",
+                "--no-deps",
+                "--only-binary",
+                ":all:",
+                "--dest",
+                folder,
+                PACKAGE,
+            ],
+            check=True,
+        )
         with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as archive:
             archive.extractall(WHERE, [name for name in archive.namelist() if name.startswith(_PART)])
     stamp.write_text(PACKAGE, encoding="utf-8")

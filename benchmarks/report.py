@@ -4,7 +4,7 @@
 
 """What was measured, as a table, as a plot (PNG and text), and in docs/performance.md between its markers.
 
-    python benchmarks/report.py      # again from benchmarks/results.json, without measuring
+python benchmarks/report.py      # again from benchmarks/results.json, without measuring
 """
 
 from __future__ import annotations
@@ -58,10 +58,14 @@ def table(known: Known) -> str:
     lines = ["| # | what | to reach | measured | met | runs |", "|---|---|---|---|---|---|"]
     for row in judged(known):
         if "failed" in row:
-            lines.append(f"| {row['row']} | not measured: {' '.join(row['failed'].split())[:200].replace('|', '/')} | | | **failed** | |")
+            lines.append(
+                f"| {row['row']} | not measured: {' '.join(row['failed'].split())[:200].replace('|', '/')} | | | **failed** | |"
+            )
             continue
         runs = f"{row['runs']}; {row['fewer']}" if row.get("fewer") and row["runs"] > 1 else str(row["runs"])
-        lines.append(f"| {row['row']} | {row['what']} | {row['target']} | {row['measured']} | {'yes' if row['met'] else '**no**'} | {runs} |")
+        lines.append(
+            f"| {row['row']} | {row['what']} | {row['target']} | {row['measured']} | {'yes' if row['met'] else '**no**'} | {runs} |"
+        )
     return "\n".join(lines)
 
 
@@ -71,14 +75,19 @@ def when(known: Known) -> str:
     days = sorted({row["on"] for row in rows})
     others = [float(row.get("others", 0)) for row in rows]
     busy = max(others, default=0.0)
-    alone = ("nothing else ran" if busy <= QUIET_CORES else
-             f"**other work was running**, up to {busy:.1f} of the {machine['cores']} cores were busy with it (each row's share is in "
-             "`benchmarks/results.json`); ratios suffer less from that than times, and requests not at all")
+    alone = (
+        "nothing else ran"
+        if busy <= QUIET_CORES
+        else f"**other work was running**, up to {busy:.1f} of the {machine['cores']} cores were busy with it (each row's share is in "
+        "`benchmarks/results.json`); ratios suffer less from that than times, and requests not at all"
+    )
     missing = [str(number) for number in range(1, ROWS + 1) if str(number) not in known["rows"]]
     gaps = f" Not measured: row{'s' if len(missing) > 1 else ''} {', '.join(missing)}." if missing else ""
-    return (f"Measured on {' to '.join(dict.fromkeys((days[0], days[-1])))}: {machine['cpu']}, {machine['cores']} cores, {machine['memory_gb']} GB, "
-            f"Linux {machine['kernel']}, Python {machine['python']}, ansible-core {machine['ansible-core']}, "
-            f"community.proxmox {machine.get('community.proxmox')}; {alone}.{gaps}")
+    return (
+        f"Measured on {' to '.join(dict.fromkeys((days[0], days[-1])))}: {machine['cpu']}, {machine['cores']} cores, {machine['memory_gb']} GB, "
+        f"Linux {machine['kernel']}, Python {machine['python']}, ansible-core {machine['ansible-core']}, "
+        f"community.proxmox {machine.get('community.proxmox')}; {alone}.{gaps}"
+    )
 
 
 def text_plot(known: Known) -> str:
@@ -91,19 +100,29 @@ def text_plot(known: Known) -> str:
             continue
         length = min(_WIDTH, max(1, round(row["used"] * half)))
         drawn = "".join("|" if place == half else "#" if place < length else " " for place in range(_WIDTH))
-        lines.append(f"{row['row']:>4} {drawn.rstrip() if length > half else drawn[:half + 1]:<{_WIDTH}} {row['used'] * 100:4.0f} %")
+        lines.append(
+            f"{row['row']:>4} {drawn.rstrip() if length > half else drawn[: half + 1]:<{_WIDTH}} {row['used'] * 100:4.0f} %"
+        )
     destroyed = _destroyed(known)
     if destroyed:
         slowest = max(destroyed.values())
         lines += ["", "     seconds to destroy 50 stopped VMs"]
-        lines += [f"     {name:<28} {'#' * max(1, round(seconds / slowest * (_WIDTH - 12))):<{_WIDTH - 12}} {seconds:7.1f}"
-                  for name, seconds in destroyed.items()]
+        lines += [
+            f"     {name:<28} {'#' * max(1, round(seconds / slowest * (_WIDTH - 12))):<{_WIDTH - 12}} {seconds:7.1f}"
+            for name, seconds in destroyed.items()
+        ]
     return "\n".join(lines)
 
 
 def _destroyed(known: Known) -> dict[str, float]:
     values = {**known["rows"].get("2", {}).get("values", {}), **known["rows"].get("1", {}).get("values", {})}
-    names = {"ping": "a ping play", "limit": "asyncio, the limit", "ours": "agentlab_sandbox", "forks": "proxmox_kvm, 50 hosts", "loop": "proxmox_kvm, loop"}
+    names = {
+        "ping": "a ping play",
+        "limit": "asyncio, the limit",
+        "ours": "agentlab_sandbox",
+        "forks": "proxmox_kvm, 50 hosts",
+        "loop": "proxmox_kvm, loop",
+    }
     return {title: statistics.median(values[name]) for name, title in names.items() if name in values}
 
 
@@ -116,9 +135,18 @@ def png(known: Known) -> None:
 
     found = [row for row in judged(known) if "used" in row]
     destroyed = _destroyed(known)
-    shares = {int(count): statistics.median(values) for count, values in known["rows"].get("13", {}).get("values", {}).get("share", {}).items()}
-    figure, (targets, times, growth) = pyplot.subplots(1, 3, figsize=(15, 4.8), gridspec_kw={"width_ratios": [2, 1.6, 1.2]}, layout="constrained")
-    targets.barh([row["row"] for row in found], [min(row["used"], 2) for row in found], color=["#2a7" if row["met"] else "#c43" for row in found])
+    shares = {
+        int(count): statistics.median(values)
+        for count, values in known["rows"].get("13", {}).get("values", {}).get("share", {}).items()
+    }
+    figure, (targets, times, growth) = pyplot.subplots(
+        1, 3, figsize=(15, 4.8), gridspec_kw={"width_ratios": [2, 1.6, 1.2]}, layout="constrained"
+    )
+    targets.barh(
+        [row["row"] for row in found],
+        [min(row["used"], 2) for row in found],
+        color=["#2a7" if row["met"] else "#c43" for row in found],
+    )
     targets.axvline(1, color="black")
     targets.invert_yaxis()
     targets.set(title="share of what the target allows (met left of the line)", ylabel="row of the table", xlim=(0, 2))
@@ -127,11 +155,18 @@ def png(known: Known) -> None:
         times.barh(names, seconds, color=["#2a7" if name.startswith("agentlab") else "#89a" for name in names])
         times.bar_label(times.containers[0], fmt=" %.1f s")
         times.invert_yaxis()
-        times.set(title="destroy 50 stopped VMs, tasks of 0.2 s", xscale="log", xlim=(0.3, max(seconds) * 4), xlabel="seconds (logarithmic)")
+        times.set(
+            title="destroy 50 stopped VMs, tasks of 0.2 s",
+            xscale="log",
+            xlim=(0.3, max(seconds) * 4),
+            xlabel="seconds (logarithmic)",
+        )
     if shares:
         growth.plot(list(shares), list(shares.values()), marker="o", color="#2a7")
         growth.axhline(1.3, color="black")
-        growth.set(title="growth: wall / (ceil(N/16) x 0.3 s)", xscale="log", ylim=(0, 2), xlabel="VMs destroyed (logarithmic)")
+        growth.set(
+            title="growth: wall / (ceil(N/16) x 0.3 s)", xscale="log", ylim=(0, 2), xlabel="VMs destroyed (logarithmic)"
+        )
     figure.savefig(PLOT, dpi=90, metadata={"Software": None})
     pyplot.close(figure)
 
@@ -141,9 +176,15 @@ def lever_table(known: Known) -> str:
     found = known["rows"].get("levers", {}).get("table")
     if not found:
         return "Not measured."
-    lines = ["| `connections` | `poll_interval` | ms a VM | requests a VM | looks at tasks | memory |", "|---|---|---|---|---|---|"]
-    lines += [f"| {one['connections']} | {one['poll_interval']:g} s | {one['ms a VM']:.0f} | {one['requests a VM']:.2f} | {one['looks at tasks']} | "
-              f"{one['memory MB']} MB |" for one in found]
+    lines = [
+        "| `connections` | `poll_interval` | ms a VM | requests a VM | looks at tasks | memory |",
+        "|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {one['connections']} | {one['poll_interval']:g} s | {one['ms a VM']:.0f} | {one['requests a VM']:.2f} | {one['looks at tasks']} | "
+        f"{one['memory MB']} MB |"
+        for one in found
+    ]
     return "\n".join(lines)
 
 
@@ -153,7 +194,10 @@ def scale_table(known: Known) -> str:
     if "node" not in found:
         return "Not measured."
     node, cluster, fleet = found["node"], found["cluster"], found["fleet"]
-    lines = [f"| | one node, {node['sandboxes']} sandboxes | {cluster['nodes']} nodes, {cluster['sandboxes']:,} sandboxes |", "|---|---|---|"]
+    lines = [
+        f"| | one node, {node['sandboxes']} sandboxes | {cluster['nodes']} nodes, {cluster['sandboxes']:,} sandboxes |",
+        "|---|---|---|",
+    ]
 
     def shown(value: Any) -> str:
         if isinstance(value, dict):
@@ -164,10 +208,20 @@ def scale_table(known: Known) -> str:
     for name in (name for name in node if name not in ("nodes", "sandboxes") and not name.startswith("destroy")):
         lines.append(f"| {name} | {shown(node[name])} | {shown(cluster[name])} |")
     ends = ([name for name in part if name.startswith("destroy")] for part in (node, cluster))
-    lines += [f"| destroy {node['sandboxes']:,} / 1,000 with {ours.rpartition(', ')[2]} | {shown(node[ours])} | {shown(cluster[theirs])} |"
-              for ours, theirs in zip(*ends, strict=True)]
-    lines += ["", f"| a play over {fleet['hosts']} hosts, forks={fleet['forks']} | seconds | against ping |", "|---|---|---|"]
-    names = {"ping": "`ansible.builtin.ping`", "records": "`agentlab_sandbox_info`", "compared": "the same, compared with Proxmox VE"}
+    lines += [
+        f"| destroy {node['sandboxes']:,} / 1,000 with {ours.rpartition(', ')[2]} | {shown(node[ours])} | {shown(cluster[theirs])} |"
+        for ours, theirs in zip(*ends, strict=True)
+    ]
+    lines += [
+        "",
+        f"| a play over {fleet['hosts']} hosts, forks={fleet['forks']} | seconds | against ping |",
+        "|---|---|---|",
+    ]
+    names = {
+        "ping": "`ansible.builtin.ping`",
+        "records": "`agentlab_sandbox_info`",
+        "compared": "the same, compared with Proxmox VE",
+    }
     lines += [f"| {title} | {fleet[name]:.0f} | {fleet[name] / fleet['ping']:.2f}x |" for name, title in names.items()]
     return "\n".join(lines)
 
@@ -175,8 +229,13 @@ def scale_table(known: Known) -> str:
 def write(known: Known) -> None:
     """Put it all into docs/performance.md, between the markers."""
     text = PAGE.read_text(encoding="utf-8")
-    for name, made in {"when": when(known), "table": table(known), "plot": f"```text\n{text_plot(known)}\n```", "levers": lever_table(known),
-                       "scale": scale_table(known)}.items():
+    for name, made in {
+        "when": when(known),
+        "table": table(known),
+        "plot": f"```text\n{text_plot(known)}\n```",
+        "levers": lever_table(known),
+        "scale": scale_table(known),
+    }.items():
         head, opening, rest = text.partition(f"<!-- {name} -->")
         _old, closing, tail = rest.partition(f"<!-- /{name} -->")
         if not opening or not closing:

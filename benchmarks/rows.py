@@ -45,7 +45,9 @@ class Bench:
         self.ping = playbook(self.folder, "ping", play({"ansible.builtin.ping": {}}))
 
     def ours(self, name: str, *more: str, **env: str) -> float:
-        return timed([str(BIN / "ansible-playbook"), *(more or ("-i", "localhost,")), name], {**self.env, **env}, self.folder)
+        return timed(
+            [str(BIN / "ansible-playbook"), *(more or ("-i", "localhost,")), name], {**self.env, **env}, self.folder
+        )
 
     def peer(self, name: str, *more: str) -> float:
         return timed([str(BIN / "ansible-playbook"), *(more or ("-i", "localhost,")), name], self.peer_env, self.folder)
@@ -65,7 +67,11 @@ class Bench:
         seed(self.server, self.database, count, state, **more)
 
     def destroy_play(self) -> str:
-        return playbook(self.folder, "destroy", play({"agentlab.proxmox.agentlab_sandbox": {"vmids": self.vmids, "state": "absent", "force": True}}))
+        return playbook(
+            self.folder,
+            "destroy",
+            play({"agentlab.proxmox.agentlab_sandbox": {"vmids": self.vmids, "state": "absent", "force": True}}),
+        )
 
     def prune_play(self) -> str:
         return playbook(self.folder, "prune", play({"agentlab.proxmox.agentlab_prune": {}}))
@@ -74,16 +80,28 @@ class Bench:
         return playbook(self.folder, name, play({"agentlab.proxmox.agentlab_sandbox_info": options}))
 
     def _kvm(self, **options: Any) -> dict[str, Any]:
-        return {"api_host": self.env["PROXMOX_HOST"], "api_port": self.server.port, "api_user": "bench@pve", "api_token_id": "bench",
-                "api_token_secret": TOKEN_SECRET, "validate_certs": True, **options}
+        return {
+            "api_host": self.env["PROXMOX_HOST"],
+            "api_port": self.server.port,
+            "api_user": "bench@pve",
+            "api_token_id": "bench",
+            "api_token_secret": TOKEN_SECRET,
+            "validate_certs": True,
+            **options,
+        }
 
     def loop_play(self) -> str:
-        task = {"community.proxmox.proxmox_kvm": self._kvm(vmid="{{ item }}", node="pve1", state="absent"), "loop": self.vmids}
+        task = {
+            "community.proxmox.proxmox_kvm": self._kvm(vmid="{{ item }}", node="pve1", state="absent"),
+            "loop": self.vmids,
+        }
         return playbook(self.folder, "loop", play(task))
 
     def forks(self) -> tuple[str, ...]:
         inventory = Path(self.folder, "fifty.ini")
-        inventory.write_text("[sandboxes]\n" + "".join(f"vm{vmid} vmid={vmid}\n" for vmid in self.vmids), encoding="utf-8")
+        inventory.write_text(
+            "[sandboxes]\n" + "".join(f"vm{vmid} vmid={vmid}\n" for vmid in self.vmids), encoding="utf-8"
+        )
         return ("-i", str(inventory), "--forks", "10")
 
     def forks_play(self) -> str:
@@ -104,10 +122,18 @@ class Bench:
 
     def process(self, function: str, *arguments: object, **env: str) -> Any:
         """The value of one of our functions ("module.name"), called with texts in a Python process of its own."""
-        script = "import importlib, json, sys; sys.path.insert(0, sys.argv[1]); module, name = sys.argv[2].split('.'); " \
-                 "print(json.dumps(getattr(importlib.import_module(module), name)(*sys.argv[3:])))"
-        done = subprocess.run([sys.executable, "-c", script, str(REPO / "benchmarks"), function, *map(str, arguments)],
-                              env={**os.environ, **self.env, **env}, capture_output=True, text=True, check=False, timeout=900)
+        script = (
+            "import importlib, json, sys; sys.path.insert(0, sys.argv[1]); module, name = sys.argv[2].split('.'); "
+            "print(json.dumps(getattr(importlib.import_module(module), name)(*sys.argv[3:])))"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", script, str(REPO / "benchmarks"), function, *map(str, arguments)],
+            env={**os.environ, **self.env, **env},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=900,
+        )
         if done.returncode:
             raise RuntimeError(f"{function}: {done.stderr[-1500:]}")
         return json.loads(done.stdout.splitlines()[-1])
@@ -130,23 +156,68 @@ def destroying(bench: Bench, wanted: set[str]) -> list[Row]:
         return run
 
     def limit() -> float:
-        return timed([sys.executable, str(REPO / "benchmarks" / "limit.py"), str(FIRST), str(MANY), str(IN_FLIGHT)], bench.env, bench.folder)
+        return timed(
+            [sys.executable, str(REPO / "benchmarks" / "limit.py"), str(FIRST), str(MANY), str(IN_FLIGHT)],
+            bench.env,
+            bench.folder,
+        )
 
-    them = {number: on_new_vms(part) for number, part in {"2": lambda: bench.peer(forks, *inventory), "1": lambda: bench.peer(loop)}.items()
-            if number in wanted}
-    ours, shipped, ping, bare, *others = bench.interleaved(on_new_vms(lambda: bench.ours(mine)), on_new_vms(lambda: bench.shipped(mine)), bench.floor,
-                                                           on_new_vms(limit), slow=tuple(them.values()))
+    them = {
+        number: on_new_vms(part)
+        for number, part in {"2": lambda: bench.peer(forks, *inventory), "1": lambda: bench.peer(loop)}.items()
+        if number in wanted
+    }
+    ours, shipped, ping, bare, *others = bench.interleaved(
+        on_new_vms(lambda: bench.ours(mine)),
+        on_new_vms(lambda: bench.shipped(mine)),
+        bench.floor,
+        on_new_vms(limit),
+        slow=tuple(them.values()),
+    )
     peers = dict(zip(them, others, strict=True))
     beyond, further = ([one - floor for one, floor in zip(times, ping, strict=True)] for times in (ours, shipped))
     values = {"ours": ours, "shipped": shipped, "ping": ping, "limit": bare}
-    found = [at_most("3", "its time beyond a ping play, against the asyncio limit as a process", 2.0, ratio(beyond, bare), "x", values,
-                     ratio(further, bare))]
+    found = [
+        at_most(
+            "3",
+            "its time beyond a ping play, against the asyncio limit as a process",
+            2.0,
+            ratio(beyond, bare),
+            "x",
+            values,
+            ratio(further, bare),
+        )
+    ]
     if "1" in peers:
-        found.append({**at_least("1", f"destroy {MANY} stopped VMs, {TASK} s tasks, whole playbook, against a `proxmox_kvm` loop", 45, ratio(peers["1"], ours),
-                                 "x faster", {**values, "loop": peers["1"]}, ratio(peers["1"], shipped)), "fewer": f"the loop {len(peers['1'])} times"})
+        found.append(
+            {
+                **at_least(
+                    "1",
+                    f"destroy {MANY} stopped VMs, {TASK} s tasks, whole playbook, against a `proxmox_kvm` loop",
+                    45,
+                    ratio(peers["1"], ours),
+                    "x faster",
+                    {**values, "loop": peers["1"]},
+                    ratio(peers["1"], shipped),
+                ),
+                "fewer": f"the loop {len(peers['1'])} times",
+            }
+        )
     if "2" in peers:
-        found.append({**at_least("2", f"the same against {MANY} hosts with forks=10", 8, ratio(peers["2"], ours), "x faster", {**values, "forks": peers["2"]},
-                                 ratio(peers["2"], shipped)), "fewer": f"the peer {len(peers['2'])} times"})
+        found.append(
+            {
+                **at_least(
+                    "2",
+                    f"the same against {MANY} hosts with forks=10",
+                    8,
+                    ratio(peers["2"], ours),
+                    "x faster",
+                    {**values, "forks": peers["2"]},
+                    ratio(peers["2"], shipped),
+                ),
+                "fewer": f"the peer {len(peers['2'])} times",
+            }
+        )
     return found
 
 
@@ -156,7 +227,19 @@ def counting(bench: Bench, _wanted: set[str]) -> list[Row]:
     bench.records(1000, "TIMEOUT")
     bench.ours(bench.prune_play())
     pruned = bench.server.counts()
-    found = [{**at_most("4", "requests: prune 1,000 records whose VMs are gone", 5, sum(pruned.values()), " in all", {"kinds": dict(pruned)}), "runs": 1}]
+    found = [
+        {
+            **at_most(
+                "4",
+                "requests: prune 1,000 records whose VMs are gone",
+                5,
+                sum(pruned.values()),
+                " in all",
+                {"kinds": dict(pruned)},
+            ),
+            "runs": 1,
+        }
+    ]
     mine = bench.destroy_play()
     each: dict[str, list[float]] = {"stopped": [], "running": []}
     kinds: dict[str, Any] = {}
@@ -168,8 +251,17 @@ def counting(bench: Bench, _wanted: set[str]) -> list[Row]:
             kinds[status] = dict(bench.server.counts())
             values.append(sum(kinds[status].values()) / MANY)
     stopped, running = (statistics.median(values) for values in each.values())
-    return [*found, row("5", "requests per destroyed VM, identity proven and marked: stopped / running", "at most 3.4 / 5.0",
-                        f"{stopped:.2f} / {running:.2f}", max(stopped / 3.4, running / 5.0), {**each, "kinds": kinds})]
+    return [
+        *found,
+        row(
+            "5",
+            "requests per destroyed VM, identity proven and marked: stopped / running",
+            "at most 3.4 / 5.0",
+            f"{stopped:.2f} / {running:.2f}",
+            max(stopped / 3.4, running / 5.0),
+            {**each, "kinds": kinds},
+        ),
+    ]
 
 
 def repeating(bench: Bench, _wanted: set[str]) -> list[Row]:
@@ -177,32 +269,67 @@ def repeating(bench: Bench, _wanted: set[str]) -> list[Row]:
     mine, loop = bench.destroy_play(), bench.loop_play()
     bench.vms(0)
     bench.records(state="DESTROYED")
-    ours, shipped, looped = bench.interleaved(lambda: bench.ours(mine), lambda: bench.shipped(mine), slow=(lambda: bench.peer(loop),))
+    ours, shipped, looped = bench.interleaved(
+        lambda: bench.ours(mine), lambda: bench.shipped(mine), slow=(lambda: bench.peer(loop),)
+    )
     bench.vms(0)
     bench.ours(mine)
     asked = sum(bench.server.counts().values())
     times = ratio(looped, ours)
-    return [{**row("6", f"second run over {MANY} absent ones, against the peer's", "at least 15x faster, at most 2 requests",
-                   f"{times:.1f}x faster ({ratio(looped, shipped):.1f}x shipped), {asked} requests", max(15 / times, asked / 2),
-                   {"ours": ours, "shipped": shipped, "loop": looped}),
-             "fewer": f"the loop {len(looped)} times"}]
+    return [
+        {
+            **row(
+                "6",
+                f"second run over {MANY} absent ones, against the peer's",
+                "at least 15x faster, at most 2 requests",
+                f"{times:.1f}x faster ({ratio(looped, shipped):.1f}x shipped), {asked} requests",
+                max(15 / times, asked / 2),
+                {"ours": ours, "shipped": shipped, "loop": looped},
+            ),
+            "fewer": f"the loop {len(looped)} times",
+        }
+    ]
 
 
 def single(bench: Bench, _wanted: set[str]) -> list[Row]:
     """Rows 7 and 8: the least a run costs."""
     bench.vms(1)
     bench.records(1)
-    alone, once = bench.info_play("records", vmid=FIRST), bench.info_play("once", vmid=FIRST, verify=True, verify_identity=False)
+    alone, once = (
+        bench.info_play("records", vmid=FIRST),
+        bench.info_play("once", vmid=FIRST, verify=True, verify_identity=False),
+    )
     bench.ours(alone)
     unasked = sum(bench.server.counts().values())
     bench.ours(once)
     asked = sum(bench.server.counts().values()) - unasked
-    runs: list[Part] = [lambda: bench.ours(alone), lambda: bench.shipped(alone), lambda: bench.ours(once), lambda: bench.shipped(once)]
+    runs: list[Part] = [
+        lambda: bench.ours(alone),
+        lambda: bench.shipped(alone),
+        lambda: bench.ours(once),
+        lambda: bench.shipped(once),
+    ]
     shown, shown_shipped, read, read_shipped, ping = bench.interleaved(*runs, bench.floor)
-    return [at_most("7", "a run that the database alone answers, against ping", 1.10, ratio(shown, ping), "x",
-                    {"ours": shown, "shipped": shown_shipped, "ping": ping, "requests": unasked}, ratio(shown_shipped, ping)),
-            at_most("8", "a run with one Proxmox read, against ping", 1.45, ratio(read, ping), "x",
-                    {"ours": read, "shipped": read_shipped, "ping": ping, "requests": asked}, ratio(read_shipped, ping))]
+    return [
+        at_most(
+            "7",
+            "a run that the database alone answers, against ping",
+            1.10,
+            ratio(shown, ping),
+            "x",
+            {"ours": shown, "shipped": shown_shipped, "ping": ping, "requests": unasked},
+            ratio(shown_shipped, ping),
+        ),
+        at_most(
+            "8",
+            "a run with one Proxmox read, against ping",
+            1.45,
+            ratio(read, ping),
+            "x",
+            {"ours": read, "shipped": read_shipped, "ping": ping, "requests": asked},
+            ratio(read_shipped, ping),
+        ),
+    ]
 
 
 def listing(bench: Bench, _wanted: set[str]) -> list[Row]:
@@ -211,14 +338,23 @@ def listing(bench: Bench, _wanted: set[str]) -> list[Row]:
     bench.vms(count)
     bench.records(count)
     mine, theirs = bench.info_play("verify", verify=True, verify_identity=False), bench.peer_info_play()
-    ours, shipped, peer = bench.interleaved(lambda: bench.ours(mine), lambda: bench.shipped(mine), lambda: bench.peer(theirs))
+    ours, shipped, peer = bench.interleaved(
+        lambda: bench.ours(mine), lambda: bench.shipped(mine), lambda: bench.peer(theirs)
+    )
     bench.vms(count)
     bench.ours(mine)
     asked = bench.server.counts()
     times, lists = ratio(ours, peer), asked["GET /cluster/resources"]
-    return [row("9", f"list {count:,} VMs' records verified against Proxmox, against `proxmox_vm_info`", "at most 1.0x, 1 request for the list",
-                f"{times:.2f}x ({ratio(shipped, peer):.2f}x shipped), {lists} request for the list ({sum(asked.values())} in all)",
-                max(times, float(lists)) if lists > 1 else times, {"ours": ours, "shipped": shipped, "peer": peer, "kinds": dict(asked)})]
+    return [
+        row(
+            "9",
+            f"list {count:,} VMs' records verified against Proxmox, against `proxmox_vm_info`",
+            "at most 1.0x, 1 request for the list",
+            f"{times:.2f}x ({ratio(shipped, peer):.2f}x shipped), {lists} request for the list ({sum(asked.values())} in all)",
+            max(times, float(lists)) if lists > 1 else times,
+            {"ours": ours, "shipped": shipped, "peer": peer, "kinds": dict(asked)},
+        )
+    ]
 
 
 def history(bench: Bench, _wanted: set[str]) -> list[Row]:
@@ -261,9 +397,16 @@ def history(bench: Bench, _wanted: set[str]) -> list[Row]:
     whole, lists, plans, ticks, checks = bench.interleaved(*map(spent, (scan, listed, planned, ticked, opened)))
     ctx.close()
     slower, tick = max(ratio(lists, whole), ratio(plans, whole)), statistics.median(ticks)
-    return [row("10", "200 live among 1,000,000 historical records: list and prune planning, against a full scan", "at most 1/50; tick under 5 ms",
-                f"1/{1 / slower:.0f}; tick {tick * 1000:.2f} ms", max(slower * 50, tick / 0.005),
-                {"scan": whole, "list": lists, "plan": plans, "tick": ticks, "check mode, opened and planned": checks})]
+    return [
+        row(
+            "10",
+            "200 live among 1,000,000 historical records: list and prune planning, against a full scan",
+            "at most 1/50; tick under 5 ms",
+            f"1/{1 / slower:.0f}; tick {tick * 1000:.2f} ms",
+            max(slower * 50, tick / 0.005),
+            {"scan": whole, "list": lists, "plan": plans, "tick": ticks, "check mode, opened and planned": checks},
+        )
+    ]
 
 
 def committing(bench: Bench, _wanted: set[str]) -> list[Row]:
@@ -271,11 +414,22 @@ def committing(bench: Bench, _wanted: set[str]) -> list[Row]:
     import commits
 
     count = 1000
-    bulk, one = bench.interleaved(lambda: commits.bulk(f"{bench.folder}/bulk.db", count), lambda: commits.one_by_one(f"{bench.folder}/single.db", count))
+    bulk, one = bench.interleaved(
+        lambda: commits.bulk(f"{bench.folder}/bulk.db", count),
+        lambda: commits.one_by_one(f"{bench.folder}/single.db", count),
+    )
     lost, told = commits.killed(f"{bench.folder}/killed.db")
     share = ratio(bulk, one)
-    return [row("11", f"{count:,} transitions in bulk, against one by one, at full durability", "at most 1/10 of the time, nothing lost on kill -9",
-                f"1/{1 / share:.1f}; {lost} of {told} lost", 99.0 if lost else share * 10, {"bulk": bulk, "one by one": one})]
+    return [
+        row(
+            "11",
+            f"{count:,} transitions in bulk, against one by one, at full durability",
+            "at most 1/10 of the time, nothing lost on kill -9",
+            f"1/{1 / share:.1f}; {lost} of {told} lost",
+            99.0 if lost else share * 10,
+            {"bulk": bulk, "one by one": one},
+        )
+    ]
 
 
 # Memory counts as flat when a hundred times as many VMs take no more than this beyond what fifty take: what is told of each at the end, nothing more.
@@ -297,10 +451,19 @@ def growing(bench: Bench, _wanted: set[str]) -> list[Row]:
     worst = max(map(statistics.median, shares.values()))
     last = counts[-1]
     grown = (sizes[last] - sizes[50]) / last
-    return [{**row("13", f"growth: N = {', '.join(f'{count:,}' for count in counts)} destroys with {IN_FLIGHT} in flight",
-                   f"wall within 1.3x of ceil(N/W) x (task + tick); memory flat (at most {FLAT_KB_EACH} kB a VM, its outcome)",
-                   f"{worst:.2f}x; memory {sizes[50] / 1024:.0f} MB at 50, {sizes[last] / 1024:.0f} MB at {last:,} ({grown:.1f} kB a VM)",
-                   max(worst / 1.3, grown / FLAT_KB_EACH), {"share": shares, "resident kB": sizes}), "fewer": "from 1,000 on once each"}]
+    return [
+        {
+            **row(
+                "13",
+                f"growth: N = {', '.join(f'{count:,}' for count in counts)} destroys with {IN_FLIGHT} in flight",
+                f"wall within 1.3x of ceil(N/W) x (task + tick); memory flat (at most {FLAT_KB_EACH} kB a VM, its outcome)",
+                f"{worst:.2f}x; memory {sizes[50] / 1024:.0f} MB at 50, {sizes[last] / 1024:.0f} MB at {last:,} ({grown:.1f} kB a VM)",
+                max(worst / 1.3, grown / FLAT_KB_EACH),
+                {"share": shares, "resident kB": sizes},
+            ),
+            "fewer": "from 1,000 on once each",
+        }
+    ]
 
 
 def grow(database: str, count: str, connections: str = str(IN_FLIGHT), interval: str = str(TICK)) -> tuple[float, int]:
@@ -319,7 +482,9 @@ def grow(database: str, count: str, connections: str = str(IN_FLIGHT), interval:
     began = time.perf_counter()
     outcomes = destroy.run(ctx, items)
     took = time.perf_counter() - began
-    assert all(one.state == "DESTROYED" for one in outcomes), next(one.message for one in outcomes if one.state != "DESTROYED")
+    assert all(one.state == "DESTROYED" for one in outcomes), next(
+        one.message for one in outcomes if one.state != "DESTROYED"
+    )
     ctx.close()
     return took, resident_kb("self", most=True)
 
@@ -332,11 +497,19 @@ def loading(bench: Bench, _wanted: set[str]) -> list[Row]:
     most = max(sizes, key=lambda name: sizes[name])
     doc, ping = bench.interleaved(
         lambda: timed([str(BIN / "ansible-doc"), "agentlab.proxmox.agentlab_sandbox"], bench.env, bench.folder),
-        lambda: timed([str(BIN / "ansible-doc"), "ansible.builtin.ping"], bench.env, bench.folder))
-    return [row("14", "collection loading: what a module adds to the payload that ansible-core ships for a ping", "at most 150 kB",
-                f"{sizes[most] / 1000:.0f} kB at most (`{most}`), {min(sizes.values()) / 1000:.0f} at least; a ping is {floor / 1000:.0f} kB; "
-                f"`ansible-doc` {ratio(doc, ping):.2f}x that of ping",
-                sizes[most] / payload.LIMIT, {"bytes": sizes, "ping": floor, "ansible-doc of ours": doc, "ansible-doc of ping": ping})]
+        lambda: timed([str(BIN / "ansible-doc"), "ansible.builtin.ping"], bench.env, bench.folder),
+    )
+    return [
+        row(
+            "14",
+            "collection loading: what a module adds to the payload that ansible-core ships for a ping",
+            "at most 150 kB",
+            f"{sizes[most] / 1000:.0f} kB at most (`{most}`), {min(sizes.values()) / 1000:.0f} at least; a ping is {floor / 1000:.0f} kB; "
+            f"`ansible-doc` {ratio(doc, ping):.2f}x that of ping",
+            sizes[most] / payload.LIMIT,
+            {"bytes": sizes, "ping": floor, "ansible-doc of ours": doc, "ansible-doc of ping": ping},
+        )
+    ]
 
 
 # ---- judging ----
@@ -348,14 +521,40 @@ def ratio(first: list[float], second: list[float]) -> float:
 
 def row(number: str, what: str, target: str, measured: str, used: float, values: dict[str, Any]) -> Row:
     """``used``: how much of what the target allows was used; met up to 1."""
-    return {"row": number, "what": what, "target": target, "measured": measured, "used": round(used, 4), "met": used <= 1, "values": values}
+    return {
+        "row": number,
+        "what": what,
+        "target": target,
+        "measured": measured,
+        "used": round(used, 4),
+        "met": used <= 1,
+        "values": values,
+    }
 
 
-def at_least(number: str, what: str, target: float, found: float, unit: str, values: dict[str, Any], shipped: float) -> Row:
-    return row(number, what, f"at least {target:g}{unit}", f"{found:.1f}{unit} ({shipped:.1f}x shipped)", target / found, values)
+def at_least(
+    number: str, what: str, target: float, found: float, unit: str, values: dict[str, Any], shipped: float
+) -> Row:
+    return row(
+        number,
+        what,
+        f"at least {target:g}{unit}",
+        f"{found:.1f}{unit} ({shipped:.1f}x shipped)",
+        target / found,
+        values,
+    )
 
 
-def at_most(number: str, what: str, target: float, found: float, unit: str, values: dict[str, Any], shipped: float | None = None) -> Row:
+def at_most(
+    number: str, what: str, target: float, found: float, unit: str, values: dict[str, Any], shipped: float | None = None
+) -> Row:
     shown = f"{found:.2f}" if isinstance(found, float) else str(found)
     beside = "" if shipped is None else f" ({shipped:.2f}x shipped)"
-    return row(number, what, f"at most {f'{target:.2f}' if isinstance(target, float) else target}{unit}", f"{shown}{unit}{beside}", found / target, values)
+    return row(
+        number,
+        what,
+        f"at most {f'{target:.2f}' if isinstance(target, float) else target}{unit}",
+        f"{shown}{unit}{beside}",
+        found / target,
+        values,
+    )

@@ -32,10 +32,19 @@ import scale
 from field import Canned, field
 
 GROUPS: dict[str, tuple[tuple[str, ...], Callable[[rows.Bench, set[str]], list[rows.Row]]]] = {
-    "counting": (("4", "5"), rows.counting), "loading": (("14",), rows.loading), "single": (("7", "8"), rows.single), "listing": (("9",), rows.listing),
-    "history": (("10",), rows.history), "committing": (("11",), rows.committing), "daemon": (("12",), daemon.serving), "growing": (("13",), rows.growing),
-    "repeating": (("6",), rows.repeating), "destroying": (("1", "2", "3"), rows.destroying), "levers": (("levers",), scale.levers),
-    "scale": (("scale",), scale.sizes)}
+    "counting": (("4", "5"), rows.counting),
+    "loading": (("14",), rows.loading),
+    "single": (("7", "8"), rows.single),
+    "listing": (("9",), rows.listing),
+    "history": (("10",), rows.history),
+    "committing": (("11",), rows.committing),
+    "daemon": (("12",), daemon.serving),
+    "growing": (("13",), rows.growing),
+    "repeating": (("6",), rows.repeating),
+    "destroying": (("1", "2", "3"), rows.destroying),
+    "levers": (("levers",), scale.levers),
+    "scale": (("scale",), scale.sizes),
+}
 ALL = {number for numbers, _measure in GROUPS.values() for number in numbers}
 
 
@@ -51,7 +60,10 @@ class Others:
         import psutil
 
         found = psutil.cpu_times()
-        ours = sum(one.ru_utime + one.ru_stime for one in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))
+        ours = sum(
+            one.ru_utime + one.ru_stime
+            for one in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+        )
         return found.user + found.nice + found.system + found.irq + found.softirq, ours + self._server.cpu_seconds()
 
     @property
@@ -63,7 +75,9 @@ class Others:
 def main() -> int:
     asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     asked.add_argument("--runs", type=int, default=5, help="how often each thing is measured")
-    asked.add_argument("--rows", default="", help="rows to measure, such as '4 5 12'; 'levers' and 'scale' are two more; default: all")
+    asked.add_argument(
+        "--rows", default="", help="rows to measure, such as '4 5 12'; 'levers' and 'scale' are two more; default: all"
+    )
     asked.add_argument("--most", type=int, default=5000, help="the most VMs of row 13")
     given = asked.parse_args()
     wanted = set(given.rows.replace(",", " ").split()) or ALL
@@ -88,15 +102,22 @@ def main() -> int:
             for row in found:
                 if row["row"] not in wanted:
                     continue
-                known["rows"][row["row"]] = {"runs": given.runs, **row, "others": round(others.cores, 2), "on": datetime.date.today().isoformat()}
+                known["rows"][row["row"]] = {
+                    "runs": given.runs,
+                    **row,
+                    "others": round(others.cores, 2),
+                    "on": datetime.date.today().isoformat(),
+                }
                 print(report.line(row), flush=True)
             known["machine"] = {**machine(), "community.proxmox": peers.version()}
             report.save(known)
     # As it was saved: the page can be made of that again.
     known = report.load()
     report.write(known)
-    print(f"\n{report.table(known)}\n\n{report.text_plot(known)}\n\nMeasured within {time.monotonic() - began:.0f} s; written to docs/performance.md, "
-          "docs/performance.png and benchmarks/results.json")
+    print(
+        f"\n{report.table(known)}\n\n{report.text_plot(known)}\n\nMeasured within {time.monotonic() - began:.0f} s; written to docs/performance.md, "
+        "docs/performance.png and benchmarks/results.json"
+    )
     return 1 if failed else 0
 
 
@@ -104,11 +125,22 @@ def machine() -> dict[str, Any]:
     """What kind of machine it was, and nothing that tells which."""
     cpus = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     model = next((line.partition(":")[2].strip() for line in cpus if line.startswith("model name")), platform.machine())
-    memory = next(int(line.split()[1]) for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines() if line.startswith("MemTotal"))
+    memory = next(
+        int(line.split()[1])
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        if line.startswith("MemTotal")
+    )
     import ansible
 
-    return {"cores": os.cpu_count(), "cpu": model, "memory_gb": round(memory / 2**20), "python": platform.python_version(), "ansible-core": ansible.__version__,
-            "kernel": platform.release().split("-")[0], "architecture": platform.machine()}
+    return {
+        "cores": os.cpu_count(),
+        "cpu": model,
+        "memory_gb": round(memory / 2**20),
+        "python": platform.python_version(),
+        "ansible-core": ansible.__version__,
+        "kernel": platform.release().split("-")[0],
+        "architecture": platform.machine(),
+    }
 
 
 if __name__ == "__main__":

@@ -25,7 +25,10 @@ HOSTS = 100
 def levers(bench: Bench, _wanted: set[str]) -> list[Row]:
     """Destroy 200 VMs with other settings of connections and poll_interval."""
     table = []
-    for connections, interval in [*((number, TICK) for number in (1, 4, IN_FLIGHT, 64)), *((IN_FLIGHT, seconds) for seconds in (0.02, 0.5, 2.0))]:
+    for connections, interval in [
+        *((number, TICK) for number in (1, 4, IN_FLIGHT, 64)),
+        *((IN_FLIGHT, seconds) for seconds in (0.02, 0.5, 2.0)),
+    ]:
         count = LEVER_VMS if connections > 1 else LEVER_VMS // 5
         times: list[float] = []
         for _number in range(1 if connections == 1 else min(bench.runs, 3)):
@@ -35,14 +38,31 @@ def levers(bench: Bench, _wanted: set[str]) -> list[Row]:
             times.append(took / count)
         asked = bench.server.counts()
         looks = sum(number for kind, number in asked.items() if "/tasks" in kind)
-        table.append({"connections": connections, "poll_interval": interval, "ms a VM": round(statistics.median(times) * 1000, 1),
-                      "requests a VM": round(sum(asked.values()) / count, 2), "looks at tasks": looks, "memory MB": memory // 1024, "vms": count})
+        table.append(
+            {
+                "connections": connections,
+                "poll_interval": interval,
+                "ms a VM": round(statistics.median(times) * 1000, 1),
+                "requests a VM": round(sum(asked.values()) / count, 2),
+                "looks at tasks": looks,
+                "memory MB": memory // 1024,
+                "vms": count,
+            }
+        )
     return [{"row": "levers", "table": table, "fewer": "at most 3 each", "task": TASK}]
 
 
 def sizes(bench: Bench, _wanted: set[str]) -> list[Row]:
     """One node with 200 sandboxes, a cluster of 16 nodes with 10,000, and 100 hosts with 50 each."""
-    return [{"row": "scale", "runs": 1, "node": _cluster(bench, 1, 200, 200), "cluster": _cluster(bench, 16, 10000, 1000), "fleet": _fleet(bench)}]
+    return [
+        {
+            "row": "scale",
+            "runs": 1,
+            "node": _cluster(bench, 1, 200, 200),
+            "cluster": _cluster(bench, 16, 10000, 1000),
+            "fleet": _fleet(bench),
+        }
+    ]
 
 
 def _cluster(bench: Bench, nodes: int, count: int, gone: int) -> dict[str, Any]:
@@ -57,7 +77,10 @@ def _cluster(bench: Bench, nodes: int, count: int, gone: int) -> dict[str, Any]:
     bench.vms(count, status="running", nodes=nodes)
     measured("list compared with Proxmox", bench.ours(bench.info_play("verify", verify=True, verify_identity=False)))
     bench.vms(count, status="running", nodes=nodes)
-    measured("reconcile, plan only", bench.ours(playbook(bench.folder, "reconcile", play({"agentlab.proxmox.agentlab_reconcile": {}}))))
+    measured(
+        "reconcile, plan only",
+        bench.ours(playbook(bench.folder, "reconcile", play({"agentlab.proxmox.agentlab_reconcile": {}}))),
+    )
     began = time.perf_counter()
     with daemon.running(bench, count, nodes=nodes) as one:
         measured("daemon: start and first reconcile", time.perf_counter() - began)
@@ -90,11 +113,16 @@ def _fleet(bench: Bench) -> dict[str, Any]:
 
     def over_all(name: str, task: dict[str, Any]) -> float:
         file = playbook(bench.folder, f"fleet-{name}", [dict(play(task)[0], hosts="fleet")])
-        return timed([str(BIN / "ansible-playbook"), "-i", str(inventory), "--forks", "20", file], bench.env, bench.folder)
+        return timed(
+            [str(BIN / "ansible-playbook"), "-i", str(inventory), "--forks", "20", file], bench.env, bench.folder
+        )
 
     where = {"database": "{{ agentlab_database }}"}
     found: dict[str, Any] = {"hosts": HOSTS, "forks": 20}
-    for name, task in {"ping": {"ansible.builtin.ping": {}}, "records": {"agentlab.proxmox.agentlab_sandbox_info": where},
-                       "compared": {"agentlab.proxmox.agentlab_sandbox_info": {**where, "verify": True, "verify_identity": False}}}.items():
+    for name, task in {
+        "ping": {"ansible.builtin.ping": {}},
+        "records": {"agentlab.proxmox.agentlab_sandbox_info": where},
+        "compared": {"agentlab.proxmox.agentlab_sandbox_info": {**where, "verify": True, "verify_identity": False}},
+    }.items():
         found[name] = round(over_all(name, task), 1)
     return json.loads(json.dumps(found))

@@ -114,7 +114,11 @@ api_timeout: 10
 def env(server: Server, tmp_path: Path) -> dict[str, str]:
     """The environment of a user whose configuration leads to the fake Proxmox."""
     (tmp_path / "config.yaml").write_text(CONFIG, encoding="utf-8")
-    own = {name: value for name, value in os.environ.items() if not name.startswith(("ANSIBLE_", "PROXMOX_", "AGENTLAB_", "PYTEST_"))}
+    own = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("ANSIBLE_", "PROXMOX_", "AGENTLAB_", "PYTEST_"))
+    }
     return {**own, **server.environment(str(tmp_path))}
 
 

@@ -52,8 +52,13 @@ def start(folder: Path, addresses: list[str]) -> int:
     stop(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "log").open("w") as log:
-        server = subprocess.Popen([sys.executable, __file__, "serve", str(folder), *addresses], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                                  start_new_session=True)
+        server = subprocess.Popen(
+            [sys.executable, __file__, "serve", str(folder), *addresses],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
     (folder / "pid").write_text(str(server.pid))
     deadline = time.monotonic() + 30
     while not all((folder / f"ca-{address}.pem").exists() for address in addresses):

@@ -30,7 +30,17 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "agen
 # Where the packages come from; without it, where mmdebstrap takes them from by itself.
 MIRROR = os.environ.get("AGENTLAB_DEBIAN_MIRROR", "")
 # A bare server with what Ansible needs to get in. Nothing of what the role installs.
-PACKAGES = ("systemd-sysv", "dbus", "python3", "python3-apt", "openssh-server", "iproute2", "ca-certificates", "sudo", "procps")
+PACKAGES = (
+    "systemd-sysv",
+    "dbus",
+    "python3",
+    "python3-apt",
+    "openssh-server",
+    "iproute2",
+    "ca-certificates",
+    "sudo",
+    "procps",
+)
 # Part of the key of a tree: raise it when the way a tree is made changes.
 RECIPE = 1
 # Not 22: the machine's own sshd may listen there on every address.
@@ -65,7 +75,11 @@ def main() -> int:
     if os.geteuid() != 0:
         raise Failed("test hosts need root (systemd-nspawn, mounts and cgroups); run as root or with sudo")
     if given.command == "start":
-        for tool, package in (("systemd-nspawn", "systemd-container"), ("mmdebstrap", "mmdebstrap"), ("mount", "mount")):
+        for tool, package in (
+            ("systemd-nspawn", "systemd-container"),
+            ("mmdebstrap", "mmdebstrap"),
+            ("mount", "mount"),
+        ):
             if shutil.which(tool) is None:
                 raise Failed(f"{tool} is missing; apt-get install {package}")
         Host(given.name).start(given.release, given.address, given.key)
@@ -96,6 +110,7 @@ def _cgroup_root() -> Path:
 
 # ---- trees ----
 
+
 def tree(release: str) -> Path:
     """The base tree of a release, made when it is not there yet."""
     options = _apt_options()
@@ -113,8 +128,18 @@ def tree(release: str) -> Path:
                 shutil.rmtree(draft, ignore_errors=True)
                 try:
                     # The package lists stay: a bare host knows what there is to install.
-                    _call("mmdebstrap", "--quiet", "--mode=root", "--variant=apt", "--skip=cleanup/apt/lists", f"--include={','.join(PACKAGES)}",
-                          *(f"--aptopt={option}" for option in options), release, str(draft), *filter(None, [MIRROR]))
+                    _call(
+                        "mmdebstrap",
+                        "--quiet",
+                        "--mode=root",
+                        "--variant=apt",
+                        "--skip=cleanup/apt/lists",
+                        f"--include={','.join(PACKAGES)}",
+                        *(f"--aptopt={option}" for option in options),
+                        release,
+                        str(draft),
+                        *filter(None, [MIRROR]),
+                    )
                     break
                 except Failed:
                     if attempt == TRIES - 1:
@@ -127,11 +152,16 @@ def tree(release: str) -> Path:
 def _apt_options() -> list[str]:
     """What the machine's apt needs to reach its servers (proxies, dates): the hosts' apt needs it too."""
     done = subprocess.run(["apt-config", "dump"], capture_output=True, text=True, check=False)
-    found = (line for line in done.stdout.splitlines() if re.match(r'Acquire::(https?::.*|Check-Date|Check-Valid-Until) ".+";', line))
+    found = (
+        line
+        for line in done.stdout.splitlines()
+        if re.match(r'Acquire::(https?::.*|Check-Date|Check-Valid-Until) ".+";', line)
+    )
     return [*sorted(found), APT_RETRIES]
 
 
 # ---- hosts ----
+
 
 class Host:
     def __init__(self, name: str) -> None:
@@ -157,8 +187,14 @@ class Host:
         _call("mount", "-t", "overlay", "-o", options, "agentlab-test-host", str(self.root))
         self._furnish(address, key)
         with self.log.open("w") as log:
-            supervisor = subprocess.Popen([sys.executable, __file__, "supervise", self.name], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                                          start_new_session=True, cwd="/")
+            supervisor = subprocess.Popen(
+                [sys.executable, __file__, "supervise", self.name],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                cwd="/",
+            )
         self.pid_file.write_text(str(supervisor.pid))
         deadline = time.monotonic() + 60
         while not _answers(address):
@@ -170,6 +206,7 @@ class Host:
 
     def _furnish(self, address: str, key: Path) -> None:
         """What tells this host from the base tree."""
+
         def put(path: str, text: str, mode: int = 0o644) -> None:
             target = self.root / path.lstrip("/")
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -179,10 +216,19 @@ class Host:
 
         put("/etc/hostname", f"{self.name}\n")
         put("/etc/hosts", f"127.0.0.1 localhost\n{address} {self.name} pve1.example.net\n")
-        put("/etc/ssh/sshd_config.d/test.conf", f"ListenAddress {address}\nPort {SSH_PORT}\nPermitRootLogin prohibit-password\nUseDNS no\n")
+        put(
+            "/etc/ssh/sshd_config.d/test.conf",
+            f"ListenAddress {address}\nPort {SSH_PORT}\nPermitRootLogin prohibit-password\nUseDNS no\n",
+        )
         (self.root / "root/.ssh").mkdir(mode=0o700, exist_ok=True)
         put("/root/.ssh/authorized_keys", key.read_text(), 0o600)
-        for unit in ("apt-daily.timer", "apt-daily-upgrade.timer", "ssh.socket", "systemd-resolved.service", "systemd-networkd.service"):
+        for unit in (
+            "apt-daily.timer",
+            "apt-daily-upgrade.timer",
+            "ssh.socket",
+            "systemd-resolved.service",
+            "systemd-networkd.service",
+        ):
             link = self.root / "etc/systemd/system" / unit
             link.unlink(missing_ok=True)
             link.symlink_to("/dev/null")
@@ -207,12 +253,26 @@ class Host:
 
         signal.signal(signal.SIGTERM, stop)
         self.cgroup.mkdir(exist_ok=True)
-        command = ["systemd-nspawn", "--boot", "--quiet", f"--directory={self.root}", f"--machine={self.name}", "--register=no", "--keep-unit",
-                   "--resolv-conf=copy-host", "--timezone=off", "--console=pipe"]
+        command = [
+            "systemd-nspawn",
+            "--boot",
+            "--quiet",
+            f"--directory={self.root}",
+            f"--machine={self.name}",
+            "--register=no",
+            "--keep-unit",
+            "--resolv-conf=copy-host",
+            "--timezone=off",
+            "--console=pipe",
+        ]
         # A child enters the cgroup, not this process: nspawn divides the cgroup that it finds itself in.
         enter = ["/bin/sh", "-c", f'echo $$ > "{self.cgroup}/cgroup.procs" && exec "$@"', "sh"]
         while not stopping:
-            nspawn = subprocess.Popen([*enter, *command], env={**os.environ, "SYSTEMD_NSPAWN_UNIFIED_HIERARCHY": "1"}, stdin=subprocess.DEVNULL)
+            nspawn = subprocess.Popen(
+                [*enter, *command],
+                env={**os.environ, "SYSTEMD_NSPAWN_UNIFIED_HIERARCHY": "1"},
+                stdin=subprocess.DEVNULL,
+            )
             if stopping:
                 stop()
             code = nspawn.wait()

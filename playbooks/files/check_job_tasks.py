@@ -58,8 +58,13 @@ def load_tasks(path: str) -> list[dict[str, Any]] | None:
     """Return the tasks of a file; None when it is encrypted and cannot be looked into. Raises Problem."""
     try:
         if not os.path.isfile(path):
-            raise Problem("is a folder; give the file with the tasks" if os.path.isdir(path)
-                          else "is not a file" if os.path.exists(path) else "does not exist")
+            raise Problem(
+                "is a folder; give the file with the tasks"
+                if os.path.isdir(path)
+                else "is not a file"
+                if os.path.exists(path)
+                else "does not exist"
+            )
         with open(path, "rb") as file:
             raw = file.read(LARGEST + 1)
     except OSError as error:
@@ -78,7 +83,9 @@ def load_tasks(path: str) -> list[dict[str, Any]] | None:
         tab = "; YAML takes no tabs for indentation, use blanks" if "\\t" in str(error.problem) else ""
         raise Problem(f"is not valid YAML: {where}{error.problem or error.context}{tab}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise Problem(f"is not valid YAML: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from None
+        raise Problem(
+            f"is not valid YAML: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        ) from None
     if content is None:
         raise Problem("holds no tasks")
     if isinstance(content, dict):
@@ -125,8 +132,10 @@ def collect(path: str, folder: str, roles: list[str], seen: set[str]) -> None:
     for task in every_task(load_tasks(path)):
         ending = argument(task, "meta", "_raw_params")
         if ending in ENDING:
-            raise Problem(f"'meta: {ending}' would end the play before the sandbox is cleared up; "
-                          "put the rest into a block with 'when', or fail")
+            raise Problem(
+                f"'meta: {ending}' would end the play before the sandbox is cleared up; "
+                "put the rest into a block with 'when', or fail"
+            )
         for action in ("include_role", "import_role"):
             role = argument(task, action, "name")
             if role:
@@ -134,7 +143,10 @@ def collect(path: str, folder: str, roles: list[str], seen: set[str]) -> None:
         # Of a missing file that is imported Ansible says only that it cannot be retrieved.
         included = argument(task, "include_tasks", "file") or argument(task, "import_tasks", "file")
         if included:
-            candidates = [os.path.join(base, included) for base in (os.path.dirname(path), f"{os.path.dirname(path)}/tasks", folder)]
+            candidates = [
+                os.path.join(base, included)
+                for base in (os.path.dirname(path), f"{os.path.dirname(path)}/tasks", folder)
+            ]
             inner = next((each for each in candidates if os.path.isfile(each)), None)
             if inner is None:
                 raise Problem(f"includes {included}, which is not there")
@@ -149,7 +161,15 @@ def ansible_problem(path: str, folder: str, roles: list[str]) -> str:
     """Return what Ansible itself says when it loads the tasks and the roles, "" when it has nothing to say."""
     tasks = [{"name": "Tasks", "ansible.builtin.import_tasks": path}]
     tasks += [{"name": "Role", "ansible.builtin.import_role": {"name": role}} for role in dict.fromkeys(roles)]
-    play = [{"name": "Check", "hosts": "localhost", "gather_facts": False, "collections": ["agentlab.proxmox"], "tasks": tasks}]
+    play = [
+        {
+            "name": "Check",
+            "hosts": "localhost",
+            "gather_facts": False,
+            "collections": ["agentlab.proxmox"],
+            "tasks": tasks,
+        }
+    ]
     with tempfile.TemporaryDirectory(prefix="agentlab-job-") as scratch:
         playbook = os.path.join(scratch, "check.yml")
         with open(playbook, "w", encoding="utf-8") as file:
@@ -158,8 +178,16 @@ def ansible_problem(path: str, folder: str, roles: list[str]) -> str:
         environment.update(ANSIBLE_NOCOLOR="1", ANSIBLE_FORCE_COLOR="0", ANSIBLE_DEPRECATION_WARNINGS="false")
         command = [sys.executable, "-m", "ansible", "playbook", "--syntax-check", "-i", "localhost,", playbook]
         try:
-            run = subprocess.run(command, cwd=folder if os.path.isdir(folder) else scratch, env=environment, text=True,
-                                 stdin=subprocess.DEVNULL, capture_output=True, timeout=LOAD_TIMEOUT, check=False)
+            run = subprocess.run(
+                command,
+                cwd=folder if os.path.isdir(folder) else scratch,
+                env=environment,
+                text=True,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                timeout=LOAD_TIMEOUT,
+                check=False,
+            )
         except (OSError, subprocess.TimeoutExpired) as error:
             return f"could not be checked: {error}"
         own_folder = rf":?{re.escape(os.path.realpath(scratch))}(/roles)?|:?{re.escape(scratch)}(/roles)?"
@@ -170,9 +198,12 @@ def sentence(output: str) -> str:
     """Return the error in the output of ansible-playbook, and where it is, on one line."""
     lines = [line.strip() for line in COLOUR.sub("", output).splitlines()]
     starts = [number for number, line in enumerate(lines) if re.match(r"ERROR!|\[ERROR\]:?", line)]
-    lines = lines[starts[0]:] if starts else [line for line in lines if line and not line.startswith("[WARNING]")]
+    lines = lines[starts[0] :] if starts else [line for line in lines if line and not line.startswith("[WARNING]")]
     text = re.sub(r"^(ERROR!|\[ERROR\]:?)\s*", "", lines[0]) if lines else "Ansible refuses it"
-    place = re.search(r"appears to be in '(?P<file>[^']+)': line (?P<line>\d+)|Origin: (?P<file2>\S+?):(?P<line2>\d+)", "\n".join(lines))
+    place = re.search(
+        r"appears to be in '(?P<file>[^']+)': line (?P<line>\d+)|Origin: (?P<file2>\S+?):(?P<line2>\d+)",
+        "\n".join(lines),
+    )
     if place:
         text += f" ({place['file'] or place['file2']}, line {place['line'] or place['line2']})"
     return text[:1000]

@@ -48,7 +48,15 @@ class _Ended(BaseException):
 class _Here:
     """What our modules use of AnsibleModule, for one that runs here: options checked by the same validator, and an answer without secrets."""
 
-    def __init__(self, action: ActionBase, task_vars: dict[str, Any], argument_spec: dict[str, Any], *, supports_check_mode: bool, **rules: Any) -> None:
+    def __init__(
+        self,
+        action: ActionBase,
+        task_vars: dict[str, Any],
+        argument_spec: dict[str, Any],
+        *,
+        supports_check_mode: bool,
+        **rules: Any,
+    ) -> None:
         # Every module of ours does.
         del supports_check_mode
         self._name = action._task.action
@@ -56,8 +64,10 @@ class _Here:
         self._diff = action._task.diff
         self._warnings: list[str] = []
         # From ansible-core 2.21 on only when it is asked for.
-        self._tells_options = ("INJECT_INVOCATION" not in C.config.get_configuration_definitions()
-                               or C.config.get_config_value("INJECT_INVOCATION", variables=task_vars))
+        self._tells_options = (
+            "INJECT_INVOCATION" not in C.config.get_configuration_definitions()
+            or C.config.get_config_value("INJECT_INVOCATION", variables=task_vars)
+        )
         # As they would arrive elsewhere: plain values, what a vault holds as text.
         self.params = json.loads(json.dumps(action._task.args, cls=AnsibleJSONEncoder, vault_to_text=True))
         checked = ModuleArgumentSpecValidator(argument_spec, **rules).validate(self.params)
@@ -65,7 +75,11 @@ class _Here:
         self.no_log_values: set[str] = set(checked._no_log_values)
         if checked.error_messages:
             unsupported = isinstance(checked.errors[0], UnsupportedError)
-            self.fail_json(msg=f"Unsupported parameters for ({self._name}) module: {checked.errors.msg}" if unsupported else checked.errors.msg)
+            self.fail_json(
+                msg=f"Unsupported parameters for ({self._name}) module: {checked.errors.msg}"
+                if unsupported
+                else checked.errors.msg
+            )
 
     def warn(self, warning: str) -> None:
         if warning not in self._warnings:
@@ -119,12 +133,16 @@ class ActionModule(ShippedModule):
         for name in ("api_password", "api_token_id", "api_token_secret"):
             # Later the option's type has made text of it: 012345 would be 5349.
             if isinstance(self._task.args.get(name), (bool, int, float, datetime.date)):
-                raise AnsibleActionFail(f"{name}: YAML reads the value as a number, a date or a boolean, not as text, which would change it; put it in quotes")
+                raise AnsibleActionFail(
+                    f"{name}: YAML reads the value as a number, a date or a boolean, not as text, which would change it; put it in quotes"
+                )
         if not self._is_here(variables):
             return super().run(tmp, task_vars)
         result: dict[str, Any] = ActionBase.run(self, tmp, task_vars)
         # Another collection may call it by a name of its own.
-        found = self._shared_loader_obj.module_loader.find_plugin_with_context(self._task.action, collection_list=self._task.collections)
+        found = self._shared_loader_obj.module_loader.find_plugin_with_context(
+            self._task.action, collection_list=self._task.collections
+        )
         name = found.resolved_fqcn.rpartition(".")[2]
         display.vvv(f"Running {name} in place, see agentlab_in_place")
         try:
@@ -140,7 +158,13 @@ class ActionModule(ShippedModule):
 
     def _is_here(self, task_vars: dict[str, Any]) -> bool:
         task = self._task
-        if self._connection.transport != "local" or self._connection.become or task.async_val or task.timeout or any(task.environment):
+        if (
+            self._connection.transport != "local"
+            or self._connection.become
+            or task.async_val
+            or task.timeout
+            or any(task.environment)
+        ):
             return False
         if task.delegate_to:
             task_vars = task_vars.get("ansible_delegated_vars", {}).get(task.delegate_to, {})

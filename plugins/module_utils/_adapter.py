@@ -42,11 +42,23 @@ SELECT_EXCLUSIVE = [("vmid", "vmids", "name")]
 
 
 def _context(module: AnsibleModule, config: core_config.Config) -> Context:
-    return Context(config, actor=_actor(module), dry_run=module.check_mode, force_hint=states.FORCE_HINT_MODULE, wait_timeout=module.params.get("wait_timeout"))
+    return Context(
+        config,
+        actor=_actor(module),
+        dry_run=module.check_mode,
+        force_hint=states.FORCE_HINT_MODULE,
+        wait_timeout=module.params.get("wait_timeout"),
+    )
 
 
-def run(argument_spec: dict[str, Any], work: Callable[[AnsibleModule, Any], dict[str, Any]], *,
-        make: Callable[[AnsibleModule, core_config.Config], Any] = _context, front: Any = AnsibleModule, **kwargs: Any) -> None:
+def run(
+    argument_spec: dict[str, Any],
+    work: Callable[[AnsibleModule, Any], dict[str, Any]],
+    *,
+    make: Callable[[AnsibleModule, core_config.Config], Any] = _context,
+    front: Any = AnsibleModule,
+    **kwargs: Any,
+) -> None:
     """Run a module: make what it works on (a Context) from options, environment and file, call ``work``, answer. Never shows a trace for what we know.
 
     ``front`` stands for Ansible: AnsibleModule in a module that was shipped, something of the same kind in one that runs in place (plugins/action).
@@ -58,7 +70,9 @@ def run(argument_spec: dict[str, Any], work: Callable[[AnsibleModule, Any], dict
     try:
         found = core_config.load(module.params, os.environ)
         # Secrets that came from the file or the environment are as secret as those given as options.
-        module.no_log_values.update(value for value in (found.proxmox.api_password, found.proxmox.api_token_secret) if value)
+        module.no_log_values.update(
+            value for value in (found.proxmox.api_password, found.proxmox.api_token_secret) if value
+        )
         context = make(module, found)
         result = work(module, context)
     except AgentlabError as error:
@@ -106,7 +120,9 @@ def ids(module: AnsibleModule) -> list[dict[str, Any]]:
     if name is not None and params.get("vmid") is None:
         return [{"name": name}]
     option = "vmids" if params.get("vmids") is not None else "vmid"
-    wanted = _numbers(params["vmids"]) if option == "vmids" else [params["vmid"]] if params.get("vmid") is not None else []
+    wanted = (
+        _numbers(params["vmids"]) if option == "vmids" else [params["vmid"]] if params.get("vmid") is not None else []
+    )
     for vmid in wanted:
         if not 100 <= vmid <= 999999999:
             raise InvalidInput(f"{option}: {vmid} is not a VMID. Valid: 100 to 999999999", option=option, value=vmid)
@@ -147,7 +163,9 @@ def answer(outcomes: Sequence[Outcome], *, single: bool, diff: bool) -> dict[str
     if failed:
         result["failed"] = True
         first = failed[0].message or failed[0].reason or "failed"
-        result["msg"] = first if len(outcomes) == 1 else f"{len(failed)} of {len(outcomes)} sandboxes failed; the first: {first}"
+        result["msg"] = (
+            first if len(outcomes) == 1 else f"{len(failed)} of {len(outcomes)} sandboxes failed; the first: {first}"
+        )
     return result
 
 

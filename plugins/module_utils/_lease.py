@@ -25,7 +25,9 @@ def run(module: AnsibleModule, context: Context) -> dict[str, Any]:
 
     def one(sandbox: Sandbox) -> Outcome:
         try:
-            return lease.renew(context, sandbox, ttl, min_remaining=min_remaining, allow_shorten=params["allow_shorten"])
+            return lease.renew(
+                context, sandbox, ttl, min_remaining=min_remaining, allow_shorten=params["allow_shorten"]
+            )
         except AgentlabError as error:
             return failure(sandbox, error)
 

@@ -68,7 +68,9 @@ def _present(module: AnsibleModule, context: Context, which_ones: list[dict[str,
             outcome = create.run(context, asked)
             if found is not None and outcome.outcome in ("unchanged", "updated") and outcome.sandbox is not None:
                 # Given as false they are to be switched off; left out they stay as they are.
-                second = create.amend(context, outcome.sandbox, protected=params["protected"], keepalive=params["keepalive"])
+                second = create.amend(
+                    context, outcome.sandbox, protected=params["protected"], keepalive=params["keepalive"]
+                )
                 if second.changed:
                     second.warnings, second.upids = outcome.warnings, outcome.upids
                     for part in ("update", "before"):
@@ -92,14 +94,19 @@ def _absent(context: Context, wanted: list[dict[str, Any]], force: bool) -> list
         try:
             found.append(context.select(**which))
         except NotFound:
-            found.append(Outcome("not_found", vmid=which.get("vmid"), name=which.get("name"), reason="no record; a VM without one is never touched"))
+            found.append(
+                Outcome(
+                    "not_found",
+                    vmid=which.get("vmid"),
+                    name=which.get("name"),
+                    reason="no record; a VM without one is never touched",
+                )
+            )
     done = iter(destroy.several(context, [one for one in found if isinstance(one, Sandbox)], force))
     return [one if isinstance(one, Outcome) else next(done) for one in found]
 
 
-def _power(
-    context: Context, wanted: list[dict[str, Any]], state: str, force: bool, wait_for_ip: bool
-) -> list[Outcome]:
+def _power(context: Context, wanted: list[dict[str, Any]], state: str, force: bool, wait_for_ip: bool) -> list[Outcome]:
     from ._core.operations import address, power
 
     operation = power.operation_for(state)

@@ -14,8 +14,15 @@ from ._core.operations import workspace
 from ._core.operations.context import Context
 
 # Options that only some states take.
-_ONLY = {"size": ("present",), "storage": ("present",), "node": ("present",), "vmid": ("attached",), "sandbox": ("attached",), "ttl": ("attached",),
-         "force": ("absent",)}
+_ONLY = {
+    "size": ("present",),
+    "storage": ("present",),
+    "node": ("present",),
+    "vmid": ("attached",),
+    "sandbox": ("attached",),
+    "ttl": ("attached",),
+    "force": ("absent",),
+}
 
 
 def run(module: AnsibleModule, context: Context) -> dict[str, Any]:
@@ -24,25 +31,42 @@ def run(module: AnsibleModule, context: Context) -> dict[str, Any]:
     state = params["state"]
     for option, states in _ONLY.items():
         if params.get(option) not in (None, False) and state not in states:
-            raise InvalidInput(f"{option}: only with state={' or '.join(states)}, not with state={state}", option=option)
+            raise InvalidInput(
+                f"{option}: only with state={' or '.join(states)}, not with state={state}", option=option
+            )
     before = workspace.records(context).find(params["name"])
     if state == "present":
-        done = workspace.present(context, params["name"], size=params["size"], storage=params["storage"], node=params["node"])
+        done = workspace.present(
+            context, params["name"], size=params["size"], storage=params["storage"], node=params["node"]
+        )
     elif state == "attached":
         if params["vmid"] is None and params["sandbox"] is None:
             raise InvalidInput("vmid: state=attached needs vmid or sandbox", option="vmid")
         ttl = None if params["ttl"] is None else context.config.parse_ttl(params["ttl"])
-        done = workspace.attached(context, params["name"], context.select(vmid=params["vmid"], name=params["sandbox"]), ttl)
+        done = workspace.attached(
+            context, params["name"], context.select(vmid=params["vmid"], name=params["sandbox"]), ttl
+        )
     elif state == "detached":
         done = workspace.detached(context, params["name"])
     else:
         done = workspace.absent(context, params["name"], force=params["force"])
     found = done.workspace
-    result: dict[str, Any] = {"changed": done.changed, "outcome": done.outcome, "workspace": found.public() if found else None}
+    result: dict[str, Any] = {
+        "changed": done.changed,
+        "outcome": done.outcome,
+        "workspace": found.public() if found else None,
+    }
     if module._diff:
-        result["diff"] = {"before": _seen(before) if done.changed else {}, "after": _seen(found) if done.changed else {}}
+        result["diff"] = {
+            "before": _seen(before) if done.changed else {},
+            "after": _seen(found) if done.changed else {},
+        }
     return result
 
 
 def _seen(found: Any) -> dict[str, Any]:
-    return {"state": found.state if found else None, "size": found.size if found else None, "vmid": found.vmid if found else None}
+    return {
+        "state": found.state if found else None,
+        "size": found.size if found else None,
+        "vmid": found.vmid if found else None,
+    }

@@ -126,7 +126,9 @@ def work(module, found):
             result["diff"] = {"before": {}, "after": {"bundle": params["bundle"]}}
     bad = report.worse_than(params["fail_on"])
     if bad:
-        result.update(failed=True, msg=f"{len(bad)} findings; the first: {bad[0].check}: {bad[0].meaning}; {bad[0].advice}")
+        result.update(
+            failed=True, msg=f"{len(bad)} findings; the first: {bad[0].check}: {bad[0].meaning}; {bad[0].advice}"
+        )
     return result
 
 

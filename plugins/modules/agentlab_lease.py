@@ -79,7 +79,13 @@ def work(module, context):
 
 
 def main(front=_adapter.AnsibleModule):
-    _adapter.run(ARGUMENT_SPEC, work, front=front, mutually_exclusive=[_adapter.SELECT_EXCLUSIVE[0]], required_one_of=[_adapter.SELECT_EXCLUSIVE[0]])
+    _adapter.run(
+        ARGUMENT_SPEC,
+        work,
+        front=front,
+        mutually_exclusive=[_adapter.SELECT_EXCLUSIVE[0]],
+        required_one_of=[_adapter.SELECT_EXCLUSIVE[0]],
+    )
 
 
 if __name__ == "__main__":

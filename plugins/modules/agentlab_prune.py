@@ -86,7 +86,12 @@ from ansible_collections.agentlab.proxmox.plugins.module_utils import _adapter
 
 ARGUMENT_SPEC = {
     "older_than": {"type": "str"},
-    "states": {"type": "list", "elements": "str", "choices": ["TIMEOUT", "COMPLETED", "FAILED", "STOPPED"], "default": ["TIMEOUT"]},
+    "states": {
+        "type": "list",
+        "elements": "str",
+        "choices": ["TIMEOUT", "COMPLETED", "FAILED", "STOPPED"],
+        "default": ["TIMEOUT"],
+    },
     "tags": {"type": "list", "elements": "str"},
     "max_count": {"type": "int"},
     "wait_timeout": {"type": "int"},
@@ -101,8 +106,15 @@ def work(module, context):
     from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import prune
 
     params = module.params
-    older_than = None if params["older_than"] is None else durations.parse(params["older_than"], "older_than", zero=True)
-    report = prune.run(context, prune.Wanted(states=params["states"], older_than=older_than, tags=_adapter.tags(module), max_count=params["max_count"]))
+    older_than = (
+        None if params["older_than"] is None else durations.parse(params["older_than"], "older_than", zero=True)
+    )
+    report = prune.run(
+        context,
+        prune.Wanted(
+            states=params["states"], older_than=older_than, tags=_adapter.tags(module), max_count=params["max_count"]
+        ),
+    )
     result = {
         "changed": bool(report.pruned),
         "count": report.count,
@@ -116,7 +128,10 @@ def work(module, context):
     if _MAY_BE_A_LIST:
         result["failed"] = []
     if report.failed:
-        result.update(failed=True, msg=f"{len(report.failed)} sandboxes could not be pruned ({report.count} were); the first: {report.failed[0].message}")
+        result.update(
+            failed=True,
+            msg=f"{len(report.failed)} sandboxes could not be pruned ({report.count} were); the first: {report.failed[0].message}",
+        )
     return result
 
 

@@ -76,10 +76,14 @@ def work(module, context):
     wrong = [one for one in found if one.error]
     if wrong:
         result["failed"] = True
-        result["msg"] = f"{len(wrong)} of {len(drift)} differences could not be repaired; the first, sandbox {wrong[0].public()['vmid']}: {wrong[0].error}"
+        result["msg"] = (
+            f"{len(wrong)} of {len(drift)} differences could not be repaired; the first, sandbox {wrong[0].public()['vmid']}: {wrong[0].error}"
+        )
     if module._diff:
-        result["diff"] = {"before": {f"sandbox {one.public()['vmid']}": one.kind for one in changes},
-                          "after": {f"sandbox {one.public()['vmid']}": one.action for one in changes}}
+        result["diff"] = {
+            "before": {f"sandbox {one.public()['vmid']}": one.kind for one in changes},
+            "after": {f"sandbox {one.public()['vmid']}": one.action for one in changes},
+        }
     return result
 
 

@@ -118,13 +118,25 @@ def work(module, context):
 
     params = module.params
     if params["events"] < 0:
-        raise InvalidInput(f"events: {params['events']} is negative. Valid: 0 or more", option="events", value=params["events"])
+        raise InvalidInput(
+            f"events: {params['events']} is negative. Valid: 0 or more", option="events", value=params["events"]
+        )
     # An empty list asks for none; only without any of the three all are shown.
     chosen = any(params[name] is not None for name in _adapter.SELECT_ARGS)
-    wanted = info.Wanted(ids=_adapter.ids(module) if chosen else None, states=params["states"], profile=params["profile"], tags=_adapter.tags(module),
-                         expired=params["expired"], include_destroyed=params["include_destroyed"])
-    return dict(info.show(context, wanted, events=params["events"], verify=params["verify"],
-                          identities=params["verify_identity"]), changed=False)
+    wanted = info.Wanted(
+        ids=_adapter.ids(module) if chosen else None,
+        states=params["states"],
+        profile=params["profile"],
+        tags=_adapter.tags(module),
+        expired=params["expired"],
+        include_destroyed=params["include_destroyed"],
+    )
+    return dict(
+        info.show(
+            context, wanted, events=params["events"], verify=params["verify"], identities=params["verify_identity"]
+        ),
+        changed=False,
+    )
 
 
 def main(front=_adapter.AnsibleModule):

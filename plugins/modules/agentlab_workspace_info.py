@@ -68,8 +68,11 @@ from ansible_collections.agentlab.proxmox.plugins.module_utils import _adapter
 
 ARGUMENT_SPEC = {
     "name": {"type": "str"},
-    "states": {"type": "list", "elements": "str",
-               "choices": ["CREATING", "DETACHED", "ATTACHING", "ATTACHED", "DETACHING", "DELETING", "DELETED"]},
+    "states": {
+        "type": "list",
+        "elements": "str",
+        "choices": ["CREATING", "DETACHED", "ATTACHING", "ATTACHED", "DETACHING", "DELETING", "DELETED"],
+    },
     "include_deleted": {"type": "bool", "default": False},
     "events": {"type": "int", "default": 0},
     "verify": {"type": "bool", "default": False},
@@ -80,8 +83,14 @@ def work(module, context):
     from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import workspace
 
     params = module.params
-    return workspace.show(context, name=params["name"], states=params["states"], include_deleted=params["include_deleted"], events=params["events"],
-                          verify=params["verify"])
+    return workspace.show(
+        context,
+        name=params["name"],
+        states=params["states"],
+        include_deleted=params["include_deleted"],
+        events=params["events"],
+        verify=params["verify"],
+    )
 
 
 def main(front=_adapter.AnsibleModule):

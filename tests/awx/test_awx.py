@@ -68,9 +68,9 @@ def test_every_playbook_as_awx_runs_it(runner: Runner, server: Any) -> None:
     for name, variables in story:
         for check in (True, False):
             status, results, output = runner.run(name, check=check, **variables, **who)
-            assert (
-                status == 0 and "[WARNING]" not in output and "[DEPRECATION" not in output
-            ), f"{name} {check}\n{output}"
+            assert status == 0 and "[WARNING]" not in output and "[DEPRECATION" not in output, (
+                f"{name} {check}\n{output}"
+            )
             found[name, check] = results[-1]["res"]
             if check and name in ("sandbox_create", "job"):
                 assert [vm.vmid for vm in server.pve.vms if not vm.template] == []

@@ -274,10 +274,14 @@ def test_surveys(api: Api) -> None:
     # The default is not held against min and max.
     assert api.ask("POST", path, spec)[0] == 200 and api.ask("GET", path) == (200, spec)
     for question, told in (
-        ({"type": "multiplechoice", "variable": "v", "choices": ["a"], "default": "b"},
-         "Default choice must be answered from the choices listed."),
-        ({"type": "integer", "variable": "v", "default": "50"},
-         "Default value 50 in survey question 0 expected to be integer."),
+        (
+            {"type": "multiplechoice", "variable": "v", "choices": ["a"], "default": "b"},
+            "Default choice must be answered from the choices listed.",
+        ),
+        (
+            {"type": "integer", "variable": "v", "default": "50"},
+            "Default value 50 in survey question 0 expected to be integer.",
+        ),
     ):
         assert api.refused("POST", path, api.survey(question)) == {"error": told}
     told = api.refused("POST", path, api.survey(text, text))

@@ -529,14 +529,25 @@ def test_a_user_with_a_password(awx: Awx, set_up: SetUp) -> None:
 
 def test_what_awx_refuses_is_told_in_its_words(awx: Awx, set_up: SetUp) -> None:
     for expected, run in (
-        ("answers 401 for organizations: {'detail': 'Authentication credentials were not provided", set_up(token="wrong-1234567")),
-        ("inventories of AWX has none named nowhere in the organization Default; create it first, or name another with "
-         "awx_inventory", set_up(awx_inventory="nowhere")),
+        (
+            "answers 401 for organizations: {'detail': 'Authentication credentials were not provided",
+            set_up(token="wrong-1234567"),
+        ),
+        (
+            "inventories of AWX has none named nowhere in the organization Default; create it first, or name another with "
+            "awx_inventory",
+            set_up(awx_inventory="nowhere"),
+        ),
         ("organizations of AWX has none named Nobody; create it first", set_up(awx_organization="Nobody")),
         ("refuses projects agentlab (400): {'scm_url': ['Unsupported git URL: x']}", set_up(awx_project_scm_url="x")),
-        ("awx_host: 'awx.example.net' is not an address with its scheme. Write it as https://awx.example.net",
-         set_up(awx_host="awx.example.net")),
-        ("cannot be reached: [Errno 111] Connection refused. Check awx_host and its port", set_up(awx_host="http://127.0.0.1:9")),
+        (
+            "awx_host: 'awx.example.net' is not an address with its scheme. Write it as https://awx.example.net",
+            set_up(awx_host="awx.example.net"),
+        ),
+        (
+            "cannot be reached: [Errno 111] Connection refused. Check awx_host and its port",
+            set_up(awx_host="http://127.0.0.1:9"),
+        ),
         ("It does not speak TLS there: write http://", set_up(awx_host=awx.url.replace("http", "https"))),
         ("Set awx_host (or CONTROLLER_HOST)", set_up(awx_host="")),
     ):

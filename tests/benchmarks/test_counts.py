@@ -27,7 +27,13 @@ from field import FIRST, field, play, playbook
 INTERVAL = 1.0
 LOOKS = ("GET /nodes/{node}/tasks", "GET /nodes/{node}/tasks/{upid}/status")
 # What a bulk run asks once: the list before, quorum; and for the proof the list after, the rights that make it one, and one VMID in another way.
-ONCE = {"GET /cluster/resources": 2, "GET /cluster/ha/status/current": 1, "GET /access/acl": 1, "GET /access/permissions": 1, "GET /cluster/nextid": 1}
+ONCE = {
+    "GET /cluster/resources": 2,
+    "GET /cluster/ha/status/current": 1,
+    "GET /access/acl": 1,
+    "GET /access/permissions": 1,
+    "GET /cluster/nextid": 1,
+}
 
 
 @pytest.fixture(scope="module")
@@ -52,9 +58,16 @@ def test_row_4_prune_of_a_thousand_vanished_vms_asks_five_things(bench: rows.Ben
     assert asked(bench, "agentlab_prune") == {**ONCE, "GET /cluster/resources": 1}
 
 
-@pytest.mark.parametrize(("state", "status", "most", "extra"), [
-    ("STOPPED", "stopped", 3.4, {}), ("RUNNING", "running", 5.0, {"POST /nodes/{node}/qemu/{vmid}/status/stop": rows.MANY})])
-def test_row_5_requests_of_each_destroyed_vm(bench: rows.Bench, state: str, status: str, most: float, extra: dict[str, int]) -> None:
+@pytest.mark.parametrize(
+    ("state", "status", "most", "extra"),
+    [
+        ("STOPPED", "stopped", 3.4, {}),
+        ("RUNNING", "running", 5.0, {"POST /nodes/{node}/qemu/{vmid}/status/stop": rows.MANY}),
+    ],
+)
+def test_row_5_requests_of_each_destroyed_vm(
+    bench: rows.Bench, state: str, status: str, most: float, extra: dict[str, int]
+) -> None:
     """Its configuration is read, then written with what was judged, then it is deleted: never less, and nothing else but the shared looks at tasks."""
     bench.vms(status=status)
     bench.records(state=state)
@@ -64,8 +77,13 @@ def test_row_5_requests_of_each_destroyed_vm(bench: rows.Bench, state: str, stat
     quorum = found.pop("GET /cluster/ha/status/current")
     assert 1 <= quorum <= took / cluster._STATUS_SECONDS + 1
     looks = sum(found.pop(kind, 0) for kind in LOOKS)
-    each = dict.fromkeys((f"{method} /nodes/{{node}}/qemu/{{vmid}}{rest}" for method, rest in (("GET", "/config"), ("PUT", "/config"), ("DELETE", ""))),
-                         rows.MANY)
+    each = dict.fromkeys(
+        (
+            f"{method} /nodes/{{node}}/qemu/{{vmid}}{rest}"
+            for method, rest in (("GET", "/config"), ("PUT", "/config"), ("DELETE", ""))
+        ),
+        rows.MANY,
+    )
     assert {**found, "GET /cluster/ha/status/current": 1} == {**ONCE, **each, **extra}
     assert bench.server.state()["vms"] == 1 and bench.server.state()["most_tasks"] <= rows.IN_FLIGHT
     assert 1 <= looks <= took / INTERVAL + 1
@@ -82,12 +100,18 @@ def test_row_6_what_is_absent_already_costs_no_request(bench: rows.Bench) -> Non
 def test_rows_7_8_and_9_reading(bench: rows.Bench) -> None:
     bench.vms(5000)
     bench.records(5000, "RUNNING")
-    none = [{"agentlab.proxmox.agentlab_sandbox_info": {"vmid": FIRST}}, {"agentlab.proxmox.agentlab_lease": {"vmid": FIRST, "ttl": "2h"}}]
+    none = [
+        {"agentlab.proxmox.agentlab_sandbox_info": {"vmid": FIRST}},
+        {"agentlab.proxmox.agentlab_lease": {"vmid": FIRST, "ttl": "2h"}},
+    ]
     one = {"agentlab.proxmox.agentlab_sandbox_info": {"vmid": FIRST, "verify": True, "verify_identity": False}}
     bench.ours(playbook(bench.folder, "reading", play(*none, one)))
     assert bench.server.counts() == {"GET /cluster/resources": 1}
     # Quorum first, so that the list may count as a proof of what it lacks.
-    assert asked(bench, "agentlab_sandbox_info", verify=True, verify_identity=False) == {"GET /cluster/resources": 1, "GET /cluster/ha/status/current": 1}
+    assert asked(bench, "agentlab_sandbox_info", verify=True, verify_identity=False) == {
+        "GET /cluster/resources": 1,
+        "GET /cluster/ha/status/current": 1,
+    }
 
 
 def test_row_14_payload_of_every_module(bench: rows.Bench) -> None:
@@ -101,5 +125,11 @@ def test_the_page_is_made_of_the_results() -> None:
     """docs/performance.md has every row of the last measurement, as benchmarks/results.json has it."""
     known = report.load()
     text = (ROOT / "docs/performance.md").read_text()
-    for made in (report.when(known), report.table(known), report.text_plot(known), report.lever_table(known), report.scale_table(known)):
+    for made in (
+        report.when(known),
+        report.table(known),
+        report.text_plot(known),
+        report.lever_table(known),
+        report.scale_table(known),
+    ):
         assert made in text, "run benchmarks/report.py"

@@ -42,16 +42,39 @@ def test_the_life_of_a_sandbox(daemon: Make, lab: Lab) -> None:
     assert one.good("POST", "/v1/sandboxes", {"name": "a1"}, 200)["changed"] is False
     path = "/v1/sandboxes/1000"
     shown = one.good("GET", path)
-    assert set(shown) == {"uuid", "vmid", "name", "profile", "state", "node", "ip", "ip_seen_at", "workspace_id", "tags",
-                          "protected", "keepalive", "lease_expires_at", "created_at", "updated_at", "state_changed_at"}
+    assert set(shown) == {
+        "uuid",
+        "vmid",
+        "name",
+        "profile",
+        "state",
+        "node",
+        "ip",
+        "ip_seen_at",
+        "workspace_id",
+        "tags",
+        "protected",
+        "keepalive",
+        "lease_expires_at",
+        "created_at",
+        "updated_at",
+        "state_changed_at",
+    }
     renewed = one.good("POST", f"{path}/lease/renew", {"ttl_minutes": 240})
-    assert renewed["vmid"] == 1000 and renewed["lease_expires_at"] == one.good("GET", path)["lease_expires_at"] > made["lease_expires_at"]
+    assert (
+        renewed["vmid"] == 1000
+        and renewed["lease_expires_at"] == one.good("GET", path)["lease_expires_at"] > made["lease_expires_at"]
+    )
     assert one.good("POST", f"{path}/suspend")["state"] == "SUSPENDED"
     assert one.good("POST", f"{path}/start")["state"] == "RUNNING"
     stopped = one.good("POST", f"{path}/stop", {})
     assert (stopped["state"], stopped["previous_state"], lab.pve.vm(1000).status) == ("STOPPED", "RUNNING", "stopped")
     destroyed = one.good("POST", f"{path}/destroy")
-    assert (destroyed["state"], destroyed["previous_state"], destroyed["outcome"]) == ("DESTROYED", "STOPPED", "destroyed")
+    assert (destroyed["state"], destroyed["previous_state"], destroyed["outcome"]) == (
+        "DESTROYED",
+        "STOPPED",
+        "destroyed",
+    )
     assert lab.pve.vm(1000) is None
     # Once more: nothing to do.
     again = one.good("POST", f"{path}/destroy", {"force": True})
@@ -60,7 +83,12 @@ def test_the_life_of_a_sandbox(daemon: Make, lab: Lab) -> None:
     assert one.good("GET", "/v1/sandboxes") == {"sandboxes": []}
     events = one.good("GET", f"{path}/events")["events"]
     assert {event["actor"] for event in events} == {ACTOR}
-    assert [event["operation"] for event in events if event["from_state"] != event["to_state"]] == ["create"] * 5 + ["suspend", "start", "stop", "destroy"]
+    assert [event["operation"] for event in events if event["from_state"] != event["to_state"]] == ["create"] * 5 + [
+        "suspend",
+        "start",
+        "stop",
+        "destroy",
+    ]
 
 
 def test_the_list_and_its_filters(daemon: Make, lab: Lab) -> None:
@@ -107,9 +135,14 @@ def test_bulk_destroy_checks_all_ids_first_and_gives_each_its_outcome(daemon: Ma
     mixed = one.good("POST", "/v1/sandboxes/destroy", {"vmids": [1000, 1001, 1000]}, 207)
     assert mixed.keys() == none.keys()
     assert [(item["vmid"], item["outcome"], item["previous_state"], item["failed"]) for item in mixed["results"]] == [
-        (1000, "destroyed", "STOPPED", False), (1001, "failed", "RUNNING", True)]
+        (1000, "destroyed", "STOPPED", False),
+        (1001, "failed", "RUNNING", True),
+    ]
     assert mixed["failed_count"] == 1
-    assert mixed["results"][1]["message"] == "cannot destroy sandbox in RUNNING state. Valid states: STOPPED, DESTROYED. Use --force to bypass"
+    assert (
+        mixed["results"][1]["message"]
+        == "cannot destroy sandbox in RUNNING state. Valid states: STOPPED, DESTROYED. Use --force to bypass"
+    )
     done = one.good("POST", "/v1/sandboxes/destroy", {"vmids": [1001, 1002], "force": True})
     assert [item["outcome"] for item in done["results"]] == ["destroyed", "destroyed"] and done["failed_count"] == 0
     assert lab.ours() == {}
@@ -123,7 +156,11 @@ def test_prune_and_its_dry_run(daemon: Make, lab: Lab) -> None:
     one = daemon()
     before = lab.events(lab.record(1000))
     dry = one.good("POST", "/v1/sandboxes/prune", {"dry_run": True})
-    assert (dry["count"], dry["dry_run"], [item["outcome"] for item in dry["pruned"]]) == (2, True, ["would_prune", "would_prune"])
+    assert (dry["count"], dry["dry_run"], [item["outcome"] for item in dry["pruned"]]) == (
+        2,
+        True,
+        ["would_prune", "would_prune"],
+    )
     assert lab.events(lab.record(1000)) == before and len(lab.ours()) == 2, "a dry run writes nothing"
     answer = one.post("/v1/sandboxes/prune", {"max_count": 1})
     assert (answer.status, answer.body["code"], answer.body["count"]) == (409, "guard", 2)
@@ -140,7 +177,12 @@ def test_reconcile_reports_and_applies(daemon: Make, lab: Lab) -> None:
     one.wait_for(lambda: one.get("/v1/status").body["reconcile"]["last_run"], "the first reconcile is over", 20)
     lab.pve.power(1000, "stopped")
     report = one.good("POST", "/v1/sandboxes/reconcile")
-    assert (report["count"], report["applied"], report["drift"][0]["kind"], report["drift"][0]["applied"]) == (1, False, "stopped", False)
+    assert (report["count"], report["applied"], report["drift"][0]["kind"], report["drift"][0]["applied"]) == (
+        1,
+        False,
+        "stopped",
+        False,
+    )
     assert lab.record(1000).state == "RUNNING"
     assert one.good("POST", "/v1/sandboxes/reconcile", {"apply": True})["drift"][0]["applied"] is True
     assert lab.record(1000).state == "FAILED"
@@ -151,53 +193,119 @@ def test_the_sentences_of_the_seed(daemon: Make, lab: Lab) -> None:
     one = daemon()
     refused = one.post("/v1/sandboxes/1000/destroy", {"force": False})
     assert refused.status == 409
-    assert refused.body["error"] == "cannot destroy sandbox in TIMEOUT state. Valid states: STOPPED, DESTROYED. Use --force to bypass"
+    assert (
+        refused.body["error"]
+        == "cannot destroy sandbox in TIMEOUT state. Valid states: STOPPED, DESTROYED. Use --force to bypass"
+    )
     assert (refused.body["state"], refused.body["valid"]) == ("TIMEOUT", ["STOPPED", "DESTROYED"])
     renewal = one.post("/v1/sandboxes/1000/lease/renew", {"ttl_minutes": 240})
-    assert (renewal.status, renewal.body["error"]) == (409, "cannot renew lease in TIMEOUT state. Valid states: RUNNING")
+    assert (renewal.status, renewal.body["error"]) == (
+        409,
+        "cannot renew lease in TIMEOUT state. Valid states: RUNNING",
+    )
     assert one.good("POST", "/v1/sandboxes/1000/destroy", {"force": True})["previous_state"] == "TIMEOUT"
 
 
-@pytest.mark.parametrize(("method", "path", "body", "status", "words"), [
-    ("GET", "/v1/sandboxes/1999", None, 404, "sandbox not found"),
-    ("POST", "/v1/sandboxes/1999/destroy", None, 404, "sandbox not found"),
-    ("POST", "/v1/sandboxes/1999/lease/renew", {"ttl_minutes": 10}, 404, "sandbox not found"),
-    ("GET", "/v1/sandboxes/1999/events", None, 404, "sandbox not found"),
-    ("GET", "/v1/nothing", None, 404, "no such path: /v1/nothing"),
-    # A word in the place of a VMID is a path that there is not, whatever the method.
-    *[(method, f"/v1/sandboxes/{word}", None, 404, f"no such path: /v1/sandboxes/{word}; GET /v1/openapi.json lists what there is")
-      for method, word in (("GET", "abc"), ("POST", "abc"), ("DELETE", "nothing"), ("POST", "stop-everything"), ("GET", "1000x"), ("GET", "-1000"))],
-    ("POST", "/v1/sandboxes/abc/stop", None, 404, "no such path: /v1/sandboxes/abc/stop"),
-    ("POST", "/v1/sandboxes/1000/nothing", None, 404, "no such path: /v1/sandboxes/1000/nothing"),
-    ("POST", "/v1/sandboxes/99/stop", None, 400, "vmid: '99' is not a VMID"),
-    ("GET", f"/v1/sandboxes/{'0' * 9}101{'9' * 20}", None, 400, "vmid: '000000000101999"),
-    ("GET", "/v1/sandboxes?state=RUNING", None, 400, "state: 'RUNING' is not valid. Valid: REQUESTED"),
-    ("GET", "/v1/sandboxes?stat=RUNNING", None, 400, "stat: unknown query parameter. Valid: state"),
-    ("POST", "/v1/sandboxes/1000/destroy", b"{", 400, "the body is not valid JSON"),
-    ("POST", "/v1/sandboxes/1000/destroy", [1], 400, "the body must be a JSON object"),
-    ("POST", "/v1/sandboxes/prune", b'{"dry_run": true, "dry_run": false}', 400, "dry_run: is given twice. Give each key once"),
-    ("POST", "/v1/sandboxes/1000/destroy", b'{"force": {"a": 1, "a": 2}}', 400, "a: is given twice"),
-    ("POST", "/v1/sandboxes/reconcile", {"apply": True, "dry_run": True}, 400, "dry_run: contradicts apply"),
-    ("POST", "/v1/workspaces", {"name": "w1", "size": "1G", "size_gb": 1}, 400, "size_gb: give size or size_gb, not both"),
-    ("POST", "/v1/sandboxes/1000/destroy", {"forse": True}, 400, "forse: unknown key. Valid: force"),
-    ("POST", "/v1/sandboxes/1000/destroy", {"force": "yes"}, 400, "force: 'yes' is not valid. Valid: true or false"),
-    ("POST", "/v1/sandboxes/1000/lease/renew", None, 400, "ttl_minutes is required"),
-    ("POST", "/v1/sandboxes/1000/lease/renew", {"ttl_minutes": 0}, 400, "ttl_minutes: '0' is not valid"),
-    ("POST", "/v1/sandboxes/1000/lease/renew", {"ttl": "2x"}, 400, "ttl: '2x' is not a duration"),
-    ("POST", "/v1/sandboxes/1000/lease/renew", {"ttl": "400d"}, 400, "ttl: '400d' is longer than the maximum of 30d"),
-    ("POST", "/v1/sandboxes/destroy", {"vmids": "1000"}, 400, "vmids: '1000' is not valid"),
-    ("POST", "/v1/sandboxes/destroy", {}, 400, "vmids is required"),
-    ("POST", "/v1/sandboxes", {"name": "-x"}, 400, "name: '-x' is not valid"),
-    ("POST", "/v1/sandboxes", {"template": "none"}, 400, "template: 'none' does not exist"),
-    ("POST", "/v1/sandboxes/prune", {"states": ["RUNNING"]}, 400, "states: 'RUNNING' is not valid. Valid: TIMEOUT"),
-    *[("POST", "/v1/sandboxes", {name: value}, 400, f"{name}: that value is not valid. Valid: a text that UTF-8 can hold")
-      for name, value in (("ssh_public_keys", ["ssh-ed25519 AAAA \ud800"]), ("workspace", "\ud800"), ("cloud_init_user_data", "#cloud-config\n# \udfff\n"),
-                          ("name", "a\ud800"))],
-    ("POST", "/v1/cleanup/freeze", {"reason": "\ud800"}, 400, "reason: that value is not valid. Valid: a text that UTF-8 can hold"),
-    ("DELETE", "/v1/sandboxes/1000", None, 405, "DELETE is not allowed for /v1/sandboxes/1000. Valid: GET"),
-    ("GET", "/v1/sandboxes/prune", None, 405, "GET is not allowed for /v1/sandboxes/prune. Valid: POST"),
-    ("POST", "/v1/sandboxes/1000/destroy", b" " * 2_000_000, 413, "the body is larger than 1048576 bytes"),
-])
+@pytest.mark.parametrize(
+    ("method", "path", "body", "status", "words"),
+    [
+        ("GET", "/v1/sandboxes/1999", None, 404, "sandbox not found"),
+        ("POST", "/v1/sandboxes/1999/destroy", None, 404, "sandbox not found"),
+        ("POST", "/v1/sandboxes/1999/lease/renew", {"ttl_minutes": 10}, 404, "sandbox not found"),
+        ("GET", "/v1/sandboxes/1999/events", None, 404, "sandbox not found"),
+        ("GET", "/v1/nothing", None, 404, "no such path: /v1/nothing"),
+        # A word in the place of a VMID is a path that there is not, whatever the method.
+        *[
+            (
+                method,
+                f"/v1/sandboxes/{word}",
+                None,
+                404,
+                f"no such path: /v1/sandboxes/{word}; GET /v1/openapi.json lists what there is",
+            )
+            for method, word in (
+                ("GET", "abc"),
+                ("POST", "abc"),
+                ("DELETE", "nothing"),
+                ("POST", "stop-everything"),
+                ("GET", "1000x"),
+                ("GET", "-1000"),
+            )
+        ],
+        ("POST", "/v1/sandboxes/abc/stop", None, 404, "no such path: /v1/sandboxes/abc/stop"),
+        ("POST", "/v1/sandboxes/1000/nothing", None, 404, "no such path: /v1/sandboxes/1000/nothing"),
+        ("POST", "/v1/sandboxes/99/stop", None, 400, "vmid: '99' is not a VMID"),
+        ("GET", f"/v1/sandboxes/{'0' * 9}101{'9' * 20}", None, 400, "vmid: '000000000101999"),
+        ("GET", "/v1/sandboxes?state=RUNING", None, 400, "state: 'RUNING' is not valid. Valid: REQUESTED"),
+        ("GET", "/v1/sandboxes?stat=RUNNING", None, 400, "stat: unknown query parameter. Valid: state"),
+        ("POST", "/v1/sandboxes/1000/destroy", b"{", 400, "the body is not valid JSON"),
+        ("POST", "/v1/sandboxes/1000/destroy", [1], 400, "the body must be a JSON object"),
+        (
+            "POST",
+            "/v1/sandboxes/prune",
+            b'{"dry_run": true, "dry_run": false}',
+            400,
+            "dry_run: is given twice. Give each key once",
+        ),
+        ("POST", "/v1/sandboxes/1000/destroy", b'{"force": {"a": 1, "a": 2}}', 400, "a: is given twice"),
+        ("POST", "/v1/sandboxes/reconcile", {"apply": True, "dry_run": True}, 400, "dry_run: contradicts apply"),
+        (
+            "POST",
+            "/v1/workspaces",
+            {"name": "w1", "size": "1G", "size_gb": 1},
+            400,
+            "size_gb: give size or size_gb, not both",
+        ),
+        ("POST", "/v1/sandboxes/1000/destroy", {"forse": True}, 400, "forse: unknown key. Valid: force"),
+        (
+            "POST",
+            "/v1/sandboxes/1000/destroy",
+            {"force": "yes"},
+            400,
+            "force: 'yes' is not valid. Valid: true or false",
+        ),
+        ("POST", "/v1/sandboxes/1000/lease/renew", None, 400, "ttl_minutes is required"),
+        ("POST", "/v1/sandboxes/1000/lease/renew", {"ttl_minutes": 0}, 400, "ttl_minutes: '0' is not valid"),
+        ("POST", "/v1/sandboxes/1000/lease/renew", {"ttl": "2x"}, 400, "ttl: '2x' is not a duration"),
+        (
+            "POST",
+            "/v1/sandboxes/1000/lease/renew",
+            {"ttl": "400d"},
+            400,
+            "ttl: '400d' is longer than the maximum of 30d",
+        ),
+        ("POST", "/v1/sandboxes/destroy", {"vmids": "1000"}, 400, "vmids: '1000' is not valid"),
+        ("POST", "/v1/sandboxes/destroy", {}, 400, "vmids is required"),
+        ("POST", "/v1/sandboxes", {"name": "-x"}, 400, "name: '-x' is not valid"),
+        ("POST", "/v1/sandboxes", {"template": "none"}, 400, "template: 'none' does not exist"),
+        ("POST", "/v1/sandboxes/prune", {"states": ["RUNNING"]}, 400, "states: 'RUNNING' is not valid. Valid: TIMEOUT"),
+        *[
+            (
+                "POST",
+                "/v1/sandboxes",
+                {name: value},
+                400,
+                f"{name}: that value is not valid. Valid: a text that UTF-8 can hold",
+            )
+            for name, value in (
+                ("ssh_public_keys", ["ssh-ed25519 AAAA \ud800"]),
+                ("workspace", "\ud800"),
+                ("cloud_init_user_data", "#cloud-config\n# \udfff\n"),
+                ("name", "a\ud800"),
+            )
+        ],
+        (
+            "POST",
+            "/v1/cleanup/freeze",
+            {"reason": "\ud800"},
+            400,
+            "reason: that value is not valid. Valid: a text that UTF-8 can hold",
+        ),
+        ("DELETE", "/v1/sandboxes/1000", None, 405, "DELETE is not allowed for /v1/sandboxes/1000. Valid: GET"),
+        ("GET", "/v1/sandboxes/prune", None, 405, "GET is not allowed for /v1/sandboxes/prune. Valid: POST"),
+        ("POST", "/v1/sandboxes/1000/destroy", b" " * 2_000_000, 413, "the body is larger than 1048576 bytes"),
+    ],
+)
 def test_what_is_refused(one_daemon: Daemon, method: str, path: str, body: Any, status: int, words: str) -> None:
     answer = one_daemon.request(method, path, body)
     assert answer.status == status and answer.body["error"].startswith(words), answer.body
@@ -208,8 +316,12 @@ def test_what_is_refused(one_daemon: Daemon, method: str, path: str, body: Any, 
 
 def test_a_body_that_is_not_what_its_encoding_says(one_daemon: Daemon) -> None:
     with contextlib.closing(UnixConnection(one_daemon.socket)) as connection:
-        answer = ask(connection, "POST", "/v1/sandboxes/1000/stop", b"this is not compressed", {"Content-Encoding": "gzip"})
-    assert (answer.status, answer.body["code"]) == (400, "invalid_input") and answer.body["error"].startswith("the body cannot be read"), answer
+        answer = ask(
+            connection, "POST", "/v1/sandboxes/1000/stop", b"this is not compressed", {"Content-Encoding": "gzip"}
+        )
+    assert (answer.status, answer.body["code"]) == (400, "invalid_input") and answer.body["error"].startswith(
+        "the body cannot be read"
+    ), answer
     assert "Traceback" not in one_daemon.log()
 
 
@@ -222,11 +334,17 @@ def test_what_counts_as_a_failure(daemon: Make, lab: Lab) -> None:
     assert one.post("/v1/sandboxes", {"vmid": 1234}).status == 409
     lab.pve.fail("POST", "/clone", 500, "storage is full")
     assert one.post("/v1/sandboxes", {"name": "a1"}).status == 502
-    found = {result: one.metric(f'agentlab_operations_total{{operation="create",result="{result}"}}') for result in ("ok", "kept", "failed")}
+    found = {
+        result: one.metric(f'agentlab_operations_total{{operation="create",result="{result}"}}')
+        for result in ("ok", "kept", "failed")
+    }
     assert found == {"ok": 0, "kept": 1, "failed": 1}
     # Nor is a limit that somebody gives an alarm.
     assert one.post("/v1/sandboxes/prune", {"max_count": 1}).status == 409
-    assert one.metric("agentlab_prune_guard_trips_total") == 0 and one.metric('agentlab_prune_runs_total{result="guard"}') == 1
+    assert (
+        one.metric("agentlab_prune_guard_trips_total") == 0
+        and one.metric('agentlab_prune_runs_total{result="guard"}') == 1
+    )
 
 
 def test_the_last_error_is_over_when_proxmox_answers_again(daemon: Make, lab: Lab) -> None:
@@ -251,7 +369,9 @@ def test_proxmox_that_cannot_be_reached_is_503(daemon: Make, lab: Lab) -> None:
     lab.create("a1")
     one = daemon(environment={"PROXMOX_PORT": "1"})
     answer = one.post("/v1/sandboxes/1000/stop")
-    assert (answer.status, answer.body["code"]) == (503, "proxmox_unreachable") and int(answer.headers["Retry-After"]) > 0
+    assert (answer.status, answer.body["code"]) == (503, "proxmox_unreachable") and int(
+        answer.headers["Retry-After"]
+    ) > 0
     assert "cannot be reached" in answer.body["error"]
     status = one.good("GET", "/v1/status")["proxmox"]
     assert status["reachable"] is False and "cannot be reached" in status["last_error"]
@@ -262,18 +382,31 @@ def test_proxmox_that_cannot_be_reached_is_503(daemon: Make, lab: Lab) -> None:
 def test_workspaces(daemon: Make, lab: Lab) -> None:
     one = daemon()
     made = one.post("/v1/workspaces", {"name": "w1", "size": "2G", "storage": "local-lvm"})
-    assert (made.status, made.body["state"], made.body["size"], made.body["outcome"]) == (201, "DETACHED", 2 * 1024**3, "created")
+    assert (made.status, made.body["state"], made.body["size"], made.body["outcome"]) == (
+        201,
+        "DETACHED",
+        2 * 1024**3,
+        "created",
+    )
     again = one.post("/v1/workspaces", {"name": "w1", "size": "2G"})
     assert (again.status, again.body["outcome"], again.body["changed"]) == (200, "unchanged", False)
     first = one.post("/v1/sandboxes", {"name": "a1", "workspace_id": made.body["id"]}).body
     second = one.post("/v1/sandboxes", {"name": "a2"}).body
     assert first["workspace_id"] == made.body["id"]
     held = one.post("/v1/workspaces/w1/attach", {"vmid": second["vmid"]})
-    assert held.status == 409 and held.body["code"] == "workspace" and f"is ATTACHED to sandbox {first['vmid']} (a1)" in held.body["error"]
+    assert (
+        held.status == 409
+        and held.body["code"] == "workspace"
+        and f"is ATTACHED to sandbox {first['vmid']} (a1)" in held.body["error"]
+    )
     assert one.post("/v1/sandboxes", {"name": "a3", "workspace": "w1"}).status == 409
     assert one.post(f"/v1/workspaces/{made.body['id']}/detach").body["outcome"] == "detached"
     there = one.post("/v1/workspaces/w1/attach", {"vmid": second["vmid"], "ttl": "30m"})
-    assert there.status == 200 and (there.body["vmid"], there.body["sandbox"], there.body["state"]) == (second["vmid"], "a2", "ATTACHED")
+    assert there.status == 200 and (there.body["vmid"], there.body["sandbox"], there.body["state"]) == (
+        second["vmid"],
+        "a2",
+        "ATTACHED",
+    )
     assert one.post("/v1/workspaces", {"name": "w1", "size": "3G"}).body["outcome"] == "grown"
     assert one.post("/v1/workspaces/w1/destroy", {"force": True}).status == 409
     assert one.post(f"/v1/sandboxes/{second['vmid']}/destroy", {"force": True}).status == 200
@@ -284,7 +417,9 @@ def test_workspaces(daemon: Make, lab: Lab) -> None:
     for path in ("/v1/workspaces/w1", "/v1/workspaces/nobody"):
         assert (one.get(path).status, one.get(path).body["error"]) == (404, "workspace not found")
     assert one.get("/v1/workspaces").body == {"workspaces": []}
-    assert [found["state"] for found in one.get("/v1/workspaces?include_deleted=true").body["workspaces"]] == ["DELETED"]
+    assert [found["state"] for found in one.get("/v1/workspaces?include_deleted=true").body["workspaces"]] == [
+        "DELETED"
+    ]
     assert one.post("/v1/workspaces", {"name": "w2", "size": "a lot"}).status == 400
 
 
@@ -294,11 +429,18 @@ def test_user_data_is_quoted_nowhere(daemon: Make, lab: Lab, tmp_path: Path) -> 
     folder.mkdir()
     lab.pve.hold_snippets(str(folder))
     one = daemon(snippets_dir=str(folder))
-    made = one.post("/v1/sandboxes", {"name": "a1", "cloud_init_user_data": f"#cloud-config\npassword: {secret}\n", "wait_for_cloud_init": True})
+    made = one.post(
+        "/v1/sandboxes",
+        {"name": "a1", "cloud_init_user_data": f"#cloud-config\npassword: {secret}\n", "wait_for_cloud_init": True},
+    )
     assert made.status == 201 and len(list(folder.iterdir())) == 1
     for data in ([secret], secret * 20000, f"{secret}", f"#cloud-config\n- {secret}\n- ["):
         refused = one.post("/v1/sandboxes", {"name": "a2", "cloud_init_user_data": data})
-        assert refused.status == 400 and secret not in str(refused.body) and "cloud_init_user_data" in refused.body["error"]
+        assert (
+            refused.status == 400
+            and secret not in str(refused.body)
+            and "cloud_init_user_data" in refused.body["error"]
+        )
     assert one.post(f"/v1/sandboxes/{made.body['vmid']}/destroy", {"force": True}).status == 200
     assert list(folder.iterdir()) == [] and secret not in one.log()
 
@@ -306,7 +448,12 @@ def test_user_data_is_quoted_nowhere(daemon: Make, lab: Lab, tmp_path: Path) -> 
 def test_what_clients_may_name_is_limited_by_the_configuration(daemon: Make, lab: Lab, tmp_path: Path) -> None:
     (tmp_path / "profiles").mkdir()
     (tmp_path / "profiles" / "own.yaml").write_text("template: 9000\npool: agents\n", encoding="utf-8")
-    limits = {"api_vmid_range_only": True, "api_templates": ["other"], "api_pools": "spare, tests", "profiles_dir": str(tmp_path / "profiles")}
+    limits = {
+        "api_vmid_range_only": True,
+        "api_templates": ["other"],
+        "api_pools": "spare, tests",
+        "profiles_dir": str(tmp_path / "profiles"),
+    }
     one = daemon(**limits)
 
     def refusal(body: dict[str, Any]) -> str:
@@ -316,10 +463,16 @@ def test_what_clients_may_name_is_limited_by_the_configuration(daemon: Make, lab
         assert [issue["message"] for issue in plan["errors"]] == [answer.body["error"]]
         return str(answer.body["error"])
 
-    assert refusal({"vmid": 5000}) == "vmid: 5000 is outside the range that clients may use (api_vmid_range_only). Valid: 1000 to 1999, or leave it out"
+    assert (
+        refusal({"vmid": 5000})
+        == "vmid: 5000 is outside the range that clients may use (api_vmid_range_only). Valid: 1000 to 1999, or leave it out"
+    )
     assert refusal({"pool": "agents"}) == "pool: 'agents' is not for clients (api_pools). Valid: spare, tests"
     for template in ("debian-13", "9000"):
-        assert refusal({"template": template}) == f"template: '{template}' is not for clients (api_templates). Valid: other"
+        assert (
+            refusal({"template": template})
+            == f"template: '{template}' is not for clients (api_templates). Valid: other"
+        )
     assert lab.ours() == {}
     # What the operator has set is the operator's.
     assert one.good("POST", "/v1/sandboxes", {"name": "a1", "vmid": 1500}, 201)["vmid"] == 1500

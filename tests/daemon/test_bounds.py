@@ -78,21 +78,40 @@ def refusal(raw: bytes) -> tuple[int, str]:
     return int(head.split()[1]), str(json.loads(body)["code"])
 
 
-@pytest.mark.parametrize("option, half", [("metrics_listen", b""), ("metrics_listen", b"GET /metrics HTTP/1.1\r\nX"), ("socket", b""), ("socket", HALF),
-                                          ("listen", HALF)], ids=["idle scrapes", "half scrapes", "idle", "half heads", "half heads over TCP"])
-def test_a_flood_of_connections_stops_no_work_and_no_other_client(daemon: Make, lab: Lab, tmp_path: Any, option: str, half: bytes) -> None:
+@pytest.mark.parametrize(
+    "option, half",
+    [
+        ("metrics_listen", b""),
+        ("metrics_listen", b"GET /metrics HTTP/1.1\r\nX"),
+        ("socket", b""),
+        ("socket", HALF),
+        ("listen", HALF),
+    ],
+    ids=["idle scrapes", "half scrapes", "idle", "half heads", "half heads over TCP"],
+)
+def test_a_flood_of_connections_stops_no_work_and_no_other_client(
+    daemon: Make, lab: Lab, tmp_path: Any, option: str, half: bytes
+) -> None:
     token = tmp_path / "token"
     token.write_text("0123456789abcdef0123456789abcdef")
     token.chmod(0o600)
     lab.create("a1", ttl=6)
-    one = with_descriptors(daemon(start=False, metrics_listen=f"127.0.0.1:{free_port()}", listen=f"127.0.0.1:{free_port()}", listen_token_file=str(token),
-                                  connections=4), 400)
+    one = with_descriptors(
+        daemon(
+            start=False,
+            metrics_listen=f"127.0.0.1:{free_port()}",
+            listen=f"127.0.0.1:{free_port()}",
+            listen_token_file=str(token),
+            connections=4,
+        ),
+        400,
+    )
     with contextlib.ExitStack() as held:
         flood(one, option, 700, half, held)
         assert one.get("/v1/healthz").status == 200
         one.wait_for(lambda: lab.record(1000).state == "TIMEOUT", "the lease ends on time", 30)
         one.wait_for(lambda: lab.pve.vm(1000).status == "stopped", "its VM is stopped", 30)
-        assert one.metric("agentlab_leases_total{result=\"expired\"}") == 1
+        assert one.metric('agentlab_leases_total{result="expired"}') == 1
         assert one.get("/v1/sandboxes/1000").status == 200
     assert "cannot be reached" not in one.log() and "descriptor" not in one.log(), one.log()
     assert len(one.log().splitlines()) < 20, one.log()
@@ -162,8 +181,11 @@ def test_a_head_that_never_ends_is_refused_for_its_size(daemon: Make) -> None:
     assert one.get("/v1/healthz").status == 200
 
 
-@pytest.mark.parametrize("sent", [HALF, HALF + b"Content-Length: 100\r\n\r\n{", HALF + b"Transfer-Encoding: chunked\r\n\r\n5\r\n{"],
-                         ids=["in the head", "in the body", "in a chunk"])
+@pytest.mark.parametrize(
+    "sent",
+    [HALF, HALF + b"Content-Length: 100\r\n\r\n{", HALF + b"Transfer-Encoding: chunked\r\n\r\n5\r\n{"],
+    ids=["in the head", "in the body", "in a chunk"],
+)
 def test_a_client_that_breaks_off_is_no_error(daemon: Make, sent: bytes) -> None:
     one = daemon()
     for _time in range(20):
@@ -214,8 +236,17 @@ def test_what_somebody_else_put_in_the_place_of_the_socket_is_told_and_left_alon
         assert file.read() == "mine"
 
 
-@pytest.mark.parametrize("host, status", [("127.0.0.1:{port}", 200), ("localhost:{port}", 200), ("localhost", 200), ("evil.example", 421),
-                                          ("evil.example:{port}", 421), ("127.0.0.1.evil.example", 421)])
+@pytest.mark.parametrize(
+    "host, status",
+    [
+        ("127.0.0.1:{port}", 200),
+        ("localhost:{port}", 200),
+        ("localhost", 200),
+        ("evil.example", 421),
+        ("evil.example:{port}", 421),
+        ("127.0.0.1.evil.example", 421),
+    ],
+)
 def test_metrics_are_told_to_who_asks_this_host(daemon: Make, host: str, status: int) -> None:
     port = free_port()
     one = daemon(metrics_listen=f"127.0.0.1:{port}")

@@ -34,12 +34,23 @@ def test_the_seeds_examples_to_the_letter(daemon: Make, lab: Lab) -> None:
         found = agentlab("sandbox", *args, socket=one.socket)
         return found.returncode, found.stdout, found.stderr
 
-    assert run("lease", "renew", "--ttl", "120", "1009") == (1, "", "Error: cannot renew lease in TIMEOUT state. Valid states: RUNNING\n")
-    assert run("lease", "renew", "1009") == (2, "", "Usage: agentlab sandbox lease renew --ttl <ttl> <vmid>\n"
-                                                    "Note: Flags must come before vmid argument (e.g., --ttl 120 1009)\n"
-                                                    "ttl is required. Flags must come before vmid (e.g., --ttl 120 1009)\n")
+    assert run("lease", "renew", "--ttl", "120", "1009") == (
+        1,
+        "",
+        "Error: cannot renew lease in TIMEOUT state. Valid states: RUNNING\n",
+    )
+    assert run("lease", "renew", "1009") == (
+        2,
+        "",
+        "Usage: agentlab sandbox lease renew --ttl <ttl> <vmid>\n"
+        "Note: Flags must come before vmid argument (e.g., --ttl 120 1009)\n"
+        "ttl is required. Flags must come before vmid (e.g., --ttl 120 1009)\n",
+    )
     assert run("destroy", "1009") == (
-        1, "", "Error: cannot destroy sandbox in TIMEOUT state. Valid states: STOPPED, DESTROYED. Use --force to bypass\n")
+        1,
+        "",
+        "Error: cannot destroy sandbox in TIMEOUT state. Valid states: STOPPED, DESTROYED. Use --force to bypass\n",
+    )
     assert lab.pve.vm(1009) is not None
     assert run("destroy", "--force", "1009") == (0, "sandbox 1009 destroyed (state=TIMEOUT)\n", "")
     assert lab.pve.vm(1009) is None
@@ -58,7 +69,10 @@ def test_the_seeds_examples_to_the_letter(daemon: Make, lab: Lab) -> None:
     assert [line.partition(":")[0] for line in err.splitlines()] == ["kept 1009", "kept 1010", "kept 1011"]
     assert "too_young" in err
     assert run("destroy", "--force", "1009", "1010", "1011") == (
-        0, "".join(f"sandbox {vmid} destroyed (state=TIMEOUT)\n" for vmid in (1009, 1010, 1011)), "")
+        0,
+        "".join(f"sandbox {vmid} destroyed (state=TIMEOUT)\n" for vmid in (1009, 1010, 1011)),
+        "",
+    )
 
 
 def test_the_life_of_a_sandbox(daemon: Make, lab: Lab, tmp_path: Path) -> None:
@@ -72,11 +86,34 @@ def test_the_life_of_a_sandbox(daemon: Make, lab: Lab, tmp_path: Path) -> None:
         return found.stdout
 
     assert run("list") == "no sandboxes\n"
-    made = run("new", "--name", "a1", "--template", "debian-13", "--ttl", "2h", "--cores", 2, "--memory", 2048, "--ip-config", "ip=dhcp",
-               "--ssh-public-keys", keys, "--tag", "ci", "--keepalive", "--firewall", "--wait-for-ip")
+    made = run(
+        "new",
+        "--name",
+        "a1",
+        "--template",
+        "debian-13",
+        "--ttl",
+        "2h",
+        "--cores",
+        2,
+        "--memory",
+        2048,
+        "--ip-config",
+        "ip=dhcp",
+        "--ssh-public-keys",
+        keys,
+        "--tag",
+        "ci",
+        "--keepalive",
+        "--firewall",
+        "--wait-for-ip",
+    )
     assert re.fullmatch(rf"sandbox 1000 created \(name=a1, state=RUNNING, ip=\S+, lease until {WHEN}\)\n", made)
     assert "was there already" in run("new", "--name", "a1")
-    assert re.search(r"1000 +a1 +RUNNING +\S+ +\S+ +- +1h59m\S* \(keepalive\) +\d+s +ci", run("list", "--tag", "ci", "--state", "running"))
+    assert re.search(
+        r"1000 +a1 +RUNNING +\S+ +\S+ +- +1h59m\S* \(keepalive\) +\d+s +ci",
+        run("list", "--tag", "ci", "--state", "running"),
+    )
     assert re.fullmatch(rf"sandbox 1000 lease renewed until {WHEN}\n", run("lease", "renew", "1000", "--ttl", "240"))
     assert re.search(r"^state +RUNNING$", run("show", 1000), re.M)
     assert run("suspend", 1000) == "sandbox 1000 is SUSPENDED\n"
@@ -98,12 +135,19 @@ def test_bulk_destroy_looks_everything_up_first(daemon: Make, lab: Lab) -> None:
     lab.timed_out("a1", vmid=1000)
     lab.create("a2", vmid=1001)
     found = agentlab("sandbox", "destroy", "--force", 1000, 1001, 1999, socket=one.socket)
-    assert (found.returncode, found.stdout, found.stderr) == (1, "", "Error: sandbox not found (vmid 1999); nothing was destroyed\n")
+    assert (found.returncode, found.stdout, found.stderr) == (
+        1,
+        "",
+        "Error: sandbox not found (vmid 1999); nothing was destroyed\n",
+    )
     assert lab.pve.vm(1000) is not None
     lab.power("stop", 1001)
     found = agentlab("sandbox", "destroy", 1000, 1001, socket=one.socket)
     assert (found.returncode, found.stdout) == (4, "sandbox 1001 destroyed (state=STOPPED)\n")
-    assert found.stderr == "Error: sandbox 1000: cannot destroy sandbox in TIMEOUT state. Valid states: STOPPED, DESTROYED. Use --force to bypass\n"
+    assert (
+        found.stderr
+        == "Error: sandbox 1000: cannot destroy sandbox in TIMEOUT state. Valid states: STOPPED, DESTROYED. Use --force to bypass\n"
+    )
 
 
 def test_a_strangers_vm_stops_no_prune_and_survives_it(daemon: Make, lab: Lab) -> None:
@@ -120,7 +164,9 @@ def test_refusals_are_passed_on(daemon: Make, lab: Lab) -> None:
     lab.pve.fault("GET", "/qemu/1000/config", "answer", times=20, status=500)
     found = agentlab("sandbox", "stop", 1000, socket=one.socket)
     assert (found.returncode, found.stdout) == (1, "")
-    assert re.match(r"Error: sandbox 1000: its VM cannot be read: GET /nodes/pve1/qemu/1000/config on \S+ 500 ", found.stderr)
+    assert re.match(
+        r"Error: sandbox 1000: its VM cannot be read: GET /nodes/pve1/qemu/1000/config on \S+ 500 ", found.stderr
+    )
     found = agentlab("sandbox", "new", "--name", "a2", "--template", "none-such", socket=one.socket)
     assert found.returncode == 1
     assert re.match(r"Error: template: 'none-such' does not exist\. Templates: ", found.stderr)
@@ -163,10 +209,15 @@ def test_cleanup(daemon: Make, lab: Lab) -> None:
     code, out, err = run("run", "--dry-run")
     assert (code, err) == (0, "")
     assert out.startswith("would clean up 2 sandbox(es)\nThe guard would stop it: 2 sandboxes")
-    assert re.search(r"^destroy +1001 +a1001 +TIMEOUT ", out, re.M) and re.search(r"^keep +1000 +kept +RUNNING +rule - rule 'debug' keeps it$", out, re.M)
+    assert re.search(r"^destroy +1001 +a1001 +TIMEOUT ", out, re.M) and re.search(
+        r"^keep +1000 +kept +RUNNING +rule - rule 'debug' keeps it$", out, re.M
+    )
     code, out, err = run("run")
     assert (code, out) == (1, "")
-    assert re.match(r"Error: 2 sandboxes would be destroyed at once, more than guard count=1; nothing was destroyed, and cleanup is frozen", err)
+    assert re.match(
+        r"Error: 2 sandboxes would be destroyed at once, more than guard count=1; nothing was destroyed, and cleanup is frozen",
+        err,
+    )
     status = agentlab("status", socket=one.socket).stdout
     assert "The scheduled cleanup is FROZEN since " in status and "agentlab cleanup release" in status
     assert run("release") == (0, "cleanup released\n", "")
@@ -178,18 +229,37 @@ def test_cleanup(daemon: Make, lab: Lab) -> None:
 
 
 def test_profiles(daemon: Make, lab: Lab, tmp_path: Path) -> None:
-    assert agentlab("profile", "list", socket=daemon(profiles_dir=str(tmp_path / "none")).socket).stdout == "no profiles\n"
+    assert (
+        agentlab("profile", "list", socket=daemon(profiles_dir=str(tmp_path / "none")).socket).stdout == "no profiles\n"
+    )
 
 
 def test_every_field_of_the_api_has_an_option() -> None:
-    code = ("import json; from agentlabd.routes import CREATION, ROUTES; "
-            "print(json.dumps({'new': list(CREATION), **{one.name: [*(one.body or ()), *one.query] for one in ROUTES}}))")
+    code = (
+        "import json; from agentlabd.routes import CREATION, ROUTES; "
+        "print(json.dumps({'new': list(CREATION), **{one.name: [*(one.body or ()), *one.query] for one in ROUTES}}))"
+    )
     env = {**os.environ, "PYTHONPATH": PYTHONPATH}
-    fields = json.loads(subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout)
-    named = {"workspace_id": "workspace", "tags": "tag", "states": "state", "ttl_minutes": "ttl", "include_destroyed": "all", "include_deleted": "all"}
-    for command, route in ((("sandbox", "new"), "new"), (("sandbox", "prune"), "prune_sandboxes"), (("sandbox", "reconcile"), "reconcile_sandboxes"),
-                           (("sandbox", "list"), "list_sandboxes"), (("sandbox", "lease", "renew"), "renew_lease"), (("cleanup", "run"), "run_cleanup"),
-                           (("cleanup", "freeze"), "freeze_cleanup")):
+    fields = json.loads(
+        subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout
+    )
+    named = {
+        "workspace_id": "workspace",
+        "tags": "tag",
+        "states": "state",
+        "ttl_minutes": "ttl",
+        "include_destroyed": "all",
+        "include_deleted": "all",
+    }
+    for command, route in (
+        (("sandbox", "new"), "new"),
+        (("sandbox", "prune"), "prune_sandboxes"),
+        (("sandbox", "reconcile"), "reconcile_sandboxes"),
+        (("sandbox", "list"), "list_sandboxes"),
+        (("sandbox", "lease", "renew"), "renew_lease"),
+        (("cleanup", "run"), "run_cleanup"),
+        (("cleanup", "freeze"), "freeze_cleanup"),
+    ):
         shown = agentlab(*command, "--help").stdout
         for field in fields[route]:
             assert f"--{named.get(field, field).replace('_', '-')}" in shown, (command, field)
@@ -232,13 +302,23 @@ def test_another_user_is_refused_and_told_what_to_do(daemon: Make, lab: Lab, tmp
     # The checkout may lie where that user may not look: the code is copied beside the socket.
     code = Path(one.socket).parent / "agentlab_cli"
     shutil.copytree(ROOT / "roles/agentlabd/files/agentlab_cli", code)
-    become = ("import os, agentlab_cli.app as app, agentlab_cli.client, http.client, encodings.idna; os.setgroups([]); os.setgid(65534); os.setuid(65534); "
-              "app.main()")
-    found = subprocess.run([PYTHON, "-c", become, "sandbox", "list"], capture_output=True, text=True, check=False,
-                           env={**environment(one.socket), "PYTHONPATH": str(code.parent)})
+    become = (
+        "import os, agentlab_cli.app as app, agentlab_cli.client, http.client, encodings.idna; os.setgroups([]); os.setgid(65534); os.setuid(65534); "
+        "app.main()"
+    )
+    found = subprocess.run(
+        [PYTHON, "-c", become, "sandbox", "list"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**environment(one.socket), "PYTHONPATH": str(code.parent)},
+    )
     assert (found.returncode, found.stdout) == (3, "")
-    assert re.match(rf"Error: nobody may not use the socket {one.socket}\. Add the user to the group agentlab and log in again:\n"
-                    r"  sudo usermod -aG agentlab nobody\n$", found.stderr)
+    assert re.match(
+        rf"Error: nobody may not use the socket {one.socket}\. Add the user to the group agentlab and log in again:\n"
+        r"  sudo usermod -aG agentlab nobody\n$",
+        found.stderr,
+    )
 
 
 def test_progress_on_a_terminal(daemon: Make, lab: Lab) -> None:
@@ -256,7 +336,10 @@ def test_completion_of_vmids(daemon: Make, lab: Lab) -> None:
     one = daemon()
     lab.create("a1", vmid=1000)
     lab.create("a2", vmid=1234)
-    found = agentlab(socket=one.socket, env={"_AGENTLAB_COMPLETE": "bash_complete", "COMP_WORDS": "agentlab sandbox stop 12", "COMP_CWORD": "3"})
+    found = agentlab(
+        socket=one.socket,
+        env={"_AGENTLAB_COMPLETE": "bash_complete", "COMP_WORDS": "agentlab sandbox stop 12", "COMP_CWORD": "3"},
+    )
     assert found.stdout == "plain,1234\n"
 
 
@@ -268,14 +351,19 @@ def test_workspaces(daemon: Make, lab: Lab) -> None:
         return found.stdout if found.returncode == 0 else found.stderr
 
     assert ws("list") == "no workspaces\n"
-    assert ws("new", "--size", "2G", "--storage", "local-lvm", "w1") == "workspace w1 created (2G on local-lvm, DETACHED)\n"
+    assert (
+        ws("new", "--size", "2G", "--storage", "local-lvm", "w1")
+        == "workspace w1 created (2G on local-lvm, DETACHED)\n"
+    )
     assert agentlab("sandbox", "new", "--name", "a1", "--workspace", "w1", socket=path).returncode == 0
     assert ws("list").splitlines()[1].split()[:7] == ["w1", "ATTACHED", "2G", "local-lvm", "pve1", "1000", "(a1)"]
     lab.create("a2")
     assert "Error: workspace 'w1' is ATTACHED to sandbox 1000 (a1)" in ws("attach", "--vmid", 1001, "w1")
     assert ws("new", "--size", "3G", "w1") == "workspace w1 grown (3G on local-lvm, ATTACHED)\n"
     assert ws("detach", "w1") == "workspace w1 detached\n"
-    assert "workspace w1 attached to sandbox 1001 as /dev/disk/by-id/scsi-0QEMU_QEMU_HARDDISK_agentlab-" in ws("attach", "--vmid", 1001, "--ttl", "30", "w1")
+    assert "workspace w1 attached to sandbox 1001 as /dev/disk/by-id/scsi-0QEMU_QEMU_HARDDISK_agentlab-" in ws(
+        "attach", "--vmid", 1001, "--ttl", "30", "w1"
+    )
     assert re.search(r"^vmid +1001$", ws("show", "w1"), re.M)
     assert agentlab("sandbox", "destroy", "--force", "1000", "1001", socket=path).returncode == 0
     assert "would be lost; use --force" in ws("destroy", "w1")

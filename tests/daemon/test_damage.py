@@ -27,16 +27,29 @@ def execute(lab: Lab, sql: str) -> None:
 
 def rows(lab: Lab, table: str) -> list[tuple[Any, ...]]:
     with contextlib.closing(sqlite3.connect(lab.database)) as connection:
-        return connection.execute(f"SELECT * FROM {table} WHERE rowid IS NOT NULL" if table == "operations" else f"SELECT * FROM {table}").fetchall()
+        return connection.execute(
+            f"SELECT * FROM {table} WHERE rowid IS NOT NULL" if table == "operations" else f"SELECT * FROM {table}"
+        ).fetchall()
 
 
 # Table and column, and the value that somebody writes there.
-DAMAGE = [("tags", "'x'"), ("tags", "'[1]'"), ("tags", "'{}'"), ("lease_expires_at", "'soon'"), ("created_at", "10000000000000"), ("state", "'LOST'"),
-          ("name", "x'00ff'"), ("generation", "1.5"), ("state_changed_at", "-5")]
+DAMAGE = [
+    ("tags", "'x'"),
+    ("tags", "'[1]'"),
+    ("tags", "'{}'"),
+    ("lease_expires_at", "'soon'"),
+    ("created_at", "10000000000000"),
+    ("state", "'LOST'"),
+    ("name", "x'00ff'"),
+    ("generation", "1.5"),
+    ("state_changed_at", "-5"),
+]
 
 
 @pytest.mark.parametrize("column, value", DAMAGE, ids=[f"{column}={value}" for column, value in DAMAGE])
-def test_a_damaged_record_is_named_and_left_alone_and_the_rest_goes_on(daemon: Make, lab: Lab, column: str, value: str) -> None:
+def test_a_damaged_record_is_named_and_left_alone_and_the_rest_goes_on(
+    daemon: Make, lab: Lab, column: str, value: str
+) -> None:
     for number in range(3):
         lab.create(f"a{number}")
     execute(lab, f"UPDATE sandboxes SET {column} = {value} WHERE vmid = 1001")
@@ -45,7 +58,9 @@ def test_a_damaged_record_is_named_and_left_alone_and_the_rest_goes_on(daemon: M
     one = daemon()
     assert [sandbox["vmid"] for sandbox in one.good("GET", "/v1/sandboxes")["sandboxes"]] == [1000, 1002]
     refused = one.get("/v1/sandboxes/1001")
-    assert refused.status == 500 and refused.body["error"].startswith(f"the records are damaged: sandboxes.{column} of sandbox 1001 (uuid "), refused
+    assert refused.status == 500 and refused.body["error"].startswith(
+        f"the records are damaged: sandboxes.{column} of sandbox 1001 (uuid "
+    ), refused
     assert one.get("/v1/status").status == 200
     one.wait_for(lambda: lab.record(1000).state == "TIMEOUT", "another sandbox's lease ends", 20)
     assert one.post("/v1/sandboxes/1002/stop").status == 200
@@ -65,8 +80,18 @@ def test_a_damaged_record_is_named_and_left_alone_and_the_rest_goes_on(daemon: M
     execute(lab, "DELETE FROM sandboxes WHERE vmid = 1001")
 
 
-@pytest.mark.parametrize("key, value", [("clock", "garbage"), ("clock", '{"boot": 5}'), ("cleanup_frozen", "garbage"), ("cleanup_last_run", "garbage"),
-                                        ("last_vmid", "garbage"), ("cluster", "garbage"), ("fence", "garbage")])
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("clock", "garbage"),
+        ("clock", '{"boot": 5}'),
+        ("cleanup_frozen", "garbage"),
+        ("cleanup_last_run", "garbage"),
+        ("last_vmid", "garbage"),
+        ("cluster", "garbage"),
+        ("fence", "garbage"),
+    ],
+)
 def test_a_damaged_note_stops_nothing_but_what_it_is_about(daemon: Make, lab: Lab, key: str, value: str) -> None:
     lab.create("a1")
     execute(lab, f"INSERT INTO meta VALUES ('{key}', '{value}') ON CONFLICT (key) DO UPDATE SET value = excluded.value")
@@ -80,7 +105,10 @@ def test_a_damaged_note_stops_nothing_but_what_it_is_about(daemon: Make, lab: La
         execute(lab, "UPDATE sandboxes SET state = 'RUNNING', lease_expires_at = 1, generation = generation + 1")
         one.wait_for(lambda: lab.record(1000).state == "TIMEOUT", "the lease ends", 60)
     if key == "cleanup_frozen":
-        assert "cannot be read (meta.value of key cleanup_frozen is damaged)" in one.good("GET", "/v1/status")["cleanup"]["frozen"]["reason"]
+        assert (
+            "cannot be read (meta.value of key cleanup_frozen is damaged)"
+            in one.good("GET", "/v1/status")["cleanup"]["frozen"]["reason"]
+        )
         assert one.post("/v1/cleanup/release").status == 200
         assert one.good("GET", "/v1/status")["cleanup"]["frozen"] is None
     if key == "last_vmid":
@@ -93,8 +121,11 @@ def test_a_damaged_note_stops_nothing_but_what_it_is_about(daemon: Make, lab: La
 def test_a_damaged_journal_entry_bars_its_sandbox_alone(daemon: Make, lab: Lab, value: str) -> None:
     lab.create("a1")
     made = lab.create("a2")
-    execute(lab, "INSERT INTO operations (sandbox_uuid, kind, phase, detail, actor, started_at, updated_at) "
-                 f"VALUES ('{made.uuid}', 'destroy', 'stopping', '{value}', 'x', 1, 1)")
+    execute(
+        lab,
+        "INSERT INTO operations (sandbox_uuid, kind, phase, detail, actor, started_at, updated_at) "
+        f"VALUES ('{made.uuid}', 'destroy', 'stopping', '{value}', 'x', 1, 1)",
+    )
     one = daemon()
     assert one.post("/v1/sandboxes/1000/stop").status == 200
     refused = one.post("/v1/sandboxes/1001/stop")
@@ -115,4 +146,8 @@ def test_damaged_events_hide_no_others(daemon: Make, lab: Lab) -> None:
     execute(lab, "UPDATE events SET upids = '7' WHERE id = 3")
     one = daemon()
     told = one.good("GET", "/v1/sandboxes/1000/events")["events"]
-    assert len(told) > 3 and told[1]["evidence"] == {"damaged": "events.evidence of id 2 is not JSON"} and told[2]["upids"] == []
+    assert (
+        len(told) > 3
+        and told[1]["evidence"] == {"damaged": "events.evidence of id 2 is not JSON"}
+        and told[2]["upids"] == []
+    )

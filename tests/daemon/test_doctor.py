@@ -19,8 +19,22 @@ from support.double import TOKEN_ID, TOKEN_SECRET
 from support.lab import Lab
 
 Make = Callable[..., Daemon]
-CHECKS = ["versions", "configuration", "database", "work", "proxmox", "cluster", "quorum", "template", "storage", "creation", "privileges",
-          "vmid_range", "clock", "daemon"]
+CHECKS = [
+    "versions",
+    "configuration",
+    "database",
+    "work",
+    "proxmox",
+    "cluster",
+    "quorum",
+    "template",
+    "storage",
+    "creation",
+    "privileges",
+    "vmid_range",
+    "clock",
+    "daemon",
+]
 
 
 def finding(report: Any, check: str) -> Any:

@@ -31,7 +31,16 @@ RUNS = {
     "1000": ["--include-path-regex", "{vmid}"],
     # Of a workspace that is there.
     "w1": ["--include-path-regex", "{id}", "--exclude-path", REBIND],
-    "create": ["--include-path", CREATE, "--include-path", NEW, "--include-path", REBIND, "--exclude-checks", "positive_data_acceptance"],
+    "create": [
+        "--include-path",
+        CREATE,
+        "--include-path",
+        NEW,
+        "--include-path",
+        REBIND,
+        "--exclude-checks",
+        "positive_data_acceptance",
+    ],
     "plan": ["--include-path", PLAN, "--exclude-checks", "positive_data_acceptance,negative_data_rejection"],
 }
 
@@ -47,17 +56,47 @@ def test_the_document_is_true(daemon: Callable[..., Daemon], lab: Lab, tmp_path:
     port = free_port()
     daemon(listen=f"127.0.0.1:{port}", listen_token_file=str(token), max_ttl="3650d")
     settings = tmp_path / "schemathesis.toml"
-    settings.write_text({"1000": '[parameters]\n"path.vmid" = 1000\n', "w1": '[parameters]\n"path.id" = "w1"\n'}.get(run, ""))
+    settings.write_text(
+        {"1000": '[parameters]\n"path.vmid" = 1000\n', "w1": '[parameters]\n"path.id" = "w1"\n'}.get(run, "")
+    )
     done = subprocess.run(
-        [str(Path(sys.executable).with_name("schemathesis")), "--config-file", str(settings), "run", f"http://127.0.0.1:{port}/v1/openapi.json",
-         "-H", f"Authorization: Bearer {TOKEN}", "--phases", "coverage,fuzzing", "-c", "all", "--max-examples", "15", "--seed", "7",
-         "--generation-database", "none", "--continue-on-failure", "--suppress-health-check", "all", *RUNS[run]], check=False,
-        capture_output=True, text=True, timeout=400, cwd=tmp_path, env={**os.environ, "NO_COLOR": "1"})
+        [
+            str(Path(sys.executable).with_name("schemathesis")),
+            "--config-file",
+            str(settings),
+            "run",
+            f"http://127.0.0.1:{port}/v1/openapi.json",
+            "-H",
+            f"Authorization: Bearer {TOKEN}",
+            "--phases",
+            "coverage,fuzzing",
+            "-c",
+            "all",
+            "--max-examples",
+            "15",
+            "--seed",
+            "7",
+            "--generation-database",
+            "none",
+            "--continue-on-failure",
+            "--suppress-health-check",
+            "all",
+            *RUNS[run],
+        ],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=400,
+        cwd=tmp_path,
+        env={**os.environ, "NO_COLOR": "1"},
+    )
     assert done.returncode == 0, done.stdout[-6000:]
     assert "passed" in done.stdout
 
 
 def test_every_creation_option_of_the_core_is_in_the_document() -> None:
-    code = ("from agentlabd.routes import CREATION; from agentlab_core.operations import wanted;"
-            "assert set(CREATION) == {'vmid', 'name', 'ttl_minutes', 'workspace_id', *wanted.OPTIONS}, set(CREATION)")
+    code = (
+        "from agentlabd.routes import CREATION; from agentlab_core.operations import wanted;"
+        "assert set(CREATION) == {'vmid', 'name', 'ttl_minutes', 'workspace_id', *wanted.OPTIONS}, set(CREATION)"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": PYTHONPATH}, timeout=30)

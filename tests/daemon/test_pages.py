@@ -24,12 +24,16 @@ DAEMON_PAGE = pages.ROOT / "docs/daemon.md"
 SOCKET, TCP = "/run/agentlab/agentlabd.sock", "127.0.0.1:9820"
 
 
-def test_the_commands_of_troubleshooting_work_in_their_order(daemon: Callable[..., Daemon], lab: Lab, tmp_path: Path) -> None:
+def test_the_commands_of_troubleshooting_work_in_their_order(
+    daemon: Callable[..., Daemon], lab: Lab, tmp_path: Path
+) -> None:
     for number in range(4):
         lab.create(f"a{number}", vmid=1000 + number)
     lab.timed_out("old", vmid=1004)
     lab.force_state(1004, "TIMEOUT", age=2 * 86400)
-    one = daemon(cleanup="auto_cleanup: {enabled: true, interval: 1d, rules: [{name: old, match: {states: [TIMEOUT]}, after: 1d, action: destroy}]}\n")
+    one = daemon(
+        cleanup="auto_cleanup: {enabled: true, interval: 1d, rules: [{name: old, match: {states: [TIMEOUT]}, after: 1d, action: destroy}]}\n"
+    )
     said = []
     for command in pages.commands(pages.ROOT / "docs/troubleshooting.md"):
         words = [word.replace("/root/", f"{tmp_path}/") for word in pages.words(command)]
@@ -41,8 +45,12 @@ def test_the_commands_of_troubleshooting_work_in_their_order(daemon: Callable[..
             assert done.returncode == 0, (command, done.stdout, done.stderr)
             said.append(done.stdout)
     assert len(said) > 15
-    for wanted in ("sandbox 1000 destroyed (state=STOPPED)\n", "sandbox 1001 destroyed (state=RUNNING)\nsandbox 1002 destroyed (state=RUNNING)\n",
-                   "pruned 1 sandbox(es)\n", "no drift: the records and Proxmox VE agree\n"):
+    for wanted in (
+        "sandbox 1000 destroyed (state=STOPPED)\n",
+        "sandbox 1001 destroyed (state=RUNNING)\nsandbox 1002 destroyed (state=RUNNING)\n",
+        "pruned 1 sandbox(es)\n",
+        "no drift: the records and Proxmox VE agree\n",
+    ):
         assert wanted in said, wanted
     assert [(one.vmid, one.state) for one in lab.records() if one.live] == [(1003, "RUNNING")]
 
@@ -58,7 +66,9 @@ def curl(command: str, **replaced: str) -> Any:
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
-def test_every_request_of_the_daemons_page_works_as_it_stands(daemon: Callable[..., Daemon], lab: Lab, tmp_path: Path) -> None:
+def test_every_request_of_the_daemons_page_works_as_it_stands(
+    daemon: Callable[..., Daemon], lab: Lab, tmp_path: Path
+) -> None:
     token = tmp_path / "token"
     token.write_text("a-long-token-of-the-tests-77aa\n")
     token.chmod(0o600)
@@ -66,20 +76,35 @@ def test_every_request_of_the_daemons_page_works_as_it_stands(daemon: Callable[.
     one = daemon(listen=tcp, listen_token_file=str(token))
     one.wait_for(lambda: one.get("/v1/status").body["reconcile"]["last_run"], "the first reconcile is over", 20)
     asked = [command for command in pages.commands(DAEMON_PAGE) if command.startswith("curl ")]
-    told = {command.split("http://")[1].partition("'")[0].partition("/")[2]: curl(command, socket=one.socket, tcp=tcp, token=token.read_text().strip())
-            for command in asked}
+    told = {
+        command.split("http://")[1].partition("'")[0].partition("/")[2]: curl(
+            command, socket=one.socket, tcp=tcp, token=token.read_text().strip()
+        )
+        for command in asked
+    }
     assert len(asked) == 17 and told["v1/healthz"] == {"status": "ok"}
     # One after the other: the sandbox is made, listed, renewed, stopped, started and destroyed.
     assert [found["vmid"] for found in told["v1/sandboxes?state=RUNNING&tag=web"]["sandboxes"]] == [1000]
-    assert told["v1/sandboxes/1000/stop"]["state"] == "STOPPED" and told["v1/sandboxes/1000/start"]["state"] == "RUNNING"
+    assert (
+        told["v1/sandboxes/1000/stop"]["state"] == "STOPPED" and told["v1/sandboxes/1000/start"]["state"] == "RUNNING"
+    )
     assert told["v1/sandboxes/destroy"]["results"][0]["outcome"] == "destroyed" and lab.ours() == {}
     assert told["v1/sandboxes/1000/events?tail=5"]["events"][-1]["to_state"] == "DESTROYED"
-    assert told["v1/doctor?bundle=true"]["bundle"]["configuration"] and told["v1/cleanup/release"]["released"]["reason"] == "maintenance"
+    assert (
+        told["v1/doctor?bundle=true"]["bundle"]["configuration"]
+        and told["v1/cleanup/release"]["released"]["reason"] == "maintenance"
+    )
 
 
 def test_the_cleanup_commands_of_the_daemons_page_work(daemon: Callable[..., Daemon], lab: Lab) -> None:
-    one = daemon(cleanup="auto_cleanup: {mode: shadow, interval: 1d, rules: [{name: old, match: {states: [TIMEOUT]}, after: 1d, action: destroy}]}\n")
+    one = daemon(
+        cleanup="auto_cleanup: {mode: shadow, interval: 1d, rules: [{name: old, match: {states: [TIMEOUT]}, after: 1d, action: destroy}]}\n"
+    )
     page = DAEMON_PAGE.read_text().split("### Cleanup")[1].split("## Signals")[0]
-    said = [agentlab(*pages.words(line[2:])[1:], socket=one.socket) for line in page.splitlines() if line.startswith("$ agentlab ")]
+    said = [
+        agentlab(*pages.words(line[2:])[1:], socket=one.socket)
+        for line in page.splitlines()
+        if line.startswith("$ agentlab ")
+    ]
     assert [done.returncode for done in said] == [0, 0, 0], said
     assert said[1].stdout == "cleanup frozen: the storage is being moved\n"

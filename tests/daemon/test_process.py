@@ -89,12 +89,19 @@ def test_tcp_needs_the_token_and_metrics_need_none(daemon: Make, tmp_path: Path,
         with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=20)) as connection:
             return ask(connection, "GET", path, None, headers)
 
-    for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "a-long-token-of-the-tests-77aa"}, {"Authorization": "Bearer "},
-                    {"Authorization": "Bearer \xff\xfe"}):
+    for headers in (
+        {},
+        {"Authorization": "Bearer wrong"},
+        {"Authorization": "a-long-token-of-the-tests-77aa"},
+        {"Authorization": "Bearer "},
+        {"Authorization": "Bearer \xff\xfe"},
+    ):
         answer = get("/v1/sandboxes", **headers)
         assert (answer.status, answer.body["error"]) == (401, "a valid bearer token is required")
         assert answer.headers["WWW-Authenticate"] == "Bearer"
-    assert get("/v1/sandboxes", Authorization="Bearer a-long-token-of-the-tests-77aa").body["sandboxes"][0]["vmid"] == 1000
+    assert (
+        get("/v1/sandboxes", Authorization="Bearer a-long-token-of-the-tests-77aa").body["sandboxes"][0]["vmid"] == 1000
+    )
     text = urllib.request.urlopen(f"http://127.0.0.1:{metrics}/metrics", timeout=20).read().decode()
     assert 'agentlab_sandboxes{state="RUNNING"} 1.0' in text
     assert "a-long-token" not in one.log() + text
@@ -125,11 +132,18 @@ def test_a_reload_takes_the_new_token_and_refuses_a_file_that_cannot_be_used(dae
     other.write_text("third-token-of-the-tests-000003")
     other.chmod(0o600)
     token.chmod(0o644)
-    for path, problem in ((token, "can be read by every user"), (tmp_path / "none", "No such file or directory"), (fifo, "must hold one token")):
+    for path, problem in (
+        (token, "can be read by every user"),
+        (tmp_path / "none", "No such file or directory"),
+        (fifo, "must hold one token"),
+    ):
         one.write_config(listen_token_file=str(path))
         one.reload()
         error = one.wait_for(lambda: one.good("GET", "/v1/status")["config"]["error"], "the error is told")
-        one.wait_for(lambda wanted=problem: wanted in (one.good("GET", "/v1/status")["config"]["error"] or ""), f"it says {problem}")
+        one.wait_for(
+            lambda wanted=problem: wanted in (one.good("GET", "/v1/status")["config"]["error"] or ""),
+            f"it says {problem}",
+        )
         assert str(error).startswith("listen_token_file: ")
         assert (status(new), status(old)) == (200, 401)
     one.write_config(listen_token_file=str(other))
@@ -143,7 +157,11 @@ def test_the_last_line_of_a_daemon_that_cannot_start_says_what_to_do(daemon: Mak
     one = daemon(start=False, listen="127.0.0.1:9820", listen_token_file=str(tmp_path / "none"))
     ended = subprocess.run(one.command(), env=one.environment, capture_output=True, text=True, timeout=30, check=False)
     cause, last = ended.stderr.splitlines()[-2:]
-    assert ended.returncode == 1 and "Error: listen_token_file: " in cause and "agentlabd ends; the lines before say why" in last
+    assert (
+        ended.returncode == 1
+        and "Error: listen_token_file: " in cause
+        and "agentlabd ends; the lines before say why" in last
+    )
     assert "systemctl reset-failed agentlabd" in last
 
 
@@ -162,43 +180,74 @@ def test_a_scrape_that_fails_says_why_here_and_there(daemon: Make, tmp_path: Pat
     assert f"metrics: {said.strip()}" in one.log() and "Traceback" not in one.log()
 
 
-@pytest.mark.parametrize(("options", "words"), [
-    ({"listen": "0.0.0.0:9820"}, "listen: '0.0.0.0:9820' is not valid. Valid: a loopback address and a port"),
-    ({"metrics_listen": "192.0.2.1:9820"}, "metrics_listen: '192.0.2.1:9820' is not valid"),
-    ({"listen": "127.0.0.1:9820"}, "listen_token_file: missing, but listen is set"),
-    ({"listen": "127.0.0.1:9820", "listen_token_file": "{tmp}/open"}, "can be read by every user"),
-    ({"listen": "127.0.0.1:9820", "listen_token_file": "{tmp}/short"}, "must hold one token of at least 16 characters"),
-    ({"listen": "127.0.0.1:9820", "listen_token_file": "{tmp}/none"}, "listen_token_file: {tmp}/none: No such file or directory"),
-    ({"sokcet": "/run/x"}, "has the unknown key 'sokcet'"),
-    ({"expire_interval": "0s"}, "expire_interval: '0s' is zero"),
-])
-def test_check_refuses_what_the_start_would_refuse(daemon: Make, tmp_path: Path, options: dict[str, Any], words: str) -> None:
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"listen": "0.0.0.0:9820"}, "listen: '0.0.0.0:9820' is not valid. Valid: a loopback address and a port"),
+        ({"metrics_listen": "192.0.2.1:9820"}, "metrics_listen: '192.0.2.1:9820' is not valid"),
+        ({"listen": "127.0.0.1:9820"}, "listen_token_file: missing, but listen is set"),
+        ({"listen": "127.0.0.1:9820", "listen_token_file": "{tmp}/open"}, "can be read by every user"),
+        (
+            {"listen": "127.0.0.1:9820", "listen_token_file": "{tmp}/short"},
+            "must hold one token of at least 16 characters",
+        ),
+        (
+            {"listen": "127.0.0.1:9820", "listen_token_file": "{tmp}/none"},
+            "listen_token_file: {tmp}/none: No such file or directory",
+        ),
+        ({"sokcet": "/run/x"}, "has the unknown key 'sokcet'"),
+        ({"expire_interval": "0s"}, "expire_interval: '0s' is zero"),
+    ],
+)
+def test_check_refuses_what_the_start_would_refuse(
+    daemon: Make, tmp_path: Path, options: dict[str, Any], words: str
+) -> None:
     for name, mode, text in (("open", 0o644, "x" * 40), ("short", 0o600, "x")):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(mode)
     one = daemon(start=False, **{name: value.replace("{tmp}", str(tmp_path)) for name, value in options.items()})
     for more in (["--check"], []):
-        done = subprocess.run(one.command(*more), env=one.environment, capture_output=True, text=True, timeout=30, check=False)
+        done = subprocess.run(
+            one.command(*more), env=one.environment, capture_output=True, text=True, timeout=30, check=False
+        )
         assert done.returncode == 1 and words.replace("{tmp}", str(tmp_path)) in done.stderr, done
         assert "Traceback" not in done.stderr
 
 
 def test_check_of_good_files_and_of_rules_that_are_not_in_place_yet(daemon: Make, tmp_path: Path, lab: Lab) -> None:
     one = daemon(start=False, cleanup=RULES)
-    done = subprocess.run(one.command("--check"), env=one.environment, capture_output=True, text=True, timeout=30, check=False)
+    done = subprocess.run(
+        one.command("--check"), env=one.environment, capture_output=True, text=True, timeout=30, check=False
+    )
     assert (done.returncode, done.stdout) == (0, "agentlabd: the configuration can be used\n")
     assert not os.path.exists(lab.database), "a check opens no database"
     other = tmp_path / "new.yaml"
     other.write_text(RULES.replace("action", "aktion"))
-    done = subprocess.run(one.command("--check", "--cleanup-file", str(other)), env=one.environment, capture_output=True, text=True, timeout=30, check=False)
+    done = subprocess.run(
+        one.command("--check", "--cleanup-file", str(other)),
+        env=one.environment,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
     assert done.returncode == 1 and "line 4: unknown key 'aktion'" in done.stderr
-    version = subprocess.run([PYTHON, "-m", "agentlabd", "--version"], env=one.environment, capture_output=True, text=True, timeout=30, check=False)
+    version = subprocess.run(
+        [PYTHON, "-m", "agentlabd", "--version"],
+        env=one.environment,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
     assert version.stdout.startswith("agentlabd 1.")
 
 
 def test_one_socket_has_one_daemon_and_a_killed_one_leaves_no_obstacle(daemon: Make) -> None:
     first = daemon()
-    second = subprocess.run(first.command(), env=first.environment, capture_output=True, text=True, timeout=30, check=False)
+    second = subprocess.run(
+        first.command(), env=first.environment, capture_output=True, text=True, timeout=30, check=False
+    )
     assert second.returncode == 1 and "is served by another agentlabd" in second.stderr
     assert first.good("GET", "/v1/healthz") == {"status": "ok"}
     first.kill()
@@ -305,7 +354,9 @@ def test_a_request_that_is_never_sent_to_its_end_holds_up_no_stop(daemon: Make) 
     one = daemon(stop_timeout="2s")
     with contextlib.closing(socket.socket(socket.AF_UNIX)) as half:
         half.connect(one.socket)
-        half.sendall(b"POST /v1/sandboxes HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{")
+        half.sendall(
+            b"POST /v1/sandboxes HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
+        )
         assert one.get("/v1/healthz").status == 200
         began = time.monotonic()
         assert one.stop() == 0
@@ -353,7 +404,10 @@ def test_what_does_not_end_in_time_is_abandoned_and_taken_up_by_the_next_start(d
     assert one.stop() == 0
     assert time.monotonic() - began < 4
     client.join(10)
-    assert "stopping: destroy_sandbox 1000 did not end within stop_timeout; what was begun is journaled, the next start takes it up" in one.log()
+    assert (
+        "stopping: destroy_sandbox 1000 did not end within stop_timeout; what was begun is journaled, the next start takes it up"
+        in one.log()
+    )
     assert [entry["kind"] for entry in lab.leftovers()["operations"]] == ["destroy"]
     one.start()
     one.wait_for(lambda: lab.record(1000).state == "DESTROYED", "the next start finishes the destroy", 20)
@@ -378,7 +432,9 @@ def test_what_waits_for_a_thread_is_answered_when_the_daemon_stops_and_was_not_b
             assert (answer.status, answer.body["code"]) == (503, "stopping"), answer
         with contextlib.suppress(OSError, Exception):
             first.result(20)
-    assert "stopping: destroy_sandbox 1000 did not end within stop_timeout" in one.log() and "Traceback" not in one.log()
+    assert (
+        "stopping: destroy_sandbox 1000 did not end within stop_timeout" in one.log() and "Traceback" not in one.log()
+    )
     assert [entry["kind"] for entry in lab.leftovers()["operations"]] == ["destroy"]
     assert [lab.record(vmid).state for vmid in (1001, 1002)] == ["RUNNING", "RUNNING"]
 
@@ -401,8 +457,13 @@ def test_a_start_that_fails_leaves_no_socket(daemon: Make) -> None:
         taken.listen()
         where = f"127.0.0.1:{taken.getsockname()[1]}"
         one = daemon(start=False, metrics_listen=where)
-        found = subprocess.run(one.command(), env=one.environment, capture_output=True, text=True, timeout=30, check=False)
-    assert found.returncode != 0 and f"metrics_listen: {where}: Address already in use; give another address or port" in found.stderr, found
+        found = subprocess.run(
+            one.command(), env=one.environment, capture_output=True, text=True, timeout=30, check=False
+        )
+    assert (
+        found.returncode != 0
+        and f"metrics_listen: {where}: Address already in use; give another address or port" in found.stderr
+    ), found
     assert not os.path.exists(one.socket)
 
 
@@ -414,8 +475,14 @@ def test_the_log_says_what_was_asked(daemon: Make, lab: Lab) -> None:
     one.post("/v1/sandboxes/destroy", {"vmids": [1000, 1999], "force": True})
     one.post("/v1/cleanup/freeze", {"reason": "the storage is being moved"})
     one.post("/v1/sandboxes/reconcile", {"apply": True})
-    for line in ('create_sandbox name="a1" by ', 'create_workspace name="w1" by ', "attach_workspace w1 vmid=1000 by ",
-                 "destroy_sandboxes 1000 1999 force=true by ", 'freeze_cleanup reason="the storage is being moved" by ', "reconcile_sandboxes apply=true by "):
+    for line in (
+        'create_sandbox name="a1" by ',
+        'create_workspace name="w1" by ',
+        "attach_workspace w1 vmid=1000 by ",
+        "destroy_sandboxes 1000 1999 force=true by ",
+        'freeze_cleanup reason="the storage is being moved" by ',
+        "reconcile_sandboxes apply=true by ",
+    ):
         assert line in one.log(), line
 
 

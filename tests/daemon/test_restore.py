@@ -56,7 +56,9 @@ def follow(one: Daemon, lab: Lab, tmp_path: Path, steps: list[str]) -> dict[str,
 
 
 @pytest.mark.parametrize("lost", [False, True], ids=["the folder is there", "the folder was lost"])
-def test_the_manuals_restore_ends_nobodys_work_and_forgets_nobodys_vm(daemon: Make, lab: Lab, tmp_path: Path, lost: bool) -> None:
+def test_the_manuals_restore_ends_nobodys_work_and_forgets_nobodys_vm(
+    daemon: Make, lab: Lab, tmp_path: Path, lost: bool
+) -> None:
     for name in ("renewed", "steady", "ended"):
         lab.create(name, ttl=3600)
     one = daemon(metrics_listen=f"127.0.0.1:{free_port()}", expire_interval="1s")
@@ -78,7 +80,9 @@ def test_the_manuals_restore_ends_nobodys_work_and_forgets_nobodys_vm(daemon: Ma
 
     said = told["agentlab status"]
     assert "older copy" in said and "agentlab cleanup release" in said, said
-    status = one.wait_for(lambda: (found := one.good("GET", "/v1/status"))["unrecorded"] and found, "the newer VM is seen", 30)
+    status = one.wait_for(
+        lambda: (found := one.good("GET", "/v1/status"))["unrecorded"] and found, "the newer VM is seen", 30
+    )
     assert [row["vmid"] for row in status["unrecorded"]] == [1010]
     parts = {row["part"]: row for row in status["conditions"]}
     assert parts["restore"]["condition"] == "rests" and "1010 (newer" in parts["unrecorded"]["why"], parts
@@ -97,7 +101,11 @@ def test_the_manuals_restore_ends_nobodys_work_and_forgets_nobodys_vm(daemon: Ma
     assert lab.record(1000).state == "RUNNING" and lab.pve.vm(1000).status == "running"
 
     follow(one, lab, tmp_path, commands("release"))
-    one.wait_for(lambda: "restore" not in {row["part"] for row in one.good("GET", "/v1/status")["conditions"]}, "leases go on", 20)
+    one.wait_for(
+        lambda: "restore" not in {row["part"] for row in one.good("GET", "/v1/status")["conditions"]},
+        "leases go on",
+        20,
+    )
     time.sleep(3)
     assert lab.record(1000).state == "RUNNING" and lab.pve.vm(1000).status == "running"
     assert lab.pve.vm(1010).status == "running" and lab.pve.touched(1010) == []

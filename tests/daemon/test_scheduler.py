@@ -96,7 +96,9 @@ def test_a_vm_that_could_not_be_stopped_is_stopped_by_a_later_pass(daemon: Make,
     for word in ("shutdown", "stop"):
         lab.pve.fault("POST", rf"/qemu/1000/status/{word}", "answer", status=500, body='{"data":null,"message":"no"}')
     one.good("POST", "/v1/sandboxes/1000/lease/renew", {"ttl": "2s", "allow_shorten": True})
-    one.wait_for(lambda: "sandbox 1000 is TIMEOUT, but its VM was not stopped" in one.log(), "the refused stop is told", 20)
+    one.wait_for(
+        lambda: "sandbox 1000 is TIMEOUT, but its VM was not stopped" in one.log(), "the refused stop is told", 20
+    )
     assert lab.record(1000).state == "TIMEOUT"
     lab.pve.faults.clear()
     one.wait_for(lambda: lab.pve.vm(1000).status == "stopped", "a pass of reconcile stops it", 20)
@@ -116,7 +118,10 @@ def test_a_proxmox_that_hangs_delays_no_lease_and_no_answer(daemon: Make, lab: L
             await asyncio.sleep(0.01)
 
     lab.pve.before = hold
-    clients = [threading.Thread(target=one.post, args=(f"/v1/sandboxes/{vmid}/destroy", {"force": True})) for vmid in (1003, 1004, 1002)]
+    clients = [
+        threading.Thread(target=one.post, args=(f"/v1/sandboxes/{vmid}/destroy", {"force": True}))
+        for vmid in (1003, 1004, 1002)
+    ]
     try:
         for client in clients:
             client.start()
@@ -156,19 +161,36 @@ def test_reconcile_finds_drift_and_orphans_and_repairs_what_can_be(daemon: Make,
     stray = lab.create("stray")
     vm = lab.pve.vm(stray.vmid)
     lab.force_state(stray.vmid, "DESTROYED")
-    lab.context().database.write(lambda conn: conn.execute("DELETE FROM sandboxes WHERE uuid = ?", (stray.uuid,)) and None)
+    lab.context().database.write(
+        lambda conn: conn.execute("DELETE FROM sandboxes WHERE uuid = ?", (stray.uuid,)) and None
+    )
     lab.pve.requests.clear()
     one = measured(daemon, reconcile_interval="1s")
     one.wait_for(state_of(lab, 1001, "DESTROYED"), "what is absent twice is closed", 20)
-    assert (lab.record(1001).reason, lab.record(1000).state, lab.record(1002).node, lab.record(1003).state) == ("external", "FAILED", "pve2", "RUNNING")
-    assert {event["actor"] for event in lab.events(lab.record(1001)) if event["operation"] == "reconcile"} == {"agentlabd"}
+    assert (lab.record(1001).reason, lab.record(1000).state, lab.record(1002).node, lab.record(1003).state) == (
+        "external",
+        "FAILED",
+        "pve2",
+        "RUNNING",
+    )
+    assert {event["actor"] for event in lab.events(lab.record(1001)) if event["operation"] == "reconcile"} == {
+        "agentlabd"
+    }
     # Found by every pass, counted once.
-    one.wait_for(lambda: one.metric('agentlab_operations_total{operation="reconcile",result="ok"}') >= 3, "three passes ended", 20)
+    one.wait_for(
+        lambda: one.metric('agentlab_operations_total{operation="reconcile",result="ok"}') >= 3,
+        "three passes ended",
+        20,
+    )
     assert one.metric('agentlab_orphans_found_total{kind="unrecorded"}') == 1
     assert one.metric('agentlab_orphans_found_total{kind="vm_absent"}') == 1
     assert one.metric("agentlab_reconcile_last_success_timestamp_seconds") > time.time() - 30
     assert lab.pve.vm(stray.vmid) is vm and lab.pve.touched(stray.vmid) == []
-    for words in ("reconcile: 1000 stopped: FAILED", "reconcile: 1001 absent: DESTROYED", "reconcile: 1002 moved: node updated to pve2"):
+    for words in (
+        "reconcile: 1000 stopped: FAILED",
+        "reconcile: 1001 absent: DESTROYED",
+        "reconcile: 1002 moved: node updated to pve2",
+    ):
         assert one.log().count(words) == 1, one.log()
     lab.pve.remove_vm(stray.vmid)
 
@@ -209,7 +231,11 @@ def test_a_creation_that_a_kill_cut_off_is_settled_by_the_next_start(daemon: Mak
     one.start()
     one.wait_for(state_of(lab, 1000, "DESTROYED"), "the creation is given up, and its VM destroyed by a rule", 30)
     assert lab.ours() == {} and lab.leftovers() == {"claims": [], "operations": []}
-    told = [(event["to_state"], event["actor"]) for event in lab.events(lab.record(1000)) if event["to_state"] in ("FAILED", "DESTROYED")]
+    told = [
+        (event["to_state"], event["actor"])
+        for event in lab.events(lab.record(1000))
+        if event["to_state"] in ("FAILED", "DESTROYED")
+    ]
     assert ("FAILED", "agentlabd") in told and told[-1] == ("DESTROYED", "agentlabd (cleanup rule failed)")
 
 
@@ -243,24 +269,48 @@ def test_a_vm_that_cannot_be_stopped_is_one_orphan_however_often_it_is_met(daemo
 
 
 def test_every_rule_acts_on_what_it_names_and_on_nothing_else(daemon: Make, lab: Lab) -> None:
-    for name, state, age in (("old", "TIMEOUT", 100), ("young", "TIMEOUT", 0), ("debug", "TIMEOUT", 100), ("done", "COMPLETED", 100),
-                             ("stuck", "PROVISIONING", 100), ("stopped", "STOPPED", 100), ("well", "RUNNING", 100)):
+    for name, state, age in (
+        ("old", "TIMEOUT", 100),
+        ("young", "TIMEOUT", 0),
+        ("debug", "TIMEOUT", 100),
+        ("done", "COMPLETED", 100),
+        ("stuck", "PROVISIONING", 100),
+        ("stopped", "STOPPED", 100),
+        ("well", "RUNNING", 100),
+    ):
         lab.force_state(lab.create(name, tags=[name]).vmid, state, age=age)
     lab.force_state(lab.create("kept", protected=True).vmid, "TIMEOUT", age=100)
-    one = measured(daemon, cleanup=rules(
-        "{name: debug, match: {tags: [debug]}, action: keep}", "{name: timeouts, match: {states: [TIMEOUT]}, after: 60s, action: destroy}",
-        "{name: done, match: {states: [COMPLETED]}, after: 60s, action: destroy}",
-        "{name: stuck, match: {states: [REQUESTED, PROVISIONING, BOOTING]}, after: 60s, action: fail}"), reconcile_interval="1h")
+    one = measured(
+        daemon,
+        cleanup=rules(
+            "{name: debug, match: {tags: [debug]}, action: keep}",
+            "{name: timeouts, match: {states: [TIMEOUT]}, after: 60s, action: destroy}",
+            "{name: done, match: {states: [COMPLETED]}, after: 60s, action: destroy}",
+            "{name: stuck, match: {states: [REQUESTED, PROVISIONING, BOOTING]}, after: 60s, action: fail}",
+        ),
+        reconcile_interval="1h",
+    )
     one.wait_for(lambda: one.metric('agentlab_prune_runs_total{result="ok"}') >= 2, "the rules ran twice", 30)
     found = {record.name: record.state for record in lab.records()}
     # The stale creation is settled by reconcile or by the rule, whichever comes first.
-    assert found == {"old": "DESTROYED", "young": "TIMEOUT", "debug": "TIMEOUT", "done": "DESTROYED", "stuck": "FAILED", "well": "RUNNING",
-                     "stopped": "STOPPED", "kept": "TIMEOUT"}
+    assert found == {
+        "old": "DESTROYED",
+        "young": "TIMEOUT",
+        "debug": "TIMEOUT",
+        "done": "DESTROYED",
+        "stuck": "FAILED",
+        "well": "RUNNING",
+        "stopped": "STOPPED",
+        "kept": "TIMEOUT",
+    }
     assert len(lab.ours()) == 6
     last = lab.events(next(record for record in lab.records() if record.name == "old"))[-1]
     assert (last["actor"], last["to_state"]) == ("agentlabd (cleanup rule timeouts)", "DESTROYED")
     assert one.metric('agentlab_prune_items_total{result="pruned"}') == 2
-    assert one.metric('agentlab_prune_kept_total{reason="rule"}') >= 2 and one.metric('agentlab_prune_kept_total{reason="protected"}') >= 2
+    assert (
+        one.metric('agentlab_prune_kept_total{reason="rule"}') >= 2
+        and one.metric('agentlab_prune_kept_total{reason="protected"}') >= 2
+    )
     assert status(one)["cleanup"]["last_result"]["kept"] == 3
     # Not necessarily in one pass: reconcile may have one of them in hand while the first pass looks.
     assert sum(map(int, re.findall(r"cleanup: (\d+) destroyed", one.log()))) == 2
@@ -271,7 +321,11 @@ def test_shadow_mode_only_says_what_it_would_do(daemon: Make, lab: Lab) -> None:
     lab.force_state(lab.create("a2").vmid, "BOOTING", age=100)
     lab.pve.requests.clear()
     stuck = "{name: stuck, match: {states: [BOOTING]}, after: 60s, action: fail}"
-    one = measured(daemon, cleanup=rules(DESTROY_TIMEOUTS, stuck, mode="shadow", retention="{destroyed_records: 1s}"), reconcile_interval="1h")
+    one = measured(
+        daemon,
+        cleanup=rules(DESTROY_TIMEOUTS, stuck, mode="shadow", retention="{destroyed_records: 1s}"),
+        reconcile_interval="1h",
+    )
     first_pass(one)
     before = [lab.record(vmid) for vmid in (1000, 1001)]
     events = lab.events(made)
@@ -280,7 +334,10 @@ def test_shadow_mode_only_says_what_it_would_do(daemon: Make, lab: Lab) -> None:
     assert [request for request in lab.pve.requests if request[0] != "GET"] == []
     found = status(one)["cleanup"]
     assert (found["mode"], found["last_result"]["result"], found["last_result"]["count"]) == ("shadow", "shadow", 1)
-    assert one.metric('agentlab_prune_items_total{result="would_prune"}') >= 2 and one.metric('agentlab_prune_items_total{result="pruned"}') == 0
+    assert (
+        one.metric('agentlab_prune_items_total{result="would_prune"}') >= 2
+        and one.metric('agentlab_prune_items_total{result="pruned"}') == 0
+    )
     assert "cleanup: 1 would be destroyed" in one.log()
 
 
@@ -322,18 +379,27 @@ def test_runs_follow_each_other_by_the_interval(daemon: Make, lab: Lab) -> None:
     assert ran <= one.good("GET", "/v1/status")["uptime_seconds"] / 2 + 1
 
 
-@pytest.mark.parametrize(("guard", "words"), [
-    ("{count: 3}", "6 sandboxes would be destroyed at once, more than guard count=3"),
-    ("{percent: 60}", "6 of 7 sandboxes would be destroyed at once, more than guard percent=60"),
-])
-def test_the_guard_trips_and_nothing_is_destroyed_until_it_is_released(daemon: Make, lab: Lab, guard: str, words: str) -> None:
+@pytest.mark.parametrize(
+    ("guard", "words"),
+    [
+        ("{count: 3}", "6 sandboxes would be destroyed at once, more than guard count=3"),
+        ("{percent: 60}", "6 of 7 sandboxes would be destroyed at once, more than guard percent=60"),
+    ],
+)
+def test_the_guard_trips_and_nothing_is_destroyed_until_it_is_released(
+    daemon: Make, lab: Lab, guard: str, words: str
+) -> None:
     for number in range(6):
         lab.timed_out(f"a{number}")
     lab.create("well")
     one = measured(daemon, cleanup=rules(DESTROY_TIMEOUTS, guard=guard))
     frozen = one.wait_for(lambda: status(one)["cleanup"]["frozen"], "it freezes", 20)
     assert frozen["reason"].startswith(words) and frozen["actor"] == "agentlabd"
-    assert (one.metric("agentlab_prune_frozen"), one.metric("agentlab_prune_guard_trips_total"), one.metric("agentlab_prune_candidates")) == (1, 1, 6)
+    assert (
+        one.metric("agentlab_prune_frozen"),
+        one.metric("agentlab_prune_guard_trips_total"),
+        one.metric("agentlab_prune_candidates"),
+    ) == (1, 1, 6)
     assert one.metric('agentlab_prune_runs_total{result="guard"}') == 1
     one.wait_for(lambda: one.metric('agentlab_prune_runs_total{result="frozen"}') >= 1, "later runs do nothing", 20)
     assert f"cleanup: {words}; nothing was destroyed, and cleanup is frozen until it is released" in one.log()
@@ -357,7 +423,10 @@ def test_a_freeze_by_hand_holds_the_rules_and_not_what_people_ask_for(daemon: Ma
     lab.timed_out("a1")
     lab.timed_out("a2")
     one = measured(daemon, cleanup=rules(DESTROY_TIMEOUTS, interval="3s"))
-    assert one.good("POST", "/v1/cleanup/freeze", {"reason": "storage is being moved"})["frozen"]["reason"] == "storage is being moved"
+    assert (
+        one.good("POST", "/v1/cleanup/freeze", {"reason": "storage is being moved"})["frozen"]["reason"]
+        == "storage is being moved"
+    )
     one.wait_for(lambda: one.metric('agentlab_prune_runs_total{result="frozen"}') >= 1, "the rules rest", 20)
     assert len(lab.ours()) == 2
     assert one.good("POST", "/v1/sandboxes/1000/destroy", {"force": True})["state"] == "DESTROYED"
@@ -369,11 +438,19 @@ def test_retention_removes_old_records_and_their_events_alone(daemon: Make, lab:
     for name, age in (("old", 5000), ("young", 10)):
         made = lab.create(name)
         lab.destroy(made.vmid, force=True)
-        lab.context().database.write(lambda conn, uuid=made.uuid, age=age: conn.execute(  # type: ignore[misc]
-            "UPDATE sandboxes SET state_changed_at = ? WHERE uuid = ?", (int(time.time()) - age, uuid)) and None)
+        lab.context().database.write(
+            lambda conn, uuid=made.uuid, age=age: (
+                conn.execute(  # type: ignore[misc]
+                    "UPDATE sandboxes SET state_changed_at = ? WHERE uuid = ?", (int(time.time()) - age, uuid)
+                )
+                and None
+            )
+        )
     lab.force_state(lab.create("live").vmid, "RUNNING", age=5000)
     one = daemon(cleanup=rules(retention="{destroyed_records: 1h}"))
-    one.wait_for(lambda: (status(one)["cleanup"]["last_result"] or {}).get("forgotten") == 1, "one record is forgotten", 20)
+    one.wait_for(
+        lambda: (status(one)["cleanup"]["last_result"] or {}).get("forgotten") == 1, "one record is forgotten", 20
+    )
     assert {record.name for record in lab.records()} == {"young", "live"}
     known = {record.uuid for record in lab.records()}
     assert {row["sandbox_uuid"] for row in lab.context().database.read("SELECT sandbox_uuid FROM events")} == known
@@ -388,10 +465,18 @@ def test_with_a_broken_file_it_goes_on_by_the_old_ones(daemon: Make, lab: Lab, t
     profiles = tmp_path / "profiles"
     profiles.mkdir()
     lab.timed_out("a1")
-    one = daemon(cleanup=rules("{name: timeouts, match: {states: [TIMEOUT]}, after: 30m, action: destroy}"), profiles_dir=str(profiles), expire_interval="1h")
+    one = daemon(
+        cleanup=rules("{name: timeouts, match: {states: [TIMEOUT]}, after: 30m, action: destroy}"),
+        profiles_dir=str(profiles),
+        expire_interval="1h",
+    )
     one.wait_for(lambda: status(one)["cleanup"]["last_result"], "the rules ran", 20)
     # What would act at once, if it were taken.
-    one.cleanup_file.write_text(rules(DESTROY_TIMEOUTS) if broken != "rules" else rules(DESTROY_TIMEOUTS, "{name: more, match: {}, action: keep}"))
+    one.cleanup_file.write_text(
+        rules(DESTROY_TIMEOUTS)
+        if broken != "rules"
+        else rules(DESTROY_TIMEOUTS, "{name: more, match: {}, action: keep}")
+    )
     if broken == "config":
         one.write_config(expire_intervall="1s")
     elif broken == "not yaml":
@@ -422,7 +507,11 @@ def test_at_rest_it_asks_proxmox_nothing_and_hardly_runs(daemon: Make, lab: Lab)
     for number in range(3):
         lab.create(f"a{number}")
     lab.force_state(1002, "TIMEOUT")
-    one = measured(daemon, expire_interval="1s", cleanup=rules("{name: timeouts, match: {states: [TIMEOUT]}, after: 1h, action: destroy}"))
+    one = measured(
+        daemon,
+        expire_interval="1s",
+        cleanup=rules("{name: timeouts, match: {states: [TIMEOUT]}, after: 1h, action: destroy}"),
+    )
     first_pass(one)
     one.wait_for(lambda: one.metric('agentlab_prune_runs_total{result="ok"}') >= 1, "the rules ran", 20)
     lab.pve.counted.clear()

@@ -25,7 +25,11 @@ def service(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
     path = tmp_path / "config.yaml"
     path.write_text(json.dumps({**lab.options, "cleanup_file": str(tmp_path / "cleanup.yaml")}), encoding="utf-8")
-    environment = {**lab.server.environment(lab.folder), "AGENTLAB_CONFIG": str(path), "AGENTLAB_DATABASE": lab.database}
+    environment = {
+        **lab.server.environment(lab.folder),
+        "AGENTLAB_CONFIG": str(path),
+        "AGENTLAB_DATABASE": lab.database,
+    }
     return Service(*load(str(path), environment), environment, str(path))
 
 
@@ -44,7 +48,11 @@ def test_expiry_rests_while_a_renewal_is_refused(service: Any, lab: Lab) -> None
     claim = ctx.records.claim(made.uuid, "destroy", wait=0)
     ctx.records.journal(claim, "destroy", "waiting", {})
     ctx.records.release(claim)
-    ctx.database.write(lambda conn: conn.execute("UPDATE sandboxes SET keepalive = 1, lease_expires_at = 1 WHERE uuid = ?", (made.uuid,)))
+    ctx.database.write(
+        lambda conn: conn.execute(
+            "UPDATE sandboxes SET keepalive = 1, lease_expires_at = 1 WHERE uuid = ?", (made.uuid,)
+        )
+    )
 
     async def pauses() -> list[float]:
         one = Scheduler(service)

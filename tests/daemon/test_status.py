@@ -51,7 +51,11 @@ def test_records_that_were_replaced(daemon: Make, lab: Lab) -> None:
     one.wait_for(lambda: one.get("/v1/status").body["reconcile"]["last_run"], "the first reconcile is over", 30)
     os.rename(lab.database, f"{lab.database}.old")
     told = condition(one, "records")
-    assert told["condition"] == "fails" and "was deleted, moved or replaced" in told["why"] and "systemctl stop agentlabd" in told["todo"]
+    assert (
+        told["condition"] == "fails"
+        and "was deleted, moved or replaced" in told["why"]
+        and "systemctl stop agentlabd" in told["todo"]
+    )
     refused = one.post("/v1/sandboxes", {"name": "a1"})
     assert refused.status == 500 and "was deleted, moved or replaced" in refused.body["error"], refused
     assert [vm for vm in lab.ours().values() if vm >= 1000] == []
@@ -82,11 +86,21 @@ def test_records_that_another_process_has_locked(daemon: Make, lab: Lab) -> None
 def test_a_clock_that_jumped(daemon: Make, lab: Lab) -> None:
     lab.create("a1")
     boot = time.clock_gettime(time.CLOCK_BOOTTIME)
-    note = {"boot": json.loads(process.identity())["boot"], "offset": time.time() - boot, "until": boot + 300, "seen": boot, "wall": int(time.time())}
+    note = {
+        "boot": json.loads(process.identity())["boot"],
+        "offset": time.time() - boot,
+        "until": boot + 300,
+        "seen": boot,
+        "wall": int(time.time()),
+    }
     lab.context().records.set_meta(f"clock:{process.host()}", json.dumps(note))
     one = daemon()
     told = condition(one, "clock")
-    assert told["condition"] == "rests" and "expiry and cleanup rest until 20" in told["why"] and "timedatectl" in told["todo"]
+    assert (
+        told["condition"] == "rests"
+        and "expiry and cleanup rest until 20" in told["why"]
+        and "timedatectl" in told["todo"]
+    )
 
 
 def test_credentials_that_are_refused(daemon: Make, lab: Lab) -> None:

@@ -20,19 +20,73 @@ from support.lab import Lab
 
 Make = Callable[..., Daemon]
 
-SANDBOX = {"vmid": int, "name": str, "profile": (str, None), "tags": [str], "state": str, "ip": (str, None), "workspace_id": (str, None),
-           "keepalive": bool, "lease_expires_at": (str, None), "created_at": str, "updated_at": str}
-WORKSPACE = {"id": str, "name": str, "storage": str, "volid": str, "size_gb": int, "attached_vmid": (int, None), "created_at": str, "updated_at": str}
-EVENT = {"id": int, "ts": str, "kind": str, "sandbox_vmid": (int, None), "job_id": (str, None), "msg": str, "json": object}
-ENTRY = {"vmid": int, "name": str, "managed": bool, "profile": (str, None), "agentlab_state": (str, None), "proxmox_status": (str, None),
-         "agentlab_ip": (str, None), "drift": [str]}
+SANDBOX = {
+    "vmid": int,
+    "name": str,
+    "profile": (str, None),
+    "tags": [str],
+    "state": str,
+    "ip": (str, None),
+    "workspace_id": (str, None),
+    "keepalive": bool,
+    "lease_expires_at": (str, None),
+    "created_at": str,
+    "updated_at": str,
+}
+WORKSPACE = {
+    "id": str,
+    "name": str,
+    "storage": str,
+    "volid": str,
+    "size_gb": int,
+    "attached_vmid": (int, None),
+    "created_at": str,
+    "updated_at": str,
+}
+EVENT = {
+    "id": int,
+    "ts": str,
+    "kind": str,
+    "sandbox_vmid": (int, None),
+    "job_id": (str, None),
+    "msg": str,
+    "json": object,
+}
+ENTRY = {
+    "vmid": int,
+    "name": str,
+    "managed": bool,
+    "profile": (str, None),
+    "agentlab_state": (str, None),
+    "proxmox_status": (str, None),
+    "agentlab_ip": (str, None),
+    "drift": [str],
+}
 RECONCILE = {"dry_run": bool, "checked": int, "drifted": int, "reconciled": int, "results": [ENTRY]}
-STATUS = {"api_schema_version": int, "event_schema_version": int, "sandboxes": {str: int}, "jobs": {str: int}, "network_modes": {str: int},
-          "artifacts": {str: object}, "metrics": {"enabled": bool}, "recent_failures": [EVENT]}
-STOP_ALL = {"total": int, "stopped": int, "skipped": int, "failed": int,
-            "results": [{"vmid": int, "name": str, "profile": (str, None), "state": str, "result": str, "error": (str, None)}]}
+STATUS = {
+    "api_schema_version": int,
+    "event_schema_version": int,
+    "sandboxes": {str: int},
+    "jobs": {str: int},
+    "network_modes": {str: int},
+    "artifacts": {str: object},
+    "metrics": {"enabled": bool},
+    "recent_failures": [EVENT],
+}
+STOP_ALL = {
+    "total": int,
+    "stopped": int,
+    "skipped": int,
+    "failed": int,
+    "results": [{"vmid": int, "name": str, "profile": (str, None), "state": str, "result": str, "error": (str, None)}],
+}
 ISSUE = {"code": str, "field": str, "message": str}
-PLAN = {"ok": bool, "errors": [ISSUE], "warnings": [ISSUE], "plan": {"name": (str, None), "profile": (str, None), "keepalive": bool}}
+PLAN = {
+    "ok": bool,
+    "errors": [ISSUE],
+    "warnings": [ISSUE],
+    "plan": {"name": (str, None), "profile": (str, None), "keepalive": bool},
+}
 
 
 def read(shape: Any, value: Any, where: str = "answer") -> Any:
@@ -50,7 +104,9 @@ def read(shape: Any, value: Any, where: str = "answer") -> Any:
         missing = set(shape) - set(value)
         assert not missing, f"{where} lacks {missing}"
         return {name: read(inner, value[name], f"{where}.{name}") for name, inner in shape.items()}
-    assert shape is object or (isinstance(value, shape) and isinstance(value, bool) == (shape is bool)), f"{where} is {value!r}, not {shape.__name__}"
+    assert shape is object or (isinstance(value, shape) and isinstance(value, bool) == (shape is bool)), (
+        f"{where} is {value!r}, not {shape.__name__}"
+    )
     return value
 
 
@@ -59,7 +115,9 @@ def test_workspaces_are_created_listed_attached_detached_and_rebound(daemon: Mak
     (tmp_path / "profiles" / "yolo.yaml").write_text("template: 9000\ntags: [yolo]\n", encoding="utf-8")
     one = daemon(profiles_dir=str(tmp_path / "profiles"))
     first = one.good("POST", "/v1/sandboxes", {"name": "a1", "profile": "yolo", "ttl_minutes": 60}, 201)
-    made = read(WORKSPACE, one.good("POST", "/v1/workspaces", {"name": "w1", "size_gb": 2, "storage": "local-lvm"}, 201))
+    made = read(
+        WORKSPACE, one.good("POST", "/v1/workspaces", {"name": "w1", "size_gb": 2, "storage": "local-lvm"}, 201)
+    )
     assert (made["name"], made["size_gb"], made["storage"], made["attached_vmid"]) == ("w1", 2, "local-lvm", None)
     assert made["volid"].startswith("local-lvm:")
     attached = read(WORKSPACE, one.good("POST", "/v1/workspaces/w1/attach", {"vmid": 1000}))
@@ -67,18 +125,28 @@ def test_workspaces_are_created_listed_attached_detached_and_rebound(daemon: Mak
     assert read({"workspaces": [WORKSPACE]}, one.good("GET", "/v1/workspaces"))["workspaces"] == [attached]
     rebound = one.good("POST", "/v1/workspaces/w1/rebind", {"profile": "yolo", "ttl_minutes": 30})
     shown = read({"workspace": WORKSPACE, "sandbox": SANDBOX, "old_vmid": (int, None)}, rebound)
-    assert (shown["old_vmid"], shown["sandbox"]["state"], shown["workspace"]["attached_vmid"]) == (1000, "RUNNING", shown["sandbox"]["vmid"])
+    assert (shown["old_vmid"], shown["sandbox"]["state"], shown["workspace"]["attached_vmid"]) == (
+        1000,
+        "RUNNING",
+        shown["sandbox"]["vmid"],
+    )
     assert shown["sandbox"]["vmid"] != 1000 and shown["sandbox"]["workspace_id"] == made["id"]
     assert lab.record(1000).uuid == first["uuid"] and lab.record(1000).state == "DESTROYED"
     kept = one.good("POST", "/v1/workspaces/w1/rebind", {"profile": "yolo", "keep_old": True})
-    assert lab.record(kept["old_vmid"]).state == "STOPPED" and kept["workspace"]["attached_vmid"] == kept["sandbox"]["vmid"]
+    assert (
+        lab.record(kept["old_vmid"]).state == "STOPPED"
+        and kept["workspace"]["attached_vmid"] == kept["sandbox"]["vmid"]
+    )
     # What is wrong with the new sandbox is said before the old one is touched.
     refused = one.post("/v1/workspaces/w1/rebind", {"profile": "none"})
     assert refused.status == 400 and "'none'" in refused.body["error"]
     assert one.good("GET", "/v1/workspaces/w1")["attached_vmid"] == kept["sandbox"]["vmid"]
     assert lab.record(kept["sandbox"]["vmid"]).state == "RUNNING"
     detached = read(WORKSPACE, one.good("POST", "/v1/workspaces/w1/detach"))
-    assert detached["attached_vmid"] is None and len(lab.pve.volumes_of(one.good("GET", "/v1/workspaces/w1")["owner_vmid"])) == 1
+    assert (
+        detached["attached_vmid"] is None
+        and len(lab.pve.volumes_of(one.good("GET", "/v1/workspaces/w1")["owner_vmid"])) == 1
+    )
 
 
 def test_a_size_that_is_no_whole_number_of_gib_is_rounded_up(daemon: Make) -> None:
@@ -93,11 +161,19 @@ def test_reconcile_counts_what_it_found_and_repaired(daemon: Make, lab: Lab) -> 
     one = daemon()
     one.wait_for(lambda: one.get("/v1/status").body["reconcile"]["last_run"], "the first reconcile is over", 20)
     clean = read(RECONCILE, one.good("POST", "/v1/sandboxes/reconcile", {}))
-    assert (clean["dry_run"], clean["checked"], clean["drifted"], clean["reconciled"], clean["results"]) == (True, 2, 0, 0, [])
+    assert (clean["dry_run"], clean["checked"], clean["drifted"], clean["reconciled"], clean["results"]) == (
+        True,
+        2,
+        0,
+        0,
+        [],
+    )
     lab.pve.power(1000, "stopped")
     report = read(RECONCILE, one.good("POST", "/v1/sandboxes/reconcile", {"dry_run": True}))
     assert (report["dry_run"], report["drifted"], report["reconciled"]) == (True, 1, 0)
-    assert [(entry["vmid"], entry["managed"], entry["agentlab_state"], entry["drift"]) for entry in report["results"]] == [(1000, True, "RUNNING", ["stopped"])]
+    assert [
+        (entry["vmid"], entry["managed"], entry["agentlab_state"], entry["drift"]) for entry in report["results"]
+    ] == [(1000, True, "RUNNING", ["stopped"])]
     assert lab.record(1000).state == "RUNNING"
     applied = read(RECONCILE, one.good("POST", "/v1/sandboxes/reconcile", {"apply": True}))
     assert (applied["dry_run"], applied["drifted"], applied["reconciled"]) == (False, 1, 1)
@@ -113,7 +189,13 @@ def test_logs_reads_events(daemon: Make, lab: Lab) -> None:
     assert (last["sandbox_vmid"], last["kind"], answer["last_id"]) == (1000, "sandbox.pause.completed", last["id"])
     assert last["msg"].startswith("suspend: RUNNING -> SUSPENDED, by ") and last["json"]["to_state"] == "SUSPENDED"
     assert last["ts"].endswith("Z")
-    assert read({"events": [EVENT], "last_id": int}, one.good("GET", f"/v1/sandboxes/1000/events?after={last['id']}&limit=200"))["events"] == []
+    assert (
+        read(
+            {"events": [EVENT], "last_id": int},
+            one.good("GET", f"/v1/sandboxes/1000/events?after={last['id']}&limit=200"),
+        )["events"]
+        == []
+    )
 
 
 def test_status_has_the_summary(daemon: Make, lab: Lab) -> None:
@@ -121,7 +203,9 @@ def test_status_has_the_summary(daemon: Make, lab: Lab) -> None:
     lab.timed_out("a2")
     one = daemon()
     status = read(STATUS, one.good("GET", "/v1/status"))
-    assert (status["sandboxes"]["RUNNING"], status["sandboxes"]["TIMEOUT"]) == (1, 1) and status["metrics"] == {"enabled": False}
+    assert (status["sandboxes"]["RUNNING"], status["sandboxes"]["TIMEOUT"]) == (1, 1) and status["metrics"] == {
+        "enabled": False
+    }
     lab.pve.fail("POST", "/clone", 500, "storage is full")
     assert one.post("/v1/sandboxes", {"name": "a3"}).status == 502
     failures = read(STATUS, one.good("GET", "/v1/status"))["recent_failures"]
@@ -136,11 +220,15 @@ def test_pause_resume_and_stop(daemon: Make, lab: Lab) -> None:
     assert read(SANDBOX, one.good("POST", "/v1/sandboxes/1000/resume"))["state"] == "RUNNING"
     assert read(SANDBOX, one.good("POST", "/v1/sandboxes/1000/stop"))["state"] == "STOPPED"
     refused = one.post("/v1/sandboxes/1000/resume")
-    assert refused.status == 409 and refused.body["error"].startswith("cannot resume sandbox in STOPPED state. Valid states: SUSPENDED")
+    assert refused.status == 409 and refused.body["error"].startswith(
+        "cannot resume sandbox in STOPPED state. Valid states: SUSPENDED"
+    )
     assert one.post("/v1/sandboxes/1000/pause").status == 409
     # Else prune would never see it again.
     over = one.post("/v1/sandboxes/1001/stop")
-    assert over.status == 409 and over.body["error"].startswith("cannot stop sandbox in TIMEOUT state. Valid states: READY, RUNNING, SUSPENDED")
+    assert over.status == 409 and over.body["error"].startswith(
+        "cannot stop sandbox in TIMEOUT state. Valid states: READY, RUNNING, SUSPENDED"
+    )
     assert lab.record(1001).state == "TIMEOUT"
     assert one.good("POST", "/v1/sandboxes/prune")["count"] == 1
 
@@ -154,7 +242,11 @@ def test_stop_all_stops_what_runs(daemon: Make, lab: Lab) -> None:
     answer = read(STOP_ALL, one.good("POST", "/v1/sandboxes/stop_all", {"force": False}))
     assert (answer["total"], answer["stopped"], answer["skipped"], answer["failed"]) == (4, 2, 2, 0)
     assert [(item["vmid"], item["state"], item["result"]) for item in answer["results"]] == [
-        (1000, "STOPPED", "stopped"), (1001, "STOPPED", "stopped"), (1002, "STOPPED", "skipped"), (1003, "TIMEOUT", "skipped")]
+        (1000, "STOPPED", "stopped"),
+        (1001, "STOPPED", "stopped"),
+        (1002, "STOPPED", "skipped"),
+        (1003, "TIMEOUT", "skipped"),
+    ]
     assert lab.pve.vm(1000).status == lab.pve.vm(1001).status == "stopped"
 
 
@@ -176,19 +268,29 @@ def test_the_inventory(daemon: Make, lab: Lab) -> None:
     lab.pve.make_foreign(1500)
     lab.pve.make_foreign(5000)
     entries = read({"sandboxes": [ENTRY]}, one.good("GET", "/v1/sandboxes/inventory"))["sandboxes"]
-    found = [(entry["vmid"], entry["managed"], entry["proxmox_status"] is not None, entry["drift"]) for entry in entries]
+    found = [
+        (entry["vmid"], entry["managed"], entry["proxmox_status"] is not None, entry["drift"]) for entry in entries
+    ]
     # VMs outside vmid_range are nobody's business here.
-    assert found == [(1000, True, True, ["stopped_while_marked_running"]), (1001, True, False, ["missing_in_proxmox"]),
-                     (1500, False, True, ["unmanaged_proxmox_vm"])]
+    assert found == [
+        (1000, True, True, ["stopped_while_marked_running"]),
+        (1001, True, False, ["missing_in_proxmox"]),
+        (1500, False, True, ["unmanaged_proxmox_vm"]),
+    ]
 
 
-@pytest.mark.parametrize(("body", "ok", "field"), [
-    ({"name": "a1", "profile": "yolo", "ttl_minutes": 60}, True, None),
-    ({"profile": "none"}, False, "profile"),
-    ({"profile": "yolo", "name": "-x"}, False, "name"),
-    ({"profile": "yolo", "workspace_id": "none"}, False, "workspace"),
-])
-def test_a_plan_is_judged_and_nothing_is_made(daemon: Make, lab: Lab, tmp_path: Any, body: dict[str, Any], ok: bool, field: str | None) -> None:
+@pytest.mark.parametrize(
+    ("body", "ok", "field"),
+    [
+        ({"name": "a1", "profile": "yolo", "ttl_minutes": 60}, True, None),
+        ({"profile": "none"}, False, "profile"),
+        ({"profile": "yolo", "name": "-x"}, False, "name"),
+        ({"profile": "yolo", "workspace_id": "none"}, False, "workspace"),
+    ],
+)
+def test_a_plan_is_judged_and_nothing_is_made(
+    daemon: Make, lab: Lab, tmp_path: Any, body: dict[str, Any], ok: bool, field: str | None
+) -> None:
     (tmp_path / "profiles").mkdir()
     (tmp_path / "profiles" / "yolo.yaml").write_text("template: 9000\n", encoding="utf-8")
     one = daemon(profiles_dir=str(tmp_path / "profiles"))
@@ -203,7 +305,9 @@ def test_profiles(daemon: Make, tmp_path: Any) -> None:
     (tmp_path / "profiles" / "by-id.yaml").write_text("template: 9000\n", encoding="utf-8")
     (tmp_path / "profiles" / "by-name.yaml").write_text("template: debian-13\n", encoding="utf-8")
     one = daemon(profiles_dir=str(tmp_path / "profiles"))
-    found = read({"profiles": [{"name": str, "template_vmid": int, "updated_at": str}]}, one.good("GET", "/v1/profiles"))["profiles"]
+    found = read(
+        {"profiles": [{"name": str, "template_vmid": int, "updated_at": str}]}, one.good("GET", "/v1/profiles")
+    )["profiles"]
     assert [(profile["name"], profile["template_vmid"]) for profile in found] == [("by-id", 9000), ("by-name", 0)]
 
 
@@ -232,7 +336,9 @@ def test_ssh_gets_an_address_by_asking_for_the_sandbox(daemon: Make, lab: Lab) -
     found = one.wait_for(lambda: read(SANDBOX, one.good("GET", "/v1/sandboxes/1000"))["ip"], "the address is there", 30)
     assert found == one.good("GET", "/v1/sandboxes")["sandboxes"][0]["ip"]
     events = one.good("GET", "/v1/sandboxes/1000/events")["events"]
-    assert [(event["reason"], event["evidence"]) for event in events if event["operation"] == "address"] == [("address", {"ip": found})]
+    assert [(event["reason"], event["evidence"]) for event in events if event["operation"] == "address"] == [
+        ("address", {"ip": found})
+    ]
     assert len({event["actor"] for event in events}) == 1, "it was looked up for whoever asked"
     # Nothing is left behind that another operation would stumble over.
     assert one.good("POST", "/v1/sandboxes/1000/stop")["state"] == "STOPPED"

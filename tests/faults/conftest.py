@@ -28,7 +28,7 @@ def part_of(items: list[Any], shard: str) -> list[Any]:
     found = re.fullmatch(r"(\d+)/(\d+)", shard)
     if not found or not 1 <= int(found[1]) <= int(found[2]):
         raise pytest.UsageError(f"SHARD={shard!r} is not valid. Valid: i/n, such as 2/5")
-    return items[int(found[1]) - 1::int(found[2])]
+    return items[int(found[1]) - 1 :: int(found[2])]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -74,7 +74,10 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     if not rows:
         return
     width = max(map(len, rows))
-    terminalreporter.section(f"injected faults, AGENTLAB_FAULTS_SEED={SEED}" + (f", SHARD={os.environ['SHARD']}" if os.environ.get("SHARD") else ""))
+    terminalreporter.section(
+        f"injected faults, AGENTLAB_FAULTS_SEED={SEED}"
+        + (f", SHARD={os.environ['SHARD']}" if os.environ.get("SHARD") else "")
+    )
     terminalreporter.write_line(f"{'request':{width}}" + "".join(f"{name:>8}" for name in COLUMNS))
     total: Counter[str] = Counter()
     for name, row in sorted(rows.items()):

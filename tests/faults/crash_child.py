@@ -125,7 +125,9 @@ def do_workspace(ctx: Any, word: str, name: str, vmid: int | None = None, **valu
     if word == "attached":
         done = workspace.attached(ctx, name, ctx.select(vmid))
     else:
-        done = {"present": workspace.present, "detached": workspace.detached, "absent": workspace.absent}[word](ctx, name, **values)
+        done = {"present": workspace.present, "detached": workspace.detached, "absent": workspace.absent}[word](
+            ctx, name, **values
+        )
     return {"ok": True, "outcome": done.outcome}
 
 
@@ -134,8 +136,16 @@ def do_look(ctx: Any) -> dict[str, Any]:
 
 
 OPERATIONS: dict[str, Callable[..., dict[str, Any]]] = {
-    "create": do_create, "power": do_power, "destroy": do_destroy, "renew": do_renew, "expire": do_expire, "prune": do_prune,
-    "reconcile": do_reconcile, "workspace": do_workspace, "look": do_look}
+    "create": do_create,
+    "power": do_power,
+    "destroy": do_destroy,
+    "renew": do_renew,
+    "expire": do_expire,
+    "prune": do_prune,
+    "reconcile": do_reconcile,
+    "workspace": do_workspace,
+    "look": do_look,
+}
 
 
 def perform(job: dict[str, Any]) -> dict[str, Any]:
@@ -180,7 +190,11 @@ def wander(job: dict[str, Any]) -> dict[str, Any]:
                 word = "prune"
             else:
                 number += 1
-                args = {"name": f"s{job['seed']}-{number}", "ttl": dice.choice((1, 3, 6, 600)), "keepalive": dice.random() < 0.1}
+                args = {
+                    "name": f"s{job['seed']}-{number}",
+                    "ttl": dice.choice((1, 3, 6, 600)),
+                    "keepalive": dice.random() < 0.1,
+                }
         if word in ("stop", "start", "suspend", "complete", "fail", "renew", "destroy", "force"):
             if not live:
                 continue
@@ -246,7 +260,11 @@ def run(jobs: list[dict[str, Any]], folder: str) -> list[dict[str, Any]]:
                 status = os.waitpid(pid, 0)[1]
                 break
             time.sleep(0.003)
-        answer: dict[str, Any] = {"signal": os.WTERMSIG(status) if os.WIFSIGNALED(status) else None, "late": late, "result": None}
+        answer: dict[str, Any] = {
+            "signal": os.WTERMSIG(status) if os.WIFSIGNALED(status) else None,
+            "late": late,
+            "result": None,
+        }
         if os.path.exists(path):
             with open(path, encoding="utf-8") as file:
                 answer["result"] = json.load(file)
@@ -255,8 +273,17 @@ def run(jobs: list[dict[str, Any]], folder: str) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    for name in ("operations.create", "operations.destroy", "operations.lease", "operations.power", "operations.prune", "operations.reconcile",
-                 "operations.workspace", "operations.context", "config"):
+    for name in (
+        "operations.create",
+        "operations.destroy",
+        "operations.lease",
+        "operations.power",
+        "operations.prune",
+        "operations.reconcile",
+        "operations.workspace",
+        "operations.context",
+        "config",
+    ):
         __import__(f"{CORE}.{name}")
     import proxmoxer.backends.https  # noqa: F401
     import requests  # noqa: F401

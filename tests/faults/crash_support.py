@@ -44,8 +44,13 @@ class Zygote:
     def __init__(self) -> None:
         paths = [path for path in sys.path if path]
         # In a process of its own: this one has the server's threads, and a fork would copy their locks.
-        self._process = subprocess.Popen([sys.executable, str(Path(__file__).with_name("crash_child.py"))], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                         text=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)})
+        self._process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("crash_child.py"))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        )
 
     def run(self, jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         assert self._process.stdin and self._process.stdout
@@ -156,7 +161,9 @@ class Rig:
 
     def spoil(self, kind: str, text: str) -> None:
         """Tasks of that kind fail with that text; "unexpected status" is a worker that died after its work."""
-        self.in_loop(lambda: (self.pve.task_endings if text == "unexpected status" else self.task_fails).update({kind: text}))
+        self.in_loop(
+            lambda: (self.pve.task_endings if text == "unexpected status" else self.task_fails).update({kind: text})
+        )
 
     def foreign(self, vmid: int, **values: Any) -> None:
         """Somebody else's VM, that nobody may touch."""
@@ -181,7 +188,13 @@ class Rig:
         if self.database.exists():
             self.sql("PRAGMA wal_checkpoint(TRUNCATE)")
             shutil.copy(self.database, self.folder / "kept.db")
-        self._kept = self.in_loop(lambda: ([copy.deepcopy(vm.__dict__) for vm in self.pve.vms], copy.deepcopy(self.pve.storages), list(self.pve.tasklog)))
+        self._kept = self.in_loop(
+            lambda: (
+                [copy.deepcopy(vm.__dict__) for vm in self.pve.vms],
+                copy.deepcopy(self.pve.storages),
+                list(self.pve.tasklog),
+            )
+        )
         self._bystanders = copy.deepcopy(self.bystanders)
         self._files = {path.name: path.read_bytes() for path in self.snippets.iterdir()}
 
@@ -229,10 +242,15 @@ class Rig:
                 continue
             for uuid in identity.markers(vm.config):
                 if uuid not in rows or rows[uuid]["state"] == states.DESTROYED:
-                    wrong.append(f"VM {vm.vmid} is ours but has no live record ({rows.get(uuid, {}).get('state')}, {rows.get(uuid, {}).get('reason')})")
+                    wrong.append(
+                        f"VM {vm.vmid} is ours but has no live record ({rows.get(uuid, {}).get('state')}, {rows.get(uuid, {}).get('reason')})"
+                    )
             smbios = identity.smbios_uuid(vm.config)
-            wrong += [f"the record of {row['vmid']} is DESTROYED ({row['reason']}), and its VM is there" for row in rows.values()
-                      if row["state"] == states.DESTROYED and smbios and row["smbios_uuid"] == smbios]
+            wrong += [
+                f"the record of {row['vmid']} is DESTROYED ({row['reason']}), and its VM is there"
+                for row in rows.values()
+                if row["state"] == states.DESTROYED and smbios and row["smbios_uuid"] == smbios
+            ]
         for vmid, was in self.bystanders.items():
             vm = self.pve.vm(vmid)
             now = {"config": vm.config, "status": vm.status, "node": vm.node} if vm else None
@@ -254,14 +272,23 @@ class Rig:
     def _workspaces(self, settled: bool) -> list[str]:
         """No workspace is lost, none is at two VMs, and records, VMs and storage say the same of it."""
         wrong = []
-        rows = {row["id"]: row for row in self.sql("SELECT w.*, s.vmid, s.workspace_id FROM workspaces w LEFT JOIN sandboxes s ON s.uuid = w.sandbox_uuid")}
+        rows = {
+            row["id"]: row
+            for row in self.sql(
+                "SELECT w.*, s.vmid, s.workspace_id FROM workspaces w LEFT JOIN sandboxes s ON s.uuid = w.sandbox_uuid"
+            )
+        }
         for row in rows.values():
             where = f"workspace {row['name']} ({row['state']}, {row['reason']})"
             there = row["volume"] in self.pve.volumes_of(row["owner_vmid"])
             at = [vm.vmid for vm in self.pve.vms if any(row["volume"] in str(value) for value in vm.config.values())]
             if row["state"] in ("DETACHED", "ATTACHING", "ATTACHED", "DETACHING") and not there:
                 wrong.append(f"{where} is lost")
-            if len(at) > 1 or (at and row["state"] in ("DETACHED", "DELETED")) or (row["state"] == "ATTACHED" and at != [row["vmid"]]):
+            if (
+                len(at) > 1
+                or (at and row["state"] in ("DETACHED", "DELETED"))
+                or (row["state"] == "ATTACHED" and at != [row["vmid"]])
+            ):
                 wrong.append(f"{where} is attached to {at}, by the records to {row['vmid']}")
             if row["state"] == "ATTACHED" and row["workspace_id"] != row["id"]:
                 wrong.append(f"{where}: its sandbox does not say so")
@@ -269,20 +296,32 @@ class Rig:
                 wrong.append(f"{where} left its volume behind")
             if settled and row["state"] in ("CREATING", "ATTACHING", "DETACHING", "DELETING"):
                 wrong.append(f"{where} is not finished")
-        owned = {volume for sid, store in self.pve.storages.items() for name in store.get("volumes", {}) if "-ws-" in (volume := f"{sid}:{name}")}
+        owned = {
+            volume
+            for sid, store in self.pve.storages.items()
+            for name in store.get("volumes", {})
+            if "-ws-" in (volume := f"{sid}:{name}")
+        }
         wrong += [f"volume {volume} has no record" for volume in owned - {row["volume"] for row in rows.values()}]
         shown = {row["workspace_id"] for row in self.records() if row["workspace_id"]}
-        return wrong + [f"a sandbox names the workspace {ident}, which is not attached to it" for ident in shown
-                        if rows.get(ident, {}).get("state") not in ("ATTACHED", "DETACHING")]
+        return wrong + [
+            f"a sandbox names the workspace {ident}, which is not attached to it"
+            for ident in shown
+            if rows.get(ident, {}).get("state") not in ("ATTACHED", "DETACHING")
+        ]
 
     def _chain(self, uuid: str, row: dict[str, Any]) -> list[str]:
         wrong = []
         state = None
         told = []
         for event in self.sql("SELECT * FROM events WHERE sandbox_uuid = ? ORDER BY id", uuid):
-            told.append(f"{event['operation']} {event['from_state']}>{event['to_state']} {event['outcome']} {event['reason']}")
+            told.append(
+                f"{event['operation']} {event['from_state']}>{event['to_state']} {event['outcome']} {event['reason']}"
+            )
             if event["from_state"] != state:
-                wrong.append(f"event {event['id']} begins in {event['from_state']}, but the record was in {state}: {told}")
+                wrong.append(
+                    f"event {event['id']} begins in {event['from_state']}, but the record was in {state}: {told}"
+                )
             moved = event["from_state"] is not None and event["to_state"] != event["from_state"]
             if moved and event["to_state"] not in states.TRANSITIONS[event["from_state"]]:
                 wrong.append(f"no way from {event['from_state']} to {event['to_state']}: {told}")

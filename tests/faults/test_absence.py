@@ -40,9 +40,15 @@ def everything(lab: Lab, sandbox: Sandbox, **options: Any) -> list[str]:
     """Whatever could conclude that the VM is gone; what each said."""
     said: list[str] = []
     works: list[Callable[[], Any]] = [
-        lambda: lab.prune(dry_run=True, options=options), lambda: lab.prune(options=options), lambda: lab.destroy(sandbox.vmid, force=True, **options),
-        lambda: lab.reconcile(apply=False, **options), lambda: lab.reconcile(**options), lambda: lab.reconcile(**options), lambda: lab.reconcile(**options),
-        lambda: lab.expire(**options)]
+        lambda: lab.prune(dry_run=True, options=options),
+        lambda: lab.prune(options=options),
+        lambda: lab.destroy(sandbox.vmid, force=True, **options),
+        lambda: lab.reconcile(apply=False, **options),
+        lambda: lab.reconcile(**options),
+        lambda: lab.reconcile(**options),
+        lambda: lab.reconcile(**options),
+        lambda: lab.expire(**options),
+    ]
     for work in works:
         try:
             work()
@@ -56,13 +62,17 @@ def unchanged(lab: Lab, before: Sandbox) -> None:
     """The record is as it was, and nothing at all was written to its VM."""
     now = lab.record(before)
     ignored = {"generation", "updated_at"}
-    assert {k: v for k, v in dataclasses.asdict(now).items() if k not in ignored} == {k: v for k, v in dataclasses.asdict(before).items() if k not in ignored}
+    assert {k: v for k, v in dataclasses.asdict(now).items() if k not in ignored} == {
+        k: v for k, v in dataclasses.asdict(before).items() if k not in ignored
+    }
     assert lab.pve.touched(before.vmid) == []
 
 
 def hide(lab: Lab, *hidden: int) -> None:
     for vmid in {9000, 500, *range(1000, 1010)} - set(hidden):
-        lab.pve.grant(TOKEN_ID, f"/vms/{vmid}", "VM.Audit", "VM.Allocate", "VM.PowerMgmt", "VM.Config.Options", "VM.Clone")
+        lab.pve.grant(
+            TOKEN_ID, f"/vms/{vmid}", "VM.Audit", "VM.Allocate", "VM.PowerMgmt", "VM.Config.Options", "VM.Clone"
+        )
     lab.pve.grant(TOKEN_ID, "/", "Sys.Audit")
 
 
@@ -182,7 +192,9 @@ def test_vm_that_goes_while_reconcile_looks_at_it(lab: Lab) -> None:
     lab.pve.before = remove
     drifts = {one.sandbox.vmid: one for one in lab.reconcile() if one.sandbox}
     lab.pve.before = None
-    assert (drifts[gone.vmid].kind, drifts[gone.vmid].applied) == ("unknown", False) and "does not exist" in str(drifts[gone.vmid].evidence)
+    assert (drifts[gone.vmid].kind, drifts[gone.vmid].applied) == ("unknown", False) and "does not exist" in str(
+        drifts[gone.vmid].evidence
+    )
     assert (lab.record(gone).state, lab.record(down).state) == ("RUNNING", "FAILED")
     lab.reconcile()
     lab.reconcile()
@@ -207,7 +219,9 @@ def test_without_quorum_nothing_is_deleted_and_nothing_is_gone(lab: Lab, state: 
     outcome = lab.destroy(ours.vmid, force=True)[0]
     assert outcome.failed and "quorum" in (outcome.message or "")
     lab.reconcile(), lab.reconcile(), lab.prune(dry_run=True)
-    assert [line for line in lab.pve.touched(ours.vmid) if line.startswith("DELETE")] == [] and lab.pve.disks_lost == set()
+    assert [
+        line for line in lab.pve.touched(ours.vmid) if line.startswith("DELETE")
+    ] == [] and lab.pve.disks_lost == set()
     now = lab.record(ours)
     assert (now.state, now.reason, now.absent_seen_at) == (before.state, before.reason, None)
     lab.pve.regain_quorum()
@@ -237,7 +251,9 @@ def test_quorum_lost_while_the_status_still_says_quorate(lab: Lab) -> None:
     report = lab.prune()
     assert not report.pruned and [one.reason for one in report.kept] == ["unknown"]
     assert "cannot be marked" in (report.kept[0].message or "")
-    assert lab.pve.disks_lost == set() and not [line for line in lab.pve.touched(ours.vmid) if line.startswith("DELETE")]
+    assert lab.pve.disks_lost == set() and not [
+        line for line in lab.pve.touched(ours.vmid) if line.startswith("DELETE")
+    ]
     assert lab.record(ours).state == "TIMEOUT"
     lab.calm()
     assert [one.reason for one in lab.prune().pruned] == ["destroyed"]
@@ -275,10 +291,17 @@ def other(tmp_path: Any) -> Iterator[Server]:
 def test_records_of_another_cluster_conclude_nothing(lab: Lab, other: Server, count: int) -> None:
     ours = [lab.timed_out(f"b{n}") for n in range(count)]
     ctx = lab.context(server=other)
-    from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import create, destroy, prune, reconcile
+    from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import (
+        create,
+        destroy,
+        prune,
+        reconcile,
+    )
 
     report = prune.run(ctx, prune.Wanted())
-    assert [one.reason for one in report.kept] == ["unknown"] * count and "not the cluster these records belong to" in (report.kept[0].message or "")
+    assert [one.reason for one in report.kept] == ["unknown"] * count and "not the cluster these records belong to" in (
+        report.kept[0].message or ""
+    )
     for _dummy in range(2):
         assert not [one for one in reconcile.run(lab.context(server=other), apply=True) if one.applied]
     outcome = destroy.run(lab.context(server=other), [(ours[0], destroy.Request(force=True))])[0]
@@ -292,11 +315,17 @@ def test_records_of_another_cluster_conclude_nothing(lab: Lab, other: Server, co
 
 def test_stranger_at_our_vmid_on_another_cluster_does_not_end_the_record(lab: Lab, other: Server) -> None:
     ours = lab.timed_out()
-    vm = other.pve.add_vm(ours.vmid, "theirs", status="running", config={"smbios1": "uuid=22222222-1111-4111-8111-111111111111"})
+    vm = other.pve.add_vm(
+        ours.vmid, "theirs", status="running", config={"smbios1": "uuid=22222222-1111-4111-8111-111111111111"}
+    )
     from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import lease, prune, reconcile
 
     assert [one.reason for one in prune.run(lab.context(server=other), prune.Wanted()).kept] == ["unknown"]
-    assert not [one for one in reconcile.run(lab.context(server=other), apply=True) if one.applied and one.kind != "still_running"]
+    assert not [
+        one
+        for one in reconcile.run(lab.context(server=other), apply=True)
+        if one.applied and one.kind != "still_running"
+    ]
     lease.expire(lab.context(server=other))
     unchanged(lab, ours)
     assert other.pve.touched(vm.vmid) == [] and vm in other.pve.vms and vm.status == "running"
@@ -314,17 +343,35 @@ def test_cluster_without_a_readable_authority_is_not_ours(lab: Lab, other: Serve
 # ---- broken answers ----
 
 BROKEN = {
-    "empty_list": {"body": '{"data":[]}'}, "null": {"body": '{"data":null}'}, "html": {"body": "<html>Login</html>", "type": "text/html"},
-    "empty": {"body": ""}, "object": {"body": '{"data":{}}'}, "text": {"body": '{"data":"ok"}'}, "numbers": {"body": '{"data":[1,2]}'},
-    "other_rows": {"body": '{"data":[{"id":"x"}]}'}, "no_data": {"body": "{}"}, "bad_gateway": {"body": "<html>", "status": 502},
-    "not_found": {"body": "<html>Not Found</html>", "status": 404}, "forbidden": {"body": "", "status": 403}, "gone": {"body": '{"data":null}', "status": 410},
+    "empty_list": {"body": '{"data":[]}'},
+    "null": {"body": '{"data":null}'},
+    "html": {"body": "<html>Login</html>", "type": "text/html"},
+    "empty": {"body": ""},
+    "object": {"body": '{"data":{}}'},
+    "text": {"body": '{"data":"ok"}'},
+    "numbers": {"body": '{"data":[1,2]}'},
+    "other_rows": {"body": '{"data":[{"id":"x"}]}'},
+    "no_data": {"body": "{}"},
+    "bad_gateway": {"body": "<html>", "status": 502},
+    "not_found": {"body": "<html>Not Found</html>", "status": 404},
+    "forbidden": {"body": "", "status": 403},
+    "gone": {"body": '{"data":null}', "status": 410},
     "does_not_exist": {"body": '{"data":null,"message":"Configuration file does not exist"}', "status": 500},
 }
-PATHS = ["/cluster/resources", "/ha/status/current", "/cluster/nextid", "/access/permissions", "/certificates/info", "/qemu/1000/config"]
+PATHS = [
+    "/cluster/resources",
+    "/ha/status/current",
+    "/cluster/nextid",
+    "/access/permissions",
+    "/certificates/info",
+    "/qemu/1000/config",
+]
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("broken", [pytest.param(one, marks=pytest.mark.way(12)) if one == "empty_list" else one for one in BROKEN])
+@pytest.mark.parametrize(
+    "broken", [pytest.param(one, marks=pytest.mark.way(12)) if one == "empty_list" else one for one in BROKEN]
+)
 def test_broken_answer_about_a_vm_that_is_there(lab: Lab, broken: str, path: str) -> None:
     ours = lab.timed_out()
     before = lab.record(ours)
@@ -375,7 +422,9 @@ def test_nextid_that_answers_nonsense_proves_nothing(lab: Lab, broken: str) -> N
     unchanged(lab, ours)
 
 
-@pytest.mark.parametrize("body", ['{"data":"1001"}', '{"data":100}', '{"data":true}', '{"data":"1000 "}', '{"data":["1000"]}'])
+@pytest.mark.parametrize(
+    "body", ['{"data":"1001"}', '{"data":100}', '{"data":true}', '{"data":"1000 "}', '{"data":["1000"]}']
+)
 def test_nextid_of_another_number_proves_nothing(lab: Lab, body: str) -> None:
     ours = lab.timed_out()
     hide(lab, ours.vmid)
@@ -470,15 +519,22 @@ def test_an_absence_is_not_proven_by_a_list_from_before_a_long_wait(lab: Lab) ->
     assert vm in lab.pve.vms and {one.vmid for one in report.pruned} == {one.vmid for one in ours} - {vm.vmid}, report
     assert lab.record(ours[2]).live and lab.record(late).live
     lab.calm()
-    assert [one.outcome for one in lab.destroy(vm.vmid, late.vmid, force=True)] == ["destroyed"] * 2 and lab.pve.vm(vm.vmid) is None
+    assert [one.outcome for one in lab.destroy(vm.vmid, late.vmid, force=True)] == ["destroyed"] * 2 and lab.pve.vm(
+        vm.vmid
+    ) is None
 
 
 def test_a_reused_vmid_is_written_down_when_it_is_seen_and_not_when_others_are_done(lab: Lab) -> None:
     ours, slow = lab.create("a1"), lab.create("slow")
     lab.swap(ours.vmid)
     seen: list[str] = []
-    lab.pve.before = lambda method, path: seen.append(lab.record(ours).state) if method == "POST" and "/status/stop" in path else None
-    assert [one.reason for one in lab.destroy(ours.vmid, slow.vmid, force=True, connections=1)] == ["vmid_reused", "destroyed"]
+    lab.pve.before = lambda method, path: (
+        seen.append(lab.record(ours).state) if method == "POST" and "/status/stop" in path else None
+    )
+    assert [one.reason for one in lab.destroy(ours.vmid, slow.vmid, force=True, connections=1)] == [
+        "vmid_reused",
+        "destroyed",
+    ]
     assert seen == ["DESTROYED"]
 
 

@@ -34,8 +34,10 @@ def lab(one_lab: Lab) -> Iterator[Lab]:
 
 def interfaces(vm: Any, *addresses: str) -> list[dict[str, Any]]:
     mac = str(vm.config["net0"]).partition("=")[2].partition(",")[0].lower()
-    return [{"name": "docker0", "hardware-address": "02:42:00:00:00:01", "ip-addresses": [{"ip-address": "172.17.0.1"}]},
-            {"name": "eth0", "hardware-address": mac, "ip-addresses": [{"ip-address": text} for text in addresses]}]
+    return [
+        {"name": "docker0", "hardware-address": "02:42:00:00:00:01", "ip-addresses": [{"ip-address": "172.17.0.1"}]},
+        {"name": "eth0", "hardware-address": mac, "ip-addresses": [{"ip-address": text} for text in addresses]},
+    ]
 
 
 def test_the_address_of_the_first_nic_is_recorded(lab: Lab) -> None:
@@ -104,7 +106,12 @@ def test_waiting_ends_at_once_where_nothing_will_come(lab: Lab, how: str, option
     with pytest.raises(CreationFailed) as refused:
         lab.create(options=PATIENT, **{option: True})
     assert time.monotonic() - began < 30
-    causes = {"agent: 0": "agent: 0", "no agent": "agent: not set", "blocked": "is blocked in the guest", "stopped": "does not run any more"}
+    causes = {
+        "agent: 0": "agent: 0",
+        "no agent": "agent: not set",
+        "blocked": "is blocked in the guest",
+        "stopped": "does not run any more",
+    }
     assert f"{option}: " in refused.value.message and causes[how] in refused.value.message
     assert lab.pve.vm(1000) is None
 
@@ -112,20 +119,50 @@ def test_waiting_ends_at_once_where_nothing_will_come(lab: Lab, how: str, option
 # ---- what a guest says is data ----
 
 
-@pytest.mark.parametrize("result", [
-    "[null]", '["192.0.2.1"]', '[{"ip-addresses": ["192.0.2.1"]}]', '[{"ip-addresses": [{"ip-address": [1]}]}]', '{"a": 1}', '"text"', "7",
-    "[" * 50_000 + "]" * 50_000, '[{"name": 1, "hardware-address": {}, "ip-addresses": null}]'], ids=lambda text: text[:30])
+@pytest.mark.parametrize(
+    "result",
+    [
+        "[null]",
+        '["192.0.2.1"]',
+        '[{"ip-addresses": ["192.0.2.1"]}]',
+        '[{"ip-addresses": [{"ip-address": [1]}]}]',
+        '{"a": 1}',
+        '"text"',
+        "7",
+        "[" * 50_000 + "]" * 50_000,
+        '[{"name": 1, "hardware-address": {}, "ip-addresses": null}]',
+    ],
+    ids=lambda text: text[:30],
+)
 def test_an_odd_answer_of_the_agent_is_no_address(lab: Lab, result: str) -> None:
-    lab.pve.fault("GET", "/agent/network-get-interfaces", "answer", status=200, body=f'{{"data": {{"result": {result}}}}}', times=9999)
+    lab.pve.fault(
+        "GET",
+        "/agent/network-get-interfaces",
+        "answer",
+        status=200,
+        body=f'{{"data": {{"result": {result}}}}}',
+        times=9999,
+    )
     with pytest.raises(TaskTimeout, match="Run again to go on waiting"):
         lab.create(wait_for_ip=True, options={"wait_timeout": "1s"})
     lab.calm()
     assert lab.create(wait_for_ip=True).state == "RUNNING"
 
 
-@pytest.mark.parametrize("content", [
-    "null", '{"v1": null}', '{"v1": {"errors": null}}', '{"v1": {"errors": "abc"}}', '{"v1": {"errors": {}}}', "[" * 50_000, "7", "x" * 2_000_000],
-    ids=lambda text: text[:30])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "null",
+        '{"v1": null}',
+        '{"v1": {"errors": null}}',
+        '{"v1": {"errors": "abc"}}',
+        '{"v1": {"errors": {}}}',
+        "[" * 50_000,
+        "7",
+        "x" * 2_000_000,
+    ],
+    ids=lambda text: text[:30],
+)
 def test_an_odd_result_of_cloud_init_is_no_result(lab: Lab, content: str) -> None:
     def spoil(method: str, path: str) -> None:
         if path.endswith("/agent/file-read"):
@@ -208,7 +245,10 @@ def test_a_reconcile_corrects_an_old_address(lab: Lab) -> None:
     generation = lab.record(other).generation
     [drift] = lab.reconcile(apply=False)
     assert (drift.kind, drift.vmid or drift.sandbox.vmid, drift.evidence) == (
-        "address", made.vmid, {"ip": "192.0.2.201", "was": made.ip})
+        "address",
+        made.vmid,
+        {"ip": "192.0.2.201", "was": made.ip},
+    )
     assert lab.record(made).ip == made.ip and lab.record(other).ip_seen_at == seen
     [drift] = lab.reconcile()
     assert drift.applied and lab.record(made).ip == "192.0.2.201" and lab.record(made).ip_seen_at
@@ -227,7 +267,9 @@ def test_a_reconcile_finds_an_address_that_nobody_waited_for(lab: Lab) -> None:
     lab.pve.counted.clear()
     assert lab.reconcile() == [] and lab.pve.counted[LOOK] == 1
     assert lab.record(made).ip and lab.record(made).ip_seen_at and lab.record(off).ip is None
-    assert [event["evidence"]["ip"] for event in lab.events(made) if event["operation"] == "address"] == [lab.record(made).ip]
+    assert [event["evidence"]["ip"] for event in lab.events(made) if event["operation"] == "address"] == [
+        lab.record(made).ip
+    ]
 
 
 def test_silent_guests_hold_a_reconcile_up_for_a_bounded_time(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,7 +293,10 @@ def test_a_verify_shows_the_address_of_now_and_writes_nothing(lab: Lab) -> None:
     before = lab.record(made)
     [shown] = lab.info()["sandboxes"]
     assert shown["ip"] == "192.0.2.202" and shown["ip_seen_at"] > clock.iso(seen)
-    assert shown["drift"] == f"the record has the address {made.ip}, the guest has 192.0.2.202; reconcile corrects the record"
+    assert (
+        shown["drift"]
+        == f"the record has the address {made.ip}, the guest has 192.0.2.202; reconcile corrects the record"
+    )
     assert lab.record(made) == before
     assert lab.info(verify=False)["sandboxes"][0]["ip"] == made.ip
 

@@ -32,7 +32,13 @@ from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors impo
     OutcomeUnknown,
     Unreachable,
 )
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import create, destroy, power, prune, reconcile
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import (
+    create,
+    destroy,
+    power,
+    prune,
+    reconcile,
+)
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.proxmox import identity
 
 from support.double import TOKEN_ID, Server
@@ -57,8 +63,14 @@ def lab(one_lab: Lab) -> Iterator[Lab]:
 
 def try_all(lab: Lab, *vmids: int) -> None:
     """Whatever could stop, delete or write off something; errors are ours and have a sentence."""
-    works: list[Callable[[], Any]] = [lab.expire, lambda: lab.prune(dry_run=True), lab.prune, lambda: lab.destroy(*vmids, force=True), lab.reconcile,
-                                      lab.reconcile]
+    works: list[Callable[[], Any]] = [
+        lab.expire,
+        lambda: lab.prune(dry_run=True),
+        lab.prune,
+        lambda: lab.destroy(*vmids, force=True),
+        lab.reconcile,
+        lab.reconcile,
+    ]
     for work in works:
         try:
             work()
@@ -115,7 +127,9 @@ def test_vmids_and_flags_as_text_are_understood(lab: Lab) -> None:
     async def resources(request: Any) -> Any:
         response = await listed(request)
         data = json.loads(response.text)["data"]
-        return web.json_response({"data": [{**item, "vmid": str(item.get("vmid"))} if "vmid" in item else item for item in data]})
+        return web.json_response(
+            {"data": [{**item, "vmid": str(item.get("vmid"))} if "vmid" in item else item for item in data]}
+        )
 
     lab.pve._resources = resources
     try:
@@ -250,7 +264,12 @@ def test_a_second_try_to_stop_judges_anew(lab: Lab, operation: str) -> None:
     """The first try failed for a lock and took its time; whoever has the VMID by then is not stopped."""
     ours = lab.create()
     task = {"stop": "qmshutdown", "force": "qmstop", "suspend": "qmpause"}[operation]
-    lab.pve.next_task(task, "fail", text=f"can't lock file '/var/lock/qemu-server/lock-{ours.vmid}.conf' - got timeout", carry_out=False)
+    lab.pve.next_task(
+        task,
+        "fail",
+        text=f"can't lock file '/var/lock/qemu-server/lock-{ours.vmid}.conf' - got timeout",
+        carry_out=False,
+    )
     swapped: list[Any] = []
 
     def swap(method: str, path: str) -> None:
@@ -268,7 +287,13 @@ def test_a_second_try_to_stop_judges_anew(lab: Lab, operation: str) -> None:
     lab.untouched(swapped[0], status="running")
 
 
-@pytest.mark.parametrize("said", ["got no worker upid - start worker failed", "can't lock file '/var/lock/qemu-server/lock-1000.conf' - got timeout"])
+@pytest.mark.parametrize(
+    "said",
+    [
+        "got no worker upid - start worker failed",
+        "can't lock file '/var/lock/qemu-server/lock-1000.conf' - got timeout",
+    ],
+)
 def test_a_second_try_to_delete_judges_and_marks_anew(lab: Lab, said: str) -> None:
     ours = lab.timed_out()
     swapped: list[Any] = []
@@ -377,6 +402,7 @@ def test_no_queue_of_ours_lies_between_judging_and_acting(tmp_path: Path, limits
             lab.pve.fault("GET", f"/qemu/{one.vmid}/config", "hang", seconds=0.7, carry_out=True, times=20)
         base = lab.context(**limits)
         with ThreadPoolExecutor(3) as pool:
+
             def away(vmid: int) -> Any:
                 ctx = base.derive(actor="x")
                 return destroy.run(ctx, [(ctx.select(vmid), destroy.Request(force=True))])[0].outcome
@@ -385,7 +411,9 @@ def test_no_queue_of_ours_lies_between_judging_and_acting(tmp_path: Path, limits
         for requests in seen.values():
             for (before, _at), (what, at) in itertools.pairwise(requests):
                 if what in ("POST /status/stop", "DELETE "):
-                    last = max(moment for asked, moment in requests if moment < at and asked in ("GET /config", "PUT /config"))
+                    last = max(
+                        moment for asked, moment in requests if moment < at and asked in ("GET /config", "PUT /config")
+                    )
                     # The read itself hangs for 0.7 s.
                     assert before in ("GET /config", "PUT /config") and at - last < 1.2, requests
     finally:
@@ -421,7 +449,9 @@ def test_a_delete_task_that_hangs_ends_with_its_vm(lab: Lab, done: bool) -> None
     lab.pve.requests.clear()
     outcome = lab.destroy(made.vmid, force=True, wait_timeout="1s")[0]
     if not done:
-        assert outcome.failed and "stop it there if it hangs" in str(outcome.message) and lab.pve.touched(made.vmid) == []
+        assert (
+            outcome.failed and "stop it there if it hangs" in str(outcome.message) and lab.pve.touched(made.vmid) == []
+        )
         lab.pve.kill_task(lab.pve.running_tasks("qmdestroy")[0])
         outcome = lab.destroy(made.vmid, force=True)[0]
     assert outcome.outcome == "destroyed" and lab.pve.vm(made.vmid) is None and lab.leftovers() == NOTHING_LEFT
@@ -502,7 +532,12 @@ def test_a_sandbox_protected_in_the_middle_of_its_destroy_is_kept_or_told_too_la
     lab.pve.before = None
     assert len(said) == 2
     if said[1] == "protected":
-        assert outcome.failed and outcome.reason == "protected" and lab.pve.vm(ours.vmid) is not None and lab.record(ours).live, (said, outcome)
+        assert (
+            outcome.failed
+            and outcome.reason == "protected"
+            and lab.pve.vm(ours.vmid) is not None
+            and lab.record(ours).live
+        ), (said, outcome)
     else:
         # Protected too late: the delete was decided before, and that is what was said.
         assert outcome.outcome == "destroyed" and said[1] == "kept", (said, outcome)
@@ -645,7 +680,9 @@ def other(tmp_path: Any) -> Iterator[Server]:
 
 
 @pytest.mark.parametrize("first", [True, False])
-def test_another_cluster_with_a_restored_copy_of_one_of_ours_says_nothing_of_the_others(lab: Lab, other: Server, first: bool) -> None:
+def test_another_cluster_with_a_restored_copy_of_one_of_ours_says_nothing_of_the_others(
+    lab: Lab, other: Server, first: bool
+) -> None:
     """A test cluster into which a sandbox's backup was restored: that VM carries both marks, and is still no proof that this is our cluster."""
     ours = [lab.timed_out(f"b{number}") for number in range(5)]
     copied = ours[0] if first else ours[-1]
@@ -757,8 +794,12 @@ class Breaker:
             one.close()
 
 
-BREAKS = {"plain text": b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 0\r\n\r\n", "broken record": b"\x17\x03\x03\x00\x20" + b"x" * 32,
-          "alert": b"\x15\x03\x03\x00\x02\x02\x14", "half a record": b"\x17\x03\x03\x40\x00abc"}
+BREAKS = {
+    "plain text": b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 0\r\n\r\n",
+    "broken record": b"\x17\x03\x03\x00\x20" + b"x" * 32,
+    "alert": b"\x15\x03\x03\x00\x02\x02\x14",
+    "half a record": b"\x17\x03\x03\x40\x00abc",
+}
 
 
 @pytest.fixture
@@ -792,6 +833,7 @@ def test_tls_broken_in_mid_connection_is_an_unknown_outcome(lab: Lab, breaker: B
 
 def test_a_port_without_tls_was_certainly_not_asked(lab: Lab) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
+
         def serve() -> None:
             client, _address = listener.accept()
             client.recv(4096)
@@ -804,7 +846,9 @@ def test_a_port_without_tls_was_certainly_not_asked(lab: Lab) -> None:
 
 
 @pytest.mark.parametrize("kind", BREAKS)
-def test_a_clone_whose_answer_broke_in_tls_is_neither_lost_nor_made_twice(lab: Lab, breaker: Breaker, kind: str) -> None:
+def test_a_clone_whose_answer_broke_in_tls_is_neither_lost_nor_made_twice(
+    lab: Lab, breaker: Breaker, kind: str
+) -> None:
     def arm(method: str, path: str) -> None:
         breaker.armed = BREAKS[kind] if method == "POST" and path.endswith("/clone") else None
 
@@ -830,7 +874,12 @@ def test_the_look_before_a_record_is_closed_as_never_created(lab: Lab, locked: b
     def appear(method: str, path: str) -> None:
         if method == "POST" and path.endswith("/clone") and not ours:
             ours.append(lab.records()[0])
-            vm = lab.pve.add_guest(ours[0].vmid, "a1", config={"description": identity.marker(ours[0].uuid)}, lock="clone" if locked else None)
+            vm = lab.pve.add_guest(
+                ours[0].vmid,
+                "a1",
+                config={"description": identity.marker(ours[0].uuid)},
+                lock="clone" if locked else None,
+            )
             if locked:
                 vm.config = {"lock": "clone", "description": "qmclone temporary file"}
 

@@ -46,8 +46,12 @@ class Operator:
             r"qm unlock (\d+)": self.unlock,
             r"qm delsnapshot (\d+) (\w+)": lambda vmid, name: lab.pve.vm(int(vmid)).snapshots.pop(name),
             r"qm template (\d+)": self.template,
-            r"pvesm set (\S+) --content ([\w,]+)": lambda storage, content: lab.pve.storages[storage].update(content=content),
-            r"(/\S+) can be written by everybody .*\(chmod o-w\)": lambda path: os.chmod(path, os.stat(path).st_mode & ~0o002),
+            r"pvesm set (\S+) --content ([\w,]+)": lambda storage, content: lab.pve.storages[storage].update(
+                content=content
+            ),
+            r"(/\S+) can be written by everybody .*\(chmod o-w\)": lambda path: os.chmod(
+                path, os.stat(path).st_mode & ~0o002
+            ),
             r"VM (\d+)\b.*remove it by hand": lambda vmid: lab.pve.remove_vm(int(vmid)),
             r"snippet (\S+) cannot be removed.*remove it": os.rmdir,
             r"run again in (\d+) s": lambda seconds: time.sleep(int(seconds) + 0.1),
@@ -209,7 +213,9 @@ def test_a_vm_without_a_record(lab: Lab) -> None:
     made = lab.create()
     config = dict(lab.pve.vm(made.vmid).config)
     lab.destroy(made.vmid, force=True)
-    lab.pve.add_vm(777, "restored", status="stopped", config={**config, "smbios1": "uuid=33333333-1111-4111-8111-111111111111"})
+    lab.pve.add_vm(
+        777, "restored", status="stopped", config={**config, "smbios1": "uuid=33333333-1111-4111-8111-111111111111"}
+    )
     drift = lab.reconcile()[0]
     assert drift.kind == "unrecorded" and "remove it by hand if nobody needs it" in drift.action
     lab.pve.remove_vm(777)
@@ -221,7 +227,9 @@ def test_a_vm_without_a_record(lab: Lab) -> None:
 
 def test_a_creation_that_failed_and_could_not_be_cleaned_up(lab: Lab) -> None:
     lab.pve.task_endings["qmstart"] = "start failed: QEMU exited with code 1"
-    lab.pve.fault("DELETE", "/qemu/1000", "answer", status=403, body='{"data":null,"message":"Permission check failed"}', times=9)
+    lab.pve.fault(
+        "DELETE", "/qemu/1000", "answer", status=403, body='{"data":null,"message":"Permission check failed"}', times=9
+    )
     assert "destroy it with --force" in refused(lab.create)
     lab.calm()
     assert "first destroy it with --force" in refused(lab.create)
@@ -250,7 +258,10 @@ def test_a_clone_that_was_made_although_its_task_says_otherwise(lab: Lab, operat
     refused(lambda: lab.create(options={"wait_timeout": "1s"}))
     lab.calm()
     if ending == "hang":
-        upid = re.search(r"its clone task (UPID:\S+) is still running; .*\(or stop it, if it hangs\)", refused(lambda: lab.destroy(1000, force=True)))
+        upid = re.search(
+            r"its clone task (UPID:\S+) is still running; .*\(or stop it, if it hangs\)",
+            refused(lambda: lab.destroy(1000, force=True)),
+        )
         assert upid is not None
         lab.pve.tasks[upid[1]].update(status="stopped", exitstatus="interrupted by signal")
     vm = lab.pve.vm(1000)
@@ -339,7 +350,9 @@ def test_a_guest_without_hotplug(lab: Lab, what: str) -> None:
 
     def work() -> Any:
         ctx = lab.context(wait_timeout="1s")
-        return workspace.detached(ctx, "w1") if what == "detach" else workspace.attached(ctx, "w1", ctx.select(made.vmid))
+        return (
+            workspace.detached(ctx, "w1") if what == "detach" else workspace.attached(ctx, "w1", ctx.select(made.vmid))
+        )
 
     lab.pve.hotplug = False
     assert re.search(r"[Ss]top the sandbox, then (at|de)tach it", refused(work))
@@ -354,7 +367,9 @@ def test_guards_that_tripped(lab: Lab) -> None:
     for number in range(6):
         lab.timed_out(f"b{number}")
     assert "then raise max_count" in refused(lambda: lab.prune(max_count=3))
-    policy = rules.Policy(enabled=True, guard_count=3, guard_percent=100, rules=(rules.Rule("over", rules.DESTROY, states=("TIMEOUT",)),))
+    policy = rules.Policy(
+        enabled=True, guard_count=3, guard_percent=100, rules=(rules.Rule("over", rules.DESTROY, states=("TIMEOUT",)),)
+    )
     assert "cleanup is frozen until it is released" in refused(lambda: cleanup.run(lab.context(), policy))
     message = refused(lambda: cleanup.run(lab.context(), policy))
     assert "look at what it would do (dry run), then release it" in message
@@ -369,9 +384,16 @@ def test_a_freeze_stops_the_rules_that_are_at_work(lab: Lab) -> None:
         lab.force_state(lab.create(f"c{number}", tags=[f"t{number}"]).vmid, "TIMEOUT", age=100)
     lab.force_state(lab.create("stuck").vmid, "BOOTING", age=100)
     # Two of them under one rule, and one that destroys nothing.
-    policy = rules.Policy(enabled=True, guard_count=9, guard_percent=100,
-                          rules=(rules.Rule("r0", rules.DESTROY, states=("TIMEOUT",), tags=("t0", "t1")), rules.Rule("r1", rules.DESTROY, states=("TIMEOUT",)),
-                                 rules.Rule("r2", rules.FAIL, states=("BOOTING",))))
+    policy = rules.Policy(
+        enabled=True,
+        guard_count=9,
+        guard_percent=100,
+        rules=(
+            rules.Rule("r0", rules.DESTROY, states=("TIMEOUT",), tags=("t0", "t1")),
+            rules.Rule("r1", rules.DESTROY, states=("TIMEOUT",)),
+            rules.Rule("r2", rules.FAIL, states=("BOOTING",)),
+        ),
+    )
 
     def freeze(method: str, _path: str) -> None:
         if method == "DELETE" and not cleanup.frozen(lab.context()):
@@ -381,9 +403,17 @@ def test_a_freeze_stops_the_rules_that_are_at_work(lab: Lab) -> None:
     report = cleanup.run(lab.context(connections=1), policy)
     lab.pve.before = None
     assert [one.name for one in report.pruned] == ["c0"] and not report.marked
-    assert {(one.name, one.reason) for one in report.kept} == {("c1", "changed"), ("c2", "changed"), ("stuck", "changed")}
+    assert {(one.name, one.reason) for one in report.kept} == {
+        ("c1", "changed"),
+        ("c2", "changed"),
+        ("stuck", "changed"),
+    }
     assert all("was frozen while it ran; release it" in str(one.message) for one in report.kept)
-    assert {one.name: one.state for one in lab.records() if one.live} == {"c1": "TIMEOUT", "c2": "TIMEOUT", "stuck": "BOOTING"}
+    assert {one.name: one.state for one in lab.records() if one.live} == {
+        "c1": "TIMEOUT",
+        "c2": "TIMEOUT",
+        "stuck": "BOOTING",
+    }
     cleanup.release(lab.context())
     after = cleanup.run(lab.context(), policy)
     assert (len(after.pruned), len(after.marked)) == (2, 1)
@@ -404,7 +434,9 @@ def test_a_creation_that_another_run_gave_up_is_not_taken_for_a_success(lab: Lab
     time.sleep(0.5)
     # What the other run does when its clone fails: cleans up, and is done.
     lab.pve.remove_vm(first.vmid)
-    ctx.records.change(claim, ctx.records.get(first.uuid), "create", to="DESTROYED", reason="creation_failed", finish=True)
+    ctx.records.change(
+        claim, ctx.records.get(first.uuid), "create", to="DESTROYED", reason="creation_failed", finish=True
+    )
     waiting.join(30)
     assert len(ended) == 1 and ended[0].live and ended[0].uuid != first.uuid and lab.pve.vm(ended[0].vmid) is not None
 
@@ -432,7 +464,14 @@ def test_the_doubt_of_a_cut_off_destroy_ends_however_often_it_is_asked_for_again
     if refused == "before the mark":
         lab.pve.vm(made.vmid).config["protection"] = 1
     else:
-        lab.pve.answer_next("PUT", f"/qemu/{made.vmid}/config", 403, '{"data": null, "message": "Permission check failed"}', "application/json", times=99)
+        lab.pve.answer_next(
+            "PUT",
+            f"/qemu/{made.vmid}/config",
+            403,
+            '{"data": null, "message": "Permission check failed"}',
+            "application/json",
+            times=99,
+        )
     for _time in range(5):
         lab.clock.pass_time(14)
         assert lab.destroy(made.vmid, force=True)[0].failed
@@ -458,7 +497,13 @@ def test_what_comes_after_a_cut_off_destroy_neither_ends_nor_prolongs_its_doubt(
     if why == "hidden":
         lab.pve.acl = {TOKEN_ID: [("/", {"Sys.Audit"})]}
     elif why == "the delete is refused":
-        lab.pve.fault("DELETE", f"/qemu/{made.vmid}", "answer", status=403, body='{"data": null, "message": "Permission check failed"}')
+        lab.pve.fault(
+            "DELETE",
+            f"/qemu/{made.vmid}",
+            "answer",
+            status=403,
+            body='{"data": null, "message": "Permission check failed"}',
+        )
     else:
         lab.pve.fault("PUT", f"/qemu/{made.vmid}/config", "cut-before")
     assert lab.destroy(made.vmid, force=True)[0].failed

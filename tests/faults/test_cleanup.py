@@ -30,7 +30,10 @@ def lab(tmp_path: Path) -> Iterator[Lab]:
 
 def policy(*each: str, guard: str = "{count: 100, percent: 100}", more: str = "") -> rules.Policy:
     lines = "".join(f"    - {one}\n" for one in each)
-    return rules.parse(f"auto_cleanup:\n  guard: {guard}\n{more}" + (f"  rules:\n{lines}" if each else ""), "/etc/agentlab/cleanup.yaml")
+    return rules.parse(
+        f"auto_cleanup:\n  guard: {guard}\n{more}" + (f"  rules:\n{lines}" if each else ""),
+        "/etc/agentlab/cleanup.yaml",
+    )
 
 
 def cut_off(lab: Lab, operation: str, phase: str = "stopping") -> int:
@@ -72,7 +75,9 @@ def test_a_destroy_of_a_rule_that_was_cut_off_is_decided_anew_by_the_rules(lab: 
     if why == "frozen":
         cleanup.freeze(lab.context(), "storage maintenance")
     found = lab.reconcile()
-    assert [(one.kind, one.applied) for one in found] == [("interrupted", True)] and "the next run of the rules decides anew" in found[0].action
+    assert [(one.kind, one.applied) for one in found] == [
+        ("interrupted", True)
+    ] and "the next run of the rules decides anew" in found[0].action
     assert lab.record(vmid).state == "TIMEOUT" and lab.pve.vm(vmid) is not None
     assert lab.leftovers() == {"claims": [], "operations": []}
     if why != "frozen":
@@ -101,7 +106,9 @@ def test_what_a_person_asked_for_is_finished(lab: Lab, operation: str) -> None:
 def test_a_dry_run_tells_what_retention_would_remove(lab: Lab) -> None:
     made = lab.create("a1")
     lab.destroy(made.vmid, force=True)
-    lab.context().database.write(lambda conn: conn.execute("UPDATE sandboxes SET state_changed_at = ?", (int(time.time()) - 9999,)) and None)
+    lab.context().database.write(
+        lambda conn: conn.execute("UPDATE sandboxes SET state_changed_at = ?", (int(time.time()) - 9999,)) and None
+    )
     old = policy(more="  retention: {destroyed_records: 1h}\n")
     assert cleanup.run(lab.context(dry_run=True), old).forgotten == 1 and len(lab.records()) == 1
     assert cleanup.run(lab.context(), old).forgotten == 1 and lab.records() == []
@@ -112,7 +119,9 @@ def test_a_vm_that_could_not_be_stopped_is_not_called_stopped(lab: Lab) -> None:
     lab.pve.vm(made.vmid).config["lock"] = "backup"
     for _time in range(2):
         found = lab.reconcile()
-        assert [(one.kind, one.applied) for one in found] == [("still_running", False)] and "backup" in str(found[0].error)
+        assert [(one.kind, one.applied) for one in found] == [("still_running", False)] and "backup" in str(
+            found[0].error
+        )
         assert lab.pve.vm(made.vmid).status == "running"
     del lab.pve.vm(made.vmid).config["lock"]
     assert [(one.kind, one.applied, one.error) for one in lab.reconcile()] == [("still_running", True, None)]

@@ -45,7 +45,12 @@ def test_an_ha_managed_vm_is_stopped_started_and_destroyed(lab: Lab) -> None:
 
 def test_a_ticket_that_ended_is_renewed_without_a_word(lab: Lab) -> None:
     lab.pve.users["ops@pve"] = "a-long-made-up-password"
-    login = {"api_user": "ops@pve", "api_password": "a-long-made-up-password", "api_token_id": "", "api_token_secret": ""}
+    login = {
+        "api_user": "ops@pve",
+        "api_password": "a-long-made-up-password",
+        "api_token_id": "",
+        "api_token_secret": "",
+    }
     ctx = lab.context(**login)
     ctx.config.proxmox.api_token_id = ctx.config.proxmox.api_token_secret = None
     made = create.run(ctx, create.Spec(name="a1", ttl=3600)).sandbox
@@ -102,7 +107,9 @@ def test_the_absence_guard_is_judged_before_anything_is_written(lab: Lab) -> Non
         lab.pve.remove_vm(one.vmid)
     # One lease is over, and a forced destroy was cut off: neither is touched by a pass that is not to be trusted.
     ctx = lab.context()
-    ctx.database.write(lambda conn: conn.execute("UPDATE sandboxes SET lease_expires_at = 1 WHERE uuid = ?", (made[0].uuid,)) and None)
+    ctx.database.write(
+        lambda conn: conn.execute("UPDATE sandboxes SET lease_expires_at = 1 WHERE uuid = ?", (made[0].uuid,)) and None
+    )
     claim = ctx.records.claim(made[1].uuid, "destroy")
     ctx.records.journal(claim, "destroy", "verifying", {"operation": "destroy", "force": True})
     ctx.records.release(claim)

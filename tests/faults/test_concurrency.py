@@ -25,11 +25,25 @@ from ansible_collections.agentlab.proxmox.plugins.module_utils._core import conf
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core import states as rules
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.clock import SystemClock
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import AgentlabError, Kept
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import create, destroy, lease, power, prune, reconcile
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import (
+    create,
+    destroy,
+    lease,
+    power,
+    prune,
+    reconcile,
+)
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations.context import Context
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from faults.crash_support import BYSTANDER, Rig
 
@@ -43,16 +57,46 @@ BOUND = 60
 
 # What may be broken: a request's method, the end of its path, and how.
 FAULTS = [
-    ("GET", "/config", "cut-before"), ("GET", "/config", "truncate"), ("GET", "/cluster/resources", "cut-before"), ("GET", "/ha/status/current", "truncate"),
-    ("GET", "/cluster/nextid", "cut-before"), ("GET", "/status", "cut-after"), ("GET", "/tasks", "truncate"), ("POST", "/clone", "cut-before"),
-    ("POST", "/clone", "cut-after"), ("POST", "/clone", "truncate"), ("POST", "/status/start", "cut-after"), ("POST", "/status/stop", "cut-before"),
-    ("POST", "/status/stop", "cut-after"), ("POST", "/status/shutdown", "cut-after"), ("PUT", "/config", "cut-before"), ("PUT", "/config", "cut-after"),
-    ("DELETE", r"/qemu/\d+", "cut-before"), ("DELETE", r"/qemu/\d+", "cut-after"), ("DELETE", r"/qemu/\d+", "truncate"),
-    ("GET", "/config", 500), ("GET", "/config", 403), ("GET", "/cluster/resources", 500), ("GET", "/cluster/nextid", 500), ("GET", "/status", 596),
-    ("POST", "/clone", 500), ("POST", "/clone", 596), ("POST", "/clone", 595), ("PUT", "/config", 500), ("DELETE", r"/qemu/\d+", 596),
-    ("POST", "/status/start", 500), ("POST", "/status/stop", 596)]
-TASKS = [("qmclone", "clone failed: no space left"), ("qmstart", "start failed: QEMU exited with code 1"), ("qmdestroy", "storage is not online"),
-         ("qmstop", "VM quit/powerdown failed - got timeout"), ("qmdestroy", "unexpected status"), ("qmstart", "unexpected status")]
+    ("GET", "/config", "cut-before"),
+    ("GET", "/config", "truncate"),
+    ("GET", "/cluster/resources", "cut-before"),
+    ("GET", "/ha/status/current", "truncate"),
+    ("GET", "/cluster/nextid", "cut-before"),
+    ("GET", "/status", "cut-after"),
+    ("GET", "/tasks", "truncate"),
+    ("POST", "/clone", "cut-before"),
+    ("POST", "/clone", "cut-after"),
+    ("POST", "/clone", "truncate"),
+    ("POST", "/status/start", "cut-after"),
+    ("POST", "/status/stop", "cut-before"),
+    ("POST", "/status/stop", "cut-after"),
+    ("POST", "/status/shutdown", "cut-after"),
+    ("PUT", "/config", "cut-before"),
+    ("PUT", "/config", "cut-after"),
+    ("DELETE", r"/qemu/\d+", "cut-before"),
+    ("DELETE", r"/qemu/\d+", "cut-after"),
+    ("DELETE", r"/qemu/\d+", "truncate"),
+    ("GET", "/config", 500),
+    ("GET", "/config", 403),
+    ("GET", "/cluster/resources", 500),
+    ("GET", "/cluster/nextid", 500),
+    ("GET", "/status", 596),
+    ("POST", "/clone", 500),
+    ("POST", "/clone", 596),
+    ("POST", "/clone", 595),
+    ("PUT", "/config", 500),
+    ("DELETE", r"/qemu/\d+", 596),
+    ("POST", "/status/start", 500),
+    ("POST", "/status/stop", 596),
+]
+TASKS = [
+    ("qmclone", "clone failed: no space left"),
+    ("qmstart", "start failed: QEMU exited with code 1"),
+    ("qmdestroy", "storage is not online"),
+    ("qmstop", "VM quit/powerdown failed - got timeout"),
+    ("qmdestroy", "unexpected status"),
+    ("qmstart", "unexpected status"),
+]
 
 
 @pytest.fixture
@@ -73,7 +117,11 @@ def _break(rig: Rig, dice: random.Random) -> None:
         return
     method, suffix, how = dice.choice(FAULTS)
     if isinstance(how, int):
-        rig.in_loop(lambda: rig.pve.fault(method, suffix, "answer", status=how, body='{"data": null, "message": "made up by the test"}'))
+        rig.in_loop(
+            lambda: rig.pve.fault(
+                method, suffix, "answer", status=how, body='{"data": null, "message": "made up by the test"}'
+            )
+        )
     else:
         rig.in_loop(lambda: rig.pve.fault(method, suffix, how))
 
@@ -99,13 +147,33 @@ def _remove_all(rig: Rig) -> list[str]:
 
 @pytest.mark.parametrize("number", range(1 if SEED else 3))
 def test_many_processes_at_once(rig: Rig, number: int) -> None:
-    seed = SEED or random.SystemRandom().randrange(1, 10 ** 6)
+    seed = SEED or random.SystemRandom().randrange(1, 10**6)
     print(f"\nAGENTLAB_TEST_SEED={seed}")
     dice = random.Random(seed)
-    words = ["create", "renew", "expire", "force", "destroy", "prune", "reconcile", "stop", "start", "suspend", "complete"]
+    words = [
+        "create",
+        "renew",
+        "expire",
+        "force",
+        "destroy",
+        "prune",
+        "reconcile",
+        "stop",
+        "start",
+        "suspend",
+        "complete",
+    ]
     weights = [6, 6, 2, 3, 2, 2, 2, 3, 3, 1, 1]
-    jobs = [{**rig.job("wander", bound=SECONDS + BOUND), "seed": seed * 100 + number, "seconds": SECONDS, "words": words, "weights": weights}
-            for number in range(PROCESSES)]
+    jobs = [
+        {
+            **rig.job("wander", bound=SECONDS + BOUND),
+            "seed": seed * 100 + number,
+            "seconds": SECONDS,
+            "words": words,
+            "weights": weights,
+        }
+        for number in range(PROCESSES)
+    ]
     answers: list[dict[str, Any]] = []
     runner = threading.Thread(target=lambda: answers.extend(rig.zygote.run(jobs)))
     began = time.monotonic()
@@ -118,16 +186,25 @@ def test_many_processes_at_once(rig: Rig, number: int) -> None:
     rig.well()
     runner.join(SECONDS + BOUND + 30)
     took = time.monotonic() - began
-    assert not runner.is_alive() and all(not one["late"] and one["result"] for one in answers), f"a process did not end: {answers}"
+    assert not runner.is_alive() and all(not one["late"] and one["result"] for one in answers), (
+        f"a process did not end: {answers}"
+    )
     told = [step for one in answers for step in one["result"]["told"]]
     problems = []
     for step in told:
         text = str(step.get("message")) + str(step.get("outcomes"))
-        if step.get("code") == "trace" or "database is locked" in text or "Traceback" in text or step.get("code") == "store":
+        if (
+            step.get("code") == "trace"
+            or "database is locked" in text
+            or "Traceback" in text
+            or step.get("code") == "store"
+        ):
             problems.append(step)
     slowest = max(step["took"] for step in told)
     ended = Counter(f"{step['op']}:{'ok' if step['ok'] else step.get('code') or 'item failed'}" for step in told)
-    print(f"{len(told)} operations, {broken} faults, {took:.0f} s, slowest {slowest:.1f} s, {len(rig.records())} sandboxes, {dict(ended)}")
+    print(
+        f"{len(told)} operations, {broken} faults, {took:.0f} s, slowest {slowest:.1f} s, {len(rig.records())} sandboxes, {dict(ended)}"
+    )
     assert not problems, problems
     assert slowest < BOUND
     wrong = rig.broken(settled=False)
@@ -161,20 +238,30 @@ def test_many_open_a_database_that_is_not_there_yet(rig: Rig) -> None:
 def _race(rig: Rig, rounds: int, others: int = 0) -> Counter[str]:
     won: Counter[str] = Counter()
     for number in range(rounds):
-        rig.sql("UPDATE sandboxes SET lease_expires_at = ?, state = 'RUNNING', state_changed_at = 0 WHERE name LIKE 'race%'", int(time.time()) + 1)
+        rig.sql(
+            "UPDATE sandboxes SET lease_expires_at = ?, state = 'RUNNING', state_changed_at = 0 WHERE name LIKE 'race%'",
+            int(time.time()) + 1,
+        )
         rig.sql("DELETE FROM events")
         rig.sql("DELETE FROM operations")
         rig.sql("DELETE FROM claims")
         rows = [row for row in rig.records() if row["name"].startswith("race")]
         end = rows[0]["lease_expires_at"]
         # Both sides at the very second in which the lease ends, a little apart in some rounds.
-        renewals = [{**rig.job("renew", vmid=row["vmid"], ttl=600), "start": end - 0.12 + 0.04 * (number % 4)} for row in rows]
+        renewals = [
+            {**rig.job("renew", vmid=row["vmid"], ttl=600), "start": end - 0.12 + 0.04 * (number % 4)} for row in rows
+        ]
         answers = rig.zygote.run([*renewals, *[{**rig.job("expire"), "start": end - 0.005} for _dummy in range(2)]])
         for row, answer in zip(rows, answers, strict=False):
             now = next(one for one in rig.records() if one["uuid"] == row["uuid"])
             renewed = bool(answer["result"]["ok"])
-            events = [one["operation"] for one in rig.sql("SELECT operation FROM events WHERE sandbox_uuid = ? AND operation IN ('renew_lease', 'expire')",
-                                                          row["uuid"])]
+            events = [
+                one["operation"]
+                for one in rig.sql(
+                    "SELECT operation FROM events WHERE sandbox_uuid = ? AND operation IN ('renew_lease', 'expire')",
+                    row["uuid"],
+                )
+            ]
             if renewed:
                 won["renewal"] += 1
                 assert now["state"] == "RUNNING" and now["lease_expires_at"] > end, (answer, now)
@@ -208,16 +295,34 @@ def test_renewal_while_the_expiry_pass_is_busy(rig: Rig) -> None:
     rig.sql("UPDATE sandboxes SET lease_expires_at = ? WHERE name = 'race0'", now + 2)
     rig.sql("UPDATE sandboxes SET lease_expires_at = ? WHERE name = 'race1'", now + 2)
     busy: list[dict[str, Any]] = []
-    thread = threading.Thread(target=lambda: busy.extend(rig.zygote.run([rig.job("expire"), rig.job("expire"), {
-        **rig.job("renew", vmid=rows["race0"]["vmid"], ttl=600), "start": now + 1.0}, {
-        **rig.job("renew", vmid=rows["race1"]["vmid"], ttl=600), "start": now + 3.2}, {**rig.job("expire"), "start": now + 3.4}])))
+    thread = threading.Thread(
+        target=lambda: busy.extend(
+            rig.zygote.run(
+                [
+                    rig.job("expire"),
+                    rig.job("expire"),
+                    {**rig.job("renew", vmid=rows["race0"]["vmid"], ttl=600), "start": now + 1.0},
+                    {**rig.job("renew", vmid=rows["race1"]["vmid"], ttl=600), "start": now + 3.2},
+                    {**rig.job("expire"), "start": now + 3.4},
+                ]
+            )
+        )
+    )
     thread.start()
     time.sleep(max(0.0, now + 3.9 - time.time()))
-    running = rig.in_loop(lambda: [one["id"] for one in rig.pve.tasks.values() if one["type"] == "qmshutdown" and one["status"] == "running"])
+    running = rig.in_loop(
+        lambda: [
+            one["id"] for one in rig.pve.tasks.values() if one["type"] == "qmshutdown" and one["status"] == "running"
+        ]
+    )
     found = {row["name"]: row for row in rig.records()}
     thread.join(60)
     assert running, "the pass was not busy, so nothing was shown"
-    assert found["race0"]["state"] == "RUNNING" and found["race0"]["lease_expires_at"] > now + 500 and busy[2]["result"]["ok"]
+    assert (
+        found["race0"]["state"] == "RUNNING"
+        and found["race0"]["lease_expires_at"] > now + 500
+        and busy[2]["result"]["ok"]
+    )
     assert found["race1"]["state"] == "TIMEOUT" and not busy[3]["result"]["ok"], (found["race1"], busy[3])
     assert all(found[f"slow{number}"]["state"] == "TIMEOUT" for number in range(4))
     assert all(one["result"] and not one["late"] for one in busy)
@@ -279,8 +384,11 @@ class Life(RuleBasedStateMachine):
         self.folder = Path(tempfile.mkdtemp(prefix="agentlab-model-"))
         self.rig = Rig(self.folder, time_scale=0)
         self.rig.foreign(BYSTANDER, name="bystander", running=True, tags="agentlab")
-        (self.folder / "config.yaml").write_text("template: debian-13\nclaim_timeout: 1s\ndoubt_window: 0s\nwait_timeout: 2s\napi_timeout: 2\n"
-                                                 "shutdown_timeout: 1s\n", encoding="utf-8")
+        (self.folder / "config.yaml").write_text(
+            "template: debian-13\nclaim_timeout: 1s\ndoubt_window: 0s\nwait_timeout: 2s\napi_timeout: 2\n"
+            "shutdown_timeout: 1s\n",
+            encoding="utf-8",
+        )
         # What was there before each step: a state never moves against the table, DESTROYED never ends.
         self.before: dict[str, str] = {}
 
@@ -290,7 +398,9 @@ class Life(RuleBasedStateMachine):
             for _dummy in range(3):
                 self._context(lambda ctx: reconcile.run(ctx, apply=True))
             live = [row["vmid"] for row in self.rig.records() if row["state"] != "DESTROYED"]
-            done = self._context(lambda ctx: destroy.run(ctx, [(ctx.select(vmid), destroy.Request(force=True)) for vmid in live]))
+            done = self._context(
+                lambda ctx: destroy.run(ctx, [(ctx.select(vmid), destroy.Request(force=True)) for vmid in live])
+            )
             assert not isinstance(done, AgentlabError), done
             assert not [one.message for one in done if one.failed], [one.message for one in done]
             wrong = self.rig.broken()
@@ -332,7 +442,9 @@ class Life(RuleBasedStateMachine):
         done = self._context(lambda ctx: power.run(ctx, ctx.select(name=name), operation))
         if was["state"] not in rules.OPERATIONS[operation].allowed + rules.OPERATIONS[operation].satisfied:
             # A VM that is not ours (any more) is told before the state is.
-            assert isinstance(done, Kept) or (isinstance(done, AgentlabError) and done.message.startswith("cannot ")), done
+            assert isinstance(done, Kept) or (isinstance(done, AgentlabError) and done.message.startswith("cannot ")), (
+                done
+            )
         if not isinstance(done, AgentlabError) and done.changed:
             assert self._live(name)["state"] == power.TARGETS[operation]  # type: ignore[index]
 
@@ -364,7 +476,11 @@ class Life(RuleBasedStateMachine):
 
     @rule(name=names)
     def lease_ends(self, name: str) -> None:
-        self.rig.sql("UPDATE sandboxes SET lease_expires_at = ? WHERE name = ? AND state <> 'DESTROYED'", int(time.time()) - 1, name)
+        self.rig.sql(
+            "UPDATE sandboxes SET lease_expires_at = ? WHERE name = ? AND state <> 'DESTROYED'",
+            int(time.time()) - 1,
+            name,
+        )
         done = self._context(lease.expire)
         assert not isinstance(done, AgentlabError), done
         now = self._live(name)
@@ -387,7 +503,11 @@ class Life(RuleBasedStateMachine):
     def fault(self, which: Any) -> None:
         method, suffix, how = which
         if isinstance(how, int):
-            self.rig.in_loop(lambda: self.rig.pve.fault(method, suffix, "answer", status=how, body='{"data": null, "message": "made up"}'))
+            self.rig.in_loop(
+                lambda: self.rig.pve.fault(
+                    method, suffix, "answer", status=how, body='{"data": null, "message": "made up"}'
+                )
+            )
         else:
             self.rig.in_loop(lambda: self.rig.pve.fault(method, suffix, how))
 
@@ -425,5 +545,15 @@ class Life(RuleBasedStateMachine):
 
 
 def test_the_model() -> None:
-    run_state_machine_as_test(Life, settings=settings(max_examples=30, stateful_step_count=15, deadline=None, print_blob=True, derandomize=False,
-                                                      database=None, suppress_health_check=list(HealthCheck)))
+    run_state_machine_as_test(
+        Life,
+        settings=settings(
+            max_examples=30,
+            stateful_step_count=15,
+            deadline=None,
+            print_blob=True,
+            derandomize=False,
+            database=None,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )

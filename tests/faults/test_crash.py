@@ -24,7 +24,15 @@ pytestmark = pytest.mark.faults
 
 GHOST = 1009
 SAMPLE = 60
-WHOLE = {"name": "crash", "ttl": 3600, "wait_for_ip": True, "cores": 4, "tags": ["x"], "bridge": "vmbr1", "disk_size": "20G"}
+WHOLE = {
+    "name": "crash",
+    "ttl": 3600,
+    "wait_for_ip": True,
+    "cores": 4,
+    "tags": ["x"],
+    "bridge": "vmbr1",
+    "disk_size": "20G",
+}
 
 USER_DATA = {"name": "crash", "ttl": 3600, "cloud_init_user_data": "#cloud-config\nhostname: crash\n"}
 
@@ -34,9 +42,18 @@ WITH_DISK = {"name": "crash", "ttl": 3600, "workspace": "w"}
 class Case:
     """A starting position, the operation to kill in it, and what must be true once it was run again."""
 
-    def __init__(self, prepare: Callable[[Rig], None], op: str, args: dict[str, Any], *, states: dict[str, str] | None = None,
-                 ready: Callable[[Rig], None] | None = None, after: Callable[[Rig], None] | None = None, ok: bool = True,
-                 again: tuple[str, dict[str, Any]] | None = None) -> None:
+    def __init__(
+        self,
+        prepare: Callable[[Rig], None],
+        op: str,
+        args: dict[str, Any],
+        *,
+        states: dict[str, str] | None = None,
+        ready: Callable[[Rig], None] | None = None,
+        after: Callable[[Rig], None] | None = None,
+        ok: bool = True,
+        again: tuple[str, dict[str, Any]] | None = None,
+    ) -> None:
         self.prepare, self.op, self.args = prepare, op, args
         self.again = again or (op, args)
         self.states, self.ready, self.after, self.ok = states, ready, after, ok
@@ -81,10 +98,15 @@ def _drifted(rig: Rig) -> None:
     _made("down", "moved", "gone", "late", "cut", "ghost")(rig)
     rig.sql("UPDATE sandboxes SET lease_expires_at = ? WHERE name = 'late'", int(time.time()) - 5)
     cut = _vmid(rig, "cut")
-    points = rig.do("destroy", vmids=[cut], force=True, kill=10 ** 6)["result"]["points"]
+    points = rig.do("destroy", vmids=[cut], force=True, kill=10**6)["result"]["points"]
     rig.must("create", name="cut", ttl=3600)
     cut = _vmid(rig, "cut")
-    rig.do("destroy", vmids=[cut], force=True, kill=next(i for i, label in enumerate(points, 1) if label.startswith("before DELETE")))
+    rig.do(
+        "destroy",
+        vmids=[cut],
+        force=True,
+        kill=next(i for i, label in enumerate(points, 1) if label.startswith("before DELETE")),
+    )
     rig.do("create", name="half", ttl=3600, kill=_point(rig, "after POST", "create", name="half-dry", ttl=3600))
     down, moved, gone = (_vmid(rig, name) for name in ("down", "moved", "gone"))
 
@@ -215,33 +237,106 @@ CASES = {
     "create_user_data": Case(_empty, "create", USER_DATA, states={"crash": "RUNNING"}, after=_one_vm),
     "create_user_data_reconciled": Case(_empty, "create", USER_DATA, again=("reconcile", {}), after=_settled),
     "create_user_data_failing": Case(_empty, "create", USER_DATA, ready=_start_fails, after=_clear, ok=False),
-    "force_user_data": Case(_made("a", cloud_init_user_data="#cloud-config\n"), "destroy", {"vmids": [1001], "force": True}, states={"a": "DESTROYED"}),
-    "workspace_create": Case(_empty, "workspace", {"word": "present", "name": "w", "size": "1G", "storage": "local-lvm"}, after=_disk("DETACHED")),
-    "workspace_attach": Case(_with_disk("a"), "workspace", {"word": "attached", "name": "w", "vmid": 1001}, after=_disk("ATTACHED")),
-    "workspace_detach": Case(_with_disk("a", workspace="w"), "workspace", {"word": "detached", "name": "w"}, after=_disk("DETACHED")),
-    "workspace_absent": Case(_with_disk(), "workspace", {"word": "absent", "name": "w", "force": True}, after=_disk("DELETED")),
+    "force_user_data": Case(
+        _made("a", cloud_init_user_data="#cloud-config\n"),
+        "destroy",
+        {"vmids": [1001], "force": True},
+        states={"a": "DESTROYED"},
+    ),
+    "workspace_create": Case(
+        _empty,
+        "workspace",
+        {"word": "present", "name": "w", "size": "1G", "storage": "local-lvm"},
+        after=_disk("DETACHED"),
+    ),
+    "workspace_attach": Case(
+        _with_disk("a"), "workspace", {"word": "attached", "name": "w", "vmid": 1001}, after=_disk("ATTACHED")
+    ),
+    "workspace_detach": Case(
+        _with_disk("a", workspace="w"), "workspace", {"word": "detached", "name": "w"}, after=_disk("DETACHED")
+    ),
+    "workspace_absent": Case(
+        _with_disk(), "workspace", {"word": "absent", "name": "w", "force": True}, after=_disk("DELETED")
+    ),
     "create_workspace": Case(_with_disk(), "create", WITH_DISK, states={"crash": "RUNNING"}, after=_disk("ATTACHED")),
-    "create_workspace_reconciled": Case(_with_disk(), "create", WITH_DISK, again=("reconcile", {}), after=_disk_settled),
-    "create_workspace_failing": Case(_with_disk(), "create", WITH_DISK, ready=_start_fails, after=_disk_cleared, ok=False),
-    "force_workspace": Case(_with_disk("a", workspace="w"), "destroy", {"vmids": [1001], "force": True}, states={"a": "DESTROYED"}, after=_disk("DETACHED")),
-    "force_workspace_ghost": Case(_with_disk("ghost", workspace="w"), "destroy", {"vmids": [GHOST], "force": True}, states={"ghost": "DESTROYED"},
-                                  after=_disk("DETACHED")),
-    "create_taken": Case(_empty, "create", {"name": "crash", "ttl": 3600}, states={"crash": "RUNNING"}, ready=_taken, after=_one_vm),
-    "create_failing": Case(_empty, "create", {"name": "crash", "ttl": 3600}, ready=_start_fails, after=_clear, ok=False),
-    "force_half": Case(_half, "destroy", {"vmids": [1002], "force": True}, again=("create", {"name": "crash", "ttl": 3600}), after=_once_more, ok=False),
-    "create_reconciled": Case(_empty, "create", {"name": "crash", "ttl": 3600}, again=("reconcile", {}), after=_settled),
-    "stop": Case(_made("a"), "power", {"vmid": 1001, "operation": "stop"}, states={"a": "STOPPED"}, after=_stopped("a")),
-    "start": Case(_made("a", states={"a": "stop"}), "power", {"vmid": 1001, "operation": "start"}, states={"a": "RUNNING"}),
+    "create_workspace_reconciled": Case(
+        _with_disk(), "create", WITH_DISK, again=("reconcile", {}), after=_disk_settled
+    ),
+    "create_workspace_failing": Case(
+        _with_disk(), "create", WITH_DISK, ready=_start_fails, after=_disk_cleared, ok=False
+    ),
+    "force_workspace": Case(
+        _with_disk("a", workspace="w"),
+        "destroy",
+        {"vmids": [1001], "force": True},
+        states={"a": "DESTROYED"},
+        after=_disk("DETACHED"),
+    ),
+    "force_workspace_ghost": Case(
+        _with_disk("ghost", workspace="w"),
+        "destroy",
+        {"vmids": [GHOST], "force": True},
+        states={"ghost": "DESTROYED"},
+        after=_disk("DETACHED"),
+    ),
+    "create_taken": Case(
+        _empty, "create", {"name": "crash", "ttl": 3600}, states={"crash": "RUNNING"}, ready=_taken, after=_one_vm
+    ),
+    "create_failing": Case(
+        _empty, "create", {"name": "crash", "ttl": 3600}, ready=_start_fails, after=_clear, ok=False
+    ),
+    "force_half": Case(
+        _half,
+        "destroy",
+        {"vmids": [1002], "force": True},
+        again=("create", {"name": "crash", "ttl": 3600}),
+        after=_once_more,
+        ok=False,
+    ),
+    "create_reconciled": Case(
+        _empty, "create", {"name": "crash", "ttl": 3600}, again=("reconcile", {}), after=_settled
+    ),
+    "stop": Case(
+        _made("a"), "power", {"vmid": 1001, "operation": "stop"}, states={"a": "STOPPED"}, after=_stopped("a")
+    ),
+    "start": Case(
+        _made("a", states={"a": "stop"}), "power", {"vmid": 1001, "operation": "start"}, states={"a": "RUNNING"}
+    ),
     "suspend": Case(_made("a"), "power", {"vmid": 1001, "operation": "suspend"}, states={"a": "SUSPENDED"}),
     "destroy": Case(_made("a", states={"a": "stop"}), "destroy", {"vmids": [1001]}, states={"a": "DESTROYED"}),
     "force": Case(_made("a"), "destroy", {"vmids": [1001], "force": True}, states={"a": "DESTROYED"}),
     "force_ghost": Case(_made("ghost"), "destroy", {"vmids": [GHOST], "force": True}, states={"ghost": "DESTROYED"}),
-    "bulk": Case(_made("a", "b", "c", "ghost"), "destroy", {"vmids": [1001, 1002, 1003], "force": True},
-                 states={"a": "DESTROYED", "b": "DESTROYED", "c": "DESTROYED"}),
-    "expire": Case(_made("a", "b", "ghost"), "expire", {}, ready=_over, states={"a": "TIMEOUT", "b": "TIMEOUT"}, after=_stopped("a", "b")),
-    "prune": Case(_timed_out, "prune", {}, states={"a": "DESTROYED", "b": "DESTROYED", "gone": "DESTROYED", "ghost": "DESTROYED"}),
-    "reconcile": Case(_drifted, "reconcile", {}, states={"gone": "DESTROYED", "cut": "DESTROYED", "ghost": "DESTROYED", "late": "TIMEOUT", "moved": "RUNNING",
-                                                         "down": "FAILED"}, after=_reconciled),
+    "bulk": Case(
+        _made("a", "b", "c", "ghost"),
+        "destroy",
+        {"vmids": [1001, 1002, 1003], "force": True},
+        states={"a": "DESTROYED", "b": "DESTROYED", "c": "DESTROYED"},
+    ),
+    "expire": Case(
+        _made("a", "b", "ghost"),
+        "expire",
+        {},
+        ready=_over,
+        states={"a": "TIMEOUT", "b": "TIMEOUT"},
+        after=_stopped("a", "b"),
+    ),
+    "prune": Case(
+        _timed_out, "prune", {}, states={"a": "DESTROYED", "b": "DESTROYED", "gone": "DESTROYED", "ghost": "DESTROYED"}
+    ),
+    "reconcile": Case(
+        _drifted,
+        "reconcile",
+        {},
+        states={
+            "gone": "DESTROYED",
+            "cut": "DESTROYED",
+            "ghost": "DESTROYED",
+            "late": "TIMEOUT",
+            "moved": "RUNNING",
+            "down": "FAILED",
+        },
+        after=_reconciled,
+    ),
 }
 
 
@@ -300,9 +395,19 @@ def test_killed_anywhere_and_run_again(rig: Rig, name: str, record_property: Any
         first, wrong = _try(rig, case, number)
         killed += first["signal"] == 9
         if wrong:
-            failures[f"{number}/{len(points)} {points[number - 1]} (after {points[max(0, number - 4):number - 1]})"] = wrong
+            failures[
+                f"{number}/{len(points)} {points[number - 1]} (after {points[max(0, number - 4) : number - 1]})"
+            ] = wrong
     summary = f"{name}: {len(points)} points, {len(numbers)} tried, {killed} killed, {len(numbers) - len(failures)} passed, {time.monotonic() - began:.0f} s"
-    record_property("faults", (f"killed: {name}", {"known": len(points), "cases": len(numbers), "met": killed, "passed": len(numbers) - len(failures)}))
+    record_property(
+        "faults",
+        (
+            f"killed: {name}",
+            {"known": len(points), "cases": len(numbers), "met": killed, "passed": len(numbers) - len(failures)},
+        ),
+    )
     print("\n" + summary)
     assert killed > len(numbers) * 0.8, "the kills do not happen"
-    assert not failures, summary + "".join(f"\n{where}:\n    " + "\n    ".join(map(str, what)) for where, what in failures.items())
+    assert not failures, summary + "".join(
+        f"\n{where}:\n    " + "\n    ".join(map(str, what)) for where, what in failures.items()
+    )

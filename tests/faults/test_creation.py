@@ -14,8 +14,21 @@ from typing import Any
 
 import pytest
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core import config
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import AgentlabError, CreationFailed, InvalidInput, Kept, TaskTimeout
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import cloud_init, create, doctor, reconcile, vm_config, wanted
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import (
+    AgentlabError,
+    CreationFailed,
+    InvalidInput,
+    Kept,
+    TaskTimeout,
+)
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import (
+    cloud_init,
+    create,
+    doctor,
+    reconcile,
+    vm_config,
+    wanted,
+)
 
 from support.lab import Lab
 
@@ -59,7 +72,9 @@ def test_a_disk_grows_once_when_the_answer_is_lost(lab: Lab, when: str) -> None:
 
 
 @pytest.mark.parametrize("request_", ["/config", "/resize"])
-def test_a_configuration_that_somebody_changes_meanwhile_is_judged_anew_and_the_change_stays(lab: Lab, request_: str) -> None:
+def test_a_configuration_that_somebody_changes_meanwhile_is_judged_anew_and_the_change_stays(
+    lab: Lab, request_: str
+) -> None:
     """Also the task of a killed run, still at work, changes it."""
     edited = lab.edited_before(request_)
     made = lab.create("a1", disk_size="+10G", cores=3)
@@ -81,7 +96,13 @@ def test_a_configuration_that_changes_all_the_time_is_left_alone(lab: Lab, reque
     assert made.state == "RUNNING" and boot_size(lab, made.vmid) == "20G"
 
 
-@pytest.mark.parametrize("ending", ["checksum missmatch (file change by other user?)", "can't lock file '/var/lock/qemu-server/lock-1000.conf' - got timeout"])
+@pytest.mark.parametrize(
+    "ending",
+    [
+        "checksum missmatch (file change by other user?)",
+        "can't lock file '/var/lock/qemu-server/lock-1000.conf' - got timeout",
+    ],
+)
 def test_a_resize_whose_task_met_another_one_is_asked_for_again(lab: Lab, ending: str) -> None:
     lab.pve.next_task("resize", "fail", text=ending)
     made = lab.create("a1", disk_size="+10G")
@@ -94,7 +115,9 @@ def test_protection_that_somebody_sets_meanwhile_stays(lab: Lab) -> None:
     def protect(method: str, path: str) -> None:
         if method == "PUT" and path.endswith("/config"):
             lab.pve.before = None
-            lab.pve.vm(1000).config.update(protection=1, description=lab.pve.vm(1000).config["description"] + "keep me\n")
+            lab.pve.vm(1000).config.update(
+                protection=1, description=lab.pve.vm(1000).config["description"] + "keep me\n"
+            )
 
     lab.pve.before = protect
     lab.create("a1", cores=3)
@@ -143,8 +166,15 @@ def test_the_protection_of_a_template_does_not_bar_the_rest_of_a_creation(lab: L
     assert lab.create("a1").state == "RUNNING"
 
 
-@pytest.mark.parametrize(("drive", "more", "size"), [("a:b,size=3G", "+10G", "13631488K"), ("a:b,size=2252M,ssd=1", "+512K", "2306560K"),
-                                                     ("a:b,iothread=1,size=1T", "+1T", "2147483648K"), ("a:b,size=1048576", "+1M", "2048K")])
+@pytest.mark.parametrize(
+    ("drive", "more", "size"),
+    [
+        ("a:b,size=3G", "+10G", "13631488K"),
+        ("a:b,size=2252M,ssd=1", "+512K", "2306560K"),
+        ("a:b,iothread=1,size=1T", "+1T", "2147483648K"),
+        ("a:b,size=1048576", "+1M", "2048K"),
+    ],
+)
 def test_the_sum_of_sizes(drive: str, more: str, size: str) -> None:
     assert vm_config.grown(drive, more) == size
 
@@ -194,7 +224,9 @@ def test_a_clone_that_still_runs_is_not_given_up(lab: Lab) -> None:
     with pytest.raises(TaskTimeout, match="run again to take it up"):
         lab.create("a1", options=PATIENCE)
     found = lab.reconcile()
-    assert [(one.kind, one.applied) for one in found] == [("interrupted", False)] and "still running" in str(found[0].error)
+    assert [(one.kind, one.applied) for one in found] == [("interrupted", False)] and "still running" in str(
+        found[0].error
+    )
     assert lab.record(1000).state == "PROVISIONING"
     lab.pve.release_task(lab.pve.running_tasks()[0])
     assert lab.create("a1").state == "RUNNING"
@@ -202,20 +234,26 @@ def test_a_clone_that_still_runs_is_not_given_up(lab: Lab) -> None:
 
 def test_a_creation_that_changed_its_vmid_twice_speaks_of_the_last(lab: Lab) -> None:
     for vmid in (1000, 1001):
-        lab.pve.add_vm(vmid, "hidden", status="running", config={"smbios1": f"uuid=11111111-1111-4111-8111-11111111{vmid}"})
+        lab.pve.add_vm(
+            vmid, "hidden", status="running", config={"smbios1": f"uuid=11111111-1111-4111-8111-11111111{vmid}"}
+        )
     clones: list[str] = []
 
     def full(method: str, path: str) -> None:
         if method == "POST" and path.endswith("/clone"):
             clones.append(path)
             if len(clones) == 3:
-                lab.pve.fault("POST", "/clone", "answer", status=500, body='{"data": null, "message": "storage is full"}')
+                lab.pve.fault(
+                    "POST", "/clone", "answer", status=500, body='{"data": null, "message": "storage is full"}'
+                )
 
     lab.pve.before = full
     ctx = lab.context()
     real = ctx.cluster.vms
     # The list shows neither: as for a token without VM.Audit on them.
-    ctx.cluster.vms = lambda *, fresh=False: {vmid: row for vmid, row in real(fresh=fresh).items() if vmid not in (1000, 1001)}  # type: ignore[method-assign]
+    ctx.cluster.vms = lambda *, fresh=False: {
+        vmid: row for vmid, row in real(fresh=fresh).items() if vmid not in (1000, 1001)
+    }  # type: ignore[method-assign]
     with pytest.raises(CreationFailed, match="sandbox 1002 could not be created") as failed:
         create.run(ctx, create.Spec(name="a1", ttl=600))
     assert failed.value.detail["vmid"] == 1002
@@ -225,7 +263,9 @@ def test_a_creation_that_changed_its_vmid_twice_speaks_of_the_last(lab: Lab) -> 
 
 
 @pytest.mark.parametrize("asked", ["address", "cloud-init"])
-def test_a_stranger_that_takes_the_vmid_while_it_is_waited_for_is_not_taken_for_the_sandbox(lab: Lab, asked: str) -> None:
+def test_a_stranger_that_takes_the_vmid_while_it_is_waited_for_is_not_taken_for_the_sandbox(
+    lab: Lab, asked: str
+) -> None:
     lab.pve.agent_default = False
     suffix = "network-get-interfaces" if asked == "address" else "file-read"
     seen: list[str] = []
@@ -260,7 +300,10 @@ def test_a_look_that_fails_once_does_not_end_the_wait(lab: Lab, asked: str) -> N
             lab.pve.fault("GET", "/qemu/1000/config", "answer", status=500, body='{"data": null, "message": "boom"}')
 
     lab.pve.before = fail
-    assert lab.create("a1", wait_for_ip=asked == "address", wait_for_cloud_init=asked == "cloud-init").state == "RUNNING" and failed
+    assert (
+        lab.create("a1", wait_for_ip=asked == "address", wait_for_cloud_init=asked == "cloud-init").state == "RUNNING"
+        and failed
+    )
 
 
 # ---- what was cut off, and the passes of the daemon ----
@@ -277,7 +320,9 @@ def cut_off_destroy(lab: Lab) -> Any:
 
 def test_expiry_leaves_a_destroy_that_was_cut_off_to_be_finished(lab: Lab) -> None:
     made = cut_off_destroy(lab)
-    lab.context().database.write(lambda conn: conn.execute("UPDATE sandboxes SET lease_expires_at = 1 WHERE uuid = ?", (made.uuid,)) and None)
+    lab.context().database.write(
+        lambda conn: conn.execute("UPDATE sandboxes SET lease_expires_at = 1 WHERE uuid = ?", (made.uuid,)) and None
+    )
     lab.expire()
     assert lab.record(made).state == "TIMEOUT" and lab.pve.vm(made.vmid).status == "stopped"
     assert [one["kind"] for one in lab.leftovers()["operations"]] == ["destroy"]
@@ -299,7 +344,9 @@ def test_a_task_list_that_cannot_be_read_invents_no_failure(lab: Lab) -> None:
     lab.power("stop", made.vmid)
     lab.force_state(made.vmid, "RUNNING", age=30)
     lab.pve.fault("GET", "/nodes/pve1/tasks", "answer", status=500, body='{"data": null, "message": "boom"}')
-    assert [(one.kind, one.action) for one in lab.reconcile()] == [("unknown", "none")] and lab.record(made).state == "RUNNING"
+    assert [(one.kind, one.action) for one in lab.reconcile()] == [("unknown", "none")] and lab.record(
+        made
+    ).state == "RUNNING"
     lab.reconcile()
     assert lab.record(made).state == "STOPPED"
 
@@ -328,7 +375,9 @@ def test_a_vm_that_somebody_started_is_reported_with_the_way_back(lab: Lab) -> N
     lab.pve.vm(made.vmid).status = "running"
     for _time in range(2):
         found = lab.reconcile()
-        assert [(one.kind, one.applied) for one in found] == [("running", False)] and "start the sandbox, then stop it" in found[0].action
+        assert [(one.kind, one.applied) for one in found] == [
+            ("running", False)
+        ] and "start the sandbox, then stop it" in found[0].action
     lab.power("start", made.vmid)
     lab.power("stop", made.vmid)
     assert lab.reconcile() == [] and lab.pve.vm(made.vmid).status == "stopped"
@@ -349,8 +398,17 @@ def test_a_sandbox_that_is_created_during_a_pass_is_not_reported_as_unrecorded(l
 # ---- what is refused before anything is made ----
 
 
-@pytest.mark.parametrize(("option", "value", "valid"), [("disk_size", "20", False), ("disk_size", "20G", True), ("disk_size", "+0.5T", True),
-                                                        ("pool", "lab/agents", True), ("pool", "a/b/c/d", False), ("pool", "../x y", False)])
+@pytest.mark.parametrize(
+    ("option", "value", "valid"),
+    [
+        ("disk_size", "20", False),
+        ("disk_size", "20G", True),
+        ("disk_size", "+0.5T", True),
+        ("pool", "lab/agents", True),
+        ("pool", "a/b/c/d", False),
+        ("pool", "../x y", False),
+    ],
+)
 def test_values_that_proxmox_would_refuse_are_refused_and_no_others(option: str, value: str, valid: bool) -> None:
     spec = create.Spec(name="a1", **{option: value})
     if valid:
@@ -361,7 +419,9 @@ def test_values_that_proxmox_would_refuse_are_refused_and_no_others(option: str,
 
 
 def test_user_data_that_is_no_mapping_by_its_kind(lab: Lab) -> None:
-    cloud_init.check_data("#cloud-config-archive\n- type: text/cloud-config\n  content: |\n    #cloud-config\n    packages: [a]\n")
+    cloud_init.check_data(
+        "#cloud-config-archive\n- type: text/cloud-config\n  content: |\n    #cloud-config\n    packages: [a]\n"
+    )
     cloud_init.check_data('#cloud-config-jsonp\n[{"op": "add", "path": "/a", "value": 1}]\n')
     with pytest.raises(InvalidInput, match="must be followed by a mapping"):
         cloud_init.check_data("#cloud-config\n- a\n")
@@ -377,12 +437,18 @@ def test_no_lease_is_longer_than_a_life(lab: Lab) -> None:
 def test_a_template_whose_node_is_offline_is_not_called_missing(lab: Lab) -> None:
     lab.pve.add_node("pve2")
     lab.pve.set_node_offline("pve1")
-    with pytest.raises(InvalidInput, match=r"template: 'debian-13' is not to be seen, but pve1 is offline, and what is there is not known") as caught:
+    with pytest.raises(
+        InvalidInput,
+        match=r"template: 'debian-13' is not to be seen, but pve1 is offline, and what is there is not known",
+    ) as caught:
         lab.create("a1")
     assert "None" not in caught.value.message and lab.records() == []
 
 
-@pytest.mark.parametrize(("option", "value"), [("ssh_public_keys", ["ssh-ed25519 AAAA \ud800"]), ("cloud_init_user_data", "#cloud-config\n# \udfff\n")])
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("ssh_public_keys", ["ssh-ed25519 AAAA \ud800"]), ("cloud_init_user_data", "#cloud-config\n# \udfff\n")],
+)
 def test_half_a_character_is_refused_before_anything_is_made(option: str, value: Any) -> None:
     with pytest.raises(InvalidInput, match=f"{option}: "):
         create.Spec(name="a1", **{option: value}).check()

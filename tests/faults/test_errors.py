@@ -147,33 +147,70 @@ def grown(lab: Lab) -> bool:
 
 OPERATIONS = {
     "create": Operation(lambda lab: None, create_again, state("RUNNING", power="running")),
-    "create with user data": Operation(lambda lab: None, lambda lab: create_again(lab, cloud_init_user_data=USER_DATA, wait_for_cloud_init=True),
-                                       state("RUNNING", power="running")),
-    "create with a workspace": Operation(make_disk, lambda lab: create_again(lab, workspace="w1"),
-                                         lambda lab: state("RUNNING", power="running")(lab) and disk_is("ATTACHED")(lab)),
+    "create with user data": Operation(
+        lambda lab: None,
+        lambda lab: create_again(lab, cloud_init_user_data=USER_DATA, wait_for_cloud_init=True),
+        state("RUNNING", power="running"),
+    ),
+    "create with a workspace": Operation(
+        make_disk,
+        lambda lab: create_again(lab, workspace="w1"),
+        lambda lab: state("RUNNING", power="running")(lab) and disk_is("ATTACHED")(lab),
+    ),
     "stop": Operation(lambda lab: lab.create(), lambda lab: lab.power("stop", VMID), state("STOPPED", power="stopped")),
-    "start": Operation(lambda lab: (lab.create(), lab.power("stop", VMID)), lambda lab: lab.power("start", VMID), state("RUNNING", power="running")),
+    "start": Operation(
+        lambda lab: (lab.create(), lab.power("stop", VMID)),
+        lambda lab: lab.power("start", VMID),
+        state("RUNNING", power="running"),
+    ),
     "suspend": Operation(lambda lab: lab.create(), lambda lab: lab.power("suspend", VMID), state("SUSPENDED")),
-    "resume": Operation(lambda lab: (lab.create(), lab.power("suspend", VMID)), lambda lab: lab.power("start", VMID), state("RUNNING", power="running")),
+    "resume": Operation(
+        lambda lab: (lab.create(), lab.power("suspend", VMID)),
+        lambda lab: lab.power("start", VMID),
+        state("RUNNING", power="running"),
+    ),
     "destroy": Operation(lambda lab: lab.create(), lambda lab: lab.destroy(VMID, force=True), gone),
-    "destroy several": Operation(several(lambda lab, name: lab.create(name)), lambda lab: lab.destroy(VMID, VMID + 1, VMID + 2, force=True), gone),
+    "destroy several": Operation(
+        several(lambda lab, name: lab.create(name)), lambda lab: lab.destroy(VMID, VMID + 1, VMID + 2, force=True), gone
+    ),
     "destroy with user data and workspace": Operation(
-        lambda lab: (make_disk(lab), lab.create(cloud_init_user_data=USER_DATA, workspace="w1")), lambda lab: lab.destroy(VMID, force=True),
-        lambda lab: gone(lab) and disk_is("DETACHED")(lab)),
+        lambda lab: (make_disk(lab), lab.create(cloud_init_user_data=USER_DATA, workspace="w1")),
+        lambda lab: lab.destroy(VMID, force=True),
+        lambda lab: gone(lab) and disk_is("DETACHED")(lab),
+    ),
     "prune": Operation(lambda lab: lab.timed_out(), lambda lab: lab.prune(), gone),
     "prune several": Operation(several(lambda lab, name: lab.timed_out(name)), lambda lab: lab.prune(), gone),
-    "cleanup": Operation(several(lambda lab, name: lab.timed_out(name)), lambda lab: cleanup.run(lab.context(), CLEANUP), gone),
-    "expire": Operation(lambda lab: (lab.create(), lab.force_state(VMID, "RUNNING", lease_expires_at=int(time.time()) - 5)), lambda lab: lab.expire(),
-                        state("TIMEOUT", power="stopped")),
-    "reconcile": Operation(lambda lab: (lab.create(), lab.create("b1"), drift(lab)), lambda lab: lab.reconcile(), state("STOPPED", "FAILED")),
-    "info": Operation(lambda lab: (lab.create(), lab.create("b1"), drift(lab)), lambda lab: lab.info(), state("RUNNING")),
+    "cleanup": Operation(
+        several(lambda lab, name: lab.timed_out(name)), lambda lab: cleanup.run(lab.context(), CLEANUP), gone
+    ),
+    "expire": Operation(
+        lambda lab: (lab.create(), lab.force_state(VMID, "RUNNING", lease_expires_at=int(time.time()) - 5)),
+        lambda lab: lab.expire(),
+        state("TIMEOUT", power="stopped"),
+    ),
+    "reconcile": Operation(
+        lambda lab: (lab.create(), lab.create("b1"), drift(lab)),
+        lambda lab: lab.reconcile(),
+        state("STOPPED", "FAILED"),
+    ),
+    "info": Operation(
+        lambda lab: (lab.create(), lab.create("b1"), drift(lab)), lambda lab: lab.info(), state("RUNNING")
+    ),
     "workspace present": Operation(lambda lab: lab.create(), make_disk, disk_is("DETACHED")),
     "workspace attached": Operation(lambda lab: (make_disk(lab), lab.create()), attach, disk_is("ATTACHED")),
-    "workspace grown": Operation(lambda lab: (make_disk(lab), lab.create(workspace="w1")),
-                                 lambda lab: workspace.present(lab.context(), "w1", size="2G"), grown),
-    "workspace detached": Operation(lambda lab: (make_disk(lab), lab.create(workspace="w1")), lambda lab: workspace.detached(lab.context(), "w1"),
-                                    disk_is("DETACHED")),
-    "workspace absent": Operation(make_disk, lambda lab: workspace.absent(lab.context(), "w1", force=True), disk_is(None)),
+    "workspace grown": Operation(
+        lambda lab: (make_disk(lab), lab.create(workspace="w1")),
+        lambda lab: workspace.present(lab.context(), "w1", size="2G"),
+        grown,
+    ),
+    "workspace detached": Operation(
+        lambda lab: (make_disk(lab), lab.create(workspace="w1")),
+        lambda lab: workspace.detached(lab.context(), "w1"),
+        disk_is("DETACHED"),
+    ),
+    "workspace absent": Operation(
+        make_disk, lambda lab: workspace.absent(lab.context(), "w1", force=True), disk_is(None)
+    ),
 }
 
 
@@ -234,7 +271,9 @@ def one_of_each(asked: list[Asked]) -> list[Asked]:
     """The first of each kind, and each write to a configuration: those are different requests with one path."""
     kinds: dict[Any, Asked] = {}
     for one in asked:
-        kinds.setdefault((one.kind, one.number if one.kind.startswith("PUT") and f"/qemu/{VMID}/config" in one.path else 0), one)
+        kinds.setdefault(
+            (one.kind, one.number if one.kind.startswith("PUT") and f"/qemu/{VMID}/config" in one.path else 0), one
+        )
     return list(kinds.values())
 
 
@@ -326,7 +365,11 @@ def messages(found: Any) -> list[Outcome]:
     items = found if isinstance(found, list) else [found]
     out = [one for one in items if isinstance(one, Outcome) and one.failed]
     for name in ("failed", "kept"):
-        out += [one for one in getattr(found, name, []) or [] if isinstance(one, Outcome)] if not isinstance(found, Outcome) else []
+        out += (
+            [one for one in getattr(found, name, []) or [] if isinstance(one, Outcome)]
+            if not isinstance(found, Outcome)
+            else []
+        )
     return out
 
 
@@ -363,7 +406,11 @@ class Trial:
 
     def check_disk(self) -> None:
         if self.disk is not None:
-            users = [vm.vmid for vm in self.lab.pve.vms if any(self.disk.volume in str(value) for value in vm.config.values())]
+            users = [
+                vm.vmid
+                for vm in self.lab.pve.vms
+                if any(self.disk.volume in str(value) for value in vm.config.values())
+            ]
             assert len(users) < 2, f"the workspace is in two VMs: {users}"
             if self.name != "workspace absent":
                 assert self.lab.pve.volumes_of(self.disk.owner_vmid) == [self.disk.volume], "the workspace is lost"
@@ -388,17 +435,26 @@ class Trial:
             if stage == 2 or not self.as_told():
                 break
         seen = [(one.name, one.state, one.reason) for one in self.lab.records()]
-        self.problems.append(f"did not converge: {seen}, left {self.lab.leftovers()}, unrecorded {self.lab.unrecorded()}, said {self.said[-2:]}")
+        self.problems.append(
+            f"did not converge: {seen}, left {self.lab.leftovers()}, unrecorded {self.lab.unrecorded()}, said {self.said[-2:]}"
+        )
 
     def as_told(self) -> bool:
         """Do what the last messages tell the operator to do by hand; whether there was something."""
         told = "\n".join(self.said[-4:])
         done = False
-        for upid in set(re.findall(r"its clone task (UPID:\S+) is still running|clone template .* task (UPID:\S+) on node .* stop it there if it hangs", told)):
+        for upid in set(
+            re.findall(
+                r"its clone task (UPID:\S+) is still running|clone template .* task (UPID:\S+) on node .* stop it there if it hangs",
+                told,
+            )
+        ):
             upid = upid[0] or upid[1]
             # It will never end by itself: stopped in Proxmox's own interface.
             if self.lab.pve.tasks[upid]["status"] == "running":
-                self.lab.pve.tasks[upid].update(status="stopped", exitstatus="interrupted by signal", endtime=int(time.time()))
+                self.lab.pve.tasks[upid].update(
+                    status="stopped", exitstatus="interrupted by signal", endtime=int(time.time())
+                )
                 done = True
         for vmid in set(re.findall(r"not certain that VM (\d+) .*remove it by hand if it is to go", told)):
             done = self.lab.pve.remove_vm(int(vmid)) is not None or done
@@ -435,7 +491,11 @@ def settled(lab: Lab) -> bool:
     if any(one.state in UNFINISHED for one in workspace.records(ctx).find_all()):
         return False
     wanted = {os.path.basename(one.snippet) for one in lab.records() if one.live and one.snippet}
-    return lab.leftovers() == NOTHING_LEFT and not lab.unrecorded() and set(os.listdir(lab.options["snippets_dir"])) == wanted
+    return (
+        lab.leftovers() == NOTHING_LEFT
+        and not lab.unrecorded()
+        and set(os.listdir(lab.options["snippets_dir"])) == wanted
+    )
 
 
 def laboratory(folder: Path) -> Lab:
@@ -466,7 +526,9 @@ class Table:
         self.request = request
         self.bad: list[str] = []
 
-    def try_out(self, lab: Lab, name: str, title: str, cases: list[tuple[list[Fault], dict[str, float]]], known: int = 0) -> None:
+    def try_out(
+        self, lab: Lab, name: str, title: str, cases: list[tuple[list[Fault], dict[str, float]]], known: int = 0
+    ) -> None:
         row: Counter[str] = Counter({"known": known, "cases": 0, "met": 0, "passed": 0, "by hand": 0})
         for faults, slow in cases:
             trial = Trial(lab, name)
@@ -495,9 +557,14 @@ def test_every_error_to_every_request(lab: Lab, table: Table, name: str, times: 
     for place, asked in list(enumerate(requests))[part::PARTS]:
         known = faults_for(lab, asked)
         stride = max(1, -(-len(known) // SAMPLE))
-        chosen = known[(place + SEED + (times > 1) * stride // 2) % stride::stride]
-        table.try_out(lab, name, f"{name} ({'once' if times == 1 else 'lasting'}): {asked.kind}", known=len(known),
-                      cases=[([Fault(asked, kind, value, times)], {}) for kind, value in chosen])
+        chosen = known[(place + SEED + (times > 1) * stride // 2) % stride :: stride]
+        table.try_out(
+            lab,
+            name,
+            f"{name} ({'once' if times == 1 else 'lasting'}): {asked.kind}",
+            known=len(known),
+            cases=[([Fault(asked, kind, value, times)], {}) for kind, value in chosen],
+        )
     table.check()
 
 
@@ -505,16 +572,32 @@ def test_every_error_to_every_request(lab: Lab, table: Table, name: str, times: 
 def test_several_errors_at_once(lab: Lab, table: Table, name: str) -> None:
     """Two to four of them, at any of the requests that a good run makes, some once and some lasting."""
     dice = random.Random(f"{SEED} {name}")
-    table.try_out(lab, name, f"{name} (several at once)", [(_some(lab, dice, name, dice.randint(2, 4)), {}) for _dummy in range(TOGETHER)])
+    table.try_out(
+        lab,
+        name,
+        f"{name} (several at once)",
+        [(_some(lab, dice, name, dice.randint(2, 4)), {}) for _dummy in range(TOGETHER)],
+    )
     table.check()
 
 
-@pytest.mark.parametrize("name", [name for name in OPERATIONS if name not in ("info", "workspace present", "workspace absent")])
+@pytest.mark.parametrize(
+    "name", [name for name in OPERATIONS if name not in ("info", "workspace present", "workspace absent")]
+)
 def test_errors_while_tasks_are_slow(lab: Lab, table: Table, name: str) -> None:
     """Tasks that take a while, or longer than is waited for them, and one error or two besides."""
     dice = random.Random(f"{SEED} slow {name}")
-    kinds = sorted({task_of(asked.path) for asked in good_requests()[name] if asked.method in ("POST", "DELETE") and "/qemu/" in asked.path})
-    cases = [(_some(lab, dice, name, dice.randint(1, 2)), {kind: dice.choice((0.2, 1.4)) for kind in kinds}) for _dummy in range(SLOW)]
+    kinds = sorted(
+        {
+            task_of(asked.path)
+            for asked in good_requests()[name]
+            if asked.method in ("POST", "DELETE") and "/qemu/" in asked.path
+        }
+    )
+    cases = [
+        (_some(lab, dice, name, dice.randint(1, 2)), {kind: dice.choice((0.2, 1.4)) for kind in kinds})
+        for _dummy in range(SLOW)
+    ]
     table.try_out(lab, name, f"{name} (slow tasks and errors)", cases)
     table.check()
 

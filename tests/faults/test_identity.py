@@ -14,7 +14,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import AgentlabError, CreationFailed, Kept, OutcomeUnknown
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import (
+    AgentlabError,
+    CreationFailed,
+    Kept,
+    OutcomeUnknown,
+)
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.model import Sandbox
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.proxmox import identity
 
@@ -23,8 +28,21 @@ from support.lab import Lab
 
 pytestmark = pytest.mark.faults
 
-ALL_PRIVS = ("VM.Audit", "VM.Allocate", "VM.PowerMgmt", "VM.Clone", "VM.Config.Options", "VM.Config.HWType", "VM.Config.Network", "VM.Config.Disk",
-             "VM.Config.CPU", "VM.Config.Memory", "VM.Config.Cloudinit", "VM.GuestAgent.Audit", "VM.Monitor")
+ALL_PRIVS = (
+    "VM.Audit",
+    "VM.Allocate",
+    "VM.PowerMgmt",
+    "VM.Clone",
+    "VM.Config.Options",
+    "VM.Config.HWType",
+    "VM.Config.Network",
+    "VM.Config.Disk",
+    "VM.Config.CPU",
+    "VM.Config.Memory",
+    "VM.Config.Cloudinit",
+    "VM.GuestAgent.Audit",
+    "VM.Monitor",
+)
 
 
 @pytest.fixture
@@ -75,9 +93,15 @@ def try_everything(lab: Lab, sandbox: Sandbox) -> list[str]:
 # ---- reused VMIDs ----
 
 STRANGERS: dict[str, dict[str, Any]] = {
-    "stopped": {}, "running": {"running": True}, "same_name": {"name": "a1"}, "same_tags": {"tags": "agentlab"},
-    "same_name_and_tags_running": {"name": "a1", "tags": "agentlab", "running": True}, "template": {"template": True}, "no_smbios": {"smbios": False},
-    "other_node": {"node": "pve2"}, "marker_of_another_sandbox": {"description": f"agentlab-sandbox: {uuid.uuid4()}", "running": True},
+    "stopped": {},
+    "running": {"running": True},
+    "same_name": {"name": "a1"},
+    "same_tags": {"tags": "agentlab"},
+    "same_name_and_tags_running": {"name": "a1", "tags": "agentlab", "running": True},
+    "template": {"template": True},
+    "no_smbios": {"smbios": False},
+    "other_node": {"node": "pve2"},
+    "marker_of_another_sandbox": {"description": f"agentlab-sandbox: {uuid.uuid4()}", "running": True},
 }
 # The everyday run takes the one that is most like ours.
 EVERYDAY = "same_name_and_tags_running"
@@ -93,7 +117,11 @@ def test_prune_of_a_reused_vmid_marks_the_record_and_leaves_the_stranger(lab: La
     ours = lab.timed_out()
     vm = lab.swap(ours.vmid, **STRANGERS[stranger])
     report = lab.prune()
-    assert [(one.vmid, one.reason) for one in report.pruned] == [(ours.vmid, "vmid_reused")] and not report.kept and not report.failed
+    assert (
+        [(one.vmid, one.reason) for one in report.pruned] == [(ours.vmid, "vmid_reused")]
+        and not report.kept
+        and not report.failed
+    )
     assert lab.record(ours).state == "DESTROYED" and lab.record(ours).reason == "vmid_reused"
     lab.untouched(vm, status="running" if STRANGERS[stranger].get("running") else "stopped")
     assert lab.leftovers() == {"claims": [], "operations": []}
@@ -138,7 +166,9 @@ def test_no_operation_in_any_state_touches_a_stranger(lab: Lab, state: str, stra
 @pytest.mark.parametrize("phase", ["reserved", "cloning", "waiting", None])
 @pytest.mark.parametrize("state", ["REQUESTED", "PROVISIONING"])
 @pytest.mark.parametrize("stranger", strangers(way=4))
-def test_start_up_sweep_over_a_stale_creation_whose_vmid_was_reused(lab: Lab, state: str, phase: str | None, stranger: str) -> None:
+def test_start_up_sweep_over_a_stale_creation_whose_vmid_was_reused(
+    lab: Lab, state: str, phase: str | None, stranger: str
+) -> None:
     ours = lab.create()
     lab.force_state(ours.vmid, state, age=7200, smbios_uuid=None)
     journal(lab, ours, phase, at=int(time.time()) - 7200)
@@ -161,8 +191,10 @@ def journal(lab: Lab, sandbox: Sandbox, phase: str | None, *, at: int, **detail:
     def work(conn: Any) -> None:
         conn.execute("DELETE FROM operations WHERE sandbox_uuid = ?", (sandbox.uuid,))
         if phase:
-            conn.execute("INSERT INTO operations (sandbox_uuid, kind, phase, detail, actor, started_at, updated_at) VALUES (?, 'create', ?, ?, 'x', ?, ?)",
-                         (sandbox.uuid, phase, json.dumps(detail), at, at))
+            conn.execute(
+                "INSERT INTO operations (sandbox_uuid, kind, phase, detail, actor, started_at, updated_at) VALUES (?, 'create', ?, ?, 'x', ?, ?)",
+                (sandbox.uuid, phase, json.dumps(detail), at, at),
+            )
 
     ctx.database.write(work)
 
@@ -188,7 +220,12 @@ def test_copied_description_at_our_vmid_is_ambiguous_and_kept(lab: Lab, state: s
 def test_hand_made_clone_of_our_sandbox_at_another_vmid_is_left_alone(lab: Lab) -> None:
     ours = lab.timed_out()
     source = lab.pve.vm(ours.vmid)
-    copy = lab.pve.add_vm(777, "copy-of-a1", status="running", config={**source.config, "name": "copy-of-a1", "smbios1": f"uuid={uuid.uuid4()}"})
+    copy = lab.pve.add_vm(
+        777,
+        "copy-of-a1",
+        status="running",
+        config={**source.config, "name": "copy-of-a1", "smbios1": f"uuid={uuid.uuid4()}"},
+    )
     report = lab.prune()
     assert [one.reason for one in report.pruned] == ["destroyed"] and lab.pve.vm(ours.vmid) is None
     drifts = lab.reconcile()
@@ -298,7 +335,9 @@ def test_swap_right_before_the_mark_is_caught_by_the_digest(lab: Lab, stranger: 
     assert [line for line in lab.pve.touched(ours.vmid) if not line.startswith("PUT")] == []
     assert vm in lab.pve.vms and vm.config == before and "agentlab-delete" not in str(vm.config.get("description"))
     assert vm.status == ("running" if STRANGERS[stranger].get("running") else "stopped")
-    assert [one.reason for one in report.pruned] == ["vmid_reused"] or [one.reason for one in report.kept + report.failed]
+    assert [one.reason for one in report.pruned] == ["vmid_reused"] or [
+        one.reason for one in report.kept + report.failed
+    ]
     lab.pve.before = None
     lab.pve.requests.clear()
     lab.prune()
@@ -472,7 +511,9 @@ def test_an_imported_record_without_a_uuid_adopts_nobody(lab: Lab, state: str, s
     lab.force_state(ours.vmid, state, smbios_uuid=None, lease_expires_at=int(time.time()) - 5)
     before = dict(vm.config)
     words = try_everything(lab, ours)
-    assert not [word for word in words if word.startswith(("start: started", "stop: stopped", "suspend: suspended"))], words
+    assert not [word for word in words if word.startswith(("start: started", "stop: stopped", "suspend: suspended"))], (
+        words
+    )
     lab.untouched(vm, status="running" if STRANGERS[stranger].get("running") else "stopped")
     assert vm.config == before
     now = lab.record(ours)
@@ -511,11 +552,16 @@ def test_asking_for_a_sandbox_by_the_vmid_or_name_of_a_stranger_adopts_nobody(la
 def test_time_out_while_stopping_then_the_vmid_is_somebody_elses(lab: Lab, operation: str) -> None:
     ours = lab.create()
     if operation in ("prune", "expire"):
-        lab.force_state(ours.vmid, "TIMEOUT" if operation == "prune" else "RUNNING", lease_expires_at=int(time.time()) - 5)
+        lab.force_state(
+            ours.vmid, "TIMEOUT" if operation == "prune" else "RUNNING", lease_expires_at=int(time.time()) - 5
+        )
     lab.pve.task_endings.update(qmstop="hang", qmshutdown="hang")
     runs: dict[str, Callable[[], Any]] = {
-        "stop": lambda: lab.power("stop", ours.vmid, wait_timeout=1), "destroy": lambda: lab.destroy(ours.vmid, force=True, wait_timeout=1),
-        "prune": lambda: lab.prune(options={"wait_timeout": 1}), "expire": lambda: lab.expire(wait_timeout=1)}
+        "stop": lambda: lab.power("stop", ours.vmid, wait_timeout=1),
+        "destroy": lambda: lab.destroy(ours.vmid, force=True, wait_timeout=1),
+        "prune": lambda: lab.prune(options={"wait_timeout": 1}),
+        "expire": lambda: lab.expire(wait_timeout=1),
+    }
     try:
         runs[operation]()
     except AgentlabError as error:
@@ -580,13 +626,22 @@ def test_every_request_that_changes_a_vm_names_one_of_ours(lab: Lab) -> None:
     lab.destroy(*(one.vmid for one in made), force=True)
     lab.prune()
     lab.reconcile()
-    written = {int(found[1]) for method, path, _dummy in lab.pve.requests if method != "GET" and (found := re.search(r"/qemu/(\d+)", path))}
+    written = {
+        int(found[1])
+        for method, path, _dummy in lab.pve.requests
+        if method != "GET" and (found := re.search(r"/qemu/(\d+)", path))
+    }
     assert written == {9000, *(one.vmid for one in made)}
-    assert {path.rpartition("/")[2] for method, path, _dummy in lab.pve.requests if method != "GET" and "/qemu/9000/" in path} == {"clone"}
+    assert {
+        path.rpartition("/")[2]
+        for method, path, _dummy in lab.pve.requests
+        if method != "GET" and "/qemu/9000/" in path
+    } == {"clone"}
 
 
 def test_two_databases_on_one_cluster_leave_each_other_in_peace(lab: Lab) -> None:
     """Each has a vmid_range of its own; the marker of a VM names the database with its record."""
+
     def use(name: str) -> dict[str, Any]:
         lab.database = os.path.join(lab.folder, f"{name}-{uuid.uuid4()}", "agentlab.db")
         return {"vmid_range": {"one": "1000-1099", "two": "1100-1199"}[name]}
@@ -603,13 +658,17 @@ def test_two_databases_on_one_cluster_leave_each_other_in_peace(lab: Lab) -> Non
         lab.database = database
         assert lab.reconcile(**vmid_range) == []
         ids.append(lab.context().records.database_id())
-        assert [shown["identity"] for shown in lab.info()["sandboxes"]] == ["MATCH"] and lab.record(own).state == "RUNNING"
+        assert [shown["identity"] for shown in lab.info()["sandboxes"]] == ["MATCH"] and lab.record(
+            own
+        ).state == "RUNNING"
     assert len(set(ids)) == 2 and None not in ids
     # Each still sees what it lost itself, wherever that is, and what is in its range.
     lab.database = first_database
     config = dict(lab.pve.vm(first.vmid).config)
     lab.pve.add_vm(777, "restored", config={**config, "smbios1": "uuid=33333333-1111-4111-8111-111111111111"})
-    lab.pve.add_vm(1050, "lost", config={**lab.pve.vm(second.vmid).config, "smbios1": "uuid=33333333-1111-4111-8111-111111111112"})
+    lab.pve.add_vm(
+        1050, "lost", config={**lab.pve.vm(second.vmid).config, "smbios1": "uuid=33333333-1111-4111-8111-111111111112"}
+    )
     drifts = {drift.vmid: drift for drift in lab.reconcile(**first_range)}
     assert sorted(drifts) == [777, 1050] and {drift.kind for drift in drifts.values()} == {"unrecorded"}
     assert drifts[777].evidence["databases"] == [] and drifts[1050].evidence["databases"] == [ids[1]]

@@ -30,11 +30,49 @@ from support.lab import Lab
 pytestmark = pytest.mark.faults
 
 # Whatever means something to a shell, to SQL, to YAML, to a path, to Proxmox's property strings or to an option parser.
-NASTY = st.sampled_from(["--purge", "-h", "'; DROP TABLE sandboxes; --", "$(reboot)", "`id`", "a,b=c", "a;b", "a\nb", "a\x00b", "../../etc/passwd",
-                         "%2e%2e/", "a/b",
-                         "{{ lookup('pipe', 'id') }}", "\u202eabc", "\u00e4", "\ud7ff", "a b", " a", "a ", "", ".", "..", "-", "a" * 64, "a" * 9000,
-                         "&x=1", "a?b",
-                         "#", "!!python/object:os.system", "*", "~", "0", "-1", "null", "A1", "1" * 40, "\u0661", "ip=dhcp\nagent: 1", "ip=dhcp,hookscript=x"])
+NASTY = st.sampled_from(
+    [
+        "--purge",
+        "-h",
+        "'; DROP TABLE sandboxes; --",
+        "$(reboot)",
+        "`id`",
+        "a,b=c",
+        "a;b",
+        "a\nb",
+        "a\x00b",
+        "../../etc/passwd",
+        "%2e%2e/",
+        "a/b",
+        "{{ lookup('pipe', 'id') }}",
+        "\u202eabc",
+        "\u00e4",
+        "\ud7ff",
+        "a b",
+        " a",
+        "a ",
+        "",
+        ".",
+        "..",
+        "-",
+        "a" * 64,
+        "a" * 9000,
+        "&x=1",
+        "a?b",
+        "#",
+        "!!python/object:os.system",
+        "*",
+        "~",
+        "0",
+        "-1",
+        "null",
+        "A1",
+        "1" * 40,
+        "\u0661",
+        "ip=dhcp\nagent: 1",
+        "ip=dhcp,hookscript=x",
+    ]
+)
 ANY = st.one_of(NASTY, st.text(max_size=80), st.from_regex(r"\A[ -~]{0,40}\Z"))
 LOOSE = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 FEW = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
@@ -54,7 +92,10 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
 @example(option="pool", value="--purge")
 @example(option="pool", value="a/--purge")
 @example(option="pool", value="a/b")
-@given(option=st.sampled_from(["name", "node", "storage", "pool", "bridge", "disk_size", "ip_config", "nameserver"]), value=ANY)
+@given(
+    option=st.sampled_from(["name", "node", "storage", "pool", "bridge", "disk_size", "ip_config", "nameserver"]),
+    value=ANY,
+)
 def test_what_a_check_lets_through_is_plain(option: str, value: str) -> None:
     try:
         create.Spec(**{option: value}).check()
@@ -65,7 +106,9 @@ def test_what_a_check_lets_through_is_plain(option: str, value: str) -> None:
         assert not set(value) & set("\n\r\x00;&'\"`$\\|<>(){}?#%*"), value
         if option == "pool":
             # Pools may be nested.
-            assert all(part and not part.startswith("-") for part in value.split("/")) and not set(value) & set(" ,="), value
+            assert all(part and not part.startswith("-") for part in value.split("/")) and not set(value) & set(
+                " ,="
+            ), value
         elif option not in ("ip_config", "nameserver"):
             assert not set(value) & set(" ,=/"), value
 
@@ -78,7 +121,9 @@ def test_tags_that_pass_are_single_tags(tags: list[str]) -> None:
     except InvalidInput as error:
         assert error.message.startswith("tags: ")
     else:
-        assert all(tag and tag == tag.lower() and not set(tag) & set(";, \n-") - {"-"} and tag[0] not in "-+." for tag in tags)
+        assert all(
+            tag and tag == tag.lower() and not set(tag) & set(";, \n-") - {"-"} and tag[0] not in "-+." for tag in tags
+        )
 
 
 @LOOSE
@@ -115,8 +160,15 @@ def lab_context(lab: Lab) -> Any:
 
 
 @FEW
-@given(name=ANY, tags=st.lists(ANY, max_size=2), bridge=st.one_of(st.none(), ANY), ip_config=st.one_of(st.none(), ANY), node=st.one_of(st.none(), ANY),
-       template=st.one_of(st.none(), ANY), pool=st.one_of(st.none(), ANY))
+@given(
+    name=ANY,
+    tags=st.lists(ANY, max_size=2),
+    bridge=st.one_of(st.none(), ANY),
+    ip_config=st.one_of(st.none(), ANY),
+    node=st.one_of(st.none(), ANY),
+    template=st.one_of(st.none(), ANY),
+    pool=st.one_of(st.none(), ANY),
+)
 @example(name="ok-1", tags=["x"], bridge="vmbr1", ip_config="ip=dhcp", node=None, template=None, pool=None)
 @example(name="ok-2", tags=[], bridge=None, ip_config=None, node="../../x", template="' OR 1=1 --", pool=None)
 def test_creation_with_any_values_is_success_or_an_error_and_leaves_nothing_behind(lab: Lab, **values: Any) -> None:
@@ -172,8 +224,11 @@ def test_selecting_by_any_name_is_a_parameter_never_sql(lab: Lab, name: str) -> 
 # ---- the configuration ----
 
 KEYS = st.one_of(st.sampled_from(sorted(config.DEFAULTS)), ANY)
-VALUES = st.recursive(st.one_of(ANY, st.integers(), st.floats(), st.booleans(), st.none()), lambda inner: st.one_of(
-    st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=5), inner, max_size=3)), max_leaves=5)
+VALUES = st.recursive(
+    st.one_of(ANY, st.integers(), st.floats(), st.booleans(), st.none()),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=5), inner, max_size=3)),
+    max_leaves=5,
+)
 
 
 @LOOSE
@@ -191,7 +246,11 @@ def test_configuration_of_any_shape(content: Any) -> None:
 
 
 @LOOSE
-@given(content=st.one_of(st.binary(max_size=200), st.text(alphabet="abc:-[]{}&*!|>'\"#%@` \n\t", max_size=100).map(str.encode)))
+@given(
+    content=st.one_of(
+        st.binary(max_size=200), st.text(alphabet="abc:-[]{}&*!|>'\"#%@` \n\t", max_size=100).map(str.encode)
+    )
+)
 def test_configuration_of_any_bytes(content: bytes) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "config.yaml"
@@ -262,7 +321,9 @@ def test_no_value_becomes_an_option_of_pvesh(pvesh: Path, value: str) -> None:
         name = "plain"
     else:
         name = value
-    argv = argv_of(pvesh, "post", "nodes/pve1/qemu/9000/clone", newid=1000, name=name, description=identity.marker("u") + value)
+    argv = argv_of(
+        pvesh, "post", "nodes/pve1/qemu/9000/clone", newid=1000, name=name, description=identity.marker("u") + value
+    )
     assert argv[:2] == ["create", "/nodes/pve1/qemu/9000/clone"]
     assert argv[argv.index("--description") + 1] == identity.marker("u") + value
     assert argv[argv.index("--name") + 1] == name
@@ -281,4 +342,9 @@ def test_no_part_of_a_path_leaves_its_place(pvesh: Path, part: str) -> None:
     except (AgentlabError, UnicodeEncodeError) as error:
         assert isinstance(error, AgentlabError)
         return
-    assert argv[0] == "get" and argv[1].startswith("/nodes/") and argv[1].endswith("/qemu/100/config") and argv[1].count("/") == 5
+    assert (
+        argv[0] == "get"
+        and argv[1].startswith("/nodes/")
+        and argv[1].endswith("/qemu/100/config")
+        and argv[1].count("/") == 5
+    )

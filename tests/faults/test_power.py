@@ -10,7 +10,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import ApiError, Kept, StateConflict, TaskFailed
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import (
+    ApiError,
+    Kept,
+    StateConflict,
+    TaskFailed,
+)
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import destroy
 
 from support.lab import Lab
@@ -59,12 +64,16 @@ def sandbox(lab: Lab, record: str, vm: str) -> int:
 @pytest.mark.parametrize("operation", ["start", "stop", "suspend"])
 @pytest.mark.parametrize("vm", [RUNNING, PAUSED, STOPPED, HIBERNATED])
 @pytest.mark.parametrize("record", ["RUNNING", "SUSPENDED", "STOPPED"])
-def test_the_vm_is_brought_to_what_is_asked_and_the_record_with_it(lab: Lab, record: str, vm: str, operation: str) -> None:
+def test_the_vm_is_brought_to_what_is_asked_and_the_record_with_it(
+    lab: Lab, record: str, vm: str, operation: str
+) -> None:
     vmid = sandbox(lab, record, vm)
     before = len(lab.events(lab.record(vmid)))
     if operation == "suspend" and vm == STOPPED:
         # There is no way there but through a start that nobody asked for.
-        with pytest.raises(StateConflict, match="cannot suspend sandbox in STOPPED state. Valid states: READY, RUNNING, SUSPENDED"):
+        with pytest.raises(
+            StateConflict, match="cannot suspend sandbox in STOPPED state. Valid states: READY, RUNNING, SUSPENDED"
+        ):
             lab.power(operation, vmid)
         assert lab.record(vmid).state == "STOPPED" and power_of(lab, vmid) == STOPPED and lab.pve.touched(vmid) == []
         return
@@ -107,7 +116,11 @@ def test_a_job_that_ended_is_stopped_however_its_vm_is(lab: Lab, record: str, vm
 
 @pytest.mark.parametrize("operation", ["start", "stop", "suspend"])
 def test_check_mode_looks_and_writes_nothing(lab: Lab, operation: str) -> None:
-    vmid = sandbox(lab, {"start": "RUNNING", "stop": "STOPPED", "suspend": "SUSPENDED"}[operation], STOPPED if operation == "start" else RUNNING)
+    vmid = sandbox(
+        lab,
+        {"start": "RUNNING", "stop": "STOPPED", "suspend": "SUSPENDED"}[operation],
+        STOPPED if operation == "start" else RUNNING,
+    )
     done = lab.power(operation, vmid, dry_run=True)
     assert done.outcome == f"would_{operation}" and done.changed and lab.pve.touched(vmid) == []
 
@@ -128,7 +141,9 @@ def test_a_vm_that_moved_is_found(lab: Lab) -> None:
     assert lab.record(vmid).node == "pve2" and power_of(lab, vmid) == RUNNING
 
 
-@pytest.mark.parametrize("answer", ['{"data": {}}', '{"data": {"status": "unknown"}}', '{"data": {"status": null}}', '{"data": []}'])
+@pytest.mark.parametrize(
+    "answer", ['{"data": {}}', '{"data": {"status": "unknown"}}', '{"data": {"status": null}}', '{"data": []}']
+)
 def test_a_power_state_that_is_not_known_changes_nothing(lab: Lab, answer: str) -> None:
     vmid = sandbox(lab, "RUNNING", RUNNING)
     lab.pve.fault("GET", "/status/current", "answer", status=200, body=answer, times=9)
@@ -147,7 +162,10 @@ def test_a_plain_destroy_is_refused_in_the_words_for_the_state_the_vm_is_in(lab:
     ctx = lab.context(dry_run=dry_run)
     done = destroy.several(ctx, [ctx.select(vmid)], False)[0]
     assert done.failed and done.reason == "state_conflict"
-    assert done.message == f"cannot destroy sandbox in {FOUND[vm]} state. Valid states: STOPPED, DESTROYED. Use --force to bypass"
+    assert (
+        done.message
+        == f"cannot destroy sandbox in {FOUND[vm]} state. Valid states: STOPPED, DESTROYED. Use --force to bypass"
+    )
     assert lab.record(vmid).state == "STOPPED" and power_of(lab, vmid) == vm and lab.pve.touched(vmid) == []
     assert lab.destroy(vmid, force=True)[0].state == "DESTROYED"
     assert lab.pve.vm(vmid) is None and lab.pve.volumes_of(vmid) == []
@@ -210,9 +228,17 @@ def test_the_lease_of_a_paused_sandbox_ends_like_any_other(lab: Lab) -> None:
     assert power_of(lab, vmid) == STOPPED
 
 
-@pytest.mark.parametrize(("record", "vm", "state"), [
-    ("RUNNING", HIBERNATED, "SUSPENDED"), ("STOPPED", HIBERNATED, "SUSPENDED"), ("SUSPENDED", HIBERNATED, "SUSPENDED"),
-    ("SUSPENDED", STOPPED, "STOPPED"), ("SUSPENDED", RUNNING, "RUNNING"), ("SUSPENDED", PAUSED, "SUSPENDED")])
+@pytest.mark.parametrize(
+    ("record", "vm", "state"),
+    [
+        ("RUNNING", HIBERNATED, "SUSPENDED"),
+        ("STOPPED", HIBERNATED, "SUSPENDED"),
+        ("SUSPENDED", HIBERNATED, "SUSPENDED"),
+        ("SUSPENDED", STOPPED, "STOPPED"),
+        ("SUSPENDED", RUNNING, "RUNNING"),
+        ("SUSPENDED", PAUSED, "SUSPENDED"),
+    ],
+)
 def test_reconcile_and_verify_know_hibernation(lab: Lab, record: str, vm: str, state: str) -> None:
     vmid = sandbox(lab, record, vm)
     told = next(one for one in lab.info()["sandboxes"] if one["vmid"] == vmid)
@@ -236,7 +262,12 @@ def test_a_request_that_is_refused_leaves_nothing_unfinished(lab: Lab, operation
     if how == "refused":
         lab.pve.fail("POST", f"/nodes/pve1/qemu/{vmid}/status/{action}", 500, "cluster not ready - no quorum?", times=9)
     else:
-        lab.pve.next_task({"suspend": "qmpause"}.get(action, f"qm{action}"), "fail", text="MAX 2 vcpus allowed per VM on this node", times=9)
+        lab.pve.next_task(
+            {"suspend": "qmpause"}.get(action, f"qm{action}"),
+            "fail",
+            text="MAX 2 vcpus allowed per VM on this node",
+            times=9,
+        )
     with pytest.raises((ApiError, TaskFailed)) as refused:
         lab.power(operation, vmid)
     if (operation, how) == ("start", "refused"):

@@ -32,8 +32,10 @@ from support.lab import Lab
 pytestmark = pytest.mark.faults
 CORE = "ansible_collections.agentlab.proxmox.plugins.module_utils._core"
 # A process of its own that asks pvesh.
-CLIENT = (f"from {CORE}.clock import SystemClock; from {CORE}.config import ProxmoxSettings; "
-          f"from {CORE}.proxmox.client import ProxmoxClient; client = ProxmoxClient(ProxmoxSettings(), SystemClock())")
+CLIENT = (
+    f"from {CORE}.clock import SystemClock; from {CORE}.config import ProxmoxSettings; "
+    f"from {CORE}.proxmox.client import ProxmoxClient; client = ProxmoxClient(ProxmoxSettings(), SystemClock())"
+)
 PROGRAM = Path(__file__).resolve().parents[1] / "support" / "pvesh.py"
 UNIT = Path(__file__).resolve().parents[2] / "roles/agentlabd/templates/agentlabd.service.j2"
 
@@ -46,8 +48,12 @@ def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Lab]:
     program.parent.mkdir()
     program.write_text(f'#!/bin/sh\necho "$1 $2" >> {tmp_path}/calls\nexec {sys.executable} {PROGRAM} "$@"\n')
     program.chmod(0o755)
-    for name, value in (("PATH", f"{program.parent}:/usr/bin:/bin"), ("PVESH_URL", made.server.url), ("PVESH_TOKEN", f"{TOKEN_ID}={TOKEN_SECRET}"),
-                        ("PVESH_CA", made.server.cafile)):
+    for name, value in (
+        ("PATH", f"{program.parent}:/usr/bin:/bin"),
+        ("PVESH_URL", made.server.url),
+        ("PVESH_TOKEN", f"{TOKEN_ID}={TOKEN_SECRET}"),
+        ("PVESH_CA", made.server.cafile),
+    ):
         monkeypatch.setenv(name, value)
     real = made.server.environment
 
@@ -81,8 +87,17 @@ def test_the_whole_life_through_pvesh(lab: Lab, node: str) -> None:
     """On this node, and on another one, whose answers are glued to the log of their tasks."""
     lab.pve.add_node("pve2")
     lab.pve.add_template(9001, "on-pve2", node="pve2")
-    made = lab.create(cores=3, memory=1024, bridge="vmbr1", firewall=True, ip_config="ip=dhcp", tags=["x"], wait_for_ip=True, node=node,
-                      template={"pve1": None, "pve2": "on-pve2"}[node])
+    made = lab.create(
+        cores=3,
+        memory=1024,
+        bridge="vmbr1",
+        firewall=True,
+        ip_config="ip=dhcp",
+        tags=["x"],
+        wait_for_ip=True,
+        node=node,
+        template={"pve1": None, "pve2": "on-pve2"}[node],
+    )
     assert made.state == "RUNNING" and made.ip and made.node == node
     assert lab.pve.vm(made.vmid).config["cores"] == "3"
     assert lab.power("stop", made.vmid).state == "STOPPED"
@@ -120,7 +135,9 @@ def test_how_often_pvesh_is_started(lab: Lab, monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_task_goes_on_when_the_run_that_began_it_is_killed(lab: Lab, tmp_path: Path) -> None:
     """A worker of Proxmox ends with pvesh; a clone that is cut off would leave a locked VM."""
-    (tmp_path / "bin" / "pvesh").write_text(f"#!/bin/sh\nsleep 2\necho a line of the log\necho ended > {tmp_path}/ended\n")
+    (tmp_path / "bin" / "pvesh").write_text(
+        f"#!/bin/sh\nsleep 2\necho a line of the log\necho ended > {tmp_path}/ended\n"
+    )
     code = f"{CLIENT}; client.post('nodes/pve1/qemu/9000/clone', newid=1000)"
     run = subprocess.Popen([sys.executable, "-c", code], env=child_environment(), start_new_session=True)
     deadline = time.monotonic() + 60
@@ -168,14 +185,20 @@ def test_pmxcfs_admits_root_only_in_its_group(lab: Lab, monkeypatch: pytest.Monk
             lab.context().client.get("version")
         return
     code = f"{CLIENT}; print(client.get_dict('version')['version'])"
-    run = subprocess.run([sys.executable, "-c", code], env=child_environment(), group=4711, capture_output=True, text=True, check=False)
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=child_environment(), group=4711, capture_output=True, text=True, check=False
+    )
     assert run.returncode == 0 and run.stdout.strip(), run.stderr
 
 
-def test_pvesh_inherits_neither_umask_nor_environment_of_the_service(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pvesh_inherits_neither_umask_nor_environment_of_the_service(
+    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A VM, its hook script and the folders of its disks would get them."""
     (tmp_path / "bin" / "pvesh").write_text(f"#!/bin/sh\numask > {tmp_path}/umask\nenv > {tmp_path}/env\necho '{{}}'\n")
-    service = re.findall(r"([A-Z_]+)=", " ".join(re.findall(r"^Environment=(.*)$", UNIT.read_text(encoding="utf-8"), re.M)))
+    service = re.findall(
+        r"([A-Z_]+)=", " ".join(re.findall(r"^Environment=(.*)$", UNIT.read_text(encoding="utf-8"), re.M))
+    )
     assert "MALLOC_ARENA_MAX" in service
     for name in (*service, "NOTIFY_SOCKET", "WATCHDOG_USEC"):
         monkeypatch.setenv(name, "131072")
@@ -202,7 +225,10 @@ def test_a_workspace_and_a_security_group_through_pvesh(lab: Lab) -> None:
     assert workspace.attached(ctx, "w1", ctx.select(made.vmid)).outcome == "attached"
     assert lab.destroy(made.vmid, force=True)[0].state == "DESTROYED"
     assert lab.pve.volumes_of(found.owner_vmid) == [found.volume]
-    assert workspace.absent(lab.context(), "w1", force=True).outcome == "deleted" and lab.pve.volumes_of(found.owner_vmid) == []
+    assert (
+        workspace.absent(lab.context(), "w1", force=True).outcome == "deleted"
+        and lab.pve.volumes_of(found.owner_vmid) == []
+    )
 
 
 def test_several_at_once_and_absence(lab: Lab) -> None:
@@ -234,10 +260,17 @@ def test_a_task_that_failed_is_no_success_although_pvesh_says_so(lab: Lab) -> No
     assert lab.destroy(made.vmid)[0].state == "DESTROYED"
 
 
-@pytest.mark.parametrize(("said", "kind"), [
-    ("Connection to pve2 closed by remote host.", OutcomeUnknown), ("client_loop: send disconnect: Broken pipe", OutcomeUnknown),
-    ("ssh: connect to host 192.0.2.2 port 22: No route to host", Unreachable)])
-def test_an_ssh_that_ends_says_nothing_of_the_request(lab: Lab, tmp_path: Path, said: str, kind: type[AgentlabError]) -> None:
+@pytest.mark.parametrize(
+    ("said", "kind"),
+    [
+        ("Connection to pve2 closed by remote host.", OutcomeUnknown),
+        ("client_loop: send disconnect: Broken pipe", OutcomeUnknown),
+        ("ssh: connect to host 192.0.2.2 port 22: No route to host", Unreachable),
+    ],
+)
+def test_an_ssh_that_ends_says_nothing_of_the_request(
+    lab: Lab, tmp_path: Path, said: str, kind: type[AgentlabError]
+) -> None:
     """pvesh reaches other nodes by ssh: a clone whose connection ended may have been made, so it is not taken for refused."""
     ctx = lab.context()
     ctx.cluster.vms()

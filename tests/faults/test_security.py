@@ -26,7 +26,9 @@ from support.lab import Lab
 pytestmark = pytest.mark.faults
 
 # What the documentation and agentlab_doctor tell; the double asks for them as Proxmox does.
-GRANTS = doctor.needs(config.load({"pool": "agentlab"}, {"AGENTLAB_CONFIG": "/nonexistent"}), template=9000, storage="local-lvm")
+GRANTS = doctor.needs(
+    config.load({"pool": "agentlab"}, {"AGENTLAB_CONFIG": "/nonexistent"}), template=9000, storage="local-lvm"
+)
 
 
 @pytest.fixture
@@ -62,10 +64,21 @@ def test_the_documented_privileges_are_enough(lab: Lab) -> None:
     whole_life(lab)
 
 
-@pytest.mark.parametrize(("path", "privilege"), [
-    ("/pool/agentlab", "VM.Allocate"), ("/pool/agentlab", "VM.PowerMgmt"), ("/pool/agentlab", "VM.Config.Options"), ("/pool/agentlab", "VM.Config.CPU"),
-    ("/pool/agentlab", "VM.Config.Memory"), ("/pool/agentlab", "VM.Config.Network"), ("/vms/9000", "VM.Clone"),
-    ("/storage/local-lvm", "Datastore.AllocateSpace"), ("/sdn/zones/localnetwork", "SDN.Use"), ("/", "Sys.Audit")])
+@pytest.mark.parametrize(
+    ("path", "privilege"),
+    [
+        ("/pool/agentlab", "VM.Allocate"),
+        ("/pool/agentlab", "VM.PowerMgmt"),
+        ("/pool/agentlab", "VM.Config.Options"),
+        ("/pool/agentlab", "VM.Config.CPU"),
+        ("/pool/agentlab", "VM.Config.Memory"),
+        ("/pool/agentlab", "VM.Config.Network"),
+        ("/vms/9000", "VM.Clone"),
+        ("/storage/local-lvm", "Datastore.AllocateSpace"),
+        ("/sdn/zones/localnetwork", "SDN.Use"),
+        ("/", "Sys.Audit"),
+    ],
+)
 def test_a_missing_privilege_is_named(lab: Lab, path: str, privilege: str) -> None:
     grant(lab, but=(path, privilege))
     if privilege == "Sys.Audit":
@@ -110,18 +123,38 @@ def test_the_database_and_its_companions_are_private(lab: Lab) -> None:
 def test_no_secret_is_in_the_process_list(lab: Lab, tmp_path: Path) -> None:
     """While a module waits for Proxmox, every command line on this host is read."""
     lab.pve.fault("GET", "/cluster/resources", "hang", seconds=2, carry_out=True)
-    env = {**{k: v for k, v in os.environ.items() if not k.startswith(("PROXMOX_", "AGENTLAB_"))}, "ANSIBLE_CONFIG": "ansible.cfg"}
+    env = {
+        **{k: v for k, v in os.environ.items() if not k.startswith(("PROXMOX_", "AGENTLAB_"))},
+        "ANSIBLE_CONFIG": "ansible.cfg",
+    }
     found = lab.server.environment(str(tmp_path))
     secret = Path(tmp_path, "vars.yml")
     secret.write_text(f"api_token_secret: {TOKEN_SECRET}\n")
-    args = (f"verify=true api_host=127.0.0.1 api_port={found['PROXMOX_PORT']} api_token_id={TOKEN_ID} api_token_secret={{{{ api_token_secret }}}} "
-            f"ca_path={found['PROXMOX_CA_PATH']} database={lab.database}")
+    args = (
+        f"verify=true api_host=127.0.0.1 api_port={found['PROXMOX_PORT']} api_token_id={TOKEN_ID} api_token_secret={{{{ api_token_secret }}}} "
+        f"ca_path={found['PROXMOX_CA_PATH']} database={lab.database}"
+    )
     lab.create()
     lab.pve.fault("GET", "/cluster/resources", "hang", seconds=2, carry_out=True)
     process = subprocess.Popen(
-        [str(Path(sys.executable).with_name("ansible")), "localhost", "-m", "agentlab_sandbox_info", "-a", args, "-e", f"@{secret}",
-         "-e", f"ansible_python_interpreter={sys.executable}"], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        cwd=Path(__file__).resolve().parents[2])
+        [
+            str(Path(sys.executable).with_name("ansible")),
+            "localhost",
+            "-m",
+            "agentlab_sandbox_info",
+            "-a",
+            args,
+            "-e",
+            f"@{secret}",
+            "-e",
+            f"ansible_python_interpreter={sys.executable}",
+        ],
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=Path(__file__).resolve().parents[2],
+    )
     seen = 0
     while process.poll() is None:
         for pid in filter(str.isdigit, os.listdir("/proc")):

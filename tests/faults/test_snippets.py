@@ -13,7 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import AgentlabError, CreationFailed, InvalidInput
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import (
+    AgentlabError,
+    CreationFailed,
+    InvalidInput,
+)
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.model import Sandbox
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import cloud_init
 
@@ -70,13 +74,30 @@ def test_a_folder_that_is_not_mounted_is_not_taken_for_removed_snippets(lab: Lab
     away = folder.with_name("unmounted")
     folder.rename(away)
     outcome = lab.destroy(made.vmid, force=True)[0]
-    assert outcome.failed and outcome.reason == "snippet" and "is not there (a storage that is not mounted?)" in str(outcome.message)
+    assert (
+        outcome.failed
+        and outcome.reason == "snippet"
+        and "is not there (a storage that is not mounted?)" in str(outcome.message)
+    )
     away.rename(folder)
     assert lab.destroy(made.vmid, force=True)[0].state == "DESTROYED" and snippets(folder) == []
 
 
-@pytest.mark.parametrize("way", ["destroy", "force", "prune", "vm_absent", "vmid_reused", "reconcile external", "failed start", "failed clone",
-                                 "cicustom refused", "cloud-init failed"])
+@pytest.mark.parametrize(
+    "way",
+    [
+        "destroy",
+        "force",
+        "prune",
+        "vm_absent",
+        "vmid_reused",
+        "reconcile external",
+        "failed start",
+        "failed clone",
+        "cicustom refused",
+        "cloud-init failed",
+    ],
+)
 def test_it_is_gone_after_every_way_out(lab: Lab, folder: Path, way: str) -> None:
     if way in ("failed start", "failed clone", "cicustom refused", "cloud-init failed"):
         if way == "failed start":
@@ -85,7 +106,9 @@ def test_it_is_gone_after_every_way_out(lab: Lab, folder: Path, way: str) -> Non
             lab.pve.next_task("qmclone", "fail", text="no space left")
         elif way == "cicustom refused":
             # Proxmox saves the change all the same.
-            lab.pve.after = lambda method, path: [os.unlink(folder / name) for name in snippets(folder)] if path.endswith("/clone") else None
+            lab.pve.after = lambda method, path: (
+                [os.unlink(folder / name) for name in snippets(folder)] if path.endswith("/clone") else None
+            )
         else:
             lab.pve.cloud_init_errors = [f"('scripts_user', RuntimeError('{SECRET}'))"]
         with pytest.raises(AgentlabError) as caught:
@@ -149,15 +172,20 @@ def test_a_record_that_was_tampered_with_removes_nothing_else(lab: Lab, folder: 
     assert bystander.exists()
 
 
-@pytest.mark.parametrize(("what", "message"), [
-    ("no content", "storage 'local' holds no snippets; allow them (pvesm set local --content"),
-    ("no storage", "snippets_storage: 'local' is not a storage of node pve1"),
-    ("no folder", "No such file or directory on this host"),
-    ("open folder", "can be written by everybody"),
-    ("other node", "node pve2 does not see"),
-    ("this node is another", "but this runs on"),
-])
-def test_it_is_refused_where_the_node_would_not_find_it(lab: Lab, folder: Path, what: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("no content", "storage 'local' holds no snippets; allow them (pvesm set local --content"),
+        ("no storage", "snippets_storage: 'local' is not a storage of node pve1"),
+        ("no folder", "No such file or directory on this host"),
+        ("open folder", "can be written by everybody"),
+        ("other node", "node pve2 does not see"),
+        ("this node is another", "but this runs on"),
+    ],
+)
+def test_it_is_refused_where_the_node_would_not_find_it(
+    lab: Lab, folder: Path, what: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     values: dict[str, Any] = {}
     if what == "no content":
         lab.pve.storages["local"]["content"] = "iso"

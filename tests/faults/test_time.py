@@ -45,13 +45,18 @@ def test_jump_forward_expires_and_prunes_nothing_for_a_while(lab: Lab, jump: int
     lab.clock.jump(jump)
     found = lab.expire()
     assert found.suspended and "clock jumped" in found.suspended and not found.expired
-    assert [one.reason for one in lab.prune(older_than=10**9 if jump < 10**8 else 60).kept] in (["clock_jumped"], ["too_young"])
+    assert [one.reason for one in lab.prune(older_than=10**9 if jump < 10**8 else 60).kept] in (
+        ["clock_jumped"],
+        ["too_young"],
+    )
     assert [one.reason for one in lab.prune().kept] == ["clock_jumped"]
     lab.reconcile()
     assert lab.record(made).state == "RUNNING" and running(lab, made.vmid) and lab.pve.vm(old.vmid) is not None
 
 
-def test_the_look_of_another_host_takes_nothing_from_this_hosts_pause(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_look_of_another_host_takes_nothing_from_this_hosts_pause(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two hosts share the records; the clock of one jumps, the other's never did."""
     made = lab.create(ttl=3600)
     lab.expire()
@@ -188,7 +193,11 @@ def test_a_renewal_that_comes_while_the_expiry_is_at_work_is_an_error(lab: Lab) 
     found = lab.expire()
     lab.prune()
     lab.pve.before = None
-    assert [one.state for one in found.expired] == ["TIMEOUT"] and len(said) > 5 and set(said) <= {"state_conflict", "kept"}, said
+    assert (
+        [one.state for one in found.expired] == ["TIMEOUT"]
+        and len(said) > 5
+        and set(said) <= {"state_conflict", "kept"}
+    ), said
     assert lab.record(made).state == "DESTROYED" and lab.pve.vm(made.vmid) is None
 
 

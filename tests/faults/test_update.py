@@ -288,7 +288,9 @@ def test_more_cores_than_the_node_has_are_refused_before_anything_is_stopped(lab
     present(lab, ttl=3600, cores=1)
     lab.pve.vm(1000).config["sockets"] = 2
     lab.pve.requests.clear()
-    with pytest.raises(InvalidInput, match=r"cores: 3 \(times 2 sockets of the VM\) is more than the 4 CPUs of node pve1"):
+    with pytest.raises(
+        InvalidInput, match=r"cores: 3 \(times 2 sockets of the VM\) is more than the 4 CPUs of node pve1"
+    ):
         present(lab, dry_run, cores=3, update=True, allow_restart=True)
     assert writes(lab) == [] and lab.pve.vm(1000).status == "running"
     lab.power("stop", 1000)

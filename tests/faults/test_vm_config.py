@@ -114,7 +114,10 @@ def test_a_refusal_of_something_else_is_none_of_a_tag(lab: Lab) -> None:
         ({"boot": "c", "bootdisk": "ide9", "ide2": "a:vm-1-cloudinit,media=cdrom", "scsi0": "a:b"}, "scsi0"),
         # A storage may be called cloudinit; its volumes are disks like any other.
         ({"scsi0": "cloudinit-ssd:vm-9-disk-0,size=3G", "scsi1": "a:b"}, "scsi0"),
-        ({"scsi0": "cloudinit:9/vm-9-disk-0.qcow2,size=3G", "ide2": "cloudinit:9/vm-9-cloudinit.qcow2,media=cdrom"}, "scsi0"),
+        (
+            {"scsi0": "cloudinit:9/vm-9-disk-0.qcow2,size=3G", "ide2": "cloudinit:9/vm-9-cloudinit.qcow2,media=cdrom"},
+            "scsi0",
+        ),
         ({"ide2": "local:iso/x.iso,media=cdrom", "efidisk0": "a:b", "tpmstate0": "a:c", "unused0": "a:d"}, None),
     ],
 )

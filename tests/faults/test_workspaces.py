@@ -15,7 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import AgentlabError, CreationFailed, InvalidInput, Kept, NotFound
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import (
+    AgentlabError,
+    CreationFailed,
+    InvalidInput,
+    Kept,
+    NotFound,
+)
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import destroy, workspace
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations.workspace import WorkspaceRefused
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.workspaces import Workspace
@@ -33,7 +39,14 @@ def lab(tmp_path: Path) -> Iterator[Lab]:
     made = Lab(tmp_path, storage=None)
     made.pve.add_node("pve2")
     made.pve.storages["local"]["content"] = "iso,images"
-    made.pve.storages["shared"] = {"type": "nfs", "active": 1, "content": "images", "shared": 1, "files": set(), "volumes": {}}
+    made.pve.storages["shared"] = {
+        "type": "nfs",
+        "active": 1,
+        "content": "images",
+        "shared": 1,
+        "files": set(),
+        "volumes": {},
+    }
     yield made
     made.stop()
 
@@ -139,7 +152,11 @@ def test_a_workspace_stays_as_long_as_its_sandbox_unless_it_was_given_for_anothe
     lab.clock = FakeClock()
     make(lab)
     make(lab, "w2")
-    first, second, third = lab.create("a1", workspace="w1", ttl=3600), lab.create("b1", ttl=3600), lab.create("c1", ttl=36000)
+    first, second, third = (
+        lab.create("a1", workspace="w1", ttl=3600),
+        lab.create("b1", ttl=3600),
+        lab.create("c1", ttl=36000),
+    )
     attach(lab, "w2", second.vmid, 1800)
     for holder in (first, second):
         lab.renew(holder.vmid, 36000)
@@ -190,16 +207,23 @@ def test_no_disk_is_pulled_out_of_a_machine_that_runs_again(lab: Lab) -> None:
     lab.power("start", made.vmid)
     time.sleep(2.1)
     drift = lab.reconcile()
-    assert [one.error for one in drift if one.error] and "which runs; detach it, or stop the sandbox" in str([one.error for one in drift])
+    assert [one.error for one in drift if one.error] and "which runs; detach it, or stop the sandbox" in str(
+        [one.error for one in drift]
+    )
     assert len(in_vm(lab, found)) == 1 and now(lab).state == "DETACHING"
     detach(lab, "w1")
     kept_whole(lab, found)
 
 
 def test_what_is_refused_before_anything_is_made(lab: Lab) -> None:
-    for values, message in (({"size": None}, "size: missing"), ({"size": "8"}, "size: '8' is not valid"), ({"size": "0G"}, "size: '0G' is not valid"),
-                            ({"storage": "nowhere"}, "storage: 'nowhere' is not a storage of node pve1"), ({"node": "pve9"}, "node: 'pve9' is not a node"),
-                            ({"name": "a b"}, "name: 'a b' is not valid")):
+    for values, message in (
+        ({"size": None}, "size: missing"),
+        ({"size": "8"}, "size: '8' is not valid"),
+        ({"size": "0G"}, "size: '0G' is not valid"),
+        ({"storage": "nowhere"}, "storage: 'nowhere' is not a storage of node pve1"),
+        ({"node": "pve9"}, "node: 'pve9' is not a node"),
+        ({"name": "a b"}, "name: 'a b' is not valid"),
+    ):
         with pytest.raises(InvalidInput, match=message):
             make(lab, **values)
     lab.pve.storages["local"]["content"] = "iso"
@@ -286,7 +310,10 @@ def test_a_volume_that_comes_into_being_late_is_its_own(lab: Lab) -> None:
 def test_a_second_attachment_is_refused_by_the_records(lab: Lab) -> None:
     found = make(lab)
     one, two = lab.create("a1", workspace="w1"), lab.create("a2")
-    with pytest.raises(WorkspaceRefused, match=f"is ATTACHED to sandbox {one.vmid} .a1., whose lease on it lasts until .*Z; detach it first"):
+    with pytest.raises(
+        WorkspaceRefused,
+        match=f"is ATTACHED to sandbox {one.vmid} .a1., whose lease on it lasts until .*Z; detach it first",
+    ):
         attach(lab, "w1", two.vmid)
     with pytest.raises(WorkspaceRefused, match="is ATTACHED to sandbox"):
         lab.create("a3", workspace="w1")
@@ -301,7 +328,9 @@ def test_a_foreign_attachment_is_refused_and_left_alone(lab: Lab) -> None:
     lab.pve.vm(BYSTANDER).config["scsi7"] = f"{found.volume},size=8G"
     before = dict(lab.pve.vm(BYSTANDER).config)
     made = lab.create("a1")
-    with pytest.raises(WorkspaceRefused, match=f"VM {BYSTANDER} has its volume .* attached, though by no record of ours"):
+    with pytest.raises(
+        WorkspaceRefused, match=f"VM {BYSTANDER} has its volume .* attached, though by no record of ours"
+    ):
         attach(lab, "w1", made.vmid)
     with pytest.raises(CreationFailed, match="what was made for it has been removed"):
         lab.create("a2", workspace="w1")
@@ -343,13 +372,18 @@ def test_two_nodes(lab: Lab, storage: str) -> None:
         attach(lab, "w1", here.vmid)
         lab.destroy(here.vmid, force=True)
     else:
-        with pytest.raises(WorkspaceRefused, match=r"is on node pve2 \(storage .* is local\), and the sandbox is on pve1; create the sandbox with node=pve2"):
+        with pytest.raises(
+            WorkspaceRefused,
+            match=r"is on node pve2 \(storage .* is local\), and the sandbox is on pve1; create the sandbox with node=pve2",
+        ):
             attach(lab, "w1", here.vmid)
         with pytest.raises(WorkspaceRefused, match="is on node pve2"):
             lab.create("no", workspace="w1", node="pve1")
     kept_whole(lab, found)
     # Without a node, the workspace's own is taken.
-    there = lab.create("there", workspace="w1", template="debian-pve2", **({"node": "pve2"} if storage == "shared" else {}))
+    there = lab.create(
+        "there", workspace="w1", template="debian-pve2", **({"node": "pve2"} if storage == "shared" else {})
+    )
     assert there.node == "pve2"
     lab.destroy(there.vmid, force=True)
     kept_whole(lab, found)
@@ -358,7 +392,10 @@ def test_two_nodes(lab: Lab, storage: str) -> None:
 # ---- every way a sandbox ends ----
 
 
-@pytest.mark.parametrize("way", ["destroy", "force", "prune", "vm_absent", "vmid_reused", "reconcile external", "failed start", "failed clone"])
+@pytest.mark.parametrize(
+    "way",
+    ["destroy", "force", "prune", "vm_absent", "vmid_reused", "reconcile external", "failed start", "failed clone"],
+)
 @pytest.mark.parametrize("storage", ["local-lvm", "shared"])
 def test_it_outlives_every_way_out(lab: Lab, way: str, storage: str) -> None:
     found = make(lab, storage=storage)
@@ -421,8 +458,12 @@ def test_a_volume_that_is_there_again_when_the_vm_is_deleted_keeps_the_vm(lab: L
     # Somebody put it there by hand; no record says so.
     lab.pve.vm(made.vmid).config["scsi5"] = f"{found.volume},size=8G"
     outcome = lab.destroy(made.vmid, force=True)[0]
-    assert (outcome.outcome, outcome.reason) == ("kept", "workspace") and "names local-lvm:vm-990000" in str(outcome.message)
-    assert lab.pve.vm(made.vmid) is not None and not any(entry.startswith("DELETE") for entry in lab.pve.touched(made.vmid))
+    assert (outcome.outcome, outcome.reason) == ("kept", "workspace") and "names local-lvm:vm-990000" in str(
+        outcome.message
+    )
+    assert lab.pve.vm(made.vmid) is not None and not any(
+        entry.startswith("DELETE") for entry in lab.pve.touched(made.vmid)
+    )
     ctx = lab.context(dry_run=True)
     with pytest.raises(Kept, match="the VM was not deleted"):
         destroy.plan(ctx, ctx.select(made.vmid))
@@ -470,7 +511,10 @@ def test_a_snapshot_that_contains_it_bars_detaching_and_deleting(lab: Lab) -> No
     vm = lab.pve.vm(made.vmid)
     vm.snapshots["before"] = {**vm.config, "snaptime": 1}
     vm.config["parent"] = "before"
-    with pytest.raises(Kept, match="snapshot 'before' of VM .* contains it .rolling back would roll it back too.; delete the snapshot first"):
+    with pytest.raises(
+        Kept,
+        match="snapshot 'before' of VM .* contains it .rolling back would roll it back too.; delete the snapshot first",
+    ):
         detach(lab, "w1")
     outcome = lab.destroy(made.vmid, force=True)[0]
     assert (outcome.outcome, outcome.reason) == ("kept", "workspace_in_snapshot")
@@ -511,7 +555,9 @@ def test_a_volume_that_these_credentials_do_not_see_is_not_called_gone(lab: Lab,
 
     grant("Datastore.Audit" if hidden == "volume" else "VM.Config.Disk")
     for dry_run in (True, False):
-        with pytest.raises(Kept, match="would not if it were there: .* Grant Datastore.Allocate, .* together on /storage/local-lvm"):
+        with pytest.raises(
+            Kept, match="would not if it were there: .* Grant Datastore.Allocate, .* together on /storage/local-lvm"
+        ):
             workspace.absent(lab.context(dry_run=dry_run), "w1", force=True)
     told = workspace.show(lab.context(), verify=True)["workspaces"][0]
     assert told["volume_present"] is None and told["attached_to"] == [] and "may not see it" in told["unknown"][0]
@@ -530,7 +576,11 @@ def test_rights_lost_between_deleting_and_looking_leave_it_deleting(lab: Lab) ->
 
     def revoke(method: str, path: str) -> None:
         if method == "DELETE":
-            lab.pve.acl = {TOKEN_ID: [("/", {"Sys.Audit", "VM.Audit", "VM.Allocate", "Datastore.AllocateSpace", "Datastore.Audit"})]}
+            lab.pve.acl = {
+                TOKEN_ID: [
+                    ("/", {"Sys.Audit", "VM.Audit", "VM.Allocate", "Datastore.AllocateSpace", "Datastore.Audit"})
+                ]
+            }
 
     lab.pve.before = revoke
     with pytest.raises(AgentlabError):
@@ -551,7 +601,9 @@ def test_a_creation_that_was_cut_off_is_given_up_only_where_its_volume_would_be_
         make(lab)
     found = now(lab)
     assert lab.pve.volumes_of(found.owner_vmid) == [found.volume]
-    lab.pve.acl = {TOKEN_ID: [("/", {"Sys.Audit", "VM.Audit", "VM.Allocate", "Datastore.AllocateSpace", "Datastore.Audit"})]}
+    lab.pve.acl = {
+        TOKEN_ID: [("/", {"Sys.Audit", "VM.Audit", "VM.Allocate", "Datastore.AllocateSpace", "Datastore.Audit"})]
+    }
     with pytest.raises(Kept, match="may not see it"):
         workspace.finish(lab.context(), found)
     lab.pve.acl = None
@@ -573,7 +625,9 @@ def test_a_right_that_is_granted_between_two_looks_gives_nothing_up(lab: Lab) ->
     with pytest.raises(AgentlabError):
         make(lab)
     found = now(lab)
-    lab.pve.acl = {TOKEN_ID: [("/", {"Sys.Audit", "VM.Audit", "VM.Allocate", "Datastore.AllocateSpace", "Datastore.Audit"})]}
+    lab.pve.acl = {
+        TOKEN_ID: [("/", {"Sys.Audit", "VM.Audit", "VM.Allocate", "Datastore.AllocateSpace", "Datastore.Audit"})]
+    }
 
     def grant(_method: str, path: str) -> None:
         if path.endswith("/access/permissions"):
@@ -616,11 +670,27 @@ def test_a_destroy_that_cannot_see_its_workspace_stops_nothing_and_names_the_rig
     found = make(lab)
     made, other = lab.create("a1", workspace="w1"), lab.create("a2")
     lab.pve.vm(other.vmid).config["scsi5"] = f"local-lvm:vm-{other.vmid}-disk-7,size=1G"
-    lab.pve.acl = {TOKEN_ID: [("/", {"Sys.Audit", "VM.Audit", "VM.Allocate", "VM.PowerMgmt", "VM.Config.Options", "VM.Config.Disk",
-                                     "Datastore.AllocateSpace"})]}
+    lab.pve.acl = {
+        TOKEN_ID: [
+            (
+                "/",
+                {
+                    "Sys.Audit",
+                    "VM.Audit",
+                    "VM.Allocate",
+                    "VM.PowerMgmt",
+                    "VM.Config.Options",
+                    "VM.Config.Disk",
+                    "Datastore.AllocateSpace",
+                },
+            )
+        ]
+    }
     for vmid in (made.vmid, other.vmid, made.vmid):
         outcome = lab.destroy(vmid, force=True)[0]
-        assert (outcome.outcome, outcome.reason) == ("kept", "unknown") and "Grant Datastore.Allocate" in str(outcome.message)
+        assert (outcome.outcome, outcome.reason) == ("kept", "unknown") and "Grant Datastore.Allocate" in str(
+            outcome.message
+        )
         assert lab.pve.vm(vmid).status == "running"
     assert now(lab).state == "ATTACHED" and len(in_vm(lab, found)) == 1
     lab.pve.acl = None
@@ -820,7 +890,11 @@ def test_a_snapshot_counts_also_when_the_configuration_stands_on_none(lab: Lab) 
     assert lab.destroy(made.vmid, force=True)[0].reason == "workspace_in_snapshot"
     # Not its own, but one that somebody had attached by hand when the snapshot was made.
     other, w2 = lab.create("a2"), make(lab, "w2")
-    lab.pve.vm(other.vmid).snapshots["cc"] = {**lab.pve.vm(other.vmid).config, "scsi9": f"{w2.volume},size=8G", "snaptime": 1}
+    lab.pve.vm(other.vmid).snapshots["cc"] = {
+        **lab.pve.vm(other.vmid).config,
+        "scsi9": f"{w2.volume},size=8G",
+        "snaptime": 1,
+    }
     outcome = lab.destroy(other.vmid, force=True)[0]
     assert (outcome.outcome, outcome.reason) == ("kept", "workspace") and "snapshot 'cc'" in str(outcome.message)
     assert now(lab).state == "ATTACHED" and lab.pve.vm(made.vmid) is not None and lab.pve.vm(other.vmid) is not None
@@ -836,6 +910,7 @@ def test_a_destroy_that_is_refused_keeps_the_workspace_attached_and_the_vm_runni
     elif why == "snapshot":
         vm.snapshots["before"] = {**vm.config, "snaptime": 1}
     else:
+
         def protect(method: str, path: str) -> None:
             if method == "POST" and path.endswith("/status/stop"):
                 ctx = lab.context()
@@ -844,7 +919,10 @@ def test_a_destroy_that_is_refused_keeps_the_workspace_attached_and_the_vm_runni
         lab.pve.before = protect
     outcome = lab.destroy(made.vmid, force=True)[0]
     lab.pve.before = None
-    assert outcome.outcome == "kept" and outcome.reason == {"another workspace": "workspace", "snapshot": "workspace_in_snapshot"}.get(why, why)
+    assert outcome.outcome == "kept" and outcome.reason == {
+        "another workspace": "workspace",
+        "snapshot": "workspace_in_snapshot",
+    }.get(why, why)
     assert now(lab).state == "ATTACHED" and now(lab).sandbox_uuid == made.uuid and len(in_vm(lab, found)) == 1
     assert lab.leftovers() == {"claims": [], "operations": []}
     if why != "protected":
@@ -870,7 +948,7 @@ def test_protection_comes_too_late_once_the_workspace_is_being_taken_off(lab: La
 
 @pytest.mark.parametrize("times", [1, 9])
 def test_a_vm_that_migrates_while_it_is_asked_may_have_it(lab: Lab, times: int) -> None:
-    """"Does not exist" from one node says only that the VM is not there."""
+    """ "Does not exist" from one node says only that the VM is not there."""
     found = make(lab, storage="shared")
     made = lab.create("a1")
     holder = lab.pve.add_guest(700, node="pve1", config={"scsi7": f"{found.volume},size=8G"})
@@ -986,8 +1064,19 @@ def test_a_vm_that_the_list_calls_stopped_is_stopped_before_its_disk_is_taken_of
     ctx = lab.context()
     workspace.present(ctx, "w1", size="1G", storage="local-lvm")
     workspace.attached(ctx, "w1", ctx.select(made.vmid))
-    rows = {"data": [{"vmid": vm.vmid, "type": "qemu", "node": vm.node, "status": "stopped", "name": vm.name, "template": int(vm.template)}
-                     for vm in lab.pve.vms]}
+    rows = {
+        "data": [
+            {
+                "vmid": vm.vmid,
+                "type": "qemu",
+                "node": vm.node,
+                "status": "stopped",
+                "name": vm.name,
+                "template": int(vm.template),
+            }
+            for vm in lab.pve.vms
+        ]
+    }
     lab.pve.unplug_refused = True
     lab.pve.fault("GET", "/cluster/resources", "answer", status=200, body=json.dumps(rows), times=2)
     try:

@@ -29,15 +29,30 @@ def peers() -> str:
 @pytest.fixture
 def inventory(env: dict[str, str], peers: str, tmp_path: Path, server: Any) -> Any:
     """inventory(words...): what ansible-inventory says with the page's file; only address and token are those of the fake Proxmox."""
-    text = PAGE.split("<!-- plugin -->")[1].split("<!-- /plugin -->")[0].strip().removeprefix("```yaml\n").removesuffix("```")
+    text = (
+        PAGE.split("<!-- plugin -->")[1]
+        .split("<!-- /plugin -->")[0]
+        .strip()
+        .removeprefix("```yaml\n")
+        .removesuffix("```")
+    )
     host, port = env["PROXMOX_HOST"], env["PROXMOX_PORT"]
     user, _sign, token = env["PROXMOX_TOKEN_ID"].partition("!")
-    for shown, real in (("https://pve1.example.net:8006", f"https://{host}:{port}"), ("agentlab@pve", user), ("token_id: ansible", f"token_id: {token}")):
+    for shown, real in (
+        ("https://pve1.example.net:8006", f"https://{host}:{port}"),
+        ("agentlab@pve", user),
+        ("token_id: ansible", f"token_id: {token}"),
+    ):
         assert shown in text
         text = text.replace(shown, real)
     file = tmp_path / "agentlab.proxmox.yml"
     file.write_text(text, encoding="utf-8")
-    env = {**env, "ANSIBLE_COLLECTIONS_PATH": peers, "REQUESTS_CA_BUNDLE": env["PROXMOX_CA_PATH"], "ANSIBLE_INVENTORY_ANY_UNPARSED_IS_FAILED": "true"}
+    env = {
+        **env,
+        "ANSIBLE_COLLECTIONS_PATH": peers,
+        "REQUESTS_CA_BUNDLE": env["PROXMOX_CA_PATH"],
+        "ANSIBLE_INVENTORY_ANY_UNPARSED_IS_FAILED": "true",
+    }
 
     def ask(*words: str) -> Any:
         done = run_command(["ansible-inventory", "-i", str(file), *words], env, tmp_path)
@@ -49,7 +64,10 @@ def inventory(env: dict[str, str], peers: str, tmp_path: Path, server: Any) -> A
 
 def plain(variables: dict[str, Any]) -> dict[str, Any]:
     """Without the mark of text that comes from elsewhere, and is never a template."""
-    return {name: value["__ansible_unsafe"] if isinstance(value, dict) and "__ansible_unsafe" in value else value for name, value in variables.items()}
+    return {
+        name: value["__ansible_unsafe"] if isinstance(value, dict) and "__ansible_unsafe" in value else value
+        for name, value in variables.items()
+    }
 
 
 def test_sandboxes_are_hosts_and_nothing_else_is(inventory: Any, context: Any, server: Any) -> None:
@@ -63,15 +81,25 @@ def test_sandboxes_are_hosts_and_nothing_else_is(inventory: Any, context: Any, s
     server.pve.make_foreign(700)
     # A container bridge that sorts and comes before the NIC, and an IPv6 address before IPv4.
     agent = server.pve.vm(first.vmid).agent["interfaces"]
-    agent.insert(0, {"name": "docker0", "hardware-address": "02:42:00:00:00:01",
-                     "ip-addresses": [{"ip-address": "172.17.0.1", "ip-address-type": "ipv4", "prefix": 16}]})
+    agent.insert(
+        0,
+        {
+            "name": "docker0",
+            "hardware-address": "02:42:00:00:00:01",
+            "ip-addresses": [{"ip-address": "172.17.0.1", "ip-address-type": "ipv4", "prefix": 16}],
+        },
+    )
     agent[-1]["ip-addresses"].insert(0, {"ip-address": "2001:db8::1", "ip-address-type": "ipv6", "prefix": 64})
     found = json.loads(inventory("--list"))
     assert set(found["sandboxes"]["hosts"]) == {"one", "two"} == set(found["_meta"]["hostvars"])
     assert found["tag_ci"]["hosts"] == ["one"] and set(found["tag_agentlab"]["hosts"]) == {"one", "two"}
     assert found["proxmox_all_running"]["hosts"] == ["one"] and found["proxmox_all_stopped"]["hosts"] == ["two"]
     one, two = plain(found["_meta"]["hostvars"]["one"]), plain(found["_meta"]["hostvars"]["two"])
-    assert one["ansible_host"] == ctx.records.get(first.uuid).ip and one["proxmox_vmid"] == first.vmid and one["ansible_user"] == "debian"
+    assert (
+        one["ansible_host"] == ctx.records.get(first.uuid).ip
+        and one["proxmox_vmid"] == first.vmid
+        and one["ansible_user"] == "debian"
+    )
     # A VM that does not run has no guest agent to ask.
     assert two["ansible_host"] == "two"
 

@@ -65,8 +65,10 @@ def exposed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Exposed]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     try:
-        with (daemon(folder / "daemon", server.environment(str(folder)), metrics_listen=f"127.0.0.1:{port}"),
-              urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer):
+        with (
+            daemon(folder / "daemon", server.environment(str(folder)), metrics_listen=f"127.0.0.1:{port}"),
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer,
+        ):
             yield Exposed(answer.read().decode())
     finally:
         server.stop()
@@ -143,8 +145,12 @@ def test_the_dashboard_names_only_what_the_daemon_has_and_all_of_it(exposed: Exp
 
 
 def test_a_wrong_name_would_be_found(exposed: Exposed) -> None:
-    for wrong in ("agentlab_prunes_total", 'agentlab_prune_runs_total{result="bad"}', 'agentlab_sandboxes{status="RUNNING"}',
-                  "sum by (nonsense) (agentlab_sandboxes)"):
+    for wrong in (
+        "agentlab_prunes_total",
+        'agentlab_prune_runs_total{result="bad"}',
+        'agentlab_sandboxes{status="RUNNING"}',
+        "sum by (nonsense) (agentlab_sandboxes)",
+    ):
         with pytest.raises(AssertionError):
             check(wrong, exposed)
 
@@ -162,13 +168,19 @@ def test_every_alert_says_how_bad_what_and_where_to_read_on() -> None:
         assert name.startswith("Agentlab")
         assert rule["labels"]["severity"] in ("critical", "warning")
         assert set(rule["annotations"]) == {"summary", "description", "runbook_url"}
-        assert rule["annotations"]["runbook_url"] == f"https://github.com/agentlab/agentlab.proxmox/blob/main/docs/monitoring.md#{name.lower()}"
+        assert (
+            rule["annotations"]["runbook_url"]
+            == f"https://github.com/agentlab/agentlab.proxmox/blob/main/docs/monitoring.md#{name.lower()}"
+        )
     assert re.findall(r"^### (\w+)$", PAGE, re.M) == list(ALERTS), "each alert has its section, in the same order"
 
 
 def test_every_metric_is_documented_with_its_labels(exposed: Exposed) -> None:
     table = PAGE.split("<!-- metrics -->")[1].split("<!-- /metrics -->")[0]
-    rows = {name: (kind.strip(), labels.strip()) for name, kind, labels in re.findall(r"^\| `(\w+)` \|([^|]*)\|([^|]*)\|", table, re.M)}
+    rows = {
+        name: (kind.strip(), labels.strip())
+        for name, kind, labels in re.findall(r"^\| `(\w+)` \|([^|]*)\|([^|]*)\|", table, re.M)
+    }
     assert set(rows) == set(exposed.kinds)
     for name, (kind, labels) in rows.items():
         assert kind == exposed.kinds[name], name

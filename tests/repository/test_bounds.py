@@ -21,8 +21,12 @@ UNIT = (ROOT / "roles/agentlabd/templates/agentlabd.service.j2").read_text()
 def rows(name: str) -> list[list[str]]:
     """The cells of a table of the page, without its head."""
     text = PAGE.split(f"<!-- {name} -->")[1].split(f"<!-- /{name} -->")[0]
-    return [[cell.strip() for cell in line.strip("| ").split("|")] if "||" in line else [cell.strip() for cell in line[1:-1].split("|")]
-            for line in text.strip().splitlines()[2:]]
+    return [
+        [cell.strip() for cell in line.strip("| ").split("|")]
+        if "||" in line
+        else [cell.strip() for cell in line[1:-1].split("|")]
+        for line in text.strip().splitlines()[2:]
+    ]
 
 
 def constants(file: str) -> dict[str, object]:
@@ -31,7 +35,9 @@ def constants(file: str) -> dict[str, object]:
     for node in ast.parse((DAEMON / file).read_text()).body:
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id.isupper():
             try:
-                found[node.targets[0].id] = eval(compile(ast.Expression(node.value), file, "eval"), {"__builtins__": {}}, dict(found))
+                found[node.targets[0].id] = eval(
+                    compile(ast.Expression(node.value), file, "eval"), {"__builtins__": {}}, dict(found)
+                )
             except (NameError, TypeError):
                 continue
     return found

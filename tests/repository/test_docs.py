@@ -61,7 +61,9 @@ def test_tables_are_made_from_the_rules() -> None:
 
 
 def test_the_diagram_of_the_states_is_current() -> None:
-    done = subprocess.run([sys.executable, str(ROOT / "scripts/state_diagram.py"), "--check"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "scripts/state_diagram.py"), "--check"], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -84,13 +86,26 @@ def test_the_map_of_the_folders_is_complete_and_true() -> None:
     said = between((ROOT / "docs/architecture.md").read_text(), "map")
     named = set(re.findall(r"\b(\w+\.py)\b", said))
     files = ROOT / "roles/agentlabd/files"
-    there = {path.name for folder in (ROOT / "plugins/module_utils", ROOT / "plugins/doc_fragments", files / "agentlabd", files / "agentlab_cli")
-             for path in folder.rglob("*.py")} | {path.name for path in files.glob("*.py")}
+    there = {
+        path.name
+        for folder in (
+            ROOT / "plugins/module_utils",
+            ROOT / "plugins/doc_fragments",
+            files / "agentlabd",
+            files / "agentlab_cli",
+        )
+        for path in folder.rglob("*.py")
+    } | {path.name for path in files.glob("*.py")}
     assert named == there - {"__init__.py"}
     # A folder stands at the beginning of a line as it is found from the one above it.
     for folder in re.findall(r"^((?:\w+/)+) ", said, re.M):
         assert (ROOT / folder).is_dir(), folder
-    for name in {path.name for path in ROOT.iterdir() if path.is_dir() and not path.name.startswith(".")} - {"build", "LICENSES", "changelogs", "meta"}:
+    for name in {path.name for path in ROOT.iterdir() if path.is_dir() and not path.name.startswith(".")} - {
+        "build",
+        "LICENSES",
+        "changelogs",
+        "meta",
+    }:
         assert re.search(rf"\b{name}/", said), name
 
 
@@ -110,13 +125,19 @@ def test_the_core_knows_no_ansible_and_the_command_line_no_core() -> None:
     core, files = ROOT / "plugins/module_utils/_core", ROOT / "roles/agentlabd/files"
     for path in core.rglob("*.py"):
         names = imported(path)
-        assert not any(name.split(".")[0] in ("ansible", "ansible_collections", "agentlabd", "agentlab_cli") for name in names), path
+        assert not any(
+            name.split(".")[0] in ("ansible", "ansible_collections", "agentlabd", "agentlab_cli") for name in names
+        ), path
     for path in (files / "agentlab_cli").glob("*.py"):
         assert not any(name.split(".")[0] in ("agentlab_core", "agentlabd") for name in imported(path)), path
 
 
 def test_every_configuration_key_is_documented_with_its_default() -> None:
-    rows = dict(re.findall(r"^\| `(\w+)` \| ([^|]+) \|", between((ROOT / "docs/configuration.md").read_text(), "configuration"), re.M))
+    rows = dict(
+        re.findall(
+            r"^\| `(\w+)` \| ([^|]+) \|", between((ROOT / "docs/configuration.md").read_text(), "configuration"), re.M
+        )
+    )
     assert set(rows) == set(config.DEFAULTS)
     for key, default in config.DEFAULTS.items():
         if default is not None:
@@ -130,7 +151,11 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
-@pytest.mark.parametrize("page", [*pages.PAGES, ROOT / "SECURITY.md", ROOT / "CODE_OF_CONDUCT.md"], ids=lambda page: f"{page.parent.name}-{page.name}")
+@pytest.mark.parametrize(
+    "page",
+    [*pages.PAGES, ROOT / "SECURITY.md", ROOT / "CODE_OF_CONDUCT.md"],
+    ids=lambda page: f"{page.parent.name}-{page.name}",
+)
 def test_every_link_leads_somewhere(page: Path) -> None:
     for target, _hash, anchor in re.findall(r"\]\(([^)#]*)(#?)([^)]*)\)", page.read_text()):
         if not target.startswith("http"):
@@ -167,7 +192,9 @@ def test_the_everyday_run_shows_each_of_the_thirteen_ways() -> None:
     rows = re.findall(r"^\| (\d+) \|.*\| (.+) \|$", SAFETY, re.M)
     table = {(int(number), name) for number, tests in rows for name in re.findall(r"`([^`]+)`", tests)}
     assert [int(number) for number, _tests in rows] == list(range(1, 14)) == sorted({number for number, _name in table})
-    done = subprocess.run([sys.executable, "-c", _COLLECT], cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", _COLLECT], cwd=ROOT, capture_output=True, text=True, check=False, timeout=120
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     selected = {(int(number), name) for number, name in re.findall(r"^selected (\d+) (\S+)$", done.stdout, re.M)}
     assert selected == table
@@ -186,9 +213,16 @@ def test_every_message_quoted_in_troubleshooting_is_in_the_code(message: str) ->
     assert pages.said(message), f"no text of the code is {message!r}"
 
 
-@pytest.mark.parametrize("invented", [
-    "sandbox ... is a purple elephant", "the daemon did not respond within ...", "its guest agent named no IP within ... s (wait_timeout)",
-    "the disk is nearly full; free some space and run again (nothing was written)", "job_tasks: missing; give the path of a playbook"])
+@pytest.mark.parametrize(
+    "invented",
+    [
+        "sandbox ... is a purple elephant",
+        "the daemon did not respond within ...",
+        "its guest agent named no IP within ... s (wait_timeout)",
+        "the disk is nearly full; free some space and run again (nothing was written)",
+        "job_tasks: missing; give the path of a playbook",
+    ],
+)
 def test_a_message_that_the_code_does_not_say_is_found_out(invented: str) -> None:
     assert not pages.said(invented)
 
@@ -200,7 +234,11 @@ def test_refusals_are_quoted_to_the_letter() -> None:
 
 
 def test_every_reason_for_keeping_is_explained() -> None:
-    table = ["| kept because | what to do |", "|---|---|", *(f"| `{word}` | {advice} |" for word, advice in reasons.KEPT.items())]
+    table = [
+        "| kept because | what to do |",
+        "|---|---|",
+        *(f"| `{word}` | {advice} |" for word, advice in reasons.KEPT.items()),
+    ]
     assert between(TROUBLESHOOTING, "kept").splitlines() == table
     used = set(re.findall(r'Kept\("([a-z_]+)"', CODE)) | {"too_young", "restored", "clock_jumped", "denied", "rule"}
     assert used <= set(reasons.KEPT), used - set(reasons.KEPT)
@@ -208,12 +246,34 @@ def test_every_reason_for_keeping_is_explained() -> None:
 
 def test_the_sections_that_were_asked_for_are_there() -> None:
     assert re.findall(r"^## (.+)$", TROUBLESHOOTING, re.M) == [
-        "Sandbox operations", "Creation and jobs", "Database", "Networking", "Proxmox VE", "The daemon and its command line", "Getting help", "Maintenance",
-        "Performance"]
+        "Sandbox operations",
+        "Creation and jobs",
+        "Database",
+        "Networking",
+        "Proxmox VE",
+        "The daemon and its command line",
+        "Getting help",
+        "Maintenance",
+        "Performance",
+    ]
 
 
 # Programs of the node and the host: they are not run (there is no Proxmox VE here), and each is named on purpose.
-NOT_RUN = {"qm", "pveum", "pvesm", "pve-firewall", "journalctl", "systemctl", "apt-get", "wget", "git", "openssl", "sudo", "curl", "export"}
+NOT_RUN = {
+    "qm",
+    "pveum",
+    "pvesm",
+    "pve-firewall",
+    "journalctl",
+    "systemctl",
+    "apt-get",
+    "wget",
+    "git",
+    "openssl",
+    "sudo",
+    "curl",
+    "export",
+}
 # Tested as they stand: the restore by tests/daemon/test_restore.py,
 # the role's quickstart by molecule, sqlite3 by tests/scenarios/test_pages.py, the archive by scripts/installed.sh.
 ELSEWHERE = {"ansible-galaxy", "sqlite3", "mkdir", "mv", "cp", "chown", "echo"}
@@ -237,12 +297,19 @@ def test_every_command_in_a_page_is_one_that_is_checked(page: Path) -> None:
 
 
 def test_privileges_that_pages_grant_exist() -> None:
-    known = set(re.findall(r"\b(?:VM|Sys|Datastore|SDN|Pool)(?:\.[A-Z]\w+)+", (ROOT / "docs/safety.md").read_text() + CODE))
+    known = set(
+        re.findall(r"\b(?:VM|Sys|Datastore|SDN|Pool)(?:\.[A-Z]\w+)+", (ROOT / "docs/safety.md").read_text() + CODE)
+    )
     for page in pages.PAGES:
         for command in pages.commands(page):
             if " --privs " in command:
                 words = pages.words(command)
-                assert set(words[words.index("--privs") + 1].split()) <= known | {"VM.Config.CPU", "VM.Config.Memory", "VM.Config.Disk", "VM.Config.Cloudinit"}
+                assert set(words[words.index("--privs") + 1].split()) <= known | {
+                    "VM.Config.CPU",
+                    "VM.Config.Memory",
+                    "VM.Config.Disk",
+                    "VM.Config.Cloudinit",
+                }
 
 
 _ASK_ALL = """
@@ -262,14 +329,31 @@ PLACEHOLDERS = {"VMID": "1000", "TEXT": "text"}
 
 def test_every_agentlab_command_in_the_pages_is_understood() -> None:
     """By the real command line, which then finds no daemon (3). What it does not understand it answers with 2."""
-    found = {one for page in pages.PAGES for one in [*pages.commands(page), *pages.inline(page, "agentlab")] if one.startswith("agentlab ")}
+    found = {
+        one
+        for page in pages.PAGES
+        for one in [*pages.commands(page), *pages.inline(page, "agentlab")]
+        if one.startswith("agentlab ")
+    }
     assert len(found) > 30
     # One process for all: starting one for each takes a minute.
-    asked = json.dumps({command: [PLACEHOLDERS.get(word, word) for word in pages.words(command)][1:] for command in sorted(found)})
-    done = subprocess.run([sys.executable, "-c", _ASK_ALL], input=asked, env=environment("/nonexistent/agentlabd.sock"), text=True, capture_output=True,
-                          check=True)
+    asked = json.dumps(
+        {command: [PLACEHOLDERS.get(word, word) for word in pages.words(command)][1:] for command in sorted(found)}
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", _ASK_ALL],
+        input=asked,
+        env=environment("/nonexistent/agentlabd.sock"),
+        text=True,
+        capture_output=True,
+        check=True,
+    )
     statuses = json.loads(done.stdout.splitlines()[-1])
-    wrong = {command: status for command, status in statuses.items() if status != (0 if command.startswith("agentlab completion ") else 3)}
+    wrong = {
+        command: status
+        for command, status in statuses.items()
+        if status != (0 if command.startswith("agentlab completion ") else 3)
+    }
     assert not wrong
 
 
@@ -277,7 +361,11 @@ def test_every_variable_of_the_awx_page_is_one_of_the_playbook() -> None:
     play = yaml.safe_load((ROOT / "playbooks/awx_setup.yml").read_text())[0]
     # Put together from the two before it.
     wanted = {name for name in play["vars"] if name.startswith("awx_")} - {"awx_api"}
-    documented = {name for row in re.findall(r"^\| (`awx_.+?) \|", (ROOT / "docs/awx.md").read_text(), re.M) for name in re.findall(r"awx_\w+", row)}
+    documented = {
+        name
+        for row in re.findall(r"^\| (`awx_.+?) \|", (ROOT / "docs/awx.md").read_text(), re.M)
+        for name in re.findall(r"awx_\w+", row)
+    }
     assert documented == wanted
     given = {name for command in pages.commands(ROOT / "docs/awx.md") for name in re.findall(r"-e (awx_\w+)=", command)}
     assert given and given <= wanted
@@ -290,7 +378,9 @@ def test_fragments_of_the_changelog_are_rst() -> None:
 
 
 def test_the_cleanup_rules_of_the_page_are_understood() -> None:
-    text = between((ROOT / "docs/configuration.md").read_text(), "cleanup").removeprefix("```yaml\n").removesuffix("```")
+    text = (
+        between((ROOT / "docs/configuration.md").read_text(), "cleanup").removeprefix("```yaml\n").removesuffix("```")
+    )
     policy = rules.parse(text, "page")
     assert policy.enabled and len(policy.rules) == 6 and policy.keep_destroyed == 90 * 86400
     default = rules.Policy()
@@ -317,12 +407,17 @@ def test_every_key_of_the_daemon_stands_in_its_page_with_when_a_change_counts() 
     assert set(said) <= set(config.DEFAULTS)
     assert {key for key, when in said.items() if when == "with the next start"} == set(config.FIXED)
     # Whatever the daemon's own code reads of the configuration, but for where Proxmox is.
-    read = set(re.findall(r"config\.(\w+)", "".join(daemon_code(name) for name in ("api", "daemon", "scheduler", "service")))) & set(config.DEFAULTS)
+    read = set(
+        re.findall(r"config\.(\w+)", "".join(daemon_code(name) for name in ("api", "daemon", "scheduler", "service")))
+    ) & set(config.DEFAULTS)
     assert read and read <= set(said), read - set(said)
 
 
 def test_the_requests_of_the_daemons_page_are_routes() -> None:
-    routes = {(method, re.sub(r"\{\w+\}", "[^/]+", path)) for method, path in re.findall(r'Route\("(GET|POST)", f?"([^"]+)"', daemon_code("routes"))}
+    routes = {
+        (method, re.sub(r"\{\w+\}", "[^/]+", path))
+        for method, path in re.findall(r'Route\(\s*"(GET|POST)",\s*f?"([^"]+)"', daemon_code("routes"))
+    }
     # start, stop and suspend are made by one line.
     routes |= {("POST", f"/v1/sandboxes/[^/]+/{verb}") for verb in ("start", "stop", "suspend")}
     found = re.findall(r"^\$ curl (.+?)'?http://[^/]+(/v1/[^?'\s]+)", DAEMON, re.M)
@@ -337,9 +432,18 @@ def test_numbers_and_names_of_the_daemons_page_are_those_of_the_code() -> None:
     retry = re.search(r"^_FIRST_RETRY = (\d+)", scheduler, re.M)
     assert retry and f"after a failure after {retry[1]} s" in DAEMON
     jobs = re.search(r"service\.jobs = \{(.+)\}", scheduler)
-    assert jobs and set(re.findall(r"^\| (\w+) \| .+ \| .+ \| .+ \|$", DAEMON, re.M)) - {"job"} == set(re.findall(r'"(\w+)"', jobs[1]))
+    assert jobs and set(re.findall(r"^\| (\w+) \| .+ \| .+ \| .+ \|$", DAEMON, re.M)) - {"job"} == set(
+        re.findall(r'"(\w+)"', jobs[1])
+    )
     statuses = {int(number) for number in re.findall(r"\b([45]\d\d) ", DAEMON.split("An error is")[1].split("###")[0])}
-    assert {int(number) for number in re.findall(r": (\d{3}),", answers)} | {405, 408, 409, 413, 421, 431} == statuses | {500}
+    assert {int(number) for number in re.findall(r": (\d{3}),", answers)} | {
+        405,
+        408,
+        409,
+        413,
+        421,
+        431,
+    } == statuses | {500}
     shortest = re.search(r"^_SHORTEST_TOKEN = (\d+)", service, re.M)
     assert shortest and f"at least {shortest[1]} characters" in DAEMON
     for metric in re.findall(r"`agentlab_(\w+)`", DAEMON):
@@ -347,4 +451,7 @@ def test_numbers_and_names_of_the_daemons_page_are_those_of_the_code() -> None:
     for words in ("via API", "token via API (", "agentlabd (cleanup rule"):
         assert words in DAEMON
     assert 'f"token via API ({remote})"' in api and 'via API"' in api
-    assert re.search(r"GUARD_FROM = 5\b", (ROOT / "plugins/module_utils/_core/operations/cleanup.py").read_text()) and "(from five on)" in DAEMON
+    assert (
+        re.search(r"GUARD_FROM = 5\b", (ROOT / "plugins/module_utils/_core/operations/cleanup.py").read_text())
+        and "(from five on)" in DAEMON
+    )

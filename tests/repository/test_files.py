@@ -32,9 +32,13 @@ def test_the_awx_project_runs_every_playbook_of_the_collection() -> None:
     ours = {path.stem for path in (ROOT / "playbooks").glob("*.yml")} - {"demo", "awx_setup", "install", "check_hosts"}
     shims = {path.stem: yaml.safe_load(path.read_text()) for path in (ROOT / "awx").glob("*.yml")}
     assert set(shims) == ours
-    assert {name: plays[0]["ansible.builtin.import_playbook"] for name, plays in shims.items()} == {name: f"agentlab.proxmox.{name}" for name in ours}
+    assert {name: plays[0]["ansible.builtin.import_playbook"] for name, plays in shims.items()} == {
+        name: f"agentlab.proxmox.{name}" for name in ours
+    }
     wanted = yaml.safe_load((ROOT / "awx/collections/requirements.yml").read_text())["collections"][0]
-    assert wanted["name"] == "agentlab.proxmox" and wanted["version"].startswith(f">={yaml.safe_load((ROOT / 'galaxy.yml').read_text())['version']}")
+    assert wanted["name"] == "agentlab.proxmox" and wanted["version"].startswith(
+        f">={yaml.safe_load((ROOT / 'galaxy.yml').read_text())['version']}"
+    )
 
 
 def test_the_issue_forms_are_forms() -> None:
@@ -46,7 +50,9 @@ def test_the_issue_forms_are_forms() -> None:
         ids = [part["id"] for part in form["body"] if part["type"] != "markdown"]
         assert len(ids) == len(set(ids))
         for part in form["body"]:
-            assert part["type"] in ("markdown", "dropdown", "textarea", "input") and part["attributes"].get("value" if part["type"] == "markdown" else "label")
+            assert part["type"] in ("markdown", "dropdown", "textarea", "input") and part["attributes"].get(
+                "value" if part["type"] == "markdown" else "label"
+            )
 
 
 def test_what_the_commit_hooks_run_is_there() -> None:
@@ -65,7 +71,9 @@ def test_every_supported_ansible_core_is_tested_and_the_pages_say_the_same() -> 
     oldest = yaml.safe_load((ROOT / "meta/runtime.yml").read_text())["requires_ansible"]
     assert oldest == f">={CORES[0]}.0"
     assert re.search(r"^CORES \?= (.+)$", (ROOT / "Makefile").read_text(), re.M)[1].split() == CORES
-    table = (ROOT / "docs/compatibility.md").read_text().split("| ansible-core on the controller |")[1].partition("|")[0]
+    table = (
+        (ROOT / "docs/compatibility.md").read_text().split("| ansible-core on the controller |")[1].partition("|")[0]
+    )
     assert table.strip().split(", ") == CORES
     assert f"Supported: ansible-core {CORES[0]} to {CORES[-1]}," in (ROOT / "README.md").read_text()
 
@@ -76,7 +84,9 @@ def test_ci_takes_every_release_at_least_every_second_day() -> None:
         command = [str(ROOT / "scripts" / script), "--today"]
         return set(subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout.split())
 
-    assert today("core-env.sh", "AGENTLAB_CORES_DAY", 20000) | today("core-env.sh", "AGENTLAB_CORES_DAY", 20001) == set(CORES)
+    assert today("core-env.sh", "AGENTLAB_CORES_DAY", 20000) | today("core-env.sh", "AGENTLAB_CORES_DAY", 20001) == set(
+        CORES
+    )
     ci = (ROOT / ".ci/run").read_text()
     assert "scripts/test-bare.sh --today" in ci and "scripts/core-env.sh --today" in ci
 

@@ -27,7 +27,10 @@ CORE_ROOMS: dict[str, tuple[str, str]] = {
     "store": ("store/", "tables tools"),
     "proxmox": ("proxmox/", "tables tools files"),
     "run": ("operations/context operations/timeguard", "tables tools files store proxmox"),
-    "vm": ("operations/verify operations/power operations/create_recovery operations/address", "tables tools files store proxmox run"),
+    "vm": (
+        "operations/verify operations/power operations/create_recovery operations/address",
+        "tables tools files store proxmox run",
+    ),
     "guest": ("operations/cloud_init", "tables tools files store proxmox run vm"),
     "workspaces": (
         "operations/workspace operations/workspace_disk operations/workspace_check",

@@ -26,7 +26,10 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def shell(tmp_path: Path) -> Shell:
-    return Shell(tmp_path / "home", {"AGENTLAB_DATABASE": str(tmp_path / "agentlab.db"), "AGENTLAB_CONFIG": str(tmp_path / "none.yaml")})
+    return Shell(
+        tmp_path / "home",
+        {"AGENTLAB_DATABASE": str(tmp_path / "agentlab.db"), "AGENTLAB_CONFIG": str(tmp_path / "none.yaml")},
+    )
 
 
 def install_commands() -> list[str]:
@@ -40,7 +43,11 @@ def test_the_first_screen_says_what_for_whom_and_what_to_type() -> None:
     text = "\n".join(screen)
     assert "**For whom:**" in text and "**What it does:**" in text
     typed = [line[2:].split("  ")[0] for line in screen if line.startswith("$ ")]
-    assert typed[:3] == ["git clone https://github.com/agentlab/agentlab.proxmox && cd agentlab.proxmox", "make demo", "make test"]
+    assert typed[:3] == [
+        "git clone https://github.com/agentlab/agentlab.proxmox && cd agentlab.proxmox",
+        "make demo",
+        "make test",
+    ]
     assert typed[3:] == install_commands()
 
 

@@ -40,10 +40,16 @@ def given(context: Callable[..., Any], server: Server) -> Callable[..., list[Any
             values.setdefault("ttl", 3600)
             sandbox = create.run(ctx, create.Spec(**values)).sandbox
             if state in ("STOPPED", "SUSPENDED", "COMPLETED", "FAILED"):
-                operation = {"STOPPED": "stop", "SUSPENDED": "suspend", "COMPLETED": "complete", "FAILED": "fail"}[state]
+                operation = {"STOPPED": "stop", "SUSPENDED": "suspend", "COMPLETED": "complete", "FAILED": "fail"}[
+                    state
+                ]
                 sandbox = power.run(ctx, sandbox, operation).sandbox
             elif state == "TIMEOUT":
-                ctx.database.write(lambda conn, uuid=sandbox.uuid: conn.execute("UPDATE sandboxes SET lease_expires_at = 1 WHERE uuid = ?", (uuid,)))
+                ctx.database.write(
+                    lambda conn, uuid=sandbox.uuid: conn.execute(
+                        "UPDATE sandboxes SET lease_expires_at = 1 WHERE uuid = ?", (uuid,)
+                    )
+                )
                 sandbox = ctx.records.expire(ctx.records.get(sandbox.uuid), ctx.clock.now())
             found.append(ctx.records.get(sandbox.uuid))
         ctx.close()

@@ -37,7 +37,9 @@ def test_made_unchanged_changed_and_removed(tmp_path: Path) -> None:
         would = run(check=True)
         assert would["changed"] and awx.writes == []
         made = run()
-        assert made["changed"] and [step["action"] for step in made["steps"]] == [step["action"] for step in would["steps"]]
+        assert made["changed"] and [step["action"] for step in made["steps"]] == [
+            step["action"] for step in would["steps"]
+        ]
         assert not run()["changed"] and not run(check=True)["changed"]
         changed = run(hosts="pve1")
         assert changed["lines"] == ["job template agentlab - reconcile: changed (extra_vars)"]

@@ -21,21 +21,25 @@ DOCTOR = "agentlab_doctor"
 
 
 @pytest.mark.everyday
-def test_it_looks_and_writes_nothing_but_the_bundle(story: Any, given: Any, env: Any, server: Any, tmp_path: Path) -> None:
+def test_it_looks_and_writes_nothing_but_the_bundle(
+    story: Any, given: Any, env: Any, server: Any, tmp_path: Path
+) -> None:
     given(2)
     server.pve.vm(9000).config["agent"] = "0"
     bundle = tmp_path / "bundle.json"
     before = written(env["AGENTLAB_DATABASE"])
-    run = story([
-        task("look", DOCTOR),
-        task("would write", DOCTOR, bundle=str(bundle), check=True, diff=True),
-        task("there is none yet", "ansible.builtin.stat", path=str(bundle)),
-        task("write", DOCTOR, bundle=str(bundle), diff=True),
-        task("fail on a warning", DOCTOR, fail_on="warning", fails=True),
-        task("no problem", DOCTOR, fail_on="problem"),
-        task("a problem", DOCTOR, fail_on="problem", template="nowhere", fails=True),
-        task("no folder", DOCTOR, bundle="/nonexistent/bundle.json", fails=True),
-    ])
+    run = story(
+        [
+            task("look", DOCTOR),
+            task("would write", DOCTOR, bundle=str(bundle), check=True, diff=True),
+            task("there is none yet", "ansible.builtin.stat", path=str(bundle)),
+            task("write", DOCTOR, bundle=str(bundle), diff=True),
+            task("fail on a warning", DOCTOR, fail_on="warning", fails=True),
+            task("no problem", DOCTOR, fail_on="problem"),
+            task("a problem", DOCTOR, fail_on="problem", template="nowhere", fails=True),
+            task("no folder", DOCTOR, bundle="/nonexistent/bundle.json", fails=True),
+        ]
+    )
     found = {one["check"]: one for one in run["look"]["findings"] if one["status"] != "ok"}
     assert run.status("look") == "ok" and run["look"]["status"] == "warning" and run["look"]["problems"] == 0
     assert found["template"]["advice"] == "install qemu-guest-agent in it, and: qm set 9000 --agent 1"

@@ -23,25 +23,33 @@ def test_renewing(story: Any, given: Any, env: Any, server: Any) -> None:
     def note(name: str) -> Any:
         return lambda: seen.update({name: written(env["AGENTLAB_DATABASE"])})
 
-    run = story([
-        task("would renew", LEASE, vmid=1000, ttl="2h", check=True, diff=True, before=note("start")),
-        task("renew", LEASE, vmid=1000, ttl="2h", diff=True, before=note("after check")),
-        task("renew again", LEASE, vmid=1000, ttl="2h", diff=True, before=note("renewed")),
-        task("never shorter", LEASE, vmid=1000, ttl="30m", before=note("again")),
-        task("shorter when asked", LEASE, vmid=1000, ttl="30m", allow_shorten=True),
-        task("enough left", LEASE, vmid=1000, ttl="4h", min_remaining="20m"),
-        task("not enough left", LEASE, vmid=1000, ttl="4h", min_remaining="1h"),
-        task("none", LEASE, vmids=[], ttl="2h"),
-        task("one of many", LEASE, vmids=[1001], ttl=120),
-        task("three", LEASE, vmids=[1000, 1001, 1002], ttl="300"),
-        task("three again", LEASE, vmids=[1000, 1001, 1002], ttl="300"),
-        task("unknown", LEASE, vmids=[1000, 1777], ttl="10h", fails=True),
-        task("state as it was", "agentlab_sandbox_info", vmid=1000),
-    ])
+    run = story(
+        [
+            task("would renew", LEASE, vmid=1000, ttl="2h", check=True, diff=True, before=note("start")),
+            task("renew", LEASE, vmid=1000, ttl="2h", diff=True, before=note("after check")),
+            task("renew again", LEASE, vmid=1000, ttl="2h", diff=True, before=note("renewed")),
+            task("never shorter", LEASE, vmid=1000, ttl="30m", before=note("again")),
+            task("shorter when asked", LEASE, vmid=1000, ttl="30m", allow_shorten=True),
+            task("enough left", LEASE, vmid=1000, ttl="4h", min_remaining="20m"),
+            task("not enough left", LEASE, vmid=1000, ttl="4h", min_remaining="1h"),
+            task("none", LEASE, vmids=[], ttl="2h"),
+            task("one of many", LEASE, vmids=[1001], ttl=120),
+            task("three", LEASE, vmids=[1000, 1001, 1002], ttl="300"),
+            task("three again", LEASE, vmids=[1000, 1001, 1002], ttl="300"),
+            task("unknown", LEASE, vmids=[1000, 1777], ttl="10h", fails=True),
+            task("state as it was", "agentlab_sandbox_info", vmid=1000),
+        ]
+    )
     assert seen["start"] == seen["after check"] and seen["renewed"] == seen["again"] != seen["start"]
-    assert sum(sum(found.values()) for found in run.requests.values()) == 0, "the records answer everything about leases"
+    assert sum(sum(found.values()) for found in run.requests.values()) == 0, (
+        "the records answer everything about leases"
+    )
     for name in ("would renew", "renew"):
-        assert run.status(name) == "changed" and run[name]["results"][0]["granted_seconds"] == 7200 and run[name]["results"][0]["capped"] is False
+        assert (
+            run.status(name) == "changed"
+            and run[name]["results"][0]["granted_seconds"] == 7200
+            and run[name]["results"][0]["capped"] is False
+        )
         before, after = (run[name]["diff"][side]["sandbox 1000"]["lease_expires_at"] for side in ("before", "after"))
         assert before < after == run[name]["results"][0]["lease_expires_at"]
     assert run["renew"]["sandbox"]["lease_expires_at"] == run["renew"]["results"][0]["lease_expires_at"]
@@ -54,7 +62,9 @@ def test_renewing(story: Any, given: Any, env: Any, server: Any) -> None:
         assert {"changed", "sandboxes", "results", "failed_count"} <= set(run[name])
     assert [one["vmid"] for one in run["three"]["sandboxes"]] == [1000, 1001, 1002]
     assert "sandbox not found (vmid: 1777)" in run["unknown"]["msg"]
-    assert run["state as it was"]["sandboxes"][0]["lease_expires_at"] == run["three"]["sandboxes"][0]["lease_expires_at"]
+    assert (
+        run["state as it was"]["sandboxes"][0]["lease_expires_at"] == run["three"]["sandboxes"][0]["lease_expires_at"]
+    )
 
 
 def test_what_is_refused(story: Any, given: Any, env: Any, tmp_path: Any) -> None:
@@ -67,26 +77,51 @@ def test_what_is_refused(story: Any, given: Any, env: Any, tmp_path: Any) -> Non
     cases = {
         "TIMEOUT": ({"vmid": 1000, "ttl": "2h"}, "cannot renew lease in TIMEOUT state. Valid states: RUNNING"),
         "STOPPED": ({"vmid": 1003, "ttl": "2h"}, "cannot renew lease in STOPPED state. Valid states: RUNNING"),
-        "expired": ({"vmid": 1001, "ttl": "2h"}, "cannot renew lease of sandbox 1001: it expired at 2023-11-14T22:13:20Z and is about to become TIMEOUT. "
-                                                 "Create a new sandbox"),
-        "not found": ({"vmid": 1500, "ttl": "2h"}, "sandbox not found (vmid: 1500). A VM without a record is never touched"),
-        "ttl": ({"vmid": 1002, "ttl": "2 hours ago"}, "ttl: '2 hours ago' is not a duration. Valid: minutes as a number (120) or a duration such as "
-                                                      "90s, 30m, 2h, 1d12h"),
-        "ttl zero": ({"vmid": 1002, "ttl": 0}, "ttl: '0' is zero. Valid: more than zero, minutes as a number (120) or a duration such as 90s, 30m, 2h, 1d12h"),
+        "expired": (
+            {"vmid": 1001, "ttl": "2h"},
+            "cannot renew lease of sandbox 1001: it expired at 2023-11-14T22:13:20Z and is about to become TIMEOUT. "
+            "Create a new sandbox",
+        ),
+        "not found": (
+            {"vmid": 1500, "ttl": "2h"},
+            "sandbox not found (vmid: 1500). A VM without a record is never touched",
+        ),
+        "ttl": (
+            {"vmid": 1002, "ttl": "2 hours ago"},
+            "ttl: '2 hours ago' is not a duration. Valid: minutes as a number (120) or a duration such as "
+            "90s, 30m, 2h, 1d12h",
+        ),
+        "ttl zero": (
+            {"vmid": 1002, "ttl": 0},
+            "ttl: '0' is zero. Valid: more than zero, minutes as a number (120) or a duration such as 90s, 30m, 2h, 1d12h",
+        ),
         "ttl too long": ({"vmid": 1002, "ttl": "2d"}, "ttl: '2d' is longer than the maximum of 1d"),
-        "min_remaining": ({"vmid": 1002, "ttl": "2h", "min_remaining": "soon"}, "min_remaining: 'soon' is not a duration. Valid: minutes as "
-                          "a number (120) or a duration such as 90s, 30m, 2h, 1d12h"),
+        "min_remaining": (
+            {"vmid": 1002, "ttl": "2h", "min_remaining": "soon"},
+            "min_remaining: 'soon' is not a duration. Valid: minutes as "
+            "a number (120) or a duration such as 90s, 30m, 2h, 1d12h",
+        ),
         "no ttl": ({"vmid": 1002}, "missing required arguments: ttl"),
         "no id": ({"ttl": "2h"}, "one of the following is required: vmid, vmids, name"),
         "two ids": ({"vmid": 1002, "vmids": [1002], "ttl": "2h"}, "parameters are mutually exclusive: vmid|vmids|name"),
     }
     before = written(env["AGENTLAB_DATABASE"])
-    run = story([*(task(name, LEASE, fails=True, **options) for name, (options, _dummy) in cases.items()),
-                 task("mixed", LEASE, vmids=[1002, 1000], ttl="10h", fails=True)])
+    run = story(
+        [
+            *(task(name, LEASE, fails=True, **options) for name, (options, _dummy) in cases.items()),
+            task("mixed", LEASE, vmids=[1002, 1000], ttl="10h", fails=True),
+        ]
+    )
     assert {name: run[name]["msg"] for name in cases} == {name: wanted for name, (_dummy, wanted) in cases.items()}
     assert all(run[name]["changed"] is False for name in cases if "changed" in run[name])
     mixed = run["mixed"]
-    assert [one["outcome"] for one in mixed["results"]] == ["renewed", "failed"] and mixed["changed"] and mixed["failed_count"] == 1
+    assert (
+        [one["outcome"] for one in mixed["results"]] == ["renewed", "failed"]
+        and mixed["changed"]
+        and mixed["failed_count"] == 1
+    )
     assert mixed["results"][0]["capped"] is True and 10600 <= mixed["results"][0]["granted_seconds"] <= 10800
-    assert mixed["msg"] == "1 of 2 sandboxes failed; the first: cannot renew lease in TIMEOUT state. Valid states: RUNNING"
+    assert (
+        mixed["msg"] == "1 of 2 sandboxes failed; the first: cannot renew lease in TIMEOUT state. Valid states: RUNNING"
+    )
     assert written(env["AGENTLAB_DATABASE"]) != before and all(not writes(found) for found in run.requests.values())

@@ -22,27 +22,45 @@ def kinds(answer: dict[str, Any]) -> dict[int, str]:
 
 def test_a_short_lease_runs_out_and_prune_removes_it(story: Any, server: Any, env: Any) -> None:
     seen: dict[str, Any] = {}
-    run = story([
-        task("create", "agentlab_sandbox", name="short", ttl="3s"),
-        task("and one that stays", "agentlab_sandbox", name="long", ttl="2h"),
-        task("and one that lives on", "agentlab_sandbox", name="kept-alive", ttl="3s", keepalive=True),
-        task("would expire", RECONCILE, check=True, diff=True, before=lambda: (time.sleep(3.1), seen.update(a=written(env["AGENTLAB_DATABASE"])))),
-        task("expire", RECONCILE, diff=True, before=lambda: seen.update(b=written(env["AGENTLAB_DATABASE"]))),
-        task("expired", "agentlab_sandbox_info", states=["TIMEOUT"], events=20),
-        task("cannot renew", "agentlab_lease", name="short", ttl="2h", fails=True),
-        task("cannot destroy", "agentlab_sandbox", name="short", state="absent", fails=True),
-        task("too young", "agentlab_prune", older_than="1h"),
-        task("prune", "agentlab_prune"),
-    ])
+    run = story(
+        [
+            task("create", "agentlab_sandbox", name="short", ttl="3s"),
+            task("and one that stays", "agentlab_sandbox", name="long", ttl="2h"),
+            task("and one that lives on", "agentlab_sandbox", name="kept-alive", ttl="3s", keepalive=True),
+            task(
+                "would expire",
+                RECONCILE,
+                check=True,
+                diff=True,
+                before=lambda: (time.sleep(3.1), seen.update(a=written(env["AGENTLAB_DATABASE"]))),
+            ),
+            task("expire", RECONCILE, diff=True, before=lambda: seen.update(b=written(env["AGENTLAB_DATABASE"]))),
+            task("expired", "agentlab_sandbox_info", states=["TIMEOUT"], events=20),
+            task("cannot renew", "agentlab_lease", name="short", ttl="2h", fails=True),
+            task("cannot destroy", "agentlab_sandbox", name="short", state="absent", fails=True),
+            task("too young", "agentlab_prune", older_than="1h"),
+            task("prune", "agentlab_prune"),
+        ]
+    )
     assert seen["a"] == seen["b"] and writes(run.requests["would expire"]) == []
-    assert kinds(run["would expire"]) == {1000: "lease_expired", 1002: "lease_expired"} and run.status("would expire") == "changed"
+    assert (
+        kinds(run["would expire"]) == {1000: "lease_expired", 1002: "lease_expired"}
+        and run.status("would expire") == "changed"
+    )
     assert kinds(run["expire"]) == {1000: "lease_expired", 1002: "lease_expired"}
     assert set(run["would expire"]["diff"]["before"]) == {"sandbox 1000", "sandbox 1002"}
     assert [one["name"] for one in run["expired"]["sandboxes"]] == ["short"]
     assert run["cannot renew"]["msg"] == "cannot renew lease in TIMEOUT state. Valid states: RUNNING"
-    assert run["cannot destroy"]["msg"] == "cannot destroy sandbox in TIMEOUT state. Valid states: STOPPED, DESTROYED. Use force=true to bypass"
+    assert (
+        run["cannot destroy"]["msg"]
+        == "cannot destroy sandbox in TIMEOUT state. Valid states: STOPPED, DESTROYED. Use force=true to bypass"
+    )
     assert run["too young"]["kept"][0]["reason"] == "too_young" and run["too young"]["count"] == 0
-    assert run["prune"]["count"] == 1 and server.pve.vm(1000) is None and server.pve.vm(1001).status == server.pve.vm(1002).status == "running"
+    assert (
+        run["prune"]["count"] == 1
+        and server.pve.vm(1000) is None
+        and server.pve.vm(1001).status == server.pve.vm(1002).status == "running"
+    )
 
 
 @pytest.mark.everyday
@@ -68,23 +86,49 @@ def test_drift(story: Any, given: Any, env: Any, server: Any) -> None:
         pve.make_foreign(1050, running=True, description=ours["description"], tags="agentlab")
         marks.update({vmid: len(pve.touched(vmid)) for vmid in (1003, 1004, 1005, 1050)})
 
-    run = story([
-        task("nothing", RECONCILE, diff=True),
-        task("report", RECONCILE, check=True, diff=True, before=drift),
-        task("repair", RECONCILE, diff=True, before=lambda: seen.update(report=records(env["AGENTLAB_DATABASE"]))),
-        task("second pass", RECONCILE),
-        task("third pass", RECONCILE),
-    ])
-    assert run["nothing"]["count"] == 0 and run.status("nothing") == "ok" and run["nothing"]["diff"] == {"before": {}, "after": {}}
+    run = story(
+        [
+            task("nothing", RECONCILE, diff=True),
+            task("report", RECONCILE, check=True, diff=True, before=drift),
+            task("repair", RECONCILE, diff=True, before=lambda: seen.update(report=records(env["AGENTLAB_DATABASE"]))),
+            task("second pass", RECONCILE),
+            task("third pass", RECONCILE),
+        ]
+    )
+    assert (
+        run["nothing"]["count"] == 0
+        and run.status("nothing") == "ok"
+        and run["nothing"]["diff"] == {"before": {}, "after": {}}
+    )
     assert start == seen["report"]
-    wanted = {1000: "moved", 1001: "stopped", 1002: "absent", 1003: "vmid_reused", 1004: "node_offline", 1005: "ambiguous", 1050: "unrecorded"}
+    wanted = {
+        1000: "moved",
+        1001: "stopped",
+        1002: "absent",
+        1003: "vmid_reused",
+        1004: "node_offline",
+        1005: "ambiguous",
+        1050: "unrecorded",
+    }
     assert kinds(run["report"]) == kinds(run["repair"]) == wanted
     assert writes(run.requests["report"]) == [] and all(not one["applied"] for one in run["report"]["drift"])
     assert set(run["repair"]["diff"]["after"]) == {f"sandbox {vmid}" for vmid in (1000, 1001, 1002, 1003)}
     assert [state_of(env, vmid) for vmid in range(1000, 1009)] == [
-        "RUNNING", "FAILED", "DESTROYED", "DESTROYED", "RUNNING", "RUNNING", "RUNNING", "RUNNING", "RUNNING"]
+        "RUNNING",
+        "FAILED",
+        "DESTROYED",
+        "DESTROYED",
+        "RUNNING",
+        "RUNNING",
+        "RUNNING",
+        "RUNNING",
+        "RUNNING",
+    ]
     assert kinds(run["second pass"])[1002] == "absent" and run.status("second pass") == "changed"
-    assert kinds(run["third pass"]) == {1004: "node_offline", 1005: "ambiguous", 1050: "unrecorded"} and run.status("third pass") == "ok"
+    assert (
+        kinds(run["third pass"]) == {1004: "node_offline", 1005: "ambiguous", 1050: "unrecorded"}
+        and run.status("third pass") == "ok"
+    )
     for vmid, mark in marks.items():
         assert pve.touched(vmid)[mark:] == [] and pve.vm(vmid).status == "running"
 
@@ -94,12 +138,19 @@ def test_all_absent_at_once_writes_nothing(story: Any, given: Any, env: Any, ser
     edit(env, [1000], updated_at=1)
     start = records(env["AGENTLAB_DATABASE"])
     server.pve.vms[:] = [vm for vm in server.pve.vms if vm.vmid == 9000]
-    run = story([
-        task("guard", RECONCILE, fails=True),
-        task("bad wait", RECONCILE, wait_timeout=-1, fails=True),
-        task("no such option", RECONCILE, apply=True, fails=True),
-    ])
-    assert run["guard"]["msg"].startswith("6 of 6 sandboxes are absent at once (absent_guard is 50 %); nothing was written.")
+    run = story(
+        [
+            task("guard", RECONCILE, fails=True),
+            task("bad wait", RECONCILE, wait_timeout=-1, fails=True),
+            task("no such option", RECONCILE, apply=True, fails=True),
+        ]
+    )
+    assert run["guard"]["msg"].startswith(
+        "6 of 6 sandboxes are absent at once (absent_guard is 50 %); nothing was written."
+    )
     assert run["guard"]["count"] == 6 and len(run["guard"]["drift"]) == 6
-    assert "wait_timeout: '-1' is not a duration" in run["bad wait"]["msg"] and "Unsupported parameters" in run["no such option"]["msg"]
+    assert (
+        "wait_timeout: '-1' is not a duration" in run["bad wait"]["msg"]
+        and "Unsupported parameters" in run["no such option"]["msg"]
+    )
     assert records(env["AGENTLAB_DATABASE"]) == start

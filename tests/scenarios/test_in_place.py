@@ -29,7 +29,9 @@ from support.story import task
 SANDBOX = "agentlab_sandbox"
 PLACE = re.compile(r"Running (\w+) in place|Using module file \S*/(agentlab_\w+)\.py")
 # What no two runs have in common.
-_OWN = re.compile(r"[0-9a-f]{8}-[0-9a-f-]{27}|\d{4}-\d\d-\d\dT[\d:]+Z|UPID:[^\" ]+|(?<=\"duration_ms\": )\d+|(?<= for )\d+s")
+_OWN = re.compile(
+    r"[0-9a-f]{8}-[0-9a-f-]{27}|\d{4}-\d\d-\d\dT[\d:]+Z|UPID:[^\" ]+|(?<=\"duration_ms\": )\d+|(?<= for )\d+s"
+)
 
 
 def places(output: str) -> list[str]:
@@ -43,23 +45,47 @@ def test_where_a_module_runs(env: dict[str, str], tmp_path: Path, given: Any) ->
     show = {"agentlab.proxmox.agentlab_sandbox_info": {}}
     other = "{{ ansible_playbook_python | dirname }}/python3"
     hosts = tmp_path / "hosts.yml"
-    hosts.write_text(json.dumps({"all": {"hosts": {
-        "beside": {"ansible_connection": "local", "ansible_python_interpreter": "{{ ansible_playbook_python }}"},
-        "another": {"ansible_connection": "local", "ansible_python_interpreter": other}}}}))
+    hosts.write_text(
+        json.dumps(
+            {
+                "all": {
+                    "hosts": {
+                        "beside": {
+                            "ansible_connection": "local",
+                            "ansible_python_interpreter": "{{ ansible_playbook_python }}",
+                        },
+                        "another": {"ansible_connection": "local", "ansible_python_interpreter": other},
+                    }
+                }
+            }
+        )
+    )
     # Whoever is not root is asked for root's password.
     su = {"name": "become", **show, "become": True, "become_method": "ansible.builtin.su"}
     become = [su] if os.geteuid() == 0 else []
-    run = run_play([{"hosts": "localhost", "gather_facts": False, "vars": {"agentlab_in_place": True}, "tasks": [
-        {"name": "plain", **show},
-        {"name": "told not to", **show, "vars": {"agentlab_in_place": "no"}},
-        {"name": "another python", **show, "vars": {"ansible_python_interpreter": other}},
-        {"name": "environment", **show, "environment": {"AGENTLAB_CONFIG": env["AGENTLAB_CONFIG"]}},
-        {"name": "timeout", **show, "timeout": 60},
-        {"name": "async", **show, "async": 60, "poll": 1},
-        *become,
-        {"name": "delegated", **show, "delegate_to": "beside"},
-        {"name": "delegated to another python", **show, "delegate_to": "another"},
-    ]}], env, tmp_path, args=("-vvv", "-i", str(hosts))).ok()
+    run = run_play(
+        [
+            {
+                "hosts": "localhost",
+                "gather_facts": False,
+                "vars": {"agentlab_in_place": True},
+                "tasks": [
+                    {"name": "plain", **show},
+                    {"name": "told not to", **show, "vars": {"agentlab_in_place": "no"}},
+                    {"name": "another python", **show, "vars": {"ansible_python_interpreter": other}},
+                    {"name": "environment", **show, "environment": {"AGENTLAB_CONFIG": env["AGENTLAB_CONFIG"]}},
+                    {"name": "timeout", **show, "timeout": 60},
+                    {"name": "async", **show, "async": 60, "poll": 1},
+                    *become,
+                    {"name": "delegated", **show, "delegate_to": "beside"},
+                    {"name": "delegated to another python", **show, "delegate_to": "another"},
+                ],
+            }
+        ],
+        env,
+        tmp_path,
+        args=("-vvv", "-i", str(hosts)),
+    ).ok()
     assert [entry["result"]["count"] for entry in run.results] == [1] * (8 + len(become))
     assert places(run.output) == ["in place", *["shipped"] * (5 + len(become)), "in place", "shipped"]
 
@@ -69,8 +95,19 @@ def test_both_ways_answer_the_same(env: dict[str, str], tmp_path: Path) -> None:
     """One story, told in place and shipped, each with records of its own: the results are equal but for times, identities and task ids."""
     password, sealed = tmp_path / "password", tmp_path / "sealed.yml"
     password.write_text("password of the vault")
-    vault = [str(Path(sys.executable).with_name("ansible-vault")), "encrypt_string", "--vault-password-file", str(password), "--stdin-name", "sealed"]
-    sealed.write_text(subprocess.run(vault, input=TOKEN_SECRET, env=env, cwd=tmp_path, capture_output=True, text=True, check=True).stdout)
+    vault = [
+        str(Path(sys.executable).with_name("ansible-vault")),
+        "encrypt_string",
+        "--vault-password-file",
+        str(password),
+        "--stdin-name",
+        "sealed",
+    ]
+    sealed.write_text(
+        subprocess.run(
+            vault, input=TOKEN_SECRET, env=env, cwd=tmp_path, capture_output=True, text=True, check=True
+        ).stdout
+    )
     plain = {name: value for name, value in env.items() if name != "PROXMOX_TOKEN_SECRET"}
     tasks = [
         task("would create", SANDBOX, name="mine", tags=["a", "b"], ttl="1h", check=True, diff=True),
@@ -97,15 +134,26 @@ def test_both_ways_answer_the_same(env: dict[str, str], tmp_path: Path) -> None:
         one[next(name for name in one if name.startswith("agentlab."))]["api_token_secret"] = "{{ sealed }}"
     told: dict[str, list[Any]] = {}
     for way in ("yes", "no"):
-        run = run_play(tasks, {**plain, "AGENTLAB_DATABASE": str(tmp_path / f"{way}.db")}, tmp_path,
-                       args=("-vvv", "-e", f"agentlab_in_place={way}", "-e", f"@{sealed}", "--vault-password-file", str(password))).ok()
+        run = run_play(
+            tasks,
+            {**plain, "AGENTLAB_DATABASE": str(tmp_path / f"{way}.db")},
+            tmp_path,
+            args=("-vvv", "-e", f"agentlab_in_place={way}", "-e", f"@{sealed}", "--vault-password-file", str(password)),
+        ).ok()
         assert places(run.output) == ["in place" if way == "yes" else "shipped"] * len(tasks)
         assert TOKEN_SECRET not in run.output
-        assert [entry["task"] for entry in run.results if entry["status"] == "failed"] == [one["name"] for one in tasks if one.get("ignore_errors")]
-        told[way] = [json.loads(_OWN.sub("0", json.dumps({name: entry[name] for name in ("task", "status", "result")}))) for entry in run.results]
+        assert [entry["task"] for entry in run.results if entry["status"] == "failed"] == [
+            one["name"] for one in tasks if one.get("ignore_errors")
+        ]
+        told[way] = [
+            json.loads(_OWN.sub("0", json.dumps({name: entry[name] for name in ("task", "status", "result")})))
+            for entry in run.results
+        ]
     for here, shipped in zip(told["yes"], told["no"], strict=True):
         one, other = here["result"], shipped["result"]
-        assert {key: (one.get(key), other.get(key)) for key in {*one, *other} if one.get(key) != other.get(key)} == {}, here["task"]
+        assert {
+            key: (one.get(key), other.get(key)) for key in {*one, *other} if one.get(key) != other.get(key)
+        } == {}, here["task"]
         assert here == shipped
 
 
@@ -129,7 +177,9 @@ def test_the_process_that_ran_it_is_killed(env: dict[str, str], tmp_path: Path, 
     assert killed.rc != 0 and "dead state" in killed.output, killed.output
     again = run_play([create, task("show", "agentlab_sandbox_info", verify=True)], env, tmp_path).ok()
     assert again.status("create") == "changed"
-    assert [(one["vmid"], one["state"], one["identity"]) for one in again["show"]["sandboxes"]] == [(1000, "RUNNING", "MATCH")]
+    assert [(one["vmid"], one["state"], one["identity"]) for one in again["show"]["sandboxes"]] == [
+        (1000, "RUNNING", "MATCH")
+    ]
 
 
 def stop_ansible(worker: int, stop: signal.Signals) -> None:
@@ -145,7 +195,9 @@ def stop_ansible(worker: int, stop: signal.Signals) -> None:
 
 @pytest.mark.everyday
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
-def test_stopping_ansible_gives_the_claim_back(env: dict[str, str], tmp_path: Path, server: Any, stop: signal.Signals) -> None:
+def test_stopping_ansible_gives_the_claim_back(
+    env: dict[str, str], tmp_path: Path, server: Any, stop: signal.Signals
+) -> None:
     """Ctrl-C, or a job that is cancelled: from another container nobody could tell whether the process that held it is dead."""
     server.pve.fault("POST", "/clone", "hang", seconds=20, carry_out=True)
     create = task("create", SANDBOX, name="mine", keywords={"vars": {"agentlab_in_place": True}})
@@ -162,11 +214,15 @@ def test_stopping_ansible_gives_the_claim_back(env: dict[str, str], tmp_path: Pa
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_stopping_ansible_while_absence_is_proven_gives_the_claims_back(env: dict[str, str], tmp_path: Path, server: Any, given: Any, count: int) -> None:
+def test_stopping_ansible_while_absence_is_proven_gives_the_claims_back(
+    env: dict[str, str], tmp_path: Path, server: Any, given: Any, count: int
+) -> None:
     given(count)
     server.pve.fault("GET", "cluster/nextid", "hang", seconds=3)
     vmids = list(range(1000, 1000 + count))
-    destroy = task("destroy", SANDBOX, vmids=vmids, state="absent", force=True, keywords={"vars": {"agentlab_in_place": True}})
+    destroy = task(
+        "destroy", SANDBOX, vmids=vmids, state="absent", force=True, keywords={"vars": {"agentlab_in_place": True}}
+    )
     with ThreadPoolExecutor() as pool, contextlib.closing(sqlite3.connect(env["AGENTLAB_DATABASE"])) as conn:
         first = pool.submit(run_play, [destroy], env, tmp_path)
         deadline = time.monotonic() + 30
@@ -185,17 +241,26 @@ def test_stopping_ansible_while_absence_is_proven_gives_the_claims_back(env: dic
 def test_a_worker_that_is_told_to_stop_shows_no_trace(env: dict[str, str], tmp_path: Path, server: Any) -> None:
     server.pve.fault("POST", "/clone", "hang", seconds=20, carry_out=True)
     with ThreadPoolExecutor() as pool:
-        first = pool.submit(run_play, [task("create", SANDBOX, name="mine", keywords={"vars": {"agentlab_in_place": True}})], env, tmp_path)
+        first = pool.submit(
+            run_play,
+            [task("create", SANDBOX, name="mine", keywords={"vars": {"agentlab_in_place": True}})],
+            env,
+            tmp_path,
+        )
         os.kill(worker_of(env, server), signal.SIGTERM)
         ended = first.result()
     assert ended.rc != 0 and "Traceback" not in ended.output, ended.output
 
 
 @pytest.mark.parametrize("way", [True, False])
-def test_relative_paths_begin_in_the_folder_of_the_playbook(env: dict[str, str], tmp_path: Path, given: Any, way: bool) -> None:
+def test_relative_paths_begin_in_the_folder_of_the_playbook(
+    env: dict[str, str], tmp_path: Path, given: Any, way: bool
+) -> None:
     given(1)
     (tmp_path / "beside.yaml").write_text(Path(env["AGENTLAB_CONFIG"]).read_text())
-    show = task("show", "agentlab_sandbox_info", config_file="beside.yaml", keywords={"vars": {"agentlab_in_place": way}})
+    show = task(
+        "show", "agentlab_sandbox_info", config_file="beside.yaml", keywords={"vars": {"agentlab_in_place": way}}
+    )
     assert run_play([show], env, tmp_path).ok()["show"]["count"] == 1
 
 
@@ -203,28 +268,46 @@ def test_ansible_may_be_started_where_its_user_may_not_go(env: dict[str, str], t
     """As with sudo, out of a folder of one's own; root needs to lose what lets it in everywhere."""
     given(1)
     book = tmp_path / "book.yml"
-    book.write_text(json.dumps([{"hosts": "localhost", "gather_facts": False, "tasks": [task("show", "agentlab_sandbox_info")]}]))
+    book.write_text(
+        json.dumps([{"hosts": "localhost", "gather_facts": False, "tasks": [task("show", "agentlab_sandbox_info")]}])
+    )
     (tmp_path / "closed").mkdir()
     dropped = "setpriv --bounding-set=-dac_override,-dac_read_search" if os.geteuid() == 0 else ""
     playbook = Path(sys.executable).with_name("ansible-playbook")
-    run = run_command(["sh", "-c", f"cd {tmp_path}/closed && chmod 0 . && exec {dropped} {playbook} -vvv {book}"],
-                      {**env, "ANSIBLE_CONFIG": f"{REPO}/ansible.cfg"}, tmp_path).ok()
+    run = run_command(
+        ["sh", "-c", f"cd {tmp_path}/closed && chmod 0 . && exec {dropped} {playbook} -vvv {book}"],
+        {**env, "ANSIBLE_CONFIG": f"{REPO}/ansible.cfg"},
+        tmp_path,
+    ).ok()
     assert run["show"]["count"] == 1 and places(run.output) == ["in place"]
 
 
-def test_another_collection_may_give_a_module_a_name_of_its_own(env: dict[str, str], tmp_path: Path, given: Any) -> None:
+def test_another_collection_may_give_a_module_a_name_of_its_own(
+    env: dict[str, str], tmp_path: Path, given: Any
+) -> None:
     given(1)
     other = tmp_path / "collections/ansible_collections/some/one"
     (other / "meta").mkdir(parents=True)
-    (other / "meta/runtime.yml").write_text(json.dumps({"plugin_routing": {"modules": {"leased": {"redirect": "agentlab.proxmox.agentlab_sandbox_info"}}}}))
+    (other / "meta/runtime.yml").write_text(
+        json.dumps({"plugin_routing": {"modules": {"leased": {"redirect": "agentlab.proxmox.agentlab_sandbox_info"}}}})
+    )
     where = {**env, "ANSIBLE_COLLECTIONS_PATH": f"{tmp_path}/collections:{REPO}/.collections"}
-    run = run_play([{"name": "show", "some.one.leased": {}, "vars": {"agentlab_in_place": True}}], where, tmp_path, args=("-vvv",)).ok()
+    run = run_play(
+        [{"name": "show", "some.one.leased": {}, "vars": {"agentlab_in_place": True}}], where, tmp_path, args=("-vvv",)
+    ).ok()
     assert run["show"]["count"] == 1 and places(run.output) == ["in place"]
 
 
 def test_the_variable_is_checked(env: dict[str, str], tmp_path: Path, given: Any) -> None:
     given(1)
-    run = run_play([task("wrong", "agentlab_sandbox_info", fails=True, keywords={"vars": {"agentlab_in_place": "perhaps"}}),
-                    task("unset", "agentlab_sandbox_info", keywords={"vars": {"agentlab_in_place": None}})], env, tmp_path, args=("-vvv",)).ok()
+    run = run_play(
+        [
+            task("wrong", "agentlab_sandbox_info", fails=True, keywords={"vars": {"agentlab_in_place": "perhaps"}}),
+            task("unset", "agentlab_sandbox_info", keywords={"vars": {"agentlab_in_place": None}}),
+        ],
+        env,
+        tmp_path,
+        args=("-vvv",),
+    ).ok()
     assert run["wrong"]["msg"].startswith("agentlab_in_place: The value 'perhaps' is not a valid boolean")
     assert run["unset"]["count"] == 1 and places(run.output) == ["in place"]

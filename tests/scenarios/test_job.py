@@ -73,13 +73,22 @@ class Job:
     @property
     def said(self) -> str:
         """The sentence that the playbook ends with."""
-        ends = [entry for entry in self.run.results if entry["task"] in ("Fail if the job failed", "Fail if the sandbox could not be cleared up",
-                                                                         "Say where the results are") and entry["status"] != "skipped"]
+        ends = [
+            entry
+            for entry in self.run.results
+            if entry["task"]
+            in ("Fail if the job failed", "Fail if the sandbox could not be cleared up", "Say where the results are")
+            and entry["status"] != "skipped"
+        ]
         assert ends, self.run.output
         return str(ends[-1]["result"]["msg"])
 
     def cleared_up(self) -> bool:
-        return self.vms == [] and self.states in ([], ["DESTROYED"]) and (not self.rows("SELECT 1 FROM workspaces") or self.workspace == "DETACHED")
+        return (
+            self.vms == []
+            and self.states in ([], ["DESTROYED"])
+            and (not self.rows("SELECT 1 FROM workspaces") or self.workspace == "DETACHED")
+        )
 
 
 @pytest.fixture
@@ -87,7 +96,9 @@ def job(env: Any, server: Any, tmp_path: Path) -> Callable[..., Job]:
     """job(tasks, variables...): run the playbook with those tasks in a file, a workspace and a result to collect."""
     server.pve.agent_default = True
     (tmp_path / "profiles").mkdir()
-    (tmp_path / "profiles" / "jobs.yaml").write_text("workspace: required\nlease: {default: 1h, maximum: 2h}\ntags: [job]\n", encoding="utf-8")
+    (tmp_path / "profiles" / "jobs.yaml").write_text(
+        "workspace: required\nlease: {default: 1h, maximum: 2h}\ntags: [job]\n", encoding="utf-8"
+    )
     with open(env["AGENTLAB_CONFIG"], "a", encoding="utf-8") as config:
         config.write(f"profiles_dir: {tmp_path}/profiles\n")
 
@@ -95,12 +106,28 @@ def job(env: Any, server: Any, tmp_path: Path) -> Callable[..., Job]:
         if tasks is not None:
             (tmp_path / "job-tasks.yml").write_text(tasks, encoding="utf-8")
         given = {
-            "agentlab_hosts": "localhost", "job_name": "job-1", "job_tasks": f"{tmp_path}/job-tasks.yml", "job_profile": "jobs",
-            "job_workspace": "data", "job_workspace_size": "2G", "job_workspace_storage": "local-lvm", "job_connection": "local",
-            "job_python": "{{ ansible_playbook_python }}", "job_fetch": [f"{tmp_path}/made-inside"], "job_results": f"{tmp_path}/results",
-            "job_file": f"{tmp_path}/made-inside", **variables}
-        done = run_play("playbooks/job.yml", env, tmp_path, check=check, args=more_args,
-                        extra_vars={name: value for name, value in given.items() if value is not None})
+            "agentlab_hosts": "localhost",
+            "job_name": "job-1",
+            "job_tasks": f"{tmp_path}/job-tasks.yml",
+            "job_profile": "jobs",
+            "job_workspace": "data",
+            "job_workspace_size": "2G",
+            "job_workspace_storage": "local-lvm",
+            "job_connection": "local",
+            "job_python": "{{ ansible_playbook_python }}",
+            "job_fetch": [f"{tmp_path}/made-inside"],
+            "job_results": f"{tmp_path}/results",
+            "job_file": f"{tmp_path}/made-inside",
+            **variables,
+        }
+        done = run_play(
+            "playbooks/job.yml",
+            env,
+            tmp_path,
+            check=check,
+            args=more_args,
+            extra_vars={name: value for name, value in given.items() if value is not None},
+        )
         return Job(done, tmp_path, server.pve, env["AGENTLAB_DATABASE"])
 
     return run
@@ -120,22 +147,32 @@ def test_the_life_of_a_job(job: Callable[..., Job], server: Any, how: str) -> No
         assert ended.run.rc == 0 and not ended.run.warnings, ended.run.output
         assert ended.result("made-inside").read_text() == "worked in job-1"
         assert ("complete", "COMPLETED", "done") in ended.events
-        assert f"Collected 1 file(s) in {ended.folder}/results/job-1" in ended.said and "Workspace data is free" in ended.said
+        assert (
+            f"Collected 1 file(s) in {ended.folder}/results/job-1" in ended.said
+            and "Workspace data is free" in ended.said
+        )
     elif how == "failed":
         # What a failed job wrote is a result too: it says why.
         assert ended.run.rc != 0 and ended.result("made-inside").exists()
-        assert ("fail", "FAILED", "done") in ended.events and ended.said.startswith("the job in sandbox job-1 failed: Break:")
+        assert ("fail", "FAILED", "done") in ended.events and ended.said.startswith(
+            "the job in sandbox job-1 failed: Break:"
+        )
         assert "Collected 1 file(s)" in ended.said
     else:
         assert ended.run.rc != 0 and not ended.result("made-inside").exists()
-        assert ended.said.startswith("the job in sandbox job-1 failed: Create the sandbox: sandbox 1000 could not be created")
+        assert ended.said.startswith(
+            "the job in sandbox job-1 failed: Create the sandbox: sandbox 1000 could not be created"
+        )
         assert "start failed" in ended.said and "Workspace data is free" in ended.said
     assert ("complete", "COMPLETED", "done") not in ended.events or how == "completed"
 
 
 UNUSABLE = {
     "no module": ("- name: Work\n  no_such_module:\n    path: /tmp\n", "no_such_module"),
-    "no module in a block": ("- name: Work\n  block:\n    - name: Inner\n      a.b.no_such_module:\n", "no_such_module"),
+    "no module in a block": (
+        "- name: Work\n  block:\n    - name: Inner\n      a.b.no_such_module:\n",
+        "no_such_module",
+    ),
     "a playbook": ("- name: Play\n  hosts: all\n  tasks: []\n", "is a playbook"),
     "a tab": ("- name: Work\n\tansible.builtin.ping:\n", "line 2, column 1"),
     "not yaml": ("- name: {Work\n", "is not valid YAML"),
@@ -143,10 +180,19 @@ UNUSABLE = {
     "empty": ("---\n", "holds no tasks"),
     "words": ("- run the thing\n", "entry 1 is 'run the thing'"),
     "no role": ("- name: Work\n  ansible.builtin.include_role:\n    name: no_such_role\n", "no_such_role"),
-    "no role in a block": ("- name: Work\n  block:\n    - ansible.builtin.import_role:\n        name: no_such_role\n", "no_such_role"),
+    "no role in a block": (
+        "- name: Work\n  block:\n    - ansible.builtin.import_role:\n        name: no_such_role\n",
+        "no_such_role",
+    ),
     "no file": ("- name: Work\n  ansible.builtin.include_tasks: not-there.yml\n", "not-there.yml"),
-    "no imported file": ("- name: Work\n  ansible.builtin.import_tasks: not-there.yml\n", "includes not-there.yml, which is not there"),
-    "no imported file in a block": ("- block:\n    - import_tasks: {file: sub/gone.yml}\n", "includes sub/gone.yml, which is not there"),
+    "no imported file": (
+        "- name: Work\n  ansible.builtin.import_tasks: not-there.yml\n",
+        "includes not-there.yml, which is not there",
+    ),
+    "no imported file in a block": (
+        "- block:\n    - import_tasks: {file: sub/gone.yml}\n",
+        "includes sub/gone.yml, which is not there",
+    ),
     "one word": ("run\n", "is not a list of tasks but 'run'; begin each task"),
     "two actions": ("- name: Work\n  ansible.builtin.ping:\n  ansible.builtin.debug:\n", "conflicting action"),
     "an end": ("- name: Work\n  ansible.builtin.meta: end_play\n", "meta: end_play"),
@@ -160,7 +206,12 @@ def test_the_check_of_the_tasks_names_what_is_wrong(tmp_path: Path, what: str) -
     path = tmp_path / "job-tasks.yml"
     if tasks is not None:
         path.write_text(tasks, encoding="utf-8")
-    run = subprocess.run([sys.executable, REPO / "playbooks" / "files" / "check_job_tasks.py", path, tmp_path], capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        [sys.executable, REPO / "playbooks" / "files" / "check_job_tasks.py", path, tmp_path],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     said = json.loads(run.stdout)["problem"]
     assert words in said and "agentlab-job-" not in said and "\n" not in said, said
 
@@ -170,7 +221,8 @@ def test_the_check_of_the_tasks_passes_what_can_be_run(tmp_path: Path) -> None:
     (tmp_path / "roles" / "mine" / "tasks" / "main.yml").write_text("- ansible.builtin.ping:\n", encoding="utf-8")
     (tmp_path / "more.yml").write_text("- ansible.builtin.ping:\n", encoding="utf-8")
     path = tmp_path / "job-tasks.yml"
-    path.write_text("""\ufeff---
+    path.write_text(
+        """\ufeff---
 - name: Work
   block:
     - ansible.builtin.include_role: {name: mine}
@@ -180,9 +232,16 @@ def test_the_check_of_the_tasks_passes_what_can_be_run(tmp_path: Path) -> None:
     - ansible.builtin.debug: {msg: !unsafe "{{ text }}"}
   rescue:
     - ansible.builtin.meta: flush_handlers
-""", encoding="utf-8")
-    run = subprocess.run([sys.executable, REPO / "playbooks" / "files" / "check_job_tasks.py", path, tmp_path], capture_output=True, text=True, check=True,
-                         env={**os.environ, "ANSIBLE_ROLES_PATH": str(tmp_path / "roles")})
+""",
+        encoding="utf-8",
+    )
+    run = subprocess.run(
+        [sys.executable, REPO / "playbooks" / "files" / "check_job_tasks.py", path, tmp_path],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "ANSIBLE_ROLES_PATH": str(tmp_path / "roles")},
+    )
     assert json.loads(run.stdout) == {"problem": ""}
 
 
@@ -225,12 +284,19 @@ def test_what_is_collected_may_be_named_in_each_way(job: Callable[..., Job], tmp
     fetch = {"text": a, "lines": f"{a}\r\n\n  {b}\n", "json text": json.dumps([a, b]), "folder": f"{out}/"}[form]
     ended = job(tasks, job_fetch=fetch)
     assert ended.run.rc == 0 and ended.cleared_up(), ended.run.output
-    names = {"text": ["a.txt"], "lines": ["a.txt", "b.txt"], "json text": ["a.txt", "b.txt"], "folder": ["out/a.txt", "out/deep/.hidden/b.txt"]}[form]
+    names = {
+        "text": ["a.txt"],
+        "lines": ["a.txt", "b.txt"],
+        "json text": ["a.txt", "b.txt"],
+        "folder": ["out/a.txt", "out/deep/.hidden/b.txt"],
+    }[form]
     files = sorted(str(path.relative_to(ended.result(""))) for path in ended.result("").rglob("*") if path.is_file())
     assert files == names and f"Collected {len(names)} file(s)" in ended.said
 
 
-def test_a_file_that_is_not_there_is_told_and_two_of_one_name_are_both_kept(job: Callable[..., Job], tmp_path: Path) -> None:
+def test_a_file_that_is_not_there_is_told_and_two_of_one_name_are_both_kept(
+    job: Callable[..., Job], tmp_path: Path
+) -> None:
     tasks = f"""\
 - name: Work
   ansible.builtin.shell: mkdir -p {tmp_path}/x {tmp_path}/y && echo 1 > {tmp_path}/x/log && echo 2 > {tmp_path}/y/log
@@ -238,16 +304,24 @@ def test_a_file_that_is_not_there_is_told_and_two_of_one_name_are_both_kept(job:
 """
     ended = job(tasks, job_fetch=[f"{tmp_path}/x/log", f"{tmp_path}/missing", f"{tmp_path}/y/log"])
     assert ended.run.rc == 0 and ended.cleared_up(), ended.run.output
-    assert ended.result(f".{tmp_path}/x/log").read_text() == "1\n" and ended.result(f".{tmp_path}/y/log").read_text() == "2\n"
+    assert (
+        ended.result(f".{tmp_path}/x/log").read_text() == "1\n"
+        and ended.result(f".{tmp_path}/y/log").read_text() == "2\n"
+    )
     assert f"Not there: {tmp_path}/missing." in ended.said and ("complete", "COMPLETED", "done") in ended.events
 
 
-def test_a_sandbox_whose_results_cannot_be_collected_stays_and_its_workspace_is_free(job: Callable[..., Job], tmp_path: Path) -> None:
+def test_a_sandbox_whose_results_cannot_be_collected_stays_and_its_workspace_is_free(
+    job: Callable[..., Job], tmp_path: Path
+) -> None:
     (tmp_path / "results").write_text("a file where the folder should be", encoding="utf-8")
     ended = job()
     assert ended.run.rc == 2 and ended.states == ["STOPPED"] and len(ended.vms) == 1, ended.run.output
     assert ended.workspace == "DETACHED"
-    assert "Collect the files: " in ended.said and "Results that were not collected are in sandbox job-1 (VMID 1000)" in ended.said
+    assert (
+        "Collect the files: " in ended.said
+        and "Results that were not collected are in sandbox job-1 (VMID 1000)" in ended.said
+    )
     assert "its lease ends at 20" in ended.said and "Workspace data is free" in ended.said
 
 
@@ -270,30 +344,44 @@ def test_a_guest_that_cannot_be_reached_any_more_is_cleared_up(job: Callable[...
     assert "Results that were not collected are in sandbox job-1" in ended.said
 
 
-def test_a_name_that_is_used_is_refused_and_the_other_sandbox_left_alone(job: Callable[..., Job], given: Callable[..., Any]) -> None:
+def test_a_name_that_is_used_is_refused_and_the_other_sandbox_left_alone(
+    job: Callable[..., Job], given: Callable[..., Any]
+) -> None:
     given(1, name="job-1")
     ended = job()
-    assert ended.run.rc == 2 and ended.run["Check that the name is free"]["msg"].startswith("job_name: job-1 is the name of sandbox 1000 (RUNNING)")
+    assert ended.run.rc == 2 and ended.run["Check that the name is free"]["msg"].startswith(
+        "job_name: job-1 is the name of sandbox 1000 (RUNNING)"
+    )
     assert ended.states == ["RUNNING"] and len(ended.vms) == 1
 
 
 def test_a_task_without_a_name_or_with_secrets_is_told_without_them(job: Callable[..., Job]) -> None:
     ended = job("- ansible.builtin.fail: {msg: the cause}\n")
-    assert ended.said.startswith("the job in sandbox job-1 failed: ") and "the cause" in ended.said and ended.cleared_up()
+    assert (
+        ended.said.startswith("the job in sandbox job-1 failed: ") and "the cause" in ended.said and ended.cleared_up()
+    )
     ended = job("- name: Secret\n  ansible.builtin.fail: {msg: hunter2}\n  no_log: true\n", job_name="job-2")
     assert "Secret: failed; its output is hidden (no_log)" in ended.said and "hunter2" not in ended.said
 
 
 def test_a_relative_path_starts_where_ansible_was_started(job: Callable[..., Job]) -> None:
     ended = job(job_tasks="tests/no-such-job.yml")
-    assert ended.run["Check that the tasks can be run"]["msg"] == \
-        f"job_tasks: {REPO}/tests/no-such-job.yml does not exist. Nothing was made"
+    assert (
+        ended.run["Check that the tasks can be run"]["msg"]
+        == f"job_tasks: {REPO}/tests/no-such-job.yml does not exist. Nothing was made"
+    )
 
 
 def test_one_host_is_meant_unless_told_otherwise(job: Callable[..., Job], tmp_path: Path) -> None:
     three = tmp_path / "three.ini"
-    three.write_text("".join(f"pve{n} ansible_connection=local ansible_python_interpreter='{{{{ ansible_playbook_python }}}}'\n" for n in (1, 2, 3))
-                     + "[pve]\npve1\npve2\npve3\n", encoding="utf-8")
+    three.write_text(
+        "".join(
+            f"pve{n} ansible_connection=local ansible_python_interpreter='{{{{ ansible_playbook_python }}}}'\n"
+            for n in (1, 2, 3)
+        )
+        + "[pve]\npve1\npve2\npve3\n",
+        encoding="utf-8",
+    )
     ended = job(agentlab_hosts="pve", more_args=("-i", str(three)))
     assert ended.run.rc == 2 and ended.pve.counted["POST"] == 0
     assert "agentlab_hosts: the play would run on 3 hosts (pve1, pve2, pve3)" in ended.run.failed[0]["result"]["msg"]
@@ -305,7 +393,9 @@ def test_one_host_is_meant_unless_told_otherwise(job: Callable[..., Job], tmp_pa
 
 def test_check_mode_says_what_would_be_made_and_ends(job: Callable[..., Job]) -> None:
     ended = job(check=True, job_workspace=None, job_profile=None)
-    assert ended.run.rc == 0 and ended.run.status("Create the sandbox") == "changed" and ended.vms == [], ended.run.output
+    assert ended.run.rc == 0 and ended.run.status("Create the sandbox") == "changed" and ended.vms == [], (
+        ended.run.output
+    )
 
 
 def test_a_failed_job_is_kept_on_request(job: Callable[..., Job]) -> None:

@@ -43,7 +43,11 @@ def typed(env: dict[str, str], tmp_path: Path, server: Any) -> Any:
 
 
 def ansible(page: Path, program: str) -> list[str]:
-    return [command for command in pages.commands(page) if command.split()[0] == program and "localhost," not in command and "…" not in command]
+    return [
+        command
+        for command in pages.commands(page)
+        if command.split()[0] == program and "localhost," not in command and "…" not in command
+    ]
 
 
 def known_variables(playbook: str) -> set[str]:
@@ -54,7 +58,9 @@ def known_variables(playbook: str) -> set[str]:
     return set(re.findall(r"\b(?:sandbox|prune|lease|job|doctor|reconcile|awx|agentlabd?)_\w+", text))
 
 
-@pytest.mark.parametrize("page", [page for page in pages.PAGES if ansible(page, "ansible-playbook")], ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page", [page for page in pages.PAGES if ansible(page, "ansible-playbook")], ids=lambda page: page.stem
+)
 def test_playbooks_are_there_and_know_the_variables_they_are_given(page: Path, typed: Any, tmp_path: Path) -> None:
     for name in ("sandbox.yml", "job.yml"):
         (tmp_path / name).write_text("- hosts: pve\n  tasks: []\n", encoding="utf-8")
@@ -63,7 +69,8 @@ def test_playbooks_are_there_and_know_the_variables_they_are_given(page: Path, t
         assert done.rc == 0 and not done.warnings, (command, done.output)
         words = pages.words(command)
         given = {name for word in words for name in re.findall(r"^(\w+)=", word)} | {
-            name for word in words if word.startswith("{") for name in yaml.safe_load(word)}
+            name for word in words if word.startswith("{") for name in yaml.safe_load(word)
+        }
         for playbook in [word for word in words if word.startswith("agentlab.proxmox.")]:
             assert given <= known_variables(playbook), command
 
@@ -97,7 +104,11 @@ def test_the_tasks_of_the_jobs_page_are_tasks(env: dict[str, str], tmp_path: Pat
     (tmp_path / "build.yml").write_text(pages.blocks(DOCS / "jobs.md", "yaml")[0], encoding="utf-8")
     tasks = [{"name": "Job", "ansible.builtin.import_tasks": f"{tmp_path}/build.yml"}]
     assert run_play(tasks, env, tmp_path, args=("--syntax-check",)).ok().rc == 0
-    documented = {name for row in re.findall(r"^\| (`job_.+?) \|", (DOCS / "jobs.md").read_text(), re.M) for name in re.findall(r"job_\w+", row)}
+    documented = {
+        name
+        for row in re.findall(r"^\| (`job_.+?) \|", (DOCS / "jobs.md").read_text(), re.M)
+        for name in re.findall(r"job_\w+", row)
+    }
     known = {name for name in known_variables("agentlab.proxmox.job") if name.startswith("job_")}
     asked_for = known - set_inside(yaml.safe_load((pages.ROOT / "playbooks/job.yml").read_text()))
     assert asked_for <= documented <= known, (asked_for - documented, documented - known)
@@ -128,7 +139,12 @@ def test_the_backup_of_troubleshooting_is_a_backup(given: Any, env: dict[str, st
     for command in pages.commands(DOCS / "troubleshooting.md"):
         words = pages.words(command)
         if words[0] == "sqlite3":
-            done = subprocess.run([*words[:1], env["AGENTLAB_DATABASE"], words[2].replace("/root", str(tmp_path))], capture_output=True, text=True, check=True)
+            done = subprocess.run(
+                [*words[:1], env["AGENTLAB_DATABASE"], words[2].replace("/root", str(tmp_path))],
+                capture_output=True,
+                text=True,
+                check=True,
+            )
             assert done.stdout in ("", "ok\n") and not done.stderr
     conn = sqlite3.connect(tmp_path / "agentlab-backup.db")
     assert conn.execute("SELECT count(*) FROM sandboxes").fetchone() == (2,)
@@ -139,7 +155,9 @@ def test_the_backup_of_troubleshooting_is_a_backup(given: Any, env: dict[str, st
 def test_the_play_of_the_inventory_page(given: Any, typed: Any, tmp_path: Path) -> None:
     given(2, tags=["ci"])
     given(1, "STOPPED")
-    text = (DOCS / "inventory.md").read_text(encoding="utf-8").split("<!-- records -->")[1].split("<!-- /records -->")[0]
+    text = (
+        (DOCS / "inventory.md").read_text(encoding="utf-8").split("<!-- records -->")[1].split("<!-- /records -->")[0]
+    )
     (tmp_path / "hosts.yml").write_text(text.strip().removeprefix("```yaml\n").removesuffix("```"), encoding="utf-8")
     done = typed("ansible-playbook -i inventory.ini hosts.yml")
     assert done.rc == 0 and not done.warnings, done.output

@@ -644,7 +644,11 @@ class Awx:
                 told.append(f"'{name}' value {value} is too large (must be no more than {high}).")
             return told
         if kind == "integer":
-            return [] if isinstance(value, int) and not isinstance(value, bool) else [f"Value {value} for '{name}' expected to be an integer."]
+            return (
+                []
+                if isinstance(value, int) and not isinstance(value, bool)
+                else [f"Value {value} for '{name}' expected to be an integer."]
+            )
         choices = question.get("choices") or []
         values = value if isinstance(value, list) else [value]
         return [f"Value {one} for '{name}' expected to be one of {choices}." for one in values if one not in choices]

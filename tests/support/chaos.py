@@ -48,7 +48,15 @@ class Chaos:
         self.random = random.Random(seed)
         self.lab = Lab(folder)
         environment = {**self.lab.server.environment(self.lab.folder), "AGENTLAB_DATABASE": self.lab.database}
-        self.daemon = Daemon(folder / "daemon", environment, cleanup=RULES, reconcile_interval="3s", expire_interval="1s", wait_timeout="10s", api_timeout=3)
+        self.daemon = Daemon(
+            folder / "daemon",
+            environment,
+            cleanup=RULES,
+            reconcile_interval="3s",
+            expire_interval="1s",
+            wait_timeout="10s",
+            api_timeout=3,
+        )
         self.counts: Counter[str] = Counter()
         self.end = threading.Event()
 
@@ -59,11 +67,15 @@ class Chaos:
         while not self.end.is_set():
             number += 1
             with contextlib.suppress(OSError, ValueError, Exception):
-                answer = self.daemon.post("/v1/sandboxes", {"name": f"c{seed}-{number}", "ttl": f"{choice.randint(2, 20)}s"})
+                answer = self.daemon.post(
+                    "/v1/sandboxes", {"name": f"c{seed}-{number}", "ttl": f"{choice.randint(2, 20)}s"}
+                )
                 self.counts[f"create {answer.status}"] += 1
                 vmid = answer.body.get("vmid")
                 if vmid:
-                    what: tuple[str, Any] = choice.choice([("lease/renew", {"ttl": "20s"}), ("stop", None), ("destroy", {"force": True})])
+                    what: tuple[str, Any] = choice.choice(
+                        [("lease/renew", {"ttl": "20s"}), ("stop", None), ("destroy", {"force": True})]
+                    )
                     self.counts[f"{what[0]} {self.daemon.post(f'/v1/sandboxes/{vmid}/{what[0]}', what[1]).status}"] += 1
             time.sleep(choice.random())
 
@@ -81,8 +93,18 @@ class Chaos:
         elif what == "fault":
             values = {"status": self.random.choice([500, 502, 596])}
             kind = self.random.choice(FAULTS)
-            method, suffix = self.random.choice([("GET", "/config"), ("PUT", "/config"), ("POST", "/clone"), ("POST", "/start"), ("POST", "/stop"),
-                                                 ("DELETE", r"/qemu/\d+"), ("GET", "/resources"), ("GET", r"/status")])
+            method, suffix = self.random.choice(
+                [
+                    ("GET", "/config"),
+                    ("PUT", "/config"),
+                    ("POST", "/clone"),
+                    ("POST", "/start"),
+                    ("POST", "/stop"),
+                    ("DELETE", r"/qemu/\d+"),
+                    ("GET", "/resources"),
+                    ("GET", r"/status"),
+                ]
+            )
             pve.fault(method, suffix, kind, times=self.random.randint(1, 3), **(values if kind == "answer" else {}))
         elif what == "task":
             kind = self.random.choice(["qmclone", "qmstart", "qmstop", "qmdestroy"])
@@ -133,7 +155,11 @@ class Chaos:
         return problems
 
     def problems(self) -> list[str]:
-        found = [f"{len(rows)} row(s) are left in {table}: {rows[:2]}" for table, rows in self.lab.leftovers().items() if rows]
+        found = [
+            f"{len(rows)} row(s) are left in {table}: {rows[:2]}"
+            for table, rows in self.lab.leftovers().items()
+            if rows
+        ]
         try:
             self.lab.check_promises()
         except AssertionError as error:

@@ -28,7 +28,11 @@ LIBRARIES = os.environ.get("AGENTLAB_TEST_CLI_LIBRARIES")
 
 def environment(socket: str | Path | None, extra: Mapping[str, str] | None = None) -> dict[str, str]:
     """A user's environment, with nothing of the test run in it."""
-    env = {name: value for name, value in os.environ.items() if not name.startswith(("AGENTLAB_", "PYTEST_", "_AGENTLAB")) and name != "COLUMNS"}
+    env = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("AGENTLAB_", "PYTEST_", "_AGENTLAB")) and name != "COLUMNS"
+    }
     env["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT / "roles/agentlabd/files"), LIBRARIES)))
     # Compiled once, as where it is installed, and not into the checkout.
     env.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -38,26 +42,56 @@ def environment(socket: str | Path | None, extra: Mapping[str, str] | None = Non
     return {**env, **(extra or {})}
 
 
-def agentlab(*args: object, socket: str | Path | None = None, stdin: str = "", env: Mapping[str, str] | None = None,
-             timeout: float = 30) -> subprocess.CompletedProcess[str]:
+def agentlab(
+    *args: object,
+    socket: str | Path | None = None,
+    stdin: str = "",
+    env: Mapping[str, str] | None = None,
+    timeout: float = 30,
+) -> subprocess.CompletedProcess[str]:
     """Run ``agentlab ARGS`` in pipes; the answer has returncode, stdout and stderr."""
-    return subprocess.run([PYTHON, "-m", "agentlab_cli", *map(str, args)], input=stdin, text=True, capture_output=True, timeout=timeout,
-                          env=environment(socket, env), check=False)
+    return subprocess.run(
+        [PYTHON, "-m", "agentlab_cli", *map(str, args)],
+        input=stdin,
+        text=True,
+        capture_output=True,
+        timeout=timeout,
+        env=environment(socket, env),
+        check=False,
+    )
 
 
 def start(*args: object, socket: str | Path | None = None) -> subprocess.Popen[str]:
     """Start ``agentlab ARGS`` in pipes, for a test that watches it run."""
-    return subprocess.Popen([PYTHON, "-m", "agentlab_cli", *map(str, args)], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            text=True, env=environment(socket, {"PYTHONUNBUFFERED": "1"}))
+    return subprocess.Popen(
+        [PYTHON, "-m", "agentlab_cli", *map(str, args)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(socket, {"PYTHONUNBUFFERED": "1"}),
+    )
 
 
-def on_terminal(*args: object, socket: str | Path | None = None, env: Mapping[str, str] | None = None, timeout: float = 30,
-                press: tuple[str, bytes] | None = None) -> tuple[int, str]:
+def on_terminal(
+    *args: object,
+    socket: str | Path | None = None,
+    env: Mapping[str, str] | None = None,
+    timeout: float = 30,
+    press: tuple[str, bytes] | None = None,
+) -> tuple[int, str]:
     """Run ``agentlab ARGS`` on a terminal: exit status, and all that it wrote there. ``press``: when the text appears, type these keys."""
     controller, terminal = pty.openpty()
-    process = subprocess.Popen([PYTHON, "-m", "agentlab_cli", *map(str, args)], stdin=terminal, stdout=terminal, stderr=terminal, close_fds=True,
-                               env=environment(socket, {"TERM": "xterm", **(env or {})}), start_new_session=True,
-                               preexec_fn=_own_terminal)
+    process = subprocess.Popen(
+        [PYTHON, "-m", "agentlab_cli", *map(str, args)],
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+        close_fds=True,
+        env=environment(socket, {"TERM": "xterm", **(env or {})}),
+        start_new_session=True,
+        preexec_fn=_own_terminal,
+    )
     os.close(terminal)
     shown, ends = b"", time.monotonic() + timeout
     try:
@@ -110,7 +144,9 @@ class StandIn:
                 length = int(self.headers.get("Content-Length") or 0)
                 raw = self.rfile.read(length)
                 stand_in.asked.append((self.command, self.path, json.loads(raw) if raw else None))
-                reply = stand_in.replies.get((self.command, self.path), (404, {"error": "no such path", "code": "no_such_path"}))
+                reply = stand_in.replies.get(
+                    (self.command, self.path), (404, {"error": "no such path", "code": "no_such_path"})
+                )
                 status, body = reply(stand_in) if callable(reply) else reply
                 if status == 0:
                     # The daemon is gone in the middle of it.
@@ -157,13 +193,42 @@ class StandIn:
 
 def sandbox(vmid: int, state: str = "RUNNING", **values: Any) -> dict[str, Any]:
     """A sandbox as the API shows it."""
-    return {"uuid": f"0b0f7f2e-4c0a-4c39-8a55-{vmid:012d}", "vmid": vmid, "name": f"agent-{vmid}", "profile": None, "state": state, "node": "pve1",
-            "ip": "192.0.2.10", "ip_seen_at": "2026-01-30T00:45:06Z", "workspace_id": None,
-            "tags": [], "protected": False, "keepalive": False, "lease_expires_at": "2126-01-30T02:45:00Z",
-            "created_at": "2026-01-30T00:45:00Z", "updated_at": "2026-01-30T00:45:07Z", "state_changed_at": "2026-01-30T00:45:07Z", **values}
+    return {
+        "uuid": f"0b0f7f2e-4c0a-4c39-8a55-{vmid:012d}",
+        "vmid": vmid,
+        "name": f"agent-{vmid}",
+        "profile": None,
+        "state": state,
+        "node": "pve1",
+        "ip": "192.0.2.10",
+        "ip_seen_at": "2026-01-30T00:45:06Z",
+        "workspace_id": None,
+        "tags": [],
+        "protected": False,
+        "keepalive": False,
+        "lease_expires_at": "2126-01-30T02:45:00Z",
+        "created_at": "2026-01-30T00:45:00Z",
+        "updated_at": "2026-01-30T00:45:07Z",
+        "state_changed_at": "2026-01-30T00:45:07Z",
+        **values,
+    }
 
 
-def outcome(vmid: int, word: str, *, state: str = "DESTROYED", previous: str = "TIMEOUT", **values: Any) -> dict[str, Any]:
+def outcome(
+    vmid: int, word: str, *, state: str = "DESTROYED", previous: str = "TIMEOUT", **values: Any
+) -> dict[str, Any]:
     """An item's outcome as the API shows it."""
-    return {"vmid": vmid, "uuid": f"0b0f7f2e-4c0a-4c39-8a55-{vmid:012d}", "name": f"agent-{vmid}", "outcome": word, "previous_state": previous, "state": state,
-            "reason": None, "message": None, "upids": [], "changed": word not in ("failed", "kept"), "failed": word == "failed", **values}
+    return {
+        "vmid": vmid,
+        "uuid": f"0b0f7f2e-4c0a-4c39-8a55-{vmid:012d}",
+        "name": f"agent-{vmid}",
+        "outcome": word,
+        "previous_state": previous,
+        "state": state,
+        "reason": None,
+        "message": None,
+        "upids": [],
+        "changed": word not in ("failed", "kept"),
+        "failed": word == "failed",
+        **values,
+    }

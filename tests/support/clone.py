@@ -44,11 +44,26 @@ class Shell:
         programs = Path(sys.executable).parent
         self.home = home
         kept = ("TMPDIR", "SSL_CERT_FILE")
-        self.env = {**{name: os.environ[name] for name in kept if name in os.environ},
-                    "HOME": str(home), "PATH": f"{programs}:{os.environ.get('PATH', os.defpath)}", "LC_ALL": "C.UTF-8", "COLUMNS": "1000",
-                    "PYTHONDONTWRITEBYTECODE": "1", **(env or {})}
+        self.env = {
+            **{name: os.environ[name] for name in kept if name in os.environ},
+            "HOME": str(home),
+            "PATH": f"{programs}:{os.environ.get('PATH', os.defpath)}",
+            "LC_ALL": "C.UTF-8",
+            "COLUMNS": "1000",
+            "PYTHONDONTWRITEBYTECODE": "1",
+            **(env or {}),
+        }
 
     def type(self, command: str, where: Path, timeout: float = 300) -> subprocess.CompletedProcess[str]:
         """Run the line as bash reads it, in that folder. Standard error is part of the output."""
-        return subprocess.run(["bash", "-c", command], cwd=where, env=self.env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                              stderr=subprocess.STDOUT, text=True, timeout=timeout, check=False)
+        return subprocess.run(
+            ["bash", "-c", command],
+            cwd=where,
+            env=self.env,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )

@@ -29,8 +29,15 @@ CODE = (FILES, ROOT / ".collections")
 PYTHONPATH = os.pathsep.join(map(str, CODE))
 # Another interpreter (one with Debian's versions of the libraries, say) can be tested with the same tests.
 PYTHON = os.environ.get("AGENTLABD_PYTHON", sys.executable)
-CONFIG = {"template": "debian-13", "shutdown_timeout": "2s", "claim_timeout": "5s", "doubt_window": "1s", "wait_timeout": "20s", "api_timeout": 10,
-          "stop_timeout": "10s"}
+CONFIG = {
+    "template": "debian-13",
+    "shutdown_timeout": "2s",
+    "claim_timeout": "5s",
+    "doubt_window": "1s",
+    "wait_timeout": "20s",
+    "api_timeout": 10,
+    "stop_timeout": "10s",
+}
 
 
 class Answer(NamedTuple):
@@ -61,10 +68,18 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
-def ask(connection: http.client.HTTPConnection, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None) -> Answer:
+def ask(
+    connection: http.client.HTTPConnection,
+    method: str,
+    path: str,
+    body: Any = None,
+    headers: dict[str, str] | None = None,
+) -> Answer:
     """One request; ``body`` is sent as JSON unless it is bytes."""
     raw = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
-    connection.request(method, path, raw, {"Content-Type": "application/json", **(headers or {})} if raw is not None else headers or {})
+    connection.request(
+        method, path, raw, {"Content-Type": "application/json", **(headers or {})} if raw is not None else headers or {}
+    )
     answer = connection.getresponse()
     text = answer.read().decode()
     found = dict(answer.getheaders())
@@ -74,7 +89,9 @@ def ask(connection: http.client.HTTPConnection, method: str, path: str, body: An
 class Daemon:
     """One agentlabd. ``environment`` points it at the double; ``options`` are keys of its configuration file."""
 
-    def __init__(self, folder: Path, environment: dict[str, str], *, cleanup: str | None = None, **options: Any) -> None:
+    def __init__(
+        self, folder: Path, environment: dict[str, str], *, cleanup: str | None = None, **options: Any
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         # A unix socket's path may have 107 characters; pytest's folders are often longer.
@@ -88,14 +105,27 @@ class Daemon:
         self.write_config()
         if cleanup is not None:
             self.cleanup_file.write_text(cleanup, encoding="utf-8")
-        own = {name: value for name, value in os.environ.items() if not name.startswith(("PROXMOX_", "AGENTLAB_", "JOURNAL_"))}
-        self.environment = {**own, **environment, "AGENTLAB_CONFIG": str(self.config_file), "PYTHONPATH": PYTHONPATH, "PYTHONUNBUFFERED": "1"}
+        own = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("PROXMOX_", "AGENTLAB_", "JOURNAL_"))
+        }
+        self.environment = {
+            **own,
+            **environment,
+            "AGENTLAB_CONFIG": str(self.config_file),
+            "PYTHONPATH": PYTHONPATH,
+            "PYTHONUNBUFFERED": "1",
+        }
         self.process: subprocess.Popen[bytes] | None = None
 
     def write_config(self, **changes: Any) -> None:
         """Write the configuration file, with these keys changed (None: left out)."""
         self.options.update(changes)
-        self.config_file.write_text("".join(f"{name}: {json.dumps(value)}\n" for name, value in self.options.items() if value is not None), encoding="utf-8")
+        self.config_file.write_text(
+            "".join(f"{name}: {json.dumps(value)}\n" for name, value in self.options.items() if value is not None),
+            encoding="utf-8",
+        )
 
     # ---- the process ----
 
@@ -105,7 +135,9 @@ class Daemon:
     def spawn(self, **environment: str) -> subprocess.Popen[bytes]:
         """Start it without waiting until it serves."""
         with self.log_file.open("ab") as log:
-            self.process = subprocess.Popen(self.command(), env={**self.environment, **environment}, stdout=log, stderr=log, cwd=self.folder)
+            self.process = subprocess.Popen(
+                self.command(), env={**self.environment, **environment}, stdout=log, stderr=log, cwd=self.folder
+            )
         return self.process
 
     def start(self, **environment: str) -> Daemon:

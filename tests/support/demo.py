@@ -35,10 +35,20 @@ def main() -> int:
         # Tasks take a twentieth of their time, so that waiting is real but short.
         server = Server(folder, time_scale=0.05)
         server.pve.add_template()
-        env = {**os.environ, **server.environment(folder), "ANSIBLE_NOCOLOR": "1", "PYTHONUNBUFFERED": "1", "ANSIBLE_LOCALHOST_WARNING": "False",
-               "ANSIBLE_INVENTORY_UNPARSED_WARNING": "False", "ANSIBLE_CALLBACK_RESULT_FORMAT": "yaml", **where}
+        env = {
+            **os.environ,
+            **server.environment(folder),
+            "ANSIBLE_NOCOLOR": "1",
+            "PYTHONUNBUFFERED": "1",
+            "ANSIBLE_LOCALHOST_WARNING": "False",
+            "ANSIBLE_INVENTORY_UNPARSED_WARNING": "False",
+            "ANSIBLE_CALLBACK_RESULT_FORMAT": "yaml",
+            **where,
+        }
         command = [str(Path(sys.executable).with_name("ansible-playbook")), "-i", "localhost,", playbook, *arguments]
-        print(f"==> ansible-playbook {os.path.relpath(playbook, ROOT) if place == ROOT else playbook} (records in {folder})\n")
+        print(
+            f"==> ansible-playbook {os.path.relpath(playbook, ROOT) if place == ROOT else playbook} (records in {folder})\n"
+        )
         run = subprocess.Popen(command, env=env, cwd=place, stdout=subprocess.PIPE, text=True)
         requests: list[tuple[str, int]] = []
         step, before = "", 0

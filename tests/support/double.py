@@ -47,7 +47,11 @@ class Double(ProxmoxDouble):
 
     def touched(self, vmid: int) -> list[str]:  # type: ignore[override]
         """Every request since ``requests`` was cleared that could change something and names that VM in its path."""
-        return [f"{method} {path}" for method, path, _body in self.requests if method != "GET" and re.search(rf"/qemu/{vmid}(/|$)", path)]
+        return [
+            f"{method} {path}"
+            for method, path, _body in self.requests
+            if method != "GET" and re.search(rf"/qemu/{vmid}(/|$)", path)
+        ]
 
     @property
     def disks_lost(self) -> set[int]:
@@ -83,7 +87,9 @@ class Double(ProxmoxDouble):
     def _rule_of(self, method: str, fault: dict[str, Any]) -> Any:
         kind = fault["kind"]
         if kind == "answer":
-            rule = self.answer_next(method, fault["suffix"], fault["status"], fault.get("body", ""), fault.get("type", "application/json"))
+            rule = self.answer_next(
+                method, fault["suffix"], fault["status"], fault.get("body", ""), fault.get("type", "application/json")
+            )
         elif kind == "hang":
             rule = self.hang_next(method, fault["suffix"], fault["seconds"], fault.get("carry_out", False))
         else:
@@ -101,7 +107,9 @@ class Double(ProxmoxDouble):
 
     # ---- tasks that end otherwise ----
 
-    async def task(self, node: str, ttype: str, tid: Any, user: str, body: Any, vm: Any = None, lock: bool = True, log: Any = ()) -> Any:
+    async def task(
+        self, node: str, ttype: str, tid: Any, user: str, body: Any, vm: Any = None, lock: bool = True, log: Any = ()
+    ) -> Any:
         upid = await super().task(node, ttype, tid, user, body, vm=vm, lock=lock, log=log)
         ending = self.task_endings.get(ttype)
         record = self.tasks[upid]
@@ -140,6 +148,12 @@ class Server(DoubleServer):
     def environment(self, folder: str) -> dict[str, str]:
         """What a user would set to reach it, with records in ``folder``."""
         return {
-            "PROXMOX_HOST": "127.0.0.1", "PROXMOX_PORT": str(self.port), "PROXMOX_TOKEN_ID": TOKEN_ID, "PROXMOX_TOKEN_SECRET": TOKEN_SECRET,
-            "PROXMOX_CA_PATH": self.cafile, "PROXMOX_VALIDATE_CERTS": "true", "AGENTLAB_DATABASE": f"{folder}/agentlab.db",
-            "AGENTLAB_CONFIG": f"{folder}/config.yaml"}
+            "PROXMOX_HOST": "127.0.0.1",
+            "PROXMOX_PORT": str(self.port),
+            "PROXMOX_TOKEN_ID": TOKEN_ID,
+            "PROXMOX_TOKEN_SECRET": TOKEN_SECRET,
+            "PROXMOX_CA_PATH": self.cafile,
+            "PROXMOX_VALIDATE_CERTS": "true",
+            "AGENTLAB_DATABASE": f"{folder}/agentlab.db",
+            "AGENTLAB_CONFIG": f"{folder}/config.yaml",
+        }

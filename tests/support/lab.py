@@ -15,7 +15,15 @@ from typing import Any
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core import config, states
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.clock import SystemClock
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.model import Outcome, Sandbox
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import create, destroy, info, lease, power, prune, reconcile
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import (
+    create,
+    destroy,
+    info,
+    lease,
+    power,
+    prune,
+    reconcile,
+)
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations.context import Context
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.proxmox import identity
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store import history
@@ -24,8 +32,15 @@ from support.double import Server
 
 BYSTANDER = 500
 # As a user would set them for impatient tests; options of a run override them.
-IMPATIENT = {"template": "debian-13", "claim_timeout": "1s", "wait_timeout": "5s", "shutdown_timeout": "1s", "doubt_window": "1s", "api_timeout": 5,
-             "connections": 4}
+IMPATIENT = {
+    "template": "debian-13",
+    "claim_timeout": "1s",
+    "wait_timeout": "5s",
+    "shutdown_timeout": "1s",
+    "doubt_window": "1s",
+    "api_timeout": 5,
+    "connections": 4,
+}
 
 
 class Hurried(SystemClock):
@@ -98,8 +113,17 @@ class Lab:
         for store in pve.storages.values():
             store.pop("volumes", None)
         pve.add_template()
-        pve.add_vm(BYSTANDER, "bystander", status="running", config={"cores": 1, "smbios1": "uuid=11111111-1111-4111-8111-111111111111",
-                                                                     "tags": "agentlab", "description": "not ours"})
+        pve.add_vm(
+            BYSTANDER,
+            "bystander",
+            status="running",
+            config={
+                "cores": 1,
+                "smbios1": "uuid=11111111-1111-4111-8111-111111111111",
+                "tags": "agentlab",
+                "description": "not ours",
+            },
+        )
         self.bystander = dict(pve.vm(BYSTANDER).config)
         pve.requests.clear()
         pve.counted.clear()
@@ -134,9 +158,13 @@ class Lab:
         self.close_contexts()
         self.server.stop()
 
-    def context(self, *, dry_run: bool = False, actor: str = "test", server: Server | None = None, **options: Any) -> Context:
+    def context(
+        self, *, dry_run: bool = False, actor: str = "test", server: Server | None = None, **options: Any
+    ) -> Context:
         """A new run: nothing shared with any other but the database and the cluster."""
-        found = config.load({**self.options, "database": self.database, **options}, (server or self.server).environment(self.folder))
+        found = config.load(
+            {**self.options, "database": self.database, **options}, (server or self.server).environment(self.folder)
+        )
         made = Context(found, actor=actor, dry_run=dry_run, clock=self.clock)
         self._contexts.append(made)
         if len(self._contexts) > 40:
@@ -184,7 +212,11 @@ class Lab:
         now = ctx.clock.now() - age
         values = {"state": state, "state_changed_at": now, **values}
         names = ", ".join(f"{name} = ?" for name in values)
-        ctx.database.write(lambda conn: conn.execute(f"UPDATE sandboxes SET {names} WHERE uuid = ?", (*values.values(), record.uuid)) and None)
+        ctx.database.write(
+            lambda conn: (
+                conn.execute(f"UPDATE sandboxes SET {names} WHERE uuid = ?", (*values.values(), record.uuid)) and None
+            )
+        )
         return ctx.records.get(record.uuid)
 
     def timed_out(self, name: str = "a1", *, stopped: bool = True, **values: Any) -> Sandbox:
@@ -211,7 +243,10 @@ class Lab:
     def leftovers(self) -> dict[str, list[dict[str, Any]]]:
         """Claims and journal entries that nobody removed."""
         ctx = self.context()
-        return {table: [dict(row) for row in ctx.database.read(f"SELECT * FROM {table}")] for table in ("claims", "operations")}
+        return {
+            table: [dict(row) for row in ctx.database.read(f"SELECT * FROM {table}")]
+            for table in ("claims", "operations")
+        }
 
     def ours(self) -> dict[str, int]:
         """Sandbox UUID -> VMID of every VM on the cluster whose clone call we made (by the marker)."""
@@ -231,7 +266,9 @@ class Lab:
         for one in self.records():
             if not one.live:
                 assert one.uuid not in ours, f"{one.vmid} says DESTROYED ({one.reason}), but its VM is there"
-                assert one.smbios_uuid is None or one.smbios_uuid not in smbios, f"{one.vmid} says DESTROYED, but its VM is there"
+                assert one.smbios_uuid is None or one.smbios_uuid not in smbios, (
+                    f"{one.vmid} says DESTROYED, but its VM is there"
+                )
         assert self.pve.touched(BYSTANDER) == [], "the bystander was touched"
         assert self.pve.vm(BYSTANDER) is not None and self.pve.vm(BYSTANDER).config == self.bystander
         assert self.pve.vm(BYSTANDER).status == "running"

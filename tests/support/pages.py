@@ -14,7 +14,13 @@ from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "awx/README.md", ROOT / "roles/agentlabd/README.md"]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "awx/README.md",
+    ROOT / "roles/agentlabd/README.md",
+]
 # Longer texts than this are never put into a message at one place.
 _LONGEST = 80
 
@@ -77,7 +83,12 @@ def templates() -> tuple[Template, ...]:
                 # The pieces around the holes; adjacent pieces were written in several lines.
                 text = "".join(str(part.value) if isinstance(part, ast.Constant) else "\0" for part in node.values)
                 found.add(tuple(text.split("\0")))
-            elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in told and len(node.value) > 11:
+            elif (
+                isinstance(node, ast.Constant)
+                and isinstance(node.value, str)
+                and id(node) not in told
+                and len(node.value) > 11
+            ):
                 found.add(tuple(re.split(r"%[sd]", node.value)))
     for path in sorted((ROOT / "playbooks").glob("*.yml")):
         for text in re.findall(r'^\s+(?:fail_)?msg: "(.+)"$', path.read_text(encoding="utf-8"), re.M):
@@ -97,11 +108,11 @@ def _within(part: str, template: Template) -> bool:
     pieces = list(template)
     for number, piece in enumerate(pieces):
         for offset in range(len(piece) + 1) if number or piece else (0,):
-            literal = _matched(part, [piece[offset:], *pieces[number + 1:]])
+            literal = _matched(part, [piece[offset:], *pieces[number + 1 :]])
             if literal is not None and literal * 3 >= len(part):
                 return True
         if number + 1 < len(pieces):
-            literal = _filled(part, pieces[number + 1:])
+            literal = _filled(part, pieces[number + 1 :])
             if literal is not None and literal * 3 >= len(part):
                 return True
     return False
@@ -114,7 +125,7 @@ def _matched(text: str, pieces: list[str]) -> int | None:
         return len(text)
     if not text.startswith(head) or len(pieces) == 1:
         return None
-    rest = _filled(text[len(head):], pieces[1:])
+    rest = _filled(text[len(head) :], pieces[1:])
     return None if rest is None else rest + len(head)
 
 
@@ -122,7 +133,7 @@ def _filled(text: str, pieces: list[str]) -> int | None:
     """The same where the text begins with something filled in."""
     best = 0 if len(text) <= _LONGEST else None
     for length in range(1, min(len(text), _LONGEST) + 1):
-        found = _matched(text[length:], pieces) if pieces[0] and pieces[0][:1] == text[length:length + 1] else None
+        found = _matched(text[length:], pieces) if pieces[0] and pieces[0][:1] == text[length : length + 1] else None
         if found is not None and (best is None or found > best):
             best = found
     return best

@@ -75,7 +75,9 @@ class Run:
         """The last entry of the task with that name; raises when it never ran."""
         found = [entry for entry in self.all(task) if not entry.get("item")]
         if not found:
-            raise AssertionError(f"no task {task!r} ran; there were {[entry['task'] for entry in self.results]}\n{self.output}")
+            raise AssertionError(
+                f"no task {task!r} ran; there were {[entry['task'] for entry in self.results]}\n{self.output}"
+            )
         return found[-1]
 
     def result(self, task: str) -> dict[str, Any]:
@@ -94,7 +96,9 @@ class Run:
 
     @property
     def failed(self) -> list[dict[str, Any]]:
-        return [entry for entry in self.results if entry["status"] in ("failed", "unreachable") and not entry.get("ignored")]
+        return [
+            entry for entry in self.results if entry["status"] in ("failed", "unreachable") and not entry.get("ignored")
+        ]
 
     def ok(self, warnings: bool = False) -> Run:
         """Insist on success, and on no warnings unless they are allowed; returns self."""
@@ -103,8 +107,16 @@ class Run:
         return self
 
 
-def play(tasks: list[dict[str, Any]], env: Mapping[str, str], tmp_path: Path, check: bool = False, diff: bool = False, *, pve: Any = None,
-         args: tuple[str, ...] = ()) -> Run:
+def play(
+    tasks: list[dict[str, Any]],
+    env: Mapping[str, str],
+    tmp_path: Path,
+    check: bool = False,
+    diff: bool = False,
+    *,
+    pve: Any = None,
+    args: tuple[str, ...] = (),
+) -> Run:
     """Run tasks (unique names) as one playbook. A task may carry ``before``, a function called in the test before the task runs, so that one
     playbook covers a story in which others act too; with the double given, the requests of each task are counted."""
     hooks: dict[str, Callable[[], Any]] = {}
@@ -119,7 +131,14 @@ def play(tasks: list[dict[str, Any]], env: Mapping[str, str], tmp_path: Path, ch
             hooks[task["name"]] = before
         plain.append(task)
     with _Hooks(hooks, pve) as listening:
-        run = run_play(plain, {"ANSIBLE_PIPELINING": "1", **env, "AGENTLAB_TEST_HOOK": listening.path}, tmp_path, check=check, diff=diff, args=args)
+        run = run_play(
+            plain,
+            {"ANSIBLE_PIPELINING": "1", **env, "AGENTLAB_TEST_HOOK": listening.path},
+            tmp_path,
+            check=check,
+            diff=diff,
+            args=args,
+        )
     if listening.error is not None:
         raise listening.error
     run.requests = listening.requests
@@ -178,9 +197,18 @@ class _Hooks:
                 return
 
 
-def run_play(tasks_or_playbook: str | list[dict[str, Any]] | Path, env: Mapping[str, str], tmp_path: Path, check: bool = False, diff: bool = False,
-             extra_vars: Mapping[str, Any] | None = None, forks: int | None = None, tags: str | None = None, args: tuple[str, ...] = (),
-             timeout: float = 300) -> Run:
+def run_play(
+    tasks_or_playbook: str | list[dict[str, Any]] | Path,
+    env: Mapping[str, str],
+    tmp_path: Path,
+    check: bool = False,
+    diff: bool = False,
+    extra_vars: Mapping[str, Any] | None = None,
+    forks: int | None = None,
+    tags: str | None = None,
+    args: tuple[str, ...] = (),
+    timeout: float = 300,
+) -> Run:
     """Run a playbook (a path, its text, or its plays as data) or a list of tasks (text or data) with the real ansible-playbook."""
     if isinstance(tasks_or_playbook, Path) or _is_playbook_name(tasks_or_playbook):
         playbook = str(tasks_or_playbook)
@@ -188,8 +216,18 @@ def run_play(tasks_or_playbook: str | list[dict[str, Any]] | Path, env: Mapping[
         path = _fresh(tmp_path, "play", ".yml")
         path.write_text(_as_playbook(tasks_or_playbook), encoding="utf-8")
         playbook = str(path)
-    return _run([_tool("ansible-playbook"), *_common(tmp_path, check, diff, extra_vars, forks), *(["--tags", tags] if tags else []), *args, playbook],
-                env, tmp_path, timeout)
+    return _run(
+        [
+            _tool("ansible-playbook"),
+            *_common(tmp_path, check, diff, extra_vars, forks),
+            *(["--tags", tags] if tags else []),
+            *args,
+            playbook,
+        ],
+        env,
+        tmp_path,
+        timeout,
+    )
 
 
 def run_module(name: str, args: Mapping[str, Any] | None, env: Mapping[str, str], tmp_path: Path, **kw: Any) -> Run:
@@ -201,11 +239,25 @@ def run_module(name: str, args: Mapping[str, Any] | None, env: Mapping[str, str]
     return run_play([task], env, tmp_path, **kw)
 
 
-def run_adhoc(name: str, args: Mapping[str, Any] | str | None, env: Mapping[str, str], tmp_path: Path, check: bool = False, diff: bool = False,
-              extra_vars: Mapping[str, Any] | None = None, forks: int | None = None, timeout: float = 300) -> Run:
+def run_adhoc(
+    name: str,
+    args: Mapping[str, Any] | str | None,
+    env: Mapping[str, str],
+    tmp_path: Path,
+    check: bool = False,
+    diff: bool = False,
+    extra_vars: Mapping[str, Any] | None = None,
+    forks: int | None = None,
+    timeout: float = 300,
+) -> Run:
     """Run `ansible localhost -m name -a args`. args given as data travel as JSON, as text the way a user types them."""
     given = [] if not args else ["-a", args if isinstance(args, str) else json.dumps(args)]
-    return _run([_tool("ansible"), "localhost", "-m", name, *given, *_common(tmp_path, check, diff, extra_vars, forks)], env, tmp_path, timeout)
+    return _run(
+        [_tool("ansible"), "localhost", "-m", name, *given, *_common(tmp_path, check, diff, extra_vars, forks)],
+        env,
+        tmp_path,
+        timeout,
+    )
 
 
 def run_command(command: list[str], env: Mapping[str, str], tmp_path: Path, timeout: float = 300) -> Run:
@@ -226,13 +278,19 @@ def collections_path(tmp_path: Path) -> Path:
 
 
 def _is_playbook_name(text: str | list[dict[str, Any]]) -> bool:
-    return isinstance(text, str) and "\n" not in text and (text.endswith((".yml", ".yaml")) or bool(re.fullmatch(r"\w+\.\w+\.\w+", text)))
+    return (
+        isinstance(text, str)
+        and "\n" not in text
+        and (text.endswith((".yml", ".yaml")) or bool(re.fullmatch(r"\w+\.\w+\.\w+", text)))
+    )
 
 
 def _as_playbook(given: str | list[dict[str, Any]] | Path) -> str:
     play = {"hosts": "localhost", "gather_facts": False}
     if isinstance(given, list):
-        whole = given if given and ("hosts" in given[0] or "import_playbook" in given[0]) else [{**play, "tasks": given}]
+        whole = (
+            given if given and ("hosts" in given[0] or "import_playbook" in given[0]) else [{**play, "tasks": given}]
+        )
         return yaml.safe_dump(whole, sort_keys=False, allow_unicode=True)
     text = textwrap.dedent(str(given)).strip("\n")
     if re.search(r"^(- |  )(hosts|(ansible\.builtin\.)?import_playbook):", text, re.M):
@@ -241,7 +299,9 @@ def _as_playbook(given: str | list[dict[str, Any]] | Path) -> str:
     return "- hosts: localhost\n  gather_facts: false\n  tasks:\n" + textwrap.indent(text, "    ") + "\n"
 
 
-def _common(tmp_path: Path, check: bool, diff: bool, extra_vars: Mapping[str, Any] | None, forks: int | None) -> list[str]:
+def _common(
+    tmp_path: Path, check: bool, diff: bool, extra_vars: Mapping[str, Any] | None, forks: int | None
+) -> list[str]:
     inventory = tmp_path / "inventory.yml"
     inventory.write_text(INVENTORY + SHIPPED, encoding="utf-8")
     found = ["-i", str(inventory)]
@@ -257,18 +317,37 @@ def _run(command: list[str], env: Mapping[str, str], tmp_path: Path, timeout: fl
     home.mkdir(exist_ok=True)
     whole = {name: value for name, value in os.environ.items() if not _DROPPED.match(name)}
     bindir = str(Path(sys.executable).parent)
-    whole.update({
-        "PATH": bindir + os.pathsep + whole.get("PATH", os.defpath),
-        "ANSIBLE_HOME": str(home), "ANSIBLE_LOCAL_TEMP": str(home / "tmp"), "ANSIBLE_REMOTE_TEMP": str(home / "remote"),
-        "ANSIBLE_NOCOLOR": "1", "ANSIBLE_RETRY_FILES_ENABLED": "false", "ANSIBLE_DEPRECATION_WARNINGS": "true", "COLUMNS": "1000",
-        "ANSIBLE_CALLBACK_PLUGINS": str(SUPPORT / "callback_plugins"), "ANSIBLE_CALLBACKS_ENABLED": "agentlab_results",
-        "ANSIBLE_LOAD_CALLBACK_PLUGINS": "true", "AGENTLAB_TEST_RESULTS": str(results)})
+    whole.update(
+        {
+            "PATH": bindir + os.pathsep + whole.get("PATH", os.defpath),
+            "ANSIBLE_HOME": str(home),
+            "ANSIBLE_LOCAL_TEMP": str(home / "tmp"),
+            "ANSIBLE_REMOTE_TEMP": str(home / "remote"),
+            "ANSIBLE_NOCOLOR": "1",
+            "ANSIBLE_RETRY_FILES_ENABLED": "false",
+            "ANSIBLE_DEPRECATION_WARNINGS": "true",
+            "COLUMNS": "1000",
+            "ANSIBLE_CALLBACK_PLUGINS": str(SUPPORT / "callback_plugins"),
+            "ANSIBLE_CALLBACKS_ENABLED": "agentlab_results",
+            "ANSIBLE_LOAD_CALLBACK_PLUGINS": "true",
+            "AGENTLAB_TEST_RESULTS": str(results),
+        }
+    )
     # ansible.cfg is believed about everything but what it does not say.
     config = REPO / "ansible.cfg"
     if not (config.is_file() and "collections_path" in config.read_text(encoding="utf-8")):
         whole["ANSIBLE_COLLECTIONS_PATH"] = str(collections_path(tmp_path))
     whole.update(env)
-    done = subprocess.run(command, cwd=REPO, env=whole, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL, check=False)
+    done = subprocess.run(
+        command,
+        cwd=REPO,
+        env=whole,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        stdin=subprocess.DEVNULL,
+        check=False,
+    )
     lines = results.read_text(encoding="utf-8").splitlines() if results.exists() else []
     return Run(done.returncode, done.stdout, done.stderr, [json.loads(line) for line in lines])
 

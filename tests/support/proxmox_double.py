@@ -44,12 +44,34 @@ CLONE_DESCRIPTION = "qmclone temporary file"
 UNEXPECTED = "unexpected status"
 OWNER = re.compile(r"(?:^|/)(?:vm|base)-(\d+)-")
 HOTPLUGGED = re.compile(r"(scsi|virtio)\d+$")
-CLOUDINIT_KEY = re.compile(r"(ciuser|cipassword|citype|ciupgrade|cicustom|sshkeys|nameserver|searchdomain|ipconfig\d+)$")
-CONFIG_PRIVS = ("VM.Config.Disk", "VM.Config.CDROM", "VM.Config.CPU", "VM.Config.Memory", "VM.Config.Network", "VM.Config.HWType",
-                "VM.Config.Options", "VM.Config.Cloudinit")
+CLOUDINIT_KEY = re.compile(
+    r"(ciuser|cipassword|citype|ciupgrade|cicustom|sshkeys|nameserver|searchdomain|ipconfig\d+)$"
+)
+CONFIG_PRIVS = (
+    "VM.Config.Disk",
+    "VM.Config.CDROM",
+    "VM.Config.CPU",
+    "VM.Config.Memory",
+    "VM.Config.Network",
+    "VM.Config.HWType",
+    "VM.Config.Options",
+    "VM.Config.Cloudinit",
+)
 # What the product needs on its own VMs; the template, the storage and the bridge come beside it.
-SANDBOX_PRIVS = ("VM.Audit", "VM.Allocate", "VM.PowerMgmt", "VM.Config.Options", "VM.Config.Cloudinit", "VM.Config.CPU", "VM.Config.Memory",
-                 "VM.Config.Disk", "VM.Config.Network", "VM.Snapshot", "VM.Snapshot.Rollback", "VM.GuestAgent.Audit")
+SANDBOX_PRIVS = (
+    "VM.Audit",
+    "VM.Allocate",
+    "VM.PowerMgmt",
+    "VM.Config.Options",
+    "VM.Config.Cloudinit",
+    "VM.Config.CPU",
+    "VM.Config.Memory",
+    "VM.Config.Disk",
+    "VM.Config.Network",
+    "VM.Snapshot",
+    "VM.Snapshot.Rollback",
+    "VM.GuestAgent.Audit",
+)
 FORCED_SCALE = 1e-9
 
 
@@ -199,13 +221,34 @@ class ProxmoxDouble(AccessRules, PowerRules, FakePve):
             raise ValueError(when)
         return self._rule(Rule(method, suffix, "cut", times, when=when))
 
-    def answer_next(self, method: str, suffix: str, raw_status: int = 200, raw_body: bytes | str = b"", content_type: str = "application/json",
-                    carry_out: bool = False, times: int = 1) -> Rule:
+    def answer_next(
+        self,
+        method: str,
+        suffix: str,
+        raw_status: int = 200,
+        raw_body: bytes | str = b"",
+        content_type: str = "application/json",
+        carry_out: bool = False,
+        times: int = 1,
+    ) -> Rule:
         """Answer the next such request with exactly this; it is handled (and its real answer dropped) only with carry_out."""
         body = raw_body.encode() if isinstance(raw_body, str) else raw_body
-        return self._rule(Rule(method, suffix, "answer", times, carry_out=carry_out, status=raw_status, body=body, content_type=content_type))
+        return self._rule(
+            Rule(
+                method,
+                suffix,
+                "answer",
+                times,
+                carry_out=carry_out,
+                status=raw_status,
+                body=body,
+                content_type=content_type,
+            )
+        )
 
-    def hang_next(self, method: str, suffix: str, seconds: float, carry_out: bool | str = False, times: int = 1) -> Rule:
+    def hang_next(
+        self, method: str, suffix: str, seconds: float, carry_out: bool | str = False, times: int = 1
+    ) -> Rule:
         """Say nothing for real seconds.
 
         carry_out False: never handled, 596 in the end; True: handled at once; 'late': handled after them.
@@ -272,7 +315,7 @@ class ProxmoxDouble(AccessRules, PowerRules, FakePve):
     async def _outermost(self, request: web.Request, handler: Any) -> web.StreamResponse:
         """Counting, hooks and faults of the connection: round everything else, so that refused requests count too."""
         prefix = EXTJS if request.path.startswith(EXTJS + "/") else API
-        path = request.path[len(prefix):] if request.path.startswith(prefix) else request.path
+        path = request.path[len(prefix) :] if request.path.startswith(prefix) else request.path
         if path == COUNT_PATH:
             return self._serve_count(request)
         match = self.resolve(request, API)
@@ -281,7 +324,14 @@ class ProxmoxDouble(AccessRules, PowerRules, FakePve):
             values = await request_params(request)
         except Exception:  # malformed bodies get their 400 from the handler
             values = {}
-        entry = {"method": request.method, "path": path, "template": template, "params": values, "status": None, "user": None}
+        entry = {
+            "method": request.method,
+            "path": path,
+            "template": template,
+            "params": values,
+            "status": None,
+            "user": None,
+        }
         self._note(entry)
         self._snap_broadcast()
         if not await self._hook(self.before_request, request.method, path, values):
@@ -322,7 +372,7 @@ class ProxmoxDouble(AccessRules, PowerRules, FakePve):
         except web.HTTPNotFound:
             response = web.Response(status=404)
         if response.status == 404 and not self.resolve(request, API) and request.path.startswith(API):
-            response = _not_implemented(request.method, request.path[len(API):])
+            response = _not_implemented(request.method, request.path[len(API) :])
         elif response.status == 501:
             response = _not_implemented(request.method, request.path.removeprefix(API))
         if response.status == 401:
@@ -366,7 +416,9 @@ class ProxmoxDouble(AccessRules, PowerRules, FakePve):
             self.reset_count()
         return web.json_response({"data": {"total": sum(found.values()), "requests": found}})
 
-    async def _answer(self, request: web.Request, handler: Any, generic: Any, path_node: str | None) -> web.StreamResponse:
+    async def _answer(
+        self, request: web.Request, handler: Any, generic: Any, path_node: str | None
+    ) -> web.StreamResponse:
         match = generic or self.resolve(request, API)
         if path_node and path_node not in self.nodes:
             text = f"hostname lookup '{path_node}' failed - failed to get address info for: {path_node}: Name or service not known"
@@ -382,8 +434,18 @@ class ProxmoxDouble(AccessRules, PowerRules, FakePve):
 
     # ------------------------------------------------------------------ tasks
 
-    def next_task(self, ttype: str, how: str, *, vmid: int | None = None, carry_out: bool | None = None, text: str = "", seconds: float = 0.0,
-                  warnings: int = 1, times: int = 1) -> None:
+    def next_task(
+        self,
+        ttype: str,
+        how: str,
+        *,
+        vmid: int | None = None,
+        carry_out: bool | None = None,
+        text: str = "",
+        seconds: float = 0.0,
+        warnings: int = 1,
+        times: int = 1,
+    ) -> None:
         """Decide how the next task of a type (`qmclone`, `qmdestroy`, `qmstart`, `qmstop`, ...) goes; vmid: only that VM's.
 
         how: `warnings` (done, WARNINGS: n) | `killed` (`unexpected status`) | `hang` (runs for ever; release_task() or kill_task()) |
@@ -437,7 +499,9 @@ class ProxmoxDouble(AccessRules, PowerRules, FakePve):
         self._cell["upid"] = made[0]
         return made
 
-    async def task(self, node: str, ttype: str, tid: Any, user: str, body: Any, vm: Any = None, lock: bool = True, log: Any = ()) -> str:
+    async def task(
+        self, node: str, ttype: str, tid: Any, user: str, body: Any, vm: Any = None, lock: bool = True, log: Any = ()
+    ) -> str:
         """Start a task; nothing in here waits before the task is on its way, so the fields it borrows are its own."""
         cell: dict[str, str] = {}
         self._cell = cell
@@ -447,7 +511,11 @@ class ProxmoxDouble(AccessRules, PowerRules, FakePve):
         undo: list[Callable[[], None]] = []
         inner = around(body, vm, undo) if around and vm is not None else body
         target = vm or self.vm(int(tid)) if str(tid).isdigit() else vm
-        detached = bool(self.time_scale) or ttype in self.real_secs or (outcome is not None and outcome.how in ("hang", "slow"))
+        detached = (
+            bool(self.time_scale)
+            or ttype in self.real_secs
+            or (outcome is not None and outcome.how in ("hang", "slow"))
+        )
 
         async def run() -> Any:
             upid = cell["upid"]
@@ -478,7 +546,9 @@ class ProxmoxDouble(AccessRules, PowerRules, FakePve):
             self.time_scale = scale
         return await super().task(node, ttype, tid, user, run, vm=vm, lock=lock, log=log)
 
-    async def _carry_out(self, upid: str, ttype: str, body: Any, vm: Any, outcome: Outcome | None, undo: list[Callable[[], None]]) -> Any:
+    async def _carry_out(
+        self, upid: str, ttype: str, body: Any, vm: Any, outcome: Outcome | None, undo: list[Callable[[], None]]
+    ) -> Any:
         number = getattr(vm, "task_warnings", {}).get(ttype) or self.task_warnings.get(ttype)
         if outcome is None:
             note = await body()
@@ -528,19 +598,31 @@ class ProxmoxDouble(AccessRules, PowerRules, FakePve):
         found = self._tasks_of(request[USER], request.match_info["node"])
         source = v.get("source", "archive")
         found = [t for t in found if source == "all" or (t["status"] == "running") == (source == "active")]
-        tests = {"since": lambda t, x: t["starttime"] >= x, "until": lambda t, x: t["starttime"] <= x, "typefilter": lambda t, x: t["type"] == x,
-                 "vmid": lambda t, x: t["id"] == str(x), "userfilter": lambda t, x: x.lower() in t["user"].lower(),
-                 "errors": lambda t, x: not x or (t["status"] != "running" and t["exitstatus"] != "OK")}
+        tests = {
+            "since": lambda t, x: t["starttime"] >= x,
+            "until": lambda t, x: t["starttime"] <= x,
+            "typefilter": lambda t, x: t["type"] == x,
+            "vmid": lambda t, x: t["id"] == str(x),
+            "userfilter": lambda t, x: x.lower() in t["user"].lower(),
+            "errors": lambda t, x: not x or (t["status"] != "running" and t["exitstatus"] != "OK"),
+        }
         for name, test in tests.items():
             if v.get(name) is not None:
                 found = [t for t in found if test(t, v[name])]
         start = v.get("start", 0)
-        return web.json_response({"data": [_listed(self._task_view(t, True)) for t in found[start:start + v.get("limit", 50)]]})
+        return web.json_response(
+            {"data": [_listed(self._task_view(t, True)) for t in found[start : start + v.get("limit", 50)]]}
+        )
 
     def _tasks_of(self, user: str, node: str | None = None) -> list[dict[str, Any]]:
         """Tasks the user may see, newest first."""
-        found = [t for t in self.tasklog if node in (None, t["node"]) and t["upid"] not in self._forgotten
-                 and (self._task_owner(user, t) or self.allowed(user, "/nodes/" + t["node"], "Sys.Audit"))]
+        found = [
+            t
+            for t in self.tasklog
+            if node in (None, t["node"])
+            and t["upid"] not in self._forgotten
+            and (self._task_owner(user, t) or self.allowed(user, "/nodes/" + t["node"], "Sys.Audit"))
+        ]
         # Started in the same second: the later one first, so turned round before a sort that keeps their order.
         found.reverse()
         return sorted(found, key=lambda t: -t["starttime"])
@@ -550,9 +632,13 @@ class ProxmoxDouble(AccessRules, PowerRules, FakePve):
         return web.json_response(text=response.text.replace("TASK ERROR: WARNINGS:", "TASK WARNINGS:"))
 
     def _routes_double(self) -> list[tuple[str, str, Any]]:
-        return [("DELETE", "/nodes/{node}/tasks/{upid}", self._task_abort), ("GET", "/cluster/tasks", self._cluster_tasks),
-                ("PUT", "/nodes/{node}/qemu/{vmid}/resize", self._qm_resize), ("GET", "/nodes/{node}/certificates/info", self._certificates),
-                ("GET", "/nodes/{node}/time", self._node_time)]
+        return [
+            ("DELETE", "/nodes/{node}/tasks/{upid}", self._task_abort),
+            ("GET", "/cluster/tasks", self._cluster_tasks),
+            ("PUT", "/nodes/{node}/qemu/{vmid}/resize", self._qm_resize),
+            ("GET", "/nodes/{node}/certificates/info", self._certificates),
+            ("GET", "/nodes/{node}/time", self._node_time),
+        ]
 
     async def _node_time(self, v: dict[str, Any], user: str) -> dict[str, Any]:
         now = int(time.time() + self.clock_offset)
@@ -569,14 +655,25 @@ class ProxmoxDouble(AccessRules, PowerRules, FakePve):
 
     async def _certificates(self, v: dict[str, Any], user: str) -> list[dict[str, Any]]:
         def entry(name: str, fingerprint: str, subject: str) -> dict[str, Any]:
-            return {"filename": name, "fingerprint": fingerprint, "subject": subject, "issuer": "/CN=Proxmox Virtual Environment", "san": [],
-                    "notbefore": 1700000000, "notafter": 2015360000, "public-key-type": "rsaEncryption", "public-key-bits": 4096,
-                    "pem": "-----BEGIN CERTIFICATE-----\n-----END CERTIFICATE-----\n"}
+            return {
+                "filename": name,
+                "fingerprint": fingerprint,
+                "subject": subject,
+                "issuer": "/CN=Proxmox Virtual Environment",
+                "san": [],
+                "notbefore": 1700000000,
+                "notafter": 2015360000,
+                "public-key-type": "rsaEncryption",
+                "public-key-bits": 4096,
+                "pem": "-----BEGIN CERTIFICATE-----\n-----END CERTIFICATE-----\n",
+            }
 
         # The node's own certificate differs from node to node, the root's does not.
         node = ":".join(f"{b:02X}" for b in uuid.uuid5(uuid.NAMESPACE_DNS, self.ca_fingerprint + v["node"]).bytes * 2)
-        return [entry("pve-root-ca.pem", self.ca_fingerprint, "/CN=Proxmox Virtual Environment"),
-                entry("pve-ssl.pem", node, f"/CN={v['node']}.example.org")]
+        return [
+            entry("pve-root-ca.pem", self.ca_fingerprint, "/CN=Proxmox Virtual Environment"),
+            entry("pve-ssl.pem", node, f"/CN={v['node']}.example.org"),
+        ]
 
     # ------------------------------------------------------------------ listings and status
 
@@ -584,7 +681,9 @@ class ProxmoxDouble(AccessRules, PowerRules, FakePve):
         response = await super()._resources(request)
         data = json.loads(response.text)["data"]
         now = time.time()
-        data = [item for item in data if item["type"] != "storage" or self._sees_storage(request[USER], item["storage"])]
+        data = [
+            item for item in data if item["type"] != "storage" or self._sees_storage(request[USER], item["storage"])
+        ]
         for item in data:
             if item["type"] == "node":
                 row = self._node_row(item, request[USER])
@@ -602,7 +701,9 @@ class ProxmoxDouble(AccessRules, PowerRules, FakePve):
         return web.json_response({"data": data})
 
     def _sees_storage(self, user: str, sid: str) -> bool:
-        return any(self.allowed(user, f"/storage/{sid}", priv) for priv in ("Datastore.Audit", "Datastore.AllocateSpace"))
+        return any(
+            self.allowed(user, f"/storage/{sid}", priv) for priv in ("Datastore.Audit", "Datastore.AllocateSpace")
+        )
 
     async def _cluster_status(self, request: web.Request) -> web.Response:
         if self.acl is not None:
@@ -620,8 +721,15 @@ class ProxmoxDouble(AccessRules, PowerRules, FakePve):
 
     # ------------------------------------------------------------------ permissions
 
-    def grant_least(self, user: str, template: int = 9000, pool: str | None = None, vmids: tuple[int, ...] = (), storage: str = "local-lvm",
-                    bridge: str = "vmbr0") -> None:
+    def grant_least(
+        self,
+        user: str,
+        template: int = 9000,
+        pool: str | None = None,
+        vmids: tuple[int, ...] = (),
+        storage: str = "local-lvm",
+        bridge: str = "vmbr0",
+    ) -> None:
         """What the product needs and no more, for a user or token: on /vms, on a pool (made here), or on single VMIDs.
 
         Permissions count for everybody from now on.
@@ -658,7 +766,9 @@ class ProxmoxDouble(AccessRules, PowerRules, FakePve):
         vmid = request.match_info["vmid"]
         if vmid.isdigit() and action in ("start", "stop", "shutdown", "reboot", "suspend", "resume"):
             info = self.resolve(request, API).methods["POST"]
-            values, errors = pve_schema.validate(info.get("parameters"), {**await request_params(request), "node": node, "vmid": vmid})
+            values, errors = pve_schema.validate(
+                info.get("parameters"), {**await request_params(request), "node": node, "vmid": vmid}
+            )
             if errors:
                 raise param_error(**errors)
             if values.get("skiplock") and user != "root@pam":
@@ -720,7 +830,9 @@ class ProxmoxDouble(AccessRules, PowerRules, FakePve):
     def _around_qmstart(self, body: Any, vm: Any, undo: list[Callable[[], None]]) -> Any:
         async def run() -> Any:
             if getattr(vm, "disks_lost", False):
-                raise TaskError("no such logical volume " + ", ".join(volume for _key, volume, _props in drives_of(vm.config, True)))
+                raise TaskError(
+                    "no such logical volume " + ", ".join(volume for _key, volume, _props in drives_of(vm.config, True))
+                )
             if vm.lock == "suspended":
                 await self._wake(vm)
                 return None
@@ -742,18 +854,33 @@ class ProxmoxDouble(AccessRules, PowerRules, FakePve):
         if not (self.agent_default and enabled and vm.agent is None):
             return
         mac = re.search(r"([0-9A-Fa-f]{2}(?::[0-9A-Fa-f]{2}){5})", str(vm.config.get("net0", "")))
-        answer = {"interfaces": [
-            {"name": "lo", "hardware-address": "00:00:00:00:00:00",
-             "ip-addresses": [{"ip-address": "127.0.0.1", "ip-address-type": "ipv4", "prefix": 8},
-                              {"ip-address": "::1", "ip-address-type": "ipv6", "prefix": 128}]},
-            {"name": "eth0", "hardware-address": mac[1].lower() if mac else "bc:24:11:00:00:01",
-             "ip-addresses": [{"ip-address": "fe80::1", "ip-address-type": "ipv6", "prefix": 64},
-                              {"ip-address": self.address_of(vm.vmid), "ip-address-type": "ipv4", "prefix": 24}]}]}
+        answer = {
+            "interfaces": [
+                {
+                    "name": "lo",
+                    "hardware-address": "00:00:00:00:00:00",
+                    "ip-addresses": [
+                        {"ip-address": "127.0.0.1", "ip-address-type": "ipv4", "prefix": 8},
+                        {"ip-address": "::1", "ip-address-type": "ipv6", "prefix": 128},
+                    ],
+                },
+                {
+                    "name": "eth0",
+                    "hardware-address": mac[1].lower() if mac else "bc:24:11:00:00:01",
+                    "ip-addresses": [
+                        {"ip-address": "fe80::1", "ip-address-type": "ipv6", "prefix": 64},
+                        {"ip-address": self.address_of(vm.vmid), "ip-address-type": "ipv4", "prefix": 24},
+                    ],
+                },
+            ]
+        }
 
         def up() -> None:
             if vm.status == "running" and vm.agent is None:
                 vm.agent, vm.agent_by_default = answer, True
-                asyncio.get_running_loop().call_later(self.cloud_init_delay, ended) if self.cloud_init_delay else ended()
+                asyncio.get_running_loop().call_later(
+                    self.cloud_init_delay, ended
+                ) if self.cloud_init_delay else ended()
 
         def ended() -> None:
             if vm.agent is answer and self.cloud_init_errors is not None:
@@ -791,7 +918,9 @@ class ProxmoxDouble(AccessRules, PowerRules, FakePve):
             updates["delete"] = ",".join(key for key in wanted if key not in (*STATE_KEYS, "lock"))
         if "tags" in updates:
             self._check_tags(user, vm.config.get("tags"), updates["tags"])
-            updates["tags"] = ";".join(sorted({tag.lower() for tag in re.split(r"[;, ]+", str(updates["tags"])) if tag}))
+            updates["tags"] = ";".join(
+                sorted({tag.lower() for tag in re.split(r"[;, ]+", str(updates["tags"])) if tag})
+            )
         elif "tags" in str(updates.get("delete") or "").split(","):
             self._check_tags(user, vm.config.get("tags"), "")
         if "description" in updates:
@@ -874,13 +1003,19 @@ class ProxmoxDouble(AccessRules, PowerRules, FakePve):
 
     def _missing_snippet(self, vm: Any) -> str | None:
         named = [part.partition("=")[2] for part in str(vm.config.get("cicustom") or "").split(",") if part]
-        missing = [volume for volume in named if volume not in self.snippets and volume not in self._snippet_files(vm.node)]
+        missing = [
+            volume for volume in named if volume not in self.snippets and volume not in self._snippet_files(vm.node)
+        ]
         return f"volume '{missing[0]}' does not exist" if missing else None
 
     def _snippet_files(self, node: str) -> dict[str, str]:
         """Volume id -> path of the snippets that are files of this machine, as that node sees them."""
-        return {f"{sid}:snippets/{name}": os.path.join(folder, name) for sid, (folder, owner) in self.snippet_folders.items()
-                if owner in (None, node) and os.path.isdir(folder) for name in os.listdir(folder)}
+        return {
+            f"{sid}:snippets/{name}": os.path.join(folder, name)
+            for sid, (folder, owner) in self.snippet_folders.items()
+            if owner in (None, node) and os.path.isdir(folder)
+            for name in os.listdir(folder)
+        }
 
     @on_loop
     def hold_snippets(self, folder: str, storage: str = "local", node: str | None = "pve1") -> None:
@@ -907,9 +1042,22 @@ class ProxmoxDouble(AccessRules, PowerRules, FakePve):
             if row.get("content") == "images" and self.storages[v["storage"]].get("type") in ("dir", "nfs", "cifs"):
                 row.setdefault("parent", None)
                 row.setdefault("used", row.get("size", 0))
-        if v.get("content") in (None, "snippets") and v.get("vmid") is None and self.allowed(user, f"/storage/{v['storage']}", "Datastore.Allocate"):
-            found += [{"volid": volume, "content": "snippets", "format": "snippet", "size": os.path.getsize(path), "ctime": int(os.path.getmtime(path))}
-                      for volume, path in self._snippet_files(v["node"]).items() if volume.startswith(v["storage"] + ":")]
+        if (
+            v.get("content") in (None, "snippets")
+            and v.get("vmid") is None
+            and self.allowed(user, f"/storage/{v['storage']}", "Datastore.Allocate")
+        ):
+            found += [
+                {
+                    "volid": volume,
+                    "content": "snippets",
+                    "format": "snippet",
+                    "size": os.path.getsize(path),
+                    "ctime": int(os.path.getmtime(path)),
+                }
+                for volume, path in self._snippet_files(v["node"]).items()
+                if volume.startswith(v["storage"] + ":")
+            ]
         return found
 
     async def _agent_call(self, match: Any, values: dict[str, Any]) -> Any:
@@ -1047,9 +1195,21 @@ class ProxmoxDouble(AccessRules, PowerRules, FakePve):
     def _cloudinit_volume(self, sid: str, vmid: int) -> str:
         """Make (or find) the cloud-init volume of a VM; returns its volume id."""
         store = self.storages[sid]
-        name = f"{vmid}/vm-{vmid}-cloudinit.qcow2" if store.get("type") in ("dir", "nfs", "cifs") else f"vm-{vmid}-cloudinit"
-        store.setdefault("volumes", {}).setdefault(name, {"content": "images", "format": "qcow2" if "." in name else "raw", "size": 4 * 1024 ** 2,
-                                                          "vmid": vmid, "ctime": int(time.time())})
+        name = (
+            f"{vmid}/vm-{vmid}-cloudinit.qcow2"
+            if store.get("type") in ("dir", "nfs", "cifs")
+            else f"vm-{vmid}-cloudinit"
+        )
+        store.setdefault("volumes", {}).setdefault(
+            name,
+            {
+                "content": "images",
+                "format": "qcow2" if "." in name else "raw",
+                "size": 4 * 1024**2,
+                "vmid": vmid,
+                "ctime": int(time.time()),
+            },
+        )
         return f"{sid}:{name}"
 
     # ------------------------------------------------------------------ delete
@@ -1097,8 +1257,12 @@ class ProxmoxDouble(AccessRules, PowerRules, FakePve):
 
     def volumes_of(self, vmid: int) -> list[str]:
         """Volume ids that belong to a VMID by their names, on every storage."""
-        return sorted(f"{sid}:{name}" for sid, store in self.storages.items() for name in store.get("volumes", {})
-                      if volume_owner(f"{sid}:{name}") == vmid)
+        return sorted(
+            f"{sid}:{name}"
+            for sid, store in self.storages.items()
+            for name in store.get("volumes", {})
+            if volume_owner(f"{sid}:{name}") == vmid
+        )
 
     # ------------------------------------------------------------------ what there is
 
@@ -1117,23 +1281,52 @@ class ProxmoxDouble(AccessRules, PowerRules, FakePve):
         return f"{sid}:{name}"
 
     @on_loop
-    def add_template(self, vmid: int = 9000, name: str = "debian-13", storage: str = "local-lvm", node: str = "pve1", **config: Any) -> Any:
+    def add_template(
+        self, vmid: int = 9000, name: str = "debian-13", storage: str = "local-lvm", node: str = "pve1", **config: Any
+    ) -> Any:
         """A cloud image's template: base disk, cloud-init drive, NIC on vmbr0, agent on."""
-        size = 3 * 1024 ** 3
+        size = 3 * 1024**3
         base = self._disk(storage, f"base-{vmid}-disk-0", vmid, size)
-        settings = {"name": name, "template": 1, "agent": "1", "boot": "order=scsi0", "cores": 2, "memory": "2048", "ostype": "l26",
-                    "scsihw": "virtio-scsi-single", "serial0": "socket", "scsi0": f"{base},size={format_size(size)}",
-                    "ide2": f"{self._cloudinit_volume(storage, vmid)},media=cdrom", "net0": "virtio=BC:24:11:00:90:00,bridge=vmbr0",
-                    "smbios1": f"uuid={uuid.uuid4()}", "vmgenid": str(uuid.uuid4()), "meta": "creation-qemu=10.0.2,ctime=1700000000"}
+        settings = {
+            "name": name,
+            "template": 1,
+            "agent": "1",
+            "boot": "order=scsi0",
+            "cores": 2,
+            "memory": "2048",
+            "ostype": "l26",
+            "scsihw": "virtio-scsi-single",
+            "serial0": "socket",
+            "scsi0": f"{base},size={format_size(size)}",
+            "ide2": f"{self._cloudinit_volume(storage, vmid)},media=cdrom",
+            "net0": "virtio=BC:24:11:00:90:00,bridge=vmbr0",
+            "smbios1": f"uuid={uuid.uuid4()}",
+            "vmgenid": str(uuid.uuid4()),
+            "meta": "creation-qemu=10.0.2,ctime=1700000000",
+        }
         return self.add_vm(vmid, name, node=node, template=True, config=dict(settings, **config))
 
     @on_loop
-    def add_guest(self, vmid: int, name: str = "somebody-elses", node: str = "pve1", storage: str = "local-lvm", smbios: bool = True, **kw: Any) -> Any:
+    def add_guest(
+        self,
+        vmid: int,
+        name: str = "somebody-elses",
+        node: str = "pve1",
+        storage: str = "local-lvm",
+        smbios: bool = True,
+        **kw: Any,
+    ) -> Any:
         """An ordinary VM with a disk of its own and an identity; kw go to FakeVm (status, lock, pool, template, ...), config is merged."""
         size = kw.pop("size", 8 * 1024**3)
         disk = self._disk(storage, f"{'base' if kw.get('template') else 'vm'}-{vmid}-disk-0", vmid, size)
-        config = {"name": name, "cores": 1, "memory": "1024", "scsi0": f"{disk},size={format_size(size)}", "net0": f"virtio={_mac()},bridge=vmbr0",
-                  "vmgenid": str(uuid.uuid4())}
+        config = {
+            "name": name,
+            "cores": 1,
+            "memory": "1024",
+            "scsi0": f"{disk},size={format_size(size)}",
+            "net0": f"virtio={_mac()},bridge=vmbr0",
+            "vmgenid": str(uuid.uuid4()),
+        }
         if smbios:
             config["smbios1"] = f"uuid={uuid.uuid4()}"
         config.update(kw.pop("config", {}))
@@ -1155,9 +1348,23 @@ class ProxmoxDouble(AccessRules, PowerRules, FakePve):
         return gone
 
     @on_loop
-    def make_foreign(self, vmid: int, *, same_name: bool = False, same_tags: bool = False, copy_description: bool = False, copy_smbios: bool = False,
-                     running: bool = False, template: bool = False, smbios: bool = True, protection: bool = False, lock: str | None = None,
-                     node: str | None = None, name: str = "somebody-elses", description: str | None = None) -> Any:
+    def make_foreign(
+        self,
+        vmid: int,
+        *,
+        same_name: bool = False,
+        same_tags: bool = False,
+        copy_description: bool = False,
+        copy_smbios: bool = False,
+        running: bool = False,
+        template: bool = False,
+        smbios: bool = True,
+        protection: bool = False,
+        lock: str | None = None,
+        node: str | None = None,
+        name: str = "somebody-elses",
+        description: str | None = None,
+    ) -> Any:
         """Whatever is at the VMID goes; a VM of somebody else stands there instead, alike in what is asked for and in nothing else."""
         old = self.remove_vm(vmid)
         before = old.config if old else {}
@@ -1168,8 +1375,16 @@ class ProxmoxDouble(AccessRules, PowerRules, FakePve):
             config["description"] = description
         if protection:
             config["protection"] = 1
-        return self.add_guest(vmid, str(before.get("name", name)) if same_name else name, node=node or (old.node if old else "pve1"), smbios=smbios,
-                              status="running" if running else "stopped", template=template, lock=lock, config=config)
+        return self.add_guest(
+            vmid,
+            str(before.get("name", name)) if same_name else name,
+            node=node or (old.node if old else "pve1"),
+            smbios=smbios,
+            status="running" if running else "stopped",
+            template=template,
+            lock=lock,
+            config=config,
+        )
 
     @on_loop
     def move_vm(self, vmid: int, node: str) -> None:
@@ -1189,6 +1404,7 @@ class ProxmoxDouble(AccessRules, PowerRules, FakePve):
 
 
 # ---------------------------------------------------------------------- small things
+
 
 def _no_config(node: str, vmid: Any) -> str:
     return f"Configuration file 'nodes/{node}/qemu-server/{vmid}.conf' does not exist"
@@ -1250,7 +1466,7 @@ async def _half(request: web.Request, response: web.StreamResponse) -> web.Strea
     body = response.body if isinstance(response, web.Response) and isinstance(response.body, bytes) else b"{}"
     if request.transport is not None:
         head = f"HTTP/1.1 {response.status} {response.reason}\r\nContent-Type: application/json;charset=UTF-8\r\nContent-Length: {len(body)}\r\n\r\n"
-        request.transport.write(head.encode() + body[:len(body) // 2])
+        request.transport.write(head.encode() + body[: len(body) // 2])
         request.transport.close()
     return _Nothing()
 
@@ -1272,8 +1488,15 @@ class DoubleServer:
     setup(pve) runs before it listens. The certificate in cafile is for the host and the further names.
     """
 
-    def __init__(self, time_scale: float = 0.0, port: int = 0, setup: Callable[[ProxmoxDouble], Any] | None = None,
-                 double: type[ProxmoxDouble] = ProxmoxDouble, host: str = HOST, names: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        time_scale: float = 0.0,
+        port: int = 0,
+        setup: Callable[[ProxmoxDouble], Any] | None = None,
+        double: type[ProxmoxDouble] = ProxmoxDouble,
+        host: str = HOST,
+        names: tuple[str, ...] = (),
+    ) -> None:
         self.pve = double(host=host, port=port)
         self._names = (host, *names)
         self.pve.time_scale = time_scale
@@ -1342,4 +1565,14 @@ class DoubleServer:
         return asyncio.run_coroutine_threadsafe(run(), self._loop).result(60)
 
 
-__all__ = ["CLONE_DESCRIPTION", "COUNT_PATH", "DoubleServer", "FakeVm", "ProxmoxDouble", "PveError", "TaskError", "pve_schema", "volume_owner"]
+__all__ = [
+    "CLONE_DESCRIPTION",
+    "COUNT_PATH",
+    "DoubleServer",
+    "FakeVm",
+    "ProxmoxDouble",
+    "PveError",
+    "TaskError",
+    "pve_schema",
+    "volume_owner",
+]

@@ -44,7 +44,9 @@ class Double:
     def __init__(self) -> None:
         where = urlsplit(os.environ["PVESH_URL"])
         self._headers = {"Authorization": "PVEAPIToken=" + os.environ["PVESH_TOKEN"]}
-        self._connection = http.client.HTTPSConnection(where.netloc, timeout=30, context=ssl.create_default_context(cafile=os.environ["PVESH_CA"]))
+        self._connection = http.client.HTTPSConnection(
+            where.netloc, timeout=30, context=ssl.create_default_context(cafile=os.environ["PVESH_CA"])
+        )
 
     def ask(self, method: str, path: str, values: dict[str, Any]) -> tuple[int, str, dict[str, Any]]:
         """Return status, reason, and the body (empty if there is none)."""
@@ -53,7 +55,9 @@ class Double:
         if method in ("GET", "DELETE"):
             self._connection.request(method, f"{url}?{sent}" if sent else url, headers=self._headers)
         else:
-            self._connection.request(method, url, sent, {**self._headers, "Content-Type": "application/x-www-form-urlencoded"})
+            self._connection.request(
+                method, url, sent, {**self._headers, "Content-Type": "application/x-www-form-urlencoded"}
+            )
         answer = self._connection.getresponse()
         text = answer.read()
         return answer.status, answer.reason, json.loads(text) if text.startswith(b"{") else {}
@@ -64,7 +68,11 @@ def parse(words: list[str]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for name, value in zip(words[::2], words[1::2], strict=True):
         name = name.lstrip("-")
-        values[name] = value if name not in values else [*([values[name]] if isinstance(values[name], str) else values[name]), value]
+        values[name] = (
+            value
+            if name not in values
+            else [*([values[name]] if isinstance(values[name], str) else values[name]), value]
+        )
     values.pop("output-format", None)
     return values
 
@@ -74,9 +82,17 @@ def refuse(command: str, reason: str, errors: dict[str, Any], remote: bool) -> i
     lines = [reason]
     unknown = next((name for name, text in errors.items() if "not defined in schema" in text), None)
     if unknown and not remote:
-        lines = [f"Unknown option: {unknown}", "400 unable to parse option", f"pvesh {command} <api_path> [OPTIONS] [FORMAT_OPTIONS]"]
+        lines = [
+            f"Unknown option: {unknown}",
+            "400 unable to parse option",
+            f"pvesh {command} <api_path> [OPTIONS] [FORMAT_OPTIONS]",
+        ]
     elif errors:
-        lines = [f"400 {reason}", *(f"{name}: {text}" for name, text in errors.items()), f"pvesh {command} <api_path> [OPTIONS] [FORMAT_OPTIONS]"]
+        lines = [
+            f"400 {reason}",
+            *(f"{name}: {text}" for name, text in errors.items()),
+            f"pvesh {command} <api_path> [OPTIONS] [FORMAT_OPTIONS]",
+        ]
     elif remote and not reason.startswith("hostname lookup"):
         lines = [f"proxy handler failed: {reason}"]
     print("\n".join(lines), file=sys.stderr)
@@ -87,12 +103,18 @@ def main() -> int:
     command, path, *rest = sys.argv[1:]
     locale = os.environ.get("LC_ALL") or os.environ.get("LANG") or "C"
     if os.environ.get("PVESH_PMXCFS") and os.getegid() != 0:
-        print("ipcc_send_rec[1] failed: Unknown error -1\n" * 3 + "Unable to load access control list: Unknown error -1", file=sys.stderr)
+        print(
+            "ipcc_send_rec[1] failed: Unknown error -1\n" * 3 + "Unable to load access control list: Unknown error -1",
+            file=sys.stderr,
+        )
         return 255
     if locale not in ("C", "C.UTF-8", "POSIX"):
         print(LOCALE.format(locale), end="", file=sys.stderr)
     if not locale.lower().replace("-", "").endswith("utf8"):
-        rest = [re.sub(r"[^\x00-\x7f]", lambda char: "\N{REPLACEMENT CHARACTER}" * len(char[0].encode()), word) for word in rest]
+        rest = [
+            re.sub(r"[^\x00-\x7f]", lambda char: "\N{REPLACEMENT CHARACTER}" * len(char[0].encode()), word)
+            for word in rest
+        ]
     method = METHODS[command]
     values = parse(rest)
     node = re.match(r"/nodes/([^/]+)", path)
@@ -110,7 +132,10 @@ def main() -> int:
     # Nothing is printed of a write that was refused for its digest, its lock or its values.
     written = status < 400 or "Permission denied" in reason
     if config and written and not remote:
-        print(f"update VM {config[1]}: " + " ".join(f"-{name} {value}" for name, value in values.items() if name != "digest"))
+        print(
+            f"update VM {config[1]}: "
+            + " ".join(f"-{name} {value}" for name, value in values.items() if name != "digest")
+        )
         if not all(str(value).isascii() for value in values.values()):
             print("Wide character in print at /usr/share/perl5/PVE/API2/Qemu.pm line 2345.", file=sys.stderr)
     if status >= 400:
@@ -125,7 +150,11 @@ def main() -> int:
                 break
             time.sleep(0.02)
         log = double.ask("GET", f"{where}/log", {"limit": 500})[2].get("data") or []
-        lines = [row["t"] for row in log if row["t"] and row["t"] != task["exitstatus"] and not row["t"].startswith(("TASK ", "unable to open file"))]
+        lines = [
+            row["t"]
+            for row in log
+            if row["t"] and row["t"] != task["exitstatus"] and not row["t"].startswith(("TASK ", "unable to open file"))
+        ]
         first = {"qmclone": f"creating a clone of VM {data.split(':')[6]}"}
         if task["exitstatus"] == "OK":
             # The start of a VM with a cloud-init drive.

@@ -77,11 +77,25 @@ class Soak:
         compileall.compile_dir(str(code), quiet=1)
         self.database = folder / "records" / "agentlab.db"
         environment = {**self.server.environment(str(folder)), "AGENTLAB_DATABASE": str(self.database)}
-        self.daemon = Daemon(folder / "daemon", environment, cleanup=RULES, metrics_listen=f"127.0.0.1:{free_port()}", expire_interval="5s",
-                             reconcile_interval="20s", connections=16)
-        self.daemon.environment.update(PYTHONPATH=str(code), MALLOC_ARENA_MAX="2", MALLOC_MMAP_THRESHOLD_="131072",
-                                       PYTHONNODEBUGRANGES="1")
-        for name in ("PYTHONDONTWRITEBYTECODE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE", "SSL_CERT_DIR"):
+        self.daemon = Daemon(
+            folder / "daemon",
+            environment,
+            cleanup=RULES,
+            metrics_listen=f"127.0.0.1:{free_port()}",
+            expire_interval="5s",
+            reconcile_interval="20s",
+            connections=16,
+        )
+        self.daemon.environment.update(
+            PYTHONPATH=str(code), MALLOC_ARENA_MAX="2", MALLOC_MMAP_THRESHOLD_="131072", PYTHONNODEBUGRANGES="1"
+        )
+        for name in (
+            "PYTHONDONTWRITEBYTECODE",
+            "REQUESTS_CA_BUNDLE",
+            "CURL_CA_BUNDLE",
+            "SSL_CERT_FILE",
+            "SSL_CERT_DIR",
+        ):
             self.daemon.environment.pop(name, None)
         self.done: Counter[str] = Counter()
         self.wrong: list[str] = []
@@ -151,8 +165,17 @@ class Soak:
         pve.counted.clear()
         pve.requests.clear()
         self.server.call(self._forget_tasks)
-        return Sample(int(time.monotonic() - self._began), int(found["VmRSS"]), int(found["RssAnon"]), int(found["Threads"]),
-                      len(list((proc / "fd").iterdir())), size, live, sum(self.done.values()), self._requests)
+        return Sample(
+            int(time.monotonic() - self._began),
+            int(found["VmRSS"]),
+            int(found["RssAnon"]),
+            int(found["Threads"]),
+            len(list((proc / "fd").iterdir())),
+            size,
+            live,
+            sum(self.done.values()),
+            self._requests,
+        )
 
     def _forget_tasks(self) -> None:
         pve = self.server.pve
@@ -163,17 +186,25 @@ class Soak:
 
     def run(self) -> list[Sample]:
         self.daemon.start()
-        self.daemon.wait_for(lambda: self.daemon.get("/v1/status").body["reconcile"]["last_run"], "the first reconcile is over", 30)
+        self.daemon.wait_for(
+            lambda: self.daemon.get("/v1/status").body["reconcile"]["last_run"], "the first reconcile is over", 30
+        )
         time.sleep(2)
         names = [field.name for field in fields(Sample)]
         print("  ".join(f"{name:>9}" for name in names), flush=True)
         samples = [self.sample()]
         tell(samples[-1])
-        threads = [threading.Thread(target=self.churn, args=(number,)) for number in range(CLIENTS)] + [threading.Thread(target=self.look)]
+        threads = [threading.Thread(target=self.churn, args=(number,)) for number in range(CLIENTS)] + [
+            threading.Thread(target=self.look)
+        ]
         for thread in threads:
             thread.start()
         pause = max(2.0, self.seconds / 60)
-        while time.monotonic() - self._began < self.seconds and self.daemon.process is not None and self.daemon.process.poll() is None:
+        while (
+            time.monotonic() - self._began < self.seconds
+            and self.daemon.process is not None
+            and self.daemon.process.poll() is None
+        ):
             time.sleep(pause)
             samples.append(self.sample())
             tell(samples[-1])
@@ -194,11 +225,13 @@ def tell(one: Sample) -> None:
 
 def judge(samples: list[Sample]) -> list[str]:
     """What grew beyond its limit: a sentence for each."""
-    after = samples[len(samples) // 3:]
+    after = samples[len(samples) // 3 :]
     third = max(1, len(after) // 3)
     grown = []
     for name, limit in LIMITS.items():
-        first, last = (statistics.median(getattr(one, name) for one in part) for part in (after[:third], after[-third:]))
+        first, last = (
+            statistics.median(getattr(one, name) for one in part) for part in (after[:third], after[-third:])
+        )
         print(f"{name}: {first:.0f} after the warm-up, {last:.0f} in the end ({last - first:+.0f}, limit +{limit})")
         if last - first > limit:
             grown.append(f"{name} grew by {last - first:.0f}, more than {limit}")
@@ -212,12 +245,16 @@ def main() -> int:
         try:
             samples = soak.run()
             load = os.getloadavg()[1]
-            print(f"\n{sum(soak.done.values())} requests of clients ({', '.join(f'{count} {what}' for what, count in sorted(soak.done.items()))}), "
-                  f"{samples[-1].requests} to Proxmox; load {load:.1f}; idle {samples[0].resident} KiB, at most {max(one.resident for one in samples)} KiB")
+            print(
+                f"\n{sum(soak.done.values())} requests of clients ({', '.join(f'{count} {what}' for what, count in sorted(soak.done.items()))}), "
+                f"{samples[-1].requests} to Proxmox; load {load:.1f}; idle {samples[0].resident} KiB, at most {max(one.resident for one in samples)} KiB"
+            )
             problems = judge(samples) + soak.wrong[:20]
             if not samples[1:] or samples[-1].done == samples[len(samples) // 2].done:
                 problems.append("the churn stood still")
-            ended = "" if soak.daemon.process is None or soak.daemon.process.poll() is None else "agentlabd ended by itself"
+            ended = (
+                "" if soak.daemon.process is None or soak.daemon.process.poll() is None else "agentlabd ended by itself"
+            )
             problems += [ended] if ended else []
             if problems:
                 with contextlib.suppress(OSError):

@@ -16,10 +16,24 @@ from support.play import Run, play
 COLLECTION = "agentlab.proxmox"
 
 
-def task(title: str, module: str, /, *, before: Callable[[], Any] | None = None, fails: bool = False, check: bool | None = None, diff: bool | None = None,
-         keywords: dict[str, Any] | None = None, **options: Any) -> dict[str, Any]:
+def task(
+    title: str,
+    module: str,
+    /,
+    *,
+    before: Callable[[], Any] | None = None,
+    fails: bool = False,
+    check: bool | None = None,
+    diff: bool | None = None,
+    keywords: dict[str, Any] | None = None,
+    **options: Any,
+) -> dict[str, Any]:
     """A task of a story: the module by its full name; ``fails`` says that it is to fail, ``before`` what happens before it."""
-    found: dict[str, Any] = {"name": title, f"{COLLECTION}.{module}" if module.startswith("agentlab_") else module: options, **(keywords or {})}
+    found: dict[str, Any] = {
+        "name": title,
+        f"{COLLECTION}.{module}" if module.startswith("agentlab_") else module: options,
+        **(keywords or {}),
+    }
     if before:
         found["before"] = before
     if fails:
@@ -35,7 +49,9 @@ def tell(tasks: list[dict[str, Any]], env: dict[str, str], tmp_path: Path, pve: 
     """Run the story in one playbook: those tasks fail that are to fail, and there is no warning and no traceback anywhere."""
     run = play(tasks, env, tmp_path, pve=pve, **options)
     expected = [one["name"] for one in tasks if one.get("ignore_errors")]
-    failed = [entry["task"] for entry in run.results if entry["status"] in ("failed", "unreachable") and not entry.get("item")]
+    failed = [
+        entry["task"] for entry in run.results if entry["status"] in ("failed", "unreachable") and not entry.get("item")
+    ]
     told = {entry["task"]: entry["result"].get("msg") for entry in run.results}
     unforeseen = {name: told[name] for name in failed if name not in expected}
     assert failed == expected, f"failed: {unforeseen}; did not: {set(expected) - set(failed)}"
@@ -61,7 +77,7 @@ def written(database: str) -> tuple[Any, ...]:
 
 def records(database: str) -> list[str]:
     """The sandboxes and their events; what a run notes of the clocks and the cluster is not among them."""
-    return [line for line in written(database)[2] if "INTO \"sandboxes\"" in line or "INTO \"events\"" in line]
+    return [line for line in written(database)[2] if 'INTO "sandboxes"' in line or 'INTO "events"' in line]
 
 
 def edit(env: dict[str, str], vmids: Iterable[int], **values: Any) -> None:
@@ -70,13 +86,21 @@ def edit(env: dict[str, str], vmids: Iterable[int], **values: Any) -> None:
     with conn:
         for vmid in vmids:
             names = ", ".join(f"{name} = ?" for name in values)
-            assert conn.execute(f"UPDATE sandboxes SET {names} WHERE vmid = ? AND state != 'DESTROYED'", (*values.values(), vmid)).rowcount == 1
+            assert (
+                conn.execute(
+                    f"UPDATE sandboxes SET {names} WHERE vmid = ? AND state != 'DESTROYED'", (*values.values(), vmid)
+                ).rowcount
+                == 1
+            )
     conn.close()
 
 
 def state_of(env: dict[str, str], vmid: int) -> str:
     """The newest record's state."""
     conn = sqlite3.connect(env["AGENTLAB_DATABASE"])
-    row = conn.execute("SELECT state FROM sandboxes WHERE vmid = ? ORDER BY state = 'DESTROYED', state_changed_at DESC LIMIT 1", (vmid,)).fetchone()
+    row = conn.execute(
+        "SELECT state FROM sandboxes WHERE vmid = ? ORDER BY state = 'DESTROYED', state_changed_at DESC LIMIT 1",
+        (vmid,),
+    ).fetchone()
     conn.close()
     return str(row[0])

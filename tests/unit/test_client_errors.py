@@ -50,8 +50,15 @@ def calm(server: Server) -> Iterator[None]:
 
 
 def client(server: Server, **changes: Any) -> ProxmoxClient:
-    values = {"api_host": "127.0.0.1", "api_port": server.pve.port, "api_token_id": TOKEN_ID, "api_token_secret": TOKEN_SECRET, "ca_path": server.cafile,
-              "api_timeout": 2, **changes}
+    values = {
+        "api_host": "127.0.0.1",
+        "api_port": server.pve.port,
+        "api_token_id": TOKEN_ID,
+        "api_token_secret": TOKEN_SECRET,
+        "ca_path": server.cafile,
+        "api_timeout": 2,
+        **changes,
+    }
     return ProxmoxClient(ProxmoxSettings(**values), Hurried())
 
 
@@ -59,14 +66,36 @@ def ask(which: ProxmoxClient, method: str, path: str = PATH) -> Any:
     return getattr(which, method.lower())(path)
 
 
-@pytest.mark.parametrize(("status", "kind"), [
-    (400, errors.ApiError), (401, errors.AccessDenied), (403, errors.AccessDenied), (404, errors.ApiError), (408, errors.OutcomeUnknown),
-    (500, errors.ApiError), (501, errors.ApiError), (502, errors.OutcomeUnknown), (503, errors.OutcomeUnknown), (504, errors.OutcomeUnknown),
-    (595, errors.Unreachable), (596, errors.OutcomeUnknown), (597, errors.OutcomeUnknown), (598, errors.OutcomeUnknown), (599, errors.OutcomeUnknown),
-])
+@pytest.mark.parametrize(
+    ("status", "kind"),
+    [
+        (400, errors.ApiError),
+        (401, errors.AccessDenied),
+        (403, errors.AccessDenied),
+        (404, errors.ApiError),
+        (408, errors.OutcomeUnknown),
+        (500, errors.ApiError),
+        (501, errors.ApiError),
+        (502, errors.OutcomeUnknown),
+        (503, errors.OutcomeUnknown),
+        (504, errors.OutcomeUnknown),
+        (595, errors.Unreachable),
+        (596, errors.OutcomeUnknown),
+        (597, errors.OutcomeUnknown),
+        (598, errors.OutcomeUnknown),
+        (599, errors.OutcomeUnknown),
+    ],
+)
 @pytest.mark.parametrize("method", ["GET", "POST"])
 def test_status(server: Server, method: str, status: int, kind: type[errors.AgentlabError]) -> None:
-    server.pve.fault(method, "/nodes/pve1/qemu/9000/config", "answer", status=status, body='{"data": null, "message": "the text"}', times=9)
+    server.pve.fault(
+        method,
+        "/nodes/pve1/qemu/9000/config",
+        "answer",
+        status=status,
+        body='{"data": null, "message": "the text"}',
+        times=9,
+    )
     with pytest.raises(errors.ProxmoxError) as caught:
         ask(client(server), method, "nodes/pve1/qemu/9000/config")
     assert isinstance(caught.value, kind) and caught.value.code == kind.code
@@ -74,8 +103,22 @@ def test_status(server: Server, method: str, status: int, kind: type[errors.Agen
     assert TOKEN_SECRET not in str(caught.value.as_dict())
 
 
-@pytest.mark.parametrize("body", ["", "null", "[]", "7", '"text"', "{}", '{"data"', "<html>It works!</html>", '{"errors": {}}',
-                                  '{"data": {"errors": "x"}}', "\x00\xff"])
+@pytest.mark.parametrize(
+    "body",
+    [
+        "",
+        "null",
+        "[]",
+        "7",
+        '"text"',
+        "{}",
+        '{"data"',
+        "<html>It works!</html>",
+        '{"errors": {}}',
+        '{"data": {"errors": "x"}}',
+        "\x00\xff",
+    ],
+)
 @pytest.mark.parametrize("method", ["GET", "PUT"])
 def test_200_that_is_no_answer_of_proxmox(server: Server, method: str, body: str) -> None:
     server.pve.fault(method, PATH, "answer", status=200, body=body, times=9)
@@ -83,7 +126,10 @@ def test_200_that_is_no_answer_of_proxmox(server: Server, method: str, body: str
         ask(client(server), method)
 
 
-@pytest.mark.parametrize("body", ['{"data": null}', '{"data": "x"}', '{"data": {"a": 1}}', '{"data": [1]}', '{"data": [null]}', '{"data": [[]]}'])
+@pytest.mark.parametrize(
+    "body",
+    ['{"data": null}', '{"data": "x"}', '{"data": {"a": 1}}', '{"data": [1]}', '{"data": [null]}', '{"data": [[]]}'],
+)
 def test_a_list_is_a_list_of_objects_or_unknown(server: Server, body: str) -> None:
     server.pve.fault("GET", PATH, "answer", status=200, body=body, times=9)
     with pytest.raises(errors.OutcomeUnknown, match="not a list"):
@@ -110,7 +156,9 @@ def test_broken_connection_reads_are_repeated_and_writes_are_not(server: Server,
 
 
 @pytest.mark.parametrize(("kind", "carried_out"), [("cut-before", False), ("cut-after", True), ("truncate", True)])
-def test_a_config_write_whose_connection_was_cut_is_looked_up_and_not_repeated(server: Server, kind: str, carried_out: bool) -> None:
+def test_a_config_write_whose_connection_was_cut_is_looked_up_and_not_repeated(
+    server: Server, kind: str, carried_out: bool
+) -> None:
     """pveproxy cuts a write with a ticket now and then; the configuration tells whether it was carried out."""
     path = "nodes/pve1/qemu/9000/config"
     which = client(server)
@@ -125,7 +173,10 @@ def test_a_config_write_whose_connection_was_cut_is_looked_up_and_not_repeated(s
     assert server.pve.counted == {"PUT /nodes/{node}/qemu/{vmid}/config": 1, "GET /nodes/{node}/qemu/{vmid}/config": 1}
 
 
-@pytest.mark.parametrize("text", ["got no worker upid - start worker failed", "can't lock file '/var/lock/qemu-server/lock-100.conf' - got timeout"])
+@pytest.mark.parametrize(
+    "text",
+    ["got no worker upid - start worker failed", "can't lock file '/var/lock/qemu-server/lock-100.conf' - got timeout"],
+)
 def test_a_write_that_was_not_begun_is_repeated(server: Server, text: str) -> None:
     server.pve.fail("PUT", "/nodes/pve1/qemu/9000/config", 500, text, times=2)
     client(server).put("nodes/pve1/qemu/9000/config", description="y")
@@ -143,13 +194,18 @@ def test_no_answer_in_time_is_unknown_and_names_the_setting(server: Server) -> N
         client(server, api_timeout=1).get(PATH)
 
 
-def test_a_connection_that_the_server_may_be_closing_is_not_used_again(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_connection_that_the_server_may_be_closing_is_not_used_again(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Proxmox VE closes one after five idle seconds; a write that meets that has an unknown outcome."""
     monkeypatch.setattr(https_module, "IDLE_SECONDS", 1.0)
 
     def connections() -> set[int]:
-        return {one.laddr.port for one in psutil.Process().net_connections("tcp")
-                if one.raddr and one.raddr.port == server.port and one.status == psutil.CONN_ESTABLISHED} - others
+        return {
+            one.laddr.port
+            for one in psutil.Process().net_connections("tcp")
+            if one.raddr and one.raddr.port == server.port and one.status == psutil.CONN_ESTABLISHED
+        } - others
 
     others: set[int] = set()
     others = connections()
@@ -190,7 +246,11 @@ def test_certificate_of_another_authority(server: Server, tmp_path: Path) -> Non
 
 def test_host_name_is_checked(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     real = socket.getaddrinfo
-    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *rest, **more: real("127.0.0.1" if host == "pve.test" else host, *rest, **more))
+    monkeypatch.setattr(
+        socket,
+        "getaddrinfo",
+        lambda host, *rest, **more: real("127.0.0.1" if host == "pve.test" else host, *rest, **more),
+    )
     with pytest.raises(errors.Unreachable, match="(?i)not trusted: hostname .*(mismatch|doesn't match)"):
         client(server, api_host="pve.test").get(PATH)
 
@@ -198,6 +258,7 @@ def test_host_name_is_checked(server: Server, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("junk", [b"", b"SSH-2.0-OpenSSH_9.9\r\n", b"HTTP/1.1 200 OK\r\n\r\nplain"])
 def test_port_of_something_else(server: Server, junk: bytes) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
+
         def serve() -> None:
             try:
                 while True:
@@ -222,14 +283,19 @@ def test_wrong_token_says_what_to_check(server: Server) -> None:
 
 
 def test_wrong_password_says_what_to_check(server: Server) -> None:
-    with pytest.raises(errors.AccessDenied, match="refuses the login of 'root@pam'.*check api_user and api_password") as caught:
+    with pytest.raises(
+        errors.AccessDenied, match="refuses the login of 'root@pam'.*check api_user and api_password"
+    ) as caught:
         client(server, api_token_id=None, api_token_secret=None, api_password="wrong-secret").get(PATH)
     assert "wrong-secret" not in str(caught.value.as_dict())
 
 
 def test_missing_privilege_is_named(server: Server) -> None:
     server.pve.fail("GET", PATH, 403, "Permission check failed (/vms/120, VM.Audit)", times=1)
-    with pytest.raises(errors.AccessDenied, match=r"agentlab@pve!tests may not do that \(403 Permission check failed \(/vms/120, VM.Audit\)"):
+    with pytest.raises(
+        errors.AccessDenied,
+        match=r"agentlab@pve!tests may not do that \(403 Permission check failed \(/vms/120, VM.Audit\)",
+    ):
         client(server).get(PATH)
 
 
@@ -245,7 +311,9 @@ def test_a_redirect_is_neither_followed_nor_taken_for_success(server: Server, me
     with pytest.raises(errors.OutcomeUnknown, match="redirected elsewhere"):
         ask(client(server), method)
     server.pve.faults.clear()
-    server.pve.fault(method, PATH, "answer", status=status, body="", headers={"Location": "https://127.0.0.1:1/elsewhere"}, times=9)
+    server.pve.fault(
+        method, PATH, "answer", status=status, body="", headers={"Location": "https://127.0.0.1:1/elsewhere"}, times=9
+    )
     with pytest.raises(errors.OutcomeUnknown, match="redirected elsewhere"):
         ask(client(server), method)
 

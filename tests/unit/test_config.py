@@ -16,7 +16,9 @@ from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors impo
 SECRET = "s3cr3t-of-the-tests"
 
 
-def load(folder: Path, text: str | None = None, environment: dict[str, str] | None = None, **options: Any) -> config.Config:
+def load(
+    folder: Path, text: str | None = None, environment: dict[str, str] | None = None, **options: Any
+) -> config.Config:
     path = folder / "config.yaml"
     if text is not None:
         path.write_text(text, encoding="utf-8")
@@ -25,7 +27,13 @@ def load(folder: Path, text: str | None = None, environment: dict[str, str] | No
 
 def test_defaults(tmp_path: Path) -> None:
     found = load(tmp_path)
-    assert (found.proxmox.api_port, found.proxmox.validate_certs, found.vmid_range, found.default_ttl, found.node) == (8006, True, (1000, 1999), 14400, None)
+    assert (found.proxmox.api_port, found.proxmox.validate_certs, found.vmid_range, found.default_ttl, found.node) == (
+        8006,
+        True,
+        (1000, 1999),
+        14400,
+        None,
+    )
     assert found.proxmox.api_host is None and found.proxmox.login == "root@pam"
 
 
@@ -43,7 +51,12 @@ def test_empty_values_are_no_values(tmp_path: Path) -> None:
 
 
 def test_false_is_a_value(tmp_path: Path) -> None:
-    assert load(tmp_path, "validate_certs: true\n", {"PROXMOX_VALIDATE_CERTS": "true"}, validate_certs=False).proxmox.validate_certs is False
+    assert (
+        load(
+            tmp_path, "validate_certs: true\n", {"PROXMOX_VALIDATE_CERTS": "true"}, validate_certs=False
+        ).proxmox.validate_certs
+        is False
+    )
     assert load(tmp_path, "validate_certs: false\n").proxmox.validate_certs is False
 
 
@@ -61,8 +74,21 @@ def test_unknown_key_is_refused_by_name(tmp_path: Path) -> None:
         load(tmp_path, "absent_gard: 10\n")
 
 
-@pytest.mark.parametrize("text", ["- a\n", "just text\n", "3\n", "a: [\n", "a: b: c\n", "\t: x\n", "? [a]\n: b\n", "&a [*a]\n",
-                                  "!!python/object:os.system x\n", "{"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "- a\n",
+        "just text\n",
+        "3\n",
+        "a: [\n",
+        "a: b: c\n",
+        "\t: x\n",
+        "? [a]\n: b\n",
+        "&a [*a]\n",
+        "!!python/object:os.system x\n",
+        "{",
+    ],
+)
 def test_a_file_that_cannot_be_used(tmp_path: Path, text: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load(tmp_path, text)
@@ -86,24 +112,64 @@ def test_an_empty_file_is_no_error(tmp_path: Path) -> None:
     assert load(tmp_path, "# nothing\n").proxmox.api_port == 8006
 
 
-@pytest.mark.parametrize(("name", "value"), [
-    ("api_port", "0"), ("api_port", "65536"), ("api_port", "x"), ("api_port", True), ("api_port", "\u0663"), ("api_timeout", "0"), ("connections", "-1"),
-    ("node_connections", "0"),
-    ("connections", "1e3"), ("validate_certs", "maybe"), ("database_group_access", "2"), ("vmid_range", "1000"), ("vmid_range", "50-200"),
-    ("vmid_range", "2000-1000"), ("vmid_range", "a-b"), ("vmid_range", "100-1000000000"), ("default_ttl", "soon"), ("max_ttl", "0"), ("max_lifetime", "-1"),
-    ("wait_timeout", "x"), ("claim_timeout", "-1"), ("absent_guard", "0"), ("absent_guard", "101"), ("vmid_range", [1, 2]), ("api_port", []),
-    ("default_ttl", {}), ("pool", "--purge"), ("pool", "a/--purge"), ("pool", "a;reboot"), ("pool", "a/b/c/d"), ("node", "../pve1"), ("node", ["pve1"]),
-    ("node", True),
-    ("storage", "local lvm"), ("template", "-9000"), ("snippets_storage", "local:snippets"),
-])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("api_port", "0"),
+        ("api_port", "65536"),
+        ("api_port", "x"),
+        ("api_port", True),
+        ("api_port", "\u0663"),
+        ("api_timeout", "0"),
+        ("connections", "-1"),
+        ("node_connections", "0"),
+        ("connections", "1e3"),
+        ("validate_certs", "maybe"),
+        ("database_group_access", "2"),
+        ("vmid_range", "1000"),
+        ("vmid_range", "50-200"),
+        ("vmid_range", "2000-1000"),
+        ("vmid_range", "a-b"),
+        ("vmid_range", "100-1000000000"),
+        ("default_ttl", "soon"),
+        ("max_ttl", "0"),
+        ("max_lifetime", "-1"),
+        ("wait_timeout", "x"),
+        ("claim_timeout", "-1"),
+        ("absent_guard", "0"),
+        ("absent_guard", "101"),
+        ("vmid_range", [1, 2]),
+        ("api_port", []),
+        ("default_ttl", {}),
+        ("pool", "--purge"),
+        ("pool", "a/--purge"),
+        ("pool", "a;reboot"),
+        ("pool", "a/b/c/d"),
+        ("node", "../pve1"),
+        ("node", ["pve1"]),
+        ("node", True),
+        ("storage", "local lvm"),
+        ("template", "-9000"),
+        ("snippets_storage", "local:snippets"),
+    ],
+)
 def test_bad_value_is_refused_by_name(tmp_path: Path, name: str, value: object) -> None:
     with pytest.raises(InvalidInput) as caught:
         load(tmp_path, **{name: value})
     assert caught.value.message.startswith(f"{name}: ")
 
 
-@pytest.mark.parametrize(("name", "value"), [("pool", "agents/ci_1.x/y"), ("pool", ".a"), ("node", "pve-1.example.org"), ("storage", "local-lvm"),
-                                             ("template", 9000), ("template", "debian-13")])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("pool", "agents/ci_1.x/y"),
+        ("pool", ".a"),
+        ("node", "pve-1.example.org"),
+        ("storage", "local-lvm"),
+        ("template", 9000),
+        ("template", "debian-13"),
+    ],
+)
 def test_names_of_proxmox(tmp_path: Path, name: str, value: object) -> None:
     assert getattr(load(tmp_path, **{name: value}), name) == str(value)
 
@@ -113,21 +179,30 @@ def test_times_of_waiting_are_seconds_and_leases_minutes(tmp_path: Path) -> None
     assert (found.wait_timeout, found.claim_timeout, found.shutdown_timeout, found.default_ttl) == (90, 5, 120, 5400)
 
 
-@pytest.mark.parametrize(("user", "token", "login"), [
-    ("agentlab@pve", "auto", "agentlab@pve!auto"),
-    ("root@pam", "agentlab@pve!auto", "agentlab@pve!auto"),
-    ("agentlab@pve", "agentlab@pve!auto", "agentlab@pve!auto"),
-])
+@pytest.mark.parametrize(
+    ("user", "token", "login"),
+    [
+        ("agentlab@pve", "auto", "agentlab@pve!auto"),
+        ("root@pam", "agentlab@pve!auto", "agentlab@pve!auto"),
+        ("agentlab@pve", "agentlab@pve!auto", "agentlab@pve!auto"),
+    ],
+)
 def test_token_id_short_and_long(tmp_path: Path, user: str, token: str, login: str) -> None:
     found = load(tmp_path, api_host="h", api_user=user, api_token_id=token, api_token_secret=SECRET).proxmox
     assert found.login == login and (found.user, found.token_name) == tuple(login.split("!"))
     found.check_credentials()
 
 
-@pytest.mark.parametrize(("options", "option"), [
-    ({"api_token_id": "a@pve!b"}, "api_token_secret"), ({"api_token_secret": SECRET}, "api_token_id"), ({}, "api_host"),
-    ({"api_user": "root", "api_password": SECRET}, "api_user"), ({"api_password": SECRET, "ca_path": "/nowhere/ca.pem"}, "ca_path"),
-])
+@pytest.mark.parametrize(
+    ("options", "option"),
+    [
+        ({"api_token_id": "a@pve!b"}, "api_token_secret"),
+        ({"api_token_secret": SECRET}, "api_token_id"),
+        ({}, "api_host"),
+        ({"api_user": "root", "api_password": SECRET}, "api_user"),
+        ({"api_password": SECRET, "ca_path": "/nowhere/ca.pem"}, "ca_path"),
+    ],
+)
 def test_credentials_that_cannot_work(tmp_path: Path, options: dict[str, str], option: str) -> None:
     with pytest.raises(InvalidInput) as caught:
         load(tmp_path, api_host="h", **options).proxmox.check_credentials()
@@ -140,8 +215,15 @@ def test_secrets_are_in_no_repr(tmp_path: Path) -> None:
     assert SECRET not in repr(found) and SECRET not in str(found) and SECRET not in f"{found.proxmox!r}"
 
 
-@pytest.mark.parametrize("text", [f"api_password: {SECRET}: x\n", f"api_token_secret: [{SECRET}\n", f"api_token_secret: '{SECRET}\n",
-                                  f"api_password: *{SECRET}\n"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"api_password: {SECRET}: x\n",
+        f"api_token_secret: [{SECRET}\n",
+        f"api_token_secret: '{SECRET}\n",
+        f"api_password: *{SECRET}\n",
+    ],
+)
 def test_secrets_are_in_no_error_of_the_file(tmp_path: Path, text: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load(tmp_path, text)
@@ -149,26 +231,53 @@ def test_secrets_are_in_no_error_of_the_file(tmp_path: Path, text: str) -> None:
     assert caught.value.__cause__ is None and caught.value.__suppress_context__
 
 
-@pytest.mark.parametrize(("value", "address"), [
-    ("pve1", ("pve1", 8006, "")), (" pve1.example.net\n", ("pve1.example.net", 8006, "")), ("pve1:8007", ("pve1", 8007, "")),
-    ("https://pve1:8006", ("pve1", 8006, "")), ("https://pve1", ("pve1", 8006, "")), ("HTTPS://pve1:443/", ("pve1", 443, "")),
-    ("https://gate.example.net/proxmox/", ("gate.example.net", 8006, "/proxmox")), ("gate:443/a/b", ("gate", 443, "/a/b")),
-    ("https://pve1:8006/api2/json", ("pve1", 8006, "")), ("gate/pve/api2/json/", ("gate", 8006, "/pve")),
-    # From the browser's address bar, and half of the API's path.
-    ("https://pve1:8006/#v1:0:18:4:::::::", ("pve1", 8006, "")), ("pve1/api2", ("pve1", 8006, "")), ("gate/api2/", ("gate", 8006, "")),
-    ("192.0.2.1:8006", ("192.0.2.1", 8006, "")), ("2001:db8::1", ("2001:db8::1", 8006, "")), ("[2001:db8::1]", ("2001:db8::1", 8006, "")),
-    ("[2001:db8::1]:8007", ("2001:db8::1", 8007, "")), ("https://[2001:db8::1]:8007", ("2001:db8::1", 8007, "")), ("fe80::1%eth0", ("fe80::1%eth0", 8006, "")),
-])
+@pytest.mark.parametrize(
+    ("value", "address"),
+    [
+        ("pve1", ("pve1", 8006, "")),
+        (" pve1.example.net\n", ("pve1.example.net", 8006, "")),
+        ("pve1:8007", ("pve1", 8007, "")),
+        ("https://pve1:8006", ("pve1", 8006, "")),
+        ("https://pve1", ("pve1", 8006, "")),
+        ("HTTPS://pve1:443/", ("pve1", 443, "")),
+        ("https://gate.example.net/proxmox/", ("gate.example.net", 8006, "/proxmox")),
+        ("gate:443/a/b", ("gate", 443, "/a/b")),
+        ("https://pve1:8006/api2/json", ("pve1", 8006, "")),
+        ("gate/pve/api2/json/", ("gate", 8006, "/pve")),
+        # From the browser's address bar, and half of the API's path.
+        ("https://pve1:8006/#v1:0:18:4:::::::", ("pve1", 8006, "")),
+        ("pve1/api2", ("pve1", 8006, "")),
+        ("gate/api2/", ("gate", 8006, "")),
+        ("192.0.2.1:8006", ("192.0.2.1", 8006, "")),
+        ("2001:db8::1", ("2001:db8::1", 8006, "")),
+        ("[2001:db8::1]", ("2001:db8::1", 8006, "")),
+        ("[2001:db8::1]:8007", ("2001:db8::1", 8007, "")),
+        ("https://[2001:db8::1]:8007", ("2001:db8::1", 8007, "")),
+        ("fe80::1%eth0", ("fe80::1%eth0", 8006, "")),
+    ],
+)
 def test_how_people_write_a_host(tmp_path: Path, value: str, address: tuple[str, int, str]) -> None:
     settings = load(tmp_path, api_host=value).proxmox
     assert (settings.api_host, settings.api_port, settings.api_path) == address
     assert load(tmp_path, api_host="pve1:8007", api_port=8007).proxmox.api_port == 8007
 
 
-@pytest.mark.parametrize(("value", "words"), [
-    ("http://pve1:8006", "does not begin with https://"), ("ftp://pve1", "does not begin with https://"), ("pve1:port", "no host name"),
-    ("pve1:0", "not valid. Valid: a whole number"), ("pve1:70000", "not valid. Valid: a whole number"), ("pve 1", "no host name"), ("https://", "no host name"),
-    ("pve1/?x=1", "has a path"), ("root:secret-word@pve1", "the value is no host name"), ("pve1\n8006", "no host name"), ("[::1", "no host name")])
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ("http://pve1:8006", "does not begin with https://"),
+        ("ftp://pve1", "does not begin with https://"),
+        ("pve1:port", "no host name"),
+        ("pve1:0", "not valid. Valid: a whole number"),
+        ("pve1:70000", "not valid. Valid: a whole number"),
+        ("pve 1", "no host name"),
+        ("https://", "no host name"),
+        ("pve1/?x=1", "has a path"),
+        ("root:secret-word@pve1", "the value is no host name"),
+        ("pve1\n8006", "no host name"),
+        ("[::1", "no host name"),
+    ],
+)
 def test_a_host_that_is_none_is_refused_by_name(tmp_path: Path, value: str, words: str) -> None:
     with pytest.raises(InvalidInput, match=words) as caught:
         load(tmp_path, api_host=value)
@@ -176,7 +285,9 @@ def test_a_host_that_is_none_is_refused_by_name(tmp_path: Path, value: str, word
 
 
 def test_two_ports_that_contradict_each_other_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(InvalidInput, match="api_host: 'pve1:8007' names port 8007, but api_port is 443; leave one of them out"):
+    with pytest.raises(
+        InvalidInput, match="api_host: 'pve1:8007' names port 8007, but api_port is 443; leave one of them out"
+    ):
         load(tmp_path, api_host="pve1:8007", api_port=443)
 
 
@@ -196,17 +307,34 @@ def test_a_secret_that_is_no_text_is_refused(tmp_path: Path, name: str, value: o
     assert str(value) not in caught.value.message
 
 
-@pytest.mark.parametrize(("name", "value", "kept"), [
-    ("api_token_secret", f"{SECRET}\n", SECRET), ("api_token_secret", f" {SECRET}\r\n", SECRET), ("api_password", " two words \n", " two words "),
-    ("api_password", "'12345'", "'12345'"), ("api_token_id", "agentlab@pve!ci\n", "agentlab@pve!ci"), ("api_user", "agentlab@pve\n", "agentlab@pve")])
+@pytest.mark.parametrize(
+    ("name", "value", "kept"),
+    [
+        ("api_token_secret", f"{SECRET}\n", SECRET),
+        ("api_token_secret", f" {SECRET}\r\n", SECRET),
+        ("api_password", " two words \n", " two words "),
+        ("api_password", "'12345'", "'12345'"),
+        ("api_token_id", "agentlab@pve!ci\n", "agentlab@pve!ci"),
+        ("api_user", "agentlab@pve\n", "agentlab@pve"),
+    ],
+)
 def test_a_line_feed_behind_a_secret_is_no_part_of_it(tmp_path: Path, name: str, value: str, kept: str) -> None:
     assert getattr(load(tmp_path, **{name: value}).proxmox, name) == kept
     assert getattr(load(tmp_path, None, {config.ENVIRONMENT[name]: value}).proxmox, name) == kept
 
 
-@pytest.mark.parametrize(("name", "value"), [
-    ("api_token_secret", "made-\nup"), ("api_token_secret", "made up"), ("api_token_secret", "agentlab@pve!ci=made-up"), ("api_token_secret", "made-\u00fcp"),
-    ("api_token_id", "agentlab@pve!ci=made-up"), ("api_password", "made\nup"), ("api_password", "made\x00up")])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("api_token_secret", "made-\nup"),
+        ("api_token_secret", "made up"),
+        ("api_token_secret", "agentlab@pve!ci=made-up"),
+        ("api_token_secret", "made-\u00fcp"),
+        ("api_token_id", "agentlab@pve!ci=made-up"),
+        ("api_password", "made\nup"),
+        ("api_password", "made\x00up"),
+    ],
+)
 def test_a_secret_that_cannot_be_one_is_refused_and_not_told(tmp_path: Path, name: str, value: str) -> None:
     with pytest.raises(InvalidInput, match=f"^{name}: the value has ") as caught:
         load(tmp_path, **{name: value})
@@ -221,14 +349,18 @@ def test_a_token_in_api_user_is_refused_by_name_and_not_shown(tmp_path: Path, va
     assert "secret-word" not in str(caught.value.as_dict())
 
 
-@pytest.mark.parametrize("content", ["", "pve1\n", "-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n", "\u00ff"])
+@pytest.mark.parametrize(
+    "content", ["", "pve1\n", "-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n", "\u00ff"]
+)
 def test_a_file_without_a_certificate_is_refused_by_name(tmp_path: Path, content: str) -> None:
     file = tmp_path / "ca.pem"
     file.write_text(content)
     settings = load(tmp_path, api_host="pve1", api_password="x", ca_path=str(file)).proxmox
     with pytest.raises(InvalidInput, match="ca_path: .*ca.pem' holds no certificate in PEM form"):
         settings.check_credentials()
-    load(tmp_path, api_host="pve1", api_password="x", ca_path=str(file), validate_certs=False).proxmox.check_credentials()
+    load(
+        tmp_path, api_host="pve1", api_password="x", ca_path=str(file), validate_certs=False
+    ).proxmox.check_credentials()
 
 
 def test_an_empty_name_is_refused_with_what_to_do(tmp_path: Path) -> None:

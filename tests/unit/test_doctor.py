@@ -235,12 +235,14 @@ def test_a_page_that_was_overwritten_is_found(lab: Lab) -> None:
     ctx = lab.context()
     for _number in range(300):
         ctx.database.write(
-            lambda conn: conn.execute(
-                "INSERT INTO events (at, sandbox_uuid, vmid, operation, actor, outcome) VALUES (1, ?, 1000, 'x', ?,"
-                " 'ok')",
-                (made.uuid, "y" * 200),
+            lambda conn: (
+                conn.execute(
+                    "INSERT INTO events (at, sandbox_uuid, vmid, operation, actor, outcome) VALUES (1, ?, 1000, 'x', ?,"
+                    " 'ok')",
+                    (made.uuid, "y" * 200),
+                )
+                and None
             )
-            and None
         )
     ctx.database.write(lambda conn: conn.execute("DELETE FROM claims") and None)
     lab.close_contexts()

@@ -25,7 +25,9 @@ def module_of(name: str) -> Any:
 
 def documented(name: str) -> dict[str, Any]:
     """The options as the documentation says, with those of the fragments."""
-    fragments = importlib.import_module("ansible_collections.agentlab.proxmox.plugins.doc_fragments.common").ModuleDocFragment
+    fragments = importlib.import_module(
+        "ansible_collections.agentlab.proxmox.plugins.doc_fragments.common"
+    ).ModuleDocFragment
     documentation = yaml.safe_load(module_of(name).DOCUMENTATION)
     options = dict(documentation.get("options") or {})
     for fragment in documentation.get("extends_documentation_fragment") or ():
@@ -44,9 +46,13 @@ def test_it_has_a_scenario(name: str) -> None:
     path = REPO / "tests" / "scenarios" / f"test_{name}.py"
     assert path.is_file(), f"write tests/scenarios/test_{name}.py"
     text = path.read_text(encoding="utf-8")
-    assert f'"{name}"' in text and "def test_" in text and "check=True" in text, f"{path.name} does not run {name}, or not in check mode"
+    assert f'"{name}"' in text and "def test_" in text and "check=True" in text, (
+        f"{path.name} does not run {name}, or not in check mode"
+    )
     # What agentlab_workspace_info shows is looked at in the life of a workspace.
-    assert "@pytest.mark.everyday\n" in text or name == "agentlab_workspace_info", f"mark one scenario of {path.name} as everyday"
+    assert "@pytest.mark.everyday\n" in text or name == "agentlab_workspace_info", (
+        f"mark one scenario of {path.name} as everyday"
+    )
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -70,7 +76,13 @@ def test_documentation_and_argument_spec_agree(name: str, monkeypatch: pytest.Mo
     assert sorted(spec) == sorted(options)
     for option, value in spec.items():
         told = options[option]
-        for key, default in (("type", "str"), ("elements", None), ("required", False), ("default", None), ("choices", None)):
+        for key, default in (
+            ("type", "str"),
+            ("elements", None),
+            ("required", False),
+            ("default", None),
+            ("choices", None),
+        ):
             assert value.get(key, default) == told.get(key, default), (option, key)
         assert told.get("description"), option
         if any(word in option for word in ("password", "secret")) and value["type"] != "bool":

@@ -49,13 +49,23 @@ def certificate(folder: Path, days: int = 30) -> tuple[str, str]:
     now = datetime.datetime.now(datetime.UTC)
     import ipaddress
 
-    built = (x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key()).serial_number(x509.random_serial_number())
-             .not_valid_before(now - datetime.timedelta(days=90)).not_valid_after(now + datetime.timedelta(days=days))
-             .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False)
-             .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True).sign(key, hashes.SHA256()))
+    built = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(days=90))
+        .not_valid_after(now + datetime.timedelta(days=days))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
     folder.mkdir(exist_ok=True)
     (folder / "cert.pem").write_bytes(built.public_bytes(serialization.Encoding.PEM))
-    (folder / "key.pem").write_bytes(key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()))
+    (folder / "key.pem").write_bytes(
+        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    )
     return str(folder / "cert.pem"), str(folder / "key.pem")
 
 
@@ -96,7 +106,14 @@ class Canned:
                     return
                 head += more
             top, _end, body = head.partition(b"\r\n\r\n")
-            length = next((int(line.split(b":")[1]) for line in top.split(b"\r\n") if line.lower().startswith(b"content-length:")), 0)
+            length = next(
+                (
+                    int(line.split(b":")[1])
+                    for line in top.split(b"\r\n")
+                    if line.lower().startswith(b"content-length:")
+                ),
+                0,
+            )
             while len(body) < length:
                 body += sock.recv(65536)
             self.requests.append(top + b"\r\n\r\n" + body)
@@ -106,8 +123,15 @@ class Canned:
         self._listener.close()
 
     def client(self, **changes: Any) -> ProxmoxClient:
-        values: dict[str, Any] = {"api_host": "127.0.0.1", "api_port": self.port, "api_token_id": TOKEN_ID, "api_token_secret": TOKEN_SECRET,
-                                  "ca_path": self.cafile, "api_timeout": 2, **changes}
+        values: dict[str, Any] = {
+            "api_host": "127.0.0.1",
+            "api_port": self.port,
+            "api_token_id": TOKEN_ID,
+            "api_token_secret": TOKEN_SECRET,
+            "ca_path": self.cafile,
+            "api_timeout": 2,
+            **changes,
+        }
         return ProxmoxClient(ProxmoxSettings(**values), Hurried())
 
 
@@ -130,7 +154,17 @@ def serve(tmp_path: Path) -> Iterator[Make]:
 def say(status: str, body: bytes | str = b"", *headers: str) -> Answer:
     """Return an answer that says this and closes the connection."""
     content = body.encode() if isinstance(body, str) else body
-    head = "\r\n".join([f"HTTP/1.1 {status}", f"Content-Length: {len(content)}", "Content-Type: application/json", "Connection: close", *headers, "", ""])
+    head = "\r\n".join(
+        [
+            f"HTTP/1.1 {status}",
+            f"Content-Length: {len(content)}",
+            "Content-Type: application/json",
+            "Connection: close",
+            *headers,
+            "",
+            "",
+        ]
+    )
 
     def answer(sock: ssl.SSLSocket, _head: bytes) -> None:
         sock.sendall(head.encode() + content)
@@ -160,7 +194,9 @@ def test_errors_of_parameters_are_told_by_name(serve: Make) -> None:
     assert caught.value.text == "Parameter verification failed. vmid: VM 100 already exists"
 
 
-@pytest.mark.parametrize("body", ["", "[]", "null", '{"message": 7}', "<html>", "[" * 5000, '{"message": "a\\u0007b\\u202ec"}'])
+@pytest.mark.parametrize(
+    "body", ["", "[]", "null", '{"message": 7}', "<html>", "[" * 5000, '{"message": "a\\u0007b\\u202ec"}']
+)
 def test_any_body_of_an_error_gives_one_clean_line(serve: Make, body: str) -> None:
     with pytest.raises(errors.ApiError) as caught:
         serve(say("500 it went wrong", body)).client().post("nodes/pve1/qemu/1000/clone")
@@ -170,20 +206,28 @@ def test_any_body_of_an_error_gives_one_clean_line(serve: Make, body: str) -> No
 @pytest.mark.parametrize("status", [502, 503, 504])
 def test_a_proxy_that_answers_in_the_place_of_proxmox(serve: Make, status: int) -> None:
     server = serve(say(f"{status} Bad Gateway", "<html>"))
-    with pytest.raises(errors.OutcomeUnknown, match=f"a proxy between here and Proxmox answers {status} Bad Gateway; nothing was changed. Look at pveproxy"):
+    with pytest.raises(
+        errors.OutcomeUnknown,
+        match=f"a proxy between here and Proxmox answers {status} Bad Gateway; nothing was changed. Look at pveproxy",
+    ):
         server.client().get(PATH)
-    with pytest.raises(errors.OutcomeUnknown, match=f"answers {status} Bad Gateway; whether it was carried out is not known"):
+    with pytest.raises(
+        errors.OutcomeUnknown, match=f"answers {status} Bad Gateway; whether it was carried out is not known"
+    ):
         server.client().put(PATH, description="x")
 
 
 def test_a_node_that_hangs_is_not_called_an_unknown_outcome_of_a_read(serve: Make) -> None:
     server = serve(say("596 Connection timed out"))
-    with pytest.raises(errors.OutcomeUnknown, match=r"node pve1 does not answer \(596 Connection timed out\); nothing was changed"):
+    with pytest.raises(
+        errors.OutcomeUnknown, match=r"node pve1 does not answer \(596 Connection timed out\); nothing was changed"
+    ):
         server.client().get(PATH)
 
 
 def test_a_read_is_repeated_only_within_api_timeout(serve: Make) -> None:
     """Proxmox says 596 after half a minute: four of them were two minutes."""
+
     def slow(sock: ssl.SSLSocket, head: bytes) -> None:
         time.sleep(1.2)
         say("596 Connection timed out")(sock, head)
@@ -194,17 +238,31 @@ def test_a_read_is_repeated_only_within_api_timeout(serve: Make) -> None:
     assert len(server.requests) <= 2
 
 
-@pytest.mark.parametrize(("text", "words"), [
-    ("Permission check failed (/vms/1000, VM.Audit)", "grant VM.Audit on /vms or the VM's pool"),
-    ("Permission check failed", "grant VM.Audit on /vms or the VM's pool")])
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("Permission check failed (/vms/1000, VM.Audit)", "grant VM.Audit on /vms or the VM's pool"),
+        ("Permission check failed", "grant VM.Audit on /vms or the VM's pool"),
+    ],
+)
 def test_credentials_that_may_not_see_a_vm(serve: Make, text: str, words: str) -> None:
     with pytest.raises(errors.AccessDenied, match=words):
         serve(say(f"403 {text}")).client().get(PATH)
 
 
-@pytest.mark.parametrize(("text", "words"), [
-    ("pool 'agents' does not exist", r"pool 'agents' does not exist; create it \(pveum pool add agents\), or correct pool"),
-    ("Permission check failed", r"or pool 'agents' does not exist: create it \(pveum pool add agents\), or correct pool")])
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (
+            "pool 'agents' does not exist",
+            r"pool 'agents' does not exist; create it \(pveum pool add agents\), or correct pool",
+        ),
+        (
+            "Permission check failed",
+            r"or pool 'agents' does not exist: create it \(pveum pool add agents\), or correct pool",
+        ),
+    ],
+)
 def test_a_pool_that_is_gone(serve: Make, text: str, words: str) -> None:
     with pytest.raises(errors.AccessDenied, match=words):
         serve(say(f"403 {text}")).client().post("nodes/pve1/qemu/9000/clone", newid=1000, pool="agents")
@@ -217,20 +275,29 @@ def drip(data: bytes, pause: float = 0.2) -> Answer:
     def answer(sock: ssl.SSLSocket, _head: bytes) -> None:
         with contextlib.suppress(OSError):
             for number in range(len(data)):
-                sock.sendall(data[number:number + 1])
+                sock.sendall(data[number : number + 1])
                 time.sleep(pause)
 
     return answer
 
 
-@pytest.mark.parametrize("data", [b"HTTP/1.1 200 OK\r\n" + b"X-Slow: y\r\n" * 900, b"HTTP/1.1 200 OK\r\nContent-Length: 90000\r\n\r\n" + b" " * 90000,
-                                  b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + b"1\r\n \r\n" * 90000])
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"HTTP/1.1 200 OK\r\n" + b"X-Slow: y\r\n" * 900,
+        b"HTTP/1.1 200 OK\r\nContent-Length: 90000\r\n\r\n" + b" " * 90000,
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + b"1\r\n \r\n" * 90000,
+    ],
+)
 @pytest.mark.parametrize("method", ["get", "put"])
 def test_a_server_that_sends_a_byte_at_a_time_ends_at_the_deadline(serve: Make, data: bytes, method: str) -> None:
     """Each byte would begin the socket's time-out anew."""
     server = serve(drip(data, 0.05))
     began = time.monotonic()
-    with pytest.raises(errors.OutcomeUnknown, match=r"no answer within 1 s \(api_timeout\); (nothing was changed|whether it was carried out is not known)"):
+    with pytest.raises(
+        errors.OutcomeUnknown,
+        match=r"no answer within 1 s \(api_timeout\); (nothing was changed|whether it was carried out is not known)",
+    ):
         getattr(server.client(api_timeout=1), method)(PATH)
     assert time.monotonic() - began < 20
     assert len(server.requests) == 1
@@ -246,7 +313,9 @@ def test_an_answer_that_comes_in_pieces_is_an_answer(serve: Make) -> None:
 def test_an_answer_has_a_largest_size(serve: Make, monkeypatch: pytest.MonkeyPatch, packed: bool) -> None:
     monkeypatch.setattr(answers, "LARGEST_ANSWER", 1_000_000)
     body = b'{"data": "' + b"x" * 2_000_000 + b'"}'
-    server = serve(say("200 OK", gzip.compress(body) if packed else body, *(["Content-Encoding: gzip"] if packed else [])))
+    server = serve(
+        say("200 OK", gzip.compress(body) if packed else body, *(["Content-Encoding: gzip"] if packed else []))
+    )
     with pytest.raises(errors.OutcomeUnknown, match="the answer is larger than any of Proxmox"):
         server.client(api_timeout=30).put(PATH)
 
@@ -276,7 +345,10 @@ def test_a_handshake_that_always_breaks_changed_nothing(serve: Make) -> None:
 def test_a_certificate_that_expired(serve: Make) -> None:
     server = serve(say("200 OK"), days=-2)
     day = f"{datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=2):%Y-%m-%d}"
-    with pytest.raises(errors.Unreachable, match=rf"expired on {day}: renew it on the node \(pvecm updatecerts -f\), or check the date of this host"):
+    with pytest.raises(
+        errors.Unreachable,
+        match=rf"expired on {day}: renew it on the node \(pvecm updatecerts -f\), or check the date of this host",
+    ):
         server.client().get(PATH)
 
 
@@ -315,7 +387,10 @@ def test_a_second_factor_ends_the_login_after_one_attempt(serve: Make) -> None:
     server = serve(say("200 OK", json.dumps({"data": {**TICKET, "NeedTFA": 1}})))
     client = server.client(api_token_id=None, api_token_secret=None, api_password=PASSWORD)
     for _time in range(3):
-        with pytest.raises(errors.AccessDenied, match="asks 'root@pam' for a second factor, which no program can give; use an API token") as caught:
+        with pytest.raises(
+            errors.AccessDenied,
+            match="asks 'root@pam' for a second factor, which no program can give; use an API token",
+        ) as caught:
             client.get(PATH)
     assert len(server.requests) == 1 and b"tfa" not in server.requests[0]
     assert PASSWORD not in str(caught.value.as_dict())
@@ -325,7 +400,9 @@ def test_a_refused_login_is_not_repeated_by_the_next_request(serve: Make) -> Non
     server = serve(say("401 authentication failure", '{"data": null}'))
     client = server.client(api_token_id=None, api_token_secret=None, api_password=PASSWORD)
     for _time in range(3):
-        with pytest.raises(errors.AccessDenied, match="refuses the login of 'root@pam' .*check api_user and api_password"):
+        with pytest.raises(
+            errors.AccessDenied, match="refuses the login of 'root@pam' .*check api_user and api_password"
+        ):
             client.get(PATH)
     assert len(server.requests) == 1
 
@@ -345,7 +422,11 @@ def test_a_ticket_is_sent_with_its_token_and_renewed_once(serve: Make) -> None:
 
     server = serve(answer)
     server.client(api_token_id=None, api_token_secret=None, api_password=PASSWORD).put(PATH, description="x")
-    assert tickets == 2 and b"CSRFPreventionToken: 2:3" in server.requests[-1] and b"PVEAuthCookie=T2" in server.requests[-1]
+    assert (
+        tickets == 2
+        and b"CSRFPreventionToken: 2:3" in server.requests[-1]
+        and b"PVEAuthCookie=T2" in server.requests[-1]
+    )
 
 
 # ---- proxies of the environment ----
@@ -363,7 +444,9 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 def test_a_proxy_that_cannot_be_reached_is_named(serve: Make, clean_environment: pytest.MonkeyPatch, name: str) -> None:
     clean_environment.setenv(name, "http://somebody:made-up@127.0.0.1:9")
     server = serve(say("200 OK", '{"data": {}}'))
-    with pytest.raises(errors.Unreachable, match=f"the proxy http://127.0.0.1:9 of {name} cannot be reached .*into NO_PROXY") as caught:
+    with pytest.raises(
+        errors.Unreachable, match=f"the proxy http://127.0.0.1:9 of {name} cannot be reached .*into NO_PROXY"
+    ) as caught:
         server.client().get(PATH)
     assert "made-up" not in str(caught.value.as_dict()) and server.connections == 0
     clean_environment.setenv("NO_PROXY", "127.0.0.1")
@@ -373,6 +456,7 @@ def test_a_proxy_that_cannot_be_reached_is_named(serve: Make, clean_environment:
 @pytest.mark.parametrize("status", ["403 Forbidden", "407 Proxy Authentication Required", "502 Bad Gateway"])
 def test_a_proxy_that_refuses_is_named(serve: Make, clean_environment: pytest.MonkeyPatch, status: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
+
         def refuse() -> None:
             with contextlib.suppress(OSError):
                 while True:
@@ -383,12 +467,18 @@ def test_a_proxy_that_refuses_is_named(serve: Make, clean_environment: pytest.Mo
 
         threading.Thread(target=refuse, daemon=True).start()
         clean_environment.setenv("HTTPS_PROXY", f"http://127.0.0.1:{listener.getsockname()[1]}")
-        with pytest.raises(errors.Unreachable, match=rf"the proxy http://127.0.0.1:\d+ of HTTPS_PROXY refuses \({status}\).*into NO_PROXY"):
+        with pytest.raises(
+            errors.Unreachable,
+            match=rf"the proxy http://127.0.0.1:\d+ of HTTPS_PROXY refuses \({status}\).*into NO_PROXY",
+        ):
             serve(say("200 OK")).client().put(PATH, description="x")
         listener.shutdown(socket.SHUT_RDWR)
 
 
-@pytest.mark.parametrize(("proxy", "words"), [("socks5://127.0.0.1:9", "needs the Python library PySocks"), ("gopher://127.0.0.1:9", "of no kind")])
+@pytest.mark.parametrize(
+    ("proxy", "words"),
+    [("socks5://127.0.0.1:9", "needs the Python library PySocks"), ("gopher://127.0.0.1:9", "of no kind")],
+)
 def test_a_proxy_of_another_kind(serve: Make, clean_environment: pytest.MonkeyPatch, proxy: str, words: str) -> None:
     clean_environment.setenv("ALL_PROXY", proxy)
     with pytest.raises(errors.Unreachable, match=f"the proxy {proxy} of ALL_PROXY .*{words}.*NO_PROXY"):

@@ -25,40 +25,48 @@ def config(description: str | None, smbios: str | None, **more: Any) -> dict[str
     return found
 
 
-@pytest.mark.parametrize(("description", "smbios", "verdict"), [
-    (MINE, SMBIOS, identity.MATCH),
-    (MINE, SMBIOS.upper(), identity.MATCH),
-    ("a note\n" + MINE + "\nanother note", SMBIOS, identity.MATCH),
-    (MINE, STRANGE, identity.AMBIGUOUS),
-    (MINE, None, identity.AMBIGUOUS),
-    (MINE + "\n" + THEIRS, SMBIOS, identity.AMBIGUOUS),
-    (MINE + "\n" + THEIRS, STRANGE, identity.AMBIGUOUS),
-    (THEIRS, SMBIOS, identity.AMBIGUOUS),
-    (None, SMBIOS, identity.AMBIGUOUS),
-    ("", SMBIOS, identity.AMBIGUOUS),
-    (THEIRS, STRANGE, identity.FOREIGN),
-    (None, STRANGE, identity.FOREIGN),
-    (None, None, identity.FOREIGN),
-    ("agentlab-sandbox:", STRANGE, identity.FOREIGN),
-    (f"agentlab-sandbox: {OURS}0", STRANGE, identity.FOREIGN),
-    (OURS, STRANGE, identity.FOREIGN),
-])
+@pytest.mark.parametrize(
+    ("description", "smbios", "verdict"),
+    [
+        (MINE, SMBIOS, identity.MATCH),
+        (MINE, SMBIOS.upper(), identity.MATCH),
+        ("a note\n" + MINE + "\nanother note", SMBIOS, identity.MATCH),
+        (MINE, STRANGE, identity.AMBIGUOUS),
+        (MINE, None, identity.AMBIGUOUS),
+        (MINE + "\n" + THEIRS, SMBIOS, identity.AMBIGUOUS),
+        (MINE + "\n" + THEIRS, STRANGE, identity.AMBIGUOUS),
+        (THEIRS, SMBIOS, identity.AMBIGUOUS),
+        (None, SMBIOS, identity.AMBIGUOUS),
+        ("", SMBIOS, identity.AMBIGUOUS),
+        (THEIRS, STRANGE, identity.FOREIGN),
+        (None, STRANGE, identity.FOREIGN),
+        (None, None, identity.FOREIGN),
+        ("agentlab-sandbox:", STRANGE, identity.FOREIGN),
+        (f"agentlab-sandbox: {OURS}0", STRANGE, identity.FOREIGN),
+        (OURS, STRANGE, identity.FOREIGN),
+    ],
+)
 def test_judge_of_a_bound_record(description: str | None, smbios: str | None, verdict: str) -> None:
     assert identity.judge(OURS, SMBIOS, config(description, smbios)).identity == verdict
 
 
-@pytest.mark.parametrize(("description", "smbios", "more", "verdict"), [
-    (MINE, SMBIOS, {}, identity.UNBOUND),
-    (MINE, None, {}, identity.UNBOUND),
-    (MINE + "\n" + THEIRS, SMBIOS, {}, identity.AMBIGUOUS),
-    (THEIRS, SMBIOS, {}, identity.FOREIGN),
-    (None, SMBIOS, {}, identity.FOREIGN),
-    ("clone of VM 9000", SMBIOS, {"lock": "clone"}, identity.UNKNOWN),
-    (None, None, {"lock": "create"}, identity.UNKNOWN),
-    (MINE, SMBIOS, {"lock": "clone"}, identity.UNKNOWN),
-    (MINE, SMBIOS, {"lock": "backup"}, identity.UNBOUND),
-])
-def test_judge_of_an_unbound_record(description: str | None, smbios: str | None, more: dict[str, str], verdict: str) -> None:
+@pytest.mark.parametrize(
+    ("description", "smbios", "more", "verdict"),
+    [
+        (MINE, SMBIOS, {}, identity.UNBOUND),
+        (MINE, None, {}, identity.UNBOUND),
+        (MINE + "\n" + THEIRS, SMBIOS, {}, identity.AMBIGUOUS),
+        (THEIRS, SMBIOS, {}, identity.FOREIGN),
+        (None, SMBIOS, {}, identity.FOREIGN),
+        ("clone of VM 9000", SMBIOS, {"lock": "clone"}, identity.UNKNOWN),
+        (None, None, {"lock": "create"}, identity.UNKNOWN),
+        (MINE, SMBIOS, {"lock": "clone"}, identity.UNKNOWN),
+        (MINE, SMBIOS, {"lock": "backup"}, identity.UNBOUND),
+    ],
+)
+def test_judge_of_an_unbound_record(
+    description: str | None, smbios: str | None, more: dict[str, str], verdict: str
+) -> None:
     assert identity.judge(OURS, None, config(description, smbios, **more)).identity == verdict
 
 
@@ -66,7 +74,9 @@ def test_name_and_tags_are_no_proof() -> None:
     assert identity.judge(OURS, SMBIOS, config(None, STRANGE, name="a1", tags="agentlab")).identity == identity.FOREIGN
 
 
-@pytest.mark.parametrize("smbios1", ["", "uuid=", "uuid=x", f"xuuid={SMBIOS}", f"uuid={SMBIOS}0", "manufacturer=a", 5, None])
+@pytest.mark.parametrize(
+    "smbios1", ["", "uuid=", "uuid=x", f"xuuid={SMBIOS}", f"uuid={SMBIOS}0", "manufacturer=a", 5, None]
+)
 def test_an_smbios_that_cannot_be_read_matches_nothing(smbios1: object) -> None:
     verdict = identity.judge(OURS, SMBIOS, {"description": MINE, "smbios1": smbios1})
     assert verdict.identity == identity.AMBIGUOUS and verdict.digest is None
@@ -79,7 +89,11 @@ def test_uuid_among_other_smbios_values() -> None:
 def test_verdict_carries_digest_and_evidence() -> None:
     verdict = identity.judge(OURS, SMBIOS, config(THEIRS, STRANGE))
     assert verdict.digest == "d1"
-    assert verdict.evidence["marker"] == "other" and verdict.evidence["smbios_uuid"] == STRANGE and verdict.evidence["expected_smbios_uuid"] == SMBIOS
+    assert (
+        verdict.evidence["marker"] == "other"
+        and verdict.evidence["smbios_uuid"] == STRANGE
+        and verdict.evidence["expected_smbios_uuid"] == SMBIOS
+    )
 
 
 def test_deletion_note_keeps_the_marker_and_does_not_grow() -> None:
@@ -104,17 +118,20 @@ def test_the_judge_takes_markers_with_and_without_a_database() -> None:
         assert identity.markers({"description": mark}) == {OURS} and identity.is_ours(mark)
 
 
-@pytest.mark.parametrize(("description", "others"), [
-    (identity.marker(OURS, "a" * 32), set()),
-    (identity.marker(OURS, "b" * 32), {"b" * 32}),
-    (identity.marker(OURS, "b" * 32).upper(), {"b" * 32}),
-    (identity.marker(OURS), set()),
-    (identity.marker(OURS, "b" * 32) + "\n" + identity.marker(OTHER), set()),
-    (identity.marker(OURS, "b" * 32) + "\n" + identity.marker(OTHER, "a" * 32), set()),
-    (identity.marker(OURS, "b" * 32) + "\n" + identity.marker(OTHER, "c" * 32), {"b" * 32, "c" * 32}),
-    (f"agentlab-sandbox: {OURS} (database abc)", set()),
-    ("", set()),
-])
+@pytest.mark.parametrize(
+    ("description", "others"),
+    [
+        (identity.marker(OURS, "a" * 32), set()),
+        (identity.marker(OURS, "b" * 32), {"b" * 32}),
+        (identity.marker(OURS, "b" * 32).upper(), {"b" * 32}),
+        (identity.marker(OURS), set()),
+        (identity.marker(OURS, "b" * 32) + "\n" + identity.marker(OTHER), set()),
+        (identity.marker(OURS, "b" * 32) + "\n" + identity.marker(OTHER, "a" * 32), set()),
+        (identity.marker(OURS, "b" * 32) + "\n" + identity.marker(OTHER, "c" * 32), {"b" * 32, "c" * 32}),
+        (f"agentlab-sandbox: {OURS} (database abc)", set()),
+        ("", set()),
+    ],
+)
 def test_a_vm_is_another_databases_only_if_each_marker_says_so(description: str, others: set[str]) -> None:
     assert identity.other_databases({"description": description}, "a" * 32) == others
     assert identity.other_databases({"description": description}, None) == set()

@@ -25,7 +25,9 @@ from ansible_collections.agentlab.proxmox.plugins.module_utils._core.proxmox.cli
 from support import pvesh
 from support.double import TOKEN_ID, TOKEN_SECRET, Server
 
-RECORDED: list[dict[str, Any]] = json.loads((Path(__file__).parents[1] / "recorded/pvesh.json").read_text(encoding="utf-8"))
+RECORDED: list[dict[str, Any]] = json.loads(
+    (Path(__file__).parents[1] / "recorded/pvesh.json").read_text(encoding="utf-8")
+)
 FAILED = "Parameter verification failed."
 
 # ---- the reader ----
@@ -36,17 +38,28 @@ REFUSALS = {
     "clone, VMID taken": (500, "unable to create VM 5030: config file already exists"),
     "config, missing VM": (500, "Configuration file 'nodes/pve1/qemu-server/5098.conf' does not exist"),
     "config, missing VM, other node": (500, "Configuration file 'nodes/pve2/qemu-server/5098.conf' does not exist"),
-    "config, missing VM, LANG=de_DE.UTF-8": (500, "Configuration file 'nodes/pve1/qemu-server/5098.conf' does not exist"),
+    "config, missing VM, LANG=de_DE.UTF-8": (
+        500,
+        "Configuration file 'nodes/pve1/qemu-server/5098.conf' does not exist",
+    ),
     "config, missing VM, LANG unset": (500, "Configuration file 'nodes/pve1/qemu-server/5098.conf' does not exist"),
     "config, missing VM, LC_ALL=C": (500, "Configuration file 'nodes/pve1/qemu-server/5098.conf' does not exist"),
-    "config, missing VM, LC_ALL=de_DE.UTF-8": (500, "Configuration file 'nodes/pve1/qemu-server/5098.conf' does not exist"),
+    "config, missing VM, LC_ALL=de_DE.UTF-8": (
+        500,
+        "Configuration file 'nodes/pve1/qemu-server/5098.conf' does not exist",
+    ),
     "config without --output-format": (500, "Configuration file 'nodes/pve1/qemu-server/5098.conf' does not exist"),
     "config set, old digest": (500, "checksum mismatch (file change by other user?)"),
     "config set, other node, old digest": (500, "checksum mismatch (file change by other user?)"),
-    "config set, parameter error": (400, f"{FAILED} cores: value must have a minimum value of 1 memory: invalid format - format error "
-                                         "memory.current: type check ('integer') failed - got 'x'"),
-    "config set, parameter error, other node": (400, f"{FAILED} memory: invalid format - format error memory.current: type check "
-                                                     "('integer') failed - got 'x'"),
+    "config set, parameter error": (
+        400,
+        f"{FAILED} cores: value must have a minimum value of 1 memory: invalid format - format error "
+        "memory.current: type check ('integer') failed - got 'x'",
+    ),
+    "config set, parameter error, other node": (
+        400,
+        f"{FAILED} memory: invalid format - format error memory.current: type check ('integer') failed - got 'x'",
+    ),
     "config set, unknown parameter": (400, "Unknown option: colour 400 unable to parse option"),
     "bad option": (400, "Unknown option: nonsense 400 unable to parse option"),
     "config set, locked": (500, "VM is locked (backup)"),
@@ -62,18 +75,28 @@ REFUSALS = {
     "unknown path": (501, "No 'get' handler defined for '/nodes/pve1/nonsense'"),
     "unknown path below qemu": (501, "No 'get' handler defined for '/nodes/pve1/qemu/5030/nonsense'"),
     "method that the path has not": (501, "No 'create' handler defined for '/version'"),
-    "unknown node": (500, "hostname lookup 'pve9' failed - failed to get address info for: pve9: Temporary failure in name resolution"),
+    "unknown node": (
+        500,
+        "hostname lookup 'pve9' failed - failed to get address info for: pve9: Temporary failure in name resolution",
+    ),
     "missing parameter": (400, f"{FAILED} newid: property is missing and it is not optional"),
-    "clone, --noproxy on the other node": (400, f"{FAILED} noproxy: property is not defined in schema and the schema does not allow "
-                                                "additional properties"),
+    "clone, --noproxy on the other node": (
+        400,
+        f"{FAILED} noproxy: property is not defined in schema and the schema does not allow additional properties",
+    ),
     "no quorum: clone": (500, "cluster not ready - no quorum?"),
     "no quorum: start": (500, "cluster not ready - no quorum?"),
-    "no quorum: config set": (500, "unable to open file '/etc/pve/nodes/pve1/qemu-server/5005.conf.tmp.35739' - Permission denied"),
+    "no quorum: config set": (
+        500,
+        "unable to open file '/etc/pve/nodes/pve1/qemu-server/5005.conf.tmp.35739' - Permission denied",
+    ),
 }
 # Answers of writes that are neither a task id nor nothing.
 ANSWERS: dict[str, Any] = {
-    "agent ping": {"result": {}}, "agent exec": {"pid": 164},
-    "storage alloc": "local:5034/vm-5034-disk-0.qcow2", "storage alloc, other node": "local:5034/vm-5034-disk-0.qcow2",
+    "agent ping": {"result": {}},
+    "agent exec": {"pid": 164},
+    "storage alloc": "local:5034/vm-5034-disk-0.qcow2",
+    "storage alloc, other node": "local:5034/vm-5034-disk-0.qcow2",
 }
 PLAYER = """#!/bin/sh
 cat "$0.out"
@@ -150,9 +173,16 @@ def test_a_user_s_text_is_never_taken_for_a_task_id(player: Path) -> None:
     assert play(player, {**call, "stdout": f'update VM 5030: -description "{upid}"\n'}) is None
 
 
-@pytest.mark.parametrize(("stdout", "words"), [
-    ("", "not an object"), ("not JSON", "not JSON"), ("[" * 5000, "not JSON"), ('{"a":' * 40 + "1" + "}" * 40, "not JSON"),
-    ("null", "not an object")])
+@pytest.mark.parametrize(
+    ("stdout", "words"),
+    [
+        ("", "not an object"),
+        ("not JSON", "not JSON"),
+        ("[" * 5000, "not JSON"),
+        ('{"a":' * 40 + "1" + "}" * 40, "not JSON"),
+        ("null", "not an object"),
+    ],
+)
 def test_a_read_that_is_no_answer_is_unknown(player: Path, stdout: str, words: str) -> None:
     call = {**RECORDED[0], "stdout": stdout}
     with pytest.raises(errors.OutcomeUnknown, match=words):
@@ -220,16 +250,32 @@ def prepare(server: Server) -> None:
         server.pve.add_guest(vmid, f"rec-{vmid}", storage="local")
 
 
-def replay(server: Server, call: dict[str, Any], seen: dict[str, str], monkeypatch: pytest.MonkeyPatch,
-           capsys: pytest.CaptureFixture[str]) -> tuple[str, str, str]:
+def replay(
+    server: Server,
+    call: dict[str, Any],
+    seen: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> tuple[str, str, str]:
     """Ask the stand-in what was asked of the real program; digests and task ids are those of the double."""
     for name in ("LANG", "LC_ALL"):
         monkeypatch.delenv(name, raising=False)
-    values = {"PVESH_URL": server.url, "PVESH_TOKEN": f"{TOKEN_ID}={TOKEN_SECRET}", "PVESH_CA": server.cafile, **call["env"]}
+    values = {
+        "PVESH_URL": server.url,
+        "PVESH_TOKEN": f"{TOKEN_ID}={TOKEN_SECRET}",
+        "PVESH_CA": server.cafile,
+        **call["env"],
+    }
     for name, value in values.items():
         monkeypatch.setenv(name, value)
-    words = [re.sub(r"UPID:(\w+):(?!00000001)[^/]+:(\w+):(\d+)[^/]*:", lambda found: seen.get(f"{found[1]} {found[2]}") or seen[found[1]], word)
-             for word in call["argv"][1:]]
+    words = [
+        re.sub(
+            r"UPID:(\w+):(?!00000001)[^/]+:(\w+):(\d+)[^/]*:",
+            lambda found: seen.get(f"{found[1]} {found[2]}") or seen[found[1]],
+            word,
+        )
+        for word in call["argv"][1:]
+    ]
     if "--digest" in words and "old" not in call["case"]:
         node, vmid = words[1].split("/")[2], words[1].split("/")[4]
         config = pvesh.Double().ask("GET", f"nodes/{node}/qemu/{vmid}/config", {})[2]["data"]
@@ -244,8 +290,9 @@ def replay(server: Server, call: dict[str, Any], seen: dict[str, str], monkeypat
     return shape(code, printed.out, printed.err)
 
 
-def test_the_stand_in_prints_what_the_real_pvesh_prints(server: Server, monkeypatch: pytest.MonkeyPatch,
-                                                        capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_stand_in_prints_what_the_real_pvesh_prints(
+    server: Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """In the order of the recording: each call finds what the ones before it left."""
     prepare(server)
     seen: dict[str, str] = {}

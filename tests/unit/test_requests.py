@@ -56,8 +56,19 @@ def timed_out(lab: Lab, count: int, *, there: bool = False) -> list[Sandbox]:
     return made
 
 
-@pytest.mark.parametrize("way", ["entry", "pool", "pool of a pool", "audit only here", "not handed down", "no audit of the entries", "entries cut",
-                                 "root entry"])
+@pytest.mark.parametrize(
+    "way",
+    [
+        "entry",
+        "pool",
+        "pool of a pool",
+        "audit only here",
+        "not handed down",
+        "no audit of the entries",
+        "entries cut",
+        "root entry",
+    ],
+)
 def test_each_absence_is_asked_for_when_something_may_be_hidden_from_the_token(lab: Lab, way: str) -> None:
     made = timed_out(lab, 6, there=True)
     for one in made[:5]:
@@ -89,7 +100,9 @@ def test_each_absence_is_asked_for_when_something_may_be_hidden_from_the_token(l
         lab.pve.fault("GET", "/access/acl", "answer", status=200, body='{"data":[]}', times=9)
     if way == "not handed down":
         lab.pve.no_access.add(f"/vms/{hidden}")
-        body = json.dumps({"data": {"/access": {"Sys.Audit": 1}, "/vms": {"VM.Audit": 0}, f"/vms/{hidden}": {"VM.Audit": 1}}})
+        body = json.dumps(
+            {"data": {"/access": {"Sys.Audit": 1}, "/vms": {"VM.Audit": 0}, f"/vms/{hidden}": {"VM.Audit": 1}}}
+        )
         lab.pve.fault("GET", "/access/permissions", "answer", status=200, body=body, times=9)
     report = lab.prune()
     assert [one.vmid for one in report.pruned] == [one.vmid for one in made[:5]]
@@ -105,8 +118,16 @@ def test_a_thousand_absences_cost_five_requests(lab: Lab) -> None:
     made = timed_out(lab, 8)
     see_everything(lab)
     lab.pve.ca_fingerprint = ProxmoxClient(lab.context().config.proxmox, lab.clock).trusted_authority()
-    lab.context().records.set_meta("cluster", json.dumps({"name": "other", "nodes": ["x"], "authority": lab.pve.ca_fingerprint}))
-    wanted = {"GET /cluster/ha/status/current": 1, "GET /cluster/resources": 1, "GET /access/acl": 1, "GET /access/permissions": 1, "GET /cluster/nextid": 1}
+    lab.context().records.set_meta(
+        "cluster", json.dumps({"name": "other", "nodes": ["x"], "authority": lab.pve.ca_fingerprint})
+    )
+    wanted = {
+        "GET /cluster/ha/status/current": 1,
+        "GET /cluster/resources": 1,
+        "GET /access/acl": 1,
+        "GET /access/permissions": 1,
+        "GET /cluster/nextid": 1,
+    }
     assert lab.prune(dry_run=True).count == 8
     assert dict(lab.pve.counted) == wanted
     lab.pve.counted.clear()
@@ -152,9 +173,13 @@ def test_a_vm_that_came_while_the_run_waited_is_not_proven_absent_by_the_list_fr
     ctx.cluster.survey([one.vmid for one in made])
     other = lab.context()
     claim = other.records.claim(gone.uuid, "reconcile")
-    other.records.change(claim, other.records.get(gone.uuid), "reconcile", outcome="done", finish=True, node="pve1", ip="192.0.2.1")
+    other.records.change(
+        claim, other.records.get(gone.uuid), "reconcile", outcome="done", finish=True, node="pve1", ip="192.0.2.1"
+    )
     lab.pve.counted.clear()
-    assert {one.state for one in destroy.run(ctx, [(one, destroy.Request(force=True)) for one in planned])} == {"DESTROYED"}
+    assert {one.state for one in destroy.run(ctx, [(one, destroy.Request(force=True)) for one in planned])} == {
+        "DESTROYED"
+    }
     assert lab.pve.counted["GET /cluster/resources"] == 3
 
 
@@ -171,12 +196,30 @@ assert info.show(ctx, info.Wanted(), events=1)["count"] == 0
 print(json.dumps(sorted(sys.modules)))
 """
     path = os.pathsep.join(filter(None, sys.path))
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "agentlab.db")], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True,
-                          check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "agentlab.db")],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     loaded = json.loads(done.stdout)
-    unwanted = {"proxmoxer", "requests", "urllib3", "ssl", "yaml", "http.client", "concurrent.futures", "subprocess"} & set(loaded)
+    unwanted = {
+        "proxmoxer",
+        "requests",
+        "urllib3",
+        "ssl",
+        "yaml",
+        "http.client",
+        "concurrent.futures",
+        "subprocess",
+    } & set(loaded)
     assert not unwanted, unwanted
-    assert not [name for name in loaded if name.startswith((f"{core}.proxmox", f"{core}.operations.verify", f"{core}.operations.destroy"))]
+    assert not [
+        name
+        for name in loaded
+        if name.startswith((f"{core}.proxmox", f"{core}.operations.verify", f"{core}.operations.destroy"))
+    ]
 
 
 def test_a_repeated_renewal_is_no_success_while_the_sandbox_is_being_destroyed(lab: Lab) -> None:

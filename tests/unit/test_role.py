@@ -46,6 +46,7 @@ OPTIONS = _yaml("meta/argument_specs.yml")["argument_specs"]["main"]["options"]
 
 # ---- variables ----
 
+
 def test_every_key_of_the_configuration_has_a_variable() -> None:
     keys = set(_yaml("vars/main.yml")["agentlabd__keys"])
     assert keys == set(config.DEFAULTS) - FIXED
@@ -63,13 +64,18 @@ def test_defaults_are_those_of_the_argument_specs() -> None:
 def test_every_variable_stands_in_the_readme_and_secrets_are_marked() -> None:
     readme = (ROLE / "README.md").read_text()
     assert set(re.findall(r"^\| `(agentlabd_\w+)`", readme, re.M)) == set(OPTIONS)
-    assert {name for name, option in OPTIONS.items() if option.get("no_log")} == {f"agentlabd_{key}" for key in config.SECRETS}
+    assert {name for name, option in OPTIONS.items() if option.get("no_log")} == {
+        f"agentlabd_{key}" for key in config.SECRETS
+    }
 
 
 # ---- what is installed ----
 
+
 def _pack(what: str) -> str:
-    return subprocess.run([sys.executable, str(FILES / "pack.py"), what], capture_output=True, text=True, check=True).stdout
+    return subprocess.run(
+        [sys.executable, str(FILES / "pack.py"), what], capture_output=True, text=True, check=True
+    ).stdout
 
 
 @functools.cache
@@ -90,10 +96,17 @@ def _unpack(folder: Path) -> None:
 def test_the_archive_is_what_the_manifest_says(tmp_path: Path) -> None:
     info = json.loads(_pack("info"))
     _unpack(tmp_path)
-    subprocess.run(["sha256sum", "--check", "--strict", "--quiet"], cwd=tmp_path, input=info["manifest"], text=True, check=True)
+    subprocess.run(
+        ["sha256sum", "--check", "--strict", "--quiet"], cwd=tmp_path, input=info["manifest"], text=True, check=True
+    )
     found = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
     assert found == {line.partition("  ")[2] for line in info["manifest"].splitlines()}
-    assert {"agentlab_core/store/schema.py", "agentlabd/__main__.py", "agentlab_cli/__main__.py", "agentlab_install.py"} <= found
+    assert {
+        "agentlab_core/store/schema.py",
+        "agentlabd/__main__.py",
+        "agentlab_cli/__main__.py",
+        "agentlab_install.py",
+    } <= found
     assert not [name for name in found if "__pycache__" in name or name == "pack.py"]
 
 
@@ -104,11 +117,31 @@ def test_the_version_is_that_of_the_collection() -> None:
 
 # ---- configuration, judged before it replaces the one in force ----
 
+
 def _judge(etc: Path, content: dict[str, Any]) -> subprocess.CompletedProcess[str]:
-    given = {"config.yaml": "api_host: pve1\napi_token_id: a@pve!t\napi_token_secret: made-up-secret\n", "cleanup.yaml": POLICY,
-             "ca.pem": None, "profiles": {}, "remove": [], **content}
-    return subprocess.run([sys.executable, "-I", str(FILES / "agentlab_install.py"), "check", f"--release={_release()}", f"--etc={etc}",
-                           f"--user={getpass.getuser()}"], input=json.dumps(given), capture_output=True, text=True, check=False)
+    given = {
+        "config.yaml": "api_host: pve1\napi_token_id: a@pve!t\napi_token_secret: made-up-secret\n",
+        "cleanup.yaml": POLICY,
+        "ca.pem": None,
+        "profiles": {},
+        "remove": [],
+        **content,
+    }
+    return subprocess.run(
+        [
+            sys.executable,
+            "-I",
+            str(FILES / "agentlab_install.py"),
+            "check",
+            f"--release={_release()}",
+            f"--etc={etc}",
+            f"--user={getpass.getuser()}",
+        ],
+        input=json.dumps(given),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 @pytest.fixture
@@ -124,19 +157,24 @@ def test_what_is_good_is_accepted(etc: Path) -> None:
     assert json.loads(done.stdout) == {"restart": True}
 
 
-@pytest.mark.parametrize(("content", "words"), [
-    ({"config.yaml": "default_ttl: whenever\n"}, ("default_ttl", "whenever")),
-    ({"config.yaml": "no_such_key: 1\n"}, ("no_such_key",)),
-    ({"cleanup.yaml": POLICY.replace("destroy", "obliterate")}, ("cleanup.yaml", "obliterate", "destroy")),
-    ({"ca.pem": "no certificate\n"}, ("ca_path", "PEM")),
-    ({"profiles": {"big": "resources: {cores: many}\n"}}, ("profiles/big.yaml", "cores", "many")),
-])
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({"config.yaml": "default_ttl: whenever\n"}, ("default_ttl", "whenever")),
+        ({"config.yaml": "no_such_key: 1\n"}, ("no_such_key",)),
+        ({"cleanup.yaml": POLICY.replace("destroy", "obliterate")}, ("cleanup.yaml", "obliterate", "destroy")),
+        ({"ca.pem": "no certificate\n"}, ("ca_path", "PEM")),
+        ({"profiles": {"big": "resources: {cores: many}\n"}}, ("profiles/big.yaml", "cores", "many")),
+    ],
+)
 def test_what_is_wrong_is_refused_by_its_real_name(etc: Path, content: dict[str, Any], words: tuple[str, ...]) -> None:
     done = _judge(etc, content)
     assert done.returncode == 1
     assert all(word in done.stderr for word in words), done.stderr
     assert "ERROR" not in done.stderr
-    assert "agentlab-check-" not in done.stderr and "Traceback" not in done.stderr and "made-up-secret" not in done.stderr
+    assert (
+        "agentlab-check-" not in done.stderr and "Traceback" not in done.stderr and "made-up-secret" not in done.stderr
+    )
     assert list(etc.rglob("*.yaml")) == []
 
 
@@ -150,7 +188,9 @@ def test_only_what_is_read_at_the_start_asks_for_a_restart(etc: Path) -> None:
     before = "api_host: pve1\napi_token_id: a@pve!t\napi_token_secret: made-up-secret\n"
     (etc / "config.yaml").write_text(before)
     assert json.loads(_judge(etc, {"config.yaml": before + "default_ttl: 2h\n"}).stdout) == {"restart": False}
-    assert json.loads(_judge(etc, {"config.yaml": before + "metrics_listen: 127.0.0.1:9821\n"}).stdout) == {"restart": True}
+    assert json.loads(_judge(etc, {"config.yaml": before + "metrics_listen: 127.0.0.1:9821\n"}).stdout) == {
+        "restart": True
+    }
 
 
 def test_the_ca_certificate_is_judged_before_it_has_its_place(etc: Path, tmp_path: Path) -> None:
@@ -161,6 +201,7 @@ def test_the_ca_certificate_is_judged_before_it_has_its_place(etc: Path, tmp_pat
 
 
 # ---- what the daemon was told last ----
+
 
 class Installed:
     """A host after the role ran there once."""
@@ -174,8 +215,21 @@ class Installed:
             path.write_text("as it was\n")
 
     def settled(self, *arguments: str) -> dict[str, bool]:
-        done = subprocess.run([sys.executable, "-I", str(FILES / "agentlab_install.py"), "settled", f"--etc={self.etc}", f"--lib={self.lib}",
-                               f"--unit={self.unit}", *arguments], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [
+                sys.executable,
+                "-I",
+                str(FILES / "agentlab_install.py"),
+                "settled",
+                f"--etc={self.etc}",
+                f"--lib={self.lib}",
+                f"--unit={self.unit}",
+                *arguments,
+            ],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         found: dict[str, bool] = json.loads(done.stdout)
         return found
 
@@ -192,9 +246,18 @@ def installed(tmp_path: Path) -> Installed:
 MANAGED = f"# {_yaml('vars/main.yml')['agentlabd__managed']}\n"
 
 
-@pytest.mark.parametrize("changed", [
-    "etc/config.yaml", "etc/cleanup.yaml", "etc/ca.pem", "etc/profiles/new.yaml", "agentlabd.service", "agentlabd.service.d/10-local.conf",
-    "lib/releases/1/MANIFEST"])
+@pytest.mark.parametrize(
+    "changed",
+    [
+        "etc/config.yaml",
+        "etc/cleanup.yaml",
+        "etc/ca.pem",
+        "etc/profiles/new.yaml",
+        "agentlabd.service",
+        "agentlabd.service.d/10-local.conf",
+        "lib/releases/1/MANIFEST",
+    ],
+)
 def test_what_was_written_but_not_told_is_not_settled(installed: Installed, tmp_path: Path, changed: str) -> None:
     (tmp_path / changed).parent.mkdir(exist_ok=True)
     (tmp_path / changed).write_text(f"{MANAGED}other\n")
@@ -219,6 +282,7 @@ def test_the_list_of_what_was_told_is_for_root_and_a_bare_host_needs_none(instal
 
 # ---- records, when the release changes ----
 
+
 class Records:
     def __init__(self, folder: Path) -> None:
         self.path = folder / "agentlab.db"
@@ -227,9 +291,23 @@ class Records:
         Database(str(self.path)).close()
 
     def secure(self, *arguments: str, keep: int = 5, running: str = "1.0.0") -> subprocess.CompletedProcess[str]:
-        return subprocess.run([sys.executable, "-I", str(FILES / "agentlab_install.py"), "records", f"--release={_release()}", f"--running={running}",
-                               f"--database={self.path}", f"--backups={self.backups}", f"--keep={keep}", *arguments],
-                              capture_output=True, text=True, check=False)
+        return subprocess.run(
+            [
+                sys.executable,
+                "-I",
+                str(FILES / "agentlab_install.py"),
+                "records",
+                f"--release={_release()}",
+                f"--running={running}",
+                f"--database={self.path}",
+                f"--backups={self.backups}",
+                f"--keep={keep}",
+                *arguments,
+            ],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
 
     def note(self, key: str) -> None:
         conn = sqlite3.connect(self.path)
@@ -327,7 +405,9 @@ def test_the_local_backend_bounds_no_vm_and_no_task_that_pvesh_runs() -> None:
     # Soft and hard: the daemon keeps its own, the hard one is systemd's default.
     assert local["LimitNOFILE"] == f"{unit['LimitNOFILE']}:524288"
     # No other bound of resources has come to the unit without an answer here.
-    bounds = {name for name in unit if re.match(r"(Limit|Memory(Max|High|Swap)|Tasks|CPU|IO(?!Sched)|IPAddress|OOM)", name)}
+    bounds = {
+        name for name in unit if re.match(r"(Limit|Memory(Max|High|Swap)|Tasks|CPU|IO(?!Sched)|IPAddress|OOM)", name)
+    }
     assert bounds <= set(local)
 
 

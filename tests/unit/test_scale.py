@@ -17,33 +17,78 @@ from pathlib import Path
 
 import pytest
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core import config, rules
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import cleanup, info, lease, prune, timeguard
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import (
+    cleanup,
+    info,
+    lease,
+    prune,
+    timeguard,
+)
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations.context import Context
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store import history, upkeep
 
 LIVE, HISTORY = 1000, 20_000
 EVERY = 50
-POLICY = rules.parse("""auto_cleanup:
+POLICY = rules.parse(
+    """auto_cleanup:
   rules: [{name: old, match: {states: [TIMEOUT, STOPPED]}, after: 7d, action: destroy}]
   retention: {destroyed_records: 90d}
-""", "rules")
+""",
+    "rules",
+)
 
 
 def filled(path: Path, history: int) -> Context:
     """Live records, half of them TIMEOUT, among so many destroyed ones with an event each. All VMIDs have had many sandboxes."""
-    ctx = Context(config.load({"database": str(path), "config_file": ""}, {"AGENTLAB_CONFIG": str(path.parent / "none.yaml")}), actor="test")
+    ctx = Context(
+        config.load({"database": str(path), "config_file": ""}, {"AGENTLAB_CONFIG": str(path.parent / "none.yaml")}),
+        actor="test",
+    )
     now = int(time.time())
 
     def work(conn: sqlite3.Connection) -> None:
         names = "uuid, vmid, name, state, node, lease_expires_at, created_at, updated_at, state_changed_at, smbios_uuid"
         marks = ", ".join("?" * 10)
-        conn.executemany(f"INSERT INTO sandboxes ({names}) VALUES ({marks})", (
-            (f"gone-{n}", 1000 + n % LIVE, f"old-{n}", "DESTROYED", "pve1", now - 9000, now - 9000, now - 5000, now - 5000, f"s-{n}") for n in range(history)))
-        conn.executemany(f"INSERT INTO sandboxes ({names}) VALUES ({marks})", (
-            (f"live-{n}", 1000 + n, f"a-{n}", "TIMEOUT" if n % 2 else "RUNNING", "pve1", now + 3600, now - 60, now - 60, now - 60, f"t-{n}")
-            for n in range(LIVE)))
-        conn.execute("INSERT INTO events (at, sandbox_uuid, vmid, operation, actor, outcome) "
-                     "SELECT created_at, uuid, vmid, 'create', 'test', 'done' FROM sandboxes ORDER BY uuid")
+        conn.executemany(
+            f"INSERT INTO sandboxes ({names}) VALUES ({marks})",
+            (
+                (
+                    f"gone-{n}",
+                    1000 + n % LIVE,
+                    f"old-{n}",
+                    "DESTROYED",
+                    "pve1",
+                    now - 9000,
+                    now - 9000,
+                    now - 5000,
+                    now - 5000,
+                    f"s-{n}",
+                )
+                for n in range(history)
+            ),
+        )
+        conn.executemany(
+            f"INSERT INTO sandboxes ({names}) VALUES ({marks})",
+            (
+                (
+                    f"live-{n}",
+                    1000 + n,
+                    f"a-{n}",
+                    "TIMEOUT" if n % 2 else "RUNNING",
+                    "pve1",
+                    now + 3600,
+                    now - 60,
+                    now - 60,
+                    now - 60,
+                    f"t-{n}",
+                )
+                for n in range(LIVE)
+            ),
+        )
+        conn.execute(
+            "INSERT INTO events (at, sandbox_uuid, vmid, operation, actor, outcome) "
+            "SELECT created_at, uuid, vmid, 'create', 'test', 'done' FROM sandboxes ORDER BY uuid"
+        )
 
     ctx.database.write(work)
     # Notes the clocks, as the first tick does.
@@ -54,7 +99,9 @@ def filled(path: Path, history: int) -> Context:
 @pytest.fixture(scope="module")
 def contexts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Context, Context]]:
     """The same live records without history, and with it."""
-    made = [filled(tmp_path_factory.mktemp(name) / "agentlab.db", count) for name, count in (("young", 0), ("old", HISTORY))]
+    made = [
+        filled(tmp_path_factory.mktemp(name) / "agentlab.db", count) for name, count in (("young", 0), ("old", HISTORY))
+    ]
     yield made[0], made[1]
     for one in made:
         one.close()
@@ -138,7 +185,9 @@ def test_no_plan_walks_through_history(contexts: tuple[Context, Context], what: 
 def test_a_plan_that_walks_through_history_would_be_seen(contexts: tuple[Context, Context]) -> None:
     young, old = (steps(ctx, lambda one: upkeep.by_state(one.records)) for ctx in contexts)
     # One step for each record at least; how many more depends on SQLite's release (two with 3.46).
-    assert old > young + HISTORY, "a count of all that were destroyed reads its whole index: for status and metrics, not for a tick"
+    assert old > young + HISTORY, (
+        "a count of all that were destroyed reads its whole index: for status and metrics, not for a tick"
+    )
     plan = contexts[1].database.read("EXPLAIN QUERY PLAN SELECT uuid FROM sandboxes WHERE reason = 'x'")
     assert plan[0]["detail"].startswith("SCAN sandboxes") and "live_" not in plan[0]["detail"]
 

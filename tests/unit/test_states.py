@@ -75,26 +75,52 @@ def test_force_acts_in_every_live_state(state: str) -> None:
 
 @pytest.mark.parametrize("state", ALL)
 def test_an_operation_leads_only_where_the_transitions_allow(state: str) -> None:
-    leads = {"destroy": "DESTROYED", "force_destroy": "DESTROYED", "stop": "STOPPED", "start": "RUNNING", "suspend": "SUSPENDED", "complete": "COMPLETED",
-             "fail": "FAILED", "prune": "DESTROYED", "expire": "TIMEOUT"}
+    leads = {
+        "destroy": "DESTROYED",
+        "force_destroy": "DESTROYED",
+        "stop": "STOPPED",
+        "start": "RUNNING",
+        "suspend": "SUSPENDED",
+        "complete": "COMPLETED",
+        "fail": "FAILED",
+        "prune": "DESTROYED",
+        "expire": "TIMEOUT",
+    }
     for operation, target in leads.items():
         if state in states.OPERATIONS[operation].allowed:
             assert states.can_follow(state, target), f"{operation} in {state}"
 
 
-@pytest.mark.parametrize(("operation", "state", "message"), [
-    ("destroy", "TIMEOUT", "cannot destroy sandbox in TIMEOUT state. Valid states: STOPPED, DESTROYED. Use --force to bypass"),
-    ("destroy", "RUNNING", "cannot destroy sandbox in RUNNING state. Valid states: STOPPED, DESTROYED. Use --force to bypass"),
-    ("renew_lease", "TIMEOUT", "cannot renew lease in TIMEOUT state. Valid states: RUNNING"),
-    ("stop", "BOOTING", "cannot stop sandbox in BOOTING state. Valid states: READY, RUNNING, SUSPENDED, COMPLETED, FAILED, TIMEOUT, STOPPED"),
-    ("start", "TIMEOUT", "cannot start sandbox in TIMEOUT state. Valid states: STOPPED, SUSPENDED, READY, RUNNING"),
-    ("suspend", "STOPPED", "cannot suspend sandbox in STOPPED state. Valid states: READY, RUNNING, SUSPENDED"),
-    ("complete", "READY", "cannot report completed in READY state. Valid states: RUNNING, COMPLETED"),
-    ("fail", "READY", "cannot report failed in READY state. Valid states: RUNNING, FAILED"),
-])
+@pytest.mark.parametrize(
+    ("operation", "state", "message"),
+    [
+        (
+            "destroy",
+            "TIMEOUT",
+            "cannot destroy sandbox in TIMEOUT state. Valid states: STOPPED, DESTROYED. Use --force to bypass",
+        ),
+        (
+            "destroy",
+            "RUNNING",
+            "cannot destroy sandbox in RUNNING state. Valid states: STOPPED, DESTROYED. Use --force to bypass",
+        ),
+        ("renew_lease", "TIMEOUT", "cannot renew lease in TIMEOUT state. Valid states: RUNNING"),
+        (
+            "stop",
+            "BOOTING",
+            "cannot stop sandbox in BOOTING state. Valid states: READY, RUNNING, SUSPENDED, COMPLETED, FAILED, TIMEOUT, STOPPED",
+        ),
+        ("start", "TIMEOUT", "cannot start sandbox in TIMEOUT state. Valid states: STOPPED, SUSPENDED, READY, RUNNING"),
+        ("suspend", "STOPPED", "cannot suspend sandbox in STOPPED state. Valid states: READY, RUNNING, SUSPENDED"),
+        ("complete", "READY", "cannot report completed in READY state. Valid states: RUNNING, COMPLETED"),
+        ("fail", "READY", "cannot report failed in READY state. Valid states: RUNNING, FAILED"),
+    ],
+)
 def test_message_to_the_letter(operation: str, state: str, message: str) -> None:
     assert states.refusal(operation, state) == message
 
 
 def test_a_module_names_its_option() -> None:
-    assert states.refusal("destroy", "TIMEOUT", states.FORCE_HINT_MODULE).endswith("Valid states: STOPPED, DESTROYED. Use force=true to bypass")
+    assert states.refusal("destroy", "TIMEOUT", states.FORCE_HINT_MODULE).endswith(
+        "Valid states: STOPPED, DESTROYED. Use force=true to bypass"
+    )

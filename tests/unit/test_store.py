@@ -18,7 +18,14 @@ from pathlib import Path
 
 import pytest
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.clock import SystemClock
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import Busy, ClaimLost, InvalidInput, NotFound, RecordChanged, StoreError
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import (
+    Busy,
+    ClaimLost,
+    InvalidInput,
+    NotFound,
+    RecordChanged,
+    StoreError,
+)
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.model import Sandbox
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store import history, process, records, schema
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.database import Database
@@ -39,12 +46,20 @@ store = Records(Database(path), SystemClock(), "child " + me)
 
 
 def child(path: Path, me: str, code: str) -> subprocess.Popen[str]:
-    return subprocess.Popen([sys.executable, "-c", CHILD + code, str(path), me], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            stdin=subprocess.PIPE, env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))})
+    return subprocess.Popen(
+        [sys.executable, "-c", CHILD + code, str(path), me],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        stdin=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+    )
 
 
 def new(number: int, state: str = "REQUESTED") -> Sandbox:
-    return Sandbox(uuid=f"00000000-0000-4000-8000-{number:012d}", vmid=0, name=f"s{number}", state=state, lease_expires_at=10**10)
+    return Sandbox(
+        uuid=f"00000000-0000-4000-8000-{number:012d}", vmid=0, name=f"s{number}", state=state, lease_expires_at=10**10
+    )
 
 
 def reserve(store: Records, number: int = 1, vmid: int | None = None) -> tuple[Claim, Sandbox]:
@@ -138,7 +153,11 @@ def test_new_file_has_the_newest_schema(path: Path) -> None:
 
 def test_an_older_file_is_brought_up_and_keeps_its_records(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reserve(Records(Database(str(path)), SystemClock(), "x"))
-    monkeypatch.setattr(schema, "MIGRATIONS", (*schema.MIGRATIONS, ("ALTER TABLE sandboxes ADD COLUMN extra TEXT", "CREATE TABLE more (a)")))
+    monkeypatch.setattr(
+        schema,
+        "MIGRATIONS",
+        (*schema.MIGRATIONS, ("ALTER TABLE sandboxes ADD COLUMN extra TEXT", "CREATE TABLE more (a)")),
+    )
     monkeypatch.setattr(schema, "VERSION", schema.VERSION + 1)
     database = Database(str(path))
     assert database.read("PRAGMA user_version")[0][0] == schema.VERSION
@@ -169,13 +188,26 @@ def test_records_of_the_first_schema_are_brought_up_to_date(path: Path, monkeypa
         old.setattr(schema, "MIGRATIONS", schema.MIGRATIONS[:1])
         old.setattr(schema, "VERSION", 1)
         first = Database(str(path))
-        first.write(lambda conn: conn.execute("INSERT INTO sandboxes (uuid, vmid, name, state, created_at, updated_at) "
-                                              "VALUES ('u', 1000, 'old', 'RUNNING', 1, 2)") and None)
+        first.write(
+            lambda conn: (
+                conn.execute(
+                    "INSERT INTO sandboxes (uuid, vmid, name, state, created_at, updated_at) "
+                    "VALUES ('u', 1000, 'old', 'RUNNING', 1, 2)"
+                )
+                and None
+            )
+        )
         first.close()
     now = Database(str(path))
     assert now.read("PRAGMA user_version")[0][0] == schema.VERSION > 1
     kept = Records(now, SystemClock(), "test").get("u")
-    assert (kept.vmid, kept.name, kept.state, kept.created_at, kept.lease_max_seconds) == (1000, "old", "RUNNING", 1, None)
+    assert (kept.vmid, kept.name, kept.state, kept.created_at, kept.lease_max_seconds) == (
+        1000,
+        "old",
+        "RUNNING",
+        1,
+        None,
+    )
     now.close()
 
 
@@ -189,7 +221,10 @@ def test_newer_schema_is_refused_and_left_alone(path: Path) -> None:
     conn.close()
     before = path.read_bytes()
     for dry_run in (False, True):
-        with pytest.raises(StoreError, match="schema version 99 is newer than the \\d+ that this release knows; upgrade agentlab.proxmox"):
+        with pytest.raises(
+            StoreError,
+            match="schema version 99 is newer than the \\d+ that this release knows; upgrade agentlab.proxmox",
+        ):
             Database(str(path), dry_run=dry_run)
     assert path.read_bytes() == before
 
@@ -281,7 +316,9 @@ def test_check_mode_works_on_a_copy(path: Path) -> None:
     copy.change(claim, sandbox, "create", to="PROVISIONING")
     reserve(copy, 2)
     copy.db.close()
-    assert {one.name: one.read_bytes() for one in path.parent.iterdir() if not one.name.endswith(("-shm", "-wal"))} == before
+    assert {
+        one.name: one.read_bytes() for one in path.parent.iterdir() if not one.name.endswith(("-shm", "-wal"))
+    } == before
     assert [one.state for one in Records(Database(str(path)), SystemClock(), "x").find_all()] == ["REQUESTED"]
 
 
@@ -382,8 +419,12 @@ def test_an_interrupted_commit_is_told_to_every_job_of_it(path: Path) -> None:
         except BaseException as error:
             told[name] = error
 
-    threads = [threading.Thread(target=run, args=("leader", interrupted)),
-               threading.Thread(target=run, args=("other", lambda conn: conn.execute("INSERT INTO meta VALUES ('a', '1')") and None))]
+    threads = [
+        threading.Thread(target=run, args=("leader", interrupted)),
+        threading.Thread(
+            target=run, args=("other", lambda conn: conn.execute("INSERT INTO meta VALUES ('a', '1')") and None)
+        ),
+    ]
     # Held, so that the second one queues up behind the first.
     with database._writer_lock:
         for number, one in enumerate(threads, 1):
@@ -412,19 +453,31 @@ def all_deleted(path: Path) -> None:
         one.unlink()
 
 
-@pytest.mark.parametrize("damage", [Path.unlink, moved, replaced_by_a_copy, all_deleted, lambda path: Path(f"{path}-wal").unlink()],
-                         ids=["deleted", "moved", "replaced", "deleted with its -wal", "only -wal deleted"])
+@pytest.mark.parametrize(
+    "damage",
+    [Path.unlink, moved, replaced_by_a_copy, all_deleted, lambda path: Path(f"{path}-wal").unlink()],
+    ids=["deleted", "moved", "replaced", "deleted with its -wal", "only -wal deleted"],
+)
 def test_nothing_is_written_once_another_file_stands_at_the_path(path: Path, damage: Callable[[Path], None]) -> None:
     store = Records(Database(str(path)), SystemClock(), "test")
     claim, sandbox = reserve(store)
     assert store.db.replaced() is None
     damage(path)
     sentence = store.db.replaced()
-    assert sentence and sentence.startswith(f"database {path}: {path}") and "was deleted, moved or replaced while this process had it open" in sentence
+    assert (
+        sentence
+        and sentence.startswith(f"database {path}: {path}")
+        and "was deleted, moved or replaced while this process had it open" in sentence
+    )
     before = everything(store)
     writes: list[Callable[[], object]] = [
-        lambda: store.set_meta("a", "1"), lambda: store.claim(sandbox.uuid, "stop"), lambda: store.journal(claim, "create", "x", {}),
-        lambda: store.change(claim, sandbox, "create", to="PROVISIONING"), lambda: store.expire(sandbox, 10**10), lambda: reserve(store, 2)]
+        lambda: store.set_meta("a", "1"),
+        lambda: store.claim(sandbox.uuid, "stop"),
+        lambda: store.journal(claim, "create", "x", {}),
+        lambda: store.change(claim, sandbox, "create", to="PROVISIONING"),
+        lambda: store.expire(sandbox, 10**10),
+        lambda: reserve(store, 2),
+    ]
     for write in writes:
         with pytest.raises(StoreError) as refused:
             write()
@@ -463,7 +516,12 @@ def test_together_is_one_commit_and_reads_its_own_writes(path: Path) -> None:
     with store.db.together():
         store.set_meta("a", "1")
         with pytest.raises(StoreError):
-            store.db.write(lambda conn: conn.execute("INSERT INTO meta VALUES ('b', '1')") and conn.execute("INSERT INTO nothing VALUES (1)"))
+            store.db.write(
+                lambda conn: (
+                    conn.execute("INSERT INTO meta VALUES ('b', '1')")
+                    and conn.execute("INSERT INTO nothing VALUES (1)")
+                )
+            )
         store.set_meta("c", "1")
         assert store.meta("a") == store.meta("c") == "1" and store.meta("b") is None
         assert other.meta("a") is None
@@ -488,8 +546,10 @@ def test_together_writes_all_or_nothing(path: Path) -> None:
 
 def everything(store: Records, *tables: str) -> list[list[tuple[object, ...]]]:
     """All rows of these tables, or of all that a step of an operation writes to."""
-    return [[tuple(row) for row in store.db.read(f"SELECT * FROM {table} ORDER BY 1")]
-            for table in tables or ("sandboxes", "events", "claims", "operations")]
+    return [
+        [tuple(row) for row in store.db.read(f"SELECT * FROM {table} ORDER BY 1")]
+        for table in tables or ("sandboxes", "events", "claims", "operations")
+    ]
 
 
 def test_a_step_that_is_refused_in_a_bulk_run_leaves_nothing_and_spoils_no_other(path: Path) -> None:
@@ -507,7 +567,11 @@ def test_a_step_that_is_refused_in_a_bulk_run_leaves_nothing_and_spoils_no_other
                 store.change(lost, three, "create", to="FAILED", finish=finish, journal=("late", {}))
             with pytest.raises(ClaimLost):
                 store.change(lost, three, "create", outcome="kept", finish=finish, journal=("late", {}))
-        for refused in (lambda: store.renew(three, 10**11, 5), lambda: store.expire(three, 5), lambda: store.amend(two, "update", protected=1)):
+        for refused in (
+            lambda: store.renew(three, 10**11, 5),
+            lambda: store.expire(three, 5),
+            lambda: store.amend(two, "update", protected=1),
+        ):
             with pytest.raises(RecordChanged):
                 refused()
         assert everything(store) == before
@@ -523,8 +587,10 @@ def test_a_step_that_the_database_breaks_off_halfway_leaves_no_half(path: Path) 
     store = Records(Database(str(path)), SystemClock(), "test")
     (first, one), (second, two), (third, three) = (reserve(store, number) for number in (1, 2, 3))
     before = everything(store)
-    store.db._writer.execute(f"CREATE TEMP TRIGGER broken BEFORE INSERT ON main.events WHEN NEW.sandbox_uuid = '{two.uuid}' "
-                             "BEGIN SELECT RAISE(ABORT, 'disk is full'); END")
+    store.db._writer.execute(
+        f"CREATE TEMP TRIGGER broken BEFORE INSERT ON main.events WHEN NEW.sandbox_uuid = '{two.uuid}' "
+        "BEGIN SELECT RAISE(ABORT, 'disk is full'); END"
+    )
     with pytest.raises(StoreError, match="disk is full"):
         store.change(second, two, "create", to="FAILED", finish=True)
     assert everything(store) == before
@@ -546,7 +612,10 @@ def test_a_step_that_the_database_breaks_off_halfway_leaves_no_half(path: Path) 
 def test_others_wait_for_together_and_lose_nothing(path: Path) -> None:
     store = Records(Database(str(path)), SystemClock(), "test")
     begun = threading.Event()
-    threads = [threading.Thread(target=lambda number=number: begun.wait() and store.set_meta(f"k{number}", "1")) for number in range(20)]
+    threads = [
+        threading.Thread(target=lambda number=number: begun.wait() and store.set_meta(f"k{number}", "1"))
+        for number in range(20)
+    ]
     for one in threads:
         one.start()
     with store.db.together():
@@ -641,7 +710,11 @@ def test_vmid_and_name_are_unique_among_live_records_only(store: Records) -> Non
     store.change(claim, sandbox, "destroy", to="DESTROYED", finish=True)
     reserve(store, 2, vmid=1005)
     store.reserve(twin, vmid=1006, vmid_range=RANGE, occupied=set(), journal={})
-    assert [(one.vmid, one.state) for one in store.find_all(include_destroyed=True)] == [(1005, "DESTROYED"), (1005, "REQUESTED"), (1006, "REQUESTED")]
+    assert [(one.vmid, one.state) for one in store.find_all(include_destroyed=True)] == [
+        (1005, "DESTROYED"),
+        (1005, "REQUESTED"),
+        (1006, "REQUESTED"),
+    ]
     assert store.last_by_vmid(1005).name == "s2"
 
 
@@ -649,7 +722,9 @@ def test_a_freed_vmid_is_not_the_next_one_taken_and_the_range_wraps(store: Recor
     given = []
     for number in range(3):
         sandbox = new(number)
-        claim = store.reserve(sandbox, vmid=None, vmid_range=(1000, 1002), occupied={1001} if number == 1 else set(), journal={})
+        claim = store.reserve(
+            sandbox, vmid=None, vmid_range=(1000, 1002), occupied={1001} if number == 1 else set(), journal={}
+        )
         given.append(sandbox.vmid)
         store.change(claim, store.get(sandbox.uuid), "destroy", to="DESTROYED", finish=True)
     assert given == [1000, 1002, 1000]
@@ -670,8 +745,9 @@ def test_change_is_a_compare_and_set(store: Records) -> None:
     with pytest.raises(RecordChanged, match="no transition from PROVISIONING to STOPPED"):
         store.change(claim, now, "create", to="STOPPED")
     assert store.get(old.uuid).state == "PROVISIONING"
-    assert [(row["from_state"], row["to_state"], row["outcome"]) for row in history.events(store.db, uuid=old.uuid)] == [
-        (None, "REQUESTED", "decided"), ("REQUESTED", "PROVISIONING", "done")]
+    assert [
+        (row["from_state"], row["to_state"], row["outcome"]) for row in history.events(store.db, uuid=old.uuid)
+    ] == [(None, "REQUESTED", "decided"), ("REQUESTED", "PROVISIONING", "done")]
 
 
 def test_a_refused_change_leaves_no_event(store: Records) -> None:
@@ -688,13 +764,22 @@ def test_what_a_change_answers_is_what_is_stored(store: Records) -> None:
     claim, old = reserve(store)
     now = store.amend(old, "update", protected=1, keepalive=1, absent_seen_at=7)
     assert now == store.get(old.uuid) and now.protected is True and now.keepalive is True
-    for values in ({"to": "PROVISIONING", "reason": "clone"}, {"tags": ["a", "b"]}, {"node": "pve1", "ip": "192.0.2.7", "protected": 0},
-                   {"outcome": "kept", "journal": ("cloning", {})}, {"to": "BOOTING", "smbios_uuid": new(1).uuid, "snippet": "/x"}):
+    for values in (
+        {"to": "PROVISIONING", "reason": "clone"},
+        {"tags": ["a", "b"]},
+        {"node": "pve1", "ip": "192.0.2.7", "protected": 0},
+        {"outcome": "kept", "journal": ("cloning", {})},
+        {"to": "BOOTING", "smbios_uuid": new(1).uuid, "snippet": "/x"},
+    ):
         now = store.change(claim, now, "create", **values)
         assert now == store.get(old.uuid), values
     assert now.protected is False and now.tags == ["a", "b"] and now.absent_seen_at is None
     over = store.expire(now, now.lease_expires_at)
-    assert over == store.get(old.uuid) and (over.state, over.reason, over.generation) == ("TIMEOUT", "lease_expired", now.generation + 1)
+    assert over == store.get(old.uuid) and (over.state, over.reason, over.generation) == (
+        "TIMEOUT",
+        "lease_expired",
+        now.generation + 1,
+    )
 
 
 def test_each_write_to_a_record_raises_its_generation() -> None:
@@ -703,7 +788,11 @@ def test_each_write_to_a_record_raises_its_generation() -> None:
     found = [statement for source in sources for statement in source.split("UPDATE sandboxes")[1:]]
     assert len(found) >= 3
     # The time at which an address was seen again concerns no other run, so it must not make another run's write fail.
-    quiet = [statement.split("WHERE")[0].strip() for statement in found if "generation = generation + 1" not in statement.split("WHERE")[0]]
+    quiet = [
+        statement.split("WHERE")[0].strip()
+        for statement in found
+        if "generation = generation + 1" not in statement.split("WHERE")[0]
+    ]
     assert quiet == ["SET ip_seen_at = ?"]
 
 
@@ -749,13 +838,18 @@ def test_a_lost_fence_writes_nothing_more(path: Path) -> None:
     second = Records(store.db, clock, "second")
     newer = second.claim(sandbox.uuid, "destroy")
     assert newer.fence > claim.fence and newer.interrupted is not None and newer.interrupted.phase == "reserved"
-    for write in (lambda: store.journal(claim, "create", "cloning", {}), lambda: store.change(claim, sandbox, "create", to="PROVISIONING"),
-                  lambda: store.fenced(claim, lambda conn: None)):
+    for write in (
+        lambda: store.journal(claim, "create", "cloning", {}),
+        lambda: store.change(claim, sandbox, "create", to="PROVISIONING"),
+        lambda: store.fenced(claim, lambda conn: None),
+    ):
         with pytest.raises(ClaimLost, match="lost to another run"):
             write()
     store.release(claim)
     assert store.get(sandbox.uuid).state == "REQUESTED" and store.under_way(sandbox.uuid).phase == "reserved"
-    assert len(store.db.read("SELECT * FROM claims")) == 1, "the release of a lost claim must not release the other run's"
+    assert len(store.db.read("SELECT * FROM claims")) == 1, (
+        "the release of a lost claim must not release the other run's"
+    )
 
 
 def test_writing_extends_the_claim(path: Path) -> None:
@@ -771,13 +865,17 @@ def test_writing_extends_the_claim(path: Path) -> None:
 
 def test_a_dead_process_claim_is_taken_over_at_once(path: Path) -> None:
     store = Records(Database(str(path)), SystemClock(), "heir")
-    killed = child(path, "1", """
+    killed = child(
+        path,
+        "1",
+        """
 import os, signal
 one = Sandbox(uuid="00000000-0000-4000-8000-000000000001", vmid=0, name="s1", state="REQUESTED")
 claim = store.reserve(one, vmid=None, vmid_range=(1000, 1999), occupied=set(), journal={"a": 1})
 store.journal(claim, "create", "cloning", {"a": 2})
 os.kill(os.getpid(), signal.SIGKILL)
-""")
+""",
+    )
     killed.communicate(timeout=30)
     assert killed.returncode == -9
     assert [one.phase for one in store.interrupted()] == ["cloning"]
@@ -787,12 +885,16 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 def test_a_live_process_claim_is_busy_and_names_the_holder(path: Path) -> None:
     store = Records(Database(str(path)), SystemClock(), "second")
-    living = child(path, "AWX job 7", """
+    living = child(
+        path,
+        "AWX job 7",
+        """
 one = Sandbox(uuid="00000000-0000-4000-8000-000000000001", vmid=0, name="s1", state="REQUESTED")
 store.reserve(one, vmid=1044, vmid_range=(1000, 1999), occupied=set(), journal={})
 print("ready", flush=True)
 sys.stdin.readline()
-""")
+""",
+    )
     try:
         assert living.stdout.readline() == "ready\n"
         with pytest.raises(Busy, match="sandbox 1044 is being worked on: create by child AWX job 7 for") as caught:
@@ -804,14 +906,20 @@ sys.stdin.readline()
     assert store.claim(new(1).uuid, "stop", wait=5).operation == "stop"
 
 
-def test_a_claim_that_cannot_be_given_back_keeps_its_own_process_waiting_for_nothing(store: Records, path: Path) -> None:
+def test_a_claim_that_cannot_be_given_back_keeps_its_own_process_waiting_for_nothing(
+    store: Records, path: Path
+) -> None:
     """A full disk: the module that runs next in this process (a loop, a retry), or the daemon's next pass, goes on; another process still waits."""
     claim, sandbox = reserve(store)
     store.db._writer.execute("PRAGMA query_only = ON")
     store.release(claim)
     store.db._writer.execute("PRAGMA query_only = OFF")
-    run = child(path, "b", f"from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import Busy\n"
-                           f"try: store.claim({sandbox.uuid!r}, 'stop')\nexcept Busy: print('busy')")
+    run = child(
+        path,
+        "b",
+        f"from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import Busy\n"
+        f"try: store.claim({sandbox.uuid!r}, 'stop')\nexcept Busy: print('busy')",
+    )
     assert run.communicate() == ("busy\n", "")
     assert [one.kind for one in store.interrupted()] == ["create"]
     again = Records(Database(str(path)), SystemClock(), "tester").claim(sandbox.uuid, "create")
@@ -829,20 +937,38 @@ def test_waiting_for_a_claim_is_bounded_and_succeeds_when_it_is_given_back(store
     timer.join()
 
 
-@pytest.mark.parametrize(("change", "dead"), [
-    ({}, False), ({"started": "['1']"}, True), ({"pid": 2**22 + 5}, True), ({"boot": "another"}, True), ({"host": "elsewhere"}, False),
-    ({"host": "elsewhere", "boot": "another"}, False), ({"ns": "pid:[1]", "pid": 2**22 + 5}, False), ({"boot": ""}, False),
-])
+@pytest.mark.parametrize(
+    ("change", "dead"),
+    [
+        ({}, False),
+        ({"started": "['1']"}, True),
+        ({"pid": 2**22 + 5}, True),
+        ({"boot": "another"}, True),
+        ({"host": "elsewhere"}, False),
+        ({"host": "elsewhere", "boot": "another"}, False),
+        ({"ns": "pid:[1]", "pid": 2**22 + 5}, False),
+        ({"boot": ""}, False),
+    ],
+)
 def test_only_certain_death_counts(change: dict[str, object], dead: bool) -> None:
     found = {**json.loads(process.identity()), **change}
     assert process.is_dead(json.dumps(found)) is dead
 
 
-@pytest.mark.parametrize("written, machine, dead", [("before this boot", None, True), ("after this boot", None, False), ("before this boot", "other", False)])
-def test_another_boot_of_this_name_is_dead_only_if_it_was_this_machine(written: str, machine: str | None, dead: bool) -> None:
+@pytest.mark.parametrize(
+    "written, machine, dead",
+    [("before this boot", None, True), ("after this boot", None, False), ("before this boot", "other", False)],
+)
+def test_another_boot_of_this_name_is_dead_only_if_it_was_this_machine(
+    written: str, machine: str | None, dead: bool
+) -> None:
     """A second host with the same name, also one made from the same image, keeps its claims while it works."""
     booted = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
-    holder = {**json.loads(process.identity()), "boot": "another", "at": booted + (-5 if written == "before this boot" else 5)}
+    holder = {
+        **json.loads(process.identity()),
+        "boot": "another",
+        "at": booted + (-5 if written == "before this boot" else 5),
+    }
     if machine:
         holder["machine"] = machine
     assert process.is_dead(json.dumps(holder)) is dead
@@ -854,7 +980,9 @@ def test_a_renewal_that_waited_over_the_end_of_the_lease_is_refused(path: Path) 
     clock.wall = 1000000000.9
     store = Records(Database(str(path)), clock, "x")
     _claim, sandbox = reserve(store)
-    store.db.write(lambda conn: conn.execute("UPDATE sandboxes SET state = 'RUNNING', lease_expires_at = 1000000001") and None)
+    store.db.write(
+        lambda conn: conn.execute("UPDATE sandboxes SET state = 'RUNNING', lease_expires_at = 1000000001") and None
+    )
     sandbox = store.get(sandbox.uuid)
     write = store.db.write
 
@@ -877,7 +1005,9 @@ def test_a_holder_that_cannot_be_read_counts_as_alive(text: str) -> None:
 
 def running(store: Records, lease: int) -> Sandbox:
     _dummy, sandbox = reserve(store)
-    store.db.write(lambda conn: conn.execute("UPDATE sandboxes SET state = 'RUNNING', lease_expires_at = ?", (lease,)) and None)
+    store.db.write(
+        lambda conn: conn.execute("UPDATE sandboxes SET state = 'RUNNING', lease_expires_at = ?", (lease,)) and None
+    )
     return store.get(sandbox.uuid)
 
 

@@ -29,8 +29,15 @@ def api(pve: ProxmoxDouble, agentlab_env: dict[str, str]) -> Any:
 
 
 def _login(env: dict[str, str], timeout: float = 5) -> Any:
-    return ProxmoxAPI(env["PROXMOX_HOST"], port=int(env["PROXMOX_PORT"]), user=env["PROXMOX_USER"], token_name=env["PROXMOX_TOKEN_ID"],
-                      token_value=env["PROXMOX_TOKEN_SECRET"], verify_ssl=env["PROXMOX_CA_PATH"], timeout=timeout)
+    return ProxmoxAPI(
+        env["PROXMOX_HOST"],
+        port=int(env["PROXMOX_PORT"]),
+        user=env["PROXMOX_USER"],
+        token_name=env["PROXMOX_TOKEN_ID"],
+        token_value=env["PROXMOX_TOKEN_SECRET"],
+        verify_ssl=env["PROXMOX_CA_PATH"],
+        timeout=timeout,
+    )
 
 
 def _refused(call: Callable[[], Any]) -> tuple[int, str]:
@@ -53,7 +60,9 @@ def _end(api: Any, upid: str, seconds: float = 5) -> str:
 
 
 def _clone(api: Any, newid: int = 101, **kw: Any) -> str:
-    return str(api.nodes("pve1").qemu(9000).clone.post(newid=newid, **{"name": f"vm{newid}", "description": "marker", **kw}))
+    return str(
+        api.nodes("pve1").qemu(9000).clone.post(newid=newid, **{"name": f"vm{newid}", "description": "marker", **kw})
+    )
 
 
 # ---- a VMID that is not there
@@ -86,7 +95,13 @@ def test_missing_vm_elsewhere(api: Any) -> None:
 def test_missing_vm_without_rights_is_403(api: Any, pve: ProxmoxDouble) -> None:
     pve.grant(TOKEN, "/vms/500", "VM.Audit")
     one = api.nodes("pve1").qemu(999)
-    for call in (one.config.get, one.status.current.get, one.status.start.post, one.delete, lambda: one.config.put(description="x")):
+    for call in (
+        one.config.get,
+        one.status.current.get,
+        one.status.start.post,
+        one.delete,
+        lambda: one.config.put(description="x"),
+    ):
         assert _refused(call)[0] == 403
 
 
@@ -103,14 +118,20 @@ def test_nextid_tells_free_from_taken_on_offline_nodes_too(api: Any, pve: Proxmo
     assert status == 400 and "VM 101 already exists" in text
 
 
-def test_offline_node_lists_its_vms_as_unknown_and_answers_595_without_body(api: Any, pve: ProxmoxDouble, agentlab_env: dict[str, str]) -> None:
+def test_offline_node_lists_its_vms_as_unknown_and_answers_595_without_body(
+    api: Any, pve: ProxmoxDouble, agentlab_env: dict[str, str]
+) -> None:
     pve.add_guest(101, node="pve2", status="running")
     pve.set_node_offline("pve2")
     listed = {vm["vmid"]: vm for vm in api.cluster.resources.get(type="vm")}
     assert listed[101]["status"] == "unknown" and "name" not in listed[101] and listed[9000]["name"] == "debian-13"
     assert _refused(api.nodes("pve2").qemu(101).config.get)[0] == 595
-    found = requests.get(f"{pve.url}/api2/json/nodes/pve2/qemu/101/config", verify=agentlab_env["PROXMOX_CA_PATH"], timeout=5,
-                         headers={"Authorization": f"PVEAPIToken={TOKEN}={agentlab_env['PROXMOX_TOKEN_SECRET']}"})
+    found = requests.get(
+        f"{pve.url}/api2/json/nodes/pve2/qemu/101/config",
+        verify=agentlab_env["PROXMOX_CA_PATH"],
+        timeout=5,
+        headers={"Authorization": f"PVEAPIToken={TOKEN}={agentlab_env['PROXMOX_TOKEN_SECRET']}"},
+    )
     assert (found.status_code, found.content) == (595, b"")
     pve.grant(TOKEN, "/vms/500", "VM.Audit")
     assert _refused(api.nodes("pve2").qemu(101).config.get)[0] == 403
@@ -141,7 +162,9 @@ def test_started_clone_answers_the_agent_until_it_stops(api: Any, pve: ProxmoxDo
     assert _refused(vm.agent("network-get-interfaces").get)[0] == 500
     vm.status.start.post()
     found = vm.agent("network-get-interfaces").get()["result"]
-    assert [a["ip-address"] for i in found for a in i["ip-addresses"] if a["ip-address"].startswith("192.0.2.")] == [pve.address_of(101)]
+    assert [a["ip-address"] for i in found for a in i["ip-addresses"] if a["ip-address"].startswith("192.0.2.")] == [
+        pve.address_of(101)
+    ]
     vm.status.stop.post()
     assert _refused(vm.agent("network-get-interfaces").get)[0] == 500
 
@@ -263,7 +286,9 @@ def test_resize_changes_the_drive(api: Any, pve: ProxmoxDouble) -> None:
     assert _end(api, vm.resize.put(disk="scsi0", size="8G")) == "OK"
     assert "size=8G" in vm.config.get()["scsi0"] and "size=3G" in pve.vm(9000).config["scsi0"]
     assert _end(api, vm.resize.put(disk="scsi0", size="4G")) == "shrinking disks is not supported"
-    assert _end(api, api.nodes("pve1").qemu(999).resize.put(disk="scsi0", size="4G")).endswith("999.conf' does not exist")
+    assert _end(api, api.nodes("pve1").qemu(999).resize.put(disk="scsi0", size="4G")).endswith(
+        "999.conf' does not exist"
+    )
 
 
 # ---- clone
@@ -284,8 +309,13 @@ def test_what_a_clone_copies_and_what_is_its_own(api: Any, pve: ProxmoxDouble) -
     upid = _clone(api)
     assert upid.split(":")[6] == "9000" and _end(api, upid) == "OK"
     new = api.nodes("pve1").qemu(101).config.get()
-    assert {key: new[key] for key in ("tags", "protection", "onboot", "ciuser", "ipconfig0", "meta", "description", "name")} == {
-        **{key: source[key] for key in ("tags", "protection", "onboot", "ciuser", "ipconfig0", "meta")}, "description": "marker", "name": "vm101"}
+    assert {
+        key: new[key] for key in ("tags", "protection", "onboot", "ciuser", "ipconfig0", "meta", "description", "name")
+    } == {
+        **{key: source[key] for key in ("tags", "protection", "onboot", "ciuser", "ipconfig0", "meta")},
+        "description": "marker",
+        "name": "vm101",
+    }
     assert not {key for key in ("smbios1", "vmgenid", "net0", "scsi0", "ide2") if new[key] == source[key]}
     assert new["ide2"] == "local-lvm:vm-101-cloudinit,media=cdrom" and "template" not in new and "lock" not in new
     api.nodes("pve1").qemu(9000).clone.post(newid=102)
@@ -370,7 +400,10 @@ def test_how_tasks_end_on_request(api: Any, pve: ProxmoxDouble) -> None:
     assert _end(api, _clone(api)) == "clone failed: no space" and pve.vm(101) is None
     _clone(api)
     pve.next_task("qmstart", "vanish")
-    assert _refused(api.nodes("pve1").tasks(vm.status.start.post()).status.get)[0] == 400 and pve.vm(101).status == "running"
+    assert (
+        _refused(api.nodes("pve1").tasks(vm.status.start.post()).status.get)[0] == 400
+        and pve.vm(101).status == "running"
+    )
     vm.status.stop.post()
     pve.vm(101).task_warnings = {"qmdestroy": 2}
     upid = vm.delete()
@@ -387,8 +420,12 @@ def test_how_tasks_end_on_request(api: Any, pve: ProxmoxDouble) -> None:
 def test_root_certificate_tells_clusters_apart(api: Any, pve: ProxmoxDouble) -> None:
     pve.add_node("pve2")
     pve.grant(TOKEN, "/vms/500", "VM.Audit")
-    roots = {cert["fingerprint"] for node in ("pve1", "pve2") for cert in api.nodes(node).certificates.info.get()
-             if cert["filename"] == "pve-root-ca.pem"}
+    roots = {
+        cert["fingerprint"]
+        for node in ("pve1", "pve2")
+        for cert in api.nodes(node).certificates.info.get()
+        if cert["filename"] == "pve-root-ca.pem"
+    }
     assert roots == {pve.ca_fingerprint} and re.fullmatch(r"([0-9A-F]{2}:){31}[0-9A-F]{2}", pve.ca_fingerprint)
     assert ProxmoxDouble().ca_fingerprint != pve.ca_fingerprint
 
@@ -443,9 +480,15 @@ def test_counting(api: Any, pve: ProxmoxDouble) -> None:
     vm.config.get()
     vm.config.put(description="x")
     vm.status.start.post()
-    assert pve.count() == {("GET", "/nodes/{node}/qemu/{vmid}/config"): 2, ("PUT", "/nodes/{node}/qemu/{vmid}/config"): 1,
-                           ("POST", "/nodes/{node}/qemu/{vmid}/status/start"): 1}
-    assert pve.touched(101) == [("PUT", "/nodes/pve1/qemu/101/config", {"description": "x"}), ("POST", "/nodes/pve1/qemu/101/status/start", {})]
+    assert pve.count() == {
+        ("GET", "/nodes/{node}/qemu/{vmid}/config"): 2,
+        ("PUT", "/nodes/{node}/qemu/{vmid}/config"): 1,
+        ("POST", "/nodes/{node}/qemu/{vmid}/status/start"): 1,
+    }
+    assert pve.touched(101) == [
+        ("PUT", "/nodes/pve1/qemu/101/config", {"description": "x"}),
+        ("POST", "/nodes/pve1/qemu/101/status/start", {}),
+    ]
     assert pve.touched(9000) == [] and [entry["status"] for entry in pve.history] == [200] * 4
 
 
@@ -467,8 +510,12 @@ def test_raw_answers(api: Any, pve: ProxmoxDouble) -> None:
     assert "version" in api.version.get()
 
 
-@pytest.mark.parametrize(("carry_out", "at_once", "later"), [(False, False, False), (True, True, True), ("late", False, True)])
-def test_hanging_requests(api: Any, pve: ProxmoxDouble, agentlab_env: dict[str, str], carry_out: bool | str, at_once: bool, later: bool) -> None:
+@pytest.mark.parametrize(
+    ("carry_out", "at_once", "later"), [(False, False, False), (True, True, True), ("late", False, True)]
+)
+def test_hanging_requests(
+    api: Any, pve: ProxmoxDouble, agentlab_env: dict[str, str], carry_out: bool | str, at_once: bool, later: bool
+) -> None:
     pve.add_guest(101)
     pve.hang_next("POST", "/nodes/{node}/qemu/{vmid}/status/start", 0.5, carry_out)
     with pytest.raises(requests.exceptions.ReadTimeout):
@@ -497,7 +544,10 @@ def test_foreign_vms(api: Any, pve: ProxmoxDouble) -> None:
     old = dict(pve.vm(101).config, tags="mine")
     pve.vm(101).config = dict(old)
     new = pve.make_foreign(101, same_name=True, same_tags=True, copy_description=True)
-    assert all(new.config[key] == old[key] for key in ("name", "tags", "description")) and new.config["smbios1"] != old["smbios1"]
+    assert (
+        all(new.config[key] == old[key] for key in ("name", "tags", "description"))
+        and new.config["smbios1"] != old["smbios1"]
+    )
     new = pve.make_foreign(101, smbios=False, template=True)
     assert not {"smbios1", "tags", "description"} & set(new.config) and new.template and new.name == "somebody-elses"
     assert pve.volumes_of(101) == ["local-lvm:base-101-disk-0"]
@@ -519,7 +569,9 @@ def test_many_at_once(api: Any, pve: ProxmoxDouble, agentlab_env: dict[str, str]
 
     pve.time_scale = 0.01
     with ThreadPoolExecutor(12) as pool:
-        ends = list(pool.map(lambda newid: _end(_login(agentlab_env), _clone(_login(agentlab_env), newid)), range(101, 125)))
+        ends = list(
+            pool.map(lambda newid: _end(_login(agentlab_env), _clone(_login(agentlab_env), newid)), range(101, 125))
+        )
     assert ends == ["OK"] * 24
     assert len({pve.vm(vmid).config["smbios1"] for vmid in range(101, 125)}) == 24
 
@@ -528,7 +580,8 @@ def test_many_at_once(api: Any, pve: ProxmoxDouble, agentlab_env: dict[str, str]
 
 
 def test_play_tells_what_every_task_did(tmp_path: Path) -> None:
-    done = play.run_play("""
+    done = play.run_play(
+        """
         - name: Say
           ansible.builtin.debug:
             msg: "{{ greeting }} {{ lookup('env', 'AGENTLAB_CONFIG') }}"
@@ -541,10 +594,20 @@ def test_play_tells_what_every_task_did(tmp_path: Path) -> None:
         - name: Fail
           ansible.builtin.fail:
             msg: "on purpose"
-        """, {"AGENTLAB_CONFIG": "there"}, tmp_path, extra_vars={"greeting": "hello"})
+        """,
+        {"AGENTLAB_CONFIG": "there"},
+        tmp_path,
+        extra_vars={"greeting": "hello"},
+    )
     assert done.rc == 2 and done.result("Say")["msg"] == "hello there" and done.last["msg"] == "on purpose"
     assert [(entry["task"], entry["status"]) for entry in done.results] == [
-        ("Say", "ok"), ("Skip", "skipped"), ("Loop", "changed"), ("Loop", "changed"), ("Loop", "changed"), ("Fail", "failed")]
+        ("Say", "ok"),
+        ("Skip", "skipped"),
+        ("Loop", "changed"),
+        ("Loop", "changed"),
+        ("Loop", "changed"),
+        ("Fail", "failed"),
+    ]
     assert [entry["result"]["stdout"] for entry in done.all("Loop") if entry.get("item")] == ["a", "b"]
     assert done.warnings == [] and [entry["task"] for entry in done.failed] == ["Fail"]
 
@@ -561,7 +624,13 @@ def test_play_sees_warnings_and_no_outer_settings(tmp_path: Path, monkeypatch: p
 
 
 def test_module_and_adhoc(tmp_path: Path) -> None:
-    made = play.run_module("ansible.builtin.file", {"path": str(tmp_path / "new"), "state": "directory", "mode": "0700"}, {}, tmp_path, check=True).ok()
+    made = play.run_module(
+        "ansible.builtin.file",
+        {"path": str(tmp_path / "new"), "state": "directory", "mode": "0700"},
+        {},
+        tmp_path,
+        check=True,
+    ).ok()
     assert made.status("ansible.builtin.file") == "changed" and not (tmp_path / "new").exists()
     assert play.run_adhoc("ansible.builtin.command", {"cmd": "echo hi"}, {}, tmp_path).ok().last["stdout"] == "hi"
     assert play.run_adhoc("ansible.builtin.command", "echo 'a b'", {}, tmp_path).ok().last["stdout"] == "a b"

@@ -51,7 +51,9 @@ def test_of_a_creation(lab: Lab, kind: str) -> None:
     assert TOLD in json.dumps(lab.events(lab.records()[0]))
 
 
-@pytest.mark.parametrize(("kind", "operation"), [("qmstart", "start"), ("qmstop", "stop"), ("qmpause qmsuspend", "suspend")])
+@pytest.mark.parametrize(
+    ("kind", "operation"), [("qmstart", "start"), ("qmstop", "stop"), ("qmpause qmsuspend", "suspend")]
+)
 def test_of_power(lab: Lab, kind: str, operation: str) -> None:
     made = lab.create()
     if operation == "start":
@@ -91,10 +93,19 @@ def test_only_its_last_lines_are_told_and_nothing_that_moves_a_terminal(lab: Lab
     assert message.isprintable() and len(message) < 1500
 
 
-@pytest.mark.parametrize(("status", "body", "words"), [
-    (403, '{"data": null, "message": "Permission check failed (/nodes/pve1, Sys.Audit)"}', "Permission check failed (/nodes/pve1, Sys.Audit)"),
-    (200, '{"data": [{"n": 1, "t": "unable to open file - No such file or directory"}]}', "unable to open file"),
-    (200, '{"data": "nonsense"}', "not a list"), (596, "", "596")])
+@pytest.mark.parametrize(
+    ("status", "body", "words"),
+    [
+        (
+            403,
+            '{"data": null, "message": "Permission check failed (/nodes/pve1, Sys.Audit)"}',
+            "Permission check failed (/nodes/pve1, Sys.Audit)",
+        ),
+        (200, '{"data": [{"n": 1, "t": "unable to open file - No such file or directory"}]}', "unable to open file"),
+        (200, '{"data": "nonsense"}', "not a list"),
+        (596, "", "596"),
+    ],
+)
 def test_a_log_that_cannot_be_read_is_said_to_be_so(lab: Lab, status: int, body: str, words: str) -> None:
     lab.pve.next_task("qmstart", "fail", text=STATUS)
     lab.pve.fault("GET", "/log", "answer", status=status, body=body, times=9)
@@ -115,7 +126,9 @@ def test_the_log_of_a_lock_that_was_not_got_is_not_read(lab: Lab) -> None:
     """It is tried again, and its log says no more than the status."""
     made = lab.create()
     lab.power("stop", made.vmid)
-    lab.pve.next_task("qmstart", "fail", text="can't lock file '/var/lock/qemu-server/lock-1000.conf' - got timeout", times=2)
+    lab.pve.next_task(
+        "qmstart", "fail", text="can't lock file '/var/lock/qemu-server/lock-1000.conf' - got timeout", times=2
+    )
     assert lab.power("start", made.vmid).state == "RUNNING"
     assert not [name for name in lab.pve.counted if name.endswith("/log")]
 

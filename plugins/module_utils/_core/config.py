@@ -85,8 +85,24 @@ DEFAULTS: dict[str, Any] = {
 FIXED = ("database", "database_group_access", "socket", "listen", "metrics_listen")
 SECRETS = ("api_password", "api_token_secret")
 # Keys whose value is a text: what YAML read as something else (012345, yes) is refused in the file, and not guessed.
-TEXTS = ("api_host", "api_user", *SECRETS, "api_token_id", "ca_path", "database", "node", "template", "pool", "storage", "profiles_dir",
-         "snippets_storage", "snippets_dir", "socket", "listen_token_file", "cleanup_file")
+TEXTS = (
+    "api_host",
+    "api_user",
+    *SECRETS,
+    "api_token_id",
+    "ca_path",
+    "database",
+    "node",
+    "template",
+    "pool",
+    "storage",
+    "profiles_dir",
+    "snippets_storage",
+    "snippets_dir",
+    "socket",
+    "listen_token_file",
+    "cleanup_file",
+)
 
 
 @dataclass(slots=True)
@@ -134,8 +150,11 @@ class ProxmoxSettings:
     @property
     def credential_options(self) -> str:
         """The options to check when the credentials are refused."""
-        return ("api_user, api_token_id and api_token_secret (and whether the token has expired)" if self.api_token_id
-                else "api_user and api_password")
+        return (
+            "api_user, api_token_id and api_token_secret (and whether the token has expired)"
+            if self.api_token_id
+            else "api_user and api_password"
+        )
 
     @property
     def is_root(self) -> bool:
@@ -145,20 +164,38 @@ class ProxmoxSettings:
     def check_credentials(self) -> None:
         """What is missing or contradictory, by the names of the options."""
         if self.api_token_id and not self.api_token_secret:
-            raise InvalidInput("api_token_secret: missing, but api_token_id is set; give both, or api_password", option="api_token_secret")
+            raise InvalidInput(
+                "api_token_secret: missing, but api_token_id is set; give both, or api_password",
+                option="api_token_secret",
+            )
         if self.api_token_secret and not self.api_token_id:
-            raise InvalidInput("api_token_id: missing, but api_token_secret is set; give both, or api_password", option="api_token_id")
+            raise InvalidInput(
+                "api_token_id: missing, but api_token_secret is set; give both, or api_password", option="api_token_id"
+            )
         if not self.api_token_id and not self.api_password:
-            raise InvalidInput(f"api_host: {self.api_host!r} is set without credentials; give api_token_id and api_token_secret (or api_password)",
-                               option="api_host")
+            raise InvalidInput(
+                f"api_host: {self.api_host!r} is set without credentials; give api_token_id and api_token_secret (or api_password)",
+                option="api_host",
+            )
         if "!" in self.api_user:
             # What follows may be the secret as well: nothing of the value is shown.
-            raise InvalidInput("api_user: the value has a '!'. Valid: user@realm, such as root@pam; the token belongs into "
-                               "api_token_id (user@realm!name) and api_token_secret", option="api_user")
+            raise InvalidInput(
+                "api_user: the value has a '!'. Valid: user@realm, such as root@pam; the token belongs into "
+                "api_token_id (user@realm!name) and api_token_secret",
+                option="api_user",
+            )
         if "@" not in self.user:
-            raise InvalidInput(f"api_user: {self.user!r} has no realm. Valid: user@realm, such as root@pam", option="api_user", value=self.user)
+            raise InvalidInput(
+                f"api_user: {self.user!r} has no realm. Valid: user@realm, such as root@pam",
+                option="api_user",
+                value=self.user,
+            )
         if self.ca_path and not os.path.exists(self.ca_path):
-            raise InvalidInput(f"ca_path: {self.ca_path!r} does not exist; give the CA certificate's file", option="ca_path", value=self.ca_path)
+            raise InvalidInput(
+                f"ca_path: {self.ca_path!r} does not exist; give the CA certificate's file",
+                option="ca_path",
+                value=self.ca_path,
+            )
         if self.ca_path and self.validate_certs and os.path.isfile(self.ca_path):
             _check_certificates(self.ca_path)
 
@@ -170,11 +207,18 @@ def _check_certificates(path: str) -> None:
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(path)
     except ssl.SSLError:
-        raise InvalidInput(f"ca_path: {path!r} holds no certificate in PEM form (-----BEGIN CERTIFICATE-----); give a copy of "
-                           "/etc/pve/pve-root-ca.pem of the node", option="ca_path", value=path) from None
+        raise InvalidInput(
+            f"ca_path: {path!r} holds no certificate in PEM form (-----BEGIN CERTIFICATE-----); give a copy of "
+            "/etc/pve/pve-root-ca.pem of the node",
+            option="ca_path",
+            value=path,
+        ) from None
     except OSError as error:
-        raise InvalidInput(f"ca_path: {path!r} cannot be read: {error.strerror}; correct the path or its permissions",
-                           option="ca_path", value=path) from None
+        raise InvalidInput(
+            f"ca_path: {path!r} cannot be read: {error.strerror}; correct the path or its permissions",
+            option="ca_path",
+            value=path,
+        ) from None
 
 
 @dataclass(slots=True)
@@ -259,8 +303,11 @@ def load(options: Mapping[str, Any], environment: Mapping[str, str]) -> Config:
     lifetime = value("max_lifetime")
     vmids, owners = vmid_range(value("vmid_range")), vmid_range(value("workspace_owner_range"), "workspace_owner_range")
     if vmids[0] <= owners[1] and owners[0] <= vmids[1]:
-        raise InvalidInput(f"workspace_owner_range: {owners[0]}-{owners[1]} overlaps vmid_range ({vmids[0]}-{vmids[1]}). Proxmox VE deletes with a VM what its "
-                           "VMID owns, so the owners of workspaces need VMIDs that no VM ever has", option="workspace_owner_range")
+        raise InvalidInput(
+            f"workspace_owner_range: {owners[0]}-{owners[1]} overlaps vmid_range ({vmids[0]}-{vmids[1]}). Proxmox VE deletes with a VM what its "
+            "VMID owns, so the owners of workspaces need VMIDs that no VM ever has",
+            option="workspace_owner_range",
+        )
     return Config(
         proxmox=proxmox,
         database=str(value("database")),
@@ -306,7 +353,9 @@ def read_yaml(path: str, where: str) -> Any:
     try:
         import yaml  # noqa: F401 - safe_yaml needs it
     except ImportError:
-        raise ConfigError(f"{where} cannot be read without the Python library yaml; install python3-yaml", file=path) from None
+        raise ConfigError(
+            f"{where} cannot be read without the Python library yaml; install python3-yaml", file=path
+        ) from None
     try:
         return safe_yaml.load(safe_yaml.read_text(path))
     except OSError as error:
@@ -327,23 +376,37 @@ def read_file(path: str) -> dict[str, Any]:
         raise ConfigError(f"config_file: {path} must be a mapping of options, such as 'api_host: 192.0.2.1'", file=path)
     unknown = [key for key in found if key not in DEFAULTS]
     if unknown:
-        raise ConfigError(f"config_file: {path} has the unknown key {safe_yaml.shown(unknown[0])}. Valid: {', '.join(DEFAULTS)} "
-                          f"(line {found.lines[unknown[0]]})", file=path)
+        raise ConfigError(
+            f"config_file: {path} has the unknown key {safe_yaml.shown(unknown[0])}. Valid: {', '.join(DEFAULTS)} "
+            f"(line {found.lines[unknown[0]]})",
+            file=path,
+        )
     for key in TEXTS:
         if safe_yaml.misread(found.get(key), found.written.get(key)):
             # A password 012345 would be sent as 5349.
             shown = "that value" if key in SECRETS else words.quoted(found.written[key])
-            raise ConfigError(f"config_file: {path}: {key}: YAML reads {shown} as something else than a text (line {found.lines[key]}); "
-                              "put it in quotes", file=path)
+            raise ConfigError(
+                f"config_file: {path}: {key}: YAML reads {shown} as something else than a text (line {found.lines[key]}); "
+                "put it in quotes",
+                file=path,
+            )
     return dict(found)
 
 
 def vmid_range(value: object, name: str = "vmid_range") -> tuple[int, int]:
     """``1000-1999`` as two numbers."""
     first, dash, last = str(value).partition("-")
-    if not dash or not first.strip().isdecimal() or not last.strip().isdecimal() or not 100 <= int(first) <= int(last) <= 999999999:
-        raise InvalidInput(f"{name}: {str(value)!r} is not a range. Valid: FIRST-LAST within 100-999999999, such as {DEFAULTS[name]}",
-                           option=name, value=str(value))
+    if (
+        not dash
+        or not first.strip().isdecimal()
+        or not last.strip().isdecimal()
+        or not 100 <= int(first) <= int(last) <= 999999999
+    ):
+        raise InvalidInput(
+            f"{name}: {str(value)!r} is not a range. Valid: FIRST-LAST within 100-999999999, such as {DEFAULTS[name]}",
+            option=name,
+            value=str(value),
+        )
     return int(first), int(last)
 
 
@@ -359,8 +422,11 @@ def api_address(value: object, port: int) -> tuple[str | None, int, str]:
     def refuse(why: str) -> InvalidInput:
         # What stands before an @ may be a password.
         shown = repr(text[:100]) if "@" not in text else "the value"
-        return InvalidInput(f"api_host: {shown} {why}. Valid: a host name or address such as pve1.example.net or 192.0.2.1, or "
-                            "https://HOST:PORT", option="api_host")
+        return InvalidInput(
+            f"api_host: {shown} {why}. Valid: a host name or address such as pve1.example.net or 192.0.2.1, or "
+            "https://HOST:PORT",
+            option="api_host",
+        )
 
     scheme, separator, rest = text.partition("://")
     if separator and scheme.lower() != "https":
@@ -391,19 +457,35 @@ def _credential(name: str, value: Any) -> str | None:
     if value is None:
         return None
     if not isinstance(value, str):
-        kind = "a boolean" if isinstance(value, bool) else "a number" if isinstance(value, (int, float)) else "something else"
-        raise InvalidInput(f"{name}: YAML reads the value as {kind}, not as text, which would change it; put it in quotes", option=name)
+        kind = (
+            "a boolean"
+            if isinstance(value, bool)
+            else "a number"
+            if isinstance(value, (int, float))
+            else "something else"
+        )
+        raise InvalidInput(
+            f"{name}: YAML reads the value as {kind}, not as text, which would change it; put it in quotes", option=name
+        )
     # Files and clipboards add a line feed. A password may begin or end with spaces.
     text = value.strip("\r\n") if name == "api_password" else value.strip()
     if not text.isprintable() or (name.startswith("api_token") and not (text.isascii() and " " not in text)):
-        raise InvalidInput(f"{name}: the value has a line feed, a space or another character that it cannot have; give it in one piece",
-                           option=name)
+        raise InvalidInput(
+            f"{name}: the value has a line feed, a space or another character that it cannot have; give it in one piece",
+            option=name,
+        )
     if name == "api_token_id" and "=" in text:
-        raise InvalidInput("api_token_id: the value has a '='. Valid: user@realm!name; what follows the '=' belongs into "
-                           "api_token_secret", option=name)
+        raise InvalidInput(
+            "api_token_id: the value has a '='. Valid: user@realm!name; what follows the '=' belongs into "
+            "api_token_secret",
+            option=name,
+        )
     if name == "api_token_secret" and ("!" in text or "=" in text):
-        raise InvalidInput("api_token_secret: the value has a '!' or a '='. Valid: only the secret, such as "
-                           "12345678-1234-1234-1234-123456789abc; user@realm!name belongs into api_token_id", option=name)
+        raise InvalidInput(
+            "api_token_secret: the value has a '!' or a '='. Valid: only the secret, such as "
+            "12345678-1234-1234-1234-123456789abc; user@realm!name belongs into api_token_id",
+            option=name,
+        )
     return text
 
 
@@ -433,7 +515,9 @@ def _integer(name: str, value: Any, low: int, high: int) -> int:
     text = str(value).strip()
     if isinstance(value, bool) or not (text.isascii() and text.isdecimal()) or not low <= int(text) <= high:
         shown = "that value" if name in SECRETS else repr(text)
-        raise InvalidInput(f"{name}: {shown} is not valid. Valid: a whole number from {low} to {high}", option=name, value=text)
+        raise InvalidInput(
+            f"{name}: {shown} is not valid. Valid: a whole number from {low} to {high}", option=name, value=text
+        )
     return int(text)
 
 
@@ -444,7 +528,9 @@ def _fraction(name: str, value: Any, low: float, high: float) -> float:
     except ValueError:
         found = -1.0
     if not low <= found <= high:
-        raise InvalidInput(f"{name}: {text!r} is not valid. Valid: a number from {low:g} to {high:g}", option=name, value=text)
+        raise InvalidInput(
+            f"{name}: {text!r} is not valid. Valid: a number from {low:g} to {high:g}", option=name, value=text
+        )
     return found
 
 
@@ -471,8 +557,11 @@ def loopback(name: str, value: Any) -> tuple[str, int] | None:
     except ValueError:
         local = None
     if local is None or not local.is_loopback or not (port.isascii() and port.isdecimal()) or not 0 < int(port) < 65536:
-        raise InvalidInput(f"{name}: {text!r} is not valid. Valid: a loopback address and a port, such as 127.0.0.1:9820 or [::1]:9820",
-                           option=name, value=text)
+        raise InvalidInput(
+            f"{name}: {text!r} is not valid. Valid: a loopback address and a port, such as 127.0.0.1:9820 or [::1]:9820",
+            option=name,
+            value=text,
+        )
     return str(local), int(port)
 
 

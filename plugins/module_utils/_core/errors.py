@@ -108,8 +108,14 @@ class DamagedRecord(StoreError):
     """One value in the records cannot be what it should be. ``detail`` names table, row and column; the row is left alone."""
 
     def __init__(self, table: str, row: str, column: str, valid: str) -> None:
-        super().__init__(f"the records are damaged: {table}.{column} of {row} is not {valid}. That row is left alone; run agentlab_doctor (agentlab doctor), "
-                         "which says how to mend it", table=table, row=row, column=column, valid=valid)
+        super().__init__(
+            f"the records are damaged: {table}.{column} of {row} is not {valid}. That row is left alone; run agentlab_doctor (agentlab doctor), "
+            "which says how to mend it",
+            table=table,
+            row=row,
+            column=column,
+            valid=valid,
+        )
 
 
 class RecordChanged(StoreError):

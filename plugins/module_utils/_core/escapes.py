@@ -16,7 +16,9 @@ def escape_controls(text: str, keep: str = "\n\t") -> str:
     """Return the text with every control and formatting character but those of ``keep`` written as an escape, such as ``\\x1b``."""
     if text.isascii() and text.isprintable():
         return text
-    return "".join(char if char in keep or unicodedata.category(char) not in _UNSEEN else _escape(ord(char)) for char in text)
+    return "".join(
+        char if char in keep or unicodedata.category(char) not in _UNSEEN else _escape(ord(char)) for char in text
+    )
 
 
 def _escape(number: int) -> str:

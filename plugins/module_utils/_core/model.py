@@ -92,7 +92,11 @@ class Sandbox:
 
     def expired(self, now: int) -> bool:
         """True when the lease is over and the state still has a lease to run out."""
-        return self.lease_expires_at is not None and self.lease_expires_at <= now and self.state in states.OPERATIONS["expire"].allowed
+        return (
+            self.lease_expires_at is not None
+            and self.lease_expires_at <= now
+            and self.state in states.OPERATIONS["expire"].allowed
+        )
 
     def public(self) -> dict[str, Any]:
         """The shape every answer uses; absent values are null, times are UTC."""
@@ -120,8 +124,14 @@ COLUMNS = tuple(Sandbox.__dataclass_fields__)
 _TIMES = ("lease_expires_at", "created_at", "updated_at", "state_changed_at", "absent_seen_at", "ip_seen_at")
 # The end of the year 9999, the last that can be written as a date.
 _LAST_SECOND = 253402300799
-_OF_ANNOTATION: dict[str, tuple[type, ...]] = {"str": (str,), "str | None": (str, type(None)), "int": (int,), "int | None": (int, type(None)),
-                                               "bool": (int,), "list[str]": (str,)}
+_OF_ANNOTATION: dict[str, tuple[type, ...]] = {
+    "str": (str,),
+    "str | None": (str, type(None)),
+    "int": (int,),
+    "int | None": (int, type(None)),
+    "bool": (int,),
+    "list[str]": (str,),
+}
 _KINDS = {name: _OF_ANNOTATION[str(field.type)] for name, field in Sandbox.__dataclass_fields__.items()}
 _VALID: dict[type, str] = {str: "a text", int: "a whole number"}
 # Types of the values of rows that were sound.

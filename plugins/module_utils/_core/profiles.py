@@ -17,7 +17,10 @@ from typing import Any
 from . import durations, safe_yaml, words
 from .errors import ConfigError, InvalidInput
 
-NAME: words.Word = (re.compile(r"[a-z0-9][a-z0-9_.-]{0,62}", re.ASCII), "lower-case letters, digits, dot, hyphen and underscore")
+NAME: words.Word = (
+    re.compile(r"[a-z0-9][a-z0-9_.-]{0,62}", re.ASCII),
+    "lower-case letters, digits, dot, hyphen and underscore",
+)
 _SUFFIXES = (".yaml", ".yml")
 WORKSPACE = ("none", "optional", "required")
 
@@ -36,9 +39,15 @@ class Profile:
 
     def public(self) -> dict[str, Any]:
         """The shape of answers: the options it sets, and its leases as durations."""
-        return {"name": self.name, "path": self.path, "description": self.description, "workspace": self.workspace,
-                "lease_default": None if self.lease_default is None else durations.show(self.lease_default),
-                "lease_maximum": None if self.lease_maximum is None else durations.show(self.lease_maximum), **self.values}
+        return {
+            "name": self.name,
+            "path": self.path,
+            "description": self.description,
+            "workspace": self.workspace,
+            "lease_default": None if self.lease_default is None else durations.show(self.lease_default),
+            "lease_maximum": None if self.lease_maximum is None else durations.show(self.lease_maximum),
+            **self.values,
+        }
 
 
 class _Refused(Exception):
@@ -54,6 +63,7 @@ Check = Callable[[Any], Any]
 
 def _text(word: words.Word, spread: bool = False) -> Check:
     """Check a text in one line; ``spread``: words that may be given as a list, or with commas."""
+
     def check(value: Any) -> str:
         if spread:
             value = words.join_words(value)
@@ -92,8 +102,11 @@ def _choice(choices: tuple[str, ...]) -> Check:
 
 def _several(split: Callable[[Any], list[str]], one: Check) -> Check:
     """Check a list of texts, or a text that holds several of them."""
+
     def check(value: Any) -> list[Any]:
-        if not isinstance(value, (list, str)) or (isinstance(value, list) and any(isinstance(item, (list, dict, bool)) for item in value)):
+        if not isinstance(value, (list, str)) or (
+            isinstance(value, list) and any(isinstance(item, (list, dict, bool)) for item in value)
+        ):
             raise _Refused("a list of texts (in quotes where YAML reads a word such as yes or on)")
         return [one(item) for item in split(value)]
 
@@ -104,7 +117,9 @@ def _duration(value: Any) -> int:
     try:
         return durations.parse(value, "")
     except InvalidInput:
-        raise _Refused(f"{durations.VALID}, more than zero and less than {durations.show(durations.MAX_SECONDS)}") from None
+        raise _Refused(
+            f"{durations.VALID}, more than zero and less than {durations.show(durations.MAX_SECONDS)}"
+        ) from None
 
 
 def _public_keys(value: Any) -> list[str]:
@@ -161,8 +176,27 @@ _KEYS: dict[str, Any] = {
 
 
 # Options whose value is a text: of these, what YAML read as something else is refused, and not guessed.
-_TEXTS = frozenset({"template", "node", "pool", "storage", "cpu_type", "disk_size", "bridge", "firewall_group", "second_bridge", "second_ip_config",
-                    "cloud_init_user", "cloud_init_vendor_data", "ip_config", "nameserver", "searchdomain", "ssh_public_keys", "tags"})
+_TEXTS = frozenset(
+    {
+        "template",
+        "node",
+        "pool",
+        "storage",
+        "cpu_type",
+        "disk_size",
+        "bridge",
+        "firewall_group",
+        "second_bridge",
+        "second_ip_config",
+        "cloud_init_user",
+        "cloud_init_vendor_data",
+        "ip_config",
+        "nameserver",
+        "searchdomain",
+        "ssh_public_keys",
+        "tags",
+    }
+)
 
 
 def load_all(folder: str) -> dict[str, Profile]:
@@ -182,30 +216,44 @@ def load(folder: str, name: str) -> Profile:
             _add(found, read(path))
         except ConfigError as error:
             wrong.append(error)
-    of_that_name = [error for error in wrong if os.path.splitext(os.path.basename(str(error.detail.get("file"))))[0] == name]
+    of_that_name = [
+        error for error in wrong if os.path.splitext(os.path.basename(str(error.detail.get("file"))))[0] == name
+    ]
     if of_that_name:
         raise of_that_name[0]
     if name in found:
         return found[name]
     unusable = f"; not usable: {wrong[0].message}" if wrong else ""
-    raise InvalidInput(f"profile: {name!r} does not exist in {folder}. Profiles: {', '.join(sorted(found)) or 'none'}{unusable}",
-                       option="profile", value=name)
+    raise InvalidInput(
+        f"profile: {name!r} does not exist in {folder}. Profiles: {', '.join(sorted(found)) or 'none'}{unusable}",
+        option="profile",
+        value=name,
+    )
 
 
 def _add(found: dict[str, Profile], profile: Profile) -> None:
     if profile.name in found:
-        raise ConfigError(f"{profile.path}: name: {profile.name!r} is also the name of {found[profile.name].path}; give each profile a name of its own",
-                          file=profile.path, key="name")
+        raise ConfigError(
+            f"{profile.path}: name: {profile.name!r} is also the name of {found[profile.name].path}; give each profile a name of its own",
+            file=profile.path,
+            key="name",
+        )
     found[profile.name] = profile
 
 
 def _files(folder: str) -> list[str]:
     try:
-        return [os.path.join(folder, name) for name in sorted(os.listdir(folder)) if name.endswith(_SUFFIXES) and not name.startswith(".")]
+        return [
+            os.path.join(folder, name)
+            for name in sorted(os.listdir(folder))
+            if name.endswith(_SUFFIXES) and not name.startswith(".")
+        ]
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise ConfigError(f"profiles_dir: {folder}: {error.strerror}; correct profiles_dir or its permissions", file=folder) from None
+        raise ConfigError(
+            f"profiles_dir: {folder}: {error.strerror}; correct profiles_dir or its permissions", file=folder
+        ) from None
 
 
 def read(path: str) -> Profile:
@@ -216,20 +264,33 @@ def read(path: str) -> Profile:
     if not isinstance(content, safe_yaml.Mapping):
         raise ConfigError(f"{path}: must be a mapping of keys. Valid: {', '.join(_KEYS)}", file=path)
     values = _section(path, "", content, _KEYS)
-    plain = {name: values.pop(name, None) for name in ("name", "description", "workspace", "lease_default", "lease_maximum")}
+    plain = {
+        name: values.pop(name, None) for name in ("name", "description", "workspace", "lease_default", "lease_maximum")
+    }
     default, maximum = plain["lease_default"], plain["lease_maximum"]
     if default is not None and maximum is not None and default > maximum:
-        raise ConfigError(f"{path}: lease.default: {durations.show(default)} is longer than lease.maximum ({durations.show(maximum)})",
-                          file=path, key="lease.default")
+        raise ConfigError(
+            f"{path}: lease.default: {durations.show(default)} is longer than lease.maximum ({durations.show(maximum)})",
+            file=path,
+            key="lease.default",
+        )
     if values.get("storage") and values.get("full_clone") is False:
-        raise ConfigError(f"{path}: storage: a linked clone stays on its template's storage; leave storage out, or set full_clone to true",
-                          file=path, key="storage")
+        raise ConfigError(
+            f"{path}: storage: a linked clone stays on its template's storage; leave storage out, or set full_clone to true",
+            file=path,
+            key="storage",
+        )
     if values.get("firewall_group") and values.get("firewall") is False:
-        raise ConfigError(f"{path}: network.firewall_group: has no effect with firewall: false; leave one of the two out",
-                          file=path, key="network.firewall_group")
+        raise ConfigError(
+            f"{path}: network.firewall_group: has no effect with firewall: false; leave one of the two out",
+            file=path,
+            key="network.firewall_group",
+        )
     name = plain["name"] or os.path.splitext(os.path.basename(path))[0]
     if not NAME[0].fullmatch(name):
-        raise ConfigError(f"{path}: name: missing, and the file's own name is not one. Valid: {NAME[1]}", file=path, key="name")
+        raise ConfigError(
+            f"{path}: name: missing, and the file's own name is not one. Valid: {NAME[1]}", file=path, key="name"
+        )
     return Profile(name, path, plain["description"], values, default, maximum, plain["workspace"] or "optional")
 
 
@@ -240,25 +301,38 @@ def _section(path: str, prefix: str, content: safe_yaml.Mapping, keys: dict[str,
         if known is None:
             # The file may be a link to one with secrets: what is no word is not quoted.
             name = safe_yaml.shown(key).strip("'")
-            raise ConfigError(f"{path}: {prefix}{name}: no such key. Valid: {', '.join(prefix + one for one in keys)} (line {content.lines[key]})",
-                              file=path, key=f"{prefix}{name}")
+            raise ConfigError(
+                f"{path}: {prefix}{name}: no such key. Valid: {', '.join(prefix + one for one in keys)} (line {content.lines[key]})",
+                file=path,
+                key=f"{prefix}{name}",
+            )
         where = f"{prefix}{key}"
         if value is None:
             continue
         if isinstance(known, dict):
             if not isinstance(value, safe_yaml.Mapping):
-                raise ConfigError(f"{path}: {where}: {_shown(value)} is not valid. Valid: a mapping of {', '.join(known)}", file=path, key=where)
+                raise ConfigError(
+                    f"{path}: {where}: {_shown(value)} is not valid. Valid: a mapping of {', '.join(known)}",
+                    file=path,
+                    key=where,
+                )
             values.update(_section(path, f"{where}.", value, known))
             continue
         check, option = known
         for item, written in _scalars(content, key, value):
             if option in _TEXTS and safe_yaml.misread(item, written):
-                raise ConfigError(f"{path}: {where}: YAML reads {words.quoted(written)} as {words.quoted(item)}; put it in quotes", file=path, key=where)
+                raise ConfigError(
+                    f"{path}: {where}: YAML reads {words.quoted(written)} as {words.quoted(item)}; put it in quotes",
+                    file=path,
+                    key=where,
+                )
         try:
             values[option or key] = check(value)
         except _Refused as refused:
             shown = "that value" if isinstance(refused, _Secret) else _shown(value)
-            raise ConfigError(f"{path}: {where}: {shown} is not valid. Valid: {refused}", file=path, key=where) from None
+            raise ConfigError(
+                f"{path}: {where}: {shown} is not valid. Valid: {refused}", file=path, key=where
+            ) from None
     return values
 
 

@@ -37,9 +37,11 @@ class Rule:
     after: int = 0
 
     def matches(self, sandbox: Sandbox) -> bool:
-        return ((not self.states or sandbox.state in self.states)
-                and (not self.tags or bool(set(self.tags) & set(sandbox.tags)))
-                and (not self.profiles or sandbox.profile in self.profiles))
+        return (
+            (not self.states or sandbox.state in self.states)
+            and (not self.tags or bool(set(self.tags) & set(sandbox.tags)))
+            and (not self.profiles or sandbox.profile in self.profiles)
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,10 +71,15 @@ class _Reader:
     loader: Any
 
     def refuse(self, node: Any, what: str) -> ConfigError:
-        return ConfigError(f"cleanup_file: {self.file} line {node.start_mark.line + 1}: {what}; nothing of it was used", file=self.file,
-                           line=node.start_mark.line + 1)
+        return ConfigError(
+            f"cleanup_file: {self.file} line {node.start_mark.line + 1}: {what}; nothing of it was used",
+            file=self.file,
+            line=node.start_mark.line + 1,
+        )
 
-    def mapping(self, node: Any, where: str, known: dict[str, Callable[[Any, str], Any]], required: Sequence[str] = ()) -> dict[str, Any]:
+    def mapping(
+        self, node: Any, where: str, known: dict[str, Callable[[Any, str], Any]], required: Sequence[str] = ()
+    ) -> dict[str, Any]:
         """The values of a mapping, each read by the function that ``known`` has for its key."""
         import yaml
 
@@ -110,7 +117,9 @@ class _Reader:
     def whole(self, node: Any, key: str, low: int, high: int) -> int:
         value = self.scalar(node, key, f"a whole number from {low} to {high}")
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            raise self.refuse(node, f"{key}: {str(node.value)[:80]!r} is not valid. Valid: a whole number from {low} to {high}")
+            raise self.refuse(
+                node, f"{key}: {str(node.value)[:80]!r} is not valid. Valid: a whole number from {low} to {high}"
+            )
         return value
 
     def choice(self, node: Any, key: str, choices: Sequence[str]) -> str:
@@ -137,7 +146,9 @@ class _Reader:
         pattern, valid = words.TAG if key == "tags" else words.WORD
         for one in node.value:
             # What was written: YAML reads 1.10 as a number, and on as true. What nothing can be called makes a rule that never matches.
-            if not isinstance(one, yaml.ScalarNode) or not pattern.fullmatch(one.value.lower() if key == "tags" else one.value):
+            if not isinstance(one, yaml.ScalarNode) or not pattern.fullmatch(
+                one.value.lower() if key == "tags" else one.value
+            ):
                 raise self.refuse(one, f"{key}: {str(getattr(one, 'value', ''))[:80]!r} is not valid. Valid: {valid}")
         # Tags are kept in small letters, as Proxmox VE stores them.
         return tuple(str(one.value).lower() if key == "tags" else str(one.value) for one in node.value)
@@ -148,12 +159,16 @@ def parse(text: str, file: str) -> Policy:
     try:
         import yaml  # noqa: F401 - safe_yaml needs it
     except ImportError:
-        raise ConfigError(f"cleanup_file: {file} cannot be read without the Python library yaml; install python3-yaml", file=file) from None
+        raise ConfigError(
+            f"cleanup_file: {file} cannot be read without the Python library yaml; install python3-yaml", file=file
+        ) from None
     try:
         loader, root = safe_yaml.compose(text)
     except safe_yaml.Refused as error:
         place = f" line {error.line}" if error.line else ""
-        raise ConfigError(f"cleanup_file: {file}{place}: {error.reason.removeprefix('is ')}; nothing of it was used", file=file) from None
+        raise ConfigError(
+            f"cleanup_file: {file}{place}: {error.reason.removeprefix('is ')}; nothing of it was used", file=file
+        ) from None
     if root is None:
         return Policy()
     read = _Reader(file, loader)
@@ -162,18 +177,32 @@ def parse(text: str, file: str) -> Policy:
         "mode": lambda node, key: read.choice(node, key, (ENFORCE, SHADOW)),
         "interval": read.duration,
         "jitter": lambda node, key: read.duration(node, key, zero=True),
-        "guard": lambda node, key: read.mapping(node, key, {"count": lambda one, name: read.whole(one, name, 1, 1000000),
-                                                            "percent": lambda one, name: read.whole(one, name, 1, 100)}),
+        "guard": lambda node, key: read.mapping(
+            node,
+            key,
+            {
+                "count": lambda one, name: read.whole(one, name, 1, 1000000),
+                "percent": lambda one, name: read.whole(one, name, 1, 100),
+            },
+        ),
         "rules": lambda node, key: _rules(read, node),
         "retention": lambda node, key: read.mapping(node, key, {"destroyed_records": read.duration}),
     }
-    found = read.mapping(root, "the file", {"auto_cleanup": lambda node, key: read.mapping(node, key, known)}, ("auto_cleanup",))["auto_cleanup"]
+    found = read.mapping(
+        root, "the file", {"auto_cleanup": lambda node, key: read.mapping(node, key, known)}, ("auto_cleanup",)
+    )["auto_cleanup"]
     default = Policy()
     guard = found.get("guard", {})
-    return Policy(enabled=found.get("enabled", True), mode=found.get("mode", ENFORCE), interval=found.get("interval", default.interval),
-                  jitter=found.get("jitter", default.jitter), guard_count=guard.get("count", default.guard_count),
-                  guard_percent=guard.get("percent", default.guard_percent), rules=found.get("rules", ()),
-                  keep_destroyed=found.get("retention", {}).get("destroyed_records"))
+    return Policy(
+        enabled=found.get("enabled", True),
+        mode=found.get("mode", ENFORCE),
+        interval=found.get("interval", default.interval),
+        jitter=found.get("jitter", default.jitter),
+        guard_count=guard.get("count", default.guard_count),
+        guard_percent=guard.get("percent", default.guard_percent),
+        rules=found.get("rules", ()),
+        keep_destroyed=found.get("retention", {}).get("destroyed_records"),
+    )
 
 
 def _rules(read: _Reader, node: Any) -> tuple[Rule, ...]:
@@ -194,17 +223,39 @@ def _rule(read: _Reader, node: Any) -> Rule:
     def name(one: Any, key: str) -> str:
         value = str(read.scalar(one, key, "a name"))
         if not _NAME.fullmatch(value):
-            raise read.refuse(one, f"{key}: {value[:80]!r} is not valid. Valid: letters, digits, dot, hyphen and underscore, 63 at most")
+            raise read.refuse(
+                one,
+                f"{key}: {value[:80]!r} is not valid. Valid: letters, digits, dot, hyphen and underscore, 63 at most",
+            )
         return value
 
     def match(one: Any, key: str) -> dict[str, Any]:
-        values = read.mapping(one, key, {"states": lambda part, word: read.words(part, word, states.STATES), "tags": read.words, "profiles": read.words})
+        values = read.mapping(
+            one,
+            key,
+            {
+                "states": lambda part, word: read.words(part, word, states.STATES),
+                "tags": read.words,
+                "profiles": read.words,
+            },
+        )
         if not values:
-            raise read.refuse(one, "match: names nothing; a rule for everything is not a rule. Valid keys: states, tags, profiles")
+            raise read.refuse(
+                one, "match: names nothing; a rule for everything is not a rule. Valid keys: states, tags, profiles"
+            )
         return values
 
-    found = read.mapping(node, "a rule", {"name": name, "match": match, "after": lambda one, key: read.duration(one, key, zero=True),
-                                          "action": lambda one, key: read.choice(one, key, (KEEP, DESTROY, FAIL))}, ("name", "match", "action"))
+    found = read.mapping(
+        node,
+        "a rule",
+        {
+            "name": name,
+            "match": match,
+            "after": lambda one, key: read.duration(one, key, zero=True),
+            "action": lambda one, key: read.choice(one, key, (KEEP, DESTROY, FAIL)),
+        },
+        ("name", "match", "action"),
+    )
     rule = Rule(found["name"], found["action"], after=found.get("after", 0), **found["match"])
     allowed = _STATES_OF[rule.action]
     wrong = [state for state in rule.states if state not in allowed]
@@ -214,7 +265,9 @@ def _rule(read: _Reader, node: Any) -> Rule:
     if rule.action == KEEP and "after" in found:
         raise read.refuse(node, f"rule {rule.name!r}: after means nothing with action keep")
     if rule.action != KEEP and "after" not in found:
-        raise read.refuse(node, f"rule {rule.name!r}: after is missing; say how long the state must last (0s for no time at all)")
+        raise read.refuse(
+            node, f"rule {rule.name!r}: after is missing; say how long the state must last (0s for no time at all)"
+        )
     return rule
 
 
@@ -227,6 +280,8 @@ def load(path: str) -> Policy:
     except safe_yaml.Refused as error:
         raise ConfigError(f"cleanup_file: {path} {error.reason}; nothing of it was used", file=path) from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cleanup_file: {path}: {getattr(error, 'strerror', None) or 'not UTF-8'}; correct cleanup_file or its permissions",
-                          file=path) from None
+        raise ConfigError(
+            f"cleanup_file: {path}: {getattr(error, 'strerror', None) or 'not UTF-8'}; correct cleanup_file or its permissions",
+            file=path,
+        ) from None
     return parse(text, path)

@@ -78,7 +78,11 @@ def misread(value: object, written: str | None) -> bool:
 
 def shown(key: object) -> str:
     """Return a key for a message: quoted if it looks like a word, else not at all."""
-    return repr(key) if (isinstance(key, str) and _WORD.fullmatch(key)) or (isinstance(key, int) and not isinstance(key, bool)) else "that key"
+    return (
+        repr(key)
+        if (isinstance(key, str) and _WORD.fullmatch(key)) or (isinstance(key, int) and not isinstance(key, bool))
+        else "that key"
+    )
 
 
 def read_text(path: str, longest: int = LONGEST_FILE) -> str:

@@ -98,5 +98,6 @@ def check(operation: str, state: str, force_hint: str = FORCE_HINT_CLI) -> bool:
         return True
     if state in rule.satisfied:
         return False
-    raise StateConflict(refusal(operation, state, force_hint), operation=operation, state=state,
-                        valid=rule.allowed + rule.satisfied)
+    raise StateConflict(
+        refusal(operation, state, force_hint), operation=operation, state=state, valid=rule.allowed + rule.satisfied
+    )

@@ -12,28 +12,56 @@ from .errors import InvalidInput
 
 Word = tuple[re.Pattern[str], str]
 
-DNS_NAME: Word = (re.compile(r"(?=.{1,253}\Z)(?![^.]{64})[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?"
-                             r"(\.(?![^.]{64})[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?)*", re.ASCII),
-                  "a DNS name of letters, digits, dots and hyphens, each part 63 characters at most, 253 in all")
+DNS_NAME: Word = (
+    re.compile(
+        r"(?=.{1,253}\Z)(?![^.]{64})[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?"
+        r"(\.(?![^.]{64})[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?)*",
+        re.ASCII,
+    ),
+    "a DNS name of letters, digits, dots and hyphens, each part 63 characters at most, 253 in all",
+)
 TAG: Word = (re.compile(r"[a-z0-9_][a-z0-9_+.-]*", re.ASCII), "lower-case letters, digits and _ + . -")
-SIZE: Word = (re.compile(r"\+?\d{1,7}(\.\d{1,3})?[KMGT]", re.ASCII), "a size such as 20G, or +10G to add to the template's")
-IPCONFIG: Word = (re.compile(r"[A-Za-z0-9][A-Za-z0-9.:/=,-]{0,199}", re.ASCII), "such as ip=dhcp or ip=192.0.2.10/24,gw=192.0.2.1")
+SIZE: Word = (
+    re.compile(r"\+?\d{1,7}(\.\d{1,3})?[KMGT]", re.ASCII),
+    "a size such as 20G, or +10G to add to the template's",
+)
+IPCONFIG: Word = (
+    re.compile(r"[A-Za-z0-9][A-Za-z0-9.:/=,-]{0,199}", re.ASCII),
+    "such as ip=dhcp or ip=192.0.2.10/24,gw=192.0.2.1",
+)
 WORD: Word = (re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", re.ASCII), "letters, digits, dot, hyphen and underscore")
 # Proxmox VE would take a pool named --purge; on a command line (pvesh, pveum) that is an option.
-POOL: Word = (re.compile(r"[A-Za-z0-9._][A-Za-z0-9._-]{0,99}(/[A-Za-z0-9._][A-Za-z0-9._-]{0,99}){0,2}", re.ASCII),
-              "letters, digits, dot, hyphen and underscore, no hyphen first, nested by /")
+POOL: Word = (
+    re.compile(r"[A-Za-z0-9._][A-Za-z0-9._-]{0,99}(/[A-Za-z0-9._][A-Za-z0-9._-]{0,99}){0,2}", re.ASCII),
+    "letters, digits, dot, hyphen and underscore, no hyphen first, nested by /",
+)
 NAMESERVER: Word = (re.compile(r"[0-9A-Fa-f.: ]{2,200}"), "IP addresses separated by blanks or commas")
-SEARCHDOMAIN: Word = (re.compile(r"[A-Za-z0-9_][A-Za-z0-9_. -]{0,252}", re.ASCII), "a domain such as example.org; several separated by blanks")
-USER: Word = (re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,31}", re.ASCII), "a user name of letters, digits, dot, hyphen and underscore")
-CPU: Word = (re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,59}(,[a-z-]+=[A-Za-z0-9+;._-]{1,200})*", re.ASCII),
-             "a CPU type of Proxmox VE such as host or x86-64-v2-AES")
-VOLUME: Word = (re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}:snippets/[A-Za-z0-9][A-Za-z0-9._-]{0,199}", re.ASCII),
-                "the volume id of a snippet, such as local:snippets/vendor.yaml")
-FIREWALL_GROUP: Word = (re.compile(r"[A-Za-z][A-Za-z0-9_-]{1,17}", re.ASCII), "the name of a security group, 2 to 18 letters, digits, - and _")
+SEARCHDOMAIN: Word = (
+    re.compile(r"[A-Za-z0-9_][A-Za-z0-9_. -]{0,252}", re.ASCII),
+    "a domain such as example.org; several separated by blanks",
+)
+USER: Word = (
+    re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,31}", re.ASCII),
+    "a user name of letters, digits, dot, hyphen and underscore",
+)
+CPU: Word = (
+    re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,59}(,[a-z-]+=[A-Za-z0-9+;._-]{1,200})*", re.ASCII),
+    "a CPU type of Proxmox VE such as host or x86-64-v2-AES",
+)
+VOLUME: Word = (
+    re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}:snippets/[A-Za-z0-9][A-Za-z0-9._-]{0,199}", re.ASCII),
+    "the volume id of a snippet, such as local:snippets/vendor.yaml",
+)
+FIREWALL_GROUP: Word = (
+    re.compile(r"[A-Za-z][A-Za-z0-9_-]{1,17}", re.ASCII),
+    "the name of a security group, 2 to 18 letters, digits, - and _",
+)
 # One option of a key of authorized_keys, such as restrict or from="192.0.2.0/24"; blanks and commas within quotes belong to it.
 _KEY_OPTION = r'[A-Za-z][A-Za-z0-9-]*(?:="(?:[^"\\\n]|\\[^\n])*")?'
-PUBLIC_KEY: Word = (re.compile(rf"(?:{_KEY_OPTION}(?:,{_KEY_OPTION})*[ \t]+)?(?:ssh-|ecdsa-|sk-)\S+[ \t]+\S[^\n\r]*"),
-                    "a public key in one line (options, type, key, comment)")
+PUBLIC_KEY: Word = (
+    re.compile(rf"(?:{_KEY_OPTION}(?:,{_KEY_OPTION})*[ \t]+)?(?:ssh-|ecdsa-|sk-)\S+[ \t]+\S[^\n\r]*"),
+    "a public key in one line (options, type, key, comment)",
+)
 # The models of network card that Proxmox VE offers for new VMs.
 MODELS = ("virtio", "e1000", "e1000e", "rtl8139", "vmxnet3")
 
@@ -72,11 +100,20 @@ def check_ip_config(option: str, value: str | None) -> None:
         if text not in words and not _is_address(text, 6 if name.endswith("6") else 4, prefix=bool(words)):
             break
     else:
-        wrong = next((f"{gateway!r} needs a fixed address in {name!r}" for gateway, name in (("gw", "ip"), ("gw6", "ip6"))
-                      if gateway in parts and "/" not in parts.get(name, "")), "")
+        wrong = next(
+            (
+                f"{gateway!r} needs a fixed address in {name!r}"
+                for gateway, name in (("gw", "ip"), ("gw6", "ip6"))
+                if gateway in parts and "/" not in parts.get(name, "")
+            ),
+            "",
+        )
     if wrong:
-        raise InvalidInput(f"{option}: {quoted(value)} is not valid: {wrong}. Valid: {IPCONFIG[1]}; IPv6 as ip6=auto or "
-                           "ip6=2001:db8::10/64,gw6=2001:db8::1", option=option)
+        raise InvalidInput(
+            f"{option}: {quoted(value)} is not valid: {wrong}. Valid: {IPCONFIG[1]}; IPv6 as ip6=auto or "
+            "ip6=2001:db8::10/64,gw6=2001:db8::1",
+            option=option,
+        )
 
 
 def check_nameserver(option: str, value: str | None) -> None:
@@ -118,15 +155,23 @@ def split_keys(option: str, value: object) -> list[str]:
     # Editors of Windows begin a file with a byte order mark.
     keys = [key.lstrip("\ufeff") for key in split_lines(value)]
     if any("PRIVATE KEY" in key or key.startswith(("-----BEGIN", "PuTTY-User-Key-File")) for key in keys):
-        raise InvalidInput(f"{option}: holds a private key. Give the public one, the file that ends with .pub, and keep the private one where it is",
-                           option=option)
+        raise InvalidInput(
+            f"{option}: holds a private key. Give the public one, the file that ends with .pub, and keep the private one where it is",
+            option=option,
+        )
     for number, key in enumerate(keys, 1):
         if re.fullmatch(r"(?!AAAA)\S*[/\\]\S*|\S+\.pub", key):
-            raise InvalidInput(f"{option}: the key number {number} looks like the path of a file or a URL. Give what the file holds, such as "
-                               "{{ lookup('ansible.builtin.file', '~/.ssh/id_ed25519.pub') }}", option=option)
+            raise InvalidInput(
+                f"{option}: the key number {number} looks like the path of a file or a URL. Give what the file holds, such as "
+                "{{ lookup('ansible.builtin.file', '~/.ssh/id_ed25519.pub') }}",
+                option=option,
+            )
         if len(re.findall(r"(?:ssh-|ecdsa-|sk-)[\w@.-]+[ \t]+AAAA", key)) > 1:
             # sshd would take the second one for the comment of the first.
-            raise InvalidInput(f"{option}: the line number {number} holds several keys; give each key in a line of its own", option=option)
+            raise InvalidInput(
+                f"{option}: the line number {number} holds several keys; give each key in a line of its own",
+                option=option,
+            )
     return keys
 
 
@@ -154,7 +199,11 @@ def encodable(text: str) -> bool:
 
 def fits(value: object, word: Word) -> bool:
     """Whether it looks like that. What YAML made of a yes is no word."""
-    return not isinstance(value, (bool, dict, list)) and word[0].fullmatch(str(value)) is not None and encodable(str(value))
+    return (
+        not isinstance(value, (bool, dict, list))
+        and word[0].fullmatch(str(value)) is not None
+        and encodable(str(value))
+    )
 
 
 def match(option: str, value: object, word: Word) -> None:

@@ -38,18 +38,24 @@ class Refused(Exception):
 def main() -> int:
     parser = argparse.ArgumentParser(prog="agentlab_install", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    check = commands.add_parser("check", help="judge configuration, rules and profiles, given as JSON on standard input")
+    check = commands.add_parser(
+        "check", help="judge configuration, rules and profiles, given as JSON on standard input"
+    )
     check.add_argument("--release", type=Path, required=True)
     check.add_argument("--etc", type=Path, required=True)
     check.add_argument("--user", required=True)
-    records = commands.add_parser("records", help="back the records up, and restore older ones when the release does not know their schema")
+    records = commands.add_parser(
+        "records", help="back the records up, and restore older ones when the release does not know their schema"
+    )
     records.add_argument("--release", type=Path, required=True)
     records.add_argument("--running", default="none", help="version that is being replaced")
     records.add_argument("--database", type=Path, required=True)
     records.add_argument("--backups", type=Path, required=True)
     records.add_argument("--keep", type=int, required=True)
     records.add_argument("--dry-run", action="store_true")
-    settled = commands.add_parser("settled", help="whether the files are those that the daemon was last started or reloaded with")
+    settled = commands.add_parser(
+        "settled", help="whether the files are those that the daemon was last started or reloaded with"
+    )
     settled.add_argument("--etc", type=Path, required=True)
     settled.add_argument("--lib", type=Path, required=True)
     settled.add_argument("--unit", type=Path, required=True)
@@ -61,6 +67,7 @@ def main() -> int:
 
 
 # ---- configuration ----
+
 
 def judge(given: argparse.Namespace) -> dict[str, Any]:
     """Standard input: {"config.yaml": text, "cleanup.yaml": text, "ca.pem": text or null, "profiles": {name: text}, "remove": file names}, as it would
@@ -97,14 +104,28 @@ def judge(given: argparse.Namespace) -> dict[str, Any]:
         for path in (*sorted(folder.rglob("*"), reverse=True), folder):
             path.chmod(0o700 if path.is_dir() else 0o600)
             os.chown(path, user.pw_uid, user.pw_gid, follow_symlinks=False)
-        become: dict[str, Any] = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []} if os.geteuid() == 0 else {}
+        become: dict[str, Any] = (
+            {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []} if os.geteuid() == 0 else {}
+        )
         done = subprocess.run(
-            [sys.executable, "-Ps", "-m", "agentlabd", "--config", f"{folder}/config.yaml", "--check"], capture_output=True, text=True, check=False, cwd="/",
+            [sys.executable, "-Ps", "-m", "agentlabd", "--config", f"{folder}/config.yaml", "--check"],
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd="/",
             **become,
-            env={"PYTHONPATH": str(given.release), "PYTHONDONTWRITEBYTECODE": "1", "PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8"})
+            env={
+                "PYTHONPATH": str(given.release),
+                "PYTHONDONTWRITEBYTECODE": "1",
+                "PATH": "/usr/sbin:/usr/bin:/sbin:/bin",
+                "LC_ALL": "C.UTF-8",
+            },
+        )
     if done.returncode:
         # The words alone, without the time and the level of a log.
-        words = re.sub(r"(?m)^[-\d]+ [\d:,]+ [A-Z]+ (Error: )?", "", (done.stderr or done.stdout).strip()).replace(made, str(given.etc))
+        words = re.sub(r"(?m)^[-\d]+ [\d:,]+ [A-Z]+ (Error: )?", "", (done.stderr or done.stdout).strip()).replace(
+            made, str(given.etc)
+        )
         raise Refused(words or f"agentlabd --check ended with {done.returncode}")
     return {"restart": _needs_restart(given, config)}
 
@@ -117,7 +138,9 @@ def _needs_restart(given: argparse.Namespace, config: dict[str, Any]) -> bool:
         before = yaml.safe_load((given.etc / "config.yaml").read_text(encoding="utf-8")) or {}
     except (OSError, ValueError, yaml.YAMLError):
         return True
-    return not isinstance(before, dict) or any(before.get(name) != config.get(name) for name in _core(given.release, "config").FIXED)
+    return not isinstance(before, dict) or any(
+        before.get(name) != config.get(name) for name in _core(given.release, "config").FIXED
+    )
 
 
 def _core(release: Path, module: str) -> Any:
@@ -129,6 +152,7 @@ def _core(release: Path, module: str) -> Any:
 
 
 # ---- records ----
+
 
 def secure(given: argparse.Namespace) -> dict[str, Any]:
     """{"schema", "known", "backup", "restored"}: schema of the records and of the release, the copy that was made, the one that was restored.
@@ -146,7 +170,8 @@ def secure(given: argparse.Namespace) -> dict[str, Any]:
         if older is None:
             raise Refused(
                 f"the records {given.database} have schema {answer['schema']}, this release knows {known}, and {given.backups} holds no older copy; "
-                "run a newer release, or move the records away to begin with none")
+                "run a newer release, or move the records away to begin with none"
+            )
         answer["restored"] = str(older)
     stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
     backup = given.backups / f"agentlab-{given.running}-schema{answer['schema']}-{stamp}.db"
@@ -156,7 +181,7 @@ def secure(given: argparse.Namespace) -> dict[str, Any]:
     _copy(given.database, backup)
     if older is not None:
         _restore(older, given.database)
-    for path, _schema_number in _backups(given.backups)[given.keep:]:
+    for path, _schema_number in _backups(given.backups)[given.keep :]:
         path.unlink()
     return answer
 
@@ -168,7 +193,11 @@ def _schema(path: Path) -> int:
 
 def _backups(folder: Path) -> list[tuple[Path, int]]:
     """Newest first, each with its schema."""
-    found = [(match["at"], path, int(match["schema"])) for path in folder.glob("agentlab-*.db") if (match := BACKUP.match(path.name))]
+    found = [
+        (match["at"], path, int(match["schema"]))
+        for path in folder.glob("agentlab-*.db")
+        if (match := BACKUP.match(path.name))
+    ]
     return [(path, schema) for _at, path, schema in sorted(found, reverse=True)]
 
 
@@ -177,7 +206,10 @@ def _copy(source: Path, target: Path) -> None:
     draft = target.with_suffix(".part")
     draft.unlink(missing_ok=True)
     os.close(os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
-    with contextlib.closing(sqlite3.connect(source, timeout=60)) as conn, contextlib.closing(sqlite3.connect(draft)) as copy:
+    with (
+        contextlib.closing(sqlite3.connect(source, timeout=60)) as conn,
+        contextlib.closing(sqlite3.connect(draft)) as copy,
+    ):
         conn.backup(copy)
         # One file, without a WAL beside it.
         copy.execute("PRAGMA journal_mode = DELETE")
@@ -194,7 +226,10 @@ def _restore(copy: Path, database: Path) -> None:
     draft = database.with_name(f".{database.name}.restored")
     draft.unlink(missing_ok=True)
     # The folder is the daemon's, and we are root: nothing is written through a link that stands there.
-    with copy.open("rb") as source, open(os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW, 0o600), "wb") as target:
+    with (
+        copy.open("rb") as source,
+        open(os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW, 0o600), "wb") as target,
+    ):
         shutil.copyfileobj(source, target)
         os.fchown(target.fileno(), was.st_uid, was.st_gid)
         os.fchmod(target.fileno(), was.st_mode & 0o777)
@@ -209,6 +244,7 @@ def _restore(copy: Path, database: Path) -> None:
 
 # ---- what the daemon has taken in ----
 
+
 def settle(given: argparse.Namespace) -> dict[str, Any]:
     """{"settled", "noted"}: a run that is broken off between writing a file and telling the daemon leaves them apart, and no file changes in the next.
 
@@ -218,7 +254,10 @@ def settle(given: argparse.Namespace) -> dict[str, Any]:
     there = _fingerprint(given)
     known = note.read_text(encoding="utf-8") if note.exists() else ""
     # Before the first start there is nothing to catch up with.
-    answer = {"settled": there == known or not (given.lib / "current").is_symlink(), "noted": given.note and there != known}
+    answer = {
+        "settled": there == known or not (given.lib / "current").is_symlink(),
+        "noted": given.note and there != known,
+    }
     if answer["noted"]:
         draft = note.with_suffix(".part")
         draft.unlink(missing_ok=True)
@@ -231,9 +270,17 @@ def settle(given: argparse.Namespace) -> dict[str, Any]:
 
 def _fingerprint(given: argparse.Namespace) -> str:
     """Of the files that the role writes; what somebody put beside them is theirs to make known."""
-    profiles = [path for path in sorted((given.etc / "profiles").glob("*.yaml")) if path.read_bytes().startswith(MANAGED)]
+    profiles = [
+        path for path in sorted((given.etc / "profiles").glob("*.yaml")) if path.read_bytes().startswith(MANAGED)
+    ]
     dropins = sorted(given.unit.with_name(f"{given.unit.name}.d").glob("10-local.conf"))
-    files = [given.unit, *dropins, given.lib / "current/MANIFEST", *(given.etc / name for name in ("config.yaml", "cleanup.yaml", "ca.pem")), *profiles]
+    files = [
+        given.unit,
+        *dropins,
+        given.lib / "current/MANIFEST",
+        *(given.etc / name for name in ("config.yaml", "cleanup.yaml", "ca.pem")),
+        *profiles,
+    ]
     return "".join(f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path}\n" for path in files if path.exists())
 
 

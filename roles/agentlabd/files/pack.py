@@ -44,10 +44,21 @@ def main() -> int:
         version = re.search(r'^__version__ = "([^"]+)"', files["agentlabd/__init__.py"].decode(), re.M)
         if version is None:
             sys.exit("agentlabd/__init__.py has no __version__")
-        print(json.dumps({
-            "version": version[1],
-            "manifest": "".join(f"{hashlib.sha256(content).hexdigest()}  {name}\n" for name, content in files.items()),
-            "examples": {Path(name).stem: content.decode() for name, content in files.items() if name.startswith("profiles/")}}))
+        print(
+            json.dumps(
+                {
+                    "version": version[1],
+                    "manifest": "".join(
+                        f"{hashlib.sha256(content).hexdigest()}  {name}\n" for name, content in files.items()
+                    ),
+                    "examples": {
+                        Path(name).stem: content.decode()
+                        for name, content in files.items()
+                        if name.startswith("profiles/")
+                    },
+                }
+            )
+        )
         return 0
     if sys.argv[1:] == ["archive"]:
         packed = io.BytesIO()

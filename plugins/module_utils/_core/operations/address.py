@@ -358,7 +358,11 @@ class Looks:
 
     def look_up(self, sandbox: Sandbox, located: Located) -> str | None:
         """Return the address that the guest names; None if it is not asked, does not answer, or its VM does not run."""
-        if sandbox.uuid not in self._chosen or located.row.get("status") != "running" or not agent_is_on(located.config):
+        if (
+            sandbox.uuid not in self._chosen
+            or located.row.get("status") != "running"
+            or not agent_is_on(located.config)
+        ):
             return None
         now = self._ctx.clock.monotonic()
         if self._ends is None:

@@ -38,8 +38,14 @@ class Report:
     dry_run: bool = False
 
     def public(self) -> dict[str, Any]:
-        return {"count": len(self.pruned), "dry_run": self.dry_run, "candidates": self.candidates, "forgotten": self.forgotten, "guard": self.guard,
-                **{name: [one.public() for one in getattr(self, name)] for name in ("pruned", "marked", "kept", "failed")}}
+        return {
+            "count": len(self.pruned),
+            "dry_run": self.dry_run,
+            "candidates": self.candidates,
+            "forgotten": self.forgotten,
+            "guard": self.guard,
+            **{name: [one.public() for one in getattr(self, name)] for name in ("pruned", "marked", "kept", "failed")},
+        }
 
 
 # ---- freezing ----
@@ -74,7 +80,10 @@ def run(ctx: Context, policy: rules.Policy) -> Report:
     looking = ctx.dry_run
     stopped = timeguard.frozen(ctx)
     if stopped and not looking:
-        raise Frozen(f"cleanup is frozen since {stopped['at']} ({stopped['reason']}); look at what it would do (dry run), then release it", **stopped)
+        raise Frozen(
+            f"cleanup is frozen since {stopped['at']} ({stopped['reason']}); look at what it would do (dry run), then release it",
+            **stopped,
+        )
     report = Report(dry_run=looking)
     rest = timeguard.rests(ctx)
     live = ctx.records.find_all()
@@ -89,8 +98,11 @@ def run(ctx: Context, policy: rules.Policy) -> Report:
         if looking:
             _add(report, planned)
             report.guard = too_many
-            report.marked = [Outcome.of("would_fail", one, state=states.FAILED, reason=rule.name, changed=True)
-                             for rule, one in chosen if rule.action == rules.FAIL]
+            report.marked = [
+                Outcome.of("would_fail", one, state=states.FAILED, reason=rule.name, changed=True)
+                for rule, one in chosen
+                if rule.action == rules.FAIL
+            ]
             if policy.keep_destroyed is not None and not rest:
                 report.forgotten = history.forgettable(ctx.records, policy.keep_destroyed)
             return report
@@ -101,7 +113,9 @@ def run(ctx: Context, policy: rules.Policy) -> Report:
         _add(report, planned)
     if too_many:
         freeze(ctx, too_many)
-        raise GuardTripped(f"{too_many}; nothing was destroyed, and cleanup is frozen until it is released", count=report.candidates)
+        raise GuardTripped(
+            f"{too_many}; nothing was destroyed, and cleanup is frozen until it is released", count=report.candidates
+        )
     for rule in policy.rules:
         mine = [one for other, one in chosen if other is rule]
         if mine:
@@ -111,7 +125,9 @@ def run(ctx: Context, policy: rules.Policy) -> Report:
     return report
 
 
-def _choose(ctx: Context, policy: rules.Policy, live: list[Sandbox], rest: tuple[str, str] | None, report: Report) -> list[tuple[rules.Rule, Sandbox]]:
+def _choose(
+    ctx: Context, policy: rules.Policy, live: list[Sandbox], rest: tuple[str, str] | None, report: Report
+) -> list[tuple[rules.Rule, Sandbox]]:
     """From the records alone: which rule acts on which sandbox now; the others of a matching rule are kept, with the reason."""
     now = ctx.clock.now()
     chosen = []
@@ -165,7 +181,9 @@ def _fail(ctx: Context, rule: rules.Rule, planned: Sandbox) -> Outcome:
         done = reconcile.give_up_creation(ctx, planned, {"rule": rule.name, "after": show(rule.after)})
         return Outcome.of("failed_reported", done, previous_state=planned.state, reason=rule.name, changed=True)
     except (Kept, Busy) as error:
-        return Outcome.of("kept", planned, reason=error.reason if isinstance(error, Kept) else "busy", message=error.message)
+        return Outcome.of(
+            "kept", planned, reason=error.reason if isinstance(error, Kept) else "busy", message=error.message
+        )
     except AgentlabError as error:
         return failure(planned, error)
 

@@ -37,8 +37,10 @@ _LONGEST_RESULT = 1024 * 1024
 _LONGEST_ERROR = 10_000
 _MOST_ERRORS = 20
 _ERROR_NAMES = re.compile(r"\(\s*['\"]([\w.-]{1,60})['\"]\s*,\s*(\w{1,60})")
-_ELSEWHERE = "Proxmox VE takes no uploads of snippets, so user data needs a run on the node that will hold the VM, or snippets_storage on a storage " \
-             "that this host and that node share"
+_ELSEWHERE = (
+    "Proxmox VE takes no uploads of snippets, so user data needs a run on the node that will hold the VM, or snippets_storage on a storage "
+    "that this host and that node share"
+)
 
 
 class CloudInitFailed(AgentlabError):
@@ -50,16 +52,25 @@ class CloudInitFailed(AgentlabError):
 def check_data(data: str) -> None:
     """Refuse what cloud-init would not understand. No message ever holds a part of the data."""
     if not words.encodable(data):
-        raise InvalidInput("cloud_init_user_data: holds characters that UTF-8 cannot hold (half of a surrogate pair)", option="cloud_init_user_data")
+        raise InvalidInput(
+            "cloud_init_user_data: holds characters that UTF-8 cannot hold (half of a surrogate pair)",
+            option="cloud_init_user_data",
+        )
     if len(data.encode()) > _LONGEST:
         raise InvalidInput(f"cloud_init_user_data: longer than {_LONGEST // 1024} KiB", option="cloud_init_user_data")
     if data.startswith("\ufeff"):
-        raise InvalidInput("cloud_init_user_data: begins with a byte order mark (BOM), and cloud-init would not know what it is; save it as UTF-8 "
-                           "without BOM", option="cloud_init_user_data")
+        raise InvalidInput(
+            "cloud_init_user_data: begins with a byte order mark (BOM), and cloud-init would not know what it is; save it as UTF-8 "
+            "without BOM",
+            option="cloud_init_user_data",
+        )
     head = data.lstrip()[:200].lower()
     if not head.startswith(_KINDS) and _MIME not in data[:_MIME_WITHIN].lower():
-        raise InvalidInput("cloud_init_user_data: the first line does not say what it is. Valid: #cloud-config, #! (a script), or another header of "
-                           "cloud-init's", option="cloud_init_user_data")
+        raise InvalidInput(
+            "cloud_init_user_data: the first line does not say what it is. Valid: #cloud-config, #! (a script), or another header of "
+            "cloud-init's",
+            option="cloud_init_user_data",
+        )
     # An archive and a JSON patch are lists.
     if head.startswith("#cloud-config") and not head.startswith(("#cloud-config-archive", "#cloud-config-jsonp")):
         try:
@@ -69,10 +80,14 @@ def check_data(data: str) -> None:
         try:
             kind = safe_yaml.recognise(data)
         except safe_yaml.Refused as error:
-            raise InvalidInput(f"cloud_init_user_data: {error.reason.replace('is not valid', 'not valid')}{error.place}",
-                               option="cloud_init_user_data") from None
+            raise InvalidInput(
+                f"cloud_init_user_data: {error.reason.replace('is not valid', 'not valid')}{error.place}",
+                option="cloud_init_user_data",
+            ) from None
         if kind not in (None, "mapping"):
-            raise InvalidInput("cloud_init_user_data: #cloud-config must be followed by a mapping", option="cloud_init_user_data")
+            raise InvalidInput(
+                "cloud_init_user_data: #cloud-config must be followed by a mapping", option="cloud_init_user_data"
+            )
 
 
 # ---- the snippet ----
@@ -87,14 +102,25 @@ def check_storage(ctx: Context, node: str) -> dict[str, Any]:
     storage = ctx.config.snippets_storage
     row = next((row for row in ctx.client.get_list(f"nodes/{node}/storage") if row.get("storage") == storage), None)
     if row is None:
-        raise InvalidInput(f"snippets_storage: {storage!r} is not a storage of node {node} that these credentials may see (Datastore.Audit)",
-                           option="snippets_storage", value=storage)
+        raise InvalidInput(
+            f"snippets_storage: {storage!r} is not a storage of node {node} that these credentials may see (Datastore.Audit)",
+            option="snippets_storage",
+            value=storage,
+        )
     content = str(row.get("content") or "")
     if "snippets" not in content.split(","):
-        raise InvalidInput(f"snippets_storage: storage {storage!r} holds no snippets; allow them (pvesm set {storage} --content {content},snippets) or "
-                           "choose another storage", option="snippets_storage", value=storage)
+        raise InvalidInput(
+            f"snippets_storage: storage {storage!r} holds no snippets; allow them (pvesm set {storage} --content {content},snippets) or "
+            "choose another storage",
+            option="snippets_storage",
+            value=storage,
+        )
     if str(row.get("active", 1)) != "1":
-        raise InvalidInput(f"snippets_storage: storage {storage!r} is not active on node {node}", option="snippets_storage", value=storage)
+        raise InvalidInput(
+            f"snippets_storage: storage {storage!r} is not active on node {node}",
+            option="snippets_storage",
+            value=storage,
+        )
     return row
 
 
@@ -104,38 +130,56 @@ def check_place(ctx: Context, node: str) -> None:
     row = check_storage(ctx, node)
     here = _here()
     if here != node and here in ctx.cluster.nodes() and not _shared(row):
-        raise InvalidInput(f"cloud_init_user_data: the VM will be on node {node}, but this runs on {here} and storage {storage!r} is local. {_ELSEWHERE}",
-                           option="cloud_init_user_data")
+        raise InvalidInput(
+            f"cloud_init_user_data: the VM will be on node {node}, but this runs on {here} and storage {storage!r} is local. {_ELSEWHERE}",
+            option="cloud_init_user_data",
+        )
     try:
         mode = os.stat(folder).st_mode
     except OSError as error:
-        raise InvalidInput(f"snippets_dir: {folder}: {error.strerror} on this host ({here}). {_ELSEWHERE}", option="snippets_dir", value=folder) from None
+        raise InvalidInput(
+            f"snippets_dir: {folder}: {error.strerror} on this host ({here}). {_ELSEWHERE}",
+            option="snippets_dir",
+            value=folder,
+        ) from None
     if not stat.S_ISDIR(mode):
         raise InvalidInput(f"snippets_dir: {folder} is not a folder", option="snippets_dir", value=folder)
     if mode & 0o002 and not mode & stat.S_ISVTX:
-        raise InvalidInput(f"snippets_dir: {folder} can be written by everybody on this host; user data is not put there (chmod o-w)",
-                           option="snippets_dir", value=folder)
+        raise InvalidInput(
+            f"snippets_dir: {folder} can be written by everybody on this host; user data is not put there (chmod o-w)",
+            option="snippets_dir",
+            value=folder,
+        )
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise InvalidInput(f"snippets_dir: {folder} cannot be written by the user this runs as; run as root, or give that user's group the folder",
-                           option="snippets_dir", value=folder)
+        raise InvalidInput(
+            f"snippets_dir: {folder} cannot be written by the user this runs as; run as root, or give that user's group the folder",
+            option="snippets_dir",
+            value=folder,
+        )
 
 
 def provide(ctx: Context, claim: Claim, sandbox: Sandbox, data: str | None) -> Sandbox:
     """Write the snippet (its path first into the record), and make sure that the VM's node will find it."""
     if data is None:
         if sandbox.snippet is not None and not os.path.exists(sandbox.snippet):
-            raise InvalidInput(f"cloud_init_user_data: the creation of sandbox {sandbox.vmid} was begun with user data, which is gone; give it again",
-                               option="cloud_init_user_data")
+            raise InvalidInput(
+                f"cloud_init_user_data: the creation of sandbox {sandbox.vmid} was begun with user data, which is gone; give it again",
+                option="cloud_init_user_data",
+            )
         return sandbox
     path = os.path.join(ctx.config.snippets_dir, name_of(sandbox))
     if sandbox.snippet != path:
         if sandbox.snippet is not None:
             remove(ctx, sandbox)
-        sandbox = ctx.records.change(claim, sandbox, "create", snippet=path, outcome="decided", reason="snippet", evidence={"snippet": path})
+        sandbox = ctx.records.change(
+            claim, sandbox, "create", snippet=path, outcome="decided", reason="snippet", evidence={"snippet": path}
+        )
     try:
         _write(path, data)
     except OSError as error:
-        raise InvalidInput(f"snippets_dir: {path}: {error.strerror}; nothing of it is left", option="snippets_dir") from None
+        raise InvalidInput(
+            f"snippets_dir: {path}: {error.strerror}; nothing of it is left", option="snippets_dir"
+        ) from None
     _require_seen(ctx, sandbox, path)
     return sandbox
 
@@ -153,11 +197,19 @@ def remove(ctx: Context, sandbox: Sandbox) -> None:
             os.unlink(path)
         except FileNotFoundError:
             if not os.path.isdir(os.path.dirname(path)):
-                raise Kept("snippet", f"sandbox {sandbox.vmid}: the folder of its cloud-init snippet {path} is not there (a storage that is not mounted?), so "
-                           "it may still exist; mount it, or make the folder if it is gone for good, then run again", vmid=sandbox.vmid) from None
+                raise Kept(
+                    "snippet",
+                    f"sandbox {sandbox.vmid}: the folder of its cloud-init snippet {path} is not there (a storage that is not mounted?), so "
+                    "it may still exist; mount it, or make the folder if it is gone for good, then run again",
+                    vmid=sandbox.vmid,
+                ) from None
         except OSError as error:
-            raise Kept("snippet", f"sandbox {sandbox.vmid}: its cloud-init snippet {path} cannot be removed: {error.strerror}; remove it, or run as a user "
-                       "who may, then run again", vmid=sandbox.vmid) from None
+            raise Kept(
+                "snippet",
+                f"sandbox {sandbox.vmid}: its cloud-init snippet {path} cannot be removed: {error.strerror}; remove it, or run as a user "
+                "who may, then run again",
+                vmid=sandbox.vmid,
+            ) from None
 
 
 def _temporary(path: str) -> str:
@@ -186,15 +238,21 @@ def _require_seen(ctx: Context, sandbox: Sandbox, path: str) -> None:
     """The node's own list of snippets decides; a token without Datastore.Allocate is shown none, then the name of this host has to do."""
     storage, node = ctx.config.snippets_storage, str(sandbox.node)
     wanted = volume_of(ctx, sandbox)
-    if any(row.get("volid") == wanted for row in ctx.client.get_list(f"nodes/{node}/storage/{storage}/content", content="snippets")):
+    if any(
+        row.get("volid") == wanted
+        for row in ctx.client.get_list(f"nodes/{node}/storage/{storage}/content", content="snippets")
+    ):
         return
     here = _here()
     shared = any(_shared(row) for row in ctx.client.get_list(f"nodes/{node}/storage") if row.get("storage") == storage)
     if here == node or (shared and here in ctx.cluster.nodes()):
         # The configuration write fails if the node does not find it after all, and the creation is cleaned up.
         return
-    raise InvalidInput(f"cloud_init_user_data: node {node} does not see {path} of this host ({here}) as {wanted}. {_ELSEWHERE}. (A token sees snippets "
-                       f"only with Datastore.Allocate on /storage/{storage}.)", option="cloud_init_user_data")
+    raise InvalidInput(
+        f"cloud_init_user_data: node {node} does not see {path} of this host ({here}) as {wanted}. {_ELSEWHERE}. (A token sees snippets "
+        f"only with Datastore.Allocate on /storage/{storage}.)",
+        option="cloud_init_user_data",
+    )
 
 
 def _shared(row: dict[str, Any]) -> bool:
@@ -223,13 +281,18 @@ def wait(ctx: Context, sandbox: Sandbox) -> None:
         # And it is believed only if that was nobody else's.
         if errors is not None and match_if_readable(ctx, sandbox):
             if errors:
-                raise CloudInitFailed(f"cloud-init ended with errors in sandbox {sandbox.vmid}: {'; '.join(errors)}; see /var/log/cloud-init.log in the VM, "
-                                      "which is left as it is", vmid=sandbox.vmid)
+                raise CloudInitFailed(
+                    f"cloud-init ended with errors in sandbox {sandbox.vmid}: {'; '.join(errors)}; see /var/log/cloud-init.log in the VM, "
+                    "which is left as it is",
+                    vmid=sandbox.vmid,
+                )
             return
         if ctx.clock.monotonic() > deadline:
-            raise TaskTimeout(f"sandbox {sandbox.vmid} runs, but its guest agent did not report the end of cloud-init within {ctx.wait_timeout} s "
-                              "(wait_timeout); are cloud-init and qemu-guest-agent in the template, and agent=1 set? Run again to go on waiting",
-                              vmid=sandbox.vmid)
+            raise TaskTimeout(
+                f"sandbox {sandbox.vmid} runs, but its guest agent did not report the end of cloud-init within {ctx.wait_timeout} s "
+                "(wait_timeout); are cloud-init and qemu-guest-agent in the template, and agent=1 set? Run again to go on waiting",
+                vmid=sandbox.vmid,
+            )
         ctx.clock.sleep(pause)
         pause = min(pause * 1.5, 3.0)
 

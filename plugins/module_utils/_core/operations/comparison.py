@@ -34,7 +34,11 @@ def verified(ctx: Context, found: list[Sandbox], identities: bool = True) -> lis
         if row is None:
             proof = proofs[sandbox.vmid]
             if proof.absent:
-                return {"vm_status": "absent", "identity": None, "drift": "its VM is gone; prune or reconcile closes the record"}
+                return {
+                    "vm_status": "absent",
+                    "identity": None,
+                    "drift": "its VM is gone; prune or reconcile closes the record",
+                }
             return {"vm_status": None, "identity": identity.UNKNOWN, "drift": f"not known: {proof.why}"}
         if not identities:
             judged = None if row.get("type") == "qemu" else identity.FOREIGN
@@ -52,7 +56,9 @@ def verified(ctx: Context, found: list[Sandbox], identities: bool = True) -> lis
         if ip is not None:
             answer.update(ip=ip, ip_seen_at=clock.iso(ctx.clock.now()))
             if sandbox.ip not in (None, ip) and answer["drift"] is None:
-                answer["drift"] = f"the record has the address {sandbox.ip}, the guest has {ip}; reconcile corrects the record"
+                answer["drift"] = (
+                    f"the record has the address {sandbox.ip}, the guest has {ip}; reconcile corrects the record"
+                )
         return answer
 
     return ctx.each(one, found) if identities else [one(sandbox) for sandbox in found]

@@ -30,9 +30,18 @@ B = TypeVar("B")
 class Context:
     """One run. Nothing is connected or read until it is used, so a run that the database alone answers asks Proxmox nothing."""
 
-    def __init__(self, config: Config, *, actor: str, dry_run: bool = False, force_hint: str = states.FORCE_HINT_CLI,
-                 wait_timeout: int | None = None, clock: Clock | None = None, parent: Context | None = None,
-                 stopping: threading.Event | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        *,
+        actor: str,
+        dry_run: bool = False,
+        force_hint: str = states.FORCE_HINT_CLI,
+        wait_timeout: int | None = None,
+        clock: Clock | None = None,
+        parent: Context | None = None,
+        stopping: threading.Event | None = None,
+    ) -> None:
         self.config = config
         self.actor = actor
         self.dry_run = dry_run
@@ -62,7 +71,10 @@ class Context:
 
     def _reached(self) -> tuple[ProxmoxClient, TaskWaiter]:
         parent = self._parent
-        if parent is not None and (parent.config.proxmox, parent.config.poll_interval) == (self.config.proxmox, self.config.poll_interval):
+        if parent is not None and (parent.config.proxmox, parent.config.poll_interval) == (
+            self.config.proxmox,
+            self.config.poll_interval,
+        ):
             return parent._reached()
         with self._lock:
             if self._reach is None:
@@ -104,8 +116,15 @@ class Context:
 
     def derive(self, *, actor: str, dry_run: bool = False, config: Config | None = None) -> Context:
         """A run of its own for a process that lives longer than one: shares the database and the connections, remembers nothing read of Proxmox."""
-        return Context(config or self.config, actor=actor, dry_run=dry_run, force_hint=self.force_hint, clock=self.clock, parent=self,
-                       stopping=self.stopping)
+        return Context(
+            config or self.config,
+            actor=actor,
+            dry_run=dry_run,
+            force_hint=self.force_hint,
+            clock=self.clock,
+            parent=self,
+            stopping=self.stopping,
+        )
 
     def refresh(self) -> None:
         """Forget what was read of Proxmox."""
@@ -131,14 +150,20 @@ class Context:
         if found is None:
             raise NotFound(f"sandbox not found ({word}). A VM without a record is never touched", vmid=vmid, name=name)
         if vmid is not None and name not in (None, found.name):
-            raise InvalidInput(f"name: sandbox {vmid} is named {found.name!r}, not {name!r} (VMIDs are handed out again); nothing was done. Give the one that "
-                               "is meant", option="name", value=name)
+            raise InvalidInput(
+                f"name: sandbox {vmid} is named {found.name!r}, not {name!r} (VMIDs are handed out again); nothing was done. Give the one that "
+                "is meant",
+                option="name",
+                value=name,
+            )
         return found
 
     # ---- claiming ----
 
     @contextlib.contextmanager
-    def claimed(self, sandbox: Sandbox, operation: str, *, wait: float | None = None) -> Iterator[tuple[Claim, Sandbox]]:
+    def claimed(
+        self, sandbox: Sandbox, operation: str, *, wait: float | None = None
+    ) -> Iterator[tuple[Claim, Sandbox]]:
         """Hold the claim on a sandbox and give its record as it is now. A destroy that was cut off after its delete was decided bars every other operation."""
         claim = self.records.claim(sandbox.uuid, operation, wait=self.config.claim_timeout if wait is None else wait)
         try:
@@ -158,11 +183,17 @@ class Context:
 def refuse_cut_off(claim: Claim, sandbox: Sandbox) -> None:
     """Kept while a destroy that was cut off is to be finished: for what would put its own journal entry in the place of that one."""
     if claim.interrupted is not None and claim.interrupted.kind == "destroy":
-        raise Kept("busy", f"a destroy of sandbox {sandbox.vmid} was cut off; destroy it again or run agentlab_reconcile to finish it", vmid=sandbox.vmid)
+        raise Kept(
+            "busy",
+            f"a destroy of sandbox {sandbox.vmid} was cut off; destroy it again or run agentlab_reconcile to finish it",
+            vmid=sandbox.vmid,
+        )
 
 
 def failure(sandbox: Sandbox, error: AgentlabError, **values: Any) -> Outcome:
     """The outcome of an item that could not be done: the word, the sentence, and the state it is in."""
     reason = error.reason if isinstance(error, Kept) else error.code
     upid = error.detail.get("upid")
-    return Outcome.of("failed", sandbox, reason=reason, message=error.message, failed=True, upids=[upid] if upid else [], **values)
+    return Outcome.of(
+        "failed", sandbox, reason=reason, message=error.message, failed=True, upids=[upid] if upid else [], **values
+    )

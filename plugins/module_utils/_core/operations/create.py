@@ -49,9 +49,15 @@ def existing(ctx: Context, spec: Spec) -> Sandbox | None:
     by_name = ctx.records.live_by_name(spec.name) if spec.name is not None else None
     if spec.vmid is not None and spec.name is not None:
         if by_vmid and by_vmid.name != spec.name:
-            raise InvalidInput(f"name: sandbox {spec.vmid} is named {by_vmid.name!r}, not {spec.name!r}; give one of the two", option="name")
+            raise InvalidInput(
+                f"name: sandbox {spec.vmid} is named {by_vmid.name!r}, not {spec.name!r}; give one of the two",
+                option="name",
+            )
         if by_name and by_name.vmid != spec.vmid:
-            raise InvalidInput(f"vmid: the sandbox named {spec.name!r} is {by_name.vmid}, not {spec.vmid}; give one of the two", option="vmid")
+            raise InvalidInput(
+                f"vmid: the sandbox named {spec.name!r} is {by_name.vmid}, not {spec.vmid}; give one of the two",
+                option="vmid",
+            )
     return by_vmid or by_name
 
 
@@ -67,14 +73,21 @@ def run(ctx: Context, spec: Spec) -> Outcome:
         claim = ctx.records.claim(found.uuid, "create", wait=ctx.config.claim_timeout)
         now = ctx.records.get(found.uuid)
         left = claim.interrupted
-        if now.state in states.CREATING or (left and (left.kind == "destroy" or (left.kind == "create" and now.state == states.READY))):
+        if now.state in states.CREATING or (
+            left and (left.kind == "destroy" or (left.kind == "create" and now.state == states.READY))
+        ):
             return _carry_on(ctx, claim, spec, now)
         # Another run finished it, or gave it up, while this one waited for the claim: what it is by now decides.
         ctx.records.release(claim)
         return run(ctx, spec)
-    if found.state == states.FAILED and (found.smbios_uuid is None or found.reason in ("creation_failed", "creation_interrupted", "cloud_init_failed")):
-        raise CreationFailed(f"sandbox {found.vmid} could not be created earlier ({found.reason}) and is in FAILED state; "
-                             f"first {_how_to_remove(ctx)}", vmid=found.vmid)
+    if found.state == states.FAILED and (
+        found.smbios_uuid is None or found.reason in ("creation_failed", "creation_interrupted", "cloud_init_failed")
+    ):
+        raise CreationFailed(
+            f"sandbox {found.vmid} could not be created earlier ({found.reason}) and is in FAILED state; "
+            f"first {_how_to_remove(ctx)}",
+            vmid=found.vmid,
+        )
     return _renewed(ctx, found, spec)
 
 
@@ -109,14 +122,20 @@ def amend(ctx: Context, found: Sandbox, **wanted: bool | None) -> Outcome:
     if ctx.dry_run:
         return Outcome.of("would_update", found, changed=True, extra={"update": new, "before": before})
     done = ctx.records.amend(found, "update", **new)
-    return Outcome.of("updated", done, previous_state=found.state, changed=True, extra={"update": new, "before": before})
+    return Outcome.of(
+        "updated", done, previous_state=found.state, changed=True, extra={"update": new, "before": before}
+    )
 
 
 def _create(ctx: Context, spec: Spec) -> Outcome:
     first, last = ctx.config.workspace_owner_range
     if spec.vmid is not None and first <= spec.vmid <= last:
-        raise InvalidInput(f"vmid: {spec.vmid} is in workspace_owner_range ({first}-{last}), whose VMIDs own the volumes of workspaces: Proxmox VE "
-                           "deletes with a VM what its VMID owns. Take one outside of it", option="vmid", value=spec.vmid)
+        raise InvalidInput(
+            f"vmid: {spec.vmid} is in workspace_owner_range ({first}-{last}), whose VMIDs own the volumes of workspaces: Proxmox VE "
+            "deletes with a VM what its VMID owns. Take one outside of it",
+            option="vmid",
+            value=spec.vmid,
+        )
     disk = workspace_disk.select(ctx, spec.workspace) if spec.workspace is not None else None
     # Where its workspace is, if that is on one node only.
     wanted_node = spec.node or (disk.node if disk else None) or ctx.config.node
@@ -124,9 +143,15 @@ def _create(ctx: Context, spec: Spec) -> Outcome:
     node = wanted_node or template.node
     nodes = ctx.cluster.nodes()
     if node not in nodes:
-        raise InvalidInput(f"node: {node!r} is not a node of this cluster. Nodes: {', '.join(sorted(nodes))}", option="node", value=node)
+        raise InvalidInput(
+            f"node: {node!r} is not a node of this cluster. Nodes: {', '.join(sorted(nodes))}",
+            option="node",
+            value=node,
+        )
     if not nodes[node]:
-        raise InvalidInput(f"node: {node!r} is offline; choose another, or wait until it is back", option="node", value=node)
+        raise InvalidInput(
+            f"node: {node!r} is offline; choose another, or wait until it is back", option="node", value=node
+        )
     templates.check(ctx, spec, template, node)
     known = ctx.cluster.vms()
     if spec.vmid is not None and spec.vmid in known:
@@ -139,11 +164,24 @@ def _create(ctx: Context, spec: Spec) -> Outcome:
     uid = str(uuid_module.uuid4())
     name = spec.name or f"sandbox-{uid[:8]}"
     now = ctx.clock.now()
-    sandbox = Sandbox(uuid=uid, vmid=spec.vmid or 0, name=name, state=states.REQUESTED, profile=spec.profile, node=node, tags=sorted(set(spec.tags)),
-                      protected=spec.protected, keepalive=spec.keepalive, ttl_seconds=spec.ttl, lease_expires_at=now + spec.ttl,
-                      lease_max_seconds=spec.lease_maximum)
+    sandbox = Sandbox(
+        uuid=uid,
+        vmid=spec.vmid or 0,
+        name=name,
+        state=states.REQUESTED,
+        profile=spec.profile,
+        node=node,
+        tags=sorted(set(spec.tags)),
+        protected=spec.protected,
+        keepalive=spec.keepalive,
+        ttl_seconds=spec.ttl,
+        lease_expires_at=now + spec.ttl,
+        lease_max_seconds=spec.lease_maximum,
+    )
     journal = _clone_note(ctx, spec, template, node)
-    claim = ctx.records.reserve(sandbox, vmid=spec.vmid, vmid_range=ctx.config.vmid_range, occupied=set(known), journal=journal)
+    claim = ctx.records.reserve(
+        sandbox, vmid=spec.vmid, vmid_range=ctx.config.vmid_range, occupied=set(known), journal=journal
+    )
     if ctx.dry_run:
         done = Outcome.of("would_create", sandbox, previous_state=None, state=states.RUNNING, changed=True)
         return done
@@ -153,10 +191,19 @@ def _create(ctx: Context, spec: Spec) -> Outcome:
 def _clone_note(ctx: Context, spec: Spec, template: templates.Template, node: str | None) -> dict[str, Any]:
     """Return what the journal has to know to send the clone, also in a later run."""
     full, storage = templates.clone_mode(ctx, spec, template)
-    return {"template": template.vmid, "template_name": template.name, "template_node": template.node, "node": node, "full": full, "storage": storage}
+    return {
+        "template": template.vmid,
+        "template_name": template.name,
+        "template_node": template.node,
+        "node": node,
+        "full": full,
+        "storage": storage,
+    }
 
 
-def _carry_on(ctx: Context, claim: Claim, spec: Spec, sandbox: Sandbox, journal: dict[str, Any] | None = None) -> Outcome:
+def _carry_on(
+    ctx: Context, claim: Claim, spec: Spec, sandbox: Sandbox, journal: dict[str, Any] | None = None
+) -> Outcome:
     """From wherever the creation stands to RUNNING; on failure clean up what our own clone made."""
     began = ctx.clock.monotonic()
     upids: list[str] = []
@@ -176,7 +223,15 @@ def _carry_on(ctx: Context, claim: Claim, spec: Spec, sandbox: Sandbox, journal:
             phase = left.phase if left else "reserved"
             sandbox = _clone(ctx, claim, spec, sandbox, noted, phase, left.updated_at if left else 0, upids, warnings)
         if sandbox.state != states.BOOTING:
-            sandbox = ctx.records.change(claim, sandbox, "create", to=states.BOOTING, reason="cloned", upids=upids, journal=("configuring", noted))
+            sandbox = ctx.records.change(
+                claim,
+                sandbox,
+                "create",
+                to=states.BOOTING,
+                reason="cloned",
+                upids=upids,
+                journal=("configuring", noted),
+            )
         found = require_match(ctx, sandbox)
         found = _configure(ctx, claim, spec, sandbox, found, noted, warnings)
         if disk is not None:
@@ -190,17 +245,25 @@ def _carry_on(ctx: Context, claim: Claim, spec: Spec, sandbox: Sandbox, journal:
             sandbox = _await_ip(ctx, claim, sandbox, found, noted)
         if spec.wait_for_cloud_init:
             cloud_init.wait(ctx, sandbox)
-        sandbox = ctx.records.change(claim, sandbox, "create", to=states.READY, reason="started", upids=done, journal=("ready", noted))
+        sandbox = ctx.records.change(
+            claim, sandbox, "create", to=states.READY, reason="started", upids=done, journal=("ready", noted)
+        )
         took = int((ctx.clock.monotonic() - began) * 1000)
-        sandbox = ctx.records.change(claim, sandbox, "create", to=states.RUNNING, reason="ready", duration_ms=took, finish=True)
+        sandbox = ctx.records.change(
+            claim, sandbox, "create", to=states.RUNNING, reason="ready", duration_ms=took, finish=True
+        )
         return Outcome.of("created", sandbox, previous_state=None, changed=True, upids=upids, warnings=warnings)
     except (StoreError, ClaimLost, OutcomeUnknown, TaskTimeout, TaskUnknown, Kept) as error:
         # What became of it is not known (or not ours to say): the journal stays, and the next run goes on from here.
         if isinstance(error, RecordChanged) and ctx.records.get(sandbox.uuid).state == states.TIMEOUT:
-            raise CreationFailed(f"sandbox {sandbox.vmid}: its lease ran out before it was ready; prune removes it, use a longer ttl",
-                                 vmid=sandbox.vmid) from None
+            raise CreationFailed(
+                f"sandbox {sandbox.vmid}: its lease ran out before it was ready; prune removes it, use a longer ttl",
+                vmid=sandbox.vmid,
+            ) from None
         error.detail.setdefault("vmid", sandbox.vmid)
-        if (isinstance(error, TaskTimeout) or (isinstance(error, Kept) and error.reason == "changed")) and sandbox.smbios_uuid is not None:
+        if (
+            isinstance(error, TaskTimeout) or (isinstance(error, Kept) and error.reason == "changed")
+        ) and sandbox.smbios_uuid is not None:
             # Whoever asked was told to ask again.
             ctx.records.journal(claim, "create", AWAITED, noted)
         elif isinstance(error, TaskTimeout) and noted.get("upid"):
@@ -210,7 +273,16 @@ def _carry_on(ctx: Context, claim: Claim, spec: Spec, sandbox: Sandbox, journal:
     except cloud_init.CloudInitFailed as error:
         # The VM stays for whoever wants to know why; what its user data said does not.
         cloud_init.remove(ctx, sandbox)
-        ctx.records.change(claim, sandbox, "create", to=states.FAILED, outcome="failed", reason=error.code, evidence={"message": error.message}, finish=True)
+        ctx.records.change(
+            claim,
+            sandbox,
+            "create",
+            to=states.FAILED,
+            outcome="failed",
+            reason=error.code,
+            evidence={"message": error.message},
+            finish=True,
+        )
         raise
     except AgentlabError as error:
         told = refusals.explain(ctx, spec, sandbox.node, noted.get("template"), error)
@@ -219,12 +291,25 @@ def _carry_on(ctx: Context, claim: Claim, spec: Spec, sandbox: Sandbox, journal:
         ctx.records.release(claim)
 
 
-def _clone(ctx: Context, claim: Claim, spec: Spec, sandbox: Sandbox, noted: dict[str, Any], phase: str, at: int, upids: list[str],
-           warnings: list[str]) -> Sandbox:
+def _clone(
+    ctx: Context,
+    claim: Claim,
+    spec: Spec,
+    sandbox: Sandbox,
+    noted: dict[str, Any],
+    phase: str,
+    at: int,
+    upids: list[str],
+    warnings: list[str],
+) -> Sandbox:
     """Clone (or take up a clone that a killed run began), and bind the record to the VM it made."""
     template = noted.get("template")
     if template is None:
-        noted.update(_clone_note(ctx, spec, templates.find(ctx, spec.template or ctx.config.template, sandbox.node), sandbox.node))
+        noted.update(
+            _clone_note(
+                ctx, spec, templates.find(ctx, spec.template or ctx.config.template, sandbox.node), sandbox.node
+            )
+        )
         template = noted["template"]
     resumed = phase in ("cloning", "waiting")
     before = {**noted, "phase": phase, "at": at}
@@ -255,16 +340,26 @@ def _clone(ctx: Context, claim: Claim, spec: Spec, sandbox: Sandbox, noted: dict
             if found.match:
                 return ctx.records.get(sandbox.uuid)
             foreign = found.verdict is not None and found.verdict.identity == identity.FOREIGN
-            if not foreign and (found.node is not None or not ctx.cluster.prove_absent([sandbox.vmid])[sandbox.vmid].absent):
-                raise Kept("ambiguous", f"sandbox {sandbox.vmid}: {error.message}. Whether VM {sandbox.vmid} is its clone is not certain, so it was left "
-                           f"alone; to give the sandbox up, {_how_to_remove(ctx)}", vmid=sandbox.vmid) from None
+            if not foreign and (
+                found.node is not None or not ctx.cluster.prove_absent([sandbox.vmid])[sandbox.vmid].absent
+            ):
+                raise Kept(
+                    "ambiguous",
+                    f"sandbox {sandbox.vmid}: {error.message}. Whether VM {sandbox.vmid} is its clone is not certain, so it was left "
+                    f"alone; to give the sandbox up, {_how_to_remove(ctx)}",
+                    vmid=sandbox.vmid,
+                ) from None
             noted.pop("upid", None)
             resumed = False
             ctx.records.journal(claim, "create", "reserved", noted)
         except (ApiError, TaskFailed) as error:
             tries += 1
-            if (isinstance(error, TaskFailed) and not_begun(error.exitstatus) and tries < _CLONE_TRIES
-                    and ctx.cluster.prove_absent([sandbox.vmid])[sandbox.vmid].absent):
+            if (
+                isinstance(error, TaskFailed)
+                and not_begun(error.exitstatus)
+                and tries < _CLONE_TRIES
+                and ctx.cluster.prove_absent([sandbox.vmid])[sandbox.vmid].absent
+            ):
                 # The template is locked for a moment (another clone, a backup), and nothing was made.
                 noted.pop("upid", None)
                 ctx.records.journal(claim, "create", "reserved", noted)
@@ -284,7 +379,9 @@ def _clone(ctx: Context, claim: Claim, spec: Spec, sandbox: Sandbox, noted: dict
                 ctx.records.journal(claim, "create", "reserved", noted)
             if taken and spec.vmid is not None:
                 raise _occupied(sandbox.vmid, "one that these credentials may not see, or a container") from None
-            if not taken and not (another and spec.vmid is None and ctx.cluster.prove_absent([sandbox.vmid])[sandbox.vmid].absent):
+            if not taken and not (
+                another and spec.vmid is None and ctx.cluster.prove_absent([sandbox.vmid])[sandbox.vmid].absent
+            ):
                 raise
             if not taken:
                 noted.pop("upid", None)
@@ -295,13 +392,19 @@ def _clone(ctx: Context, claim: Claim, spec: Spec, sandbox: Sandbox, noted: dict
     ctx.cluster.vms(fresh=True)
     found = locate(ctx, sandbox)
     if found.node is None:
-        raise Kept("unknown", f"sandbox {sandbox.vmid}: the clone ended well, but no VM with that VMID is to be seen (removed meanwhile, or hidden from these "
-                   f"credentials?); to give it up, {_how_to_remove(ctx)}")
+        raise Kept(
+            "unknown",
+            f"sandbox {sandbox.vmid}: the clone ended well, but no VM with that VMID is to be seen (removed meanwhile, or hidden from these "
+            f"credentials?); to give it up, {_how_to_remove(ctx)}",
+        )
     smbios = identity.smbios_uuid(found.config)
     if found.verdict is None or found.verdict.identity != identity.UNBOUND or smbios is None:
-        raise Kept("ambiguous", f"sandbox {sandbox.vmid}: the clone ended well, but the VM now at that VMID does not carry its marker; it was left alone. "
-                   f"To give the sandbox up, {_how_to_remove(ctx)}",
-                   evidence=found.verdict.evidence if found.verdict else None)
+        raise Kept(
+            "ambiguous",
+            f"sandbox {sandbox.vmid}: the clone ended well, but the VM now at that VMID does not carry its marker; it was left alone. "
+            f"To give the sandbox up, {_how_to_remove(ctx)}",
+            evidence=found.verdict.evidence if found.verdict else None,
+        )
     ctx.cluster.seen_ours(sandbox.vmid)
     return create_recovery.bind(ctx, claim, sandbox, smbios, found)
 
@@ -311,20 +414,36 @@ def _in_the_way(error: ApiError | TaskFailed) -> tuple[bool, bool]:
     text = error.text if isinstance(error, ApiError) else error.exitstatus
     exists = "already exists" in text or "File exists" in text
     # In a task it may also be a volume, and then the task had begun to make a VM.
-    taken = exists and (isinstance(error, ApiError) or re.search(r"config file|\.conf\b|\b(VM|CT) \d+ already exists", text) is not None)
+    taken = exists and (
+        isinstance(error, ApiError) or re.search(r"config file|\.conf\b|\b(VM|CT) \d+ already exists", text) is not None
+    )
     return taken, exists
 
 
 def _not_certain(sandbox: Sandbox) -> Kept:
-    return Kept("ambiguous", f"sandbox {sandbox.vmid}: whether VM {sandbox.vmid} is the clone that was begun is not certain; it was left alone. "
-                "Look at it, and remove it by hand if it is to go")
+    return Kept(
+        "ambiguous",
+        f"sandbox {sandbox.vmid}: whether VM {sandbox.vmid} is the clone that was begun is not certain; it was left alone. "
+        "Look at it, and remove it by hand if it is to go",
+    )
 
 
 def _send_clone(ctx: Context, claim: Claim, spec: Spec, sandbox: Sandbox, noted: dict[str, Any]) -> str:
     if sandbox.state == states.REQUESTED:
-        done = ctx.records.change(claim, sandbox, "create", to=states.PROVISIONING, outcome="decided", reason="clone",
-                                  evidence={"template": noted["template"], "template_name": noted.get("template_name"),
-                                            "options": update.remembered(spec)}, journal=("cloning", noted))
+        done = ctx.records.change(
+            claim,
+            sandbox,
+            "create",
+            to=states.PROVISIONING,
+            outcome="decided",
+            reason="clone",
+            evidence={
+                "template": noted["template"],
+                "template_name": noted.get("template_name"),
+                "options": update.remembered(spec),
+            },
+            journal=("cloning", noted),
+        )
         for name in ("state", "generation", "state_changed_at", "updated_at", "reason"):
             setattr(sandbox, name, getattr(done, name))
     else:
@@ -335,7 +454,11 @@ def _send_clone(ctx: Context, claim: Claim, spec: Spec, sandbox: Sandbox, noted:
     try:
         upid = _post_clone(ctx, spec, sandbox, noted)
     except ApiError as error:
-        if "Linked clone feature is not supported" not in error.text or noted["full"] is not None or not ctx.config.storage:
+        if (
+            "Linked clone feature is not supported" not in error.text
+            or noted["full"] is not None
+            or not ctx.config.storage
+        ):
             raise
         # Nothing was made. The configuration names the storage where the template lies, and that one has full clones only.
         noted.update(full=True, storage=ctx.config.storage)
@@ -346,7 +469,9 @@ def _send_clone(ctx: Context, claim: Claim, spec: Spec, sandbox: Sandbox, noted:
         ctx.records.journal(claim, "create", "reserved", noted)
         raise
     if not isinstance(upid, str):
-        raise OutcomeUnknown(f"clone to VM {sandbox.vmid}: Proxmox answered without a task id; run again to find out what became of it")
+        raise OutcomeUnknown(
+            f"clone to VM {sandbox.vmid}: Proxmox answered without a task id; run again to find out what became of it"
+        )
     noted["upid"] = upid
     ctx.records.journal(claim, "create", "waiting", noted)
     return upid
@@ -380,12 +505,16 @@ def _await_doubt(ctx: Context, claim: Claim, sandbox: Sandbox, created: dict[str
             if error.reason not in ("unknown", "locked") or ctx.clock.monotonic() > deadline:
                 raise
         if ctx.clock.monotonic() > deadline:
-            raise Kept("locked", f"sandbox {sandbox.vmid}: the clone that an earlier run began has not ended within {ctx.wait_timeout} s (wait_timeout)")
+            raise Kept(
+                "locked",
+                f"sandbox {sandbox.vmid}: the clone that an earlier run began has not ended within {ctx.wait_timeout} s (wait_timeout)",
+            )
         ctx.clock.sleep(1.0)
 
 
-def _configure(ctx: Context, claim: Claim, spec: Spec, sandbox: Sandbox, found: Located, noted: dict[str, Any],
-               warnings: list[str]) -> Located:
+def _configure(
+    ctx: Context, claim: Claim, spec: Spec, sandbox: Sandbox, found: Located, noted: dict[str, Any], warnings: list[str]
+) -> Located:
     """Write what the clone call cannot carry, then resize the disk. Each write carries the digest of what was judged. Return the VM as judged last."""
     refused: set[str] = set()
 
@@ -414,7 +543,12 @@ def _configure(ctx: Context, claim: Claim, spec: Spec, sandbox: Sandbox, found: 
                 ctx.records.journal(claim, "create", "configuring", noted)
             size = noted["disk_size"]
         found = require_match(ctx, sandbox)
-        guarded(ctx, sandbox, found, lambda located: power.resize(ctx, located, disk, size, f"resize disk {disk} of VM {sandbox.vmid}"))
+        guarded(
+            ctx,
+            sandbox,
+            found,
+            lambda located: power.resize(ctx, located, disk, size, f"resize disk {disk} of VM {sandbox.vmid}"),
+        )
     return found
 
 
@@ -423,26 +557,49 @@ def _await_ip(ctx: Context, claim: Claim, sandbox: Sandbox, found: Located, note
     # The configuration was read before it was written: read again it has the static address of ipconfig0.
     ip = address.wait(ctx, sandbox, match_if_readable(ctx, sandbox) or found)
     return ctx.records.change(
-        claim, sandbox, "create", ip=ip, ip_seen_at=ctx.clock.now(), reason="address", evidence={"ip": ip},
+        claim,
+        sandbox,
+        "create",
+        ip=ip,
+        ip_seen_at=ctx.clock.now(),
+        reason="address",
+        evidence={"ip": ip},
         journal=("configuring", noted),
     )
 
 
 def _occupied(vmid: int, by: str) -> CreationFailed:
-    return CreationFailed(f"vmid: {vmid} is occupied by a VM that is not ours ({by}); it was not touched. Choose another vmid, or leave vmid out",
-                          vmid=vmid, option="vmid")
+    return CreationFailed(
+        f"vmid: {vmid} is occupied by a VM that is not ours ({by}); it was not touched. Choose another vmid, or leave vmid out",
+        vmid=vmid,
+        option="vmid",
+    )
 
 
 def _how_to_remove(ctx: Context) -> str:
-    return "destroy it with --force" if ctx.force_hint == states.FORCE_HINT_CLI else "remove it with state=absent and force=true"
+    return (
+        "destroy it with --force"
+        if ctx.force_hint == states.FORCE_HINT_CLI
+        else "remove it with state=absent and force=true"
+    )
 
 
-def _clean_up(ctx: Context, claim: Claim, sandbox: Sandbox, error: AgentlabError, told: str, noted: dict[str, Any]) -> CreationFailed:
+def _clean_up(
+    ctx: Context, claim: Claim, sandbox: Sandbox, error: AgentlabError, told: str, noted: dict[str, Any]
+) -> CreationFailed:
     """Make the record FAILED, then remove what our own clone made through the destroy pipeline; the message says what is left."""
     try:
         now = ctx.records.get(sandbox.uuid)
         if states.can_follow(now.state, states.FAILED):
-            now = ctx.records.change(claim, now, "create", to=states.FAILED, outcome="failed", reason="creation_failed", evidence={"message": error.message})
+            now = ctx.records.change(
+                claim,
+                now,
+                "create",
+                to=states.FAILED,
+                outcome="failed",
+                reason="creation_failed",
+                evidence={"message": error.message},
+            )
         ctx.records.release(claim)
         # The list is from before the clone: what is at the VMID now decides.
         ctx.cluster.vms(fresh=True)
@@ -460,4 +617,6 @@ def _clean_up(ctx: Context, claim: Claim, sandbox: Sandbox, error: AgentlabError
         cloud_init.remove(ctx, ctx.records.get(sandbox.uuid))
     except AgentlabError as third:
         left += f"; {third.message}"
-    return CreationFailed(f"sandbox {sandbox.vmid} could not be created: {told}; {left}", vmid=sandbox.vmid, cause=error.as_dict())
+    return CreationFailed(
+        f"sandbox {sandbox.vmid} could not be created: {told}; {left}", vmid=sandbox.vmid, cause=error.as_dict()
+    )

@@ -25,7 +25,11 @@ _CLOCK_SLACK = 300
 
 def waits_for_next_run(left: Operation, state: str) -> bool:
     """Whether this is a creation whose caller was told to run its task again: nobody else finishes it, its lease ends it."""
-    return left.kind == "create" and state in states.CREATING and (left.phase == AWAITED or bool(left.detail.get("awaited")))
+    return (
+        left.kind == "create"
+        and state in states.CREATING
+        and (left.phase == AWAITED or bool(left.detail.get("awaited")))
+    )
 
 
 def locate_unbound(ctx: Context, sandbox: Sandbox, claim: Claim | None, created: dict[str, Any] | None) -> Located:
@@ -62,8 +66,15 @@ def locate_unbound(ctx: Context, sandbox: Sandbox, claim: Claim | None, created:
 
 def bind(ctx: Context, claim: Claim, sandbox: Sandbox, smbios: str, found: Located) -> Sandbox:
     """Store the SMBIOS UUID: from here on the VM is known to be ours."""
-    done = ctx.records.change(claim, sandbox, "create", smbios_uuid=smbios, node=found.node, reason="bound",
-                              evidence={"smbios_uuid": smbios, "node": found.node})
+    done = ctx.records.change(
+        claim,
+        sandbox,
+        "create",
+        smbios_uuid=smbios,
+        node=found.node,
+        reason="bound",
+        evidence={"smbios_uuid": smbios, "node": found.node},
+    )
     for name in ("smbios_uuid", "node", "generation", "updated_at"):
         setattr(sandbox, name, getattr(done, name))
     return done
@@ -75,12 +86,18 @@ def refuse_in_doubt(ctx: Context, sandbox: Sandbox, created: dict[str, Any]) -> 
     if created.get("upid") and _refuse_running(ctx, sandbox, created) is not None:
         return
     if 0 <= age < ctx.config.doubt_window:
-        raise Kept("unknown", f"sandbox {sandbox.vmid}: its creation was cut off {age} s ago and may still be carried out; "
-                   f"run again in {ctx.config.doubt_window - age} s (doubt_window)")
+        raise Kept(
+            "unknown",
+            f"sandbox {sandbox.vmid}: its creation was cut off {age} s ago and may still be carried out; "
+            f"run again in {ctx.config.doubt_window - age} s (doubt_window)",
+        )
     running = _running_clones(ctx, sandbox, created)
     if running:
-        raise Kept("locked", f"sandbox {sandbox.vmid}: a clone of template {created.get('template')} that may be its own is still running "
-                   f"({', '.join(running)}); run again when it has ended (or stop it, if it hangs)")
+        raise Kept(
+            "locked",
+            f"sandbox {sandbox.vmid}: a clone of template {created.get('template')} that may be its own is still running "
+            f"({', '.join(running)}); run again when it has ended (or stop it, if it hangs)",
+        )
 
 
 def _refuse_running(ctx: Context, sandbox: Sandbox, created: dict[str, Any]) -> str | None:
@@ -88,7 +105,10 @@ def _refuse_running(ctx: Context, sandbox: Sandbox, created: dict[str, Any]) -> 
     upid = created.get("upid")
     status = _status(ctx, upid) if upid else None
     if status == "running":
-        raise Kept("locked", f"sandbox {sandbox.vmid}: its clone task {upid} is still running; run again when it has ended (or stop it, if it hangs)")
+        raise Kept(
+            "locked",
+            f"sandbox {sandbox.vmid}: its clone task {upid} is still running; run again when it has ended (or stop it, if it hangs)",
+        )
     return status
 
 
@@ -103,19 +123,42 @@ def _status(ctx: Context, upid: str) -> str | None:
 
 def _clones(ctx: Context, created: dict[str, Any]) -> list[dict[str, Any]]:
     since = int(created.get("at") or 0) - _CLOCK_SLACK
-    rows = ctx.client.get_list(f"nodes/{created.get('template_node')}/tasks", source="all", typefilter="qmclone", vmid=created.get("template"),
-                               since=max(since, 0), limit=1000)
+    rows = ctx.client.get_list(
+        f"nodes/{created.get('template_node')}/tasks",
+        source="all",
+        typefilter="qmclone",
+        vmid=created.get("template"),
+        since=max(since, 0),
+        limit=1000,
+    )
     login = ctx.config.proxmox.login
-    return [row for row in rows if row.get("type") == "qmclone" and str(row.get("id")) == str(created.get("template"))
-            and started_at(str(row.get("upid"))) >= since and login in (str(row.get("user")), f"{row.get('user')}!{row.get('tokenid')}")]
+    return [
+        row
+        for row in rows
+        if row.get("type") == "qmclone"
+        and str(row.get("id")) == str(created.get("template"))
+        and started_at(str(row.get("upid"))) >= since
+        and login in (str(row.get("user")), f"{row.get('user')}!{row.get('tokenid')}")
+    ]
 
 
 def _running_clones(ctx: Context, sandbox: Sandbox, created: dict[str, Any]) -> list[str]:
     """Tasks that may be the request whose answer was lost: begun while it could be, and by no other creation."""
     until = int(created.get("at") or 0) + ctx.config.doubt_window + _CLOCK_SLACK
-    others = {one.detail.get("upid") for found in ctx.records.unfinished() for one in found if one.sandbox_uuid != sandbox.uuid}
-    return [str(row.get("upid")) for row in _clones(ctx, created) if row.get("status") in (None, "", "RUNNING", "running") and not row.get("endtime")
-            and started_at(str(row.get("upid"))) <= until and row.get("upid") not in others]
+    others = {
+        one.detail.get("upid")
+        for found in ctx.records.unfinished()
+        for one in found
+        if one.sandbox_uuid != sandbox.uuid
+    }
+    return [
+        str(row.get("upid"))
+        for row in _clones(ctx, created)
+        if row.get("status") in (None, "", "RUNNING", "running")
+        and not row.get("endtime")
+        and started_at(str(row.get("upid"))) <= until
+        and row.get("upid") not in others
+    ]
 
 
 def _our_clone_ended_well(ctx: Context, created: dict[str, Any]) -> bool:

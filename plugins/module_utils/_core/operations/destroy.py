@@ -79,7 +79,14 @@ def _run(ctx: Context, items: list[tuple[Sandbox, Request]], held: list[Gone]) -
             # What is a proof in itself is one now: it is not kept until the others, which may take long, are done.
             return _finish(ctx, found, {}) if found.reason in _PROVEN else found
         except Kept as error:
-            return Outcome.of("kept", _now(ctx, sandbox), previous_state=sandbox.state, reason=error.reason, message=error.message, failed=True)
+            return Outcome.of(
+                "kept",
+                _now(ctx, sandbox),
+                previous_state=sandbox.state,
+                reason=error.reason,
+                message=error.message,
+                failed=True,
+            )
         except AgentlabError as error:
             return failure(_now(ctx, sandbox), error)
 
@@ -90,7 +97,9 @@ def _run(ctx: Context, items: list[tuple[Sandbox, Request]], held: list[Gone]) -
     gone = [found for found in results if isinstance(found, Gone)]
     if not gone:
         return [found for found in results if isinstance(found, Outcome)]
-    proofs = ctx.cluster.prove_absent([found.sandbox.vmid for found in gone], anew=not all(found.quiet for found in gone))
+    proofs = ctx.cluster.prove_absent(
+        [found.sandbox.vmid for found in gone], anew=not all(found.quiet for found in gone)
+    )
     sure = [found for found in gone if proofs[found.sandbox.vmid].absent]
     closing = set(map(id, sure))
     rest = [found for found in gone if id(found) not in closing]
@@ -121,7 +130,9 @@ def several(ctx: Context, found: list[Sandbox], force: bool) -> list[Outcome]:
 def _planned(ctx: Context, sandbox: Sandbox, force: bool) -> Outcome:
     try:
         _action, reason, message = plan(ctx, sandbox, force=force)
-        return Outcome.of("would_destroy", sandbox, state=states.DESTROYED, reason=reason, message=message, changed=True)
+        return Outcome.of(
+            "would_destroy", sandbox, state=states.DESTROYED, reason=reason, message=message, changed=True
+        )
     except (Kept, Busy, StateConflict) as error:
         return failure(sandbox, error)
 
@@ -158,8 +169,11 @@ def _finish(ctx: Context, found: Gone, proofs: dict[int, Any]) -> Outcome:
                 ctx.cluster.vms(fresh=True)
                 again = locate(ctx, sandbox) if sandbox.smbios_uuid else Located(None, {}, None)
                 if again.verdict is None or again.verdict.identity != identity.FOREIGN:
-                    raise Kept("unknown", f"sandbox {sandbox.vmid}: a VM with that VMID is still there although it was "
-                               f"{'deleted' if found.upids else 'not to be seen'} ({proof.why}; hidden from these credentials?); run again")
+                    raise Kept(
+                        "unknown",
+                        f"sandbox {sandbox.vmid}: a VM with that VMID is still there although it was "
+                        f"{'deleted' if found.upids else 'not to be seen'} ({proof.why}; hidden from these credentials?); run again",
+                    )
                 reason, evidence = "vmid_reused", again.verdict.evidence
             elif proof.absent is None:
                 raise Kept("unknown", f"sandbox {sandbox.vmid}: it is not proven that its VM is gone: {proof.why}")
@@ -167,17 +181,50 @@ def _finish(ctx: Context, found: Gone, proofs: dict[int, Any]) -> Outcome:
                 evidence.update(proof.evidence)
         remains.clear(ctx, found.claim, ctx.records.get(sandbox.uuid))
         took = int((ctx.clock.monotonic() - found.began) * 1000)
-        done = power.settle(ctx, found.claim, ctx.records.get(sandbox.uuid), "destroy", to=states.DESTROYED, reason=reason, evidence=evidence,
-                            upids=found.upids, duration_ms=took, finish=True)
-        return Outcome.of("destroyed", done, previous_state=found.before.state, reason=reason, changed=True, upids=found.upids, warnings=found.warnings)
+        done = power.settle(
+            ctx,
+            found.claim,
+            ctx.records.get(sandbox.uuid),
+            "destroy",
+            to=states.DESTROYED,
+            reason=reason,
+            evidence=evidence,
+            upids=found.upids,
+            duration_ms=took,
+            finish=True,
+        )
+        return Outcome.of(
+            "destroyed",
+            done,
+            previous_state=found.before.state,
+            reason=reason,
+            changed=True,
+            upids=found.upids,
+            warnings=found.warnings,
+        )
     except Kept as error:
         abandon(ctx, found.claim, sandbox, Request(), error, sent=found.doubtful or bool(found.upids), stopped=False)
-        return Outcome.of("kept", _now(ctx, sandbox), previous_state=found.before.state, reason=error.reason, message=error.message, failed=True,
-                          upids=found.upids)
+        return Outcome.of(
+            "kept",
+            _now(ctx, sandbox),
+            previous_state=found.before.state,
+            reason=error.reason,
+            message=error.message,
+            failed=True,
+            upids=found.upids,
+        )
     except AgentlabError as error:
         ctx.records.release(found.claim)
         now = _now(ctx, sandbox)
         if now.state == states.DESTROYED:
             # The claim was lost to a run that brought this to its end.
-            return Outcome.of("destroyed", now, previous_state=found.before.state, reason=now.reason, changed=True, upids=found.upids, warnings=found.warnings)
+            return Outcome.of(
+                "destroyed",
+                now,
+                previous_state=found.before.state,
+                reason=now.reason,
+                changed=True,
+                upids=found.upids,
+                warnings=found.warnings,
+            )
         return failure(now, error)

@@ -1252,10 +1252,15 @@ def _mend(path: str, detail: Mapping[str, Any]) -> str:
         return f"""{begin}sqlite3 {path} "DELETE FROM meta {where}" (it is written anew)"""
     new = _HARMLESS.get((table, column))
     if new is None:
-        return (f"""{begin}look at the row with sqlite3 {path} "SELECT * FROM {table} {where}", set {column} to what it was (agentlab sandbox events, """
-                "a backup), or restore a backup")
-    return begin + f'sqlite3 {path} "UPDATE {table} SET {column} = {new} {where}"' + (
-        "; what the interrupted operation had noted is lost, so look at its VM" if table == "operations" else "")
+        return (
+            f"""{begin}look at the row with sqlite3 {path} "SELECT * FROM {table} {where}", set {column} to what it was (agentlab sandbox events, """
+            "a backup), or restore a backup"
+        )
+    return (
+        begin
+        + f'sqlite3 {path} "UPDATE {table} SET {column} = {new} {where}"'
+        + ("; what the interrupted operation had noted is lost, so look at its VM" if table == "operations" else "")
+    )
 
 
 def _next_id(value: Any) -> tuple[int, int] | None:

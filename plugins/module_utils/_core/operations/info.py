@@ -45,14 +45,19 @@ def find(ctx: Context, wanted: Wanted) -> list[Sandbox]:
     else:
         found = ctx.records.find_all(wanted.states, include_destroyed=destroyed)
     now = ctx.clock.now()
-    return [one for one in found
-            if (wanted.states is None or one.state in wanted.states)
-            and (wanted.profile is None or one.profile == wanted.profile)
-            and (not wanted.tags or set(wanted.tags) & set(one.tags))
-            and (wanted.expired is None or one.expired(now) == wanted.expired)]
+    return [
+        one
+        for one in found
+        if (wanted.states is None or one.state in wanted.states)
+        and (wanted.profile is None or one.profile == wanted.profile)
+        and (not wanted.tags or set(wanted.tags) & set(one.tags))
+        and (wanted.expired is None or one.expired(now) == wanted.expired)
+    ]
 
 
-def show(ctx: Context, wanted: Wanted, *, events: int = 0, verify: bool = False, identities: bool = True) -> dict[str, Any]:
+def show(
+    ctx: Context, wanted: Wanted, *, events: int = 0, verify: bool = False, identities: bool = True
+) -> dict[str, Any]:
     """``sandboxes``, ``count`` and ``by_state``."""
     found = find(ctx, wanted)
     shown = [one.public() for one in found]

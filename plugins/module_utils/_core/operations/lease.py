@@ -24,24 +24,35 @@ NO_VM = "no VM with that VMID is to be seen"
 ANOTHER_VM = "the VMID belongs to another VM now, which was left alone"
 
 
-def renew(ctx: Context, sandbox: Sandbox, ttl: int, *, min_remaining: int | None = None, allow_shorten: bool = False) -> Outcome:
+def renew(
+    ctx: Context, sandbox: Sandbox, ttl: int, *, min_remaining: int | None = None, allow_shorten: bool = False
+) -> Outcome:
     """Set the lease to now + ttl. One conditional UPDATE decides against expiry: a renewal that lost is an error, never a success."""
     if sandbox.lease_max_seconds is not None and ttl > sandbox.lease_max_seconds:
-        raise InvalidInput(f"ttl: {durations.show(ttl)} is longer than the maximum of {durations.show(sandbox.lease_max_seconds)} that profile "
-                           f"{sandbox.profile!r} grants sandbox {sandbox.vmid}", option="ttl", vmid=sandbox.vmid)
+        raise InvalidInput(
+            f"ttl: {durations.show(ttl)} is longer than the maximum of {durations.show(sandbox.lease_max_seconds)} that profile "
+            f"{sandbox.profile!r} grants sandbox {sandbox.vmid}",
+            option="ttl",
+            vmid=sandbox.vmid,
+        )
     for _attempt in range(5):
         now = ctx.clock.now()
         states.check("renew_lease", sandbox.state, ctx.force_hint)
         under_way = ctx.records.under_way(sandbox.uuid)
         if under_way is not None and under_way.kind == "destroy":
             # Also where nothing would be written: "unchanged" would be a success on a dying VM.
-            raise Kept("busy", f"cannot renew lease of sandbox {sandbox.vmid}: it is being destroyed", vmid=sandbox.vmid)
+            raise Kept(
+                "busy", f"cannot renew lease of sandbox {sandbox.vmid}: it is being destroyed", vmid=sandbox.vmid
+            )
         current = sandbox.lease_expires_at or 0
         # While leases rest after a restore, this is how a sandbox is kept whose lease was renewed since the copy was made.
         over = current <= now
         if over and not timeguard.hold(ctx):
-            raise StateConflict(f"cannot renew lease of sandbox {sandbox.vmid}: it expired at {clock_module.iso(current)} and is about to become TIMEOUT. "
-                                "Create a new sandbox", vmid=sandbox.vmid)
+            raise StateConflict(
+                f"cannot renew lease of sandbox {sandbox.vmid}: it expired at {clock_module.iso(current)} and is about to become TIMEOUT. "
+                "Create a new sandbox",
+                vmid=sandbox.vmid,
+            )
         wanted = now + ttl
         capped = False
         if ctx.config.max_lifetime is not None and wanted > sandbox.created_at + ctx.config.max_lifetime:
@@ -50,13 +61,25 @@ def renew(ctx: Context, sandbox: Sandbox, ttl: int, *, min_remaining: int | None
         if wanted < current and not allow_shorten:
             # Never shortens unless asked to.
             wanted = current
-        enough = min_remaining is not None and current - now >= min_remaining and not (allow_shorten and wanted < current)
-        if enough or wanted == current or (0 <= wanted - current < REPEAT_SECONDS and min_remaining is None and not _far_enough(wanted, current, ttl)):
+        enough = (
+            min_remaining is not None and current - now >= min_remaining and not (allow_shorten and wanted < current)
+        )
+        if (
+            enough
+            or wanted == current
+            or (
+                0 <= wanted - current < REPEAT_SECONDS
+                and min_remaining is None
+                and not _far_enough(wanted, current, ttl)
+            )
+        ):
             return _answer("unchanged", sandbox, current, now, capped, changed=False)
         if ctx.dry_run:
             return _answer("would_renew", sandbox, wanted, now, capped, changed=True, was=current)
         try:
-            done = ctx.records.renew(sandbox, wanted, now, over=over, evidence={"ttl": ttl, "capped": capped, "was": current})
+            done = ctx.records.renew(
+                sandbox, wanted, now, over=over, evidence={"ttl": ttl, "capped": capped, "was": current}
+            )
             return _answer("renewed", done, wanted, now, capped, changed=True, was=current)
         except RecordChanged:
             sandbox = ctx.records.get(sandbox.uuid)
@@ -68,9 +91,20 @@ def _far_enough(wanted: int, current: int, ttl: int) -> bool:
     return ttl <= REPEAT_SECONDS and wanted - current >= max(1, ttl // 2)
 
 
-def _answer(word: str, sandbox: Sandbox, expires_at: int, now: int, capped: bool, *, changed: bool, was: int | None = None) -> Outcome:
-    return Outcome.of(word, sandbox, changed=changed, extra={
-        "lease_expires_at": clock_module.iso(expires_at), "granted_seconds": max(0, expires_at - now), "capped": capped, "was": clock_module.iso(was)})
+def _answer(
+    word: str, sandbox: Sandbox, expires_at: int, now: int, capped: bool, *, changed: bool, was: int | None = None
+) -> Outcome:
+    return Outcome.of(
+        word,
+        sandbox,
+        changed=changed,
+        extra={
+            "lease_expires_at": clock_module.iso(expires_at),
+            "granted_seconds": max(0, expires_at - now),
+            "capped": capped,
+            "was": clock_module.iso(was),
+        },
+    )
 
 
 @dataclass(slots=True)
@@ -103,7 +137,9 @@ def expire(ctx: Context, *, stop_vms: bool = True) -> Expiry:
                 result.renewed.append(_keep_alive(ctx, sandbox, min(until, limit) if limit else until))
                 continue
             if ctx.dry_run:
-                result.expired.append(Outcome.of("would_expire", sandbox, state=states.TIMEOUT, changed=True, reason="lease_expired"))
+                result.expired.append(
+                    Outcome.of("would_expire", sandbox, state=states.TIMEOUT, changed=True, reason="lease_expired")
+                )
                 continue
             try:
                 done = ctx.records.expire(sandbox, now)
@@ -111,7 +147,9 @@ def expire(ctx: Context, *, stop_vms: bool = True) -> Expiry:
                 result.failed.append(Outcome.of("unchanged", sandbox, reason="changed", message=error.message))
                 continue
             moved.append(done)
-            result.expired.append(Outcome.of("expired", done, previous_state=sandbox.state, changed=True, reason="lease_expired"))
+            result.expired.append(
+                Outcome.of("expired", done, previous_state=sandbox.state, changed=True, reason="lease_expired")
+            )
     if stop_vms:
         for outcome, problem in zip(result.expired, ctx.each(lambda one: stop_expired(ctx, one), moved), strict=False):
             outcome.message = problem
@@ -121,7 +159,11 @@ def expire(ctx: Context, *, stop_vms: bool = True) -> Expiry:
 def is_kept_alive(ctx: Context, sandbox: Sandbox, now: int) -> bool:
     """True when a lease that is over is renewed by the expiry pass itself."""
     limit = None if ctx.config.max_lifetime is None else sandbox.created_at + ctx.config.max_lifetime
-    return sandbox.keepalive and sandbox.state in states.OPERATIONS["renew_lease"].allowed and (limit is None or limit > now)
+    return (
+        sandbox.keepalive
+        and sandbox.state in states.OPERATIONS["renew_lease"].allowed
+        and (limit is None or limit > now)
+    )
 
 
 def _keep_alive(ctx: Context, sandbox: Sandbox, until: int) -> Outcome:

@@ -44,7 +44,13 @@ from .verify import (
 
 _LOCK_TRIES = 3
 # What is asked of Proxmox, and the state it leads to.
-TARGETS = {"start": states.RUNNING, "stop": states.STOPPED, "suspend": states.SUSPENDED, "complete": states.COMPLETED, "fail": states.FAILED}
+TARGETS = {
+    "start": states.RUNNING,
+    "stop": states.STOPPED,
+    "suspend": states.SUSPENDED,
+    "complete": states.COMPLETED,
+    "fail": states.FAILED,
+}
 
 
 # A record in one of these says how its VM is powered, so the VM itself is asked. The others say how a job went.
@@ -178,7 +184,11 @@ def _request(ctx: Context, claim: Claim, sandbox: Sandbox, operation: str, found
     except TaskUnknown as error:
         # The message has the end of the task's log, which may be gone from the node when somebody looks.
         ctx.records.note(
-            sandbox, operation, outcome="failed", reason=error.code, evidence={"message": error.message},
+            sandbox,
+            operation,
+            outcome="failed",
+            reason=error.code,
+            evidence={"message": error.message},
             upids=[str(error.detail["upid"])] if error.detail.get("upid") else [],
         )
         raise
@@ -187,10 +197,14 @@ def _request(ctx: Context, claim: Claim, sandbox: Sandbox, operation: str, found
     if operation == "start":
         values.update(address.columns_after_start(ctx, sandbox, found))
     done = settle(ctx, claim, sandbox, operation, **values)
-    return Outcome.of(_past(operation), done, previous_state=sandbox.state, changed=True, upids=upids, warnings=warnings)
+    return Outcome.of(
+        _past(operation), done, previous_state=sandbox.state, changed=True, upids=upids, warnings=warnings
+    )
 
 
-def _close_refused(ctx: Context, claim: Claim, sandbox: Sandbox, operation: str, error: ApiError | TaskFailed | Kept) -> None:
+def _close_refused(
+    ctx: Context, claim: Claim, sandbox: Sandbox, operation: str, error: ApiError | TaskFailed | Kept
+) -> None:
     """Close the journal of a request that Proxmox refused or that failed for certain: nothing of it is left to finish.
 
     An error of a read after the request stays in the journal: what became of the request is not certain then.
@@ -200,8 +214,14 @@ def _close_refused(ctx: Context, claim: Claim, sandbox: Sandbox, operation: str,
     upid = error.detail.get("upid")
     try:
         ctx.records.change(
-            claim, sandbox, operation, outcome="failed", reason=error.code, evidence={"message": error.message},
-            upids=[upid] if upid else [], finish=True,
+            claim,
+            sandbox,
+            operation,
+            outcome="failed",
+            reason=error.code,
+            evidence={"message": error.message},
+            upids=[upid] if upid else [],
+            finish=True,
         )
     except (ClaimLost, StoreError):
         # The entry stays, and the next run or a reconcile closes it.
@@ -244,7 +264,9 @@ def stop(ctx: Context, sandbox: Sandbox, found: Located, *, hard: bool) -> tuple
     else:
         try:
             # forceStop: a guest that does not answer is switched off when its time is over.
-            upids, warnings = _task(ctx, sandbox, found, what, "status/shutdown", timeout=ctx.config.shutdown_timeout, forceStop=1)
+            upids, warnings = _task(
+                ctx, sandbox, found, what, "status/shutdown", timeout=ctx.config.shutdown_timeout, forceStop=1
+            )
         except ApiError as error:
             if "not running" in error.text:
                 return [], []
@@ -295,7 +317,9 @@ def _start_as_seen(ctx: Context, sandbox: Sandbox, found: Located, seen: str) ->
     return upids, warnings
 
 
-def _task(ctx: Context, sandbox: Sandbox, found: Located, what: str, action: str, **params: Any) -> tuple[list[str], list[str]]:
+def _task(
+    ctx: Context, sandbox: Sandbox, found: Located, what: str, action: str, **params: Any
+) -> tuple[list[str], list[str]]:
     upids: list[str] = []
     tries = 0
     while True:
@@ -305,7 +329,9 @@ def _task(ctx: Context, sandbox: Sandbox, found: Located, what: str, action: str
                 found = just_judged(ctx, sandbox, found, waited)
                 upid = ctx.client.post(f"{found.path}/{action}", **params)
             if not isinstance(upid, str):
-                raise OutcomeUnknown(f"{what}: Proxmox answered without a task id; whether it was done is not known, run again")
+                raise OutcomeUnknown(
+                    f"{what}: Proxmox answered without a task id; whether it was done is not known, run again"
+                )
             upids.append(upid)
             return upids, ctx.tasks.wait(upid, what, ctx.wait_timeout)
         except (ApiError, TaskFailed) as error:
@@ -337,16 +363,30 @@ def _await_status(ctx: Context, found: Located, wanted: str, what: str) -> None:
     pause = 0.2
     while status(ctx, found).get("status") != wanted:
         if ctx.clock.monotonic() > deadline:
-            raise TaskTimeout(f"{what}: the HA manager did not bring it to {wanted} within {ctx.wait_timeout} s (wait_timeout); run again")
+            raise TaskTimeout(
+                f"{what}: the HA manager did not bring it to {wanted} within {ctx.wait_timeout} s (wait_timeout); run again"
+            )
         ctx.clock.sleep(pause)
         pause = min(pause * 1.5, 2.0)
 
 
 def _past(operation: str) -> str:
-    return {"start": "started", "stop": "stopped", "suspend": "suspended", "complete": "completed", "fail": "failed_reported"}[operation]
+    return {
+        "start": "started",
+        "stop": "stopped",
+        "suspend": "suspended",
+        "complete": "completed",
+        "fail": "failed_reported",
+    }[operation]
 
 
-OPERATION_OF_STATE = {"started": "start", "stopped": "stop", "suspended": "suspend", "completed": "complete", "failed": "fail"}
+OPERATION_OF_STATE = {
+    "started": "start",
+    "stopped": "stop",
+    "suspended": "suspend",
+    "completed": "complete",
+    "failed": "fail",
+}
 
 
 def operation_for(state: str) -> str:
@@ -354,4 +394,6 @@ def operation_for(state: str) -> str:
     try:
         return OPERATION_OF_STATE[state]
     except KeyError:
-        raise InvalidInput(f"state: {state!r} is not valid. Valid: {', '.join(OPERATION_OF_STATE)}", option="state") from None
+        raise InvalidInput(
+            f"state: {state!r} is not valid. Valid: {', '.join(OPERATION_OF_STATE)}", option="state"
+        ) from None

@@ -41,9 +41,15 @@ class Wanted:
     def check(self) -> None:
         for state in self.states:
             if state not in states.PRUNABLE:
-                raise InvalidInput(f"states: {state!r} cannot be pruned. Valid: {', '.join(states.PRUNABLE)}", option="states", value=state)
+                raise InvalidInput(
+                    f"states: {state!r} cannot be pruned. Valid: {', '.join(states.PRUNABLE)}",
+                    option="states",
+                    value=state,
+                )
         if self.max_count is not None and self.max_count < 0:
-            raise InvalidInput(f"max_count: {self.max_count} is negative. Valid: 0 or more", option="max_count", value=self.max_count)
+            raise InvalidInput(
+                f"max_count: {self.max_count} is negative. Valid: 0 or more", option="max_count", value=self.max_count
+            )
 
 
 def select(ctx: Context, wanted: Wanted) -> tuple[list[Sandbox], list[Outcome]]:
@@ -78,7 +84,11 @@ def too_soon(sandbox: Sandbox, older_than: int, now: int) -> tuple[str, str] | N
     if sandbox.state_changed_at is None:
         return "too_young", f"sandbox {sandbox.vmid} has no time at which it entered {sandbox.state}"
     age = now - sandbox.state_changed_at
-    return None if age > older_than else ("too_young", f"in {sandbox.state} for {show(age)}, not longer than {show(older_than)}")
+    return (
+        None
+        if age > older_than
+        else ("too_young", f"in {sandbox.state} for {show(age)}, not longer than {show(older_than)}")
+    )
 
 
 def run(ctx: Context, wanted: Wanted) -> Report:
@@ -91,9 +101,13 @@ def run(ctx: Context, wanted: Wanted) -> Report:
         plan(ctx, candidates, report)
         if wanted.max_count is not None and report.count > wanted.max_count:
             count = report.count
-            raise GuardTripped(f"max_count: {count} sandbox(es) would be pruned, more than max_count={wanted.max_count}; nothing was pruned. "
-                               "Look at them (a dry run, check mode), then raise max_count", would_prune=[one.public() for one in report.pruned],
-                               count=count, max_count=wanted.max_count)
+            raise GuardTripped(
+                f"max_count: {count} sandbox(es) would be pruned, more than max_count={wanted.max_count}; nothing was pruned. "
+                "Look at them (a dry run, check mode), then raise max_count",
+                would_prune=[one.public() for one in report.pruned],
+                count=count,
+                max_count=wanted.max_count,
+            )
         if ctx.dry_run:
             return report
         chosen = {one.uuid for one in report.pruned}
@@ -104,7 +118,13 @@ def run(ctx: Context, wanted: Wanted) -> Report:
     return report
 
 
-def execute(ctx: Context, candidates: list[Sandbox], report: Report, operation: str = "prune", allowed: Callable[[Sandbox], None] | None = None) -> None:
+def execute(
+    ctx: Context,
+    candidates: list[Sandbox],
+    report: Report,
+    operation: str = "prune",
+    allowed: Callable[[Sandbox], None] | None = None,
+) -> None:
     """Destroy these, each only if it is still what it was when it was chosen. ``allowed`` raises Kept where nothing may be begun any more."""
 
     def still(planned: Sandbox) -> destroy.Request:
@@ -112,7 +132,10 @@ def execute(ctx: Context, candidates: list[Sandbox], report: Report, operation: 
             if allowed:
                 allowed(current)
             if current.state != planned.state or current.state_changed_at != planned.state_changed_at:
-                raise Kept("changed", f"sandbox {current.vmid} was {planned.state} when the {operation} was planned and is {current.state} now")
+                raise Kept(
+                    "changed",
+                    f"sandbox {current.vmid} was {planned.state} when the {operation} was planned and is {current.state} now",
+                )
 
         return destroy.Request(operation=operation, force=True, claim_wait=0, recheck=recheck)
 
@@ -145,7 +168,9 @@ def plan(ctx: Context, candidates: list[Sandbox], report: Report) -> None:
             return None
         try:
             _action, reason, message = destroy.plan(ctx, sandbox)
-            return Outcome.of("would_prune", sandbox, state=states.DESTROYED, reason=reason, message=message, changed=True)
+            return Outcome.of(
+                "would_prune", sandbox, state=states.DESTROYED, reason=reason, message=message, changed=True
+            )
         except Kept as error:
             return Outcome.of("kept", sandbox, reason=error.reason, message=error.message, failed=True)
         except Busy as error:
@@ -158,8 +183,15 @@ def plan(ctx: Context, candidates: list[Sandbox], report: Report) -> None:
     for sandbox, outcome in zip(candidates, planned, strict=True):
         if outcome is None:
             proof = proofs[sandbox.vmid]
-            outcome = (Outcome.of("would_prune", sandbox, state=states.DESTROYED, reason="vm_absent", message=proof.why, changed=True) if proof.absent
-                       else Outcome.of("kept", sandbox, reason="unknown", message=f"sandbox {sandbox.vmid}: {proof.why}", failed=True))
+            outcome = (
+                Outcome.of(
+                    "would_prune", sandbox, state=states.DESTROYED, reason="vm_absent", message=proof.why, changed=True
+                )
+                if proof.absent
+                else Outcome.of(
+                    "kept", sandbox, reason="unknown", message=f"sandbox {sandbox.vmid}: {proof.why}", failed=True
+                )
+            )
         if outcome.outcome == "would_prune":
             report.pruned.append(outcome)
         else:

@@ -48,8 +48,16 @@ class Drift:
 
     def public(self) -> dict[str, Any]:
         one = self.sandbox
-        return {"kind": self.kind, "action": self.action, "vmid": one.vmid if one else self.vmid, "uuid": one.uuid if one else None,
-                "state": one.state if one else None, "evidence": self.evidence, "applied": self.applied, "error": self.error}
+        return {
+            "kind": self.kind,
+            "action": self.action,
+            "vmid": one.vmid if one else self.vmid,
+            "uuid": one.uuid if one else None,
+            "state": one.state if one else None,
+            "evidence": self.evidence,
+            "applied": self.applied,
+            "error": self.error,
+        }
 
 
 def run(ctx: Context, *, apply: bool, adopt_cluster: bool = False) -> list[Drift]:
@@ -65,9 +73,12 @@ def run(ctx: Context, *, apply: bool, adopt_cluster: bool = False) -> list[Drift
     absent = [drift for drift in drifts.values() if drift.kind in ("absent", "vmid_reused")]
     if apply and len(absent) >= _GUARD_FROM and len(absent) * 100 > ctx.config.absent_guard * count:
         # Judged before anything is written: a pass that is not to be trusted finishes and expires nothing either.
-        raise GuardTripped(f"{len(absent)} of {count} sandboxes are absent at once (absent_guard is {ctx.config.absent_guard} %); nothing was written. "
-                           "Check that api_host leads to the right cluster, then prune or destroy what is really gone",
-                           drift=[drift.public() for drift in [*drifts.values(), *unrecorded]], count=len(drifts) + len(unrecorded))
+        raise GuardTripped(
+            f"{len(absent)} of {count} sandboxes are absent at once (absent_guard is {ctx.config.absent_guard} %); nothing was written. "
+            "Check that api_host leads to the right cluster, then prune or destroy what is really gone",
+            drift=[drift.public() for drift in [*drifts.values(), *unrecorded]],
+            count=len(drifts) + len(unrecorded),
+        )
     found: list[Drift] = []
     if writing:
         found += _finish_interrupted(ctx)
@@ -145,22 +156,45 @@ def _leases(ctx: Context, apply: bool) -> list[Drift]:
             return []
         now = ctx.clock.now()
         over = upkeep.over(ctx.records, now)
-        found = [Drift("lease_expired", "renew (keepalive)" if lease.is_kept_alive(ctx, one, now) else "expire",
-                       {"lease_expires_at": one.public()["lease_expires_at"]}, one) for one in over]
+        found = [
+            Drift(
+                "lease_expired",
+                "renew (keepalive)" if lease.is_kept_alive(ctx, one, now) else "expire",
+                {"lease_expires_at": one.public()["lease_expires_at"]},
+                one,
+            )
+            for one in over
+        ]
         return found + [Drift("still_running", "stop", {}, one) for one in lease.leftovers(ctx)]
     passed = lease.expire(ctx)
     found = [
-        Drift("lease_expired", "expired", _with_note({"previous_state": one.previous_state}, one.message), one.sandbox, applied=True,
-              error=_failure_of(one.message))
+        Drift(
+            "lease_expired",
+            "expired",
+            _with_note({"previous_state": one.previous_state}, one.message),
+            one.sandbox,
+            applied=True,
+            error=_failure_of(one.message),
+        )
         for one in passed.expired
     ]
-    found += [Drift("lease_expired", "renewed (keepalive)", {}, one.sandbox, applied=not one.failed, error=one.message) for one in passed.renewed]
+    found += [
+        Drift("lease_expired", "renewed (keepalive)", {}, one.sandbox, applied=not one.failed, error=one.message)
+        for one in passed.renewed
+    ]
     if timeguard.hold(ctx):
         # By the older copy they are over; their VMs may have been started and renewed since.
         return found
     known = {one.uuid for one in passed.expired if one.uuid}
     found += [
-        Drift("still_running", "stop", _with_note({}, problem), one, applied=_failure_of(problem) is None, error=_failure_of(problem))
+        Drift(
+            "still_running",
+            "stop",
+            _with_note({}, problem),
+            one,
+            applied=_failure_of(problem) is None,
+            error=_failure_of(problem),
+        )
         for one, problem in lease.stop_leftovers(ctx, known)
     ]
     return found
@@ -195,12 +229,21 @@ def _finish_interrupted(ctx: Context) -> list[Drift]:
                 except (Kept, StateConflict) as refused:
                     drift.action = f"destroy given up: {refused.message}"
                     with ctx.claimed(sandbox, "reconcile", wait=0) as (claim, current):
-                        ctx.records.change(claim, current, "destroy", outcome="interrupted", reason=left.phase, finish=current.smbios_uuid is not None)
+                        ctx.records.change(
+                            claim,
+                            current,
+                            "destroy",
+                            outcome="interrupted",
+                            reason=left.phase,
+                            finish=current.smbios_uuid is not None,
+                        )
                     drift.applied = True
                     todo = False
                 if todo:
                     operation = str(left.detail.get("operation") or "destroy")
-                    request = destroy.Request(operation=operation, force=force, claim_wait=0, clean_up=operation == "clean-up")
+                    request = destroy.Request(
+                        operation=operation, force=force, claim_wait=0, clean_up=operation == "clean-up"
+                    )
                     outcome = destroy.run(ctx, [(sandbox, request)])[0]
                     drift.sandbox = outcome.sandbox or sandbox
                     drift.applied, drift.error = not outcome.failed, outcome.message if outcome.failed else None
@@ -217,13 +260,19 @@ def _finish_interrupted(ctx: Context) -> list[Drift]:
                         # Started; only the last step of the creation was missing.
                         drift.action = "creation finished"
                         current = ctx.records.change(claim, current, "create", to=states.RUNNING, reason="ready")
-                    if left.kind == "start" and current.state in (states.STOPPED, states.SUSPENDED) and current.smbios_uuid is not None:
+                    if (
+                        left.kind == "start"
+                        and current.state in (states.STOPPED, states.SUSPENDED)
+                        and current.smbios_uuid is not None
+                    ):
                         # Its answer was lost. A VM that runs is not left under a record that no lease ends.
                         found_there = locate(ctx, current)
                         # What was said of its power counts if that was our VM, before and after.
                         if found_there.match and power.runs(ctx, found_there) and locate(ctx, current).match:
                             drift.action = "start finished"
-                            current = ctx.records.change(claim, current, "start", to=states.RUNNING, reason="started", ip_seen_at=None)
+                            current = ctx.records.change(
+                                claim, current, "start", to=states.RUNNING, reason="started", ip_seen_at=None
+                            )
                     ctx.records.change(claim, current, left.kind, outcome="interrupted", reason=left.phase, finish=True)
                 drift.applied = True
         except AgentlabError as error:
@@ -260,7 +309,9 @@ def _nothing_was_left(ctx: Context, sandbox: Sandbox, left: Operation) -> bool:
     So it is after an administrator removed what a killed clone had left.
     """
     try:
-        located = create_recovery.locate_unbound(ctx, sandbox, None, {**left.detail, "phase": left.phase, "at": left.updated_at})
+        located = create_recovery.locate_unbound(
+            ctx, sandbox, None, {**left.detail, "phase": left.phase, "at": left.updated_at}
+        )
     except (Kept, ProxmoxError):
         return False
     return located.node is None and ctx.cluster.prove_absent([sandbox.vmid])[sandbox.vmid].absent is True
@@ -280,8 +331,16 @@ def give_up_creation(ctx: Context, sandbox: Sandbox, evidence: dict[str, Any] | 
             bound = bound or (left is not None and _nothing_was_left(ctx, current, left))
         cloud_init.remove(ctx, current)
         # Unbound: the journal entry stays, a later destroy needs it to tell whether a VM is its own.
-        return ctx.records.change(claim, current, "create", to=states.FAILED, outcome="failed", reason="creation_interrupted", evidence=evidence,
-                                  finish=bound)
+        return ctx.records.change(
+            claim,
+            current,
+            "create",
+            to=states.FAILED,
+            outcome="failed",
+            reason="creation_interrupted",
+            evidence=evidence,
+            finish=bound,
+        )
 
 
 def _compare(
@@ -333,7 +392,10 @@ def _address_drift(ctx: Context, sandbox: Sandbox, ip: str | None) -> Drift | No
         # A first address completes the record (see Looks.remember); a difference is only another one.
         return None
     return Drift(
-        "address", f"address updated to {ip}", {"ip": ip, "was": sandbox.ip}, sandbox,
+        "address",
+        f"address updated to {ip}",
+        {"ip": ip, "was": sandbox.ip},
+        sandbox,
         repair=_amending(ctx, sandbox, ip=ip, ip_seen_at=ctx.clock.now()),
     )
 
@@ -341,8 +403,13 @@ def _address_drift(ctx: Context, sandbox: Sandbox, ip: str | None) -> Drift | No
 def _absent(ctx: Context, sandbox: Sandbox, kind: str, evidence: dict[str, Any]) -> Drift:
     """A first absence is noted; the second pass in a row believes it."""
     if kind == "absent" and sandbox.absent_seen_at is None:
-        return Drift(kind, "noted; DESTROYED if it is absent in the next pass too", evidence, sandbox,
-                     repair=_amending(ctx, sandbox, absent_seen_at=ctx.clock.now()))
+        return Drift(
+            kind,
+            "noted; DESTROYED if it is absent in the next pass too",
+            evidence,
+            sandbox,
+            repair=_amending(ctx, sandbox, absent_seen_at=ctx.clock.now()),
+        )
 
     def mark() -> None:
         ctx.cluster.require_quorum()
@@ -353,7 +420,9 @@ def _absent(ctx: Context, sandbox: Sandbox, kind: str, evidence: dict[str, Any])
             remains.clear(ctx, claim, current)
             current = ctx.records.get(current.uuid)
             reason = "external" if kind == "absent" else "vmid_reused"
-            ctx.records.change(claim, current, "reconcile", to=states.DESTROYED, reason=reason, evidence=evidence, finish=True)
+            ctx.records.change(
+                claim, current, "reconcile", to=states.DESTROYED, reason=reason, evidence=evidence, finish=True
+            )
 
     return Drift(kind, "DESTROYED", evidence, sandbox, repair=mark)
 
@@ -373,7 +442,9 @@ def _power_drift(ctx: Context, sandbox: Sandbox, found: Located) -> Drift | None
             target = states.STOPPED if hidden else states.FAILED
             if hidden:
                 evidence["why"] = hidden
-        return Drift("stopped", target, evidence, sandbox, repair=_moving(ctx, sandbox, target, evidence, node=found.node))
+        return Drift(
+            "stopped", target, evidence, sandbox, repair=_moving(ctx, sandbox, target, evidence, node=found.node)
+        )
     if seen == states.STOPPED and sandbox.state == states.SUSPENDED:
         return Drift("stopped", seen, evidence, sandbox, repair=_following(ctx, sandbox, seen, found))
     if seen == states.SUSPENDED and sandbox.state in (*states.POWERED, states.STOPPED):
@@ -382,11 +453,20 @@ def _power_drift(ctx: Context, sandbox: Sandbox, found: Located) -> Drift | None
         return Drift("running", seen, evidence, sandbox, repair=_following(ctx, sandbox, seen, found))
     if found.node != sandbox.node:
         evidence["was"] = sandbox.node
-        return Drift("moved", f"node updated to {found.node}", evidence, sandbox, repair=_amending(ctx, sandbox, node=found.node))
+        return Drift(
+            "moved", f"node updated to {found.node}", evidence, sandbox, repair=_amending(ctx, sandbox, node=found.node)
+        )
     if sandbox.absent_seen_at is not None:
-        return Drift("back", "absence note removed", evidence, sandbox, repair=_amending(ctx, sandbox, absent_seen_at=None))
+        return Drift(
+            "back", "absence note removed", evidence, sandbox, repair=_amending(ctx, sandbox, absent_seen_at=None)
+        )
     if sandbox.state == states.STOPPED and seen == states.RUNNING:
-        return Drift("running", "none: somebody started it, and no lease ends it; start the sandbox, then stop it or renew its lease", evidence, sandbox)
+        return Drift(
+            "running",
+            "none: somebody started it, and no lease ends it; start the sandbox, then stop it or renew its lease",
+            evidence,
+            sandbox,
+        )
     return None
 
 
@@ -431,14 +511,22 @@ def _moving(ctx: Context, sandbox: Sandbox, target: str, evidence: dict[str, Any
         with ctx.claimed(sandbox, "reconcile", wait=0) as (claim, current):
             if (current.state, current.generation) != (sandbox.state, sandbox.generation):
                 raise RecordChanged(f"sandbox {sandbox.vmid} was changed by another run meanwhile; run again")
-            ctx.records.change(claim, current, "reconcile", to=target, reason="external", evidence=evidence, finish=True, **values)
+            ctx.records.change(
+                claim, current, "reconcile", to=target, reason="external", evidence=evidence, finish=True, **values
+            )
 
     return work
 
 
 def _stop_task(ctx: Context, sandbox: Sandbox, node: str) -> str | None:
     """The task that explains why the VM is stopped: the newest of those that start or stop it, if that stopped it since the state was entered."""
-    for row in ctx.client.get_list(f"nodes/{node}/tasks", vmid=sandbox.vmid, source="all", limit=50, since=max(0, (sandbox.state_changed_at or 0) - 60)):
+    for row in ctx.client.get_list(
+        f"nodes/{node}/tasks",
+        vmid=sandbox.vmid,
+        source="all",
+        limit=50,
+        since=max(0, (sandbox.state_changed_at or 0) - 60),
+    ):
         if row.get("type") in (*_STOPS, *_STARTS) and str(row.get("status") or "").startswith(("OK", "WARNINGS")):
             # A stop from before the last start (perhaps of another sandbox with this VMID) explains nothing.
             return str(row.get("upid")) if row.get("type") in _STOPS else None
@@ -460,7 +548,11 @@ def _stale_creation(ctx: Context, sandbox: Sandbox) -> Drift | None:
     """A REQUESTED or PROVISIONING record that nobody works on (no journal, no claim) becomes FAILED."""
     if sandbox.state not in states.CREATING:
         return None
-    if ctx.database.read("SELECT 1 FROM operations WHERE sandbox_uuid = ? UNION SELECT 1 FROM claims WHERE sandbox_uuid = ?", sandbox.uuid, sandbox.uuid):
+    if ctx.database.read(
+        "SELECT 1 FROM operations WHERE sandbox_uuid = ? UNION SELECT 1 FROM claims WHERE sandbox_uuid = ?",
+        sandbox.uuid,
+        sandbox.uuid,
+    ):
         return None
     evidence = {"why": "no creation is under way"}
     return Drift("stale", states.FAILED, evidence, sandbox, repair=_moving(ctx, sandbox, states.FAILED, evidence))
@@ -473,8 +565,13 @@ def _unrecorded(ctx: Context, rows: dict[int, dict[str, Any]], live: list[Sandbo
     """
     database = ctx.records.database_id()
     known = {one.vmid for one in live}
-    suspects = [(vmid, row) for vmid, row in sorted(rows.items()) if vmid not in known and row.get("type") == "qemu"
-                and ("agentlab" in str(row.get("tags") or "").replace(",", ";").split(";") or _in_range(ctx, vmid))]
+    suspects = [
+        (vmid, row)
+        for vmid, row in sorted(rows.items())
+        if vmid not in known
+        and row.get("type") == "qemu"
+        and ("agentlab" in str(row.get("tags") or "").replace(",", ";").split(";") or _in_range(ctx, vmid))
+    ]
 
     def look(suspect: tuple[int, dict[str, Any]]) -> Drift | None:
         vmid, row = suspect
@@ -495,9 +592,12 @@ def _unrecorded(ctx: Context, rows: dict[int, dict[str, Any]], live: list[Sandbo
         if not marks or (now is not None and now.uuid in marks):
             # Created since the records were read.
             return None
-        return Drift("unrecorded", "none: look at it, and remove it by hand if nobody needs it",
-                     {"node": row.get("node"), "name": row.get("name"), "markers": sorted(marks), "databases": sorted(others)},
-                     vmid=vmid)
+        return Drift(
+            "unrecorded",
+            "none: look at it, and remove it by hand if nobody needs it",
+            {"node": row.get("node"), "name": row.get("name"), "markers": sorted(marks), "databases": sorted(others)},
+            vmid=vmid,
+        )
 
     return [drift for drift in ctx.each(look, suspects) if drift is not None]
 

@@ -79,7 +79,9 @@ def check(ctx: Context, sandbox: Sandbox, force: bool, clean_up: bool = False) -
     """State rule and protection, from the record alone: whether there is something to do."""
     todo = states.check("force_destroy" if force else "destroy", sandbox.state, ctx.force_hint)
     if todo and sandbox.protected and not clean_up:
-        raise Kept("protected", f"sandbox {sandbox.vmid} is protected; set protected=false first (force does not skip this)")
+        raise Kept(
+            "protected", f"sandbox {sandbox.vmid} is protected; set protected=false first (force does not skip this)"
+        )
     return todo
 
 
@@ -89,7 +91,9 @@ class Removal:
     def __init__(self, ctx: Context, planned: Sandbox, request: Request) -> None:
         self._ctx, self._planned, self._request = ctx, planned, request
         self._began = ctx.clock.monotonic()
-        self._claim = ctx.records.claim(planned.uuid, "destroy", wait=ctx.config.claim_timeout if request.claim_wait is None else request.claim_wait)
+        self._claim = ctx.records.claim(
+            planned.uuid, "destroy", wait=ctx.config.claim_timeout if request.claim_wait is None else request.claim_wait
+        )
         left = self._left = self._claim.interrupted
         # The journal entry of a killed run whose delete may have been sent, and may still be carried out; None for a new try.
         self._cut_off = left if left and left.kind == "destroy" and left.phase in POINT_OF_NO_RETURN else None
@@ -114,7 +118,9 @@ class Removal:
                 except _Again:
                     self._round += 1
             if found is None:
-                raise Kept("changed", f"sandbox {self._sandbox.vmid}: its VM keeps changing; it was left alone, run again")
+                raise Kept(
+                    "changed", f"sandbox {self._sandbox.vmid}: its VM keeps changing; it was left alone, run again"
+                )
             return found
         except AgentlabError as error:
             abandon(self._ctx, self._claim, self._sandbox, self._request, error, sent=self._sent, stopped=self._stopped)
@@ -173,7 +179,9 @@ class Removal:
         self._detach(found)
         upid = self._mark_and_delete(found)
         if not isinstance(upid, str):
-            raise OutcomeUnknown(f"delete VM {self._sandbox.vmid}: Proxmox answered without a task id; whether it was done is not known, run again")
+            raise OutcomeUnknown(
+                f"delete VM {self._sandbox.vmid}: Proxmox answered without a task id; whether it was done is not known, run again"
+            )
         self._await(upid)
         return self._gone("destroyed", found.verdict.evidence if found.verdict else {})
 
@@ -190,8 +198,15 @@ class Removal:
         if self._sandbox.smbios_uuid is None:
             self._sandbox = ctx.records.get(self._sandbox.uuid)
         if found.node is None:
-            return self._gone("vm_absent", {}, quiet=not self._upids and self._left is None and not self._round
-                              and self._sandbox.generation == self._planned.generation, doubtful=self._cut_off is not None and not self._doubt_is_over())
+            return self._gone(
+                "vm_absent",
+                {},
+                quiet=not self._upids
+                and self._left is None
+                and not self._round
+                and self._sandbox.generation == self._planned.generation,
+                doubtful=self._cut_off is not None and not self._doubt_is_over(),
+            )
         if found.verdict and found.verdict.identity == identity.FOREIGN:
             if no_quorum is not None:
                 raise no_quorum
@@ -235,12 +250,19 @@ class Removal:
                 return power.discard_saved_memory(self._ctx, self._sandbox, found)
         if self._stopped:
             return found
-        if str(found.row.get("status")) == "stopped" and workspace_disk.records(self._ctx).of_sandbox(self._sandbox.uuid) is None:
+        if (
+            str(found.row.get("status")) == "stopped"
+            and workspace_disk.records(self._ctx).of_sandbox(self._sandbox.uuid) is None
+        ):
             return found
         self._journal("stopping")
         with self._again_if_vanished():
-            upids, warnings = power.stop(self._ctx, self._sandbox, found,
-                                         hard=self._request.force or self._sandbox.state in (states.TIMEOUT, states.SUSPENDED))
+            upids, warnings = power.stop(
+                self._ctx,
+                self._sandbox,
+                found,
+                hard=self._request.force or self._sandbox.state in (states.TIMEOUT, states.SUSPENDED),
+            )
         self._upids += upids
         self._warnings += warnings
         self._stopped = True
@@ -303,9 +325,13 @@ class Removal:
         if self._vanished(error):
             raise _Again from None
         if changed(error.text):
-            raise Kept("changed", f"sandbox {vmid}: its VM's configuration keeps changing; it was left alone, run again") from None
-        raise Kept("locked" if "is locked" in error.text else "unknown" if error.status == 500 else "denied",
-                   f"sandbox {vmid}: the VM was not deleted, because it cannot be marked: {error.message}") from None
+            raise Kept(
+                "changed", f"sandbox {vmid}: its VM's configuration keeps changing; it was left alone, run again"
+            ) from None
+        raise Kept(
+            "locked" if "is locked" in error.text else "unknown" if error.status == 500 else "denied",
+            f"sandbox {vmid}: the VM was not deleted, because it cannot be marked: {error.message}",
+        ) from None
 
     def _refused(self, error: ApiError) -> NoReturn:
         ctx = self._ctx
@@ -356,11 +382,27 @@ class Removal:
 
     def _journal(self, phase: str, *, unprotected: bool = False) -> None:
         """The delete of a killed run that may still be carried out stays in the journal, whatever is done meanwhile."""
-        self._ctx.records.journal(self._claim, "destroy", self._cut_off.phase if self._cut_off else phase, self._detail,
-                                  unprotected=unprotected and not self._request.clean_up)
+        self._ctx.records.journal(
+            self._claim,
+            "destroy",
+            self._cut_off.phase if self._cut_off else phase,
+            self._detail,
+            unprotected=unprotected and not self._request.clean_up,
+        )
 
     def _gone(self, reason: str, evidence: dict[str, Any], *, quiet: bool = False, doubtful: bool = False) -> Gone:
-        return Gone(self._claim, self._sandbox, self._before, reason, evidence, self._began, self._upids, self._warnings, quiet, doubtful)
+        return Gone(
+            self._claim,
+            self._sandbox,
+            self._before,
+            reason,
+            evidence,
+            self._began,
+            self._upids,
+            self._warnings,
+            quiet,
+            doubtful,
+        )
 
 
 def refuse_running(ctx: Context, sandbox: Sandbox, located: Located) -> None:
@@ -368,7 +410,10 @@ def refuse_running(ctx: Context, sandbox: Sandbox, located: Located) -> None:
     seen = power_state(sandbox, power.status(ctx, located), located.config)
     if seen != states.STOPPED:
         raise StateConflict(
-            states.refusal("destroy", seen, ctx.force_hint), operation="destroy", state=seen, valid=(states.STOPPED, states.DESTROYED)
+            states.refusal("destroy", seen, ctx.force_hint),
+            operation="destroy",
+            state=seen,
+            valid=(states.STOPPED, states.DESTROYED),
         )
 
 
@@ -392,8 +437,12 @@ def _look_before_closing(ctx: Context, sandbox: Sandbox) -> None:
     except (Kept, ProxmoxError):
         return
     if found.verdict and found.verdict.identity != identity.FOREIGN:
-        raise Kept("ambiguous", f"sandbox {sandbox.vmid}: Proxmox refused its clone, but a VM that may be that clone is there now; it was left alone. "
-                   "Look at it, and remove it by hand if it is to go", evidence=found.verdict.evidence)
+        raise Kept(
+            "ambiguous",
+            f"sandbox {sandbox.vmid}: Proxmox refused its clone, but a VM that may be that clone is there now; it was left alone. "
+            "Look at it, and remove it by hand if it is to go",
+            evidence=found.verdict.evidence,
+        )
 
 
 def _await_cut_off(ctx: Context, sandbox: Sandbox, left: Operation) -> list[str]:
@@ -407,7 +456,9 @@ def _await_cut_off(ctx: Context, sandbox: Sandbox, left: Operation) -> list[str]
         return []
 
 
-def locate_own(ctx: Context, sandbox: Sandbox, claim: Claim | None = None, detail: dict[str, Any] | None = None) -> Located:
+def locate_own(
+    ctx: Context, sandbox: Sandbox, claim: Claim | None = None, detail: dict[str, Any] | None = None
+) -> Located:
     """As verify.locate, and for a VM whose SMBIOS UUID was never stored: find out whether our own clone made it."""
     if sandbox.smbios_uuid is not None:
         return locate(ctx, sandbox)
@@ -423,7 +474,9 @@ def _mark(ctx: Context, request: Request, found: Located) -> None:
     ctx.client.put(f"{found.path}/config", description=note, digest=verdict.digest)
 
 
-def abandon(ctx: Context, claim: Claim, sandbox: Sandbox, request: Request, error: AgentlabError, *, sent: bool, stopped: bool) -> None:
+def abandon(
+    ctx: Context, claim: Claim, sandbox: Sandbox, request: Request, error: AgentlabError, *, sent: bool, stopped: bool
+) -> None:
     """Leave a truthful record behind: why nothing more was done; the journal stays only when the delete may have been carried out."""
     reason = error.reason if isinstance(error, Kept) else error.code
     evidence = {"message": error.message, **{k: v for k, v in error.detail.items() if isinstance(v, (str, int, dict))}}
@@ -438,8 +491,16 @@ def abandon(ctx: Context, claim: Claim, sandbox: Sandbox, request: Request, erro
             if not unbound and not uncertain:
                 _drop_journal(ctx, claim)
         else:
-            ctx.records.change(claim, now, request.operation, to=to, outcome="kept" if isinstance(error, Kept) else "failed", reason=reason,
-                               evidence=evidence, finish=not uncertain and not unbound and creation is None)
+            ctx.records.change(
+                claim,
+                now,
+                request.operation,
+                to=to,
+                outcome="kept" if isinstance(error, Kept) else "failed",
+                reason=reason,
+                evidence=evidence,
+                finish=not uncertain and not unbound and creation is None,
+            )
         if creation is not None:
             # It is as far as it was: what it has done already is not to be done twice.
             ctx.records.journal(claim, "create", str(creation.pop("phase")), creation)
@@ -464,4 +525,6 @@ def _drop_journal(ctx: Context, claim: Claim) -> None:
     # A destroy that was cut off, and that is refused now, is over: it must not bar everything else for good. Whether its delete may still be carried
     # out is certain by now (the callers ask for that first).
     if left is None or left.kind == "destroy":
-        ctx.records.fenced(claim, lambda conn: conn.execute("DELETE FROM operations WHERE sandbox_uuid = ?", (claim.uuid,)) and None)
+        ctx.records.fenced(
+            claim, lambda conn: conn.execute("DELETE FROM operations WHERE sandbox_uuid = ?", (claim.uuid,)) and None
+        )

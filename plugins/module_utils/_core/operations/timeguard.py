@@ -19,8 +19,10 @@ from .context import Context
 JUMP_SECONDS = 60
 # The note of a freeze, in the table meta.
 FROZEN = "cleanup_frozen"
-_HELD = ("the records are an older copy than those in use before, as after a restore (noticed {at}); no lease ends and nothing is pruned until somebody has "
-         "looked. Renew the leases of sandboxes that are still needed, then run agentlab cleanup release")
+_HELD = (
+    "the records are an older copy than those in use before, as after a restore (noticed {at}); no lease ends and nothing is pruned until somebody has "
+    "looked. Renew the leases of sandboxes that are still needed, then run agentlab cleanup release"
+)
 
 
 def suspended(ctx: Context) -> str | None:
@@ -74,7 +76,12 @@ def frozen(ctx: Context) -> dict[str, Any] | None:
         return {**{name: str(note[name]) for name in ("reason", "at", "actor")}, "leases": bool(note.get("leases"))}
     except (ValueError, TypeError, KeyError, AttributeError):
         # Somebody froze it: it stays so, whatever became of the reason.
-        return {"reason": f"its reason cannot be read (meta.value of key {FROZEN} is damaged)", "at": None, "actor": None, "leases": False}
+        return {
+            "reason": f"its reason cannot be read (meta.value of key {FROZEN} is damaged)",
+            "at": None,
+            "actor": None,
+            "leases": False,
+        }
 
 
 def _clock_jumped(ctx: Context) -> str | None:
@@ -85,8 +92,10 @@ def _clock_jumped(ctx: Context) -> str | None:
     if damaged:
         # Whether the clock jumped since is not known: as after a jump.
         _note(ctx, boot, now - since_boot, since_boot + ctx.config.clock_jump_pause, now)
-        return (f"the note of the clocks in the records is damaged (meta.value of key {_key()}); expiry and prune rest for "
-                f"{show(ctx.config.clock_jump_pause)} (clock_jump_pause), then they go on by a new one")
+        return (
+            f"the note of the clocks in the records is damaged (meta.value of key {_key()}); expiry and prune rest for "
+            f"{show(ctx.config.clock_jump_pause)} (clock_jump_pause), then they go on by a new one"
+        )
     if note and note["boot"] == boot:
         offset = now - since_boot
         until = float(note.get("until") or 0)
@@ -102,8 +111,10 @@ def _clock_jumped(ctx: Context) -> str | None:
         # After a reboot the clock reads earlier than the last run noted. Either it is not set yet, or it was wrong before; we cannot tell.
         # Pause: a slow clock expires nothing, and setting it is detected as a jump.
         _note(ctx, boot, now - since_boot, since_boot + ctx.config.clock_jump_pause, now)
-        return ("the wall clock is behind the time of the last run, before this host was started; expiry and prune rest for "
-                f"{show(ctx.config.clock_jump_pause)} (clock_jump_pause)")
+        return (
+            "the wall clock is behind the time of the last run, before this host was started; expiry and prune rest for "
+            f"{show(ctx.config.clock_jump_pause)} (clock_jump_pause)"
+        )
     _note(ctx, boot, now - since_boot, 0.0, now)
     return None
 
@@ -111,7 +122,11 @@ def _clock_jumped(ctx: Context) -> str | None:
 def rests_until(ctx: Context) -> int | None:
     """Return the wall time until which expiry and prune rest on this host, or None; looks only."""
     _damaged, note = _read(ctx)
-    left = float(note.get("until") or 0) - ctx.clock.since_boot() if note and note["boot"] == json.loads(process_identity())["boot"] else 0.0
+    left = (
+        float(note.get("until") or 0) - ctx.clock.since_boot()
+        if note and note["boot"] == json.loads(process_identity())["boot"]
+        else 0.0
+    )
     return ctx.clock.now() + int(left) + 1 if left > 0 else None
 
 
@@ -135,4 +150,7 @@ def _read(ctx: Context) -> tuple[bool, dict[str, Any] | None]:
 
 def _note(ctx: Context, boot: str, offset: float, until: float, now: int) -> None:
     if not ctx.dry_run:
-        ctx.records.set_meta(_key(), json.dumps({"boot": boot, "offset": offset, "until": until, "seen": ctx.clock.since_boot(), "wall": now}))
+        ctx.records.set_meta(
+            _key(),
+            json.dumps({"boot": boot, "offset": offset, "until": until, "seen": ctx.clock.since_boot(), "wall": now}),
+        )

@@ -66,7 +66,10 @@ def locate(ctx: Context, sandbox: Sandbox) -> Located:
         node = str(row.get("node"))
         kind = row.get("type")
         if kind not in ("qemu", "lxc"):
-            raise Kept("unknown", f"sandbox {sandbox.vmid}: the cluster's list calls it {kind!r}, which is neither VM nor container; nothing is concluded")
+            raise Kept(
+                "unknown",
+                f"sandbox {sandbox.vmid}: the cluster's list calls it {kind!r}, which is neither VM nor container; nothing is concluded",
+            )
         if kind == "lxc" and not fresh:
             # The list is only a hint where to look.
             continue
@@ -85,7 +88,11 @@ def locate(ctx: Context, sandbox: Sandbox) -> Located:
             raise _no_config(sandbox, node)
         if kind == "lxc":
             # A container has that VMID now: whatever it is, it is not the VM we made.
-            return Located(node, row, identity.Verdict(identity.FOREIGN, {"type": kind, "name": config.get("hostname") or row.get("name")}))
+            return Located(
+                node,
+                row,
+                identity.Verdict(identity.FOREIGN, {"type": kind, "name": config.get("hostname") or row.get("name")}),
+            )
         return _judged(ctx, sandbox, node, row, config)
     return Located(None, {}, None)
 
@@ -98,12 +105,17 @@ def _judged(ctx: Context, sandbox: Sandbox, node: str, row: dict[str, Any], conf
 
 
 def _node_silent(sandbox: Sandbox, node: str, error: Unreachable) -> Kept:
-    return Kept("node_offline", f"sandbox {sandbox.vmid}: node {node} does not answer; left as it is until the node is back ({error.message})")
+    return Kept(
+        "node_offline",
+        f"sandbox {sandbox.vmid}: node {node} does not answer; left as it is until the node is back ({error.message})",
+    )
 
 
 def _unreadable(ctx: Context, sandbox: Sandbox, node: str, error: ApiError) -> Kept:
     if not ctx.cluster.node_online(node):
-        return Kept("node_offline", f"sandbox {sandbox.vmid}: node {node} is offline; left as it is until the node is back")
+        return Kept(
+            "node_offline", f"sandbox {sandbox.vmid}: node {node} is offline; left as it is until the node is back"
+        )
     return Kept("unknown", f"sandbox {sandbox.vmid}: its VM cannot be read: {error.message}", status=error.status)
 
 
@@ -185,7 +197,10 @@ def require_match(ctx: Context, sandbox: Sandbox) -> Located:
     """The VM, proven to be ours; Kept with the reason otherwise. Nothing is ever done to a VM that is not."""
     found = locate(ctx, sandbox)
     if found.node is None:
-        raise Kept("unknown", f"sandbox {sandbox.vmid}: no VM with that VMID is to be seen; run agentlab_reconcile to find out what became of it")
+        raise Kept(
+            "unknown",
+            f"sandbox {sandbox.vmid}: no VM with that VMID is to be seen; run agentlab_reconcile to find out what became of it",
+        )
     refuse_not_ours(sandbox, found)
     return found
 
@@ -193,7 +208,12 @@ def require_match(ctx: Context, sandbox: Sandbox) -> Located:
 def just_judged(ctx: Context, sandbox: Sandbox, found: Located, waited: float) -> Located:
     """For what has no precondition (start, stop, suspend): the VM as it was judged, if nothing was asked and no time went by since; judged anew
     otherwise. ``waited``: seconds that this request has waited for its place."""
-    same = found.read is not None and found.read[0] == ctx.client.asked and waited < _SHORT_WAIT and ctx.clock.monotonic() - found.read[1] < _JUST_NOW
+    same = (
+        found.read is not None
+        and found.read[0] == ctx.client.asked
+        and waited < _SHORT_WAIT
+        and ctx.clock.monotonic() - found.read[1] < _JUST_NOW
+    )
     return found if same else require_match(ctx, sandbox)
 
 
@@ -222,7 +242,9 @@ def guarded(ctx: Context, sandbox: Sandbox, found: Located, write: Callable[[Loc
             elif not changed(text):
                 raise
         found = require_match(ctx, sandbox)
-    raise Kept("changed", f"sandbox {sandbox.vmid}: its VM's configuration keeps changing; it was left as it is, run again")
+    raise Kept(
+        "changed", f"sandbox {sandbox.vmid}: its VM's configuration keeps changing; it was left as it is, run again"
+    )
 
 
 def refuse_not_ours(sandbox: Sandbox, found: Located) -> None:
@@ -232,15 +254,26 @@ def refuse_not_ours(sandbox: Sandbox, found: Located) -> None:
         return
     name = verdict.evidence.get("name")
     if verdict.identity == identity.FOREIGN:
-        raise Kept("foreign", f"VMID {sandbox.vmid} now belongs to another VM ({name}); it was not touched. "
-                   "Destroy or prune the record, or run agentlab_reconcile", evidence=verdict.evidence)
+        raise Kept(
+            "foreign",
+            f"VMID {sandbox.vmid} now belongs to another VM ({name}); it was not touched. "
+            "Destroy or prune the record, or run agentlab_reconcile",
+            evidence=verdict.evidence,
+        )
     if verdict.identity == identity.UNKNOWN:
-        raise Kept("locked", f"sandbox {sandbox.vmid}: a VM is just being made at that VMID (cloned or restored); run again when that has ended. If its "
-                   f"task was killed, have an administrator run qm unlock {sandbox.vmid}, look at VM {sandbox.vmid}, and remove it by hand if it is to go",
-                   evidence=verdict.evidence)
-    raise Kept("ambiguous", f"sandbox {sandbox.vmid}: it is not certain that VM {sandbox.vmid} ({name}) is ours (marker: {verdict.evidence['marker']}, "
-               f"SMBIOS UUID {verdict.evidence['smbios_uuid']}, expected {verdict.evidence['expected_smbios_uuid']}); it was not touched. "
-               "Look at it, and remove it by hand if it is to go", evidence=verdict.evidence)
+        raise Kept(
+            "locked",
+            f"sandbox {sandbox.vmid}: a VM is just being made at that VMID (cloned or restored); run again when that has ended. If its "
+            f"task was killed, have an administrator run qm unlock {sandbox.vmid}, look at VM {sandbox.vmid}, and remove it by hand if it is to go",
+            evidence=verdict.evidence,
+        )
+    raise Kept(
+        "ambiguous",
+        f"sandbox {sandbox.vmid}: it is not certain that VM {sandbox.vmid} ({name}) is ours (marker: {verdict.evidence['marker']}, "
+        f"SMBIOS UUID {verdict.evidence['smbios_uuid']}, expected {verdict.evidence['expected_smbios_uuid']}); it was not touched. "
+        "Look at it, and remove it by hand if it is to go",
+        evidence=verdict.evidence,
+    )
 
 
 def refuse_guarded(sandbox: Sandbox, found: Located) -> None:
@@ -249,7 +282,10 @@ def refuse_guarded(sandbox: Sandbox, found: Located) -> None:
     if _is_on(config.get("template")) or _is_on(found.row.get("template")):
         raise Kept("protected", f"sandbox {sandbox.vmid}: its VM is a template now, and templates are never destroyed")
     if _is_on(config.get("protection")):
-        raise Kept("protected", f"sandbox {sandbox.vmid}: its VM has Proxmox's protection; switch that off first (qm set {sandbox.vmid} --protection 0)")
+        raise Kept(
+            "protected",
+            f"sandbox {sandbox.vmid}: its VM has Proxmox's protection; switch that off first (qm set {sandbox.vmid} --protection 0)",
+        )
     # A hibernated VM is deleted like one that is switched off.
     refuse_locked(sandbox, found, but=HIBERNATED)
 
@@ -269,7 +305,9 @@ def refuse_locked(sandbox: Sandbox, found: Located, *, but: str | None = None) -
         return
     vmid = sandbox.vmid
     if lock == HIBERNATED:
-        text = f"its VM is hibernated (lock: {lock}), and Proxmox VE changes nothing of it until it runs: start it first"
+        text = (
+            f"its VM is hibernated (lock: {lock}), and Proxmox VE changes nothing of it until it runs: start it first"
+        )
     elif lock == _HIBERNATING:
         text = (
             f"its VM is being hibernated (lock: {lock}); wait for that to end. If it stays so, saving has failed and the "

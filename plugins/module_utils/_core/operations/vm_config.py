@@ -278,8 +278,7 @@ def boot_disk(config: dict[str, Any]) -> str | None:
 def has_cloud_init_drive(config: dict[str, Any]) -> bool:
     """Whether the VM has the drive on which Proxmox VE hands cloud-init its data."""
     return any(
-        re.fullmatch(r"(ide|scsi|sata|virtio)\d+", key) and _is_cloud_init(value)
-        for key, value in config.items()
+        re.fullmatch(r"(ide|scsi|sata|virtio)\d+", key) and _is_cloud_init(value) for key, value in config.items()
     )
 
 

@@ -16,19 +16,73 @@ from .spec import Spec
 
 # The options of a creation, by the names that modules and the HTTP API give them. Besides them: vmid and name.
 # To add an option: CONTRIBUTING.md names every place that has to know it, and tests/repository/test_options.py compares them.
-OPTIONS = ("profile", "template", "node", "full_clone", "storage", "pool", "cores", "memory", "cpu_type", "disk_size", "bridge", "network_model",
-           "vlan_tag", "firewall", "firewall_group", "second_bridge", "second_vlan_tag", "second_ip_config", "cloud_init_user",
-           "cloud_init_password", "cloud_init_upgrade", "ip_config", "nameserver", "searchdomain", "ssh_public_keys", "cloud_init_user_data",
-           "cloud_init_vendor_data", "workspace", "tags", "description", "ttl", "keepalive", "protected", "wait_for_ip", "wait_for_cloud_init",
-           "update", "allow_restart")
+OPTIONS = (
+    "profile",
+    "template",
+    "node",
+    "full_clone",
+    "storage",
+    "pool",
+    "cores",
+    "memory",
+    "cpu_type",
+    "disk_size",
+    "bridge",
+    "network_model",
+    "vlan_tag",
+    "firewall",
+    "firewall_group",
+    "second_bridge",
+    "second_vlan_tag",
+    "second_ip_config",
+    "cloud_init_user",
+    "cloud_init_password",
+    "cloud_init_upgrade",
+    "ip_config",
+    "nameserver",
+    "searchdomain",
+    "ssh_public_keys",
+    "cloud_init_user_data",
+    "cloud_init_vendor_data",
+    "workspace",
+    "tags",
+    "description",
+    "ttl",
+    "keepalive",
+    "protected",
+    "wait_for_ip",
+    "wait_for_cloud_init",
+    "update",
+    "allow_restart",
+)
 # Whatever blanks are around them was pasted along. Not: the password and the user data, in which a blank may be meant.
-_TRIMMED = ("name", "profile", "template", "node", "storage", "pool", "cpu_type", "disk_size", "bridge", "network_model", "firewall_group",
-            "second_bridge", "second_ip_config", "cloud_init_user", "cloud_init_vendor_data", "ip_config", "workspace", "ttl")
+_TRIMMED = (
+    "name",
+    "profile",
+    "template",
+    "node",
+    "storage",
+    "pool",
+    "cpu_type",
+    "disk_size",
+    "bridge",
+    "network_model",
+    "firewall_group",
+    "second_bridge",
+    "second_ip_config",
+    "cloud_init_user",
+    "cloud_init_vendor_data",
+    "ip_config",
+    "workspace",
+    "ttl",
+)
 
 
 def normalise(given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options as the Spec takes them, from what surveys, files and people write: see words.split_lines."""
-    values = {name: value.strip() if name in _TRIMMED and isinstance(value, str) else value for name, value in given.items()}
+    values = {
+        name: value.strip() if name in _TRIMMED and isinstance(value, str) else value for name, value in given.items()
+    }
     for option in ("nameserver", "searchdomain"):
         if values.get(option):
             values[option] = words.join_words(values[option])
@@ -44,8 +98,11 @@ def normalise(given: Mapping[str, Any]) -> dict[str, Any]:
     password = values.get("cloud_init_password")
     if password is not None and not isinstance(password, str):
         # YAML reads 012345 as the number 5349.
-        raise InvalidInput("cloud_init_password: is not a text (YAML reads an unquoted number or a word such as yes as something else); put it in "
-                           "quotes", option="cloud_init_password")
+        raise InvalidInput(
+            "cloud_init_password: is not a text (YAML reads an unquoted number or a word such as yes as something else); put it in "
+            "quotes",
+            option="cloud_init_password",
+        )
     return values
 
 
@@ -92,11 +149,18 @@ def _ttl(ctx: Context, given: object, profile: profiles.Profile | None) -> tuple
     if given is not None:
         ttl = ctx.config.parse_ttl(given)
         if lifetime is not None and ttl > lifetime:
-            raise InvalidInput(f"ttl: {durations.show(ttl)} is longer than max_lifetime ({durations.show(lifetime)}), the longest life of a sandbox",
-                               option="ttl", value=str(given))
+            raise InvalidInput(
+                f"ttl: {durations.show(ttl)} is longer than max_lifetime ({durations.show(lifetime)}), the longest life of a sandbox",
+                option="ttl",
+                value=str(given),
+            )
         if maximum is not None and ttl > maximum:
-            raise InvalidInput(f"ttl: {durations.show(ttl)} is longer than the maximum of {durations.show(maximum)} that profile "
-                               f"{profile.name if profile else ''!r} grants", option="ttl", value=str(given))
+            raise InvalidInput(
+                f"ttl: {durations.show(ttl)} is longer than the maximum of {durations.show(maximum)} that profile "
+                f"{profile.name if profile else ''!r} grants",
+                option="ttl",
+                value=str(given),
+            )
         return ttl, maximum
     wanted = ctx.config.default_ttl
     if profile and profile.lease_default is not None:

@@ -66,19 +66,28 @@ def parse_size(value: object) -> int:
     """Bytes of ``20G``; refused by name."""
     found = _SIZE.fullmatch(str(value).strip())
     if not found or not int(found[1]):
-        raise InvalidInput(f"size: {str(value)[:40]!r} is not valid. Valid: a number with M, G or T, such as 20G", option="size", value=str(value)[:40])
+        raise InvalidInput(
+            f"size: {str(value)[:40]!r} is not valid. Valid: a number with M, G or T, such as 20G",
+            option="size",
+            value=str(value)[:40],
+        )
     return int(found[1]) * UNITS[found[2]]
 
 
 def check_name(name: str) -> None:
     if not _NAME.fullmatch(name):
-        raise InvalidInput(f"name: {name[:80]!r} is not valid. Valid: letters, digits, dot, hyphen and underscore, 63 characters at most", option="name")
+        raise InvalidInput(
+            f"name: {name[:80]!r} is not valid. Valid: letters, digits, dot, hyphen and underscore, 63 characters at most",
+            option="name",
+        )
 
 
 # ---- creating and growing ----
 
 
-def present(ctx: Context, name: str, *, size: object = None, storage: str | None = None, node: str | None = None) -> Done:
+def present(
+    ctx: Context, name: str, *, size: object = None, storage: str | None = None, node: str | None = None
+) -> Done:
     """Make sure that the workspace exists; one that is there may only grow."""
     check_name(name)
     wanted = None if size is None else parse_size(size)
@@ -86,15 +95,21 @@ def present(ctx: Context, name: str, *, size: object = None, storage: str | None
     if found is None:
         return _create(ctx, name, wanted, storage, node)
     if storage is not None and storage != found.storage:
-        raise InvalidInput(f"storage: {found.title} is on {found.storage!r} and is never moved", option="storage", value=storage)
+        raise InvalidInput(
+            f"storage: {found.title} is on {found.storage!r} and is never moved", option="storage", value=storage
+        )
     if node is not None and found.node is not None and node != found.node:
-        raise InvalidInput(f"node: {found.title} is on {found.node!r} (local storage) and is never moved", option="node", value=node)
+        raise InvalidInput(
+            f"node: {found.title} is on {found.node!r} (local storage) and is never moved", option="node", value=node
+        )
     if found.state == store.CREATING:
         return Done("would_create", found, True) if ctx.dry_run else Done("created", _allocate(ctx, found), True)
     if wanted is None or wanted == found.size:
         return Done("unchanged", found)
     if wanted < found.size:
-        raise InvalidInput(f"size: {found.title} has {show_size(found.size)}, and workspaces only grow", option="size", value=str(size))
+        raise InvalidInput(
+            f"size: {found.title} has {show_size(found.size)}, and workspaces only grow", option="size", value=str(size)
+        )
     return _grow(ctx, found, wanted)
 
 
@@ -103,14 +118,24 @@ def _create(ctx: Context, name: str, size: int | None, storage: str | None, node
         raise InvalidInput(f"size: missing; a new workspace ({name!r}) needs one, such as 20G", option="size")
     storage = storage or ctx.config.storage
     if storage is None:
-        raise InvalidInput("storage: missing; give the storage for the workspace (or set it in the configuration)", option="storage")
+        raise InvalidInput(
+            "storage: missing; give the storage for the workspace (or set it in the configuration)", option="storage"
+        )
     nodes = ctx.cluster.nodes()
     node = node or ctx.config.node or next(iter(sorted(name for name, up in nodes.items() if up)), None)
     if node not in nodes or not nodes[node]:
-        raise InvalidInput(f"node: {node!r} is not a node of this cluster that is online. Nodes: {', '.join(sorted(nodes))}", option="node", value=node)
+        raise InvalidInput(
+            f"node: {node!r} is not a node of this cluster that is online. Nodes: {', '.join(sorted(nodes))}",
+            option="node",
+            value=node,
+        )
     row = next((row for row in ctx.client.get_list(f"nodes/{node}/storage") if row.get("storage") == storage), None)
     if row is None:
-        raise InvalidInput(f"storage: {storage!r} is not a storage of node {node} that these credentials may see", option="storage", value=storage)
+        raise InvalidInput(
+            f"storage: {storage!r} is not a storage of node {node} that these credentials may see",
+            option="storage",
+            value=storage,
+        )
     if "images" not in str(row.get("content") or "").split(","):
         raise InvalidInput(f"storage: {storage!r} holds no disk images", option="storage", value=storage)
     if str(row.get("active", 1)) != "1":
@@ -118,8 +143,16 @@ def _create(ctx: Context, name: str, size: int | None, storage: str | None, node
     shared = str(row.get("shared", 0)) == "1"
     suffix = _FILES.get(str(row.get("type")), "")
     ctx.cluster.confirm(creating=True)
-    found = records(ctx).reserve(name, size=size, storage=storage, node=None if shared else node, owners=ctx.config.workspace_owner_range,
-                                 occupied=set(ctx.cluster.vms()), suffix=suffix, folder=bool(suffix))
+    found = records(ctx).reserve(
+        name,
+        size=size,
+        storage=storage,
+        node=None if shared else node,
+        owners=ctx.config.workspace_owner_range,
+        occupied=set(ctx.cluster.vms()),
+        suffix=suffix,
+        folder=bool(suffix),
+    )
     if ctx.dry_run:
         return Done("would_create", found, True)
     return Done("created", _allocate(ctx, found, node, first=True), True)
@@ -139,8 +172,12 @@ def _allocate(ctx: Context, found: Workspace, node: str | None = None, *, first:
                 # From now on this request is the one in doubt: doubt_window counts from here, and nobody gives the record up beside it.
                 found = records(ctx).change(found, "create", outcome="decided", reason="allocating")
             # This request knows no T.
-            answer = ctx.client.post(f"nodes/{node}/storage/{found.storage}/content", vmid=found.owner_vmid, size=f"{found.size // UNITS['M']}M",
-                                     filename=found.volume.rpartition("/")[2].rpartition(":")[2])
+            answer = ctx.client.post(
+                f"nodes/{node}/storage/{found.storage}/content",
+                vmid=found.owner_vmid,
+                size=f"{found.size // UNITS['M']}M",
+                filename=found.volume.rpartition("/")[2].rpartition(":")[2],
+            )
         except ApiError as error:
             if "already exists" not in error.text:
                 if first:
@@ -150,50 +187,91 @@ def _allocate(ctx: Context, found: Workspace, node: str | None = None, *, first:
         except WorkspaceRefused as error:
             if not first:
                 # An earlier request may still be carried out.
-                raise WorkspaceRefused(f"{error.message}; agentlab_reconcile gives this one up once its volume can come no more (doubt_window), and a run "
-                                       "after that takes another VMID") from None
+                raise WorkspaceRefused(
+                    f"{error.message}; agentlab_reconcile gives this one up once its volume can come no more (doubt_window), and a run "
+                    "after that takes another VMID"
+                ) from None
             _give_up(ctx, found, error)
             raise WorkspaceRefused(f"{error.message}; run again for another VMID") from None
         if answer != found.volume:
-            raise OutcomeUnknown(f"{found.title}: Proxmox answered {str(answer)[:80]!r} where {found.volume!r} was expected; run again")
+            raise OutcomeUnknown(
+                f"{found.title}: Proxmox answered {str(answer)[:80]!r} where {found.volume!r} was expected; run again"
+            )
         row = exists(ctx, found, node)
         if row is None:
-            raise OutcomeUnknown(f"{found.title}: {found.volume} was allocated, but the storage does not list it: grant Datastore.Allocate, "
-                                 f"Datastore.AllocateSpace and Datastore.Audit together on /storage/{found.storage}, then run again")
-    return records(ctx).change(found, "create", to=store.DETACHED, reason="created", evidence={"volume": found.volume, "node": node},
-                               size=int(row.get("size") or found.size))
+            raise OutcomeUnknown(
+                f"{found.title}: {found.volume} was allocated, but the storage does not list it: grant Datastore.Allocate, "
+                f"Datastore.AllocateSpace and Datastore.Audit together on /storage/{found.storage}, then run again"
+            )
+    return records(ctx).change(
+        found,
+        "create",
+        to=store.DETACHED,
+        reason="created",
+        evidence={"volume": found.volume, "node": node},
+        size=int(row.get("size") or found.size),
+    )
 
 
 def _require_free_owner(ctx: Context, found: Workspace, node: str) -> None:
     """No VM has the owner's VMID, and no volume is owned by it: whatever the list of VMs may have hidden."""
     proof = ctx.cluster.prove_absent([found.owner_vmid])[found.owner_vmid]
     if not proof.absent:
-        raise WorkspaceRefused(f"{found.title}: VMID {found.owner_vmid} of workspace_owner_range is not proven to be free ({proof.why}); VMs must never "
-                               "get a VMID of that range")
+        raise WorkspaceRefused(
+            f"{found.title}: VMID {found.owner_vmid} of workspace_owner_range is not proven to be free ({proof.why}); VMs must never "
+            "get a VMID of that range"
+        )
     # Its own may have come into being just now: by another run, or by a request whose answer was lost.
-    others = [row for row in ctx.client.get_list(f"nodes/{node}/storage/{found.storage}/content", vmid=found.owner_vmid) if row.get("volid") != found.volume]
+    others = [
+        row
+        for row in ctx.client.get_list(f"nodes/{node}/storage/{found.storage}/content", vmid=found.owner_vmid)
+        if row.get("volid") != found.volume
+    ]
     if others:
-        raise WorkspaceRefused(f"{found.title}: storage {found.storage!r} has a volume of VMID {found.owner_vmid} already "
-                               f"({others[0].get('volid')}); look at whose it is")
+        raise WorkspaceRefused(
+            f"{found.title}: storage {found.storage!r} has a volume of VMID {found.owner_vmid} already "
+            f"({others[0].get('volid')}); look at whose it is"
+        )
 
 
 def _give_up(ctx: Context, found: Workspace, error: AgentlabError) -> None:
-    records(ctx).change(found, "create", to=store.DELETED, outcome="failed", reason="creation_failed", evidence={"message": error.message})
+    records(ctx).change(
+        found,
+        "create",
+        to=store.DELETED,
+        outcome="failed",
+        reason="creation_failed",
+        evidence={"message": error.message},
+    )
 
 
 def _grow(ctx: Context, found: Workspace, wanted: int) -> Done:
     if found.state != store.ATTACHED or found.sandbox_uuid is None:
-        raise WorkspaceRefused(f"size: {found.title} is {found.state}; Proxmox VE resizes disks of VMs only, so attach it to a sandbox, then let it grow")
+        raise WorkspaceRefused(
+            f"size: {found.title} is {found.state}; Proxmox VE resizes disks of VMs only, so attach it to a sandbox, then let it grow"
+        )
     if ctx.dry_run:
         return Done("would_grow", found, True)
     with ctx.claimed(ctx.records.get(found.sandbox_uuid), "grow_workspace") as (claim, sandbox):
         located = require_match(ctx, sandbox)
         refuse_locked(sandbox, located)
         slot = slot_of(ctx, sandbox, located, found)
-        found = records(ctx).change(found, "grow", claim=claim, outcome="decided", reason="grow", evidence={"from": found.size, "to": wanted})
+        found = records(ctx).change(
+            found, "grow", claim=claim, outcome="decided", reason="grow", evidence={"from": found.size, "to": wanted}
+        )
         # An absolute size: asking twice is asking once.
-        guarded(ctx, sandbox, located, lambda now: power.resize(
-            ctx, now, slot if now is located else slot_of(ctx, sandbox, now, found), show_size(wanted), f"grow {found.title}"))
+        guarded(
+            ctx,
+            sandbox,
+            located,
+            lambda now: power.resize(
+                ctx,
+                now,
+                slot if now is located else slot_of(ctx, sandbox, now, found),
+                show_size(wanted),
+                f"grow {found.title}",
+            ),
+        )
         row = exists(ctx, found, str(located.node))
         size = int((row or {}).get("size") or wanted)
         done = records(ctx).change(found, "grow", claim=claim, reason="grown", size=size, evidence={"size": size})
@@ -210,7 +288,9 @@ def attached(ctx: Context, which: str, sandbox: Sandbox, ttl: int | None = None)
         slot_of(ctx, sandbox, require_match(ctx, sandbox), found)
         return _renew(ctx, found, ttl)
     if sandbox.state not in _USABLE:
-        raise WorkspaceRefused(f"cannot attach {found.title} to sandbox {sandbox.vmid} in {sandbox.state} state. Valid states: {', '.join(_USABLE)}")
+        raise WorkspaceRefused(
+            f"cannot attach {found.title} to sandbox {sandbox.vmid} in {sandbox.state} state. Valid states: {', '.join(_USABLE)}"
+        )
     if found.sandbox_uuid is not None and found.sandbox_uuid != sandbox.uuid:
         _check_over(ctx, found)
         if not ctx.dry_run:
@@ -220,7 +300,9 @@ def attached(ctx: Context, which: str, sandbox: Sandbox, ttl: int | None = None)
         return Done("would_attach", found, True)
     with ctx.claimed(sandbox, "attach_workspace") as (claim, current):
         if current.state not in _USABLE:
-            raise WorkspaceRefused(f"cannot attach {found.title} to sandbox {current.vmid} in {current.state} state. Valid states: {', '.join(_USABLE)}")
+            raise WorkspaceRefused(
+                f"cannot attach {found.title} to sandbox {current.vmid} in {current.state} state. Valid states: {', '.join(_USABLE)}"
+            )
         located = require_match(ctx, current)
         refuse_locked(current, located)
         check_node(found, located.node)
@@ -233,7 +315,10 @@ def attached(ctx: Context, which: str, sandbox: Sandbox, ttl: int | None = None)
                 try:
                     _let_go(ctx, claim, current, held, error)
                 except Kept as still:
-                    raise WorkspaceRefused(f"{error.message}. Until that is certain nobody else gets it: {still.message}", vmid=current.vmid) from None
+                    raise WorkspaceRefused(
+                        f"{error.message}. Until that is certain nobody else gets it: {still.message}",
+                        vmid=current.vmid,
+                    ) from None
             raise
     return Done("attached", done, True)
 
@@ -242,8 +327,17 @@ def _let_go(ctx: Context, claim: Claim, sandbox: Sandbox, held: Workspace, error
     """An attachment that was refused before or undone after it was asked for: the workspace is free again, if that is so."""
     found = records(ctx).get(held.id)
     if found.state == store.ATTACHING and found.slot is None:
-        records(ctx).change(found, "attach", to=store.DETACHED, claim=claim, outcome="failed", reason="refused", sandbox_uuid=None, lease_expires_at=None,
-                            evidence={"message": error.message})
+        records(ctx).change(
+            found,
+            "attach",
+            to=store.DETACHED,
+            claim=claim,
+            outcome="failed",
+            reason="refused",
+            sandbox_uuid=None,
+            lease_expires_at=None,
+            evidence={"message": error.message},
+        )
         return
     # Held with a slot: an earlier run had asked for it, and Proxmox may still carry that out.
     off(ctx, claim, sandbox, require_match(ctx, sandbox), found, sure=held.slot is None)
@@ -285,11 +379,15 @@ def detached(ctx: Context, which: str, *, only_stopped: bool = False) -> Done:
             # Renewed since it was looked at?
             _check_over(ctx, found)
         if current.smbios_uuid is None:
-            raise WorkspaceRefused(f"{found.title}: the creation of sandbox {current.vmid} is not finished; finish or destroy it first")
+            raise WorkspaceRefused(
+                f"{found.title}: the creation of sandbox {current.vmid} is not finished; finish or destroy it first"
+            )
         located = require_match(ctx, current)
         refuse_locked(current, located)
         if only_stopped and power.status(ctx, located).get("status") != "stopped":
-            raise WorkspaceRefused(f"{found.title}: the lease of sandbox {current.vmid} on it is over, but its VM still runs; stop it first")
+            raise WorkspaceRefused(
+                f"{found.title}: the lease of sandbox {current.vmid} on it is over, but its VM still runs; stop it first"
+            )
         return Done("detached", off(ctx, claim, current, located, found), True)
 
 
@@ -304,25 +402,36 @@ def absent(ctx: Context, which: str, *, force: bool) -> Done:
     if found.state not in (store.DETACHED, store.CREATING, store.DELETING):
         raise taken(ctx, found)
     if found.state == store.DETACHED and not force:
-        raise WorkspaceRefused(f"{found.title} holds {show_size(found.size)} of data on {found.volume}, which would be lost; "
-                               f"use {ctx.force_option} to delete it")
+        raise WorkspaceRefused(
+            f"{found.title} holds {show_size(found.size)} of data on {found.volume}, which would be lost; "
+            f"use {ctx.force_option} to delete it"
+        )
     age = ctx.clock.now() - found.updated_at
     if found.state == store.CREATING and 0 <= age < ctx.config.doubt_window:
-        raise Kept("unknown", f"{found.title}: its creation was begun {age} s ago and may still be carried out; run again in {ctx.config.doubt_window - age} s "
-                   "(doubt_window)")
+        raise Kept(
+            "unknown",
+            f"{found.title}: its creation was begun {age} s ago and may still be carried out; run again in {ctx.config.doubt_window - age} s "
+            "(doubt_window)",
+        )
     having = holders(ctx, found)
     if having:
-        raise WorkspaceRefused(f"{found.title}: VM {having[0]} has its volume {found.volume} attached; it was not deleted", vmid=having[0])
+        raise WorkspaceRefused(
+            f"{found.title}: VM {having[0]} has its volume {found.volume} attached; it was not deleted", vmid=having[0]
+        )
     proof = ctx.cluster.prove_absent([found.owner_vmid])[found.owner_vmid]
     if not proof.absent:
-        raise WorkspaceRefused(f"{found.title}: VMID {found.owner_vmid}, which owns its volume, is not proven to be free ({proof.why}); it was not deleted")
+        raise WorkspaceRefused(
+            f"{found.title}: VMID {found.owner_vmid}, which owns its volume, is not proven to be free ({proof.why}); it was not deleted"
+        )
     if found.state != store.DELETING:
         # Kept, before it is called DELETING, which it would have to stay, where it cannot be told whether the volume is there.
         missing(ctx, found, node_for(ctx, found))
     if ctx.dry_run:
         return Done("would_delete", found, True)
     if found.state != store.DELETING:
-        found = records(ctx).change(found, "delete", to=store.DELETING, outcome="decided", reason="delete", evidence={"volume": found.volume})
+        found = records(ctx).change(
+            found, "delete", to=store.DELETING, outcome="decided", reason="delete", evidence={"volume": found.volume}
+        )
     return Done("deleted", _delete(ctx, found), True)
 
 
@@ -337,19 +446,37 @@ def _delete(ctx: Context, found: Workspace) -> Workspace:
             upids = (answer,)
             ctx.tasks.wait(answer, f"delete {found.volume}", ctx.wait_timeout)
         if not missing(ctx, found, node):
-            raise OutcomeUnknown(f"{found.title}: its volume {found.volume} is still there after it was deleted; run again")
-    return records(ctx).change(found, "delete", to=store.DELETED, reason="deleted" if there else "volume_missing", upids=upids,
-                               evidence={"volume": found.volume})
+            raise OutcomeUnknown(
+                f"{found.title}: its volume {found.volume} is still there after it was deleted; run again"
+            )
+    return records(ctx).change(
+        found,
+        "delete",
+        to=store.DELETED,
+        reason="deleted" if there else "volume_missing",
+        upids=upids,
+        evidence={"volume": found.volume},
+    )
 
 
 # ---- showing ----
 
 
-def show(ctx: Context, *, name: str | None = None, states: list[str] | None = None, include_deleted: bool = False, events: int = 0,
-         verify: bool = False) -> dict[str, Any]:
+def show(
+    ctx: Context,
+    *,
+    name: str | None = None,
+    states: list[str] | None = None,
+    include_deleted: bool = False,
+    events: int = 0,
+    verify: bool = False,
+) -> dict[str, Any]:
     """{workspaces, count}: the records, and with ``verify`` what Proxmox says of each."""
-    found = [one for one in records(ctx).find_all(include_deleted=include_deleted or bool(states and store.DELETED in states))
-             if name in (None, one.name, one.id) and (not states or one.state in states)]
+    found = [
+        one
+        for one in records(ctx).find_all(include_deleted=include_deleted or bool(states and store.DELETED in states))
+        if name in (None, one.name, one.id) and (not states or one.state in states)
+    ]
 
     def one_of(one: Workspace) -> dict[str, Any]:
         shown = one.public()
@@ -365,7 +492,10 @@ def show(ctx: Context, *, name: str | None = None, states: list[str] | None = No
 def _look(ctx: Context, found: Workspace) -> dict[str, Any]:
     """{volume_present, attached_to, unknown}: None for what cannot be told, and why."""
     told: dict[str, Any] = {"volume_present": None, "attached_to": None, "unknown": []}
-    for name, look in (("volume_present", lambda: not missing(ctx, found, node_for(ctx, found))), ("attached_to", lambda: holders(ctx, found))):
+    for name, look in (
+        ("volume_present", lambda: not missing(ctx, found, node_for(ctx, found))),
+        ("attached_to", lambda: holders(ctx, found)),
+    ):
         try:
             told[name] = look()
         except (Kept, WorkspaceRefused, ProxmoxError) as error:
@@ -413,6 +543,9 @@ def finish(ctx: Context, found: Workspace) -> Workspace:
             return attach(ctx, claim, current, located, found)
         if found.state == store.DETACHING and power.status(ctx, located).get("status") != "stopped":
             # A destroy that was given up, perhaps, and somebody works with it again: no disk is pulled out of a machine that runs.
-            raise Kept("workspace", f"{found.title}: it was being taken off sandbox {current.vmid}, which runs; detach it, or stop the sandbox",
-                       vmid=current.vmid)
+            raise Kept(
+                "workspace",
+                f"{found.title}: it was being taken off sandbox {current.vmid}, which runs; detach it, or stop the sandbox",
+                vmid=current.vmid,
+            )
         return off(ctx, claim, current, located, found) if found.state != store.ATTACHED else found

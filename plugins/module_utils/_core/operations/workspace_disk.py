@@ -72,17 +72,32 @@ def volumes_in(config: dict[str, Any]) -> dict[str, str]:
 
 def rows_of(ctx: Context, node: str, vmid: int) -> dict[str, dict[str, Any]]:
     """What the VM's configuration says of its drives, by key: {"value": as it is now, "pending": as it will be}."""
-    return {str(row.get("key")): row for row in ctx.client.get_list(f"nodes/{node}/qemu/{vmid}/pending") if _DRIVE.fullmatch(str(row.get("key")))}
+    return {
+        str(row.get("key")): row
+        for row in ctx.client.get_list(f"nodes/{node}/qemu/{vmid}/pending")
+        if _DRIVE.fullmatch(str(row.get("key")))
+    }
 
 
 def naming(rows: dict[str, dict[str, Any]], volume: str) -> list[str]:
     """The keys that name the volume now or will name it: only what is in neither is off."""
-    return [key for key, row in rows.items() if volume in (str(row.get(name) or "").partition(",")[0] for name in ("value", "pending"))]
+    return [
+        key
+        for key, row in rows.items()
+        if volume in (str(row.get(name) or "").partition(",")[0] for name in ("value", "pending"))
+    ]
 
 
 def _in_use(rows: dict[str, dict[str, Any]], volume: str) -> str | None:
     """The slot in which the VM has the volume now: not noted for its next start only, and not put aside as unused."""
-    return next((key for key, row in rows.items() if not key.startswith("unused") and str(row.get("value") or "").partition(",")[0] == volume), None)
+    return next(
+        (
+            key
+            for key, row in rows.items()
+            if not key.startswith("unused") and str(row.get("value") or "").partition(",")[0] == volume
+        ),
+        None,
+    )
 
 
 def exists(ctx: Context, found: Workspace, node: str) -> dict[str, Any] | None:
@@ -104,15 +119,24 @@ def missing(ctx: Context, found: Workspace, node: str) -> bool:
 def _require_sight(ctx: Context, found: Workspace, node: str) -> None:
     """Kept unless the volume would be listed if it were there: as PVE::Storage decides that (volume_list, check_volume_access)."""
     unseen = f"{found.title}: storage {found.storage!r} does not list its volume {found.volume}, but it would not if it were there"
-    row = next((row for row in ctx.client.get_list(f"nodes/{node}/storage") if row.get("storage") == found.storage), None)
+    row = next(
+        (row for row in ctx.client.get_list(f"nodes/{node}/storage") if row.get("storage") == found.storage), None
+    )
     if row is None or "images" not in str(row.get("content") or "").split(",") or str(row.get("active", 1)) != "1":
-        raise Kept("unknown", f"{unseen}: on node {node} the storage is missing, not active, or has no content type 'images'. Mend that (pvesm status; pvesm "
-                   "set), then run again")
+        raise Kept(
+            "unknown",
+            f"{unseen}: on node {node} the storage is missing, not active, or has no content type 'images'. Mend that (pvesm status; pvesm "
+            "set), then run again",
+        )
     storage, owner = f"/storage/{found.storage}", f"/vms/{found.owner_vmid}"
-    if not ctx.cluster.holds(storage, "Datastore.Allocate") and not (ctx.cluster.holds(storage, "Datastore.Audit")
-                                                                     and ctx.cluster.holds(owner, "VM.Config.Disk")):
-        raise Kept("unknown", f"{unseen}: these credentials may not see it. Grant Datastore.Allocate, Datastore.AllocateSpace and "
-                   f"Datastore.Audit together on {storage} (a role there replaces what is inherited), then run again")
+    if not ctx.cluster.holds(storage, "Datastore.Allocate") and not (
+        ctx.cluster.holds(storage, "Datastore.Audit") and ctx.cluster.holds(owner, "VM.Config.Disk")
+    ):
+        raise Kept(
+            "unknown",
+            f"{unseen}: these credentials may not see it. Grant Datastore.Allocate, Datastore.AllocateSpace and "
+            f"Datastore.Audit together on {storage} (a role there replaces what is inherited), then run again",
+        )
 
 
 def node_for(ctx: Context, found: Workspace) -> str:
@@ -128,8 +152,11 @@ def node_for(ctx: Context, found: Workspace) -> str:
 
 def holders(ctx: Context, found: Workspace) -> list[int]:
     """VMIDs of all VMs whose configuration names the volume. Kept when one that might cannot be read."""
-    rows = [(vmid, row) for vmid, row in ctx.cluster.vms(fresh=True).items()
-            if row.get("type") == "qemu" and (found.node is None or row.get("node") == found.node)]
+    rows = [
+        (vmid, row)
+        for vmid, row in ctx.cluster.vms(fresh=True).items()
+        if row.get("type") == "qemu" and (found.node is None or row.get("node") == found.node)
+    ]
 
     def look(item: tuple[int, dict[str, Any]]) -> int | None:
         vmid, row = item
@@ -138,7 +165,9 @@ def holders(ctx: Context, found: Workspace) -> list[int]:
                 listed = rows_of(ctx, str(row.get("node")), vmid)
             except ProxmoxError as error:
                 if not isinstance(error, ApiError) or "does not exist" not in error.text:
-                    raise Kept("unknown", f"{found.title}: whether VM {vmid} has it attached cannot be read: {error.message}") from None
+                    raise Kept(
+                        "unknown", f"{found.title}: whether VM {vmid} has it attached cannot be read: {error.message}"
+                    ) from None
                 # That proves only that it is not on that node: gone, or moved to another.
                 again = ctx.cluster.vms(fresh=True).get(vmid)
                 if again is None or (found.node is not None and again.get("node") != found.node):
@@ -146,8 +175,11 @@ def holders(ctx: Context, found: Workspace) -> list[int]:
                 row = again
                 continue
             return vmid if naming(listed, found.volume) else None
-        raise Kept("unknown", f"{found.title}: whether VM {vmid} has it attached cannot be read: it is not on the node that lists it (is it being "
-                   "migrated?); run again")
+        raise Kept(
+            "unknown",
+            f"{found.title}: whether VM {vmid} has it attached cannot be read: it is not on the node that lists it (is it being "
+            "migrated?); run again",
+        )
 
     having = sorted(vmid for vmid in ctx.each(look, rows) if vmid is not None)
     if not having:
@@ -176,7 +208,9 @@ def in_snapshots(ctx: Context, located: Located, found: Workspace) -> list[str]:
 
 def _snapshots(ctx: Context, located: Located) -> dict[str, dict[str, Any]]:
     # Always asked for: the configuration names the snapshot that it stands on, and may stand on none although there are some.
-    names = [str(row.get("name")) for row in ctx.client.get_list(f"{located.path}/snapshot") if row.get("name") != "current"]
+    names = [
+        str(row.get("name")) for row in ctx.client.get_list(f"{located.path}/snapshot") if row.get("name") != "current"
+    ]
     return {name: ctx.client.get_dict(f"{located.path}/snapshot/{name}/config") for name in names}
 
 
@@ -184,8 +218,11 @@ def slot_of(ctx: Context, sandbox: Sandbox, located: Located, found: Workspace) 
     """The slot of a workspace that the records call ATTACHED; refused when the VM does not have it."""
     slot = _in_use(rows_of(ctx, str(located.node), sandbox.vmid), found.volume)
     if slot is None:
-        raise WorkspaceRefused(f"{found.title}: sandbox {sandbox.vmid} does not have it attached any more (was it taken off by hand?); detach it, then attach "
-                               "it again", vmid=sandbox.vmid)
+        raise WorkspaceRefused(
+            f"{found.title}: sandbox {sandbox.vmid} does not have it attached any more (was it taken off by hand?); detach it, then attach "
+            "it again",
+            vmid=sandbox.vmid,
+        )
     return slot
 
 
@@ -202,8 +239,17 @@ def hold(ctx: Context, claim: Claim, sandbox: Sandbox, found: Workspace, ttl: in
     if other is not None:
         raise WorkspaceRefused(f"sandbox {sandbox.vmid} has {other.title} already; a sandbox has one workspace at most")
     until = sandbox.lease_expires_at if ttl is None else ctx.clock.now() + ttl
-    return records(ctx).change(found, "attach", to=store.ATTACHING, claim=claim, outcome="decided", reason="attach", sandbox_uuid=sandbox.uuid,
-                               lease_expires_at=until, evidence={"vmid": sandbox.vmid})
+    return records(ctx).change(
+        found,
+        "attach",
+        to=store.ATTACHING,
+        claim=claim,
+        outcome="decided",
+        reason="attach",
+        sandbox_uuid=sandbox.uuid,
+        lease_expires_at=until,
+        evidence={"vmid": sandbox.vmid},
+    )
 
 
 def taken(ctx: Context, found: Workspace) -> WorkspaceRefused:
@@ -215,9 +261,16 @@ def taken(ctx: Context, found: Workspace) -> WorkspaceRefused:
             doing = "attached to" if found.state == store.ATTACHING else "taken off"
             return WorkspaceRefused(
                 f"{found.title} is just being {doing} sandbox {found.vmid} ({found.sandbox}). Wait for that to end; if it was cut off, run its "
-                "task again or agentlab_reconcile, which finishes it", vmid=found.vmid, lease_expires_at=until)
-        return WorkspaceRefused(f"{found.title} is {found.state} to sandbox {found.vmid} ({found.sandbox}), whose lease on it lasts until {until}; detach it "
-                                "first. A workspace is attached to one sandbox at a time", vmid=found.vmid, lease_expires_at=until)
+                "task again or agentlab_reconcile, which finishes it",
+                vmid=found.vmid,
+                lease_expires_at=until,
+            )
+        return WorkspaceRefused(
+            f"{found.title} is {found.state} to sandbox {found.vmid} ({found.sandbox}), whose lease on it lasts until {until}; detach it "
+            "first. A workspace is attached to one sandbox at a time",
+            vmid=found.vmid,
+            lease_expires_at=until,
+        )
     return WorkspaceRefused(f"{found.title} is {found.state}; run its task again to finish that first")
 
 
@@ -239,8 +292,10 @@ def check_usable(ctx: Context, found: Workspace, node: str) -> None:
 
 def check_node(found: Workspace, node: str | None) -> None:
     if found.node is not None and node != found.node:
-        raise WorkspaceRefused(f"{found.title} is on node {found.node} (storage {found.storage!r} is local), and the sandbox is on {node}; create the sandbox "
-                               f"with node={found.node}")
+        raise WorkspaceRefused(
+            f"{found.title} is on node {found.node} (storage {found.storage!r} is local), and the sandbox is on {node}; create the sandbox "
+            f"with node={found.node}"
+        )
 
 
 def attach(ctx: Context, claim: Claim, sandbox: Sandbox, located: Located, found: Workspace) -> Workspace:
@@ -250,12 +305,17 @@ def attach(ctx: Context, claim: Claim, sandbox: Sandbox, located: Located, found
     check_node(found, located.node)
     node = str(located.node)
     if exists(ctx, found, node) is None:
-        raise WorkspaceRefused(f"{found.title}: its volume {found.volume} is not to be seen on node {node}; it was removed, moved or renamed (move_disk?), or "
-                               f"Datastore.Allocate (with Datastore.AllocateSpace and Datastore.Audit) is missing on /storage/{found.storage}")
+        raise WorkspaceRefused(
+            f"{found.title}: its volume {found.volume} is not to be seen on node {node}; it was removed, moved or renamed (move_disk?), or "
+            f"Datastore.Allocate (with Datastore.AllocateSpace and Datastore.Audit) is missing on /storage/{found.storage}"
+        )
     others = [vmid for vmid in holders(ctx, found) if vmid != sandbox.vmid]
     if others:
-        raise WorkspaceRefused(f"{found.title}: VM {others[0]} has its volume {found.volume} attached, though by no record of ours; it was not attached a "
-                               "second time. Take it off there first", vmid=others[0])
+        raise WorkspaceRefused(
+            f"{found.title}: VM {others[0]} has its volume {found.volume} attached, though by no record of ours; it was not attached a "
+            "second time. Take it off there first",
+            vmid=others[0],
+        )
     listed = rows_of(ctx, node, sandbox.vmid)
     slot = next(iter(naming(listed, found.volume)), None)
     if slot is None:
@@ -268,7 +328,11 @@ def attach(ctx: Context, claim: Claim, sandbox: Sandbox, located: Located, found
 
         def put_in(now: Located) -> None:
             if free in now.config:
-                raise Kept("changed", f"{found.title}: another disk was put into sandbox {sandbox.vmid} as {free} meanwhile; run again", vmid=sandbox.vmid)
+                raise Kept(
+                    "changed",
+                    f"{found.title}: another disk was put into sandbox {sandbox.vmid} as {free} meanwhile; run again",
+                    vmid=sandbox.vmid,
+                )
             ctx.client.put(f"{now.path}/config", digest=now.digest, **{free: drive})
 
         guarded(ctx, sandbox, located, put_in)
@@ -277,18 +341,36 @@ def attach(ctx: Context, claim: Claim, sandbox: Sandbox, located: Located, found
     used = _in_use(listed, found.volume)
     if used is None:
         if slot.startswith("unused"):
-            raise WorkspaceRefused(f"{found.title}: VM {sandbox.vmid} has it put aside as {slot}; take it off there (qm set {sandbox.vmid} --delete {slot}; "
-                                   "Proxmox VE removes only what the VM's own VMID owns), then attach it", vmid=sandbox.vmid)
+            raise WorkspaceRefused(
+                f"{found.title}: VM {sandbox.vmid} has it put aside as {slot}; take it off there (qm set {sandbox.vmid} --delete {slot}; "
+                "Proxmox VE removes only what the VM's own VMID owns), then attach it",
+                vmid=sandbox.vmid,
+            )
         # Noted for the next start only, by this run or one before: a disk that is half there is none. Whose VM it is now is looked at before that
         # is written, too.
         located = require_match(ctx, sandbox)
         guarded(ctx, sandbox, located, lambda now: ctx.client.put(f"{now.path}/config", revert=slot, digest=now.digest))
-        raise WorkspaceRefused(f"{found.title}: the running VM {sandbox.vmid} did not take the disk (is hotplug for disks on?); stop the sandbox, then "
-                               "attach it")
+        raise WorkspaceRefused(
+            f"{found.title}: the running VM {sandbox.vmid} did not take the disk (is hotplug for disks on?); stop the sandbox, then "
+            "attach it"
+        )
     slot = used
-    done = records(ctx).change(found, "attach", to=store.ATTACHED, claim=claim, reason="attached", slot=slot,
-                               evidence={"vmid": sandbox.vmid, "slot": slot, "node": node})
-    ctx.records.note(sandbox, "attach_workspace", outcome="done", reason=found.name, evidence={"workspace_id": found.id, "slot": slot})
+    done = records(ctx).change(
+        found,
+        "attach",
+        to=store.ATTACHED,
+        claim=claim,
+        reason="attached",
+        slot=slot,
+        evidence={"vmid": sandbox.vmid, "slot": slot, "node": node},
+    )
+    ctx.records.note(
+        sandbox,
+        "attach_workspace",
+        outcome="done",
+        reason=found.name,
+        evidence={"workspace_id": found.id, "slot": slot},
+    )
     return done
 
 
@@ -299,11 +381,17 @@ def refuse_snapshots(ctx: Context, sandbox: Sandbox, located: Located, found: Wo
     """Kept when a snapshot of the VM contains the workspace."""
     names = in_snapshots(ctx, located, found)
     if names:
-        raise Kept("workspace_in_snapshot", f"{found.title}: snapshot {names[0]!r} of VM {sandbox.vmid} contains it (rolling back would roll it back too); "
-                   f"delete the snapshot first (qm delsnapshot {sandbox.vmid} {names[0]})", vmid=sandbox.vmid)
+        raise Kept(
+            "workspace_in_snapshot",
+            f"{found.title}: snapshot {names[0]!r} of VM {sandbox.vmid} contains it (rolling back would roll it back too); "
+            f"delete the snapshot first (qm delsnapshot {sandbox.vmid} {names[0]})",
+            vmid=sandbox.vmid,
+        )
 
 
-def off(ctx: Context, claim: Claim, sandbox: Sandbox, located: Located, found: Workspace, *, sure: bool = False) -> Workspace:
+def off(
+    ctx: Context, claim: Claim, sandbox: Sandbox, located: Located, found: Workspace, *, sure: bool = False
+) -> Workspace:
     """Take the volume off a VM that was judged to be ours, proven by reading the configuration back, and that the volume is still what it was.
 
     ``sure``: no attachment of a killed run can come after this (the caller writes the configuration next, guarded by its digest).
@@ -313,15 +401,29 @@ def off(ctx: Context, claim: Claim, sandbox: Sandbox, located: Located, found: W
     listed = naming(rows_of(ctx, node, sandbox.vmid), found.volume)
     age = ctx.clock.now() - found.updated_at
     if not listed and not sure and found.state == store.ATTACHING and 0 <= age < ctx.config.doubt_window:
-        raise Kept("unknown", f"{found.title}: its attachment to sandbox {sandbox.vmid} was begun {age} s ago and may still be carried out; run again in "
-                   f"{ctx.config.doubt_window - age} s (doubt_window)")
+        raise Kept(
+            "unknown",
+            f"{found.title}: its attachment to sandbox {sandbox.vmid} was begun {age} s ago and may still be carried out; run again in "
+            f"{ctx.config.doubt_window - age} s (doubt_window)",
+        )
     if found.state != store.DETACHING:
-        found = records(ctx).change(found, "detach", to=store.DETACHING, claim=claim, outcome="decided", reason="detach",
-                                    evidence={"vmid": sandbox.vmid, "slots": listed})
+        found = records(ctx).change(
+            found,
+            "detach",
+            to=store.DETACHING,
+            claim=claim,
+            outcome="decided",
+            reason="detach",
+            evidence={"vmid": sandbox.vmid, "slots": listed},
+        )
     if listed:
         if found.owner_vmid == sandbox.vmid:
-            raise Kept("workspace", f"{found.title}: its volume {found.volume} is owned by the VMID of sandbox {sandbox.vmid} itself, so Proxmox VE may delete "
-                       "it when it is taken off; it was left where it is. Move its data to another workspace", vmid=sandbox.vmid)
+            raise Kept(
+                "workspace",
+                f"{found.title}: its volume {found.volume} is owned by the VMID of sandbox {sandbox.vmid} itself, so Proxmox VE may delete "
+                "it when it is taken off; it was left where it is. Move its data to another workspace",
+                vmid=sandbox.vmid,
+            )
 
         def take_off(now: Located) -> None:
             slots = listed
@@ -339,9 +441,24 @@ def off(ctx: Context, claim: Claim, sandbox: Sandbox, located: Located, found: W
             _undo_unplug(ctx, claim, sandbox, found, listed)
         _await_off(ctx, node, sandbox, found)
     _refuse_lost(ctx, sandbox, found, node)
-    done = records(ctx).change(found, "detach", to=store.DETACHED, claim=claim, reason="detached", sandbox_uuid=None, slot=None, lease_expires_at=None,
-                               evidence={"vmid": sandbox.vmid, "slots": listed})
-    ctx.records.note(sandbox, "detach_workspace", outcome="done", reason=found.name, evidence={"workspace_id": found.id, "slots": listed})
+    done = records(ctx).change(
+        found,
+        "detach",
+        to=store.DETACHED,
+        claim=claim,
+        reason="detached",
+        sandbox_uuid=None,
+        slot=None,
+        lease_expires_at=None,
+        evidence={"vmid": sandbox.vmid, "slots": listed},
+    )
+    ctx.records.note(
+        sandbox,
+        "detach_workspace",
+        outcome="done",
+        reason=found.name,
+        evidence={"workspace_id": found.id, "slots": listed},
+    )
     return done
 
 
@@ -351,23 +468,43 @@ def _undo_unplug(ctx: Context, claim: Claim, sandbox: Sandbox, found: Workspace,
     The workspace is ATTACHED again, because the VM has it: nothing of the refused try comes true at the next start.
     """
     located = require_match(ctx, sandbox)
-    guarded(ctx, sandbox, located, lambda now: ctx.client.put(f"{now.path}/config", revert=",".join(slots), digest=now.digest))
+    guarded(
+        ctx,
+        sandbox,
+        located,
+        lambda now: ctx.client.put(f"{now.path}/config", revert=",".join(slots), digest=now.digest),
+    )
     rows = rows_of(ctx, str(located.node), sandbox.vmid)
     slot = _in_use(rows, found.volume)
     if slot is not None and not rows[slot].get("delete"):
-        records(ctx).change(found, "detach", to=store.ATTACHED, claim=claim, outcome="failed", reason="busy", slot=slot,
-                            evidence={"vmid": sandbox.vmid, "slot": slot})
-    raise Kept("workspace", f"{found.title}: VM {sandbox.vmid} still has it after it was taken off; the running guest does not let it go. Stop the "
-               "sandbox, then detach it", vmid=sandbox.vmid)
+        records(ctx).change(
+            found,
+            "detach",
+            to=store.ATTACHED,
+            claim=claim,
+            outcome="failed",
+            reason="busy",
+            slot=slot,
+            evidence={"vmid": sandbox.vmid, "slot": slot},
+        )
+    raise Kept(
+        "workspace",
+        f"{found.title}: VM {sandbox.vmid} still has it after it was taken off; the running guest does not let it go. Stop the "
+        "sandbox, then detach it",
+        vmid=sandbox.vmid,
+    )
 
 
 def _refuse_lost(ctx: Context, sandbox: Sandbox, found: Workspace, node: str) -> None:
     """Kept when the volume of a workspace that the sandbox has is not there any more, or not to be seen."""
     if missing(ctx, found, node):
         vmid = sandbox.vmid
-        raise Kept("workspace", f"{found.title}: the storage does not have its volume {found.volume} any more: it may have been given to a VM (move_disk), so "
-                   f"VM {vmid} is left alone. Look at its disks; if none is the workspace, remove the VM by hand (qm destroy {vmid}), then destroy the sandbox",
-                   vmid=vmid)
+        raise Kept(
+            "workspace",
+            f"{found.title}: the storage does not have its volume {found.volume} any more: it may have been given to a VM (move_disk), so "
+            f"VM {vmid} is left alone. Look at its disks; if none is the workspace, remove the VM by hand (qm destroy {vmid}), then destroy the sandbox",
+            vmid=vmid,
+        )
 
 
 def _await_off(ctx: Context, node: str, sandbox: Sandbox, found: Workspace) -> None:
@@ -375,8 +512,12 @@ def _await_off(ctx: Context, node: str, sandbox: Sandbox, found: Workspace) -> N
     deadline = ctx.clock.monotonic() + min(_UNPLUG_SECONDS, ctx.wait_timeout)
     while naming(rows_of(ctx, node, sandbox.vmid), found.volume):
         if ctx.clock.monotonic() > deadline:
-            raise Kept("workspace", f"{found.title}: VM {sandbox.vmid} still has it after it was taken off; the running guest does not let it go. Stop the "
-                       "sandbox, then detach it", vmid=sandbox.vmid)
+            raise Kept(
+                "workspace",
+                f"{found.title}: VM {sandbox.vmid} still has it after it was taken off; the running guest does not let it go. Stop the "
+                "sandbox, then detach it",
+                vmid=sandbox.vmid,
+            )
         ctx.clock.sleep(0.5)
 
 
@@ -403,9 +544,18 @@ def refuse_listed(ctx: Context, sandbox: Sandbox, located: Located) -> bool:
             if found is not None or (owner and first <= int(owner[1]) <= last):
                 what = found.title if found else "a workspace"
                 # No record of ours says that this VM has it, so none of our commands would take it off.
-                advice = f"delete the snapshot: qm delsnapshot {sandbox.vmid} {where}" if where else f"qm set {sandbox.vmid} --delete {key}"
-                raise Kept("workspace", f"sandbox {sandbox.vmid}: {place} names {volume} as {key}, which is (or was) {what}; the VM was not deleted. Take the "
-                           f"disk off it first ({advice})", volume=volume, vmid=sandbox.vmid)
+                advice = (
+                    f"delete the snapshot: qm delsnapshot {sandbox.vmid} {where}"
+                    if where
+                    else f"qm set {sandbox.vmid} --delete {key}"
+                )
+                raise Kept(
+                    "workspace",
+                    f"sandbox {sandbox.vmid}: {place} names {volume} as {key}, which is (or was) {what}; the VM was not deleted. Take the "
+                    f"disk off it first ({advice})",
+                    volume=volume,
+                    vmid=sandbox.vmid,
+                )
     _refuse_if_missing(ctx, sandbox, config, [one for one in live if one.sandbox_uuid is not None])
     return bool(live)
 
@@ -427,14 +577,25 @@ def refuse_planned(ctx: Context, sandbox: Sandbox, located: Located) -> bool:
 
 def _refuse_if_missing(ctx: Context, sandbox: Sandbox, config: dict[str, Any], held: list[Workspace]) -> None:
     """A volume that a VM was given (move_disk) bears that VM's name: if a workspace is missing, a VM with a further disk of its own is left alone."""
-    own = [volume for key, volume in volumes_in(config).items() if (owner := _OWNER.search(volume)) and int(owner[1]) == sandbox.vmid
-           and re.fullmatch(r"(ide|sata|scsi|virtio|unused)\d+", key) and "cloudinit" not in volume and "media=cdrom" not in str(config[key])]
+    own = [
+        volume
+        for key, volume in volumes_in(config).items()
+        if (owner := _OWNER.search(volume))
+        and int(owner[1]) == sandbox.vmid
+        and re.fullmatch(r"(ide|sata|scsi|virtio|unused)\d+", key)
+        and "cloudinit" not in volume
+        and "media=cdrom" not in str(config[key])
+    ]
     if len(own) < 2:
         return
     for found in held:
         if missing(ctx, found, node_for(ctx, found)):
-            raise Kept("workspace", f"sandbox {sandbox.vmid}: its VM has {len(own)} disks of its own, and the volume of {found.title} "
-                       f"({found.volume}) is missing from its storage; one of those disks may be it (move_disk), so the VM was not deleted", vmid=sandbox.vmid)
+            raise Kept(
+                "workspace",
+                f"sandbox {sandbox.vmid}: its VM has {len(own)} disks of its own, and the volume of {found.title} "
+                f"({found.volume}) is missing from its storage; one of those disks may be it (move_disk), so the VM was not deleted",
+                vmid=sandbox.vmid,
+            )
 
 
 def released(ctx: Context, claim: Claim | None, sandbox: Sandbox) -> Workspace | None:
@@ -442,5 +603,14 @@ def released(ctx: Context, claim: Claim | None, sandbox: Sandbox) -> Workspace |
     found = records(ctx).of_sandbox(sandbox.uuid)
     if found is None:
         return None
-    return records(ctx).change(found, "detach", to=store.DETACHED, claim=claim, reason="vm_gone", sandbox_uuid=None, slot=None, lease_expires_at=None,
-                               evidence={"vmid": sandbox.vmid})
+    return records(ctx).change(
+        found,
+        "detach",
+        to=store.DETACHED,
+        claim=claim,
+        reason="vm_gone",
+        sandbox_uuid=None,
+        slot=None,
+        lease_expires_at=None,
+        evidence={"vmid": sandbox.vmid},
+    )

@@ -30,12 +30,9 @@ _NEEDS = {
     "GET cluster/ha/status/current": "Sys.Audit on /",
     "GET nodes/{node}/qemu/{vmid}/config": "VM.Audit on /vms or the VM's pool",
     "GET nodes/{node}/qemu/{vmid}/status/current": "VM.Audit on /vms or the VM's pool",
-    "GET nodes/{node}/qemu/{vmid}/agent/file-read":
-        "VM.GuestAgent.FileRead or VM.GuestAgent.Unrestricted (Proxmox VE 9), VM.Monitor (8) on the VM or its pool",
-    "POST nodes/{node}/qemu/{vmid}/clone":
-        "VM.Clone on the template, VM.Allocate on the pool (or /vms), Datastore.AllocateSpace on the storage",
-    "PUT nodes/{node}/qemu/{vmid}/config":
-        "VM.Config.Options, .CPU, .Memory, .Network and .Cloudinit on the pool (or /vms)",
+    "GET nodes/{node}/qemu/{vmid}/agent/file-read": "VM.GuestAgent.FileRead or VM.GuestAgent.Unrestricted (Proxmox VE 9), VM.Monitor (8) on the VM or its pool",
+    "POST nodes/{node}/qemu/{vmid}/clone": "VM.Clone on the template, VM.Allocate on the pool (or /vms), Datastore.AllocateSpace on the storage",
+    "PUT nodes/{node}/qemu/{vmid}/config": "VM.Config.Options, .CPU, .Memory, .Network and .Cloudinit on the pool (or /vms)",
     "PUT nodes/{node}/qemu/{vmid}/resize": "VM.Config.Disk on the pool (or /vms)",
     "DELETE nodes/{node}/qemu/{vmid}": "VM.Allocate on the pool (or /vms)",
 }
@@ -87,15 +84,22 @@ def out_of_descriptors(error: BaseException | None = None) -> bool:
 
 def no_descriptor(path: str) -> Unreachable:
     """Return the error of a request that was not sent because no file descriptor is left."""
-    return Unreachable("this process has no file descriptor left; Proxmox was not asked. Raise its limit (ulimit -n; "
-                       "LimitNOFILE= of the unit), or lower connections", path=path)
+    return Unreachable(
+        "this process has no file descriptor left; Proxmox was not asked. Raise its limit (ulimit -n; "
+        "LimitNOFILE= of the unit), or lower connections",
+        path=path,
+    )
 
 
 def unanswered(method: str, path: str, settings: ProxmoxSettings) -> OutcomeUnknown:
     """Return the error of a request that was not answered within api_timeout."""
-    return OutcomeUnknown(f"{method} /{path} on {settings.where}: no answer within {settings.api_timeout} s (api_timeout); "
-                          f"{became_of(method)}. Look at pveproxy and at the load of the node, or raise api_timeout; then run again",
-                          method=method, path=path, timed_out=True)
+    return OutcomeUnknown(
+        f"{method} /{path} on {settings.where}: no answer within {settings.api_timeout} s (api_timeout); "
+        f"{became_of(method)}. Look at pveproxy and at the load of the node, or raise api_timeout; then run again",
+        method=method,
+        path=path,
+        timed_out=True,
+    )
 
 
 def became_of(method: str) -> str:
@@ -107,14 +111,20 @@ def too_deep(data: Any) -> bool:
     """Return True when objects and lists stand within one another more often than any answer of Proxmox needs."""
     level = [data]
     for _depth in range(DEEPEST_ANSWER):
-        level = [item for value in level for item in (value.values() if isinstance(value, dict) else value)
-                 if isinstance(item, (dict, list))]
+        level = [
+            item
+            for value in level
+            for item in (value.values() if isinstance(value, dict) else value)
+            if isinstance(item, (dict, list))
+        ]
         if not level:
             return False
     return True
 
 
-def failure(method: str, path: str, settings: ProxmoxSettings, status: int, text: str, params: dict[str, Any]) -> ProxmoxError:
+def failure(
+    method: str, path: str, settings: ProxmoxSettings, status: int, text: str, params: dict[str, Any]
+) -> ProxmoxError:
     """Return the error that stands for an answer with an error status.
 
     ``text`` is Proxmox's own sentence. The message names the request, the sentence and what to do.
@@ -124,27 +134,42 @@ def failure(method: str, path: str, settings: ProxmoxSettings, status: int, text
     said = f"{status} {text}".strip()
     facts = {"status": status, "text": text, "method": method, "path": path}
     if status == 401:
-        return AccessDenied(f"Proxmox on {settings.where} refuses the credentials of {settings.login} ({said}); check "
-                            f"{settings.credential_options}", **facts)
+        return AccessDenied(
+            f"Proxmox on {settings.where} refuses the credentials of {settings.login} ({said}); check "
+            f"{settings.credential_options}",
+            **facts,
+        )
     pool = re.search(r"pool '([^']+)' does not exist", text)
     if pool and status in (403, 500):
-        return AccessDenied(f"{where}: {said}; create it (pveum pool add {pool[1]}), or correct pool", **{**facts, "status": 403})
+        return AccessDenied(
+            f"{where}: {said}; create it (pveum pool add {pool[1]}), or correct pool", **{**facts, "status": 403}
+        )
     if status == 403:
-        return AccessDenied(f"{where}: {settings.login} may not do that ({said}); {_grant(method, path, text, params)}", **facts)
+        return AccessDenied(
+            f"{where}: {settings.login} may not do that ({said}); {_grant(method, path, text, params)}", **facts
+        )
     node = path.split("/", 2)[1] if path.startswith("nodes/") else ""
     if status in _NOT_DELIVERED:
         return Unreachable(f"{where}: the node does not answer ({status} {text or 'no route to the node'})", **facts)
     if status in _FOREIGN_PROXY:
-        return OutcomeUnknown(f"{where}: a proxy between here and Proxmox answers {said}; {became_of(method)}. Look at pveproxy, "
-                              "then run again", **facts)
+        return OutcomeUnknown(
+            f"{where}: a proxy between here and Proxmox answers {said}; {became_of(method)}. Look at pveproxy, "
+            "then run again",
+            **facts,
+        )
     if status in _UNKNOWN:
         if method == "GET":
-            return OutcomeUnknown(f"{where}: {f'node {node}' if node else 'the node'} does not answer ({said}); nothing was changed. "
-                                  "Look at pveproxy and the load there, then run again", **facts)
+            return OutcomeUnknown(
+                f"{where}: {f'node {node}' if node else 'the node'} does not answer ({said}); nothing was changed. "
+                "Look at pveproxy and the load there, then run again",
+                **facts,
+            )
         return OutcomeUnknown(f"{where}: {became_of(method)} ({said})", **facts)
     if method != "GET" and "/etc/pve/" in text and "Permission denied" in text:
         # The cluster's file system is read-only without quorum, whatever the user may do.
-        said += "; the cluster takes no changes, most likely because it has no quorum. Look at pvecm status, then run again"
+        said += (
+            "; the cluster takes no changes, most likely because it has no quorum. Look at pvecm status, then run again"
+        )
     return ApiError(f"{where}: {said}", **facts)
 
 
@@ -152,11 +177,15 @@ def _grant(method: str, path: str, text: str, params: dict[str, Any]) -> str:
     kind = f"{method} {template_of(path)}"
     # Proxmox does not always name the privilege.
     if re.search(r"\b(VM|SDN|Sys|Datastore|Pool)\.\w+", text) and kind not in (
-            "GET nodes/{node}/qemu/{vmid}/config", "GET nodes/{node}/qemu/{vmid}/status/current"):
+        "GET nodes/{node}/qemu/{vmid}/config",
+        "GET nodes/{node}/qemu/{vmid}/status/current",
+    ):
         advice = "grant the privilege named there"
     else:
         advice = f"grant {_NEEDS.get(kind, 'the missing privilege')}"
     if "(" not in text and kind == "POST nodes/{node}/qemu/{vmid}/clone" and params.get("pool"):
         # Proxmox answers so to everybody but root when the pool is gone.
-        advice += f"; or pool {params['pool']!r} does not exist: create it (pveum pool add {params['pool']}), or correct pool"
+        advice += (
+            f"; or pool {params['pool']!r} does not exist: create it (pveum pool add {params['pool']}), or correct pool"
+        )
     return advice

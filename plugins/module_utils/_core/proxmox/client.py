@@ -42,7 +42,12 @@ _NODE_AUTHORITY = "/etc/pve/pve-root-ca.pem"
 _REFUSAL_SECONDS = 60
 # Asked for again only by whoever judges the VM anew: there is no digest that would stop the second try.
 _UNGUARDED = re.compile(r"/qemu/\d+(/status/\w+)?$")
-_KINDS = {"proxmox_api": "api", "proxmox_access": "access", "proxmox_unreachable": "unreachable", "proxmox_outcome_unknown": "unknown"}
+_KINDS = {
+    "proxmox_api": "api",
+    "proxmox_access": "access",
+    "proxmox_unreachable": "unreachable",
+    "proxmox_outcome_unknown": "unknown",
+}
 
 
 class Transport(Protocol):
@@ -173,14 +178,18 @@ class ProxmoxClient:
         """Read a list of objects; anything else is OutcomeUnknown, never an empty list."""
         found = self.get(path, **params)
         if not isinstance(found, list) or not all(isinstance(item, dict) for item in found):
-            raise OutcomeUnknown(f"GET /{path}: the answer is not a list, so nothing is known; is api_host a Proxmox node?", path=path)
+            raise OutcomeUnknown(
+                f"GET /{path}: the answer is not a list, so nothing is known; is api_host a Proxmox node?", path=path
+            )
         return found
 
     def get_dict(self, path: str, /, **params: Any) -> dict[str, Any]:
         """Read an object; anything else is OutcomeUnknown."""
         found = self.get(path, **params)
         if not isinstance(found, dict):
-            raise OutcomeUnknown(f"GET /{path}: the answer is not an object, so nothing is known; is api_host a Proxmox node?", path=path)
+            raise OutcomeUnknown(
+                f"GET /{path}: the answer is not an object, so nothing is known; is api_host a Proxmox node?", path=path
+            )
         return found
 
     def _request(self, method: str, path: str, params: dict[str, Any]) -> Any:
@@ -274,9 +283,15 @@ class ProxmoxClient:
         except ProxmoxError:
             return False
         removed = [name for name in str(params.get("delete") or "").split(",") if name]
-        return config.get("digest") != params.get("digest") and not any(name in config for name in removed) and all(
-            _parts(config.get(name)) == _parts(value) for name, value in params.items()
-            if value is not None and name not in ("digest", "delete"))
+        return (
+            config.get("digest") != params.get("digest")
+            and not any(name in config for name in removed)
+            and all(
+                _parts(config.get(name)) == _parts(value)
+                for name, value in params.items()
+                if value is not None and name not in ("digest", "delete")
+            )
+        )
 
 
 def _parts(value: Any) -> list[str]:

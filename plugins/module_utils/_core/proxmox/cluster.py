@@ -89,7 +89,10 @@ class Cluster:
         """
         row = self._quorum_row()
         if str(row.get("quorate")) not in ("1", "True", "true"):
-            raise Kept("unknown", "the cluster has no quorum; nothing is deleted and nothing is known to be gone until it has (pvecm status)")
+            raise Kept(
+                "unknown",
+                "the cluster has no quorum; nothing is deleted and nothing is known to be gone until it has (pvecm status)",
+            )
         return {"quorum": "quorate", "node": row.get("node"), "status": str(row.get("status"))[:200]}
 
     def node_online(self, node: str) -> bool:
@@ -99,7 +102,11 @@ class Cluster:
 
     def nodes(self) -> dict[str, bool]:
         """Node names with whether each is online."""
-        return {str(row.get("name")): str(row.get("online", 1)) in ("1", "True", "true") for row in self._status_rows() if row.get("type") == "node"}
+        return {
+            str(row.get("name")): str(row.get("online", 1)) in ("1", "True", "true")
+            for row in self._status_rows()
+            if row.get("type") == "node"
+        }
 
     # ---- which cluster ----
 
@@ -107,7 +114,14 @@ class Cluster:
         rows = self._status_rows()
         cluster = next((row.get("name") for row in rows if row.get("type") == "cluster"), None)
         nodes = sorted(str(row.get("name")) for row in rows if row.get("type") == "node")
-        local = next((str(row.get("name")) for row in rows if row.get("type") == "node" and str(row.get("local")) in ("1", "True", "true")), None)
+        local = next(
+            (
+                str(row.get("name"))
+                for row in rows
+                if row.get("type") == "node" and str(row.get("local")) in ("1", "True", "true")
+            ),
+            None,
+        )
         authority = None
         if local:
             try:
@@ -131,8 +145,11 @@ class Cluster:
             except (ValueError, TypeError):
                 sound = False
             if not sound:
-                raise Kept("unknown", "the records' note of their cluster is damaged (meta.value of key cluster), so nothing is concluded from this one; "
-                           "run agentlab_reconcile with adopt_cluster=true once, when this is the right cluster")
+                raise Kept(
+                    "unknown",
+                    "the records' note of their cluster is damaged (meta.value of key cluster), so nothing is concluded from this one; "
+                    "run agentlab_reconcile with adopt_cluster=true once, when this is the right cluster",
+                )
             if known and known["authority"] and known["authority"] == self._client.trusted_authority():
                 # The connection itself proves it: nobody is talked to but whom that cluster's own authority signed for.
                 self._confirmed = True
@@ -140,21 +157,32 @@ class Cluster:
             found = self._identity()
             if known is None:
                 if not creating:
-                    raise Kept("unknown", "these records do not know yet which cluster they belong to (the first creation notes it), so nothing is "
-                               "concluded from this one")
+                    raise Kept(
+                        "unknown",
+                        "these records do not know yet which cluster they belong to (the first creation notes it), so nothing is "
+                        "concluded from this one",
+                    )
                 self._records.set_meta("cluster", json.dumps(found))
             else:
                 if known["authority"] and found["authority"]:
                     same = known["authority"] == found["authority"]
                 elif known["authority"]:
-                    raise Kept("unknown", "the cluster's certificate authority cannot be read, so it is not certain that these records belong to it")
+                    raise Kept(
+                        "unknown",
+                        "the cluster's certificate authority cannot be read, so it is not certain that these records belong to it",
+                    )
                 else:
                     # A single node that has become a cluster keeps its name among the nodes.
-                    same = (known["name"] == found["name"] or known["name"] is None) and bool(set(known["nodes"]) & set(found["nodes"]))
+                    same = (known["name"] == found["name"] or known["name"] is None) and bool(
+                        set(known["nodes"]) & set(found["nodes"])
+                    )
                 if not same:
-                    raise Kept("unknown", f"this is not the cluster these records belong to (they know {_title(known)}, api_host leads to {_title(found)}); "
-                               "correct api_host or database; if it is the same cluster with a new certificate authority, or a node that joined one, "
-                               "run agentlab_reconcile with adopt_cluster=true once")
+                    raise Kept(
+                        "unknown",
+                        f"this is not the cluster these records belong to (they know {_title(known)}, api_host leads to {_title(found)}); "
+                        "correct api_host or database; if it is the same cluster with a new certificate authority, or a node that joined one, "
+                        "run agentlab_reconcile with adopt_cluster=true once",
+                    )
                 if known != found and found["authority"]:
                     self._records.set_meta("cluster", json.dumps(found))
             self._confirmed = True
@@ -177,9 +205,13 @@ class Cluster:
             if self._vms is None or fresh:
                 rows = self._client.get_list("cluster/resources", type="vm")
                 try:
-                    self._vms = {int(row["vmid"]): {name: row[name] for name in _LOOKED_AT if name in row} for row in rows}
+                    self._vms = {
+                        int(row["vmid"]): {name: row[name] for name in _LOOKED_AT if name in row} for row in rows
+                    }
                 except (KeyError, TypeError, ValueError):
-                    raise OutcomeUnknown("GET /cluster/resources: entries without a vmid; is api_host a Proxmox node?") from None
+                    raise OutcomeUnknown(
+                        "GET /cluster/resources: entries without a vmid; is api_host a Proxmox node?"
+                    ) from None
             return self._vms
 
     def find(self, vmid: int, *, fresh: bool = False) -> dict[str, Any] | None:
@@ -204,7 +236,9 @@ class Cluster:
 
     def holds(self, path: str, privilege: str) -> bool:
         """Whether these credentials have the privilege on the path now, inherited or not."""
-        return self._client.settings.is_root or privilege in _rights(self._client.get_dict("access/permissions", path=path), path)
+        return self._client.settings.is_root or privilege in _rights(
+            self._client.get_dict("access/permissions", path=path), path
+        )
 
     # ---- absence ----
 
@@ -244,8 +278,12 @@ class Cluster:
                 return {**unknown, **self.prove_absent(self._ours.intersection(wanted))}
         if len(wanted) <= _FEW or self._partial:
             return self._ask_for_each(wanted, quorum)
-        if (not anew and self._whole is not None and self._whole[0].keys().isdisjoint(wanted)
-                and self._clock.monotonic() - self._whole[2] <= _LIST_SECONDS):
+        if (
+            not anew
+            and self._whole is not None
+            and self._whole[0].keys().isdisjoint(wanted)
+            and self._clock.monotonic() - self._whole[2] <= _LIST_SECONDS
+        ):
             listed, quorum, _read = self._whole
         else:
             try:
@@ -260,8 +298,12 @@ class Cluster:
         if free and self._nextid(free[0], quorum).absent is not True:
             return self._ask_for_each(wanted, quorum)
         proof = {**quorum, "proof": "not in the list of all VMs", "listed": len(listed)}
-        return {vmid: Presence(True, "not in the cluster's list of all VMs", proof) if vmid not in listed
-                else Presence(False, "a VM with that VMID is in the cluster's list", {"node": listed[vmid].get("node")}) for vmid in wanted}
+        return {
+            vmid: Presence(True, "not in the cluster's list of all VMs", proof)
+            if vmid not in listed
+            else Presence(False, "a VM with that VMID is in the cluster's list", {"node": listed[vmid].get("node")})
+            for vmid in wanted
+        }
 
     def _ask_for_each(self, vmids: list[int], quorum: dict[str, Any]) -> dict[int, Presence]:
         found = parallel.each(lambda vmid: self._nextid(vmid, quorum), vmids, self._client.settings.connections)
@@ -277,7 +319,9 @@ class Cluster:
         except ProxmoxError as error:
             return Presence(None, error.message, {})
         if str(found) != str(vmid):
-            return Presence(None, f"GET /cluster/nextid answered {str(found)[:40]!r} for {vmid}, so nothing is known", {})
+            return Presence(
+                None, f"GET /cluster/nextid answered {str(found)[:40]!r} for {vmid}, so nothing is known", {}
+            )
         return Presence(True, f"Proxmox says that VMID {vmid} is free", {**quorum, "proof": "nextid"})
 
 
@@ -291,7 +335,11 @@ def sees_every_vm(entries: list[dict[str, Any]], held: dict[str, Any]) -> bool:
     """
     if not entries:
         return False
-    if "Sys.Audit" not in _rights(held, "/access") or str(_rights(held, "/vms").get("VM.Audit")) not in ("1", "True", "true"):
+    if "Sys.Audit" not in _rights(held, "/access") or str(_rights(held, "/vms").get("VM.Audit")) not in (
+        "1",
+        "True",
+        "true",
+    ):
         return False
     for entry in entries:
         path = str(entry.get("path") or "")

@@ -56,11 +56,19 @@ _TICKET_SECONDS = 3600
 _TLS_REFUSED = re.compile(r"CERTIFICATE_VERIFY_FAILED|certificate verify failed|[Hh]ostname mismatch|doesn't match")
 # No TLS at that port; or what took the place of the answer in the middle of a connection.
 _NO_TLS = "WRONG_VERSION_NUMBER"
-_REASONS = re.compile(r"(Connection refused|Name or service not known|Temporary failure in name resolution|No route to host|"
-                      r"Network is unreachable|Connection reset by peer|Remote end closed connection|Read timed out|IncompleteRead|"
-                      r"TLS handshake broken)")
-_NEVER_CONNECTED = ("NewConnectionError", "NameResolutionError", "ConnectTimeoutError", "Connection refused",
-                    "Name or service not known", "Failed to establish")
+_REASONS = re.compile(
+    r"(Connection refused|Name or service not known|Temporary failure in name resolution|No route to host|"
+    r"Network is unreachable|Connection reset by peer|Remote end closed connection|Read timed out|IncompleteRead|"
+    r"TLS handshake broken)"
+)
+_NEVER_CONNECTED = (
+    "NewConnectionError",
+    "NameResolutionError",
+    "ConnectTimeoutError",
+    "Connection refused",
+    "Name or service not known",
+    "Failed to establish",
+)
 
 
 class Https:
@@ -78,10 +86,19 @@ class Https:
             )
         settings.check_credentials()
         self._settings = settings
-        verify: bool | str = settings.ca_path if settings.validate_certs and settings.ca_path else settings.validate_certs
+        verify: bool | str = (
+            settings.ca_path if settings.validate_certs and settings.ca_path else settings.validate_certs
+        )
         # With a token proxmoxer sends nothing when it is made. A password is exchanged for a ticket by our own class.
-        api = proxmoxer.ProxmoxAPI("proxmox", user=settings.user, token_name=settings.token_name or "none", port=settings.api_port,
-                                   token_value=settings.api_token_secret or "none", verify_ssl=verify, timeout=settings.api_timeout)
+        api = proxmoxer.ProxmoxAPI(
+            "proxmox",
+            user=settings.user,
+            token_name=settings.token_name or "none",
+            port=settings.api_port,
+            token_value=settings.api_token_secret or "none",
+            verify_ssl=verify,
+            timeout=settings.api_timeout,
+        )
         session = api._store["session"]
         host = f"[{settings.api_host}]" if ":" in str(settings.api_host) else settings.api_host
         api._store["base_url"] = self._url = f"https://{host}:{settings.api_port}{settings.api_path}/api2/json"
@@ -99,7 +116,9 @@ class Https:
         values = {name.replace("_", "-"): value for name, value in params.items() if value is not None}
         data = self._call(method, path, params, lambda: getattr(self._api(parts), method.lower())(**values))
         # proxmoxer hands out what it could not parse as {"errors": ...}: never take that for data.
-        if isinstance(data, (dict, list)) and (answers.too_deep(data) or (isinstance(data, dict) and set(data) == {"errors"})):
+        if isinstance(data, (dict, list)) and (
+            answers.too_deep(data) or (isinstance(data, dict) and set(data) == {"errors"})
+        ):
             raise self._nonsense(method, path)
         return data
 
@@ -108,15 +127,27 @@ class Https:
         settings = self._settings
 
         def post() -> Any:
-            return requests.Session.request(self._session, "POST", f"{self._url}/access/ticket", data=data, auth=_keep,
-                                            verify=self._session.verify, timeout=settings.api_timeout)
+            return requests.Session.request(
+                self._session,
+                "POST",
+                f"{self._url}/access/ticket",
+                data=data,
+                auth=_keep,
+                verify=self._session.verify,
+                timeout=settings.api_timeout,
+            )
 
         response = self._call("POST", "access/ticket", {}, post)
         # proxmoxer prefers the session's cookies to the ticket.
         self._session.cookies.clear()
         if response.status_code == 401:
-            raise AccessDenied(f"Proxmox on {settings.where} refuses the login of {settings.user!r} (status 401); "
-                               "check api_user and api_password", status=401, method="POST", path="access/ticket")
+            raise AccessDenied(
+                f"Proxmox on {settings.where} refuses the login of {settings.user!r} (status 401); "
+                "check api_user and api_password",
+                status=401,
+                method="POST",
+                path="access/ticket",
+            )
         if response.status_code >= 400:
             raise answers.failure("POST", "access/ticket", settings, response.status_code, response.reason, {})
         try:
@@ -129,8 +160,12 @@ class Https:
     # ---- errors ----
 
     def _nonsense(self, method: str, path: str) -> OutcomeUnknown:
-        return OutcomeUnknown(f"{method} /{path} on {self._settings.where}: the answer is not what Proxmox sends; is api_host a Proxmox "
-                              "node?", method=method, path=path)
+        return OutcomeUnknown(
+            f"{method} /{path} on {self._settings.where}: the answer is not what Proxmox sends; is api_host a Proxmox "
+            "node?",
+            method=method,
+            path=path,
+        )
 
     def _call(self, method: str, path: str, params: dict[str, Any], call: Any) -> Any:
         """Run one request and turn every exception of the libraries into one of our errors."""
@@ -148,8 +183,11 @@ class Https:
         except requests.exceptions.SSLError as error:
             raise self._tls_error(method, path, error) from None
         except requests.exceptions.ConnectTimeout:
-            raise Unreachable(f"{settings.where} does not answer within {settings.api_timeout} s; check api_host, api_port and the "
-                              f"network{self._through_proxy()}", path=path) from None
+            raise Unreachable(
+                f"{settings.where} does not answer within {settings.api_timeout} s; check api_host, api_port and the "
+                f"network{self._through_proxy()}",
+                path=path,
+            ) from None
         except requests.exceptions.Timeout:
             raise answers.unanswered(method, path, settings) from None
         except (requests.exceptions.InvalidSchema, requests.exceptions.InvalidURL) as error:
@@ -160,13 +198,24 @@ class Https:
             if answers.out_of_descriptors():
                 raise answers.no_descriptor(path) from None
             if any(name in str(error) for name in _NEVER_CONNECTED):
-                raise Unreachable(f"{settings.where} cannot be reached: {_reason(error)}; check api_host, api_port and the "
-                                  f"network{self._through_proxy()}", path=path) from None
-            raise OutcomeUnknown(f"{where}: the connection was cut before the answer: {_reason(error)}; {answers.became_of(method)}",
-                                 method=method, path=path, cut=True) from None
+                raise Unreachable(
+                    f"{settings.where} cannot be reached: {_reason(error)}; check api_host, api_port and the "
+                    f"network{self._through_proxy()}",
+                    path=path,
+                ) from None
+            raise OutcomeUnknown(
+                f"{where}: the connection was cut before the answer: {_reason(error)}; {answers.became_of(method)}",
+                method=method,
+                path=path,
+                cut=True,
+            ) from None
         except requests.exceptions.RequestException as error:
-            raise OutcomeUnknown(f"{where}: {_reason(error)}; {answers.became_of(method)}", method=method, path=path,
-                                 cut=isinstance(error, requests.exceptions.ChunkedEncodingError) or None) from None
+            raise OutcomeUnknown(
+                f"{where}: {_reason(error)}; {answers.became_of(method)}",
+                method=method,
+                path=path,
+                cut=isinstance(error, requests.exceptions.ChunkedEncodingError) or None,
+            ) from None
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
             # proxmoxer looks for "data" in whatever was sent.
             raise self._nonsense(method, path) from None
@@ -183,15 +232,26 @@ class Https:
         harmless = method == "GET" or path == "access/ticket"
         if not (_TLS_REFUSED.search(text) or (_NO_TLS in text and harmless)):
             # Perhaps after the handshake: the request may have been sent.
-            return OutcomeUnknown(f"{method} /{path} on {settings.where}: the encrypted connection broke before the answer; "
-                                  f"{answers.became_of(method)}", method=method, path=path, cut=True)
+            return OutcomeUnknown(
+                f"{method} /{path} on {settings.where}: the encrypted connection broke before the answer; "
+                f"{answers.became_of(method)}",
+                method=method,
+                path=path,
+                cut=True,
+            )
         if "has expired" in text or "not yet valid" in text:
             until = self._certificate_end()
             how = "is not yet valid" if "not yet valid" in text else f"expired{f' on {until}' if until else ''}"
-            return Unreachable(f"the certificate of {settings.where} {how}: renew it on the node (pvecm updatecerts -f), or check the "
-                               "date of this host", path=path)
-        return Unreachable(f"the certificate of {settings.where} is not trusted: {_tls_reason(error)}; set ca_path to its CA "
-                           "(/etc/pve/pve-root-ca.pem of the node), or correct api_host", path=path)
+            return Unreachable(
+                f"the certificate of {settings.where} {how}: renew it on the node (pvecm updatecerts -f), or check the "
+                "date of this host",
+                path=path,
+            )
+        return Unreachable(
+            f"the certificate of {settings.where} is not trusted: {_tls_reason(error)}; set ca_path to its CA "
+            "(/etc/pve/pve-root-ca.pem of the node), or correct api_host",
+            path=path,
+        )
 
     def _certificate_end(self) -> str | None:
         """Return the day the node's certificate expired, by asking for it once more without checking it."""
@@ -211,7 +271,9 @@ class Https:
         dates = re.search(rb"(?:\x17\x0d|\x18\x0f)\d{12,14}Z(?:\x17\x0d(\d{12})|\x18\x0f(\d{14}))Z", certificate)
         if dates is None:
             return None
-        end = datetime.strptime((b"20" + dates[1] if dates[1] else dates[2]).decode(), "%Y%m%d%H%M%S").replace(tzinfo=UTC)
+        end = datetime.strptime((b"20" + dates[1] if dates[1] else dates[2]).decode(), "%Y%m%d%H%M%S").replace(
+            tzinfo=UTC
+        )
         # Otherwise it is the CA's certificate that expired.
         return f"{end:%Y-%m-%d}" if end.timestamp() < time.time() else None
 
@@ -236,16 +298,25 @@ class Https:
             return answers.no_descriptor(path)
         refused = re.search(r"Tunnel connection failed: ([^'\"\\)]+)", str(error))
         what = f"refuses ({refused[1].strip()})" if refused else f"cannot be reached ({_reason(error)})"
-        return Unreachable(f"the proxy {shown} of {name} {what}, so {self._settings.where} was not asked; correct the proxy, or put "
-                           f"{self._settings.api_host} into NO_PROXY", path=path)
+        return Unreachable(
+            f"the proxy {shown} of {name} {what}, so {self._settings.where} was not asked; correct the proxy, or put "
+            f"{self._settings.api_host} into NO_PROXY",
+            path=path,
+        )
 
     def _schema_error(self, path: str, error: Exception) -> ProxmoxError:
         name, shown = self._proxy() or ("the environment", "")
         if "SOCKS" in str(error):
-            return Unreachable(f"the proxy {shown} of {name} needs the Python library PySocks: install python3-socks (Debian) or pip "
-                               f"install PySocks, or put {self._settings.api_host} into NO_PROXY", path=path)
-        return Unreachable(f"the proxy {shown} of {name} is of no kind that can be used; give http://HOST:PORT, or put "
-                           f"{self._settings.api_host} into NO_PROXY", path=path)
+            return Unreachable(
+                f"the proxy {shown} of {name} needs the Python library PySocks: install python3-socks (Debian) or pip "
+                f"install PySocks, or put {self._settings.api_host} into NO_PROXY",
+                path=path,
+            )
+        return Unreachable(
+            f"the proxy {shown} of {name} is of no kind that can be used; give http://HOST:PORT, or put "
+            f"{self._settings.api_host} into NO_PROXY",
+            path=path,
+        )
 
 
 def _keep(request: Any) -> Any:
@@ -269,8 +340,14 @@ class _Ticket(requests.auth.AuthBase):
         settings = self._settings
         answer = self._https.log_in({"username": settings.user, "password": settings.api_password})
         if answer.get("NeedTFA"):
-            raise AccessDenied(f"Proxmox on {settings.where} asks {settings.user!r} for a second factor, which no program can give; use an "
-                               "API token (api_token_id and api_token_secret)", status=401, method="POST", path="access/ticket", tfa=True)
+            raise AccessDenied(
+                f"Proxmox on {settings.where} asks {settings.user!r} for a second factor, which no program can give; use an "
+                "API token (api_token_id and api_token_secret)",
+                status=401,
+                method="POST",
+                path="access/ticket",
+                tfa=True,
+            )
         self._ticket, self._token = answer["ticket"], answer["CSRFPreventionToken"]
         self._born = time.monotonic()
 
@@ -327,8 +404,9 @@ class _Adapter(HTTPAdapter):
         if 300 <= response.status_code < 400:
             # A redirect would turn a POST into a GET of some other host, token included. Without a target it would be
             # taken for success with an empty answer.
-            raise requests.exceptions.TooManyRedirects("redirected elsewhere; set api_host to the Proxmox node itself",
-                                                       response=response)
+            raise requests.exceptions.TooManyRedirects(
+                "redirected elsewhere; set api_host to the Proxmox node itself", response=response
+            )
         if response.status_code >= 400:
             response.reason = _sentence(response._content) or response.reason
             # proxmoxer adds the errors of the body to its own message, each release in another way.
@@ -443,6 +521,8 @@ def _reason(error: Exception) -> str:
 
 
 def _tls_reason(error: Exception) -> str:
-    known = re.search(r"certificate verify failed: ([^(\[]+)|(Hostname mismatch[^.]*)|(hostname \S+ doesn't match)|(WRONG_VERSION_NUMBER)",
-                      str(error))
+    known = re.search(
+        r"certificate verify failed: ([^(\[]+)|(Hostname mismatch[^.]*)|(hostname \S+ doesn't match)|(WRONG_VERSION_NUMBER)",
+        str(error),
+    )
     return next((part.strip() for part in known.groups() if part), "TLS failed") if known else "TLS failed"

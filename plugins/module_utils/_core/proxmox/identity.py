@@ -19,7 +19,10 @@ UNKNOWN = "UNKNOWN"
 
 # A hint for people and for inventories; never a proof.
 OUR_TAG = "agentlab"
-_MARKER = re.compile(r"agentlab-sandbox: ([0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12})(?![0-9a-f-])", re.IGNORECASE | re.ASCII)
+_MARKER = re.compile(
+    r"agentlab-sandbox: ([0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12})(?![0-9a-f-])",
+    re.IGNORECASE | re.ASCII,
+)
 # The database whose sandbox it is. Markers of older releases lack it.
 _DATABASE = re.compile(r" \(database ([0-9a-f]{32})\)", re.IGNORECASE | re.ASCII)
 _NOTE = "agentlab-delete:"
@@ -94,8 +97,13 @@ def judge(uuid: str, known_smbios: str | None, config: dict[str, Any]) -> Verdic
     """MATCH, FOREIGN, AMBIGUOUS, UNBOUND (our marker, but the SMBIOS UUID was never stored), or UNKNOWN (a VM is just being made there)."""
     found_markers, found_smbios = markers(config), smbios_uuid(config)
     ours = found_markers == {uuid}
-    evidence = {"marker": "ours" if ours else ("several" if uuid in found_markers else ("other" if found_markers else "none")),
-                "smbios_uuid": found_smbios, "expected_smbios_uuid": known_smbios, "name": config.get("name"), "lock": config.get("lock")}
+    evidence = {
+        "marker": "ours" if ours else ("several" if uuid in found_markers else ("other" if found_markers else "none")),
+        "smbios_uuid": found_smbios,
+        "expected_smbios_uuid": known_smbios,
+        "name": config.get("name"),
+        "lock": config.get("lock"),
+    }
     # Until a clone or a restore is done the configuration says nothing yet: it may become our own clone, or ours again from its backup.
     unfinished = config.get("lock") in ("clone", "create")
     if known_smbios is not None and found_smbios == known_smbios.lower():

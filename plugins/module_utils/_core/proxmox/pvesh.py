@@ -29,21 +29,37 @@ from . import answers
 
 _COMMANDS = {"GET": "get", "POST": "create", "PUT": "set", "DELETE": "delete"}
 # A task id as the answer: in quotes (escaped ones within a glued string), and nothing after it.
-_TASK_ID = re.compile(r'\\?"(UPID:[^:\s"\\]+:[0-9A-F]{8,}:[0-9A-F]{8,}:[0-9A-F]{8,}:[^:\s"\\]+:[^:\s"\\]*:[^:\s"\\]+:)\\?"["\s]*$')
+_TASK_ID = re.compile(
+    r'\\?"(UPID:[^:\s"\\]+:[0-9A-F]{8,}:[0-9A-F]{8,}:[0-9A-F]{8,}:[^:\s"\\]+:[^:\s"\\]*:[^:\s"\\]+:)\\?"["\s]*$'
+)
 # Another answer at the end of a glued string, such as the name of a new volume.
 _LAST_STRING = re.compile(r'"([^"\s]+)"\s*$')
 _CONFIG = re.compile(r"/(qemu|lxc)/\d+/config$")
 _USAGE = re.compile(r"(proxy handler failed: )?(pvesh (get|create|set|delete|ls|usage) <api_path>|USAGE: )")
 # Perl's nine lines about a locale that is not installed, and other warnings that are no part of an error.
-_WARNING = re.compile(r"perl: warning: |(LANGUAGE|LC_\w+|LANG) = |are supported and installed|Use of uninitialized value|Wide character in |"
-                      r"Warning: Permanently added |WARN(ING)?: ")
-_NO_SSH = re.compile(r"ssh: connect to host|ssh: Could not resolve|Host key verification failed|kex_exchange_identification|"
-                     r"Permission denied \(publickey")
-_BROKEN_SSH = re.compile(r"[Cc]onnection (to \S+ )?(closed|reset|timed out)|closed by remote host|Broken pipe|client_loop|"
-                         r"Timeout, server \S+ not responding")
+_WARNING = re.compile(
+    r"perl: warning: |(LANGUAGE|LC_\w+|LANG) = |are supported and installed|Use of uninitialized value|Wide character in |"
+    r"Warning: Permanently added |WARN(ING)?: "
+)
+_NO_SSH = re.compile(
+    r"ssh: connect to host|ssh: Could not resolve|Host key verification failed|kex_exchange_identification|"
+    r"Permission denied \(publickey"
+)
+_BROKEN_SSH = re.compile(
+    r"[Cc]onnection (to \S+ )?(closed|reset|timed out)|closed by remote host|Broken pipe|client_loop|"
+    r"Timeout, server \S+ not responding"
+)
 # A VM, its hook script and a backup inherit the environment of the pvesh that started them: what the service sets for its own Python stays out.
-_SERVICE_ENVIRONMENT = {"PYTHONPATH", "PYTHONDONTWRITEBYTECODE", "PYTHONNODEBUGRANGES", "MALLOC_ARENA_MAX", "MALLOC_MMAP_THRESHOLD_",
-                        "NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC"}
+_SERVICE_ENVIRONMENT = {
+    "PYTHONPATH",
+    "PYTHONDONTWRITEBYTECODE",
+    "PYTHONNODEBUGRANGES",
+    "MALLOC_ARENA_MAX",
+    "MALLOC_MMAP_THRESHOLD_",
+    "NOTIFY_SOCKET",
+    "WATCHDOG_PID",
+    "WATCHDOG_USEC",
+}
 # pvesh shows its arguments to every user of the host.
 _SECRET_OPTIONS = ("cipassword", "password")
 
@@ -58,8 +74,10 @@ class Pvesh:
         self._settings = settings
         program = shutil.which("pvesh") or shutil.which("pvesh", path="/usr/bin:/usr/sbin")
         if program is None:
-            raise InvalidInput("api_host: not set, and this host has no pvesh; run on a Proxmox node, or set api_host and a token",
-                               option="api_host")
+            raise InvalidInput(
+                "api_host: not set, and this host has no pvesh; run on a Proxmox node, or set api_host and a token",
+                option="api_host",
+            )
         self._program = program
 
     def send(self, method: str, path: str, params: dict[str, Any]) -> Any:
@@ -77,8 +95,11 @@ class Pvesh:
     def _arguments(self, method: str, path: str, params: dict[str, Any]) -> list[bytes]:
         secret = next((name for name in _SECRET_OPTIONS if params.get(name) is not None), None)
         if secret:
-            raise InvalidInput(f"{secret}: pvesh would show it to every user of this host; set api_host and a token, or put it into "
-                               "user_data", option=secret)
+            raise InvalidInput(
+                f"{secret}: pvesh would show it to every user of this host; set api_host and a token, or put it into "
+                "user_data",
+                option=secret,
+            )
         words = [self._program, _COMMANDS[method], f"/{path}"]
         for name, value in params.items():
             for item in value if isinstance(value, (list, tuple)) else [value]:
@@ -90,7 +111,9 @@ class Pvesh:
         except UnicodeEncodeError:
             encoded = [b"\0"]
         if any(b"\0" in word for word in encoded):
-            raise InvalidInput(f"{method} /{clean_path(path)}: a value has characters that no program can be given; remove them")
+            raise InvalidInput(
+                f"{method} /{clean_path(path)}: a value has characters that no program can be given; remove them"
+            )
         return encoded
 
     def _run(self, method: str, path: str, arguments: list[bytes]) -> tuple[int, str, str]:
@@ -109,8 +132,17 @@ class Pvesh:
             with open(os.memfd_create("pvesh"), "w+b") as output, open(os.memfd_create("pvesh"), "w+b") as complaint:
                 # pmxcfs admits uid 0 only together with gid 0 (or group www-data).
                 group = 0 if os.geteuid() == 0 and os.getegid() != 0 else None
-                process = subprocess.Popen(arguments, stdin=subprocess.DEVNULL, stdout=output, stderr=complaint, env=environment,
-                                           start_new_session=True, cwd="/", group=group, umask=0o022)
+                process = subprocess.Popen(
+                    arguments,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=complaint,
+                    env=environment,
+                    start_new_session=True,
+                    cwd="/",
+                    group=group,
+                    umask=0o022,
+                )
                 try:
                     status = process.wait(seconds)
                 except subprocess.TimeoutExpired:
@@ -118,24 +150,34 @@ class Pvesh:
                         process.kill()
                         process.wait()
                         raise answers.unanswered(method, path, settings) from None
-                    raise OutcomeUnknown(f"{method} /{path} on {settings.where}: pvesh did not end within {seconds} s (wait_timeout); it goes "
-                                         "on, and whether it will be carried out is not known. Run again to find out",
-                                         method=method, path=path, timed_out=True) from None
+                    raise OutcomeUnknown(
+                        f"{method} /{path} on {settings.where}: pvesh did not end within {seconds} s (wait_timeout); it goes "
+                        "on, and whether it will be carried out is not known. Run again to find out",
+                        method=method,
+                        path=path,
+                        timed_out=True,
+                    ) from None
                 except BaseException:
                     if method == "GET":
                         process.kill()
                     raise
                 if os.fstat(output.fileno()).st_size > answers.LARGEST_ANSWER:
-                    raise OutcomeUnknown(f"{method} /{path} on {settings.where}: the answer has more than {answers.LARGEST_ANSWER} bytes, "
-                                         "which no answer of Proxmox has", method=method, path=path)
+                    raise OutcomeUnknown(
+                        f"{method} /{path} on {settings.where}: the answer has more than {answers.LARGEST_ANSWER} bytes, "
+                        "which no answer of Proxmox has",
+                        method=method,
+                        path=path,
+                    )
                 output.seek(0)
                 complaint.seek(0)
                 return status, output.read().decode(errors="replace"), complaint.read(65536).decode(errors="replace")
         except OSError as error:
             if answers.out_of_descriptors(error):
                 raise answers.no_descriptor(path) from None
-            raise Unreachable(f"{method} /{path} on {settings.where}: pvesh cannot be started: {error.strerror}; Proxmox was not asked",
-                              path=path) from None
+            raise Unreachable(
+                f"{method} /{path} on {settings.where}: pvesh cannot be started: {error.strerror}; Proxmox was not asked",
+                path=path,
+            ) from None
 
     # ---- reading ----
 
@@ -153,8 +195,12 @@ class Pvesh:
         data = _parse(text)
         if method == "GET":
             if data is _NO_JSON:
-                raise OutcomeUnknown(f"GET /{path} on {self._settings.where}: the answer of pvesh is not JSON, so nothing is known; "
-                                     "run again, or look at what pvesh prints", method=method, path=path)
+                raise OutcomeUnknown(
+                    f"GET /{path} on {self._settings.where}: the answer of pvesh is not JSON, so nothing is known; "
+                    "run again, or look at what pvesh prints",
+                    method=method,
+                    path=path,
+                )
             return data
         if data is _NO_JSON:
             # Log lines of what answers nothing, or log lines and then the answer.
@@ -179,9 +225,14 @@ class Pvesh:
             return Unreachable(f"{where}: pvesh works only as root; use become, or set api_host and a token", **facts)
         if "ipcc_send_rec" in text:
             group = os.getegid()
-            advice = (f"this process has group id {group}, and pmxcfs wants 0 (Group=root in a unit)" if group else
-                      "look at systemctl status pve-cluster")
-            return Unreachable(f"{where}: pmxcfs of this node refuses the connection ({facts['text']}); {advice}", **facts)
+            advice = (
+                f"this process has group id {group}, and pmxcfs wants 0 (Group=root in a unit)"
+                if group
+                else "look at systemctl status pve-cluster"
+            )
+            return Unreachable(
+                f"{where}: pmxcfs of this node refuses the connection ({facts['text']}); {advice}", **facts
+            )
         if _NO_SSH.search(text):
             return Unreachable(f"{where}: the node does not answer ({facts['text']})", **facts)
         if _BROKEN_SSH.search(text):

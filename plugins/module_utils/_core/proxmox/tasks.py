@@ -27,7 +27,9 @@ def node_of(upid: str) -> str:
     """The node a task runs on; it must be asked for there. UPID:node:pid:pstart:starttime:type:id:user:"""
     parts = upid.split(":")
     if len(parts) < 9 or parts[0] != "UPID" or not parts[1]:
-        raise OutcomeUnknown(f"Proxmox answered {upid[:80]!r} where a task id was expected; whether anything was done is not known")
+        raise OutcomeUnknown(
+            f"Proxmox answered {upid[:80]!r} where a task id was expected; whether anything was done is not known"
+        )
     return parts[1]
 
 
@@ -94,9 +96,13 @@ class TaskWaiter:
                         raise self._errors.pop(upid)
                     left = deadline - self._clock.monotonic()
                     if left <= 0:
-                        raise TaskTimeout(f"{what}: task {upid} on node {node} did not end within {timeout:g} s (wait_timeout); it goes on there, "
-                                          f"run again to take it up, or stop it there if it hangs{self._last_problem.get(node, '')}",
-                                          upid=upid, node=node, timeout=timeout)
+                        raise TaskTimeout(
+                            f"{what}: task {upid} on node {node} did not end within {timeout:g} s (wait_timeout); it goes on there, "
+                            f"run again to take it up, or stop it there if it hangs{self._last_problem.get(node, '')}",
+                            upid=upid,
+                            node=node,
+                            timeout=timeout,
+                        )
                     if node in self._polling:
                         self._changed.wait(min(left, 0.5))
                         continue
@@ -125,7 +131,9 @@ class TaskWaiter:
         """Until the first of the node's tasks can have ended; for one that is overdue a share of its delay, so that long tasks cost few looks."""
         now = self._clock.monotonic()
         late = [now - since - self._shortest.get(kind_of(upid), 0.0) for upid, since in self._waiting[node].items()]
-        return max(self._interval, min(LONGEST_POLL, *(seconds * 0.25 if seconds > 0 else -seconds for seconds in late)))
+        return max(
+            self._interval, min(LONGEST_POLL, *(seconds * 0.25 if seconds > 0 else -seconds for seconds in late))
+        )
 
     def _learn(self, awaited: dict[str, float], ended: dict[str, str]) -> None:
         now = self._clock.monotonic()
@@ -142,7 +150,9 @@ class TaskWaiter:
         try:
             if not single:
                 since = min(map(started_at, awaited)) - 1
-                rows = self._client.get_list(f"nodes/{node}/tasks", source="all", since=max(since, 0), limit=_LIST_LIMIT)
+                rows = self._client.get_list(
+                    f"nodes/{node}/tasks", source="all", since=max(since, 0), limit=_LIST_LIMIT
+                )
                 listed = {str(row.get("upid")): row for row in rows}
                 now = self._clock.monotonic()
                 for upid, since_ in awaited.items():
@@ -165,9 +175,17 @@ class TaskWaiter:
                 if found.get("status") == "stopped":
                     ended[upid] = str(found.get("exitstatus") or "unexpected status")
             except ApiError as error:
-                if "no such task" in error.text or "unable to parse worker upid" in error.text or error.status in (400, 403, 404):
-                    errors[upid] = TaskUnknown(f"the outcome of task {upid} cannot be read ({error.status} {error.text}); look at it on node {node} "
-                                               "and run again", upid=upid, node=node)
+                if (
+                    "no such task" in error.text
+                    or "unable to parse worker upid" in error.text
+                    or error.status in (400, 403, 404)
+                ):
+                    errors[upid] = TaskUnknown(
+                        f"the outcome of task {upid} cannot be read ({error.status} {error.text}); look at it on node {node} "
+                        "and run again",
+                        upid=upid,
+                        node=node,
+                    )
             except (ProxmoxError, InvalidInput) as error:
                 self._last_problem[node] = f" (the last look at it failed: {error.message})"
         return ended, errors
@@ -190,16 +208,27 @@ class TaskWaiter:
         # A lock that was not got is tried again by the caller, and its log says no more than the status.
         log = "" if answers.not_begun(status) else self._end_of_log(upid, node, status)
         if status == "unexpected status":
-            raise TaskUnknown(f"{what}: the worker of task {upid} on node {node} died (unexpected status); what it did is not known, run "
-                              f"again{log}", upid=upid, node=node)
-        raise TaskFailed(f"{what}: task {upid} on node {node} failed: {answers.clean(status)}{log}", upid=upid, node=node, exitstatus=status)
+            raise TaskUnknown(
+                f"{what}: the worker of task {upid} on node {node} died (unexpected status); what it did is not known, run "
+                f"again{log}",
+                upid=upid,
+                node=node,
+            )
+        raise TaskFailed(
+            f"{what}: task {upid} on node {node} failed: {answers.clean(status)}{log}",
+            upid=upid,
+            node=node,
+            exitstatus=status,
+        )
 
     def _end_of_log(self, upid: str, node: str, status: str) -> str:
         """Return the last lines of a failed task's log for its message; the cause often stands only there."""
         try:
             rows = self._client.get_list(f"nodes/{node}/tasks/{upid}/log", limit=_LOG_READ)
         except (ProxmoxError, InvalidInput) as error:
-            said = f"{error.detail['status']} {error.detail.get('text')}" if error.detail.get("status") else error.message
+            said = (
+                f"{error.detail['status']} {error.detail.get('text')}" if error.detail.get("status") else error.message
+            )
             return f" (its log cannot be read: {said})"
         lines = [answers.clean(row.get("t"), self._client.settings) for row in rows if row.get("t")]
         if lines and lines[0].startswith("unable to open file"):

@@ -136,8 +136,17 @@ class Database:
             self._migrate(memory)
             return memory
         if not os.access(self.path, os.R_OK):
-            raise StoreError(f"database {self.path}: not readable for this user; run as the owner or mend the permissions", path=self.path)
-        source = sqlite3.connect(f"file:{_quote(self.path)}?mode=ro", uri=True, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
+            raise StoreError(
+                f"database {self.path}: not readable for this user; run as the owner or mend the permissions",
+                path=self.path,
+            )
+        source = sqlite3.connect(
+            f"file:{_quote(self.path)}?mode=ro",
+            uri=True,
+            timeout=BUSY_SECONDS,
+            isolation_level=None,
+            check_same_thread=False,
+        )
         source.row_factory = sqlite3.Row
         try:
             self._refuse_foreign(self.path, source)
@@ -170,7 +179,10 @@ class Database:
         tables = conn.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
         found = conn.execute("PRAGMA application_id").fetchone()[0]
         if tables and found != schema.APPLICATION_ID:
-            raise StoreError(f"database {path}: this is the SQLite file of another program; set database to a path of its own", path=path)
+            raise StoreError(
+                f"database {path}: this is the SQLite file of another program; set database to a path of its own",
+                path=path,
+            )
         version = conn.execute("PRAGMA user_version").fetchone()[0]
         if version > schema.VERSION:
             raise StoreError(
@@ -204,8 +216,10 @@ class Database:
         # Two calls of stat, a few microseconds: nothing beside the sync of a commit.
         for path, opened in zip((self.path, f"{self.path}-wal"), self._opened, strict=True):
             if opened is not None and _file_identity(path) != opened:
-                return (f"database {self.path}: {path} was deleted, moved or replaced while this process had it open; nothing is written any more. "
-                        "End everything that uses the records, put the right file in place (docs/troubleshooting.md, Backups), and start it again")
+                return (
+                    f"database {self.path}: {path} was deleted, moved or replaced while this process had it open; nothing is written any more. "
+                    "End everything that uses the records, put the right file in place (docs/troubleshooting.md, Backups), and start it again"
+                )
         return None
 
     def _refuse_replaced(self) -> None:

@@ -13,15 +13,33 @@ from .database import Database
 from .records import Records
 
 
-def events(database: Database, *, uuid: str | None = None, vmid: int | None = None, after: int = 0, tail: int | None = None,
-           limit: int = 1000) -> list[dict[str, Any]]:
+def events(
+    database: Database,
+    *,
+    uuid: str | None = None,
+    vmid: int | None = None,
+    after: int = 0,
+    tail: int | None = None,
+    limit: int = 1000,
+) -> list[dict[str, Any]]:
     """Events of a sandbox (or of every sandbox a VMID has had, or of all), oldest first."""
-    where, value = ("sandbox_uuid = ?", uuid) if uuid is not None else ("vmid = ?", vmid) if vmid is not None else ("?", 1)
+    where, value = (
+        ("sandbox_uuid = ?", uuid) if uuid is not None else ("vmid = ?", vmid) if vmid is not None else ("?", 1)
+    )
     count = limit if tail is None else min(tail, limit)
     order = "DESC" if tail is not None else "ASC"
-    rows = database.read(f"SELECT * FROM events WHERE {where} AND id > ? ORDER BY id {order} LIMIT ?", value, after, count)
-    found = [dict(row, at=row["at"] if isinstance(row["at"], int) else None, evidence=parse_json(row, "events", "evidence"),
-                  upids=parse_json(row, "events", "upids", list)) for row in rows]
+    rows = database.read(
+        f"SELECT * FROM events WHERE {where} AND id > ? ORDER BY id {order} LIMIT ?", value, after, count
+    )
+    found = [
+        dict(
+            row,
+            at=row["at"] if isinstance(row["at"], int) else None,
+            evidence=parse_json(row, "events", "evidence"),
+            upids=parse_json(row, "events", "upids", list),
+        )
+        for row in rows
+    ]
     return found[::-1] if tail is not None else found
 
 
@@ -39,13 +57,18 @@ def parse_json(row: sqlite3.Row, table: str, column: str, kind: type = dict) -> 
 def evidence(database: Database, uuid: str, reasons: tuple[str, ...]) -> list[dict[str, Any]]:
     """Return the evidence of a sandbox's events with one of these reasons, oldest first."""
     places = ", ".join("?" for _reason in reasons)
-    rows = database.read(f"SELECT id, evidence FROM events WHERE sandbox_uuid = ? AND reason IN ({places}) ORDER BY id", uuid, *reasons)
+    rows = database.read(
+        f"SELECT id, evidence FROM events WHERE sandbox_uuid = ? AND reason IN ({places}) ORDER BY id", uuid, *reasons
+    )
     return [parse_json(row, "events", "evidence") for row in rows]
 
 
 def forgettable(records: Records, older_than: int) -> int:
     """How many records ``forget`` would remove."""
-    found: int = records.db.read("SELECT count(*) FROM sandboxes WHERE state = 'DESTROYED' AND state_changed_at < ?", records.clock.now() - older_than)[0][0]
+    found: int = records.db.read(
+        "SELECT count(*) FROM sandboxes WHERE state = 'DESTROYED' AND state_changed_at < ?",
+        records.clock.now() - older_than,
+    )[0][0]
     return found
 
 
@@ -54,7 +77,10 @@ def forget(records: Records, older_than: int, most: int = -1) -> int:
     limit = records.clock.now() - older_than
 
     def work(conn: sqlite3.Connection) -> int:
-        return conn.execute("DELETE FROM sandboxes WHERE uuid IN (SELECT uuid FROM sandboxes WHERE state = 'DESTROYED' AND state_changed_at < ? "
-                            "ORDER BY state_changed_at LIMIT ?)", (limit, most)).rowcount
+        return conn.execute(
+            "DELETE FROM sandboxes WHERE uuid IN (SELECT uuid FROM sandboxes WHERE state = 'DESTROYED' AND state_changed_at < ? "
+            "ORDER BY state_changed_at LIMIT ?)",
+            (limit, most),
+        ).rowcount
 
     return records.db.write(work)

@@ -46,7 +46,16 @@ def identity() -> str:
     except OSError:
         namespace = ""
     pid = os.getpid()
-    return json.dumps({"host": socket.gethostname(), "machine": machine(), "boot": boot, "ns": namespace, "pid": pid, "started": _started(pid)})
+    return json.dumps(
+        {
+            "host": socket.gethostname(),
+            "machine": machine(),
+            "boot": boot,
+            "ns": namespace,
+            "pid": pid,
+            "started": _started(pid),
+        }
+    )
 
 
 def is_over(process: str, expires_at: int, now: int, since_boot: float) -> bool:

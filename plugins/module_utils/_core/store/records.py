@@ -41,8 +41,11 @@ LIVE = "state <> 'DESTROYED'"
 SELECT = f"SELECT {', '.join(COLUMNS)} FROM sandboxes"
 # Notes in the table meta, and what raises ValueError, TypeError or KeyError for one that is damaged.
 _NOTES: dict[str, Callable[[str], object]] = {
-    "clock": lambda text: float(json.loads(text)["offset"]), "cleanup_frozen": lambda text: json.loads(text)["reason"], "cleanup_last_run": int,
-    "cluster": lambda text: json.loads(text)["authority"], "last_vmid": int,
+    "clock": lambda text: float(json.loads(text)["offset"]),
+    "cleanup_frozen": lambda text: json.loads(text)["reason"],
+    "cleanup_last_run": int,
+    "cluster": lambda text: json.loads(text)["authority"],
+    "last_vmid": int,
 }
 DATABASE_ID = re.compile(r"[0-9a-f]{32}")
 # Claims (sandbox, fence) that this process was done with and could not give back: nobody here waits for them.
@@ -83,7 +86,9 @@ class Operation:
         for name in ("started_at", "updated_at"):
             if not isinstance(row[name], int):
                 raise DamagedRecord("operations", f"sandbox_uuid {row['sandbox_uuid']}", name, "a whole number")
-        return cls(row["sandbox_uuid"], row["kind"], row["phase"], detail, row["actor"], row["started_at"], row["updated_at"])
+        return cls(
+            row["sandbox_uuid"], row["kind"], row["phase"], detail, row["actor"], row["started_at"], row["updated_at"]
+        )
 
 
 def sound_sandbox(row: sqlite3.Row) -> Sandbox | None:
@@ -118,7 +123,14 @@ def _update(names: tuple[str, ...]) -> str:
 class Records:
     """Reads and writes of records on one database."""
 
-    def __init__(self, database: Database, clock: Clock, actor: str, longest_wait: int = 0, stopping: threading.Event | None = None) -> None:
+    def __init__(
+        self,
+        database: Database,
+        clock: Clock,
+        actor: str,
+        longest_wait: int = 0,
+        stopping: threading.Event | None = None,
+    ) -> None:
         self.claim_seconds = max(CLAIM_SECONDS, _WAITS * longest_wait)
         self.db = database
         self.clock = clock
@@ -147,14 +159,19 @@ class Records:
         live = self.live_by_vmid(vmid)
         if live:
             return live
-        rows = self.db.read(f"{SELECT} WHERE vmid = ? AND state = 'DESTROYED' ORDER BY state_changed_at DESC, created_at DESC LIMIT 1", vmid)
+        rows = self.db.read(
+            f"{SELECT} WHERE vmid = ? AND state = 'DESTROYED' ORDER BY state_changed_at DESC, created_at DESC LIMIT 1",
+            vmid,
+        )
         return Sandbox.from_row(rows[0]) if rows else None
 
     def last_by_name(self, name: str) -> Sandbox | None:
         live = self.live_by_name(name)
         if live:
             return live
-        rows = self.db.read(f"{SELECT} WHERE name = ? AND state = 'DESTROYED' ORDER BY state_changed_at DESC LIMIT 1", name)
+        rows = self.db.read(
+            f"{SELECT} WHERE name = ? AND state = 'DESTROYED' ORDER BY state_changed_at DESC LIMIT 1", name
+        )
         return Sandbox.from_row(rows[0]) if rows else None
 
     def find_all(self, wanted: Iterable[str] | None = None, *, include_destroyed: bool = False) -> list[Sandbox]:
@@ -170,7 +187,10 @@ class Records:
     def damage(self) -> list[DamagedRecord]:
         """Return what is damaged in live records, in the journal and in the notes about all of them."""
         errors: list[DamagedRecord] = []
-        for make, query in ((Sandbox.from_row, f"{SELECT} WHERE {LIVE}"), (Operation.from_row, "SELECT * FROM operations")):
+        for make, query in (
+            (Sandbox.from_row, f"{SELECT} WHERE {LIVE}"),
+            (Operation.from_row, "SELECT * FROM operations"),
+        ):
 
             def judge(row: sqlite3.Row, make: Callable[[sqlite3.Row], object] = make) -> None:
                 try:
@@ -200,12 +220,17 @@ class Records:
 
     def interrupted(self) -> list[Operation]:
         """Journal entries whose run is dead or whose claim is gone: what the next run has to finish."""
-        rows = self.db.read("SELECT o.*, c.fence, c.process, c.expires_at FROM operations o LEFT JOIN claims c USING (sandbox_uuid) ORDER BY o.id")
+        rows = self.db.read(
+            "SELECT o.*, c.fence, c.process, c.expires_at FROM operations o LEFT JOIN claims c USING (sandbox_uuid) ORDER BY o.id"
+        )
         return sound_operations(row for row in rows if row["process"] is None or self._given_up(row))
 
     def _given_up(self, claim: sqlite3.Row) -> bool:
-        return ((claim["sandbox_uuid"], claim["fence"]) in _unreturned
-                or process.is_over(claim["process"], claim["expires_at"], self.clock.now(), self.clock.since_boot()) or process.is_dead(claim["process"]))
+        return (
+            (claim["sandbox_uuid"], claim["fence"]) in _unreturned
+            or process.is_over(claim["process"], claim["expires_at"], self.clock.now(), self.clock.since_boot())
+            or process.is_dead(claim["process"])
+        )
 
     def _holder(self) -> str:
         """Return which process holds a claim, when it said so, and until when by the time since boot (JSON)."""
@@ -225,13 +250,24 @@ class Records:
             if value is None:
                 conn.execute("DELETE FROM meta WHERE key = ?", (key,))
             else:
-                conn.execute("INSERT INTO meta VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET value = excluded.value", (key, value))
+                conn.execute(
+                    "INSERT INTO meta VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET value = excluded.value",
+                    (key, value),
+                )
 
         self.db.write(work)
 
     # ---- a new record ----
 
-    def reserve(self, sandbox: Sandbox, *, vmid: int | None, vmid_range: tuple[int, int], occupied: set[int], journal: dict[str, Any]) -> Claim:
+    def reserve(
+        self,
+        sandbox: Sandbox,
+        *,
+        vmid: int | None,
+        vmid_range: tuple[int, int],
+        occupied: set[int],
+        journal: dict[str, Any],
+    ) -> Claim:
         """Write a REQUESTED record under a VMID that no live record has, with its claim and journal entry, in one transaction.
 
         Without ``vmid`` the range is walked on from the last one given out, so that a freed VMID is not the next one taken.
@@ -250,20 +286,33 @@ class Records:
                 row = conn.execute("SELECT value FROM meta WHERE key = 'last_vmid'").fetchone()
                 last_vmid = int(row["value"]) if row and str(row["value"]).isdecimal() else 0
                 begin = last_vmid + 1 if first <= last_vmid < last else first
-                free = (n for n in (*range(begin, last + 1), *range(first, begin)) if n not in taken and n not in occupied)
+                free = (
+                    n for n in (*range(begin, last + 1), *range(first, begin)) if n not in taken and n not in occupied
+                )
                 sandbox.vmid = next(free, 0)
                 if not sandbox.vmid:
                     raise InvalidInput(
                         f"vmid_range: all VMIDs of {first}-{last} are taken; destroy or prune sandboxes, or configure a larger range",
-                        option="vmid_range", value=f"{first}-{last}")
-                conn.execute("INSERT INTO meta VALUES ('last_vmid', ?) ON CONFLICT (key) DO UPDATE SET value = excluded.value", (str(sandbox.vmid),))
+                        option="vmid_range",
+                        value=f"{first}-{last}",
+                    )
+                conn.execute(
+                    "INSERT INTO meta VALUES ('last_vmid', ?) ON CONFLICT (key) DO UPDATE SET value = excluded.value",
+                    (str(sandbox.vmid),),
+                )
             clash = conn.execute(f"SELECT vmid FROM sandboxes WHERE name = ? AND {LIVE}", (sandbox.name,)).fetchone()
             if clash:
-                raise InvalidInput(f"name: {sandbox.name!r} is the name of the live sandbox {clash['vmid']}", option="name", value=sandbox.name)
+                raise InvalidInput(
+                    f"name: {sandbox.name!r} is the name of the live sandbox {clash['vmid']}",
+                    option="name",
+                    value=sandbox.name,
+                )
             sandbox.created_at = sandbox.updated_at = sandbox.state_changed_at = now
             sandbox.state = states.REQUESTED
             values = [json.dumps(sandbox.tags) if name == "tags" else getattr(sandbox, name) for name in COLUMNS]
-            conn.execute(f"INSERT INTO sandboxes ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))})", values)
+            conn.execute(
+                f"INSERT INTO sandboxes ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))})", values
+            )
             claim = self._take(conn, sandbox.uuid, "create", now)
             self._event(conn, sandbox, None, states.REQUESTED, "create", outcome="decided", reason="requested")
             self._journal(conn, sandbox.uuid, "create", "reserved", journal, now)
@@ -279,10 +328,22 @@ class Records:
             first, last = vmid_range
             found = next((n for n in range(first, last + 1) if n not in taken and n not in occupied), 0)
             if not found:
-                raise InvalidInput(f"vmid_range: all VMIDs of {first}-{last} are taken, some by VMs that are not ours; configure another range",
-                                   option="vmid_range", value=f"{first}-{last}")
+                raise InvalidInput(
+                    f"vmid_range: all VMIDs of {first}-{last} are taken, some by VMs that are not ours; configure another range",
+                    option="vmid_range",
+                    value=f"{first}-{last}",
+                )
             self._set(conn, sandbox, {"vmid": found})
-            self._event(conn, sandbox, sandbox.state, sandbox.state, "create", outcome="done", reason="vmid_occupied", evidence={"was": sandbox.vmid})
+            self._event(
+                conn,
+                sandbox,
+                sandbox.state,
+                sandbox.state,
+                "create",
+                outcome="done",
+                reason="vmid_occupied",
+                evidence={"was": sandbox.vmid},
+            )
             return found
 
         sandbox.vmid = self.fenced(claim, work)
@@ -314,13 +375,19 @@ class Records:
         if row and not self._given_up(row):
             sandbox = conn.execute("SELECT vmid FROM sandboxes WHERE uuid = ?", (uuid,)).fetchone()
             since = row["acquired_at"] if isinstance(row["acquired_at"], int) else now
-            raise Busy(f"sandbox {sandbox['vmid'] if sandbox else uuid} is being worked on: {row['operation']} by {row['holder']} "
-                       f"for {max(0, now - since)} s; wait for it or run again", holder=row["holder"], operation=row["operation"])
+            raise Busy(
+                f"sandbox {sandbox['vmid'] if sandbox else uuid} is being worked on: {row['operation']} by {row['holder']} "
+                f"for {max(0, now - since)} s; wait for it or run again",
+                holder=row["holder"],
+                operation=row["operation"],
+            )
         # Never below the time in milliseconds: a database restored from a backup hands out no fence that somebody may still hold.
         conn.execute("UPDATE meta SET value = max(CAST(value AS INTEGER) + 1, ?) WHERE key = 'fence'", (now * 1000,))
         fence = int(conn.execute("SELECT value FROM meta WHERE key = 'fence'").fetchone()["value"])
-        conn.execute("INSERT OR REPLACE INTO claims VALUES (?, ?, ?, ?, ?, ?, ?)",
-                     (uuid, fence, operation, self.actor, self._holder(), now, now + self.claim_seconds))
+        conn.execute(
+            "INSERT OR REPLACE INTO claims VALUES (?, ?, ?, ?, ?, ?, ?)",
+            (uuid, fence, operation, self.actor, self._holder(), now, now + self.claim_seconds),
+        )
         left = conn.execute("SELECT * FROM operations WHERE sandbox_uuid = ?", (uuid,)).fetchone()
         return Claim(uuid, fence, operation, Operation.from_row(left) if left else None)
 
@@ -329,14 +396,21 @@ class Records:
 
         def inner(conn: sqlite3.Connection) -> T:
             # The claim is read first and written last: what is refused here or by the work has written nothing yet.
-            if not conn.execute("SELECT 1 FROM claims WHERE sandbox_uuid = ? AND fence = ?", (claim.uuid, claim.fence)).fetchone():
-                raise ClaimLost(f"the claim on sandbox {claim.uuid} was lost to another run; nothing more was done here", uuid=claim.uuid)
+            if not conn.execute(
+                "SELECT 1 FROM claims WHERE sandbox_uuid = ? AND fence = ?", (claim.uuid, claim.fence)
+            ).fetchone():
+                raise ClaimLost(
+                    f"the claim on sandbox {claim.uuid} was lost to another run; nothing more was done here",
+                    uuid=claim.uuid,
+                )
             value = work(conn)
             if finish:
                 conn.execute("DELETE FROM claims WHERE sandbox_uuid = ? AND fence = ?", (claim.uuid, claim.fence))
             else:
-                conn.execute("UPDATE claims SET expires_at = ?, process = ? WHERE sandbox_uuid = ? AND fence = ?",
-                             (self.clock.now() + self.claim_seconds, self._holder(), claim.uuid, claim.fence))
+                conn.execute(
+                    "UPDATE claims SET expires_at = ?, process = ? WHERE sandbox_uuid = ? AND fence = ?",
+                    (self.clock.now() + self.claim_seconds, self._holder(), claim.uuid, claim.fence),
+                )
             return value
 
         return self.db.write(inner, checked=True)
@@ -344,28 +418,42 @@ class Records:
     def release(self, claim: Claim) -> None:
         """Give the claim back; the journal entry stays if the operation is not finished. When the disk is full, it ends for others with this process."""
         try:
-            self.db.write(lambda conn: conn.execute("DELETE FROM claims WHERE sandbox_uuid = ? AND fence = ?", (claim.uuid, claim.fence)) and None,
-                          checked=True)
+            self.db.write(
+                lambda conn: (
+                    conn.execute("DELETE FROM claims WHERE sandbox_uuid = ? AND fence = ?", (claim.uuid, claim.fence))
+                    and None
+                ),
+                checked=True,
+            )
         except StoreError:
             _unreturned.add((claim.uuid, claim.fence))
 
     # ---- journal ----
 
-    def _journal(self, conn: sqlite3.Connection, uuid: str, kind: str, phase: str, detail: dict[str, Any], now: int) -> None:
+    def _journal(
+        self, conn: sqlite3.Connection, uuid: str, kind: str, phase: str, detail: dict[str, Any], now: int
+    ) -> None:
         conn.execute(
             "INSERT INTO operations (sandbox_uuid, kind, phase, detail, actor, started_at, updated_at) VALUES (?, ?, ?, ?, ?, ?, ?) "
             "ON CONFLICT (sandbox_uuid) DO UPDATE SET kind = excluded.kind, phase = excluded.phase, detail = excluded.detail, "
             "actor = excluded.actor, updated_at = excluded.updated_at",
-            (uuid, kind, phase, json.dumps(detail), self.actor, now, now))
+            (uuid, kind, phase, json.dumps(detail), self.actor, now, now),
+        )
 
-    def journal(self, claim: Claim, kind: str, phase: str, detail: dict[str, Any], *, unprotected: bool = False) -> None:
+    def journal(
+        self, claim: Claim, kind: str, phase: str, detail: dict[str, Any], *, unprotected: bool = False
+    ) -> None:
         """Write down what is about to be done, before it is done; ``unprotected``: Kept when the sandbox was protected meanwhile."""
 
         def work(conn: sqlite3.Connection) -> None:
             if unprotected:
                 row = conn.execute("SELECT vmid, protected FROM sandboxes WHERE uuid = ?", (claim.uuid,)).fetchone()
                 if row["protected"]:
-                    raise Kept("protected", f"sandbox {row['vmid']} was protected while it was to be destroyed; it was not deleted", vmid=row["vmid"])
+                    raise Kept(
+                        "protected",
+                        f"sandbox {row['vmid']} was protected while it was to be destroyed; it was not deleted",
+                        vmid=row["vmid"],
+                    )
             self._journal(conn, claim.uuid, kind, phase, detail, self.clock.now())
 
         self.fenced(claim, work)
@@ -379,8 +467,10 @@ class Records:
         done = conn.execute(_update(tuple(row)), (*row.values(), sandbox.uuid, sandbox.state, sandbox.generation))
         if done.rowcount != 1:
             found = conn.execute("SELECT state FROM sandboxes WHERE uuid = ?", (sandbox.uuid,)).fetchone()
-            raise RecordChanged(f"sandbox {sandbox.vmid} was changed by another run meanwhile (now {found['state'] if found else 'gone'}); run again",
-                                vmid=sandbox.vmid)
+            raise RecordChanged(
+                f"sandbox {sandbox.vmid} was changed by another run meanwhile (now {found['state'] if found else 'gone'}); run again",
+                vmid=sandbox.vmid,
+            )
         # Whatever writes to a record raises its generation. That was still the one that was read, so the other columns were too.
         return sandbox.written(new)
 
@@ -388,24 +478,64 @@ class Records:
         found = conn.execute("SELECT state FROM sandboxes WHERE uuid = ?", (sandbox.uuid,)).fetchone()
         return str(found["state"]) if found else sandbox.state
 
-    def _event(self, conn: sqlite3.Connection, sandbox: Sandbox, old: str | None, new: str | None, operation: str, *, outcome: str,
-               reason: str | None = None, evidence: dict[str, Any] | None = None, upids: Iterable[str] = (), duration_ms: int | None = None) -> None:
+    def _event(
+        self,
+        conn: sqlite3.Connection,
+        sandbox: Sandbox,
+        old: str | None,
+        new: str | None,
+        operation: str,
+        *,
+        outcome: str,
+        reason: str | None = None,
+        evidence: dict[str, Any] | None = None,
+        upids: Iterable[str] = (),
+        duration_ms: int | None = None,
+    ) -> None:
         conn.execute(
             "INSERT INTO events (at, sandbox_uuid, vmid, from_state, to_state, operation, actor, reason, evidence, upids, duration_ms, outcome) "
             "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            (self.clock.now(), sandbox.uuid, sandbox.vmid, old, new, operation, self.actor, reason, _json(evidence or {}), _json(list(upids)),
-             duration_ms, outcome))
+            (
+                self.clock.now(),
+                sandbox.uuid,
+                sandbox.vmid,
+                old,
+                new,
+                operation,
+                self.actor,
+                reason,
+                _json(evidence or {}),
+                _json(list(upids)),
+                duration_ms,
+                outcome,
+            ),
+        )
 
-    def change(self, claim: Claim, sandbox: Sandbox, operation: str, *, to: str | None = None, outcome: str = "done", reason: str | None = None,
-               evidence: dict[str, Any] | None = None, upids: Iterable[str] = (), duration_ms: int | None = None,
-               finish: bool = False, journal: tuple[str, dict[str, Any]] | None = None, **values: Any) -> Sandbox:
+    def change(
+        self,
+        claim: Claim,
+        sandbox: Sandbox,
+        operation: str,
+        *,
+        to: str | None = None,
+        outcome: str = "done",
+        reason: str | None = None,
+        evidence: dict[str, Any] | None = None,
+        upids: Iterable[str] = (),
+        duration_ms: int | None = None,
+        finish: bool = False,
+        journal: tuple[str, dict[str, Any]] | None = None,
+        **values: Any,
+    ) -> Sandbox:
         """One fenced step of an operation: a transition and/or new column values, with its event; returns the new record.
 
         ``finish`` removes the journal entry and the claim in the same transaction; ``journal`` is the next phase to note in it.
         """
         target = to or sandbox.state
         if to is not None and to != sandbox.state and not states.can_follow(sandbox.state, to):
-            raise RecordChanged(f"sandbox {sandbox.vmid}: no transition from {sandbox.state} to {to}", vmid=sandbox.vmid)
+            raise RecordChanged(
+                f"sandbox {sandbox.vmid}: no transition from {sandbox.state} to {to}", vmid=sandbox.vmid
+            )
 
         def work(conn: sqlite3.Connection) -> Sandbox:
             new = dict(values)
@@ -417,8 +547,18 @@ class Records:
             else:
                 # Nothing is set, so nothing was compared: the lease may have run out since the record was read.
                 before = after = Sandbox.from_row(conn.execute(f"{SELECT} WHERE uuid = ?", (sandbox.uuid,)).fetchone())
-            self._event(conn, sandbox, before.state, after.state, operation, outcome=outcome, reason=reason, evidence=evidence, upids=upids,
-                        duration_ms=duration_ms)
+            self._event(
+                conn,
+                sandbox,
+                before.state,
+                after.state,
+                operation,
+                outcome=outcome,
+                reason=reason,
+                evidence=evidence,
+                upids=upids,
+                duration_ms=duration_ms,
+            )
             if finish:
                 conn.execute("DELETE FROM operations WHERE sandbox_uuid = ?", (sandbox.uuid,))
             elif journal:
@@ -427,8 +567,16 @@ class Records:
 
         return self.fenced(claim, work, finish=finish)
 
-    def renew(self, sandbox: Sandbox, expires_at: int, now: int, *, keepalive: bool = False, over: bool = False,
-              evidence: dict[str, Any] | None = None) -> Sandbox:
+    def renew(
+        self,
+        sandbox: Sandbox,
+        expires_at: int,
+        now: int,
+        *,
+        keepalive: bool = False,
+        over: bool = False,
+        evidence: dict[str, Any] | None = None,
+    ) -> Sandbox:
         """The one conditional UPDATE of semantics 7: state RUNNING, not yet expired, generation unchanged. RecordChanged when it lost.
 
         ``keepalive`` is the expiry pass itself, which renews what is over instead of expiring it; ``over``: leases rest, and it is known to be over.
@@ -441,19 +589,34 @@ class Records:
         def work(conn: sqlite3.Connection) -> Sandbox:
             # Waiting for the writer's lock may have taken this past the end of the lease. The clock is read here: the second in which this
             # began and the seconds of waiting, each rounded down, would add up to a second too little. (It may be set back meanwhile.)
-            latest = -1 if keepalive or over else max(self.clock.now() + apart, now + int(self.clock.monotonic() - began))
+            latest = (
+                -1 if keepalive or over else max(self.clock.now() + apart, now + int(self.clock.monotonic() - began))
+            )
             done = conn.execute(
                 "UPDATE sandboxes SET lease_expires_at = ?, updated_at = ?, generation = generation + 1 "
                 "WHERE uuid = ? AND state = 'RUNNING' AND lease_expires_at > ? AND generation = ? "
                 # A destroy under way wins: a renewal is never a success on a dying VM.
                 "AND NOT EXISTS (SELECT 1 FROM operations WHERE sandbox_uuid = uuid AND kind = 'destroy')",
-                (expires_at, now, sandbox.uuid, latest, sandbox.generation))
+                (expires_at, now, sandbox.uuid, latest, sandbox.generation),
+            )
             if done.rowcount != 1:
-                raise RecordChanged(f"sandbox {sandbox.vmid} was changed or expired while its lease was renewed", vmid=sandbox.vmid)
+                raise RecordChanged(
+                    f"sandbox {sandbox.vmid} was changed or expired while its lease was renewed", vmid=sandbox.vmid
+                )
             # A workspace is the sandbox's as long as its lease, unless it was given for another time.
-            conn.execute("UPDATE workspaces SET lease_expires_at = ?, updated_at = ? WHERE sandbox_uuid = ? AND lease_expires_at = ?",
-                         (expires_at, now, sandbox.uuid, sandbox.lease_expires_at))
-            self._event(conn, sandbox, sandbox.state, sandbox.state, "keepalive" if keepalive else "renew_lease", outcome="done", evidence=evidence)
+            conn.execute(
+                "UPDATE workspaces SET lease_expires_at = ?, updated_at = ? WHERE sandbox_uuid = ? AND lease_expires_at = ?",
+                (expires_at, now, sandbox.uuid, sandbox.lease_expires_at),
+            )
+            self._event(
+                conn,
+                sandbox,
+                sandbox.state,
+                sandbox.state,
+                "keepalive" if keepalive else "renew_lease",
+                outcome="done",
+                evidence=evidence,
+            )
             return Sandbox.from_row(conn.execute(f"{SELECT} WHERE uuid = ?", (sandbox.uuid,)).fetchone())
 
         return self.db.write(work, checked=True)
@@ -465,11 +628,21 @@ class Records:
         """
 
         def work(conn: sqlite3.Connection) -> Sandbox:
-            new = {"state": states.TIMEOUT, "state_changed_at": now, "updated_at": now, "absent_seen_at": None, "reason": "lease_expired"}
-            done = conn.execute(f"{_update(tuple(new))} AND lease_expires_at <= ?",
-                                (*new.values(), sandbox.uuid, sandbox.state, sandbox.generation, now))
+            new = {
+                "state": states.TIMEOUT,
+                "state_changed_at": now,
+                "updated_at": now,
+                "absent_seen_at": None,
+                "reason": "lease_expired",
+            }
+            done = conn.execute(
+                f"{_update(tuple(new))} AND lease_expires_at <= ?",
+                (*new.values(), sandbox.uuid, sandbox.state, sandbox.generation, now),
+            )
             if done.rowcount != 1:
-                raise RecordChanged(f"sandbox {sandbox.vmid} was renewed or changed before it expired", vmid=sandbox.vmid)
+                raise RecordChanged(
+                    f"sandbox {sandbox.vmid} was renewed or changed before it expired", vmid=sandbox.vmid
+                )
             self._event(conn, sandbox, sandbox.state, states.TIMEOUT, "expire", outcome="done", reason="lease_expired")
             return sandbox.written(new)
 
@@ -483,9 +656,13 @@ class Records:
 
         def work(conn: sqlite3.Connection) -> Sandbox:
             if values.get("protected"):
-                row = conn.execute("SELECT phase FROM operations WHERE sandbox_uuid = ? AND kind = 'destroy'", (sandbox.uuid,)).fetchone()
+                row = conn.execute(
+                    "SELECT phase FROM operations WHERE sandbox_uuid = ? AND kind = 'destroy'", (sandbox.uuid,)
+                ).fetchone()
                 if row and row["phase"] in _TOO_LATE_TO_PROTECT:
-                    raise Kept("busy", f"cannot protect sandbox {sandbox.vmid}: it is being destroyed", vmid=sandbox.vmid)
+                    raise Kept(
+                        "busy", f"cannot protect sandbox {sandbox.vmid}: it is being destroyed", vmid=sandbox.vmid
+                    )
             done = self._set(conn, sandbox, values)
             self._event(conn, sandbox, sandbox.state, sandbox.state, operation, outcome="done", evidence=values)
             return done
@@ -502,12 +679,22 @@ class Records:
         self.db.write(lambda conn: conn.execute(query, values) and None, checked=True)
         return self.get(sandbox.uuid)
 
-    def note(self, sandbox: Sandbox, operation: str, *, outcome: str, reason: str | None = None, evidence: dict[str, Any] | None = None,
-             upids: Iterable[str] = ()) -> None:
+    def note(
+        self,
+        sandbox: Sandbox,
+        operation: str,
+        *,
+        outcome: str,
+        reason: str | None = None,
+        evidence: dict[str, Any] | None = None,
+        upids: Iterable[str] = (),
+    ) -> None:
         """An event without a change: something was looked at, refused or left alone."""
 
         def work(conn: sqlite3.Connection) -> None:
             state = self._state(conn, sandbox)
-            self._event(conn, sandbox, state, state, operation, outcome=outcome, reason=reason, evidence=evidence, upids=upids)
+            self._event(
+                conn, sandbox, state, state, operation, outcome=outcome, reason=reason, evidence=evidence, upids=upids
+            )
 
         self.db.write(work, checked=True)

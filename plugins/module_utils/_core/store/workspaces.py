@@ -74,17 +74,31 @@ class Workspace:
     def public(self) -> dict[str, Any]:
         """The shape every answer uses; absent values are null, times are UTC. ``device`` is where the guest finds the disk."""
         return {
-            "id": self.id, "name": self.name, "state": self.state, "size": self.size, "storage": self.storage, "node": self.node, "volume": self.volume,
-            "owner_vmid": self.owner_vmid, "vmid": self.vmid, "sandbox": self.sandbox, "sandbox_uuid": self.sandbox_uuid,
-            "device": f"/dev/disk/by-id/scsi-0QEMU_QEMU_HARDDISK_{self.serial}", "lease_expires_at": clock_module.iso(self.lease_expires_at),
-            "created_at": clock_module.iso(self.created_at), "updated_at": clock_module.iso(self.updated_at),
-            "state_changed_at": clock_module.iso(self.state_changed_at), "reason": self.reason,
+            "id": self.id,
+            "name": self.name,
+            "state": self.state,
+            "size": self.size,
+            "storage": self.storage,
+            "node": self.node,
+            "volume": self.volume,
+            "owner_vmid": self.owner_vmid,
+            "vmid": self.vmid,
+            "sandbox": self.sandbox,
+            "sandbox_uuid": self.sandbox_uuid,
+            "device": f"/dev/disk/by-id/scsi-0QEMU_QEMU_HARDDISK_{self.serial}",
+            "lease_expires_at": clock_module.iso(self.lease_expires_at),
+            "created_at": clock_module.iso(self.created_at),
+            "updated_at": clock_module.iso(self.updated_at),
+            "state_changed_at": clock_module.iso(self.state_changed_at),
+            "reason": self.reason,
         }
 
 
 COLUMNS = tuple(name for name in Workspace.__dataclass_fields__ if name not in ("vmid", "sandbox"))
-_SELECT = (f"SELECT {', '.join('w.' + name for name in COLUMNS)}, s.vmid, s.name AS sandbox FROM workspaces w "
-           "LEFT JOIN sandboxes s ON s.uuid = w.sandbox_uuid")
+_SELECT = (
+    f"SELECT {', '.join('w.' + name for name in COLUMNS)}, s.vmid, s.name AS sandbox FROM workspaces w "
+    "LEFT JOIN sandboxes s ON s.uuid = w.sandbox_uuid"
+)
 
 
 _NUMBERS = ("size", "owner_vmid", "generation", "created_at", "updated_at", "state_changed_at")
@@ -150,14 +164,33 @@ class Workspaces:
 
     def events(self, ident: str, limit: int) -> list[dict[str, Any]]:
         """The newest events of a workspace, oldest first."""
-        rows = self._db.read("SELECT * FROM workspace_events WHERE workspace_id = ? ORDER BY id DESC LIMIT ?", ident, limit)
-        return [dict(row, at=clock_module.iso(row["at"]) if isinstance(row["at"], int) else None, evidence=parse_json(row, "workspace_events", "evidence"),
-                     upids=parse_json(row, "workspace_events", "upids", list)) for row in rows][::-1]
+        rows = self._db.read(
+            "SELECT * FROM workspace_events WHERE workspace_id = ? ORDER BY id DESC LIMIT ?", ident, limit
+        )
+        return [
+            dict(
+                row,
+                at=clock_module.iso(row["at"]) if isinstance(row["at"], int) else None,
+                evidence=parse_json(row, "workspace_events", "evidence"),
+                upids=parse_json(row, "workspace_events", "upids", list),
+            )
+            for row in rows
+        ][::-1]
 
     # ---- writing ----
 
-    def reserve(self, name: str, *, size: int, storage: str, node: str | None, owners: tuple[int, int], occupied: set[int], suffix: str,
-                folder: bool) -> Workspace:
+    def reserve(
+        self,
+        name: str,
+        *,
+        size: int,
+        storage: str,
+        node: str | None,
+        owners: tuple[int, int],
+        occupied: set[int],
+        suffix: str,
+        folder: bool,
+    ) -> Workspace:
         """A CREATING record with an owner VMID of the range that no live workspace has and that is not ``occupied``."""
 
         def work(conn: sqlite3.Connection) -> Workspace:
@@ -172,21 +205,57 @@ class Workspaces:
                 live = {row["owner_vmid"] for row in conn.execute(f"SELECT owner_vmid FROM workspaces WHERE {_LIVE}")}
                 owner = next((n for n in range(first, last + 1) if n not in live and n not in occupied), None)
             if owner is None:
-                raise InvalidInput(f"workspace_owner_range: all VMIDs of {first}-{last} are taken; remove workspaces, or configure a larger range",
-                                   option="workspace_owner_range", value=f"{first}-{last}")
+                raise InvalidInput(
+                    f"workspace_owner_range: all VMIDs of {first}-{last} are taken; remove workspaces, or configure a larger range",
+                    option="workspace_owner_range",
+                    value=f"{first}-{last}",
+                )
             ident = str(uuid_module.uuid4())
             file = f"vm-{owner}-ws-{ident}{suffix}"
-            made = Workspace(ident, name, CREATING, storage, owner, f"{storage}:{owner}/{file}" if folder else f"{storage}:{file}", size, node=node,
-                             created_at=now, updated_at=now, state_changed_at=now, reason="requested")
-            conn.execute(f"INSERT INTO workspaces ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))})",
-                         [getattr(made, column) for column in COLUMNS])
-            self._event(conn, made, None, "create", outcome="decided", reason="requested", evidence={"volume": made.volume, "size": size})
+            made = Workspace(
+                ident,
+                name,
+                CREATING,
+                storage,
+                owner,
+                f"{storage}:{owner}/{file}" if folder else f"{storage}:{file}",
+                size,
+                node=node,
+                created_at=now,
+                updated_at=now,
+                state_changed_at=now,
+                reason="requested",
+            )
+            conn.execute(
+                f"INSERT INTO workspaces ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))})",
+                [getattr(made, column) for column in COLUMNS],
+            )
+            self._event(
+                conn,
+                made,
+                None,
+                "create",
+                outcome="decided",
+                reason="requested",
+                evidence={"volume": made.volume, "size": size},
+            )
             return made
 
         return self._db.write(work)
 
-    def change(self, found: Workspace, operation: str, *, to: str | None = None, claim: Claim | None = None, outcome: str = "done",
-               reason: str | None = None, evidence: dict[str, Any] | None = None, upids: tuple[str, ...] = (), **values: Any) -> Workspace:
+    def change(
+        self,
+        found: Workspace,
+        operation: str,
+        *,
+        to: str | None = None,
+        claim: Claim | None = None,
+        outcome: str = "done",
+        reason: str | None = None,
+        evidence: dict[str, Any] | None = None,
+        upids: tuple[str, ...] = (),
+        **values: Any,
+    ) -> Workspace:
         """One step: compare-and-set on state and generation, with its event, fenced by the claim on the sandbox where one is held.
 
         RecordChanged when another run was faster. The sandbox's own record tells the same in the same transaction.
@@ -200,14 +269,18 @@ class Workspaces:
                 new.update(state=target, state_changed_at=now)
             names = ", ".join(f"{name} = ?" for name in new)
             try:
-                done = conn.execute(f"UPDATE workspaces SET {names}, generation = generation + 1 WHERE id = ? AND state = ? AND generation = ?",
-                                    (*new.values(), found.id, found.state, found.generation))
+                done = conn.execute(
+                    f"UPDATE workspaces SET {names}, generation = generation + 1 WHERE id = ? AND state = ? AND generation = ?",
+                    (*new.values(), found.id, found.state, found.generation),
+                )
             except sqlite3.IntegrityError:
                 raise RecordChanged(f"{found.title}: the sandbox has another workspace already") from None
             if done.rowcount != 1:
                 raise RecordChanged(f"{found.title} was changed by another run meanwhile; run again", id=found.id)
             after = Workspace(**dict(conn.execute(f"{_SELECT} WHERE w.id = ?", (found.id,)).fetchone()))
-            self._event(conn, after, found.state, operation, outcome=outcome, reason=reason, evidence=evidence, upids=upids)
+            self._event(
+                conn, after, found.state, operation, outcome=outcome, reason=reason, evidence=evidence, upids=upids
+            )
             self._tell_sandbox(conn, found, after, now)
             return after
 
@@ -216,13 +289,37 @@ class Workspaces:
     def _tell_sandbox(self, conn: sqlite3.Connection, before: Workspace, after: Workspace, now: int) -> None:
         for uuid in {before.sandbox_uuid, after.sandbox_uuid} - {None}:
             shown = after.id if after.sandbox_uuid == uuid and after.state in (ATTACHED, DETACHING) else None
-            conn.execute("UPDATE sandboxes SET workspace_id = ?, updated_at = ?, generation = generation + 1 WHERE uuid = ? AND workspace_id IS NOT ?",
-                         (shown, now, uuid, shown))
+            conn.execute(
+                "UPDATE sandboxes SET workspace_id = ?, updated_at = ?, generation = generation + 1 WHERE uuid = ? AND workspace_id IS NOT ?",
+                (shown, now, uuid, shown),
+            )
 
-    def _event(self, conn: sqlite3.Connection, found: Workspace, before: str | None, operation: str, *, outcome: str, reason: str | None = None,
-               evidence: dict[str, Any] | None = None, upids: tuple[str, ...] = ()) -> None:
+    def _event(
+        self,
+        conn: sqlite3.Connection,
+        found: Workspace,
+        before: str | None,
+        operation: str,
+        *,
+        outcome: str,
+        reason: str | None = None,
+        evidence: dict[str, Any] | None = None,
+        upids: tuple[str, ...] = (),
+    ) -> None:
         conn.execute(
             "INSERT INTO workspace_events (at, workspace_id, sandbox_uuid, from_state, to_state, operation, actor, reason, evidence, upids, outcome) "
             "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            (self._records.clock.now(), found.id, found.sandbox_uuid, before, found.state, operation, self._records.actor, reason,
-             json.dumps(evidence or {}), json.dumps(list(upids)), outcome))
+            (
+                self._records.clock.now(),
+                found.id,
+                found.sandbox_uuid,
+                before,
+                found.state,
+                operation,
+                self._records.actor,
+                reason,
+                json.dumps(evidence or {}),
+                json.dumps(list(upids)),
+                outcome,
+            ),
+        )

@@ -87,20 +87,28 @@ class Client:
             raw = response.read()
         except (http.client.HTTPException, OSError) as error:
             if limit and (over.is_set() or isinstance(error, TimeoutError)):
-                raise TimedOut(f"the daemon did not answer within {time_limit(limit)} (--timeout). It goes on with what it was asked to do; "
-                               "see 'agentlab sandbox list'") from error
+                raise TimedOut(
+                    f"the daemon did not answer within {time_limit(limit)} (--timeout). It goes on with what it was asked to do; "
+                    "see 'agentlab sandbox list'"
+                ) from error
             if isinstance(error, http.client.BadStatusLine) and not isinstance(error, http.client.RemoteDisconnected):
-                raise Unreachable(f"what listens on {self.path} does not speak HTTP: it is not agentlabd. Check --socket and AGENTLAB_SOCKET") from error
-            raise Unreachable(f"the daemon ended the connection before it answered ({error or type(error).__name__}); it was probably stopped. "
-                              "What it had begun it finishes when it runs again. See 'systemctl status agentlabd' and 'agentlab sandbox list'") from error
+                raise Unreachable(
+                    f"what listens on {self.path} does not speak HTTP: it is not agentlabd. Check --socket and AGENTLAB_SOCKET"
+                ) from error
+            raise Unreachable(
+                f"the daemon ended the connection before it answered ({error or type(error).__name__}); it was probably stopped. "
+                "What it had begun it finishes when it runs again. See 'systemctl status agentlabd' and 'agentlab sandbox list'"
+            ) from error
         finally:
             if watch:
                 watch.cancel()
             connection.close()
         if over.is_set():
             # It ended in the middle of a body without a length.
-            raise TimedOut(f"the daemon did not answer within {time_limit(limit or 0)} (--timeout). It goes on with what it was asked to do; "
-                           "see 'agentlab sandbox list'")
+            raise TimedOut(
+                f"the daemon did not answer within {time_limit(limit or 0)} (--timeout). It goes on with what it was asked to do; "
+                "see 'agentlab sandbox list'"
+            )
         return Answer(response.status, raw, _parse(raw))
 
     def _connect(self, limit: float | None) -> socket.socket:
@@ -124,13 +132,19 @@ class Client:
         if answer.status in (404, 405):
             theirs = self._version()
             if theirs is not None and theirs != __version__:
-                raise Unreachable(f"the daemon (version {theirs}) does not know {method} {target.partition('?')[0]}, which this command line "
-                                  f"(version {__version__}) asks for. Upgrade the older of the two; after an upgrade 'systemctl restart agentlabd'")
-            raise Unreachable(f"the daemon does not know {method} {target.partition('?')[0]}. "
-                              f"If it was upgraded, 'systemctl restart agentlabd'; this command line is version {__version__}")
-        raise Unreachable(f"the answer of {self.path} to {method} {target.partition('?')[0]} makes no sense (status {answer.status}, "
-                          f"{answer.body[:60]!r}): it is not agentlabd, or of a very different version. Check --socket and AGENTLAB_SOCKET, "
-                          "and 'journalctl -u agentlabd'")
+                raise Unreachable(
+                    f"the daemon (version {theirs}) does not know {method} {target.partition('?')[0]}, which this command line "
+                    f"(version {__version__}) asks for. Upgrade the older of the two; after an upgrade 'systemctl restart agentlabd'"
+                )
+            raise Unreachable(
+                f"the daemon does not know {method} {target.partition('?')[0]}. "
+                f"If it was upgraded, 'systemctl restart agentlabd'; this command line is version {__version__}"
+            )
+        raise Unreachable(
+            f"the answer of {self.path} to {method} {target.partition('?')[0]} makes no sense (status {answer.status}, "
+            f"{answer.body[:60]!r}): it is not agentlabd, or of a very different version. Check --socket and AGENTLAB_SOCKET, "
+            "and 'journalctl -u agentlabd'"
+        )
 
     def _version(self) -> str | None:
         try:
@@ -171,8 +185,10 @@ def _why(path: str, error: OSError, limit: float | None) -> str:
     """Why there is no connection, and what to do."""
     if isinstance(error, PermissionError):
         user = _user()
-        return (f"{user} may not use the socket {path}. Add the user to the group {GROUP} and log in again:\n"
-                f"  sudo usermod -aG {GROUP} {user}")
+        return (
+            f"{user} may not use the socket {path}. Add the user to the group {GROUP} and log in again:\n"
+            f"  sudo usermod -aG {GROUP} {user}"
+        )
     if isinstance(error, TimeoutError):
         return f"the daemon accepted no connection on {path} within {time_limit(limit or 0)} (--timeout): it hangs or is overloaded.\n{_LOOK}"
     if isinstance(error, (FileNotFoundError, NotADirectoryError)):

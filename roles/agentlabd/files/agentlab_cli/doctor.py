@@ -19,18 +19,30 @@ from .progress import Progress
 from .text import cell
 
 
-@click.command(cls=Command, usage="[--template <template>] [--bundle <file>]", examples=(
-    "agentlab doctor",
-    "agentlab doctor --json | jq '.findings[] | select(.status != \"ok\")'",
-    "agentlab doctor --bundle agentlab-bundle.json",
-), notes=(
-    "It only reads. The exit status is 1 when there is a problem; warnings, and what",
-    "could not be looked at, are none.",
-    "The bundle is for bug reports: findings, configuration, sandboxes, the last",
-    "events. No password or secret is in it, and the file is yours alone (mode 0600).",
-))
-@click.option("--template", metavar="<template>", help="VMID or name of a template to look at, instead of the configured one.")
-@click.option("--bundle", metavar="<file>", type=click.Path(dir_okay=False), help="Write a bundle for a bug report; what is there is replaced.")
+@click.command(
+    cls=Command,
+    usage="[--template <template>] [--bundle <file>]",
+    examples=(
+        "agentlab doctor",
+        "agentlab doctor --json | jq '.findings[] | select(.status != \"ok\")'",
+        "agentlab doctor --bundle agentlab-bundle.json",
+    ),
+    notes=(
+        "It only reads. The exit status is 1 when there is a problem; warnings, and what",
+        "could not be looked at, are none.",
+        "The bundle is for bug reports: findings, configuration, sandboxes, the last",
+        "events. No password or secret is in it, and the file is yours alone (mode 0600).",
+    ),
+)
+@click.option(
+    "--template", metavar="<template>", help="VMID or name of a template to look at, instead of the configured one."
+)
+@click.option(
+    "--bundle",
+    metavar="<file>",
+    type=click.Path(dir_okay=False),
+    help="Write a bundle for a bug report; what is there is replaced.",
+)
 @click.option("--bundle-hosts", is_flag=True, help="Leave names and addresses of hosts, nodes and VMs in the bundle.")
 @settings
 def doctor(to: Settings, template: str | None, bundle: str | None, bundle_hosts: bool) -> None:
@@ -38,7 +50,12 @@ def doctor(to: Settings, template: str | None, bundle: str | None, bundle_hosts:
     if bundle_hosts and not bundle:
         raise click.UsageError("--bundle-hosts is for --bundle")
     with Progress(lambda: "looking at configuration, records, Proxmox VE and daemon", wanted=not to.json):
-        answer = to.client.ask("doctor", template=template, bundle="true" if bundle else None, bundle_hosts="true" if bundle_hosts else None)
+        answer = to.client.ask(
+            "doctor",
+            template=template,
+            bundle="true" if bundle else None,
+            bundle_hosts="true" if bundle_hosts else None,
+        )
     to.tell(answer, _findings)
     if bundle:
         _write(bundle, answer.data["bundle"])
@@ -57,9 +74,14 @@ def _findings(data: dict[str, Any]) -> str:
         if one["advice"] and one["status"] != "ok":
             lines.append(f"{'':<7}  {'':<{width}}  -> {cell(one['advice'])}")
     if data["pveum"] and any(
-        one["status"] != "ok" and one["check"] in ("configuration", "privileges", "proxmox", "creation") for one in found
+        one["status"] != "ok" and one["check"] in ("configuration", "privileges", "proxmox", "creation")
+        for one in found
     ):
-        lines += ["", "A token with the least privileges, made as root on a node:", *(f"  {cell(line)}" for line in data["pveum"])]
+        lines += [
+            "",
+            "A token with the least privileges, made as root on a node:",
+            *(f"  {cell(line)}" for line in data["pveum"]),
+        ]
     return "\n".join(lines)
 
 

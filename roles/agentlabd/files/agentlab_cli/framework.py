@@ -72,7 +72,9 @@ class Settings:
             return ""
         try:
             sandboxes = self.client.get("sandboxes").data["sandboxes"]
-            there = sorted({int(sandbox["vmid"]) for sandbox in sandboxes}, key=lambda other: (abs(other - vmid), other))
+            there = sorted(
+                {int(sandbox["vmid"]) for sandbox in sandboxes}, key=lambda other: (abs(other - vmid), other)
+            )
         except (Problem, KeyError, TypeError, ValueError):
             there = []
         near = f" Nearest: {', '.join(map(str, sorted(there[:3])))}." if there else " There is none."
@@ -91,8 +93,10 @@ class Settings:
 def _odd(answer: Answer, error: Exception) -> Problem:
     from .errors import Unreachable
 
-    return Unreachable(f"the daemon's answer lacks what this command line expects ({type(error).__name__}: {error}); they are of different versions. "
-                       "Upgrade both, 'systemctl restart agentlabd', or use --json")
+    return Unreachable(
+        f"the daemon's answer lacks what this command line expects ({type(error).__name__}: {error}); they are of different versions. "
+        "Upgrade both, 'systemctl restart agentlabd', or use --json"
+    )
 
 
 def failures(items: list[dict[str, Any]] | None) -> list[tuple[object, str]]:
@@ -121,8 +125,12 @@ class Duration(_FloatType):
         try:
             return 0 if value.strip() in ("0", "0s") else seconds(value.strip())
         except ValueError:
-            self.fail(f"{value!r} is not a time to wait. Valid: seconds as a number (30), or a duration such as 90s, 30m, 2h, 1500ms; "
-                      "0 for no limit", param, ctx)
+            self.fail(
+                f"{value!r} is not a time to wait. Valid: seconds as a number (30), or a duration such as 90s, 30m, 2h, 1500ms; "
+                "0 for no limit",
+                param,
+                ctx,
+            )
 
 
 class Vmid(_IntType):
@@ -144,8 +152,13 @@ class Vmid(_IntType):
         try:
             found = client.get("sandboxes").data["sandboxes"]
             taken = {str(one) for one in ctx.params.get(param.name or "") or ()} if param.nargs == -1 else set()
-            return [CompletionItem(str(one["vmid"]), help=f"{cell(one.get('name'))} {cell(one.get('state'))}") for one in found
-                    if str(one["vmid"]).startswith(incomplete) and str(one["vmid"]) not in taken and one.get("state") != "DESTROYED"]
+            return [
+                CompletionItem(str(one["vmid"]), help=f"{cell(one.get('name'))} {cell(one.get('state'))}")
+                for one in found
+                if str(one["vmid"]).startswith(incomplete)
+                and str(one["vmid"]) not in taken
+                and one.get("state") != "DESTROYED"
+            ]
         except (Problem, KeyError, TypeError):
             # A completion that does not work is silent.
             return []
@@ -155,7 +168,19 @@ class State(_StrType):
     """The name of a state, in any case."""
 
     name = "state"
-    valid = ("REQUESTED", "PROVISIONING", "BOOTING", "READY", "RUNNING", "SUSPENDED", "COMPLETED", "FAILED", "TIMEOUT", "STOPPED", "DESTROYED")
+    valid = (
+        "REQUESTED",
+        "PROVISIONING",
+        "BOOTING",
+        "READY",
+        "RUNNING",
+        "SUSPENDED",
+        "COMPLETED",
+        "FAILED",
+        "TIMEOUT",
+        "STOPPED",
+        "DESTROYED",
+    )
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         found = str(value).upper()
@@ -184,7 +209,10 @@ class Known(_StrType):
         from click.shell_completion import CompletionItem
 
         try:
-            names = [str(item["name"]) for item in Client(ctx.ensure_object(Settings).client.path, 2).get(self.resource).data[self.resource]]
+            names = [
+                str(item["name"])
+                for item in Client(ctx.ensure_object(Settings).client.path, 2).get(self.resource).data[self.resource]
+            ]
         except (Problem, KeyError, TypeError):
             return []
         return [CompletionItem(cell(name)) for name in names if name.startswith(incomplete)]
@@ -212,13 +240,29 @@ class _Global(click.Option):
 
 def _globals() -> list[click.Parameter]:
     return [
-        _Global(["--socket"], metavar="PATH", expose_value=False, callback=_keep("socket"),
-                help=f"Socket of the daemon. Environment: AGENTLAB_SOCKET. Default: {DEFAULT_SOCKET}"),
-        _Global(["--json"], is_flag=True, expose_value=False, callback=_keep("json"),
-                help="Print the daemon's answer as it is, for programs; indented on a terminal."),
-        _Global(["--timeout"], metavar="DURATION", type=DURATION, expose_value=False, callback=_keep("timeout"),
-                help="How long to wait for the daemon's whole answer: seconds, or 1500ms, 90s, 30m, 2h; 0 for no limit. "
-                     "Default: 30s to look, 1h to work."),
+        _Global(
+            ["--socket"],
+            metavar="PATH",
+            expose_value=False,
+            callback=_keep("socket"),
+            help=f"Socket of the daemon. Environment: AGENTLAB_SOCKET. Default: {DEFAULT_SOCKET}",
+        ),
+        _Global(
+            ["--json"],
+            is_flag=True,
+            expose_value=False,
+            callback=_keep("json"),
+            help="Print the daemon's answer as it is, for programs; indented on a terminal.",
+        ),
+        _Global(
+            ["--timeout"],
+            metavar="DURATION",
+            type=DURATION,
+            expose_value=False,
+            callback=_keep("timeout"),
+            help="How long to wait for the daemon's whole answer: seconds, or 1500ms, 90s, 30m, 2h; 0 for no limit. "
+            "Default: 30s to look, 1h to work.",
+        ),
     ]
 
 
@@ -239,7 +283,12 @@ class _Page(click.Command):
 
     def _plain_flags(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Return the words with ``--flag=true`` as ``--flag``, and ``--flag=false`` as its opposite or as nothing."""
-        flags = {name: param for param in self.get_params(ctx) if isinstance(param, click.Option) and param.is_flag for name in param.opts}
+        flags = {
+            name: param
+            for param in self.get_params(ctx)
+            if isinstance(param, click.Option) and param.is_flag
+            for name in param.opts
+        }
         plain: list[str] = []
         for number, word in enumerate(args):
             if word == "--":
@@ -278,7 +327,14 @@ class _Page(click.Command):
 class Command(_Page):
     """A command with the global options; ``usage`` is what its usage line says after its name."""
 
-    def __init__(self, *args: Any, usage: str = "[OPTIONS]", examples: tuple[str, ...] = (), notes: tuple[str, ...] = (), **options: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        usage: str = "[OPTIONS]",
+        examples: tuple[str, ...] = (),
+        notes: tuple[str, ...] = (),
+        **options: Any,
+    ) -> None:
         super().__init__(*args, **options)
         self.usage, self.examples, self.notes = usage, examples, notes
         self.params.extend(_globals())
@@ -295,8 +351,15 @@ class Group(_Page, click.Group):
     # Nobody who mistypes a word shall be led to what destroys.
     never_suggested = ("destroy", "prune", "unprotect")
 
-    def __init__(self, *args: Any, examples: tuple[str, ...] = (), notes: tuple[str, ...] = (), words: Mapping[str, str] | None = None,
-                 meant: Mapping[str, str] | None = None, **options: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        examples: tuple[str, ...] = (),
+        notes: tuple[str, ...] = (),
+        words: Mapping[str, str] | None = None,
+        meant: Mapping[str, str] | None = None,
+        **options: Any,
+    ) -> None:
         """``words``: other names of commands, which work and are not listed. ``meant``: for words that are no command, the line to type instead."""
         super().__init__(*args, **{"subcommand_metavar": "<command>", **options})
         self.examples, self.notes = examples, notes
@@ -322,8 +385,15 @@ class Group(_Page, click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         return super().get_command(ctx, self.words.get(cmd_name, cmd_name))
 
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
-        if args and not ctx.resilient_parsing and not args[0].startswith("-") and self.get_command(ctx, args[0]) is None:
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if (
+            args
+            and not ctx.resilient_parsing
+            and not args[0].startswith("-")
+            and self.get_command(ctx, args[0]) is None
+        ):
             ctx.fail(f"there is no command {args[0]!r}. {self._advise(ctx, args[0])}")
         return super().resolve_command(ctx, args)
 

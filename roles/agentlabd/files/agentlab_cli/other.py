@@ -27,25 +27,36 @@ def _status(data: dict[str, Any]) -> str:
     database, proxmox, cleanup = data["database"], data["proxmox"], data["cleanup"]
     operations, config = data["operations"], data["config"]
     by_state = {state: count for state, count in database["by_state"].items() if count}
-    text = pairs([
-        ("daemon", f"agentlabd {data['version']}, up {span(data['uptime_seconds'])} (since {data['started_at']})"),
-        ("sandboxes", by_state or "none"),
-        ("database", f"{database['path']} (schema {database['schema']})"),
-        ("Proxmox VE", f"{proxmox['where']}: {_reachable(proxmox)}"),
-        ("expiry", _turn(data["expiry"])),
-        ("reconcile", _turn(data["reconcile"])),
-        ("cleanup", f"{cleanup['mode']}, {_turn(cleanup)}{_outcome(cleanup['last_result'])}" if cleanup["enabled"] else "off"),
-        ("operations", f"{operations['in_progress']} in progress, {operations['interrupted']} interrupted"),
-        ("configuration", f"{config['path'] or 'no file'} (read {config['loaded_at']})"),
-    ])
+    text = pairs(
+        [
+            ("daemon", f"agentlabd {data['version']}, up {span(data['uptime_seconds'])} (since {data['started_at']})"),
+            ("sandboxes", by_state or "none"),
+            ("database", f"{database['path']} (schema {database['schema']})"),
+            ("Proxmox VE", f"{proxmox['where']}: {_reachable(proxmox)}"),
+            ("expiry", _turn(data["expiry"])),
+            ("reconcile", _turn(data["reconcile"])),
+            (
+                "cleanup",
+                f"{cleanup['mode']}, {_turn(cleanup)}{_outcome(cleanup['last_result'])}"
+                if cleanup["enabled"]
+                else "off",
+            ),
+            ("operations", f"{operations['in_progress']} in progress, {operations['interrupted']} interrupted"),
+            ("configuration", f"{config['path'] or 'no file'} (read {config['loaded_at']})"),
+        ]
+    )
     if cleanup["frozen"]:
         frozen = cleanup["frozen"]
-        text += (f"\n\nThe scheduled cleanup is FROZEN since {cell(frozen['at'])} by {cell(frozen['actor'])}: {cell(frozen['reason'])}\n"
-                 "  agentlab cleanup run --dry-run    # what would go; where a guard would stop it again, raise the guard first\n"
-                 "  agentlab cleanup release          # go on")
+        text += (
+            f"\n\nThe scheduled cleanup is FROZEN since {cell(frozen['at'])} by {cell(frozen['actor'])}: {cell(frozen['reason'])}\n"
+            "  agentlab cleanup run --dry-run    # what would go; where a guard would stop it again, raise the guard first\n"
+            "  agentlab cleanup release          # go on"
+        )
     for one in data.get("conditions") or []:
-        text += (f"\n\n{cell(one['part'])} {cell(one['condition']).upper()} since {cell(one['since'])}: {cell(one['why'])}\n"
-                 f"  {cell(one['todo'])}")
+        text += (
+            f"\n\n{cell(one['part'])} {cell(one['condition']).upper()} since {cell(one['since'])}: {cell(one['why'])}\n"
+            f"  {cell(one['todo'])}"
+        )
     if config["error"]:
         text += f"\n\nThe configuration could not be reloaded, the one before it is in force: {cell(config['error'])}"
     return text
@@ -72,19 +83,26 @@ def _outcome(last: dict[str, Any] | None) -> str:
     return f"; {'would have cleaned up' if last['result'] == 'shadow' else 'cleaned up'} {last['count']} sandbox(es), kept {last['kept']}{failed}"
 
 
-@click.group(cls=Group, examples=(
-    "agentlab cleanup run --dry-run",
-    'agentlab cleanup freeze --reason "storage maintenance until Monday"',
-    "agentlab cleanup release",
-))
+@click.group(
+    cls=Group,
+    examples=(
+        "agentlab cleanup run --dry-run",
+        'agentlab cleanup freeze --reason "storage maintenance until Monday"',
+        "agentlab cleanup release",
+    ),
+)
 def cleanup() -> None:
     """Run, freeze and release the cleanup rules."""
 
 
-@cleanup.command(usage="[--dry-run]", examples=("agentlab cleanup run --dry-run", "agentlab cleanup run"), notes=(
-    "The rules stand in the daemon's cleanup file; it runs them by itself at their",
-    "interval. Their guard counts here too, and shadow mode makes it a dry run.",
-))
+@cleanup.command(
+    usage="[--dry-run]",
+    examples=("agentlab cleanup run --dry-run", "agentlab cleanup run"),
+    notes=(
+        "The rules stand in the daemon's cleanup file; it runs them by itself at their",
+        "interval. Their guard counts here too, and shadow mode makes it a dry run.",
+    ),
+)
 @click.option("--dry-run", is_flag=True, help="Only say what would be done.")
 @settings
 def run(to: Settings, dry_run: bool) -> None:
@@ -93,7 +111,10 @@ def run(to: Settings, dry_run: bool) -> None:
         answer = to.client.post("cleanup", "run", body={"dry_run": dry_run})
     to.tell(answer, _ran)
     if not answer.data.get("dry_run"):
-        finish(len(answer.data.get("pruned") or []) + len(answer.data.get("marked") or []), failures(answer.data.get("failed")))
+        finish(
+            len(answer.data.get("pruned") or []) + len(answer.data.get("marked") or []),
+            failures(answer.data.get("failed")),
+        )
 
 
 def _ran(data: dict[str, Any]) -> str:
@@ -105,32 +126,51 @@ def _ran(data: dict[str, Any]) -> str:
 
     guard = f"\nThe guard would stop it: {cell(data['guard'])}" if data["guard"] else ""
     return f"would clean up {data['count']} sandbox(es){marked}{forgotten}{guard}" + plan(
-        {"destroy": data["pruned"], "FAILED": data["marked"], "keep": data["kept"], "cannot": data["failed"]})
+        {"destroy": data["pruned"], "FAILED": data["marked"], "keep": data["kept"], "cannot": data["failed"]}
+    )
 
 
-@cleanup.command(usage="--reason <text>", examples=('agentlab cleanup freeze --reason "storage maintenance until Monday"',), notes=(
-    "Expiry goes on: leases run out and VMs are stopped, but nothing is destroyed",
-    "on schedule until it is released.",
-))
+@cleanup.command(
+    usage="--reason <text>",
+    examples=('agentlab cleanup freeze --reason "storage maintenance until Monday"',),
+    notes=(
+        "Expiry goes on: leases run out and VMs are stopped, but nothing is destroyed",
+        "on schedule until it is released.",
+    ),
+)
 @click.option("--reason", required=True, metavar="<text>", help="Why, for whoever looks at it next.")
 @settings
 def freeze(to: Settings, reason: str) -> None:
     """Let the daemon destroy nothing on schedule until it is released."""
-    to.tell(to.client.post("cleanup", "freeze", body={"reason": reason}), lambda data: f"cleanup frozen: {cell(data['frozen']['reason'])}")
+    to.tell(
+        to.client.post("cleanup", "freeze", body={"reason": reason}),
+        lambda data: f"cleanup frozen: {cell(data['frozen']['reason'])}",
+    )
 
 
-@cleanup.command(usage="", examples=("agentlab cleanup release",), notes=(
-    "The guard freezes the cleanup when it would destroy unusually much: look at",
-    "'agentlab cleanup run --dry-run' before you release it.",
-))
+@cleanup.command(
+    usage="",
+    examples=("agentlab cleanup release",),
+    notes=(
+        "The guard freezes the cleanup when it would destroy unusually much: look at",
+        "'agentlab cleanup run --dry-run' before you release it.",
+    ),
+)
 @settings
 def release(to: Settings) -> None:
     """Let the scheduled cleanup go on."""
-    to.tell(to.client.post("cleanup", "release"), lambda data: "cleanup released" if data.get("released") else "cleanup was not frozen")
+    to.tell(
+        to.client.post("cleanup", "release"),
+        lambda data: "cleanup released" if data.get("released") else "cleanup was not frozen",
+    )
 
 
-@click.group(cls=Group, examples=("agentlab profile list",), words={"ls": "list"},
-             meant=dict.fromkeys(("show", "get"), "agentlab profile list"))
+@click.group(
+    cls=Group,
+    examples=("agentlab profile list",),
+    words={"ls": "list"},
+    meant=dict.fromkeys(("show", "get"), "agentlab profile list"),
+)
 def profile() -> None:
     """Show the profiles that sandboxes are made from."""
 
@@ -145,17 +185,38 @@ def profiles(to: Settings) -> None:
 def _profiles(found: list[dict[str, Any]]) -> str:
     if not found:
         return "no profiles"
-    names = [name for name in ("name", "template", "cores", "memory", "disk_size", "lease_default", "lease_maximum", "keepalive", "description")
-             if any(one.get(name) is not None for one in found)]
-    return table([name.replace("_", " ").upper() for name in names], [[one.get(name) for name in names] for one in found], width=terminal_width(),
-                 droppable=("DESCRIPTION",))
+    names = [
+        name
+        for name in (
+            "name",
+            "template",
+            "cores",
+            "memory",
+            "disk_size",
+            "lease_default",
+            "lease_maximum",
+            "keepalive",
+            "description",
+        )
+        if any(one.get(name) is not None for one in found)
+    ]
+    return table(
+        [name.replace("_", " ").upper() for name in names],
+        [[one.get(name) for name in names] for one in found],
+        width=terminal_width(),
+        droppable=("DESCRIPTION",),
+    )
 
 
-@click.command(cls=Command, usage="bash|zsh|fish", examples=(
-    "agentlab completion bash > /etc/bash_completion.d/agentlab",
-    "agentlab completion zsh > ~/.zfunc/_agentlab      # a folder of fpath",
-    "agentlab completion fish > ~/.config/fish/completions/agentlab.fish",
-))
+@click.command(
+    cls=Command,
+    usage="bash|zsh|fish",
+    examples=(
+        "agentlab completion bash > /etc/bash_completion.d/agentlab",
+        "agentlab completion zsh > ~/.zfunc/_agentlab      # a folder of fpath",
+        "agentlab completion fish > ~/.config/fish/completions/agentlab.fish",
+    ),
+)
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]), metavar="bash|zsh|fish")
 @click.pass_context
 def completion(ctx: click.Context, shell: str) -> None:

@@ -26,7 +26,9 @@ class Progress:
 
     def __init__(self, look: Callable[[], str], *, wanted: bool = True) -> None:
         self._look = look
-        self._on = wanted and sys.stdout.isatty() and sys.stderr.isatty() and os.environ.get("TERM") not in (None, "", "dumb")
+        self._on = (
+            wanted and sys.stdout.isatty() and sys.stderr.isatty() and os.environ.get("TERM") not in (None, "", "dumb")
+        )
         self._end = threading.Event()
         self._drawing = threading.Lock()
         self._shown = False
@@ -36,7 +38,9 @@ class Progress:
         if self._on:
             self._thread.start()
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         # Under the lock, so that nothing is drawn after the line is cleared: a look that hangs does not hold up the answer.
         with self._drawing:
             self._end.set()
@@ -53,7 +57,7 @@ class Progress:
             except (Problem, KeyError, TypeError):
                 # No usable answer: it is shown by the command itself, if it matters.
                 continue
-            line = f"{one_line(text)} ({span(time.monotonic() - begun)})"[:_width() - 1]
+            line = f"{one_line(text)} ({span(time.monotonic() - begun)})"[: _width() - 1]
             with self._drawing:
                 if not self._end.is_set():
                     self._shown = True

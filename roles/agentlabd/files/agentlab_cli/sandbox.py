@@ -67,15 +67,31 @@ def sandbox() -> None:
 # ---- looking ----
 
 
-@sandbox.command("list", usage="[--state <state>] [--profile <profile>] [--tag <tag>] [--all]", examples=(
-    "agentlab sandbox list",
-    "agentlab sandbox list --state TIMEOUT --state STOPPED",
-    "agentlab --json sandbox list | jq -r '.sandboxes[].ip'",
-))
-@click.option("--state", "states", type=STATE, metavar="<state>", multiple=True,
-              help=f"Only those in this state; may be given several times. One of: {', '.join(STATE.valid)}.")
+@sandbox.command(
+    "list",
+    usage="[--state <state>] [--profile <profile>] [--tag <tag>] [--all]",
+    examples=(
+        "agentlab sandbox list",
+        "agentlab sandbox list --state TIMEOUT --state STOPPED",
+        "agentlab --json sandbox list | jq -r '.sandboxes[].ip'",
+    ),
+)
+@click.option(
+    "--state",
+    "states",
+    type=STATE,
+    metavar="<state>",
+    multiple=True,
+    help=f"Only those in this state; may be given several times. One of: {', '.join(STATE.valid)}.",
+)
 @click.option("--profile", type=PROFILE, metavar="<profile>", help="Only those of this profile.")
-@click.option("--tag", "tags", metavar="<tag>", multiple=True, help="Only those with this tag; may be given several times (any of them).")
+@click.option(
+    "--tag",
+    "tags",
+    metavar="<tag>",
+    multiple=True,
+    help="Only those with this tag; may be given several times (any of them).",
+)
 @click.option("--all", "every", is_flag=True, help="Destroyed ones too.")
 @settings
 def list_(to: Settings, states: tuple[str, ...], profile: str | None, tags: tuple[str, ...], every: bool) -> None:
@@ -83,16 +99,34 @@ def list_(to: Settings, states: tuple[str, ...], profile: str | None, tags: tupl
 
     LEASE is the time that is left. Destroyed sandboxes are listed only with --all or --state DESTROYED.
     """
-    answer = to.client.get("sandboxes", state=states, profile=profile, tag=tags, include_destroyed="true" if every else None)
+    answer = to.client.get(
+        "sandboxes", state=states, profile=profile, tag=tags, include_destroyed="true" if every else None
+    )
     to.tell(answer, lambda data: _listed(data["sandboxes"]))
 
 
 def _listed(found: list[dict[str, Any]]) -> str:
     if not found:
         return "no sandboxes"
-    return table(("VMID", "NAME", "STATE", "NODE", "IP", "PROFILE", "LEASE", "AGE", "TAGS"), [
-        (one["vmid"], one["name"], one["state"], one["node"], one["ip"], one["profile"], _lease(one), since(one["created_at"]), one["tags"])
-        for one in found], width=terminal_width(), droppable=("TAGS", "NODE", "PROFILE", "AGE"))
+    return table(
+        ("VMID", "NAME", "STATE", "NODE", "IP", "PROFILE", "LEASE", "AGE", "TAGS"),
+        [
+            (
+                one["vmid"],
+                one["name"],
+                one["state"],
+                one["node"],
+                one["ip"],
+                one["profile"],
+                _lease(one),
+                since(one["created_at"]),
+                one["tags"],
+            )
+            for one in found
+        ],
+        width=terminal_width(),
+        droppable=("TAGS", "NODE", "PROFILE", "AGE"),
+    )
 
 
 def _lease(one: dict[str, Any]) -> str:
@@ -128,12 +162,20 @@ def _name_of(client: Client, workspace: str) -> str | None:
         return None
 
 
-@sandbox.command(usage="[--follow] [--tail <n>] <vmid>", examples=(
-    "agentlab sandbox events 1009",
-    "agentlab sandbox events --follow 1009",
-    "agentlab sandbox events 1009 --tail 5 --json",
-))
-@click.option("--follow", "-f", is_flag=True, help="Go on showing events as they happen, until the sandbox is DESTROYED (or Ctrl-C).")
+@sandbox.command(
+    usage="[--follow] [--tail <n>] <vmid>",
+    examples=(
+        "agentlab sandbox events 1009",
+        "agentlab sandbox events --follow 1009",
+        "agentlab sandbox events 1009 --tail 5 --json",
+    ),
+)
+@click.option(
+    "--follow",
+    "-f",
+    is_flag=True,
+    help="Go on showing events as they happen, until the sandbox is DESTROYED (or Ctrl-C).",
+)
 @click.option("--tail", type=click.IntRange(1, _PAGE), metavar="<n>", help="Only the last n events.")
 @one_vmid
 @settings
@@ -188,63 +230,129 @@ def _told(data: dict[str, Any]) -> str:
         before, after = one["from_state"], one["to_state"]
         change = f"{before} -> {after}" if before and after and before != after else cell(after or before)
         why = f"  {cell(one['reason'])}" if one["reason"] else ""
-        lines.append(f"{cell(one['at'])}  {cell(one['operation']):<13}  {change:<28}  {cell(one['outcome']):<11}  {cell(one['actor'])}{why}")
+        lines.append(
+            f"{cell(one['at'])}  {cell(one['operation']):<13}  {change:<28}  {cell(one['outcome']):<11}  {cell(one['actor'])}{why}"
+        )
     return "\n".join(lines) or "no events"
 
 
 # ---- creating ----
 
 
-@sandbox.command(usage="[OPTIONS]", examples=(
-    "agentlab sandbox new --profile yolo-ephemeral --name agent-1",
-    "agentlab sandbox new --template debian-13 --ttl 2h --cores 4 --memory 8192",
-    "agentlab sandbox new --template 9000 --ip-config ip=dhcp --wait-for-ip",
-    "agentlab sandbox new --ssh-public-keys ~/.ssh/id_ed25519.pub --tag ci",
-), notes=(
-    "What is not given comes from the profile, then from the daemon's",
-    "configuration, then from the template. A creation that was cut off is",
-    "finished by running the command again with its --vmid or --name.",
-))
+@sandbox.command(
+    usage="[OPTIONS]",
+    examples=(
+        "agentlab sandbox new --profile yolo-ephemeral --name agent-1",
+        "agentlab sandbox new --template debian-13 --ttl 2h --cores 4 --memory 8192",
+        "agentlab sandbox new --template 9000 --ip-config ip=dhcp --wait-for-ip",
+        "agentlab sandbox new --ssh-public-keys ~/.ssh/id_ed25519.pub --tag ci",
+    ),
+    notes=(
+        "What is not given comes from the profile, then from the daemon's",
+        "configuration, then from the template. A creation that was cut off is",
+        "finished by running the command again with its --vmid or --name.",
+    ),
+)
 @click.option("--name", metavar="<name>", help="Name of the sandbox: letters, digits and hyphens.")
-@click.option("--profile", type=PROFILE, metavar="<profile>", help="Profile with the settings; see 'agentlab profile list'.")
+@click.option(
+    "--profile", type=PROFILE, metavar="<profile>", help="Profile with the settings; see 'agentlab profile list'."
+)
 @click.option("--template", metavar="<template>", help="VMID or name of the template to clone.")
-@click.option("--vmid", type=VMID, metavar="<vmid>", help="VMID to take. Without it, a free one of the configured range.")
+@click.option(
+    "--vmid", type=VMID, metavar="<vmid>", help="VMID to take. Without it, a free one of the configured range."
+)
 @click.option("--ttl", metavar="<ttl>", help="How long it may live: minutes (120), or 90s, 30m, 2h, 1d12h.")
 @click.option("--keepalive", is_flag=True, default=None, help="Renew the lease by itself when it runs out.")
 @click.option("--workspace", type=WORKSPACE, metavar="<workspace>", help="Workspace to attach.")
 @click.option("--node", metavar="<node>", help="Node of the cluster.")
 @click.option("--pool", metavar="<pool>", help="Resource pool of Proxmox VE.")
 @click.option("--storage", metavar="<storage>", help="Storage of a full clone.")
-@click.option("--full-clone/--linked-clone", default=None, help="Copy the template's disks, or share them (the default of Proxmox VE).")
+@click.option(
+    "--full-clone/--linked-clone",
+    default=None,
+    help="Copy the template's disks, or share them (the default of Proxmox VE).",
+)
 @click.option("--cores", type=click.IntRange(1), metavar="<n>", help="Number of cores.")
 @click.option("--memory", type=click.IntRange(16), metavar="<MiB>", help="Memory in MiB.")
 @click.option("--cpu-type", metavar="<type>", help="CPU type, such as host or x86-64-v2-AES.")
-@click.option("--disk-size", metavar="<size>", help="Size of the boot disk, such as 20G; +10G adds to the template's. It never shrinks.")
+@click.option(
+    "--disk-size",
+    metavar="<size>",
+    help="Size of the boot disk, such as 20G; +10G adds to the template's. It never shrinks.",
+)
 @click.option("--bridge", metavar="<bridge>", help="Network bridge of the first interface.")
 @click.option("--network-model", metavar="<model>", help="Model of the first interface, such as virtio.")
 @click.option("--vlan-tag", type=click.IntRange(1, 4094), metavar="<n>", help="VLAN of the first interface.")
 @click.option("--second-bridge", metavar="<bridge>", help="Network bridge of a second interface.")
 @click.option("--second-vlan-tag", type=click.IntRange(1, 4094), metavar="<n>", help="VLAN of the second interface.")
 @click.option("--second-ip-config", metavar="<config>", help="Cloud-init network of the second interface.")
-@click.option("--firewall/--no-firewall", default=None, help="Switch the firewall of Proxmox VE on or off for the first interface.")
+@click.option(
+    "--firewall/--no-firewall",
+    default=None,
+    help="Switch the firewall of Proxmox VE on or off for the first interface.",
+)
 @click.option("--firewall-group", metavar="<group>", help="Security group of its firewall.")
 @click.option("--cloud-init-user", metavar="<user>", help="User that cloud-init makes.")
-@click.option("--cloud-init-password", type=click.File("r"), metavar="<file>", help="File with the password of that user (- for standard input).")
-@click.option("--cloud-init-upgrade/--no-cloud-init-upgrade", default=None, help="Whether cloud-init upgrades the packages at the first start.")
-@click.option("--cloud-init-vendor-data", metavar="<volume>", help="Snippet with vendor data, such as local:snippets/vendor.yaml.")
-@click.option("--ip-config", metavar="<config>", help="Cloud-init network, such as ip=dhcp or ip=192.0.2.10/24,gw=192.0.2.1.")
+@click.option(
+    "--cloud-init-password",
+    type=click.File("r"),
+    metavar="<file>",
+    help="File with the password of that user (- for standard input).",
+)
+@click.option(
+    "--cloud-init-upgrade/--no-cloud-init-upgrade",
+    default=None,
+    help="Whether cloud-init upgrades the packages at the first start.",
+)
+@click.option(
+    "--cloud-init-vendor-data", metavar="<volume>", help="Snippet with vendor data, such as local:snippets/vendor.yaml."
+)
+@click.option(
+    "--ip-config", metavar="<config>", help="Cloud-init network, such as ip=dhcp or ip=192.0.2.10/24,gw=192.0.2.1."
+)
 @click.option("--nameserver", metavar="<addresses>", help="Cloud-init name servers, separated by blanks or commas.")
 @click.option("--searchdomain", metavar="<domain>", help="Cloud-init DNS search domain.")
-@click.option("--ssh-public-keys", type=click.File("r"), multiple=True, metavar="<file>",
-              help="File with public keys, one a line (- for standard input); may be given several times.")
-@click.option("--cloud-init-user-data", type=click.File("r"), metavar="<file>", help="File with cloud-init user data (- for standard input).")
-@click.option("--tag", "tags", multiple=True, metavar="<tag>", help="Tag of the sandbox and its VM; may be given several times, or several with commas.")
+@click.option(
+    "--ssh-public-keys",
+    type=click.File("r"),
+    multiple=True,
+    metavar="<file>",
+    help="File with public keys, one a line (- for standard input); may be given several times.",
+)
+@click.option(
+    "--cloud-init-user-data",
+    type=click.File("r"),
+    metavar="<file>",
+    help="File with cloud-init user data (- for standard input).",
+)
+@click.option(
+    "--tag",
+    "tags",
+    multiple=True,
+    metavar="<tag>",
+    help="Tag of the sandbox and its VM; may be given several times, or several with commas.",
+)
 @click.option("--description", metavar="<text>", help="Text for the notes of the VM in Proxmox VE.")
-@click.option("--update", is_flag=True, default=None, help="Of a sandbox that is there: apply cores, memory, tags and description where they differ.")
-@click.option("--allow-restart", is_flag=True, default=None, help="Let --update stop and start the VM, which cores and memory need.")
+@click.option(
+    "--update",
+    is_flag=True,
+    default=None,
+    help="Of a sandbox that is there: apply cores, memory, tags and description where they differ.",
+)
+@click.option(
+    "--allow-restart",
+    is_flag=True,
+    default=None,
+    help="Let --update stop and start the VM, which cores and memory need.",
+)
 @click.option("--protected", is_flag=True, default=None, help="Keep it from every destroy, forced or not.")
 @click.option("--wait-for-ip", is_flag=True, default=None, help="Wait until the guest agent names an address.")
-@click.option("--wait-for-cloud-init", is_flag=True, default=None, help="Wait until cloud-init has ended; with errors the sandbox is FAILED.")
+@click.option(
+    "--wait-for-cloud-init",
+    is_flag=True,
+    default=None,
+    help="Wait until cloud-init has ended; with errors the sandbox is FAILED.",
+)
 @settings
 def new(to: Settings, /, **given: Any) -> None:
     """Create a sandbox and start it.
@@ -260,7 +368,9 @@ def new(to: Settings, /, **given: Any) -> None:
     if "ssh_public_keys" in body:
         body["ssh_public_keys"] = [key for file in body["ssh_public_keys"] for key in _read_keys(file)]
     if "cloud_init_password" in body:
-        body["cloud_init_password"] = _read("--cloud-init-password", body["cloud_init_password"], _LONGEST_PASSWORD).rstrip("\r\n")
+        body["cloud_init_password"] = _read(
+            "--cloud-init-password", body["cloud_init_password"], _LONGEST_PASSWORD
+        ).rstrip("\r\n")
     if "cloud_init_user_data" in body:
         body["cloud_init_user_data"] = _read("--cloud-init-user-data", body["cloud_init_user_data"], _LONGEST_USER_DATA)
     label = f"sandbox {body.get('vmid') or body.get('name') or ''}".strip()
@@ -271,9 +381,13 @@ def new(to: Settings, /, **given: Any) -> None:
 
 
 def _created(data: dict[str, Any]) -> str:
-    what = {"created": "created", "updated": "was there already, and was updated"}.get(data.get("outcome", "created"), "was there already")
-    return (f"sandbox {cell(data['vmid'])} {what} (name={cell(data['name'])}, state={cell(data['state'])}, ip={cell(data['ip'])}, "
-            f"lease until {cell(data['lease_expires_at'])})")
+    what = {"created": "created", "updated": "was there already, and was updated"}.get(
+        data.get("outcome", "created"), "was there already"
+    )
+    return (
+        f"sandbox {cell(data['vmid'])} {what} (name={cell(data['name'])}, state={cell(data['state'])}, ip={cell(data['ip'])}, "
+        f"lease until {cell(data['lease_expires_at'])})"
+    )
 
 
 def _warn(to: Settings, *items: dict[str, Any]) -> None:
@@ -290,7 +404,9 @@ def _read(option: str, file: Any, longest: int) -> str:
     except (OSError, UnicodeDecodeError) as error:
         raise Problem(f"{option}: {file.name} cannot be read as text: {error}. Give a text file in UTF-8") from error
     if len(text) > longest:
-        raise click.UsageError(f"{option}: {file.name} is larger than {longest // 1024} KiB. Give a smaller file; let it fetch what is large")
+        raise click.UsageError(
+            f"{option}: {file.name} is larger than {longest // 1024} KiB. Give a smaller file; let it fetch what is large"
+        )
     return text
 
 
@@ -350,11 +466,15 @@ def start(to: Settings, vmid: int) -> None:
     _power(to, vmid, "start")
 
 
-@sandbox.command(usage="[--force] <vmid> | --all", examples=("agentlab sandbox stop 1009", "agentlab sandbox stop --all"), notes=(
-    "A sandbox in TIMEOUT is not stopped: the daemon does that by itself, and prune",
-    "looks for that state. A hibernated VM keeps its memory on a disk; stopping it",
-    "throws that away, which needs --force.",
-))
+@sandbox.command(
+    usage="[--force] <vmid> | --all",
+    examples=("agentlab sandbox stop 1009", "agentlab sandbox stop --all"),
+    notes=(
+        "A sandbox in TIMEOUT is not stopped: the daemon does that by itself, and prune",
+        "looks for that state. A hibernated VM keeps its memory on a disk; stopping it",
+        "throws that away, which needs --force.",
+    ),
+)
 @click.option("--force", is_flag=True, help="Throw the saved memory of a hibernated VM away.")
 @click.option("--all", "every", is_flag=True, help="Stop every sandbox that runs or is paused.")
 @click.argument("vmid", type=VMID, required=False, metavar="<vmid>")
@@ -396,12 +516,16 @@ def resume(to: Settings, vmid: int) -> None:
 
 def _amend(to: Settings, vmid: int, action: str, text: str, body: dict[str, Any] | None = None) -> None:
     answer = to.client.post("sandboxes", vmid, action, body=body)
-    to.tell(answer, lambda data: f"sandbox {cell(data['vmid'])} {text}" + ("" if data.get("changed", True) else " already"))
+    to.tell(
+        answer, lambda data: f"sandbox {cell(data['vmid'])} {text}" + ("" if data.get("changed", True) else " already")
+    )
 
 
-@sandbox.command(usage="<vmid>", examples=("agentlab sandbox protect 1009",), notes=(
-    "Its lease still ends: then it is stopped, and stays. 'unprotect' is the way back.",
-))
+@sandbox.command(
+    usage="<vmid>",
+    examples=("agentlab sandbox protect 1009",),
+    notes=("Its lease still ends: then it is stopped, and stays. 'unprotect' is the way back.",),
+)
 @one_vmid
 @settings
 def protect(to: Settings, vmid: int) -> None:
@@ -417,7 +541,9 @@ def unprotect(to: Settings, vmid: int) -> None:
     _amend(to, vmid, "unprotect", "is not protected")
 
 
-@sandbox.command(usage="on|off <vmid>", examples=("agentlab sandbox keepalive on 1009", "agentlab sandbox keepalive off 1009"))
+@sandbox.command(
+    usage="on|off <vmid>", examples=("agentlab sandbox keepalive on 1009", "agentlab sandbox keepalive off 1009")
+)
 @click.argument("switch", type=click.Choice(["on", "off"]), metavar="on|off")
 @one_vmid
 @settings
@@ -429,18 +555,22 @@ def keepalive(to: Settings, switch: str, vmid: int) -> None:
 # ---- destroying ----
 
 
-@sandbox.command(usage="[--force] <vmid> [<vmid> ...]", examples=(
-    "agentlab sandbox destroy 1009",
-    "agentlab sandbox destroy --force 1009",
-    "agentlab sandbox destroy --force 1009 1010 1011",
-), notes=(
-    "Without --force a sandbox must be STOPPED.",
-    "--force bypasses the state and the graceful shutdown. It bypasses no proof",
-    "that the VM is ours, and no protection.",
-    "With several VMIDs all are looked up first: when one does not exist, nothing",
-    "is done. Then each is on its own, and gets its own line.",
-    "Exit status 4: some were destroyed, others not.",
-))
+@sandbox.command(
+    usage="[--force] <vmid> [<vmid> ...]",
+    examples=(
+        "agentlab sandbox destroy 1009",
+        "agentlab sandbox destroy --force 1009",
+        "agentlab sandbox destroy --force 1009 1010 1011",
+    ),
+    notes=(
+        "Without --force a sandbox must be STOPPED.",
+        "--force bypasses the state and the graceful shutdown. It bypasses no proof",
+        "that the VM is ours, and no protection.",
+        "With several VMIDs all are looked up first: when one does not exist, nothing",
+        "is done. Then each is on its own, and gets its own line.",
+        "Exit status 4: some were destroyed, others not.",
+    ),
+)
 @click.option("--force", is_flag=True, help="Destroy in any state, without a graceful shutdown.")
 @click.argument("vmids", type=VMID, nargs=-1, required=True, metavar="<vmid> [<vmid> ...]")
 @settings
@@ -498,20 +628,30 @@ def lease() -> None:
     """Renew the lease of a sandbox."""
 
 
-@lease.command(usage="--ttl <ttl> <vmid>", examples=(
-    "agentlab sandbox lease renew --ttl 120 1009       # two hours from now",
-    "agentlab sandbox lease renew --ttl 1d12h 1009",
-), notes=(
-    "The lease then ends that long from now; it is not shortened. Only a RUNNING",
-    "sandbox whose lease is not over can be renewed. A configured maximum lifetime",
-    "caps it: look at the time in the answer.",
-))
+@lease.command(
+    usage="--ttl <ttl> <vmid>",
+    examples=(
+        "agentlab sandbox lease renew --ttl 120 1009       # two hours from now",
+        "agentlab sandbox lease renew --ttl 1d12h 1009",
+    ),
+    notes=(
+        "The lease then ends that long from now; it is not shortened. Only a RUNNING",
+        "sandbox whose lease is not over can be renewed. A configured maximum lifetime",
+        "caps it: look at the time in the answer.",
+    ),
+)
 @click.option("--ttl", metavar="<ttl>", help="How long from now: minutes (120), or 90s, 30m, 2h, 1d12h. Required.")
-@click.option("--min-remaining", metavar="<time>", help="Renew only when less than this is left, so that it can be repeated at will.")
+@click.option(
+    "--min-remaining",
+    metavar="<time>",
+    help="Renew only when less than this is left, so that it can be repeated at will.",
+)
 @click.option("--allow-shorten", is_flag=True, help="Also when the lease becomes shorter by it.")
 @click.argument("vmid", type=VMID, required=False, metavar="<vmid>")
 @click.pass_context
-def renew(ctx: click.Context, ttl: str | None, min_remaining: str | None, allow_shorten: bool, vmid: int | None) -> None:
+def renew(
+    ctx: click.Context, ttl: str | None, min_remaining: str | None, allow_shorten: bool, vmid: int | None
+) -> None:
     """Renew the lease of a sandbox."""
     if ttl is None:
         _no_ttl(ctx)
@@ -526,7 +666,12 @@ def renew(ctx: click.Context, ttl: str | None, min_remaining: str | None, allow_
         body["allow_shorten"] = True
     answer = to.client.post("sandboxes", vmid, "lease", "renew", body=body)
     same = answer.data.get("changed") is False
-    to.tell(answer, lambda data: f"sandbox {cell(data['vmid'])} lease {'lasts' if same else 'renewed'} until {cell(data['lease_expires_at'])}")
+    to.tell(
+        answer,
+        lambda data: (
+            f"sandbox {cell(data['vmid'])} lease {'lasts' if same else 'renewed'} until {cell(data['lease_expires_at'])}"
+        ),
+    )
     if same:
         click.echo("Note: unchanged, because it lasts that long already; --allow-shorten lets it end sooner", err=True)
     if answer.data.get("capped"):
@@ -544,27 +689,50 @@ def _no_ttl(ctx: click.Context) -> NoReturn:
 # ---- what is over, and what has drifted ----
 
 
-@sandbox.command(usage="[--older-than <age>] [--dry-run] [OPTIONS]", examples=(
-    "agentlab sandbox prune               # pruned 5 sandbox(es)",
-    "agentlab sandbox prune --dry-run     # what would go, why the rest is kept",
-    "agentlab sandbox prune --older-than 24h",
-), notes=(
-    "Looks at every sandbox in TIMEOUT. Where its VM is there and proven to be",
-    "ours, it is destroyed; where the VM is proven to be gone, the record becomes",
-    "DESTROYED. What is kept is named on standard error with the reason.",
-    "Exit status 4: some were pruned, others failed. What is kept is no failure.",
-))
-@click.option("--older-than", metavar="<age>", help="Only those in TIMEOUT for longer than this: minutes (120), or 30m, 24h, 7d.")
+@sandbox.command(
+    usage="[--older-than <age>] [--dry-run] [OPTIONS]",
+    examples=(
+        "agentlab sandbox prune               # pruned 5 sandbox(es)",
+        "agentlab sandbox prune --dry-run     # what would go, why the rest is kept",
+        "agentlab sandbox prune --older-than 24h",
+    ),
+    notes=(
+        "Looks at every sandbox in TIMEOUT. Where its VM is there and proven to be",
+        "ours, it is destroyed; where the VM is proven to be gone, the record becomes",
+        "DESTROYED. What is kept is named on standard error with the reason.",
+        "Exit status 4: some were pruned, others failed. What is kept is no failure.",
+    ),
+)
+@click.option(
+    "--older-than", metavar="<age>", help="Only those in TIMEOUT for longer than this: minutes (120), or 30m, 24h, 7d."
+)
 @click.option("--dry-run", is_flag=True, help="Only say what would be pruned.")
-@click.option("--state", "states", type=STATE, metavar="<state>", multiple=True,
-              help="States to prune: TIMEOUT (unless set), COMPLETED, FAILED, STOPPED; may be given several times.")
-@click.option("--tag", "tags", metavar="<tag>", multiple=True, help="Only those with this tag; may be given several times (any of them).")
-@click.option("--max-count", type=click.IntRange(0), metavar="<n>", help="Prune nothing at all when it would be more than this.")
+@click.option(
+    "--state",
+    "states",
+    type=STATE,
+    metavar="<state>",
+    multiple=True,
+    help="States to prune: TIMEOUT (unless set), COMPLETED, FAILED, STOPPED; may be given several times.",
+)
+@click.option(
+    "--tag",
+    "tags",
+    metavar="<tag>",
+    multiple=True,
+    help="Only those with this tag; may be given several times (any of them).",
+)
+@click.option(
+    "--max-count", type=click.IntRange(0), metavar="<n>", help="Prune nothing at all when it would be more than this."
+)
 @settings
 def prune(to: Settings, /, **given: Any) -> None:
     """Remove sandboxes whose time is over (state TIMEOUT)."""
-    body = {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()
-            if value is not None and value is not False and value != ()}
+    body = {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in given.items()
+        if value is not None and value is not False and value != ()
+    }
     dry_run = bool(body.get("dry_run"))
     with Progress(_Pruning(to.client), wanted=not to.json and not dry_run):
         answer = to.client.post("sandboxes", "prune", body=body or None)
@@ -585,12 +753,18 @@ def _reason(one: dict[str, Any]) -> str:
 
 
 def _would_prune(data: dict[str, Any]) -> str:
-    return f"would prune {cell(data['count'])} sandbox(es)" + plan({"prune": data["pruned"], "keep": data["kept"], "cannot": data["failed"]})
+    return f"would prune {cell(data['count'])} sandbox(es)" + plan(
+        {"prune": data["pruned"], "keep": data["kept"], "cannot": data["failed"]}
+    )
 
 
 def plan(items: dict[str, list[dict[str, Any]]]) -> str:
     """What would be done with each sandbox, and why, as a table below the line that says how many; nothing when there is none."""
-    rows = [(action, one["vmid"], one["name"], one["previous_state"], _reason(one)) for action, found in items.items() for one in found]
+    rows = [
+        (action, one["vmid"], one["name"], one["previous_state"], _reason(one))
+        for action, found in items.items()
+        for one in found
+    ]
     return f"\n\n{table(('', 'VMID', 'NAME', 'STATE', 'WHY'), rows)}" if rows else ""
 
 
@@ -607,17 +781,25 @@ class _Pruning:
         return f"pruning: {len(self.first - now)} of {len(self.first)} done"
 
 
-@sandbox.command(usage="[--apply [--adopt-cluster]]", examples=(
-    "agentlab sandbox reconcile             # report",
-    "agentlab sandbox reconcile --apply     # repair",
-), notes=(
-    "The daemon does this by itself at its interval. A node that cannot be reached",
-    "changes nothing; a VM without a record is reported and never adopted; when a",
-    "large share of the sandboxes is absent at once, nothing is written.",
-))
+@sandbox.command(
+    usage="[--apply [--adopt-cluster]]",
+    examples=(
+        "agentlab sandbox reconcile             # report",
+        "agentlab sandbox reconcile --apply     # repair",
+    ),
+    notes=(
+        "The daemon does this by itself at its interval. A node that cannot be reached",
+        "changes nothing; a VM without a record is reported and never adopted; when a",
+        "large share of the sandboxes is absent at once, nothing is written.",
+    ),
+)
 @click.option("--apply", is_flag=True, help="Repair what differs. Without it, only report.")
 @click.option("--dry-run", is_flag=True, help="Only report, which is what it does without --apply.")
-@click.option("--adopt-cluster", is_flag=True, help="With --apply: take this cluster as the one that the records belong to (a new CA, a node that joined).")
+@click.option(
+    "--adopt-cluster",
+    is_flag=True,
+    help="With --apply: take this cluster as the one that the records belong to (a new CA, a node that joined).",
+)
 @settings
 def reconcile(to: Settings, apply: bool, dry_run: bool, adopt_cluster: bool) -> None:
     """Find and repair drift from Proxmox VE.
@@ -627,10 +809,15 @@ def reconcile(to: Settings, apply: bool, dry_run: bool, adopt_cluster: bool) -> 
     if apply and dry_run:
         raise click.UsageError("--dry-run contradicts --apply; give one of the two")
     with Progress(lambda: "reconciling", wanted=not to.json):
-        answer = to.client.post("sandboxes", "reconcile", body={"apply": apply, **({"adopt_cluster": True} if adopt_cluster else {})})
+        answer = to.client.post(
+            "sandboxes", "reconcile", body={"apply": apply, **({"adopt_cluster": True} if adopt_cluster else {})}
+        )
     to.tell(answer, lambda data: _drifted(data["drift"], apply))
     failed = [one for one in answer.data.get("drift") or [] if one.get("error")]
-    finish(sum(1 for one in answer.data.get("drift") or [] if one.get("applied")), [(one.get("vmid"), str(one["error"])) for one in failed])
+    finish(
+        sum(1 for one in answer.data.get("drift") or [] if one.get("applied")),
+        [(one.get("vmid"), str(one["error"])) for one in failed],
+    )
 
 
 def _drifted(drift: list[dict[str, Any]], apply: bool) -> str:
@@ -639,6 +826,11 @@ def _drifted(drift: list[dict[str, Any]], apply: bool) -> str:
     # An absence is only noted the first time it is seen.
     noted = sum(1 for one in drift if one["applied"] and str(one["action"]).startswith("noted"))
     repaired = sum(1 for one in drift if one["applied"]) - noted
-    head = f"{len(drift)} difference(s)" + (f", {repaired} repaired" + (f", {noted} noted" if noted else "") if apply else "; repair with --apply")
-    rows = [(one["vmid"], one["state"], one["kind"], one["action"] + (" (done)" if one["applied"] else ""), one["evidence"]) for one in drift]
+    head = f"{len(drift)} difference(s)" + (
+        f", {repaired} repaired" + (f", {noted} noted" if noted else "") if apply else "; repair with --apply"
+    )
+    rows = [
+        (one["vmid"], one["state"], one["kind"], one["action"] + (" (done)" if one["applied"] else ""), one["evidence"])
+        for one in drift
+    ]
     return f"{head}\n\n{table(('VMID', 'STATE', 'WHAT', 'ACTION', 'EVIDENCE'), rows)}"

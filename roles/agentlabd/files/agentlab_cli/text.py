@@ -50,7 +50,9 @@ def seconds(text: str) -> float:
         parts = _DURATION.fullmatch(text)
         if parts is None:
             raise ValueError(text)
-        total = sum(float(part) * size for part, size in zip(parts.groups(), (*_UNITS.values(), 0.001), strict=True) if part)
+        total = sum(
+            float(part) * size for part, size in zip(parts.groups(), (*_UNITS.values(), 0.001), strict=True) if part
+        )
     if not 0 < total < 10**9:
         raise ValueError(text)
     return int(total) if total == int(total) else round(total, 3)
@@ -93,13 +95,19 @@ def _moment(value: object) -> datetime | None:
         return None
 
 
-def table(headers: Sequence[str], rows: Iterable[Sequence[object]], *, width: int | None = None, droppable: Sequence[str] = ()) -> str:
+def table(
+    headers: Sequence[str], rows: Iterable[Sequence[object]], *, width: int | None = None, droppable: Sequence[str] = ()
+) -> str:
     """Return columns for people; nothing in a cell breaks its line.
 
     With ``width``, the columns of ``droppable`` are left out, one after the other, while a line is longer than that.
     """
-    columns = [[header, *column] for header, column in
-               zip(headers, zip(*([cell(value) for value in row] for row in rows), strict=True), strict=True)]
+    columns = [
+        [header, *column]
+        for header, column in zip(
+            headers, zip(*([cell(value) for value in row] for row in rows), strict=True), strict=True
+        )
+    ]
     widths = {column[0]: max(map(len, column)) for column in columns}
     for header in droppable if width is not None else ():
         if sum(widths.values()) + 2 * (len(widths) - 1) <= (width or 0):

@@ -20,8 +20,15 @@ from .framework import Group
 from .text import clean
 
 # Where each command is. Those of the second table work and are not listed: words that people type.
-COMMANDS = {"sandbox": "sandbox", "workspace": "workspace", "status": "other", "doctor": "doctor", "cleanup": "other", "profile": "other",
-            "completion": "other"}
+COMMANDS = {
+    "sandbox": "sandbox",
+    "workspace": "workspace",
+    "status": "other",
+    "doctor": "doctor",
+    "cleanup": "other",
+    "profile": "other",
+    "completion": "other",
+}
 WORDS = {"logs": ("sandbox", "events"), "version": ("other", "version"), "help": ("other", "help_")}
 # Words of programs for the code of an exit status.
 CODES = {USAGE: "usage", UNREACHABLE: "unreachable", REFUSED: "failed"}
@@ -47,17 +54,22 @@ class Root(Group):
         return f"Use: agentlab sandbox {name}" if name in sandbox.commands else super()._advise(ctx, word)
 
 
-@click.group(cls=Root, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120}, examples=(
-    "agentlab sandbox list",
-    "agentlab sandbox destroy --force 1009",
-    "agentlab sandbox prune",
-    "agentlab status",
-), notes=(
-    "Exit status: 0 done; 1 refused or failed; 2 wrong usage; 3 no usable answer",
-    "from the daemon; 4 some items done, others not; 130 interrupted.",
-    "Answers go to standard output, everything else to standard error. With --json",
-    "an error is an object on standard output too: {\"error\": ..., \"code\": ...}.",
-))
+@click.group(
+    cls=Root,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
+    examples=(
+        "agentlab sandbox list",
+        "agentlab sandbox destroy --force 1009",
+        "agentlab sandbox prune",
+        "agentlab status",
+    ),
+    notes=(
+        "Exit status: 0 done; 1 refused or failed; 2 wrong usage; 3 no usable answer",
+        "from the daemon; 4 some items done, others not; 130 interrupted.",
+        "Answers go to standard output, everything else to standard error. With --json",
+        'an error is an object on standard output too: {"error": ..., "code": ...}.',
+    ),
+)
 @click.version_option(__version__, prog_name=NAME, message="%(prog)s %(version)s", help="Show the version and exit.")
 def root() -> None:
     """Throw-away VMs with leases on Proxmox VE.
@@ -83,7 +95,9 @@ def run() -> None:
         error.show()
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        click.echo("Error: interrupted. What the daemon had begun it goes on with; see 'agentlab sandbox list'", err=True)
+        click.echo(
+            "Error: interrupted. What the daemon had begun it goes on with; see 'agentlab sandbox list'", err=True
+        )
         sys.exit(INTERRUPTED)
     except OSError as error:
         # A full disk behind standard output; what the daemon was asked for is done.

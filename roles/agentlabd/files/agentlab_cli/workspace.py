@@ -40,30 +40,53 @@ def _with(data: dict[str, Any]) -> str:
     return "-" if data["vmid"] is None else f"{cell(data['vmid'])} ({cell(data['sandbox'])})"
 
 
-@click.group(cls=Group, examples=(
-    "agentlab workspace new --size 50G --storage local-lvm project-x",
-    "agentlab workspace attach --vmid 1009 project-x",
-    "agentlab workspace detach project-x",
-    "agentlab workspace list",
-), words={"ls": "list", "create": "new", "get": "show"},
-    meant=dict.fromkeys(("rm", "delete", "remove"), "agentlab workspace destroy --force <workspace>"))
+@click.group(
+    cls=Group,
+    examples=(
+        "agentlab workspace new --size 50G --storage local-lvm project-x",
+        "agentlab workspace attach --vmid 1009 project-x",
+        "agentlab workspace detach project-x",
+        "agentlab workspace list",
+    ),
+    words={"ls": "list", "create": "new", "get": "show"},
+    meant=dict.fromkeys(("rm", "delete", "remove"), "agentlab workspace destroy --force <workspace>"),
+)
 def workspace() -> None:
     """Create, attach, detach and delete disks that outlive sandboxes."""
 
 
-@workspace.command("list", usage="[--all]", examples=("agentlab workspace list", "agentlab workspace list --json | jq '.workspaces[].volume'"))
+@workspace.command(
+    "list",
+    usage="[--all]",
+    examples=("agentlab workspace list", "agentlab workspace list --json | jq '.workspaces[].volume'"),
+)
 @click.option("--all", "every", is_flag=True, help="Deleted ones too.")
 @settings
 def list_(to: Settings, every: bool) -> None:
     """List workspaces, and who has them."""
-    to.tell(to.client.get("workspaces", include_deleted="true" if every else None), lambda data: _listed(data["workspaces"]))
+    to.tell(
+        to.client.get("workspaces", include_deleted="true" if every else None), lambda data: _listed(data["workspaces"])
+    )
 
 
 def _listed(found: list[dict[str, Any]]) -> str:
     if not found:
         return "no workspaces"
-    return table(("NAME", "STATE", "SIZE", "STORAGE", "NODE", "SANDBOX", "AGE"), [
-        (one["name"], one["state"], _size(one["size"]), one["storage"], one["node"], _with(one), since(one["created_at"])) for one in found])
+    return table(
+        ("NAME", "STATE", "SIZE", "STORAGE", "NODE", "SANDBOX", "AGE"),
+        [
+            (
+                one["name"],
+                one["state"],
+                _size(one["size"]),
+                one["storage"],
+                one["node"],
+                _with(one),
+                since(one["created_at"]),
+            )
+            for one in found
+        ],
+    )
 
 
 @workspace.command(usage="<workspace>", examples=("agentlab workspace show project-x",))
@@ -71,19 +94,31 @@ def _listed(found: list[dict[str, Any]]) -> str:
 @settings
 def show(to: Settings, name: str) -> None:
     """Show everything that is known about one workspace, by its name or id."""
-    to.tell(to.client.get("workspaces", name), lambda data: pairs(
-        (field.replace("_", " "), _size(value) if field == "size" else value) for field, value in data.items() if field not in _SAID_TWICE))
+    to.tell(
+        to.client.get("workspaces", name),
+        lambda data: pairs(
+            (field.replace("_", " "), _size(value) if field == "size" else value)
+            for field, value in data.items()
+            if field not in _SAID_TWICE
+        ),
+    )
 
 
-@workspace.command(usage="--size <size> [--storage <storage>] [--node <node>] <workspace>", examples=(
-    "agentlab workspace new --size 50G --storage local-lvm project-x",
-    "agentlab workspace new --size 80G project-x        # let one grow that is attached",
-), notes=(
-    "It is empty: the first sandbox that has it makes a file system on it. One that",
-    "is there only grows, and only while it is attached.",
-))
+@workspace.command(
+    usage="--size <size> [--storage <storage>] [--node <node>] <workspace>",
+    examples=(
+        "agentlab workspace new --size 50G --storage local-lvm project-x",
+        "agentlab workspace new --size 80G project-x        # let one grow that is attached",
+    ),
+    notes=(
+        "It is empty: the first sandbox that has it makes a file system on it. One that",
+        "is there only grows, and only while it is attached.",
+    ),
+)
 @click.option("--size", metavar="<size>", help="Size, such as 20G; a number alone is GiB.")
-@click.option("--storage", metavar="<storage>", help="Storage of a new one; the daemon's configuration says it otherwise.")
+@click.option(
+    "--storage", metavar="<storage>", help="Storage of a new one; the daemon's configuration says it otherwise."
+)
 @click.option("--node", metavar="<node>", help="Node of a new one on local storage.")
 @click.option("--name", "named", metavar="<workspace>", help="Its name, which may also stand without the option.")
 @click.argument("name", type=WORKSPACE, metavar="<workspace>", required=False)
@@ -97,19 +132,38 @@ def new(to: Settings, /, **given: Any) -> None:
     if given["size"] is not None:
         given["size"] = _plain_size(given["size"])
     answer = to.client.post("workspaces", body={name: value for name, value in given.items() if value is not None})
-    to.tell(answer, lambda data: f"{_which(data)} {'was there already' if data['outcome'] == 'unchanged' else data['outcome']} "
-                                 f"({_size(data['size'])} on {cell(data['storage'])}, {data['state']})")
+    to.tell(
+        answer,
+        lambda data: (
+            f"{_which(data)} {'was there already' if data['outcome'] == 'unchanged' else data['outcome']} "
+            f"({_size(data['size'])} on {cell(data['storage'])}, {data['state']})"
+        ),
+    )
 
 
-@workspace.command(usage="[--ttl <ttl>] <workspace> <vmid>", examples=(
-    "agentlab workspace attach project-x 1009",
-    "agentlab workspace attach --vmid 1009 project-x",
-), notes=(
-    "One sandbox has it at a time. When the time is over and its VM does not run,",
-    "another may take it over.",
-))
-@click.option("--vmid", "named", type=VMID, metavar="<vmid>", help="Sandbox that gets it, which may also stand without the option.")
-@click.option("--ttl", metavar="<ttl>", help="How long it has it: minutes (120), or 90s, 30m, 2h, 1d12h. As long as the sandbox's lease unless given.")
+@workspace.command(
+    usage="[--ttl <ttl>] <workspace> <vmid>",
+    examples=(
+        "agentlab workspace attach project-x 1009",
+        "agentlab workspace attach --vmid 1009 project-x",
+    ),
+    notes=(
+        "One sandbox has it at a time. When the time is over and its VM does not run,",
+        "another may take it over.",
+    ),
+)
+@click.option(
+    "--vmid",
+    "named",
+    type=VMID,
+    metavar="<vmid>",
+    help="Sandbox that gets it, which may also stand without the option.",
+)
+@click.option(
+    "--ttl",
+    metavar="<ttl>",
+    help="How long it has it: minutes (120), or 90s, 30m, 2h, 1d12h. As long as the sandbox's lease unless given.",
+)
 @click.argument("name", type=WORKSPACE, metavar="<workspace>")
 @click.argument("vmid", type=VMID, metavar="<vmid>", required=False)
 @settings
@@ -118,13 +172,19 @@ def attach(to: Settings, name: str, vmid: int | None, named: int | None, ttl: st
     if (vmid is None) == (named is None):
         raise click.UsageError("which sandbox? Give <vmid> once, behind the workspace or as --vmid <vmid>")
     vmid = vmid if vmid is not None else named
-    body: dict[str, Any] = {"vmid": vmid} if ttl is None else {"vmid": vmid, "ttl": int(ttl) if ttl.isascii() and ttl.isdecimal() else ttl}
+    body: dict[str, Any] = (
+        {"vmid": vmid} if ttl is None else {"vmid": vmid, "ttl": int(ttl) if ttl.isascii() and ttl.isdecimal() else ttl}
+    )
     with Progress(lambda: f"attaching workspace {name}", wanted=not to.json):
         answer = to.client.post("workspaces", name, "attach", body=body)
     to.tell(answer, lambda data: f"{_which(data)} attached to sandbox {cell(data['vmid'])} as {cell(data['device'])}")
 
 
-@workspace.command(usage="<workspace>", examples=("agentlab workspace detach project-x",), notes=("Unmount it in a running guest first.",))
+@workspace.command(
+    usage="<workspace>",
+    examples=("agentlab workspace detach project-x",),
+    notes=("Unmount it in a running guest first.",),
+)
 @click.argument("name", type=WORKSPACE, metavar="<workspace>")
 @settings
 def detach(to: Settings, name: str) -> None:
@@ -134,10 +194,14 @@ def detach(to: Settings, name: str) -> None:
     to.tell(answer, lambda data: f"{_which(data)} detached")
 
 
-@workspace.command(usage="--force <workspace>", examples=("agentlab workspace destroy --force project-x",), notes=(
-    "The data on it is lost, so it needs --force. One that is attached is never",
-    "deleted, forced or not.",
-))
+@workspace.command(
+    usage="--force <workspace>",
+    examples=("agentlab workspace destroy --force project-x",),
+    notes=(
+        "The data on it is lost, so it needs --force. One that is attached is never",
+        "deleted, forced or not.",
+    ),
+)
 @click.option("--force", is_flag=True, help="Delete the data.")
 @click.argument("name", type=WORKSPACE, metavar="<workspace>")
 @settings

@@ -17,10 +17,18 @@ from . import LAST_WORD, __version__, logs
 
 def main(arguments: list[str] | None = None) -> int:
     """The exit status: 0 ended as asked, 1 could not start or failed."""
-    parser = argparse.ArgumentParser(prog="agentlabd", description="Daemon of agentlab.proxmox: ends leases, cleans up, reconciles, serves the API.")
-    parser.add_argument("--config", metavar="FILE", help="configuration (default: AGENTLAB_CONFIG, then /etc/agentlab/config.yaml)")
+    parser = argparse.ArgumentParser(
+        prog="agentlabd", description="Daemon of agentlab.proxmox: ends leases, cleans up, reconciles, serves the API."
+    )
+    parser.add_argument(
+        "--config", metavar="FILE", help="configuration (default: AGENTLAB_CONFIG, then /etc/agentlab/config.yaml)"
+    )
     parser.add_argument("--check", action="store_true", help="check the configuration and the cleanup rules, and end")
-    parser.add_argument("--cleanup-file", metavar="FILE", help="with --check: the cleanup rules to check, instead of those of the configuration")
+    parser.add_argument(
+        "--cleanup-file",
+        metavar="FILE",
+        help="with --check: the cleanup rules to check, instead of those of the configuration",
+    )
     parser.add_argument("--verbose", action="store_true", help="log more")
     parser.add_argument("--version", action="version", version=f"agentlabd {__version__}")
     options = parser.parse_args(arguments)

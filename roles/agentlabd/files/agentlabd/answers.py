@@ -76,7 +76,14 @@ def of_error(error: AgentlabError) -> Answer:
 def of_failure(outcome: Outcome) -> Answer:
     """A single item that could not be done."""
     reason = outcome.reason or "error"
-    answer = failed(status_of(reason), outcome.message or reason, reason, vmid=outcome.vmid, state=outcome.state, upids=outcome.upids or None)
+    answer = failed(
+        status_of(reason),
+        outcome.message or reason,
+        reason,
+        vmid=outcome.vmid,
+        state=outcome.state,
+        upids=outcome.upids or None,
+    )
     answer.outcomes = [outcome]
     return answer
 
@@ -84,19 +91,32 @@ def of_failure(outcome: Outcome) -> Answer:
 def failed(status: int, message: str, code: str, /, **facts: Any) -> Answer:
     """An error's answer; ``facts`` may have any name but those two of the body."""
     body = {"error": message, "code": code, **{name: value for name, value in facts.items() if value is not None}}
-    return Answer(json.loads(json.dumps(body, default=str)), status, headers={"Retry-After": str(RETRY_AFTER)} if status == 503 else {})
+    return Answer(
+        json.loads(json.dumps(body, default=str)),
+        status,
+        headers={"Retry-After": str(RETRY_AFTER)} if status == 503 else {},
+    )
 
 
 def of_item(outcome: Outcome, status: int = 200) -> Answer:
     """A single item: the sandbox as it is now, and what was done."""
     if outcome.failed or outcome.sandbox is None:
         return of_failure(outcome)
-    body = {**outcome.sandbox.public(), "previous_state": outcome.previous_state, "outcome": outcome.outcome, "changed": outcome.changed,
-            "reason": outcome.reason, "upids": list(outcome.upids), "warnings": list(outcome.warnings)}
+    body = {
+        **outcome.sandbox.public(),
+        "previous_state": outcome.previous_state,
+        "outcome": outcome.outcome,
+        "changed": outcome.changed,
+        "reason": outcome.reason,
+        "upids": list(outcome.upids),
+        "warnings": list(outcome.warnings),
+    }
     return Answer(body, status, [outcome])
 
 
 def of_items(outcomes: list[Outcome]) -> Answer:
     """Several: an outcome for each; 207 when some failed."""
     count = sum(one.failed for one in outcomes)
-    return Answer({"results": [one.public() for one in outcomes], "failed_count": count}, 207 if count else 200, outcomes)
+    return Answer(
+        {"results": [one.public() for one in outcomes], "failed_count": count}, 207 if count else 200, outcomes
+    )

@@ -41,7 +41,13 @@ _LAST_ANSWERS = 2.0
 
 
 def _response(answer: answers.Answer) -> web.Response:
-    return web.Response(status=answer.status, body=answer.encoded(), content_type="application/json", charset="utf-8", headers=answer.headers)
+    return web.Response(
+        status=answer.status,
+        body=answer.encoded(),
+        content_type="application/json",
+        charset="utf-8",
+        headers=answer.headers,
+    )
 
 
 def _impatient(status: int, message: str, code: str) -> web.Response:
@@ -60,7 +66,9 @@ class _ClientGone(Exception):
 
 
 def _stopping() -> web.Response:
-    return _response(answers.failed(503, "agentlabd is stopping: this was not begun; ask again when it runs", "stopping"))
+    return _response(
+        answers.failed(503, "agentlabd is stopping: this was not begun; ask again when it runs", "stopping")
+    )
 
 
 @functools.lru_cache(256)
@@ -76,7 +84,9 @@ def _peer(request: web.Request) -> int | None:
     connection = request.transport.get_extra_info("socket") if request.transport else None
     if connection is None or connection.family != socket.AF_UNIX:
         return None
-    uid: int = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))[1]
+    uid: int = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))[
+        1
+    ]
     return uid
 
 
@@ -139,11 +149,17 @@ class Api:
             except _Refused as refused:
                 return _impatient(*refused.args)
             except _ClientGone:
-                log.debug("%s %s: the client ended the connection before its request was complete", request.method, request.path[:200])
+                log.debug(
+                    "%s %s: the client ended the connection before its request was complete",
+                    request.method,
+                    request.path[:200],
+                )
                 return _impatient(400, "the request is not complete", "incomplete")
             except Exception:  # nothing that a client can cause goes unanswered
                 log.exception("internal error in %s %s", request.method, request.path[:200])
-                return _response(answers.failed(500, "internal error; the daemon's log says more. Please report this", "internal"))
+                return _response(
+                    answers.failed(500, "internal error; the daemon's log says more. Please report this", "internal")
+                )
 
         app = web.Application(middlewares=[self._timed(option), guard], client_max_size=BODY_BYTES)
         # Only digits are a VMID: any other word below /v1/sandboxes is no path of this API, and says so with 404.
@@ -185,17 +201,23 @@ class Api:
                     if size + len(chunk) > BODY_BYTES:
                         raise web.HTTPRequestEntityTooLarge(BODY_BYTES, size + len(chunk))
                     if not self._bodies.take(size, size + len(chunk)):
-                        raise _Refused(503, "too many large bodies are on their way at once; ask again in some seconds", "too_much")
+                        raise _Refused(
+                            503, "too many large bodies are on their way at once; ask again in some seconds", "too_much"
+                        )
                     size += len(chunk)
                     parts.append(chunk)
             return b"".join(parts)
         except TimeoutError:
-            raise _Refused(408, f"the body of the request was not complete within {BODY_SECONDS:.0f} s", "too_slow") from None
+            raise _Refused(
+                408, f"the body of the request was not complete within {BODY_SECONDS:.0f} s", "too_slow"
+            ) from None
         except (web.RequestPayloadError, PayloadEncodingError, ConnectionError, ClientError) as error:
             # A client that broke off is told apart from one that sends nonsense.
             if request.transport is None or request.transport.is_closing():
                 raise _ClientGone from error
-            raise InvalidInput("the body cannot be read: its Content-Encoding or chunks are broken; send it as it is") from None
+            raise InvalidInput(
+                "the body cannot be read: its Content-Encoding or chunks are broken; send it as it is"
+            ) from None
         finally:
             # Until it is answered: what waits for a thread is held in memory, too.
             request["size"] = size
@@ -229,7 +251,9 @@ class Api:
                 if not begun.cancelled():
                     raise
                 return _stopping()
-            return web.Response(status=status, body=raw, content_type="application/json", charset="utf-8", headers=headers)
+            return web.Response(
+                status=status, body=raw, content_type="application/json", charset="utf-8", headers=headers
+            )
 
         return handle
 
@@ -258,9 +282,12 @@ class Api:
         before = os.umask(0o117)
         try:
             self._servers["socket"] = await asyncio.get_running_loop().create_unix_server(
-                self._listeners["socket"], path, backlog=connections.ACCEPTED_AT_ONCE)
+                self._listeners["socket"], path, backlog=connections.ACCEPTED_AT_ONCE
+            )
         except OSError as error:
-            raise ConfigError(f"socket: {path}: {error.strerror or error}; correct socket or the folder's permissions") from None
+            raise ConfigError(
+                f"socket: {path}: {error.strerror or error}; correct socket or the folder's permissions"
+            ) from None
         finally:
             os.umask(before)
         _lengthen_queue(self._servers["socket"])
@@ -288,9 +315,14 @@ class Api:
         where = self.service.config.metrics_listen
         if where is not None and not _addressed(request.headers.get("Host"), where):
             # A web page whose name was made to lead to loopback may read nothing here.
-            return web.Response(status=421, text=f"this address serves requests for its own host only. Valid: {where[0]}:{where[1]}, localhost:{where[1]}\n")
+            return web.Response(
+                status=421,
+                text=f"this address serves requests for its own host only. Valid: {where[0]}:{where[1]}, localhost:{where[1]}\n",
+            )
         try:
-            text = await asyncio.get_running_loop().run_in_executor(self.service.records_pool, self.service.metrics.text)
+            text = await asyncio.get_running_loop().run_in_executor(
+                self.service.records_pool, self.service.metrics.text
+            )
         except AgentlabError as error:
             seldom(30, "metrics", "metrics: %s", error.message)
             return web.Response(status=503, text=f"{error.message}\n")
@@ -298,8 +330,15 @@ class Api:
 
     async def _serve(self, option: str, app: web.Application) -> None:
         """Prepare aiohttp's side of a listener."""
-        runner = web.AppRunner(app, handle_signals=False, access_log=None, max_line_size=_LONGEST_LINE, read_bufsize=connections.READ_BYTES,
-                               keepalive_timeout=IDLE_SECONDS, auto_decompress=False)
+        runner = web.AppRunner(
+            app,
+            handle_signals=False,
+            access_log=None,
+            max_line_size=_LONGEST_LINE,
+            read_bufsize=connections.READ_BYTES,
+            keepalive_timeout=IDLE_SECONDS,
+            auto_decompress=False,
+        )
         await runner.setup()
         self._runners.append(runner)
         assert runner.server is not None
@@ -308,11 +347,14 @@ class Api:
     async def _tcp(self, option: str, where: tuple[str, int]) -> None:
         try:
             self._servers[option] = await asyncio.get_running_loop().create_server(
-                self._listeners[option], *where, backlog=connections.ACCEPTED_AT_ONCE)
+                self._listeners[option], *where, backlog=connections.ACCEPTED_AT_ONCE
+            )
             _lengthen_queue(self._servers[option])
         except OSError as error:
             reason = os.strerror(error.errno) if error.errno else str(error)
-            raise ConfigError(f"{option}: {where[0]}:{where[1]}: {reason}; give another address or port, or end what uses it") from None
+            raise ConfigError(
+                f"{option}: {where[0]}:{where[1]}: {reason}; give another address or port, or end what uses it"
+            ) from None
 
     def _claim_socket(self, path: str) -> None:
         """Make sure that no other daemon serves this socket, and remove what a killed one left."""
@@ -375,7 +417,12 @@ def _loop_failed(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> No
     """What the event loop cannot hand to anybody, in one line a minute."""
     error = context.get("exception")
     if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
-        seldom(40, "no descriptor", "no file descriptor is left for connections of clients (%s); they wait. Raise LimitNOFILE of the unit", error.strerror)
+        seldom(
+            40,
+            "no descriptor",
+            "no file descriptor is left for connections of clients (%s); they wait. Raise LimitNOFILE of the unit",
+            error.strerror,
+        )
     elif isinstance(error, ConnectionError):
         log.debug("a client ended its connection: %s", error)
     else:
@@ -384,18 +431,24 @@ def _loop_failed(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> No
 
 def _authorised(request: web.Request, token: str) -> bool:
     scheme, _blank, given = request.headers.get("Authorization", "").partition(" ")
-    return scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode("utf-8", "surrogateescape"), token.encode())
+    return scheme.lower() == "bearer" and hmac.compare_digest(
+        given.strip().encode("utf-8", "surrogateescape"), token.encode()
+    )
 
 
 def _http_error(request: web.Request, error: web.HTTPException) -> answers.Answer:
     """What aiohttp itself refuses, in our words."""
     if isinstance(error, web.HTTPMethodNotAllowed):
         allowed = ", ".join(sorted(error.allowed_methods))
-        answer = answers.failed(405, f"{error.method} is not allowed for {request.path}. Valid: {allowed}", "method_not_allowed")
+        answer = answers.failed(
+            405, f"{error.method} is not allowed for {request.path}. Valid: {allowed}", "method_not_allowed"
+        )
         answer.headers["Allow"] = allowed
         return answer
     if error.status == 404:
-        return answers.failed(404, f"no such path: {request.path[:200]}; GET /v1/openapi.json lists what there is", "no_such_path")
+        return answers.failed(
+            404, f"no such path: {request.path[:200]}; GET /v1/openapi.json lists what there is", "no_such_path"
+        )
     if error.status == 413:
         return answers.failed(413, f"the body is larger than {BODY_BYTES} bytes", "too_large")
     return answers.failed(error.status, error.reason, "http")

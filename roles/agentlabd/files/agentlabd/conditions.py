@@ -23,7 +23,21 @@ from .logs import log
 
 RESTS, WAITS, FAILS = "rests", "waits", "fails"
 # What can be in a condition, and so a label of the metric: each is there from the start.
-PARTS = ("expiry", "reconcile", "cleanup", "proxmox", "token", "records", "damage", "clock", "restore", "unrecorded", "operations", "configuration", "socket")
+PARTS = (
+    "expiry",
+    "reconcile",
+    "cleanup",
+    "proxmox",
+    "token",
+    "records",
+    "damage",
+    "clock",
+    "restore",
+    "unrecorded",
+    "operations",
+    "configuration",
+    "socket",
+)
 # Seconds after which a wait is told.
 _WAIT_SECONDS = 5.0
 _JOB_SECONDS = 60.0
@@ -42,7 +56,13 @@ class Condition:
     since: int | None = None
 
     def public(self) -> dict[str, Any]:
-        return {"part": self.part, "condition": self.condition, "since": clock_module.iso(self.since), "why": self.why, "todo": self.todo}
+        return {
+            "part": self.part,
+            "condition": self.condition,
+            "since": clock_module.iso(self.since),
+            "why": self.why,
+            "todo": self.todo,
+        }
 
 
 class Conditions:
@@ -93,8 +113,12 @@ class Conditions:
         yield from self._of_proxmox()
         service = self._service
         if service.config_error:
-            yield Condition("configuration", FAILS, f"it could not be reloaded, the one before it is in force: {service.config_error}",
-                            "correct the file, then systemctl reload agentlabd")
+            yield Condition(
+                "configuration",
+                FAILS,
+                f"it could not be reloaded, the one before it is in force: {service.config_error}",
+                "correct the file, then systemctl reload agentlabd",
+            )
         if self.socket_problem:
             yield Condition("socket", FAILS, self.socket_problem, "the message says what to do")
 
@@ -103,13 +127,23 @@ class Conditions:
         database = service.base.database
         replaced = database.replaced()
         if replaced:
-            yield Condition("records", FAILS, replaced, "systemctl stop agentlabd; put the right file in place; systemctl start agentlabd")
+            yield Condition(
+                "records",
+                FAILS,
+                replaced,
+                "systemctl stop agentlabd; put the right file in place; systemctl start agentlabd",
+            )
             return
         waits = database.waits_since
         if waits is not None and time.monotonic() - waits > _WAIT_SECONDS:
             began = int(time.time() - (time.monotonic() - waits))
-            yield Condition("records", WAITS, f"a write waits for the records, which another process has locked ({_locker(service.config.database)})",
-                            "end that process, or wait until it has done", began)
+            yield Condition(
+                "records",
+                WAITS,
+                f"a write waits for the records, which another process has locked ({_locker(service.config.database)})",
+                "end that process, or wait until it has done",
+                began,
+            )
             # The other looks would wait, too.
             return
         damaged = service.damage()
@@ -118,40 +152,89 @@ class Conditions:
             yield Condition("damage", FAILS, damaged[0] + more, "run agentlab doctor, which says how to mend it")
         frozen = service.frozen()
         if frozen and frozen["leases"]:
-            yield Condition("restore", RESTS, f"{frozen['reason']}; no lease ends and nothing is cleaned up",
-                            "look at agentlab sandbox reconcile and list, renew what is still needed, then agentlab cleanup release", _seconds(frozen["at"]))
+            yield Condition(
+                "restore",
+                RESTS,
+                f"{frozen['reason']}; no lease ends and nothing is cleaned up",
+                "look at agentlab sandbox reconcile and list, renew what is still needed, then agentlab cleanup release",
+                _seconds(frozen["at"]),
+            )
         elif frozen:
-            yield Condition("cleanup", RESTS, f"cleanup is frozen by {frozen['actor']}: {frozen['reason']}",
-                            "look at agentlab cleanup run --dry-run, then agentlab cleanup release", _seconds(frozen["at"]))
+            yield Condition(
+                "cleanup",
+                RESTS,
+                f"cleanup is frozen by {frozen['actor']}: {frozen['reason']}",
+                "look at agentlab cleanup run --dry-run, then agentlab cleanup release",
+                _seconds(frozen["at"]),
+            )
         until = timeguard.rests_until(service.base)
         if until is not None:
-            yield Condition("clock", RESTS, f"the wall clock jumped, or its note was lost; expiry and cleanup rest until {clock_module.iso(until)}",
-                            "look at the clock (timedatectl); they go on by themselves (clock_jump_pause)", until - service.config.clock_jump_pause)
-        stuck = [one for one in service.base.records.interrupted() if one.updated_at < time.time() - _INTERRUPTED_SECONDS]
+            yield Condition(
+                "clock",
+                RESTS,
+                f"the wall clock jumped, or its note was lost; expiry and cleanup rest until {clock_module.iso(until)}",
+                "look at the clock (timedatectl); they go on by themselves (clock_jump_pause)",
+                until - service.config.clock_jump_pause,
+            )
+        stuck = [
+            one for one in service.base.records.interrupted() if one.updated_at < time.time() - _INTERRUPTED_SECONDS
+        ]
         if stuck:
-            yield Condition("operations", WAITS, f"{len(stuck)} operation(s) were cut off and could not be finished since; the oldest: {stuck[0].kind} by "
-                            f"{stuck[0].actor}", "run agentlab doctor, which names them and what ends them", min(one.updated_at for one in stuck))
+            yield Condition(
+                "operations",
+                WAITS,
+                f"{len(stuck)} operation(s) were cut off and could not be finished since; the oldest: {stuck[0].kind} by "
+                f"{stuck[0].actor}",
+                "run agentlab doctor, which names them and what ends them",
+                min(one.updated_at for one in stuck),
+            )
         unrecorded = service.unrecorded
         if unrecorded:
-            some = ", ".join(f"{one['vmid']} ({one['name']} on {one['node']})" for one in unrecorded[:5]) + (", ..." if len(unrecorded) > 5 else "")
-            yield Condition("unrecorded", FAILS, f"{len(unrecorded)} VM(s) carry our marker and have no record here, so no lease ends them: {some}",
-                            "after a restore: they were created since the copy; look at each, and remove by hand what nobody needs (qm destroy)")
+            some = ", ".join(f"{one['vmid']} ({one['name']} on {one['node']})" for one in unrecorded[:5]) + (
+                ", ..." if len(unrecorded) > 5 else ""
+            )
+            yield Condition(
+                "unrecorded",
+                FAILS,
+                f"{len(unrecorded)} VM(s) carry our marker and have no record here, so no lease ends them: {some}",
+                "after a restore: they were created since the copy; look at each, and remove by hand what nobody needs (qm destroy)",
+            )
 
     def _of_jobs(self) -> Iterator[Condition]:
         for name, job in self._service.jobs.items():
             if job.last_error:
-                yield Condition(name, FAILS, job.last_error, "the message says what to look at; it is tried again by itself", job.failing_since)
+                yield Condition(
+                    name,
+                    FAILS,
+                    job.last_error,
+                    "the message says what to look at; it is tried again by itself",
+                    job.failing_since,
+                )
             elif job.running_since is not None and time.time() - job.running_since > _JOB_SECONDS:
-                yield Condition(name, WAITS, "this turn has not ended yet; it waits for Proxmox VE or for the records", "see the other conditions, or wait",
-                                job.running_since)
+                yield Condition(
+                    name,
+                    WAITS,
+                    "this turn has not ended yet; it waits for Proxmox VE or for the records",
+                    "see the other conditions, or wait",
+                    job.running_since,
+                )
 
     def _of_proxmox(self) -> Iterator[Condition]:
         statistics = self._service.base.client.statistics
         if statistics.reachable is False:
-            yield Condition("proxmox", FAILS, statistics.last_error or "it is not reached", "the message says what to look at; leases end all the same, and "
-                            "their VMs are stopped once it answers")
+            yield Condition(
+                "proxmox",
+                FAILS,
+                statistics.last_error or "it is not reached",
+                "the message says what to look at; leases end all the same, and their VMs are stopped once it answers",
+            )
         elif statistics.refused:
-            yield Condition("token", FAILS, statistics.refused, "give agentlabd a token that is in force, or grant what is missing: agentlab doctor says what")
+            yield Condition(
+                "token",
+                FAILS,
+                statistics.refused,
+                "give agentlabd a token that is in force, or grant what is missing: agentlab doctor says what",
+            )
 
 
 def _seconds(text: str | None) -> int | None:
@@ -172,7 +255,12 @@ def _locker(database: str) -> str:
         with open("/proc/locks", encoding="ascii", errors="replace") as file:
             for line in file:
                 fields = line.split()
-                if len(fields) >= 8 and fields[3] == "WRITE" and fields[5] == wanted and int(fields[6]) <= 120 <= int(fields[7].replace("EOF", "9" * 9)):
+                if (
+                    len(fields) >= 8
+                    and fields[3] == "WRITE"
+                    and fields[5] == wanted
+                    and int(fields[6]) <= 120 <= int(fields[7].replace("EOF", "9" * 9))
+                ):
                     pid = int(fields[4])
                     with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as name:
                         return f"process {pid}, {name.read().strip()}"

@@ -148,9 +148,18 @@ class Gate(asyncio.Protocol):
         listener = self._listener
         if not listener.make_room():
             listener.refused += 1
-            seldom(30, f"refused {listener.option}", "%s: more than %d connections at once; further ones are refused until some end",
-                   listener.option, listener.most)
-            self._refuse(503, f"there are {listener.most} connections already, all at work; ask again in some seconds", "too_many_connections")
+            seldom(
+                30,
+                f"refused {listener.option}",
+                "%s: more than %d connections at once; further ones are refused until some end",
+                listener.option,
+                listener.most,
+            )
+            self._refuse(
+                503,
+                f"there are {listener.most} connections already, all at work; ask again in some seconds",
+                "too_many_connections",
+            )
             return
         self._inner = listener.server()
         listener.gates[self._inner] = self
@@ -266,8 +275,13 @@ class Gate(asyncio.Protocol):
             return
         self._listener.told += 1
         body = json.dumps({"error": message, "code": code}).encode() + b"\n"
-        self._transport.write((f"HTTP/1.1 {status} {_REASONS[status]}\r\nContent-Type: application/json; charset=utf-8\r\nConnection: close\r\n"
-                               f"Retry-After: 10\r\nContent-Length: {len(body)}\r\n\r\n").encode() + body)
+        self._transport.write(
+            (
+                f"HTTP/1.1 {status} {_REASONS[status]}\r\nContent-Type: application/json; charset=utf-8\r\nConnection: close\r\n"
+                f"Retry-After: 10\r\nContent-Length: {len(body)}\r\n\r\n"
+            ).encode()
+            + body
+        )
         # Closed at once, with its request unread, the client would get a reset instead of the answer.
         if self._transport.can_write_eof():
             self._transport.write_eof()

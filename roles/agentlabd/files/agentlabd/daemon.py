@@ -54,7 +54,14 @@ class Daemon:
         for task in (*self.scheduler.tasks, watchdog, reloads, look):
             task.add_done_callback(self._ended)
         config = self.service.config
-        log.info("agentlabd %s serves %s; Proxmox: %s; records: %s; %s", __version__, config.socket, config.proxmox.where, config.database, self._rules())
+        log.info(
+            "agentlabd %s serves %s; Proxmox: %s; records: %s; %s",
+            __version__,
+            config.socket,
+            config.proxmox.where,
+            config.database,
+            self._rules(),
+        )
         self.manager.ready(f"serving {config.socket}")
         await self._end.wait()
         clean = await self._stop()
@@ -128,10 +135,17 @@ class Daemon:
         await asyncio.sleep(0)
         left = set(self.service.under_way)
         if left:
-            log.info("stopping: waiting up to %d s (stop_timeout) for %s", self.service.config.stop_timeout, self._named(left))
+            log.info(
+                "stopping: waiting up to %d s (stop_timeout) for %s",
+                self.service.config.stop_timeout,
+                self._named(left),
+            )
             _done, left = await asyncio.wait(left, timeout=self.service.config.stop_timeout)
         if left:
-            log.warning("stopping: %s did not end within stop_timeout; what was begun is journaled, the next start takes it up", self._named(left))
+            log.warning(
+                "stopping: %s did not end within stop_timeout; what was begun is journaled, the next start takes it up",
+                self._named(left),
+            )
             return False
         # Answers that are ready now go out before the sockets close.
         await asyncio.sleep(0)

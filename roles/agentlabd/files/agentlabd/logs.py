@@ -75,7 +75,11 @@ class _Seldom(logging.Filter):
             place = error.__traceback__
             while place is not None and place.tb_next is not None:
                 place = place.tb_next
-            return f"{type(error).__name__} in {place.tb_frame.f_code.co_filename}:{place.tb_lineno}" if place else type(error).__name__
+            return (
+                f"{type(error).__name__} in {place.tb_frame.f_code.co_filename}:{place.tb_lineno}"
+                if place
+                else type(error).__name__
+            )
         # Lines of our own are about somebody's request or about a job, and each is needed.
         return None if record.name.startswith(log.name) else f"{record.name} {str(record.msg)[:80]}"
 

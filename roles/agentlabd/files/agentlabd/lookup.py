@@ -70,7 +70,13 @@ def _ask(ctx: Context, uuid: str) -> None:
             # Another operation's journal is for that operation to finish.
             if claim.interrupted is None and current.ip == sandbox.ip and current.state in states.POWERED:
                 ctx.records.change(
-                    claim, current, "address", ip=ip, ip_seen_at=ctx.clock.now(), reason="address", evidence={"ip": ip},
+                    claim,
+                    current,
+                    "address",
+                    ip=ip,
+                    ip_seen_at=ctx.clock.now(),
+                    reason="address",
+                    evidence={"ip": ip},
                     finish=True,
                 )
     except AgentlabError as error:

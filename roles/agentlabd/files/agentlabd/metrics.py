@@ -55,29 +55,66 @@ class Metrics:
         def gauge(name: str, text: str) -> Gauge:
             return Gauge(f"agentlab_{name}", text, registry=self.registry)
 
-        self.leases = counter("leases", "Leases by what became of them", "result", ("renewed", "kept_alive", "expired", "capped", "refused"))
-        self.prune_runs = counter("prune_runs", "Runs of prune and of the cleanup rules", "result", ("ok", "failed", "guard", "frozen", "shadow"))
-        self.prune_items = counter("prune_items", "Sandboxes those runs looked at", "result", ("pruned", "kept", "failed", "would_prune"))
+        self.leases = counter(
+            "leases",
+            "Leases by what became of them",
+            "result",
+            ("renewed", "kept_alive", "expired", "capped", "refused"),
+        )
+        self.prune_runs = counter(
+            "prune_runs",
+            "Runs of prune and of the cleanup rules",
+            "result",
+            ("ok", "failed", "guard", "frozen", "shadow"),
+        )
+        self.prune_items = counter(
+            "prune_items", "Sandboxes those runs looked at", "result", ("pruned", "kept", "failed", "would_prune")
+        )
         self.prune_kept = counter("prune_kept", "Sandboxes that were kept, by reason", "reason", reasons.KEPT)
         self.prune_candidates = gauge("prune_candidates", "Sandboxes that the last run wanted to destroy")
-        self.prune_success = gauge("prune_last_success_timestamp_seconds", "When a run of prune or cleanup last ended well")
+        self.prune_success = gauge(
+            "prune_last_success_timestamp_seconds", "When a run of prune or cleanup last ended well"
+        )
         self.guard_trips = counter("prune_guard_trips", "Runs of the cleanup rules that their guard stopped")
-        self.orphans = counter("orphans_found", "Orphans found, by kind", "kind", ("vm_absent", "vmid_reused", "lease_over", "unrecorded"))
-        self.mismatches = counter("identity_mismatches", "VMs at a sandbox's VMID that were not proven to be ours", "verdict", ("FOREIGN", "AMBIGUOUS"))
+        self.orphans = counter(
+            "orphans_found", "Orphans found, by kind", "kind", ("vm_absent", "vmid_reused", "lease_over", "unrecorded")
+        )
+        self.mismatches = counter(
+            "identity_mismatches",
+            "VMs at a sandbox's VMID that were not proven to be ours",
+            "verdict",
+            ("FOREIGN", "AMBIGUOUS"),
+        )
         self.unknown = counter("unknown_absences", "Times that the absence of a VM could not be proven")
-        self.operations = Counter("agentlab_operations", "Sandboxes worked on, by operation and result", ["operation", "result"], registry=self.registry)
-        self.durations = Histogram("agentlab_operation_duration_seconds", "From the request to the end of an operation; a bulk call is one",
-                                   ["operation"], buckets=_SECONDS, registry=self.registry)
+        self.operations = Counter(
+            "agentlab_operations",
+            "Sandboxes worked on, by operation and result",
+            ["operation", "result"],
+            registry=self.registry,
+        )
+        self.durations = Histogram(
+            "agentlab_operation_duration_seconds",
+            "From the request to the end of an operation; a bulk call is one",
+            ["operation"],
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
         for operation in OPERATIONS:
             if operation != "expire":
                 self.durations.labels(operation)
             for result in ("ok", "failed", "kept"):
                 self.operations.labels(operation, result)
-        self.reconcile_success = gauge("reconcile_last_success_timestamp_seconds", "When records and Proxmox were last compared")
-        self.expiry_success = gauge("expiry_last_success_timestamp_seconds", "When leases that are over were last looked for")
+        self.reconcile_success = gauge(
+            "reconcile_last_success_timestamp_seconds", "When records and Proxmox were last compared"
+        )
+        self.expiry_success = gauge(
+            "expiry_last_success_timestamp_seconds", "When leases that are over were last looked for"
+        )
         self.reload = gauge("config_last_reload_successful", "1 when the configuration in force is that of the files")
         self.reload.set(1)
-        Gauge("agentlab_build_info", "The version that runs", ["version"], registry=self.registry).labels(__version__).set(1)
+        Gauge("agentlab_build_info", "The version that runs", ["version"], registry=self.registry).labels(
+            __version__
+        ).set(1)
         # Orphans of the last pass that are still there, by kind: each is counted once.
         self._still_there: dict[str, set[int | None]] = {}
         self.registry.register(_Now(service))
@@ -95,7 +132,9 @@ class Metrics:
 
     def refused(self, operation: str, error: AgentlabError) -> None:
         """Count an operation that ended with an error; a request that made no sense is none."""
-        if isinstance(error, (StateConflict, Kept, Busy, GuardTripped, Frozen)) or (isinstance(error, CreationFailed) and error.detail.get("option")):
+        if isinstance(error, (StateConflict, Kept, Busy, GuardTripped, Frozen)) or (
+            isinstance(error, CreationFailed) and error.detail.get("option")
+        ):
             result = "kept"
         elif status_of(error.code) < 500 and status_of(error.code) != 409:
             return
@@ -127,7 +166,16 @@ class Metrics:
 
     # ---- prune and cleanup ----
 
-    def pruned(self, operation: str, pruned: list[Outcome], kept: list[Outcome], failed: list[Outcome], candidates: int, *, shadow: bool = False) -> None:
+    def pruned(
+        self,
+        operation: str,
+        pruned: list[Outcome],
+        kept: list[Outcome],
+        failed: list[Outcome],
+        candidates: int,
+        *,
+        shadow: bool = False,
+    ) -> None:
         """Count a run of prune or of the rules that came to its end."""
         self.prune_candidates.set(candidates)
         self.prune_runs.labels("shadow" if shadow else "failed" if failed else "ok").inc()
@@ -150,7 +198,9 @@ class Metrics:
             if by_rules:
                 self.guard_trips.inc()
             self.prune_candidates.set(int(error.detail.get("count") or 0))
-        self.prune_runs.labels("guard" if isinstance(error, GuardTripped) else "frozen" if isinstance(error, Frozen) else "failed").inc()
+        self.prune_runs.labels(
+            "guard" if isinstance(error, GuardTripped) else "frozen" if isinstance(error, Frozen) else "failed"
+        ).inc()
 
     # ---- reconcile ----
 
@@ -193,22 +243,38 @@ class _Now:
             by_state.add_metric([state], count)
         yield by_state
         under_way, interrupted = service.base.records.unfinished()
-        yield GaugeMetricFamily("agentlab_operations_in_progress", "Operations that are under way", value=len(under_way))
+        yield GaugeMetricFamily(
+            "agentlab_operations_in_progress", "Operations that are under way", value=len(under_way)
+        )
         started = [one.started_at for one in (*under_way, *interrupted)]
         age = max(0, int(time.time()) - min(started)) if started else 0
-        yield GaugeMetricFamily("agentlab_oldest_operation_age_seconds", "Age of the oldest operation that is not finished", value=age)
-        yield GaugeMetricFamily("agentlab_prune_frozen", "1 while cleanup is frozen", value=int(service.frozen() is not None))
+        yield GaugeMetricFamily(
+            "agentlab_oldest_operation_age_seconds", "Age of the oldest operation that is not finished", value=age
+        )
+        yield GaugeMetricFamily(
+            "agentlab_prune_frozen", "1 while cleanup is frozen", value=int(service.frozen() is not None)
+        )
         present = service.conditions.now()
-        condition = GaugeMetricFamily("agentlab_condition", "1 while a part of the daemon rests, waits or fails", labels=["part"])
-        since = GaugeMetricFamily("agentlab_condition_since_timestamp_seconds", "When that began; 0 while all is as usual", labels=["part"])
+        condition = GaugeMetricFamily(
+            "agentlab_condition", "1 while a part of the daemon rests, waits or fails", labels=["part"]
+        )
+        since = GaugeMetricFamily(
+            "agentlab_condition_since_timestamp_seconds", "When that began; 0 while all is as usual", labels=["part"]
+        )
         for part in PARTS:
             began = [one.since or 0 for one in present if one.part == part]
             condition.add_metric([part], int(bool(began)))
             since.add_metric([part], min(began, default=0))
         yield condition
         yield since
-        yield GaugeMetricFamily("agentlab_unrecorded_vms", "VMs with our marker that have no record, at the last reconcile", value=len(service.unrecorded))
-        yield GaugeMetricFamily("agentlab_prune_enabled", "1 when the cleanup rules run by themselves", value=int(service.policy.enabled))
+        yield GaugeMetricFamily(
+            "agentlab_unrecorded_vms",
+            "VMs with our marker that have no record, at the last reconcile",
+            value=len(service.unrecorded),
+        )
+        yield GaugeMetricFamily(
+            "agentlab_prune_enabled", "1 when the cleanup rules run by themselves", value=int(service.policy.enabled)
+        )
         statistics = service.base.client.statistics
         requests = CounterMetricFamily("agentlab_proxmox_requests", "Requests to Proxmox", labels=["method"])
         asked: dict[str, int] = dict.fromkeys(METHODS, 0)

@@ -50,7 +50,11 @@ class Job:
     running_since: int | None = None
 
     def public(self) -> dict[str, Any]:
-        return {"last_run": clock_module.iso(self.last_run), "next_run": clock_module.iso(self.next_run), "last_error": self.last_error}
+        return {
+            "last_run": clock_module.iso(self.last_run),
+            "next_run": clock_module.iso(self.next_run),
+            "last_error": self.last_error,
+        }
 
     def done(self, name: str) -> None:
         if self.last_error:
@@ -84,7 +88,11 @@ class Scheduler:
         service.jobs = {"expiry": self.expiry, "reconcile": self.reconcile, "cleanup": self.cleanup}
 
     def start(self) -> None:
-        loops: tuple[Callable[[], Coroutine[Any, Any, None]], ...] = (self._expire_forever, self._reconcile_forever, self._clean_forever)
+        loops: tuple[Callable[[], Coroutine[Any, Any, None]], ...] = (
+            self._expire_forever,
+            self._reconcile_forever,
+            self._clean_forever,
+        )
         self.tasks = [asyncio.create_task(one()) for one in loops]
 
     def _wake(self) -> None:
@@ -171,7 +179,9 @@ class Scheduler:
             if problem:
                 log.warning("sandbox %s is TIMEOUT, but its VM was not stopped: %s", sandbox.vmid, problem)
 
-        self._loop.call_soon_threadsafe(self.service.begin, self._stops, work, f"the stop of expired sandbox {sandbox.vmid}")
+        self._loop.call_soon_threadsafe(
+            self.service.begin, self._stops, work, f"the stop of expired sandbox {sandbox.vmid}"
+        )
 
     # ---- reconcile ----
 
@@ -185,8 +195,11 @@ class Scheduler:
                 self.reconcile.done("reconcile")
                 self.service.metrics.reconciled(found)
                 self._tell(found)
-                self.service.unrecorded = [{"vmid": one.vmid, "name": one.evidence.get("name"), "node": one.evidence.get("node")}
-                                           for one in found if one.kind == "unrecorded"]
+                self.service.unrecorded = [
+                    {"vmid": one.vmid, "name": one.evidence.get("name"), "node": one.evidence.get("node")}
+                    for one in found
+                    if one.kind == "unrecorded"
+                ]
                 self._look.set()
                 longest, retry = math.inf, _FIRST_RETRY
             except Stopping:
@@ -215,7 +228,14 @@ class Scheduler:
         for one in found:
             if one.applied or one.error:
                 vmid = one.sandbox.vmid if one.sandbox else one.vmid
-                log.log(30 if one.error else 20, "reconcile: %s %s: %s%s", vmid, one.kind, one.action, f": {one.error}" if one.error else "")
+                log.log(
+                    30 if one.error else 20,
+                    "reconcile: %s %s: %s%s",
+                    vmid,
+                    one.kind,
+                    one.action,
+                    f": {one.error}" if one.error else "",
+                )
 
     # ---- cleanup ----
 
@@ -257,9 +277,15 @@ class Scheduler:
         try:
             report = self.service.clean("agentlabd")
             self.cleanup.done("cleanup")
-            done = f"{len(report.pruned)} {'would be ' if report.dry_run else ''}destroyed, {len(report.marked)} marked FAILED, " \
-                   f"{len(report.kept)} kept, {len(report.failed)} failed, {report.forgotten} old records removed"
-            log.log(30 if report.failed else 20 if report.pruned or report.marked or report.forgotten else 10, "cleanup: %s", done)
+            done = (
+                f"{len(report.pruned)} {'would be ' if report.dry_run else ''}destroyed, {len(report.marked)} marked FAILED, "
+                f"{len(report.kept)} kept, {len(report.failed)} failed, {report.forgotten} old records removed"
+            )
+            log.log(
+                30 if report.failed else 20 if report.pruned or report.marked or report.forgotten else 10,
+                "cleanup: %s",
+                done,
+            )
             if report.guard:
                 log.warning("cleanup (shadow): %s", report.guard)
         except AgentlabError as error:

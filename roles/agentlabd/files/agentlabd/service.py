@@ -52,7 +52,9 @@ _TOLD = ("vmid", "name", "force", "dry_run", "apply", "max_count", "reason")
 class Service:
     """One daemon. ``config`` and what hangs on it may be replaced by a reload; the database and the sockets stay."""
 
-    def __init__(self, config: Config, path: str | None, environment: Mapping[str, str], asked: str | None = None) -> None:
+    def __init__(
+        self, config: Config, path: str | None, environment: Mapping[str, str], asked: str | None = None
+    ) -> None:
         self.path = path
         # The file that was named at the start; None for the usual place.
         self._asked = asked
@@ -155,9 +157,17 @@ class Service:
         try:
             report = cleanup.run(self.context(actor, dry_run=dry_run or shadow), policy)
             if not dry_run:
-                self.metrics.pruned("cleanup", report.pruned, report.kept, report.failed, report.candidates, shadow=shadow)
-                self.last_cleanup = {"result": "shadow" if shadow else "failed" if report.failed else "ok", "count": len(report.pruned),
-                                     "kept": len(report.kept), "failed": len(report.failed), "forgotten": report.forgotten, "guard": report.guard}
+                self.metrics.pruned(
+                    "cleanup", report.pruned, report.kept, report.failed, report.candidates, shadow=shadow
+                )
+                self.last_cleanup = {
+                    "result": "shadow" if shadow else "failed" if report.failed else "ok",
+                    "count": len(report.pruned),
+                    "kept": len(report.kept),
+                    "failed": len(report.failed),
+                    "forgotten": report.forgotten,
+                    "guard": report.guard,
+                }
             return report
         except AgentlabError as error:
             if not dry_run:
@@ -182,11 +192,17 @@ class Service:
                 self.metrics.refused(route.operation, error)
             elif route.name == "renew_lease" and answer.status == 409:
                 self.metrics.leases.labels("refused").inc()
-        except Exception as error:  # the outermost edge: what we did not foresee is told without a trace, and logged with it
+        except (
+            Exception
+        ) as error:  # the outermost edge: what we did not foresee is told without a trace, and logged with it
             log.exception("%s: internal error", route.name)
             if route.operation:
                 self.metrics.broke(route.operation)
-            answer = answers.failed(500, f"internal error: {type(error).__name__}; the daemon's log says more. Please report this", "internal")
+            answer = answers.failed(
+                500,
+                f"internal error: {type(error).__name__}; the daemon's log says more. Please report this",
+                "internal",
+            )
         seconds = time.monotonic() - began
         if route.operation and answer.status not in (400, 404):
             self.metrics.durations.labels(route.operation).observe(seconds)
@@ -195,10 +211,25 @@ class Service:
         return answer.status, answer.encoded(), answer.headers
 
     def _tell(self, route: Route, call: Call, answer: Answer, seconds: float) -> None:
-        what = " ".join([call.described(route), *(f"{name}={json.dumps(call.body[name])}" for name in _TOLD if name in call.body)])
-        done = answer.body.get("error") or ", ".join(f"{one.vmid} {one.outcome}" for one in answer.outcomes[:20]) or "done"
-        more = f" and {len(answer.outcomes) - 20} more" if len(answer.outcomes) > 20 and "error" not in answer.body else ""
-        log.log(30 if answer.status >= 500 else 20, "%s by %s: %s%s (%s, %.1f s)", what, call.actor, done, more, answer.status, seconds)
+        what = " ".join(
+            [call.described(route), *(f"{name}={json.dumps(call.body[name])}" for name in _TOLD if name in call.body)]
+        )
+        done = (
+            answer.body.get("error") or ", ".join(f"{one.vmid} {one.outcome}" for one in answer.outcomes[:20]) or "done"
+        )
+        more = (
+            f" and {len(answer.outcomes) - 20} more" if len(answer.outcomes) > 20 and "error" not in answer.body else ""
+        )
+        log.log(
+            30 if answer.status >= 500 else 20,
+            "%s by %s: %s%s (%s, %.1f s)",
+            what,
+            call.actor,
+            done,
+            more,
+            answer.status,
+            seconds,
+        )
 
     # ---- the state of things ----
 
@@ -213,11 +244,20 @@ class Service:
             "started_at": clock_module.iso(self.started_at),
             "uptime_seconds": int(time.monotonic() - self._began),
             "database": {"path": self.config.database, "schema": schema.VERSION, "by_state": upkeep.by_state(records)},
-            "proxmox": {"where": self.config.proxmox.where, "reachable": statistics.reachable, "last_error": statistics.last_error,
-                        "requests": sum(statistics.requests.values())},
+            "proxmox": {
+                "where": self.config.proxmox.where,
+                "reachable": statistics.reachable,
+                "last_error": statistics.last_error,
+                "requests": sum(statistics.requests.values()),
+            },
             **{name: job.public() for name, job in self.jobs.items() if name != "cleanup"},
-            "cleanup": {"enabled": self.policy.enabled, "mode": self.policy.mode, **(self.jobs["cleanup"].public() if self.jobs else {}),
-                        "last_result": self.last_cleanup, "frozen": self.frozen()},
+            "cleanup": {
+                "enabled": self.policy.enabled,
+                "mode": self.policy.mode,
+                **(self.jobs["cleanup"].public() if self.jobs else {}),
+                "last_result": self.last_cleanup,
+                "frozen": self.frozen(),
+            },
             "operations": {"in_progress": len(under_way), "interrupted": len(interrupted)},
             "unrecorded": self.unrecorded,
             "conditions": conditions,
@@ -238,7 +278,10 @@ def check(config: Config) -> rules.Policy:
         try:
             ssl.create_default_context(cafile=authority)
         except OSError as error:
-            raise ConfigError(f"ca_path: {authority} cannot be used: {error.strerror or error}; give the CA certificate in PEM", file=authority) from None
+            raise ConfigError(
+                f"ca_path: {authority} cannot be used: {error.strerror or error}; give the CA certificate in PEM",
+                file=authority,
+            ) from None
     if config.listen:
         read_token(config.listen_token_file)
     profiles.load_all(config.profiles_dir)
@@ -248,18 +291,30 @@ def check(config: Config) -> rules.Policy:
 def read_token(path: str | None) -> str:
     """The bearer token of the TCP listener; the file must not be readable for others."""
     if path is None:
-        raise ConfigError("listen_token_file: missing, but listen is set; give a file with a token (openssl rand -hex 32)", option="listen_token_file")
+        raise ConfigError(
+            "listen_token_file: missing, but listen is set; give a file with a token (openssl rand -hex 32)",
+            option="listen_token_file",
+        )
     try:
         # A FIFO would hold the whole daemon up.
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), encoding="ascii") as file:
             mode = os.fstat(file.fileno()).st_mode
             token = file.read(4096).strip() if stat.S_ISREG(mode) else ""
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"listen_token_file: {path}: {getattr(error, 'strerror', None) or 'not a token'}", option="listen_token_file") from None
+        raise ConfigError(
+            f"listen_token_file: {path}: {getattr(error, 'strerror', None) or 'not a token'}",
+            option="listen_token_file",
+        ) from None
     if mode & 0o007:
-        raise ConfigError(f"listen_token_file: {path} can be read by every user; chmod 0640 it, and make a new token", option="listen_token_file")
+        raise ConfigError(
+            f"listen_token_file: {path} can be read by every user; chmod 0640 it, and make a new token",
+            option="listen_token_file",
+        )
     if len(token) < _SHORTEST_TOKEN or not token.isprintable() or " " in token:
-        raise ConfigError(f"listen_token_file: {path} must hold one token of at least {_SHORTEST_TOKEN} characters", option="listen_token_file")
+        raise ConfigError(
+            f"listen_token_file: {path} must hold one token of at least {_SHORTEST_TOKEN} characters",
+            option="listen_token_file",
+        )
     return token
 
 

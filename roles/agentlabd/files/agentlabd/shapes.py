@@ -53,12 +53,21 @@ class Field:
         if self.kind in ("integer", "integers"):
             one = {"type": "integer", "minimum": self.low, "maximum": self.high}
         elif self.kind in ("string", "strings"):
-            one = {"type": "string", "enum": list(self.valid)} if self.valid else {"type": "string", "maxLength": self.longest, "pattern": self._pattern}
+            one = (
+                {"type": "string", "enum": list(self.valid)}
+                if self.valid
+                else {"type": "string", "maxLength": self.longest, "pattern": self._pattern}
+            )
         elif self.kind == "boolean":
             one = {"type": "boolean"}
         else:
             low = 0 if self.low == 0 else 1
-            one = {"anyOf": [{"type": "integer", "minimum": low, "maximum": _LONGEST_MINUTES}, {"type": "string", "pattern": _NOT_ZERO if low else _DURATION}]}
+            one = {
+                "anyOf": [
+                    {"type": "integer", "minimum": low, "maximum": _LONGEST_MINUTES},
+                    {"type": "string", "pattern": _NOT_ZERO if low else _DURATION},
+                ]
+            }
         one = {name: value for name, value in one.items() if value is not None}
         if self.kind in ("integers", "strings"):
             one = {"type": "array", "items": one, "maxItems": self.most}
@@ -71,11 +80,19 @@ class Field:
         """The value, or InvalidInput naming the key, the value and what is valid."""
         if self.split and isinstance(value, str):
             if len(value) > self.longest * self.most or not words.encodable(value):
-                raise self._refused(name, value, f"a text of {self.longest * self.most} characters at most that UTF-8 can hold, or a list of texts")
+                raise self._refused(
+                    name,
+                    value,
+                    f"a text of {self.longest * self.most} characters at most that UTF-8 can hold, or a list of texts",
+                )
             return self.split(name, value)
         if self.kind in ("integers", "strings"):
             if not isinstance(value, list) or len(value) > self.most:
-                raise self._refused(name, value, f"a list of {'whole numbers' if self.kind == 'integers' else 'texts'}, {self.most} at most")
+                raise self._refused(
+                    name,
+                    value,
+                    f"a list of {'whole numbers' if self.kind == 'integers' else 'texts'}, {self.most} at most",
+                )
             items = [self._one(name, item) for item in value]
             return self.split(name, items) if self.split else items
         return self._one(name, value)
@@ -84,7 +101,11 @@ class Field:
         if self.kind in ("integer", "integers"):
             if isinstance(value, float) and value.is_integer():
                 value = int(value)
-            if isinstance(value, bool) or not isinstance(value, int) or not (self.low or 0) <= value <= (self.high if self.high is not None else value):
+            if (
+                isinstance(value, bool)
+                or not isinstance(value, int)
+                or not (self.low or 0) <= value <= (self.high if self.high is not None else value)
+            ):
                 upper = "" if self.high is None else f" to {self.high}"
                 raise self._refused(name, value, f"a whole number from {self.low or 0}{upper}")
         elif self.kind == "boolean":
@@ -104,7 +125,9 @@ class Field:
         return value
 
     def _refused(self, name: str, value: Any, valid: str) -> InvalidInput:
-        return InvalidInput(f"{name}: {'that value' if self.secret else words.quoted(value)} is not valid. Valid: {valid}", option=name)
+        return InvalidInput(
+            f"{name}: {'that value' if self.secret else words.quoted(value)} is not valid. Valid: {valid}", option=name
+        )
 
 
 # What a name of a key looks like; anything else in its place may be what was meant to be a value.
@@ -140,7 +163,9 @@ def check_body(fields: Mapping[str, Field], body: Any) -> dict[str, Any]:
     unknown = sorted(set(body) - set(fields))
     if unknown:
         shown = _key(unknown[0])
-        raise InvalidInput(f"{shown}: unknown key. Valid: {', '.join(fields) or 'none, leave the body out'}", option=shown)
+        raise InvalidInput(
+            f"{shown}: unknown key. Valid: {', '.join(fields) or 'none, leave the body out'}", option=shown
+        )
     found = {name: fields[name].check(name, value) for name, value in body.items() if value is not None}
     for name, one in fields.items():
         if one.required and name not in found:
@@ -154,7 +179,9 @@ def check_query(fields: Mapping[str, Field], query: Sequence[tuple[str, str]]) -
     for name, text in query:
         one = fields.get(name)
         if one is None:
-            raise InvalidInput(f"{_key(name)}: unknown query parameter. Valid: {', '.join(fields) or 'none'}", option=_key(name))
+            raise InvalidInput(
+                f"{_key(name)}: unknown query parameter. Valid: {', '.join(fields) or 'none'}", option=_key(name)
+            )
         if one.kind == "strings":
             found.setdefault(name, []).extend(text.split(","))
         elif one.kind == "integer":
@@ -171,8 +198,14 @@ def object_schema(fields: Mapping[str, Field]) -> dict[str, Any]:
     properties = {}
     for name, one in fields.items():
         schema = one.schema()
-        properties[name] = schema if one.required else {"anyOf": [{k: v for k, v in schema.items() if k != "description"}, {"type": "null"}],
-                                                        "description": one.text}
+        properties[name] = (
+            schema
+            if one.required
+            else {
+                "anyOf": [{k: v for k, v in schema.items() if k != "description"}, {"type": "null"}],
+                "description": one.text,
+            }
+        )
     found: dict[str, Any] = {"type": "object", "properties": properties, "additionalProperties": False}
     required = [name for name, one in fields.items() if one.required]
     if required:

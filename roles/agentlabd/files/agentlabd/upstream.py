@@ -45,10 +45,17 @@ def describe_event(row: dict[str, Any]) -> dict[str, Any]:
     """Add ``ts``, ``kind``, ``sandbox_vmid``, ``msg``, ``json`` and ``job_id`` to an event of the records."""
     event = info.event(row)
     operation, outcome = str(row["operation"]), str(row["outcome"])
-    moved = f"{row['from_state']} -> {row['to_state']}" if row["to_state"] and row["to_state"] != row["from_state"] else outcome
+    moved = (
+        f"{row['from_state']} -> {row['to_state']}"
+        if row["to_state"] and row["to_state"] != row["from_state"]
+        else outcome
+    )
     because = f" ({row['reason']})" if row["reason"] else ""
     return {
-        **event, "ts": event["at"], "sandbox_vmid": row["vmid"], "job_id": None,
+        **event,
+        "ts": event["at"],
+        "sandbox_vmid": row["vmid"],
+        "job_id": None,
         "kind": f"sandbox.{_OPERATIONS.get(operation, operation)}.{_ENDS.get(outcome, outcome)}",
         "msg": f"{operation}: {moved}{because}, by {row['actor']}",
         "json": {name: row[name] for name in ("from_state", "to_state", "reason", "evidence", "upids", "duration_ms")},
@@ -59,11 +66,16 @@ def describe_status(status: Mapping[str, Any], events: Iterable[dict[str, Any]],
     """Add the original's summary to a status; ``events`` are the last ones of all sandboxes, oldest first."""
     failures = [describe_event(row) for row in events if row["outcome"] == "failed"]
     return {
-        **status, "api_schema_version": API_SCHEMA_VERSION, "event_schema_version": EVENT_SCHEMA_VERSION,
-        "sandboxes": dict(status["database"]["by_state"]), "metrics": {"enabled": metrics},
+        **status,
+        "api_schema_version": API_SCHEMA_VERSION,
+        "event_schema_version": EVENT_SCHEMA_VERSION,
+        "sandboxes": dict(status["database"]["by_state"]),
+        "metrics": {"enabled": metrics},
         "recent_failures": failures[::-1][:RECENT_FAILURES],
         # Jobs are playbooks here, their files go to the controller, and there are no network modes.
-        "jobs": {}, "artifacts": {}, "network_modes": {},
+        "jobs": {},
+        "artifacts": {},
+        "network_modes": {},
     }
 
 
@@ -75,22 +87,39 @@ def describe_profile(shown: Mapping[str, Any], path: str) -> dict[str, Any]:
     except OSError:
         # Removed since it was read.
         written = None
-    return {**shown, "template_vmid": int(template) if template.isascii() and template.isdecimal() else 0, "updated_at": written}
+    return {
+        **shown,
+        "template_vmid": int(template) if template.isascii() and template.isdecimal() else 0,
+        "updated_at": written,
+    }
 
 
 def describe_stop(sandbox: Sandbox, outcome: Outcome | None) -> dict[str, Any]:
     """Answer for one sandbox of stop_all; without an outcome nothing was to be stopped."""
-    result = "skipped" if outcome is None or outcome.outcome == "unchanged" else "failed" if outcome.failed else "stopped"
-    return {"vmid": sandbox.vmid, "name": sandbox.name, "profile": sandbox.profile, "state": outcome.state if outcome else sandbox.state,
-            "result": result, "error": (outcome.message or outcome.reason) if outcome and outcome.failed else None}
+    result = (
+        "skipped" if outcome is None or outcome.outcome == "unchanged" else "failed" if outcome.failed else "stopped"
+    )
+    return {
+        "vmid": sandbox.vmid,
+        "name": sandbox.name,
+        "profile": sandbox.profile,
+        "state": outcome.state if outcome else sandbox.state,
+        "result": result,
+        "error": (outcome.message or outcome.reason) if outcome and outcome.failed else None,
+    }
 
 
 def _entry(sandbox: Sandbox | None, vmid: int, row: Mapping[str, Any] | None, drift: list[str]) -> dict[str, Any]:
     return {
-        "vmid": vmid, "name": sandbox.name if sandbox else str((row or {}).get("name") or ""), "managed": sandbox is not None,
-        "profile": sandbox.profile if sandbox else None, "agentlab_state": sandbox.state if sandbox else None,
-        "proxmox_status": str(row["status"]) if row and row.get("status") else None, "agentlab_ip": sandbox.ip if sandbox else None,
-        "tags": list(sandbox.tags) if sandbox else [], "drift": drift,
+        "vmid": vmid,
+        "name": sandbox.name if sandbox else str((row or {}).get("name") or ""),
+        "managed": sandbox is not None,
+        "profile": sandbox.profile if sandbox else None,
+        "agentlab_state": sandbox.state if sandbox else None,
+        "proxmox_status": str(row["status"]) if row and row.get("status") else None,
+        "agentlab_ip": sandbox.ip if sandbox else None,
+        "tags": list(sandbox.tags) if sandbox else [],
+        "drift": drift,
     }
 
 
@@ -104,13 +133,20 @@ def _compare(sandbox: Sandbox, row: Mapping[str, Any] | None) -> list[str]:
     return [RUNNING] if status == "running" and sandbox.state == states.STOPPED else []
 
 
-def inventory(sandboxes: Iterable[Sandbox], rows: Mapping[int, Mapping[str, Any]], vmid_range: tuple[int, int]) -> list[dict[str, Any]]:
+def inventory(
+    sandboxes: Iterable[Sandbox], rows: Mapping[int, Mapping[str, Any]], vmid_range: tuple[int, int]
+) -> list[dict[str, Any]]:
     """List the live sandboxes beside the cluster's VM list, and the VMs within the configured range that have no record."""
     by_vmid = {sandbox.vmid: sandbox for sandbox in sandboxes}
     low, high = vmid_range
-    entries = [_entry(sandbox, vmid, rows.get(vmid), _compare(sandbox, rows.get(vmid))) for vmid, sandbox in by_vmid.items()]
-    entries += [_entry(None, vmid, row, [UNMANAGED]) for vmid, row in rows.items()
-                if low <= vmid <= high and vmid not in by_vmid and not row.get("template")]
+    entries = [
+        _entry(sandbox, vmid, rows.get(vmid), _compare(sandbox, rows.get(vmid))) for vmid, sandbox in by_vmid.items()
+    ]
+    entries += [
+        _entry(None, vmid, row, [UNMANAGED])
+        for vmid, row in rows.items()
+        if low <= vmid <= high and vmid not in by_vmid and not row.get("template")
+    ]
     return sorted(entries, key=lambda entry: int(entry["vmid"]))
 
 
@@ -122,8 +158,13 @@ def describe_drift(drifts: list[Drift], checked: int, *, applied: bool) -> dict[
             vmid = drift.sandbox.vmid if drift.sandbox else int(drift.vmid or 0)
             results.append({**_entry(drift.sandbox, vmid, None, [drift.kind])})
     return {
-        "drift": [drift.public() for drift in drifts], "count": len(drifts), "applied": applied,
-        "dry_run": not applied, "checked": checked, "drifted": len(drifts),
+        "drift": [drift.public() for drift in drifts],
+        "count": len(drifts),
+        "applied": applied,
+        "dry_run": not applied,
+        "checked": checked,
+        "drifted": len(drifts),
         # An absence is only noted the first time it is seen.
-        "reconciled": sum(drift.applied and not drift.action.startswith("noted") for drift in drifts), "results": results,
+        "reconciled": sum(drift.applied and not drift.action.startswith("noted") for drift in drifts),
+        "results": results,
     }
