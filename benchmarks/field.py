@@ -27,7 +27,7 @@ sys.path[:0] = [str(REPO / ".collections"), str(Path(__file__).resolve().parent)
 
 import canned
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core import clock, config
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations.context import Context
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.context import Context
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.database import Database
 
 FIRST = 1000

@@ -19,8 +19,8 @@ from typing import Any
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1] / ".collections")]
 
 import payload
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import prune
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store import upkeep
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.maintenance import prune
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store import overview
 from field import FIRST, REPO, TOKEN_SECRET, Canned, context, play, playbook, resident_kb, seed, timed
 
 BIN = Path(sys.executable).parent
@@ -386,8 +386,8 @@ def history(bench: Bench, _wanted: set[str]) -> list[Row]:
         assert len(prune.select(ctx, prune.Wanted())[0]) == 200
 
     def ticked() -> None:
-        upkeep.next_lease_end(ctx.records)
-        assert upkeep.over(ctx.records, now - 86400) == []
+        overview.next_lease_end(ctx.records)
+        assert overview.over(ctx.records, now - 86400) == []
 
     def opened() -> None:
         one = context(bench.server, bench.database, dry_run=True)
@@ -469,8 +469,8 @@ def growing(bench: Bench, _wanted: set[str]) -> list[Row]:
 def grow(database: str, count: str, connections: str = str(IN_FLIGHT), interval: str = str(TICK)) -> tuple[float, int]:
     """In a process of its own: destroy them all; seconds, and the most memory that was resident (kB)."""
     from ansible_collections.agentlab.proxmox.plugins.module_utils._core import clock, config
-    from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import destroy
-    from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations.context import Context
+    from ansible_collections.agentlab.proxmox.plugins.module_utils._core.context import Context
+    from ansible_collections.agentlab.proxmox.plugins.module_utils._core.sandboxes import destroy
 
     options = {"database": database}
     found = config.load(options, os.environ)

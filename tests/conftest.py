@@ -126,7 +126,7 @@ def env(server: Server, tmp_path: Path) -> dict[str, str]:
 def context(env: dict[str, str]) -> Iterator[Callable[..., Any]]:
     """A factory of core contexts on the same records and the same Proxmox: context(actor=..., dry_run=..., option=...)."""
     from ansible_collections.agentlab.proxmox.plugins.module_utils._core import config
-    from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations.context import Context
+    from ansible_collections.agentlab.proxmox.plugins.module_utils._core.context import Context
 
     made: list[Any] = []
     fields = ("dry_run", "force_hint", "wait_timeout", "clock")

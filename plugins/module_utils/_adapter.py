@@ -13,10 +13,10 @@ from typing import Any
 from ansible.module_utils.basic import AnsibleModule
 
 from ._core import config as core_config
-from ._core import states, words
+from ._core import patterns, states
+from ._core.context import Context
 from ._core.errors import AgentlabError, InvalidInput
 from ._core.model import Outcome, Sandbox
-from ._core.operations.context import Context
 
 COMMON_ARGS: dict[str, Any] = {
     "config_file": {"type": "path"},
@@ -133,14 +133,14 @@ def ids(module: AnsibleModule) -> list[dict[str, Any]]:
 
 def tags(module: AnsibleModule) -> list[str]:
     """What the option ``tags`` names, in small letters."""
-    return words.split_tags(module.params.get("tags"))
+    return patterns.split_tags(module.params.get("tags"))
 
 
 def _numbers(value: object) -> list[int]:
     numbers = []
-    for word in words.split_words(value):
+    for word in patterns.split_words(value):
         if not (word.isascii() and word.isdecimal() and len(word) < 20):
-            raise InvalidInput(f"vmids: {words.quoted(word)} is not a VMID. Valid: 100 to 999999999", option="vmids")
+            raise InvalidInput(f"vmids: {patterns.quoted(word)} is not a VMID. Valid: 100 to 999999999", option="vmids")
         numbers.append(int(word))
     return numbers
 

@@ -10,10 +10,10 @@ from typing import Any
 from ansible.module_utils.basic import AnsibleModule
 
 from . import _adapter
+from ._core.context import Context, failure
 from ._core.errors import AgentlabError
 from ._core.model import Outcome, Sandbox
-from ._core.operations import lease
-from ._core.operations.context import Context, failure
+from ._core.sandboxes import lease
 
 
 def run(module: AnsibleModule, context: Context) -> dict[str, Any]:

@@ -11,9 +11,9 @@ from typing import Any
 from ansible.module_utils.basic import AnsibleModule
 
 from . import _adapter
+from ._core.context import Context, failure
 from ._core.errors import AgentlabError, InvalidInput, NotFound
 from ._core.model import Outcome, Sandbox
-from ._core.operations.context import Context, failure
 
 
 def run(module: AnsibleModule, context: Context, creation: Sequence[str]) -> dict[str, Any]:
@@ -49,7 +49,8 @@ def _present(module: AnsibleModule, context: Context, which_ones: list[dict[str,
     import dataclasses
 
     from ._core import states
-    from ._core.operations import address, create, wanted
+    from ._core.sandboxes import create, wanted
+    from ._core.vm import address
 
     params = module.params
     several = params.get("vmids") is not None
@@ -87,7 +88,7 @@ def _present(module: AnsibleModule, context: Context, which_ones: list[dict[str,
 
 
 def _absent(context: Context, wanted: list[dict[str, Any]], force: bool) -> list[Outcome]:
-    from ._core.operations import destroy
+    from ._core.sandboxes import destroy
 
     found: list[Sandbox | Outcome] = []
     for which in wanted:
@@ -107,7 +108,7 @@ def _absent(context: Context, wanted: list[dict[str, Any]], force: bool) -> list
 
 
 def _power(context: Context, wanted: list[dict[str, Any]], state: str, force: bool, wait_for_ip: bool) -> list[Outcome]:
-    from ._core.operations import address, power
+    from ._core.vm import address, power
 
     operation = power.operation_for(state)
     # All ids are looked up before anything is done.

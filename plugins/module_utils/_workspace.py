@@ -9,9 +9,9 @@ from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 
+from ._core.context import Context
 from ._core.errors import InvalidInput
-from ._core.operations import workspace
-from ._core.operations.context import Context
+from ._core.workspaces import workspace
 
 # Options that only some states take.
 _ONLY = {

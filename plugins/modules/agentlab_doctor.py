@@ -107,13 +107,13 @@ ARGUMENT_SPEC = {
 
 
 def make(module, config):
-    from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import doctor
+    from ansible_collections.agentlab.proxmox.plugins.module_utils._core.doctor import doctor
 
     return doctor.Doctor(config)
 
 
 def work(module, found):
-    from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import doctor
+    from ansible_collections.agentlab.proxmox.plugins.module_utils._core.doctor import doctor
 
     params = module.params
     report = found.examine(doctor.Wanted(template=params["template"]))

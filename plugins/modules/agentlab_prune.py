@@ -103,7 +103,7 @@ _MAY_BE_A_LIST = [int(part) for part in ansible_version.split(".")[:2]] < [2, 21
 
 def work(module, context):
     from ansible_collections.agentlab.proxmox.plugins.module_utils._core import durations
-    from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import prune
+    from ansible_collections.agentlab.proxmox.plugins.module_utils._core.maintenance import prune
 
     params = module.params
     older_than = (

@@ -67,7 +67,7 @@ ARGUMENT_SPEC = {"wait_timeout": {"type": "int"}, "adopt_cluster": {"type": "boo
 
 
 def work(module, context):
-    from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import reconcile
+    from ansible_collections.agentlab.proxmox.plugins.module_utils._core.maintenance import reconcile
 
     found = reconcile.run(context, apply=not module.check_mode, adopt_cluster=module.params["adopt_cluster"])
     drift = [one.public() for one in found]

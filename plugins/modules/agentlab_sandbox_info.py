@@ -114,7 +114,7 @@ ARGUMENT_SPEC = {
 
 
 def work(module, context):
-    from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import info
+    from ansible_collections.agentlab.proxmox.plugins.module_utils._core.views import info
 
     params = module.params
     if params["events"] < 0:

@@ -80,7 +80,7 @@ ARGUMENT_SPEC = {
 
 
 def work(module, context):
-    from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import workspace
+    from ansible_collections.agentlab.proxmox.plugins.module_utils._core.workspaces import workspace
 
     params = module.params
     return workspace.show(

@@ -1425,7 +1425,7 @@ def test_the_version_loads_no_library() -> None:
     ("args", "unneeded"),
     [
         (["status"], {"agentlab_cli.sandbox", "agentlab_cli.workspace", "agentlab_cli.doctor"}),
-        (["sandbox", "list"], {"agentlab_cli.workspace", "agentlab_cli.other", "agentlab_cli.doctor"}),
+        (["sandbox", "list"], {"agentlab_cli.workspace", "agentlab_cli.status", "agentlab_cli.doctor"}),
     ],
 )
 def test_a_command_loads_what_it_needs(args: list[str], unneeded: set[str]) -> None:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store import process
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store import holders
 
 from support.cli import agentlab
 from support.daemon import Daemon, free_port
@@ -87,13 +87,13 @@ def test_a_clock_that_jumped(daemon: Make, lab: Lab) -> None:
     lab.create("a1")
     boot = time.clock_gettime(time.CLOCK_BOOTTIME)
     note = {
-        "boot": json.loads(process.identity())["boot"],
+        "boot": json.loads(holders.identity())["boot"],
         "offset": time.time() - boot,
         "until": boot + 300,
         "seen": boot,
         "wall": int(time.time()),
     }
-    lab.context().records.set_meta(f"clock:{process.host()}", json.dumps(note))
+    lab.context().records.set_meta(f"clock:{holders.host()}", json.dumps(note))
     one = daemon()
     told = condition(one, "clock")
     assert (

@@ -73,19 +73,19 @@ def _told(outcomes: list[Any]) -> dict[str, Any]:
 
 
 def do_create(ctx: Any, **values: Any) -> dict[str, Any]:
-    from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import create
+    from ansible_collections.agentlab.proxmox.plugins.module_utils._core.sandboxes import create
 
     return _told([create.run(ctx, create.Spec(**values))])
 
 
 def do_power(ctx: Any, vmid: int, operation: str) -> dict[str, Any]:
-    from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import power
+    from ansible_collections.agentlab.proxmox.plugins.module_utils._core.vm import power
 
     return _told([power.run(ctx, ctx.select(vmid), operation)])
 
 
 def do_destroy(ctx: Any, vmids: list[int], force: bool = False) -> dict[str, Any]:
-    from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import destroy
+    from ansible_collections.agentlab.proxmox.plugins.module_utils._core.sandboxes import destroy
 
     chosen = [ctx.select(vmid) for vmid in vmids]
     for one in chosen:
@@ -94,33 +94,33 @@ def do_destroy(ctx: Any, vmids: list[int], force: bool = False) -> dict[str, Any
 
 
 def do_renew(ctx: Any, vmid: int, ttl: int) -> dict[str, Any]:
-    from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import lease
+    from ansible_collections.agentlab.proxmox.plugins.module_utils._core.sandboxes import lease
 
     return _told([lease.renew(ctx, ctx.select(vmid), ttl)])
 
 
 def do_expire(ctx: Any) -> dict[str, Any]:
-    from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import lease
+    from ansible_collections.agentlab.proxmox.plugins.module_utils._core.sandboxes import lease
 
     done = lease.expire(ctx)
     return {**_told(done.expired + done.renewed + done.failed), "suspended": done.suspended}
 
 
 def do_prune(ctx: Any, states: list[str] | None = None) -> dict[str, Any]:
-    from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import prune
+    from ansible_collections.agentlab.proxmox.plugins.module_utils._core.maintenance import prune
 
     done = prune.run(ctx, prune.Wanted(states=tuple(states or ("TIMEOUT",))))
     return {**_told(done.pruned + done.failed), "kept": [one.public() for one in done.kept]}
 
 
 def do_reconcile(ctx: Any) -> dict[str, Any]:
-    from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import reconcile
+    from ansible_collections.agentlab.proxmox.plugins.module_utils._core.maintenance import reconcile
 
     return {"ok": True, "drift": [one.public() for one in reconcile.run(ctx, apply=True)]}
 
 
 def do_workspace(ctx: Any, word: str, name: str, vmid: int | None = None, **values: Any) -> dict[str, Any]:
-    from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import workspace
+    from ansible_collections.agentlab.proxmox.plugins.module_utils._core.workspaces import workspace
 
     if word == "attached":
         done = workspace.attached(ctx, name, ctx.select(vmid))
@@ -151,8 +151,8 @@ OPERATIONS: dict[str, Callable[..., dict[str, Any]]] = {
 def perform(job: dict[str, Any]) -> dict[str, Any]:
     """One operation in a context of its own, as a module run has it; errors are told, and only a bug leaves a trace."""
     from ansible_collections.agentlab.proxmox.plugins.module_utils._core import config
+    from ansible_collections.agentlab.proxmox.plugins.module_utils._core.context import Context
     from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import AgentlabError
-    from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations.context import Context
 
     ctx = None
     try:
@@ -173,7 +173,7 @@ def perform(job: dict[str, Any]) -> dict[str, Any]:
 def wander(job: dict[str, Any]) -> dict[str, Any]:
     """So many random operations, chosen by the seed; what each answered."""
     from ansible_collections.agentlab.proxmox.plugins.module_utils._core import config
-    from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations.context import Context
+    from ansible_collections.agentlab.proxmox.plugins.module_utils._core.context import Context
 
     dice = random.Random(job["seed"])
     told = []
@@ -274,14 +274,14 @@ def run(jobs: list[dict[str, Any]], folder: str) -> list[dict[str, Any]]:
 
 def main() -> None:
     for name in (
-        "operations.create",
-        "operations.destroy",
-        "operations.lease",
-        "operations.power",
-        "operations.prune",
-        "operations.reconcile",
-        "operations.workspace",
-        "operations.context",
+        "sandboxes.create",
+        "sandboxes.destroy",
+        "sandboxes.lease",
+        "vm.power",
+        "maintenance.prune",
+        "maintenance.reconcile",
+        "workspaces.workspace",
+        "context",
         "config",
     ):
         __import__(f"{CORE}.{name}")

@@ -291,12 +291,8 @@ def other(tmp_path: Any) -> Iterator[Server]:
 def test_records_of_another_cluster_conclude_nothing(lab: Lab, other: Server, count: int) -> None:
     ours = [lab.timed_out(f"b{n}") for n in range(count)]
     ctx = lab.context(server=other)
-    from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import (
-        create,
-        destroy,
-        prune,
-        reconcile,
-    )
+    from ansible_collections.agentlab.proxmox.plugins.module_utils._core.maintenance import prune, reconcile
+    from ansible_collections.agentlab.proxmox.plugins.module_utils._core.sandboxes import create, destroy
 
     report = prune.run(ctx, prune.Wanted())
     assert [one.reason for one in report.kept] == ["unknown"] * count and "not the cluster these records belong to" in (
@@ -318,7 +314,8 @@ def test_stranger_at_our_vmid_on_another_cluster_does_not_end_the_record(lab: La
     vm = other.pve.add_vm(
         ours.vmid, "theirs", status="running", config={"smbios1": "uuid=22222222-1111-4111-8111-111111111111"}
     )
-    from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import lease, prune, reconcile
+    from ansible_collections.agentlab.proxmox.plugins.module_utils._core.maintenance import prune, reconcile
+    from ansible_collections.agentlab.proxmox.plugins.module_utils._core.sandboxes import lease
 
     assert [one.reason for one in prune.run(lab.context(server=other), prune.Wanted()).kept] == ["unknown"]
     assert not [
@@ -334,7 +331,7 @@ def test_stranger_at_our_vmid_on_another_cluster_does_not_end_the_record(lab: La
 def test_cluster_without_a_readable_authority_is_not_ours(lab: Lab, other: Server) -> None:
     ours = lab.timed_out()
     other.pve.fail("GET", "/certificates/info", 403, "Permission check failed")
-    from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import prune
+    from ansible_collections.agentlab.proxmox.plugins.module_utils._core.maintenance import prune
 
     assert [one.reason for one in prune.run(lab.context(server=other), prune.Wanted()).kept] == ["unknown"]
     unchanged(lab, ours)

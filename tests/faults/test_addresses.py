@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core import clock
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import CreationFailed, TaskTimeout
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import address
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.vm import address
 
 from support.lab import Lab
 

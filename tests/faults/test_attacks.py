@@ -32,14 +32,10 @@ from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors impo
     OutcomeUnknown,
     Unreachable,
 )
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import (
-    create,
-    destroy,
-    power,
-    prune,
-    reconcile,
-)
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.maintenance import prune, reconcile
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.proxmox import identity
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.sandboxes import create, destroy
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.vm import power
 
 from support.double import TOKEN_ID, Server
 from support.lab import FakeClock, Lab

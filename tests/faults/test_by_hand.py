@@ -17,7 +17,9 @@ from typing import Any
 import pytest
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core import rules
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import AgentlabError
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import cleanup, create, workspace
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.maintenance import cleanup
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.sandboxes import create
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.workspaces import workspace
 
 from support.double import TOKEN_ID
 from support.lab import BYSTANDER, FakeClock, Lab

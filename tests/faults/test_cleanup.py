@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core import rules
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import cleanup
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.maintenance import cleanup
 
 from support.lab import FakeClock, Lab
 

@@ -13,8 +13,10 @@ from pathlib import Path
 
 import pytest
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import AgentlabError
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import create, destroy, power, reconcile
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store import process
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.maintenance import reconcile
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.sandboxes import create, destroy
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store import holders
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.vm import power
 
 from support.double import TOKEN_ID
 from support.lab import Lab
@@ -174,9 +176,9 @@ def test_a_new_certificate_authority_is_adopted_when_the_operator_says_so(lab: L
 
 def test_a_process_that_cannot_be_looked_at_is_not_dead(monkeypatch: pytest.MonkeyPatch) -> None:
     """/proc may hide the processes of other users."""
-    mine = process.identity()
-    monkeypatch.setattr(process, "_read", lambda path: "" if path.endswith("/stat") else Path(path).read_text())
-    assert not process.is_dead(mine)
+    mine = holders.identity()
+    monkeypatch.setattr(holders, "_read", lambda path: "" if path.endswith("/stat") else Path(path).read_text())
+    assert not holders.is_dead(mine)
     ended = subprocess.Popen(["/bin/true"])
     ended.wait()
-    assert process.is_dead(json.dumps({**json.loads(mine), "pid": ended.pid}))
+    assert holders.is_dead(json.dumps({**json.loads(mine), "pid": ended.pid}))

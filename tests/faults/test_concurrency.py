@@ -24,16 +24,11 @@ import pytest
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core import config
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core import states as rules
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.clock import SystemClock
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.context import Context
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import AgentlabError, Kept
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import (
-    create,
-    destroy,
-    lease,
-    power,
-    prune,
-    reconcile,
-)
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations.context import Context
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.maintenance import prune, reconcile
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.sandboxes import create, destroy, lease
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.vm import power
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core import config
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.doctor import doctor
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import (
     AgentlabError,
     CreationFailed,
@@ -21,14 +22,9 @@ from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors impo
     Kept,
     TaskTimeout,
 )
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import (
-    cloud_init,
-    create,
-    doctor,
-    reconcile,
-    vm_config,
-    wanted,
-)
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.guest import cloud_init
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.maintenance import reconcile
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.sandboxes import create, vm_config, wanted
 
 from support.lab import Lab
 

@@ -31,9 +31,10 @@ from typing import Any
 import pytest
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core import rules
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import AgentlabError
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.maintenance import cleanup
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.model import Outcome
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import cleanup, workspace
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.workspaces import UNFINISHED, Workspace
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.workspaces import workspace
 
 from faults.conftest import SEED
 from support.lab import Lab

@@ -19,9 +19,9 @@ import pytest
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core import config
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.clock import SystemClock
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import AgentlabError, InvalidInput
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import create
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.proxmox import identity
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.proxmox.client import ProxmoxClient
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.sandboxes import create
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 

@@ -16,7 +16,7 @@ from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors impo
     StateConflict,
     TaskFailed,
 )
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import destroy
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.sandboxes import destroy
 
 from support.lab import Lab
 

@@ -23,8 +23,8 @@ from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors impo
     OutcomeUnknown,
     Unreachable,
 )
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import workspace
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.proxmox import client as client_module
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.workspaces import workspace
 
 from support.double import TOKEN_ID, TOKEN_SECRET
 from support.lab import Lab

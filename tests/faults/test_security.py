@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pytest
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core import config
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.doctor import doctor
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import AgentlabError
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import doctor
 
 from support.double import TOKEN_ID, TOKEN_SECRET
 from support.lab import Lab

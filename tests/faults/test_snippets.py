@@ -18,8 +18,8 @@ from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors impo
     CreationFailed,
     InvalidInput,
 )
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.guest import cloud_init
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.model import Sandbox
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import cloud_init
 
 from support.lab import Lab
 

@@ -20,7 +20,7 @@ from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors impo
     InvalidInput,
 )
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.model import Outcome
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import (
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.sandboxes import (
     create,
     template,
     vm_config,

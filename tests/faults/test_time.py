@@ -12,9 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core import timeguard
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import AgentlabError, RecordChanged
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import lease, timeguard
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store import process, upkeep
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.sandboxes import lease
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store import holders, overview
 
 from support.lab import FakeClock, Lab
 
@@ -62,7 +63,7 @@ def test_the_look_of_another_host_takes_nothing_from_this_hosts_pause(
     lab.expire()
     lab.clock.jump(86400)
     assert lab.expire().suspended
-    here = process.identity()
+    here = holders.identity()
     with monkeypatch.context() as other:
         other.setattr(timeguard, "host", lambda: "other/1")
         other.setattr(timeguard, "process_identity", lambda: here.replace('"boot": "', '"boot": "other'))
@@ -164,7 +165,7 @@ def test_a_lease_that_is_renewed_in_its_last_second_holds(lab: Lab, late: int) -
     lab.clock.pass_time(599)
     # A pass that has read the old end of the lease and is slow to act on it.
     slow = lab.context()
-    seen = upkeep.over(slow.records, int(lab.clock.now()) + 2)
+    seen = overview.over(slow.records, int(lab.clock.now()) + 2)
     assert [one.uuid for one in seen] == [made.uuid]
     assert lab.renew(made.vmid, 3600).changed
     lab.clock.pass_time(late)
@@ -215,7 +216,7 @@ def test_rebooted_host_whose_clock_is_behind_rests_for_a_while(lab: Lab, monkeyp
     made = lab.create(ttl=3600)
     lab.timed_out("old")
     lab.expire()
-    from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import timeguard
+    from ansible_collections.agentlab.proxmox.plugins.module_utils._core import timeguard
 
     monkeypatch.setattr(timeguard, "process_identity", lambda: '{"boot": "another"}')
     lab.clock.boot = 10.0
@@ -236,10 +237,10 @@ def test_rebooted_host_whose_clock_is_behind_rests_for_a_while(lab: Lab, monkeyp
 def test_check_mode_after_a_jump_says_so_and_notes_nothing(lab: Lab) -> None:
     lab.timed_out("old")
     lab.expire()
-    before = lab.context().records.meta(f"clock:{process.host()}")
+    before = lab.context().records.meta(f"clock:{holders.host()}")
     lab.clock.jump(86400)
     assert [one.reason for one in lab.prune(dry_run=True).kept] == ["clock_jumped"]
-    assert lab.context().records.meta(f"clock:{process.host()}") == before
+    assert lab.context().records.meta(f"clock:{holders.host()}") == before
 
 
 def test_force_by_a_person_is_not_held_up_by_a_jump(lab: Lab) -> None:

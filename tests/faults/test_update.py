@@ -21,8 +21,8 @@ from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors impo
     StateConflict,
 )
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.model import Outcome
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import create, wanted
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.proxmox import identity
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.sandboxes import create, wanted
 
 from support.lab import Lab
 

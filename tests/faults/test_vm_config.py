@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import AgentlabError
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.model import Outcome
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import create, vm_config, wanted
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.sandboxes import create, vm_config, wanted
 
 from support.lab import Lab
 

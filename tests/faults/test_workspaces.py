@@ -22,9 +22,10 @@ from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors impo
     Kept,
     NotFound,
 )
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import destroy, workspace
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations.workspace import WorkspaceRefused
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.sandboxes import destroy
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.workspaces import Workspace
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.workspaces import workspace
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.workspaces.workspace import WorkspaceRefused
 
 from support.double import TOKEN_ID
 from support.lab import BYSTANDER, FakeClock, Lab

@@ -71,7 +71,8 @@ def plain(variables: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_sandboxes_are_hosts_and_nothing_else_is(inventory: Any, context: Any, server: Any) -> None:
-    from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import create, power
+    from ansible_collections.agentlab.proxmox.plugins.module_utils._core.sandboxes import create
+    from ansible_collections.agentlab.proxmox.plugins.module_utils._core.vm import power
 
     server.pve.agent_default = True
     ctx = context()

@@ -452,6 +452,6 @@ def test_numbers_and_names_of_the_daemons_page_are_those_of_the_code() -> None:
         assert words in DAEMON
     assert 'f"token via API ({remote})"' in api and 'via API"' in api
     assert (
-        re.search(r"GUARD_FROM = 5\b", (ROOT / "plugins/module_utils/_core/operations/cleanup.py").read_text())
+        re.search(r"GUARD_FROM = 5\b", (ROOT / "plugins/module_utils/_core/maintenance/cleanup.py").read_text())
         and "(from five on)" in DAEMON
     )

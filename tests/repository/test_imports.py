@@ -22,34 +22,18 @@ FILES = ROOT / "roles/agentlabd/files"
 # Room -> its files without ".py" (a name that ends in "/" means all files of that folder), and the rooms it may import.
 CORE_ROOMS: dict[str, tuple[str, str]] = {
     "tables": ("clock errors escapes reasons states model version", ""),
-    "tools": ("parallel durations words safe_yaml values patterns waiting", "tables"),
+    "tools": ("parallel durations patterns safe_yaml values waiting", "tables"),
     "files": ("config profiles rules", "tables tools"),
     "store": ("store/", "tables tools"),
     "proxmox": ("proxmox/", "tables tools files"),
-    "run": ("operations/context operations/timeguard", "tables tools files store proxmox"),
-    "vm": (
-        "operations/verify operations/power operations/create_recovery operations/address",
-        "tables tools files store proxmox run",
-    ),
-    "guest": ("operations/cloud_init", "tables tools files store proxmox run vm"),
-    "workspaces": (
-        "operations/workspace operations/workspace_disk operations/workspace_check",
-        "tables tools files store proxmox run vm",
-    ),
-    "views": ("operations/info operations/comparison", "tables tools files store proxmox run vm"),
-    "sandboxes": (
-        "operations/wanted operations/spec operations/vm_config operations/template operations/refusals operations/update operations/create "
-        "operations/destroy operations/removal operations/remains operations/lease",
-        "tables tools files store proxmox run vm guest workspaces",
-    ),
-    "many": (
-        "operations/prune operations/cleanup operations/reconcile",
-        "tables tools files store proxmox run vm guest workspaces sandboxes",
-    ),
-    "doctor": (
-        "operations/doctor operations/privileges",
-        "tables tools files store proxmox run vm guest workspaces views sandboxes",
-    ),
+    "run": ("context timeguard", "tables tools files store proxmox"),
+    "vm": ("vm/", "tables tools files store proxmox run"),
+    "guest": ("guest/", "tables tools files store proxmox run vm"),
+    "workspaces": ("workspaces/", "tables tools files store proxmox run vm"),
+    "views": ("views/", "tables tools files store proxmox run vm"),
+    "sandboxes": ("sandboxes/", "tables tools files store proxmox run vm guest workspaces"),
+    "maintenance": ("maintenance/", "tables tools files store proxmox run vm guest workspaces sandboxes"),
+    "doctor": ("doctor/", "tables tools files store proxmox run vm guest workspaces views sandboxes"),
 }
 DAEMON_ROOMS: dict[str, tuple[str, str]] = {
     "process": ("systemd logs connections", ""),

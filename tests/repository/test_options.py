@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import yaml
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core import profiles
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import spec, wanted
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.sandboxes import spec, wanted
 from ansible_collections.agentlab.proxmox.plugins.modules import agentlab_sandbox
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -30,7 +30,8 @@ def story(env: dict[str, str], tmp_path: Path, server: Server) -> Callable[..., 
 @pytest.fixture
 def given(context: Callable[..., Any], server: Server) -> Callable[..., list[Any]]:
     """given(3, state="TIMEOUT", tags=["x"]): so many running (or what else) sandboxes, made by the core itself; their records."""
-    from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import create, power
+    from ansible_collections.agentlab.proxmox.plugins.module_utils._core.sandboxes import create
+    from ansible_collections.agentlab.proxmox.plugins.module_utils._core.vm import power
 
     def make(count: int = 1, state: str = "RUNNING", **values: Any) -> list[Any]:
         ctx = context()

@@ -14,19 +14,14 @@ from typing import Any
 
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core import config, states
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.clock import SystemClock
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.context import Context
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.maintenance import prune, reconcile
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.model import Outcome, Sandbox
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import (
-    create,
-    destroy,
-    info,
-    lease,
-    power,
-    prune,
-    reconcile,
-)
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations.context import Context
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.proxmox import identity
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.sandboxes import create, destroy, lease
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store import history
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.views import info
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.vm import power
 
 from support.double import Server
 

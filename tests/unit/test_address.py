@@ -10,11 +10,7 @@ import random
 from typing import Any
 
 import pytest
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations.address import (
-    Choice,
-    agent_is_on,
-    choose,
-)
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.vm.address import Choice, agent_is_on, choose
 
 MAC = "BC:24:11:00:00:01"
 CONFIG = {"net0": f"virtio={MAC},bridge=vmbr0", "ipconfig0": "ip=dhcp"}

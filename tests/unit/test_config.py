@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core import config, words
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core import config, patterns
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import ConfigError, InvalidInput
 
 SECRET = "s3cr3t-of-the-tests"
@@ -365,4 +365,4 @@ def test_a_file_without_a_certificate_is_refused_by_name(tmp_path: Path, content
 
 def test_an_empty_name_is_refused_with_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match=r"node: '' is not valid\. Valid: .*; leave the option out"):
-        words.match("node", "", words.WORD)
+        patterns.match("node", "", patterns.WORD)

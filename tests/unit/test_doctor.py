@@ -21,8 +21,8 @@ from typing import Any
 import pytest
 import yaml
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core import config, version
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.doctor import doctor
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import InvalidInput
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import doctor
 
 from support import pages
 from support.double import TOKEN_ID, TOKEN_SECRET

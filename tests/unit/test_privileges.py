@@ -17,8 +17,9 @@ from typing import Any
 
 import pytest
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core import config
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.doctor import doctor
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import AgentlabError
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import doctor, workspace
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.workspaces import workspace
 
 from support import pages
 from support.access import AccessControl, Entry, Refused

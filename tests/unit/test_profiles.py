@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core import profiles
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import ConfigError, InvalidInput
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import wanted
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.sandboxes import wanted
 
 SHIPPED = Path(__file__).resolve().parents[2] / "roles" / "agentlabd" / "files" / "profiles"
 WHOLE = """\

@@ -18,8 +18,9 @@ from pathlib import Path
 import pytest
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import Kept
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.model import Sandbox
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import destroy, info
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.proxmox.client import ProxmoxClient
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.sandboxes import destroy
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.views import info
 
 from support.double import TOKEN_ID
 from support.lab import Lab
@@ -189,8 +190,9 @@ def test_a_run_that_the_records_alone_answer_loads_nothing_of_proxmox(tmp_path: 
     code = f"""
 import json, os, sys
 from {core} import config
-from {core}.operations import info, lease
-from {core}.operations.context import Context
+from {core}.sandboxes import lease
+from {core}.views import info
+from {core}.context import Context
 ctx = Context(config.load({{"database": sys.argv[1]}}, {{"AGENTLAB_CONFIG": "/nowhere"}}), actor="test")
 assert info.show(ctx, info.Wanted(), events=1)["count"] == 0
 print(json.dumps(sorted(sys.modules)))
@@ -218,7 +220,7 @@ print(json.dumps(sorted(sys.modules)))
     assert not [
         name
         for name in loaded
-        if name.startswith((f"{core}.proxmox", f"{core}.operations.verify", f"{core}.operations.destroy"))
+        if name.startswith((f"{core}.proxmox", f"{core}.vm.locate", f"{core}.sandboxes.destroy"))
     ]
 
 

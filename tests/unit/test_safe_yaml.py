@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core import config, profiles, rules, safe_yaml
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import ConfigError, InvalidInput
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import cloud_init
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.guest import cloud_init
 
 # Bounded: seconds on a loaded machine, where each of these took minutes, or all of the memory.
 BOUND = 20.0

@@ -16,16 +16,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core import config, rules
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import (
-    cleanup,
-    info,
-    lease,
-    prune,
-    timeguard,
-)
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations.context import Context
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store import history, upkeep
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core import config, rules, timeguard
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.context import Context
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.maintenance import cleanup, prune
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.sandboxes import lease
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store import history, overview
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.views import info
 
 LIVE, HISTORY = 1000, 20_000
 EVERY = 50
@@ -108,11 +104,11 @@ def contexts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Context
 
 
 WORK: dict[str, Callable[[Context], object]] = {
-    "when the next lease ends": lambda ctx: upkeep.next_lease_end(ctx.records),
+    "when the next lease ends": lambda ctx: overview.next_lease_end(ctx.records),
     "leases that are over": lambda ctx: lease.expire(ctx, stop_vms=False),
     "a run of the cleanup rules": lambda ctx: cleanup.run(ctx, POLICY),
     "planning a prune": lambda ctx: prune.select(ctx, prune.Wanted(older_than=86400)),
-    "what was interrupted": lambda ctx: (ctx.records.unfinished(), upkeep.drop_dead_claims(ctx.records)),
+    "what was interrupted": lambda ctx: (ctx.records.unfinished(), overview.drop_dead_claims(ctx.records)),
     "whether cleanup is frozen": timeguard.frozen,
     "a list": lambda ctx: [one.public() for one in info.find(ctx, info.Wanted())],
     "a list of one state": lambda ctx: info.find(ctx, info.Wanted(states=["TIMEOUT"])),
@@ -183,7 +179,7 @@ def test_no_plan_walks_through_history(contexts: tuple[Context, Context], what: 
 
 
 def test_a_plan_that_walks_through_history_would_be_seen(contexts: tuple[Context, Context]) -> None:
-    young, old = (steps(ctx, lambda one: upkeep.by_state(one.records)) for ctx in contexts)
+    young, old = (steps(ctx, lambda one: overview.by_state(one.records)) for ctx in contexts)
     # One step for each record at least; how many more depends on SQLite's release (two with 3.46).
     assert old > young + HISTORY, (
         "a count of all that were destroyed reads its whole index: for status and metrics, not for a tick"

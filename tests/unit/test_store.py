@@ -27,7 +27,7 @@ from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors impo
     StoreError,
 )
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.model import Sandbox
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store import history, process, records, schema
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store import history, holders, records, schema
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.database import Database
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.records import Claim, Records
 
@@ -951,8 +951,8 @@ def test_waiting_for_a_claim_is_bounded_and_succeeds_when_it_is_given_back(store
     ],
 )
 def test_only_certain_death_counts(change: dict[str, object], dead: bool) -> None:
-    found = {**json.loads(process.identity()), **change}
-    assert process.is_dead(json.dumps(found)) is dead
+    found = {**json.loads(holders.identity()), **change}
+    assert holders.is_dead(json.dumps(found)) is dead
 
 
 @pytest.mark.parametrize(
@@ -965,13 +965,13 @@ def test_another_boot_of_this_name_is_dead_only_if_it_was_this_machine(
     """A second host with the same name, also one made from the same image, keeps its claims while it works."""
     booted = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
     holder = {
-        **json.loads(process.identity()),
+        **json.loads(holders.identity()),
         "boot": "another",
         "at": booted + (-5 if written == "before this boot" else 5),
     }
     if machine:
         holder["machine"] = machine
-    assert process.is_dead(json.dumps(holder)) is dead
+    assert holders.is_dead(json.dumps(holder)) is dead
 
 
 def test_a_renewal_that_waited_over_the_end_of_the_lease_is_refused(path: Path) -> None:
@@ -997,7 +997,7 @@ def test_a_renewal_that_waited_over_the_end_of_the_lease_is_refused(path: Path) 
 
 @pytest.mark.parametrize("text", ["", "x", "{}", "[]", "null", '{"host": 1}'])
 def test_a_holder_that_cannot_be_read_counts_as_alive(text: str) -> None:
-    assert process.is_dead(text) is False
+    assert holders.is_dead(text) is False
 
 
 # ---- renewal against expiry ----

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import AgentlabError
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import workspace
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.workspaces import workspace
 
 from support.lab import Lab
 

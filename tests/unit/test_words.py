@@ -9,9 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core import words
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core import patterns
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import InvalidInput
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.operations import create, wanted
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.sandboxes import create, wanted
 
 K = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIMadeUp me@example.org"
 L = 'from="10.0.0.0/8,192.0.2.0/24",command="/bin/run a, b \\"c\\"",no-pty ssh-rsa AAAAB3NzaC1yc2E you'
@@ -35,7 +35,7 @@ PRIVATE = "-----BEGIN OPENSSH PRIVATE KEY-----\nb3BlbnNzaC1rZXktdjEAAAAA\n-----E
     ],
 )
 def test_keys_are_lines(value: Any, keys: list[str]) -> None:
-    assert words.split_keys("ssh_public_keys", value) == keys
+    assert patterns.split_keys("ssh_public_keys", value) == keys
     create.Spec(ssh_public_keys=keys).check()
 
 
@@ -51,7 +51,7 @@ def test_keys_are_lines(value: Any, keys: list[str]) -> None:
 )
 def test_a_private_key_is_refused_and_not_quoted(value: Any) -> None:
     with pytest.raises(InvalidInput, match="ssh_public_keys: holds a private key") as caught:
-        words.split_keys("ssh_public_keys", value)
+        patterns.split_keys("ssh_public_keys", value)
     assert "b3BlbnNzaC1" not in str(caught.value.as_dict()) and "BEGIN" not in str(caught.value.as_dict())
 
 
@@ -72,7 +72,7 @@ def test_a_private_key_is_refused_and_not_quoted(value: Any) -> None:
     ],
 )
 def test_tags_are_words(value: Any, tags: list[str]) -> None:
-    assert words.split_tags(value) == tags
+    assert patterns.split_tags(value) == tags
 
 
 @pytest.mark.parametrize(
@@ -88,14 +88,14 @@ def test_tags_are_words(value: Any, tags: list[str]) -> None:
     ],
 )
 def test_public_keys(key: str) -> None:
-    assert words.fits(key, words.PUBLIC_KEY)
+    assert patterns.fits(key, patterns.PUBLIC_KEY)
 
 
 @pytest.mark.parametrize(
     "key", ["AAAA", "ssh-ed25519", 'from="x ssh-ed25519 AAAA', "a b c", 'from="x",  ssh-rsa AAAA', f"{K}\n{K}"]
 )
 def test_what_is_no_public_key(key: str) -> None:
-    assert not words.fits(key, words.PUBLIC_KEY)
+    assert not patterns.fits(key, patterns.PUBLIC_KEY)
 
 
 @pytest.mark.parametrize(
@@ -159,17 +159,17 @@ def test_options_that_are_refused_by_name(context: Any, option: str, value: Any)
 )
 def test_what_is_no_list_of_keys_is_told_what_it_looks_like(value: Any, text: str) -> None:
     with pytest.raises(InvalidInput, match="ssh_public_keys: .*" + text):
-        words.split_keys("ssh_public_keys", value)
+        patterns.split_keys("ssh_public_keys", value)
 
 
 def test_a_byte_order_mark_before_a_key_is_dropped_and_a_wrapped_key_is_no_path() -> None:
-    assert words.split_keys("ssh_public_keys", f"\ufeff{K}\r\n") == [K]
-    assert words.split_keys("ssh_public_keys", "ssh-rsa\nAAAAB3/x") == ["ssh-rsa", "AAAAB3/x"]
+    assert patterns.split_keys("ssh_public_keys", f"\ufeff{K}\r\n") == [K]
+    assert patterns.split_keys("ssh_public_keys", "ssh-rsa\nAAAAB3/x") == ["ssh-rsa", "AAAAB3/x"]
 
 
 def test_tags_are_no_mapping() -> None:
     with pytest.raises(InvalidInput, match="tags: that mapping is not valid"):
-        words.split_tags({"ci": True})
+        patterns.split_tags({"ci": True})
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from . import durations, safe_yaml, words
+from . import durations, patterns, safe_yaml
 from .errors import ConfigError, InvalidInput
 
 CONFIG_FILE = "/etc/agentlab/config.yaml"
@@ -314,10 +314,10 @@ def load(options: Mapping[str, Any], environment: Mapping[str, str]) -> Config:
         database_group_access=_boolean("database_group_access", value("database_group_access")),
         vmid_range=vmids,
         workspace_owner_range=owners,
-        node=_word("node", value("node"), words.WORD),
-        template=_word("template", value("template"), words.WORD),
-        pool=_word("pool", value("pool"), words.POOL),
-        storage=_word("storage", value("storage"), words.WORD),
+        node=_word("node", value("node"), patterns.WORD),
+        template=_word("template", value("template"), patterns.WORD),
+        pool=_word("pool", value("pool"), patterns.POOL),
+        storage=_word("storage", value("storage"), patterns.WORD),
         default_ttl=durations.parse(value("default_ttl"), "default_ttl"),
         max_ttl=durations.parse(value("max_ttl"), "max_ttl"),
         max_lifetime=None if lifetime is None else durations.parse(lifetime, "max_lifetime"),
@@ -330,15 +330,15 @@ def load(options: Mapping[str, Any], environment: Mapping[str, str]) -> Config:
         workers=connections,
         poll_interval=_fraction("poll_interval", value("poll_interval"), 0.01, 60.0),
         profiles_dir=str(value("profiles_dir")),
-        snippets_storage=str(_word("snippets_storage", value("snippets_storage"), words.WORD)),
+        snippets_storage=str(_word("snippets_storage", value("snippets_storage"), patterns.WORD)),
         snippets_dir=str(value("snippets_dir")),
         socket=str(value("socket")),
         listen=loopback("listen", value("listen")),
         listen_token_file=_text("listen_token_file", value("listen_token_file")),
         metrics_listen=loopback("metrics_listen", value("metrics_listen")),
         api_vmid_range_only=_boolean("api_vmid_range_only", value("api_vmid_range_only")),
-        api_templates=_words("api_templates", value("api_templates"), words.WORD),
-        api_pools=_words("api_pools", value("api_pools"), words.POOL),
+        api_templates=_words("api_templates", value("api_templates"), patterns.WORD),
+        api_pools=_words("api_pools", value("api_pools"), patterns.POOL),
         cleanup_file=str(value("cleanup_file")),
         expire_interval=_seconds("expire_interval", value("expire_interval"), zero=False),
         reconcile_interval=_seconds("reconcile_interval", value("reconcile_interval"), zero=False),
@@ -384,7 +384,7 @@ def read_file(path: str) -> dict[str, Any]:
     for key in TEXTS:
         if safe_yaml.misread(found.get(key), found.written.get(key)):
             # A password 012345 would be sent as 5349.
-            shown = "that value" if key in SECRETS else words.quoted(found.written[key])
+            shown = "that value" if key in SECRETS else patterns.quoted(found.written[key])
             raise ConfigError(
                 f"config_file: {path}: {key}: YAML reads {shown} as something else than a text (line {found.lines[key]}); "
                 "put it in quotes",
@@ -493,21 +493,21 @@ def _text(name: str, value: Any) -> str | None:
     return None if value is None else str(value)
 
 
-def _word(name: str, value: Any, word: words.Word) -> str | None:
+def _word(name: str, value: Any, word: patterns.Word) -> str | None:
     value = value.strip() if isinstance(value, str) else value
-    words.match(name, value, word)
+    patterns.match(name, value, word)
     return _text(name, value)
 
 
-def _words(name: str, value: Any, word: words.Word) -> tuple[str, ...] | None:
+def _words(name: str, value: Any, word: patterns.Word) -> tuple[str, ...] | None:
     """Return a list, or a text with commas, as names; None when nothing was set. An empty list allows none."""
     if value is None:
         return None
     if isinstance(value, (dict, bool)):
-        raise InvalidInput(f"{name}: {words.quoted(value)} is not valid. Valid: a list of names", option=name)
-    names = words.split_words(value)
+        raise InvalidInput(f"{name}: {patterns.quoted(value)} is not valid. Valid: a list of names", option=name)
+    names = patterns.split_words(value)
     for text in names:
-        words.match(name, text, word)
+        patterns.match(name, text, word)
     return tuple(names)
 
 

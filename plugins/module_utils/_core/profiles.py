@@ -14,10 +14,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from . import durations, safe_yaml, words
+from . import durations, patterns, safe_yaml
 from .errors import ConfigError, InvalidInput
 
-NAME: words.Word = (
+NAME: patterns.Word = (
     re.compile(r"[a-z0-9][a-z0-9_.-]{0,62}", re.ASCII),
     "lower-case letters, digits, dot, hyphen and underscore",
 )
@@ -61,15 +61,15 @@ class _Secret(_Refused):
 Check = Callable[[Any], Any]
 
 
-def _text(word: words.Word, spread: bool = False) -> Check:
+def _text(word: patterns.Word, spread: bool = False) -> Check:
     """Check a text in one line; ``spread``: words that may be given as a list, or with commas."""
 
     def check(value: Any) -> str:
         if spread:
-            value = words.join_words(value)
+            value = patterns.join_words(value)
         elif isinstance(value, str):
             value = value.strip()
-        if not words.fits(value, word):
+        if not patterns.fits(value, word):
             raise _Refused(word[1])
         return str(value)
 
@@ -124,7 +124,7 @@ def _duration(value: Any) -> int:
 
 def _public_keys(value: Any) -> list[str]:
     try:
-        return words.split_keys("ssh_public_keys", value)
+        return patterns.split_keys("ssh_public_keys", value)
     except InvalidInput:
         raise _Secret("a public key; that is a private one, which belongs into no profile") from None
 
@@ -133,44 +133,44 @@ def _public_keys(value: Any) -> list[str]:
 _KEYS: dict[str, Any] = {
     "name": (_text(NAME), None),
     "description": (_text((re.compile(r"[^\x00-\x08]{0,500}"), "a text of 500 characters at most")), None),
-    "template": (_text(words.WORD), "template"),
+    "template": (_text(patterns.WORD), "template"),
     "full_clone": (_flag, "full_clone"),
-    "node": (_text(words.WORD), "node"),
-    "pool": (_text(words.POOL), "pool"),
-    "storage": (_text(words.WORD), "storage"),
+    "node": (_text(patterns.WORD), "node"),
+    "pool": (_text(patterns.POOL), "pool"),
+    "storage": (_text(patterns.WORD), "storage"),
     "resources": {
         "cores": (_whole(1, 512), "cores"),
         "memory": (_whole(16, 16777216), "memory"),
-        "disk_size": (_text(words.SIZE), "disk_size"),
-        "cpu_type": (_text(words.CPU), "cpu_type"),
+        "disk_size": (_text(patterns.SIZE), "disk_size"),
+        "cpu_type": (_text(patterns.CPU), "cpu_type"),
     },
     "network": {
-        "bridge": (_text(words.WORD), "bridge"),
-        "model": (_choice(words.MODELS), "network_model"),
+        "bridge": (_text(patterns.WORD), "bridge"),
+        "model": (_choice(patterns.MODELS), "network_model"),
         "firewall": (_flag, "firewall"),
-        "firewall_group": (_text(words.FIREWALL_GROUP), "firewall_group"),
+        "firewall_group": (_text(patterns.FIREWALL_GROUP), "firewall_group"),
         "vlan_tag": (_whole(1, 4094), "vlan_tag"),
         "second": {
-            "bridge": (_text(words.WORD), "second_bridge"),
+            "bridge": (_text(patterns.WORD), "second_bridge"),
             "vlan_tag": (_whole(1, 4094), "second_vlan_tag"),
-            "ip_config": (_text(words.IPCONFIG), "second_ip_config"),
+            "ip_config": (_text(patterns.IPCONFIG), "second_ip_config"),
         },
     },
     "cloud_init": {
-        "user": (_text(words.USER), "cloud_init_user"),
+        "user": (_text(patterns.USER), "cloud_init_user"),
         "upgrade": (_flag, "cloud_init_upgrade"),
-        "vendor_data": (_text(words.VOLUME), "cloud_init_vendor_data"),
-        "ssh_public_keys": (_several(_public_keys, _text(words.PUBLIC_KEY)), "ssh_public_keys"),
-        "ip_config": (_text(words.IPCONFIG), "ip_config"),
-        "nameserver": (_text(words.NAMESERVER, spread=True), "nameserver"),
-        "searchdomain": (_text(words.SEARCHDOMAIN, spread=True), "searchdomain"),
+        "vendor_data": (_text(patterns.VOLUME), "cloud_init_vendor_data"),
+        "ssh_public_keys": (_several(_public_keys, _text(patterns.PUBLIC_KEY)), "ssh_public_keys"),
+        "ip_config": (_text(patterns.IPCONFIG), "ip_config"),
+        "nameserver": (_text(patterns.NAMESERVER, spread=True), "nameserver"),
+        "searchdomain": (_text(patterns.SEARCHDOMAIN, spread=True), "searchdomain"),
     },
     "lease": {
         "default": (_duration, "lease_default"),
         "maximum": (_duration, "lease_maximum"),
     },
     "keepalive": (_flag, "keepalive"),
-    "tags": (_several(words.split_tags, _text(words.TAG)), "tags"),
+    "tags": (_several(patterns.split_tags, _text(patterns.TAG)), "tags"),
     "workspace": (_choice(WORKSPACE), None),
 }
 
@@ -322,7 +322,7 @@ def _section(path: str, prefix: str, content: safe_yaml.Mapping, keys: dict[str,
         for item, written in _scalars(content, key, value):
             if option in _TEXTS and safe_yaml.misread(item, written):
                 raise ConfigError(
-                    f"{path}: {where}: YAML reads {words.quoted(written)} as {words.quoted(item)}; put it in quotes",
+                    f"{path}: {where}: YAML reads {patterns.quoted(written)} as {patterns.quoted(item)}; put it in quotes",
                     file=path,
                     key=where,
                 )

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from . import durations, safe_yaml, states, words
+from . import durations, patterns, safe_yaml, states
 from .errors import ConfigError, InvalidInput
 from .model import Sandbox
 
@@ -143,7 +143,7 @@ class _Reader:
             raise self.refuse(node, f"{key} must be a list, such as [{(choices or ('web',))[0]}]")
         if choices is not None:
             return tuple(self.choice(one, key, choices) for one in node.value)
-        pattern, valid = words.TAG if key == "tags" else words.WORD
+        pattern, valid = patterns.TAG if key == "tags" else patterns.WORD
         for one in node.value:
             # What was written: YAML reads 1.10 as a number, and on as true. What nothing can be called makes a rule that never matches.
             if not isinstance(one, yaml.ScalarNode) or not pattern.fullmatch(

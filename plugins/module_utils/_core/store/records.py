@@ -22,7 +22,7 @@ from .. import states
 from ..clock import Clock
 from ..errors import Busy, ClaimLost, DamagedRecord, InvalidInput, Kept, NotFound, RecordChanged, Stopping, StoreError
 from ..model import COLUMNS, Sandbox
-from . import process
+from . import holders
 from .database import Database
 
 T = TypeVar("T")
@@ -135,7 +135,7 @@ class Records:
         self.db = database
         self.clock = clock
         self.actor = actor
-        self._process = process.identity()
+        self._process = holders.identity()
         self._stopping = stopping
 
     # ---- reading ----
@@ -228,8 +228,8 @@ class Records:
     def _given_up(self, claim: sqlite3.Row) -> bool:
         return (
             (claim["sandbox_uuid"], claim["fence"]) in _unreturned
-            or process.is_over(claim["process"], claim["expires_at"], self.clock.now(), self.clock.since_boot())
-            or process.is_dead(claim["process"])
+            or holders.is_over(claim["process"], claim["expires_at"], self.clock.now(), self.clock.since_boot())
+            or holders.is_dead(claim["process"])
         )
 
     def _holder(self) -> str:

@@ -23,13 +23,13 @@ from .text import clean
 COMMANDS = {
     "sandbox": "sandbox",
     "workspace": "workspace",
-    "status": "other",
+    "status": "status",
     "doctor": "doctor",
-    "cleanup": "other",
-    "profile": "other",
-    "completion": "other",
+    "cleanup": "status",
+    "profile": "status",
+    "completion": "status",
 }
-WORDS = {"logs": ("sandbox", "events"), "version": ("other", "version"), "help": ("other", "help_")}
+WORDS = {"logs": ("sandbox", "events"), "version": ("status", "version"), "help": ("status", "help_")}
 # Words of programs for the code of an exit status.
 CODES = {USAGE: "usage", UNREACHABLE: "unreachable", REFUSED: "failed"}
 

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from agentlab_core import clock as clock_module
+from agentlab_core import timeguard
 from agentlab_core.errors import AgentlabError
-from agentlab_core.operations import timeguard
 
 from .logs import log
 

@@ -14,11 +14,11 @@ import time
 from concurrent.futures import Executor
 
 from agentlab_core import states
+from agentlab_core.context import Context
 from agentlab_core.errors import AgentlabError
 from agentlab_core.model import Sandbox
-from agentlab_core.operations import address
-from agentlab_core.operations.context import Context
-from agentlab_core.operations.verify import match_if_readable
+from agentlab_core.vm import address
+from agentlab_core.vm.locate import match_if_readable
 
 from .logs import log
 

@@ -19,10 +19,10 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 
 from agentlab_core import reasons
 from agentlab_core.errors import AgentlabError, Busy, CreationFailed, Frozen, GuardTripped, Kept, StateConflict
+from agentlab_core.maintenance.reconcile import Drift
 from agentlab_core.model import Outcome
-from agentlab_core.operations.lease import Expiry
-from agentlab_core.operations.reconcile import Drift
-from agentlab_core.store import upkeep
+from agentlab_core.sandboxes.lease import Expiry
+from agentlab_core.store import overview
 
 from . import __version__
 from .answers import status_of
@@ -239,7 +239,7 @@ class _Now:
     def collect(self) -> Iterator[Metric]:
         service = self._service
         by_state = GaugeMetricFamily("agentlab_sandboxes", "Records by state", labels=["state"])
-        for state, count in upkeep.by_state(service.base.records).items():
+        for state, count in overview.by_state(service.base.records).items():
             by_state.add_metric([state], count)
         yield by_state
         under_way, interrupted = service.base.records.unfinished()

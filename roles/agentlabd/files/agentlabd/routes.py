@@ -13,25 +13,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from agentlab_core import durations, profiles, states, words
+from agentlab_core import durations, patterns, profiles, states
+from agentlab_core.context import Context, failure
 from agentlab_core.errors import AgentlabError, InvalidInput, ProxmoxError, StateConflict
+from agentlab_core.maintenance import cleanup, prune, reconcile
 from agentlab_core.model import Outcome, Sandbox
-from agentlab_core.operations import (
-    address,
-    cleanup,
-    create,
-    destroy,
-    info,
-    lease,
-    power,
-    prune,
-    reconcile,
-    wanted,
-    workspace,
-    workspace_disk,
-)
-from agentlab_core.operations.context import Context, failure
+from agentlab_core.sandboxes import create, destroy, lease, wanted
 from agentlab_core.store import history
+from agentlab_core.views import info
+from agentlab_core.vm import address, power
+from agentlab_core.workspaces import workspace, workspace_disk
 
 from . import lookup, openapi, upstream
 from .answers import Answer, of_item, of_items
@@ -169,7 +160,7 @@ def _check_limits(ctx: Context, body: Mapping[str, Any]) -> None:
         )
     if config.api_pools is not None and pool is not None and pool not in config.api_pools:
         raise InvalidInput(
-            f"pool: {words.quoted(pool)} is not for clients (api_pools). Valid: {', '.join(config.api_pools) or 'none, leave it out'}",
+            f"pool: {patterns.quoted(pool)} is not for clients (api_pools). Valid: {', '.join(config.api_pools) or 'none, leave it out'}",
             option="pool",
         )
     if config.api_templates is not None and template is not None and template not in config.api_templates:
@@ -183,7 +174,7 @@ def _check_limits(ctx: Context, body: Mapping[str, Any]) -> None:
         asked = {found for found, name in names.items() if template in (found, name)}
         if not asked or not asked <= allowed:
             raise InvalidInput(
-                f"template: {words.quoted(template)} is not for clients (api_templates). "
+                f"template: {patterns.quoted(template)} is not for clients (api_templates). "
                 f"Valid: {', '.join(config.api_templates) or 'none, leave it out'}",
                 option="template",
             )
@@ -555,7 +546,7 @@ def release_cleanup(call: Call) -> Answer:
 
 def examine(call: Call) -> Answer:
     # Here, and not above: it is seldom asked for, and large.
-    from agentlab_core.operations import doctor
+    from agentlab_core.doctor import doctor
 
     found = doctor.Doctor(call.service.config)
     try:
@@ -574,7 +565,7 @@ def examine(call: Call) -> Answer:
 
 
 def _tags(_name: str, value: Any) -> list[str]:
-    return words.split_tags(value)
+    return patterns.split_tags(value)
 
 
 _LIFETIME = {
@@ -598,7 +589,7 @@ CREATION: dict[str, Field] = {
     "memory": Field("integer", "memory in MiB", low=16, high=16777216),
     "disk_size": Field("string", "size of the boot disk, 20G or +10G", longest=20),
     "bridge": Field("string", "bridge of the first network card", longest=100),
-    "network_model": Field("string", "model of the first network card", valid=words.MODELS),
+    "network_model": Field("string", "model of the first network card", valid=patterns.MODELS),
     "vlan_tag": Field("integer", "VLAN of the first network card", low=1, high=4094),
     "second_bridge": Field(
         "string", "bridge of the second network card, which is made where the template has none", longest=100
@@ -622,7 +613,7 @@ CREATION: dict[str, Field] = {
         "strings",
         "public keys of its user, as a list, or as a text with one a line",
         longest=10000,
-        split=words.split_keys,
+        split=patterns.split_keys,
     ),
     "cloud_init_user_data": Field(
         "string",

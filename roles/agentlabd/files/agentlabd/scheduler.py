@@ -21,12 +21,13 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from agentlab_core import clock as clock_module
-from agentlab_core import rules
+from agentlab_core import rules, timeguard
+from agentlab_core.context import Context
 from agentlab_core.errors import AgentlabError, Stopping
+from agentlab_core.maintenance import reconcile
 from agentlab_core.model import Sandbox
-from agentlab_core.operations import lease, reconcile, timeguard
-from agentlab_core.operations.context import Context
-from agentlab_core.store import upkeep
+from agentlab_core.sandboxes import lease
+from agentlab_core.store import overview
 
 from .logs import log, seldom
 from .service import Service
@@ -153,7 +154,7 @@ class Scheduler:
         ctx = self.service.context("agentlabd")
         # Notes how far the records have come, and recognises an older copy.
         timeguard.hold(ctx)
-        due = upkeep.next_lease_end(ctx.records)
+        due = overview.next_lease_end(ctx.records)
         if due is not None and due <= ctx.clock.now():
             passed = lease.expire(ctx, stop_vms=False)
             if passed.suspended:
@@ -170,7 +171,7 @@ class Scheduler:
             if not passed.expired and all(one.failed for one in passed.renewed):
                 # Somebody else works on them; the next look may find them done.
                 return min(longest, 1.0) if not passed.failed else longest
-            due = upkeep.next_lease_end(ctx.records)
+            due = overview.next_lease_end(ctx.records)
         return longest if due is None else min(longest, max(0.05, due - time.time()))
 
     def _stop_vm(self, ctx: Context, sandbox: Sandbox) -> None:

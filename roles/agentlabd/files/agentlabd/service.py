@@ -20,12 +20,12 @@ from typing import Any, TypeVar
 
 from agentlab_core import clock as clock_module
 from agentlab_core import config as core_config
-from agentlab_core import profiles, rules
+from agentlab_core import profiles, rules, timeguard
 from agentlab_core.config import Config
+from agentlab_core.context import Context
 from agentlab_core.errors import AgentlabError, Busy, ConfigError
-from agentlab_core.operations import cleanup, timeguard
-from agentlab_core.operations.context import Context
-from agentlab_core.store import schema, upkeep
+from agentlab_core.maintenance import cleanup
+from agentlab_core.store import overview, schema
 from agentlab_core.store.workspaces import Workspaces
 
 from . import __version__, answers
@@ -243,7 +243,11 @@ class Service:
             "version": __version__,
             "started_at": clock_module.iso(self.started_at),
             "uptime_seconds": int(time.monotonic() - self._began),
-            "database": {"path": self.config.database, "schema": schema.VERSION, "by_state": upkeep.by_state(records)},
+            "database": {
+                "path": self.config.database,
+                "schema": schema.VERSION,
+                "by_state": overview.by_state(records),
+            },
             "proxmox": {
                 "where": self.config.proxmox.where,
                 "reachable": statistics.reachable,

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from agentlab_core import words
+from agentlab_core import patterns
 from agentlab_core.errors import InvalidInput
 
 # A duration as the core reads it: minutes as a number, or d, h, m, s in that order; what is longer than this allows is refused, or nearly.
@@ -79,7 +79,7 @@ class Field:
     def check(self, name: str, value: Any) -> Any:
         """The value, or InvalidInput naming the key, the value and what is valid."""
         if self.split and isinstance(value, str):
-            if len(value) > self.longest * self.most or not words.encodable(value):
+            if len(value) > self.longest * self.most or not patterns.encodable(value):
                 raise self._refused(
                     name,
                     value,
@@ -114,7 +114,7 @@ class Field:
         elif self.kind in ("string", "strings"):
             if not isinstance(value, str) or len(value) > self.longest:
                 raise self._refused(name, value, f"a text of {self.longest} characters at most")
-            if not words.encodable(value):
+            if not patterns.encodable(value):
                 raise self._refused(name, value, "a text that UTF-8 can hold")
             if self._pattern and not re.search(self._pattern, value):
                 raise self._refused(name, value, self.text if self.pattern else "a text in one line")
@@ -126,7 +126,8 @@ class Field:
 
     def _refused(self, name: str, value: Any, valid: str) -> InvalidInput:
         return InvalidInput(
-            f"{name}: {'that value' if self.secret else words.quoted(value)} is not valid. Valid: {valid}", option=name
+            f"{name}: {'that value' if self.secret else patterns.quoted(value)} is not valid. Valid: {valid}",
+            option=name,
         )
 
 

@@ -14,9 +14,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from agentlab_core import clock, states
+from agentlab_core.maintenance.reconcile import Drift
 from agentlab_core.model import Outcome, Sandbox
-from agentlab_core.operations import info
-from agentlab_core.operations.reconcile import Drift
+from agentlab_core.views import info
 
 # Versions of the shapes as the original counts them.
 API_SCHEMA_VERSION = 1

@@ -1,0 +1,199 @@
+# Copyright: the agentlab.proxmox contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""What every operation stands on: configuration, records, Proxmox, time, and who is acting. Plus the claim around an operation."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from . import parallel, states
+from .clock import Clock, SystemClock
+from .config import Config
+from .errors import AgentlabError, InvalidInput, Kept, NotFound
+from .model import Outcome, Sandbox
+from .store.database import Database, Rehearsal
+from .store.records import POINT_OF_NO_RETURN, Claim, Records
+
+if TYPE_CHECKING:
+    from .proxmox.client import ProxmoxClient
+    from .proxmox.cluster import Cluster
+    from .proxmox.tasks import TaskWaiter
+
+A = TypeVar("A")
+B = TypeVar("B")
+
+
+class Context:
+    """One run. Nothing is connected or read until it is used, so a run that the database alone answers asks Proxmox nothing."""
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        actor: str,
+        dry_run: bool = False,
+        force_hint: str = states.FORCE_HINT_CLI,
+        wait_timeout: int | None = None,
+        clock: Clock | None = None,
+        parent: Context | None = None,
+        stopping: threading.Event | None = None,
+    ) -> None:
+        self.config = config
+        self.actor = actor
+        self.dry_run = dry_run
+        self.force_hint = force_hint
+        self.clock: Clock = clock or SystemClock()
+        self.wait_timeout = config.wait_timeout if wait_timeout is None else wait_timeout
+        self.stopping = stopping
+        self._owner = parent is None
+        if parent is None:
+            self.database = Database(config.database, group_mode=config.database_group_access, dry_run=dry_run)
+        else:
+            self.database = Rehearsal(parent.database) if dry_run else parent.database
+        self.records = Records(self.database, self.clock, actor, self.wait_timeout, stopping)
+        self._parent = parent
+        self._lock = threading.RLock()
+        self._reach: tuple[ProxmoxClient, TaskWaiter] | None = None
+        self._cluster: Cluster | None = None
+        self._read_once: dict[Any, Any] = {}
+        self._once_lock = threading.RLock()
+
+    @property
+    def force_option(self) -> str:
+        """How whoever asks says that something is to be done in spite of what it destroys."""
+        return "--force" if self.force_hint == states.FORCE_HINT_CLI else "force=true"
+
+    # ---- Proxmox, from the first use on ----
+
+    def _reached(self) -> tuple[ProxmoxClient, TaskWaiter]:
+        parent = self._parent
+        if parent is not None and (parent.config.proxmox, parent.config.poll_interval) == (
+            self.config.proxmox,
+            self.config.poll_interval,
+        ):
+            return parent._reached()
+        with self._lock:
+            if self._reach is None:
+                # Here, and not above: most of what a module has to load is what talks to Proxmox.
+                from .proxmox.client import ProxmoxClient
+                from .proxmox.tasks import TaskWaiter
+
+                client = ProxmoxClient(self.config.proxmox, self.clock, parent.client.statistics if parent else None)
+                self._reach = client, TaskWaiter(client, self.clock, self.config.poll_interval)
+            return self._reach
+
+    @property
+    def client(self) -> ProxmoxClient:
+        """Requests to Proxmox."""
+        return self._reached()[0]
+
+    @property
+    def tasks(self) -> TaskWaiter:
+        """Waiting for Proxmox's tasks."""
+        return self._reached()[1]
+
+    @property
+    def cluster(self) -> Cluster:
+        """What this run has read of the cluster."""
+        with self._lock:
+            if self._cluster is None:
+                from .proxmox.cluster import Cluster
+
+                self._cluster = Cluster(self.client, self.clock, self.records)
+            return self._cluster
+
+    def once(self, key: Any, read: Callable[[], B]) -> B:
+        """Return what ``read`` answers, asked once in this run: for what its items share and nobody changes meanwhile (a template, the storages of a node)."""
+        with self._once_lock:
+            if key not in self._read_once:
+                self._read_once[key] = read()
+            found: B = self._read_once[key]
+            return found
+
+    def derive(self, *, actor: str, dry_run: bool = False, config: Config | None = None) -> Context:
+        """A run of its own for a process that lives longer than one: shares the database and the connections, remembers nothing read of Proxmox."""
+        return Context(
+            config or self.config,
+            actor=actor,
+            dry_run=dry_run,
+            force_hint=self.force_hint,
+            clock=self.clock,
+            parent=self,
+            stopping=self.stopping,
+        )
+
+    def refresh(self) -> None:
+        """Forget what was read of Proxmox."""
+        self._cluster = None
+        self._read_once.clear()
+
+    def close(self) -> None:
+        if self._owner:
+            self.database.close()
+
+    # ---- choosing sandboxes ----
+
+    def select(self, vmid: int | None = None, name: str | None = None) -> Sandbox:
+        """The sandbox of a VMID or name: the live one, or else the last destroyed one; NotFound when there never was one. With both, that VMID's sandbox is
+        to have that name.
+        """
+        if vmid is not None:
+            found, word = self.records.last_by_vmid(vmid), f"vmid: {vmid}"
+        elif name is not None:
+            found, word = self.records.last_by_name(name), f"name: {name!r}"
+        else:
+            raise InvalidInput("give vmid, vmids or name")
+        if found is None:
+            raise NotFound(f"sandbox not found ({word}). A VM without a record is never touched", vmid=vmid, name=name)
+        if vmid is not None and name not in (None, found.name):
+            raise InvalidInput(
+                f"name: sandbox {vmid} is named {found.name!r}, not {name!r} (VMIDs are handed out again); nothing was done. Give the one that "
+                "is meant",
+                option="name",
+                value=name,
+            )
+        return found
+
+    # ---- claiming ----
+
+    @contextlib.contextmanager
+    def claimed(
+        self, sandbox: Sandbox, operation: str, *, wait: float | None = None
+    ) -> Iterator[tuple[Claim, Sandbox]]:
+        """Hold the claim on a sandbox and give its record as it is now. A destroy that was cut off after its delete was decided bars every other operation."""
+        claim = self.records.claim(sandbox.uuid, operation, wait=self.config.claim_timeout if wait is None else wait)
+        try:
+            if claim.interrupted and claim.interrupted.phase in POINT_OF_NO_RETURN and operation != "destroy":
+                refuse_cut_off(claim, sandbox)
+            yield claim, self.records.get(sandbox.uuid)
+        finally:
+            self.records.release(claim)
+
+    # ---- bulk ----
+
+    def each(self, work: Callable[[A], B], items: list[A]) -> list[B]:
+        """Run several at once, as many as there are connections; the answers in the order of the items."""
+        return parallel.each(work, items, self.config.workers)
+
+
+def refuse_cut_off(claim: Claim, sandbox: Sandbox) -> None:
+    """Kept while a destroy that was cut off is to be finished: for what would put its own journal entry in the place of that one."""
+    if claim.interrupted is not None and claim.interrupted.kind == "destroy":
+        raise Kept(
+            "busy",
+            f"a destroy of sandbox {sandbox.vmid} was cut off; destroy it again or run agentlab_reconcile to finish it",
+            vmid=sandbox.vmid,
+        )
+
+
+def failure(sandbox: Sandbox, error: AgentlabError, **values: Any) -> Outcome:
+    """The outcome of an item that could not be done: the word, the sentence, and the state it is in."""
+    reason = error.reason if isinstance(error, Kept) else error.code
+    upid = error.detail.get("upid")
+    return Outcome.of(
+        "failed", sandbox, reason=reason, message=error.message, failed=True, upids=[upid] if upid else [], **values
+    )

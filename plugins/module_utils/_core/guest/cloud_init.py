@@ -1,0 +1,328 @@
+# Copyright: the agentlab.proxmox contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Custom user data for cloud-init, and waiting until the guest says that cloud-init has ended.
+
+Proxmox VE takes no uploads of snippets: they are files in a folder of the node (or of a storage that its nodes share), so user data needs a run
+on a host that has that folder. The file's name carries the sandbox's UUID, its path stands in the record before the file is written, and every
+way to DESTROYED removes it first. The data itself goes into that file and nowhere else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import socket
+import stat
+from typing import Any
+
+from .. import patterns, safe_yaml
+from ..context import Context
+from ..errors import AgentlabError, ApiError, InvalidInput, Kept, ProxmoxError, TaskTimeout
+from ..model import Sandbox
+from ..store.records import Claim
+from ..vm import address
+from ..vm.locate import Located, match_if_readable
+
+_LONGEST = 512 * 1024
+# What cloud-init recognises user data by, in small letters, after white space. Anything else it ignores, with a warning in a log that nobody reads.
+_KINDS = ("#cloud-config", "#!", "#include", "#cloud-boothook", "#part-handler", "#upstart-job", "## template:")
+# It looks for a MIME message's header in so many bytes, in any case.
+_MIME, _MIME_WITHIN = "mime-version:", 4096
+_RESULT = "/run/cloud-init/result.json"
+# The guest writes the result: what is longer is not read.
+_LONGEST_RESULT = 1024 * 1024
+_LONGEST_ERROR = 10_000
+_MOST_ERRORS = 20
+_ERROR_NAMES = re.compile(r"\(\s*['\"]([\w.-]{1,60})['\"]\s*,\s*(\w{1,60})")
+_ELSEWHERE = (
+    "Proxmox VE takes no uploads of snippets, so user data needs a run on the node that will hold the VM, or snippets_storage on a storage "
+    "that this host and that node share"
+)
+
+
+class CloudInitFailed(AgentlabError):
+    """The guest reports that cloud-init ended with errors."""
+
+    code = "cloud_init_failed"
+
+
+def check_data(data: str) -> None:
+    """Refuse what cloud-init would not understand. No message ever holds a part of the data."""
+    if not patterns.encodable(data):
+        raise InvalidInput(
+            "cloud_init_user_data: holds characters that UTF-8 cannot hold (half of a surrogate pair)",
+            option="cloud_init_user_data",
+        )
+    if len(data.encode()) > _LONGEST:
+        raise InvalidInput(f"cloud_init_user_data: longer than {_LONGEST // 1024} KiB", option="cloud_init_user_data")
+    if data.startswith("\ufeff"):
+        raise InvalidInput(
+            "cloud_init_user_data: begins with a byte order mark (BOM), and cloud-init would not know what it is; save it as UTF-8 "
+            "without BOM",
+            option="cloud_init_user_data",
+        )
+    head = data.lstrip()[:200].lower()
+    if not head.startswith(_KINDS) and _MIME not in data[:_MIME_WITHIN].lower():
+        raise InvalidInput(
+            "cloud_init_user_data: the first line does not say what it is. Valid: #cloud-config, #! (a script), or another header of "
+            "cloud-init's",
+            option="cloud_init_user_data",
+        )
+    # An archive and a JSON patch are lists.
+    if head.startswith("#cloud-config") and not head.startswith(("#cloud-config-archive", "#cloud-config-jsonp")):
+        try:
+            import yaml  # noqa: F401 - safe_yaml needs it
+        except ImportError:
+            return
+        try:
+            kind = safe_yaml.recognise(data)
+        except safe_yaml.Refused as error:
+            raise InvalidInput(
+                f"cloud_init_user_data: {error.reason.replace('is not valid', 'not valid')}{error.place}",
+                option="cloud_init_user_data",
+            ) from None
+        if kind not in (None, "mapping"):
+            raise InvalidInput(
+                "cloud_init_user_data: #cloud-config must be followed by a mapping", option="cloud_init_user_data"
+            )
+
+
+# ---- the snippet ----
+
+
+def name_of(sandbox: Sandbox) -> str:
+    return f"agentlab-{sandbox.uuid}.yaml"
+
+
+def check_storage(ctx: Context, node: str) -> dict[str, Any]:
+    """Return the node's entry of the storage for snippets; InvalidInput when it is missing, idle or holds none."""
+    storage = ctx.config.snippets_storage
+    row = next((row for row in ctx.client.get_list(f"nodes/{node}/storage") if row.get("storage") == storage), None)
+    if row is None:
+        raise InvalidInput(
+            f"snippets_storage: {storage!r} is not a storage of node {node} that these credentials may see (Datastore.Audit)",
+            option="snippets_storage",
+            value=storage,
+        )
+    content = str(row.get("content") or "")
+    if "snippets" not in content.split(","):
+        raise InvalidInput(
+            f"snippets_storage: storage {storage!r} holds no snippets; allow them (pvesm set {storage} --content {content},snippets) or "
+            "choose another storage",
+            option="snippets_storage",
+            value=storage,
+        )
+    if str(row.get("active", 1)) != "1":
+        raise InvalidInput(
+            f"snippets_storage: storage {storage!r} is not active on node {node}",
+            option="snippets_storage",
+            value=storage,
+        )
+    return row
+
+
+def check_place(ctx: Context, node: str) -> None:
+    """Before anything is made: whether a snippet written here is one that ``node`` will find. InvalidInput says what is missing."""
+    storage, folder = ctx.config.snippets_storage, ctx.config.snippets_dir
+    row = check_storage(ctx, node)
+    here = _here()
+    if here != node and here in ctx.cluster.nodes() and not _shared(row):
+        raise InvalidInput(
+            f"cloud_init_user_data: the VM will be on node {node}, but this runs on {here} and storage {storage!r} is local. {_ELSEWHERE}",
+            option="cloud_init_user_data",
+        )
+    try:
+        mode = os.stat(folder).st_mode
+    except OSError as error:
+        raise InvalidInput(
+            f"snippets_dir: {folder}: {error.strerror} on this host ({here}). {_ELSEWHERE}",
+            option="snippets_dir",
+            value=folder,
+        ) from None
+    if not stat.S_ISDIR(mode):
+        raise InvalidInput(f"snippets_dir: {folder} is not a folder", option="snippets_dir", value=folder)
+    if mode & 0o002 and not mode & stat.S_ISVTX:
+        raise InvalidInput(
+            f"snippets_dir: {folder} can be written by everybody on this host; user data is not put there (chmod o-w)",
+            option="snippets_dir",
+            value=folder,
+        )
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise InvalidInput(
+            f"snippets_dir: {folder} cannot be written by the user this runs as; run as root, or give that user's group the folder",
+            option="snippets_dir",
+            value=folder,
+        )
+
+
+def provide(ctx: Context, claim: Claim, sandbox: Sandbox, data: str | None) -> Sandbox:
+    """Write the snippet (its path first into the record), and make sure that the VM's node will find it."""
+    if data is None:
+        if sandbox.snippet is not None and not os.path.exists(sandbox.snippet):
+            raise InvalidInput(
+                f"cloud_init_user_data: the creation of sandbox {sandbox.vmid} was begun with user data, which is gone; give it again",
+                option="cloud_init_user_data",
+            )
+        return sandbox
+    path = os.path.join(ctx.config.snippets_dir, name_of(sandbox))
+    if sandbox.snippet != path:
+        if sandbox.snippet is not None:
+            remove(ctx, sandbox)
+        sandbox = ctx.records.change(
+            claim, sandbox, "create", snippet=path, outcome="decided", reason="snippet", evidence={"snippet": path}
+        )
+    try:
+        _write(path, data)
+    except OSError as error:
+        raise InvalidInput(
+            f"snippets_dir: {path}: {error.strerror}; nothing of it is left", option="snippets_dir"
+        ) from None
+    _require_seen(ctx, sandbox, path)
+    return sandbox
+
+
+def volume_of(ctx: Context, sandbox: Sandbox) -> str:
+    return f"{ctx.config.snippets_storage}:snippets/{name_of(sandbox)}"
+
+
+def remove(ctx: Context, sandbox: Sandbox) -> None:
+    """Remove the sandbox's snippet, finished or half written. Kept when it is there and cannot be removed: it may hold secrets."""
+    if sandbox.snippet is None or os.path.basename(sandbox.snippet) != name_of(sandbox):
+        return
+    for path in (sandbox.snippet, _temporary(sandbox.snippet)):
+        try:
+            os.unlink(path)
+        except FileNotFoundError:
+            if not os.path.isdir(os.path.dirname(path)):
+                raise Kept(
+                    "snippet",
+                    f"sandbox {sandbox.vmid}: the folder of its cloud-init snippet {path} is not there (a storage that is not mounted?), so "
+                    "it may still exist; mount it, or make the folder if it is gone for good, then run again",
+                    vmid=sandbox.vmid,
+                ) from None
+        except OSError as error:
+            raise Kept(
+                "snippet",
+                f"sandbox {sandbox.vmid}: its cloud-init snippet {path} cannot be removed: {error.strerror}; remove it, or run as a user "
+                "who may, then run again",
+                vmid=sandbox.vmid,
+            ) from None
+
+
+def _temporary(path: str) -> str:
+    return os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.new")
+
+
+def _write(path: str, data: str) -> None:
+    new = _temporary(path)
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(new)
+    # Proxmox reads it as root; nobody else has to, and the mode is right from the first moment on.
+    fd = os.open(new, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        with os.fdopen(fd, "w", encoding="utf-8") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(new, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(new)
+        raise
+
+
+def _require_seen(ctx: Context, sandbox: Sandbox, path: str) -> None:
+    """The node's own list of snippets decides; a token without Datastore.Allocate is shown none, then the name of this host has to do."""
+    storage, node = ctx.config.snippets_storage, str(sandbox.node)
+    wanted = volume_of(ctx, sandbox)
+    if any(
+        row.get("volid") == wanted
+        for row in ctx.client.get_list(f"nodes/{node}/storage/{storage}/content", content="snippets")
+    ):
+        return
+    here = _here()
+    shared = any(_shared(row) for row in ctx.client.get_list(f"nodes/{node}/storage") if row.get("storage") == storage)
+    if here == node or (shared and here in ctx.cluster.nodes()):
+        # The configuration write fails if the node does not find it after all, and the creation is cleaned up.
+        return
+    raise InvalidInput(
+        f"cloud_init_user_data: node {node} does not see {path} of this host ({here}) as {wanted}. {_ELSEWHERE}. (A token sees snippets "
+        f"only with Datastore.Allocate on /storage/{storage}.)",
+        option="cloud_init_user_data",
+    )
+
+
+def _shared(row: dict[str, Any]) -> bool:
+    return str(row.get("shared", 0)) == "1"
+
+
+def _here() -> str:
+    """This host's name as Proxmox would call it as a node."""
+    return socket.gethostname().partition(".")[0]
+
+
+# ---- waiting for its end ----
+
+
+def wait(ctx: Context, sandbox: Sandbox) -> None:
+    """Until the guest agent shows cloud-init's result; CloudInitFailed with the names of what failed.
+
+    Read is the file that cloud-init writes at its end, so nothing is executed in the guest.
+    """
+    deadline = ctx.clock.monotonic() + ctx.wait_timeout
+    pause = 0.2
+    while True:
+        # Nothing is read in the guest of whoever may have got the VMID since.
+        found = match_if_readable(ctx, sandbox)
+        errors = _result(ctx, sandbox, found) if found else None
+        # And it is believed only if that was nobody else's.
+        if errors is not None and match_if_readable(ctx, sandbox):
+            if errors:
+                raise CloudInitFailed(
+                    f"cloud-init ended with errors in sandbox {sandbox.vmid}: {'; '.join(errors)}; see /var/log/cloud-init.log in the VM, "
+                    "which is left as it is",
+                    vmid=sandbox.vmid,
+                )
+            return
+        if ctx.clock.monotonic() > deadline:
+            raise TaskTimeout(
+                f"sandbox {sandbox.vmid} runs, but its guest agent did not report the end of cloud-init within {ctx.wait_timeout} s "
+                "(wait_timeout); are cloud-init and qemu-guest-agent in the template, and agent=1 set? Run again to go on waiting",
+                vmid=sandbox.vmid,
+            )
+        ctx.clock.sleep(pause)
+        pause = min(pause * 1.5, 3.0)
+
+
+def _result(ctx: Context, sandbox: Sandbox, found: Located) -> list[str] | None:
+    """Return what failed, by names ([]: nothing), or None while cloud-init is at work or the guest agent is not up.
+
+    Raises AgentUnusable when the guest agent will never answer.
+    """
+    try:
+        answer = ctx.client.get_dict(f"{found.path}/agent/file-read", file=_RESULT)
+    except ApiError as error:
+        # 500: no agent yet, or no such file yet.
+        if error.status != 500:
+            raise
+        address.refuse_hopeless(sandbox, found, error, "wait_for_cloud_init")
+        return None
+    except ProxmoxError:
+        return None
+    content = answer.get("content")
+    if not isinstance(content, str) or len(content) > _LONGEST_RESULT:
+        return None
+    try:
+        errors = json.loads(content)["v1"]["errors"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        # Half written, or not cloud-init's: the guest may write into that file what it likes.
+        return None
+    if not isinstance(errors, list):
+        return None
+    # The texts may quote user data: only the names of what failed are told.
+    texts = [text[:_LONGEST_ERROR] for text in errors[:_MOST_ERRORS] if isinstance(text, str)]
+    names = [": ".join(part) for text in texts for part in _ERROR_NAMES.findall(text)][:_MOST_ERRORS]
+    return names or ["an error without a name"] if errors else []

@@ -1,0 +1,203 @@
+# Copyright: the agentlab.proxmox contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Cleanup: what the rules say, through the one destroy pipeline. A guard stops a run that would destroy too much, and freezes all later ones."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from .. import clock as clock_module
+from .. import rules, states, timeguard
+from ..context import Context, failure
+from ..durations import show
+from ..errors import AgentlabError, Busy, Frozen, GuardTripped, Kept
+from ..model import Outcome, Sandbox
+from ..store import history
+from . import prune, reconcile
+
+# Fewer than so many are never too large a share.
+GUARD_FROM = 5
+# So many records go in one transaction: others get their turn between two of them.
+_FORGET_AT_ONCE = 500
+
+
+@dataclass(slots=True)
+class Report:
+    """What a run did (or would do): the same shape in both. ``guard`` says why it would have been stopped, in a run that only looks."""
+
+    pruned: list[Outcome] = field(default_factory=list)
+    marked: list[Outcome] = field(default_factory=list)
+    kept: list[Outcome] = field(default_factory=list)
+    failed: list[Outcome] = field(default_factory=list)
+    candidates: int = 0
+    forgotten: int = 0
+    guard: str | None = None
+    dry_run: bool = False
+
+    def public(self) -> dict[str, Any]:
+        return {
+            "count": len(self.pruned),
+            "dry_run": self.dry_run,
+            "candidates": self.candidates,
+            "forgotten": self.forgotten,
+            "guard": self.guard,
+            **{name: [one.public() for one in getattr(self, name)] for name in ("pruned", "marked", "kept", "failed")},
+        }
+
+
+# ---- freezing ----
+
+
+def freeze(ctx: Context, reason: str) -> dict[str, Any]:
+    """Let no rule act until somebody releases it, also after a restart. Frozen already: the first reason stays."""
+    known = timeguard.frozen(ctx)
+    if known:
+        return known
+    made = {"reason": reason, "at": clock_module.iso(ctx.clock.now()), "actor": ctx.actor, "leases": False}
+    ctx.records.set_meta(timeguard.FROZEN, json.dumps(made))
+    return made
+
+
+def release(ctx: Context) -> dict[str, Any] | None:
+    """Let the rules act again; what had frozen them, or None."""
+    known = timeguard.frozen(ctx)
+    if known:
+        ctx.records.set_meta(timeguard.FROZEN, None)
+    return known
+
+
+# ---- a run ----
+
+
+def run(ctx: Context, policy: rules.Policy) -> Report:
+    """One run of the rules. In a dry run (and in shadow mode, which is one) everything is read and nothing is written.
+
+    Raises Frozen when it is frozen, GuardTripped when it has just frozen itself.
+    """
+    looking = ctx.dry_run
+    stopped = timeguard.frozen(ctx)
+    if stopped and not looking:
+        raise Frozen(
+            f"cleanup is frozen since {stopped['at']} ({stopped['reason']}); look at what it would do (dry run), then release it",
+            **stopped,
+        )
+    report = Report(dry_run=looking)
+    rest = timeguard.rests(ctx)
+    live = ctx.records.find_all()
+    chosen = _choose(ctx, policy, live, rest, report)
+    doomed = [one for rule, one in chosen if rule.action == rules.DESTROY]
+    report.candidates = len(doomed)
+    too_many = _guard(policy, len(doomed), len(live))
+    if looking or too_many:
+        planned = prune.Report()
+        prune.plan(ctx, doomed, planned)
+        too_many = _guard(policy, planned.count, len(live))
+        if looking:
+            _add(report, planned)
+            report.guard = too_many
+            report.marked = [
+                Outcome.of("would_fail", one, state=states.FAILED, reason=rule.name, changed=True)
+                for rule, one in chosen
+                if rule.action == rules.FAIL
+            ]
+            if policy.keep_destroyed is not None and not rest:
+                report.forgotten = history.forgettable(ctx.records, policy.keep_destroyed)
+            return report
+        # Nothing but what the guard has counted: the others may have come free meanwhile.
+        counted = {one.uuid for one in planned.pruned}
+        chosen = [(rule, one) for rule, one in chosen if rule.action != rules.DESTROY or one.uuid in counted]
+        planned.pruned = []
+        _add(report, planned)
+    if too_many:
+        freeze(ctx, too_many)
+        raise GuardTripped(
+            f"{too_many}; nothing was destroyed, and cleanup is frozen until it is released", count=report.candidates
+        )
+    for rule in policy.rules:
+        mine = [one for other, one in chosen if other is rule]
+        if mine:
+            _apply(ctx, rule, mine, report)
+    if policy.keep_destroyed is not None and not rest:
+        report.forgotten = _forget(ctx, policy.keep_destroyed)
+    return report
+
+
+def _choose(
+    ctx: Context, policy: rules.Policy, live: list[Sandbox], rest: tuple[str, str] | None, report: Report
+) -> list[tuple[rules.Rule, Sandbox]]:
+    """From the records alone: which rule acts on which sandbox now; the others of a matching rule are kept, with the reason."""
+    now = ctx.clock.now()
+    chosen = []
+    for one in live:
+        rule = policy.rule_for(one)
+        if rule is None:
+            continue
+        if rule.action == rules.KEEP:
+            report.kept.append(Outcome.of("kept", one, reason="rule", message=f"rule {rule.name!r} keeps it"))
+            continue
+        why = prune.too_soon(one, rule.after, now) if rule.action == rules.FAIL else prune.spared(one, rule.after, now)
+        if why is None and rest:
+            why = rest
+        if why:
+            report.kept.append(Outcome.of("kept", one, reason=why[0], message=f"rule {rule.name!r}: {why[1]}"))
+        else:
+            chosen.append((rule, one))
+    return chosen
+
+
+def _guard(policy: rules.Policy, count: int, live: int) -> str | None:
+    if count > policy.guard_count:
+        return f"{count} sandboxes would be destroyed at once, more than guard count={policy.guard_count}"
+    if count >= GUARD_FROM and count * 100 > policy.guard_percent * live:
+        return f"{count} of {live} sandboxes would be destroyed at once, more than guard percent={policy.guard_percent}"
+    return None
+
+
+def _apply(ctx: Context, rule: rules.Rule, found: list[Sandbox], report: Report) -> None:
+    # The events say which rule it was.
+    acting = ctx.derive(actor=f"{ctx.actor} (cleanup rule {rule.name})")
+    if rule.action == rules.DESTROY:
+        done = prune.Report()
+        prune.execute(acting, found, done, operation="cleanup", allowed=lambda one: _refuse_frozen(acting, one))
+        _add(report, done)
+        return
+    for outcome in acting.each(lambda one: _fail(acting, rule, one), found):
+        {"failed": report.failed, "kept": report.kept}.get(outcome.outcome, report.marked).append(outcome)
+
+
+def _refuse_frozen(ctx: Context, one: Sandbox) -> None:
+    """Kept when somebody who saw the run at work has frozen it."""
+    if timeguard.frozen(ctx):
+        raise Kept("changed", f"sandbox {one.vmid}: cleanup was frozen while it ran; release it")
+
+
+def _fail(ctx: Context, rule: rules.Rule, planned: Sandbox) -> Outcome:
+    """Give up a creation that nobody works on any more; its VM, if there is one, is bound to the record and left for a later rule."""
+    try:
+        _refuse_frozen(ctx, planned)
+        done = reconcile.give_up_creation(ctx, planned, {"rule": rule.name, "after": show(rule.after)})
+        return Outcome.of("failed_reported", done, previous_state=planned.state, reason=rule.name, changed=True)
+    except (Kept, Busy) as error:
+        return Outcome.of(
+            "kept", planned, reason=error.reason if isinstance(error, Kept) else "busy", message=error.message
+        )
+    except AgentlabError as error:
+        return failure(planned, error)
+
+
+def _add(report: Report, more: prune.Report) -> None:
+    report.pruned += more.pruned
+    report.kept += more.kept
+    report.failed += more.failed
+
+
+def _forget(ctx: Context, older_than: int) -> int:
+    gone = 0
+    while True:
+        count = history.forget(ctx.records, older_than, _FORGET_AT_ONCE)
+        gone += count
+        if count < _FORGET_AT_ONCE:
+            return gone

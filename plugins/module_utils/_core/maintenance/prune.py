@@ -1,0 +1,198 @@
+# Copyright: the agentlab.proxmox contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Prune: destroy what is over, say for each thing kept why. One planner serves the real run, check mode and dry run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from .. import reasons, states, timeguard
+from ..context import Context
+from ..durations import show
+from ..errors import AgentlabError, Busy, GuardTripped, InvalidInput, Kept
+from ..model import Outcome, Sandbox
+from ..sandboxes import destroy
+
+
+@dataclass(slots=True)
+class Report:
+    """What a prune did (or would do): the same shape in both."""
+
+    pruned: list[Outcome] = field(default_factory=list)
+    kept: list[Outcome] = field(default_factory=list)
+    failed: list[Outcome] = field(default_factory=list)
+
+    @property
+    def count(self) -> int:
+        return len(self.pruned)
+
+
+@dataclass(slots=True)
+class Wanted:
+    """Which records: their states, a minimum age in seconds, tags (any of them)."""
+
+    states: Sequence[str] = (states.TIMEOUT,)
+    older_than: int | None = None
+    tags: Sequence[str] = ()
+    max_count: int | None = None
+
+    def check(self) -> None:
+        for state in self.states:
+            if state not in states.PRUNABLE:
+                raise InvalidInput(
+                    f"states: {state!r} cannot be pruned. Valid: {', '.join(states.PRUNABLE)}",
+                    option="states",
+                    value=state,
+                )
+        if self.max_count is not None and self.max_count < 0:
+            raise InvalidInput(
+                f"max_count: {self.max_count} is negative. Valid: 0 or more", option="max_count", value=self.max_count
+            )
+
+
+def select(ctx: Context, wanted: Wanted) -> tuple[list[Sandbox], list[Outcome]]:
+    """From the records alone: the candidates, and what is kept already, with the reason."""
+    wanted.check()
+    now = ctx.clock.now()
+    candidates: list[Sandbox] = []
+    kept: list[Outcome] = []
+    rest = timeguard.rests(ctx)
+    for sandbox in ctx.records.find_all(list(dict.fromkeys(wanted.states))):
+        if wanted.tags and not set(wanted.tags) & set(sandbox.tags):
+            continue
+        why = spared(sandbox, wanted.older_than, now)
+        if why is None and rest:
+            why = rest
+        if why:
+            kept.append(Outcome.of("kept", sandbox, reason=why[0], message=why[1]))
+        else:
+            candidates.append(sandbox)
+    return candidates, kept
+
+
+def spared(sandbox: Sandbox, older_than: int | None, now: int) -> tuple[str, str] | None:
+    """Why the record alone keeps it (word and sentence), or None."""
+    if sandbox.protected:
+        return "protected", f"sandbox {sandbox.vmid} is protected"
+    return None if older_than is None else too_soon(sandbox, older_than, now)
+
+
+def too_soon(sandbox: Sandbox, older_than: int, now: int) -> tuple[str, str] | None:
+    """Age counts from the moment the state was entered, and must be strictly greater; no time means not old enough."""
+    if sandbox.state_changed_at is None:
+        return "too_young", f"sandbox {sandbox.vmid} has no time at which it entered {sandbox.state}"
+    age = now - sandbox.state_changed_at
+    return (
+        None
+        if age > older_than
+        else ("too_young", f"in {sandbox.state} for {show(age)}, not longer than {show(older_than)}")
+    )
+
+
+def run(ctx: Context, wanted: Wanted) -> Report:
+    """Prune. ``max_count`` is a guard: with more candidates nothing is pruned and GuardTripped says so."""
+    candidates, kept = select(ctx, wanted)
+    report = Report(kept=kept)
+    if not candidates:
+        return report
+    if ctx.dry_run or (wanted.max_count is not None and len(candidates) > wanted.max_count):
+        plan(ctx, candidates, report)
+        if wanted.max_count is not None and report.count > wanted.max_count:
+            count = report.count
+            raise GuardTripped(
+                f"max_count: {count} sandbox(es) would be pruned, more than max_count={wanted.max_count}; nothing was pruned. "
+                "Look at them (a dry run, check mode), then raise max_count",
+                would_prune=[one.public() for one in report.pruned],
+                count=count,
+                max_count=wanted.max_count,
+            )
+        if ctx.dry_run:
+            return report
+        chosen = {one.uuid for one in report.pruned}
+        report.pruned = []
+        report.failed = []
+        candidates = [one for one in candidates if one.uuid in chosen]
+    execute(ctx, candidates, report)
+    return report
+
+
+def execute(
+    ctx: Context,
+    candidates: list[Sandbox],
+    report: Report,
+    operation: str = "prune",
+    allowed: Callable[[Sandbox], None] | None = None,
+) -> None:
+    """Destroy these, each only if it is still what it was when it was chosen. ``allowed`` raises Kept where nothing may be begun any more."""
+
+    def still(planned: Sandbox) -> destroy.Request:
+        def recheck(current: Sandbox) -> None:
+            if allowed:
+                allowed(current)
+            if current.state != planned.state or current.state_changed_at != planned.state_changed_at:
+                raise Kept(
+                    "changed",
+                    f"sandbox {current.vmid} was {planned.state} when the {operation} was planned and is {current.state} now",
+                )
+
+        return destroy.Request(operation=operation, force=True, claim_wait=0, recheck=recheck)
+
+    for outcome in destroy.run(ctx, [(one, still(one)) for one in candidates]):
+        _sort(report, outcome)
+
+
+def _sort(report: Report, outcome: Outcome) -> None:
+    if outcome.state == states.DESTROYED and not outcome.failed:
+        (report.pruned if outcome.changed else report.kept).append(outcome)
+        if not outcome.changed:
+            outcome.outcome, outcome.reason = "kept", "changed"
+    elif outcome.reason in reasons.KEPT:
+        outcome.outcome, outcome.failed = "kept", False
+        report.kept.append(outcome)
+    else:
+        report.failed.append(outcome)
+
+
+def plan(ctx: Context, candidates: list[Sandbox], report: Report) -> None:
+    """The pipeline's own reads, without its writes."""
+    if not candidates:
+        return
+    absent: list[Sandbox] = []
+    listed = ctx.cluster.survey([sandbox.vmid for sandbox in candidates])
+
+    def one(sandbox: Sandbox) -> Outcome | None:
+        if sandbox.vmid not in listed and sandbox.smbios_uuid is not None:
+            absent.append(sandbox)
+            return None
+        try:
+            _action, reason, message = destroy.plan(ctx, sandbox)
+            return Outcome.of(
+                "would_prune", sandbox, state=states.DESTROYED, reason=reason, message=message, changed=True
+            )
+        except Kept as error:
+            return Outcome.of("kept", sandbox, reason=error.reason, message=error.message, failed=True)
+        except Busy as error:
+            return Outcome.of("kept", sandbox, reason="busy", message=error.message, failed=True)
+        except AgentlabError as error:
+            return Outcome.of("failed", sandbox, reason=error.code, message=error.message, failed=True)
+
+    planned = ctx.each(one, candidates)
+    proofs = ctx.cluster.prove_absent([sandbox.vmid for sandbox in absent], anew=False) if absent else {}
+    for sandbox, outcome in zip(candidates, planned, strict=True):
+        if outcome is None:
+            proof = proofs[sandbox.vmid]
+            outcome = (
+                Outcome.of(
+                    "would_prune", sandbox, state=states.DESTROYED, reason="vm_absent", message=proof.why, changed=True
+                )
+                if proof.absent
+                else Outcome.of(
+                    "kept", sandbox, reason="unknown", message=f"sandbox {sandbox.vmid}: {proof.why}", failed=True
+                )
+            )
+        if outcome.outcome == "would_prune":
+            report.pruned.append(outcome)
+        else:
+            _sort(report, outcome)

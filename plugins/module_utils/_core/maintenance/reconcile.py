@@ -1,0 +1,610 @@
+# Copyright: the agentlab.proxmox contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Reconcile: compare the records with Proxmox in one pass, report the drift and (with apply) repair it.
+
+Reports first what it would do and why; ``apply`` carries exactly that out. An unreachable node changes nothing, a VM without a record is
+reported and never adopted, and when a large share of the records turns absent at once nothing is written at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from .. import states, timeguard
+from ..context import Context
+from ..errors import AgentlabError, DamagedRecord, GuardTripped, Kept, ProxmoxError, RecordChanged, StateConflict
+from ..guest import cloud_init
+from ..model import Sandbox
+from ..proxmox import identity
+from ..sandboxes import destroy, lease, leftovers, removal
+from ..store import overview
+from ..store.records import POINT_OF_NO_RETURN, Operation
+from ..vm import address, binding, power
+from ..vm.locate import Located, is_hibernated, locate, power_state
+from ..workspaces import workspace
+
+# Absences of fewer records than this are never "a large share".
+_GUARD_FROM = 5
+_STOPS = ("qmstop", "qmshutdown", "qmsuspend", "hastop", "stopall", "qmreboot")
+_STARTS = ("qmstart", "qmresume", "hastart", "startall")
+
+
+@dataclass(slots=True)
+class Drift:
+    """One difference: what it is, what is done about it, and what shows it."""
+
+    kind: str
+    action: str
+    evidence: dict[str, Any]
+    sandbox: Sandbox | None = None
+    vmid: int | None = None
+    applied: bool = False
+    error: str | None = None
+    repair: Callable[[], None] | None = field(default=None, repr=False)
+
+    @property
+    def would_change(self) -> bool:
+        return self.repair is not None or self.kind in ("interrupted", "lease_expired", "still_running", "workspace")
+
+    def public(self) -> dict[str, Any]:
+        one = self.sandbox
+        return {
+            "kind": self.kind,
+            "action": self.action,
+            "vmid": one.vmid if one else self.vmid,
+            "uuid": one.uuid if one else None,
+            "state": one.state if one else None,
+            "evidence": self.evidence,
+            "applied": self.applied,
+            "error": self.error,
+        }
+
+
+def run(ctx: Context, *, apply: bool, adopt_cluster: bool = False) -> list[Drift]:
+    """One pass over all live records. GuardTripped when too many are absent at once (with apply: nothing was written)."""
+    writing = apply and not ctx.dry_run
+    if adopt_cluster:
+        ctx.cluster.adopt()
+    live = ctx.records.find_all()
+    before, count = {one.uuid: one.generation for one in live}, len(live)
+    looks = address.Looks(ctx, live)
+    drifts, unrecorded = _survey(ctx, live, looks)
+    del live
+    absent = [drift for drift in drifts.values() if drift.kind in ("absent", "vmid_reused")]
+    if apply and len(absent) >= _GUARD_FROM and len(absent) * 100 > ctx.config.absent_guard * count:
+        # Judged before anything is written: a pass that is not to be trusted finishes and expires nothing either.
+        raise GuardTripped(
+            f"{len(absent)} of {count} sandboxes are absent at once (absent_guard is {ctx.config.absent_guard} %); nothing was written. "
+            "Check that api_host leads to the right cluster, then prune or destroy what is really gone",
+            drift=[drift.public() for drift in [*drifts.values(), *unrecorded]],
+            count=len(drifts) + len(unrecorded),
+        )
+    found: list[Drift] = []
+    if writing:
+        found += _finish_interrupted(ctx)
+    else:
+        for left in ctx.records.interrupted():
+            sandbox = ctx.records.get(left.sandbox_uuid)
+            if not _stays_interrupted(ctx, sandbox, left):
+                evidence = {"operation": left.kind, "phase": left.phase, "actor": left.actor}
+                found.append(Drift("interrupted", "finish it", evidence, sandbox))
+    found += _leases(ctx, writing)
+    if writing:
+        # What those two changed is compared anew; the rest stands as it was judged.
+        now = overview.generations(ctx.records)
+        changed = {uuid for uuid, generation in now.items() if before.get(uuid) != generation}
+        if found:
+            # That may have taken long: whoever was seen to be gone or stopped before it is looked at once more.
+            changed |= {uuid for uuid, drift in drifts.items() if drift.repair and uuid in now}
+        again: dict[str, Drift] = {}
+        if changed:
+            ctx.cluster.vms(fresh=True)
+            records = [sandbox for sandbox in ctx.records.find_all() if sandbox.uuid in changed]
+            again, _more = _survey(ctx, records, looks, unrecorded=False)
+        drifts = {uuid: drift for uuid, drift in drifts.items() if uuid in now and uuid not in changed} | again
+        for drift in drifts.values():
+            _apply(drift)
+        looks.remember()
+    found += _workspaces(ctx, writing)
+    return found + list(drifts.values()) + unrecorded
+
+
+def _workspaces(ctx: Context, writing: bool) -> list[Drift]:
+    """What killed runs began on workspaces is finished or undone, and what a sandbox that is gone had is free."""
+    drifts = []
+    for one in workspace.unfinished(ctx):
+        drift = Drift("workspace", "finish or undo it", {"workspace": one.name, "state": one.state}, vmid=one.vmid)
+        if writing:
+            try:
+                done = workspace.finish(ctx, one)
+                drift.action, drift.applied = done.state, done.generation != one.generation
+            except AgentlabError as error:
+                drift.error = error.message
+        drifts.append(drift)
+    return drifts
+
+
+def _survey(
+    ctx: Context, records: list[Sandbox], looks: address.Looks, *, unrecorded: bool = True
+) -> tuple[dict[str, Drift], list[Drift]]:
+    """Compare these records with Proxmox: drift by sandbox, and the VMs with our marker that no record has. Reads only."""
+    if not records and not unrecorded:
+        return {}, []
+    rows = ctx.cluster.survey([one.vmid for one in records])
+    missing = [one for one in records if one.vmid not in rows and one.smbios_uuid is not None]
+    proofs = ctx.cluster.prove_absent([one.vmid for one in missing], anew=False) if missing else {}
+    found = ctx.each(lambda one: _compare(ctx, one, rows, proofs, looks), records)
+    drifts = {one.uuid: drift for one, drift in zip(records, found, strict=True) if drift is not None}
+    return drifts, _unrecorded(ctx, rows, records) if unrecorded else []
+
+
+def _apply(drift: Drift) -> None:
+    if drift.repair is None:
+        return
+    try:
+        drift.repair()
+        drift.applied = True
+    except AgentlabError as error:
+        drift.error = error.message
+
+
+def _leases(ctx: Context, apply: bool) -> list[Drift]:
+    """Leases that are over: the daemon does this by itself; without one this is where a play does it."""
+    if not apply:
+        rest = timeguard.suspended(ctx)
+        if rest:
+            return []
+        now = ctx.clock.now()
+        over = overview.over(ctx.records, now)
+        found = [
+            Drift(
+                "lease_expired",
+                "renew (keepalive)" if lease.is_kept_alive(ctx, one, now) else "expire",
+                {"lease_expires_at": one.public()["lease_expires_at"]},
+                one,
+            )
+            for one in over
+        ]
+        return found + [Drift("still_running", "stop", {}, one) for one in lease.leftovers(ctx)]
+    passed = lease.expire(ctx)
+    found = [
+        Drift(
+            "lease_expired",
+            "expired",
+            _with_note({"previous_state": one.previous_state}, one.message),
+            one.sandbox,
+            applied=True,
+            error=_failure_of(one.message),
+        )
+        for one in passed.expired
+    ]
+    found += [
+        Drift("lease_expired", "renewed (keepalive)", {}, one.sandbox, applied=not one.failed, error=one.message)
+        for one in passed.renewed
+    ]
+    if timeguard.hold(ctx):
+        # By the older copy they are over; their VMs may have been started and renewed since.
+        return found
+    known = {one.uuid for one in passed.expired if one.uuid}
+    found += [
+        Drift(
+            "still_running",
+            "stop",
+            _with_note({}, problem),
+            one,
+            applied=_failure_of(problem) is None,
+            error=_failure_of(problem),
+        )
+        for one, problem in lease.stop_leftovers(ctx, known)
+    ]
+    return found
+
+
+def _failure_of(problem: str | None) -> str | None:
+    """Why a VM could not be stopped; None where there was none of ours to stop, which the same pass settles."""
+    return None if problem in (lease.NO_VM, lease.ANOTHER_VM) else problem
+
+
+def _with_note(evidence: dict[str, Any], problem: str | None) -> dict[str, Any]:
+    return {**evidence, "note": problem} if problem is not None and _failure_of(problem) is None else evidence
+
+
+def _finish_interrupted(ctx: Context) -> list[Drift]:
+    """Finish what killed runs left: a destroy goes on, a creation becomes FAILED (its VM bound if it is ours), the rest is compared anew."""
+    found = []
+    overview.drop_dead_claims(ctx.records)
+    for left in ctx.records.interrupted():
+        sandbox = ctx.records.get(left.sandbox_uuid)
+        drift = Drift("interrupted", "", {"operation": left.kind, "phase": left.phase, "actor": left.actor}, sandbox)
+        try:
+            if left.kind == "destroy" and sandbox.live:
+                drift.action = "destroy finished"
+                force = bool(left.detail.get("force"))
+                # Before the delete was decided the request is judged anew, by the rules as they are now.
+                try:
+                    todo = left.phase in POINT_OF_NO_RETURN
+                    if not todo:
+                        _refuse_chosen(ctx, left)
+                        todo = destroy.check(ctx, sandbox, force)
+                except (Kept, StateConflict) as refused:
+                    drift.action = f"destroy given up: {refused.message}"
+                    with ctx.claimed(sandbox, "reconcile", wait=0) as (claim, current):
+                        ctx.records.change(
+                            claim,
+                            current,
+                            "destroy",
+                            outcome="interrupted",
+                            reason=left.phase,
+                            finish=current.smbios_uuid is not None,
+                        )
+                    drift.applied = True
+                    todo = False
+                if todo:
+                    operation = str(left.detail.get("operation") or "destroy")
+                    request = destroy.Request(
+                        operation=operation, force=force, claim_wait=0, clean_up=operation == "clean-up"
+                    )
+                    outcome = destroy.run(ctx, [(sandbox, request)])[0]
+                    drift.sandbox = outcome.sandbox or sandbox
+                    drift.applied, drift.error = not outcome.failed, outcome.message if outcome.failed else None
+            elif _stays_interrupted(ctx, sandbox, left):
+                continue
+            elif left.kind == "create" and sandbox.state in states.CREATING:
+                drift.action = "creation given up: FAILED"
+                give_up_creation(ctx, sandbox)
+                drift.applied = True
+            else:
+                drift.action = "journal closed"
+                with ctx.claimed(sandbox, "reconcile", wait=0) as (claim, current):
+                    if left.kind == "create" and current.state == states.READY:
+                        # Started; only the last step of the creation was missing.
+                        drift.action = "creation finished"
+                        current = ctx.records.change(claim, current, "create", to=states.RUNNING, reason="ready")
+                    if (
+                        left.kind == "start"
+                        and current.state in (states.STOPPED, states.SUSPENDED)
+                        and current.smbios_uuid is not None
+                    ):
+                        # Its answer was lost. A VM that runs is not left under a record that no lease ends.
+                        found_there = locate(ctx, current)
+                        # What was said of its power counts if that was our VM, before and after.
+                        if found_there.match and power.runs(ctx, found_there) and locate(ctx, current).match:
+                            drift.action = "start finished"
+                            current = ctx.records.change(
+                                claim, current, "start", to=states.RUNNING, reason="started", ip_seen_at=None
+                            )
+                    ctx.records.change(claim, current, left.kind, outcome="interrupted", reason=left.phase, finish=True)
+                drift.applied = True
+        except AgentlabError as error:
+            drift.error = error.message
+        found.append(drift)
+    return found
+
+
+def _stays_interrupted(ctx: Context, sandbox: Sandbox, left: Operation) -> bool:
+    """Return whether no reconcile finishes this operation: it waits for its task, or a later destroy needs its journal.
+
+    Proxmox is only read.
+    """
+    if binding.waits_for_next_run(left, sandbox.state):
+        # The VM is there, and the run said to run again; if nobody does, the lease ends the sandbox.
+        return True
+    if left.kind != "create" or sandbox.state in states.CREATING or sandbox.smbios_uuid is not None or not sandbox.live:
+        return False
+    # FAILED or TIMEOUT, never bound: the journal is what a later destroy tells the VM by.
+    return not _nothing_was_left(ctx, sandbox, left)
+
+
+def _refuse_chosen(ctx: Context, left: Operation) -> None:
+    """Kept for a destroy that was chosen by rule or age, and not decided: by now they may say something else, be frozen, or rest."""
+    if left.detail.get("operation") == "cleanup":
+        raise Kept("rule", "a cleanup rule had chosen it; the next run of the rules decides anew")
+    if left.detail.get("operation") == "prune" and (rest := timeguard.suspended(ctx)):
+        raise Kept("clock_jumped", rest)
+
+
+def _nothing_was_left(ctx: Context, sandbox: Sandbox, left: Operation) -> bool:
+    """Whether the clone of a creation is over for certain and no VM is at its VMID: then its journal tells nobody anything.
+
+    So it is after an administrator removed what a killed clone had left.
+    """
+    try:
+        located = binding.locate_unbound(
+            ctx, sandbox, None, {**left.detail, "phase": left.phase, "at": left.updated_at}
+        )
+    except (Kept, ProxmoxError):
+        return False
+    return located.node is None and ctx.cluster.prove_absent([sandbox.vmid])[sandbox.vmid].absent is True
+
+
+def give_up_creation(ctx: Context, sandbox: Sandbox, evidence: dict[str, Any] | None = None) -> Sandbox:
+    """Make a creation that nobody works on FAILED, its VM bound to the record if it is ours. Busy while somebody does."""
+    with ctx.claimed(sandbox, "reconcile", wait=0) as (claim, current):
+        if current.state != sandbox.state:
+            raise Kept("changed", f"sandbox {sandbox.vmid} was {sandbox.state} and is {current.state} now")
+        left = claim.interrupted
+        created = {**left.detail, "phase": left.phase, "at": left.updated_at} if left else None
+        bound = current.smbios_uuid is not None or removal.never_cloned(current, created)
+        if not bound:
+            bound = binding.locate_unbound(ctx, current, claim, created).match
+            current = ctx.records.get(current.uuid)
+            bound = bound or (left is not None and _nothing_was_left(ctx, current, left))
+        cloud_init.remove(ctx, current)
+        # Unbound: the journal entry stays, a later destroy needs it to tell whether a VM is its own.
+        return ctx.records.change(
+            claim,
+            current,
+            "create",
+            to=states.FAILED,
+            outcome="failed",
+            reason="creation_interrupted",
+            evidence=evidence,
+            finish=bound,
+        )
+
+
+def _compare(
+    ctx: Context, sandbox: Sandbox, rows: dict[int, dict[str, Any]], proofs: dict[int, Any], looks: address.Looks
+) -> Drift | None:
+    if sandbox.smbios_uuid is None:
+        return _stale_creation(ctx, sandbox)
+    row = rows.get(sandbox.vmid)
+    if row is None:
+        proof = proofs.get(sandbox.vmid)
+        if proof is None or not proof.absent:
+            return Drift("unknown", "none", {"why": proof.why if proof else "not in the list"}, sandbox)
+        return _absent(ctx, sandbox, "absent", proof.evidence)
+    node = str(row.get("node"))
+    if not ctx.cluster.node_online(node):
+        return Drift("node_offline", "none", {"node": node}, sandbox)
+    try:
+        found = locate(ctx, sandbox)
+    except Kept as error:
+        return Drift(error.reason, "none", {"why": error.message}, sandbox)
+    except ProxmoxError as error:
+        return Drift("unknown", "none", {"why": error.message}, sandbox)
+    if found.verdict is None:
+        return Drift("unknown", "none", {"why": "it vanished from the list while it was looked at"}, sandbox)
+    if found.verdict.identity == identity.FOREIGN:
+        return _absent(ctx, sandbox, "vmid_reused", found.verdict.evidence)
+    if found.verdict.identity == identity.UNKNOWN:
+        return Drift("locked", "none", found.verdict.evidence, sandbox)
+    if not found.match:
+        return Drift("ambiguous", "none", found.verdict.evidence, sandbox)
+    try:
+        drift = _power_drift(ctx, sandbox, found)
+    except ProxmoxError as error:
+        # It may have gone, or its node stopped answering, since it was judged: said for this one, and the others are looked at.
+        return Drift("unknown", "none", {"why": error.message}, sandbox)
+    if drift is not None:
+        try:
+            ctx.cluster.require_quorum()
+        except Kept as error:
+            # This side's copy of the configuration may be old: the VM may have been started on the other side.
+            return Drift("unknown", "none", {**drift.evidence, "why": error.message}, sandbox)
+        return drift
+    return _address_drift(ctx, sandbox, looks.look_up(sandbox, found))
+
+
+def _address_drift(ctx: Context, sandbox: Sandbox, ip: str | None) -> Drift | None:
+    """Return the drift of an address that the guest names and the record does not have."""
+    if ip is None or sandbox.ip in (None, ip):
+        # A first address completes the record (see Looks.remember); a difference is only another one.
+        return None
+    return Drift(
+        "address",
+        f"address updated to {ip}",
+        {"ip": ip, "was": sandbox.ip},
+        sandbox,
+        repair=_amending(ctx, sandbox, ip=ip, ip_seen_at=ctx.clock.now()),
+    )
+
+
+def _absent(ctx: Context, sandbox: Sandbox, kind: str, evidence: dict[str, Any]) -> Drift:
+    """A first absence is noted; the second pass in a row believes it."""
+    if kind == "absent" and sandbox.absent_seen_at is None:
+        return Drift(
+            kind,
+            "noted; DESTROYED if it is absent in the next pass too",
+            evidence,
+            sandbox,
+            repair=_amending(ctx, sandbox, absent_seen_at=ctx.clock.now()),
+        )
+
+    def mark() -> None:
+        ctx.cluster.require_quorum()
+        ctx.cluster.confirm()
+        with ctx.claimed(sandbox, "reconcile", wait=0) as (claim, current):
+            if (current.state, current.generation) != (sandbox.state, sandbox.generation):
+                raise RecordChanged(f"sandbox {sandbox.vmid} was changed by another run meanwhile; run again")
+            leftovers.clear(ctx, claim, current)
+            current = ctx.records.get(current.uuid)
+            reason = "external" if kind == "absent" else "vmid_reused"
+            ctx.records.change(
+                claim, current, "reconcile", to=states.DESTROYED, reason=reason, evidence=evidence, finish=True
+            )
+
+    return Drift(kind, "DESTROYED", evidence, sandbox, repair=mark)
+
+
+def _power_drift(ctx: Context, sandbox: Sandbox, found: Located) -> Drift | None:
+    evidence: dict[str, Any] = {"node": found.node, "vm_status": found.row.get("status")}
+    seen = _seen(ctx, sandbox, found)
+    if seen is not None:
+        evidence["vm_status"] = "hibernated" if is_hibernated(found.config) else seen.lower()
+    if sandbox.state in states.POWERED and seen == states.STOPPED:
+        explained = _stop_task(ctx, sandbox, str(found.node))
+        evidence.update(stop_task=explained)
+        target = states.STOPPED
+        if not explained:
+            hidden = _hidden_tasks(ctx, str(found.node))
+            # FAILED says that nobody stopped it; without a sight of everybody's tasks all that is known is that it is stopped.
+            target = states.STOPPED if hidden else states.FAILED
+            if hidden:
+                evidence["why"] = hidden
+        return Drift(
+            "stopped", target, evidence, sandbox, repair=_moving(ctx, sandbox, target, evidence, node=found.node)
+        )
+    if seen == states.STOPPED and sandbox.state == states.SUSPENDED:
+        return Drift("stopped", seen, evidence, sandbox, repair=_following(ctx, sandbox, seen, found))
+    if seen == states.SUSPENDED and sandbox.state in (*states.POWERED, states.STOPPED):
+        return Drift("suspended", seen, evidence, sandbox, repair=_following(ctx, sandbox, seen, found))
+    if seen == states.RUNNING and sandbox.state == states.SUSPENDED:
+        return Drift("running", seen, evidence, sandbox, repair=_following(ctx, sandbox, seen, found))
+    if found.node != sandbox.node:
+        evidence["was"] = sandbox.node
+        return Drift(
+            "moved", f"node updated to {found.node}", evidence, sandbox, repair=_amending(ctx, sandbox, node=found.node)
+        )
+    if sandbox.absent_seen_at is not None:
+        return Drift(
+            "back", "absence note removed", evidence, sandbox, repair=_amending(ctx, sandbox, absent_seen_at=None)
+        )
+    if sandbox.state == states.STOPPED and seen == states.RUNNING:
+        return Drift(
+            "running",
+            "none: somebody started it, and no lease ends it; start the sandbox, then stop it or renew its lease",
+            evidence,
+            sandbox,
+        )
+    return None
+
+
+def _seen(ctx: Context, sandbox: Sandbox, found: Located) -> str | None:
+    """The state of a VM that the list shows in another one than the record; asked of the VM itself, for the list lags.
+
+    None where list and record agree, or where the record says nothing of the VM's power.
+    """
+    listed = found.row.get("status")
+    agrees = {states.READY: "running", states.RUNNING: "running", states.STOPPED: "stopped"}
+    if sandbox.state not in (*agrees, states.SUSPENDED):
+        return None
+    if listed == agrees.get(sandbox.state) and not is_hibernated(found.config):
+        return None
+    if sandbox.state == states.SUSPENDED and listed == "stopped" and is_hibernated(found.config):
+        return None
+    try:
+        return power_state(sandbox, power.status(ctx, found), found.config)
+    except Kept:
+        return None
+
+
+def _following(ctx: Context, sandbox: Sandbox, seen: str, found: Located) -> Callable[[], None]:
+    def work() -> None:
+        with ctx.claimed(sandbox, "reconcile", wait=0) as (claim, current):
+            if (current.state, current.generation) != (sandbox.state, sandbox.generation):
+                raise RecordChanged(f"sandbox {sandbox.vmid} was changed by another run meanwhile; run again")
+            power.follow(ctx, claim, current, "reconcile", seen, found)
+
+    return work
+
+
+def _amending(ctx: Context, sandbox: Sandbox, **values: Any) -> Callable[[], None]:
+    def work() -> None:
+        ctx.records.amend(sandbox, "reconcile", **values)
+
+    return work
+
+
+def _moving(ctx: Context, sandbox: Sandbox, target: str, evidence: dict[str, Any], **values: Any) -> Callable[[], None]:
+    def work() -> None:
+        with ctx.claimed(sandbox, "reconcile", wait=0) as (claim, current):
+            if (current.state, current.generation) != (sandbox.state, sandbox.generation):
+                raise RecordChanged(f"sandbox {sandbox.vmid} was changed by another run meanwhile; run again")
+            ctx.records.change(
+                claim, current, "reconcile", to=target, reason="external", evidence=evidence, finish=True, **values
+            )
+
+    return work
+
+
+def _stop_task(ctx: Context, sandbox: Sandbox, node: str) -> str | None:
+    """The task that explains why the VM is stopped: the newest of those that start or stop it, if that stopped it since the state was entered."""
+    for row in ctx.client.get_list(
+        f"nodes/{node}/tasks",
+        vmid=sandbox.vmid,
+        source="all",
+        limit=50,
+        since=max(0, (sandbox.state_changed_at or 0) - 60),
+    ):
+        if row.get("type") in (*_STOPS, *_STARTS) and str(row.get("status") or "").startswith(("OK", "WARNINGS")):
+            # A stop from before the last start (perhaps of another sandbox with this VMID) explains nothing.
+            return str(row.get("upid")) if row.get("type") in _STOPS else None
+    return None
+
+
+def _hidden_tasks(ctx: Context, node: str) -> str | None:
+    """Why tasks of others may be hidden, so that the missing of one proves nothing; None when all can be seen."""
+    path = f"/nodes/{node}"
+    try:
+        if ctx.cluster.holds(path, "Sys.Audit"):
+            return None
+    except ProxmoxError as error:
+        return f"whether these credentials may see the tasks of others is not known: {error.message}"
+    return f"these credentials see only their own tasks; grant Sys.Audit on {path} to tell a stop from a crash"
+
+
+def _stale_creation(ctx: Context, sandbox: Sandbox) -> Drift | None:
+    """A REQUESTED or PROVISIONING record that nobody works on (no journal, no claim) becomes FAILED."""
+    if sandbox.state not in states.CREATING:
+        return None
+    if ctx.database.read(
+        "SELECT 1 FROM operations WHERE sandbox_uuid = ? UNION SELECT 1 FROM claims WHERE sandbox_uuid = ?",
+        sandbox.uuid,
+        sandbox.uuid,
+    ):
+        return None
+    evidence = {"why": "no creation is under way"}
+    return Drift("stale", states.FAILED, evidence, sandbox, repair=_moving(ctx, sandbox, states.FAILED, evidence))
+
+
+def _unrecorded(ctx: Context, rows: dict[int, dict[str, Any]], live: list[Sandbox]) -> list[Drift]:
+    """Return the VMs with our marker that no live record has. They are never adopted.
+
+    A VM of another database, outside our own vmid_range, is left out.
+    """
+    database = ctx.records.database_id()
+    known = {one.vmid for one in live}
+    suspects = [
+        (vmid, row)
+        for vmid, row in sorted(rows.items())
+        if vmid not in known
+        and row.get("type") == "qemu"
+        and ("agentlab" in str(row.get("tags") or "").replace(",", ";").split(";") or _in_range(ctx, vmid))
+    ]
+
+    def look(suspect: tuple[int, dict[str, Any]]) -> Drift | None:
+        vmid, row = suspect
+        try:
+            config = ctx.client.get_dict(f"nodes/{row.get('node')}/qemu/{vmid}/config")
+        except ProxmoxError:
+            return None
+        marks = identity.markers(config)
+        others = identity.other_databases(config, database)
+        if others and not _in_range(ctx, vmid):
+            # That database has its record. Within our own range nobody else's VM is expected, and our records may have been lost.
+            return None
+        try:
+            now = ctx.records.live_by_vmid(vmid)
+        except DamagedRecord:
+            # It has a record, which cannot be read.
+            return None
+        if not marks or (now is not None and now.uuid in marks):
+            # Created since the records were read.
+            return None
+        return Drift(
+            "unrecorded",
+            "none: look at it, and remove it by hand if nobody needs it",
+            {"node": row.get("node"), "name": row.get("name"), "markers": sorted(marks), "databases": sorted(others)},
+            vmid=vmid,
+        )
+
+    return [drift for drift in ctx.each(look, suspects) if drift is not None]
+
+
+def _in_range(ctx: Context, vmid: int) -> bool:
+    first, last = ctx.config.vmid_range
+    return first <= vmid <= last

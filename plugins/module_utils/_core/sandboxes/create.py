@@ -1,0 +1,625 @@
+# Copyright: the agentlab.proxmox contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Create a sandbox: reserve the record, clone with our marker, bind, configure, start, wait for the address.
+
+The record and the decision are written before each request. A creation that fails cleans up through the destroy pipeline, so only what its
+own clone made can be removed; one that was killed is taken up where it was by the next run.
+"""
+
+from __future__ import annotations
+
+import re
+import uuid as uuid_module
+from typing import Any
+
+from .. import states
+from ..context import Context, refuse_cut_off
+from ..errors import (
+    AgentlabError,
+    ApiError,
+    ClaimLost,
+    CreationFailed,
+    InvalidInput,
+    Kept,
+    OutcomeUnknown,
+    RecordChanged,
+    StoreError,
+    TaskFailed,
+    TaskTimeout,
+    TaskUnknown,
+    Unreachable,
+)
+from ..guest import cloud_init
+from ..model import Outcome, Sandbox
+from ..proxmox import identity
+from ..proxmox.answers import not_begun
+from ..store.records import AWAITED, Claim
+from ..vm import address, binding, power
+from ..vm.locate import Located, guarded, locate, match_if_readable, require_match
+from ..workspaces import workspace_disk
+from . import destroy, refusals, update, vm_config
+from . import template as templates
+from .spec import Spec
+
+# A template's lock is waited for one second only.
+_CLONE_TRIES = 3
+
+
+def existing(ctx: Context, spec: Spec) -> Sandbox | None:
+    """The live sandbox that the VMID or the name means; InvalidInput when the two mean different ones."""
+    by_vmid = ctx.records.live_by_vmid(spec.vmid) if spec.vmid is not None else None
+    by_name = ctx.records.live_by_name(spec.name) if spec.name is not None else None
+    if spec.vmid is not None and spec.name is not None:
+        if by_vmid and by_vmid.name != spec.name:
+            raise InvalidInput(
+                f"name: sandbox {spec.vmid} is named {by_vmid.name!r}, not {spec.name!r}; give one of the two",
+                option="name",
+            )
+        if by_name and by_name.vmid != spec.vmid:
+            raise InvalidInput(
+                f"vmid: the sandbox named {spec.name!r} is {by_name.vmid}, not {spec.vmid}; give one of the two",
+                option="vmid",
+            )
+    return by_vmid or by_name
+
+
+def run(ctx: Context, spec: Spec) -> Outcome:
+    """Make sure that the sandbox exists. One that is there keeps its power state; a creation that was cut off is finished."""
+    spec.check()
+    found = existing(ctx, spec)
+    if found is None:
+        return _create(ctx, spec)
+    if found.state in states.CREATING or _almost_done(ctx, found):
+        if ctx.dry_run:
+            return Outcome.of("would_create", found, changed=True, state=states.RUNNING)
+        claim = ctx.records.claim(found.uuid, "create", wait=ctx.config.claim_timeout)
+        now = ctx.records.get(found.uuid)
+        left = claim.interrupted
+        if now.state in states.CREATING or (
+            left and (left.kind == "destroy" or (left.kind == "create" and now.state == states.READY))
+        ):
+            return _carry_on(ctx, claim, spec, now)
+        # Another run finished it, or gave it up, while this one waited for the claim: what it is by now decides.
+        ctx.records.release(claim)
+        return run(ctx, spec)
+    if found.state == states.FAILED and (
+        found.smbios_uuid is None or found.reason in ("creation_failed", "creation_interrupted", "cloud_init_failed")
+    ):
+        raise CreationFailed(
+            f"sandbox {found.vmid} could not be created earlier ({found.reason}) and is in FAILED state; "
+            f"first {_how_to_remove(ctx)}",
+            vmid=found.vmid,
+        )
+    return _renewed(ctx, found, spec)
+
+
+def _renewed(ctx: Context, sandbox: Sandbox, spec: Spec) -> Outcome:
+    """Apply to a sandbox that is there what can be applied, and warn of each option that was given and is not in force."""
+    outcome = amend(ctx, sandbox, protected=spec.protected or None, keepalive=spec.keepalive or None)
+    if spec.update:
+        applied = update.apply(ctx, outcome.sandbox or sandbox, spec)
+        if applied.changed:
+            for part in ("update", "before"):
+                applied.extra[part] = {**outcome.extra.get(part, {}), **applied.extra[part]}
+            outcome = applied
+    differences = update.different(ctx, outcome.sandbox or sandbox, spec)
+    if spec.update:
+        differences = {name: values for name, values in differences.items() if name not in update.APPLICABLE}
+    outcome.warnings += update.warnings(ctx, sandbox, differences)
+    return outcome
+
+
+def _almost_done(ctx: Context, found: Sandbox) -> bool:
+    """READY only because the creation was killed before its last step."""
+    left = ctx.records.under_way(found.uuid) if found.state == states.READY else None
+    return left is not None and left.kind == "create"
+
+
+def amend(ctx: Context, found: Sandbox, **wanted: bool | None) -> Outcome:
+    """Set what concerns the record alone (protected, keepalive) where it differs."""
+    new = {name: value for name, value in wanted.items() if value is not None and value != getattr(found, name)}
+    if not new:
+        return Outcome.of("unchanged", found)
+    before = {name: getattr(found, name) for name in new}
+    if ctx.dry_run:
+        return Outcome.of("would_update", found, changed=True, extra={"update": new, "before": before})
+    done = ctx.records.amend(found, "update", **new)
+    return Outcome.of(
+        "updated", done, previous_state=found.state, changed=True, extra={"update": new, "before": before}
+    )
+
+
+def _create(ctx: Context, spec: Spec) -> Outcome:
+    first, last = ctx.config.workspace_owner_range
+    if spec.vmid is not None and first <= spec.vmid <= last:
+        raise InvalidInput(
+            f"vmid: {spec.vmid} is in workspace_owner_range ({first}-{last}), whose VMIDs own the volumes of workspaces: Proxmox VE "
+            "deletes with a VM what its VMID owns. Take one outside of it",
+            option="vmid",
+            value=spec.vmid,
+        )
+    disk = workspace_disk.select(ctx, spec.workspace) if spec.workspace is not None else None
+    # Where its workspace is, if that is on one node only.
+    wanted_node = spec.node or (disk.node if disk else None) or ctx.config.node
+    template = templates.find(ctx, spec.template or ctx.config.template, wanted_node)
+    node = wanted_node or template.node
+    nodes = ctx.cluster.nodes()
+    if node not in nodes:
+        raise InvalidInput(
+            f"node: {node!r} is not a node of this cluster. Nodes: {', '.join(sorted(nodes))}",
+            option="node",
+            value=node,
+        )
+    if not nodes[node]:
+        raise InvalidInput(
+            f"node: {node!r} is offline; choose another, or wait until it is back", option="node", value=node
+        )
+    templates.check(ctx, spec, template, node)
+    known = ctx.cluster.vms()
+    if spec.vmid is not None and spec.vmid in known:
+        raise _occupied(spec.vmid, str(known[spec.vmid].get("name") or "unnamed"))
+    if disk is not None:
+        workspace_disk.check_usable(ctx, disk, node)
+    if spec.cloud_init_user_data is not None:
+        cloud_init.check_place(ctx, node)
+    ctx.cluster.confirm(creating=True)
+    uid = str(uuid_module.uuid4())
+    name = spec.name or f"sandbox-{uid[:8]}"
+    now = ctx.clock.now()
+    sandbox = Sandbox(
+        uuid=uid,
+        vmid=spec.vmid or 0,
+        name=name,
+        state=states.REQUESTED,
+        profile=spec.profile,
+        node=node,
+        tags=sorted(set(spec.tags)),
+        protected=spec.protected,
+        keepalive=spec.keepalive,
+        ttl_seconds=spec.ttl,
+        lease_expires_at=now + spec.ttl,
+        lease_max_seconds=spec.lease_maximum,
+    )
+    journal = _clone_note(ctx, spec, template, node)
+    claim = ctx.records.reserve(
+        sandbox, vmid=spec.vmid, vmid_range=ctx.config.vmid_range, occupied=set(known), journal=journal
+    )
+    if ctx.dry_run:
+        done = Outcome.of("would_create", sandbox, previous_state=None, state=states.RUNNING, changed=True)
+        return done
+    return _carry_on(ctx, claim, spec, sandbox, journal)
+
+
+def _clone_note(ctx: Context, spec: Spec, template: templates.Template, node: str | None) -> dict[str, Any]:
+    """Return what the journal has to know to send the clone, also in a later run."""
+    full, storage = templates.clone_mode(ctx, spec, template)
+    return {
+        "template": template.vmid,
+        "template_name": template.name,
+        "template_node": template.node,
+        "node": node,
+        "full": full,
+        "storage": storage,
+    }
+
+
+def _carry_on(
+    ctx: Context, claim: Claim, spec: Spec, sandbox: Sandbox, journal: dict[str, Any] | None = None
+) -> Outcome:
+    """From wherever the creation stands to RUNNING; on failure clean up what our own clone made."""
+    began = ctx.clock.monotonic()
+    upids: list[str] = []
+    warnings: list[str] = []
+    noted: dict[str, Any] = {}
+    try:
+        left = claim.interrupted
+        # Its journal says no more how far the creation had come, and the delete may already have been sent.
+        refuse_cut_off(claim, sandbox)
+        if left and left.kind == "create" and sandbox.state == states.READY:
+            sandbox = ctx.records.change(claim, sandbox, "create", to=states.RUNNING, reason="ready", finish=True)
+            return Outcome.of("created", sandbox, previous_state=states.READY, changed=True)
+        noted.update(journal if journal is not None else (left.detail if left else {}))
+        disk = workspace_disk.of_creation(ctx, claim, sandbox, spec.workspace)
+        sandbox = cloud_init.provide(ctx, claim, sandbox, spec.cloud_init_user_data)
+        if sandbox.smbios_uuid is None:
+            phase = left.phase if left else "reserved"
+            sandbox = _clone(ctx, claim, spec, sandbox, noted, phase, left.updated_at if left else 0, upids, warnings)
+        if sandbox.state != states.BOOTING:
+            sandbox = ctx.records.change(
+                claim,
+                sandbox,
+                "create",
+                to=states.BOOTING,
+                reason="cloned",
+                upids=upids,
+                journal=("configuring", noted),
+            )
+        found = require_match(ctx, sandbox)
+        found = _configure(ctx, claim, spec, sandbox, found, noted, warnings)
+        if disk is not None:
+            found = require_match(ctx, sandbox)
+            workspace_disk.attach(ctx, claim, sandbox, found, disk)
+            sandbox = ctx.records.get(sandbox.uuid)
+        done, warned = power.start(ctx, sandbox, found)
+        upids += done
+        warnings += warned
+        if spec.wait_for_ip:
+            sandbox = _await_ip(ctx, claim, sandbox, found, noted)
+        if spec.wait_for_cloud_init:
+            cloud_init.wait(ctx, sandbox)
+        sandbox = ctx.records.change(
+            claim, sandbox, "create", to=states.READY, reason="started", upids=done, journal=("ready", noted)
+        )
+        took = int((ctx.clock.monotonic() - began) * 1000)
+        sandbox = ctx.records.change(
+            claim, sandbox, "create", to=states.RUNNING, reason="ready", duration_ms=took, finish=True
+        )
+        return Outcome.of("created", sandbox, previous_state=None, changed=True, upids=upids, warnings=warnings)
+    except (StoreError, ClaimLost, OutcomeUnknown, TaskTimeout, TaskUnknown, Kept) as error:
+        # What became of it is not known (or not ours to say): the journal stays, and the next run goes on from here.
+        if isinstance(error, RecordChanged) and ctx.records.get(sandbox.uuid).state == states.TIMEOUT:
+            raise CreationFailed(
+                f"sandbox {sandbox.vmid}: its lease ran out before it was ready; prune removes it, use a longer ttl",
+                vmid=sandbox.vmid,
+            ) from None
+        error.detail.setdefault("vmid", sandbox.vmid)
+        if (
+            isinstance(error, TaskTimeout) or (isinstance(error, Kept) and error.reason == "changed")
+        ) and sandbox.smbios_uuid is not None:
+            # Whoever asked was told to ask again.
+            ctx.records.journal(claim, "create", AWAITED, noted)
+        elif isinstance(error, TaskTimeout) and noted.get("upid"):
+            # The clone goes on, and the next run takes it up: a reconcile leaves it to that.
+            ctx.records.journal(claim, "create", "waiting", {**noted, "awaited": True})
+        raise
+    except cloud_init.CloudInitFailed as error:
+        # The VM stays for whoever wants to know why; what its user data said does not.
+        cloud_init.remove(ctx, sandbox)
+        ctx.records.change(
+            claim,
+            sandbox,
+            "create",
+            to=states.FAILED,
+            outcome="failed",
+            reason=error.code,
+            evidence={"message": error.message},
+            finish=True,
+        )
+        raise
+    except AgentlabError as error:
+        told = refusals.explain(ctx, spec, sandbox.node, noted.get("template"), error)
+        raise _clean_up(ctx, claim, sandbox, error, told or error.message, noted) from None
+    finally:
+        ctx.records.release(claim)
+
+
+def _clone(
+    ctx: Context,
+    claim: Claim,
+    spec: Spec,
+    sandbox: Sandbox,
+    noted: dict[str, Any],
+    phase: str,
+    at: int,
+    upids: list[str],
+    warnings: list[str],
+) -> Sandbox:
+    """Clone (or take up a clone that a killed run began), and bind the record to the VM it made."""
+    template = noted.get("template")
+    if template is None:
+        noted.update(
+            _clone_note(
+                ctx, spec, templates.find(ctx, spec.template or ctx.config.template, sandbox.node), sandbox.node
+            )
+        )
+        template = noted["template"]
+    resumed = phase in ("cloning", "waiting")
+    before = {**noted, "phase": phase, "at": at}
+    # A clone request of an earlier run whose answer was lost: Proxmox may carry it out at any time.
+    doubt = before if resumed and not noted.get("upid") else None
+    tries = 0
+    occupied: set[int] = set()
+    while True:
+        upid = noted.get("upid")
+        if resumed and not upid:
+            found = _await_doubt(ctx, claim, sandbox, doubt or noted)
+            if found.match:
+                return ctx.records.get(sandbox.uuid)
+            if found.node is not None and found.verdict and found.verdict.identity != identity.FOREIGN:
+                raise _not_certain(sandbox)
+            resumed = False
+        try:
+            if not upid:
+                upid = _send_clone(ctx, claim, spec, sandbox, noted)
+                upids.append(upid)
+            warnings += ctx.tasks.wait(upid, f"clone template {template} to VM {sandbox.vmid}", ctx.wait_timeout)
+            break
+        except TaskUnknown as error:
+            if upids:
+                raise
+            # The task of an earlier run, of which nobody can say how it ended: what is there tells.
+            found = binding.locate_unbound(ctx, sandbox, claim, before)
+            if found.match:
+                return ctx.records.get(sandbox.uuid)
+            foreign = found.verdict is not None and found.verdict.identity == identity.FOREIGN
+            if not foreign and (
+                found.node is not None or not ctx.cluster.prove_absent([sandbox.vmid])[sandbox.vmid].absent
+            ):
+                raise Kept(
+                    "ambiguous",
+                    f"sandbox {sandbox.vmid}: {error.message}. Whether VM {sandbox.vmid} is its clone is not certain, so it was left "
+                    f"alone; to give the sandbox up, {_how_to_remove(ctx)}",
+                    vmid=sandbox.vmid,
+                ) from None
+            noted.pop("upid", None)
+            resumed = False
+            ctx.records.journal(claim, "create", "reserved", noted)
+        except (ApiError, TaskFailed) as error:
+            tries += 1
+            if (
+                isinstance(error, TaskFailed)
+                and not_begun(error.exitstatus)
+                and tries < _CLONE_TRIES
+                and ctx.cluster.prove_absent([sandbox.vmid])[sandbox.vmid].absent
+            ):
+                # The template is locked for a moment (another clone, a backup), and nothing was made.
+                noted.pop("upid", None)
+                ctx.records.journal(claim, "create", "reserved", noted)
+                ctx.clock.sleep(1.0)
+                continue
+            taken, another = _in_the_way(error)
+            if taken and doubt:
+                # Or is it what was in doubt, carried out after all? Then it is not left behind for another VMID.
+                found, doubt = _await_doubt(ctx, claim, sandbox, doubt), None
+                if found.match:
+                    return ctx.records.get(sandbox.uuid)
+                if found.verdict is None or found.verdict.identity != identity.FOREIGN:
+                    raise _not_certain(sandbox) from None
+            if taken or (isinstance(error, ApiError) and not noted.get("upid")):
+                # Nothing was made under this VMID by us: said by Proxmox, so there is no doubt to wait for.
+                noted.pop("upid", None)
+                ctx.records.journal(claim, "create", "reserved", noted)
+            if taken and spec.vmid is not None:
+                raise _occupied(sandbox.vmid, "one that these credentials may not see, or a container") from None
+            if not taken and not (
+                another and spec.vmid is None and ctx.cluster.prove_absent([sandbox.vmid])[sandbox.vmid].absent
+            ):
+                raise
+            if not taken:
+                noted.pop("upid", None)
+                ctx.records.journal(claim, "create", "reserved", noted)
+            occupied |= {sandbox.vmid, *ctx.cluster.vms(fresh=True)}
+            # The record that the caller has, too: what it says when this fails must not name somebody else's VMID.
+            ctx.records.renumber(claim, sandbox, vmid_range=ctx.config.vmid_range, occupied=occupied)
+    ctx.cluster.vms(fresh=True)
+    found = locate(ctx, sandbox)
+    if found.node is None:
+        raise Kept(
+            "unknown",
+            f"sandbox {sandbox.vmid}: the clone ended well, but no VM with that VMID is to be seen (removed meanwhile, or hidden from these "
+            f"credentials?); to give it up, {_how_to_remove(ctx)}",
+        )
+    smbios = identity.smbios_uuid(found.config)
+    if found.verdict is None or found.verdict.identity != identity.UNBOUND or smbios is None:
+        raise Kept(
+            "ambiguous",
+            f"sandbox {sandbox.vmid}: the clone ended well, but the VM now at that VMID does not carry its marker; it was left alone. "
+            f"To give the sandbox up, {_how_to_remove(ctx)}",
+            evidence=found.verdict.evidence if found.verdict else None,
+        )
+    ctx.cluster.seen_ours(sandbox.vmid)
+    return binding.bind(ctx, claim, sandbox, smbios, found)
+
+
+def _in_the_way(error: ApiError | TaskFailed) -> tuple[bool, bool]:
+    """What a refused clone says: (another VM has the VMID, so nothing of ours is there; something is in the way that another VMID would not meet)."""
+    text = error.text if isinstance(error, ApiError) else error.exitstatus
+    exists = "already exists" in text or "File exists" in text
+    # In a task it may also be a volume, and then the task had begun to make a VM.
+    taken = exists and (
+        isinstance(error, ApiError) or re.search(r"config file|\.conf\b|\b(VM|CT) \d+ already exists", text) is not None
+    )
+    return taken, exists
+
+
+def _not_certain(sandbox: Sandbox) -> Kept:
+    return Kept(
+        "ambiguous",
+        f"sandbox {sandbox.vmid}: whether VM {sandbox.vmid} is the clone that was begun is not certain; it was left alone. "
+        "Look at it, and remove it by hand if it is to go",
+    )
+
+
+def _send_clone(ctx: Context, claim: Claim, spec: Spec, sandbox: Sandbox, noted: dict[str, Any]) -> str:
+    if sandbox.state == states.REQUESTED:
+        done = ctx.records.change(
+            claim,
+            sandbox,
+            "create",
+            to=states.PROVISIONING,
+            outcome="decided",
+            reason="clone",
+            evidence={
+                "template": noted["template"],
+                "template_name": noted.get("template_name"),
+                "options": update.remembered(spec),
+            },
+            journal=("cloning", noted),
+        )
+        for name in ("state", "generation", "state_changed_at", "updated_at", "reason"):
+            setattr(sandbox, name, getattr(done, name))
+    else:
+        ctx.records.journal(claim, "create", "cloning", noted)
+    if "full" not in noted:
+        # A journal of an earlier release.
+        noted.update(_clone_note(ctx, spec, templates.find(ctx, str(noted["template"])), sandbox.node))
+    try:
+        upid = _post_clone(ctx, spec, sandbox, noted)
+    except ApiError as error:
+        if (
+            "Linked clone feature is not supported" not in error.text
+            or noted["full"] is not None
+            or not ctx.config.storage
+        ):
+            raise
+        # Nothing was made. The configuration names the storage where the template lies, and that one has full clones only.
+        noted.update(full=True, storage=ctx.config.storage)
+        ctx.records.journal(claim, "create", "cloning", noted)
+        upid = _post_clone(ctx, spec, sandbox, noted)
+    except Unreachable:
+        # Certainly not carried out.
+        ctx.records.journal(claim, "create", "reserved", noted)
+        raise
+    if not isinstance(upid, str):
+        raise OutcomeUnknown(
+            f"clone to VM {sandbox.vmid}: Proxmox answered without a task id; run again to find out what became of it"
+        )
+    noted["upid"] = upid
+    ctx.records.journal(claim, "create", "waiting", noted)
+    return upid
+
+
+def _post_clone(ctx: Context, spec: Spec, sandbox: Sandbox, noted: dict[str, Any]) -> Any:
+    return ctx.client.post(
+        f"nodes/{noted['template_node']}/qemu/{noted['template']}/clone",
+        newid=sandbox.vmid,
+        name=sandbox.name,
+        description=identity.described(
+            {"description": identity.marker(sandbox.uuid, ctx.records.database_id())}, spec.description or ""
+        ),
+        pool=spec.pool or ctx.config.pool,
+        storage=noted["storage"],
+        target=sandbox.node if sandbox.node != noted["template_node"] else None,
+        full=None if noted["full"] is None else int(noted["full"]),
+    )
+
+
+def _await_doubt(ctx: Context, claim: Claim, sandbox: Sandbox, created: dict[str, Any]) -> Located:
+    """Look until it is certain whether the clone of a killed run was carried out."""
+    deadline = ctx.clock.monotonic() + ctx.wait_timeout
+    while True:
+        ctx.cluster.vms(fresh=True)
+        try:
+            found = binding.locate_unbound(ctx, sandbox, claim, created)
+            if not (found.verdict and found.verdict.identity == identity.UNKNOWN):
+                return found
+        except Kept as error:
+            if error.reason not in ("unknown", "locked") or ctx.clock.monotonic() > deadline:
+                raise
+        if ctx.clock.monotonic() > deadline:
+            raise Kept(
+                "locked",
+                f"sandbox {sandbox.vmid}: the clone that an earlier run began has not ended within {ctx.wait_timeout} s (wait_timeout)",
+            )
+        ctx.clock.sleep(1.0)
+
+
+def _configure(
+    ctx: Context, claim: Claim, spec: Spec, sandbox: Sandbox, found: Located, noted: dict[str, Any], warnings: list[str]
+) -> Located:
+    """Write what the clone call cannot carry, then resize the disk. Each write carries the digest of what was judged. Return the VM as judged last."""
+    refused: set[str] = set()
+
+    def write(located: Located) -> None:
+        changes = vm_config.desired_config(ctx, spec, sandbox, located.config)
+        if located is not found:
+            # What is set by now is somebody's wish, and not the template's.
+            changes.pop("protection", None)
+        if changes:
+            vm_config.write_config(ctx, located, changes, refused)
+
+    guarded(ctx, sandbox, found, write)
+    warnings += vm_config.tag_warnings(sandbox, refused, vm_config.split_tags(found.config.get("tags")))
+    if spec.firewall_group:
+        vm_config.join_firewall_group(ctx, sandbox, found, spec.firewall_group)
+        found = require_match(ctx, sandbox)
+    if spec.disk_size:
+        disk = vm_config.boot_disk(found.config)
+        if disk is None:
+            raise InvalidInput("disk_size: the template has no disk to resize", option="disk_size")
+        size = spec.disk_size
+        if size.startswith("+"):
+            # Once, and written down before it is asked for: a run that goes on from here must not add it again, for disks do not shrink.
+            if "disk_size" not in noted:
+                noted["disk_size"] = vm_config.grown(str(found.config[disk]), size)
+                ctx.records.journal(claim, "create", "configuring", noted)
+            size = noted["disk_size"]
+        found = require_match(ctx, sandbox)
+        guarded(
+            ctx,
+            sandbox,
+            found,
+            lambda located: power.resize(ctx, located, disk, size, f"resize disk {disk} of VM {sandbox.vmid}"),
+        )
+    return found
+
+
+def _await_ip(ctx: Context, claim: Claim, sandbox: Sandbox, found: Located, noted: dict[str, Any]) -> Sandbox:
+    """Wait for the address that the guest agent names, and write it into the record."""
+    # The configuration was read before it was written: read again it has the static address of ipconfig0.
+    ip = address.wait(ctx, sandbox, match_if_readable(ctx, sandbox) or found)
+    return ctx.records.change(
+        claim,
+        sandbox,
+        "create",
+        ip=ip,
+        ip_seen_at=ctx.clock.now(),
+        reason="address",
+        evidence={"ip": ip},
+        journal=("configuring", noted),
+    )
+
+
+def _occupied(vmid: int, by: str) -> CreationFailed:
+    return CreationFailed(
+        f"vmid: {vmid} is occupied by a VM that is not ours ({by}); it was not touched. Choose another vmid, or leave vmid out",
+        vmid=vmid,
+        option="vmid",
+    )
+
+
+def _how_to_remove(ctx: Context) -> str:
+    return (
+        "destroy it with --force"
+        if ctx.force_hint == states.FORCE_HINT_CLI
+        else "remove it with state=absent and force=true"
+    )
+
+
+def _clean_up(
+    ctx: Context, claim: Claim, sandbox: Sandbox, error: AgentlabError, told: str, noted: dict[str, Any]
+) -> CreationFailed:
+    """Make the record FAILED, then remove what our own clone made through the destroy pipeline; the message says what is left."""
+    try:
+        now = ctx.records.get(sandbox.uuid)
+        if states.can_follow(now.state, states.FAILED):
+            now = ctx.records.change(
+                claim,
+                now,
+                "create",
+                to=states.FAILED,
+                outcome="failed",
+                reason="creation_failed",
+                evidence={"message": error.message},
+            )
+        ctx.records.release(claim)
+        # The list is from before the clone: what is at the VMID now decides.
+        ctx.cluster.vms(fresh=True)
+        outcome = destroy.run(ctx, [(now, destroy.Request(operation="clean-up", force=True, clean_up=True))])[0]
+        if outcome.state == states.DESTROYED:
+            # A clone request that Proxmox VE took left its task id in the journal.
+            made = sandbox.smbios_uuid is not None or sandbox.snippet is not None or noted.get("upid") is not None
+            left = "what was made for it has been removed" if made else "nothing was made for it"
+        else:
+            left = f"its record is in {outcome.state} state: {outcome.message}; {_how_to_remove(ctx)}"
+    except AgentlabError as second:
+        left = f"and cleaning up failed too: {second.message}"
+    try:
+        # Also when its VM could not be removed: what was to be secret is not left lying about.
+        cloud_init.remove(ctx, ctx.records.get(sandbox.uuid))
+    except AgentlabError as third:
+        left += f"; {third.message}"
+    return CreationFailed(
+        f"sandbox {sandbox.vmid} could not be created: {told}; {left}", vmid=sandbox.vmid, cause=error.as_dict()
+    )

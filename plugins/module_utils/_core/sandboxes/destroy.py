@@ -1,0 +1,232 @@
+# Copyright: the agentlab.proxmox contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""The one way to DESTROYED: destroy, force, prune, cleanup rules and failed creations all go through it.
+
+removal.py takes the VM away; here its absence is proven, for all of a run together, and the records are closed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+from .. import states
+from ..context import Context, failure
+from ..errors import AgentlabError, Busy, Kept, ProxmoxError, StateConflict
+from ..model import Outcome, Sandbox
+from ..proxmox import identity
+from ..vm import power
+from ..vm.locate import Located, locate, refuse_guarded, refuse_not_ours
+from ..workspaces import workspace_disk
+from . import leftovers
+from .removal import Gone, Removal, Request, abandon, check, creation_of, locate_own, never_cloned, refuse_running
+
+__all__ = ["Request", "check", "plan", "run", "several"]
+
+# Reasons that are a proof in themselves.
+_PROVEN = ("vmid_reused", "never_created")
+
+
+def plan(ctx: Context, sandbox: Sandbox, *, force: bool = True) -> tuple[str, str, str | None]:
+    """Return what the pipeline would do now, by full reads and no writes: (action, reason, message).
+
+    Raises Kept for what would be kept, and StateConflict for a VM that runs where that is not forced.
+    """
+    left = ctx.records.under_way(sandbox.uuid)
+    created = creation_of(left) if left else None
+    if never_cloned(sandbox, created):
+        return "mark", "never_created", "no clone of ours was ever made for it"
+    found = locate_own(ctx, sandbox, None, {"create": created})
+    if found.node is None:
+        presence = ctx.cluster.prove_absent([sandbox.vmid])[sandbox.vmid]
+        if presence.absent:
+            return "mark", "vm_absent", presence.why
+        raise Kept("unknown", f"sandbox {sandbox.vmid}: {presence.why}")
+    if found.verdict and found.verdict.identity == identity.FOREIGN:
+        ctx.cluster.require_quorum()
+        ctx.cluster.confirm()
+        return "mark", "vmid_reused", "the VMID belongs to another VM now, which is left alone"
+    refuse_not_ours(sandbox, found)
+    refuse_guarded(sandbox, found)
+    if not force:
+        refuse_running(ctx, sandbox, found)
+    workspace_disk.refuse_planned(ctx, sandbox, found)
+    ctx.cluster.require_quorum()
+    return "destroy", "destroyed", None
+
+
+def run(ctx: Context, items: list[tuple[Sandbox, Request]]) -> list[Outcome]:
+    """Destroy several sandboxes at once; an item's failure stops no other. Absence is proven for all together at the end."""
+    held: list[Gone] = []
+    try:
+        return _run(ctx, items, held)
+    except BaseException:
+        # Also when it is told to stop. Those that are closed have no claim any more.
+        for found in held:
+            ctx.records.release(found.claim)
+        raise
+
+
+def _run(ctx: Context, items: list[tuple[Sandbox, Request]], held: list[Gone]) -> list[Outcome]:
+    """What ``run`` does; ``held`` is filled with those whose VM is gone and whose claim is still ours."""
+
+    def first(item: tuple[Sandbox, Request]) -> Outcome | Gone:
+        sandbox, request = item
+        try:
+            found = Removal(ctx, sandbox, request).run()
+            if isinstance(found, Outcome):
+                return found
+            held.append(found)
+            # What is a proof in itself is one now: it is not kept until the others, which may take long, are done.
+            return _finish(ctx, found, {}) if found.reason in _PROVEN else found
+        except Kept as error:
+            return Outcome.of(
+                "kept",
+                _now(ctx, sandbox),
+                previous_state=sandbox.state,
+                reason=error.reason,
+                message=error.message,
+                failed=True,
+            )
+        except AgentlabError as error:
+            return failure(_now(ctx, sandbox), error)
+
+    # What cannot be read is told item by item.
+    with contextlib.suppress(ProxmoxError):
+        ctx.cluster.survey([sandbox.vmid for sandbox, _request in items])
+    results = ctx.each(first, items)
+    gone = [found for found in results if isinstance(found, Gone)]
+    if not gone:
+        return [found for found in results if isinstance(found, Outcome)]
+    proofs = ctx.cluster.prove_absent(
+        [found.sandbox.vmid for found in gone], anew=not all(found.quiet for found in gone)
+    )
+    sure = [found for found in gone if proofs[found.sandbox.vmid].absent]
+    closing = set(map(id, sure))
+    rest = [found for found in gone if id(found) not in closing]
+    outcomes = [*_close(ctx, sure, proofs), *ctx.each(lambda found: _finish(ctx, found, proofs), rest)]
+    finished = dict(zip(map(id, [*sure, *rest]), outcomes, strict=True))
+    return [finished[id(found)] if isinstance(found, Gone) else found for found in results]
+
+
+def several(ctx: Context, found: list[Sandbox], force: bool) -> list[Outcome]:
+    """Destroy what the rules allow of these (in check mode: plan it); an outcome for each, in their order."""
+    outcomes: dict[str, Outcome] = {}
+    todo: list[Sandbox] = []
+    for one in found:
+        try:
+            if not check(ctx, one, force):
+                outcomes[one.uuid] = Outcome.of("unchanged", one, reason=one.reason)
+            elif ctx.dry_run:
+                outcomes[one.uuid] = _planned(ctx, one, force)
+            else:
+                todo.append(one)
+        except AgentlabError as error:
+            outcomes[one.uuid] = failure(one, error)
+    done = run(ctx, [(one, Request(force=force)) for one in todo]) if todo else []
+    outcomes.update(zip((one.uuid for one in todo), done, strict=True))
+    return [outcomes[one.uuid] for one in found]
+
+
+def _planned(ctx: Context, sandbox: Sandbox, force: bool) -> Outcome:
+    try:
+        _action, reason, message = plan(ctx, sandbox, force=force)
+        return Outcome.of(
+            "would_destroy", sandbox, state=states.DESTROYED, reason=reason, message=message, changed=True
+        )
+    except (Kept, Busy, StateConflict) as error:
+        return failure(sandbox, error)
+
+
+def _now(ctx: Context, sandbox: Sandbox) -> Sandbox:
+    try:
+        return ctx.records.get(sandbox.uuid)
+    except AgentlabError:
+        return sandbox
+
+
+def _close(ctx: Context, proven: list[Gone], proofs: dict[int, Any]) -> list[Outcome]:
+    """Finish those that are proven to be gone, in one transaction: nobody is asked anything any more."""
+    try:
+        with ctx.database.together():
+            return [_finish(ctx, found, proofs) for found in proven]
+    except AgentlabError as error:
+        for found in proven:
+            ctx.records.release(found.claim)
+        return [failure(_now(ctx, found.sandbox), error) for found in proven]
+
+
+def _finish(ctx: Context, found: Gone, proofs: dict[int, Any]) -> Outcome:
+    """Commit DESTROYED once absence is proven; otherwise the record stays as it is, and the journal tells the next run."""
+    sandbox = found.sandbox
+    try:
+        evidence = dict(found.evidence)
+        reason = found.reason
+        if reason not in _PROVEN:
+            proof = proofs[sandbox.vmid]
+            if proof.absent is False:
+                # Something is at the VMID: ours after all (moved, or the delete did nothing), or already somebody else's.
+                # Without a word from its configuration nothing is concluded.
+                ctx.cluster.vms(fresh=True)
+                again = locate(ctx, sandbox) if sandbox.smbios_uuid else Located(None, {}, None)
+                if again.verdict is None or again.verdict.identity != identity.FOREIGN:
+                    raise Kept(
+                        "unknown",
+                        f"sandbox {sandbox.vmid}: a VM with that VMID is still there although it was "
+                        f"{'deleted' if found.upids else 'not to be seen'} ({proof.why}; hidden from these credentials?); run again",
+                    )
+                reason, evidence = "vmid_reused", again.verdict.evidence
+            elif proof.absent is None:
+                raise Kept("unknown", f"sandbox {sandbox.vmid}: it is not proven that its VM is gone: {proof.why}")
+            else:
+                evidence.update(proof.evidence)
+        leftovers.clear(ctx, found.claim, ctx.records.get(sandbox.uuid))
+        took = int((ctx.clock.monotonic() - found.began) * 1000)
+        done = power.settle(
+            ctx,
+            found.claim,
+            ctx.records.get(sandbox.uuid),
+            "destroy",
+            to=states.DESTROYED,
+            reason=reason,
+            evidence=evidence,
+            upids=found.upids,
+            duration_ms=took,
+            finish=True,
+        )
+        return Outcome.of(
+            "destroyed",
+            done,
+            previous_state=found.before.state,
+            reason=reason,
+            changed=True,
+            upids=found.upids,
+            warnings=found.warnings,
+        )
+    except Kept as error:
+        abandon(ctx, found.claim, sandbox, Request(), error, sent=found.doubtful or bool(found.upids), stopped=False)
+        return Outcome.of(
+            "kept",
+            _now(ctx, sandbox),
+            previous_state=found.before.state,
+            reason=error.reason,
+            message=error.message,
+            failed=True,
+            upids=found.upids,
+        )
+    except AgentlabError as error:
+        ctx.records.release(found.claim)
+        now = _now(ctx, sandbox)
+        if now.state == states.DESTROYED:
+            # The claim was lost to a run that brought this to its end.
+            return Outcome.of(
+                "destroyed",
+                now,
+                previous_state=found.before.state,
+                reason=now.reason,
+                changed=True,
+                upids=found.upids,
+                warnings=found.warnings,
+            )
+        return failure(now, error)

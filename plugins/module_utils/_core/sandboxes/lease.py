@@ -1,0 +1,232 @@
+# Copyright: the agentlab.proxmox contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Renewing leases, and letting them run out."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+from .. import clock as clock_module
+from .. import durations, states, timeguard
+from ..context import Context, failure
+from ..errors import AgentlabError, InvalidInput, Kept, RecordChanged, StateConflict
+from ..model import Outcome, Sandbox
+from ..store import overview
+
+# A renewal that would move the end by less than this is a repetition: nothing is written.
+REPEAT_SECONDS = 60
+# Why the VM of an expired sandbox was not stopped where that is no failure: it does not run.
+NO_VM = "no VM with that VMID is to be seen"
+ANOTHER_VM = "the VMID belongs to another VM now, which was left alone"
+
+
+def renew(
+    ctx: Context, sandbox: Sandbox, ttl: int, *, min_remaining: int | None = None, allow_shorten: bool = False
+) -> Outcome:
+    """Set the lease to now + ttl. One conditional UPDATE decides against expiry: a renewal that lost is an error, never a success."""
+    if sandbox.lease_max_seconds is not None and ttl > sandbox.lease_max_seconds:
+        raise InvalidInput(
+            f"ttl: {durations.show(ttl)} is longer than the maximum of {durations.show(sandbox.lease_max_seconds)} that profile "
+            f"{sandbox.profile!r} grants sandbox {sandbox.vmid}",
+            option="ttl",
+            vmid=sandbox.vmid,
+        )
+    for _attempt in range(5):
+        now = ctx.clock.now()
+        states.check("renew_lease", sandbox.state, ctx.force_hint)
+        under_way = ctx.records.under_way(sandbox.uuid)
+        if under_way is not None and under_way.kind == "destroy":
+            # Also where nothing would be written: "unchanged" would be a success on a dying VM.
+            raise Kept(
+                "busy", f"cannot renew lease of sandbox {sandbox.vmid}: it is being destroyed", vmid=sandbox.vmid
+            )
+        current = sandbox.lease_expires_at or 0
+        # While leases rest after a restore, this is how a sandbox is kept whose lease was renewed since the copy was made.
+        over = current <= now
+        if over and not timeguard.hold(ctx):
+            raise StateConflict(
+                f"cannot renew lease of sandbox {sandbox.vmid}: it expired at {clock_module.iso(current)} and is about to become TIMEOUT. "
+                "Create a new sandbox",
+                vmid=sandbox.vmid,
+            )
+        wanted = now + ttl
+        capped = False
+        if ctx.config.max_lifetime is not None and wanted > sandbox.created_at + ctx.config.max_lifetime:
+            wanted = sandbox.created_at + ctx.config.max_lifetime
+            capped = True
+        if wanted < current and not allow_shorten:
+            # Never shortens unless asked to.
+            wanted = current
+        enough = (
+            min_remaining is not None and current - now >= min_remaining and not (allow_shorten and wanted < current)
+        )
+        if (
+            enough
+            or wanted == current
+            or (
+                0 <= wanted - current < REPEAT_SECONDS
+                and min_remaining is None
+                and not _far_enough(wanted, current, ttl)
+            )
+        ):
+            return _answer("unchanged", sandbox, current, now, capped, changed=False)
+        if ctx.dry_run:
+            return _answer("would_renew", sandbox, wanted, now, capped, changed=True, was=current)
+        try:
+            done = ctx.records.renew(
+                sandbox, wanted, now, over=over, evidence={"ttl": ttl, "capped": capped, "was": current}
+            )
+            return _answer("renewed", done, wanted, now, capped, changed=True, was=current)
+        except RecordChanged:
+            sandbox = ctx.records.get(sandbox.uuid)
+    raise RecordChanged(f"sandbox {sandbox.vmid} keeps being changed by other runs; run again", vmid=sandbox.vmid)
+
+
+def _far_enough(wanted: int, current: int, ttl: int) -> bool:
+    # A lease shorter than the repetition window is renewed all the same when a good part of it has passed.
+    return ttl <= REPEAT_SECONDS and wanted - current >= max(1, ttl // 2)
+
+
+def _answer(
+    word: str, sandbox: Sandbox, expires_at: int, now: int, capped: bool, *, changed: bool, was: int | None = None
+) -> Outcome:
+    return Outcome.of(
+        word,
+        sandbox,
+        changed=changed,
+        extra={
+            "lease_expires_at": clock_module.iso(expires_at),
+            "granted_seconds": max(0, expires_at - now),
+            "capped": capped,
+            "was": clock_module.iso(was),
+        },
+    )
+
+
+@dataclass(slots=True)
+class Expiry:
+    """What an expiry pass did."""
+
+    expired: list[Outcome] = field(default_factory=list)
+    renewed: list[Outcome] = field(default_factory=list)
+    failed: list[Outcome] = field(default_factory=list)
+    suspended: str | None = None
+
+
+def expire(ctx: Context, *, stop_vms: bool = True) -> Expiry:
+    """Move what is over to TIMEOUT and stop its VM; a keepalive sandbox is renewed instead, as long as its lifetime allows.
+
+    All records are moved before the first VM is stopped, so that a slow stop delays no other expiry.
+    """
+    result = Expiry(suspended=timeguard.suspended(ctx))
+    if result.suspended:
+        return result
+    now = ctx.clock.now()
+    due = overview.over(ctx.records, now)
+    moved: list[Sandbox] = []
+    # One commit for all of them; with nothing to write no other writer is kept waiting.
+    with ctx.database.together() if due and not ctx.dry_run else contextlib.nullcontext():
+        for sandbox in due:
+            if is_kept_alive(ctx, sandbox, now):
+                limit = None if ctx.config.max_lifetime is None else sandbox.created_at + ctx.config.max_lifetime
+                until = now + (sandbox.ttl_seconds or ctx.config.default_ttl)
+                result.renewed.append(_keep_alive(ctx, sandbox, min(until, limit) if limit else until))
+                continue
+            if ctx.dry_run:
+                result.expired.append(
+                    Outcome.of("would_expire", sandbox, state=states.TIMEOUT, changed=True, reason="lease_expired")
+                )
+                continue
+            try:
+                done = ctx.records.expire(sandbox, now)
+            except RecordChanged as error:
+                result.failed.append(Outcome.of("unchanged", sandbox, reason="changed", message=error.message))
+                continue
+            moved.append(done)
+            result.expired.append(
+                Outcome.of("expired", done, previous_state=sandbox.state, changed=True, reason="lease_expired")
+            )
+    if stop_vms:
+        for outcome, problem in zip(result.expired, ctx.each(lambda one: stop_expired(ctx, one), moved), strict=False):
+            outcome.message = problem
+    return result
+
+
+def is_kept_alive(ctx: Context, sandbox: Sandbox, now: int) -> bool:
+    """True when a lease that is over is renewed by the expiry pass itself."""
+    limit = None if ctx.config.max_lifetime is None else sandbox.created_at + ctx.config.max_lifetime
+    return (
+        sandbox.keepalive
+        and sandbox.state in states.OPERATIONS["renew_lease"].allowed
+        and (limit is None or limit > now)
+    )
+
+
+def _keep_alive(ctx: Context, sandbox: Sandbox, until: int) -> Outcome:
+    if ctx.dry_run:
+        return Outcome.of("would_renew", sandbox, changed=True, reason="keepalive")
+    now = ctx.clock.now()
+    try:
+        done = ctx.records.renew(sandbox, until, now, keepalive=True, evidence={"was": sandbox.lease_expires_at})
+    except RecordChanged as error:
+        return failure(sandbox, error)
+    return _answer("renewed", done, until, now, False, changed=True)
+
+
+def stop_expired(ctx: Context, sandbox: Sandbox) -> str | None:
+    """Stop the VM of a TIMEOUT record; the record stays TIMEOUT. The reason is returned when it could not be done (the next pass tries again)."""
+    if sandbox.smbios_uuid is None:
+        return "its VM was never bound to the record; prune settles what became of it"
+    # Here, and not above: a renewal needs none of it.
+    from ..proxmox import identity
+    from ..vm import power
+    from ..vm.locate import HIBERNATED, locate, refuse_locked
+
+    try:
+        with ctx.claimed(sandbox, "stop", wait=0) as (claim, current):
+            if current.state != states.TIMEOUT:
+                return None
+            found = locate(ctx, current)
+            if found.verdict is None:
+                return NO_VM
+            if found.verdict.identity == identity.FOREIGN:
+                return ANOTHER_VM
+            if not found.match:
+                return f"its VM is {found.verdict.identity}, so it was left alone"
+            # A hibernated VM is switched off already.
+            refuse_locked(current, found, but=HIBERNATED)
+            # A destroy that was cut off stays to be finished.
+            other = claim.interrupted is not None and claim.interrupted.kind == "destroy"
+            if not other:
+                ctx.records.journal(claim, "stop", "requested", {"node": found.node})
+            upids, _warnings = power.stop(ctx, current, found, hard=False)
+            ctx.records.change(claim, current, "stop", upids=upids, reason="lease_expired", finish=not other)
+            return None
+    except AgentlabError as error:
+        return error.message
+
+
+def stop_leftovers(ctx: Context, done: Collection[str] = ()) -> list[tuple[Sandbox, str | None]]:
+    """TIMEOUT records whose VM still runs according to the cluster's list: the stop of an earlier pass failed or was cut off. Each with why it could not
+    be stopped this time either, or None.
+
+    ``done`` are those that this pass has dealt with: the list it reads is older than that.
+    """
+    running = leftovers(ctx, done)
+    return list(zip(running, ctx.each(lambda one: stop_expired(ctx, one), running), strict=True))
+
+
+def leftovers(ctx: Context, done: Collection[str] = ()) -> list[Sandbox]:
+    """Those that stop_leftovers would stop."""
+    waiting = [one for one in ctx.records.find_all([states.TIMEOUT]) if one.uuid not in done]
+    if not waiting:
+        return []
+    rows = ctx.cluster.vms()
+    return [one for one in waiting if rows.get(one.vmid, {}).get("status") == "running"]
+
+
+def check_min_remaining(value: object) -> int | None:
+    return None if value is None else durations.parse(value, "min_remaining")

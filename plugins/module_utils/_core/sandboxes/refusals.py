@@ -1,0 +1,94 @@
+# Copyright: the agentlab.proxmox contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Say which of our options a refusal of Proxmox VE is about, and what to do.
+
+Proxmox VE names its own things, or nothing at all.
+"""
+
+from __future__ import annotations
+
+import re
+
+from ..context import Context
+from ..errors import AccessDenied, AgentlabError, ApiError, ProxmoxError, TaskFailed
+from .spec import Spec
+
+
+def explain(ctx: Context, spec: Spec, node: str | None, template: object, error: AgentlabError) -> str | None:
+    """Return one sentence with option and remedy for a creation's error, with Proxmox VE's own words.
+
+    None where nothing is to be added.
+    """
+    if isinstance(error, ApiError):
+        text, asked = error.text, str(error.detail.get("path") or "")
+    elif isinstance(error, TaskFailed):
+        text, asked = error.exitstatus, ""
+    else:
+        return None
+    status = f"{error.status} " if isinstance(error, ApiError) else ""
+    told = f" (Proxmox VE: {status}{text.strip()[:300]})"
+    pool = spec.pool or ctx.config.pool
+    if re.search(r"pool '[^']*' does not exist", text):
+        return f"pool: {pool!r} does not exist. Make it (pveum pool add {pool}), or correct pool{told}"
+    if (
+        isinstance(error, AccessDenied)
+        and asked.endswith("/clone")
+        and not re.search(r"\b(VM|SDN|Sys|Datastore|Pool)\.\w+", text)
+    ):
+        # Proxmox VE names nothing, neither for a pool that does not exist nor for the right to make a VM.
+        return _unnamed(ctx, pool) + told
+    if "Linked clone feature is not supported" in text:
+        return (
+            f"full_clone: a linked clone of template {template} is not possible on its storage; set "
+            f"full_clone=true{told}"
+        )
+    if "VM uses local storage" in text:
+        return (
+            f"node: template {template} lies on local storage of another node than {node}, and cannot be cloned to "
+            "there. Leave node out, put the "
+            f"template on shared storage, or make one on {node}{told}"
+        )
+    if "can't clone to non-shared storage" in text:
+        return (
+            f"storage: {spec.storage or ctx.config.storage!r} is local, and template {template} is on another node "
+            f"than {node}. Give a shared storage, "
+            f"or leave node out{told}"
+        )
+    storage = re.search(
+        r"storage '([^']*)' (does not exist|does not support vm images|is not available on node)",
+        str(error.detail.get("errors") or text),
+    )
+    if storage:
+        return f"storage: {storage[1]!r} {storage[2]}. Give a storage of node {node} that holds disks of VMs{told}"
+    if "shrinking disks is not supported" in text:
+        return f"disk_size: {spec.disk_size} is less than the template's disk has, and disks only grow. Give more{told}"
+    if "no quorum" in text:
+        return f"the cluster has no quorum, and takes no new VMs until it has (pvecm status); run again then{told}"
+    if re.search(r"MAX \d+ vcpus allowed", text):
+        return f"cores: node {node} has fewer CPUs than the VM would get. Give fewer cores, or another node{told}"
+    bridge = re.search(r"bridge '([^']*)' does not exist", text)
+    if bridge:
+        option = "second_bridge" if bridge[1] == spec.second_bridge and bridge[1] != spec.bridge else "bridge"
+        return f"{option}: node {node} has no bridge {bridge[1]!r}. Give one that it has, or another node{told}"
+    return None
+
+
+def _unnamed(ctx: Context, pool: str | None) -> str:
+    if pool is None:
+        return (
+            f"{ctx.config.proxmox.login} may not make that VM. Grant VM.Allocate on /vms (or give a pool on which it "
+            "is granted), and VM.Clone on the "
+            "template"
+        )
+    try:
+        seen = any(row.get("poolid") == pool for row in ctx.client.get_list("pools"))
+    except ProxmoxError:
+        seen = False
+    if seen:
+        return f"pool: {ctx.config.proxmox.login} may not make VMs in pool {pool!r}. Grant VM.Allocate on /pool/{pool}"
+    return (
+        f"pool: {pool!r} does not exist, or {ctx.config.proxmox.login} may not see it. Make it (pveum pool add "
+        f"{pool}), correct pool, or grant "
+        f"VM.Allocate and Pool.Audit on /pool/{pool}"
+    )

@@ -1,0 +1,531 @@
+# Copyright: the agentlab.proxmox contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""One VM on its way out, up to its deletion: claim, judge, stop, take the workspace off, mark (which judges again, by the digest), delete, wait.
+
+Each phase is journaled before the request that it announces, so that a run killed at any point is finished by the next. Identity is never skipped,
+force or not. That the VM is gone is proven, and the record closed, by destroy.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+from .. import clock as clock_module
+from .. import states
+from ..context import Context
+from ..errors import (
+    AgentlabError,
+    ApiError,
+    ClaimLost,
+    Kept,
+    OutcomeUnknown,
+    ProxmoxError,
+    StateConflict,
+    StoreError,
+    TaskFailed,
+    TaskTimeout,
+    TaskUnknown,
+)
+from ..model import Outcome, Sandbox
+from ..proxmox import identity
+from ..proxmox.answers import changed, not_begun
+from ..store.records import POINT_OF_NO_RETURN, Claim, Operation
+from ..vm import binding, power
+from ..vm.locate import Located, is_hibernated, locate, power_state, refuse_guarded, refuse_not_ours
+from ..workspaces import workspace_disk
+
+# Times the VM may change between judging and marking before it is left alone.
+_MARK_TRIES = 3
+
+
+@dataclass(slots=True)
+class Request:
+    """What is asked for. ``recheck`` is run on the record once the claim is held: what was planned must still be true."""
+
+    operation: str = "destroy"
+    force: bool = False
+    # A failed creation removes its own remains, also when the sandbox was to be protected.
+    clean_up: bool = False
+    claim_wait: float | None = None
+    recheck: Callable[[Sandbox], None] | None = None
+
+
+@dataclass(slots=True)
+class Gone:
+    """Deleted (or found missing), absence still to be proven. Holds the claim."""
+
+    claim: Claim
+    sandbox: Sandbox
+    before: Sandbox
+    reason: str
+    evidence: dict[str, Any]
+    began: float
+    upids: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    # Nothing was ever done about it since the list was read, by us or by another run: that list may prove its absence.
+    quiet: bool = False
+    # The delete of a killed run may still be carried out: while absence is not proven, that stays in the journal.
+    doubtful: bool = False
+
+
+class _Again(Exception):
+    """The VM moved, changed or went since it was judged: it is looked for and judged anew."""
+
+
+def check(ctx: Context, sandbox: Sandbox, force: bool, clean_up: bool = False) -> bool:
+    """State rule and protection, from the record alone: whether there is something to do."""
+    todo = states.check("force_destroy" if force else "destroy", sandbox.state, ctx.force_hint)
+    if todo and sandbox.protected and not clean_up:
+        raise Kept(
+            "protected", f"sandbox {sandbox.vmid} is protected; set protected=false first (force does not skip this)"
+        )
+    return todo
+
+
+class Removal:
+    """The removal of one sandbox's VM, from the claim to the end of the delete task."""
+
+    def __init__(self, ctx: Context, planned: Sandbox, request: Request) -> None:
+        self._ctx, self._planned, self._request = ctx, planned, request
+        self._began = ctx.clock.monotonic()
+        self._claim = ctx.records.claim(
+            planned.uuid, "destroy", wait=ctx.config.claim_timeout if request.claim_wait is None else request.claim_wait
+        )
+        left = self._left = self._claim.interrupted
+        # The journal entry of a killed run whose delete may have been sent, and may still be carried out; None for a new try.
+        self._cut_off = left if left and left.kind == "destroy" and left.phase in POINT_OF_NO_RETURN else None
+        # When that was, at the latest.
+        self._since = 0
+        # Whether a delete may be carried out, of this run or of that one.
+        self._sent = self._cut_off is not None
+        self._stopped = False
+        self._sandbox = self._before = planned
+        self._detail: dict[str, Any] = {"operation": request.operation, "force": request.force}
+        self._upids: list[str] = []
+        self._warnings: list[str] = []
+        self._round = 0
+
+    def run(self) -> Outcome | Gone:
+        """Gone holds the claim; whatever else is the end has given it back."""
+        try:
+            found = self._begin()
+            while found is None and self._round < _MARK_TRIES:
+                try:
+                    found = self._judge_and_delete()
+                except _Again:
+                    self._round += 1
+            if found is None:
+                raise Kept(
+                    "changed", f"sandbox {self._sandbox.vmid}: its VM keeps changing; it was left alone, run again"
+                )
+            return found
+        except AgentlabError as error:
+            abandon(self._ctx, self._claim, self._sandbox, self._request, error, sent=self._sent, stopped=self._stopped)
+            raise
+        except BaseException:
+            self._ctx.records.release(self._claim)
+            raise
+
+    # ---- the steps ----
+
+    def _begin(self) -> Outcome | Gone | None:
+        """What the record says now that it is ours, and what a killed run left; None when the VM is to be looked for."""
+        ctx, request, left = self._ctx, self._request, self._left
+        current = self._sandbox = ctx.records.get(self._planned.uuid)
+        if current.state == states.DESTROYED:
+            ctx.records.release(self._claim)
+            return Outcome.of("unchanged", current, reason=current.reason)
+        if self._cut_off is None:
+            if request.recheck:
+                request.recheck(current)
+            check(ctx, current, request.force, request.clean_up)
+        elif current.protected:
+            check(ctx, current, True, request.clean_up)
+        if left:
+            # What the creation noted is needed to tell an unbound VM, until it is bound.
+            self._detail["create"] = creation_of(left)
+        if self._cut_off:
+            if self._cut_off.detail.get("upid"):
+                self._detail["upid"] = self._cut_off.detail["upid"]
+            # However often it is asked again: the doubt ends some time after the delete may have been sent, not after the last look.
+            self._detail["since"] = self._since = int(self._cut_off.detail.get("since", self._cut_off.updated_at))
+        self._before = current
+        if current.generation != self._planned.generation:
+            # Another run worked on it while we waited: what was read of the cluster before says nothing about it.
+            ctx.cluster.vms(fresh=True)
+        self._journal("verifying")
+        if never_cloned(current, self._detail.get("create")):
+            _look_before_closing(ctx, current)
+            return self._gone("never_created", {"creation": "the clone was never asked for, or refused"})
+        if self._cut_off:
+            try:
+                self._warnings += _await_cut_off(ctx, current, self._cut_off)
+            except TaskTimeout:
+                # It goes on, or hangs. If its VM is gone that is to be proven all the same; else nothing is done beside it.
+                if self._locate().node is not None:
+                    raise
+        return None
+
+    def _judge_and_delete(self) -> Gone:
+        """One round, on the VM as it is now; _Again when it is another one before the end."""
+        found = self._judge()
+        if isinstance(found, Gone):
+            return found
+        self._refuse_running(found)
+        found = self._stop(found)
+        self._detach(found)
+        upid = self._mark_and_delete(found)
+        if not isinstance(upid, str):
+            raise OutcomeUnknown(
+                f"delete VM {self._sandbox.vmid}: Proxmox answered without a task id; whether it was done is not known, run again"
+            )
+        self._await(upid)
+        return self._gone("destroyed", found.verdict.evidence if found.verdict else {})
+
+    def _judge(self) -> Located | Gone:
+        """Our VM, which may go; Gone when there is none of ours. Raises why it stays."""
+        ctx = self._ctx
+        # Needed after the VM was judged, and not to be read between that and the stop. What it says (or why it does not) counts then.
+        no_quorum: AgentlabError | None = None
+        try:
+            ctx.cluster.require_quorum()
+        except (ProxmoxError, Kept) as error:
+            no_quorum = error
+        found = self._locate()
+        if self._sandbox.smbios_uuid is None:
+            self._sandbox = ctx.records.get(self._sandbox.uuid)
+        if found.node is None:
+            return self._gone(
+                "vm_absent",
+                {},
+                quiet=not self._upids
+                and self._left is None
+                and not self._round
+                and self._sandbox.generation == self._planned.generation,
+                doubtful=self._cut_off is not None and not self._doubt_is_over(),
+            )
+        if found.verdict and found.verdict.identity == identity.FOREIGN:
+            if no_quorum is not None:
+                raise no_quorum
+            ctx.cluster.confirm()
+            return self._gone("vmid_reused", found.verdict.evidence)
+        refuse_not_ours(self._sandbox, found)
+        if self._cut_off and self._doubt_is_over():
+            # The VM is there, and no delete of a killed run can be under way any more: from here on this is a new try.
+            self._sent, self._cut_off = False, None
+            del self._detail["since"]
+        refuse_guarded(self._sandbox, found)
+        # What will be kept in the end is not stopped, and does not lose its workspace.
+        with self._again_if_vanished():
+            asked = workspace_disk.refuse_planned(ctx, self._sandbox, found)
+        if no_quorum is not None:
+            raise no_quorum
+        if asked:
+            # That took its time, and a stop has no precondition: whose VM it is now is looked at directly before it.
+            found = self._locate()
+            if not found.match:
+                ctx.cluster.vms(fresh=True)
+                raise _Again
+        return found
+
+    def _refuse_running(self, found: Located) -> None:
+        """StateConflict where a plain destroy meets a VM that runs: only force ends that, whatever the record says."""
+        if self._request.force or self._request.operation != "destroy" or self._cut_off is not None:
+            return
+        with self._again_if_vanished():
+            refuse_running(self._ctx, self._sandbox, found)
+
+    def _stop(self, found: Located) -> Located:
+        """Switch the VM off, and throw its saved memory away where it is hibernated; the VM as judged last.
+
+        The list lags by ten seconds, so before a disk is taken off the VM itself is asked. A delete needs no question:
+        Proxmox refuses it for a VM that runs.
+        """
+        if is_hibernated(found.config):
+            self._journal("stopping")
+            with self._again_if_vanished():
+                return power.discard_saved_memory(self._ctx, self._sandbox, found)
+        if self._stopped:
+            return found
+        if (
+            str(found.row.get("status")) == "stopped"
+            and workspace_disk.records(self._ctx).of_sandbox(self._sandbox.uuid) is None
+        ):
+            return found
+        self._journal("stopping")
+        with self._again_if_vanished():
+            upids, warnings = power.stop(
+                self._ctx,
+                self._sandbox,
+                found,
+                hard=self._request.force or self._sandbox.state in (states.TIMEOUT, states.SUSPENDED),
+            )
+        self._upids += upids
+        self._warnings += warnings
+        self._stopped = True
+        return found
+
+    def _detach(self, found: Located) -> None:
+        """Nothing that outlives the sandbox may be in the VM that is deleted."""
+        ctx = self._ctx
+        own = workspace_disk.records(ctx).of_sandbox(self._sandbox.uuid)
+        if own is not None:
+            # From here on it is too late to protect the sandbox: it would be kept without its workspace.
+            self._journal("detaching", unprotected=True)
+            try:
+                workspace_disk.off(ctx, self._claim, self._sandbox, found, own, sure=True)
+            except ApiError as error:
+                if not self._vanished(error):
+                    raise
+            # The configuration is another one now: judged anew before anything else is done.
+            self._sandbox = ctx.records.get(self._sandbox.uuid)
+            raise _Again
+        with self._again_if_vanished():
+            workspace_disk.refuse_listed(ctx, self._sandbox, found)
+
+    def _mark_and_delete(self, found: Located) -> Any:
+        """The task of the delete. Mark and delete share one place among the requests in flight: nothing of ours comes between them."""
+        ctx = self._ctx
+        ctx.records.journal(self._claim, "destroy", "deleting", self._detail, unprotected=not self._request.clean_up)
+        with ctx.client.held(found.path):
+            try:
+                _mark(ctx, self._request, found)
+            except ApiError as error:
+                self._sent = self._cut_off is not None
+                self._not_marked(error)
+            self._sent = True
+            if self._cut_off:
+                # Another one, whose time counts.
+                ctx.records.journal(self._claim, "destroy", "deleting", {**self._detail, "since": ctx.clock.now()})
+            try:
+                return ctx.client.delete(found.path, purge=1)
+            except ApiError as error:
+                self._not_deleted()
+                self._refused(error)
+
+    def _await(self, upid: str) -> None:
+        ctx = self._ctx
+        self._upids.append(upid)
+        ctx.records.journal(self._claim, "destroy", "waiting", {**self._detail, "upid": upid, "since": ctx.clock.now()})
+        try:
+            self._warnings += ctx.tasks.wait(upid, f"delete VM {self._sandbox.vmid}", ctx.wait_timeout)
+        except TaskFailed as error:
+            if "does not exist" not in error.exitstatus:
+                # A definite end: the configuration is still there (its disks perhaps not), and the next run begins anew.
+                self._not_deleted()
+                raise
+
+    # ---- what a step found ----
+
+    def _not_marked(self, error: ApiError) -> NoReturn:
+        vmid = self._sandbox.vmid
+        if self._vanished(error):
+            raise _Again from None
+        if changed(error.text):
+            raise Kept(
+                "changed", f"sandbox {vmid}: its VM's configuration keeps changing; it was left alone, run again"
+            ) from None
+        raise Kept(
+            "locked" if "is locked" in error.text else "unknown" if error.status == 500 else "denied",
+            f"sandbox {vmid}: the VM was not deleted, because it cannot be marked: {error.message}",
+        ) from None
+
+    def _refused(self, error: ApiError) -> NoReturn:
+        ctx = self._ctx
+        if "is running" in error.text and not self._last:
+            # The list said stopped (it lags), or it was started meanwhile: judge it again, then stop it.
+            ctx.cluster.vms(fresh=True).get(self._sandbox.vmid, {})["status"] = "running"
+            self._stopped = False
+            raise _Again from None
+        if "does not exist" in error.text:
+            ctx.cluster.vms(fresh=True)
+            raise _Again from None
+        if not_begun(error.text) and not self._last:
+            ctx.clock.sleep(1.0)
+            raise _Again from None
+        raise error
+
+    def _not_deleted(self) -> None:
+        """The delete of this run was not carried out; that of a killed run before it still may be."""
+        self._sent = self._cut_off is not None
+        if self._cut_off is not None:
+            self._ctx.records.journal(self._claim, "destroy", self._cut_off.phase, self._detail)
+
+    @property
+    def _last(self) -> bool:
+        return self._round + 1 >= _MARK_TRIES
+
+    def _vanished(self, error: ApiError | TaskFailed) -> bool:
+        """Whether the VM moved, changed, or was deleted for a killed run, since it was judged, so that it is to be looked for and judged again."""
+        if self._last or not ("does not exist" in error.message or changed(error.message)):
+            return False
+        self._ctx.cluster.vms(fresh=True)
+        return True
+
+    @contextlib.contextmanager
+    def _again_if_vanished(self) -> Iterator[None]:
+        try:
+            yield
+        except (ApiError, TaskFailed) as error:
+            if self._vanished(error):
+                raise _Again from None
+            raise
+
+    def _doubt_is_over(self) -> bool:
+        return self._ctx.clock.now() - self._since > self._ctx.config.doubt_window
+
+    def _locate(self) -> Located:
+        return locate_own(self._ctx, self._sandbox, self._claim, self._detail)
+
+    def _journal(self, phase: str, *, unprotected: bool = False) -> None:
+        """The delete of a killed run that may still be carried out stays in the journal, whatever is done meanwhile."""
+        self._ctx.records.journal(
+            self._claim,
+            "destroy",
+            self._cut_off.phase if self._cut_off else phase,
+            self._detail,
+            unprotected=unprotected and not self._request.clean_up,
+        )
+
+    def _gone(self, reason: str, evidence: dict[str, Any], *, quiet: bool = False, doubtful: bool = False) -> Gone:
+        return Gone(
+            self._claim,
+            self._sandbox,
+            self._before,
+            reason,
+            evidence,
+            self._began,
+            self._upids,
+            self._warnings,
+            quiet,
+            doubtful,
+        )
+
+
+def refuse_running(ctx: Context, sandbox: Sandbox, located: Located) -> None:
+    """StateConflict, in the words for the state that the VM is really in, unless it is switched off."""
+    seen = power_state(sandbox, power.status(ctx, located), located.config)
+    if seen != states.STOPPED:
+        raise StateConflict(
+            states.refusal("destroy", seen, ctx.force_hint),
+            operation="destroy",
+            state=seen,
+            valid=(states.STOPPED, states.DESTROYED),
+        )
+
+
+def never_cloned(sandbox: Sandbox, created: dict[str, Any] | None) -> bool:
+    """True when the journal says that no clone request of ours is or was under way: whatever is at the VMID, it is not ours."""
+    return sandbox.smbios_uuid is None and created is not None and created.get("phase") == "reserved"
+
+
+def creation_of(left: Operation) -> dict[str, Any] | None:
+    """What the creation noted, from its own journal entry or from the destroy's that took it over."""
+    if left.kind == "create":
+        return {**left.detail, "phase": left.phase, "at": left.updated_at}
+    found = left.detail.get("create")
+    return found if isinstance(found, dict) else None
+
+
+def _look_before_closing(ctx: Context, sandbox: Sandbox) -> None:
+    """A refused clone leaves nothing behind; should a VM with our marker (or one just being cloned) stand there all the same, it is kept."""
+    try:
+        found = locate(ctx, sandbox)
+    except (Kept, ProxmoxError):
+        return
+    if found.verdict and found.verdict.identity != identity.FOREIGN:
+        raise Kept(
+            "ambiguous",
+            f"sandbox {sandbox.vmid}: Proxmox refused its clone, but a VM that may be that clone is there now; it was left alone. "
+            "Look at it, and remove it by hand if it is to go",
+            evidence=found.verdict.evidence,
+        )
+
+
+def _await_cut_off(ctx: Context, sandbox: Sandbox, left: Operation) -> list[str]:
+    """Wait for the delete of a killed run, if its task is known. However it ended, what is there now is judged anew."""
+    upid = left.detail.get("upid")
+    if not upid:
+        return []
+    try:
+        return ctx.tasks.wait(upid, f"delete VM {sandbox.vmid}", ctx.wait_timeout)
+    except (TaskFailed, TaskUnknown):
+        return []
+
+
+def locate_own(
+    ctx: Context, sandbox: Sandbox, claim: Claim | None = None, detail: dict[str, Any] | None = None
+) -> Located:
+    """As verify.locate, and for a VM whose SMBIOS UUID was never stored: find out whether our own clone made it."""
+    if sandbox.smbios_uuid is not None:
+        return locate(ctx, sandbox)
+    return binding.locate_unbound(ctx, sandbox, claim, (detail or {}).get("create"))
+
+
+def _mark(ctx: Context, request: Request, found: Located) -> None:
+    """The config write that carries the digest of what was judged: it fails if anything changed, or if the cluster takes no writes."""
+    verdict = found.verdict
+    if verdict is None or verdict.digest is None:
+        raise Kept("unknown", "Proxmox gave no digest with the VM's configuration; without it nothing is deleted")
+    note = identity.deletion_note(verdict.config or {}, request.operation, clock_module.iso(ctx.clock.now()))
+    ctx.client.put(f"{found.path}/config", description=note, digest=verdict.digest)
+
+
+def abandon(
+    ctx: Context, claim: Claim, sandbox: Sandbox, request: Request, error: AgentlabError, *, sent: bool, stopped: bool
+) -> None:
+    """Leave a truthful record behind: why nothing more was done; the journal stays only when the delete may have been carried out."""
+    reason = error.reason if isinstance(error, Kept) else error.code
+    evidence = {"message": error.message, **{k: v for k, v in error.detail.items() if isinstance(v, (str, int, dict))}}
+    try:
+        uncertain = sent
+        now = ctx.records.get(sandbox.uuid)
+        to = states.STOPPED if stopped and now.state in (states.READY, states.RUNNING, states.SUSPENDED) else None
+        unbound = now.smbios_uuid is None and claim.interrupted is not None
+        creation = _cut_off_creation(claim, now) if to is None and not uncertain and not unbound else None
+        if isinstance(error, StateConflict) or (isinstance(error, Kept) and reason == "protected" and not stopped):
+            # Refused by the rules: not worth an event each time it is asked.
+            if not unbound and not uncertain:
+                _drop_journal(ctx, claim)
+        else:
+            ctx.records.change(
+                claim,
+                now,
+                request.operation,
+                to=to,
+                outcome="kept" if isinstance(error, Kept) else "failed",
+                reason=reason,
+                evidence=evidence,
+                finish=not uncertain and not unbound and creation is None,
+            )
+        if creation is not None:
+            # It is as far as it was: what it has done already is not to be done twice.
+            ctx.records.journal(claim, "create", str(creation.pop("phase")), creation)
+    except (StoreError, ClaimLost):
+        pass
+    finally:
+        ctx.records.release(claim)
+
+
+def _cut_off_creation(claim: Claim, now: Sandbox) -> dict[str, Any] | None:
+    """What a creation had noted that was cut off before this destroy, and that can still be gone on with."""
+    if claim.interrupted is None or not (now.state in states.CREATING or now.state == states.READY):
+        return None
+    found = creation_of(claim.interrupted)
+    if found is not None:
+        found.pop("at", None)
+    return found
+
+
+def _drop_journal(ctx: Context, claim: Claim) -> None:
+    left = claim.interrupted
+    # A destroy that was cut off, and that is refused now, is over: it must not bar everything else for good. Whether its delete may still be carried
+    # out is certain by now (the callers ask for that first).
+    if left is None or left.kind == "destroy":
+        ctx.records.fenced(
+            claim, lambda conn: conn.execute("DELETE FROM operations WHERE sandbox_uuid = ?", (claim.uuid,)) and None
+        )

@@ -1,0 +1,287 @@
+# Copyright: the agentlab.proxmox contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Find the template of a creation and check, before anything is made, that the sandbox can be made of it as asked for.
+
+The list of all VMs is a hint: for up to ten seconds it shows a new template without its name and without saying that
+it is one. The VM's own
+configuration decides.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from ..context import Context
+from ..errors import AccessDenied, ApiError, InvalidInput, ProxmoxError
+from . import vm_config
+from .spec import Spec
+
+# Options that reach the guest by the cloud-init drive alone.
+_CLOUD_INIT = (
+    "ip_config",
+    "second_ip_config",
+    "nameserver",
+    "searchdomain",
+    "cloud_init_user",
+    "cloud_init_password",
+    "cloud_init_upgrade",
+    "ssh_public_keys",
+    "cloud_init_user_data",
+    "cloud_init_vendor_data",
+)
+# So many VMs without a name in the list are read to find a template by its name; there are more only while a node
+# starts.
+_MOST_READ = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Template:
+    """A template: where it is, and its configuration (None: these credentials may not read it)."""
+
+    vmid: int
+    node: str
+    config: dict[str, Any] | None
+
+    @property
+    def title(self) -> str:
+        return f"template {self.vmid} ({self.name})" if self.name else f"template {self.vmid}"
+
+    @property
+    def name(self) -> str | None:
+        return (self.config or {}).get("name")
+
+    @property
+    def storages(self) -> set[str]:
+        """The storages on which its disks lie."""
+        config = self.config or {}
+        keys = [*vm_config.disks(config), *(key for key in ("efidisk0", "tpmstate0") if key in config)]
+        return {str(config[key]).partition(":")[0] for key in keys}
+
+
+def find(ctx: Context, wanted: str | None, node: str | None = None) -> Template:
+    """Return the template of that VMID or name.
+
+    Of several with that name the one on ``node``. InvalidInput says what is there instead.
+    """
+    if not wanted:
+        raise InvalidInput(
+            "template: missing; give the VMID or name of a template (or set it in the configuration)", option="template"
+        )
+    rows = ctx.cluster.vms()
+    number = int(wanted) if wanted.isascii() and wanted.isdecimal() else None
+    if number is not None and number in rows:
+        return _of_number(ctx, number)
+    templates = {vmid: row for vmid, row in rows.items() if _is_template(row)}
+    named = {vmid: str(row.get("node")) for vmid, row in templates.items() if row.get("name") == wanted}
+    if not named:
+        named = _of_unclear_rows(ctx, wanted)
+    if len(named) > 1 and node is not None:
+        named = {vmid: where for vmid, where in named.items() if where == node} or named
+    if len(named) == 1:
+        return _read(ctx, *next(iter(named.items())))
+    if named:
+        places = ", ".join(f"{vmid} on {where}" for vmid, where in sorted(named.items()))
+        here = f", none of them on node {node}" if node is not None and node not in named.values() else ""
+        raise InvalidInput(
+            f"template: {wanted!r} is the name of several templates ({places}){here}; give the VMID, or the node",
+            option="template",
+            value=wanted,
+        )
+    names = [f"{vmid} ({row['name']})" if row.get("name") else str(vmid) for vmid, row in sorted(templates.items())]
+    seen = ", ".join(names) or "none that these credentials may see"
+    silent = sorted(name for name, online in ctx.cluster.nodes().items() if not online)
+    if silent:
+        # Of what is on them Proxmox tells neither the name nor that it is a template.
+        raise InvalidInput(
+            f"template: {wanted!r} is not to be seen, but {', '.join(silent)} is offline, and what is there is not "
+            "known; wait until the "
+            f"node is back, or give another template. Templates on the other nodes: {seen}",
+            option="template",
+            value=wanted,
+        )
+    plain = sorted(vmid for vmid, row in rows.items() if row.get("name") == wanted)
+    if plain:
+        raise _no_template(plain[0], str(rows[plain[0]].get("type")), wanted)
+    raise InvalidInput(f"template: {wanted!r} does not exist. Templates: {seen}", option="template", value=wanted)
+
+
+def _is_template(row: dict[str, Any]) -> bool:
+    return str(row.get("template")) == "1" and row.get("type") == "qemu"
+
+
+def _no_template(vmid: int, kind: str, wanted: str) -> InvalidInput:
+    if kind != "qemu":
+        return InvalidInput(
+            f"template: {vmid} is a container; a sandbox is made from the template of a VM",
+            option="template",
+            value=wanted,
+        )
+    return InvalidInput(
+        f"template: VM {vmid} is not a template; convert it first (qm template {vmid})", option="template", value=wanted
+    )
+
+
+def _of_number(ctx: Context, vmid: int) -> Template:
+    row = ctx.cluster.vms()[vmid]
+    if row.get("type") != "qemu":
+        raise _no_template(vmid, str(row.get("type")), str(vmid))
+    template = _read(ctx, vmid, str(row.get("node")), listed=_is_template(row))
+    if template.config is not None and str(template.config.get("template", "0")) != "1":
+        raise _no_template(vmid, "qemu", str(vmid))
+    return template
+
+
+def _of_unclear_rows(ctx: Context, wanted: str) -> dict[int, str]:
+    """Return the templates of that name, with their nodes, among the VMs of which the list says too little."""
+    unclear = [
+        vmid
+        for vmid, row in sorted(ctx.cluster.vms().items())
+        if row.get("type") == "qemu" and (not row.get("name") or row.get("name") == wanted) and not _is_template(row)
+    ]
+    found = {}
+    for vmid in unclear[:_MOST_READ]:
+        try:
+            template = _read(ctx, vmid, str(ctx.cluster.vms()[vmid].get("node")), listed=False)
+        except (InvalidInput, ProxmoxError):
+            # What does not answer is told below, by its node.
+            continue
+        if (
+            template.config is not None
+            and template.config.get("name") == wanted
+            and str(template.config.get("template", "0")) == "1"
+        ):
+            found[vmid] = template.node
+    return found
+
+
+def _read(ctx: Context, vmid: int, node: str, *, listed: bool = True) -> Template:
+    """Read the configuration.
+
+    ``listed``: the list says that it is a template, so it is one also where the configuration may not be read.
+    """
+    try:
+        config = ctx.once(("config", node, vmid), lambda: ctx.client.get_dict(f"nodes/{node}/qemu/{vmid}/config"))
+        return Template(vmid, node, config)
+    except AccessDenied as error:
+        if listed:
+            return Template(vmid, node, None)
+        raise InvalidInput(
+            f"template: whether VM {vmid} is a template is not known: {error.message}",
+            option="template",
+            value=str(vmid),
+        ) from None
+    except ApiError as error:
+        moved = ctx.cluster.vms(fresh=True).get(vmid, {}).get("node")
+        if "does not exist" in error.text and moved is not None and str(moved) != node:
+            return _read(ctx, vmid, str(moved), listed=listed)
+        unknown = f"template: VM {vmid} on node {node} cannot be read, so whether it is a template is not known"
+        error.message = f"{unknown}: {error.message}"
+        raise
+
+
+# ---- what can be made of it ----
+
+
+def clone_mode(ctx: Context, spec: Spec, template: Template) -> tuple[bool | None, str | None]:
+    """Return ``full`` and ``storage`` of the clone call.
+
+    A linked clone lies where its template does. So the configuration's ``storage`` makes a full clone only where the
+    template lies elsewhere
+    (or where that cannot be read); ``storage`` and ``full_clone`` of a creation or profile do as they say.
+    """
+    if spec.storage:
+        return (True if spec.full_clone is None else spec.full_clone), spec.storage
+    configured = ctx.config.storage
+    if not configured or spec.full_clone is False:
+        return spec.full_clone, None
+    if spec.full_clone is None and template.config is not None and template.storages == {configured}:
+        return None, None
+    return True, configured
+
+
+def check(ctx: Context, spec: Spec, template: Template, node: str) -> None:
+    """Refuse, by the name of the option, what Proxmox VE would refuse after the clone, or would take without any
+    effect.
+    """
+    _check_storage(ctx, clone_mode(ctx, spec, template)[1], node)
+    config = template.config
+    if config is None:
+        return
+    if not vm_config.has_cloud_init_drive(config):
+        for option in _CLOUD_INIT:
+            if getattr(spec, option) not in (None, []):
+                raise InvalidInput(
+                    f"{option}: {template.title} has no cloud-init drive, so it would have no effect. Give the "
+                    "template one (qm set "
+                    f"{template.vmid} --ide2 STORAGE:cloudinit), or leave {option} out",
+                    option=option,
+                )
+    if spec.disk_size:
+        _check_disk_size(spec.disk_size, template, config)
+    if not spec.second_bridge and "net1" not in config:
+        for option in ("second_vlan_tag", "second_ip_config"):
+            if getattr(spec, option) is not None:
+                raise InvalidInput(
+                    f"{option}: {template.title} has no second interface; give second_bridge, which makes one",
+                    option=option,
+                )
+    if spec.cores is not None:
+        check_cores(ctx, spec.cores, config, node, "template")
+
+
+def _check_storage(ctx: Context, storage: str | None, node: str) -> None:
+    if storage is None:
+        return
+    rows = ctx.once(("storages", node), lambda: ctx.client.get_list(f"nodes/{node}/storage", content="images"))
+    # Without rights the list is empty, and says nothing.
+    if rows and not any(row.get("storage") == storage for row in rows):
+        names = ", ".join(sorted(str(row.get("storage")) for row in rows))
+        raise InvalidInput(
+            f"storage: {storage!r} is not a storage of node {node} for disks of VMs. Storages: {names}",
+            option="storage",
+            value=storage,
+        )
+
+
+def _check_disk_size(size: str, template: Template, config: dict[str, Any]) -> None:
+    """Refuse a size below the template's: Proxmox VE shrinks no disk, and would say so after the clone."""
+    disk = vm_config.boot_disk(config)
+    if disk is None:
+        raise InvalidInput(
+            f"disk_size: {template.title} has no disk to resize; leave disk_size out", option="disk_size"
+        )
+    has = vm_config.size_of(str(config[disk]))
+    if has is not None and not size.startswith("+") and vm_config.kib(size) < vm_config.kib(has):
+        raise InvalidInput(
+            f"disk_size: {size} is less than the {has} of disk {disk} of {template.title}, and disks only grow. Give "
+            f"{has} or more, or leave disk_size out",
+            option="disk_size",
+            value=size,
+        )
+
+
+def check_cores(ctx: Context, cores: int, config: dict[str, Any], node: str, owner: str) -> None:
+    """Refuse more virtual CPUs than the node has CPUs: Proxmox VE would not start the VM.
+
+    ``owner`` is whose configuration that is, for the message: ``template`` or ``VM``.
+    """
+    try:
+        rows = ctx.once("nodes", lambda: ctx.client.get_list("cluster/resources", type="node"))
+    except AccessDenied:
+        return
+    # The figures need Sys.Audit on the node: what is absent is not zero.
+    known = next((str(row.get("maxcpu") or "") for row in rows if row.get("node") == node), "")
+    sockets = re.fullmatch(r"\d{1,3}", str(config.get("sockets") or "1"))
+    count = cores * (int(sockets[0]) if sockets else 1)
+    if known.isdecimal() and count > int(known):
+        times = f" (times {sockets[0]} sockets of the {owner})" if sockets and sockets[0] != "1" else ""
+        raise InvalidInput(
+            f"cores: {cores}{times} is more than the {known} CPUs of node {node}, which would not start the VM. Give "
+            "fewer cores, or "
+            "another node",
+            option="cores",
+            value=cores,
+        )

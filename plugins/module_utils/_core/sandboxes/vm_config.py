@@ -1,0 +1,288 @@
+# Copyright: the agentlab.proxmox contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Translate a Spec into the configuration of its VM: hardware, network, cloud-init, tags, and the disk to resize.
+
+A tag is a hint for people. A cluster may forbid tags; then the VM keeps the tags that the cluster lets it have, and
+the caller is warned.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+from urllib.parse import quote
+
+from ..context import Context
+from ..errors import AccessDenied, InvalidInput, OutcomeUnknown
+from ..guest import cloud_init
+from ..model import Sandbox
+from ..proxmox.identity import OUR_TAG
+from ..vm.locate import Located, require_match
+from .spec import Spec
+
+# Proxmox VE names one of the tags that change: "Permission check failed (/, Sys.Modify for modifying tag 'x')".
+_REFUSED_TAG = re.compile(r"Sys\.Modify for modifying tag '([^']*)'")
+# The order in which Proxmox VE looks for a disk when the configuration names no boot disk (qemu-server,
+# valid_drive_names).
+_BUSES = ("ide", "scsi", "virtio", "sata")
+
+
+def desired_config(ctx: Context, spec: Spec, sandbox: Sandbox, config: dict[str, Any]) -> dict[str, Any]:
+    """Return the keys, and their new values, in which ``config`` differs from what the Spec asks for."""
+    values: dict[str, Any] = {
+        "cores": spec.cores,
+        "cpu": spec.cpu_type,
+        "nameserver": spec.nameserver,
+        "searchdomain": spec.searchdomain,
+        "ipconfig0": spec.ip_config,
+        "ipconfig1": spec.second_ip_config,
+        "ciuser": spec.cloud_init_user,
+        "cipassword": spec.cloud_init_password,
+        "ciupgrade": None if spec.cloud_init_upgrade is None else int(spec.cloud_init_upgrade),
+        **memory_values(spec.memory, config),
+    }
+    tags = {OUR_TAG, *sandbox.tags}
+    if tags != split_tags(config.get("tags")):
+        values["tags"] = ";".join(sorted(tags))
+    if str(config.get("protection", "0")) == "1":
+        # The clone copied it from the template. A sandbox that cannot be deleted is none; its own protection is a
+        # matter of the record.
+        values["protection"] = 0
+    custom = _cicustom(ctx, spec, sandbox, str(config.get("cicustom") or ""))
+    if custom is not None:
+        values["cicustom"] = custom
+    if spec.ssh_public_keys:
+        values["sshkeys"] = quote("\n".join(key.strip() for key in spec.ssh_public_keys), safe="")
+    # A security group means nothing on an interface that the firewall does not look at.
+    firewall = True if spec.firewall_group else spec.firewall
+    first = str(config.get("net0") or "virtio")
+    if spec.bridge or spec.network_model or spec.vlan_tag or firewall is not None:
+        values["net0"] = network(first, spec.bridge, firewall, spec.network_model, spec.vlan_tag)
+    if spec.second_bridge or spec.second_vlan_tag:
+        model = spec.network_model or re.split(r"[=,]", first)[0]
+        values["net1"] = network(str(config.get("net1") or model), spec.second_bridge, None, None, spec.second_vlan_tag)
+    return {
+        name: value for name, value in values.items() if value is not None and str(config.get(name, "")) != str(value)
+    }
+
+
+def memory_values(memory: int | None, config: dict[str, Any]) -> dict[str, Any]:
+    """Return ``memory`` (MiB), and a lower ``balloon`` where the configuration's is above it.
+
+    Proxmox VE refuses memory below balloon.
+    """
+    if memory is None:
+        return {}
+    balloon = str(config.get("balloon") or "0")
+    return {"memory": memory, **({"balloon": memory} if balloon.isdecimal() and int(balloon) > memory else {})}
+
+
+def _cicustom(ctx: Context, spec: Spec, sandbox: Sandbox, current: str) -> str | None:
+    """Return the value of ``cicustom`` with our user data and the Spec's vendor data in it.
+
+    None when neither is given.
+    """
+    volumes: dict[str, str] = {}
+    if sandbox.snippet is not None:
+        volumes["user"] = cloud_init.volume_of(ctx, sandbox)
+    if spec.cloud_init_vendor_data:
+        volumes["vendor"] = spec.cloud_init_vendor_data
+    if not volumes:
+        return None
+    kept = [part for part in current.split(",") if part and part.partition("=")[0] not in volumes]
+    return ",".join([*(f"{name}={volume}" for name, volume in volumes.items()), *kept])
+
+
+# ---- tags ----
+
+
+def split_tags(value: object) -> set[str]:
+    """Return the tags of a configuration's ``tags``.
+
+    Proxmox VE stores them in small letters, and takes ``;``, ``,`` and blanks between them.
+    """
+    return {tag.lower() for tag in re.split(r"[;,\s]+", str(value or "")) if tag}
+
+
+def write_config(ctx: Context, located: Located, changes: dict[str, Any], refused: set[str]) -> None:
+    """Write ``changes`` with the digest of the configuration that was judged; a tag that the cluster refuses is left
+    as it is on the VM.
+
+    Proxmox VE refuses the whole write for one tag that the user may not set or take away, and names that tag.
+    ``refused`` collects those tags.
+    """
+    before = split_tags(located.config.get("tags"))
+    wanted = split_tags(changes.pop("tags")) if "tags" in changes else before
+    while True:
+        # A refused tag stays what it is on the VM: not set, or not taken away.
+        tags = (wanted - (refused - before)) | (before & refused)
+        values = dict(changes)
+        if tags != before:
+            # An empty value would store one blank.
+            values.update({"tags": ";".join(sorted(tags))} if tags else {"delete": "tags"})
+        if not values:
+            return
+        try:
+            ctx.client.put(f"{located.path}/config", digest=located.digest, **values)
+            return
+        except AccessDenied as error:
+            named = _REFUSED_TAG.search(error.text or error.message)
+            changing = tags ^ before
+            if named is None or not changing:
+                raise
+            tag = named[1].lower()
+            # A name that is not among them ends the tries: then no tag is changed at all.
+            refused |= {tag} if tag in changing else changing
+
+
+def tag_warnings(sandbox: Sandbox, refused: set[str], template_tags: set[str]) -> list[str]:
+    """Return one warning for the tags that the cluster did not let us set, and one for those of the template that it
+    did not let us take away.
+    """
+    wanted = {OUR_TAG, *sandbox.tags}
+    remedy = (
+        "Proxmox VE asks for Sys.Modify on / to change them; have an administrator allow them (Datacenter, Options, "
+        "User Tag Access and "
+        "Registered Tags), or leave them out"
+    )
+    warnings = []
+    missing, kept = sorted(refused & wanted), sorted((refused - wanted) & template_tags)
+    if missing:
+        warnings.append(
+            f"tags: the cluster does not allow the tag {', '.join(missing)}; VM {sandbox.vmid} is without, the "
+            "record has what was asked "
+            f"for. {remedy}"
+        )
+    if kept:
+        warnings.append(
+            f"tags: VM {sandbox.vmid} keeps the tag {', '.join(kept)} of its template, which the cluster does not "
+            "allow to be taken away. "
+            "Take it off the template"
+        )
+    return warnings
+
+
+# ---- network ----
+
+
+def network(
+    current: str, bridge: str | None, firewall: bool | None, model: str | None = None, vlan_tag: int | None = None
+) -> str:
+    """Return the value of an interface with another bridge, firewall flag, model or VLAN tag; its MAC address stays."""
+    parts = [part for part in current.split(",") if part]
+    if model and parts:
+        # The model stands first, with the MAC address as its value: virtio=BC:24:11:00:00:01.
+        parts[0] = "=".join([model, *parts[0].split("=")[1:]])
+    values = {"bridge": bridge, "firewall": None if firewall is None else int(firewall), "tag": vlan_tag}
+    new = {name: value for name, value in values.items() if value is not None and value != ""}
+    return ",".join(
+        [
+            *(part for part in parts if part.partition("=")[0] not in new),
+            *(f"{name}={value}" for name, value in new.items()),
+        ]
+    )
+
+
+def join_firewall_group(ctx: Context, sandbox: Sandbox, found: Located, group: str) -> None:
+    """Put the VM's firewall on and the security group into its rules, unless that is so already (a template's rules
+    are cloned along).
+    """
+    base = f"{found.path}/firewall"
+
+    def joined() -> bool:
+        return any(
+            rule.get("type") == "group" and rule.get("action") == group and str(rule.get("enable", 1)) == "1"
+            for rule in ctx.client.get_list(f"{base}/rules")
+        )
+
+    def on() -> bool:
+        return str(ctx.client.get_dict(f"{base}/options").get("enable", 0)) == "1"
+
+    writes: tuple[tuple[Callable[[], bool], Callable[[], Any]], ...] = (
+        (joined, lambda: ctx.client.post(f"{base}/rules", type="group", action=group, enable=1)),
+        (on, lambda: ctx.client.put(f"{base}/options", enable=1)),
+    )
+    for is_so, write in writes:
+        if is_so():
+            continue
+        # These writes know no digest of the VM's configuration: whose VM it is is looked at directly before each.
+        require_match(ctx, sandbox)
+        try:
+            write()
+        except OutcomeUnknown:
+            # Also what pvesh says of a write that answers nothing: what is there now tells.
+            if not is_so():
+                raise
+
+
+# ---- disks ----
+
+
+def grown(drive: str, more: str) -> str:
+    """Return the size of a drive of the configuration, with so much (``+10G``) added, in KiB as Proxmox takes it."""
+    now = size_of(drive)
+    if now is None:
+        raise InvalidInput(
+            "disk_size: Proxmox VE does not tell the size of the template's disk; give an absolute one, such as 20G",
+            option="disk_size",
+        )
+    return f"{int(kib(now) + kib(more[1:]))}K"
+
+
+def size_of(drive: str) -> str | None:
+    """Return the size that the value of a drive names, such as 8G; None where it names none."""
+    match = re.search(r"(?:^|,)size=(\d+(?:\.\d+)?[KMGT]?)(?:,|$)", drive)
+    return match[1] if match else None
+
+
+def kib(size: str) -> float:
+    """Return a size of Proxmox VE (8G, 512M, 4096) in KiB; a number without a unit is bytes."""
+    units = {"K": 1.0, "M": 1024.0, "G": 1024.0**2, "T": 1024.0**3}
+    return float(size[:-1]) * units[size[-1]] if size[-1] in units else float(size) / 1024
+
+
+def disks(config: dict[str, Any]) -> list[str]:
+    """Return the keys of the disks (no CD-ROM, no cloud-init drive), in the order in which Proxmox VE looks for one
+    to boot from.
+    """
+    numbered = [
+        (_BUSES.index(match[1]), int(match[2]), match[0])
+        for match in map(re.compile(rf"({'|'.join(_BUSES)})(\d+)").fullmatch, config)
+        if match
+    ]
+    return [
+        key
+        for _bus, _number, key in sorted(numbered)
+        if "media=cdrom" not in str(config[key]) and not _is_cloud_init(config[key])
+    ]
+
+
+def boot_disk(config: dict[str, Any]) -> str | None:
+    """Return the disk that Proxmox VE boots the VM from; None when there is no disk.
+
+    The first disk of ``boot: order=``; in the older form, where ``boot`` is letters (``c`` is the disk) or missing,
+    the disk that ``bootdisk``
+    names; else the first disk in Proxmox VE's own order.
+    """
+    found = disks(config)
+    boot = str(config.get("boot") or "")
+    if "order=" in boot:
+        named = re.findall(r"[a-z]+\d+", boot.partition("order=")[2])
+    else:
+        named = [str(config.get("bootdisk") or "")]
+    return next((key for key in named if key in found), found[0] if found else None)
+
+
+def has_cloud_init_drive(config: dict[str, Any]) -> bool:
+    """Whether the VM has the drive on which Proxmox VE hands cloud-init its data."""
+    return any(
+        re.fullmatch(r"(ide|scsi|sata|virtio)\d+", key) and _is_cloud_init(value) for key, value in config.items()
+    )
+
+
+def _is_cloud_init(drive: object) -> bool:
+    """Whether that drive holds cloud-init's data: by its volume's name, as Proxmox VE tells it; a storage may be named so, too."""
+    volume = str(drive).partition(",")[0].partition(":")[2]
+    return re.search(r"(^|[/-])cloudinit(\.[a-z0-9]+)?$", volume) is not None

@@ -1,0 +1,168 @@
+# Copyright: the agentlab.proxmox contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""From the options of a creation to its Spec: an option that is given wins over the profile, the profile over the configuration."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from .. import durations, patterns, profiles
+from ..context import Context
+from ..errors import InvalidInput
+from .spec import Spec
+
+# The options of a creation, by the names that modules and the HTTP API give them. Besides them: vmid and name.
+# To add an option: CONTRIBUTING.md names every place that has to know it, and tests/repository/test_options.py compares them.
+OPTIONS = (
+    "profile",
+    "template",
+    "node",
+    "full_clone",
+    "storage",
+    "pool",
+    "cores",
+    "memory",
+    "cpu_type",
+    "disk_size",
+    "bridge",
+    "network_model",
+    "vlan_tag",
+    "firewall",
+    "firewall_group",
+    "second_bridge",
+    "second_vlan_tag",
+    "second_ip_config",
+    "cloud_init_user",
+    "cloud_init_password",
+    "cloud_init_upgrade",
+    "ip_config",
+    "nameserver",
+    "searchdomain",
+    "ssh_public_keys",
+    "cloud_init_user_data",
+    "cloud_init_vendor_data",
+    "workspace",
+    "tags",
+    "description",
+    "ttl",
+    "keepalive",
+    "protected",
+    "wait_for_ip",
+    "wait_for_cloud_init",
+    "update",
+    "allow_restart",
+)
+# Whatever blanks are around them was pasted along. Not: the password and the user data, in which a blank may be meant.
+_TRIMMED = (
+    "name",
+    "profile",
+    "template",
+    "node",
+    "storage",
+    "pool",
+    "cpu_type",
+    "disk_size",
+    "bridge",
+    "network_model",
+    "firewall_group",
+    "second_bridge",
+    "second_ip_config",
+    "cloud_init_user",
+    "cloud_init_vendor_data",
+    "ip_config",
+    "workspace",
+    "ttl",
+)
+
+
+def normalise(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options as the Spec takes them, from what surveys, files and people write: see patterns.split_lines."""
+    values = {
+        name: value.strip() if name in _TRIMMED and isinstance(value, str) else value for name, value in given.items()
+    }
+    for option in ("nameserver", "searchdomain"):
+        if values.get(option):
+            values[option] = patterns.join_words(values[option])
+    for option in ("ip_config", "second_ip_config"):
+        if isinstance(values.get(option), str):
+            values[option] = re.sub(r"\s*,\s*", ",", values[option])
+    if "tags" in values:
+        values["tags"] = patterns.split_tags(values["tags"])
+    if "ssh_public_keys" in values:
+        values["ssh_public_keys"] = patterns.split_keys("ssh_public_keys", values["ssh_public_keys"])
+    if isinstance(values.get("description"), str):
+        values["description"] = values["description"].replace("\r\n", "\n").replace("\r", "\n").strip("\n")
+    password = values.get("cloud_init_password")
+    if password is not None and not isinstance(password, str):
+        # YAML reads 012345 as the number 5349.
+        raise InvalidInput(
+            "cloud_init_password: is not a text (YAML reads an unquoted number or a word such as yes as something else); put it in "
+            "quotes",
+            option="cloud_init_password",
+        )
+    return values
+
+
+def spec(ctx: Context, options: Mapping[str, Any]) -> Spec:
+    """The Spec of ``vmid``, ``name`` and OPTIONS (absent or None: not given); refuses by name what cannot be used. ``ttl`` as a duration."""
+    given = normalise({name: options[name] for name in ("vmid", "name", *OPTIONS) if options.get(name) is not None})
+    profile = profiles.load(ctx.config.profiles_dir, str(given["profile"])) if "profile" in given else None
+    if profile and profile.workspace == "required" and "workspace" not in given:
+        raise InvalidInput(f"workspace: missing; profile {profile.name!r} requires one", option="workspace")
+    if profile and profile.workspace == "none" and "workspace" in given:
+        raise InvalidInput(f"workspace: profile {profile.name!r} allows none", option="workspace")
+    values = {**_of_profile(profile, given), **given}
+    values["ttl"], values["lease_maximum"] = _ttl(ctx, given.get("ttl"), profile)
+    values["given"] = frozenset(given)
+    found = Spec(**values)
+    found.check()
+    return found
+
+
+def _of_profile(profile: profiles.Profile | None, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What the profile fills in, without what would contradict an option that is given."""
+    if profile is None:
+        return {}
+    values = dict(profile.values)
+    if given.get("firewall") is False:
+        values.pop("firewall_group", None)
+    if "firewall_group" in given:
+        values.pop("firewall", None)
+    if given.get("full_clone") is False:
+        values.pop("storage", None)
+    if "storage" in given:
+        values.pop("full_clone", None)
+    if "cloud_init_user_data" in given:
+        # It replaces what Proxmox would say of users.
+        values.pop("ssh_public_keys", None)
+        values.pop("cloud_init_user", None)
+        values.pop("cloud_init_upgrade", None)
+    return values
+
+
+def _ttl(ctx: Context, given: object, profile: profiles.Profile | None) -> tuple[int, int | None]:
+    """Seconds of the first lease, and the longest that the profile grants."""
+    maximum, lifetime = profile.lease_maximum if profile else None, ctx.config.max_lifetime
+    if given is not None:
+        ttl = ctx.config.parse_ttl(given)
+        if lifetime is not None and ttl > lifetime:
+            raise InvalidInput(
+                f"ttl: {durations.show(ttl)} is longer than max_lifetime ({durations.show(lifetime)}), the longest life of a sandbox",
+                option="ttl",
+                value=str(given),
+            )
+        if maximum is not None and ttl > maximum:
+            raise InvalidInput(
+                f"ttl: {durations.show(ttl)} is longer than the maximum of {durations.show(maximum)} that profile "
+                f"{profile.name if profile else ''!r} grants",
+                option="ttl",
+                value=str(given),
+            )
+        return ttl, maximum
+    wanted = ctx.config.default_ttl
+    if profile and profile.lease_default is not None:
+        wanted = ctx.config.parse_ttl(durations.show(profile.lease_default), f"{profile.path}: lease.default")
+    return min(limit for limit in (wanted, maximum, lifetime) if limit is not None), maximum

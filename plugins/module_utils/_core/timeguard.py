@@ -1,0 +1,156 @@
+# Copyright: the agentlab.proxmox contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Wall clocks that jump. Ages and leases are wall time; when it jumps by more than a minute against the time since boot, no lease ends
+and nothing is pruned for a while (clock_jump_pause), so that a wrong date never costs a sandbox. A destroy that somebody asks for goes on."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from . import clock as clock_module
+from .context import Context
+from .durations import show
+from .store import latest
+from .store.holders import host
+from .store.holders import identity as process_identity
+
+JUMP_SECONDS = 60
+# The note of a freeze, in the table meta.
+FROZEN = "cleanup_frozen"
+_HELD = (
+    "the records are an older copy than those in use before, as after a restore (noticed {at}); no lease ends and nothing is pruned until somebody has "
+    "looked. Renew the leases of sandboxes that are still needed, then run agentlab cleanup release"
+)
+
+
+def suspended(ctx: Context) -> str | None:
+    """Return why expiry and prune rest at the moment on this host, or None. Notes the clocks for the next look (not in check mode)."""
+    rest = rests(ctx)
+    return rest[1] if rest else None
+
+
+def rests(ctx: Context) -> tuple[str, str] | None:
+    """Return the word (a reason of reasons.py) and the sentence for why expiry and prune rest, or None."""
+    held = hold(ctx)
+    if held:
+        return "restored", held
+    jumped = _clock_jumped(ctx)
+    return ("clock_jumped", jumped) if jumped else None
+
+
+def hold(ctx: Context) -> str | None:
+    """Return why no lease ends before somebody releases it, or None: the records are an older copy than those that were used before.
+
+    An older copy is recognised by its newest event. Then the hold is written into the records, so that it lasts over restarts.
+    """
+    note = frozen(ctx)
+    if note and note["leases"]:
+        return _HELD.format(at=note["at"])
+    path = ctx.database.path
+    if path == ":memory:":
+        return None
+    event, noted = ctx.database.latest_event(), latest.read(path) or 0
+    at = clock_module.iso(ctx.clock.now())
+    if event < noted:
+        if not ctx.dry_run:
+            reason = f"the records were replaced by an older copy (its last event is {event}, {noted} was the last one before)"
+            if note:
+                reason = f"{note['reason']}; and {reason}"
+            ctx.records.set_meta(FROZEN, json.dumps({"reason": reason, "at": at, "actor": ctx.actor, "leases": True}))
+            latest.write(path, event)
+        return _HELD.format(at=at)
+    if event > noted and not ctx.dry_run:
+        latest.write(path, event)
+    return None
+
+
+def frozen(ctx: Context) -> dict[str, Any] | None:
+    """Return why, since when and by whom cleanup is frozen, and whether leases rest too; None while it is not."""
+    text = ctx.records.meta(FROZEN)
+    if not text:
+        return None
+    try:
+        note = json.loads(text)
+        return {**{name: str(note[name]) for name in ("reason", "at", "actor")}, "leases": bool(note.get("leases"))}
+    except (ValueError, TypeError, KeyError, AttributeError):
+        # Somebody froze it: it stays so, whatever became of the reason.
+        return {
+            "reason": f"its reason cannot be read (meta.value of key {FROZEN} is damaged)",
+            "at": None,
+            "actor": None,
+            "leases": False,
+        }
+
+
+def _clock_jumped(ctx: Context) -> str | None:
+    """Return the sentence for a clock that jumped a while ago, or None."""
+    now, since_boot = ctx.clock.now(), ctx.clock.since_boot()
+    boot = json.loads(process_identity())["boot"]
+    damaged, note = _read(ctx)
+    if damaged:
+        # Whether the clock jumped since is not known: as after a jump.
+        _note(ctx, boot, now - since_boot, since_boot + ctx.config.clock_jump_pause, now)
+        return (
+            f"the note of the clocks in the records is damaged (meta.value of key {_key()}); expiry and prune rest for "
+            f"{show(ctx.config.clock_jump_pause)} (clock_jump_pause), then they go on by a new one"
+        )
+    if note and note["boot"] == boot:
+        offset = now - since_boot
+        until = float(note.get("until") or 0)
+        if abs(offset - note["offset"]) > JUMP_SECONDS:
+            until = since_boot + ctx.config.clock_jump_pause
+            _note(ctx, boot, offset, until, now)
+        elif since_boot - note.get("seen", 0) > JUMP_SECONDS:
+            _note(ctx, boot, offset, until, now)
+        if since_boot < until:
+            return f"the wall clock jumped by more than a minute; expiry and prune rest for another {show(int(until - since_boot) + 1)} (clock_jump_pause)"
+        return None
+    if note and now < note.get("wall", 0) - JUMP_SECONDS:
+        # After a reboot the clock reads earlier than the last run noted. Either it is not set yet, or it was wrong before; we cannot tell.
+        # Pause: a slow clock expires nothing, and setting it is detected as a jump.
+        _note(ctx, boot, now - since_boot, since_boot + ctx.config.clock_jump_pause, now)
+        return (
+            "the wall clock is behind the time of the last run, before this host was started; expiry and prune rest for "
+            f"{show(ctx.config.clock_jump_pause)} (clock_jump_pause)"
+        )
+    _note(ctx, boot, now - since_boot, 0.0, now)
+    return None
+
+
+def rests_until(ctx: Context) -> int | None:
+    """Return the wall time until which expiry and prune rest on this host, or None; looks only."""
+    _damaged, note = _read(ctx)
+    left = (
+        float(note.get("until") or 0) - ctx.clock.since_boot()
+        if note and note["boot"] == json.loads(process_identity())["boot"]
+        else 0.0
+    )
+    return ctx.clock.now() + int(left) + 1 if left > 0 else None
+
+
+def _key() -> str:
+    """Return the key of this host's note: another host on the same records has a clock of its own."""
+    return f"clock:{host()}"
+
+
+def _read(ctx: Context) -> tuple[bool, dict[str, Any] | None]:
+    """Return whether this host's note is damaged, and the note. Release 1.0.0 had one for all hosts."""
+    text = ctx.records.meta(_key()) or ctx.records.meta("clock")
+    if text is None:
+        return False, None
+    try:
+        note = json.loads(text)
+        numbers = [float(note[name]) for name in ("offset", "until", "seen", "wall")]
+        return not (isinstance(note["boot"], str) and all(abs(number) < 1e18 for number in numbers)), note
+    except (ValueError, TypeError, KeyError):
+        return True, None
+
+
+def _note(ctx: Context, boot: str, offset: float, until: float, now: int) -> None:
+    if not ctx.dry_run:
+        ctx.records.set_meta(
+            _key(),
+            json.dumps({"boot": boot, "offset": offset, "until": until, "seen": ctx.clock.since_boot(), "wall": now}),
+        )

@@ -1,0 +1,93 @@
+# Copyright: the agentlab.proxmox contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Records beside what Proxmox says of their VMs, for showing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .. import clock, states
+from ..context import Context
+from ..errors import AgentlabError
+from ..model import Sandbox
+from ..proxmox import identity
+from ..vm.address import Looks
+from ..vm.locate import is_hibernated, locate
+
+
+def verified(ctx: Context, found: list[Sandbox], identities: bool = True) -> list[dict[str, Any]]:
+    """For each: vm_status, identity and drift. The list is read once; a VM's configuration only where there is a VM.
+
+    Without ``identities`` no configuration is read: records and list are compared, whose the VMs are is not said.
+    With it, an address that is missing or old is asked of the guest (see ``Looks``): ip and ip_seen_at are those of now.
+    """
+    rows = ctx.cluster.survey([one.vmid for one in found if one.live])
+    absent = [one.vmid for one in found if one.live and one.vmid not in rows]
+    proofs = ctx.cluster.prove_absent(absent, anew=False) if absent else {}
+    looks = Looks(ctx, found if identities else [])
+
+    def one(sandbox: Sandbox) -> dict[str, Any]:
+        row = rows.get(sandbox.vmid)
+        if not sandbox.live:
+            return {"vm_status": None, "identity": None, "drift": None}
+        if row is None:
+            proof = proofs[sandbox.vmid]
+            if proof.absent:
+                return {
+                    "vm_status": "absent",
+                    "identity": None,
+                    "drift": "its VM is gone; prune or reconcile closes the record",
+                }
+            return {"vm_status": None, "identity": identity.UNKNOWN, "drift": f"not known: {proof.why}"}
+        if not identities:
+            judged = None if row.get("type") == "qemu" else identity.FOREIGN
+            drift = _drift(sandbox, row, judged or identity.MATCH)
+            if drift is None and row.get("name", sandbox.name) != sandbox.name:
+                drift = f"the VM is called {row['name']} there; whether it is ours tells only its configuration"
+            return {"vm_status": _status(row), "identity": judged, "drift": drift}
+        try:
+            located = locate(ctx, sandbox)
+        except AgentlabError as error:
+            return {"vm_status": _status(row), "identity": identity.UNKNOWN, "drift": f"not known: {error.message}"}
+        judged = located.verdict.identity if located.verdict else identity.UNKNOWN
+        answer = {"vm_status": _status(row), "identity": judged, "drift": _drift(sandbox, row, judged)}
+        ip = looks.look_up(sandbox, located) if located.match else None
+        if ip is not None:
+            answer.update(ip=ip, ip_seen_at=clock.iso(ctx.clock.now()))
+            if sandbox.ip not in (None, ip) and answer["drift"] is None:
+                answer["drift"] = (
+                    f"the record has the address {sandbox.ip}, the guest has {ip}; reconcile corrects the record"
+                )
+        return answer
+
+    return ctx.each(one, found) if identities else [one(sandbox) for sandbox in found]
+
+
+def _status(row: dict[str, Any]) -> Any:
+    """What the list says of the VM's power; ``hibernated`` for one that is switched off with its memory saved."""
+    return "hibernated" if _hibernated(row) else row.get("status")
+
+
+def _hibernated(row: dict[str, Any]) -> bool:
+    return is_hibernated(row) and row.get("status") == "stopped"
+
+
+def _drift(sandbox: Sandbox, row: dict[str, Any], judged: str) -> str | None:
+    if judged == identity.FOREIGN:
+        return "the VMID belongs to another VM now; prune or reconcile closes the record and leaves that VM alone"
+    if judged != identity.MATCH:
+        return f"it is not certain that the VM is ours ({judged}); it is left alone"
+    if sandbox.state in (*states.POWERED, states.STOPPED) and _hibernated(row):
+        return f"the record says {sandbox.state}, the VM is hibernated; reconcile corrects the record"
+    if sandbox.state == states.SUSPENDED and row.get("status") == "stopped" and not _hibernated(row):
+        return "the record says SUSPENDED, the VM is stopped; reconcile corrects the record"
+    if sandbox.state in states.POWERED and row.get("status") == "stopped":
+        return f"the record says {sandbox.state}, the VM is stopped; reconcile corrects the record"
+    if sandbox.state == states.TIMEOUT and row.get("status") == "running":
+        return "the record says TIMEOUT, the VM is running; reconcile stops it"
+    if sandbox.state == states.STOPPED and row.get("status") == "running":
+        return "the record says STOPPED, the VM is running; start the sandbox, which corrects the record, then stop it if need be"
+    if row.get("node") != sandbox.node:
+        return f"the VM moved from {sandbox.node} to {row.get('node')}; reconcile corrects the record"
+    return None

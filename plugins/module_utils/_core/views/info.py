@@ -1,0 +1,77 @@
+# Copyright: the agentlab.proxmox contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Showing sandboxes: from the records alone, or verified against Proxmox."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .. import clock as clock_module
+from .. import states
+from ..context import Context
+from ..errors import NotFound
+from ..model import Sandbox
+from ..store import history
+
+
+@dataclass(slots=True)
+class Wanted:
+    """Which sandboxes to show; a filter that is not given passes all (an empty list of ids passes none)."""
+
+    ids: list[dict[str, Any]] | None = None
+    states: Sequence[str] | None = None
+    profile: str | None = None
+    tags: Sequence[str] = ()
+    expired: bool | None = None
+    include_destroyed: bool = False
+
+
+def find(ctx: Context, wanted: Wanted) -> list[Sandbox]:
+    """The sandboxes, in the order of their VMIDs."""
+    destroyed = wanted.include_destroyed or states.DESTROYED in (wanted.states or ())
+    if wanted.ids is not None:
+        found = []
+        for which in wanted.ids:
+            try:
+                one = ctx.select(**which)
+            except NotFound:
+                continue
+            if one.live or destroyed:
+                found.append(one)
+    else:
+        found = ctx.records.find_all(wanted.states, include_destroyed=destroyed)
+    now = ctx.clock.now()
+    return [
+        one
+        for one in found
+        if (wanted.states is None or one.state in wanted.states)
+        and (wanted.profile is None or one.profile == wanted.profile)
+        and (not wanted.tags or set(wanted.tags) & set(one.tags))
+        and (wanted.expired is None or one.expired(now) == wanted.expired)
+    ]
+
+
+def show(
+    ctx: Context, wanted: Wanted, *, events: int = 0, verify: bool = False, identities: bool = True
+) -> dict[str, Any]:
+    """``sandboxes``, ``count`` and ``by_state``."""
+    found = find(ctx, wanted)
+    shown = [one.public() for one in found]
+    if events > 0:
+        for one, answer in zip(found, shown, strict=True):
+            answer["events"] = [event(row) for row in history.events(ctx.database, uuid=one.uuid, tail=events)]
+    if verify and found:
+        from . import comparison
+
+        for answer, extra in zip(shown, comparison.verified(ctx, found, identities), strict=True):
+            answer.update(extra)
+    return {"sandboxes": shown, "count": len(shown), "by_state": dict(Counter(one.state for one in found))}
+
+
+def event(row: dict[str, Any]) -> dict[str, Any]:
+    """An event as answers show it: time in UTC."""
+    return {**row, "at": clock_module.iso(row["at"])}

@@ -1,0 +1,172 @@
+# Copyright: the agentlab.proxmox contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""A creation that was cut off: find out whether our clone was made, and bind it.
+
+A VM whose SMBIOS UUID was never stored is UNBOUND. It may be bound only when our own clone task ended well and marker and VMID fit.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .. import states
+from ..context import Context
+from ..errors import ApiError, Kept, ProxmoxError
+from ..model import Sandbox
+from ..proxmox import identity
+from ..proxmox.tasks import started_at
+from ..store.records import AWAITED, Claim, Operation
+from .locate import Located, locate
+
+# Node clocks may differ a little from ours.
+_CLOCK_SLACK = 300
+
+
+def waits_for_next_run(left: Operation, state: str) -> bool:
+    """Whether this is a creation whose caller was told to run its task again: nobody else finishes it, its lease ends it."""
+    return (
+        left.kind == "create"
+        and state in states.CREATING
+        and (left.phase == AWAITED or bool(left.detail.get("awaited")))
+    )
+
+
+def locate_unbound(ctx: Context, sandbox: Sandbox, claim: Claim | None, created: dict[str, Any] | None) -> Located:
+    """Locate the VM of a record without an SMBIOS UUID; bound to it (in the record, if a claim is given) when it is proven to be our clone.
+
+    ``created`` is what the creation noted in the journal: phase, at, template, template_node, upid. Kept while the clone may still come.
+    """
+    found = locate(ctx, sandbox)
+    sent = bool(created and created.get("phase") in ("cloning", "waiting"))
+    if found.node is None:
+        if sent:
+            refuse_in_doubt(ctx, sandbox, created or {})
+        return found
+    verdict = found.verdict
+    if verdict is None or verdict.identity != identity.UNBOUND:
+        if verdict is not None and verdict.identity in (identity.FOREIGN, identity.UNKNOWN) and sent:
+            refuse_in_doubt(ctx, sandbox, created or {})
+        return found
+    if sent:
+        _refuse_running(ctx, sandbox, created or {})
+    if not sent or not _our_clone_ended_well(ctx, created or {}):
+        verdict.identity = identity.AMBIGUOUS
+        return found
+    smbios = identity.smbios_uuid(verdict.config or {})
+    if smbios is None:
+        verdict.identity = identity.AMBIGUOUS
+        return found
+    if claim is not None:
+        bind(ctx, claim, sandbox, smbios, found)
+    verdict.identity = identity.MATCH
+    ctx.cluster.seen_ours(sandbox.vmid)
+    return found
+
+
+def bind(ctx: Context, claim: Claim, sandbox: Sandbox, smbios: str, found: Located) -> Sandbox:
+    """Store the SMBIOS UUID: from here on the VM is known to be ours."""
+    done = ctx.records.change(
+        claim,
+        sandbox,
+        "create",
+        smbios_uuid=smbios,
+        node=found.node,
+        reason="bound",
+        evidence={"smbios_uuid": smbios, "node": found.node},
+    )
+    for name in ("smbios_uuid", "node", "generation", "updated_at"):
+        setattr(sandbox, name, getattr(done, name))
+    return done
+
+
+def refuse_in_doubt(ctx: Context, sandbox: Sandbox, created: dict[str, Any]) -> None:
+    """Kept while a clone that was asked for may still appear: a lost request may be carried out afterwards."""
+    age = ctx.clock.now() - int(created.get("at") or 0)
+    if created.get("upid") and _refuse_running(ctx, sandbox, created) is not None:
+        return
+    if 0 <= age < ctx.config.doubt_window:
+        raise Kept(
+            "unknown",
+            f"sandbox {sandbox.vmid}: its creation was cut off {age} s ago and may still be carried out; "
+            f"run again in {ctx.config.doubt_window - age} s (doubt_window)",
+        )
+    running = _running_clones(ctx, sandbox, created)
+    if running:
+        raise Kept(
+            "locked",
+            f"sandbox {sandbox.vmid}: a clone of template {created.get('template')} that may be its own is still running "
+            f"({', '.join(running)}); run again when it has ended (or stop it, if it hangs)",
+        )
+
+
+def _refuse_running(ctx: Context, sandbox: Sandbox, created: dict[str, Any]) -> str | None:
+    """How the clone task ended (None: not known); Kept while it is running: until then nothing is said about what it made."""
+    upid = created.get("upid")
+    status = _status(ctx, upid) if upid else None
+    if status == "running":
+        raise Kept(
+            "locked",
+            f"sandbox {sandbox.vmid}: its clone task {upid} is still running; run again when it has ended (or stop it, if it hangs)",
+        )
+    return status
+
+
+def _status(ctx: Context, upid: str) -> str | None:
+    """``running``, the exit status, or None when the task cannot be read."""
+    try:
+        found = ctx.client.get_dict(f"nodes/{upid.split(':')[1]}/tasks/{upid}/status")
+    except (ProxmoxError, IndexError):
+        return None
+    return "running" if found.get("status") == "running" else str(found.get("exitstatus") or "unexpected status")
+
+
+def _clones(ctx: Context, created: dict[str, Any]) -> list[dict[str, Any]]:
+    since = int(created.get("at") or 0) - _CLOCK_SLACK
+    rows = ctx.client.get_list(
+        f"nodes/{created.get('template_node')}/tasks",
+        source="all",
+        typefilter="qmclone",
+        vmid=created.get("template"),
+        since=max(since, 0),
+        limit=1000,
+    )
+    login = ctx.config.proxmox.login
+    return [
+        row
+        for row in rows
+        if row.get("type") == "qmclone"
+        and str(row.get("id")) == str(created.get("template"))
+        and started_at(str(row.get("upid"))) >= since
+        and login in (str(row.get("user")), f"{row.get('user')}!{row.get('tokenid')}")
+    ]
+
+
+def _running_clones(ctx: Context, sandbox: Sandbox, created: dict[str, Any]) -> list[str]:
+    """Tasks that may be the request whose answer was lost: begun while it could be, and by no other creation."""
+    until = int(created.get("at") or 0) + ctx.config.doubt_window + _CLOCK_SLACK
+    others = {
+        one.detail.get("upid")
+        for found in ctx.records.unfinished()
+        for one in found
+        if one.sandbox_uuid != sandbox.uuid
+    }
+    return [
+        str(row.get("upid"))
+        for row in _clones(ctx, created)
+        if row.get("status") in (None, "", "RUNNING", "running")
+        and not row.get("endtime")
+        and started_at(str(row.get("upid"))) <= until
+        and row.get("upid") not in others
+    ]
+
+
+def _our_clone_ended_well(ctx: Context, created: dict[str, Any]) -> bool:
+    try:
+        if created.get("upid"):
+            status = _status(ctx, created["upid"]) or ""
+            return status == "OK" or status.startswith("WARNINGS")
+        # Killed between the request and its answer: the task id is not known, but the task is in the node's list.
+        return any(str(row.get("status") or "").startswith(("OK", "WARNINGS")) for row in _clones(ctx, created))
+    except ApiError:
+        return False

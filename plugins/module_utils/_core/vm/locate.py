@@ -1,0 +1,318 @@
+# Copyright: the agentlab.proxmox contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Find a sandbox's VM and judge whether it is ours. Every operation that touches a VM goes through here first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from .. import states
+from ..context import Context
+from ..errors import ApiError, Kept, ProxmoxError, TaskFailed, Unreachable
+from ..model import Sandbox
+from ..proxmox import identity
+from ..proxmox.answers import changed, not_begun
+
+# A task of a killed run, or a person, changes a configuration now and then; what changes it at each try will not end soon.
+_WRITE_TRIES = 3
+# Seconds: a few commits of a loaded disk; a queue that is noticed.
+_JUST_NOW = 2.0
+_SHORT_WAIT = 0.25
+# Proxmox VE's lock of a hibernated VM, and of one whose memory is being saved.
+HIBERNATED = "suspended"
+_HIBERNATING = "suspending"
+
+
+@dataclass(slots=True)
+class Located:
+    """Where the VM is and what it was judged to be. ``node`` is None when nothing was found at the VMID (which proves nothing yet)."""
+
+    node: str | None
+    row: dict[str, Any]
+    verdict: identity.Verdict | None
+    # When it was read: how many requests the thread had sent by then, and the time. None: not known.
+    read: tuple[int, float] | None = None
+
+    @property
+    def match(self) -> bool:
+        return self.verdict is not None and self.verdict.identity == identity.MATCH
+
+    @property
+    def path(self) -> str:
+        return f"nodes/{self.node}/qemu/{self.row.get('vmid')}"
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What was judged; empty when nothing was found, or a container."""
+        return (self.verdict.config if self.verdict else None) or {}
+
+    @property
+    def digest(self) -> str | None:
+        """Of the configuration that was judged; a write that carries it is refused once that is another one."""
+        return self.verdict.digest if self.verdict else None
+
+
+def locate(ctx: Context, sandbox: Sandbox) -> Located:
+    """Read the configuration of whatever is at the sandbox's VMID and judge it. Kept when that cannot be read."""
+    for fresh in (False, True):
+        row = ctx.cluster.find(sandbox.vmid, fresh=fresh)
+        if row is None:
+            if fresh or not _known_somewhere(ctx, sandbox):
+                return Located(None, {}, None)
+            continue
+        node = str(row.get("node"))
+        kind = row.get("type")
+        if kind not in ("qemu", "lxc"):
+            raise Kept(
+                "unknown",
+                f"sandbox {sandbox.vmid}: the cluster's list calls it {kind!r}, which is neither VM nor container; nothing is concluded",
+            )
+        if kind == "lxc" and not fresh:
+            # The list is only a hint where to look.
+            continue
+        try:
+            config = ctx.client.get_dict(f"nodes/{node}/{kind}/{sandbox.vmid}/config")
+        except Unreachable as error:
+            raise _node_silent(sandbox, node, error) from None
+        except ApiError as error:
+            # The per-node answer proves only that the VM is not on that node: it may have moved since the list was read.
+            if "does not exist" in error.text and not fresh:
+                continue
+            raise _unreadable(ctx, sandbox, node, error) from None
+        except ProxmoxError as error:
+            raise Kept("unknown", f"sandbox {sandbox.vmid}: its VM cannot be read: {error.message}") from None
+        if not config.get("digest"):
+            raise _no_config(sandbox, node)
+        if kind == "lxc":
+            # A container has that VMID now: whatever it is, it is not the VM we made.
+            return Located(
+                node,
+                row,
+                identity.Verdict(identity.FOREIGN, {"type": kind, "name": config.get("hostname") or row.get("name")}),
+            )
+        return _judged(ctx, sandbox, node, row, config)
+    return Located(None, {}, None)
+
+
+def _judged(ctx: Context, sandbox: Sandbox, node: str, row: dict[str, Any], config: dict[str, Any]) -> Located:
+    verdict = identity.judge(sandbox.uuid, sandbox.smbios_uuid, config)
+    if verdict.identity == identity.MATCH:
+        ctx.cluster.seen_ours(sandbox.vmid)
+    return Located(node, row, verdict, (ctx.client.asked, ctx.clock.monotonic()))
+
+
+def _node_silent(sandbox: Sandbox, node: str, error: Unreachable) -> Kept:
+    return Kept(
+        "node_offline",
+        f"sandbox {sandbox.vmid}: node {node} does not answer; left as it is until the node is back ({error.message})",
+    )
+
+
+def _unreadable(ctx: Context, sandbox: Sandbox, node: str, error: ApiError) -> Kept:
+    if not ctx.cluster.node_online(node):
+        return Kept(
+            "node_offline", f"sandbox {sandbox.vmid}: node {node} is offline; left as it is until the node is back"
+        )
+    return Kept("unknown", f"sandbox {sandbox.vmid}: its VM cannot be read: {error.message}", status=error.status)
+
+
+def _no_config(sandbox: Sandbox, node: str) -> Kept:
+    # Every configuration has a digest. An answer without it is not Proxmox's word on the VM, and proves nothing about whose it is.
+    return Kept(
+        "unknown",
+        f"sandbox {sandbox.vmid}: node {node} answered with something that is no VM configuration (no digest); nothing is concluded",
+    )
+
+
+def look(ctx: Context, sandbox: Sandbox) -> tuple[Located, str]:
+    """Return the sandbox's VM, proven to be ours, and the state it is in (see ``power_state``). Kept otherwise.
+
+    Both are read from the VM itself, the power state first: it counts if the VM is ours afterwards. Two requests where
+    the VM is on the node that the record names; the cluster's list, which lags by ten seconds, is only asked where it
+    is not.
+    """
+    node = sandbox.node
+    if node:
+        path = f"nodes/{node}/qemu/{sandbox.vmid}"
+        try:
+            now = ctx.client.get_dict(f"{path}/status/current")
+            config = ctx.client.get_dict(f"{path}/config")
+        except Unreachable as error:
+            if error.detail.get("status") is None:
+                # Nobody answered at api_host: that says nothing of the VM's node.
+                raise
+            raise _node_silent(sandbox, node, error) from None
+        except ApiError as error:
+            if "does not exist" not in error.text:
+                raise _unreadable(ctx, sandbox, node, error) from None
+        except ProxmoxError as error:
+            raise Kept("unknown", f"sandbox {sandbox.vmid}: its VM cannot be read: {error.message}") from None
+        else:
+            if not config.get("digest"):
+                raise _no_config(sandbox, node)
+            located = _judged(ctx, sandbox, node, _row_of(sandbox, node, now), config)
+            refuse_not_ours(sandbox, located)
+            return located, power_state(sandbox, now, config)
+    located = require_match(ctx, sandbox)
+    now = ctx.client.get_dict(f"{located.path}/status/current")
+    return located, power_state(sandbox, now, located.config)
+
+
+def _row_of(sandbox: Sandbox, node: str, now: dict[str, Any]) -> dict[str, Any]:
+    """Return what the cluster's list would have, from the VM's own status."""
+    row = {"vmid": sandbox.vmid, "node": node, "type": "qemu", "status": now.get("status")}
+    managed = now.get("ha")
+    if isinstance(managed, dict) and str(managed.get("managed")) == "1":
+        row["hastate"] = managed.get("state") or "managed"
+    return row
+
+
+def power_state(sandbox: Sandbox, now: dict[str, Any], config: dict[str, Any]) -> str:
+    """Return RUNNING, SUSPENDED (paused, or hibernated) or STOPPED: what ``status/current`` says of a VM. Kept otherwise."""
+    status = now.get("status")
+    if status == "stopped":
+        return states.SUSPENDED if is_hibernated(config) else states.STOPPED
+    if status == "running":
+        return states.SUSPENDED if now.get("qmpstatus") in ("paused", "suspended") else states.RUNNING
+    raise Kept(
+        "unknown",
+        f"sandbox {sandbox.vmid}: its node says {str(status)[:40]!r} of the VM's power state, so nothing is concluded; run again",
+    )
+
+
+def is_hibernated(config: dict[str, Any]) -> bool:
+    """Whether the VM is switched off with its memory saved on a disk, to be loaded by the next start."""
+    return config.get("lock") == HIBERNATED
+
+
+def _known_somewhere(ctx: Context, sandbox: Sandbox) -> bool:
+    # Not in a list read earlier in this run: worth a second look only if the VM may have come into being since.
+    return sandbox.state in states.CREATING
+
+
+def require_match(ctx: Context, sandbox: Sandbox) -> Located:
+    """The VM, proven to be ours; Kept with the reason otherwise. Nothing is ever done to a VM that is not."""
+    found = locate(ctx, sandbox)
+    if found.node is None:
+        raise Kept(
+            "unknown",
+            f"sandbox {sandbox.vmid}: no VM with that VMID is to be seen; run agentlab_reconcile to find out what became of it",
+        )
+    refuse_not_ours(sandbox, found)
+    return found
+
+
+def just_judged(ctx: Context, sandbox: Sandbox, found: Located, waited: float) -> Located:
+    """For what has no precondition (start, stop, suspend): the VM as it was judged, if nothing was asked and no time went by since; judged anew
+    otherwise. ``waited``: seconds that this request has waited for its place."""
+    same = (
+        found.read is not None
+        and found.read[0] == ctx.client.asked
+        and waited < _SHORT_WAIT
+        and ctx.clock.monotonic() - found.read[1] < _JUST_NOW
+    )
+    return found if same else require_match(ctx, sandbox)
+
+
+def match_if_readable(ctx: Context, sandbox: Sandbox) -> Located | None:
+    """As require_match, for those who wait and look again anyway: None where it cannot be read just now."""
+    try:
+        return require_match(ctx, sandbox)
+    except Kept as error:
+        if error.reason in ("unknown", "node_offline"):
+            return None
+        raise
+
+
+def guarded(ctx: Context, sandbox: Sandbox, found: Located, write: Callable[[Located], Any]) -> Any:
+    """What ``write`` answers, which sends one request with the digest of the VM it is given, and waits for its task. Where the configuration became another
+    one, the VM is judged anew and ``write`` called with that; Kept when it changes each time."""
+    for _time in range(_WRITE_TRIES):
+        try:
+            return write(found)
+        except (ApiError, TaskFailed) as error:
+            # Resizing says it in its task.
+            text = error.text if isinstance(error, ApiError) else error.exitstatus
+            if isinstance(error, TaskFailed) and not_begun(text):
+                # The task of a killed run has the lock.
+                ctx.clock.sleep(1.0)
+            elif not changed(text):
+                raise
+        found = require_match(ctx, sandbox)
+    raise Kept(
+        "changed", f"sandbox {sandbox.vmid}: its VM's configuration keeps changing; it was left as it is, run again"
+    )
+
+
+def refuse_not_ours(sandbox: Sandbox, found: Located) -> None:
+    """Kept unless the verdict is MATCH."""
+    verdict = found.verdict
+    if verdict is None or verdict.identity == identity.MATCH:
+        return
+    name = verdict.evidence.get("name")
+    if verdict.identity == identity.FOREIGN:
+        raise Kept(
+            "foreign",
+            f"VMID {sandbox.vmid} now belongs to another VM ({name}); it was not touched. "
+            "Destroy or prune the record, or run agentlab_reconcile",
+            evidence=verdict.evidence,
+        )
+    if verdict.identity == identity.UNKNOWN:
+        raise Kept(
+            "locked",
+            f"sandbox {sandbox.vmid}: a VM is just being made at that VMID (cloned or restored); run again when that has ended. If its "
+            f"task was killed, have an administrator run qm unlock {sandbox.vmid}, look at VM {sandbox.vmid}, and remove it by hand if it is to go",
+            evidence=verdict.evidence,
+        )
+    raise Kept(
+        "ambiguous",
+        f"sandbox {sandbox.vmid}: it is not certain that VM {sandbox.vmid} ({name}) is ours (marker: {verdict.evidence['marker']}, "
+        f"SMBIOS UUID {verdict.evidence['smbios_uuid']}, expected {verdict.evidence['expected_smbios_uuid']}); it was not touched. "
+        "Look at it, and remove it by hand if it is to go",
+        evidence=verdict.evidence,
+    )
+
+
+def refuse_guarded(sandbox: Sandbox, found: Located) -> None:
+    """Kept for what must not be destroyed: templates, VMs with Proxmox's protection, and those that are locked."""
+    config = found.config
+    if _is_on(config.get("template")) or _is_on(found.row.get("template")):
+        raise Kept("protected", f"sandbox {sandbox.vmid}: its VM is a template now, and templates are never destroyed")
+    if _is_on(config.get("protection")):
+        raise Kept(
+            "protected",
+            f"sandbox {sandbox.vmid}: its VM has Proxmox's protection; switch that off first (qm set {sandbox.vmid} --protection 0)",
+        )
+    # A hibernated VM is deleted like one that is switched off.
+    refuse_locked(sandbox, found, but=HIBERNATED)
+
+
+def _is_on(value: Any) -> bool:
+    # In doubt it is on: Proxmox says 1, and takes more words for it.
+    return value is not None and str(value).strip().lower() not in ("", "0", "no", "off", "false")
+
+
+def refuse_locked(sandbox: Sandbox, found: Located, *, but: str | None = None) -> None:
+    """Kept for a VM that something else works on: Proxmox would refuse the request, or fail in the task.
+
+    ``but`` is a lock that does not hinder what is to be done.
+    """
+    lock = found.config.get("lock")
+    if not lock or lock == but:
+        return
+    vmid = sandbox.vmid
+    if lock == HIBERNATED:
+        text = (
+            f"its VM is hibernated (lock: {lock}), and Proxmox VE changes nothing of it until it runs: start it first"
+        )
+    elif lock == _HIBERNATING:
+        text = (
+            f"its VM is being hibernated (lock: {lock}); wait for that to end. If it stays so, saving has failed and the "
+            f"VM still runs: then only root can take the lock away (qm unlock {vmid} on the node)"
+        )
+    else:
+        text = f"its VM is locked ({lock}); wait for that to end, or have an administrator run qm unlock {vmid}"
+    raise Kept("locked", f"sandbox {vmid}: {text}")

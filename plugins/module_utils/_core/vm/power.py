@@ -1,0 +1,399 @@
+# Copyright: the agentlab.proxmox contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Start, stop, suspend, and reporting a job's end.
+
+What Proxmox says of the VM counts, and not what the record remembers: a VM that somebody switched on or off, paused or
+hibernated is brought to what is asked for, and the record with it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .. import states
+from ..context import Context, refuse_cut_off
+from ..errors import (
+    ApiError,
+    ClaimLost,
+    InvalidInput,
+    Kept,
+    OutcomeUnknown,
+    RecordChanged,
+    StateConflict,
+    StoreError,
+    TaskFailed,
+    TaskTimeout,
+    TaskUnknown,
+)
+from ..model import Outcome, Sandbox
+from ..proxmox.answers import not_begun
+from ..store.records import Claim
+from . import address
+from .locate import (
+    HIBERNATED,
+    Located,
+    guarded,
+    is_hibernated,
+    just_judged,
+    look,
+    power_state,
+    refuse_locked,
+    require_match,
+)
+
+_LOCK_TRIES = 3
+# What is asked of Proxmox, and the state it leads to.
+TARGETS = {
+    "start": states.RUNNING,
+    "stop": states.STOPPED,
+    "suspend": states.SUSPENDED,
+    "complete": states.COMPLETED,
+    "fail": states.FAILED,
+}
+
+
+# A record in one of these says how its VM is powered, so the VM itself is asked. The others say how a job went.
+_FOLLOW_THE_VM = (states.READY, states.RUNNING, states.SUSPENDED, states.STOPPED)
+
+
+def run(ctx: Context, sandbox: Sandbox, operation: str, *, force: bool = False) -> Outcome:
+    """Carry one of TARGETS out on one sandbox (in check mode: say what would be done).
+
+    ``start``, ``stop`` and ``suspend`` look at the VM: what the record says of it is brought in line, and what is
+    asked for is done to the VM as it is. ``complete`` and ``fail`` concern the record alone. ``force`` lets ``stop``
+    throw away the saved memory of a hibernated VM.
+    """
+    if operation in ("complete", "fail"):
+        return _report(ctx, sandbox, operation)
+    left = ctx.records.under_way(sandbox.uuid)
+    if left is not None and left.kind == "destroy":
+        # Its VM may be gone already: what is to be done about that comes before what the VM says.
+        with ctx.claimed(sandbox, operation) as (claim, sandbox):
+            refuse_cut_off(claim, sandbox)
+    if sandbox.state not in _FOLLOW_THE_VM:
+        _check(ctx, operation, sandbox.state)
+    located, seen = look(ctx, sandbox)
+    actual = _actual_state(sandbox, seen)
+    satisfied = states.OPERATIONS[operation].satisfied
+    if sandbox.state in satisfied and actual in satisfied:
+        return Outcome.of("unchanged", sandbox, reason=f"already {sandbox.state}")
+    if ctx.dry_run:
+        if _check(ctx, operation, actual):
+            _refuse_lock(ctx, sandbox, located, operation, force)
+        return Outcome.of("would_" + operation, sandbox, state=TARGETS[operation], changed=True)
+    with ctx.claimed(sandbox, operation) as (claim, current):
+        if current.generation != sandbox.generation:
+            # Another run worked on it meanwhile.
+            if current.state not in _FOLLOW_THE_VM:
+                _check(ctx, operation, current.state)
+            located, seen = look(ctx, current)
+            actual = _actual_state(current, seen)
+        # Its journal would be gone with this one.
+        refuse_cut_off(claim, current)
+        if current.state in satisfied and actual in satisfied:
+            return Outcome.of("unchanged", current, reason=f"already {current.state}")
+        try:
+            todo = _check(ctx, operation, actual)
+        except StateConflict:
+            # Said of the state that the VM is in: the record says the same from now on.
+            follow(ctx, claim, current, operation, actual, located)
+            raise
+        if not todo:
+            done = follow(ctx, claim, current, operation, actual, located)
+            return Outcome.of(_past(operation), done, previous_state=sandbox.state, changed=True, reason="external")
+        _refuse_lock(ctx, current, located, operation, force)
+        current = follow(ctx, claim, current, operation, actual, located)
+        outcome = _request(ctx, claim, current, operation, located, seen)
+        outcome.previous_state = sandbox.state
+        return outcome
+
+
+def _report(ctx: Context, sandbox: Sandbox, operation: str) -> Outcome:
+    """Write down how the sandbox's job ended."""
+    target = TARGETS[operation]
+    if not states.check(operation, sandbox.state, ctx.force_hint):
+        return Outcome.of("unchanged", sandbox, reason=f"already {sandbox.state}")
+    if ctx.dry_run:
+        return Outcome.of("would_" + operation, sandbox, state=target, changed=True)
+    with ctx.claimed(sandbox, operation) as (claim, current):
+        if not states.check(operation, current.state, ctx.force_hint):
+            return Outcome.of("unchanged", current, reason=f"already {current.state}")
+        refuse_cut_off(claim, current)
+        done = ctx.records.change(claim, current, operation, to=target, reason="reported", finish=True)
+        return Outcome.of(_past(operation), done, previous_state=current.state, changed=True, reason="reported")
+
+
+def _check(ctx: Context, operation: str, state: str) -> bool:
+    return states.check(operation, state, ctx.force_hint)
+
+
+def _actual_state(sandbox: Sandbox, seen: str) -> str:
+    """The state that the rules are asked with: the VM's, where the record only says how the VM is powered."""
+    if sandbox.state not in _FOLLOW_THE_VM or (seen == states.RUNNING and sandbox.state in states.POWERED):
+        return sandbox.state
+    return seen
+
+
+def follow(ctx: Context, claim: Claim, sandbox: Sandbox, operation: str, actual: str, located: Located) -> Sandbox:
+    """Bring the record to the state that its VM was found in, with an event for each step; the record as it is then."""
+    if sandbox.state == actual:
+        return sandbox
+    evidence = {"vm": actual, "record": sandbox.state, "node": located.node, "lock": located.config.get("lock")}
+    steps = [actual] if states.can_follow(sandbox.state, actual) else [states.RUNNING, actual]
+    for step in steps:
+        values: dict[str, Any] = {"node": located.node}
+        if step == states.RUNNING:
+            # Somebody started it: the guest may have another address since.
+            values["ip_seen_at"] = None
+        sandbox = settle(ctx, claim, sandbox, operation, to=step, reason="external", evidence=evidence, **values)
+    return sandbox
+
+
+def _refuse_lock(ctx: Context, sandbox: Sandbox, located: Located, operation: str, force: bool) -> None:
+    """Kept for a lock that bars the operation. That of a hibernated VM bars no start, and a stop only without force."""
+    if is_hibernated(located.config) and operation == "stop" and not force:
+        raise Kept(
+            "hibernated",
+            f"sandbox {sandbox.vmid} is hibernated: its memory is saved on a disk, and stopping it throws that away. "
+            f"{ctx.force_option} does so; starting it takes it up again",
+        )
+    refuse_locked(sandbox, located, but=HIBERNATED if operation in ("start", "stop") else None)
+
+
+def _request(ctx: Context, claim: Claim, sandbox: Sandbox, operation: str, found: Located, seen: str) -> Outcome:
+    began = ctx.clock.monotonic()
+    target = TARGETS[operation]
+    ctx.records.journal(claim, operation, "requested", {"node": found.node})
+    upids: list[str] = []
+    warnings: list[str] = []
+    try:
+        if operation == "stop":
+            if is_hibernated(found.config):
+                discard_saved_memory(ctx, sandbox, found)
+            elif seen != states.STOPPED:
+                hard = states.SUSPENDED in (seen, sandbox.state)
+                upids, warnings = stop(ctx, sandbox, found, hard=hard)
+        elif operation == "start":
+            upids, warnings = _start_as_seen(ctx, sandbox, found, seen)
+        else:
+            upids, warnings = _task(ctx, sandbox, found, f"suspend VM {sandbox.vmid}", "status/suspend")
+    except (ApiError, TaskFailed, Kept) as error:
+        _close_refused(ctx, claim, sandbox, operation, error)
+        raise
+    except TaskUnknown as error:
+        # The message has the end of the task's log, which may be gone from the node when somebody looks.
+        ctx.records.note(
+            sandbox,
+            operation,
+            outcome="failed",
+            reason=error.code,
+            evidence={"message": error.message},
+            upids=[str(error.detail["upid"])] if error.detail.get("upid") else [],
+        )
+        raise
+    took = int((ctx.clock.monotonic() - began) * 1000)
+    values: dict[str, Any] = {"to": target, "upids": upids, "duration_ms": took, "finish": True, "node": found.node}
+    if operation == "start":
+        values.update(address.columns_after_start(ctx, sandbox, found))
+    done = settle(ctx, claim, sandbox, operation, **values)
+    return Outcome.of(
+        _past(operation), done, previous_state=sandbox.state, changed=True, upids=upids, warnings=warnings
+    )
+
+
+def _close_refused(
+    ctx: Context, claim: Claim, sandbox: Sandbox, operation: str, error: ApiError | TaskFailed | Kept
+) -> None:
+    """Close the journal of a request that Proxmox refused or that failed for certain: nothing of it is left to finish.
+
+    An error of a read after the request stays in the journal: what became of the request is not certain then.
+    """
+    if isinstance(error, ApiError) and error.detail.get("method") == "GET":
+        return
+    upid = error.detail.get("upid")
+    try:
+        ctx.records.change(
+            claim,
+            sandbox,
+            operation,
+            outcome="failed",
+            reason=error.code,
+            evidence={"message": error.message},
+            upids=[upid] if upid else [],
+            finish=True,
+        )
+    except (ClaimLost, StoreError):
+        # The entry stays, and the next run or a reconcile closes it.
+        pass
+
+
+def discard_saved_memory(ctx: Context, sandbox: Sandbox, found: Located) -> Located:
+    """Throw the saved memory of a hibernated VM away: it is switched off then. Returns the VM as judged afterwards.
+
+    Proxmox's own stop says OK and does nothing; a config write, guarded by the digest, takes file and lock away.
+    """
+    guarded(ctx, sandbox, found, lambda now: ctx.client.put(f"{now.path}/config", delete="vmstate", digest=now.digest))
+    now = require_match(ctx, sandbox)
+    refuse_locked(sandbox, now)
+    return now
+
+
+def settle(ctx: Context, claim: Claim, sandbox: Sandbox, operation: str, *, to: str, **values: Any) -> Sandbox:
+    """Write the new state; a lease that was renewed or ran out meanwhile is taken into account, anything else is RecordChanged."""
+    try:
+        return ctx.records.change(claim, sandbox, operation, to=to, **values)
+    except RecordChanged:
+        now = ctx.records.get(sandbox.uuid)
+        if now.state != sandbox.state and not states.can_follow(now.state, to):
+            raise
+        return ctx.records.change(claim, now, operation, to=to, **values)
+
+
+def stop(ctx: Context, sandbox: Sandbox, found: Located, *, hard: bool) -> tuple[list[str], list[str]]:
+    """Stop a VM that was just judged to be ours; gracefully with a hard end after shutdown_timeout, or hard at once."""
+    if str(found.row.get("status")) == "stopped":
+        now = status(ctx, found)
+        # Believed only if that was said of our VM.
+        found = require_match(ctx, sandbox)
+        if now.get("status") == "stopped":
+            return [], []
+    what = f"stop VM {sandbox.vmid}"
+    if hard or not ctx.config.shutdown_timeout:
+        upids, warnings = _task(ctx, sandbox, found, what, "status/stop")
+    else:
+        try:
+            # forceStop: a guest that does not answer is switched off when its time is over.
+            upids, warnings = _task(
+                ctx, sandbox, found, what, "status/shutdown", timeout=ctx.config.shutdown_timeout, forceStop=1
+            )
+        except ApiError as error:
+            if "not running" in error.text:
+                return [], []
+            if "is paused" not in error.text:
+                raise
+            # A paused guest cannot shut itself down.
+            upids, warnings = _task(ctx, sandbox, found, what, "status/stop")
+    if found.row.get("hastate"):
+        # The HA manager's task ends when the request is taken, not when the VM has stopped.
+        _await_status(ctx, found, "stopped", what)
+    return upids, warnings
+
+
+def start(ctx: Context, sandbox: Sandbox, found: Located) -> tuple[list[str], list[str]]:
+    """Start or resume a VM that was judged to be ours; it is judged once more, after its power state was read."""
+    now = status(ctx, found)
+    found = require_match(ctx, sandbox)
+    return _start_as_seen(ctx, sandbox, found, power_state(sandbox, now, found.config))
+
+
+def _start_as_seen(ctx: Context, sandbox: Sandbox, found: Located, seen: str) -> tuple[list[str], list[str]]:
+    """Start or resume a VM that was judged to be ours and found in that state."""
+    if seen == states.RUNNING:
+        return [], []
+    what = f"start VM {sandbox.vmid}"
+    hibernated = is_hibernated(found.config)
+    if seen == states.SUSPENDED and not hibernated:
+        return _task(ctx, sandbox, found, f"resume VM {sandbox.vmid}", "status/resume")
+    try:
+        upids, warnings = _task(ctx, sandbox, found, what, "status/start")
+    except TaskFailed as error:
+        if "already running" in error.exitstatus:
+            return [], []
+        if hibernated:
+            text = f"{error.message}. Its saved memory may not fit any more: stopping it with {ctx.force_option} throws that away"
+            raise TaskFailed(f"{text}, then it starts afresh", **error.detail) from None
+        raise
+    except ApiError as error:
+        if "no quorum" in error.text:
+            raise ApiError(
+                f"sandbox {sandbox.vmid} was not started: the cluster has no quorum, and Proxmox VE starts nothing without "
+                "it; bring the other nodes back (pvecm status), then run again",
+                **error.detail,
+            ) from None
+        raise
+    if found.row.get("hastate"):
+        _await_status(ctx, found, "running", what)
+    return upids, warnings
+
+
+def _task(
+    ctx: Context, sandbox: Sandbox, found: Located, what: str, action: str, **params: Any
+) -> tuple[list[str], list[str]]:
+    upids: list[str] = []
+    tries = 0
+    while True:
+        tries += 1
+        try:
+            with ctx.client.held(found.path) as waited:
+                found = just_judged(ctx, sandbox, found, waited)
+                upid = ctx.client.post(f"{found.path}/{action}", **params)
+            if not isinstance(upid, str):
+                raise OutcomeUnknown(
+                    f"{what}: Proxmox answered without a task id; whether it was done is not known, run again"
+                )
+            upids.append(upid)
+            return upids, ctx.tasks.wait(upid, what, ctx.wait_timeout)
+        except (ApiError, TaskFailed) as error:
+            # The clean-up after a stop may hold the VM's lock for up to 30 s: the task did not begin.
+            if tries >= _LOCK_TRIES or not not_begun(error.text if isinstance(error, ApiError) else error.exitstatus):
+                raise
+        ctx.clock.sleep(1.0)
+
+
+def resize(ctx: Context, located: Located, disk: str, size: str, what: str) -> None:
+    """To an absolute size: asking twice is asking once."""
+    answer = ctx.client.put(f"{located.path}/resize", disk=disk, size=size, digest=located.digest)
+    if isinstance(answer, str) and answer.startswith("UPID:"):
+        ctx.tasks.wait(answer, what, ctx.wait_timeout)
+
+
+def status(ctx: Context, found: Located) -> dict[str, Any]:
+    return ctx.client.get_dict(f"{found.path}/status/current")
+
+
+def runs(ctx: Context, found: Located) -> bool:
+    """Whether the VM is running and not suspended, as it says itself."""
+    now = status(ctx, found)
+    return now.get("status") == "running" and now.get("qmpstatus") not in ("paused", "suspended")
+
+
+def _await_status(ctx: Context, found: Located, wanted: str, what: str) -> None:
+    deadline = ctx.clock.monotonic() + ctx.wait_timeout
+    pause = 0.2
+    while status(ctx, found).get("status") != wanted:
+        if ctx.clock.monotonic() > deadline:
+            raise TaskTimeout(
+                f"{what}: the HA manager did not bring it to {wanted} within {ctx.wait_timeout} s (wait_timeout); run again"
+            )
+        ctx.clock.sleep(pause)
+        pause = min(pause * 1.5, 2.0)
+
+
+def _past(operation: str) -> str:
+    return {
+        "start": "started",
+        "stop": "stopped",
+        "suspend": "suspended",
+        "complete": "completed",
+        "fail": "failed_reported",
+    }[operation]
+
+
+OPERATION_OF_STATE = {
+    "started": "start",
+    "stopped": "stop",
+    "suspended": "suspend",
+    "completed": "complete",
+    "failed": "fail",
+}
+
+
+def operation_for(state: str) -> str:
+    """The operation behind a module's ``state``."""
+    try:
+        return OPERATION_OF_STATE[state]
+    except KeyError:
+        raise InvalidInput(
+            f"state: {state!r} is not valid. Valid: {', '.join(OPERATION_OF_STATE)}", option="state"
+        ) from None

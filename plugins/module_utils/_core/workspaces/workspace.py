@@ -1,0 +1,551 @@
+# Copyright: the agentlab.proxmox contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""What is asked of workspaces: there and of a size, attached, detached, gone; and what killed runs left of that. How a disk gets into a VM and out of it is
+in ``workspace_disk``."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from ..context import Context
+from ..errors import AgentlabError, ApiError, InvalidInput, Kept, OutcomeUnknown, ProxmoxError
+from ..model import Sandbox
+from ..store import workspaces as store
+from ..store.records import Claim
+from ..store.workspaces import Workspace
+from ..vm import power
+from ..vm.locate import guarded, refuse_locked, require_match
+from .workspace_disk import (
+    UNITS,
+    WorkspaceRefused,
+    attach,
+    check_node,
+    exists,
+    hold,
+    holders,
+    missing,
+    naming,
+    node_for,
+    off,
+    records,
+    refuse_snapshots,
+    released,
+    rows_of,
+    select,
+    show_size,
+    slot_of,
+    taken,
+)
+
+STATES = store.STATES
+_SIZE = re.compile(r"(\d{1,6})([MGT])", re.ASCII)
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}", re.ASCII)
+# Storages that keep disks as files, with the suffix (and format) of a new one; all others have volumes without.
+_FILES = {"dir": ".qcow2", "nfs": ".qcow2", "cifs": ".qcow2", "glusterfs": ".qcow2", "btrfs": ".raw"}
+# States in which a sandbox's VM may get or lose a disk.
+_USABLE = ("BOOTING", "READY", "RUNNING", "STOPPED")
+
+
+@dataclass(slots=True)
+class Done:
+    """What became of a workspace; ``changed`` follows from what was done."""
+
+    outcome: str
+    workspace: Workspace | None
+    changed: bool = False
+    message: str | None = None
+
+
+# ---- options ----
+
+
+def parse_size(value: object) -> int:
+    """Bytes of ``20G``; refused by name."""
+    found = _SIZE.fullmatch(str(value).strip())
+    if not found or not int(found[1]):
+        raise InvalidInput(
+            f"size: {str(value)[:40]!r} is not valid. Valid: a number with M, G or T, such as 20G",
+            option="size",
+            value=str(value)[:40],
+        )
+    return int(found[1]) * UNITS[found[2]]
+
+
+def check_name(name: str) -> None:
+    if not _NAME.fullmatch(name):
+        raise InvalidInput(
+            f"name: {name[:80]!r} is not valid. Valid: letters, digits, dot, hyphen and underscore, 63 characters at most",
+            option="name",
+        )
+
+
+# ---- creating and growing ----
+
+
+def present(
+    ctx: Context, name: str, *, size: object = None, storage: str | None = None, node: str | None = None
+) -> Done:
+    """Make sure that the workspace exists; one that is there may only grow."""
+    check_name(name)
+    wanted = None if size is None else parse_size(size)
+    found = records(ctx).find(name)
+    if found is None:
+        return _create(ctx, name, wanted, storage, node)
+    if storage is not None and storage != found.storage:
+        raise InvalidInput(
+            f"storage: {found.title} is on {found.storage!r} and is never moved", option="storage", value=storage
+        )
+    if node is not None and found.node is not None and node != found.node:
+        raise InvalidInput(
+            f"node: {found.title} is on {found.node!r} (local storage) and is never moved", option="node", value=node
+        )
+    if found.state == store.CREATING:
+        return Done("would_create", found, True) if ctx.dry_run else Done("created", _allocate(ctx, found), True)
+    if wanted is None or wanted == found.size:
+        return Done("unchanged", found)
+    if wanted < found.size:
+        raise InvalidInput(
+            f"size: {found.title} has {show_size(found.size)}, and workspaces only grow", option="size", value=str(size)
+        )
+    return _grow(ctx, found, wanted)
+
+
+def _create(ctx: Context, name: str, size: int | None, storage: str | None, node: str | None) -> Done:
+    if size is None:
+        raise InvalidInput(f"size: missing; a new workspace ({name!r}) needs one, such as 20G", option="size")
+    storage = storage or ctx.config.storage
+    if storage is None:
+        raise InvalidInput(
+            "storage: missing; give the storage for the workspace (or set it in the configuration)", option="storage"
+        )
+    nodes = ctx.cluster.nodes()
+    node = node or ctx.config.node or next(iter(sorted(name for name, up in nodes.items() if up)), None)
+    if node not in nodes or not nodes[node]:
+        raise InvalidInput(
+            f"node: {node!r} is not a node of this cluster that is online. Nodes: {', '.join(sorted(nodes))}",
+            option="node",
+            value=node,
+        )
+    row = next((row for row in ctx.client.get_list(f"nodes/{node}/storage") if row.get("storage") == storage), None)
+    if row is None:
+        raise InvalidInput(
+            f"storage: {storage!r} is not a storage of node {node} that these credentials may see",
+            option="storage",
+            value=storage,
+        )
+    if "images" not in str(row.get("content") or "").split(","):
+        raise InvalidInput(f"storage: {storage!r} holds no disk images", option="storage", value=storage)
+    if str(row.get("active", 1)) != "1":
+        raise InvalidInput(f"storage: {storage!r} is not active on node {node}", option="storage", value=storage)
+    shared = str(row.get("shared", 0)) == "1"
+    suffix = _FILES.get(str(row.get("type")), "")
+    ctx.cluster.confirm(creating=True)
+    found = records(ctx).reserve(
+        name,
+        size=size,
+        storage=storage,
+        node=None if shared else node,
+        owners=ctx.config.workspace_owner_range,
+        occupied=set(ctx.cluster.vms()),
+        suffix=suffix,
+        folder=bool(suffix),
+    )
+    if ctx.dry_run:
+        return Done("would_create", found, True)
+    return Done("created", _allocate(ctx, found, node, first=True), True)
+
+
+def _allocate(ctx: Context, found: Workspace, node: str | None = None, *, first: bool = False) -> Workspace:
+    """Make the volume. Its name carries the workspace's id, so asking again after a kill can make no second one.
+
+    ``first``: no other run has asked for it, so a refusal means that there is none, and the record ends.
+    """
+    node = node or node_for(ctx, found)
+    row = exists(ctx, found, node)
+    if row is None:
+        try:
+            _require_free_owner(ctx, found, node)
+            if not first:
+                # From now on this request is the one in doubt: doubt_window counts from here, and nobody gives the record up beside it.
+                found = records(ctx).change(found, "create", outcome="decided", reason="allocating")
+            # This request knows no T.
+            answer = ctx.client.post(
+                f"nodes/{node}/storage/{found.storage}/content",
+                vmid=found.owner_vmid,
+                size=f"{found.size // UNITS['M']}M",
+                filename=found.volume.rpartition("/")[2].rpartition(":")[2],
+            )
+        except ApiError as error:
+            if "already exists" not in error.text:
+                if first:
+                    _give_up(ctx, found, error)
+                raise
+            answer = found.volume
+        except WorkspaceRefused as error:
+            if not first:
+                # An earlier request may still be carried out.
+                raise WorkspaceRefused(
+                    f"{error.message}; agentlab_reconcile gives this one up once its volume can come no more (doubt_window), and a run "
+                    "after that takes another VMID"
+                ) from None
+            _give_up(ctx, found, error)
+            raise WorkspaceRefused(f"{error.message}; run again for another VMID") from None
+        if answer != found.volume:
+            raise OutcomeUnknown(
+                f"{found.title}: Proxmox answered {str(answer)[:80]!r} where {found.volume!r} was expected; run again"
+            )
+        row = exists(ctx, found, node)
+        if row is None:
+            raise OutcomeUnknown(
+                f"{found.title}: {found.volume} was allocated, but the storage does not list it: grant Datastore.Allocate, "
+                f"Datastore.AllocateSpace and Datastore.Audit together on /storage/{found.storage}, then run again"
+            )
+    return records(ctx).change(
+        found,
+        "create",
+        to=store.DETACHED,
+        reason="created",
+        evidence={"volume": found.volume, "node": node},
+        size=int(row.get("size") or found.size),
+    )
+
+
+def _require_free_owner(ctx: Context, found: Workspace, node: str) -> None:
+    """No VM has the owner's VMID, and no volume is owned by it: whatever the list of VMs may have hidden."""
+    proof = ctx.cluster.prove_absent([found.owner_vmid])[found.owner_vmid]
+    if not proof.absent:
+        raise WorkspaceRefused(
+            f"{found.title}: VMID {found.owner_vmid} of workspace_owner_range is not proven to be free ({proof.why}); VMs must never "
+            "get a VMID of that range"
+        )
+    # Its own may have come into being just now: by another run, or by a request whose answer was lost.
+    others = [
+        row
+        for row in ctx.client.get_list(f"nodes/{node}/storage/{found.storage}/content", vmid=found.owner_vmid)
+        if row.get("volid") != found.volume
+    ]
+    if others:
+        raise WorkspaceRefused(
+            f"{found.title}: storage {found.storage!r} has a volume of VMID {found.owner_vmid} already "
+            f"({others[0].get('volid')}); look at whose it is"
+        )
+
+
+def _give_up(ctx: Context, found: Workspace, error: AgentlabError) -> None:
+    records(ctx).change(
+        found,
+        "create",
+        to=store.DELETED,
+        outcome="failed",
+        reason="creation_failed",
+        evidence={"message": error.message},
+    )
+
+
+def _grow(ctx: Context, found: Workspace, wanted: int) -> Done:
+    if found.state != store.ATTACHED or found.sandbox_uuid is None:
+        raise WorkspaceRefused(
+            f"size: {found.title} is {found.state}; Proxmox VE resizes disks of VMs only, so attach it to a sandbox, then let it grow"
+        )
+    if ctx.dry_run:
+        return Done("would_grow", found, True)
+    with ctx.claimed(ctx.records.get(found.sandbox_uuid), "grow_workspace") as (claim, sandbox):
+        located = require_match(ctx, sandbox)
+        refuse_locked(sandbox, located)
+        slot = slot_of(ctx, sandbox, located, found)
+        found = records(ctx).change(
+            found, "grow", claim=claim, outcome="decided", reason="grow", evidence={"from": found.size, "to": wanted}
+        )
+        # An absolute size: asking twice is asking once.
+        guarded(
+            ctx,
+            sandbox,
+            located,
+            lambda now: power.resize(
+                ctx,
+                now,
+                slot if now is located else slot_of(ctx, sandbox, now, found),
+                show_size(wanted),
+                f"grow {found.title}",
+            ),
+        )
+        row = exists(ctx, found, str(located.node))
+        size = int((row or {}).get("size") or wanted)
+        done = records(ctx).change(found, "grow", claim=claim, reason="grown", size=size, evidence={"size": size})
+    return Done("grown", done, True)
+
+
+# ---- attaching and detaching ----
+
+
+def attached(ctx: Context, which: str, sandbox: Sandbox, ttl: int | None = None) -> Done:
+    """Make sure that the sandbox has it. One whose lease is over and whose holder's VM does not run is taken over."""
+    found = select(ctx, which)
+    if found.state == store.ATTACHED and found.sandbox_uuid == sandbox.uuid:
+        slot_of(ctx, sandbox, require_match(ctx, sandbox), found)
+        return _renew(ctx, found, ttl)
+    if sandbox.state not in _USABLE:
+        raise WorkspaceRefused(
+            f"cannot attach {found.title} to sandbox {sandbox.vmid} in {sandbox.state} state. Valid states: {', '.join(_USABLE)}"
+        )
+    if found.sandbox_uuid is not None and found.sandbox_uuid != sandbox.uuid:
+        _check_over(ctx, found)
+        if not ctx.dry_run:
+            found = detached(ctx, found.id, only_stopped=True).workspace or found
+    if ctx.dry_run:
+        check_node(found, sandbox.node)
+        return Done("would_attach", found, True)
+    with ctx.claimed(sandbox, "attach_workspace") as (claim, current):
+        if current.state not in _USABLE:
+            raise WorkspaceRefused(
+                f"cannot attach {found.title} to sandbox {current.vmid} in {current.state} state. Valid states: {', '.join(_USABLE)}"
+            )
+        located = require_match(ctx, current)
+        refuse_locked(current, located)
+        check_node(found, located.node)
+        held = hold(ctx, claim, current, found, ttl)
+        try:
+            done = attach(ctx, claim, current, located, held)
+        except (WorkspaceRefused, Kept) as error:
+            # Nothing was asked for, or it was asked for and answered; anything else is left to the next run.
+            if isinstance(error, WorkspaceRefused) or records(ctx).get(held.id).slot is None:
+                try:
+                    _let_go(ctx, claim, current, held, error)
+                except Kept as still:
+                    raise WorkspaceRefused(
+                        f"{error.message}. Until that is certain nobody else gets it: {still.message}",
+                        vmid=current.vmid,
+                    ) from None
+            raise
+    return Done("attached", done, True)
+
+
+def _let_go(ctx: Context, claim: Claim, sandbox: Sandbox, held: Workspace, error: AgentlabError) -> None:
+    """An attachment that was refused before or undone after it was asked for: the workspace is free again, if that is so."""
+    found = records(ctx).get(held.id)
+    if found.state == store.ATTACHING and found.slot is None:
+        records(ctx).change(
+            found,
+            "attach",
+            to=store.DETACHED,
+            claim=claim,
+            outcome="failed",
+            reason="refused",
+            sandbox_uuid=None,
+            lease_expires_at=None,
+            evidence={"message": error.message},
+        )
+        return
+    # Held with a slot: an earlier run had asked for it, and Proxmox may still carry that out.
+    off(ctx, claim, sandbox, require_match(ctx, sandbox), found, sure=held.slot is None)
+
+
+def _renew(ctx: Context, found: Workspace, ttl: int | None) -> Done:
+    until = None if ttl is None else ctx.clock.now() + ttl
+    if until is None or until - (found.lease_expires_at or 0) < 60:
+        return Done("unchanged", found)
+    if ctx.dry_run:
+        return Done("would_renew", found, True)
+    return Done("renewed", records(ctx).change(found, "renew_lease", reason="renewed", lease_expires_at=until), True)
+
+
+def _check_over(ctx: Context, found: Workspace) -> None:
+    if found.lease_expires_at is None or found.lease_expires_at > ctx.clock.now():
+        raise taken(ctx, found)
+
+
+def detached(ctx: Context, which: str, *, only_stopped: bool = False) -> Done:
+    """Make sure that nobody has it. What is written in the guest but not yet on the disk is the guest's to care for: unmount it there first."""
+    found = select(ctx, which)
+    if found.state == store.DETACHED:
+        return Done("unchanged", found)
+    if found.sandbox_uuid is None:
+        raise taken(ctx, found)
+    sandbox = ctx.records.get(found.sandbox_uuid)
+    if ctx.dry_run:
+        if sandbox.live and sandbox.smbios_uuid is not None:
+            refuse_snapshots(ctx, sandbox, require_match(ctx, sandbox), found)
+        return Done("would_detach", found, True)
+    with ctx.claimed(sandbox, "detach_workspace") as (claim, current):
+        found = records(ctx).get(found.id)
+        if found.sandbox_uuid != current.uuid:
+            return Done("unchanged", found)
+        if not current.live:
+            return Done("detached", released(ctx, claim, current) or found, True)
+        if only_stopped:
+            # Renewed since it was looked at?
+            _check_over(ctx, found)
+        if current.smbios_uuid is None:
+            raise WorkspaceRefused(
+                f"{found.title}: the creation of sandbox {current.vmid} is not finished; finish or destroy it first"
+            )
+        located = require_match(ctx, current)
+        refuse_locked(current, located)
+        if only_stopped and power.status(ctx, located).get("status") != "stopped":
+            raise WorkspaceRefused(
+                f"{found.title}: the lease of sandbox {current.vmid} on it is over, but its VM still runs; stop it first"
+            )
+        return Done("detached", off(ctx, claim, current, located, found), True)
+
+
+# ---- deleting ----
+
+
+def absent(ctx: Context, which: str, *, force: bool) -> Done:
+    """Delete a workspace and what is on it: only a detached one that nobody has attached, and only with force."""
+    found = records(ctx).find(which)
+    if found is None:
+        return Done("not_found", None)
+    if found.state not in (store.DETACHED, store.CREATING, store.DELETING):
+        raise taken(ctx, found)
+    if found.state == store.DETACHED and not force:
+        raise WorkspaceRefused(
+            f"{found.title} holds {show_size(found.size)} of data on {found.volume}, which would be lost; "
+            f"use {ctx.force_option} to delete it"
+        )
+    age = ctx.clock.now() - found.updated_at
+    if found.state == store.CREATING and 0 <= age < ctx.config.doubt_window:
+        raise Kept(
+            "unknown",
+            f"{found.title}: its creation was begun {age} s ago and may still be carried out; run again in {ctx.config.doubt_window - age} s "
+            "(doubt_window)",
+        )
+    having = holders(ctx, found)
+    if having:
+        raise WorkspaceRefused(
+            f"{found.title}: VM {having[0]} has its volume {found.volume} attached; it was not deleted", vmid=having[0]
+        )
+    proof = ctx.cluster.prove_absent([found.owner_vmid])[found.owner_vmid]
+    if not proof.absent:
+        raise WorkspaceRefused(
+            f"{found.title}: VMID {found.owner_vmid}, which owns its volume, is not proven to be free ({proof.why}); it was not deleted"
+        )
+    if found.state != store.DELETING:
+        # Kept, before it is called DELETING, which it would have to stay, where it cannot be told whether the volume is there.
+        missing(ctx, found, node_for(ctx, found))
+    if ctx.dry_run:
+        return Done("would_delete", found, True)
+    if found.state != store.DELETING:
+        found = records(ctx).change(
+            found, "delete", to=store.DELETING, outcome="decided", reason="delete", evidence={"volume": found.volume}
+        )
+    return Done("deleted", _delete(ctx, found), True)
+
+
+def _delete(ctx: Context, found: Workspace) -> Workspace:
+    node = node_for(ctx, found)
+    upids: tuple[str, ...] = ()
+    there = not missing(ctx, found, node)
+    # The name carries the workspace's id: what is listed under it is the volume that we made.
+    if there:
+        answer = ctx.client.delete(f"nodes/{node}/storage/{found.storage}/content/{found.volume}")
+        if isinstance(answer, str) and answer.startswith("UPID:"):
+            upids = (answer,)
+            ctx.tasks.wait(answer, f"delete {found.volume}", ctx.wait_timeout)
+        if not missing(ctx, found, node):
+            raise OutcomeUnknown(
+                f"{found.title}: its volume {found.volume} is still there after it was deleted; run again"
+            )
+    return records(ctx).change(
+        found,
+        "delete",
+        to=store.DELETED,
+        reason="deleted" if there else "volume_missing",
+        upids=upids,
+        evidence={"volume": found.volume},
+    )
+
+
+# ---- showing ----
+
+
+def show(
+    ctx: Context,
+    *,
+    name: str | None = None,
+    states: list[str] | None = None,
+    include_deleted: bool = False,
+    events: int = 0,
+    verify: bool = False,
+) -> dict[str, Any]:
+    """{workspaces, count}: the records, and with ``verify`` what Proxmox says of each."""
+    found = [
+        one
+        for one in records(ctx).find_all(include_deleted=include_deleted or bool(states and store.DELETED in states))
+        if name in (None, one.name, one.id) and (not states or one.state in states)
+    ]
+
+    def one_of(one: Workspace) -> dict[str, Any]:
+        shown = one.public()
+        if events > 0:
+            shown["events"] = records(ctx).events(one.id, events)
+        if verify and one.live:
+            shown.update(_look(ctx, one))
+        return shown
+
+    return {"workspaces": [one_of(one) for one in found], "count": len(found)}
+
+
+def _look(ctx: Context, found: Workspace) -> dict[str, Any]:
+    """{volume_present, attached_to, unknown}: None for what cannot be told, and why."""
+    told: dict[str, Any] = {"volume_present": None, "attached_to": None, "unknown": []}
+    for name, look in (
+        ("volume_present", lambda: not missing(ctx, found, node_for(ctx, found))),
+        ("attached_to", lambda: holders(ctx, found)),
+    ):
+        try:
+            told[name] = look()
+        except (Kept, WorkspaceRefused, ProxmoxError) as error:
+            told["unknown"].append(error.message)
+    return told
+
+
+# ---- what killed runs left ----
+
+
+def unfinished(ctx: Context) -> list[Workspace]:
+    """Workspaces on which something was begun that nobody is at work on, and those whose sandbox is gone."""
+    now = ctx.clock.now()
+    found = []
+    for one in records(ctx).find_all():
+        gone = one.sandbox_uuid is not None and not ctx.records.get(one.sandbox_uuid).live
+        if gone or (one.state in store.UNFINISHED and not 0 <= now - one.updated_at < ctx.config.doubt_window):
+            found.append(one)
+    return found
+
+
+def finish(ctx: Context, found: Workspace) -> Workspace:
+    """Finish (or undo) what a killed run began on a workspace."""
+    if found.state == store.CREATING:
+        if not missing(ctx, found, node_for(ctx, found)):
+            return _allocate(ctx, found)
+        return records(ctx).change(found, "create", to=store.DELETED, outcome="failed", reason="creation_interrupted")
+    if found.state == store.DELETING:
+        return absent(ctx, found.id, force=True).workspace or found
+    if found.sandbox_uuid is None:
+        return found
+    sandbox = ctx.records.get(found.sandbox_uuid)
+    with ctx.claimed(sandbox, "reconcile", wait=0) as (claim, current):
+        found = records(ctx).get(found.id)
+        if found.sandbox_uuid != current.uuid or found.state not in (*store.UNFINISHED, store.ATTACHED):
+            return found
+        if not current.live:
+            return released(ctx, claim, current) or found
+        left = claim.interrupted
+        if current.smbios_uuid is None or (left is not None and left.kind in ("create", "destroy")):
+            # The creation, or the destroy, brings it to an end with its own.
+            return found
+        located = require_match(ctx, current)
+        if found.state == store.ATTACHING and naming(rows_of(ctx, str(located.node), current.vmid), found.volume):
+            return attach(ctx, claim, current, located, found)
+        if found.state == store.DETACHING and power.status(ctx, located).get("status") != "stopped":
+            # A destroy that was given up, perhaps, and somebody works with it again: no disk is pulled out of a machine that runs.
+            raise Kept(
+                "workspace",
+                f"{found.title}: it was being taken off sandbox {current.vmid}, which runs; detach it, or stop the sandbox",
+                vmid=current.vmid,
+            )
+        return off(ctx, claim, current, located, found) if found.state != store.ATTACHED else found

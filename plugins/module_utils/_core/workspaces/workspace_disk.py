@@ -1,0 +1,616 @@
+# Copyright: the agentlab.proxmox contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Workspaces: disks that outlive sandboxes. Created under an owner VMID that no VM ever has, attached to one sandbox at a time.
+
+Proxmox deletes with a VM what the VMID in a volume's name owns, and stops nobody from attaching a volume twice. So a workspace's volume is owned by
+a VMID of a range of its own, the database decides who has it, the VMs' configurations are read to see that nobody else has, and a VM is deleted
+only when its configuration, read directly before, names no workspace. Volumes are never moved (that would give them to the VM).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any, NoReturn
+
+from ..context import Context
+from ..errors import AgentlabError, ApiError, Kept, NotFound, ProxmoxError
+from ..model import Sandbox
+from ..store import workspaces as store
+from ..store.records import Claim
+from ..store.workspaces import Workspace
+from ..vm.locate import Located, guarded, require_match
+
+UNITS = {"M": 1024**2, "G": 1024**3, "T": 1024**4}
+_DRIVE = re.compile(r"(?:ide|sata|scsi|virtio|efidisk|tpmstate|unused)\d+")
+_OWNER = re.compile(r"(?:^|[:/])(?:vm|base)-(\d+)-[^/]*$")
+# The last ones first, so that a template's own disks are in nobody's way.
+_SLOTS = tuple(f"scsi{number}" for number in range(30, 0, -1))
+_UNPLUG_SECONDS = 10
+# What Proxmox says, after some 18 seconds, of a guest that does not let a disk go.
+_UNPLUG_REFUSED = re.compile(r"hotplug problem|error on hot-unplugging|still busy in guest")
+# Times a VM is looked for where the list says that it is.
+_LOOKS = 3
+
+
+class WorkspaceRefused(AgentlabError):
+    """What is asked of a workspace cannot be done now: somebody else has it, or it is not where it would have to be."""
+
+    code = "workspace"
+
+
+def show_size(size: int) -> str:
+    """As Proxmox writes it: the largest unit that divides it."""
+    for unit in ("T", "G", "M"):
+        if size % UNITS[unit] == 0:
+            return f"{size // UNITS[unit]}{unit}"
+    return f"{size // 1024}K"
+
+
+def records(ctx: Context) -> store.Workspaces:
+    """Their records. Not a part of the context: a module that knows no workspaces need not ship what keeps them."""
+    return store.Workspaces(ctx.records)
+
+
+def select(ctx: Context, which: str) -> Workspace:
+    """The live workspace of a name or id."""
+    found = records(ctx).find(which)
+    if found is None:
+        there = ", ".join(one.name for one in records(ctx).find_all()) or "none"
+        raise NotFound(f"workspace not found ({which[:80]!r}). Workspaces: {there}", workspace=which[:80])
+    return found
+
+
+# ---- looking ----
+
+
+def volumes_in(config: dict[str, Any]) -> dict[str, str]:
+    """Volume ids of a VM's configuration by the key that names them, unused ones included."""
+    return {key: str(value).partition(",")[0] for key, value in config.items() if _DRIVE.fullmatch(key)}
+
+
+def rows_of(ctx: Context, node: str, vmid: int) -> dict[str, dict[str, Any]]:
+    """What the VM's configuration says of its drives, by key: {"value": as it is now, "pending": as it will be}."""
+    return {
+        str(row.get("key")): row
+        for row in ctx.client.get_list(f"nodes/{node}/qemu/{vmid}/pending")
+        if _DRIVE.fullmatch(str(row.get("key")))
+    }
+
+
+def naming(rows: dict[str, dict[str, Any]], volume: str) -> list[str]:
+    """The keys that name the volume now or will name it: only what is in neither is off."""
+    return [
+        key
+        for key, row in rows.items()
+        if volume in (str(row.get(name) or "").partition(",")[0] for name in ("value", "pending"))
+    ]
+
+
+def _in_use(rows: dict[str, dict[str, Any]], volume: str) -> str | None:
+    """The slot in which the VM has the volume now: not noted for its next start only, and not put aside as unused."""
+    return next(
+        (
+            key
+            for key, row in rows.items()
+            if not key.startswith("unused") and str(row.get("value") or "").partition(",")[0] == volume
+        ),
+        None,
+    )
+
+
+def exists(ctx: Context, found: Workspace, node: str) -> dict[str, Any] | None:
+    """The storage's own entry of the volume, or None when its list does not have it."""
+    rows = ctx.client.get_list(f"nodes/{node}/storage/{found.storage}/content", vmid=found.owner_vmid)
+    return next((row for row in rows if row.get("volid") == found.volume), None)
+
+
+def missing(ctx: Context, found: Workspace, node: str) -> bool:
+    """Whether the volume is proven not to be there. Kept when the storage's list leaves it out for another reason, which it does with the status of a
+    success."""
+    if exists(ctx, found, node) is not None:
+        return False
+    _require_sight(ctx, found, node)
+    # Once more: what was set right meanwhile shows it now.
+    return exists(ctx, found, node) is None
+
+
+def _require_sight(ctx: Context, found: Workspace, node: str) -> None:
+    """Kept unless the volume would be listed if it were there: as PVE::Storage decides that (volume_list, check_volume_access)."""
+    unseen = f"{found.title}: storage {found.storage!r} does not list its volume {found.volume}, but it would not if it were there"
+    row = next(
+        (row for row in ctx.client.get_list(f"nodes/{node}/storage") if row.get("storage") == found.storage), None
+    )
+    if row is None or "images" not in str(row.get("content") or "").split(",") or str(row.get("active", 1)) != "1":
+        raise Kept(
+            "unknown",
+            f"{unseen}: on node {node} the storage is missing, not active, or has no content type 'images'. Mend that (pvesm status; pvesm "
+            "set), then run again",
+        )
+    storage, owner = f"/storage/{found.storage}", f"/vms/{found.owner_vmid}"
+    if not ctx.cluster.holds(storage, "Datastore.Allocate") and not (
+        ctx.cluster.holds(storage, "Datastore.Audit") and ctx.cluster.holds(owner, "VM.Config.Disk")
+    ):
+        raise Kept(
+            "unknown",
+            f"{unseen}: these credentials may not see it. Grant Datastore.Allocate, Datastore.AllocateSpace and "
+            f"Datastore.Audit together on {storage} (a role there replaces what is inherited), then run again",
+        )
+
+
+def node_for(ctx: Context, found: Workspace) -> str:
+    """A node that sees the storage: its own, or any that is online."""
+    if found.node is not None:
+        return found.node
+    online = sorted(node for node, up in ctx.cluster.nodes().items() if up)
+    for node in online:
+        if any(row.get("storage") == found.storage for row in ctx.client.get_list(f"nodes/{node}/storage")):
+            return node
+    raise WorkspaceRefused(f"{found.title}: no node that is online has its storage {found.storage!r}")
+
+
+def holders(ctx: Context, found: Workspace) -> list[int]:
+    """VMIDs of all VMs whose configuration names the volume. Kept when one that might cannot be read."""
+    rows = [
+        (vmid, row)
+        for vmid, row in ctx.cluster.vms(fresh=True).items()
+        if row.get("type") == "qemu" and (found.node is None or row.get("node") == found.node)
+    ]
+
+    def look(item: tuple[int, dict[str, Any]]) -> int | None:
+        vmid, row = item
+        for _attempt in range(_LOOKS):
+            try:
+                listed = rows_of(ctx, str(row.get("node")), vmid)
+            except ProxmoxError as error:
+                if not isinstance(error, ApiError) or "does not exist" not in error.text:
+                    raise Kept(
+                        "unknown", f"{found.title}: whether VM {vmid} has it attached cannot be read: {error.message}"
+                    ) from None
+                # That proves only that it is not on that node: gone, or moved to another.
+                again = ctx.cluster.vms(fresh=True).get(vmid)
+                if again is None or (found.node is not None and again.get("node") != found.node):
+                    return None
+                row = again
+                continue
+            return vmid if naming(listed, found.volume) else None
+        raise Kept(
+            "unknown",
+            f"{found.title}: whether VM {vmid} has it attached cannot be read: it is not on the node that lists it (is it being "
+            "migrated?); run again",
+        )
+
+    having = sorted(vmid for vmid in ctx.each(look, rows) if vmid is not None)
+    if not having:
+        require_full_sight(ctx, found)
+    return having
+
+
+def require_full_sight(ctx: Context, found: Workspace) -> None:
+    """Raise Kept unless these credentials see every VM: Proxmox VE attaches one volume to two VMs without a word.
+
+    A role without VM.Audit on /vms, on /vms/N or on a pool hides VMs, whatever stands on the paths above.
+    """
+    if not ctx.cluster.sees_everything():
+        raise Kept(
+            "unknown",
+            f"{found.title}: these credentials are not proven to see every VM of the cluster, so another VM may have its"
+            " volume attached. Grant VM.Audit on /vms (a role there replaces what / hands down, so it must hold VM.Audit"
+            " too) and Sys.Audit on /; agentlab_doctor names what is missing. Then run again",
+        )
+
+
+def in_snapshots(ctx: Context, located: Located, found: Workspace) -> list[str]:
+    """Names of the VM's snapshots that contain the volume: rolling back to one would roll the workspace back."""
+    return [name for name, config in _snapshots(ctx, located).items() if found.volume in volumes_in(config).values()]
+
+
+def _snapshots(ctx: Context, located: Located) -> dict[str, dict[str, Any]]:
+    # Always asked for: the configuration names the snapshot that it stands on, and may stand on none although there are some.
+    names = [
+        str(row.get("name")) for row in ctx.client.get_list(f"{located.path}/snapshot") if row.get("name") != "current"
+    ]
+    return {name: ctx.client.get_dict(f"{located.path}/snapshot/{name}/config") for name in names}
+
+
+def slot_of(ctx: Context, sandbox: Sandbox, located: Located, found: Workspace) -> str:
+    """The slot of a workspace that the records call ATTACHED; refused when the VM does not have it."""
+    slot = _in_use(rows_of(ctx, str(located.node), sandbox.vmid), found.volume)
+    if slot is None:
+        raise WorkspaceRefused(
+            f"{found.title}: sandbox {sandbox.vmid} does not have it attached any more (was it taken off by hand?); detach it, then attach "
+            "it again",
+            vmid=sandbox.vmid,
+        )
+    return slot
+
+
+# ---- attaching ----
+
+
+def hold(ctx: Context, claim: Claim, sandbox: Sandbox, found: Workspace, ttl: int | None = None) -> Workspace:
+    """Take the workspace for the sandbox, in the records: from here on nobody else gets it. The caller holds the sandbox's claim."""
+    if found.sandbox_uuid == sandbox.uuid and found.state in (store.ATTACHING, store.ATTACHED):
+        return found
+    if found.state != store.DETACHED:
+        raise taken(ctx, found)
+    other = records(ctx).of_sandbox(sandbox.uuid)
+    if other is not None:
+        raise WorkspaceRefused(f"sandbox {sandbox.vmid} has {other.title} already; a sandbox has one workspace at most")
+    until = sandbox.lease_expires_at if ttl is None else ctx.clock.now() + ttl
+    return records(ctx).change(
+        found,
+        "attach",
+        to=store.ATTACHING,
+        claim=claim,
+        outcome="decided",
+        reason="attach",
+        sandbox_uuid=sandbox.uuid,
+        lease_expires_at=until,
+        evidence={"vmid": sandbox.vmid},
+    )
+
+
+def taken(ctx: Context, found: Workspace) -> WorkspaceRefused:
+    from .. import clock as clock_module
+
+    if found.sandbox_uuid is not None:
+        until = clock_module.iso(found.lease_expires_at)
+        if found.state in (store.ATTACHING, store.DETACHING):
+            doing = "attached to" if found.state == store.ATTACHING else "taken off"
+            return WorkspaceRefused(
+                f"{found.title} is just being {doing} sandbox {found.vmid} ({found.sandbox}). Wait for that to end; if it was cut off, run its "
+                "task again or agentlab_reconcile, which finishes it",
+                vmid=found.vmid,
+                lease_expires_at=until,
+            )
+        return WorkspaceRefused(
+            f"{found.title} is {found.state} to sandbox {found.vmid} ({found.sandbox}), whose lease on it lasts until {until}; detach it "
+            "first. A workspace is attached to one sandbox at a time",
+            vmid=found.vmid,
+            lease_expires_at=until,
+        )
+    return WorkspaceRefused(f"{found.title} is {found.state}; run its task again to finish that first")
+
+
+def of_creation(ctx: Context, claim: Claim, sandbox: Sandbox, which: str | None) -> Workspace | None:
+    """The workspace of a sandbox that is being created, held from here on; also the one that an earlier, killed run took for it."""
+    found = records(ctx).of_sandbox(sandbox.uuid)
+    if found is None and which is not None:
+        found = hold(ctx, claim, sandbox, select(ctx, which))
+    return found
+
+
+def check_usable(ctx: Context, found: Workspace, node: str) -> None:
+    """Before anything is made: whether a new sandbox on that node could have it."""
+    if found.state != store.DETACHED:
+        raise taken(ctx, found)
+    check_node(found, node)
+    require_full_sight(ctx, found)
+
+
+def check_node(found: Workspace, node: str | None) -> None:
+    if found.node is not None and node != found.node:
+        raise WorkspaceRefused(
+            f"{found.title} is on node {found.node} (storage {found.storage!r} is local), and the sandbox is on {node}; create the sandbox "
+            f"with node={found.node}"
+        )
+
+
+def attach(ctx: Context, claim: Claim, sandbox: Sandbox, located: Located, found: Workspace) -> Workspace:
+    """Put the volume into the VM, for a workspace that ``hold`` took; proven by reading the configuration back."""
+    if found.state == store.ATTACHED:
+        return found
+    check_node(found, located.node)
+    node = str(located.node)
+    if exists(ctx, found, node) is None:
+        raise WorkspaceRefused(
+            f"{found.title}: its volume {found.volume} is not to be seen on node {node}; it was removed, moved or renamed (move_disk?), or "
+            f"Datastore.Allocate (with Datastore.AllocateSpace and Datastore.Audit) is missing on /storage/{found.storage}"
+        )
+    others = [vmid for vmid in holders(ctx, found) if vmid != sandbox.vmid]
+    if others:
+        raise WorkspaceRefused(
+            f"{found.title}: VM {others[0]} has its volume {found.volume} attached, though by no record of ours; it was not attached a "
+            "second time. Take it off there first",
+            vmid=others[0],
+        )
+    listed = rows_of(ctx, node, sandbox.vmid)
+    slot = next(iter(naming(listed, found.volume)), None)
+    if slot is None:
+        free = next((key for key in _SLOTS if key not in listed and key not in located.config), None)
+        if free is None:
+            raise WorkspaceRefused(f"sandbox {sandbox.vmid} has no free slot for a disk")
+        found = records(ctx).change(found, "attach", claim=claim, outcome="decided", reason="attaching", slot=free)
+        # Neither backups nor replication of a throw-away VM are to take it along.
+        drive = f"{found.volume},backup=0,replicate=0,serial={found.serial},size={show_size(found.size)}"
+
+        def put_in(now: Located) -> None:
+            if free in now.config:
+                raise Kept(
+                    "changed",
+                    f"{found.title}: another disk was put into sandbox {sandbox.vmid} as {free} meanwhile; run again",
+                    vmid=sandbox.vmid,
+                )
+            ctx.client.put(f"{now.path}/config", digest=now.digest, **{free: drive})
+
+        guarded(ctx, sandbox, located, put_in)
+        slot = free
+        listed = rows_of(ctx, node, sandbox.vmid)
+    used = _in_use(listed, found.volume)
+    if used is None:
+        if slot.startswith("unused"):
+            raise WorkspaceRefused(
+                f"{found.title}: VM {sandbox.vmid} has it put aside as {slot}; take it off there (qm set {sandbox.vmid} --delete {slot}; "
+                "Proxmox VE removes only what the VM's own VMID owns), then attach it",
+                vmid=sandbox.vmid,
+            )
+        # Noted for the next start only, by this run or one before: a disk that is half there is none. Whose VM it is now is looked at before that
+        # is written, too.
+        located = require_match(ctx, sandbox)
+        guarded(ctx, sandbox, located, lambda now: ctx.client.put(f"{now.path}/config", revert=slot, digest=now.digest))
+        raise WorkspaceRefused(
+            f"{found.title}: the running VM {sandbox.vmid} did not take the disk (is hotplug for disks on?); stop the sandbox, then "
+            "attach it"
+        )
+    slot = used
+    done = records(ctx).change(
+        found,
+        "attach",
+        to=store.ATTACHED,
+        claim=claim,
+        reason="attached",
+        slot=slot,
+        evidence={"vmid": sandbox.vmid, "slot": slot, "node": node},
+    )
+    ctx.records.note(
+        sandbox,
+        "attach_workspace",
+        outcome="done",
+        reason=found.name,
+        evidence={"workspace_id": found.id, "slot": slot},
+    )
+    return done
+
+
+# ---- detaching ----
+
+
+def refuse_snapshots(ctx: Context, sandbox: Sandbox, located: Located, found: Workspace) -> None:
+    """Kept when a snapshot of the VM contains the workspace."""
+    names = in_snapshots(ctx, located, found)
+    if names:
+        raise Kept(
+            "workspace_in_snapshot",
+            f"{found.title}: snapshot {names[0]!r} of VM {sandbox.vmid} contains it (rolling back would roll it back too); "
+            f"delete the snapshot first (qm delsnapshot {sandbox.vmid} {names[0]})",
+            vmid=sandbox.vmid,
+        )
+
+
+def off(
+    ctx: Context, claim: Claim, sandbox: Sandbox, located: Located, found: Workspace, *, sure: bool = False
+) -> Workspace:
+    """Take the volume off a VM that was judged to be ours, proven by reading the configuration back, and that the volume is still what it was.
+
+    ``sure``: no attachment of a killed run can come after this (the caller writes the configuration next, guarded by its digest).
+    """
+    refuse_snapshots(ctx, sandbox, located, found)
+    node = str(located.node)
+    listed = naming(rows_of(ctx, node, sandbox.vmid), found.volume)
+    age = ctx.clock.now() - found.updated_at
+    if not listed and not sure and found.state == store.ATTACHING and 0 <= age < ctx.config.doubt_window:
+        raise Kept(
+            "unknown",
+            f"{found.title}: its attachment to sandbox {sandbox.vmid} was begun {age} s ago and may still be carried out; run again in "
+            f"{ctx.config.doubt_window - age} s (doubt_window)",
+        )
+    if found.state != store.DETACHING:
+        found = records(ctx).change(
+            found,
+            "detach",
+            to=store.DETACHING,
+            claim=claim,
+            outcome="decided",
+            reason="detach",
+            evidence={"vmid": sandbox.vmid, "slots": listed},
+        )
+    if listed:
+        if found.owner_vmid == sandbox.vmid:
+            raise Kept(
+                "workspace",
+                f"{found.title}: its volume {found.volume} is owned by the VMID of sandbox {sandbox.vmid} itself, so Proxmox VE may delete "
+                "it when it is taken off; it was left where it is. Move its data to another workspace",
+                vmid=sandbox.vmid,
+            )
+
+        def take_off(now: Located) -> None:
+            slots = listed
+            if now is not located:
+                refuse_snapshots(ctx, sandbox, now, found)
+                slots = naming(rows_of(ctx, str(now.node), sandbox.vmid), found.volume)
+            if slots:
+                ctx.client.put(f"{now.path}/config", digest=now.digest, delete=",".join(slots))
+
+        try:
+            guarded(ctx, sandbox, located, take_off)
+        except ApiError as error:
+            if not _UNPLUG_REFUSED.search(error.text):
+                raise
+            _undo_unplug(ctx, claim, sandbox, found, listed)
+        _await_off(ctx, node, sandbox, found)
+    _refuse_lost(ctx, sandbox, found, node)
+    done = records(ctx).change(
+        found,
+        "detach",
+        to=store.DETACHED,
+        claim=claim,
+        reason="detached",
+        sandbox_uuid=None,
+        slot=None,
+        lease_expires_at=None,
+        evidence={"vmid": sandbox.vmid, "slots": listed},
+    )
+    ctx.records.note(
+        sandbox,
+        "detach_workspace",
+        outcome="done",
+        reason=found.name,
+        evidence={"workspace_id": found.id, "slots": listed},
+    )
+    return done
+
+
+def _undo_unplug(ctx: Context, claim: Claim, sandbox: Sandbox, found: Workspace, slots: list[str]) -> NoReturn:
+    """Take back a detachment that the running guest refused: the delete that Proxmox keeps pending goes. Always Kept.
+
+    The workspace is ATTACHED again, because the VM has it: nothing of the refused try comes true at the next start.
+    """
+    located = require_match(ctx, sandbox)
+    guarded(
+        ctx,
+        sandbox,
+        located,
+        lambda now: ctx.client.put(f"{now.path}/config", revert=",".join(slots), digest=now.digest),
+    )
+    rows = rows_of(ctx, str(located.node), sandbox.vmid)
+    slot = _in_use(rows, found.volume)
+    if slot is not None and not rows[slot].get("delete"):
+        records(ctx).change(
+            found,
+            "detach",
+            to=store.ATTACHED,
+            claim=claim,
+            outcome="failed",
+            reason="busy",
+            slot=slot,
+            evidence={"vmid": sandbox.vmid, "slot": slot},
+        )
+    raise Kept(
+        "workspace",
+        f"{found.title}: VM {sandbox.vmid} still has it after it was taken off; the running guest does not let it go. Stop the "
+        "sandbox, then detach it",
+        vmid=sandbox.vmid,
+    )
+
+
+def _refuse_lost(ctx: Context, sandbox: Sandbox, found: Workspace, node: str) -> None:
+    """Kept when the volume of a workspace that the sandbox has is not there any more, or not to be seen."""
+    if missing(ctx, found, node):
+        vmid = sandbox.vmid
+        raise Kept(
+            "workspace",
+            f"{found.title}: the storage does not have its volume {found.volume} any more: it may have been given to a VM (move_disk), so "
+            f"VM {vmid} is left alone. Look at its disks; if none is the workspace, remove the VM by hand (qm destroy {vmid}), then destroy the sandbox",
+            vmid=vmid,
+        )
+
+
+def _await_off(ctx: Context, node: str, sandbox: Sandbox, found: Workspace) -> None:
+    """A running guest may take a moment to let a disk go."""
+    deadline = ctx.clock.monotonic() + min(_UNPLUG_SECONDS, ctx.wait_timeout)
+    while naming(rows_of(ctx, node, sandbox.vmid), found.volume):
+        if ctx.clock.monotonic() > deadline:
+            raise Kept(
+                "workspace",
+                f"{found.title}: VM {sandbox.vmid} still has it after it was taken off; the running guest does not let it go. Stop the "
+                "sandbox, then detach it",
+                vmid=sandbox.vmid,
+            )
+        ctx.clock.sleep(0.5)
+
+
+# ---- before a VM is deleted, and after ----
+
+
+def refuse_listed(ctx: Context, sandbox: Sandbox, located: Located) -> bool:
+    """Kept when the deletion of the VM, as its configuration is now, could take a workspace along (or might, because one is missing).
+
+    Returns whether Proxmox was asked anything.
+    """
+    live = records(ctx).find_all()
+    config = located.config
+    configs = {"": config, **_snapshots(ctx, located)} if live else {"": config}
+    first, last = ctx.config.workspace_owner_range
+    known = {one.volume: one for one in live}
+    serials = {one.serial: one for one in live}
+    for where, content in configs.items():
+        place = f"snapshot {where!r}" if where else "its configuration"
+        for key, volume in volumes_in(content).items():
+            owner = _OWNER.search(volume)
+            serial = re.search(r"(?:^|,)serial=([^,]+)", str(content[key]))
+            found = known.get(volume) or (serials.get(serial[1]) if serial else None)
+            if found is not None or (owner and first <= int(owner[1]) <= last):
+                what = found.title if found else "a workspace"
+                # No record of ours says that this VM has it, so none of our commands would take it off.
+                advice = (
+                    f"delete the snapshot: qm delsnapshot {sandbox.vmid} {where}"
+                    if where
+                    else f"qm set {sandbox.vmid} --delete {key}"
+                )
+                raise Kept(
+                    "workspace",
+                    f"sandbox {sandbox.vmid}: {place} names {volume} as {key}, which is (or was) {what}; the VM was not deleted. Take the "
+                    f"disk off it first ({advice})",
+                    volume=volume,
+                    vmid=sandbox.vmid,
+                )
+    _refuse_if_missing(ctx, sandbox, config, [one for one in live if one.sandbox_uuid is not None])
+    return bool(live)
+
+
+def refuse_planned(ctx: Context, sandbox: Sandbox, located: Located) -> bool:
+    """As the destroy would do it in the end: its own workspace would be taken off first. Asked before anything is stopped or taken off, too.
+
+    False when the records alone said it: there are no workspaces.
+    """
+    own = records(ctx).of_sandbox(sandbox.uuid)
+    if own is not None:
+        refuse_snapshots(ctx, sandbox, located, own)
+        _refuse_lost(ctx, sandbox, own, str(located.node))
+    config = dict(located.config)
+    kept = {key: value for key, value in config.items() if own is None or str(value).partition(",")[0] != own.volume}
+    verdict = dataclasses.replace(located.verdict, config=kept) if located.verdict else None
+    return refuse_listed(ctx, sandbox, Located(located.node, located.row, verdict))
+
+
+def _refuse_if_missing(ctx: Context, sandbox: Sandbox, config: dict[str, Any], held: list[Workspace]) -> None:
+    """A volume that a VM was given (move_disk) bears that VM's name: if a workspace is missing, a VM with a further disk of its own is left alone."""
+    own = [
+        volume
+        for key, volume in volumes_in(config).items()
+        if (owner := _OWNER.search(volume))
+        and int(owner[1]) == sandbox.vmid
+        and re.fullmatch(r"(ide|sata|scsi|virtio|unused)\d+", key)
+        and "cloudinit" not in volume
+        and "media=cdrom" not in str(config[key])
+    ]
+    if len(own) < 2:
+        return
+    for found in held:
+        if missing(ctx, found, node_for(ctx, found)):
+            raise Kept(
+                "workspace",
+                f"sandbox {sandbox.vmid}: its VM has {len(own)} disks of its own, and the volume of {found.title} "
+                f"({found.volume}) is missing from its storage; one of those disks may be it (move_disk), so the VM was not deleted",
+                vmid=sandbox.vmid,
+            )
+
+
+def released(ctx: Context, claim: Claim | None, sandbox: Sandbox) -> Workspace | None:
+    """The VM is proven to be gone: what it had is free. The next attachment looks whether anybody else has the volume."""
+    found = records(ctx).of_sandbox(sandbox.uuid)
+    if found is None:
+        return None
+    return records(ctx).change(
+        found,
+        "detach",
+        to=store.DETACHED,
+        claim=claim,
+        reason="vm_gone",
+        sandbox_uuid=None,
+        slot=None,
+        lease_expires_at=None,
+        evidence={"vmid": sandbox.vmid},
+    )
