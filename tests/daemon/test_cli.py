@@ -236,7 +236,7 @@ def test_profiles(daemon: Make, lab: Lab, tmp_path: Path) -> None:
 
 def test_every_field_of_the_api_has_an_option() -> None:
     code = (
-        "import json; from agentlabd.routes import CREATION, ROUTES; "
+        "import json; from agentlabd.http.table import CREATION, ROUTES; "
         "print(json.dumps({'new': list(CREATION), **{one.name: [*(one.body or ()), *one.query] for one in ROUTES}}))"
     )
     env = {**os.environ, "PYTHONPATH": PYTHONPATH}

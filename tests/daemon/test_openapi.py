@@ -96,7 +96,7 @@ def test_the_document_is_true(daemon: Callable[..., Daemon], lab: Lab, tmp_path:
 
 def test_every_creation_option_of_the_core_is_in_the_document() -> None:
     code = (
-        "from agentlabd.routes import CREATION; from agentlab_core.sandboxes import wanted;"
+        "from agentlabd.http.creation import CREATION; from agentlab_core.sandboxes import wanted;"
         "assert set(CREATION) == {'vmid', 'name', 'ttl_minutes', 'workspace_id', *wanted.OPTIONS}, set(CREATION)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": PYTHONPATH}, timeout=30)

@@ -67,7 +67,7 @@ def test_the_bounds_on_clients_are_those_of_the_code() -> None:
 
 
 def test_keys_and_sentences_are_those_of_the_code() -> None:
-    texts = "".join((DAEMON / name).read_text() for name in ("api.py", "connections.py"))
+    texts = "".join((DAEMON / name).read_text() for name in ("http/server.py", "connections.py"))
     for _what, _default, key, beyond in rows("bounds"):
         assert not key or key.strip("`") in config.DEFAULTS, key
         for sentence in re.findall(r"`([a-z][^`]{20,})`", beyond):

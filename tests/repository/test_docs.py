@@ -408,7 +408,9 @@ def test_every_key_of_the_daemon_stands_in_its_page_with_when_a_change_counts() 
     assert {key for key, when in said.items() if when == "with the next start"} == set(config.FIXED)
     # Whatever the daemon's own code reads of the configuration, but for where Proxmox is.
     read = set(
-        re.findall(r"config\.(\w+)", "".join(daemon_code(name) for name in ("api", "daemon", "scheduler", "service")))
+        re.findall(
+            r"config\.(\w+)", "".join(daemon_code(name) for name in ("http/server", "daemon", "scheduler", "service"))
+        )
     ) & set(config.DEFAULTS)
     assert read and read <= set(said), read - set(said)
 
@@ -416,7 +418,7 @@ def test_every_key_of_the_daemon_stands_in_its_page_with_when_a_change_counts() 
 def test_the_requests_of_the_daemons_page_are_routes() -> None:
     routes = {
         (method, re.sub(r"\{\w+\}", "[^/]+", path))
-        for method, path in re.findall(r'Route\(\s*"(GET|POST)",\s*f?"([^"]+)"', daemon_code("routes"))
+        for method, path in re.findall(r'Route\(\s*"(GET|POST)",\s*f?"([^"]+)"', daemon_code("http/table"))
     }
     # start, stop and suspend are made by one line.
     routes |= {("POST", f"/v1/sandboxes/[^/]+/{verb}") for verb in ("start", "stop", "suspend")}
@@ -428,7 +430,9 @@ def test_the_requests_of_the_daemons_page_are_routes() -> None:
 
 
 def test_numbers_and_names_of_the_daemons_page_are_those_of_the_code() -> None:
-    scheduler, answers, api, service = (daemon_code(name) for name in ("scheduler", "answers", "api", "service"))
+    scheduler, statuses_code, api, service = (
+        daemon_code(name) for name in ("scheduler", "statuses", "http/server", "service")
+    )
     retry = re.search(r"^_FIRST_RETRY = (\d+)", scheduler, re.M)
     assert retry and f"after a failure after {retry[1]} s" in DAEMON
     jobs = re.search(r"service\.jobs = \{(.+)\}", scheduler)
@@ -436,7 +440,7 @@ def test_numbers_and_names_of_the_daemons_page_are_those_of_the_code() -> None:
         re.findall(r'"(\w+)"', jobs[1])
     )
     statuses = {int(number) for number in re.findall(r"\b([45]\d\d) ", DAEMON.split("An error is")[1].split("###")[0])}
-    assert {int(number) for number in re.findall(r": (\d{3}),", answers)} | {
+    assert {int(number) for number in re.findall(r": (\d{3}),", statuses_code)} | {
         405,
         408,
         409,

@@ -120,7 +120,7 @@ def test_the_page_of_profiles_shows_each_key() -> None:
 
 
 def test_the_api_takes_each() -> None:
-    fields = in_daemon("import json; from agentlabd.routes import CREATION; print(json.dumps(sorted(CREATION)))")
+    fields = in_daemon("import json; from agentlabd.http.creation import CREATION; print(json.dumps(sorted(CREATION)))")
     assert set(fields) == OPTIONS | IDENTITY | ALIASES
 
 
@@ -148,7 +148,7 @@ def test_contributing_names_the_places() -> None:
         "spec.py",
         "vm_config.py",
         "profiles.py",
-        "routes.py",
+        "http/creation.py",
         "agentlab_cli/sandbox.py",
         "cli_page.py",
         "docs/configuration.md",

@@ -17,9 +17,10 @@ from agentlab_core.config import Config
 from agentlab_core.errors import AgentlabError
 
 from . import LAST_WORD, __version__, systemd
-from .api import Api
+from .http.server import Api
 from .logs import log
 from .scheduler import Scheduler
+from .scrape import Scrape
 from .service import Service
 
 # How often the socket's file and the records' are looked for.
@@ -34,6 +35,7 @@ class Daemon:
         self.api = Api(service)
         self.manager = systemd.Manager()
         self.scheduler = Scheduler(service)
+        service.metrics.registry.register(Scrape(service))
         self._end = asyncio.Event()
         # Set by SIGHUP. A storm of them asks for one reload, so that SIGTERM never waits behind thousands.
         self._hangup = asyncio.Event()

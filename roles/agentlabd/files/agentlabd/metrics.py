@@ -2,38 +2,33 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""What is counted for Prometheus: in a registry of its own, without a label for single VMs, and with every label set there from the start."""
+"""Counters for Prometheus, in a registry of their own.
+
+No label names a single VM, and each value of a label is there from the start. ``scrape`` adds the values that are read
+at the time of a scrape.
+"""
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
 
 # The time at which each counter was made is of no use to anybody, and doubles the number of series.
 os.environ.setdefault("PROMETHEUS_DISABLE_CREATED_SERIES", "true")
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from agentlab_core import reasons
 from agentlab_core.errors import AgentlabError, Busy, CreationFailed, Frozen, GuardTripped, Kept, StateConflict
 from agentlab_core.maintenance.reconcile import Drift
 from agentlab_core.model import Outcome
 from agentlab_core.sandboxes.lease import Expiry
-from agentlab_core.store import overview
 
 from . import __version__
-from .answers import status_of
-from .conditions import PARTS
-
-if TYPE_CHECKING:
-    from .service import Service
+from .statuses import status_of
 
 OPERATIONS = ("create", "destroy", "start", "stop", "suspend", "expire", "prune", "cleanup", "reconcile")
-METHODS = ("GET", "POST", "PUT", "DELETE")
-ERRORS = ("api", "access", "unreachable", "unknown", "task")
 _SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 # How a destroy ended, as the kind of orphan it was.
 _ORPHANS = {"vm_absent": "vm_absent", "vmid_reused": "vmid_reused", "destroyed": "lease_over"}
@@ -41,9 +36,9 @@ _MISMATCHES = {"foreign": "FOREIGN", "vmid_reused": "FOREIGN", "ambiguous": "AMB
 
 
 class Metrics:
-    """Counts what the daemon does; what can be read elsewhere (states, requests) is read when it is asked for."""
+    """Count what the daemon does."""
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self) -> None:
         self.registry = CollectorRegistry()
 
         def counter(name: str, text: str, label: str | None = None, values: Iterable[str] = ()) -> Counter:
@@ -117,7 +112,6 @@ class Metrics:
         ).set(1)
         # Orphans of the last pass that are still there, by kind: each is counted once.
         self._still_there: dict[str, set[int | None]] = {}
-        self.registry.register(_Now(service))
 
     def text(self) -> bytes:
         return generate_latest(self.registry)
@@ -224,66 +218,3 @@ def result_of(outcome: Outcome) -> str:
     if outcome.outcome == "kept" or (outcome.failed and status_of(outcome.reason or "error") == 409):
         return "kept"
     return "failed" if outcome.failed else "ok"
-
-
-class _Now:
-    """What is read at the moment of a scrape: from the indexes of the records, and from memory."""
-
-    def __init__(self, service: Service) -> None:
-        self._service = service
-
-    def describe(self) -> list[Metric]:
-        # Nothing is read before the first scrape.
-        return []
-
-    def collect(self) -> Iterator[Metric]:
-        service = self._service
-        by_state = GaugeMetricFamily("agentlab_sandboxes", "Records by state", labels=["state"])
-        for state, count in overview.by_state(service.base.records).items():
-            by_state.add_metric([state], count)
-        yield by_state
-        under_way, interrupted = service.base.records.unfinished()
-        yield GaugeMetricFamily(
-            "agentlab_operations_in_progress", "Operations that are under way", value=len(under_way)
-        )
-        started = [one.started_at for one in (*under_way, *interrupted)]
-        age = max(0, int(time.time()) - min(started)) if started else 0
-        yield GaugeMetricFamily(
-            "agentlab_oldest_operation_age_seconds", "Age of the oldest operation that is not finished", value=age
-        )
-        yield GaugeMetricFamily(
-            "agentlab_prune_frozen", "1 while cleanup is frozen", value=int(service.frozen() is not None)
-        )
-        present = service.conditions.now()
-        condition = GaugeMetricFamily(
-            "agentlab_condition", "1 while a part of the daemon rests, waits or fails", labels=["part"]
-        )
-        since = GaugeMetricFamily(
-            "agentlab_condition_since_timestamp_seconds", "When that began; 0 while all is as usual", labels=["part"]
-        )
-        for part in PARTS:
-            began = [one.since or 0 for one in present if one.part == part]
-            condition.add_metric([part], int(bool(began)))
-            since.add_metric([part], min(began, default=0))
-        yield condition
-        yield since
-        yield GaugeMetricFamily(
-            "agentlab_unrecorded_vms",
-            "VMs with our marker that have no record, at the last reconcile",
-            value=len(service.unrecorded),
-        )
-        yield GaugeMetricFamily(
-            "agentlab_prune_enabled", "1 when the cleanup rules run by themselves", value=int(service.policy.enabled)
-        )
-        statistics = service.base.client.statistics
-        requests = CounterMetricFamily("agentlab_proxmox_requests", "Requests to Proxmox", labels=["method"])
-        asked: dict[str, int] = dict.fromkeys(METHODS, 0)
-        for name, count in list(statistics.requests.items()):
-            asked[name.partition(" ")[0]] += count
-        for method, count in asked.items():
-            requests.add_metric([method], count)
-        yield requests
-        errors = CounterMetricFamily("agentlab_proxmox_errors", "Requests and tasks that failed", labels=["kind"])
-        for kind in ERRORS:
-            errors.add_metric([kind], statistics.errors[kind])
-        yield errors

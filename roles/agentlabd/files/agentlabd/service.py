@@ -2,13 +2,12 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""What the API and the scheduler stand on: the configuration in force, the shared database and connections, and the threads for blocking work."""
+"""What the API and the scheduler share: the configuration in force, the database, the connections, the threads."""
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
-import json
 import os
 import ssl
 import stat
@@ -28,12 +27,9 @@ from agentlab_core.maintenance import cleanup
 from agentlab_core.store import overview, schema
 from agentlab_core.store.workspaces import Workspaces
 
-from . import __version__, answers
-from .answers import Answer
+from . import __version__
 from .conditions import Conditions
-from .logs import log
 from .metrics import Metrics
-from .routes import Call, Route
 
 T = TypeVar("T")
 
@@ -41,12 +37,8 @@ T = TypeVar("T")
 _READERS = 4
 # SQLite's own pages, for each of two connections: enough for a list of a thousand, and less than the two megabytes it would take.
 _CACHE_KIB = 512
-# Whose handlers count by themselves what they did.
-_COUNTED = ("prune", "cleanup", "reconcile")
 _DAMAGE_SECONDS = 60.0
 _SHORTEST_TOKEN = 16
-# Of a request's body, what the log tells.
-_TOLD = ("vmid", "name", "force", "dry_run", "apply", "max_count", "reason")
 
 
 class Service:
@@ -86,7 +78,7 @@ class Service:
         self._damage: tuple[float, list[str]] = (0.0, [])
         self.conditions = Conditions(self)
         self._cleaning = threading.Lock()
-        self.metrics = Metrics(self)
+        self.metrics = Metrics()
 
     @property
     def config(self) -> Config:
@@ -176,60 +168,6 @@ class Service:
             raise
         finally:
             self._cleaning.release()
-
-    # ---- one request ----
-
-    def perform(self, route: Route, call: Call) -> tuple[int, bytes, dict[str, str]]:
-        """Answer one request, in a worker thread. Nothing that happens in here goes unanswered."""
-        began = time.monotonic()
-        try:
-            answer = route.handler(call)
-            if route.operation and route.operation not in _COUNTED:
-                self.metrics.done(route.operation, answer.outcomes)
-        except AgentlabError as error:
-            answer = answers.of_error(error)
-            if route.operation and route.operation not in _COUNTED:
-                self.metrics.refused(route.operation, error)
-            elif route.name == "renew_lease" and answer.status == 409:
-                self.metrics.leases.labels("refused").inc()
-        except (
-            Exception
-        ) as error:  # the outermost edge: what we did not foresee is told without a trace, and logged with it
-            log.exception("%s: internal error", route.name)
-            if route.operation:
-                self.metrics.broke(route.operation)
-            answer = answers.failed(
-                500,
-                f"internal error: {type(error).__name__}; the daemon's log says more. Please report this",
-                "internal",
-            )
-        seconds = time.monotonic() - began
-        if route.operation and answer.status not in (400, 404):
-            self.metrics.durations.labels(route.operation).observe(seconds)
-        if route.changes:
-            self._tell(route, call, answer, seconds)
-        return answer.status, answer.encoded(), answer.headers
-
-    def _tell(self, route: Route, call: Call, answer: Answer, seconds: float) -> None:
-        what = " ".join(
-            [call.described(route), *(f"{name}={json.dumps(call.body[name])}" for name in _TOLD if name in call.body)]
-        )
-        done = (
-            answer.body.get("error") or ", ".join(f"{one.vmid} {one.outcome}" for one in answer.outcomes[:20]) or "done"
-        )
-        more = (
-            f" and {len(answer.outcomes) - 20} more" if len(answer.outcomes) > 20 and "error" not in answer.body else ""
-        )
-        log.log(
-            30 if answer.status >= 500 else 20,
-            "%s by %s: %s%s (%s, %.1f s)",
-            what,
-            call.actor,
-            done,
-            more,
-            answer.status,
-            seconds,
-        )
 
     # ---- the state of things ----
 

@@ -7,15 +7,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from agentlab_core import states
 
-from . import __version__
-from .shapes import object_schema
-
-if TYPE_CHECKING:
-    from .routes import Route
+from .. import __version__
+from .fields import object_schema
+from .route import Route
 
 _TEXT: dict[str, Any] = {"type": "string"}
 _MAYBE: dict[str, Any] = {"type": ["string", "null"]}

@@ -20,7 +20,7 @@ from agentlab_core.model import Sandbox
 from agentlab_core.vm import address
 from agentlab_core.vm.locate import match_if_readable
 
-from .logs import log
+from ..logs import log
 
 # Seconds between two questions to one guest.
 EVERY = 3.0

@@ -14,27 +14,10 @@ from agentlab_core import config as core_config
 from agentlab_core.errors import AgentlabError, CreationFailed, Kept, NotFound
 from agentlab_core.model import Outcome
 
+from ..statuses import status_of
+
 # Seconds after which it is worth asking again (Retry-After of a 503).
 RETRY_AFTER = 10
-# Words of errors and outcomes that are no conflict with the state of things (409).
-_STATUS = {
-    "invalid_input": 400,
-    # Also the daemon's own files: no fault of who asks.
-    "invalid_config": 500,
-    "not_found": 404,
-    "proxmox_unreachable": 503,
-    "stopping": 503,
-    "proxmox": 502,
-    "proxmox_api": 502,
-    "proxmox_access": 502,
-    "proxmox_task_failed": 502,
-    "proxmox_task_unknown": 502,
-    "proxmox_outcome_unknown": 504,
-    "proxmox_task_timeout": 504,
-    "store": 500,
-    "error": 500,
-    "internal": 500,
-}
 
 
 @dataclass(slots=True)
@@ -48,11 +31,6 @@ class Answer:
 
     def encoded(self) -> bytes:
         return json.dumps(self.body, separators=(",", ":")).encode() + b"\n"
-
-
-def status_of(code: str) -> int:
-    """The HTTP status of an error's or a failed outcome's word."""
-    return _STATUS.get(code, 409)
 
 
 def of_error(error: AgentlabError) -> Answer:

@@ -26,12 +26,15 @@ from aiohttp.http_exceptions import PayloadEncodingError
 
 from agentlab_core.errors import AgentlabError, ConfigError, InvalidInput
 
-from . import answers, connections
-from .connections import BODY_BYTES, BODY_SECONDS, IDLE_SECONDS, Listener
-from .logs import log, seldom
-from .routes import ROUTES, Call, Route
-from .service import Service
-from .shapes import check_body, check_query, parse_json
+from .. import connections
+from ..connections import BODY_BYTES, BODY_SECONDS, IDLE_SECONDS, Listener
+from ..logs import log, seldom
+from ..service import Service
+from . import answers
+from .fields import check_body, check_query, parse_json
+from .perform import perform
+from .route import Call, Route
+from .table import ROUTES
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 # A query with many states and tags is one line.
@@ -234,9 +237,10 @@ class Api:
             call = Call(self.service, "", vmid, request.match_info.get("id", ""), query, body)
 
             def work() -> tuple[int, bytes, dict[str, str]]:
-                # In the thread: looking a user up may ask a directory service.
+                # In the thread: looking a user up may ask a directory service, and a long answer takes time to encode.
                 call.actor = _actor(uid, remote)
-                return self.service.perform(route, call)
+                answer = perform(route, call)
+                return answer.status, answer.encoded(), answer.headers
 
             service = self.service
             if service.stopping.is_set() and not route.quick:

@@ -1,0 +1,199 @@
+# Copyright: the agentlab.proxmox contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Create sandboxes for clients: the options they may give, the limits the operator sets, and the profiles there are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from agentlab_core import patterns, profiles
+from agentlab_core.context import Context
+from agentlab_core.errors import AgentlabError, InvalidInput, ProxmoxError
+from agentlab_core.sandboxes import create, wanted
+from agentlab_core.vm import address
+
+from . import upstream
+from .answers import Answer, of_item
+from .fields import Field
+from .route import Call
+
+
+def split_tags(_name: str, value: Any) -> list[str]:
+    return patterns.split_tags(value)
+
+
+LIFETIME = {
+    "ttl_minutes": Field("integer", "lease in minutes", low=1, high=5256000),
+    "ttl": Field("duration", "lease as minutes or a duration such as 2h"),
+}
+
+
+CREATION: dict[str, Field] = {
+    "name": Field("string", "name, unique among live sandboxes; made up when left out", longest=253),
+    "vmid": Field("integer", "VMID; from the configured range when left out", low=100, high=999999999),
+    "profile": Field("string", "profile it is made from", longest=100),
+    **LIFETIME,
+    "keepalive": Field("boolean", "renew its lease by itself when it is over, up to max_lifetime"),
+    "protected": Field("boolean", "refuse to destroy it"),
+    "template": Field("string", "template to clone, by VMID or name", longest=100),
+    "node": Field("string", "node it shall run on", longest=100),
+    "full_clone": Field("boolean", "full instead of linked clone"),
+    "storage": Field("string", "storage of a full clone", longest=100),
+    "pool": Field("string", "pool it belongs to", longest=100),
+    "cores": Field("integer", "CPU cores", low=1, high=512),
+    "cpu_type": Field("string", "CPU type, such as host or x86-64-v2-AES", longest=200),
+    "memory": Field("integer", "memory in MiB", low=16, high=16777216),
+    "disk_size": Field("string", "size of the boot disk, 20G or +10G", longest=20),
+    "bridge": Field("string", "bridge of the first network card", longest=100),
+    "network_model": Field("string", "model of the first network card", valid=patterns.MODELS),
+    "vlan_tag": Field("integer", "VLAN of the first network card", low=1, high=4094),
+    "second_bridge": Field(
+        "string", "bridge of the second network card, which is made where the template has none", longest=100
+    ),
+    "second_vlan_tag": Field("integer", "VLAN of the second network card", low=1, high=4094),
+    "second_ip_config": Field("string", "address of the second network card, as ip_config", longest=200),
+    "firewall": Field("boolean", "firewall of the first network card"),
+    "firewall_group": Field("string", "security group of its firewall", longest=100),
+    "cloud_init_user": Field("string", "user that cloud-init makes", longest=100),
+    "cloud_init_password": Field(
+        "string", "password of that user; Proxmox VE keeps its hash", longest=1000, secret=True
+    ),
+    "cloud_init_upgrade": Field("boolean", "whether cloud-init upgrades the packages at the first start"),
+    "cloud_init_vendor_data": Field(
+        "string", "snippet with vendor data that is there, such as local:snippets/vendor.yaml", longest=300
+    ),
+    "ip_config": Field("string", "address, ip=dhcp or ip=192.0.2.10/24,gw=192.0.2.1", longest=200),
+    "nameserver": Field("string", "DNS servers, separated by blanks or commas", longest=200),
+    "searchdomain": Field("string", "DNS search domain", longest=255),
+    "ssh_public_keys": Field(
+        "strings",
+        "public keys of its user, as a list, or as a text with one a line",
+        longest=10000,
+        split=patterns.split_keys,
+    ),
+    "cloud_init_user_data": Field(
+        "string",
+        "user data for cloud-init; it needs a daemon that can write the node's snippets",
+        longest=524288,
+        lines=True,
+        secret=True,
+    ),
+    "workspace": Field("string", "workspace it gets before it starts, by name or id", longest=100),
+    "workspace_id": Field("string", "the same", longest=100),
+    "tags": Field(
+        "strings", "tags, as a list, or as a text with commas or blanks between them", longest=100, split=split_tags
+    ),
+    "description": Field("string", "text for the notes of the VM", longest=4000, lines=True),
+    "update": Field(
+        "boolean", "of a sandbox that is there: apply cores, memory, tags and description where they differ"
+    ),
+    "allow_restart": Field(
+        "boolean", "whether update may stop and start the VM, which cores and memory of a VM that runs need"
+    ),
+    "wait_for_cloud_init": Field("boolean", "wait until cloud-init has ended; FAILED when it ended with errors"),
+    "wait_for_ip": Field("boolean", "wait until the guest agent names an address"),
+}
+
+
+def create_sandbox(call: Call) -> Answer:
+    ctx = call.context()
+    _check_limits(ctx, call.body)
+    outcome = create.run(ctx, wanted.spec(ctx, creation_options(call.body)))
+    if call.body.get("wait_for_ip") and outcome.outcome in ("unchanged", "updated"):
+        outcome = address.with_address(ctx, outcome, started=False)
+    call.service.lease_changed()
+    return of_item(outcome, 201 if outcome.outcome == "created" else 200)
+
+
+def _check_limits(ctx: Context, body: Mapping[str, Any]) -> None:
+    """Raise InvalidInput for what the configuration keeps from clients of the API.
+
+    Only what the request itself names is judged: profiles and configuration are the operator's own.
+    """
+    config = ctx.config
+    low, high = config.vmid_range
+    vmid, template, pool = body.get("vmid"), body.get("template"), body.get("pool")
+    if config.api_vmid_range_only and vmid is not None and not low <= vmid <= high:
+        raise InvalidInput(
+            f"vmid: {vmid} is outside the range that clients may use (api_vmid_range_only). Valid: {low} to {high}, or leave it out",
+            option="vmid",
+        )
+    if config.api_pools is not None and pool is not None and pool not in config.api_pools:
+        raise InvalidInput(
+            f"pool: {patterns.quoted(pool)} is not for clients (api_pools). Valid: {', '.join(config.api_pools) or 'none, leave it out'}",
+            option="pool",
+        )
+    if config.api_templates is not None and template is not None and template not in config.api_templates:
+        # One list may have the name, the request the VMID, or the other way round.
+        names = {
+            str(found): str(row.get("name") or "") for found, row in ctx.cluster.vms().items() if row.get("template")
+        }
+        allowed = {
+            found for found, name in names.items() if found in config.api_templates or name in config.api_templates
+        }
+        asked = {found for found, name in names.items() if template in (found, name)}
+        if not asked or not asked <= allowed:
+            raise InvalidInput(
+                f"template: {patterns.quoted(template)} is not for clients (api_templates). "
+                f"Valid: {', '.join(config.api_templates) or 'none, leave it out'}",
+                option="template",
+            )
+
+
+def creation_options(body: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a creation, each under its own name."""
+    given = dict(body)
+    minutes = given.pop("ttl_minutes", None)
+    if minutes is not None:
+        if "ttl" in given:
+            raise InvalidInput("ttl_minutes: give ttl or ttl_minutes, not both", option="ttl_minutes")
+        given["ttl"] = minutes
+    by_id = given.pop("workspace_id", None)
+    if by_id is not None:
+        if "workspace" in given:
+            raise InvalidInput("workspace_id: give workspace or workspace_id, not both", option="workspace_id")
+        given["workspace"] = by_id
+    return given
+
+
+def validate_plan(call: Call) -> Answer:
+    """Say what a creation would do and what is wrong with it; nothing is made."""
+    ctx = call.context(dry_run=True)
+    plan = {name: call.body.get(name) for name in ("name", "profile", "ttl_minutes", "workspace_id", "vmid", "tags")}
+    plan["keepalive"] = call.body.get("keepalive", False)
+    errors: list[dict[str, str]] = []
+    warnings: list[str] = []
+    try:
+        _check_limits(ctx, call.body)
+        outcome = create.run(ctx, wanted.spec(ctx, creation_options(call.body)))
+        warnings = outcome.warnings
+        if outcome.outcome == "unchanged":
+            warnings = [*warnings, f"sandbox {outcome.vmid} ({outcome.name}) is there already and stays as it is"]
+    except ProxmoxError:
+        # Whether the plan is sound is not known.
+        raise
+    except AgentlabError as error:
+        option = error.detail.get("option") or ("workspace" if "workspace" in error.detail else "")
+        errors = [{"code": error.code, "field": str(option), "message": error.message}]
+    return Answer(
+        {
+            "ok": not errors,
+            "errors": errors,
+            "plan": plan,
+            "warnings": [{"code": "warning", "field": "", "message": text} for text in warnings],
+        }
+    )
+
+
+def list_profiles(call: Call) -> Answer:
+    found = profiles.load_all(call.service.config.profiles_dir)
+    return Answer(
+        {
+            "profiles": [
+                upstream.describe_profile(profile.public(), profile.path) for _name, profile in sorted(found.items())
+            ]
+        }
+    )

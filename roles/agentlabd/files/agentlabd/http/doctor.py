@@ -1,0 +1,27 @@
+# Copyright: the agentlab.proxmox contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Run the doctor for a client."""
+
+from __future__ import annotations
+
+from .answers import Answer
+from .route import Call
+
+
+def examine(call: Call) -> Answer:
+    # Here, and not above: it is seldom asked for, and large.
+    from agentlab_core.doctor import doctor
+
+    found = doctor.Doctor(call.service.config)
+    try:
+        report = found.examine(doctor.Wanted(template=call.query.get("template")))
+        made = (
+            doctor.bundle(found, report, hosts=call.query.get("bundle_hosts", False))
+            if call.query.get("bundle")
+            else None
+        )
+        return Answer({**doctor.shown(found, report), "bundle": made})
+    finally:
+        found.close()

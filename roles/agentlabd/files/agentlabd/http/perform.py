@@ -1,0 +1,75 @@
+# Copyright: the agentlab.proxmox contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Run the handler of one request in a worker thread: count it, log it, and answer its errors."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+
+from agentlab_core.errors import AgentlabError
+
+from ..logs import log
+from . import answers
+from .answers import Answer
+from .route import Call, Route
+
+# The handlers of these operations count their sandboxes themselves.
+_COUNTED = ("prune", "cleanup", "reconcile")
+# The keys of a request's body that the log shows.
+_LOGGED_KEYS = ("vmid", "name", "force", "dry_run", "apply", "max_count", "reason")
+# The log names so many sandboxes of one request.
+_LOGGED_OUTCOMES = 20
+
+
+def perform(route: Route, call: Call) -> Answer:
+    """Answer one request. Every error becomes an answer: this is the outermost edge of a worker thread."""
+    metrics = call.service.metrics
+    counted_here = route.operation if route.operation not in _COUNTED else None
+    began = time.monotonic()
+    try:
+        answer = route.handler(call)
+        if counted_here:
+            metrics.done(counted_here, answer.outcomes)
+    except AgentlabError as error:
+        answer = answers.of_error(error)
+        if counted_here:
+            metrics.refused(counted_here, error)
+        elif route.name == "renew_lease" and answer.status == 409:
+            metrics.leases.labels("refused").inc()
+    except Exception as error:
+        # An error that we did not foresee: the client gets one sentence, the log the stack trace.
+        log.exception("%s: internal error", route.name)
+        if route.operation:
+            metrics.broke(route.operation)
+        message = f"internal error: {type(error).__name__}; the daemon's log says more. Please report this"
+        answer = answers.failed(500, message, "internal")
+    seconds = time.monotonic() - began
+    if route.operation and answer.status not in (400, 404):
+        metrics.durations.labels(route.operation).observe(seconds)
+    if route.changes:
+        _log_change(route, call, answer, seconds)
+    return answer
+
+
+def _log_change(route: Route, call: Call, answer: Answer, seconds: float) -> None:
+    """Log a request that may change something: who asked for what, and what became of it."""
+    options = [f"{name}={json.dumps(call.body[name])}" for name in _LOGGED_KEYS if name in call.body]
+    result = answer.body.get("error")
+    if not result:
+        shown = answer.outcomes[:_LOGGED_OUTCOMES]
+        result = ", ".join(f"{outcome.vmid} {outcome.outcome}" for outcome in shown) or "done"
+        if len(answer.outcomes) > len(shown):
+            result += f" and {len(answer.outcomes) - len(shown)} more"
+    log.log(
+        logging.WARNING if answer.status >= 500 else logging.INFO,
+        "%s by %s: %s (%s, %.1f s)",
+        " ".join([call.described(route), *options]),
+        call.actor,
+        result,
+        answer.status,
+        seconds,
+    )

@@ -1,0 +1,196 @@
+# Copyright: the agentlab.proxmox contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Answer for single sandboxes: show, destroy, start and stop, protect, renew."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from agentlab_core import states
+from agentlab_core.context import failure
+from agentlab_core.errors import AgentlabError, InvalidInput, StateConflict
+from agentlab_core.model import Outcome, Sandbox
+from agentlab_core.sandboxes import create, destroy, lease
+from agentlab_core.store import history
+from agentlab_core.views import info
+from agentlab_core.vm import address, power
+
+from . import lookup, upstream
+from .answers import Answer, of_item, of_items
+from .route import Call
+
+
+def list_sandboxes(call: Call) -> Answer:
+    which = info.Wanted(
+        states=call.query.get("state"),
+        profile=call.query.get("profile"),
+        tags=call.query.get("tag", ()),
+        include_destroyed=call.query.get("include_destroyed", False),
+    )
+    return Answer({"sandboxes": [one.public() for one in info.find(call.context(), which)]})
+
+
+def show_sandbox(call: Call) -> Answer:
+    ctx = call.context()
+    sandbox = ctx.select(call.vmid)
+    if address.is_due(sandbox, ctx.clock.now()):
+        lookup.look_up_address(ctx, sandbox, call.service.work_pool)
+    return Answer(sandbox.public())
+
+
+def list_events(call: Call) -> Answer:
+    ctx = call.context()
+    ctx.select(call.vmid)
+    after = call.query.get("after", 0)
+    found = history.events(
+        ctx.database, vmid=call.vmid, after=after, tail=call.query.get("tail"), limit=call.query.get("limit", 1000)
+    )
+    return Answer(
+        {"events": [upstream.describe_event(row) for row in found], "last_id": found[-1]["id"] if found else after}
+    )
+
+
+def list_inventory(call: Call) -> Answer:
+    ctx = call.context()
+    return Answer(
+        {"sandboxes": upstream.inventory(ctx.records.find_all(), ctx.cluster.vms(fresh=True), ctx.config.vmid_range)}
+    )
+
+
+def destroy_sandbox(call: Call) -> Answer:
+    ctx = call.context()
+    sandbox = ctx.select(call.vmid)
+    force = call.body.get("force", False)
+    # Refused here the answer names the valid states.
+    destroy.check(ctx, sandbox, force)
+    return of_item(destroy.several(ctx, [sandbox], force)[0])
+
+
+def destroy_sandboxes(call: Call) -> Answer:
+    ctx = call.context()
+    # All ids are looked up before anything is done.
+    found: list[Sandbox] = [ctx.select(vmid) for vmid in dict.fromkeys(call.body["vmids"])]
+    return of_items(destroy.several(ctx, found, call.body.get("force", False)))
+
+
+def change_power(operation: str) -> Callable[[Call], Answer]:
+    def handler(call: Call) -> Answer:
+        ctx = call.context()
+        return of_item(power.run(ctx, ctx.select(call.vmid), operation))
+
+    return handler
+
+
+# A sandbox in TIMEOUT that becomes STOPPED would be out of prune's sight for ever. The daemon stops the VM itself.
+_STOPPABLE = tuple(
+    state
+    for state in (*states.OPERATIONS["stop"].allowed, *states.OPERATIONS["stop"].satisfied)
+    if state != states.TIMEOUT
+)
+
+
+def _refuse_stop(sandbox: Sandbox) -> None:
+    """Raise StateConflict for a sandbox in TIMEOUT, as the original daemon does. (A module may stop it.)"""
+    if sandbox.state == states.TIMEOUT:
+        raise StateConflict(
+            f"cannot stop sandbox in {states.TIMEOUT} state. Valid states: {', '.join(_STOPPABLE)}. "
+            "Its lease is over and its VM is stopped by the daemon: prune it, or destroy it with --force",
+            operation="stop",
+            state=sandbox.state,
+            valid=_STOPPABLE,
+        )
+
+
+def stop_sandbox(call: Call) -> Answer:
+    ctx = call.context()
+    sandbox = ctx.select(call.vmid)
+    _refuse_stop(sandbox)
+    return of_item(power.run(ctx, sandbox, "stop", force=call.body.get("force", False)))
+
+
+def resume_sandbox(call: Call) -> Answer:
+    ctx = call.context()
+    sandbox = ctx.select(call.vmid)
+    valid = (states.SUSPENDED, *states.OPERATIONS["start"].satisfied)
+    if sandbox.state not in valid:
+        raise StateConflict(
+            f"cannot resume sandbox in {sandbox.state} state. Valid states: {', '.join(valid)}",
+            operation="start",
+            state=sandbox.state,
+            valid=valid,
+        )
+    return of_item(power.run(ctx, sandbox, "start"))
+
+
+def stop_all_sandboxes(call: Call) -> Answer:
+    """Stop every sandbox that is meant to run; the rest is named as skipped. A failure stops no other."""
+    ctx = call.context()
+    sandboxes = ctx.records.find_all()
+
+    def stop(sandbox: Sandbox) -> Outcome | None:
+        if sandbox.state not in (*states.POWERED, states.SUSPENDED):
+            return None
+        try:
+            return power.run(ctx, sandbox, "stop")
+        except AgentlabError as error:
+            return failure(sandbox, error)
+
+    outcomes = ctx.each(stop, sandboxes)
+    results = [upstream.describe_stop(sandbox, outcome) for sandbox, outcome in zip(sandboxes, outcomes, strict=True)]
+    counts = {word: sum(result["result"] == word for result in results) for word in ("stopped", "skipped", "failed")}
+    return Answer(
+        {"total": len(results), **counts, "results": results},
+        207 if counts["failed"] else 200,
+        [outcome for outcome in outcomes if outcome is not None],
+    )
+
+
+def _amend(call: Call, **values: bool) -> Answer:
+    ctx = call.context()
+    sandbox = ctx.select(call.vmid)
+    if not sandbox.live:
+        raise StateConflict(
+            f"cannot change sandbox in {sandbox.state} state. Valid states: every other one",
+            operation="update",
+            state=sandbox.state,
+        )
+    answer = of_item(create.amend(ctx, sandbox, **values))
+    call.service.lease_changed()
+    return answer
+
+
+def set_protection(protected: bool) -> Callable[[Call], Answer]:
+    return lambda call: _amend(call, protected=protected)
+
+
+def set_keepalive(call: Call) -> Answer:
+    return _amend(call, keepalive=call.body["keepalive"])
+
+
+def renew_lease(call: Call) -> Answer:
+    ctx = call.context()
+    options = [name for name in ("ttl_minutes", "ttl") if name in call.body]
+    if len(options) != 1:
+        raise InvalidInput(
+            "ttl_minutes: give ttl or ttl_minutes, not both"
+            if options
+            else "ttl_minutes is required: minutes, or ttl as a duration",
+            option="ttl_minutes",
+        )
+    ttl = ctx.config.parse_ttl(call.body[options[0]], options[0])
+    shortest = lease.check_min_remaining(call.body.get("min_remaining"))
+    outcome = lease.renew(
+        ctx, ctx.select(call.vmid), ttl, min_remaining=shortest, allow_shorten=call.body.get("allow_shorten", False)
+    )
+    call.service.lease_changed()
+    call.service.metrics.renewed(outcome)
+    return Answer(
+        {
+            "vmid": outcome.vmid,
+            **{name: outcome.extra[name] for name in ("lease_expires_at", "granted_seconds", "capped")},
+            "changed": outcome.changed,
+        },
+        outcomes=[outcome],
+    )

@@ -1,0 +1,23 @@
+# Copyright: the agentlab.proxmox contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Answer whether the daemon lives, and what it does."""
+
+from __future__ import annotations
+
+from agentlab_core.store import history
+
+from . import upstream
+from .answers import Answer
+from .route import Call
+
+
+def healthz(call: Call) -> Answer:
+    return Answer({"status": "ok"})
+
+
+def status(call: Call) -> Answer:
+    service = call.service
+    events = history.events(service.base.database, tail=upstream.EVENTS_LOOKED_THROUGH)
+    return Answer(upstream.describe_status(service.status(), events, metrics=service.config.metrics_listen is not None))

@@ -1,0 +1,111 @@
+# Copyright: the agentlab.proxmox contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Answer for workspaces, the disks that outlive sandboxes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from agentlab_core import states
+from agentlab_core.errors import InvalidInput
+from agentlab_core.sandboxes import create, destroy, wanted
+from agentlab_core.vm import power
+from agentlab_core.workspaces import workspace, workspace_disk
+
+from . import upstream
+from .answers import Answer, of_item
+from .creation import creation_options
+from .route import Call
+
+
+def _of_workspace(done: workspace.Done) -> Answer:
+    shown = upstream.describe_workspace(done.workspace.public()) if done.workspace else {}
+    return Answer(
+        {**shown, "outcome": done.outcome, "changed": done.changed}, 201 if done.outcome == "created" else 200
+    )
+
+
+def list_workspaces(call: Call) -> Answer:
+    found = workspace.show(
+        call.context(), states=call.query.get("state"), include_deleted=call.query.get("include_deleted", False)
+    )
+    return Answer({"workspaces": [upstream.describe_workspace(shown) for shown in found["workspaces"]]})
+
+
+def show_workspace(call: Call) -> Answer:
+    return Answer(upstream.describe_workspace(workspace_disk.select(call.context(), call.ident).public()))
+
+
+def create_workspace(call: Call) -> Answer:
+    given = call.body
+    size = given.get("size")
+    if given.get("size_gb") is not None:
+        if size is not None:
+            raise InvalidInput("size_gb: give size or size_gb, not both", option="size_gb")
+        size = f"{given['size_gb']}G"
+    return _of_workspace(
+        workspace.present(
+            call.context(), given["name"], size=size, storage=given.get("storage"), node=given.get("node")
+        )
+    )
+
+
+def rebind_workspace(call: Call) -> Answer:
+    """Move a workspace into a new sandbox; the old one is stopped first, so that nothing is written while the disk is moved."""
+    ctx = call.context()
+    disk = workspace_disk.select(ctx, call.ident)
+    given: dict[str, Any] = {name: call.body[name] for name in ("profile", "ttl_minutes") if name in call.body}
+    # What is wrong with the new sandbox is said before the old one loses its disk.
+    spec = wanted.spec(ctx, creation_options({**given, "workspace_id": disk.id}))
+    old = ctx.records.get(disk.sandbox_uuid) if disk.sandbox_uuid else None
+    if old is not None and old.live:
+        if not call.body.get("keep_old", False):
+            destroy.check(ctx, old, force=True)
+        if old.state in (*states.POWERED, states.SUSPENDED):
+            power.run(ctx, old, "stop")
+    workspace.detached(ctx, disk.id)
+    created = create.run(ctx, spec)
+    call.service.lease_changed()
+    answer = of_item(created)
+    if created.failed or created.sandbox is None:
+        return answer
+    outcomes = [created]
+    if old is not None and old.live and not call.body.get("keep_old", False):
+        outcomes += destroy.several(ctx, [ctx.records.get(old.uuid)], force=True)
+    moved = workspace_disk.select(ctx, disk.id)
+    body = {
+        "workspace": upstream.describe_workspace(moved.public()),
+        "sandbox": created.sandbox.public(),
+        "old_vmid": old.vmid if old is not None else None,
+    }
+    if any(outcome.failed for outcome in outcomes):
+        return Answer(
+            {**body, "warnings": [str(outcome.message or outcome.reason) for outcome in outcomes if outcome.failed]},
+            207,
+            outcomes,
+        )
+    return Answer({**body, "warnings": []}, 200, outcomes)
+
+
+def attach_workspace(call: Call) -> Answer:
+    ctx = call.context()
+    ttl = call.body.get("ttl")
+    return _of_workspace(
+        workspace.attached(
+            ctx, call.ident, ctx.select(call.body["vmid"]), None if ttl is None else ctx.config.parse_ttl(ttl)
+        )
+    )
+
+
+def detach_workspace(call: Call) -> Answer:
+    return _of_workspace(workspace.detached(call.context(), call.ident))
+
+
+def destroy_workspace(call: Call) -> Answer:
+    ctx = call.context()
+    # The module is asked for absence, and is content with it; here somebody names a thing.
+    return _of_workspace(
+        workspace.absent(ctx, workspace_disk.select(ctx, call.ident).id, force=call.body.get("force", False))
+    )

@@ -1,0 +1,83 @@
+# Copyright: the agentlab.proxmox contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Metrics that are read when Prometheus asks: states of sandboxes, conditions, requests to Proxmox."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+from agentlab_core.store import overview
+
+from .conditions import PARTS
+from .service import Service
+
+METHODS = ("GET", "POST", "PUT", "DELETE")
+ERRORS = ("api", "access", "unreachable", "unknown", "task")
+
+
+class Scrape:
+    """Collect the values of this moment: from the indexes of the records, and from memory."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    def describe(self) -> list[Metric]:
+        # Nothing is read before the first scrape.
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        service = self._service
+        by_state = GaugeMetricFamily("agentlab_sandboxes", "Records by state", labels=["state"])
+        for state, count in overview.by_state(service.base.records).items():
+            by_state.add_metric([state], count)
+        yield by_state
+        under_way, interrupted = service.base.records.unfinished()
+        yield GaugeMetricFamily(
+            "agentlab_operations_in_progress", "Operations that are under way", value=len(under_way)
+        )
+        started = [one.started_at for one in (*under_way, *interrupted)]
+        age = max(0, int(time.time()) - min(started)) if started else 0
+        yield GaugeMetricFamily(
+            "agentlab_oldest_operation_age_seconds", "Age of the oldest operation that is not finished", value=age
+        )
+        yield GaugeMetricFamily(
+            "agentlab_prune_frozen", "1 while cleanup is frozen", value=int(service.frozen() is not None)
+        )
+        present = service.conditions.now()
+        condition = GaugeMetricFamily(
+            "agentlab_condition", "1 while a part of the daemon rests, waits or fails", labels=["part"]
+        )
+        since = GaugeMetricFamily(
+            "agentlab_condition_since_timestamp_seconds", "When that began; 0 while all is as usual", labels=["part"]
+        )
+        for part in PARTS:
+            began = [one.since or 0 for one in present if one.part == part]
+            condition.add_metric([part], int(bool(began)))
+            since.add_metric([part], min(began, default=0))
+        yield condition
+        yield since
+        yield GaugeMetricFamily(
+            "agentlab_unrecorded_vms",
+            "VMs with our marker that have no record, at the last reconcile",
+            value=len(service.unrecorded),
+        )
+        yield GaugeMetricFamily(
+            "agentlab_prune_enabled", "1 when the cleanup rules run by themselves", value=int(service.policy.enabled)
+        )
+        statistics = service.base.client.statistics
+        requests = CounterMetricFamily("agentlab_proxmox_requests", "Requests to Proxmox", labels=["method"])
+        asked: dict[str, int] = dict.fromkeys(METHODS, 0)
+        for name, count in list(statistics.requests.items()):
+            asked[name.partition(" ")[0]] += count
+        for method, count in asked.items():
+            requests.add_metric([method], count)
+        yield requests
+        errors = CounterMetricFamily("agentlab_proxmox_errors", "Requests and tasks that failed", labels=["kind"])
+        for kind in ERRORS:
+            errors.add_metric([kind], statistics.errors[kind])
+        yield errors
