@@ -43,6 +43,15 @@ def events(
     return found[::-1] if tail is not None else found
 
 
+def owners(database: Database) -> dict[str, str]:
+    """Return who created each live sandbox: UUID -> actor of its first event ``create``."""
+    rows = database.read(
+        "SELECT s.uuid, e.actor FROM sandboxes s JOIN events e ON e.id = "
+        "(SELECT min(id) FROM events WHERE sandbox_uuid = s.uuid AND operation = 'create') WHERE s.state <> 'DESTROYED'"
+    )
+    return {row["uuid"]: str(row["actor"]) for row in rows}
+
+
 def parse_json(row: sqlite3.Row, table: str, column: str, kind: type = dict) -> Any:
     """Return what the column's JSON says; what is damaged is told as such, and hides no other event."""
     try:

@@ -56,11 +56,21 @@ def find(ctx: Context, wanted: Wanted) -> list[Sandbox]:
 
 
 def show(
-    ctx: Context, wanted: Wanted, *, events: int = 0, verify: bool = False, identities: bool = True
+    ctx: Context,
+    wanted: Wanted,
+    *,
+    events: int = 0,
+    verify: bool = False,
+    identities: bool = True,
+    owner: bool = False,
 ) -> dict[str, Any]:
-    """``sandboxes``, ``count`` and ``by_state``."""
+    """Return ``sandboxes``, ``count`` and ``by_state``. ``owner`` adds to each live sandbox who created it."""
     found = find(ctx, wanted)
     shown = [one.public() for one in found]
+    if owner:
+        owners = history.owners(ctx.database)
+        for answer in shown:
+            answer["owner"] = owners.get(answer["uuid"])
     if events > 0:
         for one, answer in zip(found, shown, strict=True):
             answer["events"] = [event(row) for row in history.events(ctx.database, uuid=one.uuid, tail=events)]

@@ -148,7 +148,9 @@ SCHEMAS: dict[str, Any] = {
     ),
     "Health": _object({"status": {"const": "ok"}}),
     "Sandbox": _object(_SANDBOX),
-    "Sandboxes": _object({"sandboxes": _list(_ref("Sandbox"))}),
+    # The owner (who created it) is told to whoever asks for it.
+    "ListedSandbox": _object({**_SANDBOX, "owner": _MAYBE}, ("owner",)),
+    "Sandboxes": _object({"sandboxes": _list(_ref("ListedSandbox"))}),
     "Item": _object({**_SANDBOX, **_DONE}),
     "Result": _object(_RESULT, ("warnings",), more=True),
     "Results": _object({"results": _list(_ref("Result")), "failed_count": _WHOLE}),

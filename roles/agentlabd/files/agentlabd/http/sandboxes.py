@@ -29,7 +29,8 @@ def list_sandboxes(call: Call) -> Answer:
         tags=call.query.get("tag", ()),
         include_destroyed=call.query.get("include_destroyed", False),
     )
-    return Answer({"sandboxes": [one.public() for one in info.find(call.context(), which)]})
+    shown = info.show(call.context(), which, owner=call.query.get("owner", False))
+    return Answer({"sandboxes": shown["sandboxes"]})
 
 
 def show_sandbox(call: Call) -> Answer:
