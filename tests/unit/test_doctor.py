@@ -336,6 +336,99 @@ def test_the_daemon(lab: Lab, tmp_path: Path, answer: Any, status: str, words: s
     assert examine(lab, api_port=1, socket=path)["daemon"].status == "ok"
 
 
+@pytest.fixture
+def answering(tmp_path: Path) -> Iterator[Any]:
+    """A function that lets a daemon answer /v1/status; it returns the socket's path."""
+    servers: list[_Daemon] = []
+
+    def start(answer: Any) -> str:
+        path = f"/tmp/agentlab-{os.getpid()}-{len(servers)}.sock"
+        Path(path).unlink(missing_ok=True)
+        servers.append(_Daemon(path, {"version": version.__version__, **answer}))
+        return path
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+        Path(str(server.server_address)).unlink(missing_ok=True)
+
+
+def _condition(part: str, kind: str) -> dict[str, Any]:
+    return {
+        "part": part,
+        "condition": kind,
+        "since": "2026-01-30T02:45:00Z",
+        "why": f"this is why the {part} does so",
+        "todo": f"do something about the {part}",
+    }
+
+
+@pytest.mark.parametrize(
+    ("part", "kind", "status"),
+    [
+        ("clock", "rests", "warning"),
+        ("records", "waits", "warning"),
+        ("token", "fails", "problem"),
+        ("unrecorded", "fails", "problem"),
+    ],
+)
+def test_a_condition_of_the_daemon_is_a_finding(lab: Lab, answering: Any, part: str, kind: str, status: str) -> None:
+    path = answering({"conditions": [_condition("expiry", "rests"), _condition(part, kind)]})
+    findings = [each for each in examine(lab, api_port=1, socket=path)["report"].findings if each.check == "daemon"]
+    assert [(each.status, each.advice) for each in findings] == [
+        ("warning", "do something about the expiry"),
+        (status, f"do something about the {part}"),
+    ]
+    assert f"{part} {kind} since 2026-01-30T02:45:00Z: this is why the {part} does so" in findings[1].meaning
+
+
+def test_a_daemon_whose_conditions_are_odd_is_read_all_the_same(lab: Lab, answering: Any) -> None:
+    path = answering({"conditions": ["x", {"part": ["y"]}, 5], "database": "none"})
+    found = examine(lab, api_port=1, socket=path)["daemon"]
+    assert found.status == "warning" and found.advice == "unknown"
+    assert examine(lab, api_port=1, socket=answering({"conditions": "none"}))["daemon"].status == "ok"
+
+
+def test_records_that_the_daemon_has_lost_are_a_problem(lab: Lab, answering: Any) -> None:
+    path = answering({"database": {"path": lab.database}, "conditions": []})
+    assert not os.path.exists(lab.database)
+    found = examine(lab, api_port=1, socket=path)["database"]
+    assert found.status == "problem" and "agentlabd runs with it: it was deleted or moved" in found.meaning, found
+    assert "systemctl stop agentlabd" in found.advice and not os.path.exists(lab.database)
+    elsewhere = answering({"database": {"path": "/var/lib/other.db"}, "conditions": []})
+    assert examine(lab, api_port=1, socket=elsewhere)["database"].status == "ok"
+
+
+def test_records_that_were_replaced_under_the_daemon_are_a_problem(lab: Lab, answering: Any) -> None:
+    lab.create()
+    assert examine(lab, api_port=1)["database"].status == "ok"
+    path = answering({"database": {"path": lab.database}, "conditions": [_condition("records", "fails")]})
+    found = examine(lab, api_port=1, socket=path)["database"]
+    assert found.status == "problem" and "why the records does so" in found.meaning
+    waiting = answering({"database": {"path": lab.database}, "conditions": [_condition("records", "waits")]})
+    assert examine(lab, api_port=1, socket=waiting)["database"].status == "ok"
+
+
+def test_records_that_were_there_before_are_missed(lab: Lab) -> None:
+    lab.create()
+    lab.close_contexts()
+    note = Path(lab.database).with_name(f".{Path(lab.database).name}.latest")
+    assert note.exists()
+    Path(lab.database).unlink()
+    found = examine(lab, api_port=1)["database"]
+    assert found.status == "problem" and "was there before" in found.meaning and f"rm {note}" in found.advice, found
+    note.unlink()
+    assert examine(lab, api_port=1)["database"].status == "ok"
+
+
+def test_records_behind_a_dangling_link(lab: Lab, tmp_path: Path) -> None:
+    link = tmp_path / "link.db"
+    link.symlink_to(tmp_path / "nowhere" / "agentlab.db")
+    found = examine(lab, api_port=1, database=str(link))["database"]
+    assert found.status == "problem" and "which does not exist; mount or create" in found.meaning, found
+
+
 # ---- the bundle ----
 
 

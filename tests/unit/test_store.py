@@ -6,14 +6,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
+import pwd
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -28,7 +32,7 @@ from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors impo
 )
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.model import Sandbox
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store import history, holders, records, schema
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.database import Database
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.database import Database, explain
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.records import Claim, Records
 
 from support.lab import FakeClock
@@ -279,6 +283,68 @@ def test_read_only_file_is_explained(path: Path) -> None:
     database._writer.execute("PRAGMA query_only = ON")
     with pytest.raises(StoreError, match="read-only for this user; run as the owner or mend the permissions"):
         database.write(lambda conn: conn.execute("INSERT INTO meta VALUES ('a', 'b')") and None)
+
+
+@contextlib.contextmanager
+def as_another_user(folder: Path) -> Iterator[None]:
+    """Be a user who may enter the folder and owns nothing in it (as root; else the files are taken from ourselves)."""
+    if os.geteuid() != 0:
+        yield
+        return
+    folder.chmod(0o777)
+    os.setresuid(65534, 65534, 0)
+    try:
+        yield
+    finally:
+        os.setresuid(0, 0, 0)
+
+
+@pytest.mark.parametrize("suffix", ["", "-wal"])
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_a_file_that_this_user_may_not_read_is_told_with_mode_and_owner(suffix: str, dry_run: bool) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        path = Path(name) / "agentlab.db"
+        store = Records(Database(str(path)), SystemClock(), "test")
+        closed = Path(f"{path}{suffix}")
+        path.chmod(0o666)
+        Path(f"{path}-shm").chmod(0o666)
+        closed.chmod(0o200)
+        owner = pwd.getpwuid(closed.stat().st_uid).pw_name
+        with as_another_user(Path(name)), pytest.raises(StoreError) as caught:
+            Database(str(path), dry_run=dry_run).read("SELECT count(*) FROM meta")
+        sentence = (
+            f"this user may not read {closed} (mode 0200, owner {owner}); run as {owner}, or mend its owner and mode"
+        )
+        assert sentence in caught.value.message, caught.value.message
+        store.db.close()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        sqlite3.OperationalError("disk I/O error"),
+        OSError(errno.EIO, "Input/output error"),
+        sqlite3.DatabaseError("something new"),
+    ],
+)
+def test_each_error_of_the_disk_has_a_next_step(path: Path, error: Exception) -> None:
+    Database(str(path)).close()
+    message = explain(str(path), error).message
+    assert message.startswith(f"database {path}: {error}: ") and "nothing was written" in message
+    assert ("dmesg" in message and "df" in message) if "something new" not in message else "agentlab doctor" in message
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_a_database_behind_a_dangling_link_is_not_created(tmp_path: Path, dry_run: bool) -> None:
+    target, link = tmp_path / "target.db", tmp_path / "link.db"
+    link.symlink_to(target)
+    with pytest.raises(StoreError) as caught:
+        Database(str(link), dry_run=dry_run)
+    assert f"database {link}: it is a link to {target}, which does not exist; mount or create" in caught.value.message
+    assert not target.exists()
+    # A link to records that are there is a path like any other.
+    Database(str(target)).close()
+    Database(str(link), dry_run=dry_run).close()
 
 
 def test_full_disk_is_explained_and_nothing_is_written(path: Path) -> None:

@@ -33,7 +33,7 @@ from ..proxmox import identity
 from ..proxmox.identity import OUR_TAG
 from ..sandboxes import template as templates
 from ..sandboxes import vm_config
-from ..store import history, schema, workspaces
+from ..store import history, latest, schema, workspaces
 from ..version import __version__
 from ..views import info
 from ..vm import address, binding
@@ -43,6 +43,8 @@ from .privileges import needs, pveum_commands
 __all__ = ["Doctor", "Finding", "Report", "Wanted", "ask", "bundle", "needs", "pveum_commands", "shown", "write_bundle"]
 
 OK, WARNING, PROBLEM, UNKNOWN = "ok", "warning", "problem", "unknown"
+# A condition of the daemon's status: that part does not do its work.
+FAILS = "fails"
 # Worst first: what the examination as a whole comes to.
 STATUSES = (PROBLEM, UNKNOWN, WARNING, OK)
 
@@ -128,6 +130,8 @@ class Doctor:
             # Proxmox is looked at all the same, with records that are empty.
             self.store_error = error
             self.context = Context(replace(config, database=":memory:"), actor="doctor", dry_run=True, clock=now)
+        # What the daemon's status says, once it was asked
+        self._status: dict[str, Any] | None = None
         self._release = ""
         self._nodes: dict[str, bool] = {}
         self._local: str | None = None
@@ -259,7 +263,18 @@ class Doctor:
                 "free some space",
                 facts,
             )
+        daemon = self._daemon_of_these_records()
+        if daemon is not None:
+            for condition in _conditions(daemon):
+                if condition["part"] == "records" and condition["condition"] == FAILS:
+                    # Every write of the daemon is refused, whatever the file at the path looks like.
+                    yield Finding("database", PROBLEM, f"agentlabd: {condition['why']}", condition["todo"], facts)
+                    return
         if not os.path.exists(path):
+            lost = self._lost_records(daemon is not None)
+            if lost:
+                yield Finding("database", PROBLEM, *lost, facts)
+                return
             yield Finding(
                 "database",
                 OK,
@@ -319,6 +334,49 @@ class Doctor:
                 _mend(path, error.detail),
                 dict(error.detail),
             )
+
+    def _lost_records(self, in_use: bool) -> tuple[str, str] | None:
+        """Return what is wrong and what to do when the file of the records is missing but was there before, else None.
+
+        ``in_use``: a daemon that answers works with the records at this path.
+        """
+        path = self.config.database
+        back = (
+            f"put the file back to {path}, or a backup of it (docs/troubleshooting.md, Backups), before anything that "
+            "uses the records is started again"
+        )
+        remains = [name for name in (f"{path}-wal", latest.path_of(path)) if os.path.exists(name)]
+        if in_use:
+            return (
+                f"{path} does not exist, but agentlabd runs with it: it was deleted or moved, and agentlabd writes "
+                "nothing any more",
+                f"systemctl stop agentlabd; {back}",
+            )
+        if remains:
+            return (
+                f"{path} does not exist, but was there before ({' and '.join(remains)} is still there): without it no "
+                "lease ends, and VMs that it knows are nobody's",
+                f"{back}; where the records are meant to begin anew: rm {' '.join(remains)}",
+            )
+        return None
+
+    def _daemon_of_these_records(self) -> dict[str, Any] | None:
+        """Return the status of the daemon that works with the configured records; None without an answer."""
+        try:
+            status = self._ask_daemon()
+        except (OSError, ValueError, http.client.HTTPException):
+            return None
+        path = _as_dict(_as_dict(status).get("database")).get("path")
+        same = isinstance(path, str) and os.path.abspath(path) == os.path.abspath(self.config.database)
+        return status if same else None
+
+    def _ask_daemon(self) -> dict[str, Any]:
+        """Return what the daemon's status says; it is asked once in an examination. Raises what ``ask`` raises."""
+        if self._status is None:
+            if not os.path.exists(self.config.socket):
+                raise FileNotFoundError(self.config.socket)
+            self._status = ask(self.config.socket, "/v1/status")
+        return self._status
 
     def _work(self) -> Iterable[Finding]:
         """What the records say of work left over."""
@@ -1045,7 +1103,7 @@ class Doctor:
             )
             return
         try:
-            found = ask(path, "/v1/status")
+            found = self._ask_daemon()
         except PermissionError:
             yield Finding(
                 "daemon",
@@ -1065,18 +1123,34 @@ class Doctor:
             )
             return
         facts = {"socket": path, "status": found}
-        complaints = [
-            f"{part}: {text}"
-            for part, key in (
-                ("config", "error"),
-                ("proxmox", "last_error"),
-                ("expiry", "last_error"),
-                ("reconcile", "last_error"),
+        conditions = _conditions(found)
+        for condition in conditions:
+            yield Finding(
+                "daemon",
+                # Work that rests or waits goes on by itself or by a person's word; work that fails does not.
+                PROBLEM if condition["condition"] == FAILS else WARNING,
+                f"agentlabd: {condition['part']} {condition['condition']} since {condition['since']}: {condition['why']}",
+                condition["todo"],
+                facts,
             )
-            if (text := (found.get(part) or {}).get(key))
-        ]
+        # Release 1.0.0 tells no conditions.
+        told = "conditions" in found
+        complaints = (
+            []
+            if told
+            else [
+                f"{part}: {text}"
+                for part, key in (
+                    ("config", "error"),
+                    ("proxmox", "last_error"),
+                    ("expiry", "last_error"),
+                    ("reconcile", "last_error"),
+                )
+                if (text := (found.get(part) or {}).get(key))
+            ]
+        )
         frozen = (found.get("cleanup") or {}).get("frozen")
-        if frozen:
+        if frozen and not told:
             complaints.append(
                 f"cleanup is frozen since {frozen.get('at')}: {frozen.get('reason')} (agentlab cleanup release)"
             )
@@ -1090,7 +1164,7 @@ class Doctor:
                 "journalctl -u agentlabd tells more",
                 facts,
             )
-        else:
+        elif not conditions:
             yield Finding("daemon", OK, f"the daemon answers (version {found.get('version')})", None, facts)
 
 
@@ -1227,6 +1301,17 @@ def ask(path: str, resource: str) -> dict[str, Any]:
     if answer.status != 200 or not isinstance(found, dict):
         raise ValueError(f"status {answer.status}")
     return found
+
+
+def _conditions(status: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Return what rests, waits or fails by the daemon's status; each has part, condition, since, why and todo."""
+    rows = status.get("conditions")
+    names = ("part", "condition", "since", "why", "todo")
+    return [
+        {name: str(row.get(name) or "unknown") for name in names}
+        for row in (rows if isinstance(rows, list) else [])
+        if isinstance(row, dict)
+    ]
 
 
 def _libraries() -> dict[str, str | None]:

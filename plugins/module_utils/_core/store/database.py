@@ -10,8 +10,11 @@ savepoint of its own, so a bulk run pays for few disk syncs at full durability a
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import pwd
 import sqlite3
+import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -41,6 +44,9 @@ def explain(path: str, error: Exception) -> StoreError:
     """SQLite's error as a sentence that names the file and says what to do."""
     text = str(error)
     low = text.lower()
+    unreadable = _why_unreadable(path)
+    if unreadable:
+        return StoreError(f"database {path}: {text}: {unreadable}", path=path)
     if "readonly" in low or "read-only" in low:
         advice = "the file or its folder is read-only for this user; run as the owner or mend the permissions"
     elif "full" in low:
@@ -49,11 +55,36 @@ def explain(path: str, error: Exception) -> StoreError:
         advice = "the file is damaged or not an agentlab database; restore a backup, or move it away to begin with an empty one"
     elif "unable to open" in low:
         advice = "the folder is missing or not accessible for this user; create it or set another database"
+    elif "disk i/o" in low or getattr(error, "errno", None) == errno.EIO:
+        advice = (
+            "the disk or its file system failed to read or write; nothing was written. Look at dmesg and at the disk "
+            "(df, smartctl), then run again, or restore a backup on another disk (docs/troubleshooting.md, Backups)"
+        )
     elif "locked" in low or "busy" in low:
         advice = f"other runs kept it busy for {BUSY_SECONDS:.0f} seconds; run again"
     else:
-        advice = "nothing was written"
+        advice = f"nothing was written; look at {path} and its folder (ls -l, df), then run agentlab_doctor (agentlab doctor)"
     return StoreError(f"database {path}: {text}: {advice}", path=path)
+
+
+def _why_unreadable(path: str) -> str | None:
+    """Return the sentence for a file (or its -wal, -shm) that this user may not read; None where all can be read."""
+    for name in (path, f"{path}-wal", f"{path}-shm"):
+        try:
+            if os.access(name, os.R_OK):
+                continue
+            status = os.stat(name)
+        except OSError:
+            continue
+        try:
+            owner = pwd.getpwuid(status.st_uid).pw_name
+        except KeyError:
+            owner = str(status.st_uid)
+        return (
+            f"this user may not read {name} (mode {stat.S_IMODE(status.st_mode):04o}, owner {owner}); run as {owner}, or "
+            "mend its owner and mode (chown, chmod 0600)"
+        )
+    return None
 
 
 class Database:
@@ -76,6 +107,13 @@ class Database:
         self._wrote = False
         # Device and inode of the file and of its -wal, as this process opened them; None where no file is open for writing.
         self._opened: tuple[Any, Any] | None = None
+        if os.path.islink(path) and not os.path.exists(path):
+            # SQLite would follow the link and create the file with the mode of the umask.
+            raise StoreError(
+                f"database {path}: it is a link to {os.path.realpath(path)}, which does not exist; mount or create "
+                "what the link leads to, or remove the link to begin with an empty file",
+                path=path,
+            )
         try:
             if dry_run:
                 self._reader_lock = self._writer_lock
@@ -135,11 +173,9 @@ class Database:
             memory = self._connect(":memory:")
             self._migrate(memory)
             return memory
-        if not os.access(self.path, os.R_OK):
-            raise StoreError(
-                f"database {self.path}: not readable for this user; run as the owner or mend the permissions",
-                path=self.path,
-            )
+        unreadable = _why_unreadable(self.path)
+        if unreadable:
+            raise StoreError(f"database {self.path}: {unreadable}", path=self.path)
         source = sqlite3.connect(
             f"file:{_quote(self.path)}?mode=ro",
             uri=True,
