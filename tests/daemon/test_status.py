@@ -62,6 +62,11 @@ def test_records_that_were_replaced(daemon: Make, lab: Lab) -> None:
     assert one.metric('agentlab_condition{part="records"}') == 1
     one.wait_for(lambda: "records fails: database" in one.log(), "the log says so", 20)
     assert "records FAILS since" in agentlab("status", socket=one.socket).stdout
+    found = [finding for finding in one.good("GET", "/v1/doctor")["findings"] if finding["check"] == "database"]
+    assert [finding["status"] for finding in found] == ["problem"] and "deleted, moved or replaced" in found[0][
+        "meaning"
+    ]
+    assert "systemctl stop agentlabd" in found[0]["advice"] and not os.path.exists(lab.database)
     os.rename(f"{lab.database}.old", lab.database)
     one.wait_for(lambda: gone(one, "records"), "the right file is there again", 20)
     assert one.post("/v1/sandboxes", {"name": "a1"}).status == 201
