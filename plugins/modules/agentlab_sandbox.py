@@ -293,7 +293,13 @@ results:
   contains:
     vmid: {description: The VMID., type: int, returned: always}
     uuid: {description: The sandbox's own UUID., type: str, returned: always}
-    outcome: {description: 'One word, such as V(created), V(destroyed), V(unchanged), V(not_found), V(kept) or V(failed).', type: str, returned: always}
+    outcome:
+      description:
+        - One word, such as V(created), V(destroyed), V(unchanged), V(not_found), V(kept) or V(failed).
+        - In check mode V(would_create), V(would_update), V(would_destroy), or V(would_mark_destroyed) when the VM is gone
+          or belongs to somebody else, so that only the record would be closed.
+      type: str
+      returned: always
     previous_state: {description: The state it was in., type: str, returned: always}
     state: {description: The state it is in now., type: str, returned: always}
     reason: {description: 'Why, in one word.', type: str, returned: always}

@@ -22,6 +22,7 @@ from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors impo
 )
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.model import Sandbox
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.proxmox import identity
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.sandboxes import destroy
 
 from support.double import TOKEN_ID
 from support.lab import Lab
@@ -134,6 +135,18 @@ def test_force_on_a_reused_vmid_marks_the_record_and_leaves_the_stranger(lab: La
     outcome = lab.destroy(ours.vmid, force=True)[0]
     assert (outcome.outcome, outcome.reason, outcome.failed) == ("destroyed", "vmid_reused", False)
     lab.untouched(vm, status="running" if STRANGERS[stranger].get("running") else "stopped")
+
+
+def test_check_mode_announces_no_destroy_of_a_strangers_vm(lab: Lab) -> None:
+    ours, other = lab.create("a1"), lab.create("a2")
+    lab.swap(ours.vmid, **STRANGERS[EVERYDAY])
+    ctx = lab.context(dry_run=True)
+    planned = destroy.several(ctx, [ctx.select(ours.vmid), ctx.select(other.vmid)], force=True)
+    assert [(item.outcome, item.reason, item.state) for item in planned] == [
+        ("would_mark_destroyed", "vmid_reused", "DESTROYED"),
+        ("would_destroy", "destroyed", "DESTROYED"),
+    ]
+    assert lab.record(ours).state == "RUNNING"
 
 
 @pytest.mark.parametrize("stranger", strangers(way=3))

@@ -65,7 +65,7 @@ OPERATIONS: dict[str, Rule] = {
     "expire": Rule("expire sandbox", tuple(s for s, follow in TRANSITIONS.items() if TIMEOUT in follow)),
 }
 
-# States that prune may be asked to look at besides TIMEOUT (semantics 8: "only where a rule names them").
+# States that prune looks at: TIMEOUT always, the others only where its ``states`` name them (docs/safety.md).
 PRUNABLE: tuple[str, ...] = (TIMEOUT, COMPLETED, FAILED, STOPPED)
 # The creation is under way (or was, when it was killed).
 CREATING: tuple[str, ...] = (REQUESTED, PROVISIONING, BOOTING)

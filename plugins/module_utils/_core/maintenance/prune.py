@@ -167,9 +167,14 @@ def plan(ctx: Context, candidates: list[Sandbox], report: Report) -> None:
             absent.append(sandbox)
             return None
         try:
-            _action, reason, message = destroy.plan(ctx, sandbox)
+            planned = destroy.plan(ctx, sandbox)
             return Outcome.of(
-                "would_prune", sandbox, state=states.DESTROYED, reason=reason, message=message, changed=True
+                "would_prune",
+                sandbox,
+                state=states.DESTROYED,
+                reason=planned.reason,
+                message=planned.message,
+                changed=True,
             )
         except Kept as error:
             return Outcome.of("kept", sandbox, reason=error.reason, message=error.message, failed=True)

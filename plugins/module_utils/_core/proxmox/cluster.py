@@ -3,7 +3,8 @@
 
 """The cluster as a whole: its quorum, its nodes, the list of its VMs, and the proof that a VM is not there.
 
-Absence is proven, never inferred (semantics 5): the right cluster, with quorum, and either a list that shows every VM, or nextid.
+Absence is proven, never inferred: the right cluster answers, it has quorum, and either the list shows every VM or
+``nextid`` offers the VMID. docs/safety.md, "When a list proves an absence", says when the list is enough.
 """
 
 from __future__ import annotations

@@ -94,7 +94,18 @@ def smbios_uuid(config: dict[str, Any]) -> str | None:
 
 
 def judge(uuid: str, known_smbios: str | None, config: dict[str, Any]) -> Verdict:
-    """MATCH, FOREIGN, AMBIGUOUS, UNBOUND (our marker, but the SMBIOS UUID was never stored), or UNKNOWN (a VM is just being made there)."""
+    """Judge whose VM a configuration describes. ``uuid`` is the sandbox's, ``known_smbios`` the SMBIOS UUID on record.
+
+    | verdict | the description carries | the SMBIOS UUID is | what callers do |
+    |---|---|---|---|
+    | MATCH | our marker alone | the one on record | act on the VM |
+    | UNBOUND | our marker alone | not on record yet | bind it, if our own clone task ended well |
+    | UNKNOWN | not our marker, or ours before binding | any, while a clone or restore runs | leave it, look again |
+    | AMBIGUOUS | our marker or not | the other mark is ours | leave it, report it |
+    | FOREIGN | not our marker | not ours | leave it; our own VM is gone |
+
+    docs/safety.md has the same table for operators.
+    """
     found_markers, found_smbios = markers(config), smbios_uuid(config)
     ours = found_markers == {uuid}
     evidence = {

@@ -3,8 +3,11 @@
 
 """Create a sandbox: reserve the record, clone with our marker, bind, configure, start, wait for the address.
 
-The record and the decision are written before each request. A creation that fails cleans up through the destroy pipeline, so only what its
-own clone made can be removed; one that was killed is taken up where it was by the next run.
+The record and the decision are written before each request. What a failure leaves depends on what is known:
+
+- Proxmox VE refused a request, or a task failed: the destroy pipeline removes what our own clone made.
+- The outcome is not known (lost answer, timeout, killed run): nothing is removed. The next run goes on from the journal.
+- cloud-init ended with errors: the sandbox is FAILED, and its VM stays for whoever wants to know why.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ removal.py takes the VM away; here its absence is proven, for all of a run toget
 from __future__ import annotations
 
 import contextlib
+from dataclasses import dataclass
 from typing import Any
 
 from .. import states
@@ -28,32 +29,41 @@ __all__ = ["Request", "check", "plan", "run", "several"]
 _PROVEN = ("vmid_reused", "never_created")
 
 
-def plan(ctx: Context, sandbox: Sandbox, *, force: bool = True) -> tuple[str, str, str | None]:
-    """Return what the pipeline would do now, by full reads and no writes: (action, reason, message).
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a destroy would do now. With ``deletes_vm`` false only the record is closed: no VM is touched."""
+
+    deletes_vm: bool
+    reason: str
+    message: str | None = None
+
+
+def plan(ctx: Context, sandbox: Sandbox, *, force: bool = True) -> Plan:
+    """Return what the pipeline would do now, by full reads and no writes.
 
     Raises Kept for what would be kept, and StateConflict for a VM that runs where that is not forced.
     """
     left = ctx.records.under_way(sandbox.uuid)
     created = creation_of(left) if left else None
     if never_cloned(sandbox, created):
-        return "mark", "never_created", "no clone of ours was ever made for it"
+        return Plan(False, "never_created", "no clone of ours was ever made for it")
     found = locate_own(ctx, sandbox, None, {"create": created})
     if found.node is None:
         presence = ctx.cluster.prove_absent([sandbox.vmid])[sandbox.vmid]
         if presence.absent:
-            return "mark", "vm_absent", presence.why
+            return Plan(False, "vm_absent", presence.why)
         raise Kept("unknown", f"sandbox {sandbox.vmid}: {presence.why}")
     if found.verdict and found.verdict.identity == identity.FOREIGN:
         ctx.cluster.require_quorum()
         ctx.cluster.confirm()
-        return "mark", "vmid_reused", "the VMID belongs to another VM now, which is left alone"
+        return Plan(False, "vmid_reused", "the VMID belongs to another VM now, which is left alone")
     refuse_not_ours(sandbox, found)
     refuse_guarded(sandbox, found)
     if not force:
         refuse_running(ctx, sandbox, found)
     workspace_disk.refuse_planned(ctx, sandbox, found)
     ctx.cluster.require_quorum()
-    return "destroy", "destroyed", None
+    return Plan(True, "destroyed")
 
 
 def run(ctx: Context, items: list[tuple[Sandbox, Request]]) -> list[Outcome]:
@@ -131,9 +141,14 @@ def several(ctx: Context, found: list[Sandbox], force: bool) -> list[Outcome]:
 
 def _planned(ctx: Context, sandbox: Sandbox, force: bool) -> Outcome:
     try:
-        _action, reason, message = plan(ctx, sandbox, force=force)
+        planned = plan(ctx, sandbox, force=force)
         return Outcome.of(
-            "would_destroy", sandbox, state=states.DESTROYED, reason=reason, message=message, changed=True
+            "would_destroy" if planned.deletes_vm else "would_mark_destroyed",
+            sandbox,
+            state=states.DESTROYED,
+            reason=planned.reason,
+            message=planned.message,
+            changed=True,
         )
     except (Kept, Busy, StateConflict) as error:
         return failure(sandbox, error)

@@ -270,7 +270,13 @@ class Removal:
         return found
 
     def _detach(self, found: Located) -> None:
-        """Nothing that outlives the sandbox may be in the VM that is deleted."""
+        """Take the sandbox's workspace off the VM, and refuse a VM that still names a workspace.
+
+        By Proxmox VE's rule a DELETE removes the volumes that the configuration names and that are named after this VMID.
+        Every other volume stays. A workspace's volume is named after a VMID in workspace_owner_range, so it would stay,
+        too. We do not rely on that alone: a volume may have been renamed or reassigned to the VM by hand.
+        Raises _Again after a workspace was taken off, and Kept for a VM that names another one.
+        """
         ctx = self._ctx
         own = workspace_disk.records(ctx).of_sandbox(self._sandbox.uuid)
         if own is not None:
@@ -302,6 +308,8 @@ class Removal:
                 # Another one, whose time counts.
                 ctx.records.journal(self._claim, "destroy", "deleting", {**self._detail, "since": ctx.clock.now()})
             try:
+                # ``purge`` takes the VM out of backup jobs, replication and HA. Volumes that its configuration does not
+                # name stay: ``destroy-unreferenced-disks`` is not sent.
                 return ctx.client.delete(found.path, purge=1)
             except ApiError as error:
                 self._not_deleted()

@@ -577,7 +577,9 @@ class Records:
         over: bool = False,
         evidence: dict[str, Any] | None = None,
     ) -> Sandbox:
-        """The one conditional UPDATE of semantics 7: state RUNNING, not yet expired, generation unchanged. RecordChanged when it lost.
+        """Renew the lease by one conditional UPDATE: state RUNNING, lease not over, generation unchanged, no destroy under way.
+
+        Raises RecordChanged when another write came first. docs/safety.md, way 11, tells which accident this prevents.
 
         ``keepalive`` is the expiry pass itself, which renews what is over instead of expiring it; ``over``: leases rest, and it is known to be over.
         """
