@@ -21,6 +21,10 @@ options:
       - The environment variable E(AGENTLAB_DATABASE) is used when the option is not set, then the configuration file, then
         V(/var/lib/agentlab/agentlab.db).
     type: path
+  database_password:
+    description:
+      - Password of a PostgreSQL database. A SQLite file needs none.
+    type: str
   api_host:
     description:
       - Host name or address of a Proxmox VE node. C(HOST:PORT), C(https://HOST:PORT) and a path before C(/api2/json) are understood too.

@@ -21,6 +21,7 @@ from ._core.model import Outcome, Sandbox
 COMMON_ARGS: dict[str, Any] = {
     "config_file": {"type": "path"},
     "database": {"type": "path"},
+    "database_password": {"type": "str", "no_log": True},
     "api_host": {"type": "str"},
     "api_port": {"type": "int"},
     "api_user": {"type": "str"},
@@ -71,7 +72,9 @@ def run(
         found = core_config.load(module.params, os.environ)
         # Secrets that came from the file or the environment are as secret as those given as options.
         module.no_log_values.update(
-            value for value in (found.proxmox.api_password, found.proxmox.api_token_secret) if value
+            value
+            for value in (found.proxmox.api_password, found.proxmox.api_token_secret, found.database_password)
+            if value
         )
         context = make(module, found)
         result = work(module, context)

@@ -366,3 +366,59 @@ def test_a_file_without_a_certificate_is_refused_by_name(tmp_path: Path, content
 def test_an_empty_name_is_refused_with_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match=r"node: '' is not valid\. Valid: .*; leave the option out"):
         patterns.match("node", "", patterns.WORD)
+
+
+# ---- where the records are ----
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "mysql://u:pw-9x@h/db",
+        "sqlite:///var/lib/agentlab.db",
+        "sqlite:agentlab.db",
+        "postgre://u:pw-9x@h/db",
+        "postgresql:/h/db",
+        "postgresql:u:pw-9x@h/db",
+        "postgresql//u:pw-9x@h/db",
+        "Postgresql://h/db",
+        "jdbc:postgresql://h/db",
+        "postgresql+psycopg://u:pw-9x@h/db",
+        "'postgresql://u:pw-9x@h/db'",
+        "file:agentlab.db?mode=ro",
+        "http://h:5432/db",
+        "host=db1 password=pw-9x",
+        "postgresql://u:pw-9x@x@h/db",
+        "postgresql://u:pw/pw-9x@h/db",
+    ],
+)
+def test_what_looks_like_a_uri_is_refused_without_its_password(tmp_path: Path, value: str) -> None:
+    with pytest.raises(InvalidInput, match=r"^database: ") as caught:
+        load(tmp_path, database=value)
+    assert "pw-9x" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "value", ["/var/lib/agentlab.db", "agentlab.db", "./mysql://odd", "records/a:b.db", ":memory:", "~/postgres.db"]
+)
+def test_a_path_stays_a_path(tmp_path: Path, value: str) -> None:
+    assert load(tmp_path, database=value).database == value
+
+
+@pytest.mark.parametrize(
+    ("value", "text", "password"),
+    [
+        ("postgresql://u@h1,h2:5433/db?sslmode=require", "postgresql://u@h1,h2:5433/db?sslmode=require", None),
+        ("postgres://u:s%40f%2Fe@h/db", "postgresql://u@h/db", "s@f/e"),
+        ("postgresql://h/db?password=sfe&user=u", "postgresql://h/db?user=u", "sfe"),
+        ("postgresql:///db?host=%2Frun%2Fpg", "postgresql:///db?host=%2Frun%2Fpg", None),
+        ("postgresql://[::1]:5433/db", "postgresql://[::1]:5433/db", None),
+    ],
+)
+def test_the_password_is_taken_out_of_a_uri(tmp_path: Path, value: str, text: str, password: str | None) -> None:
+    settings = load(tmp_path, database=value)
+    assert (settings.database, settings.database_password) == (text, password)
+    assert password is None or password not in repr(settings)
+    assert load(tmp_path, database=value, database_password="other").database_password == "other"
+    if password:
+        assert load(tmp_path, f"database: '{value}'\n").secret_in_file

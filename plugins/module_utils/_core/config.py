@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from . import durations, patterns, safe_yaml
+from . import database_address, durations, patterns, safe_yaml
 from .errors import ConfigError, InvalidInput
 
 CONFIG_FILE = "/etc/agentlab/config.yaml"
@@ -47,6 +47,7 @@ DEFAULTS: dict[str, Any] = {
     "ca_path": None,
     "api_timeout": 30,
     "database": DATABASE,
+    "database_password": None,
     "database_group_access": False,
     "connections": 16,
     "node_connections": None,
@@ -82,8 +83,8 @@ DEFAULTS: dict[str, Any] = {
     "stop_timeout": "60s",
 }
 # Of these the daemon takes a change only when it is started anew.
-FIXED = ("database", "database_group_access", "socket", "listen", "metrics_listen")
-SECRETS = ("api_password", "api_token_secret")
+FIXED = ("database", "database_password", "database_group_access", "socket", "listen", "metrics_listen")
+SECRETS = ("api_password", "api_token_secret", "database_password")
 # Keys whose value is a text: what YAML read as something else (012345, yes) is refused in the file, and not guessed.
 TEXTS = (
     "api_host",
@@ -226,6 +227,7 @@ class Config:
     """Everything a run needs to know besides its own options; durations are seconds."""
 
     proxmox: ProxmoxSettings
+    # A path, or a PostgreSQL URI without its password: it may be shown.
     database: str
     database_group_access: bool
     vmid_range: tuple[int, int]
@@ -264,6 +266,8 @@ class Config:
     # The file that was read, if any, and whether it holds a secret (which then is in the hands of whoever may read it).
     config_file: str | None = None
     secret_in_file: bool = False
+    # Of a PostgreSQL database: from the option, or from the URI.
+    database_password: str | None = field(default=None, repr=False)
 
     def parse_ttl(self, value: object, option: str = "ttl") -> int:
         """Seconds of a lease; refused over the configured maximum."""
@@ -300,6 +304,7 @@ def load(options: Mapping[str, Any], environment: Mapping[str, str]) -> Config:
         node_connections=None if to_node is None else _integer("node_connections", to_node, 1, 256),
         task_timeout=_seconds("wait_timeout", value("wait_timeout")),
     )
+    address = database_address.parse(str(value("database")))
     lifetime = value("max_lifetime")
     vmids, owners = vmid_range(value("vmid_range")), vmid_range(value("workspace_owner_range"), "workspace_owner_range")
     if vmids[0] <= owners[1] and owners[0] <= vmids[1]:
@@ -310,7 +315,8 @@ def load(options: Mapping[str, Any], environment: Mapping[str, str]) -> Config:
         )
     return Config(
         proxmox=proxmox,
-        database=str(value("database")),
+        database=address.text,
+        database_password=_credential("database_password", value("database_password")) or address.password,
         database_group_access=_boolean("database_group_access", value("database_group_access")),
         vmid_range=vmids,
         workspace_owner_range=owners,
@@ -344,7 +350,8 @@ def load(options: Mapping[str, Any], environment: Mapping[str, str]) -> Config:
         reconcile_interval=_seconds("reconcile_interval", value("reconcile_interval"), zero=False),
         stop_timeout=_seconds("stop_timeout", value("stop_timeout")),
         config_file=str(path) if from_file else None,
-        secret_in_file=any(from_file.get(name) for name in SECRETS),
+        secret_in_file=any(from_file.get(name) for name in SECRETS)
+        or bool(from_file.get("database") and database_address.parse(str(from_file["database"])).password),
     )
 
 
@@ -468,7 +475,7 @@ def _credential(name: str, value: Any) -> str | None:
             f"{name}: YAML reads the value as {kind}, not as text, which would change it; put it in quotes", option=name
         )
     # Files and clipboards add a line feed. A password may begin or end with spaces.
-    text = value.strip("\r\n") if name == "api_password" else value.strip()
+    text = value.strip("\r\n") if name in ("api_password", "database_password") else value.strip()
     if not text.isprintable() or (name.startswith("api_token") and not (text.isascii() and " " not in text)):
         raise InvalidInput(
             f"{name}: the value has a line feed, a space or another character that it cannot have; give it in one piece",

@@ -16,6 +16,7 @@ from .config import Config
 from .errors import AgentlabError, InvalidInput, Kept, NotFound
 from .model import Outcome, Sandbox
 from .store.database import Database, Rehearsal
+from .store.open import open_database
 from .store.records import POINT_OF_NO_RETURN, Claim, Records
 
 if TYPE_CHECKING:
@@ -51,7 +52,9 @@ class Context:
         self.stopping = stopping
         self._owner = parent is None
         if parent is None:
-            self.database = Database(config.database, group_mode=config.database_group_access, dry_run=dry_run)
+            self.database: Database = open_database(
+                config.database, group_mode=config.database_group_access, dry_run=dry_run
+            )
         else:
             self.database = Rehearsal(parent.database) if dry_run else parent.database
         self.records = Records(self.database, self.clock, actor, self.wait_timeout, stopping)
