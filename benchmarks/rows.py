@@ -383,7 +383,7 @@ def history(bench: Bench, _wanted: set[str]) -> list[Row]:
         assert len(ctx.records.find_all()) == 200
 
     def planned() -> None:
-        assert len(prune.select(ctx, prune.Wanted())[0]) == 200
+        assert len(prune.select(ctx, prune.Selection())[0]) == 200
 
     def ticked() -> None:
         overview.next_lease_end(ctx.records)
@@ -391,7 +391,7 @@ def history(bench: Bench, _wanted: set[str]) -> list[Row]:
 
     def opened() -> None:
         one = context(bench.server, bench.database, dry_run=True)
-        assert len(prune.select(one, prune.Wanted())[0]) == 200
+        assert len(prune.select(one, prune.Selection())[0]) == 200
         one.close()
 
     whole, lists, plans, ticks, checks = bench.interleaved(*map(spent, (scan, listed, planned, ticked, opened)))

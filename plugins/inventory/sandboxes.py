@@ -312,7 +312,7 @@ def _read_records(config: core_config.Config) -> list[dict[str, Any]]:
     try:
         context = Context(config, actor="inventory", dry_run=True)
         try:
-            sandboxes: list[dict[str, Any]] = info.show(context, info.Wanted(), owner=True)["sandboxes"]
+            sandboxes: list[dict[str, Any]] = info.show(context, info.Filter(), owner=True)["sandboxes"]
             return sandboxes
         finally:
             context.close()

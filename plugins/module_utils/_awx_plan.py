@@ -93,7 +93,7 @@ class Plan:
 
 
 @dataclass
-class Wanted:
+class DesiredObjects:
     """What the user asks for; names as the variables of the playbook."""
 
     organization: str
@@ -164,7 +164,7 @@ def same(key: str, actual: Any, wanted: Any) -> bool:
 class Planner:
     """Read AWX and plan. One object plans once: ``set_up`` or ``take_away``."""
 
-    def __init__(self, client: Client, wanted: Wanted) -> None:
+    def __init__(self, client: Client, wanted: DesiredObjects) -> None:
         self.client = client
         self.wanted = wanted
         self.plan = Plan()

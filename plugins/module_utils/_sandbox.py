@@ -38,7 +38,7 @@ def run(module: AnsibleModule, context: Context, creation: Sequence[str]) -> dic
     return _adapter.answer(outcomes, single=params.get("vmids") is None, diff=module._diff)
 
 
-def _guarded(work: Callable[[Sandbox], Outcome], sandbox: Sandbox) -> Outcome:
+def _outcome_of(work: Callable[[Sandbox], Outcome], sandbox: Sandbox) -> Outcome:
     try:
         return work(sandbox)
     except AgentlabError as error:
@@ -119,4 +119,4 @@ def _power(context: Context, wanted: list[dict[str, Any]], state: str, force: bo
         # A guest that was started may have got another address.
         return address.with_address(context, outcome, started=True) if wait_for_ip and state == "started" else outcome
 
-    return context.each(lambda sandbox: _guarded(work, sandbox), found)
+    return context.each(lambda sandbox: _outcome_of(work, sandbox), found)

@@ -116,7 +116,7 @@ def work(module, found):
     from ansible_collections.agentlab.proxmox.plugins.module_utils._core.doctor import doctor
 
     params = module.params
-    report = found.examine(doctor.Wanted(template=params["template"]))
+    report = found.examine(doctor.Scope(template=params["template"]))
     result = {"changed": bool(params["bundle"]), **report.public()}
     if params["bundle"]:
         result["bundle"] = params["bundle"]

@@ -111,7 +111,7 @@ def work(module, context):
     )
     report = prune.run(
         context,
-        prune.Wanted(
+        prune.Selection(
             states=params["states"], older_than=older_than, tags=_adapter.tags(module), max_count=params["max_count"]
         ),
     )

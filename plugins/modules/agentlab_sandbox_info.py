@@ -123,7 +123,7 @@ def work(module, context):
         )
     # An empty list asks for none; only without any of the three all are shown.
     chosen = any(params[name] is not None for name in _adapter.SELECT_ARGS)
-    wanted = info.Wanted(
+    wanted = info.Filter(
         ids=_adapter.ids(module) if chosen else None,
         states=params["states"],
         profile=params["profile"],

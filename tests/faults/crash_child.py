@@ -109,7 +109,7 @@ def do_expire(ctx: Any) -> dict[str, Any]:
 def do_prune(ctx: Any, states: list[str] | None = None) -> dict[str, Any]:
     from ansible_collections.agentlab.proxmox.plugins.module_utils._core.maintenance import prune
 
-    done = prune.run(ctx, prune.Wanted(states=tuple(states or ("TIMEOUT",))))
+    done = prune.run(ctx, prune.Selection(states=tuple(states or ("TIMEOUT",))))
     return {**_told(done.pruned + done.failed), "kept": [one.public() for one in done.kept]}
 
 

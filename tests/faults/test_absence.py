@@ -294,7 +294,7 @@ def test_records_of_another_cluster_conclude_nothing(lab: Lab, other: Server, co
     from ansible_collections.agentlab.proxmox.plugins.module_utils._core.maintenance import prune, reconcile
     from ansible_collections.agentlab.proxmox.plugins.module_utils._core.sandboxes import create, destroy
 
-    report = prune.run(ctx, prune.Wanted())
+    report = prune.run(ctx, prune.Selection())
     assert [one.reason for one in report.kept] == ["unknown"] * count and "not the cluster these records belong to" in (
         report.kept[0].message or ""
     )
@@ -317,7 +317,7 @@ def test_stranger_at_our_vmid_on_another_cluster_does_not_end_the_record(lab: La
     from ansible_collections.agentlab.proxmox.plugins.module_utils._core.maintenance import prune, reconcile
     from ansible_collections.agentlab.proxmox.plugins.module_utils._core.sandboxes import lease
 
-    assert [one.reason for one in prune.run(lab.context(server=other), prune.Wanted()).kept] == ["unknown"]
+    assert [one.reason for one in prune.run(lab.context(server=other), prune.Selection()).kept] == ["unknown"]
     assert not [
         one
         for one in reconcile.run(lab.context(server=other), apply=True)
@@ -333,7 +333,7 @@ def test_cluster_without_a_readable_authority_is_not_ours(lab: Lab, other: Serve
     other.pve.fail("GET", "/certificates/info", 403, "Permission check failed")
     from ansible_collections.agentlab.proxmox.plugins.module_utils._core.maintenance import prune
 
-    assert [one.reason for one in prune.run(lab.context(server=other), prune.Wanted()).kept] == ["unknown"]
+    assert [one.reason for one in prune.run(lab.context(server=other), prune.Selection()).kept] == ["unknown"]
     unchanged(lab, ours)
 
 

@@ -684,7 +684,7 @@ def test_another_cluster_with_a_restored_copy_of_one_of_ours_says_nothing_of_the
     copied = ours[0] if first else ours[-1]
     other.pve.add_vm(copied.vmid, copied.name, status="stopped", config=dict(lab.pve.vm(copied.vmid).config))
     gone = {one.uuid for one in ours} - {copied.uuid}
-    prune.run(lab.context(server=other), prune.Wanted())
+    prune.run(lab.context(server=other), prune.Selection())
     for _dummy in range(2):
         try:
             reconcile.run(lab.context(server=other), apply=True)

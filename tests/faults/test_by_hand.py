@@ -370,7 +370,10 @@ def test_guards_that_tripped(lab: Lab) -> None:
         lab.timed_out(f"b{number}")
     assert "then raise max_count" in refused(lambda: lab.prune(max_count=3))
     policy = rules.Policy(
-        enabled=True, guard_count=3, guard_percent=100, rules=(rules.Rule("over", rules.DESTROY, states=("TIMEOUT",)),)
+        enabled=True,
+        guard_count=3,
+        guard_percent=100,
+        rules=(rules.CleanupRule("over", rules.DESTROY, states=("TIMEOUT",)),),
     )
     assert "cleanup is frozen until it is released" in refused(lambda: cleanup.run(lab.context(), policy))
     message = refused(lambda: cleanup.run(lab.context(), policy))
@@ -391,9 +394,9 @@ def test_a_freeze_stops_the_rules_that_are_at_work(lab: Lab) -> None:
         guard_count=9,
         guard_percent=100,
         rules=(
-            rules.Rule("r0", rules.DESTROY, states=("TIMEOUT",), tags=("t0", "t1")),
-            rules.Rule("r1", rules.DESTROY, states=("TIMEOUT",)),
-            rules.Rule("r2", rules.FAIL, states=("BOOTING",)),
+            rules.CleanupRule("r0", rules.DESTROY, states=("TIMEOUT",), tags=("t0", "t1")),
+            rules.CleanupRule("r1", rules.DESTROY, states=("TIMEOUT",)),
+            rules.CleanupRule("r2", rules.FAIL, states=("BOOTING",)),
         ),
     )
 

@@ -485,7 +485,7 @@ class Life(RuleBasedStateMachine):
     def prune(self) -> None:
         timed_out = [row["uuid"] for row in self.rig.records() if row["state"] == "TIMEOUT"]
         others = {row["uuid"]: row["state"] for row in self.rig.records() if row["state"] != "TIMEOUT"}
-        done = self._context(lambda ctx: prune.run(ctx, prune.Wanted()))
+        done = self._context(lambda ctx: prune.run(ctx, prune.Selection()))
         assert {row["uuid"]: row["state"] for row in self.rig.records() if row["uuid"] in others} == others
         if not isinstance(done, AgentlabError):
             assert len(done.pruned) + len(done.kept) + len(done.failed) == len(timed_out)

@@ -456,7 +456,7 @@ def test_a_clone_that_takes_longer_than_was_waited_is_left_to_the_next_run(lab: 
         lab.create("a1", options={"wait_timeout": "1s"})
     # The doctor names the way out that works; a reconcile, which the daemon runs all the time, is none.
     settings = config.load({**lab.options, "database": lab.database}, lab.server.environment(lab.folder))
-    report = doctor.Doctor(settings, now=lab.clock).examine(doctor.Wanted())
+    report = doctor.Doctor(settings, now=lab.clock).examine(doctor.Scope())
     work = next(finding for finding in report.findings if finding.check == "work")
     assert "wait for their task to be run again: 1000" in work.meaning and "reconcile" not in str(work.advice)
     assert lab.reconcile(apply=False) == []

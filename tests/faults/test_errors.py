@@ -117,7 +117,7 @@ def drift(lab: Lab) -> None:
     lab.pve.vms.remove(lab.pve.vm(VMID + 1))
 
 
-CLEANUP = rules.Policy(enabled=True, rules=(rules.Rule("over", rules.DESTROY, states=("TIMEOUT",)),))
+CLEANUP = rules.Policy(enabled=True, rules=(rules.CleanupRule("over", rules.DESTROY, states=("TIMEOUT",)),))
 
 
 def disk(lab: Lab) -> Workspace | None:

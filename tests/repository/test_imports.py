@@ -146,3 +146,14 @@ def test_the_guard_sees_a_wrong_import(tmp_path: Path) -> None:
     (tmp_path / "newcomer.py").write_text("")
     with pytest.raises(pytest.fail.Exception, match="newcomer.py stands in no room"):
         violations(tmp_path, CORE_ROOMS)
+
+
+def test_no_two_classes_share_a_name() -> None:
+    """One name means one concept: whoever searches for a class finds one."""
+    places: dict[str, list[str]] = {}
+    for folder in (CORE, FILES / "agentlabd"):
+        for path in sorted(folder.rglob("*.py")):
+            for node in ast.parse(path.read_text(encoding="utf-8")).body:
+                if isinstance(node, ast.ClassDef):
+                    places.setdefault(node.name, []).append(str(path.relative_to(ROOT)))
+    assert {name: files for name, files in places.items() if len(files) > 1} == {}

@@ -189,14 +189,16 @@ class Lab:
     def expire(self, **options: Any) -> lease.Expiry:
         return lease.expire(self.context(**options))
 
-    def prune(self, *, dry_run: bool = False, options: dict[str, Any] | None = None, **wanted: Any) -> prune.Report:
-        return prune.run(self.context(dry_run=dry_run, **(options or {})), prune.Wanted(**wanted))
+    def prune(
+        self, *, dry_run: bool = False, options: dict[str, Any] | None = None, **wanted: Any
+    ) -> prune.PruneResult:
+        return prune.run(self.context(dry_run=dry_run, **(options or {})), prune.Selection(**wanted))
 
     def reconcile(self, *, apply: bool = True, **options: Any) -> list[reconcile.Drift]:
         return reconcile.run(self.context(**options), apply=apply)
 
     def info(self, *, verify: bool = True) -> dict[str, Any]:
-        return info.show(self.context(), info.Wanted(include_destroyed=True), verify=verify)
+        return info.show(self.context(), info.Filter(include_destroyed=True), verify=verify)
 
     # ---- sandboxes in a certain state, without waiting for it ----
 

@@ -44,7 +44,7 @@ def examine(lab: Lab, *, bundle: bool | None = None, template: str | None = None
     found = config.load({**lab.options, "database": lab.database, **options}, lab.server.environment(lab.folder))
     one = doctor.Doctor(found, now=lab.clock)
     try:
-        report = one.examine(doctor.Wanted(template=template))
+        report = one.examine(doctor.Scope(template=template))
         if bundle is not None:
             return doctor.bundle(one, report, hosts=bundle)
     finally:

@@ -194,7 +194,7 @@ from {core}.sandboxes import lease
 from {core}.views import info
 from {core}.context import Context
 ctx = Context(config.load({{"database": sys.argv[1]}}, {{"AGENTLAB_CONFIG": "/nowhere"}}), actor="test")
-assert info.show(ctx, info.Wanted(), events=1)["count"] == 0
+assert info.show(ctx, info.Filter(), events=1)["count"] == 0
 print(json.dumps(sorted(sys.modules)))
 """
     path = os.pathsep.join(filter(None, sys.path))
@@ -256,7 +256,7 @@ def test_requests_in_flight_to_one_node(lab: Lab, limit: int | None) -> None:
     lab.pve.time_scale = 0.05
     lab.pve.before, lab.pve.after = before, after
     ctx = lab.context(connections=12, node_connections=limit)
-    assert all(one["identity"] == "MATCH" for one in info.show(ctx, info.Wanted(), verify=True)["sandboxes"])
+    assert all(one["identity"] == "MATCH" for one in info.show(ctx, info.Filter(), verify=True)["sandboxes"])
     assert {most[node] > 2 for node in ("pve1", "pve2")} == {limit is None}, most
 
 

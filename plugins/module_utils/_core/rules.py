@@ -26,7 +26,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
-class Rule:
+class CleanupRule:
     """What it matches (all that is given must fit; any one of a list), how long a state must last, and what is done then."""
 
     name: str
@@ -55,16 +55,16 @@ class Policy:
     # A run that would destroy more than so many, or more than this share of all live sandboxes, does nothing and freezes.
     guard_count: int = 50
     guard_percent: int = 50
-    rules: Sequence[Rule] = ()
+    rules: Sequence[CleanupRule] = ()
     keep_destroyed: int | None = None
 
-    def rule_for(self, sandbox: Sandbox) -> Rule | None:
+    def rule_for(self, sandbox: Sandbox) -> CleanupRule | None:
         """The first rule that matches, whether or not its time has come; later rules are not asked."""
         return next((rule for rule in self.rules if rule.matches(sandbox)), None)
 
 
 @dataclass(slots=True)
-class _Reader:
+class _RuleReader:
     """The tree of a YAML file, with the line of every node."""
 
     file: str
@@ -171,7 +171,7 @@ def parse(text: str, file: str) -> Policy:
         ) from None
     if root is None:
         return Policy()
-    read = _Reader(file, loader)
+    read = _RuleReader(file, loader)
     known = {
         "enabled": read.flag,
         "mode": lambda node, key: read.choice(node, key, (ENFORCE, SHADOW)),
@@ -205,12 +205,12 @@ def parse(text: str, file: str) -> Policy:
     )
 
 
-def _rules(read: _Reader, node: Any) -> tuple[Rule, ...]:
+def _rules(read: _RuleReader, node: Any) -> tuple[CleanupRule, ...]:
     import yaml
 
     if not isinstance(node, yaml.SequenceNode):
         raise read.refuse(node, "rules must be a list of rules")
-    found: list[Rule] = []
+    found: list[CleanupRule] = []
     for one in node.value:
         rule = _rule(read, one)
         if any(rule.name == other.name for other in found):
@@ -219,7 +219,7 @@ def _rules(read: _Reader, node: Any) -> tuple[Rule, ...]:
     return tuple(found)
 
 
-def _rule(read: _Reader, node: Any) -> Rule:
+def _rule(read: _RuleReader, node: Any) -> CleanupRule:
     def name(one: Any, key: str) -> str:
         value = str(read.scalar(one, key, "a name"))
         if not _NAME.fullmatch(value):
@@ -256,7 +256,7 @@ def _rule(read: _Reader, node: Any) -> Rule:
         },
         ("name", "match", "action"),
     )
-    rule = Rule(found["name"], found["action"], after=found.get("after", 0), **found["match"])
+    rule = CleanupRule(found["name"], found["action"], after=found.get("after", 0), **found["match"])
     allowed = _STATES_OF[rule.action]
     wrong = [state for state in rule.states if state not in allowed]
     if wrong or (rule.action != KEEP and not rule.states):

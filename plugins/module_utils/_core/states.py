@@ -39,7 +39,7 @@ TRANSITIONS: dict[str, tuple[str, ...]] = {
 STATES: tuple[str, ...] = tuple(TRANSITIONS)
 
 
-class Rule:
+class StateRule:
     """What one operation needs: the states it acts in, and those in which there is nothing left to do."""
 
     __slots__ = ("allowed", "hint", "phrase", "satisfied")
@@ -51,18 +51,18 @@ class Rule:
         self.hint = hint
 
 
-OPERATIONS: dict[str, Rule] = {
-    "destroy": Rule("destroy sandbox", (STOPPED,), (DESTROYED,), "force"),
-    "force_destroy": Rule("force destroy sandbox", tuple(s for s in STATES if s != DESTROYED), (DESTROYED,)),
-    "renew_lease": Rule("renew lease", (RUNNING,)),
-    "stop": Rule("stop sandbox", (READY, RUNNING, SUSPENDED, COMPLETED, FAILED, TIMEOUT), (STOPPED,)),
-    "start": Rule("start sandbox", (STOPPED, SUSPENDED), (READY, RUNNING)),
-    "suspend": Rule("suspend sandbox", (READY, RUNNING), (SUSPENDED,)),
-    "complete": Rule("report completed", (RUNNING,), (COMPLETED,)),
-    "fail": Rule("report failed", (RUNNING,), (FAILED,)),
-    "prune": Rule("prune sandbox", (TIMEOUT,)),
+OPERATIONS: dict[str, StateRule] = {
+    "destroy": StateRule("destroy sandbox", (STOPPED,), (DESTROYED,), "force"),
+    "force_destroy": StateRule("force destroy sandbox", tuple(s for s in STATES if s != DESTROYED), (DESTROYED,)),
+    "renew_lease": StateRule("renew lease", (RUNNING,)),
+    "stop": StateRule("stop sandbox", (READY, RUNNING, SUSPENDED, COMPLETED, FAILED, TIMEOUT), (STOPPED,)),
+    "start": StateRule("start sandbox", (STOPPED, SUSPENDED), (READY, RUNNING)),
+    "suspend": StateRule("suspend sandbox", (READY, RUNNING), (SUSPENDED,)),
+    "complete": StateRule("report completed", (RUNNING,), (COMPLETED,)),
+    "fail": StateRule("report failed", (RUNNING,), (FAILED,)),
+    "prune": StateRule("prune sandbox", (TIMEOUT,)),
     # A lease can run out in every live state that still has a transition to TIMEOUT.
-    "expire": Rule("expire sandbox", tuple(s for s, follow in TRANSITIONS.items() if TIMEOUT in follow)),
+    "expire": StateRule("expire sandbox", tuple(s for s, follow in TRANSITIONS.items() if TIMEOUT in follow)),
 }
 
 # States that prune looks at: TIMEOUT always, the others only where its ``states`` name them (docs/safety.md).

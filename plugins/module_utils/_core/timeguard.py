@@ -33,14 +33,14 @@ def suspended(ctx: Context) -> str | None:
 
 def rests(ctx: Context) -> tuple[str, str] | None:
     """Return the word (a reason of reasons.py) and the sentence for why expiry and prune rest, or None."""
-    held = hold(ctx)
+    held = hold_leases(ctx)
     if held:
         return "restored", held
     jumped = _clock_jumped(ctx)
     return ("clock_jumped", jumped) if jumped else None
 
 
-def hold(ctx: Context) -> str | None:
+def hold_leases(ctx: Context) -> str | None:
     """Return why no lease ends before somebody releases it, or None: the records are an older copy than those that were used before.
 
     An older copy is recognised by its newest event. Then the hold is written into the records, so that it lasts over restarts.

@@ -40,7 +40,18 @@ from ..vm import address, binding
 from . import privileges
 from .privileges import needs, pveum_commands
 
-__all__ = ["Doctor", "Finding", "Report", "Wanted", "ask", "bundle", "needs", "pveum_commands", "shown", "write_bundle"]
+__all__ = [
+    "Diagnosis",
+    "Doctor",
+    "Finding",
+    "Scope",
+    "ask",
+    "bundle",
+    "needs",
+    "pveum_commands",
+    "shown",
+    "write_bundle",
+]
 
 OK, WARNING, PROBLEM, UNKNOWN = "ok", "warning", "problem", "unknown"
 # A condition of the daemon's status: that part does not do its work.
@@ -84,14 +95,14 @@ class Finding:
 
 
 @dataclass(slots=True)
-class Wanted:
+class Scope:
     """What to look at besides what the configuration names."""
 
     template: str | None = None
 
 
 @dataclass(slots=True)
-class Report:
+class Diagnosis:
     """All findings, in the order of the checks, and the commands for a token with the least privileges."""
 
     findings: list[Finding]
@@ -144,15 +155,15 @@ class Doctor:
     def close(self) -> None:
         self.context.close()
 
-    def examine(self, wanted: Wanted | None = None) -> Report:
+    def examine(self, wanted: Scope | None = None) -> Diagnosis:
         """Every check, in an order in which each can stand on those before it."""
-        asked = wanted or Wanted()
+        asked = wanted or Scope()
         findings = [
-            *self._guarded("configuration", self._configuration),
-            *self._guarded("database", self._database),
-            *self._guarded("work", self._work),
+            *self._run_check("configuration", self._configuration),
+            *self._run_check("database", self._database),
+            *self._run_check("work", self._work),
         ]
-        reached = self._guarded("proxmox", self._proxmox)
+        reached = self._run_check("proxmox", self._proxmox)
         findings += reached
         checks: dict[str, Callable[[], Iterable[Finding]]] = {
             "cluster": self._cluster,
@@ -172,11 +183,11 @@ class Doctor:
                     )
                 )
             else:
-                findings += self._guarded(name, check)
-        findings += self._guarded("daemon", self._daemon)
-        return Report(findings, self._new_token() if self._pveum is None else self._pveum)
+                findings += self._run_check(name, check)
+        findings += self._run_check("daemon", self._daemon)
+        return Diagnosis(findings, self._new_token() if self._pveum is None else self._pveum)
 
-    def _guarded(self, name: str, check: Callable[[], Iterable[Finding]]) -> list[Finding]:
+    def _run_check(self, name: str, check: Callable[[], Iterable[Finding]]) -> list[Finding]:
         findings: list[Finding] = []
         try:
             # One by one: what was said before an error stays said.
@@ -1176,7 +1187,7 @@ _ADDRESS = re.compile(
 _KEEP = ("127.0.0.1", "::1")
 
 
-def bundle(doctor: Doctor, report: Report, *, hosts: bool = False, events: int = 100) -> dict[str, Any]:
+def bundle(doctor: Doctor, report: Diagnosis, *, hosts: bool = False, events: int = 100) -> dict[str, Any]:
     """What helps with a bug report: findings, configuration, states, the last events. Secrets are never in it; names of hosts and VMs and
     their addresses only with ``hosts``."""
     context = doctor.context
@@ -1201,7 +1212,7 @@ def bundle(doctor: Doctor, report: Report, *, hosts: bool = False, events: int =
     return dict(_redacted(json.loads(json.dumps(found, default=str)), _replacements(doctor, hosts), hosts))
 
 
-def shown(doctor: Doctor, report: Report) -> dict[str, Any]:
+def shown(doctor: Doctor, report: Diagnosis) -> dict[str, Any]:
     """Return the report for others' eyes: no secret of the configuration is in it, whoever quoted it."""
     return dict(_redacted(report.public(), _replacements(doctor, True), True))
 

@@ -25,7 +25,7 @@ _FORGET_AT_ONCE = 500
 
 
 @dataclass(slots=True)
-class Report:
+class CleanupResult:
     """What a run did (or would do): the same shape in both. ``guard`` says why it would have been stopped, in a run that only looks."""
 
     pruned: list[Outcome] = field(default_factory=list)
@@ -72,7 +72,7 @@ def release(ctx: Context) -> dict[str, Any] | None:
 # ---- a run ----
 
 
-def run(ctx: Context, policy: rules.Policy) -> Report:
+def run(ctx: Context, policy: rules.Policy) -> CleanupResult:
     """One run of the rules. In a dry run (and in shadow mode, which is one) everything is read and nothing is written.
 
     Raises Frozen when it is frozen, GuardTripped when it has just frozen itself.
@@ -84,17 +84,17 @@ def run(ctx: Context, policy: rules.Policy) -> Report:
             f"cleanup is frozen since {stopped['at']} ({stopped['reason']}); look at what it would do (dry run), then release it",
             **stopped,
         )
-    report = Report(dry_run=looking)
+    report = CleanupResult(dry_run=looking)
     rest = timeguard.rests(ctx)
     live = ctx.records.find_all()
     chosen = _choose(ctx, policy, live, rest, report)
     doomed = [one for rule, one in chosen if rule.action == rules.DESTROY]
     report.candidates = len(doomed)
-    too_many = _guard(policy, len(doomed), len(live))
+    too_many = _exceeded_guard(policy, len(doomed), len(live))
     if looking or too_many:
-        planned = prune.Report()
+        planned = prune.PruneResult()
         prune.plan(ctx, doomed, planned)
-        too_many = _guard(policy, planned.count, len(live))
+        too_many = _exceeded_guard(policy, planned.count, len(live))
         if looking:
             _add(report, planned)
             report.guard = too_many
@@ -126,8 +126,8 @@ def run(ctx: Context, policy: rules.Policy) -> Report:
 
 
 def _choose(
-    ctx: Context, policy: rules.Policy, live: list[Sandbox], rest: tuple[str, str] | None, report: Report
-) -> list[tuple[rules.Rule, Sandbox]]:
+    ctx: Context, policy: rules.Policy, live: list[Sandbox], rest: tuple[str, str] | None, report: CleanupResult
+) -> list[tuple[rules.CleanupRule, Sandbox]]:
     """From the records alone: which rule acts on which sandbox now; the others of a matching rule are kept, with the reason."""
     now = ctx.clock.now()
     chosen = []
@@ -148,7 +148,7 @@ def _choose(
     return chosen
 
 
-def _guard(policy: rules.Policy, count: int, live: int) -> str | None:
+def _exceeded_guard(policy: rules.Policy, count: int, live: int) -> str | None:
     if count > policy.guard_count:
         return f"{count} sandboxes would be destroyed at once, more than guard count={policy.guard_count}"
     if count >= GUARD_FROM and count * 100 > policy.guard_percent * live:
@@ -156,11 +156,11 @@ def _guard(policy: rules.Policy, count: int, live: int) -> str | None:
     return None
 
 
-def _apply(ctx: Context, rule: rules.Rule, found: list[Sandbox], report: Report) -> None:
+def _apply(ctx: Context, rule: rules.CleanupRule, found: list[Sandbox], report: CleanupResult) -> None:
     # The events say which rule it was.
     acting = ctx.derive(actor=f"{ctx.actor} (cleanup rule {rule.name})")
     if rule.action == rules.DESTROY:
-        done = prune.Report()
+        done = prune.PruneResult()
         prune.execute(acting, found, done, operation="cleanup", allowed=lambda one: _refuse_frozen(acting, one))
         _add(report, done)
         return
@@ -174,7 +174,7 @@ def _refuse_frozen(ctx: Context, one: Sandbox) -> None:
         raise Kept("changed", f"sandbox {one.vmid}: cleanup was frozen while it ran; release it")
 
 
-def _fail(ctx: Context, rule: rules.Rule, planned: Sandbox) -> Outcome:
+def _fail(ctx: Context, rule: rules.CleanupRule, planned: Sandbox) -> Outcome:
     """Give up a creation that nobody works on any more; its VM, if there is one, is bound to the record and left for a later rule."""
     try:
         _refuse_frozen(ctx, planned)
@@ -188,7 +188,7 @@ def _fail(ctx: Context, rule: rules.Rule, planned: Sandbox) -> Outcome:
         return failure(planned, error)
 
 
-def _add(report: Report, more: prune.Report) -> None:
+def _add(report: CleanupResult, more: prune.PruneResult) -> None:
     report.pruned += more.pruned
     report.kept += more.kept
     report.failed += more.failed

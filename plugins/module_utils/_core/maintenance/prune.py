@@ -17,7 +17,7 @@ from ..sandboxes import destroy
 
 
 @dataclass(slots=True)
-class Report:
+class PruneResult:
     """What a prune did (or would do): the same shape in both."""
 
     pruned: list[Outcome] = field(default_factory=list)
@@ -30,7 +30,7 @@ class Report:
 
 
 @dataclass(slots=True)
-class Wanted:
+class Selection:
     """Which records: their states, a minimum age in seconds, tags (any of them)."""
 
     states: Sequence[str] = (states.TIMEOUT,)
@@ -52,7 +52,7 @@ class Wanted:
             )
 
 
-def select(ctx: Context, wanted: Wanted) -> tuple[list[Sandbox], list[Outcome]]:
+def select(ctx: Context, wanted: Selection) -> tuple[list[Sandbox], list[Outcome]]:
     """From the records alone: the candidates, and what is kept already, with the reason."""
     wanted.check()
     now = ctx.clock.now()
@@ -91,10 +91,10 @@ def too_soon(sandbox: Sandbox, older_than: int, now: int) -> tuple[str, str] | N
     )
 
 
-def run(ctx: Context, wanted: Wanted) -> Report:
+def run(ctx: Context, wanted: Selection) -> PruneResult:
     """Prune. ``max_count`` is a guard: with more candidates nothing is pruned and GuardTripped says so."""
     candidates, kept = select(ctx, wanted)
-    report = Report(kept=kept)
+    report = PruneResult(kept=kept)
     if not candidates:
         return report
     if ctx.dry_run or (wanted.max_count is not None and len(candidates) > wanted.max_count):
@@ -121,7 +121,7 @@ def run(ctx: Context, wanted: Wanted) -> Report:
 def execute(
     ctx: Context,
     candidates: list[Sandbox],
-    report: Report,
+    report: PruneResult,
     operation: str = "prune",
     allowed: Callable[[Sandbox], None] | None = None,
 ) -> None:
@@ -143,7 +143,7 @@ def execute(
         _sort(report, outcome)
 
 
-def _sort(report: Report, outcome: Outcome) -> None:
+def _sort(report: PruneResult, outcome: Outcome) -> None:
     if outcome.state == states.DESTROYED and not outcome.failed:
         (report.pruned if outcome.changed else report.kept).append(outcome)
         if not outcome.changed:
@@ -155,7 +155,7 @@ def _sort(report: Report, outcome: Outcome) -> None:
         report.failed.append(outcome)
 
 
-def plan(ctx: Context, candidates: list[Sandbox], report: Report) -> None:
+def plan(ctx: Context, candidates: list[Sandbox], report: PruneResult) -> None:
     """The pipeline's own reads, without its writes."""
     if not candidates:
         return

@@ -21,7 +21,7 @@ from ..model import Sandbox
 from ..proxmox import identity
 from ..sandboxes import destroy, lease, leftovers, removal
 from ..store import overview
-from ..store.records import POINT_OF_NO_RETURN, Operation
+from ..store.records import POINT_OF_NO_RETURN, JournalEntry
 from ..vm import address, binding, power
 from ..vm.locate import Located, is_hibernated, locate, power_state
 from ..workspaces import workspace
@@ -185,7 +185,7 @@ def _leases(ctx: Context, apply: bool) -> list[Drift]:
         Drift("lease_expired", "renewed (keepalive)", {}, one.sandbox, applied=not one.failed, error=one.message)
         for one in passed.renewed
     ]
-    if timeguard.hold(ctx):
+    if timeguard.hold_leases(ctx):
         # By the older copy they are over; their VMs may have been started and renewed since.
         return found
     known = {one.uuid for one in passed.expired if one.uuid}
@@ -284,7 +284,7 @@ def _finish_interrupted(ctx: Context) -> list[Drift]:
     return found
 
 
-def _stays_interrupted(ctx: Context, sandbox: Sandbox, left: Operation) -> bool:
+def _stays_interrupted(ctx: Context, sandbox: Sandbox, left: JournalEntry) -> bool:
     """Return whether no reconcile finishes this operation: it waits for its task, or a later destroy needs its journal.
 
     Proxmox is only read.
@@ -298,7 +298,7 @@ def _stays_interrupted(ctx: Context, sandbox: Sandbox, left: Operation) -> bool:
     return not _nothing_was_left(ctx, sandbox, left)
 
 
-def _refuse_chosen(ctx: Context, left: Operation) -> None:
+def _refuse_chosen(ctx: Context, left: JournalEntry) -> None:
     """Kept for a destroy that was chosen by rule or age, and not decided: by now they may say something else, be frozen, or rest."""
     if left.detail.get("operation") == "cleanup":
         raise Kept("rule", "a cleanup rule had chosen it; the next run of the rules decides anew")
@@ -306,7 +306,7 @@ def _refuse_chosen(ctx: Context, left: Operation) -> None:
         raise Kept("clock_jumped", rest)
 
 
-def _nothing_was_left(ctx: Context, sandbox: Sandbox, left: Operation) -> bool:
+def _nothing_was_left(ctx: Context, sandbox: Sandbox, left: JournalEntry) -> bool:
     """Whether the clone of a creation is over for certain and no VM is at its VMID: then its journal tells nobody anything.
 
     So it is after an administrator removed what a killed clone had left.

@@ -242,7 +242,7 @@ class ProxmoxClient:
         return int(getattr(self._mine, "asked", 0))
 
     @contextlib.contextmanager
-    def held(self, path: str) -> Iterator[float]:
+    def reserve_place(self, path: str) -> Iterator[float]:
         """Wait for a place now, and keep it: what this thread asks within, one request directly after the other, queues behind nobody. Gives the
         seconds that were waited."""
         began = self.clock.monotonic()

@@ -39,7 +39,7 @@ from ..proxmox import identity
 from ..proxmox.answers import not_begun
 from ..store.records import AWAITED, Claim
 from ..vm import address, binding, power
-from ..vm.locate import Located, guarded, locate, match_if_readable, require_match
+from ..vm.locate import Located, locate, match_if_readable, require_match, write_with_digest
 from ..workspaces import workspace_disk
 from . import destroy, refusals, update, vm_config
 from . import template as templates
@@ -532,7 +532,7 @@ def _configure(
         if changes:
             vm_config.write_config(ctx, located, changes, refused)
 
-    guarded(ctx, sandbox, found, write)
+    write_with_digest(ctx, sandbox, found, write)
     warnings += vm_config.tag_warnings(sandbox, refused, vm_config.split_tags(found.config.get("tags")))
     if spec.firewall_group:
         vm_config.join_firewall_group(ctx, sandbox, found, spec.firewall_group)
@@ -549,7 +549,7 @@ def _configure(
                 ctx.records.journal(claim, "create", "configuring", noted)
             size = noted["disk_size"]
         found = require_match(ctx, sandbox)
-        guarded(
+        write_with_digest(
             ctx,
             sandbox,
             found,

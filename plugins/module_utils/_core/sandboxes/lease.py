@@ -46,7 +46,7 @@ def renew(
         current = sandbox.lease_expires_at or 0
         # While leases rest after a restore, this is how a sandbox is kept whose lease was renewed since the copy was made.
         over = current <= now
-        if over and not timeguard.hold(ctx):
+        if over and not timeguard.hold_leases(ctx):
             raise StateConflict(
                 f"cannot renew lease of sandbox {sandbox.vmid}: it expired at {clock_module.iso(current)} and is about to become TIMEOUT. "
                 "Create a new sandbox",

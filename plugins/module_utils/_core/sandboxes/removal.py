@@ -33,7 +33,7 @@ from ..errors import (
 from ..model import Outcome, Sandbox
 from ..proxmox import identity
 from ..proxmox.answers import changed, not_begun
-from ..store.records import POINT_OF_NO_RETURN, Claim, Operation
+from ..store.records import POINT_OF_NO_RETURN, Claim, JournalEntry
 from ..vm import binding, power
 from ..vm.locate import Located, is_hibernated, locate, power_state, refuse_guarded, refuse_not_ours
 from ..workspaces import workspace_disk
@@ -283,7 +283,7 @@ class Removal:
             # From here on it is too late to protect the sandbox: it would be kept without its workspace.
             self._journal("detaching", unprotected=True)
             try:
-                workspace_disk.off(ctx, self._claim, self._sandbox, found, own, sure=True)
+                workspace_disk.detach_volume(ctx, self._claim, self._sandbox, found, own, sure=True)
             except ApiError as error:
                 if not self._vanished(error):
                     raise
@@ -297,7 +297,7 @@ class Removal:
         """The task of the delete. Mark and delete share one place among the requests in flight: nothing of ours comes between them."""
         ctx = self._ctx
         ctx.records.journal(self._claim, "destroy", "deleting", self._detail, unprotected=not self._request.clean_up)
-        with ctx.client.held(found.path):
+        with ctx.client.reserve_place(found.path):
             try:
                 _mark(ctx, self._request, found)
             except ApiError as error:
@@ -431,7 +431,7 @@ def never_cloned(sandbox: Sandbox, created: dict[str, Any] | None) -> bool:
     return sandbox.smbios_uuid is None and created is not None and created.get("phase") == "reserved"
 
 
-def creation_of(left: Operation) -> dict[str, Any] | None:
+def creation_of(left: JournalEntry) -> dict[str, Any] | None:
     """What the creation noted, from its own journal entry or from the destroy's that took it over."""
     if left.kind == "create":
         return {**left.detail, "phase": left.phase, "at": left.updated_at}
@@ -454,7 +454,7 @@ def _look_before_closing(ctx: Context, sandbox: Sandbox) -> None:
         )
 
 
-def _await_cut_off(ctx: Context, sandbox: Sandbox, left: Operation) -> list[str]:
+def _await_cut_off(ctx: Context, sandbox: Sandbox, left: JournalEntry) -> list[str]:
     """Wait for the delete of a killed run, if its task is known. However it ended, what is there now is judged anew."""
     upid = left.detail.get("upid")
     if not upid:

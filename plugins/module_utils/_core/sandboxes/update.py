@@ -20,7 +20,7 @@ from ..model import Outcome, Sandbox
 from ..proxmox import identity
 from ..store import history
 from ..vm import power
-from ..vm.locate import Located, guarded, refuse_locked, require_match
+from ..vm.locate import Located, refuse_locked, require_match, write_with_digest
 from ..workspaces import workspace_disk
 from . import template as templates
 from . import vm_config
@@ -189,7 +189,7 @@ def apply(ctx: Context, sandbox: Sandbox, spec: Spec) -> Outcome:
             located = require_match(ctx, current)
         refused: set[str] = set()
         try:
-            guarded(
+            write_with_digest(
                 ctx,
                 current,
                 located,

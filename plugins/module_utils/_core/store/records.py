@@ -59,11 +59,11 @@ class Claim:
     uuid: str
     fence: int
     operation: str
-    interrupted: Operation | None = None
+    interrupted: JournalEntry | None = None
 
 
 @dataclass(slots=True)
-class Operation:
+class JournalEntry:
     """A journal entry: what is under way on a sandbox, and how far it has come."""
 
     sandbox_uuid: str
@@ -75,7 +75,7 @@ class Operation:
     updated_at: int
 
     @classmethod
-    def from_row(cls, row: sqlite3.Row) -> Operation:
+    def from_row(cls, row: sqlite3.Row) -> JournalEntry:
         """Return the entry of a row of the table operations; DamagedRecord names a value that cannot be one."""
         try:
             detail = json.loads(row["detail"])
@@ -99,12 +99,12 @@ def sound_sandbox(row: sqlite3.Row) -> Sandbox | None:
         return None
 
 
-def sound_operations(rows: Iterable[sqlite3.Row]) -> list[Operation]:
+def sound_operations(rows: Iterable[sqlite3.Row]) -> list[JournalEntry]:
     """Return the journal entries of these rows, without the damaged ones."""
     entries = []
     for row in rows:
         try:
-            entries.append(Operation.from_row(row))
+            entries.append(JournalEntry.from_row(row))
         except DamagedRecord:
             continue
     return entries
@@ -189,7 +189,7 @@ class Records:
         errors: list[DamagedRecord] = []
         for make, query in (
             (Sandbox.from_row, f"{SELECT} WHERE {LIVE}"),
-            (Operation.from_row, "SELECT * FROM operations"),
+            (JournalEntry.from_row, "SELECT * FROM operations"),
         ):
 
             def judge(row: sqlite3.Row, make: Callable[[sqlite3.Row], object] = make) -> None:
@@ -207,18 +207,18 @@ class Records:
                     errors.append(DamagedRecord("meta", f"key {row['key']}", "value", "what this program wrote there"))
         return errors
 
-    def unfinished(self) -> tuple[list[Operation], list[Operation]]:
+    def unfinished(self) -> tuple[list[JournalEntry], list[JournalEntry]]:
         """The journal: what is under way, and what was interrupted."""
         stale = {one.sandbox_uuid: one for one in self.interrupted()}
         rows = self.db.read("SELECT * FROM operations ORDER BY id")
         return sound_operations(row for row in rows if row["sandbox_uuid"] not in stale), list(stale.values())
 
-    def under_way(self, uuid: str) -> Operation | None:
+    def under_way(self, uuid: str) -> JournalEntry | None:
         """The journal entry of a sandbox, if an operation on it is unfinished."""
         rows = self.db.read("SELECT * FROM operations WHERE sandbox_uuid = ?", uuid)
-        return Operation.from_row(rows[0]) if rows else None
+        return JournalEntry.from_row(rows[0]) if rows else None
 
-    def interrupted(self) -> list[Operation]:
+    def interrupted(self) -> list[JournalEntry]:
         """Journal entries whose run is dead or whose claim is gone: what the next run has to finish."""
         rows = self.db.read(
             "SELECT o.*, c.fence, c.process, c.expires_at FROM operations o LEFT JOIN claims c USING (sandbox_uuid) ORDER BY o.id"
@@ -232,7 +232,7 @@ class Records:
             or holders.is_dead(claim["process"])
         )
 
-    def _holder(self) -> str:
+    def _claim_holder(self) -> str:
         """Return which process holds a claim, when it said so, and until when by the time since boot (JSON)."""
         return f'{self._process[:-1]}, "at": {self.clock.now()}, "until": {float(self.clock.since_boot() + self.claim_seconds)!r}}}'
 
@@ -386,10 +386,10 @@ class Records:
         fence = int(conn.execute("SELECT value FROM meta WHERE key = 'fence'").fetchone()["value"])
         conn.execute(
             "INSERT OR REPLACE INTO claims VALUES (?, ?, ?, ?, ?, ?, ?)",
-            (uuid, fence, operation, self.actor, self._holder(), now, now + self.claim_seconds),
+            (uuid, fence, operation, self.actor, self._claim_holder(), now, now + self.claim_seconds),
         )
         left = conn.execute("SELECT * FROM operations WHERE sandbox_uuid = ?", (uuid,)).fetchone()
-        return Claim(uuid, fence, operation, Operation.from_row(left) if left else None)
+        return Claim(uuid, fence, operation, JournalEntry.from_row(left) if left else None)
 
     def fenced(self, claim: Claim, work: Callable[[sqlite3.Connection], T], *, finish: bool = False) -> T:
         """Run a write only while the claim is still ours, and extend it; ``finish``: end it, if the write is done."""
@@ -409,7 +409,7 @@ class Records:
             else:
                 conn.execute(
                     "UPDATE claims SET expires_at = ?, process = ? WHERE sandbox_uuid = ? AND fence = ?",
-                    (self.clock.now() + self.claim_seconds, self._holder(), claim.uuid, claim.fence),
+                    (self.clock.now() + self.claim_seconds, self._claim_holder(), claim.uuid, claim.fence),
                 )
             return value
 

@@ -19,7 +19,7 @@ from ..store import history
 
 
 @dataclass(slots=True)
-class Wanted:
+class Filter:
     """Which sandboxes to show; a filter that is not given passes all (an empty list of ids passes none)."""
 
     ids: list[dict[str, Any]] | None = None
@@ -30,12 +30,12 @@ class Wanted:
     include_destroyed: bool = False
 
 
-def find(ctx: Context, wanted: Wanted) -> list[Sandbox]:
+def find(ctx: Context, filters: Filter) -> list[Sandbox]:
     """The sandboxes, in the order of their VMIDs."""
-    destroyed = wanted.include_destroyed or states.DESTROYED in (wanted.states or ())
-    if wanted.ids is not None:
+    destroyed = filters.include_destroyed or states.DESTROYED in (filters.states or ())
+    if filters.ids is not None:
         found = []
-        for which in wanted.ids:
+        for which in filters.ids:
             try:
                 one = ctx.select(**which)
             except NotFound:
@@ -43,21 +43,21 @@ def find(ctx: Context, wanted: Wanted) -> list[Sandbox]:
             if one.live or destroyed:
                 found.append(one)
     else:
-        found = ctx.records.find_all(wanted.states, include_destroyed=destroyed)
+        found = ctx.records.find_all(filters.states, include_destroyed=destroyed)
     now = ctx.clock.now()
     return [
         one
         for one in found
-        if (wanted.states is None or one.state in wanted.states)
-        and (wanted.profile is None or one.profile == wanted.profile)
-        and (not wanted.tags or set(wanted.tags) & set(one.tags))
-        and (wanted.expired is None or one.expired(now) == wanted.expired)
+        if (filters.states is None or one.state in filters.states)
+        and (filters.profile is None or one.profile == filters.profile)
+        and (not filters.tags or set(filters.tags) & set(one.tags))
+        and (filters.expired is None or one.expired(now) == filters.expired)
     ]
 
 
 def show(
     ctx: Context,
-    wanted: Wanted,
+    filters: Filter,
     *,
     events: int = 0,
     verify: bool = False,
@@ -65,7 +65,7 @@ def show(
     owner: bool = False,
 ) -> dict[str, Any]:
     """Return ``sandboxes``, ``count`` and ``by_state``. ``owner`` adds to each live sandbox who created it."""
-    found = find(ctx, wanted)
+    found = find(ctx, filters)
     shown = [one.public() for one in found]
     if owner:
         owners = history.owners(ctx.database)

@@ -16,14 +16,14 @@ from ..errors import ApiError, Kept, ProxmoxError
 from ..model import Sandbox
 from ..proxmox import identity
 from ..proxmox.tasks import started_at
-from ..store.records import AWAITED, Claim, Operation
+from ..store.records import AWAITED, Claim, JournalEntry
 from .locate import Located, locate
 
 # Node clocks may differ a little from ours.
 _CLOCK_SLACK = 300
 
 
-def waits_for_next_run(left: Operation, state: str) -> bool:
+def waits_for_next_run(left: JournalEntry, state: str) -> bool:
     """Whether this is a creation whose caller was told to run its task again: nobody else finishes it, its lease ends it."""
     return (
         left.kind == "create"

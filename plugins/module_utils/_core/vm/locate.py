@@ -227,7 +227,7 @@ def match_if_readable(ctx: Context, sandbox: Sandbox) -> Located | None:
         raise
 
 
-def guarded(ctx: Context, sandbox: Sandbox, found: Located, write: Callable[[Located], Any]) -> Any:
+def write_with_digest(ctx: Context, sandbox: Sandbox, found: Located, write: Callable[[Located], Any]) -> Any:
     """What ``write`` answers, which sends one request with the digest of the VM it is given, and waits for its task. Where the configuration became another
     one, the VM is judged anew and ``write`` called with that; Kept when it changes each time."""
     for _time in range(_WRITE_TRIES):

@@ -33,13 +33,13 @@ from . import address
 from .locate import (
     HIBERNATED,
     Located,
-    guarded,
     is_hibernated,
     just_judged,
     look,
     power_state,
     refuse_locked,
     require_match,
+    write_with_digest,
 )
 
 _LOCK_TRIES = 3
@@ -233,7 +233,9 @@ def discard_saved_memory(ctx: Context, sandbox: Sandbox, found: Located) -> Loca
 
     Proxmox's own stop says OK and does nothing; a config write, guarded by the digest, takes file and lock away.
     """
-    guarded(ctx, sandbox, found, lambda now: ctx.client.put(f"{now.path}/config", delete="vmstate", digest=now.digest))
+    write_with_digest(
+        ctx, sandbox, found, lambda now: ctx.client.put(f"{now.path}/config", delete="vmstate", digest=now.digest)
+    )
     now = require_match(ctx, sandbox)
     refuse_locked(sandbox, now)
     return now
@@ -325,7 +327,7 @@ def _task(
     while True:
         tries += 1
         try:
-            with ctx.client.held(found.path) as waited:
+            with ctx.client.reserve_place(found.path) as waited:
                 found = just_judged(ctx, sandbox, found, waited)
                 upid = ctx.client.post(f"{found.path}/{action}", **params)
             if not isinstance(upid, str):

@@ -17,19 +17,19 @@ from ..store import workspaces as store
 from ..store.records import Claim
 from ..store.workspaces import Workspace
 from ..vm import power
-from ..vm.locate import guarded, refuse_locked, require_match
+from ..vm.locate import refuse_locked, require_match, write_with_digest
 from .workspace_disk import (
     UNITS,
     WorkspaceRefused,
+    assign,
     attach,
+    attached_vms,
     check_node,
+    detach_volume,
     exists,
-    hold,
-    holders,
     missing,
     naming,
     node_for,
-    off,
     records,
     refuse_snapshots,
     released,
@@ -260,7 +260,7 @@ def _grow(ctx: Context, found: Workspace, wanted: int) -> Done:
             found, "grow", claim=claim, outcome="decided", reason="grow", evidence={"from": found.size, "to": wanted}
         )
         # An absolute size: asking twice is asking once.
-        guarded(
+        write_with_digest(
             ctx,
             sandbox,
             located,
@@ -306,7 +306,7 @@ def attached(ctx: Context, which: str, sandbox: Sandbox, ttl: int | None = None)
         located = require_match(ctx, current)
         refuse_locked(current, located)
         check_node(found, located.node)
-        held = hold(ctx, claim, current, found, ttl)
+        held = assign(ctx, claim, current, found, ttl)
         try:
             done = attach(ctx, claim, current, located, held)
         except (WorkspaceRefused, Kept) as error:
@@ -340,7 +340,7 @@ def _let_go(ctx: Context, claim: Claim, sandbox: Sandbox, held: Workspace, error
         )
         return
     # Held with a slot: an earlier run had asked for it, and Proxmox may still carry that out.
-    off(ctx, claim, sandbox, require_match(ctx, sandbox), found, sure=held.slot is None)
+    detach_volume(ctx, claim, sandbox, require_match(ctx, sandbox), found, sure=held.slot is None)
 
 
 def _renew(ctx: Context, found: Workspace, ttl: int | None) -> Done:
@@ -388,7 +388,7 @@ def detached(ctx: Context, which: str, *, only_stopped: bool = False) -> Done:
             raise WorkspaceRefused(
                 f"{found.title}: the lease of sandbox {current.vmid} on it is over, but its VM still runs; stop it first"
             )
-        return Done("detached", off(ctx, claim, current, located, found), True)
+        return Done("detached", detach_volume(ctx, claim, current, located, found), True)
 
 
 # ---- deleting ----
@@ -413,7 +413,7 @@ def absent(ctx: Context, which: str, *, force: bool) -> Done:
             f"{found.title}: its creation was begun {age} s ago and may still be carried out; run again in {ctx.config.doubt_window - age} s "
             "(doubt_window)",
         )
-    having = holders(ctx, found)
+    having = attached_vms(ctx, found)
     if having:
         raise WorkspaceRefused(
             f"{found.title}: VM {having[0]} has its volume {found.volume} attached; it was not deleted", vmid=having[0]
@@ -494,7 +494,7 @@ def _look(ctx: Context, found: Workspace) -> dict[str, Any]:
     told: dict[str, Any] = {"volume_present": None, "attached_to": None, "unknown": []}
     for name, look in (
         ("volume_present", lambda: not missing(ctx, found, node_for(ctx, found))),
-        ("attached_to", lambda: holders(ctx, found)),
+        ("attached_to", lambda: attached_vms(ctx, found)),
     ):
         try:
             told[name] = look()
@@ -548,4 +548,4 @@ def finish(ctx: Context, found: Workspace) -> Workspace:
                 f"{found.title}: it was being taken off sandbox {current.vmid}, which runs; detach it, or stop the sandbox",
                 vmid=current.vmid,
             )
-        return off(ctx, claim, current, located, found) if found.state != store.ATTACHED else found
+        return detach_volume(ctx, claim, current, located, found) if found.state != store.ATTACHED else found

@@ -20,7 +20,7 @@ from ..model import Sandbox
 from ..store import workspaces as store
 from ..store.records import Claim
 from ..store.workspaces import Workspace
-from ..vm.locate import Located, guarded, require_match
+from ..vm.locate import Located, require_match, write_with_digest
 
 UNITS = {"M": 1024**2, "G": 1024**3, "T": 1024**4}
 _DRIVE = re.compile(r"(?:ide|sata|scsi|virtio|efidisk|tpmstate|unused)\d+")
@@ -150,7 +150,7 @@ def node_for(ctx: Context, found: Workspace) -> str:
     raise WorkspaceRefused(f"{found.title}: no node that is online has its storage {found.storage!r}")
 
 
-def holders(ctx: Context, found: Workspace) -> list[int]:
+def attached_vms(ctx: Context, found: Workspace) -> list[int]:
     """VMIDs of all VMs whose configuration names the volume. Kept when one that might cannot be read."""
     rows = [
         (vmid, row)
@@ -229,7 +229,7 @@ def slot_of(ctx: Context, sandbox: Sandbox, located: Located, found: Workspace) 
 # ---- attaching ----
 
 
-def hold(ctx: Context, claim: Claim, sandbox: Sandbox, found: Workspace, ttl: int | None = None) -> Workspace:
+def assign(ctx: Context, claim: Claim, sandbox: Sandbox, found: Workspace, ttl: int | None = None) -> Workspace:
     """Take the workspace for the sandbox, in the records: from here on nobody else gets it. The caller holds the sandbox's claim."""
     if found.sandbox_uuid == sandbox.uuid and found.state in (store.ATTACHING, store.ATTACHED):
         return found
@@ -278,7 +278,7 @@ def of_creation(ctx: Context, claim: Claim, sandbox: Sandbox, which: str | None)
     """The workspace of a sandbox that is being created, held from here on; also the one that an earlier, killed run took for it."""
     found = records(ctx).of_sandbox(sandbox.uuid)
     if found is None and which is not None:
-        found = hold(ctx, claim, sandbox, select(ctx, which))
+        found = assign(ctx, claim, sandbox, select(ctx, which))
     return found
 
 
@@ -309,7 +309,7 @@ def attach(ctx: Context, claim: Claim, sandbox: Sandbox, located: Located, found
             f"{found.title}: its volume {found.volume} is not to be seen on node {node}; it was removed, moved or renamed (move_disk?), or "
             f"Datastore.Allocate (with Datastore.AllocateSpace and Datastore.Audit) is missing on /storage/{found.storage}"
         )
-    others = [vmid for vmid in holders(ctx, found) if vmid != sandbox.vmid]
+    others = [vmid for vmid in attached_vms(ctx, found) if vmid != sandbox.vmid]
     if others:
         raise WorkspaceRefused(
             f"{found.title}: VM {others[0]} has its volume {found.volume} attached, though by no record of ours; it was not attached a "
@@ -335,7 +335,7 @@ def attach(ctx: Context, claim: Claim, sandbox: Sandbox, located: Located, found
                 )
             ctx.client.put(f"{now.path}/config", digest=now.digest, **{free: drive})
 
-        guarded(ctx, sandbox, located, put_in)
+        write_with_digest(ctx, sandbox, located, put_in)
         slot = free
         listed = rows_of(ctx, node, sandbox.vmid)
     used = _in_use(listed, found.volume)
@@ -349,7 +349,9 @@ def attach(ctx: Context, claim: Claim, sandbox: Sandbox, located: Located, found
         # Noted for the next start only, by this run or one before: a disk that is half there is none. Whose VM it is now is looked at before that
         # is written, too.
         located = require_match(ctx, sandbox)
-        guarded(ctx, sandbox, located, lambda now: ctx.client.put(f"{now.path}/config", revert=slot, digest=now.digest))
+        write_with_digest(
+            ctx, sandbox, located, lambda now: ctx.client.put(f"{now.path}/config", revert=slot, digest=now.digest)
+        )
         raise WorkspaceRefused(
             f"{found.title}: the running VM {sandbox.vmid} did not take the disk (is hotplug for disks on?); stop the sandbox, then "
             "attach it"
@@ -389,7 +391,7 @@ def refuse_snapshots(ctx: Context, sandbox: Sandbox, located: Located, found: Wo
         )
 
 
-def off(
+def detach_volume(
     ctx: Context, claim: Claim, sandbox: Sandbox, located: Located, found: Workspace, *, sure: bool = False
 ) -> Workspace:
     """Take the volume off a VM that was judged to be ours, proven by reading the configuration back, and that the volume is still what it was.
@@ -434,7 +436,7 @@ def off(
                 ctx.client.put(f"{now.path}/config", digest=now.digest, delete=",".join(slots))
 
         try:
-            guarded(ctx, sandbox, located, take_off)
+            write_with_digest(ctx, sandbox, located, take_off)
         except ApiError as error:
             if not _UNPLUG_REFUSED.search(error.text):
                 raise
@@ -468,7 +470,7 @@ def _undo_unplug(ctx: Context, claim: Claim, sandbox: Sandbox, found: Workspace,
     The workspace is ATTACHED again, because the VM has it: nothing of the refused try comes true at the next start.
     """
     located = require_match(ctx, sandbox)
-    guarded(
+    write_with_digest(
         ctx,
         sandbox,
         located,

@@ -28,7 +28,7 @@ from agentlab_core.sandboxes.lease import Expiry
 from . import __version__
 from .statuses import status_of
 
-OPERATIONS = ("create", "destroy", "start", "stop", "suspend", "expire", "prune", "cleanup", "reconcile")
+COUNTED_OPERATIONS = ("create", "destroy", "start", "stop", "suspend", "expire", "prune", "cleanup", "reconcile")
 _SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 # How a destroy ended, as the kind of orphan it was.
 _ORPHANS = {"vm_absent": "vm_absent", "vmid_reused": "vmid_reused", "destroyed": "lease_over"}
@@ -94,7 +94,7 @@ class Metrics:
             buckets=_SECONDS,
             registry=self.registry,
         )
-        for operation in OPERATIONS:
+        for operation in COUNTED_OPERATIONS:
             if operation != "expire":
                 self.durations.labels(operation)
             for result in ("ok", "failed", "kept"):

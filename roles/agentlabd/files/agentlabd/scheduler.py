@@ -153,7 +153,7 @@ class Scheduler:
         longest = float(self.service.config.expire_interval)
         ctx = self.service.context("agentlabd")
         # Notes how far the records have come, and recognises an older copy.
-        timeguard.hold(ctx)
+        timeguard.hold_leases(ctx)
         due = overview.next_lease_end(ctx.records)
         if due is not None and due <= ctx.clock.now():
             passed = lease.expire(ctx, stop_vms=False)

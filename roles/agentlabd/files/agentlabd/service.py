@@ -140,7 +140,7 @@ class Service:
     def frozen(self) -> dict[str, Any] | None:
         return timeguard.frozen(self.base)
 
-    def clean(self, actor: str, *, dry_run: bool = False) -> cleanup.Report:
+    def clean(self, actor: str, *, dry_run: bool = False) -> cleanup.CleanupResult:
         """Run the rules once. Busy while they run already; Frozen, GuardTripped as the core says."""
         policy = self.policy
         shadow = policy.mode == rules.SHADOW

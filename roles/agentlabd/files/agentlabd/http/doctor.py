@@ -16,7 +16,7 @@ def examine(call: Call) -> Answer:
 
     found = doctor.Doctor(call.service.config)
     try:
-        report = found.examine(doctor.Wanted(template=call.query.get("template")))
+        report = found.examine(doctor.Scope(template=call.query.get("template")))
         made = (
             doctor.bundle(found, report, hosts=call.query.get("bundle_hosts", False))
             if call.query.get("bundle")

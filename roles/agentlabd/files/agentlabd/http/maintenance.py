@@ -18,7 +18,7 @@ from .route import Call
 def prune_sandboxes(call: Call) -> Answer:
     dry_run = call.body.get("dry_run", False)
     older = call.body.get("older_than")
-    which = prune.Wanted(
+    which = prune.Selection(
         states=call.body.get("states") or (states.TIMEOUT,),
         older_than=None if older is None else durations.parse(older, "older_than", zero=True),
         tags=call.body.get("tags", ()),

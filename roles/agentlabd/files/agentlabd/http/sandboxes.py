@@ -23,7 +23,7 @@ from .route import Call
 
 
 def list_sandboxes(call: Call) -> Answer:
-    which = info.Wanted(
+    which = info.Filter(
         states=call.query.get("state"),
         profile=call.query.get("profile"),
         tags=call.query.get("tag", ()),

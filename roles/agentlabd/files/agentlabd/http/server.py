@@ -60,7 +60,7 @@ def _impatient(status: int, message: str, code: str) -> web.Response:
     return response
 
 
-class _Refused(Exception):
+class _RequestRefused(Exception):
     """Status, sentence and word of the answer to a request that is not read to its end."""
 
 
@@ -135,7 +135,7 @@ class Api:
         """The API, as ``option`` (socket, listen) serves it; over TCP every request must bring the token in force."""
 
         @web.middleware
-        async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
+        async def check_access(request: web.Request, handler: Handler) -> web.StreamResponse:
             try:
                 token = self.service.token if option == "listen" else None
                 if option == "listen" and not (token and _authorised(request, token)):
@@ -149,7 +149,7 @@ class Api:
                 return _response(_http_error(request, error))
             except InvalidInput as error:
                 return _response(answers.of_error(error))
-            except _Refused as refused:
+            except _RequestRefused as refused:
                 return _impatient(*refused.args)
             except _ClientGone:
                 log.debug(
@@ -164,7 +164,7 @@ class Api:
                     answers.failed(500, "internal error; the daemon's log says more. Please report this", "internal")
                 )
 
-        app = web.Application(middlewares=[self._timed(option), guard], client_max_size=BODY_BYTES)
+        app = web.Application(middlewares=[self._timed(option), check_access], client_max_size=BODY_BYTES)
         # Only digits are a VMID: any other word below /v1/sandboxes is no path of this API, and says so with 404.
         for route in ROUTES:
             app.router.add_route(route.method, route.path.replace("{vmid}", "{vmid:[0-9]+}"), self._handler(route))
@@ -204,14 +204,14 @@ class Api:
                     if size + len(chunk) > BODY_BYTES:
                         raise web.HTTPRequestEntityTooLarge(BODY_BYTES, size + len(chunk))
                     if not self._bodies.take(size, size + len(chunk)):
-                        raise _Refused(
+                        raise _RequestRefused(
                             503, "too many large bodies are on their way at once; ask again in some seconds", "too_much"
                         )
                     size += len(chunk)
                     parts.append(chunk)
             return b"".join(parts)
         except TimeoutError:
-            raise _Refused(
+            raise _RequestRefused(
                 408, f"the body of the request was not complete within {BODY_SECONDS:.0f} s", "too_slow"
             ) from None
         except (web.RequestPayloadError, PayloadEncodingError, ConnectionError, ClientError) as error:
