@@ -104,6 +104,29 @@ def test_a_vm_that_could_not_be_stopped_is_stopped_by_a_later_pass(daemon: Make,
     one.wait_for(lambda: lab.pve.vm(1000).status == "stopped", "a pass of reconcile stops it", 20)
 
 
+def test_a_vm_that_the_daemon_is_stopping_is_no_failure_of_a_pass(daemon: Make, lab: Lab) -> None:
+    lab.create("a1")
+    one = daemon(reconcile_interval="1s")
+    first_pass(one)
+    release = threading.Event()
+
+    async def hold(method: str, path: str) -> None:
+        while path.endswith("/1000/status/shutdown") and not release.is_set():
+            await asyncio.sleep(0.01)
+
+    lab.pve.before = hold
+    one.good("POST", "/v1/sandboxes/1000/lease/renew", {"ttl": "2s", "allow_shorten": True})
+    one.wait_for(state_of(lab, 1000, "TIMEOUT"), "the lease ends", 20)
+    passed = one.get("/v1/status").body["reconcile"]["last_run"]
+    one.wait_for(lambda: one.get("/v1/status").body["reconcile"]["last_run"] > passed, "a pass meets the stop", 20)
+    drift = one.good("POST", "/v1/sandboxes/reconcile", {"apply": True})["drift"]
+    assert [(row["kind"], row["applied"], row["error"]) for row in drift] == [("still_running", False, None)]
+    assert drift[0]["evidence"] == {"note": "another run is stopping it"}
+    assert "still_running" not in one.log() and "being worked on" not in one.log(), one.log()
+    release.set()
+    one.wait_for(lambda: lab.pve.vm(1000).status == "stopped", "the VM is switched off", 20)
+
+
 def test_a_proxmox_that_hangs_delays_no_lease_and_no_answer(daemon: Make, lab: Lab) -> None:
     """Every thread that asks Proxmox is stuck: two connections, a reconcile, two destroys and a VM that is to be stopped."""
     for number in range(5):

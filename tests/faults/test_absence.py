@@ -84,7 +84,7 @@ def test_vm_hidden_by_permissions_is_not_gone(lab: Lab) -> None:
     hide(lab, ours.vmid)
     report = lab.prune()
     assert [one.reason for one in report.kept] == ["unknown"] and not report.pruned
-    assert "hidden from these credentials" in (report.kept[0].message or "")
+    assert "these credentials may not see VM 1000: grant VM.Audit on /vms" in (report.kept[0].message or "")
     everything(lab, ours)
     unchanged(lab, ours)
     lab.calm()

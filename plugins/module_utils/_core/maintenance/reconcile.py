@@ -195,7 +195,7 @@ def _leases(ctx: Context, apply: bool) -> list[Drift]:
             "stop",
             _with_note({}, problem),
             one,
-            applied=_failure_of(problem) is None,
+            applied=_failure_of(problem) is None and problem != lease.UNDER_WAY,
             error=_failure_of(problem),
         )
         for one, problem in lease.stop_leftovers(ctx, known)
@@ -204,8 +204,8 @@ def _leases(ctx: Context, apply: bool) -> list[Drift]:
 
 
 def _failure_of(problem: str | None) -> str | None:
-    """Why a VM could not be stopped; None where there was none of ours to stop, which the same pass settles."""
-    return None if problem in (lease.NO_VM, lease.ANOTHER_VM) else problem
+    """Return why a VM could not be stopped; None where the same pass settles it, or another run is stopping it."""
+    return None if problem in (lease.NO_VM, lease.ANOTHER_VM, lease.UNDER_WAY) else problem
 
 
 def _with_note(evidence: dict[str, Any], problem: str | None) -> dict[str, Any]:

@@ -24,6 +24,12 @@ _UNKNOWN = (*_FOREIGN_PROXY, 596, 597, 598, 599)
 LARGEST_ANSWER = 32 * 1024 * 1024
 DEEPEST_ANSWER = 32
 _LONGEST_TEXT = 1000
+# A storage without room, in the words of the kernel, qemu-img, LVM (thick and thin), ZFS, Ceph and quotas.
+_FULL = re.compile(
+    r"no space left|out of space|insufficient (free|suitable|allocatable) ?(space|extents)?|disk quota exceeded|"
+    r"not enough (free )?space|free space in thin pool|thin pool .{0,80}(full|exceeds|out of)|osd.{0,40}full|pool.{0,40}is full",
+    re.IGNORECASE,
+)
 # What each kind of request needs, for answers that do not say it. A role on a deeper path replaces what is inherited there.
 _NEEDS = {
     "GET cluster/status": "Sys.Audit on /",
@@ -49,6 +55,16 @@ def changed(text: str) -> bool:
 def not_begun(text: str) -> bool:
     """Return True when Proxmox says by this text that it did not begin: no worker, or a lock not got."""
     return any(part in text for part in _NOT_BEGUN)
+
+
+def storage_full(text: str) -> bool:
+    """Return True when Proxmox, or the log of its task, says by this text that a storage has no room left."""
+    return _FULL.search(text) is not None
+
+
+def room_advice(text: str) -> str:
+    """Return what to do when this text of Proxmox, or of a task's log, speaks of a full storage; "" otherwise."""
+    return "; the storage is full: free space there, then run again" if storage_full(text) else ""
 
 
 def template_of(path: str) -> str:
@@ -170,7 +186,7 @@ def failure(
         said += (
             "; the cluster takes no changes, most likely because it has no quorum. Look at pvecm status, then run again"
         )
-    return ApiError(f"{where}: {said}", **facts)
+    return ApiError(f"{where}: {said}{room_advice(text)}", **facts)
 
 
 def _grant(method: str, path: str, text: str, params: dict[str, Any]) -> str:

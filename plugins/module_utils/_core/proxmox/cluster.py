@@ -310,12 +310,21 @@ class Cluster:
         found = parallel.each(lambda vmid: self._nextid(vmid, quorum), vmids, self._client.settings.connections)
         return dict(zip(vmids, found, strict=True))
 
+    def why_in_use(self, vmid: int) -> str:
+        """Return the sentence for a VMID that is in use: with what to grant, where the credentials do not see its VM."""
+        if self._vms is None or vmid in self._vms:
+            return f"VMID {vmid} is in use"
+        return (
+            f"VMID {vmid} is in use, and these credentials may not see VM {vmid}: grant VM.Audit on /vms or on its pool, "
+            "then run again"
+        )
+
     def _nextid(self, vmid: int, quorum: dict[str, Any]) -> Presence:
         try:
             found = self._client.get("cluster/nextid", vmid=vmid)
         except ApiError as error:
             if error.status in (400, 500) and "already exists" in error.text:
-                return Presence(False, f"VMID {vmid} is in use", {"nextid": error.text})
+                return Presence(False, self.why_in_use(vmid), {"nextid": error.text})
             return Presence(None, error.message, {})
         except ProxmoxError as error:
             return Presence(None, error.message, {})

@@ -215,7 +215,7 @@ class TaskWaiter:
                 node=node,
             )
         raise TaskFailed(
-            f"{what}: task {upid} on node {node} failed: {answers.clean(status)}{log}",
+            f"{what}: task {upid} on node {node} failed: {answers.clean(status)}{log}{answers.room_advice(status + log)}",
             upid=upid,
             node=node,
             exitstatus=status,

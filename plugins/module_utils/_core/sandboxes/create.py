@@ -267,6 +267,12 @@ def _carry_on(
                 vmid=sandbox.vmid,
             ) from None
         error.detail.setdefault("vmid", sandbox.vmid)
+        if isinstance(error, OutcomeUnknown) and str(error.detail.get("path") or "").endswith("/clone"):
+            now = ctx.records.get(sandbox.uuid)
+            error.message = (
+                f"sandbox {now.vmid} ({now.state}): whether its clone was begun is not known; run again in "
+                f"{ctx.config.doubt_window} s, or reconcile settles it ({error.message})"
+            )
         if (
             isinstance(error, TaskTimeout) or (isinstance(error, Kept) and error.reason == "changed")
         ) and sandbox.smbios_uuid is not None:

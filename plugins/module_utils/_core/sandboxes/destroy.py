@@ -172,6 +172,33 @@ def _close(ctx: Context, proven: list[Gone], proofs: dict[int, Any]) -> list[Out
         return [failure(_now(ctx, found.sandbox), error) for found in proven]
 
 
+def _still_there(ctx: Context, found: Gone) -> Kept:
+    """Return why a record is kept whose VM was deleted, or not to be seen, and whose VMID is in use all the same."""
+    vmid = found.sandbox.vmid
+    if not found.upids and vmid not in ctx.cluster.vms():
+        return Kept("unknown", f"sandbox {vmid}: {ctx.cluster.why_in_use(vmid)}")
+    was = "deleted" if found.upids else "not to be seen"
+    return Kept(
+        "unknown",
+        f"sandbox {vmid}: a VM with that VMID is still there although it was {was} (VMID {vmid} is in use; hidden from "
+        "these credentials?); run again",
+    )
+
+
+# What became of the VM, where it was not deleted just now.
+_FATES = {
+    "vm_absent": "its VM was already gone",
+    "vmid_reused": "its VM was already gone; VMID {vmid} is somebody else's VM now, and was left alone",
+    "never_created": "its VM was never made",
+}
+
+
+def _fate(vmid: int, reason: str) -> str | None:
+    """Return the sentence for a VM that this run did not delete; None for one that it did."""
+    text = _FATES.get(reason)
+    return f"sandbox {vmid}: {text.format(vmid=vmid)}" if text else None
+
+
 def _finish(ctx: Context, found: Gone, proofs: dict[int, Any]) -> Outcome:
     """Commit DESTROYED once absence is proven; otherwise the record stays as it is, and the journal tells the next run."""
     sandbox = found.sandbox
@@ -186,11 +213,7 @@ def _finish(ctx: Context, found: Gone, proofs: dict[int, Any]) -> Outcome:
                 ctx.cluster.vms(fresh=True)
                 again = locate(ctx, sandbox) if sandbox.smbios_uuid else Located(None, {}, None)
                 if again.verdict is None or again.verdict.identity != identity.FOREIGN:
-                    raise Kept(
-                        "unknown",
-                        f"sandbox {sandbox.vmid}: a VM with that VMID is still there although it was "
-                        f"{'deleted' if found.upids else 'not to be seen'} ({proof.why}; hidden from these credentials?); run again",
-                    )
+                    raise _still_there(ctx, found)
                 reason, evidence = "vmid_reused", again.verdict.evidence
             elif proof.absent is None:
                 raise Kept("unknown", f"sandbox {sandbox.vmid}: it is not proven that its VM is gone: {proof.why}")
@@ -215,6 +238,7 @@ def _finish(ctx: Context, found: Gone, proofs: dict[int, Any]) -> Outcome:
             done,
             previous_state=found.before.state,
             reason=reason,
+            message=_fate(sandbox.vmid, reason),
             changed=True,
             upids=found.upids,
             warnings=found.warnings,

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from .. import clock as clock_module
 from .. import durations, states, timeguard
 from ..context import Context, failure
-from ..errors import AgentlabError, InvalidInput, Kept, RecordChanged, StateConflict
+from ..errors import AgentlabError, Busy, InvalidInput, Kept, RecordChanged, StateConflict
 from ..model import Outcome, Sandbox
 from ..store import overview
 
@@ -20,6 +20,7 @@ from ..store import overview
 REPEAT_SECONDS = 60
 # Why the VM of an expired sandbox was not stopped where that is no failure: it does not run.
 NO_VM = "no VM with that VMID is to be seen"
+UNDER_WAY = "another run is stopping it"
 ANOTHER_VM = "the VMID belongs to another VM now, which was left alone"
 
 
@@ -205,6 +206,9 @@ def stop_expired(ctx: Context, sandbox: Sandbox) -> str | None:
             upids, _warnings = power.stop(ctx, current, found, hard=False)
             ctx.records.change(claim, current, "stop", upids=upids, reason="lease_expired", finish=not other)
             return None
+    except Busy as error:
+        # Another run, perhaps of this very daemon, is switching that VM off just now.
+        return UNDER_WAY if error.detail.get("operation") in ("stop", "destroy") else error.message
     except AgentlabError as error:
         return error.message
 

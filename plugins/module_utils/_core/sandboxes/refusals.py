@@ -12,6 +12,7 @@ import re
 
 from ..context import Context
 from ..errors import AccessDenied, AgentlabError, ApiError, ProxmoxError, TaskFailed
+from ..proxmox import answers
 from .spec import Spec
 
 
@@ -26,6 +27,9 @@ def explain(ctx: Context, spec: Spec, node: str | None, template: object, error:
         text, asked = error.exitstatus, ""
     else:
         return None
+    if answers.storage_full(error.message):
+        # What the storage says stands only in the log of the task, which the message has.
+        return f"{error.message}, or give another storage{'' if spec.full_clone else ' with full_clone=true'}"
     status = f"{error.status} " if isinstance(error, ApiError) else ""
     told = f" (Proxmox VE: {status}{text.strip()[:300]})"
     pool = spec.pool or ctx.config.pool

@@ -177,7 +177,7 @@ class Scheduler:
     def _stop_vm(self, ctx: Context, sandbox: Sandbox) -> None:
         def work() -> None:
             problem = lease.stop_expired(ctx, sandbox)
-            if problem:
+            if problem and problem != lease.UNDER_WAY:
                 log.warning("sandbox %s is TIMEOUT, but its VM was not stopped: %s", sandbox.vmid, problem)
 
         self._loop.call_soon_threadsafe(

@@ -86,6 +86,7 @@ def of_item(outcome: Outcome, status: int = 200) -> Answer:
         "outcome": outcome.outcome,
         "changed": outcome.changed,
         "reason": outcome.reason,
+        "message": outcome.message,
         "upids": list(outcome.upids),
         "warnings": list(outcome.warnings),
     }

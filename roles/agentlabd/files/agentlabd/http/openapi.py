@@ -68,6 +68,7 @@ _DONE: dict[str, Any] = {
     "outcome": _TEXT,
     "changed": _FLAG,
     "reason": _MAYBE,
+    "message": _MAYBE,
     "upids": _list(_TEXT),
     "warnings": _list(_TEXT),
 }
@@ -77,7 +78,6 @@ _RESULT: dict[str, Any] = {
     "uuid": _MAYBE,
     "name": _MAYBE,
     "state": _MAYBE,
-    "message": _MAYBE,
     "failed": _FLAG,
 }
 _WORKSPACE: dict[str, Any] = {

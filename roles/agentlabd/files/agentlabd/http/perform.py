@@ -11,6 +11,7 @@ import logging
 import time
 
 from agentlab_core.errors import AgentlabError
+from agentlab_core.model import Outcome
 
 from ..logs import log
 from . import answers
@@ -55,13 +56,18 @@ def perform(route: Route, call: Call) -> Answer:
     return answer
 
 
+def _became(outcome: Outcome) -> str:
+    """Return what became of one sandbox, with why where that is told."""
+    return f"{outcome.vmid} {outcome.outcome}{f' ({outcome.message})' if outcome.message else ''}"
+
+
 def _log_change(route: Route, call: Call, answer: Answer, seconds: float) -> None:
     """Log a request that may change something: who asked for what, and what became of it."""
     options = [f"{name}={json.dumps(call.body[name])}" for name in _LOGGED_KEYS if name in call.body]
     result = answer.body.get("error")
     if not result:
         shown = answer.outcomes[:_LOGGED_OUTCOMES]
-        result = ", ".join(f"{outcome.vmid} {outcome.outcome}" for outcome in shown) or "done"
+        result = ", ".join(_became(outcome) for outcome in shown) or "done"
         if len(answer.outcomes) > len(shown):
             result += f" and {len(answer.outcomes) - len(shown)} more"
     log.log(
