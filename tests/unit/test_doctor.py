@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 import yaml
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core import config, version
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.doctor import doctor
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.doctor import cluster, doctor, findings
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import InvalidInput
 
 from support import pages
@@ -51,7 +51,7 @@ def examine(lab: Lab, *, bundle: bool | None = None, template: str | None = None
         one.close()
     assert all(finding.advice for finding in report.findings if finding.status != "ok"), "a finding without advice"
     by_check: dict[str, Any] = {}
-    for finding in sorted(report.findings, key=lambda each: doctor.STATUSES.index(each.status)):
+    for finding in sorted(report.findings, key=lambda each: findings.STATUSES.index(each.status)):
         by_check.setdefault(finding.check, finding)
     by_check["report"] = report
     return by_check
@@ -174,9 +174,11 @@ def test_ranges_that_overlap(lab: Lab) -> None:
 
 
 def test_next_id_of_the_datacenter() -> None:
-    assert doctor._next_id("lower=1500,upper=5000") == doctor._next_id({"lower": "1500", "upper": 5000}) == (1500, 5000)
-    assert doctor._next_id("lower=5") == (5, 1000000)
-    assert doctor._next_id(None) is None and doctor._next_id("lower=x") is None and doctor._next_id(3) is None
+    assert (
+        cluster._next_id("lower=1500,upper=5000") == cluster._next_id({"lower": "1500", "upper": 5000}) == (1500, 5000)
+    )
+    assert cluster._next_id("lower=5") == (5, 1000000)
+    assert cluster._next_id(None) is None and cluster._next_id("lower=x") is None and cluster._next_id(3) is None
 
 
 @pytest.mark.parametrize(("offset", "status"), [(0, "ok"), (20, "warning"), (-20, "warning"), (4000, "problem")])

@@ -1,0 +1,124 @@
+# Copyright: the agentlab.proxmox contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""A bundle for a bug report: what was found and done, without secrets."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import socket
+import tempfile
+from collections.abc import Mapping
+from typing import Any
+
+from .. import clock
+from ..config import SECRETS
+from ..errors import InvalidInput
+from ..store import history
+from ..version import __version__
+from ..views import info
+from .examination import Examination
+from .findings import Diagnosis
+
+_ADDRESS = re.compile(
+    r"(?<![\w.])(?:\d{1,3}\.){3}\d{1,3}(?![\w.]*\w)|(?<![\w:])(?:[0-9A-Fa-f]{0,4}:){2,7}[0-9A-Fa-f]{1,4}(?![\w:])"
+)
+_KEEP = ("127.0.0.1", "::1")
+
+
+def bundle(exam: Examination, report: Diagnosis, *, hosts: bool = False, events: int = 100) -> dict[str, Any]:
+    """What helps with a bug report: findings, configuration, states, the last events. Secrets are never in it; names of hosts and VMs and
+    their addresses only with ``hosts``."""
+    context = exam.context
+    config = {name: getattr(exam.config.proxmox, name) for name in exam.config.proxmox.__slots__ if name not in SECRETS}
+    config.update({name: getattr(exam.config, name) for name in exam.config.__slots__ if name != "proxmox"})
+    live = context.records.find_all()
+    found = {
+        "made_at": clock.iso(context.clock.now()),
+        "system": {
+            "kernel": platform.release(),
+            "machine": platform.machine(),
+            "python": platform.python_version(),
+            "collection": __version__,
+        },
+        "configuration": config,
+        **report.public(),
+        "sandboxes": [one.public() for one in live],
+        "events": [info.event(row) for row in history.events(context.database, tail=events)],
+    }
+    return dict(_redacted(json.loads(json.dumps(found, default=str)), _replacements(exam, hosts), hosts))
+
+
+def shown(exam: Examination, report: Diagnosis) -> dict[str, Any]:
+    """Return the report for others' eyes: no secret of the configuration is in it, whoever quoted it."""
+    return dict(_redacted(report.public(), _replacements(exam, True), True))
+
+
+def write_bundle(path: str, content: Mapping[str, Any]) -> None:
+    """A file of its own with mode 0600, whole or not at all; whatever was there is replaced, never followed."""
+    folder = os.path.dirname(os.path.abspath(path))
+    try:
+        handle, fresh = tempfile.mkstemp(prefix=".agentlab-", dir=folder)
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                json.dump(content, file, indent=2, ensure_ascii=False)
+                file.write("\n")
+            os.replace(fresh, path)
+        except OSError:
+            os.unlink(fresh)
+            raise
+    except OSError as error:
+        raise InvalidInput(
+            f"bundle: {path}: {error.strerror}; give a file in a folder that this user may write to",
+            option="bundle",
+            value=path,
+        ) from None
+
+
+def _replacements(exam: Examination, hosts: bool) -> dict[str, str]:
+    found = exam.config.proxmox
+    # A value this short would be found in half of all words; such a secret is not one.
+    replaced = {value: "(secret)" for value in (found.api_password, found.api_token_secret) if value and len(value) > 3}
+    if hosts:
+        return replaced
+    for name in (found.api_host, socket.gethostname(), socket.getfqdn()):
+        if name and name not in ("localhost", *_KEEP):
+            replaced[name] = "(host)"
+    nodes, vms = exam.context.cluster.known()
+    for number, node in enumerate(sorted(nodes), 1):
+        replaced[node] = f"(node {number})"
+    for one in exam.context.records.find_all(include_destroyed=True):
+        replaced[one.name] = f"(sandbox {one.vmid})"
+    for vmid, name in vms.items():
+        replaced.setdefault(name, f"(VM {vmid})")
+    return replaced
+
+
+def _redacted(value: Any, replaced: Mapping[str, str], hosts: bool) -> Any:
+    """The same with every such text replaced, longest first, as whole words (secrets: anywhere)."""
+    secrets = {text: word for text, word in replaced.items() if word == "(secret)"}
+    names = sorted((text for text in replaced if text not in secrets), key=len, reverse=True)
+    words = re.compile("|".join(rf"(?<![\w-]){re.escape(text)}(?![\w-])" for text in names)) if names else None
+
+    def text_of(text: str) -> str:
+        for secret, word in secrets.items():
+            text = text.replace(secret, word)
+        if hosts:
+            return text
+        if words:
+            text = words.sub(lambda found: replaced[found[0]], text)
+        return _ADDRESS.sub(lambda found: found[0] if found[0] in _KEEP else "(address)", text)
+
+    def walk(part: Any) -> Any:
+        if isinstance(part, str):
+            return text_of(part)
+        if isinstance(part, list):
+            return [walk(one) for one in part]
+        if isinstance(part, dict):
+            return {text_of(str(name)): walk(one) for name, one in part.items()}
+        return part
+
+    return walk(value)

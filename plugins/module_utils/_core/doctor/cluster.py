@@ -1,0 +1,203 @@
+# Copyright: the agentlab.proxmox contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Check Proxmox VE as a whole: version, cluster, quorum, range of VMIDs, clocks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ..durations import show
+from ..errors import InvalidInput, Kept, ProxmoxError
+from ..proxmox import identity
+from . import creation
+from .examination import LOOK_AT, Examination, as_dict
+from .findings import OK, PROBLEM, UNKNOWN, WARNING, Finding, some
+
+# Clocks this far apart make leases and ages wrong by as much; past the second value decisions are.
+_CLOCK_SECONDS = (5, 60)
+
+
+def check_proxmox(exam: Examination) -> Iterable[Finding]:
+    try:
+        found = exam.context.client.get_dict("version")
+    except (ProxmoxError, InvalidInput) as error:
+        return [
+            Finding(
+                "proxmox",
+                PROBLEM,
+                error.message,
+                "the message says what to look at; nothing else about Proxmox could be looked at",
+            )
+        ]
+    exam.release = str(found.get("version") or "")
+    facts = {"version": exam.release}
+    major = exam.release.partition(".")[0]
+    if not major.isdecimal() or int(major) < 8:
+        return [
+            Finding("proxmox", OK, f"Proxmox VE {exam.release} answers", None, facts),
+            Finding(
+                "versions",
+                WARNING,
+                f"Proxmox VE {exam.release} is older than what this is tested with",
+                "upgrade to Proxmox VE 8 or 9",
+                facts,
+            ),
+        ]
+    return [Finding("proxmox", OK, f"Proxmox VE {exam.release} answers", None, facts)]
+
+
+def check_cluster(exam: Examination) -> Iterable[Finding]:
+    known = exam.context.records.meta("cluster")
+    if known is None:
+        yield Finding("cluster", OK, "these records do not know a cluster yet; the first creation notes it")
+        return
+    try:
+        exam.context.cluster.confirm()
+        yield Finding("cluster", OK, "this is the cluster these records belong to")
+    except Kept as error:
+        yield Finding("cluster", PROBLEM, error.message, "until then nothing of these records is destroyed or closed")
+
+
+def check_quorum(exam: Examination) -> Iterable[Finding]:
+    exam.nodes = exam.context.cluster.nodes()
+    offline = sorted(node for node, online in exam.nodes.items() if not online)
+    facts = {"nodes": exam.nodes}
+    try:
+        exam.context.cluster.require_quorum()
+    except Kept as error:
+        yield Finding(
+            "quorum",
+            PROBLEM,
+            error.message,
+            "bring nodes back, or look at the cluster network: pvecm status",
+            facts,
+        )
+        return
+    if offline:
+        yield Finding(
+            "quorum",
+            WARNING,
+            f"the cluster has quorum, but these nodes are offline: {', '.join(offline)}. Sandboxes there are left"
+            " as they are",
+            "bring them back",
+            facts,
+        )
+    else:
+        yield Finding("quorum", OK, f"quorum, and all nodes are online: {', '.join(sorted(exam.nodes))}", None, facts)
+
+
+def check_vmid_range(exam: Examination) -> Iterable[Finding]:
+    low, high = exam.config.vmid_range
+    rows = exam.context.cluster.vms()
+    ours = {one.vmid for one in exam.context.records.find_all()}
+    within = {vmid: row for vmid, row in rows.items() if low <= vmid <= high}
+    strangers = sorted(set(within) - ours)
+    taken = len(set(within) | {vmid for vmid in ours if low <= vmid <= high})
+    free = high - low + 1 - taken
+    facts = {"range": f"{low}-{high}", "free": free, "foreign": strangers[:50]}
+    found = list(_overlaps(exam, low, high, facts))
+    if free <= 0:
+        found.append(
+            Finding(
+                "vmid_range",
+                PROBLEM,
+                f"all VMIDs of {low}-{high} are taken: no sandbox can be created without a vmid",
+                "destroy or prune sandboxes, or set a larger vmid_range",
+                facts,
+            )
+        )
+    marked = [vmid for vmid in strangers[:LOOK_AT] if _carries_marker(exam, vmid, within[vmid])]
+    if marked:
+        found.append(
+            Finding(
+                "vmid_range",
+                WARNING,
+                f"VMs with our marker but without a record here ({some(marked)}): another database works in the "
+                "same range, or these records were lost",
+                "give each database a vmid_range of its own; agentlab_reconcile reports such VMs as unrecorded",
+                {**facts, "marked": marked},
+            )
+        )
+    others = [vmid for vmid in strangers if vmid not in marked]
+    if others:
+        found.append(
+            Finding(
+                "vmid_range",
+                WARNING,
+                f"{len(others)} VMs that are not ours are inside {low}-{high} ({some(others)}); they are left"
+                " alone, but take VMIDs away",
+                "move the range (vmid_range), or let other tools use another one",
+                facts,
+            )
+        )
+    yield from found or [
+        Finding(
+            "vmid_range",
+            OK,
+            f"{free} of {high - low + 1} VMIDs of {low}-{high} are free, and only sandboxes are in it",
+            None,
+            facts,
+        )
+    ]
+
+
+def _overlaps(exam: Examination, low: int, high: int, facts: dict[str, Any]) -> Iterable[Finding]:
+    bounds = _next_id(creation.cluster_options(exam).get("next-id"))
+    if bounds and bounds[0] <= high and low <= bounds[1]:
+        facts["next_id"] = f"{bounds[0]}-{bounds[1]}"
+        yield Finding(
+            "vmid_range",
+            WARNING,
+            f"Proxmox hands out VMIDs of {bounds[0]}-{bounds[1]} by itself (next-id), which overlaps {low}-{high}",
+            f"pvesh set /cluster/options --next-id lower={high + 1},upper=999999999, or move vmid_range",
+            dict(facts),
+        )
+
+
+def _carries_marker(exam: Examination, vmid: int, row: Mapping[str, Any]) -> bool:
+    if row.get("type") != "qemu":
+        return False
+    try:
+        return bool(identity.markers(exam.context.client.get_dict(f"nodes/{row.get('node')}/qemu/{vmid}/config")))
+    except ProxmoxError:
+        return False
+
+
+def check_clock(exam: Examination) -> Iterable[Finding]:
+    offsets: dict[str, int] = {}
+    for node in sorted(name for name, online in exam.nodes.items() if online):
+        before = exam.context.clock.now()
+        found = exam.context.client.get_dict(f"nodes/{node}/time")
+        # The answer's moment lies somewhere within the request: the middle is the fairest guess.
+        offsets[node] = int(found.get("time") or 0) - (before + exam.context.clock.now()) // 2
+    if not offsets:
+        why = "no node is online" if exam.nodes else "the cluster's nodes could not be read"
+        yield Finding("clock", UNKNOWN, f"{why}, so no clock could be compared", "see the finding quorum")
+        return
+    node = max(offsets, key=lambda name: abs(offsets[name]))
+    apart = abs(offsets[node])
+    facts = {"offsets_seconds": offsets}
+    if apart <= _CLOCK_SECONDS[0]:
+        yield Finding("clock", OK, f"this host and the nodes differ by {apart} s at most", None, facts)
+    else:
+        yield Finding(
+            "clock",
+            WARNING if apart <= _CLOCK_SECONDS[1] else PROBLEM,
+            f"this host's clock and that of node {node} are {show(apart)} apart: leases are counted by this host's"
+            " clock, tasks by the node's",
+            "switch on time synchronisation on both (timedatectl; chrony)",
+            facts,
+        )
+
+
+def _next_id(value: Any) -> tuple[int, int] | None:
+    """Return the bounds that a datacenter's next-id sets (text or object); None when it sets none."""
+    bounds = as_dict(value)
+    if not bounds:
+        return None
+    try:
+        return int(bounds.get("lower") or 100), int(bounds.get("upper") or 1000000)
+    except (TypeError, ValueError):
+        return None

@@ -1,0 +1,180 @@
+# Copyright: the agentlab.proxmox contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Check what would make every creation fail: wrong nodes, pools and snippets, refused tags."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from .. import profiles
+from ..config import DEFAULTS
+from ..errors import AgentlabError, ApiError, InvalidInput
+from ..guest import cloud_init
+from ..proxmox.identity import OUR_TAG
+from . import template
+from .examination import Examination, as_dict
+from .findings import OK, PROBLEM, WARNING, Finding, some
+
+
+def check_creation(exam: Examination) -> Iterable[Finding]:
+    """Look at what makes every creation fail: a wrong node, pool or storage for snippets; and at refused tags."""
+    count = 0
+    for check in (_wrong_nodes, _wrong_pools, _wrong_snippets, _refused_tags):
+        for finding in check(exam):
+            count += 1
+            yield finding
+    if not count:
+        yield Finding("creation", OK, "node, pool, tags and snippets can be used as configured")
+
+
+def _named_values(exam: Examination, option: str) -> dict[str, str]:
+    """Return the values that configuration and profiles give an option, each with the place where it is given."""
+    named = {
+        str(profile.values[option]): f"{option} of profile {profile.name}"
+        for profile in _load_profiles(exam)
+        if profile.values.get(option)
+    }
+    if getattr(exam.config, option) is not None:
+        named[getattr(exam.config, option)] = option
+    return named
+
+
+def _wrong_nodes(exam: Examination) -> Iterable[Finding]:
+    for node, place in _named_values(exam, "node").items() if exam.nodes else ():
+        if node not in exam.nodes:
+            yield Finding(
+                "creation",
+                PROBLEM,
+                f"{place}: {node!r} is not a node of this cluster, so no sandbox can be created with it."
+                f" Nodes: {', '.join(sorted(exam.nodes))}",
+                f"correct {place}, or leave it out (names of nodes are case-sensitive)",
+            )
+        elif not exam.nodes[node]:
+            yield Finding(
+                "creation",
+                PROBLEM,
+                f"{place}: {node!r} is offline, so no sandbox can be created there",
+                "bring the node back, or name another one",
+            )
+
+
+def _wrong_pools(exam: Examination) -> Iterable[Finding]:
+    for pool, place in _named_values(exam, "pool").items():
+        exists = _pool_exists(exam, pool)
+        if pool == exam.config.pool:
+            exam.standing.pool = exists
+        if exists is False:
+            yield Finding(
+                "creation",
+                PROBLEM,
+                f"{place}: {pool!r} does not exist, so no sandbox can be created with it",
+                f"pveum pool add {pool}, or correct {place}",
+            )
+
+
+def _pool_exists(exam: Examination, pool: str) -> bool | None:
+    """Return whether the pool exists, or None: without Pool.Audit on its path nobody can tell."""
+    if any(row.get("poolid") == pool for row in exam.context.client.get_list("pools")):
+        return True
+    # An ACL entry on the path proves nothing: Proxmox VE takes one for a pool that is not there.
+    return False if exam.context.cluster.holds(f"/pool/{pool}", "Pool.Audit") else None
+
+
+def acl_entries(exam: Examination) -> list[dict[str, Any]]:
+    """Return the ACL entries that these credentials may see; all of them with Sys.Audit on /access."""
+    if exam.standing.entries is None:
+        try:
+            entries = exam.context.client.get_list("access/acl")
+        except ApiError:
+            return []
+        if exam.config.proxmox.is_root or entries:
+            exam.standing.entries = entries
+        return entries
+    return exam.standing.entries
+
+
+def _wrong_snippets(exam: Examination) -> Iterable[Finding]:
+    """Look at the storage for user data, which Proxmox VE does not prepare for snippets by itexam."""
+    node = exam.config.node if exam.nodes.get(str(exam.config.node)) else template.home_node(exam)
+    if node is None:
+        return
+    storage = exam.config.snippets_storage
+    try:
+        cloud_init.check_storage(exam.context, node)
+    except InvalidInput as error:
+        # The default is a problem only where user data is used.
+        needed = storage != DEFAULTS["snippets_storage"] or user_data_is_used(exam)
+        yield Finding(
+            "creation",
+            PROBLEM if needed else OK,
+            f"{error.message}. Until then cloud_init_user_data is refused",
+            f"see the message; pvesm status --storage {storage} shows what the node has",
+            {"snippets_storage": storage},
+        )
+
+
+def user_data_is_used(exam: Examination) -> bool:
+    return any(profile.values.get("cloud_init_user_data") for profile in _load_profiles(exam)) or any(
+        sandbox.snippet for sandbox in exam.context.records.find_all()
+    )
+
+
+def _load_profiles(exam: Examination) -> list[profiles.Profile]:
+    try:
+        return list(profiles.load_all(exam.config.profiles_dir).values())
+    except (AgentlabError, OSError):
+        # A broken file is reported where the profile is used, and by the daemon.
+        return []
+
+
+def _refused_tags(exam: Examination) -> Iterable[Finding]:
+    """Compare our tags with the cluster's policy: GET /cluster/options lists the tags allowed to who asks."""
+    options = cluster_options(exam)
+    if exam.config.proxmox.is_root or "allowed-tags" not in options:
+        return
+    allowed = _as_list(options["allowed-tags"])
+    registered = _as_list(options.get("registered-tags"))
+    # Without Sys.Audit on / the policy is left out; then the doctor believes that it is the default.
+    policy = str(as_dict(options.get("user-tag-access")).get("user-allow", "free"))
+    tags = sorted(
+        {OUR_TAG, *(str(tag).lower() for profile in _load_profiles(exam) for tag in profile.values.get("tags") or [])}
+    )
+    refused = [tag for tag in tags if tag not in allowed and (policy != "free" or tag in registered)]
+    if not refused:
+        return
+    mend = []
+    if policy != "free":
+        listed = ";".join(dict.fromkeys((*allowed, *refused)))
+        mend.append(f"--user-tag-access 'user-allow=list,user-allow-list={listed}'")
+    if set(refused) & set(registered):
+        mend.append(f"--registered-tags '{';'.join(tag for tag in registered if tag not in refused)}'")
+    yield Finding(
+        "creation",
+        WARNING,
+        f"this cluster refuses the tags {some(refused)} to whoever has no Sys.Modify on / (user-allow is {policy}"
+        f"{', registered-tags is ' + ';'.join(registered) if registered else ''})",
+        f"pvesh set /cluster/options {' '.join(mend)}, as root on a node",
+        {
+            "refused": refused,
+            "user_allow": policy,
+            "allowed_tags": allowed[:50],
+            "registered_tags": registered[:50],
+        },
+    )
+
+
+def cluster_options(exam: Examination) -> dict[str, Any]:
+    try:
+        return exam.context.client.get_dict("cluster/options")
+    except ApiError:
+        return {}
+
+
+def _as_list(value: Any) -> list[str]:
+    """Return a list that Proxmox VE gives as such, or as text with semicolons."""
+    return [
+        str(one).lower() for one in (value if isinstance(value, list) else re.split(r"[;, ]+", str(value or ""))) if one
+    ]

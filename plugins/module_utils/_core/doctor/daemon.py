@@ -1,0 +1,155 @@
+# Copyright: the agentlab.proxmox contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Check the daemon: whether it answers, and what it says of itself."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import socket
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ..version import __version__
+from .examination import Examination, as_dict
+from .findings import FAILS, OK, PROBLEM, UNKNOWN, WARNING, Finding
+
+_DAEMON_SECONDS = 5.0
+
+
+def daemon_of_these_records(exam: Examination) -> dict[str, Any] | None:
+    """Return the status of the daemon that works with the configured records; None without an answer."""
+    try:
+        status = ask_daemon(exam)
+    except (OSError, ValueError, http.client.HTTPException):
+        return None
+    path = as_dict(as_dict(status).get("database")).get("path")
+    same = isinstance(path, str) and os.path.abspath(path) == os.path.abspath(exam.config.database)
+    return status if same else None
+
+
+def ask_daemon(exam: Examination) -> dict[str, Any]:
+    """Return what the daemon's status says; it is asked once in an examination. Raises what ``ask`` raises."""
+    if exam.status is None:
+        if not os.path.exists(exam.config.socket):
+            raise FileNotFoundError(exam.config.socket)
+        exam.status = ask(exam.config.socket, "/v1/status")
+    return exam.status
+
+
+def check_daemon(exam: Examination) -> Iterable[Finding]:
+    path = exam.config.socket
+    if not os.path.exists(path):
+        yield Finding(
+            "daemon",
+            OK,
+            f"no daemon here (no socket {path}); modules need none, but somebody has to run agentlab_reconcile and"
+            " agentlab_prune",
+            "a cron job, an AWX schedule, or the role agentlabd",
+            {"socket": path},
+        )
+        return
+    try:
+        found = ask_daemon(exam)
+    except PermissionError:
+        yield Finding(
+            "daemon",
+            UNKNOWN,
+            f"{path} is there, but this user may not ask it",
+            "run as root, or as a member of the group agentlab",
+            {"socket": path},
+        )
+        return
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        yield Finding(
+            "daemon",
+            PROBLEM,
+            f"{path} is there, but the daemon does not answer ({type(error).__name__})",
+            "systemctl status agentlabd; journalctl -u agentlabd",
+            {"socket": path},
+        )
+        return
+    facts = {"socket": path, "status": found}
+    conditions = conditions_of(found)
+    for condition in conditions:
+        yield Finding(
+            "daemon",
+            # Work that rests or waits goes on by itself or by a person's word; work that fails does not.
+            PROBLEM if condition["condition"] == FAILS else WARNING,
+            f"agentlabd: {condition['part']} {condition['condition']} since {condition['since']}: {condition['why']}",
+            condition["todo"],
+            facts,
+        )
+    # Release 1.0.0 tells no conditions.
+    told = "conditions" in found
+    complaints = (
+        []
+        if told
+        else [
+            f"{part}: {text}"
+            for part, key in (
+                ("config", "error"),
+                ("proxmox", "last_error"),
+                ("expiry", "last_error"),
+                ("reconcile", "last_error"),
+            )
+            if (text := (found.get(part) or {}).get(key))
+        ]
+    )
+    frozen = (found.get("cleanup") or {}).get("frozen")
+    if frozen and not told:
+        complaints.append(
+            f"cleanup is frozen since {frozen.get('at')}: {frozen.get('reason')} (agentlab cleanup release)"
+        )
+    if found.get("version") not in (None, __version__):
+        complaints.append(f"it is version {found.get('version')}, the modules here are {__version__}")
+    if complaints:
+        yield Finding(
+            "daemon",
+            WARNING,
+            "the daemon answers, but says: " + "; ".join(complaints),
+            "journalctl -u agentlabd tells more",
+            facts,
+        )
+    elif not conditions:
+        yield Finding("daemon", OK, f"the daemon answers (version {found.get('version')})", None, facts)
+
+
+class _Local(http.client.HTTPConnection):
+    """HTTP over a unix socket."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__("localhost", timeout=_DAEMON_SECONDS)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(_DAEMON_SECONDS)
+        self.sock.connect(self._path)
+
+
+def ask(path: str, resource: str) -> dict[str, Any]:
+    """An object that the daemon behind the socket answers with; OSError or ValueError when it does not."""
+    connection = _Local(path)
+    try:
+        connection.request("GET", resource)
+        answer = connection.getresponse()
+        found = json.loads(answer.read())
+    finally:
+        connection.close()
+    if answer.status != 200 or not isinstance(found, dict):
+        raise ValueError(f"status {answer.status}")
+    return found
+
+
+def conditions_of(status: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Return what rests, waits or fails by the daemon's status; each has part, condition, since, why and todo."""
+    rows = status.get("conditions")
+    names = ("part", "condition", "since", "why", "todo")
+    return [
+        {name: str(row.get(name) or "unknown") for name in names}
+        for row in (rows if isinstance(rows, list) else [])
+        if isinstance(row, dict)
+    ]

@@ -1,0 +1,52 @@
+# Copyright: the agentlab.proxmox contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""The state of one examination, which the checks share: each may stand on what an earlier one read."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from .. import clock
+from ..config import Config
+from ..context import Context
+from ..errors import StoreError
+from . import privileges
+
+# So many configurations of unknown VMs are read to see whether they carry our marker.
+LOOK_AT = 20
+
+
+class Examination:
+    """One examination of one host's configuration. Writes nothing: the records are read from a copy in memory."""
+
+    def __init__(self, config: Config, *, now: clock.Clock | None = None) -> None:
+        self.config = config
+        self.store_error: StoreError | None = None
+        try:
+            self.context = Context(config, actor="doctor", dry_run=True, clock=now)
+        except StoreError as error:
+            # Proxmox is looked at all the same, with records that are empty.
+            self.store_error = error
+            self.context = Context(replace(config, database=":memory:"), actor="doctor", dry_run=True, clock=now)
+        # What the daemon's status says, once it was asked
+        self.status: dict[str, Any] | None = None
+        self.release = ""
+        self.nodes: dict[str, bool] = {}
+        self.local: str | None = None
+        self.template: tuple[int, str, dict[str, Any]] | None = None
+        self.storage: str | None = config.storage
+        self.standing = privileges.Standing()
+        # The commands for root; None: not decided yet
+        self.pveum: list[str] | None = None
+
+    def close(self) -> None:
+        self.context.close()
+
+
+def as_dict(value: Any) -> dict[str, Any]:
+    """Return a property string (a=1,b=2) or an object as a dict."""
+    if isinstance(value, str):
+        return dict(part.partition("=")[::2] for part in value.split(","))
+    return value if isinstance(value, dict) else {}

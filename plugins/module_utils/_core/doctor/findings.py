@@ -1,0 +1,79 @@
+# Copyright: the agentlab.proxmox contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""What an examination finds: one line each, and all of them together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+OK, WARNING, PROBLEM, UNKNOWN = "ok", "warning", "problem", "unknown"
+# A condition of the daemon's status: that part does not do its work.
+FAILS = "fails"
+# Worst first: what the examination as a whole comes to.
+STATUSES = (PROBLEM, UNKNOWN, WARNING, OK)
+
+
+@dataclass(slots=True)
+class Finding:
+    """One thing that was looked at.
+
+    ``check`` is a stable word, ``meaning`` says what is the case and what follows from that, ``advice`` what to do.
+    """
+
+    check: str
+    status: str
+    meaning: str
+    advice: str | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def public(self) -> dict[str, Any]:
+        return {
+            "check": self.check,
+            "status": self.status,
+            "meaning": self.meaning,
+            "advice": self.advice,
+            "facts": self.facts,
+        }
+
+
+@dataclass(slots=True)
+class Scope:
+    """What to look at besides what the configuration names."""
+
+    template: str | None = None
+
+
+@dataclass(slots=True)
+class Diagnosis:
+    """All findings, in the order of the checks, and the commands for a token with the least privileges."""
+
+    findings: list[Finding]
+    pveum: list[str]
+
+    @property
+    def status(self) -> str:
+        found = {one.status for one in self.findings}
+        return next(status for status in STATUSES if status in found or status == OK)
+
+    def worse_than(self, limit: str) -> list[Finding]:
+        """The findings that are a ``problem``, or with ``warning`` those, too; none with ``never``."""
+        wanted = {"problem": (PROBLEM,), "warning": (PROBLEM, UNKNOWN, WARNING)}.get(limit, ())
+        return sorted(
+            (one for one in self.findings if one.status in wanted), key=lambda one: STATUSES.index(one.status)
+        )
+
+    def public(self) -> dict[str, Any]:
+        return {
+            "status": self.status,
+            "problems": sum(one.status == PROBLEM for one in self.findings),
+            "findings": [one.public() for one in self.findings],
+            "pveum": self.pveum,
+        }
+
+
+def some(values: Iterable[Any]) -> str:
+    found = list(dict.fromkeys(values))
+    return ", ".join(map(str, found[:5])) + (", ..." if len(found) > 5 else "")

@@ -1,0 +1,290 @@
+# Copyright: the agentlab.proxmox contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Check this host: configuration, records, and work that was left over."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sqlite3
+import stat
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from .. import states, timeguard
+from ..store import latest, schema, workspaces
+from ..version import __version__
+from ..vm import binding
+from . import daemon
+from .daemon import conditions_of
+from .examination import Examination
+from .findings import FAILS, OK, PROBLEM, WARNING, Finding, some
+
+_FREE_BYTES = 100 * 1024 * 1024
+# What may stand in a damaged column instead, as SQL; other columns have no value that is right by itself.
+_HARMLESS = {("sandboxes", "tags"): "'[]'", ("operations", "detail"): "'{}'"}
+
+
+def check_configuration(exam: Examination) -> Iterable[Finding]:
+    found = exam.config.proxmox
+    facts = {
+        "api_host": found.api_host,
+        "login": found.login,
+        "validate_certs": found.validate_certs,
+        "database": exam.config.database,
+        "python": platform.python_version(),
+        "sqlite": sqlite3.sqlite_version,
+        "collection": __version__,
+        **_libraries(),
+    }
+    yield Finding(
+        "versions",
+        OK,
+        f"agentlab.proxmox {__version__}, Python {facts['python']}, proxmoxer {facts['proxmoxer'] or 'missing'}, "
+        f"requests {facts['requests'] or 'missing'}, SQLite {facts['sqlite']}",
+        None,
+        facts,
+    )
+    if found.api_host and not found.validate_certs:
+        yield Finding(
+            "configuration",
+            WARNING,
+            f"the certificate of {found.where} is not verified: whoever can answer in its place gets the token",
+            "set validate_certs: true, and ca_path to a copy of the node's /etc/pve/pve-root-ca.pem",
+        )
+    elif found.api_host and not found.token_name:
+        yield Finding(
+            "configuration",
+            WARNING,
+            f"{found.user} logs in with a password, with all rights of that user",
+            "create a token with fewer rights: see the pveum commands",
+        )
+    else:
+        yield Finding("configuration", OK, f"Proxmox is reached through {found.where} as {found.login}")
+    path = exam.config.config_file
+    if path and exam.config.secret_in_file:
+        mode = stat.S_IMODE(os.stat(path).st_mode)
+        if mode & 0o007:
+            yield Finding(
+                "configuration",
+                PROBLEM,
+                f"{path} holds a secret and everybody on this host may read it (mode {mode:04o})",
+                f"chmod 0600 {path}; then replace the secret, it may have been read",
+                {"path": path, "mode": f"{mode:04o}"},
+            )
+
+
+def check_database(exam: Examination) -> Iterable[Finding]:
+    path = exam.config.database
+    if exam.store_error is not None:
+        yield Finding(
+            "database",
+            PROBLEM,
+            exam.store_error.message,
+            "nothing was changed; the message says what helps",
+            {"path": path},
+        )
+        return
+    folder = os.path.dirname(os.path.abspath(path))
+    while not os.path.isdir(folder):
+        folder = os.path.dirname(folder)
+    room = os.statvfs(folder)
+    free = room.f_bavail * room.f_frsize
+    facts = {"path": path, "schema": schema.VERSION, "free_bytes": free}
+    if free < _FREE_BYTES:
+        yield Finding(
+            "database",
+            PROBLEM,
+            f"only {free // 1048576} MiB are free in {folder}: without room no record is written and nothing is done",
+            "free some space",
+            facts,
+        )
+    daemon_status = daemon.daemon_of_these_records(exam)
+    if daemon_status is not None:
+        for condition in conditions_of(daemon_status):
+            if condition["part"] == "records" and condition["condition"] == FAILS:
+                # Every write of the daemon is refused, whatever the file at the path looks like.
+                yield Finding("database", PROBLEM, f"agentlabd: {condition['why']}", condition["todo"], facts)
+                return
+    if not os.path.exists(path):
+        lost = _lost_records(exam, daemon_status is not None)
+        if lost:
+            yield Finding("database", PROBLEM, *lost, facts)
+            return
+        yield Finding(
+            "database",
+            OK,
+            f"{path} does not exist yet; the first run that writes creates it with mode 0600",
+            None,
+            facts,
+        )
+        return
+    status = os.stat(path)
+    mode = stat.S_IMODE(status.st_mode)
+    allowed = 0o660 if exam.config.database_group_access else 0o600
+    facts.update(mode=f"{mode:04o}", bytes=status.st_size)
+    integrity = exam.context.database.integrity()
+    if integrity != "ok":
+        yield Finding(
+            "database",
+            PROBLEM,
+            f"{path} is damaged: {integrity[:300]}",
+            "stop agentlabd, keep a copy of the file and restore a backup; see docs/troubleshooting.md",
+            facts,
+        )
+        return
+    healthy = True
+    if mode & ~allowed:
+        healthy = False
+        yield Finding(
+            "database",
+            WARNING,
+            f"{path} has mode {mode:04o}: more users than needed may read who runs what, or write states into it",
+            f"chmod {allowed:04o} {path}",
+            facts,
+        )
+    # A database in WAL mode needs files beside it, so the folder counts as much as the file.
+    closed = [name for name in (path, os.path.dirname(os.path.abspath(path))) if not os.access(name, os.W_OK)]
+    if closed:
+        healthy = False
+        yield Finding(
+            "database",
+            PROBLEM,
+            f"{' and '.join(closed)} cannot be written by this user: nothing can be done to sandboxes",
+            f"run as the owner of {closed[0]}, or mend its owner and mode (ls -ld {' '.join(closed)})",
+            facts,
+        )
+    if healthy:
+        yield Finding(
+            "database",
+            OK,
+            f"{path}: SQLite's check finds nothing, schema {schema.VERSION}, mode {mode:04o}",
+            None,
+            facts,
+        )
+    for error in (*exam.context.records.damage(), *workspaces.Workspaces(exam.context.records).damage()):
+        yield Finding(
+            "records",
+            PROBLEM,
+            error.message.partition("; run agentlab_doctor")[0],
+            _mend(path, error.detail),
+            dict(error.detail),
+        )
+
+
+def _lost_records(exam: Examination, in_use: bool) -> tuple[str, str] | None:
+    """Return what is wrong and what to do when the file of the records is missing but was there before, else None.
+
+    ``in_use``: a daemon that answers works with the records at this path.
+    """
+    path = exam.config.database
+    back = (
+        f"put the file back to {path}, or a backup of it (docs/troubleshooting.md, Backups), before anything that "
+        "uses the records is started again"
+    )
+    remains = [name for name in (f"{path}-wal", latest.path_of(path)) if os.path.exists(name)]
+    if in_use:
+        return (
+            f"{path} does not exist, but agentlabd runs with it: it was deleted or moved, and agentlabd writes "
+            "nothing any more",
+            f"systemctl stop agentlabd; {back}",
+        )
+    if remains:
+        return (
+            f"{path} does not exist, but was there before ({' and '.join(remains)} is still there): without it no "
+            "lease ends, and VMs that it knows are nobody's",
+            f"{back}; where the records are meant to begin anew: rm {' '.join(remains)}",
+        )
+    return None
+
+
+def check_work(exam: Examination) -> Iterable[Finding]:
+    """What the records say of work left over."""
+    now = exam.context.clock.now()
+    live = exam.context.records.find_all()
+    overdue = [one.vmid for one in live if one.state in states.OPERATIONS["expire"].allowed and one.expired(now)]
+    vmids = {one.uuid: one.vmid for one in live}
+    state_of = {one.uuid: one.state for one in live}
+    interrupted = exam.context.records.interrupted()
+    waiting = [
+        str(vmids.get(one.sandbox_uuid))
+        for one in interrupted
+        if binding.waits_for_next_run(one, state_of.get(one.sandbox_uuid, ""))
+    ]
+    cut_off = [
+        f"{vmids.get(one.sandbox_uuid)} ({one.kind}, {one.phase})"
+        for one in interrupted
+        if not binding.waits_for_next_run(one, state_of.get(one.sandbox_uuid, ""))
+    ]
+    facts = {"sandboxes": len(live), "overdue": overdue[:50], "cut_off": cut_off[:50]}
+    rest = timeguard.suspended(exam.context)
+    if rest:
+        yield Finding(
+            "work",
+            WARNING,
+            rest,
+            "set the clock right (timedatectl); prune and expiry go on by themselves after that",
+            facts,
+        )
+    elif overdue:
+        yield Finding(
+            "work",
+            WARNING,
+            f"{len(overdue)} sandboxes are past their lease and still live ({some(overdue)}): nobody lets leases"
+            " expire",
+            "run agentlab_reconcile on a schedule, or the daemon",
+            facts,
+        )
+    elif cut_off:
+        yield Finding(
+            "work",
+            WARNING,
+            f"{len(cut_off)} operations were cut off: {some(cut_off)}",
+            "run agentlab_reconcile, which finishes them; what it does not finish, destroy with force",
+            facts,
+        )
+    elif waiting:
+        yield Finding(
+            "work",
+            WARNING,
+            f"{len(waiting)} creations wait for their task to be run again: {some(waiting)}",
+            "run the same task again, or destroy them with force; otherwise their leases end them",
+            facts,
+        )
+    else:
+        yield Finding("work", OK, f"{len(live)} sandboxes, none past its lease, no operation cut off", None, facts)
+
+
+def _libraries() -> dict[str, str | None]:
+    found: dict[str, str | None] = {}
+    for name in ("proxmoxer", "requests", "yaml"):
+        try:
+            found[name] = str(getattr(__import__(name), "__version__", "unknown"))
+        except (ImportError, SystemExit):
+            # proxmoxer ends the process when requests is missing
+            found[name] = None
+    return found
+
+
+def _mend(path: str, detail: Mapping[str, Any]) -> str:
+    """Return how to mend one damaged value, as commands."""
+    table, column, row = (str(detail.get(name)) for name in ("table", "column", "row"))
+    keys = {"sandboxes": "uuid", "operations": "sandbox_uuid", "workspaces": "id", "meta": "key"}
+    # The row is named with its key last, and in brackets for a sandbox.
+    key = row.removesuffix(")").rpartition(" ")[2].replace("'", "''")
+    where = f"WHERE {keys.get(table, 'rowid')} = '{key}'"
+    begin = "stop agentlabd and wait for plays to end; copy the file; then "
+    if table == "meta":
+        return f"""{begin}sqlite3 {path} "DELETE FROM meta {where}" (it is written anew)"""
+    new = _HARMLESS.get((table, column))
+    if new is None:
+        return (
+            f"""{begin}look at the row with sqlite3 {path} "SELECT * FROM {table} {where}", set {column} to what it was (agentlab sandbox events, """
+            "a backup), or restore a backup"
+        )
+    return (
+        begin
+        + f'sqlite3 {path} "UPDATE {table} SET {column} = {new} {where}"'
+        + ("; what the interrupted operation had noted is lost, so look at its VM" if table == "operations" else "")
+    )
