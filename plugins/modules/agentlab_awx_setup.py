@@ -294,12 +294,12 @@ ARGUMENT_SPEC = {
 
 def wanted(params):
     """Return the options as the planner takes them; texts from the environment lose their line breaks."""
-    names = _awx_plan.Wanted.__dataclass_fields__
+    names = _awx_plan.DesiredObjects.__dataclass_fields__
     values = {name: params[name] for name in names}
     values["credential_inputs"] = {
         name: value.strip() for name, value in (params["credential_inputs"] or {}).items() if value and value.strip()
     }
-    return _awx_plan.Wanted(**values)
+    return _awx_plan.DesiredObjects(**values)
 
 
 def main():
