@@ -17,8 +17,8 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 
 import field
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core import clock, parallel, states
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.database import Database
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.records import Claim, Records
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.sqlite.engine import Database
 
 # So many are written together before the child that is killed says so.
 CHUNK = 50

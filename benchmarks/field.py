@@ -28,7 +28,7 @@ sys.path[:0] = [str(REPO / ".collections"), str(Path(__file__).resolve().parent)
 import canned
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core import clock, config
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.context import Context
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.database import Database
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.sqlite.engine import Database
 
 FIRST = 1000
 TOKEN_ID = "bench@pve!bench"

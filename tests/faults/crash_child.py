@@ -43,7 +43,7 @@ class Points:
 
     def install(self) -> None:
         from ansible_collections.agentlab.proxmox.plugins.module_utils._core.proxmox.client import ProxmoxClient
-        from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.database import Database
+        from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.sqlite.engine import Database
 
         request, write = ProxmoxClient._request, Database.write
 

@@ -11,6 +11,7 @@ rooms named after it. Within the room, imports must not form a circle.
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,10 @@ DAEMON_ROOMS: dict[str, tuple[str, str]] = {
 }
 # The cluster reads the one line of the records that says which cluster they belong to.
 ALLOWED_ALONE = {("proxmox/cluster", "store/records")}
+
+# Library -> the only folder of the core that may import it.
+ENGINES = {"sqlite3": "store/sqlite/", "psycopg": "store/postgres/"}
+_SQL = re.compile(r"\s*(SELECT|INSERT INTO|UPDATE \w+ SET|DELETE FROM|CREATE TABLE|ALTER TABLE|PRAGMA)\b")
 
 
 def place(name: str, rooms: dict[str, tuple[str, str]]) -> str:
@@ -119,6 +124,41 @@ def test_the_core_has_no_circle() -> None:
     order = list(CORE_ROOMS)
     for room, (_files, allowed) in CORE_ROOMS.items():
         assert set(allowed.split()) <= set(order[: order.index(room)]), f"{room} may only import rooms above it"
+
+
+def strays(folder: Path) -> list[str]:
+    """Return each import of an engine's library outside its folder, and each statement of SQL outside the store."""
+    lines = []
+    for name in names(folder):
+        for node in ast.walk(ast.parse((folder / f"{name}.py").read_text(encoding="utf-8"))):
+            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                modules = [node.module or ""]
+            for module in modules:
+                home = ENGINES.get(module.partition(".")[0])
+                if home and not name.startswith(home):
+                    lines.append(f"{name} imports {module}; only {home} may")
+            if (
+                isinstance(node, ast.Constant)
+                and isinstance(node.value, str)
+                and not name.startswith("store/")
+                and _SQL.match(node.value)
+            ):
+                lines.append(f"{name}:{node.lineno} holds SQL; only store/ may")
+    return lines
+
+
+def test_engines_and_sql_stay_in_the_store() -> None:
+    assert strays(CORE) == []
+    assert strays(FILES / "agentlabd") == []
+
+
+def test_the_guard_sees_an_engine_outside_the_store(tmp_path: Path) -> None:
+    (tmp_path / "context.py").write_text("import sqlite3\nQUERY = 'SELECT 1 FROM meta'\n")
+    assert strays(tmp_path) == [
+        "context imports sqlite3; only store/sqlite/ may",
+        "context:2 holds SQL; only store/ may",
+    ]
 
 
 def test_every_import_of_the_daemon_stands_in_the_table() -> None:

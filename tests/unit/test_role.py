@@ -26,7 +26,7 @@ import pytest
 import yaml
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core import config
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store import schema
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.database import Database
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.sqlite.engine import Database
 from fakepve.certs import make_cert
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -32,8 +32,8 @@ from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors impo
 )
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.model import Sandbox
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store import history, holders, records, schema
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.database import Database, explain
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.records import Claim, Records
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.sqlite.engine import Database, explain
 
 from support.lab import FakeClock
 
@@ -42,7 +42,7 @@ CHILD = """
 import sys
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.clock import SystemClock
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.model import Sandbox
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.database import Database
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.sqlite.engine import Database
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.records import Records
 path, me = sys.argv[1], sys.argv[2]
 store = Records(Database(path), SystemClock(), "child " + me)

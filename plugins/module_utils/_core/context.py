@@ -15,9 +15,10 @@ from .clock import Clock, SystemClock
 from .config import Config
 from .errors import AgentlabError, InvalidInput, Kept, NotFound
 from .model import Outcome, Sandbox
-from .store.database import Database, Rehearsal
 from .store.open import open_database
+from .store.port import Engine
 from .store.records import POINT_OF_NO_RETURN, Claim, Records
+from .store.rehearsal import Rehearsal
 
 if TYPE_CHECKING:
     from .proxmox.client import ProxmoxClient
@@ -52,7 +53,7 @@ class Context:
         self.stopping = stopping
         self._owner = parent is None
         if parent is None:
-            self.database: Database = open_database(
+            self.database: Engine = open_database(
                 config.database, group_mode=config.database_group_access, dry_run=dry_run
             )
         else:

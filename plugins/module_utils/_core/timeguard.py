@@ -12,7 +12,6 @@ from typing import Any
 from . import clock as clock_module
 from .context import Context
 from .durations import show
-from .store import latest
 from .store.holders import host
 from .store.holders import identity as process_identity
 
@@ -48,10 +47,10 @@ def hold_leases(ctx: Context) -> str | None:
     note = frozen(ctx)
     if note and note["leases"]:
         return _HELD.format(at=note["at"])
-    path = ctx.database.path
-    if path == ":memory:":
+    noted = ctx.database.noted_event()
+    if noted is None:
         return None
-    event, noted = ctx.database.latest_event(), latest.read(path) or 0
+    event = ctx.database.latest_event()
     at = clock_module.iso(ctx.clock.now())
     if event < noted:
         if not ctx.dry_run:
@@ -59,10 +58,10 @@ def hold_leases(ctx: Context) -> str | None:
             if note:
                 reason = f"{note['reason']}; and {reason}"
             ctx.records.set_meta(FROZEN, json.dumps({"reason": reason, "at": at, "actor": ctx.actor, "leases": True}))
-            latest.write(path, event)
+            ctx.database.note_event(event)
         return _HELD.format(at=at)
     if event > noted and not ctx.dry_run:
-        latest.write(path, event)
+        ctx.database.note_event(event)
     return None
 
 

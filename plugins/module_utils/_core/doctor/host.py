@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import os
 import platform
-import sqlite3
 import stat
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from .. import states, timeguard
-from ..store import latest, schema, workspaces
+from ..store import schema, workspaces
+from ..store.open import sqlite_version
+from ..store.sqlite import latest
 from ..version import __version__
 from ..vm import binding
 from . import daemon
@@ -34,7 +35,7 @@ def check_configuration(exam: Examination) -> Iterable[Finding]:
         "validate_certs": found.validate_certs,
         "database": exam.config.database,
         "python": platform.python_version(),
-        "sqlite": sqlite3.sqlite_version,
+        "sqlite": sqlite_version(),
         "collection": __version__,
         **_libraries(),
     }

@@ -551,11 +551,7 @@ def _stale_creation(ctx: Context, sandbox: Sandbox) -> Drift | None:
     """A REQUESTED or PROVISIONING record that nobody works on (no journal, no claim) becomes FAILED."""
     if sandbox.state not in states.CREATING:
         return None
-    if ctx.database.read(
-        "SELECT 1 FROM operations WHERE sandbox_uuid = ? UNION SELECT 1 FROM claims WHERE sandbox_uuid = ?",
-        sandbox.uuid,
-        sandbox.uuid,
-    ):
+    if ctx.records.is_worked_on(sandbox.uuid):
         return None
     evidence = {"why": "no creation is under way"}
     return Drift("stale", states.FAILED, evidence, sandbox, repair=_moving(ctx, sandbox, states.FAILED, evidence))

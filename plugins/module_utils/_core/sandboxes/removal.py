@@ -534,6 +534,4 @@ def _drop_journal(ctx: Context, claim: Claim) -> None:
     # A destroy that was cut off, and that is refused now, is over: it must not bar everything else for good. Whether its delete may still be carried
     # out is certain by now (the callers ask for that first).
     if left is None or left.kind == "destroy":
-        ctx.records.fenced(
-            claim, lambda conn: conn.execute("DELETE FROM operations WHERE sandbox_uuid = ?", (claim.uuid,)) and None
-        )
+        ctx.records.drop_journal(claim)

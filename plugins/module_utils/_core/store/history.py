@@ -6,15 +6,14 @@
 from __future__ import annotations
 
 import json
-import sqlite3
 from typing import Any
 
-from .database import Database
+from .port import Connection, Engine, Row
 from .records import Records
 
 
 def events(
-    database: Database,
+    database: Engine,
     *,
     uuid: str | None = None,
     vmid: int | None = None,
@@ -24,7 +23,7 @@ def events(
 ) -> list[dict[str, Any]]:
     """Events of a sandbox (or of every sandbox a VMID has had, or of all), oldest first."""
     where, value = (
-        ("sandbox_uuid = ?", uuid) if uuid is not None else ("vmid = ?", vmid) if vmid is not None else ("?", 1)
+        ("sandbox_uuid = ?", uuid) if uuid is not None else ("vmid = ?", vmid) if vmid is not None else ("1 = ?", 1)
     )
     count = limit if tail is None else min(tail, limit)
     order = "DESC" if tail is not None else "ASC"
@@ -43,7 +42,7 @@ def events(
     return found[::-1] if tail is not None else found
 
 
-def owners(database: Database) -> dict[str, str]:
+def owners(database: Engine) -> dict[str, str]:
     """Return who created each live sandbox: UUID -> actor of its first event ``create``."""
     rows = database.read(
         "SELECT s.uuid, e.actor FROM sandboxes s JOIN events e ON e.id = "
@@ -52,7 +51,7 @@ def owners(database: Database) -> dict[str, str]:
     return {row["uuid"]: str(row["actor"]) for row in rows}
 
 
-def parse_json(row: sqlite3.Row, table: str, column: str, kind: type = dict) -> Any:
+def parse_json(row: Row, table: str, column: str, kind: type = dict) -> Any:
     """Return what the column's JSON says; what is damaged is told as such, and hides no other event."""
     try:
         value = json.loads(row[column])
@@ -63,7 +62,7 @@ def parse_json(row: sqlite3.Row, table: str, column: str, kind: type = dict) -> 
     return {"damaged": f"{table}.{column} of id {row['id']} is not JSON"} if kind is dict else []
 
 
-def evidence(database: Database, uuid: str, reasons: tuple[str, ...]) -> list[dict[str, Any]]:
+def evidence(database: Engine, uuid: str, reasons: tuple[str, ...]) -> list[dict[str, Any]]:
     """Return the evidence of a sandbox's events with one of these reasons, oldest first."""
     places = ", ".join("?" for _reason in reasons)
     rows = database.read(
@@ -81,11 +80,11 @@ def forgettable(records: Records, older_than: int) -> int:
     return found
 
 
-def forget(records: Records, older_than: int, most: int = -1) -> int:
+def forget(records: Records, older_than: int, most: int = 2**62) -> int:
     """Retention: remove DESTROYED records (and their events) older than so many seconds, ``most`` at once; returns how many."""
     limit = records.clock.now() - older_than
 
-    def work(conn: sqlite3.Connection) -> int:
+    def work(conn: Connection) -> int:
         return conn.execute(
             "DELETE FROM sandboxes WHERE uuid IN (SELECT uuid FROM sandboxes WHERE state = 'DESTROYED' AND state_changed_at < ? "
             "ORDER BY state_changed_at LIMIT ?)",

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from ..database_address import POSTGRESQL, parse
 from ..errors import InvalidInput
-from .database import Database
+from .port import Engine
 
 
-def open_database(database: str, *, group_mode: bool = False, dry_run: bool = False) -> Database:
+def open_database(database: str, *, group_mode: bool = False, dry_run: bool = False) -> Engine:
     """Return the opened records; StoreError when they cannot be used, InvalidInput for an address without an engine."""
     address = parse(database)
     if address.engine == POSTGRESQL:
@@ -19,4 +19,13 @@ def open_database(database: str, *, group_mode: bool = False, dry_run: bool = Fa
             option="database",
             value=address.text,
         )
+    from .sqlite.engine import Database
+
     return Database(address.text, group_mode=group_mode, dry_run=dry_run)
+
+
+def sqlite_version() -> str:
+    """Return the version of this host's SQLite library."""
+    from .sqlite import engine
+
+    return engine.LIBRARY

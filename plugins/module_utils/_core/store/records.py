@@ -12,7 +12,6 @@ from __future__ import annotations
 import functools
 import json
 import re
-import sqlite3
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from ..clock import Clock
 from ..errors import Busy, ClaimLost, DamagedRecord, InvalidInput, Kept, NotFound, RecordChanged, Stopping, StoreError
 from ..model import COLUMNS, Sandbox
 from . import holders
-from .database import Database
+from .port import Connection, Engine, Row
 
 T = TypeVar("T")
 
@@ -75,7 +74,7 @@ class JournalEntry:
     updated_at: int
 
     @classmethod
-    def from_row(cls, row: sqlite3.Row) -> JournalEntry:
+    def from_row(cls, row: Row) -> JournalEntry:
         """Return the entry of a row of the table operations; DamagedRecord names a value that cannot be one."""
         try:
             detail = json.loads(row["detail"])
@@ -91,7 +90,7 @@ class JournalEntry:
         )
 
 
-def sound_sandbox(row: sqlite3.Row) -> Sandbox | None:
+def sound_sandbox(row: Row) -> Sandbox | None:
     """Return the record of a row, or None for a damaged one: a list goes on with the others, and ``Records.damage`` names it."""
     try:
         return Sandbox.from_row(row)
@@ -99,7 +98,7 @@ def sound_sandbox(row: sqlite3.Row) -> Sandbox | None:
         return None
 
 
-def sound_operations(rows: Iterable[sqlite3.Row]) -> list[JournalEntry]:
+def sound_operations(rows: Iterable[Row]) -> list[JournalEntry]:
     """Return the journal entries of these rows, without the damaged ones."""
     entries = []
     for row in rows:
@@ -125,7 +124,7 @@ class Records:
 
     def __init__(
         self,
-        database: Database,
+        database: Engine,
         clock: Clock,
         actor: str,
         longest_wait: int = 0,
@@ -177,7 +176,7 @@ class Records:
     def find_all(self, wanted: Iterable[str] | None = None, *, include_destroyed: bool = False) -> list[Sandbox]:
         """Sandboxes in the order of their VMIDs; the live ones unless asked otherwise."""
         names = list(wanted) if wanted is not None else None
-        where, values = ("1", []) if include_destroyed else (LIVE, [])
+        where, values = ("1 = 1", []) if include_destroyed else (LIVE, [])
         if names is not None:
             where += f" AND state IN ({', '.join('?' * len(names))})"
             values = list(names)
@@ -192,7 +191,7 @@ class Records:
             (JournalEntry.from_row, "SELECT * FROM operations"),
         ):
 
-            def judge(row: sqlite3.Row, make: Callable[[sqlite3.Row], object] = make) -> None:
+            def judge(row: Row, make: Callable[[Row], object] = make) -> None:
                 try:
                     make(row)
                 except DamagedRecord as error:
@@ -218,6 +217,11 @@ class Records:
         rows = self.db.read("SELECT * FROM operations WHERE sandbox_uuid = ?", uuid)
         return JournalEntry.from_row(rows[0]) if rows else None
 
+    def is_worked_on(self, uuid: str) -> bool:
+        """Return whether a sandbox has a journal entry or a claim, alive or not."""
+        query = "SELECT 1 FROM operations WHERE sandbox_uuid = ? UNION SELECT 1 FROM claims WHERE sandbox_uuid = ?"
+        return bool(self.db.read(query, uuid, uuid))
+
     def interrupted(self) -> list[JournalEntry]:
         """Journal entries whose run is dead or whose claim is gone: what the next run has to finish."""
         rows = self.db.read(
@@ -225,7 +229,7 @@ class Records:
         )
         return sound_operations(row for row in rows if row["process"] is None or self._given_up(row))
 
-    def _given_up(self, claim: sqlite3.Row) -> bool:
+    def _given_up(self, claim: Row) -> bool:
         return (
             (claim["sandbox_uuid"], claim["fence"]) in _unreturned
             or holders.is_over(claim["process"], claim["expires_at"], self.clock.now(), self.clock.since_boot())
@@ -246,7 +250,7 @@ class Records:
         return value if value is not None and DATABASE_ID.fullmatch(value) else None
 
     def set_meta(self, key: str, value: str | None) -> None:
-        def work(conn: sqlite3.Connection) -> None:
+        def work(conn: Connection) -> None:
             if value is None:
                 conn.execute("DELETE FROM meta WHERE key = ?", (key,))
             else:
@@ -274,7 +278,7 @@ class Records:
         """
         self._refuse_new()
 
-        def work(conn: sqlite3.Connection) -> Claim:
+        def work(conn: Connection) -> Claim:
             now = self.clock.now()
             taken = {row["vmid"] for row in conn.execute(f"SELECT vmid FROM sandboxes WHERE {LIVE}")}
             if vmid is not None:
@@ -323,7 +327,7 @@ class Records:
     def renumber(self, claim: Claim, sandbox: Sandbox, *, vmid_range: tuple[int, int], occupied: set[int]) -> None:
         """Give a REQUESTED record another VMID of the range: Proxmox said that the first is occupied."""
 
-        def work(conn: sqlite3.Connection) -> int:
+        def work(conn: Connection) -> int:
             taken = {row["vmid"] for row in conn.execute(f"SELECT vmid FROM sandboxes WHERE {LIVE}")}
             first, last = vmid_range
             found = next((n for n in range(first, last + 1) if n not in taken and n not in occupied), 0)
@@ -370,7 +374,7 @@ class Records:
         if self._stopping is not None and self._stopping.is_set():
             raise Stopping("agentlabd is stopping: this was not begun, and nothing was changed; ask again when it runs")
 
-    def _take(self, conn: sqlite3.Connection, uuid: str, operation: str, now: int) -> Claim:
+    def _take(self, conn: Connection, uuid: str, operation: str, now: int) -> Claim:
         row = conn.execute("SELECT * FROM claims WHERE sandbox_uuid = ?", (uuid,)).fetchone()
         if row and not self._given_up(row):
             sandbox = conn.execute("SELECT vmid FROM sandboxes WHERE uuid = ?", (uuid,)).fetchone()
@@ -382,19 +386,23 @@ class Records:
                 operation=row["operation"],
             )
         # Never below the time in milliseconds: a database restored from a backup hands out no fence that somebody may still hold.
-        conn.execute("UPDATE meta SET value = max(CAST(value AS INTEGER) + 1, ?) WHERE key = 'fence'", (now * 1000,))
-        fence = int(conn.execute("SELECT value FROM meta WHERE key = 'fence'").fetchone()["value"])
+        last = conn.execute("SELECT value FROM meta WHERE key = 'fence'").fetchone()["value"]
+        fence = max(int(last) + 1 if str(last).isdecimal() else 1, now * 1000)
+        conn.execute("UPDATE meta SET value = ? WHERE key = 'fence'", (str(fence),))
         conn.execute(
-            "INSERT OR REPLACE INTO claims VALUES (?, ?, ?, ?, ?, ?, ?)",
+            "INSERT INTO claims (sandbox_uuid, fence, operation, holder, process, acquired_at, expires_at) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (sandbox_uuid) DO UPDATE SET fence = excluded.fence, "
+            "operation = excluded.operation, holder = excluded.holder, process = excluded.process, "
+            "acquired_at = excluded.acquired_at, expires_at = excluded.expires_at",
             (uuid, fence, operation, self.actor, self._claim_holder(), now, now + self.claim_seconds),
         )
         left = conn.execute("SELECT * FROM operations WHERE sandbox_uuid = ?", (uuid,)).fetchone()
         return Claim(uuid, fence, operation, JournalEntry.from_row(left) if left else None)
 
-    def fenced(self, claim: Claim, work: Callable[[sqlite3.Connection], T], *, finish: bool = False) -> T:
+    def fenced(self, claim: Claim, work: Callable[[Connection], T], *, finish: bool = False) -> T:
         """Run a write only while the claim is still ours, and extend it; ``finish``: end it, if the write is done."""
 
-        def inner(conn: sqlite3.Connection) -> T:
+        def inner(conn: Connection) -> T:
             # The claim is read first and written last: what is refused here or by the work has written nothing yet.
             if not conn.execute(
                 "SELECT 1 FROM claims WHERE sandbox_uuid = ? AND fence = ?", (claim.uuid, claim.fence)
@@ -430,9 +438,7 @@ class Records:
 
     # ---- journal ----
 
-    def _journal(
-        self, conn: sqlite3.Connection, uuid: str, kind: str, phase: str, detail: dict[str, Any], now: int
-    ) -> None:
+    def _journal(self, conn: Connection, uuid: str, kind: str, phase: str, detail: dict[str, Any], now: int) -> None:
         conn.execute(
             "INSERT INTO operations (sandbox_uuid, kind, phase, detail, actor, started_at, updated_at) VALUES (?, ?, ?, ?, ?, ?, ?) "
             "ON CONFLICT (sandbox_uuid) DO UPDATE SET kind = excluded.kind, phase = excluded.phase, detail = excluded.detail, "
@@ -445,7 +451,7 @@ class Records:
     ) -> None:
         """Write down what is about to be done, before it is done; ``unprotected``: Kept when the sandbox was protected meanwhile."""
 
-        def work(conn: sqlite3.Connection) -> None:
+        def work(conn: Connection) -> None:
             if unprotected:
                 row = conn.execute("SELECT vmid, protected FROM sandboxes WHERE uuid = ?", (claim.uuid,)).fetchone()
                 if row["protected"]:
@@ -458,9 +464,14 @@ class Records:
 
         self.fenced(claim, work)
 
+    def drop_journal(self, claim: Claim) -> None:
+        """Remove the journal entry of a sandbox: what it announced is over."""
+        query = "DELETE FROM operations WHERE sandbox_uuid = ?"
+        self.fenced(claim, lambda conn: conn.execute(query, (claim.uuid,)) and None)
+
     # ---- changes ----
 
-    def _set(self, conn: sqlite3.Connection, sandbox: Sandbox, values: dict[str, Any]) -> Sandbox:
+    def _set(self, conn: Connection, sandbox: Sandbox, values: dict[str, Any]) -> Sandbox:
         """Compare-and-set of some columns on state and generation; the record as it is now."""
         new = {**values, "updated_at": self.clock.now()}
         row = {**new, "tags": json.dumps(new["tags"])} if "tags" in new else new
@@ -474,13 +485,13 @@ class Records:
         # Whatever writes to a record raises its generation. That was still the one that was read, so the other columns were too.
         return sandbox.written(new)
 
-    def _state(self, conn: sqlite3.Connection, sandbox: Sandbox) -> str:
+    def _state(self, conn: Connection, sandbox: Sandbox) -> str:
         found = conn.execute("SELECT state FROM sandboxes WHERE uuid = ?", (sandbox.uuid,)).fetchone()
         return str(found["state"]) if found else sandbox.state
 
     def _event(
         self,
-        conn: sqlite3.Connection,
+        conn: Connection,
         sandbox: Sandbox,
         old: str | None,
         new: str | None,
@@ -537,7 +548,7 @@ class Records:
                 f"sandbox {sandbox.vmid}: no transition from {sandbox.state} to {to}", vmid=sandbox.vmid
             )
 
-        def work(conn: sqlite3.Connection) -> Sandbox:
+        def work(conn: Connection) -> Sandbox:
             new = dict(values)
             if target != sandbox.state:
                 new.update(state=target, state_changed_at=self.clock.now(), absent_seen_at=None, reason=reason)
@@ -588,7 +599,7 @@ class Records:
         apart = now - self.clock.now()
         apart = apart if abs(apart) > 1 else 0
 
-        def work(conn: sqlite3.Connection) -> Sandbox:
+        def work(conn: Connection) -> Sandbox:
             # Waiting for the writer's lock may have taken this past the end of the lease. The clock is read here: the second in which this
             # began and the seconds of waiting, each rounded down, would add up to a second too little. (It may be set back meanwhile.)
             latest = (
@@ -629,7 +640,7 @@ class Records:
         Needs no claim, so that a busy sandbox expires on time; a creation or a stop under way meets the new state at its next step.
         """
 
-        def work(conn: sqlite3.Connection) -> Sandbox:
+        def work(conn: Connection) -> Sandbox:
             new = {
                 "state": states.TIMEOUT,
                 "state_changed_at": now,
@@ -656,7 +667,7 @@ class Records:
         Kept (busy) when it is to be protected and its delete is already decided: the other side of the check in ``journal``.
         """
 
-        def work(conn: sqlite3.Connection) -> Sandbox:
+        def work(conn: Connection) -> Sandbox:
             if values.get("protected"):
                 row = conn.execute(
                     "SELECT phase FROM operations WHERE sandbox_uuid = ? AND kind = 'destroy'", (sandbox.uuid,)
@@ -693,7 +704,7 @@ class Records:
     ) -> None:
         """An event without a change: something was looked at, refused or left alone."""
 
-        def work(conn: sqlite3.Connection) -> None:
+        def work(conn: Connection) -> None:
             state = self._state(conn, sandbox)
             self._event(
                 conn, sandbox, state, state, operation, outcome=outcome, reason=reason, evidence=evidence, upids=upids

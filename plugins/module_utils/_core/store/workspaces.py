@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import sqlite3
 import uuid as uuid_module
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 from .. import clock as clock_module
 from ..errors import DamagedRecord, InvalidInput, NotFound, RecordChanged
 from .history import parse_json
+from .port import Connection, Row
 from .records import Claim, Records
 
 CREATING = "CREATING"
@@ -104,7 +104,7 @@ _SELECT = (
 _NUMBERS = ("size", "owner_vmid", "generation", "created_at", "updated_at", "state_changed_at")
 
 
-def _sound(row: sqlite3.Row) -> Workspace:
+def _sound(row: Row) -> Workspace:
     """Return the workspace of a row; DamagedRecord names a value that cannot be one."""
     for name in _NUMBERS:
         if not isinstance(row[name], int) or not 0 <= row[name] <= 2**53:
@@ -137,7 +137,7 @@ class Workspaces:
         return found[0] if found else None
 
     def find_all(self, *, include_deleted: bool = False) -> list[Workspace]:
-        where = "1 ORDER BY w.name, w.created_at" if include_deleted else f"w.{_LIVE} ORDER BY w.name"
+        where = "1 = 1 ORDER BY w.name, w.created_at" if include_deleted else f"w.{_LIVE} ORDER BY w.name"
         workspaces = []
         for row in self._db.read(f"{_SELECT} WHERE {where}"):
             with contextlib.suppress(DamagedRecord):
@@ -193,7 +193,7 @@ class Workspaces:
     ) -> Workspace:
         """A CREATING record with an owner VMID of the range that no live workspace has and that is not ``occupied``."""
 
-        def work(conn: sqlite3.Connection) -> Workspace:
+        def work(conn: Connection) -> Workspace:
             now = self._records.clock.now()
             if conn.execute(f"SELECT 1 FROM workspaces WHERE name = ? AND {_LIVE}", (name,)).fetchone():
                 raise RecordChanged(f"workspace {name!r} was created by another run meanwhile; run again")
@@ -262,7 +262,7 @@ class Workspaces:
         """
         target = to or found.state
 
-        def work(conn: sqlite3.Connection) -> Workspace:
+        def work(conn: Connection) -> Workspace:
             now = self._records.clock.now()
             new: dict[str, Any] = {**values, "updated_at": now, "reason": reason}
             if target != found.state:
@@ -273,7 +273,7 @@ class Workspaces:
                     f"UPDATE workspaces SET {names}, generation = generation + 1 WHERE id = ? AND state = ? AND generation = ?",
                     (*new.values(), found.id, found.state, found.generation),
                 )
-            except sqlite3.IntegrityError:
+            except self._db.conflicts:
                 raise RecordChanged(f"{found.title}: the sandbox has another workspace already") from None
             if done.rowcount != 1:
                 raise RecordChanged(f"{found.title} was changed by another run meanwhile; run again", id=found.id)
@@ -286,17 +286,18 @@ class Workspaces:
 
         return self._records.fenced(claim, work) if claim is not None else self._db.write(work)
 
-    def _tell_sandbox(self, conn: sqlite3.Connection, before: Workspace, after: Workspace, now: int) -> None:
+    def _tell_sandbox(self, conn: Connection, before: Workspace, after: Workspace, now: int) -> None:
         for uuid in {before.sandbox_uuid, after.sandbox_uuid} - {None}:
             shown = after.id if after.sandbox_uuid == uuid and after.state in (ATTACHED, DETACHING) else None
             conn.execute(
-                "UPDATE sandboxes SET workspace_id = ?, updated_at = ?, generation = generation + 1 WHERE uuid = ? AND workspace_id IS NOT ?",
-                (shown, now, uuid, shown),
+                "UPDATE sandboxes SET workspace_id = ?, updated_at = ?, generation = generation + 1 "
+                "WHERE uuid = ? AND COALESCE(workspace_id, '') <> ?",
+                (shown, now, uuid, shown or ""),
             )
 
     def _event(
         self,
-        conn: sqlite3.Connection,
+        conn: Connection,
         found: Workspace,
         before: str | None,
         operation: str,

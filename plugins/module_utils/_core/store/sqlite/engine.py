@@ -1,10 +1,9 @@
 # Copyright: the agentlab.proxmox contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Opening, migrating and writing the SQLite file. Knows transactions and files; knows nothing of sandboxes.
+"""The SQLite engine: open, migrate and write a file. It knows transactions and files; it knows nothing of sandboxes.
 
-Writes of many threads are committed together: whoever gets the writer's lock first commits for all that queued up meanwhile, each in a
-savepoint of its own, so a bulk run pays for few disk syncs at full durability and one refused write spoils no other.
+Writes of many threads are committed together (group_commit), each in a savepoint of its own.
 """
 
 from __future__ import annotations
@@ -17,27 +16,19 @@ import sqlite3
 import stat
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
-from ..errors import StoreError
-from . import latest, schema
+from ...clock import Clock
+from ...errors import StoreError
+from .. import schema
+from ..group_commit import GroupCommit, Job
+from . import latest
 
 T = TypeVar("T")
 
 BUSY_SECONDS = 60.0
-
-
-class _Job:
-    __slots__ = ("done", "error", "turn", "value", "work")
-
-    def __init__(self, work: Callable[[sqlite3.Connection], Any]) -> None:
-        self.work = work
-        self.done = False
-        # Set when it is done, or when it is for this one to commit what has queued up.
-        self.turn = threading.Event()
-        self.value: Any = None
-        self.error: BaseException | None = None
+LIBRARY = sqlite3.sqlite_version
 
 
 def explain(path: str, error: Exception) -> StoreError:
@@ -87,20 +78,22 @@ def _why_unreadable(path: str) -> str | None:
     return None
 
 
-class Database:
+class Database(GroupCommit):
     """One SQLite file. ``read`` gives rows, ``write`` runs a function inside a durable transaction."""
 
+    kind = "sqlite"
+    conflicts: tuple[type[Exception], ...] = (sqlite3.IntegrityError,)
+    # Claims end with their process, which any other process of this host can see.
+    controller: str | None = None
+
     def __init__(self, path: str, *, group_mode: bool = False, dry_run: bool = False) -> None:
+        super().__init__()
         self.path = path
-        self._queue: list[_Job] = []
-        self._led = False
         self._together: int | None = None
         # What rolled the bulk transaction back before its end.
         self._broken: sqlite3.Error | None = None
         # Check mode: the file itself is read, and nothing can be written to it.
         self._untouched = False
-        self._queue_lock = threading.Lock()
-        self._writer_lock = threading.Lock()
         self._reader_lock = threading.Lock()
         # Since when a write waits for other processes to finish theirs (monotonic seconds), or None.
         self.waits_since: float | None = None
@@ -240,6 +233,23 @@ class Database:
                 conn.execute(f"PRAGMA application_id = {schema.APPLICATION_ID}")
                 conn.execute(f"PRAGMA user_version = {number}")
 
+    # ---- what another engine would do over a network ----
+
+    def clock(self, own: Clock) -> Clock:
+        return own
+
+    def is_abandoned(self, process: str, read: Callable[[str, Sequence[Any]], Sequence[Any]]) -> bool:
+        return False
+
+    def keep_alive(self) -> None:
+        """Claims need no heartbeat on one host."""
+
+    def write_later(self, sql: str, values: Sequence[Any]) -> None:
+        """A claim that could not be given back ends with this process."""
+
+    def lead(self, job: str) -> bool:
+        return True
+
     # ---- use ----
 
     def replaced(self) -> str | None:
@@ -304,52 +314,10 @@ class Database:
                 if not self._writer.in_transaction:
                     self._broken = self._broken or error
                 raise explain(self.path, error) from error
-        job = _Job(work)
-        with self._queue_lock:
-            self._queue.append(job)
-            if not self._led:
-                self._led = True
-                job.turn.set()
         try:
-            job.turn.wait()
-        except BaseException:
-            self._withdraw(job)
-            raise
-        if not job.done:
-            self._lead()
-        if job.error is not None:
-            if isinstance(job.error, sqlite3.Error):
-                raise explain(self.path, job.error) from job.error
-            raise job.error
-        value: T = job.value
-        return value
-
-    def _lead(self) -> None:
-        """Commit for all that have queued up, then let the next one do it for those that came meanwhile."""
-        batch: list[_Job] = []
-        try:
-            with self._writer_lock:
-                with self._queue_lock:
-                    batch, self._queue = self._queue, []
-                self._commit(batch)
-        finally:
-            with self._queue_lock:
-                self._pass_on()
-            for job in batch:
-                job.turn.set()
-
-    def _pass_on(self) -> None:
-        self._led = bool(self._queue)
-        if self._queue:
-            self._queue[0].turn.set()
-
-    def _withdraw(self, job: _Job) -> None:
-        """Interrupted while it waited: nobody may wait for it to commit for them."""
-        with self._queue_lock:
-            if job in self._queue:
-                self._queue.remove(job)
-                if job.turn.is_set():
-                    self._pass_on()
+            return self.enqueue(work)
+        except sqlite3.Error as error:
+            raise explain(self.path, error) from error
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
@@ -399,28 +367,20 @@ class Database:
             if self._writer.in_transaction:
                 self._writer.execute("RELEASE job")
 
-    def _commit(self, batch: list[_Job]) -> None:
-        try:
-            self._begin_writing()
-            with self._transact():
-                for job in batch:
-                    try:
-                        # One alone needs no savepoint: the transaction is undone with it.
-                        job.value = self._in_savepoint(job.work) if len(batch) > 1 else job.work(self._writer)
-                    except Exception as error:
-                        job.error = error
-                        if len(batch) == 1 or not self._writer.in_transaction:
-                            raise
-        except BaseException as error:
-            # Also when this thread is interrupted: the others must not take for written what was undone.
-            told = error if isinstance(error, Exception) else sqlite3.OperationalError("interrupted")
+    def run_batch(self, batch: list[Job]) -> None:
+        self._begin_writing()
+        with self._transact():
             for job in batch:
-                job.error = job.error or told
-            if told is not error:
-                raise
-        finally:
-            for job in batch:
-                job.done = True
+                try:
+                    # One alone needs no savepoint: the transaction is undone with it.
+                    job.value = self._in_savepoint(job.work) if len(batch) > 1 else job.work(self._writer)
+                except Exception as error:
+                    job.error = error
+                    if len(batch) == 1 or not self._writer.in_transaction:
+                        raise
+
+    def interrupted(self) -> Exception:
+        return sqlite3.OperationalError("interrupted")
 
     def limit_cache(self, kib: int) -> None:
         """Let each connection keep at most so many KiB of pages, for a process that lives long: the system's own cache holds them too."""
@@ -438,6 +398,12 @@ class Database:
         rows = self.read("SELECT c.seq FROM sqlite_sequence AS c WHERE c.name = 'events'")
         return int(rows[0][0]) if rows and isinstance(rows[0][0], int) else 0
 
+    def noted_event(self) -> int | None:
+        return None if self.path == ":memory:" else latest.read(self.path) or 0
+
+    def note_event(self, event: int) -> None:
+        latest.write(self.path, event)
+
     def close(self) -> None:
         if self._wrote and self._opened is not None and not self.replaced():
             with contextlib.suppress(StoreError):
@@ -448,45 +414,6 @@ class Database:
         for conn in (self._reader, self._writer):
             with contextlib.suppress(sqlite3.Error):
                 conn.close()
-
-
-class Rehearsal(Database):
-    """For dry runs of a long-living process: reads what the other reads, and undoes at once what is written. Costs no copy of the records."""
-
-    def __init__(self, database: Database) -> None:
-        self.path = database.path
-        self.waits_since = None
-        self._database = database
-
-    def replaced(self) -> str | None:
-        return self._database.replaced()
-
-    def read_as(self, make: Callable[[sqlite3.Row], T], sql: str, *values: Any) -> list[T]:
-        return self._database.read_as(make, sql, *values)
-
-    def write(self, work: Callable[[sqlite3.Connection], T], *, checked: bool = False) -> T:
-        """Run ``work`` and give its value; its savepoint is rolled back (so it needs one, also when it is ``checked``)."""
-
-        def undone(conn: sqlite3.Connection) -> None:
-            raise _Undone(work(conn))
-
-        try:
-            self._database.write(undone)
-        except _Undone as done:
-            value: T = done.args[0]
-            return value
-        raise AssertionError("unreachable")
-
-    @contextlib.contextmanager
-    def together(self) -> Iterator[None]:
-        yield
-
-    def close(self) -> None:
-        """The database belongs to somebody else."""
-
-
-class _Undone(Exception):
-    pass
 
 
 def _patiently(call: Callable[[], Any]) -> None:

@@ -1,0 +1,93 @@
+# Copyright: the agentlab.proxmox contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Dry runs: read what another engine reads, and undo at once what is written. Costs no copy of the records."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+from ..clock import Clock
+from .port import Engine
+
+T = TypeVar("T")
+
+
+class Rehearsal:
+    """An engine for check mode, on the connections of another. ``owner``: closes the other one, too."""
+
+    waits_since: float | None = None
+
+    def __init__(self, database: Engine, *, owner: bool = False) -> None:
+        self.path = database.path
+        self.kind = database.kind
+        self.conflicts = database.conflicts
+        self.controller = database.controller
+        self._database = database
+        self._owner = owner
+
+    def clock(self, own: Clock) -> Clock:
+        return self._database.clock(own)
+
+    def read(self, sql: str, *values: Any) -> list[Any]:
+        return self._database.read(sql, *values)
+
+    def read_as(self, make: Callable[[Any], T], sql: str, *values: Any) -> list[T]:
+        return self._database.read_as(make, sql, *values)
+
+    def write(self, work: Callable[[Any], T], *, checked: bool = False) -> T:
+        """Run ``work`` and return its value; its savepoint is rolled back (so it needs one, also when ``checked``)."""
+
+        def undone(conn: Any) -> None:
+            raise _Undone(work(conn))
+
+        try:
+            self._database.write(undone)
+        except _Undone as outcome:
+            value: T = outcome.args[0]
+            return value
+        raise AssertionError("unreachable")
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        yield
+
+    def is_abandoned(self, process: str, read: Callable[[str, Sequence[Any]], Sequence[Any]]) -> bool:
+        return self._database.is_abandoned(process, read)
+
+    def keep_alive(self) -> None:
+        """A dry run holds no claim."""
+
+    def write_later(self, sql: str, values: Sequence[Any]) -> None:
+        """A dry run writes nothing."""
+
+    def lead(self, job: str) -> bool:
+        return self._database.lead(job)
+
+    def replaced(self) -> str | None:
+        return self._database.replaced()
+
+    def latest_event(self) -> int:
+        return self._database.latest_event()
+
+    def noted_event(self) -> int | None:
+        return self._database.noted_event()
+
+    def note_event(self, event: int) -> None:
+        """A dry run writes nothing."""
+
+    def limit_cache(self, kib: int) -> None:
+        """The connections belong to the other engine."""
+
+    def integrity(self) -> str:
+        return self._database.integrity()
+
+    def close(self) -> None:
+        if self._owner:
+            self._database.close()
+
+
+class _Undone(Exception):
+    pass
