@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
-class Job:
+class QueuedWrite:
     """One write that waits for its commit, and its result."""
 
     __slots__ = ("done", "error", "turn", "value", "work")
@@ -34,12 +34,12 @@ class GroupCommit:
     """The queue of writes. An engine says how a batch of them becomes one transaction."""
 
     def __init__(self) -> None:
-        self._queue: list[Job] = []
+        self._queue: list[QueuedWrite] = []
         self._led = False
         self._queue_lock = threading.Lock()
         self._writer_lock = threading.Lock()
 
-    def run_batch(self, batch: list[Job]) -> None:
+    def run_batch(self, batch: list[QueuedWrite]) -> None:
         """Run these writes in one transaction and set their values and errors; raise when nothing was written."""
         raise NotImplementedError
 
@@ -49,7 +49,7 @@ class GroupCommit:
 
     def enqueue(self, work: Callable[[Any], T]) -> T:
         """Have ``work`` committed with what else waits; return its value or raise its error."""
-        job = Job(work)
+        job = QueuedWrite(work)
         with self._queue_lock:
             self._queue.append(job)
             if not self._led:
@@ -69,7 +69,7 @@ class GroupCommit:
 
     def _lead(self) -> None:
         """Commit for all that have queued up, then let the next one do it for those that came meanwhile."""
-        batch: list[Job] = []
+        batch: list[QueuedWrite] = []
         try:
             with self._writer_lock:
                 with self._queue_lock:
@@ -86,7 +86,7 @@ class GroupCommit:
         if self._queue:
             self._queue[0].turn.set()
 
-    def _withdraw(self, job: Job) -> None:
+    def _withdraw(self, job: QueuedWrite) -> None:
         """Interrupted while it waited: nobody may wait for it to commit for them."""
         with self._queue_lock:
             if job in self._queue:
@@ -94,7 +94,7 @@ class GroupCommit:
                 if job.turn.is_set():
                     self._pass_on()
 
-    def _commit(self, batch: list[Job]) -> None:
+    def _commit(self, batch: list[QueuedWrite]) -> None:
         try:
             self.run_batch(batch)
         except BaseException as error:

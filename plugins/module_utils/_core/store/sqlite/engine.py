@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 from ...clock import Clock
 from ...errors import StoreError
 from .. import schema
-from ..group_commit import GroupCommit, Job
+from ..group_commit import GroupCommit, QueuedWrite
 from . import latest
 
 T = TypeVar("T")
@@ -367,7 +367,7 @@ class Database(GroupCommit):
             if self._writer.in_transaction:
                 self._writer.execute("RELEASE job")
 
-    def run_batch(self, batch: list[Job]) -> None:
+    def run_batch(self, batch: list[QueuedWrite]) -> None:
         self._begin_writing()
         with self._transact():
             for job in batch:
