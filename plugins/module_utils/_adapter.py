@@ -139,6 +139,24 @@ def tags(module: AnsibleModule) -> list[str]:
     return patterns.split_tags(module.params.get("tags"))
 
 
+def states_of(module: AnsibleModule, valid: Sequence[str]) -> list[str] | None:
+    """Return the states that the option ``states`` names, each once, or None where the option is not set.
+
+    The names come in any case and as people paste them: one a line, or separated by commas. AnsibleModule would refuse
+    a text of several lines before it can be split, so the option has no ``choices``. Raise InvalidInput for other words.
+    """
+    value = module.params.get("states")
+    if value is None:
+        return None
+    names = list(dict.fromkeys(word.upper() for word in patterns.split_words(value)))
+    for name in names:
+        if name not in valid:
+            raise InvalidInput(
+                f"states: {patterns.quoted(name)} is not valid. Valid: {', '.join(valid)}", option="states", value=name
+            )
+    return names
+
+
 def _numbers(value: object) -> list[int]:
     numbers = []
     for word in patterns.split_words(value):

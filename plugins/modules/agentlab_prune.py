@@ -18,10 +18,9 @@ options:
       - Only those that entered their state longer ago than this, as minutes or a duration such as V(24h).
     type: str
   states:
-    description: Which states to prune.
+    description: Which states to prune, of V(TIMEOUT), V(COMPLETED), V(FAILED) and V(STOPPED).
     type: list
     elements: str
-    choices: [TIMEOUT, COMPLETED, FAILED, STOPPED]
     default: [TIMEOUT]
   tags:
     description: Only sandboxes with at least one of these tags.
@@ -86,12 +85,7 @@ from ansible_collections.agentlab.proxmox.plugins.module_utils import _adapter
 
 ARGUMENT_SPEC = {
     "older_than": {"type": "str"},
-    "states": {
-        "type": "list",
-        "elements": "str",
-        "choices": ["TIMEOUT", "COMPLETED", "FAILED", "STOPPED"],
-        "default": ["TIMEOUT"],
-    },
+    "states": {"type": "list", "elements": "str", "default": ["TIMEOUT"]},
     "tags": {"type": "list", "elements": "str"},
     "max_count": {"type": "int"},
     "wait_timeout": {"type": "int"},
@@ -102,7 +96,7 @@ _MAY_BE_A_LIST = [int(part) for part in ansible_version.split(".")[:2]] < [2, 21
 
 
 def work(module, context):
-    from ansible_collections.agentlab.proxmox.plugins.module_utils._core import durations
+    from ansible_collections.agentlab.proxmox.plugins.module_utils._core import durations, states
     from ansible_collections.agentlab.proxmox.plugins.module_utils._core.maintenance import prune
 
     params = module.params
@@ -112,7 +106,10 @@ def work(module, context):
     report = prune.run(
         context,
         prune.Selection(
-            states=params["states"], older_than=older_than, tags=_adapter.tags(module), max_count=params["max_count"]
+            states=_adapter.states_of(module, states.PRUNABLE),
+            older_than=older_than,
+            tags=_adapter.tags(module),
+            max_count=params["max_count"],
         ),
     )
     result = {

@@ -13,10 +13,11 @@ description:
   - Shows sandboxes from the records. Without O(verify) it asks Proxmox VE nothing.
 options:
   states:
-    description: Only sandboxes in these states.
+    description:
+      - Only sandboxes in these states, of V(REQUESTED), V(PROVISIONING), V(BOOTING), V(READY), V(RUNNING), V(SUSPENDED),
+        V(COMPLETED), V(FAILED), V(TIMEOUT), V(STOPPED) and V(DESTROYED).
     type: list
     elements: str
-    choices: [REQUESTED, PROVISIONING, BOOTING, READY, RUNNING, SUSPENDED, COMPLETED, FAILED, TIMEOUT, STOPPED, DESTROYED]
   profile:
     description: Only sandboxes of this profile.
     type: str
@@ -102,7 +103,7 @@ from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors impo
 
 ARGUMENT_SPEC = {
     **_adapter.SELECT_ARGS,
-    "states": {"type": "list", "elements": "str", "choices": list(states.STATES)},
+    "states": {"type": "list", "elements": "str"},
     "profile": {"type": "str"},
     "tags": {"type": "list", "elements": "str"},
     "expired": {"type": "bool"},
@@ -125,7 +126,7 @@ def work(module, context):
     chosen = any(params[name] is not None for name in _adapter.SELECT_ARGS)
     wanted = info.Filter(
         ids=_adapter.ids(module) if chosen else None,
-        states=params["states"],
+        states=_adapter.states_of(module, states.STATES),
         profile=params["profile"],
         tags=_adapter.tags(module),
         expired=params["expired"],

@@ -16,10 +16,11 @@ options:
     description: Name (or id) of one workspace.
     type: str
   states:
-    description: Only workspaces in these states.
+    description:
+      - Only workspaces in these states, of V(CREATING), V(DETACHED), V(ATTACHING), V(ATTACHED), V(DETACHING), V(DELETING)
+        and V(DELETED).
     type: list
     elements: str
-    choices: [CREATING, DETACHED, ATTACHING, ATTACHED, DETACHING, DELETING, DELETED]
   include_deleted:
     description: Whether deleted ones are shown too.
     type: bool
@@ -68,11 +69,7 @@ from ansible_collections.agentlab.proxmox.plugins.module_utils import _adapter
 
 ARGUMENT_SPEC = {
     "name": {"type": "str"},
-    "states": {
-        "type": "list",
-        "elements": "str",
-        "choices": ["CREATING", "DETACHED", "ATTACHING", "ATTACHED", "DETACHING", "DELETING", "DELETED"],
-    },
+    "states": {"type": "list", "elements": "str"},
     "include_deleted": {"type": "bool", "default": False},
     "events": {"type": "int", "default": 0},
     "verify": {"type": "bool", "default": False},
@@ -86,7 +83,7 @@ def work(module, context):
     return workspace.show(
         context,
         name=params["name"],
-        states=params["states"],
+        states=_adapter.states_of(module, workspace.STATES),
         include_deleted=params["include_deleted"],
         events=params["events"],
         verify=params["verify"],

@@ -471,6 +471,11 @@ def test_power(daemon: StandIn) -> None:
         daemon.replies["POST", f"/v1/sandboxes/1000/{name}"] = (200, sandbox(1000, state))
         found = agentlab("sandbox", name, 1000, socket=daemon.path)
         assert (found.returncode, found.stdout, found.stderr) == (0, f"sandbox 1000 is {state}\n", "")
+    for name in ("start", "resume"):
+        daemon.replies["POST", f"/v1/sandboxes/1000/{name}"] = (200, sandbox(1000, "RUNNING"))
+        waited = agentlab("sandbox", name, "--wait-for-ip", 1000, socket=daemon.path)
+        assert (waited.returncode, waited.stdout) == (0, f"sandbox 1000 is RUNNING at {sandbox(1000)['ip']}\n")
+        assert daemon.posted()[-1] == (f"/v1/sandboxes/1000/{name}", {"wait_for_ip": True})
 
 
 # ---- events ----

@@ -352,6 +352,25 @@ def test_an_address_is_waited_for_at_a_sandbox_that_is_there(daemon: Make, lab: 
     assert again["ip"] and again["ip_seen_at"] and (again["changed"], again["reason"]) == (True, "address")
 
 
+@pytest.mark.parametrize(("away", "back"), [("stop", "start"), ("pause", "resume"), ("pause", "start")])
+def test_a_start_waits_for_the_address_that_the_guest_has_then(
+    daemon: Make, lab: Lab, monkeypatch: Any, away: str, back: str
+) -> None:
+    lab.pve.agent_default = True
+    one = daemon()
+    assert one.good("POST", "/v1/sandboxes", {"name": "a1", "wait_for_ip": True}, 201)["ip"]
+    one.good("POST", f"/v1/sandboxes/1000/{away}")
+    monkeypatch.setattr(lab.pve, "address_of", lambda _vmid: "192.0.2.99")
+    agent = lab.pve.vm(1000).agent
+    if away == "pause":
+        # The guest's interfaces are still there, with an address that changed during the pause.
+        agent["interfaces"][1]["ip-addresses"][1]["ip-address"] = "192.0.2.99"
+    started = one.good("POST", f"/v1/sandboxes/1000/{back}", {"wait_for_ip": True})
+    assert started["state"] == "RUNNING" and started["ip"] == "192.0.2.99"
+    assert one.post(f"/v1/sandboxes/1000/{back}", {"wait_for_ip": "soon"}).status == 400
+    assert one.post("/v1/sandboxes/1000/stop", {"wait_for_ip": True}).status == 400
+
+
 def test_a_guest_that_is_silent_holds_nobody_up(daemon: Make, lab: Lab) -> None:
     lab.create("a1")
     lab.pve.fail("GET", "/agent/network-get-interfaces", 500, "QEMU guest agent is not running", times=999)

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -43,11 +44,9 @@ def everything(lab: Lab, sandbox: Sandbox, **options: Any) -> list[str]:
         lambda: lab.prune(dry_run=True, options=options),
         lambda: lab.prune(options=options),
         lambda: lab.destroy(sandbox.vmid, force=True, **options),
-        lambda: lab.reconcile(apply=False, **options),
-        lambda: lab.reconcile(**options),
-        lambda: lab.reconcile(**options),
-        lambda: lab.reconcile(**options),
-        lambda: lab.expire(**options),
+        partial(lab.reconcile, apply=False, **options),
+        *[partial(lab.reconcile, **options)] * 3,
+        partial(lab.expire, **options),
     ]
     for work in works:
         try:

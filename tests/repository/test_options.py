@@ -155,3 +155,11 @@ def test_contributing_names_the_places() -> None:
         "test_options.py",
     ):
         assert place in section, place
+
+
+def test_the_playbook_passes_each_option_on() -> None:
+    play = yaml.safe_load((ROOT / "playbooks/sandbox_create.yml").read_text())[-1]
+    task = play["tasks"][0]["agentlab.proxmox.agentlab_sandbox"]
+    assert set(task) == OPTIONS | IDENTITY
+    for name, text in task.items():
+        assert f"sandbox_{name} |" in text, name

@@ -61,6 +61,11 @@ def test_what_people_paste_becomes_lists(story: Any, server: Any, keywords: dict
             task("a number", SANDBOX, name="a3", cloud_init_password=5349, fails=True, keywords=keywords),
             task("stop", SANDBOX, vmids="1000\n1001, 1000", state="stopped", keywords=keywords),
             task("info", "agentlab_sandbox_info", tags="NIGHTLY", keywords=keywords),
+            task("states", "agentlab_sandbox_info", states="running\r\nSTOPPED\r\n", keywords=keywords),
+            task("wrong state", "agentlab_sandbox_info", states="STOPPED\nGONE", fails=True, keywords=keywords),
+            task("prune states", "agentlab_prune", states=["FAILED\nCOMPLETED\n", ""], keywords=keywords),
+            task("wrong prune", "agentlab_prune", states="TIMEOUT\nRUNNING", fails=True, keywords=keywords),
+            task("disks", "agentlab_workspace_info", states="ATTACHED\ndetached", keywords=keywords),
             task("wrong vmids", SANDBOX, vmids="1000,abc", state="absent", fails=True, keywords=keywords),
             task("absent", SANDBOX, vmids=["1000", "1001 ", ""], state="absent", keywords=keywords),
         ]
@@ -76,6 +81,9 @@ def test_what_people_paste_becomes_lists(story: Any, server: Any, keywords: dict
     assert "holds a private key" in run["private"]["msg"] and "b3BlbnNzaC1" not in str(run["private"]["msg"])
     assert "put it in quotes" in run["a number"]["msg"]
     assert [one["vmid"] for one in run["stop"]["results"]] == [1000, 1001] and run["info"]["count"] == 1
+    assert run["states"]["count"] == 2 and run["prune states"]["count"] == 0 and run["disks"]["count"] == 0
+    assert run["wrong state"]["msg"].startswith("states: 'GONE' is not valid. Valid: REQUESTED, PROVISIONING, ")
+    assert run["wrong prune"]["msg"] == "states: 'RUNNING' is not valid. Valid: TIMEOUT, COMPLETED, FAILED, STOPPED"
     assert run["wrong vmids"]["msg"] == "vmids: 'abc' is not a VMID. Valid: 100 to 999999999"
     assert [one["outcome"] for one in run["absent"]["results"]] == ["destroyed", "destroyed"]
 

@@ -114,7 +114,11 @@ class Https:
         """Return the answer's data. Raises AccessDenied, ApiError, Unreachable or OutcomeUnknown."""
         parts = [quote(part, safe=":!@-._~") for part in path.split("/")]
         values = {name.replace("_", "-"): value for name, value in params.items() if value is not None}
-        data = self._call(method, path, params, lambda: getattr(self._api(parts), method.lower())(**values))
+
+        def send_request() -> Any:
+            return getattr(self._api(parts), method.lower())(**values)
+
+        data = self._call(method, path, params, send_request)
         # proxmoxer hands out what it could not parse as {"errors": ...}: never take that for data.
         if isinstance(data, (dict, list)) and (
             answers.too_deep(data) or (isinstance(data, dict) and set(data) == {"errors"})

@@ -100,7 +100,7 @@ def normalise(given: Mapping[str, Any]) -> dict[str, Any]:
         # YAML reads 012345 as the number 5349.
         raise InvalidInput(
             "cloud_init_password: is not a text (YAML reads an unquoted number or a word such as yes as something else); put it in "
-            "quotes",
+            "quotes. Where it is the answer to a survey, begin it with a letter and add to it: quotes would become part of it",
             option="cloud_init_password",
         )
     return values

@@ -454,16 +454,29 @@ def _state_of(client: Client, label: str, vmid: int | None, name: str | None) ->
 def _power(to: Settings, vmid: int, action: str, body: dict[str, Any] | None = None) -> None:
     with Progress(lambda: _state_of(to.client, f"sandbox {vmid}", vmid, None), wanted=not to.json):
         answer = to.client.post("sandboxes", vmid, action, body=body)
-    to.tell(answer, lambda data: f"sandbox {cell(data['vmid'])} is {cell(data['state'])}")
+    to.tell(
+        answer,
+        lambda data: (
+            f"sandbox {cell(data['vmid'])} is {cell(data['state'])}"
+            + (f" at {cell(data['ip'])}" if (body or {}).get("wait_for_ip") else "")
+        ),
+    )
     _warn(to, answer.data)
 
 
-@sandbox.command(usage="<vmid>", examples=("agentlab sandbox start 1009",))
+wait_for_ip_option = click.option("--wait-for-ip", is_flag=True, help="Wait until the guest agent names an address.")
+
+
+@sandbox.command(
+    usage="[--wait-for-ip] <vmid>",
+    examples=("agentlab sandbox start 1009", "agentlab sandbox start --wait-for-ip 1009"),
+)
+@wait_for_ip_option
 @one_vmid
 @settings
-def start(to: Settings, vmid: int) -> None:
+def start(to: Settings, vmid: int, wait_for_ip: bool) -> None:
     """Start a sandbox that is STOPPED or SUSPENDED."""
-    _power(to, vmid, "start")
+    _power(to, vmid, "start", {"wait_for_ip": True} if wait_for_ip else None)
 
 
 @sandbox.command(
@@ -503,12 +516,13 @@ def suspend(to: Settings, vmid: int) -> None:
     _power(to, vmid, "suspend")
 
 
-@sandbox.command(usage="<vmid>", hidden=True, examples=("agentlab sandbox resume 1009",))
+@sandbox.command(usage="[--wait-for-ip] <vmid>", hidden=True, examples=("agentlab sandbox resume 1009",))
+@wait_for_ip_option
 @one_vmid
 @settings
-def resume(to: Settings, vmid: int) -> None:
+def resume(to: Settings, vmid: int, wait_for_ip: bool) -> None:
     """Resume a sandbox that is SUSPENDED."""
-    _power(to, vmid, "resume")
+    _power(to, vmid, "resume", {"wait_for_ip": True} if wait_for_ip else None)
 
 
 # ---- what protects it, and what keeps it alive ----

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from agentlab_core import states
-from agentlab_core.context import failure
+from agentlab_core.context import Context, failure
 from agentlab_core.errors import AgentlabError, InvalidInput, StateConflict
 from agentlab_core.model import Outcome, Sandbox
 from agentlab_core.sandboxes import create, destroy, lease
@@ -111,6 +111,17 @@ def stop_sandbox(call: Call) -> Answer:
     return of_item(power.run(ctx, sandbox, "stop", force=call.body.get("force", False)))
 
 
+def _start(ctx: Context, sandbox: Sandbox, call: Call) -> Answer:
+    """Start or resume the VM, and with ``wait_for_ip`` wait for the address, which may be another one now."""
+    outcome = power.run(ctx, sandbox, "start")
+    return of_item(address.with_address(ctx, outcome, started=True) if call.body.get("wait_for_ip") else outcome)
+
+
+def start_sandbox(call: Call) -> Answer:
+    ctx = call.context()
+    return _start(ctx, ctx.select(call.vmid), call)
+
+
 def resume_sandbox(call: Call) -> Answer:
     ctx = call.context()
     sandbox = ctx.select(call.vmid)
@@ -122,7 +133,7 @@ def resume_sandbox(call: Call) -> Answer:
             state=sandbox.state,
             valid=valid,
         )
-    return of_item(power.run(ctx, sandbox, "start"))
+    return _start(ctx, sandbox, call)
 
 
 def stop_all_sandboxes(call: Call) -> Answer:

@@ -223,10 +223,14 @@ ROUTES: tuple[Route, ...] = (
             handler,
             {200: "Item"},
             operation=operation,
-            body={"force": _DISCARD} if verb == "stop" else {},
+            body={"force": _DISCARD}
+            if verb == "stop"
+            else {"wait_for_ip": CREATION["wait_for_ip"]}
+            if operation == "start"
+            else {},
         )
         for verb, operation, text, handler in (
-            ("start", "start", "Start or resume its VM", sandboxes.change_power("start")),
+            ("start", "start", "Start or resume its VM", sandboxes.start_sandbox),
             ("stop", "stop", "Shut its VM down, switch it off when it does not answer", sandboxes.stop_sandbox),
             ("suspend", "suspend", "Pause its VM", sandboxes.change_power("suspend")),
             ("pause", "suspend", "The same as suspend", sandboxes.change_power("suspend")),
