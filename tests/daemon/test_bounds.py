@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from support.daemon import Daemon, free_port
+from support.daemon import Daemon, ask, free_port
 from support.lab import Lab
 
 Make = Callable[..., Daemon]
@@ -209,6 +209,44 @@ def test_a_body_that_arrives_in_one_piece_with_its_head_may_be_large(daemon: Mak
             part = client.recv(65536)
             assert part, answers
             answers += part
+
+
+@pytest.mark.parametrize(
+    "body, words",
+    [
+        (b"[" * 300000, "more than 16 deep"),
+        (b'{"a":' * 100000, "more than 16 deep"),
+        (b'{"vmids": ' + b"[" * 17 + b"]" * 17 + b"}", "more than 16 deep"),
+        (b"[" + b"{}," * 340000 + b"{}]", "holds more than 20000 values"),
+        (b'{"vmids": [' + b"1," * 500000 + b"1]}", "holds more than 20000 values"),
+        # A text without an end is read once, however many quotes and backslashes it has.
+        (b'{"name": "' + b'\\"' * 500000, "not valid JSON"),
+        ('{"vmids": []}'.encode("utf-16"), "not valid JSON"),
+        (b'{"name": "\xff"}', "not valid JSON"),
+    ],
+    ids=["lists", "objects", "a little too deep", "many objects", "many numbers", "no end", "UTF-16", "no text"],
+)
+def test_a_body_beyond_the_bounds_of_json(daemon: Make, body: bytes, words: str) -> None:
+    one = daemon()
+    before = one.rss()
+    began = time.monotonic()
+    refused = one.request("POST", "/v1/sandboxes/destroy", body)
+    assert refused.status == 400 and words in refused.body["error"], refused
+    assert time.monotonic() - began < 10 and one.rss() - before < 16 * 1024
+    # Brackets within a text are counted by nobody.
+    assert one.post("/v1/cleanup/freeze", {"reason": "[" * 100 + '\\"{' * 10}).status == 200
+
+
+def test_requests_that_change_nothing_do_not_fill_the_log(daemon: Make, lab: Lab) -> None:
+    lab.create("a1")
+    one = daemon()
+    with contextlib.closing(one.connection()) as connection:
+        for _number in range(300):
+            assert ask(connection, "POST", "/v1/sandboxes/1009/destroy").status == 404
+    assert one.log().count("destroy_sandbox 1009") == 60, one.log()
+    # What changes something is always told.
+    assert one.post("/v1/sandboxes/1000/stop").status == 200
+    assert "stop_sandbox 1000" in one.log()
 
 
 # ---- the socket's file, the metrics' host, the log ----

@@ -14,6 +14,7 @@ from ansible_collections.agentlab.proxmox.plugins.module_utils._core import conf
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs/bounds.md").read_text()
+CORE = ROOT / "plugins/module_utils/_core"
 DAEMON = ROOT / "roles/agentlabd/files/agentlabd"
 UNIT = (ROOT / "roles/agentlabd/templates/agentlabd.service.j2").read_text()
 
@@ -29,10 +30,10 @@ def rows(name: str) -> list[list[str]]:
     ]
 
 
-def constants(file: str) -> dict[str, object]:
-    """What the names in capitals of a file stand for, as far as that is arithmetic."""
+def constants(file: str, folder: Path = DAEMON) -> dict[str, object]:
+    """Return what the names in capitals of a file stand for, as far as that is arithmetic."""
     found: dict[str, object] = {}
-    for node in ast.parse((DAEMON / file).read_text()).body:
+    for node in ast.parse((folder / file).read_text()).body:
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id.isupper():
             try:
                 found[node.targets[0].id] = eval(
@@ -60,6 +61,9 @@ def test_the_bounds_on_clients_are_those_of_the_code() -> None:
         "bytes of a body": code["BODY_BYTES"],
         f"bytes of all bodies on their way, beyond the first {code['SMALL_BODY']} of each": code["BODIES_BYTES"],
         "lines of a kind in the log that clients or libraries can cause": f"one in {logs['SELDOM_SECONDS']:.0f} s",
+        "lines of requests that changed nothing, for each who asks": f"{logs['IDLE_LINES']} in {logs['SELDOM_SECONDS']:.0f} s",
+        "lists and objects within one another in a body": constants("http/fields.py")["DEEPEST_BODY"],
+        "values in a body": constants("http/fields.py")["MOST_VALUES"],
         "threads for what asks Proxmox VE, and requests to it in flight": config.DEFAULTS["connections"],
         "time for what is under way when the daemon stops": config.DEFAULTS["stop_timeout"].replace("s", " s"),
     }
@@ -67,7 +71,7 @@ def test_the_bounds_on_clients_are_those_of_the_code() -> None:
 
 
 def test_keys_and_sentences_are_those_of_the_code() -> None:
-    texts = "".join((DAEMON / name).read_text() for name in ("http/server.py", "connections.py"))
+    texts = "".join((DAEMON / name).read_text() for name in ("http/server.py", "http/fields.py", "connections.py"))
     for _what, _default, key, beyond in rows("bounds"):
         assert not key or key.strip("`") in config.DEFAULTS, key
         for sentence in re.findall(r"`([a-z][^`]{20,})`", beyond):
@@ -85,3 +89,37 @@ def test_the_bounds_of_the_unit_are_those_of_its_template() -> None:
 def test_the_bounds_on_files_are_those_of_the_code() -> None:
     bounds = (safe_yaml.LONGEST_FILE, safe_yaml.MAX_NODES, safe_yaml.MAX_EXPANDED, safe_yaml.MAX_DEPTH)
     assert [row[1] for row in rows("parsed")] == [str(number) for number in bounds]
+
+
+def test_the_bounds_on_answers_are_those_of_the_code() -> None:
+    proxmox, tasks = constants("proxmox/answers.py", CORE), constants("proxmox/tasks.py", CORE)
+    address, guest = constants("vm/address.py", CORE), constants("guest/cloud_init.py", CORE)
+    expected = {
+        "time for a whole request, from the connection to the last byte": f"{config.DEFAULTS['api_timeout']} s",
+        "bytes of an answer, unpacked": proxmox["LARGEST_ANSWER"],
+        "lists and objects within one another in an answer": proxmox["DEEPEST_ANSWER"],
+        "characters of a sentence of Proxmox VE's in a message": proxmox["_LONGEST_TEXT"],
+        "lines of a failed task's log in a message": tasks["_LOG_LINES"],
+        "characters of such a line": tasks["_LOG_LINE_CHARS"],
+        "interfaces that a guest names": address["_MOST_INTERFACES"],
+        "addresses of an interface": address["_MOST_ADDRESSES"],
+        "characters of an address": address["_LONGEST_TEXT"],
+        "guests that one pass over many sandboxes asks for addresses": address["MOST_LOOKS"],
+        "time of one pass for that": f"{address['LOOK_SECONDS']:.0f} s",
+        "bytes of cloud-init's result": guest["_LONGEST_RESULT"],
+        "errors of cloud-init in a message": guest["_MOST_ERRORS"],
+        "bytes of user data": guest["_LONGEST"],
+    }
+    assert {row[0]: row[1] for row in rows("answers")} == {name: str(value) for name, value in expected.items()}
+    texts = "".join(path.read_text() for path in CORE.rglob("*.py"))
+    # A sentence may go on in the next line of the code.
+    texts = re.sub(r'"\s*f?"', "", texts)
+    for _what, _default, key, beyond in rows("answers"):
+        assert not key or key.strip("`") in config.DEFAULTS, key
+        for sentence in re.findall(r"`([a-z][^`]{20,})`", beyond):
+            pattern = re.sub(r"\d+", r"\\{[^}]+\\}", re.escape(sentence).replace(r"\ ", " "))
+            assert re.search(pattern, texts), sentence
+
+
+def test_the_page_on_safety_leads_to_this_one() -> None:
+    assert "[bounds.md](bounds.md)" in (ROOT / "docs/safety.md").read_text()

@@ -19,6 +19,8 @@ log = logging.getLogger("agentlabd")
 _PRIORITY = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3, logging.CRITICAL: 2}
 # Lines of one kind that clients or libraries can cause: one in so many seconds; the next one says how many there were.
 SELDOM_SECONDS = 60.0
+# Lines of requests that changed nothing, for each who asks, in so many seconds. What changes something is always logged.
+IDLE_LINES = 60
 # Kinds that are remembered; names of loggers and of places in the code, so there are few.
 _KINDS = 1000
 
@@ -43,13 +45,16 @@ def _lines(text: str, record: logging.LogRecord) -> list[str]:
 
 
 class _Seldom(logging.Filter):
-    """Lets one line of a kind pass each minute. A kind is named by ``seldom``, or is a library's logger and text, or the place of an exception."""
+    """Let one line of a kind pass each minute, or as many as ``seldom`` allows, and count the rest.
+
+    A kind is named by ``seldom``, or is a library's logger and text, or the place of an exception.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self._lock = threading.Lock()
-        # Kind -> when the last line of it passed, and how many were held back since.
-        self._passed: dict[str, tuple[float, int]] = {}
+        # Kind -> when its minute began, how many lines passed in it, and how many were held back.
+        self._passed: dict[str, tuple[float, int, int]] = {}
 
     def filter(self, record: logging.LogRecord) -> bool:
         kind = getattr(record, "kind", None) or self._kind(record)
@@ -57,13 +62,14 @@ class _Seldom(logging.Filter):
             return True
         now = time.monotonic()
         with self._lock:
-            last, held = self._passed.get(kind, (-SELDOM_SECONDS, 0))
-            if now - last < SELDOM_SECONDS:
-                self._passed[kind] = (last, held + 1)
-                return False
+            began, passed, held = self._passed.get(kind, (-SELDOM_SECONDS, 0, 0))
+            if now - began < SELDOM_SECONDS:
+                allowed = passed < getattr(record, "allowed", 1)
+                self._passed[kind] = (began, passed + allowed, held + (not allowed))
+                return allowed
             if len(self._passed) >= _KINDS:
                 self._passed.clear()
-            self._passed[kind] = (now, 0)
+            self._passed[kind] = (now, 1, 0)
         if held:
             record.msg, record.args = f"{record.getMessage()} ({held} more of these since the last such line)", ()
         return True
@@ -84,9 +90,9 @@ class _Seldom(logging.Filter):
         return None if record.name.startswith(log.name) else f"{record.name} {str(record.msg)[:80]}"
 
 
-def seldom(level: int, kind: str, text: str, *values: object) -> None:
-    """Log a line of which a client can cause very many: one of the kind a minute."""
-    log.log(level, text, *values, extra={"kind": kind})
+def seldom(level: int, kind: str, text: str, *values: object, allowed: int = 1) -> None:
+    """Log a line of which a client can cause very many: ``allowed`` of the kind a minute, the rest is counted."""
+    log.log(level, text, *values, extra={"kind": kind, "allowed": allowed})
 
 
 def to_journal() -> bool:

@@ -19,6 +19,11 @@ from agentlab_core.errors import InvalidInput
 _DURATION = r"^(\d{1,5}|(?=\d)(\d{1,3}d)?(\d{1,4}h)?(\d{1,5}m)?(\d{1,6}s)?)$"
 _NOT_ZERO = r"^(?=.*[1-9])" + _DURATION[1:]
 _LONGEST_MINUTES = 5256000
+# Lists and objects within one another, and values, of a body. No request needs more than three, and some hundreds.
+DEEPEST_BODY = 16
+MOST_VALUES = 20000
+# What JSON is made of, as far as it is counted: a text (also one without an end), or a sign.
+_STEP = re.compile(r'"(?:[^"\\]++|\\.)*+"?|[\[\]{},]', re.DOTALL)
 # A value of one line; what has more was meant for another field, and the core would quote it.
 _LINE = r"^[^\x00-\x1f\x7f]*$"
 
@@ -149,10 +154,30 @@ def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def _refuse_unbounded(text: str) -> None:
+    """Raise InvalidInput for a body that is deeper, or holds more values, than any request needs."""
+    depth = values = 0
+    for step in _STEP.finditer(text):
+        sign = text[step.start()]
+        if sign in "[{":
+            depth += 1
+        elif sign in "]}":
+            depth -= 1
+        elif sign == '"':
+            continue
+        values += 1
+        if depth > DEEPEST_BODY:
+            raise InvalidInput(f"the body has lists or objects within one another more than {DEEPEST_BODY} deep")
+        if values > MOST_VALUES:
+            raise InvalidInput(f"the body holds more than {MOST_VALUES} values")
+
+
 def parse_json(raw: bytes) -> Any:
-    """Read a body; InvalidInput when it is not JSON, or when an object has a key twice."""
+    """Read a body; InvalidInput when it is not JSON in UTF-8, beyond the bounds, or has a key twice in an object."""
     try:
-        return json.loads(raw, object_pairs_hook=_refuse_duplicates)
+        text = raw.decode("utf-8-sig")
+        _refuse_unbounded(text)
+        return json.loads(text, object_pairs_hook=_refuse_duplicates)
     except (ValueError, RecursionError):
         raise InvalidInput("the body is not valid JSON") from None
 

@@ -13,7 +13,7 @@ import time
 from agentlab_core.errors import AgentlabError
 from agentlab_core.model import Outcome
 
-from ..logs import log
+from ..logs import IDLE_LINES, log, seldom
 from . import answers
 from .answers import Answer
 from .route import Call, Route
@@ -70,12 +70,11 @@ def _log_change(route: Route, call: Call, answer: Answer, seconds: float) -> Non
         result = ", ".join(_became(outcome) for outcome in shown) or "done"
         if len(answer.outcomes) > len(shown):
             result += f" and {len(answer.outcomes) - len(shown)} more"
-    log.log(
-        logging.WARNING if answer.status >= 500 else logging.INFO,
-        "%s by %s: %s (%s, %.1f s)",
-        " ".join([call.described(route), *options]),
-        call.actor,
-        result,
-        answer.status,
-        seconds,
-    )
+    level = logging.WARNING if answer.status >= 500 else logging.INFO
+    request = " ".join([call.described(route), *options])
+    line = ("%s by %s: %s (%s, %.1f s)", request, call.actor, result, answer.status, seconds)
+    if any(outcome.changed for outcome in answer.outcomes) or (answer.status < 400 and not answer.outcomes):
+        log.log(level, *line)
+    else:
+        # Such requests cost a client nothing, and their lines are not to fill the disk.
+        seldom(level, f"idle requests of {call.actor}", *line, allowed=IDLE_LINES)
