@@ -130,7 +130,7 @@ class ActionModule(ShippedModule):
 
     def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
         variables = task_vars or {}
-        for name in ("api_password", "api_token_id", "api_token_secret"):
+        for name in ("api_password", "api_token_id", "api_token_secret", "database_password"):
             # Later the option's type has made text of it: 012345 would be 5349.
             if isinstance(self._task.args.get(name), (bool, int, float, datetime.date)):
                 raise AnsibleActionFail(

@@ -13,7 +13,7 @@ from typing import Any
 from ansible.module_utils.basic import AnsibleModule
 
 from ._core import config as core_config
-from ._core import patterns, states
+from ._core import database_address, patterns, states
 from ._core.context import Context
 from ._core.errors import AgentlabError, InvalidInput
 from ._core.model import Outcome, Sandbox
@@ -68,6 +68,7 @@ def run(
     context: Any = None
     failure: dict[str, Any] = {}
     result: dict[str, Any] = {}
+    module.no_log_values.update(database_address.find_passwords(str(module.params.get("database") or "")))
     try:
         found = core_config.load(module.params, os.environ)
         # Secrets that came from the file or the environment are as secret as those given as options.

@@ -6,8 +6,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -103,3 +105,43 @@ def test_a_schedule_is_an_actor_and_a_failure_is_told(runner: Runner) -> None:
     assert status != 0 and "cannot destroy sandbox in RUNNING state" in results[-1]["res"]["msg"]
     actors = sqlite3.connect(runner.env["AGENTLAB_DATABASE"]).execute("SELECT DISTINCT actor FROM events").fetchall()
     assert actors == [("schedule nightly (AWX job 6)",)]
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["in the DSN", "beside it"])
+def test_the_dsn_and_its_password_reach_the_modules_and_nobody_else(runner: Runner, inside: bool) -> None:
+    """They are injected; neither output, files of the job nor a command line shows the password, as given or decoded."""
+    written, decoded = "made%2Dup%40pass%2Fword-71", "made-up@pass/word-71"
+    login = f"agentlab:{written}" if inside else "agentlab"
+    runner.env |= {
+        "AGENTLAB_RECORDS": f"postgresql://{login}@127.0.0.1:1/agentlab?connect_timeout=1",
+        "AGENTLAB_RECORDS_PASSWORD": "" if inside else decoded,
+        "ANSIBLE_VERBOSITY": "4",
+    }
+    del runner.env["AGENTLAB_DATABASE"]
+    commands: set[bytes] = set()
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(0.02):
+            for path in Path("/proc").glob("[0-9]*/cmdline"):
+                with contextlib.suppress(OSError):
+                    commands.add(path.read_bytes())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        status, results, output = runner.run("reconcile")
+    finally:
+        ended.set()
+        watcher.join()
+    result = results[-1]["res"]
+    assert status != 0 and "postgresql://agentlab@127.0.0.1:1/agentlab" in result["msg"], output
+    options = result["invocation"]["module_args"]
+    if inside:
+        assert options["database"].startswith("postgresql://agentlab")
+    else:
+        assert options["database_password"] == "VALUE_SPECIFIED_IN_NO_LOG_PARAMETER"
+    assert any(b"ansible-playbook" in command for command in commands)
+    for secret in (written, decoded):
+        assert secret not in output and runner.leaks(secret) == [], "shown"
+        assert not [command for command in commands if secret.encode() in command], "in the process list"

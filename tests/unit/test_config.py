@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core import config, patterns
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core import config, database_address, patterns
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import ConfigError, InvalidInput
 
 SECRET = "s3cr3t-of-the-tests"
@@ -422,3 +422,13 @@ def test_the_password_is_taken_out_of_a_uri(tmp_path: Path, value: str, text: st
     assert load(tmp_path, database=value, database_password="other").database_password == "other"
     if password:
         assert load(tmp_path, f"database: '{value}'\n").secret_in_file
+
+
+@pytest.mark.parametrize(("value", "passwords"), [
+    ("postgresql://anna:s%40cret@db/agentlab", {"s%40cret", "s@cret"}),
+    ("postgresql://anna:se/cr@et@db/agentlab", {"se/cr@et"}),
+    ("postgres://db/agentlab?sslmode=require&password=s%2Fcret&x=1", {"s%2Fcret", "s/cret"}),
+    ("mysql://anna:secret@db", {"secret"}), ("host=db password = secret", {"secret"}),
+    ("postgresql://anna@db/agentlab", set()), ("/var/lib/agentlab/agentlab.db", set()), ("", set())])  # fmt: skip
+def test_each_password_in_a_database_is_masked_also_where_the_value_is_refused(value: str, passwords: set[str]) -> None:
+    assert database_address.find_passwords(value) == passwords

@@ -64,6 +64,15 @@ def parse(value: str) -> Address:
     return Address(SQLITE, value)
 
 
+def find_passwords(value: str) -> set[str]:
+    """Return what may be a password in a value of ``database``, as written and decoded, also where ``parse`` refuses it.
+
+    Ansible shows the options of a module with high verbosity, so the caller masks these texts before anything else.
+    """
+    written = re.findall(r"://[^:/?@]*:(.+)@", value) + re.findall(r"password\s*=\s*([^&\s]+)", value, re.I)
+    return {text for password in written for text in (password, unquote(password))}
+
+
 def _parse_postgresql(text: str, begin: int) -> Address:
     """Return the address for a URI; its password, in the authority or as a parameter, is taken out of the text."""
     rest = text[begin:]
