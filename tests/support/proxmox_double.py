@@ -36,6 +36,7 @@ from fakepve.server import API, EXTJS, USER
 from fakepve.server import params as request_params
 
 from support.proxmox_access import AccessRules
+from support.proxmox_guest import BrokenPipe, GuestRules
 from support.proxmox_power import STATE_KEYS, PowerRules
 
 HOST = "127.0.0.1"
@@ -73,6 +74,8 @@ SANDBOX_PRIVS = (
     "VM.GuestAgent.Audit",
 )
 FORCED_SCALE = 1e-9
+# Requests that a guest of ours answers (proxmox_guest.py); all others are fakepve's.
+GUEST_COMMANDS = ("ping", "info", "exec", "exec-status", "file-read", "file-write")
 
 
 @dataclass
@@ -127,7 +130,7 @@ def volume_owner(volume: str) -> int | None:
     return int(found[1]) if found else None
 
 
-class ProxmoxDouble(AccessRules, PowerRules, FakePve):
+class ProxmoxDouble(AccessRules, PowerRules, GuestRules, FakePve):
     """FakePve with the real API's manners. Attributes that tests set are described beside their defaults."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -136,6 +139,7 @@ class ProxmoxDouble(AccessRules, PowerRules, FakePve):
         super().__init__(*args, **kwargs)
         self._reset_access()
         self._reset_power()
+        self._reset_machines()
         self.loop: asyncio.AbstractEventLoop | None = None
         self.loop_thread: int | None = None
         self.ca_fingerprint = _fingerprint()
@@ -290,6 +294,7 @@ class ProxmoxDouble(AccessRules, PowerRules, FakePve):
         self.runner._shutdown_timeout = 0.5
 
     async def stop(self) -> None:
+        self.close_machines()
         if self._stopping is not None:
             self._stopping.set()
         for running in list(self._running.values()):
@@ -371,6 +376,8 @@ class ProxmoxDouble(AccessRules, PowerRules, FakePve):
             response = await handler(request)
         except web.HTTPNotFound:
             response = web.Response(status=404)
+        except BrokenPipe:
+            return web.Response(status=596, reason="Broken pipe")
         if response.status == 404 and not self.resolve(request, API) and request.path.startswith(API):
             response = _not_implemented(request.method, request.path[len(API) :])
         elif response.status == 501:
@@ -1073,6 +1080,14 @@ class ProxmoxDouble(AccessRules, PowerRules, FakePve):
             raise PveError(500, text)
         if vm.qmpstatus == "paused":
             raise PveError(500, "QEMU guest agent is not running")
+        known = (vm.agent or {}).get("files") or {}
+        if (
+            vm.agent is not None
+            and not vm.agent_hangs
+            and command in GUEST_COMMANDS
+            and values.get("file") not in known
+        ):
+            return await self._agent_request(vm, command, values)
         answer = await super()._agent_call(match, values)
         if command == "file-read":
             return self._file_read(vm, values["file"])

@@ -60,6 +60,7 @@ OPERATIONS: dict[str, StateRule] = {
     "suspend": StateRule("suspend sandbox", (READY, RUNNING), (SUSPENDED,)),
     "complete": StateRule("report completed", (RUNNING,), (COMPLETED,)),
     "fail": StateRule("report failed", (RUNNING,), (FAILED,)),
+    "exec": StateRule("run a command in sandbox", (READY, RUNNING)),
     "prune": StateRule("prune sandbox", (TIMEOUT,)),
     # A lease can run out in every live state that still has a transition to TIMEOUT.
     "expire": StateRule("expire sandbox", tuple(s for s, follow in TRANSITIONS.items() if TIMEOUT in follow)),

@@ -58,6 +58,9 @@ class Transport(Protocol):
     def send(self, method: str, path: str, params: dict[str, Any]) -> Any:
         """Return the answer's data."""
 
+    def shows_input(self, path: str) -> bool:
+        """Return True where other users of the host could see the parameters of a request to this path."""
+
 
 class Statistics:
     """What became of the requests: counted by ``METHOD template`` and by kind of error, and the last failure to reach Proxmox at all."""
@@ -134,6 +137,10 @@ class ProxmoxClient:
     def awaits_tasks(self) -> bool:
         """Whether a write returns only when the task that it started has ended."""
         return self._connect().awaits_tasks
+
+    def shows_input(self, path: str) -> bool:
+        """Return True where a request to this path would show its parameters in a process list (pvesh, another node)."""
+        return self._connect().shows_input(path)
 
     def trusted_authority(self) -> str | None:
         """Return the SHA-256 fingerprint (as Proxmox writes it) of the one authority whose cluster answers; None if more could.

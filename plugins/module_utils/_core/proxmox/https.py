@@ -126,6 +126,10 @@ class Https:
             raise self._nonsense(method, path)
         return data
 
+    def shows_input(self, path: str) -> bool:
+        """Return False: parameters travel in the body of an encrypted request."""
+        return False
+
     def log_in(self, data: dict[str, Any]) -> Any:
         """Return what Proxmox answers to a login; one attempt."""
         settings = self._settings

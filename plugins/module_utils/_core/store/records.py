@@ -705,9 +705,11 @@ class Records:
         """An event without a change: something was looked at, refused or left alone."""
 
         def work(conn: Connection) -> None:
-            state = self._state(conn, sandbox)
-            self._event(
-                conn, sandbox, state, state, operation, outcome=outcome, reason=reason, evidence=evidence, upids=upids
-            )
+            self.write_event(conn, sandbox, operation, outcome=outcome, reason=reason, evidence=evidence, upids=upids)
 
         self.db.write(work, checked=True)
+
+    def write_event(self, conn: Connection, sandbox: Sandbox, operation: str, **values: Any) -> None:
+        """Write an event that changes no state, within a transaction of the caller's; ``values`` as in ``note``."""
+        state = self._state(conn, sandbox)
+        self._event(conn, sandbox, state, state, operation, **values)

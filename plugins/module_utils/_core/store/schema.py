@@ -129,6 +129,23 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
     ("ALTER TABLE sandboxes ADD COLUMN ip_seen_at INTEGER",),
     # The name of these records in the marker of their VMs: several databases may work on one cluster.
     ("INSERT OR IGNORE INTO meta (key, value) VALUES ('database_id', lower(hex(randomblob(16))))",),
+    # Commands in sandboxes. A run is written before it is sent, so that it is never begun twice.
+    (
+        """CREATE TABLE runs (
+            id TEXT PRIMARY KEY,
+            sandbox_uuid TEXT NOT NULL REFERENCES sandboxes (uuid) ON DELETE CASCADE,
+            state TEXT NOT NULL,
+            fingerprint TEXT NOT NULL,
+            program TEXT NOT NULL,
+            actor TEXT NOT NULL,
+            detached INTEGER NOT NULL DEFAULT 0,
+            acked INTEGER NOT NULL DEFAULT 0,
+            started_at INTEGER NOT NULL,
+            updated_at INTEGER NOT NULL,
+            detail TEXT NOT NULL DEFAULT '{}'
+        ) WITHOUT ROWID""",
+        "CREATE INDEX runs_of ON runs (sandbox_uuid, started_at)",
+    ),
 )
 
 VERSION = len(MIGRATIONS)

@@ -161,6 +161,15 @@ def look(ctx: Context, sandbox: Sandbox) -> tuple[Located, str]:
     return located, power_state(sandbox, now, located.config)
 
 
+def judged_config(ctx: Context, sandbox: Sandbox, node: str, config: dict[str, Any]) -> Located:
+    """Return the VM of a configuration that was read just now, proven to be ours; Kept otherwise. No request."""
+    if not config.get("digest"):
+        raise _no_config(sandbox, node)
+    located = _judged(ctx, sandbox, node, {"vmid": sandbox.vmid, "node": node, "type": "qemu"}, config)
+    refuse_not_ours(sandbox, located)
+    return located
+
+
 def _row_of(sandbox: Sandbox, node: str, now: dict[str, Any]) -> dict[str, Any]:
     """Return what the cluster's list would have, from the VM's own status."""
     row = {"vmid": sandbox.vmid, "node": node, "type": "qemu", "status": now.get("status")}

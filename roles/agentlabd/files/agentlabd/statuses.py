@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from agentlab_core import errors
+from agentlab_core.guest.agent import GuestFailed, GuestRefused
 from agentlab_core.guest.cloud_init import CloudInitFailed
 from agentlab_core.vm.address import AgentUnusable
 from agentlab_core.workspaces.workspace_disk import WorkspaceRefused
@@ -26,6 +27,7 @@ STATUSES: dict[type[errors.AgentlabError], int] = {
     errors.CreationFailed: 409,
     WorkspaceRefused: 409,
     AgentUnusable: 409,
+    GuestRefused: 409,
     CloudInitFailed: 409,
     # The daemon itself: its files, its records, its code.
     errors.AgentlabError: 500,
@@ -36,6 +38,7 @@ STATUSES: dict[type[errors.AgentlabError], int] = {
     errors.ProxmoxError: 502,
     errors.ApiError: 502,
     errors.AccessDenied: 502,
+    GuestFailed: 502,
     errors.TaskFailed: 502,
     errors.TaskUnknown: 502,
     # Ask again later.

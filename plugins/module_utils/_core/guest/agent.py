@@ -1,0 +1,297 @@
+# Copyright: the agentlab.proxmox contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Requests to the QEMU guest agent of one VM: bounds before they are sent, types after, and refusals that say what to do.
+
+How the agent answers through Proxmox VE (tried on 9.2 with qemu-ga 10.0), which the code below rests on:
+
+- A request that is not ASCII can leave the agent silent for everybody, for minutes. So such a request is never sent.
+- ``exec`` that ends in ``got timeout``, 596 or a cut connection may have been carried out; ``is not running`` and
+  ``Configuration file ... does not exist`` were not sent to the guest.
+- ``exec-status`` hands the output out once. Bytes arrive as the characters 0 to 255 of a JSON string.
+- Every request waits up to 0.1 s for the agent to wake up, and holds a worker of the node's daemon for that time, for
+  three seconds or more while the agent is silent.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..context import Context
+from ..errors import AccessDenied, AgentlabError, ApiError, InvalidInput, OutcomeUnknown
+from ..model import Sandbox
+from ..vm.address import agent_is_on
+from ..vm.locate import Located
+
+# Characters of input-data, and bytes of all arguments that this module sends (one may have 131,071 on Linux).
+LARGEST_INPUT = 65536
+LARGEST_ARGUMENTS = 100_000
+# Bytes of one file-read that this module asks for; Proxmox allows 16 MiB.
+READ_PIECE = 1024 * 1024
+_MOST_READ = 16 * 1024 * 1024
+_BLOCKED = re.compile(r"(?:Command )?(guest-[a-z-]+) has been disabled")
+_MOVED = re.compile(r"Configuration file '[^']*' does not exist")
+_SILENT = "QEMU guest agent is not running"
+_STOPPED = re.compile(r"VM \d+ (is )?not running")
+_GONE_PID = "does not exist"
+_WINDOWS = re.compile(r"w(in\d|xp|2k|vista)")
+
+
+class GuestRefused(AgentlabError):
+    """The request was certainly not carried out in the guest. ``detail["reason"]`` is one word, the message says what to do."""
+
+    code = "guest_agent"
+
+    @property
+    def reason(self) -> str:
+        return str(self.detail.get("reason"))
+
+
+class GuestFailed(AgentlabError):
+    """The guest answered, and its answer is an error or no answer that the wrapper gives."""
+
+    code = "guest"
+
+
+@dataclass(slots=True)
+class Status:
+    """The answer to ``exec-status``. ``exitcode`` is None while the program runs and after a signal."""
+
+    exited: bool
+    exitcode: int | None = None
+    signal: int | None = None
+    out: bytes = b""
+    err: bytes = b""
+
+
+class Agent:
+    """The guest agent of one sandbox's VM, at the node where the VM was judged to be ours."""
+
+    def __init__(self, ctx: Context, sandbox: Sandbox, located: Located) -> None:
+        self._ctx = ctx
+        self._sandbox = sandbox
+        self._located = located
+        self.path = f"{located.path}/agent"
+
+    @property
+    def is_windows(self) -> bool:
+        """Whether the VM's configuration says that Windows runs in it (``ostype``)."""
+        return _WINDOWS.match(str(self._located.config.get("ostype") or "")) is not None
+
+    # ---- requests ----
+
+    def exec(self, argv: Sequence[str], input_data: str = "", *, secret: bool = False) -> int:
+        """Start a program in the guest and return its process id there.
+
+        ``argv`` and ``input_data`` must be ASCII. ``secret`` says that ``input_data`` must not be seen in a process list
+        of the node. Raises GuestRefused when nothing was carried out for certain, and OutcomeUnknown when it may have been.
+        """
+        text = "".join(argv)
+        if not text.isascii() or not input_data.isascii():
+            raise InvalidInput("argv: a request to the guest agent must be ASCII; it was not sent")
+        if len(text) + len(argv) > LARGEST_ARGUMENTS or len(input_data) > LARGEST_INPUT:
+            raise InvalidInput(
+                f"argv: the arguments have {len(text)} bytes and the input {len(input_data)} characters. Valid: up to "
+                f"{LARGEST_ARGUMENTS} and {LARGEST_INPUT}; put the data into a file of the sandbox instead"
+            )
+        if secret and self._ctx.client.shows_input(self.path):
+            raise GuestRefused(
+                f"sandbox {self._sandbox.vmid}: its VM is on node {self._located.node}, and pvesh would show the input to "
+                "every user of this host. Set api_host and a token, or run this on that node",
+                reason="visible",
+                vmid=self._sandbox.vmid,
+            )
+        params: dict[str, Any] = {"command": list(argv)}
+        if input_data:
+            params["input_data"] = input_data
+        try:
+            answer = self._ctx.client.post(f"{self.path}/exec", **params)
+        except ApiError as error:
+            raise self.refusal(error, "guest-exec") from None
+        pid = answer.get("pid") if isinstance(answer, dict) else None
+        if isinstance(pid, str) and pid.isascii() and pid.isdecimal() and len(pid) < 12:
+            pid = int(pid)
+        if not isinstance(pid, int) or isinstance(pid, bool) or pid < 0:
+            raise OutcomeUnknown(
+                f"sandbox {self._sandbox.vmid}: the answer to guest-exec has no process id, so whether the program was "
+                "started is not known."
+            )
+        return pid
+
+    def exec_status(self, pid: int) -> Status | None:
+        """Return what became of a program; None when the agent does not know that process id (any more).
+
+        The output is handed out once. Raises OutcomeUnknown when the answer was lost, and the output with it.
+        """
+        try:
+            answer = self._ctx.client.get_dict(f"{self.path}/exec-status", pid=pid)
+        except ApiError as error:
+            if error.status == 500 and "PID" in error.text and _GONE_PID in error.text:
+                return None
+            raise self.refusal(error, "guest-exec-status") from None
+        exited = answer.get("exited")
+        if exited in (0, False, "0"):
+            return Status(False)
+        if exited not in (1, True, "1"):
+            raise self._nonsense("guest-exec-status")
+        return Status(
+            True,
+            self._number(answer.get("exitcode"), 255),
+            self._number(answer.get("signal"), 128),
+            self._bytes(answer.get("out-data")),
+            self._bytes(answer.get("err-data")),
+        )
+
+    def read_file(self, path: str, offset: int, count: int) -> bytes:
+        """Return up to ``count`` bytes of a file in the guest, from ``offset`` on. ``path`` is a name of our own, ASCII.
+
+        Raises GuestRefused with the reason ``old`` where Proxmox VE (8) knows no offset.
+        """
+        if not path.isascii() or not 0 < count <= _MOST_READ:
+            raise InvalidInput("path: a file name for the guest agent must be ASCII; the request was not sent")
+        try:
+            answer = self._ctx.client.get_dict(
+                f"{self.path}/file-read", file=path, offset=offset, count=count, decode=0
+            )
+        except ApiError as error:
+            if error.status == 400:
+                raise GuestRefused("this Proxmox VE reads files of a guest only as a whole", reason="old") from None
+            raise self.refusal(error, "guest-file-open") from None
+        content = answer.get("content")
+        if not isinstance(content, str) or len(content) > count * 2 + 4096:
+            raise self._nonsense("guest-file-read")
+        try:
+            # Several pieces may follow one another, each with padding of its own.
+            data = b"".join(
+                base64.b64decode(part, validate=True) for part in re.findall(r"[^=]+={0,2}", "".join(content.split()))
+            )
+        except (binascii.Error, ValueError):
+            raise self._nonsense("guest-file-read") from None
+        if len(data) > count:
+            raise self._nonsense("guest-file-read")
+        return data
+
+    def abilities(self) -> dict[str, bool]:
+        """Return each command of the agent with whether it is allowed in the guest (``agent/info``)."""
+        try:
+            answer = self._ctx.client.get_dict(f"{self.path}/info")
+        except ApiError as error:
+            raise self.refusal(error, "guest-info") from None
+        result = answer.get("result")
+        commands = result.get("supported_commands") if isinstance(result, dict) else None
+        if not isinstance(commands, list):
+            raise self._nonsense("guest-info")
+        return {
+            str(command.get("name"))[:80]: command.get("enabled") in (1, True, "1")
+            for command in commands[:500]
+            if isinstance(command, dict)
+        }
+
+    # ---- what answers mean ----
+
+    def refusal(self, error: ApiError, command: str) -> AgentlabError:
+        """Return the error to raise for a refusal of Proxmox: GuestRefused with its reason, or OutcomeUnknown."""
+        vmid, text = self._sandbox.vmid, error.text
+        of = f"sandbox {vmid}"
+        if isinstance(error, AccessDenied):
+            return GuestRefused(
+                f"{of}: the API user may not use the guest agent ({text}). Grant VM.GuestAgent.Unrestricted (Proxmox VE 9) "
+                "or VM.Monitor (8) on the sandboxes' pool or /vms; agentlab_doctor names the path",
+                reason="denied",
+                vmid=vmid,
+                status=error.status,
+            )
+        blocked = _BLOCKED.search(text)
+        if blocked:
+            return GuestRefused(
+                f"{of}: the guest blocks {blocked[1]} of its agent. Allow it in the template: block-rpcs or allow-rpcs in "
+                "/etc/qemu-ga/qemu-ga.conf or /etc/qemu/qemu-ga.conf, on RHEL and its kin FILTER_RPC_ARGS (or "
+                "BLACKLIST_RPC) in /etc/sysconfig/qemu-ga; then restart qemu-guest-agent in the guest",
+                reason="blocked",
+                vmid=vmid,
+                command=blocked[1],
+            )
+        if "got timeout" in text:
+            return OutcomeUnknown(
+                f"{of}: its guest agent did not answer {command} in time; whether it was carried out is not known.",
+                vmid=vmid,
+                agent_timeout=True,
+            )
+        if _STOPPED.search(text):
+            hibernated = self._located.config.get("lock") == "suspended"
+            how = "is hibernated" if hibernated else "does not run"
+            return GuestRefused(
+                f"{of}: its VM {how}, so nothing can be run in it. Start the sandbox (state: started), then try again",
+                reason="hibernated" if hibernated else "stopped",
+                vmid=vmid,
+            )
+        if _MOVED.search(text):
+            return GuestRefused(
+                f"{of}: its VM is not on node {self._located.node} any more; try again",
+                reason="moved",
+                vmid=vmid,
+            )
+        if "No QEMU guest agent configured" in text:
+            return GuestRefused(
+                f"{of}: the configuration of its VM has no guest agent. Set agent=1 (qm set {vmid} --agent 1; better on the "
+                "template), install qemu-guest-agent in the guest, then stop and start the sandbox",
+                reason="not_configured",
+                vmid=vmid,
+            )
+        if _SILENT in text:
+            if not agent_is_on(self._located.config):
+                return GuestRefused(
+                    f"{of}: the guest agent is switched off in the configuration of its VM (agent: "
+                    f"{str(self._located.config.get('agent', 'not set'))[:40]}). Set agent=1 (qm set {vmid} --agent 1; "
+                    "better on the template), then stop and start the sandbox",
+                    reason="switched_off",
+                    vmid=vmid,
+                )
+            return GuestRefused(
+                f"{of}: its guest agent does not answer. The guest is still booting, is paused, has no qemu-guest-agent "
+                "(install it in the template), or was started before agent=1 was set (stop and start the sandbox)",
+                reason="silent",
+                vmid=vmid,
+            )
+        if error.status >= 500 and not text.startswith("Agent error:"):
+            # An answer that is not known here proves nothing.
+            return OutcomeUnknown(
+                f"{of}: Proxmox answers {command} with {error.status} {text}; whether it was carried out is not known.",
+                vmid=vmid,
+                odd=True,
+            )
+        return GuestRefused(
+            f"{of}: Proxmox refuses {command} ({error.status} {text}); nothing was run. Look at the VM's options in "
+            "Proxmox VE and at agentlab_doctor",
+            reason="refused",
+            vmid=vmid,
+            status=error.status,
+        )
+
+    def _nonsense(self, command: str) -> GuestFailed:
+        return GuestFailed(
+            f"sandbox {self._sandbox.vmid}: the answer to {command} is not what the QEMU guest agent sends, so it is not "
+            "believed. Look at qemu-guest-agent in the guest",
+            vmid=self._sandbox.vmid,
+        )
+
+    def _number(self, value: Any, most: int) -> int | None:
+        if value is None:
+            return None
+        if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 0xFFFFFFFF:
+            # Windows has exit codes of 32 bits.
+            return value if value <= most or self.is_windows else most
+        raise self._nonsense("guest-exec-status")
+
+    def _bytes(self, value: Any) -> bytes:
+        if value is None:
+            return b""
+        try:
+            return str(value).encode("latin-1") if isinstance(value, str) else b"" + value
+        except (UnicodeEncodeError, TypeError):
+            raise self._nonsense("guest-exec-status") from None

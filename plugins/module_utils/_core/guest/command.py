@@ -1,0 +1,820 @@
+# Copyright: the agentlab.proxmox contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Run commands in a sandbox, each once, and say afterwards what happened.
+
+The interface: ``run_command`` waits for the end; ``start_command`` does not, and ``read_run``, ``wait_command``,
+``kill_command`` and ``list_runs`` work on what it started. All of them check the sandbox's state, lease and identity
+before, and its identity after (``access.Guest``).
+
+Each run has an id, written into the journal (``store/runs.py``) before the first request. The guest makes a folder of
+that name, which succeeds once. So a request whose answer was lost is repeated without harm, and a caller that was
+killed gives the same ``run_id`` again and gets the result, not a second run.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import re
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from .. import escapes, parallel
+from ..context import Context
+from ..errors import AgentlabError, InvalidInput, OutcomeUnknown
+from ..model import Sandbox
+from ..store import runs
+from . import access, wrapper
+from .access import Frame, Guest
+from .agent import READ_PIECE, GuestFailed, GuestRefused
+
+LARGEST_STDIN = 64 * 1024 * 1024
+LARGEST_OUTPUT = 256 * 1024 * 1024
+LONGEST_TIMEOUT = 30 * 86400
+# Bytes of a command as shell text: argv, environment, folder. More has to go by stdin or into a file.
+_LARGEST_WORK = 30_000
+# Seconds that one request waits in the guest for the end; while output is shown, a look each so many seconds.
+_WAIT = 20
+_SHOW_WAIT = 1
+# Seconds beyond the command's own time-out for which a lost answer is asked for again.
+_PATIENCE = 90.0
+_PARALLEL = 4
+_READERS = 3
+# More output than this is a mistake of the dd that bounds it: one block beyond the limit.
+_OVERSHOOT = 65536
+_ID = re.compile(r"[0-9a-f]{32}")
+_USER = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,31}|\d{1,10}")
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_LONGEST_LOGGED = 1000
+
+Output = Callable[[bytes, bytes], None]
+
+
+@dataclass(slots=True)
+class CommandSpec:
+    """One command. Texts are sent as UTF-8 (surrogate escapes become the bytes they stand for); NUL is refused.
+
+    ``argv`` runs a program with these arguments; ``cmd`` is one text for the guest's /bin/sh. ``timeout`` and
+    ``kill_after`` are seconds (0: no time-out), ``max_output`` bytes of each stream. ``creates`` and ``removes`` are
+    paths with wildcards as of ansible.builtin.command. ``secret``: stdin or environment must not be seen in a process
+    list of the Proxmox node. ``wait_for_agent``: seconds for which an agent that does not answer yet is asked again.
+    """
+
+    argv: Sequence[str | bytes] | None = None
+    cmd: str | bytes | None = None
+    stdin: bytes = b""
+    chdir: str | None = None
+    environment: Mapping[str, str] = field(default_factory=dict)
+    user: str | None = None
+    creates: str | None = None
+    removes: str | None = None
+    timeout: float = 60
+    kill_after: float = 5
+    max_output: int = 1024 * 1024
+    secret: bool = False
+    log_command: bool = False
+    run_id: str | None = None
+    wait_for_agent: float = 0
+
+
+@dataclass(slots=True)
+class CommandResult:
+    """What is known of a run.
+
+    ``state``: ``ended``, ``running``, or ``skipped`` (creates or removes; ``message`` says why). ``rc`` is the exit
+    status as a shell tells it: 128 + n for signal n, which ``signal`` names where the guest's shell told it apart.
+    ``timed_out``: the time-out ended it; ``killed``: a request did. ``truncated``: the output was longer than
+    ``max_output``. ``stdout_bytes`` and ``stderr_bytes``: how many bytes the guest holds.
+    """
+
+    run_id: str
+    state: str
+    rc: int | None = None
+    signal: int | None = None
+    stdout: bytes = b""
+    stderr: bytes = b""
+    truncated: bool = False
+    timed_out: bool = False
+    killed: bool = False
+    duration_ms: int = 0
+    message: str | None = None
+    stdout_bytes: int = 0
+    stderr_bytes: int = 0
+
+    @property
+    def changed(self) -> bool:
+        return self.state != "skipped"
+
+
+# ---- the interface ----
+
+
+def run_command(
+    ctx: Context,
+    sandbox: Sandbox,
+    spec: CommandSpec,
+    *,
+    on_output: Output | None = None,
+    cancel: Callable[[], bool] | None = None,
+) -> CommandResult:
+    """Run a command in a sandbox and return its result when it has ended.
+
+    ``on_output`` is called with what standard output and standard error got since the last call, about every second.
+    ``cancel`` is asked now and then; once it says True the command is ended in the guest, and the result says
+    ``killed``. Raises GuestRefused (certainly not begun), OutcomeUnknown (may have begun; its id is in the detail),
+    GuestFailed, Kept, StateConflict, InvalidInput.
+    """
+    return _Command(ctx, sandbox, spec, False, on_output, cancel).run()
+
+
+def start_command(ctx: Context, sandbox: Sandbox, spec: CommandSpec) -> CommandResult:
+    """Begin a command that goes on by itself (until its time-out, or the end of the sandbox); return its id and state."""
+    return _Command(ctx, sandbox, spec, True, None, None).run()
+
+
+def read_run(
+    ctx: Context,
+    sandbox: Sandbox,
+    run_id: str,
+    *,
+    stdout_offset: int = 0,
+    stderr_offset: int = 0,
+    wait: float = 0,
+    limit: int = 1024 * 1024,
+) -> CommandResult:
+    """Return the state of a run, with its output from these offsets on (at most ``limit`` bytes of each stream).
+
+    ``wait``: seconds to wait in the guest for the end first. NotFound when the journal knows no such run.
+    """
+    return _Run(ctx, sandbox, run_id).read(stdout_offset, stderr_offset, wait, limit)
+
+
+def wait_command(
+    ctx: Context,
+    sandbox: Sandbox,
+    run_id: str,
+    *,
+    timeout: float | None = None,
+    on_output: Output | None = None,
+    cancel: Callable[[], bool] | None = None,
+) -> CommandResult:
+    """Wait for the end of a run, at most ``timeout`` seconds, and return the result with the output that the guest holds.
+
+    After the time-out the result's state is ``running``; the command goes on. So it does when ``cancel`` says True.
+    """
+    return _Run(ctx, sandbox, run_id).wait(timeout, on_output, cancel)
+
+
+def kill_command(ctx: Context, sandbox: Sandbox, run_id: str, *, kill_after: float = 5) -> CommandResult:
+    """End a run in the guest: its process group gets TERM, and KILL after ``kill_after`` seconds. Return the result."""
+    return _Run(ctx, sandbox, run_id).end(kill_after)
+
+
+def list_runs(ctx: Context, sandbox: Sandbox) -> list[dict[str, Any]]:
+    """Return the runs that the journal knows of a sandbox, oldest first. Asks neither Proxmox nor the guest."""
+    from ..clock import iso
+
+    return [
+        {
+            "run_id": run.id,
+            "state": run.state,
+            "program": run.program,
+            "actor": run.actor,
+            "detached": run.detached,
+            "started_at": iso(run.started_at),
+            "updated_at": iso(run.updated_at),
+            "rc": run.detail.get("rc"),
+            "signal": run.detail.get("signal"),
+            "duration_ms": run.detail.get("duration_ms"),
+        }
+        for run in runs.of_sandbox(ctx.records, sandbox)
+    ]
+
+
+# ---- what is sent ----
+
+
+def encode(value: str | bytes, option: str) -> bytes:
+    """Return a value as bytes; InvalidInput for one with a NUL byte, or that cannot be encoded."""
+    try:
+        data = value if isinstance(value, bytes) else value.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        raise InvalidInput(f"{option}: has a character that is no Unicode text; remove it", option=option) from None
+    if b"\0" in data:
+        raise InvalidInput(f"{option}: has a NUL byte, which no program can be given; remove it", option=option)
+    return data
+
+
+def check_id(run_id: str) -> str:
+    """Return a run id in small letters without dashes (a UUID fits); InvalidInput otherwise."""
+    text = str(run_id).replace("-", "").lower()
+    if not _ID.fullmatch(text):
+        raise InvalidInput("run_id: not 32 hexadecimal digits. Valid: a UUID", option="run_id", value=str(run_id)[:80])
+    return text
+
+
+def _words(spec: CommandSpec) -> list[bytes]:
+    if (spec.argv is None) == (spec.cmd is None):
+        raise InvalidInput("argv: give either argv (a list) or cmd (a text for the guest's shell)", option="argv")
+    if spec.cmd is not None:
+        text = encode(spec.cmd, "cmd")
+        if not text.strip():
+            raise InvalidInput("cmd: is empty. Valid: a command for the guest's shell", option="cmd")
+        return [b"/bin/sh", b"-c", text]
+    if isinstance(spec.argv, (str, bytes)):
+        raise InvalidInput("argv: is a text. Valid: a list, program first; or use cmd", option="argv")
+    words = [encode(word, "argv") for word in spec.argv or ()]
+    if not words or not words[0]:
+        raise InvalidInput("argv: names no program. Valid: a list, program first", option="argv")
+    return words
+
+
+def _number(value: float, option: str, most: float) -> int:
+    if isinstance(value, bool) or not 0 <= value <= most:
+        raise InvalidInput(f"{option}: {value} is out of range. Valid: 0 to {most:.0f}", option=option, value=value)
+    # A command that may take half a second may take one: sleep in the guest may know whole seconds only.
+    return int(value) if value == int(value) else int(value) + 1
+
+
+@dataclass(slots=True)
+class _Prepared:
+    """A command in the form in which it is sent."""
+
+    work: bytes
+    raw: bytes
+    gz: bool
+    sum: str
+    pieces: list[bytes]
+    last: bytes
+    values: dict[str, object]
+    program: str
+    fingerprint: str
+    command: str
+
+
+def prepare(spec: CommandSpec) -> _Prepared:
+    """Check a command and bring it into the form in which it is sent. InvalidInput names the option."""
+    words = _words(spec)
+    for name in spec.environment:
+        if not _VARIABLE.fullmatch(str(name)):
+            raise InvalidInput(
+                f"environment: {str(name)[:40]!r} is no name of a variable. Valid: letters, digits and _, no digit first",
+                option="environment",
+            )
+    if spec.user is not None and not _USER.fullmatch(spec.user):
+        raise InvalidInput(
+            f"user: {spec.user[:40]!r} is no user name. Valid: up to 32 letters, digits, _ . - or a user id",
+            option="user",
+        )
+    work = wrapper.shell_text(
+        words,
+        chdir=None if spec.chdir is None else encode(spec.chdir, "chdir"),
+        environment={encode(str(k), "environment"): encode(str(v), "environment") for k, v in spec.environment.items()},
+        creates=None if spec.creates is None else encode(spec.creates, "creates"),
+        removes=None if spec.removes is None else encode(spec.removes, "removes"),
+    )
+    if len(work) > _LARGEST_WORK:
+        raise InvalidInput(
+            f"argv: command, arguments and environment have {len(work)} bytes. Valid: up to {_LARGEST_WORK}; give long data "
+            "by stdin, or put a file into the sandbox first",
+            option="argv",
+        )
+    stdin = bytes(spec.stdin)
+    if len(stdin) > LARGEST_STDIN:
+        raise InvalidInput(
+            f"stdin: has {len(stdin)} bytes. Valid: up to {LARGEST_STDIN}; put a file into the sandbox instead",
+            option="stdin",
+        )
+    raw, gz = stdin, False
+    if len(stdin) > 4096:
+        packed = gzip.compress(stdin, 6, mtime=0)
+        if len(packed) < len(stdin) * 0.9:
+            raw, gz = packed, True
+    room = wrapper.ROOM - len(work)
+    head = b"" if len(raw) <= room else raw[: len(raw) - room]
+    pieces = [head[at : at + wrapper.PIECE] for at in range(0, len(head), wrapper.PIECE)]
+    limit = _number(spec.timeout, "timeout", LONGEST_TIMEOUT)
+    values: dict[str, object] = {
+        "limit": limit,
+        "grace": _number(spec.kill_after, "kill_after", 3600),
+        "max": _number(spec.max_output, "max_output", LARGEST_OUTPUT),
+        "user": spec.user or "",
+        "pieces": " ".join(str(number) for number in range(len(pieces))),
+        "nraw": len(raw),
+        "nlast": len(raw) - len(head),
+        "nwork": len(work),
+        "gz": int(gz),
+        "insum": access.checksum(stdin) if stdin else "",
+    }
+    facts = [
+        [word.hex() for word in words],
+        spec.chdir,
+        spec.user,
+        sorted(map(str, spec.environment)),
+        len(stdin),
+        spec.creates,
+        spec.removes,
+    ]
+    program = "sh" if spec.cmd is not None else words[0].rpartition(b"/")[2].decode("utf-8", "replace")
+    command = " ".join(word.decode("utf-8", "replace") for word in (words[2:] if spec.cmd is not None else words))
+    return _Prepared(
+        work,
+        raw,
+        gz,
+        str(values["insum"]),
+        pieces,
+        raw[len(head) :],
+        values,
+        escapes.escape_controls(program)[:80],
+        hashlib.sha256(json.dumps(facts).encode("utf-8", "surrogatepass")).hexdigest(),
+        escapes.escape_controls(command)[:_LONGEST_LOGGED],
+    )
+
+
+# ---- a run ----
+
+
+class _Run:
+    """A run that the journal knows: look at it, wait for it, end it."""
+
+    def __init__(self, ctx: Context, sandbox: Sandbox, run_id: str) -> None:
+        self.ctx = ctx
+        self.guest = Guest.enter(ctx, sandbox)
+        self.sandbox = self.guest.sandbox
+        self.journal = runs.get(ctx.records, self.sandbox, check_id(run_id))
+
+    @property
+    def id(self) -> str:
+        return self.journal.id
+
+    def read(self, stdout_offset: int, stderr_offset: int, wait: float, limit: int) -> CommandResult:
+        oo, eo = _number(stdout_offset, "stdout_offset", 2**40), _number(stderr_offset, "stderr_offset", 2**40)
+        frame = self._look(oo, eo, _number(wait, "wait", 3600))
+        result = self._result(frame)
+        limit = _number(limit, "limit", LARGEST_OUTPUT)
+        out, err = self._split(frame)
+        while frame.state != "acked" and (len(out) < limit or len(err) < limit):
+            # Never waits again: only what was there at the first look is told.
+            more_out = min(result.stdout_bytes - oo, limit) - len(out)
+            more_err = min(result.stderr_bytes - eo, limit) - len(err)
+            if more_out <= 0 and more_err <= 0:
+                break
+            frame = self._look(oo + len(out), eo + len(err), 0)
+            new_out, new_err = self._split(frame)
+            if not new_out and not new_err:
+                break
+            out, err = out + new_out, err + new_err
+        result.stdout, result.stderr = out[:limit], err[:limit]
+        self._close(result)
+        return result
+
+    def wait(self, timeout: float | None, on_output: Output | None, cancel: Callable[[], bool] | None) -> CommandResult:
+        clock = self.ctx.clock
+        deadline = None if timeout is None else clock.monotonic() + timeout
+        out = err = b""
+        while True:
+            left = _WAIT if deadline is None else deadline - clock.monotonic()
+            pause = max(0, min(_SHOW_WAIT if on_output or cancel else _WAIT, int(left)))
+            frame = self._look(len(out), len(err), pause)
+            result = self._result(frame)
+            new_out, new_err = self._split(frame)
+            out, err = out + new_out, err + new_err
+            if on_output is not None and (new_out or new_err):
+                on_output(new_out, new_err)
+            behind = len(out) < result.stdout_bytes or len(err) < result.stderr_bytes
+            ended = result.state != "running"
+            if (ended and not (behind and (new_out or new_err))) or frame.state == "acked":
+                break
+            if not ended and (left <= 0 or (cancel is not None and cancel())):
+                break
+        result.stdout, result.stderr = out, err
+        self._close(result)
+        return result
+
+    def end(self, kill_after: float) -> CommandResult:
+        values = {"id": self.id, "w": 0, "lim": wrapper.INLINE, "part": 1, "oo": 0, "eo": 0}
+        values["grace"] = grace = _number(kill_after, "kill_after", 3600)
+        script = wrapper.request("end", values)
+        frame = self._known(self.guest.ask(script, self.id, patience=_PATIENCE + grace))
+        result = self._result(frame)
+        result.stdout, result.stderr = self._split(frame)
+        self._close(result)
+        return result
+
+    # ---- parts ----
+
+    def _look(self, stdout_offset: int, stderr_offset: int, wait: int) -> Frame:
+        script = wrapper.request(
+            "look",
+            {"id": self.id, "w": wait, "lim": wrapper.INLINE, "part": 1, "oo": stdout_offset, "eo": stderr_offset},
+        )
+        return self._known(self.guest.ask(script, self.id))
+
+    def _known(self, frame: Frame) -> Frame:
+        """Return a frame that tells what became of the run; OutcomeUnknown where the guest cannot know any more."""
+        vmid = self.sandbox.vmid
+        if frame.state in ("none", "gone"):
+            self.guest.judge_again()
+            raise OutcomeUnknown(
+                f"sandbox {vmid}: the guest knows nothing of run {self.id} (any more): it was started anew since, or the run "
+                "is older than a day. Whether the command ran to its end is not known; look in the guest, then run it again "
+                "(without run_id) if it is to run again",
+                vmid=vmid,
+                run_id=self.id,
+            )
+        if frame.state == "lost":
+            self.guest.judge_again()
+            raise OutcomeUnknown(
+                f"sandbox {vmid}: what watched run {self.id} in the guest was killed, so its exit status is not known (most "
+                "likely the guest agent was restarted); look in the guest, then run it again (without run_id) if need be",
+                vmid=vmid,
+                run_id=self.id,
+                lost=True,
+            )
+        if frame.state not in ("ended", "running", "acked"):
+            raise GuestFailed(f"sandbox {vmid}: the guest's answer makes no sense, so it is not believed", vmid=vmid)
+        return frame
+
+    def _split(self, frame: Frame) -> tuple[bytes, bytes]:
+        """Return the parts of the output that a frame carries, checked by length and checksum."""
+        if frame.state == "acked":
+            return b"", b""
+        lo, le = frame.number("lo"), frame.number("le")
+        if len(frame.body) != lo + le or lo + le > wrapper.INLINE:
+            raise GuestFailed(f"sandbox {self.sandbox.vmid}: the guest's answer is cut off, so it is not believed")
+        if frame.body and access.checksum(frame.body) != frame.fields.get("sum"):
+            raise GuestFailed(
+                f"sandbox {self.sandbox.vmid}: the guest's answer fails its checksum, so it is not believed"
+            )
+        return frame.body[:lo], frame.body[lo:]
+
+    def _result(self, frame: Frame) -> CommandResult:
+        if frame.state == "running":
+            result = CommandResult(self.id, "running")
+        else:
+            signal = frame.number("sig", 128)
+            result = CommandResult(
+                self.id, "ended", frame.number("rc", 255), signal or None, duration_ms=frame.number("ms")
+            )
+        if frame.state == "acked":
+            result.message = "the output was told before, and the guest has forgotten it"
+            return result
+        flags = frame.fields.get("flags", "").split(",")
+        result.stdout_bytes, result.stderr_bytes = frame.number("so"), frame.number("se")
+        result.truncated = "out.cut" in flags or "err.cut" in flags
+        result.timed_out, result.killed = "late" in flags, "killed" in flags
+        skipped = frame.fields.get("skip")
+        if skipped in ("creates", "removes") and result.state == "ended":
+            result.state = "skipped"
+            result.message = skipped
+        return result
+
+    def _close(self, result: CommandResult, acks: list[str] | None = None, command: str | None = None) -> None:
+        """Prove that the VM is still ours, then write the result into the journal. What is not ours is no result."""
+        self.guest.judge_again()
+        records, journal = self.ctx.records, self.journal
+        if result.state == "running":
+            if journal.state == runs.SENT:
+                runs.set_state(records, journal, runs.RUNNING)
+            return
+        if journal.state == runs.ENDED:
+            return
+        known = {
+            "rc": result.rc,
+            "signal": result.signal,
+            "duration_ms": result.duration_ms,
+            "state": result.state,
+            "truncated": result.truncated,
+            "timed_out": result.timed_out,
+        }
+        evidence: dict[str, Any] = {
+            "run_id": self.id,
+            "program": journal.program,
+            "rc": result.rc,
+            "signal": result.signal,
+            "stdout_bytes": result.stdout_bytes,
+            "stderr_bytes": result.stderr_bytes,
+        }
+        evidence |= {name: True for name in ("truncated", "timed_out", "killed") if getattr(result, name)}
+        if journal.actor != records.actor:
+            evidence["started_by"] = journal.actor
+        if command is not None:
+            evidence["command"] = command
+        runs.finish(
+            records,
+            self.sandbox,
+            journal,
+            runs.ENDED,
+            detail=known,
+            evidence=evidence,
+            outcome="done" if result.rc == 0 else "failed",
+            reason="skipped" if result.state == "skipped" else "timed_out" if result.timed_out else None,
+            duration_ms=result.duration_ms,
+            acks=acks,
+        )
+
+
+class _Command(_Run):
+    """A command that is to be begun, unless its id says that it was."""
+
+    def __init__(
+        self,
+        ctx: Context,
+        sandbox: Sandbox,
+        spec: CommandSpec,
+        detached: bool,
+        on_output: Output | None,
+        cancel: Callable[[], bool] | None,
+    ) -> None:
+        self.ctx = ctx
+        self.spec = spec
+        self.prepared = prepare(spec)
+        self.on_output, self.cancel = on_output, cancel
+        self.guest = Guest.enter(ctx, sandbox, secret=spec.secret)
+        self.sandbox = self.guest.sandbox
+        if self.guest.agent.is_windows:
+            raise GuestRefused(
+                f"sandbox {self.sandbox.vmid}: Windows runs in it (ostype), which has no POSIX shell for our wrapper. Use "
+                "WinRM or SSH by its address instead",
+                reason="windows",
+                vmid=self.sandbox.vmid,
+            )
+        self.journal, self.acks = runs.begin(
+            ctx.records,
+            self.sandbox,
+            check_id(spec.run_id) if spec.run_id is not None else access.new_id(),
+            fingerprint=self.prepared.fingerprint,
+            program=self.prepared.program,
+            detached=detached,
+        )
+        self.detached = detached
+
+    def run(self) -> CommandResult:
+        try:
+            return self._run()
+        except GuestRefused as error:
+            if error.detail.get("begun") is None and self.journal.state == runs.SENT and self.journal.is_new:
+                self._end_without_result(runs.REFUSED, error)
+            raise
+        except OutcomeUnknown as error:
+            error.detail.setdefault("run_id", self.id)
+            if error.detail.get("lost"):
+                self._end_without_result(runs.LOST, error)
+            raise
+
+    def _end_without_result(self, state: str, error: AgentlabError) -> None:
+        runs.finish(
+            self.ctx.records,
+            self.sandbox,
+            self.journal,
+            state,
+            detail={"reason": error.detail.get("reason")},
+            evidence={"run_id": self.id, "program": self.journal.program},
+            outcome="refused" if state == runs.REFUSED else "unknown",
+            reason=str(error.detail.get("reason") or error.code),
+        )
+
+    def _run(self) -> CommandResult:
+        frame = self._begin()
+        result = self._result(frame)
+        out = err = b""
+        if result.state != "running" and frame.fields.get("gz"):
+            out, err = self._fetch_output(frame, result)
+        else:
+            out, err = self._split(frame)
+            if self.on_output is not None and (out or err):
+                self.on_output(out, err)
+        if not self.detached and frame.state != "acked":
+            result, out, err = self._follow(result, out, err)
+        limit = self.spec.max_output
+        result.truncated = result.truncated or len(out) > limit or len(err) > limit
+        result.stdout, result.stderr = out[:limit], err[:limit]
+        self._close(result, self.acks, self.prepared.command if self.spec.log_command else None)
+        if result.state == "skipped":
+            option = "creates" if result.message == "creates" else "removes"
+            path = self.spec.creates if option == "creates" else self.spec.removes
+            result.message = f"skipped, since {path} {'exists' if option == 'creates' else 'does not exist'} ({option})"
+        return result
+
+    def _follow(self, result: CommandResult, out: bytes, err: bytes) -> tuple[CommandResult, bytes, bytes]:
+        """Wait for the end in further requests; return the result and the whole output."""
+        shown = self.on_output is not None
+        asked = False
+        while result.state == "running" or len(out) < result.stdout_bytes or len(err) < result.stderr_bytes:
+            was_running = result.state == "running"
+            if was_running and not asked and self.cancel is not None and self.cancel():
+                asked = True
+                self._end_in_guest()
+            if shown:
+                frame = self._look(len(out), len(err), _SHOW_WAIT if was_running else 0)
+            else:
+                wait = _SHOW_WAIT if self.cancel is not None else _WAIT
+                script = wrapper.request("look", {**self._frame_values(0), "w": wait})
+                frame = self._known(self.guest.ask(script, self.id))
+            result = self._result(frame)
+            if frame.state == "acked":
+                break
+            if frame.fields.get("gz"):
+                out, err = self._fetch_output(frame, result)
+                break
+            new_out, new_err = self._split(frame)
+            if not was_running and not new_out and not new_err:
+                raise GuestFailed(f"sandbox {self.sandbox.vmid}: the guest does not hand out the output that it holds")
+            # Without anybody to show it to, each answer has the output from its beginning.
+            out, err = (out + new_out, err + new_err) if shown else (new_out, new_err)
+            if self.on_output is not None and (new_out or new_err):
+                self.on_output(new_out, new_err)
+            if max(len(out), len(err)) > self.spec.max_output + _OVERSHOOT:
+                raise GuestFailed(f"sandbox {self.sandbox.vmid}: the guest hands out more output than was asked for")
+        return result, out, err
+
+    def _end_in_guest(self) -> None:
+        script = wrapper.request("end", {**self._frame_values(1), "w": 0, "grace": self.prepared.values["grace"]})
+        self._known(self.guest.ask(script, self.id, patience=_PATIENCE))
+
+    def _frame_values(self, part: int) -> dict[str, object]:
+        return {"id": self.id, "lim": wrapper.INLINE, "part": part, "oo": 0, "eo": 0}
+
+    # ---- beginning ----
+
+    def _begin(self) -> Frame:
+        """Send the command until its beginning is answered, and return that answer."""
+        clock, guest, prepared = self.ctx.clock, self.guest, self.prepared
+        guest.what = "run a command"
+        began = clock.monotonic()
+        known_age = None if self.journal.is_new else max(0, self.ctx.clock.now() - self.journal.started_at)
+        # Seconds for which a lost answer is asked for again, and for which an agent that is not up yet is waited for.
+        patience = _PATIENCE + (self.spec.timeout or _PATIENCE)
+        may_have_begun = known_age is not None
+        wait = 0 if self.detached else _SHOW_WAIT if self.on_output or self.cancel else _WAIT
+        missing = list(range(len(prepared.pieces)))
+        attempt = 0
+        resent = 0
+        problem: AgentlabError
+        while True:
+            self._send_pieces(missing)
+            missing = []
+            age = -1
+            if may_have_begun:
+                age = int((known_age or 0) + clock.monotonic() - began) + 3
+            values = {**prepared.values, **self._frame_values(int(self.on_output is not None)), "w": wait, "age": age}
+            values["acks"] = " ".join(self.acks)
+            script = wrapper.request("begin", values, {"work": prepared.work, "input": prepared.last})
+            try:
+                pid = guest.send(script)
+            except OutcomeUnknown as error:
+                may_have_begun, problem = True, error
+            except GuestRefused as error:
+                if error.reason != "silent":
+                    if may_have_begun:
+                        raise self._unknown(error.message) from None
+                    raise
+                if not may_have_begun and clock.monotonic() - began >= self.spec.wait_for_agent:
+                    raise
+                problem = error
+            else:
+                may_have_begun = True
+                frame = guest.collect(pid, self.id)
+                if frame is not None:
+                    word = frame.fields.get("why", "") if frame.state == "refused" else ""
+                    if word.startswith("missing,") and resent < 3:
+                        # Nothing was begun. Pieces whose sending was not answered did not arrive.
+                        missing = [
+                            int(n) for n in word.split(",")[1:] if n.isdecimal() and int(n) < len(prepared.pieces)
+                        ]
+                        resent += 1
+                        may_have_begun = known_age is not None
+                        continue
+                    if word == "cut" and resent < 3:
+                        resent += 1
+                        missing = list(range(len(prepared.pieces)))
+                        may_have_begun = known_age is not None
+                        continue
+                    return self._known(guest.accept(frame))
+                problem = OutcomeUnknown(f"sandbox {self.sandbox.vmid}: the answer of its guest agent was lost.")
+            pause = access.silent_pause(attempt)
+            attempt += 1
+            if problem.detail.get("odd") and attempt > 2:
+                raise self._unknown(problem.message) from None
+            if clock.monotonic() - began + pause > (patience if may_have_begun else self.spec.wait_for_agent + 1):
+                if may_have_begun:
+                    raise self._unknown(problem.message) from None
+                raise problem
+            clock.sleep(pause)
+
+    def _unknown(self, why: str) -> OutcomeUnknown:
+        return OutcomeUnknown(
+            f"{why} Whether the command began is not known. Ask again with run_id={self.id}: the same run is never begun twice",
+            vmid=self.sandbox.vmid,
+            run_id=self.id,
+        )
+
+    def _send_pieces(self, numbers: list[int]) -> None:
+        def send(number: int) -> None:
+            data = self.prepared.pieces[number]
+            values = {"id": self.id, "i": number, "nraw": len(data)}
+            try:
+                self.guest.send(wrapper.request("stage", values, {"input": data}))
+            except OutcomeUnknown:
+                # The beginning finds out whether the piece arrived.
+                pass
+
+        parallel.each(send, numbers, _PARALLEL)
+
+    # ---- large output ----
+
+    def _fetch_output(self, frame: Frame, result: CommandResult) -> tuple[bytes, bytes]:
+        folder = frame.fields.get("dir", "")
+        packed = [int(text) if text.isdecimal() else 0 for text in (*frame.fields.get("gz", "").split(","), "0", "0")]
+        parts = []
+        for name, size, gz in (("out", result.stdout_bytes, packed[0]), ("err", result.stderr_bytes, packed[1])):
+            if size > self.spec.max_output + _OVERSHOOT:
+                raise GuestFailed(f"sandbox {self.sandbox.vmid}: the guest holds more output than was asked for")
+            if 0 < gz < size * 0.9:
+                parts.append(unpack(read_held(self.guest, self.id, folder, f"{name}.gz", gz), size))
+            else:
+                parts.append(read_held(self.guest, self.id, folder, name, size))
+        if access.checksum(parts[0] + parts[1]) != frame.fields.get("sum"):
+            raise GuestFailed(f"sandbox {self.sandbox.vmid}: the output fails its checksum, so it is not believed")
+        if self.on_output is not None:
+            self.on_output(parts[0], parts[1])
+        return parts[0], parts[1]
+
+
+def read_held(
+    guest: Guest,
+    run_id: str,
+    folder: str,
+    name: str,
+    size: int,
+    on_piece: Callable[[int], None] | None = None,
+    *,
+    offset: int = 0,
+) -> bytes:
+    """Return ``size`` bytes from ``offset`` on of a file in a folder of ours in the guest, in pieces, several at once.
+
+    ``on_piece`` is called with the bytes of each piece that has come.
+    """
+    if size == 0:
+        return b""
+
+    end = offset + size
+
+    def read(start: int) -> bytes:
+        count = min(READ_PIECE, end - start)
+        data = b""
+        while len(data) < count:
+            part = _read_piece(guest, run_id, folder, name, start + len(data), count - len(data))
+            if not part:
+                raise GuestFailed(
+                    f"sandbox {guest.sandbox.vmid}: {name} ended after {start + len(data)} of {end} bytes; it changed "
+                    "while it was read. Try again"
+                )
+            data += part
+        if on_piece is not None:
+            on_piece(len(data))
+        return data
+
+    return b"".join(parallel.each(read, list(range(offset, end, READ_PIECE)), _READERS))
+
+
+def _read_piece(guest: Guest, run_id: str, folder: str, name: str, offset: int, count: int) -> bytes:
+    for attempt in range(4):
+        try:
+            return guest.agent.read_file(f"{folder}/{name}", offset, count)
+        except OutcomeUnknown:
+            # A read may be repeated.
+            if attempt == 3:
+                raise
+            guest.ctx.clock.sleep(access.silent_pause(attempt))
+        except GuestRefused as error:
+            if error.reason == "silent" and attempt < 3:
+                guest.ctx.clock.sleep(access.silent_pause(attempt))
+                continue
+            if error.reason not in ("old", "blocked", "denied"):
+                raise
+            # Proxmox VE 8 reads files as a whole only; a guest may block file-read alone.
+            values = {"id": run_id, "file": name, "oo": offset, "lim": min(count, wrapper.INLINE)}
+            frame = guest.ask(wrapper.request("chunk", values), run_id)
+            if frame.state != "chunk" or len(frame.body) > count:
+                raise GuestFailed(
+                    f"sandbox {guest.sandbox.vmid}: the guest has no {name} any more; try again"
+                ) from None
+            return frame.body
+    raise AssertionError("unreachable")
+
+
+def unpack(data: bytes, size: int) -> bytes:
+    """Return gzip data unpacked; GuestFailed unless it is exactly ``size`` bytes. Never unpacks more than that."""
+    unpacker = zlib.decompressobj(31)
+    try:
+        plain = unpacker.decompress(data, size + 1)
+    except zlib.error:
+        raise GuestFailed("the guest's data is not gzip, so it is not believed; try again") from None
+    if len(plain) != size:
+        raise GuestFailed("the guest's data has another length than it said, so it is not believed; try again")
+    return plain

@@ -1,0 +1,420 @@
+# Copyright: the agentlab.proxmox contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""The program that runs in the guest: a POSIX shell script that Proxmox hands to ``sh`` through the guest agent.
+
+The script needs a shell (dash, bash, busybox), coreutils or busybox, and ``setsid`` of util-linux or busybox. It is sent
+with each request, as input; the only arguments are ``BOOT`` and the script's length. So neither the guest's process
+list nor its journal (qemu-ga logs every command line) shows a value of the user.
+
+All values are ASCII: what a user gives travels as base64. A script that was cut off runs nothing: its length is
+checked before it is evaluated.
+
+One run has one folder, ``/run/agentlab/ID`` (mode 0700; /var/run or /tmp where the agent may not write to /run):
+
+| file | what it holds |
+|---|---|
+| ``sup`` | process id and start time of the supervisor |
+| ``pid`` | process id of the command, which leads a session and process group of its own |
+| ``job``, ``do``, ``in`` | switch of the user, the command as shell text, its standard input; removed at the end |
+| ``out``, ``err`` | the output, at most ``max_output`` bytes each; ``out.cut``, ``err.cut``: there was more |
+| ``late``, ``killed`` | the time-out, or a request, ended the command |
+| ``skip`` | ``creates`` or ``removes`` kept the command from starting |
+| ``rc`` | exit status, signal (0: none), milliseconds |
+| ``acked`` | the controller has the result; all but ``rc`` is removed |
+
+``mkdir`` of that folder succeeds once, so a request that is repeated begins nothing. A repeat carries its age: where
+the guest was started since, /run is empty, and the answer is that nobody can know.
+"""
+
+from __future__ import annotations
+
+import base64
+import re
+from collections.abc import Mapping, Sequence
+
+BOOT = 's=$(cat);[ ${#s} = "$1" ]||{ echo agentlab1 cut;exit 0;};eval "$s"'
+# Bytes of output that are told in the answer itself; more is fetched from the folder.
+INLINE = 65536
+# Bytes of data that fit into one request beside the script.
+ROOM = 40_500
+# Bytes of a piece that is sent by itself; a multiple of three, so that its base64 has no padding.
+PIECE = 44_100
+
+_BASE = r"""
+umask 077
+unset CDPATH
+say() { echo "agentlab1 $id $*"; }
+die() { say "state=refused why=$1"; exit 0; }
+base() {
+  for b in /run /var/run /tmp; do [ -d $b ] && [ -w $b ] && break; done
+  case $b in /tmp) b=/tmp/agentlab-$(id -u);; *) b=$b/agentlab;; esac
+  mkdir -m 700 "$b" 2>/dev/null || { [ -d "$b" ] && [ ! -L "$b" ] && [ -O "$b" ]; } || die folder
+  d=$b/$id
+}
+size() { z=0; [ ! -f "$1" ] || z=$(wc -c <"$1"); z=$((z)); }
+nap() { sleep 0.1 2>/dev/null || sleep 1; }
+"""
+
+_LIBRARY = (
+    _BASE
+    + r"""
+up() { u=; { read -r u _ </proc/uptime; } 2>/dev/null; u=${u%.*}${u#*.}; u=${u#"${u%%[!0]*}"}; u=${u:-0}; }
+born() {
+  s=; { read -r s <"/proc/$1/stat"; } 2>/dev/null || return 1
+  s=${s##*) }; set -- $s; s=${20}; [ "$1" != Z ]
+}
+alive() { p=; s0=; { read -r p s0 <"$d/sup"; } 2>/dev/null; [ "$p" ] && born $p && [ "$s" = "$s0" ]; }
+body() {
+  [ $lo -eq 0 ] || { tail -c +$((oo+1)) "$d/out" | head -c $lo; }
+  [ $le -eq 0 ] || { tail -c +$((eo+1)) "$d/err" | head -c $le; }
+}
+frame() {
+  st=running; rc=; sg=; ms=; n=0
+  while [ ! -s "$d/sup" ] && [ ! -s "$d/rc" ] && [ $n -lt 30 ]; do nap; n=$((n+1)); done
+  [ -s "$d/rc" ] || alive || { nap; [ -s "$d/rc" ] || st=lost; }
+  [ ! -s "$d/rc" ] || { st=ended; read -r rc sg ms <"$d/rc"; }
+  [ ! -e "$d/acked" ] || { say "state=acked rc=$rc sig=$sg ms=$ms"; return; }
+  size "$d/out"; so=$z; size "$d/err"; se=$z
+  lo=$((so-oo)); [ $lo -ge 0 ] || lo=0
+  le=$((se-eo)); [ $le -ge 0 ] || le=0
+  g=; sum=0
+  if [ $((lo+le)) -gt $lim ]; then
+    if [ $st != running ] && [ $part = 0 ]; then
+      lo=0; le=0
+      for f in out err; do
+        [ -e "$d/$f.gz" ] || gzip -1c "$d/$f" >"$d/$f.gz" 2>/dev/null || rm -f "$d/$f.gz"
+        size "$d/$f.gz"; g=$g$z,
+      done
+      sum=$(cat "$d/out" "$d/err" | sha256sum); sum=${sum%% *}
+    else
+      [ $lo -le $lim ] || lo=$lim
+      [ $((lo+le)) -le $lim ] || le=$((lim-lo))
+    fi
+  fi
+  [ $((lo+le)) -eq 0 ] || { sum=$(body | sha256sum); sum=${sum%% *}; }
+  t=; for f in out.cut err.cut late killed; do [ ! -e "$d/$f" ] || t=$t$f,; done
+  k=; [ ! -s "$d/skip" ] || read -r k <"$d/skip"
+  say "state=$st rc=$rc sig=$sg ms=$ms so=$so se=$se lo=$lo le=$le gz=$g sum=$sum flags=$t skip=$k dir=$d"
+  body
+}
+await() {
+  up; e=$((u+w*100)); n=0
+  while [ ! -s "$d/sup" ] && [ ! -s "$d/rc" ] && [ $n -lt 30 ]; do nap; n=$((n+1)); done
+  while [ ! -s "$d/rc" ] && alive; do up; [ $u -lt $e ] || break; nap; done
+}
+endgroup() {
+  p=; { read -r p <"$d/pid"; } 2>/dev/null; [ "$p" ] || return 0
+  kill -TERM -$p 2>/dev/null; up; e=$((u+grace*100))
+  while kill -0 -$p 2>/dev/null; do up; [ $u -lt $e ] || break; nap; done
+  kill -KILL -$p 2>/dev/null
+}
+look() { base; [ -d "$d" ] || { say state=none; exit 0; }; await; frame; }
+end() {
+  base; [ -d "$d" ] || { say state=none; exit 0; }
+  await; [ -s "$d/rc" ] || { : >"$d/killed"; endgroup; w=3; await; }
+  frame
+}
+"""
+)
+
+_RUN = r"""
+rd() {
+  n=0
+  while [ $n -lt $max ]; do
+    dd bs=65536 count=$(((max-n+65535)/65536)) 2>/dev/null >>"$d/$1"
+    [ -s "$d/$1" ] || return 0
+    size "$d/$1"; [ $z -ne $n ] || return 0; n=$z
+  done
+  z=$(dd bs=1 count=1 2>/dev/null | wc -c); [ $((z)) -eq 0 ] || { : >"$d/$1.cut"; cat >/dev/null; }
+}
+timer() {
+  s=; trap '[ -z "$s" ] || kill $s 2>/dev/null; exit 0' TERM
+  sleep $limit & s=$!; wait $s; s=
+  trap '' TERM
+  : >"$d/late"; n=0
+  while [ ! -s "$d/pid" ] && [ $n -lt 30 ]; do nap; n=$((n+1)); done
+  endgroup
+}
+tick() {
+  s=; trap '[ -z "$s" ] || kill $s 2>/dev/null; exit 0' TERM
+  while :; do
+    sleep 0.3 2>/dev/null & s=$!; wait $s || { sleep 1 & s=$!; wait $s; }
+    kill -USR1 $1 2>/dev/null || exit 0
+  done
+}
+forget() {
+  : >"$1/acked"
+  for f in "$1"/*; do case $f in */rc|*/acked) ;; *) rm -f "$f";; esac; done
+}
+sweep() {
+  for a in $acks; do [ ! -d "$b/$a" ] || forget "$b/$a"; done
+  find "$b" ! -path "$b" -prune -type d -mmin +60 | while read -r x; do [ ! -e "$x/acked" ] || rm -rf "$x"; done
+  find "$b" ! -path "$b" -prune -type d -mmin +1440 | while read -r x; do d=$x; alive || rm -rf "$x"; done
+}
+supervise() {
+  read -r s </proc/self/stat; me=${s%% *}; s=${s##*) }; set -- $s; echo "$me ${20}" >"$d/sup"
+  if [ -d /run/systemd/system ]; then
+    for c in /sys/fs/cgroup /sys/fs/cgroup/unified /sys/fs/cgroup/systemd; do
+      [ -w $c/cgroup.procs ] && { mkdir $c/agentlab; echo $me >$c/agentlab/cgroup.procs; }
+    done 2>/dev/null
+  fi
+  rd out <"$d/o" & r1=$!
+  rd err <"$d/e" & r2=$!
+  tp=; [ $limit = 0 ] || { timer & tp=$!; }
+  up; t0=$u
+  # In a shell of its own: dash tells of a signal on the command's standard error otherwise.
+  { ( exec setsid sh -c '. "$1/job"' agentlab "$d" <"$d/in" >"$d/o" 2>"$d/e" 3<"$d/do" 4>"$d/skip" ); r=$?; } 2>"$d/sig"
+  up; t0=$(((u-t0)*10))
+  [ -z "$tp" ] || { [ -e "$d/late" ] || kill $tp 2>/dev/null; wait $tp; }
+  q=; trap 'q=1' USR1
+  tick $me & k=$!
+  [ "$q" ] || wait $r1
+  [ "$q" ] || wait $r2
+  kill $k 2>/dev/null
+  g=0; [ $r -le 128 ] || [ ! -s "$d/sig" ] || g=$((r-128))
+  echo "$r $g $t0" >"$d/rc"
+  rm -f "$d/job" "$d/do" "$d/in" "$d/o" "$d/e" "$d/sig"
+  sweep >/dev/null 2>&1 &
+}
+take() {
+  # $1: file of the data. Pieces that were sent before, then the input of this request.
+  : >"$1"
+  if [ "$pieces" ]; then
+    n=0
+    while [ $n -lt 50 ]; do
+      m=; for i in $pieces; do [ -e "$b/$id.p/$i" ] || m=$m,$i; done
+      [ "$m" ] || break
+      nap; n=$((n+1))
+    done
+    [ -z "$m" ] || fail "missing$m"
+    for i in $pieces; do cat "$b/$id.p/$i"; done >"$1" || fail full
+  fi
+  [ $nlast -eq 0 ] || input >>"$1" || fail base64
+  size "$1"; [ $z -eq $nraw ] || fail cut
+}
+begin() {
+  base
+  if [ -d "$d" ]; then await; frame; return; fi
+  if [ $age -ge 0 ]; then up; [ $u -gt $((age*100)) ] || { say state=gone; return; }; fi
+  for c in base64 setsid mkfifo dd wc sha256sum tail head; do command -v $c >/dev/null 2>&1 || die "no_$c"; done
+  if ! mkdir -m 700 "$d" 2>/dev/null; then [ -d "$d" ] || die folder; await; frame; return; fi
+  fail() { rm -rf "$d"; die $1; }
+  work >"$d/do" || fail base64
+  size "$d/do"; [ $z -eq $nwork ] || fail cut
+  take "$d/in"
+  if [ $gz = 1 ]; then gzip -dc <"$d/in" >"$d/in2" || fail gzip; mv "$d/in2" "$d/in"; fi
+  if [ "$insum" ]; then s=$(sha256sum <"$d/in"); [ "${s%% *}" = $insum ] || fail sum; fi
+  [ -z "$pieces" ] || rm -rf "$b/$id.p"
+  : >"$d/out"; : >"$d/err"
+  mkfifo -m 666 "$d/o" "$d/e" || fail full
+  { echo "d='$d'"; echo "user='$user'"; job; } >"$d/job" || fail full
+  ( supervise ) </dev/null >/dev/null 2>&1 & sp=$!
+  ( s=; trap '[ -z "$s" ] || kill $s 2>/dev/null; exit 0' TERM
+    sleep $w & s=$!; wait $s; s=; kill -USR1 $$ ) </dev/null >/dev/null 2>&1 & wp=$!
+  q=; trap 'q=1' USR1
+  [ "$q" ] || wait $sp
+  kill $wp 2>/dev/null
+  frame
+}
+job() { cat <<'agentlab_job'
+echo $$ >"$d/pid"
+umask 022
+unset CDPATH
+say() { echo "agentlab: $*" >&2; exit 125; }
+find_user() {
+  n=; while IFS=: read -r n _ i g _ h c; do [ "$n" = "$1" ] && return; [ "$i" = "$1" ] && return; done </etc/passwd
+  IFS=: read -r n _ i g _ h c <<E
+$(getent passwd "$1" 2>/dev/null)
+E
+  [ "$n" ]
+}
+: ${PATH:=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin}
+export PATH
+if [ "$user" ]; then
+  find_user "$user" || say "no user $user in this guest"
+  me=$(id -u)
+  export HOME="$h" USER="$n" LOGNAME="$n" SHELL="${c:-/bin/sh}"
+  if [ "$me" != "$i" ]; then
+    [ "$me" = 0 ] || say "the guest agent does not run as root, so it cannot become $user"
+    if setpriv --reuid="$i" --regid="$g" --init-groups true 2>/dev/null; then
+      exec setpriv --reuid="$i" --regid="$g" --init-groups sh -c 'eval "$(cat <&3)"'
+    fi
+    exec su -s /bin/sh -c 'eval "$(cat <&3)"' "$n"
+  fi
+elif [ "${HOME:-/}" = / ]; then
+  if find_user "$(id -u)"; then export HOME="$h" USER="$n" LOGNAME="$n" SHELL="${c:-/bin/sh}"; else export HOME=/; fi
+fi
+eval "$(cat <&3)"
+agentlab_job
+}
+"""
+
+_PLACE = r"""
+place() {
+  P=$(name; echo x); P=${P%x}
+  case $P in /*) ;; *) die relative;; esac
+  if [ -L "$P" ]; then P=$(readlink -f "$P"; echo x); P=${P%x}; P=${P%?}; fi
+  [ ! -d "$P" ] || die isdir
+  case $P in */) die isdir;; esac
+  T=${P%/*}; [ -d "${T:-/}" ] || die nofolder
+  T=$T/.agentlab-$id
+}
+"""
+
+_PIECE = r"""
+piece() {
+  base; place; mkdir -m 700 "$d" 2>/dev/null; : >"$d/put"
+  input | dd of="$T$gzs" bs=$bs seek=$i conv=notrunc 2>/dev/null && : >"$d/p.$i"
+}
+"""
+
+_FINISH = r"""
+fail() { rm -f "$T" "$T.gz"; rm -rf "$d"; die $1; }
+finish() {
+  base; place; mkdir -m 700 "$d" 2>/dev/null; : >"$d/put"
+  ( : >>"$T$gzs" ) 2>/dev/null || fail nowrite
+  n=0
+  while [ $n -lt 50 ]; do
+    m=; i=0
+    while [ $i -lt $last ]; do [ -e "$d/p.$i" ] || m=$m,$i; i=$((i+1)); done
+    [ "$m" ] || break
+    nap; n=$((n+1))
+  done
+  [ -z "$m" ] || die "missing$m"
+  if [ $nlast -gt 0 ]; then input | dd of="$T$gzs" bs=$bs seek=$last conv=notrunc 2>/dev/null || fail full; fi
+  size "$T$gzs"; [ $z -eq $nraw ] || fail cut
+  [ -z "$gzs" ] || { gzip -dc <"$T.gz" >"$T" || fail full; rm -f "$T.gz"; }
+  s=$(sha256sum <"$T"); [ "${s%% *}" = $insum ] || fail sum
+  o=$owner; r=$mode
+  if [ -e "$P" ]; then
+    s=$(stat -c '%a %u:%g' "$P") || fail stat
+    r=${r:-${s%% *}}; o=${o:-${s##* }}
+  fi
+  [ -z "$o" ] || [ "$o" = "$(stat -c %u:%g "$T")" ] || chown "$o" "$T" 2>/dev/null || fail owner
+  chmod ${r:-644} "$T" || fail mode
+  mv -f "$T" "$P" || fail full
+  size "$P"; s=$(stat -c %a "$P")
+  rm -rf "$d"
+  say "state=put so=$z mode=$s sum=$insum"
+}
+"""
+
+_GET = r"""
+get() {
+  base; P=$(name; echo x); P=${P%x}
+  case $P in /*) ;; *) die relative;; esac
+  [ ! -d "$P" ] || die isdir
+  [ -e "$P" ] || die missing
+  [ -f "$P" ] || die special
+  [ -r "$P" ] || die noread
+  mkdir -m 700 "$d" 2>/dev/null; : >"$d/put"
+  size "$P"; so=$z; mode=$(stat -L -c %a "$P"); lo=0; g=
+  if [ $so -le $lim ]; then
+    # The answer is made of a copy, so that length, checksum and bytes belong together.
+    head -c $lim "$P" >"$d/f"; size "$d/f"; so=$z; lo=$z; sum=$(sha256sum <"$d/f"); sum=${sum%% *}
+  else
+    ln -s "$P" "$d/f"
+    sum=$(sha256sum <"$P"); sum=${sum%% *}
+    z=$(head -c 262144 "$P" | gzip -1c 2>/dev/null | wc -c)
+    if [ $((z)) -gt 0 ] && [ $((z)) -lt 210000 ] && [ $so -lt 134217728 ]; then
+      if gzip -1c <"$P" >"$d/f.gz" 2>/dev/null; then size "$d/f.gz"; g=$z; else rm -f "$d/f.gz"; fi
+    fi
+  fi
+  say "state=get so=$so lo=$lo mode=$mode sum=$sum gz=$g dir=$d"
+  if [ -L "$d/f" ]; then return; fi
+  cat "$d/f"; rm -rf "$d"
+}
+"""
+
+_DROP = r"""
+drop() { base; place; rm -f "$T" "$T.gz"; rm -rf "$d"; }
+"""
+
+_READ = r"""
+chunk() {
+  base; [ -e "$d/$file" ] || { say state=none; exit 0; }
+  say "state=chunk"; tail -c +$((oo+1)) "$d/$file" | head -c $lim
+}
+"""
+
+_STAGE = r"""
+stage() {
+  base; mkdir -p "$b/$id.p" || die full
+  input >"$b/$id.p/$i.t" || die base64
+  size "$b/$id.p/$i.t"; [ $z -eq $nraw ] || die cut
+  mv "$b/$id.p/$i.t" "$b/$id.p/$i"; say state=ok
+}
+"""
+
+_PARTS = {
+    "begin": _LIBRARY + _RUN,
+    "look": _LIBRARY,
+    "end": _LIBRARY,
+    "stage": _BASE + _STAGE,
+    "piece": _BASE + _PLACE + _PIECE,
+    "finish": _BASE + _PLACE + _FINISH,
+    "get": _BASE + _GET,
+    "drop": _BASE + _PLACE + _DROP,
+    "chunk": _BASE + _READ,
+}
+_WORD = re.compile(r"[A-Za-z0-9_.,: -]*")
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_WILDCARD = re.compile(rb"([*?\[\]])")
+
+
+def request(operation: str, values: Mapping[str, object], blobs: Mapping[str, bytes] | None = None) -> str:
+    """Return the script of one request: an operation of the wrapper with its values and data.
+
+    ``values`` become shell variables; each must consist of harmless ASCII characters (numbers, ids, words), ValueError
+    otherwise. ``blobs`` become functions of that name which write the bytes.
+    """
+    lines = [_PARTS[operation].strip()]
+    for name, value in values.items():
+        if not _WORD.fullmatch(str(value)):
+            raise ValueError(f"{name}: {value!r} is no word")
+        lines.append(f"{name}='{value}'")
+    for name, data in (blobs or {}).items():
+        text = base64.b64encode(data).decode()
+        lines.append(f"{name}() {{ base64 -d <<'agentlab_end'\n{text}\nagentlab_end\n}}")
+    return "\n".join([*lines, operation])
+
+
+def quote(value: bytes) -> bytes:
+    """Return a value as one word of shell text, whatever bytes it has (but NUL)."""
+    return b"'" + value.replace(b"'", b"'\\''") + b"'"
+
+
+def shell_text(
+    argv: Sequence[bytes],
+    *,
+    chdir: bytes | None = None,
+    environment: Mapping[bytes, bytes] | None = None,
+    creates: bytes | None = None,
+    removes: bytes | None = None,
+) -> bytes:
+    """Return the command as shell text: change to the folder, look at creates and removes, set the environment, exec."""
+    lines = [b"exec 3<&-"]
+    if chdir is None:
+        lines.append(b'cd "${HOME:-/}" 2>/dev/null || cd /')
+    else:
+        lines.append(b"cd -- " + quote(chdir) + b" || exit 125")
+    there = b'[ -e "$f" ] || [ -L "$f" ]'
+    if creates is not None:
+        lines.append(b"for f in %s; do if %s; then echo creates >&4; exit 0; fi; done" % (_pattern(creates), there))
+    if removes is not None:
+        lines.append(b"k=1; for f in %s; do if %s; then k=; fi; done" % (_pattern(removes), there))
+        lines.append(b'if [ "$k" ]; then echo removes >&4; exit 0; fi')
+    lines.append(b"unset f k; exec 4>&-")
+    for name, value in (environment or {}).items():
+        if not _NAME.fullmatch(name.decode("ascii", "replace")):
+            raise ValueError("environment")
+        lines.append(b"export " + name + b"=" + quote(value))
+    lines.append(b"exec " + b" ".join(quote(word) for word in argv))
+    return b"\n".join(lines) + b"\n"
+
+
+def _pattern(value: bytes) -> bytes:
+    # As ansible.builtin.command does: * ? and [...] are wildcards, all else stands for itself.
+    parts = [part for part in _WILDCARD.split(value) if part]
+    return b"".join(part if _WILDCARD.fullmatch(part) else quote(part) for part in parts)

@@ -1,0 +1,166 @@
+# Copyright: the agentlab.proxmox contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""The journal of commands that were run in sandboxes: written before the command is sent, closed with its event."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..errors import DamagedRecord, InvalidInput, NotFound
+from ..model import Sandbox
+from .port import Connection, Row
+from .records import Records
+
+# The command may have begun; nothing is known beyond that.
+SENT = "sent"
+RUNNING = "running"
+ENDED = "ended"
+# The command was certainly not begun.
+REFUSED = "refused"
+# The command began, and what became of it can no longer be known.
+LOST = "lost"
+STATES = (SENT, RUNNING, ENDED, REFUSED, LOST)
+_SELECT = "SELECT id, sandbox_uuid, state, fingerprint, program, actor, detached, acked, started_at, updated_at, detail FROM runs"
+# Results whose end in the guest is told with the next request.
+_MOST_ACKS = 40
+
+
+@dataclass(slots=True)
+class Run:
+    """One command. Times are whole seconds since the epoch; ``detail`` has what is known of its end."""
+
+    id: str
+    sandbox_uuid: str
+    state: str
+    fingerprint: str
+    program: str
+    actor: str
+    detached: bool
+    acked: bool
+    started_at: int
+    updated_at: int
+    detail: dict[str, Any] = field(default_factory=dict)
+    # Whether this call wrote the row, so that no earlier request can have begun the command.
+    is_new: bool = False
+
+
+def _run(row: Row) -> Run:
+    values = tuple(row)
+    try:
+        detail = json.loads(values[10])
+    except (ValueError, TypeError):
+        detail = None
+    if not isinstance(detail, dict) or not isinstance(values[8], int) or values[2] not in STATES:
+        raise DamagedRecord("runs", f"id {values[0]}", "detail, started_at or state", "what this program wrote there")
+    run = Run(*values[:10])
+    run.detail = detail
+    run.detached, run.acked = bool(run.detached), bool(run.acked)
+    return run
+
+
+def begin(
+    records: Records, sandbox: Sandbox, run_id: str, *, fingerprint: str, program: str, detached: bool
+) -> tuple[Run, list[str]]:
+    """Write a run down before it is sent; return it, and the ids of results that the guest may forget.
+
+    A run of that id which is known already is returned as it is. InvalidInput when it belongs to another sandbox or
+    is another command.
+    """
+
+    def work(conn: Connection) -> tuple[Run, list[str]]:
+        now = records.clock.now()
+        row = conn.execute(f"{_SELECT} WHERE id = ?", (run_id,)).fetchone()
+        if row is not None:
+            run = _run(row)
+            if run.sandbox_uuid != sandbox.uuid or run.fingerprint != fingerprint:
+                raise InvalidInput(
+                    f"run_id: {run_id} belongs to another command or sandbox; leave it out, or give a new one",
+                    option="run_id",
+                    value=run_id,
+                )
+            if run.state == REFUSED:
+                conn.execute(
+                    "UPDATE runs SET state = ?, started_at = ?, updated_at = ? WHERE id = ?", (SENT, now, now, run_id)
+                )
+                run.state, run.started_at, run.is_new = SENT, now, True
+        else:
+            run = Run(
+                run_id, sandbox.uuid, SENT, fingerprint, program, records.actor, detached, False, now, now, {}, True
+            )
+            conn.execute(
+                "INSERT INTO runs (id, sandbox_uuid, state, fingerprint, program, actor, detached, started_at, updated_at) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (run_id, sandbox.uuid, SENT, fingerprint, program, records.actor, int(detached), now, now),
+            )
+        acks = conn.execute(
+            "SELECT id FROM runs WHERE sandbox_uuid = ? AND state = ? AND acked = 0 AND detached = 0 AND id <> ? "
+            "ORDER BY started_at LIMIT ?",
+            (sandbox.uuid, ENDED, run_id, _MOST_ACKS),
+        ).fetchall()
+        return run, [row["id"] for row in acks]
+
+    return records.db.write(work)
+
+
+def get(records: Records, sandbox: Sandbox, run_id: str) -> Run:
+    """Return a run of a sandbox; NotFound when the journal has none of that id."""
+    rows = records.db.read(f"{_SELECT} WHERE id = ? AND sandbox_uuid = ?", run_id, sandbox.uuid)
+    if not rows:
+        raise NotFound(
+            f"run not found (run_id: {run_id}, sandbox {sandbox.vmid}); list the sandbox's runs", run_id=run_id
+        )
+    return _run(rows[0])
+
+
+def of_sandbox(records: Records, sandbox: Sandbox, limit: int = 1000) -> list[Run]:
+    """Return the runs of a sandbox, oldest first: the newest ``limit`` of them."""
+    rows = records.db.read(
+        f"{_SELECT} WHERE sandbox_uuid = ? ORDER BY started_at DESC, id LIMIT ?", sandbox.uuid, limit
+    )
+    return [_run(row) for row in rows][::-1]
+
+
+def set_state(records: Records, run: Run, state: str) -> None:
+    """Note how far a run has come; an end that is known stays."""
+
+    def work(conn: Connection) -> None:
+        conn.execute(
+            "UPDATE runs SET state = ?, updated_at = ? WHERE id = ? AND state IN (?, ?)",
+            (state, records.clock.now(), run.id, SENT, RUNNING),
+        )
+
+    records.db.write(work, checked=True)
+    run.state = state
+
+
+def finish(
+    records: Records,
+    sandbox: Sandbox,
+    run: Run,
+    state: str,
+    *,
+    detail: dict[str, Any],
+    evidence: dict[str, Any],
+    outcome: str,
+    reason: str | None = None,
+    duration_ms: int | None = None,
+    acks: list[str] | None = None,
+) -> None:
+    """Close a run with its event, in one transaction. ``acks``: results that the guest has been told to forget."""
+
+    def work(conn: Connection) -> None:
+        conn.execute(
+            "UPDATE runs SET state = ?, detail = ?, updated_at = ? WHERE id = ?",
+            (state, json.dumps(detail), records.clock.now(), run.id),
+        )
+        if acks:
+            conn.execute(f"UPDATE runs SET acked = 1 WHERE id IN ({', '.join('?' * len(acks))})", acks)
+        records.write_event(
+            conn, sandbox, "exec", outcome=outcome, reason=reason, evidence=evidence, duration_ms=duration_ms
+        )
+
+    records.db.write(work, checked=True)
+    run.state, run.detail = state, detail

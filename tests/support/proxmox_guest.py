@@ -1,0 +1,389 @@
+# Copyright: the agentlab.proxmox contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""The guest agents of the Proxmox double: they really run commands, as an ordinary user, each in a folder of its own.
+
+``pve.machine(vmid)`` is the guest of a running VM whose agent is up. It stands in for a machine of its own in this way:
+the wrapper's /run is a folder of the guest, its uptime is the guest's, and programs run as "nobody" where the tests are
+root. All else is this machine, so tests write into ``guest.folder`` only.
+
+How the agent answers is what the real one (qemu-ga 10 through Proxmox VE 9.2) was seen to do; the switches:
+
+- ``guest.shell``: the shell behind /bin/sh. ``guest.use_busybox()``: that shell and all programs are busybox.
+- ``pve.agent_nap``: seconds the agent sleeps at each connection (real: up to 0.1; a request makes two).
+- ``pve.agent_hurry``: the real time-outs (3 s for the ping, 5 s for a command) are divided by it.
+- ``guest.freeze(seconds)``: nothing is answered for that long. ``guest.freeze_after_ping(seconds)``: the next command
+  is taken, not answered in time, and carried out afterwards.
+- ``guest.lose_status(times)``: the next exec-status times out, and its output is lost.
+- ``guest.restart(kill=False)``: a new agent, which knows no process; ``kill`` as systemd does, with all processes.
+- ``guest.reboot()``: all processes end, /run is empty, the uptime begins anew.
+- ``guest.blocked``: names of RPCs that the guest blocks. ``guest.deaf``: True after a request that was not ASCII.
+- ``guest.lie``: called with the answer of an exec-status before it is sent; returns what is sent instead.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fakepve import PveError
+
+NOBODY = 65534
+SILENT = "QEMU guest agent is not running"
+# Bytes of output that still arrive within the five seconds of an exec-status.
+LARGEST_STATUS = 3 * 1024 * 1024
+LARGEST_INPUT = 65536
+LARGEST_CONTENT = 61440
+LARGEST_READ = 16777216
+LARGEST_ARGUMENT = 131071
+_RPC = {"file-read": "guest-file-open", "file-write": "guest-file-open"}
+
+
+class BrokenPipe(Exception):
+    """The daemon breaks off: 596 without a body."""
+
+
+class Program:
+    """One program that the agent started, with its output as the agent collects it: until the end of file."""
+
+    def __init__(self, argv: list[str], data: bytes, guest: Guest) -> None:
+        root = os.geteuid() == 0
+        with tempfile.TemporaryFile() as source:
+            source.write(data)
+            source.seek(0)
+            self.process = subprocess.Popen(
+                [os.fsencode(word) for word in argv],
+                stdin=source if data else subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                cwd="/",
+                env=guest.environment,
+                start_new_session=True,
+                **({"user": NOBODY, "group": NOBODY, "extra_groups": []} if root else {}),
+            )
+        self.out = bytearray()
+        self.err = bytearray()
+        self._readers = [
+            threading.Thread(target=self._read, args=(pipe, target), daemon=True)
+            for pipe, target in ((self.process.stdout, self.out), (self.process.stderr, self.err))
+        ]
+        for reader in self._readers:
+            reader.start()
+
+    @staticmethod
+    def _read(pipe: Any, target: bytearray) -> None:
+        with pipe:
+            while block := pipe.read1(65536):
+                target += block
+
+    def ended(self) -> bool:
+        return self.process.poll() is not None and not any(reader.is_alive() for reader in self._readers)
+
+
+class Guest:
+    """One guest: a folder, a shell, and the processes that its agent started."""
+
+    def __init__(self, vmid: int) -> None:
+        self.vmid = vmid
+        self.folder = Path(tempfile.mkdtemp(prefix=f"guest-{vmid}-", dir="/tmp"))
+        self.mark = f"AGENTLAB_GUEST={self.folder.name}"
+        (self.folder / "run").mkdir()
+        if os.geteuid() == 0:
+            for path in (self.folder, self.folder / "run"):
+                os.chown(path, NOBODY, NOBODY)
+        self.shell = shutil.which("dash") or "/bin/sh"
+        self.path = os.defpath if not os.environ.get("PATH") else os.environ["PATH"]
+        self.booted = time.monotonic() - 7 * 86400
+        self.programs: dict[int, Program] = {}
+        # Every command that began, in order: the arguments and the input as the agent got them.
+        self.started: list[tuple[list[str], str]] = []
+        self.blocked: set[str] = set()
+        self.deaf = False
+        self.lie: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+        self.busy = asyncio.Lock()
+        self.peak = 0
+        self._pid = 160
+        self._silent_until = 0.0
+        self._after_ping = 0.0
+        self._lose = 0
+
+    # ---- what tests switch ----
+
+    @property
+    def environment(self) -> dict[str, str]:
+        name, _, value = self.mark.partition("=")
+        return {"PATH": self.path, name: value}
+
+    def use_busybox(self) -> None:
+        """Make busybox the shell and all programs of this guest."""
+        program = shutil.which("busybox")
+        assert program, "busybox is not installed (apt-get install busybox-static)"
+        folder = self.folder / "bin"
+        folder.mkdir(exist_ok=True)
+        subprocess.run([program, "--install", "-s", str(folder)], check=True)
+        self.shell, self.path = str(folder / "sh"), str(folder)
+
+    def freeze(self, seconds: float) -> None:
+        self._silent_until = time.monotonic() + seconds
+
+    def freeze_after_ping(self, seconds: float) -> None:
+        self._after_ping = seconds
+
+    def lose_status(self, times: int = 1) -> None:
+        self._lose = times
+
+    def restart(self, *, kill: bool = False) -> None:
+        self.programs.clear()
+        self.deaf, self._silent_until = False, 0.0
+        if kill:
+            self.kill_all()
+
+    def reboot(self) -> None:
+        self.restart(kill=True)
+        shutil.rmtree(self.folder / "run")
+        (self.folder / "run").mkdir()
+        if os.geteuid() == 0:
+            os.chown(self.folder / "run", NOBODY, NOBODY)
+        self.booted = time.monotonic()
+
+    def processes(self) -> list[int]:
+        """Return the process ids of all that runs in this guest."""
+        alive = []
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdecimal():
+                try:
+                    state = (entry / "stat").read_text().rpartition(") ")[2][:1]
+                    if state != "Z" and self.mark.encode() in (entry / "environ").read_bytes():
+                        alive.append(int(entry.name))
+                except OSError:
+                    continue
+        return alive
+
+    def kill_all(self) -> None:
+        for _round in range(20):
+            alive = self.processes()
+            if not alive:
+                return
+            for pid in alive:
+                try:
+                    os.kill(pid, signal.SIGKILL)
+                except ProcessLookupError:
+                    pass
+            time.sleep(0.02)
+
+    def close(self) -> None:
+        self.kill_all()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    # ---- what the agent does ----
+
+    @property
+    def silent(self) -> bool:
+        return self.deaf or time.monotonic() < self._silent_until
+
+    def take_freeze(self) -> float:
+        seconds, self._after_ping = self._after_ping, 0.0
+        return seconds
+
+    def exec(self, argv: list[str], data: str) -> int:
+        """Start a program; raises BrokenPipe where the real daemon breaks off over the agent's refusal."""
+        words = [self.shell if word == "/bin/sh" and not number else word for number, word in enumerate(argv)]
+        if any(len(os.fsencode(word)) > LARGEST_ARGUMENT for word in words) or not shutil.which(
+            words[0], path=self.path
+        ):
+            raise BrokenPipe
+        self.started.append((list(argv), data))
+        self._pid += 1
+        here = self._here(data)
+        if here != data and words[-1] == str(len(data)):
+            # The wrapper's script says how long it is.
+            words[-1] = str(len(here))
+        self.programs[self._pid] = Program([word.replace("\0", "\ufffd") for word in words], here.encode(), self)
+        self.peak = max(self.peak, len(self.programs))
+        return self._pid
+
+    def _here(self, text: str) -> str:
+        """Return the wrapper's script with this guest's /run and uptime in the place of the machine's."""
+        offset = int(float(Path("/proc/uptime").read_text().split()[0]) - (time.monotonic() - self.booted))
+        uptime = f"</proc/uptime; u=$((${{u%.*}}-({offset}))).${{u#*.}}; }}"
+        return text.replace("for b in /run /var/run /tmp;", f"for b in {self.folder}/run;").replace(
+            "</proc/uptime; }", uptime
+        )
+
+    def status(self, pid: int) -> dict[str, Any]:
+        program = self.programs.get(pid)
+        if program is None:
+            raise PveError(500, "Agent error: PID ld does not exist")
+        if not program.ended():
+            return {"exited": 0}
+        del self.programs[pid]
+        if self._lose or len(program.out) + len(program.err) > LARGEST_STATUS:
+            self._lose = max(0, self._lose - 1)
+            raise TimeoutError
+        answer: dict[str, Any] = {"exited": 1}
+        code = program.process.returncode
+        answer.update({"signal": -code} if code < 0 else {"exitcode": code})
+        out = bytes(program.out)
+        head, line, rest = out.partition(b"\n")
+        if head.startswith(b"agentlab1 "):
+            out = head.replace(str(self.folder / "run").encode(), b"/run") + line + rest
+        for name, data in (("out", out), ("err", bytes(program.err))):
+            if data:
+                answer[f"{name}-data"], answer[f"{name}-truncated"] = data.decode("latin-1"), 0
+        return self.lie(answer) if self.lie else answer
+
+    def real_path(self, path: str) -> str:
+        return str(self.folder) + path if path.startswith("/run/") else path
+
+    def read(self, path: str, offset: int, count: int, decode: bool) -> dict[str, Any]:
+        try:
+            with open(self.real_path(path), "rb") as file:
+                file.seek(offset)
+                data = file.read(count)
+                more = bool(file.read(1))
+        except FileNotFoundError:
+            text = f"Agent error: failed to open file '{path}' (mode: 'r'): No such file or directory"
+            raise PveError(500, text) from None
+        except IsADirectoryError:
+            raise PveError(500, "Agent error: failed to read file: Is a directory") from None
+        if decode:
+            answer: dict[str, Any] = {"content": data.decode("latin-1")}
+        else:
+            pieces = [data[at : at + 1048576] for at in range(0, len(data), 1048576)]
+            answer = {"content": "".join(base64.b64encode(piece).decode() for piece in pieces)}
+        answer["bytes-read"] = len(data)
+        return {**answer, "truncated": 1} if more else answer
+
+    def write(self, path: str, data: bytes) -> None:
+        try:
+            with open(self.real_path(path), "wb") as file:
+                file.write(data)
+            os.chmod(self.real_path(path), 0o666)
+        except FileNotFoundError:
+            text = f"Agent error: failed to open file '{path}' (mode: 'wb'): No such file or directory"
+            raise PveError(500, text) from None
+
+
+class GuestRules:
+    """The part of the double that passes agent requests on to guests."""
+
+    def _reset_machines(self) -> None:
+        self.machines: dict[int, Guest] = {}
+        self.agent_nap = 0.0
+        self.agent_hurry = 20.0
+        # False: Proxmox VE 8, where file-read knows neither offset nor count nor decode.
+        self.reads_pieces = True
+
+    def machine(self, vmid: int) -> Guest:
+        """Return the guest of a VM, made at its first use."""
+        if vmid not in self.machines:
+            self.machines[vmid] = Guest(vmid)
+        return self.machines[vmid]
+
+    def close_machines(self) -> None:
+        """End all processes of all guests, and remove their folders."""
+        for guest in self.machines.values():
+            guest.close()
+        self.machines.clear()
+
+    async def _agent_request(self, vm: Any, command: str, values: dict[str, Any]) -> Any:
+        """Answer one request as the bridge and the agent do: checks, a ping, then the command."""
+        guest = self.machine(vm.vmid)
+        self._check_bounds(command, values)
+        async with guest.busy:
+            await asyncio.sleep(self.agent_nap)
+            if guest.silent:
+                await asyncio.sleep(3 / self.agent_hurry)
+                raise PveError(500, SILENT)
+            await asyncio.sleep(self.agent_nap)
+            rpc = _RPC.get(command, f"guest-{command}")
+            if rpc in guest.blocked and command != "info":
+                raise PveError(500, f"Agent error: Command {rpc} has been disabled: the command is not allowed")
+            try:
+                return await self._serve_agent(guest, vm, command, values, rpc)
+            except TimeoutError:
+                await asyncio.sleep(5 / self.agent_hurry)
+                raise PveError(500, f"VM {vm.vmid} qga command '{rpc}' failed - got timeout") from None
+            except BrokenPipe:
+                await asyncio.sleep(5 / self.agent_hurry)
+                raise
+
+    def _check_bounds(self, command: str, values: dict[str, Any]) -> None:
+        data = str(values.get("input-data") or "")
+        content = str(values.get("content") or "")
+        for name, text, most in (("input-data", data, LARGEST_INPUT), ("content", content, LARGEST_CONTENT)):
+            if len(text) > most:
+                raise PveError(
+                    400, "Parameter verification failed.", {name: f"value may only be {most} characters long"}
+                )
+        if not data.isascii():
+            text = "Wide character in subroutine entry at /usr/share/perl5/PVE/QemuServer/Agent.pm line 135."
+            raise PveError(500, text)
+        if not content.isascii():
+            text = "Wide character in subroutine entry at /usr/share/perl5/PVE/API2/Qemu/Agent.pm line 624."
+            raise PveError(500, text)
+        if not self.reads_pieces and command == "file-read":
+            unknown = [name for name in ("offset", "count", "decode") if name in values]
+            if unknown:
+                text = "property is not defined in schema and the schema does not allow additional properties"
+                raise PveError(400, "Parameter verification failed.", dict.fromkeys(unknown, text))
+
+    async def _serve_agent(self, guest: Guest, vm: Any, command: str, values: dict[str, Any], rpc: str) -> Any:
+        frozen = guest.take_freeze()
+        if frozen:
+            guest.freeze(frozen / self.agent_hurry)
+        if command == "exec":
+            argv = values["command"] if isinstance(values["command"], list) else [values["command"]]
+            argv, data = [str(word) for word in argv], str(values.get("input-data") or "")
+            if not argv or not argv[0]:
+                raise PveError(400, "Parameter verification failed.", {"command": "type check ('array') failed"})
+            extra = sum(len(word.encode("utf-8", "surrogateescape")) - len(word) for word in argv)
+            if extra > 1:
+                # The end of the request is cut off, and the agent waits for it.
+                guest.deaf = True
+                raise TimeoutError
+            if frozen:
+                # The bytes are on their way, and the agent reads them when it goes on.
+                asyncio.get_running_loop().call_later(frozen / self.agent_hurry, guest.exec, argv, data)
+                raise TimeoutError
+            return {"pid": guest.exec(argv, data)}
+        if frozen:
+            raise TimeoutError
+        if command == "exec-status":
+            return guest.status(int(values["pid"]))
+        if command == "file-read":
+            count = int(values.get("count") or LARGEST_READ)
+            if not 1 <= count <= LARGEST_READ:
+                raise PveError(400, "Parameter verification failed.", {"count": f"value must be 1 to {LARGEST_READ}"})
+            decode = str(values.get("decode", 1)) not in ("0", "False")
+            return await asyncio.to_thread(guest.read, values["file"], int(values.get("offset") or 0), count, decode)
+        if command == "file-write":
+            content = str(values["content"])
+            if str(values.get("encode", 1)) in ("0", "False"):
+                try:
+                    data_bytes = base64.b64decode(content, validate=True)
+                except ValueError:
+                    guest.write(values["file"], b"")
+                    raise PveError(500, "Agent error: Base64 data contains invalid characters") from None
+            else:
+                data_bytes = content.encode()
+            return guest.write(values["file"], data_bytes)
+        if command == "ping":
+            return {"result": {}}
+        names = ("ping", "info", "exec", "exec-status", "file-open", "file-read", "file-write", "file-close")
+        commands = [
+            {"name": f"guest-{name}", "enabled": f"guest-{name}" not in guest.blocked, "success-response": True}
+            for name in (*names, "network-get-interfaces", "get-osinfo", "shutdown")
+        ]
+        return {"result": {"version": "10.0.13", "supported_commands": commands}}
