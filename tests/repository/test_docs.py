@@ -67,6 +67,20 @@ def test_the_diagram_of_the_states_is_current() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_the_picture_of_the_rooms_is_current() -> None:
+    script = str(ROOT / "scripts/room_diagram.py")
+    result = subprocess.run([sys.executable, script, "--check"], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_readme_of_the_tests_names_every_folder_and_real_files() -> None:
+    page = (ROOT / "tests/README.md").read_text()
+    folders = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir() and path.name[0] not in "._"}
+    assert set(re.findall(r"^\| `(\w+)/` \|", page, re.M)) == folders - {"output"}
+    for name in re.findall(r"`(\w+/test_\w+\.py)`", page):
+        assert (ROOT / "tests" / name).is_file(), name
+
+
 def test_the_diagram_draws_what_the_tables_say(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = importlib.util.spec_from_file_location("state_diagram", ROOT / "scripts/state_diagram.py")
     assert spec and spec.loader
