@@ -29,6 +29,11 @@ options:
       - The environment variable E(AGENTLAB_DATABASE) is used when neither this nor O(socket) is set, then the
         configuration file, then V(/var/lib/agentlab/agentlab.db).
     type: str
+  database_password:
+    description: Password of a PostgreSQL database.
+    type: str
+    env:
+      - name: AGENTLAB_DATABASE_PASSWORD
   socket:
     description:
       - Socket of the daemon C(agentlabd) on this host, such as V(/run/agentlab/agentlabd.sock). The daemon is asked
@@ -207,6 +212,7 @@ class InventoryModule(BaseInventoryPlugin, Constructable, Cacheable):
             path = _absolute(path, folder)
             return lambda: self._ask_daemon(path), f"socket {path}"
         options = {name: _absolute(self.get_option(name), folder) for name in ("database", "config_file")}
+        options["database_password"] = self.get_option("database_password")
         try:
             config = core_config.load(options, os.environ)
         except AgentlabError as error:

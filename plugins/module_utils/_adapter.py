@@ -106,15 +106,19 @@ def _extra(error: AgentlabError) -> dict[str, Any]:
 
 
 def _actor(module: AnsibleModule) -> str:
-    """Who acts: the option, or else the user who ran Ansible (before sudo)."""
-    if module.params.get("actor"):
-        return str(module.params["actor"])[:200]
+    return name_actor(module.params.get("actor"), module._name)
+
+
+def name_actor(option: str | None, through: str) -> str:
+    """Return who acts, for the events: the option, or else the user who ran Ansible (before sudo) and through what."""
+    if option:
+        return str(option)[:200]
     job = os.environ.get("AWX_JOB_ID") or os.environ.get("JOB_ID")
     try:
         user = os.environ.get("SUDO_USER") or getpass.getuser()
     except (KeyError, OSError):
         user = str(os.getuid())
-    return f"{user} ({module._name}{f', AWX job {job}' if job else ''})"
+    return f"{user} ({through}{f', AWX job {job}' if job else ''})"
 
 
 def ids(module: AnsibleModule) -> list[dict[str, Any]]:

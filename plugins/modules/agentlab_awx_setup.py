@@ -241,12 +241,7 @@ lines:
 """
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.agentlab.proxmox.plugins.module_utils import (
-    _awx_client,
-    _awx_plan,
-    _awx_set_up,
-    _awx_take_away,
-)
+from ansible_collections.agentlab.proxmox.plugins.module_utils import _awx_client, _awx_plan
 
 TEXT = {"type": "str"}
 ARGUMENT_SPEC = {
@@ -346,14 +341,12 @@ def main():
             validate_certs=params["validate_certs"],
             timeout=params["timeout"],
         )
+        planner = _awx_plan.Planner(client, wanted(params))
+        plan = planner.plan
         if params["state"] == "absent":
-            remover = _awx_take_away.TakeAway(client, wanted(params))
-            plan = remover.plan
-            remover.take_away()
+            planner.take_away()
         else:
-            maker = _awx_set_up.SetUp(client, wanted(params))
-            plan = maker.plan
-            maker.set_up()
+            planner.set_up()
         if plan.problems:
             module.fail_json(msg=". ".join(plan.problems), **result())
         if plan.foreign and not module.check_mode and not params["adopt"]:

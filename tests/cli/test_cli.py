@@ -695,7 +695,8 @@ def test_time_out(daemon: StandIn) -> None:
         (["sandbox", "restart", "1009"], "Use: agentlab sandbox stop <vmid>, then agentlab sandbox start <vmid>"),
         (["sandbox", "shutdown", "1009"], "Use: agentlab sandbox stop <vmid>"),
         (["sandbox", "renew", "1009"], "Use: agentlab sandbox lease renew --ttl <ttl> <vmid>"),
-        (["sandbox", "ssh", "1009"], "Use: agentlab sandbox show <vmid>, then ssh <user>@<ip>"),
+        (["sandbox", "console", "1009"], "Use: agentlab sandbox exec <vmid> -- <command>, or agentlab sandbox ssh"),
+        (["exec", "1009"], "there is no command 'exec'. Use: agentlab sandbox exec"),
         (["profile", "show", "x"], "Use: agentlab profile list"),
         # Nor to what takes the protection away.
         (["sandbox", "inprotect", "1009"], "there is no command 'inprotect'. Did you mean protect?"),

@@ -45,7 +45,7 @@ def constants(file: str, folder: Path = DAEMON) -> dict[str, object]:
 
 
 def test_the_bounds_on_clients_are_those_of_the_code() -> None:
-    code, logs = constants("connections.py"), constants("logs.py")
+    code, logs, spool = constants("connections.py"), constants("logs.py"), constants("http/spool.py")
     numbers = {row[0]: row[1] for row in rows("bounds")}
     connections = code["CONNECTIONS"]
     assert isinstance(connections, dict)
@@ -65,13 +65,20 @@ def test_the_bounds_on_clients_are_those_of_the_code() -> None:
         "lists and objects within one another in a body": constants("http/fields.py")["DEEPEST_BODY"],
         "values in a body": constants("http/fields.py")["MOST_VALUES"],
         "threads for what asks Proxmox VE, and requests to it in flight": config.DEFAULTS["connections"],
+        "commands and files inside sandboxes at once": constants("service.py")["GUESTS_AT_ONCE"],
+        "seconds that one request waits for a command": constants("http/inside.py")["LONGEST_WAIT"],
+        "files on their way at once": spool["FILES_AT_ONCE"],
+        "bytes of a file": spool["FILE_BYTES"],
+        "time for the next bytes of a file": f"{spool['STALL_SECONDS']:.0f} s",
         "time for what is under way when the daemon stops": config.DEFAULTS["stop_timeout"].replace("s", " s"),
     }
     assert numbers == {name: str(value) for name, value in expected.items()}
 
 
 def test_keys_and_sentences_are_those_of_the_code() -> None:
-    texts = "".join((DAEMON / name).read_text() for name in ("http/server.py", "http/fields.py", "connections.py"))
+    texts = "".join(
+        (DAEMON / name).read_text() for name in ("http/server.py", "http/fields.py", "http/inside.py", "connections.py")
+    )
     for _what, _default, key, beyond in rows("bounds"):
         assert not key or key.strip("`") in config.DEFAULTS, key
         for sentence in re.findall(r"`([a-z][^`]{20,})`", beyond):

@@ -13,18 +13,23 @@ import os
 import socket
 import stat
 import threading
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import __version__
 from .errors import Problem, TimedOut, Unreachable
 from .text import time_limit
+
+if TYPE_CHECKING:
+    import http.client
 
 DEFAULT_SOCKET = "/run/agentlab/agentlabd.sock"
 # Reading answers at once; work waits for tasks of Proxmox, one after the other where many are asked for.
 READ_TIMEOUT = 30
 WORK_TIMEOUT = 3600
 GROUP = "agentlab"
+_HEADERS = {"Accept": "application/json", "User-Agent": f"agentlab/{__version__}"}
 # The codes of agentlabd for a request that its release does not have.
 _UNKNOWN_REQUEST = ("no_such_path", "method_not_allowed")
 
@@ -63,7 +68,60 @@ class Client:
         """The daemon's answer, whatever its status. Raises Unreachable (with what to do) when there is none, or none that makes sense."""
         return self._judge(method, target, self._exchange(method, target, body, timeout))
 
+    def send_file(self, parts: Iterable[bytes], length: int | None, *path: object, **query: object) -> Answer:
+        """Send a file as the body of a PUT; without a length it goes in chunks."""
+        headers = {"Content-Type": "application/octet-stream"}
+        if length is not None:
+            headers["Content-Length"] = str(length)
+        target = _resource(path, query)
+        with self._exchanging(WORK_TIMEOUT) as connection:
+            # A daemon that refuses a file answers before all of it is sent, and takes no more.
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                connection.request("PUT", target, parts, {**_HEADERS, **headers}, encode_chunked=length is None)
+            response = connection.getresponse()
+            raw = response.read()
+        return self._judge("PUT", target, Answer(response.status, raw, _parse(raw)))
+
+    def receive_file(
+        self, write: Callable[[bytes], None], *path: object, **query: object
+    ) -> tuple[Answer | None, dict[str, str]]:
+        """Hand the parts of a file to ``write``; return the headers, or the answer when it is an error.
+
+        Raises Unreachable when the file ends too early or has another checksum than it had in the guest.
+        """
+        import hashlib
+
+        target = _resource(path, query)
+        digest = hashlib.sha256()
+        with self._exchanging(WORK_TIMEOUT) as connection:
+            connection.request("GET", target, None, _HEADERS)
+            response = connection.getresponse()
+            headers = {name.lower(): value for name, value in response.getheaders()}
+            if response.status != 200 or "x-agentlab-sha256" not in headers:
+                raw = response.read()
+                return self._judge("GET", target, Answer(response.status, raw, _parse(raw))), headers
+            while part := response.read(65536):
+                digest.update(part)
+                write(part)
+        if digest.hexdigest() != headers["x-agentlab-sha256"]:
+            raise Unreachable("the file did not come whole: its checksum is another one than in the guest. Try again")
+        return None, headers
+
     def _exchange(self, method: str, target: str, body: dict[str, Any] | None, timeout: int) -> Answer:
+        headers = dict(_HEADERS)
+        text = None
+        if body is not None:
+            text = json.dumps(body).encode()
+            headers["Content-Type"] = "application/json"
+        with self._exchanging(timeout) as connection:
+            connection.request(method, target, text, headers)
+            response = connection.getresponse()
+            raw = response.read()
+        return Answer(response.status, raw, _parse(raw))
+
+    @contextlib.contextmanager
+    def _exchanging(self, timeout: int) -> Iterator[http.client.HTTPConnection]:
+        """Give a connection for one request and its answer; Unreachable or TimedOut says what went wrong."""
         import http.client
 
         # 0 was asked for: no limit.
@@ -76,21 +134,11 @@ class Client:
         if watch:
             watch.daemon = True
             watch.start()
-        headers = {"Accept": "application/json", "User-Agent": f"agentlab/{__version__}"}
-        text = None
-        if body is not None:
-            text = json.dumps(body).encode()
-            headers["Content-Type"] = "application/json"
         try:
-            connection.request(method, target, text, headers)
-            response = connection.getresponse()
-            raw = response.read()
+            yield connection
         except (http.client.HTTPException, OSError) as error:
             if limit and (over.is_set() or isinstance(error, TimeoutError)):
-                raise TimedOut(
-                    f"the daemon did not answer within {time_limit(limit)} (--timeout). It goes on with what it was asked to do; "
-                    "see 'agentlab sandbox list'"
-                ) from error
+                raise _too_slow(limit) from error
             if isinstance(error, http.client.BadStatusLine) and not isinstance(error, http.client.RemoteDisconnected):
                 raise Unreachable(
                     f"what listens on {self.path} does not speak HTTP: it is not agentlabd. Check --socket and AGENTLAB_SOCKET"
@@ -105,11 +153,7 @@ class Client:
             connection.close()
         if over.is_set():
             # It ended in the middle of a body without a length.
-            raise TimedOut(
-                f"the daemon did not answer within {time_limit(limit or 0)} (--timeout). It goes on with what it was asked to do; "
-                "see 'agentlab sandbox list'"
-            )
-        return Answer(response.status, raw, _parse(raw))
+            raise _too_slow(limit or 0)
 
     def _connect(self, limit: float | None) -> socket.socket:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -152,6 +196,13 @@ class Client:
         except Problem:
             return None
         return str(told["version"]) if isinstance(told, dict) and told.get("version") else None
+
+
+def _too_slow(limit: float) -> TimedOut:
+    return TimedOut(
+        f"the daemon did not answer within {time_limit(limit)} (--timeout). It goes on with what it was asked to do; "
+        "see 'agentlab sandbox list'"
+    )
 
 
 def _target(parts: tuple[object, ...]) -> str:

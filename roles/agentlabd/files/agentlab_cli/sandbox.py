@@ -16,6 +16,7 @@ import click
 from .client import Client
 from .errors import INTERRUPTED, Problem, Unreachable, Usage
 from .framework import PROFILE, STATE, VMID, WORKSPACE, Group, Settings, failures, finish, settings
+from .inside import cp, exec_, ssh
 from .progress import Progress
 from .text import cell, pairs, seconds, since, table, terminal_width, until
 
@@ -57,7 +58,9 @@ def one_vmid(function: Callable[..., Any]) -> Callable[..., Any]:
         **dict.fromkeys(("shutdown", "halt", "poweroff"), "agentlab sandbox stop <vmid>"),
         **dict.fromkeys(("restart", "reboot"), "agentlab sandbox stop <vmid>, then agentlab sandbox start <vmid>"),
         **dict.fromkeys(("renew", "extend"), "agentlab sandbox lease renew --ttl <ttl> <vmid>"),
-        **dict.fromkeys(("ssh", "exec", "console", "shell"), "agentlab sandbox show <vmid>, then ssh <user>@<ip>"),
+        **dict.fromkeys(
+            ("console", "shell"), "agentlab sandbox exec <vmid> -- <command>, or agentlab sandbox ssh <vmid>"
+        ),
     },
 )
 def sandbox() -> None:
@@ -848,3 +851,9 @@ def _drifted(drift: list[dict[str, Any]], apply: bool) -> str:
         for one in drift
     ]
     return f"{head}\n\n{table(('VMID', 'STATE', 'WHAT', 'ACTION', 'EVIDENCE'), rows)}"
+
+
+# ---- inside ----
+
+for command in (exec_, cp, ssh):
+    sandbox.add_command(command)

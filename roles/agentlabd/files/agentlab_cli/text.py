@@ -68,6 +68,15 @@ def span(length: float) -> str:
     return "".join(out[:2]) or "0s"
 
 
+def size(count: float) -> str:
+    """Return a number of bytes as people write it: 512 B, 1.5 MiB."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            break
+        count /= 1024
+    return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
+
+
 def time_limit(length: float) -> str:
     """Return a time that was given, with its fraction: ``1.5s``, ``2h``."""
     return span(length) if length == int(length) else f"{length:.10g}s"

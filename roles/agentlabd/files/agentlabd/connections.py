@@ -232,6 +232,11 @@ class Gate(asyncio.Protocol):
         self._state, self.since = state, loop.time()
         self._timer = None if seconds is None else loop.call_later(seconds, self._late)
 
+    def body_goes_on(self, seconds: float) -> None:
+        """A body that is a file has this long until more of it is there."""
+        if self._state == _BODY:
+            self.expect(_BODY, seconds)
+
     def body_is_read(self) -> None:
         """The request is complete: what happens now takes as long as it takes."""
         self._bytes = 0

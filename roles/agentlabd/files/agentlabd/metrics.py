@@ -28,7 +28,11 @@ from agentlab_core.sandboxes.lease import Expiry
 from . import __version__
 from .statuses import status_of
 
-COUNTED_OPERATIONS = ("create", "destroy", "start", "stop", "suspend", "expire", "prune", "cleanup", "reconcile")
+COUNTED_OPERATIONS = (
+    *("create", "destroy", "start", "stop", "suspend", "expire", "prune", "cleanup", "reconcile"),
+    # Inside a sandbox.
+    *("exec", "exec_kill", "fetch", "put"),
+)
 _SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 # How a destroy ended, as the kind of orphan it was.
 _ORPHANS = {"vm_absent": "vm_absent", "vmid_reused": "vmid_reused", "destroyed": "lease_over"}

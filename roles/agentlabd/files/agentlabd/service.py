@@ -35,6 +35,8 @@ T = TypeVar("T")
 
 # Threads for what the records alone answer. SQLite serialises them anyway; a few hide the waiting for the disk.
 _READERS = 4
+# Commands and files inside sandboxes at once.
+GUESTS_AT_ONCE = 8
 # SQLite's own pages, for each of two connections: enough for a list of a thousand, and less than the two megabytes it would take.
 _CACHE_KIB = 512
 _DAMAGE_SECONDS = 60.0
@@ -64,6 +66,8 @@ class Service:
         self.token = read_token(config.listen_token_file) if config.listen else None
         self.records_pool = ThreadPoolExecutor(_READERS, "records")
         self.work_pool = ThreadPoolExecutor(config.proxmox.connections, "work")
+        # What happens inside sandboxes takes as long as it takes: it must hold up nothing else.
+        self.guest_pool = ThreadPoolExecutor(GUESTS_AT_ONCE, "guest")
         # The doctor is asked when the others wait.
         self.doctor_pool = ThreadPoolExecutor(1, "doctor")
         # Work that has not ended, and what it is; belongs to the event loop.
@@ -123,7 +127,7 @@ class Service:
     def begin_no_more(self) -> None:
         """What waits for a thread is cancelled; its client is told."""
         self.stopping.set()
-        for pool in (self.work_pool, self.doctor_pool):
+        for pool in (self.work_pool, self.guest_pool, self.doctor_pool):
             pool.shutdown(wait=False, cancel_futures=True)
 
     def damage(self) -> list[str]:
@@ -208,7 +212,7 @@ class Service:
 
     def close(self) -> None:
         """Give up the threads that are idle, and the database."""
-        for pool in (self.work_pool, self.records_pool, self.doctor_pool):
+        for pool in (self.work_pool, self.guest_pool, self.records_pool, self.doctor_pool):
             pool.shutdown(wait=True)
         self._owner.close()
 

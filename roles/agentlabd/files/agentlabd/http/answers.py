@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, BinaryIO
 
 from agentlab_core import config as core_config
 from agentlab_core.errors import AgentlabError, CreationFailed, Kept, NotFound
@@ -22,12 +22,16 @@ RETRY_AFTER = 10
 
 @dataclass(slots=True)
 class Answer:
-    """A JSON body and its status; ``outcomes`` are what was done, for the log and the metrics."""
+    """A JSON body and its status; ``outcomes`` are what was done, for the log and the metrics.
+
+    ``file`` is sent instead of the body where there is one, and closed then.
+    """
 
     body: dict[str, Any]
     status: int = 200
     outcomes: list[Outcome] = field(default_factory=list)
     headers: dict[str, str] = field(default_factory=dict)
+    file: BinaryIO | None = None
 
     def encoded(self) -> bytes:
         return json.dumps(self.body, separators=(",", ":")).encode() + b"\n"

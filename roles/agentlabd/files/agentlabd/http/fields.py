@@ -27,10 +27,16 @@ _STEP = re.compile(r'"(?:[^"\\]++|\\.)*+"?|[\[\]{},]', re.DOTALL)
 # A value of one line; what has more was meant for another field, and the core would quote it.
 _LINE = r"^[^\x00-\x1f\x7f]*$"
 
+# Names of what an object of texts holds: variables of an environment.
+_VARIABLE = r"^[A-Za-z_][A-Za-z0-9_]{0,99}$"
+
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """One key of a body or of a query. ``kind``: integer, string, boolean, integers, strings (lists), duration."""
+    """One key of a body or of a query.
+
+    ``kind``: integer, string, boolean, duration; integers and strings are lists, texts is an object of texts.
+    """
 
     kind: str
     text: str
@@ -57,7 +63,7 @@ class Field:
         one: dict[str, Any]
         if self.kind in ("integer", "integers"):
             one = {"type": "integer", "minimum": self.low, "maximum": self.high}
-        elif self.kind in ("string", "strings"):
+        elif self.kind in ("string", "strings", "texts"):
             one = (
                 {"type": "string", "enum": list(self.valid)}
                 if self.valid
@@ -76,6 +82,15 @@ class Field:
         one = {name: value for name, value in one.items() if value is not None}
         if self.kind in ("integers", "strings"):
             one = {"type": "array", "items": one, "maxItems": self.most}
+        elif self.kind == "texts":
+            names = {"type": "string", "pattern": _VARIABLE}
+            one = {
+                "type": "object",
+                "propertyNames": names,
+                "additionalProperties": one,
+                "maxProperties": self.most,
+            }
+        if self.kind in ("integers", "strings"):
             one = {name: value for name, value in one.items() if value is not None}
             if self.split:
                 one = {"anyOf": [one, {"type": "string", "maxLength": self.longest * self.most}]}
@@ -100,6 +115,13 @@ class Field:
                 )
             items = [self._one(name, item) for item in value]
             return self.split(name, items) if self.split else items
+        if self.kind == "texts":
+            if not isinstance(value, dict) or len(value) > self.most:
+                raise self._refused(name, value, f"an object of texts, {self.most} at most")
+            for key in value:
+                if not re.search(_VARIABLE, key):
+                    raise self._refused(name, key, "names of letters, digits and _, no digit first")
+            return {key: self._one(name, text) for key, text in value.items()}
         return self._one(name, value)
 
     def _one(self, name: str, value: Any) -> Any:
@@ -116,7 +138,7 @@ class Field:
         elif self.kind == "boolean":
             if not isinstance(value, bool):
                 raise self._refused(name, value, "true or false")
-        elif self.kind in ("string", "strings"):
+        elif self.kind in ("string", "strings", "texts"):
             if not isinstance(value, str) or len(value) > self.longest:
                 raise self._refused(name, value, f"a text of {self.longest} characters at most")
             if not patterns.encodable(value):
@@ -216,6 +238,9 @@ def check_query(fields: Mapping[str, Field], query: Sequence[tuple[str, str]]) -
             found[name] = {"true": True, "1": True, "false": False, "0": False}.get(text.lower(), text)
         else:
             found[name] = text
+    for name, one in fields.items():
+        if one.required and name not in found:
+            raise InvalidInput(f"{name} is required: {one.text}", option=name)
     return {name: fields[name].check(name, value) for name, value in found.items()}
 
 

@@ -314,8 +314,34 @@ SCHEMAS: dict[str, Any] = {
             "bundle": {"type": ["object", "null"]},
         }
     ),
+    "Run": _object(
+        {
+            "vmid": _WHOLE,
+            "run_id": _TEXT,
+            "state": {"type": "string", "enum": ["ended", "running", "skipped"]},
+            "rc": {
+                "type": ["integer", "null"],
+                "description": "exit status; 128 and the signal's number after a signal",
+            },
+            "signal": {"type": ["integer", "null"]},
+            "stdout": _TEXT,
+            "stderr": _TEXT,
+            "encoding": {"type": "string", "enum": ["utf-8", "base64"]},
+            "stdout_bytes": {**_WHOLE, "description": "bytes that the guest holds"},
+            "stderr_bytes": _WHOLE,
+            "truncated": _FLAG,
+            "timed_out": _FLAG,
+            "killed": _FLAG,
+            "duration_ms": _WHOLE,
+            "message": _MAYBE,
+            "changed": _FLAG,
+        }
+    ),
+    "Runs": _object({"vmid": _WHOLE, "runs": _list(_object({"run_id": _TEXT, "state": _TEXT}, more=True))}),
+    "File": _object({"vmid": _WHOLE, "path": _TEXT, "size": _WHOLE, "mode": _TEXT, "sha256": _TEXT}),
     "OpenApi": _object({"openapi": _TEXT}, more=True),
 }
+_FILE_CONTENT = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
 _WHY = {
     400: "The request makes no sense",
     404: "sandbox (or workspace) not found",
@@ -368,13 +394,17 @@ def _operation(route: Route) -> dict[str, Any]:
         )
     for name, one in route.query.items():
         schema = {key: value for key, value in one.schema().items() if key != "description"}
-        parameters.append({"name": name, "in": "query", "required": False, "description": one.text, "schema": schema})
+        parameters.append(
+            {"name": name, "in": "query", "required": one.required, "description": one.text, "schema": schema}
+        )
     found: dict[str, Any] = {"operationId": route.name, "summary": route.summary, "parameters": parameters}
     if route.body is not None:
         found["requestBody"] = {
             "required": any(one.required for one in route.body.values()),
             "content": {"application/json": {"schema": {**object_schema(route.body), **route.together}}},
         }
+    if route.receives_file:
+        found["requestBody"] = {"required": True, "content": _FILE_CONTENT}
     errors = [400]
     if "{" in route.path or route.name == "destroy_sandboxes":
         errors.append(404)
@@ -382,15 +412,24 @@ def _operation(route: Route) -> dict[str, Any]:
         errors += [409, 413]
         if not route.quick:
             errors += [502, 504]
+    elif route.inside:
+        errors += [409, 502, 504]
     errors.append(503)
     found["responses"] = {str(status): _response(_says(status), schema) for status, schema in route.answers.items()}
+    if route.sends_file:
+        found["responses"]["200"] = {"description": _says(200), "content": _FILE_CONTENT}
     found["responses"].update({str(status): _response(_WHY[status], "Error") for status in errors})
     found["responses"]["default"] = _response("Any other error", "Error")
     return found
 
 
 def _says(status: int) -> str:
-    return {200: "Done", 201: "Created", 207: "Some items failed; each has its own outcome"}[status]
+    return {
+        200: "Done",
+        201: "Created",
+        202: "Begun; it goes on by itself",
+        207: "Some items failed; each has its own outcome",
+    }[status]
 
 
 def _response(description: str, schema: str) -> dict[str, Any]:

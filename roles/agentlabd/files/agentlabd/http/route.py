@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from agentlab_core.context import Context
 
@@ -30,6 +30,8 @@ class Call:
     ident: str = ""
     query: dict[str, Any] = field(default_factory=dict)
     body: dict[str, Any] = field(default_factory=dict)
+    # The file that was sent, at its beginning.
+    upload: BinaryIO | None = None
 
     def described(self, route: Route) -> str:
         """What is asked, for the log."""
@@ -53,6 +55,11 @@ class Route:
     quick: bool = False
     # It has a thread of its own, however many others wait for Proxmox.
     apart: bool = False
+    # It waits for a guest: such requests have threads of their own, so that they hold up no other work.
+    inside: bool = False
+    # Its body, or the body of its answer, is a file and not JSON.
+    receives_file: bool = False
+    sends_file: bool = False
     # What it is counted as.
     operation: str | None = None
     query: Mapping[str, Field] = field(default_factory=dict)

@@ -18,7 +18,8 @@ import socket
 import stat
 import struct
 from collections.abc import Awaitable, Callable
-from typing import Any, cast
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, BinaryIO, cast
 
 from aiohttp import web
 from aiohttp.client_exceptions import ClientError
@@ -30,7 +31,7 @@ from .. import connections
 from ..connections import BODY_BYTES, BODY_SECONDS, IDLE_SECONDS, Listener
 from ..logs import log, seldom
 from ..service import Service
-from . import answers
+from . import answers, spool
 from .fields import check_body, check_query, parse_json
 from .perform import perform
 from .route import Call, Route
@@ -121,6 +122,7 @@ class Api:
         self._runners: list[web.AppRunner] = []
         self._lock_file: int | None = None
         self._bodies = connections.Bodies()
+        self._places = spool.Places()
         # How many connections each listener may have.
         self._share: dict[str, int] = {}
         # By the option that names where each listens.
@@ -225,38 +227,86 @@ class Api:
             # Until it is answered: what waits for a thread is held in memory, too.
             request["size"] = size
 
+    def _pool(self, route: Route) -> ThreadPoolExecutor:
+        """Return the threads that answer such a request."""
+        service = self.service
+        if route.quick:
+            return service.records_pool
+        if route.inside:
+            return service.guest_pool
+        return service.doctor_pool if route.apart else service.work_pool
+
+    async def _receive(self, request: web.Request) -> BinaryIO:
+        """Return the body as a file on the disk; refused when it is too large, or stops coming."""
+        gate = request.get("gate")
+        try:
+            return await spool.receive(request.content, gate.body_goes_on if gate else lambda _seconds: None)
+        except TimeoutError:
+            raise _RequestRefused(
+                408, f"nothing of the file came for {spool.STALL_SECONDS:.0f} s", "too_slow"
+            ) from None
+        except spool.TooLarge:
+            raise _RequestRefused(413, f"the file is larger than {spool.FILE_BYTES} bytes", "too_large") from None
+        except (web.RequestPayloadError, PayloadEncodingError, ConnectionError, ClientError) as error:
+            if request.transport is None or request.transport.is_closing():
+                raise _ClientGone from error
+            raise InvalidInput("the body cannot be read: its chunks are broken; send it as it is") from None
+
     def _handler(self, route: Route) -> Handler:
         async def handle(request: web.Request) -> web.StreamResponse:
+            if not (route.receives_file or route.sends_file):
+                return await answer(request, None)
+            if not self._places.take():
+                raise _RequestRefused(
+                    503, f"{spool.FILES_AT_ONCE} files are on their way already; ask again in some seconds", "too_much"
+                )
+            try:
+                file = await self._receive(request) if route.receives_file else None
+                try:
+                    return await answer(request, file)
+                finally:
+                    if file is not None:
+                        file.close()
+            finally:
+                self._places.give_back()
+
+        async def answer(request: web.Request, upload: BinaryIO | None) -> web.StreamResponse:
             vmid = _vmid(request.match_info["vmid"]) if "vmid" in request.match_info else None
             query = check_query(route.query, list(request.query.items()))
-            body = _body(route, await self._read(request))
+            body = {} if upload is not None else _body(route, await self._read(request))
             if "gate" in request:
                 request["gate"].body_is_read()
             uid, remote = _peer(request), request.remote
 
-            call = Call(self.service, "", vmid, request.match_info.get("id", ""), query, body)
+            call = Call(self.service, "", vmid, request.match_info.get("id", ""), query, body, upload)
 
-            def work() -> tuple[int, bytes, dict[str, str]]:
+            def work() -> tuple[answers.Answer, bytes]:
                 # In the thread: looking a user up may ask a directory service, and a long answer takes time to encode.
                 call.actor = _actor(uid, remote)
-                answer = perform(route, call)
-                return answer.status, answer.encoded(), answer.headers
+                performed = perform(route, call)
+                return performed, b"" if performed.file else performed.encoded()
 
             service = self.service
             if service.stopping.is_set() and not route.quick:
                 # It was still being sent when the stop began.
                 return _stopping()
-            pool = service.records_pool if route.quick else service.doctor_pool if route.apart else service.work_pool
-            begun = service.begin(pool, work, call.described(route))
+            begun = service.begin(self._pool(route), work, call.described(route))
             try:
                 # The client may go away; what was begun goes on.
-                status, raw, headers = await asyncio.shield(begun)
+                performed, raw = await asyncio.shield(begun)
             except asyncio.CancelledError:
                 if not begun.cancelled():
                     raise
                 return _stopping()
+            if performed.file is not None:
+                with performed.file:
+                    return await spool.send(request, performed.file, performed.headers)
             return web.Response(
-                status=status, body=raw, content_type="application/json", charset="utf-8", headers=headers
+                status=performed.status,
+                body=raw,
+                content_type="application/json",
+                charset="utf-8",
+                headers=performed.headers,
             )
 
         return handle

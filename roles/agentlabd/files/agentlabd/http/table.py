@@ -12,7 +12,7 @@ from typing import Any
 from agentlab_core import states
 from agentlab_core.workspaces import workspace
 
-from . import creation, doctor, maintenance, openapi, sandboxes, status, workspaces
+from . import creation, doctor, inside, maintenance, openapi, sandboxes, status, workspaces
 from .answers import Answer
 from .creation import CREATION, LIFETIME, split_tags
 from .fields import Field
@@ -408,4 +408,5 @@ ROUTES: tuple[Route, ...] = (
         quick=True,
         body={},
     ),
+    *inside.ROUTES,
 )

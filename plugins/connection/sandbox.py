@@ -1,0 +1,436 @@
+# Copyright: the agentlab.proxmox contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Ansible tasks inside a sandbox through its guest agent: no network, no SSH. Only a sandbox that is proven to be ours."""
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+name: sandbox
+short_description: Run tasks inside a sandbox through its guest agent
+description:
+  - Runs any task inside a sandbox of agentlab without network and without SSH, through the QEMU guest agent of its VM.
+  - Before and after each command and each file the VM is proven to be the sandbox's. A sandbox whose lease is over, or
+    that does not run, is unreachable.
+  - Commands run as root unless O(remote_user) names another user of the guest.
+  - Works where the records are, on the host that runs Ansible - with the database of a daemon there, or with records on
+    PostgreSQL.
+version_added: 1.0.0
+author:
+  - agentlab.proxmox contributors (@agentlab)
+options:
+  remote_addr:
+    description:
+      - Name or VMID of the sandbox. The name of the host in the inventory unless C(ansible_host) is set.
+    type: str
+    default: inventory_hostname
+    vars:
+      - name: inventory_hostname
+      - name: ansible_host
+      - name: ansible_agentlab_host
+  vmid:
+    description: VMID of the sandbox, in place of O(remote_addr). Set by the inventory plugin of the collection.
+    type: int
+    vars:
+      - name: agentlab_vmid
+  uuid:
+    description:
+      - UUID of the sandbox. With it another sandbox that got the same name or VMID since is refused.
+      - Set by the inventory plugin of the collection.
+    type: str
+    vars:
+      - name: agentlab_uuid
+  remote_user:
+    description: User of the guest that commands run as; root unless set.
+    type: str
+    vars:
+      - name: ansible_user
+    keyword:
+      - name: remote_user
+  executable:
+    description: Shell of the guest that runs commands.
+    type: str
+    default: /bin/sh
+    ini:
+      - {section: agentlab, key: executable}
+    env:
+      - name: AGENTLAB_CONNECTION_EXECUTABLE
+    vars:
+      - name: ansible_agentlab_executable
+  agent_timeout:
+    description: Seconds to wait for a guest agent that does not answer, as that of a guest that boots.
+    type: int
+    default: 10
+    ini:
+      - {section: agentlab, key: agent_timeout}
+    env:
+      - name: AGENTLAB_CONNECTION_AGENT_TIMEOUT
+    vars:
+      - name: ansible_agentlab_agent_timeout
+  command_timeout:
+    description:
+      - Seconds that one command may take. It is ended in the guest then, and the task fails. V(0) for no limit but the lease.
+    type: int
+    default: 0
+    ini:
+      - {section: agentlab, key: command_timeout}
+    env:
+      - name: AGENTLAB_CONNECTION_COMMAND_TIMEOUT
+    vars:
+      - name: ansible_agentlab_command_timeout
+  max_output:
+    description: Bytes of standard output, and of standard error, that a command may write. More makes the task fail.
+    type: int
+    default: 67108864
+    ini:
+      - {section: agentlab, key: max_output}
+    env:
+      - name: AGENTLAB_CONNECTION_MAX_OUTPUT
+    vars:
+      - name: ansible_agentlab_max_output
+  pipelining:
+    description: Send modules as input of the guest's Python, without a file. It saves most of a task's requests.
+    type: bool
+    default: true
+    ini:
+      - {section: agentlab, key: pipelining}
+    env:
+      - name: ANSIBLE_PIPELINING
+    vars:
+      - name: ansible_pipelining
+      - name: ansible_agentlab_pipelining
+  config_file:
+    description: Configuration file of agentlab on the host that runs Ansible; V(/etc/agentlab/config.yaml) unless set.
+    type: path
+    ini:
+      - {section: agentlab, key: config_file}
+    env:
+      - name: AGENTLAB_CONFIG
+    vars:
+      - name: ansible_agentlab_config_file
+  database:
+    description: The records, as the option O(database) of the modules.
+    type: str
+    ini:
+      - {section: agentlab, key: database}
+    env:
+      - name: AGENTLAB_DATABASE
+      - name: AGENTLAB_RECORDS
+    vars:
+      - name: ansible_agentlab_database
+  database_password:
+    description: Password of a PostgreSQL database.
+    type: str
+    env:
+      - name: AGENTLAB_DATABASE_PASSWORD
+    vars:
+      - name: ansible_agentlab_database_password
+  api_host:
+    description: Node of Proxmox VE. Without it C(pvesh) of this host is used, which must be a node then.
+    type: str
+    ini:
+      - {section: agentlab, key: api_host}
+    env:
+      - name: PROXMOX_HOST
+      - name: AGENTLAB_API_HOST
+    vars:
+      - name: ansible_agentlab_api_host
+  api_port:
+    description: Port of the API; V(8006) unless set.
+    type: int
+    ini:
+      - {section: agentlab, key: api_port}
+    env:
+      - name: PROXMOX_PORT
+      - name: AGENTLAB_API_PORT
+    vars:
+      - name: ansible_agentlab_api_port
+  api_user:
+    description: User with realm; V(root@pam) unless set.
+    type: str
+    ini:
+      - {section: agentlab, key: api_user}
+    env:
+      - name: PROXMOX_USER
+      - name: AGENTLAB_API_USER
+    vars:
+      - name: ansible_agentlab_api_user
+  api_password:
+    description: Password of O(api_user). A token is better.
+    type: str
+    env:
+      - name: PROXMOX_PASSWORD
+      - name: AGENTLAB_API_PASSWORD
+    vars:
+      - name: ansible_agentlab_api_password
+  api_token_id:
+    description: Name of an API token, as V(name) or as V(user@realm!name).
+    type: str
+    ini:
+      - {section: agentlab, key: api_token_id}
+    env:
+      - name: PROXMOX_TOKEN_ID
+      - name: AGENTLAB_API_TOKEN_ID
+    vars:
+      - name: ansible_agentlab_api_token_id
+  api_token_secret:
+    description: Secret of O(api_token_id).
+    type: str
+    env:
+      - name: PROXMOX_TOKEN_SECRET
+      - name: AGENTLAB_API_TOKEN_SECRET
+    vars:
+      - name: ansible_agentlab_api_token_secret
+  validate_certs:
+    description: Whether the certificate of the API is verified; V(true) unless set.
+    type: bool
+    ini:
+      - {section: agentlab, key: validate_certs}
+    env:
+      - name: PROXMOX_VALIDATE_CERTS
+      - name: AGENTLAB_API_VALIDATE_CERTS
+    vars:
+      - name: ansible_agentlab_validate_certs
+  ca_path:
+    description: CA certificate to verify the API with.
+    type: path
+    ini:
+      - {section: agentlab, key: ca_path}
+    env:
+      - name: PROXMOX_CA_PATH
+      - name: AGENTLAB_API_CA_PATH
+    vars:
+      - name: ansible_agentlab_ca_path
+  api_timeout:
+    description: Seconds that one request may take; V(30) unless set.
+    type: int
+    ini:
+      - {section: agentlab, key: api_timeout}
+    env:
+      - name: PROXMOX_API_TIMEOUT
+    vars:
+      - name: ansible_agentlab_api_timeout
+  actor:
+    description: Who acts, for the events of the sandbox. The user who runs Ansible unless set.
+    type: str
+    vars:
+      - name: agentlab_actor
+notes:
+  - The privilege VM.GuestAgent.Unrestricted (Proxmox VE 8 - VM.Monitor) is needed.
+  - The guest needs a POSIX shell for raw commands and files, and Python for modules, as with any other connection.
+  - Where C(remote_user) is not root and the become method asks for a password, only C(sudo) works. As root no become
+    method asks for one.
+"""
+
+import contextlib
+import os
+import shlex
+import tempfile
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+from ansible.errors import AnsibleConnectionFailure, AnsibleError, AnsibleFileNotFound
+from ansible.module_utils.common.text.converters import to_bytes, to_text
+from ansible.plugins.connection import ConnectionBase
+from ansible.utils.display import Display
+
+from ..module_utils import _adapter
+from ..module_utils._core import config as core_config
+from ..module_utils._core.context import Context
+from ..module_utils._core.errors import AgentlabError, NotFound
+from ..module_utils._core.guest import command, files
+from ..module_utils._core.model import Sandbox
+
+display = Display()
+Self = TypeVar("Self", bound="Connection")
+
+_CORE_OPTIONS = tuple(name for name in _adapter.COMMON_ARGS if name != "actor")
+# Errors after which certainly nothing was run: for Ansible the host is unreachable, and the next task may try again.
+_UNREACHABLE = ("guest_agent", "not_found", "state_conflict", "busy", "proxmox_unreachable", "proxmox_access")
+# Answers with the become password where sudo asks for it, and only there. The password comes by the environment of this
+# shell, which sudo does not pass on; printf is part of the shell, so no process list shows it.
+_WITH_PASSWORD = """\
+secret=$AGENTLAB_BECOME; unset AGENTLAB_BECOME
+if {check} >/dev/null 2>&1 </dev/null; then {command}
+else {{ printf '%s\\n' "$secret"; cat; }} | {{ unset secret; {command}; }}
+fi"""
+
+
+class Connection(ConnectionBase):
+    """A sandbox, through the guest agent of its VM."""
+
+    transport = "agentlab.proxmox.sandbox"
+    has_pipelining = True
+    has_tty = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._context: Context | None = None
+        self._sandbox: Sandbox | None = None
+
+    # ---- what Ansible asks for ----
+
+    def _connect(self: Self) -> Self:
+        """Find the sandbox in the records. Nothing is asked of the guest yet."""
+        if not self._connected:
+            with _as_ansible_errors():
+                options = {name: self.get_option(name) for name in _CORE_OPTIONS}
+                config = core_config.load(options, os.environ)
+                actor = _adapter.name_actor(self.get_option("actor"), f"connection {self.transport}")
+                self._context = Context(config, actor=actor)
+                self._sandbox = self._find(self._context)
+            display.vvv(f"SANDBOX {self._sandbox.vmid} ({self._sandbox.name})", host=self._host)
+            self._connected = True
+        return self
+
+    def exec_command(self, cmd: str, in_data: bytes | None = None, sudoable: bool = True) -> tuple[int, bytes, bytes]:
+        """Run a command in the guest's shell and return its exit status, standard output and standard error.
+
+        A command that a signal ended has 128 and the signal's number as its status, as a shell tells it.
+        """
+        super().exec_command(cmd, in_data=in_data, sudoable=sudoable)
+        context, sandbox = self._reached()
+        text, environment = self._with_password(to_text(cmd, errors="surrogate_or_strict"), sudoable)
+        display.vvv(f"EXEC {cmd!r}", host=self._host)
+        spec = command.CommandSpec(
+            argv=[self.get_option("executable"), "-c", text.encode("utf-8", "surrogateescape")],
+            stdin=in_data or b"",
+            environment=environment,
+            user=self._user,
+            timeout=self.get_option("command_timeout"),
+            max_output=self.get_option("max_output"),
+            secret=bool(in_data or environment),
+            wait_for_agent=self.get_option("agent_timeout"),
+        )
+        with _as_ansible_errors():
+            result = command.run_command(context, sandbox, spec)
+        if result.timed_out:
+            raise AnsibleError(
+                f"the command did not end within {self.get_option('command_timeout')} s (command_timeout) and was ended "
+                f"in sandbox {sandbox.vmid}; raise ansible_agentlab_command_timeout, or use async for long work. It had "
+                f"written: {_tail(result.stdout + result.stderr)}"
+            )
+        if result.truncated:
+            raise AnsibleError(
+                f"the command wrote more than {self.get_option('max_output')} bytes (max_output); raise "
+                "ansible_agentlab_max_output, or let it write to a file and fetch that"
+            )
+        status = result.rc if result.rc is not None else 128 + (result.signal or 0)
+        if status and sudoable and environment:
+            self._judge_password(result.stdout + result.stderr)
+        return status, result.stdout, result.stderr
+
+    def put_file(self, in_path: str, out_path: str) -> None:
+        """Copy a file into the guest, byte for byte; it is complete or not there at all."""
+        super().put_file(in_path, out_path)
+        context, sandbox = self._reached()
+        display.vvv(f"PUT {in_path} TO {out_path}", host=self._host)
+        if not os.path.exists(to_bytes(in_path, errors="surrogate_or_strict")):
+            raise AnsibleFileNotFound(f"there is no file {in_path!r} to copy into the sandbox")
+        target = to_text(out_path, errors="surrogate_or_strict")
+        with _as_ansible_errors(), open(to_bytes(in_path, errors="surrogate_or_strict"), "rb") as source:
+            files.put_file(context, sandbox, source, target, owner=self._user)
+
+    def fetch_file(self, in_path: str, out_path: str) -> None:
+        """Copy a file out of the guest, byte for byte; a file at ``out_path`` is replaced when all of it has come."""
+        super().fetch_file(in_path, out_path)
+        context, sandbox = self._reached()
+        display.vvv(f"FETCH {in_path} TO {out_path}", host=self._host)
+        target = to_text(out_path, errors="surrogate_or_strict")
+        with _as_ansible_errors():
+            handle, fresh = tempfile.mkstemp(prefix=".agentlab-", dir=os.path.dirname(os.path.abspath(target)))
+            try:
+                with os.fdopen(handle, "wb") as file:
+                    files.fetch_file(context, sandbox, to_text(in_path, errors="surrogate_or_strict"), file)
+                    # As a file that is opened in place would have it; mkstemp lets only the owner read.
+                    umask = os.umask(0o077)
+                    os.umask(umask)
+                    mode = os.stat(target).st_mode & 0o7777 if os.path.exists(target) else 0o666 & ~umask
+                    os.fchmod(file.fileno(), mode)
+                os.replace(fresh, target)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    os.unlink(fresh)
+                raise
+
+    def reset(self) -> None:
+        """Forget what was read, so that the next task finds the sandbox anew."""
+        self.close()
+
+    def close(self) -> None:
+        """Close the records."""
+        if self._context is not None:
+            self._context.close()
+        self._context = self._sandbox = None
+        self._connected = False
+
+    # ---- the sandbox ----
+
+    @property
+    def _host(self) -> str:
+        return str(self.get_option("remote_addr"))
+
+    @property
+    def _user(self) -> str | None:
+        return self.get_option("remote_user") or None
+
+    def _reached(self) -> tuple[Context, Sandbox]:
+        self._connect()
+        assert self._context is not None and self._sandbox is not None
+        return self._context, self._sandbox
+
+    def _find(self, context: Context) -> Sandbox:
+        """Return the record of the sandbox that the options name; NotFound or AnsibleError says what is wrong."""
+        vmid, uuid, name = self.get_option("vmid"), self.get_option("uuid"), self._host
+        if uuid:
+            sandbox = context.records.get(uuid)
+            if vmid is not None and sandbox.vmid != vmid:
+                raise AnsibleError(
+                    f"agentlab_vmid: {vmid} is not the VMID of the sandbox with agentlab_uuid {uuid}, which has "
+                    f"{sandbox.vmid}; read the inventory anew (--flush-cache)"
+                )
+            return sandbox
+        if vmid is None and name.isascii() and name.isdecimal() and len(name) < 10:
+            vmid = int(name)
+        return context.select(vmid=vmid) if vmid is not None else context.select(name=name)
+
+    # ---- become ----
+
+    def _with_password(self, cmd: str, sudoable: bool) -> tuple[str, dict[str, str]]:
+        """Return the command and its environment, with the become password where the become method may ask for one."""
+        password = self.become.get_option("become_pass") if self.become is not None and sudoable else None
+        # Nobody asks root for a password.
+        if self.become is None or not password or self._user in (None, "root"):
+            return cmd, {}
+        if self.become.name.rpartition(".")[2] != "sudo":
+            raise AnsibleError(
+                f"become_method: {self.become.name} asks user {self._user} for a password on a terminal, and there is "
+                "none. Use sudo, or leave ansible_user out: root needs no password"
+            )
+        user = self.become.get_option("become_user") or "root"
+        check = f"sudo -n -u {shlex.quote(user)} {shlex.quote(self.get_option('executable'))} -c :"
+        return _WITH_PASSWORD.format(check=check, command=cmd), {"AGENTLAB_BECOME": to_text(password)}
+
+    def _judge_password(self, output: bytes) -> None:
+        assert self.become is not None
+        if self.become.check_incorrect_password(output) or b"incorrect password attempt" in output:
+            raise AnsibleError(f"become_password: {self.become.name} of the guest refuses it for user {self._user}")
+
+
+@contextlib.contextmanager
+def _as_ansible_errors() -> Iterator[None]:
+    """Raise errors of the core as Ansible's: unreachable where certainly nothing was run, else a failed task."""
+    try:
+        yield
+    except AgentlabError as error:
+        message = error.message
+        if isinstance(error, NotFound):
+            message += ". Give the name or the VMID of a sandbox as the host's name or as ansible_host"
+        raise (AnsibleConnectionFailure if error.code in _UNREACHABLE else AnsibleError)(message) from None
+    except OSError as error:
+        raise AnsibleError(f"{error.filename or 'file'}: {error.strerror or error}; mend path or permissions") from None
+
+
+def _tail(output: bytes) -> str:
+    return repr(output[-500:].decode("utf-8", "replace"))

@@ -1,0 +1,540 @@
+# Copyright: the agentlab.proxmox contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""``agentlab sandbox exec``, ``cp`` and ``ssh``: commands and files inside a sandbox."""
+
+from __future__ import annotations
+
+import base64
+import codecs
+import contextlib
+import os
+import re
+import stat
+import sys
+from collections.abc import Iterator
+from typing import IO, Any
+
+import click
+
+from .client import Client
+from .errors import INTERRUPTED, Problem, Usage
+from .framework import DURATION, VMID, Command, Group, Settings, settings
+from .progress import Progress
+from .text import clean, one_line, size, table
+
+# Seconds that the daemon waits for the end of a command before it tells what has come so far.
+_LOOK_SECONDS = 1
+_WAIT_SECONDS = 60
+# Bytes of standard input that one request holds as base64; more goes by cp.
+_LARGEST_INPUT = 700 * 1024
+_RUN = re.compile(r"(\d{3,9})[/:]([0-9a-fA-F-]{32,36})")
+_REMOTE = re.compile(r"(\d{3,9}):(.+)", re.DOTALL)
+
+
+class RunId(click.ParamType):  # type: ignore[type-arg,unused-ignore]
+    """The id of a command as ``exec --detach`` prints it: ``1009/3f2a...``."""
+
+    name = "id"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, str]:
+        found = _RUN.fullmatch(str(value))
+        if found is None:
+            self.fail(
+                f"{str(value)[:80]!r} is no id of a command. Valid: <vmid>/<id>, as 'exec --detach' and 'exec list' print it",
+                param,
+                ctx,
+            )
+        return int(found[1]), found[2].replace("-", "").lower()
+
+
+class ExecGroup(Group):
+    """``exec <vmid> -- <command>`` and ``exec status <id>``: a word that is no command is a VMID."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        words = iter(args)
+        for word in words:
+            if word in ("--socket", "--timeout"):
+                next(words, None)
+            elif word in ("-h", "--help") or word in self.commands:
+                break
+            elif not word.startswith(("--socket=", "--timeout=", "--json")):
+                args = ["run", *args]
+                break
+        return super().parse_args(ctx, args)
+
+
+RUN_ID = RunId()
+
+
+@click.group(
+    "exec",
+    cls=ExecGroup,
+    subcommand_metavar="[OPTIONS] <vmid> -- <command>... | <command> <id>",
+    examples=(
+        "agentlab sandbox exec 1009 -- uname -a",
+        "agentlab sandbox exec 1009 --user debian --chdir /srv -- make test",
+        "agentlab sandbox exec --detach 1009 -- make report",
+        "agentlab sandbox exec logs --follow 1009/3f2a9c0b1d7e4e55a1b2c3d4e5f60718",
+    ),
+    notes=(
+        "The command runs through the guest agent: no address and no SSH is needed.",
+        "Its exit status becomes that of this command; 128 and the signal's number",
+        "after a signal. Ctrl-C ends it in the guest.",
+    ),
+)
+def exec_() -> None:
+    """Run a command inside a sandbox, and look after those that go on by themselves."""
+
+
+@exec_.command(
+    "run",
+    usage="[OPTIONS] <vmid> -- <command>...",
+    context_settings={"ignore_unknown_options": False, "allow_interspersed_args": True},
+    examples=(
+        "agentlab sandbox exec run 1009 -- sh -c 'echo $HOME'",
+        "agentlab sandbox exec --stdin 1009 -- tee /etc/motd < motd.txt",
+    ),
+)
+@click.option("--detach", "-d", is_flag=True, help="Print the id as soon as it runs; it goes on by itself.")
+@click.option("--user", "-u", metavar="<user>", help="User of the guest. Default: root.")
+@click.option("--chdir", "-w", metavar="<folder>", help="Folder of the guest to run it in.")
+@click.option(
+    "--env",
+    "-e",
+    "environment",
+    metavar="<name>=<value>",
+    multiple=True,
+    help="Variable of its environment; may be given several times. A name alone takes the value from here.",
+)
+@click.option("--stdin", "-i", "with_stdin", is_flag=True, help="Read standard input to its end and give it on.")
+@click.option(
+    "--limit",
+    type=DURATION,
+    metavar="<duration>",
+    default=0,
+    help="End it after this time: seconds, or 90s, 30m, 2h. Default: none; it ends with the sandbox.",
+)
+@click.option("--raw", is_flag=True, help="Write control characters to the terminal as they come.")
+@click.argument("vmid", type=VMID, metavar="<vmid>")
+@click.argument("argv", nargs=-1, required=True, type=click.UNPROCESSED, metavar="<command>...")
+@settings
+def run(
+    to: Settings,
+    vmid: int,
+    argv: tuple[str, ...],
+    detach: bool,
+    user: str | None,
+    chdir: str | None,
+    environment: tuple[str, ...],
+    with_stdin: bool,
+    limit: float,
+    raw: bool,
+) -> None:
+    """Run a command inside a sandbox.
+
+    Standard output and standard error come as the command writes them, about once a second. No shell looks at the
+    words: for pipes and variables run sh -c '...'.
+    """
+    body: dict[str, Any] = {
+        "argv": [_text(word) for word in argv],
+        "detach": True,
+        "encoding": "base64",
+        "timeout": int(limit) if limit == int(limit) else int(limit) + 1,
+        "user": user,
+        "chdir": chdir,
+    }
+    if environment:
+        body["environment"] = _environment(environment)
+    if with_stdin:
+        body["stdin"] = _standard_input()
+    body = {name: value for name, value in body.items() if value is not None}
+    answer = to.client.post("sandboxes", vmid, "exec", body=body)
+    if detach or to.json or not answer.ok:
+        to.tell(answer, lambda data: f"{data['vmid']}/{data['run_id']}")
+        return
+    _follow(to, answer.data, _Output(raw), ends=True)
+
+
+@exec_.command("list", usage="<vmid>", examples=("agentlab sandbox exec list 1009",))
+@click.argument("vmid", type=VMID, metavar="<vmid>")
+@settings
+def list_(to: Settings, vmid: int) -> None:
+    """List the commands of a sandbox that the records know."""
+    to.tell(to.client.get("sandboxes", vmid, "exec"), _listed)
+
+
+def _listed(data: dict[str, Any]) -> str:
+    if not data["runs"]:
+        return "no commands"
+    return table(
+        ("ID", "STATE", "PROGRAM", "STATUS", "STARTED", "BY"),
+        [
+            (
+                f"{data['vmid']}/{one['run_id']}",
+                one["state"],
+                one.get("program"),
+                one.get("rc"),
+                one.get("started_at"),
+                one.get("actor"),
+            )
+            for one in data["runs"]
+        ],
+    )
+
+
+@exec_.command("status", usage="<id>", examples=("agentlab sandbox exec status 1009/3f2a9c0b1d7e4e55a1b2c3d4e5f60718",))
+@click.argument("run_id", type=RUN_ID, metavar="<id>")
+@settings
+def status(to: Settings, run_id: tuple[int, str]) -> None:
+    """Tell whether a command runs, and how it ended."""
+    to.tell(_look(to.client, run_id, limit=1), _told)
+
+
+@exec_.command(
+    "logs",
+    usage="[--follow] <id>",
+    examples=("agentlab sandbox exec logs --follow 1009/3f2a9c0b1d7e4e55a1b2c3d4e5f60718",),
+)
+@click.option(
+    "--follow", "-f", is_flag=True, help="Go on until the command has ended (or Ctrl-C, which leaves it alone)."
+)
+@click.option("--raw", is_flag=True, help="Write control characters to the terminal as they come.")
+@click.argument("run_id", type=RUN_ID, metavar="<id>")
+@settings
+def logs(to: Settings, run_id: tuple[int, str], follow: bool, raw: bool) -> None:
+    """Show what a command has written."""
+    answer = _look(to.client, run_id)
+    if to.json or not answer.ok:
+        to.tell(answer, lambda _data: "")
+        return
+    _show_all(to, answer.data, _Output(raw), follow)
+
+
+@exec_.command("wait", usage="<id>", examples=("agentlab sandbox exec wait 1009/3f2a9c0b1d7e4e55a1b2c3d4e5f60718",))
+@click.argument("run_id", type=RUN_ID, metavar="<id>")
+@settings
+def wait(to: Settings, run_id: tuple[int, str]) -> None:
+    """Wait for the end of a command; its exit status becomes that of this command."""
+    answer = _look(to.client, run_id, wait=_WAIT_SECONDS, limit=1)
+    while answer.ok and answer.data["state"] == "running":
+        answer = _look(to.client, run_id, wait=_WAIT_SECONDS, limit=1)
+    to.tell(answer, _told)
+    sys.exit(_status(answer.data))
+
+
+@exec_.command("kill", usage="<id>", examples=("agentlab sandbox exec kill 1009/3f2a9c0b1d7e4e55a1b2c3d4e5f60718",))
+@click.argument("run_id", type=RUN_ID, metavar="<id>")
+@settings
+def kill(to: Settings, run_id: tuple[int, str]) -> None:
+    """End a command in the guest, and its children: TERM first, then KILL."""
+    to.tell(to.client.post("sandboxes", run_id[0], "exec", run_id[1], "kill", body={}), _told)
+
+
+def _look(client: Client, run_id: tuple[int, str], **query: object) -> Any:
+    return client.ask("sandboxes", run_id[0], "exec", run_id[1], encoding="base64", **query)
+
+
+def _told(data: dict[str, Any]) -> str:
+    name = f"command {data['vmid']}/{data['run_id']}"
+    if data["state"] == "running":
+        return f"{name} runs ({data['stdout_bytes'] + data['stderr_bytes']} bytes written)"
+    if data["state"] == "skipped":
+        return f"{name} was not run: {one_line(data['message'])}"
+    why = " (its time was over)" if data["timed_out"] else " (it was killed)" if data["killed"] else ""
+    return f"{name} ended with exit status {_status(data)}{why}"
+
+
+def _status(data: dict[str, Any]) -> int:
+    """Return the exit status of a command that has ended."""
+    if data.get("rc") is None and data.get("signal") is None:
+        return 0 if data.get("state") == "skipped" else 1
+    return int(data["rc"]) if data.get("rc") is not None else 128 + int(data["signal"])
+
+
+class _Output:
+    """Standard output and standard error of a command: as they are in a pipe, without control characters on a terminal."""
+
+    def __init__(self, raw: bool) -> None:
+        self._streams = {"stdout": sys.stdout, "stderr": sys.stderr}
+        self._raw = raw
+        self._decoders = {
+            name: codecs.getincrementaldecoder("utf-8")("replace")
+            for name, stream in self._streams.items()
+            if stream.isatty() and not raw
+        }
+        self.shown = {"stdout": 0, "stderr": 0}
+
+    def show(self, data: dict[str, Any]) -> None:
+        """Write what an answer holds."""
+        for name, stream in self._streams.items():
+            part = base64.b64decode(data[name])
+            self.shown[name] += len(part)
+            decoder = self._decoders.get(name)
+            if decoder is not None:
+                stream.write(clean(decoder.decode(part).replace("\r\n", "\n")))
+            elif part:
+                stream.flush()
+                stream.buffer.write(part)
+            stream.flush()
+
+    def lacks(self, data: dict[str, Any]) -> bool:
+        """Return whether the guest holds more than has been shown."""
+        return any(data[f"{name}_bytes"] > self.shown[name] for name in self.shown)
+
+
+def _show_all(to: Settings, data: dict[str, Any], output: _Output, follow: bool) -> dict[str, Any]:
+    """Show what the guest holds, and with ``follow`` what comes until the command has ended."""
+    run_id = (int(data["vmid"]), str(data["run_id"]))
+    while True:
+        before = sum(output.shown.values())
+        output.show(data)
+        running = data["state"] == "running"
+        if not (running and follow) and (not output.lacks(data) or sum(output.shown.values()) == before):
+            return data
+        answer = _look(
+            to.client,
+            run_id,
+            wait=_LOOK_SECONDS if running and not output.lacks(data) else 0,
+            stdout_offset=output.shown["stdout"],
+            stderr_offset=output.shown["stderr"],
+        )
+        if not answer.ok:
+            raise Problem(
+                f"{one_line(answer.data['error'])}\nThe command may go on: agentlab sandbox exec status {run_id[0]}/{run_id[1]}"
+            )
+        data = answer.data
+
+
+def _follow(to: Settings, data: dict[str, Any], output: _Output, *, ends: bool) -> None:
+    """Show a command until it ends, and leave with its exit status; Ctrl-C ends it in the guest."""
+    where = f"{data['vmid']}/{data['run_id']}"
+    try:
+        data = _show_all(to, data, output, True)
+    except KeyboardInterrupt:
+        click.echo(f"ending command {where} in the sandbox; Ctrl-C again leaves it alone", err=True)
+        answer = to.client.post("sandboxes", data["vmid"], "exec", data["run_id"], "kill", body={})
+        if not answer.ok:
+            raise Problem(f"{one_line(answer.data['error'])}\nSee agentlab sandbox exec status {where}") from None
+        sys.exit(INTERRUPTED)
+    if data["state"] == "skipped":
+        click.echo(f"not run: {one_line(data['message'])}", err=True)
+    if data["timed_out"]:
+        click.echo("Error: its time (--limit) was over, and it was ended", err=True)
+    if data["truncated"]:
+        click.echo(
+            "Error: it wrote more than the guest holds; what came later is lost. Let it write to a file", err=True
+        )
+    sys.exit(_status(data))
+
+
+def _text(word: str) -> str:
+    try:
+        word.encode()
+    except UnicodeEncodeError:
+        raise Usage(
+            f"Error: {clean(word)!r} is not UTF-8; put such text into a file and copy it into the sandbox"
+        ) from None
+    return word
+
+
+def _environment(pairs: tuple[str, ...]) -> dict[str, str]:
+    variables: dict[str, str] = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals and name not in os.environ:
+            raise Usage(
+                f"Error: --env {name}: there is no such variable here. Valid: <name>=<value>, or a name that is set"
+            )
+        variables[name] = value if equals else os.environ[name]
+    return variables
+
+
+def _standard_input() -> str:
+    data = sys.stdin.buffer.read(_LARGEST_INPUT + 1)
+    if len(data) > _LARGEST_INPUT:
+        raise Usage(
+            f"Error: --stdin: more than {_LARGEST_INPUT} bytes. Copy them into the sandbox first: agentlab sandbox cp - <vmid>:<path>"
+        )
+    return base64.b64encode(data).decode()
+
+
+# ---- files ----
+
+
+@click.command(
+    "cp",
+    cls=Command,
+    usage="[OPTIONS] <file> <vmid>:<path>  |  <vmid>:<path> <file>",
+    examples=(
+        "agentlab sandbox cp build.tar.gz 1009:/tmp/",
+        "agentlab sandbox cp 1009:/var/log/syslog .",
+        "tar cz project | agentlab sandbox cp - 1009:/srv/project.tar.gz",
+        "agentlab sandbox cp 1009:/etc/os-release -",
+    ),
+    notes=(
+        "A file is complete at its new place or not there at all, and its length and",
+        "checksum are compared on the way. - is standard input or output.",
+    ),
+)
+@click.option("--mode", metavar="<mode>", help="Mode in the guest, such as 0644. Default: that of the local file.")
+@click.option("--owner", metavar="<owner>", help="Owner in the guest, as <user> or <user>:<group>.")
+@click.argument("source", metavar="<source>")
+@click.argument("target", metavar="<target>")
+@settings
+def cp(to: Settings, source: str, target: str, mode: str | None, owner: str | None) -> None:
+    """Copy a file into a sandbox, or out of it."""
+    there, here = _REMOTE.fullmatch(source), _REMOTE.fullmatch(target)
+    if (there is None) == (here is None):
+        raise Usage("Error: give one file here and one in a sandbox, as <vmid>:<path> (./1009:x is a file here)")
+    if here is not None:
+        _copy_in(to, source, int(here[1]), here[2], mode, owner)
+    else:
+        assert there is not None
+        if mode or owner:
+            raise Usage("Error: --mode and --owner are those of a file in the guest; leave them out")
+        _copy_out(to, int(there[1]), there[2], target)
+
+
+def _copy_in(to: Settings, source: str, vmid: int, path: str, mode: str | None, owner: str | None) -> None:
+    with contextlib.ExitStack() as stack:
+        file: IO[bytes]
+        length = None
+        if source == "-":
+            file = sys.stdin.buffer
+            if path.endswith("/"):
+                raise Usage("Error: standard input has no name; give the whole path in the guest")
+        else:
+            try:
+                file = stack.enter_context(open(source, "rb"))
+                status = os.fstat(file.fileno())
+            except OSError as error:
+                raise Problem(f"{source}: {error.strerror}") from None
+            if stat.S_ISREG(status.st_mode):
+                length = status.st_size
+                mode = mode or f"{stat.S_IMODE(status.st_mode) & 0o777:04o}"
+            if path.endswith("/"):
+                path += os.path.basename(source)
+        meter = _Meter(length)
+        with Progress(lambda: f"{meter} to sandbox {vmid}"):
+            answer = to.client.send_file(
+                meter.read_from(file), length, "sandboxes", vmid, "files", path=path, mode=mode, owner=owner
+            )
+    to.tell(answer, lambda data: f"{size(data['size'])} to {data['vmid']}:{one_line(data['path'])}")
+
+
+def _copy_out(to: Settings, vmid: int, path: str, target: str) -> None:
+    if os.path.isdir(target):
+        target = os.path.join(target, os.path.basename(path.rstrip("/")))
+    with contextlib.ExitStack() as stack:
+        fresh = None
+        if target == "-":
+            file: IO[bytes] = sys.stdout.buffer
+        else:
+            import tempfile
+
+            try:
+                handle, fresh = tempfile.mkstemp(prefix=".agentlab-", dir=os.path.dirname(target) or ".")
+            except OSError as error:
+                raise Problem(f"{target}: {error.strerror}") from None
+            stack.callback(_remove, fresh)
+            file = stack.enter_context(os.fdopen(handle, "wb"))
+        meter = _Meter(None)
+        with Progress(lambda: f"{meter} from sandbox {vmid}", wanted=target != "-"):
+            answer, headers = to.client.receive_file(meter.write_to(file), "sandboxes", vmid, "files", path=path)
+        if answer is not None:
+            to.tell(answer, lambda _data: "")
+        file.flush()
+        if fresh is not None:
+            umask = os.umask(0o077)
+            os.umask(umask)
+            with contextlib.suppress(ValueError):
+                os.chmod(fresh, int(headers.get("x-agentlab-mode", "0600"), 8) & 0o777 & ~umask)
+            os.replace(fresh, target)
+            if not to.json:
+                click.echo(f"{size(meter.bytes)} from {vmid}:{one_line(path)} to {one_line(target)}")
+
+
+def _remove(path: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+
+
+@contextlib.contextmanager
+def _local_errors() -> Iterator[None]:
+    """Tell errors of a file here apart from those of the connection to the daemon."""
+    try:
+        yield
+    except OSError as error:
+        raise Problem(f"the file here: {error.strerror or error}; nothing was copied") from None
+
+
+class _Meter:
+    """How much of a file has passed."""
+
+    def __init__(self, length: int | None) -> None:
+        self.bytes = 0
+        self._length = length
+
+    def __str__(self) -> str:
+        of = f" of {size(self._length)}" if self._length else ""
+        return f"{size(self.bytes)}{of}"
+
+    def read_from(self, file: IO[bytes]) -> Any:
+        """Yield a file's parts."""
+        with _local_errors():
+            while part := file.read(65536):
+                self.bytes += len(part)
+                yield part
+
+    def write_to(self, file: IO[bytes]) -> Any:
+        """Return the function that takes the parts of a file."""
+
+        def write(part: bytes) -> None:
+            with _local_errors():
+                file.write(part)
+            self.bytes += len(part)
+
+        return write
+
+
+# ---- ssh ----
+
+
+@click.command(
+    "ssh",
+    cls=Command,
+    usage="[--user <user>] <vmid> [-- <ssh options and command>...]",
+    examples=("agentlab sandbox ssh 1009", "agentlab sandbox ssh --user root 1009 -- -L 8080:localhost:80 -N"),
+    notes=("Needs an address and a network path. Without them: agentlab sandbox exec.",),
+)
+@click.option("--user", "-u", metavar="<user>", default="debian", show_default=True, help="User of the guest.")
+@click.argument("vmid", type=VMID, metavar="<vmid>")
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="<ssh options and command>...")
+@settings
+def ssh(to: Settings, vmid: int, user: str, arguments: tuple[str, ...]) -> None:
+    """Log in by SSH at the address in the record.
+
+    A sandbox is new each time, and so is its host key: it is accepted and not kept.
+    """
+    import ipaddress
+
+    answer = to.client.ask("sandboxes", vmid)
+    if not answer.ok:
+        to.tell(answer, lambda _data: "")
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_.-]*", user):
+        raise Usage(f"Error: --user: {user!r} is no user name")
+    data = answer.data
+    try:
+        address = str(ipaddress.ip_address(str(data.get("ip"))))
+    except ValueError:
+        raise Problem(
+            f"sandbox {vmid} has no address in its record ({one_line(data.get('state'))}). Commands need none: "
+            f"agentlab sandbox exec {vmid} -- <command>"
+        ) from None
+    options = ["-o", "StrictHostKeyChecking=accept-new", "-o", "UserKnownHostsFile=/dev/null", "-o", "LogLevel=ERROR"]
+    try:
+        os.execvp("ssh", ["ssh", *options, "-l", user, address, *arguments])
+    except OSError as error:
+        raise Problem(f"ssh: {error.strerror}; install openssh-client") from None

@@ -1,0 +1,194 @@
+# Copyright: the agentlab.proxmox contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""The connection plugin agentlab.proxmox.sandbox: real tasks of real playbooks in the double's guest, which runs them."""
+
+from __future__ import annotations
+
+import json
+import random
+import sqlite3
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from support.double import Server
+from support.play import Run, play
+
+Inside = Callable[..., Run]
+Task = dict[str, Any]
+
+
+@pytest.fixture
+def box(server: Server, given: Any) -> Any:
+    """The record of the running sandbox ``box``, whose guest runs commands."""
+    server.pve.agent_default = True
+    (sandbox,) = given(name="box")
+    return sandbox
+
+
+@pytest.fixture
+def inside(env: dict[str, str], tmp_path: Path, server: Server, box: Any) -> Inside:
+    """inside(tasks, variable=...): run the tasks in the sandbox; requests to Proxmox are counted by task."""
+
+    def run(tasks: list[Task], host: str = "box", **variables: Any) -> Run:
+        folder = server.pve.machine(box.vmid).folder
+        values = {
+            "ansible_connection": "agentlab.proxmox.sandbox",
+            "ansible_python_interpreter": "/usr/bin/python3",
+            "ansible_remote_tmp": f"{folder}/ansible",
+            "guest": str(folder),
+            **variables,
+        }
+        inventory = tmp_path / "boxes.yml"
+        inventory.write_text(yaml.safe_dump({"all": {"hosts": {host: values}}}), encoding="utf-8")
+        whole = [{"name": "inside", "hosts": host, "gather_facts": False, "tasks": tasks}]
+        return play(whole, env, tmp_path, pve=server.pve, args=("-i", str(inventory)))
+
+    return run
+
+
+def test_every_option_of_the_core_is_one_of_the_connection() -> None:
+    from ansible_collections.agentlab.proxmox.plugins.connection import sandbox
+    from ansible_collections.agentlab.proxmox.plugins.module_utils import _adapter
+
+    options = yaml.safe_load(sandbox.DOCUMENTATION)["options"]
+    assert set(_adapter.COMMON_ARGS) <= set(options)
+    for name, option in options.items():
+        secret = _adapter.COMMON_ARGS.get(name, {}).get("no_log")
+        # A secret in ansible.cfg would be in a file that everybody reads.
+        assert not secret or not option.get("ini"), name
+
+
+def agent_requests(requests: Counter[str]) -> int:
+    """How many of these requests went to the guest agent."""
+    return sum(count for request, count in requests.items() if "/agent/" in request)
+
+
+@pytest.mark.everyday
+def test_tasks_run_inside_with_few_requests(inside: Inside, server: Server, box: Any, tmp_path: Path) -> None:
+    # As long as the real agent takes.
+    server.pve.agent_nap = 0.1
+    data = random.Random(20).randbytes(200_000)
+    source = tmp_path / "source.bin"
+    source.write_bytes(data)
+    (tmp_path / "page.j2").write_text("sandbox {{ inventory_hostname }} ä\n", encoding="utf-8")
+    run = inside(
+        [
+            {"name": "first", "ansible.builtin.ping": {}},
+            {"name": "ping", "ansible.builtin.ping": {}},
+            {"name": "command", "ansible.builtin.command": {"argv": ["printf", "%s", "ä €\n'\""]}},
+            {"name": "setup", "ansible.builtin.setup": {"gather_subset": ["min"]}},
+            {"name": "copy", "ansible.builtin.copy": {"src": str(source), "dest": "{{ guest }}/b ä", "mode": "0640"}},
+            {"name": "again", "ansible.builtin.copy": {"src": str(source), "dest": "{{ guest }}/b ä", "mode": "0640"}},
+            {
+                "name": "template",
+                "ansible.builtin.template": {"src": f"{tmp_path}/page.j2", "dest": "{{ guest }}/page"},
+            },
+            {
+                "name": "fetch",
+                "ansible.builtin.fetch": {"src": "{{ guest }}/b ä", "dest": f"{tmp_path}/back.bin", "flat": True},
+            },
+            {"name": "raw", "ansible.builtin.raw": "id -u; exit 3", "failed_when": "raw.rc != 3", "register": "raw"},
+        ]
+    ).ok()
+    assert run["ping"]["ping"] == "pong" and run["command"]["stdout"] == "ä €\n'\""
+    assert run["setup"]["ansible_facts"]["ansible_system"] == "Linux"
+    assert run.status("copy") == "changed" and run.status("again") == "ok"
+    folder = server.pve.machine(box.vmid).folder
+    assert (folder / "b ä").read_bytes() == data == (tmp_path / "back.bin").read_bytes()
+    assert (folder / "page").read_text(encoding="utf-8") == "sandbox box ä\n"
+    # Requests that begin something: they do not depend on the speed of the guest.
+    begun = {task: requests["POST /nodes/{node}/qemu/{vmid}/agent/exec"] for task, requests in run.requests.items()}
+    assert begun["ping"] <= 3 and begun["command"] <= 3 and begun["setup"] <= 6 and begun["raw"] == 1, run.requests
+    # The rest asks for the answer: once or twice where the guest is as fast as the agent, and never all the time.
+    for task in ("ping", "setup", "raw"):
+        assert run.requests[task]["GET /nodes/{node}/qemu/{vmid}/config"] == 2
+        assert agent_requests(run.requests[task]) - begun[task] <= 15, run.requests
+
+
+def test_pipelining_off_and_async_work_too(inside: Inside) -> None:
+    run = inside(
+        [
+            {"name": "ping", "ansible.builtin.ping": {}},
+            {"name": "long", "ansible.builtin.command": "sleep 1", "async": 60, "poll": 1},
+        ],
+        ansible_pipelining=False,
+        ansible_async_dir="{{ guest }}/async",
+    ).ok()
+    assert run["ping"]["ping"] == "pong" and run["long"]["rc"] == 0
+
+
+def test_the_sandbox_is_chosen_by_name_vmid_or_uuid(inside: Inside, box: Any) -> None:
+    def pong(host: str, **variables: Any) -> Run:
+        return inside([{"name": "ping", "ansible.builtin.raw": "echo pong"}], host, **variables)
+
+    assert pong("box").ok()["ping"]["stdout"] == "pong\n"
+    assert pong("other", ansible_host=str(box.vmid)).ok()["ping"]["stdout"] == "pong\n"
+    assert pong("third", agentlab_vmid=box.vmid, agentlab_uuid=box.uuid, ansible_host="192.0.2.1").ok().rc == 0
+    # Another sandbox got the VMID since the inventory was read.
+    wrong = pong("fourth", agentlab_vmid=box.vmid + 1, agentlab_uuid=box.uuid)
+    assert wrong.rc != 0 and "is not the VMID of the sandbox" in wrong.output
+    unknown = pong("nobody")
+    assert unknown.rc != 0 and unknown.entry("ping")["status"] == "unreachable"
+    assert "sandbox not found" in unknown.output and "ansible_host" in unknown.output
+
+
+@pytest.mark.parametrize("what", ["stopped", "lease over", "foreign"])
+def test_nothing_runs_where_nothing_may(
+    inside: Inside, box: Any, server: Server, env: dict[str, str], what: str
+) -> None:
+    guest = server.pve.machine(box.vmid)
+    if what == "lease over":
+        with sqlite3.connect(env["AGENTLAB_DATABASE"]) as conn:
+            conn.execute("UPDATE sandboxes SET lease_expires_at = 1")
+        conn.close()
+    elif what == "stopped":
+        server.pve.vm(box.vmid).status = "stopped"
+    else:
+        server.pve.vm(box.vmid).config.update(description="somebody else's", smbios1="uuid=" + "1" * 8)
+    run = inside([{"name": "mark", "ansible.builtin.raw": f"touch {guest.folder}/mark"}])
+    assert run.rc != 0 and "Traceback" not in run.output
+    assert not (guest.folder / "mark").exists() and not guest.started
+
+
+def test_time_outs_and_bounds_say_what_to_raise(inside: Inside) -> None:
+    slow = inside(
+        [{"name": "slow", "ansible.builtin.raw": "echo so far; sleep 60"}], ansible_agentlab_command_timeout=2
+    )
+    assert slow.rc != 0 and "ansible_agentlab_command_timeout" in slow.output and "so far" in slow.output
+    large = inside(
+        [{"name": "large", "ansible.builtin.raw": "head -c 100000 /dev/zero"}], ansible_agentlab_max_output=5000
+    )
+    assert large.rc != 0 and "ansible_agentlab_max_output" in large.output
+
+
+def test_a_missing_file_is_no_broken_one(inside: Inside, tmp_path: Path) -> None:
+    target = tmp_path / "kept.txt"
+    target.write_text("kept")
+    run = inside(
+        [
+            {
+                "name": "fetch",
+                "ansible.builtin.fetch": {"src": "/nonexistent/file", "dest": str(target), "flat": True},
+                "ignore_errors": True,
+            }
+        ]
+    )
+    assert run.status("fetch") == "failed" and target.read_text() == "kept"
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".agentlab-")] == []
+
+
+def test_the_events_say_who_ran_what(inside: Inside, env: dict[str, str]) -> None:
+    secret = "zxcv-very-secret-1"
+    inside([{"name": "run", "ansible.builtin.command": {"argv": ["echo", "x"], "stdin": secret}}]).ok()
+    with sqlite3.connect(env["AGENTLAB_DATABASE"]) as conn:
+        rows = conn.execute("SELECT operation, actor, evidence FROM events ORDER BY id").fetchall()
+    conn.close()
+    assert any("connection agentlab.proxmox.sandbox" in actor for _operation, actor, _evidence in rows), rows
+    assert secret not in json.dumps(rows)
