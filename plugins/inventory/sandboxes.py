@@ -106,16 +106,15 @@ keyed_groups:
 compose:
   ansible_user: "'debian'"
 
----
-# Ask the daemon, keep the answer for a minute, and use neither network nor SSH
-plugin: agentlab.proxmox.sandboxes
-socket: /run/agentlab/agentlabd.sock
-states: [RUNNING]
-connection: sandbox
-cache: true
-cache_plugin: ansible.builtin.jsonfile
-cache_connection: ~/.cache/agentlab
-cache_timeout: 60
+# Another file: ask the daemon, keep the answer for a minute, and use neither network nor SSH
+# plugin: agentlab.proxmox.sandboxes
+# socket: /run/agentlab/agentlabd.sock
+# states: [RUNNING]
+# connection: sandbox
+# cache: true
+# cache_plugin: ansible.builtin.jsonfile
+# cache_connection: ~/.cache/agentlab
+# cache_timeout: 60
 """
 
 import hashlib
@@ -349,4 +348,4 @@ def _explain(path: str, error: Exception) -> str:
         )
     if isinstance(error, TimeoutError):
         return f"socket: the daemon behind {path} did not answer in time; see journalctl -u agentlabd, or raise timeout"
-    return f"socket: no answer from {path} ({error or type(error).__name__}); see journalctl -u agentlabd"
+    return f"socket: no answer from {path} ({error or error.__class__.__name__}); see journalctl -u agentlabd"

@@ -21,9 +21,11 @@ T = TypeVar("T")
 class Row(Protocol):
     """One row. A column is read by its name or its position; ``dict(row)`` and ``tuple(row)`` work."""
 
-    def __getitem__(self, key: Any, /) -> Any: ...
+    def __getitem__(self, key: Any, /) -> Any:
+        """Return the value of a column."""
 
-    def __iter__(self) -> Iterator[Any]: ...
+    def __iter__(self) -> Iterator[Any]:
+        """Iterate over the values."""
 
     def keys(self) -> Iterable[str]:
         """Return the names of the columns, in their order."""
@@ -42,7 +44,8 @@ class Cursor(Protocol):
     def fetchall(self) -> list[Any]:
         """Return the rows that are left."""
 
-    def __iter__(self) -> Iterator[Any]: ...
+    def __iter__(self) -> Iterator[Any]:
+        """Iterate over the rows that are left."""
 
 
 class Connection(Protocol):
