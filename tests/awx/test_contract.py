@@ -322,6 +322,23 @@ def test_launches(api: Api) -> None:
         assert told["active_jobs"] == [{"id": answer["job"], "type": "job"}]
 
 
+def test_passwords_and_choices_without_an_answer(api: Api) -> None:
+    template = api.template(survey_enabled=True)
+    path = f"job_templates/{template}/survey_spec/"
+    password = {"type": "password", "variable": "p", "min": 0, "max": 20}
+    for default in ("", "x"):
+        # An empty default is encrypted, too: who compares the survey sees another one.
+        assert api.ask("POST", path, api.survey({**password, "default": default}))[0] == 200
+        assert api.ask("GET", path)[1]["spec"][0]["default"] == "$encrypted$"
+    choice = {"type": "multiplechoice", "variable": "c", "choices": ["true", "false"], "default": ""}
+    spec = api.survey(password, choice)
+    assert api.ask("POST", path, spec)[0] == 200 and api.ask("GET", path) == (200, spec)
+    for answers, shown in (({}, {}), ({"p": "made-up"}, {"p": "$encrypted$"})):
+        status, answer = api.ask("POST", f"job_templates/{template}/launch/", {"extra_vars": answers})
+        assert status == 201
+        assert json.loads(api.ask("GET", f"jobs/{answer['job']}/")[1]["extra_vars"]) == shown
+
+
 def test_a_required_question_does_not_take_its_default(api: Api) -> None:
     template = api.template(survey_enabled=True)
     question = {"type": "multiplechoice", "variable": "v", "required": True, "choices": ["a", "b"], "default": "a"}

@@ -110,6 +110,30 @@ def read(shape: Any, value: Any, where: str = "answer") -> Any:
     return value
 
 
+def test_the_six_sandbox_commands_of_the_first_version(daemon: Make, lab: Lab) -> None:
+    one = daemon()
+    sent = {"name": "a1", "keepalive": False, "ttl_minutes": 60, "workspace_id": None}
+    assert read(SANDBOX, one.good("POST", "/v1/sandboxes", sent, 201))["state"] == "RUNNING"
+    assert [item["vmid"] for item in read([SANDBOX], one.good("GET", "/v1/sandboxes")["sandboxes"])] == [1000]
+    assert read(SANDBOX, one.good("GET", "/v1/sandboxes/1000"))["name"] == "a1"
+    renewed = one.good("POST", "/v1/sandboxes/1000/lease/renew", {"ttl_minutes": 240})
+    assert read({"vmid": int, "lease_expires_at": str}, renewed)["vmid"] == 1000
+    refused = one.post("/v1/sandboxes/1000/destroy", {"force": False})
+    assert refused.status == 409 and read({"error": str}, refused.body)["error"].endswith("Use --force to bypass")
+    ended = read({**SANDBOX, "previous_state": str}, one.good("POST", "/v1/sandboxes/1000/destroy", {"force": True}))
+    assert (ended["previous_state"], ended["state"]) == ("RUNNING", "DESTROYED")
+    lab.timed_out("a2")
+    assert read({"count": int}, one.good("POST", "/v1/sandboxes/prune"))["count"] == 1
+
+
+@pytest.mark.parametrize("method", ["GET", "POST", "DELETE"])
+def test_what_does_not_exist_here_is_no_such_path(one_daemon: Daemon, method: str) -> None:
+    for path in ("jobs", "jobs/7", "sessions", "snapshots", "exposures", "messages", "sandboxes/1000/exec",
+                 "sandboxes/1000/snapshots", "sandboxes/doctor", "workspaces/w1/fsck", "workspaces/w1/fork"):  # fmt: skip
+        answer = one_daemon.request(method, f"/v1/{path}", {} if method == "POST" else None)
+        assert (answer.status, answer.body["code"]) == (404, "no_such_path"), path
+
+
 def test_workspaces_are_created_listed_attached_detached_and_rebound(daemon: Make, lab: Lab, tmp_path: Any) -> None:
     (tmp_path / "profiles").mkdir()
     (tmp_path / "profiles" / "yolo.yaml").write_text("template: 9000\ntags: [yolo]\n", encoding="utf-8")

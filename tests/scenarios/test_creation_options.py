@@ -184,3 +184,19 @@ def test_a_survey_of_the_playbook_that_creates(env: Any, tmp_path: Path, server:
         and config["tags"] == "agentlab;ci;nightly"
         and "tag=42" in config["net0"]
     )
+
+
+def test_sizes_as_people_write_them(story: Any, server: Any) -> None:
+    """F23: a unit in small letters, GB and GiB mean what Proxmox VE calls G."""
+    sizes = {"20g": "20G", " 20 GB ": "20G", "21GiB": "21G", "+1gb": "4G", "22528m": "22G"}
+    tasks = [task(f"size {number}", SANDBOX, name=f"a{number}", disk_size=size) for number, size in enumerate(sizes)]
+    tasks += [
+        task(f"wrong {size}", SANDBOX, name="x", disk_size=size, fails=True) for size in ("20", "20X", "G", "20GGB")
+    ]
+    tasks.append(task("workspace", "agentlab_workspace", name="w1", size="2 gb", storage="local-lvm"))
+    run = story(tasks)
+    for number, size in enumerate(sizes.values()):
+        vm = server.pve.vm(run[f"size {number}"]["sandbox"]["vmid"])
+        assert vm.config["scsi0"].endswith(f"size={size}"), size
+    assert "disk_size: '20X' is not valid. Valid: a size such as 20G" in run["wrong 20X"]["msg"]
+    assert run["workspace"]["workspace"]["size"] == 2 * 1024**3

@@ -11,6 +11,7 @@ project's sync, the rules for credentials and surveys, and the variables that AW
 from __future__ import annotations
 
 import base64
+import copy
 import http.server
 import json
 import re
@@ -326,7 +327,7 @@ class Awx:
                 self._check_survey(body)
                 self.surveys[number] = body
                 return 200, None
-            return 200, self.surveys.get(number, {})
+            return 200, self._shown_survey(number)
         if (endpoint, part) == ("job_templates", "credentials"):
             if method == "POST":
                 return self._attach(number, body)
@@ -570,6 +571,14 @@ class Awx:
                 if any(item not in question["choices"] for item in defaults):
                     raise Refused(400, {"error": "Default choice must be answered from the choices listed."})
 
+    def _shown_survey(self, number: int) -> dict[str, Any]:
+        """Return a survey without the defaults of its passwords. AWX encrypts a default, the empty one too."""
+        survey = copy.deepcopy(self.surveys.get(number, {}))
+        for question in survey.get("spec", []):
+            if question["type"] == "password" and "default" in question:
+                question["default"] = "$encrypted$"
+        return survey
+
     # ---- syncs and launches ----
 
     def _playbooks(self, project: dict[str, Any]) -> list[str]:
@@ -624,7 +633,10 @@ class Awx:
             meta |= {f"{prefix}_job_id": job, f"{prefix}_job_launch_type": "manual", f"{prefix}_user_id": 1,
                      f"{prefix}_user_name": user, f"{prefix}_user_email": "", f"{prefix}_inventory_id": template["inventory"],
                      f"{prefix}_job_template_name": template["name"]}  # fmt: skip
-        self.row("jobs", job)["extra_vars"] = json.dumps(variables)
+        secret = {question["variable"] for question in spec if question["type"] == "password"}
+        self.row("jobs", job)["extra_vars"] = json.dumps(
+            {key: "$encrypted$" if key in secret else value for key, value in variables.items()}
+        )
         self.variables[job] = dump_variables({**variables, **meta}, of_template)
         return {"job": job, "ignored_fields": {"extra_vars": ignored} if ignored else {}, "id": job, "type": "job"}
 

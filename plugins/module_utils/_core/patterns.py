@@ -22,7 +22,7 @@ DNS_NAME: Word = (
 )
 TAG: Word = (re.compile(r"[a-z0-9_][a-z0-9_+.-]*", re.ASCII), "lower-case letters, digits and _ + . -")
 SIZE: Word = (
-    re.compile(r"\+?\d{1,7}(\.\d{1,3})?[KMGT]", re.ASCII),
+    re.compile(r"\+?\d{1,7}(\.\d{1,3})? ?[KMGTkmgt]([Ii]?[Bb])?", re.ASCII),
     "a size such as 20G, or +10G to add to the template's",
 )
 IPCONFIG: Word = (
@@ -82,6 +82,12 @@ def split_lines(value: object) -> list[str]:
 def split_words(value: object) -> list[str]:
     """Return the words of what was pasted or listed: as split_lines, and each line split at commas, semicolons and blanks. For tags and ids."""
     return [word for line in split_lines(value) for word in re.split(r"[\s,;]+", line) if word]
+
+
+def shorten_size(text: str) -> str:
+    """Return a size as Proxmox VE takes it: ``20 GB``, ``20g`` and ``20GiB`` are 20G. Other texts are returned as they are."""
+    match = re.fullmatch(r"(\+?[\d.]+) ?([kmgt])(?:i?b)?", text.strip(), re.ASCII | re.IGNORECASE)
+    return f"{match[1]}{match[2].upper()}" if match else text
 
 
 def check_ip_config(option: str, value: str | None) -> None:

@@ -115,6 +115,8 @@ def spec(ctx: Context, options: Mapping[str, Any]) -> Spec:
     if profile and profile.workspace == "none" and "workspace" in given:
         raise InvalidInput(f"workspace: profile {profile.name!r} allows none", option="workspace")
     values = {**_of_profile(profile, given), **given}
+    if isinstance(values.get("disk_size"), str):
+        values["disk_size"] = patterns.shorten_size(values["disk_size"])
     values["ttl"], values["lease_maximum"] = _ttl(ctx, given.get("ttl"), profile)
     values["given"] = frozenset(given)
     found = Spec(**values)

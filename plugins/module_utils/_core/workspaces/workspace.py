@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from .. import patterns
 from ..context import Context
 from ..errors import AgentlabError, ApiError, InvalidInput, Kept, OutcomeUnknown, ProxmoxError
 from ..model import Sandbox
@@ -64,7 +65,7 @@ class Done:
 
 def parse_size(value: object) -> int:
     """Bytes of ``20G``; refused by name."""
-    found = _SIZE.fullmatch(str(value).strip())
+    found = _SIZE.fullmatch(patterns.shorten_size(str(value).strip()))
     if not found or not int(found[1]):
         raise InvalidInput(
             f"size: {str(value)[:40]!r} is not valid. Valid: a number with M, G or T, such as 20G",

@@ -306,7 +306,9 @@ ROUTES: tuple[Route, ...] = (
                 longest=63,
                 pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$",
             ),
-            "size": Field("string", "size, such as 20G", longest=7, pattern=r"^[1-9][0-9]{0,5}[MGT]$"),
+            "size": Field(
+                "string", "size, such as 20G", longest=10, pattern=r"^[1-9][0-9]{0,5} ?[MGTmgt]([Ii]?[Bb])?$"
+            ),
             "size_gb": Field("integer", "the same in GiB", low=1, high=999999),
             "storage": Field("string", "storage of a new one", longest=100),
             "node": Field("string", "node of a new one on local storage", longest=100),
