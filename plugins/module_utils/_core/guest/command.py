@@ -590,6 +590,8 @@ class _Command(_Run):
                 self.on_output(out, err)
         if not self.detached and frame.state != "acked":
             result, out, err = self._follow(result, out, err)
+        if max(result.stdout_bytes, result.stderr_bytes, len(out), len(err)) > self.spec.max_output + _OVERSHOOT:
+            raise GuestFailed(f"sandbox {self.sandbox.vmid}: the guest holds more output than was asked for")
         limit = self.spec.max_output
         result.truncated = result.truncated or len(out) > limit or len(err) > limit
         result.stdout, result.stderr = out[:limit], err[:limit]
@@ -622,7 +624,7 @@ class _Command(_Run):
                 out, err = self._fetch_output(frame, result)
                 break
             new_out, new_err = self._split(frame)
-            if not was_running and not new_out and not new_err:
+            if not was_running and (not shown or not (new_out or new_err)):
                 raise GuestFailed(f"sandbox {self.sandbox.vmid}: the guest does not hand out the output that it holds")
             # Without anybody to show it to, each answer has the output from its beginning.
             out, err = (out + new_out, err + new_err) if shown else (new_out, new_err)
