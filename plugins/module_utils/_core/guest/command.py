@@ -209,6 +209,14 @@ def encode(value: str | bytes, option: str) -> bytes:
     return data
 
 
+def encode_text(value: str) -> bytes:
+    """Return a text for standard input as bytes; NUL is allowed there."""
+    try:
+        return value.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        raise InvalidInput("stdin: has a character that is no Unicode text; remove it", option="stdin") from None
+
+
 def check_id(run_id: str) -> str:
     """Return a run id in small letters without dashes (a UUID fits); InvalidInput otherwise."""
     text = str(run_id).replace("-", "").lower()

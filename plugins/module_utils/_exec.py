@@ -1,0 +1,124 @@
+# Copyright: the agentlab.proxmox contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""The wiring of agentlab_exec."""
+
+from __future__ import annotations
+
+import base64
+from typing import Any
+
+from ansible.module_utils.basic import AnsibleModule
+
+from . import _adapter
+from ._core import durations
+from ._core.context import Context
+from ._core.errors import InvalidInput
+from ._core.guest import command
+from ._core.guest.access import Guest
+from ._core.model import Sandbox
+
+
+def run(module: AnsibleModule, context: Context) -> dict[str, Any]:
+    """Run, begin, look at or end a command, as the options say."""
+    params = module.params
+    if params["secret"]:
+        secrets = [params["stdin"], *(params["environment"] or {}).values()]
+        module.no_log_values.update(str(value) for value in secrets if value not in (None, ""))
+    timeout = _seconds(params["timeout"])
+    sandbox = context.select(**_adapter.ids(module)[0])
+    action = params["action"]
+    if action in ("run", "start"):
+        spec = _spec(params, timeout)
+        command.prepare(spec)
+        if context.dry_run:
+            Guest.enter(context, sandbox)
+            return _answer(module, sandbox, command.CommandResult("", "would_run"), changed=True)
+        work = command.run_command if action == "run" else command.start_command
+        return _answer(module, sandbox, work(context, sandbox, spec))
+    run_id = command.check_id(params["run_id"])
+    if action == "kill":
+        if context.dry_run:
+            Guest.enter(context, sandbox)
+            return _answer(module, sandbox, command.CommandResult(run_id, "would_kill"), changed=True)
+        return _answer(module, sandbox, command.kill_command(context, sandbox, run_id), failing=False)
+    if action == "status":
+        result = command.read_run(context, sandbox, run_id, limit=params["max_output"])
+        return _answer(module, sandbox, result, changed=False, failing=False)
+    return _answer(module, sandbox, command.wait_command(context, sandbox, run_id, timeout=timeout), changed=False)
+
+
+def _seconds(value: str) -> float:
+    text = value.strip()
+    if text.isdecimal() and len(text) < 10:
+        return int(text)
+    return durations.parse(text, "timeout")
+
+
+def _spec(params: dict[str, Any], timeout: float) -> command.CommandSpec:
+    environment = params["environment"] or {}
+    for name, value in environment.items():
+        if isinstance(value, (dict, list)) or value is None:
+            raise InvalidInput(
+                f"environment: {name} is no text. Valid: texts and numbers; put other values in quotes, or leave it out",
+                option="environment",
+            )
+    return command.CommandSpec(
+        argv=params["argv"],
+        cmd=params["cmd"],
+        stdin=command.encode_text(params["stdin"] or ""),
+        chdir=params["chdir"],
+        environment={str(name): str(value) for name, value in environment.items()},
+        user=params["user"],
+        creates=params["creates"],
+        removes=params["removes"],
+        timeout=timeout,
+        kill_after=params["kill_after"],
+        max_output=params["max_output"],
+        secret=params["secret"],
+        log_command=params["log_command"],
+        run_id=params["run_id"],
+        wait_for_agent=params["wait_for_agent"],
+    )
+
+
+def _answer(
+    module: AnsibleModule,
+    sandbox: Sandbox,
+    result: command.CommandResult,
+    *,
+    changed: bool | None = None,
+    failing: bool = True,
+) -> dict[str, Any]:
+    answer: dict[str, Any] = {
+        "changed": result.changed if changed is None else changed,
+        "vmid": sandbox.vmid,
+        "run_id": result.run_id,
+        "state": result.state,
+        # Ansible calls a result with another rc failed, unless it says that it is not.
+        "failed": False,
+        "signal": result.signal,
+        "truncated": result.truncated,
+        "timed_out": result.timed_out,
+        "duration_ms": result.duration_ms,
+    }
+    if result.rc is not None:
+        answer["rc"] = result.rc
+    encoding = module.params["encoding"]
+    for name, data in (("stdout", result.stdout), ("stderr", result.stderr)):
+        if encoding == "base64":
+            answer[name] = base64.b64encode(data).decode()
+        else:
+            answer[name] = data.decode(encoding, "replace")
+            answer[f"{name}_lines"] = answer[name].splitlines()
+    if result.message:
+        answer["msg"] = result.message
+    if failing and result.timed_out:
+        answer["failed"] = True
+        answer["msg"] = (
+            f"the command was ended after {module.params['timeout']} s (timeout); stdout and stderr have what it wrote"
+        )
+    elif failing and result.rc:
+        answer["failed"] = True
+        answer["msg"] = f"the command was ended by signal {result.signal}" if result.signal else "non-zero return code"
+    return answer

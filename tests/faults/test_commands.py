@@ -1,0 +1,262 @@
+# Copyright: the agentlab.proxmox contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""No command runs in a stranger's VM, and none runs twice: identity, crashes of the controller, faults of the agent."""
+
+from __future__ import annotations
+
+import io
+import os
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import AgentlabError, OutcomeUnknown
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.guest import command, files
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.guest.command import CommandSpec
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.model import Sandbox
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.proxmox.https import Https
+
+from support.lab import Lab
+
+pytestmark = pytest.mark.faults
+
+
+@pytest.fixture
+def lab(one_lab: Lab) -> Iterator[Lab]:
+    one_lab.reset()
+    yield one_lab
+    one_lab.calm()
+    one_lab.pve.close_machines()
+    one_lab.reset()
+
+
+# ---- whose VM ----
+
+
+def stranger(**values: Any) -> Callable[[Lab, Sandbox], None]:
+    return lambda lab, sandbox: lab.pve.make_foreign(sandbox.vmid, running=True, **values)
+
+
+def swap_record(lab: Lab, sandbox: Sandbox, **values: Any) -> None:
+    names = ", ".join(f"{name} = ?" for name in values)
+    lab.context().database.write(
+        lambda conn: (
+            conn.execute(f"UPDATE sandboxes SET {names} WHERE uuid = ?", (*values.values(), sandbox.uuid)) and None
+        )
+    )
+
+
+def imported(lab: Lab, sandbox: Sandbox) -> None:
+    stranger()(lab, sandbox)
+    swap_record(lab, sandbox, smbios_uuid=None)
+
+
+def expired(lab: Lab, sandbox: Sandbox) -> None:
+    stranger()(lab, sandbox)
+    swap_record(lab, sandbox, lease_expires_at=1)
+
+
+def destroyed(lab: Lab, sandbox: Sandbox) -> None:
+    lab.destroy(sandbox.vmid, force=True)
+    lab.pve.add_guest(sandbox.vmid, "somebody-elses", status="running")
+
+
+def moved_and_reused(lab: Lab, sandbox: Sandbox) -> None:
+    stranger()(lab, sandbox)
+    lab.pve.move_vm(sandbox.vmid, "pve2")
+
+
+# Thirteen ways in which the VM at a sandbox's VMID is somebody else's, or cannot be proven to be ours: docs/safety.md, with a
+# command in the place of a destroy.
+WAYS: dict[str, Callable[[Lab, Sandbox], None]] = {
+    "1 the VMID was handed out again": stranger(),
+    "2 the same name": stranger(same_name=True),
+    "3 the end of a lease": expired,
+    "4 our description was copied": stranger(copy_description=True),
+    "5 a DESTROYED record": destroyed,
+    "6 a clone made by hand, all but the SMBIOS UUID": stranger(same_name=True, same_tags=True, copy_description=True),
+    "7 only the SMBIOS UUID is ours": stranger(copy_smbios=True),
+    "8 reused on another node": moved_and_reused,
+    "9 its node is offline": lambda lab, _sandbox: lab.pve.nodes["pve1"].__setitem__("online", False),
+    "10 a VM is just being made there": stranger(lock="clone"),
+    "11 it is a template": stranger(template=True),
+    "12 no SMBIOS UUID at all": stranger(smbios=False),
+    "13 an imported record without a UUID": imported,
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_no_command_and_no_file_reaches_a_strangers_vm(lab: Lab, way: str) -> None:
+    sandbox = lab.create()
+    guest = lab.pve.machine(sandbox.vmid)
+    lab.server.call(WAYS[way], lab, sandbox) if way.startswith("9") else WAYS[way](lab, sandbox)
+    vm = lab.pve.vm(sandbox.vmid)
+    # The stranger has an agent that would do as it is told.
+    vm.config.setdefault("agent", "1")
+    vm.agent = vm.agent or {"interfaces": []}
+    lab.pve.requests.clear()
+    with pytest.raises(AgentlabError):
+        command.run_command(lab.context(), sandbox, CommandSpec(argv=["true"]))
+    with pytest.raises(AgentlabError):
+        files.put_file(lab.context(), sandbox, b"x", "/tmp/agentlab-stranger")
+    with pytest.raises(AgentlabError):
+        files.fetch_file(lab.context(), sandbox, "/etc/passwd", io.BytesIO())
+    assert guest.started == [] and not guest.programs
+    assert [request for request in lab.pve.requests if "/agent/" in request[1]] == []
+
+
+@pytest.mark.parametrize("at", ["/agent/exec", "/agent/exec-status"])
+def test_a_vm_swapped_meanwhile_makes_the_result_an_error(lab: Lab, at: str) -> None:
+    sandbox = lab.create()
+
+    def swap(_method: str, path: str) -> None:
+        if path.endswith(at):
+            lab.pve.after = None
+            vm = lab.pve.vm(sandbox.vmid)
+            vm.config.update(smbios1=f"uuid={uuid.uuid4()}", description="not ours")
+
+    lab.pve.after = swap
+    with pytest.raises(AgentlabError, match="another VM"):
+        command.run_command(lab.context(), sandbox, CommandSpec(argv=["echo", "x"]))
+
+
+# ---- a controller that is killed ----
+
+
+def child(lab: Lab, sandbox: Sandbox, spec: CommandSpec, point: int, moment: str, place: str) -> int:
+    """Run the command in a process that ends itself before or after its nth request or commit; return its exit status."""
+    ctx = lab.context()
+    pid = os.fork()
+    if pid:
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    status = 3
+    try:
+        counter = [0]
+
+        def dying(real: Callable[..., Any]) -> Callable[..., Any]:
+            def call(*args: Any, **values: Any) -> Any:
+                counter[0] += 1
+                if counter[0] == point and moment == "before":
+                    os._exit(9)
+                answer = real(*args, **values)
+                if counter[0] == point:
+                    os._exit(9)
+                return answer
+
+            return call
+
+        if place == "request":
+            Https.send = dying(Https.send)  # type: ignore[method-assign]
+        else:
+            database: Any = ctx.records.db
+            database.write = dying(database.write)
+        command.run_command(ctx, sandbox, spec)
+        status = 0
+    finally:
+        os._exit(status)
+
+
+@pytest.mark.parametrize("place, points", [("request", 5), ("commit", 2)])
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_killed_controller_never_runs_a_command_twice(lab: Lab, place: str, points: int, moment: str) -> None:
+    sandbox = lab.create()
+    guest = lab.pve.machine(sandbox.vmid)
+    killed = 0
+    for point in range(1, points + 1):
+        count = guest.folder / "run" / f"count-{point}"
+        spec = CommandSpec(
+            argv=["sh", "-c", f"printf x >>{count}; sleep 0.2; echo ran {point}"], run_id=uuid.uuid4().hex
+        )
+        killed += child(lab, sandbox, spec, point, moment, place) == 9
+        result = command.run_command(lab.context(), sandbox, spec)
+        assert (result.rc, result.stdout, count.read_text()) == (0, f"ran {point}\n".encode(), "x"), point
+    assert killed == points
+
+
+# ---- an agent that fails at each request ----
+
+FAULTS: dict[str, Callable[[Any], None]] = {
+    "frozen": lambda guest: guest.freeze(0.5),
+    "restarted": lambda guest: guest.restart(),
+    "frozen after its ping": lambda guest: guest.freeze_after_ping(7),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_an_agent_that_fails_at_any_request_runs_nothing_twice(lab: Lab, fault: str, at: int) -> None:
+    sandbox = lab.create()
+    guest = lab.pve.machine(sandbox.vmid)
+    count = guest.folder / "run" / "count"
+    seen = [0]
+
+    def strike(_method: str, path: str) -> None:
+        if "/agent/" in path:
+            seen[0] += 1
+            if seen[0] == at:
+                FAULTS[fault](guest)
+
+    lab.pve.before = strike
+    spec = CommandSpec(argv=["sh", "-c", f"printf x >>{count}; sleep 0.3; echo ran"], wait_for_agent=20)
+    result = command.run_command(lab.context(), sandbox, spec)
+    assert (result.rc, result.stdout, count.read_text()) == (0, b"ran\n", "x")
+
+
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_a_guest_that_is_rebooted_runs_nothing_twice(lab: Lab, at: int) -> None:
+    """Either the result is the command's, or nobody claims to know."""
+    sandbox = lab.create()
+    guest = lab.pve.machine(sandbox.vmid)
+    count: Path = guest.folder / "count"
+    count.touch()
+    count.chmod(0o666)
+    seen = [0]
+
+    def strike(_method: str, path: str) -> None:
+        if "/agent/" in path:
+            seen[0] += 1
+            if seen[0] == at:
+                guest.reboot()
+
+    lab.pve.before = strike
+    spec = CommandSpec(argv=["sh", "-c", f"printf x >>{count}; sleep 0.3; echo ran"], run_id=uuid.uuid4().hex)
+    for _time in range(2):
+        try:
+            result = command.run_command(lab.context(), sandbox, spec)
+            assert result.stdout == b"ran\n"
+        except OutcomeUnknown as error:
+            assert error.detail["run_id"] == spec.run_id
+    time.sleep(0.5)
+    assert len(count.read_text()) <= 1
+
+
+def test_a_file_is_the_old_one_or_the_new_one_whatever_happens(lab: Lab) -> None:
+    sandbox = lab.create()
+    guest = lab.pve.machine(sandbox.vmid)
+    target = guest.folder / "run" / "file"
+    old, new = b"old" * 1000, os.urandom(200_000)
+    for at in (1, 3, 5):
+        files.put_file(lab.context(), sandbox, old, str(target), mode=0o640)
+        seen = [0]
+
+        def strike(_method: str, path: str, at: int = at, seen: list[int] = seen) -> None:
+            if path.endswith("/agent/exec"):
+                seen[0] += 1
+                if seen[0] == at:
+                    lab.pve.fault("POST", "/agent/exec", "cut-before")
+
+        lab.pve.before = strike
+        try:
+            files.put_file(lab.context(), sandbox, new, str(target))
+            assert target.read_bytes() == new
+        except OutcomeUnknown:
+            assert target.read_bytes() in (old, new)
+        lab.pve.before = None
+        lab.pve.faults.clear()
+        assert target.stat().st_mode & 0o7777 == 0o640
+    assert [path.name for path in target.parent.iterdir() if path.name.startswith(".agentlab-")] == []
