@@ -186,7 +186,8 @@ class Planner:
             others = self.client.rows(f"{path}/", name=name) if "organization" in query else []
             beside = f" ({self._owners(others)}; that is not used)" if others else ""
             self.plan.problems.append(
-                f"{path} of AWX has none named {name}{where}{beside}; create it first, or name another with {option}"
+                f"{path} of AWX has none named {name}{where} that this user may see{beside}; create it first, log in as an "
+                f"administrator of the organization, or name another with {option}"
             )
         return None
 

@@ -214,7 +214,7 @@ def test_what_only_another_organization_has_is_missing(awx: Awx, set_up: SetUp, 
     options = {"awx_notification": "mail"} if missing == "notification_templates" else {}
     told = failure(set_up(awx_organization="Second", awx_project_scm_url=None, **options))
     assert (
-        f"{missing} of AWX has none named {name} in the organization Second (one of that name belongs to Default; "
+        f"{missing} of AWX has none named {name} in the organization Second that this user may see (one of that name belongs to Default; "
         in told
     )
     assert awx.writes == []
@@ -534,11 +534,14 @@ def test_what_awx_refuses_is_told_in_its_words(awx: Awx, set_up: SetUp) -> None:
             set_up(token="wrong-1234567"),
         ),
         (
-            "inventories of AWX has none named nowhere in the organization Default; create it first, or name another with "
-            "awx_inventory",
+            "inventories of AWX has none named nowhere in the organization Default that this user may see; create it first, "
+            "log in as an administrator of the organization, or name another with awx_inventory",
             set_up(awx_inventory="nowhere"),
         ),
-        ("organizations of AWX has none named Nobody; create it first", set_up(awx_organization="Nobody")),
+        (
+            "organizations of AWX has none named Nobody that this user may see; create it first",
+            set_up(awx_organization="Nobody"),
+        ),
         ("refuses projects agentlab (400): {'scm_url': ['Unsupported git URL: x']}", set_up(awx_project_scm_url="x")),
         (
             "awx_host: 'awx.example.net' is not an address with its scheme. Write it as https://awx.example.net",
