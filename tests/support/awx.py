@@ -572,10 +572,10 @@ class Awx:
                     raise Refused(400, {"error": "Default choice must be answered from the choices listed."})
 
     def _shown_survey(self, number: int) -> dict[str, Any]:
-        """Return a survey without the defaults of its passwords. AWX encrypts a default, the empty one too."""
+        """Return a survey without the defaults of its passwords. AWX encrypts a default unless it is empty."""
         survey = copy.deepcopy(self.surveys.get(number, {}))
         for question in survey.get("spec", []):
-            if question["type"] == "password" and "default" in question:
+            if question["type"] == "password" and question.get("default"):
                 question["default"] = "$encrypted$"
         return survey
 
