@@ -51,7 +51,10 @@ options:
       - Of several templates with that name, the one on the node where the sandbox is to be.
     type: str
   node:
-    description: Node to create on. The configuration's C(node), or else the template's node, unless set.
+    description:
+      - Node to create on, or V(auto) to have the node chosen that suits best, by its free memory, storages, bridges, templates and the configuration's
+        C(placement).
+      - The configuration's C(node) unless set; without that V(auto) on a cluster of several nodes, and the template's node on a single one.
     type: str
   full_clone:
     description:
@@ -218,6 +221,11 @@ EXAMPLES = r"""
     profile: yolo-ephemeral
     ttl: 30m
 
+- name: Create one on the node that suits best
+  agentlab.proxmox.agentlab_sandbox:
+    name: agent-4
+    node: auto
+
 - name: Create one in a VLAN, with a second interface
   agentlab.proxmox.agentlab_sandbox:
     name: agent-3
@@ -307,6 +315,13 @@ results:
     update: {description: What was changed of a sandbox that was there, type: dict, returned: when something was}
     before: {description: What that was before., type: dict, returned: when something was}
     upids: {description: Task ids of Proxmox VE., type: list, elements: str, returned: always}
+    placement:
+      description:
+        - Why the sandbox goes to its node. C(node), C(strategy), C(by) (what was compared, C(memory) or C(sandboxes)), and C(nodes), a list.
+        - Each entry of C(nodes) has C(node), C(chosen), C(reason) (a word), C(message), C(free_memory) in MiB (null where the node shows no figures) and
+          C(sandboxes), how many are on it.
+      type: dict
+      returned: when the node was chosen (O(node=auto))
 failed_count:
   description: How many of them failed.
   returned: always

@@ -155,6 +155,10 @@ class ProxmoxDouble(AccessRules, PowerRules, GuestRules, FakePve):
         self.listing_lag = 0.0
         # Real seconds before a wrong token is told so (Proxmox: 3).
         self.auth_delay = 0.0
+        # Node -> its bridges and vnets; vmbr0 and vmbr1 where nothing is said.
+        self.bridges: dict[str, list[str]] = {}
+        # (node, storage) -> maxdisk and disk as the list of resources tells them.
+        self.storage_figures: dict[tuple[str, str], dict[str, int]] = {}
         # Seconds by which the nodes' clocks are ahead of this host's.
         self.clock_offset = 0.0
         # Volume ids of the snippets that there are; cicustom may name no other.
@@ -644,6 +648,7 @@ class ProxmoxDouble(AccessRules, PowerRules, GuestRules, FakePve):
             ("GET", "/cluster/tasks", self._cluster_tasks),
             ("PUT", "/nodes/{node}/qemu/{vmid}/resize", self._qm_resize),
             ("GET", "/nodes/{node}/certificates/info", self._certificates),
+            ("GET", "/nodes/{node}/network", self._network),
             ("GET", "/nodes/{node}/time", self._node_time),
         ]
 
@@ -659,6 +664,12 @@ class ProxmoxDouble(AccessRules, PowerRules, GuestRules, FakePve):
 
     async def _cluster_tasks(self, v: dict[str, Any], user: str) -> list[dict[str, Any]]:
         return [_listed(self._task_view(t, True)) for t in self._tasks_of(user)[:25]]
+
+    async def _network(self, v: dict[str, Any], user: str) -> list[dict[str, Any]]:
+        return [
+            {"iface": name, "type": "bridge", "active": 1, "method": "manual", "priority": number}
+            for number, name in enumerate(self.bridges.get(v["node"], ["vmbr0", "vmbr1"]), 3)
+        ]
 
     async def _certificates(self, v: dict[str, Any], user: str) -> list[dict[str, Any]]:
         def entry(name: str, fingerprint: str, subject: str) -> dict[str, Any]:
@@ -692,6 +703,8 @@ class ProxmoxDouble(AccessRules, PowerRules, GuestRules, FakePve):
             item for item in data if item["type"] != "storage" or self._sees_storage(request[USER], item["storage"])
         ]
         for item in data:
+            if item["type"] == "storage":
+                item.update(self.storage_figures.get((item["node"], item["storage"]), {}))
             if item["type"] == "node":
                 row = self._node_row(item, request[USER])
                 item.clear()

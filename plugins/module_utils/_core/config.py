@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from . import database_address, durations, patterns, safe_yaml
+from . import database_address, durations, patterns, placement, safe_yaml
 from .errors import ConfigError, InvalidInput
 
 CONFIG_FILE = "/etc/agentlab/config.yaml"
@@ -57,6 +57,7 @@ DEFAULTS: dict[str, Any] = {
     "template": None,
     "pool": None,
     "storage": None,
+    "placement": None,
     "default_ttl": "4h",
     "max_lifetime": None,
     "max_ttl": "30d",
@@ -235,6 +236,8 @@ class Config:
     template: str | None
     pool: str | None
     storage: str | None
+    # How "auto" chooses a node.
+    placement: placement.Rules
     default_ttl: int
     max_ttl: int
     max_lifetime: int | None
@@ -324,6 +327,7 @@ def load(options: Mapping[str, Any], environment: Mapping[str, str]) -> Config:
         template=_word("template", value("template"), patterns.WORD),
         pool=_word("pool", value("pool"), patterns.POOL),
         storage=_word("storage", value("storage"), patterns.WORD),
+        placement=_placement_rules(value("placement")),
         default_ttl=durations.parse(value("default_ttl"), "default_ttl"),
         max_ttl=durations.parse(value("max_ttl"), "max_ttl"),
         max_lifetime=None if lifetime is None else durations.parse(lifetime, "max_lifetime"),
@@ -398,6 +402,64 @@ def read_file(path: str) -> dict[str, Any]:
                 file=path,
             )
     return dict(found)
+
+
+def _placement_rules(value: Any) -> placement.Rules:
+    """Return the mapping ``placement`` as rules; InvalidInput names the key, its value and what is valid."""
+    if value is None:
+        return placement.Rules()
+    valid = ", ".join(placement.Rules.__dataclass_fields__)
+    if not isinstance(value, Mapping):
+        raise InvalidInput(
+            f"placement: {patterns.quoted(value)} is not valid. Valid: a mapping of {valid}", option="placement"
+        )
+    for key in value:
+        if key not in placement.Rules.__dataclass_fields__:
+            raise InvalidInput(f"placement: {patterns.quoted(key)} is no key of it. Valid: {valid}", option="placement")
+    rules = {key: item for key, item in value.items() if item is not None}
+    for key, choices in (("strategy", placement.STRATEGIES), ("anti_affinity", placement.AFFINITIES)):
+        if key in rules and rules[key] not in choices:
+            raise InvalidInput(
+                f"placement.{key}: {patterns.quoted(rules[key])} is not valid. Valid: {', '.join(choices)}",
+                option=f"placement.{key}",
+            )
+    if "nodes" in rules:
+        rules["nodes"] = frozenset(_words("placement.nodes", rules["nodes"], patterns.WORD) or ())
+    for key in ("prefer", "avoid"):
+        if key in rules:
+            rules[key] = _preferences(f"placement.{key}", rules[key])
+    if "max_per_node" in rules:
+        rules["max_per_node"] = _integer("placement.max_per_node", rules["max_per_node"], 1, 100000)
+    if "settle" in rules:
+        rules["settle"] = _seconds("placement.settle", rules["settle"])
+    if "reserve" in rules:
+        rules["reserve"] = _integer("placement.reserve", rules["reserve"], 0, 99)
+    return placement.Rules(**rules)
+
+
+def _preferences(name: str, value: Any) -> tuple[placement.Preference, ...]:
+    """Return a list of ``{tag: T, nodes: [N]}`` and ``{profile: P, nodes: [N]}``."""
+    preferences = []
+    for item in value if isinstance(value, list) else [value]:
+        keys = set(item) if isinstance(item, Mapping) else set()
+        if keys not in ({"tag", "nodes"}, {"profile", "nodes"}):
+            raise InvalidInput(
+                f"{name}: {patterns.quoted(item)} is not valid. Valid: a list of mappings, each with nodes and either "
+                "tag or profile, such as {tag: gpu, nodes: [pve3]}",
+                option=name,
+            )
+        kind = "tag" if "tag" in keys else "profile"
+        written = item[kind].lower() if kind == "tag" and isinstance(item[kind], str) else item[kind]
+        word = _word(f"{name}.{kind}", written, patterns.TAG if kind == "tag" else patterns.WORD)
+        nodes = _words(f"{name}.nodes", item["nodes"], patterns.WORD)
+        if not word or not nodes:
+            raise InvalidInput(
+                f"{name}: {patterns.quoted(dict(item))} names no {kind if not word else 'node'}. Valid: a {kind} and at "
+                "least one node",
+                option=name,
+            )
+        preferences.append(placement.Preference(kind, word, frozenset(nodes)))
+    return tuple(preferences)
 
 
 def vmid_range(value: object, name: str = "vmid_range") -> tuple[int, int]:

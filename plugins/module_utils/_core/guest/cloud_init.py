@@ -16,6 +16,7 @@ import os
 import re
 import socket
 import stat
+from collections.abc import Collection
 from typing import Any
 
 from .. import patterns, safe_yaml
@@ -122,6 +123,12 @@ def check_storage(ctx: Context, node: str) -> dict[str, Any]:
             value=storage,
         )
     return row
+
+
+def may_reach(node: str, nodes: Collection[str], shared: bool) -> bool:
+    """Return whether a node may see a snippet written here; ``shared``: the storage of snippets is."""
+    here = _here()
+    return here == node or shared or here not in nodes
 
 
 def check_place(ctx: Context, node: str) -> None:

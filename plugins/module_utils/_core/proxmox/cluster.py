@@ -13,13 +13,16 @@ import json
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .. import parallel
 from ..clock import Clock
 from ..errors import ApiError, Kept, OutcomeUnknown, ProxmoxError
 from ..store.records import Records
 from .client import ProxmoxClient
+
+if TYPE_CHECKING:
+    from .capacity import Capacity
 
 # Quorum changes rarely and is asked before every delete of a bulk run: an answer is good for this long. The config write directly
 # before the delete is what really tells whether the cluster takes writes.
@@ -52,6 +55,7 @@ class Cluster:
         self._status: tuple[float, list[dict[str, Any]]] | None = None
         self._quorum: tuple[float, dict[str, Any]] | None = None
         self._vms: dict[int, dict[str, Any]] | None = None
+        self._capacity: Capacity | None = None
         self._confirmed = False
         # A list that shows every VM, and the quorum it was read under: see survey().
         self._whole: tuple[dict[int, dict[str, Any]], dict[str, Any], float] | None = None
@@ -204,16 +208,19 @@ class Cluster:
         """All VMs and containers the credentials may see, by VMID. A hint only: where to look, never whether to act."""
         with self._lock:
             if self._vms is None or fresh:
-                rows = self._client.get_list("cluster/resources", type="vm")
-                try:
-                    self._vms = {
-                        int(row["vmid"]): {name: row[name] for name in _LOOKED_AT if name in row} for row in rows
-                    }
-                except (KeyError, TypeError, ValueError):
-                    raise OutcomeUnknown(
-                        "GET /cluster/resources: entries without a vmid; is api_host a Proxmox node?"
-                    ) from None
+                self._vms = _by_vmid(self._client.get_list("cluster/resources", type="vm"))
             return self._vms
+
+    def capacity(self) -> Capacity:
+        """Return what the nodes have and carry, from one request that is the list of all VMs as well."""
+        from .capacity import parse
+
+        with self._lock:
+            if self._capacity is None:
+                rows = self._client.get_list("cluster/resources")
+                self._vms = _by_vmid([row for row in rows if row.get("type") in ("qemu", "lxc")])
+                self._capacity = parse(rows)
+            return self._capacity
 
     def find(self, vmid: int, *, fresh: bool = False) -> dict[str, Any] | None:
         return self.vms(fresh=fresh).get(vmid)
@@ -360,6 +367,13 @@ def sees_every_vm(entries: list[dict[str, Any]], held: dict[str, Any]) -> bool:
         if entry["roleid"] == "NoAccess" and (path == "/" or path.startswith("/pool")):
             return False
     return True
+
+
+def _by_vmid(rows: Iterable[dict[str, Any]]) -> dict[int, dict[str, Any]]:
+    try:
+        return {int(row["vmid"]): {name: row[name] for name in _LOOKED_AT if name in row} for row in rows}
+    except (KeyError, TypeError, ValueError):
+        raise OutcomeUnknown("GET /cluster/resources: entries without a vmid; is api_host a Proxmox node?") from None
 
 
 def _rights(held: dict[str, Any], path: str) -> dict[str, Any]:

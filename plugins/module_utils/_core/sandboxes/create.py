@@ -41,7 +41,7 @@ from ..store.records import AWAITED, Claim
 from ..vm import address, binding, power
 from ..vm.locate import Located, locate, match_if_readable, require_match, write_with_digest
 from ..workspaces import workspace_disk
-from . import destroy, refusals, update, vm_config
+from . import destroy, place, refusals, update, vm_config
 from . import template as templates
 from .spec import Spec
 
@@ -82,7 +82,13 @@ def run(ctx: Context, spec: Spec) -> Outcome:
         if now.state in states.CREATING or (
             left and (left.kind == "destroy" or (left.kind == "create" and now.state == states.READY))
         ):
-            return _carry_on(ctx, claim, spec, now)
+            try:
+                return _carry_on(ctx, claim, spec, now)
+            except CreationFailed as error:
+                node = error.detail.get("failed_node")
+                if node is None:
+                    raise
+                return _create(ctx, spec, {node: error.message})
         # Another run finished it, or gave it up, while this one waited for the claim: what it is by now decides.
         ctx.records.release(claim)
         return run(ctx, spec)
@@ -133,7 +139,39 @@ def amend(ctx: Context, found: Sandbox, **wanted: bool | None) -> Outcome:
     )
 
 
-def _create(ctx: Context, spec: Spec) -> Outcome:
+def _create(ctx: Context, spec: Spec, failed: dict[str, str] | None = None) -> Outcome:
+    """Create the sandbox; where the node is ours to choose, a node that fails is left for the next best one.
+
+    ``failed``: nodes that failed this creation before, each with what went wrong.
+    """
+    failed = dict(failed or {})
+    while True:
+        try:
+            outcome = _create_once(ctx, spec, failed)
+        except CreationFailed as error:
+            node = error.detail.get("failed_node")
+            if node is None or node in failed:
+                raise _with_history(error, failed) from None
+            failed[node] = error.message
+            continue
+        outcome.warnings[:0] = [
+            f"node {node} failed the creation and was left for {outcome.sandbox.node if outcome.sandbox else 'another'}: "
+            f"{why}"
+            for node, why in failed.items()
+        ]
+        return outcome
+
+
+def _with_history(error: CreationFailed, failed: dict[str, str]) -> CreationFailed:
+    """Return the error with what went wrong on the nodes that were tried before."""
+    if not failed or error.detail.get("placement") is not None:
+        # A decision names the failed nodes itself.
+        return error
+    tried = "; ".join(f"{node}: {why}" for node, why in failed.items())
+    return CreationFailed(f"{error.message}. Tried before: {tried}", **error.detail)
+
+
+def _create_once(ctx: Context, spec: Spec, failed: dict[str, str]) -> Outcome:
     first, last = ctx.config.workspace_owner_range
     if spec.vmid is not None and first <= spec.vmid <= last:
         raise InvalidInput(
@@ -143,29 +181,35 @@ def _create(ctx: Context, spec: Spec) -> Outcome:
             value=spec.vmid,
         )
     disk = workspace_disk.select(ctx, spec.workspace) if spec.workspace is not None else None
-    # Where its workspace is, if that is on one node only.
-    wanted_node = spec.node or (disk.node if disk else None) or ctx.config.node
-    template = templates.find(ctx, spec.template or ctx.config.template, wanted_node)
-    node = wanted_node or template.node
     nodes = ctx.cluster.nodes()
-    if node not in nodes:
-        raise InvalidInput(
-            f"node: {node!r} is not a node of this cluster. Nodes: {', '.join(sorted(nodes))}",
-            option="node",
-            value=node,
-        )
-    if not nodes[node]:
-        raise InvalidInput(
-            f"node: {node!r} is offline; choose another, or wait until it is back", option="node", value=node
-        )
-    templates.check(ctx, spec, template, node)
+    choice = place.Choice(ctx, spec, disk, failed) if place.is_open(ctx, spec, disk, nodes) else None
+    if choice is not None:
+        node, template = None, None
+        if choice.look().node is None:
+            raise choice.no_node()
+    else:
+        # Where its workspace is, if that is on one node only.
+        wanted_node = spec.node or (disk.node if disk else None) or ctx.config.node
+        template = templates.find(ctx, spec.template or ctx.config.template, wanted_node)
+        node = wanted_node or template.node
+        if node not in nodes:
+            raise InvalidInput(
+                f"node: {node!r} is not a node of this cluster. Nodes: {', '.join(sorted(nodes))}",
+                option="node",
+                value=node,
+            )
+        if not nodes[node]:
+            raise InvalidInput(
+                f"node: {node!r} is offline; choose another, or wait until it is back", option="node", value=node
+            )
+        templates.check(ctx, spec, template, node)
+        if disk is not None:
+            workspace_disk.check_usable(ctx, disk, node)
+        if spec.cloud_init_user_data is not None:
+            cloud_init.check_place(ctx, node)
     known = ctx.cluster.vms()
     if spec.vmid is not None and spec.vmid in known:
         raise _occupied(spec.vmid, str(known[spec.vmid].get("name") or "unnamed"))
-    if disk is not None:
-        workspace_disk.check_usable(ctx, disk, node)
-    if spec.cloud_init_user_data is not None:
-        cloud_init.check_place(ctx, node)
     ctx.cluster.confirm(creating=True)
     uid = str(uuid_module.uuid4())
     name = spec.name or f"sandbox-{uid[:8]}"
@@ -184,14 +228,37 @@ def _create(ctx: Context, spec: Spec) -> Outcome:
         lease_expires_at=now + spec.ttl,
         lease_max_seconds=spec.lease_maximum,
     )
-    journal = _clone_note(ctx, spec, template, node)
-    claim = ctx.records.reserve(
-        sandbox, vmid=spec.vmid, vmid_range=ctx.config.vmid_range, occupied=set(known), journal=journal
-    )
+    journal: dict[str, Any] = {}
+
+    def write(reservation: Any) -> Claim:
+        return ctx.records.reserve(
+            sandbox,
+            vmid=spec.vmid,
+            vmid_range=ctx.config.vmid_range,
+            occupied=set(known),
+            journal=journal,
+            place=reservation,
+        )
+
+    if choice is not None:
+
+        def note_choice() -> None:
+            assert choice.template is not None
+            journal.update(_clone_note(ctx, spec, choice.template, sandbox.node), chosen=True)
+
+        claim = choice.reserve(sandbox, write, note_choice)
+    else:
+        assert template is not None
+        journal.update(_clone_note(ctx, spec, template, node))
+        claim = write(place.fixed(ctx, spec, template, str(node)))
+    decision = choice.decision if choice is not None else None
     if ctx.dry_run:
-        done = Outcome.of("would_create", sandbox, previous_state=None, state=states.RUNNING, changed=True)
-        return done
-    return _carry_on(ctx, claim, spec, sandbox, journal)
+        outcome = Outcome.of("would_create", sandbox, previous_state=None, state=states.RUNNING, changed=True)
+    else:
+        outcome = _carry_on(ctx, claim, spec, sandbox, journal)
+    if decision is not None:
+        outcome.extra["placement"] = decision.public()
+    return outcome
 
 
 def _clone_note(ctx: Context, spec: Spec, template: templates.Template, node: str | None) -> dict[str, Any]:
@@ -298,7 +365,11 @@ def _carry_on(
         raise
     except AgentlabError as error:
         told = refusals.explain(ctx, spec, sandbox.node, noted.get("template"), error)
-        raise _clean_up(ctx, claim, sandbox, error, told or error.message, noted) from None
+        failure = _clean_up(ctx, claim, sandbox, error, told or error.message, noted)
+        clean = failure.detail.pop("clean", False)
+        if noted.get("chosen") and clean and refusals.blames_node(error):
+            failure.detail["failed_node"] = sandbox.node
+        raise failure from None
     finally:
         ctx.records.release(claim)
 
@@ -600,6 +671,7 @@ def _clean_up(
     ctx: Context, claim: Claim, sandbox: Sandbox, error: AgentlabError, told: str, noted: dict[str, Any]
 ) -> CreationFailed:
     """Make the record FAILED, then remove what our own clone made through the destroy pipeline; the message says what is left."""
+    clean = False
     try:
         now = ctx.records.get(sandbox.uuid)
         if states.can_follow(now.state, states.FAILED):
@@ -616,7 +688,8 @@ def _clean_up(
         # The list is from before the clone: what is at the VMID now decides.
         ctx.cluster.vms(fresh=True)
         outcome = destroy.run(ctx, [(now, destroy.Request(operation="clean-up", force=True, clean_up=True))])[0]
-        if outcome.state == states.DESTROYED:
+        clean = outcome.state == states.DESTROYED
+        if clean:
             # A clone request that Proxmox VE took left its task id in the journal.
             made = sandbox.smbios_uuid is not None or sandbox.snippet is not None or noted.get("upid") is not None
             left = "what was made for it has been removed" if made else "nothing was made for it"
@@ -628,7 +701,11 @@ def _clean_up(
         # Also when its VM could not be removed: what was to be secret is not left lying about.
         cloud_init.remove(ctx, ctx.records.get(sandbox.uuid))
     except AgentlabError as third:
+        clean = False
         left += f"; {third.message}"
     return CreationFailed(
-        f"sandbox {sandbox.vmid} could not be created: {told}; {left}", vmid=sandbox.vmid, cause=error.as_dict()
+        f"sandbox {sandbox.vmid} could not be created: {told}; {left}",
+        vmid=sandbox.vmid,
+        cause=error.as_dict(),
+        clean=clean,
     )

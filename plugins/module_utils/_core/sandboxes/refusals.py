@@ -11,9 +11,25 @@ from __future__ import annotations
 import re
 
 from ..context import Context
-from ..errors import AccessDenied, AgentlabError, ApiError, ProxmoxError, TaskFailed
+from ..errors import AccessDenied, AgentlabError, ApiError, ProxmoxError, TaskFailed, Unreachable
 from ..proxmox import answers
 from .spec import Spec
+
+# Refusals that every node would give: they are about the request or the whole cluster.
+_EVERYWHERE = re.compile(
+    r"no quorum|pool '[^']*' does not exist|shrinking disks|Linked clone feature|Parameter verification failed"
+)
+
+
+def blames_node(error: AgentlabError) -> bool:
+    """Return whether another node may succeed where a request, or its task, failed with this error."""
+    if isinstance(error, AccessDenied) or (isinstance(error, ApiError) and error.status == 400):
+        return False
+    if isinstance(error, ApiError):
+        return _EVERYWHERE.search(error.text) is None
+    if isinstance(error, TaskFailed):
+        return _EVERYWHERE.search(error.exitstatus) is None
+    return isinstance(error, Unreachable)
 
 
 def explain(ctx: Context, spec: Spec, node: str | None, template: object, error: AgentlabError) -> str | None:

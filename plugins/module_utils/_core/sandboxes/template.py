@@ -71,17 +71,14 @@ def find(ctx: Context, wanted: str | None, node: str | None = None) -> Template:
             "template: missing; give the VMID or name of a template (or set it in the configuration)", option="template"
         )
     rows = ctx.cluster.vms()
-    number = int(wanted) if wanted.isascii() and wanted.isdecimal() else None
+    number = _number(wanted)
     if number is not None and number in rows:
         return _of_number(ctx, number)
-    templates = {vmid: row for vmid, row in rows.items() if _is_template(row)}
-    named = {vmid: str(row.get("node")) for vmid, row in templates.items() if row.get("name") == wanted}
-    if not named:
-        named = _of_unclear_rows(ctx, wanted)
+    named = named_so(ctx, wanted)
     if len(named) > 1 and node is not None:
         named = {vmid: where for vmid, where in named.items() if where == node} or named
     if len(named) == 1:
-        return _read(ctx, *next(iter(named.items())))
+        return read(ctx, *next(iter(named.items())))
     if named:
         places = ", ".join(f"{vmid} on {where}" for vmid, where in sorted(named.items()))
         here = f", none of them on node {node}" if node is not None and node not in named.values() else ""
@@ -90,6 +87,7 @@ def find(ctx: Context, wanted: str | None, node: str | None = None) -> Template:
             option="template",
             value=wanted,
         )
+    templates = {vmid: row for vmid, row in rows.items() if _is_template(row)}
     names = [f"{vmid} ({row['name']})" if row.get("name") else str(vmid) for vmid, row in sorted(templates.items())]
     seen = ", ".join(names) or "none that these credentials may see"
     silent = sorted(name for name, online in ctx.cluster.nodes().items() if not online)
@@ -106,6 +104,22 @@ def find(ctx: Context, wanted: str | None, node: str | None = None) -> Template:
     if plain:
         raise _no_template(plain[0], str(rows[plain[0]].get("type")), wanted)
     raise InvalidInput(f"template: {wanted!r} does not exist. Templates: {seen}", option="template", value=wanted)
+
+
+def _number(wanted: str) -> int | None:
+    return int(wanted) if wanted.isascii() and wanted.isdecimal() else None
+
+
+def named_so(ctx: Context, wanted: str) -> dict[int, str]:
+    """Return the templates of that name, each with its node; empty where a VMID was given."""
+    rows = ctx.cluster.vms()
+    number = _number(wanted)
+    if number is not None and number in rows:
+        return {}
+    named = {
+        vmid: str(row.get("node")) for vmid, row in rows.items() if _is_template(row) and row.get("name") == wanted
+    }
+    return named or _of_unclear_rows(ctx, wanted)
 
 
 def _is_template(row: dict[str, Any]) -> bool:
@@ -128,7 +142,7 @@ def _of_number(ctx: Context, vmid: int) -> Template:
     row = ctx.cluster.vms()[vmid]
     if row.get("type") != "qemu":
         raise _no_template(vmid, str(row.get("type")), str(vmid))
-    template = _read(ctx, vmid, str(row.get("node")), listed=_is_template(row))
+    template = read(ctx, vmid, str(row.get("node")), listed=_is_template(row))
     if template.config is not None and str(template.config.get("template", "0")) != "1":
         raise _no_template(vmid, "qemu", str(vmid))
     return template
@@ -144,7 +158,7 @@ def _of_unclear_rows(ctx: Context, wanted: str) -> dict[int, str]:
     found = {}
     for vmid in unclear[:_MOST_READ]:
         try:
-            template = _read(ctx, vmid, str(ctx.cluster.vms()[vmid].get("node")), listed=False)
+            template = read(ctx, vmid, str(ctx.cluster.vms()[vmid].get("node")), listed=False)
         except (InvalidInput, ProxmoxError):
             # What does not answer is told below, by its node.
             continue
@@ -157,7 +171,7 @@ def _of_unclear_rows(ctx: Context, wanted: str) -> dict[int, str]:
     return found
 
 
-def _read(ctx: Context, vmid: int, node: str, *, listed: bool = True) -> Template:
+def read(ctx: Context, vmid: int, node: str, *, listed: bool = True) -> Template:
     """Read the configuration.
 
     ``listed``: the list says that it is a template, so it is one also where the configuration may not be read.
@@ -176,7 +190,7 @@ def _read(ctx: Context, vmid: int, node: str, *, listed: bool = True) -> Templat
     except ApiError as error:
         moved = ctx.cluster.vms(fresh=True).get(vmid, {}).get("node")
         if "does not exist" in error.text and moved is not None and str(moved) != node:
-            return _read(ctx, vmid, str(moved), listed=listed)
+            return read(ctx, vmid, str(moved), listed=listed)
         unknown = f"template: VM {vmid} on node {node} cannot be read, so whether it is a template is not known"
         error.message = f"{unknown}: {error.message}"
         raise
@@ -202,11 +216,12 @@ def clone_mode(ctx: Context, spec: Spec, template: Template) -> tuple[bool | Non
     return True, configured
 
 
-def check(ctx: Context, spec: Spec, template: Template, node: str) -> None:
+def check(ctx: Context, spec: Spec, template: Template, node: str, *, placed: bool = False) -> None:
     """Refuse, by the name of the option, what Proxmox VE would refuse after the clone, or would take without any
-    effect.
+    effect. ``placed``: the choice of the node has seen to its storage and its CPUs.
     """
-    _check_storage(ctx, clone_mode(ctx, spec, template)[1], node)
+    if not placed:
+        _check_storage(ctx, clone_mode(ctx, spec, template)[1], node)
     config = template.config
     if config is None:
         return
@@ -228,7 +243,7 @@ def check(ctx: Context, spec: Spec, template: Template, node: str) -> None:
                     f"{option}: {template.title} has no second interface; give second_bridge, which makes one",
                     option=option,
                 )
-    if spec.cores is not None:
+    if spec.cores is not None and not placed:
         check_cores(ctx, spec.cores, config, node, "template")
 
 

@@ -271,14 +271,17 @@ class Records:
         vmid_range: tuple[int, int],
         occupied: set[int],
         journal: dict[str, Any],
+        place: Callable[[Connection], Callable[[Connection, str], None]] | None = None,
     ) -> Claim:
         """Write a REQUESTED record under a VMID that no live record has, with its claim and journal entry, in one transaction.
 
+        ``place(connection)`` sets the node of the sandbox, and returns what writes the reservation on that node.
         Without ``vmid`` the range is walked on from the last one given out, so that a freed VMID is not the next one taken.
         """
         self._refuse_new()
 
         def work(conn: Connection) -> Claim:
+            reserve_node = place(conn) if place is not None else None
             now = self.clock.now()
             taken = {row["vmid"] for row in conn.execute(f"SELECT vmid FROM sandboxes WHERE {LIVE}")}
             if vmid is not None:
@@ -317,6 +320,8 @@ class Records:
             conn.execute(
                 f"INSERT INTO sandboxes ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))})", values
             )
+            if reserve_node is not None:
+                reserve_node(conn, sandbox.uuid)
             claim = self._take(conn, sandbox.uuid, "create", now)
             self._event(conn, sandbox, None, states.REQUESTED, "create", outcome="decided", reason="requested")
             self._journal(conn, sandbox.uuid, "create", "reserved", journal, now)

@@ -146,6 +146,17 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         ) WITHOUT ROWID""",
         "CREATE INDEX runs_of ON runs (sandbox_uuid, started_at)",
     ),
+    # Placement: what a new sandbox takes on its node, in bytes, until Proxmox VE's own figures show it.
+    (
+        """CREATE TABLE placements (
+            sandbox_uuid TEXT PRIMARY KEY REFERENCES sandboxes (uuid) ON DELETE CASCADE,
+            memory INTEGER NOT NULL,
+            storage TEXT,
+            disk INTEGER NOT NULL,
+            at INTEGER NOT NULL
+        ) WITHOUT ROWID""",
+        "CREATE INDEX live_node ON sandboxes (node) WHERE state <> 'DESTROYED'",
+    ),
 )
 
 VERSION = len(MIGRATIONS)

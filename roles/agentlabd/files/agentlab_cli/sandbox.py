@@ -267,7 +267,7 @@ def _told(data: dict[str, Any]) -> str:
 @click.option("--ttl", metavar="<ttl>", help="How long it may live: minutes (120), or 90s, 30m, 2h, 1d12h.")
 @click.option("--keepalive", is_flag=True, default=None, help="Renew the lease by itself when it runs out.")
 @click.option("--workspace", type=WORKSPACE, metavar="<workspace>", help="Workspace to attach.")
-@click.option("--node", metavar="<node>", help="Node of the cluster.")
+@click.option("--node", metavar="<node>", help="Node of the cluster, or auto for the one that suits best.")
 @click.option("--pool", metavar="<pool>", help="Resource pool of Proxmox VE.")
 @click.option("--storage", metavar="<storage>", help="Storage of a full clone.")
 @click.option(

@@ -1,0 +1,290 @@
+# Copyright: the agentlab.proxmox contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Read what the choice of a node needs, and have it decided within the transaction of the new record.
+
+The decision itself is placement.decide. What costs a request for each node (the configuration of its template, its
+bridges) is read only of the node that would be taken: if that changes the decision, the next one is looked at.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from .. import placement
+from ..context import Context
+from ..errors import AgentlabError, CreationFailed, InvalidInput
+from ..guest import cloud_init
+from ..model import Sandbox
+from ..placement import Decision, Load, Node, Reservation, Wish
+from ..proxmox import capacity
+from ..store import placements
+from ..store.workspaces import Workspace
+from ..workspaces import workspace_disk
+from . import template as templates
+from . import vm_config
+from .spec import Spec
+
+# Reasons that are about one option, which is told first when no node can be taken for that reason.
+_OPTION_OF = {
+    "storage": "storage",
+    "bridge": "bridge",
+    "cpus": "cores",
+    "template": "template",
+    "workspace": "workspace",
+}
+_KIB = 1024
+
+
+class _NotLookedAt(AgentlabError):
+    """The node that would be taken was not looked at yet; the transaction is undone, and comes again."""
+
+    def __init__(self, node: str) -> None:
+        super().__init__(f"node {node} is to be looked at first")
+        self.node = node
+
+
+def is_open(ctx: Context, spec: Spec, workspace: Workspace | None, nodes: Mapping[str, bool]) -> bool:
+    """Return whether the node is to be chosen: it is auto, or nothing names one and the cluster has several."""
+    if spec.node is not None:
+        return spec.node == placement.AUTO
+    if workspace is not None and workspace.node is not None:
+        return False
+    return ctx.config.node == placement.AUTO or (ctx.config.node is None and len(nodes) > 1)
+
+
+class Choice:
+    """The choice of a node for one sandbox. ``decision`` is the last one, ``template`` that of the chosen node."""
+
+    def __init__(
+        self,
+        ctx: Context,
+        spec: Spec,
+        workspace: Workspace | None = None,
+        failed: Mapping[str, str] | None = None,
+    ) -> None:
+        self._ctx = ctx
+        self._spec = spec
+        self._workspace = workspace
+        self._rules = ctx.config.placement
+        self.decision: Decision | None = None
+        self.template: templates.Template | None = None
+        read = ctx.cluster.capacity()
+        self._sources = self._find_sources(read)
+        self._nodes = {name: self._prepare(node, read, failed or {}) for name, node in read.nodes.items()}
+        self._looked_at: dict[str, templates.Template] = {}
+        self._wish = self._make_wish(read)
+        young = {vmid: vm for vmid, vm in read.running.items() if vm.uptime < self._rules.settle}
+        ours = placements.own(ctx.records, young)
+        self._young = {vmid: vm for vmid, vm in young.items() if vmid in ours}
+
+    # ---- what is known of each node beforehand ----
+
+    def _find_sources(self, read: capacity.Capacity) -> dict[str, tuple[int, str]]:
+        """Return, by node, the template that would be cloned to it, as VMID and the node on which that is."""
+        ctx, wanted = self._ctx, self._spec.template or self._ctx.config.template
+        named = templates.named_so(ctx, wanted) if wanted else {}
+        if len(named) <= 1 or len(set(named.values())) < len(named):
+            first = templates.find(ctx, wanted)
+            own = {}
+        else:
+            own = {node: (vmid, node) for vmid, node in named.items()}
+            online = ctx.cluster.nodes()
+            if all(node in own for node, up in online.items() if up):
+                return own
+            vmid, node = next(((vmid, node) for vmid, node in sorted(named.items()) if online.get(node)), (0, ""))
+            if not vmid:
+                return own
+            first = templates.read(ctx, vmid, node)
+        sources = {first.node: (first.vmid, first.node)}
+        # Proxmox VE clones to another node only what lies on shared storage.
+        if first.config is not None and first.storages and first.storages <= read.shared:
+            sources = dict.fromkeys(read.nodes, (first.vmid, first.node))
+        return {**sources, **own}
+
+    def _prepare(self, node: Node, read: capacity.Capacity, failed: Mapping[str, str]) -> Node:
+        ctx, spec, workspace = self._ctx, self._spec, self._workspace
+        online = ctx.cluster.nodes()
+        refused = None
+        if node.name in failed:
+            refused = "failed", failed[node.name]
+        elif workspace is not None and workspace.node is not None and workspace.node != node.name:
+            refused = "workspace", f"{workspace.title} lies on local storage of node {workspace.node}"
+        elif workspace is not None and node.storages is not None and workspace.storage not in node.storages:
+            refused = "workspace", f"it has no storage {workspace.storage}, where {workspace.title} lies"
+        elif spec.cloud_init_user_data is not None and not cloud_init.may_reach(
+            node.name, online, ctx.config.snippets_storage in read.shared
+        ):
+            refused = "snippets", f"it does not see the local storage {ctx.config.snippets_storage} of this host"
+        source = self._sources.get(node.name)
+        return dataclasses.replace(
+            node,
+            online=node.online and online.get(node.name, False),
+            template=source is not None and online.get(source[1], False),
+            refused=refused,
+        )
+
+    def _make_wish(self, read: capacity.Capacity) -> Wish:
+        spec = self._spec
+        figures = [read.templates.get(vmid, (0, 0, 0)) for vmid, _node in set(self._sources.values())]
+        memory = spec.memory * placement.MIB if spec.memory is not None else max((row[0] for row in figures), default=0)
+        # The number of sockets is the template's; it is known when the template was looked at.
+        cpus = spec.cores if spec.cores is not None else max((row[1] for row in figures), default=0)
+        return Wish(
+            memory=memory,
+            cpus=cpus,
+            storage=spec.storage,
+            disk=_disk_bytes(spec, max((row[2] for row in figures), default=0)),
+            template=spec.template or self._ctx.config.template or "",
+            profile=spec.profile,
+            tags=frozenset(spec.tags),
+        )
+
+    # ---- what is read of the node that would be taken ----
+
+    def look_at(self, name: str) -> None:
+        """Read what only the node itself, or its template's configuration, tells. InvalidInput for a wrong option."""
+        ctx, spec = self._ctx, self._spec
+        vmid, owner = self._sources[name]
+        template = templates.read(ctx, vmid, owner)
+        templates.check(ctx, spec, template, name, placed=True)
+        node = self._nodes[name]
+        config = template.config
+        if config is not None:
+            self._refine_wish(config)
+            full, storage = templates.clone_mode(ctx, spec, template)
+            disk = vm_config.boot_disk(config)
+            own = str(config[disk]).partition(":")[0] if disk else None
+            node = dataclasses.replace(node, storage=storage or own, disk=self._wish.disk if full or storage else 0)
+        bridges = _bridges(spec, config or {})
+        if bridges and (spec.bridge or spec.second_bridge or name != owner):
+            there = ctx.once(("bridges", name), lambda: capacity.bridges(ctx.client, name))
+            if there is not None and not bridges <= there:
+                missing = ", ".join(sorted(bridges - there))
+                node = dataclasses.replace(node, refused=("bridge", f"it has no bridge or vnet {missing}"))
+        if spec.cloud_init_user_data is not None:
+            try:
+                cloud_init.check_place(ctx, name)
+            except InvalidInput as error:
+                if error.detail.get("option") == "snippets_dir":
+                    raise
+                node = dataclasses.replace(node, refused=("snippets", error.message))
+        if self._workspace is not None:
+            workspace_disk.check_usable(ctx, self._workspace, name)
+        self._nodes[name] = node
+        self._looked_at[name] = template
+
+    def _refine_wish(self, config: Mapping[str, Any]) -> None:
+        """Complete the wish by a template's configuration: the list may not tell it yet, and never tells the sockets."""
+        memory = self._wish.memory or _memory_bytes(config)
+        sockets = re.fullmatch(r"\d{1,3}", str(config.get("sockets") or "1"))
+        cpus = self._spec.cores * int(sockets[0]) if self._spec.cores is not None and sockets else 0
+        self._wish = dataclasses.replace(self._wish, memory=memory, cpus=max(self._wish.cpus, cpus))
+
+    # ---- the decision ----
+
+    def _decide(self, load: Load) -> Decision:
+        self.decision = placement.decide(self._nodes.values(), self._young, load, self._wish, self._rules)
+        return self.decision
+
+    def look(self) -> Decision:
+        """Decide by the records as they are now, looking at the node that would be taken. Nothing is reserved."""
+        load = placements.read_load(
+            self._ctx.records, self._rules.settle, self._rules.anti_affinity, self._spec.profile, self._spec.tags
+        )
+        while True:
+            decision = self._decide(load)
+            if decision.node is None or decision.node in self._looked_at:
+                return decision
+            self.look_at(decision.node)
+
+    def reserve(self, sandbox: Sandbox, write: Callable[[Callable[..., Any]], Any], chosen: Callable[[], None]) -> Any:
+        """Call ``write`` with what Records.reserve takes as ``place``, until the node that it chooses was looked at.
+
+        Sets the sandbox's node; ``chosen`` is called then, within the transaction. CreationFailed when no node fits.
+        """
+        if self.look().node is None:
+            raise self.no_node()
+
+        def decide(load: Load) -> Reservation:
+            name = self._decide(load).node
+            if name is None:
+                raise self.no_node()
+            if name not in self._looked_at:
+                raise _NotLookedAt(name)
+            node = self._nodes[name]
+            sandbox.node = name
+            self.template = self._looked_at[name]
+            chosen()
+            disk = self._wish.disk if node.disk is None else node.disk
+            return Reservation(0, name, self._wish.memory, node.storage or self._wish.storage, disk)
+
+        place = placements.reserve(
+            self._ctx.records,
+            self._rules.settle,
+            self._rules.anti_affinity,
+            self._spec.profile,
+            self._spec.tags,
+            decide,
+        )
+        while True:
+            try:
+                return write(place)
+            except _NotLookedAt as error:
+                # Another run took the room meanwhile that was seen.
+                self.look_at(error.node)
+
+    def no_node(self) -> CreationFailed:
+        """Return the error that names for every node why it cannot be taken."""
+        verdicts = self.decision.verdicts if self.decision else ()
+        reasons = {verdict.reason for verdict in verdicts}
+        option = _OPTION_OF.get(next(iter(reasons)), "node") if len(reasons) == 1 else "node"
+        why = self.decision.why_none() if self.decision else "no node is listed"
+        return CreationFailed(
+            f"{option}: no node can take the sandbox, and nothing is left behind. {why}. Free room there, ask for less, or see "
+            "agentlab_doctor",
+            option=option,
+            placement=self.decision.public() if self.decision else None,
+        )
+
+
+def fixed(
+    ctx: Context, spec: Spec, template: templates.Template, node: str
+) -> Callable[[Any], Callable[[Any, str], None]]:
+    """Return what reserves for a sandbox whose node is given: choices of other runs count it as well."""
+    config = template.config or {}
+    memory = spec.memory * placement.MIB if spec.memory is not None else _memory_bytes(config)
+    full, storage = templates.clone_mode(ctx, spec, template)
+    disk = vm_config.boot_disk(config)
+    size = vm_config.size_of(str(config[disk])) if disk else None
+    own = str(config[disk]).partition(":")[0] if disk else None
+    needed = _disk_bytes(spec, int(vm_config.kib(size) * _KIB) if size else 0) if full or storage else 0
+    reservation = Reservation(0, node, memory, storage or own, needed)
+    return placements.reserve(ctx.records, ctx.config.placement.settle, None, None, (), lambda _load: reservation)
+
+
+def _bridges(spec: Spec, config: Mapping[str, Any]) -> frozenset[str]:
+    """Return the bridges of the VM's two interfaces: those asked for, else the template's."""
+    names = set()
+    for asked, key in ((spec.bridge, "net0"), (spec.second_bridge, "net1")):
+        match = re.search(r"(?:^|,)bridge=([^,]+)", str(config.get(key) or ""))
+        name = asked or (match[1] if match else None)
+        if name:
+            names.add(name)
+    return frozenset(names)
+
+
+def _memory_bytes(config: Mapping[str, Any]) -> int:
+    match = re.search(r"(?:^|current=)(\d+)", str(config.get("memory") or "512"))
+    return int(match[1]) * placement.MIB if match else 0
+
+
+def _disk_bytes(spec: Spec, template: int) -> int:
+    """Return the size of the boot disk in bytes."""
+    if spec.disk_size is None:
+        return template
+    size = int(vm_config.kib(spec.disk_size.removeprefix("+")) * _KIB)
+    return template + size if spec.disk_size.startswith("+") else size
