@@ -144,7 +144,7 @@ class Wish:
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class NodeVerdict:
     """Why a node was taken or passed over. ``free`` is its free memory in bytes, before the sandbox is there."""
 
     node: str
@@ -170,7 +170,7 @@ class Decision:
     """The node, or None when no node fits; a verdict for each node; ``by``: what was compared, memory or sandboxes."""
 
     node: str | None
-    verdicts: tuple[Verdict, ...]
+    verdicts: tuple[NodeVerdict, ...]
     by: str
     strategy: str
 
@@ -266,7 +266,7 @@ def decide(nodes: Iterable[Node], vms: Mapping[int, Vm], load: Load, wish: Wish,
                 "less_suitable",
                 _why_less(name, str(chosen), free, counts, load, wish, rules, by),
             )
-        verdicts.append(Verdict(name, reason, message, free[name], counts[name]))
+        verdicts.append(NodeVerdict(name, reason, message, free[name], counts[name]))
     return Decision(chosen, tuple(verdicts), by, rules.strategy)
 
 

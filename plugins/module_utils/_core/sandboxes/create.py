@@ -182,7 +182,7 @@ def _create_once(ctx: Context, spec: Spec, failed: dict[str, str]) -> Outcome:
         )
     disk = workspace_disk.select(ctx, spec.workspace) if spec.workspace is not None else None
     nodes = ctx.cluster.nodes()
-    choice = place.Choice(ctx, spec, disk, failed) if place.is_open(ctx, spec, disk, nodes) else None
+    choice = place.NodeChoice(ctx, spec, disk, failed) if place.is_open(ctx, spec, disk, nodes) else None
     if choice is not None:
         node, template = None, None
         if choice.look().node is None:

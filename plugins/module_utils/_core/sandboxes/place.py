@@ -56,7 +56,7 @@ def is_open(ctx: Context, spec: Spec, workspace: Workspace | None, nodes: Mappin
     return ctx.config.node == placement.AUTO or (ctx.config.node is None and len(nodes) > 1)
 
 
-class Choice:
+class NodeChoice:
     """The choice of a node for one sandbox. ``decision`` is the last one, ``template`` that of the chosen node."""
 
     def __init__(
