@@ -16,7 +16,7 @@ from typing import Any
 
 from .. import placement
 from ..context import Context
-from ..errors import AgentlabError, CreationFailed, InvalidInput
+from ..errors import CreationFailed, InvalidInput
 from ..guest import cloud_init
 from ..model import Sandbox
 from ..placement import Decision, Load, Node, Reservation, Wish
@@ -39,7 +39,7 @@ _OPTION_OF = {
 _KIB = 1024
 
 
-class _NotLookedAt(AgentlabError):
+class _NotLookedAt(Exception):
     """The node that would be taken was not looked at yet; the transaction is undone, and comes again."""
 
     def __init__(self, node: str) -> None:
