@@ -99,7 +99,7 @@ soak: setup ## The daemon under churn for SOAK_MINUTES: a table of its memory, a
 	@echo "==> Soak, $(SOAK_MINUTES) minutes"
 	@.venv/bin/python tests/support/soak.py $(SOAK_MINUTES)
 
-test-chaos: setup ## The daemon under kills, faults, restarts and rude clients for MINUTES, and whether the promises hold (SEED replays the choices)
+test-chaos: setup ## The daemon under kills, faults, a full disk, restarts and rude clients for MINUTES, and whether the promises hold (SEED replays the choices)
 	@echo "==> Chaos, $(MINUTES) minutes"
 	@.venv/bin/python tests/support/chaos.py $(MINUTES) $(SEED)
 

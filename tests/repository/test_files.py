@@ -91,6 +91,7 @@ def test_ci_takes_every_release_at_least_every_second_day() -> None:
     assert "scripts/test-bare.sh --today" in ci and "scripts/core-env.sh --today" in ci
     # Three days in a row take all three parts of the faults.
     assert "part=$(($(date -u +%s) / 86400 % 3 + 1))/3" in ci and "SHARD=$part make test-faults" in ci
+    assert re.search(r'if \[ "\$part" = 1/3 \]; then\n.*\n    make test-chaos MINUTES=5\nfi\n', ci)
 
 
 @pytest.mark.parametrize("core", [CORES[0], CORES[-1]])

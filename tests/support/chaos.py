@@ -2,19 +2,28 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""`make test-chaos`: kills, faults of Proxmox VE, restarts, a damaged socket and rude clients, at random, and whether the promises hold.
+"""`make test-chaos`: disturb a daemon at random, and look whether the promises hold.
 
-chaos.py [MINUTES [SEED]] prints its seed; the same seed makes the same choices (not the same timing). At the end the faults stop, and the daemon
-has two minutes to bring everything to its end: no claim and no journal entry is left, no stranger's VM was touched, no record says DESTROYED
-while its VM is there, and every VM of ours has a record. The exit status is 1 otherwise.
+It is killed and restarted, Proxmox VE fails, the disk with its records is full, its socket is deleted, and clients are rude.
+
+chaos.py [MINUTES [SEED]] prints its seed; the same seed makes the same choices (not the same timing). At the end the
+faults stop, and the daemon has two minutes to bring everything to its end: no claim and no journal entry is left, no
+stranger's VM was touched, no record says DESTROYED while its VM is there, and every VM of ours has a record. The exit
+status is 1 otherwise.
+
+The small disk is a tmpfs in a mount namespace of this process, which only root can make. Without it that fault is left
+out, and the output says so.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import random
+import shutil
 import socket
+import subprocess
 import sys
 import tempfile
 import threading
@@ -39,6 +48,11 @@ RULES = """auto_cleanup:
 """
 FAULTS = ("cut-before", "cut-after", "truncate", "answer")
 SETTLE_SECONDS = 120
+DISTURBANCES = ("kill", "restart", "fault", "fault", "fault", "task", "rude", "socket", "stranger", "full disk")
+# The records of an hour of chaos have two megabytes.
+DISK = "size=16m"
+# Set in the process that has a mount namespace of its own.
+NAMESPACE = "AGENTLAB_CHAOS_NAMESPACE"
 
 
 class Chaos:
@@ -47,6 +61,7 @@ class Chaos:
     def __init__(self, folder: Path, seed: int) -> None:
         self.random = random.Random(seed)
         self.lab = Lab(folder)
+        self.disk = mount_small_disk(Path(self.lab.database).parent)
         environment = {**self.lab.server.environment(self.lab.folder), "AGENTLAB_DATABASE": self.lab.database}
         self.daemon = Daemon(
             folder / "daemon",
@@ -81,7 +96,9 @@ class Chaos:
 
     def disturb(self) -> None:
         """Do one thing that should hurt nobody."""
-        what = self.random.choice(["kill", "restart", "fault", "fault", "fault", "task", "rude", "socket", "stranger"])
+        what = self.random.choice(DISTURBANCES)
+        if what == "full disk" and self.disk is None:
+            return
         self.counts[what] += 1
         pve = self.lab.pve
         if what == "kill":
@@ -119,6 +136,8 @@ class Chaos:
                         one.connect(self.daemon.socket)
                         one.sendall(b"POST /v1/sandboxes HTTP/1.1\r\nX")
                 time.sleep(self.random.random())
+        elif what == "full disk":
+            self.fill_disk()
         elif what == "socket":
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self.daemon.socket)
@@ -127,6 +146,22 @@ class Chaos:
             vmid = self.random.choice([vmid for vmid in range(1000, 2000) if pve.vm(vmid) is None])
             pve.add_vm(vmid, f"stranger-{vmid}", status="running", config={"description": "not ours"})
             self.lab.strangers = [*getattr(self.lab, "strangers", []), pve.vm(vmid)]  # type: ignore[attr-defined]
+
+    def fill_disk(self) -> None:
+        """Leave the records no room for some seconds; now and then the daemon is killed meanwhile."""
+        assert self.disk is not None
+        filler = self.disk / "filler"
+        with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+        self.counts["disk was full"] += shutil.disk_usage(self.disk).free == 0
+        time.sleep(self.random.uniform(0.5, 4.0))
+        killed = self.random.random() < 0.3
+        if killed:
+            self.daemon.kill()
+        filler.unlink()
+        if killed:
+            self.daemon.start()
 
     def run(self, seconds: float) -> list[str]:
         """Disturb for so many seconds; what does not hold afterwards is returned, a sentence each."""
@@ -173,15 +208,39 @@ class Chaos:
         return found
 
 
+def mount_small_disk(folder: Path) -> Path | None:
+    """Mount a small file system for the records, and return its folder; None without a mount namespace of our own."""
+    if not os.environ.get(NAMESPACE):
+        return None
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"{DISK},mode=0700", "tmpfs", str(folder)], check=True)
+    return folder
+
+
+def enter_namespace() -> None:
+    """Begin this program anew in a mount namespace of its own, where that is allowed."""
+    probe = ["unshare", "--mount", "--propagation", "private", "mount", "-t", "tmpfs", "tmpfs", "/mnt"]
+    with contextlib.suppress(OSError):
+        if not os.environ.get(NAMESPACE) and subprocess.run(probe, capture_output=True, check=False).returncode == 0:
+            os.environ[NAMESPACE] = "1"
+            os.execvp("unshare", [*probe[:4], sys.executable, *sys.argv])
+
+
 def main() -> int:
+    enter_namespace()
     minutes = float(sys.argv[1]) if len(sys.argv) > 1 else 15
     seed = int(sys.argv[2]) if len(sys.argv) > 2 else random.SystemRandom().randint(0, 999999)
-    print(f"chaos for {minutes:g} minutes, seed {seed}", flush=True)
+    # The double's own requests break off when the daemon is killed.
+    logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)
+    left_out = "" if os.environ.get(NAMESPACE) else "; without a full disk, which only root can make"
+    print(f"chaos for {minutes:g} minutes, seed {seed}{left_out}", flush=True)
     with tempfile.TemporaryDirectory(prefix="agentlab-chaos-") as folder:
         chaos = Chaos(Path(folder), seed)
         try:
             problems = chaos.run(minutes * 60)
             print(", ".join(f"{what}: {count}" for what, count in sorted(chaos.counts.items())))
+            if chaos.disk and chaos.counts["full disk"] and not chaos.counts["disk was full"]:
+                problems.append("the disk was to be full, and never was")
             for problem in problems:
                 print(f"BROKEN: {problem}")
             if problems:
@@ -190,6 +249,8 @@ def main() -> int:
         finally:
             chaos.daemon.close()
             chaos.lab.stop()
+            if chaos.disk:
+                subprocess.run(["umount", "--lazy", str(chaos.disk)], check=False)
 
 
 if __name__ == "__main__":
