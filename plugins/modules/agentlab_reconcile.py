@@ -20,6 +20,13 @@ options:
       - Only for the same cluster after it got a new certificate authority, or for a node that joined a cluster. Records never change clusters.
     type: bool
     default: false
+  release_leases:
+    description:
+      - Let leases end, and prune and cleanup go on, after an older copy of the records was put in place, or cleanup was frozen.
+      - Look at the sandboxes first, and renew what is still needed. Leases that are over by the copy end in the same run.
+    type: bool
+    default: false
+    version_added: 1.1.0
 extends_documentation_fragment:
   - agentlab.proxmox.common
   - agentlab.proxmox.common.wait
@@ -63,16 +70,33 @@ count:
 
 from ansible_collections.agentlab.proxmox.plugins.module_utils import _adapter
 
-ARGUMENT_SPEC = {"wait_timeout": {"type": "int"}, "adopt_cluster": {"type": "bool", "default": False}}
+ARGUMENT_SPEC = {
+    "wait_timeout": {"type": "int"},
+    "adopt_cluster": {"type": "bool", "default": False},
+    "release_leases": {"type": "bool", "default": False},
+}
+
+
+def _release(module, context):
+    """Lift the hold on leases and cleanup; return whether there was one."""
+    from ansible_collections.agentlab.proxmox.plugins.module_utils._core import timeguard
+    from ansible_collections.agentlab.proxmox.plugins.module_utils._core.maintenance import cleanup
+
+    # An older copy is recognised here, if no run has looked since it was put in place.
+    held = timeguard.hold_leases(context) or timeguard.frozen(context)
+    if held and not module.check_mode:
+        cleanup.release(context)
+    return bool(held)
 
 
 def work(module, context):
     from ansible_collections.agentlab.proxmox.plugins.module_utils._core.maintenance import reconcile
 
+    released = module.params["release_leases"] and _release(module, context)
     found = reconcile.run(context, apply=not module.check_mode, adopt_cluster=module.params["adopt_cluster"])
     drift = [one.public() for one in found]
     changes = [one for one in found if (one.applied if not module.check_mode else one.would_change)]
-    result = {"changed": bool(changes), "drift": drift, "count": len(drift)}
+    result = {"changed": bool(changes or released), "drift": drift, "count": len(drift)}
     wrong = [one for one in found if one.error]
     if wrong:
         result["failed"] = True

@@ -200,7 +200,9 @@ class Rig:
 
     def restore(self) -> None:
         self.idle()
-        for name in (self.database, Path(f"{self.database}-wal"), Path(f"{self.database}-shm")):
+        # With the note by which an older copy is recognised: here everything goes back, Proxmox VE included.
+        note = self.database.with_name(f".{self.database.name}.latest")
+        for name in (self.database, Path(f"{self.database}-wal"), Path(f"{self.database}-shm"), note):
             name.unlink(missing_ok=True)
         if (self.folder / "kept.db").exists():
             shutil.copy(self.folder / "kept.db", self.database)

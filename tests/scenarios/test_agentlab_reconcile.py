@@ -6,7 +6,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import shutil
+import sqlite3
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -154,3 +158,39 @@ def test_all_absent_at_once_writes_nothing(story: Any, given: Any, env: Any, ser
         and "Unsupported parameters" in run["no such option"]["msg"]
     )
     assert records(env["AGENTLAB_DATABASE"]) == start
+
+
+def test_an_older_copy_of_the_records_is_released_without_a_daemon(
+    story: Any, given: Any, env: Any, tmp_path: Any
+) -> None:
+    """A restore without a daemon: nothing ends before release_leases, and afterwards leases end as usual."""
+    given(1)
+    database = Path(env["AGENTLAB_DATABASE"])
+
+    def back_up() -> None:
+        with (
+            contextlib.closing(sqlite3.connect(database)) as source,
+            contextlib.closing(sqlite3.connect(tmp_path / "copy.db")) as copy,
+        ):
+            source.backup(copy)
+
+    def restore() -> None:
+        for name in (database, Path(f"{database}-wal"), Path(f"{database}-shm")):
+            name.unlink(missing_ok=True)
+        shutil.copy(tmp_path / "copy.db", database)
+        edit(env, [1000], lease_expires_at=int(time.time()) - 60)
+
+    run = story(
+        [
+            task("later", "agentlab_sandbox", name="later", ttl="2h", before=back_up),
+            task("held", RECONCILE, before=restore),
+            task("prune is held", "agentlab_prune", check=True),
+            task("would release", RECONCILE, release_leases=True, check=True),
+            task("release", RECONCILE, release_leases=True),
+            task("release again", RECONCILE, release_leases=True),
+        ]
+    )
+    assert "lease_expired" not in kinds(run["held"]).values()
+    assert run["would release"]["changed"] and "lease_expired" not in kinds(run["would release"]).values()
+    assert run["release"]["changed"] and kinds(run["release"])[1000] == "lease_expired"
+    assert not run["release again"]["changed"]

@@ -20,7 +20,7 @@ JUMP_SECONDS = 60
 FROZEN = "cleanup_frozen"
 _HELD = (
     "the records are an older copy than those in use before, as after a restore (noticed {at}); no lease ends and nothing is pruned until somebody has "
-    "looked. Renew the leases of sandboxes that are still needed, then run agentlab cleanup release"
+    "looked. Renew the leases of sandboxes that are still needed, then run agentlab cleanup release (or agentlab_reconcile with release_leases=true)"
 )
 
 

@@ -17,12 +17,19 @@ from ..store.open import sqlite_version
 from ..store.sqlite import latest
 from ..version import __version__
 from ..vm import binding
+from ..workspaces import workspace
 from . import daemon
 from .daemon import conditions_of
 from .examination import Examination
 from .findings import FAILS, OK, PROBLEM, WARNING, Finding, some
 
 _FREE_BYTES = 100 * 1024 * 1024
+# What to do when leases and prune rest, by the reason.
+_REST_ADVICE = {
+    "clock_jumped": "set the clock right (timedatectl); prune and expiry go on by themselves after that",
+    "restored": "look at agentlab sandbox reconcile and list, renew what is still needed, then run agentlab "
+    "cleanup release (or agentlab_reconcile with release_leases=true)",
+}
 # What may stand in a damaged column instead, as SQL; other columns have no value that is right by itself.
 _HARMLESS = {("sandboxes", "tags"): "'[]'", ("operations", "detail"): "'{}'"}
 
@@ -201,59 +208,72 @@ def _lost_records(exam: Examination, in_use: bool) -> tuple[str, str] | None:
 
 
 def check_work(exam: Examination) -> Iterable[Finding]:
-    """What the records say of work left over."""
-    now = exam.context.clock.now()
-    live = exam.context.records.find_all()
+    """Yield what the records say of work left over, each kind with what ends it."""
+    context = exam.context
+    now = context.clock.now()
+    live = context.records.find_all()
     overdue = [one.vmid for one in live if one.state in states.OPERATIONS["expire"].allowed and one.expired(now)]
-    vmids = {one.uuid: one.vmid for one in live}
-    state_of = {one.uuid: one.state for one in live}
-    interrupted = exam.context.records.interrupted()
-    waiting = [
-        str(vmids.get(one.sandbox_uuid))
-        for one in interrupted
-        if binding.waits_for_next_run(one, state_of.get(one.sandbox_uuid, ""))
-    ]
-    cut_off = [
-        f"{vmids.get(one.sandbox_uuid)} ({one.kind}, {one.phase})"
-        for one in interrupted
-        if not binding.waits_for_next_run(one, state_of.get(one.sandbox_uuid, ""))
-    ]
+    sandboxes = {one.uuid: one for one in live}
+    waiting: list[str] = []
+    doubtful: list[str] = []
+    cut_off: list[str] = []
+    for entry in context.records.interrupted():
+        sandbox = sandboxes.get(entry.sandbox_uuid)
+        if sandbox is not None and binding.waits_for_next_run(entry, sandbox.state):
+            waiting.append(str(sandbox.vmid))
+        elif sandbox is not None and binding.stays_unfinished(context, sandbox, entry):
+            doubtful.append(str(sandbox.vmid))
+        else:
+            cut_off.append(f"{sandbox.vmid if sandbox else None} ({entry.kind}, {entry.phase})")
+    disks = workspace.unfinished(context)
     facts = {"sandboxes": len(live), "overdue": overdue[:50], "cut_off": cut_off[:50]}
-    rest = timeguard.suspended(exam.context)
+    found: list[tuple[str, str]] = []
+    rest = timeguard.rests(context)
     if rest:
-        yield Finding(
-            "work",
-            WARNING,
-            rest,
-            "set the clock right (timedatectl); prune and expiry go on by themselves after that",
-            facts,
+        found.append((rest[1], _REST_ADVICE[rest[0]]))
+    if overdue:
+        found.append(
+            (
+                f"{len(overdue)} sandboxes are past their lease and still live ({some(overdue)}): nobody lets leases"
+                " expire",
+                "run agentlab_reconcile on a schedule, or the daemon",
+            )
         )
-    elif overdue:
-        yield Finding(
-            "work",
-            WARNING,
-            f"{len(overdue)} sandboxes are past their lease and still live ({some(overdue)}): nobody lets leases"
-            " expire",
-            "run agentlab_reconcile on a schedule, or the daemon",
-            facts,
+    if cut_off:
+        found.append(
+            (
+                f"{len(cut_off)} operations were cut off: {some(cut_off)}",
+                "run agentlab_reconcile (agentlab sandbox reconcile --apply), which finishes them; while it says that "
+                f"something may still be carried out, again after doubt_window ({context.config.doubt_window} s)",
+            )
         )
-    elif cut_off:
-        yield Finding(
-            "work",
-            WARNING,
-            f"{len(cut_off)} operations were cut off: {some(cut_off)}",
-            "run agentlab_reconcile, which finishes them; what it does not finish, destroy with force",
-            facts,
+    if disks:
+        found.append(
+            (
+                f"{len(disks)} operations on workspaces were cut off: {some(f'{disk.name} ({disk.state})' for disk in disks)}",
+                "run agentlab_reconcile (agentlab sandbox reconcile --apply), which finishes or undoes them; it takes no "
+                "workspace off a sandbox that runs: agentlab workspace detach does, once for each that stays",
+            )
         )
-    elif waiting:
-        yield Finding(
-            "work",
-            WARNING,
-            f"{len(waiting)} creations wait for their task to be run again: {some(waiting)}",
-            "run the same task again, or destroy them with force; otherwise their leases end them",
-            facts,
+    if doubtful:
+        found.append(
+            (
+                f"{len(doubtful)} creations failed, and what is at their VMIDs is not certain to be theirs: {some(doubtful)}",
+                f"destroy them with force (agentlab sandbox destroy --force {' '.join(doubtful[:20])}); where that leaves "
+                "a VM alone, its message says what to do by hand, and reconcile closes the rest",
+            )
         )
-    else:
+    if waiting:
+        found.append(
+            (
+                f"{len(waiting)} creations wait for their task to be run again: {some(waiting)}",
+                "run the same task again, or destroy them with force (agentlab sandbox destroy --force "
+                f"{' '.join(waiting[:20])}); otherwise their leases end them",
+            )
+        )
+    for meaning, advice in found:
+        yield Finding("work", WARNING, meaning, advice, facts)
+    if not found:
         yield Finding("work", OK, f"{len(live)} sandboxes, none past its lease, no operation cut off", None, facts)
 
 

@@ -88,7 +88,7 @@ def run(ctx: Context, *, apply: bool, adopt_cluster: bool = False) -> list[Drift
     else:
         for left in ctx.records.interrupted():
             sandbox = ctx.records.get(left.sandbox_uuid)
-            if not _stays_interrupted(ctx, sandbox, left):
+            if not binding.stays_unfinished(ctx, sandbox, left):
                 evidence = {"operation": left.kind, "phase": left.phase, "actor": left.actor}
                 found.append(Drift("interrupted", "finish it", evidence, sandbox))
     found += _leases(ctx, writing)
@@ -250,7 +250,7 @@ def _finish_interrupted(ctx: Context) -> list[Drift]:
                     outcome = destroy.run(ctx, [(sandbox, request)])[0]
                     drift.sandbox = outcome.sandbox or sandbox
                     drift.applied, drift.error = not outcome.failed, outcome.message if outcome.failed else None
-            elif _stays_interrupted(ctx, sandbox, left):
+            elif binding.stays_unfinished(ctx, sandbox, left):
                 continue
             elif left.kind == "create" and sandbox.state in states.CREATING:
                 drift.action = "creation given up: FAILED"
@@ -284,40 +284,12 @@ def _finish_interrupted(ctx: Context) -> list[Drift]:
     return found
 
 
-def _stays_interrupted(ctx: Context, sandbox: Sandbox, left: JournalEntry) -> bool:
-    """Return whether no reconcile finishes this operation: it waits for its task, or a later destroy needs its journal.
-
-    Proxmox is only read.
-    """
-    if binding.waits_for_next_run(left, sandbox.state):
-        # The VM is there, and the run said to run again; if nobody does, the lease ends the sandbox.
-        return True
-    if left.kind != "create" or sandbox.state in states.CREATING or sandbox.smbios_uuid is not None or not sandbox.live:
-        return False
-    # FAILED or TIMEOUT, never bound: the journal is what a later destroy tells the VM by.
-    return not _nothing_was_left(ctx, sandbox, left)
-
-
 def _refuse_chosen(ctx: Context, left: JournalEntry) -> None:
     """Kept for a destroy that was chosen by rule or age, and not decided: by now they may say something else, be frozen, or rest."""
     if left.detail.get("operation") == "cleanup":
         raise Kept("rule", "a cleanup rule had chosen it; the next run of the rules decides anew")
     if left.detail.get("operation") == "prune" and (rest := timeguard.suspended(ctx)):
         raise Kept("clock_jumped", rest)
-
-
-def _nothing_was_left(ctx: Context, sandbox: Sandbox, left: JournalEntry) -> bool:
-    """Whether the clone of a creation is over for certain and no VM is at its VMID: then its journal tells nobody anything.
-
-    So it is after an administrator removed what a killed clone had left.
-    """
-    try:
-        located = binding.locate_unbound(
-            ctx, sandbox, None, {**left.detail, "phase": left.phase, "at": left.updated_at}
-        )
-    except (Kept, ProxmoxError):
-        return False
-    return located.node is None and ctx.cluster.prove_absent([sandbox.vmid])[sandbox.vmid].absent is True
 
 
 def give_up_creation(ctx: Context, sandbox: Sandbox, evidence: dict[str, Any] | None = None) -> Sandbox:
@@ -331,7 +303,7 @@ def give_up_creation(ctx: Context, sandbox: Sandbox, evidence: dict[str, Any] | 
         if not bound:
             bound = binding.locate_unbound(ctx, current, claim, created).match
             current = ctx.records.get(current.uuid)
-            bound = bound or (left is not None and _nothing_was_left(ctx, current, left))
+            bound = bound or (left is not None and binding.left_nothing(ctx, current, left))
         cloud_init.remove(ctx, current)
         # Unbound: the journal entry stays, a later destroy needs it to tell whether a VM is its own.
         return ctx.records.change(

@@ -170,3 +170,29 @@ def _our_clone_ended_well(ctx: Context, created: dict[str, Any]) -> bool:
         return any(str(row.get("status") or "").startswith(("OK", "WARNINGS")) for row in _clones(ctx, created))
     except ApiError:
         return False
+
+
+def stays_unfinished(ctx: Context, sandbox: Sandbox, left: JournalEntry) -> bool:
+    """Return whether no reconcile finishes this operation: it waits for its task, or a later destroy needs its journal.
+
+    Proxmox is only read.
+    """
+    if waits_for_next_run(left, sandbox.state):
+        # The VM is there, and the run said to run again; if nobody does, the lease ends the sandbox.
+        return True
+    if left.kind != "create" or sandbox.state in states.CREATING or sandbox.smbios_uuid is not None or not sandbox.live:
+        return False
+    # FAILED or TIMEOUT, never bound: the journal is what a later destroy tells the VM by.
+    return not left_nothing(ctx, sandbox, left)
+
+
+def left_nothing(ctx: Context, sandbox: Sandbox, left: JournalEntry) -> bool:
+    """Return whether a creation's clone is over for certain, and no VM is at its VMID: its journal tells nobody anything.
+
+    So it is after an administrator removed what a killed clone had left.
+    """
+    try:
+        located = locate_unbound(ctx, sandbox, None, {**left.detail, "phase": left.phase, "at": left.updated_at})
+    except (Kept, ProxmoxError):
+        return False
+    return located.node is None and ctx.cluster.prove_absent([sandbox.vmid])[sandbox.vmid].absent is True

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .. import patterns
+from .. import states as sandbox_states
 from ..context import Context
 from ..errors import AgentlabError, ApiError, InvalidInput, Kept, OutcomeUnknown, ProxmoxError
 from ..model import Sandbox
@@ -536,6 +537,9 @@ def finish(ctx: Context, found: Workspace) -> Workspace:
         if not current.live:
             return released(ctx, claim, current) or found
         left = claim.interrupted
+        if current.smbios_uuid is None and left is None and current.state not in sandbox_states.CREATING:
+            # The creation was given up before its VM was bound, and only a bound VM gets a workspace: none has the volume.
+            return released(ctx, claim, current) or found
         if current.smbios_uuid is None or (left is not None and left.kind in ("create", "destroy")):
             # The creation, or the destroy, brings it to an end with its own.
             return found
