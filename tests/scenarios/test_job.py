@@ -167,6 +167,30 @@ def test_the_life_of_a_job(job: Callable[..., Job], server: Any, how: str) -> No
     assert ("complete", "COMPLETED", "done") not in ended.events or how == "completed"
 
 
+AGENT_JOB = """\
+---
+- name: Work
+  ansible.builtin.shell: printf 'worked in {{ job_host }}' > {{ job_file }}
+  changed_when: true
+"""
+
+
+def test_a_job_through_the_guest_agent_needs_no_address(job: Callable[..., Job], server: Any) -> None:
+    guest = server.pve.machine(1000)
+    ended = job(
+        AGENT_JOB,
+        job_connection="agentlab.proxmox.sandbox",
+        job_python="/usr/bin/python3",
+        job_file=f"{guest.folder}/made-inside",
+        job_fetch=[f"{guest.folder}/made-inside"],
+    )
+    assert ended.run.rc == 0 and not ended.run.warnings, ended.run.output
+    assert ended.cleared_up() and ended.result("made-inside").read_text() == "worked in job-1"
+    assert guest.started
+    # Nobody asked the guest for an address.
+    assert not any("network-get-interfaces" in request for request in server.pve.counted), server.pve.counted
+
+
 UNUSABLE = {
     "no module": ("- name: Work\n  no_such_module:\n    path: /tmp\n", "no_such_module"),
     "no module in a block": (
