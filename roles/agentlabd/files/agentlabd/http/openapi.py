@@ -389,7 +389,9 @@ def _operation(route: Route) -> dict[str, Any]:
                 "name": "id",
                 "in": "path",
                 "required": True,
-                "schema": {"type": "string", "minLength": 1, "maxLength": 100},
+                "schema": {"type": "string", "pattern": "^[0-9a-f]{32}$"}
+                if "{vmid}" in route.path
+                else {"type": "string", "minLength": 1, "maxLength": 100},
             }
         )
     for name, one in route.query.items():
