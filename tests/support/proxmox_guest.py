@@ -110,6 +110,8 @@ class Guest:
         self.started: list[tuple[list[str], str]] = []
         self.blocked: set[str] = set()
         self.deaf = False
+        # qemu-ga 7.2 says: Invalid parameter 'pid'
+        self.unknown_pid = "PID ld does not exist"
         self.lie: Callable[[dict[str, Any]], dict[str, Any]] | None = None
         self.busy = asyncio.Lock()
         self.peak = 0
@@ -224,7 +226,7 @@ class Guest:
     def status(self, pid: int) -> dict[str, Any]:
         program = self.programs.get(pid)
         if program is None:
-            raise PveError(500, "Agent error: PID ld does not exist")
+            raise PveError(500, f"Agent error: {self.unknown_pid}")
         if not program.ended():
             return {"exited": 0}
         del self.programs[pid]

@@ -101,6 +101,7 @@ def test_all_is_well(lab: Lab) -> None:
         "storage",
         "creation",
         "privileges",
+        "commands",
         "vmid_range",
         "clock",
         "daemon",
@@ -620,3 +621,24 @@ def test_a_mode_that_is_too_wide_does_not_hide_a_folder_that_cannot_be_written(l
     found = not_well(lab, "database")
     assert [status for status, _meaning in found] == ["warning", "problem"]
     assert "0640" in found[0][1] and f"{folder} cannot be written" in found[1][1]
+
+
+def test_commands_need_a_privilege_and_an_agent_that_allows_them(lab: Lab) -> None:
+    sandbox = lab.create()
+    assert examine(lab)["commands"].status == "ok" and "allows what is needed" in examine(lab)["commands"].meaning
+    lab.pve.machine(sandbox.vmid).blocked.add("guest-exec")
+    blocked = examine(lab)["commands"]
+    assert blocked.status == "warning" and "blocks guest-exec" in blocked.meaning
+    lab.pve.machine(sandbox.vmid).blocked.clear()
+    lab.pve.machine(sandbox.vmid).freeze(30)
+    assert examine(lab)["commands"].status == "warning"
+    lab.pve.close_machines()
+    lab.pve.grant(TOKEN_ID, "/", "Sys.Audit", "VM.Audit", "VM.GuestAgent.Audit")
+    unused = examine(lab)["commands"]
+    assert unused.status == "ok" and "lacks VM.GuestAgent.Unrestricted on /vms" in unused.meaning
+    lab.pve.acl = None
+    from ansible_collections.agentlab.proxmox.plugins.module_utils._core.guest import command
+
+    command.run_command(lab.context(), sandbox, command.CommandSpec(argv=["true"]))
+    lab.pve.grant(TOKEN_ID, "/", "Sys.Audit", "VM.Audit", "VM.GuestAgent.Audit")
+    assert examine(lab)["commands"].status == "problem"

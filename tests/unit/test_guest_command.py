@@ -328,7 +328,11 @@ def test_a_lost_answer_never_runs_the_command_twice(
     assert count_file.read_text() == "x"
 
 
-def test_an_agent_that_is_restarted_loses_no_result(lab: Lab, sandbox: Sandbox, guest: Guest, count_file: Path) -> None:
+@pytest.mark.parametrize("text", ["PID ld does not exist", "Invalid parameter 'pid'"])
+def test_an_agent_that_is_restarted_loses_no_result(
+    lab: Lab, sandbox: Sandbox, guest: Guest, count_file: Path, text: str
+) -> None:
+    guest.unknown_pid = text
     lab.pve.after = lambda method, path: guest.restart() if path.endswith("/agent/exec") and began(guest) == 1 else None
     assert run(lab, sandbox, *counting(count_file)).stdout == b"ran\n"
     assert count_file.read_text() == "x"

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from ..errors import AgentlabError
-from . import cluster, creation, daemon, host, rights, template
+from . import cluster, commands, creation, daemon, host, rights, template
 from .bundle import bundle, shown, write_bundle
 from .daemon import ask
 from .examination import Examination
@@ -57,6 +57,7 @@ class Doctor(Examination):
             "storage": template.check_storage,
             "creation": creation.check_creation,
             "privileges": rights.check_privileges,
+            "commands": commands.check_commands,
             "vmid_range": cluster.check_vmid_range,
             "clock": cluster.check_clock,
         }

@@ -74,7 +74,7 @@ def needs(
 
     ``workspaces`` are the storages that hold workspaces; ``snippets`` is the storage for user data, where it is used.
     """
-    needed = {"/": SEE, _run_path(config): RUN}
+    needed = {"/": SEE, run_path(config): RUN}
     if template is not None:
         needed[f"/vms/{template}"] = CLONE
     if storage is not None:
@@ -84,7 +84,7 @@ def needs(
     if snippets is not None:
         needed[f"/storage/{snippets}"] = KEEP
     needed[ZONE] = NET
-    return {path: tuple(_spell(name, release) for name in names) for path, names in needed.items()}
+    return {path: tuple(spell(name, release) for name in names) for path, names in needed.items()}
 
 
 def pveum_commands(
@@ -161,14 +161,15 @@ def satisfies(held: set[str], privilege: str) -> bool:
     return privilege in held or (privilege == "VM.Config.Cloudinit" and "VM.Config.Network" in held)
 
 
-def _run_path(config: Config) -> str:
+def run_path(config: Config) -> str:
+    """Return the path on which sandboxes are worked on: the pool's, or that of all VMs."""
     return f"/pool/{config.pool}" if config.pool else "/vms"
 
 
 def _role(config: Config, path: str, names: Iterable[str], stay: Iterable[str] = ()) -> tuple[str, tuple[str, ...]]:
     """Return the name of the role that we grant on the path, and its privileges."""
     names = tuple(names)
-    if path == _run_path(config):
+    if path == run_path(config):
         role = "AgentlabRun"
     elif path.startswith("/vms/"):
         role = "AgentlabClone"
@@ -203,6 +204,6 @@ def _role_commands(granted: Mapping[str, tuple[str, tuple[str, ...]]], standing:
     return commands
 
 
-def _spell(name: str, release: str) -> str:
-    # Proxmox VE 9 split VM.Monitor up.
-    return "VM.Monitor" if name == "VM.GuestAgent.Audit" and release.startswith("8.") else name
+def spell(name: str, release: str) -> str:
+    """Return a privilege as this release of Proxmox VE calls it: 9 split VM.Monitor up."""
+    return "VM.Monitor" if name.startswith("VM.GuestAgent.") and release.startswith("8.") else name

@@ -38,7 +38,8 @@ _BLOCKED = re.compile(r"(?:Command )?(guest-[a-z-]+) has been disabled")
 _MOVED = re.compile(r"Configuration file '[^']*' does not exist")
 _SILENT = "QEMU guest agent is not running"
 _STOPPED = re.compile(r"VM \d+ (is )?not running")
-_GONE_PID = "does not exist"
+# qemu-ga 10 says the first of an unknown process id, 7.2 (Debian 12) the second.
+_GONE_PID = re.compile(r"PID \S+ does not exist|Invalid parameter '?pid'?")
 _WINDOWS = re.compile(r"w(in\d|xp|2k|vista)")
 
 
@@ -131,7 +132,7 @@ class Agent:
         try:
             answer = self._ctx.client.get_dict(f"{self.path}/exec-status", pid=pid)
         except ApiError as error:
-            if error.status == 500 and "PID" in error.text and _GONE_PID in error.text:
+            if error.status == 500 and _GONE_PID.search(error.text):
                 return None
             raise self.refusal(error, "guest-exec-status") from None
         exited = answer.get("exited")

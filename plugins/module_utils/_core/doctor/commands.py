@@ -1,0 +1,62 @@
+# Copyright: the agentlab.proxmox contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Check whether commands can be run in sandboxes: the privilege, and what the guest agent of a running sandbox allows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from .. import states
+from ..errors import AgentlabError
+from ..guest.access import Guest
+from ..store import runs
+from . import privileges
+from .examination import Examination
+from .findings import OK, PROBLEM, WARNING, Finding
+
+_NEEDED = ("guest-exec", "guest-exec-status", "guest-file-open", "guest-file-read", "guest-file-close")
+
+
+def check_commands(exam: Examination) -> Iterable[Finding]:
+    """Say whether commands and files can go into sandboxes. One running sandbox is asked."""
+    path, name = privileges.run_path(exam.config), privileges.spell("VM.GuestAgent.Unrestricted", exam.release)
+    running = [
+        sandbox
+        for sandbox in exam.context.records.find_all(states.OPERATIONS["exec"].allowed)
+        if not sandbox.expired(exam.context.clock.now())
+    ]
+    used = any(runs.of_sandbox(exam.context.records, sandbox, 1) for sandbox in running)
+    if not exam.config.proxmox.is_root and name not in exam.standing.held.get(path, set()):
+        yield Finding(
+            "commands",
+            PROBLEM if used else OK,
+            f"{exam.config.proxmox.login} lacks {name} on {path}: no command and no file can go into a sandbox "
+            "(agentlab_exec, the connection plugin, agentlab sandbox exec and cp)",
+            f"if that is wanted, run as root on a node: pveum role modify AgentlabRun --append 1 --privs {name}",
+            {"missing": {path: [name]}},
+        )
+        return
+    if not running:
+        yield Finding("commands", OK, "no sandbox runs, so no guest agent was asked what it allows")
+        return
+    sandbox = max(running, key=lambda candidate: candidate.created_at)
+    try:
+        abilities = Guest.enter(exam.context, sandbox).agent.abilities()
+    except AgentlabError as error:
+        yield Finding(
+            "commands", WARNING, f"no command can be run: {error.message}", "see the message", {"vmid": sandbox.vmid}
+        )
+        return
+    blocked = [command for command in _NEEDED if not abilities.get(command)]
+    if blocked:
+        yield Finding(
+            "commands",
+            WARNING,
+            f"the guest of sandbox {sandbox.vmid} blocks {', '.join(blocked)}",
+            "allow them in the template (/etc/qemu-ga/qemu-ga.conf, or FILTER_RPC_ARGS in /etc/sysconfig/qemu-ga on RHEL "
+            "and its kin), then restart qemu-guest-agent in the guest",
+            {"vmid": sandbox.vmid, "blocked": blocked},
+        )
+        return
+    yield Finding("commands", OK, f"the guest agent of sandbox {sandbox.vmid} answers, and allows what is needed")
