@@ -80,7 +80,8 @@ def test_the_vm_is_brought_to_what_is_asked_and_the_record_with_it(
     if operation == "stop" and vm == HIBERNATED:
         with pytest.raises(Kept, match="is hibernated.*--force"):
             lab.power(operation, vmid)
-        assert power_of(lab, vmid) == HIBERNATED and lab.pve.touched(vmid) == [] and lab.record(vmid).state == record
+        assert power_of(lab, vmid) == HIBERNATED and lab.pve.touched(vmid) == []
+        assert lab.record(vmid).state == "SUSPENDED"
         done = lab.power(operation, vmid, force=True)
         assert not [name for name in lab.pve.vm(vmid).config if name in ("vmstate", "lock", "runningmachine")]
     else:
@@ -101,6 +102,31 @@ def test_the_vm_is_brought_to_what_is_asked_and_the_record_with_it(
     lab.pve.counted.clear()
     assert lab.power(operation, vmid).outcome == "unchanged"
     assert sum(lab.pve.counted.values()) == 2
+
+
+@pytest.mark.parametrize("record", ["RUNNING", "STOPPED"])
+@pytest.mark.parametrize("run_state", ["paused", "suspended", "prelaunch", "io-error"])
+def test_a_guest_that_stands_still_is_suspended(lab: Lab, record: str, run_state: str) -> None:
+    """QEMU stands still, and a resume lets it go on; Proxmox VE calls its status ``running`` and its start fails."""
+    vmid = sandbox(lab, record, RUNNING)
+    lab.pve.vm(vmid).qmpstatus = run_state
+    if record == "STOPPED":
+        plain = lab.destroy(vmid)[0]
+        assert plain.failed and "cannot destroy sandbox in SUSPENDED state" in str(plain.message)
+    assert lab.power("suspend", vmid).state == "SUSPENDED" and lab.pve.touched(vmid) == []
+    lab.force_state(vmid, record)
+    assert lab.power("start", vmid).state == "RUNNING" and lab.pve.vm(vmid).qmpstatus == "running"
+    lab.pve.vm(vmid).qmpstatus = run_state
+    assert lab.power("stop", vmid).state == "STOPPED" and power_of(lab, vmid) == STOPPED
+
+
+@pytest.mark.parametrize("lock", ["backup", "suspending"])
+def test_a_lock_that_bars_an_operation_does_not_bar_the_record(lab: Lab, lock: str) -> None:
+    vmid = sandbox(lab, "STOPPED", RUNNING)
+    lab.pve.vm(vmid).lock = lab.pve.vm(vmid).config["lock"] = lock
+    with pytest.raises(Kept, match=f"lock.*{lock}"):
+        lab.power("stop", vmid)
+    assert lab.record(vmid).state == "RUNNING" and lab.pve.touched(vmid) == []
 
 
 @pytest.mark.parametrize("record", ["COMPLETED", "FAILED", "TIMEOUT"])

@@ -259,6 +259,15 @@ def test_an_owner_that_a_vm_has_or_that_owns_something_is_not_taken(lab: Lab) ->
     assert lab.pve.volumes_of(990002) == ["local-lvm:vm-990002-disk-0"]
 
 
+def test_files_that_belong_to_no_vm_are_not_taken_for_volumes_of_the_owner(lab: Lab, tmp_path: Path) -> None:
+    """A directory storage lists its snippets for every VMID that is asked for."""
+    (tmp_path / "snippets").mkdir()
+    (tmp_path / "snippets" / "agentlab-x.yaml").write_text("#cloud-config")
+    lab.pve.hold_snippets(str(tmp_path / "snippets"))
+    lab.pve.storages["local"]["content"] += ",images"
+    assert make(lab, storage="local").state == "DETACHED"
+
+
 def test_a_sandbox_gets_no_vmid_that_owns_a_workspace(lab: Lab) -> None:
     """Proxmox VE deletes with a VM what its VMID owns, and an unused disk of its own for good."""
     found = make(lab)

@@ -826,7 +826,7 @@ class ProxmoxDouble(AccessRules, PowerRules, GuestRules, FakePve):
     async def _do_shutdown(self, vm: Any, user: str, p: dict[str, Any]) -> str:
         if vm.ha_managed:
             return await super()._do_shutdown(vm, user, p)
-        if vm.status == "running" and vm.qmpstatus == "paused":
+        if vm.status == "running" and vm.qmpstatus in ("paused", "suspended", "prelaunch"):
             raise PveError(500, "VM is paused - cannot shutdown")
 
         async def body() -> Any:
@@ -1063,8 +1063,8 @@ class ProxmoxDouble(AccessRules, PowerRules, GuestRules, FakePve):
                 row.setdefault("parent", None)
                 row.setdefault("used", row.get("size", 0))
         if (
+            # Proxmox VE lists them for every VMID that is asked for.
             v.get("content") in (None, "snippets")
-            and v.get("vmid") is None
             and self.allowed(user, f"/storage/{v['storage']}", "Datastore.Allocate")
         ):
             found += [

@@ -172,7 +172,7 @@ class PowerRules:
         self._agent_up(vm)
 
     async def _do_shutdown_refusals(self, vm: Any) -> None:
-        if vm.status == "running" and vm.qmpstatus == "paused":
+        if vm.status == "running" and vm.qmpstatus in ("paused", "suspended", "prelaunch"):
             raise PveError(500, "VM is paused - cannot shutdown")
 
     def _check_vcpus(self, vm: Any) -> None:

@@ -601,6 +601,35 @@ def test_tags_that_the_cluster_refuses(lab: Lab, tmp_path: Path, options: dict[s
     assert not refused or f"refuses the tags {', '.join(refused)} to whoever" in findings[0][1]
 
 
+@pytest.mark.parametrize(
+    ("options", "command"),
+    [
+        # Proxmox VE takes no empty list of registered tags.
+        ({"allowed-tags": [], "registered-tags": ["agentlab"]}, "--delete registered-tags"),
+        ({"allowed-tags": ["other"], "registered-tags": "agentlab;other"}, "--registered-tags 'other'"),
+        (
+            {"allowed-tags": [], "registered-tags": ["agentlab"], "user-tag-access": {"user-allow": "none"}},
+            "--user-tag-access 'user-allow=list,user-allow-list=agentlab' --delete registered-tags",
+        ),
+    ],
+)
+def test_the_command_that_allows_refused_tags(lab: Lab, options: dict[str, Any], command: str) -> None:
+    lab.pve.fault("GET", "/cluster/options", "answer", status=200, body=json.dumps({"data": options}), times=9)
+    assert examine(lab)["creation"].advice == f"pvesh set /cluster/options {command}, as root on a node"
+
+
+def test_what_these_credentials_cannot_see_is_not_called_fit(lab: Lab) -> None:
+    """A token without any privilege sees no node and no VM."""
+    assert examine(lab)["vmid_range"].meaning.endswith("are free, and no other VM is in it")
+    lab.pve.grant(TOKEN_ID, "/nowhere", "Pool.Audit")
+    found = examine(lab)
+    assert found["creation"].status == "unknown" and "nodes could not be read" in found["creation"].meaning
+    assert "as far as these credentials see" in found["vmid_range"].meaning
+    assert found["template"].meaning == (
+        "template: 'debian-13' does not exist. Templates: none that these credentials may see"
+    )
+
+
 def test_nodes_that_may_not_be_read_are_not_called_offline(lab: Lab) -> None:
     lab.pve.fail("GET", "/cluster/status", 403, "Permission check failed (/, Sys.Audit)", times=9)
     found = examine(lab)

@@ -16,7 +16,7 @@ from ..guest import cloud_init
 from ..proxmox.identity import OUR_TAG
 from . import template
 from .examination import Examination, as_dict
-from .findings import OK, PROBLEM, WARNING, Finding, some
+from .findings import OK, PROBLEM, UNKNOWN, WARNING, Finding, some
 
 
 def check_creation(exam: Examination) -> Iterable[Finding]:
@@ -26,8 +26,15 @@ def check_creation(exam: Examination) -> Iterable[Finding]:
         for finding in check(exam):
             count += 1
             yield finding
-    if not count:
+    if not count and exam.nodes:
         yield Finding("creation", OK, "node, pool, tags and snippets can be used as configured")
+    elif not count:
+        yield Finding(
+            "creation",
+            UNKNOWN,
+            "the cluster's nodes could not be read, so node and snippets were not looked at",
+            "see the finding quorum",
+        )
 
 
 def _named_values(exam: Examination, option: str) -> dict[str, str]:
@@ -150,7 +157,9 @@ def _refused_tags(exam: Examination) -> Iterable[Finding]:
         listed = ";".join(dict.fromkeys((*allowed, *refused)))
         mend.append(f"--user-tag-access 'user-allow=list,user-allow-list={listed}'")
     if set(refused) & set(registered):
-        mend.append(f"--registered-tags '{';'.join(tag for tag in registered if tag not in refused)}'")
+        rest = ";".join(tag for tag in registered if tag not in refused)
+        # Proxmox VE refuses an empty list (400, "value does not match the regex pattern").
+        mend.append(f"--registered-tags '{rest}'" if rest else "--delete registered-tags")
     yield Finding(
         "creation",
         WARNING,

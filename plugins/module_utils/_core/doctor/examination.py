@@ -38,8 +38,16 @@ class Examination:
         self.template: tuple[int, str, dict[str, Any]] | None = None
         self.storage: str | None = config.storage
         self.standing = privileges.Standing()
+        # Whether no VM is hidden from these credentials; None: not asked yet
+        self._whole: bool | None = None
         # The commands for root; None: not decided yet
         self.pveum: list[str] | None = None
+
+    def sees_everything(self) -> bool:
+        """Return whether no VM is hidden from these credentials; asked once for all checks."""
+        if self._whole is None:
+            self._whole = self.context.cluster.sees_everything()
+        return self._whole
 
     def close(self) -> None:
         self.context.close()

@@ -90,7 +90,7 @@ def check_privileges(exam: Examination) -> Iterable[Finding]:
         exam.pveum = privileges.repair_commands(exam.config, missing, exam.standing, needed)
         told = "; ".join(f"{', '.join(names)} on {path}" for path, names in missing.items())
         yield Finding("privileges", PROBLEM, f"{login} lacks {told}", _repair_advice(exam), facts)
-    elif not too_many and not exam.context.cluster.sees_everything():
+    elif not too_many and not exam.sees_everything():
         yield Finding(
             "privileges",
             WARNING,

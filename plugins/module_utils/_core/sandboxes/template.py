@@ -90,7 +90,11 @@ def find(ctx: Context, wanted: str | None, node: str | None = None) -> Template:
     templates = {vmid: row for vmid, row in rows.items() if _is_template(row)}
     names = [f"{vmid} ({row['name']})" if row.get("name") else str(vmid) for vmid, row in sorted(templates.items())]
     seen = ", ".join(names) or "none that these credentials may see"
-    silent = sorted(name for name, online in ctx.cluster.nodes().items() if not online)
+    try:
+        silent = sorted(name for name, online in ctx.cluster.nodes().items() if not online)
+    except AccessDenied:
+        # Without Sys.Audit on / nobody can tell which nodes are offline.
+        silent = []
     if silent:
         # Of what is on them Proxmox tells neither the name nor that it is a template.
         raise InvalidInput(

@@ -20,7 +20,7 @@ from ..model import Outcome, Sandbox
 from ..proxmox import identity
 from ..store import history
 from ..vm import power
-from ..vm.locate import Located, refuse_locked, require_match, write_with_digest
+from ..vm.locate import Located, is_hibernated, is_paused, refuse_locked, require_match, write_with_digest
 from ..workspaces import workspace_disk
 from . import template as templates
 from . import vm_config
@@ -290,7 +290,7 @@ def _require_writes(ctx: Context, sandbox: Sandbox) -> None:
 def _check_restart(ctx: Context, sandbox: Sandbox, spec: Spec, plan: _Plan, status: dict[str, Any]) -> bool:
     """Return whether the VM has to be stopped and started again; refuse where nobody allowed that."""
     option = next(name for name in _STOPPED_ONLY if name in plan.new)
-    if plan.located.config.get("lock") == "suspended" or status.get("qmpstatus") in ("paused", "suspended"):
+    if is_hibernated(plan.located.config) or is_paused(status):
         raise StateConflict(
             f"{option}: sandbox {sandbox.vmid} is suspended, and would lose its memory; start it first. Nothing was "
             "changed",

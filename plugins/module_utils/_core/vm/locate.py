@@ -24,6 +24,9 @@ _SHORT_WAIT = 0.25
 # Proxmox VE's lock of a hibernated VM, and of one whose memory is being saved.
 HIBERNATED = "suspended"
 _HIBERNATING = "suspending"
+# QEMU's run states in which the guest stands still and a resume ("cont", or a wake-up) lets it go on. Proxmox VE's status is
+# "running" in each. prelaunch: started with -S. io-error: QEMU paused the guest because a storage is full or failed.
+_PAUSED = ("paused", "suspended", "prelaunch", "io-error")
 
 
 @dataclass(slots=True)
@@ -185,11 +188,16 @@ def power_state(sandbox: Sandbox, now: dict[str, Any], config: dict[str, Any]) -
     if status == "stopped":
         return states.SUSPENDED if is_hibernated(config) else states.STOPPED
     if status == "running":
-        return states.SUSPENDED if now.get("qmpstatus") in ("paused", "suspended") else states.RUNNING
+        return states.SUSPENDED if is_paused(now) else states.RUNNING
     raise Kept(
         "unknown",
         f"sandbox {sandbox.vmid}: its node says {str(status)[:40]!r} of the VM's power state, so nothing is concluded; run again",
     )
+
+
+def is_paused(now: dict[str, Any]) -> bool:
+    """Return whether the virtual CPUs of a VM stand still, and a resume lets them go on (``now``: its status/current)."""
+    return now.get("qmpstatus") in _PAUSED
 
 
 def is_hibernated(config: dict[str, Any]) -> bool:

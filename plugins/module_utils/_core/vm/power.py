@@ -34,6 +34,7 @@ from .locate import (
     HIBERNATED,
     Located,
     is_hibernated,
+    is_paused,
     just_judged,
     look,
     power_state,
@@ -102,8 +103,9 @@ def run(ctx: Context, sandbox: Sandbox, operation: str, *, force: bool = False) 
         if not todo:
             done = follow(ctx, claim, current, operation, actual, located)
             return Outcome.of(_past(operation), done, previous_state=sandbox.state, changed=True, reason="external")
-        _refuse_lock(ctx, current, located, operation, force)
+        # Before a refusal, too: the record says from now on what the VM is.
         current = follow(ctx, claim, current, operation, actual, located)
+        _refuse_lock(ctx, current, located, operation, force)
         outcome = _request(ctx, claim, current, operation, located, seen)
         outcome.previous_state = sandbox.state
         return outcome
@@ -357,7 +359,7 @@ def status(ctx: Context, found: Located) -> dict[str, Any]:
 def runs(ctx: Context, found: Located) -> bool:
     """Whether the VM is running and not suspended, as it says itself."""
     now = status(ctx, found)
-    return now.get("status") == "running" and now.get("qmpstatus") not in ("paused", "suspended")
+    return now.get("status") == "running" and not is_paused(now)
 
 
 def _await_status(ctx: Context, found: Located, wanted: str, what: str) -> None:

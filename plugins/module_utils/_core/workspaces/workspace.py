@@ -48,6 +48,8 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}", re.ASCII)
 # Storages that keep disks as files, with the suffix (and format) of a new one; all others have volumes without.
 _FILES = {"dir": ".qcow2", "nfs": ".qcow2", "cifs": ".qcow2", "glusterfs": ".qcow2", "btrfs": ".raw"}
 # States in which a sandbox's VM may get or lose a disk.
+# The list of a directory storage for one VMID also has its snippets and images to import (Proxmox VE 9.2).
+_OWNED_BY_NOBODY = ("snippets", "import", "iso", "vztmpl")
 _USABLE = ("BOOTING", "READY", "RUNNING", "STOPPED")
 
 
@@ -227,7 +229,7 @@ def _require_free_owner(ctx: Context, found: Workspace, node: str) -> None:
     others = [
         row
         for row in ctx.client.get_list(f"nodes/{node}/storage/{found.storage}/content", vmid=found.owner_vmid)
-        if row.get("volid") != found.volume
+        if row.get("volid") != found.volume and row.get("content") not in _OWNED_BY_NOBODY
     ]
     if others:
         raise WorkspaceRefused(
