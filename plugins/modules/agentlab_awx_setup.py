@@ -241,7 +241,12 @@ lines:
 """
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.agentlab.proxmox.plugins.module_utils import _awx_client, _awx_plan
+from ansible_collections.agentlab.proxmox.plugins.module_utils import (
+    _awx_client,
+    _awx_plan,
+    _awx_set_up,
+    _awx_take_away,
+)
 
 TEXT = {"type": "str"}
 ARGUMENT_SPEC = {
@@ -341,12 +346,14 @@ def main():
             validate_certs=params["validate_certs"],
             timeout=params["timeout"],
         )
-        planner = _awx_plan.Planner(client, wanted(params))
-        plan = planner.plan
         if params["state"] == "absent":
-            planner.take_away()
+            remover = _awx_take_away.TakeAway(client, wanted(params))
+            plan = remover.plan
+            remover.take_away()
         else:
-            planner.set_up()
+            maker = _awx_set_up.SetUp(client, wanted(params))
+            plan = maker.plan
+            maker.set_up()
         if plan.problems:
             module.fail_json(msg=". ".join(plan.problems), **result())
         if plan.foreign and not module.check_mode and not params["adopt"]:

@@ -1,0 +1,136 @@
+# Copyright: the agentlab.proxmox contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Plan the project of AWX, and wait for its sync."""
+
+from __future__ import annotations
+
+import re
+import time
+from typing import Any
+
+from ansible_collections.agentlab.proxmox.plugins.module_utils._awx_client import AwxError, words_of
+from ansible_collections.agentlab.proxmox.plugins.module_utils._awx_plan import (
+    ACTIVE,
+    OUTPUT_READS,
+    POLL_SECONDS,
+    PROJECT_TEXT,
+    Id,
+    described,
+    hide_login,
+    known,
+)
+from ansible_collections.agentlab.proxmox.plugins.module_utils._awx_planner import Planner
+
+
+class ProjectPlanner(Planner):
+    """Plan the project that brings the playbooks."""
+
+    def _project(self) -> Id | None:
+        wanted = self.wanted
+        if not wanted.project_scm_url:
+            row = self.only(
+                "projects", wanted.project, "awx_project (or give awx_project_scm_url)", organization=self.organization
+            )
+            if row is None:
+                return None
+            self._sync(int(row["id"]), row, changed=False)
+            return int(row["id"])
+        row = self.find("projects", wanted.project, organization=self.organization)
+        text = PROJECT_TEXT
+        body = {
+            "name": wanted.project,
+            "description": described(text),
+            "organization": self.organization,
+            "scm_type": "git",
+            "scm_url": wanted.project_scm_url,
+            "scm_branch": wanted.project_scm_branch,
+            "scm_update_on_launch": wanted.project_update_on_launch,
+            "scm_update_cache_timeout": wanted.project_cache_timeout,
+        }
+        before = len(self.plan.steps)
+        number = self.ensure("projects", body, text, row, shown={"scm_url": hide_login(wanted.project_scm_url)})
+        # AWX starts a sync by itself whenever a project is created or changed.
+        self._sync(number, row, changed=len(self.plan.steps) > before)
+        return number
+
+    def _sync(self, number: Id, row: dict[str, Any] | None, changed: bool) -> None:
+        """Plan that the project is synced and has our playbooks: templates cannot be made before."""
+        name = self.wanted.project
+        if row is None or changed:
+            self.add("synced", "project", name, lambda: self.wait_for_project(number), changes=False)
+            return
+        if row.get("status") in ACTIVE:
+            self.add("synced", "project", name, lambda: self.wait_for_project(number), changes=False)
+            return
+        missing = self._missing_playbooks(int(row["id"]))
+        if row.get("status") in ("successful", "ok") and not missing:
+            return
+        if not row.get("scm_type"):
+            if missing:
+                self.plan.problems.append(self._lacks_playbooks(missing))
+            return
+
+        def sync() -> None:
+            self.write("POST", f"projects/{known(number)}/update/", "project", name, {})
+            self.wait_for_project(number)
+
+        self.add("synced", "project", name, sync)
+
+    def _missing_playbooks(self, number: int) -> list[str]:
+        answer = self.client.get(f"projects/{number}/playbooks/")
+        return [name for name in self.wanted.playbooks if name not in (answer if isinstance(answer, list) else [])]
+
+    def _lacks_playbooks(self, missing: list[str]) -> str:
+        return (
+            f"project {self.wanted.project}: the sync was successful, but {', '.join(missing)} "
+            f"{'is' if len(missing) == 1 else 'are'} not at the top of the repository. Put the contents of the collection's "
+            "folder awx/ (not the folder itself) there, and check awx_project_scm_branch"
+        )
+
+    def wait_for_project(self, number: Id) -> None:
+        """Wait until the sync has ended. Raise AwxError with its reason when it failed, or lacks our playbooks."""
+        name, number = self.wanted.project, int(known(number))
+        end = time.monotonic() + self.wanted.project_timeout
+        while True:
+            row = self.client.get(f"projects/{number}/")
+            # While an update is under way the status of the project may still be that of the last one.
+            busy = (row.get("summary_fields") or {}).get("current_update") or row.get("status") in ACTIVE
+            if not busy:
+                break
+            if time.monotonic() > end:
+                raise AwxError(
+                    f"project {name}: its sync did not end within {self.wanted.project_timeout} s (awx_project_timeout; status "
+                    f"{row.get('status')}). Look at it in AWX, and run the set-up again"
+                )
+            time.sleep(POLL_SECONDS)
+        if row.get("status") not in ("successful", "ok"):
+            raise AwxError(
+                f"project {name}: its sync ended as {row.get('status')}: {self._sync_failure(row)}. Check awx_project_scm_url "
+                "and awx_project_scm_branch, and whether AWX reaches that server"
+            )
+        missing = self._missing_playbooks(number)
+        if missing:
+            raise AwxError(self._lacks_playbooks(missing))
+
+    def _sync_failure(self, row: dict[str, Any]) -> str:
+        """Return why the last sync failed, from its output; the login in an address is left out."""
+        summary = row.get("summary_fields") or {}
+        update = (summary.get("last_update") or summary.get("last_job") or {}).get("id")
+        if not update:
+            return "AWX says no reason"
+        reason = ""
+        for _attempt in range(OUTPUT_READS):
+            try:
+                job = self.client.get(f"project_updates/{update}/")
+                status, output = self.client.send("GET", f"project_updates/{update}/stdout/", query={"format": "txt"})
+            except AwxError as error:
+                return f"the reason cannot be read ({error})"
+            text = re.sub(r"\x1b\[[0-9;]*m", "", output) if status == 200 and isinstance(output, str) else ""
+            fatal = [line for line in text.splitlines() if line.startswith(("fatal:", "ERROR"))]
+            reason = fatal[-1] if fatal else job.get("job_explanation") or job.get("result_traceback") or text[-500:]
+            # AWX sets the status before it has stored the output.
+            if fatal or job.get("event_processing_finished"):
+                break
+            time.sleep(POLL_SECONDS)
+        return hide_login(words_of(reason or "AWX says no reason"))
