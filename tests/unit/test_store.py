@@ -32,9 +32,12 @@ from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors impo
 )
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.model import Sandbox
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store import history, holders, records, schema
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.open import open_database
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.port import Connection
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.records import Claim, Records
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.sqlite.engine import Database, explain
 
+from support.engines import ENGINES, new_address
 from support.lab import FakeClock
 
 RANGE = (1000, 1099)
@@ -42,14 +45,14 @@ CHILD = """
 import sys
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.clock import SystemClock
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.model import Sandbox
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.sqlite.engine import Database
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.open import open_database
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.records import Records
 path, me = sys.argv[1], sys.argv[2]
-store = Records(Database(path), SystemClock(), "child " + me)
+store = Records(open_database(path), SystemClock(), "child " + me)
 """
 
 
-def child(path: Path, me: str, code: str) -> subprocess.Popen[str]:
+def child(path: Path | str, me: str, code: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-c", CHILD + code, str(path), me],
         text=True,
@@ -77,9 +80,17 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "records" / "agentlab.db"
 
 
+@pytest.fixture(params=ENGINES)
+def address(request: pytest.FixtureRequest, path: Path) -> str:
+    """Where empty records are, on each engine in turn."""
+    return new_address(request.param, str(path))
+
+
 @pytest.fixture
-def store(path: Path) -> Records:
-    return Records(Database(str(path)), SystemClock(), "tester")
+def store(address: str) -> Iterator[Records]:
+    database = open_database(address)
+    yield Records(database, SystemClock(), "tester")
+    database.close()
 
 
 # ---- files ----
@@ -180,11 +191,11 @@ def test_a_migration_that_fails_changes_nothing(path: Path, monkeypatch: pytest.
     assert not database.read("SELECT 1 FROM sqlite_master WHERE name = 'half'")
 
 
-def test_many_processes_may_create_it_at_once(path: Path) -> None:
-    children = [child(path, str(n), "store.set_meta('k' + me, me)") for n in range(4)]
+def test_many_processes_may_create_it_at_once(address: str) -> None:
+    children = [child(address, str(n), "store.set_meta('k' + me, me)") for n in range(4)]
     for one in children:
         assert one.communicate(timeout=60)[1] == "" and one.returncode == 0
-    assert len(Database(str(path)).read("SELECT * FROM meta WHERE key LIKE 'k%'")) == 4
+    assert len(open_database(address).read("SELECT * FROM meta WHERE key LIKE 'k%'")) == 4
 
 
 def test_records_of_the_first_schema_are_brought_up_to_date(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -415,14 +426,14 @@ def test_check_mode_sees_what_is_still_in_the_log(path: Path) -> None:
 
 
 @pytest.mark.parametrize("checked", [False, True])
-def test_one_refused_write_spoils_no_other(path: Path, checked: bool) -> None:
-    database = Database(str(path))
+def test_one_refused_write_spoils_no_other(address: str, checked: bool) -> None:
+    database = open_database(address)
     results: dict[int, object] = {}
     # Held, so that all of them queue up and are committed together.
     database._writer_lock.acquire()
 
-    def work(number: int) -> Callable[[sqlite3.Connection], int]:
-        def inner(conn: sqlite3.Connection) -> int:
+    def work(number: int) -> Callable[[Connection], int]:
+        def inner(conn: Connection) -> int:
             conn.execute("INSERT INTO meta VALUES (?, '1')", (f"job{number}",))
             if number % 3 == 0:
                 raise InvalidInput(f"refused {number}")
@@ -471,15 +482,15 @@ def test_a_failed_commit_fails_every_job_of_it(path: Path, monkeypatch: pytest.M
     assert database.read("SELECT value FROM meta WHERE key = 'b'")[0][0] == "1"
 
 
-def test_an_interrupted_commit_is_told_to_every_job_of_it(path: Path) -> None:
+def test_an_interrupted_commit_is_told_to_every_job_of_it(address: str) -> None:
     """Ctrl-C in the thread that commits for the others."""
-    database = Database(str(path))
+    database = open_database(address)
     told: dict[str, BaseException] = {}
 
-    def interrupted(conn: sqlite3.Connection) -> None:
+    def interrupted(conn: Connection) -> None:
         raise KeyboardInterrupt
 
-    def run(name: str, work: Callable[[sqlite3.Connection], None]) -> None:
+    def run(name: str, work: Callable[[Connection], None]) -> None:
         try:
             database.write(work)
         except BaseException as error:
@@ -576,9 +587,9 @@ def test_a_link_to_the_records_that_leads_elsewhere_is_noticed(path: Path, tmp_p
         database.write(lambda conn: conn.execute("INSERT INTO meta VALUES ('b', '1')") and None)
 
 
-def test_together_is_one_commit_and_reads_its_own_writes(path: Path) -> None:
-    store = Records(Database(str(path)), SystemClock(), "test")
-    other = Records(Database(str(path)), SystemClock(), "other")
+def test_together_is_one_commit_and_reads_its_own_writes(address: str) -> None:
+    store = Records(open_database(address), SystemClock(), "test")
+    other = Records(open_database(address), SystemClock(), "other")
     with store.db.together():
         store.set_meta("a", "1")
         with pytest.raises(StoreError):
@@ -594,8 +605,8 @@ def test_together_is_one_commit_and_reads_its_own_writes(path: Path) -> None:
     assert other.meta("a") == other.meta("c") == "1" and other.meta("b") is None
 
 
-def test_together_writes_all_or_nothing(path: Path) -> None:
-    store = Records(Database(str(path)), SystemClock(), "test")
+def test_together_writes_all_or_nothing(address: str) -> None:
+    store = Records(open_database(address), SystemClock(), "test")
     with pytest.raises(RuntimeError), store.db.together():
         store.set_meta("a", "1")
         raise RuntimeError
@@ -618,8 +629,8 @@ def everything(store: Records, *tables: str) -> list[list[tuple[object, ...]]]:
     ]
 
 
-def test_a_step_that_is_refused_in_a_bulk_run_leaves_nothing_and_spoils_no_other(path: Path) -> None:
-    store = Records(Database(str(path)), SystemClock(), "test")
+def test_a_step_that_is_refused_in_a_bulk_run_leaves_nothing_and_spoils_no_other(address: str) -> None:
+    store = Records(open_database(address), SystemClock(), "test")
     (first, one), (stale, two), (lost, three), (last, four) = (reserve(store, number) for number in (1, 2, 3, 4))
     store.amend(two, "update", keepalive=1)
     lost.fence -= 1
@@ -675,8 +686,8 @@ def test_a_step_that_the_database_breaks_off_halfway_leaves_no_half(path: Path) 
     assert {found.state for found in store.find_all()} == {"FAILED"} and store.db.read("SELECT * FROM claims") == []
 
 
-def test_others_wait_for_together_and_lose_nothing(path: Path) -> None:
-    store = Records(Database(str(path)), SystemClock(), "test")
+def test_others_wait_for_together_and_lose_nothing(address: str) -> None:
+    store = Records(open_database(address), SystemClock(), "test")
     begun = threading.Event()
     threads = [
         threading.Thread(target=lambda number=number: begun.wait() and store.set_meta(f"k{number}", "1"))
@@ -692,7 +703,7 @@ def test_others_wait_for_together_and_lose_nothing(path: Path) -> None:
     assert all(store.meta(f"k{number}") == "1" for number in range(20)) and store.meta("first") == "1"
 
 
-def test_a_writer_that_is_interrupted_while_it_waits_keeps_nobody_waiting(path: Path) -> None:
+def test_a_writer_that_is_interrupted_while_it_waits_keeps_nobody_waiting(address: str) -> None:
     """Ctrl-C in the thread whose turn comes next: the others are written all the same."""
     code = """
 import signal, threading, time
@@ -724,8 +735,8 @@ print(store.meta("later"), store.meta("mine"))
     assert out.split("\n")[:2] == ["interrupted", "1 None"], out + err
 
 
-def test_writers_in_separate_processes_lose_nothing(path: Path) -> None:
-    Database(str(path)).close()
+def test_writers_in_separate_processes_lose_nothing(address: str) -> None:
+    open_database(address).close()
     code = """
 import threading
 def work(part):
@@ -744,8 +755,8 @@ threads = [threading.Thread(target=work, args=(part,)) for part in range(2)]
     assert database.integrity() == "ok"
 
 
-def test_processes_that_reserve_at_once_get_different_vmids(path: Path) -> None:
-    Database(str(path)).close()
+def test_processes_that_reserve_at_once_get_different_vmids(address: str) -> None:
+    open_database(address).close()
     code = """
 import uuid
 for n in range(8):
@@ -753,7 +764,7 @@ for n in range(8):
     store.reserve(one, vmid=None, vmid_range=(1000, 1999), occupied=set(), journal={})
     print(one.vmid)
 """
-    children = [child(path, str(n), code) for n in range(4)]
+    children = [child(address, str(n), code) for n in range(4)]
     vmids = []
     for one in children:
         out, err = one.communicate(timeout=60)
@@ -878,9 +889,9 @@ def test_finish_removes_journal_and_claim_with_the_change(store: Records) -> Non
     assert store.under_way(old.uuid) is None and store.db.read("SELECT * FROM claims") == []
 
 
-def test_retention_removes_old_destroyed_records_with_their_events_and_no_others(path: Path) -> None:
+def test_retention_removes_old_destroyed_records_with_their_events_and_no_others(address: str) -> None:
     clock = FakeClock()
-    store = Records(Database(str(path)), clock, "x")
+    store = Records(open_database(address), clock, "x")
     for number in (1, 2, 3):
         claim, one = reserve(store, number)
         if number < 3:
@@ -896,9 +907,9 @@ def test_retention_removes_old_destroyed_records_with_their_events_and_no_others
 # ---- claims ----
 
 
-def test_a_lost_fence_writes_nothing_more(path: Path) -> None:
+def test_a_lost_fence_writes_nothing_more(address: str) -> None:
     clock = FakeClock()
-    store = Records(Database(str(path)), clock, "x")
+    store = Records(open_database(address), clock, "x")
     claim, sandbox = reserve(store)
     clock.pass_time(store.claim_seconds)
     second = Records(store.db, clock, "second")
@@ -918,9 +929,9 @@ def test_a_lost_fence_writes_nothing_more(path: Path) -> None:
     )
 
 
-def test_writing_extends_the_claim(path: Path) -> None:
+def test_writing_extends_the_claim(address: str) -> None:
     clock = FakeClock()
-    store = Records(Database(str(path)), clock, "x")
+    store = Records(open_database(address), clock, "x")
     claim, _dummy = reserve(store)
     clock.pass_time(records.CLAIM_SECONDS - 1)
     store.journal(claim, "create", "cloning", {})
@@ -929,10 +940,10 @@ def test_writing_extends_the_claim(path: Path) -> None:
         Records(store.db, clock, "second").claim(claim.uuid, "stop")
 
 
-def test_a_dead_process_claim_is_taken_over_at_once(path: Path) -> None:
-    store = Records(Database(str(path)), SystemClock(), "heir")
+def test_a_dead_process_claim_is_taken_over_at_once(address: str) -> None:
+    store = Records(open_database(address), SystemClock(), "heir")
     killed = child(
-        path,
+        address,
         "1",
         """
 import os, signal
@@ -949,10 +960,10 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert claim.interrupted is not None and claim.interrupted.detail == {"a": 2}
 
 
-def test_a_live_process_claim_is_busy_and_names_the_holder(path: Path) -> None:
-    store = Records(Database(str(path)), SystemClock(), "second")
+def test_a_live_process_claim_is_busy_and_names_the_holder(address: str) -> None:
+    store = Records(open_database(address), SystemClock(), "second")
     living = child(
-        path,
+        address,
         "AWX job 7",
         """
 one = Sandbox(uuid="00000000-0000-4000-8000-000000000001", vmid=0, name="s1", state="REQUESTED")
@@ -972,10 +983,9 @@ sys.stdin.readline()
     assert store.claim(new(1).uuid, "stop", wait=5).operation == "stop"
 
 
-def test_a_claim_that_cannot_be_given_back_keeps_its_own_process_waiting_for_nothing(
-    store: Records, path: Path
-) -> None:
+def test_a_claim_that_cannot_be_given_back_keeps_its_own_process_waiting_for_nothing(path: Path) -> None:
     """A full disk: the module that runs next in this process (a loop, a retry), or the daemon's next pass, goes on; another process still waits."""
+    store = Records(Database(str(path)), SystemClock(), "tester")
     claim, sandbox = reserve(store)
     store.db._writer.execute("PRAGMA query_only = ON")
     store.release(claim)
@@ -1040,11 +1050,11 @@ def test_another_boot_of_this_name_is_dead_only_if_it_was_this_machine(
     assert holders.is_dead(json.dumps(holder)) is dead
 
 
-def test_a_renewal_that_waited_over_the_end_of_the_lease_is_refused(path: Path) -> None:
+def test_a_renewal_that_waited_over_the_end_of_the_lease_is_refused(address: str) -> None:
     """The second in which it began and the wait, each rounded down, are less than the time that has passed."""
     clock = FakeClock()
     clock.wall = 1000000000.9
-    store = Records(Database(str(path)), clock, "x")
+    store = Records(open_database(address), clock, "x")
     _claim, sandbox = reserve(store)
     store.db.write(
         lambda conn: conn.execute("UPDATE sandboxes SET state = 'RUNNING', lease_expires_at = 1000000001") and None
@@ -1052,7 +1062,7 @@ def test_a_renewal_that_waited_over_the_end_of_the_lease_is_refused(path: Path) 
     sandbox = store.get(sandbox.uuid)
     write = store.db.write
 
-    def late(work: Callable[[sqlite3.Connection], object], *, checked: bool = False) -> object:
+    def late(work: Callable[[Connection], object], *, checked: bool = False) -> object:
         clock.pass_time(0.5)
         return write(work, checked=checked)
 
@@ -1100,8 +1110,8 @@ def test_a_destroy_under_way_beats_a_renewal(store: Records) -> None:
         store.renew(sandbox, 2 * 10**10, 5)
 
 
-def test_keepalive_renews_what_is_over_but_never_what_is_being_destroyed(path: Path) -> None:
-    store = Records(Database(str(path)), SystemClock(), "x")
+def test_keepalive_renews_what_is_over_but_never_what_is_being_destroyed(address: str) -> None:
+    store = Records(open_database(address), SystemClock(), "x")
     sandbox = running(store, 10)
     store.db.write(lambda conn: conn.execute("DELETE FROM claims") and None)
     renewed = store.renew(sandbox, 5000, 1000, keepalive=True)

@@ -54,10 +54,16 @@ class Context:
         self._owner = parent is None
         if parent is None:
             self.database: Engine = open_database(
-                config.database, group_mode=config.database_group_access, dry_run=dry_run
+                config.database,
+                password=config.database_password,
+                group_mode=config.database_group_access,
+                dry_run=dry_run,
             )
         else:
             self.database = Rehearsal(parent.database) if dry_run else parent.database
+        if clock is None:
+            # Leases and ages are compared by the clock of the records: on PostgreSQL the server's.
+            self.clock = self.database.clock(self.clock)
         self.records = Records(self.database, self.clock, actor, self.wait_timeout, stopping)
         self._parent = parent
         self._lock = threading.RLock()
@@ -87,6 +93,8 @@ class Context:
                 from .proxmox.tasks import TaskWaiter
 
                 client = ProxmoxClient(self.config.proxmox, self.clock, parent.client.statistics if parent else None)
+                if self.database.controller is not None:
+                    client.before_change = self.records.confirm_claims
                 self._reach = client, TaskWaiter(client, self.clock, self.config.poll_interval)
             return self._reach
 

@@ -104,6 +104,12 @@ class StoreError(AgentlabError):
     code = "store"
 
 
+class StoreUnavailable(StoreError):
+    """The server of the records does not answer now; nothing was begun, and what was begun is finished later."""
+
+    code = "store_unavailable"
+
+
 class DamagedRecord(StoreError):
     """One value in the records cannot be what it should be. ``detail`` names table, row and column; the row is left alone."""
 

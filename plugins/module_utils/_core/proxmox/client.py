@@ -28,7 +28,7 @@ import contextlib
 import re
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 from ..clock import Clock
@@ -97,6 +97,8 @@ class ProxmoxClient:
         self.clock = clock
         self.statistics = statistics or Statistics()
         self.requests = self.statistics.requests
+        # Called directly before a request that changes something; what it raises ends the request unsent.
+        self.before_change: Callable[[], None] | None = None
         self._api: Transport | None = None
         # The last refusal of a login, and when it came.
         self._refusal: tuple[AccessDenied | None, float] = None, 0.0
@@ -214,6 +216,8 @@ class ProxmoxClient:
             self._mine.asked = self.asked + 1
             try:
                 with self._place(path):
+                    if self.before_change is not None and method != "GET":
+                        self.before_change()
                     answer = api.send(method, path, params)
                 self.statistics.answered()
                 return answer

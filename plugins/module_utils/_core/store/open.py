@@ -6,19 +6,20 @@
 from __future__ import annotations
 
 from ..database_address import POSTGRESQL, parse
-from ..errors import InvalidInput
 from .port import Engine
+from .rehearsal import Rehearsal
 
 
-def open_database(database: str, *, group_mode: bool = False, dry_run: bool = False) -> Engine:
-    """Return the opened records; StoreError when they cannot be used, InvalidInput for an address without an engine."""
+def open_database(
+    database: str, *, password: str | None = None, group_mode: bool = False, dry_run: bool = False
+) -> Engine:
+    """Return the opened records; StoreError when they cannot be used."""
     address = parse(database)
     if address.engine == POSTGRESQL:
-        raise InvalidInput(
-            f"database: {address.text}: this release keeps records in a SQLite file only; give the path of a file",
-            option="database",
-            value=address.text,
-        )
+        from .postgres.engine import PostgresDatabase
+
+        server = PostgresDatabase(address.text, password or address.password, dry_run=dry_run)
+        return Rehearsal(server, owner=True) if dry_run else server
     from .sqlite.engine import Database
 
     return Database(address.text, group_mode=group_mode, dry_run=dry_run)

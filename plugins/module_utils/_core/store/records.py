@@ -13,7 +13,7 @@ import functools
 import json
 import re
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -49,6 +49,8 @@ _NOTES: dict[str, Callable[[str], object]] = {
 DATABASE_ID = re.compile(r"[0-9a-f]{32}")
 # Claims (sandbox, fence) that this process was done with and could not give back: nobody here waits for them.
 _unreturned: set[tuple[str, int]] = set()
+# Per thread, the claims that it holds on records with heartbeats: they are confirmed before each change in Proxmox.
+_held = threading.local()
 
 
 @dataclass(slots=True)
@@ -135,6 +137,8 @@ class Records:
         self.clock = clock
         self.actor = actor
         self._process = holders.identity()
+        if database.controller is not None:
+            self._process = f'{self._process[:-1]}, "controller": "{database.controller}"}}'
         self._stopping = stopping
 
     # ---- reading ----
@@ -229,11 +233,16 @@ class Records:
         )
         return sound_operations(row for row in rows if row["process"] is None or self._given_up(row))
 
-    def _given_up(self, claim: Row) -> bool:
+    def _read(self, sql: str, values: Sequence[Any]) -> list[Any]:
+        return self.db.read(sql, *values)
+
+    def _given_up(self, claim: Row, read: Callable[[str, Sequence[Any]], list[Any]] | None = None) -> bool:
+        """Return whether the holder of a claim is gone. ``read`` asks inside a transaction; without it any connection."""
         return (
             (claim["sandbox_uuid"], claim["fence"]) in _unreturned
             or holders.is_over(claim["process"], claim["expires_at"], self.clock.now(), self.clock.since_boot())
             or holders.is_dead(claim["process"])
+            or self.db.is_abandoned(claim["process"], read or self._read)
         )
 
     def _claim_holder(self) -> str:
@@ -283,30 +292,6 @@ class Records:
         def work(conn: Connection) -> Claim:
             reserve_node = place(conn) if place is not None else None
             now = self.clock.now()
-            taken = {row["vmid"] for row in conn.execute(f"SELECT vmid FROM sandboxes WHERE {LIVE}")}
-            if vmid is not None:
-                if vmid in taken:
-                    raise InvalidInput(f"vmid: {vmid} already belongs to a live sandbox", option="vmid", value=vmid)
-                sandbox.vmid = vmid
-            else:
-                first, last = vmid_range
-                row = conn.execute("SELECT value FROM meta WHERE key = 'last_vmid'").fetchone()
-                last_vmid = int(row["value"]) if row and str(row["value"]).isdecimal() else 0
-                begin = last_vmid + 1 if first <= last_vmid < last else first
-                free = (
-                    n for n in (*range(begin, last + 1), *range(first, begin)) if n not in taken and n not in occupied
-                )
-                sandbox.vmid = next(free, 0)
-                if not sandbox.vmid:
-                    raise InvalidInput(
-                        f"vmid_range: all VMIDs of {first}-{last} are taken; destroy or prune sandboxes, or configure a larger range",
-                        option="vmid_range",
-                        value=f"{first}-{last}",
-                    )
-                conn.execute(
-                    "INSERT INTO meta VALUES ('last_vmid', ?) ON CONFLICT (key) DO UPDATE SET value = excluded.value",
-                    (str(sandbox.vmid),),
-                )
             clash = conn.execute(f"SELECT vmid FROM sandboxes WHERE name = ? AND {LIVE}", (sandbox.name,)).fetchone()
             if clash:
                 raise InvalidInput(
@@ -316,10 +301,13 @@ class Records:
                 )
             sandbox.created_at = sandbox.updated_at = sandbox.state_changed_at = now
             sandbox.state = states.REQUESTED
-            values = [json.dumps(sandbox.tags) if name == "tags" else getattr(sandbox, name) for name in COLUMNS]
-            conn.execute(
-                f"INSERT INTO sandboxes ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))})", values
-            )
+            taken = {row["vmid"] for row in conn.execute(f"SELECT vmid FROM sandboxes WHERE {LIVE}")}
+            if vmid is not None:
+                sandbox.vmid = vmid
+                if vmid in taken or not self._insert(conn, sandbox):
+                    raise InvalidInput(f"vmid: {vmid} already belongs to a live sandbox", option="vmid", value=vmid)
+            else:
+                self._insert_free(conn, sandbox, vmid_range, taken | occupied)
             if reserve_node is not None:
                 reserve_node(conn, sandbox.uuid)
             claim = self._take(conn, sandbox.uuid, "create", now)
@@ -327,7 +315,44 @@ class Records:
             self._journal(conn, sandbox.uuid, "create", "reserved", journal, now)
             return claim
 
-        return self.db.write(work)
+        return self._hold(self.db.write(work))
+
+    def _insert_free(self, conn: Connection, sandbox: Sandbox, vmid_range: tuple[int, int], occupied: set[int]) -> None:
+        """Insert the record under the next free VMID after the one that was given out last."""
+        first, last = vmid_range
+        row = conn.execute("SELECT value FROM meta WHERE key = 'last_vmid'").fetchone()
+        last_vmid = int(row["value"]) if row and str(row["value"]).isdecimal() else 0
+        begin = last_vmid + 1 if first <= last_vmid < last else first
+        for number in (*range(begin, last + 1), *range(first, begin)):
+            if number in occupied:
+                continue
+            sandbox.vmid = number
+            if self._insert(conn, sandbox):
+                conn.execute(
+                    "INSERT INTO meta VALUES ('last_vmid', ?) ON CONFLICT (key) DO UPDATE SET value = excluded.value",
+                    (str(number),),
+                )
+                return
+        raise InvalidInput(
+            f"vmid_range: all VMIDs of {first}-{last} are taken; destroy or prune sandboxes, or configure a larger range",
+            option="vmid_range",
+            value=f"{first}-{last}",
+        )
+
+    def _insert(self, conn: Connection, sandbox: Sandbox) -> bool:
+        """Insert a record; False when the unique index says that a live record has its VMID."""
+        values = [json.dumps(sandbox.tags) if name == "tags" else getattr(sandbox, name) for name in COLUMNS]
+        conn.execute("SAVEPOINT reserved_vmid")
+        try:
+            conn.execute(
+                f"INSERT INTO sandboxes ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))})", values
+            )
+        except self.db.conflicts:
+            conn.execute("ROLLBACK TO reserved_vmid")
+            conn.execute("RELEASE reserved_vmid")
+            return False
+        conn.execute("RELEASE reserved_vmid")
+        return True
 
     def renumber(self, claim: Claim, sandbox: Sandbox, *, vmid_range: tuple[int, int], occupied: set[int]) -> None:
         """Give a REQUESTED record another VMID of the range: Proxmox said that the first is occupied."""
@@ -367,7 +392,7 @@ class Records:
         while True:
             self._refuse_new()
             try:
-                return self.db.write(lambda conn: self._take(conn, uuid, operation, self.clock.now()))
+                return self._hold(self.db.write(lambda conn: self._take(conn, uuid, operation, self.clock.now())))
             except Busy:
                 left = deadline - self.clock.monotonic()
                 if left <= 0:
@@ -375,13 +400,37 @@ class Records:
                 self.clock.sleep(min(pause, left))
                 pause = min(pause * 1.5, 1.0)
 
+    def _hold(self, claim: Claim) -> Claim:
+        """Remember a claim that was taken, where it lives by a heartbeat."""
+        if self.db.controller is not None:
+            self.db.keep_alive()
+            vars(_held).setdefault("claims", {})[claim.fence] = claim.uuid
+        return claim
+
+    def confirm_claims(self) -> None:
+        """Raise ClaimLost when a claim of this thread is another's by now, StoreError when that cannot be asked.
+
+        Called directly before a request that changes Proxmox. A process that was paused may come back after its claim was
+        taken over. Where claims live by their process alone (SQLite), nothing is asked.
+        """
+        if self.db.controller is None:
+            return
+        claims = dict(vars(_held).get("claims", {}))
+        if not claims:
+            self.db.read("SELECT 1")
+        for fence, uuid in claims.items():
+            if not self.db.read("SELECT 1 FROM claims WHERE sandbox_uuid = ? AND fence = ?", uuid, fence):
+                raise ClaimLost(
+                    f"the claim on sandbox {uuid} was lost to another controller; nothing more was done here", uuid=uuid
+                )
+
     def _refuse_new(self) -> None:
         if self._stopping is not None and self._stopping.is_set():
             raise Stopping("agentlabd is stopping: this was not begun, and nothing was changed; ask again when it runs")
 
     def _take(self, conn: Connection, uuid: str, operation: str, now: int) -> Claim:
         row = conn.execute("SELECT * FROM claims WHERE sandbox_uuid = ?", (uuid,)).fetchone()
-        if row and not self._given_up(row):
+        if row and not self._given_up(row, lambda sql, values: conn.execute(sql, values).fetchall()):
             sandbox = conn.execute("SELECT vmid FROM sandboxes WHERE uuid = ?", (uuid,)).fetchone()
             since = row["acquired_at"] if isinstance(row["acquired_at"], int) else now
             raise Busy(
@@ -426,20 +475,20 @@ class Records:
                 )
             return value
 
-        return self.db.write(inner, checked=True)
+        value = self.db.write(inner, checked=True)
+        if finish:
+            vars(_held).get("claims", {}).pop(claim.fence, None)
+        return value
 
     def release(self, claim: Claim) -> None:
         """Give the claim back; the journal entry stays if the operation is not finished. When the disk is full, it ends for others with this process."""
+        query, values = "DELETE FROM claims WHERE sandbox_uuid = ? AND fence = ?", (claim.uuid, claim.fence)
+        vars(_held).get("claims", {}).pop(claim.fence, None)
         try:
-            self.db.write(
-                lambda conn: (
-                    conn.execute("DELETE FROM claims WHERE sandbox_uuid = ? AND fence = ?", (claim.uuid, claim.fence))
-                    and None
-                ),
-                checked=True,
-            )
+            self.db.write(lambda conn: conn.execute(query, values) and None, checked=True)
         except StoreError:
             _unreturned.add((claim.uuid, claim.fence))
+            self.db.write_later(query, values)
 
     # ---- journal ----
 

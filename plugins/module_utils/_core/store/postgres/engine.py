@@ -1,0 +1,630 @@
+# Copyright: the agentlab.proxmox contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""The PostgreSQL engine: connections, transactions, heartbeats, and what happens when the server goes away.
+
+One writer at a time, as on SQLite: every write transaction first takes an advisory lock, and holds it until its commit. So
+the rules of the records, which were made for one writer, hold unchanged; ids of events are handed out in commit order; and
+two controllers cannot deadlock. Threads of one process share transactions (group_commit). A writer that was paused inside a
+transaction loses it after ``_IDLE_SECONDS``, by the server's own time-out.
+
+Each commit also writes its number into the table ``controllers``. When the answer to a COMMIT is lost, that number tells
+whether it was carried out, before anything is repeated.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import random
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import lru_cache
+from typing import Any, TypeVar
+
+from ...clock import Clock
+from ...errors import StoreError, StoreUnavailable
+from .. import holders, schema
+from ..group_commit import GroupCommit, QueuedWrite
+from . import schema as own_schema
+
+try:
+    import psycopg
+    from psycopg import conninfo, errors
+except ImportError as missing:
+    raise StoreError(
+        "database: records on PostgreSQL need the Python library psycopg 3 where this runs: install python3-psycopg (Debian), "
+        "or psycopg[binary] with pip into the environment of this interpreter"
+    ) from missing
+
+T = TypeVar("T")
+
+# Keys of advisory locks: "alab", and what the lock is for.
+_LOCK_SPACE = 0x616C6162
+_WRITER, _MIGRATION = 1, 2
+# Locks of jobs have numbers from here on, by their place in this tuple.
+JOBS = ("reconcile", "cleanup")
+_FIRST_JOB = 10
+
+HEARTBEAT_SECONDS = 10.0
+DEAD_SECONDS = 30.0
+# Rows of processes that ended without a word are kept as long, for whoever asks about them.
+_FORGET_SECONDS = 86400
+_IDLE_SECONDS = 15
+_LOCK_SECONDS = 60
+_CONNECT_SECONDS = 5
+_ATTEMPTS = 5
+# The server's clock is asked again after so many seconds, at the latest.
+_CLOCK_SECONDS = 10.0
+
+_EPOCH = "extract(epoch FROM clock_timestamp())::float8"
+_OPENING = (
+    f"SELECT {_EPOCH}, (SELECT value FROM meta WHERE key = '{own_schema.VERSION_KEY}'), "
+    "pg_is_in_recovery(), current_setting('server_version')"
+)
+_BEGIN = f"BEGIN; SELECT pg_advisory_xact_lock({_LOCK_SPACE}, {_WRITER}); {_OPENING}"
+# Errors after which the same transaction may succeed: another writer won, or the server went away and came back.
+_CONFLICTS = (errors.SerializationFailure, errors.DeadlockDetected)
+_LOST = (
+    psycopg.OperationalError,
+    psycopg.InterfaceError,
+    errors.ReadOnlySqlTransaction,
+    errors.IdleInTransactionSessionTimeout,
+)
+
+
+class NamedRow(tuple[Any, ...]):
+    """A row that is read by name or by position, as those of SQLite are."""
+
+    __slots__ = ()
+    names: dict[str, int]
+
+    def __getitem__(self, key: Any) -> Any:
+        return tuple.__getitem__(self, self.names[key] if isinstance(key, str) else key)
+
+    def keys(self) -> Iterable[str]:
+        return self.names
+
+
+@lru_cache(256)
+def _row_class(names: tuple[str, ...]) -> type[NamedRow]:
+    positions = {name: number for number, name in enumerate(names)}
+    return type("NamedRow", (NamedRow,), {"__slots__": (), "names": positions})
+
+
+def _make_rows(cursor: Any) -> Callable[[Sequence[Any]], NamedRow]:
+    description = cursor.description
+    if description is None:
+        return NamedRow
+    return _row_class(tuple(column.name for column in description))
+
+
+@lru_cache(512)
+def translate(sql: str) -> str:
+    """Return a statement with psycopg's placeholders. No statement of ours has a question mark inside a text."""
+    return sql.replace("%", "%%").replace("?", "%s")
+
+
+class Session:
+    """A connection inside a transaction, in the shape that the records work with."""
+
+    __slots__ = ("_connection",)
+
+    def __init__(self, connection: Any) -> None:
+        self._connection = connection
+
+    def execute(self, sql: str, values: Sequence[Any] = ()) -> Any:
+        # PostgreSQL does not take true and false for the numbers that the columns hold.
+        return self._connection.execute(
+            translate(sql), [int(value) if isinstance(value, bool) else value for value in values]
+        )
+
+    def executemany(self, sql: str, rows: Iterable[Sequence[Any]]) -> None:
+        with self._connection.cursor() as cursor:
+            cursor.executemany(translate(sql), list(rows))
+
+
+class ServerClock:
+    """The server's wall time, and this host's clocks for waiting."""
+
+    def __init__(self, database: PostgresDatabase, own: Clock) -> None:
+        self._database = database
+        self.own = own
+
+    def now(self) -> int:
+        return int(self._database.server_time())
+
+    def monotonic(self) -> float:
+        return self.own.monotonic()
+
+    def since_boot(self) -> float:
+        return self.own.since_boot()
+
+    def sleep(self, seconds: float) -> None:
+        self.own.sleep(seconds)
+
+
+def since_boot() -> float:
+    """Return the seconds since boot, sleep included: a host that slept does not take old answers for new ones."""
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
+
+
+class PostgresDatabase(GroupCommit):
+    """One PostgreSQL database. ``uri`` has no password; ``password`` None leaves it to libpq (PGPASSWORD, a passfile)."""
+
+    kind = "postgresql"
+    conflicts: tuple[type[Exception], ...] = (errors.UniqueViolation,)
+
+    def __init__(self, uri: str, password: str | None = None, *, dry_run: bool = False) -> None:
+        super().__init__()
+        self.path = uri
+        self.waits_since: float | None = None
+        self.controller: str | None = uuid.uuid4().hex
+        self.server_version = ""
+        # For the daemon's metrics.
+        self.reconnects = 0
+        self.retries = 0
+        self._parameters = self._read_uri(uri, password)
+        self._dry_run = dry_run
+        self._reader_lock = threading.RLock()
+        self._reader: Any = None
+        self._writer: Any = None
+        self._leader: Any = None
+        self._leader_lock = threading.Lock()
+        self._leads: set[str] = set()
+        self._together: int | None = None
+        self._commits = 0
+        self._registered = False
+        self._closed = threading.Event()
+        self._beating: threading.Thread | None = None
+        self._later: list[tuple[str, Sequence[Any]]] = []
+        # The server's time less this host's time since boot, and when it was read (since boot).
+        self._offset: tuple[float, float] | None = None
+        self._open()
+
+    # ---- connections ----
+
+    def _read_uri(self, uri: str, password: str | None) -> dict[str, Any]:
+        try:
+            parameters = dict(conninfo.conninfo_to_dict(uri))
+        except psycopg.Error as error:
+            raise StoreError(f"database {uri}: {_first_line(error)}; correct the URI", path=uri) from None
+        if password is not None:
+            parameters["password"] = password
+        parameters.setdefault("application_name", f"agentlab {holders.host().partition('/')[0]}"[:60])
+        # A standby would refuse the first write; after a failover it is passed over.
+        parameters.setdefault("target_session_attrs", "read-write")
+        parameters.setdefault("connect_timeout", _CONNECT_SECONDS)
+        # A host that vanished: this side notices within seconds, and so does the server, which then frees its locks.
+        for name, value in (("keepalives_idle", 5), ("keepalives_interval", 1), ("keepalives_count", 3)):
+            parameters.setdefault(name, value)
+        parameters.setdefault("tcp_user_timeout", 10000)
+        settings = {
+            "idle_in_transaction_session_timeout": f"{_IDLE_SECONDS}s",
+            "lock_timeout": f"{_LOCK_SECONDS}s",
+            "tcp_keepalives_idle": 5,
+            "tcp_keepalives_interval": 1,
+            "tcp_keepalives_count": 3,
+            "default_transaction_isolation": "read\\ committed",
+        }
+        options = " ".join(f"-c {name}={value}" for name, value in settings.items())
+        parameters["options"] = f"{options} {parameters.get('options') or ''}".strip()
+        return parameters
+
+    def _connect(self) -> Any:
+        connection = psycopg.connect(**self._parameters, autocommit=True)
+        connection.row_factory = _make_rows
+        return connection
+
+    def _open(self) -> None:
+        with self._reader_lock, self._told():
+            connection = self._connect()
+            try:
+                row = connection.execute(_OPENING).fetchone()
+            except errors.UndefinedTable:
+                row = None
+            except BaseException:
+                connection.close()
+                raise
+            self._reader = connection
+            version = self._judge(row) if row is not None else 0
+            if version < schema.VERSION:
+                if self._dry_run:
+                    raise StoreError(
+                        f"database {self.path}: its tables are missing or of an older release (schema {version}, this release "
+                        f"has {schema.VERSION}); check mode does not change them. Run once without check mode",
+                        path=self.path,
+                    )
+                self._migrate(connection)
+
+    def _judge(self, row: Any) -> int:
+        """Note the server's clock and version; return the version of the schema. StoreError for one that is not known."""
+        self._offset = (float(row[0]) - since_boot(), since_boot())
+        self.server_version = str(row[3])
+        version = int(row[1]) if row[1] is not None and str(row[1]).isdecimal() else 0
+        if version > schema.VERSION:
+            raise StoreError(
+                f"database {self.path}: its schema version {version} is newer than the {schema.VERSION} that this release "
+                "knows; upgrade agentlab.proxmox here too. Nothing was written",
+                path=self.path,
+            )
+        return version
+
+    def _migrate(self, connection: Any) -> None:
+        """Bring the tables to the present version, once, whichever process comes first."""
+        try:
+            with connection.transaction():
+                connection.execute(f"SELECT pg_advisory_xact_lock({_LOCK_SPACE}, {_MIGRATION})")
+                # No process writes meanwhile: the older release meets the new version at its next write, and refuses.
+                connection.execute(f"SELECT pg_advisory_xact_lock({_LOCK_SPACE}, {_WRITER})")
+                version = 0
+                # The first table of the current schema on the search path, if any.
+                if connection.execute("SELECT to_regclass('meta')").fetchone()[0] is not None:
+                    version = self._judge(connection.execute(_OPENING).fetchone())
+                if version < schema.VERSION:
+                    for statement in own_schema.steps(version):
+                        connection.execute(statement)
+                    connection.execute(
+                        "INSERT INTO meta (key, value) VALUES (%s, %s) ON CONFLICT (key) DO UPDATE SET value = excluded.value",
+                        [own_schema.VERSION_KEY, str(schema.VERSION)],
+                    )
+        except errors.InsufficientPrivilege as error:
+            raise StoreError(
+                f"database {self.path}: its tables are missing or of an older release, and this role may not change them "
+                f"({_first_line(error)}). Run agentlabd --migrate-records with the migration role (docs/controllers.md)",
+                path=self.path,
+            ) from None
+        self._judge(connection.execute(_OPENING).fetchone())
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except psycopg.Error as error:
+            raise self.explain(error) from error
+
+    def explain(self, error: Exception) -> StoreError:
+        """Return PostgreSQL's error as a sentence that names the database and says what to do."""
+        text = _first_line(error)
+        state = getattr(error, "sqlstate", None) or ""
+        if isinstance(error, errors.LockNotAvailable):
+            advice = f"another controller kept the records busy for {_LOCK_SECONDS} seconds; run again"
+        elif isinstance(error, errors.InsufficientPrivilege):
+            advice = "grant the run-time role what docs/controllers.md says"
+        elif state.startswith("28") or "authentication failed" in text or "no password supplied" in text:
+            advice = "check the user, database_password (or PGPASSWORD, or the passfile) and pg_hba.conf"
+        elif isinstance(error, errors.InvalidCatalogName) or "does not exist" in text:
+            advice = "create it as docs/controllers.md says, or correct the name"
+        elif state.startswith("53"):
+            advice = "the server has no room or no connection left; nothing was written"
+        elif isinstance(error, _LOST):
+            return StoreUnavailable(
+                f"database {self.path}: cannot be reached: {text}. Nothing is changed in Proxmox VE meanwhile, and what was "
+                "begun is finished later; look at the server and the network, then run again",
+                path=self.path,
+            )
+        else:
+            advice = "nothing was written"
+        return StoreError(f"database {self.path}: {text}: {advice}", path=self.path)
+
+    # ---- the server's clock ----
+
+    def clock(self, own: Clock) -> Clock:
+        return ServerClock(self, own)
+
+    def server_time(self) -> float:
+        """Return the server's time in seconds since 1970; while it cannot be asked, it goes on from the last answer."""
+        assert self._offset is not None
+        offset, read_at = self._offset
+        if since_boot() - read_at > _CLOCK_SECONDS:
+            with contextlib.suppress(StoreError):
+                self._judge(self.read(_OPENING)[0])
+                offset = self._offset[0]
+        return since_boot() + offset
+
+    def clock_difference(self) -> float:
+        """Return the seconds by which this host's wall clock is ahead of the server's."""
+        return time.time() - self.server_time()
+
+    # ---- reading ----
+
+    def read(self, sql: str, *values: Any) -> list[Any]:
+        return self.read_as(lambda row: row, sql, *values)
+
+    def read_as(self, make: Callable[[Any], T], sql: str, *values: Any) -> list[T]:
+        """Return what ``make`` makes of each row; a connection that was lost is replaced once."""
+        if self._together == threading.get_ident():
+            with self._told():
+                return list(map(make, Session(self._writer).execute(sql, values)))
+        with self._reader_lock, self._told():
+            for last in (False, True):
+                try:
+                    if self._reader is None or self._reader.closed:
+                        self._reader = self._connect()
+                    return list(map(make, Session(self._reader).execute(sql, values)))
+                except _LOST:
+                    self._reader = self._drop(self._reader)
+                    if last:
+                        raise
+        raise AssertionError("unreachable")
+
+    def _drop(self, connection: Any) -> Any:
+        """Close a connection that is of no use any more; return None, for its place."""
+        self.reconnects += 1
+        if connection is not None:
+            with contextlib.suppress(psycopg.Error):
+                connection.close()
+        return None
+
+    # ---- writing ----
+
+    def write(self, work: Callable[[Any], T], *, checked: bool = False) -> T:
+        """Run ``work`` in a transaction; return its value once that is committed. It may be called more than once."""
+        if self._together == threading.get_ident():
+            with self._told():
+                self._refuse_ended()
+                session = Session(self._writer)
+                # What is checked refuses before its first write: there is nothing to undo.
+                return work(session) if checked else self._in_savepoint(session, work)
+        with self._told():
+            return self.enqueue(work)
+
+    def _in_savepoint(self, session: Session, work: Callable[[Any], T]) -> T:
+        session.execute("SAVEPOINT queued_write")
+        try:
+            value = work(session)
+        except Exception:
+            if not self._writer.closed:
+                session.execute("ROLLBACK TO queued_write")
+            raise
+        session.execute("RELEASE queued_write")
+        return value
+
+    def interrupted(self) -> Exception:
+        return psycopg.OperationalError("interrupted")
+
+    def run_batch(self, batch: list[QueuedWrite]) -> None:
+        """Commit these writes together. Conflicts are retried; after a lost commit its outcome is looked up first."""
+        for attempt in range(1, _ATTEMPTS + 1):
+            for queued in batch:
+                queued.error = queued.value = None
+            try:
+                with self._transact() as session:
+                    for queued in batch:
+                        try:
+                            queued.value = (
+                                self._in_savepoint(session, queued.work) if len(batch) > 1 else queued.work(session)
+                            )
+                        except (*_CONFLICTS, *_LOST):
+                            raise
+                        except Exception as error:
+                            queued.error = error
+                            if len(batch) == 1:
+                                raise
+                return
+            except (*_CONFLICTS, *_LOST) as error:
+                # A server that does not answer at all is not worth a second wait.
+                if attempt == _ATTEMPTS or isinstance(error, errors.LockNotAvailable) or _refused(error):
+                    raise
+                self.retries += 1
+                time.sleep(random.uniform(0.01, 0.05) * 2**attempt)
+
+    @contextlib.contextmanager
+    def _transact(self) -> Iterator[Session]:
+        """One transaction, with the writer's lock. Called with the lock of this process's writer held."""
+        connection = self._begin()
+        try:
+            yield Session(connection)
+            self._refuse_ended()
+        except BaseException:
+            self._roll_back(connection)
+            raise
+        self._finish(connection)
+
+    def _begin(self) -> Any:
+        self.waits_since = time.monotonic()
+        try:
+            if self._writer is None or self._writer.closed:
+                self._writer = self._connect()
+            try:
+                cursor = self._writer.execute(_BEGIN)
+                # Of the three statements the last one has the answer.
+                while cursor.nextset():
+                    pass
+                version = self._judge(cursor.fetchone())
+                if version < schema.VERSION:
+                    raise StoreError(f"database {self.path}: its tables were replaced by older ones; run again")
+            except BaseException:
+                self._roll_back(self._writer)
+                raise
+            return self._writer
+        finally:
+            self.waits_since = None
+
+    def _roll_back(self, connection: Any) -> None:
+        try:
+            if not connection.closed:
+                connection.execute("ROLLBACK")
+        except psycopg.Error:
+            pass
+        else:
+            if not connection.closed:
+                return
+        self._writer = self._drop(connection)
+
+    def _refuse_ended(self) -> None:
+        """Raise when the transaction is over before its commit: what was written in it is undone."""
+        if self._writer.info.transaction_status != psycopg.pq.TransactionStatus.INTRANS:
+            raise psycopg.InternalError("the transaction was rolled back")
+
+    def _finish(self, connection: Any) -> None:
+        """Commit; when the answer is lost, look up whether it was carried out."""
+        number = self._commits = self._commits + 1
+        host = holders.host().replace("'", "")
+        try:
+            cursor = connection.execute(
+                f"INSERT INTO controllers VALUES ('{self.controller}', '{host}', {number}, {_EPOCH}) ON CONFLICT (id) "
+                f"DO UPDATE SET commits = {number}, seen_at = {_EPOCH}; COMMIT".replace("%", "%%")
+            )
+            while cursor.nextset():
+                pass
+            if cursor.statusmessage != "COMMIT":
+                raise psycopg.OperationalError("the server rolled the transaction back")
+            self._registered = True
+        except _LOST:
+            self._roll_back(connection)
+            if not self._was_committed(number):
+                raise
+            self._registered = True
+
+    def _was_committed(self, number: int) -> bool:
+        """Return whether a commit whose answer was lost was carried out; raises when the server cannot be asked."""
+        for attempt in range(1, _ATTEMPTS + 1):
+            try:
+                self._writer = self._connect()
+                # The lost transaction holds the writer's lock until it has ended one way or the other.
+                cursor = self._writer.execute(
+                    f"BEGIN; SELECT pg_advisory_xact_lock({_LOCK_SPACE}, {_WRITER}); "
+                    f"SELECT max(commits) FROM controllers WHERE id = '{self.controller}'; COMMIT"
+                )
+                cursor.nextset()
+                cursor.nextset()
+                last = cursor.fetchone()[0]
+                return last is not None and last >= number
+            except _LOST:
+                self._writer = self._drop(self._writer)
+                if attempt == _ATTEMPTS:
+                    raise
+                time.sleep(0.2 * 2**attempt)
+        raise AssertionError("unreachable")
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Group all writes of this thread into one transaction. Report nothing as done until the block has ended."""
+        with self._told(), self._writer_lock, self._transact():
+            self._together = threading.get_ident()
+            try:
+                yield
+            finally:
+                self._together = None
+
+    # ---- heartbeats ----
+
+    def is_abandoned(self, process: str, read: Callable[[str, Sequence[Any]], Sequence[Any]]) -> bool:
+        """Return whether the holder's heartbeat is older than 30 seconds by the server's clock, or was ended by itself."""
+        try:
+            controller = json.loads(process)["controller"]
+        except (ValueError, KeyError, TypeError):
+            # Written by a copy from SQLite: its processes are judged by their host alone.
+            return False
+        if controller == self.controller:
+            return False
+        # A server that was started anew gives everybody the time for a heartbeat.
+        began = "extract(epoch FROM pg_postmaster_start_time())::float8"
+        rows = list(read(f"SELECT greatest(seen_at, {began}) FROM controllers WHERE id = ?", [controller]))
+        return not rows or float(rows[0][0]) < self.server_time() - DEAD_SECONDS
+
+    def keep_alive(self) -> None:
+        with self._reader_lock:
+            if self._beating is None and not self._closed.is_set():
+                self._beating = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+                self._beating.start()
+
+    def write_later(self, sql: str, values: Sequence[Any]) -> None:
+        self._later.append((sql, values))
+
+    def _beat(self) -> None:
+        connection: Any = None
+        pause = HEARTBEAT_SECONDS
+        while not self._closed.wait(pause):
+            try:
+                if connection is None or connection.closed:
+                    connection = self._connect()
+                    # A heartbeat that is lost in a crash of the server is no loss.
+                    connection.execute("SET synchronous_commit = off")
+                connection.execute(f"UPDATE controllers SET seen_at = {_EPOCH} WHERE id = %s", [self.controller])
+                while self._later:
+                    sql, values = self._later[0]
+                    Session(connection).execute(sql, values)
+                    self._later.pop(0)
+                connection.execute(f"DELETE FROM controllers WHERE seen_at < {_EPOCH} - %s", [_FORGET_SECONDS])
+                pause = HEARTBEAT_SECONDS
+            except psycopg.Error:
+                connection = self._drop(connection)
+                pause = 1.0
+        if connection is not None:
+            self._drop(connection)
+
+    # ---- jobs that one controller does ----
+
+    def lead(self, job: str) -> bool:
+        """Return whether this process does ``job`` now: it holds the lock of that job, on a session of its own."""
+        query = f"SELECT pg_try_advisory_lock({_LOCK_SPACE}, {_FIRST_JOB + JOBS.index(job)})"
+        with self._leader_lock, self._told():
+            try:
+                if self._leader is None or self._leader.closed:
+                    self._leads.clear()
+                    self._leader = self._connect()
+                # Asks the server in either case: a session that was lost leads nothing.
+                if job in self._leads:
+                    self._leader.execute("SELECT 1")
+                elif self._leader.execute(query).fetchone()[0]:
+                    self._leads.add(job)
+            except _LOST:
+                self._leads.clear()
+                self._leader = self._drop(self._leader)
+                raise
+            return job in self._leads
+
+    # ---- the rest of the port ----
+
+    def replaced(self) -> str | None:
+        return None
+
+    def latest_event(self) -> int:
+        rows = self.read("SELECT COALESCE(max(id), 0) FROM events")
+        return int(rows[0][0])
+
+    def noted_event(self) -> int | None:
+        return None
+
+    def note_event(self, event: int) -> None:
+        """Nothing is noted beside a database on a server."""
+
+    def limit_cache(self, kib: int) -> None:
+        """The server keeps the pages."""
+
+    def integrity(self) -> str:
+        return "ok"
+
+    def close(self) -> None:
+        self._closed.set()
+        if self._beating is not None and self._beating is not threading.current_thread():
+            self._beating.join(2.0)
+        if self._registered and not self._later:
+            with contextlib.suppress(psycopg.Error):
+                if self._writer is not None and not self._writer.closed:
+                    # Claims that this process still has are free at once.
+                    self._writer.execute("SET synchronous_commit = off")
+                    self._writer.execute("DELETE FROM controllers WHERE id = %s", [self.controller])
+        for connection in (self._reader, self._writer, self._leader):
+            if connection is not None:
+                with contextlib.suppress(psycopg.Error):
+                    connection.close()
+
+
+def _refused(error: Exception) -> bool:
+    """Return whether no connection was made at all: no server listens, or none of them takes writes."""
+    return (
+        isinstance(error, psycopg.OperationalError)
+        and error.sqlstate is None
+        and "connection" in str(error)
+        and ("refused" in str(error) or "timeout" in str(error) or "could not translate" in str(error))
+    )
+
+
+def _first_line(error: Exception) -> str:
+    text = " ".join(str(error).split("\n")[:1]).strip() or type(error).__name__
+    return text.removeprefix("connection failed: ")

@@ -1,0 +1,41 @@
+# Copyright: the agentlab.proxmox contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Both engines of the records, for tests that hold on either: a fixture parameter and one server for each test process."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import os
+
+import pytest
+
+from .postgres import WHY_SKIPPED, PostgresServer, is_installed
+
+ENGINES = ("sqlite", "postgresql")
+
+
+@functools.cache
+def server() -> PostgresServer:
+    """Return the PostgreSQL server of this test process; started at the first call, ended with the process."""
+    running = PostgresServer().create()
+    atexit.register(running.destroy)
+    return running
+
+
+def require_postgresql() -> None:
+    """Skip the test where PostgreSQL is not installed; fail there when AGENTLAB_REQUIRE_POSTGRESQL is set (CI)."""
+    if not is_installed():
+        if os.environ.get("AGENTLAB_REQUIRE_POSTGRESQL"):
+            pytest.fail(WHY_SKIPPED)
+        pytest.skip(WHY_SKIPPED)
+
+
+def new_address(engine: str, path: str) -> str:
+    """Return a value of ``database`` for empty records: the path, or the URI of a new database."""
+    if engine == "sqlite":
+        return path
+    require_postgresql()
+    return server().uri()

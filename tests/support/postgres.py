@@ -1,0 +1,152 @@
+# Copyright: the agentlab.proxmox contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""PostgreSQL servers for tests: on a loopback port, in a folder of their own, as an ordinary user."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import pwd
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+WHY_SKIPPED = "PostgreSQL or psycopg is not installed: apt-get install postgresql, and make setup. Nothing of PostgreSQL was tested"
+
+
+def find_programs() -> Path | None:
+    """Return the folder with initdb and pg_ctl of the newest PostgreSQL on this machine, or None."""
+    debian = sorted(Path("/usr/lib/postgresql").glob("*/bin/pg_ctl"), key=lambda path: int(path.parents[1].name))
+    if debian:
+        return debian[-1].parent
+    program = shutil.which("pg_ctl")
+    return Path(program).resolve().parent if program else None
+
+
+def is_installed() -> bool:
+    """Return whether tests on PostgreSQL can run here."""
+    try:
+        import psycopg  # noqa: F401
+    except ImportError:
+        return False
+    return find_programs() is not None
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+class PostgresServer:
+    """One server. ``uri()`` makes a fresh database and returns its URI."""
+
+    def __init__(self, port: int | None = None) -> None:
+        programs = find_programs()
+        assert programs is not None, WHY_SKIPPED
+        self._programs = programs
+        self._temporary = tempfile.TemporaryDirectory(prefix="agentlab-postgres-", ignore_cleanup_errors=True)
+        self.folder = Path(self._temporary.name)
+        self.data = self.folder / "data"
+        self.port = port or _free_port()
+        self.user = "tester"
+        self._numbers = itertools.count(1)
+        # initdb refuses root.
+        self._account: dict[str, Any] = {}
+        if os.geteuid() == 0:
+            name = next(name for name in ("postgres", "nobody") if _exists(name))
+            account = pwd.getpwnam(name)
+            os.chown(self.folder, account.pw_uid, account.pw_gid)
+            self._account = {"user": account.pw_uid, "group": account.pw_gid, "extra_groups": []}
+
+    def run(self, program: str, *arguments: str) -> str:
+        """Run one of PostgreSQL's programs as the server's user; return what it prints."""
+        done = subprocess.run(
+            [str(self._programs / program), *arguments],
+            capture_output=True,
+            text=True,
+            cwd=self.folder,
+            env={"PATH": os.environ["PATH"], "LC_ALL": "C.UTF-8"},
+            check=False,
+            **self._account,
+        )
+        assert done.returncode == 0, f"{program} {' '.join(arguments)}: {done.stdout}{done.stderr}"
+        return done.stdout
+
+    def create(self, **settings: str) -> PostgresServer:
+        """Make the folder of a new server and start it."""
+        self.run("initdb", "-D", str(self.data), "-A", "trust", "-U", self.user, "--no-sync", "-E", "UTF8")
+        self.configure(fsync="off", max_connections="200", wal_level="replica", **settings)
+        self.start()
+        return self
+
+    def configure(self, **settings: str) -> None:
+        """Append settings; they count from the next start."""
+        with open(self.data / "postgresql.conf", "a", encoding="utf-8") as file:
+            file.writelines(f"{name} = '{value}'\n" for name, value in settings.items())
+
+    def start(self) -> None:
+        options = f"-p {self.port} -k {self.folder} -c listen_addresses=127.0.0.1"
+        self.run(
+            "pg_ctl", "-D", str(self.data), "-w", "-t", "60", "-l", str(self.folder / "log"), "-o", options, "start"
+        )
+
+    def stop(self, mode: str = "immediate") -> None:
+        self.run("pg_ctl", "-D", str(self.data), "-w", "-t", "60", "-m", mode, "stop")
+
+    def pid(self) -> int:
+        return int((self.data / "postmaster.pid").read_text().split("\n")[0])
+
+    def pause(self) -> None:
+        """Stop the main process: nobody gets a new connection, and those that are there go on."""
+        os.kill(self.pid(), signal.SIGSTOP)
+
+    def standby(self) -> PostgresServer:
+        """Start a streaming standby of this server."""
+        other = PostgresServer()
+        self_uri = f"host=127.0.0.1 port={self.port} user={self.user}"
+        other.run("pg_basebackup", "-D", str(other.data), "-d", self_uri, "-R", "-X", "stream", "-c", "fast")
+        other.user = self.user
+        other.start()
+        return other
+
+    def promote(self) -> None:
+        self.run("pg_ctl", "-D", str(self.data), "-w", "promote")
+
+    def execute(self, sql: str, database: str = "postgres") -> list[Any]:
+        """Run statements as superuser; return the rows of the last one."""
+        import psycopg
+
+        with psycopg.connect(
+            host="127.0.0.1", port=self.port, user=self.user, dbname=database, autocommit=True
+        ) as connection:
+            cursor = connection.execute(sql)
+            return cursor.fetchall() if cursor.description else []
+
+    def uri(self, database: str | None = None) -> str:
+        """Return the URI of a database; without a name of a new, empty one."""
+        if database is None:
+            database = f"test_{os.getpid()}_{next(self._numbers)}"
+            self.execute(f"CREATE DATABASE {database}")
+        return f"postgresql://{self.user}@127.0.0.1:{self.port}/{database}"
+
+    def destroy(self) -> None:
+        """End the server and remove its folder."""
+        if (self.data / "postmaster.pid").exists():
+            self.stop()
+        self._temporary.cleanup()
+
+
+def _exists(name: str) -> bool:
+    try:
+        pwd.getpwnam(name)
+    except KeyError:
+        return False
+    return True
