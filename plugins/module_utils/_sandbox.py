@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ansible.module_utils.basic import AnsibleModule
 
@@ -14,6 +14,9 @@ from . import _adapter
 from ._core.context import Context, failure
 from ._core.errors import AgentlabError, InvalidInput, NotFound
 from ._core.model import Outcome, Sandbox
+
+if TYPE_CHECKING:
+    from ._core.sandboxes.spec import Spec
 
 
 def run(module: AnsibleModule, context: Context, creation: Sequence[str]) -> dict[str, Any]:
@@ -26,6 +29,8 @@ def run(module: AnsibleModule, context: Context, creation: Sequence[str]) -> dic
     given += [name for name in ("update", "allow_restart") if params.get(name)]
     if state != "present" and given:
         raise InvalidInput(f"{given[0]}: only with state=present, not with state={state}", option=given[0])
+    if state != "present" and params.get("items") is not None:
+        raise InvalidInput(f"items: only with state=present, not with state={state}", option="items")
     wanted = _adapter.ids(module)
     if not wanted and state != "present" and params.get("vmids") is None:
         raise InvalidInput(f"vmid: state={state} needs vmid, vmids or name", option="vmid")
@@ -35,7 +40,9 @@ def run(module: AnsibleModule, context: Context, creation: Sequence[str]) -> dic
         outcomes = _absent(context, wanted, params["force"])
     else:
         outcomes = _power(context, wanted, state, params["force"], params["wait_for_ip"])
-    return _adapter.answer(outcomes, single=params.get("vmids") is None, diff=module._diff)
+    return _adapter.answer(
+        outcomes, single=params.get("vmids") is None and params.get("items") is None, diff=module._diff
+    )
 
 
 def _outcome_of(work: Callable[[Sandbox], Outcome], sandbox: Sandbox) -> Outcome:
@@ -46,45 +53,92 @@ def _outcome_of(work: Callable[[Sandbox], Outcome], sandbox: Sandbox) -> Outcome
 
 
 def _present(module: AnsibleModule, context: Context, which_ones: list[dict[str, Any]]) -> list[Outcome]:
+    """Create, or bring to what is asked for, each of the sandboxes, several at once."""
     import dataclasses
 
-    from ._core import states
-    from ._core.sandboxes import create, wanted
-    from ._core.vm import address
+    from ._core.sandboxes import wanted
 
     params = module.params
+    if params.get("items") is not None:
+        return context.each(
+            lambda item: _outcome_of_item(context, *item), _check_items(context, params, params["items"])
+        )
     several = params.get("vmids") is not None
     spec = wanted.spec(context, {**params, "vmid": None, "name": None if several else params.get("name")})
+    if not several:
+        which = (which_ones or [{}])[0]
+        return [_ensure(context, params, dataclasses.replace(spec, vmid=which.get("vmid")))]
+    return context.each(
+        lambda which: _outcome_of_item(context, params, dataclasses.replace(spec, vmid=which.get("vmid"))), which_ones
+    )
 
-    def one(which: dict[str, Any]) -> Outcome:
-        asked = dataclasses.replace(spec, vmid=which.get("vmid"))
+
+def _check_items(
+    context: Context, params: dict[str, Any], items: Sequence[dict[str, Any]]
+) -> list[tuple[dict[str, Any], Spec]]:
+    """Return the options and the Spec of each item; InvalidInput, by the item's number, before anything is done."""
+    from ._core.sandboxes import wanted
+
+    common = {name: value for name, value in params.items() if name not in ("items", "vmid", "vmids", "name")}
+    checked: list[tuple[dict[str, Any], Spec]] = []
+    seen: dict[tuple[str, object], int] = {}
+    for number, item in enumerate(items):
+        own = {**common, **{name: value for name, value in item.items() if value is not None}}
+        where = f"items[{number}]"
         try:
-            asked.check()
-            found = create.existing(context, asked)
-            if found is not None and found.state == states.FAILED and params["protected"] is False:
-                # Its creation failed, so it can only be removed; its protection, which bars that, has to be taken off first.
-                done = create.amend(context, found, protected=False)
-                if done.changed:
-                    return done
-            outcome = create.run(context, asked)
-            if found is not None and outcome.outcome in ("unchanged", "updated") and outcome.sandbox is not None:
-                # Given as false they are to be switched off; left out they stay as they are.
-                second = create.amend(
-                    context, outcome.sandbox, protected=params["protected"], keepalive=params["keepalive"]
+            spec = wanted.spec(context, own)
+        except InvalidInput as error:
+            raise InvalidInput(f"{where}: {error.message}", option="items", index=number) from None
+        if spec.name is None and spec.vmid is None:
+            raise InvalidInput(
+                f"{where}: has neither name nor vmid, so a second run would create it again. Give one of the two",
+                option="items",
+                index=number,
+            )
+        for key in (("name", spec.name), ("vmid", spec.vmid)):
+            if key[1] is not None and key in seen:
+                raise InvalidInput(
+                    f"{where}: {key[0]} {key[1]!r} is also that of items[{seen[key]}]. Give each item one of its own",
+                    option="items",
+                    index=number,
                 )
-                if second.changed:
-                    second.warnings, second.upids = outcome.warnings, outcome.upids
-                    for part in ("update", "before"):
-                        second.extra[part] = {**outcome.extra.get(part, {}), **second.extra[part]}
-                    outcome = second
-                return address.with_address(context, outcome, started=False) if params["wait_for_ip"] else outcome
-            return outcome
-        except AgentlabError as error:
-            if not several:
-                raise
-            return Outcome("failed", vmid=which.get("vmid"), reason=error.code, message=error.message, failed=True)
+            seen[key] = number
+        checked.append((own, spec))
+    return checked
 
-    return context.each(one, (which_ones or [{}]) if not several else which_ones)
+
+def _outcome_of_item(context: Context, params: dict[str, Any], spec: Spec) -> Outcome:
+    """Return what became of one of several; a failure stops no other."""
+    try:
+        return _ensure(context, params, spec)
+    except AgentlabError as error:
+        return Outcome("failed", vmid=spec.vmid, name=spec.name, reason=error.code, message=error.message, failed=True)
+
+
+def _ensure(context: Context, params: dict[str, Any], asked: Spec) -> Outcome:
+    """Create one sandbox, or bring what is there to what is asked for."""
+    from ._core import states
+    from ._core.sandboxes import create
+    from ._core.vm import address
+
+    asked.check()
+    found = create.existing(context, asked)
+    if found is not None and found.state == states.FAILED and params["protected"] is False:
+        # Its creation failed, so it can only be removed; its protection, which bars that, has to be taken off first.
+        done = create.amend(context, found, protected=False)
+        if done.changed:
+            return done
+    outcome = create.run(context, asked)
+    if found is not None and outcome.outcome in ("unchanged", "updated") and outcome.sandbox is not None:
+        # Given as false they are to be switched off; left out they stay as they are.
+        second = create.amend(context, outcome.sandbox, protected=params["protected"], keepalive=params["keepalive"])
+        if second.changed:
+            second.warnings, second.upids = outcome.warnings, outcome.upids
+            for part in ("update", "before"):
+                second.extra[part] = {**outcome.extra.get(part, {}), **second.extra[part]}
+            outcome = second
+        return address.with_address(context, outcome, started=False) if params["wait_for_ip"] else outcome
+    return outcome
 
 
 def _absent(context: Context, wanted: list[dict[str, Any]], force: bool) -> list[Outcome]:

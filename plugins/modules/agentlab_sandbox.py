@@ -193,6 +193,134 @@ options:
         on Proxmox VE 9, C(VM.Monitor) on 8.
     type: bool
     default: false
+  items:
+    description:
+      - Several sandboxes to create, several at once, with O(state=present). Each has a O(items[].name) or a O(items[].vmid), and any option of a creation.
+        What it leaves out is taken from the task's own options.
+      - All of them are checked before anything is done. Then each has an outcome of its own, and a failed one stops no other. Run again, the task goes on
+        with those that are not there.
+    type: list
+    elements: dict
+    suboptions:
+      profile:
+        description: As O(profile), for this sandbox.
+        type: str
+      template:
+        description: As O(template), for this sandbox.
+        type: str
+      node:
+        description: As O(node), for this sandbox.
+        type: str
+      full_clone:
+        description: As O(full_clone), for this sandbox.
+        type: bool
+      storage:
+        description: As O(storage), for this sandbox.
+        type: str
+      pool:
+        description: As O(pool), for this sandbox.
+        type: str
+      cores:
+        description: As O(cores), for this sandbox.
+        type: int
+      memory:
+        description: As O(memory), for this sandbox.
+        type: int
+      cpu_type:
+        description: As O(cpu_type), for this sandbox.
+        type: str
+      disk_size:
+        description: As O(disk_size), for this sandbox.
+        type: str
+      bridge:
+        description: As O(bridge), for this sandbox.
+        type: str
+      network_model:
+        description: As O(network_model), for this sandbox.
+        type: str
+        choices: [virtio, e1000, e1000e, rtl8139, vmxnet3]
+      vlan_tag:
+        description: As O(vlan_tag), for this sandbox.
+        type: int
+      firewall:
+        description: As O(firewall), for this sandbox.
+        type: bool
+      firewall_group:
+        description: As O(firewall_group), for this sandbox.
+        type: str
+      second_bridge:
+        description: As O(second_bridge), for this sandbox.
+        type: str
+      second_vlan_tag:
+        description: As O(second_vlan_tag), for this sandbox.
+        type: int
+      second_ip_config:
+        description: As O(second_ip_config), for this sandbox.
+        type: str
+      cloud_init_user:
+        description: As O(cloud_init_user), for this sandbox.
+        type: str
+      cloud_init_password:
+        description: As O(cloud_init_password), for this sandbox.
+        type: raw
+      cloud_init_upgrade:
+        description: As O(cloud_init_upgrade), for this sandbox.
+        type: bool
+      ip_config:
+        description: As O(ip_config), for this sandbox.
+        type: str
+      nameserver:
+        description: As O(nameserver), for this sandbox.
+        type: str
+      searchdomain:
+        description: As O(searchdomain), for this sandbox.
+        type: str
+      ssh_public_keys:
+        description: As O(ssh_public_keys), for this sandbox.
+        type: raw
+      cloud_init_user_data:
+        description: As O(cloud_init_user_data), for this sandbox.
+        type: str
+      cloud_init_vendor_data:
+        description: As O(cloud_init_vendor_data), for this sandbox.
+        type: str
+      workspace:
+        description: As O(workspace), for this sandbox.
+        type: str
+      tags:
+        description: As O(tags), for this sandbox.
+        type: list
+        elements: str
+      description:
+        description: As O(description), for this sandbox.
+        type: str
+      ttl:
+        description: As O(ttl), for this sandbox.
+        type: str
+      keepalive:
+        description: As O(keepalive), for this sandbox.
+        type: bool
+      protected:
+        description: As O(protected), for this sandbox.
+        type: bool
+      vmid:
+        description: VMID of the sandbox.
+        type: int
+      name:
+        description: Name of the sandbox.
+        type: str
+      update:
+        description: As O(update), for this sandbox.
+        type: bool
+      allow_restart:
+        description: As O(allow_restart), for this sandbox.
+        type: bool
+      wait_for_ip:
+        description: As O(wait_for_ip), for this sandbox.
+        type: bool
+      wait_for_cloud_init:
+        description: As O(wait_for_cloud_init), for this sandbox.
+        type: bool
 extends_documentation_fragment:
   - agentlab.proxmox.common
   - agentlab.proxmox.common.select
@@ -225,6 +353,17 @@ EXAMPLES = r"""
   agentlab.proxmox.agentlab_sandbox:
     name: agent-4
     node: auto
+
+- name: Create three at once, of which one is larger
+  agentlab.proxmox.agentlab_sandbox:
+    template: debian-13
+    memory: 2048
+    ttl: 2h
+    items:
+      - name: worker-1
+      - name: worker-2
+      - name: worker-3
+        memory: 4096
 
 - name: Create one in a VLAN, with a second interface
   agentlab.proxmox.agentlab_sandbox:
@@ -291,7 +430,7 @@ sandboxes:
       state_changed_at: "2026-01-30T00:45:07Z"
 sandbox:
   description: The one sandbox, when one was asked for; null when there is none.
-  returned: when O(vmids) is not used
+  returned: when O(vmids) and O(items) are not used
   type: dict
 results:
   description: What became of each, in the order asked for.
@@ -416,6 +555,18 @@ ARGUMENT_SPEC = {
     "wait_for_cloud_init": {"type": "bool", "default": False},
 }
 
+# What one item of ``items`` may have; what it leaves out is taken from the task's own options.
+ITEM_SPEC = {
+    **{name: {key: part for key, part in ARGUMENT_SPEC[name].items() if key != "default"} for name in CREATION},
+    "vmid": {"type": "int"},
+    "name": {"type": "str"},
+    "update": {"type": "bool"},
+    "allow_restart": {"type": "bool"},
+    "wait_for_ip": {"type": "bool"},
+    "wait_for_cloud_init": {"type": "bool"},
+}
+ARGUMENT_SPEC["items"] = {"type": "list", "elements": "dict", "options": ITEM_SPEC}
+
 
 def work(module, context):
     # Imported here: a run imports only what its state needs.
@@ -424,8 +575,11 @@ def work(module, context):
     return _sandbox.run(module, context, CREATION)
 
 
+EXCLUSIVE = [("vmid", "vmids"), ("name", "vmids"), ("items", "vmid"), ("items", "vmids"), ("items", "name")]
+
+
 def main(front=_adapter.AnsibleModule):
-    _adapter.run(ARGUMENT_SPEC, work, front=front, mutually_exclusive=[("vmid", "vmids"), ("name", "vmids")])
+    _adapter.run(ARGUMENT_SPEC, work, front=front, mutually_exclusive=EXCLUSIVE)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ OPTIONS = set(wanted.OPTIONS)
 # What a creation has besides them.
 IDENTITY = {"vmid", "name"}
 # Options of the module that are no option of a creation.
-OF_THE_MODULE = {"vmids", "state", "force", "wait_timeout"}
+OF_THE_MODULE = {"vmids", "items", "state", "force", "wait_timeout"}
 # What the API calls by another name too.
 ALIASES = {"ttl_minutes", "workspace_id"}
 # Why a profile does not set them: it is one; a workspace, a text and protection belong to one sandbox; secrets belong into
@@ -88,6 +88,17 @@ def test_the_module_takes_and_describes_each() -> None:
         assert options["type"] == takes["type"] and options.get("choices") == takes.get("choices"), name
         assert options.get("default") == takes.get("default") and options.get("elements") == takes.get("elements"), name
         assert options["description"], name
+
+
+def test_an_item_takes_and_describes_each() -> None:
+    items = agentlab_sandbox.ARGUMENT_SPEC["items"]["options"]
+    assert set(items) == OPTIONS | IDENTITY
+    described = yaml.safe_load(agentlab_sandbox.DOCUMENTATION)["options"]["items"]["suboptions"]
+    assert set(described) == set(items)
+    for name, takes in items.items():
+        assert described[name]["type"] == takes["type"], name
+        assert described[name].get("choices") == takes.get("choices"), name
+        assert "default" not in takes, name
 
 
 def test_the_module_refuses_each_with_another_state() -> None:
