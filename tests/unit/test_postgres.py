@@ -6,9 +6,11 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ from ansible_collections.agentlab.proxmox.plugins.module_utils._core.clock impor
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import (
     Busy,
     ClaimLost,
+    InvalidInput,
     StoreError,
     StoreUnavailable,
 )
@@ -23,6 +26,7 @@ from ansible_collections.agentlab.proxmox.plugins.module_utils._core.model impor
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store import history, holders, schema
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.open import open_database
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.records import Claim, Records
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.transfer import copy_records
 
 from support.engines import require_postgresql, server
 from support.postgres import PostgresServer
@@ -438,3 +442,74 @@ def test_a_wrong_password_is_told_and_not_shown(uri: str) -> None:
     finally:
         hba.write_text(before)
         running.execute("SELECT pg_reload_conf()")
+
+
+# ---- moving ----
+
+
+@pytest.mark.parametrize("number", [300])
+def test_records_move_to_postgresql_and_back_unchanged(uri: str, tmp_path: Path, number: int) -> None:
+    """100,000 records take minutes on a slow machine: AGENTLAB_COPY_RECORDS=100000 runs it so."""
+    number = int(os.environ.get("AGENTLAB_COPY_RECORDS", number))
+    first, back = str(tmp_path / "first.db"), str(tmp_path / "back.db")
+    database = open_database(first)
+    records = Records(database, SystemClock(), "tester")
+    claim, sandbox = reserve(records)
+    records.release(claim)
+    with database.together():
+        for count in range(number):
+            records.note(sandbox, "look", outcome="done", evidence={"count": count, "text": "ä 'quoted' %s ? \\"})
+    copies = "INSERT INTO sandboxes (uuid, vmid, name, state, created_at, updated_at) VALUES (?, ?, ?, ?, ?, ?)"
+    rows = [(f"old-{count}", 2000 + count, f"old{count}", "DESTROYED", count, count) for count in range(number)]
+    database.write(lambda conn: conn.executemany(copies, rows) and None)
+    name = records.database_id()
+    database.close()
+    there = copy_records(first, uri)
+    assert there.counts["events"] == number + 1 and there.counts["sandboxes"] == number + 1
+    assert there.source_checksum == there.target_checksum
+    moved = open_database(uri)
+    assert Records(moved, SystemClock(), "x").database_id() == name
+    Records(moved, SystemClock(), "x").note(sandbox, "look", outcome="done")
+    assert [row["id"] for row in history.events(moved, tail=1)] == [number + 2]
+    moved.close()
+    again = copy_records(uri, back)
+    assert again.counts["events"] == number + 2 and again.source_checksum == again.target_checksum
+    with pytest.raises(StoreError, match="it is not empty"):
+        copy_records(first, uri)
+    with pytest.raises(InvalidInput, match="does not exist"):
+        copy_records(str(tmp_path / "none.db"), uri)
+
+
+def test_records_in_use_are_not_copied(uri: str, tmp_path: Path) -> None:
+    path = str(tmp_path / "first.db")
+    database = open_database(path)
+    reserve(Records(database, SystemClock(), "somebody"))
+    with pytest.raises(StoreError, match=r"1 operation\(s\) are under way \(create by somebody\)"):
+        copy_records(path, uri)
+    database.close()
+
+
+# ---- rights ----
+
+
+def test_the_run_time_role_can_work_and_cannot_change_the_tables(uri: str, tmp_path: Path) -> None:
+    sql = (Path(__file__).resolve().parents[2] / "roles/agentlabd/files/postgresql/roles.sql").read_text()
+    name = database_of(uri)
+    server().execute(sql.replace(":DATABASE", name), name)
+    try:
+        run = uri.replace("tester@", "agentlab@")
+        with pytest.raises(StoreError, match="Run agentlabd --migrate-records with the migration role"):
+            open_database(run)
+        open_database(uri.replace("tester@", "agentlab_owner@")).close()
+        database = open_database(run)
+        records = Records(database, database.clock(SystemClock()), "tester")
+        claim, sandbox = reserve(records)
+        records.release(claim)
+        assert records.get(sandbox.uuid).vmid == 1000 and database.latest_event() == 1
+        for forbidden in ("DROP TABLE events", "ALTER TABLE events ADD COLUMN x int", "CREATE TABLE x (y int)"):
+            with pytest.raises(StoreError, match="grant the run-time role|must be owner"):
+                database.write(lambda conn, sql=forbidden: conn.execute(sql, ()) and None)
+        database.close()
+    finally:
+        for role in ("agentlab", "agentlab_owner"):
+            server().execute(f"DROP OWNED BY {role} CASCADE; DROP ROLE {role}", name)

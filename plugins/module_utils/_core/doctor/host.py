@@ -83,6 +83,41 @@ def check_configuration(exam: Examination) -> Iterable[Finding]:
             )
 
 
+def _check_server(exam: Examination, path: str) -> Iterable[Finding]:
+    """Look at records on PostgreSQL: version, TLS, durability, standby, rights, and the two clocks."""
+    from ..store.postgres.examine import examine
+
+    facts = {"path": path, "schema": schema.VERSION, **examine(exam.context.database)}
+    remarks = []
+    if not facts["tls"] and not facts["local"]:
+        remarks.append(("the connection is not encrypted", "add sslmode=verify-full and sslrootcert to the URI"))
+    elif not facts["verified"] and not facts["local"]:
+        remarks.append(("the server's certificate is not verified", "set sslmode=verify-full in the URI"))
+    if facts["version"] < 150000:
+        remarks.append((f"PostgreSQL {facts['server']} is older than 15", "upgrade the server"))
+    if facts["synchronous_commit"] == "off" or facts["fsync"] == "off":
+        remarks.append(("a commit may be lost when the server crashes", "set synchronous_commit and fsync to on"))
+    if facts["standbys"] and not facts["synchronous_standbys"]:
+        remarks.append(
+            (
+                "every standby is asynchronous: a failover may lose the last commits",
+                "set synchronous_standby_names, or read docs/controllers.md, Failover",
+            )
+        )
+    if facts["superuser"]:
+        remarks.append(("this role is a superuser", "use the run-time role of docs/controllers.md"))
+    elif facts["owner"]:
+        remarks.append(("this role may drop the tables", "use the run-time role of docs/controllers.md"))
+    if abs(facts["clock_difference"]) > timeguard.JUMP_SECONDS:
+        remarks.append(
+            (f"this host's clock is {facts['clock_difference']} s ahead of the server's, which counts", "set the clock")
+        )
+    for why, advice in remarks:
+        yield Finding("database", WARNING, f"{path}: {why}", advice, facts)
+    if not remarks:
+        yield Finding("database", OK, f"{path}: PostgreSQL {facts['server']}, schema {schema.VERSION}", None, facts)
+
+
 def check_database(exam: Examination) -> Iterable[Finding]:
     path = exam.config.database
     if exam.store_error is not None:
@@ -93,6 +128,9 @@ def check_database(exam: Examination) -> Iterable[Finding]:
             "nothing was changed; the message says what helps",
             {"path": path},
         )
+        return
+    if exam.context.database.kind != "sqlite":
+        yield from _check_server(exam, path)
         return
     folder = os.path.dirname(os.path.abspath(path))
     while not os.path.isdir(folder):

@@ -71,9 +71,18 @@ class Engine(Protocol):
     conflicts: tuple[type[Exception], ...]
     # The name of this process in the table of heartbeats; None for an engine without heartbeats.
     controller: str | None
+    # How often a connection was replaced, and a transaction repeated.
+    reconnects: int
+    retries: int
 
     def clock(self, own: Clock) -> Clock:
         """Return the clock that leases, ages and heartbeats are compared by: this host's own, or the server's."""
+
+    def wall_time(self) -> float:
+        """Return the wall time of that clock, with fractions of a second."""
+
+    def clock_difference(self) -> float:
+        """Return the seconds by which this host's wall clock is ahead of the one that leases are compared by."""
 
     def read(self, sql: str, *values: Any) -> list[Any]:
         """Return the rows of a query, outside any transaction of a writer."""
@@ -90,6 +99,12 @@ class Engine(Protocol):
 
     def together(self) -> AbstractContextManager[None]:
         """Group all writes of this thread into one transaction. Report nothing as done until the block has ended."""
+
+    def freeze(self) -> AbstractContextManager[None]:
+        """Keep every other writer out, for as long as it takes: for a copy of all records."""
+
+    def set_counters(self, conn: Any, counters: dict[str, int]) -> None:
+        """Let the next id of each table be greater than this number. Called in a transaction."""
 
     def is_abandoned(self, process: str, read: Callable[[str, Sequence[Any]], Sequence[Any]]) -> bool:
         """Return whether the heartbeat of a claim's holder has ended. ``read`` runs a query in the caller's place."""

@@ -19,6 +19,8 @@ class Rehearsal:
     """An engine for check mode, on the connections of another. ``owner``: closes the other one, too."""
 
     waits_since: float | None = None
+    reconnects = 0
+    retries = 0
 
     def __init__(self, database: Engine, *, owner: bool = False) -> None:
         self.path = database.path
@@ -30,6 +32,12 @@ class Rehearsal:
 
     def clock(self, own: Clock) -> Clock:
         return self._database.clock(own)
+
+    def wall_time(self) -> float:
+        return self._database.wall_time()
+
+    def clock_difference(self) -> float:
+        return self._database.clock_difference()
 
     def read(self, sql: str, *values: Any) -> list[Any]:
         return self._database.read(sql, *values)
@@ -53,6 +61,12 @@ class Rehearsal:
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
         yield
+
+    def freeze(self) -> contextlib.AbstractContextManager[None]:
+        return self._database.freeze()
+
+    def set_counters(self, conn: Any, counters: dict[str, int]) -> None:
+        self._database.set_counters(conn, counters)
 
     def is_abandoned(self, process: str, read: Callable[[str, Sequence[Any]], Sequence[Any]]) -> bool:
         return self._database.is_abandoned(process, read)

@@ -10,6 +10,7 @@ import argparse
 import os
 import sys
 
+from agentlab_core.config import Config
 from agentlab_core.errors import AgentlabError
 
 from . import LAST_WORD, __version__, logs
@@ -29,6 +30,17 @@ def main(arguments: list[str] | None = None) -> int:
         metavar="FILE",
         help="with --check: the cleanup rules to check, instead of those of the configuration",
     )
+    parser.add_argument(
+        "--copy-records",
+        nargs=2,
+        metavar=("FROM", "TO"),
+        help="copy all records from one database (a path or postgresql://…) into another, empty one, and end",
+    )
+    parser.add_argument(
+        "--migrate-records",
+        action="store_true",
+        help="make or update the tables of the records with the role of the configured database, and end",
+    )
     parser.add_argument("--verbose", action="store_true", help="log more")
     parser.add_argument("--version", action="version", version=f"agentlabd {__version__}")
     options = parser.parse_args(arguments)
@@ -38,6 +50,8 @@ def main(arguments: list[str] | None = None) -> int:
     from .service import check, load
 
     try:
+        if options.copy_records:
+            return copy(*options.copy_records)
         config, path = load(options.config, os.environ)
         if options.cleanup_file:
             config.cleanup_file = options.cleanup_file
@@ -45,6 +59,8 @@ def main(arguments: list[str] | None = None) -> int:
             check(config)
             print("agentlabd: the configuration can be used")
             return 0
+        if options.migrate_records:
+            return migrate(config)
         from . import daemon
 
         return daemon.run(config, path, os.environ, options.config)
@@ -57,6 +73,28 @@ def main(arguments: list[str] | None = None) -> int:
         logs.log.critical("internal error: %s. Please report this", type(error).__name__, exc_info=True)
         logs.log.error("%s", LAST_WORD)
         return 1
+
+
+def copy(source: str, target: str) -> int:
+    """Copy records between databases and print the counts and checksums of both sides."""
+    from agentlab_core.store.transfer import copy_records
+
+    copied = copy_records(source, target)
+    for table, count in copied.counts.items():
+        print(f"{table}: {count}")
+    print(f"checksum of the source: {copied.source_checksum}")
+    print(f"checksum of the copy:   {copied.target_checksum}")
+    return 0
+
+
+def migrate(config: Config) -> int:
+    """Make or update the tables of the records."""
+    from agentlab_core.store import schema
+    from agentlab_core.store.open import open_database
+
+    open_database(config.database, password=config.database_password, group_mode=config.database_group_access).close()
+    print(f"agentlabd: the records have schema {schema.VERSION}")
+    return 0
 
 
 if __name__ == "__main__":

@@ -167,6 +167,15 @@ class Conditions:
                 "look at agentlab cleanup run --dry-run, then agentlab cleanup release",
                 _seconds(frozen["at"]),
             )
+        apart = database.clock_difference()
+        if abs(apart) > timeguard.JUMP_SECONDS:
+            yield Condition(
+                "clock",
+                FAILS,
+                f"the clock of this host is {abs(int(apart))} seconds {'ahead of' if apart > 0 else 'behind'} that of the "
+                "database server, by which leases end",
+                "set the clock of this host (timedatectl), or that of the server",
+            )
         until = timeguard.rests_until(service.base)
         if until is not None:
             yield Condition(
@@ -177,7 +186,9 @@ class Conditions:
                 until - service.config.clock_jump_pause,
             )
         stuck = [
-            one for one in service.base.records.interrupted() if one.updated_at < time.time() - _INTERRUPTED_SECONDS
+            one
+            for one in service.base.records.interrupted()
+            if one.updated_at < service.base.clock.now() - _INTERRUPTED_SECONDS
         ]
         if stuck:
             yield Condition(

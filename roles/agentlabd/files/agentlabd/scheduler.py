@@ -36,6 +36,9 @@ T = TypeVar("T")
 
 # After a failure the next try comes soon, then later and later, up to the interval.
 _FIRST_RETRY = 15.0
+# With records on PostgreSQL: how often a daemon asks whether it is its turn to reconcile and clean up, and whether a controller
+# that died left work behind.
+_TURN_SECONDS = 5.0
 _LAST_CLEANUP = "cleanup_last_run"
 
 
@@ -85,6 +88,8 @@ class Scheduler:
         self._jobs = ThreadPoolExecutor(3, "job")
         self._stops = ThreadPoolExecutor(service.config.proxmox.connections, "stop")
         self.tasks: list[asyncio.Task[None]] = []
+        # Sandboxes whose operation was cut off, at the last look.
+        self._left: set[str] = set()
         service.wake_expiry = self._wake
         service.jobs = {"expiry": self.expiry, "reconcile": self.reconcile, "cleanup": self.cleanup}
 
@@ -172,7 +177,7 @@ class Scheduler:
                 # Somebody else works on them; the next look may find them done.
                 return min(longest, 1.0) if not passed.failed else longest
             due = overview.next_lease_end(ctx.records)
-        return longest if due is None else min(longest, max(0.05, due - time.time()))
+        return longest if due is None else min(longest, max(0.05, due - ctx.database.wall_time()))
 
     def _stop_vm(self, ctx: Context, sandbox: Sandbox) -> None:
         def work() -> None:
@@ -189,6 +194,7 @@ class Scheduler:
     async def _reconcile_forever(self) -> None:
         retry = _FIRST_RETRY
         while True:
+            await self._wait_for_turn("reconcile")
             began = time.monotonic()
             try:
                 # The first pass finishes what an earlier run of the daemon was killed in.
@@ -218,11 +224,42 @@ class Scheduler:
     async def _rest(self, longest: float) -> None:
         """Sleep until the next pass is due: for the interval, which a reload may change, or for ``longest`` if that is shorter."""
         began = time.monotonic()
+        shared = self.service.base.database.controller is not None
         while (left := began + min(longest, float(self.service.config.reconcile_interval)) - time.monotonic()) > 0:
             self._reconsider.clear()
             self.reconcile.next_run = int(time.time() + left)
             with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._reconsider.wait(), left)
+                await asyncio.wait_for(self._reconsider.wait(), min(left, _TURN_SECONDS) if shared else left)
+            if shared and await self._run(self._is_work_left, "a look at work left behind"):
+                return
+
+    async def _wait_for_turn(self, job: str) -> None:
+        """Return when this daemon is the one that does the job; at once where no other works on these records."""
+        while not await self._run(functools.partial(self._lead, job), f"a look at whose turn {job} is"):
+            await asyncio.sleep(_TURN_SECONDS)
+
+    def _lead(self, job: str) -> bool:
+        try:
+            leads = self.service.base.database.lead(job)
+        except AgentlabError as error:
+            seldom(60, f"turn {job}", "%s: whether it is this daemon's turn is not known: %s", job, error.message)
+            return False
+        if leads != self.service.leads.get(job, True):
+            log.info("%s: %s", job, "done by this daemon from now on" if leads else "done by another controller")
+        self.service.leads[job] = leads
+        return leads
+
+    def _is_work_left(self) -> bool:
+        """Return whether work of a dead controller waits that did not wait at the last look."""
+        try:
+            if not self.service.base.database.lead("reconcile"):
+                return True
+            left = {one.sandbox_uuid for one in self.service.base.records.interrupted()}
+        except AgentlabError:
+            return False
+        fresh = bool(left - self._left)
+        self._left = left
+        return fresh
 
     @staticmethod
     def _tell(found: list[reconcile.Drift]) -> None:
@@ -246,13 +283,16 @@ class Scheduler:
             policy = self.service.policy
             due = await self._run(functools.partial(self._next_cleanup, policy), "a look at the cleanup's plan")
             self.cleanup.next_run = due
-            pause = None if due is None else max(0.0, due - time.time())
+            pause = None if due is None else max(0.0, due - self.service.base.database.wall_time())
             try:
                 await asyncio.wait_for(self._changed.wait(), pause)
                 # Other rules, another interval.
                 continue
             except TimeoutError:
                 pass
+            if not await self._run(functools.partial(self._lead, "cleanup"), "a look at whose turn cleanup is"):
+                await asyncio.sleep(_TURN_SECONDS)
+                continue
             with contextlib.suppress(Stopping):
                 await self._run(self._clean, "cleanup")
 
@@ -264,7 +304,7 @@ class Scheduler:
             text = self.service.base.records.meta(_LAST_CLEANUP)
         except AgentlabError:
             text = None
-        now = int(time.time())
+        now = int(self.service.base.database.wall_time())
         # Not a number: somebody damaged it, and the run is due.
         last = int(text) if text and text.isdecimal() else None
         jitter = random.randint(0, policy.jitter)
@@ -294,4 +334,4 @@ class Scheduler:
             self.cleanup.last_run = int(time.time())
         self.service.metrics.durations.labels("cleanup").observe(time.monotonic() - began)
         with contextlib.suppress(AgentlabError):
-            self.service.base.records.set_meta(_LAST_CLEANUP, str(int(time.time())))
+            self.service.base.records.set_meta(_LAST_CLEANUP, str(int(self.service.base.database.wall_time())))

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -40,8 +39,21 @@ class Scrape:
         yield GaugeMetricFamily(
             "agentlab_operations_in_progress", "Operations that are under way", value=len(under_way)
         )
+        database = service.base.database
+        yield CounterMetricFamily(
+            "agentlab_database_reconnects", "Connections to the records that were replaced", value=database.reconnects
+        )
+        yield CounterMetricFamily(
+            "agentlab_database_retries", "Transactions of the records that were repeated", value=database.retries
+        )
+        leader = GaugeMetricFamily(
+            "agentlab_leader", "1 when this daemon does the job, 0 when another controller does", labels=["job"]
+        )
+        for job in ("reconcile", "cleanup"):
+            leader.add_metric([job], int(service.leads.get(job, database.controller is None)))
+        yield leader
         started = [one.started_at for one in (*under_way, *interrupted)]
-        age = max(0, int(time.time()) - min(started)) if started else 0
+        age = max(0, int(database.wall_time()) - min(started)) if started else 0
         yield GaugeMetricFamily(
             "agentlab_oldest_operation_age_seconds", "Age of the oldest operation that is not finished", value=age
         )

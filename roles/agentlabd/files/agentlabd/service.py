@@ -76,6 +76,8 @@ class Service:
         self.wake_expiry: Callable[[], None] = lambda: None
         # Set by the scheduler: what it does, by name.
         self.jobs: dict[str, Any] = {}
+        # Set by the scheduler: whether this daemon reconciles and cleans up, or another controller of these records does.
+        self.leads: dict[str, bool] = {}
         self.last_cleanup: dict[str, Any] | None = None
         # VMs with our marker and without a record, of the last reconcile: vmid, name, node.
         self.unrecorded: list[dict[str, Any]] = []

@@ -324,6 +324,9 @@ class PostgresDatabase(GroupCommit):
                 offset = self._offset[0]
         return since_boot() + offset
 
+    def wall_time(self) -> float:
+        return self.server_time()
+
     def clock_difference(self) -> float:
         """Return the seconds by which this host's wall clock is ahead of the server's."""
         return time.time() - self.server_time()
@@ -510,6 +513,18 @@ class PostgresDatabase(GroupCommit):
             finally:
                 self._together = None
 
+    @contextlib.contextmanager
+    def freeze(self) -> Iterator[None]:
+        with self.together():
+            # This transaction waits while the other database writes.
+            self._writer.execute("SET LOCAL idle_in_transaction_session_timeout = 0")
+            yield
+
+    def set_counters(self, conn: Session, counters: dict[str, int]) -> None:
+        for table, number in counters.items():
+            query = "SELECT setval(pg_get_serial_sequence(?, 'id'), ?, ? = 1)"
+            conn.execute(query, (table, max(1, number), number > 0))
+
     # ---- heartbeats ----
 
     def is_abandoned(self, process: str, read: Callable[[str, Sequence[Any]], Sequence[Any]]) -> bool:
@@ -584,7 +599,10 @@ class PostgresDatabase(GroupCommit):
         return None
 
     def latest_event(self) -> int:
-        rows = self.read("SELECT COALESCE(max(id), 0) FROM events")
+        # The counter stays when retention removes events. Without a right to see it, the newest event has to do.
+        rows = self.read(
+            "SELECT COALESCE(pg_sequence_last_value(pg_get_serial_sequence('events', 'id')), (SELECT max(id) FROM events), 0)"
+        )
         return int(rows[0][0])
 
     def noted_event(self) -> int | None:

@@ -85,6 +85,8 @@ class Database(GroupCommit):
     conflicts: tuple[type[Exception], ...] = (sqlite3.IntegrityError,)
     # Claims end with their process, which any other process of this host can see.
     controller: str | None = None
+    reconnects = 0
+    retries = 0
 
     def __init__(self, path: str, *, group_mode: bool = False, dry_run: bool = False) -> None:
         super().__init__()
@@ -238,8 +240,21 @@ class Database(GroupCommit):
     def clock(self, own: Clock) -> Clock:
         return own
 
+    def wall_time(self) -> float:
+        return time.time()
+
+    def clock_difference(self) -> float:
+        return 0.0
+
     def is_abandoned(self, process: str, read: Callable[[str, Sequence[Any]], Sequence[Any]]) -> bool:
         return False
+
+    def freeze(self) -> contextlib.AbstractContextManager[None]:
+        return self.together()
+
+    def set_counters(self, conn: sqlite3.Connection, counters: dict[str, int]) -> None:
+        for table, number in counters.items():
+            conn.execute("UPDATE sqlite_sequence SET seq = max(seq, ?) WHERE name = ?", (number, table))
 
     def keep_alive(self) -> None:
         """Claims need no heartbeat on one host."""

@@ -1,0 +1,145 @@
+# Copyright: the agentlab.proxmox contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Copy records from one database to another, empty one: from SQLite to PostgreSQL and back, all or nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..clock import SystemClock
+from ..database_address import SQLITE, parse
+from ..errors import InvalidInput, StoreError
+from .open import open_database
+from .port import Connection, Engine
+from .records import Records
+
+# Table -> its key, in an order in which each row's references are there before it. Claims are not copied: they end with their holders.
+TABLES = {
+    "sandboxes": "uuid",
+    "events": "id",
+    "operations": "id",
+    "workspaces": "id",
+    "workspace_events": "id",
+    "runs": "id",
+}
+# Tables whose ids are handed out by the engine.
+COUNTED = ("events", "operations", "workspace_events")
+# Notes about one host's clocks, and the engine's own note of its schema: they stay where they are.
+_LOCAL_NOTES = ("clock", "schema_version")
+_PAGE = 2000
+
+Query = Callable[[str, Sequence[Any]], Sequence[Any]]
+
+
+@dataclass(slots=True)
+class Copied:
+    """How many rows each table has, and the checksum of all, on either side."""
+
+    counts: dict[str, int]
+    source_checksum: str
+    target_checksum: str
+
+
+def copy_records(source: str, target: str, passwords: tuple[str | None, str | None] = (None, None)) -> Copied:
+    """Copy all records; StoreError when the source is in use or the target is not empty, and then nothing is written."""
+    addresses = parse(source), parse(target)
+    if addresses[0].text == addresses[1].text:
+        raise InvalidInput("--copy-records: FROM and TO are the same database; nothing was copied")
+    if addresses[0].engine == SQLITE and not os.path.exists(source):
+        raise InvalidInput(f"--copy-records: {source} does not exist; nothing was copied")
+    with contextlib.ExitStack() as stack:
+        engines: list[Engine] = []
+        for address, password in zip(addresses, passwords, strict=True):
+            engines.append(open_database(address.text, password=password or address.password))
+            stack.callback(engines[-1].close)
+        return _copy(*engines)
+
+
+def _copy(source: Engine, target: Engine) -> Copied:
+    with source.freeze():
+        records = Records(source, source.clock(SystemClock()), "copy")
+        under_way, _interrupted = records.unfinished()
+        if under_way:
+            raise StoreError(
+                f"database {source.path}: {len(under_way)} operation(s) are under way ({under_way[0].kind} by "
+                f"{under_way[0].actor}); end every controller of these records first. Nothing was copied"
+            )
+
+        def work(conn: Connection) -> Copied:
+            def read_target(sql: str, values: Sequence[Any]) -> Sequence[Any]:
+                return conn.execute(sql, values).fetchall()
+
+            for table in TABLES:
+                if read_target(f"SELECT 1 FROM {table} LIMIT 1", ()):
+                    raise StoreError(
+                        f"database {target.path}: it is not empty (table {table}); records are copied into an empty "
+                        "database only. Nothing was copied"
+                    )
+            counts: dict[str, int] = {}
+            for table, key in TABLES.items():
+                counts[table] = 0
+                for rows in _pages(_reader(source), table, key):
+                    names = list(rows[0].keys())
+                    places = ", ".join("?" * len(names))
+                    conn.executemany(f"INSERT INTO {table} ({', '.join(names)}) VALUES ({places})", map(tuple, rows))
+                    counts[table] += len(rows)
+            for key, value in _notes(_reader(source)):
+                conn.execute(
+                    "INSERT INTO meta (key, value) VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET value = excluded.value",
+                    (key, value),
+                )
+            target.set_counters(conn, _counters(source))
+            copied = Copied(counts, _checksum(_reader(source)), _checksum(read_target))
+            if copied.source_checksum != copied.target_checksum:
+                raise StoreError(
+                    f"database {target.path}: the copy differs from {source.path}; nothing was written. Please report this"
+                )
+            return copied
+
+        return target.write(work)
+
+
+def _reader(database: Engine) -> Query:
+    return lambda sql, values: database.read(sql, *values)
+
+
+def _pages(read: Query, table: str, key: str) -> Iterator[Sequence[Any]]:
+    rows = read(f"SELECT * FROM {table} ORDER BY {key} LIMIT ?", (_PAGE,))
+    while rows:
+        yield rows
+        rows = read(f"SELECT * FROM {table} WHERE {key} > ? ORDER BY {key} LIMIT ?", (rows[-1][key], _PAGE))
+
+
+def _notes(read: Query) -> list[tuple[str, str]]:
+    rows = read("SELECT key, value FROM meta", ())
+    return sorted((row["key"], row["value"]) for row in rows if row["key"].partition(":")[0] not in _LOCAL_NOTES)
+
+
+def _counters(database: Engine) -> dict[str, int]:
+    counters = {}
+    for table in COUNTED:
+        counters[table] = int(database.read(f"SELECT COALESCE(max(id), 0) FROM {table}")[0][0])
+    counters["events"] = max(counters["events"], database.latest_event())
+    return counters
+
+
+def _checksum(read: Query) -> str:
+    """Return a checksum of all rows that does not depend on their order: engines sort texts differently."""
+    total = 0
+    for table, key in TABLES.items():
+        for rows in _pages(read, table, key):
+            for row in rows:
+                total += _digest([table, sorted(dict(row).items())])
+    total += sum(_digest(["meta", note]) for note in _notes(read))
+    return f"{total % 2**256:064x}"
+
+
+def _digest(value: Any) -> int:
+    return int.from_bytes(hashlib.sha256(json.dumps(value).encode()).digest(), "big")
