@@ -1,0 +1,121 @@
+# Copyright: the agentlab.proxmox contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Several daemons on one PostgreSQL database: who reconciles, who takes over, and what happens without the database."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support.daemon import Daemon, free_port
+from support.double import Server
+from support.engines import require_postgresql
+from support.postgres import PostgresServer
+from support.story import writes
+
+
+@pytest.fixture
+def postgres() -> Iterator[PostgresServer]:
+    """A server that the test may stop."""
+    require_postgresql()
+    running = PostgresServer().create()
+    yield running
+    running.destroy()
+
+
+@pytest.fixture
+def start(server: Server, postgres: PostgresServer, tmp_path: Path) -> Iterator[Callable[..., Daemon]]:
+    """Start daemons on one database and one Proxmox VE."""
+    environment = {**server.environment(str(tmp_path)), "AGENTLAB_DATABASE": postgres.uri()}
+    daemons: list[Daemon] = []
+
+    def make(**options: Any) -> Daemon:
+        daemons.append(
+            Daemon(
+                tmp_path / f"daemon-{len(daemons)}",
+                environment,
+                metrics_listen=f"127.0.0.1:{free_port()}",
+                **options,
+            )
+        )
+        return daemons[-1].start()
+
+    yield make
+    for daemon in daemons:
+        daemon.close()
+
+
+def test_two_daemons_serve_and_one_takes_over_from_the_other(start: Callable[..., Daemon]) -> None:
+    first = start()
+    first.wait_for(lambda: first.metric('agentlab_leader{job="reconcile"}') == 1, "the first one leads", 60)
+    second = start()
+    sandbox = first.good("POST", "/v1/sandboxes", {"name": "a1", "ttl": "1h"}, 201)
+    assert second.good("GET", f"/v1/sandboxes/{sandbox['vmid']}")["name"] == "a1"
+    second.wait_for(lambda: "reconcile: done by another controller" in second.log(), "the second one stands by", 60)
+    assert second.metric('agentlab_leader{job="reconcile"}') == 0
+    first.kill()
+    began = time.monotonic()
+    second.wait_for(lambda: "reconcile: done by this daemon from now on" in second.log(), "it takes over", 60)
+    # 10 seconds are promised; the machine of a test may be slow.
+    assert time.monotonic() - began < 20
+    second.good("POST", f"/v1/sandboxes/{sandbox['vmid']}/destroy", {"force": True})
+
+
+def test_the_lease_of_a_sandbox_ends_once_on_two_daemons(start: Callable[..., Daemon]) -> None:
+    first, second = start(expire_interval="1s"), start(expire_interval="1s")
+    vmid = first.good("POST", "/v1/sandboxes", {"name": "a1", "ttl": "2s"}, 201)["vmid"]
+    state = f"/v1/sandboxes/{vmid}"
+    second.wait_for(lambda: second.get(state).body["state"] == "TIMEOUT", "the lease ends", 60)
+    events = second.good("GET", f"/v1/sandboxes/{vmid}/events")["events"]
+    assert [event["operation"] for event in events].count("expire") == 1
+    assert "Traceback" not in first.log() + second.log()
+
+
+def test_without_the_database_nothing_is_changed_and_it_comes_back_by_itself(
+    start: Callable[..., Daemon], postgres: PostgresServer, server: Server
+) -> None:
+    daemon = start()
+    vmid = daemon.good("POST", "/v1/sandboxes", {"name": "a1", "ttl": "1h"}, 201)["vmid"]
+    postgres.stop()
+    server.pve.counted.clear()
+    for path, body in (("/v1/sandboxes", {"name": "a2", "ttl": "1h"}), (f"/v1/sandboxes/{vmid}/stop", {})):
+        answer = daemon.post(path, body)
+        assert answer.status == 503 and "cannot be reached" in str(answer.body), answer
+    assert writes(server.pve.counted) == []
+    postgres.start()
+    daemon.wait_for(lambda: daemon.get(f"/v1/sandboxes/{vmid}").status == 200, "it answers again", 60)
+    daemon.good("POST", f"/v1/sandboxes/{vmid}/destroy", {"force": True})
+    assert "Traceback" not in daemon.log()
+
+
+def test_the_database_goes_away_in_the_middle_of_a_destroy(
+    start: Callable[..., Daemon], postgres: PostgresServer, server: Server
+) -> None:
+    """The step that was announced may be done; the next one is not, and a reconcile finishes the work later."""
+    daemon = start(reconcile_interval="2s")
+    vmid = daemon.good("POST", "/v1/sandboxes", {"name": "a1", "ttl": "1h"}, 201)["vmid"]
+    stopped: list[int] = []
+    real = server.pve._note
+
+    def note(entry: dict[str, Any]) -> None:
+        real(entry)
+        if entry["method"] == "POST" and entry["template"].endswith("/status/stop") and not stopped:
+            stopped.append(1)
+            postgres.stop()
+            server.pve.counted.clear()
+
+    server.pve._note = note  # type: ignore[method-assign]
+    answer = daemon.post(f"/v1/sandboxes/{vmid}/destroy", {"force": True})
+    assert stopped, "the VM was never stopped"
+    assert answer.status in (503, 409), answer
+    assert writes(server.pve.counted) == [] and vmid in [vm.vmid for vm in server.pve.vms]
+    postgres.start()
+    daemon.wait_for(lambda: daemon.get(f"/v1/sandboxes/{vmid}").status == 200, "it answers again", 60)
+    daemon.wait_for(lambda: vmid not in [vm.vmid for vm in server.pve.vms], "what was begun is finished", 90)
+    assert "Traceback" not in daemon.log()
