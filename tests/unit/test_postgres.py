@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import os
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors impo
     StoreUnavailable,
 )
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.model import Sandbox
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store import history, holders, schema
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store import history, holders, schema, transfer
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.open import open_database
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.records import Claim, Records
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.transfer import copy_records
@@ -478,6 +479,11 @@ def test_records_move_to_postgresql_and_back_unchanged(uri: str, tmp_path: Path,
         copy_records(first, uri)
     with pytest.raises(InvalidInput, match="does not exist"):
         copy_records(str(tmp_path / "none.db"), uri)
+
+
+def test_every_table_is_copied() -> None:
+    tables = set(re.findall(r"CREATE TABLE (\w+)", " ".join(" ".join(step) for step in schema.MIGRATIONS)))
+    assert set(transfer.TABLES) == tables - {"meta", "claims"}
 
 
 def test_records_in_use_are_not_copied(uri: str, tmp_path: Path) -> None:

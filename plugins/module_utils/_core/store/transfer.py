@@ -28,6 +28,7 @@ TABLES = {
     "workspaces": "id",
     "workspace_events": "id",
     "runs": "id",
+    "placements": "sandbox_uuid",
 }
 # Tables whose ids are handed out by the engine.
 COUNTED = ("events", "operations", "workspace_events")
