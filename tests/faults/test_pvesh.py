@@ -23,6 +23,8 @@ from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors impo
     OutcomeUnknown,
     Unreachable,
 )
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.guest import command
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.guest.agent import GuestRefused
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.proxmox import client as client_module
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.workspaces import workspace
 
@@ -277,3 +279,48 @@ def test_an_ssh_that_ends_says_nothing_of_the_request(
     (tmp_path / "bin" / "pvesh").write_text(f"#!/bin/sh\necho '{said}' >&2\nexit 255\n")
     with pytest.raises(kind):
         ctx.client.post("nodes/pve2/qemu/9000/clone", newid=1000)
+
+
+# ---- commands in guests ----
+
+
+@pytest.fixture
+def qm(tmp_path: Path, lab: Lab, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A program named qm on this "node", whose calls stand in the file that is returned."""
+    calls = tmp_path / "qm-calls"
+    program = tmp_path / "bin" / "qm"
+    program.write_text(
+        f'#!/bin/sh\nprintf "%s\\n" "$*" >> {calls}\nexec {sys.executable} {PROGRAM.with_name("qm.py")} "$@"\n'
+    )
+    program.chmod(0o755)
+    monkeypatch.setattr("socket.gethostname", lambda: "pve1")
+    return calls
+
+
+def test_a_command_on_this_node_shows_nothing_secret(lab: Lab, qm: Path, tmp_path: Path) -> None:
+    sandbox = lab.create()
+    (tmp_path / "calls").write_text("")
+    spec = command.CommandSpec(argv=["cat"], stdin=b"geheim", environment={"T": "geheim"}, secret=True)
+    result = command.run_command(lab.context(), sandbox, spec)
+    assert (result.rc, result.stdout) == (0, b"geheim")
+    called = qm.read_text()
+    assert f"guest exec {sandbox.vmid} --pass-stdin 1 --synchronous 0 -- /bin/sh -c" in called
+    assert "geheim" not in called and "agent/exec" not in (tmp_path / "calls").read_text().replace("exec-status", "")
+
+
+def test_a_command_on_another_node_is_refused_with_a_secret_alone(lab: Lab, qm: Path) -> None:
+    sandbox = lab.create()
+    lab.pve.move_vm(sandbox.vmid, "pve2")
+    result = command.run_command(lab.context(), sandbox, command.CommandSpec(argv=["echo", "x"]))
+    assert (result.rc, result.stdout) == (0, b"x\n") and not qm.exists()
+    started = len(lab.pve.machine(sandbox.vmid).started)
+    with pytest.raises(GuestRefused, match="pvesh would show the input to every user of this host"):
+        command.run_command(lab.context(), sandbox, command.CommandSpec(argv=["cat"], stdin=b"geheim", secret=True))
+    assert len(lab.pve.machine(sandbox.vmid).started) == started
+
+
+def test_what_qm_refuses_is_told_as_over_https(lab: Lab, qm: Path) -> None:
+    sandbox = lab.create()
+    lab.pve.machine(sandbox.vmid).blocked.add("guest-exec")
+    with pytest.raises(GuestRefused, match="the guest blocks guest-exec"):
+        command.run_command(lab.context(), sandbox, command.CommandSpec(argv=["true"]))
