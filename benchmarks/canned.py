@@ -2,15 +2,18 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""A canned Proxmox VE to measure clients with: one loop, one process, no more work a request than a dictionary and some JSON.
+"""A canned Proxmox VE to measure clients with: one loop, one process, no more work a request than a dictionary and
+some JSON.
 
-It speaks HTTPS with kept-alive connections, closes one after 100 requests or an error, takes as long for a task (and for an answer) as it is
-told, counts requests by kind, and answers as Proxmox VE does for what a sandbox's end needs. Rights, locks and most parameters it ignores: whether
-a client is *right* is what the tests' double is for.
+It speaks HTTPS with kept-alive connections, closes one after 100 requests or an error, takes as long for a task (and
+for an answer) as it is told, counts requests by kind, and answers as Proxmox VE does for what a sandbox's end needs.
+Rights, locks and most parameters it ignores: whether a client is *right* is what the tests' double is for.
 
-    python benchmarks/canned.py FOLDER      # prints {"port", "ca", "fingerprint"} as one line of JSON, ends when standard input does
+    python benchmarks/canned.py FOLDER      # prints {"port", "ca", "fingerprint"} as one line of JSON, ends when
+    standard input does
 
-Beside the API: ``POST /control`` with JSON (Settings) makes a new cluster, ``GET /counts`` tells the requests since then by kind.
+Beside the API: ``POST /control`` with JSON (Settings) makes a new cluster, ``GET /counts`` tells the requests since
+then by kind.
 """
 
 from __future__ import annotations
@@ -407,8 +410,8 @@ class Connection(asyncio.Protocol):
             status, reason, body = await self.handle(*request)
             close = status >= 400 or self.served >= REQUESTS_A_CONNECTION
             head = (
-                f"HTTP/1.1 {status} {reason}\r\nContent-Type: application/json;charset=UTF-8\r\nContent-Length: {len(body)}\r\n"
-                f"Connection: {'close' if close else 'Keep-Alive'}\r\n\r\n"
+                f"HTTP/1.1 {status} {reason}\r\nContent-Type: application/json;charset=UTF-8\r\nContent-Length: "
+                f"{len(body)}\r\nConnection: {'close' if close else 'Keep-Alive'}\r\n\r\n"
             )
             self.transport.write(head.encode() + body)
             if close:
@@ -443,7 +446,9 @@ class Connection(asyncio.Protocol):
 
 
 def make_certificates(folder: str) -> tuple[str, str, str, str]:
-    """A certificate authority and a server certificate made by it, as a cluster has them: (ca, certificate, key, fingerprint of the ca)."""
+    """A certificate authority and a server certificate made by it, as a cluster has them: (ca, certificate, key,
+    fingerprint of the ca).
+    """
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import ec

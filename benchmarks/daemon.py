@@ -159,7 +159,8 @@ def serving(bench: Bench, _wanted: set[str]) -> list[Row]:
             "12",
             f"daemon: resident memory; list of {RECORDS:,}; {CLIENTS} clients at once",
             f"at most {MOST_MB} MB; at least {LEAST_A_SECOND} a second on one core; no error",
-            f"{memory:.0f} MB ({worked:.0f} after the load); {rate:.0f} a second; {f'{errors} errors: {dict(wrong)}' if errors else 'no error'}",
+            f"{memory:.0f} MB ({worked:.0f} after the load); {rate:.0f} a second; "
+            f"{f'{errors} errors: {dict(wrong)}' if errors else 'no error'}",
             99.0 if errors else max(memory / MOST_MB, LEAST_A_SECOND / rate),
             {
                 "resident MB": rest,
@@ -173,7 +174,9 @@ def serving(bench: Bench, _wanted: set[str]) -> list[Row]:
 
 
 def lists_a_second(one: Daemon, seconds: float) -> float:
-    """How many lists the daemon answers in a second of one core's time: what something else takes of the core meanwhile does not count."""
+    """How many lists the daemon answers in a second of one core's time: what something else takes of the core
+    meanwhile does not count.
+    """
     connection = one.connection()
     began, before, done = time.perf_counter(), one.cpu_seconds, 0
     while time.perf_counter() - began < seconds:
@@ -185,7 +188,9 @@ def lists_a_second(one: Daemon, seconds: float) -> float:
 
 
 def crowd(one: Daemon) -> Counter[str]:
-    """Two hundred clients, each with a connection of its own, begin at the same moment: list, show, renew (a durable write), events. What went wrong."""
+    """Two hundred clients, each with a connection of its own, begin at the same moment: list, show, renew (a durable
+    write), events. What went wrong.
+    """
     wrong: Counter[str] = Counter()
     gate = threading.Barrier(CLIENTS)
 

@@ -2,7 +2,9 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""What every measurement stands on: the canned Proxmox as a process, databases of any size, and playbooks run as a user runs them."""
+"""What every measurement stands on: the canned Proxmox as a process, databases of any size, and playbooks run as a
+user runs them.
+"""
 
 from __future__ import annotations
 
@@ -114,7 +116,9 @@ def seed(
     history: int = 0,
     first: int = FIRST,
 ) -> str:
-    """A new database with ``count`` sandboxes of the canned cluster, and so many DESTROYED ones before them; returns its path."""
+    """A new database with ``count`` sandboxes of the canned cluster, and so many DESTROYED ones before them; returns
+    its path.
+    """
     for suffix in ("", "-wal", "-shm"):
         Path(path + suffix).unlink(missing_ok=True)
     database = Database(path)
@@ -239,6 +243,8 @@ def timed(command: list[str], env: dict[str, str], folder: str) -> float:
 
 
 def resident_kb(pid: int | str, *, most: bool = False) -> int:
-    """Resident memory of a process, kB: now, or the most since its program began (``ru_maxrss`` would count the parent that it was forked from too)."""
+    """Resident memory of a process, kB: now, or the most since its program began (``ru_maxrss`` would count the
+    parent that it was forked from too).
+    """
     with open(f"/proc/{pid}/status", encoding="ascii") as file:
         return next(int(line.split()[1]) for line in file if line.startswith("VmHWM:" if most else "VmRSS:"))

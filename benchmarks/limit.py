@@ -2,7 +2,8 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""The limit to compare with: destroy VMs with asyncio, as many at once as we do, with the fewest requests that keep our promises (the identity is
+"""The limit to compare with: destroy VMs with asyncio, as many at once as we do, with the fewest requests that keep
+our promises (the identity is
 read, the VM is marked, the task's end is read), and nothing else: no records, no journal, no proof of absence.
 
     python benchmarks/limit.py FIRST COUNT IN_FLIGHT      # reaches Proxmox by the environment that the collection uses

@@ -2,7 +2,8 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""The collection that we are measured against: ``community.proxmox`` as PyPI's package ``ansible`` ships it, unpacked into .cache/peers.
+"""The collection that we are measured against: ``community.proxmox`` as PyPI's package ``ansible`` ships it,
+unpacked into .cache/peers.
 
 It runs with the same Python, ansible-core and proxmoxer as ours does, so that nothing but the collections differs.
 """

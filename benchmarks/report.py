@@ -59,12 +59,14 @@ def table(known: Known) -> str:
     for row in judged(known):
         if "failed" in row:
             lines.append(
-                f"| {row['row']} | not measured: {' '.join(row['failed'].split())[:200].replace('|', '/')} | | | **failed** | |"
+                f"| {row['row']} | not measured: {' '.join(row['failed'].split())[:200].replace('|', '/')} | | | "
+                "**failed** | |"
             )
             continue
         runs = f"{row['runs']}; {row['fewer']}" if row.get("fewer") and row["runs"] > 1 else str(row["runs"])
         lines.append(
-            f"| {row['row']} | {row['what']} | {row['target']} | {row['measured']} | {'yes' if row['met'] else '**no**'} | {runs} |"
+            f"| {row['row']} | {row['what']} | {row['target']} | {row['measured']} | "
+            f"{'yes' if row['met'] else '**no**'} | {runs} |"
         )
     return "\n".join(lines)
 
@@ -78,15 +80,15 @@ def when(known: Known) -> str:
     alone = (
         "nothing else ran"
         if busy <= QUIET_CORES
-        else f"**other work was running**, up to {busy:.1f} of the {machine['cores']} cores were busy with it (each row's share is in "
-        "`benchmarks/results.json`); ratios suffer less from that than times, and requests not at all"
+        else f"**other work was running**, up to {busy:.1f} of the {machine['cores']} cores were busy with it (each "
+        "row's share is in `benchmarks/results.json`); ratios suffer less from that than times, and requests not at all"
     )
     missing = [str(number) for number in range(1, ROWS + 1) if str(number) not in known["rows"]]
     gaps = f" Not measured: row{'s' if len(missing) > 1 else ''} {', '.join(missing)}." if missing else ""
     return (
-        f"Measured on {' to '.join(dict.fromkeys((days[0], days[-1])))}: {machine['cpu']}, {machine['cores']} cores, {machine['memory_gb']} GB, "
-        f"Linux {machine['kernel']}, Python {machine['python']}, ansible-core {machine['ansible-core']}, "
-        f"community.proxmox {machine.get('community.proxmox')}; {alone}.{gaps}"
+        f"Measured on {' to '.join(dict.fromkeys((days[0], days[-1])))}: {machine['cpu']}, {machine['cores']} cores, "
+        f"{machine['memory_gb']} GB, Linux {machine['kernel']}, Python {machine['python']}, ansible-core "
+        f"{machine['ansible-core']}, community.proxmox {machine.get('community.proxmox')}; {alone}.{gaps}"
     )
 
 
@@ -101,7 +103,8 @@ def text_plot(known: Known) -> str:
         length = min(_WIDTH, max(1, round(row["used"] * half)))
         drawn = "".join("|" if place == half else "#" if place < length else " " for place in range(_WIDTH))
         lines.append(
-            f"{row['row']:>4} {drawn.rstrip() if length > half else drawn[: half + 1]:<{_WIDTH}} {row['used'] * 100:4.0f} %"
+            f"{row['row']:>4} {drawn.rstrip() if length > half else drawn[: half + 1]:<{_WIDTH}} "
+            f"{row['used'] * 100:4.0f} %"
         )
     destroyed = _destroyed(known)
     if destroyed:
@@ -181,8 +184,8 @@ def lever_table(known: Known) -> str:
         "|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| {one['connections']} | {one['poll_interval']:g} s | {one['ms a VM']:.0f} | {one['requests a VM']:.2f} | {one['looks at tasks']} | "
-        f"{one['memory MB']} MB |"
+        f"| {one['connections']} | {one['poll_interval']:g} s | {one['ms a VM']:.0f} | {one['requests a VM']:.2f} | "
+        f"{one['looks at tasks']} | {one['memory MB']} MB |"
         for one in found
     ]
     return "\n".join(lines)
@@ -209,7 +212,8 @@ def scale_table(known: Known) -> str:
         lines.append(f"| {name} | {shown(node[name])} | {shown(cluster[name])} |")
     ends = ([name for name in part if name.startswith("destroy")] for part in (node, cluster))
     lines += [
-        f"| destroy {node['sandboxes']:,} / 1,000 with {ours.rpartition(', ')[2]} | {shown(node[ours])} | {shown(cluster[theirs])} |"
+        f"| destroy {node['sandboxes']:,} / 1,000 with {ours.rpartition(', ')[2]} | {shown(node[ours])} | "
+        f"{shown(cluster[theirs])} |"
         for ours, theirs in zip(*ends, strict=True)
     ]
     lines += [

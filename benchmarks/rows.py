@@ -112,7 +112,9 @@ class Bench:
         return playbook(self.folder, "vm-info", play({"community.proxmox.proxmox_vm_info": self._kvm(type="qemu")}))
 
     def interleaved(self, *parts: Part, slow: tuple[Part, ...] = ()) -> list[list[float]]:
-        """Each part measured ``runs`` times, one after the other in turn; the slow ones in every third round only, their times come last."""
+        """Each part measured ``runs`` times, one after the other in turn; the slow ones in every third round only,
+        their times come last.
+        """
         found: list[list[float]] = [[] for _part in (*parts, *slow)]
         for number in range(self.runs):
             turn = parts if number % 3 else (*parts, *slow)
@@ -350,7 +352,8 @@ def listing(bench: Bench, _wanted: set[str]) -> list[Row]:
             "9",
             f"list {count:,} VMs' records verified against Proxmox, against `proxmox_vm_info`",
             "at most 1.0x, 1 request for the list",
-            f"{times:.2f}x ({ratio(shipped, peer):.2f}x shipped), {lists} request for the list ({sum(asked.values())} in all)",
+            f"{times:.2f}x ({ratio(shipped, peer):.2f}x shipped), {lists} request for the list ({sum(asked.values())} "
+            "in all)",
             max(times, float(lists)) if lists > 1 else times,
             {"ours": ours, "shipped": shipped, "peer": peer, "kinds": dict(asked)},
         )
@@ -432,7 +435,8 @@ def committing(bench: Bench, _wanted: set[str]) -> list[Row]:
     ]
 
 
-# Memory counts as flat when a hundred times as many VMs take no more than this beyond what fifty take: what is told of each at the end, nothing more.
+# Memory counts as flat when a hundred times as many VMs take no more than this beyond what fifty take: what is told of
+# each at the end, nothing more.
 FLAT_KB_EACH = 8
 
 
@@ -456,8 +460,10 @@ def growing(bench: Bench, _wanted: set[str]) -> list[Row]:
             **row(
                 "13",
                 f"growth: N = {', '.join(f'{count:,}' for count in counts)} destroys with {IN_FLIGHT} in flight",
-                f"wall within 1.3x of ceil(N/W) x (task + tick); memory flat (at most {FLAT_KB_EACH} kB a VM, its outcome)",
-                f"{worst:.2f}x; memory {sizes[50] / 1024:.0f} MB at 50, {sizes[last] / 1024:.0f} MB at {last:,} ({grown:.1f} kB a VM)",
+                f"wall within 1.3x of ceil(N/W) x (task + tick); memory flat (at most {FLAT_KB_EACH} kB a VM, its "
+                "outcome)",
+                f"{worst:.2f}x; memory {sizes[50] / 1024:.0f} MB at 50, {sizes[last] / 1024:.0f} MB at {last:,} "
+                f"({grown:.1f} kB a VM)",
                 max(worst / 1.3, grown / FLAT_KB_EACH),
                 {"share": shares, "resident kB": sizes},
             ),
@@ -504,8 +510,8 @@ def loading(bench: Bench, _wanted: set[str]) -> list[Row]:
             "14",
             "collection loading: what a module adds to the payload that ansible-core ships for a ping",
             "at most 150 kB",
-            f"{sizes[most] / 1000:.0f} kB at most (`{most}`), {min(sizes.values()) / 1000:.0f} at least; a ping is {floor / 1000:.0f} kB; "
-            f"`ansible-doc` {ratio(doc, ping):.2f}x that of ping",
+            f"{sizes[most] / 1000:.0f} kB at most (`{most}`), {min(sizes.values()) / 1000:.0f} at least; a ping is "
+            f"{floor / 1000:.0f} kB; `ansible-doc` {ratio(doc, ping):.2f}x that of ping",
             sizes[most] / payload.LIMIT,
             {"bytes": sizes, "ping": floor, "ansible-doc of ours": doc, "ansible-doc of ping": ping},
         )

@@ -2,8 +2,10 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Measure us and the peers side by side; print the table, write it, its plot and the single values. What is compared runs interleaved, the medians
-are taken, and only ratios within one run are judged. A row that fails says why, and the others go on.
+"""Measure us and the peers side by side; print the table, write it, its plot and the single values.
+
+What is compared runs interleaved, the medians are taken, and only ratios within one run are judged. A row that fails
+says why, and the others go on.
 
     python benchmarks/run.py [--runs 5] [--rows "1 2 scale"]      # or: make bench ROWS="1 2"
 """
@@ -115,8 +117,8 @@ def main() -> int:
     known = report.load()
     report.write(known)
     print(
-        f"\n{report.table(known)}\n\n{report.text_plot(known)}\n\nMeasured within {time.monotonic() - began:.0f} s; written to docs/performance.md, "
-        "docs/performance.png and benchmarks/results.json"
+        f"\n{report.table(known)}\n\n{report.text_plot(known)}\n\nMeasured within {time.monotonic() - began:.0f} s; "
+        "written to docs/performance.md, docs/performance.png and benchmarks/results.json"
     )
     return 1 if failed else 0
 

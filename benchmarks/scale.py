@@ -2,8 +2,11 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""What the levers cost, and what one node, a cluster and a fleet need. The server is the canned one, so these are the client's costs: that of a real
-cluster, whose nodes have disks and locks to wait for, comes on top. Nothing here has a target."""
+"""What the levers cost, and what one node, a cluster and a fleet need.
+
+The server is the canned one, so these are the client's costs: that of a real cluster, whose nodes have disks and locks
+to wait for, comes on top. Nothing here has a target.
+"""
 
 from __future__ import annotations
 
@@ -98,8 +101,10 @@ def _cluster(bench: Bench, nodes: int, count: int, gone: int) -> dict[str, Any]:
 
 
 def _fleet(bench: Bench) -> dict[str, Any]:
-    """A hundred single hosts, each with records and an API of its own; here all of them are one canned server and a folder of databases. The records
-    alone are asked, then Proxmox too: what one control node needs for a play over all of them."""
+    """A hundred single hosts, each with records and an API of its own; here all of them are one canned server and a
+    folder of databases. The records
+    alone are asked, then Proxmox too: what one control node needs for a play over all of them.
+    """
     bench.vms(50, status="running")
     inventory = Path(bench.folder, "fleet.ini")
     lines = []

@@ -2,7 +2,8 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Draw docs/rooms.svg from the import tables of tests/repository/test_imports.py; with --check, say whether it is current.
+"""Draw docs/rooms.svg from the import tables of tests/repository/test_imports.py; with --check, say whether it is
+current.
 
 A room stands one row above the highest room that it may import. An arrow that follows from others is left out.
 """
@@ -101,8 +102,10 @@ def draw() -> str:
         '<defs><marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" '
         'orient="auto"><path d="M 0 0 L 8 4 L 0 8 z" fill="#64748b"/></marker></defs>',
         f'<rect width="{WIDTH}" height="{height}" fill="#ffffff"/>',
-        f'<text x="{core_width // 2}" y="32" font-size="16" text-anchor="middle">core (plugins/module_utils/_core)</text>',
-        f'<text x="{(core_width + WIDTH) // 2}" y="32" font-size="16" text-anchor="middle">daemon (imports the core)</text>',
+        f'<text x="{core_width // 2}" y="32" font-size="16" text-anchor="middle">core '
+        "(plugins/module_utils/_core)</text>",
+        f'<text x="{(core_width + WIDTH) // 2}" y="32" font-size="16" text-anchor="middle">daemon (imports the '
+        "core)</text>",
         f'<path d="M {core_width} 20 V {height - 20}" stroke="#cbd5e1" stroke-width="1"/>',
         *draw_rooms(core, 0, core_width, bottom),
         *draw_rooms(daemon, core_width, WIDTH - core_width, bottom),

@@ -4,8 +4,9 @@
 
 """Draws docs/states.svg from the rule tables; with --check: says whether it is current.
 
-Where the boxes stand is decided here by hand; which arrows there are, the tables say. Drawing fails when a transition of the table has no
-arrow, an arrow no transition, or an arrow is labelled with an operation that the state it starts from does not allow.
+Where the boxes stand is decided here by hand; which arrows there are, the tables say. Drawing fails when a transition
+of the table has no arrow, an arrow no transition, or an arrow is labelled with an operation that the state it starts
+from does not allow.
 """
 
 from __future__ import annotations
@@ -33,13 +34,16 @@ class Box(NamedTuple):
 
 
 class Arrow(NamedTuple):
-    """From the states of ``sources`` (several: their common frame) to ``target`` along the points; ``back`` when it goes both ways."""
+    """From the states of ``sources`` (several: their common frame) to ``target`` along the points; ``back`` when it
+    goes both ways.
+    """
 
     sources: tuple[str, ...]
     target: str
     points: tuple[tuple[int, int], ...]
     back: bool = False
-    # Operation, where its name stands (nowhere: the arrow beside has the same), and the words when they are others than the name
+    # Operation, where its name stands (nowhere: the arrow beside has the same), and the words when they are others than
+    # the name
     operation: str | None = None
     at: tuple[int, int] = (0, 0)
     words: str | None = None
@@ -126,7 +130,9 @@ COLOURS = {
 
 
 def check() -> None:
-    """Every transition has one arrow, every arrow its transitions, and every label an operation that its sources allow."""
+    """Every transition has one arrow, every arrow its transitions, and every label an operation that its sources
+    allow.
+    """
     drawn: list[tuple[str, str]] = []
     for arrow in ARROWS:
         pairs = [(source, arrow.target) for source in arrow.sources]
@@ -138,7 +144,8 @@ def check() -> None:
     table = [(state, follow) for state, follows in states.TRANSITIONS.items() for follow in follows]
     if sorted(drawn) != sorted(table):
         raise SystemExit(
-            f"Error: not drawn: {sorted(set(table) - set(drawn))}; drawn, but not in the table: {sorted(set(drawn) - set(table))}"
+            f"Error: not drawn: {sorted(set(table) - set(drawn))}; drawn, but not in the table: "
+            f"{sorted(set(drawn) - set(table))}"
         )
     if set(BOXES) != set(states.STATES):
         raise SystemExit("Error: the boxes are not the states")
@@ -148,17 +155,18 @@ def draw() -> str:
     """The picture; SVG that needs nothing from elsewhere."""
     check()
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" role="img"'
-        ' font-family="system-ui, -apple-system, Segoe UI, Helvetica, Arial, sans-serif">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" '
+        'role="img" font-family="system-ui, -apple-system, Segoe UI, Helvetica, Arial, sans-serif">',
         "<title>States of a sandbox, and what follows what</title>",
         "<!-- Made by scripts/state_diagram.py from the rule tables. Do not edit. -->",
-        '<defs><marker id="tip" viewBox="0 0 10 10" refX="9" refY="5" markerWidth="8" markerHeight="8" orient="auto-start-reverse">'
-        '<path d="M0 0 L10 5 L0 10 z" fill="#334155"/></marker></defs>',
+        '<defs><marker id="tip" viewBox="0 0 10 10" refX="9" refY="5" markerWidth="8" markerHeight="8" '
+        'orient="auto-start-reverse"><path d="M0 0 L10 5 L0 10 z" fill="#334155"/></marker></defs>',
         f'<rect width="{WIDTH}" height="{HEIGHT}" rx="10" fill="#ffffff"/>',
     ]
     for x, y, width, height, title in FRAMES:
         parts.append(
-            f'<rect x="{x}" y="{y}" width="{width}" height="{height}" rx="12" fill="none" stroke="#94a3b8" stroke-dasharray="5 4"/>'
+            f'<rect x="{x}" y="{y}" width="{width}" height="{height}" rx="12" fill="none" stroke="#94a3b8" '
+            'stroke-dasharray="5 4"/>'
         )
         if title:
             parts.append(f'<text x="{x + 14}" y="{y + 19}" font-size="13" fill="#64748b">{title}</text>')
@@ -166,22 +174,26 @@ def draw() -> str:
         path = " ".join(f"{'M' if number == 0 else 'L'}{x} {y}" for number, (x, y) in enumerate(arrow.points))
         start = ' marker-start="url(#tip)"' if arrow.back else ""
         parts.append(
-            f'<path d="{path}" fill="none" stroke="#334155" stroke-width="1.6" stroke-linejoin="round" marker-end="url(#tip)"{start}/>'
+            f'<path d="{path}" fill="none" stroke="#334155" stroke-width="1.6" stroke-linejoin="round" '
+            f'marker-end="url(#tip)"{start}/>'
         )
     for arrow in ARROWS:
         if arrow.operation and any(arrow.at):
             x, y = arrow.at
             parts.append(
-                f'<text x="{x}" y="{y}" font-size="12" fill="#475569" text-anchor="middle">{arrow.words or arrow.operation}</text>'
+                f'<text x="{x}" y="{y}" font-size="12" fill="#475569" '
+                f'text-anchor="middle">{arrow.words or arrow.operation}</text>'
             )
     for name, box in BOXES.items():
         fill, line = COLOURS[box.kind]
         ink = "#ffffff" if box.kind == "gone" else line
         parts.append(
-            f'<rect x="{box.x}" y="{box.y}" width="{box.width}" height="{BOX}" rx="8" fill="{fill}" stroke="{line}" stroke-width="1.5"/>'
+            f'<rect x="{box.x}" y="{box.y}" width="{box.width}" height="{BOX}" rx="8" fill="{fill}" stroke="{line}" '
+            'stroke-width="1.5"/>'
         )
         parts.append(
-            f'<text x="{box.x + box.width // 2}" y="{box.y + 25}" font-size="14" font-weight="600" fill="{ink}" text-anchor="middle">{name}</text>'
+            f'<text x="{box.x + box.width // 2}" y="{box.y + 25}" font-size="14" font-weight="600" fill="{ink}" '
+            f'text-anchor="middle">{name}</text>'
         )
     return "\n".join([*parts, "</svg>"]) + "\n"
 

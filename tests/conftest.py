@@ -2,7 +2,9 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Fixtures for every test: a Proxmox double over HTTPS, the environment that points the product at it, and the core on the path."""
+"""Fixtures for every test: a Proxmox double over HTTPS, the environment that points the product at it, and the core
+on the path.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,8 @@ def _find_core() -> None:
 _find_core()
 
 
-# A shell without job control starts what it puts into the background with Control-C ignored, and so would everything that the tests start.
+# A shell without job control starts what it puts into the background with Control-C ignored, and so would everything
+# that the tests start.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -75,7 +78,9 @@ def pve(pve_server: DoubleServer) -> ProxmoxDouble:
 
 @pytest.fixture
 def agentlab_env(tmp_path: Path, pve_server: DoubleServer) -> dict[str, str]:
-    """Environment variables that point modules, daemon and command line at the double and at a database of the test's own."""
+    """Environment variables that point modules, daemon and command line at the double and at a database of the
+    test's own.
+    """
     return {
         "PROXMOX_HOST": pve_server.host,
         "PROXMOX_PORT": str(pve_server.port),
@@ -124,7 +129,9 @@ def env(server: Server, tmp_path: Path) -> dict[str, str]:
 
 @pytest.fixture
 def context(env: dict[str, str]) -> Iterator[Callable[..., Any]]:
-    """A factory of core contexts on the same records and the same Proxmox: context(actor=..., dry_run=..., option=...)."""
+    """A factory of core contexts on the same records and the same Proxmox: context(actor=..., dry_run=...,
+    option=...).
+    """
     from ansible_collections.agentlab.proxmox.plugins.module_utils._core import config
     from ansible_collections.agentlab.proxmox.plugins.module_utils._core.context import Context
 

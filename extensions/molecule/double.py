@@ -2,7 +2,9 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""A Proxmox VE for every test host: the double of the tests on port 8006 of that host's loopback address, known there as pve1.example.net."""
+"""A Proxmox VE for every test host: the double of the tests on port 8006 of that host's loopback address, known
+there as pve1.example.net.
+"""
 
 from __future__ import annotations
 

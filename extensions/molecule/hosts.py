@@ -4,8 +4,9 @@
 
 """Test hosts for molecule: Debian booted under systemd-nspawn, each with its sshd on a loopback address of its own.
 
-A host is an overlay in memory over a tree that mmdebstrap made. Trees are kept outside the repository and made again when the list of packages
-changes. Needs root, systemd-container and mmdebstrap; no KVM, no systemd on the machine itself.
+A host is an overlay in memory over a tree that mmdebstrap made. Trees are kept outside the repository and made again
+when the list of packages changes. Needs root, systemd-container and mmdebstrap; no KVM, no systemd on the machine
+itself.
 """
 
 from __future__ import annotations
@@ -122,7 +123,8 @@ def tree(release: str) -> Path:
         if not made.is_dir():
             for old in CACHE.glob(f"{release}-*"):
                 shutil.rmtree(old)
-            # Not in the cache folder itself: a run that is killed must not leave half a tree that looks like a whole one.
+            # Not in the cache folder itself: a run that is killed must not leave half a tree that looks like a whole
+            # one.
             draft = CACHE / f".{release}.draft"
             for attempt in range(TRIES):
                 shutil.rmtree(draft, ignore_errors=True)

@@ -2,7 +2,10 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""interrupt.py TASK COMMAND...: run ansible-playbook, and kill it when it comes to that task. Exit status 1 when it never does."""
+"""interrupt.py TASK COMMAND...: run ansible-playbook, and kill it when it comes to that task.
+
+Exit status 1 when it never does.
+"""
 
 from __future__ import annotations
 

@@ -2,9 +2,11 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""The action behind every module of the collection (meta/runtime.yml): where a task would only start the Python that runs Ansible once more, on this
-host and as this user, the module runs right here, and nothing is packed, copied and started. Everywhere else it is shipped to the host as any other
-module is. Both ways run the same ``main`` and give the same answer."""
+"""The action behind every module of the collection (meta/runtime.yml): where a task would only start the Python that
+runs Ansible once more, on this
+host and as this user, the module runs right here, and nothing is packed, copied and started. Everywhere else it is
+shipped to the host as any other module is. Both ways run the same ``main`` and give the same answer.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,10 @@ display = Display()
 
 
 class _Ended(BaseException):
-    """A module gave its answer. No failure: as SystemExit, with which a shipped module ends, it passes by whatever handles those."""
+    """A module gave its answer.
+
+    No failure: as SystemExit, with which a shipped module ends, it passes by whatever handles those.
+    """
 
     def __init__(self, answer: dict[str, Any]) -> None:
         super().__init__()
@@ -46,7 +51,9 @@ class _Ended(BaseException):
 
 
 class _Here:
-    """What our modules use of AnsibleModule, for one that runs here: options checked by the same validator, and an answer without secrets."""
+    """What our modules use of AnsibleModule, for one that runs here: options checked by the same validator, and an
+    answer without secrets.
+    """
 
     def __init__(
         self,
@@ -98,7 +105,9 @@ class _Here:
 
 
 def _stop(_signal: int, _frame: Any) -> NoReturn:
-    """Ansible was told to stop, which it passes on more than once: what is held is given back, or else the alarm ends this process and the journal tells."""
+    """Ansible was told to stop, which it passes on more than once: what is held is given back, or else the alarm
+    ends this process and the journal tells.
+    """
     for one in _STOPS:
         signal.signal(one, signal.SIG_IGN)
     signal.alarm(_SECONDS_TO_STOP)
@@ -107,8 +116,10 @@ def _stop(_signal: int, _frame: Any) -> NoReturn:
 
 @contextlib.contextmanager
 def _as_shipped(folder: str) -> Iterator[None]:
-    """What a process of its own would give a module: the folder that relative paths begin in, an end that is an exception, and nobody who reads what a
-    library prints for developers (it would be told as output that went astray)."""
+    """What a process of its own would give a module: the folder that relative paths begin in, an end that is an
+    exception, and nobody who reads what a
+    library prints for developers (it would be told as output that went astray).
+    """
     before = {one: signal.signal(one, _stop) for one in _STOPS}
     came_from = os.getcwd()
     try:
@@ -134,7 +145,8 @@ class ActionModule(ShippedModule):
             # Later the option's type has made text of it: 012345 would be 5349.
             if isinstance(self._task.args.get(name), (bool, int, float, datetime.date)):
                 raise AnsibleActionFail(
-                    f"{name}: YAML reads the value as a number, a date or a boolean, not as text, which would change it; put it in quotes"
+                    f"{name}: YAML reads the value as a number, a date or a boolean, not as text, which would change "
+                    "it; put it in quotes"
                 )
         if not self._is_here(variables):
             return super().run(tmp, task_vars)

@@ -2,7 +2,10 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Ansible tasks inside a sandbox through its guest agent: no network, no SSH. Only a sandbox that is proven to be ours."""
+"""Ansible tasks inside a sandbox through its guest agent: no network, no SSH.
+
+Only a sandbox that is proven to be ours.
+"""
 
 from __future__ import annotations
 
@@ -307,9 +310,9 @@ class Connection(ConnectionBase):
             result = command.run_command(context, sandbox, spec)
         if result.timed_out:
             raise AnsibleError(
-                f"the command did not end within {self.get_option('command_timeout')} s (command_timeout) and was ended "
-                f"in sandbox {sandbox.vmid}; raise ansible_agentlab_command_timeout, or use async for long work. It had "
-                f"written: {_tail(result.stdout + result.stderr)}"
+                f"the command did not end within {self.get_option('command_timeout')} s (command_timeout) and was "
+                f"ended in sandbox {sandbox.vmid}; raise ansible_agentlab_command_timeout, or use async for long "
+                f"work. It had written: {_tail(result.stdout + result.stderr)}"
             )
         if result.truncated:
             raise AnsibleError(

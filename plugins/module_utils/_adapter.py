@@ -1,7 +1,10 @@
 # Copyright: the agentlab.proxmox contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""AnsibleModule on one side, the core on the other: options in, outcomes out, errors to answers. Only this file knows both."""
+"""AnsibleModule on one side, the core on the other: options in, outcomes out, errors to answers.
+
+Only this file knows both.
+"""
 
 from __future__ import annotations
 
@@ -60,9 +63,12 @@ def run(
     front: Any = AnsibleModule,
     **kwargs: Any,
 ) -> None:
-    """Run a module: make what it works on (a Context) from options, environment and file, call ``work``, answer. Never shows a trace for what we know.
+    """Run a module: make what it works on (a Context) from options, environment and file, call ``work``, answer.
 
-    ``front`` stands for Ansible: AnsibleModule in a module that was shipped, something of the same kind in one that runs in place (plugins/action).
+    Never shows a trace for what we know.
+
+    ``front`` stands for Ansible: AnsibleModule in a module that was shipped, something of the same kind in one that
+    runs in place (plugins/action).
     """
     module = front(argument_spec={**COMMON_ARGS, **argument_spec}, supports_check_mode=True, **kwargs)
     context: Any = None
@@ -83,8 +89,8 @@ def run(
         failure = {"msg": error.message, "error": error.as_dict(), "changed": False, **_extra(error)}
     except Exception as error:  # the outermost edge: what we did not foresee is told without a trace
         failure = {
-            "msg": f"internal error: {type(error).__name__}: {error}; nothing more was done. Please report this with the"
-            " steps that led to it",
+            "msg": f"internal error: {type(error).__name__}: {error}; nothing more was done. Please report this with "
+            "the steps that led to it",
             "error": {"code": "internal", "type": type(error).__name__},
             "changed": False,
         }
@@ -92,7 +98,8 @@ def run(
         if context is not None:
             context.close()
     if failure:
-        # Outside of the handlers: up to ansible-core 2.18 fail_json adds the trace of an exception that is being handled.
+        # Outside of the handlers: up to ansible-core 2.18 fail_json adds the trace of an exception that is being
+        # handled.
         module.fail_json(**failure)
     for warning in result.pop("warnings", []):
         module.warn(warning)
@@ -148,7 +155,8 @@ def states_of(module: AnsibleModule, valid: Sequence[str]) -> list[str] | None:
     """Return the states that the option ``states`` names, each once, or None where the option is not set.
 
     The names come in any case and as people paste them: one a line, or separated by commas. AnsibleModule would refuse
-    a text of several lines before it can be split, so the option has no ``choices``. Raise InvalidInput for other words.
+    a text of several lines before it can be split, so the option has no ``choices``. Raise InvalidInput for other
+    words.
     """
     value = module.params.get("states")
     if value is None:

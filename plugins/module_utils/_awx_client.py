@@ -74,7 +74,8 @@ class Client:
             self._login = {"url_username": username, "url_password": password, "force_basic_auth": True}
         else:
             raise AwxError(
-                "Nobody is logged in to AWX: set CONTROLLER_OAUTH_TOKEN, or CONTROLLER_USERNAME and CONTROLLER_PASSWORD."
+                "Nobody is logged in to AWX: set CONTROLLER_OAUTH_TOKEN, or CONTROLLER_USERNAME and "
+                "CONTROLLER_PASSWORD."
             )
         self.validate_certs = validate_certs
         self.timeout = timeout
@@ -89,7 +90,10 @@ class Client:
         return f"{url}?{urlencode(query)}" if query else url
 
     def send(self, method: str, path: str, body: Any = None, query: dict[str, Any] | None = None) -> tuple[int, Any]:
-        """Send one request; return the status and the answer: parsed JSON, else its text. Raise AwxError without one."""
+        """Send one request; return the status and the answer: parsed JSON, else its text.
+
+        Raise AwxError without one.
+        """
         url = self._url(path, query)
         headers = dict(self._headers)
         data = None
@@ -118,7 +122,8 @@ class Client:
             if 300 <= status < 400:
                 target = error.headers.get("Location", "another address")
                 raise AwxError(
-                    f"AWX at {self.host} redirects to {target}. Give that address as awx_host, and its path as awx_api_path."
+                    f"AWX at {self.host} redirects to {target}. Give that address as awx_host, and its path as "
+                    "awx_api_path."
                 ) from error
         except (URLError, OSError, http.client.HTTPException, ValueError) as error:
             reason = getattr(error, "reason", None) or error

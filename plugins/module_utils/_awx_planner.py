@@ -46,8 +46,8 @@ class Planner:
             others = self.client.rows(f"{path}/", name=name) if "organization" in query else []
             beside = f" ({self._owners(others)}; that is not used)" if others else ""
             self.plan.problems.append(
-                f"{path} of AWX has none named {name}{where} that this user may see{beside}; create it first, log in as an "
-                f"administrator of the organization, or name another with {option}"
+                f"{path} of AWX has none named {name}{where} that this user may see{beside}; create it first, log in "
+                f"as an administrator of the organization, or name another with {option}"
             )
         return None
 
@@ -76,7 +76,8 @@ class Planner:
             return self.client.write(method, path, body)
         except Refused as refused:
             raise AwxError(
-                f"AWX at {self.client.host} refuses {path.split('/')[0]} {name} ({refused.status}): {refused}{advice(kind, refused)}"
+                f"AWX at {self.client.host} refuses {path.split('/')[0]} {name} ({refused.status}): "
+                f"{refused}{advice(kind, refused)}"
             ) from refused
 
     def _credential_type_row(self) -> dict[str, Any] | None:

@@ -84,8 +84,8 @@ class ProjectPlanner(Planner):
     def _lacks_playbooks(self, missing: list[str]) -> str:
         return (
             f"project {self.wanted.project}: the sync was successful, but {', '.join(missing)} "
-            f"{'is' if len(missing) == 1 else 'are'} not at the top of the repository. Put the contents of the collection's "
-            "folder awx/ (not the folder itself) there, and check awx_project_scm_branch"
+            f"{'is' if len(missing) == 1 else 'are'} not at the top of the repository. Put the contents of the "
+            "collection's folder awx/ (not the folder itself) there, and check awx_project_scm_branch"
         )
 
     def wait_for_project(self, number: Id) -> None:
@@ -100,14 +100,14 @@ class ProjectPlanner(Planner):
                 break
             if time.monotonic() > end:
                 raise AwxError(
-                    f"project {name}: its sync did not end within {self.wanted.project_timeout} s (awx_project_timeout; status "
-                    f"{row.get('status')}). Look at it in AWX, and run the set-up again"
+                    f"project {name}: its sync did not end within {self.wanted.project_timeout} s "
+                    f"(awx_project_timeout; status {row.get('status')}). Look at it in AWX, and run the set-up again"
                 )
             time.sleep(POLL_SECONDS)
         if row.get("status") not in ("successful", "ok"):
             raise AwxError(
-                f"project {name}: its sync ended as {row.get('status')}: {self._sync_failure(row)}. Check awx_project_scm_url "
-                "and awx_project_scm_branch, and whether AWX reaches that server"
+                f"project {name}: its sync ended as {row.get('status')}: {self._sync_failure(row)}. Check "
+                "awx_project_scm_url and awx_project_scm_branch, and whether AWX reaches that server"
             )
         missing = self._missing_playbooks(number)
         if missing:

@@ -74,8 +74,8 @@ class SetUp(ProjectPlanner):
             )
         if inputs.get("api_host") and not (inputs.get("api_token_id") or inputs.get("api_user")):
             self.plan.problems.append(
-                "awx_proxmox_api_token_id: missing; awx_proxmox_api_host needs a token (or awx_proxmox_api_user with its "
-                "password)"
+                "awx_proxmox_api_token_id: missing; awx_proxmox_api_host needs a token (or awx_proxmox_api_user with "
+                "its password)"
             )
 
     def _execution_environment(self) -> int | None:
@@ -110,18 +110,19 @@ class SetUp(ProjectPlanner):
             count = len(self.client.rows(f"inventories/{number}/hosts/", name=hosts))
         if count == 0 and dynamic:
             self.plan.notes.append(
-                f"the inventory {inventory['name']} has no host for {hosts} yet; jobs fail until its source has brought one"
+                f"the inventory {inventory['name']} has no host for {hosts} yet; jobs fail until its source has "
+                "brought one"
             )
         elif count == 0:
             self.plan.problems.append(
-                f"awx_hosts: the inventory {inventory['name']} has no group or host {hosts} with a host in it; add one host "
-                "of each cluster to it, or name another group or host with awx_hosts"
+                f"awx_hosts: the inventory {inventory['name']} has no group or host {hosts} with a host in it; add "
+                "one host of each cluster to it, or name another group or host with awx_hosts"
             )
         elif count > 1 and not self.wanted.allow_many_hosts:
             self.plan.notes.append(
-                f"the group {hosts} has {count} hosts; create, renew, destroy and job refuse to run on more than one. Keep one "
-                "host of the cluster in it, name one with awx_hosts, or set awx_allow_many_hosts if each host keeps records of "
-                "its own"
+                f"the group {hosts} has {count} hosts; create, renew, destroy and job refuse to run on more than one. "
+                "Keep one host of the cluster in it, name one with awx_hosts, or set awx_allow_many_hosts if each "
+                "host keeps records of its own"
             )
 
     def _check_galaxy(self) -> None:
@@ -136,9 +137,9 @@ class SetUp(ProjectPlanner):
             raise
         if not rows:
             self.plan.problems.append(
-                f"the organization {self.wanted.organization} has no Galaxy credential, so AWX installs no collection and every "
-                "job fails. Add one to the organization (such as Ansible Galaxy), or set awx_galaxy_check to false if the "
-                "collection is in the execution environment or in the project"
+                f"the organization {self.wanted.organization} has no Galaxy credential, so AWX installs no collection "
+                "and every job fails. Add one to the organization (such as Ansible Galaxy), or set awx_galaxy_check "
+                "to false if the collection is in the execution environment or in the project"
             )
 
     def _credential(self) -> Id | None:
@@ -177,8 +178,8 @@ class SetUp(ProjectPlanner):
             body["inputs"] = present
             if given:
                 self.plan.notes.append(
-                    f"credential {name}: AWX does not show its secret, so it cannot be compared and stays as it is; to write the "
-                    "one that you gave, set awx_update_secrets to true"
+                    f"credential {name}: AWX does not show its secret, so it cannot be compared and stays as it is; "
+                    "to write the one that you gave, set awx_update_secrets to true"
                 )
         number = int(row["id"])
         if self.wanted.update_secrets and given and not differs:
@@ -208,8 +209,8 @@ class SetUp(ProjectPlanner):
                 self.plan.problems.append(f"awx_proxmox_{secret}: missing; awx_proxmox_{login} needs it. Set {where}")
             elif present.get(login) != inputs[login]:
                 self.plan.problems.append(
-                    f"awx_proxmox_{secret}: missing; awx_proxmox_{login} differs from the one in AWX, and another {login} has "
-                    f"another secret. Set {where}"
+                    f"awx_proxmox_{secret}: missing; awx_proxmox_{login} differs from the one in AWX, and another "
+                    f"{login} has another secret. Set {where}"
                 )
 
     def _credential_type(self, row: dict[str, Any] | None) -> Id:
@@ -219,8 +220,8 @@ class SetUp(ProjectPlanner):
         if row is None:
             if self._lacks_system_rights():
                 self.plan.problems.append(
-                    f"credential type {name}: it is not there yet, and only a system administrator of AWX can create it. Let one "
-                    "run this set-up once, or leave out awx_proxmox_* and keep the token on the hosts"
+                    f"credential type {name}: it is not there yet, and only a system administrator of AWX can create "
+                    "it. Let one run this set-up once, or leave out awx_proxmox_* and keep the token on the hosts"
                 )
             return self.ensure("credential_types", body, text, None)
         if row.get("inputs") != body["inputs"]:
@@ -229,17 +230,18 @@ class SetUp(ProjectPlanner):
                 there = {item["id"] for item in (row.get("inputs") or {}).get("fields", [])}
                 missing = [item["id"] for item in body["inputs"]["fields"] if item["id"] not in there]
                 self.plan.problems.append(
-                    f"credential type {name}: its fields differ (missing: {', '.join(missing) or 'none'}), and AWX changes no "
-                    f"fields of a type that is in use, here by {', '.join(sorted(user['name'] for user in users)[:5])}. Name "
-                    f"another with awx_credential_type_name, such as '{name} 2': that type is made beside it, the templates get "
-                    "a credential of it, and the old one can be deleted"
+                    f"credential type {name}: its fields differ (missing: {', '.join(missing) or 'none'}), and AWX "
+                    "changes no fields of a type that is in use, here by "
+                    f"{', '.join(sorted(user['name'] for user in users)[:5])}. Name another with "
+                    f"awx_credential_type_name, such as '{name} 2': that type is made beside it, the templates get a "
+                    "credential of it, and the old one can be deleted"
                 )
                 return int(row["id"])
         differing = [key for key, value in body.items() if not same(key, row.get(key), value)]
         if differing and self._lacks_system_rights():
             self.plan.notes.append(
-                f"credential type {name}: {', '.join(differing)} would be changed, which only a system administrator of AWX can "
-                "do. It is used as it is"
+                f"credential type {name}: {', '.join(differing)} would be changed, which only a system administrator "
+                "of AWX can do. It is used as it is"
             )
             return int(row["id"])
         return self.ensure("credential_types", body, text, row)

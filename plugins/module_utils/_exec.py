@@ -60,7 +60,8 @@ def _spec(params: dict[str, Any], timeout: float) -> command.CommandSpec:
     for name, value in environment.items():
         if isinstance(value, (dict, list)) or value is None:
             raise InvalidInput(
-                f"environment: {name} is no text. Valid: texts and numbers; put other values in quotes, or leave it out",
+                f"environment: {name} is no text. Valid: texts and numbers; put other values in quotes, or leave it "
+                "out",
                 option="environment",
             )
     return command.CommandSpec(

@@ -359,9 +359,9 @@ def main():
         if plan.foreign and not module.check_mode and not params["adopt"]:
             module.fail_json(
                 msg=(
-                    f"nothing was changed: these objects of the organization {params['organization']} were not made by this "
-                    f"set-up: {'; '.join(plan.foreign)}. Choose another awx_prefix or awx_project, or set awx_adopt to true to "
-                    "take them over"
+                    f"nothing was changed: these objects of the organization {params['organization']} were not made "
+                    f"by this set-up: {'; '.join(plan.foreign)}. Choose another awx_prefix or awx_project, or set "
+                    "awx_adopt to true to take them over"
                 ),
                 **result(),
             )

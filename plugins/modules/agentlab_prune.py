@@ -127,7 +127,8 @@ def work(module, context):
     if report.failed:
         result.update(
             failed=True,
-            msg=f"{len(report.failed)} sandboxes could not be pruned ({report.count} were); the first: {report.failed[0].message}",
+            msg=f"{len(report.failed)} sandboxes could not be pruned ({report.count} were); the first: "
+            f"{report.failed[0].message}",
         )
     return result
 

@@ -101,7 +101,8 @@ def work(module, context):
     if wrong:
         result["failed"] = True
         result["msg"] = (
-            f"{len(wrong)} of {len(drift)} differences could not be repaired; the first, sandbox {wrong[0].public()['vmid']}: {wrong[0].error}"
+            f"{len(wrong)} of {len(drift)} differences could not be repaired; the first, sandbox "
+            f"{wrong[0].public()['vmid']}: {wrong[0].error}"
         )
     if module._diff:
         result["diff"] = {

@@ -109,7 +109,9 @@ def test_a_schedule_is_an_actor_and_a_failure_is_told(runner: Runner) -> None:
 
 @pytest.mark.parametrize("inside", [True, False], ids=["in the DSN", "beside it"])
 def test_the_dsn_and_its_password_reach_the_modules_and_nobody_else(runner: Runner, inside: bool) -> None:
-    """They are injected; neither output, files of the job nor a command line shows the password, as given or decoded."""
+    """They are injected; neither output, files of the job nor a command line shows the password, as given or
+    decoded.
+    """
     written, decoded = "made%2Dup%40pass%2Fword-71", "made-up@pass/word-71"
     login = f"agentlab:{written}" if inside else "agentlab"
     runner.env |= {

@@ -94,7 +94,10 @@ class Api:
 
 
 def duplicate(answer: dict[str, list[str]]) -> tuple[str, set[str]]:
-    """Return model and fields of the refusal of a duplicate. AWX names the fields in an order that changes from start to start."""
+    """Return model and fields of the refusal of a duplicate.
+
+    AWX names the fields in an order that changes from start to start.
+    """
     match = re.fullmatch(r"(\w+) with this \((.+)\) combination already exists\.", answer["__all__"][0])
     assert match, answer
     return match[1], set(match[2].split(", "))

@@ -40,7 +40,10 @@ def snapshot(awx: Awx) -> Any:
 
 
 def test_a_first_run_makes_all_and_the_second_nothing(awx: Awx, set_up: SetUp) -> None:
-    """W1: the templates are made after the project's sync. W10: check mode names what the run then does. W20: all seven."""
+    """W1: the templates are made after the project's sync.
+
+    W10: check mode names what the run then does. W20: all seven.
+    """
     would = set_up(check=True).ok()
     assert awx.writes == [] and "changed=0" not in would.stdout
     run = set_up(args=("-vvv",)).ok()
@@ -163,7 +166,10 @@ def second_organization(awx: Awx) -> int:
 
 
 def test_nothing_of_another_organization_is_found_or_changed(awx: Awx, set_up: SetUp) -> None:
-    """W2: the same prefix, project, inventory and credential names in two organizations. W18: inventories by organization."""
+    """W2: the same prefix, project, inventory and credential names in two organizations.
+
+    W18: inventories by organization.
+    """
     second = second_organization(awx)
     set_up().ok()
     # The system administrator sees both.
@@ -214,8 +220,8 @@ def test_what_only_another_organization_has_is_missing(awx: Awx, set_up: SetUp, 
     options = {"awx_notification": "mail"} if missing == "notification_templates" else {}
     told = failure(set_up(awx_organization="Second", awx_project_scm_url=None, **options))
     assert (
-        f"{missing} of AWX has none named {name} in the organization Second that this user may see (one of that name belongs to Default; "
-        in told
+        f"{missing} of AWX has none named {name} in the organization Second that this user may see (one of that name "
+        "belongs to Default; " in told
     )
     assert awx.writes == []
 
@@ -367,7 +373,8 @@ def test_another_secret_alone_is_told_and_written_when_asked(awx: Awx, set_up: S
     ({}, "", "awx_proxmox_api_token_secret: missing; awx_proxmox_api_token_id needs it. Set PROXMOX_TOKEN_SECRET"),
     ({"awx_proxmox_api_host": None}, TOKEN_SECRET, "awx_proxmox_api_host: missing"),
     ({"awx_proxmox_api_token_id": None}, TOKEN_SECRET, "awx_proxmox_api_token_id: missing"),
-    ({"awx_proxmox_api_token_id": None, "awx_proxmox_api_user": "root@pam"}, "", "awx_proxmox_api_password: missing")])  # fmt: skip
+    ({"awx_proxmox_api_token_id": None, "awx_proxmox_api_user": "root@pam"}, "", "awx_proxmox_api_password: "
+                                                                                 "missing")])  # fmt: skip
 def test_half_a_login_is_refused_before_anything_is_written(
     awx: Awx, set_up: SetUp, variables: dict[str, Any], secret: str, told: str
 ) -> None:
@@ -461,7 +468,8 @@ def test_failures_are_told_to_a_notification(awx: Awx, set_up: SetUp) -> None:
 
 
 @pytest.mark.parametrize("hosts, told", [
-    ("nosuch", "the inventory proxmox has no group or host nosuch"), ("empty", "has no group or host empty with a host in it")])  # fmt: skip
+    ("nosuch", "the inventory proxmox has no group or host nosuch"), ("empty", "has no group or host empty with a "
+                                                                               "host in it")])  # fmt: skip
 def test_hosts_that_the_inventory_lacks_are_refused(awx: Awx, set_up: SetUp, hosts: str, told: str) -> None:
     """W12: such a job would be successful in AWX without doing anything."""
     awx.add("groups", name="empty", inventory=awx.named("inventories", "proxmox")["id"])
@@ -534,8 +542,8 @@ def test_what_awx_refuses_is_told_in_its_words(awx: Awx, set_up: SetUp) -> None:
             set_up(token="wrong-1234567"),
         ),
         (
-            "inventories of AWX has none named nowhere in the organization Default that this user may see; create it first, "
-            "log in as an administrator of the organization, or name another with awx_inventory",
+            "inventories of AWX has none named nowhere in the organization Default that this user may see; create it "
+            "first, log in as an administrator of the organization, or name another with awx_inventory",
             set_up(awx_inventory="nowhere"),
         ),
         (

@@ -2,7 +2,9 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""What the benchmarks count and weigh, without their times (`make bench-short`): requests exactly, the payload of every module. No peers are needed."""
+"""What the benchmarks count and weigh, without their times (`make bench-short`): requests exactly, the payload of
+every module. No peers are needed.
+"""
 
 from __future__ import annotations
 
@@ -23,10 +25,12 @@ import rows
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.proxmox import cluster
 from field import FIRST, field, play, playbook
 
-# Looks at running tasks come once a poll_interval while something runs, so a slow machine sees more of them: they are bounded by the time, the rest is exact.
+# Looks at running tasks come once a poll_interval while something runs, so a slow machine sees more of them: they are
+# bounded by the time, the rest is exact.
 INTERVAL = 1.0
 LOOKS = ("GET /nodes/{node}/tasks", "GET /nodes/{node}/tasks/{upid}/status")
-# What a bulk run asks once: the list before, quorum; and for the proof the list after, the rights that make it one, and one VMID in another way.
+# What a bulk run asks once: the list before, quorum; and for the proof the list after, the rights that make it one, and
+# one VMID in another way.
 ONCE = {
     "GET /cluster/resources": 2,
     "GET /cluster/ha/status/current": 1,
@@ -68,7 +72,9 @@ def test_row_4_prune_of_a_thousand_vanished_vms_asks_five_things(bench: rows.Ben
 def test_row_5_requests_of_each_destroyed_vm(
     bench: rows.Bench, state: str, status: str, most: float, extra: dict[str, int]
 ) -> None:
-    """Its configuration is read, then written with what was judged, then it is deleted: never less, and nothing else but the shared looks at tasks."""
+    """Its configuration is read, then written with what was judged, then it is deleted: never less, and nothing else
+    but the shared looks at tasks.
+    """
     bench.vms(status=status)
     bench.records(state=state)
     took = bench.ours(bench.destroy_play())

@@ -2,7 +2,9 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""The command line against a daemon that answers as the test says: the seed's texts, tables, --json, exit statuses, the terminal."""
+"""The command line against a daemon that answers as the test says: the seed's texts, tables, --json, exit statuses,
+the terminal.
+"""
 
 from __future__ import annotations
 
@@ -149,7 +151,8 @@ def test_bulk_destroy_prints_one_line_an_item(daemon: StandIn) -> None:
     )
     found = agentlab("sandbox", "destroy", "--force", 1009, 1010, 1011, 1010, socket=daemon.path)
     assert found.stdout == (
-        "sandbox 1009 destroyed (state=TIMEOUT)\nsandbox 1010 destroyed (state=RUNNING)\nsandbox 1011 destroyed (state=STOPPED)\n"
+        "sandbox 1009 destroyed (state=TIMEOUT)\nsandbox 1010 destroyed (state=RUNNING)\nsandbox 1011 destroyed "
+        "(state=STOPPED)\n"
     )
     assert (found.returncode, found.stderr) == (0, "")
     assert daemon.asked == [("POST", "/v1/sandboxes/destroy", {"vmids": [1009, 1010, 1011], "force": True})]
@@ -595,8 +598,8 @@ def test_socket_not_permitted(daemon: StandIn, short_path: Path) -> None:
         daemon.path.chmod(0o660)
         shutil.copytree(ROOT / "roles/agentlabd/files/agentlab_cli", short_path / "agentlab_cli")
         code = (
-            "import os, sys, agentlab_cli.app as app, http.client; import agentlab_cli.text, agentlab_cli.client, encodings.idna; os.setgroups([]); "
-            "os.setgid(65534); os.setuid(65534); app.main()"
+            "import os, sys, agentlab_cli.app as app, http.client; import agentlab_cli.text, agentlab_cli.client, "
+            "encodings.idna; os.setgroups([]); os.setgid(65534); os.setuid(65534); app.main()"
         )
         found = subprocess.run(
             [PYTHON, "-c", code, "sandbox", "list"],
@@ -853,8 +856,9 @@ def test_doctor(daemon: StandIn, tmp_path: Path) -> None:
     found = agentlab("doctor", socket=daemon.path)
     assert (found.returncode, found.stderr) == (0, "")
     assert found.stdout == (
-        "ok       database    it is whole\nwarning  privileges  more\\x1b[31m than needed\n                     -> make another token\n\n"
-        "A token with the least privileges, made as root on a node:\n  pveum role add AgentlabRun\n"
+        "ok       database    it is whole\nwarning  privileges  more\\x1b[31m than needed\n                     -> "
+        "make another token\n\nA token with the least privileges, made as root on a node:\n  pveum role add "
+        "AgentlabRun\n"
     )
     daemon.replies["GET", "/v1/doctor?template=9000&bundle=true&bundle_hosts=true"] = (
         200,
@@ -1233,7 +1237,8 @@ def test_a_sandbox_that_is_not_there_is_named_with_those_nearest(daemon: StandIn
     assert (found.returncode, found.stdout) == (1, "")
     assert (
         found.stderr
-        == "Error: sandbox not found\nThere is no sandbox 1009. Nearest: 1000, 1008, 1010. See 'agentlab sandbox list --all'\n"
+        == "Error: sandbox not found\nThere is no sandbox 1009. Nearest: 1000, 1008, 1010. See 'agentlab sandbox list "
+        "--all'\n"
     )
 
 
@@ -1436,8 +1441,8 @@ def test_the_version_loads_no_library() -> None:
 )
 def test_a_command_loads_what_it_needs(args: list[str], unneeded: set[str]) -> None:
     code = (
-        f"import sys; sys.argv = ['agentlab', '--socket', '/nonexistent', *{args!r}]; from agentlab_cli.app import main\n"
-        "try: main()\nexcept SystemExit: pass\nprint(*sorted(sys.modules))"
+        f"import sys; sys.argv = ['agentlab', '--socket', '/nonexistent', *{args!r}]; from agentlab_cli.app import "
+        "main\ntry: main()\nexcept SystemExit: pass\nprint(*sorted(sys.modules))"
     )
     found = subprocess.run([PYTHON, "-c", code], capture_output=True, text=True, env=environment(None), check=True)
     loaded = set(found.stdout.split())

@@ -18,7 +18,9 @@ from support.lab import Lab
 
 @pytest.fixture
 def lab(tmp_path: Path) -> Iterator[Lab]:
-    """A double with the template and a bystander, and records that the test may prepare before (or while) the daemon runs."""
+    """A double with the template and a bystander, and records that the test may prepare before (or while) the daemon
+    runs.
+    """
     folder = tmp_path / "lab"
     folder.mkdir()
     made = Lab(folder)
@@ -31,7 +33,9 @@ def lab(tmp_path: Path) -> Iterator[Lab]:
 
 @pytest.fixture
 def daemon(lab: Lab, tmp_path: Path) -> Iterator[Callable[..., Daemon]]:
-    """daemon(start=True, cleanup=None, environment=None, **configuration keys): a daemon on the laboratory's records."""
+    """daemon(start=True, cleanup=None, environment=None, **configuration keys): a daemon on the laboratory's
+    records.
+    """
     made: list[Daemon] = []
 
     def make(*, start: bool = True, environment: dict[str, str] | None = None, **options: Any) -> Daemon:

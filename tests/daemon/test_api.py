@@ -465,7 +465,8 @@ def test_what_clients_may_name_is_limited_by_the_configuration(daemon: Make, lab
 
     assert (
         refusal({"vmid": 5000})
-        == "vmid: 5000 is outside the range that clients may use (api_vmid_range_only). Valid: 1000 to 1999, or leave it out"
+        == "vmid: 5000 is outside the range that clients may use (api_vmid_range_only). Valid: 1000 to 1999, or leave "
+        "it out"
     )
     assert refusal({"pool": "agents"}) == "pool: 'agents' is not for clients (api_pools). Valid: spare, tests"
     for template in ("debian-13", "9000"):

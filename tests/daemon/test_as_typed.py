@@ -46,8 +46,8 @@ NOT_TYPED = {
     "qm ": "a program of Proxmox VE, on a node",
     "pvesm ": "a program of Proxmox VE, on a node",
     "ansible-playbook … ": "the inventory is the reader's; extensions/molecule/default upgrades and rolls back",
-    "ansible-playbook -i inventory.ini agentlab.proxmox.job ": "logs into the sandbox by SSH, and the double has no guest; "
-    "tests/scenarios/test_job.py runs the playbook, tests/scenarios/test_pages.py checks this line",
+    "ansible-playbook -i inventory.ini agentlab.proxmox.job ": "logs into the sandbox by SSH, and the double has no "
+    "guest; tests/scenarios/test_job.py runs the playbook, tests/scenarios/test_pages.py checks this line",
 }
 TYPED = ("ansible ", "ansible-playbook ", "agentlab ")
 

@@ -2,7 +2,9 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Bounds: clients that hold connections, send half of something, or very much, stop neither the daemon's work nor other clients."""
+"""Bounds: clients that hold connections, send half of something, or very much, stop neither the daemon's work nor
+other clients.
+"""
 
 from __future__ import annotations
 
@@ -118,7 +120,9 @@ def test_a_flood_of_connections_stops_no_work_and_no_other_client(
 
 
 def test_each_part_of_a_request_has_its_time(daemon: Make) -> None:
-    """The head ten seconds, the body thirty, nothing at all ten; a connection that is kept alive between requests has a minute."""
+    """The head ten seconds, the body thirty, nothing at all ten; a connection that is kept alive between requests
+    has a minute.
+    """
     one = daemon()
     began = time.monotonic()
     with contextlib.ExitStack() as held:

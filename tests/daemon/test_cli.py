@@ -2,7 +2,10 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""The command line as users have it: a process of its own, a real agentlabd, a Proxmox double behind it. Every example of the seed among it."""
+"""The command line as users have it: a process of its own, a real agentlabd, a Proxmox double behind it.
+
+Every example of the seed among it.
+"""
 
 from __future__ import annotations
 
@@ -146,7 +149,8 @@ def test_bulk_destroy_looks_everything_up_first(daemon: Make, lab: Lab) -> None:
     assert (found.returncode, found.stdout) == (4, "sandbox 1001 destroyed (state=STOPPED)\n")
     assert (
         found.stderr
-        == "Error: sandbox 1000: cannot destroy sandbox in TIMEOUT state. Valid states: STOPPED, DESTROYED. Use --force to bypass\n"
+        == "Error: sandbox 1000: cannot destroy sandbox in TIMEOUT state. Valid states: STOPPED, DESTROYED. Use "
+        "--force to bypass\n"
     )
 
 
@@ -303,8 +307,8 @@ def test_another_user_is_refused_and_told_what_to_do(daemon: Make, lab: Lab, tmp
     code = Path(one.socket).parent / "agentlab_cli"
     shutil.copytree(ROOT / "roles/agentlabd/files/agentlab_cli", code)
     become = (
-        "import os, agentlab_cli.app as app, agentlab_cli.client, http.client, encodings.idna; os.setgroups([]); os.setgid(65534); os.setuid(65534); "
-        "app.main()"
+        "import os, agentlab_cli.app as app, agentlab_cli.client, http.client, encodings.idna; os.setgroups([]); "
+        "os.setgid(65534); os.setuid(65534); app.main()"
     )
     found = subprocess.run(
         [PYTHON, "-c", become, "sandbox", "list"],
@@ -369,5 +373,6 @@ def test_workspaces(daemon: Make, lab: Lab) -> None:
     assert "would be lost; use --force" in ws("destroy", "w1")
     assert ws("destroy", "--force", "w1") == "workspace w1 destroyed\n"
     assert ws("show", "w1") == (
-        "Error: workspace not found\nThere is no workspace 'w1'. Workspaces: none. See 'agentlab workspace list --all'\n"
+        "Error: workspace not found\nThere is no workspace 'w1'. Workspaces: none. See 'agentlab workspace list "
+        "--all'\n"
     )

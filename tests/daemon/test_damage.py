@@ -2,7 +2,9 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""One damaged value in the records: it is named, its row is left alone, everything else goes on, and what the doctor says mends it."""
+"""One damaged value in the records: it is named, its row is left alone, everything else goes on, and what the doctor
+says mends it.
+"""
 
 from __future__ import annotations
 

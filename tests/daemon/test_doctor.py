@@ -2,7 +2,9 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""The doctor through the daemon: the same findings as the module's, for whoever may use the socket, and no secret in any of it."""
+"""The doctor through the daemon: the same findings as the module's, for whoever may use the socket, and no secret in
+any of it.
+"""
 
 from __future__ import annotations
 

@@ -2,7 +2,9 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Commands and files inside a sandbox by the API and the command line, in the double's guest, which really runs them."""
+"""Commands and files inside a sandbox by the API and the command line, in the double's guest, which really runs
+them.
+"""
 
 from __future__ import annotations
 

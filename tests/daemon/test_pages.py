@@ -32,7 +32,8 @@ def test_the_commands_of_troubleshooting_work_in_their_order(
     lab.timed_out("old", vmid=1004)
     lab.force_state(1004, "TIMEOUT", age=2 * 86400)
     one = daemon(
-        cleanup="auto_cleanup: {enabled: true, interval: 1d, rules: [{name: old, match: {states: [TIMEOUT]}, after: 1d, action: destroy}]}\n"
+        cleanup="auto_cleanup: {enabled: true, interval: 1d, rules: [{name: old, match: {states: [TIMEOUT]}, after: "
+        "1d, action: destroy}]}\n"
     )
     said = []
     for command in pages.commands(pages.ROOT / "docs/troubleshooting.md"):
@@ -98,7 +99,8 @@ def test_every_request_of_the_daemons_page_works_as_it_stands(
 
 def test_the_cleanup_commands_of_the_daemons_page_work(daemon: Callable[..., Daemon], lab: Lab) -> None:
     one = daemon(
-        cleanup="auto_cleanup: {mode: shadow, interval: 1d, rules: [{name: old, match: {states: [TIMEOUT]}, after: 1d, action: destroy}]}\n"
+        cleanup="auto_cleanup: {mode: shadow, interval: 1d, rules: [{name: old, match: {states: [TIMEOUT]}, after: "
+        "1d, action: destroy}]}\n"
     )
     page = DAEMON_PAGE.read_text().split("### Cleanup")[1].split("## Signals")[0]
     said = [

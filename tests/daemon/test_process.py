@@ -355,7 +355,8 @@ def test_a_request_that_is_never_sent_to_its_end_holds_up_no_stop(daemon: Make) 
     with contextlib.closing(socket.socket(socket.AF_UNIX)) as half:
         half.connect(one.socket)
         half.sendall(
-            b"POST /v1/sandboxes HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
+            b"POST /v1/sandboxes HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: "
+            b"100\r\n\r\n{"
         )
         assert one.get("/v1/healthz").status == 200
         began = time.monotonic()
@@ -405,8 +406,8 @@ def test_what_does_not_end_in_time_is_abandoned_and_taken_up_by_the_next_start(d
     assert time.monotonic() - began < 4
     client.join(10)
     assert (
-        "stopping: destroy_sandbox 1000 did not end within stop_timeout; what was begun is journaled, the next start takes it up"
-        in one.log()
+        "stopping: destroy_sandbox 1000 did not end within stop_timeout; what was begun is journaled, the next start "
+        "takes it up" in one.log()
     )
     assert [entry["kind"] for entry in lab.leftovers()["operations"]] == ["destroy"]
     one.start()

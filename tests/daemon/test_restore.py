@@ -2,7 +2,9 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""The manual's restore, to the letter, with VMs that went on meanwhile: nobody's work ends, nobody's VM is forgotten."""
+"""The manual's restore, to the letter, with VMs that went on meanwhile: nobody's work ends, nobody's VM is
+forgotten.
+"""
 
 from __future__ import annotations
 

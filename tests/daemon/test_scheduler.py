@@ -2,7 +2,10 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""What the daemon does by itself, seen from outside: records, VMs, status, metrics, log. Nobody asks it for anything but how it is."""
+"""What the daemon does by itself, seen from outside: records, VMs, status, metrics, log.
+
+Nobody asks it for anything but how it is.
+"""
 
 from __future__ import annotations
 
@@ -128,7 +131,9 @@ def test_a_vm_that_the_daemon_is_stopping_is_no_failure_of_a_pass(daemon: Make, 
 
 
 def test_a_proxmox_that_hangs_delays_no_lease_and_no_answer(daemon: Make, lab: Lab) -> None:
-    """Every thread that asks Proxmox is stuck: two connections, a reconcile, two destroys and a VM that is to be stopped."""
+    """Every thread that asks Proxmox is stuck: two connections, a reconcile, two destroys and a VM that is to be
+    stopped.
+    """
     for number in range(5):
         lab.create(f"a{number}", ttl=3600)
     one = daemon(connections=2, reconcile_interval="1s", expire_interval="1h")

@@ -2,10 +2,11 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""What an operator reads when something outside fails: the same sentence from the command line, the log, the status and a module.
+"""What an operator reads when something outside fails: the same sentence from the command line, the log, the status
+and a module.
 
-Each failure is made twice, for the command line (with the daemon behind it) and for a module in a real play. What the status says of the records, the clock
-and the token is in test_status.py.
+Each failure is made twice, for the command line (with the daemon behind it) and for a module in a real play. What the
+status says of the records, the clock and the token is in test_status.py.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ DESTROY = ("sandbox", "destroy", "--force")
 
 @dataclass
 class Row:
-    """One failure: what goes wrong before sandbox ``vmid`` is asked for something, what is asked, and what is read then."""
+    """One failure: what goes wrong before sandbox ``vmid`` is asked for something, what is asked, and what is read
+    then.
+    """
 
     fail: Callable[[Lab, int], Any]
     sentence: str

@@ -2,7 +2,9 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Parts of the daemon by themselves, on real records and a real Proxmox double: what would take weeks, or cannot be seen from outside."""
+"""Parts of the daemon by themselves, on real records and a real Proxmox double: what would take weeks, or cannot be
+seen from outside.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,9 @@ def test_a_thousand_reloads_leave_nothing_behind(service: Any, lab: Lab) -> None
 
 
 def test_expiry_rests_while_a_renewal_is_refused(service: Any, lab: Lab) -> None:
-    """Its destroy is under way, or its end is not known: looking again at once would take the records' lock twenty times a second."""
+    """Its destroy is under way, or its end is not known: looking again at once would take the records' lock twenty
+    times a second.
+    """
     made = lab.create("a1")
     from agentlabd.scheduler import Scheduler
 

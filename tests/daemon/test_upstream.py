@@ -2,10 +2,11 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""The contract with the original command line, a Go program: what it sends is taken, and what it reads is there with the type that it needs.
+"""The contract with the original command line, a Go program: what it sends is taken, and what it reads is there with
+the type that it needs.
 
-Go's JSON decoder ignores what it does not know, takes null for any field, and fails on another type; a field that is missing is 0 or "" to it. So
-a field that a command shows must be there: ``read`` refuses an answer without it.
+Go's JSON decoder ignores what it does not know, takes null for any field, and fails on another type; a field that is
+missing is 0 or "" to it. So a field that a command shows must be there: ``read`` refuses an answer without it.
 """
 
 from __future__ import annotations

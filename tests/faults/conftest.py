@@ -2,7 +2,9 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""What the faults share: a laboratory a file, and the table at the end: what was injected, how often it was met, how many cases ended as promised."""
+"""What the faults share: a laboratory a file, and the table at the end: what was injected, how often it was met, how
+many cases ended as promised.
+"""
 
 from __future__ import annotations
 

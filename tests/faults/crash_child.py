@@ -2,12 +2,15 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""The processes that are killed: a warm parent that has the core imported forks one child a job, so a case costs milliseconds.
+"""The processes that are killed: a warm parent that has the core imported forks one child a job, so a case costs
+milliseconds.
 
-A job names an operation, and the point at which its process kills itself. Points are not listed anywhere: every Proxmox request (before it is
-sent, and after it was carried out but before anything is made of its answer) and every database commit (before and after) is one.
+A job names an operation, and the point at which its process kills itself. Points are not listed anywhere: every Proxmox
+request (before it is sent, and after it was carried out but before anything is made of its answer) and every database
+commit (before and after) is one.
 
-Reads one line of JSON a request: a list of jobs that run at the same time. Answers one line: for each its signal, result and points.
+Reads one line of JSON a request: a list of jobs that run at the same time. Answers one line: for each its signal,
+result and points.
 """
 
 from __future__ import annotations

@@ -2,7 +2,9 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""What the crash and concurrency tests share: the warm parent, a Proxmox that can be put back to where it was, and the promises to check."""
+"""What the crash and concurrency tests share: the warm parent, a Proxmox that can be put back to where it was, and
+the promises to check.
+"""
 
 from __future__ import annotations
 
@@ -245,7 +247,8 @@ class Rig:
             for uuid in identity.markers(vm.config):
                 if uuid not in rows or rows[uuid]["state"] == states.DESTROYED:
                     wrong.append(
-                        f"VM {vm.vmid} is ours but has no live record ({rows.get(uuid, {}).get('state')}, {rows.get(uuid, {}).get('reason')})"
+                        f"VM {vm.vmid} is ours but has no live record ({rows.get(uuid, {}).get('state')}, "
+                        f"{rows.get(uuid, {}).get('reason')})"
                     )
             smbios = identity.smbios_uuid(vm.config)
             wrong += [

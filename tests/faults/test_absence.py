@@ -179,7 +179,9 @@ def test_vm_that_migrates_in_the_middle_of_a_destroy(lab: Lab, path: str) -> Non
 
 
 def test_vm_that_goes_while_reconcile_looks_at_it(lab: Lab) -> None:
-    """It was there, and ours, when it was judged: nothing is concluded in this pass, and the others are looked at all the same."""
+    """It was there, and ours, when it was judged: nothing is concluded in this pass, and the others are looked at
+    all the same.
+    """
     gone, down = lab.create("gone"), lab.create("down")
     for one in (gone, down):
         lab.pve.power(one.vmid, "stopped")
@@ -377,7 +379,8 @@ def test_broken_answer_about_a_vm_that_is_there(lab: Lab, broken: str, path: str
             work()
         except AgentlabError as error:
             assert error.message
-    # Without the list, the status or the configuration nothing may happen; a broken proof may at most delay what was ours to delete.
+    # Without the list, the status or the configuration nothing may happen; a broken proof may at most delay what was
+    # ours to delete.
     if path in ("/cluster/resources", "/ha/status/current", "/qemu/1000/config"):
         everything(lab, ours)
         assert lab.record(ours).state == before.state and lab.pve.touched(ours.vmid) == []
@@ -462,7 +465,9 @@ def test_live_record_needs_two_passes_in_a_row(lab: Lab) -> None:
 
 @pytest.mark.parametrize("kind", ["absent", "vmid_reused", "stopped"])
 def test_a_vm_that_is_restored_while_the_pass_is_busy_is_not_written_off(lab: Lab, kind: str) -> None:
-    """The pass finds it gone, then stops a VM whose lease is over, which takes its time; what it found before that is looked at anew."""
+    """The pass finds it gone, then stops a VM whose lease is over, which takes its time; what it found before that
+    is looked at anew.
+    """
     ours, late = lab.create("a1"), lab.create("late")
     vm = lab.pve.vm(ours.vmid)
     if kind == "stopped":
@@ -492,7 +497,9 @@ def test_a_vm_that_is_restored_while_the_pass_is_busy_is_not_written_off(lab: La
 
 
 def test_an_absence_is_not_proven_by_a_list_from_before_a_long_wait(lab: Lab) -> None:
-    """Five that are gone, and one whose stop takes a minute and then fails: meanwhile somebody restores one of the five."""
+    """Five that are gone, and one whose stop takes a minute and then fails: meanwhile somebody restores one of the
+    five.
+    """
     ours, late = [lab.timed_out(f"b{number}") for number in range(5)], lab.timed_out("late", stopped=False)
     lab.pve.grant(TOKEN_ID, "/", "VM.Audit", "Sys.Audit")
     lab.pve.grant(TOKEN_ID, "/vms", *SANDBOX_PRIVS)

@@ -2,7 +2,10 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""The core read as an attacker would: each test is a hole that was suspected. Those that were holes failed before they were mended."""
+"""The core read as an attacker would: each test is a hole that was suspected.
+
+Those that were holes failed before they were mended.
+"""
 
 from __future__ import annotations
 
@@ -139,7 +142,9 @@ def test_vmids_and_flags_as_text_are_understood(lab: Lab) -> None:
 
 @pytest.mark.parametrize("lock", ["create", "clone"])
 def test_a_vm_that_is_just_being_made_at_our_vmid_is_not_judged_yet(lab: Lab, lock: str) -> None:
-    """While a restore or a clone runs the configuration holds nothing yet: it may become our own VM, restored from its backup."""
+    """While a restore or a clone runs the configuration holds nothing yet: it may become our own VM, restored from
+    its backup.
+    """
     ours = lab.timed_out()
     whole = dict(lab.pve.vm(ours.vmid).config)
     vm = lab.swap(ours.vmid, lock=lock)
@@ -434,7 +439,9 @@ def test_a_vm_swapped_while_its_firewall_is_set_gets_no_rule(lab: Lab, moment: s
 
 @pytest.mark.parametrize("done", [True, False])
 def test_a_delete_task_that_hangs_ends_with_its_vm(lab: Lab, done: bool) -> None:
-    """Its work done, the proof that the VM is gone is enough; not done, nothing is deleted beside it until somebody has stopped it."""
+    """Its work done, the proof that the VM is gone is enough; not done, nothing is deleted beside it until somebody
+    has stopped it.
+    """
     made = lab.create()
     if done:
         lab.pve.task_endings["qmdestroy"] = "hang"
@@ -457,7 +464,9 @@ def test_a_delete_task_that_hangs_ends_with_its_vm(lab: Lab, done: bool) -> None
 
 
 def test_a_clone_that_came_late_is_not_left_behind_for_another_vmid(lab: Lab) -> None:
-    """The first clone request was lost and is carried out after all, just before the second: one sandbox must not become two VMs."""
+    """The first clone request was lost and is carried out after all, just before the second: one sandbox must not
+    become two VMs.
+    """
     lab.pve.fault("POST", "/clone", "cut-before")
     with pytest.raises(OutcomeUnknown):
         lab.create()
@@ -679,7 +688,9 @@ def other(tmp_path: Any) -> Iterator[Server]:
 def test_another_cluster_with_a_restored_copy_of_one_of_ours_says_nothing_of_the_others(
     lab: Lab, other: Server, first: bool
 ) -> None:
-    """A test cluster into which a sandbox's backup was restored: that VM carries both marks, and is still no proof that this is our cluster."""
+    """A test cluster into which a sandbox's backup was restored: that VM carries both marks, and is still no proof
+    that this is our cluster.
+    """
     ours = [lab.timed_out(f"b{number}") for number in range(5)]
     copied = ours[0] if first else ours[-1]
     other.pve.add_vm(copied.vmid, copied.name, status="stopped", config=dict(lab.pve.vm(copied.vmid).config))
@@ -694,7 +705,8 @@ def test_another_cluster_with_a_restored_copy_of_one_of_ours_says_nothing_of_the
     destroy.run(lab.context(server=other), [(one, destroy.Request(force=True)) for one in rest])
     assert {lab.record(one).state for one in rest} == {"TIMEOUT"}
     assert all(lab.pve.vm(one.vmid) is not None for one in ours)
-    # The copy itself may have gone (both its marks are ours); the original has not, so its record is not to be trusted with that.
+    # The copy itself may have gone (both its marks are ours); the original has not, so its record is not to be trusted
+    # with that.
     lab.pve.vms.remove(lab.pve.vm(copied.vmid))
 
 
@@ -742,7 +754,9 @@ def test_a_vm_stopped_by_somebody_else_is_no_failure_unless_that_is_known(lab: L
 
 
 class Breaker:
-    """A relay before the double that lets a request through and then puts something else in place of the encrypted answer."""
+    """A relay before the double that lets a request through and then puts something else in place of the encrypted
+    answer.
+    """
 
     def __init__(self, port: int) -> None:
         self.upstream = port
@@ -863,7 +877,9 @@ def test_a_clone_whose_answer_broke_in_tls_is_neither_lost_nor_made_twice(
 
 @pytest.mark.parametrize("locked", [True, False])
 def test_the_look_before_a_record_is_closed_as_never_created(lab: Lab, locked: bool) -> None:
-    """Proxmox said no, so nothing of ours can be there; should a VM with our marker (or one being cloned) stand there, its record stays."""
+    """Proxmox said no, so nothing of ours can be there; should a VM with our marker (or one being cloned) stand
+    there, its record stays.
+    """
     lab.pve.fail("POST", "/clone", 500, "clone failed: no space left on device")
     ours: list[model.Sandbox] = []
 

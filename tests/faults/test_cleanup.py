@@ -2,7 +2,9 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Rules destroy what their guard has counted and nothing else, and nothing at all while they are frozen; what could not be done is not called done."""
+"""Rules destroy what their guard has counted and nothing else, and nothing at all while they are frozen; what could
+not be done is not called done.
+"""
 
 from __future__ import annotations
 

@@ -2,7 +2,9 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""What clusters do besides failing: HA-managed VMs, tickets that end, rights that are taken away halfway, a clone whose worker was killed."""
+"""What clusters do besides failing: HA-managed VMs, tickets that end, rights that are taken away halfway, a clone
+whose worker was killed.
+"""
 
 from __future__ import annotations
 

@@ -71,8 +71,8 @@ def moved_and_reused(lab: Lab, sandbox: Sandbox) -> None:
     lab.pve.move_vm(sandbox.vmid, "pve2")
 
 
-# Thirteen ways in which the VM at a sandbox's VMID is somebody else's, or cannot be proven to be ours: docs/safety.md, with a
-# command in the place of a destroy.
+# Thirteen ways in which the VM at a sandbox's VMID is somebody else's, or cannot be proven to be ours: docs/safety.md,
+# with a command in the place of a destroy.
 WAYS: dict[str, Callable[[Lab, Sandbox], None]] = {
     "1 the VMID was handed out again": stranger(),
     "2 the same name": stranger(same_name=True),
@@ -129,7 +129,9 @@ def test_a_vm_swapped_meanwhile_makes_the_result_an_error(lab: Lab, at: str) -> 
 
 
 def child(lab: Lab, sandbox: Sandbox, spec: CommandSpec, point: int, moment: str, place: str) -> int:
-    """Run the command in a process that ends itself before or after its nth request or commit; return its exit status."""
+    """Run the command in a process that ends itself before or after its nth request or commit; return its exit
+    status.
+    """
     ctx = lab.context()
     pid = os.fork()
     if pid:

@@ -2,9 +2,11 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Many at once: real processes on one database and one Proxmox, with random faults; renewal against expiry; and a model of it all.
+"""Many at once: real processes on one database and one Proxmox, with random faults; renewal against expiry; and a
+model of it all.
 
-A failing run is replayed with AGENTLAB_TEST_SEED=<the seed it printed> (the choices are the same; how processes meet is up to the machine).
+A failing run is replayed with AGENTLAB_TEST_SEED=<the seed it printed> (the choices are the same; how processes meet is
+up to the machine).
 """
 
 from __future__ import annotations
@@ -198,7 +200,8 @@ def test_many_processes_at_once(rig: Rig, number: int) -> None:
     slowest = max(step["took"] for step in told)
     ended = Counter(f"{step['op']}:{'ok' if step['ok'] else step.get('code') or 'item failed'}" for step in told)
     print(
-        f"{len(told)} operations, {broken} faults, {took:.0f} s, slowest {slowest:.1f} s, {len(rig.records())} sandboxes, {dict(ended)}"
+        f"{len(told)} operations, {broken} faults, {took:.0f} s, slowest {slowest:.1f} s, {len(rig.records())} "
+        f"sandboxes, {dict(ended)}"
     )
     assert not problems, problems
     assert slowest < BOUND
@@ -234,7 +237,8 @@ def _race(rig: Rig, rounds: int, others: int = 0) -> Counter[str]:
     won: Counter[str] = Counter()
     for number in range(rounds):
         rig.sql(
-            "UPDATE sandboxes SET lease_expires_at = ?, state = 'RUNNING', state_changed_at = 0 WHERE name LIKE 'race%'",
+            "UPDATE sandboxes SET lease_expires_at = ?, state = 'RUNNING', state_changed_at = 0 WHERE name LIKE "
+            "'race%'",
             int(time.time()) + 1,
         )
         rig.sql("DELETE FROM events")
@@ -372,7 +376,10 @@ def test_an_event_without_a_change_tells_the_state_of_now(rig: Rig) -> None:
 
 
 class Life(RuleBasedStateMachine):
-    """Two names; what a user may do with them, faults in between. The model knows what must be so, whatever Proxmox answers."""
+    """Two names; what a user may do with them, faults in between.
+
+    The model knows what must be so, whatever Proxmox answers.
+    """
 
     def __init__(self) -> None:
         super().__init__()

@@ -2,10 +2,12 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Crash anywhere: every operation is killed (SIGKILL) before and after each of its requests and commits, and then simply run again.
+"""Crash anywhere: every operation is killed (SIGKILL) before and after each of its requests and commits, and then
+simply run again.
 
-A dry pass counts the points; each is then tried on the same starting position. Afterwards the promises must hold (Rig.broken): no VM of ours
-without a live record, none that is recorded as DESTROYED and there, nothing of anybody else touched, no claim or journal entry left.
+A dry pass counts the points; each is then tried on the same starting position. Afterwards the promises must hold
+(Rig.broken): no VM of ours without a live record, none that is recorded as DESTROYED and there, nothing of anybody else
+touched, no claim or journal entry left.
 """
 
 from __future__ import annotations
@@ -168,7 +170,10 @@ def _wait_for_doubt(rig: Rig) -> None:
 
 
 def _settled(rig: Rig) -> None:
-    """Given up (FAILED), finished or never begun: nothing in between. What is FAILED can be removed, and then created."""
+    """Given up (FAILED), finished or never begun: nothing in between.
+
+    What is FAILED can be removed, and then created.
+    """
     _wait_for_doubt(rig)
     for row in rig.records():
         assert row["state"] in ("FAILED", "RUNNING"), row["state"]

@@ -2,7 +2,9 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Creations that are gone on with, and that are waited for: nothing is done twice, nothing is believed of a machine that is another one by now."""
+"""Creations that are gone on with, and that are waited for: nothing is done twice, nothing is believed of a machine
+that is another one by now.
+"""
 
 from __future__ import annotations
 

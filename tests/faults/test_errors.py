@@ -2,16 +2,18 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Every error that Proxmox can give, to every request that every operation makes: one at a time, several at once, and while tasks are slow.
+"""Every error that Proxmox can give, to every request that every operation makes: one at a time, several at once,
+and while tasks are slow.
 
-The requests are those that a good run was seen to make; the errors are those that the double knows for each of them, and what a network
-does. After each: the answer is an error with a sentence or success, no record says DESTROYED while its VM exists, nobody else was touched, no
-workspace is lost or in two VMs, and without the fault the next runs bring everything to its end - at most with what a message told the operator
-to do by hand, which is done to the letter and counted.
+The requests are those that a good run was seen to make; the errors are those that the double knows for each of them,
+and what a network does. After each: the answer is an error with a sentence or success, no record says DESTROYED while
+its VM exists, nobody else was touched, no workspace is lost or in two VMs, and without the fault the next runs bring
+everything to its end - at most with what a message told the operator to do by hand, which is done to the letter and
+counted.
 
-There are thousands of combinations. ``AGENTLAB_FAULTS=all`` runs them all; otherwise every n-th of each request's errors is taken (a fixed
-stride, beginning at another place for each request and each day, so that together they still cover each kind). The day is the seed, which the
-table at the end names; ``AGENTLAB_FAULTS_SEED`` replays it.
+There are thousands of combinations. ``AGENTLAB_FAULTS=all`` runs them all; otherwise every n-th of each request's
+errors is taken (a fixed stride, beginning at another place for each request and each day, so that together they still
+cover each kind). The day is the seed, which the table at the end names; ``AGENTLAB_FAULTS_SEED`` replays it.
 """
 
 from __future__ import annotations
@@ -279,7 +281,9 @@ def one_of_each(asked: list[Asked]) -> list[Asked]:
 
 
 def where(path: str) -> str:
-    """A pattern of the end of the path: a task's has its id in it, which every run makes anew, and a volume's name its workspace's."""
+    """A pattern of the end of the path: a task's has its id in it, which every run makes anew, and a volume's name
+    its workspace's.
+    """
     return r"/tasks/[^/]+/status" if "/tasks/" in path else re.sub(r"ws\\-[0-9a-f\\-]{8,}", ".*", re.escape(path))
 
 
@@ -345,7 +349,8 @@ class Injector:
         elif value == "vanished":
             self.vanishing.add(kind)
         else:
-            # What failed, died or hangs here has done its work all the same: the worst case for whoever believes the status alone.
+            # What failed, died or hangs here has done its work all the same: the worst case for whoever believes the
+            # status alone.
             self.pve.task_endings[kind] = "the disk is on fire" if value == "fails" else value
         return lambda: any(self.pve.tasks[upid]["type"] == kind for upid in self.pve.spoiled if upid in self.pve.tasks)
 
@@ -437,7 +442,8 @@ class Trial:
                 break
         seen = [(one.name, one.state, one.reason) for one in self.lab.records()]
         self.problems.append(
-            f"did not converge: {seen}, left {self.lab.leftovers()}, unrecorded {self.lab.unrecorded()}, said {self.said[-2:]}"
+            f"did not converge: {seen}, left {self.lab.leftovers()}, unrecorded {self.lab.unrecorded()}, said "
+            f"{self.said[-2:]}"
         )
 
     def as_told(self) -> bool:

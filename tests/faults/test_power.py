@@ -2,7 +2,9 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""What Proxmox says of a VM's power counts: a VM that somebody else switched, paused or hibernated is brought to what is asked."""
+"""What Proxmox says of a VM's power counts: a VM that somebody else switched, paused or hibernated is brought to
+what is asked.
+"""
 
 from __future__ import annotations
 

@@ -2,7 +2,9 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Least privileges, and where secrets must not be: with each privilege missing the error names it, and no secret is left anywhere."""
+"""Least privileges, and where secrets must not be: with each privilege missing the error names it, and no secret is
+left anywhere.
+"""
 
 from __future__ import annotations
 
@@ -131,8 +133,8 @@ def test_no_secret_is_in_the_process_list(lab: Lab, tmp_path: Path) -> None:
     secret = Path(tmp_path, "vars.yml")
     secret.write_text(f"api_token_secret: {TOKEN_SECRET}\n")
     args = (
-        f"verify=true api_host=127.0.0.1 api_port={found['PROXMOX_PORT']} api_token_id={TOKEN_ID} api_token_secret={{{{ api_token_secret }}}} "
-        f"ca_path={found['PROXMOX_CA_PATH']} database={lab.database}"
+        f"verify=true api_host=127.0.0.1 api_port={found['PROXMOX_PORT']} api_token_id={TOKEN_ID} "
+        f"api_token_secret={{{{ api_token_secret }}}} ca_path={found['PROXMOX_CA_PATH']} database={lab.database}"
     )
     lab.create()
     lab.pve.fault("GET", "/cluster/resources", "hang", seconds=2, carry_out=True)

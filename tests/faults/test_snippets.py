@@ -2,7 +2,9 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Custom user data: where it is refused, that nobody else can read it, and that no way out of a sandbox's life leaves it behind."""
+"""Custom user data: where it is refused, that nobody else can read it, and that no way out of a sandbox's life
+leaves it behind.
+"""
 
 from __future__ import annotations
 

@@ -212,7 +212,9 @@ def test_renewal_after_sleep_over_the_expiry_is_refused(lab: Lab) -> None:
 
 
 def test_rebooted_host_whose_clock_is_behind_rests_for_a_while(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which of the two was wrong, the clock before or the one now, cannot be told: neither bars everything for good, nor destroys anything early."""
+    """Which of the two was wrong, the clock before or the one now, cannot be told: neither bars everything for good,
+    nor destroys anything early.
+    """
     made = lab.create(ttl=3600)
     lab.timed_out("old")
     lab.expire()

@@ -4,8 +4,9 @@
 
 """Every state in which an operation can be left has a way out: the doctor names it, and it works.
 
-Each operation is killed at each of its requests and commits. Whatever new entry of the journal (or unfinished workspace) that leaves, the doctor
-is asked and what it says is done, nothing else. In the end nothing is unfinished. The phases met are held to those that the code writes.
+Each operation is killed at each of its requests and commits. Whatever new entry of the journal (or unfinished
+workspace) that leaves, the doctor is asked and what it says is done, nothing else. In the end nothing is unfinished.
+The phases met are held to those that the code writes.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ RECONCILE = "agentlab sandbox reconcile --apply"
 DESTROY = re.compile(r"agentlab sandbox destroy --force ((?:\d+ ?)+)")
 DETACH = "agentlab workspace detach does"
 RUN_AGAIN = "run the same task again"
-# Operations of test_crash.py that leave each entry which a killed run can leave, and the phases that each leaves at least.
+# Operations of test_crash.py that leave each entry which a killed run can leave, and the phases that each leaves at
+# least.
 KILLED: dict[str, set[tuple[str, str]]] = {
     "create": {("create", phase) for phase in ("reserved", "cloning", "waiting", "configuring", "ready")},
     "create_workspace": {("create", "configuring")},
@@ -122,7 +124,8 @@ def unfinished(rig: Rig) -> list[tuple[str, str, str]]:
         (
             row["kind"],
             row["phase"],
-            f"{row['state']} bound={row['smbios_uuid'] is not None} task={'upid' in row['detail']} create={'create' in row['detail']}",
+            f"{row['state']} bound={row['smbios_uuid'] is not None} task={'upid' in row['detail']} "
+            f"create={'create' in row['detail']}",
         )
         for row in rig.sql(
             "SELECT o.*, s.state, s.smbios_uuid FROM operations o JOIN sandboxes s ON s.uuid = o.sandbox_uuid"

@@ -2,7 +2,9 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Workspaces outlive every way a sandbox can end, are attached once at most, and are deleted only when that is asked for and proven to be safe."""
+"""Workspaces outlive every way a sandbox can end, are attached once at most, and are deleted only when that is asked
+for and proven to be safe.
+"""
 
 from __future__ import annotations
 
@@ -279,7 +281,9 @@ def test_a_sandbox_gets_no_vmid_that_owns_a_workspace(lab: Lab) -> None:
 
 
 def test_a_workspace_that_its_sandbox_owns_is_never_taken_off(lab: Lab) -> None:
-    """The range was another one when the sandbox was made: Proxmox VE would keep the disk as an unused one of the VM's own, and then delete it."""
+    """The range was another one when the sandbox was made: Proxmox VE would keep the disk as an unused one of the
+    VM's own, and then delete it.
+    """
     found = make(lab)
     vmid = lab.create("a1", vmid=found.owner_vmid, options={"workspace_owner_range": "991000-991999"}).vmid
     attach(lab, "w1", vmid)
@@ -840,7 +844,9 @@ def test_growing_changes_no_stranger_that_took_the_vmid(lab: Lab, moment: str) -
 
 @pytest.mark.parametrize("moment", ["GET /pending", "PUT /config", "GET /config"])
 def test_an_attachment_that_is_undone_touches_no_stranger_that_took_the_vmid(lab: Lab, moment: str) -> None:
-    """The guest did not take the disk; before that is undone the VMID is somebody else's, whose VM has the volume (or just the slot) in its configuration."""
+    """The guest did not take the disk; before that is undone the VMID is somebody else's, whose VM has the volume
+    (or just the slot) in its configuration.
+    """
     found = make(lab)
     made = lab.create("a1")
     lab.pve.hotplug = False
@@ -865,7 +871,10 @@ def test_an_attachment_that_is_undone_touches_no_stranger_that_took_the_vmid(lab
 
 
 def test_a_refusal_after_a_lost_answer_does_not_free_what_may_still_be_attached(lab: Lab) -> None:
-    """The request of the first try is carried out late; meanwhile the second is refused. Nobody else may get the workspace before that is over."""
+    """The request of the first try is carried out late; meanwhile the second is refused.
+
+    Nobody else may get the workspace before that is over.
+    """
     found = make(lab)
     one, two = lab.create("a1"), lab.create("a2")
     lab.options["doubt_window"] = "30s"
@@ -1015,7 +1024,9 @@ def test_what_a_message_advises_frees_the_vm_from_a_disk_that_no_record_tells_of
 
 @pytest.mark.parametrize("moment", ["/snapshot", "/content"])
 def test_a_vm_that_is_swapped_while_its_workspace_is_looked_at_is_not_stopped(lab: Lab, moment: str) -> None:
-    """What is asked about workspaces before a destroy takes its time: whose VM it is is looked at once more before it is stopped."""
+    """What is asked about workspaces before a destroy takes its time: whose VM it is is looked at once more before
+    it is stopped.
+    """
     make(lab)
     made = lab.create("a1", workspace="w1")
     lab.pve.vm(made.vmid).config["scsi5"] = f"local-lvm:vm-{made.vmid}-disk-7,size=1G"

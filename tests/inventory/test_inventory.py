@@ -2,7 +2,9 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Sandboxes as hosts, by the real inventory plugin of community.proxmox, with the file of docs/inventory.md as it stands there."""
+"""Sandboxes as hosts, by the real inventory plugin of community.proxmox, with the file of docs/inventory.md as it
+stands there.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ def peers() -> str:
 
 @pytest.fixture
 def inventory(env: dict[str, str], peers: str, tmp_path: Path, server: Any) -> Any:
-    """inventory(words...): what ansible-inventory says with the page's file; only address and token are those of the fake Proxmox."""
+    """inventory(words...): what ansible-inventory says with the page's file; only address and token are those of the
+    fake Proxmox.
+    """
     text = (
         PAGE.split("<!-- plugin -->")[1]
         .split("<!-- /plugin -->")[0]

@@ -2,7 +2,9 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Alert rules and dashboard: their syntax and behaviour by promtool, their names by the metrics of a real daemon, their words by the documentation."""
+"""Alert rules and dashboard: their syntax and behaviour by promtool, their names by the metrics of a real daemon,
+their words by the documentation.
+"""
 
 from __future__ import annotations
 

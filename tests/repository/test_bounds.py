@@ -53,7 +53,8 @@ def test_the_bounds_on_clients_are_those_of_the_code() -> None:
         "connections to the socket at once": connections["socket"],
         "connections to `listen` at once": connections["listen"],
         "connections to `metrics_listen` at once": connections["metrics_listen"],
-        "descriptors kept for Proxmox VE, records and log": f"{code['_OWN_DESCRIPTORS']}, and two for each of `connections`",
+        "descriptors kept for Proxmox VE, records and log": f"{code['_OWN_DESCRIPTORS']}, and two for each of "
+        "`connections`",
         "time for the head of a request": f"{code['HEAD_SECONDS']:.0f} s",
         "time for its body": f"{code['BODY_SECONDS']:.0f} s",
         "time between two requests of a connection, and for reading an answer": f"{code['IDLE_SECONDS']:.0f} s",
@@ -61,7 +62,8 @@ def test_the_bounds_on_clients_are_those_of_the_code() -> None:
         "bytes of a body": code["BODY_BYTES"],
         f"bytes of all bodies on their way, beyond the first {code['SMALL_BODY']} of each": code["BODIES_BYTES"],
         "lines of a kind in the log that clients or libraries can cause": f"one in {logs['SELDOM_SECONDS']:.0f} s",
-        "lines of requests that changed nothing, for each who asks": f"{logs['IDLE_LINES']} in {logs['SELDOM_SECONDS']:.0f} s",
+        "lines of requests that changed nothing, for each who asks": f"{logs['IDLE_LINES']} in "
+        f"{logs['SELDOM_SECONDS']:.0f} s",
         "lists and objects within one another in a body": constants("http/fields.py")["DEEPEST_BODY"],
         "values in a body": constants("http/fields.py")["MOST_VALUES"],
         "threads for what asks Proxmox VE, and requests to it in flight": config.DEFAULTS["connections"],

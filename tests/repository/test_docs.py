@@ -190,7 +190,8 @@ def test_every_test_that_safety_names_exists() -> None:
             assert re.search(rf"^def {function}\(", (ROOT / path).read_text(), re.M), f"{path}::{function}"
 
 
-# Run in a process of its own, as `make faults-everyday` is: prints the way and the test of everything that the marker selects.
+# Run in a process of its own, as `make faults-everyday` is: prints the way and the test of everything that the marker
+# selects.
 _COLLECT = """
 import sys, pytest
 class Show:
@@ -202,7 +203,9 @@ sys.exit(pytest.main(["--collect-only", "-qq", "-p", "no:cacheprovider", "-m", "
 
 
 def test_the_everyday_run_shows_each_of_the_thirteen_ways() -> None:
-    """Every test of the table is selected by its marker under the number of its row, and every test that is selected stands in the table."""
+    """Every test of the table is selected by its marker under the number of its row, and every test that is selected
+    stands in the table.
+    """
     rows = re.findall(r"^\| (\d+) \|.*\| (.+) \|$", SAFETY, re.M)
     table = {(int(number), name) for number, tests in rows for name in re.findall(r"`([^`]+)`", tests)}
     assert [int(number) for number, _tests in rows] == list(range(1, 14)) == sorted({number for number, _name in table})
@@ -296,7 +299,9 @@ CHECKED = {"agentlab", "agentlabd", "ansible", "ansible-playbook", "ansible-inve
 
 @pytest.mark.parametrize("page", pages.PAGES, ids=lambda page: f"{page.parent.name}-{page.name}")
 def test_every_command_in_a_page_is_one_that_is_checked(page: Path) -> None:
-    """``agentlab`` below and in tests/daemon/test_pages.py, ``ansible`` and ``ansible-playbook`` in tests/scenarios/test_pages.py, ``make`` here."""
+    """``agentlab`` below and in tests/daemon/test_pages.py, ``ansible`` and ``ansible-playbook`` in
+    tests/scenarios/test_pages.py, ``make`` here.
+    """
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
     for command in pages.commands(page):
         for part in command.split(" && "):

@@ -2,7 +2,9 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""What a newcomer types first works as it stands: README's installation in a fresh clone, and elsewhere; short names in the clone."""
+"""What a newcomer types first works as it stands: README's installation in a fresh clone, and elsewhere; short names
+in the clone.
+"""
 
 from __future__ import annotations
 

@@ -19,7 +19,9 @@ from support.story import tell
 
 @pytest.fixture
 def story(env: dict[str, str], tmp_path: Path, server: Server) -> Callable[..., Run]:
-    """story(tasks, check=..., diff=..., args=...): run them in one playbook, and insist that it went as the tasks say."""
+    """story(tasks, check=..., diff=..., args=...): run them in one playbook, and insist that it went as the tasks
+    say.
+    """
 
     def run(tasks: list[dict[str, Any]], **options: Any) -> Run:
         return tell(tasks, {**env, **options.pop("more", {})}, tmp_path, server.pve, **options)
@@ -29,7 +31,9 @@ def story(env: dict[str, str], tmp_path: Path, server: Server) -> Callable[..., 
 
 @pytest.fixture
 def given(context: Callable[..., Any], server: Server) -> Callable[..., list[Any]]:
-    """given(3, state="TIMEOUT", tags=["x"]): so many running (or what else) sandboxes, made by the core itself; their records."""
+    """given(3, state="TIMEOUT", tags=["x"]): so many running (or what else) sandboxes, made by the core itself;
+    their records.
+    """
     from ansible_collections.agentlab.proxmox.plugins.module_utils._core.sandboxes import create
     from ansible_collections.agentlab.proxmox.plugins.module_utils._core.vm import power
 

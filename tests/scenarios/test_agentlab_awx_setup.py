@@ -2,7 +2,10 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""agentlab_awx_setup as a module: made, unchanged, changed, removed. tests/awx/test_setup.py has the set-up's playbook."""
+"""agentlab_awx_setup as a module: made, unchanged, changed, removed.
+
+tests/awx/test_setup.py has the set-up's playbook.
+"""
 
 from __future__ import annotations
 

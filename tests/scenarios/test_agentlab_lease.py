@@ -93,7 +93,8 @@ def test_what_is_refused(story: Any, given: Any, env: Any, tmp_path: Any) -> Non
         ),
         "ttl zero": (
             {"vmid": 1002, "ttl": 0},
-            "ttl: '0' is zero. Valid: more than zero, minutes as a number (120) or a duration such as 90s, 30m, 2h, 1d12h",
+            "ttl: '0' is zero. Valid: more than zero, minutes as a number (120) or a duration such as 90s, 30m, 2h, "
+            "1d12h",
         ),
         "ttl too long": ({"vmid": 1002, "ttl": "2d"}, "ttl: '2d' is longer than the maximum of 1d"),
         "min_remaining": (

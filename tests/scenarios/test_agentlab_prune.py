@@ -146,7 +146,10 @@ def test_prune_keeps_what_it_must(story: Any, given: Any, env: Any, server: Any)
 def test_many_absent_ones_cost_a_handful_of_requests_where_nothing_can_be_hidden(
     story: Any, given: Any, server: Any
 ) -> None:
-    """root@pam sees everything, so the list is proof. From a token VMs can be hidden: each of its absences is asked for, one request a VM."""
+    """root@pam sees everything, so the list is proof.
+
+    From a token VMs can be hidden: each of its absences is asked for, one request a VM.
+    """
     given(12, "TIMEOUT")
     server.pve.vms[:] = [vm for vm in server.pve.vms if vm.vmid == 9000]
     # An ordinary token may not read who holds which role, so it cannot show that no VM is hidden from it.

@@ -456,7 +456,8 @@ def test_what_proxmox_refuses_or_fails(story: Any, server: Any, given: Any, env:
     assert (
         run["create on an offline node"]["msg"] == "node: 'pve2' is offline; choose another, or wait until it is back"
     )
-    # The clone task failed, yet there is a VM: whose it is is not certain, so it is left alone, and the message says so.
+    # The clone task failed, yet there is a VM: whose it is is not certain, so it is left alone, and the message says
+    # so.
     assert (
         "its record is in FAILED state: sandbox 1006: it is not certain that VM 1006 (unborn) is ours"
         in run["clone fails"]["msg"]
@@ -538,8 +539,9 @@ def test_profiles_fill_in_what_is_not_given(story: Any, env: Any, server: Any, t
     folder = tmp_path / "profiles"
     folder.mkdir()
     (folder / "agents.yaml").write_text(
-        "name: agents\nresources: {cores: 4, memory: 3072}\nnetwork: {bridge: vmbr7, model: e1000, firewall_group: agents}\n"
-        "cloud_init: {user: agent, ip_config: ip=dhcp, searchdomain: example.org}\nlease: {default: 2h, maximum: 3h}\nkeepalive: true\ntags: [yolo]\n",
+        "name: agents\nresources: {cores: 4, memory: 3072}\nnetwork: {bridge: vmbr7, model: e1000, firewall_group: "
+        "agents}\ncloud_init: {user: agent, ip_config: ip=dhcp, searchdomain: example.org}\nlease: {default: 2h, "
+        "maximum: 3h}\nkeepalive: true\ntags: [yolo]\n",
         encoding="utf-8",
     )
     (folder / "wrong.yaml").write_text("resources: {corse: 4}\n", encoding="utf-8")

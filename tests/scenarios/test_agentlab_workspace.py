@@ -2,7 +2,9 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""agentlab_workspace in real playbooks: a disk's life beside that of sandboxes, on local and shared storage, on two nodes."""
+"""agentlab_workspace in real playbooks: a disk's life beside that of sandboxes, on local and shared storage, on two
+nodes.
+"""
 
 from __future__ import annotations
 

@@ -2,8 +2,10 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Modules in place (plugins/action): when they run there, that the answer is the one of a module that was shipped, and what is left when the process
-that runs Ansible is killed."""
+"""Modules in place (plugins/action): when they run there, that the answer is the one of a module that was shipped,
+and what is left when the process
+that runs Ansible is killed.
+"""
 
 from __future__ import annotations
 
@@ -92,7 +94,9 @@ def test_where_a_module_runs(env: dict[str, str], tmp_path: Path, given: Any) ->
 
 @pytest.mark.everyday
 def test_both_ways_answer_the_same(env: dict[str, str], tmp_path: Path) -> None:
-    """One story, told in place and shipped, each with records of its own: the results are equal but for times, identities and task ids."""
+    """One story, told in place and shipped, each with records of its own: the results are equal but for times,
+    identities and task ids.
+    """
     password, sealed = tmp_path / "password", tmp_path / "sealed.yml"
     password.write_text("password of the vault")
     vault = [
@@ -167,7 +171,9 @@ def worker_of(env: dict[str, str], server: Any) -> int:
 
 
 def test_the_process_that_ran_it_is_killed(env: dict[str, str], tmp_path: Path, server: Any) -> None:
-    """The claim of a creation in place names the process that worked for Ansible: once that is dead, the next run goes on at once."""
+    """The claim of a creation in place names the process that worked for Ansible: once that is dead, the next run
+    goes on at once.
+    """
     server.pve.fault("POST", "/clone", "hang", seconds=20, carry_out=True)
     create = task("create", SANDBOX, name="mine", keywords={"vars": {"agentlab_in_place": True}})
     with ThreadPoolExecutor() as pool:
@@ -198,7 +204,9 @@ def stop_ansible(worker: int, stop: signal.Signals) -> None:
 def test_stopping_ansible_gives_the_claim_back(
     env: dict[str, str], tmp_path: Path, server: Any, stop: signal.Signals
 ) -> None:
-    """Ctrl-C, or a job that is cancelled: from another container nobody could tell whether the process that held it is dead."""
+    """Ctrl-C, or a job that is cancelled: from another container nobody could tell whether the process that held it
+    is dead.
+    """
     server.pve.fault("POST", "/clone", "hang", seconds=20, carry_out=True)
     create = task("create", SANDBOX, name="mine", keywords={"vars": {"agentlab_in_place": True}})
     with ThreadPoolExecutor() as pool:

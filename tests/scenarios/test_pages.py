@@ -2,7 +2,9 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""The Ansible commands and plays of the pages: modules are run as they stand there, playbooks too, or their syntax and variables are checked."""
+"""The Ansible commands and plays of the pages: modules are run as they stand there, playbooks too, or their syntax
+and variables are checked.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ pve1.example.net ansible_connection=local ansible_python_interpreter="{{ ansible
 
 @pytest.fixture
 def typed(env: dict[str, str], tmp_path: Path, server: Any) -> Any:
-    """typed(command): run it as a page has it, with ``inventory.ini`` and the files beside it in the test's folder; there are the role's profiles."""
+    """typed(command): run it as a page has it, with ``inventory.ini`` and the files beside it in the test's folder;
+    there are the role's profiles.
+    """
     server.pve.agent_default = True
     (tmp_path / "inventory.ini").write_text(INVENTORY, encoding="utf-8")
     with open(env["AGENTLAB_CONFIG"], "a", encoding="utf-8") as file:

@@ -2,7 +2,9 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""What is the same for all modules: connection, credentials, configuration, records, secrets, names and what a run costs."""
+"""What is the same for all modules: connection, credentials, configuration, records, secrets, names and what a run
+costs.
+"""
 
 from __future__ import annotations
 
@@ -127,7 +129,8 @@ def test_configuration_and_records(story: Any, given: Any, tmp_path: Path, env: 
         ),
         "newer": (
             {"database": f"{tmp_path}/newer.db"},
-            f"database {tmp_path}/newer.db: its schema version 99 is newer than the {schema.VERSION} that this release knows",
+            f"database {tmp_path}/newer.db: its schema version 99 is newer than the {schema.VERSION} that this "
+            "release knows",
         ),
         "folder": ({"database": str(tmp_path)}, f"database {tmp_path}: "),
     }

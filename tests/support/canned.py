@@ -36,7 +36,9 @@ class Hurried(SystemClock):
 
 
 def certificate(folder: Path, days: int = 30) -> tuple[str, str]:
-    """Return the files of a certificate for 127.0.0.1, which is its own authority, and of its key; it ends in so many days."""
+    """Return the files of a certificate for 127.0.0.1, which is its own authority, and of its key; it ends in so
+    many days.
+    """
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "127.0.0.1")])
     now = datetime.datetime.now(datetime.UTC)

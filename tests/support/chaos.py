@@ -4,7 +4,8 @@
 
 """`make test-chaos`: disturb a daemon at random, and look whether the promises hold.
 
-It is killed and restarted, Proxmox VE fails, the disk with its records is full, its socket is deleted, and clients are rude.
+It is killed and restarted, Proxmox VE fails, the disk with its records is full, its socket is deleted, and clients are
+rude.
 
 chaos.py [MINUTES [SEED]] prints its seed; the same seed makes the same choices (not the same timing). At the end the
 faults stop, and the daemon has two minutes to bring everything to its end: no claim and no journal entry is left, no

@@ -2,7 +2,10 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""The reference part of docs/cli.md, made from --help of every command. Run as a program it writes it anew: python tests/support/cli_page.py."""
+"""The reference part of docs/cli.md, made from --help of every command.
+
+Run as a program it writes it anew: python tests/support/cli_page.py.
+"""
 
 from __future__ import annotations
 

@@ -21,7 +21,10 @@ def _git(*arguments: str) -> str:
 
 
 def make_clone(folder: Path) -> Path:
-    """Clone this checkout into the folder, with what is not committed yet, and return the clone. It shares the .venv of the checkout."""
+    """Clone this checkout into the folder, with what is not committed yet, and return the clone.
+
+    It shares the .venv of the checkout.
+    """
     clone = folder / "agentlab.proxmox"
     _git("clone", "--quiet", "--no-hardlinks", str(ROOT), str(clone))
     names = _git("ls-files", "-z", "--modified", "--deleted", "--others", "--exclude-standard").split("\0")

@@ -2,9 +2,11 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""`make demo`: the fake Proxmox on loopback, and the real ansible-playbook against it, step by step with the requests each step made.
+"""`make demo`: the fake Proxmox on loopback, and the real ansible-playbook against it, step by step with the
+requests each step made.
 
-demo.py --installed FOLDER [ARGUMENTS] runs it from the collection that is installed there instead of the checkout."""
+demo.py --installed FOLDER [ARGUMENTS] runs it from the collection that is installed there instead of the checkout.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,8 @@ def main() -> int:
         }
         command = [str(Path(sys.executable).with_name("ansible-playbook")), "-i", "localhost,", playbook, *arguments]
         print(
-            f"==> ansible-playbook {os.path.relpath(playbook, ROOT) if place == ROOT else playbook} (records in {folder})\n"
+            f"==> ansible-playbook {os.path.relpath(playbook, ROOT) if place == ROOT else playbook} (records in "
+            f"{folder})\n"
         )
         run = subprocess.Popen(command, env=env, cwd=place, stdout=subprocess.PIPE, text=True)
         requests: list[tuple[str, int]] = []

@@ -2,7 +2,9 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""The corrected fake Proxmox as the tests and the demo use it: short words for faults, and a server with a user's environment."""
+"""The corrected fake Proxmox as the tests and the demo use it: short words for faults, and a server with a user's
+environment.
+"""
 
 from __future__ import annotations
 
@@ -68,7 +70,8 @@ class Double(ProxmoxDouble):
     # ---- faults ----
 
     def fault(self, method: str, suffix: str, kind: str, *, times: int = 1, **values: Any) -> dict[str, Any]:
-        """The next requests whose path ends with the pattern: cut-before, cut-after, truncate, answer (status, body), hang (seconds, carry_out).
+        """The next requests whose path ends with the pattern: cut-before, cut-after, truncate, answer (status,
+        body), hang (seconds, carry_out).
 
         Returned is the rule, whose ``times`` says how many are left.
         """

@@ -2,7 +2,9 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""A laboratory for tests of the core: a Proxmox double over HTTPS, records of its own, and a fresh Context for every run."""
+"""A laboratory for tests of the core: a Proxmox double over HTTPS, records of its own, and a fresh Context for every
+run.
+"""
 
 from __future__ import annotations
 
@@ -82,7 +84,10 @@ class FakeClock:
 
 
 class Lab:
-    """One double and one database. Every operation below is a run of its own: nothing is remembered from the one before."""
+    """One double and one database.
+
+    Every operation below is a run of its own: nothing is remembered from the one before.
+    """
 
     def __init__(self, folder: Any, *, time_scale: float = 0, **options: Any) -> None:
         self.folder = str(folder)
@@ -277,7 +282,9 @@ class Lab:
         return found
 
     def edited_before(self, ending: str, times: int = 1) -> list[int]:
-        """Somebody changes the VM's configuration just before each of so many PUTs whose path ends so: the VMIDs, once it happened."""
+        """Somebody changes the VM's configuration just before each of so many PUTs whose path ends so: the VMIDs,
+        once it happened.
+        """
         edited: list[int] = []
 
         def edit(method: str, path: str) -> None:

@@ -31,7 +31,10 @@ def blocks(page: Path, language: str) -> list[str]:
 
 
 def commands(page: Path) -> list[str]:
-    """Every command of the console blocks, continued lines joined, without prompt and comment. Output is left out: it has no prompt."""
+    """Every command of the console blocks, continued lines joined, without prompt and comment.
+
+    Output is left out: it has no prompt.
+    """
     found: list[str] = []
     for block in blocks(page, "console"):
         going_on = False
@@ -73,7 +76,9 @@ def sources() -> Iterator[Path]:
 
 @cache
 def templates() -> tuple[Template, ...]:
-    """Every text of the code (no comments, no docstrings) and of the playbooks as its constant pieces; between two of them is what is filled in."""
+    """Every text of the code (no comments, no docstrings) and of the playbooks as its constant pieces; between two
+    of them is what is filled in.
+    """
     found: set[Template] = set()
     for path in sources():
         tree = ast.parse(path.read_text(encoding="utf-8"))

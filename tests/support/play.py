@@ -43,7 +43,9 @@ _BAD = re.compile(r"\[WARNING\]|\[DEPRECATION WARNING\]|Traceback \(most recent 
 @dataclass
 class Run:
     """What one ansible command did. results: {task, action, host, status, result, item?, ignored?}, in order; status is
-    ok, changed, failed, skipped or unreachable. A loop gives an entry an item (item: True) and then one for the whole task."""
+    ok, changed, failed, skipped or unreachable. A loop gives an entry an item (item: True) and then one for the whole
+    task.
+    """
 
     rc: int
     stdout: str
@@ -117,8 +119,11 @@ def play(
     pve: Any = None,
     args: tuple[str, ...] = (),
 ) -> Run:
-    """Run tasks (unique names) as one playbook. A task may carry ``before``, a function called in the test before the task runs, so that one
-    playbook covers a story in which others act too; with the double given, the requests of each task are counted."""
+    """Run tasks (unique names) as one playbook.
+
+    A task may carry ``before``, a function called in the test before the task runs, so that one playbook covers a story
+    in which others act too; with the double given, the requests of each task are counted.
+    """
     hooks: dict[str, Callable[[], Any]] = {}
     plain = []
     names: set[str] = set()
@@ -209,7 +214,9 @@ def run_play(
     args: tuple[str, ...] = (),
     timeout: float = 300,
 ) -> Run:
-    """Run a playbook (a path, its text, or its plays as data) or a list of tasks (text or data) with the real ansible-playbook."""
+    """Run a playbook (a path, its text, or its plays as data) or a list of tasks (text or data) with the real
+    ansible-playbook.
+    """
     if isinstance(tasks_or_playbook, Path) or _is_playbook_name(tasks_or_playbook):
         playbook = str(tasks_or_playbook)
     else:
@@ -266,7 +273,9 @@ def run_command(command: list[str], env: Mapping[str, str], tmp_path: Path, time
 
 
 def collections_path(tmp_path: Path) -> Path:
-    """A folder that holds this checkout as ansible_collections/agentlab/proxmox: the checkout's own, or one made here."""
+    """A folder that holds this checkout as ansible_collections/agentlab/proxmox: the checkout's own, or one made
+    here.
+    """
     own = REPO / ".collections"
     if (own / "ansible_collections" / "agentlab" / "proxmox").is_dir():
         return own

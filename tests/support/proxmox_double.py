@@ -2,10 +2,11 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""A Proxmox VE cluster for tests: fakepve, corrected where it differs from what the real API was seen to do, plus faults.
+"""A Proxmox VE cluster for tests: fakepve, corrected where it differs from what the real API was seen to do, plus
+faults.
 
-ProxmoxDouble is the cluster, DoubleServer runs one over HTTPS on a thread of its own. State may be read and changed from the test's thread;
-whatever has to happen at one moment goes through DoubleServer.call().
+ProxmoxDouble is the cluster, DoubleServer runs one over HTTPS on a thread of its own. State may be read and changed
+from the test's thread; whatever has to happen at one moment goes through DoubleServer.call().
 """
 
 from __future__ import annotations
@@ -143,7 +144,8 @@ class ProxmoxDouble(AccessRules, PowerRules, GuestRules, FakePve):
         self.loop: asyncio.AbstractEventLoop | None = None
         self.loop_thread: int | None = None
         self.ca_fingerprint = _fingerprint()
-        # Called as hook(method, path, params) on the server's thread; may be a coroutine function. Paths begin with /nodes, /cluster, ...
+        # Called as hook(method, path, params) on the server's thread; may be a coroutine function. Paths begin with
+        # /nodes, /cluster, ...
         self.before_request: Callable[[str, str, dict[str, Any]], Any] | None = None
         self.after_request: Callable[[str, str, dict[str, Any]], Any] | None = None
         self.hook_errors: list[BaseException] = []
@@ -165,9 +167,11 @@ class ProxmoxDouble(AccessRules, PowerRules, GuestRules, FakePve):
         self.snippets: set[str] = set()
         # False: running guests take no disk and let none go; the change stays pending until the next start.
         self.hotplug = True
-        # Storage -> (folder of this machine with its snippets, the node that has it or None for all): a file there is a snippet.
+        # Storage -> (folder of this machine with its snippets, the node that has it or None for all): a file there is a
+        # snippet.
         self.snippet_folders: dict[str, tuple[str, str | None]] = {}
-        # What a started guest's cloud-init will have reported (texts of errors), after cloud_init_delay real seconds; None: it never ends.
+        # What a started guest's cloud-init will have reported (texts of errors), after cloud_init_delay real seconds;
+        # None: it never ends.
         self.cloud_init_errors: list[str] | None = []
         self.cloud_init_delay = 0.0
         # PVE seconds a task of a type takes (times time_scale), and real seconds (whatever time_scale says).
@@ -214,14 +218,17 @@ class ProxmoxDouble(AccessRules, PowerRules, GuestRules, FakePve):
             self.history.clear()
 
     def touched(self, vmid: int) -> list[tuple[str, str, dict[str, Any]]]:
-        """(method, path, params) of every request that could change something and named this VMID in its path, oldest first."""
+        """(method, path, params) of every request that could change something and named this VMID in its path,
+        oldest first.
+        """
         with self._guard:
             return list(self._touched.get(vmid, ()))
 
     # ------------------------------------------------------------------ faults of the connection
 
     def cut_next(self, method: str, suffix: str, when: str = "before", times: int = 1) -> Rule:
-        """Cut the connection of the next such request: `before` it is handled, `after` it was carried out, or `truncate`: half the answer.
+        """Cut the connection of the next such request: `before` it is handled, `after` it was carried out, or
+        `truncate`: half the answer.
 
         suffix is the end of a path (`/qemu/101/config`) or a whole template (`/nodes/{node}/qemu/{vmid}`).
         """
@@ -239,7 +246,9 @@ class ProxmoxDouble(AccessRules, PowerRules, GuestRules, FakePve):
         carry_out: bool = False,
         times: int = 1,
     ) -> Rule:
-        """Answer the next such request with exactly this; it is handled (and its real answer dropped) only with carry_out."""
+        """Answer the next such request with exactly this; it is handled (and its real answer dropped) only with
+        carry_out.
+        """
         body = raw_body.encode() if isinstance(raw_body, str) else raw_body
         return self._rule(
             Rule(
@@ -457,11 +466,13 @@ class ProxmoxDouble(AccessRules, PowerRules, GuestRules, FakePve):
         warnings: int = 1,
         times: int = 1,
     ) -> None:
-        """Decide how the next task of a type (`qmclone`, `qmdestroy`, `qmstart`, `qmstop`, ...) goes; vmid: only that VM's.
+        """Decide how the next task of a type (`qmclone`, `qmdestroy`, `qmstart`, `qmstop`, ...) goes; vmid: only
+        that VM's.
 
-        how: `warnings` (done, WARNINGS: n) | `killed` (`unexpected status`) | `hang` (runs for ever; release_task() or kill_task()) |
-        `vanish` (done, then an unknown id) | `fail` (text) | `slow` (real seconds). carry_out says whether the work gets done;
-        default: for warnings, vanish and slow. A killed clone that is not carried out leaves the VM with lock clone.
+        how: `warnings` (done, WARNINGS: n) | `killed` (`unexpected status`) | `hang` (runs for ever; release_task() or
+        kill_task()) | `vanish` (done, then an unknown id) | `fail` (text) | `slow` (real seconds). carry_out says
+        whether the work gets done; default: for warnings, vanish and slow. A killed clone that is not carried out
+        leaves the VM with lock clone.
         """
         if how not in ("warnings", "killed", "hang", "vanish", "fail", "slow"):
             raise ValueError(how)
@@ -913,7 +924,9 @@ class ProxmoxDouble(AccessRules, PowerRules, GuestRules, FakePve):
             up()
 
     def address_of(self, vmid: int) -> str:
-        """The address a started VM's agent answers: the one in ipconfig0, or one of 192.0.2.0/24 that stays with the VMID."""
+        """The address a started VM's agent answers: the one in ipconfig0, or one of 192.0.2.0/24 that stays with the
+        VMID.
+        """
         vm = self.vm(vmid)
         static = re.search(r"ip=(\d+\.\d+\.\d+\.\d+)", str(vm.config.get("ipconfig0", ""))) if vm else None
         return static[1] if static else self._addresses.setdefault(vmid, f"192.0.2.{10 + len(self._addresses) % 240}")
@@ -1005,7 +1018,9 @@ class ProxmoxDouble(AccessRules, PowerRules, GuestRules, FakePve):
         return join_drive(volume, dict(props, size=format_size(int(known["size"])))) if known.get("size") else value
 
     def _detached(self, vm: Any, key: str, value: Any, force: bool) -> None:
-        """A disk taken off: the VM's own becomes unusedN (or goes, when it was unused or with force), another owner's just goes away."""
+        """A disk taken off: the VM's own becomes unusedN (or goes, when it was unused or with force), another
+        owner's just goes away.
+        """
         # What is put aside is no device of the guest's: it goes at once.
         if key in vm.pending and (key.startswith("unused") or (HOTPLUGGED.match(key) and self.hotplug)):
             vm.pending.pop(key)
@@ -1195,7 +1210,9 @@ class ProxmoxDouble(AccessRules, PowerRules, GuestRules, FakePve):
         return all(self.storages.get(sid, {}).get("shared") for sid in stores)
 
     def _around_qmclone(self, body: Any, new: Any, undo: list[Callable[[], None]]) -> Any:
-        """While it runs the target has Proxmox's own description and nothing else; what was asked for stands there at the end."""
+        """While it runs the target has Proxmox's own description and nothing else; what was asked for stands there
+        at the end.
+        """
         source, linked = self._clone["source"], self._clone["linked"]
         config, name = new.config, new.name
         new.config = {"description": CLONE_DESCRIPTION, "lock": "clone"}
@@ -1272,7 +1289,9 @@ class ProxmoxDouble(AccessRules, PowerRules, GuestRules, FakePve):
         return run
 
     def _foreign_volumes(self, vm: Any) -> list[tuple[str, str, dict[str, Any]]]:
-        """Volumes in the VM's configuration (and snapshots) whose name says another owner: a delete leaves them alone."""
+        """Volumes in the VM's configuration (and snapshots) whose name says another owner: a delete leaves them
+        alone.
+        """
         found = []
         for config in (vm.config, *vm.snapshots.values()):
             values = [volume for _key, volume, _props in drives_of(config)]
@@ -1344,7 +1363,9 @@ class ProxmoxDouble(AccessRules, PowerRules, GuestRules, FakePve):
         smbios: bool = True,
         **kw: Any,
     ) -> Any:
-        """An ordinary VM with a disk of its own and an identity; kw go to FakeVm (status, lock, pool, template, ...), config is merged."""
+        """An ordinary VM with a disk of its own and an identity; kw go to FakeVm (status, lock, pool, template,
+        ...), config is merged.
+        """
         size = kw.pop("size", 8 * 1024**3)
         disk = self._disk(storage, f"{'base' if kw.get('template') else 'vm'}-{vmid}-disk-0", vmid, size)
         config = {
@@ -1366,7 +1387,9 @@ class ProxmoxDouble(AccessRules, PowerRules, GuestRules, FakePve):
 
     @on_loop
     def remove_vm(self, vmid: int) -> Any:
-        """Somebody deleted it behind our back: VM, its volumes and its pool membership; returns what it was (None: nothing)."""
+        """Somebody deleted it behind our back: VM, its volumes and its pool membership; returns what it was (None:
+        nothing).
+        """
         gone = self.vm(vmid)
         if gone is not None:
             self.vms.remove(gone)
@@ -1393,7 +1416,9 @@ class ProxmoxDouble(AccessRules, PowerRules, GuestRules, FakePve):
         name: str = "somebody-elses",
         description: str | None = None,
     ) -> Any:
-        """Whatever is at the VMID goes; a VM of somebody else stands there instead, alike in what is asked for and in nothing else."""
+        """Whatever is at the VMID goes; a VM of somebody else stands there instead, alike in what is asked for and
+        in nothing else.
+        """
         old = self.remove_vm(vmid)
         before = old.config if old else {}
         config: dict[str, Any] = {}
@@ -1511,7 +1536,9 @@ class _Nothing(web.StreamResponse):
 
 
 class DoubleServer:
-    """A ProxmoxDouble on loopback, on an event loop and thread of its own. Use as a context manager, or start() and stop().
+    """A ProxmoxDouble on loopback, on an event loop and thread of its own.
+
+    Use as a context manager, or start() and stop().
 
     setup(pve) runs before it listens. The certificate in cafile is for the host and the further names.
     """

@@ -4,8 +4,8 @@
 
 """A stand-in for pvesh, run as a program on "node" pve1: it speaks to the double and prints as the real one does.
 
-- It waits for tasks: log lines and then the id in quotes; on another node both glued into one JSON string. A failed task
-  exits with 0 and tells its error on standard error.
+- It waits for tasks: log lines and then the id in quotes; on another node both glued into one JSON string. A failed
+  task exits with 0 and tells its error on standard error.
 - A config write prints ``update VM N: ...`` on this node, nothing on another one.
 - A refusal exits with some number but 0, which means nothing; another node's begins with "proxy handler failed:".
 - Without a UTF-8 locale what is not ASCII breaks, and a locale that is not installed costs nine lines of warnings.
@@ -39,7 +39,10 @@ perl: warning: Falling back to the standard locale ("C").
 
 
 class Double:
-    """The double's API. By http.client: this program is started for every request, and requests takes longer to import than to answer."""
+    """The double's API.
+
+    By http.client: this program is started for every request, and requests takes longer to import than to answer.
+    """
 
     def __init__(self) -> None:
         where = urlsplit(os.environ["PVESH_URL"])

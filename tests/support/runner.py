@@ -19,7 +19,9 @@ PROJECT = REPO / "awx"
 
 
 class Runner:
-    """A private data folder as AWX makes one for each job: project, inventory, injected environment, extra variables; and ansible-runner itself."""
+    """A private data folder as AWX makes one for each job: project, inventory, injected environment, extra
+    variables; and ansible-runner itself.
+    """
 
     def __init__(self, folder: Path, server: Any, core: Path | None = None) -> None:
         """``core`` is the bin folder of another ansible-core."""
@@ -33,7 +35,8 @@ class Runner:
         (folder / "config.yaml").write_text("template: debian-13\nvmid_range: 1000-1999\n")
         (folder / "env").mkdir()
         found = server.environment(str(folder))
-        # What the credential type injects, and what is the host's own. In the environment only: never on a command line.
+        # What the credential type injects, and what is the host's own. In the environment only: never on a command
+        # line.
         self.env = {
             "AGENTLAB_API_HOST": found["PROXMOX_HOST"],
             "AGENTLAB_API_PORT": found["PROXMOX_PORT"],
@@ -54,7 +57,10 @@ class Runner:
     def run(
         self, playbook: str, *, check: bool = False, text: str = "", **variables: Any
     ) -> tuple[int, list[dict[str, Any]], str]:
-        """Return status, the events of the modules, and all output. ``text`` is a file of variables as AWX writes it."""
+        """Return status, the events of the modules, and all output.
+
+        ``text`` is a file of variables as AWX writes it.
+        """
         self.number += 1
         (self.folder / "env" / "envvars").write_text(json.dumps(self.env))
         (self.folder / "env" / "extravars").write_text(text or json.dumps(variables))
@@ -89,7 +95,9 @@ class Runner:
         return done.returncode, results, done.stdout + done.stderr + (artifacts / "stdout").read_text()
 
     def leaks(self, secret: str) -> list[str]:
-        """Files of the job folders that hold the secret, beyond those in which ansible-runner itself writes the injected environment."""
+        """Files of the job folders that hold the secret, beyond those in which ansible-runner itself writes the
+        injected environment.
+        """
         own = {"env/envvars"} | {f"artifacts/job{number}/command" for number in range(1, self.number + 1)}
         return [
             name

@@ -2,8 +2,11 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""The fake Proxmox as a program: serve.py FOLDER [SECONDS]. Writes FOLDER/environment.json (what leads a user to it), and serves on loopback
-until the folder is removed, or the seconds (600) are over."""
+"""The fake Proxmox as a program: serve.py FOLDER [SECONDS].
+
+Writes FOLDER/environment.json (what leads a user to it), and serves on loopback until the folder is removed, or the
+seconds (600) are over.
+"""
 
 from __future__ import annotations
 

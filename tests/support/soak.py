@@ -4,12 +4,13 @@
 
 """`make soak`: agentlabd under churn for minutes or hours, and whether it stays as small as it was.
 
-soak.py [MINUTES] starts the daemon (compiled, as the role installs it) against the fake Proxmox. Clients create, renew, stop and destroy sandboxes, or
-leave them to expire and to the cleanup rules; others read, ask for metrics, reload, and send what is refused. Records that are destroyed are forgotten
-after a minute, so the database has a size to stay at.
+soak.py [MINUTES] starts the daemon (compiled, as the role installs it) against the fake Proxmox. Clients create, renew,
+stop and destroy sandboxes, or leave them to expire and to the cleanup rules; others read, ask for metrics, reload, and
+send what is refused. Records that are destroyed are forgotten after a minute, so the database has a size to stay at.
 
-The rule: the first third of the run is warm-up (threads, connections and SQLite's page cache fill). Of what follows, the median of the last third must
-be no more above the median of the first third than LIMITS says. The exit status is 1 when it is, or when requests failed.
+The rule: the first third of the run is warm-up (threads, connections and SQLite's page cache fill). Of what follows,
+the median of the last third must be no more above the median of the first third than LIMITS says. The exit status is 1
+when it is, or when requests failed.
 """
 
 from __future__ import annotations
@@ -246,8 +247,10 @@ def main() -> int:
             samples = soak.run()
             load = os.getloadavg()[1]
             print(
-                f"\n{sum(soak.done.values())} requests of clients ({', '.join(f'{count} {what}' for what, count in sorted(soak.done.items()))}), "
-                f"{samples[-1].requests} to Proxmox; load {load:.1f}; idle {samples[0].resident} KiB, at most {max(one.resident for one in samples)} KiB"
+                f"\n{sum(soak.done.values())} requests of clients "
+                f"({', '.join(f'{count} {what}' for what, count in sorted(soak.done.items()))}), "
+                f"{samples[-1].requests} to Proxmox; load {load:.1f}; idle {samples[0].resident} KiB, at most "
+                f"{max(one.resident for one in samples)} KiB"
             )
             problems = judge(samples) + soak.wrong[:20]
             if not samples[1:] or samples[-1].done == samples[len(samples) // 2].done:

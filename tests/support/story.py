@@ -28,7 +28,9 @@ def task(
     keywords: dict[str, Any] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """A task of a story: the module by its full name; ``fails`` says that it is to fail, ``before`` what happens before it."""
+    """A task of a story: the module by its full name; ``fails`` says that it is to fail, ``before`` what happens
+    before it.
+    """
     found: dict[str, Any] = {
         "name": title,
         f"{COLLECTION}.{module}" if module.startswith("agentlab_") else module: options,
@@ -46,7 +48,9 @@ def task(
 
 
 def tell(tasks: list[dict[str, Any]], env: dict[str, str], tmp_path: Path, pve: Any, **options: Any) -> Run:
-    """Run the story in one playbook: those tasks fail that are to fail, and there is no warning and no traceback anywhere."""
+    """Run the story in one playbook: those tasks fail that are to fail, and there is no warning and no traceback
+    anywhere.
+    """
     run = play(tasks, env, tmp_path, pve=pve, **options)
     expected = [one["name"] for one in tasks if one.get("ignore_errors")]
     failed = [

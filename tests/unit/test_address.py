@@ -59,7 +59,8 @@ LO = nic("lo", "127.0.0.1", "::1", mac="00:00:00:00:00:00")
         ([own("10.0.0.2", name="eth0.100"), own(name="eth0")], CONFIG, "10.0.0.2", True),
         # Without an address yet: no other interface takes its place.
         ([own("fe80::1"), nic("docker0", "172.17.0.1")], CONFIG, None, None),
-        # None has the MAC address (it was changed in the guest): other NICs of the configuration, then what nobody made.
+        # None has the MAC address (it was changed in the guest): other NICs of the configuration, then what nobody
+        # made.
         ([nic("docker0", "172.17.0.1"), nic("eth0", "192.0.2.5")], CONFIG, "192.0.2.5", False),
         (
             [nic("eth0", "192.0.2.5"), nic("eth1", "192.0.2.6", mac="bc:24:11:00:00:02")],

@@ -2,7 +2,9 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""The real qemu-guest-agent of Debian, on a unix socket without a VM: it answers as the double says, and runs our wrapper."""
+"""The real qemu-guest-agent of Debian, on a unix socket without a VM: it answers as the double says, and runs our
+wrapper.
+"""
 
 from __future__ import annotations
 

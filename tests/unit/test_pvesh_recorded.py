@@ -2,9 +2,11 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""93 calls of the real pvesh (Proxmox VE 9.2, two nodes), played to our reader and compared with the stand-in of the tests.
+"""93 calls of the real pvesh (Proxmox VE 9.2, two nodes), played to our reader and compared with the stand-in of the
+tests.
 
-``tests/recorded/pvesh.json`` has each call's arguments, environment, exit status and output, in the order they were made.
+``tests/recorded/pvesh.json`` has each call's arguments, environment, exit status and output, in the order they were
+made.
 """
 
 from __future__ import annotations

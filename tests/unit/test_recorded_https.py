@@ -2,13 +2,14 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""The double answers as the real API did: 379 requests that were recorded on Proxmox VE 9.2, and what became of their tasks.
+"""The double answers as the real API did: 379 requests that were recorded on Proxmox VE 9.2, and what became of
+their tasks.
 
 ``tests/recorded/https.json`` holds requests and answers in the order in which they were made, ``tasks.json`` the tasks
 that they began.
 One double is played all of them in that order. STAGE brings about what a person did between two requests. Compared are
-the status, the reason, the error texts of parameters, the shape of the body (keys and types), and of each task its type,
-its exit status and the keys of its status.
+the status, the reason, the error texts of parameters, the shape of the body (keys and types), and of each task its
+type, its exit status and the keys of its status.
 
 DIFFERENCES lists what the double answers otherwise, and why. An entry that no longer differs fails the test, as does a
 difference that is not listed.

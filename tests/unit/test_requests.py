@@ -115,7 +115,9 @@ def test_each_absence_is_asked_for_when_something_may_be_hidden_from_the_token(l
 
 
 def test_a_thousand_absences_cost_five_requests(lab: Lab) -> None:
-    """Prune of many whose VMs are gone: quorum, the list, the two reads that show it to be whole, and one absence asked for in another way."""
+    """Prune of many whose VMs are gone: quorum, the list, the two reads that show it to be whole, and one absence
+    asked for in another way.
+    """
     made = timed_out(lab, 8)
     see_everything(lab)
     lab.pve.ca_fingerprint = ProxmoxClient(lab.context().config.proxmox, lab.clock).trusted_authority()
@@ -158,7 +160,8 @@ def test_a_bulk_destroy_reads_the_list_once_and_each_vm_once(lab: Lab, whole: bo
     one = "/nodes/{node}/qemu/{vmid}"
     assert counted[f"GET {one}/config"] == counted[f"PUT {one}/config"] == counted[f"DELETE {one}"] == 8
     assert counted["GET /cluster/ha/status/current"] == 1
-    # Once to find them, once to see that they are gone: a proof only if no VM is hidden from the token, else each is asked for by itself.
+    # Once to find them, once to see that they are gone: a proof only if no VM is hidden from the token, else each is
+    # asked for by itself.
     assert counted["GET /cluster/resources"] == 2
     assert counted["GET /access/acl"] == counted["GET /access/permissions"] == 1
     assert counted["GET /cluster/nextid"] == (1 if whole else 8)
@@ -261,7 +264,9 @@ def test_requests_in_flight_to_one_node(lab: Lab, limit: int | None) -> None:
 
 
 def test_absences_are_asked_for_side_by_side(lab: Lab) -> None:
-    """As many at once as there are connections: a thousand of them are not a thousand round trips one after the other."""
+    """As many at once as there are connections: a thousand of them are not a thousand round trips one after the
+    other.
+    """
     lab.create()
     hide_something(lab)
     under_way: list[int] = []

@@ -388,7 +388,9 @@ def test_a_link_where_the_records_are_restored_is_not_followed(records: Records,
 
 
 def test_the_local_backend_runs_in_the_group_that_pmxcfs_admits_and_its_socket_stays_with_the_operators() -> None:
-    """pmxcfs refuses root in any other group; systemd would give the socket's folder to the group that the service runs in."""
+    """pmxcfs refuses root in any other group; systemd would give the socket's folder to the group that the service
+    runs in.
+    """
     lines = (ROLE / "templates/local.conf.j2").read_text(encoding="utf-8").splitlines()
     assert {"User=root", "Group=root", "RuntimeDirectory=", "StateDirectory="} <= set(lines)
     assert "ExecStartPre=/usr/bin/install -d -o root -g agentlab -m 2750 /run/agentlab" in lines
@@ -397,7 +399,10 @@ def test_the_local_backend_runs_in_the_group_that_pmxcfs_admits_and_its_socket_s
 
 
 def test_the_local_backend_bounds_no_vm_and_no_task_that_pvesh_runs() -> None:
-    """Tasks of pvesh are children of the daemon, at 100 MB each; a VM keeps the limit of open files. A directive of the unit must be answered."""
+    """Tasks of pvesh are children of the daemon, at 100 MB each; a VM keeps the limit of open files.
+
+    A directive of the unit must be answered.
+    """
     local = dict(_settings("templates/local.conf.j2"))
     unit = dict(_settings("templates/agentlabd.service.j2"))
     for name in ("MemoryMax", "TasksMax"):

@@ -81,7 +81,8 @@ def test_the_first_match_wins_and_what_matches_none_is_kept(state: str) -> None:
 def test_all_that_is_given_must_fit_and_any_one_of_a_list() -> None:
     policy = rules.parse(
         rule(
-            "{name: a, match: {states: [TIMEOUT, FAILED], tags: [ci, web], profiles: [small]}, after: 0s, action: destroy}"
+            "{name: a, match: {states: [TIMEOUT, FAILED], tags: [ci, web], profiles: [small]}, after: 0s, action: "
+            "destroy}"
         ),
         "f",
     )

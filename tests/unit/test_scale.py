@@ -2,9 +2,11 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""History costs nothing: what is done at every tick, and what a list asks, takes as many steps of SQLite among many destroyed records as among none.
+"""History costs nothing: what is done at every tick, and what a list asks, takes as many steps of SQLite among many
+destroyed records as among none.
 
-Steps are counted and plans are read; how long it takes on this machine is no part of it. What does not grow with 20,000 does not with 100,000.
+Steps are counted and plans are read; how long it takes on this machine is no part of it. What does not grow with 20,000
+does not with 100,000.
 """
 
 from __future__ import annotations
@@ -35,7 +37,10 @@ POLICY = rules.parse(
 
 
 def filled(path: Path, history: int) -> Context:
-    """Live records, half of them TIMEOUT, among so many destroyed ones with an event each. All VMIDs have had many sandboxes."""
+    """Live records, half of them TIMEOUT, among so many destroyed ones with an event each.
+
+    All VMIDs have had many sandboxes.
+    """
     ctx = Context(
         config.load({"database": str(path), "config_file": ""}, {"AGENTLAB_CONFIG": str(path.parent / "none.yaml")}),
         actor="test",

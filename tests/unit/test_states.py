@@ -108,7 +108,8 @@ def test_an_operation_leads_only_where_the_transitions_allow(state: str) -> None
         (
             "stop",
             "BOOTING",
-            "cannot stop sandbox in BOOTING state. Valid states: READY, RUNNING, SUSPENDED, COMPLETED, FAILED, TIMEOUT, STOPPED",
+            "cannot stop sandbox in BOOTING state. Valid states: READY, RUNNING, SUSPENDED, COMPLETED, FAILED, "
+            "TIMEOUT, STOPPED",
         ),
         ("start", "TIMEOUT", "cannot start sandbox in TIMEOUT state. Valid states: STOPPED, SUSPENDED, READY, RUNNING"),
         ("suspend", "STOPPED", "cannot suspend sandbox in STOPPED state. Valid states: READY, RUNNING, SUSPENDED"),

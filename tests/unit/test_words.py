@@ -2,7 +2,9 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""What surveys, files and people write becomes lists: textareas, carriage returns, blanks, commas, comments, options of keys."""
+"""What surveys, files and people write becomes lists: textareas, carriage returns, blanks, commas, comments, options
+of keys.
+"""
 
 from __future__ import annotations
 

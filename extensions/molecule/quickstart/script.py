@@ -2,7 +2,9 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""The quickstart of docs/daemon.md as a script: its files are written, its commands are run, in the order in which they stand."""
+"""The quickstart of docs/daemon.md as a script: its files are written, its commands are run, in the order in which
+they stand.
+"""
 
 from __future__ import annotations
 

@@ -65,7 +65,8 @@ def parse(value: str) -> Address:
 
 
 def find_passwords(value: str) -> set[str]:
-    """Return what may be a password in a value of ``database``, as written and decoded, also where ``parse`` refuses it.
+    """Return what may be a password in a value of ``database``, as written and decoded, also where ``parse`` refuses
+    it.
 
     Ansible shows the options of a module with high verbosity, so the caller masks these texts before anything else.
     """

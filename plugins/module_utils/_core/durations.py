@@ -19,7 +19,9 @@ VALID_SECONDS = "seconds as a number (30) or a duration such as 90s, 30m"
 
 
 def parse(value: object, option: str, *, maximum: int | None = None, zero: bool = False, valid: str = VALID) -> int:
-    """Seconds of ``value``; refuses by the name of the option what is not a duration, not positive, or over ``maximum`` seconds."""
+    """Seconds of ``value``; refuses by the name of the option what is not a duration, not positive, or over
+    ``maximum`` seconds.
+    """
     text = str(value).strip()
     # "4 h" and "1 d 12 h" mean what they say; two numbers with a blank between them do not.
     compact = re.sub(r"(?<=\d)[ \t]+(?=[dhms])|(?<=[dhms])[ \t]+(?=\d)", "", text)

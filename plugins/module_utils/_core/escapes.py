@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import unicodedata
 
-# Categories of Unicode that a terminal obeys, or that hide or reorder text: control (ESC, BEL), format (U+202E, U+200B), surrogates, and the
-# separators of lines and paragraphs.
+# Categories of Unicode that a terminal obeys, or that hide or reorder text: control (ESC, BEL), format (U+202E,
+# U+200B), surrogates, and the separators of lines and paragraphs.
 _UNSEEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
 
 

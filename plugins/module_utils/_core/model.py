@@ -16,7 +16,10 @@ from .errors import DamagedRecord
 
 @dataclass(slots=True)
 class Sandbox:
-    """One record. Times are whole seconds since the epoch; ``smbios_uuid`` is Proxmox's own mark of the VM (None until read)."""
+    """One record.
+
+    Times are whole seconds since the epoch; ``smbios_uuid`` is Proxmox's own mark of the VM (None until read).
+    """
 
     uuid: str
     vmid: int
@@ -49,7 +52,8 @@ class Sandbox:
     def from_row(cls, row: Any) -> Sandbox:
         """Return the record of a row with COLUMNS in their order; DamagedRecord names a value that cannot be one."""
         found = cls(*row)
-        # SQLite keeps whatever somebody wrote into a column. Rows of sound types come again and again, so their pattern is known.
+        # SQLite keeps whatever somebody wrote into a column. Rows of sound types come again and again, so their pattern
+        # is known.
         kinds = tuple(map(type, row))
         if kinds not in _sound_kinds:
             for name, kind in zip(COLUMNS, kinds, strict=True):
@@ -78,7 +82,10 @@ class Sandbox:
         return DamagedRecord("sandboxes", f"sandbox {self.vmid} (uuid {self.uuid})", column, valid)
 
     def written(self, values: dict[str, Any]) -> Sandbox:
-        """This record as a write of these columns leaves it, one generation later. (dataclasses.replace takes five times as long.)"""
+        """This record as a write of these columns leaves it, one generation later.
+
+        (dataclasses.replace takes five times as long.)
+        """
         found = Sandbox(*_values(self))
         found.generation += 1
         for name, value in values.items():
@@ -141,7 +148,10 @@ _values = operator.attrgetter(*COLUMNS)
 
 @dataclass(slots=True)
 class Outcome:
-    """What became of one item. ``outcome`` is one word, ``reason`` why; ``changed`` follows from what was done, never from text."""
+    """What became of one item.
+
+    ``outcome`` is one word, ``reason`` why; ``changed`` follows from what was done, never from text.
+    """
 
     outcome: str
     vmid: int | None = None

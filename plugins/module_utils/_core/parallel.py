@@ -14,13 +14,16 @@ B = TypeVar("B")
 
 
 def each(work: Callable[[A], B], items: list[A], workers: int) -> list[B]:
-    """The answers in the order of the items, ``workers`` at a time; a single item needs no thread. The first error (in that order) is raised when
-    what was under way has ended, and nothing more is begun."""
+    """The answers in the order of the items, ``workers`` at a time; a single item needs no thread.
+
+    The first error (in that order) is raised when what was under way has ended, and nothing more is begun.
+    """
     if len(items) <= 1:
         return [work(item) for item in items]
     from concurrent.futures import ThreadPoolExecutor
 
-    # Each worker takes the next one when it is free: a future for each item, all made at the start, is a megabyte for a thousand.
+    # Each worker takes the next one when it is free: a future for each item, all made at the start, is a megabyte for a
+    # thousand.
     left = deque(range(len(items)))
     answers: dict[int, B] = {}
     errors: dict[int, BaseException] = {}

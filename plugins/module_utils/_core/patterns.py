@@ -1,7 +1,10 @@
 # Copyright: the agentlab.proxmox contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""What values may look like: a pattern each, with the words that say what is valid. Creations and profiles are checked by the same ones."""
+"""What values may look like: a pattern each, with the words that say what is valid.
+
+Creations and profiles are checked by the same ones.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +59,8 @@ FIREWALL_GROUP: Word = (
     re.compile(r"[A-Za-z][A-Za-z0-9_-]{1,17}", re.ASCII),
     "the name of a security group, 2 to 18 letters, digits, - and _",
 )
-# One option of a key of authorized_keys, such as restrict or from="192.0.2.0/24"; blanks and commas within quotes belong to it.
+# One option of a key of authorized_keys, such as restrict or from="192.0.2.0/24"; blanks and commas within quotes
+# belong to it.
 _KEY_OPTION = r'[A-Za-z][A-Za-z0-9-]*(?:="(?:[^"\\\n]|\\[^\n])*")?'
 PUBLIC_KEY: Word = (
     re.compile(rf"(?:{_KEY_OPTION}(?:,{_KEY_OPTION})*[ \t]+)?(?:ssh-|ecdsa-|sk-)\S+[ \t]+\S[^\n\r]*"),
@@ -67,7 +71,9 @@ MODELS = ("virtio", "e1000", "e1000e", "rtl8139", "vmxnet3")
 
 
 def split_lines(value: object) -> list[str]:
-    """Return the lines of what was pasted or listed: stripped, without empty lines and comments (``#``). For SSH keys, whose options hold commas.
+    """Return the lines of what was pasted or listed: stripped, without empty lines and comments (``#``).
+
+    For SSH keys, whose options hold commas.
 
     ``value`` is a text (a survey's textarea, a file; CRLF too), a list of texts, or one value of another kind.
     """
@@ -80,18 +86,25 @@ def split_lines(value: object) -> list[str]:
 
 
 def split_words(value: object) -> list[str]:
-    """Return the words of what was pasted or listed: as split_lines, and each line split at commas, semicolons and blanks. For tags and ids."""
+    """Return the words of what was pasted or listed: as split_lines, and each line split at commas, semicolons and
+    blanks. For tags and ids.
+    """
     return [word for line in split_lines(value) for word in re.split(r"[\s,;]+", line) if word]
 
 
 def shorten_size(text: str) -> str:
-    """Return a size as Proxmox VE takes it: ``20 GB``, ``20g`` and ``20GiB`` are 20G. Other texts are returned as they are."""
+    """Return a size as Proxmox VE takes it: ``20 GB``, ``20g`` and ``20GiB`` are 20G.
+
+    Other texts are returned as they are.
+    """
     match = re.fullmatch(r"(\+?[\d.]+) ?([kmgt])(?:i?b)?", text.strip(), re.ASCII | re.IGNORECASE)
     return f"{match[1]}{match[2].upper()}" if match else text
 
 
 def check_ip_config(option: str, value: str | None) -> None:
-    """Raise InvalidInput for what Proxmox VE would refuse in ``ipconfigN`` only after the VM was cloned; None is not looked at."""
+    """Raise InvalidInput for what Proxmox VE would refuse in ``ipconfigN`` only after the VM was cloned; None is not
+    looked at.
+    """
     if value is None:
         return
     parts: dict[str, str] = {}
@@ -162,14 +175,15 @@ def split_keys(option: str, value: object) -> list[str]:
     keys = [key.lstrip("\ufeff") for key in split_lines(value)]
     if any("PRIVATE KEY" in key or key.startswith(("-----BEGIN", "PuTTY-User-Key-File")) for key in keys):
         raise InvalidInput(
-            f"{option}: holds a private key. Give the public one, the file that ends with .pub, and keep the private one where it is",
+            f"{option}: holds a private key. Give the public one, the file that ends with .pub, and keep the private "
+            "one where it is",
             option=option,
         )
     for number, key in enumerate(keys, 1):
         if re.fullmatch(r"(?!AAAA)\S*[/\\]\S*|\S+\.pub", key):
             raise InvalidInput(
-                f"{option}: the key number {number} looks like the path of a file or a URL. Give what the file holds, such as "
-                "{{ lookup('ansible.builtin.file', '~/.ssh/id_ed25519.pub') }}",
+                f"{option}: the key number {number} looks like the path of a file or a URL. Give what the file holds, "
+                "such as {{ lookup('ansible.builtin.file', '~/.ssh/id_ed25519.pub') }}",
                 option=option,
             )
         if len(re.findall(r"(?:ssh-|ecdsa-|sk-)[\w@.-]+[ \t]+AAAA", key)) > 1:
@@ -182,12 +196,17 @@ def split_keys(option: str, value: object) -> list[str]:
 
 
 def join_words(value: object) -> str:
-    """Return a list, or a text with commas, as words separated by one blank: what Proxmox VE takes for name servers and search domains."""
+    """Return a list, or a text with commas, as words separated by one blank: what Proxmox VE takes for name servers
+    and search domains.
+    """
     return " ".join(split_words(value))
 
 
 def quoted(value: object) -> str:
-    """A refused value as an error quotes it: one short line, or not at all. User data or a private key may have got into the wrong place."""
+    """A refused value as an error quotes it: one short line, or not at all.
+
+    User data or a private key may have got into the wrong place.
+    """
     if isinstance(value, (list, tuple, dict)):
         return ("that mapping" if isinstance(value, dict) else "that list") if value else repr(str(value))
     text = str(value)
@@ -195,7 +214,9 @@ def quoted(value: object) -> str:
 
 
 def encodable(text: str) -> bool:
-    """Whether UTF-8 can hold it: JSON and YAML can write half of a surrogate pair, which no file, database or terminal takes."""
+    """Whether UTF-8 can hold it: JSON and YAML can write half of a surrogate pair, which no file, database or
+    terminal takes.
+    """
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -332,8 +332,8 @@ def _storage_refusal(
     if left < max(disk, 1):
         return (
             "storage",
-            f"its storage {name} has {show_memory(max(left, 0))} of room beyond placement.reserve ({rules.reserve}%) and "
-            f"what is being created, and the sandbox needs {show_memory(disk)}",
+            f"its storage {name} has {show_memory(max(left, 0))} of room beyond placement.reserve ({rules.reserve}%) "
+            f"and what is being created, and the sandbox needs {show_memory(disk)}",
         )
     return None
 

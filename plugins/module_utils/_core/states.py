@@ -86,7 +86,8 @@ def can_follow(current: str, target: str) -> bool:
 def refusal(operation: str, state: str, force_hint: str = FORCE_HINT_CLI) -> str:
     """The sentence for an operation that the state does not allow; names the state and the valid ones."""
     rule = OPERATIONS[operation]
-    # "Valid states" are those in which the call succeeds; the seed lists DESTROYED for destroy and only RUNNING for renew.
+    # "Valid states" are those in which the call succeeds; the seed lists DESTROYED for destroy and only RUNNING for
+    # renew.
     valid = ", ".join(rule.allowed + rule.satisfied)
     message = f"cannot {rule.phrase} in {state} state. Valid states: {valid}"
     return f"{message}. {force_hint}" if rule.hint == "force" else message

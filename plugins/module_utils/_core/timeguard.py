@@ -1,8 +1,12 @@
 # Copyright: the agentlab.proxmox contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Wall clocks that jump. Ages and leases are wall time; when it jumps by more than a minute against the time since boot, no lease ends
-and nothing is pruned for a while (clock_jump_pause), so that a wrong date never costs a sandbox. A destroy that somebody asks for goes on."""
+"""Wall clocks that jump.
+
+Ages and leases are wall time; when it jumps by more than a minute against the time since boot, no lease ends and
+nothing is pruned for a while (clock_jump_pause), so that a wrong date never costs a sandbox. A destroy that somebody
+asks for goes on.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +23,17 @@ JUMP_SECONDS = 60
 # The note of a freeze, in the table meta.
 FROZEN = "cleanup_frozen"
 _HELD = (
-    "the records are an older copy than those in use before, as after a restore (noticed {at}); no lease ends and nothing is pruned until somebody has "
-    "looked. Renew the leases of sandboxes that are still needed, then run agentlab cleanup release (or agentlab_reconcile with release_leases=true)"
+    "the records are an older copy than those in use before, as after a restore (noticed {at}); no lease ends and "
+    "nothing is pruned until somebody has looked. Renew the leases of sandboxes that are still needed, then run "
+    "agentlab cleanup release (or agentlab_reconcile with release_leases=true)"
 )
 
 
 def suspended(ctx: Context) -> str | None:
-    """Return why expiry and prune rest at the moment on this host, or None. Notes the clocks for the next look (not in check mode)."""
+    """Return why expiry and prune rest at the moment on this host, or None.
+
+    Notes the clocks for the next look (not in check mode).
+    """
     rest = rests(ctx)
     return rest[1] if rest else None
 
@@ -40,9 +48,11 @@ def rests(ctx: Context) -> tuple[str, str] | None:
 
 
 def hold_leases(ctx: Context) -> str | None:
-    """Return why no lease ends before somebody releases it, or None: the records are an older copy than those that were used before.
+    """Return why no lease ends before somebody releases it, or None: the records are an older copy than those that
+    were used before.
 
-    An older copy is recognised by its newest event. Then the hold is written into the records, so that it lasts over restarts.
+    An older copy is recognised by its newest event. Then the hold is written into the records, so that it lasts over
+    restarts.
     """
     note = frozen(ctx)
     if note and note["leases"]:
@@ -107,12 +117,12 @@ def _clock_jumped(ctx: Context) -> str | None:
             return f"the wall clock jumped by more than a minute; expiry and prune rest for another {show(int(until - since_boot) + 1)} (clock_jump_pause)"
         return None
     if note and now < note.get("wall", 0) - JUMP_SECONDS:
-        # After a reboot the clock reads earlier than the last run noted. Either it is not set yet, or it was wrong before; we cannot tell.
-        # Pause: a slow clock expires nothing, and setting it is detected as a jump.
+        # After a reboot the clock reads earlier than the last run noted. Either it is not set yet, or it was wrong
+        # before; we cannot tell. Pause: a slow clock expires nothing, and setting it is detected as a jump.
         _note(ctx, boot, now - since_boot, since_boot + ctx.config.clock_jump_pause, now)
         return (
-            "the wall clock is behind the time of the last run, before this host was started; expiry and prune rest for "
-            f"{show(ctx.config.clock_jump_pause)} (clock_jump_pause)"
+            "the wall clock is behind the time of the last run, before this host was started; expiry and prune rest "
+            f"for {show(ctx.config.clock_jump_pause)} (clock_jump_pause)"
         )
     _note(ctx, boot, now - since_boot, 0.0, now)
     return None

@@ -2,7 +2,8 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Run by the role on the host: judges a configuration before it replaces the one in force, keeps the records safe when the release changes, and
+"""Run by the role on the host: judges a configuration before it replaces the one in force, keeps the records safe
+when the release changes, and
 tells whether the daemon has taken in what stands on the disk.
 
 Every command prints one JSON object. Exit status 1 and a line on standard error: refused, and nothing was changed.
@@ -70,10 +71,12 @@ def main() -> int:
 
 
 def judge(given: argparse.Namespace) -> dict[str, Any]:
-    """Standard input: {"config.yaml": text, "cleanup.yaml": text, "ca.pem": text or null, "profiles": {name: text}, "remove": file names}, as it would
+    """Standard input: {"config.yaml": text, "cleanup.yaml": text, "ca.pem": text or null, "profiles": {name: text},
+    "remove": file names}, as it would
     stand in ``etc``.
 
-    Everything is judged together, by the release that is to run, as the user that it is to run as: {"restart": whether a reload would not do}.
+    Everything is judged together, by the release that is to run, as the user that it is to run as: {"restart": whether
+    a reload would not do}.
     """
     import yaml
 
@@ -155,7 +158,8 @@ def _core(release: Path, module: str) -> Any:
 
 
 def secure(given: argparse.Namespace) -> dict[str, Any]:
-    """{"schema", "known", "backup", "restored"}: schema of the records and of the release, the copy that was made, the one that was restored.
+    """{"schema", "known", "backup", "restored"}: schema of the records and of the release, the copy that was made,
+    the one that was restored.
 
     The daemon must not run. A copy is restored only when the records' schema is newer than the release knows.
     """
@@ -169,8 +173,8 @@ def secure(given: argparse.Namespace) -> dict[str, Any]:
         older = next((path for path, schema in _backups(given.backups) if schema <= known), None)
         if older is None:
             raise Refused(
-                f"the records {given.database} have schema {answer['schema']}, this release knows {known}, and {given.backups} holds no older copy; "
-                "run a newer release, or move the records away to begin with none"
+                f"the records {given.database} have schema {answer['schema']}, this release knows {known}, and "
+                f"{given.backups} holds no older copy; run a newer release, or move the records away to begin with none"
             )
         answer["restored"] = str(older)
     stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
@@ -246,9 +250,11 @@ def _restore(copy: Path, database: Path) -> None:
 
 
 def settle(given: argparse.Namespace) -> dict[str, Any]:
-    """{"settled", "noted"}: a run that is broken off between writing a file and telling the daemon leaves them apart, and no file changes in the next.
+    """{"settled", "noted"}: a run that is broken off between writing a file and telling the daemon leaves them
+    apart, and no file changes in the next.
 
-    The list of what the daemon was last told of lies beside the releases, for root only: it holds a hash of the file with the secret.
+    The list of what the daemon was last told of lies beside the releases, for root only: it holds a hash of the file
+    with the secret.
     """
     note = given.lib / "settled"
     there = _fingerprint(given)

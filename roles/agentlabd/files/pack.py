@@ -4,7 +4,8 @@
 
 """Run by the role on the controller: what is to be installed, as one piece instead of a hundred copied files.
 
-``info`` prints JSON: the version, a manifest as sha256sum reads it, and the example profiles. ``archive`` prints a gzipped tar in base64.
+``info`` prints JSON: the version, a manifest as sha256sum reads it, and the example profiles. ``archive`` prints a
+gzipped tar in base64.
 """
 
 from __future__ import annotations

@@ -30,8 +30,10 @@ _KEEP = ("127.0.0.1", "::1")
 
 
 def bundle(exam: Examination, report: Diagnosis, *, hosts: bool = False, events: int = 100) -> dict[str, Any]:
-    """What helps with a bug report: findings, configuration, states, the last events. Secrets are never in it; names of hosts and VMs and
-    their addresses only with ``hosts``."""
+    """What helps with a bug report: findings, configuration, states, the last events.
+
+    Secrets are never in it; names of hosts and VMs and their addresses only with ``hosts``.
+    """
     context = exam.context
     config = {name: getattr(exam.config.proxmox, name) for name in exam.config.proxmox.__slots__ if name not in SECRETS}
     config.update({name: getattr(exam.config, name) for name in exam.config.__slots__ if name != "proxmox"})

@@ -1,7 +1,9 @@
 # Copyright: the agentlab.proxmox contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Check whether commands can be run in sandboxes: the privilege, and what the guest agent of a running sandbox allows."""
+"""Check whether commands can be run in sandboxes: the privilege, and what the guest agent of a running sandbox
+allows.
+"""
 
 from __future__ import annotations
 
@@ -54,8 +56,8 @@ def check_commands(exam: Examination) -> Iterable[Finding]:
             "commands",
             WARNING,
             f"the guest of sandbox {sandbox.vmid} blocks {', '.join(blocked)}",
-            "allow them in the template (/etc/qemu-ga/qemu-ga.conf, or FILTER_RPC_ARGS in /etc/sysconfig/qemu-ga on RHEL "
-            "and its kin), then restart qemu-guest-agent in the guest",
+            "allow them in the template (/etc/qemu-ga/qemu-ga.conf, or FILTER_RPC_ARGS in /etc/sysconfig/qemu-ga on "
+            "RHEL and its kin), then restart qemu-guest-agent in the guest",
             {"vmid": sandbox.vmid, "blocked": blocked},
         )
         return

@@ -212,8 +212,8 @@ class Guest:
             said = (status.err or status.out)[:200].decode("utf-8", "replace")
             raise GuestFailed(
                 f"sandbox {self.sandbox.vmid}: sh in the guest did not run the wrapper (exit status {status.exitcode}, "
-                f"{escapes.escape_controls(' '.join(said.split())) or 'no output'}). It needs a POSIX shell, coreutils and "
-                "util-linux, or busybox; a Windows guest has none of them",
+                f"{escapes.escape_controls(' '.join(said.split())) or 'no output'}). It needs a POSIX shell, "
+                "coreutils and util-linux, or busybox; a Windows guest has none of them",
                 vmid=self.sandbox.vmid,
             )
         if header[1].decode() != run_id:

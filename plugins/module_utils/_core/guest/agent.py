@@ -1,7 +1,8 @@
 # Copyright: the agentlab.proxmox contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Requests to the QEMU guest agent of one VM: bounds before they are sent, types after, and refusals that say what to do.
+"""Requests to the QEMU guest agent of one VM: bounds before they are sent, types after, and refusals that say what
+to do.
 
 How the agent answers through Proxmox VE (tried on 9.2 with qemu-ga 10.0), which the code below rests on:
 
@@ -44,7 +45,10 @@ _WINDOWS = re.compile(r"w(in\d|xp|2k|vista)")
 
 
 class GuestRefused(AgentlabError):
-    """The request was certainly not carried out in the guest. ``detail["reason"]`` is one word, the message says what to do."""
+    """The request was certainly not carried out in the guest.
+
+    ``detail["reason"]`` is one word, the message says what to do.
+    """
 
     code = "guest_agent"
 
@@ -89,8 +93,9 @@ class Agent:
     def exec(self, argv: Sequence[str], input_data: str = "", *, secret: bool = False) -> int:
         """Start a program in the guest and return its process id there.
 
-        ``argv`` and ``input_data`` must be ASCII. ``secret`` says that ``input_data`` must not be seen in a process list
-        of the node. Raises GuestRefused when nothing was carried out for certain, and OutcomeUnknown when it may have been.
+        ``argv`` and ``input_data`` must be ASCII. ``secret`` says that ``input_data`` must not be seen in a process
+        list of the node. Raises GuestRefused when nothing was carried out for certain, and OutcomeUnknown when it may
+        have been.
         """
         text = "".join(argv)
         if not text.isascii() or not input_data.isascii():
@@ -102,8 +107,8 @@ class Agent:
             )
         if secret and self._ctx.client.shows_input(self.path):
             raise GuestRefused(
-                f"sandbox {self._sandbox.vmid}: its VM is on node {self._located.node}, and pvesh would show the input to "
-                "every user of this host. Set api_host and a token, or run this on that node",
+                f"sandbox {self._sandbox.vmid}: its VM is on node {self._located.node}, and pvesh would show the "
+                "input to every user of this host. Set api_host and a token, or run this on that node",
                 reason="visible",
                 vmid=self._sandbox.vmid,
             )
@@ -149,7 +154,9 @@ class Agent:
         )
 
     def read_file(self, path: str, offset: int, count: int) -> bytes:
-        """Return up to ``count`` bytes of a file in the guest, from ``offset`` on. ``path`` is a name of our own, ASCII.
+        """Return up to ``count`` bytes of a file in the guest, from ``offset`` on.
+
+        ``path`` is a name of our own, ASCII.
 
         Raises GuestRefused with the reason ``old`` where Proxmox VE (8) knows no offset.
         """
@@ -201,8 +208,8 @@ class Agent:
         of = f"sandbox {vmid}"
         if isinstance(error, AccessDenied):
             return GuestRefused(
-                f"{of}: the API user may not use the guest agent ({text}). Grant VM.GuestAgent.Unrestricted (Proxmox VE 9) "
-                "or VM.Monitor (8) on the sandboxes' pool or /vms; agentlab_doctor names the path",
+                f"{of}: the API user may not use the guest agent ({text}). Grant VM.GuestAgent.Unrestricted (Proxmox "
+                "VE 9) or VM.Monitor (8) on the sandboxes' pool or /vms; agentlab_doctor names the path",
                 reason="denied",
                 vmid=vmid,
                 status=error.status,
@@ -210,9 +217,10 @@ class Agent:
         blocked = _BLOCKED.search(text)
         if blocked:
             return GuestRefused(
-                f"{of}: the guest blocks {blocked[1]} of its agent. Allow it in the template: block-rpcs or allow-rpcs in "
-                "/etc/qemu-ga/qemu-ga.conf or /etc/qemu/qemu-ga.conf, on RHEL and its kin FILTER_RPC_ARGS (or "
-                "BLACKLIST_RPC) in /etc/sysconfig/qemu-ga; then restart qemu-guest-agent in the guest",
+                f"{of}: the guest blocks {blocked[1]} of its agent. Allow it in the template: block-rpcs or "
+                "allow-rpcs in /etc/qemu-ga/qemu-ga.conf or /etc/qemu/qemu-ga.conf, on RHEL and its kin "
+                "FILTER_RPC_ARGS (or BLACKLIST_RPC) in /etc/sysconfig/qemu-ga; then restart qemu-guest-agent in the "
+                "guest",
                 reason="blocked",
                 vmid=vmid,
                 command=blocked[1],
@@ -239,8 +247,8 @@ class Agent:
             )
         if "No QEMU guest agent configured" in text:
             return GuestRefused(
-                f"{of}: the configuration of its VM has no guest agent. Set agent=1 (qm set {vmid} --agent 1; better on the "
-                "template), install qemu-guest-agent in the guest, then stop and start the sandbox",
+                f"{of}: the configuration of its VM has no guest agent. Set agent=1 (qm set {vmid} --agent 1; better "
+                "on the template), install qemu-guest-agent in the guest, then stop and start the sandbox",
                 reason="not_configured",
                 vmid=vmid,
             )
@@ -254,8 +262,9 @@ class Agent:
                     vmid=vmid,
                 )
             return GuestRefused(
-                f"{of}: its guest agent does not answer. The guest is still booting, is paused, has no qemu-guest-agent "
-                "(install it in the template), or was started before agent=1 was set (stop and start the sandbox)",
+                f"{of}: its guest agent does not answer. The guest is still booting, is paused, has no "
+                "qemu-guest-agent (install it in the template), or was started before agent=1 was set (stop and start "
+                "the sandbox)",
                 reason="silent",
                 vmid=vmid,
             )
@@ -276,8 +285,8 @@ class Agent:
 
     def _nonsense(self, command: str) -> GuestFailed:
         return GuestFailed(
-            f"sandbox {self._sandbox.vmid}: the answer to {command} is not what the QEMU guest agent sends, so it is not "
-            "believed. Look at qemu-guest-agent in the guest",
+            f"sandbox {self._sandbox.vmid}: the answer to {command} is not what the QEMU guest agent sends, so it is "
+            "not believed. Look at qemu-guest-agent in the guest",
             vmid=self._sandbox.vmid,
         )
 

@@ -3,9 +3,10 @@
 
 """Custom user data for cloud-init, and waiting until the guest says that cloud-init has ended.
 
-Proxmox VE takes no uploads of snippets: they are files in a folder of the node (or of a storage that its nodes share), so user data needs a run
-on a host that has that folder. The file's name carries the sandbox's UUID, its path stands in the record before the file is written, and every
-way to DESTROYED removes it first. The data itself goes into that file and nowhere else.
+Proxmox VE takes no uploads of snippets: they are files in a folder of the node (or of a storage that its nodes share),
+so user data needs a run on a host that has that folder. The file's name carries the sandbox's UUID, its path stands in
+the record before the file is written, and every way to DESTROYED removes it first. The data itself goes into that file
+and nowhere else.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from ..vm import address
 from ..vm.locate import Located, match_if_readable
 
 _LONGEST = 512 * 1024
-# What cloud-init recognises user data by, in small letters, after white space. Anything else it ignores, with a warning in a log that nobody reads.
+# What cloud-init recognises user data by, in small letters, after white space. Anything else it ignores, with a warning
+# in a log that nobody reads.
 _KINDS = ("#cloud-config", "#!", "#include", "#cloud-boothook", "#part-handler", "#upstart-job", "## template:")
 # It looks for a MIME message's header in so many bytes, in any case.
 _MIME, _MIME_WITHIN = "mime-version:", 4096
@@ -39,8 +41,8 @@ _LONGEST_ERROR = 10_000
 _MOST_ERRORS = 20
 _ERROR_NAMES = re.compile(r"\(\s*['\"]([\w.-]{1,60})['\"]\s*,\s*(\w{1,60})")
 _ELSEWHERE = (
-    "Proxmox VE takes no uploads of snippets, so user data needs a run on the node that will hold the VM, or snippets_storage on a storage "
-    "that this host and that node share"
+    "Proxmox VE takes no uploads of snippets, so user data needs a run on the node that will hold the VM, or "
+    "snippets_storage on a storage that this host and that node share"
 )
 
 
@@ -61,15 +63,15 @@ def check_data(data: str) -> None:
         raise InvalidInput(f"cloud_init_user_data: longer than {_LONGEST // 1024} KiB", option="cloud_init_user_data")
     if data.startswith("\ufeff"):
         raise InvalidInput(
-            "cloud_init_user_data: begins with a byte order mark (BOM), and cloud-init would not know what it is; save it as UTF-8 "
-            "without BOM",
+            "cloud_init_user_data: begins with a byte order mark (BOM), and cloud-init would not know what it is; "
+            "save it as UTF-8 without BOM",
             option="cloud_init_user_data",
         )
     head = data.lstrip()[:200].lower()
     if not head.startswith(_KINDS) and _MIME not in data[:_MIME_WITHIN].lower():
         raise InvalidInput(
-            "cloud_init_user_data: the first line does not say what it is. Valid: #cloud-config, #! (a script), or another header of "
-            "cloud-init's",
+            "cloud_init_user_data: the first line does not say what it is. Valid: #cloud-config, #! (a script), or "
+            "another header of cloud-init's",
             option="cloud_init_user_data",
         )
     # An archive and a JSON patch are lists.
@@ -104,15 +106,16 @@ def check_storage(ctx: Context, node: str) -> dict[str, Any]:
     row = next((row for row in ctx.client.get_list(f"nodes/{node}/storage") if row.get("storage") == storage), None)
     if row is None:
         raise InvalidInput(
-            f"snippets_storage: {storage!r} is not a storage of node {node} that these credentials may see (Datastore.Audit)",
+            f"snippets_storage: {storage!r} is not a storage of node {node} that these credentials may see "
+            "(Datastore.Audit)",
             option="snippets_storage",
             value=storage,
         )
     content = str(row.get("content") or "")
     if "snippets" not in content.split(","):
         raise InvalidInput(
-            f"snippets_storage: storage {storage!r} holds no snippets; allow them (pvesm set {storage} --content {content},snippets) or "
-            "choose another storage",
+            f"snippets_storage: storage {storage!r} holds no snippets; allow them (pvesm set {storage} --content "
+            f"{content},snippets) or choose another storage",
             option="snippets_storage",
             value=storage,
         )
@@ -132,13 +135,17 @@ def may_reach(node: str, nodes: Collection[str], shared: bool) -> bool:
 
 
 def check_place(ctx: Context, node: str) -> None:
-    """Before anything is made: whether a snippet written here is one that ``node`` will find. InvalidInput says what is missing."""
+    """Before anything is made: whether a snippet written here is one that ``node`` will find.
+
+    InvalidInput says what is missing.
+    """
     storage, folder = ctx.config.snippets_storage, ctx.config.snippets_dir
     row = check_storage(ctx, node)
     here = _here()
     if here != node and here in ctx.cluster.nodes() and not _shared(row):
         raise InvalidInput(
-            f"cloud_init_user_data: the VM will be on node {node}, but this runs on {here} and storage {storage!r} is local. {_ELSEWHERE}",
+            f"cloud_init_user_data: the VM will be on node {node}, but this runs on {here} and storage {storage!r} is "
+            f"local. {_ELSEWHERE}",
             option="cloud_init_user_data",
         )
     try:
@@ -159,7 +166,8 @@ def check_place(ctx: Context, node: str) -> None:
         )
     if not os.access(folder, os.W_OK | os.X_OK):
         raise InvalidInput(
-            f"snippets_dir: {folder} cannot be written by the user this runs as; run as root, or give that user's group the folder",
+            f"snippets_dir: {folder} cannot be written by the user this runs as; run as root, or give that user's "
+            "group the folder",
             option="snippets_dir",
             value=folder,
         )
@@ -170,7 +178,8 @@ def provide(ctx: Context, claim: Claim, sandbox: Sandbox, data: str | None) -> S
     if data is None:
         if sandbox.snippet is not None and not os.path.exists(sandbox.snippet):
             raise InvalidInput(
-                f"cloud_init_user_data: the creation of sandbox {sandbox.vmid} was begun with user data, which is gone; give it again",
+                f"cloud_init_user_data: the creation of sandbox {sandbox.vmid} was begun with user data, which is "
+                "gone; give it again",
                 option="cloud_init_user_data",
             )
         return sandbox
@@ -196,7 +205,10 @@ def volume_of(ctx: Context, sandbox: Sandbox) -> str:
 
 
 def remove(ctx: Context, sandbox: Sandbox) -> None:
-    """Remove the sandbox's snippet, finished or half written. Kept when it is there and cannot be removed: it may hold secrets."""
+    """Remove the sandbox's snippet, finished or half written.
+
+    Kept when it is there and cannot be removed: it may hold secrets.
+    """
     if sandbox.snippet is None or os.path.basename(sandbox.snippet) != name_of(sandbox):
         return
     for path in (sandbox.snippet, _temporary(sandbox.snippet)):
@@ -206,15 +218,16 @@ def remove(ctx: Context, sandbox: Sandbox) -> None:
             if not os.path.isdir(os.path.dirname(path)):
                 raise Kept(
                     "snippet",
-                    f"sandbox {sandbox.vmid}: the folder of its cloud-init snippet {path} is not there (a storage that is not mounted?), so "
-                    "it may still exist; mount it, or make the folder if it is gone for good, then run again",
+                    f"sandbox {sandbox.vmid}: the folder of its cloud-init snippet {path} is not there (a storage "
+                    "that is not mounted?), so it may still exist; mount it, or make the folder if it is gone for "
+                    "good, then run again",
                     vmid=sandbox.vmid,
                 ) from None
         except OSError as error:
             raise Kept(
                 "snippet",
-                f"sandbox {sandbox.vmid}: its cloud-init snippet {path} cannot be removed: {error.strerror}; remove it, or run as a user "
-                "who may, then run again",
+                f"sandbox {sandbox.vmid}: its cloud-init snippet {path} cannot be removed: {error.strerror}; remove "
+                "it, or run as a user who may, then run again",
                 vmid=sandbox.vmid,
             ) from None
 
@@ -242,7 +255,9 @@ def _write(path: str, data: str) -> None:
 
 
 def _require_seen(ctx: Context, sandbox: Sandbox, path: str) -> None:
-    """The node's own list of snippets decides; a token without Datastore.Allocate is shown none, then the name of this host has to do."""
+    """The node's own list of snippets decides; a token without Datastore.Allocate is shown none, then the name of
+    this host has to do.
+    """
     storage, node = ctx.config.snippets_storage, str(sandbox.node)
     wanted = volume_of(ctx, sandbox)
     if any(
@@ -256,8 +271,8 @@ def _require_seen(ctx: Context, sandbox: Sandbox, path: str) -> None:
         # The configuration write fails if the node does not find it after all, and the creation is cleaned up.
         return
     raise InvalidInput(
-        f"cloud_init_user_data: node {node} does not see {path} of this host ({here}) as {wanted}. {_ELSEWHERE}. (A token sees snippets "
-        f"only with Datastore.Allocate on /storage/{storage}.)",
+        f"cloud_init_user_data: node {node} does not see {path} of this host ({here}) as {wanted}. {_ELSEWHERE}. (A "
+        f"token sees snippets only with Datastore.Allocate on /storage/{storage}.)",
         option="cloud_init_user_data",
     )
 
@@ -289,15 +304,16 @@ def wait(ctx: Context, sandbox: Sandbox) -> None:
         if errors is not None and match_if_readable(ctx, sandbox):
             if errors:
                 raise CloudInitFailed(
-                    f"cloud-init ended with errors in sandbox {sandbox.vmid}: {'; '.join(errors)}; see /var/log/cloud-init.log in the VM, "
-                    "which is left as it is",
+                    f"cloud-init ended with errors in sandbox {sandbox.vmid}: {'; '.join(errors)}; see "
+                    "/var/log/cloud-init.log in the VM, which is left as it is",
                     vmid=sandbox.vmid,
                 )
             return
         if ctx.clock.monotonic() > deadline:
             raise TaskTimeout(
-                f"sandbox {sandbox.vmid} runs, but its guest agent did not report the end of cloud-init within {ctx.wait_timeout} s "
-                "(wait_timeout); are cloud-init and qemu-guest-agent in the template, and agent=1 set? Run again to go on waiting",
+                f"sandbox {sandbox.vmid} runs, but its guest agent did not report the end of cloud-init within "
+                f"{ctx.wait_timeout} s (wait_timeout); are cloud-init and qemu-guest-agent in the template, and "
+                "agent=1 set? Run again to go on waiting",
                 vmid=sandbox.vmid,
             )
         ctx.clock.sleep(pause)

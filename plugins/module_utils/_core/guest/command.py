@@ -132,7 +132,9 @@ def run_command(
 
 
 def start_command(ctx: Context, sandbox: Sandbox, spec: CommandSpec) -> CommandResult:
-    """Begin a command that goes on by itself (until its time-out, or the end of the sandbox); return its id and state."""
+    """Begin a command that goes on by itself (until its time-out, or the end of the sandbox); return its id and
+    state.
+    """
     return _Command(ctx, sandbox, spec, True, None, None).run()
 
 
@@ -162,7 +164,8 @@ def wait_command(
     on_output: Output | None = None,
     cancel: Callable[[], bool] | None = None,
 ) -> CommandResult:
-    """Wait for the end of a run, at most ``timeout`` seconds, and return the result with the output that the guest holds.
+    """Wait for the end of a run, at most ``timeout`` seconds, and return the result with the output that the guest
+    holds.
 
     After the time-out the result's state is ``running``; the command goes on. So it does when ``cancel`` says True.
     """
@@ -270,7 +273,8 @@ def prepare(spec: CommandSpec) -> _Prepared:
     for name in spec.environment:
         if not _VARIABLE.fullmatch(str(name)):
             raise InvalidInput(
-                f"environment: {str(name)[:40]!r} is no name of a variable. Valid: letters, digits and _, no digit first",
+                f"environment: {str(name)[:40]!r} is no name of a variable. Valid: letters, digits and _, no digit "
+                "first",
                 option="environment",
             )
     if spec.user is not None and not _USER.fullmatch(spec.user):
@@ -287,8 +291,8 @@ def prepare(spec: CommandSpec) -> _Prepared:
     )
     if len(work) > _LARGEST_WORK:
         raise InvalidInput(
-            f"argv: command, arguments and environment have {len(work)} bytes. Valid: up to {_LARGEST_WORK}; give long data "
-            "by stdin, or put a file into the sandbox first",
+            f"argv: command, arguments and environment have {len(work)} bytes. Valid: up to {_LARGEST_WORK}; give "
+            "long data by stdin, or put a file into the sandbox first",
             option="argv",
         )
     stdin = bytes(spec.stdin)
@@ -428,17 +432,18 @@ class _Run:
         if frame.state in ("none", "gone"):
             self.guest.judge_again()
             raise OutcomeUnknown(
-                f"sandbox {vmid}: the guest knows nothing of run {self.id} (any more): it was started anew since, or the run "
-                "is older than a day. Whether the command ran to its end is not known; look in the guest, then run it again "
-                "(without run_id) if it is to run again",
+                f"sandbox {vmid}: the guest knows nothing of run {self.id} (any more): it was started anew since, or "
+                "the run is older than a day. Whether the command ran to its end is not known; look in the guest, "
+                "then run it again (without run_id) if it is to run again",
                 vmid=vmid,
                 run_id=self.id,
             )
         if frame.state == "lost":
             self.guest.judge_again()
             raise OutcomeUnknown(
-                f"sandbox {vmid}: what watched run {self.id} in the guest was killed, so its exit status is not known (most "
-                "likely the guest agent was restarted); look in the guest, then run it again (without run_id) if need be",
+                f"sandbox {vmid}: what watched run {self.id} in the guest was killed, so its exit status is not known "
+                "(most likely the guest agent was restarted); look in the guest, then run it again (without run_id) "
+                "if need be",
                 vmid=vmid,
                 run_id=self.id,
                 lost=True,
@@ -546,8 +551,8 @@ class _Command(_Run):
         self.sandbox = self.guest.sandbox
         if self.guest.agent.is_windows:
             raise GuestRefused(
-                f"sandbox {self.sandbox.vmid}: Windows runs in it (ostype), which has no POSIX shell for our wrapper. Use "
-                "WinRM or SSH by its address instead",
+                f"sandbox {self.sandbox.vmid}: Windows runs in it (ostype), which has no POSIX shell for our wrapper. "
+                "Use WinRM or SSH by its address instead",
                 reason="windows",
                 vmid=self.sandbox.vmid,
             )
@@ -718,7 +723,8 @@ class _Command(_Run):
 
     def _unknown(self, why: str) -> OutcomeUnknown:
         return OutcomeUnknown(
-            f"{why} Whether the command began is not known. Ask again with run_id={self.id}: the same run is never begun twice",
+            f"{why} Whether the command began is not known. Ask again with run_id={self.id}: the same run is never "
+            "begun twice",
             vmid=self.sandbox.vmid,
             run_id=self.id,
         )

@@ -118,8 +118,8 @@ def fetch_file(
             guest.send(wrapper.request("drop", {"id": transfer}, {"name": name}))
     if digest.hexdigest() != expected:
         raise GuestFailed(
-            f"sandbox {guest.sandbox.vmid}: {path[:200]!r} is not what its checksum says; it changed while it was read. "
-            "Try again",
+            f"sandbox {guest.sandbox.vmid}: {path[:200]!r} is not what its checksum says; it changed while it was "
+            "read. Try again",
             vmid=guest.sandbox.vmid,
         )
     guest.judge_again()
@@ -182,7 +182,8 @@ class _Upload:
             self.size += len(block)
             if self.size > LARGEST_FILE:
                 raise InvalidInput(
-                    f"the file has more than {LARGEST_FILE} bytes, the most that can be brought this way; use the network"
+                    f"the file has more than {LARGEST_FILE} bytes, the most that can be brought this way; use the "
+                    "network"
                 )
             digest.update(block)
             sink.write(block)
@@ -233,13 +234,14 @@ class _Upload:
             frame = self.guest.accept(frame)
             if frame.state != "put" or frame.number("so") != self.size or frame.fields.get("sum") != self.checksum:
                 raise GuestFailed(
-                    f"sandbox {self.guest.sandbox.vmid}: the guest's answer is not that of the file sent; look at the file"
+                    f"sandbox {self.guest.sandbox.vmid}: the guest's answer is not that of the file sent; look at the "
+                    "file"
                 )
             self.sent = False
             return FileInfo(path, self.size, _mode(frame.fields.get("mode", "")), self.checksum)
         raise OutcomeUnknown(
-            f"sandbox {self.guest.sandbox.vmid}: pieces of {path[:200]!r} keep being lost on their way; the file in the guest "
-            "is as it was. Look at the load of the node, then try again",
+            f"sandbox {self.guest.sandbox.vmid}: pieces of {path[:200]!r} keep being lost on their way; the file in "
+            "the guest is as it was. Look at the load of the node, then try again",
             vmid=self.guest.sandbox.vmid,
         )
 
@@ -260,8 +262,8 @@ def _path(path: str) -> bytes:
     data = encode(path, "path")
     if not data.startswith(b"/") or data.endswith(b"/") or len(data) > _LONGEST_PATH:
         raise InvalidInput(
-            f"path: {path[:200]!r} is no path of a file in the guest. Valid: absolute (begins with /), ends with the file's "
-            f"name, up to {_LONGEST_PATH} bytes",
+            f"path: {path[:200]!r} is no path of a file in the guest. Valid: absolute (begins with /), ends with the "
+            f"file's name, up to {_LONGEST_PATH} bytes",
             option="path",
             value=path[:200],
         )

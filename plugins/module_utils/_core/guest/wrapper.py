@@ -3,9 +3,9 @@
 
 """The program that runs in the guest: a POSIX shell script that Proxmox hands to ``sh`` through the guest agent.
 
-The script needs a shell (dash, bash, busybox), coreutils or busybox, and ``setsid`` of util-linux or busybox. It is sent
-with each request, as input; the only arguments are ``BOOT`` and the script's length. So neither the guest's process
-list nor its journal (qemu-ga logs every command line) shows a value of the user.
+The script needs a shell (dash, bash, busybox), coreutils or busybox, and ``setsid`` of util-linux or busybox. It is
+sent with each request, as input; the only arguments are ``BOOT`` and the script's length. So neither the guest's
+process list nor its journal (qemu-ga logs every command line) shows a value of the user.
 
 All values are ASCII: what a user gives travels as base64. A script that was cut off runs nothing: its length is
 checked before it is evaluated.
@@ -393,7 +393,9 @@ def shell_text(
     creates: bytes | None = None,
     removes: bytes | None = None,
 ) -> bytes:
-    """Return the command as shell text: change to the folder, look at creates and removes, set the environment, exec."""
+    """Return the command as shell text: change to the folder, look at creates and removes, set the environment,
+    exec.
+    """
     lines = [b"exec 3<&-"]
     if chdir is None:
         lines.append(b'cd "${HOME:-/}" 2>/dev/null || cd /')

@@ -1,7 +1,10 @@
 # Copyright: the agentlab.proxmox contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Cleanup: what the rules say, through the one destroy pipeline. A guard stops a run that would destroy too much, and freezes all later ones."""
+"""Cleanup: what the rules say, through the one destroy pipeline.
+
+A guard stops a run that would destroy too much, and freezes all later ones.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,10 @@ _FORGET_AT_ONCE = 500
 
 @dataclass(slots=True)
 class CleanupResult:
-    """What a run did (or would do): the same shape in both. ``guard`` says why it would have been stopped, in a run that only looks."""
+    """What a run did (or would do): the same shape in both.
+
+    ``guard`` says why it would have been stopped, in a run that only looks.
+    """
 
     pruned: list[Outcome] = field(default_factory=list)
     marked: list[Outcome] = field(default_factory=list)
@@ -81,7 +87,8 @@ def run(ctx: Context, policy: rules.Policy) -> CleanupResult:
     stopped = timeguard.frozen(ctx)
     if stopped and not looking:
         raise Frozen(
-            f"cleanup is frozen since {stopped['at']} ({stopped['reason']}); look at what it would do (dry run), then release it",
+            f"cleanup is frozen since {stopped['at']} ({stopped['reason']}); look at what it would do (dry run), then "
+            "release it",
             **stopped,
         )
     report = CleanupResult(dry_run=looking)
@@ -128,7 +135,9 @@ def run(ctx: Context, policy: rules.Policy) -> CleanupResult:
 def _choose(
     ctx: Context, policy: rules.Policy, live: list[Sandbox], rest: tuple[str, str] | None, report: CleanupResult
 ) -> list[tuple[rules.CleanupRule, Sandbox]]:
-    """From the records alone: which rule acts on which sandbox now; the others of a matching rule are kept, with the reason."""
+    """From the records alone: which rule acts on which sandbox now; the others of a matching rule are kept, with the
+    reason.
+    """
     now = ctx.clock.now()
     chosen = []
     for one in live:
@@ -175,7 +184,9 @@ def _refuse_frozen(ctx: Context, one: Sandbox) -> None:
 
 
 def _fail(ctx: Context, rule: rules.CleanupRule, planned: Sandbox) -> Outcome:
-    """Give up a creation that nobody works on any more; its VM, if there is one, is bound to the record and left for a later rule."""
+    """Give up a creation that nobody works on any more; its VM, if there is one, is bound to the record and left for
+    a later rule.
+    """
     try:
         _refuse_frozen(ctx, planned)
         done = reconcile.give_up_creation(ctx, planned, {"rule": rule.name, "after": show(rule.after)})

@@ -102,8 +102,8 @@ def run(ctx: Context, wanted: Selection) -> PruneResult:
         if wanted.max_count is not None and report.count > wanted.max_count:
             count = report.count
             raise GuardTripped(
-                f"max_count: {count} sandbox(es) would be pruned, more than max_count={wanted.max_count}; nothing was pruned. "
-                "Look at them (a dry run, check mode), then raise max_count",
+                f"max_count: {count} sandbox(es) would be pruned, more than max_count={wanted.max_count}; nothing was "
+                "pruned. Look at them (a dry run, check mode), then raise max_count",
                 would_prune=[one.public() for one in report.pruned],
                 count=count,
                 max_count=wanted.max_count,
@@ -125,7 +125,10 @@ def execute(
     operation: str = "prune",
     allowed: Callable[[Sandbox], None] | None = None,
 ) -> None:
-    """Destroy these, each only if it is still what it was when it was chosen. ``allowed`` raises Kept where nothing may be begun any more."""
+    """Destroy these, each only if it is still what it was when it was chosen.
+
+    ``allowed`` raises Kept where nothing may be begun any more.
+    """
 
     def still(planned: Sandbox) -> destroy.Request:
         def recheck(current: Sandbox) -> None:
@@ -134,7 +137,8 @@ def execute(
             if current.state != planned.state or current.state_changed_at != planned.state_changed_at:
                 raise Kept(
                     "changed",
-                    f"sandbox {current.vmid} was {planned.state} when the {operation} was planned and is {current.state} now",
+                    f"sandbox {current.vmid} was {planned.state} when the {operation} was planned and is "
+                    f"{current.state} now",
                 )
 
         return destroy.Request(operation=operation, force=True, claim_wait=0, recheck=recheck)

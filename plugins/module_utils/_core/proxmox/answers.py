@@ -30,15 +30,19 @@ _FULL = re.compile(
     r"not enough (free )?space|free space in thin pool|thin pool .{0,80}(full|exceeds|out of)|osd.{0,40}full|pool.{0,40}is full",
     re.IGNORECASE,
 )
-# What each kind of request needs, for answers that do not say it. A role on a deeper path replaces what is inherited there.
+# What each kind of request needs, for answers that do not say it. A role on a deeper path replaces what is inherited
+# there.
 _NEEDS = {
     "GET cluster/status": "Sys.Audit on /",
     "GET cluster/ha/status/current": "Sys.Audit on /",
     "GET nodes/{node}/qemu/{vmid}/config": "VM.Audit on /vms or the VM's pool",
     "GET nodes/{node}/qemu/{vmid}/status/current": "VM.Audit on /vms or the VM's pool",
-    "GET nodes/{node}/qemu/{vmid}/agent/file-read": "VM.GuestAgent.FileRead or VM.GuestAgent.Unrestricted (Proxmox VE 9), VM.Monitor (8) on the VM or its pool",
-    "POST nodes/{node}/qemu/{vmid}/clone": "VM.Clone on the template, VM.Allocate on the pool (or /vms), Datastore.AllocateSpace on the storage",
-    "PUT nodes/{node}/qemu/{vmid}/config": "VM.Config.Options, .CPU, .Memory, .Network and .Cloudinit on the pool (or /vms)",
+    "GET nodes/{node}/qemu/{vmid}/agent/file-read": "VM.GuestAgent.FileRead or VM.GuestAgent.Unrestricted (Proxmox VE "
+    "9), VM.Monitor (8) on the VM or its pool",
+    "POST nodes/{node}/qemu/{vmid}/clone": "VM.Clone on the template, VM.Allocate on the pool (or /vms), "
+    "Datastore.AllocateSpace on the storage",
+    "PUT nodes/{node}/qemu/{vmid}/config": "VM.Config.Options, .CPU, .Memory, .Network and .Cloudinit on the pool (or "
+    "/vms)",
     "PUT nodes/{node}/qemu/{vmid}/resize": "VM.Config.Disk on the pool (or /vms)",
     "DELETE nodes/{node}/qemu/{vmid}": "VM.Allocate on the pool (or /vms)",
 }

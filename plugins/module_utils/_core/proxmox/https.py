@@ -41,13 +41,15 @@ try:
     from urllib3.exceptions import NewConnectionError
 except ImportError as error:
     MISSING_LIBRARY = error.name
-    # The file can be imported all the same, as ansible-test asks of every file; the classes below need something to stand on.
+    # The file can be imported all the same, as ansible-test asks of every file; the classes below need something to
+    # stand on.
     requests = SimpleNamespace(
         auth=SimpleNamespace(AuthBase=object), exceptions=SimpleNamespace(RequestException=Exception)
     )  # type: ignore[assignment]
     HTTPAdapter = HTTPSConnection = HTTPConnectionPool = HTTPSConnectionPool = object  # type: ignore[assignment,misc]
 
-# Proxmox VE closes a connection that was idle for five. A request sent just then is cut off, and its outcome is unknown.
+# Proxmox VE closes a connection that was idle for five. A request sent just then is cut off, and its outcome is
+# unknown.
 IDLE_SECONDS = 4.0
 _HANDSHAKES = 3
 # Seconds until a ticket is renewed; Proxmox's own end after two hours.
@@ -349,8 +351,8 @@ class _Ticket(requests.auth.AuthBase):
         answer = self._https.log_in({"username": settings.user, "password": settings.api_password})
         if answer.get("NeedTFA"):
             raise AccessDenied(
-                f"Proxmox on {settings.where} asks {settings.user!r} for a second factor, which no program can give; use an "
-                "API token (api_token_id and api_token_secret)",
+                f"Proxmox on {settings.where} asks {settings.user!r} for a second factor, which no program can give; "
+                "use an API token (api_token_id and api_token_secret)",
                 status=401,
                 method="POST",
                 path="access/ticket",

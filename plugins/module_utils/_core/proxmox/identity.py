@@ -1,8 +1,10 @@
 # Copyright: the agentlab.proxmox contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Is the VM at this VMID ours? Two marks decide: our UUID in the description (set by the clone call itself, so it is there from the first
-moment), and the SMBIOS UUID that Proxmox gave the clone. Name and tags are no proof: a clone made by hand copies them, and the description too.
+"""Is the VM at this VMID ours? Two marks decide: our UUID in the description (set by the clone call itself, so it is
+there from the first
+moment), and the SMBIOS UUID that Proxmox gave the clone. Name and tags are no proof: a clone made by hand copies them,
+and the description too.
 """
 
 from __future__ import annotations
@@ -41,13 +43,19 @@ class Verdict:
 
 
 def marker(uuid: str, database: str | None = None) -> str:
-    """Return the description that a sandbox's VM is cloned with. ``database`` is the id of the database with its record."""
+    """Return the description that a sandbox's VM is cloned with.
+
+    ``database`` is the id of the database with its record.
+    """
     of = f" (database {database})" if database else ""
     return f"agentlab-sandbox: {uuid}{of}\nThrow-away VM of agentlab.proxmox. Keep the line above: without it the VM is not recognised."
 
 
 def described(config: dict[str, Any], text: str) -> str:
-    """Return the description with ``text`` after its first empty line. All before that line stays: it carries our marker."""
+    """Return the description with ``text`` after its first empty line.
+
+    All before that line stays: it carries our marker.
+    """
     return f"{_head(config)}\n\n{text}" if text else _head(config)
 
 
@@ -115,7 +123,8 @@ def judge(uuid: str, known_smbios: str | None, config: dict[str, Any]) -> Verdic
         "name": config.get("name"),
         "lock": config.get("lock"),
     }
-    # Until a clone or a restore is done the configuration says nothing yet: it may become our own clone, or ours again from its backup.
+    # Until a clone or a restore is done the configuration says nothing yet: it may become our own clone, or ours again
+    # from its backup.
     unfinished = config.get("lock") in ("clone", "create")
     if known_smbios is not None and found_smbios == known_smbios.lower():
         identity = MATCH if ours else AMBIGUOUS

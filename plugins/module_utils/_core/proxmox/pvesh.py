@@ -5,10 +5,10 @@
 
 How pvesh (Proxmox VE 8 and 9) answers, which differs from the https API:
 
-- The exit status tells success (0) from refusal (anything else; the number means nothing). Standard error has warnings of good
-  answers too, so its text counts only after a refusal.
-- A request that starts a task returns when the task has ended, and exits with 0 even if the task failed. The task's exit
-  status has to be read. Task log lines stand before the answer on standard output.
+- The exit status tells success (0) from refusal (anything else; the number means nothing). Standard error has warnings
+  of good answers too, so its text counts only after a refusal.
+- A request that starts a task returns when the task has ended, and exits with 0 even if the task failed. The task's
+  exit status has to be read. Task log lines stand before the answer on standard output.
 - On another node (reached by ssh) log lines and answer are one JSON string, glued together without line feeds.
 - A config write prints ``update VM 100: ...`` on this node and nothing on another one.
 - An ssh connection that could not be made proves that nothing was done; one that broke proves nothing.
@@ -50,7 +50,8 @@ _BROKEN_SSH = re.compile(
     r"[Cc]onnection (to \S+ )?(closed|reset|timed out)|closed by remote host|Broken pipe|client_loop|"
     r"Timeout, server \S+ not responding"
 )
-# A VM, its hook script and a backup inherit the environment of the pvesh that started them: what the service sets for its own Python stays out.
+# A VM, its hook script and a backup inherit the environment of the pvesh that started them: what the service sets for
+# its own Python stays out.
 _SERVICE_ENVIRONMENT = {
     "PYTHONPATH",
     "PYTHONDONTWRITEBYTECODE",
@@ -140,9 +141,9 @@ class Pvesh:
     def _run(self, method: str, path: str, arguments: list[bytes], sent: bytes | None = None) -> tuple[int, str, str]:
         """Return exit status, standard output and standard error. ``sent`` is the standard input, if there is any.
 
-        Output goes to files in memory instead of pipes, and the process has a session of its own: when this process ends,
-        a task that pvesh runs must not end with it (a clone that is cut off leaves a locked VM behind). Files that a task makes
-        get the modes that they get from a root shell, not those of the daemon's umask (0077).
+        Output goes to files in memory instead of pipes, and the process has a session of its own: when this process
+        ends, a task that pvesh runs must not end with it (a clone that is cut off leaves a locked VM behind). Files
+        that a task makes get the modes that they get from a root shell, not those of the daemon's umask (0077).
         """
         settings = self._settings
         seconds = settings.api_timeout if method == "GET" else max(settings.api_timeout, settings.task_timeout)
@@ -179,8 +180,8 @@ class Pvesh:
                         process.wait()
                         raise answers.unanswered(method, path, settings) from None
                     raise OutcomeUnknown(
-                        f"{method} /{path} on {settings.where}: pvesh did not end within {seconds} s (wait_timeout); it goes "
-                        "on, and whether it will be carried out is not known. Run again to find out",
+                        f"{method} /{path} on {settings.where}: pvesh did not end within {seconds} s (wait_timeout); "
+                        "it goes on, and whether it will be carried out is not known. Run again to find out",
                         method=method,
                         path=path,
                         timed_out=True,
@@ -191,8 +192,8 @@ class Pvesh:
                     raise
                 if os.fstat(output.fileno()).st_size > answers.LARGEST_ANSWER:
                     raise OutcomeUnknown(
-                        f"{method} /{path} on {settings.where}: the answer has more than {answers.LARGEST_ANSWER} bytes, "
-                        "which no answer of Proxmox has",
+                        f"{method} /{path} on {settings.where}: the answer has more than {answers.LARGEST_ANSWER} "
+                        "bytes, which no answer of Proxmox has",
                         method=method,
                         path=path,
                     )
@@ -203,7 +204,8 @@ class Pvesh:
             if answers.out_of_descriptors(error):
                 raise answers.no_descriptor(path) from None
             raise Unreachable(
-                f"{method} /{path} on {settings.where}: pvesh cannot be started: {error.strerror}; Proxmox was not asked",
+                f"{method} /{path} on {settings.where}: pvesh cannot be started: {error.strerror}; Proxmox was not "
+                "asked",
                 path=path,
             ) from None
 

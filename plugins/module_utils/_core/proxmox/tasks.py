@@ -1,7 +1,10 @@
 # Copyright: the agentlab.proxmox contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Waiting for tasks. Many waiters share one poll a node: the list of its tasks, instead of one request a task a tick."""
+"""Waiting for tasks.
+
+Many waiters share one poll a node: the list of its tasks, instead of one request a task a tick.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,8 @@ from ..errors import ApiError, InvalidInput, OutcomeUnknown, ProxmoxError, TaskF
 from . import answers
 from .client import ProxmoxClient
 
-# The first task of its kind is looked at soon and then ever more rarely; from then on it is known how long such a task takes at the least.
+# The first task of its kind is looked at soon and then ever more rarely; from then on it is known how long such a task
+# takes at the least.
 LONGEST_POLL = 2.0
 _LIST_LIMIT = 5000
 _LOST_AFTER = 10
@@ -47,7 +51,10 @@ def started_at(upid: str) -> int:
 
 
 class TaskWaiter:
-    """Waits for task ids; use one for a whole run, from any number of threads. Looks at a node's tasks at most every ``interval`` seconds."""
+    """Waits for task ids; use one for a whole run, from any number of threads.
+
+    Looks at a node's tasks at most every ``interval`` seconds.
+    """
 
     def __init__(self, client: ProxmoxClient, clock: Clock, interval: float) -> None:
         self._client = client
@@ -66,8 +73,8 @@ class TaskWaiter:
     def wait(self, upid: Any, what: str, timeout: float) -> list[str]:
         """Return the warnings ([] for none) once the task has ended well; ``timeout`` is in seconds.
 
-        Raises TaskFailed with Proxmox's text and the end of the task's log, TaskTimeout when the task goes on, TaskUnknown
-        when its outcome cannot be read.
+        Raises TaskFailed with Proxmox's text and the end of the task's log, TaskTimeout when the task goes on,
+        TaskUnknown when its outcome cannot be read.
         """
         try:
             upid = str(upid)
@@ -97,8 +104,9 @@ class TaskWaiter:
                     left = deadline - self._clock.monotonic()
                     if left <= 0:
                         raise TaskTimeout(
-                            f"{what}: task {upid} on node {node} did not end within {timeout:g} s (wait_timeout); it goes on there, "
-                            f"run again to take it up, or stop it there if it hangs{self._last_problem.get(node, '')}",
+                            f"{what}: task {upid} on node {node} did not end within {timeout:g} s (wait_timeout); it "
+                            "goes on there, run again to take it up, or stop it there if it "
+                            f"hangs{self._last_problem.get(node, '')}",
                             upid=upid,
                             node=node,
                             timeout=timeout,
@@ -128,7 +136,9 @@ class TaskWaiter:
                 self._waiting[node].pop(upid, None)
 
     def _pause(self, node: str) -> float:
-        """Until the first of the node's tasks can have ended; for one that is overdue a share of its delay, so that long tasks cost few looks."""
+        """Until the first of the node's tasks can have ended; for one that is overdue a share of its delay, so that
+        long tasks cost few looks.
+        """
         now = self._clock.monotonic()
         late = [now - since - self._shortest.get(kind_of(upid), 0.0) for upid, since in self._waiting[node].items()]
         return max(
@@ -181,8 +191,8 @@ class TaskWaiter:
                     or error.status in (400, 403, 404)
                 ):
                     errors[upid] = TaskUnknown(
-                        f"the outcome of task {upid} cannot be read ({error.status} {error.text}); look at it on node {node} "
-                        "and run again",
+                        f"the outcome of task {upid} cannot be read ({error.status} {error.text}); look at it on node "
+                        f"{node} and run again",
                         upid=upid,
                         node=node,
                     )
@@ -209,13 +219,14 @@ class TaskWaiter:
         log = "" if answers.not_begun(status) else self._end_of_log(upid, node, status)
         if status == "unexpected status":
             raise TaskUnknown(
-                f"{what}: the worker of task {upid} on node {node} died (unexpected status); what it did is not known, run "
-                f"again{log}",
+                f"{what}: the worker of task {upid} on node {node} died (unexpected status); what it did is not "
+                f"known, run again{log}",
                 upid=upid,
                 node=node,
             )
         raise TaskFailed(
-            f"{what}: task {upid} on node {node} failed: {answers.clean(status)}{log}{answers.room_advice(status + log)}",
+            f"{what}: task {upid} on node {node} failed: "
+            f"{answers.clean(status)}{log}{answers.room_advice(status + log)}",
             upid=upid,
             node=node,
             exitstatus=status,

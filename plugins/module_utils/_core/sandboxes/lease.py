@@ -27,11 +27,14 @@ ANOTHER_VM = "the VMID belongs to another VM now, which was left alone"
 def renew(
     ctx: Context, sandbox: Sandbox, ttl: int, *, min_remaining: int | None = None, allow_shorten: bool = False
 ) -> Outcome:
-    """Set the lease to now + ttl. One conditional UPDATE decides against expiry: a renewal that lost is an error, never a success."""
+    """Set the lease to now + ttl.
+
+    One conditional UPDATE decides against expiry: a renewal that lost is an error, never a success.
+    """
     if sandbox.lease_max_seconds is not None and ttl > sandbox.lease_max_seconds:
         raise InvalidInput(
-            f"ttl: {durations.show(ttl)} is longer than the maximum of {durations.show(sandbox.lease_max_seconds)} that profile "
-            f"{sandbox.profile!r} grants sandbox {sandbox.vmid}",
+            f"ttl: {durations.show(ttl)} is longer than the maximum of {durations.show(sandbox.lease_max_seconds)} "
+            f"that profile {sandbox.profile!r} grants sandbox {sandbox.vmid}",
             option="ttl",
             vmid=sandbox.vmid,
         )
@@ -45,12 +48,13 @@ def renew(
                 "busy", f"cannot renew lease of sandbox {sandbox.vmid}: it is being destroyed", vmid=sandbox.vmid
             )
         current = sandbox.lease_expires_at or 0
-        # While leases rest after a restore, this is how a sandbox is kept whose lease was renewed since the copy was made.
+        # While leases rest after a restore, this is how a sandbox is kept whose lease was renewed since the copy was
+        # made.
         over = current <= now
         if over and not timeguard.hold_leases(ctx):
             raise StateConflict(
-                f"cannot renew lease of sandbox {sandbox.vmid}: it expired at {clock_module.iso(current)} and is about to become TIMEOUT. "
-                "Create a new sandbox",
+                f"cannot renew lease of sandbox {sandbox.vmid}: it expired at {clock_module.iso(current)} and is "
+                "about to become TIMEOUT. Create a new sandbox",
                 vmid=sandbox.vmid,
             )
         wanted = now + ttl
@@ -118,7 +122,8 @@ class Expiry:
 
 
 def expire(ctx: Context, *, stop_vms: bool = True) -> Expiry:
-    """Move what is over to TIMEOUT and stop its VM; a keepalive sandbox is renewed instead, as long as its lifetime allows.
+    """Move what is over to TIMEOUT and stop its VM; a keepalive sandbox is renewed instead, as long as its lifetime
+    allows.
 
     All records are moved before the first VM is stopped, so that a slow stop delays no other expiry.
     """
@@ -178,7 +183,10 @@ def _keep_alive(ctx: Context, sandbox: Sandbox, until: int) -> Outcome:
 
 
 def stop_expired(ctx: Context, sandbox: Sandbox) -> str | None:
-    """Stop the VM of a TIMEOUT record; the record stays TIMEOUT. The reason is returned when it could not be done (the next pass tries again)."""
+    """Stop the VM of a TIMEOUT record; the record stays TIMEOUT.
+
+    The reason is returned when it could not be done (the next pass tries again).
+    """
     if sandbox.smbios_uuid is None:
         return "its VM was never bound to the record; prune settles what became of it"
     # Here, and not above: a renewal needs none of it.
@@ -214,7 +222,8 @@ def stop_expired(ctx: Context, sandbox: Sandbox) -> str | None:
 
 
 def stop_leftovers(ctx: Context, done: Collection[str] = ()) -> list[tuple[Sandbox, str | None]]:
-    """TIMEOUT records whose VM still runs according to the cluster's list: the stop of an earlier pass failed or was cut off. Each with why it could not
+    """TIMEOUT records whose VM still runs according to the cluster's list: the stop of an earlier pass failed or was
+    cut off. Each with why it could not
     be stopped this time either, or None.
 
     ``done`` are those that this pass has dealt with: the list it reads is older than that.

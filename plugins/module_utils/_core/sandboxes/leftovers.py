@@ -13,6 +13,9 @@ from ..workspaces import workspace_disk
 
 
 def clear(ctx: Context, claim: Claim, sandbox: Sandbox) -> None:
-    """Remove what is left, and free its workspace; Kept when that cannot be done, and the record stays as it is. Doing it again does no harm."""
+    """Remove what is left, and free its workspace; Kept when that cannot be done, and the record stays as it is.
+
+    Doing it again does no harm.
+    """
     cloud_init.remove(ctx, sandbox)
     workspace_disk.released(ctx, claim, sandbox)

@@ -1,10 +1,11 @@
 # Copyright: the agentlab.proxmox contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""One VM on its way out, up to its deletion: claim, judge, stop, take the workspace off, mark (which judges again, by the digest), delete, wait.
+"""One VM on its way out, up to its deletion: claim, judge, stop, take the workspace off, mark (which judges again,
+by the digest), delete, wait.
 
-Each phase is journaled before the request that it announces, so that a run killed at any point is finished by the next. Identity is never skipped,
-force or not. That the VM is gone is proven, and the record closed, by destroy.py.
+Each phase is journaled before the request that it announces, so that a run killed at any point is finished by the next.
+Identity is never skipped, force or not. That the VM is gone is proven, and the record closed, by destroy.py.
 """
 
 from __future__ import annotations
@@ -44,7 +45,10 @@ _MARK_TRIES = 3
 
 @dataclass(slots=True)
 class Request:
-    """What is asked for. ``recheck`` is run on the record once the claim is held: what was planned must still be true."""
+    """What is asked for.
+
+    ``recheck`` is run on the record once the claim is held: what was planned must still be true.
+    """
 
     operation: str = "destroy"
     force: bool = False
@@ -96,7 +100,8 @@ class Removal:
             planned.uuid, "destroy", wait=ctx.config.claim_timeout if request.claim_wait is None else request.claim_wait
         )
         left = self._left = self._claim.interrupted
-        # The journal entry of a killed run whose delete may have been sent, and may still be carried out; None for a new try.
+        # The journal entry of a killed run whose delete may have been sent, and may still be carried out; None for a
+        # new try.
         self._cut_off = left if left and left.kind == "destroy" and left.phase in POINT_OF_NO_RETURN else None
         # When that was, at the latest.
         self._since = 0
@@ -133,7 +138,9 @@ class Removal:
     # ---- the steps ----
 
     def _begin(self) -> Outcome | Gone | None:
-        """What the record says now that it is ours, and what a killed run left; None when the VM is to be looked for."""
+        """What the record says now that it is ours, and what a killed run left; None when the VM is to be looked
+        for.
+        """
         ctx, request, left = self._ctx, self._request, self._left
         current = self._sandbox = ctx.records.get(self._planned.uuid)
         if current.state == states.DESTROYED:
@@ -151,7 +158,8 @@ class Removal:
         if self._cut_off:
             if self._cut_off.detail.get("upid"):
                 self._detail["upid"] = self._cut_off.detail["upid"]
-            # However often it is asked again: the doubt ends some time after the delete may have been sent, not after the last look.
+            # However often it is asked again: the doubt ends some time after the delete may have been sent, not after
+            # the last look.
             self._detail["since"] = self._since = int(self._cut_off.detail.get("since", self._cut_off.updated_at))
         self._before = current
         if current.generation != self._planned.generation:
@@ -165,7 +173,8 @@ class Removal:
             try:
                 self._warnings += _await_cut_off(ctx, current, self._cut_off)
             except TaskTimeout:
-                # It goes on, or hangs. If its VM is gone that is to be proven all the same; else nothing is done beside it.
+                # It goes on, or hangs. If its VM is gone that is to be proven all the same; else nothing is done beside
+                # it.
                 if self._locate().node is not None:
                     raise
         return None
@@ -181,7 +190,8 @@ class Removal:
         upid = self._mark_and_delete(found)
         if not isinstance(upid, str):
             raise OutcomeUnknown(
-                f"delete VM {self._sandbox.vmid}: Proxmox answered without a task id; whether it was done is not known, run again"
+                f"delete VM {self._sandbox.vmid}: Proxmox answered without a task id; whether it was done is not "
+                "known, run again"
             )
         self._await(upid)
         return self._gone("destroyed", found.verdict.evidence if found.verdict else {})
@@ -189,7 +199,8 @@ class Removal:
     def _judge(self) -> Located | Gone:
         """Our VM, which may go; Gone when there is none of ours. Raises why it stays."""
         ctx = self._ctx
-        # Needed after the VM was judged, and not to be read between that and the stop. What it says (or why it does not) counts then.
+        # Needed after the VM was judged, and not to be read between that and the stop. What it says (or why it does
+        # not) counts then.
         no_quorum: AgentlabError | None = None
         try:
             ctx.cluster.require_quorum()
@@ -272,9 +283,9 @@ class Removal:
     def _detach(self, found: Located) -> None:
         """Take the sandbox's workspace off the VM, and refuse a VM that still names a workspace.
 
-        By Proxmox VE's rule a DELETE removes the volumes that the configuration names and that are named after this VMID.
-        Every other volume stays. A workspace's volume is named after a VMID in workspace_owner_range, so it would stay,
-        too. We do not rely on that alone: a volume may have been renamed or reassigned to the VM by hand.
+        By Proxmox VE's rule a DELETE removes the volumes that the configuration names and that are named after this
+        VMID. Every other volume stays. A workspace's volume is named after a VMID in workspace_owner_range, so it would
+        stay, too. We do not rely on that alone: a volume may have been renamed or reassigned to the VM by hand.
         Raises _Again after a workspace was taken off, and Kept for a VM that names another one.
         """
         ctx = self._ctx
@@ -294,7 +305,10 @@ class Removal:
             workspace_disk.refuse_listed(ctx, self._sandbox, found)
 
     def _mark_and_delete(self, found: Located) -> Any:
-        """The task of the delete. Mark and delete share one place among the requests in flight: nothing of ours comes between them."""
+        """The task of the delete.
+
+        Mark and delete share one place among the requests in flight: nothing of ours comes between them.
+        """
         ctx = self._ctx
         ctx.records.journal(self._claim, "destroy", "deleting", self._detail, unprotected=not self._request.clean_up)
         with ctx.client.reserve_place(found.path):
@@ -323,7 +337,8 @@ class Removal:
             self._warnings += ctx.tasks.wait(upid, f"delete VM {self._sandbox.vmid}", ctx.wait_timeout)
         except TaskFailed as error:
             if "does not exist" not in error.exitstatus:
-                # A definite end: the configuration is still there (its disks perhaps not), and the next run begins anew.
+                # A definite end: the configuration is still there (its disks perhaps not), and the next run begins
+                # anew.
                 self._not_deleted()
                 raise
 
@@ -368,7 +383,9 @@ class Removal:
         return self._round + 1 >= _MARK_TRIES
 
     def _vanished(self, error: ApiError | TaskFailed) -> bool:
-        """Whether the VM moved, changed, or was deleted for a killed run, since it was judged, so that it is to be looked for and judged again."""
+        """Whether the VM moved, changed, or was deleted for a killed run, since it was judged, so that it is to be
+        looked for and judged again.
+        """
         if self._last or not ("does not exist" in error.message or changed(error.message)):
             return False
         self._ctx.cluster.vms(fresh=True)
@@ -427,7 +444,9 @@ def refuse_running(ctx: Context, sandbox: Sandbox, located: Located) -> None:
 
 
 def never_cloned(sandbox: Sandbox, created: dict[str, Any] | None) -> bool:
-    """True when the journal says that no clone request of ours is or was under way: whatever is at the VMID, it is not ours."""
+    """True when the journal says that no clone request of ours is or was under way: whatever is at the VMID, it is
+    not ours.
+    """
     return sandbox.smbios_uuid is None and created is not None and created.get("phase") == "reserved"
 
 
@@ -440,7 +459,9 @@ def creation_of(left: JournalEntry) -> dict[str, Any] | None:
 
 
 def _look_before_closing(ctx: Context, sandbox: Sandbox) -> None:
-    """A refused clone leaves nothing behind; should a VM with our marker (or one just being cloned) stand there all the same, it is kept."""
+    """A refused clone leaves nothing behind; should a VM with our marker (or one just being cloned) stand there all
+    the same, it is kept.
+    """
     try:
         found = locate(ctx, sandbox)
     except (Kept, ProxmoxError):
@@ -448,8 +469,8 @@ def _look_before_closing(ctx: Context, sandbox: Sandbox) -> None:
     if found.verdict and found.verdict.identity != identity.FOREIGN:
         raise Kept(
             "ambiguous",
-            f"sandbox {sandbox.vmid}: Proxmox refused its clone, but a VM that may be that clone is there now; it was left alone. "
-            "Look at it, and remove it by hand if it is to go",
+            f"sandbox {sandbox.vmid}: Proxmox refused its clone, but a VM that may be that clone is there now; it was "
+            "left alone. Look at it, and remove it by hand if it is to go",
             evidence=found.verdict.evidence,
         )
 
@@ -475,7 +496,9 @@ def locate_own(
 
 
 def _mark(ctx: Context, request: Request, found: Located) -> None:
-    """The config write that carries the digest of what was judged: it fails if anything changed, or if the cluster takes no writes."""
+    """The config write that carries the digest of what was judged: it fails if anything changed, or if the cluster
+    takes no writes.
+    """
     verdict = found.verdict
     if verdict is None or verdict.digest is None:
         raise Kept("unknown", "Proxmox gave no digest with the VM's configuration; without it nothing is deleted")
@@ -486,7 +509,9 @@ def _mark(ctx: Context, request: Request, found: Located) -> None:
 def abandon(
     ctx: Context, claim: Claim, sandbox: Sandbox, request: Request, error: AgentlabError, *, sent: bool, stopped: bool
 ) -> None:
-    """Leave a truthful record behind: why nothing more was done; the journal stays only when the delete may have been carried out."""
+    """Leave a truthful record behind: why nothing more was done; the journal stays only when the delete may have
+    been carried out.
+    """
     reason = error.reason if isinstance(error, Kept) else error.code
     evidence = {"message": error.message, **{k: v for k, v in error.detail.items() if isinstance(v, (str, int, dict))}}
     try:
@@ -531,7 +556,7 @@ def _cut_off_creation(claim: Claim, now: Sandbox) -> dict[str, Any] | None:
 
 def _drop_journal(ctx: Context, claim: Claim) -> None:
     left = claim.interrupted
-    # A destroy that was cut off, and that is refused now, is over: it must not bar everything else for good. Whether its delete may still be carried
-    # out is certain by now (the callers ask for that first).
+    # A destroy that was cut off, and that is refused now, is over: it must not bar everything else for good. Whether
+    # its delete may still be carried out is certain by now (the callers ask for that first).
     if left is None or left.kind == "destroy":
         ctx.records.drop_journal(claim)

@@ -282,8 +282,8 @@ def _require_writes(ctx: Context, sandbox: Sandbox) -> None:
     except Kept as error:
         raise Kept(
             error.reason,
-            f"sandbox {sandbox.vmid} was neither stopped nor changed, for the cluster takes no changes without quorum, and "
-            "would not start it again; bring the other nodes back (pvecm status), then run again",
+            f"sandbox {sandbox.vmid} was neither stopped nor changed, for the cluster takes no changes without "
+            "quorum, and would not start it again; bring the other nodes back (pvecm status), then run again",
         ) from None
 
 

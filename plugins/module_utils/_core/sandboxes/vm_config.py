@@ -283,6 +283,8 @@ def has_cloud_init_drive(config: dict[str, Any]) -> bool:
 
 
 def _is_cloud_init(drive: object) -> bool:
-    """Whether that drive holds cloud-init's data: by its volume's name, as Proxmox VE tells it; a storage may be named so, too."""
+    """Whether that drive holds cloud-init's data: by its volume's name, as Proxmox VE tells it; a storage may be
+    named so, too.
+    """
     volume = str(drive).partition(",")[0].partition(":")[2]
     return re.search(r"(^|[/-])cloudinit(\.[a-z0-9]+)?$", volume) is not None

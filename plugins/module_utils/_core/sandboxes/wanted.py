@@ -1,7 +1,9 @@
 # Copyright: the agentlab.proxmox contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""From the options of a creation to its Spec: an option that is given wins over the profile, the profile over the configuration."""
+"""From the options of a creation to its Spec: an option that is given wins over the profile, the profile over the
+configuration.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ from ..errors import InvalidInput
 from .spec import Spec
 
 # The options of a creation, by the names that modules and the HTTP API give them. Besides them: vmid and name.
-# To add an option: CONTRIBUTING.md names every place that has to know it, and tests/repository/test_options.py compares them.
+# To add an option: CONTRIBUTING.md names every place that has to know it, and tests/repository/test_options.py compares
+# them.
 OPTIONS = (
     "profile",
     "template",
@@ -79,7 +82,9 @@ _TRIMMED = (
 
 
 def normalise(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options as the Spec takes them, from what surveys, files and people write: see patterns.split_lines."""
+    """Return the options as the Spec takes them, from what surveys, files and people write: see
+    patterns.split_lines.
+    """
     values = {
         name: value.strip() if name in _TRIMMED and isinstance(value, str) else value for name, value in given.items()
     }
@@ -99,15 +104,19 @@ def normalise(given: Mapping[str, Any]) -> dict[str, Any]:
     if password is not None and not isinstance(password, str):
         # YAML reads 012345 as the number 5349.
         raise InvalidInput(
-            "cloud_init_password: is not a text (YAML reads an unquoted number or a word such as yes as something else); put it in "
-            "quotes. Where it is the answer to a survey, begin it with a letter and add to it: quotes would become part of it",
+            "cloud_init_password: is not a text (YAML reads an unquoted number or a word such as yes as something "
+            "else); put it in quotes. Where it is the answer to a survey, begin it with a letter and add to it: "
+            "quotes would become part of it",
             option="cloud_init_password",
         )
     return values
 
 
 def spec(ctx: Context, options: Mapping[str, Any]) -> Spec:
-    """The Spec of ``vmid``, ``name`` and OPTIONS (absent or None: not given); refuses by name what cannot be used. ``ttl`` as a duration."""
+    """The Spec of ``vmid``, ``name`` and OPTIONS (absent or None: not given); refuses by name what cannot be used.
+
+    ``ttl`` as a duration.
+    """
     given = normalise({name: options[name] for name in ("vmid", "name", *OPTIONS) if options.get(name) is not None})
     profile = profiles.load(ctx.config.profiles_dir, str(given["profile"])) if "profile" in given else None
     if profile and profile.workspace == "required" and "workspace" not in given:
@@ -152,7 +161,8 @@ def _ttl(ctx: Context, given: object, profile: profiles.Profile | None) -> tuple
         ttl = ctx.config.parse_ttl(given)
         if lifetime is not None and ttl > lifetime:
             raise InvalidInput(
-                f"ttl: {durations.show(ttl)} is longer than max_lifetime ({durations.show(lifetime)}), the longest life of a sandbox",
+                f"ttl: {durations.show(ttl)} is longer than max_lifetime ({durations.show(lifetime)}), the longest "
+                "life of a sandbox",
                 option="ttl",
                 value=str(given),
             )

@@ -81,13 +81,15 @@ def forgettable(records: Records, older_than: int) -> int:
 
 
 def forget(records: Records, older_than: int, most: int = 2**62) -> int:
-    """Retention: remove DESTROYED records (and their events) older than so many seconds, ``most`` at once; returns how many."""
+    """Retention: remove DESTROYED records (and their events) older than so many seconds, ``most`` at once; returns
+    how many.
+    """
     limit = records.clock.now() - older_than
 
     def work(conn: Connection) -> int:
         return conn.execute(
-            "DELETE FROM sandboxes WHERE uuid IN (SELECT uuid FROM sandboxes WHERE state = 'DESTROYED' AND state_changed_at < ? "
-            "ORDER BY state_changed_at LIMIT ?)",
+            "DELETE FROM sandboxes WHERE uuid IN (SELECT uuid FROM sandboxes WHERE state = 'DESTROYED' AND "
+            "state_changed_at < ? ORDER BY state_changed_at LIMIT ?)",
             (limit, most),
         ).rowcount
 

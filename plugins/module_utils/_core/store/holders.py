@@ -28,13 +28,17 @@ def _started(pid: int) -> str:
 
 @functools.lru_cache(1)
 def machine() -> str:
-    """Return a word that stays the same for this machine over boots, or an empty text; /etc/machine-id itself is kept secret by systemd's advice."""
+    """Return a word that stays the same for this machine over boots, or an empty text; /etc/machine-id itself is
+    kept secret by systemd's advice.
+    """
     number = _read("/etc/machine-id").strip()
     return hashlib.sha256(f"agentlab {number}".encode()).hexdigest()[:16] if number else ""
 
 
 def host() -> str:
-    """Return the name under which this host notes what is its own: two hosts may have the same name, and two machines made from one image the same id."""
+    """Return the name under which this host notes what is its own: two hosts may have the same name, and two
+    machines made from one image the same id.
+    """
     return f"{socket.gethostname()}/{machine()}"
 
 
@@ -59,7 +63,9 @@ def identity() -> str:
 
 
 def is_over(process: str, expires_at: int, now: int, since_boot: float) -> bool:
-    """Whether a claim has run out: by the time since boot where it was written in this boot, so that no jump of the clock ends or lengthens it."""
+    """Whether a claim has run out: by the time since boot where it was written in this boot, so that no jump of the
+    clock ends or lengthens it.
+    """
     try:
         found = json.loads(process)
         if found["boot"] and found["boot"] == json.loads(identity())["boot"]:
@@ -71,9 +77,11 @@ def is_over(process: str, expires_at: int, now: int, since_boot: float) -> bool:
 
 
 def _of_an_earlier_boot(holder: dict[str, object], here: dict[str, object]) -> bool:
-    """Whether a holder with this host's name and another boot id is of this machine before its last boot, and not of another machine of that name.
+    """Whether a holder with this host's name and another boot id is of this machine before its last boot, and not of
+    another machine of that name.
 
-    The machine's id must be the same, and the claim must have been written before this boot: a machine made from the same image may have both.
+    The machine's id must be the same, and the claim must have been written before this boot: a machine made from the
+    same image may have both.
     """
     if "machine" not in holder:
         # Written by release 1.0.0, which compared the name alone.
@@ -83,7 +91,9 @@ def _of_an_earlier_boot(holder: dict[str, object], here: dict[str, object]) -> b
 
 
 def is_dead(process: str) -> bool:
-    """True only when it is certain; a process of another host, or of another container on this one, cannot be judged and counts as alive."""
+    """True only when it is certain; a process of another host, or of another container on this one, cannot be judged
+    and counts as alive.
+    """
     try:
         found = json.loads(process)
         here = json.loads(identity())

@@ -1,7 +1,10 @@
 # Copyright: the agentlab.proxmox contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""All live records at once: whose lease is over, how many there are, which changed. For passes and metrics; work on one sandbox needs none of it."""
+"""All live records at once: whose lease is over, how many there are, which changed.
+
+For passes and metrics; work on one sandbox needs none of it.
+"""
 
 from __future__ import annotations
 

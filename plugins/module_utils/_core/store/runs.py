@@ -91,8 +91,8 @@ def begin(
                 run_id, sandbox.uuid, SENT, fingerprint, program, records.actor, detached, False, now, now, {}, True
             )
             conn.execute(
-                "INSERT INTO runs (id, sandbox_uuid, state, fingerprint, program, actor, detached, started_at, updated_at) "
-                "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                "INSERT INTO runs (id, sandbox_uuid, state, fingerprint, program, actor, detached, started_at, "
+                "updated_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 (run_id, sandbox.uuid, SENT, fingerprint, program, records.actor, int(detached), now, now),
             )
         acks = conn.execute(

@@ -3,8 +3,8 @@
 
 """The records of workspaces. The state of the row is the journal: it is written before the request that it announces.
 
-A workspace belongs to at most one sandbox: whoever moves it from DETACHED to ATTACHING has it, and from then on only whoever holds that
-sandbox's claim may go on with it.
+A workspace belongs to at most one sandbox: whoever moves it from DETACHED to ATTACHING has it, and from then on only
+whoever holds that sandbox's claim may go on with it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,11 @@ _LIVE = "state <> 'DELETED'"
 
 @dataclass(slots=True)
 class Workspace:
-    """One record. ``volume`` is Proxmox's volume id, ``owner_vmid`` the VMID in its name, ``node`` None on shared storage; sizes in bytes."""
+    """One record.
+
+    ``volume`` is Proxmox's volume id, ``owner_vmid`` the VMID in its name, ``node`` None on shared storage; sizes in
+    bytes.
+    """
 
     id: str
     name: str
@@ -72,7 +76,10 @@ class Workspace:
         return f"workspace {self.name!r}"
 
     def public(self) -> dict[str, Any]:
-        """The shape every answer uses; absent values are null, times are UTC. ``device`` is where the guest finds the disk."""
+        """The shape every answer uses; absent values are null, times are UTC.
+
+        ``device`` is where the guest finds the disk.
+        """
         return {
             "id": self.id,
             "name": self.name,
@@ -197,7 +204,8 @@ class Workspaces:
             now = self._records.clock.now()
             if conn.execute(f"SELECT 1 FROM workspaces WHERE name = ? AND {_LIVE}", (name,)).fetchone():
                 raise RecordChanged(f"workspace {name!r} was created by another run meanwhile; run again")
-            # Never given out again while any record remembers it: a volume that was lost and turns up is not taken for another's.
+            # Never given out again while any record remembers it: a volume that was lost and turns up is not taken for
+            # another's.
             taken = {row["owner_vmid"] for row in conn.execute("SELECT owner_vmid FROM workspaces")}
             first, last = owners
             owner = next((n for n in range(first, last + 1) if n not in taken and n not in occupied), None)
@@ -206,7 +214,8 @@ class Workspaces:
                 owner = next((n for n in range(first, last + 1) if n not in live and n not in occupied), None)
             if owner is None:
                 raise InvalidInput(
-                    f"workspace_owner_range: all VMIDs of {first}-{last} are taken; remove workspaces, or configure a larger range",
+                    f"workspace_owner_range: all VMIDs of {first}-{last} are taken; remove workspaces, or configure a "
+                    "larger range",
                     option="workspace_owner_range",
                     value=f"{first}-{last}",
                 )
@@ -256,7 +265,8 @@ class Workspaces:
         upids: tuple[str, ...] = (),
         **values: Any,
     ) -> Workspace:
-        """One step: compare-and-set on state and generation, with its event, fenced by the claim on the sandbox where one is held.
+        """One step: compare-and-set on state and generation, with its event, fenced by the claim on the sandbox
+        where one is held.
 
         RecordChanged when another run was faster. The sandbox's own record tells the same in the same transaction.
         """
@@ -270,7 +280,8 @@ class Workspaces:
             names = ", ".join(f"{name} = ?" for name in new)
             try:
                 done = conn.execute(
-                    f"UPDATE workspaces SET {names}, generation = generation + 1 WHERE id = ? AND state = ? AND generation = ?",
+                    f"UPDATE workspaces SET {names}, generation = generation + 1 WHERE id = ? AND state = ? AND "
+                    "generation = ?",
                     (*new.values(), found.id, found.state, found.generation),
                 )
             except self._db.conflicts:
@@ -308,8 +319,8 @@ class Workspaces:
         upids: tuple[str, ...] = (),
     ) -> None:
         conn.execute(
-            "INSERT INTO workspace_events (at, workspace_id, sandbox_uuid, from_state, to_state, operation, actor, reason, evidence, upids, outcome) "
-            "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            "INSERT INTO workspace_events (at, workspace_id, sandbox_uuid, from_state, to_state, operation, actor, "
+            "reason, evidence, upids, outcome) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             (
                 self._records.clock.now(),
                 found.id,

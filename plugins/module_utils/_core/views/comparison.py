@@ -20,7 +20,8 @@ def verified(ctx: Context, found: list[Sandbox], identities: bool = True) -> lis
     """For each: vm_status, identity and drift. The list is read once; a VM's configuration only where there is a VM.
 
     Without ``identities`` no configuration is read: records and list are compared, whose the VMs are is not said.
-    With it, an address that is missing or old is asked of the guest (see ``Looks``): ip and ip_seen_at are those of now.
+    With it, an address that is missing or old is asked of the guest (see ``Looks``): ip and ip_seen_at are those of
+    now.
     """
     rows = ctx.cluster.survey([one.vmid for one in found if one.live])
     absent = [one.vmid for one in found if one.live and one.vmid not in rows]

@@ -196,8 +196,9 @@ def refuse_hopeless(sandbox: Sandbox, located: Located, error: ApiError, wanted:
     blocked = _BLOCKED.search(error.text)
     if blocked:
         raise AgentUnusable(
-            f"{wanted}: the guest agent of sandbox {vmid} refuses {blocked[1]} (it is blocked in the guest, by block-rpcs "
-            "or allow-rpcs of /etc/qemu/qemu-ga.conf or its service). Allow it in the template, or leave the option out",
+            f"{wanted}: the guest agent of sandbox {vmid} refuses {blocked[1]} (it is blocked in the guest, by "
+            "block-rpcs or allow-rpcs of /etc/qemu/qemu-ga.conf or its service). Allow it in the template, or leave "
+            "the option out",
             vmid=vmid,
         )
     if re.search(r"VM \d+ is not running|VM \d+ not running", error.text):
@@ -206,7 +207,8 @@ def refuse_hopeless(sandbox: Sandbox, located: Located, error: ApiError, wanted:
             "switched itself off, start the sandbox, then wait again",
             vmid=vmid,
         )
-    # The configuration may say agent=0 while the running VM still has a channel: only an agent that is silent is absent.
+    # The configuration may say agent=0 while the running VM still has a channel: only an agent that is silent is
+    # absent.
     if "No QEMU guest agent configured" in error.text or not agent_is_on(located.config):
         raise AgentUnusable(
             f"{wanted}: the guest agent of VM {vmid} is switched off in its configuration (agent: "
@@ -332,7 +334,8 @@ def look_up(ctx: Context, sandbox: Sandbox, located: Located, *, settled: bool |
 def columns_after_start(ctx: Context, sandbox: Sandbox, located: Located) -> dict[str, Any]:
     """Return the address columns of a sandbox that was just started: DHCP may have given the guest another address.
 
-    One look, only where an address is on record and the agent is on. Otherwise the address on record stays, as an old one.
+    One look, only where an address is on record and the agent is on. Otherwise the address on record stays, as an old
+    one.
     """
     ip = None
     if sandbox.ip is not None and agent_is_on(located.config):
@@ -378,7 +381,10 @@ class Looks:
         return ip
 
     def remember(self) -> None:
-        """Write first addresses, and those that the guests named again, into the records. Another address is a drift."""
+        """Write first addresses, and those that the guests named again, into the records.
+
+        Another address is a drift.
+        """
         named, self._named = self._named, []
         for sandbox, ip in named:
             # A record that another run changed meanwhile waits for the next pass.

@@ -3,7 +3,8 @@
 
 """A creation that was cut off: find out whether our clone was made, and bind it.
 
-A VM whose SMBIOS UUID was never stored is UNBOUND. It may be bound only when our own clone task ended well and marker and VMID fit.
+A VM whose SMBIOS UUID was never stored is UNBOUND. It may be bound only when our own clone task ended well and marker
+and VMID fit.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ _CLOCK_SLACK = 300
 
 
 def waits_for_next_run(left: JournalEntry, state: str) -> bool:
-    """Whether this is a creation whose caller was told to run its task again: nobody else finishes it, its lease ends it."""
+    """Whether this is a creation whose caller was told to run its task again: nobody else finishes it, its lease
+    ends it.
+    """
     return (
         left.kind == "create"
         and state in states.CREATING
@@ -33,9 +36,11 @@ def waits_for_next_run(left: JournalEntry, state: str) -> bool:
 
 
 def locate_unbound(ctx: Context, sandbox: Sandbox, claim: Claim | None, created: dict[str, Any] | None) -> Located:
-    """Locate the VM of a record without an SMBIOS UUID; bound to it (in the record, if a claim is given) when it is proven to be our clone.
+    """Locate the VM of a record without an SMBIOS UUID; bound to it (in the record, if a claim is given) when it is
+    proven to be our clone.
 
-    ``created`` is what the creation noted in the journal: phase, at, template, template_node, upid. Kept while the clone may still come.
+    ``created`` is what the creation noted in the journal: phase, at, template, template_node, upid. Kept while the
+    clone may still come.
     """
     found = locate(ctx, sandbox)
     sent = bool(created and created.get("phase") in ("cloning", "waiting"))
@@ -95,19 +100,22 @@ def refuse_in_doubt(ctx: Context, sandbox: Sandbox, created: dict[str, Any]) -> 
     if running:
         raise Kept(
             "locked",
-            f"sandbox {sandbox.vmid}: a clone of template {created.get('template')} that may be its own is still running "
-            f"({', '.join(running)}); run again when it has ended (or stop it, if it hangs)",
+            f"sandbox {sandbox.vmid}: a clone of template {created.get('template')} that may be its own is still "
+            f"running ({', '.join(running)}); run again when it has ended (or stop it, if it hangs)",
         )
 
 
 def _refuse_running(ctx: Context, sandbox: Sandbox, created: dict[str, Any]) -> str | None:
-    """How the clone task ended (None: not known); Kept while it is running: until then nothing is said about what it made."""
+    """How the clone task ended (None: not known); Kept while it is running: until then nothing is said about what it
+    made.
+    """
     upid = created.get("upid")
     status = _status(ctx, upid) if upid else None
     if status == "running":
         raise Kept(
             "locked",
-            f"sandbox {sandbox.vmid}: its clone task {upid} is still running; run again when it has ended (or stop it, if it hangs)",
+            f"sandbox {sandbox.vmid}: its clone task {upid} is still running; run again when it has ended (or stop "
+            "it, if it hangs)",
         )
     return status
 
@@ -187,7 +195,8 @@ def stays_unfinished(ctx: Context, sandbox: Sandbox, left: JournalEntry) -> bool
 
 
 def left_nothing(ctx: Context, sandbox: Sandbox, left: JournalEntry) -> bool:
-    """Return whether a creation's clone is over for certain, and no VM is at its VMID: its journal tells nobody anything.
+    """Return whether a creation's clone is over for certain, and no VM is at its VMID: its journal tells nobody
+    anything.
 
     So it is after an administrator removed what a killed clone had left.
     """

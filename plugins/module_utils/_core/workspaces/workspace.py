@@ -1,8 +1,10 @@
 # Copyright: the agentlab.proxmox contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""What is asked of workspaces: there and of a size, attached, detached, gone; and what killed runs left of that. How a disk gets into a VM and out of it is
-in ``workspace_disk``."""
+"""What is asked of workspaces: there and of a size, attached, detached, gone; and what killed runs left of that.
+
+How a disk gets into a VM and out of it is in ``workspace_disk``.
+"""
 
 from __future__ import annotations
 
@@ -81,7 +83,8 @@ def parse_size(value: object) -> int:
 def check_name(name: str) -> None:
     if not _NAME.fullmatch(name):
         raise InvalidInput(
-            f"name: {name[:80]!r} is not valid. Valid: letters, digits, dot, hyphen and underscore, 63 characters at most",
+            f"name: {name[:80]!r} is not valid. Valid: letters, digits, dot, hyphen and underscore, 63 characters at "
+            "most",
             option="name",
         )
 
@@ -173,7 +176,8 @@ def _allocate(ctx: Context, found: Workspace, node: str | None = None, *, first:
         try:
             _require_free_owner(ctx, found, node)
             if not first:
-                # From now on this request is the one in doubt: doubt_window counts from here, and nobody gives the record up beside it.
+                # From now on this request is the one in doubt: doubt_window counts from here, and nobody gives the
+                # record up beside it.
                 found = records(ctx).change(found, "create", outcome="decided", reason="allocating")
             # This request knows no T.
             answer = ctx.client.post(
@@ -192,8 +196,8 @@ def _allocate(ctx: Context, found: Workspace, node: str | None = None, *, first:
             if not first:
                 # An earlier request may still be carried out.
                 raise WorkspaceRefused(
-                    f"{error.message}; agentlab_reconcile gives this one up once its volume can come no more (doubt_window), and a run "
-                    "after that takes another VMID"
+                    f"{error.message}; agentlab_reconcile gives this one up once its volume can come no more "
+                    "(doubt_window), and a run after that takes another VMID"
                 ) from None
             _give_up(ctx, found, error)
             raise WorkspaceRefused(f"{error.message}; run again for another VMID") from None
@@ -204,8 +208,9 @@ def _allocate(ctx: Context, found: Workspace, node: str | None = None, *, first:
         row = exists(ctx, found, node)
         if row is None:
             raise OutcomeUnknown(
-                f"{found.title}: {found.volume} was allocated, but the storage does not list it: grant Datastore.Allocate, "
-                f"Datastore.AllocateSpace and Datastore.Audit together on /storage/{found.storage}, then run again"
+                f"{found.title}: {found.volume} was allocated, but the storage does not list it: grant "
+                "Datastore.Allocate, Datastore.AllocateSpace and Datastore.Audit together on "
+                f"/storage/{found.storage}, then run again"
             )
     return records(ctx).change(
         found,
@@ -222,8 +227,8 @@ def _require_free_owner(ctx: Context, found: Workspace, node: str) -> None:
     proof = ctx.cluster.prove_absent([found.owner_vmid])[found.owner_vmid]
     if not proof.absent:
         raise WorkspaceRefused(
-            f"{found.title}: VMID {found.owner_vmid} of workspace_owner_range is not proven to be free ({proof.why}); VMs must never "
-            "get a VMID of that range"
+            f"{found.title}: VMID {found.owner_vmid} of workspace_owner_range is not proven to be free ({proof.why}); "
+            "VMs must never get a VMID of that range"
         )
     # Its own may have come into being just now: by another run, or by a request whose answer was lost.
     others = [
@@ -252,7 +257,8 @@ def _give_up(ctx: Context, found: Workspace, error: AgentlabError) -> None:
 def _grow(ctx: Context, found: Workspace, wanted: int) -> Done:
     if found.state != store.ATTACHED or found.sandbox_uuid is None:
         raise WorkspaceRefused(
-            f"size: {found.title} is {found.state}; Proxmox VE resizes disks of VMs only, so attach it to a sandbox, then let it grow"
+            f"size: {found.title} is {found.state}; Proxmox VE resizes disks of VMs only, so attach it to a sandbox, "
+            "then let it grow"
         )
     if ctx.dry_run:
         return Done("would_grow", found, True)
@@ -293,7 +299,8 @@ def attached(ctx: Context, which: str, sandbox: Sandbox, ttl: int | None = None)
         return _renew(ctx, found, ttl)
     if sandbox.state not in _USABLE:
         raise WorkspaceRefused(
-            f"cannot attach {found.title} to sandbox {sandbox.vmid} in {sandbox.state} state. Valid states: {', '.join(_USABLE)}"
+            f"cannot attach {found.title} to sandbox {sandbox.vmid} in {sandbox.state} state. Valid states: "
+            f"{', '.join(_USABLE)}"
         )
     if found.sandbox_uuid is not None and found.sandbox_uuid != sandbox.uuid:
         _check_over(ctx, found)
@@ -305,7 +312,8 @@ def attached(ctx: Context, which: str, sandbox: Sandbox, ttl: int | None = None)
     with ctx.claimed(sandbox, "attach_workspace") as (claim, current):
         if current.state not in _USABLE:
             raise WorkspaceRefused(
-                f"cannot attach {found.title} to sandbox {current.vmid} in {current.state} state. Valid states: {', '.join(_USABLE)}"
+                f"cannot attach {found.title} to sandbox {current.vmid} in {current.state} state. Valid states: "
+                f"{', '.join(_USABLE)}"
             )
         located = require_match(ctx, current)
         refuse_locked(current, located)
@@ -328,7 +336,9 @@ def attached(ctx: Context, which: str, sandbox: Sandbox, ttl: int | None = None)
 
 
 def _let_go(ctx: Context, claim: Claim, sandbox: Sandbox, held: Workspace, error: AgentlabError) -> None:
-    """An attachment that was refused before or undone after it was asked for: the workspace is free again, if that is so."""
+    """An attachment that was refused before or undone after it was asked for: the workspace is free again, if that
+    is so.
+    """
     found = records(ctx).get(held.id)
     if found.state == store.ATTACHING and found.slot is None:
         records(ctx).change(
@@ -362,7 +372,10 @@ def _check_over(ctx: Context, found: Workspace) -> None:
 
 
 def detached(ctx: Context, which: str, *, only_stopped: bool = False) -> Done:
-    """Make sure that nobody has it. What is written in the guest but not yet on the disk is the guest's to care for: unmount it there first."""
+    """Make sure that nobody has it.
+
+    What is written in the guest but not yet on the disk is the guest's to care for: unmount it there first.
+    """
     found = select(ctx, which)
     if found.state == store.DETACHED:
         return Done("unchanged", found)
@@ -390,7 +403,8 @@ def detached(ctx: Context, which: str, *, only_stopped: bool = False) -> Done:
         refuse_locked(current, located)
         if only_stopped and power.status(ctx, located).get("status") != "stopped":
             raise WorkspaceRefused(
-                f"{found.title}: the lease of sandbox {current.vmid} on it is over, but its VM still runs; stop it first"
+                f"{found.title}: the lease of sandbox {current.vmid} on it is over, but its VM still runs; stop it "
+                "first"
             )
         return Done("detached", detach_volume(ctx, claim, current, located, found), True)
 
@@ -414,8 +428,8 @@ def absent(ctx: Context, which: str, *, force: bool) -> Done:
     if found.state == store.CREATING and 0 <= age < ctx.config.doubt_window:
         raise Kept(
             "unknown",
-            f"{found.title}: its creation was begun {age} s ago and may still be carried out; run again in {ctx.config.doubt_window - age} s "
-            "(doubt_window)",
+            f"{found.title}: its creation was begun {age} s ago and may still be carried out; run again in "
+            f"{ctx.config.doubt_window - age} s (doubt_window)",
         )
     having = attached_vms(ctx, found)
     if having:
@@ -425,10 +439,12 @@ def absent(ctx: Context, which: str, *, force: bool) -> Done:
     proof = ctx.cluster.prove_absent([found.owner_vmid])[found.owner_vmid]
     if not proof.absent:
         raise WorkspaceRefused(
-            f"{found.title}: VMID {found.owner_vmid}, which owns its volume, is not proven to be free ({proof.why}); it was not deleted"
+            f"{found.title}: VMID {found.owner_vmid}, which owns its volume, is not proven to be free ({proof.why}); "
+            "it was not deleted"
         )
     if found.state != store.DELETING:
-        # Kept, before it is called DELETING, which it would have to stay, where it cannot be told whether the volume is there.
+        # Kept, before it is called DELETING, which it would have to stay, where it cannot be told whether the volume is
+        # there.
         missing(ctx, found, node_for(ctx, found))
     if ctx.dry_run:
         return Done("would_delete", found, True)
@@ -540,7 +556,8 @@ def finish(ctx: Context, found: Workspace) -> Workspace:
             return released(ctx, claim, current) or found
         left = claim.interrupted
         if current.smbios_uuid is None and left is None and current.state not in sandbox_states.CREATING:
-            # The creation was given up before its VM was bound, and only a bound VM gets a workspace: none has the volume.
+            # The creation was given up before its VM was bound, and only a bound VM gets a workspace: none has the
+            # volume.
             return released(ctx, claim, current) or found
         if current.smbios_uuid is None or (left is not None and left.kind in ("create", "destroy")):
             # The creation, or the destroy, brings it to an end with its own.
@@ -549,10 +566,12 @@ def finish(ctx: Context, found: Workspace) -> Workspace:
         if found.state == store.ATTACHING and naming(rows_of(ctx, str(located.node), current.vmid), found.volume):
             return attach(ctx, claim, current, located, found)
         if found.state == store.DETACHING and power.status(ctx, located).get("status") != "stopped":
-            # A destroy that was given up, perhaps, and somebody works with it again: no disk is pulled out of a machine that runs.
+            # A destroy that was given up, perhaps, and somebody works with it again: no disk is pulled out of a machine
+            # that runs.
             raise Kept(
                 "workspace",
-                f"{found.title}: it was being taken off sandbox {current.vmid}, which runs; detach it, or stop the sandbox",
+                f"{found.title}: it was being taken off sandbox {current.vmid}, which runs; detach it, or stop the "
+                "sandbox",
                 vmid=current.vmid,
             )
         return detach_volume(ctx, claim, current, located, found) if found.state != store.ATTACHED else found

@@ -1,11 +1,14 @@
 # Copyright: the agentlab.proxmox contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Workspaces: disks that outlive sandboxes. Created under an owner VMID that no VM ever has, attached to one sandbox at a time.
+"""Workspaces: disks that outlive sandboxes.
 
-Proxmox deletes with a VM what the VMID in a volume's name owns, and stops nobody from attaching a volume twice. So a workspace's volume is owned by
-a VMID of a range of its own, the database decides who has it, the VMs' configurations are read to see that nobody else has, and a VM is deleted
-only when its configuration, read directly before, names no workspace. Volumes are never moved (that would give them to the VM).
+Created under an owner VMID that no VM ever has, attached to one sandbox at a time.
+
+Proxmox deletes with a VM what the VMID in a volume's name owns, and stops nobody from attaching a volume twice. So a
+workspace's volume is owned by a VMID of a range of its own, the database decides who has it, the VMs' configurations
+are read to see that nobody else has, and a VM is deleted only when its configuration, read directly before, names no
+workspace. Volumes are never moved (that would give them to the VM).
 """
 
 from __future__ import annotations
@@ -107,8 +110,10 @@ def exists(ctx: Context, found: Workspace, node: str) -> dict[str, Any] | None:
 
 
 def missing(ctx: Context, found: Workspace, node: str) -> bool:
-    """Whether the volume is proven not to be there. Kept when the storage's list leaves it out for another reason, which it does with the status of a
-    success."""
+    """Whether the volume is proven not to be there.
+
+    Kept when the storage's list leaves it out for another reason, which it does with the status of a success.
+    """
     if exists(ctx, found, node) is not None:
         return False
     _require_sight(ctx, found, node)
@@ -117,7 +122,9 @@ def missing(ctx: Context, found: Workspace, node: str) -> bool:
 
 
 def _require_sight(ctx: Context, found: Workspace, node: str) -> None:
-    """Kept unless the volume would be listed if it were there: as PVE::Storage decides that (volume_list, check_volume_access)."""
+    """Kept unless the volume would be listed if it were there: as PVE::Storage decides that (volume_list,
+    check_volume_access).
+    """
     unseen = f"{found.title}: storage {found.storage!r} does not list its volume {found.volume}, but it would not if it were there"
     row = next(
         (row for row in ctx.client.get_list(f"nodes/{node}/storage") if row.get("storage") == found.storage), None
@@ -125,8 +132,8 @@ def _require_sight(ctx: Context, found: Workspace, node: str) -> None:
     if row is None or "images" not in str(row.get("content") or "").split(",") or str(row.get("active", 1)) != "1":
         raise Kept(
             "unknown",
-            f"{unseen}: on node {node} the storage is missing, not active, or has no content type 'images'. Mend that (pvesm status; pvesm "
-            "set), then run again",
+            f"{unseen}: on node {node} the storage is missing, not active, or has no content type 'images'. Mend that "
+            "(pvesm status; pvesm set), then run again",
         )
     storage, owner = f"/storage/{found.storage}", f"/vms/{found.owner_vmid}"
     if not ctx.cluster.holds(storage, "Datastore.Allocate") and not (
@@ -177,8 +184,8 @@ def attached_vms(ctx: Context, found: Workspace) -> list[int]:
             return vmid if naming(listed, found.volume) else None
         raise Kept(
             "unknown",
-            f"{found.title}: whether VM {vmid} has it attached cannot be read: it is not on the node that lists it (is it being "
-            "migrated?); run again",
+            f"{found.title}: whether VM {vmid} has it attached cannot be read: it is not on the node that lists it "
+            "(is it being migrated?); run again",
         )
 
     having = sorted(vmid for vmid in ctx.each(look, rows) if vmid is not None)
@@ -195,9 +202,9 @@ def require_full_sight(ctx: Context, found: Workspace) -> None:
     if not ctx.cluster.sees_everything():
         raise Kept(
             "unknown",
-            f"{found.title}: these credentials are not proven to see every VM of the cluster, so another VM may have its"
-            " volume attached. Grant VM.Audit on /vms (a role there replaces what / hands down, so it must hold VM.Audit"
-            " too) and Sys.Audit on /; agentlab_doctor names what is missing. Then run again",
+            f"{found.title}: these credentials are not proven to see every VM of the cluster, so another VM may have "
+            "its volume attached. Grant VM.Audit on /vms (a role there replaces what / hands down, so it must hold "
+            "VM.Audit too) and Sys.Audit on /; agentlab_doctor names what is missing. Then run again",
         )
 
 
@@ -207,7 +214,8 @@ def in_snapshots(ctx: Context, located: Located, found: Workspace) -> list[str]:
 
 
 def _snapshots(ctx: Context, located: Located) -> dict[str, dict[str, Any]]:
-    # Always asked for: the configuration names the snapshot that it stands on, and may stand on none although there are some.
+    # Always asked for: the configuration names the snapshot that it stands on, and may stand on none although there are
+    # some.
     names = [
         str(row.get("name")) for row in ctx.client.get_list(f"{located.path}/snapshot") if row.get("name") != "current"
     ]
@@ -219,8 +227,8 @@ def slot_of(ctx: Context, sandbox: Sandbox, located: Located, found: Workspace) 
     slot = _in_use(rows_of(ctx, str(located.node), sandbox.vmid), found.volume)
     if slot is None:
         raise WorkspaceRefused(
-            f"{found.title}: sandbox {sandbox.vmid} does not have it attached any more (was it taken off by hand?); detach it, then attach "
-            "it again",
+            f"{found.title}: sandbox {sandbox.vmid} does not have it attached any more (was it taken off by hand?); "
+            "detach it, then attach it again",
             vmid=sandbox.vmid,
         )
     return slot
@@ -230,7 +238,10 @@ def slot_of(ctx: Context, sandbox: Sandbox, located: Located, found: Workspace) 
 
 
 def assign(ctx: Context, claim: Claim, sandbox: Sandbox, found: Workspace, ttl: int | None = None) -> Workspace:
-    """Take the workspace for the sandbox, in the records: from here on nobody else gets it. The caller holds the sandbox's claim."""
+    """Take the workspace for the sandbox, in the records: from here on nobody else gets it.
+
+    The caller holds the sandbox's claim.
+    """
     if found.sandbox_uuid == sandbox.uuid and found.state in (store.ATTACHING, store.ATTACHED):
         return found
     if found.state != store.DETACHED:
@@ -260,14 +271,14 @@ def taken(ctx: Context, found: Workspace) -> WorkspaceRefused:
         if found.state in (store.ATTACHING, store.DETACHING):
             doing = "attached to" if found.state == store.ATTACHING else "taken off"
             return WorkspaceRefused(
-                f"{found.title} is just being {doing} sandbox {found.vmid} ({found.sandbox}). Wait for that to end; if it was cut off, run its "
-                "task again or agentlab_reconcile, which finishes it",
+                f"{found.title} is just being {doing} sandbox {found.vmid} ({found.sandbox}). Wait for that to end; "
+                "if it was cut off, run its task again or agentlab_reconcile, which finishes it",
                 vmid=found.vmid,
                 lease_expires_at=until,
             )
         return WorkspaceRefused(
-            f"{found.title} is {found.state} to sandbox {found.vmid} ({found.sandbox}), whose lease on it lasts until {until}; detach it "
-            "first. A workspace is attached to one sandbox at a time",
+            f"{found.title} is {found.state} to sandbox {found.vmid} ({found.sandbox}), whose lease on it lasts until "
+            f"{until}; detach it first. A workspace is attached to one sandbox at a time",
             vmid=found.vmid,
             lease_expires_at=until,
         )
@@ -275,7 +286,9 @@ def taken(ctx: Context, found: Workspace) -> WorkspaceRefused:
 
 
 def of_creation(ctx: Context, claim: Claim, sandbox: Sandbox, which: str | None) -> Workspace | None:
-    """The workspace of a sandbox that is being created, held from here on; also the one that an earlier, killed run took for it."""
+    """The workspace of a sandbox that is being created, held from here on; also the one that an earlier, killed run
+    took for it.
+    """
     found = records(ctx).of_sandbox(sandbox.uuid)
     if found is None and which is not None:
         found = assign(ctx, claim, sandbox, select(ctx, which))
@@ -293,8 +306,8 @@ def check_usable(ctx: Context, found: Workspace, node: str) -> None:
 def check_node(found: Workspace, node: str | None) -> None:
     if found.node is not None and node != found.node:
         raise WorkspaceRefused(
-            f"{found.title} is on node {found.node} (storage {found.storage!r} is local), and the sandbox is on {node}; create the sandbox "
-            f"with node={found.node}"
+            f"{found.title} is on node {found.node} (storage {found.storage!r} is local), and the sandbox is on "
+            f"{node}; create the sandbox with node={found.node}"
         )
 
 
@@ -306,14 +319,15 @@ def attach(ctx: Context, claim: Claim, sandbox: Sandbox, located: Located, found
     node = str(located.node)
     if exists(ctx, found, node) is None:
         raise WorkspaceRefused(
-            f"{found.title}: its volume {found.volume} is not to be seen on node {node}; it was removed, moved or renamed (move_disk?), or "
-            f"Datastore.Allocate (with Datastore.AllocateSpace and Datastore.Audit) is missing on /storage/{found.storage}"
+            f"{found.title}: its volume {found.volume} is not to be seen on node {node}; it was removed, moved or "
+            "renamed (move_disk?), or Datastore.Allocate (with Datastore.AllocateSpace and Datastore.Audit) is "
+            f"missing on /storage/{found.storage}"
         )
     others = [vmid for vmid in attached_vms(ctx, found) if vmid != sandbox.vmid]
     if others:
         raise WorkspaceRefused(
-            f"{found.title}: VM {others[0]} has its volume {found.volume} attached, though by no record of ours; it was not attached a "
-            "second time. Take it off there first",
+            f"{found.title}: VM {others[0]} has its volume {found.volume} attached, though by no record of ours; it "
+            "was not attached a second time. Take it off there first",
             vmid=others[0],
         )
     listed = rows_of(ctx, node, sandbox.vmid)
@@ -342,19 +356,19 @@ def attach(ctx: Context, claim: Claim, sandbox: Sandbox, located: Located, found
     if used is None:
         if slot.startswith("unused"):
             raise WorkspaceRefused(
-                f"{found.title}: VM {sandbox.vmid} has it put aside as {slot}; take it off there (qm set {sandbox.vmid} --delete {slot}; "
-                "Proxmox VE removes only what the VM's own VMID owns), then attach it",
+                f"{found.title}: VM {sandbox.vmid} has it put aside as {slot}; take it off there (qm set "
+                f"{sandbox.vmid} --delete {slot}; Proxmox VE removes only what the VM's own VMID owns), then attach it",
                 vmid=sandbox.vmid,
             )
-        # Noted for the next start only, by this run or one before: a disk that is half there is none. Whose VM it is now is looked at before that
-        # is written, too.
+        # Noted for the next start only, by this run or one before: a disk that is half there is none. Whose VM it is
+        # now is looked at before that is written, too.
         located = require_match(ctx, sandbox)
         write_with_digest(
             ctx, sandbox, located, lambda now: ctx.client.put(f"{now.path}/config", revert=slot, digest=now.digest)
         )
         raise WorkspaceRefused(
-            f"{found.title}: the running VM {sandbox.vmid} did not take the disk (is hotplug for disks on?); stop the sandbox, then "
-            "attach it"
+            f"{found.title}: the running VM {sandbox.vmid} did not take the disk (is hotplug for disks on?); stop the "
+            "sandbox, then attach it"
         )
     slot = used
     done = records(ctx).change(
@@ -385,8 +399,8 @@ def refuse_snapshots(ctx: Context, sandbox: Sandbox, located: Located, found: Wo
     if names:
         raise Kept(
             "workspace_in_snapshot",
-            f"{found.title}: snapshot {names[0]!r} of VM {sandbox.vmid} contains it (rolling back would roll it back too); "
-            f"delete the snapshot first (qm delsnapshot {sandbox.vmid} {names[0]})",
+            f"{found.title}: snapshot {names[0]!r} of VM {sandbox.vmid} contains it (rolling back would roll it back "
+            f"too); delete the snapshot first (qm delsnapshot {sandbox.vmid} {names[0]})",
             vmid=sandbox.vmid,
         )
 
@@ -394,9 +408,11 @@ def refuse_snapshots(ctx: Context, sandbox: Sandbox, located: Located, found: Wo
 def detach_volume(
     ctx: Context, claim: Claim, sandbox: Sandbox, located: Located, found: Workspace, *, sure: bool = False
 ) -> Workspace:
-    """Take the volume off a VM that was judged to be ours, proven by reading the configuration back, and that the volume is still what it was.
+    """Take the volume off a VM that was judged to be ours, proven by reading the configuration back, and that the
+    volume is still what it was.
 
-    ``sure``: no attachment of a killed run can come after this (the caller writes the configuration next, guarded by its digest).
+    ``sure``: no attachment of a killed run can come after this (the caller writes the configuration next, guarded by
+    its digest).
     """
     refuse_snapshots(ctx, sandbox, located, found)
     node = str(located.node)
@@ -405,8 +421,8 @@ def detach_volume(
     if not listed and not sure and found.state == store.ATTACHING and 0 <= age < ctx.config.doubt_window:
         raise Kept(
             "unknown",
-            f"{found.title}: its attachment to sandbox {sandbox.vmid} was begun {age} s ago and may still be carried out; run again in "
-            f"{ctx.config.doubt_window - age} s (doubt_window)",
+            f"{found.title}: its attachment to sandbox {sandbox.vmid} was begun {age} s ago and may still be carried "
+            f"out; run again in {ctx.config.doubt_window - age} s (doubt_window)",
         )
     if found.state != store.DETACHING:
         found = records(ctx).change(
@@ -422,8 +438,9 @@ def detach_volume(
         if found.owner_vmid == sandbox.vmid:
             raise Kept(
                 "workspace",
-                f"{found.title}: its volume {found.volume} is owned by the VMID of sandbox {sandbox.vmid} itself, so Proxmox VE may delete "
-                "it when it is taken off; it was left where it is. Move its data to another workspace",
+                f"{found.title}: its volume {found.volume} is owned by the VMID of sandbox {sandbox.vmid} itself, so "
+                "Proxmox VE may delete it when it is taken off; it was left where it is. Move its data to another "
+                "workspace",
                 vmid=sandbox.vmid,
             )
 
@@ -491,8 +508,8 @@ def _undo_unplug(ctx: Context, claim: Claim, sandbox: Sandbox, found: Workspace,
         )
     raise Kept(
         "workspace",
-        f"{found.title}: VM {sandbox.vmid} still has it after it was taken off; the running guest does not let it go. Stop the "
-        "sandbox, then detach it",
+        f"{found.title}: VM {sandbox.vmid} still has it after it was taken off; the running guest does not let it go. "
+        "Stop the sandbox, then detach it",
         vmid=sandbox.vmid,
     )
 
@@ -503,8 +520,9 @@ def _refuse_lost(ctx: Context, sandbox: Sandbox, found: Workspace, node: str) ->
         vmid = sandbox.vmid
         raise Kept(
             "workspace",
-            f"{found.title}: the storage does not have its volume {found.volume} any more: it may have been given to a VM (move_disk), so "
-            f"VM {vmid} is left alone. Look at its disks; if none is the workspace, remove the VM by hand (qm destroy {vmid}), then destroy the sandbox",
+            f"{found.title}: the storage does not have its volume {found.volume} any more: it may have been given to "
+            f"a VM (move_disk), so VM {vmid} is left alone. Look at its disks; if none is the workspace, remove the "
+            f"VM by hand (qm destroy {vmid}), then destroy the sandbox",
             vmid=vmid,
         )
 
@@ -516,8 +534,8 @@ def _await_off(ctx: Context, node: str, sandbox: Sandbox, found: Workspace) -> N
         if ctx.clock.monotonic() > deadline:
             raise Kept(
                 "workspace",
-                f"{found.title}: VM {sandbox.vmid} still has it after it was taken off; the running guest does not let it go. Stop the "
-                "sandbox, then detach it",
+                f"{found.title}: VM {sandbox.vmid} still has it after it was taken off; the running guest does not "
+                "let it go. Stop the sandbox, then detach it",
                 vmid=sandbox.vmid,
             )
         ctx.clock.sleep(0.5)
@@ -527,7 +545,8 @@ def _await_off(ctx: Context, node: str, sandbox: Sandbox, found: Workspace) -> N
 
 
 def refuse_listed(ctx: Context, sandbox: Sandbox, located: Located) -> bool:
-    """Kept when the deletion of the VM, as its configuration is now, could take a workspace along (or might, because one is missing).
+    """Kept when the deletion of the VM, as its configuration is now, could take a workspace along (or might, because
+    one is missing).
 
     Returns whether Proxmox was asked anything.
     """
@@ -553,8 +572,8 @@ def refuse_listed(ctx: Context, sandbox: Sandbox, located: Located) -> bool:
                 )
                 raise Kept(
                     "workspace",
-                    f"sandbox {sandbox.vmid}: {place} names {volume} as {key}, which is (or was) {what}; the VM was not deleted. Take the "
-                    f"disk off it first ({advice})",
+                    f"sandbox {sandbox.vmid}: {place} names {volume} as {key}, which is (or was) {what}; the VM was "
+                    f"not deleted. Take the disk off it first ({advice})",
                     volume=volume,
                     vmid=sandbox.vmid,
                 )
@@ -563,7 +582,9 @@ def refuse_listed(ctx: Context, sandbox: Sandbox, located: Located) -> bool:
 
 
 def refuse_planned(ctx: Context, sandbox: Sandbox, located: Located) -> bool:
-    """As the destroy would do it in the end: its own workspace would be taken off first. Asked before anything is stopped or taken off, too.
+    """As the destroy would do it in the end: its own workspace would be taken off first.
+
+    Asked before anything is stopped or taken off, too.
 
     False when the records alone said it: there are no workspaces.
     """
@@ -578,7 +599,9 @@ def refuse_planned(ctx: Context, sandbox: Sandbox, located: Located) -> bool:
 
 
 def _refuse_if_missing(ctx: Context, sandbox: Sandbox, config: dict[str, Any], held: list[Workspace]) -> None:
-    """A volume that a VM was given (move_disk) bears that VM's name: if a workspace is missing, a VM with a further disk of its own is left alone."""
+    """A volume that a VM was given (move_disk) bears that VM's name: if a workspace is missing, a VM with a further
+    disk of its own is left alone.
+    """
     own = [
         volume
         for key, volume in volumes_in(config).items()
@@ -595,13 +618,17 @@ def _refuse_if_missing(ctx: Context, sandbox: Sandbox, config: dict[str, Any], h
             raise Kept(
                 "workspace",
                 f"sandbox {sandbox.vmid}: its VM has {len(own)} disks of its own, and the volume of {found.title} "
-                f"({found.volume}) is missing from its storage; one of those disks may be it (move_disk), so the VM was not deleted",
+                f"({found.volume}) is missing from its storage; one of those disks may be it (move_disk), so the VM "
+                "was not deleted",
                 vmid=sandbox.vmid,
             )
 
 
 def released(ctx: Context, claim: Claim | None, sandbox: Sandbox) -> Workspace | None:
-    """The VM is proven to be gone: what it had is free. The next attachment looks whether anybody else has the volume."""
+    """The VM is proven to be gone: what it had is free.
+
+    The next attachment looks whether anybody else has the volume.
+    """
     found = records(ctx).of_sandbox(sandbox.uuid)
     if found is None:
         return None

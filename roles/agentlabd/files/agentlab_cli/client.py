@@ -65,7 +65,10 @@ class Client:
         return self.request("POST", _target(parts), body, WORK_TIMEOUT)
 
     def request(self, method: str, target: str, body: dict[str, Any] | None, timeout: int) -> Answer:
-        """The daemon's answer, whatever its status. Raises Unreachable (with what to do) when there is none, or none that makes sense."""
+        """The daemon's answer, whatever its status.
+
+        Raises Unreachable (with what to do) when there is none, or none that makes sense.
+        """
         return self._judge(method, target, self._exchange(method, target, body, timeout))
 
     def send_file(self, parts: Iterable[bytes], length: int | None, *path: object, **query: object) -> Answer:
@@ -141,11 +144,13 @@ class Client:
                 raise _too_slow(limit) from error
             if isinstance(error, http.client.BadStatusLine) and not isinstance(error, http.client.RemoteDisconnected):
                 raise Unreachable(
-                    f"what listens on {self.path} does not speak HTTP: it is not agentlabd. Check --socket and AGENTLAB_SOCKET"
+                    f"what listens on {self.path} does not speak HTTP: it is not agentlabd. Check --socket and "
+                    "AGENTLAB_SOCKET"
                 ) from error
             raise Unreachable(
-                f"the daemon ended the connection before it answered ({error or type(error).__name__}); it was probably stopped. "
-                "What it had begun it finishes when it runs again. See 'systemctl status agentlabd' and 'agentlab sandbox list'"
+                f"the daemon ended the connection before it answered ({error or type(error).__name__}); it was "
+                "probably stopped. What it had begun it finishes when it runs again. See 'systemctl status agentlabd' "
+                "and 'agentlab sandbox list'"
             ) from error
         finally:
             if watch:
@@ -166,7 +171,9 @@ class Client:
         return sock
 
     def _judge(self, method: str, target: str, answer: Answer) -> Answer:
-        """The answer if it is one of agentlabd; a release that does not know the request, or something else, is named as that."""
+        """The answer if it is one of agentlabd; a release that does not know the request, or something else, is
+        named as that.
+        """
         told = isinstance(answer.data, dict) and (answer.ok or isinstance(answer.data.get("error"), str))
         if told and answer.data.get("code") == "stopping":
             # As good as not running; who waits for a restart waits on.
@@ -177,8 +184,9 @@ class Client:
             theirs = self._version()
             if theirs is not None and theirs != __version__:
                 raise Unreachable(
-                    f"the daemon (version {theirs}) does not know {method} {target.partition('?')[0]}, which this command line "
-                    f"(version {__version__}) asks for. Upgrade the older of the two; after an upgrade 'systemctl restart agentlabd'"
+                    f"the daemon (version {theirs}) does not know {method} {target.partition('?')[0]}, which this "
+                    f"command line (version {__version__}) asks for. Upgrade the older of the two; after an upgrade "
+                    "'systemctl restart agentlabd'"
                 )
             raise Unreachable(
                 f"the daemon does not know {method} {target.partition('?')[0]}. "
@@ -186,8 +194,8 @@ class Client:
             )
         raise Unreachable(
             f"the answer of {self.path} to {method} {target.partition('?')[0]} makes no sense (status {answer.status}, "
-            f"{answer.body[:60]!r}): it is not agentlabd, or of a very different version. Check --socket and AGENTLAB_SOCKET, "
-            "and 'journalctl -u agentlabd'"
+            f"{answer.body[:60]!r}): it is not agentlabd, or of a very different version. Check --socket and "
+            "AGENTLAB_SOCKET, and 'journalctl -u agentlabd'"
         )
 
     def _version(self) -> str | None:

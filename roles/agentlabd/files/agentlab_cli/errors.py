@@ -2,9 +2,11 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""What ends a command early, as types: each knows its exit status, and prints itself as ``Error: ...`` on standard error.
+"""What ends a command early, as types: each knows its exit status, and prints itself as ``Error: ...`` on standard
+error.
 
-Exit statuses: 0 done; 1 refused or failed; 2 wrong usage; 3 no usable answer from the daemon; 4 some items done, others not; 130 interrupted.
+Exit statuses: 0 done; 1 refused or failed; 2 wrong usage; 3 no usable answer from the daemon; 4 some items done, others
+not; 130 interrupted.
 """
 
 from __future__ import annotations

@@ -2,7 +2,9 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""What all commands share: global options that work anywhere on the line, help with examples, VMIDs that complete themselves."""
+"""What all commands share: global options that work anywhere on the line, help with examples, VMIDs that complete
+themselves.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,10 @@ class Settings:
         return Client(self.socket or os.environ.get("AGENTLAB_SOCKET") or DEFAULT_SOCKET, self.timeout)
 
     def tell(self, answer: Answer, text: Callable[[Any], str]) -> None:
-        """Show an answer: the very bytes of the API for programs, ``text`` of it for people. A refusal ends the command."""
+        """Show an answer: the very bytes of the API for programs, ``text`` of it for people.
+
+        A refusal ends the command.
+        """
         if self.json:
             Settings.answered = True
             # Escapes keep what a guest says from steering the terminal; a program gets the very bytes.
@@ -94,8 +99,8 @@ def _odd(answer: Answer, error: Exception) -> Problem:
     from .errors import Unreachable
 
     return Unreachable(
-        f"the daemon's answer lacks what this command line expects ({type(error).__name__}: {error}); they are of different versions. "
-        "Upgrade both, 'systemctl restart agentlabd', or use --json"
+        f"the daemon's answer lacks what this command line expects ({type(error).__name__}: {error}); they are of "
+        "different versions. Upgrade both, 'systemctl restart agentlabd', or use --json"
     )
 
 
@@ -105,7 +110,9 @@ def failures(items: list[dict[str, Any]] | None) -> list[tuple[object, str]]:
 
 
 def finish(done: int, failed: list[tuple[object, str]]) -> None:
-    """End a command on several items: each failure as one line, exit status 1 when none was done and 4 when only some were."""
+    """End a command on several items: each failure as one line, exit status 1 when none was done and 4 when only
+    some were.
+    """
     for what, why in failed:
         said = re.search(rf"\b(sandbox|VM|VMID) {re.escape(str(what))}\b", why) is not None
         click.echo(f"Error: {'' if said else f'sandbox {what}: '}{one_line(why)}", err=True)
@@ -126,8 +133,8 @@ class Duration(_FloatType):
             return 0 if value.strip() in ("0", "0s") else seconds(value.strip())
         except ValueError:
             self.fail(
-                f"{value!r} is not a time to wait. Valid: seconds as a number (30), or a duration such as 90s, 30m, 2h, 1500ms; "
-                "0 for no limit",
+                f"{value!r} is not a time to wait. Valid: seconds as a number (30), or a duration such as 90s, 30m, "
+                "2h, 1500ms; 0 for no limit",
                 param,
                 ctx,
             )
@@ -360,7 +367,10 @@ class Group(_Page, click.Group):
         meant: Mapping[str, str] | None = None,
         **options: Any,
     ) -> None:
-        """``words``: other names of commands, which work and are not listed. ``meant``: for words that are no command, the line to type instead."""
+        """``words``: other names of commands, which work and are not listed.
+
+        ``meant``: for words that are no command, the line to type instead.
+        """
         super().__init__(*args, **{"subcommand_metavar": "<command>", **options})
         self.examples, self.notes = examples, notes
         self.words, self.meant = words or {}, meant or {}

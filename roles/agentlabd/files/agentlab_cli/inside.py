@@ -42,7 +42,8 @@ class RunId(click.ParamType):  # type: ignore[type-arg,unused-ignore]
         found = _RUN.fullmatch(str(value))
         if found is None:
             self.fail(
-                f"{str(value)[:80]!r} is no id of a command. Valid: <vmid>/<id>, as 'exec --detach' and 'exec list' print it",
+                f"{str(value)[:80]!r} is no id of a command. Valid: <vmid>/<id>, as 'exec --detach' and 'exec list' "
+                "print it",
                 param,
                 ctx,
             )
@@ -254,7 +255,9 @@ def _status(data: dict[str, Any]) -> int:
 
 
 class _Output:
-    """Standard output and standard error of a command: as they are in a pipe, without control characters on a terminal."""
+    """Standard output and standard error of a command: as they are in a pipe, without control characters on a
+    terminal.
+    """
 
     def __init__(self, raw: bool) -> None:
         self._streams = {"stdout": sys.stdout, "stderr": sys.stderr}
@@ -302,7 +305,8 @@ def _show_all(to: Settings, data: dict[str, Any], output: _Output, follow: bool)
         )
         if not answer.ok:
             raise Problem(
-                f"{one_line(answer.data['error'])}\nThe command may go on: agentlab sandbox exec status {run_id[0]}/{run_id[1]}"
+                f"{one_line(answer.data['error'])}\nThe command may go on: agentlab sandbox exec status "
+                f"{run_id[0]}/{run_id[1]}"
             )
         data = answer.data
 
@@ -355,7 +359,8 @@ def _standard_input() -> str:
     data = sys.stdin.buffer.read(_LARGEST_INPUT + 1)
     if len(data) > _LARGEST_INPUT:
         raise Usage(
-            f"Error: --stdin: more than {_LARGEST_INPUT} bytes. Copy them into the sandbox first: agentlab sandbox cp - <vmid>:<path>"
+            f"Error: --stdin: more than {_LARGEST_INPUT} bytes. Copy them into the sandbox first: agentlab sandbox cp "
+            "- <vmid>:<path>"
         )
     return base64.b64encode(data).decode()
 

@@ -22,7 +22,10 @@ _EVERY = 1.0
 
 
 class Progress:
-    """Shows ``look()`` and the time passed until the block is left. Its own requests to the daemon run beside the one waited for."""
+    """Shows ``look()`` and the time passed until the block is left.
+
+    Its own requests to the daemon run beside the one waited for.
+    """
 
     def __init__(self, look: Callable[[], str], *, wanted: bool = True) -> None:
         self._look = look
@@ -41,7 +44,8 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # Under the lock, so that nothing is drawn after the line is cleared: a look that hangs does not hold up the answer.
+        # Under the lock, so that nothing is drawn after the line is cleared: a look that hangs does not hold up the
+        # answer.
         with self._drawing:
             self._end.set()
             if self._shown:

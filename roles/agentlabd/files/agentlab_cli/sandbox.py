@@ -185,7 +185,8 @@ def _name_of(client: Client, workspace: str) -> str | None:
 def events(to: Settings, vmid: int, follow: bool, tail: int | None) -> None:
     """Show what happened to a sandbox.
 
-    When, what, from which state to which, with what outcome, by whom, and why. With --json and --follow: one answer a line.
+    When, what, from which state to which, with what outcome, by whom, and why. With --json and --follow: one answer a
+    line.
     """
     try:
         _show_events(to, vmid, follow, tail)
@@ -234,7 +235,8 @@ def _told(data: dict[str, Any]) -> str:
         change = f"{before} -> {after}" if before and after and before != after else cell(after or before)
         why = f"  {cell(one['reason'])}" if one["reason"] else ""
         lines.append(
-            f"{cell(one['at'])}  {cell(one['operation']):<13}  {change:<28}  {cell(one['outcome']):<11}  {cell(one['actor'])}{why}"
+            f"{cell(one['at'])}  {cell(one['operation']):<13}  {change:<28}  {cell(one['outcome']):<11}  "
+            f"{cell(one['actor'])}{why}"
         )
     return "\n".join(lines) or "no events"
 
@@ -388,8 +390,8 @@ def _created(data: dict[str, Any]) -> str:
         data.get("outcome", "created"), "was there already"
     )
     return (
-        f"sandbox {cell(data['vmid'])} {what} (name={cell(data['name'])}, state={cell(data['state'])}, ip={cell(data['ip'])}, "
-        f"lease until {cell(data['lease_expires_at'])})"
+        f"sandbox {cell(data['vmid'])} {what} (name={cell(data['name'])}, state={cell(data['state'])}, "
+        f"ip={cell(data['ip'])}, lease until {cell(data['lease_expires_at'])})"
     )
 
 
@@ -408,7 +410,8 @@ def _read(option: str, file: Any, longest: int) -> str:
         raise Problem(f"{option}: {file.name} cannot be read as text: {error}. Give a text file in UTF-8") from error
     if len(text) > longest:
         raise click.UsageError(
-            f"{option}: {file.name} is larger than {longest // 1024} KiB. Give a smaller file; let it fetch what is large"
+            f"{option}: {file.name} is larger than {longest // 1024} KiB. Give a smaller file; let it fetch what is "
+            "large"
         )
     return text
 
@@ -434,7 +437,10 @@ def _put_ttl(body: dict[str, Any], ttl: str | None) -> None:
 
 
 def _whole_seconds(ttl: str) -> str:
-    """Return a duration with a fraction (1.5h, or 1.5 as minutes) in seconds; the daemon takes whole numbers. Anything else as it is."""
+    """Return a duration with a fraction (1.5h, or 1.5 as minutes) in seconds; the daemon takes whole numbers.
+
+    Anything else as it is.
+    """
     if "." not in ttl:
         return ttl
     try:
@@ -619,7 +625,8 @@ def _destroyed(data: dict[str, Any]) -> str:
 # What became of the VM, where it was not deleted just now.
 _FATES = {
     "vm_absent": "Note: sandbox {vmid}: its VM was already gone",
-    "vmid_reused": "Note: sandbox {vmid}: its VM was already gone; VMID {vmid} is somebody else's VM now, and was left alone",
+    "vmid_reused": "Note: sandbox {vmid}: its VM was already gone; VMID {vmid} is somebody else's VM now, and was "
+    "left alone",
     "never_created": "Note: sandbox {vmid}: its VM was never made",
 }
 
@@ -686,7 +693,8 @@ def renew(
     to.tell(
         answer,
         lambda data: (
-            f"sandbox {cell(data['vmid'])} lease {'lasts' if same else 'renewed'} until {cell(data['lease_expires_at'])}"
+            f"sandbox {cell(data['vmid'])} lease {'lasts' if same else 'renewed'} until "
+            f"{cell(data['lease_expires_at'])}"
         ),
     )
     if same:
@@ -776,7 +784,9 @@ def _would_prune(data: dict[str, Any]) -> str:
 
 
 def plan(items: dict[str, list[dict[str, Any]]]) -> str:
-    """What would be done with each sandbox, and why, as a table below the line that says how many; nothing when there is none."""
+    """What would be done with each sandbox, and why, as a table below the line that says how many; nothing when
+    there is none.
+    """
     rows = [
         (action, one["vmid"], one["name"], one["previous_state"], _reason(one))
         for action, found in items.items()

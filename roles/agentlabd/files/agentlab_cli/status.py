@@ -48,9 +48,9 @@ def _status(data: dict[str, Any]) -> str:
     if cleanup["frozen"]:
         frozen = cleanup["frozen"]
         text += (
-            f"\n\nThe scheduled cleanup is FROZEN since {cell(frozen['at'])} by {cell(frozen['actor'])}: {cell(frozen['reason'])}\n"
-            "  agentlab cleanup run --dry-run    # what would go; where a guard would stop it again, raise the guard first\n"
-            "  agentlab cleanup release          # go on"
+            f"\n\nThe scheduled cleanup is FROZEN since {cell(frozen['at'])} by {cell(frozen['actor'])}: "
+            f"{cell(frozen['reason'])}\n  agentlab cleanup run --dry-run    # what would go; where a guard would stop "
+            "it again, raise the guard first\n  agentlab cleanup release          # go on"
         )
     for one in data.get("conditions") or []:
         text += (

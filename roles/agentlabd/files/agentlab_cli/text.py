@@ -43,7 +43,9 @@ def cell(value: object) -> str:
 
 
 def seconds(text: str) -> float:
-    """Return the seconds of ``30`` (seconds), ``1500ms``, ``90s``, ``1.5h``, ``1h30m``; ValueError for anything else, and for nothing."""
+    """Return the seconds of ``30`` (seconds), ``1500ms``, ``90s``, ``1.5h``, ``1h30m``; ValueError for anything
+    else, and for nothing.
+    """
     if re.fullmatch(_NUMBER, text, re.ASCII):
         total = float(text)
     else:

@@ -27,7 +27,10 @@ _SAID_TWICE = ("size_gb", "volid", "attached_vmid")
 
 
 def _plain_size(text: str) -> str:
-    """Return a size as the daemon takes it: 10, 10g, 10GB and 10GiB are 10G. Anything else as it is, for the daemon to judge."""
+    """Return a size as the daemon takes it: 10, 10g, 10GB and 10GiB are 10G.
+
+    Anything else as it is, for the daemon to judge.
+    """
     found = re.fullmatch(r"([0-9]+)([kmgt]?)(?:i?b)?", text.strip(), re.IGNORECASE | re.ASCII)
     return f"{found[1]}{found[2].upper() or 'G'}" if found else text
 

@@ -10,6 +10,6 @@ __version__ = "1.0.0"
 
 # After it, systemd starts the daemon again; the last of some tries stands at the end of the journal.
 LAST_WORD = (
-    "agentlabd ends; the lines before say why. systemd tries again some times. When none of them holds, no lease ends and nothing is cleaned up: "
-    "mend the cause, then run systemctl reset-failed agentlabd and systemctl start agentlabd"
+    "agentlabd ends; the lines before say why. systemd tries again some times. When none of them holds, no lease ends "
+    "and nothing is cleaned up: mend the cause, then run systemctl reset-failed agentlabd and systemctl start agentlabd"
 )

@@ -2,10 +2,12 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Bounds on clients: how many connections, how long each may take, how many bytes they may have on the way. docs/bounds.md lists them.
+"""Bounds on clients: how many connections, how long each may take, how many bytes they may have on the way.
 
-A gate stands between asyncio and aiohttp's protocol of each connection. aiohttp bounds none of this before a request's head is complete, and
-what it can bound differs between the releases that Debian 12 and 13 have.
+docs/bounds.md lists them.
+
+A gate stands between asyncio and aiohttp's protocol of each connection. aiohttp bounds none of this before a request's
+head is complete, and what it can bound differs between the releases that Debian 12 and 13 have.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ IDLE_SECONDS = 60.0
 HEAD_BYTES = 128 * 1024
 # Bytes of one body.
 BODY_BYTES = 1024 * 1024
-# Bytes of all bodies that are on their way or being worked on; the first SMALL_BODY bytes of each are not counted, so a small one always passes.
+# Bytes of all bodies that are on their way or being worked on; the first SMALL_BODY bytes of each are not counted, so a
+# small one always passes.
 BODIES_BYTES = 8 * 1024 * 1024
 SMALL_BODY = 16 * 1024
 # aiohttp stops reading a body when this much (twice) waits to be taken.
@@ -63,7 +66,9 @@ def raise_descriptors() -> int:
 
 
 def shares(descriptors: int, proxmox: int) -> dict[str, int]:
-    """How many connections each listener may have, so that descriptors are left for ``proxmox`` connections to Proxmox VE (twice: requests, stops)."""
+    """How many connections each listener may have, so that descriptors are left for ``proxmox`` connections to
+    Proxmox VE (twice: requests, stops).
+    """
     reserved = _OWN_DESCRIPTORS + 2 * proxmox + len(CONNECTIONS) * (ACCEPTED_AT_ONCE + _TOLD)
     room, wanted = descriptors - reserved, sum(CONNECTIONS.values())
     return {name: max(4, count if room >= wanted else count * room // wanted) for name, count in CONNECTIONS.items()}
@@ -103,7 +108,9 @@ class Listener:
         return Gate(self)
 
     def make_room(self) -> bool:
-        """Whether one more connection may be served; with all places taken, the one that has been idle longest loses its own."""
+        """Whether one more connection may be served; with all places taken, the one that has been idle longest loses
+        its own.
+        """
         if len(self.gates) < self.most:
             return True
         idle = [one for one in self.gates.values() if one.replaceable]
@@ -185,7 +192,9 @@ class Gate(asyncio.Protocol):
         self._inner.data_received(data)
 
     def _ends_head(self, data: bytes) -> bool:
-        """Count the bytes of a head; whether these are its last (an empty line ends it, also one without a carriage return)."""
+        """Count the bytes of a head; whether these are its last (an empty line ends it, also one without a carriage
+        return).
+        """
         known = len(self._tail)
         window = self._tail + data
         ends = [at + len(mark) for mark in (b"\r\n\r\n", b"\n\n") if (at := window.find(mark)) >= 0]
@@ -244,7 +253,10 @@ class Gate(asyncio.Protocol):
         self.expect(_WORK, None)
 
     def answered(self, complete: bool) -> None:
-        """The answer is handed over. ``complete``: so was the request; aiohttp reads the rest of one that was not, for some seconds, and ends."""
+        """The answer is handed over.
+
+        ``complete``: so was the request; aiohttp reads the rest of one that was not, for some seconds, and ends.
+        """
         if self._state == _REFUSED:
             return
         if not complete:
@@ -282,8 +294,8 @@ class Gate(asyncio.Protocol):
         body = json.dumps({"error": message, "code": code}).encode() + b"\n"
         self._transport.write(
             (
-                f"HTTP/1.1 {status} {_REASONS[status]}\r\nContent-Type: application/json; charset=utf-8\r\nConnection: close\r\n"
-                f"Retry-After: 10\r\nContent-Length: {len(body)}\r\n\r\n"
+                f"HTTP/1.1 {status} {_REASONS[status]}\r\nContent-Type: application/json; "
+                f"charset=utf-8\r\nConnection: close\r\nRetry-After: 10\r\nContent-Length: {len(body)}\r\n\r\n"
             ).encode()
             + body
         )

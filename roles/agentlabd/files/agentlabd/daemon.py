@@ -129,7 +129,9 @@ class Daemon:
         self.manager.ready(f"serving {self.service.config.socket}")
 
     async def _stop(self) -> bool:
-        """Begin nothing new, let what is under way end; after stop_timeout it is abandoned: the journal tells the next start."""
+        """Begin nothing new, let what is under way end; after stop_timeout it is abandoned: the journal tells the
+        next start.
+        """
         self.scheduler.stop()
         self.service.begin_no_more()
         self.manager.stopping("finishing what is under way")
@@ -163,8 +165,8 @@ class Daemon:
 def handle_signals(actions: Mapping[signal.Signals, Callable[[], object]]) -> None:
     """Run an action in the running event loop for each signal. Call this in the main thread.
 
-    ``loop.add_signal_handler`` is not used: it passes signals on as bytes in a pipe, and while the pipe is full (a storm
-    of SIGHUP) the byte of a SIGTERM is dropped.
+    ``loop.add_signal_handler`` is not used: it passes signals on as bytes in a pipe, and while the pipe is full (a
+    storm of SIGHUP) the byte of a SIGTERM is dropped.
     """
     loop = asyncio.get_running_loop()
 

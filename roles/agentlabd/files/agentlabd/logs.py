@@ -2,7 +2,10 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Logging to standard error: with priorities for the journal, with a time for anything else. One message is one line."""
+"""Logging to standard error: with priorities for the journal, with a time for anything else.
+
+One message is one line.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,8 @@ log = logging.getLogger("agentlabd")
 _PRIORITY = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3, logging.CRITICAL: 2}
 # Lines of one kind that clients or libraries can cause: one in so many seconds; the next one says how many there were.
 SELDOM_SECONDS = 60.0
-# Lines of requests that changed nothing, for each who asks, in so many seconds. What changes something is always logged.
+# Lines of requests that changed nothing, for each who asks, in so many seconds. What changes something is always
+# logged.
 IDLE_LINES = 60
 # Kinds that are remembered; names of loggers and of places in the code, so there are few.
 _KINDS = 1000
@@ -39,7 +43,9 @@ class _Plain(logging.Formatter):
 
 
 def _lines(text: str, record: logging.LogRecord) -> list[str]:
-    """The lines of a message, of which only a traceback has several: a name with a line feed must not look like a line of ours."""
+    """The lines of a message, of which only a traceback has several: a name with a line feed must not look like a
+    line of ours.
+    """
     lines = text.split("\n") if record.exc_info else [text.replace("\r", " ").replace("\n", " ")]
     return [escape_controls(line, "\t") for line in lines]
 

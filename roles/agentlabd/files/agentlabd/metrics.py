@@ -191,7 +191,10 @@ class Metrics:
                     self.orphans.labels(_ORPHANS[one.reason]).inc()
 
     def prune_stopped(self, error: AgentlabError, *, by_rules: bool = False) -> None:
-        """Count a run that did nothing, or broke off. ``by_rules``: of the cleanup rules; a limit that somebody gives for one prune is no alarm."""
+        """Count a run that did nothing, or broke off.
+
+        ``by_rules``: of the cleanup rules; a limit that somebody gives for one prune is no alarm.
+        """
         if isinstance(error, GuardTripped):
             if by_rules:
                 self.guard_trips.inc()

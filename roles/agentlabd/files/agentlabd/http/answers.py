@@ -2,7 +2,9 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Outcomes and errors of the core as HTTP answers: the status, and a body that says what a person and a program need."""
+"""Outcomes and errors of the core as HTTP answers: the status, and a body that says what a person and a program
+need.
+"""
 
 from __future__ import annotations
 

@@ -118,12 +118,14 @@ def _check_limits(ctx: Context, body: Mapping[str, Any]) -> None:
     vmid, template, pool = body.get("vmid"), body.get("template"), body.get("pool")
     if config.api_vmid_range_only and vmid is not None and not low <= vmid <= high:
         raise InvalidInput(
-            f"vmid: {vmid} is outside the range that clients may use (api_vmid_range_only). Valid: {low} to {high}, or leave it out",
+            f"vmid: {vmid} is outside the range that clients may use (api_vmid_range_only). Valid: {low} to {high}, "
+            "or leave it out",
             option="vmid",
         )
     if config.api_pools is not None and pool is not None and pool not in config.api_pools:
         raise InvalidInput(
-            f"pool: {patterns.quoted(pool)} is not for clients (api_pools). Valid: {', '.join(config.api_pools) or 'none, leave it out'}",
+            f"pool: {patterns.quoted(pool)} is not for clients (api_pools). Valid: "
+            f"{', '.join(config.api_pools) or 'none, leave it out'}",
             option="pool",
         )
     if config.api_templates is not None and template is not None and template not in config.api_templates:

@@ -15,7 +15,8 @@ from typing import Any
 from agentlab_core import patterns
 from agentlab_core.errors import InvalidInput
 
-# A duration as the core reads it: minutes as a number, or d, h, m, s in that order; what is longer than this allows is refused, or nearly.
+# A duration as the core reads it: minutes as a number, or d, h, m, s in that order; what is longer than this allows is
+# refused, or nearly.
 _DURATION = r"^(\d{1,5}|(?=\d)(\d{1,3}d)?(\d{1,4}h)?(\d{1,5}m)?(\d{1,6}s)?)$"
 _NOT_ZERO = r"^(?=.*[1-9])" + _DURATION[1:]
 _LONGEST_MINUTES = 5256000
@@ -205,7 +206,10 @@ def parse_json(raw: bytes) -> Any:
 
 
 def check_body(fields: Mapping[str, Field], body: Any) -> dict[str, Any]:
-    """The body's values; null is the same as leaving a key out. Unknown keys are refused: a misspelt guard must not be a missing guard."""
+    """The body's values; null is the same as leaving a key out.
+
+    Unknown keys are refused: a misspelt guard must not be a missing guard.
+    """
     if not isinstance(body, dict):
         raise InvalidInput("the body must be a JSON object")
     unknown = sorted(set(body) - set(fields))

@@ -4,7 +4,8 @@
 
 """Look up the address of a running sandbox that has none or an old one on record, beside the request that shows it.
 
-A program that wants to log in asks for the sandbox until it has an address. The answer itself never waits for the guest.
+A program that wants to log in asks for the sandbox until it has an address. The answer itself never waits for the
+guest.
 """
 
 from __future__ import annotations

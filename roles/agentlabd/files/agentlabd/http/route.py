@@ -44,7 +44,9 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """One request: ``quick`` ones are answered from the records alone, the others ask Proxmox and have threads of their own."""
+    """One request: ``quick`` ones are answered from the records alone, the others ask Proxmox and have threads of
+    their own.
+    """
 
     method: str
     path: str

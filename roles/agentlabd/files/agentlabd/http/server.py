@@ -2,7 +2,10 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""The HTTP side: sockets, who is asking, and passing requests to worker threads. Everything that blocks happens in those."""
+"""The HTTP side: sockets, who is asking, and passing requests to worker threads.
+
+Everything that blocks happens in those.
+"""
 
 from __future__ import annotations
 
@@ -349,7 +352,9 @@ class Api:
         self._socket_file = _file_at(path)
 
     async def look_after_socket(self) -> str | None:
-        """Make the socket's file anew when it was deleted; the sentence about what stands in the way is returned, or None."""
+        """Make the socket's file anew when it was deleted; the sentence about what stands in the way is returned, or
+        None.
+        """
         path = self.service.config.socket
         there = _file_at(path)
         if there == self._socket_file:
@@ -371,7 +376,8 @@ class Api:
             # A web page whose name was made to lead to loopback may read nothing here.
             return web.Response(
                 status=421,
-                text=f"this address serves requests for its own host only. Valid: {where[0]}:{where[1]}, localhost:{where[1]}\n",
+                text=f"this address serves requests for its own host only. Valid: {where[0]}:{where[1]}, "
+                f"localhost:{where[1]}\n",
             )
         try:
             text = await asyncio.get_running_loop().run_in_executor(
@@ -429,7 +435,9 @@ class Api:
             pass
 
     async def close(self) -> None:
-        """Close all sockets; requests under way have had their time, and one that is still being sent is waited for no longer than it takes to say no."""
+        """Close all sockets; requests under way have had their time, and one that is still being sent is waited for
+        no longer than it takes to say no.
+        """
         for server in self._servers.values():
             server.close()
         for runner in self._runners:
@@ -442,7 +450,9 @@ class Api:
 
 
 def _lengthen_queue(server: asyncio.AbstractServer) -> None:
-    """Let more connections wait in the kernel than asyncio accepts at one go: a client that finds no place there is refused at once."""
+    """Let more connections wait in the kernel than asyncio accepts at one go: a client that finds no place there is
+    refused at once.
+    """
     for listening in cast(asyncio.Server, server).sockets:
         with contextlib.closing(socket.socket(fileno=os.dup(listening.fileno()))) as same:
             same.listen(connections.QUEUE)

@@ -58,7 +58,9 @@ class Places:
 
 
 async def receive(content: StreamReader, goes_on: Callable[[float], None]) -> BinaryIO:
-    """Return a body as a file at its beginning. TimeoutError when the client sends nothing more, TooLarge beyond FILE_BYTES.
+    """Return a body as a file at its beginning.
+
+    TimeoutError when the client sends nothing more, TooLarge beyond FILE_BYTES.
 
     ``goes_on(seconds)`` gives the connection that much more time.
     """

@@ -80,7 +80,9 @@ def describe_status(status: Mapping[str, Any], events: Iterable[dict[str, Any]],
 
 
 def describe_profile(shown: Mapping[str, Any], path: str) -> dict[str, Any]:
-    """Add ``template_vmid`` (0 for a template that is named) and ``updated_at`` (when its file was written) to a profile."""
+    """Add ``template_vmid`` (0 for a template that is named) and ``updated_at`` (when its file was written) to a
+    profile.
+    """
     template = str(shown.get("template") or "")
     try:
         written = clock.iso(int(os.stat(path).st_mtime))
@@ -136,7 +138,9 @@ def _compare(sandbox: Sandbox, row: Mapping[str, Any] | None) -> list[str]:
 def inventory(
     sandboxes: Iterable[Sandbox], rows: Mapping[int, Mapping[str, Any]], vmid_range: tuple[int, int]
 ) -> list[dict[str, Any]]:
-    """List the live sandboxes beside the cluster's VM list, and the VMs within the configured range that have no record."""
+    """List the live sandboxes beside the cluster's VM list, and the VMs within the configured range that have no
+    record.
+    """
     by_vmid = {sandbox.vmid: sandbox for sandbox in sandboxes}
     low, high = vmid_range
     entries = [
@@ -151,7 +155,9 @@ def inventory(
 
 
 def describe_drift(drifts: list[Drift], checked: int, *, applied: bool) -> dict[str, Any]:
-    """Answer a reconcile with our fields and the original's ``dry_run``, ``checked``, ``drifted``, ``reconciled``, ``results``."""
+    """Answer a reconcile with our fields and the original's ``dry_run``, ``checked``, ``drifted``, ``reconciled``,
+    ``results``.
+    """
     results = []
     for drift in drifts:
         if drift.sandbox is not None or drift.vmid is not None:

@@ -53,7 +53,9 @@ def create_workspace(call: Call) -> Answer:
 
 
 def rebind_workspace(call: Call) -> Answer:
-    """Move a workspace into a new sandbox; the old one is stopped first, so that nothing is written while the disk is moved."""
+    """Move a workspace into a new sandbox; the old one is stopped first, so that nothing is written while the disk
+    is moved.
+    """
     ctx = call.context()
     disk = workspace_disk.select(ctx, call.ident)
     given: dict[str, Any] = {name: call.body[name] for name in ("profile", "ttl_minutes") if name in call.body}
