@@ -119,6 +119,8 @@ class ProjectPlanner(Planner):
         update = (summary.get("last_update") or summary.get("last_job") or {}).get("id")
         if not update:
             return "AWX says no reason"
+        if row.get("status") == "canceled":
+            return "somebody canceled it, so run the set-up again"
         reason = ""
         for _attempt in range(OUTPUT_READS):
             try:
@@ -129,8 +131,8 @@ class ProjectPlanner(Planner):
             text = re.sub(r"\x1b\[[0-9;]*m", "", output) if status == 200 and isinstance(output, str) else ""
             fatal = [line for line in text.splitlines() if line.startswith(("fatal:", "ERROR"))]
             reason = fatal[-1] if fatal else job.get("job_explanation") or job.get("result_traceback") or text[-500:]
-            # AWX sets the status before it has stored the output.
-            if fatal or job.get("event_processing_finished"):
+            # AWX sets the status before it has stored the output, and calls the events finished while it has counted none.
+            if fatal or (reason and job.get("event_processing_finished")):
                 break
             time.sleep(POLL_SECONDS)
         return hide_login(words_of(reason or "AWX says no reason"))

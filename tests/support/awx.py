@@ -52,7 +52,9 @@ FIELDS: dict[str, dict[str, Any]] = {
         "name": "", "description": "", "rrule": "", "enabled": True, "unified_job_template": None, "extra_data": {},
     },
     "jobs": {"name": "", "unified_job_template": None, "status": "pending", "extra_vars": "", "created_by": None},
-    "project_updates": {"name": "", "status": "", "job_explanation": "", "result_traceback": "", "output": ""},
+    # AWX says that all events are stored when it has counted none yet, so that is no proof of an empty output.
+    "project_updates": {"name": "", "status": "", "job_explanation": "", "result_traceback": "", "output": "",
+                        "event_processing_finished": True},
     "workflow_job_template_nodes": {"unified_job_template": None},
 }  # fmt: skip
 READ_ONLY = {"status", "has_inventory_sources"}
