@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -234,13 +235,41 @@ def test_three_nodes_of_a_cluster_are_not_three_sandboxes(runner: Runner, server
     assert [vm for vm in server.pve.vms if not vm.template] == []
 
 
-def test_many_hosts_when_they_are_meant(runner: Runner) -> None:
+def test_many_hosts_when_they_are_meant(runner: Runner, server: Any) -> None:
+    """Two hosts that keep records of their own: each playbook acts once on each of them."""
+    lines = []
+    for name in ("pve1", "pve2"):
+        python = runner.folder / f"python-of-{name}"
+        database = runner.folder / f"{name}.db"
+        python.write_text(f'#!/bin/sh\nAGENTLAB_DATABASE={database} exec {runner.bin}/python "$@"\n')
+        python.chmod(0o755)
+        lines.append(f"{name} ansible_connection=local agentlab_in_place=false ansible_python_interpreter={python}\n")
+    (runner.folder / "inventory" / "hosts").write_text("[pve]\n" + "".join(lines))
+    many: dict[str, Any] = {"agentlab_allow_many_hosts": "true"}
+    answers = {"sandbox_name": "agent-1", "sandbox_wait_for_ip": "false", "sandbox_ttl": "1h"}
+    status, results, output = runner.run("sandbox_create", **answers, **many)
+    assert status == 0 and len(results) == 2, output
+    assert [vm.name for vm in server.pve.vms if not vm.template] == ["agent-1", "agent-1"]
+    # prune and reconcile act on each host by design.
+    story: list[tuple[str, dict[str, Any]]] = [
+        ("lease_renew", {"sandbox_name": "agent-1", "sandbox_ttl": "8h", **many}),
+        ("reconcile", {}),
+        ("sandbox_destroy", {"sandbox_name": "agent-1", "sandbox_force": "true", **many}),
+    ]
+    for playbook, variables in story:
+        status, results, output = runner.run(playbook, **variables)
+        assert status == 0 and len(results) == 2, output
+    assert [vm for vm in server.pve.vms if not vm.template] == []
+
+
+def test_a_job_on_many_hosts_when_they_are_meant(runner: Runner, server: Any) -> None:
     hosts = runner.folder / "inventory" / "hosts"
     line = hosts.read_text().splitlines()[1]
     hosts.write_text("[pve]\n" + "".join(f"{name}{line.removeprefix('node')}\n" for name in ("pve1", "pve2")))
-    variables = {"sandbox_name": "agent-1", "sandbox_wait_for_ip": "false"}
-    status, results, output = runner.run("sandbox_create", agentlab_allow_many_hosts=True, **variables)
-    assert len(results) == 2, output
-    # prune and reconcile act on each host by design.
-    status, results, output = runner.run("reconcile")
-    assert status == 0 and len(results) == 2, output
+    tasks = runner.folder / "tasks.yml"
+    tasks.write_text("- name: Work\n  ansible.builtin.command: {cmd: 'true'}\n")
+    inside = {"job_connection": "local", "job_python": sys.executable}
+    status, results, output = runner.run("job", job_tasks=str(tasks), agentlab_allow_many_hosts="true", **inside)
+    made = {result["res"]["sandbox"]["name"] for result in results if result["res"].get("sandbox")}
+    assert status == 0 and len(made) == 2, output
+    assert [vm for vm in server.pve.vms if not vm.template] == []
