@@ -278,6 +278,8 @@ def replay(
         )
         for word in call["argv"][1:]
     ]
+    if "--pid" in words:
+        words[words.index("--pid") + 1] = seen["pid"]
     if "--digest" in words and "old" not in call["case"]:
         node, vmid = words[1].split("/")[2], words[1].split("/")[4]
         config = pvesh.Double().ask("GET", f"nodes/{node}/qemu/{vmid}/config", {})[2]["data"]
@@ -285,6 +287,9 @@ def replay(
     monkeypatch.setattr(sys, "argv", ["pvesh", *words])
     code = pvesh.main()
     printed = capsys.readouterr()
+    started = re.search(r'"pid": ?(\d+)', printed.out)
+    if started:
+        seen["pid"] = started[1]
     task = re.findall(r"UPID:[^\"\\\n]+:", printed.out) if call["argv"][1] != "get" else []
     if task:
         _upid, node, *_numbers, kind, _id, _user, _end = task[-1].split(":")
