@@ -198,8 +198,29 @@ class ProxmoxSettings:
                 option="ca_path",
                 value=self.ca_path,
             )
+        if self.ca_path:
+            refuse_special_file("ca_path", self.ca_path)
         if self.ca_path and self.validate_certs and os.path.isfile(self.ca_path):
             _check_certificates(self.ca_path)
+
+
+def refuse_special_file(option: str, path: str) -> None:
+    """Raise InvalidInput for a FIFO, a socket or a device: opening it would wait for ever, or reading it would have no end."""
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+        raise InvalidInput(f"{option}: {path!r} is not a regular file; give a file", option=option, value=path)
+
+
+def is_missing(option: str, path: str) -> bool:
+    """Return True for a file that may be missing, and is. ConfigError for a link that leads nowhere: somebody meant a file."""
+    if os.path.exists(path):
+        return False
+    if os.path.islink(path):
+        raise ConfigError(
+            f"{option}: {path} is a link to {os.readlink(path)}, which cannot be followed; mount or create what it leads "
+            "to, or remove the link",
+            file=path,
+        )
+    return True
 
 
 def _check_certificates(path: str) -> None:
@@ -281,7 +302,8 @@ class Config:
 def load(options: Mapping[str, Any], environment: Mapping[str, str]) -> Config:
     """Merge options, environment and file; refuses by name what cannot be used."""
     path = options.get("config_file") or environment.get(ENVIRONMENT["config_file"]) or CONFIG_FILE
-    from_file = read_file(str(path)) if os.path.exists(path) or options.get("config_file") else {}
+    given = options.get("config_file")
+    from_file = read_file(str(path)) if given or not is_missing("config_file", str(path)) else {}
 
     def value(name: str) -> Any:
         for found in (options.get(name), environment.get(ENVIRONMENT.get(name, ""), None) or None, from_file.get(name)):

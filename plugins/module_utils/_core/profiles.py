@@ -249,6 +249,12 @@ def _files(folder: str) -> list[str]:
             if name.endswith(_SUFFIXES) and not name.startswith(".")
         ]
     except FileNotFoundError:
+        if os.path.islink(folder):
+            raise ConfigError(
+                f"profiles_dir: {folder} is a link to {os.readlink(folder)}, which does not exist; mount or create what it "
+                "leads to, or remove the link",
+                file=folder,
+            ) from None
         return []
     except OSError as error:
         raise ConfigError(

@@ -273,6 +273,12 @@ def _rule(read: _RuleReader, node: Any) -> CleanupRule:
 
 def load(path: str) -> Policy:
     """The policy of a file; a file that is not there means that nothing is cleaned up."""
+    if os.path.islink(path) and not os.path.exists(path):
+        raise ConfigError(
+            f"cleanup_file: {path} is a link to {os.readlink(path)}, which cannot be followed; mount or create what it "
+            "leads to, or remove the link",
+            file=path,
+        )
     if not os.path.exists(path):
         return Policy()
     try:

@@ -223,6 +223,7 @@ def check(config: Config) -> rules.Policy:
     """Read the files that the configuration names; ConfigError for what cannot be used. The cleanup rules are returned."""
     authority = config.proxmox.ca_path
     if authority:
+        core_config.refuse_special_file("ca_path", authority)
         try:
             ssl.create_default_context(cafile=authority)
         except OSError as error:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 import tempfile
 
 
@@ -23,8 +24,10 @@ def path_of(database: str) -> str:
 def read(database: str) -> int | None:
     """Return the id of the newest event that was ever noted, or None when nothing is known."""
     try:
-        with open(path_of(database), encoding="ascii") as file:
-            text = file.read(32).strip()
+        # Opening a FIFO would wait for a writer.
+        descriptor = os.open(path_of(database), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with os.fdopen(descriptor, encoding="ascii") as file:
+            text = file.read(32).strip() if stat.S_ISREG(os.fstat(descriptor).st_mode) else ""
     except (OSError, UnicodeDecodeError):
         return None
     return int(text) if text.isdecimal() else None
