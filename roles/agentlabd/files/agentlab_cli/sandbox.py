@@ -358,6 +358,12 @@ def _told(data: dict[str, Any]) -> str:
     default=None,
     help="Wait until cloud-init has ended; with errors the sandbox is FAILED.",
 )
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    default=None,
+    help="Make nothing; say what would be made, on which node, and why the other nodes were passed over.",
+)
 @settings
 def new(to: Settings, /, **given: Any) -> None:
     """Create a sandbox and start it.
@@ -381,8 +387,22 @@ def new(to: Settings, /, **given: Any) -> None:
     label = f"sandbox {body.get('vmid') or body.get('name') or ''}".strip()
     with Progress(lambda: _state_of(to.client, label, body.get("vmid"), body.get("name")), wanted=not to.json):
         answer = to.client.post("sandboxes", body=body)
-    to.tell(answer, _created)
+    to.tell(answer, _planned if body.get("dry_run") else _created)
     _warn(to, answer.data)
+
+
+def _planned(data: dict[str, Any]) -> str:
+    """Return what a dry run found: the node, and a line for each node that could have been chosen."""
+    if data.get("outcome") != "would_create":
+        return _created(data)
+    lines = [
+        f"sandbox {cell(data['vmid'])} would be created (name={cell(data['name'])}, node={cell(data['node'])})",
+        *(
+            f"  {'*' if node['chosen'] else '-'} {cell(node['node'])}: {cell(node['message'])}"
+            for node in (data.get("placement") or {}).get("nodes", ())
+        ),
+    ]
+    return "\n".join(lines)
 
 
 def _created(data: dict[str, Any]) -> str:

@@ -13,13 +13,14 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable
+from typing import Any
 
 # The time at which each counter was made is of no use to anybody, and doubles the number of series.
 os.environ.setdefault("PROMETHEUS_DISABLE_CREATED_SERIES", "true")
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from agentlab_core import reasons
+from agentlab_core import placement, reasons
 from agentlab_core.errors import AgentlabError, Busy, CreationFailed, Frozen, GuardTripped, Kept, StateConflict
 from agentlab_core.maintenance.reconcile import Drift
 from agentlab_core.model import Outcome
@@ -74,6 +75,13 @@ class Metrics:
         self.prune_success = gauge(
             "prune_last_success_timestamp_seconds", "When a run of prune or cleanup last ended well"
         )
+        self.creations = counter("creations", "Sandboxes that were created, by node", "node")
+        self.passed_over = counter(
+            "placement_passed_over",
+            "Times that a node was passed over for a new sandbox, by reason",
+            "reason",
+            placement.REASONS,
+        )
         self.guard_trips = counter("prune_guard_trips", "Runs of the cleanup rules that their guard stopped")
         self.orphans = counter(
             "orphans_found", "Orphans found, by kind", "kind", ("vm_absent", "vmid_reused", "lease_over", "unrecorded")
@@ -127,9 +135,19 @@ class Metrics:
         for one in outcomes:
             self.operations.labels(operation, result_of(one)).inc()
             self._identity(one.reason)
+            if operation == "create" and one.outcome == "created" and one.sandbox is not None:
+                self.creations.labels(one.sandbox.node).inc()
+            self._pass_over(one.extra.get("placement"))
+
+    def _pass_over(self, decision: dict[str, Any] | None) -> None:
+        """Count the nodes that a decision passed over."""
+        for node in (decision or {}).get("nodes", ()):
+            if not node["chosen"]:
+                self.passed_over.labels(node["reason"]).inc()
 
     def refused(self, operation: str, error: AgentlabError) -> None:
         """Count an operation that ended with an error; a request that made no sense is none."""
+        self._pass_over(error.detail.get("placement"))
         if isinstance(error, (StateConflict, Kept, Busy, GuardTripped, Frozen)) or (
             isinstance(error, CreationFailed) and error.detail.get("option")
         ):

@@ -96,6 +96,8 @@ def of_item(outcome: Outcome, status: int = 200) -> Answer:
         "upids": list(outcome.upids),
         "warnings": list(outcome.warnings),
     }
+    if "placement" in outcome.extra:
+        body["placement"] = outcome.extra["placement"]
     return Answer(body, status, [outcome])
 
 

@@ -99,9 +99,16 @@ CREATION: dict[str, Field] = {
 
 
 def create_sandbox(call: Call) -> Answer:
-    ctx = call.context()
+    dry_run = bool(call.body.get("dry_run"))
+    ctx = call.context(dry_run=True) if dry_run else call.context()
     _check_limits(ctx, call.body)
     outcome = create.run(ctx, wanted.spec(ctx, creation_options(call.body)))
+    if dry_run:
+        answer = of_item(outcome)
+        answer.body["state"] = outcome.state
+        # Nothing was done that could be counted.
+        answer.outcomes = []
+        return answer
     if call.body.get("wait_for_ip") and outcome.outcome in ("unchanged", "updated"):
         outcome = address.with_address(ctx, outcome, started=False)
     call.service.lease_changed()
@@ -147,7 +154,7 @@ def _check_limits(ctx: Context, body: Mapping[str, Any]) -> None:
 
 def creation_options(body: Mapping[str, Any]) -> dict[str, Any]:
     """The options of a creation, each under its own name."""
-    given = dict(body)
+    given = {name: value for name, value in body.items() if name != "dry_run"}
     minutes = given.pop("ttl_minutes", None)
     if minutes is not None:
         if "ttl" in given:

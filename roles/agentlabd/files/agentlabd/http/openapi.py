@@ -151,7 +151,7 @@ SCHEMAS: dict[str, Any] = {
     # The owner (who created it) is told to whoever asks for it.
     "ListedSandbox": _object({**_SANDBOX, "owner": _MAYBE}, ("owner",)),
     "Sandboxes": _object({"sandboxes": _list(_ref("ListedSandbox"))}),
-    "Item": _object({**_SANDBOX, **_DONE}),
+    "Item": _object({**_SANDBOX, **_DONE, "placement": _ANY}, ("placement",)),
     "Result": _object(_RESULT, ("warnings",), more=True),
     "Results": _object({"results": _list(_ref("Result")), "failed_count": _WHOLE}),
     "Lease": _object(

@@ -109,7 +109,7 @@ ROUTES: tuple[Route, ...] = (
         creation.create_sandbox,
         {201: "Item", 200: "Item"},
         operation="create",
-        body=CREATION,
+        body={**CREATION, "dry_run": Field("boolean", "only say what would be made, and on which node")},
         together=_NOT_BOTH,
     ),
     Route(
