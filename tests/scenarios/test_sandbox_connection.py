@@ -6,7 +6,9 @@
 
 from __future__ import annotations
 
+import getpass
 import json
+import os
 import random
 import sqlite3
 from collections import Counter
@@ -192,3 +194,48 @@ def test_the_events_say_who_ran_what(inside: Inside, env: dict[str, str]) -> Non
     conn.close()
     assert any("connection agentlab.proxmox.sandbox" in actor for _operation, actor, _evidence in rows), rows
     assert secret not in json.dumps(rows)
+
+
+# As sudo does: -n refuses where a password is needed, -S reads one line of standard input and leaves the rest.
+SUDO = """\
+#!/bin/sh
+quiet= user=root
+while :; do
+    case $1 in
+        -n) quiet=1; shift ;;
+        -H | -S) shift ;;
+        -p) shift 2 ;;
+        -u) user=$2; shift 2 ;;
+        *) break ;;
+    esac
+done
+if [ ! -e "$0.free" ]; then
+    [ -z "$quiet" ] || { echo 'sudo: a password is required' >&2; exit 1; }
+    read -r word
+    [ "$word" = 'right one' ] || { echo 'Sorry, try again.' >&2; exit 1; }
+fi
+exec env SUDO_TO="$user" "$@"
+"""
+
+
+@pytest.mark.parametrize("asks", [True, False])
+def test_become_gives_the_password_only_where_sudo_asks(inside: Inside, server: Server, box: Any, asks: bool) -> None:
+    guest = server.pve.machine(box.vmid)
+    programs = guest.folder / "programs"
+    programs.mkdir()
+    (programs / "sudo").write_text(SUDO)
+    (programs / "sudo").chmod(0o755)
+    if not asks:
+        (programs / "sudo.free").touch()
+    guest.path = f"{programs}:{guest.path}"
+    task = {"name": "run", "ansible.builtin.command": "printenv SUDO_TO", "become": True, "changed_when": False}
+    show = {"name": "input", "ansible.builtin.raw": "cat; env", "become": True}
+    values = {"ansible_user": getpass.getuser() if os.geteuid() else "nobody", "ansible_become_user": "build"}
+    good = inside([task, show], ansible_become_password="right one", **values).ok()
+    assert good["run"]["stdout"] == "build"
+    # Neither the command's input nor its environment has the password.
+    assert "right one" not in good["input"]["stdout"] and "AGENTLAB_BECOME" not in good["input"]["stdout"]
+    assert not any("right one" in " ".join(argv) for argv, _input in guest.started)
+    if asks:
+        bad = inside([task], ansible_become_password="wrong one", **values)
+        assert bad.rc != 0 and "become_password" in bad.output and "wrong one" not in bad.output
