@@ -63,7 +63,8 @@ options:
         name.
       - V(sandbox) sets C(ansible_connection) to C(agentlab.proxmox.sandbox) and C(ansible_host) to the VMID. That
         needs neither network nor SSH.
-      - V(auto) takes the address where the record has one, and the connection plugin otherwise.
+      - V(auto) takes what C(connection) of the sandbox's profile says; without that the address where the record has
+        one, and the connection plugin otherwise.
     type: str
     choices: [auto, address, sandbox]
     default: auto
@@ -162,6 +163,7 @@ _VARIABLES = (
     "keepalive",
     "created_at",
 )
+_THROUGH_AGENT = "agentlab.proxmox.sandbox"
 # Ansible itself has hosts of these names, or means all hosts or none by them.
 _RESERVED = ("localhost", "all", "ungrouped")
 _LARGEST_ANSWER = 64 * 1024 * 1024
@@ -283,11 +285,15 @@ class InventoryModule(BaseInventoryPlugin, Constructable, Cacheable):
             return
         variables = {f"agentlab_{key}": sandbox.get(key) for key in _VARIABLES}
         way = self.get_option("connection")
-        if way == "sandbox" or (way == "auto" and not sandbox.get("ip")):
-            variables["ansible_connection"] = "agentlab.proxmox.sandbox"
+        profile = sandbox.get("connection") if way == "auto" else None
+        if way == "sandbox" or profile == _THROUGH_AGENT or (way == "auto" and not profile and not sandbox.get("ip")):
+            variables["ansible_connection"] = _THROUGH_AGENT
             variables["ansible_host"] = str(sandbox["vmid"])
-        elif sandbox.get("ip"):
-            variables["ansible_host"] = sandbox["ip"]
+        else:
+            if profile:
+                variables["ansible_connection"] = profile
+            if sandbox.get("ip"):
+                variables["ansible_host"] = sandbox["ip"]
         for key in _OF_OTHERS:
             if variables.get(key) is not None:
                 variables[key] = make_unsafe(variables[key])

@@ -50,6 +50,10 @@ options:
       - When V(false), the records are only compared with the cluster's list of VMs; that is one request, however many sandboxes there are.
     type: bool
     default: true
+  profiles:
+    description: Whether to return the profiles too.
+    type: bool
+    default: false
 extends_documentation_fragment:
   - agentlab.proxmox.common
   - agentlab.proxmox.common.select
@@ -91,6 +95,11 @@ count:
   description: How many.
   returned: always
   type: int
+profiles:
+  description: The profiles, with the options that each sets, and the C(connection) that it names for tasks inside, or null.
+  returned: with O(profiles)
+  type: list
+  elements: dict
 by_state:
   description: How many of them in each state.
   returned: always
@@ -111,6 +120,7 @@ ARGUMENT_SPEC = {
     "events": {"type": "int", "default": 0},
     "verify": {"type": "bool", "default": False},
     "verify_identity": {"type": "bool", "default": True},
+    "profiles": {"type": "bool", "default": False},
 }
 
 
@@ -132,12 +142,17 @@ def work(module, context):
         expired=params["expired"],
         include_destroyed=params["include_destroyed"],
     )
-    return dict(
+    result = dict(
         info.show(
             context, wanted, events=params["events"], verify=params["verify"], identities=params["verify_identity"]
         ),
         changed=False,
     )
+    if params["profiles"]:
+        from ansible_collections.agentlab.proxmox.plugins.module_utils._core import profiles
+
+        result["profiles"] = [one.public() for one in profiles.load_all(context.config.profiles_dir).values()]
+    return result
 
 
 def main(front=_adapter.AnsibleModule):

@@ -175,11 +175,14 @@ AGENT_JOB = """\
 """
 
 
-def test_a_job_through_the_guest_agent_needs_no_address(job: Callable[..., Job], server: Any) -> None:
+def test_a_job_through_the_guest_agent_needs_no_address(job: Callable[..., Job], server: Any, tmp_path: Path) -> None:
     guest = server.pve.machine(1000)
+    # The profile says how: job_connection is not given.
+    with open(tmp_path / "profiles/jobs.yaml", "a", encoding="utf-8") as profile:
+        profile.write("connection: agentlab.proxmox.sandbox\n")
     ended = job(
         AGENT_JOB,
-        job_connection="agentlab.proxmox.sandbox",
+        job_connection=None,
         job_python="/usr/bin/python3",
         job_file=f"{guest.folder}/made-inside",
         job_fetch=[f"{guest.folder}/made-inside"],

@@ -110,6 +110,26 @@ def test_connection_states_and_prefix(ask: Ask, given: Any, server: Server) -> N
     assert wrong.rc != 0 and "RUNING" in wrong.output and "RUNNING" in wrong.output
 
 
+def test_the_profile_may_say_how_tasks_get_inside(
+    ask: Ask, given: Any, server: Server, env: dict[str, str], tmp_path: Path
+) -> None:
+    server.pve.agent_default = True
+    (tmp_path / "profiles").mkdir()
+    for name, way in (("inner", "agentlab.proxmox.sandbox"), ("outer", "ssh")):
+        (tmp_path / f"profiles/{name}.yaml").write_text(f"connection: {way}\n", encoding="utf-8")
+    with open(env["AGENTLAB_CONFIG"], "a", encoding="utf-8") as config:
+        config.write(f"profiles_dir: {tmp_path}/profiles\n")
+    for name in ("inner", "outer"):
+        given(name=name, profile=name, wait_for_ip=True)
+    found = hosts(ask())
+    assert found["inner"]["ansible_connection"] == "agentlab.proxmox.sandbox"
+    assert found["inner"]["ansible_host"] == str(found["inner"]["agentlab_vmid"])
+    assert found["outer"]["ansible_connection"] == "ssh"
+    assert found["outer"]["ansible_host"] == found["outer"]["agentlab_ip"]
+    # The option wins.
+    assert "ansible_connection" not in hosts(ask(connection="address"))["inner"]
+
+
 def test_what_users_wrote_is_no_template(ask: Ask, given: Any, env: dict[str, str], tmp_path: Path) -> None:
     given(name="one")
     trap = "{{ lookup('pipe', 'touch " + str(tmp_path / "trapped") + "') }}"

@@ -21,6 +21,10 @@ NAME: patterns.Word = (
     re.compile(r"[a-z0-9][a-z0-9_.-]{0,62}", re.ASCII),
     "lower-case letters, digits, dot, hyphen and underscore",
 )
+CONNECTION: patterns.Word = (
+    re.compile(r"[a-z_][a-z0-9_]*(\.[a-z_][a-z0-9_]*){0,5}", re.ASCII),
+    "the name of a connection plugin, such as agentlab.proxmox.sandbox or ssh",
+)
 _SUFFIXES = (".yaml", ".yml")
 WORKSPACE = ("none", "optional", "required")
 
@@ -36,6 +40,8 @@ class Profile:
     lease_default: int | None = None
     lease_maximum: int | None = None
     workspace: str = "optional"
+    # Connection plugin for Ansible tasks inside.
+    connection: str | None = None
 
     def public(self) -> dict[str, Any]:
         """The shape of answers: the options it sets, and its leases as durations."""
@@ -44,6 +50,7 @@ class Profile:
             "path": self.path,
             "description": self.description,
             "workspace": self.workspace,
+            "connection": self.connection,
             "lease_default": None if self.lease_default is None else durations.show(self.lease_default),
             "lease_maximum": None if self.lease_maximum is None else durations.show(self.lease_maximum),
             **self.values,
@@ -172,6 +179,7 @@ _KEYS: dict[str, Any] = {
     "keepalive": (_flag, "keepalive"),
     "tags": (_several(patterns.split_tags, _text(patterns.TAG)), "tags"),
     "workspace": (_choice(WORKSPACE), None),
+    "connection": (_text(CONNECTION), None),
 }
 
 
@@ -271,7 +279,8 @@ def read(path: str) -> Profile:
         raise ConfigError(f"{path}: must be a mapping of keys. Valid: {', '.join(_KEYS)}", file=path)
     values = _section(path, "", content, _KEYS)
     plain = {
-        name: values.pop(name, None) for name in ("name", "description", "workspace", "lease_default", "lease_maximum")
+        name: values.pop(name, None)
+        for name in ("name", "description", "workspace", "connection", "lease_default", "lease_maximum")
     }
     default, maximum = plain["lease_default"], plain["lease_maximum"]
     if default is not None and maximum is not None and default > maximum:
@@ -297,7 +306,8 @@ def read(path: str) -> Profile:
         raise ConfigError(
             f"{path}: name: missing, and the file's own name is not one. Valid: {NAME[1]}", file=path, key="name"
         )
-    return Profile(name, path, plain["description"], values, default, maximum, plain["workspace"] or "optional")
+    workspace = plain["workspace"] or "optional"
+    return Profile(name, path, plain["description"], values, default, maximum, workspace, plain["connection"])
 
 
 def _section(path: str, prefix: str, content: safe_yaml.Mapping, keys: dict[str, Any]) -> dict[str, Any]:

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from .. import clock as clock_module
-from .. import states
+from .. import profiles, states
 from ..context import Context
-from ..errors import NotFound
+from ..errors import ConfigError, NotFound
 from ..model import Sandbox
 from ..store import history
 
@@ -64,13 +64,17 @@ def show(
     identities: bool = True,
     owner: bool = False,
 ) -> dict[str, Any]:
-    """Return ``sandboxes``, ``count`` and ``by_state``. ``owner`` adds to each live sandbox who created it."""
+    """Return ``sandboxes``, ``count`` and ``by_state``. ``owner`` adds to each live sandbox who created it, and the
+    connection plugin that its profile names.
+    """
     found = find(ctx, filters)
     shown = [one.public() for one in found]
     if owner:
         owners = history.owners(ctx.database)
+        connections = _connections(ctx)
         for answer in shown:
             answer["owner"] = owners.get(answer["uuid"])
+            answer["connection"] = connections.get(answer["profile"])
     if events > 0:
         for one, answer in zip(found, shown, strict=True):
             answer["events"] = [event(row) for row in history.events(ctx.database, uuid=one.uuid, tail=events)]
@@ -80,6 +84,14 @@ def show(
         for answer, extra in zip(shown, comparison.verified(ctx, found, identities), strict=True):
             answer.update(extra)
     return {"sandboxes": shown, "count": len(shown), "by_state": dict(Counter(one.state for one in found))}
+
+
+def _connections(ctx: Context) -> dict[str | None, str | None]:
+    """Return the connection plugin that each profile names; nothing while a profile cannot be used."""
+    try:
+        return {name: profile.connection for name, profile in profiles.load_all(ctx.config.profiles_dir).items()}
+    except ConfigError:
+        return {}
 
 
 def event(row: dict[str, Any]) -> dict[str, Any]:

@@ -149,7 +149,7 @@ SCHEMAS: dict[str, Any] = {
     "Health": _object({"status": {"const": "ok"}}),
     "Sandbox": _object(_SANDBOX),
     # The owner (who created it) is told to whoever asks for it.
-    "ListedSandbox": _object({**_SANDBOX, "owner": _MAYBE}, ("owner",)),
+    "ListedSandbox": _object({**_SANDBOX, "owner": _MAYBE, "connection": _MAYBE}, ("owner", "connection")),
     "Sandboxes": _object({"sandboxes": _list(_ref("ListedSandbox"))}),
     "Item": _object({**_SANDBOX, **_DONE, "placement": _ANY}, ("placement",)),
     "Result": _object(_RESULT, ("warnings",), more=True),

@@ -98,7 +98,9 @@ ROUTES: tuple[Route, ...] = (
             "profile": Field("string", "only this profile", longest=100),
             "tag": Field("strings", "only those with one of these tags", longest=100, most=20, split=split_tags),
             "include_destroyed": Field("boolean", "destroyed ones too"),
-            "owner": Field("boolean", "tell of each live one who created it"),
+            "owner": Field(
+                "boolean", "tell of each live one who created it, and the connection plugin that its profile names"
+            ),
         },
     ),
     Route(
