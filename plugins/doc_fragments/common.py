@@ -17,7 +17,8 @@ options:
     type: path
   database:
     description:
-      - SQLite file with the records, on the host where the module runs. Created with mode 0600 if it is missing.
+      - The records - a SQLite file on the host where the module runs, created with mode 0600 if it is missing.
+      - C(postgresql://USER@HOST/DATABASE) names a PostgreSQL database instead, which several hosts share.
       - The environment variable E(AGENTLAB_DATABASE) is used when the option is not set, then the configuration file, then
         V(/var/lib/agentlab/agentlab.db).
     type: path
@@ -80,6 +81,7 @@ requirements:
   - python >= 3.11
   - proxmoxer >= 1.2 and requests, with O(api_host); without it nothing but C(pvesh) of the node
   - PyYAML, if there is a configuration file
+  - psycopg >= 3.1, with records on PostgreSQL
 author:
   - agentlab.proxmox contributors (@agentlab)
 """
