@@ -243,13 +243,18 @@ def test_a_creation_that_failed_and_could_not_be_cleaned_up(lab: Lab) -> None:
 @pytest.mark.parametrize("then", ["destroy", "create"])
 def test_a_clone_in_doubt(lab: Lab, operator: Operator, kind: str, then: str) -> None:
     lab.pve.fault("POST", "/clone", kind)
+    if kind == "cut-after":
+        # Carried out: looked for, and gone on with.
+        assert lab.create().state == "RUNNING"
+        assert sum("/clone" in path for method, path, _body in lab.pve.requests if method == "POST") == 1
+        assert lab.destroy(1000, force=True)[0].outcome == "destroyed"
+        return
     refused(lab.create)
     if then == "create":
         # Waits for it by itself.
         assert lab.create().state == "RUNNING"
         return
-    if kind == "cut-before":
-        operator.follow(refused(lambda: lab.destroy(1000, force=True)))
+    operator.follow(refused(lambda: lab.destroy(1000, force=True)))
     assert lab.destroy(1000, force=True)[0].outcome == "destroyed" and lab.pve.vm(1000) is None
 
 
@@ -518,3 +523,23 @@ def test_what_comes_after_a_cut_off_destroy_neither_ends_nor_prolongs_its_doubt(
     with pytest.raises(AgentlabError, match="was cut off"):
         lab.power("start" if lab.record(made).state == "STOPPED" else "stop", made.vmid)
     assert lab.destroy(made.vmid, force=True)[0].state == "DESTROYED"
+
+
+@pytest.mark.parametrize("state", ["moved", "moved, and its node is down", "gone", "somebody started it"])
+def test_a_stopped_sandbox_is_looked_for_on_its_node_first(lab: Lab, state: str) -> None:
+    """The record's node is a hint: where it does not help, the list of VMs tells."""
+    lab.pve.add_node("pve2")
+    made = lab.create()
+    lab.power("stop", made.vmid)
+    vm = lab.pve.vm(made.vmid)
+    if state.startswith("moved"):
+        vm.node = "pve2"
+    if "down" in state:
+        lab.pve.fault("GET", f"/nodes/pve1/qemu/{made.vmid}/config", "answer", status=595, times=9)
+    if state == "gone":
+        lab.pve.vms.remove(vm)
+    if state == "somebody started it":
+        lab.pve.power(made.vmid, "running")
+    done = lab.destroy(made.vmid, force=True)[0]
+    assert done.state == "DESTROYED" and done.reason == ("vm_absent" if state == "gone" else "destroyed")
+    assert lab.pve.vm(made.vmid) is None

@@ -500,10 +500,21 @@ def test_vmid_taken_between_the_list_and_the_clone(lab: Lab, node: str) -> None:
 
 @pytest.mark.parametrize("fault", ["cut-before", "cut-after"])
 def test_clone_whose_answer_was_lost_and_a_stranger_at_its_vmid(lab: Lab, fault: str) -> None:
+    strangers_vm = []
+
+    def swap(method: str, path: str) -> None:
+        # Before the clone is looked for, which happens at once.
+        if method == "GET" and path.endswith("/cluster/resources") and lab.pve.vm(1005) is not None:
+            lab.pve.before = None
+            strangers_vm.append(lab.swap(1005, running=True))
+
     lab.pve.fault("POST", "/clone", fault)
+    lab.pve.before = swap
     with pytest.raises(OutcomeUnknown):
         lab.create(vmid=1005)
-    vm = lab.swap(1005, running=True)
+    lab.pve.before = None
+    vm = strangers_vm[0] if strangers_vm else lab.swap(1005, running=True)
+    assert bool(strangers_vm) is (fault == "cut-after")
     time.sleep(1.1)
     for _dummy in range(3):
         lab.reconcile()

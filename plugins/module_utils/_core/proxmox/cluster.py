@@ -56,6 +56,8 @@ class Cluster:
         self._quorum: tuple[float, dict[str, Any]] | None = None
         self._vms: dict[int, dict[str, Any]] | None = None
         self._capacity: Capacity | None = None
+        # See expect_stopped().
+        self._expected: dict[int, dict[str, Any]] = {}
         self._confirmed = False
         # A list that shows every VM, and the quorum it was read under: see survey().
         self._whole: tuple[dict[int, dict[str, Any]], dict[str, Any], float] | None = None
@@ -222,7 +224,21 @@ class Cluster:
                 self._capacity = parse(rows)
             return self._capacity
 
+    def expect_stopped(self, vmid: int, node: str) -> None:
+        """Note where a record says that its VM is, switched off: as long as no list was read, find() answers with that."""
+        self._expected[vmid] = {"vmid": vmid, "type": "qemu", "node": node, "status": "stopped", "expected": True}
+
+    def add_vm(self, vmid: int, node: str | None) -> None:
+        """Add a VM that this run has just made, switched off, to the list as it was read; a row that is there stays."""
+        with self._lock:
+            if self._vms is not None and vmid not in self._vms:
+                # A new dict: other threads may be walking through this one.
+                self._vms = {**self._vms, vmid: {"vmid": vmid, "type": "qemu", "node": node, "status": "stopped"}}
+
     def find(self, vmid: int, *, fresh: bool = False) -> dict[str, Any] | None:
+        """Return the row of that VMID; a hint where to look, as the list."""
+        if self._vms is None and not fresh and vmid in self._expected:
+            return self._expected[vmid]
         return self.vms(fresh=fresh).get(vmid)
 
     def known(self) -> tuple[list[str], dict[int, str]]:

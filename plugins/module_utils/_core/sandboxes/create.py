@@ -26,6 +26,7 @@ from ..errors import (
     InvalidInput,
     Kept,
     OutcomeUnknown,
+    ProxmoxError,
     RecordChanged,
     StoreError,
     TaskFailed,
@@ -47,6 +48,8 @@ from .spec import Spec
 
 # A template's lock is waited for one second only.
 _CLONE_TRIES = 3
+# So long a clone is looked for whose answer was cut; it is in the list of VMs within a second of its request.
+_CUT_SECONDS = 5.0
 
 
 def existing(ctx: Context, spec: Spec) -> Sandbox | None:
@@ -181,7 +184,8 @@ def _create_once(ctx: Context, spec: Spec, failed: dict[str, str]) -> Outcome:
             value=spec.vmid,
         )
     disk = workspace_disk.select(ctx, spec.workspace) if spec.workspace is not None else None
-    nodes = ctx.cluster.nodes()
+    # One request tells the nodes and all VMs.
+    nodes = ctx.cluster.capacity().nodes
     choice = place.NodeChoice(ctx, spec, disk, failed) if place.is_open(ctx, spec, disk, nodes) else None
     if choice is not None:
         node, template = None, None
@@ -192,16 +196,9 @@ def _create_once(ctx: Context, spec: Spec, failed: dict[str, str]) -> Outcome:
         wanted_node = spec.node or (disk.node if disk else None) or ctx.config.node
         template = templates.find(ctx, spec.template or ctx.config.template, wanted_node)
         node = wanted_node or template.node
-        if node not in nodes:
-            raise InvalidInput(
-                f"node: {node!r} is not a node of this cluster. Nodes: {', '.join(sorted(nodes))}",
-                option="node",
-                value=node,
-            )
-        if not nodes[node]:
-            raise InvalidInput(
-                f"node: {node!r} is offline; choose another, or wait until it is back", option="node", value=node
-            )
+        if node != template.node or template.config is None:
+            # Otherwise the node has just answered with the template's configuration.
+            _check_node(ctx, node)
         templates.check(ctx, spec, template, node)
         if disk is not None:
             workspace_disk.check_usable(ctx, disk, node)
@@ -261,6 +258,21 @@ def _create_once(ctx: Context, spec: Spec, failed: dict[str, str]) -> Outcome:
     return outcome
 
 
+def _check_node(ctx: Context, node: str) -> None:
+    """Refuse a node that is not in the cluster, or offline."""
+    nodes = ctx.cluster.nodes()
+    if node not in nodes:
+        raise InvalidInput(
+            f"node: {node!r} is not a node of this cluster. Nodes: {', '.join(sorted(nodes))}",
+            option="node",
+            value=node,
+        )
+    if not nodes[node]:
+        raise InvalidInput(
+            f"node: {node!r} is offline; choose another, or wait until it is back", option="node", value=node
+        )
+
+
 def _clone_note(ctx: Context, spec: Spec, template: templates.Template, node: str | None) -> dict[str, Any]:
     """Return what the journal has to know to send the clone, also in a later run."""
     full, storage = templates.clone_mode(ctx, spec, template)
@@ -292,9 +304,12 @@ def _carry_on(
         noted.update(journal if journal is not None else (left.detail if left else {}))
         disk = workspace_disk.of_creation(ctx, claim, sandbox, spec.workspace)
         sandbox = cloud_init.provide(ctx, claim, sandbox, spec.cloud_init_user_data)
+        cloned: Located | None = None
         if sandbox.smbios_uuid is None:
             phase = left.phase if left else "reserved"
-            sandbox = _clone(ctx, claim, spec, sandbox, noted, phase, left.updated_at if left else 0, upids, warnings)
+            sandbox, cloned = _clone(
+                ctx, claim, spec, sandbox, noted, phase, left.updated_at if left else 0, upids, warnings
+            )
         if sandbox.state != states.BOOTING:
             sandbox = ctx.records.change(
                 claim,
@@ -305,13 +320,12 @@ def _carry_on(
                 upids=upids,
                 journal=("configuring", noted),
             )
-        found = require_match(ctx, sandbox)
-        found = _configure(ctx, claim, spec, sandbox, found, noted, warnings)
+        found = _configure(ctx, claim, spec, sandbox, cloned or require_match(ctx, sandbox), noted, warnings)
         if disk is not None:
             found = require_match(ctx, sandbox)
             workspace_disk.attach(ctx, claim, sandbox, found, disk)
             sandbox = ctx.records.get(sandbox.uuid)
-        done, warned = power.start(ctx, sandbox, found)
+        done, warned = (power.start_new if cloned else power.start)(ctx, sandbox, found)
         upids += done
         warnings += warned
         if spec.wait_for_ip:
@@ -384,8 +398,11 @@ def _clone(
     at: int,
     upids: list[str],
     warnings: list[str],
-) -> Sandbox:
-    """Clone (or take up a clone that a killed run began), and bind the record to the VM it made."""
+) -> tuple[Sandbox, Located | None]:
+    """Clone (or take up a clone that a killed run began), and bind the record to the VM it made.
+
+    Returns the record, and the VM as it was judged after its clone task ended; None where an earlier run sent the clone.
+    """
     template = noted.get("template")
     if template is None:
         noted.update(
@@ -405,7 +422,7 @@ def _clone(
         if resumed and not upid:
             found = _await_doubt(ctx, claim, sandbox, doubt or noted)
             if found.match:
-                return ctx.records.get(sandbox.uuid)
+                return ctx.records.get(sandbox.uuid), None
             if found.node is not None and found.verdict and found.verdict.identity != identity.FOREIGN:
                 raise _not_certain(sandbox)
             resumed = False
@@ -415,13 +432,18 @@ def _clone(
                 upids.append(upid)
             warnings += ctx.tasks.wait(upid, f"clone template {template} to VM {sandbox.vmid}", ctx.wait_timeout)
             break
+        except OutcomeUnknown as error:
+            # pveproxy cuts the answers of a password login now and then, and carries the request out all the same.
+            if not error.detail.get("cut") or not _clone_appears(ctx, claim, sandbox, noted):
+                raise
+            return ctx.records.get(sandbox.uuid), None
         except TaskUnknown as error:
             if upids:
                 raise
             # The task of an earlier run, of which nobody can say how it ended: what is there tells.
             found = binding.locate_unbound(ctx, sandbox, claim, before)
             if found.match:
-                return ctx.records.get(sandbox.uuid)
+                return ctx.records.get(sandbox.uuid), None
             foreign = found.verdict is not None and found.verdict.identity == identity.FOREIGN
             if not foreign and (
                 found.node is not None or not ctx.cluster.prove_absent([sandbox.vmid])[sandbox.vmid].absent
@@ -453,7 +475,7 @@ def _clone(
                 # Or is it what was in doubt, carried out after all? Then it is not left behind for another VMID.
                 found, doubt = _await_doubt(ctx, claim, sandbox, doubt), None
                 if found.match:
-                    return ctx.records.get(sandbox.uuid)
+                    return ctx.records.get(sandbox.uuid), None
                 if found.verdict is None or found.verdict.identity != identity.FOREIGN:
                     raise _not_certain(sandbox) from None
             if taken or (isinstance(error, ApiError) and not noted.get("upid")):
@@ -472,7 +494,8 @@ def _clone(
             occupied |= {sandbox.vmid, *ctx.cluster.vms(fresh=True)}
             # The record that the caller has, too: what it says when this fails must not name somebody else's VMID.
             ctx.records.renumber(claim, sandbox, vmid_range=ctx.config.vmid_range, occupied=occupied)
-    ctx.cluster.vms(fresh=True)
+    # Looked for where it was made: the list, which costs a request more, is asked only if it is not there.
+    ctx.cluster.add_vm(sandbox.vmid, sandbox.node)
     found = locate(ctx, sandbox)
     if found.node is None:
         raise Kept(
@@ -489,7 +512,10 @@ def _clone(
             evidence=found.verdict.evidence if found.verdict else None,
         )
     ctx.cluster.seen_ours(sandbox.vmid)
-    return binding.bind(ctx, claim, sandbox, smbios, found)
+    bound = binding.bind(ctx, claim, sandbox, smbios, found)
+    # The same configuration, judged with the SMBIOS UUID that the record has from now on.
+    found.verdict = identity.judge(bound.uuid, bound.smbios_uuid, found.config)
+    return bound, found if upids else None
 
 
 def _in_the_way(error: ApiError | TaskFailed) -> tuple[bool, bool]:
@@ -573,6 +599,31 @@ def _post_clone(ctx: Context, spec: Spec, sandbox: Sandbox, noted: dict[str, Any
         target=sandbox.node if sandbox.node != noted["template_node"] else None,
         full=None if noted["full"] is None else int(noted["full"]),
     )
+
+
+def _clone_appears(ctx: Context, claim: Claim, sandbox: Sandbox, noted: dict[str, Any]) -> bool:
+    """Return whether the clone whose answer was cut just now has been made; the record is bound to it then.
+
+    Looks for some seconds, and for as long as something is being cloned to that VMID. False leaves the creation in doubt,
+    as it is after a run that was killed: the request may still be carried out.
+    """
+    created = {**noted, "phase": "cloning", "at": ctx.clock.now()}
+    patience = min(_CUT_SECONDS, ctx.config.doubt_window / 4)
+    now = ctx.clock.monotonic()
+    last, deadline = now + ctx.wait_timeout, now + patience
+    while ctx.clock.monotonic() <= min(deadline, last):
+        row: dict[str, Any] = {}
+        try:
+            row = ctx.cluster.vms(fresh=True).get(sandbox.vmid) or {}
+            if row and binding.locate_unbound(ctx, sandbox, claim, created).match:
+                return True
+        except (Kept, ProxmoxError):
+            # Being cloned, or not to be read just now.
+            pass
+        if row.get("lock"):
+            deadline = ctx.clock.monotonic() + patience
+        ctx.clock.sleep(min(0.5, patience))
+    return False
 
 
 def _await_doubt(ctx: Context, claim: Claim, sandbox: Sandbox, created: dict[str, Any]) -> Located:

@@ -47,7 +47,7 @@ class _NotLookedAt(Exception):
         self.node = node
 
 
-def is_open(ctx: Context, spec: Spec, workspace: Workspace | None, nodes: Mapping[str, bool]) -> bool:
+def is_open(ctx: Context, spec: Spec, workspace: Workspace | None, nodes: Mapping[str, Any]) -> bool:
     """Return whether the node is to be chosen: it is auto, or nothing names one and the cluster has several."""
     if spec.node is not None:
         return spec.node == placement.AUTO

@@ -79,6 +79,9 @@ def locate(ctx: Context, sandbox: Sandbox) -> Located:
         try:
             config = ctx.client.get_dict(f"nodes/{node}/{kind}/{sandbox.vmid}/config")
         except Unreachable as error:
+            if row.get("expected"):
+                # The record names that node; the VM may have been moved away from it, which the list tells.
+                continue
             raise _node_silent(sandbox, node, error) from None
         except ApiError as error:
             # The per-node answer proves only that the VM is not on that node: it may have moved since the list was read.

@@ -291,6 +291,14 @@ def start(ctx: Context, sandbox: Sandbox, found: Located) -> tuple[list[str], li
     return _start_as_seen(ctx, sandbox, found, power_state(sandbox, now, found.config))
 
 
+def start_new(ctx: Context, sandbox: Sandbox, found: Located) -> tuple[list[str], list[str]]:
+    """Start a VM that this run has cloned and never started; it is judged once more directly before.
+
+    Its power state is not asked for: should somebody have started it since, the start's task says so.
+    """
+    return _start_as_seen(ctx, sandbox, found, states.STOPPED)
+
+
 def _start_as_seen(ctx: Context, sandbox: Sandbox, found: Located, seen: str) -> tuple[list[str], list[str]]:
     """Start or resume a VM that was judged to be ours and found in that state."""
     if seen == states.RUNNING:
