@@ -565,7 +565,10 @@ def _unrecorded(ctx: Context, rows: dict[int, dict[str, Any]], live: list[Sandbo
             return None
         return Drift(
             "unrecorded",
-            "none: look at it, and remove it by hand if nobody needs it",
+            "none: another database made it, inside our vmid_range; give each database a range of its own. Only if that "
+            "database is lost, look at it, and remove it by hand if nobody needs it"
+            if others
+            else "none: look at it, and remove it by hand if nobody needs it",
             {"node": row.get("node"), "name": row.get("name"), "markers": sorted(marks), "databases": sorted(others)},
             vmid=vmid,
         )
