@@ -72,7 +72,7 @@ findings:
     check:
       description:
         - One of V(versions), V(configuration), V(database), V(work), V(proxmox), V(cluster), V(quorum), V(template),
-          V(storage), V(creation), V(privileges), V(vmid_range), V(clock) and V(daemon).
+          V(storage), V(creation), V(placement) (where the node is chosen), V(privileges), V(vmid_range), V(clock) and V(daemon).
       type: str
       returned: always
     status:

@@ -277,3 +277,18 @@ def test_without_figures_the_number_of_sandboxes_decides(context: Callable[..., 
     assert [outcome.sandbox.node for outcome in placed] == ["pve1", "pve2", "pve1"]
     assert placed[0].extra["placement"]["by"] == "sandboxes"
     assert "Sys.Audit" in placed[0].extra["placement"]["nodes"][0]["message"]
+
+
+def test_auto_in_the_configuration(story: Callable[..., Any], cluster: Any, env: Any) -> None:
+    with open(env["AGENTLAB_CONFIG"], "a", encoding="utf-8") as file:
+        file.write("node: auto\n")
+    run = story(
+        [
+            task("workspace", "agentlab_workspace", name="w1", size="1G", storage="local-lvm"),
+            task("create", SANDBOX, name="a1"),
+            # Whatever node it is on, that is a node that auto may choose.
+            task("again", SANDBOX, name="a1", node="auto"),
+        ]
+    )
+    assert run["workspace"]["workspace"]["node"] == "pve1" and run["create"]["sandbox"]["node"] == "pve2"
+    assert "warnings" not in run["again"] and run.status("again") == "ok"

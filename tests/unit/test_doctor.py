@@ -671,3 +671,21 @@ def test_commands_need_a_privilege_and_an_agent_that_allows_them(lab: Lab) -> No
     command.run_command(lab.context(), sandbox, command.CommandSpec(argv=["true"]))
     lab.pve.grant(TOKEN_ID, "/", "Sys.Audit", "VM.Audit", "VM.GuestAgent.Audit")
     assert examine(lab)["commands"].status == "problem"
+
+
+def test_the_load_of_each_node_and_why_nothing_fits(lab: Lab) -> None:
+    assert "placement" not in examine(lab)
+    lab.pve.nodes["pve2"] = {"online": True}
+    lab.pve.add_template(9002, lab.pve.vm(9000).name, node="pve2")
+    gib = 1024**3
+    lab.pve.node_figures = {name: {"maxmem": 64 * gib, "mem": 32 * gib, "maxcpu": 16} for name in ("pve1", "pve2")}
+    found = examine(lab, node="auto")
+    assert found["placement"].status == "ok" and "pve2: 0 sandboxes, 32768 MiB free" in found["placement"].meaning
+    assert found["creation"].status != "problem" and found["template"].status != "problem"
+    lab.pve.node_figures = {name: {"maxmem": 64 * gib, "mem": 63 * gib, "maxcpu": 16} for name in ("pve1", "pve2")}
+    full = examine(lab)["placement"]
+    assert full.status == "problem" and "pve1: 1024 MiB of its memory are free" in full.meaning
+    figures = ("maxmem", "mem", "maxcpu", "cpu", "maxdisk", "disk", "uptime")
+    lab.pve._node_row = lambda row, _user: {key: value for key, value in row.items() if key not in figures}
+    bare = examine(lab)["placement"]
+    assert bare.status == "warning" and "Sys.Audit on /nodes" in str(bare.advice)

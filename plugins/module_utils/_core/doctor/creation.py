@@ -13,6 +13,7 @@ from .. import profiles
 from ..config import DEFAULTS
 from ..errors import AgentlabError, ApiError, InvalidInput
 from ..guest import cloud_init
+from ..placement import AUTO
 from ..proxmox.identity import OUR_TAG
 from . import template
 from .examination import Examination, as_dict
@@ -51,6 +52,8 @@ def _named_values(exam: Examination, option: str) -> dict[str, str]:
 
 def _wrong_nodes(exam: Examination) -> Iterable[Finding]:
     for node, place in _named_values(exam, "node").items() if exam.nodes else ():
+        if node == AUTO:
+            continue
         if node not in exam.nodes:
             yield Finding(
                 "creation",

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from ..errors import AgentlabError
-from . import cluster, commands, creation, daemon, host, rights, template
+from . import capacity, cluster, commands, creation, daemon, host, rights, template
 from .bundle import bundle, shown, write_bundle
 from .daemon import ask
 from .examination import Examination
@@ -56,6 +56,7 @@ class Doctor(Examination):
             "template": lambda exam: template.check_template(exam, asked.template),
             "storage": template.check_storage,
             "creation": creation.check_creation,
+            "placement": capacity.check_placement,
             "privileges": rights.check_privileges,
             "commands": commands.check_commands,
             "vmid_range": cluster.check_vmid_range,

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..errors import AccessDenied, InvalidInput
+from ..placement import AUTO
 from ..sandboxes import template as templates
 from ..sandboxes import vm_config
 from ..vm import address
@@ -23,6 +24,15 @@ _NO_LINKED_CLONES = ("lvm", "iscsi", "iscsidirect")
 _DIRECTORIES = ("dir", "nfs", "cifs", "cephfs", "glusterfs")
 
 
+def _home(exam: Examination, asked: str) -> str | None:
+    """Return the configured node; where the node is chosen, the first one that has a template of that name."""
+    if exam.config.node not in (None, AUTO):
+        return exam.config.node
+    online = exam.context.cluster.nodes()
+    named = sorted(templates.named_so(exam.context, asked).values())
+    return next((node for node in named if online.get(node)), None) if len(exam.nodes) > 1 else None
+
+
 def check_template(exam: Examination, wanted: str | None) -> Iterable[Finding]:
     asked = wanted or exam.config.template
     if not asked:
@@ -34,7 +44,7 @@ def check_template(exam: Examination, wanted: str | None) -> Iterable[Finding]:
         )
         return
     try:
-        found_template = templates.find(exam.context, asked, exam.config.node)
+        found_template = templates.find(exam.context, asked, _home(exam, asked))
         vmid, node = found_template.vmid, found_template.node
         config = found_template.config
         if config is None:

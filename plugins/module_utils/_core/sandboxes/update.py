@@ -17,6 +17,7 @@ from .. import durations, states
 from ..context import Context, refuse_cut_off
 from ..errors import AgentlabError, InvalidInput, Kept, StateConflict
 from ..model import Outcome, Sandbox
+from ..placement import AUTO
 from ..proxmox import identity
 from ..store import history
 from ..vm import power
@@ -93,7 +94,7 @@ def _means_the_same(ctx: Context, sandbox: Sandbox, name: str, was: Any, value: 
     if name in ("full_clone", "firewall"):
         return bool(was) == bool(value)
     if name == "node":
-        return bool(value == sandbox.node)
+        return bool(value in (sandbox.node, AUTO))
     if name == "template":
         # By its VMID or by its name; the clone's event has the VMID.
         last = next(iter(history.evidence(ctx.database, sandbox.uuid, ("clone",))), {})

@@ -17,6 +17,7 @@ from .. import states as sandbox_states
 from ..context import Context
 from ..errors import AgentlabError, ApiError, InvalidInput, Kept, OutcomeUnknown, ProxmoxError
 from ..model import Sandbox
+from ..placement import AUTO
 from ..store import workspaces as store
 from ..store.records import Claim
 from ..store.workspaces import Workspace
@@ -129,7 +130,9 @@ def _create(ctx: Context, name: str, size: int | None, storage: str | None, node
             "storage: missing; give the storage for the workspace (or set it in the configuration)", option="storage"
         )
     nodes = ctx.cluster.nodes()
-    node = node or ctx.config.node or next(iter(sorted(name for name, up in nodes.items() if up)), None)
+    # Which node a sandbox goes to is chosen anew for each; a workspace on local storage stays where it is made.
+    configured = None if ctx.config.node == AUTO else ctx.config.node
+    node = node or configured or next(iter(sorted(name for name, up in nodes.items() if up)), None)
     if node not in nodes or not nodes[node]:
         raise InvalidInput(
             f"node: {node!r} is not a node of this cluster that is online. Nodes: {', '.join(sorted(nodes))}",
