@@ -40,9 +40,9 @@ display = Display()
 
 
 class _Ended(BaseException):
-    """A module gave its answer.
+    """Carry a module's result out of ``main()``.
 
-    No failure: as SystemExit, with which a shipped module ends, it passes by whatever handles those.
+    It derives from BaseException, like SystemExit, so that no ``except Exception`` swallows it.
     """
 
     def __init__(self, answer: dict[str, Any]) -> None:
@@ -116,9 +116,10 @@ def _stop(_signal: int, _frame: Any) -> NoReturn:
 
 @contextlib.contextmanager
 def _as_shipped(folder: str) -> Iterator[None]:
-    """What a process of its own would give a module: the folder that relative paths begin in, an end that is an
-    exception, and nobody who reads what a
-    library prints for developers (it would be told as output that went astray).
+    """Imitate a separate process.
+
+    Set the working directory, turn SIGINT and SIGTERM into an exception, and silence warnings of libraries, which
+    Ansible would report as stray output.
     """
     before = {one: signal.signal(one, _stop) for one in _STOPS}
     came_from = os.getcwd()

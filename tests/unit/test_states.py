@@ -33,6 +33,7 @@ OPERATIONS = {
     "stop": ("READY RUNNING SUSPENDED COMPLETED FAILED TIMEOUT", "STOPPED"),
     "start": ("STOPPED SUSPENDED", "READY RUNNING"),
     "suspend": ("READY RUNNING", "SUSPENDED"),
+    "exec": ("READY RUNNING", ""),
     "complete": ("RUNNING", "COMPLETED"),
     "fail": ("RUNNING", "FAILED"),
     "prune": ("TIMEOUT", ""),

@@ -12,7 +12,7 @@ from .errors import InvalidInput
 _UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
 _WHOLE = re.compile(r"(?:(\d{1,9})d)?(?:(\d{1,9})h)?(?:(\d{1,9})m)?(?:(\d{1,9})s)?", re.ASCII)
 _MINUTES = re.compile(r"\d{1,9}", re.ASCII)
-# Beyond this no deployment means it: it is a typing error, or seconds given as minutes.
+# Upper bound. Anything longer is a typo, or seconds typed where minutes are meant.
 MAX_SECONDS = 10 * 365 * 86400
 VALID = "minutes as a number (120) or a duration such as 90s, 30m, 2h, 1d12h"
 VALID_SECONDS = "seconds as a number (30) or a duration such as 90s, 30m"

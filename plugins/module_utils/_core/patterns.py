@@ -225,7 +225,10 @@ def encodable(text: str) -> bool:
 
 
 def fits(value: object, word: Word) -> bool:
-    """Whether it looks like that. What YAML made of a yes is no word."""
+    """Return True if the value matches the pattern.
+
+    Booleans never match: unquoted YAML ``yes`` arrives as True.
+    """
     return (
         not isinstance(value, (bool, dict, list))
         and word[0].fullmatch(str(value)) is not None

@@ -127,7 +127,7 @@ class TaskWaiter:
                         self._changed.notify_all()
                 with self._lock:
                     self._learn(awaited, ended)
-                    # Who has given up waiting asks no more: nothing is kept for him.
+                    # Drop results of waiters that timed out, or this dict grows forever.
                     self._ended.update((one, how) for one, how in ended.items() if one in self._waiting[node])
                     self._errors.update((one, error) for one, error in errors.items() if one in self._waiting[node])
                     self._changed.notify_all()

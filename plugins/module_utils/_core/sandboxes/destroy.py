@@ -114,7 +114,7 @@ def _run(ctx: Context, items: list[tuple[Sandbox, Request]], held: list[Gone]) -
     if not gone:
         return [found for found in results if isinstance(found, Outcome)]
     proofs = ctx.cluster.prove_absent(
-        [found.sandbox.vmid for found in gone], anew=not all(found.quiet for found in gone)
+        [found.sandbox.vmid for found in gone], anew=not all(found.untouched_since_list for found in gone)
     )
     sure = [found for found in gone if proofs[found.sandbox.vmid].absent]
     closing = set(map(id, sure))

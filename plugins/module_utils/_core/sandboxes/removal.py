@@ -1,11 +1,11 @@
 # Copyright: the agentlab.proxmox contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""One VM on its way out, up to its deletion: claim, judge, stop, take the workspace off, mark (which judges again,
-by the digest), delete, wait.
+"""Delete one sandbox's VM.
 
-Each phase is journaled before the request that it announces, so that a run killed at any point is finished by the next.
-Identity is never skipped, force or not. That the VM is gone is proven, and the record closed, by destroy.py.
+Steps: claim the record; prove the VM is ours; stop it; detach the workspace; write a mark guarded by the config digest;
+delete; wait for the task. The journal names each step before its request is sent, so the next run can finish after a
+kill. Identity is proven with and without force. ``destroy.py`` then proves that the VM is gone, and closes the record.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ class Gone:
     began: float
     upids: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
-    # Nothing was ever done about it since the list was read, by us or by another run: that list may prove its absence.
-    quiet: bool = False
+    # No run has acted on this VM since the VM list was read, so that list is enough to prove it is gone.
+    untouched_since_list: bool = False
     # The delete of a killed run may still be carried out: while absence is not proven, that stays in the journal.
     doubtful: bool = False
 
@@ -158,8 +158,7 @@ class Removal:
         if self._cut_off:
             if self._cut_off.detail.get("upid"):
                 self._detail["upid"] = self._cut_off.detail["upid"]
-            # However often it is asked again: the doubt ends some time after the delete may have been sent, not after
-            # the last look.
+            # Keep the time of the first delete. Retrying must not restart doubt_window.
             self._detail["since"] = self._since = int(self._cut_off.detail.get("since", self._cut_off.updated_at))
         self._before = current
         if current.generation != self._planned.generation:
@@ -213,7 +212,7 @@ class Removal:
             return self._gone(
                 "vm_absent",
                 {},
-                quiet=not self._upids
+                untouched_since_list=not self._upids
                 and self._left is None
                 and not self._round
                 and self._sandbox.generation == self._planned.generation,
@@ -319,7 +318,7 @@ class Removal:
                 self._not_marked(error)
             self._sent = True
             if self._cut_off:
-                # Another one, whose time counts.
+                # We send a new delete: doubt_window starts again now.
                 ctx.records.journal(self._claim, "destroy", "deleting", {**self._detail, "since": ctx.clock.now()})
             try:
                 # ``purge`` takes the VM out of backup jobs, replication and HA. Volumes that its configuration does not
@@ -416,7 +415,9 @@ class Removal:
             unprotected=unprotected and not self._request.clean_up,
         )
 
-    def _gone(self, reason: str, evidence: dict[str, Any], *, quiet: bool = False, doubtful: bool = False) -> Gone:
+    def _gone(
+        self, reason: str, evidence: dict[str, Any], *, untouched_since_list: bool = False, doubtful: bool = False
+    ) -> Gone:
         return Gone(
             self._claim,
             self._sandbox,
@@ -426,7 +427,7 @@ class Removal:
             self._began,
             self._upids,
             self._warnings,
-            quiet,
+            untouched_since_list,
             doubtful,
         )
 

@@ -25,7 +25,7 @@ DEEPEST_BODY = 16
 MOST_VALUES = 20000
 # What JSON is made of, as far as it is counted: a text (also one without an end), or a sign.
 _STEP = re.compile(r'"(?:[^"\\]++|\\.)*+"?|[\[\]{},]', re.DOTALL)
-# A value of one line; what has more was meant for another field, and the core would quote it.
+# Single-line fields refuse newlines: multi-line text is usually a pasted key, and error messages quote the value.
 _LINE = r"^[^\x00-\x1f\x7f]*$"
 
 # Names of what an object of texts holds: variables of an environment.

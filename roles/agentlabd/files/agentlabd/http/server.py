@@ -170,7 +170,7 @@ class Api:
                 )
 
         app = web.Application(middlewares=[self._timed(option), check_access], client_max_size=BODY_BYTES)
-        # Only digits are a VMID: any other word below /v1/sandboxes is no path of this API, and says so with 404.
+        # Only digits are a VMID: GET /v1/sandboxes/prnue is answered with 404 and not with "prnue is not a VMID".
         for route in ROUTES:
             app.router.add_route(route.method, route.path.replace("{vmid}", "{vmid:[0-9]+}"), self._handler(route))
         return app
