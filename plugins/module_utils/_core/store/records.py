@@ -46,6 +46,16 @@ _NOTES: dict[str, Callable[[str], object]] = {
     "cluster": lambda text: json.loads(text)["authority"],
     "last_vmid": int,
 }
+# What a journal entry's detail holds that is worked with, and of which type; an entry without the key is sound.
+_DETAIL_KINDS: dict[str, tuple[type, str]] = {
+    "upid": (str, "a text"),
+    "phase": (str, "a text"),
+    "template_node": (str, "a text"),
+    "disk_size": (str, "a text"),
+    "since": (int, "a whole number"),
+    "at": (int, "a whole number"),
+    "create": (dict, "an object"),
+}
 DATABASE_ID = re.compile(r"[0-9a-f]{32}")
 # Claims (sandbox, fence) that this process was done with and could not give back: nobody here waits for them.
 _unreturned: set[tuple[str, int]] = set()
@@ -82,14 +92,24 @@ class JournalEntry:
             detail = json.loads(row["detail"])
         except (ValueError, TypeError):
             detail = None
-        if not isinstance(detail, dict):
-            raise DamagedRecord("operations", f"sandbox_uuid {row['sandbox_uuid']}", "detail", "a JSON object")
+        wrong: str | None = None if isinstance(detail, dict) else "a JSON object"
+        wrong = wrong or _wrong_detail(detail) or _wrong_detail(detail.get("create") or {})
+        if wrong:
+            raise DamagedRecord("operations", f"sandbox_uuid {row['sandbox_uuid']}", "detail", wrong)
         for name in ("started_at", "updated_at"):
             if not isinstance(row[name], int):
                 raise DamagedRecord("operations", f"sandbox_uuid {row['sandbox_uuid']}", name, "a whole number")
         return cls(
             row["sandbox_uuid"], row["kind"], row["phase"], detail, row["actor"], row["started_at"], row["updated_at"]
         )
+
+
+def _wrong_detail(detail: dict[str, Any]) -> str | None:
+    """Return what a journal entry's detail would have to be, or None for one that is sound."""
+    for name, (kind, valid) in _DETAIL_KINDS.items():
+        if name in detail and (detail[name] is not None or kind is int) and not isinstance(detail[name], kind):
+            return f"a JSON object whose {name} is {valid}"
+    return None
 
 
 def sound_sandbox(row: Row) -> Sandbox | None:
