@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -262,3 +264,46 @@ def test_a_file_is_the_old_one_or_the_new_one_whatever_happens(lab: Lab) -> None
         lab.pve.faults.clear()
         assert target.stat().st_mode & 0o7777 == 0o640
     assert [path.name for path in target.parent.iterdir() if path.name.startswith(".agentlab-")] == []
+
+
+def odd_bytes(random: Random, most: int) -> bytes:
+    """Return up to so many bytes without NUL: any byte, or any Unicode."""
+    if random.random() < 0.5:
+        return bytes(random.randrange(1, 256) for _byte in range(random.randrange(most)))
+    points = (
+        random.choice([random.randrange(1, 0xD800), random.randrange(0xE000, 0x110000)]) for _n in range(most // 4)
+    )
+    return "".join(map(chr, points)).encode()
+
+
+@pytest.mark.parametrize("shell", ["dash", "bash", "busybox"])
+def test_arguments_input_and_file_names_of_any_byte(lab: Lab, shell: str) -> None:
+    """AGENTLAB_COMMANDS sets how many commands each shell runs."""
+    random = Random(os.environ.get("AGENTLAB_FAULTS_SEED", "4711"))
+    sandbox = lab.create()
+    guest = lab.pve.machine(sandbox.vmid)
+    if shutil.which(shell) is None:
+        pytest.skip(f"{shell} is not installed")
+    if shell == "busybox":
+        guest.use_busybox()
+    else:
+        guest.shell = str(shutil.which(shell))
+    ctx = lab.context()
+    for number in range(int(os.environ.get("AGENTLAB_COMMANDS", "20"))):
+        words = [odd_bytes(random, 200) for _word in range(random.randrange(5))]
+        data = os.urandom(random.randrange(3000))
+        status = random.randrange(100)
+        text = "printf '%s\\0' \"$@\"; cat >&2; exit " + str(status)
+        result = command.run_command(ctx, sandbox, CommandSpec(argv=["sh", "-c", text, "x", *words], stdin=data))
+        expected = b"".join(word + b"\0" for word in words) or b"\0"
+        assert (result.rc, result.stdout, result.stderr) == (status, expected, data), (number, words)
+        if number % 4 == 0:
+            name = odd_bytes(random, 60).replace(b"/", b"-") or b"x"
+            folder = os.fsencode(guest.folder / "run")
+            path = os.fsdecode(folder + b"/f" + name)
+            files.put_file(ctx, sandbox, data, path)
+            target = io.BytesIO()
+            files.fetch_file(ctx, sandbox, path, target)
+            assert target.getvalue() == data == Path(path).read_bytes(), path
+            os.unlink(path)
+    assert not guest.deaf

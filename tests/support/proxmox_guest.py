@@ -308,7 +308,8 @@ class GuestRules:
             if guest.silent:
                 await asyncio.sleep(3 / self.agent_hurry)
                 raise PveError(500, SILENT)
-            await asyncio.sleep(self.agent_nap)
+            # A file is opened, read or written, and closed, each with a ping before it.
+            await asyncio.sleep(self.agent_nap * (5 if command.startswith("file-") else 1))
             rpc = _RPC.get(command, f"guest-{command}")
             if rpc in guest.blocked and command != "info":
                 raise PveError(500, f"Agent error: Command {rpc} has been disabled: the command is not allowed")

@@ -30,7 +30,7 @@ from .agent import Agent, GuestFailed, GuestRefused, Status
 _SOON = 0.05
 _LATER = 0.22
 _MISSES = 3
-# Seconds between looks at a program that goes on running: a tenth of its time so far, at most this.
+# Seconds between looks at a program that goes on running: a fifth of its time so far, at most this.
 _LONGEST_PAUSE = 2.0
 # Seconds between requests to an agent that does not answer: each one holds a worker of the node's daemon for three.
 _SILENT_PAUSES = (2.0, 4.0, 8.0, 15.0, 30.0)
@@ -165,7 +165,7 @@ class Guest:
             waited, took = self.ctx.clock.monotonic() - began, self.ctx.clock.monotonic() - before
             if self.on_wait is not None:
                 self.on_wait(waited)
-            self.ctx.clock.sleep(max(0.0 if took > _SOON else _SOON, min(waited / 10, _LONGEST_PAUSE)))
+            self.ctx.clock.sleep(max(0.0 if took > _SOON else _SOON, min(waited / 5, _LONGEST_PAUSE)))
 
     def ask(self, script: str, run_id: str, *, patience: float = 60.0, refusals: bool = False) -> Frame:
         """Send a script that may be repeated without harm, and return its answer.
