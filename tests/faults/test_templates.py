@@ -70,14 +70,13 @@ def test_one_name_on_two_nodes_means_the_one_on_the_node_that_is_wanted(lab: Lab
     lab.pve.add_template(9001, "debian-13", node="pve2")
     first, second = outcome_of(lab, node="pve2"), outcome_of(lab, name="a2", options={"node": "pve1"})
     assert [one.sandbox.node for one in (first, second) if one.sandbox] == ["pve2", "pve1"]
-    assert (
-        refused_name(lab)
-        == "template: 'debian-13' is the name of several templates (9000 on pve1, 9001 on pve2); give the VMID, or "
-        "the node"
-    )
+    # Where no node is named, one of those that have it is chosen, and its own template is cloned.
+    third = outcome_of(lab, name="a3")
+    assert third.sandbox is not None and third.extra["placement"]["node"] == third.sandbox.node in ("pve1", "pve2")
     assert "(9000 on pve1, 9001 on pve2), none of them on node pve3" in refused_name(lab, node="pve3")
     lab.pve.add_template(9002, "debian-13", node="pve2")
     assert "(9001 on pve2, 9002 on pve2); give the VMID" in refused_name(lab, node="pve2")
+    assert "(9000 on pve1, 9001 on pve2, 9002 on pve2); give the VMID, or the node" in refused_name(lab)
 
 
 def refused_name(lab: Lab, **values: Any) -> str:

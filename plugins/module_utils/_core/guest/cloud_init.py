@@ -128,10 +128,17 @@ def check_storage(ctx: Context, node: str) -> dict[str, Any]:
     return row
 
 
-def may_reach(node: str, nodes: Collection[str], shared: bool) -> bool:
-    """Return whether a node may see a snippet written here; ``shared``: the storage of snippets is."""
+def why_hidden(ctx: Context, node: str, nodes: Collection[str], shared: bool) -> str | None:
+    """Return why a node would not see a snippet written here, or None; ``shared``: the storage of snippets is."""
     here = _here()
-    return here == node or shared or here not in nodes
+    return None if here == node or shared or here not in nodes else _elsewhere(ctx, node, here)
+
+
+def _elsewhere(ctx: Context, node: str, here: str) -> str:
+    return (
+        f"the VM will be on node {node}, but this runs on {here} and storage {ctx.config.snippets_storage!r} is local. "
+        f"{_ELSEWHERE}"
+    )
 
 
 def check_place(ctx: Context, node: str) -> None:
@@ -139,13 +146,12 @@ def check_place(ctx: Context, node: str) -> None:
 
     InvalidInput says what is missing.
     """
-    storage, folder = ctx.config.snippets_storage, ctx.config.snippets_dir
+    folder = ctx.config.snippets_dir
     row = check_storage(ctx, node)
     here = _here()
     if here != node and here in ctx.cluster.nodes() and not _shared(row):
         raise InvalidInput(
-            f"cloud_init_user_data: the VM will be on node {node}, but this runs on {here} and storage {storage!r} is "
-            f"local. {_ELSEWHERE}",
+            f"cloud_init_user_data: {_elsewhere(ctx, node, here)}",
             option="cloud_init_user_data",
         )
     try:

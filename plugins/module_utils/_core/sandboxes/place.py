@@ -35,6 +35,7 @@ _OPTION_OF = {
     "cpus": "cores",
     "template": "template",
     "workspace": "workspace",
+    "snippets": "cloud_init_user_data",
 }
 _KIB = 1024
 
@@ -115,10 +116,9 @@ class NodeChoice:
             refused = "workspace", f"{workspace.title} lies on local storage of node {workspace.node}"
         elif workspace is not None and node.storages is not None and workspace.storage not in node.storages:
             refused = "workspace", f"it has no storage {workspace.storage}, where {workspace.title} lies"
-        elif spec.cloud_init_user_data is not None and not cloud_init.may_reach(
-            node.name, online, ctx.config.snippets_storage in read.shared
-        ):
-            refused = "snippets", f"it does not see the local storage {ctx.config.snippets_storage} of this host"
+        elif spec.cloud_init_user_data is not None:
+            hidden = cloud_init.why_hidden(ctx, node.name, online, ctx.config.snippets_storage in read.shared)
+            refused = ("snippets", hidden) if hidden else None
         source = self._sources.get(node.name)
         return dataclasses.replace(
             node,
