@@ -53,12 +53,12 @@ def start(server: Server, postgres: PostgresServer, tmp_path: Path) -> Iterator[
 
 def test_two_daemons_serve_and_one_takes_over_from_the_other(start: Callable[..., Daemon]) -> None:
     first = start()
-    first.wait_for(lambda: first.metric('agentlab_leader{job="reconcile"}') == 1, "the first one leads", 60)
+    first.wait_for(lambda: first.metric('agentlab_leader{duty="reconcile"}') == 1, "the first one leads", 60)
     second = start()
     sandbox = first.good("POST", "/v1/sandboxes", {"name": "a1", "ttl": "1h"}, 201)
     assert second.good("GET", f"/v1/sandboxes/{sandbox['vmid']}")["name"] == "a1"
     second.wait_for(lambda: "reconcile: done by another controller" in second.log(), "the second one stands by", 60)
-    assert second.metric('agentlab_leader{job="reconcile"}') == 0
+    assert second.metric('agentlab_leader{duty="reconcile"}') == 0
     first.kill()
     began = time.monotonic()
     second.wait_for(lambda: "reconcile: done by this daemon from now on" in second.log(), "it takes over", 60)

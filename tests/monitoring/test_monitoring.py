@@ -159,7 +159,19 @@ def test_a_wrong_name_would_be_found(exposed: Exposed) -> None:
 
 def test_no_series_for_single_machines(exposed: Exposed) -> None:
     labels = {label for found in exposed.series.values() for label in found}
-    assert labels == {"state", "result", "reason", "kind", "verdict", "operation", "method", "version", "le", "part"}
+    assert labels == {
+        "state",
+        "result",
+        "reason",
+        "kind",
+        "verdict",
+        "operation",
+        "method",
+        "version",
+        "le",
+        "part",
+        "duty",
+    }
 
 
 # ---- words ----

@@ -47,7 +47,7 @@ class Scrape:
             "agentlab_database_retries", "Transactions of the records that were repeated", value=database.retries
         )
         leader = GaugeMetricFamily(
-            "agentlab_leader", "1 when this daemon does the job, 0 when another controller does", labels=["job"]
+            "agentlab_leader", "1 when this daemon does that duty, 0 when another controller does", labels=["duty"]
         )
         for job in ("reconcile", "cleanup"):
             leader.add_metric([job], int(service.leads.get(job, database.controller is None)))
