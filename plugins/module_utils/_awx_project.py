@@ -131,7 +131,8 @@ class ProjectPlanner(Planner):
             text = re.sub(r"\x1b\[[0-9;]*m", "", output) if status == 200 and isinstance(output, str) else ""
             fatal = [line for line in text.splitlines() if line.startswith(("fatal:", "ERROR"))]
             reason = fatal[-1] if fatal else job.get("job_explanation") or job.get("result_traceback") or text[-500:]
-            # AWX sets the status before it has stored the output, and calls the events finished while it has counted none.
+            # AWX sets the status before it has stored the output, and calls the events finished while it has counted
+            # none.
             if fatal or (reason and job.get("event_processing_finished")):
                 break
             time.sleep(POLL_SECONDS)

@@ -2,7 +2,9 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""What a message tells the operator to do leads to the end: the commands are read out of the message, carried out, and the next run succeeds."""
+"""What a message tells the operator to do leads to the end: the commands are read out of the message, carried out,
+and the next run succeeds.
+"""
 
 from __future__ import annotations
 
@@ -260,7 +262,9 @@ def test_a_clone_in_doubt(lab: Lab, operator: Operator, kind: str, then: str) ->
 
 @pytest.mark.parametrize("ending", ["the disk is on fire", "unexpected status", "hang"])
 def test_a_clone_that_was_made_although_its_task_says_otherwise(lab: Lab, operator: Operator, ending: str) -> None:
-    """Left alone (it may be anybody's), FAILED with the reason; the operator looks and removes it, and the name can be used again."""
+    """Left alone (it may be anybody's), FAILED with the reason; the operator looks and removes it, and the name can
+    be used again.
+    """
     lab.pve.task_endings["qmclone"] = ending
     refused(lambda: lab.create(options={"wait_timeout": "1s"}))
     lab.calm()

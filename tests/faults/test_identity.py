@@ -205,7 +205,8 @@ def journal(lab: Lab, sandbox: Sandbox, phase: str | None, *, at: int, **detail:
         conn.execute("DELETE FROM operations WHERE sandbox_uuid = ?", (sandbox.uuid,))
         if phase:
             conn.execute(
-                "INSERT INTO operations (sandbox_uuid, kind, phase, detail, actor, started_at, updated_at) VALUES (?, 'create', ?, ?, 'x', ?, ?)",
+                "INSERT INTO operations (sandbox_uuid, kind, phase, detail, actor, started_at, updated_at) VALUES (?, "
+                "'create', ?, ?, 'x', ?, ?)",
                 (sandbox.uuid, phase, json.dumps(detail), at, at),
             )
 
@@ -265,7 +266,8 @@ def test_vm_restored_from_a_backup_of_ours_over_ours_is_still_ours(lab: Lab) -> 
 
 
 def test_vm_restored_as_unique_from_a_backup_of_ours_is_kept(lab: Lab) -> None:
-    # qmrestore --unique gives new MAC addresses; where the SMBIOS UUID is new as well, the description alone is no proof.
+    # qmrestore --unique gives new MAC addresses; where the SMBIOS UUID is new as well, the description alone is no
+    # proof.
     ours = lab.timed_out()
     config = lab.pve.vm(ours.vmid).config
     vm = lab.swap(ours.vmid)
@@ -529,7 +531,9 @@ def test_clone_whose_answer_was_lost_and_a_stranger_at_its_vmid(lab: Lab, fault:
 @pytest.mark.parametrize("state", ["READY", "RUNNING", "TIMEOUT", "STOPPED", "FAILED"])
 @pytest.mark.parametrize("stranger", strangers(way=13))
 def test_an_imported_record_without_a_uuid_adopts_nobody(lab: Lab, state: str, stranger: str) -> None:
-    """As a list of VMIDs from another tool would be written into the database: name and VMID fit, and that proves nothing."""
+    """As a list of VMIDs from another tool would be written into the database: name and VMID fit, and that proves
+    nothing.
+    """
     ours = lab.create()
     vm = lab.swap(ours.vmid, **STRANGERS[stranger])
     lab.force_state(ours.vmid, state, smbios_uuid=None, lease_expires_at=int(time.time()) - 5)

@@ -111,7 +111,10 @@ def test_the_whole_life_through_pvesh(lab: Lab, node: str) -> None:
 
 
 def test_how_often_pvesh_is_started(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each start takes half a second on a node. One status read tells how a task ended; what was written is not read back."""
+    """Each start takes half a second on a node.
+
+    One status read tells how a task ended; what was written is not read back.
+    """
     counts = {}
     # As on a node, where a file names the authority of its cluster: nothing is asked to recognise the cluster.
     monkeypatch.setattr(client_module, "_NODE_AUTHORITY", lab.server.cafile)
@@ -279,7 +282,9 @@ def test_a_task_that_failed_is_no_success_although_pvesh_says_so(lab: Lab) -> No
 def test_an_ssh_that_ends_says_nothing_of_the_request(
     lab: Lab, tmp_path: Path, said: str, kind: type[AgentlabError]
 ) -> None:
-    """pvesh reaches other nodes by ssh: a clone whose connection ended may have been made, so it is not taken for refused."""
+    """pvesh reaches other nodes by ssh: a clone whose connection ended may have been made, so it is not taken for
+    refused.
+    """
     ctx = lab.context()
     ctx.cluster.vms()
     (tmp_path / "bin" / "pvesh").write_text(f"#!/bin/sh\necho '{said}' >&2\nexit 255\n")

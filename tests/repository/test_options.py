@@ -29,8 +29,8 @@ IDENTITY = {"vmid", "name"}
 OF_THE_MODULE = {"vmids", "items", "state", "force", "wait_timeout"}
 # What the API calls by another name too.
 ALIASES = {"ttl_minutes", "workspace_id"}
-# Why a profile does not set them: it is one; a workspace, a text and protection belong to one sandbox; secrets belong into
-# no file that many read; the rest says what one run does.
+# Why a profile does not set them: it is one; a workspace, a text and protection belong to one sandbox; secrets belong
+# into no file that many read; the rest says what one run does.
 NOT_IN_PROFILES = {
     "profile",
     "workspace",

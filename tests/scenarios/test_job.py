@@ -2,8 +2,10 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""The life of a job in one playbook, with this machine standing in for the guest: what is refused before anything is made, and that results,
-workspace and sandbox end where they should, however the job ends."""
+"""The life of a job in one playbook, with this machine standing in for the guest: what is refused before anything is
+made, and that results,
+workspace and sandbox end where they should, however the job ends.
+"""
 
 from __future__ import annotations
 

@@ -2,7 +2,9 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""The connection plugin agentlab.proxmox.sandbox: real tasks of real playbooks in the double's guest, which runs them."""
+"""The connection plugin agentlab.proxmox.sandbox: real tasks of real playbooks in the double's guest, which runs
+them.
+"""
 
 from __future__ import annotations
 

@@ -2,7 +2,9 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Files of another kind than meant (FIFOs, devices, links that lead nowhere) hold nothing up, and are not silently left out."""
+"""Files of another kind than meant (FIFOs, devices, links that lead nowhere) hold nothing up, and are not silently
+left out.
+"""
 
 from __future__ import annotations
 

@@ -2,7 +2,9 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""What only the PostgreSQL engine does: heartbeats, the server's clock, lost connections and commits, migration, rights."""
+"""What only the PostgreSQL engine does: heartbeats, the server's clock, lost connections and commits, migration,
+rights.
+"""
 
 from __future__ import annotations
 
@@ -319,7 +321,8 @@ def test_a_vmid_that_somebody_else_took_is_passed_over(uri: str, connect: Any) -
             # A writer that takes no lock: a person with psql.
             columns = "uuid, vmid, name, state, created_at, updated_at"
             server().execute(
-                f"INSERT INTO sandboxes ({columns}) VALUES ('u', 1000, 'psql', 'REQUESTED', 1, 1) ON CONFLICT DO NOTHING",
+                f"INSERT INTO sandboxes ({columns}) VALUES ('u', 1000, 'psql', 'REQUESTED', 1, 1) ON CONFLICT DO "
+                "NOTHING",
                 database_of(uri),
             )
         return real(conn, sandbox)

@@ -3,7 +3,8 @@
 
 """Configuration: an option wins over the environment, the environment over the file, the file over the default.
 
-The file is flat YAML with the names of the options. Unknown keys are refused: a misspelt guard must not be a missing guard.
+The file is flat YAML with the names of the options. Unknown keys are refused: a misspelt guard must not be a missing
+guard.
 """
 
 from __future__ import annotations
@@ -176,7 +177,8 @@ class ProxmoxSettings:
             )
         if not self.api_token_id and not self.api_password:
             raise InvalidInput(
-                f"api_host: {self.api_host!r} is set without credentials; give api_token_id and api_token_secret (or api_password)",
+                f"api_host: {self.api_host!r} is set without credentials; give api_token_id and api_token_secret (or "
+                "api_password)",
                 option="api_host",
             )
         if "!" in self.api_user:
@@ -205,26 +207,33 @@ class ProxmoxSettings:
 
 
 def refuse_special_file(option: str, path: str) -> None:
-    """Raise InvalidInput for a FIFO, a socket or a device: opening it would wait for ever, or reading it would have no end."""
+    """Raise InvalidInput for a FIFO, a socket or a device: opening it would wait for ever, or reading it would have
+    no end.
+    """
     if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
         raise InvalidInput(f"{option}: {path!r} is not a regular file; give a file", option=option, value=path)
 
 
 def is_missing(option: str, path: str) -> bool:
-    """Return True for a file that may be missing, and is. ConfigError for a link that leads nowhere: somebody meant a file."""
+    """Return True for a file that may be missing, and is.
+
+    ConfigError for a link that leads nowhere: somebody meant a file.
+    """
     if os.path.exists(path):
         return False
     if os.path.islink(path):
         raise ConfigError(
-            f"{option}: {path} is a link to {os.readlink(path)}, which cannot be followed; mount or create what it leads "
-            "to, or remove the link",
+            f"{option}: {path} is a link to {os.readlink(path)}, which cannot be followed; mount or create what it "
+            "leads to, or remove the link",
             file=path,
         )
     return True
 
 
 def _check_certificates(path: str) -> None:
-    """Raise InvalidInput for a file without a certificate: the TLS library would only say that the connection failed."""
+    """Raise InvalidInput for a file without a certificate: the TLS library would only say that the connection
+    failed.
+    """
     import ssl
 
     try:
@@ -334,8 +343,8 @@ def load(options: Mapping[str, Any], environment: Mapping[str, str]) -> Config:
     vmids, owners = vmid_range(value("vmid_range")), vmid_range(value("workspace_owner_range"), "workspace_owner_range")
     if vmids[0] <= owners[1] and owners[0] <= vmids[1]:
         raise InvalidInput(
-            f"workspace_owner_range: {owners[0]}-{owners[1]} overlaps vmid_range ({vmids[0]}-{vmids[1]}). Proxmox VE deletes with a VM what its "
-            "VMID owns, so the owners of workspaces need VMIDs that no VM ever has",
+            f"workspace_owner_range: {owners[0]}-{owners[1]} overlaps vmid_range ({vmids[0]}-{vmids[1]}). Proxmox VE "
+            "deletes with a VM what its VMID owns, so the owners of workspaces need VMIDs that no VM ever has",
             option="workspace_owner_range",
         )
     return Config(
@@ -419,8 +428,8 @@ def read_file(path: str) -> dict[str, Any]:
             # A password 012345 would be sent as 5349.
             shown = "that value" if key in SECRETS else patterns.quoted(found.written[key])
             raise ConfigError(
-                f"config_file: {path}: {key}: YAML reads {shown} as something else than a text (line {found.lines[key]}); "
-                "put it in quotes",
+                f"config_file: {path}: {key}: YAML reads {shown} as something else than a text (line "
+                f"{found.lines[key]}); put it in quotes",
                 file=path,
             )
     return dict(found)
@@ -476,8 +485,8 @@ def _preferences(name: str, value: Any) -> tuple[placement.Preference, ...]:
         nodes = _words(f"{name}.nodes", item["nodes"], patterns.WORD)
         if not word or not nodes:
             raise InvalidInput(
-                f"{name}: {patterns.quoted(dict(item))} names no {kind if not word else 'node'}. Valid: a {kind} and at "
-                "least one node",
+                f"{name}: {patterns.quoted(dict(item))} names no {kind if not word else 'node'}. Valid: a {kind} and "
+                "at least one node",
                 option=name,
             )
         preferences.append(placement.Preference(kind, word, frozenset(nodes)))
@@ -502,7 +511,8 @@ def vmid_range(value: object, name: str = "vmid_range") -> tuple[int, int]:
 
 
 def api_address(value: object, port: int) -> tuple[str | None, int, str]:
-    """Return host, port and path of the API as people write them: ``pve1``, ``pve1:8006``, ``https://pve1:8006/prefix``.
+    """Return host, port and path of the API as people write them: ``pve1``, ``pve1:8006``,
+    ``https://pve1:8006/prefix``.
 
     ``port`` is api_port. Raises InvalidInput for what is no address, and for two ports that contradict each other.
     """
@@ -562,7 +572,8 @@ def _credential(name: str, value: Any) -> str | None:
     text = value.strip("\r\n") if name in ("api_password", "database_password") else value.strip()
     if not text.isprintable() or (name.startswith("api_token") and not (text.isascii() and " " not in text)):
         raise InvalidInput(
-            f"{name}: the value has a line feed, a space or another character that it cannot have; give it in one piece",
+            f"{name}: the value has a line feed, a space or another character that it cannot have; give it in one "
+            "piece",
             option=name,
         )
     if name == "api_token_id" and "=" in text:
@@ -649,7 +660,8 @@ def loopback(name: str, value: Any) -> tuple[str, int] | None:
         local = None
     if local is None or not local.is_loopback or not (port.isascii() and port.isdecimal()) or not 0 < int(port) < 65536:
         raise InvalidInput(
-            f"{name}: {text!r} is not valid. Valid: a loopback address and a port, such as 127.0.0.1:9820 or [::1]:9820",
+            f"{name}: {text!r} is not valid. Valid: a loopback address and a port, such as 127.0.0.1:9820 or "
+            "[::1]:9820",
             option=name,
             value=text,
         )
@@ -657,7 +669,8 @@ def loopback(name: str, value: Any) -> tuple[str, int] | None:
 
 
 def _seconds(name: str, value: Any, *, zero: bool = True) -> int:
-    # These are times of waiting: a bare number is seconds here, as everywhere in Ansible; only leases and ages count in minutes.
+    # These are times of waiting: a bare number is seconds here, as everywhere in Ansible; only leases and ages count in
+    # minutes.
     text = str(value).strip()
     if not isinstance(value, bool) and text.isascii() and text.isdecimal():
         value = f"{text}s"

@@ -1,7 +1,10 @@
 # Copyright: the agentlab.proxmox contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""What every operation stands on: configuration, records, Proxmox, time, and who is acting. Plus the claim around an operation."""
+"""What every operation stands on: configuration, records, Proxmox, time, and who is acting.
+
+Plus the claim around an operation.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,10 @@ B = TypeVar("B")
 
 
 class Context:
-    """One run. Nothing is connected or read until it is used, so a run that the database alone answers asks Proxmox nothing."""
+    """One run.
+
+    Nothing is connected or read until it is used, so a run that the database alone answers asks Proxmox nothing.
+    """
 
     def __init__(
         self,
@@ -119,7 +125,9 @@ class Context:
             return self._cluster
 
     def once(self, key: Any, read: Callable[[], B]) -> B:
-        """Return what ``read`` answers, asked once in this run: for what its items share and nobody changes meanwhile (a template, the storages of a node)."""
+        """Return what ``read`` answers, asked once in this run: for what its items share and nobody changes
+        meanwhile (a template, the storages of a node).
+        """
         with self._once_lock:
             if key not in self._read_once:
                 self._read_once[key] = read()
@@ -127,7 +135,9 @@ class Context:
             return found
 
     def derive(self, *, actor: str, dry_run: bool = False, config: Config | None = None) -> Context:
-        """A run of its own for a process that lives longer than one: shares the database and the connections, remembers nothing read of Proxmox."""
+        """A run of its own for a process that lives longer than one: shares the database and the connections,
+        remembers nothing read of Proxmox.
+        """
         return Context(
             config or self.config,
             actor=actor,
@@ -150,7 +160,8 @@ class Context:
     # ---- choosing sandboxes ----
 
     def select(self, vmid: int | None = None, name: str | None = None) -> Sandbox:
-        """The sandbox of a VMID or name: the live one, or else the last destroyed one; NotFound when there never was one. With both, that VMID's sandbox is
+        """The sandbox of a VMID or name: the live one, or else the last destroyed one; NotFound when there never was
+        one. With both, that VMID's sandbox is
         to have that name.
         """
         if vmid is not None:
@@ -163,8 +174,8 @@ class Context:
             raise NotFound(f"sandbox not found ({word}). A VM without a record is never touched", vmid=vmid, name=name)
         if vmid is not None and name not in (None, found.name):
             raise InvalidInput(
-                f"name: sandbox {vmid} is named {found.name!r}, not {name!r} (VMIDs are handed out again); nothing was done. Give the one that "
-                "is meant",
+                f"name: sandbox {vmid} is named {found.name!r}, not {name!r} (VMIDs are handed out again); nothing "
+                "was done. Give the one that is meant",
                 option="name",
                 value=name,
             )
@@ -176,7 +187,10 @@ class Context:
     def claimed(
         self, sandbox: Sandbox, operation: str, *, wait: float | None = None
     ) -> Iterator[tuple[Claim, Sandbox]]:
-        """Hold the claim on a sandbox and give its record as it is now. A destroy that was cut off after its delete was decided bars every other operation."""
+        """Hold the claim on a sandbox and give its record as it is now.
+
+        A destroy that was cut off after its delete was decided bars every other operation.
+        """
         claim = self.records.claim(sandbox.uuid, operation, wait=self.config.claim_timeout if wait is None else wait)
         try:
             if claim.interrupted and claim.interrupted.phase in POINT_OF_NO_RETURN and operation != "destroy":
@@ -193,7 +207,9 @@ class Context:
 
 
 def refuse_cut_off(claim: Claim, sandbox: Sandbox) -> None:
-    """Kept while a destroy that was cut off is to be finished: for what would put its own journal entry in the place of that one."""
+    """Kept while a destroy that was cut off is to be finished: for what would put its own journal entry in the place
+    of that one.
+    """
     if claim.interrupted is not None and claim.interrupted.kind == "destroy":
         raise Kept(
             "busy",

@@ -11,7 +11,9 @@ from .escapes import escape_controls
 
 
 class AgentlabError(Exception):
-    """Base of all: ``message`` is one sentence for the user, ``code`` a stable word for programs, ``detail`` JSON-safe facts."""
+    """Base of all: ``message`` is one sentence for the user, ``code`` a stable word for programs, ``detail``
+    JSON-safe facts.
+    """
 
     code = "error"
 
@@ -111,12 +113,15 @@ class StoreUnavailable(StoreError):
 
 
 class DamagedRecord(StoreError):
-    """One value in the records cannot be what it should be. ``detail`` names table, row and column; the row is left alone."""
+    """One value in the records cannot be what it should be.
+
+    ``detail`` names table, row and column; the row is left alone.
+    """
 
     def __init__(self, table: str, row: str, column: str, valid: str) -> None:
         super().__init__(
-            f"the records are damaged: {table}.{column} of {row} is not {valid}. That row is left alone; run agentlab_doctor (agentlab doctor), "
-            "which says how to mend it",
+            f"the records are damaged: {table}.{column} of {row} is not {valid}. That row is left alone; run "
+            "agentlab_doctor (agentlab doctor), which says how to mend it",
             table=table,
             row=row,
             column=column,

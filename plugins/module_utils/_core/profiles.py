@@ -3,7 +3,8 @@
 
 """Profiles: kinds of sandboxes that an operator describes once, one YAML file each.
 
-A profile only fills in what a creation does not say itself. A file is checked as a whole; an error names the file, the key and what is valid.
+A profile only fills in what a creation does not say itself. A file is checked as a whole; an error names the file, the
+key and what is valid.
 """
 
 from __future__ import annotations
@@ -31,7 +32,10 @@ WORKSPACE = ("none", "optional", "required")
 
 @dataclass(slots=True)
 class Profile:
-    """One kind of sandbox. ``values`` are creation options by their names (only those that the file sets); leases in seconds."""
+    """One kind of sandbox.
+
+    ``values`` are creation options by their names (only those that the file sets); leases in seconds.
+    """
 
     name: str
     path: str
@@ -136,7 +140,8 @@ def _public_keys(value: Any) -> list[str]:
         raise _Secret("a public key; that is a private one, which belongs into no profile") from None
 
 
-# Every key a file may have: what checks it, and the creation option it fills in. Sections are dictionaries of such keys.
+# Every key a file may have: what checks it, and the creation option it fills in. Sections are dictionaries of such
+# keys.
 _KEYS: dict[str, Any] = {
     "name": (_text(NAME), None),
     "description": (_text((re.compile(r"[^\x00-\x08]{0,500}"), "a text of 500 characters at most")), None),
@@ -208,7 +213,10 @@ _TEXTS = frozenset(
 
 
 def load_all(folder: str) -> dict[str, Profile]:
-    """Every profile of the folder by its name; ConfigError for the first file that is wrong. A folder that is not there has none."""
+    """Every profile of the folder by its name; ConfigError for the first file that is wrong.
+
+    A folder that is not there has none.
+    """
     found: dict[str, Profile] = {}
     for path in _files(folder):
         _add(found, read(path))
@@ -242,7 +250,8 @@ def load(folder: str, name: str) -> Profile:
 def _add(found: dict[str, Profile], profile: Profile) -> None:
     if profile.name in found:
         raise ConfigError(
-            f"{profile.path}: name: {profile.name!r} is also the name of {found[profile.name].path}; give each profile a name of its own",
+            f"{profile.path}: name: {profile.name!r} is also the name of {found[profile.name].path}; give each "
+            "profile a name of its own",
             file=profile.path,
             key="name",
         )
@@ -259,8 +268,8 @@ def _files(folder: str) -> list[str]:
     except FileNotFoundError:
         if os.path.islink(folder):
             raise ConfigError(
-                f"profiles_dir: {folder} is a link to {os.readlink(folder)}, which does not exist; mount or create what it "
-                "leads to, or remove the link",
+                f"profiles_dir: {folder} is a link to {os.readlink(folder)}, which does not exist; mount or create "
+                "what it leads to, or remove the link",
                 file=folder,
             ) from None
         return []
@@ -285,13 +294,15 @@ def read(path: str) -> Profile:
     default, maximum = plain["lease_default"], plain["lease_maximum"]
     if default is not None and maximum is not None and default > maximum:
         raise ConfigError(
-            f"{path}: lease.default: {durations.show(default)} is longer than lease.maximum ({durations.show(maximum)})",
+            f"{path}: lease.default: {durations.show(default)} is longer than lease.maximum "
+            f"({durations.show(maximum)})",
             file=path,
             key="lease.default",
         )
     if values.get("storage") and values.get("full_clone") is False:
         raise ConfigError(
-            f"{path}: storage: a linked clone stays on its template's storage; leave storage out, or set full_clone to true",
+            f"{path}: storage: a linked clone stays on its template's storage; leave storage out, or set full_clone "
+            "to true",
             file=path,
             key="storage",
         )
@@ -318,7 +329,8 @@ def _section(path: str, prefix: str, content: safe_yaml.Mapping, keys: dict[str,
             # The file may be a link to one with secrets: what is no word is not quoted.
             name = safe_yaml.shown(key).strip("'")
             raise ConfigError(
-                f"{path}: {prefix}{name}: no such key. Valid: {', '.join(prefix + one for one in keys)} (line {content.lines[key]})",
+                f"{path}: {prefix}{name}: no such key. Valid: {', '.join(prefix + one for one in keys)} (line "
+                f"{content.lines[key]})",
                 file=path,
                 key=f"{prefix}{name}",
             )
@@ -338,7 +350,8 @@ def _section(path: str, prefix: str, content: safe_yaml.Mapping, keys: dict[str,
         for item, written in _scalars(content, key, value):
             if option in _TEXTS and safe_yaml.misread(item, written):
                 raise ConfigError(
-                    f"{path}: {where}: YAML reads {patterns.quoted(written)} as {patterns.quoted(item)}; put it in quotes",
+                    f"{path}: {where}: YAML reads {patterns.quoted(written)} as {patterns.quoted(item)}; put it in "
+                    "quotes",
                     file=path,
                     key=where,
                 )

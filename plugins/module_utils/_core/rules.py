@@ -1,9 +1,12 @@
 # Copyright: the agentlab.proxmox contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Cleanup rules: a file, checked as a whole, and which of its rules a sandbox meets first. Nothing here asks or changes anything.
+"""Cleanup rules: a file, checked as a whole, and which of its rules a sandbox meets first.
 
-A key, state, action or duration that does not exist refuses the whole file, with its line: a misspelt rule must not be a missing rule.
+Nothing here asks or changes anything.
+
+A key, state, action or duration that does not exist refuses the whole file, with its line: a misspelt rule must not be
+a missing rule.
 """
 
 from __future__ import annotations
@@ -27,7 +30,9 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}", re.ASCII)
 
 @dataclass(frozen=True, slots=True)
 class CleanupRule:
-    """What it matches (all that is given must fit; any one of a list), how long a state must last, and what is done then."""
+    """What it matches (all that is given must fit; any one of a list), how long a state must last, and what is done
+    then.
+    """
 
     name: str
     action: str
@@ -52,7 +57,8 @@ class Policy:
     mode: str = ENFORCE
     interval: int = 900
     jitter: int = 120
-    # A run that would destroy more than so many, or more than this share of all live sandboxes, does nothing and freezes.
+    # A run that would destroy more than so many, or more than this share of all live sandboxes, does nothing and
+    # freezes.
     guard_count: int = 50
     guard_percent: int = 50
     rules: Sequence[CleanupRule] = ()
@@ -145,7 +151,8 @@ class _RuleReader:
             return tuple(self.choice(one, key, choices) for one in node.value)
         pattern, valid = patterns.TAG if key == "tags" else patterns.WORD
         for one in node.value:
-            # What was written: YAML reads 1.10 as a number, and on as true. What nothing can be called makes a rule that never matches.
+            # What was written: YAML reads 1.10 as a number, and on as true. What nothing can be called makes a rule
+            # that never matches.
             if not isinstance(one, yaml.ScalarNode) or not pattern.fullmatch(
                 one.value.lower() if key == "tags" else one.value
             ):
@@ -287,7 +294,8 @@ def load(path: str) -> Policy:
         raise ConfigError(f"cleanup_file: {path} {error.reason}; nothing of it was used", file=path) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
-            f"cleanup_file: {path}: {getattr(error, 'strerror', None) or 'not UTF-8'}; correct cleanup_file or its permissions",
+            f"cleanup_file: {path}: {getattr(error, 'strerror', None) or 'not UTF-8'}; correct cleanup_file or its "
+            "permissions",
             file=path,
         ) from None
     return parse(text, path)

@@ -40,8 +40,8 @@ def check_placement(exam: Examination) -> Iterable[Finding]:
         yield Finding(
             "placement",
             WARNING,
-            f"{', '.join(bare)} show no figures to {exam.config.proxmox.login}, so a node is chosen by the number of its "
-            f"sandboxes. {_load_of(decision)}",
+            f"{', '.join(bare)} show no figures to {exam.config.proxmox.login}, so a node is chosen by the number of "
+            f"its sandboxes. {_load_of(decision)}",
             "grant Sys.Audit on /nodes to compare free memory",
             facts,
         )

@@ -288,17 +288,19 @@ def check_work(exam: Examination) -> Iterable[Finding]:
     if disks:
         found.append(
             (
-                f"{len(disks)} operations on workspaces were cut off: {some(f'{disk.name} ({disk.state})' for disk in disks)}",
-                "run agentlab_reconcile (agentlab sandbox reconcile --apply), which finishes or undoes them; it takes no "
-                "workspace off a sandbox that runs: agentlab workspace detach does, once for each that stays",
+                f"{len(disks)} operations on workspaces were cut off: "
+                f"{some(f'{disk.name} ({disk.state})' for disk in disks)}",
+                "run agentlab_reconcile (agentlab sandbox reconcile --apply), which finishes or undoes them; it takes "
+                "no workspace off a sandbox that runs: agentlab workspace detach does, once for each that stays",
             )
         )
     if doubtful:
         found.append(
             (
-                f"{len(doubtful)} creations failed, and what is at their VMIDs is not certain to be theirs: {some(doubtful)}",
-                f"destroy them with force (agentlab sandbox destroy --force {' '.join(doubtful[:20])}); where that leaves "
-                "a VM alone, its message says what to do by hand, and reconcile closes the rest",
+                f"{len(doubtful)} creations failed, and what is at their VMIDs is not certain to be theirs: "
+                f"{some(doubtful)}",
+                f"destroy them with force (agentlab sandbox destroy --force {' '.join(doubtful[:20])}); where that "
+                "leaves a VM alone, its message says what to do by hand, and reconcile closes the rest",
             )
         )
     if waiting:

@@ -3,8 +3,9 @@
 
 """Reconcile: compare the records with Proxmox in one pass, report the drift and (with apply) repair it.
 
-Reports first what it would do and why; ``apply`` carries exactly that out. An unreachable node changes nothing, a VM without a record is
-reported and never adopted, and when a large share of the records turns absent at once nothing is written at all.
+Reports first what it would do and why; ``apply`` carries exactly that out. An unreachable node changes nothing, a VM
+without a record is reported and never adopted, and when a large share of the records turns absent at once nothing is
+written at all.
 """
 
 from __future__ import annotations
@@ -64,7 +65,10 @@ class Drift:
 
 
 def run(ctx: Context, *, apply: bool, adopt_cluster: bool = False) -> list[Drift]:
-    """One pass over all live records. GuardTripped when too many are absent at once (with apply: nothing was written)."""
+    """One pass over all live records.
+
+    GuardTripped when too many are absent at once (with apply: nothing was written).
+    """
     writing = apply and not ctx.dry_run
     if adopt_cluster:
         ctx.cluster.adopt()
@@ -77,8 +81,9 @@ def run(ctx: Context, *, apply: bool, adopt_cluster: bool = False) -> list[Drift
     if apply and len(absent) >= _GUARD_FROM and len(absent) * 100 > ctx.config.absent_guard * count:
         # Judged before anything is written: a pass that is not to be trusted finishes and expires nothing either.
         raise GuardTripped(
-            f"{len(absent)} of {count} sandboxes are absent at once (absent_guard is {ctx.config.absent_guard} %); nothing was written. "
-            "Check that api_host leads to the right cluster, then prune or destroy what is really gone",
+            f"{len(absent)} of {count} sandboxes are absent at once (absent_guard is {ctx.config.absent_guard} %); "
+            "nothing was written. Check that api_host leads to the right cluster, then prune or destroy what is "
+            "really gone",
             drift=[drift.public() for drift in [*drifts.values(), *unrecorded]],
             count=len(drifts) + len(unrecorded),
         )
@@ -130,7 +135,10 @@ def _workspaces(ctx: Context, writing: bool) -> list[Drift]:
 def _survey(
     ctx: Context, records: list[Sandbox], looks: address.Looks, *, unrecorded: bool = True
 ) -> tuple[dict[str, Drift], list[Drift]]:
-    """Compare these records with Proxmox: drift by sandbox, and the VMs with our marker that no record has. Reads only."""
+    """Compare these records with Proxmox: drift by sandbox, and the VMs with our marker that no record has.
+
+    Reads only.
+    """
     if not records and not unrecorded:
         return {}, []
     rows = ctx.cluster.survey([one.vmid for one in records])
@@ -213,7 +221,9 @@ def _with_note(evidence: dict[str, Any], problem: str | None) -> dict[str, Any]:
 
 
 def _finish_interrupted(ctx: Context) -> list[Drift]:
-    """Finish what killed runs left: a destroy goes on, a creation becomes FAILED (its VM bound if it is ours), the rest is compared anew."""
+    """Finish what killed runs left: a destroy goes on, a creation becomes FAILED (its VM bound if it is ours), the
+    rest is compared anew.
+    """
     found = []
     overview.drop_dead_claims(ctx.records)
     for left in ctx.records.interrupted():
@@ -285,7 +295,9 @@ def _finish_interrupted(ctx: Context) -> list[Drift]:
 
 
 def _refuse_chosen(ctx: Context, left: JournalEntry) -> None:
-    """Kept for a destroy that was chosen by rule or age, and not decided: by now they may say something else, be frozen, or rest."""
+    """Kept for a destroy that was chosen by rule or age, and not decided: by now they may say something else, be
+    frozen, or rest.
+    """
     if left.detail.get("operation") == "cleanup":
         raise Kept("rule", "a cleanup rule had chosen it; the next run of the rules decides anew")
     if left.detail.get("operation") == "prune" and (rest := timeguard.suspended(ctx)):
@@ -293,7 +305,10 @@ def _refuse_chosen(ctx: Context, left: JournalEntry) -> None:
 
 
 def give_up_creation(ctx: Context, sandbox: Sandbox, evidence: dict[str, Any] | None = None) -> Sandbox:
-    """Make a creation that nobody works on FAILED, its VM bound to the record if it is ours. Busy while somebody does."""
+    """Make a creation that nobody works on FAILED, its VM bound to the record if it is ours.
+
+    Busy while somebody does.
+    """
     with ctx.claimed(sandbox, "reconcile", wait=0) as (claim, current):
         if current.state != sandbox.state:
             raise Kept("changed", f"sandbox {sandbox.vmid} was {sandbox.state} and is {current.state} now")
@@ -349,7 +364,8 @@ def _compare(
     try:
         drift = _power_drift(ctx, sandbox, found)
     except ProxmoxError as error:
-        # It may have gone, or its node stopped answering, since it was judged: said for this one, and the others are looked at.
+        # It may have gone, or its node stopped answering, since it was judged: said for this one, and the others are
+        # looked at.
         return Drift("unknown", "none", {"why": error.message}, sandbox)
     if drift is not None:
         try:
@@ -413,7 +429,8 @@ def _power_drift(ctx: Context, sandbox: Sandbox, found: Located) -> Drift | None
         target = states.STOPPED
         if not explained:
             hidden = _hidden_tasks(ctx, str(found.node))
-            # FAILED says that nobody stopped it; without a sight of everybody's tasks all that is known is that it is stopped.
+            # FAILED says that nobody stopped it; without a sight of everybody's tasks all that is known is that it is
+            # stopped.
             target = states.STOPPED if hidden else states.FAILED
             if hidden:
                 evidence["why"] = hidden
@@ -494,7 +511,9 @@ def _moving(ctx: Context, sandbox: Sandbox, target: str, evidence: dict[str, Any
 
 
 def _stop_task(ctx: Context, sandbox: Sandbox, node: str) -> str | None:
-    """The task that explains why the VM is stopped: the newest of those that start or stop it, if that stopped it since the state was entered."""
+    """The task that explains why the VM is stopped: the newest of those that start or stop it, if that stopped it
+    since the state was entered.
+    """
     for row in ctx.client.get_list(
         f"nodes/{node}/tasks",
         vmid=sandbox.vmid,
@@ -553,7 +572,8 @@ def _unrecorded(ctx: Context, rows: dict[int, dict[str, Any]], live: list[Sandbo
         marks = identity.markers(config)
         others = identity.other_databases(config, database)
         if others and not _in_range(ctx, vmid):
-            # That database has its record. Within our own range nobody else's VM is expected, and our records may have been lost.
+            # That database has its record. Within our own range nobody else's VM is expected, and our records may have
+            # been lost.
             return None
         try:
             now = ctx.records.live_by_vmid(vmid)
@@ -565,8 +585,8 @@ def _unrecorded(ctx: Context, rows: dict[int, dict[str, Any]], live: list[Sandbo
             return None
         return Drift(
             "unrecorded",
-            "none: another database made it, inside our vmid_range; give each database a range of its own. Only if that "
-            "database is lost, look at it, and remove it by hand if nobody needs it"
+            "none: another database made it, inside our vmid_range; give each database a range of its own. Only if "
+            "that database is lost, look at it, and remove it by hand if nobody needs it"
             if others
             else "none: look at it, and remove it by hand if nobody needs it",
             {"node": row.get("node"), "name": row.get("name"), "markers": sorted(marks), "databases": sorted(others)},

@@ -1,7 +1,8 @@
 # Copyright: the agentlab.proxmox contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""The one door to the Proxmox API: two ways to it (``https.py``, ``pvesh.py``), typed errors, limits, and what is repeated.
+"""The one door to the Proxmox API: two ways to it (``https.py``, ``pvesh.py``), typed errors, limits, and what is
+repeated.
 
 Which request is sent again, and by whom:
 
@@ -63,7 +64,9 @@ class Transport(Protocol):
 
 
 class Statistics:
-    """What became of the requests: counted by ``METHOD template`` and by kind of error, and the last failure to reach Proxmox at all."""
+    """What became of the requests: counted by ``METHOD template`` and by kind of error, and the last failure to
+    reach Proxmox at all.
+    """
 
     def __init__(self) -> None:
         self.requests: Counter[str] = Counter()
@@ -141,11 +144,14 @@ class ProxmoxClient:
         return self._connect().awaits_tasks
 
     def shows_input(self, path: str) -> bool:
-        """Return True where a request to this path would show its parameters in a process list (pvesh, another node)."""
+        """Return True where a request to this path would show its parameters in a process list (pvesh, another
+        node).
+        """
         return self._connect().shows_input(path)
 
     def trusted_authority(self) -> str | None:
-        """Return the SHA-256 fingerprint (as Proxmox writes it) of the one authority whose cluster answers; None if more could.
+        """Return the SHA-256 fingerprint (as Proxmox writes it) of the one authority whose cluster answers; None if
+        more could.
 
         Over https it is the certificate of ca_path. pvesh asks the node's own cluster, whose authority is a file there.
         """
@@ -226,8 +232,8 @@ class ProxmoxClient:
                     # That a VMID is taken is an answer.
                     self.statistics.failed(error)
                 if self._ticket_ended(error) and not logins:
-                    # A ticket lives for two hours, less when the node's key is renewed. 401 means not carried out: log in
-                    # again, once.
+                    # A ticket lives for two hours, less when the node's key is renewed. 401 means not carried out: log
+                    # in again, once.
                     logins += 1
                     with self._lock:
                         if self._api is api:
@@ -254,8 +260,10 @@ class ProxmoxClient:
 
     @contextlib.contextmanager
     def reserve_place(self, path: str) -> Iterator[float]:
-        """Wait for a place now, and keep it: what this thread asks within, one request directly after the other, queues behind nobody. Gives the
-        seconds that were waited."""
+        """Wait for a place now, and keep it: what this thread asks within, one request directly after the other,
+        queues behind nobody. Gives the
+        seconds that were waited.
+        """
         began = self.clock.monotonic()
         with self._place(path):
             before, self._mine.held = getattr(self._mine, "held", False), True
@@ -266,8 +274,10 @@ class ProxmoxClient:
 
     @contextlib.contextmanager
     def _place(self, path: str) -> Iterator[None]:
-        """Wait until there are no more than ``connections`` requests of ours in flight, and to the node that the path leads to no more than
-        ``node_connections``; each ends within api_timeout."""
+        """Wait until there are no more than ``connections`` requests of ours in flight, and to the node that the
+        path leads to no more than
+        ``node_connections``; each ends within api_timeout.
+        """
         if getattr(self._mine, "held", False):
             yield
             return
@@ -313,8 +323,8 @@ def _parts(value: Any) -> list[str]:
 def _may_retry(method: str, path: str, error: ProxmoxError) -> bool:
     """Return True when the same request may be sent again at once; the table at the top of this file says why.
 
-    ``error`` is what the last try came to. A refusal is repeated only where Proxmox says by it that it did not begin, and
-    where the request cannot meet another VM by then: power and delete have no digest, so their callers judge the VM
+    ``error`` is what the last try came to. A refusal is repeated only where Proxmox says by it that it did not begin,
+    and where the request cannot meet another VM by then: power and delete have no digest, so their callers judge the VM
     anew first. A lost answer is repeated only for a read, and not after a time-out, which would double the wait.
     """
     if isinstance(error, ApiError):

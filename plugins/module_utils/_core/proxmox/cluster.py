@@ -24,12 +24,13 @@ from .client import ProxmoxClient
 if TYPE_CHECKING:
     from .capacity import Capacity
 
-# Quorum changes rarely and is asked before every delete of a bulk run: an answer is good for this long. The config write directly
-# before the delete is what really tells whether the cluster takes writes.
+# Quorum changes rarely and is asked before every delete of a bulk run: an answer is good for this long. The config
+# write directly before the delete is what really tells whether the cluster takes writes.
 _STATUS_SECONDS = 5.0
 # The list that a run began with proves an absence for so long.
 _LIST_SECONDS = 30.0
-# So few are asked for one by one; for more the list is cheaper, with the reads that show that nothing is missing from it.
+# So few are asked for one by one; for more the list is cheaper, with the reads that show that nothing is missing from
+# it.
 _FEW = 4
 # Of the twenty-odd values that the list has of each VM; the rest is a kilobyte for each of some thousands.
 _LOOKED_AT = ("vmid", "type", "node", "status", "name", "template", "tags", "hastate", "lock")
@@ -37,7 +38,9 @@ _LOOKED_AT = ("vmid", "type", "node", "status", "name", "template", "tags", "has
 
 @dataclass(slots=True)
 class Presence:
-    """Whether a VMID is in use: ``absent`` is True (proven), False (something is there) or None (not known, ``why`` says it)."""
+    """Whether a VMID is in use: ``absent`` is True (proven), False (something is there) or None (not known, ``why``
+    says it).
+    """
 
     absent: bool | None
     why: str
@@ -82,7 +85,8 @@ class Cluster:
                 row = next((row for row in rows if row.get("type") == "quorum"), None)
                 if row is None or "quorate" not in row:
                     raise OutcomeUnknown(
-                        "GET /cluster/ha/status/current says nothing of quorum, so nothing is known; is api_host a Proxmox node?"
+                        "GET /cluster/ha/status/current says nothing of quorum, so nothing is known; is api_host a "
+                        "Proxmox node?"
                     )
                 self._quorum = (self._clock.monotonic(), row)
             return self._quorum[1]
@@ -98,7 +102,8 @@ class Cluster:
         if str(row.get("quorate")) not in ("1", "True", "true"):
             raise Kept(
                 "unknown",
-                "the cluster has no quorum; nothing is deleted and nothing is known to be gone until it has (pvecm status)",
+                "the cluster has no quorum; nothing is deleted and nothing is known to be gone until it has (pvecm "
+                "status)",
             )
         return {"quorum": "quorate", "node": row.get("node"), "status": str(row.get("status"))[:200]}
 
@@ -141,7 +146,9 @@ class Cluster:
         return {"name": cluster, "nodes": nodes, "authority": authority}
 
     def confirm(self, *, creating: bool = False) -> None:
-        """Refuse to draw conclusions from a cluster other than the one the records belong to; the first creation decides which that is."""
+        """Refuse to draw conclusions from a cluster other than the one the records belong to; the first creation
+        decides which that is.
+        """
         with self._lock:
             if self._confirmed:
                 return
@@ -154,8 +161,9 @@ class Cluster:
             if not sound:
                 raise Kept(
                     "unknown",
-                    "the records' note of their cluster is damaged (meta.value of key cluster), so nothing is concluded from this one; "
-                    "run agentlab_reconcile with adopt_cluster=true once, when this is the right cluster",
+                    "the records' note of their cluster is damaged (meta.value of key cluster), so nothing is "
+                    "concluded from this one; run agentlab_reconcile with adopt_cluster=true once, when this is the "
+                    "right cluster",
                 )
             if known and known["authority"] and known["authority"] == self._client.trusted_authority():
                 # The connection itself proves it: nobody is talked to but whom that cluster's own authority signed for.
@@ -166,8 +174,8 @@ class Cluster:
                 if not creating:
                     raise Kept(
                         "unknown",
-                        "these records do not know yet which cluster they belong to (the first creation notes it), so nothing is "
-                        "concluded from this one",
+                        "these records do not know yet which cluster they belong to (the first creation notes it), so "
+                        "nothing is concluded from this one",
                     )
                 self._records.set_meta("cluster", json.dumps(found))
             else:
@@ -176,7 +184,8 @@ class Cluster:
                 elif known["authority"]:
                     raise Kept(
                         "unknown",
-                        "the cluster's certificate authority cannot be read, so it is not certain that these records belong to it",
+                        "the cluster's certificate authority cannot be read, so it is not certain that these records "
+                        "belong to it",
                     )
                 else:
                     # A single node that has become a cluster keeps its name among the nodes.
@@ -186,9 +195,10 @@ class Cluster:
                 if not same:
                     raise Kept(
                         "unknown",
-                        f"this is not the cluster these records belong to (they know {_title(known)}, api_host leads to {_title(found)}); "
-                        "correct api_host or database; if it is the same cluster with a new certificate authority, or a node that joined one, "
-                        "run agentlab_reconcile with adopt_cluster=true once",
+                        f"this is not the cluster these records belong to (they know {_title(known)}, api_host leads "
+                        f"to {_title(found)}); correct api_host or database; if it is the same cluster with a new "
+                        "certificate authority, or a node that joined one, run agentlab_reconcile with "
+                        "adopt_cluster=true once",
                     )
                 if known != found and found["authority"]:
                     self._records.set_meta("cluster", json.dumps(found))
@@ -200,8 +210,11 @@ class Cluster:
         self._confirmed = True
 
     def seen_ours(self, vmid: int) -> None:
-        """A VM proven to be ours was found here. Its own absence, later in this run, needs no other sign that this is the right cluster; that of
-        others does: a single VM may be here because somebody restored its backup."""
+        """A VM proven to be ours was found here.
+
+        Its own absence, later in this run, needs no other sign that this is the right cluster; that of others does: a
+        single VM may be here because somebody restored its backup.
+        """
         self._ours.add(vmid)
 
     # ---- the list ----
@@ -225,7 +238,9 @@ class Cluster:
             return self._capacity
 
     def expect_stopped(self, vmid: int, node: str) -> None:
-        """Note where a record says that its VM is, switched off: as long as no list was read, find() answers with that."""
+        """Note where a record says that its VM is, switched off: as long as no list was read, find() answers with
+        that.
+        """
         self._expected[vmid] = {"vmid": vmid, "type": "qemu", "node": node, "status": "stopped", "expected": True}
 
     def add_vm(self, vmid: int, node: str | None) -> None:
@@ -247,7 +262,9 @@ class Cluster:
         return nodes, {vmid: str(row["name"]) for vmid, row in (self._vms or {}).items() if row.get("name")}
 
     def sees_everything(self) -> bool:
-        """True when no VM is hidden from these credentials now: root@pam itself has no ACL, for anybody else two reads must show it."""
+        """True when no VM is hidden from these credentials now: root@pam itself has no ACL, for anybody else two
+        reads must show it.
+        """
         if self._client.settings.is_root:
             return True
         if not self._partial:
@@ -267,8 +284,11 @@ class Cluster:
     # ---- absence ----
 
     def survey(self, vmids: Iterable[int]) -> dict[int, dict[str, Any]]:
-        """The list a bulk run begins with. When it lacks many of what is looked for, find out at once whether it shows every VM: then it is
-        the proof of those absences (prove_absent), and need not be read again."""
+        """The list a bulk run begins with.
+
+        When it lacks many of what is looked for, find out at once whether it shows every VM: then it is the proof of
+        those absences (prove_absent), and need not be read again.
+        """
         wanted = set(vmids)
         if len(wanted) <= _FEW:
             return self.vms()
@@ -286,8 +306,8 @@ class Cluster:
     def prove_absent(self, vmids: Iterable[int], *, anew: bool = True) -> dict[int, Presence]:
         """For each VMID whether it is proven free. Never raises for Proxmox's errors: those are ``absent=None``.
 
-        ``anew=False``: the list of survey() is as good as a new one, because nothing was done about these VMIDs since, by us or by another run;
-        if it is not old, for anybody may restore a VM.
+        ``anew=False``: the list of survey() is as good as a new one, because nothing was done about these VMIDs since,
+        by us or by another run; if it is not old, for anybody may restore a VM.
         """
         wanted = sorted(set(vmids))
         try:
@@ -318,7 +338,8 @@ class Cluster:
             if not listed or not self.sees_everything():
                 return self._ask_for_each(wanted, quorum)
         free = [vmid for vmid in wanted if vmid not in listed]
-        # A list that was cut short by something in between would make VMs vanish: one of them is asked for in another way.
+        # A list that was cut short by something in between would make VMs vanish: one of them is asked for in another
+        # way.
         if free and self._nextid(free[0], quorum).absent is not True:
             return self._ask_for_each(wanted, quorum)
         proof = {**quorum, "proof": "not in the list of all VMs", "listed": len(listed)}
@@ -334,12 +355,14 @@ class Cluster:
         return dict(zip(vmids, found, strict=True))
 
     def why_in_use(self, vmid: int) -> str:
-        """Return the sentence for a VMID that is in use: with what to grant, where the credentials do not see its VM."""
+        """Return the sentence for a VMID that is in use: with what to grant, where the credentials do not see its
+        VM.
+        """
         if self._vms is None or vmid in self._vms:
             return f"VMID {vmid} is in use"
         return (
-            f"VMID {vmid} is in use, and these credentials may not see VM {vmid}: grant VM.Audit on /vms or on its pool, "
-            "then run again"
+            f"VMID {vmid} is in use, and these credentials may not see VM {vmid}: grant VM.Audit on /vms or on its "
+            "pool, then run again"
         )
 
     def _nextid(self, vmid: int, quorum: dict[str, Any]) -> Presence:
@@ -361,10 +384,11 @@ class Cluster:
 def sees_every_vm(entries: list[dict[str, Any]], held: dict[str, Any]) -> bool:
     """Whether rights as GET /access/acl and GET /access/permissions tell them hide no VM.
 
-    A VM is listed when VM.Audit is effective on /vms/N. It is when /vms hands it down and nothing on the way takes it away again: an entry on
-    /vms/N itself (it replaces what was handed down), or NoAccess on the VM's pool. Permissions leave out paths without any right, so which paths
-    have entries must be known from the list of all entries - those of everybody, which takes Sys.Audit on /access: without it the list is cut.
-    It is never empty for anybody but root: no entry, no right.
+    A VM is listed when VM.Audit is effective on /vms/N. It is when /vms hands it down and nothing on the way takes it
+    away again: an entry on /vms/N itself (it replaces what was handed down), or NoAccess on the VM's pool. Permissions
+    leave out paths without any right, so which paths have entries must be known from the list of all entries - those of
+    everybody, which takes Sys.Audit on /access: without it the list is cut. It is never empty for anybody but root: no
+    entry, no right.
     """
     if not entries:
         return False

@@ -6,7 +6,8 @@
 The record and the decision are written before each request. What a failure leaves depends on what is known:
 
 - Proxmox VE refused a request, or a task failed: the destroy pipeline removes what our own clone made.
-- The outcome is not known (lost answer, timeout, killed run): nothing is removed. The next run goes on from the journal.
+- The outcome is not known (lost answer, timeout, killed run): nothing is removed. The next run goes on from the
+  journal.
 - cloud-init ended with errors: the sandbox is FAILED, and its VM stays for whoever wants to know why.
 """
 
@@ -71,7 +72,10 @@ def existing(ctx: Context, spec: Spec) -> Sandbox | None:
 
 
 def run(ctx: Context, spec: Spec) -> Outcome:
-    """Make sure that the sandbox exists. One that is there keeps its power state; a creation that was cut off is finished."""
+    """Make sure that the sandbox exists.
+
+    One that is there keeps its power state; a creation that was cut off is finished.
+    """
     spec.check()
     found = existing(ctx, spec)
     if found is None:
@@ -107,7 +111,9 @@ def run(ctx: Context, spec: Spec) -> Outcome:
 
 
 def _renewed(ctx: Context, sandbox: Sandbox, spec: Spec) -> Outcome:
-    """Apply to a sandbox that is there what can be applied, and warn of each option that was given and is not in force."""
+    """Apply to a sandbox that is there what can be applied, and warn of each option that was given and is not in
+    force.
+    """
     outcome = amend(ctx, sandbox, protected=spec.protected or None, keepalive=spec.keepalive or None)
     if spec.update:
         applied = update.apply(ctx, outcome.sandbox or sandbox, spec)
@@ -158,8 +164,8 @@ def _create(ctx: Context, spec: Spec, failed: dict[str, str] | None = None) -> O
             failed[node] = error.message
             continue
         outcome.warnings[:0] = [
-            f"node {node} failed the creation and was left for {outcome.sandbox.node if outcome.sandbox else 'another'}: "
-            f"{why}"
+            f"node {node} failed the creation and was left for "
+            f"{outcome.sandbox.node if outcome.sandbox else 'another'}: {why}"
             for node, why in failed.items()
         ]
         return outcome
@@ -178,8 +184,8 @@ def _create_once(ctx: Context, spec: Spec, failed: dict[str, str]) -> Outcome:
     first, last = ctx.config.workspace_owner_range
     if spec.vmid is not None and first <= spec.vmid <= last:
         raise InvalidInput(
-            f"vmid: {spec.vmid} is in workspace_owner_range ({first}-{last}), whose VMIDs own the volumes of workspaces: Proxmox VE "
-            "deletes with a VM what its VMID owns. Take one outside of it",
+            f"vmid: {spec.vmid} is in workspace_owner_range ({first}-{last}), whose VMIDs own the volumes of "
+            "workspaces: Proxmox VE deletes with a VM what its VMID owns. Take one outside of it",
             option="vmid",
             value=spec.vmid,
         )
@@ -401,7 +407,8 @@ def _clone(
 ) -> tuple[Sandbox, Located | None]:
     """Clone (or take up a clone that a killed run began), and bind the record to the VM it made.
 
-    Returns the record, and the VM as it was judged after its clone task ended; None where an earlier run sent the clone.
+    Returns the record, and the VM as it was judged after its clone task ended; None where an earlier run sent the
+    clone.
     """
     template = noted.get("template")
     if template is None:
@@ -450,8 +457,8 @@ def _clone(
             ):
                 raise Kept(
                     "ambiguous",
-                    f"sandbox {sandbox.vmid}: {error.message}. Whether VM {sandbox.vmid} is its clone is not certain, so it was left "
-                    f"alone; to give the sandbox up, {_how_to_remove(ctx)}",
+                    f"sandbox {sandbox.vmid}: {error.message}. Whether VM {sandbox.vmid} is its clone is not certain, "
+                    f"so it was left alone; to give the sandbox up, {_how_to_remove(ctx)}",
                     vmid=sandbox.vmid,
                 ) from None
             noted.pop("upid", None)
@@ -500,15 +507,15 @@ def _clone(
     if found.node is None:
         raise Kept(
             "unknown",
-            f"sandbox {sandbox.vmid}: the clone ended well, but no VM with that VMID is to be seen (removed meanwhile, or hidden from these "
-            f"credentials?); to give it up, {_how_to_remove(ctx)}",
+            f"sandbox {sandbox.vmid}: the clone ended well, but no VM with that VMID is to be seen (removed "
+            f"meanwhile, or hidden from these credentials?); to give it up, {_how_to_remove(ctx)}",
         )
     smbios = identity.smbios_uuid(found.config)
     if found.verdict is None or found.verdict.identity != identity.UNBOUND or smbios is None:
         raise Kept(
             "ambiguous",
-            f"sandbox {sandbox.vmid}: the clone ended well, but the VM now at that VMID does not carry its marker; it was left alone. "
-            f"To give the sandbox up, {_how_to_remove(ctx)}",
+            f"sandbox {sandbox.vmid}: the clone ended well, but the VM now at that VMID does not carry its marker; it "
+            f"was left alone. To give the sandbox up, {_how_to_remove(ctx)}",
             evidence=found.verdict.evidence if found.verdict else None,
         )
     ctx.cluster.seen_ours(sandbox.vmid)
@@ -519,7 +526,9 @@ def _clone(
 
 
 def _in_the_way(error: ApiError | TaskFailed) -> tuple[bool, bool]:
-    """What a refused clone says: (another VM has the VMID, so nothing of ours is there; something is in the way that another VMID would not meet)."""
+    """What a refused clone says: (another VM has the VMID, so nothing of ours is there; something is in the way that
+    another VMID would not meet).
+    """
     text = error.text if isinstance(error, ApiError) else error.exitstatus
     exists = "already exists" in text or "File exists" in text
     # In a task it may also be a volume, and then the task had begun to make a VM.
@@ -532,8 +541,8 @@ def _in_the_way(error: ApiError | TaskFailed) -> tuple[bool, bool]:
 def _not_certain(sandbox: Sandbox) -> Kept:
     return Kept(
         "ambiguous",
-        f"sandbox {sandbox.vmid}: whether VM {sandbox.vmid} is the clone that was begun is not certain; it was left alone. "
-        "Look at it, and remove it by hand if it is to go",
+        f"sandbox {sandbox.vmid}: whether VM {sandbox.vmid} is the clone that was begun is not certain; it was left "
+        "alone. Look at it, and remove it by hand if it is to go",
     )
 
 
@@ -569,7 +578,8 @@ def _send_clone(ctx: Context, claim: Claim, spec: Spec, sandbox: Sandbox, noted:
             or not ctx.config.storage
         ):
             raise
-        # Nothing was made. The configuration names the storage where the template lies, and that one has full clones only.
+        # Nothing was made. The configuration names the storage where the template lies, and that one has full clones
+        # only.
         noted.update(full=True, storage=ctx.config.storage)
         ctx.records.journal(claim, "create", "cloning", noted)
         upid = _post_clone(ctx, spec, sandbox, noted)
@@ -604,8 +614,8 @@ def _post_clone(ctx: Context, spec: Spec, sandbox: Sandbox, noted: dict[str, Any
 def _clone_appears(ctx: Context, claim: Claim, sandbox: Sandbox, noted: dict[str, Any]) -> bool:
     """Return whether the clone whose answer was cut just now has been made; the record is bound to it then.
 
-    Looks for some seconds, and for as long as something is being cloned to that VMID. False leaves the creation in doubt,
-    as it is after a run that was killed: the request may still be carried out.
+    Looks for some seconds, and for as long as something is being cloned to that VMID. False leaves the creation in
+    doubt, as it is after a run that was killed: the request may still be carried out.
     """
     created = {**noted, "phase": "cloning", "at": ctx.clock.now()}
     patience = min(_CUT_SECONDS, ctx.config.doubt_window / 4)
@@ -641,7 +651,8 @@ def _await_doubt(ctx: Context, claim: Claim, sandbox: Sandbox, created: dict[str
         if ctx.clock.monotonic() > deadline:
             raise Kept(
                 "locked",
-                f"sandbox {sandbox.vmid}: the clone that an earlier run began has not ended within {ctx.wait_timeout} s (wait_timeout)",
+                f"sandbox {sandbox.vmid}: the clone that an earlier run began has not ended within {ctx.wait_timeout} "
+                "s (wait_timeout)",
             )
         ctx.clock.sleep(1.0)
 
@@ -649,7 +660,10 @@ def _await_doubt(ctx: Context, claim: Claim, sandbox: Sandbox, created: dict[str
 def _configure(
     ctx: Context, claim: Claim, spec: Spec, sandbox: Sandbox, found: Located, noted: dict[str, Any], warnings: list[str]
 ) -> Located:
-    """Write what the clone call cannot carry, then resize the disk. Each write carries the digest of what was judged. Return the VM as judged last."""
+    """Write what the clone call cannot carry, then resize the disk.
+
+    Each write carries the digest of what was judged. Return the VM as judged last.
+    """
     refused: set[str] = set()
 
     def write(located: Located) -> None:
@@ -671,7 +685,8 @@ def _configure(
             raise InvalidInput("disk_size: the template has no disk to resize", option="disk_size")
         size = spec.disk_size
         if size.startswith("+"):
-            # Once, and written down before it is asked for: a run that goes on from here must not add it again, for disks do not shrink.
+            # Once, and written down before it is asked for: a run that goes on from here must not add it again, for
+            # disks do not shrink.
             if "disk_size" not in noted:
                 noted["disk_size"] = vm_config.grown(str(found.config[disk]), size)
                 ctx.records.journal(claim, "create", "configuring", noted)
@@ -704,7 +719,8 @@ def _await_ip(ctx: Context, claim: Claim, sandbox: Sandbox, found: Located, note
 
 def _occupied(vmid: int, by: str) -> CreationFailed:
     return CreationFailed(
-        f"vmid: {vmid} is occupied by a VM that is not ours ({by}); it was not touched. Choose another vmid, or leave vmid out",
+        f"vmid: {vmid} is occupied by a VM that is not ours ({by}); it was not touched. Choose another vmid, or leave "
+        "vmid out",
         vmid=vmid,
         option="vmid",
     )
@@ -721,7 +737,9 @@ def _how_to_remove(ctx: Context) -> str:
 def _clean_up(
     ctx: Context, claim: Claim, sandbox: Sandbox, error: AgentlabError, told: str, noted: dict[str, Any]
 ) -> CreationFailed:
-    """Make the record FAILED, then remove what our own clone made through the destroy pipeline; the message says what is left."""
+    """Make the record FAILED, then remove what our own clone made through the destroy pipeline; the message says
+    what is left.
+    """
     clean = False
     try:
         now = ctx.records.get(sandbox.uuid)

@@ -67,7 +67,10 @@ def plan(ctx: Context, sandbox: Sandbox, *, force: bool = True) -> Plan:
 
 
 def run(ctx: Context, items: list[tuple[Sandbox, Request]]) -> list[Outcome]:
-    """Destroy several sandboxes at once; an item's failure stops no other. Absence is proven for all together at the end."""
+    """Destroy several sandboxes at once; an item's failure stops no other.
+
+    Absence is proven for all together at the end.
+    """
     held: list[Gone] = []
     try:
         return _run(ctx, items, held)
@@ -204,7 +207,9 @@ def _fate(vmid: int, reason: str) -> str | None:
 
 
 def _finish(ctx: Context, found: Gone, proofs: dict[int, Any]) -> Outcome:
-    """Commit DESTROYED once absence is proven; otherwise the record stays as it is, and the journal tells the next run."""
+    """Commit DESTROYED once absence is proven; otherwise the record stays as it is, and the journal tells the next
+    run.
+    """
     sandbox = found.sandbox
     try:
         evidence = dict(found.evidence)
@@ -212,8 +217,8 @@ def _finish(ctx: Context, found: Gone, proofs: dict[int, Any]) -> Outcome:
         if reason not in _PROVEN:
             proof = proofs[sandbox.vmid]
             if proof.absent is False:
-                # Something is at the VMID: ours after all (moved, or the delete did nothing), or already somebody else's.
-                # Without a word from its configuration nothing is concluded.
+                # Something is at the VMID: ours after all (moved, or the delete did nothing), or already somebody
+                # else's. Without a word from its configuration nothing is concluded.
                 ctx.cluster.vms(fresh=True)
                 again = locate(ctx, sandbox) if sandbox.smbios_uuid else Located(None, {}, None)
                 if again.verdict is None or again.verdict.identity != identity.FOREIGN:

@@ -3,8 +3,8 @@
 
 """What an engine must offer: connections, transactions and the few places where dialects differ.
 
-All SQL of the records stands in this room once, in the common subset of the engines: ``?`` for a value, whole numbers and
-texts as column types, ``ON CONFLICT`` for upserts. An engine translates nothing but the placeholder.
+All SQL of the records stands in this room once, in the common subset of the engines: ``?`` for a value, whole numbers
+and texts as column types, ``ON CONFLICT`` for upserts. An engine translates nothing but the placeholder.
 """
 
 from __future__ import annotations

@@ -20,7 +20,8 @@ from .open import open_database
 from .port import Connection, Engine
 from .records import Records
 
-# Table -> its key, in an order in which each row's references are there before it. Claims are not copied: they end with their holders.
+# Table -> its key, in an order in which each row's references are there before it. Claims are not copied: they end with
+# their holders.
 TABLES = {
     "sandboxes": "uuid",
     "events": "id",
@@ -49,7 +50,9 @@ class Copied:
 
 
 def copy_records(source: str, target: str, passwords: tuple[str | None, str | None] = (None, None)) -> Copied:
-    """Copy all records; StoreError when the source is in use or the target is not empty, and then nothing is written."""
+    """Copy all records; StoreError when the source is in use or the target is not empty, and then nothing is
+    written.
+    """
     addresses = parse(source), parse(target)
     if addresses[0].text == addresses[1].text:
         raise InvalidInput("--copy-records: FROM and TO are the same database; nothing was copied")
@@ -93,14 +96,16 @@ def _copy(source: Engine, target: Engine) -> Copied:
                     counts[table] += len(rows)
             for key, value in _notes(_reader(source)):
                 conn.execute(
-                    "INSERT INTO meta (key, value) VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET value = excluded.value",
+                    "INSERT INTO meta (key, value) VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET value = "
+                    "excluded.value",
                     (key, value),
                 )
             target.set_counters(conn, _counters(source))
             copied = Copied(counts, _checksum(_reader(source)), _checksum(read_target))
             if copied.source_checksum != copied.target_checksum:
                 raise StoreError(
-                    f"database {target.path}: the copy differs from {source.path}; nothing was written. Please report this"
+                    f"database {target.path}: the copy differs from {source.path}; nothing was written. Please report "
+                    "this"
                 )
             return copied
 

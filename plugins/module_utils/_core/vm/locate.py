@@ -16,7 +16,8 @@ from ..model import Sandbox
 from ..proxmox import identity
 from ..proxmox.answers import changed, not_begun
 
-# A task of a killed run, or a person, changes a configuration now and then; what changes it at each try will not end soon.
+# A task of a killed run, or a person, changes a configuration now and then; what changes it at each try will not end
+# soon.
 _WRITE_TRIES = 3
 # Seconds: a few commits of a loaded disk; a queue that is noticed.
 _JUST_NOW = 2.0
@@ -24,14 +25,18 @@ _SHORT_WAIT = 0.25
 # Proxmox VE's lock of a hibernated VM, and of one whose memory is being saved.
 HIBERNATED = "suspended"
 _HIBERNATING = "suspending"
-# QEMU's run states in which the guest stands still and a resume ("cont", or a wake-up) lets it go on. Proxmox VE's status is
-# "running" in each. prelaunch: started with -S. io-error: QEMU paused the guest because a storage is full or failed.
+# QEMU's run states in which the guest stands still and a resume ("cont", or a wake-up) lets it go on. Proxmox VE's
+# status is "running" in each. prelaunch: started with -S. io-error: QEMU paused the guest because a storage is full or
+# failed.
 _PAUSED = ("paused", "suspended", "prelaunch", "io-error")
 
 
 @dataclass(slots=True)
 class Located:
-    """Where the VM is and what it was judged to be. ``node`` is None when nothing was found at the VMID (which proves nothing yet)."""
+    """Where the VM is and what it was judged to be.
+
+    ``node`` is None when nothing was found at the VMID (which proves nothing yet).
+    """
 
     node: str | None
     row: dict[str, Any]
@@ -71,7 +76,8 @@ def locate(ctx: Context, sandbox: Sandbox) -> Located:
         if kind not in ("qemu", "lxc"):
             raise Kept(
                 "unknown",
-                f"sandbox {sandbox.vmid}: the cluster's list calls it {kind!r}, which is neither VM nor container; nothing is concluded",
+                f"sandbox {sandbox.vmid}: the cluster's list calls it {kind!r}, which is neither VM nor container; "
+                "nothing is concluded",
             )
         if kind == "lxc" and not fresh:
             # The list is only a hint where to look.
@@ -84,7 +90,8 @@ def locate(ctx: Context, sandbox: Sandbox) -> Located:
                 continue
             raise _node_silent(sandbox, node, error) from None
         except ApiError as error:
-            # The per-node answer proves only that the VM is not on that node: it may have moved since the list was read.
+            # The per-node answer proves only that the VM is not on that node: it may have moved since the list was
+            # read.
             if "does not exist" in error.text and not fresh:
                 continue
             raise _unreadable(ctx, sandbox, node, error) from None
@@ -126,10 +133,12 @@ def _unreadable(ctx: Context, sandbox: Sandbox, node: str, error: ApiError) -> K
 
 
 def _no_config(sandbox: Sandbox, node: str) -> Kept:
-    # Every configuration has a digest. An answer without it is not Proxmox's word on the VM, and proves nothing about whose it is.
+    # Every configuration has a digest. An answer without it is not Proxmox's word on the VM, and proves nothing about
+    # whose it is.
     return Kept(
         "unknown",
-        f"sandbox {sandbox.vmid}: node {node} answered with something that is no VM configuration (no digest); nothing is concluded",
+        f"sandbox {sandbox.vmid}: node {node} answered with something that is no VM configuration (no digest); "
+        "nothing is concluded",
     )
 
 
@@ -186,7 +195,10 @@ def _row_of(sandbox: Sandbox, node: str, now: dict[str, Any]) -> dict[str, Any]:
 
 
 def power_state(sandbox: Sandbox, now: dict[str, Any], config: dict[str, Any]) -> str:
-    """Return RUNNING, SUSPENDED (paused, or hibernated) or STOPPED: what ``status/current`` says of a VM. Kept otherwise."""
+    """Return RUNNING, SUSPENDED (paused, or hibernated) or STOPPED: what ``status/current`` says of a VM.
+
+    Kept otherwise.
+    """
     status = now.get("status")
     if status == "stopped":
         return states.SUSPENDED if is_hibernated(config) else states.STOPPED
@@ -194,12 +206,15 @@ def power_state(sandbox: Sandbox, now: dict[str, Any], config: dict[str, Any]) -
         return states.SUSPENDED if is_paused(now) else states.RUNNING
     raise Kept(
         "unknown",
-        f"sandbox {sandbox.vmid}: its node says {str(status)[:40]!r} of the VM's power state, so nothing is concluded; run again",
+        f"sandbox {sandbox.vmid}: its node says {str(status)[:40]!r} of the VM's power state, so nothing is "
+        "concluded; run again",
     )
 
 
 def is_paused(now: dict[str, Any]) -> bool:
-    """Return whether the virtual CPUs of a VM stand still, and a resume lets them go on (``now``: its status/current)."""
+    """Return whether the virtual CPUs of a VM stand still, and a resume lets them go on (``now``: its
+    status/current).
+    """
     return now.get("qmpstatus") in _PAUSED
 
 
@@ -219,15 +234,18 @@ def require_match(ctx: Context, sandbox: Sandbox) -> Located:
     if found.node is None:
         raise Kept(
             "unknown",
-            f"sandbox {sandbox.vmid}: no VM with that VMID is to be seen; run agentlab_reconcile to find out what became of it",
+            f"sandbox {sandbox.vmid}: no VM with that VMID is to be seen; run agentlab_reconcile to find out what "
+            "became of it",
         )
     refuse_not_ours(sandbox, found)
     return found
 
 
 def just_judged(ctx: Context, sandbox: Sandbox, found: Located, waited: float) -> Located:
-    """For what has no precondition (start, stop, suspend): the VM as it was judged, if nothing was asked and no time went by since; judged anew
-    otherwise. ``waited``: seconds that this request has waited for its place."""
+    """For what has no precondition (start, stop, suspend): the VM as it was judged, if nothing was asked and no time
+    went by since; judged anew
+    otherwise. ``waited``: seconds that this request has waited for its place.
+    """
     same = (
         found.read is not None
         and found.read[0] == ctx.client.asked
@@ -248,8 +266,11 @@ def match_if_readable(ctx: Context, sandbox: Sandbox) -> Located | None:
 
 
 def write_with_digest(ctx: Context, sandbox: Sandbox, found: Located, write: Callable[[Located], Any]) -> Any:
-    """What ``write`` answers, which sends one request with the digest of the VM it is given, and waits for its task. Where the configuration became another
-    one, the VM is judged anew and ``write`` called with that; Kept when it changes each time."""
+    """What ``write`` answers, which sends one request with the digest of the VM it is given, and waits for its task.
+
+    Where the configuration became another one, the VM is judged anew and ``write`` called with that; Kept when it
+    changes each time.
+    """
     for _time in range(_WRITE_TRIES):
         try:
             return write(found)
@@ -283,15 +304,17 @@ def refuse_not_ours(sandbox: Sandbox, found: Located) -> None:
     if verdict.identity == identity.UNKNOWN:
         raise Kept(
             "locked",
-            f"sandbox {sandbox.vmid}: a VM is just being made at that VMID (cloned or restored); run again when that has ended. If its "
-            f"task was killed, have an administrator run qm unlock {sandbox.vmid}, look at VM {sandbox.vmid}, and remove it by hand if it is to go",
+            f"sandbox {sandbox.vmid}: a VM is just being made at that VMID (cloned or restored); run again when that "
+            f"has ended. If its task was killed, have an administrator run qm unlock {sandbox.vmid}, look at VM "
+            f"{sandbox.vmid}, and remove it by hand if it is to go",
             evidence=verdict.evidence,
         )
     raise Kept(
         "ambiguous",
-        f"sandbox {sandbox.vmid}: it is not certain that VM {sandbox.vmid} ({name}) is ours (marker: {verdict.evidence['marker']}, "
-        f"SMBIOS UUID {verdict.evidence['smbios_uuid']}, expected {verdict.evidence['expected_smbios_uuid']}); it was not touched. "
-        "Look at it, and remove it by hand if it is to go",
+        f"sandbox {sandbox.vmid}: it is not certain that VM {sandbox.vmid} ({name}) is ours (marker: "
+        f"{verdict.evidence['marker']}, SMBIOS UUID {verdict.evidence['smbios_uuid']}, expected "
+        f"{verdict.evidence['expected_smbios_uuid']}); it was not touched. Look at it, and remove it by hand if it is "
+        "to go",
         evidence=verdict.evidence,
     )
 
@@ -304,7 +327,8 @@ def refuse_guarded(sandbox: Sandbox, found: Located) -> None:
     if _is_on(config.get("protection")):
         raise Kept(
             "protected",
-            f"sandbox {sandbox.vmid}: its VM has Proxmox's protection; switch that off first (qm set {sandbox.vmid} --protection 0)",
+            f"sandbox {sandbox.vmid}: its VM has Proxmox's protection; switch that off first (qm set {sandbox.vmid} "
+            "--protection 0)",
         )
     # A hibernated VM is deleted like one that is switched off.
     refuse_locked(sandbox, found, but=HIBERNATED)
@@ -330,8 +354,8 @@ def refuse_locked(sandbox: Sandbox, found: Located, *, but: str | None = None) -
         )
     elif lock == _HIBERNATING:
         text = (
-            f"its VM is being hibernated (lock: {lock}); wait for that to end. If it stays so, saving has failed and the "
-            f"VM still runs: then only root can take the lock away (qm unlock {vmid} on the node)"
+            f"its VM is being hibernated (lock: {lock}); wait for that to end. If it stays so, saving has failed and "
+            f"the VM still runs: then only root can take the lock away (qm unlock {vmid} on the node)"
         )
     else:
         text = f"its VM is locked ({lock}); wait for that to end, or have an administrator run qm unlock {vmid}"

@@ -244,7 +244,9 @@ def discard_saved_memory(ctx: Context, sandbox: Sandbox, found: Located) -> Loca
 
 
 def settle(ctx: Context, claim: Claim, sandbox: Sandbox, operation: str, *, to: str, **values: Any) -> Sandbox:
-    """Write the new state; a lease that was renewed or ran out meanwhile is taken into account, anything else is RecordChanged."""
+    """Write the new state; a lease that was renewed or ran out meanwhile is taken into account, anything else is
+    RecordChanged.
+    """
     try:
         return ctx.records.change(claim, sandbox, operation, to=to, **values)
     except RecordChanged:
@@ -319,8 +321,8 @@ def _start_as_seen(ctx: Context, sandbox: Sandbox, found: Located, seen: str) ->
     except ApiError as error:
         if "no quorum" in error.text:
             raise ApiError(
-                f"sandbox {sandbox.vmid} was not started: the cluster has no quorum, and Proxmox VE starts nothing without "
-                "it; bring the other nodes back (pvecm status), then run again",
+                f"sandbox {sandbox.vmid} was not started: the cluster has no quorum, and Proxmox VE starts nothing "
+                "without it; bring the other nodes back (pvecm status), then run again",
                 **error.detail,
             ) from None
         raise
@@ -376,7 +378,8 @@ def _await_status(ctx: Context, found: Located, wanted: str, what: str) -> None:
     while status(ctx, found).get("status") != wanted:
         if ctx.clock.monotonic() > deadline:
             raise TaskTimeout(
-                f"{what}: the HA manager did not bring it to {wanted} within {ctx.wait_timeout} s (wait_timeout); run again"
+                f"{what}: the HA manager did not bring it to {wanted} within {ctx.wait_timeout} s (wait_timeout); run "
+                "again"
             )
         ctx.clock.sleep(pause)
         pause = min(pause * 1.5, 2.0)

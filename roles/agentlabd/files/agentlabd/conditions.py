@@ -4,7 +4,8 @@
 
 """What rests, waits or fails at the moment: one list, which status, log and metrics tell alike.
 
-Each condition is collected anew from what the daemon knows; nothing in here asks Proxmox VE. When a condition began is remembered between looks.
+Each condition is collected anew from what the daemon knows; nothing in here asks Proxmox VE. When a condition began is
+remembered between looks.
 """
 
 from __future__ import annotations
@@ -47,7 +48,9 @@ _INTERRUPTED_SECONDS = 3600
 
 @dataclass(slots=True)
 class Condition:
-    """One part of the daemon that does not do its work: how, since when (seconds since the epoch), why, and what to do."""
+    """One part of the daemon that does not do its work: how, since when (seconds since the epoch), why, and what to
+    do.
+    """
 
     part: str
     condition: str
@@ -156,7 +159,8 @@ class Conditions:
                 "restore",
                 RESTS,
                 f"{frozen['reason']}; no lease ends and nothing is cleaned up",
-                "look at agentlab sandbox reconcile and list, renew what is still needed, then agentlab cleanup release",
+                "look at agentlab sandbox reconcile and list, renew what is still needed, then agentlab cleanup "
+                "release",
                 _seconds(frozen["at"]),
             )
         elif frozen:
@@ -172,8 +176,8 @@ class Conditions:
             yield Condition(
                 "clock",
                 FAILS,
-                f"the clock of this host is {abs(int(apart))} seconds {'ahead of' if apart > 0 else 'behind'} that of the "
-                "database server, by which leases end",
+                f"the clock of this host is {abs(int(apart))} seconds {'ahead of' if apart > 0 else 'behind'} that of "
+                "the database server, by which leases end",
                 "set the clock of this host (timedatectl), or that of the server",
             )
         until = timeguard.rests_until(service.base)
@@ -194,8 +198,8 @@ class Conditions:
             yield Condition(
                 "operations",
                 WAITS,
-                f"{len(stuck)} operation(s) were cut off and could not be finished since; the oldest: {stuck[0].kind} by "
-                f"{stuck[0].actor}",
+                f"{len(stuck)} operation(s) were cut off and could not be finished since; the oldest: {stuck[0].kind} "
+                f"by {stuck[0].actor}",
                 "run agentlab doctor, which names them and what ends them",
                 min(one.updated_at for one in stuck),
             )
@@ -208,7 +212,8 @@ class Conditions:
                 "unrecorded",
                 FAILS,
                 f"{len(unrecorded)} VM(s) carry our marker and have no record here, so no lease ends them: {some}",
-                "after a restore: they were created since the copy; look at each, and remove by hand what nobody needs (qm destroy)",
+                "after a restore: they were created since the copy; look at each, and remove by hand what nobody "
+                "needs (qm destroy)",
             )
 
     def _of_jobs(self) -> Iterator[Condition]:

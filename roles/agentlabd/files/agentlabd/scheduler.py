@@ -4,7 +4,8 @@
 
 """What the daemon does by itself: end leases on time, compare with Proxmox, clean up. Between two of these it sleeps.
 
-The loops only wait; the work is done in threads. A VM that is slow to stop holds up no other lease, and a slow Proxmox no loop but its own.
+The loops only wait; the work is done in threads. A VM that is slow to stop holds up no other lease, and a slow Proxmox
+no loop but its own.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ T = TypeVar("T")
 
 # After a failure the next try comes soon, then later and later, up to the interval.
 _FIRST_RETRY = 15.0
-# With records on PostgreSQL: how often a daemon asks whether it is its turn to reconcile and clean up, and whether a controller
-# that died left work behind.
+# With records on PostgreSQL: how often a daemon asks whether it is its turn to reconcile and clean up, and whether a
+# controller that died left work behind.
 _TURN_SECONDS = 5.0
 _LAST_CLEANUP = "cleanup_last_run"
 
@@ -115,7 +116,9 @@ class Scheduler:
             task.cancel()
 
     async def _run(self, work: Callable[[], T], name: str) -> T:
-        """Run it in a thread; when the loop is stopped meanwhile, the work goes on and is waited for elsewhere, by that name."""
+        """Run it in a thread; when the loop is stopped meanwhile, the work goes on and is waited for elsewhere, by
+        that name.
+        """
         job = self.service.jobs.get(name)
 
         def timed() -> T:
@@ -222,7 +225,9 @@ class Scheduler:
         return reconcile.run(self.service.context("agentlabd"), apply=True)
 
     async def _rest(self, longest: float) -> None:
-        """Sleep until the next pass is due: for the interval, which a reload may change, or for ``longest`` if that is shorter."""
+        """Sleep until the next pass is due: for the interval, which a reload may change, or for ``longest`` if that
+        is shorter.
+        """
         began = time.monotonic()
         shared = self.service.base.database.controller is not None
         while (left := began + min(longest, float(self.service.config.reconcile_interval)) - time.monotonic()) > 0:
@@ -297,7 +302,9 @@ class Scheduler:
                 await self._run(self._clean, "cleanup")
 
     def _next_cleanup(self, policy: rules.Policy) -> int | None:
-        """When the rules run next: an interval and a little more after the last run, which a restart does not make forgotten."""
+        """When the rules run next: an interval and a little more after the last run, which a restart does not make
+        forgotten.
+        """
         if not policy.enabled:
             return None
         try:
@@ -319,8 +326,8 @@ class Scheduler:
             report = self.service.clean("agentlabd")
             self.cleanup.done("cleanup")
             done = (
-                f"{len(report.pruned)} {'would be ' if report.dry_run else ''}destroyed, {len(report.marked)} marked FAILED, "
-                f"{len(report.kept)} kept, {len(report.failed)} failed, {report.forgotten} old records removed"
+                f"{len(report.pruned)} {'would be ' if report.dry_run else ''}destroyed, {len(report.marked)} marked "
+                f"FAILED, {len(report.kept)} kept, {len(report.failed)} failed, {report.forgotten} old records removed"
             )
             log.log(
                 30 if report.failed else 20 if report.pruned or report.marked or report.forgotten else 10,

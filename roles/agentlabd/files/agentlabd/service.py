@@ -37,7 +37,8 @@ T = TypeVar("T")
 _READERS = 4
 # Commands and files inside sandboxes at once.
 GUESTS_AT_ONCE = 8
-# SQLite's own pages, for each of two connections: enough for a list of a thousand, and less than the two megabytes it would take.
+# SQLite's own pages, for each of two connections: enough for a list of a thousand, and less than the two megabytes it
+# would take.
 _CACHE_KIB = 512
 _DAMAGE_SECONDS = 60.0
 _SHORTEST_TOKEN = 16
@@ -76,7 +77,8 @@ class Service:
         self.wake_expiry: Callable[[], None] = lambda: None
         # Set by the scheduler: what it does, by name.
         self.jobs: dict[str, Any] = {}
-        # Set by the scheduler: whether this daemon reconciles and cleans up, or another controller of these records does.
+        # Set by the scheduler: whether this daemon reconciles and cleans up, or another controller of these records
+        # does.
         self.leads: dict[str, bool] = {}
         self.last_cleanup: dict[str, Any] | None = None
         # VMs with our marker and without a record, of the last reconcile: vmid, name, node.
@@ -98,7 +100,9 @@ class Service:
         self.wake_expiry()
 
     def reload(self) -> list[str]:
-        """Read the files again and act by them from now on; what is under way goes on by the old ones. The keys that need a restart are returned.
+        """Read the files again and act by them from now on; what is under way goes on by the old ones.
+
+        The keys that need a restart are returned.
 
         Raises the error of a broken file: then everything stays as it was.
         """
@@ -220,7 +224,10 @@ class Service:
 
 
 def check(config: Config) -> rules.Policy:
-    """Read the files that the configuration names; ConfigError for what cannot be used. The cleanup rules are returned."""
+    """Read the files that the configuration names; ConfigError for what cannot be used.
+
+    The cleanup rules are returned.
+    """
     authority = config.proxmox.ca_path
     if authority:
         core_config.refuse_special_file("ca_path", authority)

@@ -3,13 +3,13 @@
 
 """The PostgreSQL engine: connections, transactions, heartbeats, and what happens when the server goes away.
 
-One writer at a time, as on SQLite: every write transaction first takes an advisory lock, and holds it until its commit. So
-the rules of the records, which were made for one writer, hold unchanged; ids of events are handed out in commit order; and
-two controllers cannot deadlock. Threads of one process share transactions (group_commit). A writer that was paused inside a
-transaction loses it after ``_IDLE_SECONDS``, by the server's own time-out.
+One writer at a time, as on SQLite: every write transaction first takes an advisory lock, and holds it until its commit.
+So the rules of the records, which were made for one writer, hold unchanged; ids of events are handed out in commit
+order; and two controllers cannot deadlock. Threads of one process share transactions (group_commit). A writer that was
+paused inside a transaction loses it after ``_IDLE_SECONDS``, by the server's own time-out.
 
-Each commit also writes its number into the table ``controllers``. When the answer to a COMMIT is lost, that number tells
-whether it was carried out, before anything is repeated.
+Each commit also writes its number into the table ``controllers``. When the answer to a COMMIT is lost, that number
+tells whether it was carried out, before anything is repeated.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ try:
     from psycopg import conninfo, errors
 except ImportError as missing:
     raise StoreError(
-        "database: records on PostgreSQL need the Python library psycopg 3 where this runs: install python3-psycopg (Debian), "
-        "or psycopg[binary] with pip into the environment of this interpreter"
+        "database: records on PostgreSQL need the Python library psycopg 3 where this runs: install python3-psycopg "
+        "(Debian), or psycopg[binary] with pip into the environment of this interpreter"
     ) from missing
 
 T = TypeVar("T")
@@ -152,7 +152,10 @@ def since_boot() -> float:
 
 
 class PostgresDatabase(GroupCommit):
-    """One PostgreSQL database. ``uri`` has no password; ``password`` None leaves it to libpq (PGPASSWORD, a passfile)."""
+    """One PostgreSQL database.
+
+    ``uri`` has no password; ``password`` None leaves it to libpq (PGPASSWORD, a passfile).
+    """
 
     kind = "postgresql"
     conflicts: tuple[type[Exception], ...] = (errors.UniqueViolation,)
@@ -233,21 +236,24 @@ class PostgresDatabase(GroupCommit):
             if version < schema.VERSION:
                 if self._dry_run:
                     raise StoreError(
-                        f"database {self.path}: its tables are missing or of an older release (schema {version}, this release "
-                        f"has {schema.VERSION}); check mode does not change them. Run once without check mode",
+                        f"database {self.path}: its tables are missing or of an older release (schema {version}, this "
+                        f"release has {schema.VERSION}); check mode does not change them. Run once without check mode",
                         path=self.path,
                     )
                 self._migrate(connection)
 
     def _judge(self, row: Any) -> int:
-        """Note the server's clock and version; return the version of the schema. StoreError for one that is not known."""
+        """Note the server's clock and version; return the version of the schema.
+
+        StoreError for one that is not known.
+        """
         self._offset = (float(row[0]) - since_boot(), since_boot())
         self.server_version = str(row[3])
         version = int(row[1]) if row[1] is not None and str(row[1]).isdecimal() else 0
         if version > schema.VERSION:
             raise StoreError(
-                f"database {self.path}: its schema version {version} is newer than the {schema.VERSION} that this release "
-                "knows; upgrade agentlab.proxmox here too. Nothing was written",
+                f"database {self.path}: its schema version {version} is newer than the {schema.VERSION} that this "
+                "release knows; upgrade agentlab.proxmox here too. Nothing was written",
                 path=self.path,
             )
         return version
@@ -267,13 +273,15 @@ class PostgresDatabase(GroupCommit):
                     for statement in own_schema.steps(version):
                         connection.execute(statement)
                     connection.execute(
-                        "INSERT INTO meta (key, value) VALUES (%s, %s) ON CONFLICT (key) DO UPDATE SET value = excluded.value",
+                        "INSERT INTO meta (key, value) VALUES (%s, %s) ON CONFLICT (key) DO UPDATE SET value = "
+                        "excluded.value",
                         [own_schema.VERSION_KEY, str(schema.VERSION)],
                     )
         except errors.InsufficientPrivilege as error:
             raise StoreError(
-                f"database {self.path}: its tables are missing or of an older release, and this role may not change them "
-                f"({_first_line(error)}). Run agentlabd --migrate-records with the migration role (docs/controllers.md)",
+                f"database {self.path}: its tables are missing or of an older release, and this role may not change "
+                f"them ({_first_line(error)}). Run agentlabd --migrate-records with the migration role "
+                "(docs/controllers.md)",
                 path=self.path,
             ) from None
         self._judge(connection.execute(_OPENING).fetchone())
@@ -301,8 +309,8 @@ class PostgresDatabase(GroupCommit):
             advice = "the server has no room or no connection left; nothing was written"
         elif isinstance(error, _LOST):
             return StoreUnavailable(
-                f"database {self.path}: cannot be reached: {text}. Nothing is changed in Proxmox VE meanwhile, and what was "
-                "begun is finished later; look at the server and the network, then run again",
+                f"database {self.path}: cannot be reached: {text}. Nothing is changed in Proxmox VE meanwhile, and "
+                "what was begun is finished later; look at the server and the network, then run again",
                 path=self.path,
             )
         else:
@@ -528,7 +536,9 @@ class PostgresDatabase(GroupCommit):
     # ---- heartbeats ----
 
     def is_abandoned(self, process: str, read: Callable[[str, Sequence[Any]], Sequence[Any]]) -> bool:
-        """Return whether the holder's heartbeat is older than 30 seconds by the server's clock, or was ended by itself."""
+        """Return whether the holder's heartbeat is older than 30 seconds by the server's clock, or was ended by
+        itself.
+        """
         try:
             controller = json.loads(process)["controller"]
         except (ValueError, KeyError, TypeError):
@@ -601,7 +611,8 @@ class PostgresDatabase(GroupCommit):
     def latest_event(self) -> int:
         # The counter stays when retention removes events. Without a right to see it, the newest event has to do.
         rows = self.read(
-            "SELECT COALESCE(pg_sequence_last_value(pg_get_serial_sequence('events', 'id')), (SELECT max(id) FROM events), 0)"
+            "SELECT COALESCE(pg_sequence_last_value(pg_get_serial_sequence('events', 'id')), (SELECT max(id) FROM "
+            "events), 0)"
         )
         return int(rows[0][0])
 

@@ -25,7 +25,9 @@ SELECT current_setting('server_version_num')::int AS version,
 
 
 def examine(database: Engine) -> dict[str, Any]:
-    """Return what the server says of itself, of this connection and of this role; StoreError when it does not answer."""
+    """Return what the server says of itself, of this connection and of this role; StoreError when it does not
+    answer.
+    """
     facts = dict(database.read(_QUERY)[0])
     facts["clock_difference"] = int(database.clock_difference())
     facts["verified"] = "sslmode=verify-full" in database.path

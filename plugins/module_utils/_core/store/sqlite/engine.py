@@ -72,8 +72,8 @@ def _why_unreadable(path: str) -> str | None:
         except KeyError:
             owner = str(status.st_uid)
         return (
-            f"this user may not read {name} (mode {stat.S_IMODE(status.st_mode):04o}, owner {owner}); run as {owner}, or "
-            "mend its owner and mode (chown, chmod 0600)"
+            f"this user may not read {name} (mode {stat.S_IMODE(status.st_mode):04o}, owner {owner}); run as {owner}, "
+            "or mend its owner and mode (chown, chmod 0600)"
         )
     return None
 
@@ -100,7 +100,8 @@ class Database(GroupCommit):
         # Since when a write waits for other processes to finish theirs (monotonic seconds), or None.
         self.waits_since: float | None = None
         self._wrote = False
-        # Device and inode of the file and of its -wal, as this process opened them; None where no file is open for writing.
+        # Device and inode of the file and of its -wal, as this process opened them; None where no file is open for
+        # writing.
         self._opened: tuple[Any, Any] | None = None
         if os.path.islink(path) and not os.path.exists(path):
             # SQLite would follow the link and create the file with the mode of the umask.
@@ -162,8 +163,11 @@ class Database(GroupCommit):
                     os.chmod(path, found & ~0o007)
 
     def _look_only(self) -> sqlite3.Connection:
-        """For check mode: no file is created, migrated or written. What is there is read as it is; not before something is written, to try what
-        would come of it, are the records copied into memory."""
+        """For check mode: no file is created, migrated or written.
+
+        What is there is read as it is; not before something is written, to try what would come of it, are the records
+        copied into memory.
+        """
         if not os.path.exists(self.path) or not os.path.getsize(self.path):
             memory = self._connect(":memory:")
             self._migrate(memory)
@@ -199,14 +203,18 @@ class Database(GroupCommit):
         return memory
 
     def _begin_writing(self) -> None:
-        """In check mode, before the first write: from now on everything happens in a copy. Called with the writer's lock held."""
+        """In check mode, before the first write: from now on everything happens in a copy.
+
+        Called with the writer's lock held.
+        """
         if self._untouched:
             self._writer = self._reader = self._copy(self._reader)
             self._untouched = False
 
     @staticmethod
     def _refuse_foreign(path: str, conn: sqlite3.Connection) -> None:
-        # In this order: our first step writes both at once, so whoever sees our tables sees our id too, also while another run creates them.
+        # In this order: our first step writes both at once, so whoever sees our tables sees our id too, also while
+        # another run creates them.
         tables = conn.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
         found = conn.execute("PRAGMA application_id").fetchone()[0]
         if tables and found != schema.APPLICATION_ID:
@@ -217,8 +225,8 @@ class Database(GroupCommit):
         version = conn.execute("PRAGMA user_version").fetchone()[0]
         if version > schema.VERSION:
             raise StoreError(
-                f"database {path}: its schema version {version} is newer than the {schema.VERSION} that this release knows; "
-                "upgrade agentlab.proxmox, or restore the backup made before the upgrade",
+                f"database {path}: its schema version {version} is newer than the {schema.VERSION} that this release "
+                "knows; upgrade agentlab.proxmox, or restore the backup made before the upgrade",
                 path=path,
             )
 
@@ -268,7 +276,8 @@ class Database(GroupCommit):
     # ---- use ----
 
     def replaced(self) -> str | None:
-        """Return the sentence for a file that was deleted, moved or replaced since this process opened it; None while it is the same.
+        """Return the sentence for a file that was deleted, moved or replaced since this process opened it; None
+        while it is the same.
 
         SQLite goes on with the file that it opened: a commit succeeds, and nobody who opens the path reads it.
         """
@@ -278,8 +287,9 @@ class Database(GroupCommit):
         for path, opened in zip((self.path, f"{self.path}-wal"), self._opened, strict=True):
             if opened is not None and _file_identity(path) != opened:
                 return (
-                    f"database {self.path}: {path} was deleted, moved or replaced while this process had it open; nothing is written any more. "
-                    "End everything that uses the records, put the right file in place (docs/troubleshooting.md, Backups), and start it again"
+                    f"database {self.path}: {path} was deleted, moved or replaced while this process had it open; "
+                    "nothing is written any more. End everything that uses the records, put the right file in place "
+                    "(docs/troubleshooting.md, Backups), and start it again"
                 )
         return None
 
@@ -290,7 +300,9 @@ class Database(GroupCommit):
 
     @contextlib.contextmanager
     def _transact(self) -> Iterator[None]:
-        """One transaction of the writer, on the file that stands at the path when it begins and when it is committed."""
+        """One transaction of the writer, on the file that stands at the path when it begins and when it is
+        committed.
+        """
         self.waits_since = time.monotonic()
         try:
             with _transaction(self._writer):
@@ -317,10 +329,11 @@ class Database(GroupCommit):
             raise explain(self.path, error) from error
 
     def write(self, work: Callable[[sqlite3.Connection], T], *, checked: bool = False) -> T:
-        """Run ``work`` in a transaction and return its value once that is on the disk; what it raises undoes only its own writes.
+        """Run ``work`` in a transaction and return its value once that is on the disk; what it raises undoes only
+        its own writes.
 
-        ``checked``: what it refuses, it refuses before its first write. So there is nothing to undo then, and in a bulk run no savepoint is taken,
-        into which SQLite would copy each page that it touches.
+        ``checked``: what it refuses, it refuses before its first write. So there is nothing to undo then, and in a bulk
+        run no savepoint is taken, into which SQLite would copy each page that it touches.
         """
         if self._together == threading.get_ident():
             try:
@@ -336,9 +349,12 @@ class Database(GroupCommit):
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """Commit all that this thread writes within in one transaction. Nothing of it is on the disk, and nothing may be said of it, before the end;
-        when that fails, or the database breaks off a write halfway, nothing of it was written. What is refused within undoes only itself.
-        For work that asks nobody else: other writers wait meanwhile."""
+        """Commit all that this thread writes within in one transaction.
+
+        Nothing of it is on the disk, and nothing may be said of it, before the end; when that fails, or the database
+        breaks off a write halfway, nothing of it was written. What is refused within undoes only itself. For work that
+        asks nobody else: other writers wait meanwhile.
+        """
         try:
             with self._writer_lock:
                 self._begin_writing()
@@ -359,7 +375,8 @@ class Database(GroupCommit):
         try:
             return work(self._writer)
         except BaseException:
-            # Not refused, but broken off halfway, which only the database does (a full disk, say): half of it must not stay, so nothing does.
+            # Not refused, but broken off halfway, which only the database does (a full disk, say): half of it must not
+            # stay, so nothing does.
             if self._writer.in_transaction and self._writer.total_changes != before:
                 self._writer.execute("ROLLBACK")
             raise
@@ -398,7 +415,9 @@ class Database(GroupCommit):
         return sqlite3.OperationalError("interrupted")
 
     def limit_cache(self, kib: int) -> None:
-        """Let each connection keep at most so many KiB of pages, for a process that lives long: the system's own cache holds them too."""
+        """Let each connection keep at most so many KiB of pages, for a process that lives long: the system's own
+        cache holds them too.
+        """
         for lock, conn in ((self._reader_lock, self._reader), (self._writer_lock, self._writer)):
             with lock:
                 conn.execute(f"PRAGMA cache_size = -{int(kib)}")
@@ -432,7 +451,9 @@ class Database(GroupCommit):
 
 
 def _patiently(call: Callable[[], Any]) -> None:
-    """busy_timeout does not cover every case (the switch to WAL, a WAL being recovered, a schema just changed): go on until the bound."""
+    """busy_timeout does not cover every case (the switch to WAL, a WAL being recovered, a schema just changed): go
+    on until the bound.
+    """
     deadline = time.monotonic() + BUSY_SECONDS
     while True:
         try:

@@ -3,8 +3,8 @@
 
 """How far the records had come, noted beside their file: an older copy that is put in its place is known by it.
 
-An older copy brings old leases back, so that a sandbox renewed since would be ended. The note is a hidden file in the folder of the records; a
-restore moves the records (and ``-wal``, ``-shm``), not the note.
+An older copy brings old leases back, so that a sandbox renewed since would be ended. The note is a hidden file in the
+folder of the records; a restore moves the records (and ``-wal``, ``-shm``), not the note.
 """
 
 from __future__ import annotations

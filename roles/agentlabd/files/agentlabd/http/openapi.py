@@ -2,7 +2,10 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""The OpenAPI document, made from the table that serves. What answers look like is described here; tests hold the daemon to it."""
+"""The OpenAPI document, made from the table that serves.
+
+What answers look like is described here; tests hold the daemon to it.
+"""
 
 from __future__ import annotations
 
@@ -290,7 +293,8 @@ SCHEMAS: dict[str, Any] = {
                         }
                     )
                 ),
-                "description": "what does not do its work: how, since when, why, and what to do; empty when all is as usual",
+                "description": "what does not do its work: how, since when, why, and what to do; empty when all is as "
+                "usual",
             },
             "config": _object({"path": _MAYBE, "loaded_at": _TIME, "error": _MAYBE}),
             "api_schema_version": _WHOLE,
