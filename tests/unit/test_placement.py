@@ -328,6 +328,11 @@ def test_no_node_fits_names_each() -> None:
     )
 
 
+def test_a_node_that_promised_more_than_it_has_shows_no_negative_room() -> None:
+    load = Load(reservations=tuple(Reservation(number, "a", 8 * GIB) for number in range(3)))
+    assert decide([A], {}, load, WISH, Rules()).why_none().startswith("a: 0 MiB of its memory are free")
+
+
 def test_the_page_explains_each_reason() -> None:
     page = (ROOT / "docs/placement.md").read_text(encoding="utf-8")
     assert [word for word in REASONS if f"`{word}`" not in page] == []
