@@ -307,8 +307,8 @@ def _refusal(
     if free is not None and wish.memory > free:
         return (
             "memory",
-            f"{show_memory(max(free, 0))} of its memory are free beyond what is used and promised, and the sandbox needs "
-            f"{show_memory(wish.memory)}",
+            f"{show_memory(max(free, 0))} of its memory are free beyond what is used and promised, and the sandbox "
+            f"needs {show_memory(wish.memory)}",
         )
     return None
 
