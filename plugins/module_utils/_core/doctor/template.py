@@ -28,9 +28,12 @@ def _home(exam: Examination, asked: str) -> str | None:
     """Return the configured node; where the node is chosen, the first one that has a template of that name."""
     if exam.config.node not in (None, AUTO):
         return exam.config.node
+    if len(exam.nodes) <= 1:
+        # Also when the nodes could not be read: the credentials may lack Sys.Audit.
+        return None
     online = exam.context.cluster.nodes()
     named = sorted(templates.named_so(exam.context, asked).values())
-    return next((node for node in named if online.get(node)), None) if len(exam.nodes) > 1 else None
+    return next((node for node in named if online.get(node)), None)
 
 
 def check_template(exam: Examination, wanted: str | None) -> Iterable[Finding]:
