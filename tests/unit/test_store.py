@@ -743,14 +743,15 @@ import threading
 def work(part):
     for n in range(10):
         store.db.write(lambda conn: conn.execute("INSERT INTO meta VALUES (?, ?)", (f"{me}-{part}-{n}", "1")) and None)
-        store.db.write(lambda conn: conn.execute("UPDATE meta SET value = value + 1 WHERE key = 'fence'") and None)
+        store.db.write(lambda conn: conn.execute(
+            "UPDATE meta SET value = CAST(CAST(value AS INTEGER) + 1 AS TEXT) WHERE key = 'fence'") and None)
 threads = [threading.Thread(target=work, args=(part,)) for part in range(2)]
 [one.start() for one in threads]; [one.join() for one in threads]
 """
-    children = [child(path, str(n), code) for n in range(4)]
+    children = [child(address, str(n), code) for n in range(4)]
     for one in children:
         assert one.communicate(timeout=60)[1] == "" and one.returncode == 0
-    database = Database(str(path))
+    database = open_database(address)
     assert len(database.read("SELECT 1 FROM meta WHERE key LIKE '%-%-%'")) == 80
     assert database.read("SELECT value FROM meta WHERE key = 'fence'")[0][0] == "80"
     assert database.integrity() == "ok"
