@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core import rules
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core import rules, timeguard
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import AgentlabError
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.maintenance import cleanup
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.sandboxes import create
@@ -410,7 +410,7 @@ def test_a_freeze_stops_the_rules_that_are_at_work(lab: Lab) -> None:
     )
 
     def freeze(method: str, _path: str) -> None:
-        if method == "DELETE" and not cleanup.frozen(lab.context()):
+        if method == "DELETE" and not timeguard.frozen(lab.context()):
             cleanup.freeze(lab.context(), "the operator saw it")
 
     lab.pve.before = freeze
