@@ -19,10 +19,10 @@ import zipfile
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[1]
-# What a module of ours may add to what ansible-core ships with every module of its own, bytes. The aim is 190,000,
-# which agentlab_sandbox (231 kB), agentlab_reconcile and agentlab_doctor miss since creation, power and pvesh do more.
-# This bound only stops further growth.
-LIMIT = 235_000
+# What a module of ours may add to what ansible-core ships with every module of its own, bytes. The aim is 190,000. Most
+# modules miss it: agentlab_doctor ships 330 kB, agentlab_sandbox 294 kB, agentlab_reconcile 274 kB, since commands,
+# placement and PostgreSQL came. This bound only stops further growth.
+LIMIT = 340_000
 
 
 def modules() -> list[str]:

@@ -129,7 +129,7 @@ def test_the_six_sandbox_commands_of_the_first_version(daemon: Make, lab: Lab) -
 
 @pytest.mark.parametrize("method", ["GET", "POST", "DELETE"])
 def test_what_does_not_exist_here_is_no_such_path(one_daemon: Daemon, method: str) -> None:
-    for path in ("jobs", "jobs/7", "sessions", "snapshots", "exposures", "messages", "sandboxes/1000/exec",
+    for path in ("jobs", "jobs/7", "sessions", "snapshots", "exposures", "messages",
                  "sandboxes/1000/snapshots", "sandboxes/doctor", "workspaces/w1/fsck", "workspaces/w1/fork"):  # fmt: skip
         answer = one_daemon.request(method, f"/v1/{path}", {} if method == "POST" else None)
         assert (answer.status, answer.body["code"]) == (404, "no_such_path"), path

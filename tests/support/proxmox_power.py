@@ -272,7 +272,9 @@ class PowerRules:
         return rows
 
     def _figures(self, node: str) -> dict[str, Any]:
-        return {**super()._node_stats(True), **self.node_figures.get(node, {})}  # type: ignore[misc]
+        # Room for as many sandboxes as a test likes; whoever tests a full node sets node_figures.
+        stats = {**super()._node_stats(True), "maxmem": 512 * 1024**3}  # type: ignore[misc]
+        return {**stats, **self.node_figures.get(node, {})}
 
     async def _nodes(self, request: web.Request) -> web.Response:
         response = await super()._nodes(request)  # type: ignore[misc]
