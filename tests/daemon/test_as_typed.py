@@ -142,7 +142,8 @@ def test_the_readme_from_the_first_sandbox_to_the_doctor(type_all: Callable[[lis
 def test_the_command_line_of_the_readme(type_all: Callable[[list[str]], list[str]], lab: Lab) -> None:
     lines = commands(README, "### Daemon and command line", "### Profiles")
     told = type_all([line for line in lines if line != "agentlab doctor"])
-    assert len(told) == 4 and told[3].startswith("sandbox 1000 destroyed (state=RUNNING)")
+    assert len(told) == 5 and told[4].startswith("sandbox 1000 destroyed (state=RUNNING)")
+    assert "GNU/Linux" in told[2], "the command that README runs inside"
     # The doctor's exit status says what it found; here that the double's token may administer the cluster.
     assert "agentlab doctor" in lines and "ok " in type_all(["agentlab doctor || [ $? -eq 1 ]"])[0]
 

@@ -265,7 +265,8 @@ def test_every_field_of_the_api_has_an_option() -> None:
         (("cleanup", "freeze"), "freeze_cleanup"),
     ):
         shown = agentlab(*command, "--help").stdout
-        for field in fields[route]:
+        # Only the inventory plugin asks for owners.
+        for field in set(fields[route]) - {"owner"}:
             assert f"--{named.get(field, field).replace('_', '-')}" in shown, (command, field)
 
 

@@ -33,6 +33,7 @@ CHECKS = [
     "storage",
     "creation",
     "privileges",
+    "commands",
     "vmid_range",
     "clock",
     "daemon",

@@ -105,7 +105,7 @@ ROWS = {
         {},
     ),
     "the clone's answer is lost": Row(
-        lambda lab, vmid: lab.pve.fault("POST", "/qemu/9000/clone", "cut-after"),
+        lambda lab, vmid: lab.pve.fault("POST", "/qemu/9000/clone", "cut-before"),
         r"sandbox {vmid} \(PROVISIONING\): whether its clone was begun is not known; run again in 1 s, or reconcile "
         r"settles it",
         {},
