@@ -156,6 +156,7 @@ def test_bulk_destroy_looks_everything_up_first(daemon: Make, lab: Lab) -> None:
 
 def test_a_strangers_vm_stops_no_prune_and_survives_it(daemon: Make, lab: Lab) -> None:
     one = daemon()
+    one.wait_for(lambda: one.get("/v1/status").body["reconcile"]["last_run"], "the first reconcile is over", 20)
     lab.timed_out("a1", vmid=1000)
     stranger = lab.swap(1000)
     assert agentlab("sandbox", "prune", socket=one.socket).stdout == "pruned 1 sandbox(es)\n"
