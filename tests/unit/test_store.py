@@ -735,9 +735,8 @@ print(store.meta("later"), store.meta("mine"))
     assert out.split("\n")[:2] == ["interrupted", "1 None"], out + err
 
 
-def test_writers_in_separate_processes_lose_nothing(path: Path) -> None:
-    """Plain SQL of SQLite; the next test asks each engine through the records."""
-    Database(str(path)).close()
+def test_writers_in_separate_processes_lose_nothing(address: str) -> None:
+    open_database(address).close()
     code = """
 import threading
 def work(part):
