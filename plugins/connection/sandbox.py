@@ -380,7 +380,8 @@ class Connection(ConnectionBase):
 
     def _reached(self) -> tuple[Context, Sandbox]:
         self._connect()
-        assert self._context is not None and self._sandbox is not None
+        if self._context is None or self._sandbox is None:
+            raise AnsibleConnectionFailure("the connection to the sandbox was closed; run again")
         return self._context, self._sandbox
 
     def _find(self, context: Context) -> Sandbox:
@@ -416,7 +417,8 @@ class Connection(ConnectionBase):
         return _WITH_PASSWORD.format(check=check, command=cmd), {"AGENTLAB_BECOME": to_text(password)}
 
     def _judge_password(self, output: bytes) -> None:
-        assert self.become is not None
+        if self.become is None:
+            return
         if self.become.check_incorrect_password(output) or b"incorrect password attempt" in output:
             raise AnsibleError(f"become_password: {self.become.name} of the guest refuses it for user {self._user}")
 

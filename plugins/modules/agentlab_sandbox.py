@@ -505,7 +505,8 @@ CREATION = (
     "protected",
 )
 
-ARGUMENT_SPEC = {
+# The options of a task that is about one sandbox.
+TASK_SPEC = {
     **_adapter.SELECT_ARGS,
     "state": {
         "type": "str",
@@ -557,7 +558,7 @@ ARGUMENT_SPEC = {
 
 # What one item of ``items`` may have; what it leaves out is taken from the task's own options.
 ITEM_SPEC = {
-    **{name: {key: part for key, part in ARGUMENT_SPEC[name].items() if key != "default"} for name in CREATION},
+    **{name: {key: part for key, part in TASK_SPEC[name].items() if key != "default"} for name in CREATION},
     "vmid": {"type": "int"},
     "name": {"type": "str"},
     "update": {"type": "bool"},
@@ -565,7 +566,7 @@ ITEM_SPEC = {
     "wait_for_ip": {"type": "bool"},
     "wait_for_cloud_init": {"type": "bool"},
 }
-ARGUMENT_SPEC["items"] = {"type": "list", "elements": "dict", "options": ITEM_SPEC}
+ARGUMENT_SPEC = {**TASK_SPEC, "items": {"type": "list", "elements": "dict", "options": ITEM_SPEC}}
 
 
 def work(module, context):

@@ -256,6 +256,7 @@ def test_a_node_that_dies_at_a_step(context: Callable[..., Any], cluster: Any, s
 
     cluster.before = before
     ctx = context(wait_timeout=3)
+    told = ""
     try:
         outcome = create.run(ctx, spec(name="a1"))
     except AgentlabError as error:

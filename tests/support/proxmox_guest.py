@@ -124,7 +124,7 @@ class Guest:
 
     @property
     def environment(self) -> dict[str, str]:
-        name, _, value = self.mark.partition("=")
+        name, _sign, value = self.mark.partition("=")
         return {"PATH": self.path, name: value}
 
     def use_busybox(self) -> None:

@@ -158,7 +158,7 @@ def test_the_wrapper_runs_behind_the_real_agent(agent: RealAgent, shell: str) ->
     every = bytes(range(1, 256))
     script = request("begin", run_id, [b"sh", b"-c", b'printf %s "$1"; cat >&2; exit 3', b"x", every], b"in\0put")
     status = agent.run(program, "-c", wrapper.BOOT, "agentlab", str(len(script)), data=script.encode())
-    head, _, body = decoded(status, "out").partition(b"\n")
+    head, _feed, body = decoded(status, "out").partition(b"\n")
     assert head.startswith(f"agentlab1 {run_id} state=ended rc=3 sig=0 ".encode())
     assert body == every + b"in\0put"
     # The same request again begins nothing, and gives the same answer.

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import re
 import uuid as uuid_module
-from typing import Any
+from typing import Any, cast
 
 from .. import states
 from ..context import Context, refuse_cut_off
@@ -246,14 +246,15 @@ def _create_once(ctx: Context, spec: Spec, failed: dict[str, str]) -> Outcome:
     if choice is not None:
 
         def note_choice() -> None:
-            assert choice.template is not None
-            journal.update(_clone_note(ctx, spec, choice.template, sandbox.node), chosen=True)
+            # The choice of a node is the choice of its template.
+            chosen = cast(templates.Template, choice.template)
+            journal.update(_clone_note(ctx, spec, chosen, sandbox.node), chosen=True)
 
         claim = choice.reserve(sandbox, write, note_choice)
     else:
-        assert template is not None
-        journal.update(_clone_note(ctx, spec, template, node))
-        claim = write(place.fixed(ctx, spec, template, str(node)))
+        named = cast(templates.Template, template)
+        journal.update(_clone_note(ctx, spec, named, node))
+        claim = write(place.fixed(ctx, spec, named, str(node)))
     decision = choice.decision if choice is not None else None
     if ctx.dry_run:
         outcome = Outcome.of("would_create", sandbox, previous_state=None, state=states.RUNNING, changed=True)

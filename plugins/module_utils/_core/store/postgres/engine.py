@@ -33,11 +33,21 @@ from . import schema as own_schema
 try:
     import psycopg
     from psycopg import conninfo, errors
-except ImportError as missing:
-    raise StoreError(
-        "database: records on PostgreSQL need the Python library psycopg 3 where this runs: install python3-psycopg "
-        "(Debian), or psycopg[binary] with pip into the environment of this interpreter"
-    ) from missing
+except ImportError:
+    # Told when records on PostgreSQL are opened: a host with records of SQLite needs no psycopg.
+    INSTALLED = False
+    _CONFLICTS: tuple[type[Exception], ...] = ()
+    _LOST: tuple[type[Exception], ...] = ()
+else:
+    INSTALLED = True
+    # Errors after which the same transaction may succeed: another writer won, or the server went away and came back.
+    _CONFLICTS = (errors.SerializationFailure, errors.DeadlockDetected)
+    _LOST = (
+        psycopg.OperationalError,
+        psycopg.InterfaceError,
+        errors.ReadOnlySqlTransaction,
+        errors.IdleInTransactionSessionTimeout,
+    )
 
 T = TypeVar("T")
 
@@ -65,14 +75,6 @@ _OPENING = (
     "pg_is_in_recovery(), current_setting('server_version')"
 )
 _BEGIN = f"BEGIN; SELECT pg_advisory_xact_lock({_LOCK_SPACE}, {_WRITER}); {_OPENING}"
-# Errors after which the same transaction may succeed: another writer won, or the server went away and came back.
-_CONFLICTS = (errors.SerializationFailure, errors.DeadlockDetected)
-_LOST = (
-    psycopg.OperationalError,
-    psycopg.InterfaceError,
-    errors.ReadOnlySqlTransaction,
-    errors.IdleInTransactionSessionTimeout,
-)
 
 
 class NamedRow(tuple[Any, ...]):
@@ -169,6 +171,11 @@ class PostgresDatabase(GroupCommit):
         # For the daemon's metrics.
         self.reconnects = 0
         self.retries = 0
+        if not INSTALLED:
+            raise StoreError(
+                "database: records on PostgreSQL need the Python library psycopg 3 where this runs: install "
+                "python3-psycopg (Debian), or psycopg[binary] with pip into the environment of this interpreter"
+            )
         self._parameters = self._read_uri(uri, password)
         self._dry_run = dry_run
         self._reader_lock = threading.RLock()
@@ -324,7 +331,8 @@ class PostgresDatabase(GroupCommit):
 
     def server_time(self) -> float:
         """Return the server's time in seconds since 1970; while it cannot be asked, it goes on from the last answer."""
-        assert self._offset is not None
+        if self._offset is None:
+            raise StoreError("the server's time was not read when the records were opened")
         offset, read_at = self._offset
         if since_boot() - read_at > _CLOCK_SECONDS:
             with contextlib.suppress(StoreError):
