@@ -222,7 +222,7 @@ def difference(outcomes: Sequence[Outcome]) -> dict[str, Any]:
         key = f"sandbox {one.vmid}"
         old: dict[str, Any] = {"state": one.previous_state}
         new: dict[str, Any] = {"state": one.state}
-        for name, value in (one.extra.get("update") or {}).items():
+        for name, value in (one.extra.get("after") or {}).items():
             old[name], new[name] = (one.extra.get("before") or {}).get(name), value
         if "lease_expires_at" in one.extra:
             new["lease_expires_at"] = one.extra["lease_expires_at"]

@@ -134,7 +134,7 @@ def _ensure(context: Context, params: dict[str, Any], asked: Spec) -> Outcome:
         second = create.amend(context, outcome.sandbox, protected=params["protected"], keepalive=params["keepalive"])
         if second.changed:
             second.warnings, second.upids = outcome.warnings, outcome.upids
-            for part in ("update", "before"):
+            for part in ("after", "before"):
                 second.extra[part] = {**outcome.extra.get(part, {}), **second.extra[part]}
             outcome = second
         return address.with_address(context, outcome, started=False) if params["wait_for_ip"] else outcome

@@ -451,7 +451,7 @@ results:
     state: {description: The state it is in now., type: str, returned: always}
     reason: {description: 'Why, in one word.', type: str, returned: always}
     message: {description: 'Why, and what to do, as a sentence.', type: str, returned: always}
-    update: {description: What was changed of a sandbox that was there, type: dict, returned: when something was}
+    after: {description: What was changed of a sandbox that was there, type: dict, returned: when something was}
     before: {description: What that was before., type: dict, returned: when something was}
     upids: {description: Task ids of Proxmox VE., type: list, elements: str, returned: always}
     placement:

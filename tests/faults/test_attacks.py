@@ -792,6 +792,7 @@ class Breaker:
                     # Armed by the double when it has the request: this is the answer.
                     self.broken += 1
                     client.sendall(self.armed)
+                    self.armed = None
                     client.close()
                     return
                 client.sendall(data)
@@ -855,17 +856,39 @@ def test_a_port_without_tls_was_certainly_not_asked(lab: Lab) -> None:
             lab.context(api_port=listener.getsockname()[1]).client.get("cluster/status")
 
 
-@pytest.mark.parametrize("kind", BREAKS)
+@pytest.mark.parametrize("kind", sorted(set(BREAKS) - {"half a record"}))
 def test_a_clone_whose_answer_broke_in_tls_is_neither_lost_nor_made_twice(
     lab: Lab, breaker: Breaker, kind: str
 ) -> None:
     def arm(method: str, path: str) -> None:
-        breaker.armed = BREAKS[kind] if method == "POST" and path.endswith("/clone") else None
+        if method == "POST" and path.endswith("/clone"):
+            breaker.armed = BREAKS[kind]
+
+    lab.pve.before = arm
+    # The clone is looked for at once, and taken up.
+    lab.create(options={"api_port": breaker.port})
+    assert breaker.broken == 1
+    lab.pve.before = breaker.armed = None
+    made = lab.create()
+    assert made.state == "RUNNING" and marked(lab, made) == [made.vmid] and len(lab.records()) == 1
+
+
+@pytest.mark.parametrize("kind", BREAKS)
+def test_a_clone_that_cannot_be_looked_for_either_is_taken_up_by_the_next_run(
+    lab: Lab, breaker: Breaker, kind: str
+) -> None:
+    cloned = threading.Event()
+
+    def arm(method: str, path: str) -> None:
+        if method == "POST" and path.endswith("/clone"):
+            cloned.set()
+        breaker.armed = BREAKS[kind] if cloned.is_set() else None
 
     lab.pve.before = arm
     with pytest.raises(AgentlabError):
         lab.create(options={"api_port": breaker.port})
-    assert breaker.broken == 1
+    # Half a record is a time-out: the request may still be at work, so nothing is looked for.
+    assert breaker.broken == 1 if kind == "half a record" else breaker.broken > 1
     lab.pve.before = breaker.armed = None
     time.sleep(1.1)
     made = lab.create()

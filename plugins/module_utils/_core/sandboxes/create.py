@@ -118,7 +118,7 @@ def _renewed(ctx: Context, sandbox: Sandbox, spec: Spec) -> Outcome:
     if spec.update:
         applied = update.apply(ctx, outcome.sandbox or sandbox, spec)
         if applied.changed:
-            for part in ("update", "before"):
+            for part in ("after", "before"):
                 applied.extra[part] = {**outcome.extra.get(part, {}), **applied.extra[part]}
             outcome = applied
     differences = update.different(ctx, outcome.sandbox or sandbox, spec)
@@ -141,11 +141,9 @@ def amend(ctx: Context, found: Sandbox, **wanted: bool | None) -> Outcome:
         return Outcome.of("unchanged", found)
     before = {name: getattr(found, name) for name in new}
     if ctx.dry_run:
-        return Outcome.of("would_update", found, changed=True, extra={"update": new, "before": before})
+        return Outcome.of("would_update", found, changed=True, extra={"after": new, "before": before})
     done = ctx.records.amend(found, "update", **new)
-    return Outcome.of(
-        "updated", done, previous_state=found.state, changed=True, extra={"update": new, "before": before}
-    )
+    return Outcome.of("updated", done, previous_state=found.state, changed=True, extra={"after": new, "before": before})
 
 
 def _create(ctx: Context, spec: Spec, failed: dict[str, str] | None = None) -> Outcome:

@@ -267,7 +267,7 @@ class _Plan:
         return any(name in self.new for name in _STOPPED_ONLY)
 
     def outcome(self, word: str, sandbox: Sandbox) -> Outcome:
-        return Outcome.of(word, sandbox, changed=True, extra={"update": dict(self.new), "before": dict(self.before)})
+        return Outcome.of(word, sandbox, changed=True, extra={"after": dict(self.new), "before": dict(self.before)})
 
 
 def _number(value: Any, default: int) -> int:

@@ -38,10 +38,12 @@ except ImportError:
     INSTALLED = False
     _CONFLICTS: tuple[type[Exception], ...] = ()
     _LOST: tuple[type[Exception], ...] = ()
+    _TAKEN: tuple[type[Exception], ...] = ()
 else:
     INSTALLED = True
     # Errors after which the same transaction may succeed: another writer won, or the server went away and came back.
     _CONFLICTS = (errors.SerializationFailure, errors.DeadlockDetected)
+    _TAKEN = (errors.UniqueViolation,)
     _LOST = (
         psycopg.OperationalError,
         psycopg.InterfaceError,
@@ -160,7 +162,7 @@ class PostgresDatabase(GroupCommit):
     """
 
     kind = "postgresql"
-    conflicts: tuple[type[Exception], ...] = (errors.UniqueViolation,)
+    conflicts: tuple[type[Exception], ...] = _TAKEN
 
     def __init__(self, uri: str, password: str | None = None, *, dry_run: bool = False) -> None:
         super().__init__()
