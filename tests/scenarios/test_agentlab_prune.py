@@ -182,7 +182,7 @@ def test_bad_input(story: Any, given: Any) -> None:
         ),
         "states": (
             {"states": ["RUNNING"]},
-            "value of states must be one or more of: TIMEOUT, COMPLETED, FAILED, STOPPED. Got no match for: RUNNING",
+            "states: 'RUNNING' is not valid. Valid: TIMEOUT, COMPLETED, FAILED, STOPPED",
         ),
         "max_count": ({"max_count": -1}, "max_count: -1 is negative. Valid: 0 or more"),
         "max_count zero": ({"max_count": 0}, "max_count: 1 sandbox(es) would be pruned, more than max_count=0"),

@@ -119,7 +119,7 @@ def test_showing(story: Any, given: Any, env: Any, server: Any) -> None:
 def test_bad_input(story: Any, given: Any) -> None:
     given(1)
     cases = {
-        "states": ({"states": ["GONE"]}, "value of states must be one or more of: REQUESTED"),
+        "states": ({"states": ["GONE"]}, "states: 'GONE' is not valid. Valid: REQUESTED"),
         "vmid": ({"vmid": 1}, "vmid: 1 is not a VMID. Valid: 100 to 999999999"),
         "two": ({"vmid": 1000, "name": "x"}, "parameters are mutually exclusive: vmid|vmids|name"),
         "events": ({"events": -1}, "events: -1 is negative. Valid: 0 or more"),

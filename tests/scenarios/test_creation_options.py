@@ -34,7 +34,7 @@ def test_the_examples_of_the_module_run(env: Any, tmp_path: Path, server: Any) -
     tasks = yaml.safe_load(agentlab_sandbox.EXAMPLES)
     run = play(tasks, {**env, "AGENTLAB_CONFIG": str(config)}, tmp_path, pve=server.pve)
     assert run.rc == 0 and not run.warnings, run.output
-    config_of = server.pve.vm(1002).config
+    config_of = next(vm for vm in server.pve.vms if vm.name == "agent-3").config
     assert (
         "tag=42" in config_of["net0"]
         and config_of["memory"] in (4096, "4096")
