@@ -9,7 +9,6 @@ many cases ended as promised.
 from __future__ import annotations
 
 import os
-import re
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -19,27 +18,15 @@ from typing import Any
 import pytest
 
 from support.lab import Lab
+from support.shards import keep_part
 
 COLUMNS = ("known", "cases", "met", "passed", "by hand")
 # Another choice of cases each day; set before the workers begin, so that all of them (also at midnight) make the same.
 SEED = int(os.environ.setdefault("AGENTLAB_FAULTS_SEED", str(int(time.time()) // 86400)))
 
 
-def part_of(items: list[Any], shard: str) -> list[Any]:
-    """``2/5``: the second fifth, which is every fifth one, beginning with the second."""
-    found = re.fullmatch(r"(\d+)/(\d+)", shard)
-    if not found or not 1 <= int(found[1]) <= int(found[2]):
-        raise pytest.UsageError(f"SHARD={shard!r} is not valid. Valid: i/n, such as 2/5")
-    return items[int(found[1]) - 1 :: int(found[2])]
-
-
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    shard = os.environ.get("SHARD")
-    if shard:
-        chosen = part_of(items, shard)
-        kept = set(map(id, chosen))
-        config.hook.pytest_deselected(items=[one for one in items if id(one) not in kept])
-        items[:] = chosen
+    keep_part(config, items)
 
 
 @pytest.fixture(scope="module")

@@ -90,9 +90,11 @@ def test_ci_takes_every_release_at_least_every_second_day() -> None:
     )
     ci = (ROOT / ".ci/run").read_text()
     assert "scripts/test-bare.sh --today" in ci and "scripts/core-env.sh --today" in ci
-    # Three days in a row take all three parts of the faults.
-    assert "part=$(($(date -u +%s) / 86400 % 3 + 1))/3" in ci and "SHARD=$part make test-faults" in ci
-    assert re.search(r'if \[ "\$part" = 1/3 \]; then\n.*\n    make test-chaos MINUTES=5\nfi\n', ci)
+    # Five days in a row take all parts of the faults, two days all scenarios with shipped modules.
+    assert "day=$(($(date -u +%s) / 86400))\n" in ci
+    assert "part=$((day % 5 + 1))/5" in ci and "SHARD=$part make test-faults" in ci
+    assert "SHIPPED=$((day % 2 + 1))/2 make gates" in ci
+    assert re.search(r"if \[ \$\(\(day % 3\)\) -eq 0 \]; then\n.*\n    make test-chaos MINUTES=5\nfi\n", ci)
 
 
 @pytest.mark.parametrize("core", [CORES[0], CORES[-1]])

@@ -14,7 +14,12 @@ import pytest
 
 from support.double import Server
 from support.play import Run
+from support.shards import keep_part
 from support.story import tell
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    keep_part(config, items)
 
 
 @pytest.fixture

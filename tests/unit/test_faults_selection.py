@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 
-from faults.conftest import part_of
+from support.shards import part_of
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 7, 200])
