@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import os
 import shutil
 import time
@@ -246,13 +247,11 @@ def test_a_file_is_the_old_one_or_the_new_one_whatever_happens(lab: Lab) -> None
     old, new = b"old" * 1000, os.urandom(200_000)
     for at in (1, 3, 5):
         files.put_file(lab.context(), sandbox, old, str(target), mode=0o640)
-        seen = [0]
+        calls = itertools.count(1)
 
-        def strike(_method: str, path: str, at: int = at, seen: Any = seen) -> None:
-            if path.endswith("/agent/exec"):
-                seen[0] += 1
-                if seen[0] == at:
-                    lab.pve.fault("POST", "/agent/exec", "cut-before")
+        def strike(_method: str, path: str, at: int = at, calls: Any = calls) -> None:
+            if path.endswith("/agent/exec") and next(calls) == at:
+                lab.pve.fault("POST", "/agent/exec", "cut-before")
 
         lab.pve.before = strike
         try:
