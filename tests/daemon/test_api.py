@@ -278,6 +278,27 @@ def test_the_sentences_of_the_seed(daemon: Make, lab: Lab) -> None:
         ("POST", "/v1/sandboxes/destroy", {}, 400, "vmids is required"),
         ("POST", "/v1/sandboxes", {"name": "-x"}, 400, "name: '-x' is not valid"),
         ("POST", "/v1/sandboxes", {"template": "none"}, 400, "template: 'none' does not exist"),
+        ("POST", "/v1/sandboxes", {"template": 8999}, 400, "template: '8999' does not exist"),
+        *[
+            (
+                "POST",
+                "/v1/sandboxes",
+                {"template": value},
+                400,
+                f"template: {shown} is not valid. Valid: a whole number, or a text in quotes",
+            )
+            for value, shown in ((True, "'True'"), (-1, "'-1'"), (9000.5, "'9000.5'"), ([9000], "that list"))
+        ],
+        ("POST", "/v1/sandboxes", {"node": 5}, 400, "node: '5' is not valid. Valid: a text in quotes, of 100"),
+        *[
+            ("POST", path, {name: value}, 400, f"{name}: that value is not valid. Valid: ")
+            for path, name, value in (
+                ("/v1/sandboxes", "node", "auto\n"),
+                ("/v1/sandboxes", "name", "a1\n"),
+                ("/v1/workspaces", "size", "5G\n"),
+                ("/v1/sandboxes/1000/lease/renew", "ttl", "2h\n"),
+            )
+        ],
         ("POST", "/v1/sandboxes/prune", {"states": ["RUNNING"]}, 400, "states: 'RUNNING' is not valid. Valid: TIMEOUT"),
         *[
             (
@@ -480,5 +501,6 @@ def test_what_clients_may_name_is_limited_by_the_configuration(daemon: Make, lab
     # A template may be listed by its VMID and asked for by its name.
     named = daemon(api_templates=[9000])
     assert named.post("/v1/sandboxes", {"name": "a2", "template": "debian-13"}).status == 201
+    assert named.post("/v1/sandboxes", {"name": "a4", "template": 9000}).status == 201
     # Without limits nothing is limited.
     assert daemon().post("/v1/sandboxes", {"name": "a3", "vmid": 5000, "template": "9000"}).status == 201

@@ -78,7 +78,8 @@ def test_a_run_id_that_is_given_again_runs_nothing_again(one: Daemon, lab: Lab, 
         ({"argv": ["cat"], "stdin": "?", "encoding": "base64"}, ("stdin", "base64")),
         ({"argv": ["true"], "environment": {"a b": "x"}}, ("environment", "letters")),
         ({"argv": ["true"], "environment": ["x"]}, ("environment",)),
-        ({"argv": ["true"], "user": "a b"}, ("user",)),
+        ({"argv": ["true"], "user": "a b"}, ("user", "letters, digits")),
+        ({"argv": [1]}, ("argv", "'1' is not valid", "a text in quotes")),
         ({"argv": ["true"], "run_id": "x"}, ("run_id",)),
         ({"argv": ["tr\0ue"]}, ("argv",)),
         ({"comand": "true"}, ("comand", "unknown key")),
@@ -121,8 +122,15 @@ def test_files_go_in_and_out_byte_for_byte(one: Daemon, tmp_path: Path) -> None:
 def test_no_such_sandbox_and_no_such_run(one_daemon: Daemon) -> None:
     assert one_daemon.post("/v1/sandboxes/1999/exec", {"argv": ["true"]}).status == 404
     assert one_daemon.get("/v1/sandboxes/1999/exec").status == 404
-    assert one_daemon.get(f"/v1/sandboxes/1000/exec/{'0' * 32}").status == 404
-    assert one_daemon.post(f"/v1/sandboxes/1000/exec/{'0' * 32}/kill", {}).status == 404
+    looked = one_daemon.get(f"/v1/sandboxes/1000/exec/{'0' * 32}")
+    killed = one_daemon.post(f"/v1/sandboxes/1000/exec/{'0' * 32}/kill", {})
+    for answer in (looked, killed):
+        # The sandbox is there: its absence must not be told.
+        assert answer.status == 404 and answer.body["error"].startswith("run not found"), answer
+        assert "sandbox 1000" in answer.body["error"] and "sandbox not found" not in answer.body["error"], answer
+    for word in ("status", "logs", "wait", "kill"):
+        told = agentlab("sandbox", "exec", word, f"1000/{'0' * 32}", socket=one_daemon.socket)
+        assert told.returncode == 1 and told.stderr.startswith("Error: run not found"), told
     assert one_daemon.request("PUT", "/v1/sandboxes/1999/files?path=/x", b"x").status == 404
 
 

@@ -49,7 +49,7 @@ def of_error(error: AgentlabError) -> Answer:
         # An option of the daemon's own configuration is no fault of who asks.
         found = 500 if error.detail.get("option") in core_config.ENVIRONMENT else status_of(code)
     message = error.message
-    if isinstance(error, NotFound):
+    if isinstance(error, NotFound) and "run_id" not in error.detail:
         message = "workspace not found" if "workspace" in error.detail else "sandbox not found"
     facts = {name: value for name, value in error.detail.items() if value is not None and name not in ("error", "code")}
     if isinstance(error, Kept):

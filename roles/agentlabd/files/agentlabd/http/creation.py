@@ -38,7 +38,7 @@ CREATION: dict[str, Field] = {
     **LIFETIME,
     "keepalive": Field("boolean", "renew its lease by itself when it is over, up to max_lifetime"),
     "protected": Field("boolean", "refuse to destroy it"),
-    "template": Field("string", "template to clone, by VMID or name", longest=100),
+    "template": Field("string", "template to clone, by VMID or name", longest=100, number=True),
     "node": Field("string", "node it shall run on, or auto to have the one chosen that suits best", longest=100),
     "full_clone": Field("boolean", "full instead of linked clone"),
     "storage": Field("string", "storage of a full clone", longest=100),

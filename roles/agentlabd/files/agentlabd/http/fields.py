@@ -54,6 +54,8 @@ class Field:
     split: Callable[[str, Any], list[str]] | None = None
     # Its value is never quoted.
     secret: bool = False
+    # Of "string": a whole number is taken as its digits, for a VMID in place of a name.
+    number: bool = False
 
     @property
     def _pattern(self) -> str | None:
@@ -70,6 +72,9 @@ class Field:
                 if self.valid
                 else {"type": "string", "maxLength": self.longest, "pattern": self._pattern}
             )
+            if self.number:
+                one = {name: value for name, value in one.items() if value is not None}
+                one = {"anyOf": [{"type": "integer", "minimum": 0}, one]}
         elif self.kind == "boolean":
             one = {"type": "boolean"}
         else:
@@ -120,7 +125,7 @@ class Field:
             if not isinstance(value, dict) or len(value) > self.most:
                 raise self._refused(name, value, f"an object of texts, {self.most} at most")
             for key in value:
-                if not re.search(_VARIABLE, key):
+                if not _fits(_VARIABLE, key):
                     raise self._refused(name, key, "names of letters, digits and _, no digit first")
             return {key: self._one(name, text) for key, text in value.items()}
         return self._one(name, value)
@@ -140,15 +145,20 @@ class Field:
             if not isinstance(value, bool):
                 raise self._refused(name, value, "true or false")
         elif self.kind in ("string", "strings", "texts"):
-            if not isinstance(value, str) or len(value) > self.longest:
+            if self.number and isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+                value = str(value)
+            if not isinstance(value, str):
+                or_number = "a whole number, or " if self.number else ""
+                raise self._refused(name, value, f"{or_number}a text in quotes, of {self.longest} characters at most")
+            if len(value) > self.longest:
                 raise self._refused(name, value, f"a text of {self.longest} characters at most")
             if not patterns.encodable(value):
                 raise self._refused(name, value, "a text that UTF-8 can hold")
-            if self._pattern and not re.search(self._pattern, value):
+            if self._pattern and not _fits(self._pattern, value):
                 raise self._refused(name, value, self.text if self.pattern else "a text in one line")
             if self.valid and value not in self.valid:
                 raise self._refused(name, value, ", ".join(self.valid))
-        elif isinstance(value, bool) or not isinstance(value, (int, float, str)) or not re.search(_LINE, str(value)):
+        elif isinstance(value, bool) or not isinstance(value, (int, float, str)) or not _fits(_LINE, str(value)):
             raise self._refused(name, value, "minutes as a number (120) or a duration such as 90s, 30m, 2h, 1d12h")
         return value
 
@@ -157,6 +167,13 @@ class Field:
             f"{name}: {'that value' if self.secret else patterns.quoted(value)} is not valid. Valid: {valid}",
             option=name,
         )
+
+
+def _fits(pattern: str, value: str) -> bool:
+    """Whether the value fits a pattern as a JSON schema means it: there "$" is the very end, in Python it also stands
+    before a last newline.
+    """
+    return re.search(f"{pattern[:-1]}\\Z" if pattern.endswith("$") else pattern, value) is not None
 
 
 # What a name of a key looks like; anything else in its place may be what was meant to be a value.

@@ -44,7 +44,12 @@ COMMAND: dict[str, Field] = {
     "environment": Field(
         "texts", "variables of its environment", longest=30000, most=200, pattern=_NO_NUL, secret=True
     ),
-    "user": Field("string", "user of the guest; root when left out", longest=32, pattern=r"^[A-Za-z0-9_.-]+$"),
+    "user": Field(
+        "string",
+        "user of the guest, by name or id, of letters, digits, _ . and -; root when left out",
+        longest=32,
+        pattern=r"^[A-Za-z0-9_.-]+$",
+    ),
     "creates": Field("string", "do nothing if this path is there", longest=4096, pattern=_NO_NUL),
     "removes": Field("string", "do nothing unless this path is there", longest=4096, pattern=_NO_NUL),
     "timeout": Field(
@@ -268,7 +273,12 @@ ROUTES: tuple[Route, ...] = (
         query={
             "path": _PATH,
             "mode": Field("string", "mode as octal digits, such as 0644", longest=4, pattern="^[0-7]{3,4}$"),
-            "owner": Field("string", "owner, as user or user:group", longest=80, pattern=r"^[A-Za-z0-9_.:-]+$"),
+            "owner": Field(
+                "string",
+                "owner, as user or user:group, each a name or id of letters, digits, _ . and -",
+                longest=80,
+                pattern=r"^[A-Za-z0-9_.:-]+$",
+            ),
         },
     ),
 )
