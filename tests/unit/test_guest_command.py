@@ -477,6 +477,7 @@ def test_a_missing_privilege_is_named(lab: Lab, sandbox: Sandbox, guest: Guest) 
         ({"argv": ["true"], "environment": {"A=B": "x"}}, "environment: 'A=B' is no name"),
         ({"argv": ["true"], "user": "root; id"}, "user: 'root; id' is no user name"),
         ({"argv": ["true"], "timeout": -1}, "timeout: -1 is out of range"),
+        ({"argv": ["true"], "wait_for_agent": -1}, "wait_for_agent: -1 is out of range"),
         ({"argv": ["x" * 40000]}, "argv: command, arguments and environment have"),
         ({"argv": ["true"], "run_id": "x"}, "run_id: not 32 hexadecimal"),
     ],

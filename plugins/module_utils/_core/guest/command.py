@@ -310,6 +310,7 @@ def prepare(spec: CommandSpec) -> _Prepared:
     head = b"" if len(raw) <= room else raw[: len(raw) - room]
     pieces = [head[at : at + wrapper.PIECE] for at in range(0, len(head), wrapper.PIECE)]
     limit = _number(spec.timeout, "timeout", LONGEST_TIMEOUT)
+    _number(spec.wait_for_agent, "wait_for_agent", LONGEST_TIMEOUT)
     values: dict[str, object] = {
         "limit": limit,
         "grace": _number(spec.kill_after, "kill_after", 3600),
