@@ -111,7 +111,8 @@ def _answer(
             answer[name] = base64.b64encode(data).decode()
         else:
             answer[name] = data.decode(encoding, "replace")
-            answer[f"{name}_lines"] = answer[name].splitlines()
+        # Ansible adds lines to what a shipped module answers, so a module in place adds them, too.
+        answer[f"{name}_lines"] = answer[name].splitlines()
     if result.message:
         answer["msg"] = result.message
     if failing and result.timed_out:

@@ -158,12 +158,12 @@ stderr:
   type: str
 stdout_lines:
   description: Standard output by lines.
-  returned: when O(encoding) is not V(base64)
+  returned: always
   type: list
   elements: str
 stderr_lines:
   description: Standard error by lines.
-  returned: when O(encoding) is not V(base64)
+  returned: always
   type: list
   elements: str
 truncated:

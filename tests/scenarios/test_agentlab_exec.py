@@ -66,7 +66,8 @@ def test_a_command_and_its_answers(story: Any, given: Any, env: Any, server: Any
     answer = run["by name"]
     assert (answer["stdout_lines"], answer["stderr"]) == (["out", "in ä"], "err\n")
     assert run["odd"]["stdout"] == "a b|$HOME||€'\"|"
-    assert base64.b64decode(run["bytes"]["stdout"]) == b"\xff\0" and "stdout_lines" not in run["bytes"]
+    assert base64.b64decode(run["bytes"]["stdout"]) == b"\xff\0"
+    assert run["bytes"]["stdout_lines"] == [run["bytes"]["stdout"]], "in place as shipped"
     assert run["folder"]["stdout"] == "/tmp\n"
     assert run["many"]["truncated"] and run["many"]["stdout"] == "x" * 100
     assert (
