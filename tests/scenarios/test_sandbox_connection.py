@@ -190,7 +190,7 @@ def test_a_missing_file_is_no_broken_one(inside: Inside, tmp_path: Path) -> None
 
 def test_the_events_say_who_ran_what(inside: Inside, env: dict[str, str]) -> None:
     secret = "zxcv-very-secret-1"
-    inside([{"name": "run", "ansible.builtin.command": {"argv": ["echo", "x"], "stdin": secret}}]).ok()
+    inside([{"name": "run", "ansible.builtin.command": {"argv": ["sh", "-c", "cat >/dev/null"], "stdin": secret}}]).ok()
     with sqlite3.connect(env["AGENTLAB_DATABASE"]) as conn:
         rows = conn.execute("SELECT operation, actor, evidence FROM events ORDER BY id").fetchall()
     conn.close()
