@@ -21,7 +21,7 @@ case $core in
 esac
 venv=$PWD/.cache/core-$core
 # What modules, daemon, command line and their tests import. Linters and molecule stay with .venv.
-names='proxmoxer|requests|PyYAML|aiohttp|click|prometheus-client|sdnotify|tabulate|fakepve\[pytest\]|hypothesis|psutil|pytest|pytest-xdist'
+names='proxmoxer|requests|PyYAML|aiohttp|click|prometheus-client|sdnotify|fakepve\[pytest\]|hypothesis|psutil|psycopg\[binary\]|pytest|pytest-xdist'
 packages=$(sed -n -E "s/^($names)([<>=].*)\$/\1\2/p" requirements-dev.txt)
 requirements="ansible-core==$core.* $(tr '\n' ' ' <<<"$packages")"
 
