@@ -967,5 +967,5 @@ def test_a_vm_that_goes_or_moves_under_a_destroy_is_looked_for_again(lab: Lab, m
 
     lab.pve.before = happen
     outcome = lab.destroy(ours.vmid, force=True)[0]
-    assert done and outcome.outcome == "destroyed", outcome
+    assert done and outcome.outcome == "destroyed", outcome.message
     assert lab.pve.vm(ours.vmid) is None and lab.leftovers() == NOTHING_LEFT

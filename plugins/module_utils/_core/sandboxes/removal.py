@@ -385,7 +385,9 @@ class Removal:
         """Whether the VM moved, changed, or was deleted for a killed run, since it was judged, so that it is to be
         looked for and judged again.
         """
-        if self._last or not ("does not exist" in error.message or changed(error.message)):
+        # A request is refused with the first words, a task of a VM that went in between fails with the second.
+        vanished = "does not exist" in error.message or "unable to find configuration file" in error.message
+        if self._last or not (vanished or changed(error.message)):
             return False
         self._ctx.cluster.vms(fresh=True)
         return True
