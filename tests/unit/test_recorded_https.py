@@ -137,10 +137,12 @@ def guest(vmid: int, **values: Any) -> Callable[[ProxmoxDouble], None]:
             "meta": "creation-qemu=10.0.13,ctime=1",
             "net0": "virtio=BC:24:11:00:00:01,bridge=vmbr0",
         }
-        pool = values.pop("pool", None)
+        # A copy: the recording may be played more than once in a process.
+        more = {"name": f"rec-{vmid}", **values}
+        pool = more.pop("pool", None)
         volume = pve._cloudinit_volume("local", vmid)
-        config.update({"ide2": f"{volume},media=cdrom", **values.pop("config", {})})
-        pve.add_guest(vmid, values.pop("name", f"rec-{vmid}"), storage="local", config=config, **values)
+        config.update({"ide2": f"{volume},media=cdrom", **more.pop("config", {})})
+        pve.add_guest(vmid, storage="local", config=config, **more)
         if pool:
             pve.pools[pool].add(vmid)
             pve.vm(vmid).pool = pool
@@ -534,6 +536,16 @@ def played() -> Iterator[dict[str, dict[str, Any]]]:
 
 
 # ---------------------------------------------------------------------- the test
+
+
+def test_the_recording_can_be_played_again_in_the_same_process() -> None:
+    """A worker that is handed tests of this module in two lots sets up `played` twice."""
+    stories = []
+    for _time in range(2):
+        with DoubleServer(setup=set_up) as server:
+            stories.append({case: differences(answer) for case, answer in play(server).items()})
+    assert stories[0] == stories[1]
+
 
 AGENT = "the double tells that refusal in other words than the agent"
 # Case -> (what differs, why the double may answer otherwise).
