@@ -10,7 +10,7 @@ or when it is old.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 from .. import states
@@ -94,6 +94,11 @@ def _load(
     tags: frozenset[str],
 ) -> Load:
     now = records.clock.now()
+
+    def ask(query: str, values: Sequence[Any]) -> list[Any]:
+        # Within a transaction another connection must not be asked: when only that one is lost, nothing is repeated.
+        return list(read(query, *values))
+
     sandboxes = {
         str(row["node"]): int(row["number"])
         for row in read(f"SELECT node, count(*) AS number FROM sandboxes WHERE {LIVE} GROUP BY node")
@@ -109,7 +114,7 @@ def _load(
         creating = row["state"] in states.CREATING
         young = row["at"] > now - settle
         if creating:
-            counts = young if row["process"] is None else not records._given_up(row)
+            counts = young if row["process"] is None else not records._given_up(row, ask)
         else:
             counts = young and row["state"] in _RUNNING
         if counts:

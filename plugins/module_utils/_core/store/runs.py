@@ -149,18 +149,29 @@ def finish(
     duration_ms: int | None = None,
     acks: list[str] | None = None,
 ) -> None:
-    """Close a run with its event, in one transaction. ``acks``: results that the guest has been told to forget."""
+    """Close a run with its event, in one transaction. ``acks``: results that the guest has been told to forget.
 
-    def work(conn: Connection) -> None:
-        conn.execute(
-            "UPDATE runs SET state = ?, detail = ?, updated_at = ? WHERE id = ?",
-            (state, json.dumps(detail), records.clock.now(), run.id),
-        )
+    Several callers may wait for one run. The first end that is written stays, with its one event; only a result that
+    the guest told replaces an end without a result.
+    """
+    # A run that ended must not become refused: a refused run is begun again when its id is given again.
+    replaced = (SENT, RUNNING, REFUSED, LOST) if state == ENDED else (SENT, RUNNING)
+
+    def work(conn: Connection) -> Run | None:
         if acks:
             conn.execute(f"UPDATE runs SET acked = 1 WHERE id IN ({', '.join('?' * len(acks))})", acks)
+        closed = conn.execute(
+            f"UPDATE runs SET state = ?, detail = ?, updated_at = ? WHERE id = ? AND state IN "
+            f"({', '.join('?' * len(replaced))})",
+            (state, json.dumps(detail), records.clock.now(), run.id, *replaced),
+        )
+        if closed.rowcount != 1:
+            row = conn.execute(f"{_SELECT} WHERE id = ?", (run.id,)).fetchone()
+            return None if row is None else _run(row)
         records.write_event(
             conn, sandbox, "exec", outcome=outcome, reason=reason, evidence=evidence, duration_ms=duration_ms
         )
+        return None
 
-    records.db.write(work, checked=True)
-    run.state, run.detail = state, detail
+    written = records.db.write(work)
+    run.state, run.detail = (state, detail) if written is None else (written.state, written.detail)
