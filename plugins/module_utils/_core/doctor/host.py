@@ -89,6 +89,22 @@ def _check_server(exam: Examination, path: str) -> Iterable[Finding]:
 
     facts = {"path": path, "schema": schema.VERSION, **examine(exam.context.database)}
     remarks = []
+    if facts["standby"]:
+        remarks.append(
+            (
+                "this server is a standby, which takes no writes",
+                "name the primary in the URI, and leave out target_session_attrs (read-write is the default)",
+            )
+        )
+    if facts["not_writable"]:
+        tables = facts["not_writable"]
+        remarks.append(
+            (
+                f"this role may not read and write all rows of {tables}",
+                f"as the owner of the tables: GRANT SELECT, INSERT, UPDATE, DELETE ON {tables} TO the run-time role",
+            )
+        )
+    problems = len(remarks)
     if not facts["tls"] and not facts["local"]:
         remarks.append(("the connection is not encrypted", "add sslmode=verify-full and sslrootcert to the URI"))
     elif not facts["verified"] and not facts["local"]:
@@ -104,18 +120,43 @@ def _check_server(exam: Examination, path: str) -> Iterable[Finding]:
                 "set synchronous_standby_names, or read docs/controllers.md, Failover",
             )
         )
+    elif facts["synchronous_standbys"] and facts["synchronous_commit"] == "local":
+        remarks.append(
+            (
+                "commits wait for no standby (synchronous_commit is local): a failover may lose the last ones",
+                "set synchronous_commit to on",
+            )
+        )
     if facts["superuser"]:
         remarks.append(("this role is a superuser", "use the run-time role of docs/controllers.md"))
     elif facts["owner"]:
         remarks.append(("this role may drop the tables", "use the run-time role of docs/controllers.md"))
-    if abs(facts["clock_difference"]) > timeguard.JUMP_SECONDS:
+    difference = facts["clock_difference"]
+    if abs(difference) > timeguard.JUMP_SECONDS:
+        direction = "ahead of" if difference > 0 else "behind"
         remarks.append(
-            (f"this host's clock is {facts['clock_difference']} s ahead of the server's, which counts", "set the clock")
+            (
+                f"this host's clock is {abs(difference)} s {direction} the server's, which counts",
+                "set this host's clock (timedatectl)",
+            )
         )
-    for why, advice in remarks:
-        yield Finding("database", WARNING, f"{path}: {why}", advice, facts)
+    for number, (why, advice) in enumerate(remarks):
+        yield Finding("database", PROBLEM if number < problems else WARNING, f"{path}: {why}", advice, facts)
     if not remarks:
         yield Finding("database", OK, f"{path}: PostgreSQL {facts['server']}, schema {schema.VERSION}", None, facts)
+    yield from _damaged_records(exam, f"psql '{path}' -c")
+
+
+def _damaged_records(exam: Examination, client: str) -> Iterable[Finding]:
+    """Yield each damaged value of the records. ``client`` is the command that takes a statement as its argument."""
+    for error in (*exam.context.records.damage(), *workspaces.Workspaces(exam.context.records).damage()):
+        yield Finding(
+            "records",
+            PROBLEM,
+            error.message.partition("; run agentlab_doctor")[0],
+            _mend(client, error.detail),
+            dict(error.detail),
+        )
 
 
 def check_database(exam: Examination) -> Iterable[Finding]:
@@ -209,14 +250,7 @@ def check_database(exam: Examination) -> Iterable[Finding]:
             None,
             facts,
         )
-    for error in (*exam.context.records.damage(), *workspaces.Workspaces(exam.context.records).damage()):
-        yield Finding(
-            "records",
-            PROBLEM,
-            error.message.partition("; run agentlab_doctor")[0],
-            _mend(path, error.detail),
-            dict(error.detail),
-        )
+    yield from _damaged_records(exam, f"sqlite3 {path}")
 
 
 def _lost_records(exam: Examination, in_use: bool) -> tuple[str, str] | None:
@@ -328,24 +362,24 @@ def _libraries() -> dict[str, str | None]:
     return found
 
 
-def _mend(path: str, detail: Mapping[str, Any]) -> str:
-    """Return how to mend one damaged value, as commands."""
+def _mend(client: str, detail: Mapping[str, Any]) -> str:
+    """Return how to mend one damaged value, as commands; ``client`` as for ``_damaged_records``."""
     table, column, row = (str(detail.get(name)) for name in ("table", "column", "row"))
     keys = {"sandboxes": "uuid", "operations": "sandbox_uuid", "workspaces": "id", "meta": "key"}
     # The row is named with its key last, and in brackets for a sandbox.
     key = row.removesuffix(")").rpartition(" ")[2].replace("'", "''")
     where = f"WHERE {keys.get(table, 'rowid')} = '{key}'"
-    begin = "stop agentlabd and wait for plays to end; copy the file; then "
+    begin = "stop agentlabd and wait for plays to end; copy the records; then "
     if table == "meta":
-        return f"""{begin}sqlite3 {path} "DELETE FROM meta {where}" (it is written anew)"""
+        return f"""{begin}{client} "DELETE FROM meta {where}" (it is written anew)"""
     new = _HARMLESS.get((table, column))
     if new is None:
         return (
-            f"""{begin}look at the row with sqlite3 {path} "SELECT * FROM {table} {where}", set {column} to what it was (agentlab sandbox events, """
+            f"""{begin}look at the row with {client} "SELECT * FROM {table} {where}", set {column} to what it was (agentlab sandbox events, """
             "a backup), or restore a backup"
         )
     return (
         begin
-        + f'sqlite3 {path} "UPDATE {table} SET {column} = {new} {where}"'
+        + f'{client} "UPDATE {table} SET {column} = {new} {where}"'
         + ("; what the interrupted operation had noted is lost, so look at its VM" if table == "operations" else "")
     )
