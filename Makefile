@@ -19,6 +19,8 @@ PYTEST_ARGS ?=
 ROWS ?=
 RUNS ?= 5
 SOAK_MINUTES ?= 10
+SOAK_SANDBOXES ?= 0
+SOAK_RATE ?= 0
 MINUTES ?= 15
 SEED ?=
 SHARD ?=
@@ -98,9 +100,9 @@ test-daemon: setup ## Daemon and command line as real processes against a fake P
 	@echo "==> Daemon"
 	@$(PYTEST) tests/cli tests/daemon $(PYTEST_ARGS)
 
-soak: setup ## The daemon under churn for SOAK_MINUTES: a table of its memory, and an error when that grows
+soak: setup ## The daemon under churn for SOAK_MINUTES (beside SOAK_SANDBOXES, with SOAK_RATE requests a second): a table of its memory, and an error when that grows
 	@echo "==> Soak, $(SOAK_MINUTES) minutes"
-	@.venv/bin/python tests/support/soak.py $(SOAK_MINUTES)
+	@.venv/bin/python tests/support/soak.py $(SOAK_MINUTES) $(SOAK_SANDBOXES) $(SOAK_RATE)
 
 test-chaos: setup ## The daemon under kills, faults, a full disk, restarts and rude clients for MINUTES, and whether the promises hold (SEED replays the choices)
 	@echo "==> Chaos, $(MINUTES) minutes"

@@ -4,13 +4,17 @@
 
 """`make soak`: agentlabd under churn for minutes or hours, and whether it stays as small as it was.
 
-soak.py [MINUTES] starts the daemon (compiled, as the role installs it) against the fake Proxmox. Clients create, renew,
-stop and destroy sandboxes, or leave them to expire and to the cleanup rules; others read, ask for metrics, reload, and
-send what is refused. Records that are destroyed are forgotten after a minute, so the database has a size to stay at.
+soak.py [MINUTES [SANDBOXES [RATE]]] starts the daemon (compiled, as the role installs it) against the fake Proxmox.
+SANDBOXES are made first and run all the time, and the daemon is started anew on them. Clients create, renew, stop and
+destroy further sandboxes, or leave them to expire and to the cleanup rules; others read, ask for metrics, reload, and
+send what is refused. All clients together send RATE requests a second (0: as many as are answered). What each client
+does is drawn from a generator whose seed is the client's number. Records that are destroyed are forgotten after a
+minute, so the database has a size to stay at.
 
-The rule: the first third of the run is warm-up (threads, connections and SQLite's page cache fill). Of what follows,
-the median of the last third must be no more above the median of the first third than LIMITS says. The exit status is 1
-when it is, or when requests failed.
+The rules: the first third of the run is warm-up (threads, connections and SQLite's page cache fill). Of what follows,
+the median of the last third must be no more above the median of the first third than LIMITS says. In a run of an hour
+or more, the median of the last quarter of memory and of descriptors must besides be no more than QUARTERS_PERCENT
+above that of the first quarter, with the warm-up. The exit status is 1 when a rule is broken, or when requests failed.
 """
 
 from __future__ import annotations
@@ -64,11 +68,18 @@ class Sample:
 
 # By how much each may be higher in the end than after the warm-up.
 LIMITS = {"resident": 2048, "anonymous": 2048, "threads": 4, "files": 12, "database": 2048}
+# An hour's last quarter against its first.
+QUARTERS_PERCENT = 2.0
+FULL_LENGTH_MINUTES = 60
 
 
 class Soak:
-    def __init__(self, folder: Path, minutes: float) -> None:
+    def __init__(self, folder: Path, minutes: float, sandboxes: int = 0, rate: float = 0) -> None:
         self.seconds = minutes * 60
+        self.sandboxes = sandboxes
+        self._interval = 1 / rate if rate else 0.0
+        self._turn = threading.Lock()
+        self._next_request = 0.0
         self.server = Server(str(folder), time_scale=0.02)
         self.server.pve.add_template()
         code = folder / "code"
@@ -84,7 +95,8 @@ class Soak:
             cleanup=RULES,
             metrics_listen=f"127.0.0.1:{free_port()}",
             expire_interval="5s",
-            reconcile_interval="20s",
+            reconcile_interval="60s" if sandboxes else "20s",
+            vmid_range=f"1000-{1999 + sandboxes}",
             connections=16,
         )
         self.daemon.environment.update(
@@ -111,7 +123,41 @@ class Soak:
         self.done[what] += 1
         if answer.status not in good:
             self.wrong.append(f"{what}: {answer.status} {str(answer.body)[:200]}")
+        self._await_turn()
         return answer.body
+
+    def _await_turn(self) -> None:
+        """Wait until this client may send its next request, so that all of them keep to the rate."""
+        if self._interval:
+            with self._turn:
+                self._next_request = max(self._next_request + self._interval, time.monotonic() - 1)
+                pause = self._next_request - time.monotonic()
+            if pause > 0:
+                self._end.wait(pause)
+
+    def populate(self) -> None:
+        """Make the sandboxes that run all the time, and start the daemon anew."""
+        numbers = iter(range(self.sandboxes))
+        guard = threading.Lock()
+
+        def create() -> None:
+            while True:
+                with guard:
+                    number = next(numbers, None)
+                if number is None:
+                    return
+                answer = self.daemon.post("/v1/sandboxes", {"name": f"steady-{number}", "ttl": "1d"})
+                if answer.status != 201:
+                    self.wrong.append(f"populate: {answer.status} {str(answer.body)[:200]}")
+
+        threads = [threading.Thread(target=create) for _number in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self.daemon.stop(60)
+        self.daemon.start()
+        self._began = time.monotonic()
 
     def churn(self, number: int) -> None:
         """One client after another's fashion: a sandbox is made, used, and given up in one of four ways."""
@@ -143,7 +189,7 @@ class Soak:
             self.expect("status", one.get("/v1/status"), 200)
             self.expect("dry run", one.post("/v1/sandboxes/prune", {"dry_run": True}), 200)
             if live:
-                self.expect("events", one.get(f"/v1/sandboxes/{live[0]['vmid']}/events"), 200)
+                self.expect("events", one.get(f"/v1/sandboxes/{live[turn % len(live)]['vmid']}/events"), 200)
             if turn % 10 == 0:
                 one.metric("agentlab_prune_frozen")
                 self.expect("document", one.get("/v1/openapi.json"), 200)
@@ -187,8 +233,10 @@ class Soak:
 
     def run(self) -> list[Sample]:
         self.daemon.start()
+        if self.sandboxes:
+            self.populate()
         self.daemon.wait_for(
-            lambda: self.daemon.get("/v1/status").body["reconcile"]["last_run"], "the first reconcile is over", 30
+            lambda: self.daemon.get("/v1/status").body["reconcile"]["last_run"], "the first reconcile is over", 120
         )
         time.sleep(2)
         names = [field.name for field in fields(Sample)]
@@ -239,10 +287,27 @@ def judge(samples: list[Sample]) -> list[str]:
     return grown
 
 
+def judge_quarters(samples: list[Sample], full_length: bool) -> list[str]:
+    """Compare the last quarter with the first one, and return a sentence for each figure that grew, in a long run."""
+    quarter = max(1, len(samples[1:]) // 4)
+    grown = []
+    for name in ("resident", "anonymous", "files", "threads"):
+        first, last = (
+            statistics.median(getattr(sample, name) for sample in part)
+            for part in (samples[1:][:quarter], samples[1:][-quarter:])
+        )
+        percent = 100 * (last - first) / first
+        print(f"{name}: first quarter {first:.0f}, last quarter {last:.0f} ({percent:+.1f} %)")
+        if full_length and name in ("resident", "files") and percent > QUARTERS_PERCENT:
+            grown.append(f"{name} grew by {percent:.1f} % from the first quarter to the last")
+    return grown
+
+
 def main() -> int:
-    minutes = float(sys.argv[1]) if len(sys.argv) > 1 else 10.0
+    numbers = [float(argument) for argument in sys.argv[1:]]
+    minutes, sandboxes, rate = (*numbers, *(10.0, 0.0, 0.0)[len(numbers) :])
     with tempfile.TemporaryDirectory(prefix="agentlab-soak-") as folder:
-        soak = Soak(Path(folder), minutes)
+        soak = Soak(Path(folder), minutes, int(sandboxes), rate)
         try:
             samples = soak.run()
             load = os.getloadavg()[1]
@@ -252,7 +317,7 @@ def main() -> int:
                 f"{samples[-1].requests} to Proxmox; load {load:.1f}; idle {samples[0].resident} KiB, at most "
                 f"{max(one.resident for one in samples)} KiB"
             )
-            problems = judge(samples) + soak.wrong[:20]
+            problems = judge(samples) + judge_quarters(samples, minutes >= FULL_LENGTH_MINUTES) + soak.wrong[:20]
             if not samples[1:] or samples[-1].done == samples[len(samples) // 2].done:
                 problems.append("the churn stood still")
             ended = (
