@@ -23,6 +23,7 @@ SOAK_SANDBOXES ?= 0
 SOAK_RATE ?= 0
 MINUTES ?= 15
 SEED ?=
+KINDS ?=
 SHARD ?=
 SHIPPED ?=
 CORES ?= 2.16 2.17 2.18 2.19 2.20 2.21
@@ -104,9 +105,9 @@ soak: setup ## The daemon under churn for SOAK_MINUTES (beside SOAK_SANDBOXES, w
 	@echo "==> Soak, $(SOAK_MINUTES) minutes"
 	@.venv/bin/python tests/support/soak.py $(SOAK_MINUTES) $(SOAK_SANDBOXES) $(SOAK_RATE)
 
-test-chaos: setup ## The daemon under kills, faults, a full disk, restarts and rude clients for MINUTES, and whether the promises hold (SEED replays the choices)
+test-chaos: setup ## The daemon under kills, faults, a full disk, restarts and rude clients for MINUTES, and whether the promises hold (SEED replays the choices; KINDS="kill process fault" leaves out the rest)
 	@echo "==> Chaos, $(MINUTES) minutes"
-	@.venv/bin/python tests/support/chaos.py $(MINUTES) $(SEED)
+	@.venv/bin/python tests/support/chaos.py $(MINUTES) $(or $(SEED),$(if $(KINDS),$$RANDOM)) $(KINDS)
 
 test-cli-oldest: setup ## The command line and the requests to Proxmox with the releases of the libraries that Debian 12 has
 	@echo "==> Command line with click 8.1.3"

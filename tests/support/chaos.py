@@ -4,13 +4,13 @@
 
 """`make test-chaos`: disturb a daemon at random, and look whether the promises hold.
 
-It is killed and restarted, Proxmox VE fails, the disk with its records is full, its socket is deleted, and clients are
-rude.
+It is killed and restarted, so are other processes that work on its records, Proxmox VE fails, the disk with its records
+is full, its socket is deleted, and clients are rude.
 
-chaos.py [MINUTES [SEED]] prints its seed; the same seed makes the same choices (not the same timing). At the end the
-faults stop, and the daemon has two minutes to bring everything to its end: no claim and no journal entry is left, no
-stranger's VM was touched, no record says DESTROYED while its VM is there, and every VM of ours has a record. The exit
-status is 1 otherwise.
+chaos.py [MINUTES [SEED [KIND …]]] prints its seed; the same seed makes the same choices (not the same timing). KINDS
+leave out all other disturbances: "kill process fault" is a run of kill -9. At the end the faults stop, and the daemon
+has two minutes to bring everything to its end: no claim and no journal entry is left, no stranger's VM was touched, no
+record says DESTROYED while its VM is there, and every VM of ours has a record. The exit status is 1 otherwise.
 
 The small disk is a tmpfs in a mount namespace of this process, which only root can make. Without it that fault is left
 out, and the output says so.
@@ -36,6 +36,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / ".collections")]
 
+from faults.crash_support import Zygote  # noqa: E402
 from support.daemon import Daemon  # noqa: E402
 from support.lab import Lab  # noqa: E402
 
@@ -49,7 +50,12 @@ RULES = """auto_cleanup:
 """
 FAULTS = ("cut-before", "cut-after", "truncate", "answer")
 SETTLE_SECONDS = 120
-DISTURBANCES = ("kill", "restart", "fault", "fault", "fault", "task", "rude", "socket", "stranger", "full disk")
+DISTURBANCES = (
+    *("kill", "restart", "fault", "fault", "fault", "task", "rude", "socket", "stranger", "full disk"),
+    "process",
+)
+# What a process beside the daemon does, one after the other, until it kills itself at one of its points.
+WORDS = {"create": 4, "renew": 3, "stop": 2, "start": 2, "force": 3, "prune": 1, "expire": 1, "reconcile": 1}
 # The records of an hour of chaos have two megabytes.
 DISK = "size=16m"
 # Set in the process that has a mount namespace of its own.
@@ -59,8 +65,10 @@ NAMESPACE = "AGENTLAB_CHAOS_NAMESPACE"
 class Chaos:
     """One run: the daemon, its clients, and whoever disturbs them."""
 
-    def __init__(self, folder: Path, seed: int) -> None:
+    def __init__(self, folder: Path, seed: int, kinds: tuple[str, ...] = DISTURBANCES) -> None:
         self.random = random.Random(seed)
+        self.kinds = kinds
+        self.zygote = Zygote()
         self.lab = Lab(folder)
         self.disk = mount_small_disk(Path(self.lab.database).parent)
         environment = {**self.lab.server.environment(self.lab.folder), "AGENTLAB_DATABASE": self.lab.database}
@@ -74,6 +82,7 @@ class Chaos:
             api_timeout=3,
         )
         self.counts: Counter[str] = Counter()
+        self.traces: list[str] = []
         self.end = threading.Event()
 
     def client(self, seed: int) -> None:
@@ -97,8 +106,8 @@ class Chaos:
 
     def disturb(self) -> None:
         """Do one thing that should hurt nobody."""
-        what = self.random.choice(DISTURBANCES)
-        if what == "full disk" and self.disk is None:
+        what = self.random.choice([kind for kind in self.kinds if kind != "process"] or ["none"])
+        if what == "none" or (what == "full disk" and self.disk is None):
             return
         self.counts[what] += 1
         pve = self.lab.pve
@@ -148,6 +157,32 @@ class Chaos:
             pve.add_vm(vmid, f"stranger-{vmid}", status="running", config={"description": "not ours"})
             self.lab.strangers = [*getattr(self.lab, "strangers", []), pve.vm(vmid)]  # type: ignore[attr-defined]
 
+    def kill_processes(self, seed: int) -> None:
+        """Let two processes at a time work on the same records, as modules do, until they kill themselves."""
+        choice = random.Random(seed)
+        while not self.end.is_set():
+            jobs = [
+                {
+                    "op": "wander",
+                    "seed": choice.randrange(10**6),
+                    "kill": choice.randint(1, 60),
+                    "seconds": 3,
+                    "bound": 60,
+                    "most": 20,
+                    "words": list(WORDS),
+                    "weights": list(WORDS.values()),
+                    "env": self.daemon.environment,
+                    "options": {},
+                }
+                for _number in range(2)
+            ]
+            for answer in self.zygote.run(jobs):
+                self.counts["process"] += 1
+                self.counts["process was killed"] += answer["signal"] is not None
+                steps = (answer["result"] or {}).get("told") or ()
+                self.traces += [step["message"] for step in steps if step.get("code") == "trace"]
+            self.end.wait(choice.random())
+
     def fill_disk(self) -> None:
         """Leave the records no room for some seconds; now and then the daemon is killed meanwhile."""
         assert self.disk is not None
@@ -168,6 +203,10 @@ class Chaos:
         """Disturb for so many seconds; what does not hold afterwards is returned, a sentence each."""
         self.daemon.start()
         clients = [threading.Thread(target=self.client, args=(number,), daemon=True) for number in range(CLIENTS)]
+        if "process" in self.kinds:
+            clients.append(
+                threading.Thread(target=self.kill_processes, args=(self.random.randrange(10**6),), daemon=True)
+            )
         for one in clients:
             one.start()
         until = time.monotonic() + seconds
@@ -188,7 +227,7 @@ class Chaos:
             time.sleep(2)
         if "Traceback" in self.daemon.log():
             problems.append("the daemon's log has a traceback")
-        return problems
+        return problems + self.traces
 
     def problems(self) -> list[str]:
         found = [
@@ -231,15 +270,21 @@ def main() -> int:
     enter_namespace()
     minutes = float(sys.argv[1]) if len(sys.argv) > 1 else 15
     seed = int(sys.argv[2]) if len(sys.argv) > 2 else random.SystemRandom().randint(0, 999999)
+    kinds = tuple(sys.argv[3:]) or DISTURBANCES
+    unknown = set(kinds) - set(DISTURBANCES)
+    if unknown:
+        print(f"no such kind of disturbance: {', '.join(unknown)}. Valid: {', '.join(sorted(set(DISTURBANCES)))}")
+        return 2
     # The double's own requests break off when the daemon is killed.
     logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)
     left_out = "" if os.environ.get(NAMESPACE) else "; without a full disk, which only root can make"
     print(f"chaos for {minutes:g} minutes, seed {seed}{left_out}", flush=True)
     with tempfile.TemporaryDirectory(prefix="agentlab-chaos-") as folder:
-        chaos = Chaos(Path(folder), seed)
+        chaos = Chaos(Path(folder), seed, kinds)
         try:
             problems = chaos.run(minutes * 60)
             print(", ".join(f"{what}: {count}" for what, count in sorted(chaos.counts.items())))
+            print(f"{len(chaos.lab.records())} sandboxes, {len(problems)} violations")
             if chaos.disk and chaos.counts["full disk"] and not chaos.counts["disk was full"]:
                 problems.append("the disk was to be full, and never was")
             for problem in problems:
@@ -249,6 +294,7 @@ def main() -> int:
             return 1 if problems else 0
         finally:
             chaos.daemon.close()
+            chaos.zygote.stop()
             chaos.lab.stop()
             if chaos.disk:
                 subprocess.run(["umount", "--lazy", str(chaos.disk)], check=False)
