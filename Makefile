@@ -34,7 +34,7 @@ CORES ?= 2.16 2.17 2.18 2.19 2.20 2.21
 
 .PHONY: check gates test-awx test-cores demo-installed importer docs faults-everyday test-faults-all test-inventory release-check
 
-.PHONY: bench bench-short test-chaos test-bare
+.PHONY: bench bench-short test-chaos test-bare test-disk soak
 
 help: ## Show this list
 	@echo "Targets:"
@@ -134,6 +134,10 @@ test-faults: setup ## Interrupted, broken and racing operations; takes up to hal
 test-faults-all: setup ## As test-faults, with all of the thousands of cases: hours (SHARD=2/5 does the second of five parts)
 	@echo "==> Faults, all of them"
 	@AGENTLAB_FAULTS=all SHARD=$(SHARD) $(PYTEST) tests/faults --durations=10 $(PYTEST_ARGS)
+
+test-disk: setup ## 29 full disks, 31 of write errors, 20 times no descriptor left, at points drawn by AGENTLAB_FAULTS_SEED; needs root for small disks
+	@echo "==> Disk and descriptors"
+	@AGENTLAB_FAULTS=all AGENTLAB_TEST_SMALL_DISKS=1 unshare --mount --propagation private $(PYTEST) tests/faults/test_disk.py $(PYTEST_ARGS)
 
 test-molecule: setup ## The role on Debian 12 and 13, booted under systemd-nspawn; needs root
 	@echo "==> Molecule"

@@ -5,7 +5,8 @@
 """The processes that are killed: a warm parent that has the core imported forks one child a job, so a case costs
 milliseconds.
 
-A job names an operation, and the point at which its process kills itself. Points are not listed anywhere: every Proxmox
+A job names an operation, and the point at which its process kills itself, or loses its disk or its descriptors
+(``fail``). Points are not listed anywhere: every Proxmox
 request (before it is sent, and after it was carried out but before anything is made of its answer) and every database
 commit (before and after) is one.
 
@@ -15,9 +16,12 @@ result and points.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import random
+import resource
 import signal
 import sys
 import tempfile
@@ -30,11 +34,45 @@ from typing import Any
 CORE = "ansible_collections.agentlab.proxmox.plugins.module_utils._core"
 
 
-class Points:
-    """Counts the points a run passes, and kills this process at one of them."""
+def fail_writes(_folder: str) -> None:
+    """Let every write to a file fail from now on: SQLite calls that a disk I/O error."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
-    def __init__(self, kill_at: int | None) -> None:
+
+def fill_disk(folder: str) -> None:
+    """Leave the file system of the records no room. Who began the job removes the file ``filler``."""
+    try:
+        with open(os.path.join(folder, "filler"), "ab", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+    assert os.statvfs(folder).f_bavail == 0, "the disk is not full"
+
+
+def use_up_descriptors(_folder: str) -> None:
+    """Leave this process no descriptor beyond those that are open."""
+    highest = max(map(int, os.listdir("/proc/self/fd")))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (highest, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    with contextlib.suppress(OSError):
+        while True:
+            os.dup(0)
+
+
+FAILURES: dict[str, Callable[[str], None]] = {
+    "io": fail_writes,
+    "full": fill_disk,
+    "descriptors": use_up_descriptors,
+}
+
+
+class Points:
+    """Counts the points a run passes, and kills this process (or takes its disk away) at one of them."""
+
+    def __init__(self, kill_at: int | None, fail: dict[str, Any] | None = None) -> None:
         self.kill_at = kill_at
+        self.fail = fail or {}
         self.seen: list[str] = []
         self._lock = threading.Lock()
 
@@ -43,6 +81,15 @@ class Points:
             self.seen.append(label)
             if len(self.seen) == self.kill_at:
                 os.kill(os.getpid(), signal.SIGKILL)
+            if len(self.seen) == self.fail.get("at"):
+                FAILURES[self.fail["kind"]](self.fail["folder"])
+
+    def end_failure(self) -> None:
+        """Give back what the failure took, so that the result can be written."""
+        if self.fail:
+            for limit in (resource.RLIMIT_FSIZE, resource.RLIMIT_NOFILE):
+                hard = resource.getrlimit(limit)[1]
+                resource.setrlimit(limit, (hard, hard))
 
     def install(self) -> None:
         from ansible_collections.agentlab.proxmox.plugins.module_utils._core.proxmox.client import ProxmoxClient
@@ -223,13 +270,14 @@ def wander(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def child(job: dict[str, Any], path: str) -> None:
-    points = Points(job.get("kill"))
+    points = Points(job.get("kill"), job.get("fail"))
     points.install()
     try:
         if "start" in job:
             # A race: all of them begin at the same moment.
             time.sleep(max(0.0, job["start"] - time.time()))
         found = wander(job) if job["op"] == "wander" else perform(job)
+        points.end_failure()
         found["points"] = points.seen if job["op"] != "wander" else []
         with open(path, "w", encoding="utf-8") as file:
             json.dump(found, file, default=str)

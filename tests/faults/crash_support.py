@@ -124,11 +124,29 @@ class Rig:
 
     # ---- doing ----
 
-    def job(self, op: str, *, kill: int | None = None, bound: float = 60, **args: Any) -> dict[str, Any]:
-        return {"op": op, "args": args, "env": self.env, "options": {}, "kill": kill, "bound": bound}
+    def job(
+        self,
+        op: str,
+        *,
+        kill: int | None = None,
+        fail: dict[str, Any] | None = None,
+        bound: float = 60,
+        **args: Any,
+    ) -> dict[str, Any]:
+        return {
+            "op": op,
+            "args": args,
+            "env": self.env,
+            "options": {},
+            "kill": kill,
+            "fail": {**fail, "folder": str(self.database.parent)} if fail else None,
+            "bound": bound,
+        }
 
-    def do(self, op: str, *, kill: int | None = None, **args: Any) -> dict[str, Any]:
-        return self.zygote.run([self.job(op, kill=kill, **args)])[0]
+    def do(
+        self, op: str, *, kill: int | None = None, fail: dict[str, Any] | None = None, **args: Any
+    ) -> dict[str, Any]:
+        return self.zygote.run([self.job(op, kill=kill, fail=fail, **args)])[0]
 
     def must(self, op: str, **args: Any) -> dict[str, Any]:
         answer = self.do(op, **args)

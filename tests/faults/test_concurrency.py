@@ -42,6 +42,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from faults.conftest import SEED as FAULTS_SEED
 from faults.crash_support import BYSTANDER, Rig
 
 pytestmark = pytest.mark.faults
@@ -228,6 +229,70 @@ def test_many_open_a_database_that_is_not_there_yet(rig: Rig) -> None:
         soon = time.time() + 0.05
         answers = rig.zygote.run([{**rig.job("look"), "start": soon + 0.002 * place} for place in range(PROCESSES)])
         assert all(one["result"] and one["result"]["ok"] for one in answers), answers
+
+
+# ---- two at the same moment ----
+
+
+RACERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "create": ("create", {"name": "a", "ttl": 3600, "vmid": 1001}),
+    "stop": ("power", {"vmid": 1001, "operation": "stop"}),
+    "start": ("power", {"vmid": 1001, "operation": "start"}),
+    "suspend": ("power", {"vmid": 1001, "operation": "suspend"}),
+    "renew": ("renew", {"vmid": 1001, "ttl": 7200}),
+    "destroy": ("destroy", {"vmids": [1001], "force": True}),
+    "expire": ("expire", {}),
+    "prune": ("prune", {"states": ["TIMEOUT", "STOPPED"]}),
+    "reconcile": ("reconcile", {}),
+}
+PAIRS = [(first, second) for first in RACERS for second in RACERS]
+
+
+def chosen_pairs() -> list[tuple[str, str]]:
+    """Return all 81 pairs where all are asked for, else the nine of the day."""
+    return PAIRS if os.environ.get("AGENTLAB_FAULTS") == "all" else random.Random(FAULTS_SEED).sample(PAIRS, 9)
+
+
+def test_two_operations_at_the_same_moment(rig: Rig) -> None:
+    """Each of nine operations races each of them on a sandbox whose lease ends in that second."""
+    rig.must("create", name="a", ttl=3600, vmid=1001)
+    rig.keep()
+    choice = random.Random(FAULTS_SEED)
+    problems: dict[str, Any] = {}
+    ended: Counter[str] = Counter()
+    for names in chosen_pairs():
+        rig.restore()
+        if "expire" in names:
+            rig.sql("UPDATE sandboxes SET lease_expires_at = ?", int(time.time()) + 1)
+        start = time.time() + (1.2 if "expire" in names else 0.1)
+        gap = choice.choice((0.0, 0.0, 0.01, 0.05))
+        jobs = [
+            {**rig.job(RACERS[name][0], **RACERS[name][1]), "start": start + gap * place}
+            for place, name in enumerate(names)
+        ]
+        answers = rig.zygote.run(jobs)
+        wrong = [
+            str(answer)
+            for answer in answers
+            if answer["late"] or not answer["result"] or answer["result"].get("code") in ("trace", "store")
+        ]
+        ended.update(
+            f"{name}: {'ok' if (answer['result'] or {}).get('ok') else (answer['result'] or {}).get('code')}"
+            for name, answer in zip(names, answers, strict=True)
+        )
+        wrong += rig.broken(settled=False)
+        if rig.sql("SELECT 1 FROM operations"):
+            time.sleep(1.2)
+        rig.must("reconcile")
+        wrong += [text for text in rig.broken() if not _waits_for_its_owner(rig, text)]
+        wrong += _remove_all(rig)
+        wrong += rig.broken()
+        if [vm.vmid for vm in rig.pve.vms if not vm.template] != [BYSTANDER]:
+            wrong.append(f"VMs are left: {[vm.vmid for vm in rig.pve.vms]}")
+        if wrong:
+            problems[" and ".join(names) + f", {gap} s apart"] = wrong
+    print(f"\nAGENTLAB_FAULTS_SEED={FAULTS_SEED}: {len(chosen_pairs())} races, {dict(sorted(ended.items()))}")
+    assert not problems, problems
 
 
 # ---- renewal against expiry ----

@@ -353,13 +353,21 @@ def rig(tmp_path: Path) -> Iterator[Rig]:
     made.stop()
 
 
-def _try(rig: Rig, case: Case, number: int | None) -> tuple[dict[str, Any], list[str]]:
+def try_case(
+    rig: Rig,
+    case: Case,
+    number: int | None,
+    fail: dict[str, Any] | None = None,
+    mend: Callable[[], None] = lambda: None,
+) -> tuple[dict[str, Any], list[str]]:
+    """Run the case once, killed at that point or failing (and mended afterwards), then again, and judge the end."""
     rig.restore()
     if case.ready:
         case.ready(rig)
-    first = rig.do(case.op, kill=number, **case.args)
+    first = rig.do(case.op, kill=number, fail=fail, **case.args)
+    mend()
     wrong = []
-    if number is not None:
+    if number is not None or fail:
         # As a user would: the same once more; and what a scheduler does anyway.
         again = rig.do(case.again[0], **case.again[1])
         if not (again["result"] or {}).get("ok") and case.ok:
@@ -386,7 +394,7 @@ def test_killed_anywhere_and_run_again(rig: Rig, name: str, record_property: Any
     case.prepare(rig)
     rig.keep()
     began = time.monotonic()
-    dry, wrong = _try(rig, case, None)
+    dry, wrong = try_case(rig, case, None)
     assert not wrong, wrong
     assert dry["result"]["ok"] or not case.ok, dry
     points = dry["result"]["points"]
@@ -397,7 +405,7 @@ def test_killed_anywhere_and_run_again(rig: Rig, name: str, record_property: Any
     failures = {}
     killed = 0
     for number in numbers:
-        first, wrong = _try(rig, case, number)
+        first, wrong = try_case(rig, case, number)
         killed += first["signal"] == 9
         if wrong:
             failures[

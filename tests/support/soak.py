@@ -41,6 +41,9 @@ from support.daemon import FILES, ROOT, Daemon, free_port
 from support.double import Server
 
 CLIENTS = 6
+# Clients of the sandboxes that run all the time, and what they do.
+USERS = 4
+USES = ("show", "events", "renew", "status", "list")
 RULES = """auto_cleanup:
   interval: 5s
   jitter: 1s
@@ -197,6 +200,22 @@ class Soak:
             if turn % 60 == 0:
                 one.reload()
 
+    def use(self, number: int) -> None:
+        """One who works with the sandboxes that run all the time: it shows them, reads, and renews."""
+        dice = random.Random(number)
+        one = self.daemon
+        vmids = [sandbox["vmid"] for sandbox in one.get("/v1/sandboxes").body["sandboxes"]]
+        while not self._end.is_set():
+            vmid, what = dice.choice(vmids[: self.sandboxes]), dice.choices(USES, (4, 3, 2, 2, 1))[0]
+            if what == "show":
+                self.expect(what, one.get(f"/v1/sandboxes/{vmid}"), 200)
+            elif what == "events":
+                self.expect(what, one.get(f"/v1/sandboxes/{vmid}/events"), 200)
+            elif what == "renew":
+                self.expect(what, one.post(f"/v1/sandboxes/{vmid}/lease/renew", {"ttl": "1d"}), 200)
+            else:
+                self.expect(what, one.get("/v1/status" if what == "status" else "/v1/sandboxes"), 200)
+
     # ---- measuring ----
 
     def sample(self) -> Sample:
@@ -243,9 +262,10 @@ class Soak:
         print("  ".join(f"{name:>9}" for name in names), flush=True)
         samples = [self.sample()]
         tell(samples[-1])
-        threads = [threading.Thread(target=self.churn, args=(number,)) for number in range(CLIENTS)] + [
-            threading.Thread(target=self.look)
-        ]
+        threads = [threading.Thread(target=self.churn, args=(number,)) for number in range(CLIENTS)]
+        threads.append(threading.Thread(target=self.look))
+        if self.sandboxes:
+            threads += [threading.Thread(target=self.use, args=(100 + number,)) for number in range(USERS)]
         for thread in threads:
             thread.start()
         pause = max(2.0, self.seconds / 60)
