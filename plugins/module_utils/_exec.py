@@ -52,7 +52,7 @@ def _seconds(value: str) -> float:
     text = value.strip()
     if text.isdecimal() and len(text) < 10:
         return int(text)
-    return durations.parse(text, "timeout")
+    return durations.parse(text, "timeout", valid=durations.VALID_SECONDS)
 
 
 def _spec(params: dict[str, Any], timeout: float) -> command.CommandSpec:

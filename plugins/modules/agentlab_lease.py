@@ -14,7 +14,7 @@ description:
   - A renewal that comes too late fails; it never succeeds for a sandbox that is being expired or destroyed.
 options:
   ttl:
-    description: Time from now, as minutes (V(120)) or a duration (V(90s), V(30m), V(2h), V(1d12h)).
+    description: Time from now, as minutes (V(120)) or a duration (V(90s), V(30m), V(2h), V(1.5h), V(1d12h)).
     type: str
     required: true
   min_remaining:

@@ -174,7 +174,7 @@ options:
     default: false
   ttl:
     description:
-      - Time until the lease runs out, as minutes (V(120)) or a duration (V(90s), V(30m), V(2h), V(1d12h)).
+      - Time until the lease runs out, as minutes (V(120)) or a duration (V(90s), V(30m), V(2h), V(1.5h), V(1d12h)).
       - The profile's default, or else the configuration's C(default_ttl) (4 hours), unless set.
       - Only used when the sandbox is created; see M(agentlab.proxmox.agentlab_lease).
     type: str

@@ -6,13 +6,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from support.play import REPO, run_play
 from support.story import edit, task, writes, written
 
 LEASE = "agentlab_lease"
+PLAYBOOKS = REPO / "playbooks"
 
 
 @pytest.mark.everyday
@@ -126,3 +129,15 @@ def test_what_is_refused(story: Any, given: Any, env: Any, tmp_path: Any) -> Non
         mixed["msg"] == "1 of 2 sandboxes failed; the first: cannot renew lease in TIMEOUT state. Valid states: RUNNING"
     )
     assert written(env["AGENTLAB_DATABASE"]) != before and all(not writes(found) for found in run.requests.values())
+
+
+def test_the_playbook_takes_what_people_paste_and_guesses_nothing(given: Any, env: Any, tmp_path: Path) -> None:
+    given(2)
+    answers = {"agentlab_hosts": "localhost", "sandbox_vmids": "# both\r\n- 1000\r\n- 1001 # mine\r\n"}
+    playbook = PLAYBOOKS / "lease_renew.yml"
+    run = run_play(playbook, env, tmp_path, extra_vars={**answers, "sandbox_ttl": " 1.5 h "})
+    assert run.rc == 0, run.output
+    assert [item["granted_seconds"] for item in run["Renew the leases"]["results"]] == [5400, 5400]
+    # Not twelve minutes.
+    wrong = run_play(playbook, env, tmp_path, extra_vars={**answers, "sandbox_ttl": "1 2"})
+    assert wrong["Renew the leases"]["msg"].startswith("ttl: '1 2' is not a duration. Valid: ")

@@ -33,6 +33,19 @@ from hypothesis import strategies as st
         ("1 d 12 h", 129600),
         ("1h 30m", 5400),
         ("5\tm", 300),
+        # Durations of Go, as upstream's command line takes them; a fraction of a second is rounded up.
+        ("1.5h", 5400),
+        (".5h", 1800),
+        ("2.h", 7200),
+        ("1h30.5m", 5430),
+        ("0.1d", 8640),
+        ("1500ms", 2),
+        ("1.0000001s", 2),
+        ("1h0.000000001s", 3601),
+        ("1.1m", 66),
+        # A no-break space of a page of the web, within and around.
+        ("\u00a02\u00a0h\u00a0", 7200),
+        ("1.5 h", 5400),
     ],
 )
 def test_accepted(text: object, seconds: int) -> None:
@@ -52,8 +65,14 @@ def test_accepted(text: object, seconds: int) -> None:
         "m5",
         "1h2d",
         "1h1h",
-        "1.5h",
+        "1.5",
+        "1.5.5h",
+        "1 .5h",
+        ".h",
+        "1,5h",
         "1,5",
+        "2H",
+        "90 min",
         "5 5m",
         "1 2",
         "1e3",
@@ -87,7 +106,7 @@ def test_refused_by_name(text: object) -> None:
     assert caught.value.detail["option"] == "the_option"
 
 
-@pytest.mark.parametrize("text", ["0", 0, "0s", "0m", "0d0h", 0.0])
+@pytest.mark.parametrize("text", ["0", 0, "0s", "0m", "0d0h", 0.0, "0.0h", "0ms"])
 def test_zero_is_refused_unless_it_means_something(text: object) -> None:
     with pytest.raises(InvalidInput, match="is zero"):
         durations.parse(text, "ttl")

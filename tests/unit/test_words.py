@@ -8,6 +8,7 @@ of keys.
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -228,3 +229,60 @@ def test_a_name_server_is_an_address(value: str) -> None:
     with pytest.raises(InvalidInput, match=r"nameserver: '.*' is no IP address\. Valid: IP addresses"):
         create.Spec(nameserver=value).check()
     create.Spec(nameserver="192.0.2.53 2001:db8::53").check()
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        '["ci", "night"]',
+        ' [ "ci" ,"night" ]\r\n',
+        "[ci, night]",
+        "['ci', 'night']",
+        "- ci\n- night\n",
+        "# mine\r\n- 'ci'\r\n- \"night\"\r\n",
+        "* ci\n\u2022 night",
+        "ci,\u00a0night",
+        "ci\tnight",
+        "'ci', \"night\"",
+        "ci  # the first\nnight # ci too",
+        "\ufeffci\u200b\nnight\nCI,ci\n",
+        ["ci", "night", "ci"],
+        # As Ansible hands over the text of a list: split at its commas, or as Python writes a list within a list.
+        ['["ci"', ' "night"]'],
+        ["['ci', 'night']"],
+    ],
+)
+def test_a_list_in_whatever_form_it_was_pasted(value: Any) -> None:
+    assert patterns.split_tags(value) == ["ci", "night"]
+
+
+@pytest.mark.parametrize("value", ["[]", " [ ] ", [], "", "# nothing", "\u00a0\r\n"])
+def test_nothing_in_whatever_form_it_was_pasted(value: Any) -> None:
+    assert patterns.split_words(value) == patterns.split_keys("ssh_public_keys", value) == []
+
+
+def test_what_is_no_list_of_texts_is_refused_and_not_guessed() -> None:
+    for value in ('[["ci"]]', '[{"ci": 1}]', "[" * 5000 + "]" * 5000):
+        with pytest.raises(InvalidInput):
+            for tag in patterns.split_tags(value):
+                patterns.match("tags", tag, patterns.TAG)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        json.dumps([K, L]),
+        f"- {K}\n- {L}\n",
+        f"'{K}'\n'{L}'",
+        f"\ufeff{K}\r\n\r\n{L}\r\n{K}",
+        K.replace(" ", "\u00a0") + "\n" + L,
+        [K, L, K],
+    ],
+)
+def test_keys_in_whatever_form_they_were_pasted(value: Any) -> None:
+    assert patterns.split_keys("ssh_public_keys", value) == [K, L]
+
+
+def test_a_key_in_the_format_of_putty_is_told_how_to_become_one_line() -> None:
+    with pytest.raises(InvalidInput, match="ssh-keygen -i -f FILE"):
+        patterns.split_keys("ssh_public_keys", "---- BEGIN SSH2 PUBLIC KEY ----\nAAAA\n---- END SSH2 PUBLIC KEY ----\n")

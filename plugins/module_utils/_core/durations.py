@@ -1,7 +1,7 @@
 # Copyright: the agentlab.proxmox contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Durations as people write them: minutes as a number, or ``90s``, ``30m``, ``2h``, ``7d``, ``1d12h``."""
+"""Durations as people write them: minutes as a number, or ``90s``, ``30m``, ``2h``, ``1.5h``, ``7d``, ``1d12h``."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ import re
 from .errors import InvalidInput
 
 _UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
-_WHOLE = re.compile(r"(?:(\d{1,9})d)?(?:(\d{1,9})h)?(?:(\d{1,9})m)?(?:(\d{1,9})s)?", re.ASCII)
+# A number with a fraction, as Go's durations have it: upstream's command line sends 1.5h, .5h and 5.h.
+_NUMBER = r"(\d{1,9}(?:\.\d{0,9})?|\.\d{1,9})"
+_WHOLE = re.compile(rf"(?:{_NUMBER}d)?(?:{_NUMBER}h)?(?:{_NUMBER}m)?(?:{_NUMBER}s)?(?:{_NUMBER}ms)?", re.ASCII)
 _MINUTES = re.compile(r"\d{1,9}", re.ASCII)
+_NANOSECONDS = 10**9
 # Upper bound. Anything longer is a typo, or seconds typed where minutes are meant.
 MAX_SECONDS = 10 * 365 * 86400
 VALID = "minutes as a number (120) or a duration such as 90s, 30m, 2h, 1d12h"
@@ -19,12 +22,15 @@ VALID_SECONDS = "seconds as a number (30) or a duration such as 90s, 30m"
 
 
 def parse(value: object, option: str, *, maximum: int | None = None, zero: bool = False, valid: str = VALID) -> int:
-    """Seconds of ``value``; refuses by the name of the option what is not a duration, not positive, or over
-    ``maximum`` seconds.
+    """Return the seconds of ``value``; a fraction of a second is rounded up.
+
+    Raise InvalidInput, by the name of the option, for a value that is not a duration, not positive, or over ``maximum``
+    seconds. A fraction needs its unit: 1.5 alone may mean minutes or hours.
     """
     text = str(value).strip()
-    # "4 h" and "1 d 12 h" mean what they say; two numbers with a blank between them do not.
-    compact = re.sub(r"(?<=\d)[ \t]+(?=[dhms])|(?<=[dhms])[ \t]+(?=\d)", "", text)
+    # "4 h" and "1 d 12 h" mean what they say; two numbers with a blank between them do not. A page of the web may have
+    # a no-break space there.
+    compact = re.sub(r"(?<=[\d.])[^\S\r\n]+(?=[dhms])|(?<=[dhms])[^\S\r\n]+(?=[\d.])", "", text)
     if isinstance(value, (bool, float)) and not (isinstance(value, float) and value.is_integer()):
         raise InvalidInput(f"{option}: {text!r} is not a duration. Valid: {valid}", option=option, value=text)
     if isinstance(value, float):
@@ -32,16 +38,25 @@ def parse(value: object, option: str, *, maximum: int | None = None, zero: bool 
     if _MINUTES.fullmatch(text):
         seconds = int(text) * 60
     else:
-        found = _WHOLE.fullmatch(compact)
-        if not text or found is None:
+        match = _WHOLE.fullmatch(compact)
+        if not text or match is None:
             raise InvalidInput(f"{option}: {text!r} is not a duration. Valid: {valid}", option=option, value=text)
-        seconds = sum(int(part) * size for part, size in zip(found.groups(), _UNITS.values(), strict=True) if part)
+        *parts, milliseconds = match.groups()
+        nanoseconds = sum(_nano(part) * size for part, size in zip(parts, _UNITS.values(), strict=True))
+        nanoseconds += _nano(milliseconds) // 1000
+        seconds = -(-nanoseconds // _NANOSECONDS)
     if seconds == 0 and not zero:
         raise InvalidInput(f"{option}: {text!r} is zero. Valid: more than zero, {valid}", option=option, value=text)
     limit = MAX_SECONDS if maximum is None else min(maximum, MAX_SECONDS)
     if seconds > limit:
         raise InvalidInput(f"{option}: {text!r} is longer than the maximum of {show(limit)}", option=option, value=text)
     return seconds
+
+
+def _nano(number: str | None) -> int:
+    """Return a decimal number times 10**9, without the error of a float; 0 for None."""
+    whole, _dot, fraction = (number or "").partition(".")
+    return int(whole or 0) * _NANOSECONDS + int(fraction.ljust(9, "0") or 0)
 
 
 def show(seconds: int) -> str:

@@ -9,6 +9,7 @@ Creations and profiles are checked by the same ones.
 from __future__ import annotations
 
 import ipaddress
+import json
 import re
 
 from .errors import InvalidInput
@@ -70,26 +71,60 @@ PUBLIC_KEY: Word = (
 MODELS = ("virtio", "e1000", "e1000e", "rtl8139", "vmxnet3")
 
 
+# A bullet of a list in YAML or Markdown.
+_BULLET = re.compile(r"[-*\u2022][ \t\u00a0]+")
+# Characters without a width that pages of the web and editors leave in a text.
+_INVISIBLE = re.compile("[\u200b\u2060\ufeff]")
+_QUOTED = re.compile(r"\"[^\"]*\"|'[^']*'")
+
+
 def split_lines(value: object) -> list[str]:
     """Return the lines of what was pasted or listed: stripped, without empty lines and comments (``#``).
 
-    For SSH keys, whose options hold commas.
+    For SSH keys, whose options hold commas. Each line may be quoted, or an item of a YAML list (``- item``); the whole
+    may be a list in JSON or in YAML's short form (``[a, b]``).
 
     ``value`` is a text (a survey's textarea, a file; CRLF too), a list of texts, or one value of another kind.
     """
     if value is None:
         return []
     if isinstance(value, (list, tuple)):
+        texts = [item.strip() for item in value if isinstance(item, str)]
+        if len(texts) == len(value) > 1 and texts[0].startswith("[") and texts[-1].endswith("]"):
+            # Ansible has split the text of a list at its commas.
+            return split_lines(",".join(texts))
         return [line for item in value for line in split_lines(item)]
-    lines = (line.strip() for line in re.split(r"\r\n|\r|\n", str(value)))
-    return [line for line in lines if line and not line.startswith("#")]
+    text = _INVISIBLE.sub("", str(value)).strip()
+    if text.startswith("[") and text.endswith("]"):
+        return _parse_list(text)
+    lines = (_BULLET.sub("", line.strip(), count=1) for line in re.split(r"\r\n|\r|\n", text))
+    return [_unquote(line) for line in lines if line and not line.startswith("#")]
+
+
+def _parse_list(text: str) -> list[str]:
+    """Return the items of a list in JSON, or of one in YAML's short form, whose items are separated by commas."""
+    items: object
+    try:
+        items = json.loads(text)
+    except (ValueError, RecursionError):
+        items = text[1:-1].split(",")
+    if not isinstance(items, list) or any(isinstance(item, (list, dict)) for item in items):
+        # No list of texts: it is refused as the one text that it is.
+        return [text]
+    lines = (line.strip() for item in items for line in re.split(r"\r\n|\r|\n", str(item)))
+    return [_unquote(line) for line in lines if line and not line.startswith("#")]
+
+
+def _unquote(line: str) -> str:
+    return line[1:-1].strip() if _QUOTED.fullmatch(line) else line
 
 
 def split_words(value: object) -> list[str]:
     """Return the words of what was pasted or listed: as split_lines, and each line split at commas, semicolons and
-    blanks. For tags and ids.
+    blanks. A comment may end a line. For tags and ids.
     """
-    return [word for line in split_lines(value) for word in re.split(r"[\s,;]+", line) if word]
+    lines = (re.split(r"\s#", line, maxsplit=1)[0] for line in split_lines(value))
+    return [_unquote(word) for line in lines for word in re.split(r"[\s,;]+", line) if word]
 
 
 def shorten_size(text: str) -> str:
@@ -171,12 +206,18 @@ def split_keys(option: str, value: object) -> list[str]:
     """Return the public keys, one a line; InvalidInput for a private key, which is never quoted."""
     if isinstance(value, dict):
         raise InvalidInput(f"{option}: that mapping is not valid. Valid: a list of public keys", option=option)
-    # Editors of Windows begin a file with a byte order mark.
-    keys = [key.lstrip("\ufeff") for key in split_lines(value)]
+    # A page of the web may have a no-break space where the key has a blank.
+    keys = list(dict.fromkeys(key.replace("\u00a0", " ") for key in split_lines(value)))
     if any("PRIVATE KEY" in key or key.startswith(("-----BEGIN", "PuTTY-User-Key-File")) for key in keys):
         raise InvalidInput(
             f"{option}: holds a private key. Give the public one, the file that ends with .pub, and keep the private "
             "one where it is",
+            option=option,
+        )
+    if any(re.match(r"-+ ?BEGIN SSH2 PUBLIC KEY", key) for key in keys):
+        raise InvalidInput(
+            f"{option}: holds a key in the format of PuTTY and RFC 4716. Give it in one line, as ssh-keygen -i -f FILE "
+            "prints it, or as PuTTYgen shows it for authorized_keys",
             option=option,
         )
     for number, key in enumerate(keys, 1):

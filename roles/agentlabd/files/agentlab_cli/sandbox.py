@@ -18,7 +18,7 @@ from .errors import INTERRUPTED, Problem, Unreachable, Usage
 from .framework import PROFILE, STATE, VMID, WORKSPACE, Group, Settings, failures, finish, settings
 from .inside import cp, exec_, ssh
 from .progress import Progress
-from .text import cell, pairs, seconds, since, table, terminal_width, until
+from .text import cell, pairs, since, table, terminal_width, until
 
 # How often --follow asks, and how long it waits for a daemon that is being restarted.
 _FOLLOW_EVERY = 1.0
@@ -453,21 +453,7 @@ def _put_ttl(body: dict[str, Any], ttl: str | None) -> None:
     if ttl is not None:
         text = ttl.strip()
         whole = text.isascii() and text.isdecimal() and 0 < int(text[:10]) < 10**9
-        body.update({"ttl_minutes": int(text)} if whole else {"ttl": _whole_seconds(text)})
-
-
-def _whole_seconds(ttl: str) -> str:
-    """Return a duration with a fraction (1.5h, or 1.5 as minutes) in seconds; the daemon takes whole numbers.
-
-    Anything else as it is.
-    """
-    if "." not in ttl:
-        return ttl
-    try:
-        length = seconds(ttl if ttl[-1:].isalpha() else f"{ttl}m")
-    except ValueError:
-        return ttl
-    return f"{int(length)}s" if length == int(length) else ttl
+        body.update({"ttl_minutes": int(text)} if whole else {"ttl": text})
 
 
 def _state_of(client: Client, label: str, vmid: int | None, name: str | None) -> str:

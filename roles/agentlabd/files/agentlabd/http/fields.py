@@ -12,12 +12,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from agentlab_core import patterns
+from agentlab_core import durations, patterns
 from agentlab_core.errors import InvalidInput
 
-# A duration as the core reads it: minutes as a number, or d, h, m, s in that order; what is longer than this allows is
-# refused, or nearly.
-_DURATION = r"^(\d{1,5}|(?=\d)(\d{1,3}d)?(\d{1,4}h)?(\d{1,5}m)?(\d{1,6}s)?)$"
+# A duration as the core reads it: minutes as a number, or d, h, m, s in that order, with a fraction or without.
+# The core takes more (blanks, ms); a value that fits this is taken unless it is longer than the configuration allows.
+_DURATION = (
+    r"^(\d{1,5}|(?=\d)(\d{1,3}(\.\d{1,3})?d)?(\d{1,4}(\.\d{1,3})?h)?"
+    r"(\d{1,5}(\.\d{1,3})?m)?(\d{1,6}(\.\d{1,3})?s)?)$"
+)
 _NOT_ZERO = r"^(?=.*[1-9])" + _DURATION[1:]
 _LONGEST_MINUTES = 5256000
 # Lists and objects within one another, and values, of a body. No request needs more than three, and some hundreds.
@@ -159,7 +162,7 @@ class Field:
             if self.valid and value not in self.valid:
                 raise self._refused(name, value, ", ".join(self.valid))
         elif isinstance(value, bool) or not isinstance(value, (int, float, str)) or not _fits(_LINE, str(value)):
-            raise self._refused(name, value, "minutes as a number (120) or a duration such as 90s, 30m, 2h, 1d12h")
+            raise self._refused(name, value, durations.VALID)
         return value
 
     def _refused(self, name: str, value: Any, valid: str) -> InvalidInput:
