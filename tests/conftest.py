@@ -136,7 +136,7 @@ def context(env: dict[str, str]) -> Iterator[Callable[..., Any]]:
     from ansible_collections.agentlab.proxmox.plugins.module_utils._core.context import Context
 
     made: list[Any] = []
-    fields = ("dry_run", "force_hint", "wait_timeout", "clock")
+    fields = ("dry_run", "wait_timeout", "clock")
 
     def make(actor: str = "tester", **options: Any) -> Any:
         values = {name: options.pop(name) for name in fields if name in options}

@@ -16,7 +16,7 @@ from typing import Any
 from ansible.module_utils.basic import AnsibleModule
 
 from ._core import config as core_config
-from ._core import database_address, patterns, states
+from ._core import database_address, patterns
 from ._core.context import Context
 from ._core.errors import AgentlabError, InvalidInput
 from ._core.model import Outcome, Sandbox
@@ -43,6 +43,17 @@ SELECT_ARGS: dict[str, Any] = {
     "name": {"type": "str"},
 }
 SELECT_EXCLUSIVE = [("vmid", "vmids", "name")]
+# How the modules say what can be done about an error.
+REMEDIES: dict[str, str] = {
+    "force": "Use force=true to bypass",
+    "remove": "To give the sandbox up, remove it with state=absent and force=true",
+    "discard_memory": "Use state=stopped and force=true to throw the saved memory away",
+    "delete_workspace": "Use force=true to delete it",
+    "allow_restart": "Set allow_restart=true, which stops and starts it, or stop it first",
+    "update": "Set update=true to apply it",
+    "renew_lease": "Renew its lease with agentlab_lease",
+    "attach_workspace": "Attach it with agentlab_workspace",
+}
 
 
 def _context(module: AnsibleModule, config: core_config.Config) -> Context:
@@ -50,7 +61,6 @@ def _context(module: AnsibleModule, config: core_config.Config) -> Context:
         config,
         actor=_actor(module),
         dry_run=module.check_mode,
-        force_hint=states.FORCE_HINT_MODULE,
         wait_timeout=module.params.get("wait_timeout"),
     )
 
@@ -86,7 +96,7 @@ def run(
         context = make(module, found)
         result = work(module, context)
     except AgentlabError as error:
-        failure = {"msg": error.message, "error": error.as_dict(), "changed": False, **_extra(error)}
+        failure = {"msg": error.told(REMEDIES), "error": error.as_dict(REMEDIES), "changed": False, **_extra(error)}
     except Exception as error:  # the outermost edge: what we did not foresee is told without a trace
         failure = {
             "msg": f"internal error: {type(error).__name__}: {error}; nothing more was done. Please report this with "
@@ -186,9 +196,9 @@ def answer(outcomes: Sequence[Outcome], *, single: bool, diff: bool) -> dict[str
     result: dict[str, Any] = {
         "changed": any(one.changed for one in outcomes),
         "sandboxes": [_shown(one) for one in outcomes if one.sandbox is not None],
-        "results": [one.public() for one in outcomes],
+        "results": [one.public(REMEDIES) for one in outcomes],
         "failed_count": len(failed),
-        "warnings": [warning for one in outcomes for warning in one.warnings],
+        "warnings": [warning for one in outcomes for warning in one.told_warnings(REMEDIES)],
     }
     if single:
         result["sandbox"] = result["sandboxes"][0] if sandboxes else None
@@ -196,7 +206,7 @@ def answer(outcomes: Sequence[Outcome], *, single: bool, diff: bool) -> dict[str
         result["diff"] = difference(outcomes)
     if failed:
         result["failed"] = True
-        first = failed[0].message or failed[0].reason or "failed"
+        first = failed[0].told(REMEDIES) or failed[0].reason or "failed"
         result["msg"] = (
             first if len(outcomes) == 1 else f"{len(failed)} of {len(outcomes)} sandboxes failed; the first: {first}"
         )

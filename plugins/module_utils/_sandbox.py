@@ -112,7 +112,15 @@ def _outcome_of_item(context: Context, params: dict[str, Any], spec: Spec) -> Ou
     try:
         return _ensure(context, params, spec)
     except AgentlabError as error:
-        return Outcome("failed", vmid=spec.vmid, name=spec.name, reason=error.code, message=error.message, failed=True)
+        return Outcome(
+            "failed",
+            vmid=spec.vmid,
+            name=spec.name,
+            reason=error.code,
+            message=error.message,
+            remedy=error.remedy,
+            failed=True,
+        )
 
 
 def _ensure(context: Context, params: dict[str, Any], asked: Spec) -> Outcome:
@@ -133,7 +141,7 @@ def _ensure(context: Context, params: dict[str, Any], asked: Spec) -> Outcome:
         # Given as false they are to be switched off; left out they stay as they are.
         second = create.amend(context, outcome.sandbox, protected=params["protected"], keepalive=params["keepalive"])
         if second.changed:
-            second.warnings, second.upids = outcome.warnings, outcome.upids
+            second.warnings, second.advice, second.upids = outcome.warnings, outcome.advice, outcome.upids
             for part in ("after", "before"):
                 second.extra[part] = {**outcome.extra.get(part, {}), **second.extra[part]}
             outcome = second

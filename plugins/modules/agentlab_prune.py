@@ -115,10 +115,10 @@ def work(module, context):
     result = {
         "changed": bool(report.pruned),
         "count": report.count,
-        "pruned": [one.public() for one in report.pruned],
-        "kept": [one.public() for one in report.kept],
-        "failed_items": [one.public() for one in report.failed],
-        "warnings": [warning for one in report.pruned for warning in one.warnings],
+        "pruned": [one.public(_adapter.REMEDIES) for one in report.pruned],
+        "kept": [one.public(_adapter.REMEDIES) for one in report.kept],
+        "failed_items": [one.public(_adapter.REMEDIES) for one in report.failed],
+        "warnings": [warning for one in report.pruned for warning in one.told_warnings(_adapter.REMEDIES)],
     }
     if module._diff:
         result["diff"] = _adapter.difference(report.pruned)
@@ -128,7 +128,7 @@ def work(module, context):
         result.update(
             failed=True,
             msg=f"{len(report.failed)} sandboxes could not be pruned ({report.count} were); the first: "
-            f"{report.failed[0].message}",
+            f"{report.failed[0].told(_adapter.REMEDIES)}",
         )
     return result
 

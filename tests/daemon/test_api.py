@@ -433,7 +433,8 @@ def test_workspaces(daemon: Make, lab: Lab) -> None:
     assert one.post(f"/v1/sandboxes/{second['vmid']}/destroy", {"force": True}).status == 200
     assert one.get("/v1/workspaces/w1").body["state"] == "DETACHED"
     refused = one.post("/v1/workspaces/w1/destroy")
-    assert refused.status == 409 and "use --force" in refused.body["error"]
+    assert refused.status == 409 and refused.body["error"].endswith("would be lost. Use --force to delete it")
+    assert refused.body["remedy"] == "delete_workspace"
     assert one.post("/v1/workspaces/w1/destroy", {"force": True}).body["outcome"] == "deleted"
     for path in ("/v1/workspaces/w1", "/v1/workspaces/nobody"):
         assert (one.get(path).status, one.get(path).body["error"]) == (404, "workspace not found")

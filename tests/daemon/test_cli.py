@@ -372,7 +372,7 @@ def test_workspaces(daemon: Make, lab: Lab) -> None:
     )
     assert re.search(r"^vmid +1001$", ws("show", "w1"), re.M)
     assert agentlab("sandbox", "destroy", "--force", "1000", "1001", socket=path).returncode == 0
-    assert "would be lost; use --force" in ws("destroy", "w1")
+    assert "would be lost. Use --force to delete it" in ws("destroy", "w1")
     assert ws("destroy", "--force", "w1") == "workspace w1 destroyed\n"
     assert ws("show", "w1") == (
         "Error: workspace not found\nThere is no workspace 'w1'. Workspaces: none. See 'agentlab workspace list "

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ansible_collections.agentlab.proxmox.plugins.module_utils import _adapter
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core import rules, timeguard
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import AgentlabError
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.maintenance import cleanup
@@ -97,10 +98,10 @@ def refused(work: Callable[[], Any]) -> str:
     try:
         found = work()
     except AgentlabError as error:
-        return error.message
+        return error.told(_adapter.REMEDIES)
     found = found[0] if isinstance(found, list) else found
     assert found.failed, found
-    return str(found.message)
+    return str(found.told(_adapter.REMEDIES))
 
 
 # ---- VMs that are kept ----
@@ -234,9 +235,9 @@ def test_a_creation_that_failed_and_could_not_be_cleaned_up(lab: Lab) -> None:
     lab.pve.fault(
         "DELETE", "/qemu/1000", "answer", status=403, body='{"data":null,"message":"Permission check failed"}', times=9
     )
-    assert "destroy it with --force" in refused(lab.create)
+    assert "remove it with state=absent and force=true" in refused(lab.create)
     lab.calm()
-    assert "first destroy it with --force" in refused(lab.create)
+    assert "FAILED state. To give the sandbox up, remove it with state=absent and force=true" in refused(lab.create)
     assert lab.destroy(1000, force=True)[0].outcome == "destroyed"
     assert lab.create().state == "RUNNING"
 
@@ -302,7 +303,7 @@ def test_a_clone_that_was_removed_before_it_was_bound(lab: Lab) -> None:
     lab.pve.after = remove
     message = refused(lab.create)
     lab.pve.after = None
-    assert "no VM with that VMID is to be seen" in message and "destroy it with --force" in message
+    assert "no VM with that VMID is to be seen" in message and "remove it with state=absent and force=true" in message
     assert lab.destroy(1000, force=True)[0].outcome == "destroyed"
     assert lab.create().state == "RUNNING"
 

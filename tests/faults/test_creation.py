@@ -187,9 +187,9 @@ def test_a_clone_of_which_nobody_can_say_how_it_ended_is_made_anew_once_its_vm_i
     lab.pve.next_task("qmclone", ending)
     with pytest.raises(AgentlabError):
         lab.create("a1")
-    with pytest.raises(Kept, match=r"not certain.* destroy it with --force") as kept:
+    with pytest.raises(Kept, match=r"not certain.* left alone") as kept:
         lab.create("a1")
-    assert kept.value.reason == "ambiguous" and lab.pve.vm(1000) is not None
+    assert (kept.value.reason, kept.value.remedy) == ("ambiguous", "remove") and lab.pve.vm(1000) is not None
     lab.pve.remove_vm(1000)
     time.sleep(2.1)
     made = lab.create("a1")

@@ -80,8 +80,9 @@ def test_the_vm_is_brought_to_what_is_asked_and_the_record_with_it(
         assert lab.record(vmid).state == "STOPPED" and power_of(lab, vmid) == STOPPED and lab.pve.touched(vmid) == []
         return
     if operation == "stop" and vm == HIBERNATED:
-        with pytest.raises(Kept, match="is hibernated.*--force"):
+        with pytest.raises(Kept, match="is hibernated") as refused:
             lab.power(operation, vmid)
+        assert refused.value.remedy == "discard_memory"
         assert power_of(lab, vmid) == HIBERNATED and lab.pve.touched(vmid) == []
         assert lab.record(vmid).state == "SUSPENDED"
         done = lab.power(operation, vmid, force=True)
@@ -190,10 +191,8 @@ def test_a_plain_destroy_is_refused_in_the_words_for_the_state_the_vm_is_in(lab:
     ctx = lab.context(dry_run=dry_run)
     done = destroy.several(ctx, [ctx.select(vmid)], False)[0]
     assert done.failed and done.reason == "state_conflict"
-    assert (
-        done.message
-        == f"cannot destroy sandbox in {FOUND[vm]} state. Valid states: STOPPED, DESTROYED. Use --force to bypass"
-    )
+    assert done.message == f"cannot destroy sandbox in {FOUND[vm]} state. Valid states: STOPPED, DESTROYED"
+    assert done.remedy == "force"
     assert lab.record(vmid).state == "STOPPED" and power_of(lab, vmid) == vm and lab.pve.touched(vmid) == []
     assert lab.destroy(vmid, force=True)[0].state == "DESTROYED"
     assert lab.pve.vm(vmid) is None and lab.pve.volumes_of(vmid) == []

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ansible_collections.agentlab.proxmox.plugins.module_utils import _adapter
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import (
     AgentlabError,
     InvalidInput,
@@ -58,24 +59,24 @@ def writes(lab: Lab) -> list[tuple[str, str]]:
         (
             {"cores": 2},
             {"cores": 3},
-            "cores: '3' was not applied to sandbox 1000, which has '2'. Set --update to apply it",
+            "cores: '3' was not applied to sandbox 1000, which has '2'. Set update=true to apply it",
         ),
         (
             {},
             {"memory": 4096},
             "memory: '4096' was not applied to sandbox 1000, which has what its template or the configuration said. "
-            "Set --update",
+            "Set update=true",
         ),
         (
             {"tags": ["ci"]},
             {"tags": "night, ci"},
-            "tags: 'ci, night' was not applied to sandbox 1000, which has 'ci'. Set --update",
+            "tags: 'ci, night' was not applied to sandbox 1000, which has 'ci'. Set update=true",
         ),
         (
             {"ttl": "1h"},
             {"ttl": "2h"},
             "ttl: a lease of 2h was not applied to sandbox 1000, which has a lease of 1h. Renew its lease with "
-            "agentlab sandbox lease",
+            "agentlab_lease",
         ),
         ({}, {"disk_size": "20G"}, "disk_size: '20G' was not applied to sandbox 1000"),
         (
@@ -104,9 +105,8 @@ def test_an_option_that_differs_is_told_by_its_name(
     lab.pve.requests.clear()
     for dry_run in (False, True):
         outcome = present(lab, dry_run, **again)
-        assert outcome.outcome == "unchanged" and len(outcome.warnings) == 1 and words in outcome.warnings[0], (
-            outcome.warnings
-        )
+        warnings = outcome.told_warnings(_adapter.REMEDIES)
+        assert outcome.outcome == "unchanged" and len(warnings) == 1 and words in warnings[0], warnings
     assert lab.pve.requests == [], "records alone tell it"
 
 
@@ -131,7 +131,7 @@ def test_an_option_that_differs_is_told_by_its_name(
 )
 def test_what_does_not_differ_is_not_told(lab: Lab, first: dict[str, Any], again: dict[str, Any]) -> None:
     present(lab, **first)
-    assert present(lab, **again).warnings == []
+    assert present(lab, **again).told_warnings(None) == []
 
 
 def test_nothing_secret_is_kept(lab: Lab) -> None:
@@ -157,7 +157,7 @@ def test_tags_and_description_of_a_sandbox_that_runs(lab: Lab) -> None:
     done = present(lab, **asked)
     assert done.outcome == "updated" and done.extra == would.extra
     assert done.extra == {
-        "update": {"tags": ["night"], "description": "second"},
+        "after": {"tags": ["night"], "description": "second"},
         "before": {"tags": ["ci"], "description": "first\n\nwith a paragraph"},
     }
     assert (
@@ -181,10 +181,9 @@ def test_cores_and_memory_take_a_restart_that_is_allowed(lab: Lab) -> None:
     vm = lab.pve.vm(1000)
     for dry_run in (True, False):
         lab.pve.requests.clear()
-        with pytest.raises(
-            InvalidInput, match=r"cores: sandbox 1000 runs, .* Set --allow-restart, .* Nothing was changed"
-        ):
+        with pytest.raises(InvalidInput, match=r"cores: sandbox 1000 runs, .* Nothing was changed") as refused:
             present(lab, dry_run, cores=3, tags=["x"], update=True)
+        assert refused.value.remedy == "allow_restart"
         assert writes(lab) == [] and vm.config["tags"] == "agentlab"
     done = present(lab, cores=3, memory=512, update=True, allow_restart=True)
     assert done.outcome == "updated" and done.state == "RUNNING" and len(done.upids) == 2

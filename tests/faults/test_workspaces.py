@@ -111,8 +111,9 @@ def test_a_life(lab: Lab, storage: str) -> None:
     assert attach(lab, "w1", made.vmid).outcome == "attached" and attach(lab, "w1", made.vmid).outcome == "unchanged"
     lab.destroy(made.vmid, force=True)
     kept_whole(lab, found)
-    with pytest.raises(WorkspaceRefused, match="holds 12G of data .* use --force"):
+    with pytest.raises(WorkspaceRefused, match="holds 12G of data .* would be lost") as refused:
         workspace.absent(lab.context(), "w1", force=False)
+    assert refused.value.remedy == "delete_workspace"
     assert workspace.absent(lab.context(), "w1", force=True).outcome == "deleted"
     assert workspace.absent(lab.context(), "w1", force=True).outcome == "not_found"
     assert lab.pve.volumes_of(found.owner_vmid) == []

@@ -20,6 +20,7 @@ from ansible_collections.agentlab.proxmox.plugins.module_utils._core import conf
 
 from support import pages
 from support.cli import environment
+from support.daemon import in_daemon
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
@@ -245,7 +246,12 @@ def test_a_message_that_the_code_does_not_say_is_found_out(invented: str) -> Non
 
 
 def test_refusals_are_quoted_to_the_letter() -> None:
-    said = {states.refusal(operation, state) for operation in states.OPERATIONS for state in states.STATES}
+    code = (
+        "import json; from agentlab_core import states; from agentlabd.http.answers import REMEDIES; "
+        "print(json.dumps([states.refuse(operation, state).told(REMEDIES) for operation in states.OPERATIONS "
+        "for state in states.STATES]))"
+    )
+    said = set(in_daemon(code))
     quoted = [message for message in MESSAGES if message.startswith("cannot ") and " state. " in message]
     assert len(quoted) == 2 and set(quoted) <= said
 

@@ -6,11 +6,7 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +16,9 @@ from ansible_collections.agentlab.proxmox.plugins.module_utils._core import prof
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.sandboxes import spec, wanted
 from ansible_collections.agentlab.proxmox.plugins.modules import agentlab_sandbox
 
+from support.daemon import in_daemon
+
 ROOT = Path(__file__).resolve().parents[2]
-FILES = ROOT / "roles/agentlabd/files"
 OPTIONS = set(wanted.OPTIONS)
 # What a creation has besides them.
 IDENTITY = {"vmid", "name"}
@@ -55,14 +52,6 @@ WITHOUT_PATTERN = {
     "network_model",
     "ttl",
 }
-
-
-def in_daemon(code: str) -> Any:
-    """What a piece of Python prints as JSON where daemon and command line can be imported."""
-    core = ROOT / ".collections"
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(FILES), str(core)])}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True, timeout=60)
-    return json.loads(done.stdout)
 
 
 def profile_options(keys: dict[str, Any] | None = None) -> set[str]:

@@ -6,15 +6,11 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 
-from support.daemon import PYTHONPATH
+from support.daemon import in_daemon
 
 CODE = """
 import importlib, json, pkgutil
@@ -38,9 +34,7 @@ print(json.dumps(rows))
 @pytest.fixture(scope="module")
 def rows() -> list[list[Any]]:
     """Return name, code, status in the table and status by code, of each type of error."""
-    env = {**os.environ, "PYTHONPATH": PYTHONPATH}
-    result = subprocess.run([sys.executable, "-c", CODE], check=True, capture_output=True, text=True, env=env)
-    answer: list[list[Any]] = json.loads(result.stdout)
+    answer: list[list[Any]] = in_daemon(CODE)
     return answer
 
 

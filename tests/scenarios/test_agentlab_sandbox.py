@@ -463,7 +463,8 @@ def test_what_proxmox_refuses_or_fails(story: Any, server: Any, given: Any, env:
         in run["clone fails"]["msg"]
     )
     assert (
-        run["clone fails"]["msg"].endswith("; remove it with state=absent and force=true") and pve.touched(1006) == []
+        run["clone fails"]["msg"].endswith(". To give the sandbox up, remove it with state=absent and force=true")
+        and pve.touched(1006) == []
     )
     assert not [vm for vm in pve.vms if vm.name == "broken"]
 

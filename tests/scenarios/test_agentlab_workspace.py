@@ -97,7 +97,7 @@ def test_a_life(story: Any, env: Any, server: Any) -> None:
         "workspace 'data' is ATTACHED to sandbox 1000 (s1), whose lease on it lasts until"
     )
     assert run["absent while attached"]["msg"].startswith("workspace 'data' is ATTACHED to sandbox 1000")
-    assert "would be lost; use force=true to delete it" in run["absent without force"]["msg"]
+    assert "would be lost. Use force=true to delete it" in run["absent without force"]["msg"]
     assert run["destroy the second"]["results"][0]["outcome"] == "destroyed"
     assert run["delete"]["outcome"] == "deleted" and run["delete again"]["outcome"] == "not_found"
     assert run["attach nothing"]["msg"] == "workspace not found ('data'). Workspaces: none"

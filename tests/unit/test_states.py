@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import pytest
+from ansible_collections.agentlab.proxmox.plugins.module_utils import _adapter
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core import states
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import StateConflict
 
@@ -63,9 +64,9 @@ def test_operation_in_state(operation: str, state: str) -> None:
     else:
         with pytest.raises(StateConflict) as caught:
             states.check(operation, state)
-        message = caught.value.message
+        message = caught.value.told(_adapter.REMEDIES)
         assert f" in {state} state. Valid states: {', '.join(allowed + satisfied)}" in message
-        assert ("Use --force to bypass" in message) == (operation == "destroy")
+        assert message.endswith("Use force=true to bypass") == (operation == "destroy")
         assert caught.value.detail["state"] == state
 
 
@@ -98,12 +99,12 @@ def test_an_operation_leads_only_where_the_transitions_allow(state: str) -> None
         (
             "destroy",
             "TIMEOUT",
-            "cannot destroy sandbox in TIMEOUT state. Valid states: STOPPED, DESTROYED. Use --force to bypass",
+            "cannot destroy sandbox in TIMEOUT state. Valid states: STOPPED, DESTROYED. Use force=true to bypass",
         ),
         (
             "destroy",
             "RUNNING",
-            "cannot destroy sandbox in RUNNING state. Valid states: STOPPED, DESTROYED. Use --force to bypass",
+            "cannot destroy sandbox in RUNNING state. Valid states: STOPPED, DESTROYED. Use force=true to bypass",
         ),
         ("renew_lease", "TIMEOUT", "cannot renew lease in TIMEOUT state. Valid states: RUNNING"),
         (
@@ -119,10 +120,4 @@ def test_an_operation_leads_only_where_the_transitions_allow(state: str) -> None
     ],
 )
 def test_message_to_the_letter(operation: str, state: str, message: str) -> None:
-    assert states.refusal(operation, state) == message
-
-
-def test_a_module_names_its_option() -> None:
-    assert states.refusal("destroy", "TIMEOUT", states.FORCE_HINT_MODULE).endswith(
-        "Valid states: STOPPED, DESTROYED. Use force=true to bypass"
-    )
+    assert states.refuse(operation, state).told(_adapter.REMEDIES) == message

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from . import parallel, states
+from . import parallel
 from .clock import Clock, SystemClock
 from .config import Config
 from .errors import AgentlabError, InvalidInput, Kept, NotFound
@@ -44,7 +44,6 @@ class Context:
         *,
         actor: str,
         dry_run: bool = False,
-        force_hint: str = states.FORCE_HINT_CLI,
         wait_timeout: int | None = None,
         clock: Clock | None = None,
         parent: Context | None = None,
@@ -53,7 +52,6 @@ class Context:
         self.config = config
         self.actor = actor
         self.dry_run = dry_run
-        self.force_hint = force_hint
         self.clock: Clock = clock or SystemClock()
         self.wait_timeout = config.wait_timeout if wait_timeout is None else wait_timeout
         self.stopping = stopping
@@ -77,11 +75,6 @@ class Context:
         self._cluster: Cluster | None = None
         self._read_once: dict[Any, Any] = {}
         self._once_lock = threading.RLock()
-
-    @property
-    def force_option(self) -> str:
-        """How whoever asks says that something is to be done in spite of what it destroys."""
-        return "--force" if self.force_hint == states.FORCE_HINT_CLI else "force=true"
 
     # ---- Proxmox, from the first use on ----
 
@@ -142,7 +135,6 @@ class Context:
             config or self.config,
             actor=actor,
             dry_run=dry_run,
-            force_hint=self.force_hint,
             clock=self.clock,
             parent=self,
             stopping=self.stopping,
@@ -223,5 +215,12 @@ def failure(sandbox: Sandbox, error: AgentlabError, **values: Any) -> Outcome:
     reason = error.reason if isinstance(error, Kept) else error.code
     upid = error.detail.get("upid")
     return Outcome.of(
-        "failed", sandbox, reason=reason, message=error.message, failed=True, upids=[upid] if upid else [], **values
+        "failed",
+        sandbox,
+        reason=reason,
+        message=error.message,
+        remedy=error.remedy,
+        failed=True,
+        upids=[upid] if upid else [],
+        **values,
     )

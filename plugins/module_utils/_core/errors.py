@@ -5,14 +5,41 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from .escapes import escape_controls
+
+# What a user can do about an error, by name. The core names a remedy; each interface says it in its own words
+# (modules: _adapter.REMEDIES, the API and the command line: REMEDIES in agentlabd/http/answers.py).
+REMEDIES: dict[str, str] = {
+    "force": "bypass the state rule of a destroy",
+    "remove": "destroy the sandbox by force, which gives it up",
+    "discard_memory": "stop a hibernated sandbox, which throws its saved memory away",
+    "delete_workspace": "delete a workspace with the data on it",
+    "allow_restart": "let an update stop and start the VM",
+    "update": "apply an option to a sandbox that exists",
+    "renew_lease": "renew the lease instead",
+    "attach_workspace": "attach the workspace instead",
+}
+
+
+def add_remedy(message: str, remedy: str | None, words: Mapping[str, str] | None) -> str:
+    """Return the message, followed by the interface's sentence for the remedy where it has one."""
+    sentence = words.get(remedy) if words and remedy else None
+    return f"{message}. {sentence}" if sentence else message
+
+
+class Advice(NamedTuple):
+    """A warning, and the name of what the user can do about it."""
+
+    message: str
+    remedy: str | None = None
 
 
 class AgentlabError(Exception):
     """Base of all: ``message`` is one sentence for the user, ``code`` a stable word for programs, ``detail``
-    JSON-safe facts.
+    JSON-safe facts. ``remedy`` names an entry of REMEDIES; it stands in ``detail`` too.
     """
 
     code = "error"
@@ -23,8 +50,19 @@ class AgentlabError(Exception):
         super().__init__(self.message)
         self.detail = detail
 
-    def as_dict(self) -> dict[str, Any]:
-        return {"code": self.code, "message": self.message, **{k: v for k, v in self.detail.items() if v is not None}}
+    @property
+    def remedy(self) -> str | None:
+        """The name of what the user can do about the error, or None."""
+        return self.detail.get("remedy")
+
+    def told(self, words: Mapping[str, str]) -> str:
+        """Return the message for one interface, whose words for remedies these are."""
+        return add_remedy(self.message, self.remedy, words)
+
+    def as_dict(self, words: Mapping[str, str] | None = None) -> dict[str, Any]:
+        """Return code, message and facts; the message in the words of one interface where they are given."""
+        facts = {name: value for name, value in self.detail.items() if value is not None}
+        return {"code": self.code, "message": add_remedy(self.message, self.remedy, words), **facts}
 
 
 class InvalidInput(AgentlabError):

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import json
 import operator
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from . import clock, states
-from .errors import DamagedRecord
+from .errors import Advice, DamagedRecord, add_remedy
 
 
 @dataclass(slots=True)
@@ -161,10 +162,14 @@ class Outcome:
     state: str | None = None
     reason: str | None = None
     message: str | None = None
+    # The name of what the user can do about it (errors.REMEDIES).
+    remedy: str | None = None
     changed: bool = False
     failed: bool = False
     upids: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    # Warnings with a remedy.
+    advice: list[Advice] = field(default_factory=list)
     sandbox: Sandbox | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
@@ -174,7 +179,16 @@ class Outcome:
         values.setdefault("state", sandbox.state)
         return cls(outcome, vmid=sandbox.vmid, uuid=sandbox.uuid, name=sandbox.name, sandbox=sandbox, **values)
 
-    def public(self) -> dict[str, Any]:
+    def told(self, words: Mapping[str, str] | None) -> str | None:
+        """Return the message for one interface, whose words for remedies these are."""
+        return self.message and add_remedy(self.message, self.remedy, words)
+
+    def told_warnings(self, words: Mapping[str, str] | None) -> list[str]:
+        """Return all warnings for one interface, whose words for remedies these are."""
+        return [*self.warnings, *(add_remedy(advice.message, advice.remedy, words) for advice in self.advice)]
+
+    def public(self, words: Mapping[str, str] | None = None) -> dict[str, Any]:
+        """Return the outcome as it is answered, in the words of one interface where they are given."""
         out: dict[str, Any] = {
             "vmid": self.vmid,
             "uuid": self.uuid,
@@ -183,12 +197,14 @@ class Outcome:
             "previous_state": self.previous_state,
             "state": self.state,
             "reason": self.reason,
-            "message": self.message,
+            "message": self.told(words),
             "upids": list(self.upids),
             "changed": self.changed,
             "failed": self.failed,
         }
-        if self.warnings:
-            out["warnings"] = list(self.warnings)
+        if self.remedy:
+            out["remedy"] = self.remedy
+        if self.warnings or self.advice:
+            out["warnings"] = self.told_warnings(words)
         out.update(self.extra)
         return out

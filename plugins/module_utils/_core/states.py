@@ -42,13 +42,15 @@ STATES: tuple[str, ...] = tuple(TRANSITIONS)
 class StateRule:
     """What one operation needs: the states it acts in, and those in which there is nothing left to do."""
 
-    __slots__ = ("allowed", "hint", "phrase", "satisfied")
+    __slots__ = ("allowed", "phrase", "remedy", "satisfied")
 
-    def __init__(self, phrase: str, allowed: tuple[str, ...], satisfied: tuple[str, ...] = (), hint: str = "") -> None:
+    def __init__(
+        self, phrase: str, allowed: tuple[str, ...], satisfied: tuple[str, ...] = (), remedy: str | None = None
+    ) -> None:
         self.phrase = phrase
         self.allowed = allowed
         self.satisfied = satisfied
-        self.hint = hint
+        self.remedy = remedy
 
 
 OPERATIONS: dict[str, StateRule] = {
@@ -73,33 +75,32 @@ CREATING: tuple[str, ...] = (REQUESTED, PROVISIONING, BOOTING)
 # The VM is meant to run.
 POWERED: tuple[str, ...] = (READY, RUNNING)
 
-# How each interface spells "use force": the API and the command line use the flag, modules the option.
-FORCE_HINT_CLI = "Use --force to bypass"
-FORCE_HINT_MODULE = "Use force=true to bypass"
-
 
 def can_follow(current: str, target: str) -> bool:
     """True when the table has a transition from ``current`` to ``target``."""
     return target in TRANSITIONS[current]
 
 
-def refusal(operation: str, state: str, force_hint: str = FORCE_HINT_CLI) -> str:
-    """The sentence for an operation that the state does not allow; names the state and the valid ones."""
+def refuse(operation: str, state: str) -> StateConflict:
+    """Return the error for an operation that the state does not allow; it names the state and the valid ones."""
     rule = OPERATIONS[operation]
     # "Valid states" are those in which the call succeeds; the seed lists DESTROYED for destroy and only RUNNING for
     # renew.
-    valid = ", ".join(rule.allowed + rule.satisfied)
-    message = f"cannot {rule.phrase} in {state} state. Valid states: {valid}"
-    return f"{message}. {force_hint}" if rule.hint == "force" else message
+    valid = rule.allowed + rule.satisfied
+    return StateConflict(
+        f"cannot {rule.phrase} in {state} state. Valid states: {', '.join(valid)}",
+        operation=operation,
+        state=state,
+        valid=valid,
+        remedy=rule.remedy,
+    )
 
 
-def check(operation: str, state: str, force_hint: str = FORCE_HINT_CLI) -> bool:
-    """Whether there is something to do; raises StateConflict when the state forbids the operation."""
+def check(operation: str, state: str) -> bool:
+    """Return whether there is something to do; raise StateConflict when the state forbids the operation."""
     rule = OPERATIONS[operation]
     if state in rule.allowed:
         return True
     if state in rule.satisfied:
         return False
-    raise StateConflict(
-        refusal(operation, state, force_hint), operation=operation, state=state, valid=rule.allowed + rule.satisfied
-    )
+    raise refuse(operation, state)

@@ -103,7 +103,7 @@ class Guest:
         Raises StateConflict, Kept, or what reading the VM's configuration raises. One request.
         """
         sandbox = ctx.records.get(sandbox.uuid)
-        states.check("exec", sandbox.state, ctx.force_hint)
+        states.check("exec", sandbox.state)
         if sandbox.expired(ctx.clock.now()):
             raise StateConflict(
                 f"cannot run a command in sandbox {sandbox.vmid}: its lease expired at "

@@ -103,9 +103,9 @@ def run(ctx: Context, spec: Spec) -> Outcome:
         found.smbios_uuid is None or found.reason in ("creation_failed", "creation_interrupted", "cloud_init_failed")
     ):
         raise CreationFailed(
-            f"sandbox {found.vmid} could not be created earlier ({found.reason}) and is in FAILED state; "
-            f"first {_how_to_remove(ctx)}",
+            f"sandbox {found.vmid} could not be created earlier ({found.reason}) and is in FAILED state",
             vmid=found.vmid,
+            remedy="remove",
         )
     return _renewed(ctx, found, spec)
 
@@ -124,7 +124,7 @@ def _renewed(ctx: Context, sandbox: Sandbox, spec: Spec) -> Outcome:
     differences = update.different(ctx, outcome.sandbox or sandbox, spec)
     if spec.update:
         differences = {name: values for name, values in differences.items() if name not in update.APPLICABLE}
-    outcome.warnings += update.warnings(ctx, sandbox, differences)
+    outcome.advice += update.advise(sandbox, differences)
     return outcome
 
 
@@ -457,8 +457,9 @@ def _clone(
                 raise Kept(
                     "ambiguous",
                     f"sandbox {sandbox.vmid}: {error.message}. Whether VM {sandbox.vmid} is its clone is not certain, "
-                    f"so it was left alone; to give the sandbox up, {_how_to_remove(ctx)}",
+                    "so it was left alone",
                     vmid=sandbox.vmid,
+                    remedy="remove",
                 ) from None
             noted.pop("upid", None)
             resumed = False
@@ -507,14 +508,16 @@ def _clone(
         raise Kept(
             "unknown",
             f"sandbox {sandbox.vmid}: the clone ended well, but no VM with that VMID is to be seen (removed "
-            f"meanwhile, or hidden from these credentials?); to give it up, {_how_to_remove(ctx)}",
+            "meanwhile, or hidden from these credentials?)",
+            remedy="remove",
         )
     smbios = identity.smbios_uuid(found.config)
     if found.verdict is None or found.verdict.identity != identity.UNBOUND or smbios is None:
         raise Kept(
             "ambiguous",
             f"sandbox {sandbox.vmid}: the clone ended well, but the VM now at that VMID does not carry its marker; it "
-            f"was left alone. To give the sandbox up, {_how_to_remove(ctx)}",
+            "was left alone",
+            remedy="remove",
             evidence=found.verdict.evidence if found.verdict else None,
         )
     ctx.cluster.seen_ours(sandbox.vmid)
@@ -725,14 +728,6 @@ def _occupied(vmid: int, by: str) -> CreationFailed:
     )
 
 
-def _how_to_remove(ctx: Context) -> str:
-    return (
-        "destroy it with --force"
-        if ctx.force_hint == states.FORCE_HINT_CLI
-        else "remove it with state=absent and force=true"
-    )
-
-
 def _clean_up(
     ctx: Context, claim: Claim, sandbox: Sandbox, error: AgentlabError, told: str, noted: dict[str, Any]
 ) -> CreationFailed:
@@ -740,6 +735,7 @@ def _clean_up(
     what is left.
     """
     clean = False
+    remedy = None
     try:
         now = ctx.records.get(sandbox.uuid)
         if states.can_follow(now.state, states.FAILED):
@@ -762,7 +758,8 @@ def _clean_up(
             made = sandbox.smbios_uuid is not None or sandbox.snippet is not None or noted.get("upid") is not None
             left = "what was made for it has been removed" if made else "nothing was made for it"
         else:
-            left = f"its record is in {outcome.state} state: {outcome.message}; {_how_to_remove(ctx)}"
+            left = f"its record is in {outcome.state} state: {outcome.message}"
+            remedy = "remove"
     except AgentlabError as second:
         left = f"and cleaning up failed too: {second.message}"
     try:
@@ -776,4 +773,5 @@ def _clean_up(
         vmid=sandbox.vmid,
         cause=error.as_dict(),
         clean=clean,
+        remedy=remedy,
     )

@@ -100,6 +100,7 @@ def _run(ctx: Context, items: list[tuple[Sandbox, Request]], held: list[Gone]) -
                 previous_state=sandbox.state,
                 reason=error.reason,
                 message=error.message,
+                remedy=error.remedy,
                 failed=True,
             )
         except AgentlabError as error:
@@ -260,6 +261,7 @@ def _finish(ctx: Context, found: Gone, proofs: dict[int, Any]) -> Outcome:
             previous_state=found.before.state,
             reason=error.reason,
             message=error.message,
+            remedy=error.remedy,
             failed=True,
             upids=found.upids,
         )

@@ -40,7 +40,7 @@ def renew(
         )
     for _attempt in range(5):
         now = ctx.clock.now()
-        states.check("renew_lease", sandbox.state, ctx.force_hint)
+        states.check("renew_lease", sandbox.state)
         under_way = ctx.records.under_way(sandbox.uuid)
         if under_way is not None and under_way.kind == "destroy":
             # Also where nothing would be written: "unchanged" would be a success on a dying VM.

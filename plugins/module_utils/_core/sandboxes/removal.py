@@ -82,7 +82,7 @@ class _Again(Exception):
 
 def check(ctx: Context, sandbox: Sandbox, force: bool, clean_up: bool = False) -> bool:
     """State rule and protection, from the record alone: whether there is something to do."""
-    todo = states.check("force_destroy" if force else "destroy", sandbox.state, ctx.force_hint)
+    todo = states.check("force_destroy" if force else "destroy", sandbox.state)
     if todo and sandbox.protected and not clean_up:
         raise Kept(
             "protected", f"sandbox {sandbox.vmid} is protected; set protected=false first (force does not skip this)"
@@ -438,12 +438,7 @@ def refuse_running(ctx: Context, sandbox: Sandbox, located: Located) -> None:
     """StateConflict, in the words for the state that the VM is really in, unless it is switched off."""
     seen = power_state(sandbox, power.status(ctx, located), located.config)
     if seen != states.STOPPED:
-        raise StateConflict(
-            states.refusal("destroy", seen, ctx.force_hint),
-            operation="destroy",
-            state=seen,
-            valid=(states.STOPPED, states.DESTROYED),
-        )
+        raise states.refuse("destroy", seen)
 
 
 def never_cloned(sandbox: Sandbox, created: dict[str, Any] | None) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 
 from .. import durations, states
 from ..context import Context, refuse_cut_off
-from ..errors import AgentlabError, InvalidInput, Kept, StateConflict
+from ..errors import Advice, AgentlabError, InvalidInput, Kept, StateConflict
 from ..model import Outcome, Sandbox
 from ..placement import AUTO
 from ..proxmox import identity
@@ -31,6 +31,8 @@ from .spec import Spec
 # stopped.
 APPLICABLE = ("cores", "memory", "tags", "description")
 _STOPPED_ONLY = ("cores", "memory")
+# Of options that an update does not apply: the remedy for what was asked.
+_INSTEAD = {"ttl": "renew_lease", "workspace": "attach_workspace"}
 # The event that remembers options: the decision to clone, and each update.
 _REASONS = ("clone", "options")
 # Nothing of these is kept, so nothing can be compared.
@@ -107,13 +109,18 @@ def _means_the_same(ctx: Context, sandbox: Sandbox, name: str, was: Any, value: 
     return False
 
 
-def warnings(ctx: Context, sandbox: Sandbox, differences: dict[str, tuple[Any, Any]]) -> list[str]:
+def advise(sandbox: Sandbox, differences: dict[str, tuple[Any, Any]]) -> list[Advice]:
     """Return one warning for each option that was given and not applied, with what to do."""
-    return [
-        f"{name}: {_shown(name, asked)} was not applied to sandbox {sandbox.vmid}, which has {_shown(name, was)}. "
-        f"{_remedy(ctx, name)}"
-        for name, (was, asked) in differences.items()
-    ]
+    warnings = []
+    for name, (was, asked) in differences.items():
+        text = f"{name}: {_shown(name, asked)} was not applied to sandbox {sandbox.vmid}, which has {_shown(name, was)}"
+        remedy = "update" if name in APPLICABLE else _INSTEAD.get(name)
+        if remedy is None:
+            text += (
+                ". It counts when a sandbox is created: destroy this one and create it again, or leave the option out"
+            )
+        warnings.append(Advice(text, remedy))
+    return warnings
 
 
 def _shown(name: str, value: Any) -> str:
@@ -126,17 +133,6 @@ def _shown(name: str, value: Any) -> str:
     if name == "description":
         return "another text"
     return repr(", ".join(map(str, value)) if isinstance(value, list) else str(value))
-
-
-def _remedy(ctx: Context, name: str) -> str:
-    command_line = ctx.force_hint == states.FORCE_HINT_CLI
-    if name in APPLICABLE:
-        return f"Set {'--update' if command_line else 'update=true'} to apply it"
-    if name == "ttl":
-        return f"Renew its lease with {'agentlab sandbox lease renew' if command_line else 'agentlab_lease'}"
-    if name == "workspace":
-        return f"Attach it with {'agentlab workspace attach' if command_line else 'agentlab_workspace'}"
-    return "It counts when a sandbox is created: destroy this one and create it again, or leave the option out"
 
 
 # ---- applying ----
@@ -308,11 +304,10 @@ def _check_restart(ctx: Context, sandbox: Sandbox, spec: Spec, plan: _Plan, stat
             option=option,
         )
     if not spec.allow_restart:
-        allow = "--allow-restart" if ctx.force_hint == states.FORCE_HINT_CLI else "allow_restart=true"
         raise InvalidInput(
             f"{option}: sandbox {sandbox.vmid} runs, and Proxmox VE applies that for certain only to a VM that is "
-            f"stopped. Set {allow}, which "
-            "stops and starts it, or stop it first. Nothing was changed",
+            "stopped. Nothing was changed",
             option=option,
+            remedy="allow_restart",
         )
     return True

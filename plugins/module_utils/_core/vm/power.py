@@ -73,21 +73,21 @@ def run(ctx: Context, sandbox: Sandbox, operation: str, *, force: bool = False) 
         with ctx.claimed(sandbox, operation) as (claim, sandbox):
             refuse_cut_off(claim, sandbox)
     if sandbox.state not in _FOLLOW_THE_VM:
-        _check(ctx, operation, sandbox.state)
+        states.check(operation, sandbox.state)
     located, seen = look(ctx, sandbox)
     actual = _actual_state(sandbox, seen)
     satisfied = states.OPERATIONS[operation].satisfied
     if sandbox.state in satisfied and actual in satisfied:
         return Outcome.of("unchanged", sandbox, reason=f"already {sandbox.state}")
     if ctx.dry_run:
-        if _check(ctx, operation, actual):
+        if states.check(operation, actual):
             _refuse_lock(ctx, sandbox, located, operation, force)
         return Outcome.of("would_" + operation, sandbox, state=TARGETS[operation], changed=True)
     with ctx.claimed(sandbox, operation) as (claim, current):
         if current.generation != sandbox.generation:
             # Another run worked on it meanwhile.
             if current.state not in _FOLLOW_THE_VM:
-                _check(ctx, operation, current.state)
+                states.check(operation, current.state)
             located, seen = look(ctx, current)
             actual = _actual_state(current, seen)
         # Its journal would be gone with this one.
@@ -95,7 +95,7 @@ def run(ctx: Context, sandbox: Sandbox, operation: str, *, force: bool = False) 
         if current.state in satisfied and actual in satisfied:
             return Outcome.of("unchanged", current, reason=f"already {current.state}")
         try:
-            todo = _check(ctx, operation, actual)
+            todo = states.check(operation, actual)
         except StateConflict:
             # Said of the state that the VM is in: the record says the same from now on.
             follow(ctx, claim, current, operation, actual, located)
@@ -114,20 +114,16 @@ def run(ctx: Context, sandbox: Sandbox, operation: str, *, force: bool = False) 
 def _report(ctx: Context, sandbox: Sandbox, operation: str) -> Outcome:
     """Write down how the sandbox's job ended."""
     target = TARGETS[operation]
-    if not states.check(operation, sandbox.state, ctx.force_hint):
+    if not states.check(operation, sandbox.state):
         return Outcome.of("unchanged", sandbox, reason=f"already {sandbox.state}")
     if ctx.dry_run:
         return Outcome.of("would_" + operation, sandbox, state=target, changed=True)
     with ctx.claimed(sandbox, operation) as (claim, current):
-        if not states.check(operation, current.state, ctx.force_hint):
+        if not states.check(operation, current.state):
             return Outcome.of("unchanged", current, reason=f"already {current.state}")
         refuse_cut_off(claim, current)
         done = ctx.records.change(claim, current, operation, to=target, reason="reported", finish=True)
         return Outcome.of(_past(operation), done, previous_state=current.state, changed=True, reason="reported")
-
-
-def _check(ctx: Context, operation: str, state: str) -> bool:
-    return states.check(operation, state, ctx.force_hint)
 
 
 def _actual_state(sandbox: Sandbox, seen: str) -> str:
@@ -158,7 +154,8 @@ def _refuse_lock(ctx: Context, sandbox: Sandbox, located: Located, operation: st
         raise Kept(
             "hibernated",
             f"sandbox {sandbox.vmid} is hibernated: its memory is saved on a disk, and stopping it throws that away. "
-            f"{ctx.force_option} does so; starting it takes it up again",
+            "Start it to take it up again",
+            remedy="discard_memory",
         )
     refuse_locked(sandbox, located, but=HIBERNATED if operation in ("start", "stop") else None)
 
@@ -315,8 +312,10 @@ def _start_as_seen(ctx: Context, sandbox: Sandbox, found: Located, seen: str) ->
         if "already running" in error.exitstatus:
             return [], []
         if hibernated:
-            text = f"{error.message}. Its saved memory may not fit any more: stopping it with {ctx.force_option} throws that away"
-            raise TaskFailed(f"{text}, then it starts afresh", **error.detail) from None
+            raise TaskFailed(
+                f"{error.message}. Its saved memory may not fit any more: throw that away, then it starts afresh",
+                **{**error.detail, "remedy": "discard_memory"},
+            ) from None
         raise
     except ApiError as error:
         if "no quorum" in error.text:

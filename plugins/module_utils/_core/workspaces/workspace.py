@@ -424,8 +424,8 @@ def absent(ctx: Context, which: str, *, force: bool) -> Done:
         raise taken(ctx, found)
     if found.state == store.DETACHED and not force:
         raise WorkspaceRefused(
-            f"{found.title} holds {show_size(found.size)} of data on {found.volume}, which would be lost; "
-            f"use {ctx.force_option} to delete it"
+            f"{found.title} holds {show_size(found.size)} of data on {found.volume}, which would be lost",
+            remedy="delete_workspace",
         )
     age = ctx.clock.now() - found.updated_at
     if found.state == store.CREATING and 0 <= age < ctx.config.doubt_window:

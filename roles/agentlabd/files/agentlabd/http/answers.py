@@ -20,6 +20,17 @@ from ..statuses import status_of
 
 # Seconds after which it is worth asking again (Retry-After of a 503).
 RETRY_AFTER = 10
+# How the API and the command line say what can be done about an error.
+REMEDIES: dict[str, str] = {
+    "force": "Use --force to bypass",
+    "remove": "To give the sandbox up, destroy it with --force",
+    "discard_memory": "Stop it with --force to throw the saved memory away",
+    "delete_workspace": "Use --force to delete it",
+    "allow_restart": "Set --allow-restart, which stops and starts it, or stop it first",
+    "update": "Set --update to apply it",
+    "renew_lease": "Renew its lease with agentlab sandbox lease renew",
+    "attach_workspace": "Attach it with agentlab workspace attach",
+}
 
 
 @dataclass(slots=True)
@@ -48,7 +59,7 @@ def of_error(error: AgentlabError) -> Answer:
     else:
         # An option of the daemon's own configuration is no fault of who asks.
         found = 500 if error.detail.get("option") in core_config.ENVIRONMENT else status_of(code)
-    message = error.message
+    message = error.told(REMEDIES)
     if isinstance(error, NotFound) and "run_id" not in error.detail:
         message = "workspace not found" if "workspace" in error.detail else "sandbox not found"
     facts = {name: value for name, value in error.detail.items() if value is not None and name not in ("error", "code")}
@@ -62,11 +73,12 @@ def of_failure(outcome: Outcome) -> Answer:
     reason = outcome.reason or "error"
     answer = failed(
         status_of(reason),
-        outcome.message or reason,
+        outcome.told(REMEDIES) or reason,
         reason,
         vmid=outcome.vmid,
         state=outcome.state,
         upids=outcome.upids or None,
+        remedy=outcome.remedy,
     )
     answer.outcomes = [outcome]
     return answer
@@ -92,9 +104,9 @@ def of_item(outcome: Outcome, status: int = 200) -> Answer:
         "outcome": outcome.outcome,
         "changed": outcome.changed,
         "reason": outcome.reason,
-        "message": outcome.message,
+        "message": outcome.told(REMEDIES),
         "upids": list(outcome.upids),
-        "warnings": list(outcome.warnings),
+        "warnings": outcome.told_warnings(REMEDIES),
     }
     if "placement" in outcome.extra:
         body["placement"] = outcome.extra["placement"]
@@ -105,5 +117,5 @@ def of_items(outcomes: list[Outcome]) -> Answer:
     """Several: an outcome for each; 207 when some failed."""
     count = sum(one.failed for one in outcomes)
     return Answer(
-        {"results": [one.public() for one in outcomes], "failed_count": count}, 207 if count else 200, outcomes
+        {"results": [one.public(REMEDIES) for one in outcomes], "failed_count": count}, 207 if count else 200, outcomes
     )

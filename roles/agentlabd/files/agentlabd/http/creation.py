@@ -16,7 +16,7 @@ from agentlab_core.sandboxes import create, wanted
 from agentlab_core.vm import address
 
 from . import upstream
-from .answers import Answer, of_item
+from .answers import REMEDIES, Answer, of_item
 from .fields import Field
 from .route import Call
 
@@ -178,7 +178,7 @@ def validate_plan(call: Call) -> Answer:
     try:
         _check_limits(ctx, call.body)
         outcome = create.run(ctx, wanted.spec(ctx, creation_options(call.body)))
-        warnings = outcome.warnings
+        warnings = outcome.told_warnings(REMEDIES)
         if outcome.outcome == "unchanged":
             warnings = [*warnings, f"sandbox {outcome.vmid} ({outcome.name}) is there already and stays as it is"]
     except ProxmoxError:
@@ -186,7 +186,7 @@ def validate_plan(call: Call) -> Answer:
         raise
     except AgentlabError as error:
         option = error.detail.get("option") or ("workspace" if "workspace" in error.detail else "")
-        errors = [{"code": error.code, "field": str(option), "message": error.message}]
+        errors = [{"code": error.code, "field": str(option), "message": error.told(REMEDIES)}]
     return Answer(
         {
             "ok": not errors,

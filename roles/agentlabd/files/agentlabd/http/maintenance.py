@@ -11,7 +11,7 @@ from agentlab_core.errors import AgentlabError, InvalidInput, StateConflict
 from agentlab_core.maintenance import cleanup, prune, reconcile
 
 from . import upstream
-from .answers import Answer
+from .answers import REMEDIES, Answer
 from .route import Call
 
 
@@ -36,7 +36,7 @@ def prune_sandboxes(call: Call) -> Answer:
     body = {
         "count": report.count,
         "dry_run": dry_run,
-        **{name: [one.public() for one in getattr(report, name)] for name in ("pruned", "kept", "failed")},
+        **{name: [one.public(REMEDIES) for one in getattr(report, name)] for name in ("pruned", "kept", "failed")},
     }
     return Answer(body, 207 if report.failed else 200, [*report.pruned, *report.kept, *report.failed])
 

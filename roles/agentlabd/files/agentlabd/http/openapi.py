@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from agentlab_core import states
+from agentlab_core.errors import REMEDIES
 
 from .. import __version__
 from .fields import object_schema
@@ -146,7 +147,12 @@ _JOB: dict[str, Any] = {"last_run": _TIME, "next_run": _TIME, "last_error": _MAY
 
 SCHEMAS: dict[str, Any] = {
     "Error": _object(
-        {"error": {**_TEXT, "description": "one sentence"}, "code": {**_TEXT, "description": "a stable word"}},
+        {
+            "error": {**_TEXT, "description": "one sentence"},
+            "code": {**_TEXT, "description": "a stable word"},
+            "remedy": {"type": "string", "enum": sorted(REMEDIES), "description": "what can be done about it"},
+        },
+        ("remedy",),
         more=True,
     ),
     "Health": _object({"status": {"const": "ok"}}),

@@ -18,6 +18,8 @@ from agentlab_core.maintenance.reconcile import Drift
 from agentlab_core.model import Outcome, Sandbox
 from agentlab_core.views import info
 
+from .answers import REMEDIES
+
 # Versions of the shapes as the original counts them.
 API_SCHEMA_VERSION = 1
 EVENT_SCHEMA_VERSION = 1
@@ -107,7 +109,7 @@ def describe_stop(sandbox: Sandbox, outcome: Outcome | None) -> dict[str, Any]:
         "profile": sandbox.profile,
         "state": outcome.state if outcome else sandbox.state,
         "result": result,
-        "error": (outcome.message or outcome.reason) if outcome and outcome.failed else None,
+        "error": (outcome.told(REMEDIES) or outcome.reason) if outcome and outcome.failed else None,
     }
 
 

@@ -15,7 +15,7 @@ from agentlab_core.vm import power
 from agentlab_core.workspaces import workspace, workspace_disk
 
 from . import upstream
-from .answers import Answer, of_item
+from .answers import REMEDIES, Answer, of_item
 from .creation import creation_options
 from .route import Call
 
@@ -84,7 +84,10 @@ def rebind_workspace(call: Call) -> Answer:
     }
     if any(outcome.failed for outcome in outcomes):
         return Answer(
-            {**body, "warnings": [str(outcome.message or outcome.reason) for outcome in outcomes if outcome.failed]},
+            {
+                **body,
+                "warnings": [str(outcome.told(REMEDIES) or outcome.reason) for outcome in outcomes if outcome.failed],
+            },
             207,
             outcomes,
         )
