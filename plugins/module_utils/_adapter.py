@@ -218,7 +218,7 @@ def _shown(outcome: Outcome) -> dict[str, Any]:
     if outcome.changed and outcome.state:
         # In check mode the record is as it was; the answer tells what it would be.
         shown["state"] = outcome.state
-        shown.update({name: value for name, value in (outcome.extra.get("update") or {}).items() if name in shown})
+        shown.update({name: value for name, value in (outcome.extra.get("after") or {}).items() if name in shown})
     return shown
 
 
