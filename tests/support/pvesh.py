@@ -162,8 +162,16 @@ def main() -> int:
         if task["exitstatus"] == "OK":
             # The start of a VM with a cloud-init drive.
             first |= {"qmstart": "generating cloud-init ISO", "resize": "Image resized."}
+        elif task["exitstatus"].startswith("WARNINGS"):
+            first |= {"qmdestroy": "WARN: failed to get path and owner of volume 'nostore:0/vm-0-disk-0.qcow2'"}
+        elif task["exitstatus"] == "unexpected status":
+            lines, first = [], {}
         lines = lines or [line for kind, line in first.items() if kind == data.split(":")[5]]
-        if task["exitstatus"] != "OK" and not task["exitstatus"].startswith("WARNINGS"):
+        if task["exitstatus"].startswith("WARNINGS"):
+            print(f"Task finished with {task['exitstatus'].split()[-1]} warning(s)!", file=sys.stderr)
+        elif task["exitstatus"] == "unexpected status":
+            print("got unexpected control message: ", file=sys.stderr)
+        elif task["exitstatus"] != "OK":
             print(task["exitstatus"], file=sys.stderr)
     elif method == "POST" and path.endswith("/content"):
         lines = [f"Formatting '/var/lib/vz/images/{data}', fmt=qcow2"]

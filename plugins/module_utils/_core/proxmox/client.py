@@ -59,6 +59,9 @@ class Transport(Protocol):
     def send(self, method: str, path: str, params: dict[str, Any]) -> Any:
         """Return the answer's data."""
 
+    def ended_well(self, upid: str) -> bool:
+        """Return True if an answer has told that this task ended with ``OK``."""
+
     def shows_input(self, path: str) -> bool:
         """Return True where other users of the host could see the parameters of a request to this path."""
 
@@ -142,6 +145,10 @@ class ProxmoxClient:
     def awaits_tasks(self) -> bool:
         """Whether a write returns only when the task that it started has ended."""
         return self._connect().awaits_tasks
+
+    def ended_well(self, upid: str) -> bool:
+        """Return True, once, if the answer to the write that started this task told that it has ended with ``OK``."""
+        return self._connect().ended_well(upid)
 
     def shows_input(self, path: str) -> bool:
         """Return True where a request to this path would show its parameters in a process list (pvesh, another

@@ -22,6 +22,7 @@ from ..store.records import Records
 from .client import ProxmoxClient
 
 if TYPE_CHECKING:
+    from ..placement import Node
     from .capacity import Capacity
 
 # Quorum changes rarely and is asked before every delete of a bulk run: an answer is good for this long. The config
@@ -59,8 +60,11 @@ class Cluster:
         self._quorum: tuple[float, dict[str, Any]] | None = None
         self._vms: dict[int, dict[str, Any]] | None = None
         self._capacity: Capacity | None = None
+        self._nodes: dict[str, Node] | None = None
         # See expect_stopped().
         self._expected: dict[int, dict[str, Any]] = {}
+        # See note_deleted().
+        self._deleted: dict[int, tuple[float, dict[str, Any]]] = {}
         self._confirmed = False
         # A list that shows every VM, and the quorum it was read under: see survey().
         self._whole: tuple[dict[int, dict[str, Any]], dict[str, Any], float] | None = None
@@ -237,11 +241,38 @@ class Cluster:
                 self._capacity = parse(rows)
             return self._capacity
 
+    def cpus(self, node: str) -> int | None:
+        """Return how many CPUs a node has; None where these credentials are not shown it (Sys.Audit on the node)."""
+        from .capacity import parse
+
+        with self._lock:
+            # A creation has read the list of everything; nobody else needs more than the nodes.
+            if self._capacity is not None:
+                nodes = self._capacity.nodes
+            elif self._nodes is not None:
+                nodes = self._nodes
+            else:
+                nodes = self._nodes = parse(self._client.get_list("cluster/resources", type="node")).nodes
+        return nodes[node].cpus or None if node in nodes else None
+
     def expect_stopped(self, vmid: int, node: str) -> None:
         """Note where a record says that its VM is, switched off: as long as no list was read, find() answers with
         that.
         """
         self._expected[vmid] = {"vmid": vmid, "type": "qemu", "node": node, "status": "stopped", "expected": True}
+
+    def note_deleted(self, vmid: int, upid: str) -> None:
+        """Note that a VM proven to be ours was marked and then deleted by a task that ended well just now.
+
+        Both are writes that the cluster takes only with quorum, so they prove quorum for the absence of this VM.
+        """
+        evidence = {"quorum": "quorate", "status": f"the cluster took the delete of VM {vmid} (task {upid})"}
+        self._deleted[vmid] = self._clock.monotonic(), evidence
+
+    def _quorum_of_delete(self, vmid: int) -> dict[str, Any] | None:
+        """Return the evidence of quorum of a VM's own delete while it is fresh."""
+        at, evidence = self._deleted.get(vmid, (0.0, None))
+        return evidence if self._clock.monotonic() - at <= _STATUS_SECONDS else None
 
     def add_vm(self, vmid: int, node: str | None) -> None:
         """Add a VM that this run has just made, switched off, to the list as it was read; a row that is there stays."""
@@ -310,6 +341,10 @@ class Cluster:
         by us or by another run; if it is not old, for anybody may restore a VM.
         """
         wanted = sorted(set(vmids))
+        if len(wanted) == 1 and wanted[0] in self._ours:
+            own = self._quorum_of_delete(wanted[0])
+            if own is not None:
+                return {wanted[0]: self._nextid(wanted[0], own)}
         try:
             quorum = self.require_quorum()
         except (ProxmoxError, Kept) as error:

@@ -128,6 +128,10 @@ class Https:
             raise self._nonsense(method, path)
         return data
 
+    def ended_well(self, upid: str) -> bool:
+        """Return False: a request is answered when its task has begun."""
+        return False
+
     def shows_input(self, path: str) -> bool:
         """Return False: parameters travel in the body of an encrypted request."""
         return False

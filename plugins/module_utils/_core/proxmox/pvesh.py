@@ -7,8 +7,11 @@ How pvesh (Proxmox VE 8 and 9) answers, which differs from the https API:
 
 - The exit status tells success (0) from refusal (anything else; the number means nothing). Standard error has warnings
   of good answers too, so its text counts only after a refusal.
-- A request that starts a task returns when the task has ended, and exits with 0 even if the task failed. The task's
-  exit status has to be read. Task log lines stand before the answer on standard output.
+- A request that starts a task returns when the task has ended, and exits with 0 even if the task failed. Standard
+  error tells all ends but a good one: the error of a task that failed, ``Task finished with 1 warning(s)!``, or ``got
+  unexpected control message`` after a worker that was killed (tee_worker in PVE::RESTEnvironment). So a task ended
+  with ``OK`` if standard error is empty. Otherwise the task's exit status has to be read. Task log lines stand before
+  the answer on standard output.
 - On another node (reached by ssh) log lines and answer are one JSON string, glued together without line feeds.
 - A config write prints ``update VM 100: ...`` on this node and nothing on another one.
 - An ssh connection that could not be made proves that nothing was done; one that broke proves nothing.
@@ -81,6 +84,8 @@ class Pvesh:
                 option="api_host",
             )
         self._program = program
+        # Tasks that pvesh has seen end well, until somebody asks.
+        self._ended_well: set[str] = set()
         self._qm = shutil.which("qm") or shutil.which("qm", path="/usr/bin:/usr/sbin")
 
     def shows_input(self, path: str) -> bool:
@@ -96,8 +101,19 @@ class Pvesh:
             return self._exec(path, params)
         status, output, complaint = self._run(method, path, self._arguments(method, path, params))
         if status == 0:
-            return self._data(method, path, output)
+            data = self._data(method, path, output)
+            if method != "GET" and not complaint and isinstance(data, str) and data.startswith("UPID:"):
+                self._ended_well.add(data)
+            return data
         raise self._refusal(method, path, params, status, complaint)
+
+    def ended_well(self, upid: str) -> bool:
+        """Return True, once, if pvesh itself has told that this task ended with ``OK``: no request is needed then."""
+        try:
+            self._ended_well.remove(upid)
+        except KeyError:
+            return False
+        return True
 
     # ---- asking ----
 

@@ -92,9 +92,12 @@ class TaskWaiter:
             self._waiting.setdefault(node, {})[upid] = begun
         try:
             # pvesh has waited for the task already, so one look before any pause is enough.
-            status = self._look(upid, node) if self._client.awaits_tasks else None
-            if status is not None:
-                return status
+            if self._client.awaits_tasks:
+                if self._client.ended_well(upid):
+                    return "OK"
+                status = self._look(upid, node)
+                if status is not None:
+                    return status
             while True:
                 with self._lock:
                     if upid in self._ended:

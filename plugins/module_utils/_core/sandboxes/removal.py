@@ -200,12 +200,11 @@ class Removal:
         ctx = self._ctx
         # Needed after the VM was judged, and not to be read between that and the stop. What it says (or why it does
         # not) counts then.
-        no_quorum: AgentlabError | None = None
-        try:
-            ctx.cluster.require_quorum()
-        except (ProxmoxError, Kept) as error:
-            no_quorum = error
+        no_quorum = None if self._mark_is_first() else self._why_no_quorum()
         found = self._locate()
+        if is_hibernated(found.config) and self._mark_is_first():
+            # Before its saved memory is thrown away.
+            no_quorum = self._why_no_quorum()
         if self._sandbox.smbios_uuid is None:
             self._sandbox = ctx.records.get(self._sandbox.uuid)
         if found.node is None:
@@ -221,6 +220,7 @@ class Removal:
         if found.verdict and found.verdict.identity == identity.FOREIGN:
             if no_quorum is not None:
                 raise no_quorum
+            ctx.cluster.require_quorum()
             ctx.cluster.confirm()
             return self._gone("vmid_reused", found.verdict.evidence)
         refuse_not_ours(self._sandbox, found)
@@ -241,6 +241,25 @@ class Removal:
                 ctx.cluster.vms(fresh=True)
                 raise _Again
         return found
+
+    def _why_no_quorum(self) -> AgentlabError | None:
+        try:
+            self._ctx.cluster.require_quorum()
+        except (ProxmoxError, Kept) as error:
+            return error
+        return None
+
+    def _mark_is_first(self) -> bool:
+        """Return whether the mark is the first write, and proves quorum: a request less, which pvesh takes long for.
+
+        So it is for a VM that is switched off and has no workspace. The mark fails without quorum and harms nothing.
+        """
+        return (
+            self._ctx.client.awaits_tasks
+            and not self._stopped
+            and str((self._ctx.cluster.find(self._sandbox.vmid) or {}).get("status")) == "stopped"
+            and workspace_disk.records(self._ctx).of_sandbox(self._sandbox.uuid) is None
+        )
 
     def _refuse_running(self, found: Located) -> None:
         """StateConflict where a plain destroy meets a VM that runs: only force ends that, whatever the record says."""
@@ -340,6 +359,9 @@ class Removal:
                 # anew.
                 self._not_deleted()
                 raise
+        else:
+            # Mark and delete were written into the cluster's file system, which takes writes only with quorum.
+            ctx.cluster.note_deleted(self._sandbox.vmid, upid)
 
     # ---- what a step found ----
 
@@ -351,6 +373,9 @@ class Removal:
             raise Kept(
                 "changed", f"sandbox {vmid}: its VM's configuration keeps changing; it was left alone, run again"
             ) from None
+        if error.status == 500 and "is locked" not in error.text:
+            # Says it in plain words where quorum is what is missing.
+            self._ctx.cluster.require_quorum()
         raise Kept(
             "locked" if "is locked" in error.text else "unknown" if error.status == 500 else "denied",
             f"sandbox {vmid}: the VM was not deleted, because it cannot be marked: {error.message}",

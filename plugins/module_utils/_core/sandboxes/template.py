@@ -288,14 +288,12 @@ def check_cores(ctx: Context, cores: int, config: dict[str, Any], node: str, own
     ``owner`` is whose configuration that is, for the message: ``template`` or ``VM``.
     """
     try:
-        rows = ctx.once("nodes", lambda: ctx.client.get_list("cluster/resources", type="node"))
+        known = ctx.cluster.cpus(node)
     except AccessDenied:
         return
-    # The figures need Sys.Audit on the node: what is absent is not zero.
-    known = next((str(row.get("maxcpu") or "") for row in rows if row.get("node") == node), "")
     sockets = re.fullmatch(r"\d{1,3}", str(config.get("sockets") or "1"))
     count = cores * (int(sockets[0]) if sockets else 1)
-    if known.isdecimal() and count > int(known):
+    if known is not None and count > known:
         times = f" (times {sockets[0]} sockets of the {owner})" if sockets and sockets[0] != "1" else ""
         raise InvalidInput(
             f"cores: {cores}{times} is more than the {known} CPUs of node {node}, which would not start the VM. Give "
