@@ -37,6 +37,8 @@ from urllib.parse import parse_qsl, unquote
 HOST = "127.0.0.1"
 REQUESTS_A_CONNECTION = 100
 IDLE_SECONDS = 5.0
+TEMPLATE = 9000
+GIB = 2**30
 PREFIX = "/api2/json/"
 
 
@@ -61,6 +63,8 @@ class Settings:
     # Kind of task -> how long it takes; "" for those not named.
     tasks: dict[str, float] = field(default_factory=lambda: {"": 0.2})
     delay: float = 0.0
+    # Whether there is a template to clone, with VMID TEMPLATE, on the first node.
+    template: bool = False
 
 
 @dataclass
@@ -112,6 +116,10 @@ class Cluster:
         self.vms = {vmid: self.made(vmid) for vmid in range(settings.first, settings.first + settings.vms)}
         # Somebody else's: a list is never empty.
         self.vms[100] = {**self.made(100), "description": "not ours", "name": "bystander", "status": "running"}
+        if settings.template:
+            options = {"template": 1, "ide2": f"local-lvm:vm-{TEMPLATE}-cloudinit,media=cdrom"}
+            template = {"name": "base", "node": "pve1", "status": "stopped", "options": options}
+            self.vms[TEMPLATE] = {**self.made(TEMPLATE), **template, "description": "A template."}
         self.listed: bytes | None = None
 
     def made(self, vmid: int) -> dict[str, Any]:
@@ -162,7 +170,9 @@ class Cluster:
     def ha_status(self, _parts: list[str], _values: dict[str, str]) -> Any:
         return [{"id": "quorum", "type": "quorum", "node": "pve1", "quorate": 1, "status": "OK"}]
 
-    def resources(self, _parts: list[str], _values: dict[str, str]) -> Any:
+    def resources(self, _parts: list[str], values: dict[str, str]) -> Any:
+        if values.get("type") != "vm":
+            return [*(_node_row(name) for name in self.nodes), *(_row(vm) for vm in self.vms.values())]
         if self.listed is None:
             self.listed = json.dumps({"data": [_row(vm) for vm in self.vms.values()]}).encode()
         return self.listed
@@ -208,7 +218,7 @@ class Cluster:
         return {
             "name": vm["name"],
             "description": vm["description"] + "\n",
-            "smbios1": f"uuid={smbios_uuid(vm['vmid'])}",
+            "smbios1": f"uuid={vm.get('smbios', smbios_uuid(vm['vmid']))}",
             "cores": 1,
             "memory": "512",
             "net0": "virtio=BC:24:11:00:00:01,bridge=vmbr0",
@@ -216,6 +226,7 @@ class Cluster:
             "boot": "order=scsi0",
             "scsihw": "virtio-scsi-single",
             "agent": "1",
+            **vm.get("options", {}),
             "digest": _digest(vm),
         }
 
@@ -224,7 +235,31 @@ class Cluster:
         if values.get("digest") not in (None, _digest(vm)):
             raise Refused(500, "checksum mismatch (file change by other user?)")
         vm.update(description=values.get("description", vm["description"]), edits=vm["edits"] + 1)
+        options = {key: value for key, value in values.items() if key not in ("description", "digest", "delete")}
+        vm["options"] = {**vm.get("options", {}), **options}
         return None
+
+    def clone(self, parts: list[str], values: dict[str, str]) -> Any:
+        source, vmid = self.vm(parts), int(values["newid"])
+        if vmid in self.vms:
+            raise Refused(500, f"unable to create VM {vmid}: config file already exists")
+        options = {key: value for key, value in source.get("options", {}).items() if key != "template"}
+        made = {**self.made(vmid), "node": source["node"], "status": "stopped", "smbios": str(uuid.uuid4())}
+        made["name"] = values.get("name") or f"Copy-of-VM-{source['name']}"
+        made["description"] = values.get("description", source["description"])
+        made["options"] = {**options, "lock": "clone"}
+        self.vms[vmid], self.listed = made, None
+
+        def done() -> str:
+            made["options"].pop("lock")
+            return "OK"
+
+        return self.begin(made, "qmclone", done)
+
+    def resize(self, parts: list[str], _values: dict[str, str]) -> Any:
+        vm = self.vm(parts)
+        vm["edits"] += 1
+        return self.begin(vm, "resize", lambda: "OK")
 
     def current(self, parts: list[str], _values: dict[str, str]) -> Any:
         vm = self.vm(parts)
@@ -327,6 +362,8 @@ _KINDS: dict[str, Callable[[Cluster, list[str], dict[str, str]], Any]] = {
     "GET /nodes/{node}/qemu/{vmid}/config": Cluster.config,
     "PUT /nodes/{node}/qemu/{vmid}/config": Cluster.configure,
     "GET /nodes/{node}/qemu/{vmid}/status/current": Cluster.current,
+    "POST /nodes/{node}/qemu/{vmid}/clone": Cluster.clone,
+    "PUT /nodes/{node}/qemu/{vmid}/resize": Cluster.resize,
     "POST /nodes/{node}/qemu/{vmid}/status/stop": Cluster.stop,
     "POST /nodes/{node}/qemu/{vmid}/status/shutdown": Cluster.stop,
     "POST /nodes/{node}/qemu/{vmid}/status/start": Cluster.start,
@@ -342,7 +379,7 @@ def _row(vm: dict[str, Any]) -> dict[str, Any]:
         "name": vm["name"],
         "node": vm["node"],
         "status": vm["status"],
-        "template": 0,
+        "template": vm.get("options", {}).get("template", 0),
         "cpu": 0,
         "maxcpu": 1,
         "mem": 0,
@@ -353,8 +390,24 @@ def _row(vm: dict[str, Any]) -> dict[str, Any]:
         "diskwrite": 0,
         "netin": 0,
         "netout": 0,
-        "uptime": 0,
+        # As those of field.seed(), which were made two hours ago.
+        "uptime": 7200 if vm["status"] == "running" else 0,
         "tags": "agentlab",
+    }
+
+
+def _node_row(name: str) -> dict[str, Any]:
+    return {
+        "id": f"node/{name}",
+        "type": "node",
+        "node": name,
+        "status": "online",
+        "cpu": 0,
+        "maxcpu": 64,
+        "mem": 8 * GIB,
+        "maxmem": 512 * GIB,
+        "disk": 0,
+        "maxdisk": 100 * GIB,
     }
 
 

@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Row 12: the real daemon as a process, against the canned Proxmox."""
+"""Rows 12, 19 and 21: the real daemon as a process, against the canned Proxmox; and the command line on it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from field import FIRST, REPO, resident_kb
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store import overview
+from field import FIRST, REPO, context, resident_kb, timed
 from rows import Bench, Row, row
 
 RECORDS = 1000
@@ -37,7 +38,8 @@ def _compiled(folder: str) -> Path:
     """The code as the role installs it: files, no links, compiled."""
     made = Path(folder, "lib")
     if not made.exists():
-        shutil.copytree(REPO / "roles" / "agentlabd" / "files", made, ignore=shutil.ignore_patterns("__pycache__"))
+        for source, target in (("roles/agentlabd/files", made), ("plugins/module_utils/_core", made / "agentlab_core")):
+            shutil.copytree(REPO / source, target, ignore=shutil.ignore_patterns("__pycache__"))
         subprocess.run([sys.executable, "-m", "compileall", "-q", str(made)], check=True)
     return made
 
@@ -45,9 +47,10 @@ def _compiled(folder: str) -> Path:
 class Daemon:
     """One agentlabd on the benchmark's records."""
 
-    def __init__(self, bench: Bench) -> None:
+    def __init__(self, bench: Bench, **options: str) -> None:
         self.socket = f"{bench.folder}/agentlabd.sock"
         options = {
+            **options,
             "socket": self.socket,
             "cleanup_file": f"{bench.folder}/none-cleanup.yaml",
             "profiles_dir": f"{bench.folder}/none-profiles",
@@ -128,11 +131,11 @@ class Daemon:
 
 
 @contextlib.contextmanager
-def running(bench: Bench, count: int, **settings: Any) -> Iterator[Daemon]:
-    """A daemon with so many running sandboxes, their VMs in the canned cluster."""
-    bench.vms(count, status="running", **settings)
-    bench.records(count, "RUNNING", nodes=settings.get("nodes", 1))
-    one = Daemon(bench)
+def running(bench: Bench, count: int, *, nodes: int = 1, addresses: bool = False, **options: str) -> Iterator[Daemon]:
+    """A daemon with so many running sandboxes, their VMs in the canned cluster; ``options`` of its configuration."""
+    bench.vms(count, status="running", nodes=nodes)
+    bench.records(count, "RUNNING", nodes=nodes, addresses=addresses)
+    one = Daemon(bench, **options)
     try:
         one.await_ready()
         yield one
@@ -218,3 +221,96 @@ def crowd(one: Daemon) -> Counter[str]:
     for thread in threads:
         thread.join()
     return wrong
+
+
+# ---- rows 19 and 21 ----
+
+LIST_SECONDS_BEYOND, VERSION_SECONDS = 0.25, 0.12
+MANY_RECORDS, MANY_NODES, MANY_INTERVAL = 10_000, 16, 2
+MANY_LIST_SECONDS, MANY_KB_EACH = 0.3, 9.0
+
+
+def command_line(bench: Bench, _wanted: set[str]) -> list[Row]:
+    """Row 19: a list of a thousand as a person asks for it, beside curl; and the start alone."""
+    with running(bench, RECORDS) as one:
+        env = {"PYTHONPATH": str(_compiled(bench.folder)), "AGENTLAB_SOCKET": one.socket}
+        program = [sys.executable, "-m", "agentlab_cli"]
+        curl = [shutil.which("curl") or "curl", "-sf", "--unix-socket", one.socket, "http://localhost/v1/sandboxes"]
+        listed, plain, start = bench.interleaved(
+            lambda: timed([*program, "sandbox", "list"], env, bench.folder),
+            lambda: timed(curl, {}, bench.folder),
+            lambda: timed([*program, "--version"], env, bench.folder),
+        )
+    beyond, version = statistics.median(listed) - statistics.median(plain), statistics.median(start)
+    return [
+        row(
+            "19",
+            f"command line: `sandbox list` of {RECORDS:,} beyond a `curl` of the same; `--version`",
+            f"at most {LIST_SECONDS_BEYOND} s; at most {VERSION_SECONDS} s",
+            f"{beyond:.2f} s; {version:.2f} s",
+            max(beyond / LIST_SECONDS_BEYOND, version / VERSION_SECONDS),
+            {"sandbox list": listed, "curl": plain, "--version": start},
+        )
+    ]
+
+
+def _await_passes(one: Daemon, count: int) -> None:
+    """Wait until so many more reconciles have ended."""
+    last, deadline = None, time.monotonic() + 300
+    while count >= 0:
+        status = json.loads(one.ask("GET", "/v1/status")[1])
+        if status["reconcile"]["last_error"]:
+            raise RuntimeError(f"reconcile: {status['reconcile']['last_error']}")
+        if status["reconcile"]["last_run"] != last:
+            last, count = status["reconcile"]["last_run"], count - 1
+        if time.monotonic() > deadline:
+            raise RuntimeError("the reconciles did not end within 300 s")
+        time.sleep(0.2)
+
+
+def ten_thousand(bench: Bench, _wanted: set[str]) -> list[Row]:
+    """Row 21: ten thousand sandboxes on sixteen nodes; the pass that is judged is one after the first."""
+    with running(bench, 0, nodes=MANY_NODES) as one:
+        base = one.megabytes
+    with running(bench, MANY_RECORDS, nodes=MANY_NODES, addresses=True, reconcile_interval=f"{MANY_INTERVAL}s") as one:
+        before = bench.server.counts()
+        first = sum(before.values())
+        lists = []
+        for _number in range(bench.runs):
+            began = time.perf_counter()
+            status, _body = one.ask("GET", "/v1/sandboxes")
+            lists.append(time.perf_counter() - began)
+            assert status == 200
+        _await_passes(one, 3)
+        counts = bench.server.counts() - before
+        memory = one.megabytes
+    ctx = context(bench.server, bench.database)
+    ticks = []
+    for _number in range(bench.runs):
+        began = time.perf_counter()
+        overview.next_lease_end(ctx.records)
+        ticks.append(time.perf_counter() - began)
+    ctx.close()
+    # Each pass reads the list once.
+    requests = sum(counts.values()) / counts["GET /cluster/resources"]
+    seconds, each = statistics.median(lists), (memory - base) * 1024 / MANY_RECORDS
+    allowed = 2 * MANY_NODES
+    return [
+        row(
+            "21",
+            f"daemon with {MANY_RECORDS:,} live sandboxes on {MANY_NODES} nodes: a later reconcile pass, list, "
+            "memory a sandbox beyond the base",
+            f"at most {allowed} requests; at most {MANY_LIST_SECONDS} s; at most {MANY_KB_EACH:g} kB",
+            f"{requests:.1f} requests (the first pass, with each configuration: {first:,}); {seconds:.2f} s; "
+            f"{each:.1f} kB; next lease {statistics.median(ticks) * 1000:.2f} ms",
+            max(requests / allowed, seconds / MANY_LIST_SECONDS, each / MANY_KB_EACH),
+            {
+                "kinds of the later passes": dict(counts),
+                "first pass": first,
+                "list": lists,
+                "next lease": ticks,
+                "base MB": base,
+                "MB": memory,
+            },
+        )
+    ]

@@ -115,16 +115,17 @@ def seed(
     nodes: int = 1,
     history: int = 0,
     first: int = FIRST,
+    addresses: bool = False,
 ) -> str:
     """A new database with ``count`` sandboxes of the canned cluster, and so many DESTROYED ones before them; returns
-    its path.
+    its path. With ``addresses`` each guest has just named its address.
     """
     for suffix in ("", "-wal", "-shm"):
         Path(path + suffix).unlink(missing_ok=True)
     database = Database(path)
     now = int(time.time())
-    columns = "uuid, vmid, name, state, node, ttl_seconds, lease_expires_at, created_at, updated_at, state_changed_at, smbios_uuid"
-    into = f"INSERT INTO sandboxes ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+    columns = "uuid, vmid, name, state, node, ttl_seconds, lease_expires_at, created_at, updated_at, state_changed_at, smbios_uuid, ip, ip_seen_at"
+    into = f"INSERT INTO sandboxes ({columns}) VALUES ({', '.join('?' * 13)})"
     lease = now - 3600 if state == "TIMEOUT" else now + 3600
 
     def rows() -> Iterator[tuple[Any, ...]]:
@@ -142,6 +143,8 @@ def seed(
                 gone,
                 gone,
                 f"{number:032x}",
+                None,
+                None,
             )
         for vmid in range(first, first + count):
             yield (
@@ -156,6 +159,8 @@ def seed(
                 now - 3600,
                 now - 3600,
                 canned.smbios_uuid(vmid),
+                f"10.{vmid >> 16}.{vmid >> 8 & 255}.{vmid & 255}" if addresses else None,
+                now if addresses else None,
             )
 
     def work(conn: Any) -> None:

@@ -2,10 +2,10 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""The collection that we are measured against: ``community.proxmox`` as PyPI's package ``ansible`` ships it,
-unpacked into .cache/peers.
+"""The collections that we are measured against: ``community.proxmox`` as PyPI's package ``ansible`` ships it,
+unpacked into .cache/peers: the release that rows 1 to 14 have always been measured against, and the newest one.
 
-It runs with the same Python, ansible-core and proxmoxer as ours does, so that nothing but the collections differs.
+They run with the same Python, ansible-core and proxmoxer as ours does, so that nothing but the collections differs.
 """
 
 from __future__ import annotations
@@ -18,14 +18,21 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-PACKAGE = "ansible==12.3.0"
+FIRST, NEWEST = "ansible==12.3.0", "ansible==14.5.0"
+# The Python that a package asks for. Its collection needs only ansible-core 2.17, so it runs with ours all the same.
+PYTHONS = {FIRST: "3.11", NEWEST: "3.12"}
 WHERE = Path(__file__).resolve().parents[1] / ".cache" / "peers"
 _PART = "ansible_collections/community/proxmox/"
 
 
-def version() -> str | None:
-    """The release that is unpacked, if any."""
-    manifest = WHERE / _PART / "MANIFEST.json"
+def folder(package: str) -> Path:
+    """Return the folder of a package, to set as ANSIBLE_COLLECTIONS_PATH."""
+    return WHERE / package.replace("==", "-")
+
+
+def version(package: str) -> str | None:
+    """Return the release of community.proxmox that is unpacked from a package, if any."""
+    manifest = folder(package) / _PART / "MANIFEST.json"
     return (
         str(json.loads(manifest.read_text(encoding="utf-8"))["collection_info"]["version"])
         if manifest.exists()
@@ -33,33 +40,31 @@ def version() -> str | None:
     )
 
 
-def fetch() -> Path:
-    """The folder to set as ANSIBLE_COLLECTIONS_PATH; downloads the package (50 MB) the first time."""
-    stamp = WHERE / "package.txt"
-    if version() and stamp.exists() and stamp.read_text(encoding="utf-8") == PACKAGE:
-        return WHERE
-    print(f"==> community.proxmox from PyPI's {PACKAGE}", flush=True)
-    shutil.rmtree(WHERE, ignore_errors=True)
-    WHERE.mkdir(parents=True)
-    with tempfile.TemporaryDirectory(dir=WHERE) as folder:
+def versions() -> str:
+    """Return all releases in words, with the packages that carry them."""
+    return " and ".join(f"{version(package)} (of {package.replace('==', ' ')})" for package in PYTHONS)
+
+
+def fetch() -> dict[str, str]:
+    """Return the folder of each package; download it (50 MB) the first time."""
+    for package, python in PYTHONS.items():
+        if not version(package):
+            _unpack(package, python)
+    return {package: str(folder(package)) for package in PYTHONS}
+
+
+def _unpack(package: str, python: str) -> None:
+    print(f"==> community.proxmox from PyPI's {package}", flush=True)
+    shutil.rmtree(folder(package), ignore_errors=True)
+    folder(package).mkdir(parents=True)
+    with tempfile.TemporaryDirectory(dir=WHERE) as download:
+        options = ("--quiet", "--disable-pip-version-check", "--no-deps", "--only-binary", ":all:")
         subprocess.run(
             [
-                sys.executable,
-                "-m",
-                "pip",
-                "download",
-                "--quiet",
-                "--disable-pip-version-check",
-                "--no-deps",
-                "--only-binary",
-                ":all:",
-                "--dest",
-                folder,
-                PACKAGE,
+                *(sys.executable, "-m", "pip", "download", *options),
+                *("--python-version", python, "--dest", download, package),
             ],
             check=True,
         )
-        with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as archive:
-            archive.extractall(WHERE, [name for name in archive.namelist() if name.startswith(_PART)])
-    stamp.write_text(PACKAGE, encoding="utf-8")
-    return WHERE
+        with zipfile.ZipFile(next(Path(download).glob("*.whl"))) as archive:
+            archive.extractall(folder(package), [name for name in archive.namelist() if name.startswith(_PART)])

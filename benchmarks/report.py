@@ -22,7 +22,7 @@ PLOT = REPO / "docs" / "performance.png"
 Known = dict[str, Any]
 # Cores that something else may use before the table says so.
 QUIET_CORES = 0.25
-ROWS = 14
+ROWS = 22
 _WIDTH = 50
 
 

@@ -19,6 +19,7 @@ from typing import Any
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1] / ".collections")]
 
 import payload
+import peers as packages
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.maintenance import prune
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store import overview
 from field import FIRST, REPO, TOKEN_SECRET, Canned, context, play, playbook, resident_kb, seed, timed
@@ -36,11 +37,11 @@ Part = Callable[[], float]
 class Bench:
     """What every row stands on: the server, the records, and playbooks of ours and of the peers."""
 
-    def __init__(self, server: Canned, runs: int, peers: str = "", most: int = 5000) -> None:
+    def __init__(self, server: Canned, runs: int, peers: dict[str, str] | None = None, most: int = 5000) -> None:
         self.server, self.runs, self.most, self.folder = server, runs, most, server.folder
         self.database = f"{server.folder}/agentlab.db"
         self.env = server.environment(self.database, ANSIBLE_COLLECTIONS_PATH=str(REPO / ".collections"))
-        self.peer_env = server.environment(self.database, ANSIBLE_COLLECTIONS_PATH=peers, REQUESTS_CA_BUNDLE=server.ca)
+        self.peers = peers or {}
         self.vmids = list(range(FIRST, FIRST + MANY))
         self.ping = playbook(self.folder, "ping", play({"ansible.builtin.ping": {}}))
 
@@ -49,8 +50,10 @@ class Bench:
             [str(BIN / "ansible-playbook"), *(more or ("-i", "localhost,")), name], {**self.env, **env}, self.folder
         )
 
-    def peer(self, name: str, *more: str) -> float:
-        return timed([str(BIN / "ansible-playbook"), *(more or ("-i", "localhost,")), name], self.peer_env, self.folder)
+    def peer(self, name: str, *more: str, package: str = packages.FIRST) -> float:
+        path = self.peers[package]
+        env = self.server.environment(self.database, ANSIBLE_COLLECTIONS_PATH=path, REQUESTS_CA_BUNDLE=self.server.ca)
+        return timed([str(BIN / "ansible-playbook"), *(more or ("-i", "localhost,")), name], env, self.folder)
 
     def shipped(self, name: str) -> float:
         """Ours as on a host that is not this one: packed, started and compiled anew (agentlab_in_place)."""
@@ -79,7 +82,7 @@ class Bench:
     def info_play(self, name: str, **options: Any) -> str:
         return playbook(self.folder, name, play({"agentlab.proxmox.agentlab_sandbox_info": options}))
 
-    def _kvm(self, **options: Any) -> dict[str, Any]:
+    def kvm(self, **options: Any) -> dict[str, Any]:
         return {
             "api_host": self.env["PROXMOX_HOST"],
             "api_port": self.server.port,
@@ -92,7 +95,7 @@ class Bench:
 
     def loop_play(self) -> str:
         task = {
-            "community.proxmox.proxmox_kvm": self._kvm(vmid="{{ item }}", node="pve1", state="absent"),
+            "community.proxmox.proxmox_kvm": self.kvm(vmid="{{ item }}", node="pve1", state="absent"),
             "loop": self.vmids,
         }
         return playbook(self.folder, "loop", play(task))
@@ -105,11 +108,11 @@ class Bench:
         return ("-i", str(inventory), "--forks", "10")
 
     def forks_play(self) -> str:
-        task = {"community.proxmox.proxmox_kvm": self._kvm(vmid="{{ vmid }}", node="pve1", state="absent")}
+        task = {"community.proxmox.proxmox_kvm": self.kvm(vmid="{{ vmid }}", node="pve1", state="absent")}
         return playbook(self.folder, "forks", [dict(play(task)[0], hosts="sandboxes")])
 
     def peer_info_play(self) -> str:
-        return playbook(self.folder, "vm-info", play({"community.proxmox.proxmox_vm_info": self._kvm(type="qemu")}))
+        return playbook(self.folder, "vm-info", play({"community.proxmox.proxmox_vm_info": self.kvm(type="qemu")}))
 
     def interleaved(self, *parts: Part, slow: tuple[Part, ...] = ()) -> list[list[float]]:
         """Each part measured ``runs`` times, one after the other in turn; the slow ones in every third round only,
@@ -164,11 +167,12 @@ def destroying(bench: Bench, wanted: set[str]) -> list[Row]:
             bench.folder,
         )
 
-    them = {
-        number: on_new_vms(part)
-        for number, part in {"2": lambda: bench.peer(forks, *inventory), "1": lambda: bench.peer(loop)}.items()
-        if number in wanted
-    }
+    newest = packages.NEWEST
+    peers: dict[str, Part] = {"2": lambda: bench.peer(forks, *inventory), "1": lambda: bench.peer(loop)}
+    if "16" in wanted:
+        peers["forks of the newest"] = lambda: bench.peer(forks, *inventory, package=newest)
+        peers["loop of the newest"] = lambda: bench.peer(loop, package=newest)
+    them = {name: on_new_vms(part) for name, part in peers.items() if name in wanted or "16" in wanted}
     ours, shipped, ping, bare, *others = bench.interleaved(
         on_new_vms(lambda: bench.ours(mine)),
         on_new_vms(lambda: bench.shipped(mine)),
@@ -176,7 +180,7 @@ def destroying(bench: Bench, wanted: set[str]) -> list[Row]:
         on_new_vms(limit),
         slow=tuple(them.values()),
     )
-    peers = dict(zip(them, others, strict=True))
+    slow = dict(zip(them, others, strict=True))
     beyond, further = ([one - floor for one, floor in zip(times, ping, strict=True)] for times in (ours, shipped))
     values = {"ours": ours, "shipped": shipped, "ping": ping, "limit": bare}
     found = [
@@ -190,37 +194,57 @@ def destroying(bench: Bench, wanted: set[str]) -> list[Row]:
             ratio(further, bare),
         )
     ]
-    if "1" in peers:
+    if "16" in wanted:
+        found.append(_shipped_destroy(values, slow))
+    if "1" in slow:
         found.append(
             {
                 **at_least(
                     "1",
                     f"destroy {MANY} stopped VMs, {TASK} s tasks, whole playbook, against a `proxmox_kvm` loop",
                     45,
-                    ratio(peers["1"], ours),
+                    ratio(slow["1"], ours),
                     "x faster",
-                    {**values, "loop": peers["1"]},
-                    ratio(peers["1"], shipped),
+                    {**values, "loop": slow["1"]},
+                    ratio(slow["1"], shipped),
                 ),
-                "fewer": f"the loop {len(peers['1'])} times",
+                "fewer": f"the loop {len(slow['1'])} times",
             }
         )
-    if "2" in peers:
+    if "2" in slow:
         found.append(
             {
                 **at_least(
                     "2",
                     f"the same against {MANY} hosts with forks=10",
                     8,
-                    ratio(peers["2"], ours),
+                    ratio(slow["2"], ours),
                     "x faster",
-                    {**values, "forks": peers["2"]},
-                    ratio(peers["2"], shipped),
+                    {**values, "forks": slow["2"]},
+                    ratio(slow["2"], shipped),
                 ),
-                "fewer": f"the peer {len(peers['2'])} times",
+                "fewer": f"the peer {len(slow['2'])} times",
             }
         )
     return found
+
+
+def _shipped_destroy(values: dict[str, list[float]], slow: dict[str, list[float]]) -> Row:
+    """Row 16: the shipped module against both ways of the newest peer; 1.4.0 stands beside it."""
+    shipped = values["shipped"]
+    loop, forks = (ratio(slow[f"{way} of the newest"], shipped) for way in ("loop", "forks"))
+    return {
+        **row(
+            "16",
+            f"shipped: destroy {MANY} stopped VMs, against the newest peer's loop / {MANY} hosts with forks=10",
+            "at least 45x / 8x faster",
+            f"{loop:.1f}x / {forks:.1f}x faster ({ratio(slow['1'], shipped):.1f}x / {ratio(slow['2'], shipped):.1f}x "
+            "against 1.4.0)",
+            max(45 / loop, 8 / forks),
+            {**values, **slow},
+        ),
+        "fewer": f"the peers {len(slow['1'])} times",
+    }
 
 
 def counting(bench: Bench, _wanted: set[str]) -> list[Row]:

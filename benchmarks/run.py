@@ -26,11 +26,13 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1] / ".collections")]
 
+import creating
 import daemon
 import peers
 import report
 import rows
 import scale
+import shipping
 from field import Canned, field
 
 GROUPS: dict[str, tuple[tuple[str, ...], Callable[[rows.Bench, set[str]], list[rows.Row]]]] = {
@@ -43,7 +45,12 @@ GROUPS: dict[str, tuple[tuple[str, ...], Callable[[rows.Bench, set[str]], list[r
     "daemon": (("12",), daemon.serving),
     "growing": (("13",), rows.growing),
     "repeating": (("6",), rows.repeating),
-    "destroying": (("1", "2", "3"), rows.destroying),
+    "destroying": (("1", "2", "3", "16"), rows.destroying),
+    "remote": (("15",), shipping.over_ssh),
+    "creating": (("17",), creating.many),
+    "creating one": (("18",), creating.one),
+    "command line": (("19",), daemon.command_line),
+    "ten thousand": (("21",), daemon.ten_thousand),
     "levers": (("levers",), scale.levers),
     "scale": (("scale",), scale.sizes),
 }
@@ -89,7 +96,7 @@ def main() -> int:
     known = report.load()
     failed = False
     with field() as server:
-        bench = rows.Bench(server, given.runs, str(peers.fetch()), max(200, given.most))
+        bench = rows.Bench(server, given.runs, peers.fetch(), max(200, given.most))
         for numbers, measure in GROUPS.values():
             if not wanted & set(numbers):
                 continue
@@ -111,7 +118,7 @@ def main() -> int:
                     "on": datetime.date.today().isoformat(),
                 }
                 print(report.line(row), flush=True)
-            known["machine"] = {**machine(), "community.proxmox": peers.version()}
+            known["machine"] = {**machine(), "community.proxmox": peers.versions()}
             report.save(known)
     # As it was saved: the page can be made of that again.
     known = report.load()

@@ -19,6 +19,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "benchmarks"))
 
+import creating
 import payload
 import report
 import rows
@@ -125,6 +126,22 @@ def test_row_14_payload_of_every_module(bench: rows.Bench) -> None:
     floor = sizes.pop("ansible.builtin.ping")
     assert set(sizes) == {path.stem for path in (ROOT / "plugins/modules").glob("*.py")} and floor > 100_000
     assert {name: size for name, size in sizes.items() if size > payload.LIMIT} == {}
+
+
+@pytest.mark.parametrize("cloud_init", [False, True])
+def test_row_17_requests_of_each_creation(bench: rows.Bench, cloud_init: bool) -> None:
+    """Each VM is judged before every write, and cloud-init costs nothing; the rest is asked once for all of them."""
+    more = creating.CLOUD_INIT if cloud_init else {}
+    _each, counts = creating.requests_each(bench, **creating.PLAIN, **more)
+    looks = sum(counts.pop(kind, 0) for kind in LOOKS)
+    vm = "/nodes/{node}/qemu/{vmid}"
+    writes = (f"POST {vm}/clone", f"PUT {vm}/config", f"PUT {vm}/resize", f"POST {vm}/status/start")
+    assert {kind: counts.pop(kind) for kind in writes} == dict.fromkeys(writes, creating.COUNT)
+    # One more is the template's.
+    assert counts.pop(f"GET {vm}/config") == 3 * creating.COUNT + 1
+    assert set(counts) == {"GET /cluster/resources", "GET /cluster/status", "GET /nodes/{node}/certificates/info"}
+    assert sum(counts.values()) <= 4
+    assert looks >= 1
 
 
 def test_the_page_is_made_of_the_results() -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import Kept
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.maintenance import reconcile
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.model import Sandbox
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.proxmox.client import ProxmoxClient
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.sandboxes import destroy
@@ -185,6 +186,83 @@ def test_a_vm_that_came_while_the_run_waited_is_not_proven_absent_by_the_list_fr
         "DESTROYED"
     }
     assert lab.pve.counted["GET /cluster/resources"] == 3
+
+
+# ---- a daemon's reconcile knows what an earlier pass read ----
+
+CONFIG = "GET /nodes/{node}/qemu/{vmid}/config"
+
+
+def kinds_of_pass(lab: Lab, known_vms: reconcile.KnownVms | None, count: int) -> list[str]:
+    """Return the kinds of drift of one pass, which reads the configurations of so many sandboxes."""
+    lab.pve.counted.clear()
+    drifts = reconcile.run(lab.context(), apply=True, known_vms=known_vms)
+    # The template has the tag of sandboxes and no record, so each pass looks whose it is.
+    assert lab.pve.counted.pop(CONFIG) == count + 1
+    return [drift.kind for drift in drifts]
+
+
+@pytest.fixture
+def known(lab: Lab) -> reconcile.KnownVms:
+    """What a pass learns of three sandboxes whose VMs have run for an hour and named their addresses."""
+    for number in range(3):
+        made = lab.create(f"a{number}")
+        lab.context().records.amend(made, "test", ip="192.0.2.1", ip_seen_at=lab.clock.now() + 10**6)
+        lab.pve.vm(made.vmid).started_at -= 3600
+    see_everything(lab)
+    known_vms = reconcile.KnownVms()
+    assert kinds_of_pass(lab, known_vms, 3) == []
+    return known_vms
+
+
+def test_a_later_pass_reads_the_list_and_no_configuration(lab: Lab, known: reconcile.KnownVms) -> None:
+    assert kinds_of_pass(lab, known, 0) == []
+    assert lab.pve.counted["GET /cluster/resources"] == 1 and sum(lab.pve.counted.values()) <= 6
+    # Whoever asks for a pass has every VM looked at.
+    assert kinds_of_pass(lab, None, 3) == []
+
+
+def test_a_vm_that_was_started_anew_is_read_again(lab: Lab, known: reconcile.KnownVms) -> None:
+    """Only a VM that has run without a break is certain to be the same one."""
+    vmid = lab.records()[0].vmid
+    lab.swap(vmid, running=True)
+    assert kinds_of_pass(lab, known, 1) == ["vmid_reused"]
+    assert lab.record(vmid).state == "DESTROYED"
+    # The stranger in our range has no record, so each pass looks whose it is.
+    assert kinds_of_pass(lab, known, 1) == []
+
+
+@pytest.mark.parametrize(
+    "what", ["restarted just now", "uptime hidden", "stopped", "moved", "locked", "old", "unknown"]
+)
+def test_what_is_not_certain_is_read_again(what: str) -> None:
+    sandbox = Sandbox(uuid="8a4e", vmid=1000, name="a1", state="RUNNING", node="pve1")
+    row: dict[str, object] = {"type": "qemu", "status": "running", "node": "pve1", "uptime": 3600}
+    at, now = 1000.0, 1900.0
+    known_vms = reconcile.KnownVms()
+    known_vms.note(sandbox, at)
+    assert known_vms.covers(sandbox, row, now)
+    changes: dict[str, dict[str, object]] = {
+        "restarted just now": {"uptime": 900 + 59},
+        "uptime hidden": {"uptime": None},
+        "stopped": {"status": "stopped"},
+        "moved": {"node": "pve2"},
+        "locked": {"lock": "suspending"},
+    }
+    if what == "old":
+        now = at + reconcile.KNOWN_SECONDS
+        row["uptime"] = 10**6
+    elif what == "unknown":
+        known_vms.keep_only([])
+    assert not known_vms.covers(sandbox, {**row, **changes.get(what, {})}, now)
+
+
+def test_a_node_that_is_offline_is_told_of_known_vms_too(lab: Lab, known: reconcile.KnownVms) -> None:
+    lab.pve.add_node("pve2", online=False)
+    for sandbox in lab.records():
+        lab.context().records.amend(sandbox, "test", node="pve2")
+        lab.pve.vm(sandbox.vmid).node = "pve2"
+    assert kinds_of_pass(lab, known, 0) == ["node_offline"] * 3
 
 
 def test_a_run_that_the_records_alone_answer_loads_nothing_of_proxmox(tmp_path: Path) -> None:

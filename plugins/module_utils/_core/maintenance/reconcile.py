@@ -31,6 +31,10 @@ from ..workspaces import workspace
 _GUARD_FROM = 5
 _STOPS = ("qmstop", "qmshutdown", "qmsuspend", "hastop", "stopall", "qmreboot")
 _STARTS = ("qmstart", "qmresume", "hastart", "startall")
+# Seconds for which a configuration counts as known while its VM runs on without a break.
+KNOWN_SECONDS = 3600
+# The list of VMs lags by ten seconds, and by more on a busy node.
+_LAG_SECONDS = 60
 
 
 @dataclass(slots=True)
@@ -64,10 +68,45 @@ class Drift:
         }
 
 
-def run(ctx: Context, *, apply: bool, adopt_cluster: bool = False) -> list[Drift]:
+class KnownVms:
+    """The configurations that earlier passes of a daemon judged to be ours, and when: what saves reading them again.
+
+    A VM that has run without a break since before its configuration was judged is still the same VM: its VMID cannot
+    have come to another one. Only a configuration that somebody edited meanwhile goes unseen, for KNOWN_SECONDS at the
+    most. Nothing is done to a VM on the strength of this: every operation judges it anew.
+    """
+
+    def __init__(self) -> None:
+        # By UUID of the sandbox: seconds since boot before the configuration was read.
+        self._judged_at: dict[str, float] = {}
+
+    def note(self, sandbox: Sandbox, at: float) -> None:
+        """Note that nothing was wrong with a sandbox whose VM was read then."""
+        self._judged_at[sandbox.uuid] = at
+
+    def keep_only(self, sandboxes: list[Sandbox]) -> None:
+        """Forget all sandboxes but these."""
+        live = {sandbox.uuid for sandbox in sandboxes}
+        self._judged_at = {uuid: at for uuid, at in self._judged_at.items() if uuid in live}
+
+    def covers(self, sandbox: Sandbox, row: dict[str, Any], now: float) -> bool:
+        """Return whether the VM of that row in the list needs no look: it runs as the record says, where the record
+        says, and has done so since it was judged. ``now`` is in seconds since boot.
+        """
+        at = self._judged_at.get(sandbox.uuid)
+        if at is None or sandbox.state not in (states.READY, states.RUNNING) or sandbox.absent_seen_at is not None:
+            return False
+        if (row.get("type"), row.get("status"), row.get("node")) != ("qemu", "running", sandbox.node):
+            return False
+        uptime, age = row.get("uptime"), now - at
+        return isinstance(uptime, int) and not row.get("lock") and age < KNOWN_SECONDS and uptime > age + _LAG_SECONDS
+
+
+def run(ctx: Context, *, apply: bool, adopt_cluster: bool = False, known_vms: KnownVms | None = None) -> list[Drift]:
     """One pass over all live records.
 
-    GuardTripped when too many are absent at once (with apply: nothing was written).
+    ``known_vms`` is what earlier passes learnt; without it every configuration is read. Raises GuardTripped when too
+    many are absent at once (with apply: nothing was written).
     """
     writing = apply and not ctx.dry_run
     if adopt_cluster:
@@ -75,7 +114,9 @@ def run(ctx: Context, *, apply: bool, adopt_cluster: bool = False) -> list[Drift
     live = ctx.records.find_all()
     before, count = {one.uuid: one.generation for one in live}, len(live)
     looks = address.Looks(ctx, live)
-    drifts, unrecorded = _survey(ctx, live, looks)
+    if known_vms is not None:
+        known_vms.keep_only(live)
+    drifts, unrecorded = _survey(ctx, live, looks, known_vms)
     del live
     absent = [drift for drift in drifts.values() if drift.kind in ("absent", "vmid_reused")]
     if apply and len(absent) >= _GUARD_FROM and len(absent) * 100 > ctx.config.absent_guard * count:
@@ -108,7 +149,7 @@ def run(ctx: Context, *, apply: bool, adopt_cluster: bool = False) -> list[Drift
         if changed:
             ctx.cluster.vms(fresh=True)
             records = [sandbox for sandbox in ctx.records.find_all() if sandbox.uuid in changed]
-            again, _more = _survey(ctx, records, looks, unrecorded=False)
+            again, _more = _survey(ctx, records, looks, None, unrecorded=False)
         drifts = {uuid: drift for uuid, drift in drifts.items() if uuid in now and uuid not in changed} | again
         for drift in drifts.values():
             _apply(drift)
@@ -133,7 +174,12 @@ def _workspaces(ctx: Context, writing: bool) -> list[Drift]:
 
 
 def _survey(
-    ctx: Context, records: list[Sandbox], looks: address.Looks, *, unrecorded: bool = True
+    ctx: Context,
+    records: list[Sandbox],
+    looks: address.Looks,
+    known_vms: KnownVms | None,
+    *,
+    unrecorded: bool = True,
 ) -> tuple[dict[str, Drift], list[Drift]]:
     """Compare these records with Proxmox: drift by sandbox, and the VMs with our marker that no record has.
 
@@ -144,7 +190,20 @@ def _survey(
     rows = ctx.cluster.survey([one.vmid for one in records])
     missing = [one for one in records if one.vmid not in rows and one.smbios_uuid is not None]
     proofs = ctx.cluster.prove_absent([one.vmid for one in missing], anew=False) if missing else {}
-    found = ctx.each(lambda one: _compare(ctx, one, rows, proofs, looks), records)
+
+    def compare(sandbox: Sandbox) -> Drift | None:
+        if known_vms is None:
+            return _compare(ctx, sandbox, rows, proofs, looks)
+        row, now = rows.get(sandbox.vmid), ctx.clock.since_boot()
+        if row is not None and not looks.chose(sandbox) and known_vms.covers(sandbox, row, now):
+            node = str(row.get("node"))
+            return None if ctx.cluster.node_online(node) else Drift("node_offline", "none", {"node": node}, sandbox)
+        drift = _compare(ctx, sandbox, rows, proofs, looks)
+        if drift is None and sandbox.smbios_uuid is not None:
+            known_vms.note(sandbox, now)
+        return drift
+
+    found = ctx.each(compare, records)
     drifts = {one.uuid: drift for one, drift in zip(records, found, strict=True) if drift is not None}
     return drifts, _unrecorded(ctx, rows, records) if unrecorded else []
 

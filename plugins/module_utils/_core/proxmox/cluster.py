@@ -34,7 +34,7 @@ _LIST_SECONDS = 30.0
 # it.
 _FEW = 4
 # Of the twenty-odd values that the list has of each VM; the rest is a kilobyte for each of some thousands.
-_LOOKED_AT = ("vmid", "type", "node", "status", "name", "template", "tags", "hastate", "lock")
+_LOOKED_AT = ("vmid", "type", "node", "status", "name", "template", "tags", "hastate", "lock", "uptime")
 
 
 @dataclass(slots=True)

@@ -359,13 +359,13 @@ class Looks:
         self._ends: float | None = None
         self._named: list[tuple[Sandbox, str]] = []
 
+    def chose(self, sandbox: Sandbox) -> bool:
+        """Return whether this pass is to ask the sandbox's guest."""
+        return sandbox.uuid in self._chosen
+
     def look_up(self, sandbox: Sandbox, located: Located) -> str | None:
         """Return the address that the guest names; None if it is not asked, does not answer, or its VM does not run."""
-        if (
-            sandbox.uuid not in self._chosen
-            or located.row.get("status") != "running"
-            or not agent_is_on(located.config)
-        ):
+        if not self.chose(sandbox) or located.row.get("status") != "running" or not agent_is_on(located.config):
             return None
         now = self._ctx.clock.monotonic()
         if self._ends is None:

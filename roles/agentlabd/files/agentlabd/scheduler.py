@@ -222,7 +222,7 @@ class Scheduler:
             await self._rest(longest)
 
     def _compare(self) -> list[reconcile.Drift]:
-        return reconcile.run(self.service.context("agentlabd"), apply=True)
+        return reconcile.run(self.service.context("agentlabd"), apply=True, known_vms=self.service.known_vms)
 
     async def _rest(self, longest: float) -> None:
         """Sleep until the next pass is due: for the interval, which a reload may change, or for ``longest`` if that

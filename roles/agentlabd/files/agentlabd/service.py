@@ -23,7 +23,7 @@ from agentlab_core import profiles, rules, timeguard
 from agentlab_core.config import Config
 from agentlab_core.context import Context
 from agentlab_core.errors import AgentlabError, Busy, ConfigError
-from agentlab_core.maintenance import cleanup
+from agentlab_core.maintenance import cleanup, reconcile
 from agentlab_core.store import overview, schema
 from agentlab_core.store.workspaces import Workspaces
 
@@ -83,6 +83,8 @@ class Service:
         self.last_cleanup: dict[str, Any] | None = None
         # VMs with our marker and without a record, of the last reconcile: vmid, name, node.
         self.unrecorded: list[dict[str, Any]] = []
+        # What the scheduled reconciles learnt of the VMs.
+        self.known_vms = reconcile.KnownVms()
         self._damage: tuple[float, list[str]] = (0.0, [])
         self.conditions = Conditions(self)
         self._cleaning = threading.Lock()
@@ -119,6 +121,8 @@ class Service:
         self.path, self.policy, self.token = path, policy, token
         # From the first one: a chain of all those before would grow with each reload.
         self.base = self._owner.derive(actor="agentlabd", config=dataclasses.replace(config, **stays))
+        # Another cluster may be meant now.
+        self.known_vms = reconcile.KnownVms()
         self.loaded_at, self.config_error = int(time.time()), None
         self.metrics.reload.set(1)
         return waiting
