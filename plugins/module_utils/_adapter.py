@@ -18,7 +18,7 @@ from ansible.module_utils.basic import AnsibleModule
 from ._core import config as core_config
 from ._core import database_address, patterns
 from ._core.context import Context
-from ._core.errors import AgentlabError, InvalidInput
+from ._core.errors import AgentlabError, InvalidInput, host_error
 from ._core.model import Outcome, Sandbox
 
 COMMON_ARGS: dict[str, Any] = {
@@ -98,10 +98,14 @@ def run(
     except AgentlabError as error:
         failure = {"msg": error.told(REMEDIES), "error": error.as_dict(REMEDIES), "changed": False, **_extra(error)}
     except Exception as error:  # the outermost edge: what we did not foresee is told without a trace
+        known = host_error(error)
+        kind = type(error).__name__
+        text = (
+            f"internal error: {kind}: {error}; nothing more was done. Please report this with the steps that led to it"
+        )
         failure = {
-            "msg": f"internal error: {type(error).__name__}: {error}; nothing more was done. Please report this with "
-            "the steps that led to it",
-            "error": {"code": "internal", "type": type(error).__name__},
+            "msg": known.message if known else text,
+            "error": known.as_dict() if known else {"code": "internal", "type": kind},
             "changed": False,
         }
     finally:

@@ -142,6 +142,36 @@ def test_a_damaged_journal_entry_bars_its_sandbox_alone(daemon: Make, lab: Lab, 
     one.wait_for(lambda: not lab.leftovers()["operations"], "what was interrupted is settled", 30)
 
 
+def interrupt(lab: Lab, uuid: str) -> None:
+    execute(
+        lab,
+        "INSERT INTO operations (sandbox_uuid, kind, phase, detail, actor, started_at, updated_at) "
+        f"VALUES ('{uuid}', 'stop', 'requested', '{{}}', 'x', 1, 1)",
+    )
+
+
+def test_interrupted_work_on_a_damaged_record_holds_up_no_other(daemon: Make, lab: Lab) -> None:
+    """Also an entry of the journal whose sandbox is in no record."""
+    damaged, sound = lab.create("a1"), lab.create("a2")
+    for uuid in (damaged.uuid, sound.uuid, "00000000-0000-4000-8000-000000000000"):
+        interrupt(lab, uuid)
+    execute(lab, "UPDATE sandboxes SET node = x'ff' WHERE vmid = 1000")
+    one = daemon()
+    one.wait_for(lambda: one.get("/v1/status").body["reconcile"]["last_run"], "reconcile passes", 30)
+    assert one.good("GET", "/v1/status")["reconcile"]["last_error"] is None, one.log()
+    assert sound.uuid not in str(lab.leftovers()["operations"]), "what is sound is finished"
+    findings = one.good("GET", "/v1/doctor")["findings"]
+    damage = {finding["facts"]["column"]: finding for finding in findings if finding["check"] == "records"}
+    assert set(damage) == {"node", "sandbox_uuid"}, damage
+    assert not [finding for finding in findings if "None (" in finding["meaning"]], findings
+    command = re.search(r'sqlite3 (\S+) "(DELETE .+?)"', damage["sandbox_uuid"]["advice"])
+    assert one.stop() == 0 and command
+    execute(lab, command[2])
+    execute(lab, "UPDATE sandboxes SET node = 'pve1' WHERE vmid = 1000")
+    one.start()
+    one.wait_for(lambda: not lab.leftovers()["operations"], "what was interrupted is settled", 30)
+
+
 def test_damaged_events_hide_no_others(daemon: Make, lab: Lab) -> None:
     lab.create("a1")
     execute(lab, "UPDATE events SET evidence = 'x', at = 'then' WHERE id = 2")

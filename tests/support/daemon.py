@@ -27,6 +27,8 @@ FILES = ROOT / "roles" / "agentlabd" / "files"
 # Where a checkout has the daemon and the command line, and the link to the core that they run on.
 CODE = (FILES, ROOT / ".collections")
 PYTHONPATH = os.pathsep.join(map(str, CODE))
+# How long a start may take on a machine that does much else.
+START_SECONDS = 180
 # Another interpreter (one with Debian's versions of the libraries, say) can be tested with the same tests.
 PYTHON = os.environ.get("AGENTLABD_PYTHON", sys.executable)
 CONFIG = {
@@ -150,7 +152,7 @@ class Daemon:
     def start(self, **environment: str) -> Daemon:
         self.spawn(**environment)
         # Loading the libraries takes half a second of one core; others may want it too.
-        self.wait_for(self.serving, "it serves", 60)
+        self.wait_for(self.serving, "it serves", START_SECONDS)
         return self
 
     def serving(self) -> bool:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -133,6 +134,43 @@ class CreationFailed(AgentlabError):
     """A sandbox could not be created; what was made for it has been cleaned up as far as the message says."""
 
     code = "creation_failed"
+
+
+class HostError(AgentlabError):
+    """This host has none left of what every program needs: descriptors, threads, memory, or room on its disk."""
+
+    code = "host"
+
+
+_HOST_PROBLEMS = {
+    errno.EMFILE: "this process has no file descriptor left. Raise its limit (ulimit -n; LimitNOFILE= of the unit)",
+    errno.ENFILE: "this host has no file descriptor left. Raise fs.file-max, or end what has so many files open",
+    errno.ENOSPC: "the disk is full. Free some space there",
+    errno.EDQUOT: "the disk quota is used up. Free some space there",
+    errno.EROFS: "the file system can only be read. Look at dmesg, and mount it for writing",
+    errno.EIO: "the disk or its file system failed to read or write. Look at dmesg and at the disk (df, smartctl)",
+    errno.ENOMEM: "no memory is left for this process. Raise its limit (MemoryMax= of the unit)",
+    errno.EAGAIN: "this process may start no further thread. Raise its limit (ulimit -u; TasksMax= of the unit)",
+}
+
+
+def host_error(error: BaseException) -> HostError | None:
+    """Return an error with a sentence for what this host refuses; None for any other error.
+
+    The edges of each program ask it before they call an error an internal one. Python loads modules when they are
+    needed, so that an import, too, may meet the end of the descriptors.
+    """
+    number, path = None, None
+    if isinstance(error, OSError):
+        number, path = error.errno, error.filename
+    elif isinstance(error, MemoryError):
+        number = errno.ENOMEM
+    elif isinstance(error, RuntimeError) and "can't start new thread" in str(error):
+        number = errno.EAGAIN
+    problem = _HOST_PROBLEMS.get(number or 0)
+    if problem is None:
+        return None
+    return HostError(f"{f'{path}: ' if path else ''}{problem}, then run again; nothing more was done")
 
 
 # ---- the records ----

@@ -285,18 +285,16 @@ def check_work(exam: Examination) -> Iterable[Finding]:
     now = context.clock.now()
     live = context.records.find_all()
     overdue = [one.vmid for one in live if one.state in states.OPERATIONS["expire"].allowed and one.expired(now)]
-    sandboxes = {one.uuid: one for one in live}
     waiting: list[str] = []
     doubtful: list[str] = []
     cut_off: list[str] = []
-    for entry in context.records.interrupted():
-        sandbox = sandboxes.get(entry.sandbox_uuid)
-        if sandbox is not None and binding.waits_for_next_run(entry, sandbox.state):
+    for entry, sandbox in context.records.interrupted_sandboxes():
+        if binding.waits_for_next_run(entry, sandbox.state):
             waiting.append(str(sandbox.vmid))
-        elif sandbox is not None and binding.stays_unfinished(context, sandbox, entry):
+        elif binding.stays_unfinished(context, sandbox, entry):
             doubtful.append(str(sandbox.vmid))
         else:
-            cut_off.append(f"{sandbox.vmid if sandbox else None} ({entry.kind}, {entry.phase})")
+            cut_off.append(f"{sandbox.vmid} ({entry.kind}, {entry.phase})")
     disks = workspace.unfinished(context)
     facts = {"sandboxes": len(live), "overdue": overdue[:50], "cut_off": cut_off[:50]}
     found: list[tuple[str, str]] = []
@@ -372,6 +370,8 @@ def _mend(client: str, detail: Mapping[str, Any]) -> str:
     begin = "stop agentlabd and wait for plays to end; copy the records; then "
     if table == "meta":
         return f"""{begin}{client} "DELETE FROM meta {where}" (it is written anew)"""
+    if (table, column) == ("operations", "sandbox_uuid"):
+        return f"""{begin}{client} "DELETE FROM operations WHERE id = {key}" (its sandbox is in no record)"""
     new = _HARMLESS.get((table, column))
     if new is None:
         return (

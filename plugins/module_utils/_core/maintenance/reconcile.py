@@ -132,8 +132,7 @@ def run(ctx: Context, *, apply: bool, adopt_cluster: bool = False, known_vms: Kn
     if writing:
         found += _finish_interrupted(ctx)
     else:
-        for left in ctx.records.interrupted():
-            sandbox = ctx.records.get(left.sandbox_uuid)
+        for left, sandbox in ctx.records.interrupted_sandboxes():
             if not binding.stays_unfinished(ctx, sandbox, left):
                 evidence = {"operation": left.kind, "phase": left.phase, "actor": left.actor}
                 found.append(Drift("interrupted", "finish it", evidence, sandbox))
@@ -285,8 +284,7 @@ def _finish_interrupted(ctx: Context) -> list[Drift]:
     """
     found = []
     overview.drop_dead_claims(ctx.records)
-    for left in ctx.records.interrupted():
-        sandbox = ctx.records.get(left.sandbox_uuid)
+    for left, sandbox in ctx.records.interrupted_sandboxes():
         drift = Drift("interrupted", "", {"operation": left.kind, "phase": left.phase, "actor": left.actor}, sandbox)
         try:
             if left.kind == "destroy" and sandbox.live:

@@ -9,6 +9,7 @@ fenced by its claim: a run that lost its claim cannot write any more.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import re
@@ -30,6 +31,8 @@ T = TypeVar("T")
 # manager, the guest agent), and some requests.
 CLAIM_SECONDS = 3600
 _WAITS = 8
+# Digits of the largest number that SQLite counts to.
+_LONGEST_FENCE = len(str(2**63 - 1))
 # Phases of a destroy after which the VM may already be gone.
 POINT_OF_NO_RETURN = ("deleting", "waiting")
 # The phase of a creation that ended waiting, and that its next run goes on with.
@@ -222,6 +225,10 @@ class Records:
                     errors.append(error)
 
             self.db.read_as(judge, query)
+        for row in self.db.read(
+            "SELECT id FROM operations WHERE sandbox_uuid NOT IN (SELECT uuid FROM sandboxes) ORDER BY id"
+        ):
+            errors.append(DamagedRecord("operations", f"id {row['id']}", "sandbox_uuid", "the uuid of a sandbox"))
         for key, check in _NOTES.items():
             for row in self.db.read("SELECT key, value FROM meta WHERE key = ? OR key LIKE ?", key, f"{key}:%"):
                 try:
@@ -253,6 +260,14 @@ class Records:
         )
         return sound_operations(row for row in rows if row["process"] is None or self._given_up(row))
 
+    def interrupted_sandboxes(self) -> list[tuple[JournalEntry, Sandbox]]:
+        """Return what the next run has to finish, with its sandbox; ``damage`` names those whose row is not sound."""
+        pairs = []
+        for entry in self.interrupted():
+            with contextlib.suppress(DamagedRecord, NotFound):
+                pairs.append((entry, self.get(entry.sandbox_uuid)))
+        return pairs
+
     def _read(self, sql: str, values: Sequence[Any]) -> list[Any]:
         return self.db.read(sql, *values)
 
@@ -276,7 +291,7 @@ class Records:
     def database_id(self) -> str | None:
         """Return the name of these records in the marker of their VMs (32 hexadecimal digits); None if it was lost."""
         value = self.meta("database_id")
-        return value if value is not None and DATABASE_ID.fullmatch(value) else None
+        return value if isinstance(value, str) and DATABASE_ID.fullmatch(value) else None
 
     def set_meta(self, key: str, value: str | None) -> None:
         def work(conn: Connection) -> None:
@@ -461,7 +476,10 @@ class Records:
             )
         # Never below the time in milliseconds: a database restored from a backup hands out no fence that somebody may still hold.
         last = conn.execute("SELECT value FROM meta WHERE key = 'fence'").fetchone()["value"]
-        fence = max(int(last) + 1 if str(last).isdecimal() else 1, now * 1000)
+        fence = now * 1000
+        # A damaged note beyond what SQLite counts to is left out of account.
+        if str(last).isdecimal() and len(str(last)) < _LONGEST_FENCE:
+            fence = max(int(last) + 1, fence)
         conn.execute("UPDATE meta SET value = ? WHERE key = 'fence'", (str(fence),))
         conn.execute(
             "INSERT INTO claims (sandbox_uuid, fence, operation, holder, process, acquired_at, expires_at) "

@@ -11,7 +11,7 @@ import os
 import sys
 
 from agentlab_core.config import Config
-from agentlab_core.errors import AgentlabError
+from agentlab_core.errors import AgentlabError, host_error
 
 from . import LAST_WORD, __version__, logs
 
@@ -70,6 +70,10 @@ def main(arguments: list[str] | None = None) -> int:
             logs.log.error("%s", LAST_WORD)
         return 1
     except Exception as error:  # the outermost edge: whoever reads the journal needs a sentence after the trace
+        if known := host_error(error):
+            logs.log.error("Error: %s", known.message)
+            logs.log.error("%s", LAST_WORD)
+            return 1
         logs.log.critical("internal error: %s. Please report this", type(error).__name__, exc_info=True)
         logs.log.error("%s", LAST_WORD)
         return 1

@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 from agentlab_core import clock as clock_module
 from agentlab_core import rules, timeguard
 from agentlab_core.context import Context
-from agentlab_core.errors import AgentlabError, Stopping
+from agentlab_core.errors import AgentlabError, Stopping, host_error
 from agentlab_core.maintenance import reconcile
 from agentlab_core.model import Sandbox
 from agentlab_core.sandboxes import lease
@@ -40,6 +40,8 @@ _FIRST_RETRY = 15.0
 # With records on PostgreSQL: how often a daemon asks whether it is its turn to reconcile and clean up, and whether a
 # controller that died left work behind.
 _TURN_SECONDS = 5.0
+# How long a look waits that met a host without descriptors, threads or memory.
+_HOST_PAUSE_SECONDS = 5.0
 _LAST_CLEANUP = "cleanup_last_run"
 
 
@@ -130,7 +132,18 @@ class Scheduler:
             finally:
                 job.running_since = None
 
-        return await asyncio.shield(self.service.begin(self._jobs, timed, name))
+        while True:
+            try:
+                return await asyncio.shield(self.service.begin(self._jobs, timed, name))
+            except Exception as error:
+                # A host without descriptors, threads or memory ends no job for good: later it may have them again.
+                known = host_error(error)
+                if known is None:
+                    raise
+                if job is not None:
+                    raise known from None
+                seldom(60, "host", "%s: %s", name, known.message)
+            await asyncio.sleep(_HOST_PAUSE_SECONDS)
 
     # ---- leases ----
 

@@ -44,6 +44,7 @@ STATUSES: dict[type[errors.AgentlabError], int] = {
     # Ask again later.
     errors.Unreachable: 503,
     errors.Stopping: 503,
+    errors.HostError: 503,
     errors.StoreUnavailable: 503,
     # The time is up; Proxmox VE may still do it.
     errors.OutcomeUnknown: 504,

@@ -16,7 +16,7 @@ from concurrent.futures import Executor
 
 from agentlab_core import states
 from agentlab_core.context import Context
-from agentlab_core.errors import AgentlabError
+from agentlab_core.errors import AgentlabError, host_error
 from agentlab_core.model import Sandbox
 from agentlab_core.vm import address
 from agentlab_core.vm.locate import match_if_readable
@@ -82,7 +82,10 @@ def _ask(ctx: Context, uuid: str) -> None:
                 )
     except AgentlabError as error:
         log.debug("the address of sandbox %s cannot be looked up: %s", uuid, error.message)
-    except Exception:  # a thread of the pool would keep it to itself
+    except Exception as error:  # a thread of the pool would keep it to itself
+        if known := host_error(error):
+            log.debug("the address of sandbox %s cannot be looked up: %s", uuid, known.message)
+            return
         log.exception("internal error while the address of sandbox %s was looked up", uuid)
     finally:
         _ended()

@@ -10,7 +10,7 @@ import json
 import logging
 import time
 
-from agentlab_core.errors import AgentlabError
+from agentlab_core.errors import AgentlabError, host_error
 from agentlab_core.model import Outcome
 
 from ..logs import IDLE_LINES, log, seldom
@@ -42,12 +42,16 @@ def perform(route: Route, call: Call) -> Answer:
         elif route.name == "renew_lease" and answer.status == 409:
             metrics.leases.labels("refused").inc()
     except Exception as error:
-        # An error that we did not foresee: the client gets one sentence, the log the stack trace.
-        log.exception("%s: internal error", route.name)
+        known = host_error(error)
+        if known:
+            answer = answers.of_error(known)
+        else:
+            # An error that we did not foresee: the client gets one sentence, the log the stack trace.
+            log.exception("%s: internal error", route.name)
+            message = f"internal error: {type(error).__name__}; the daemon's log says more. Please report this"
+            answer = answers.failed(500, message, "internal")
         if route.operation:
             metrics.broke(route.operation)
-        message = f"internal error: {type(error).__name__}; the daemon's log says more. Please report this"
-        answer = answers.failed(500, message, "internal")
     seconds = time.monotonic() - began
     if route.operation and answer.status not in (400, 404):
         metrics.durations.labels(route.operation).observe(seconds)

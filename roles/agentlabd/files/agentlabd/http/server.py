@@ -28,7 +28,7 @@ from aiohttp import web
 from aiohttp.client_exceptions import ClientError
 from aiohttp.http_exceptions import PayloadEncodingError
 
-from agentlab_core.errors import AgentlabError, ConfigError, InvalidInput
+from agentlab_core.errors import AgentlabError, ConfigError, InvalidInput, host_error
 
 from .. import connections
 from ..connections import BODY_BYTES, BODY_SECONDS, IDLE_SECONDS, Listener
@@ -163,7 +163,11 @@ class Api:
                     request.path[:200],
                 )
                 return _impatient(400, "the request is not complete", "incomplete")
-            except Exception:  # nothing that a client can cause goes unanswered
+            except Exception as error:  # nothing that a client can cause goes unanswered
+                known = host_error(error)
+                if known:
+                    seldom(60, "host", "%s", known.message)
+                    return _response(answers.of_error(known))
                 log.exception("internal error in %s %s", request.method, request.path[:200])
                 return _response(
                     answers.failed(500, "internal error; the daemon's log says more. Please report this", "internal")
