@@ -149,15 +149,11 @@ def ids(module: AnsibleModule) -> list[dict[str, Any]]:
     if name is not None and params.get("vmid") is None:
         return [{"name": name}]
     option = "vmids" if params.get("vmids") is not None else "vmid"
-    wanted = (
-        _numbers(params["vmids"]) if option == "vmids" else [params["vmid"]] if params.get("vmid") is not None else []
-    )
-    for vmid in wanted:
-        if not 100 <= vmid <= 999999999:
-            raise InvalidInput(f"{option}: {vmid} is not a VMID. Valid: 100 to 999999999", option=option, value=vmid)
+    values: list[Any] = patterns.split_words(params["vmids"]) if option == "vmids" else [params.get("vmid")]
+    vmids = [patterns.read_vmid(option, value) for value in values if value is not None]
     # Both for one sandbox: it is to be that one.
     named = {"name": name} if name is not None and params.get("state") != "present" else {}
-    return [{"vmid": vmid, **named} for vmid in dict.fromkeys(wanted)]
+    return [{"vmid": vmid, **named} for vmid in dict.fromkeys(vmids)]
 
 
 def tags(module: AnsibleModule) -> list[str]:
@@ -182,15 +178,6 @@ def states_of(module: AnsibleModule, valid: Sequence[str]) -> list[str] | None:
                 f"states: {patterns.quoted(name)} is not valid. Valid: {', '.join(valid)}", option="states", value=name
             )
     return names
-
-
-def _numbers(value: object) -> list[int]:
-    numbers = []
-    for word in patterns.split_words(value):
-        if not (word.isascii() and word.isdecimal() and len(word) < 20):
-            raise InvalidInput(f"vmids: {patterns.quoted(word)} is not a VMID. Valid: 100 to 999999999", option="vmids")
-        numbers.append(int(word))
-    return numbers
 
 
 def answer(outcomes: Sequence[Outcome], *, single: bool, diff: bool) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core import profiles
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core import patterns, profiles
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.sandboxes import spec, wanted
 from ansible_collections.agentlab.proxmox.plugins.modules import agentlab_sandbox
 
@@ -100,7 +100,7 @@ def test_each_text_has_a_pattern_and_each_number_a_range() -> None:
     texts = {name for name in OPTIONS if annotations[name].startswith("str")}
     numbers = {name for name in OPTIONS if annotations[name].startswith("int")} - {"ttl"}
     assert set(spec._WORDS) - {"name"} == texts - WITHOUT_PATTERN
-    assert set(spec._RANGES) == numbers
+    assert set(patterns.RANGES) == numbers
 
 
 def test_a_profile_fills_in_each_that_belongs_to_a_kind() -> None:

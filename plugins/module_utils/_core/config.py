@@ -495,19 +495,16 @@ def _preferences(name: str, value: Any) -> tuple[placement.Preference, ...]:
 
 def vmid_range(value: object, name: str = "vmid_range") -> tuple[int, int]:
     """``1000-1999`` as two numbers."""
-    first, dash, last = str(value).partition("-")
-    if (
-        not dash
-        or not first.strip().isdecimal()
-        or not last.strip().isdecimal()
-        or not 100 <= int(first) <= int(last) <= 999999999
-    ):
+    low, high = patterns.MIN_VMID, patterns.MAX_VMID
+    first, last = (patterns.read_whole(part) for part in (str(value).partition("-")[::2]))
+    if first is None or last is None or not low <= first <= last <= high:
         raise InvalidInput(
-            f"{name}: {str(value)!r} is not a range. Valid: FIRST-LAST within 100-999999999, such as {DEFAULTS[name]}",
+            f"{name}: {str(value)[:80]!r} is not a range. Valid: FIRST-LAST within {low}-{high}, such as "
+            f"{DEFAULTS[name]}",
             option=name,
-            value=str(value),
+            value=str(value)[:80],
         )
-    return int(first), int(last)
+    return first, last
 
 
 def api_address(value: object, port: int) -> tuple[str | None, int, str]:
@@ -614,13 +611,14 @@ def _words(name: str, value: Any, word: patterns.Word) -> tuple[str, ...] | None
 
 
 def _integer(name: str, value: Any, low: int, high: int) -> int:
-    text = str(value).strip()
-    if isinstance(value, bool) or not (text.isascii() and text.isdecimal()) or not low <= int(text) <= high:
+    number = patterns.read_whole(value)
+    if number is None or not low <= number <= high:
+        text = str(value).strip()[:80]
         shown = "that value" if name in SECRETS else repr(text)
         raise InvalidInput(
             f"{name}: {shown} is not valid. Valid: a whole number from {low} to {high}", option=name, value=text
         )
-    return int(text)
+    return number
 
 
 def _fraction(name: str, value: Any, low: float, high: float) -> float:

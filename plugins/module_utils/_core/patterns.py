@@ -16,6 +16,10 @@ from .errors import InvalidInput
 
 Word = tuple[re.Pattern[str], str]
 
+MIN_VMID, MAX_VMID = 100, 999999999
+# Low and high of the whole numbers of a creation.
+RANGES = {"cores": (1, 512), "memory": (16, 16777216), "vlan_tag": (1, 4094), "second_vlan_tag": (1, 4094)}
+
 DNS_NAME: Word = (
     re.compile(
         r"(?=.{1,253}\Z)(?![^.]{64})[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?"
@@ -119,6 +123,29 @@ def _unquote(line: str) -> str:
     return line[1:-1].strip() if _QUOTED.fullmatch(line) else line
 
 
+def read_whole(value: object) -> int | None:
+    """Return the whole number that the value is or that its digits say; None for anything else.
+
+    Python's isdecimal also takes digits of other scripts, and int() refuses thousands of digits with a ValueError.
+    """
+    text = str(value).strip()
+    if isinstance(value, bool) or not (text.isascii() and text.isdecimal()) or len(text) > 18:
+        return None
+    return int(text)
+
+
+def read_vmid(option: str, value: object) -> int:
+    """Return the VMID; raise InvalidInput, by the name of the option, for what cannot be one."""
+    vmid = read_whole(value)
+    if vmid is None or not MIN_VMID <= vmid <= MAX_VMID:
+        raise InvalidInput(
+            f"{option}: {shown(value)} is not a VMID. Valid: {MIN_VMID} to {MAX_VMID}",
+            option=option,
+            value=value if isinstance(value, int) else None,
+        )
+    return vmid
+
+
 def split_words(value: object) -> list[str]:
     """Return the words of what was pasted or listed: as split_lines, and each line split at commas, semicolons and
     blanks. A comment may end a line. For tags and ids.
@@ -134,6 +161,11 @@ def shorten_size(text: str) -> str:
     """
     match = re.fullmatch(r"(\+?[\d.]+) ?([kmgt])(?:i?b)?", text.strip(), re.ASCII | re.IGNORECASE)
     return f"{match[1]}{match[2].upper()}" if match else text
+
+
+def shorten_ip_config(text: str) -> str:
+    """Return the parts of ``ipconfigN`` without blanks around their commas, as Proxmox VE takes them."""
+    return re.sub(r"\s*,\s*", ",", text.strip())
 
 
 def check_ip_config(option: str, value: str | None) -> None:
@@ -252,6 +284,11 @@ def quoted(value: object) -> str:
         return ("that mapping" if isinstance(value, dict) else "that list") if value else repr(str(value))
     text = str(value)
     return repr(text[:80]) if text.isprintable() else "that value"
+
+
+def shown(value: object) -> str:
+    """Return a refused value for a message: a whole number as it is, anything else quoted."""
+    return str(value) if isinstance(value, int) else quoted(value)
 
 
 def encodable(text: str) -> bool:

@@ -87,13 +87,34 @@ def _text(word: patterns.Word, spread: bool = False) -> Check:
     return check
 
 
-def _whole(low: int, high: int) -> Check:
+def _whole(option: str) -> Check:
+    low, high = patterns.RANGES[option]
+
     def check(value: Any) -> int:
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
             raise _Refused(f"a whole number from {low} to {high}")
         return value
 
     return check
+
+
+def _ip_config(value: Any) -> str:
+    text = patterns.shorten_ip_config(value) if isinstance(value, str) else value
+    try:
+        patterns.match("ip_config", text, patterns.IPCONFIG)
+        patterns.check_ip_config("ip_config", text)
+    except InvalidInput:
+        raise _Refused(patterns.IPCONFIG[1]) from None
+    return str(text)
+
+
+def _nameserver(value: Any) -> str:
+    text = _text(patterns.NAMESERVER, spread=True)(value)
+    try:
+        patterns.check_nameserver("nameserver", text)
+    except InvalidInput:
+        raise _Refused(patterns.NAMESERVER[1]) from None
+    return str(text)
 
 
 def _flag(value: Any) -> bool:
@@ -151,8 +172,8 @@ _KEYS: dict[str, Any] = {
     "pool": (_text(patterns.POOL), "pool"),
     "storage": (_text(patterns.WORD), "storage"),
     "resources": {
-        "cores": (_whole(1, 512), "cores"),
-        "memory": (_whole(16, 16777216), "memory"),
+        "cores": (_whole("cores"), "cores"),
+        "memory": (_whole("memory"), "memory"),
         "disk_size": (_text(patterns.SIZE), "disk_size"),
         "cpu_type": (_text(patterns.CPU), "cpu_type"),
     },
@@ -161,11 +182,11 @@ _KEYS: dict[str, Any] = {
         "model": (_choice(patterns.MODELS), "network_model"),
         "firewall": (_flag, "firewall"),
         "firewall_group": (_text(patterns.FIREWALL_GROUP), "firewall_group"),
-        "vlan_tag": (_whole(1, 4094), "vlan_tag"),
+        "vlan_tag": (_whole("vlan_tag"), "vlan_tag"),
         "second": {
             "bridge": (_text(patterns.WORD), "second_bridge"),
-            "vlan_tag": (_whole(1, 4094), "second_vlan_tag"),
-            "ip_config": (_text(patterns.IPCONFIG), "second_ip_config"),
+            "vlan_tag": (_whole("second_vlan_tag"), "second_vlan_tag"),
+            "ip_config": (_ip_config, "second_ip_config"),
         },
     },
     "cloud_init": {
@@ -173,8 +194,8 @@ _KEYS: dict[str, Any] = {
         "upgrade": (_flag, "cloud_init_upgrade"),
         "vendor_data": (_text(patterns.VOLUME), "cloud_init_vendor_data"),
         "ssh_public_keys": (_several(_public_keys, _text(patterns.PUBLIC_KEY)), "ssh_public_keys"),
-        "ip_config": (_text(patterns.IPCONFIG), "ip_config"),
-        "nameserver": (_text(patterns.NAMESERVER, spread=True), "nameserver"),
+        "ip_config": (_ip_config, "ip_config"),
+        "nameserver": (_nameserver, "nameserver"),
         "searchdomain": (_text(patterns.SEARCHDOMAIN, spread=True), "searchdomain"),
     },
     "lease": {

@@ -30,8 +30,6 @@ _WORDS = {
     "second_ip_config": patterns.IPCONFIG,
     "cloud_init_vendor_data": patterns.VOLUME,
 }
-# Low and high of the whole numbers.
-_RANGES = {"cores": (1, 512), "memory": (16, 16777216), "vlan_tag": (1, 4094), "second_vlan_tag": (1, 4094)}
 
 _LONGEST_DESCRIPTION = 4000
 
@@ -101,20 +99,21 @@ class Spec:
         patterns.check_ip_config("second_ip_config", self.second_ip_config)
         for tag in self.tags:
             patterns.match("tags", tag, patterns.TAG)
-        if self.vmid is not None and not 100 <= self.vmid <= 999999999:
-            raise InvalidInput(
-                f"vmid: {self.vmid} is not valid. Valid: 100 to 999999999", option="vmid", value=self.vmid
-            )
+        if self.vmid is not None:
+            patterns.read_vmid("vmid", self.vmid)
         if self.storage and self.full_clone is False:
             raise InvalidInput(
                 "storage: a linked clone stays on its template's storage; leave storage out, or set full_clone=true",
                 option="storage",
             )
-        for option, (low, high) in _RANGES.items():
+        for option, (low, high) in patterns.RANGES.items():
             value = getattr(self, option)
-            if value is not None and not low <= value <= high:
+            number = patterns.read_whole(value)
+            if value is not None and (number is None or not low <= number <= high):
                 raise InvalidInput(
-                    f"{option}: {value} is not valid. Valid: {low} to {high}", option=option, value=value
+                    f"{option}: {patterns.shown(value)} is not valid. Valid: {low} to {high}",
+                    option=option,
+                    value=value,
                 )
         if self.network_model is not None and self.network_model not in patterns.MODELS:
             raise InvalidInput(

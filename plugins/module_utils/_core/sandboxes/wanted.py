@@ -7,7 +7,6 @@ configuration.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -93,7 +92,7 @@ def normalise(given: Mapping[str, Any]) -> dict[str, Any]:
             values[option] = patterns.join_words(values[option])
     for option in ("ip_config", "second_ip_config"):
         if isinstance(values.get(option), str):
-            values[option] = re.sub(r"\s*,\s*", ",", values[option])
+            values[option] = patterns.shorten_ip_config(values[option])
     if "tags" in values:
         values["tags"] = patterns.split_tags(values["tags"])
     if "ssh_public_keys" in values:

@@ -25,6 +25,12 @@ def split_tags(_name: str, value: Any) -> list[str]:
     return patterns.split_tags(value)
 
 
+def _number(option: str, text: str) -> Field:
+    """Return the field of an option that is a whole number, within the bounds that all interfaces share."""
+    low, high = patterns.RANGES[option]
+    return Field("integer", text, low=low, high=high)
+
+
 LIFETIME = {
     "ttl_minutes": Field("integer", "lease in minutes", low=1, high=5256000),
     "ttl": Field("duration", "lease as minutes or a duration such as 2h"),
@@ -33,7 +39,9 @@ LIFETIME = {
 
 CREATION: dict[str, Field] = {
     "name": Field("string", "name, unique among live sandboxes; made up when left out", longest=253),
-    "vmid": Field("integer", "VMID; from the configured range when left out", low=100, high=999999999),
+    "vmid": Field(
+        "integer", "VMID; from the configured range when left out", low=patterns.MIN_VMID, high=patterns.MAX_VMID
+    ),
     "profile": Field("string", "profile it is made from", longest=100),
     **LIFETIME,
     "keepalive": Field("boolean", "renew its lease by itself when it is over, up to max_lifetime"),
@@ -43,17 +51,17 @@ CREATION: dict[str, Field] = {
     "full_clone": Field("boolean", "full instead of linked clone"),
     "storage": Field("string", "storage of a full clone", longest=100),
     "pool": Field("string", "pool it belongs to", longest=100),
-    "cores": Field("integer", "CPU cores", low=1, high=512),
+    "cores": _number("cores", "CPU cores"),
     "cpu_type": Field("string", "CPU type, such as host or x86-64-v2-AES", longest=200),
-    "memory": Field("integer", "memory in MiB", low=16, high=16777216),
+    "memory": _number("memory", "memory in MiB"),
     "disk_size": Field("string", "size of the boot disk, 20G or +10G", longest=20),
     "bridge": Field("string", "bridge of the first network card", longest=100),
     "network_model": Field("string", "model of the first network card", valid=patterns.MODELS),
-    "vlan_tag": Field("integer", "VLAN of the first network card", low=1, high=4094),
+    "vlan_tag": _number("vlan_tag", "VLAN of the first network card"),
     "second_bridge": Field(
         "string", "bridge of the second network card, which is made where the template has none", longest=100
     ),
-    "second_vlan_tag": Field("integer", "VLAN of the second network card", low=1, high=4094),
+    "second_vlan_tag": _number("second_vlan_tag", "VLAN of the second network card"),
     "second_ip_config": Field("string", "address of the second network card, as ip_config", longest=200),
     "firewall": Field("boolean", "firewall of the first network card"),
     "firewall_group": Field("string", "security group of its firewall", longest=100),

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from agentlab_core import states
+from agentlab_core import patterns, states
 from agentlab_core.errors import REMEDIES
 
 from .. import __version__
@@ -390,7 +390,7 @@ def _operation(route: Route) -> dict[str, Any]:
                 "name": "vmid",
                 "in": "path",
                 "required": True,
-                "schema": {"type": "integer", "minimum": 100, "maximum": 999999999},
+                "schema": {"type": "integer", "minimum": patterns.MIN_VMID, "maximum": patterns.MAX_VMID},
             }
         )
     if "{id}" in route.path:

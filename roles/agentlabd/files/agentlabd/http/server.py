@@ -28,6 +28,7 @@ from aiohttp import web
 from aiohttp.client_exceptions import ClientError
 from aiohttp.http_exceptions import PayloadEncodingError
 
+from agentlab_core import patterns
 from agentlab_core.errors import AgentlabError, ConfigError, InvalidInput, host_error
 
 from .. import connections
@@ -102,9 +103,7 @@ def _actor(uid: int | None, remote: str | None) -> str:
 
 
 def _vmid(text: str) -> int:
-    if not (text.isascii() and text.isdecimal()) or len(text) > 9 or not 100 <= int(text) <= 999999999:
-        raise InvalidInput(f"vmid: {text[:80]!r} is not a VMID. Valid: 100 to 999999999", option="vmid")
-    return int(text)
+    return patterns.read_vmid("vmid", text)
 
 
 def _body(route: Route, raw: bytes) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from agentlab_core import states
+from agentlab_core import patterns, states
 from agentlab_core.workspaces import workspace
 
 from . import creation, doctor, inside, maintenance, openapi, sandboxes, status, workspaces
@@ -27,7 +27,7 @@ def describe_api(call: Call) -> Answer:
     return Answer(openapi.document(ROUTES))
 
 
-_VMID = Field("integer", "VMID of the sandbox", low=100, high=999999999)
+_VMID = Field("integer", "VMID of the sandbox", low=patterns.MIN_VMID, high=patterns.MAX_VMID)
 
 
 _DISCARD = Field("boolean", "throw the saved memory of a hibernated VM away")
@@ -125,7 +125,12 @@ ROUTES: tuple[Route, ...] = (
         sandboxes.destroy_sandboxes,
         {200: "Results", 207: "Results"},
         operation="destroy",
-        body={"vmids": Field("integers", "VMIDs", required=True, low=100, high=999999999, most=10000), "force": _FORCE},
+        body={
+            "vmids": Field(
+                "integers", "VMIDs", required=True, low=patterns.MIN_VMID, high=patterns.MAX_VMID, most=10000
+            ),
+            "force": _FORCE,
+        },
     ),
     Route(
         "POST",
