@@ -19,10 +19,10 @@ import zipfile
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[1]
-# What a module of ours may add to what ansible-core ships with every module of its own, bytes. The aim is 190,000. Most
-# modules miss it: agentlab_doctor ships 330 kB, agentlab_sandbox 294 kB, agentlab_reconcile 274 kB, since commands,
-# placement and PostgreSQL came. This bound only stops further growth.
-LIMIT = 340_000
+# What a module of ours may add to what ansible-core ships with every module of its own, bytes. The aim is 190,000,
+# which most modules miss: agentlab_doctor adds 310 kB, agentlab_sandbox 300 kB, agentlab_reconcile 269 kB and
+# agentlab_prune 232 kB. This bound only stops further growth.
+LIMIT = 320_000
 
 
 def modules() -> list[str]:

@@ -20,7 +20,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / ".collections"))
 
-from agentlab_core.placement import Load, Node, Reservation, Rules, Vm, Wish, decide
+from agentlab_core.nodes import Node, Rules, Vm
+from agentlab_core.placement import Load, Reservation, Wish, decide
 
 GIB = 1024**3
 NODES, CREATIONS, CONTROLLERS = 16, 1000, 3

@@ -26,7 +26,7 @@ from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors impo
 )
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.sandboxes import destroy
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.workspaces import Workspace
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.workspaces import workspace
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.workspaces import workspace, workspace_disk
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.workspaces.workspace import WorkspaceRefused
 
 from support.double import TOKEN_ID
@@ -661,11 +661,11 @@ def test_a_second_try_to_make_a_volume_is_in_doubt_from_then_on(lab: Lab) -> Non
     lab.options["doubt_window"] = "20s"
     lab.clock = FakeClock()
     lab.clock.pass_time(30)
-    assert [one.name for one in workspace.unfinished(lab.context())] == ["w1"]
+    assert [one.name for one in workspace_disk.unfinished(lab.context())] == ["w1"]
     lab.pve.fault("POST", "/content", "hang", seconds=2, carry_out="late")
     with pytest.raises(AgentlabError):
         workspace.present(lab.context(api_timeout=1), "w1", size="8G", storage="local-lvm")
-    assert workspace.unfinished(lab.context()) == []
+    assert workspace_disk.unfinished(lab.context()) == []
     with pytest.raises(Kept, match="may still be carried out"):
         workspace.absent(lab.context(), "w1", force=True)
     time.sleep(2.5)

@@ -23,7 +23,7 @@ FILES = ROOT / "roles/agentlabd/files"
 # Room -> its files without ".py" (a name that ends in "/" means all files of that folder), and the rooms it may import.
 CORE_ROOMS: dict[str, tuple[str, str]] = {
     "tables": ("clock errors escapes reasons states model version", ""),
-    "tools": ("database_address parallel durations patterns placement safe_yaml values waiting", "tables"),
+    "tools": ("database_address parallel durations nodes patterns placement safe_yaml values waiting", "tables"),
     "files": ("config profiles rules", "tables tools"),
     "store": ("store/", "tables tools"),
     "proxmox": ("proxmox/", "tables tools files"),

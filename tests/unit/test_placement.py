@@ -16,17 +16,13 @@ from typing import Any
 import pytest
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core import config
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import InvalidInput
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.nodes import Node, Preference, Room, Rules, Vm
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.placement import (
     CHOSEN,
     REASONS,
     Decision,
     Load,
-    Node,
-    Preference,
     Reservation,
-    Room,
-    Rules,
-    Vm,
     Wish,
     decide,
 )

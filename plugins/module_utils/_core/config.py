@@ -15,8 +15,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from . import database_address, durations, patterns, placement, safe_yaml
+from . import database_address, durations, patterns, safe_yaml
 from .errors import ConfigError, InvalidInput
+from .nodes import AFFINITIES, STRATEGIES, Preference
+from .nodes import Rules as PlacementRules
 
 CONFIG_FILE = "/etc/agentlab/config.yaml"
 DATABASE = "/var/lib/agentlab/agentlab.db"
@@ -267,7 +269,7 @@ class Config:
     pool: str | None
     storage: str | None
     # How "auto" chooses a node.
-    placement: placement.Rules
+    placement: PlacementRules
     default_ttl: int
     max_ttl: int
     max_lifetime: int | None
@@ -435,20 +437,20 @@ def read_file(path: str) -> dict[str, Any]:
     return dict(found)
 
 
-def _placement_rules(value: Any) -> placement.Rules:
+def _placement_rules(value: Any) -> PlacementRules:
     """Return the mapping ``placement`` as rules; InvalidInput names the key, its value and what is valid."""
     if value is None:
-        return placement.Rules()
-    valid = ", ".join(placement.Rules.__dataclass_fields__)
+        return PlacementRules()
+    valid = ", ".join(PlacementRules.__dataclass_fields__)
     if not isinstance(value, Mapping):
         raise InvalidInput(
             f"placement: {patterns.quoted(value)} is not valid. Valid: a mapping of {valid}", option="placement"
         )
     for key in value:
-        if key not in placement.Rules.__dataclass_fields__:
+        if key not in PlacementRules.__dataclass_fields__:
             raise InvalidInput(f"placement: {patterns.quoted(key)} is no key of it. Valid: {valid}", option="placement")
     rules = {key: item for key, item in value.items() if item is not None}
-    for key, choices in (("strategy", placement.STRATEGIES), ("anti_affinity", placement.AFFINITIES)):
+    for key, choices in (("strategy", STRATEGIES), ("anti_affinity", AFFINITIES)):
         if key in rules and rules[key] not in choices:
             raise InvalidInput(
                 f"placement.{key}: {patterns.quoted(rules[key])} is not valid. Valid: {', '.join(choices)}",
@@ -465,10 +467,10 @@ def _placement_rules(value: Any) -> placement.Rules:
         rules["settle"] = _seconds("placement.settle", rules["settle"])
     if "reserve" in rules:
         rules["reserve"] = _integer("placement.reserve", rules["reserve"], 0, 99)
-    return placement.Rules(**rules)
+    return PlacementRules(**rules)
 
 
-def _preferences(name: str, value: Any) -> tuple[placement.Preference, ...]:
+def _preferences(name: str, value: Any) -> tuple[Preference, ...]:
     """Return a list of ``{tag: T, nodes: [N]}`` and ``{profile: P, nodes: [N]}``."""
     preferences = []
     for item in value if isinstance(value, list) else [value]:
@@ -489,7 +491,7 @@ def _preferences(name: str, value: Any) -> tuple[placement.Preference, ...]:
                 "at least one node",
                 option=name,
             )
-        preferences.append(placement.Preference(kind, word, frozenset(nodes)))
+        preferences.append(Preference(kind, word, frozenset(nodes)))
     return tuple(preferences)
 
 

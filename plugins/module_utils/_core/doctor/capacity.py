@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from ..errors import CreationFailed, InvalidInput
-from ..placement import AUTO, Decision
+from ..nodes import AUTO
+from ..placement import Decision
 from ..sandboxes import place
 from ..sandboxes.spec import Spec
 from .examination import Examination

@@ -11,8 +11,9 @@ from collections.abc import Iterable
 
 from .. import states
 from ..errors import AgentlabError
-from ..guest.access import Guest
+from ..guest.agent import Agent
 from ..store import runs
+from ..vm.locate import require_match
 from . import privileges
 from .examination import Examination
 from .findings import OK, PROBLEM, WARNING, Finding
@@ -44,7 +45,7 @@ def check_commands(exam: Examination) -> Iterable[Finding]:
         return
     sandbox = max(running, key=lambda candidate: candidate.created_at)
     try:
-        abilities = Guest.enter(exam.context, sandbox).agent.abilities()
+        abilities = Agent(exam.context, sandbox, require_match(exam.context, sandbox)).abilities()
     except AgentlabError as error:
         yield Finding(
             "commands", WARNING, f"no command can be run: {error.message}", "see the message", {"vmid": sandbox.vmid}

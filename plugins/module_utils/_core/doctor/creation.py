@@ -13,7 +13,7 @@ from .. import profiles
 from ..config import DEFAULTS
 from ..errors import AgentlabError, ApiError, InvalidInput
 from ..guest import cloud_init
-from ..placement import AUTO
+from ..nodes import AUTO
 from ..proxmox.identity import OUR_TAG
 from . import template
 from .examination import Examination, as_dict

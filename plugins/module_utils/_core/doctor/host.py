@@ -17,7 +17,7 @@ from ..store.open import sqlite_version
 from ..store.sqlite import latest
 from ..version import __version__
 from ..vm import binding
-from ..workspaces import workspace
+from ..workspaces import workspace_disk
 from . import daemon
 from .daemon import conditions_of
 from .examination import Examination
@@ -295,7 +295,7 @@ def check_work(exam: Examination) -> Iterable[Finding]:
             doubtful.append(str(sandbox.vmid))
         else:
             cut_off.append(f"{sandbox.vmid} ({entry.kind}, {entry.phase})")
-    disks = workspace.unfinished(context)
+    disks = workspace_disk.unfinished(context)
     facts = {"sandboxes": len(live), "overdue": overdue[:50], "cut_off": cut_off[:50]}
     found: list[tuple[str, str]] = []
     rest = timeguard.rests(context)

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..errors import AccessDenied, InvalidInput
-from ..placement import AUTO
+from ..nodes import AUTO
 from ..sandboxes import template as templates
 from ..sandboxes import vm_config
 from ..vm import address

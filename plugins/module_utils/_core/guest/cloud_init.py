@@ -22,11 +22,12 @@ from typing import Any
 
 from .. import patterns, safe_yaml
 from ..context import Context
-from ..errors import AgentlabError, ApiError, InvalidInput, Kept, ProxmoxError, TaskTimeout
+from ..errors import AgentlabError, ApiError, InvalidInput, ProxmoxError, TaskTimeout
 from ..model import Sandbox
 from ..store.records import Claim
 from ..vm import address
 from ..vm.locate import Located, match_if_readable
+from . import snippets
 
 _LONGEST = 512 * 1024
 # What cloud-init recognises user data by, in small letters, after white space. Anything else it ignores, with a warning
@@ -94,10 +95,6 @@ def check_data(data: str) -> None:
 
 
 # ---- the snippet ----
-
-
-def name_of(sandbox: Sandbox) -> str:
-    return f"agentlab-{sandbox.uuid}.yaml"
 
 
 def check_storage(ctx: Context, node: str) -> dict[str, Any]:
@@ -189,10 +186,10 @@ def provide(ctx: Context, claim: Claim, sandbox: Sandbox, data: str | None) -> S
                 option="cloud_init_user_data",
             )
         return sandbox
-    path = os.path.join(ctx.config.snippets_dir, name_of(sandbox))
+    path = os.path.join(ctx.config.snippets_dir, snippets.name_of(sandbox))
     if sandbox.snippet != path:
         if sandbox.snippet is not None:
-            remove(ctx, sandbox)
+            snippets.remove(ctx, sandbox)
         sandbox = ctx.records.change(
             claim, sandbox, "create", snippet=path, outcome="decided", reason="snippet", evidence={"snippet": path}
         )
@@ -207,43 +204,11 @@ def provide(ctx: Context, claim: Claim, sandbox: Sandbox, data: str | None) -> S
 
 
 def volume_of(ctx: Context, sandbox: Sandbox) -> str:
-    return f"{ctx.config.snippets_storage}:snippets/{name_of(sandbox)}"
-
-
-def remove(ctx: Context, sandbox: Sandbox) -> None:
-    """Remove the sandbox's snippet, finished or half written.
-
-    Kept when it is there and cannot be removed: it may hold secrets.
-    """
-    if sandbox.snippet is None or os.path.basename(sandbox.snippet) != name_of(sandbox):
-        return
-    for path in (sandbox.snippet, _temporary(sandbox.snippet)):
-        try:
-            os.unlink(path)
-        except FileNotFoundError:
-            if not os.path.isdir(os.path.dirname(path)):
-                raise Kept(
-                    "snippet",
-                    f"sandbox {sandbox.vmid}: the folder of its cloud-init snippet {path} is not there (a storage "
-                    "that is not mounted?), so it may still exist; mount it, or make the folder if it is gone for "
-                    "good, then run again",
-                    vmid=sandbox.vmid,
-                ) from None
-        except OSError as error:
-            raise Kept(
-                "snippet",
-                f"sandbox {sandbox.vmid}: its cloud-init snippet {path} cannot be removed: {error.strerror}; remove "
-                "it, or run as a user who may, then run again",
-                vmid=sandbox.vmid,
-            ) from None
-
-
-def _temporary(path: str) -> str:
-    return os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.new")
+    return f"{ctx.config.snippets_storage}:snippets/{snippets.name_of(sandbox)}"
 
 
 def _write(path: str, data: str) -> None:
-    new = _temporary(path)
+    new = snippets.temporary(path)
     with contextlib.suppress(FileNotFoundError):
         os.unlink(new)
     # Proxmox reads it as root; nobody else has to, and the mode is right from the first moment on.

@@ -17,7 +17,7 @@ from typing import Any
 from .. import states, timeguard
 from ..context import Context
 from ..errors import AgentlabError, DamagedRecord, GuardTripped, Kept, ProxmoxError, RecordChanged, StateConflict
-from ..guest import cloud_init
+from ..guest import snippets
 from ..model import Sandbox
 from ..proxmox import identity
 from ..sandboxes import destroy, lease, leftovers, removal
@@ -25,7 +25,7 @@ from ..store import overview
 from ..store.records import POINT_OF_NO_RETURN, JournalEntry
 from ..vm import address, binding, power
 from ..vm.locate import Located, is_hibernated, locate, power_state
-from ..workspaces import workspace
+from ..workspaces import workspace, workspace_disk
 
 # Absences of fewer records than this are never "a large share".
 _GUARD_FROM = 5
@@ -160,7 +160,7 @@ def run(ctx: Context, *, apply: bool, adopt_cluster: bool = False, known_vms: Kn
 def _workspaces(ctx: Context, writing: bool) -> list[Drift]:
     """What killed runs began on workspaces is finished or undone, and what a sandbox that is gone had is free."""
     drifts = []
-    for one in workspace.unfinished(ctx):
+    for one in workspace_disk.unfinished(ctx):
         drift = Drift("workspace", "finish or undo it", {"workspace": one.name, "state": one.state}, vmid=one.vmid)
         if writing:
             try:
@@ -376,7 +376,7 @@ def give_up_creation(ctx: Context, sandbox: Sandbox, evidence: dict[str, Any] | 
             bound = binding.locate_unbound(ctx, current, claim, created).match
             current = ctx.records.get(current.uuid)
             bound = bound or (left is not None and binding.left_nothing(ctx, current, left))
-        cloud_init.remove(ctx, current)
+        snippets.remove(ctx, current)
         # Unbound: the journal entry stays, a later destroy needs it to tell whether a VM is its own.
         return ctx.records.change(
             claim,

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import ProxmoxError
-from ..placement import Node, Room, Vm
+from ..nodes import Node, Room, Vm
 from .client import ProxmoxClient
 
 

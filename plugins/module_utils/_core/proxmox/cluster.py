@@ -22,7 +22,7 @@ from ..store.records import Records
 from .client import ProxmoxClient
 
 if TYPE_CHECKING:
-    from ..placement import Node
+    from ..nodes import Node
     from .capacity import Capacity
 
 # Quorum changes rarely and is asked before every delete of a bulk run: an answer is good for this long. The config

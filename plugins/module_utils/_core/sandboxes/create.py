@@ -35,7 +35,7 @@ from ..errors import (
     TaskUnknown,
     Unreachable,
 )
-from ..guest import cloud_init
+from ..guest import cloud_init, snippets
 from ..model import Outcome, Sandbox
 from ..proxmox import identity
 from ..proxmox.answers import not_begun
@@ -370,7 +370,7 @@ def _carry_on(
         raise
     except cloud_init.CloudInitFailed as error:
         # The VM stays for whoever wants to know why; what its user data said does not.
-        cloud_init.remove(ctx, sandbox)
+        snippets.remove(ctx, sandbox)
         ctx.records.change(
             claim,
             sandbox,
@@ -764,7 +764,7 @@ def _clean_up(
         left = f"and cleaning up failed too: {second.message}"
     try:
         # Also when its VM could not be removed: what was to be secret is not left lying about.
-        cloud_init.remove(ctx, ctx.records.get(sandbox.uuid))
+        snippets.remove(ctx, ctx.records.get(sandbox.uuid))
     except AgentlabError as third:
         clean = False
         left += f"; {third.message}"

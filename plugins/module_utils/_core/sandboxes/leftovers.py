@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from ..context import Context
-from ..guest import cloud_init
+from ..guest import snippets
 from ..model import Sandbox
 from ..store.records import Claim
 from ..workspaces import workspace_disk
@@ -17,5 +17,5 @@ def clear(ctx: Context, claim: Claim, sandbox: Sandbox) -> None:
 
     Doing it again does no harm.
     """
-    cloud_init.remove(ctx, sandbox)
+    snippets.remove(ctx, sandbox)
     workspace_disk.released(ctx, claim, sandbox)

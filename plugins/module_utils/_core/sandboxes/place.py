@@ -19,7 +19,8 @@ from ..context import Context
 from ..errors import CreationFailed, InvalidInput
 from ..guest import cloud_init
 from ..model import Sandbox
-from ..placement import Decision, Load, Node, Reservation, Wish
+from ..nodes import AUTO, Node
+from ..placement import Decision, Load, Reservation, Wish
 from ..proxmox import capacity
 from ..store import placements
 from ..store.workspaces import Workspace
@@ -51,10 +52,10 @@ class _NotLookedAt(Exception):
 def is_open(ctx: Context, spec: Spec, workspace: Workspace | None, nodes: Mapping[str, Any]) -> bool:
     """Return whether the node is to be chosen: it is auto, or nothing names one and the cluster has several."""
     if spec.node is not None:
-        return spec.node == placement.AUTO
+        return spec.node == AUTO
     if workspace is not None and workspace.node is not None:
         return False
-    return ctx.config.node == placement.AUTO or (ctx.config.node is None and len(nodes) > 1)
+    return ctx.config.node == AUTO or (ctx.config.node is None and len(nodes) > 1)
 
 
 class NodeChoice:

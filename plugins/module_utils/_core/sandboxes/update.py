@@ -17,7 +17,7 @@ from .. import durations, states
 from ..context import Context, refuse_cut_off
 from ..errors import Advice, AgentlabError, InvalidInput, Kept, StateConflict
 from ..model import Outcome, Sandbox
-from ..placement import AUTO
+from ..nodes import AUTO
 from ..proxmox import identity
 from ..store import history
 from ..vm import power

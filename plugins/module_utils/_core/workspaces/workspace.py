@@ -17,7 +17,7 @@ from .. import states as sandbox_states
 from ..context import Context
 from ..errors import AgentlabError, ApiError, InvalidInput, Kept, OutcomeUnknown, ProxmoxError
 from ..model import Sandbox
-from ..placement import AUTO
+from ..nodes import AUTO
 from ..store import workspaces as store
 from ..store.records import Claim
 from ..store.workspaces import Workspace
@@ -527,17 +527,6 @@ def _look(ctx: Context, found: Workspace) -> dict[str, Any]:
 
 
 # ---- what killed runs left ----
-
-
-def unfinished(ctx: Context) -> list[Workspace]:
-    """Workspaces on which something was begun that nobody is at work on, and those whose sandbox is gone."""
-    now = ctx.clock.now()
-    found = []
-    for one in records(ctx).find_all():
-        gone = one.sandbox_uuid is not None and not ctx.records.get(one.sandbox_uuid).live
-        if gone or (one.state in store.UNFINISHED and not 0 <= now - one.updated_at < ctx.config.doubt_window):
-            found.append(one)
-    return found
 
 
 def finish(ctx: Context, found: Workspace) -> Workspace:

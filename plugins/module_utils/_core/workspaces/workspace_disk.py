@@ -56,6 +56,18 @@ def records(ctx: Context) -> store.Workspaces:
     return store.Workspaces(ctx.records)
 
 
+def unfinished(ctx: Context) -> list[Workspace]:
+    """Return the workspaces whose operation nobody is at work on, and those whose sandbox is gone."""
+    now = ctx.clock.now()
+
+    def is_left(workspace: Workspace) -> bool:
+        if workspace.sandbox_uuid is not None and not ctx.records.get(workspace.sandbox_uuid).live:
+            return True
+        return workspace.state in store.UNFINISHED and not 0 <= now - workspace.updated_at < ctx.config.doubt_window
+
+    return [workspace for workspace in records(ctx).find_all() if is_left(workspace)]
+
+
 def select(ctx: Context, which: str) -> Workspace:
     """The live workspace of a name or id."""
     found = records(ctx).find(which)

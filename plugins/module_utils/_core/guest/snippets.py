@@ -1,0 +1,53 @@
+# Copyright: the agentlab.proxmox contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""The file of a sandbox's user data: its name, and its end. cloud_init.py writes it.
+
+Apart from that, because every way to DESTROYED removes the file and only a creation writes it.
+"""
+
+from __future__ import annotations
+
+import os
+
+from ..context import Context
+from ..errors import Kept
+from ..model import Sandbox
+
+
+def name_of(sandbox: Sandbox) -> str:
+    """Return the file name of the sandbox's snippet."""
+    return f"agentlab-{sandbox.uuid}.yaml"
+
+
+def remove(ctx: Context, sandbox: Sandbox) -> None:
+    """Remove the sandbox's snippet, finished or half written.
+
+    Kept when it is there and cannot be removed: it may hold secrets.
+    """
+    if sandbox.snippet is None or os.path.basename(sandbox.snippet) != name_of(sandbox):
+        return
+    for path in (sandbox.snippet, temporary(sandbox.snippet)):
+        try:
+            os.unlink(path)
+        except FileNotFoundError:
+            if not os.path.isdir(os.path.dirname(path)):
+                raise Kept(
+                    "snippet",
+                    f"sandbox {sandbox.vmid}: the folder of its cloud-init snippet {path} is not there (a storage "
+                    "that is not mounted?), so it may still exist; mount it, or make the folder if it is gone for "
+                    "good, then run again",
+                    vmid=sandbox.vmid,
+                ) from None
+        except OSError as error:
+            raise Kept(
+                "snippet",
+                f"sandbox {sandbox.vmid}: its cloud-init snippet {path} cannot be removed: {error.strerror}; remove "
+                "it, or run as a user who may, then run again",
+                vmid=sandbox.vmid,
+            ) from None
+
+
+def temporary(path: str) -> str:
+    """Return the path that a snippet is written to before it gets its own."""
+    return os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.new")
