@@ -303,7 +303,8 @@ class Cluster:
 
     def begin(self, vm: dict[str, Any], kind: str, done: Callable[[], str]) -> str:
         started = int(time.time())
-        upid = f"UPID:{vm['node']}:{len(self.tasks) + 1:08X}:{len(self.tasks):08X}:{started:08X}:{kind}:{vm['vmid']}:bench@pve!bench:"
+        number = len(self.tasks)
+        upid = f"UPID:{vm['node']}:{number + 1:08X}:{number:08X}:{started:08X}:{kind}:{vm['vmid']}:bench@pve!bench:"
         task = self.tasks[upid] = Task(upid, vm["node"], kind, vm["vmid"], started)
         self.running += 1
         self.most_tasks = max(self.most_tasks, self.running)

@@ -124,7 +124,10 @@ def seed(
         Path(path + suffix).unlink(missing_ok=True)
     database = Database(path)
     now = int(time.time())
-    columns = "uuid, vmid, name, state, node, ttl_seconds, lease_expires_at, created_at, updated_at, state_changed_at, smbios_uuid, ip, ip_seen_at"
+    columns = (
+        "uuid, vmid, name, state, node, ttl_seconds, lease_expires_at, created_at, updated_at, state_changed_at, "
+        "smbios_uuid, ip, ip_seen_at"
+    )
     into = f"INSERT INTO sandboxes ({columns}) VALUES ({', '.join('?' * 13)})"
     lease = now - 3600 if state == "TIMEOUT" else now + 3600
 

@@ -73,7 +73,8 @@ options:
       - name: ansible_agentlab_agent_timeout
   command_timeout:
     description:
-      - Seconds that one command may take. It is ended in the guest then, and the task fails. V(0) for no limit but the lease.
+      - Seconds that one command may take. It is ended in the guest then, and the task fails. V(0) for no limit but
+        the lease.
     type: int
     default: 0
     ini:

@@ -13,13 +13,15 @@ options:
     description:
       - Configuration file of agentlab on the host where the module runs. Read if it is there.
       - An option wins over the environment, the environment over the file.
-      - The environment variable E(AGENTLAB_CONFIG) is used when the option is not set, then V(/etc/agentlab/config.yaml).
+      - The environment variable E(AGENTLAB_CONFIG) is used when the option is not set, then
+        V(/etc/agentlab/config.yaml).
     type: path
   database:
     description:
       - The records - a SQLite file on the host where the module runs, created with mode 0600 if it is missing.
       - C(postgresql://USER@HOST/DATABASE) names a PostgreSQL database instead, which several hosts share.
-      - The environment variable E(AGENTLAB_DATABASE) is used when the option is not set, then the configuration file, then
+      - The environment variable E(AGENTLAB_DATABASE) is used when the option is not set, then the configuration
+        file, then
         V(/var/lib/agentlab/agentlab.db).
     type: path
   database_password:
@@ -28,7 +30,8 @@ options:
     type: str
   api_host:
     description:
-      - Host name or address of a Proxmox VE node. C(HOST:PORT), C(https://HOST:PORT) and a path before C(/api2/json) are understood too.
+      - Host name or address of a Proxmox VE node. C(HOST:PORT), C(https://HOST:PORT) and a path before
+        C(/api2/json) are understood too.
       - Without it C(pvesh) of the node itself is used, which needs no token.
       - The environment variable E(PROXMOX_HOST) is used when the option is not set.
     type: str
@@ -75,7 +78,8 @@ options:
     type: int
   actor:
     description:
-      - Who acts, for the events in the record. The user who runs the module unless set; set it to the AWX job, for instance.
+      - Who acts, for the events in the record. The user who runs the module unless set; set it to the AWX job, for
+        instance.
     type: str
 requirements:
   - python >= 3.11
@@ -93,7 +97,8 @@ options:
     description: VMID of the sandbox.
     type: int
   vmids:
-    description: VMIDs of several sandboxes, worked on at once. Also a text with commas, blanks or line feeds between them, as surveys give it.
+    description: VMIDs of several sandboxes, worked on at once. Also a text with commas, blanks or line feeds
+      between them, as surveys give it.
     type: list
     elements: str
   name:
@@ -119,14 +124,17 @@ attributes:
     description: Tells state and lease before and after, by VMID.
     support: full
   action_group:
-    description: Use C(group/agentlab.proxmox.agentlab) in C(module_defaults) to set options for all modules of the collection.
+    description: Use C(group/agentlab.proxmox.agentlab) in C(module_defaults) to set options for all modules of the
+      collection.
     support: full
     membership:
       - agentlab.proxmox.agentlab
   action:
     description:
-      - Runs in the process of Ansible itself, instead of being copied and started, where both are the same Python on the same host
-        (connection C(local)), and no C(become), C(environment), C(async) or C(timeout) is asked for. The answer is the same.
+      - Runs in the process of Ansible itself, instead of being copied and started, where both are the same Python
+        on the same host
+        (connection C(local)), and no C(become), C(environment), C(async) or C(timeout) is asked for. The answer is
+        the same.
       - The variable C(agentlab_in_place=false) switches it off.
     support: full
 options: {}

@@ -10,10 +10,12 @@ module: agentlab_awx_setup
 short_description: Set AWX up for sandboxes, or take that away again
 version_added: 1.1.0
 description:
-  - Makes credential type, credential, project, job templates with surveys, and schedules in one organization of AWX or of the
+  - Makes credential type, credential, project, job templates with surveys, and schedules in one organization of AWX
+    or of the
     controller of Automation Platform.
   - The playbook C(agentlab.proxmox.awx_setup) calls it with the surveys of the collection. Run that, not this module.
-  - Every object is looked up by its name and its organization. Objects of another organization are neither found nor changed.
+  - Every object is looked up by its name and its organization. Objects of another organization are neither found
+    nor changed.
   - An object that this module did not make is changed only with O(adopt).
 options:
   host:
@@ -50,7 +52,8 @@ options:
     default: present
   adopt:
     description:
-      - Whether objects that this module did not make may be changed, when they have the name and the organization of one of
+      - Whether objects that this module did not make may be changed, when they have the name and the organization
+        of one of
         its own. Without it they are named, and nothing is changed at all.
       - With O(state=absent), whether schedules and workflow nodes of other people that use a template may go with it.
     type: bool

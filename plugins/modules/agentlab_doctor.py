@@ -10,7 +10,8 @@ module: agentlab_doctor
 short_description: Look at everything sandboxes depend on, and say what to do
 version_added: 1.0.0
 description:
-  - Looks at the configuration, the database, the privileges of the token, quorum, the range of VMIDs, clocks, the template, its storage, the daemon
+  - Looks at the configuration, the database, the privileges of the token, quorum, the range of VMIDs, clocks, the
+    template, its storage, the daemon
     and the versions of what is used. Each finding says what it means and what to do about it.
   - Only reads. The exception is O(bundle), a file for bug reports.
 options:
@@ -19,12 +20,15 @@ options:
     type: str
   bundle:
     description:
-      - File to write on the host where the module runs, with the findings, the configuration, the live sandboxes and the last events, as JSON.
-      - It is written with mode 0600 and replaced if it is there. Passwords and token secrets are never in it. Check mode does not write it.
+      - File to write on the host where the module runs, with the findings, the configuration, the live sandboxes
+        and the last events, as JSON.
+      - It is written with mode 0600 and replaced if it is there. Passwords and token secrets are never in it. Check
+        mode does not write it.
     type: path
   bundle_hosts:
     description:
-      - Leave names of hosts, nodes and VMs and their addresses in the O(bundle). Otherwise each is replaced by a word such as V((node 1\)).
+      - Leave names of hosts, nodes and VMs and their addresses in the O(bundle). Otherwise each is replaced by a
+        word such as V((node 1\)).
     type: bool
     default: false
   fail_on:
@@ -38,7 +42,7 @@ extends_documentation_fragment:
 """
 
 EXAMPLES = r"""
-# Then show found.findings | rejectattr('status', 'equalto', 'ok'), and found.pveum, the commands for missing privileges.
+# Then show found.findings | rejectattr('status', 'equalto', 'ok'), and found.pveum: commands for missing privileges.
 - name: Look at everything
   agentlab.proxmox.agentlab_doctor:
   register: found
@@ -72,11 +76,13 @@ findings:
     check:
       description:
         - One of V(versions), V(configuration), V(database), V(work), V(proxmox), V(cluster), V(quorum), V(template),
-          V(storage), V(creation), V(placement) (where the node is chosen), V(privileges), V(vmid_range), V(clock) and V(daemon).
+          V(storage), V(creation), V(placement) (where the node is chosen), V(privileges), V(vmid_range), V(clock)
+          and V(daemon).
       type: str
       returned: always
     status:
-      description: V(ok), V(warning) (works, but look at it), V(problem) (something does not work), or V(unknown) (could not be looked at).
+      description: V(ok), V(warning) (works, but look at it), V(problem) (something does not work), or V(unknown)
+        (could not be looked at).
       type: str
       returned: always
     meaning: {description: What was found and what it means., type: str, returned: always}

@@ -11,9 +11,11 @@ short_description: Run a command in a sandbox
 version_added: 1.0.0
 description:
   - Runs a command in a sandbox through the QEMU guest agent. Needs neither an address nor a network nor SSH.
-  - The VM is proven to be the sandbox's before and after the command. The sandbox must be READY or RUNNING, with a lease that is not over.
+  - The VM is proven to be the sandbox's before and after the command. The sandbox must be READY or RUNNING, with a
+    lease that is not over.
   - A command runs once. A request whose answer was lost is repeated, which never begins the command again.
-  - The guest needs C(qemu-guest-agent) and a POSIX shell with coreutils and util-linux, or busybox. Windows guests are not supported.
+  - The guest needs C(qemu-guest-agent) and a POSIX shell with coreutils and util-linux, or busybox. Windows guests
+    are not supported.
 options:
   vmid:
     description: VMID of the sandbox.
@@ -38,7 +40,8 @@ options:
     description: Environment variables, beside the few that the guest agent has (such as E(PATH)).
     type: dict
   user:
-    description: Name or id of the user of the guest who runs the command. The user of the guest agent (C(root)) unless set.
+    description: Name or id of the user of the guest who runs the command. The user of the guest agent (C(root))
+      unless set.
     type: str
   creates:
     description: Path or pattern. Where it exists in the guest the command is not run.
@@ -48,7 +51,8 @@ options:
     type: str
   timeout:
     description:
-      - Seconds, or a duration (V(90s), V(10m), V(2h)), after which the command and its process group are ended (C(TERM), then C(KILL)).
+      - Seconds, or a duration (V(90s), V(10m), V(2h)), after which the command and its process group are ended
+        (C(TERM), then C(KILL)).
       - V(0) sets no limit; the command ends with the sandbox then.
     type: str
     default: "60"
@@ -57,7 +61,8 @@ options:
     type: int
     default: 5
   max_output:
-    description: Bytes of standard output, and as many of standard error, that are kept. What is beyond is dropped, and RV(truncated) says so.
+    description: Bytes of standard output, and as many of standard error, that are kept. What is beyond is dropped,
+      and RV(truncated) says so.
     type: int
     default: 1048576
   encoding:
@@ -69,8 +74,10 @@ options:
     default: utf-8
   secret:
     description:
-      - Whether O(stdin) and the values of O(environment) are secret. They are kept out of what Ansible shows and logs then.
-      - Without O(api_host) such a command is refused where the VM is on another node, because C(pvesh) would show it in the process list.
+      - Whether O(stdin) and the values of O(environment) are secret. They are kept out of what Ansible shows and
+        logs then.
+      - Without O(api_host) such a command is refused where the VM is on another node, because C(pvesh) would show
+        it in the process list.
     type: bool
     default: false
   log_command:
@@ -85,14 +92,16 @@ options:
     description:
       - With V(run) the command is run, and its end is waited for.
       - With V(start) the command is begun, and goes on by itself until O(timeout), which should be set.
-      - V(status) tells the state of the run O(run_id) and its output so far, V(wait) waits for its end (at most O(timeout)), V(kill) ends it.
+      - V(status) tells the state of the run O(run_id) and its output so far, V(wait) waits for its end (at most
+        O(timeout)), V(kill) ends it.
     type: str
     choices: [run, start, status, wait, kill]
     default: run
   run_id:
     description:
       - UUID of the run. Needed with O(action=status), O(action=wait) and O(action=kill).
-      - With O(action=run) and O(action=start) a run of that id which was begun before is not begun again; its result is returned.
+      - With O(action=run) and O(action=start) a run of that id which was begun before is not begun again; its
+        result is returned.
     type: str
 extends_documentation_fragment:
   - agentlab.proxmox.common

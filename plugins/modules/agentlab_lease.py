@@ -19,7 +19,8 @@ options:
     required: true
   min_remaining:
     description:
-      - Renew only when less than this is left, so that a play that renews on every run changes something only when it is time.
+      - Renew only when less than this is left, so that a play that renews on every run changes something only when
+        it is time.
       - Without it, repeating a renewal within a minute changes nothing.
     type: str
   allow_shorten:
@@ -52,7 +53,8 @@ sandboxes:
   type: list
   elements: dict
 results:
-  description: What became of each, as in M(agentlab.proxmox.agentlab_sandbox), with C(lease_expires_at), C(granted_seconds) and C(capped).
+  description: What became of each, as in M(agentlab.proxmox.agentlab_sandbox), with C(lease_expires_at),
+    C(granted_seconds) and C(capped).
   returned: always
   type: list
   elements: dict

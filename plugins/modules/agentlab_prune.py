@@ -10,7 +10,8 @@ module: agentlab_prune
 short_description: Destroy sandboxes whose lease is over
 version_added: 1.0.0
 description:
-  - Destroys what is in C(TIMEOUT) (and in other terminal states where asked), and closes the records of VMs that are proven to be gone.
+  - Destroys what is in C(TIMEOUT) (and in other terminal states where asked), and closes the records of VMs that
+    are proven to be gone.
   - Everything else is kept and listed with its reason. Check mode is the dry run, with full reads and the same answer.
 options:
   older_than:
@@ -69,7 +70,8 @@ kept:
   elements: dict
 failed:
   description:
-    - An empty list when nothing failed. A failed item fails the task; Ansible itself then says V(true) here, and RV(failed_items) has the items.
+    - An empty list when nothing failed. A failed item fails the task; Ansible itself then says V(true) here, and
+      RV(failed_items) has the items.
     - From ansible-core 2.21 on it is V(false) when nothing failed, because Ansible takes nothing but a boolean here.
   returned: always
   type: raw

@@ -10,20 +10,25 @@ module: agentlab_reconcile
 short_description: Compare the records of sandboxes with Proxmox VE and repair the drift
 version_added: 1.0.0
 description:
-  - Finishes what interrupted runs left, lets leases that are over expire, and compares every record with its VM. Check mode only reports.
-  - A VM that is absent in two passes in a row becomes C(DESTROYED). A VM without a record is reported and never adopted. An unreachable node changes nothing.
+  - Finishes what interrupted runs left, lets leases that are over expire, and compares every record with its VM.
+    Check mode only reports.
+  - A VM that is absent in two passes in a row becomes C(DESTROYED). A VM without a record is reported and never
+    adopted. An unreachable node changes nothing.
   - When a repair fails, the task fails after all others were tried, with all differences in the answer.
 options:
   adopt_cluster:
     description:
       - Note the cluster that O(api_host) leads to as the one the records belong to, before comparing.
-      - Only for the same cluster after it got a new certificate authority, or for a node that joined a cluster. Records never change clusters.
+      - Only for the same cluster after it got a new certificate authority, or for a node that joined a cluster.
+        Records never change clusters.
     type: bool
     default: false
   release_leases:
     description:
-      - Let leases end, and prune and cleanup go on, after an older copy of the records was put in place, or cleanup was frozen.
-      - Look at the sandboxes first, and renew what is still needed. Leases that are over by the copy end in the same run.
+      - Let leases end, and prune and cleanup go on, after an older copy of the records was put in place, or cleanup
+        was frozen.
+      - Look at the sandboxes first, and renew what is still needed. Leases that are over by the copy end in the
+        same run.
     type: bool
     default: false
     version_added: 1.1.0
@@ -51,7 +56,8 @@ drift:
   contains:
     kind:
       description:
-        - One of V(interrupted), V(lease_expired), V(still_running), V(absent), V(back), V(vmid_reused), V(stopped), V(moved), V(running), V(stale),
+        - One of V(interrupted), V(lease_expired), V(still_running), V(absent), V(back), V(vmid_reused), V(stopped),
+          V(moved), V(running), V(stale),
           V(address), V(unrecorded), V(node_offline), V(ambiguous), V(locked) and V(unknown).
       type: str
       returned: always

@@ -11,16 +11,20 @@ short_description: Create, start, stop, suspend and destroy sandboxes on Proxmox
 version_added: 1.0.0
 description:
   - A sandbox is a throw-away VM with a lease, cloned from a template, and the record of it.
-  - Only a VM that is proven to be the sandbox's own is ever stopped, changed or deleted. Proxmox VE hands VMIDs out again, so a VMID proves nothing.
+  - Only a VM that is proven to be the sandbox's own is ever stopped, changed or deleted. Proxmox VE hands VMIDs out
+    again, so a VMID proves nothing.
   - A record becomes C(DESTROYED) only when the absence of its VM is proven.
   - With O(vmid) and O(name), the sandbox of that VMID has to have that name; otherwise nothing is done.
 options:
   state:
     description:
-      - V(present) creates and starts a sandbox that is not there, finishes a creation that was cut off, and leaves the power state of one that is there.
-      - V(started), V(stopped) and V(suspended) change the power state of one that is there. They look at the VM. Where somebody else switched it on or
+      - V(present) creates and starts a sandbox that is not there, finishes a creation that was cut off, and leaves
+        the power state of one that is there.
+      - V(started), V(stopped) and V(suspended) change the power state of one that is there. They look at the VM.
+        Where somebody else switched it on or
         off, suspended or hibernated it, it is brought to the state that is asked for, and the record with it.
-      - A hibernated VM counts as suspended. V(started) takes its saved memory up again, V(stopped) throws that away only with O(force=true).
+      - A hibernated VM counts as suspended. V(started) takes its saved memory up again, V(stopped) throws that away
+        only with O(force=true).
       - V(completed) and V(failed) report the end of its job.
       - V(absent) destroys it. A sandbox whose VM runs is refused unless O(force=true), whatever the record says.
       - With V(absent), a sandbox that no record has is C(not_found) and unchanged; every other state fails for it.
@@ -35,14 +39,16 @@ options:
     type: bool
     default: false
   protected:
-    description: Whether the sandbox is kept from every destroy, forced or not. With O(state=present), also changed on a sandbox that is there.
+    description: Whether the sandbox is kept from every destroy, forced or not. With O(state=present), also changed
+      on a sandbox that is there.
     type: bool
   keepalive:
     description: Whether the lease is renewed when it runs out, as long as the configured maximum lifetime allows.
     type: bool
   profile:
     description:
-      - Name of a profile, which fills in what is not given here. An option that is given wins over the profile, the profile over the configuration.
+      - Name of a profile, which fills in what is not given here. An option that is given wins over the profile, the
+        profile over the configuration.
       - Profiles are files of the folder C(profiles_dir) (V(/etc/agentlab/profiles)) on the host where the module runs.
     type: str
   template:
@@ -52,13 +58,16 @@ options:
     type: str
   node:
     description:
-      - Node to create on, or V(auto) to have the node chosen that suits best, by its free memory, storages, bridges, templates and the configuration's
+      - Node to create on, or V(auto) to have the node chosen that suits best, by its free memory, storages,
+        bridges, templates and the configuration's
         C(placement).
-      - The configuration's C(node) unless set; without that V(auto) on a cluster of several nodes, and the template's node on a single one.
+      - The configuration's C(node) unless set; without that V(auto) on a cluster of several nodes, and the
+        template's node on a single one.
     type: str
   full_clone:
     description:
-      - Whether to make a full clone. A clone is linked unless this or O(storage) asks for a full one, the template lies on another storage than the
+      - Whether to make a full clone. A clone is linked unless this or O(storage) asks for a full one, the template
+        lies on another storage than the
         configuration's C(storage), or that storage has no linked clones.
     type: bool
   storage:
@@ -102,7 +111,8 @@ options:
     description: Whether the firewall of Proxmox VE is on for the first interface.
     type: bool
   firewall_group:
-    description: Security group of Proxmox VE that is put into the VM's firewall rules, with its firewall on. The group has to exist.
+    description: Security group of Proxmox VE that is put into the VM's firewall rules, with its firewall on. The
+      group has to exist.
     type: str
   cloud_init_user:
     description: User that cloud-init creates instead of the image's own.
@@ -131,20 +141,26 @@ options:
     type: str
   ssh_public_keys:
     description:
-      - Public keys that cloud-init puts into the VM - a list of keys, or a text with one key a line, such as a file or a survey's textarea.
-      - Empty lines and lines that begin with C(#) are left out. Options of a key, such as C(from="192.0.2.0/24"), are kept.
+      - Public keys that cloud-init puts into the VM - a list of keys, or a text with one key a line, such as a file
+        or a survey's textarea.
+      - Empty lines and lines that begin with C(#) are left out. Options of a key, such as C(from="192.0.2.0/24"),
+        are kept.
       - A private key is refused.
     type: raw
   cloud_init_user_data:
     description:
-      - User data for cloud-init, such as a C(#cloud-config) document. It replaces what Proxmox VE would say of users and keys.
-      - It is written as a snippet, readable for root alone, and removed with the sandbox, or when the creation fails. It stands nowhere else.
-      - Proxmox VE takes no uploads of snippets, so the module has to run on the node that will hold the VM, or on a host that shares the storage
+      - User data for cloud-init, such as a C(#cloud-config) document. It replaces what Proxmox VE would say of
+        users and keys.
+      - It is written as a snippet, readable for root alone, and removed with the sandbox, or when the creation
+        fails. It stands nowhere else.
+      - Proxmox VE takes no uploads of snippets, so the module has to run on the node that will hold the VM, or on a
+        host that shares the storage
         C(snippets_storage) with it at C(snippets_dir).
     type: str
   workspace:
     description:
-      - Name (or id) of a workspace that the sandbox gets before it starts. It has to exist and to be detached; see M(agentlab.proxmox.agentlab_workspace).
+      - Name (or id) of a workspace that the sandbox gets before it starts. It has to exist and to be detached; see
+        M(agentlab.proxmox.agentlab_workspace).
       - It is detached again before the sandbox is destroyed, and kept.
     type: str
   tags:
@@ -161,14 +177,17 @@ options:
     type: str
   update:
     description:
-      - With O(state=present), apply O(cores), O(memory), O(tags) and O(description) to a sandbox that is there, where they differ.
-      - Without it, and for all other options, a warning names each option that was given and differs from what the sandbox was created with. Of
+      - With O(state=present), apply O(cores), O(memory), O(tags) and O(description) to a sandbox that is there,
+        where they differ.
+      - Without it, and for all other options, a warning names each option that was given and differs from what the
+        sandbox was created with. Of
         O(cloud_init_user_data) and O(cloud_init_password) nothing is kept, so they are not compared.
     type: bool
     default: false
   allow_restart:
     description:
-      - Whether O(update) may stop and start the VM where Proxmox VE needs that - for O(cores) and O(memory) of a VM that runs.
+      - Whether O(update) may stop and start the VM where Proxmox VE needs that - for O(cores) and O(memory) of a VM
+        that runs.
       - Without it such an update is refused, and nothing is changed. Tags and description need no restart.
     type: bool
     default: false
@@ -188,16 +207,20 @@ options:
     default: false
   wait_for_cloud_init:
     description:
-      - Whether to wait until the guest agent shows that cloud-init has ended. When it ended with errors the sandbox becomes C(FAILED), and the VM stays.
-      - Reads C(/run/cloud-init/result.json) through the guest agent, which needs the privilege C(VM.GuestAgent.FileRead) or C(VM.GuestAgent.Unrestricted)
+      - Whether to wait until the guest agent shows that cloud-init has ended. When it ended with errors the sandbox
+        becomes C(FAILED), and the VM stays.
+      - Reads C(/run/cloud-init/result.json) through the guest agent, which needs the privilege
+        C(VM.GuestAgent.FileRead) or C(VM.GuestAgent.Unrestricted)
         on Proxmox VE 9, C(VM.Monitor) on 8.
     type: bool
     default: false
   items:
     description:
-      - Several sandboxes to create, several at once, with O(state=present). Each has a O(items[].name) or a O(items[].vmid), and any option of a creation.
+      - Several sandboxes to create, several at once, with O(state=present). Each has a O(items[].name) or a
+        O(items[].vmid), and any option of a creation.
         What it leaves out is taken from the task's own options.
-      - All of them are checked before anything is done. Then each has an outcome of its own, and a failed one stops no other. Run again, the task goes on
+      - All of them are checked before anything is done. Then each has an outcome of its own, and a failed one stops
+        no other. Run again, the task goes on
         with those that are not there.
     type: list
     elements: dict
@@ -443,7 +466,8 @@ results:
     outcome:
       description:
         - One word, such as V(created), V(destroyed), V(unchanged), V(not_found), V(kept) or V(failed).
-        - In check mode V(would_create), V(would_update), V(would_destroy), or V(would_mark_destroyed) when the VM is gone
+        - In check mode V(would_create), V(would_update), V(would_destroy), or V(would_mark_destroyed) when the VM
+          is gone
           or belongs to somebody else, so that only the record would be closed.
       type: str
       returned: always
@@ -456,8 +480,10 @@ results:
     upids: {description: Task ids of Proxmox VE., type: list, elements: str, returned: always}
     placement:
       description:
-        - Why the sandbox goes to its node. C(node), C(strategy), C(by) (what was compared, C(memory) or C(sandboxes)), and C(nodes), a list.
-        - Each entry of C(nodes) has C(node), C(chosen), C(reason) (a word), C(message), C(free_memory) in MiB (null where the node shows no figures) and
+        - Why the sandbox goes to its node. C(node), C(strategy), C(by) (what was compared, C(memory) or
+          C(sandboxes)), and C(nodes), a list.
+        - Each entry of C(nodes) has C(node), C(chosen), C(reason) (a word), C(message), C(free_memory) in MiB (null
+          where the node shows no figures) and
           C(sandboxes), how many are on it.
       type: dict
       returned: when the node was chosen (O(node=auto))

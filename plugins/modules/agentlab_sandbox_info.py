@@ -14,7 +14,8 @@ description:
 options:
   states:
     description:
-      - Only sandboxes in these states, of V(REQUESTED), V(PROVISIONING), V(BOOTING), V(READY), V(RUNNING), V(SUSPENDED),
+      - Only sandboxes in these states, of V(REQUESTED), V(PROVISIONING), V(BOOTING), V(READY), V(RUNNING),
+        V(SUSPENDED),
         V(COMPLETED), V(FAILED), V(TIMEOUT), V(STOPPED) and V(DESTROYED).
     type: list
     elements: str
@@ -47,7 +48,8 @@ options:
   verify_identity:
     description:
       - Whether O(verify) also reads each VM's configuration and judges whose it is.
-      - When V(false), the records are only compared with the cluster's list of VMs; that is one request, however many sandboxes there are.
+      - When V(false), the records are only compared with the cluster's list of VMs; that is one request, however
+        many sandboxes there are.
     type: bool
     default: true
   profiles:
@@ -79,15 +81,20 @@ EXAMPLES = r"""
 
 RETURN = r"""
 sandboxes:
-  description: The sandboxes, in the order of their VMIDs. As in M(agentlab.proxmox.agentlab_sandbox), and with the following where asked for.
+  description: The sandboxes, in the order of their VMIDs. As in M(agentlab.proxmox.agentlab_sandbox), and with the
+    following where asked for.
   returned: always
   type: list
   elements: dict
   contains:
     events: {description: The newest events, type: list, elements: dict, returned: with O(events)}
-    vm_status: {description: 'What Proxmox VE says of the VM: running, stopped, hibernated, absent or unknown', type: str, returned: with O(verify)}
+    vm_status:
+      description: 'What Proxmox VE says of the VM: running, stopped, hibernated, absent or unknown'
+      type: str
+      returned: with O(verify)
     identity:
-      description: One of V(MATCH), V(FOREIGN), V(AMBIGUOUS), V(UNBOUND) and V(UNKNOWN); null without O(verify_identity).
+      description: One of V(MATCH), V(FOREIGN), V(AMBIGUOUS), V(UNBOUND) and V(UNKNOWN); null without
+        O(verify_identity).
       type: str
       returned: with O(verify)
     drift: {description: 'How record and VM differ, or null', type: str, returned: with O(verify)}
@@ -96,7 +103,8 @@ count:
   returned: always
   type: int
 profiles:
-  description: The profiles, with the options that each sets, and the C(connection) that it names for tasks inside, or null.
+  description: The profiles, with the options that each sets, and the C(connection) that it names for tasks inside,
+    or null.
   returned: with O(profiles)
   type: list
   elements: dict

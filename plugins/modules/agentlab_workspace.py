@@ -10,9 +10,12 @@ module: agentlab_workspace
 short_description: Create, attach, detach and delete disks that outlive sandboxes
 version_added: 1.0.0
 description:
-  - A workspace is a disk that outlives sandboxes. It is attached to at most one at a time, and detached before the VM of a sandbox is deleted.
-  - Its volume is owned by a VMID out of the configuration's C(workspace_owner_range), which no VM may ever get. No deletion of a VM takes it along.
-  - The guest finds it at the C(device) of RV(workspace). It is empty when it is new, so the first job makes a file system on it.
+  - A workspace is a disk that outlives sandboxes. It is attached to at most one at a time, and detached before the
+    VM of a sandbox is deleted.
+  - Its volume is owned by a VMID out of the configuration's C(workspace_owner_range), which no VM may ever get. No
+    deletion of a VM takes it along.
+  - The guest finds it at the C(device) of RV(workspace). It is empty when it is new, so the first job makes a file
+    system on it.
 options:
   name:
     description: Name (or id) of the workspace.
@@ -21,15 +24,19 @@ options:
   state:
     description:
       - V(present) creates it if it is not there, and lets it grow.
-      - V(attached) gives it to a sandbox. It is refused while another sandbox has it, unless its lease on it is over and its VM does not run.
-      - V(detached) takes it off. Unmount it in a running guest first. It is refused while a snapshot of the VM contains the workspace.
-      - V(absent) deletes it and the data on it, which needs O(force=true). A workspace that is attached is never deleted.
+      - V(attached) gives it to a sandbox. It is refused while another sandbox has it, unless its lease on it is
+        over and its VM does not run.
+      - V(detached) takes it off. Unmount it in a running guest first. It is refused while a snapshot of the VM
+        contains the workspace.
+      - V(absent) deletes it and the data on it, which needs O(force=true). A workspace that is attached is never
+        deleted.
     type: str
     choices: [present, attached, detached, absent]
     default: present
   size:
     description:
-      - Size, such as V(20G). Needed for a new one. One that is there only grows, and only while it is attached, because Proxmox VE resizes disks of VMs only.
+      - Size, such as V(20G). Needed for a new one. One that is there only grows, and only while it is attached,
+        because Proxmox VE resizes disks of VMs only.
     type: str
   storage:
     description: Storage for a new one. The configuration's C(storage) unless set.
@@ -95,7 +102,8 @@ EXAMPLES = r"""
 
 RETURN = r"""
 workspace:
-  description: The workspace as it is after the task; null when there is none. Times are UTC, absent values null, sizes bytes.
+  description: The workspace as it is after the task; null when there is none. Times are UTC, absent values null,
+    sizes bytes.
   returned: always
   type: dict
   sample:

@@ -17,7 +17,8 @@ options:
     type: str
   states:
     description:
-      - Only workspaces in these states, of V(CREATING), V(DETACHED), V(ATTACHING), V(ATTACHED), V(DETACHING), V(DELETING)
+      - Only workspaces in these states, of V(CREATING), V(DETACHED), V(ATTACHING), V(ATTACHED), V(DETACHING),
+        V(DELETING)
         and V(DELETED).
     type: list
     elements: str
@@ -30,7 +31,8 @@ options:
     type: int
     default: 0
   verify:
-    description: Whether Proxmox VE is asked as well, for C(volume_present) and C(attached_to), the VMIDs of all VMs that name the volume.
+    description: Whether Proxmox VE is asked as well, for C(volume_present) and C(attached_to), the VMIDs of all VMs
+      that name the volume.
     type: bool
     default: false
 extends_documentation_fragment:
@@ -54,7 +56,8 @@ EXAMPLES = r"""
 
 RETURN = r"""
 workspaces:
-  description: The workspaces in the order of their names, as in M(agentlab.proxmox.agentlab_workspace); with C(events); and with C(volume_present),
+  description: The workspaces in the order of their names, as in M(agentlab.proxmox.agentlab_workspace); with
+    C(events); and with C(volume_present),
     C(attached_to), either null where it cannot be told, and C(unknown), a list of why.
   returned: always
   type: list

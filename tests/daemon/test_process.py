@@ -30,7 +30,10 @@ from support.lab import Lab
 
 Make = Callable[..., Daemon]
 NOBODY = 65534
-RULES = "auto_cleanup:\n  interval: 1h\n  rules:\n    - {name: timeouts, match: {states: [TIMEOUT]}, after: 1h, action: destroy}\n"
+RULES = (
+    "auto_cleanup:\n  interval: 1h\n  rules:\n"
+    "    - {name: timeouts, match: {states: [TIMEOUT]}, after: 1h, action: destroy}\n"
+)
 
 
 def as_nobody(one: Daemon, group: int, method: str, path: str, body: Any = None) -> str:

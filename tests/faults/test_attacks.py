@@ -492,7 +492,10 @@ def test_a_clone_that_came_late_is_not_left_behind_for_another_vmid(lab: Lab) ->
 @pytest.mark.parametrize("left", [True, False])
 @pytest.mark.parametrize("vmid", [None, 1000])
 def test_a_volume_that_exists_already_is_no_word_on_the_vmid(lab: Lab, left: bool, vmid: int | None) -> None:
-    text = 'clone failed: lvcreate \'pve/vm-1000-disk-0\' error: Logical Volume "vm-1000-disk-0" already exists in volume group "pve"'
+    text = (
+        "clone failed: lvcreate 'pve/vm-1000-disk-0' error: "
+        'Logical Volume "vm-1000-disk-0" already exists in volume group "pve"'
+    )
     lab.pve.next_task("qmclone", "fail", text=text, carry_out=left)
     try:
         made = lab.create(vmid=vmid)

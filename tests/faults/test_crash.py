@@ -411,7 +411,10 @@ def test_killed_anywhere_and_run_again(rig: Rig, name: str, record_property: Any
             failures[
                 f"{number}/{len(points)} {points[number - 1]} (after {points[max(0, number - 4) : number - 1]})"
             ] = wrong
-    summary = f"{name}: {len(points)} points, {len(numbers)} tried, {killed} killed, {len(numbers) - len(failures)} passed, {time.monotonic() - began:.0f} s"
+    summary = (
+        f"{name}: {len(points)} points, {len(numbers)} tried, {killed} killed, {len(numbers) - len(failures)} passed, "
+        f"{time.monotonic() - began:.0f} s"
+    )
     record_property(
         "faults",
         (

@@ -53,7 +53,10 @@ def test_prune_selects_plans_and_prunes(story: Any, given: Any, env: Any, server
             task("all again", PRUNE, diff=True),
         ]
     )
-    guard = "max_count: 5 sandbox(es) would be pruned, more than max_count=2; nothing was pruned. Look at them (a dry run, check mode), then raise max_count"
+    guard = (
+        "max_count: 5 sandbox(es) would be pruned, more than max_count=2; nothing was pruned. Look at them (a dry "
+        "run, check mode), then raise max_count"
+    )
     assert run["guard"]["msg"] == run["guard in check mode"]["msg"] == guard
     assert seen["start"][0] == seen["guarded"][0] and len(seen["start"][0]) > 40 and seen["guarded"] == seen["planned"]
     for name in ("guard", "guard in check mode", "would prune", "old ones would"):

@@ -45,7 +45,9 @@ CONFIG = {
 def in_daemon(code: str) -> Any:
     """Return what a piece of Python prints as JSON where daemon, command line and core can be imported."""
     env = {**os.environ, "PYTHONPATH": PYTHONPATH}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True, timeout=300
+    )
     return json.loads(done.stdout)
 
 

@@ -17,7 +17,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-WHY_SKIPPED = "PostgreSQL or psycopg is not installed: apt-get install postgresql, and make setup. Nothing of PostgreSQL was tested"
+WHY_SKIPPED = (
+    "PostgreSQL or psycopg is not installed: apt-get install postgresql, and make setup. Nothing of PostgreSQL was "
+    "tested"
+)
 
 
 def find_programs() -> Path | None:

@@ -441,7 +441,10 @@ class ProxmoxDouble(AccessRules, PowerRules, GuestRules, FakePve):
     ) -> web.StreamResponse:
         match = generic or self.resolve(request, API)
         if path_node and path_node not in self.nodes:
-            text = f"hostname lookup '{path_node}' failed - failed to get address info for: {path_node}: Name or service not known"
+            text = (
+                f"hostname lookup '{path_node}' failed - failed to get address info for: {path_node}: Name or service "
+                "not known"
+            )
             return _error(PveError(500, text))
         if path_node and not self.nodes[path_node].get("online", True) and match and request.method in match.methods:
             # Permissions are checked where the request arrives, before it is passed on to the node.
@@ -1518,7 +1521,10 @@ async def _half(request: web.Request, response: web.StreamResponse) -> web.Strea
     """The headers promise the whole body; half of it comes."""
     body = response.body if isinstance(response, web.Response) and isinstance(response.body, bytes) else b"{}"
     if request.transport is not None:
-        head = f"HTTP/1.1 {response.status} {response.reason}\r\nContent-Type: application/json;charset=UTF-8\r\nContent-Length: {len(body)}\r\n\r\n"
+        head = (
+            f"HTTP/1.1 {response.status} {response.reason}\r\nContent-Type: application/json;charset=UTF-8\r\n"
+            f"Content-Length: {len(body)}\r\n\r\n"
+        )
         request.transport.write(head.encode() + body[: len(body) // 2])
         request.transport.close()
     return _Nothing()

@@ -2,7 +2,10 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""A journal entry whose detail holds a value of the wrong type is damage: it is named, and ends no pass over the others."""
+"""A journal entry whose detail holds a value of the wrong type is damage.
+
+It is named, and ends no pass over the others.
+"""
 
 from __future__ import annotations
 

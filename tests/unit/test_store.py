@@ -985,7 +985,10 @@ sys.stdin.readline()
 
 
 def test_a_claim_that_cannot_be_given_back_keeps_its_own_process_waiting_for_nothing(path: Path) -> None:
-    """A full disk: the module that runs next in this process (a loop, a retry), or the daemon's next pass, goes on; another process still waits."""
+    """After a full disk the next module in this process (a loop, a retry) or the daemon's next pass goes on.
+
+    Another process still waits.
+    """
     store = Records(Database(str(path)), SystemClock(), "tester")
     claim, sandbox = reserve(store)
     store.db._writer.execute("PRAGMA query_only = ON")

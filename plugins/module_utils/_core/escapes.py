@@ -13,7 +13,10 @@ _UNSEEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
 
 
 def escape_controls(text: str, keep: str = "\n\t") -> str:
-    """Return the text with every control and formatting character but those of ``keep`` written as an escape, such as ``\\x1b``."""
+    """Return the text with every control and formatting character but those of ``keep`` written as an escape.
+
+    ESC becomes ``\\x1b``.
+    """
     if text.isascii() and text.isprintable():
         return text
     return "".join(

@@ -64,7 +64,10 @@ def hold_leases(ctx: Context) -> str | None:
     at = clock_module.iso(ctx.clock.now())
     if event < noted:
         if not ctx.dry_run:
-            reason = f"the records were replaced by an older copy (its last event is {event}, {noted} was the last one before)"
+            reason = (
+                f"the records were replaced by an older copy (its last event is {event}, {noted} was the last one "
+                "before)"
+            )
             if note:
                 reason = f"{note['reason']}; and {reason}"
             ctx.records.set_meta(FROZEN, json.dumps({"reason": reason, "at": at, "actor": ctx.actor, "leases": True}))
@@ -114,7 +117,11 @@ def _clock_jumped(ctx: Context) -> str | None:
         elif since_boot - note.get("seen", 0) > JUMP_SECONDS:
             _note(ctx, boot, offset, until, now)
         if since_boot < until:
-            return f"the wall clock jumped by more than a minute; expiry and prune rest for another {show(int(until - since_boot) + 1)} (clock_jump_pause)"
+            rest = show(int(until - since_boot) + 1)
+            return (
+                f"the wall clock jumped by more than a minute; expiry and prune rest for another {rest} "
+                "(clock_jump_pause)"
+            )
         return None
     if note and now < note.get("wall", 0) - JUMP_SECONDS:
         # After a reboot the clock reads earlier than the last run noted. Either it is not set yet, or it was wrong

@@ -23,7 +23,8 @@ name: agentlab_results
 type: notification
 short_description: Writes task results as JSON lines
 description:
-  - For tests only. Writes one JSON object a task, or a loop item, and host to the file named by E(AGENTLAB_TEST_RESULTS).
+  - For tests only. Writes one JSON object a task, or a loop item, and host to the file named by
+    E(AGENTLAB_TEST_RESULTS).
 """
 
 

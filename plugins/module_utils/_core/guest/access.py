@@ -194,7 +194,8 @@ class Guest:
             return frame
         word = frame.fields.get("why", "")
         if word.startswith("no_"):
-            text = f"the guest has no program {escapes.escape_controls(word[3:20])}; install coreutils and util-linux (or busybox)"
+            program = escapes.escape_controls(word[3:20])
+            text = f"the guest has no program {program}; install coreutils and util-linux (or busybox)"
         else:
             text = _REFUSALS.get(word.partition(",")[0], f"the guest refuses ({escapes.escape_controls(word[:40])})")
         raise GuestRefused(

@@ -27,7 +27,8 @@ _LONGEST_TEXT = 1000
 # A storage without room, in the words of the kernel, qemu-img, LVM (thick and thin), ZFS, Ceph and quotas.
 _FULL = re.compile(
     r"no space left|out of space|insufficient (free|suitable|allocatable) ?(space|extents)?|disk quota exceeded|"
-    r"not enough (free )?space|free space in thin pool|thin pool .{0,80}(full|exceeds|out of)|osd.{0,40}full|pool.{0,40}is full",
+    r"not enough (free )?space|free space in thin pool|thin pool .{0,80}(full|exceeds|out of)|osd.{0,40}full|"
+    r"pool.{0,40}is full",
     re.IGNORECASE,
 )
 # What each kind of request needs, for answers that do not say it. A role on a deeper path replaces what is inherited

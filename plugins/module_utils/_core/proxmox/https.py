@@ -536,7 +536,8 @@ def _reason(error: Exception) -> str:
 
 def _tls_reason(error: Exception) -> str:
     known = re.search(
-        r"certificate verify failed: ([^(\[]+)|(Hostname mismatch[^.]*)|(hostname \S+ doesn't match)|(WRONG_VERSION_NUMBER)",
+        r"certificate verify failed: ([^(\[]+)|(Hostname mismatch[^.]*)|(hostname \S+ doesn't match)|"
+        r"(WRONG_VERSION_NUMBER)",
         str(error),
     )
     return next((part.strip() for part in known.groups() if part), "TLS failed") if known else "TLS failed"

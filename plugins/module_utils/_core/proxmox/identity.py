@@ -48,7 +48,10 @@ def marker(uuid: str, database: str | None = None) -> str:
     ``database`` is the id of the database with its record.
     """
     of = f" (database {database})" if database else ""
-    return f"agentlab-sandbox: {uuid}{of}\nThrow-away VM of agentlab.proxmox. Keep the line above: without it the VM is not recognised."
+    return (
+        f"agentlab-sandbox: {uuid}{of}\n"
+        "Throw-away VM of agentlab.proxmox. Keep the line above: without it the VM is not recognised."
+    )
 
 
 def described(config: dict[str, Any], text: str) -> str:

@@ -179,7 +179,10 @@ class NodeChoice:
         self._looked_at[name] = template
 
     def _refine_wish(self, config: Mapping[str, Any]) -> None:
-        """Complete the wish by a template's configuration: the list may not tell it yet, and never tells the sockets."""
+        """Complete the wish by a template's configuration.
+
+        The list of VMs may not show a change yet, and never shows the sockets.
+        """
         memory = self._wish.memory or _memory_bytes(config)
         sockets = re.fullmatch(r"\d{1,3}", str(config.get("sockets") or "1"))
         cpus = self._spec.cores * int(sockets[0]) if self._spec.cores is not None and sockets else 0
@@ -245,7 +248,8 @@ class NodeChoice:
         option = _OPTION_OF.get(next(iter(reasons)), "node") if len(reasons) == 1 else "node"
         why = self.decision.why_none() if self.decision else "no node is listed"
         return CreationFailed(
-            f"{option}: no node can take the sandbox, and nothing is left behind. {why}. Free room there, ask for less, or see "
+            f"{option}: no node can take the sandbox, and nothing is left behind. {why}. Free room there, ask for less, or "
+            "see "
             "agentlab_doctor",
             option=option,
             placement=self.decision.public() if self.decision else None,

@@ -23,7 +23,10 @@ REFUSED = "refused"
 # The command began, and what became of it can no longer be known.
 LOST = "lost"
 STATES = (SENT, RUNNING, ENDED, REFUSED, LOST)
-_SELECT = "SELECT id, sandbox_uuid, state, fingerprint, program, actor, detached, acked, started_at, updated_at, detail FROM runs"
+_SELECT = (
+    "SELECT id, sandbox_uuid, state, fingerprint, program, actor, detached, acked, started_at, updated_at, detail "
+    "FROM runs"
+)
 # Results whose end in the guest is told with the next request.
 _MOST_ACKS = 40
 

@@ -88,7 +88,10 @@ def _drift(sandbox: Sandbox, row: dict[str, Any], judged: str) -> str | None:
     if sandbox.state == states.TIMEOUT and row.get("status") == "running":
         return "the record says TIMEOUT, the VM is running; reconcile stops it"
     if sandbox.state == states.STOPPED and row.get("status") == "running":
-        return "the record says STOPPED, the VM is running; start the sandbox, which corrects the record, then stop it if need be"
+        return (
+            "the record says STOPPED, the VM is running; start the sandbox, which corrects the record, then stop it "
+            "if need be"
+        )
     if row.get("node") != sandbox.node:
         return f"the VM moved from {sandbox.node} to {row.get('node')}; reconcile corrects the record"
     return None

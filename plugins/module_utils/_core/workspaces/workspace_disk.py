@@ -137,7 +137,10 @@ def _require_sight(ctx: Context, found: Workspace, node: str) -> None:
     """Kept unless the volume would be listed if it were there: as PVE::Storage decides that (volume_list,
     check_volume_access).
     """
-    unseen = f"{found.title}: storage {found.storage!r} does not list its volume {found.volume}, but it would not if it were there"
+    unseen = (
+        f"{found.title}: storage {found.storage!r} does not list its volume {found.volume}, but it would not if it "
+        "were there"
+    )
     row = next(
         (row for row in ctx.client.get_list(f"nodes/{node}/storage") if row.get("storage") == found.storage), None
     )

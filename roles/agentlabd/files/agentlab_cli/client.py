@@ -249,12 +249,21 @@ def _why(path: str, error: OSError, limit: float | None) -> str:
             f"  sudo usermod -aG {GROUP} {user}"
         )
     if isinstance(error, TimeoutError):
-        return f"the daemon accepted no connection on {path} within {time_limit(limit or 0)} (--timeout): it hangs or is overloaded.\n{_LOOK}"
+        return (
+            f"the daemon accepted no connection on {path} within {time_limit(limit or 0)} (--timeout): it hangs or is "
+            f"overloaded.\n{_LOOK}"
+        )
     if isinstance(error, (FileNotFoundError, NotADirectoryError)):
-        return f"the daemon is not running: there is no socket {path}. If systemctl says that it is active, restart it.\n{_START}"
+        return (
+            f"the daemon is not running: there is no socket {path}. If systemctl says that it is active, restart it."
+            f"\n{_START}"
+        )
     if isinstance(error, ConnectionRefusedError):
         if not _is_socket(path):
-            return f"{path} is not a socket. Check --socket and AGENTLAB_SOCKET; the daemon's is {DEFAULT_SOCKET} unless configured otherwise"
+            return (
+                f"{path} is not a socket. Check --socket and AGENTLAB_SOCKET; the daemon's is {DEFAULT_SOCKET} unless "
+                "configured otherwise"
+            )
         return f"the daemon is not running: nothing listens on the socket {path}.\n{_START}"
     if error.errno is None or error.errno in (errno.ENAMETOOLONG, errno.EINVAL):
         return f"{path!r} cannot be the path of a socket: {error}"
@@ -262,7 +271,11 @@ def _why(path: str, error: OSError, limit: float | None) -> str:
 
 
 _LOOK = "  systemctl status agentlabd\n  journalctl -u agentlabd"
-_START = "  systemctl status agentlabd    # why not\n  systemctl start agentlabd     # start it\n  journalctl -u agentlabd       # what it says"
+_START = (
+    "  systemctl status agentlabd    # why not\n"
+    "  systemctl start agentlabd     # start it\n"
+    "  journalctl -u agentlabd       # what it says"
+)
 
 
 def _is_socket(path: str) -> bool:

@@ -80,7 +80,8 @@ def _outcome(last: dict[str, Any] | None) -> str:
     if "message" in last:
         return f"; {last['message']}"
     failed = f", {last['failed']} failed" if last["failed"] else ""
-    return f"; {'would have cleaned up' if last['result'] == 'shadow' else 'cleaned up'} {last['count']} sandbox(es), kept {last['kept']}{failed}"
+    did = "would have cleaned up" if last["result"] == "shadow" else "cleaned up"
+    return f"; {did} {last['count']} sandbox(es), kept {last['kept']}{failed}"
 
 
 @click.group(

@@ -43,7 +43,10 @@ def explain(path: str, error: Exception) -> StoreError:
     elif "full" in low:
         advice = "the disk is full; free some space and run again (nothing was written)"
     elif "not a database" in low or "malformed" in low or "corrupt" in low:
-        advice = "the file is damaged or not an agentlab database; restore a backup, or move it away to begin with an empty one"
+        advice = (
+            "the file is damaged or not an agentlab database; restore a backup, or move it away to begin with an "
+            "empty one"
+        )
     elif "unable to open" in low:
         advice = "the folder is missing or not accessible for this user; create it or set another database"
     elif "disk i/o" in low or getattr(error, "errno", None) == errno.EIO:
@@ -54,7 +57,10 @@ def explain(path: str, error: Exception) -> StoreError:
     elif "locked" in low or "busy" in low:
         advice = f"other runs kept it busy for {BUSY_SECONDS:.0f} seconds; run again"
     else:
-        advice = f"nothing was written; look at {path} and its folder (ls -l, df), then run agentlab_doctor (agentlab doctor)"
+        advice = (
+            f"nothing was written; look at {path} and its folder (ls -l, df), then run agentlab_doctor "
+            "(agentlab doctor)"
+        )
     return StoreError(f"database {path}: {text}: {advice}", path=path)
 
 

@@ -363,7 +363,10 @@ class Api:
         if there == self._socket_file:
             return None
         if there is not None:
-            return f"{path} is not this daemon's socket any more: something else was put in its place. Remove it; the socket is made anew by itself"
+            return (
+                f"{path} is not this daemon's socket any more: something else was put in its place. Remove it; the "
+                "socket is made anew by itself"
+            )
         try:
             self._servers.pop("socket").close()
             await self._bind_socket()
