@@ -360,8 +360,10 @@ class Removal:
                 self._not_deleted()
                 raise
         else:
-            # Mark and delete were written into the cluster's file system, which takes writes only with quorum.
-            ctx.cluster.note_deleted(self._sandbox.vmid, upid)
+            # Mark and delete were written into the cluster's file system, which takes writes only with quorum. Over
+            # https a task may have taken long and quorum costs little to read, so it is read again there.
+            if ctx.client.awaits_tasks:
+                ctx.cluster.note_deleted(self._sandbox.vmid, upid)
 
     # ---- what a step found ----
 
