@@ -114,3 +114,24 @@ def test_no_file_is_excused_from_120_columns_without_need() -> None:
     excused = [name for name, codes in settings["per-file-ignores"].items() if "E501" in codes]
     lines = {name: (ROOT / name).read_text(encoding="utf-8").splitlines() for name in excused}
     assert [name for name in excused if all(len(line) <= 120 for line in lines[name])] == []
+
+
+def long_files() -> dict[str, str]:
+    """Return the files that docs/architecture.md names as long, each with its one subject."""
+    page = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    table = page.split("<!-- long files -->")[1].split("<!-- /long files -->")[0]
+    return dict(re.findall(r"^\| `([^`]+)` \| (.+) \|$", table, re.M))
+
+
+def test_a_file_over_500_lines_has_one_subject() -> None:
+    """A file that grows over 500 lines is divided by subject, or docs/architecture.md says its one subject."""
+    paths = [path for folder in ("plugins", "roles") for path in (ROOT / folder).rglob("*")]
+    lengths = {
+        str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines())
+        for path in paths
+        if path.suffix in (".py", ".yml", ".j2")
+    }
+    named = long_files()
+    assert len(named) > 5 and sorted({name for name, length in lengths.items() if length > 500} - set(named)) == []
+    # A file that was divided leaves the list.
+    assert [name for name in named if lengths[name] < 450] == []

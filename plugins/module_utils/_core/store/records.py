@@ -3,8 +3,8 @@
 
 """The records: sandboxes, their events, the claims on them and the journal of what is under way.
 
-Every change of state is a compare-and-set on state and generation in the same transaction as its event. Every write of an operation is
-fenced by its claim: a run that lost its claim cannot write any more.
+Every change of state is a compare-and-set on state and generation, in the same transaction as its event. Every write of
+an operation is fenced by its claim: a run that lost its claim cannot write any more.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from .port import Connection, Engine, Row
 
 T = TypeVar("T")
 
-# At the least; every journal entry extends a claim. Between two of them lie at most six waits (a creation: resize, three tries to start, the HA
-# manager, the guest agent), and some requests.
+# At the least; every journal entry extends a claim. Between two of them lie at most six waits (a creation: resize,
+# three tries to start, the HA manager, the guest agent), and some requests.
 CLAIM_SECONDS = 3600
 _WAITS = 8
 # Digits of the largest number that SQLite counts to.
@@ -37,7 +37,8 @@ _LONGEST_FENCE = len(str(2**63 - 1))
 POINT_OF_NO_RETURN = ("deleting", "waiting")
 # The phase of a creation that ended waiting, and that its next run goes on with.
 AWAITED = "awaited"
-# From the first of these on it is too late to protect a sandbox; a destroy that was cut off in it is still judged anew by the rules.
+# From the first of these on it is too late to protect a sandbox; a destroy that was cut off in it is still judged anew
+# by the rules.
 _TOO_LATE_TO_PROTECT = ("detaching", *POINT_OF_NO_RETURN)
 LIVE = "state <> 'DESTROYED'"
 SELECT = f"SELECT {', '.join(COLUMNS)} FROM sandboxes"
@@ -116,7 +117,10 @@ def _wrong_detail(detail: dict[str, Any]) -> str | None:
 
 
 def sound_sandbox(row: Row) -> Sandbox | None:
-    """Return the record of a row, or None for a damaged one: a list goes on with the others, and ``Records.damage`` names it."""
+    """Return the record of a row, or None for a damaged one.
+
+    A list goes on with the other rows; ``Records.damage`` names the damaged ones.
+    """
     try:
         return Sandbox.from_row(row)
     except DamagedRecord:
@@ -141,7 +145,10 @@ def _json(value: list[Any] | dict[str, Any]) -> str:
 
 @functools.lru_cache(64)
 def _update(names: tuple[str, ...]) -> str:
-    return f"UPDATE sandboxes SET {' = ?, '.join(names)} = ?, generation = generation + 1 WHERE uuid = ? AND state = ? AND generation = ?"
+    return (
+        f"UPDATE sandboxes SET {' = ?, '.join(names)} = ?, generation = generation + 1 "
+        "WHERE uuid = ? AND state = ? AND generation = ?"
+    )
 
 
 class Records:
@@ -208,7 +215,9 @@ class Records:
             where += f" AND state IN ({', '.join('?' * len(names))})"
             values = list(names)
         rows = self.db.read_as(sound_sandbox, f"{SELECT} WHERE {where} ORDER BY vmid, created_at", *values)
-        return rows if None not in rows else [sandbox for sandbox in rows if sandbox is not None]  # type: ignore[return-value]
+        if None not in rows:
+            return rows  # type: ignore[return-value]
+        return [sandbox for sandbox in rows if sandbox is not None]
 
     def damage(self) -> list[DamagedRecord]:
         """Return what is damaged in live records, in the journal and in the notes about all of them."""
@@ -256,7 +265,8 @@ class Records:
     def interrupted(self) -> list[JournalEntry]:
         """Journal entries whose run is dead or whose claim is gone: what the next run has to finish."""
         rows = self.db.read(
-            "SELECT o.*, c.fence, c.process, c.expires_at FROM operations o LEFT JOIN claims c USING (sandbox_uuid) ORDER BY o.id"
+            "SELECT o.*, c.fence, c.process, c.expires_at FROM operations o "
+            "LEFT JOIN claims c USING (sandbox_uuid) ORDER BY o.id"
         )
         return sound_operations(row for row in rows if row["process"] is None or self._given_up(row))
 
@@ -272,7 +282,10 @@ class Records:
         return self.db.read(sql, *values)
 
     def _given_up(self, claim: Row, read: Callable[[str, Sequence[Any]], list[Any]] | None = None) -> bool:
-        """Return whether the holder of a claim is gone. ``read`` asks inside a transaction; without it any connection."""
+        """Return whether the holder of a claim is gone.
+
+        ``read`` asks inside a transaction; without it any connection is used.
+        """
         return (
             (claim["sandbox_uuid"], claim["fence"]) in _unreturned
             or holders.is_over(claim["process"], claim["expires_at"], self.clock.now(), self.clock.since_boot())
@@ -282,7 +295,8 @@ class Records:
 
     def _claim_holder(self) -> str:
         """Return which process holds a claim, when it said so, and until when by the time since boot (JSON)."""
-        return f'{self._process[:-1]}, "at": {self.clock.now()}, "until": {float(self.clock.since_boot() + self.claim_seconds)!r}}}'
+        until = float(self.clock.since_boot() + self.claim_seconds)
+        return f'{self._process[:-1]}, "at": {self.clock.now()}, "until": {until!r}}}'
 
     def meta(self, key: str) -> str | None:
         rows = self.db.read("SELECT value FROM meta WHERE key = ?", key)
@@ -317,10 +331,12 @@ class Records:
         journal: dict[str, Any],
         place: Callable[[Connection], Callable[[Connection, str], None]] | None = None,
     ) -> Claim:
-        """Write a REQUESTED record under a VMID that no live record has, with its claim and journal entry, in one transaction.
+        """Write a REQUESTED record under a VMID that no live record has.
 
+        Its claim and its journal entry are written in the same transaction.
         ``place(connection)`` sets the node of the sandbox, and returns what writes the reservation on that node.
-        Without ``vmid`` the range is walked on from the last one given out, so that a freed VMID is not the next one taken.
+        Without ``vmid`` the range is walked on from the last one given out, so that a freed VMID is not the next one
+        taken.
         """
         self._refuse_new()
 
@@ -369,7 +385,8 @@ class Records:
                 )
                 return
         raise InvalidInput(
-            f"vmid_range: all VMIDs of {first}-{last} are taken; destroy or prune sandboxes, or configure a larger range",
+            f"vmid_range: all VMIDs of {first}-{last} are taken; destroy or prune sandboxes, or configure a larger "
+            "range",
             option="vmid_range",
             value=f"{first}-{last}",
         )
@@ -398,7 +415,8 @@ class Records:
             found = next((n for n in range(first, last + 1) if n not in taken and n not in occupied), 0)
             if not found:
                 raise InvalidInput(
-                    f"vmid_range: all VMIDs of {first}-{last} are taken, some by VMs that are not ours; configure another range",
+                    f"vmid_range: all VMIDs of {first}-{last} are taken, some by VMs that are not ours; configure "
+                    "another range",
                     option="vmid_range",
                     value=f"{first}-{last}",
                 )
@@ -445,7 +463,8 @@ class Records:
     def confirm_claims(self) -> None:
         """Raise ClaimLost when a claim of this thread is another's by now, StoreError when that cannot be asked.
 
-        Called directly before a request that changes Proxmox. A process that was paused may come back after its claim was
+        Called directly before a request that changes Proxmox. A process that was paused may come back after its claim
+        was
         taken over. Where claims live by their process alone (SQLite), nothing is asked.
         """
         if self.db.controller is None:
@@ -469,12 +488,14 @@ class Records:
             sandbox = conn.execute("SELECT vmid FROM sandboxes WHERE uuid = ?", (uuid,)).fetchone()
             since = row["acquired_at"] if isinstance(row["acquired_at"], int) else now
             raise Busy(
-                f"sandbox {sandbox['vmid'] if sandbox else uuid} is being worked on: {row['operation']} by {row['holder']} "
+                f"sandbox {sandbox['vmid'] if sandbox else uuid} is being worked on: {row['operation']} by "
+                f"{row['holder']} "
                 f"for {max(0, now - since)} s; wait for it or run again",
                 holder=row["holder"],
                 operation=row["operation"],
             )
-        # Never below the time in milliseconds: a database restored from a backup hands out no fence that somebody may still hold.
+        # Never below the time in milliseconds: a database restored from a backup hands out no fence that somebody may
+        # still hold.
         last = conn.execute("SELECT value FROM meta WHERE key = 'fence'").fetchone()["value"]
         fence = now * 1000
         # A damaged note beyond what SQLite counts to is left out of account.
@@ -519,7 +540,10 @@ class Records:
         return value
 
     def release(self, claim: Claim) -> None:
-        """Give the claim back; the journal entry stays if the operation is not finished. When the disk is full, it ends for others with this process."""
+        """Give the claim back; the journal entry stays if the operation is not finished.
+
+        On a full disk nothing is written: other processes take the claim over when this process has ended.
+        """
         query, values = "DELETE FROM claims WHERE sandbox_uuid = ? AND fence = ?", (claim.uuid, claim.fence)
         vars(_held).get("claims", {}).pop(claim.fence, None)
         try:
@@ -532,8 +556,10 @@ class Records:
 
     def _journal(self, conn: Connection, uuid: str, kind: str, phase: str, detail: dict[str, Any], now: int) -> None:
         conn.execute(
-            "INSERT INTO operations (sandbox_uuid, kind, phase, detail, actor, started_at, updated_at) VALUES (?, ?, ?, ?, ?, ?, ?) "
-            "ON CONFLICT (sandbox_uuid) DO UPDATE SET kind = excluded.kind, phase = excluded.phase, detail = excluded.detail, "
+            "INSERT INTO operations (sandbox_uuid, kind, phase, detail, actor, started_at, updated_at) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?) "
+            "ON CONFLICT (sandbox_uuid) DO UPDATE SET kind = excluded.kind, phase = excluded.phase, "
+            "detail = excluded.detail, "
             "actor = excluded.actor, updated_at = excluded.updated_at",
             (uuid, kind, phase, json.dumps(detail), self.actor, now, now),
         )
@@ -541,7 +567,10 @@ class Records:
     def journal(
         self, claim: Claim, kind: str, phase: str, detail: dict[str, Any], *, unprotected: bool = False
     ) -> None:
-        """Write down what is about to be done, before it is done; ``unprotected``: Kept when the sandbox was protected meanwhile."""
+        """Write the phase that is about to begin into the journal, before its first request.
+
+        ``unprotected``: raise Kept when the sandbox was protected meanwhile.
+        """
 
         def work(conn: Connection) -> None:
             if unprotected:
@@ -571,10 +600,12 @@ class Records:
         if done.rowcount != 1:
             found = conn.execute("SELECT state FROM sandboxes WHERE uuid = ?", (sandbox.uuid,)).fetchone()
             raise RecordChanged(
-                f"sandbox {sandbox.vmid} was changed by another run meanwhile (now {found['state'] if found else 'gone'}); run again",
+                f"sandbox {sandbox.vmid} was changed by another run meanwhile (now "
+                f"{found['state'] if found else 'gone'}); run again",
                 vmid=sandbox.vmid,
             )
-        # Whatever writes to a record raises its generation. That was still the one that was read, so the other columns were too.
+        # Whatever writes to a record raises its generation. That was still the one that was read, so the other columns
+        # were too.
         return sandbox.written(new)
 
     def _state(self, conn: Connection, sandbox: Sandbox) -> str:
@@ -596,7 +627,8 @@ class Records:
         duration_ms: int | None = None,
     ) -> None:
         conn.execute(
-            "INSERT INTO events (at, sandbox_uuid, vmid, from_state, to_state, operation, actor, reason, evidence, upids, duration_ms, outcome) "
+            "INSERT INTO events (at, sandbox_uuid, vmid, from_state, to_state, operation, actor, reason, evidence, "
+            "upids, duration_ms, outcome) "
             "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             (
                 self.clock.now(),
@@ -630,9 +662,12 @@ class Records:
         journal: tuple[str, dict[str, Any]] | None = None,
         **values: Any,
     ) -> Sandbox:
-        """One fenced step of an operation: a transition and/or new column values, with its event; returns the new record.
+        """Write one fenced step of an operation, a transition or new column values or both, with its event.
 
-        ``finish`` removes the journal entry and the claim in the same transaction; ``journal`` is the next phase to note in it.
+        Return the new record.
+
+        ``finish`` removes the journal entry and the claim in the same transaction; ``journal`` is the next phase to
+        note in it.
         """
         target = to or sandbox.state
         if to is not None and to != sandbox.state and not states.can_follow(sandbox.state, to):
@@ -680,11 +715,15 @@ class Records:
         over: bool = False,
         evidence: dict[str, Any] | None = None,
     ) -> Sandbox:
-        """Renew the lease by one conditional UPDATE: state RUNNING, lease not over, generation unchanged, no destroy under way.
+        """Renew the lease by one conditional UPDATE.
+
+        Its conditions: the state is RUNNING, the lease is not over, the generation is unchanged, no destroy is under
+        way.
 
         Raises RecordChanged when another write came first. docs/safety.md, way 11, tells which accident this prevents.
 
-        ``keepalive`` is the expiry pass itself, which renews what is over instead of expiring it; ``over``: leases rest, and it is known to be over.
+        ``keepalive`` is the expiry pass itself, which renews what is over instead of expiring it; ``over``: leases
+        rest, and it is known to be over.
         """
         began = self.clock.monotonic()
         # A caller whose ``now`` is another clock's is taken at its word; a second of difference is rounding.
@@ -692,8 +731,9 @@ class Records:
         apart = apart if abs(apart) > 1 else 0
 
         def work(conn: Connection) -> Sandbox:
-            # Waiting for the writer's lock may have taken this past the end of the lease. The clock is read here: the second in which this
-            # began and the seconds of waiting, each rounded down, would add up to a second too little. (It may be set back meanwhile.)
+            # Waiting for the writer's lock may have taken this past the end of the lease. The clock is read here: the
+            # second in which this began and the seconds of waiting, each rounded down, would add up to a second too
+            # little. (It may be set back meanwhile.)
             latest = (
                 -1 if keepalive or over else max(self.clock.now() + apart, now + int(self.clock.monotonic() - began))
             )
@@ -710,7 +750,8 @@ class Records:
                 )
             # A workspace is the sandbox's as long as its lease, unless it was given for another time.
             conn.execute(
-                "UPDATE workspaces SET lease_expires_at = ?, updated_at = ? WHERE sandbox_uuid = ? AND lease_expires_at = ?",
+                "UPDATE workspaces SET lease_expires_at = ?, updated_at = ? "
+                "WHERE sandbox_uuid = ? AND lease_expires_at = ?",
                 (expires_at, now, sandbox.uuid, sandbox.lease_expires_at),
             )
             self._event(
@@ -727,9 +768,12 @@ class Records:
         return self.db.write(work, checked=True)
 
     def expire(self, sandbox: Sandbox, now: int) -> Sandbox:
-        """The other side of that race: TIMEOUT, only while the lease is over and nothing changed. RecordChanged when it lost.
+        """Set TIMEOUT, only while the lease is over and nothing has changed: the other side of the race with ``renew``.
 
-        Needs no claim, so that a busy sandbox expires on time; a creation or a stop under way meets the new state at its next step.
+        Raise RecordChanged when the renewal won.
+
+        Needs no claim, so that a busy sandbox expires on time; a creation or a stop under way meets the new state at
+        its next step.
         """
 
         def work(conn: Connection) -> Sandbox:
@@ -756,7 +800,8 @@ class Records:
     def amend(self, sandbox: Sandbox, operation: str, **values: Any) -> Sandbox:
         """Change columns that concern no VM (protected, keepalive, absent_seen_at) with an event; needs no claim.
 
-        Kept (busy) when it is to be protected and its delete is already decided: the other side of the check in ``journal``.
+        Kept (busy) when it is to be protected and its delete is already decided: the other side of the check in
+        ``journal``.
         """
 
         def work(conn: Connection) -> Sandbox:
