@@ -12,7 +12,12 @@ status says of the records, the clock and the token is in test_status.py.
 from __future__ import annotations
 
 import json
+import os
+import pwd
 import re
+import resource
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,7 +29,7 @@ from ansible_collections.agentlab.proxmox.plugins.module_utils._core.proxmox imp
 
 from support.canned import Canned
 from support.cli import agentlab
-from support.daemon import Daemon
+from support.daemon import Daemon, free_port
 from support.double import TOKEN_ID
 from support.lab import Lab
 from support.play import Run, play
@@ -219,6 +224,116 @@ def test_a_certificate_that_expired(daemon: Make, lab: Lab, tmp_path: Path) -> N
     result = play([task], {**lab.server.environment(lab.folder), **environment}, tmp_path)["new"]
     assert sentence in result["msg"], result
     canned.stop()
+
+
+def test_no_descriptor_left(daemon: Make, lab: Lab) -> None:
+    """The daemon has no connection to Proxmox yet, and may open one file more: the connection of the client."""
+    one = daemon(environment={"PROXMOX_PORT": str(free_port())}, reconcile_interval="1h")
+    one.wait_for(lambda: one.get("/v1/status").body["reconcile"]["last_error"], "the first reconcile has failed", 60)
+    process, sentence = one.process, "this process has no file descriptor left"
+    assert process is not None
+    hard = resource.prlimit(process.pid, resource.RLIMIT_NOFILE)[1]
+
+    def leave(room: int) -> None:
+        """Leave the daemon so many descriptors, once it has closed what it is about to close."""
+        time.sleep(0.5)
+        used = {int(path.name) for path in Path(f"/proc/{process.pid}/fd").iterdir()}
+        unused = [number for number in range(max(used) + 9) if number not in used]
+        resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (unused[room], hard))
+
+    for _attempt in range(10):
+        leave(1)
+        logged = len(one.log())
+        told = agentlab("sandbox", "new", "--ttl", "2h", socket=one.socket)
+        if sentence in told.stderr:
+            break
+    assert sentence in told.stderr and told.returncode == 1, told
+    assert sentence in one.log()[logged:]
+    # Reconcile tries again after fifteen seconds, and meets the same.
+    leave(0)
+    one.wait_for(lambda: f"reconcile: {sentence}" in one.log(), "reconcile meets it", 90)
+    resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (hard, hard))
+    told_status = re.sub(r"\s+", " ", agentlab("status", socket=one.socket).stdout)
+    assert f"failed: {sentence}" in told_status, told_status
+    assert "Traceback" not in one.log() and process.poll() is None
+    assert sentence not in one.post("/v1/sandboxes", {"ttl": "2h"}).body["error"]
+
+
+MODULE = """
+import json, sys
+from ansible.module_utils import basic
+basic._ANSIBLE_ARGS, basic._ANSIBLE_PROFILE = sys.argv[1].encode(), "legacy"
+from ansible_collections.agentlab.proxmox.plugins.modules import agentlab_sandbox
+from ansible_collections.agentlab.proxmox.plugins.module_utils import _adapter
+import resource, os
+load = _adapter.core_config.load
+def limit_and_load(*arguments):
+    # Ansible's own part is over by now.
+    used = set(map(int, os.listdir("/proc/self/fd")))
+    limit = [number for number in range(400) if number not in used][int(sys.argv[2])]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    return load(*arguments)
+_adapter.core_config.load = limit_and_load
+def answer(self, **result):
+    resource.setrlimit(resource.RLIMIT_NOFILE, (512, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    print(json.dumps(result, default=str))
+    sys.exit(0)
+basic.AnsibleModule.fail_json = basic.AnsibleModule.exit_json = answer
+agentlab_sandbox.main()
+"""
+
+
+@pytest.mark.parametrize("room", [0, 1, 2, 4])
+def test_a_module_without_descriptors(lab: Lab, room: int) -> None:
+    options = {"vmid": 1000, "ttl": "2h", "template": "debian-13", "database": lab.database}
+    arguments = json.dumps({"ANSIBLE_MODULE_ARGS": options})
+    environment = {**os.environ, **lab.server.environment(lab.folder), "PYTHONPATH": os.pathsep.join(sys.path)}
+    ended = subprocess.run(
+        [sys.executable, "-c", MODULE, arguments, str(room)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert "Traceback" not in ended.stdout + ended.stderr, ended
+    answer = json.loads(ended.stdout)
+    assert "this process has no file descriptor left" in answer["msg"], answer
+
+
+def obey_modes() -> list[str]:
+    """Return the beginning of a command by which root, too, may read only what modes of files allow."""
+    return ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if os.geteuid() == 0 else []
+
+
+def test_records_that_this_user_may_not_read(daemon: Make, lab: Lab) -> None:
+    """The log of a daemon that cannot start, and a module; there is no daemon that status could ask."""
+    lab.create("a1")
+    lab.close_contexts()
+    closed = Path(lab.database)
+    closed.chmod(0o200)
+    sentence = (
+        f"this user may not read {closed} (mode 0200, owner {pwd.getpwuid(closed.stat().st_uid).pw_name}); run as"
+    )
+    one = daemon(start=False)
+    command = one.command()
+    one.command = lambda *_arguments: [*obey_modes(), *command]  # type: ignore[method-assign]
+    assert one.spawn().wait(60) == 1
+    assert sentence in one.log() and "Traceback" not in one.log()
+    told = agentlab("status", socket=one.socket)
+    assert told.returncode == 3 and "journalctl -u agentlabd" in told.stderr, told
+    arguments = json.dumps({"ANSIBLE_MODULE_ARGS": {"vmid": 1000, "state": "stopped", "database": lab.database}})
+    environment = {**os.environ, **lab.server.environment(lab.folder), "PYTHONPATH": os.pathsep.join(sys.path)}
+    ended = subprocess.run(
+        [*obey_modes(), sys.executable, "-c", MODULE, arguments, "99"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    closed.chmod(0o600)
+    assert sentence in json.loads(ended.stdout)["msg"], ended
 
 
 def test_a_socket_that_is_gone(daemon: Make) -> None:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -171,6 +172,20 @@ def host_error(error: BaseException) -> HostError | None:
     if problem is None:
         return None
     return HostError(f"{f'{path}: ' if path else ''}{problem}, then run again; nothing more was done")
+
+
+def out_of_descriptors(error: BaseException | None = None) -> bool:
+    """Return True when this process or system has no file descriptor left.
+
+    A resolver without descriptors reports an unknown host, so the error alone does not tell: try to open one.
+    """
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        return True
+    try:
+        os.close(os.open("/", os.O_RDONLY))
+    except OSError as problem:
+        return problem.errno in (errno.EMFILE, errno.ENFILE)
+    return False
 
 
 # ---- the records ----

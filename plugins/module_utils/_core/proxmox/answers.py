@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import errno
-import os
 import re
 from typing import Any
 
@@ -87,20 +85,6 @@ def clean(text: object, settings: ProxmoxSettings | None = None) -> str:
         if secret and len(secret) > 3:
             line = line.replace(secret, "(secret)")
     return line[:_LONGEST_TEXT]
-
-
-def out_of_descriptors(error: BaseException | None = None) -> bool:
-    """Return True when this process or system has no file descriptor left.
-
-    A resolver without descriptors reports an unknown host, so the error alone does not tell: try to open one.
-    """
-    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
-        return True
-    try:
-        os.close(os.open("/", os.O_RDONLY))
-    except OSError as problem:
-        return problem.errno in (errno.EMFILE, errno.ENFILE)
-    return False
 
 
 def no_descriptor(path: str) -> Unreachable:

@@ -28,7 +28,7 @@ from typing import Any
 from urllib.parse import quote
 
 from ..config import ProxmoxSettings
-from ..errors import AccessDenied, InvalidInput, OutcomeUnknown, ProxmoxError, Unreachable
+from ..errors import AccessDenied, InvalidInput, OutcomeUnknown, ProxmoxError, Unreachable, out_of_descriptors
 from . import answers
 
 MISSING_LIBRARY: str | None = None
@@ -209,7 +209,7 @@ class Https:
         except requests.exceptions.ConnectionError as error:
             if "Read timed out" in str(error):
                 raise answers.unanswered(method, path, settings) from None
-            if answers.out_of_descriptors():
+            if out_of_descriptors():
                 raise answers.no_descriptor(path) from None
             if any(name in str(error) for name in _NEVER_CONNECTED):
                 raise Unreachable(
@@ -234,14 +234,14 @@ class Https:
             # proxmoxer looks for "data" in whatever was sent.
             raise self._nonsense(method, path) from None
         except OSError as error:
-            if answers.out_of_descriptors(error):
+            if out_of_descriptors(error):
                 raise answers.no_descriptor(path) from None
             # requests reads the file of ca_path before it connects.
             raise Unreachable(f"{where}: {error}; is ca_path right?", path=path) from None
 
     def _tls_error(self, method: str, path: str, error: Exception) -> ProxmoxError:
         text, settings = str(error), self._settings
-        if answers.out_of_descriptors():
+        if out_of_descriptors():
             return answers.no_descriptor(path)
         harmless = method == "GET" or path == "access/ticket"
         if not (_TLS_REFUSED.search(text) or (_NO_TLS in text and harmless)):
@@ -308,7 +308,7 @@ class Https:
 
     def _proxy_error(self, path: str, error: Exception) -> Unreachable:
         name, shown = self._proxy() or ("the environment", "")
-        if answers.out_of_descriptors():
+        if out_of_descriptors():
             return answers.no_descriptor(path)
         refused = re.search(r"Tunnel connection failed: ([^'\"\\)]+)", str(error))
         what = f"refuses ({refused[1].strip()})" if refused else f"cannot be reached ({_reason(error)})"

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from ...clock import Clock
-from ...errors import StoreError
+from ...errors import StoreError, out_of_descriptors
 from .. import schema
 from ..group_commit import GroupCommit, QueuedWrite
 from . import latest
@@ -38,7 +38,12 @@ def explain(path: str, error: Exception) -> StoreError:
     unreadable = _why_unreadable(path)
     if unreadable:
         return StoreError(f"database {path}: {text}: {unreadable}", path=path)
-    if "readonly" in low or "read-only" in low:
+    if ("unable to open" in low or "disk i/o" in low) and out_of_descriptors():
+        advice = (
+            "this process has no file descriptor left; nothing was written. Raise its limit (ulimit -n; LimitNOFILE= "
+            "of the unit), then run again"
+        )
+    elif "readonly" in low or "read-only" in low:
         advice = "the file or its folder is read-only for this user; run as the owner or mend the permissions"
     elif "full" in low:
         advice = "the disk is full; free some space and run again (nothing was written)"
