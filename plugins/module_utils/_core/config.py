@@ -413,28 +413,28 @@ def read_yaml(path: str, where: str) -> Any:
 
 def read_file(path: str) -> dict[str, Any]:
     """The configuration file's keys; refused as a whole when it cannot be parsed or has a key that does not exist."""
-    found = read_yaml(path, f"config_file: {path}")
-    if found is None:
+    keys = read_yaml(path, f"config_file: {path}")
+    if keys is None:
         return {}
-    if not isinstance(found, safe_yaml.Mapping):
+    if not isinstance(keys, safe_yaml.Mapping):
         raise ConfigError(f"config_file: {path} must be a mapping of options, such as 'api_host: 192.0.2.1'", file=path)
-    unknown = [key for key in found if key not in DEFAULTS]
+    unknown = [key for key in keys if key not in DEFAULTS]
     if unknown:
         raise ConfigError(
             f"config_file: {path} has the unknown key {safe_yaml.shown(unknown[0])}. Valid: {', '.join(DEFAULTS)} "
-            f"(line {found.lines[unknown[0]]})",
+            f"(line {keys.lines[unknown[0]]})",
             file=path,
         )
     for key in TEXTS:
-        if safe_yaml.misread(found.get(key), found.written.get(key)):
+        if safe_yaml.misread(keys.get(key), keys.written.get(key)):
             # A password 012345 would be sent as 5349.
-            shown = "that value" if key in SECRETS else patterns.quoted(found.written[key])
+            shown = "that value" if key in SECRETS else patterns.quoted(keys.written[key])
             raise ConfigError(
                 f"config_file: {path}: {key}: YAML reads {shown} as something else than a text (line "
-                f"{found.lines[key]}); put it in quotes",
+                f"{keys.lines[key]}); put it in quotes",
                 file=path,
             )
-    return dict(found)
+    return dict(keys)
 
 
 def _placement_rules(value: Any) -> PlacementRules:
@@ -626,14 +626,14 @@ def _integer(name: str, value: Any, low: int, high: int) -> int:
 def _fraction(name: str, value: Any, low: float, high: float) -> float:
     text = str(value).strip()
     try:
-        found = -1.0 if isinstance(value, bool) else float(text)
+        number = -1.0 if isinstance(value, bool) else float(text)
     except ValueError:
-        found = -1.0
-    if not low <= found <= high:
+        number = -1.0
+    if not low <= number <= high:
         raise InvalidInput(
             f"{name}: {text!r} is not valid. Valid: a number from {low:g} to {high:g}", option=name, value=text
         )
-    return found
+    return number
 
 
 def _boolean(name: str, value: Any) -> bool:

@@ -124,8 +124,8 @@ class Context:
         with self._once_lock:
             if key not in self._read_once:
                 self._read_once[key] = read()
-            found: B = self._read_once[key]
-            return found
+            answer: B = self._read_once[key]
+            return answer
 
     def derive(self, *, actor: str, dry_run: bool = False, config: Config | None = None) -> Context:
         """A run of its own for a process that lives longer than one: shares the database and the connections,

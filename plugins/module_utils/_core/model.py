@@ -52,31 +52,31 @@ class Sandbox:
     @classmethod
     def from_row(cls, row: Any) -> Sandbox:
         """Return the record of a row with COLUMNS in their order; DamagedRecord names a value that cannot be one."""
-        found = cls(*row)
+        sandbox = cls(*row)
         # SQLite keeps whatever somebody wrote into a column. Rows of sound types come again and again, so their pattern
         # is known.
         kinds = tuple(map(type, row))
         if kinds not in _sound_kinds:
             for name, kind in zip(COLUMNS, kinds, strict=True):
                 if kind not in _KINDS[name]:
-                    raise found.damaged(name, _VALID[_KINDS[name][0]])
+                    raise sandbox.damaged(name, _VALID[_KINDS[name][0]])
             _sound_kinds.add(kinds)
         for name in _TIMES:
-            value = getattr(found, name)
+            value = getattr(sandbox, name)
             if value is not None and not 0 <= value <= _LAST_SECOND:
-                raise found.damaged(name, "a time in seconds since 1970")
-        if found.state not in states.STATES:
-            raise found.damaged("state", f"a state ({', '.join(states.STATES)})")
+                raise sandbox.damaged(name, "a time in seconds since 1970")
+        if sandbox.state not in states.STATES:
+            raise sandbox.damaged("state", f"a state ({', '.join(states.STATES)})")
         # As the column has it until here.
-        text: Any = found.tags
+        text: Any = sandbox.tags
         try:
-            found.tags = json.loads(text) if text and text != "[]" else []
+            sandbox.tags = json.loads(text) if text and text != "[]" else []
         except ValueError:
-            raise found.damaged("tags", "a JSON list of texts") from None
-        if not isinstance(found.tags, list) or not all(isinstance(tag, str) for tag in found.tags):
-            raise found.damaged("tags", "a JSON list of texts")
-        found.protected, found.keepalive = bool(found.protected), bool(found.keepalive)
-        return found
+            raise sandbox.damaged("tags", "a JSON list of texts") from None
+        if not isinstance(sandbox.tags, list) or not all(isinstance(tag, str) for tag in sandbox.tags):
+            raise sandbox.damaged("tags", "a JSON list of texts")
+        sandbox.protected, sandbox.keepalive = bool(sandbox.protected), bool(sandbox.keepalive)
+        return sandbox
 
     def damaged(self, column: str, valid: str) -> DamagedRecord:
         """Return the error that names a column of this record, which holds no such value."""

@@ -24,21 +24,21 @@ def each(work: Callable[[A], B], items: list[A], workers: int) -> list[B]:
 
     # Each worker takes the next one when it is free: a future for each item, all made at the start, is a megabyte for a
     # thousand.
-    left = deque(range(len(items)))
+    waiting = deque(range(len(items)))
     answers: dict[int, B] = {}
     errors: dict[int, BaseException] = {}
 
     def some(_worker: int) -> None:
         while True:
             try:
-                index = left.popleft()
+                index = waiting.popleft()
             except IndexError:
                 return
             try:
                 answers[index] = work(items[index])
             except BaseException as error:
                 errors[index] = error
-                left.clear()
+                waiting.clear()
 
     count = min(workers, len(items))
     with ThreadPoolExecutor(max_workers=count) as pool:
@@ -46,7 +46,7 @@ def each(work: Callable[[A], B], items: list[A], workers: int) -> list[B]:
             list(pool.map(some, range(count)))
         finally:
             # Whoever waits here may be interrupted.
-            left.clear()
+            waiting.clear()
     if errors:
         raise errors[min(errors)]
     return [answers[index] for index in range(len(items))]

@@ -91,18 +91,18 @@ class _RuleReader:
 
         if not isinstance(node, yaml.MappingNode):
             raise self.refuse(node, f"{where} must be a mapping. Valid keys: {', '.join(known)}")
-        found: dict[str, Any] = {}
+        values: dict[str, Any] = {}
         for key_node, value_node in node.value:
             key = str(key_node.value) if isinstance(key_node, yaml.ScalarNode) else "a list or mapping"
             if key not in known:
                 raise self.refuse(key_node, f"unknown key {safe_yaml.shown(key)} in {where}. Valid: {', '.join(known)}")
-            if key in found:
+            if key in values:
                 raise self.refuse(key_node, f"{key!r} is given twice in {where}")
-            found[key] = known[key](value_node, key)
+            values[key] = known[key](value_node, key)
         for key in required:
-            if key not in found:
+            if key not in values:
                 raise self.refuse(node, f"{key!r} is missing in {where}")
-        return found
+        return values
 
     def scalar(self, node: Any, key: str, valid: str) -> Any:
         import yaml

@@ -172,7 +172,7 @@ def _build(loader: Any, node: Any, budget: list[int], depth: int) -> Any:
             if _is_plain(item):
                 items.written[number] = item.value
         return items
-    found = Mapping()
+    mapping = Mapping()
     merged: list[Any] = []
     for key_node, value_node in node.value:
         if key_node.tag == _TAG + "merge":
@@ -181,22 +181,22 @@ def _build(loader: Any, node: Any, budget: list[int], depth: int) -> Any:
         if not isinstance(key_node, yaml.ScalarNode):
             raise Refused("has a list or mapping as a key", key_node.start_mark.line + 1)
         key = scalar(loader, key_node)
-        if key in found:
+        if key in mapping:
             raise Refused(f"gives {shown(key)} twice", key_node.start_mark.line + 1)
-        found[key] = _build(loader, value_node, budget, depth + 1)
-        found.lines[key] = key_node.start_mark.line + 1
+        mapping[key] = _build(loader, value_node, budget, depth + 1)
+        mapping.lines[key] = key_node.start_mark.line + 1
         if _is_plain(value_node):
-            found.written[key] = value_node.value
+            mapping.written[key] = value_node.value
     for other in merged:
         if not isinstance(other, yaml.MappingNode):
             raise Refused("merges (<<) something that is not a mapping", other.start_mark.line + 1)
         values = _build(loader, other, budget, depth + 1)
-        for key in [key for key in values if key not in found]:
-            found[key] = values[key]
-            found.lines[key] = values.lines[key]
+        for key in [key for key in values if key not in mapping]:
+            mapping[key] = values[key]
+            mapping.lines[key] = values.lines[key]
             if key in values.written:
-                found.written[key] = values.written[key]
-    return found
+                mapping.written[key] = values.written[key]
+    return mapping
 
 
 def _is_plain(node: Any) -> bool:

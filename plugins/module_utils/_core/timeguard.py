@@ -138,12 +138,12 @@ def _clock_jumped(ctx: Context) -> str | None:
 def rests_until(ctx: Context) -> int | None:
     """Return the wall time until which expiry and prune rest on this host, or None; looks only."""
     _damaged, note = _read(ctx)
-    left = (
+    rest = (
         float(note.get("until") or 0) - ctx.clock.since_boot()
         if note and note["boot"] == json.loads(process_identity())["boot"]
         else 0.0
     )
-    return ctx.clock.now() + int(left) + 1 if left > 0 else None
+    return ctx.clock.now() + int(rest) + 1 if rest > 0 else None
 
 
 def _key() -> str:

@@ -81,19 +81,21 @@ def write_bundle(path: str, content: Mapping[str, Any]) -> None:
 
 
 def _replacements(exam: Examination, hosts: bool) -> dict[str, str]:
-    found = exam.config.proxmox
+    proxmox = exam.config.proxmox
     # A value this short would be found in half of all words; such a secret is not one.
-    replaced = {value: "(secret)" for value in (found.api_password, found.api_token_secret) if value and len(value) > 3}
+    replaced = {
+        value: "(secret)" for value in (proxmox.api_password, proxmox.api_token_secret) if value and len(value) > 3
+    }
     if hosts:
         return replaced
-    for name in (found.api_host, socket.gethostname(), socket.getfqdn()):
+    for name in (proxmox.api_host, socket.gethostname(), socket.getfqdn()):
         if name and name not in ("localhost", *_KEEP):
             replaced[name] = "(host)"
     nodes, vms = exam.context.cluster.known()
     for number, node in enumerate(sorted(nodes), 1):
         replaced[node] = f"(node {number})"
-    for one in exam.context.records.find_all(include_destroyed=True):
-        replaced[one.name] = f"(sandbox {one.vmid})"
+    for sandbox in exam.context.records.find_all(include_destroyed=True):
+        replaced[sandbox.name] = f"(sandbox {sandbox.vmid})"
     for vmid, name in vms.items():
         replaced.setdefault(name, f"(VM {vmid})")
     return replaced

@@ -21,7 +21,7 @@ _CLOCK_SECONDS = (5, 60)
 
 def check_proxmox(exam: Examination) -> Iterable[Finding]:
     try:
-        found = exam.context.client.get_dict("version")
+        version = exam.context.client.get_dict("version")
     except (ProxmoxError, InvalidInput) as error:
         return [
             Finding(
@@ -31,7 +31,7 @@ def check_proxmox(exam: Examination) -> Iterable[Finding]:
                 "the message says what to look at; nothing else about Proxmox could be looked at",
             )
         ]
-    exam.release = str(found.get("version") or "")
+    exam.release = str(version.get("version") or "")
     facts = {"version": exam.release}
     major = exam.release.partition(".")[0]
     if not major.isdecimal() or int(major) < 8:
@@ -97,9 +97,9 @@ def check_vmid_range(exam: Examination) -> Iterable[Finding]:
     taken = len(set(within) | {vmid for vmid in ours if low <= vmid <= high})
     free = high - low + 1 - taken
     facts = {"range": f"{low}-{high}", "free": free, "foreign": strangers[:50]}
-    found = list(_overlaps(exam, low, high, facts))
+    findings = list(_overlaps(exam, low, high, facts))
     if free <= 0:
-        found.append(
+        findings.append(
             Finding(
                 "vmid_range",
                 PROBLEM,
@@ -110,7 +110,7 @@ def check_vmid_range(exam: Examination) -> Iterable[Finding]:
         )
     marked = [vmid for vmid in strangers[:LOOK_AT] if _carries_marker(exam, vmid, within[vmid])]
     if marked:
-        found.append(
+        findings.append(
             Finding(
                 "vmid_range",
                 WARNING,
@@ -122,7 +122,7 @@ def check_vmid_range(exam: Examination) -> Iterable[Finding]:
         )
     others = [vmid for vmid in strangers if vmid not in marked]
     if others:
-        found.append(
+        findings.append(
             Finding(
                 "vmid_range",
                 WARNING,
@@ -132,7 +132,7 @@ def check_vmid_range(exam: Examination) -> Iterable[Finding]:
                 facts,
             )
         )
-    yield from found or [
+    yield from findings or [
         Finding(
             "vmid_range",
             OK,
@@ -171,9 +171,9 @@ def check_clock(exam: Examination) -> Iterable[Finding]:
     offsets: dict[str, int] = {}
     for node in sorted(name for name, online in exam.nodes.items() if online):
         before = exam.context.clock.now()
-        found = exam.context.client.get_dict(f"nodes/{node}/time")
+        clock = exam.context.client.get_dict(f"nodes/{node}/time")
         # The answer's moment lies somewhere within the request: the middle is the fairest guess.
-        offsets[node] = int(found.get("time") or 0) - (before + exam.context.clock.now()) // 2
+        offsets[node] = int(clock.get("time") or 0) - (before + exam.context.clock.now()) // 2
     if not offsets:
         why = "no node is online" if exam.nodes else "the cluster's nodes could not be read"
         yield Finding("clock", UNKNOWN, f"{why}, so no clock could be compared", "see the finding quorum")

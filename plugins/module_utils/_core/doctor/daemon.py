@@ -136,12 +136,12 @@ def ask(path: str, resource: str) -> dict[str, Any]:
     try:
         connection.request("GET", resource)
         answer = connection.getresponse()
-        found = json.loads(answer.read())
+        body = json.loads(answer.read())
     finally:
         connection.close()
-    if answer.status != 200 or not isinstance(found, dict):
+    if answer.status != 200 or not isinstance(body, dict):
         raise ValueError(f"status {answer.status}")
-    return found
+    return body
 
 
 def conditions_of(status: Mapping[str, Any]) -> list[dict[str, str]]:

@@ -55,8 +55,8 @@ class Diagnosis:
 
     @property
     def status(self) -> str:
-        found = {one.status for one in self.findings}
-        return next(status for status in STATUSES if status in found or status == OK)
+        statuses = {finding.status for finding in self.findings}
+        return next(status for status in STATUSES if status in statuses or status == OK)
 
     def worse_than(self, limit: str) -> list[Finding]:
         """The findings that are a ``problem``, or with ``warning`` those, too; none with ``never``."""
@@ -75,5 +75,5 @@ class Diagnosis:
 
 
 def some(values: Iterable[Any]) -> str:
-    found = list(dict.fromkeys(values))
-    return ", ".join(map(str, found[:5])) + (", ..." if len(found) > 5 else "")
+    unique = list(dict.fromkeys(values))
+    return ", ".join(map(str, unique[:5])) + (", ..." if len(unique) > 5 else "")

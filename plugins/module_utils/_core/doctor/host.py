@@ -35,11 +35,11 @@ _HARMLESS = {("sandboxes", "tags"): "'[]'", ("operations", "detail"): "'{}'"}
 
 
 def check_configuration(exam: Examination) -> Iterable[Finding]:
-    found = exam.config.proxmox
+    proxmox = exam.config.proxmox
     facts = {
-        "api_host": found.api_host,
-        "login": found.login,
-        "validate_certs": found.validate_certs,
+        "api_host": proxmox.api_host,
+        "login": proxmox.login,
+        "validate_certs": proxmox.validate_certs,
         "database": exam.config.database,
         "python": platform.python_version(),
         "sqlite": sqlite_version(),
@@ -54,22 +54,22 @@ def check_configuration(exam: Examination) -> Iterable[Finding]:
         None,
         facts,
     )
-    if found.api_host and not found.validate_certs:
+    if proxmox.api_host and not proxmox.validate_certs:
         yield Finding(
             "configuration",
             WARNING,
-            f"the certificate of {found.where} is not verified: whoever can answer in its place gets the token",
+            f"the certificate of {proxmox.where} is not verified: whoever can answer in its place gets the token",
             "set validate_certs: true, and ca_path to a copy of the node's /etc/pve/pve-root-ca.pem",
         )
-    elif found.api_host and not found.token_name:
+    elif proxmox.api_host and not proxmox.token_name:
         yield Finding(
             "configuration",
             WARNING,
-            f"{found.user} logs in with a password, with all rights of that user",
+            f"{proxmox.user} logs in with a password, with all rights of that user",
             "create a token with fewer rights: see the pveum commands",
         )
     else:
-        yield Finding("configuration", OK, f"Proxmox is reached through {found.where} as {found.login}")
+        yield Finding("configuration", OK, f"Proxmox is reached through {proxmox.where} as {proxmox.login}")
     path = exam.config.config_file
     if path and exam.config.secret_in_file:
         mode = stat.S_IMODE(os.stat(path).st_mode)
@@ -350,14 +350,14 @@ def check_work(exam: Examination) -> Iterable[Finding]:
 
 
 def _libraries() -> dict[str, str | None]:
-    found: dict[str, str | None] = {}
+    versions: dict[str, str | None] = {}
     for name in ("proxmoxer", "requests", "yaml"):
         try:
-            found[name] = str(getattr(__import__(name), "__version__", "unknown"))
+            versions[name] = str(getattr(__import__(name), "__version__", "unknown"))
         except (ImportError, SystemExit):
             # proxmoxer ends the process when requests is missing
-            found[name] = None
-    return found
+            versions[name] = None
+    return versions
 
 
 def _mend(client: str, detail: Mapping[str, Any]) -> str:

@@ -134,10 +134,10 @@ def _hiding_paths(exam: Examination) -> list[str]:
 
 
 def _bridge_of_template(exam: Examination) -> str:
-    found = re.search(r"bridge=([\w.-]+)", str(exam.template[2].get("net0")) if exam.template else "")
-    return found[1] if found else "vmbr0"
+    bridge = re.search(r"bridge=([\w.-]+)", str(exam.template[2].get("net0")) if exam.template else "")
+    return bridge[1] if bridge else "vmbr0"
 
 
 def _rights_on(exam: Examination, path: str) -> set[str]:
-    found = exam.context.client.get_dict("access/permissions", path=path)
-    return {str(name) for rights in found.values() if isinstance(rights, dict) for name in rights}
+    paths = exam.context.client.get_dict("access/permissions", path=path)
+    return {str(name) for rights in paths.values() if isinstance(rights, dict) for name in rights}

@@ -34,24 +34,24 @@ def find(ctx: Context, filters: Filter) -> list[Sandbox]:
     """The sandboxes, in the order of their VMIDs."""
     destroyed = filters.include_destroyed or states.DESTROYED in (filters.states or ())
     if filters.ids is not None:
-        found = []
+        sandboxes = []
         for which in filters.ids:
             try:
-                one = ctx.select(**which)
+                sandbox = ctx.select(**which)
             except NotFound:
                 continue
-            if one.live or destroyed:
-                found.append(one)
+            if sandbox.live or destroyed:
+                sandboxes.append(sandbox)
     else:
-        found = ctx.records.find_all(filters.states, include_destroyed=destroyed)
+        sandboxes = ctx.records.find_all(filters.states, include_destroyed=destroyed)
     now = ctx.clock.now()
     return [
-        one
-        for one in found
-        if (filters.states is None or one.state in filters.states)
-        and (filters.profile is None or one.profile == filters.profile)
-        and (not filters.tags or set(filters.tags) & set(one.tags))
-        and (filters.expired is None or one.expired(now) == filters.expired)
+        sandbox
+        for sandbox in sandboxes
+        if (filters.states is None or sandbox.state in filters.states)
+        and (filters.profile is None or sandbox.profile == filters.profile)
+        and (not filters.tags or set(filters.tags) & set(sandbox.tags))
+        and (filters.expired is None or sandbox.expired(now) == filters.expired)
     ]
 
 
@@ -67,8 +67,8 @@ def show(
     """Return ``sandboxes``, ``count`` and ``by_state``. ``owner`` adds to each live sandbox who created it, and the
     connection plugin that its profile names.
     """
-    found = find(ctx, filters)
-    shown = [one.public() for one in found]
+    sandboxes = find(ctx, filters)
+    shown = [sandbox.public() for sandbox in sandboxes]
     if owner:
         owners = history.owners(ctx.database)
         connections = _connections(ctx)
@@ -76,14 +76,14 @@ def show(
             answer["owner"] = owners.get(answer["uuid"])
             answer["connection"] = connections.get(answer["profile"])
     if events > 0:
-        for one, answer in zip(found, shown, strict=True):
-            answer["events"] = [event(row) for row in history.events(ctx.database, uuid=one.uuid, tail=events)]
-    if verify and found:
+        for sandbox, answer in zip(sandboxes, shown, strict=True):
+            answer["events"] = [event(row) for row in history.events(ctx.database, uuid=sandbox.uuid, tail=events)]
+    if verify and sandboxes:
         from . import comparison
 
-        for answer, extra in zip(shown, comparison.verified(ctx, found, identities), strict=True):
+        for answer, extra in zip(shown, comparison.verified(ctx, sandboxes, identities), strict=True):
             answer.update(extra)
-    return {"sandboxes": shown, "count": len(shown), "by_state": dict(Counter(one.state for one in found))}
+    return {"sandboxes": shown, "count": len(shown), "by_state": dict(Counter(sandbox.state for sandbox in sandboxes))}
 
 
 def _connections(ctx: Context) -> dict[str | None, str | None]:
