@@ -107,6 +107,58 @@ def test_the_commands_of_the_readme_are_enough(lab: Lab, access: AccessControl) 
     assert wrong(report, "privileges", "creation") == [] and report.pveum == []
 
 
+def test_each_privilege_of_the_readme_is_needed_or_said_to_be_superfluous(lab: Lab, access: AccessControl) -> None:
+    """Taken away one by one. The doctor finds each, or the life of a sandbox does without it and the page says so."""
+    run(lab, access, commands_of("README.md"))
+    page = (pages.ROOT / "docs/safety.md").read_text(encoding="utf-8")
+    superfluous = set()
+    for name in ("AgentlabSee", "AgentlabRun", "AgentlabClone", "AgentlabDisk", "AgentlabNet"):
+        granted = set(access.roles[name])
+        for privilege in sorted(granted):
+            access.roles[name] = granted - {privilege}
+            problems = [one for one in examine(lab).findings if one.check == "privileges" and one.status == "problem"]
+            assert re.search(rf"{re.escape(privilege)}\b", page.replace(", .", ", VM.Config.")), privilege
+            if not problems:
+                superfluous.add((name, privilege))
+        access.roles[name] = granted
+    # Without VM.Audit the role on the template hides the template itself.
+    superfluous.discard(("AgentlabClone", "VM.Audit"))
+    assert superfluous == {
+        # What / hands down stays in force beside a pool's roles.
+        ("AgentlabRun", "VM.Audit"),
+        # VM.Config.Network serves for it.
+        ("AgentlabRun", "VM.Config.Cloudinit"),
+        # Only the doctor asks for these.
+        ("AgentlabRun", "Pool.Audit"),
+        ("AgentlabDisk", "Datastore.Audit"),
+    }
+
+
+def test_a_template_that_is_hidden_is_not_told_to_be_missing(lab: Lab, access: AccessControl) -> None:
+    """A role on /vms/9000 without VM.Audit takes away what / hands down."""
+    run(lab, access, commands_of("README.md"))
+    access.roles["AgentlabClone"] = {"VM.Clone"}
+    message = (
+        r"template: VM 9000 exists, but these credentials may not see it. Grant VM.Audit and VM.Clone on /vms/9000"
+    )
+    with pytest.raises(AgentlabError, match=message):
+        lab.create(template="9000")
+    with pytest.raises(AgentlabError, match=r"template: '9999' does not exist"):
+        lab.create(template="9999")
+    assert any(message[:20] in meaning for meaning in wrong(examine(lab, template="9000"), "template"))
+
+
+@pytest.mark.parametrize("lag", [0, 60])
+def test_a_vm_that_may_not_be_started_is_removed_without_a_stop(lab: Lab, access: AccessControl, lag: int) -> None:
+    """A new VM is "unknown" in the list: whether there is something to stop is asked of the VM itself."""
+    run(lab, access, commands_of("README.md"))
+    access.roles["AgentlabRun"] = access.roles["AgentlabRun"] - {"VM.PowerMgmt"}
+    lab.pve.listing_lag = lag
+    with pytest.raises(AgentlabError, match=r"VM.PowerMgmt.*what was made for it has been removed"):
+        lab.create()
+    assert not any("/status/stop" in path for _method, path, *_rest in lab.pve.requests)
+
+
 def test_the_commands_of_the_creation_page_are_enough_for_workspaces_too(lab: Lab, access: AccessControl) -> None:
     run(lab, access, commands_of("docs/creation.md"))
     lab.options["pool"] = None

@@ -81,6 +81,12 @@ def check_privileges(exam: Examination) -> Iterable[Finding]:
         lacking = [name for name in names if not privileges.satisfies(held[path], name)]
         if lacking and not (path == "/vms" and set(lacking) <= set(missing.get("/", ()))):
             missing[path] = lacking
+    pool = privileges.run_path(exam.config)
+    if pool != "/vms" and "VM.Audit" in held["/vms"] and pool in missing:
+        # A pool's roles add to what / hands down to its VMs.
+        missing[pool] = [name for name in missing[pool] if name != "VM.Audit"]
+        if not missing[pool]:
+            del missing[pool]
     creation.acl_entries(exam)
     facts: dict[str, Any] = {"login": login, "missing": missing}
     too_many = sorted(held.get("/", set()) & set(privileges.ADMINISTRATOR))

@@ -389,6 +389,10 @@ class Cluster:
         found = parallel.each(lambda vmid: self._nextid(vmid, quorum), vmids, self._client.settings.connections)
         return dict(zip(vmids, found, strict=True))
 
+    def is_in_use(self, vmid: int) -> bool:
+        """Return whether Proxmox VE says that a VMID is in use, be it by a VM that the credentials may not see."""
+        return self._nextid(vmid, {}).absent is False
+
     def why_in_use(self, vmid: int) -> str:
         """Return the sentence for a VMID that is in use: with what to grant, where the credentials do not see its
         VM.

@@ -107,6 +107,13 @@ def find(ctx: Context, wanted: str | None, node: str | None = None) -> Template:
     plain = sorted(vmid for vmid, row in rows.items() if row.get("name") == wanted)
     if plain:
         raise _no_template(plain[0], str(rows[plain[0]].get("type")), wanted)
+    if number is not None and ctx.cluster.is_in_use(number):
+        raise InvalidInput(
+            f"template: VM {number} exists, but these credentials may not see it. Grant VM.Audit and VM.Clone on "
+            f"/vms/{number}, or give another template. Templates that they see: {seen}",
+            option="template",
+            value=wanted,
+        )
     raise InvalidInput(f"template: {wanted!r} does not exist. Templates: {seen}", option="template", value=wanted)
 
 

@@ -255,7 +255,8 @@ def settle(ctx: Context, claim: Claim, sandbox: Sandbox, operation: str, *, to: 
 
 def stop(ctx: Context, sandbox: Sandbox, found: Located, *, hard: bool) -> tuple[list[str], list[str]]:
     """Stop a VM that was just judged to be ours; gracefully with a hard end after shutdown_timeout, or hard at once."""
-    if str(found.row.get("status")) == "stopped":
+    # The list lags by ten seconds, and calls a VM "unknown" that it has no figures of yet: a new one, for instance.
+    if str(found.row.get("status")) != "running":
         now = status(ctx, found)
         # Believed only if that was said of our VM.
         found = require_match(ctx, sandbox)
