@@ -55,13 +55,13 @@ class Drift:
         return self.repair is not None or self.kind in ("interrupted", "lease_expired", "still_running", "workspace")
 
     def public(self) -> dict[str, Any]:
-        one = self.sandbox
+        sandbox = self.sandbox
         return {
             "kind": self.kind,
             "action": self.action,
-            "vmid": one.vmid if one else self.vmid,
-            "uuid": one.uuid if one else None,
-            "state": one.state if one else None,
+            "vmid": sandbox.vmid if sandbox else self.vmid,
+            "uuid": sandbox.uuid if sandbox else None,
+            "state": sandbox.state if sandbox else None,
             "evidence": self.evidence,
             "applied": self.applied,
             "error": self.error,
@@ -225,7 +225,7 @@ def _leases(ctx: Context, apply: bool) -> list[Drift]:
             return []
         now = ctx.clock.now()
         over = overview.over(ctx.records, now)
-        found = [
+        drifts = [
             Drift(
                 "lease_expired",
                 "renew (keepalive)" if lease.is_kept_alive(ctx, one, now) else "expire",
@@ -234,9 +234,9 @@ def _leases(ctx: Context, apply: bool) -> list[Drift]:
             )
             for one in over
         ]
-        return found + [Drift("still_running", "stop", {}, one) for one in lease.leftovers(ctx)]
+        return drifts + [Drift("still_running", "stop", {}, one) for one in lease.leftovers(ctx)]
     passed = lease.expire(ctx)
-    found = [
+    drifts = [
         Drift(
             "lease_expired",
             "expired",
@@ -247,15 +247,15 @@ def _leases(ctx: Context, apply: bool) -> list[Drift]:
         )
         for one in passed.expired
     ]
-    found += [
+    drifts += [
         Drift("lease_expired", "renewed (keepalive)", {}, one.sandbox, applied=not one.failed, error=one.message)
         for one in passed.renewed
     ]
     if timeguard.hold_leases(ctx):
         # By the older copy they are over; their VMs may have been started and renewed since.
-        return found
+        return drifts
     known = {one.uuid for one in passed.expired if one.uuid}
-    found += [
+    drifts += [
         Drift(
             "still_running",
             "stop",
@@ -266,7 +266,7 @@ def _leases(ctx: Context, apply: bool) -> list[Drift]:
         )
         for one, problem in lease.stop_leftovers(ctx, known)
     ]
-    return found
+    return drifts
 
 
 def _failure_of(problem: str | None) -> str | None:
@@ -351,13 +351,13 @@ def _finish_interrupted(ctx: Context) -> list[Drift]:
     return found
 
 
-def _refuse_chosen(ctx: Context, left: JournalEntry) -> None:
+def _refuse_chosen(ctx: Context, entry: JournalEntry) -> None:
     """Kept for a destroy that was chosen by rule or age, and not decided: by now they may say something else, be
     frozen, or rest.
     """
-    if left.detail.get("operation") == "cleanup":
+    if entry.detail.get("operation") == "cleanup":
         raise Kept("rule", "a cleanup rule had chosen it; the next run of the rules decides anew")
-    if left.detail.get("operation") == "prune" and (rest := timeguard.suspended(ctx)):
+    if entry.detail.get("operation") == "prune" and (rest := timeguard.suspended(ctx)):
         raise Kept("clock_jumped", rest)
 
 
@@ -369,13 +369,13 @@ def give_up_creation(ctx: Context, sandbox: Sandbox, evidence: dict[str, Any] | 
     with ctx.claimed(sandbox, "reconcile", wait=0) as (claim, current):
         if current.state != sandbox.state:
             raise Kept("changed", f"sandbox {sandbox.vmid} was {sandbox.state} and is {current.state} now")
-        left = claim.interrupted
-        created = {**left.detail, "phase": left.phase, "at": left.updated_at} if left else None
+        unfinished = claim.interrupted
+        created = {**unfinished.detail, "phase": unfinished.phase, "at": unfinished.updated_at} if unfinished else None
         bound = current.smbios_uuid is not None or removal.never_cloned(current, created)
         if not bound:
             bound = binding.locate_unbound(ctx, current, claim, created).match
             current = ctx.records.get(current.uuid)
-            bound = bound or (left is not None and binding.left_nothing(ctx, current, left))
+            bound = bound or (unfinished is not None and binding.left_nothing(ctx, current, unfinished))
         snippets.remove(ctx, current)
         # Unbound: the journal entry stays, a later destroy needs it to tell whether a VM is its own.
         return ctx.records.change(
@@ -405,21 +405,21 @@ def _compare(
     if not ctx.cluster.node_online(node):
         return Drift("node_offline", "none", {"node": node}, sandbox)
     try:
-        found = locate(ctx, sandbox)
+        located = locate(ctx, sandbox)
     except Kept as error:
         return Drift(error.reason, "none", {"why": error.message}, sandbox)
     except ProxmoxError as error:
         return Drift("unknown", "none", {"why": error.message}, sandbox)
-    if found.verdict is None:
+    if located.verdict is None:
         return Drift("unknown", "none", {"why": "it vanished from the list while it was looked at"}, sandbox)
-    if found.verdict.identity == identity.FOREIGN:
-        return _absent(ctx, sandbox, "vmid_reused", found.verdict.evidence)
-    if found.verdict.identity == identity.UNKNOWN:
-        return Drift("locked", "none", found.verdict.evidence, sandbox)
-    if not found.match:
-        return Drift("ambiguous", "none", found.verdict.evidence, sandbox)
+    if located.verdict.identity == identity.FOREIGN:
+        return _absent(ctx, sandbox, "vmid_reused", located.verdict.evidence)
+    if located.verdict.identity == identity.UNKNOWN:
+        return Drift("locked", "none", located.verdict.evidence, sandbox)
+    if not located.match:
+        return Drift("ambiguous", "none", located.verdict.evidence, sandbox)
     try:
-        drift = _power_drift(ctx, sandbox, found)
+        drift = _power_drift(ctx, sandbox, located)
     except ProxmoxError as error:
         # It may have gone, or its node stopped answering, since it was judged: said for this one, and the others are
         # looked at.
@@ -431,7 +431,7 @@ def _compare(
             # This side's copy of the configuration may be old: the VM may have been started on the other side.
             return Drift("unknown", "none", {**drift.evidence, "why": error.message}, sandbox)
         return drift
-    return _address_drift(ctx, sandbox, looks.look_up(sandbox, found))
+    return _address_drift(ctx, sandbox, looks.look_up(sandbox, located))
 
 
 def _address_drift(ctx: Context, sandbox: Sandbox, ip: str | None) -> Drift | None:
@@ -475,35 +475,39 @@ def _absent(ctx: Context, sandbox: Sandbox, kind: str, evidence: dict[str, Any])
     return Drift(kind, "DESTROYED", evidence, sandbox, repair=mark)
 
 
-def _power_drift(ctx: Context, sandbox: Sandbox, found: Located) -> Drift | None:
-    evidence: dict[str, Any] = {"node": found.node, "vm_status": found.row.get("status")}
-    seen = _seen(ctx, sandbox, found)
+def _power_drift(ctx: Context, sandbox: Sandbox, located: Located) -> Drift | None:
+    evidence: dict[str, Any] = {"node": located.node, "vm_status": located.row.get("status")}
+    seen = _seen(ctx, sandbox, located)
     if seen is not None:
-        evidence["vm_status"] = "hibernated" if is_hibernated(found.config) else seen.lower()
+        evidence["vm_status"] = "hibernated" if is_hibernated(located.config) else seen.lower()
     if sandbox.state in states.POWERED and seen == states.STOPPED:
-        explained = _stop_task(ctx, sandbox, str(found.node))
+        explained = _stop_task(ctx, sandbox, str(located.node))
         evidence.update(stop_task=explained)
         target = states.STOPPED
         if not explained:
-            hidden = _hidden_tasks(ctx, str(found.node))
+            hidden = _hidden_tasks(ctx, str(located.node))
             # FAILED says that nobody stopped it; without a sight of everybody's tasks all that is known is that it is
             # stopped.
             target = states.STOPPED if hidden else states.FAILED
             if hidden:
                 evidence["why"] = hidden
         return Drift(
-            "stopped", target, evidence, sandbox, repair=_moving(ctx, sandbox, target, evidence, node=found.node)
+            "stopped", target, evidence, sandbox, repair=_moving(ctx, sandbox, target, evidence, node=located.node)
         )
     if seen == states.STOPPED and sandbox.state == states.SUSPENDED:
-        return Drift("stopped", seen, evidence, sandbox, repair=_following(ctx, sandbox, seen, found))
+        return Drift("stopped", seen, evidence, sandbox, repair=_following(ctx, sandbox, seen, located))
     if seen == states.SUSPENDED and sandbox.state in (*states.POWERED, states.STOPPED):
-        return Drift("suspended", seen, evidence, sandbox, repair=_following(ctx, sandbox, seen, found))
+        return Drift("suspended", seen, evidence, sandbox, repair=_following(ctx, sandbox, seen, located))
     if seen == states.RUNNING and sandbox.state == states.SUSPENDED:
-        return Drift("running", seen, evidence, sandbox, repair=_following(ctx, sandbox, seen, found))
-    if found.node != sandbox.node:
+        return Drift("running", seen, evidence, sandbox, repair=_following(ctx, sandbox, seen, located))
+    if located.node != sandbox.node:
         evidence["was"] = sandbox.node
         return Drift(
-            "moved", f"node updated to {found.node}", evidence, sandbox, repair=_amending(ctx, sandbox, node=found.node)
+            "moved",
+            f"node updated to {located.node}",
+            evidence,
+            sandbox,
+            repair=_amending(ctx, sandbox, node=located.node),
         )
     if sandbox.absent_seen_at is not None:
         return Drift(
@@ -519,31 +523,31 @@ def _power_drift(ctx: Context, sandbox: Sandbox, found: Located) -> Drift | None
     return None
 
 
-def _seen(ctx: Context, sandbox: Sandbox, found: Located) -> str | None:
+def _seen(ctx: Context, sandbox: Sandbox, located: Located) -> str | None:
     """The state of a VM that the list shows in another one than the record; asked of the VM itself, for the list lags.
 
     None where list and record agree, or where the record says nothing of the VM's power.
     """
-    listed = found.row.get("status")
+    listed = located.row.get("status")
     agrees = {states.READY: "running", states.RUNNING: "running", states.STOPPED: "stopped"}
     if sandbox.state not in (*agrees, states.SUSPENDED):
         return None
-    if listed == agrees.get(sandbox.state) and not is_hibernated(found.config):
+    if listed == agrees.get(sandbox.state) and not is_hibernated(located.config):
         return None
-    if sandbox.state == states.SUSPENDED and listed == "stopped" and is_hibernated(found.config):
+    if sandbox.state == states.SUSPENDED and listed == "stopped" and is_hibernated(located.config):
         return None
     try:
-        return power_state(sandbox, power.status(ctx, found), found.config)
+        return power_state(sandbox, power.status(ctx, located), located.config)
     except Kept:
         return None
 
 
-def _following(ctx: Context, sandbox: Sandbox, seen: str, found: Located) -> Callable[[], None]:
+def _following(ctx: Context, sandbox: Sandbox, seen: str, located: Located) -> Callable[[], None]:
     def work() -> None:
         with ctx.claimed(sandbox, "reconcile", wait=0) as (claim, current):
             if (current.state, current.generation) != (sandbox.state, sandbox.generation):
                 raise RecordChanged(f"sandbox {sandbox.vmid} was changed by another run meanwhile; run again")
-            power.follow(ctx, claim, current, "reconcile", seen, found)
+            power.follow(ctx, claim, current, "reconcile", seen, located)
 
     return work
 
@@ -611,7 +615,7 @@ def _unrecorded(ctx: Context, rows: dict[int, dict[str, Any]], live: list[Sandbo
     A VM of another database, outside our own vmid_range, is left out.
     """
     database = ctx.records.database_id()
-    known = {one.vmid for one in live}
+    known = {sandbox.vmid for sandbox in live}
     suspects = [
         (vmid, row)
         for vmid, row in sorted(rows.items())

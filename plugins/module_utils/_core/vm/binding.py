@@ -24,14 +24,14 @@ from .locate import Located, locate
 _CLOCK_SLACK = 300
 
 
-def waits_for_next_run(left: JournalEntry, state: str) -> bool:
+def waits_for_next_run(entry: JournalEntry, state: str) -> bool:
     """Whether this is a creation whose caller was told to run its task again: nobody else finishes it, its lease
     ends it.
     """
     return (
-        left.kind == "create"
+        entry.kind == "create"
         and state in states.CREATING
-        and (left.phase == AWAITED or bool(left.detail.get("awaited")))
+        and (entry.phase == AWAITED or bool(entry.detail.get("awaited")))
     )
 
 
@@ -42,43 +42,43 @@ def locate_unbound(ctx: Context, sandbox: Sandbox, claim: Claim | None, created:
     ``created`` is what the creation noted in the journal: phase, at, template, template_node, upid. Kept while the
     clone may still come.
     """
-    found = locate(ctx, sandbox)
+    located = locate(ctx, sandbox)
     sent = bool(created and created.get("phase") in ("cloning", "waiting"))
-    if found.node is None:
+    if located.node is None:
         if sent:
             refuse_in_doubt(ctx, sandbox, created or {})
-        return found
-    verdict = found.verdict
+        return located
+    verdict = located.verdict
     if verdict is None or verdict.identity != identity.UNBOUND:
         if verdict is not None and verdict.identity in (identity.FOREIGN, identity.UNKNOWN) and sent:
             refuse_in_doubt(ctx, sandbox, created or {})
-        return found
+        return located
     if sent:
         _refuse_running(ctx, sandbox, created or {})
     if not sent or not _our_clone_ended_well(ctx, created or {}):
         verdict.identity = identity.AMBIGUOUS
-        return found
+        return located
     smbios = identity.smbios_uuid(verdict.config or {})
     if smbios is None:
         verdict.identity = identity.AMBIGUOUS
-        return found
+        return located
     if claim is not None:
-        bind(ctx, claim, sandbox, smbios, found)
+        bind(ctx, claim, sandbox, smbios, located)
     verdict.identity = identity.MATCH
     ctx.cluster.seen_ours(sandbox.vmid)
-    return found
+    return located
 
 
-def bind(ctx: Context, claim: Claim, sandbox: Sandbox, smbios: str, found: Located) -> Sandbox:
+def bind(ctx: Context, claim: Claim, sandbox: Sandbox, smbios: str, located: Located) -> Sandbox:
     """Store the SMBIOS UUID: from here on the VM is known to be ours."""
     done = ctx.records.change(
         claim,
         sandbox,
         "create",
         smbios_uuid=smbios,
-        node=found.node,
+        node=located.node,
         reason="bound",
-        evidence={"smbios_uuid": smbios, "node": found.node},
+        evidence={"smbios_uuid": smbios, "node": located.node},
     )
     for name in ("smbios_uuid", "node", "generation", "updated_at"):
         setattr(sandbox, name, getattr(done, name))
@@ -123,10 +123,10 @@ def _refuse_running(ctx: Context, sandbox: Sandbox, created: dict[str, Any]) -> 
 def _status(ctx: Context, upid: str) -> str | None:
     """``running``, the exit status, or None when the task cannot be read."""
     try:
-        found = ctx.client.get_dict(f"nodes/{upid.split(':')[1]}/tasks/{upid}/status")
+        status = ctx.client.get_dict(f"nodes/{upid.split(':')[1]}/tasks/{upid}/status")
     except (ProxmoxError, IndexError):
         return None
-    return "running" if found.get("status") == "running" else str(found.get("exitstatus") or "unexpected status")
+    return "running" if status.get("status") == "running" else str(status.get("exitstatus") or "unexpected status")
 
 
 def _clones(ctx: Context, created: dict[str, Any]) -> list[dict[str, Any]]:
@@ -180,28 +180,33 @@ def _our_clone_ended_well(ctx: Context, created: dict[str, Any]) -> bool:
         return False
 
 
-def stays_unfinished(ctx: Context, sandbox: Sandbox, left: JournalEntry) -> bool:
+def stays_unfinished(ctx: Context, sandbox: Sandbox, entry: JournalEntry) -> bool:
     """Return whether no reconcile finishes this operation: it waits for its task, or a later destroy needs its journal.
 
     Proxmox is only read.
     """
-    if waits_for_next_run(left, sandbox.state):
+    if waits_for_next_run(entry, sandbox.state):
         # The VM is there, and the run said to run again; if nobody does, the lease ends the sandbox.
         return True
-    if left.kind != "create" or sandbox.state in states.CREATING or sandbox.smbios_uuid is not None or not sandbox.live:
+    if (
+        entry.kind != "create"
+        or sandbox.state in states.CREATING
+        or sandbox.smbios_uuid is not None
+        or not sandbox.live
+    ):
         return False
     # FAILED or TIMEOUT, never bound: the journal is what a later destroy tells the VM by.
-    return not left_nothing(ctx, sandbox, left)
+    return not left_nothing(ctx, sandbox, entry)
 
 
-def left_nothing(ctx: Context, sandbox: Sandbox, left: JournalEntry) -> bool:
+def left_nothing(ctx: Context, sandbox: Sandbox, entry: JournalEntry) -> bool:
     """Return whether a creation's clone is over for certain, and no VM is at its VMID: its journal tells nobody
     anything.
 
     So it is after an administrator removed what a killed clone had left.
     """
     try:
-        located = locate_unbound(ctx, sandbox, None, {**left.detail, "phase": left.phase, "at": left.updated_at})
+        located = locate_unbound(ctx, sandbox, None, {**entry.detail, "phase": entry.phase, "at": entry.updated_at})
     except (Kept, ProxmoxError):
         return False
     return located.node is None and ctx.cluster.prove_absent([sandbox.vmid])[sandbox.vmid].absent is True

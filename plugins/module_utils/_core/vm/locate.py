@@ -230,29 +230,29 @@ def _known_somewhere(ctx: Context, sandbox: Sandbox) -> bool:
 
 def require_match(ctx: Context, sandbox: Sandbox) -> Located:
     """The VM, proven to be ours; Kept with the reason otherwise. Nothing is ever done to a VM that is not."""
-    found = locate(ctx, sandbox)
-    if found.node is None:
+    located = locate(ctx, sandbox)
+    if located.node is None:
         raise Kept(
             "unknown",
             f"sandbox {sandbox.vmid}: no VM with that VMID is to be seen; run agentlab_reconcile to find out what "
             "became of it",
         )
-    refuse_not_ours(sandbox, found)
-    return found
+    refuse_not_ours(sandbox, located)
+    return located
 
 
-def just_judged(ctx: Context, sandbox: Sandbox, found: Located, waited: float) -> Located:
+def just_judged(ctx: Context, sandbox: Sandbox, located: Located, waited: float) -> Located:
     """For what has no precondition (start, stop, suspend): the VM as it was judged, if nothing was asked and no time
     went by since; judged anew
     otherwise. ``waited``: seconds that this request has waited for its place.
     """
     same = (
-        found.read is not None
-        and found.read[0] == ctx.client.asked
+        located.read is not None
+        and located.read[0] == ctx.client.asked
         and waited < _SHORT_WAIT
-        and ctx.clock.monotonic() - found.read[1] < _JUST_NOW
+        and ctx.clock.monotonic() - located.read[1] < _JUST_NOW
     )
-    return found if same else require_match(ctx, sandbox)
+    return located if same else require_match(ctx, sandbox)
 
 
 def match_if_readable(ctx: Context, sandbox: Sandbox) -> Located | None:
@@ -265,7 +265,7 @@ def match_if_readable(ctx: Context, sandbox: Sandbox) -> Located | None:
         raise
 
 
-def write_with_digest(ctx: Context, sandbox: Sandbox, found: Located, write: Callable[[Located], Any]) -> Any:
+def write_with_digest(ctx: Context, sandbox: Sandbox, located: Located, write: Callable[[Located], Any]) -> Any:
     """What ``write`` answers, which sends one request with the digest of the VM it is given, and waits for its task.
 
     Where the configuration became another one, the VM is judged anew and ``write`` called with that; Kept when it
@@ -273,7 +273,7 @@ def write_with_digest(ctx: Context, sandbox: Sandbox, found: Located, write: Cal
     """
     for _time in range(_WRITE_TRIES):
         try:
-            return write(found)
+            return write(located)
         except (ApiError, TaskFailed) as error:
             # Resizing says it in its task.
             text = error.text if isinstance(error, ApiError) else error.exitstatus
@@ -282,15 +282,15 @@ def write_with_digest(ctx: Context, sandbox: Sandbox, found: Located, write: Cal
                 ctx.clock.sleep(1.0)
             elif not changed(text):
                 raise
-        found = require_match(ctx, sandbox)
+        located = require_match(ctx, sandbox)
     raise Kept(
         "changed", f"sandbox {sandbox.vmid}: its VM's configuration keeps changing; it was left as it is, run again"
     )
 
 
-def refuse_not_ours(sandbox: Sandbox, found: Located) -> None:
+def refuse_not_ours(sandbox: Sandbox, located: Located) -> None:
     """Kept unless the verdict is MATCH."""
-    verdict = found.verdict
+    verdict = located.verdict
     if verdict is None or verdict.identity == identity.MATCH:
         return
     name = verdict.evidence.get("name")
@@ -319,10 +319,10 @@ def refuse_not_ours(sandbox: Sandbox, found: Located) -> None:
     )
 
 
-def refuse_guarded(sandbox: Sandbox, found: Located) -> None:
+def refuse_guarded(sandbox: Sandbox, located: Located) -> None:
     """Kept for what must not be destroyed: templates, VMs with Proxmox's protection, and those that are locked."""
-    config = found.config
-    if _is_on(config.get("template")) or _is_on(found.row.get("template")):
+    config = located.config
+    if _is_on(config.get("template")) or _is_on(located.row.get("template")):
         raise Kept("protected", f"sandbox {sandbox.vmid}: its VM is a template now, and templates are never destroyed")
     if _is_on(config.get("protection")):
         raise Kept(
@@ -331,7 +331,7 @@ def refuse_guarded(sandbox: Sandbox, found: Located) -> None:
             "--protection 0)",
         )
     # A hibernated VM is deleted like one that is switched off.
-    refuse_locked(sandbox, found, but=HIBERNATED)
+    refuse_locked(sandbox, located, but=HIBERNATED)
 
 
 def _is_on(value: Any) -> bool:
@@ -339,12 +339,12 @@ def _is_on(value: Any) -> bool:
     return value is not None and str(value).strip().lower() not in ("", "0", "no", "off", "false")
 
 
-def refuse_locked(sandbox: Sandbox, found: Located, *, but: str | None = None) -> None:
+def refuse_locked(sandbox: Sandbox, located: Located, *, but: str | None = None) -> None:
     """Kept for a VM that something else works on: Proxmox would refuse the request, or fail in the task.
 
     ``but`` is a lock that does not hinder what is to be done.
     """
-    lock = found.config.get("lock")
+    lock = located.config.get("lock")
     if not lock or lock == but:
         return
     vmid = sandbox.vmid

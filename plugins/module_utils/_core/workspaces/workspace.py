@@ -71,14 +71,14 @@ class Done:
 
 def parse_size(value: object) -> int:
     """Bytes of ``20G``; refused by name."""
-    found = _SIZE.fullmatch(patterns.shorten_size(str(value).strip()))
-    if not found or not int(found[1]):
+    match = _SIZE.fullmatch(patterns.shorten_size(str(value).strip()))
+    if not match or not int(match[1]):
         raise InvalidInput(
             f"size: {str(value)[:40]!r} is not valid. Valid: a number with M, G or T, such as 20G",
             option="size",
             value=str(value)[:40],
         )
-    return int(found[1]) * UNITS[found[2]]
+    return int(match[1]) * UNITS[match[2]]
 
 
 def check_name(name: str) -> None:
@@ -99,26 +99,26 @@ def present(
     """Make sure that the workspace exists; one that is there may only grow."""
     check_name(name)
     wanted = None if size is None else parse_size(size)
-    found = records(ctx).find(name)
-    if found is None:
+    disk = records(ctx).find(name)
+    if disk is None:
         return _create(ctx, name, wanted, storage, node)
-    if storage is not None and storage != found.storage:
+    if storage is not None and storage != disk.storage:
         raise InvalidInput(
-            f"storage: {found.title} is on {found.storage!r} and is never moved", option="storage", value=storage
+            f"storage: {disk.title} is on {disk.storage!r} and is never moved", option="storage", value=storage
         )
-    if node is not None and found.node is not None and node != found.node:
+    if node is not None and disk.node is not None and node != disk.node:
         raise InvalidInput(
-            f"node: {found.title} is on {found.node!r} (local storage) and is never moved", option="node", value=node
+            f"node: {disk.title} is on {disk.node!r} (local storage) and is never moved", option="node", value=node
         )
-    if found.state == store.CREATING:
-        return Done("would_create", found, True) if ctx.dry_run else Done("created", _allocate(ctx, found), True)
-    if wanted is None or wanted == found.size:
-        return Done("unchanged", found)
-    if wanted < found.size:
+    if disk.state == store.CREATING:
+        return Done("would_create", disk, True) if ctx.dry_run else Done("created", _allocate(ctx, disk), True)
+    if wanted is None or wanted == disk.size:
+        return Done("unchanged", disk)
+    if wanted < disk.size:
         raise InvalidInput(
-            f"size: {found.title} has {show_size(found.size)}, and workspaces only grow", option="size", value=str(size)
+            f"size: {disk.title} has {show_size(disk.size)}, and workspaces only grow", option="size", value=str(size)
         )
-    return _grow(ctx, found, wanted)
+    return _grow(ctx, disk, wanted)
 
 
 def _create(ctx: Context, name: str, size: int | None, storage: str | None, node: str | None) -> Done:
@@ -153,7 +153,7 @@ def _create(ctx: Context, name: str, size: int | None, storage: str | None, node
     shared = str(row.get("shared", 0)) == "1"
     suffix = _FILES.get(str(row.get("type")), "")
     ctx.cluster.confirm(creating=True)
-    found = records(ctx).reserve(
+    disk = records(ctx).reserve(
         name,
         size=size,
         storage=storage,
@@ -164,37 +164,37 @@ def _create(ctx: Context, name: str, size: int | None, storage: str | None, node
         folder=bool(suffix),
     )
     if ctx.dry_run:
-        return Done("would_create", found, True)
-    return Done("created", _allocate(ctx, found, node, first=True), True)
+        return Done("would_create", disk, True)
+    return Done("created", _allocate(ctx, disk, node, first=True), True)
 
 
-def _allocate(ctx: Context, found: Workspace, node: str | None = None, *, first: bool = False) -> Workspace:
+def _allocate(ctx: Context, disk: Workspace, node: str | None = None, *, first: bool = False) -> Workspace:
     """Make the volume. Its name carries the workspace's id, so asking again after a kill can make no second one.
 
     ``first``: no other run has asked for it, so a refusal means that there is none, and the record ends.
     """
-    node = node or node_for(ctx, found)
-    row = exists(ctx, found, node)
+    node = node or node_for(ctx, disk)
+    row = exists(ctx, disk, node)
     if row is None:
         try:
-            _require_free_owner(ctx, found, node)
+            _require_free_owner(ctx, disk, node)
             if not first:
                 # From now on this request is the one in doubt: doubt_window counts from here, and nobody gives the
                 # record up beside it.
-                found = records(ctx).change(found, "create", outcome="decided", reason="allocating")
+                disk = records(ctx).change(disk, "create", outcome="decided", reason="allocating")
             # This request knows no T.
             answer = ctx.client.post(
-                f"nodes/{node}/storage/{found.storage}/content",
-                vmid=found.owner_vmid,
-                size=f"{found.size // UNITS['M']}M",
-                filename=found.volume.rpartition("/")[2].rpartition(":")[2],
+                f"nodes/{node}/storage/{disk.storage}/content",
+                vmid=disk.owner_vmid,
+                size=f"{disk.size // UNITS['M']}M",
+                filename=disk.volume.rpartition("/")[2].rpartition(":")[2],
             )
         except ApiError as error:
             if "already exists" not in error.text:
                 if first:
-                    _give_up(ctx, found, error)
+                    _give_up(ctx, disk, error)
                 raise
-            answer = found.volume
+            answer = disk.volume
         except WorkspaceRefused as error:
             if not first:
                 # An earlier request may still be carried out.
@@ -202,53 +202,53 @@ def _allocate(ctx: Context, found: Workspace, node: str | None = None, *, first:
                     f"{error.message}; agentlab_reconcile gives this one up once its volume can come no more "
                     "(doubt_window), and a run after that takes another VMID"
                 ) from None
-            _give_up(ctx, found, error)
+            _give_up(ctx, disk, error)
             raise WorkspaceRefused(f"{error.message}; run again for another VMID") from None
-        if answer != found.volume:
+        if answer != disk.volume:
             raise OutcomeUnknown(
-                f"{found.title}: Proxmox answered {str(answer)[:80]!r} where {found.volume!r} was expected; run again"
+                f"{disk.title}: Proxmox answered {str(answer)[:80]!r} where {disk.volume!r} was expected; run again"
             )
-        row = exists(ctx, found, node)
+        row = exists(ctx, disk, node)
         if row is None:
             raise OutcomeUnknown(
-                f"{found.title}: {found.volume} was allocated, but the storage does not list it: grant "
+                f"{disk.title}: {disk.volume} was allocated, but the storage does not list it: grant "
                 "Datastore.Allocate, Datastore.AllocateSpace and Datastore.Audit together on "
-                f"/storage/{found.storage}, then run again"
+                f"/storage/{disk.storage}, then run again"
             )
     return records(ctx).change(
-        found,
+        disk,
         "create",
         to=store.DETACHED,
         reason="created",
-        evidence={"volume": found.volume, "node": node},
-        size=int(row.get("size") or found.size),
+        evidence={"volume": disk.volume, "node": node},
+        size=int(row.get("size") or disk.size),
     )
 
 
-def _require_free_owner(ctx: Context, found: Workspace, node: str) -> None:
+def _require_free_owner(ctx: Context, disk: Workspace, node: str) -> None:
     """No VM has the owner's VMID, and no volume is owned by it: whatever the list of VMs may have hidden."""
-    proof = ctx.cluster.prove_absent([found.owner_vmid])[found.owner_vmid]
+    proof = ctx.cluster.prove_absent([disk.owner_vmid])[disk.owner_vmid]
     if not proof.absent:
         raise WorkspaceRefused(
-            f"{found.title}: VMID {found.owner_vmid} of workspace_owner_range is not proven to be free ({proof.why}); "
+            f"{disk.title}: VMID {disk.owner_vmid} of workspace_owner_range is not proven to be free ({proof.why}); "
             "VMs must never get a VMID of that range"
         )
     # Its own may have come into being just now: by another run, or by a request whose answer was lost.
     others = [
         row
-        for row in ctx.client.get_list(f"nodes/{node}/storage/{found.storage}/content", vmid=found.owner_vmid)
-        if row.get("volid") != found.volume and row.get("content") not in _OWNED_BY_NOBODY
+        for row in ctx.client.get_list(f"nodes/{node}/storage/{disk.storage}/content", vmid=disk.owner_vmid)
+        if row.get("volid") != disk.volume and row.get("content") not in _OWNED_BY_NOBODY
     ]
     if others:
         raise WorkspaceRefused(
-            f"{found.title}: storage {found.storage!r} has a volume of VMID {found.owner_vmid} already "
+            f"{disk.title}: storage {disk.storage!r} has a volume of VMID {disk.owner_vmid} already "
             f"({others[0].get('volid')}); look at whose it is"
         )
 
 
-def _give_up(ctx: Context, found: Workspace, error: AgentlabError) -> None:
+def _give_up(ctx: Context, disk: Workspace, error: AgentlabError) -> None:
     records(ctx).change(
-        found,
+        disk,
         "create",
         to=store.DELETED,
         outcome="failed",
@@ -257,20 +257,20 @@ def _give_up(ctx: Context, found: Workspace, error: AgentlabError) -> None:
     )
 
 
-def _grow(ctx: Context, found: Workspace, wanted: int) -> Done:
-    if found.state != store.ATTACHED or found.sandbox_uuid is None:
+def _grow(ctx: Context, disk: Workspace, wanted: int) -> Done:
+    if disk.state != store.ATTACHED or disk.sandbox_uuid is None:
         raise WorkspaceRefused(
-            f"size: {found.title} is {found.state}; Proxmox VE resizes disks of VMs only, so attach it to a sandbox, "
+            f"size: {disk.title} is {disk.state}; Proxmox VE resizes disks of VMs only, so attach it to a sandbox, "
             "then let it grow"
         )
     if ctx.dry_run:
-        return Done("would_grow", found, True)
-    with ctx.claimed(ctx.records.get(found.sandbox_uuid), "grow_workspace") as (claim, sandbox):
+        return Done("would_grow", disk, True)
+    with ctx.claimed(ctx.records.get(disk.sandbox_uuid), "grow_workspace") as (claim, sandbox):
         located = require_match(ctx, sandbox)
         refuse_locked(sandbox, located)
-        slot = slot_of(ctx, sandbox, located, found)
-        found = records(ctx).change(
-            found, "grow", claim=claim, outcome="decided", reason="grow", evidence={"from": found.size, "to": wanted}
+        slot = slot_of(ctx, sandbox, located, disk)
+        disk = records(ctx).change(
+            disk, "grow", claim=claim, outcome="decided", reason="grow", evidence={"from": disk.size, "to": wanted}
         )
         # An absolute size: asking twice is asking once.
         write_with_digest(
@@ -280,14 +280,14 @@ def _grow(ctx: Context, found: Workspace, wanted: int) -> Done:
             lambda now: power.resize(
                 ctx,
                 now,
-                slot if now is located else slot_of(ctx, sandbox, now, found),
+                slot if now is located else slot_of(ctx, sandbox, now, disk),
                 show_size(wanted),
-                f"grow {found.title}",
+                f"grow {disk.title}",
             ),
         )
-        row = exists(ctx, found, str(located.node))
+        row = exists(ctx, disk, str(located.node))
         size = int((row or {}).get("size") or wanted)
-        done = records(ctx).change(found, "grow", claim=claim, reason="grown", size=size, evidence={"size": size})
+        done = records(ctx).change(disk, "grow", claim=claim, reason="grown", size=size, evidence={"size": size})
     return Done("grown", done, True)
 
 
@@ -296,32 +296,32 @@ def _grow(ctx: Context, found: Workspace, wanted: int) -> Done:
 
 def attached(ctx: Context, which: str, sandbox: Sandbox, ttl: int | None = None) -> Done:
     """Make sure that the sandbox has it. One whose lease is over and whose holder's VM does not run is taken over."""
-    found = select(ctx, which)
-    if found.state == store.ATTACHED and found.sandbox_uuid == sandbox.uuid:
-        slot_of(ctx, sandbox, require_match(ctx, sandbox), found)
-        return _renew(ctx, found, ttl)
+    disk = select(ctx, which)
+    if disk.state == store.ATTACHED and disk.sandbox_uuid == sandbox.uuid:
+        slot_of(ctx, sandbox, require_match(ctx, sandbox), disk)
+        return _renew(ctx, disk, ttl)
     if sandbox.state not in _USABLE:
         raise WorkspaceRefused(
-            f"cannot attach {found.title} to sandbox {sandbox.vmid} in {sandbox.state} state. Valid states: "
+            f"cannot attach {disk.title} to sandbox {sandbox.vmid} in {sandbox.state} state. Valid states: "
             f"{', '.join(_USABLE)}"
         )
-    if found.sandbox_uuid is not None and found.sandbox_uuid != sandbox.uuid:
-        _check_over(ctx, found)
+    if disk.sandbox_uuid is not None and disk.sandbox_uuid != sandbox.uuid:
+        _check_over(ctx, disk)
         if not ctx.dry_run:
-            found = detached(ctx, found.id, only_stopped=True).workspace or found
+            disk = detached(ctx, disk.id, only_stopped=True).workspace or disk
     if ctx.dry_run:
-        check_node(found, sandbox.node)
-        return Done("would_attach", found, True)
+        check_node(disk, sandbox.node)
+        return Done("would_attach", disk, True)
     with ctx.claimed(sandbox, "attach_workspace") as (claim, current):
         if current.state not in _USABLE:
             raise WorkspaceRefused(
-                f"cannot attach {found.title} to sandbox {current.vmid} in {current.state} state. Valid states: "
+                f"cannot attach {disk.title} to sandbox {current.vmid} in {current.state} state. Valid states: "
                 f"{', '.join(_USABLE)}"
             )
         located = require_match(ctx, current)
         refuse_locked(current, located)
-        check_node(found, located.node)
-        held = assign(ctx, claim, current, found, ttl)
+        check_node(disk, located.node)
+        held = assign(ctx, claim, current, disk, ttl)
         try:
             done = attach(ctx, claim, current, located, held)
         except (WorkspaceRefused, Kept) as error:
@@ -342,10 +342,10 @@ def _let_go(ctx: Context, claim: Claim, sandbox: Sandbox, held: Workspace, error
     """An attachment that was refused before or undone after it was asked for: the workspace is free again, if that
     is so.
     """
-    found = records(ctx).get(held.id)
-    if found.state == store.ATTACHING and found.slot is None:
+    disk = records(ctx).get(held.id)
+    if disk.state == store.ATTACHING and disk.slot is None:
         records(ctx).change(
-            found,
+            disk,
             "attach",
             to=store.DETACHED,
             claim=claim,
@@ -357,21 +357,21 @@ def _let_go(ctx: Context, claim: Claim, sandbox: Sandbox, held: Workspace, error
         )
         return
     # Held with a slot: an earlier run had asked for it, and Proxmox may still carry that out.
-    detach_volume(ctx, claim, sandbox, require_match(ctx, sandbox), found, sure=held.slot is None)
+    detach_volume(ctx, claim, sandbox, require_match(ctx, sandbox), disk, sure=held.slot is None)
 
 
-def _renew(ctx: Context, found: Workspace, ttl: int | None) -> Done:
+def _renew(ctx: Context, disk: Workspace, ttl: int | None) -> Done:
     until = None if ttl is None else ctx.clock.now() + ttl
-    if until is None or until - (found.lease_expires_at or 0) < 60:
-        return Done("unchanged", found)
+    if until is None or until - (disk.lease_expires_at or 0) < 60:
+        return Done("unchanged", disk)
     if ctx.dry_run:
-        return Done("would_renew", found, True)
-    return Done("renewed", records(ctx).change(found, "renew_lease", reason="renewed", lease_expires_at=until), True)
+        return Done("would_renew", disk, True)
+    return Done("renewed", records(ctx).change(disk, "renew_lease", reason="renewed", lease_expires_at=until), True)
 
 
-def _check_over(ctx: Context, found: Workspace) -> None:
-    if found.lease_expires_at is None or found.lease_expires_at > ctx.clock.now():
-        raise taken(ctx, found)
+def _check_over(ctx: Context, disk: Workspace) -> None:
+    if disk.lease_expires_at is None or disk.lease_expires_at > ctx.clock.now():
+        raise taken(ctx, disk)
 
 
 def detached(ctx: Context, which: str, *, only_stopped: bool = False) -> Done:
@@ -379,37 +379,36 @@ def detached(ctx: Context, which: str, *, only_stopped: bool = False) -> Done:
 
     What is written in the guest but not yet on the disk is the guest's to care for: unmount it there first.
     """
-    found = select(ctx, which)
-    if found.state == store.DETACHED:
-        return Done("unchanged", found)
-    if found.sandbox_uuid is None:
-        raise taken(ctx, found)
-    sandbox = ctx.records.get(found.sandbox_uuid)
+    disk = select(ctx, which)
+    if disk.state == store.DETACHED:
+        return Done("unchanged", disk)
+    if disk.sandbox_uuid is None:
+        raise taken(ctx, disk)
+    sandbox = ctx.records.get(disk.sandbox_uuid)
     if ctx.dry_run:
         if sandbox.live and sandbox.smbios_uuid is not None:
-            refuse_snapshots(ctx, sandbox, require_match(ctx, sandbox), found)
-        return Done("would_detach", found, True)
+            refuse_snapshots(ctx, sandbox, require_match(ctx, sandbox), disk)
+        return Done("would_detach", disk, True)
     with ctx.claimed(sandbox, "detach_workspace") as (claim, current):
-        found = records(ctx).get(found.id)
-        if found.sandbox_uuid != current.uuid:
-            return Done("unchanged", found)
+        disk = records(ctx).get(disk.id)
+        if disk.sandbox_uuid != current.uuid:
+            return Done("unchanged", disk)
         if not current.live:
-            return Done("detached", released(ctx, claim, current) or found, True)
+            return Done("detached", released(ctx, claim, current) or disk, True)
         if only_stopped:
             # Renewed since it was looked at?
-            _check_over(ctx, found)
+            _check_over(ctx, disk)
         if current.smbios_uuid is None:
             raise WorkspaceRefused(
-                f"{found.title}: the creation of sandbox {current.vmid} is not finished; finish or destroy it first"
+                f"{disk.title}: the creation of sandbox {current.vmid} is not finished; finish or destroy it first"
             )
         located = require_match(ctx, current)
         refuse_locked(current, located)
         if only_stopped and power.status(ctx, located).get("status") != "stopped":
             raise WorkspaceRefused(
-                f"{found.title}: the lease of sandbox {current.vmid} on it is over, but its VM still runs; stop it "
-                "first"
+                f"{disk.title}: the lease of sandbox {current.vmid} on it is over, but its VM still runs; stop it first"
             )
-        return Done("detached", detach_volume(ctx, claim, current, located, found), True)
+        return Done("detached", detach_volume(ctx, claim, current, located, disk), True)
 
 
 # ---- deleting ----
@@ -417,68 +416,68 @@ def detached(ctx: Context, which: str, *, only_stopped: bool = False) -> Done:
 
 def absent(ctx: Context, which: str, *, force: bool) -> Done:
     """Delete a workspace and what is on it: only a detached one that nobody has attached, and only with force."""
-    found = records(ctx).find(which)
-    if found is None:
+    disk = records(ctx).find(which)
+    if disk is None:
         return Done("not_found", None)
-    if found.state not in (store.DETACHED, store.CREATING, store.DELETING):
-        raise taken(ctx, found)
-    if found.state == store.DETACHED and not force:
+    if disk.state not in (store.DETACHED, store.CREATING, store.DELETING):
+        raise taken(ctx, disk)
+    if disk.state == store.DETACHED and not force:
         raise WorkspaceRefused(
-            f"{found.title} holds {show_size(found.size)} of data on {found.volume}, which would be lost",
+            f"{disk.title} holds {show_size(disk.size)} of data on {disk.volume}, which would be lost",
             remedy="delete_workspace",
         )
-    age = ctx.clock.now() - found.updated_at
-    if found.state == store.CREATING and 0 <= age < ctx.config.doubt_window:
+    age = ctx.clock.now() - disk.updated_at
+    if disk.state == store.CREATING and 0 <= age < ctx.config.doubt_window:
         raise Kept(
             "unknown",
-            f"{found.title}: its creation was begun {age} s ago and may still be carried out; run again in "
+            f"{disk.title}: its creation was begun {age} s ago and may still be carried out; run again in "
             f"{ctx.config.doubt_window - age} s (doubt_window)",
         )
-    having = attached_vms(ctx, found)
+    having = attached_vms(ctx, disk)
     if having:
         raise WorkspaceRefused(
-            f"{found.title}: VM {having[0]} has its volume {found.volume} attached; it was not deleted", vmid=having[0]
+            f"{disk.title}: VM {having[0]} has its volume {disk.volume} attached; it was not deleted", vmid=having[0]
         )
-    proof = ctx.cluster.prove_absent([found.owner_vmid])[found.owner_vmid]
+    proof = ctx.cluster.prove_absent([disk.owner_vmid])[disk.owner_vmid]
     if not proof.absent:
         raise WorkspaceRefused(
-            f"{found.title}: VMID {found.owner_vmid}, which owns its volume, is not proven to be free ({proof.why}); "
+            f"{disk.title}: VMID {disk.owner_vmid}, which owns its volume, is not proven to be free ({proof.why}); "
             "it was not deleted"
         )
-    if found.state != store.DELETING:
+    if disk.state != store.DELETING:
         # Kept, before it is called DELETING, which it would have to stay, where it cannot be told whether the volume is
         # there.
-        missing(ctx, found, node_for(ctx, found))
+        missing(ctx, disk, node_for(ctx, disk))
     if ctx.dry_run:
-        return Done("would_delete", found, True)
-    if found.state != store.DELETING:
-        found = records(ctx).change(
-            found, "delete", to=store.DELETING, outcome="decided", reason="delete", evidence={"volume": found.volume}
+        return Done("would_delete", disk, True)
+    if disk.state != store.DELETING:
+        disk = records(ctx).change(
+            disk, "delete", to=store.DELETING, outcome="decided", reason="delete", evidence={"volume": disk.volume}
         )
-    return Done("deleted", _delete(ctx, found), True)
+    return Done("deleted", _delete(ctx, disk), True)
 
 
-def _delete(ctx: Context, found: Workspace) -> Workspace:
-    node = node_for(ctx, found)
+def _delete(ctx: Context, disk: Workspace) -> Workspace:
+    node = node_for(ctx, disk)
     upids: tuple[str, ...] = ()
-    there = not missing(ctx, found, node)
+    there = not missing(ctx, disk, node)
     # The name carries the workspace's id: what is listed under it is the volume that we made.
     if there:
-        answer = ctx.client.delete(f"nodes/{node}/storage/{found.storage}/content/{found.volume}")
+        answer = ctx.client.delete(f"nodes/{node}/storage/{disk.storage}/content/{disk.volume}")
         if isinstance(answer, str) and answer.startswith("UPID:"):
             upids = (answer,)
-            ctx.tasks.wait(answer, f"delete {found.volume}", ctx.wait_timeout)
-        if not missing(ctx, found, node):
+            ctx.tasks.wait(answer, f"delete {disk.volume}", ctx.wait_timeout)
+        if not missing(ctx, disk, node):
             raise OutcomeUnknown(
-                f"{found.title}: its volume {found.volume} is still there after it was deleted; run again"
+                f"{disk.title}: its volume {disk.volume} is still there after it was deleted; run again"
             )
     return records(ctx).change(
-        found,
+        disk,
         "delete",
         to=store.DELETED,
         reason="deleted" if there else "volume_missing",
         upids=upids,
-        evidence={"volume": found.volume},
+        evidence={"volume": disk.volume},
     )
 
 
@@ -495,29 +494,29 @@ def show(
     verify: bool = False,
 ) -> dict[str, Any]:
     """{workspaces, count}: the records, and with ``verify`` what Proxmox says of each."""
-    found = [
-        one
-        for one in records(ctx).find_all(include_deleted=include_deleted or bool(states and store.DELETED in states))
-        if name in (None, one.name, one.id) and (not states or one.state in states)
+    disks = [
+        disk
+        for disk in records(ctx).find_all(include_deleted=include_deleted or bool(states and store.DELETED in states))
+        if name in (None, disk.name, disk.id) and (not states or disk.state in states)
     ]
 
-    def one_of(one: Workspace) -> dict[str, Any]:
-        shown = one.public()
+    def one_of(disk: Workspace) -> dict[str, Any]:
+        shown = disk.public()
         if events > 0:
-            shown["events"] = records(ctx).events(one.id, events)
-        if verify and one.live:
-            shown.update(_look(ctx, one))
+            shown["events"] = records(ctx).events(disk.id, events)
+        if verify and disk.live:
+            shown.update(_look(ctx, disk))
         return shown
 
-    return {"workspaces": [one_of(one) for one in found], "count": len(found)}
+    return {"workspaces": [one_of(disk) for disk in disks], "count": len(disks)}
 
 
-def _look(ctx: Context, found: Workspace) -> dict[str, Any]:
+def _look(ctx: Context, disk: Workspace) -> dict[str, Any]:
     """{volume_present, attached_to, unknown}: None for what cannot be told, and why."""
     told: dict[str, Any] = {"volume_present": None, "attached_to": None, "unknown": []}
     for name, look in (
-        ("volume_present", lambda: not missing(ctx, found, node_for(ctx, found))),
-        ("attached_to", lambda: attached_vms(ctx, found)),
+        ("volume_present", lambda: not missing(ctx, disk, node_for(ctx, disk))),
+        ("attached_to", lambda: attached_vms(ctx, disk)),
     ):
         try:
             told[name] = look()
@@ -529,41 +528,41 @@ def _look(ctx: Context, found: Workspace) -> dict[str, Any]:
 # ---- what killed runs left ----
 
 
-def finish(ctx: Context, found: Workspace) -> Workspace:
+def finish(ctx: Context, disk: Workspace) -> Workspace:
     """Finish (or undo) what a killed run began on a workspace."""
-    if found.state == store.CREATING:
-        if not missing(ctx, found, node_for(ctx, found)):
-            return _allocate(ctx, found)
-        return records(ctx).change(found, "create", to=store.DELETED, outcome="failed", reason="creation_interrupted")
-    if found.state == store.DELETING:
-        return absent(ctx, found.id, force=True).workspace or found
-    if found.sandbox_uuid is None:
-        return found
-    sandbox = ctx.records.get(found.sandbox_uuid)
+    if disk.state == store.CREATING:
+        if not missing(ctx, disk, node_for(ctx, disk)):
+            return _allocate(ctx, disk)
+        return records(ctx).change(disk, "create", to=store.DELETED, outcome="failed", reason="creation_interrupted")
+    if disk.state == store.DELETING:
+        return absent(ctx, disk.id, force=True).workspace or disk
+    if disk.sandbox_uuid is None:
+        return disk
+    sandbox = ctx.records.get(disk.sandbox_uuid)
     with ctx.claimed(sandbox, "reconcile", wait=0) as (claim, current):
-        found = records(ctx).get(found.id)
-        if found.sandbox_uuid != current.uuid or found.state not in (*store.UNFINISHED, store.ATTACHED):
-            return found
+        disk = records(ctx).get(disk.id)
+        if disk.sandbox_uuid != current.uuid or disk.state not in (*store.UNFINISHED, store.ATTACHED):
+            return disk
         if not current.live:
-            return released(ctx, claim, current) or found
-        left = claim.interrupted
-        if current.smbios_uuid is None and left is None and current.state not in sandbox_states.CREATING:
+            return released(ctx, claim, current) or disk
+        unfinished = claim.interrupted
+        if current.smbios_uuid is None and unfinished is None and current.state not in sandbox_states.CREATING:
             # The creation was given up before its VM was bound, and only a bound VM gets a workspace: none has the
             # volume.
-            return released(ctx, claim, current) or found
-        if current.smbios_uuid is None or (left is not None and left.kind in ("create", "destroy")):
+            return released(ctx, claim, current) or disk
+        if current.smbios_uuid is None or (unfinished is not None and unfinished.kind in ("create", "destroy")):
             # The creation, or the destroy, brings it to an end with its own.
-            return found
+            return disk
         located = require_match(ctx, current)
-        if found.state == store.ATTACHING and naming(rows_of(ctx, str(located.node), current.vmid), found.volume):
-            return attach(ctx, claim, current, located, found)
-        if found.state == store.DETACHING and power.status(ctx, located).get("status") != "stopped":
+        if disk.state == store.ATTACHING and naming(rows_of(ctx, str(located.node), current.vmid), disk.volume):
+            return attach(ctx, claim, current, located, disk)
+        if disk.state == store.DETACHING and power.status(ctx, located).get("status") != "stopped":
             # A destroy that was given up, perhaps, and somebody works with it again: no disk is pulled out of a machine
             # that runs.
             raise Kept(
                 "workspace",
-                f"{found.title}: it was being taken off sandbox {current.vmid}, which runs; detach it, or stop the "
+                f"{disk.title}: it was being taken off sandbox {current.vmid}, which runs; detach it, or stop the "
                 "sandbox",
                 vmid=current.vmid,
             )
-        return detach_volume(ctx, claim, current, located, found) if found.state != store.ATTACHED else found
+        return detach_volume(ctx, claim, current, located, disk) if disk.state != store.ATTACHED else disk

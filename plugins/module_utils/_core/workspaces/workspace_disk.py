@@ -70,11 +70,11 @@ def unfinished(ctx: Context) -> list[Workspace]:
 
 def select(ctx: Context, which: str) -> Workspace:
     """The live workspace of a name or id."""
-    found = records(ctx).find(which)
-    if found is None:
+    disk = records(ctx).find(which)
+    if disk is None:
         there = ", ".join(one.name for one in records(ctx).find_all()) or "none"
         raise NotFound(f"workspace not found ({which[:80]!r}). Workspaces: {there}", workspace=which[:80])
-    return found
+    return disk
 
 
 # ---- looking ----
@@ -115,34 +115,34 @@ def _in_use(rows: dict[str, dict[str, Any]], volume: str) -> str | None:
     )
 
 
-def exists(ctx: Context, found: Workspace, node: str) -> dict[str, Any] | None:
+def exists(ctx: Context, disk: Workspace, node: str) -> dict[str, Any] | None:
     """The storage's own entry of the volume, or None when its list does not have it."""
-    rows = ctx.client.get_list(f"nodes/{node}/storage/{found.storage}/content", vmid=found.owner_vmid)
-    return next((row for row in rows if row.get("volid") == found.volume), None)
+    rows = ctx.client.get_list(f"nodes/{node}/storage/{disk.storage}/content", vmid=disk.owner_vmid)
+    return next((row for row in rows if row.get("volid") == disk.volume), None)
 
 
-def missing(ctx: Context, found: Workspace, node: str) -> bool:
+def missing(ctx: Context, disk: Workspace, node: str) -> bool:
     """Whether the volume is proven not to be there.
 
     Kept when the storage's list leaves it out for another reason, which it does with the status of a success.
     """
-    if exists(ctx, found, node) is not None:
+    if exists(ctx, disk, node) is not None:
         return False
-    _require_sight(ctx, found, node)
+    _require_sight(ctx, disk, node)
     # Once more: what was set right meanwhile shows it now.
-    return exists(ctx, found, node) is None
+    return exists(ctx, disk, node) is None
 
 
-def _require_sight(ctx: Context, found: Workspace, node: str) -> None:
+def _require_sight(ctx: Context, disk: Workspace, node: str) -> None:
     """Kept unless the volume would be listed if it were there: as PVE::Storage decides that (volume_list,
     check_volume_access).
     """
     unseen = (
-        f"{found.title}: storage {found.storage!r} does not list its volume {found.volume}, but it would not if it "
+        f"{disk.title}: storage {disk.storage!r} does not list its volume {disk.volume}, but it would not if it "
         "were there"
     )
     row = next(
-        (row for row in ctx.client.get_list(f"nodes/{node}/storage") if row.get("storage") == found.storage), None
+        (row for row in ctx.client.get_list(f"nodes/{node}/storage") if row.get("storage") == disk.storage), None
     )
     if row is None or "images" not in str(row.get("content") or "").split(",") or str(row.get("active", 1)) != "1":
         raise Kept(
@@ -150,7 +150,7 @@ def _require_sight(ctx: Context, found: Workspace, node: str) -> None:
             f"{unseen}: on node {node} the storage is missing, not active, or has no content type 'images'. Mend that "
             "(pvesm status; pvesm set), then run again",
         )
-    storage, owner = f"/storage/{found.storage}", f"/vms/{found.owner_vmid}"
+    storage, owner = f"/storage/{disk.storage}", f"/vms/{disk.owner_vmid}"
     if not ctx.cluster.holds(storage, "Datastore.Allocate") and not (
         ctx.cluster.holds(storage, "Datastore.Audit") and ctx.cluster.holds(owner, "VM.Config.Disk")
     ):
@@ -161,23 +161,23 @@ def _require_sight(ctx: Context, found: Workspace, node: str) -> None:
         )
 
 
-def node_for(ctx: Context, found: Workspace) -> str:
+def node_for(ctx: Context, disk: Workspace) -> str:
     """A node that sees the storage: its own, or any that is online."""
-    if found.node is not None:
-        return found.node
+    if disk.node is not None:
+        return disk.node
     online = sorted(node for node, up in ctx.cluster.nodes().items() if up)
     for node in online:
-        if any(row.get("storage") == found.storage for row in ctx.client.get_list(f"nodes/{node}/storage")):
+        if any(row.get("storage") == disk.storage for row in ctx.client.get_list(f"nodes/{node}/storage")):
             return node
-    raise WorkspaceRefused(f"{found.title}: no node that is online has its storage {found.storage!r}")
+    raise WorkspaceRefused(f"{disk.title}: no node that is online has its storage {disk.storage!r}")
 
 
-def attached_vms(ctx: Context, found: Workspace) -> list[int]:
+def attached_vms(ctx: Context, disk: Workspace) -> list[int]:
     """VMIDs of all VMs whose configuration names the volume. Kept when one that might cannot be read."""
     rows = [
         (vmid, row)
         for vmid, row in ctx.cluster.vms(fresh=True).items()
-        if row.get("type") == "qemu" and (found.node is None or row.get("node") == found.node)
+        if row.get("type") == "qemu" and (disk.node is None or row.get("node") == disk.node)
     ]
 
     def look(item: tuple[int, dict[str, Any]]) -> int | None:
@@ -188,28 +188,28 @@ def attached_vms(ctx: Context, found: Workspace) -> list[int]:
             except ProxmoxError as error:
                 if not isinstance(error, ApiError) or "does not exist" not in error.text:
                     raise Kept(
-                        "unknown", f"{found.title}: whether VM {vmid} has it attached cannot be read: {error.message}"
+                        "unknown", f"{disk.title}: whether VM {vmid} has it attached cannot be read: {error.message}"
                     ) from None
                 # That proves only that it is not on that node: gone, or moved to another.
                 again = ctx.cluster.vms(fresh=True).get(vmid)
-                if again is None or (found.node is not None and again.get("node") != found.node):
+                if again is None or (disk.node is not None and again.get("node") != disk.node):
                     return None
                 row = again
                 continue
-            return vmid if naming(listed, found.volume) else None
+            return vmid if naming(listed, disk.volume) else None
         raise Kept(
             "unknown",
-            f"{found.title}: whether VM {vmid} has it attached cannot be read: it is not on the node that lists it "
+            f"{disk.title}: whether VM {vmid} has it attached cannot be read: it is not on the node that lists it "
             "(is it being migrated?); run again",
         )
 
     having = sorted(vmid for vmid in ctx.each(look, rows) if vmid is not None)
     if not having:
-        require_full_sight(ctx, found)
+        require_full_sight(ctx, disk)
     return having
 
 
-def require_full_sight(ctx: Context, found: Workspace) -> None:
+def require_full_sight(ctx: Context, disk: Workspace) -> None:
     """Raise Kept unless these credentials see every VM: Proxmox VE attaches one volume to two VMs without a word.
 
     A role without VM.Audit on /vms, on /vms/N or on a pool hides VMs, whatever stands on the paths above.
@@ -217,15 +217,15 @@ def require_full_sight(ctx: Context, found: Workspace) -> None:
     if not ctx.cluster.sees_everything():
         raise Kept(
             "unknown",
-            f"{found.title}: these credentials are not proven to see every VM of the cluster, so another VM may have "
+            f"{disk.title}: these credentials are not proven to see every VM of the cluster, so another VM may have "
             "its volume attached. Grant VM.Audit on /vms (a role there replaces what / hands down, so it must hold "
             "VM.Audit too) and Sys.Audit on /; agentlab_doctor names what is missing. Then run again",
         )
 
 
-def in_snapshots(ctx: Context, located: Located, found: Workspace) -> list[str]:
+def in_snapshots(ctx: Context, located: Located, disk: Workspace) -> list[str]:
     """Names of the VM's snapshots that contain the volume: rolling back to one would roll the workspace back."""
-    return [name for name, config in _snapshots(ctx, located).items() if found.volume in volumes_in(config).values()]
+    return [name for name, config in _snapshots(ctx, located).items() if disk.volume in volumes_in(config).values()]
 
 
 def _snapshots(ctx: Context, located: Located) -> dict[str, dict[str, Any]]:
@@ -237,12 +237,12 @@ def _snapshots(ctx: Context, located: Located) -> dict[str, dict[str, Any]]:
     return {name: ctx.client.get_dict(f"{located.path}/snapshot/{name}/config") for name in names}
 
 
-def slot_of(ctx: Context, sandbox: Sandbox, located: Located, found: Workspace) -> str:
+def slot_of(ctx: Context, sandbox: Sandbox, located: Located, disk: Workspace) -> str:
     """The slot of a workspace that the records call ATTACHED; refused when the VM does not have it."""
-    slot = _in_use(rows_of(ctx, str(located.node), sandbox.vmid), found.volume)
+    slot = _in_use(rows_of(ctx, str(located.node), sandbox.vmid), disk.volume)
     if slot is None:
         raise WorkspaceRefused(
-            f"{found.title}: sandbox {sandbox.vmid} does not have it attached any more (was it taken off by hand?); "
+            f"{disk.title}: sandbox {sandbox.vmid} does not have it attached any more (was it taken off by hand?); "
             "detach it, then attach it again",
             vmid=sandbox.vmid,
         )
@@ -252,21 +252,21 @@ def slot_of(ctx: Context, sandbox: Sandbox, located: Located, found: Workspace) 
 # ---- attaching ----
 
 
-def assign(ctx: Context, claim: Claim, sandbox: Sandbox, found: Workspace, ttl: int | None = None) -> Workspace:
+def assign(ctx: Context, claim: Claim, sandbox: Sandbox, disk: Workspace, ttl: int | None = None) -> Workspace:
     """Take the workspace for the sandbox, in the records: from here on nobody else gets it.
 
     The caller holds the sandbox's claim.
     """
-    if found.sandbox_uuid == sandbox.uuid and found.state in (store.ATTACHING, store.ATTACHED):
-        return found
-    if found.state != store.DETACHED:
-        raise taken(ctx, found)
+    if disk.sandbox_uuid == sandbox.uuid and disk.state in (store.ATTACHING, store.ATTACHED):
+        return disk
+    if disk.state != store.DETACHED:
+        raise taken(ctx, disk)
     other = records(ctx).of_sandbox(sandbox.uuid)
     if other is not None:
         raise WorkspaceRefused(f"sandbox {sandbox.vmid} has {other.title} already; a sandbox has one workspace at most")
     until = sandbox.lease_expires_at if ttl is None else ctx.clock.now() + ttl
     return records(ctx).change(
-        found,
+        disk,
         "attach",
         to=store.ATTACHING,
         claim=claim,
@@ -278,88 +278,88 @@ def assign(ctx: Context, claim: Claim, sandbox: Sandbox, found: Workspace, ttl: 
     )
 
 
-def taken(ctx: Context, found: Workspace) -> WorkspaceRefused:
+def taken(ctx: Context, disk: Workspace) -> WorkspaceRefused:
     from .. import clock as clock_module
 
-    if found.sandbox_uuid is not None:
-        until = clock_module.iso(found.lease_expires_at)
-        if found.state in (store.ATTACHING, store.DETACHING):
-            doing = "attached to" if found.state == store.ATTACHING else "taken off"
+    if disk.sandbox_uuid is not None:
+        until = clock_module.iso(disk.lease_expires_at)
+        if disk.state in (store.ATTACHING, store.DETACHING):
+            doing = "attached to" if disk.state == store.ATTACHING else "taken off"
             return WorkspaceRefused(
-                f"{found.title} is just being {doing} sandbox {found.vmid} ({found.sandbox}). Wait for that to end; "
+                f"{disk.title} is just being {doing} sandbox {disk.vmid} ({disk.sandbox}). Wait for that to end; "
                 "if it was cut off, run its task again or agentlab_reconcile, which finishes it",
-                vmid=found.vmid,
+                vmid=disk.vmid,
                 lease_expires_at=until,
             )
         return WorkspaceRefused(
-            f"{found.title} is {found.state} to sandbox {found.vmid} ({found.sandbox}), whose lease on it lasts until "
+            f"{disk.title} is {disk.state} to sandbox {disk.vmid} ({disk.sandbox}), whose lease on it lasts until "
             f"{until}; detach it first. A workspace is attached to one sandbox at a time",
-            vmid=found.vmid,
+            vmid=disk.vmid,
             lease_expires_at=until,
         )
-    return WorkspaceRefused(f"{found.title} is {found.state}; run its task again to finish that first")
+    return WorkspaceRefused(f"{disk.title} is {disk.state}; run its task again to finish that first")
 
 
 def of_creation(ctx: Context, claim: Claim, sandbox: Sandbox, which: str | None) -> Workspace | None:
     """The workspace of a sandbox that is being created, held from here on; also the one that an earlier, killed run
     took for it.
     """
-    found = records(ctx).of_sandbox(sandbox.uuid)
-    if found is None and which is not None:
-        found = assign(ctx, claim, sandbox, select(ctx, which))
-    return found
+    disk = records(ctx).of_sandbox(sandbox.uuid)
+    if disk is None and which is not None:
+        disk = assign(ctx, claim, sandbox, select(ctx, which))
+    return disk
 
 
-def check_usable(ctx: Context, found: Workspace, node: str) -> None:
+def check_usable(ctx: Context, disk: Workspace, node: str) -> None:
     """Before anything is made: whether a new sandbox on that node could have it."""
-    if found.state != store.DETACHED:
-        raise taken(ctx, found)
-    check_node(found, node)
-    require_full_sight(ctx, found)
+    if disk.state != store.DETACHED:
+        raise taken(ctx, disk)
+    check_node(disk, node)
+    require_full_sight(ctx, disk)
 
 
-def check_node(found: Workspace, node: str | None) -> None:
-    if found.node is not None and node != found.node:
+def check_node(disk: Workspace, node: str | None) -> None:
+    if disk.node is not None and node != disk.node:
         raise WorkspaceRefused(
-            f"{found.title} is on node {found.node} (storage {found.storage!r} is local), and the sandbox is on "
-            f"{node}; create the sandbox with node={found.node}"
+            f"{disk.title} is on node {disk.node} (storage {disk.storage!r} is local), and the sandbox is on "
+            f"{node}; create the sandbox with node={disk.node}"
         )
 
 
-def attach(ctx: Context, claim: Claim, sandbox: Sandbox, located: Located, found: Workspace) -> Workspace:
+def attach(ctx: Context, claim: Claim, sandbox: Sandbox, located: Located, disk: Workspace) -> Workspace:
     """Put the volume into the VM, for a workspace that ``hold`` took; proven by reading the configuration back."""
-    if found.state == store.ATTACHED:
-        return found
-    check_node(found, located.node)
+    if disk.state == store.ATTACHED:
+        return disk
+    check_node(disk, located.node)
     node = str(located.node)
-    if exists(ctx, found, node) is None:
+    if exists(ctx, disk, node) is None:
         raise WorkspaceRefused(
-            f"{found.title}: its volume {found.volume} is not to be seen on node {node}; it was removed, moved or "
+            f"{disk.title}: its volume {disk.volume} is not to be seen on node {node}; it was removed, moved or "
             "renamed (move_disk?), or Datastore.Allocate (with Datastore.AllocateSpace and Datastore.Audit) is "
-            f"missing on /storage/{found.storage}"
+            f"missing on /storage/{disk.storage}"
         )
-    others = [vmid for vmid in attached_vms(ctx, found) if vmid != sandbox.vmid]
+    others = [vmid for vmid in attached_vms(ctx, disk) if vmid != sandbox.vmid]
     if others:
         raise WorkspaceRefused(
-            f"{found.title}: VM {others[0]} has its volume {found.volume} attached, though by no record of ours; it "
+            f"{disk.title}: VM {others[0]} has its volume {disk.volume} attached, though by no record of ours; it "
             "was not attached a second time. Take it off there first",
             vmid=others[0],
         )
     listed = rows_of(ctx, node, sandbox.vmid)
-    slot = next(iter(naming(listed, found.volume)), None)
+    slot = next(iter(naming(listed, disk.volume)), None)
     if slot is None:
         free = next((key for key in _SLOTS if key not in listed and key not in located.config), None)
         if free is None:
             raise WorkspaceRefused(f"sandbox {sandbox.vmid} has no free slot for a disk")
-        found = records(ctx).change(found, "attach", claim=claim, outcome="decided", reason="attaching", slot=free)
+        disk = records(ctx).change(disk, "attach", claim=claim, outcome="decided", reason="attaching", slot=free)
         # Neither backups nor replication of a throw-away VM are to take it along.
-        drive = f"{found.volume},backup=0,replicate=0,serial={found.serial},size={show_size(found.size)}"
+        drive = f"{disk.volume},backup=0,replicate=0,serial={disk.serial},size={show_size(disk.size)}"
 
         def put_in(now: Located) -> None:
             if free in now.config:
                 raise Kept(
                     "changed",
-                    f"{found.title}: another disk was put into sandbox {sandbox.vmid} as {free} meanwhile; run again",
+                    f"{disk.title}: another disk was put into sandbox {sandbox.vmid} as {free} meanwhile; run again",
                     vmid=sandbox.vmid,
                 )
             ctx.client.put(f"{now.path}/config", digest=now.digest, **{free: drive})
@@ -367,11 +367,11 @@ def attach(ctx: Context, claim: Claim, sandbox: Sandbox, located: Located, found
         write_with_digest(ctx, sandbox, located, put_in)
         slot = free
         listed = rows_of(ctx, node, sandbox.vmid)
-    used = _in_use(listed, found.volume)
+    used = _in_use(listed, disk.volume)
     if used is None:
         if slot.startswith("unused"):
             raise WorkspaceRefused(
-                f"{found.title}: VM {sandbox.vmid} has it put aside as {slot}; take it off there (qm set "
+                f"{disk.title}: VM {sandbox.vmid} has it put aside as {slot}; take it off there (qm set "
                 f"{sandbox.vmid} --delete {slot}; Proxmox VE removes only what the VM's own VMID owns), then attach it",
                 vmid=sandbox.vmid,
             )
@@ -382,12 +382,12 @@ def attach(ctx: Context, claim: Claim, sandbox: Sandbox, located: Located, found
             ctx, sandbox, located, lambda now: ctx.client.put(f"{now.path}/config", revert=slot, digest=now.digest)
         )
         raise WorkspaceRefused(
-            f"{found.title}: the running VM {sandbox.vmid} did not take the disk (is hotplug for disks on?); stop the "
+            f"{disk.title}: the running VM {sandbox.vmid} did not take the disk (is hotplug for disks on?); stop the "
             "sandbox, then attach it"
         )
     slot = used
     done = records(ctx).change(
-        found,
+        disk,
         "attach",
         to=store.ATTACHED,
         claim=claim,
@@ -399,8 +399,8 @@ def attach(ctx: Context, claim: Claim, sandbox: Sandbox, located: Located, found
         sandbox,
         "attach_workspace",
         outcome="done",
-        reason=found.name,
-        evidence={"workspace_id": found.id, "slot": slot},
+        reason=disk.name,
+        evidence={"workspace_id": disk.id, "slot": slot},
     )
     return done
 
@@ -408,20 +408,20 @@ def attach(ctx: Context, claim: Claim, sandbox: Sandbox, located: Located, found
 # ---- detaching ----
 
 
-def refuse_snapshots(ctx: Context, sandbox: Sandbox, located: Located, found: Workspace) -> None:
+def refuse_snapshots(ctx: Context, sandbox: Sandbox, located: Located, disk: Workspace) -> None:
     """Kept when a snapshot of the VM contains the workspace."""
-    names = in_snapshots(ctx, located, found)
+    names = in_snapshots(ctx, located, disk)
     if names:
         raise Kept(
             "workspace_in_snapshot",
-            f"{found.title}: snapshot {names[0]!r} of VM {sandbox.vmid} contains it (rolling back would roll it back "
+            f"{disk.title}: snapshot {names[0]!r} of VM {sandbox.vmid} contains it (rolling back would roll it back "
             f"too); delete the snapshot first (qm delsnapshot {sandbox.vmid} {names[0]})",
             vmid=sandbox.vmid,
         )
 
 
 def detach_volume(
-    ctx: Context, claim: Claim, sandbox: Sandbox, located: Located, found: Workspace, *, sure: bool = False
+    ctx: Context, claim: Claim, sandbox: Sandbox, located: Located, disk: Workspace, *, sure: bool = False
 ) -> Workspace:
     """Take the volume off a VM that was judged to be ours, proven by reading the configuration back, and that the
     volume is still what it was.
@@ -429,19 +429,19 @@ def detach_volume(
     ``sure``: no attachment of a killed run can come after this (the caller writes the configuration next, guarded by
     its digest).
     """
-    refuse_snapshots(ctx, sandbox, located, found)
+    refuse_snapshots(ctx, sandbox, located, disk)
     node = str(located.node)
-    listed = naming(rows_of(ctx, node, sandbox.vmid), found.volume)
-    age = ctx.clock.now() - found.updated_at
-    if not listed and not sure and found.state == store.ATTACHING and 0 <= age < ctx.config.doubt_window:
+    listed = naming(rows_of(ctx, node, sandbox.vmid), disk.volume)
+    age = ctx.clock.now() - disk.updated_at
+    if not listed and not sure and disk.state == store.ATTACHING and 0 <= age < ctx.config.doubt_window:
         raise Kept(
             "unknown",
-            f"{found.title}: its attachment to sandbox {sandbox.vmid} was begun {age} s ago and may still be carried "
+            f"{disk.title}: its attachment to sandbox {sandbox.vmid} was begun {age} s ago and may still be carried "
             f"out; run again in {ctx.config.doubt_window - age} s (doubt_window)",
         )
-    if found.state != store.DETACHING:
-        found = records(ctx).change(
-            found,
+    if disk.state != store.DETACHING:
+        disk = records(ctx).change(
+            disk,
             "detach",
             to=store.DETACHING,
             claim=claim,
@@ -450,10 +450,10 @@ def detach_volume(
             evidence={"vmid": sandbox.vmid, "slots": listed},
         )
     if listed:
-        if found.owner_vmid == sandbox.vmid:
+        if disk.owner_vmid == sandbox.vmid:
             raise Kept(
                 "workspace",
-                f"{found.title}: its volume {found.volume} is owned by the VMID of sandbox {sandbox.vmid} itself, so "
+                f"{disk.title}: its volume {disk.volume} is owned by the VMID of sandbox {sandbox.vmid} itself, so "
                 "Proxmox VE may delete it when it is taken off; it was left where it is. Move its data to another "
                 "workspace",
                 vmid=sandbox.vmid,
@@ -462,8 +462,8 @@ def detach_volume(
         def take_off(now: Located) -> None:
             slots = listed
             if now is not located:
-                refuse_snapshots(ctx, sandbox, now, found)
-                slots = naming(rows_of(ctx, str(now.node), sandbox.vmid), found.volume)
+                refuse_snapshots(ctx, sandbox, now, disk)
+                slots = naming(rows_of(ctx, str(now.node), sandbox.vmid), disk.volume)
             if slots:
                 ctx.client.put(f"{now.path}/config", digest=now.digest, delete=",".join(slots))
 
@@ -472,11 +472,11 @@ def detach_volume(
         except ApiError as error:
             if not _UNPLUG_REFUSED.search(error.text):
                 raise
-            _undo_unplug(ctx, claim, sandbox, found, listed)
-        _await_off(ctx, node, sandbox, found)
-    _refuse_lost(ctx, sandbox, found, node)
+            _undo_unplug(ctx, claim, sandbox, disk, listed)
+        _await_off(ctx, node, sandbox, disk)
+    _refuse_lost(ctx, sandbox, disk, node)
     done = records(ctx).change(
-        found,
+        disk,
         "detach",
         to=store.DETACHED,
         claim=claim,
@@ -490,13 +490,13 @@ def detach_volume(
         sandbox,
         "detach_workspace",
         outcome="done",
-        reason=found.name,
-        evidence={"workspace_id": found.id, "slots": listed},
+        reason=disk.name,
+        evidence={"workspace_id": disk.id, "slots": listed},
     )
     return done
 
 
-def _undo_unplug(ctx: Context, claim: Claim, sandbox: Sandbox, found: Workspace, slots: list[str]) -> NoReturn:
+def _undo_unplug(ctx: Context, claim: Claim, sandbox: Sandbox, disk: Workspace, slots: list[str]) -> NoReturn:
     """Take back a detachment that the running guest refused: the delete that Proxmox keeps pending goes. Always Kept.
 
     The workspace is ATTACHED again, because the VM has it: nothing of the refused try comes true at the next start.
@@ -509,10 +509,10 @@ def _undo_unplug(ctx: Context, claim: Claim, sandbox: Sandbox, found: Workspace,
         lambda now: ctx.client.put(f"{now.path}/config", revert=",".join(slots), digest=now.digest),
     )
     rows = rows_of(ctx, str(located.node), sandbox.vmid)
-    slot = _in_use(rows, found.volume)
+    slot = _in_use(rows, disk.volume)
     if slot is not None and not rows[slot].get("delete"):
         records(ctx).change(
-            found,
+            disk,
             "detach",
             to=store.ATTACHED,
             claim=claim,
@@ -523,33 +523,33 @@ def _undo_unplug(ctx: Context, claim: Claim, sandbox: Sandbox, found: Workspace,
         )
     raise Kept(
         "workspace",
-        f"{found.title}: VM {sandbox.vmid} still has it after it was taken off; the running guest does not let it go. "
+        f"{disk.title}: VM {sandbox.vmid} still has it after it was taken off; the running guest does not let it go. "
         "Stop the sandbox, then detach it",
         vmid=sandbox.vmid,
     )
 
 
-def _refuse_lost(ctx: Context, sandbox: Sandbox, found: Workspace, node: str) -> None:
+def _refuse_lost(ctx: Context, sandbox: Sandbox, disk: Workspace, node: str) -> None:
     """Kept when the volume of a workspace that the sandbox has is not there any more, or not to be seen."""
-    if missing(ctx, found, node):
+    if missing(ctx, disk, node):
         vmid = sandbox.vmid
         raise Kept(
             "workspace",
-            f"{found.title}: the storage does not have its volume {found.volume} any more: it may have been given to "
+            f"{disk.title}: the storage does not have its volume {disk.volume} any more: it may have been given to "
             f"a VM (move_disk), so VM {vmid} is left alone. Look at its disks; if none is the workspace, remove the "
             f"VM by hand (qm destroy {vmid}), then destroy the sandbox",
             vmid=vmid,
         )
 
 
-def _await_off(ctx: Context, node: str, sandbox: Sandbox, found: Workspace) -> None:
+def _await_off(ctx: Context, node: str, sandbox: Sandbox, disk: Workspace) -> None:
     """A running guest may take a moment to let a disk go."""
     deadline = ctx.clock.monotonic() + min(_UNPLUG_SECONDS, ctx.wait_timeout)
-    while naming(rows_of(ctx, node, sandbox.vmid), found.volume):
+    while naming(rows_of(ctx, node, sandbox.vmid), disk.volume):
         if ctx.clock.monotonic() > deadline:
             raise Kept(
                 "workspace",
-                f"{found.title}: VM {sandbox.vmid} still has it after it was taken off; the running guest does not "
+                f"{disk.title}: VM {sandbox.vmid} still has it after it was taken off; the running guest does not "
                 "let it go. Stop the sandbox, then detach it",
                 vmid=sandbox.vmid,
             )
@@ -576,9 +576,9 @@ def refuse_listed(ctx: Context, sandbox: Sandbox, located: Located) -> bool:
         for key, volume in volumes_in(content).items():
             owner = _OWNER.search(volume)
             serial = re.search(r"(?:^|,)serial=([^,]+)", str(content[key]))
-            found = known.get(volume) or (serials.get(serial[1]) if serial else None)
-            if found is not None or (owner and first <= int(owner[1]) <= last):
-                what = found.title if found else "a workspace"
+            disk = known.get(volume) or (serials.get(serial[1]) if serial else None)
+            if disk is not None or (owner and first <= int(owner[1]) <= last):
+                what = disk.title if disk else "a workspace"
                 # No record of ours says that this VM has it, so none of our commands would take it off.
                 advice = (
                     f"delete the snapshot: qm delsnapshot {sandbox.vmid} {where}"
@@ -628,12 +628,12 @@ def _refuse_if_missing(ctx: Context, sandbox: Sandbox, config: dict[str, Any], h
     ]
     if len(own) < 2:
         return
-    for found in held:
-        if missing(ctx, found, node_for(ctx, found)):
+    for disk in held:
+        if missing(ctx, disk, node_for(ctx, disk)):
             raise Kept(
                 "workspace",
-                f"sandbox {sandbox.vmid}: its VM has {len(own)} disks of its own, and the volume of {found.title} "
-                f"({found.volume}) is missing from its storage; one of those disks may be it (move_disk), so the VM "
+                f"sandbox {sandbox.vmid}: its VM has {len(own)} disks of its own, and the volume of {disk.title} "
+                f"({disk.volume}) is missing from its storage; one of those disks may be it (move_disk), so the VM "
                 "was not deleted",
                 vmid=sandbox.vmid,
             )
@@ -644,11 +644,11 @@ def released(ctx: Context, claim: Claim | None, sandbox: Sandbox) -> Workspace |
 
     The next attachment looks whether anybody else has the volume.
     """
-    found = records(ctx).of_sandbox(sandbox.uuid)
-    if found is None:
+    disk = records(ctx).of_sandbox(sandbox.uuid)
+    if disk is None:
         return None
     return records(ctx).change(
-        found,
+        disk,
         "detach",
         to=store.DETACHED,
         claim=claim,
