@@ -106,6 +106,10 @@ def test_a_claim_lives_as_long_as_its_heartbeat(uri: str, connect: Any, monkeypa
     monkeypatch.setattr(second.db, "server_time", lambda: real() + 35)
     taken = second.claim(sandbox.uuid, "destroy")
     assert taken.interrupted is not None and taken.fence > claim.fence
+    assert (first.db.takeovers, second.db.takeovers) == (0, 1), "counted once, by who took over"
+    second.release(taken)
+    second.release(second.claim(sandbox.uuid, "destroy"))
+    assert second.db.takeovers == 1, "a claim that was given back is not taken over"
     with pytest.raises(ClaimLost):
         first.journal(claim, "create", "cloning", {})
     with pytest.raises(ClaimLost, match="lost to another controller"):

@@ -74,6 +74,8 @@ class Engine(Protocol):
     # How often a connection was replaced, and a transaction repeated.
     reconnects: int
     retries: int
+    # How many claims this process took over from holders that had died.
+    takeovers: int
 
     def clock(self, own: Clock) -> Clock:
         """Return the clock that leases, ages and heartbeats are compared by: this host's own, or the server's."""

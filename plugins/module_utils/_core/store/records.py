@@ -75,6 +75,8 @@ class Claim:
     fence: int
     operation: str
     interrupted: JournalEntry | None = None
+    # Whether its holder before had died.
+    taken_over: bool = False
 
 
 @dataclass(slots=True)
@@ -454,7 +456,9 @@ class Records:
                 pause = min(pause * 1.5, 1.0)
 
     def _hold(self, claim: Claim) -> Claim:
-        """Remember a claim that was taken, where it lives by a heartbeat."""
+        """Remember a claim that was taken, where it lives by a heartbeat; count those that were taken over."""
+        if claim.taken_over:
+            self.db.takeovers += 1
         if self.db.controller is not None:
             self.db.keep_alive()
             vars(_held).setdefault("claims", {})[claim.fence] = claim.uuid
@@ -510,7 +514,8 @@ class Records:
             (uuid, fence, operation, self.actor, self._claim_holder(), now, now + self.claim_seconds),
         )
         left = conn.execute("SELECT * FROM operations WHERE sandbox_uuid = ?", (uuid,)).fetchone()
-        return Claim(uuid, fence, operation, JournalEntry.from_row(left) if left else None)
+        taken_over = row is not None and (uuid, row["fence"]) not in _unreturned
+        return Claim(uuid, fence, operation, JournalEntry.from_row(left) if left else None, taken_over)
 
     def fenced(self, claim: Claim, work: Callable[[Connection], T], *, finish: bool = False) -> T:
         """Run a write only while the claim is still ours, and extend it; ``finish``: end it, if the write is done."""

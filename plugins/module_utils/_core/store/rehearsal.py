@@ -21,6 +21,7 @@ class Rehearsal:
     waits_since: float | None = None
     reconnects = 0
     retries = 0
+    takeovers = 0
 
     def __init__(self, database: Engine, *, owner: bool = False) -> None:
         self.path = database.path

@@ -173,6 +173,7 @@ class PostgresDatabase(GroupCommit):
         # For the daemon's metrics.
         self.reconnects = 0
         self.retries = 0
+        self.takeovers = 0
         if not INSTALLED:
             raise StoreError(
                 "database: records on PostgreSQL need the Python library psycopg 3 where this runs: install "
@@ -210,15 +211,17 @@ class PostgresDatabase(GroupCommit):
         parameters.setdefault("target_session_attrs", "read-write")
         parameters.setdefault("connect_timeout", _CONNECT_SECONDS)
         # A host that vanished: this side notices within seconds, and so does the server, which then frees its locks.
-        for name, value in (("keepalives_idle", 5), ("keepalives_interval", 1), ("keepalives_count", 3)):
+        for name, value in (("keepalives_idle", 4), ("keepalives_interval", 1), ("keepalives_count", 3)):
             parameters.setdefault(name, value)
         parameters.setdefault("tcp_user_timeout", 10000)
         settings = {
             "idle_in_transaction_session_timeout": f"{_IDLE_SECONDS}s",
             "lock_timeout": f"{_LOCK_SECONDS}s",
-            "tcp_keepalives_idle": 5,
+            "tcp_keepalives_idle": 4,
             "tcp_keepalives_interval": 1,
             "tcp_keepalives_count": 3,
+            # Keepalives rest while an answer is not acknowledged; then the server would hold the locks for minutes.
+            "tcp_user_timeout": 7000,
             "default_transaction_isolation": "read\\ committed",
         }
         options = " ".join(f"-c {name}={value}" for name, value in settings.items())

@@ -98,6 +98,7 @@ class Database(GroupCommit):
     controller: str | None = None
     reconnects = 0
     retries = 0
+    takeovers = 0
 
     def __init__(self, path: str, *, group_mode: bool = False, dry_run: bool = False) -> None:
         super().__init__()
