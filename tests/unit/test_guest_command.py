@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
+import threading
 import time
 import uuid
 from collections.abc import Iterator
@@ -220,6 +222,49 @@ def test_a_child_that_keeps_the_output_open_does_not_hold_the_result(lab: Lab, s
     assert (result.state, result.rc, result.stdout) == ("ended", 0, b"done\n")
     assert time.monotonic() - start < 20
     assert any("sleep\x0050" in line for line in command_lines(guest))
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_output_that_a_busy_guest_reads_late_is_not_lost(
+    lab: Lab, sandbox: Sandbox, guest: Guest, tmp_path: Path, shell: str
+) -> None:
+    """A reader that gets no processor for four seconds is stopped here, which a process list shows as neither idle."""
+    use_shell(guest, shell)
+    stopped: list[int] = []
+
+    def stop_readers() -> None:
+        while not (guest.folder / "begun").exists():
+            time.sleep(0.02)
+        while len(stopped) < 2:
+            readers = [pid for pid in guest.processes() if reads_output(pid)]
+            stopped[:] = readers if len(readers) == 2 else []
+        for pid in stopped:
+            os.kill(pid, signal.SIGSTOP)
+        (guest.folder / "go").touch()
+        time.sleep(4)
+        for pid in stopped:
+            os.kill(pid, signal.SIGCONT)
+
+    stopper = threading.Thread(target=stop_readers)
+    stopper.start()
+    wait = f"touch {guest.folder}/begun; until [ -e {guest.folder}/go ]; do sleep 0.1; done"
+    result = run(lab, sandbox, "sh", "-c", f"{wait}; echo late; echo error >&2; sleep 60 &")
+    stopper.join()
+    (guest.folder / "begun").unlink()
+    (guest.folder / "go").unlink()
+    assert len(stopped) == 2
+    assert (result.rc, result.stdout, result.stderr) == (0, b"late\n", b"error\n")
+
+
+def reads_output(pid: int) -> bool:
+    """Return whether a process is the dd that reads the output of a command."""
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        return b"bs=65536" in words and any(
+            os.readlink(f"/proc/{pid}/fd/{number}").endswith(("/o", "/e")) for number in (0, 3)
+        )
+    except OSError:
+        return False
 
 
 @pytest.mark.parametrize(

@@ -120,13 +120,31 @@ end() {
 
 _RUN = r"""
 rd() {
-  n=0
+  # Copy the stream $1 from the pipe to its file, at most $max bytes.
+  exec 3<&0; n=0
   while [ $n -lt $max ]; do
-    dd bs=65536 count=$(((max-n+65535)/65536)) 2>/dev/null >>"$d/$1"
-    [ -s "$d/$1" ] || return 0
+    pull $1 65536 $(((max-n+65535)/65536)) $1
     size "$d/$1"; [ $z -ne $n ] || return 0; n=$z
   done
-  z=$(dd bs=1 count=1 2>/dev/null | wc -c); [ $((z)) -eq 0 ] || { : >"$d/$1.cut"; cat >/dev/null; }
+  pull $1 1 1 $1.x; [ -s "$d/$1.x" ] || return 0
+  : >"$d/$1.cut"; cat >/dev/null
+}
+pull() {
+  # dd runs beside the shell, so that its process id is known to idle.
+  dd bs=$2 count=$3 <&3 2>/dev/null >>"$d/$4" & echo $! >"$d/$1.dd"; wait $!
+}
+idle() {
+  # Whether the reader $2 of the stream $1 has nothing to read: its dd sleeps, which it does at an empty pipe only. A
+  # dd that waits for its turn on a busy guest is runnable, and what it has not read yet is not lost.
+  [ ! -e "$d/$1.cut" ] || return 0
+  born $2 || return 0
+  p=; { read -r p <"$d/$1.dd"; } 2>/dev/null; [ "$p" ] || return 1
+  s=; { read -r s <"/proc/$p/stat"; } 2>/dev/null || return 1
+  s=${s##*) }; set -- $2 $s; [ "$2" = S ] && [ "$3" = $1 ]
+}
+drain() {
+  # Wait for the reader $2 of the stream $1 to end, or to be idle while a child of the command keeps the pipe open.
+  while wait $2; [ $? -gt 128 ]; do ! idle $1 $2 || return 0; done
 }
 timer() {
   s=; trap '[ -z "$s" ] || kill $s 2>/dev/null; exit 0' TERM
@@ -138,9 +156,7 @@ timer() {
 }
 tick() {
   s=; trap '[ -z "$s" ] || kill $s 2>/dev/null; exit 0' TERM
-  # Readers get three seconds beyond the command's end. A busy guest may take long to give them a turn, and what they
-  # have not read by then is not told; only a child that keeps the output open costs that time.
-  while :; do sleep 3 & s=$!; wait $s; kill -USR1 $1 2>/dev/null || exit 0; done
+  while :; do sleep 1 & s=$!; wait $s; kill -USR1 $1 2>/dev/null || exit 0; done
 }
 forget() {
   : >"$1/acked"
@@ -166,14 +182,14 @@ supervise() {
   { ( exec setsid sh -c '. "$1/job"' agentlab "$d" <"$d/in" >"$d/o" 2>"$d/e" 3<"$d/do" 4>"$d/skip" ); r=$?; } 2>"$d/sig"
   up; t0=$(((u-t0)*10))
   [ -z "$tp" ] || { [ -e "$d/late" ] || kill $tp 2>/dev/null; wait $tp; }
-  q=; trap 'q=1' USR1
+  trap : USR1
   tick $me & k=$!
-  [ "$q" ] || wait $r1
-  [ "$q" ] || wait $r2
+  drain out $r1
+  drain err $r2
   kill $k 2>/dev/null
   g=0; [ $r -le 128 ] || [ ! -s "$d/sig" ] || g=$((r-128))
   echo "$r $g $t0" >"$d/rc"
-  rm -f "$d/job" "$d/do" "$d/in" "$d/o" "$d/e" "$d/sig"
+  rm -f "$d/job" "$d/do" "$d/in" "$d/o" "$d/e" "$d/sig" "$d"/*.dd "$d"/*.x
   sweep >/dev/null 2>&1 &
 }
 take() {
