@@ -126,6 +126,18 @@ def test_a_node_is_passed_over(context: Callable[..., Any], cluster: Any, env: A
     assert outcome.sandbox.node == "pve1" and reasons(outcome)["pve2"] == word
 
 
+def test_allowed_nodes_that_do_not_exist_are_told(context: Callable[..., Any], cluster: Any, env: Any) -> None:
+    with open(env["AGENTLAB_CONFIG"], "a", encoding="utf-8") as file:
+        file.write("placement: {nodes: [pve8, pve9]}\n")
+    message = (
+        r"^placement.nodes: pve8, pve9: no node of this cluster has such a name. Nodes: pve1, pve2, pve3\. Correct"
+    )
+    with pytest.raises(CreationFailed, match=message) as caught:
+        create.run(context(), spec())
+    assert caught.value.detail["option"] == "placement.nodes"
+    assert not any("/clone" in path for _method, path, *_rest in cluster.requests)
+
+
 def test_a_template_on_shared_storage_reaches_every_node(context: Callable[..., Any], cluster: Any) -> None:
     cluster.storages["nfs"] = {"type": "nfs", "active": 1, "content": "images", "files": set(), "shared": 1}
     cluster.add_template(9100, "shared", "nfs", "pve1")

@@ -244,6 +244,15 @@ class NodeChoice:
     def no_node(self) -> CreationFailed:
         """Return the error that names for every node why it cannot be taken."""
         verdicts = self.decision.verdicts if self.decision else ()
+        listed = {verdict.node for verdict in verdicts}
+        allowed = self._ctx.config.placement.nodes
+        if allowed and listed and listed.isdisjoint(allowed):
+            return CreationFailed(
+                f"placement.nodes: {', '.join(sorted(allowed))}: no node of this cluster has such a name. Nodes: "
+                f"{', '.join(sorted(listed))}. Correct placement.nodes in the configuration",
+                option="placement.nodes",
+                placement=self.decision.public() if self.decision else None,
+            )
         reasons = {verdict.reason for verdict in verdicts}
         option = _OPTION_OF.get(next(iter(reasons)), "node") if len(reasons) == 1 else "node"
         why = self.decision.why_none() if self.decision else "no node is listed"
