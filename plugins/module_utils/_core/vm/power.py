@@ -160,23 +160,23 @@ def _refuse_lock(ctx: Context, sandbox: Sandbox, located: Located, operation: st
     refuse_locked(sandbox, located, but=HIBERNATED if operation in ("start", "stop") else None)
 
 
-def _request(ctx: Context, claim: Claim, sandbox: Sandbox, operation: str, found: Located, seen: str) -> Outcome:
+def _request(ctx: Context, claim: Claim, sandbox: Sandbox, operation: str, located: Located, seen: str) -> Outcome:
     began = ctx.clock.monotonic()
     target = TARGETS[operation]
-    ctx.records.journal(claim, operation, "requested", {"node": found.node})
+    ctx.records.journal(claim, operation, "requested", {"node": located.node})
     upids: list[str] = []
     warnings: list[str] = []
     try:
         if operation == "stop":
-            if is_hibernated(found.config):
-                discard_saved_memory(ctx, sandbox, found)
+            if is_hibernated(located.config):
+                discard_saved_memory(ctx, sandbox, located)
             elif seen != states.STOPPED:
                 hard = states.SUSPENDED in (seen, sandbox.state)
-                upids, warnings = stop(ctx, sandbox, found, hard=hard)
+                upids, warnings = stop(ctx, sandbox, located, hard=hard)
         elif operation == "start":
-            upids, warnings = _start_as_seen(ctx, sandbox, found, seen)
+            upids, warnings = _start_as_seen(ctx, sandbox, located, seen)
         else:
-            upids, warnings = _task(ctx, sandbox, found, f"suspend VM {sandbox.vmid}", "status/suspend")
+            upids, warnings = _task(ctx, sandbox, located, f"suspend VM {sandbox.vmid}", "status/suspend")
     except (ApiError, TaskFailed, Kept) as error:
         _close_refused(ctx, claim, sandbox, operation, error)
         raise
@@ -192,9 +192,9 @@ def _request(ctx: Context, claim: Claim, sandbox: Sandbox, operation: str, found
         )
         raise
     took = int((ctx.clock.monotonic() - began) * 1000)
-    values: dict[str, Any] = {"to": target, "upids": upids, "duration_ms": took, "finish": True, "node": found.node}
+    values: dict[str, Any] = {"to": target, "upids": upids, "duration_ms": took, "finish": True, "node": located.node}
     if operation == "start":
-        values.update(address.columns_after_start(ctx, sandbox, found))
+        values.update(address.columns_after_start(ctx, sandbox, located))
     done = settle(ctx, claim, sandbox, operation, **values)
     return Outcome.of(
         _past(operation), done, previous_state=sandbox.state, changed=True, upids=upids, warnings=warnings
@@ -227,13 +227,13 @@ def _close_refused(
         pass
 
 
-def discard_saved_memory(ctx: Context, sandbox: Sandbox, found: Located) -> Located:
+def discard_saved_memory(ctx: Context, sandbox: Sandbox, located: Located) -> Located:
     """Throw the saved memory of a hibernated VM away: it is switched off then. Returns the VM as judged afterwards.
 
     Proxmox's own stop says OK and does nothing; a config write, guarded by the digest, takes file and lock away.
     """
     write_with_digest(
-        ctx, sandbox, found, lambda now: ctx.client.put(f"{now.path}/config", delete="vmstate", digest=now.digest)
+        ctx, sandbox, located, lambda now: ctx.client.put(f"{now.path}/config", delete="vmstate", digest=now.digest)
     )
     now = require_match(ctx, sandbox)
     refuse_locked(sandbox, now)
@@ -253,23 +253,23 @@ def settle(ctx: Context, claim: Claim, sandbox: Sandbox, operation: str, *, to: 
         return ctx.records.change(claim, now, operation, to=to, **values)
 
 
-def stop(ctx: Context, sandbox: Sandbox, found: Located, *, hard: bool) -> tuple[list[str], list[str]]:
+def stop(ctx: Context, sandbox: Sandbox, located: Located, *, hard: bool) -> tuple[list[str], list[str]]:
     """Stop a VM that was just judged to be ours; gracefully with a hard end after shutdown_timeout, or hard at once."""
     # The list lags by ten seconds, and calls a VM "unknown" that it has no figures of yet: a new one, for instance.
-    if str(found.row.get("status")) != "running":
-        now = status(ctx, found)
+    if str(located.row.get("status")) != "running":
+        now = status(ctx, located)
         # Believed only if that was said of our VM.
-        found = require_match(ctx, sandbox)
+        located = require_match(ctx, sandbox)
         if now.get("status") == "stopped":
             return [], []
     what = f"stop VM {sandbox.vmid}"
     if hard or not ctx.config.shutdown_timeout:
-        upids, warnings = _task(ctx, sandbox, found, what, "status/stop")
+        upids, warnings = _task(ctx, sandbox, located, what, "status/stop")
     else:
         try:
             # forceStop: a guest that does not answer is switched off when its time is over.
             upids, warnings = _task(
-                ctx, sandbox, found, what, "status/shutdown", timeout=ctx.config.shutdown_timeout, forceStop=1
+                ctx, sandbox, located, what, "status/shutdown", timeout=ctx.config.shutdown_timeout, forceStop=1
             )
         except ApiError as error:
             if "not running" in error.text:
@@ -277,38 +277,38 @@ def stop(ctx: Context, sandbox: Sandbox, found: Located, *, hard: bool) -> tuple
             if "is paused" not in error.text:
                 raise
             # A paused guest cannot shut itself down.
-            upids, warnings = _task(ctx, sandbox, found, what, "status/stop")
-    if found.row.get("hastate"):
+            upids, warnings = _task(ctx, sandbox, located, what, "status/stop")
+    if located.row.get("hastate"):
         # The HA manager's task ends when the request is taken, not when the VM has stopped.
-        _await_status(ctx, found, "stopped", what)
+        _await_status(ctx, located, "stopped", what)
     return upids, warnings
 
 
-def start(ctx: Context, sandbox: Sandbox, found: Located) -> tuple[list[str], list[str]]:
+def start(ctx: Context, sandbox: Sandbox, located: Located) -> tuple[list[str], list[str]]:
     """Start or resume a VM that was judged to be ours; it is judged once more, after its power state was read."""
-    now = status(ctx, found)
-    found = require_match(ctx, sandbox)
-    return _start_as_seen(ctx, sandbox, found, power_state(sandbox, now, found.config))
+    now = status(ctx, located)
+    located = require_match(ctx, sandbox)
+    return _start_as_seen(ctx, sandbox, located, power_state(sandbox, now, located.config))
 
 
-def start_new(ctx: Context, sandbox: Sandbox, found: Located) -> tuple[list[str], list[str]]:
+def start_new(ctx: Context, sandbox: Sandbox, located: Located) -> tuple[list[str], list[str]]:
     """Start a VM that this run has cloned and never started; it is judged once more directly before.
 
     Its power state is not asked for: should somebody have started it since, the start's task says so.
     """
-    return _start_as_seen(ctx, sandbox, found, states.STOPPED)
+    return _start_as_seen(ctx, sandbox, located, states.STOPPED)
 
 
-def _start_as_seen(ctx: Context, sandbox: Sandbox, found: Located, seen: str) -> tuple[list[str], list[str]]:
+def _start_as_seen(ctx: Context, sandbox: Sandbox, located: Located, seen: str) -> tuple[list[str], list[str]]:
     """Start or resume a VM that was judged to be ours and found in that state."""
     if seen == states.RUNNING:
         return [], []
     what = f"start VM {sandbox.vmid}"
-    hibernated = is_hibernated(found.config)
+    hibernated = is_hibernated(located.config)
     if seen == states.SUSPENDED and not hibernated:
-        return _task(ctx, sandbox, found, f"resume VM {sandbox.vmid}", "status/resume")
+        return _task(ctx, sandbox, located, f"resume VM {sandbox.vmid}", "status/resume")
     try:
-        upids, warnings = _task(ctx, sandbox, found, what, "status/start")
+        upids, warnings = _task(ctx, sandbox, located, what, "status/start")
     except TaskFailed as error:
         if "already running" in error.exitstatus:
             return [], []
@@ -326,22 +326,22 @@ def _start_as_seen(ctx: Context, sandbox: Sandbox, found: Located, seen: str) ->
                 **error.detail,
             ) from None
         raise
-    if found.row.get("hastate"):
-        _await_status(ctx, found, "running", what)
+    if located.row.get("hastate"):
+        _await_status(ctx, located, "running", what)
     return upids, warnings
 
 
 def _task(
-    ctx: Context, sandbox: Sandbox, found: Located, what: str, action: str, **params: Any
+    ctx: Context, sandbox: Sandbox, located: Located, what: str, action: str, **params: Any
 ) -> tuple[list[str], list[str]]:
     upids: list[str] = []
     tries = 0
     while True:
         tries += 1
         try:
-            with ctx.client.reserve_place(found.path) as waited:
-                found = just_judged(ctx, sandbox, found, waited)
-                upid = ctx.client.post(f"{found.path}/{action}", **params)
+            with ctx.client.reserve_place(located.path) as waited:
+                located = just_judged(ctx, sandbox, located, waited)
+                upid = ctx.client.post(f"{located.path}/{action}", **params)
             if not isinstance(upid, str):
                 raise OutcomeUnknown(
                     f"{what}: Proxmox answered without a task id; whether it was done is not known, run again"
@@ -362,20 +362,20 @@ def resize(ctx: Context, located: Located, disk: str, size: str, what: str) -> N
         ctx.tasks.wait(answer, what, ctx.wait_timeout)
 
 
-def status(ctx: Context, found: Located) -> dict[str, Any]:
-    return ctx.client.get_dict(f"{found.path}/status/current")
+def status(ctx: Context, located: Located) -> dict[str, Any]:
+    return ctx.client.get_dict(f"{located.path}/status/current")
 
 
-def runs(ctx: Context, found: Located) -> bool:
+def runs(ctx: Context, located: Located) -> bool:
     """Whether the VM is running and not suspended, as it says itself."""
-    now = status(ctx, found)
+    now = status(ctx, located)
     return now.get("status") == "running" and not is_paused(now)
 
 
-def _await_status(ctx: Context, found: Located, wanted: str, what: str) -> None:
+def _await_status(ctx: Context, located: Located, wanted: str, what: str) -> None:
     deadline = ctx.clock.monotonic() + ctx.wait_timeout
     pause = 0.2
-    while status(ctx, found).get("status") != wanted:
+    while status(ctx, located).get("status") != wanted:
         if ctx.clock.monotonic() > deadline:
             raise TaskTimeout(
                 f"{what}: the HA manager did not bring it to {wanted} within {ctx.wait_timeout} s (wait_timeout); run "
