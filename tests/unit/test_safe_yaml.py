@@ -240,3 +240,10 @@ def test_user_data_that_cloud_init_takes(data: str) -> None:
 def test_user_data_that_cloud_init_would_not_understand(data: str, why: str) -> None:
     with pytest.raises(InvalidInput, match=f"^cloud_init_user_data: .*{why}"):
         cloud_init.check_data(data)
+
+
+@pytest.mark.parametrize("character", ["\x00", "\x07", "\x1b", "\x7f", "\ufffe"])
+@pytest.mark.parametrize("data", ["#cloud-config\na: {}\n", "#cloud-config\n" + "# x\n" * 9000 + "{}a: 1\n"])
+def test_user_data_with_a_character_that_yaml_does_not_have(data: str, character: str) -> None:
+    with pytest.raises(InvalidInput, match="cloud_init_user_data: not valid YAML"):
+        cloud_init.check_data(data.format(character))

@@ -227,7 +227,6 @@ def recognise(text: str) -> str | None:
     """
     import yaml
 
-    loader: Any = yaml.SafeLoader(text)
     root: str | None = None
     events = documents = 0
     # Of each collection that is open: its anchor, its size so far, whether it is a mapping, and how many children it
@@ -235,6 +234,8 @@ def recognise(text: str) -> str | None:
     stack: list[list[Any]] = []
     anchors: dict[str, int] = {}
     try:
+        # The reader looks at the first characters already when it is made.
+        loader: Any = yaml.SafeLoader(text)
         while loader.check_event():
             event = loader.get_event()
             line = event.start_mark.line + 1
