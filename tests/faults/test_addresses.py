@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -86,7 +87,7 @@ def test_the_static_address_that_the_creation_itself_writes(lab: Lab) -> None:
 
 
 @pytest.mark.parametrize("option", ["wait_for_ip", "wait_for_cloud_init"])
-@pytest.mark.parametrize("how", ["agent: 0", "no agent", "blocked", "stopped"])
+@pytest.mark.parametrize("how", ["agent: 0", "no agent", "blocked", "too old", "unsupported", "stopped"])
 def test_waiting_ends_at_once_where_nothing_will_come(lab: Lab, how: str, option: str) -> None:
     template = lab.pve.vm(9000).config
     if how == "agent: 0":
@@ -101,6 +102,15 @@ def test_waiting_ends_at_once_where_nothing_will_come(lab: Lab, how: str, option
         elif "/qemu/1000/agent/" in path and how == "stopped":
             lab.pve.power(1000, "stopped")
 
+    words = {
+        "too old": "The command {} has not been found",
+        "unsupported": "this feature or command is not currently supported",
+    }
+    for command, name in (("network-get-interfaces", "guest-network-get-interfaces"), ("file-read", "guest-file-open")):
+        if how in words:
+            body = json.dumps({"data": None, "message": f"Agent error: {words[how].format(name)}"})
+            lab.pve.fault("GET", f"/agent/{command}", "answer", status=500, body=body, times=99)
+
     lab.pve.before = spoil
     began = time.monotonic()
     with pytest.raises(CreationFailed) as refused:
@@ -110,6 +120,8 @@ def test_waiting_ends_at_once_where_nothing_will_come(lab: Lab, how: str, option
         "agent: 0": "agent: 0",
         "no agent": "agent: not set",
         "blocked": "is blocked in the guest",
+        "too old": "(it is too old",
+        "unsupported": "(it is too old",
         "stopped": "does not run any more",
     }
     assert f"{option}: " in refused.value.message and causes[how] in refused.value.message

@@ -75,6 +75,7 @@ def test_one_name_on_two_nodes_means_the_one_on_the_node_that_is_wanted(lab: Lab
     assert third.sandbox is not None and third.sandbox.node in ("pve1", "pve2")
     assert third.extra["placement"]["node"] == third.sandbox.node
     assert "(9000 on pve1, 9001 on pve2), none of them on node pve3" in refused_name(lab, node="pve3")
+    assert refused_name(lab, node="pve9") == "node: 'pve9' is not a node of this cluster. Nodes: pve1, pve2, pve3"
     lab.pve.add_template(9002, "debian-13", node="pve2")
     assert "(9001 on pve2, 9002 on pve2); give the VMID" in refused_name(lab, node="pve2")
     assert "(9000 on pve1, 9001 on pve2, 9002 on pve2); give the VMID, or the node" in refused_name(lab)

@@ -175,6 +175,15 @@ def test_tags_and_description_of_a_sandbox_that_runs(lab: Lab) -> None:
     assert lab.destroy(1000, force=True)[0].state == "DESTROYED"
 
 
+@pytest.mark.parametrize(
+    "text", ["ends with blanks  ", "two\r\nlines\t\r\n", "  begins so", "50 % \u00fc\u2028%41 \x85."]
+)
+def test_a_description_is_the_same_when_it_is_given_again(lab: Lab, text: str) -> None:
+    present(lab)
+    assert present(lab, description=text, update=True).outcome == "updated"
+    assert present(lab, description=text, update=True).outcome == "unchanged"
+
+
 def test_cores_and_memory_take_a_restart_that_is_allowed(lab: Lab) -> None:
     lab.pve.vm(9000).config["balloon"] = "1024"
     present(lab, cores=2)

@@ -52,6 +52,13 @@ LO = nic("lo", "127.0.0.1", "::1", mac="00:00:00:00:00:00")
         ([own("fd00::50")], {**CONFIG, "ipconfig0": "ip6=auto"}, "fd00::50", False),
         # The order of the guest, not that of the text.
         ([own("192.0.2.50", "10.0.0.1")], CONFIG, "192.0.2.50", True),
+        # Windows writes MAC addresses with hyphens.
+        (
+            [nic("vEthernet (WSL)", "172.20.0.1"), nic("Ethernet", "192.0.2.7", mac=MAC.replace(":", "-"))],
+            CONFIG,
+            "192.0.2.7",
+            True,
+        ),
         # A bond, or a bridge over the NIC, has the NIC's address as well.
         ([own(name="eth0"), own("192.0.2.7", name="br0"), nic("docker0", "172.17.0.1")], CONFIG, "192.0.2.7", True),
         # So has a VLAN on it, which is another network.

@@ -276,6 +276,9 @@ def test_how_people_write_a_host(tmp_path: Path, value: str, address: tuple[str,
         ("root:secret-word@pve1", "the value is no host name"),
         ("pve1\n8006", "no host name"),
         ("[::1", "no host name"),
+        ("192.0.2.1:", "no host name"),
+        ("pve1:", "no host name"),
+        ("beef:cafe", "no host name"),
     ],
 )
 def test_a_host_that_is_none_is_refused_by_name(tmp_path: Path, value: str, words: str) -> None:
@@ -432,3 +435,20 @@ def test_the_password_is_taken_out_of_a_uri(tmp_path: Path, value: str, text: st
     ("postgresql://anna@db/agentlab", set()), ("/var/lib/agentlab/agentlab.db", set()), ("", set())])  # fmt: skip
 def test_each_password_in_a_database_is_masked_also_where_the_value_is_refused(value: str, passwords: set[str]) -> None:
     assert database_address.find_passwords(value) == passwords
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("api_token_secret", f'"{SECRET}"', "is in quotes"),
+        ("api_token_secret", f"'{SECRET}'", "is in quotes"),
+        ("api_token_id", "'agentlab@pve!ci'", "is in quotes"),
+        ("api_token_id", "agentlab@pve!ci!other", "more than one '!'"),
+    ],
+)
+def test_a_token_as_it_stands_in_other_files_is_refused_by_name(
+    tmp_path: Path, name: str, value: str, words: str
+) -> None:
+    with pytest.raises(InvalidInput, match=f"^{name}: the value .*{words}") as caught:
+        load(tmp_path, **{name: value})
+    assert SECRET not in caught.value.message

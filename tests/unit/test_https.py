@@ -346,6 +346,24 @@ def test_a_proxy_that_cannot_be_reached_is_named(serve: Make, clean_environment:
     assert server.client().get(PATH) == {}
 
 
+def test_a_proxy_that_answers_nonsense_is_named(serve: Make, clean_environment: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def answer() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    conn, _address = listener.accept()
+                    with conn:
+                        conn.recv(65536)
+                        conn.sendall(b"SSH-2.0-OpenSSH_9.2p1\r\n")
+
+        threading.Thread(target=answer, daemon=True).start()
+        clean_environment.setenv("HTTPS_PROXY", f"http://127.0.0.1:{listener.getsockname()[1]}")
+        with pytest.raises(errors.ProxmoxError, match=r"the proxy http://127.0.0.1:\d+ of HTTPS_PROXY.*NO_PROXY"):
+            serve(say("200 OK")).client().put(PATH, description="x")
+        listener.shutdown(socket.SHUT_RDWR)
+
+
 @pytest.mark.parametrize("status", ["403 Forbidden", "407 Proxy Authentication Required", "502 Bad Gateway"])
 def test_a_proxy_that_refuses_is_named(serve: Make, clean_environment: pytest.MonkeyPatch, status: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:

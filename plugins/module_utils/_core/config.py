@@ -9,6 +9,7 @@ guard.
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
 from collections.abc import Mapping
@@ -540,7 +541,7 @@ def api_address(value: object, port: int) -> tuple[str | None, int, str]:
     plain = re.fullmatch(r"([\w.-]+)(?::(\d+))?", host)
     if bracketed or plain:
         host, own_port = (bracketed or plain).groups()  # type: ignore[union-attr]
-    elif re.fullmatch(r"[0-9A-Fa-f:.]+(%\w+)?", host, re.ASCII):
+    elif _is_ipv6(host):
         own_port = None
     else:
         raise refuse("is no host name or address")
@@ -550,6 +551,13 @@ def api_address(value: object, port: int) -> tuple[str | None, int, str]:
             raise refuse(f"names port {own}, but api_port is {port}; leave one of them out")
         port = own
     return host, port, f"/{path}" if path else ""
+
+
+def _is_ipv6(text: str) -> bool:
+    try:
+        return isinstance(ipaddress.ip_address(text), ipaddress.IPv6Address)
+    except ValueError:
+        return False
 
 
 def _credential(name: str, value: Any) -> str | None:
@@ -574,6 +582,16 @@ def _credential(name: str, value: Any) -> str | None:
             f"{name}: the value has a line feed, a space or another character that it cannot have; give it in one "
             "piece",
             option=name,
+        )
+    if name.startswith("api_token") and text[:1] in ("'", '"'):
+        raise InvalidInput(
+            f"{name}: the value is in quotes, which are no part of it (a shell or YAML takes them away, an environment "
+            "file does not); give it without",
+            option=name,
+        )
+    if name == "api_token_id" and text.count("!") > 1:
+        raise InvalidInput(
+            "api_token_id: the value has more than one '!'. Valid: name, or user@realm!name", option=name
         )
     if name == "api_token_id" and "=" in text:
         raise InvalidInput(

@@ -218,7 +218,8 @@ class Https:
                     path=path,
                 ) from None
             raise OutcomeUnknown(
-                f"{where}: the connection was cut before the answer: {_reason(error)}; {answers.became_of(method)}",
+                f"{where}: the connection was cut before the answer: {_reason(error)}; {answers.became_of(method)}"
+                f"{self._through_proxy()}",
                 method=method,
                 path=path,
                 cut=True,

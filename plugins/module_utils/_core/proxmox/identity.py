@@ -65,7 +65,7 @@ def described(config: dict[str, Any], text: str) -> str:
 def own_text(config: dict[str, Any]) -> str:
     """Return what stands after the first empty line of the description, without the note of a deletion."""
     text = str(config.get("description") or "").partition("\n\n")[2]
-    return "\n".join(line for line in text.splitlines() if not line.startswith(_NOTE)).strip("\n")
+    return "\n".join(line for line in text.split("\n") if not line.startswith(_NOTE)).strip("\n")
 
 
 def _head(config: dict[str, Any]) -> str:

@@ -13,6 +13,7 @@ The record and the decision are written before each request. What a failure leav
 
 from __future__ import annotations
 
+import contextlib
 import re
 import uuid as uuid_module
 from typing import Any, cast
@@ -20,6 +21,7 @@ from typing import Any, cast
 from .. import states
 from ..context import Context, refuse_cut_off
 from ..errors import (
+    AccessDenied,
     AgentlabError,
     ApiError,
     ClaimLost,
@@ -198,7 +200,14 @@ def _create_once(ctx: Context, spec: Spec, failed: dict[str, str]) -> Outcome:
     else:
         # Where its workspace is, if that is on one node only.
         wanted_node = spec.node or (disk.node if disk else None) or ctx.config.node
-        template = templates.find(ctx, spec.template or ctx.config.template, wanted_node)
+        try:
+            template = templates.find(ctx, spec.template or ctx.config.template, wanted_node)
+        except InvalidInput:
+            # A node that does not exist, or is offline, has no templates: then the node is what is wrong.
+            if wanted_node is not None:
+                with contextlib.suppress(AccessDenied):
+                    _check_node(ctx, wanted_node)
+            raise
         node = wanted_node or template.node
         if node != template.node or template.config is None:
             # Otherwise the node has just answered with the template's configuration.

@@ -98,7 +98,9 @@ def normalise(given: Mapping[str, Any]) -> dict[str, Any]:
     if "ssh_public_keys" in values:
         values["ssh_public_keys"] = patterns.split_keys("ssh_public_keys", values["ssh_public_keys"])
     if isinstance(values.get("description"), str):
-        values["description"] = values["description"].replace("\r\n", "\n").replace("\r", "\n").strip("\n")
+        # Proxmox VE keeps no blanks at the end of the notes.
+        text = values["description"].replace("\r\n", "\n").replace("\r", "\n")
+        values["description"] = text.strip("\n").rstrip()
     password = values.get("cloud_init_password")
     if password is not None and not isinstance(password, str):
         # YAML reads 012345 as the number 5349.

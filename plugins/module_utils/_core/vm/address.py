@@ -48,7 +48,7 @@ LOOK_SECONDS = 10.0
 _MOST_INTERFACES = 256
 _MOST_ADDRESSES = 256
 _LONGEST_TEXT = 64
-_MAC = re.compile(r"([0-9A-Fa-f]{2}(?::[0-9A-Fa-f]{2}){5})")
+_MAC = re.compile(r"([0-9A-Fa-f]{2}(?:[:-][0-9A-Fa-f]{2}){5})")
 _UNIQUE_LOCAL = ipaddress.ip_network("fc00::/7")
 # Interfaces that programs in the guest make for themselves: nobody outside reaches their addresses.
 _INNER = re.compile(
@@ -58,6 +58,8 @@ _INNER = re.compile(
 # Proxmox VE takes the keys of the option in any order: fstrim_cloned_disks=1,enabled=1.
 _AGENT_ON = re.compile(r"(?:^|,)(?:enabled=)?(?:1|yes|on|true)(?:,|$)", re.IGNORECASE)
 _BLOCKED = re.compile(r"[Cc]ommand '?(guest-[a-z-]+)'? has been disabled")
+# QEMU's words for a command that this agent was not built with: an old one, or that of another system.
+_UNKNOWN = re.compile(r"[Cc]ommand '?(guest-[a-z-]+)'? has not been found|command is not currently supported")
 
 
 class AgentUnusable(AgentlabError):
@@ -155,7 +157,7 @@ def _usable(text: object) -> Address | None:
 
 def _mac_of(value: object) -> str | None:
     match = _MAC.search(value[:1000]) if isinstance(value, str) else None
-    return match[1].lower() if match else None
+    return match[1].lower().replace("-", ":") if match else None
 
 
 def _read_ipconfig(value: object) -> tuple[list[Address], bool]:
@@ -199,6 +201,13 @@ def refuse_hopeless(sandbox: Sandbox, located: Located, error: ApiError, wanted:
             f"{wanted}: the guest agent of sandbox {vmid} refuses {blocked[1]} (it is blocked in the guest, by "
             "block-rpcs or allow-rpcs of /etc/qemu/qemu-ga.conf or its service). Allow it in the template, or leave "
             "the option out",
+            vmid=vmid,
+        )
+    unknown = _UNKNOWN.search(error.text)
+    if unknown:
+        raise AgentUnusable(
+            f"{wanted}: the guest agent of sandbox {vmid} has no {unknown[1] or 'such command'} (it is too old, or that of "
+            "another system). Install a newer qemu-guest-agent in the template, or leave the option out",
             vmid=vmid,
         )
     if re.search(r"VM \d+ is not running|VM \d+ not running", error.text):
