@@ -56,6 +56,12 @@ options:
     description: Whether to return the profiles too.
     type: bool
     default: false
+  nodes:
+    description:
+      - Whether to return the load of each node, and which node would take a new sandbox of the configured template.
+      - Asks Proxmox VE for the list of all resources, and as much as the choice of a node for a new sandbox.
+    type: bool
+    default: false
 extends_documentation_fragment:
   - agentlab.proxmox.common
   - agentlab.proxmox.common.select
@@ -108,6 +114,20 @@ profiles:
   returned: with O(profiles)
   type: list
   elements: dict
+nodes:
+  description: The nodes, in the order of their names.
+  returned: with O(nodes)
+  type: list
+  elements: dict
+  contains:
+    node: {description: Name of the node, type: str}
+    chosen: {description: Whether a new sandbox would go there, type: bool}
+    reason: {description: 'Why, or why not, as a word of the page on placement', type: str}
+    message: {description: The same as a sentence, type: str}
+    free_memory:
+      description: Free memory in MiB beyond what is used and promised; null without Sys.Audit on the node.
+      type: int
+    sandboxes: {description: How many sandboxes of these records are on the node or on their way to it, type: int}
 by_state:
   description: How many of them in each state.
   returned: always
@@ -129,6 +149,7 @@ ARGUMENT_SPEC = {
     "verify": {"type": "bool", "default": False},
     "verify_identity": {"type": "bool", "default": True},
     "profiles": {"type": "bool", "default": False},
+    "nodes": {"type": "bool", "default": False},
 }
 
 
@@ -160,6 +181,10 @@ def work(module, context):
         from ansible_collections.agentlab.proxmox.plugins.module_utils._core import profiles
 
         result["profiles"] = [one.public() for one in profiles.load_all(context.config.profiles_dir).values()]
+    if params["nodes"]:
+        from ansible_collections.agentlab.proxmox.plugins.module_utils._core.sandboxes import place
+
+        result["nodes"] = place.show_load(context)
     return result
 
 

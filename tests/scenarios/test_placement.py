@@ -79,6 +79,21 @@ def test_in_a_playbook(story: Callable[..., Any], cluster: Any) -> None:
     assert cluster.vm(1000) is None
 
 
+def test_the_load_of_the_nodes_in_the_answer_of_info(story: Callable[..., Any], cluster: Any) -> None:
+    run = story(
+        [
+            task("create", SANDBOX, name="a1", node="pve1"),
+            task("info", "agentlab_sandbox_info", nodes=True),
+            task("without", "agentlab_sandbox_info"),
+        ]
+    )
+    rows = {row["node"]: row for row in run["info"]["nodes"]}
+    assert list(rows) == ["pve1", "pve2", "pve3"] and "nodes" not in run["without"]
+    assert {name: row["sandboxes"] for name, row in rows.items()} == {"pve1": 1, "pve2": 0, "pve3": 0}
+    assert rows["pve2"]["chosen"] and 0 < rows["pve2"]["free_memory"] <= 30 * 1024
+    assert rows["pve3"]["reason"] == "template" and rows["pve3"]["message"]
+
+
 def test_the_template_of_the_chosen_node_is_cloned(context: Callable[..., Any], cluster: Any) -> None:
     outcome = create.run(context(), spec())
     posts = [path for method, path, _body in cluster.requests if method == "POST" and path.endswith("/clone")]

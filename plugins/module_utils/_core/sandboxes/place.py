@@ -265,6 +265,13 @@ class NodeChoice:
         )
 
 
+def show_load(ctx: Context) -> list[dict[str, Any]]:
+    """Return each node with its load, and whether a new sandbox of the configured template would go there, and why."""
+    decision = NodeChoice(ctx, Spec(template=ctx.config.template)).look()
+    rows: list[dict[str, Any]] = decision.public()["nodes"]
+    return sorted(rows, key=lambda row: str(row["node"]))
+
+
 def fixed(
     ctx: Context, spec: Spec, template: templates.Template, node: str
 ) -> Callable[[Any], Callable[[Any, str], None]]:
