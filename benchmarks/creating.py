@@ -2,11 +2,15 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Rows 17 and 18: creations, many in one play and a single one, against the peers and against the least script."""
+"""Rows 17, 18 and 20: creations, many in one play and a single one, against the peers and against the least script;
+and how often the local backend starts pvesh.
+"""
 
 from __future__ import annotations
 
+import re
 import statistics
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -149,3 +153,30 @@ def one(bench: Bench, _wanted: set[str]) -> list[Row]:
     )
     seconds = f"{statistics.median(beyond):.2f} s against {statistics.median(least):.2f}"
     return [{**judged, "measured": f"{judged['measured']}; {seconds}; {own} requests against {other}"}]
+
+
+STARTS_FILE = REPO / "tests" / "faults" / "test_pvesh.py"
+
+
+def local_backend(_bench: Bench, _wanted: set[str]) -> list[Row]:
+    """Row 20: the bounds that the test of the local backend holds, if it holds them."""
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", str(STARTS_FILE), "-k", "how_often_pvesh_is_started"]
+    test = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=False, timeout=300)
+    bounds = re.search(r"^    most = \{(.*)\}$", STARTS_FILE.read_text(encoding="utf-8"), re.M)
+    if test.returncode or bounds is None:
+        raise RuntimeError(test.stdout[-500:] or "the test has no bounds")
+    starts = {name: int(number) for name, number in re.findall(r'"([\w ]+)": (\d+)', bounds[1])}
+    targets = {"create": 9, "destroy": 5, "list": 1}
+    return [
+        {
+            **row(
+                "20",
+                "local backend: starts of pvesh per operation",
+                ", ".join(f"{name} at most {number}" for name, number in targets.items()),
+                ", ".join(f"{name} {number}" for name, number in starts.items()),
+                max(starts[name] / number for name, number in targets.items()),
+                {"starts": starts},
+            ),
+            "runs": 1,
+        }
+    ]

@@ -19,9 +19,11 @@ import zipfile
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[1]
-# What a module of ours may add to what ansible-core ships with every module of its own, bytes. The aim is 190,000,
-# which most modules miss: agentlab_doctor adds 310 kB, agentlab_sandbox 300 kB, agentlab_reconcile 269 kB and
-# agentlab_prune 232 kB. This bound only stops further growth.
+# What a module of ours should add at most to what ansible-core ships with every module of its own, bytes, and how many
+# files it should ship in all. Most modules miss both: agentlab_doctor adds 312 kB, agentlab_sandbox 303 kB,
+# agentlab_reconcile 270 kB and agentlab_prune 233 kB.
+AIM, AIM_FILES = 190_000, 95
+# This bound, which the tests hold, only stops further growth.
 LIMIT = 320_000
 
 
@@ -65,6 +67,11 @@ def sizes() -> dict[str, int]:
         "ansible.builtin.ping": floor,
         **{name: len(shipped(f"agentlab.proxmox.{name}")) - floor for name in modules()},
     }
+
+
+def files() -> dict[str, int]:
+    """Return how many files each module ships, those of ansible-core with them."""
+    return {name: len(pieces(shipped(f"agentlab.proxmox.{name}"))) for name in modules()}
 
 
 def pieces(script: bytes) -> dict[str, int]:

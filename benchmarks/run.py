@@ -49,6 +49,7 @@ GROUPS: dict[str, tuple[tuple[str, ...], Callable[[rows.Bench, set[str]], list[r
     "remote": (("15",), shipping.over_ssh),
     "creating": (("17",), creating.many),
     "creating one": (("18",), creating.one),
+    "local backend": (("20",), creating.local_backend),
     "command line": (("19",), daemon.command_line),
     "ten thousand": (("21",), daemon.ten_thousand),
     "levers": (("levers",), scale.levers),

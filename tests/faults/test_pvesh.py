@@ -26,6 +26,7 @@ from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors impo
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.guest import command
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.guest.agent import GuestRefused
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.proxmox import client as client_module
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.views import info
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.workspaces import workspace
 
 from support.double import TOKEN_ID, TOKEN_SECRET
@@ -124,6 +125,8 @@ def test_how_often_pvesh_is_started(lab: Lab, monkeypatch: pytest.MonkeyPatch) -
     # cores are compared with what the list of all resources has told already.
     made = lab.create("second", cores=2)
     counts["create"] = calls(lab)
+    info.show(lab.context(), info.Filter(), verify=True, identities=False)
+    counts["list"] = calls(lab)
     lab.power("stop", made.vmid)
     counts["stop"] = calls(lab)
     lab.power("start", made.vmid)
@@ -139,7 +142,7 @@ def test_how_often_pvesh_is_started(lab: Lab, monkeypatch: pytest.MonkeyPatch) -
     assert lab.destroy(made.vmid, force=True)[0].state == "DESTROYED"
     counts["forced destroy"] = calls(lab)
     # Of a creation's calls one reads the template's configuration, before anything is made.
-    most = {"create": 7, "stop": 3, "start": 3, "destroy": 5, "forced destroy": 4}
+    most = {"create": 7, "list": 1, "stop": 3, "start": 3, "destroy": 5, "forced destroy": 4}
     assert {name: len(asked) for name, asked in counts.items() if len(asked) > most[name]} == {}, counts
 
 
