@@ -38,8 +38,9 @@ T = TypeVar("T")
 # After a failure the next try comes soon, then later and later, up to the interval.
 _FIRST_RETRY = 15.0
 # With records on PostgreSQL: how often a daemon asks whether it is its turn to reconcile and clean up, and whether a
-# controller that died left work behind.
-_TURN_SECONDS = 5.0
+# controller that died left work behind. A job is taken over within 10 seconds, and the server needs up to 7 of them to
+# notice that a host vanished (store/postgres/engine.py).
+_TURN_SECONDS = 1.0
 # How long a look waits that met a host without descriptors, threads or memory.
 _HOST_PAUSE_SECONDS = 5.0
 _LAST_CLEANUP = "cleanup_last_run"
@@ -91,6 +92,8 @@ class Scheduler:
         self._jobs = ThreadPoolExecutor(3, "job")
         self._stops = ThreadPoolExecutor(service.config.proxmox.connections, "stop")
         self.tasks: list[asyncio.Task[None]] = []
+        # Jobs that another controller did when this daemon last asked.
+        self._done_elsewhere: set[str] = set()
         # Sandboxes whose operation was cut off, at the last look.
         self._left: set[str] = set()
         service.wake_expiry = self._wake
@@ -257,21 +260,30 @@ class Scheduler:
             await asyncio.sleep(_TURN_SECONDS)
 
     def _lead(self, job: str) -> bool:
+        """Return whether this daemon does the job now; False too while the database does not answer."""
         try:
             leads = self.service.base.database.lead(job)
         except AgentlabError as error:
             seldom(60, f"turn {job}", "%s: whether it is this daemon's turn is not known: %s", job, error.message)
+            self.service.leads[job] = False
             return False
         if leads != self.service.leads.get(job, True):
             log.info("%s: %s", job, "done by this daemon from now on" if leads else "done by another controller")
         self.service.leads[job] = leads
+        if not leads:
+            self._done_elsewhere.add(job)
+        elif job in self._done_elsewhere:
+            self._done_elsewhere.remove(job)
+            self.service.takeovers[job] += 1
         return leads
 
     def _is_work_left(self) -> bool:
-        """Return whether work of a dead controller waits that did not wait at the last look."""
+        """Return whether work of a dead controller waits that did not wait at the last look, or it is not this
+        daemon's turn any more.
+        """
+        if not self._lead("reconcile"):
+            return True
         try:
-            if not self.service.base.database.lead("reconcile"):
-                return True
             left = {one.sandbox_uuid for one in self.service.base.records.interrupted()}
         except AgentlabError:
             return False

@@ -52,6 +52,14 @@ class Scrape:
         for job in ("reconcile", "cleanup"):
             leader.add_metric([job], int(service.leads.get(job, database.controller is None)))
         yield leader
+        takeovers = CounterMetricFamily(
+            "agentlab_takeovers",
+            "Claims and duties of other controllers that were taken over, because those had died",
+            labels=["what"],
+        )
+        for what, count in (("claim", database.takeovers), *service.takeovers.items()):
+            takeovers.add_metric([what], count)
+        yield takeovers
         started = [one.started_at for one in (*under_way, *interrupted)]
         age = max(0, int(database.wall_time()) - min(started)) if started else 0
         yield GaugeMetricFamily(

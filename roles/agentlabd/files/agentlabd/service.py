@@ -80,6 +80,8 @@ class Service:
         # Set by the scheduler: whether this daemon reconciles and cleans up, or another controller of these records
         # does.
         self.leads: dict[str, bool] = {}
+        # How often it took such a duty over from another controller.
+        self.takeovers = {"reconcile": 0, "cleanup": 0}
         self.last_cleanup: dict[str, Any] | None = None
         # VMs with our marker and without a record, of the last reconcile: vmid, name, node.
         self.unrecorded: list[dict[str, Any]] = []
