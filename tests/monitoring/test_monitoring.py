@@ -173,6 +173,7 @@ def test_no_series_for_single_machines(exposed: Exposed) -> None:
         "le",
         "part",
         "duty",
+        "what",
         "node",
     }
 
