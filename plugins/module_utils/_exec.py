@@ -18,14 +18,17 @@ from ._core.guest import command
 from ._core.guest.access import Guest
 from ._core.model import Sandbox
 
+# Characters of a line of a secret that is hidden by itself, too. Shorter ones are part of ordinary output.
+_SECRET_LINE = 8
+
 
 def run(module: AnsibleModule, context: Context) -> dict[str, Any]:
     """Run, begin, look at or end a command, as the options say."""
     params = module.params
-    if params["secret"]:
-        secrets = [params["stdin"], *(params["environment"] or {}).values()]
-        module.no_log_values.update(str(value) for value in secrets if value not in (None, ""))
+    module.no_log_values.update(find_secrets(params))
     timeout = _seconds(params["timeout"])
+    if params["name"] is not None and not params["name"].strip():
+        raise InvalidInput("name: is empty. Give the name of a sandbox, or vmid", option="name")
     sandbox = context.select(**_adapter.ids(module)[0])
     action = params["action"]
     if action in ("run", "start"):
@@ -48,6 +51,44 @@ def run(module: AnsibleModule, context: Context) -> dict[str, Any]:
     return _answer(module, sandbox, command.wait_command(context, sandbox, run_id, timeout=timeout), changed=False)
 
 
+def find_secrets(params: dict[str, Any]) -> set[str]:
+    """Return what Ansible must neither show nor log: the values of stdin and environment, where ``secret`` says so.
+
+    A command often prints a secret without the line feed that ended it, or a line of it alone. So the value without
+    blanks around it is secret, and so is each line of eight characters or more. ``stdin`` in base64 is secret in both
+    forms.
+    """
+    if not params["secret"]:
+        return set()
+    environment = params["environment"]
+    values = [params["stdin"], *(environment.values() if isinstance(environment, dict) else ())]
+    texts = [str(value) for value in values if value is not None]
+    if params["stdin"] and params["encoding"] == "base64":
+        try:
+            texts.append(base64.b64decode(params["stdin"]).decode("utf-8", "replace"))
+        except ValueError:
+            # It is refused later.
+            pass
+    # The log shows environment as Python writes a dict.
+    secrets = {form for text in texts for form in (text, text.strip(), repr(text)[1:-1])}
+    secrets.update(line.strip() for text in texts for line in text.splitlines() if len(line.strip()) >= _SECRET_LINE)
+    return secrets - {""}
+
+
+def _input(params: dict[str, Any]) -> bytes:
+    """Return standard input as bytes, read by ``encoding`` as the output is written; InvalidInput if it cannot be."""
+    text, encoding = params["stdin"] or "", params["encoding"]
+    if encoding == "utf-8":
+        return command.encode_text(text)
+    try:
+        return base64.b64decode(text, validate=True) if encoding == "base64" else text.encode(encoding)
+    except ValueError:
+        raise InvalidInput(
+            f"stdin: is not {encoding}, which encoding says it is. Give it as {encoding}, or set encoding to utf-8",
+            option="stdin",
+        ) from None
+
+
 def _seconds(value: str) -> float:
     text = value.strip()
     if text.isdecimal() and len(text) < 10:
@@ -67,7 +108,7 @@ def _spec(params: dict[str, Any], timeout: float) -> command.CommandSpec:
     return command.CommandSpec(
         argv=params["argv"],
         cmd=params["cmd"],
-        stdin=command.encode_text(params["stdin"] or ""),
+        stdin=_input(params),
         chdir=params["chdir"],
         environment={str(name): str(value) for name, value in environment.items()},
         user=params["user"],
@@ -108,6 +149,9 @@ def _answer(
     encoding = module.params["encoding"]
     for name, data in (("stdout", result.stdout), ("stderr", result.stderr)):
         if encoding == "base64":
+            # Ansible finds no secret inside base64.
+            for secret in sorted(find_secrets(module.params), key=len, reverse=True):
+                data = data.replace(secret.encode("utf-8", "surrogateescape"), b"********")
             answer[name] = base64.b64encode(data).decode()
         else:
             answer[name] = data.decode(encoding, "replace")

@@ -31,7 +31,7 @@ options:
     description: A command for C(/bin/sh) of the guest.
     type: str
   stdin:
-    description: Standard input of the command, as it is (no line feed is added). Empty unless set.
+    description: Standard input of the command, written as O(encoding) says (no line feed is added). Empty unless set.
     type: str
   chdir:
     description: Folder to change to first. The home of the user unless set.
@@ -67,15 +67,16 @@ options:
     default: 1048576
   encoding:
     description:
-      - How the output becomes text. Bytes that are no such text become C(U+FFFD).
-      - With V(base64) the output is returned as base64, byte for byte.
+      - How O(stdin) is read, and how the output becomes text. Bytes that are no such text become C(U+FFFD).
+      - With V(base64) O(stdin) is base64, and the output is returned as base64, byte for byte.
     type: str
     choices: [utf-8, latin-1, base64]
     default: utf-8
   secret:
     description:
-      - Whether O(stdin) and the values of O(environment) are secret. They are kept out of what Ansible shows and
-        logs then.
+      - Whether O(stdin) and the values of O(environment) are secret. They are kept out of what Ansible shows and logs
+        then, also where the output holds them, or a line of them of eight characters or more.
+      - Other output is returned and shown. C(no_log) of the task hides all of it.
       - Without O(api_host) such a command is refused where the VM is on another node, because C(pvesh) would show
         it in the process list.
     type: bool
@@ -203,6 +204,17 @@ vmid:
 
 from ansible_collections.agentlab.proxmox.plugins.module_utils import _adapter
 
+
+class SecretModule(_adapter.AnsibleModule):
+    """AnsibleModule that knows the secrets of the options before it logs them, which it does while it is made."""
+
+    def _log_invocation(self):
+        from ansible_collections.agentlab.proxmox.plugins.module_utils import _exec
+
+        self.no_log_values.update(_exec.find_secrets(self.params))
+        super()._log_invocation()
+
+
 ARGUMENT_SPEC = {
     "vmid": {"type": "int"},
     "name": {"type": "str"},
@@ -232,7 +244,7 @@ def work(module, context):
     return _exec.run(module, context)
 
 
-def main(front=_adapter.AnsibleModule):
+def main(front=SecretModule):
     _adapter.run(
         ARGUMENT_SPEC,
         work,

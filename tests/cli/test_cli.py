@@ -756,6 +756,10 @@ def test_it_imports_neither_core_nor_daemon_and_little_to_start() -> None:
         assert not re.search(r"^\s*(from|import) +(agentlab_core|agentlabd|ansible)", path.read_text(), re.M), path
 
 
+def test_no_usage_line_names_its_options_twice() -> None:
+    assert "[OPTIONS] [OPTIONS]" not in cli_page.written()
+
+
 def test_the_manual_says_what_help_says() -> None:
     assert cli_page.written() == cli_page.reference(), "run: .venv/bin/python tests/support/cli_page.py"
 

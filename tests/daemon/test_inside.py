@@ -70,8 +70,8 @@ def test_a_run_id_that_is_given_again_runs_nothing_again(one: Daemon, lab: Lab, 
 @pytest.mark.parametrize(
     ("body", "words"),
     [
-        ({}, ("argv", "cmd", "not both")),
-        ({"argv": ["true"], "cmd": "true"}, ("argv", "not both")),
+        ({}, ("argv", "no command is given", "cmd")),
+        ({"argv": ["true"], "cmd": "true"}, ("argv", "both given", "not both")),
         ({"argv": []}, ("argv",)),
         ({"argv": ["true"], "timeout": 0}, ("timeout", "detach=true")),
         ({"argv": ["true"], "timeout": 100000}, ("timeout", "detach=true")),
@@ -80,7 +80,7 @@ def test_a_run_id_that_is_given_again_runs_nothing_again(one: Daemon, lab: Lab, 
         ({"argv": ["true"], "environment": ["x"]}, ("environment",)),
         ({"argv": ["true"], "user": "a b"}, ("user", "letters, digits")),
         ({"argv": [1]}, ("argv", "'1' is not valid", "a text in quotes")),
-        ({"argv": ["true"], "run_id": "x"}, ("run_id",)),
+        ({"argv": ["true"], "run_id": "x"}, ("run_id", "'x'")),
         ({"argv": ["tr\0ue"]}, ("argv",)),
         ({"comand": "true"}, ("comand", "unknown key")),
     ],
@@ -127,7 +127,7 @@ def test_no_such_sandbox_and_no_such_run(one_daemon: Daemon) -> None:
     for answer in (looked, killed):
         # The sandbox is there: its absence must not be told.
         assert answer.status == 404 and answer.body["error"].startswith("run not found"), answer
-        assert "sandbox 1000" in answer.body["error"] and "sandbox not found" not in answer.body["error"], answer
+        assert "exec list 1000" in answer.body["error"] and "sandbox not found" not in answer.body["error"], answer
     for word in ("status", "logs", "wait", "kill"):
         told = agentlab("sandbox", "exec", word, f"1000/{'0' * 32}", socket=one_daemon.socket)
         assert told.returncode == 1 and told.stderr.startswith("Error: run not found"), told

@@ -23,7 +23,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .. import escapes, parallel
+from .. import escapes, parallel, patterns
 from ..context import Context
 from ..errors import AgentlabError, InvalidInput, OutcomeUnknown
 from ..model import Sandbox
@@ -224,13 +224,31 @@ def check_id(run_id: str) -> str:
     """Return a run id in small letters without dashes (a UUID fits); InvalidInput otherwise."""
     text = str(run_id).replace("-", "").lower()
     if not _ID.fullmatch(text):
-        raise InvalidInput("run_id: not 32 hexadecimal digits. Valid: a UUID", option="run_id", value=str(run_id)[:80])
+        raise InvalidInput(
+            f"run_id: {patterns.quoted(run_id)} is no id of a run. Valid: 32 hexadecimal digits, with "
+            "dashes (a UUID) or without",
+            option="run_id",
+            value=str(run_id)[:80],
+        )
     return text
 
 
+def require_one_command(has_argv: bool, has_cmd: bool) -> None:
+    """Raise InvalidInput unless exactly one of argv and cmd is given."""
+    if has_argv and has_cmd:
+        raise InvalidInput(
+            "argv: argv and cmd are both given. Give argv (a list) or cmd (a text for the guest's shell), and not both",
+            option="argv",
+        )
+    if not has_argv and not has_cmd:
+        raise InvalidInput(
+            "argv: no command is given. Give argv (a list, program first) or cmd (a text for the guest's shell)",
+            option="argv",
+        )
+
+
 def _words(spec: CommandSpec) -> list[bytes]:
-    if (spec.argv is None) == (spec.cmd is None):
-        raise InvalidInput("argv: give either argv (a list) or cmd (a text for the guest's shell)", option="argv")
+    require_one_command(spec.argv is not None, spec.cmd is not None)
     if spec.cmd is not None:
         text = encode(spec.cmd, "cmd")
         if not text.strip():

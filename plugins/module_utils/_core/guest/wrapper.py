@@ -427,7 +427,12 @@ def shell_text(
         if not _NAME.fullmatch(name.decode("ascii", "replace")):
             raise ValueError("environment")
         lines.append(b"export " + name + b"=" + quote(value))
-    lines.append(b"exec " + b" ".join(quote(word) for word in argv))
+    lines.append(b"set -- " + b" ".join(quote(word) for word in argv))
+    if b"/" not in argv[0] and not argv[0].startswith(b"-"):
+        # dash and busybox answer 126 to exec of a program that is nowhere, once PATH has a folder that the user may
+        # not search; to the same program without exec they answer 127, as every shell does.
+        lines.append(b'command -v "$1" >/dev/null 2>&1 || { "$@"; exit $?; }')
+    lines.append(b'exec "$@"')
     return b"\n".join(lines) + b"\n"
 
 

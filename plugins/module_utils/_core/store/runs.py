@@ -113,7 +113,9 @@ def get(records: Records, sandbox: Sandbox, run_id: str) -> Run:
     rows = records.db.read(f"{_SELECT} WHERE id = ? AND sandbox_uuid = ?", run_id, sandbox.uuid)
     if not rows:
         raise NotFound(
-            f"run not found (run_id: {run_id}, sandbox {sandbox.vmid}); list the sandbox's runs", run_id=run_id
+            f"run not found (run_id: {run_id}, sandbox {sandbox.vmid}). 'agentlab sandbox exec list {sandbox.vmid}' "
+            f"and GET /v1/sandboxes/{sandbox.vmid}/exec show the runs of that sandbox",
+            run_id=run_id,
         )
     return _run(rows[0])
 

@@ -72,7 +72,7 @@ RUN_ID = RunId()
 @click.group(
     "exec",
     cls=ExecGroup,
-    subcommand_metavar="[OPTIONS] <vmid> -- <command>... | <command> <id>",
+    subcommand_metavar="<vmid> -- <command>... | <command> <id>",
     examples=(
         "agentlab sandbox exec 1009 -- uname -a",
         "agentlab sandbox exec 1009 --user debian --chdir /srv -- make test",

@@ -143,7 +143,8 @@ class Field:
                 or not (self.low or 0) <= value <= (self.high if self.high is not None else value)
             ):
                 upper = "" if self.high is None else f" to {self.high}"
-                raise self._refused(name, value, f"a whole number from {self.low or 0}{upper}")
+                quotes = ", without quotes" if isinstance(value, str) and value.strip().isdecimal() else ""
+                raise self._refused(name, value, f"a whole number from {self.low or 0}{upper}{quotes}")
         elif self.kind == "boolean":
             if not isinstance(value, bool):
                 raise self._refused(name, value, "true or false")

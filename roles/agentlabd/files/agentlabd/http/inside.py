@@ -65,10 +65,7 @@ def run_command(call: Call) -> Answer:
     """Run a command, or begin one that goes on by itself."""
     body = dict(call.body)
     detach, encoding = body.pop("detach", False), body.pop("encoding", UTF8)
-    if ("argv" in body) == ("cmd" in body):
-        raise InvalidInput(
-            "argv: give argv (a list) or cmd (a text for the guest's shell), and not both", option="argv"
-        )
+    command.require_one_command("argv" in body, "cmd" in body)
     body["stdin"] = _decode(body.get("stdin", ""), encoding)
     timeout = body.setdefault("timeout", 0 if detach else 60)
     if not detach and not 0 < timeout <= LONGEST_WAIT:
