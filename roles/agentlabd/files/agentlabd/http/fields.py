@@ -15,12 +15,9 @@ from typing import Any
 from agentlab_core import durations, patterns
 from agentlab_core.errors import InvalidInput
 
-# A duration as the core reads it: minutes as a number, or d, h, m, s in that order, with a fraction or without.
-# The core takes more (blanks, ms); a value that fits this is taken unless it is longer than the configuration allows.
-_DURATION = (
-    r"^(\d{1,5}|(?=\d)(\d{1,3}(\.\d{1,3})?d)?(\d{1,4}(\.\d{1,3})?h)?"
-    r"(\d{1,5}(\.\d{1,3})?m)?(\d{1,6}(\.\d{1,3})?s)?)$"
-)
+# A duration that the document promises to take: minutes as a number, or d, h, m, s in that order; what is longer than
+# this allows is refused, or nearly. The core takes more: fractions (1.5h), blanks and ms.
+_DURATION = r"^(\d{1,5}|(?=\d)(\d{1,3}d)?(\d{1,4}h)?(\d{1,5}m)?(\d{1,6}s)?)$"
 _NOT_ZERO = r"^(?=.*[1-9])" + _DURATION[1:]
 _LONGEST_MINUTES = 5256000
 # Lists and objects within one another, and values, of a body. No request needs more than three, and some hundreds.
