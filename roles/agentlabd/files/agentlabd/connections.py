@@ -37,7 +37,7 @@ SMALL_BODY = 16 * 1024
 # aiohttp stops reading a body when this much (twice) waits to be taken.
 READ_BYTES = 16 * 1024
 # Connections of each listener at once, where the process may have enough descriptors.
-CONNECTIONS = {"socket": 128, "listen": 64, "metrics_listen": 16}
+CONNECTIONS = {"socket": 256, "listen": 64, "metrics_listen": 16}
 # Connections of each listener that asyncio accepts at one go, and that may wait in the kernel for it.
 ACCEPTED_AT_ONCE = 32
 QUEUE = 1024
