@@ -27,6 +27,11 @@ ENCRYPTED = "$encrypted$"
 ACTIVE = ("new", "pending", "waiting", "running")
 POLL_SECONDS = 1.0
 OUTPUT_READS = 15
+# Longer texts are refused by AWX, some of them only after other objects have been made.
+NAME_LIMIT = 512
+URL_LIMIT = 1024
+BRANCH_LIMIT = 256
+NUMBER_LIMIT = 2**31 - 1
 
 NAMES = {
     "projects": "project",
@@ -38,6 +43,8 @@ NAMES = {
     "execution_environments": "execution environment",
     "notification_templates": "notification template",
     "organizations": "organization",
+    "inventory_sources": "inventory source",
+    "workflow_job_template_nodes": "node of a workflow",
 }
 
 
@@ -116,12 +123,16 @@ class DesiredObjects:
     credential_inputs: dict[str, Any]
     templates: list[dict[str, Any]]
 
+    def prefixed(self, name: str) -> str:
+        """Return the name of an object with the prefix. AWX drops blanks around a name, but not in a search for it."""
+        return f"{self.prefix}{name}".strip()
+
     @property
     def credential_name(self) -> str:
-        return f"{self.prefix}Proxmox VE API"
+        return self.prefixed("Proxmox VE API")
 
     def template_name(self, template: dict[str, Any]) -> str:
-        return f"{self.prefix}{template['name']}"
+        return self.prefixed(template["name"])
 
     @property
     def playbooks(self) -> list[str]:
@@ -133,10 +144,13 @@ def described(text: str) -> str:
     return f"{text}. {MARK}: run that playbook again to change it; what is changed here is changed back."
 
 
-def made_here(row: dict[str, Any], text: str) -> bool:
-    """Return whether the set-up made the object: by its mark, or by the description that release 1.0 gave it."""
+def made_here(row: dict[str, Any], text: str = "") -> bool:
+    """Return whether the set-up made the object: by its mark, or by ``text``, its description in release 1.0.
+
+    People leave descriptions empty, so an empty one proves nothing.
+    """
     description = row.get("description") or ""
-    return MARK in description or description == text
+    return MARK in description or bool(text and description == text)
 
 
 def hide_login(text: str) -> str:
@@ -162,6 +176,8 @@ def same(key: str, actual: Any, wanted: Any) -> bool:
 
 def advice(kind: str, refused: Refused) -> str:
     """Return what to do about a refusal of AWX, as the end of a message."""
+    if "still processing events" in str(refused):
+        return ". That job has just ended: run this again in a minute"
     if refused.status == 409:
         return ". Wait for these jobs or cancel them, then run this again"
     if refused.status == 403 and kind == "credential type":

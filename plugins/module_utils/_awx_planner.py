@@ -70,6 +70,10 @@ class Planner:
     ) -> None:
         self.plan.steps.append(Step(action, kind, name, run, fields or [], **more))
 
+    def keep(self, kind: str, row: dict[str, Any], why: str) -> None:
+        """Note that the object is left as it is, and why."""
+        self.plan.notes.append(f"{kind} {row['name']} (id {row['id']}) is kept: {why}")
+
     def write(self, method: str, path: str, kind: str, name: str, body: Any = None) -> Any:
         """Send one change; a refusal becomes a message that names the object, and what to do."""
         try:

@@ -11,13 +11,18 @@ from typing import Any
 
 from ansible_collections.agentlab.proxmox.plugins.module_utils._awx_client import Refused
 from ansible_collections.agentlab.proxmox.plugins.module_utils._awx_plan import (
+    BRANCH_LIMIT,
     CREDENTIAL_TEXT,
     ENCRYPTED,
     LABEL,
+    NAME_LIMIT,
+    NUMBER_LIMIT,
+    URL_LIMIT,
     Id,
     Later,
     Plan,
     described,
+    hide_login,
     known,
     made_here,
     same,
@@ -65,7 +70,34 @@ class SetUp(ProjectPlanner):
         return self.plan
 
     def _check_options(self) -> None:
-        inputs = self.wanted.credential_inputs
+        """Note what AWX would refuse in the middle of a run, before anything is written."""
+        wanted = self.wanted
+        names = [("awx_project", wanted.project)]
+        if wanted.credential_inputs:
+            names.append(("awx_credential_type_name", wanted.credential_type["name"]))
+        prefixed = [wanted.credential_name]
+        for template in wanted.templates:
+            prefixed.append(wanted.template_name(template))
+            if template.get("schedule"):
+                prefixed.append(wanted.prefixed(template["schedule"]["name"]))
+        names.append(("awx_prefix", max(prefixed, key=len)))
+        limited = [(option, text, NAME_LIMIT) for option, text in names]
+        limited += [
+            ("awx_project_scm_url", wanted.project_scm_url, URL_LIMIT),
+            ("awx_project_scm_branch", wanted.project_scm_branch, BRANCH_LIMIT),
+        ]
+        for option, text, limit in limited:
+            if len(text) > limit:
+                self.plan.problems.append(
+                    f"{option}: {hide_login(text)[:40]}... would be {len(text)} characters long; AWX takes at most "
+                    f"{limit}. Shorten it by {len(text) - limit}"
+                )
+        if not 0 <= wanted.project_cache_timeout <= NUMBER_LIMIT:
+            self.plan.problems.append(
+                f"awx_project_cache_timeout: {wanted.project_cache_timeout} is outside of 0 to {NUMBER_LIMIT} seconds; "
+                "0 syncs the project with each launch"
+            )
+        inputs = wanted.credential_inputs
         if not inputs:
             return
         if not inputs.get("api_host") and (inputs.get("api_token_id") or inputs.get("api_user")):
@@ -275,8 +307,9 @@ class SetUp(ProjectPlanner):
         if environment:
             body["execution_environment"] = environment
         row = self.find("job_templates", name, organization=self.organization)
-        # A template on another project is somebody else's, whatever its description says.
-        ours = row is None or (made_here(row, template["description"]) and row.get("project") == known(project))
+        # A template on another project is somebody else's, whatever its description says. One without a project has
+        # lost it: AWX keeps the templates of a project that is deleted.
+        ours = row is None or (made_here(row, template["description"]) and row.get("project") in (None, known(project)))
         number = self.ensure("job_templates", body, template["description"], row, ours=ours)
         self._survey(number, name, survey)
         wanted_credentials: list[tuple[str, Id, Any]] = []
@@ -369,10 +402,12 @@ class SetUp(ProjectPlanner):
         )
 
     def _schedule(self, number: Id, template: str, schedule: dict[str, Any]) -> None:
-        name = f"{self.wanted.prefix}{schedule['name']}"
+        name = self.wanted.prefixed(schedule["name"])
         row = None if isinstance(number, Later) else self.find("schedules", name, unified_job_template=number)
         if not schedule.get("rrule"):
-            if row and made_here(row, schedule["description"]):
+            if row and not made_here(row, schedule["description"]):
+                self.keep("schedule", row, "the set-up did not make it, so leaving the schedule out does not remove it")
+            elif row:
                 schedule_id = int(row["id"])
                 self.add(
                     "deleted",

@@ -301,9 +301,15 @@ ARGUMENT_SPEC = {
 
 
 def wanted(params):
-    """Return the options as the planner takes them; texts from the environment lose their line breaks."""
+    """Return the options as the planner takes them, without blanks around a text: AWX stores texts without those."""
     names = _awx_plan.DesiredObjects.__dataclass_fields__
     values = {name: params[name] for name in names}
+    # The blank at the end of the prefix stands between it and the rest of the name.
+    values = {
+        name: value.strip() if isinstance(value, str) and name != "prefix" else value for name, value in values.items()
+    }
+    kind = values["credential_type"]
+    values["credential_type"] = {**kind, "name": str(kind.get("name", "")).strip()}
     values["credential_inputs"] = {
         name: value.strip() for name, value in (params["credential_inputs"] or {}).items() if value and value.strip()
     }

@@ -380,6 +380,51 @@ def test_what_is_deleted(api: Api) -> None:
     assert api.ask("DELETE", f"inventories/{row['inventory']}/")[0] == 202
 
 
+def test_blanks_around_names_and_texts_that_are_too_long(api: Api) -> None:
+    """AWX drops blanks around a name, but searches for a name with them."""
+    project = {"name": " blanks ", "organization": api.organization, "scm_type": "git",
+               "scm_url": f" {api.repository} ", "scm_branch": " main "}  # fmt: skip
+    row = api.ask("POST", "projects/", project)[1]
+    assert (row["name"], row["scm_url"], row["scm_branch"]) == ("blanks", api.repository, "main")
+    query = f"projects/?organization={api.organization}&name="
+    assert api.ask("GET", f"{query}%20blanks%20")[1]["count"] == 0
+    assert api.ask("GET", f"{query}blanks")[1]["count"] == 1
+    for field, limit in (("name", 512), ("scm_url", 1024), ("scm_branch", 256)):
+        answer = api.refused("POST", "projects/", {**project, field: "x" * (limit + 1)})
+        assert answer == {field: [f"Ensure this field has no more than {limit} characters."]}
+    assert api.refused("POST", "projects/", {**project, "scm_update_cache_timeout": -1}) == {
+        "scm_update_cache_timeout": ["Ensure this value is greater than or equal to 0."]
+    }
+    assert api.ask("POST", "job_templates/", {"name": "x" * 513})[0] == 400
+
+
+def test_what_goes_with_a_project(api: Api) -> None:
+    """Inventory sources and schedules go; templates stay in their organization, and nodes stay without it."""
+    project = api.project()
+    template = api.template(project=project)
+    row = api.ask("GET", f"job_templates/{template}/")[1]
+    source = api.make(
+        "inventory_sources", name="theirs", inventory=row["inventory"], source="scm", source_project=project
+    )
+    assert api.ask("GET", f"inventory_sources/?source_project={project}")[1]["count"] == 1
+    for path in ("schedules", "workflow_job_template_nodes"):
+        assert api.ask("GET", f"{path}/?unified_job_template={project}")[1]["count"] == 0
+    for path in ("inventory_sources", "schedules", "workflow_job_template_nodes", "job_templates"):
+        assert api.ask("GET", f"{path}/?credentials=999999")[1]["count"] == 0
+    assert api.ask("GET", f"jobs/?project={project}&status=running")[1]["count"] == 0
+    for _attempt in range(60):
+        status, _answer = api.ask("DELETE", f"projects/{project}/")
+        if status == 204:
+            break
+        # The source starts a sync of its own.
+        time.sleep(1 if REAL else 0)
+    assert status == 204
+    assert api.ask("GET", f"inventory_sources/{source}/")[0] == 404
+    row = api.ask("GET", f"job_templates/{template}/")[1]
+    assert (row["project"], row["organization"]) == (None, api.organization)
+    assert api.ask("GET", f"job_templates/?organization={api.organization}")[1]["count"] == 1
+
+
 def test_the_variables_of_a_job_as_awx_writes_them() -> None:
     """Texts are !unsafe, but for the template's own; the numbers of AWX are numbers."""
     own = {"agentlab_hosts": "pve", "prune_max_count": 50}

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from support.awx import ORGANIZATION_TOKEN, PASSWORD, TOKEN, Awx
-from support.awx_setup import PROJECT_URL, furnish, lines, result
+from support.awx_setup import PROJECT_URL, furnish, lines, result, run_module, told
 from support.double import TOKEN_SECRET
 from support.play import REPO, Run
 
@@ -32,6 +32,12 @@ def failure(run: Run) -> str:
     assert TOKEN not in run.output and TOKEN_SECRET not in run.output
     assert "no_log" not in run.output and "Traceback" not in run.output
     return str(run.failed[-1]["result"]["msg"])
+
+
+def refusal(answer: dict[str, Any]) -> str:
+    """Return the message of a run in this process that was refused."""
+    assert answer["failed"] is True, answer
+    return str(answer["msg"])
 
 
 def snapshot(awx: Awx) -> Any:
@@ -264,6 +270,64 @@ def test_a_template_on_another_project_is_somebody_elses(awx: Awx, set_up: SetUp
     set_up(awx_project="other", awx_adopt=True).ok()
     other = awx.named("projects", "other")["id"]
     assert {row["project"] for row in awx.objects["job_templates"]} == {other}
+
+
+def test_the_templates_of_a_deleted_project_are_still_ours(awx: Awx) -> None:
+    """AWX keeps the templates of a project that is deleted, in their organization."""
+    told(run_module(awx))
+    ids = sorted(row["id"] for row in awx.objects["job_templates"])
+    awx.handle("DELETE", f"/api/v2/projects/{awx.named('projects', 'agentlab')['id']}/", {}, "admin")
+    text = told(run_module(awx))
+    assert "project agentlab: created" in text and "job template agentlab - prune: changed (project)" in text
+    assert sorted(row["id"] for row in awx.objects["job_templates"]) == ids
+    project = awx.named("projects", "agentlab")["id"]
+    assert {row["project"] for row in awx.objects["job_templates"]} == {project}
+    awx.handle("DELETE", f"/api/v2/projects/{project}/", {}, "admin")
+    told(run_module(awx, awx_state="absent"))
+    assert awx.objects["job_templates"] == []
+
+
+def test_blanks_around_a_name_make_no_other_object(awx: Awx) -> None:
+    """AWX drops blanks around a name that it stores, and searches for a name with them."""
+    given = {
+        "awx_organization": " Default ", "awx_project": " agentlab\n", "awx_inventory": "proxmox ",
+        "awx_machine_credential": " nodes", "awx_prefix": "  lab - ", "awx_hosts": " pve ",
+        "awx_credential_type_name": "our type ", "awx_project_scm_url": f" {PROJECT_URL} ",
+        "awx_project_scm_branch": "main\n",
+    }  # fmt: skip
+    told(run_module(awx, **given))
+    assert awx.named("job_templates", "lab - create") and awx.named("credentials", "lab - Proxmox VE API")
+    awx.writes.clear()
+    for check in (True, False):
+        assert run_module(awx, check=check, **given)["changed"] is False
+    assert awx.writes == []
+    told(run_module(awx, **given, awx_state="absent"))
+    assert awx.objects["job_templates"] == [] and awx.objects["projects"] == []
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"awx_prefix": "p" * 499}, "awx_prefix: "),
+        ({"awx_project": "p" * 513}, "awx_project: "),
+        ({"awx_credential_type_name": "p" * 513}, "awx_credential_type_name: "),
+        ({"awx_project_scm_url": "https://anna:hush@git.example.net/" + "p" * 1024}, "awx_project_scm_url: "),
+        ({"awx_project_scm_branch": "p" * 257}, "awx_project_scm_branch: "),
+        ({"awx_project_cache_timeout": -1}, "awx_project_cache_timeout: -1 is outside of 0 to 2147483647"),
+    ],
+)
+def test_what_is_too_long_for_awx_is_refused_before_anything_is_written(
+    awx: Awx, given: dict[str, Any], told: str
+) -> None:
+    message = refusal(run_module(awx, **given))
+    assert told in message and awx.writes == [] and "hush" not in message
+    assert "AWX takes at most" in message or "outside of" in message
+
+
+def test_the_longest_prefix_that_fits(awx: Awx) -> None:
+    given = {"awx_prefix": "p" * (512 - len("Proxmox VE API"))}
+    told(run_module(awx, **given))
+    assert run_module(awx, **given)["changed"] is False
 
 
 def test_what_release_1_0_made_is_still_ours(awx: Awx, set_up: SetUp) -> None:
@@ -582,7 +646,7 @@ def test_absent_removes_what_the_set_up_made_and_only_that(awx: Awx, set_up: Set
     assert awx.writes == [] and "job template agentlab - create: would be deleted" in lines(would)
     run = set_up(awx_state="absent").ok()
     assert lines(run) == lines(would).replace("would be ", "")
-    assert "project agentlab" in lines(run) and "is kept: mine use it" in lines(run)
+    assert "project agentlab" in lines(run) and "is kept: job template mine use it" in lines(run)
     assert "credential type agentlab Proxmox VE API" in lines(run) and "1 other credentials are of it" in lines(run)
     kept = {row["id"] for rows in awx.objects.values() for row in rows}
     assert others | {number} <= kept
@@ -632,6 +696,150 @@ def test_absent_keeps_what_others_built_on(awx: Awx, set_up: SetUp) -> None:
     assert awx.named("projects", "agentlab") and awx.named("credentials", "agentlab - Proxmox VE API")
     set_up(awx_state="absent", awx_adopt=True).ok()
     assert {row["name"] for row in awx.objects["job_templates"]} == {"agentlab - renew"}
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_run_that_breaks_off_at_any_request_is_finished_by_the_next(awx: Awx, when: str) -> None:
+    """The connection breaks off at each write in turn, before AWX acts or after it: the next run goes on."""
+    awx.add("notification_templates", name="mail", organization=1)
+    given: dict[str, Any] = {"only": ("prune",), "awx_notification": "mail"}
+    before = snapshot(awx)
+
+    def broken_at(number: int, **more: Any) -> bool:
+        """Run until the connection breaks off at that write; return whether it did, and the next run finished."""
+        awx.writes.clear()
+        awx.cut = (number, when)
+        broken = run_module(awx, **given, **more)
+        awx.cut = None
+        would = run_module(awx, check=True, **given, **more)
+        assert told(run_module(awx, **given, **more)) == told(would).replace("would be ", "")
+        assert not run_module(awx, **given, **more)["changed"]
+        if broken["failed"]:
+            assert "cannot be reached" in broken["msg"], broken["msg"]
+        return bool(broken["failed"])
+
+    def complete(objects: Any) -> list[tuple[str, str]]:
+        return sorted((kind, row.get("name", "")) for kind, rows in objects.items() for row in rows)
+
+    assert not broken_at(1000)
+    whole = complete({kind: awx.objects[kind] for kind in awx.objects if kind != "project_updates"})
+    surveys, attached = sorted(map(str, awx.surveys.values())), sorted(map(len, awx.attached.values()))
+    number = 0
+    while True:
+        told(run_module(awx, awx_state="absent", **given))
+        awx.surveys.clear()
+        awx.attached.clear()
+        for kind in ("job_templates", "projects", "credential_types", "schedules", "labels", "credentials"):
+            assert awx.objects[kind] == before[0][kind], kind
+        if not broken_at(number):
+            break
+        assert complete({kind: awx.objects[kind] for kind in awx.objects if kind != "project_updates"}) == whole
+        assert sorted(map(str, awx.surveys.values())) == surveys
+        assert sorted(map(len, awx.attached.values())) == attached
+        number += 1
+    assert number > 9
+    for number in range(100):
+        told(run_module(awx, **given))
+        if not broken_at(number, awx_state="absent"):
+            break
+        for kind in ("job_templates", "projects", "credential_types", "schedules", "labels", "credentials"):
+            assert awx.objects[kind] == before[0][kind], kind
+    assert number > 5
+
+
+@pytest.mark.parametrize("description", ["", "theirs"])
+@pytest.mark.parametrize("name", ["weekly", "agentlab - nightly prune"])
+def test_absent_takes_no_schedule_that_a_person_made(awx: Awx, name: str, description: str) -> None:
+    """People leave descriptions empty; and a person may have put another schedule in the place of ours."""
+    told(run_module(awx))
+    prune = awx.named("job_templates", "agentlab - prune")["id"]
+    awx.objects["schedules"].remove(awx.named("schedules", "agentlab - nightly prune"))
+    awx.add("schedules", name=name, unified_job_template=prune, rrule="x", description=description)
+    for check in (True, False):
+        text = told(run_module(awx, awx_state="absent", check=check))
+        assert f"job template agentlab - prune (id {prune}) is kept: schedule {name} would go with it" in text
+    assert [row["name"] for row in awx.objects["schedules"]] == [name]
+    assert [row["name"] for row in awx.objects["job_templates"]] == ["agentlab - prune"]
+    text = told(run_module(awx, awx_prune_rrule="", awx_reconcile_rrule=""))
+    assert ("the set-up did not make it, so leaving the schedule out" in text) is (name != "weekly")
+    assert name in [row["name"] for row in awx.objects["schedules"]]
+
+
+def test_absent_keeps_the_templates_of_another_project(awx: Awx) -> None:
+    """The set-up calls them somebody else's, and so does the removal."""
+    told(run_module(awx, awx_project="other"))
+    templates = [row["id"] for row in awx.objects["job_templates"]]
+    text = told(run_module(awx, awx_state="absent"))
+    assert "it belongs to the project other; name that project with awx_project" in text
+    assert [row["id"] for row in awx.objects["job_templates"]] == templates and awx.named("projects", "other")
+    told(run_module(awx, awx_state="absent", awx_project="other"))
+    assert awx.objects["job_templates"] == awx.objects["projects"] == []
+
+
+@pytest.mark.parametrize("user", ["inventory source", "schedule", "node of a workflow"])
+def test_absent_keeps_a_project_that_others_use(awx: Awx, user: str) -> None:
+    """AWX deletes inventory sources and schedules together with their project, without a question."""
+    told(run_module(awx))
+    project = awx.named("projects", "agentlab")["id"]
+    if user == "inventory source":
+        number = awx.add("inventory_sources", name="theirs", source="scm", source_project=project)
+    elif user == "schedule":
+        number = awx.add("schedules", name="theirs", unified_job_template=project, rrule="x")
+    else:
+        number = awx.add("workflow_job_template_nodes", unified_job_template=project)
+    text = told(run_module(awx, awx_state="absent"))
+    name = number if user.startswith("node") else "theirs"
+    assert f"project agentlab (id {project}) is kept: {user} {name} use it" in text
+    assert awx.named("projects", "agentlab") and awx.objects["job_templates"] == []
+    assert number in [row["id"] for rows in awx.objects.values() for row in rows]
+
+
+@pytest.mark.parametrize("user", ["inventory_sources", "schedules", "workflow_job_template_nodes"])
+def test_absent_keeps_a_credential_that_others_use(awx: Awx, user: str) -> None:
+    told(run_module(awx))
+    credential = awx.named("credentials", "agentlab - Proxmox VE API")["id"]
+    mine = awx.add("job_templates", name="mine", organization=1)
+    more = {} if user == "inventory_sources" else {"unified_job_template": mine}
+    number = awx.add(user, **({} if user.startswith("workflow") else {"name": "theirs"}), **more)
+    awx.attached[number] = [credential]
+    text = told(run_module(awx, awx_state="absent"))
+    assert f"credential agentlab - Proxmox VE API (id {credential}) is kept: " in text and " use it" in text
+    assert awx.named("credentials", "agentlab - Proxmox VE API")
+    assert "credential type agentlab Proxmox VE API" in text and "1 other credentials are of it" in text
+
+
+def test_absent_takes_the_credential_of_an_earlier_type_as_well(awx: Awx) -> None:
+    told(run_module(awx))
+    told(run_module(awx, awx_credential_type_name="agentlab type 2"))
+    number = awx.add(
+        "credentials", name="agentlab - Proxmox VE API", organization=1, credential_type=1, description="x"
+    )
+    told(run_module(awx, awx_state="absent", awx_credential_type_name="agentlab type 2"))
+    assert [row["name"] for row in awx.objects["credential_types"] if row["kind"] == "cloud"] == []
+    assert [row["id"] for row in awx.objects["credentials"] if row["name"].startswith("agentlab")] == [number]
+
+
+def test_absent_names_jobs_that_still_use_the_project(awx: Awx) -> None:
+    """A job goes on when its template is deleted, and AWX deletes no project that a job uses."""
+    told(run_module(awx))
+    project = awx.named("projects", "agentlab")["id"]
+    job = awx.add("jobs", name="x", project=project, status="running")
+    awx.writes.clear()
+    text = refusal(run_module(awx, awx_state="absent"))
+    assert f"project agentlab: jobs {job} (running) are under way" in text and awx.writes == []
+
+
+def test_absent_after_a_job_whose_events_are_not_stored_yet(awx: Awx) -> None:
+    """AWX answers 403 then, though no right is missing."""
+    told(run_module(awx))
+    job = awx.launch(awx.named("job_templates", "agentlab - prune"), {})["job"]
+    awx.row("jobs", job).update(status="successful", unprocessed=True)
+    text = refusal(run_module(awx, awx_state="absent"))
+    assert "is still processing events" in text and "run this again in a minute" in text
+    assert "administrator" not in text
+    awx.row("jobs", job)["unprocessed"] = False
+    told(run_module(awx, awx_state="absent"))
+    assert awx.objects["job_templates"] == [] and not run_module(awx, awx_state="absent")["changed"]
 
 
 def test_absent_by_an_organization_administrator_leaves_the_type(awx: Awx, set_up: SetUp) -> None:

@@ -15,6 +15,7 @@ import copy
 import http.server
 import json
 import re
+import socket
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -51,11 +52,13 @@ FIELDS: dict[str, dict[str, Any]] = {
     "schedules": {
         "name": "", "description": "", "rrule": "", "enabled": True, "unified_job_template": None, "extra_data": {},
     },
-    "jobs": {"name": "", "unified_job_template": None, "status": "pending", "extra_vars": "", "created_by": None},
+    "jobs": {"name": "", "unified_job_template": None, "project": None, "status": "pending", "extra_vars": "",
+             "created_by": None},
     # AWX says that all events are stored when it has counted none yet, so that is no proof of an empty output.
     "project_updates": {"name": "", "status": "", "job_explanation": "", "result_traceback": "", "output": "",
                         "event_processing_finished": True},
     "workflow_job_template_nodes": {"unified_job_template": None},
+    "inventory_sources": {"name": "", "description": "", "inventory": None, "source": "", "source_project": None},
 }  # fmt: skip
 READ_ONLY = {"status", "has_inventory_sources"}
 REQUIRED = {
@@ -77,18 +80,20 @@ MODELS = {
     "execution_environments": "ExecutionEnvironment", "labels": "Label", "notification_templates": "NotificationTemplate",
     "projects": "Project", "credential_types": "CredentialType", "credentials": "Credential",
     "job_templates": "JobTemplate", "schedules": "Schedule", "jobs": "Job", "project_updates": "ProjectUpdate",
-    "workflow_job_template_nodes": "WorkflowJobTemplateNode",
+    "workflow_job_template_nodes": "WorkflowJobTemplateNode", "inventory_sources": "InventorySource",
 }  # fmt: skip
 REFERENCES = {
     "organization": "organizations", "inventory": "inventories", "project": "projects",
     "execution_environment": "execution_environments", "credential_type": "credential_types",
-    "unified_job_template": "job_templates",
+    "unified_job_template": "job_templates", "source_project": "projects",
 }  # fmt: skip
 SURVEY_TYPES: dict[str, Any] = {
     "text": str, "textarea": str, "password": str, "multiplechoice": str, "multiselect": (str, list), "integer": int,
     "float": (int, float),
 }  # fmt: skip
-OTHER_FILTERS = {("job_templates", "organization"), ("job_templates", "credentials")}
+WITH_CREDENTIALS = ("job_templates", "inventory_sources", "schedules", "workflow_job_template_nodes")
+OTHER_FILTERS = {("job_templates", "organization"), *((endpoint, "credentials") for endpoint in WITH_CREDENTIALS)}
+LIMITS = {"name": 512, "scm_url": 1024, "scm_branch": 256}
 ACTIVE = ("pending", "waiting", "running")
 PLAYBOOKS = [
     "doctor.yml", "job.yml", "lease_renew.yml", "prune.yml", "reconcile.yml", "sandbox_create.yml", "sandbox_destroy.yml",
@@ -138,6 +143,8 @@ class Awx:
         self.syncs: dict[str, str] = {}
         self.repositories: dict[str, list[str]] = {}
         self.page_size = 25
+        # The number of writes that are answered, until the connection breaks off: "before" AWX acts, or "after" that.
+        self.cut: tuple[int, str] | None = None
         self.before: Callable[[str, str], None] | None = None
         self._syncing: dict[int, int] = {}
         self._next = 1
@@ -154,11 +161,16 @@ class Awx:
         class Handler(http.server.BaseHTTPRequestHandler):
             def _answer(self) -> None:
                 body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                last = self.command != "GET" and owner.cut is not None and len(owner.writes) >= owner.cut[0]
+                if last and owner.cut and owner.cut[1] == "before":
+                    return self._break_off()
                 try:
                     user = owner.user(self.headers.get("Authorization") or "")
                     status, answer = owner.handle(self.command, self.path, json.loads(body) if body else {}, user)
                 except Refused as refused:
                     status, answer = refused.status, refused.answer
+                if last:
+                    return self._break_off()
                 text = isinstance(answer, str)
                 data = b"" if answer is None else answer.encode() if text else json.dumps(answer).encode()
                 self.send_response(status)
@@ -166,6 +178,10 @@ class Awx:
                 self.send_header("Content-Length", str(len(data)))
                 self.end_headers()
                 self.wfile.write(data)
+
+            def _break_off(self) -> None:
+                self.close_connection = True
+                self.connection.shutdown(socket.SHUT_RDWR)
 
             do_GET = do_POST = do_PATCH = do_DELETE = _answer
 
@@ -273,7 +289,7 @@ class Awx:
                 raise Refused(400, {"detail": f"{MODELS[endpoint]} has no field named '{name}'"})
         for row in self.objects[endpoint] if rows is None else rows:
             for key, value in filters.items():
-                if key == "credentials" and endpoint == "job_templates":
+                if key == "credentials":
                     if int(value) not in self.attached.get(row["id"], []):
                         break
                     continue
@@ -288,9 +304,9 @@ class Awx:
         return result
 
     def _organization(self, row: dict[str, Any]) -> Any:
-        """Return the organization; a template follows its project."""
-        if "playbook" in row:
-            return self.row("projects", row["project"])["organization"] if row["project"] else None
+        """Return the organization; a template follows its project, and keeps it when the project is deleted."""
+        if "playbook" in row and row["project"]:
+            return self.row("projects", row["project"])["organization"]
         return row.get("organization")
 
     def _part(
@@ -388,7 +404,7 @@ class Awx:
         missing = [name for name in REQUIRED.get(endpoint, []) if name not in body]
         if missing:
             raise Refused(400, {name: ["This field is required."] for name in missing})
-        body = {key: value for key, value in body.items() if key in FIELDS[endpoint] and key not in READ_ONLY}
+        body = self._fields(endpoint, body)
         row = {**json.loads(json.dumps(FIELDS[endpoint])), **body}
         self._check(endpoint, row, body)
         self._check_unique(endpoint, row, None)
@@ -399,6 +415,22 @@ class Awx:
         elif endpoint == "projects":
             row["status"] = "ok"
         return row
+
+    @staticmethod
+    def _fields(endpoint: str, body: dict[str, Any]) -> dict[str, Any]:
+        """Return the fields that AWX keeps, without blanks around short texts. Refuse what is too long."""
+        fields = {
+            key: value.strip() if isinstance(value, str) and key in (*LIMITS, "description") else value
+            for key, value in body.items()
+            if key in FIELDS[endpoint] and key not in READ_ONLY
+        }
+        for key, limit in LIMITS.items():
+            if len(fields.get(key) or "") > limit:
+                raise Refused(400, {key: [f"Ensure this field has no more than {limit} characters."]})
+        timeout = fields.get("scm_update_cache_timeout", 0)
+        if timeout < 0:
+            raise Refused(400, {"scm_update_cache_timeout": ["Ensure this value is greater than or equal to 0."]})
+        return fields
 
     def _check_unique(self, endpoint: str, row: dict[str, Any], own: int | None) -> None:
         keys = UNIQUE.get(endpoint, [])
@@ -420,7 +452,7 @@ class Awx:
             raise Refused(400, {"__all__": [f"{model} with this ({', '.join(keys)}) combination already exists."]})
 
     def _change(self, endpoint: str, row: dict[str, Any], body: dict[str, Any]) -> None:
-        body = {key: value for key, value in body.items() if key in FIELDS[endpoint] and key not in READ_ONLY}
+        body = self._fields(endpoint, body)
         of_type = [one for one in self.objects["credentials"] if one["credential_type"] == row["id"]]
         if endpoint == "credential_types" and body.get("inputs", row["inputs"]) != row["inputs"] and of_type:
             detail = "Modifications to inputs are not allowed for credential types that are in use"
@@ -452,12 +484,22 @@ class Awx:
         jobs = [
             {"id": job["id"], "type": "job"}
             for job in self.objects["jobs"]
-            if endpoint == "job_templates" and job["unified_job_template"] == number and job["status"] in ACTIVE
+            if endpoint in ("job_templates", "projects")
+            and number in (job["unified_job_template"], job["project"])
+            and job["status"] in ACTIVE
         ]
         if endpoint == "projects" and number in self._syncing:
             jobs = [{"id": number, "type": "project_update"}]
         if jobs:
             raise Refused(409, {"error": "Resource is being used by running jobs.", "active_jobs": jobs})
+        unprocessed = [
+            job
+            for job in self.objects["jobs"]
+            if number in (job["unified_job_template"], job["project"]) and job.get("unprocessed")
+        ]
+        if unprocessed and endpoint in ("job_templates", "projects"):
+            told = f"Related job {unprocessed[0]['id']} is still processing events."
+            raise Refused(403, {"detail": told})
         if endpoint == "credential_types" and any(
             one["credential_type"] == number for one in self.objects["credentials"]
         ):
@@ -471,7 +513,9 @@ class Awx:
         if endpoint == "projects":
             for template in self.objects["job_templates"]:
                 if template["project"] == number:
-                    template["project"] = None
+                    template |= {"project": None, "organization": row["organization"]}
+            for kind, key in (("inventory_sources", "source_project"), ("schedules", "unified_job_template")):
+                self.objects[kind] = [other for other in self.objects[kind] if other[key] != number]
         if endpoint == "credentials":
             for ids in self.attached.values():
                 if number in ids:
@@ -629,7 +673,7 @@ class Awx:
                 variables[question["variable"]] = default
         variables.update({key: value for key, value in answers.items() if key in named})
         ignored = {key: value for key, value in answers.items() if key not in named and of_template.get(key) != value}
-        job = self.add("jobs", name=template["name"], unified_job_template=template["id"], status="pending")
+        job = self.add("jobs", name=template["name"], unified_job_template=template["id"], project=template["project"])
         meta: dict[str, Any] = {}
         for prefix in ("awx", "tower"):
             meta |= {f"{prefix}_job_id": job, f"{prefix}_job_launch_type": "manual", f"{prefix}_user_id": 1,
@@ -678,6 +722,8 @@ class Awx:
         shown = {key: value for key, value in row.items() if key not in ("synced", "update", "output")}
         if endpoint == "job_templates":
             shown["organization"] = self._organization(row)
+            if row["project"]:
+                summary["project"] = {"id": row["project"], "name": self.row("projects", row["project"])["name"]}
         organization = shown.get("organization")
         if organization:
             summary["organization"] = {"id": organization, "name": self.row("organizations", organization)["name"]}
