@@ -57,7 +57,6 @@ class TakeAway(Planner):
 
     def _take_template(self, template: dict[str, Any], row: dict[str, Any]) -> bool:
         number, name = int(row["id"]), row["name"]
-        self._refuse_running_jobs(f"job template {name}", unified_job_template=number)
         own_text = (template.get("schedule") or {}).get("description", "")
         schedules = self.client.rows(f"job_templates/{number}/schedules/")
         foreign = [item["name"] for item in schedules if not made_here(item, own_text)]
@@ -68,6 +67,7 @@ class TakeAway(Planner):
                 "job template", row, f"{', '.join(what)} would go with it; remove that first, or set awx_adopt to true"
             )
             return False
+        self._refuse_running_jobs(f"job template {name}", unified_job_template=number)
         for item in schedules:
             self.add(
                 "deleted",
