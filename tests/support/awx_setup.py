@@ -99,10 +99,12 @@ def module_options(**variables: Any) -> dict[str, Any]:
     return options
 
 
-def run_module(awx: Awx, *, check: bool = False, only: tuple[str, ...] = (), **variables: Any) -> dict[str, Any]:
+def run_module(
+    awx: Awx, *, check: bool = False, only: tuple[str, ...] = ("prune",), **variables: Any
+) -> dict[str, Any]:
     """Run the set-up as the playbook would; return the result, with ``failed`` when the module failed.
 
-    ``only`` names the templates, all of them unless given.
+    ``only`` names the templates. One with a survey and a schedule meets every kind of request.
     """
     from ansible_collections.agentlab.proxmox.plugins.module_utils import _awx_project
     from ansible_collections.agentlab.proxmox.plugins.modules import agentlab_awx_setup
@@ -112,8 +114,7 @@ def run_module(awx: Awx, *, check: bool = False, only: tuple[str, ...] = (), **v
         "awx_project_scm_url": PROJECT_URL, "awx_proxmox_api_token_secret": TOKEN_SECRET, **PROXMOX, **variables,
     }  # fmt: skip
     options = module_options(**given)
-    if only:
-        options["templates"] = [template for template in options["templates"] if template["name"] in only]
+    options["templates"] = [template for template in options["templates"] if template["name"] in only]
 
     class Module:
         """Stands for AnsibleModule: checks the options by the module's own specification."""
