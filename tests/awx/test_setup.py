@@ -811,8 +811,9 @@ def test_absent_keeps_a_credential_that_others_use(awx: Awx, user: str) -> None:
 def test_absent_takes_the_credential_of_an_earlier_type_as_well(awx: Awx) -> None:
     told(run_module(awx))
     told(run_module(awx, awx_credential_type_name="agentlab type 2"))
+    machine = awx.named("credential_types", "Machine")["id"]
     number = awx.add(
-        "credentials", name="agentlab - Proxmox VE API", organization=1, credential_type=1, description="x"
+        "credentials", name="agentlab - Proxmox VE API", organization=1, credential_type=machine, description="x"
     )
     told(run_module(awx, awx_state="absent", awx_credential_type_name="agentlab type 2"))
     assert [row["name"] for row in awx.objects["credential_types"] if row["kind"] == "cloud"] == []
