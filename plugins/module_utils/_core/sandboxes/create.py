@@ -3,12 +3,11 @@
 
 """Create a sandbox: reserve the record, clone with our marker, bind, configure, start, wait for the address.
 
-The record and the decision are written before each request. What a failure leaves depends on what is known:
+Each step writes the record and its decision before it sends the request. A failure leaves one of three things:
 
-- Proxmox VE refused a request, or a task failed: the destroy pipeline removes what our own clone made.
-- The outcome is not known (lost answer, timeout, killed run): nothing is removed. The next run goes on from the
-  journal.
-- cloud-init ended with errors: the sandbox is FAILED, and its VM stays for whoever wants to know why.
+- Proxmox VE refused a request, or a task failed: the destroy pipeline removes the VM that our own clone made.
+- The outcome is unknown (lost answer, timeout, killed run): nothing is removed. The next run resumes from the journal.
+- cloud-init ended with errors: the sandbox becomes FAILED, and its VM stays so that the cause can be examined.
 """
 
 from __future__ import annotations
@@ -49,14 +48,17 @@ from . import destroy, place, refusals, update, vm_config
 from . import template as templates
 from .spec import Spec
 
-# A template's lock is waited for one second only.
+# Attempts at a clone whose template is locked, one second apart.
 _CLONE_TRIES = 3
-# So long a clone is looked for whose answer was cut; it is in the list of VMs within a second of its request.
+# Seconds to look for a clone whose answer was cut. Proxmox VE lists a new VM within a second of the request.
 _CUT_SECONDS = 5.0
 
 
 def existing(ctx: Context, spec: Spec) -> Sandbox | None:
-    """The live sandbox that the VMID or the name means; InvalidInput when the two mean different ones."""
+    """Return the live sandbox with the VMID or the name of the spec, or None.
+
+    Raises InvalidInput when VMID and name belong to different sandboxes.
+    """
     by_vmid = ctx.records.live_by_vmid(spec.vmid) if spec.vmid is not None else None
     by_name = ctx.records.live_by_name(spec.name) if spec.name is not None else None
     if spec.vmid is not None and spec.name is not None:
@@ -74,9 +76,10 @@ def existing(ctx: Context, spec: Spec) -> Sandbox | None:
 
 
 def run(ctx: Context, spec: Spec) -> Outcome:
-    """Make sure that the sandbox exists.
+    """Make sure that the sandbox exists, and return the outcome.
 
-    One that is there keeps its power state; a creation that was cut off is finished.
+    An existing sandbox keeps its power state. An interrupted creation is finished. Raises CreationFailed when an
+    earlier creation of this sandbox failed.
     """
     spec.check()
     found = existing(ctx, spec)
@@ -98,7 +101,7 @@ def run(ctx: Context, spec: Spec) -> Outcome:
                 if node is None:
                     raise
                 return _create(ctx, spec, {node: error.message})
-        # Another run finished it, or gave it up, while this one waited for the claim: what it is by now decides.
+        # While this run waited for the claim, another run finished the creation or gave it up. Decide again.
         ctx.records.release(claim)
         return run(ctx, spec)
     if found.state == states.FAILED and (
@@ -113,9 +116,7 @@ def run(ctx: Context, spec: Spec) -> Outcome:
 
 
 def _renewed(ctx: Context, sandbox: Sandbox, spec: Spec) -> Outcome:
-    """Apply to a sandbox that is there what can be applied, and warn of each option that was given and is not in
-    force.
-    """
+    """Update an existing sandbox where the options allow, and warn of each given option that is not in force."""
     outcome = amend(ctx, sandbox, protected=spec.protected or None, keepalive=spec.keepalive or None)
     if spec.update:
         applied = update.apply(ctx, outcome.sandbox or sandbox, spec)
@@ -131,13 +132,13 @@ def _renewed(ctx: Context, sandbox: Sandbox, spec: Spec) -> Outcome:
 
 
 def _almost_done(ctx: Context, found: Sandbox) -> bool:
-    """READY only because the creation was killed before its last step."""
+    """Return whether the sandbox is READY only because its creation was killed before the last step."""
     left = ctx.records.under_way(found.uuid) if found.state == states.READY else None
     return left is not None and left.kind == "create"
 
 
 def amend(ctx: Context, found: Sandbox, **wanted: bool | None) -> Outcome:
-    """Set what concerns the record alone (protected, keepalive) where it differs."""
+    """Set the options that concern only the record (protected, keepalive) where they differ, and return the outcome."""
     new = {name: value for name, value in wanted.items() if value is not None and value != getattr(found, name)}
     if not new:
         return Outcome.of("unchanged", found)
@@ -149,9 +150,9 @@ def amend(ctx: Context, found: Sandbox, **wanted: bool | None) -> Outcome:
 
 
 def _create(ctx: Context, spec: Spec, failed: dict[str, str] | None = None) -> Outcome:
-    """Create the sandbox; where the node is ours to choose, a node that fails is left for the next best one.
+    """Create the sandbox. Where the node is ours to choose and fails, try the next best node.
 
-    ``failed``: nodes that failed this creation before, each with what went wrong.
+    ``failed`` maps each node that already failed this creation to the reason.
     """
     failed = dict(failed or {})
     while True:
@@ -172,9 +173,9 @@ def _create(ctx: Context, spec: Spec, failed: dict[str, str] | None = None) -> O
 
 
 def _with_history(error: CreationFailed, failed: dict[str, str]) -> CreationFailed:
-    """Return the error with what went wrong on the nodes that were tried before."""
+    """Return the error, extended by the reasons why the nodes tried before failed."""
     if not failed or error.detail.get("placement") is not None:
-        # A decision names the failed nodes itself.
+        # The error of a placement decision already lists the failed nodes.
         return error
     tried = "; ".join(f"{node}: {why}" for node, why in failed.items())
     return CreationFailed(f"{error.message}. Tried before: {tried}", **error.detail)
@@ -190,7 +191,7 @@ def _create_once(ctx: Context, spec: Spec, failed: dict[str, str]) -> Outcome:
             value=spec.vmid,
         )
     disk = workspace_disk.select(ctx, spec.workspace) if spec.workspace is not None else None
-    # One request tells the nodes and all VMs.
+    # This one request reads all nodes and all VMs.
     nodes = ctx.cluster.capacity().nodes
     choice = place.NodeChoice(ctx, spec, disk, failed) if place.is_open(ctx, spec, disk, nodes) else None
     if choice is not None:
@@ -198,19 +199,19 @@ def _create_once(ctx: Context, spec: Spec, failed: dict[str, str]) -> Outcome:
         if choice.look().node is None:
             raise choice.no_node()
     else:
-        # Where its workspace is, if that is on one node only.
+        # A workspace on local storage binds the sandbox to the node of that storage.
         wanted_node = spec.node or (disk.node if disk else None) or ctx.config.node
         try:
             template = templates.find(ctx, spec.template or ctx.config.template, wanted_node)
         except InvalidInput:
-            # A node that does not exist, or is offline, has no templates: then the node is what is wrong.
+            # A missing or offline node has no templates. Then report the node, not the template.
             if wanted_node is not None:
                 with contextlib.suppress(AccessDenied):
                     _check_node(ctx, wanted_node)
             raise
         node = wanted_node or template.node
         if node != template.node or template.config is None:
-            # Otherwise the node has just answered with the template's configuration.
+            # In the other case the node is known to be up: it has just returned the template's configuration.
             _check_node(ctx, node)
         templates.check(ctx, spec, template, node)
         if disk is not None:
@@ -253,7 +254,7 @@ def _create_once(ctx: Context, spec: Spec, failed: dict[str, str]) -> Outcome:
     if choice is not None:
 
         def note_choice() -> None:
-            # The choice of a node is the choice of its template.
+            # Each node may have its own template, so the journal can only be completed once the node is chosen.
             chosen = cast(templates.Template, choice.template)
             journal.update(_clone_note(ctx, spec, chosen, sandbox.node), chosen=True)
 
@@ -273,7 +274,7 @@ def _create_once(ctx: Context, spec: Spec, failed: dict[str, str]) -> Outcome:
 
 
 def _check_node(ctx: Context, node: str) -> None:
-    """Refuse a node that is not in the cluster, or offline."""
+    """Raise InvalidInput for a node that is offline or not in the cluster."""
     nodes = ctx.cluster.nodes()
     if node not in nodes:
         raise InvalidInput(
@@ -288,7 +289,7 @@ def _check_node(ctx: Context, node: str) -> None:
 
 
 def _clone_note(ctx: Context, spec: Spec, template: templates.Template, node: str | None) -> dict[str, Any]:
-    """Return what the journal has to know to send the clone, also in a later run."""
+    """Return the journal fields from which this run, or a later one, can send the clone request."""
     full, storage = templates.clone_mode(ctx, spec, template)
     return {
         "template": template.vmid,
@@ -303,14 +304,19 @@ def _clone_note(ctx: Context, spec: Spec, template: templates.Template, node: st
 def _carry_on(
     ctx: Context, claim: Claim, spec: Spec, sandbox: Sandbox, journal: dict[str, Any] | None = None
 ) -> Outcome:
-    """From wherever the creation stands to RUNNING; on failure clean up what our own clone made."""
+    """Resume the creation at its current step and bring the sandbox to RUNNING.
+
+    On a definite failure remove the VM that our own clone made, and raise CreationFailed. On an unknown outcome keep
+    the journal and raise the error.
+    """
     began = ctx.clock.monotonic()
     upids: list[str] = []
     warnings: list[str] = []
     noted: dict[str, Any] = {}
     try:
         left = claim.interrupted
-        # Its journal says no more how far the creation had come, and the delete may already have been sent.
+        # A destroy has replaced our journal entry: we no longer know how far the creation got, and a delete may be
+        # running.
         refuse_cut_off(claim, sandbox)
         if left and left.kind == "create" and sandbox.state == states.READY:
             sandbox = ctx.records.change(claim, sandbox, "create", to=states.RUNNING, reason="ready", finish=True)
@@ -355,7 +361,7 @@ def _carry_on(
         )
         return Outcome.of("created", sandbox, previous_state=None, changed=True, upids=upids, warnings=warnings)
     except (StoreError, ClaimLost, OutcomeUnknown, TaskTimeout, TaskUnknown, Kept) as error:
-        # What became of it is not known (or not ours to say): the journal stays, and the next run goes on from here.
+        # The outcome is unknown, or another run decides it. Keep the journal, so that the next run resumes here.
         if isinstance(error, RecordChanged) and ctx.records.get(sandbox.uuid).state == states.TIMEOUT:
             raise CreationFailed(
                 f"sandbox {sandbox.vmid}: its lease ran out before it was ready; prune removes it, use a longer ttl",
@@ -371,14 +377,14 @@ def _carry_on(
         if (
             isinstance(error, TaskTimeout) or (isinstance(error, Kept) and error.reason == "changed")
         ) and sandbox.smbios_uuid is not None:
-            # Whoever asked was told to ask again.
+            # The error tells the caller to run again. AWAITED keeps reconcile from failing the sandbox before that.
             ctx.records.journal(claim, "create", AWAITED, noted)
         elif isinstance(error, TaskTimeout) and noted.get("upid"):
-            # The clone goes on, and the next run takes it up: a reconcile leaves it to that.
+            # The clone task still runs, and the next run resumes it. ``awaited`` keeps reconcile from touching it.
             ctx.records.journal(claim, "create", "waiting", {**noted, "awaited": True})
         raise
     except cloud_init.CloudInitFailed as error:
-        # The VM stays for whoever wants to know why; what its user data said does not.
+        # Keep the VM so that the cause can be examined. Remove the snippet, because user data may hold secrets.
         snippets.remove(ctx, sandbox)
         ctx.records.change(
             claim,
@@ -413,10 +419,10 @@ def _clone(
     upids: list[str],
     warnings: list[str],
 ) -> tuple[Sandbox, Located | None]:
-    """Clone (or take up a clone that a killed run began), and bind the record to the VM it made.
+    """Clone the template, or resume the clone of a killed run, and bind the record to the new VM.
 
-    Returns the record, and the VM as it was judged after its clone task ended; None where an earlier run sent the
-    clone.
+    ``phase`` and ``at`` (seconds since the epoch) come from the journal of the killed run. Returns the record, and the
+    VM with its verdict from after the clone task; None instead of the VM when an earlier run sent the clone.
     """
     template = noted.get("template")
     if template is None:
@@ -428,7 +434,7 @@ def _clone(
         template = noted["template"]
     resumed = phase in ("cloning", "waiting")
     before = {**noted, "phase": phase, "at": at}
-    # A clone request of an earlier run whose answer was lost: Proxmox may carry it out at any time.
+    # An earlier run sent a clone request and lost the answer: Proxmox may still carry the clone out.
     doubt = before if resumed and not noted.get("upid") else None
     tries = 0
     occupied: set[int] = set()
@@ -448,14 +454,14 @@ def _clone(
             warnings += ctx.tasks.wait(upid, f"clone template {template} to VM {sandbox.vmid}", ctx.wait_timeout)
             break
         except OutcomeUnknown as error:
-            # pveproxy cuts the answers of a password login now and then, and carries the request out all the same.
+            # pveproxy sometimes cuts the answers of a password login, but still carries the request out.
             if not error.detail.get("cut") or not _clone_appears(ctx, claim, sandbox, noted):
                 raise
             return ctx.records.get(sandbox.uuid), None
         except TaskUnknown as error:
             if upids:
                 raise
-            # The task of an earlier run, of which nobody can say how it ended: what is there tells.
+            # The result of an earlier run's task is lost. Decide by the VM that stands at the VMID now.
             found = binding.locate_unbound(ctx, sandbox, claim, before)
             if found.match:
                 return ctx.records.get(sandbox.uuid), None
@@ -481,21 +487,22 @@ def _clone(
                 and tries < _CLONE_TRIES
                 and ctx.cluster.prove_absent([sandbox.vmid])[sandbox.vmid].absent
             ):
-                # The template is locked for a moment (another clone, a backup), and nothing was made.
+                # The template is locked for a moment (another clone, a backup), and Proxmox made nothing.
                 noted.pop("upid", None)
                 ctx.records.journal(claim, "create", "reserved", noted)
                 ctx.clock.sleep(1.0)
                 continue
             taken, another = _in_the_way(error)
             if taken and doubt:
-                # Or is it what was in doubt, carried out after all? Then it is not left behind for another VMID.
+                # The VMID may be taken by our own earlier clone, whose answer was lost. Check before choosing another
+                # VMID.
                 found, doubt = _await_doubt(ctx, claim, sandbox, doubt), None
                 if found.match:
                     return ctx.records.get(sandbox.uuid), None
                 if found.verdict is None or found.verdict.identity != identity.FOREIGN:
                     raise _not_certain(sandbox) from None
             if taken or (isinstance(error, ApiError) and not noted.get("upid")):
-                # Nothing was made under this VMID by us: said by Proxmox, so there is no doubt to wait for.
+                # Proxmox refused the request, so no clone of ours can appear at this VMID later.
                 noted.pop("upid", None)
                 ctx.records.journal(claim, "create", "reserved", noted)
             if taken and spec.vmid is not None:
@@ -508,9 +515,9 @@ def _clone(
                 noted.pop("upid", None)
                 ctx.records.journal(claim, "create", "reserved", noted)
             occupied |= {sandbox.vmid, *ctx.cluster.vms(fresh=True)}
-            # The record that the caller has, too: what it says when this fails must not name somebody else's VMID.
+            # Also changes the caller's record: its error messages must not name the VMID of somebody else's VM.
             ctx.records.renumber(claim, sandbox, vmid_range=ctx.config.vmid_range, occupied=occupied)
-    # Looked for where it was made: the list, which costs a request more, is asked only if it is not there.
+    # Look on the clone's node first. Reading the VM list would cost one more request.
     ctx.cluster.add_vm(sandbox.vmid, sandbox.node)
     found = locate(ctx, sandbox)
     if found.node is None:
@@ -531,18 +538,20 @@ def _clone(
         )
     ctx.cluster.seen_ours(sandbox.vmid)
     bound = binding.bind(ctx, claim, sandbox, smbios, found)
-    # The same configuration, judged with the SMBIOS UUID that the record has from now on.
+    # Judge the same configuration again, now against the SMBIOS UUID that the record has just stored.
     found.verdict = identity.judge(bound.uuid, bound.smbios_uuid, found.config)
     return bound, found if upids else None
 
 
 def _in_the_way(error: ApiError | TaskFailed) -> tuple[bool, bool]:
-    """What a refused clone says: (another VM has the VMID, so nothing of ours is there; something is in the way that
-    another VMID would not meet).
+    """Return (taken, exists) for a refused clone.
+
+    ``taken``: another VM has the VMID, so nothing of ours is there. ``exists``: a VM, or a leftover volume of that
+    name, is in the way; another VMID avoids both.
     """
     text = error.text if isinstance(error, ApiError) else error.exitstatus
     exists = "already exists" in text or "File exists" in text
-    # In a task it may also be a volume, and then the task had begun to make a VM.
+    # In a task "exists" may also mean a volume, and then the task has already begun to make the VM.
     taken = exists and (
         isinstance(error, ApiError) or re.search(r"config file|\.conf\b|\b(VM|CT) \d+ already exists", text) is not None
     )
@@ -578,7 +587,7 @@ def _send_clone(ctx: Context, claim: Claim, spec: Spec, sandbox: Sandbox, noted:
     else:
         ctx.records.journal(claim, "create", "cloning", noted)
     if "full" not in noted:
-        # A journal of an earlier release.
+        # Journals of earlier releases lack these fields.
         noted.update(_clone_note(ctx, spec, templates.find(ctx, str(noted["template"])), sandbox.node))
     try:
         upid = _post_clone(ctx, spec, sandbox, noted)
@@ -589,13 +598,13 @@ def _send_clone(ctx: Context, claim: Claim, spec: Spec, sandbox: Sandbox, noted:
             or not ctx.config.storage
         ):
             raise
-        # Nothing was made. The configuration names the storage where the template lies, and that one has full clones
+        # Proxmox made nothing. The configured storage is the template's own, and that storage supports full clones
         # only.
         noted.update(full=True, storage=ctx.config.storage)
         ctx.records.journal(claim, "create", "cloning", noted)
         upid = _post_clone(ctx, spec, sandbox, noted)
     except Unreachable:
-        # Certainly not carried out.
+        # The connection was refused, so the request was certainly not carried out.
         ctx.records.journal(claim, "create", "reserved", noted)
         raise
     if not isinstance(upid, str):
@@ -623,10 +632,10 @@ def _post_clone(ctx: Context, spec: Spec, sandbox: Sandbox, noted: dict[str, Any
 
 
 def _clone_appears(ctx: Context, claim: Claim, sandbox: Sandbox, noted: dict[str, Any]) -> bool:
-    """Return whether the clone whose answer was cut just now has been made; the record is bound to it then.
+    """Return whether the clone appears whose answer was just cut. If so, bind the record to it.
 
-    Looks for some seconds, and for as long as something is being cloned to that VMID. False leaves the creation in
-    doubt, as it is after a run that was killed: the request may still be carried out.
+    Looks for _CUT_SECONDS, and longer while a VM is being cloned to that VMID. False leaves the outcome unknown, as
+    after a killed run: Proxmox may still carry the request out.
     """
     created = {**noted, "phase": "cloning", "at": ctx.clock.now()}
     patience = min(_CUT_SECONDS, ctx.config.doubt_window / 4)
@@ -639,7 +648,7 @@ def _clone_appears(ctx: Context, claim: Claim, sandbox: Sandbox, noted: dict[str
             if row and binding.locate_unbound(ctx, sandbox, claim, created).match:
                 return True
         except (Kept, ProxmoxError):
-            # Being cloned, or not to be read just now.
+            # The VM is being cloned, or cannot be read at the moment.
             pass
         if row.get("lock"):
             deadline = ctx.clock.monotonic() + patience
@@ -648,7 +657,7 @@ def _clone_appears(ctx: Context, claim: Claim, sandbox: Sandbox, noted: dict[str
 
 
 def _await_doubt(ctx: Context, claim: Claim, sandbox: Sandbox, created: dict[str, Any]) -> Located:
-    """Look until it is certain whether the clone of a killed run was carried out."""
+    """Wait until it is certain whether Proxmox carried out the clone of a killed run, and return the VM as found."""
     deadline = ctx.clock.monotonic() + ctx.wait_timeout
     while True:
         ctx.cluster.vms(fresh=True)
@@ -671,16 +680,16 @@ def _await_doubt(ctx: Context, claim: Claim, sandbox: Sandbox, created: dict[str
 def _configure(
     ctx: Context, claim: Claim, spec: Spec, sandbox: Sandbox, found: Located, noted: dict[str, Any], warnings: list[str]
 ) -> Located:
-    """Write what the clone call cannot carry, then resize the disk.
+    """Write the options that the clone call cannot carry, then resize the disk.
 
-    Each write carries the digest of what was judged. Return the VM as judged last.
+    Each write carries the digest of the configuration that was judged. Returns the VM with its last verdict.
     """
     refused: set[str] = set()
 
     def write(located: Located) -> None:
         changes = vm_config.desired_config(ctx, spec, sandbox, located.config)
         if located is not found:
-            # What is set by now is somebody's wish, and not the template's.
+            # The configuration changed since the clone, so a set protection is a person's wish and not the template's.
             changes.pop("protection", None)
         if changes:
             vm_config.write_config(ctx, located, changes, refused)
@@ -696,8 +705,8 @@ def _configure(
             raise InvalidInput("disk_size: the template has no disk to resize", option="disk_size")
         size = spec.disk_size
         if size.startswith("+"):
-            # Once, and written down before it is asked for: a run that goes on from here must not add it again, for
-            # disks do not shrink.
+            # Write the target size to the journal before the request. Disks never shrink, so a resumed run must not add
+            # the same amount again.
             if "disk_size" not in noted:
                 noted["disk_size"] = vm_config.grown(str(found.config[disk]), size)
                 ctx.records.journal(claim, "create", "configuring", noted)
@@ -713,8 +722,8 @@ def _configure(
 
 
 def _await_ip(ctx: Context, claim: Claim, sandbox: Sandbox, found: Located, noted: dict[str, Any]) -> Sandbox:
-    """Wait for the address that the guest agent names, and write it into the record."""
-    # The configuration was read before it was written: read again it has the static address of ipconfig0.
+    """Wait for the address that the guest agent reports, and store it in the record."""
+    # ``found`` dates from before the configuration was written. Read again to see the static address of ipconfig0.
     ip = address.wait(ctx, sandbox, match_if_readable(ctx, sandbox) or found)
     return ctx.records.change(
         claim,
@@ -740,8 +749,9 @@ def _occupied(vmid: int, by: str) -> CreationFailed:
 def _clean_up(
     ctx: Context, claim: Claim, sandbox: Sandbox, error: AgentlabError, told: str, noted: dict[str, Any]
 ) -> CreationFailed:
-    """Make the record FAILED, then remove what our own clone made through the destroy pipeline; the message says
-    what is left.
+    """Set the record to FAILED and remove the VM of our own clone through the destroy pipeline.
+
+    Returns the error for the caller. Its message says what was removed and what is left.
     """
     clean = False
     remedy = None
@@ -758,12 +768,12 @@ def _clean_up(
                 evidence={"message": error.message},
             )
         ctx.records.release(claim)
-        # The list is from before the clone: what is at the VMID now decides.
+        # The cached list dates from before the clone. Decide by the VM that stands at the VMID now.
         ctx.cluster.vms(fresh=True)
         outcome = destroy.run(ctx, [(now, destroy.Request(operation="clean-up", force=True, clean_up=True))])[0]
         clean = outcome.state == states.DESTROYED
         if clean:
-            # A clone request that Proxmox VE took left its task id in the journal.
+            # An accepted clone request leaves its task id in the journal.
             made = sandbox.smbios_uuid is not None or sandbox.snippet is not None or noted.get("upid") is not None
             left = "what was made for it has been removed" if made else "nothing was made for it"
         else:
@@ -772,7 +782,7 @@ def _clean_up(
     except AgentlabError as second:
         left = f"and cleaning up failed too: {second.message}"
     try:
-        # Also when its VM could not be removed: what was to be secret is not left lying about.
+        # Remove the snippet even when the VM could not be removed, because it may hold secrets.
         snippets.remove(ctx, ctx.records.get(sandbox.uuid))
     except AgentlabError as third:
         clean = False

@@ -1,9 +1,10 @@
 # Copyright: the agentlab.proxmox contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""The one way to DESTROYED: destroy, force, prune, cleanup rules and failed creations all go through it.
+"""Destroy sandboxes: destroy, force, prune, cleanup rules and failed creations all use this pipeline.
 
-removal.py takes the VM away; here its absence is proven, for all of a run together, and the records are closed.
+removal.py deletes the VMs. This file then proves their absence, for all sandboxes of a run together, and closes the
+records.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ from .removal import Gone, Removal, Request, abandon, check, creation_of, locate
 
 __all__ = ["Request", "check", "plan", "run", "several"]
 
-# Reasons that are a proof in themselves.
+# Reasons that prove by themselves that no VM of ours is left.
 _PROVEN = ("vmid_reused", "never_created")
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a destroy would do now. With ``deletes_vm`` false only the record is closed: no VM is touched."""
+    """The effect that a destroy would have now. With ``deletes_vm`` false only the record is closed."""
 
     deletes_vm: bool
     reason: str
@@ -39,9 +40,9 @@ class Plan:
 
 
 def plan(ctx: Context, sandbox: Sandbox, *, force: bool = True) -> Plan:
-    """Return what the pipeline would do now, by full reads and no writes.
+    """Return what the pipeline would do now. Reads everything that a run reads, and writes nothing.
 
-    Raises Kept for what would be kept, and StateConflict for a VM that runs where that is not forced.
+    Raises Kept for a sandbox that would be kept, and StateConflict for a running VM without force.
     """
     left = ctx.records.under_way(sandbox.uuid)
     created = creation_of(left) if left else None
@@ -67,22 +68,22 @@ def plan(ctx: Context, sandbox: Sandbox, *, force: bool = True) -> Plan:
 
 
 def run(ctx: Context, items: list[tuple[Sandbox, Request]]) -> list[Outcome]:
-    """Destroy several sandboxes at once; an item's failure stops no other.
+    """Destroy several sandboxes at once, and return one outcome for each item in the order of ``items``.
 
-    Absence is proven for all together at the end.
+    The failure of an item stops no other item. Absence is proven for all items together at the end.
     """
     held: list[Gone] = []
     try:
         return _run(ctx, items, held)
     except BaseException:
-        # Also when it is told to stop. Those that are closed have no claim any more.
+        # Also when the process is told to stop. Closed sandboxes have already given up their claim.
         for found in held:
             ctx.records.release(found.claim)
         raise
 
 
 def _run(ctx: Context, items: list[tuple[Sandbox, Request]], held: list[Gone]) -> list[Outcome]:
-    """What ``run`` does; ``held`` is filled with those whose VM is gone and whose claim is still ours."""
+    """Do the work of ``run``. Append to ``held`` each sandbox whose VM is gone and whose claim we still hold."""
 
     def first(item: tuple[Sandbox, Request]) -> Outcome | Gone:
         sandbox, request = item
@@ -91,7 +92,7 @@ def _run(ctx: Context, items: list[tuple[Sandbox, Request]], held: list[Gone]) -
             if isinstance(found, Outcome):
                 return found
             held.append(found)
-            # What is a proof in itself is one now: it is not kept until the others, which may take long, are done.
+            # Close a record with a proof of its own at once. Waiting for the other items could take long.
             return _finish(ctx, found, {}) if found.reason in _PROVEN else found
         except Kept as error:
             return Outcome.of(
@@ -107,10 +108,10 @@ def _run(ctx: Context, items: list[tuple[Sandbox, Request]], held: list[Gone]) -
             return failure(_now(ctx, sandbox), error)
 
     if len(items) == 1 and items[0][0].state == states.STOPPED and items[0][0].node:
-        # Looked for on its node first: one request less than with the list.
+        # Look on the sandbox's own node first: that saves the request for the list.
         ctx.cluster.expect_stopped(items[0][0].vmid, items[0][0].node)
     else:
-        # What cannot be read is told item by item.
+        # An unreadable list is reported with each item later.
         with contextlib.suppress(ProxmoxError):
             ctx.cluster.survey([sandbox.vmid for sandbox, _request in items])
     results = ctx.each(first, items)
@@ -129,7 +130,7 @@ def _run(ctx: Context, items: list[tuple[Sandbox, Request]], held: list[Gone]) -
 
 
 def several(ctx: Context, found: list[Sandbox], force: bool) -> list[Outcome]:
-    """Destroy what the rules allow of these (in check mode: plan it); an outcome for each, in their order."""
+    """Destroy the sandboxes that the rules allow (in check mode: plan it); return an outcome for each, in order."""
     outcomes: dict[str, Outcome] = {}
     todo: list[Sandbox] = []
     for one in found:
@@ -170,7 +171,7 @@ def _now(ctx: Context, sandbox: Sandbox) -> Sandbox:
 
 
 def _close(ctx: Context, proven: list[Gone], proofs: dict[int, Any]) -> list[Outcome]:
-    """Finish those that are proven to be gone, in one transaction: nobody is asked anything any more."""
+    """Close the records of all VMs proven to be gone, in one transaction and without a request to Proxmox."""
     try:
         with ctx.database.together():
             return [_finish(ctx, found, proofs) for found in proven]
@@ -181,7 +182,7 @@ def _close(ctx: Context, proven: list[Gone], proofs: dict[int, Any]) -> list[Out
 
 
 def _still_there(ctx: Context, found: Gone) -> Kept:
-    """Return why a record is kept whose VM was deleted, or not to be seen, and whose VMID is in use all the same."""
+    """Return why a record is kept whose VM was deleted or is missing, although its VMID is still in use."""
     vmid = found.sandbox.vmid
     if not found.upids and vmid not in ctx.cluster.vms():
         return Kept("unknown", f"sandbox {vmid}: {ctx.cluster.why_in_use(vmid)}")
@@ -193,7 +194,7 @@ def _still_there(ctx: Context, found: Gone) -> Kept:
     )
 
 
-# What became of the VM, where it was not deleted just now.
+# Sentences for a VM that this run did not delete, by reason.
 _FATES = {
     "vm_absent": "its VM was already gone",
     "vmid_reused": "its VM was already gone; VMID {vmid} is somebody else's VM now, and was left alone",
@@ -202,15 +203,13 @@ _FATES = {
 
 
 def _fate(vmid: int, reason: str) -> str | None:
-    """Return the sentence for a VM that this run did not delete; None for one that it did."""
+    """Return the sentence for a VM that this run did not delete; None when this run deleted it."""
     text = _FATES.get(reason)
     return f"sandbox {vmid}: {text.format(vmid=vmid)}" if text else None
 
 
 def _finish(ctx: Context, found: Gone, proofs: dict[int, Any]) -> Outcome:
-    """Commit DESTROYED once absence is proven; otherwise the record stays as it is, and the journal tells the next
-    run.
-    """
+    """Set the record to DESTROYED if absence is proven. Otherwise keep record and journal for the next run."""
     sandbox = found.sandbox
     try:
         evidence = dict(found.evidence)
@@ -218,8 +217,8 @@ def _finish(ctx: Context, found: Gone, proofs: dict[int, Any]) -> Outcome:
         if reason not in _PROVEN:
             proof = proofs[sandbox.vmid]
             if proof.absent is False:
-                # Something is at the VMID: ours after all (moved, or the delete did nothing), or already somebody
-                # else's. Without a word from its configuration nothing is concluded.
+                # A VM has the VMID: ours (it moved, or the delete had no effect), or already somebody else's. Only its
+                # configuration can tell.
                 ctx.cluster.vms(fresh=True)
                 again = locate(ctx, sandbox) if sandbox.smbios_uuid else Located(None, {}, None)
                 if again.verdict is None or again.verdict.identity != identity.FOREIGN:
@@ -269,7 +268,7 @@ def _finish(ctx: Context, found: Gone, proofs: dict[int, Any]) -> Outcome:
         ctx.records.release(found.claim)
         now = _now(ctx, sandbox)
         if now.state == states.DESTROYED:
-            # The claim was lost to a run that brought this to its end.
+            # Another run took over the claim and finished the destroy.
             return Outcome.of(
                 "destroyed",
                 now,

@@ -1,7 +1,7 @@
 # Copyright: the agentlab.proxmox contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Renewing leases, and letting them run out."""
+"""Renew leases and expire them."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from ..errors import AgentlabError, Busy, InvalidInput, Kept, RecordChanged, Sta
 from ..model import Outcome, Sandbox
 from ..store import overview
 
-# A renewal that would move the end by less than this is a repetition: nothing is written.
+# A renewal that moves the end by less than this is a repetition and writes nothing.
 REPEAT_SECONDS = 60
-# Why the VM of an expired sandbox was not stopped where that is no failure: it does not run.
+# Reasons why the VM of an expired sandbox was not stopped that are no failure.
 NO_VM = "no VM with that VMID is to be seen"
 UNDER_WAY = "another run is stopping it"
 ANOTHER_VM = "the VMID belongs to another VM now, which was left alone"
@@ -27,9 +27,10 @@ ANOTHER_VM = "the VMID belongs to another VM now, which was left alone"
 def renew(
     ctx: Context, sandbox: Sandbox, ttl: int, *, min_remaining: int | None = None, allow_shorten: bool = False
 ) -> Outcome:
-    """Set the lease to now + ttl.
+    """Set the lease to now + ``ttl`` seconds, capped by the maximum lifetime, and return the outcome.
 
-    One conditional UPDATE decides against expiry: a renewal that lost is an error, never a success.
+    One conditional UPDATE decides between renewal and expiry. A renewal that loses raises an error and never reports
+    success. Raises InvalidInput, StateConflict, Kept or RecordChanged.
     """
     if sandbox.lease_max_seconds is not None and ttl > sandbox.lease_max_seconds:
         raise InvalidInput(
@@ -43,13 +44,13 @@ def renew(
         states.check("renew_lease", sandbox.state)
         under_way = ctx.records.under_way(sandbox.uuid)
         if under_way is not None and under_way.kind == "destroy":
-            # Also where nothing would be written: "unchanged" would be a success on a dying VM.
+            # Refuse even when nothing would be written: "unchanged" would promise a lease to a dying VM.
             raise Kept(
                 "busy", f"cannot renew lease of sandbox {sandbox.vmid}: it is being destroyed", vmid=sandbox.vmid
             )
         current = sandbox.lease_expires_at or 0
-        # While leases rest after a restore, this is how a sandbox is kept whose lease was renewed since the copy was
-        # made.
+        # After a restore, leases are held for a while. During that time an expired sandbox may be renewed, because the
+        # restored copy may lack its last renewal.
         over = current <= now
         if over and not timeguard.hold_leases(ctx):
             raise StateConflict(
@@ -63,7 +64,7 @@ def renew(
             wanted = sandbox.created_at + ctx.config.max_lifetime
             capped = True
         if wanted < current and not allow_shorten:
-            # Never shortens unless asked to.
+            # A renewal shortens a lease only with allow_shorten.
             wanted = current
         enough = (
             min_remaining is not None and current - now >= min_remaining and not (allow_shorten and wanted < current)
@@ -91,7 +92,7 @@ def renew(
 
 
 def _far_enough(wanted: int, current: int, ttl: int) -> bool:
-    # A lease shorter than the repetition window is renewed all the same when a good part of it has passed.
+    # A lease shorter than the repetition window is renewed once half of it has passed.
     return ttl <= REPEAT_SECONDS and wanted - current >= max(1, ttl // 2)
 
 
@@ -113,7 +114,7 @@ def _answer(
 
 @dataclass(slots=True)
 class Expiry:
-    """What an expiry pass did."""
+    """The outcomes of one expiry pass; ``suspended`` says why nothing was done."""
 
     expired: list[Outcome] = field(default_factory=list)
     renewed: list[Outcome] = field(default_factory=list)
@@ -122,8 +123,7 @@ class Expiry:
 
 
 def expire(ctx: Context, *, stop_vms: bool = True) -> Expiry:
-    """Move what is over to TIMEOUT and stop its VM; a keepalive sandbox is renewed instead, as long as its lifetime
-    allows.
+    """Move expired sandboxes to TIMEOUT and stop their VMs. Renew keepalive sandboxes as far as max_lifetime allows.
 
     All records are moved before the first VM is stopped, so that a slow stop delays no other expiry.
     """
@@ -133,7 +133,7 @@ def expire(ctx: Context, *, stop_vms: bool = True) -> Expiry:
     now = ctx.clock.now()
     due = overview.over(ctx.records, now)
     moved: list[Sandbox] = []
-    # One commit for all of them; with nothing to write no other writer is kept waiting.
+    # One commit serves all records. Without due records no transaction is opened, so other writers do not wait.
     with ctx.database.together() if due and not ctx.dry_run else contextlib.nullcontext():
         for sandbox in due:
             if is_kept_alive(ctx, sandbox, now):
@@ -162,7 +162,7 @@ def expire(ctx: Context, *, stop_vms: bool = True) -> Expiry:
 
 
 def is_kept_alive(ctx: Context, sandbox: Sandbox, now: int) -> bool:
-    """True when a lease that is over is renewed by the expiry pass itself."""
+    """Return whether the expiry pass itself renews this sandbox's lease."""
     limit = None if ctx.config.max_lifetime is None else sandbox.created_at + ctx.config.max_lifetime
     return (
         sandbox.keepalive
@@ -185,11 +185,11 @@ def _keep_alive(ctx: Context, sandbox: Sandbox, until: int) -> Outcome:
 def stop_expired(ctx: Context, sandbox: Sandbox) -> str | None:
     """Stop the VM of a TIMEOUT record; the record stays TIMEOUT.
 
-    The reason is returned when it could not be done (the next pass tries again).
+    Returns None when done, else the reason why the VM was not stopped. The next pass tries again.
     """
     if sandbox.smbios_uuid is None:
         return "its VM was never bound to the record; prune settles what became of it"
-    # Here, and not above: a renewal needs none of it.
+    # Imported here because a renewal needs none of them (payload of shipped modules).
     from ..proxmox import identity
     from ..vm import power
     from ..vm.locate import HIBERNATED, locate, refuse_locked
@@ -207,7 +207,7 @@ def stop_expired(ctx: Context, sandbox: Sandbox) -> str | None:
                 return f"its VM is {found.verdict.identity}, so it was left alone"
             # A hibernated VM is switched off already.
             refuse_locked(current, found, but=HIBERNATED)
-            # A destroy that was cut off stays to be finished.
+            # Keep the journal of an interrupted destroy, so that the destroy can be finished.
             other = claim.interrupted is not None and claim.interrupted.kind == "destroy"
             if not other:
                 ctx.records.journal(claim, "stop", "requested", {"node": found.node})
@@ -215,25 +215,24 @@ def stop_expired(ctx: Context, sandbox: Sandbox) -> str | None:
             ctx.records.change(claim, current, "stop", upids=upids, reason="lease_expired", finish=not other)
             return None
     except Busy as error:
-        # Another run, perhaps of this very daemon, is switching that VM off just now.
+        # Another run, perhaps another thread of this daemon, is stopping that VM now.
         return UNDER_WAY if error.detail.get("operation") in ("stop", "destroy") else error.message
     except AgentlabError as error:
         return error.message
 
 
 def stop_leftovers(ctx: Context, done: Collection[str] = ()) -> list[tuple[Sandbox, str | None]]:
-    """TIMEOUT records whose VM still runs according to the cluster's list: the stop of an earlier pass failed or was
-    cut off. Each with why it could not
-    be stopped this time either, or None.
+    """Stop VMs of TIMEOUT records that still run because an earlier pass failed or was interrupted.
 
-    ``done`` are those that this pass has dealt with: the list it reads is older than that.
+    ``done`` holds the UUIDs that this pass has already handled; the VM list is older than that. Returns each sandbox
+    with None, or with the reason why its VM was not stopped.
     """
     running = leftovers(ctx, done)
     return list(zip(running, ctx.each(lambda one: stop_expired(ctx, one), running), strict=True))
 
 
 def leftovers(ctx: Context, done: Collection[str] = ()) -> list[Sandbox]:
-    """Those that stop_leftovers would stop."""
+    """Return the sandboxes that stop_leftovers would stop."""
     waiting = [one for one in ctx.records.find_all([states.TIMEOUT]) if one.uuid not in done]
     if not waiting:
         return []

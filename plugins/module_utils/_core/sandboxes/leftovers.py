@@ -1,7 +1,7 @@
 # Copyright: the agentlab.proxmox contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""What a sandbox leaves outside its VM. Every way to DESTROYED comes through here once the VM is proven to be gone."""
+"""Clear what a sandbox leaves outside its VM. Every way to DESTROYED calls this once the VM's absence is proven."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from ..workspaces import workspace_disk
 
 
 def clear(ctx: Context, claim: Claim, sandbox: Sandbox) -> None:
-    """Remove what is left, and free its workspace; Kept when that cannot be done, and the record stays as it is.
+    """Remove the snippet and free the workspace. Idempotent.
 
-    Doing it again does no harm.
+    Raises Kept when that is not possible; the record then stays as it is.
     """
     snippets.remove(ctx, sandbox)
     workspace_disk.released(ctx, claim, sandbox)

@@ -1,10 +1,10 @@
 # Copyright: the agentlab.proxmox contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Read what the choice of a node needs, and have it decided within the transaction of the new record.
+"""Read what the choice of a node needs, and decide within the transaction that writes the new record.
 
-The decision itself is placement.decide. What costs a request for each node (the configuration of its template, its
-bridges) is read only of the node that would be taken: if that changes the decision, the next one is looked at.
+placement.decide makes the decision. Some facts cost a request for each node (the template's configuration, the
+bridges). They are read only for the node that would be chosen; if they change the decision, the next node is read.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from . import template as templates
 from . import vm_config
 from .spec import Spec
 
-# Reasons that are about one option, which is told first when no node can be taken for that reason.
+# The option to name in the error when every node is refused for the same reason.
 _OPTION_OF = {
     "storage": "storage",
     "bridge": "bridge",
@@ -42,7 +42,7 @@ _KIB = 1024
 
 
 class _NotLookedAt(Exception):
-    """The node that would be taken was not looked at yet; the transaction is undone, and comes again."""
+    """The chosen node has not been read yet. The transaction is rolled back and repeated afterwards."""
 
     def __init__(self, node: str) -> None:
         super().__init__(f"node {node} is to be looked at first")
@@ -50,7 +50,7 @@ class _NotLookedAt(Exception):
 
 
 def is_open(ctx: Context, spec: Spec, workspace: Workspace | None, nodes: Mapping[str, Any]) -> bool:
-    """Return whether the node is to be chosen: it is auto, or nothing names one and the cluster has several."""
+    """Return whether we choose the node: ``node`` is auto, or nothing names a node and the cluster has several."""
     if spec.node is not None:
         return spec.node == AUTO
     if workspace is not None and workspace.node is not None:
@@ -59,7 +59,7 @@ def is_open(ctx: Context, spec: Spec, workspace: Workspace | None, nodes: Mappin
 
 
 class NodeChoice:
-    """The choice of a node for one sandbox. ``decision`` is the last one, ``template`` that of the chosen node."""
+    """The choice of a node for one sandbox: ``decision`` is the latest, ``template`` belongs to the chosen node."""
 
     def __init__(
         self,
@@ -83,10 +83,10 @@ class NodeChoice:
         ours = placements.own(ctx.records, young)
         self._young = {vmid: vm for vmid, vm in young.items() if vmid in ours}
 
-    # ---- what is known of each node beforehand ----
+    # ---- facts about each node that need no request of their own ----
 
     def _find_sources(self, read: capacity.Capacity) -> dict[str, tuple[int, str]]:
-        """Return, by node, the template that would be cloned to it, as VMID and the node on which that is."""
+        """Return the template to clone for each node, as (VMID, node that holds the template)."""
         ctx, wanted = self._ctx, self._spec.template or self._ctx.config.template
         named = templates.named_so(ctx, wanted) if wanted else {}
         if len(named) <= 1 or len(set(named.values())) < len(named):
@@ -102,7 +102,7 @@ class NodeChoice:
                 return own
             first = templates.read(ctx, vmid, node)
         sources = {first.node: (first.vmid, first.node)}
-        # Proxmox VE clones to another node only what lies on shared storage.
+        # Proxmox VE clones to another node only from shared storage.
         if first.config is not None and first.storages and first.storages <= read.shared:
             sources = dict.fromkeys(read.nodes, (first.vmid, first.node))
         return {**sources, **own}
@@ -132,7 +132,7 @@ class NodeChoice:
         spec = self._spec
         figures = [read.templates.get(vmid, (0, 0, 0)) for vmid, _node in set(self._sources.values())]
         memory = spec.memory * placement.MIB if spec.memory is not None else max((row[0] for row in figures), default=0)
-        # The number of sockets is the template's; it is known when the template was looked at.
+        # The number of sockets stands in the template's configuration, which look_at reads later.
         cpus = spec.cores if spec.cores is not None else max((row[1] for row in figures), default=0)
         return Wish(
             memory=memory,
@@ -144,10 +144,13 @@ class NodeChoice:
             tags=frozenset(spec.tags),
         )
 
-    # ---- what is read of the node that would be taken ----
+    # ---- facts about the node that would be chosen ----
 
     def look_at(self, name: str) -> None:
-        """Read what only the node itself, or its template's configuration, tells. InvalidInput for a wrong option."""
+        """Read the template's configuration and the node's bridges.
+
+        Raises InvalidInput for an option that cannot work.
+        """
         ctx, spec = self._ctx, self._spec
         vmid, owner = self._sources[name]
         template = templates.read(ctx, vmid, owner)
@@ -179,9 +182,9 @@ class NodeChoice:
         self._looked_at[name] = template
 
     def _refine_wish(self, config: Mapping[str, Any]) -> None:
-        """Complete the wish by a template's configuration.
+        """Complete the wish from the template's configuration.
 
-        The list of VMs may not show a change yet, and never shows the sockets.
+        The VM list lags behind changes, and never contains the number of sockets.
         """
         memory = self._wish.memory or _memory_bytes(config)
         sockets = re.fullmatch(r"\d{1,3}", str(config.get("sockets") or "1"))
@@ -195,7 +198,7 @@ class NodeChoice:
         return self.decision
 
     def look(self) -> Decision:
-        """Decide by the records as they are now, looking at the node that would be taken. Nothing is reserved."""
+        """Return the decision by the current records, after reading the node that it chooses. Reserves nothing."""
         load = placements.read_load(
             self._ctx.records, self._rules.settle, self._rules.anti_affinity, self._spec.profile, self._spec.tags
         )
@@ -206,9 +209,10 @@ class NodeChoice:
             self.look_at(decision.node)
 
     def reserve(self, sandbox: Sandbox, write: Callable[[Callable[..., Any]], Any], chosen: Callable[[], None]) -> Any:
-        """Call ``write`` with what Records.reserve takes as ``place``, until the node that it chooses was looked at.
+        """Reserve a node: call ``write`` with the ``place`` argument for Records.reserve, and return its result.
 
-        Sets the sandbox's node; ``chosen`` is called then, within the transaction. CreationFailed when no node fits.
+        Repeats until the chosen node has been read. Sets the sandbox's node, then calls ``chosen`` within the
+        transaction. Raises CreationFailed when no node fits.
         """
         if self.look().node is None:
             raise self.no_node()
@@ -238,11 +242,11 @@ class NodeChoice:
             try:
                 return write(place)
             except _NotLookedAt as error:
-                # Another run took the room meanwhile that was seen.
+                # Another run has meanwhile taken the room on the node that look() chose.
                 self.look_at(error.node)
 
     def no_node(self) -> CreationFailed:
-        """Return the error that names for every node why it cannot be taken."""
+        """Return the error that says for each node why it cannot take the sandbox."""
         verdicts = self.decision.verdicts if self.decision else ()
         listed = {verdict.node for verdict in verdicts}
         allowed = self._ctx.config.placement.nodes
@@ -266,7 +270,7 @@ class NodeChoice:
 
 
 def show_load(ctx: Context) -> list[dict[str, Any]]:
-    """Return each node with its load, and whether a new sandbox of the configured template would go there, and why."""
+    """Return for each node its load, and whether (and why) a sandbox of the configured template would go there."""
     decision = NodeChoice(ctx, Spec(template=ctx.config.template)).look()
     rows: list[dict[str, Any]] = decision.public()["nodes"]
     return sorted(rows, key=lambda row: str(row["node"]))
@@ -275,7 +279,7 @@ def show_load(ctx: Context) -> list[dict[str, Any]]:
 def fixed(
     ctx: Context, spec: Spec, template: templates.Template, node: str
 ) -> Callable[[Any], Callable[[Any, str], None]]:
-    """Return what reserves for a sandbox whose node is given: choices of other runs count it as well."""
+    """Return the ``place`` argument of Records.reserve for a given node, so that other runs count this sandbox too."""
     config = template.config or {}
     memory = spec.memory * placement.MIB if spec.memory is not None else _memory_bytes(config)
     full, storage = templates.clone_mode(ctx, spec, template)
@@ -288,7 +292,7 @@ def fixed(
 
 
 def _bridges(spec: Spec, config: Mapping[str, Any]) -> frozenset[str]:
-    """Return the bridges of the VM's two interfaces: those asked for, else the template's."""
+    """Return the bridges of the VM's two interfaces: the requested bridges, else the template's."""
     names = set()
     for asked, key in ((spec.bridge, "net0"), (spec.second_bridge, "net1")):
         match = re.search(r"(?:^|,)bridge=([^,]+)", str(config.get(key) or ""))
@@ -304,7 +308,7 @@ def _memory_bytes(config: Mapping[str, Any]) -> int:
 
 
 def _disk_bytes(spec: Spec, template: int) -> int:
-    """Return the size of the boot disk in bytes."""
+    """Return the size of the boot disk in bytes; ``template`` is the size of the template's disk in bytes."""
     if spec.disk_size is None:
         return template
     size = int(vm_config.kib(spec.disk_size.removeprefix("+")) * _KIB)

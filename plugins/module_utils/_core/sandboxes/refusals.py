@@ -1,9 +1,9 @@
 # Copyright: the agentlab.proxmox contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Say which of our options a refusal of Proxmox VE is about, and what to do.
+"""Translate a refusal by Proxmox VE into the option of ours that causes it, and what to do.
 
-Proxmox VE names its own things, or nothing at all.
+Proxmox VE's message names its own objects, or names nothing.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from ..errors import AccessDenied, AgentlabError, ApiError, ProxmoxError, TaskFa
 from ..proxmox import answers
 from .spec import Spec
 
-# Refusals that every node would give: they are about the request or the whole cluster.
+# Refusals that would come from every node, because they concern the request or the whole cluster.
 _EVERYWHERE = re.compile(
     r"no quorum|pool '[^']*' does not exist|shrinking disks|Linked clone feature|Parameter verification failed"
 )
 
 
 def blames_node(error: AgentlabError) -> bool:
-    """Return whether another node may succeed where a request, or its task, failed with this error."""
+    """Return whether another node may succeed where a request or task failed with this error."""
     if isinstance(error, AccessDenied) or (isinstance(error, ApiError) and error.status == 400):
         return False
     if isinstance(error, ApiError):
@@ -33,9 +33,9 @@ def blames_node(error: AgentlabError) -> bool:
 
 
 def explain(ctx: Context, spec: Spec, node: str | None, template: object, error: AgentlabError) -> str | None:
-    """Return one sentence with option and remedy for a creation's error, with Proxmox VE's own words.
+    """Return one sentence with option, remedy and Proxmox VE's own words for an error of a creation.
 
-    None where nothing is to be added.
+    None when there is nothing to add to the error's own message.
     """
     if isinstance(error, ApiError):
         text, asked = error.text, str(error.detail.get("path") or "")
@@ -44,7 +44,7 @@ def explain(ctx: Context, spec: Spec, node: str | None, template: object, error:
     else:
         return None
     if answers.storage_full(error.message):
-        # What the storage says stands only in the log of the task, which the message has.
+        # The storage's own error stands only in the task log, which is part of this message.
         return f"{error.message}, or give another storage{'' if spec.full_clone else ' with full_clone=true'}"
     status = f"{error.status} " if isinstance(error, ApiError) else ""
     told = f" (Proxmox VE: {status}{text.strip()[:300]})"
@@ -56,7 +56,7 @@ def explain(ctx: Context, spec: Spec, node: str | None, template: object, error:
         and asked.endswith("/clone")
         and not re.search(r"\b(VM|SDN|Sys|Datastore|Pool)\.\w+", text)
     ):
-        # Proxmox VE names nothing, neither for a pool that does not exist nor for the right to make a VM.
+        # Proxmox VE gives the same bare 403 for a missing pool and for a missing right to create a VM.
         return _unnamed(ctx, pool) + told
     if "Linked clone feature is not supported" in text:
         return (

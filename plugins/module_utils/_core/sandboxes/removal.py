@@ -39,20 +39,20 @@ from ..vm import binding, power
 from ..vm.locate import Located, is_hibernated, locate, power_state, refuse_guarded, refuse_not_ours
 from ..workspaces import workspace_disk
 
-# Times the VM may change between judging and marking before it is left alone.
+# Rounds in which the VM may change between verdict and mark. After the last round the VM is left alone.
 _MARK_TRIES = 3
 
 
 @dataclass(slots=True)
 class Request:
-    """What is asked for.
+    """A request to remove a sandbox's VM.
 
-    ``recheck`` is run on the record once the claim is held: what was planned must still be true.
+    ``recheck`` runs on the record once the claim is held, and raises when the plan no longer holds.
     """
 
     operation: str = "destroy"
     force: bool = False
-    # A failed creation removes its own remains, also when the sandbox was to be protected.
+    # A failed creation may remove its own VM even when the sandbox was to be protected.
     clean_up: bool = False
     claim_wait: float | None = None
     recheck: Callable[[Sandbox], None] | None = None
@@ -60,7 +60,7 @@ class Request:
 
 @dataclass(slots=True)
 class Gone:
-    """Deleted (or found missing), absence still to be proven. Holds the claim."""
+    """A VM that was deleted or is missing, before its absence is proven. The claim is still held."""
 
     claim: Claim
     sandbox: Sandbox
@@ -72,16 +72,19 @@ class Gone:
     warnings: list[str] = field(default_factory=list)
     # No run has acted on this VM since the VM list was read, so that list is enough to prove it is gone.
     untouched_since_list: bool = False
-    # The delete of a killed run may still be carried out: while absence is not proven, that stays in the journal.
+    # The delete of a killed run may still be carried out. The journal keeps that until absence is proven.
     doubtful: bool = False
 
 
 class _Again(Exception):
-    """The VM moved, changed or went since it was judged: it is looked for and judged anew."""
+    """The VM moved, changed or vanished after its verdict: locate and judge it again."""
 
 
 def check(ctx: Context, sandbox: Sandbox, force: bool, clean_up: bool = False) -> bool:
-    """State rule and protection, from the record alone: whether there is something to do."""
+    """Apply the state rule and the protection to the record; return whether there is anything to destroy.
+
+    Raises StateConflict for a state that forbids it, and Kept for a protected sandbox.
+    """
     todo = states.check("force_destroy" if force else "destroy", sandbox.state)
     if todo and sandbox.protected and not clean_up:
         raise Kept(
@@ -100,12 +103,11 @@ class Removal:
             planned.uuid, "destroy", wait=ctx.config.claim_timeout if request.claim_wait is None else request.claim_wait
         )
         left = self._left = self._claim.interrupted
-        # The journal entry of a killed run whose delete may have been sent, and may still be carried out; None for a
-        # new try.
+        # The journal entry of a killed run whose delete may have been sent and may still be carried out; else None.
         self._cut_off = left if left and left.kind == "destroy" and left.phase in POINT_OF_NO_RETURN else None
-        # When that was, at the latest.
+        # Latest time at which that delete was sent, in seconds since the epoch.
         self._since = 0
-        # Whether a delete may be carried out, of this run or of that one.
+        # True while a delete of this run or of the killed run may be carried out.
         self._sent = self._cut_off is not None
         self._stopped = False
         self._sandbox = self._before = planned
@@ -115,7 +117,7 @@ class Removal:
         self._round = 0
 
     def run(self) -> Outcome | Gone:
-        """Gone holds the claim; whatever else is the end has given it back."""
+        """Remove the VM. Gone still holds the claim; an Outcome or an error has released it."""
         try:
             found = self._begin()
             while found is None and self._round < _MARK_TRIES:
@@ -138,8 +140,9 @@ class Removal:
     # ---- the steps ----
 
     def _begin(self) -> Outcome | Gone | None:
-        """What the record says now that it is ours, and what a killed run left; None when the VM is to be looked
-        for.
+        """Check the record under the claim, and settle what a killed run left.
+
+        Returns an Outcome or Gone when the removal ends here, and None when the VM has to be located.
         """
         ctx, request, left = self._ctx, self._request, self._left
         current = self._sandbox = ctx.records.get(self._planned.uuid)
@@ -153,7 +156,7 @@ class Removal:
         elif current.protected:
             check(ctx, current, True, request.clean_up)
         if left:
-            # What the creation noted is needed to tell an unbound VM, until it is bound.
+            # An unbound VM is recognised by the creation's journal, so keep that journal until the VM is bound.
             self._detail["create"] = creation_of(left)
         if self._cut_off:
             if self._cut_off.detail.get("upid"):
@@ -162,7 +165,7 @@ class Removal:
             self._detail["since"] = self._since = int(self._cut_off.detail.get("since", self._cut_off.updated_at))
         self._before = current
         if current.generation != self._planned.generation:
-            # Another run worked on it while we waited: what was read of the cluster before says nothing about it.
+            # Another run changed the sandbox while we waited, so the cached VM list is out of date.
             ctx.cluster.vms(fresh=True)
         self._journal("verifying")
         if never_cloned(current, self._detail.get("create")):
@@ -172,14 +175,14 @@ class Removal:
             try:
                 self._warnings += _await_cut_off(ctx, current, self._cut_off)
             except TaskTimeout:
-                # It goes on, or hangs. If its VM is gone that is to be proven all the same; else nothing is done beside
-                # it.
+                # The delete task still runs, or hangs. A missing VM can still be proven absent. While the VM is there,
+                # start nothing beside that task.
                 if self._locate().node is not None:
                     raise
         return None
 
     def _judge_and_delete(self) -> Gone:
-        """One round, on the VM as it is now; _Again when it is another one before the end."""
+        """Run one round on the VM as it is now. Raises _Again when the VM changes before the end."""
         found = self._judge()
         if isinstance(found, Gone):
             return found
@@ -196,14 +199,14 @@ class Removal:
         return self._gone("destroyed", found.verdict.evidence if found.verdict else {})
 
     def _judge(self) -> Located | Gone:
-        """Our VM, which may go; Gone when there is none of ours. Raises why it stays."""
+        """Return our VM if it may be deleted, or Gone if no VM of ours is there. Raises the reason for keeping it."""
         ctx = self._ctx
-        # Needed after the VM was judged, and not to be read between that and the stop. What it says (or why it does
-        # not) counts then.
+        # Read quorum before the verdict, so that no request stands between verdict and stop. Raise its error
+        # afterwards, because the verdict may make quorum unnecessary.
         no_quorum = None if self._mark_is_first() else self._why_no_quorum()
         found = self._locate()
         if is_hibernated(found.config) and self._mark_is_first():
-            # Before its saved memory is thrown away.
+            # Check quorum before the saved memory is thrown away.
             no_quorum = self._why_no_quorum()
         if self._sandbox.smbios_uuid is None:
             self._sandbox = ctx.records.get(self._sandbox.uuid)
@@ -225,17 +228,17 @@ class Removal:
             return self._gone("vmid_reused", found.verdict.evidence)
         refuse_not_ours(self._sandbox, found)
         if self._cut_off and self._doubt_is_over():
-            # The VM is there, and no delete of a killed run can be under way any more: from here on this is a new try.
+            # doubt_window is over: no delete of the killed run can still be running. This is a new attempt.
             self._sent, self._cut_off = False, None
             del self._detail["since"]
         refuse_guarded(self._sandbox, found)
-        # What will be kept in the end is not stopped, and does not lose its workspace.
+        # Refuse before the stop, so that a sandbox that is kept is neither stopped nor loses its workspace.
         with self._again_if_vanished():
             asked = workspace_disk.refuse_planned(ctx, self._sandbox, found)
         if no_quorum is not None:
             raise no_quorum
         if asked:
-            # That took its time, and a stop has no precondition: whose VM it is now is looked at directly before it.
+            # Those requests took time, and a stop takes no digest. Judge the VM again directly before it.
             found = self._locate()
             if not found.match:
                 ctx.cluster.vms(fresh=True)
@@ -250,9 +253,10 @@ class Removal:
         return None
 
     def _mark_is_first(self) -> bool:
-        """Return whether the mark is the first write, and proves quorum: a request less, which pvesh takes long for.
+        """Return whether the mark is the first write. Then the mark proves quorum, and no request for quorum is needed.
 
-        So it is for a VM that is switched off and has no workspace. The mark fails without quorum and harms nothing.
+        True only over pvesh, where each request is slow, for a VM that is switched off and has no workspace. Without
+        quorum the mark fails and changes nothing.
         """
         return (
             self._ctx.client.awaits_tasks
@@ -262,17 +266,17 @@ class Removal:
         )
 
     def _refuse_running(self, found: Located) -> None:
-        """StateConflict where a plain destroy meets a VM that runs: only force ends that, whatever the record says."""
+        """Raise StateConflict when a plain destroy meets a running VM, whatever state the record has. Needs force."""
         if self._request.force or self._request.operation != "destroy" or self._cut_off is not None:
             return
         with self._again_if_vanished():
             refuse_running(self._ctx, self._sandbox, found)
 
     def _stop(self, found: Located) -> Located:
-        """Switch the VM off, and throw its saved memory away where it is hibernated; the VM as judged last.
+        """Switch the VM off, or discard the saved memory of a hibernated VM; return the VM with its last verdict.
 
-        The list lags by ten seconds, so before a disk is taken off the VM itself is asked. A delete needs no question:
-        Proxmox refuses it for a VM that runs.
+        The VM list lags by ten seconds, so the VM itself is asked before a disk is detached. A delete needs no such
+        question: Proxmox refuses to delete a running VM.
         """
         if is_hibernated(found.config):
             self._journal("stopping")
@@ -309,23 +313,23 @@ class Removal:
         ctx = self._ctx
         own = workspace_disk.records(ctx).of_sandbox(self._sandbox.uuid)
         if own is not None:
-            # From here on it is too late to protect the sandbox: it would be kept without its workspace.
+            # Protecting the sandbox from here on is too late: it would be kept without its workspace.
             self._journal("detaching", unprotected=True)
             try:
                 workspace_disk.detach_volume(ctx, self._claim, self._sandbox, found, own, sure=True)
             except ApiError as error:
                 if not self._vanished(error):
                     raise
-            # The configuration is another one now: judged anew before anything else is done.
+            # The detach changed the configuration: judge it again before any other step.
             self._sandbox = ctx.records.get(self._sandbox.uuid)
             raise _Again
         with self._again_if_vanished():
             workspace_disk.refuse_listed(ctx, self._sandbox, found)
 
     def _mark_and_delete(self, found: Located) -> Any:
-        """The task of the delete.
+        """Write the mark, send the delete, and return the answer (the task id).
 
-        Mark and delete share one place among the requests in flight: nothing of ours comes between them.
+        Both share one place among the requests in flight, so no other request of ours comes between them.
         """
         ctx = self._ctx
         ctx.records.journal(self._claim, "destroy", "deleting", self._detail, unprotected=not self._request.clean_up)
@@ -355,17 +359,17 @@ class Removal:
             self._warnings += ctx.tasks.wait(upid, f"delete VM {self._sandbox.vmid}", ctx.wait_timeout)
         except TaskFailed as error:
             if "does not exist" not in error.exitstatus:
-                # A definite end: the configuration is still there (its disks perhaps not), and the next run begins
-                # anew.
+                # The delete has failed for certain. The configuration still exists (the disks perhaps not), so the next
+                # run starts a new attempt.
                 self._not_deleted()
                 raise
         else:
-            # Mark and delete were written into the cluster's file system, which takes writes only with quorum. Over
-            # https a task may have taken long and quorum costs little to read, so it is read again there.
+            # Mark and delete were written to the cluster file system, which accepts writes only with quorum. Over https
+            # the task may have taken long and quorum is cheap to read, so read quorum again there.
             if ctx.client.awaits_tasks:
                 ctx.cluster.note_deleted(self._sandbox.vmid, upid)
 
-    # ---- what a step found ----
+    # ---- answers to a step ----
 
     def _not_marked(self, error: ApiError) -> NoReturn:
         vmid = self._sandbox.vmid
@@ -376,7 +380,7 @@ class Removal:
                 "changed", f"sandbox {vmid}: its VM's configuration keeps changing; it was left alone, run again"
             ) from None
         if error.status == 500 and "is locked" not in error.text:
-            # Says it in plain words where quorum is what is missing.
+            # Raises the error about quorum where a missing quorum is the cause.
             self._ctx.cluster.require_quorum()
         raise Kept(
             "locked" if "is locked" in error.text else "unknown" if error.status == 500 else "denied",
@@ -386,7 +390,7 @@ class Removal:
     def _refused(self, error: ApiError) -> NoReturn:
         ctx = self._ctx
         if "is running" in error.text and not self._last:
-            # The list said stopped (it lags), or it was started meanwhile: judge it again, then stop it.
+            # The list lags, or a person started the VM meanwhile: judge it again, then stop it.
             ctx.cluster.vms(fresh=True).get(self._sandbox.vmid, {})["status"] = "running"
             self._stopped = False
             raise _Again from None
@@ -399,7 +403,7 @@ class Removal:
         raise error
 
     def _not_deleted(self) -> None:
-        """The delete of this run was not carried out; that of a killed run before it still may be."""
+        """Record that this run's delete was not carried out. The delete of a killed run may still be."""
         self._sent = self._cut_off is not None
         if self._cut_off is not None:
             self._ctx.records.journal(self._claim, "destroy", self._cut_off.phase, self._detail)
@@ -409,10 +413,12 @@ class Removal:
         return self._round + 1 >= _MARK_TRIES
 
     def _vanished(self, error: ApiError | TaskFailed) -> bool:
-        """Whether the VM moved, changed, or was deleted for a killed run, since it was judged, so that it is to be
-        looked for and judged again.
+        """Return whether the VM moved, changed or was deleted since its verdict, and so has to be located and judged
+        again.
+
+        Always False in the last round.
         """
-        # A request is refused with the first words, a task of a VM that went in between fails with the second.
+        # Proxmox refuses a request with the first text. A task whose VM vanished meanwhile fails with the second.
         vanished = "does not exist" in error.message or "unable to find configuration file" in error.message
         if self._last or not (vanished or changed(error.message)):
             return False
@@ -435,7 +441,10 @@ class Removal:
         return locate_own(self._ctx, self._sandbox, self._claim, self._detail)
 
     def _journal(self, phase: str, *, unprotected: bool = False) -> None:
-        """The delete of a killed run that may still be carried out stays in the journal, whatever is done meanwhile."""
+        """Write the phase to the journal.
+
+        While a killed run's delete may be carried out, keep that run's phase instead.
+        """
         self._ctx.records.journal(
             self._claim,
             "destroy",
@@ -462,21 +471,19 @@ class Removal:
 
 
 def refuse_running(ctx: Context, sandbox: Sandbox, located: Located) -> None:
-    """StateConflict, in the words for the state that the VM is really in, unless it is switched off."""
+    """Raise StateConflict unless the VM is switched off. The message names the VM's real state, not the record's."""
     seen = power_state(sandbox, power.status(ctx, located), located.config)
     if seen != states.STOPPED:
         raise states.refuse("destroy", seen)
 
 
 def never_cloned(sandbox: Sandbox, created: dict[str, Any] | None) -> bool:
-    """True when the journal says that no clone request of ours is or was under way: whatever is at the VMID, it is
-    not ours.
-    """
+    """Return whether the journal rules out that we ever sent a clone request. Then no VM at the VMID is ours."""
     return sandbox.smbios_uuid is None and created is not None and created.get("phase") == "reserved"
 
 
 def creation_of(left: JournalEntry) -> dict[str, Any] | None:
-    """What the creation noted, from its own journal entry or from the destroy's that took it over."""
+    """Return the creation's journal fields, from its own entry or the destroy entry that replaced it; else None."""
     if left.kind == "create":
         return {**left.detail, "phase": left.phase, "at": left.updated_at}
     found = left.detail.get("create")
@@ -484,8 +491,9 @@ def creation_of(left: JournalEntry) -> dict[str, Any] | None:
 
 
 def _look_before_closing(ctx: Context, sandbox: Sandbox) -> None:
-    """A refused clone leaves nothing behind; should a VM with our marker (or one just being cloned) stand there all
-    the same, it is kept.
+    """Raise Kept when a VM that may be ours stands at the VMID, although Proxmox refused the clone.
+
+    That is a VM with our marker, or a VM that is just being cloned.
     """
     try:
         found = locate(ctx, sandbox)
@@ -501,7 +509,10 @@ def _look_before_closing(ctx: Context, sandbox: Sandbox) -> None:
 
 
 def _await_cut_off(ctx: Context, sandbox: Sandbox, left: JournalEntry) -> list[str]:
-    """Wait for the delete of a killed run, if its task is known. However it ended, what is there now is judged anew."""
+    """Wait for the delete task of a killed run if its id is known, and return its warnings.
+
+    The result of the task does not matter: the VM is judged again afterwards.
+    """
     upid = left.detail.get("upid")
     if not upid:
         return []
@@ -514,15 +525,19 @@ def _await_cut_off(ctx: Context, sandbox: Sandbox, left: JournalEntry) -> list[s
 def locate_own(
     ctx: Context, sandbox: Sandbox, claim: Claim | None = None, detail: dict[str, Any] | None = None
 ) -> Located:
-    """As verify.locate, and for a VM whose SMBIOS UUID was never stored: find out whether our own clone made it."""
+    """Locate the sandbox's VM as ``locate`` does.
+
+    Without a stored SMBIOS UUID find out whether our clone made the VM.
+    """
     if sandbox.smbios_uuid is not None:
         return locate(ctx, sandbox)
     return binding.locate_unbound(ctx, sandbox, claim, (detail or {}).get("create"))
 
 
 def _mark(ctx: Context, request: Request, found: Located) -> None:
-    """The config write that carries the digest of what was judged: it fails if anything changed, or if the cluster
-    takes no writes.
+    """Write the deletion mark, guarded by the digest of the judged configuration.
+
+    The write fails if the configuration changed since, or if the cluster accepts no writes.
     """
     verdict = found.verdict
     if verdict is None or verdict.digest is None:
@@ -534,8 +549,9 @@ def _mark(ctx: Context, request: Request, found: Located) -> None:
 def abandon(
     ctx: Context, claim: Claim, sandbox: Sandbox, request: Request, error: AgentlabError, *, sent: bool, stopped: bool
 ) -> None:
-    """Leave a truthful record behind: why nothing more was done; the journal stays only when the delete may have
-    been carried out.
+    """Record why the removal ended, and release the claim.
+
+    ``sent``: the delete may have been carried out, so the journal entry stays. ``stopped``: the VM was switched off.
     """
     reason = error.reason if isinstance(error, Kept) else error.code
     evidence = {"message": error.message, **{k: v for k, v in error.detail.items() if isinstance(v, (str, int, dict))}}
@@ -546,7 +562,7 @@ def abandon(
         unbound = now.smbios_uuid is None and claim.interrupted is not None
         creation = _cut_off_creation(claim, now) if to is None and not uncertain and not unbound else None
         if isinstance(error, StateConflict) or (isinstance(error, Kept) and reason == "protected" and not stopped):
-            # Refused by the rules: not worth an event each time it is asked.
+            # The rules refused the request. Repeated refusals would only fill the list of events.
             if not unbound and not uncertain:
                 _drop_journal(ctx, claim)
         else:
@@ -561,7 +577,7 @@ def abandon(
                 finish=not uncertain and not unbound and creation is None,
             )
         if creation is not None:
-            # It is as far as it was: what it has done already is not to be done twice.
+            # Put the creation's journal back, so that the creation resumes and repeats no finished step.
             ctx.records.journal(claim, "create", str(creation.pop("phase")), creation)
     except (StoreError, ClaimLost):
         pass
@@ -570,7 +586,7 @@ def abandon(
 
 
 def _cut_off_creation(claim: Claim, now: Sandbox) -> dict[str, Any] | None:
-    """What a creation had noted that was cut off before this destroy, and that can still be gone on with."""
+    """Return the journal fields of a creation that this destroy interrupted and that can be resumed; else None."""
     if claim.interrupted is None or not (now.state in states.CREATING or now.state == states.READY):
         return None
     found = creation_of(claim.interrupted)
@@ -581,7 +597,7 @@ def _cut_off_creation(claim: Claim, now: Sandbox) -> dict[str, Any] | None:
 
 def _drop_journal(ctx: Context, claim: Claim) -> None:
     left = claim.interrupted
-    # A destroy that was cut off, and that is refused now, is over: it must not bar everything else for good. Whether
-    # its delete may still be carried out is certain by now (the callers ask for that first).
+    # An interrupted destroy that is refused now has ended. Its entry would otherwise block the sandbox for ever. The
+    # callers have already made sure that its delete is no longer running.
     if left is None or left.kind == "destroy":
         ctx.records.drop_journal(claim)

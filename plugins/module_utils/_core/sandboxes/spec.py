@@ -1,7 +1,7 @@
 # Copyright: the agentlab.proxmox contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""What a sandbox is to be: every option of a creation, and what its value may look like."""
+"""Define every option of a creation, and check the values."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _LONGEST_DESCRIPTION = 4000
 
 @dataclass(slots=True)
 class Spec:
-    """What a sandbox is to be. Sizes as Proxmox takes them; ``ttl`` in seconds."""
+    """The desired sandbox. Sizes are in the form that Proxmox takes; ``ttl`` is in seconds."""
 
     vmid: int | None = None
     name: str | None = None
@@ -56,34 +56,34 @@ class Spec:
     # VLAN of the first interface.
     vlan_tag: int | None = None
     cpu_type: str | None = None
-    # The second interface (net1), made where the template has none.
+    # Bridge of the second interface (net1), which is created where the template has none.
     second_bridge: str | None = None
     second_vlan_tag: int | None = None
     second_ip_config: str | None = None
     cloud_init_user: str | None = None
-    # Secret: it goes to Proxmox VE, which stores its hash, and nowhere else.
+    # Secret: sent to Proxmox VE, which stores its hash, and nowhere else.
     cloud_init_password: str | None = field(default=None, repr=False)
     cloud_init_upgrade: bool | None = None
-    # The volume id of a snippet that exists, such as local:snippets/vendor.yaml.
+    # Volume id of an existing snippet, such as local:snippets/vendor.yaml.
     cloud_init_vendor_data: str | None = None
     ip_config: str | None = None
     nameserver: str | None = None
     searchdomain: str | None = None
-    # Whatever it holds is secret: it goes into the snippet and nowhere else.
+    # Secret as a whole: written to the snippet and nowhere else.
     cloud_init_user_data: str | None = field(default=None, repr=False)
-    # Name or id of a workspace that it gets before it starts.
+    # Name or id of the workspace to attach before the first start.
     workspace: str | None = None
     ssh_public_keys: list[str] = field(default_factory=list)
     tags: list[str] = field(default_factory=list)
     ttl: int = 0
-    # The longest lease that the profile grants; None where only the configuration says it.
+    # Longest lease in seconds that the profile grants; None without a limit of the profile.
     lease_maximum: int | None = None
-    # Of the VM, after our marker; a profile's description is the profile's own.
+    # Text of the VM's notes after our marker. It is not the description of the profile.
     description: str | None = None
-    # Of a sandbox that is there: apply what can be applied, and stop and start it where Proxmox VE needs that.
+    # For an existing sandbox: apply changed options. allow_restart permits the restart that some of them need.
     update: bool = False
     allow_restart: bool = False
-    # The options that were given by themselves, and not by a profile or the configuration.
+    # Names of the options that the caller gave, without those from the profile or the configuration.
     given: frozenset[str] = frozenset()
     keepalive: bool = False
     protected: bool = False
@@ -91,7 +91,7 @@ class Spec:
     wait_for_cloud_init: bool = False
 
     def check(self) -> None:
-        """Refuse by the name of the option what Proxmox would refuse later, or could take for something else."""
+        """Raise InvalidInput with the name of an option that Proxmox would refuse later, or could misread."""
         for option, word in _WORDS.items():
             patterns.match(option, getattr(self, option), word)
         patterns.check_nameserver("nameserver", self.nameserver)
@@ -161,7 +161,7 @@ class Spec:
             )
         for number, key in enumerate(self.ssh_public_keys, 1):
             if not patterns.fits(key.strip(), patterns.PUBLIC_KEY):
-                # It may be the private one.
+                # The text may be a private key, so the message does not quote it.
                 raise InvalidInput(
                     f"ssh_public_keys: the key number {number} is not a public key in one line (type, key, comment)",
                     option="ssh_public_keys",

@@ -1,11 +1,10 @@
 # Copyright: the agentlab.proxmox contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Find the template of a creation and check, before anything is made, that the sandbox can be made of it as asked for.
+"""Find the template of a creation, and check before the clone that the requested sandbox can be made from it.
 
-The list of all VMs is a hint: for up to ten seconds it shows a new template without its name and without saying that
-it is one. The VM's own
-configuration decides.
+The list of all VMs is only a hint: for up to ten seconds it shows a new template without its name and not marked as a
+template. The VM's own configuration decides.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from ..errors import AccessDenied, ApiError, InvalidInput, ProxmoxError
 from . import vm_config
 from .spec import Spec
 
-# Options that reach the guest by the cloud-init drive alone.
+# Options that reach the guest only through the cloud-init drive.
 _CLOUD_INIT = (
     "ip_config",
     "second_ip_config",
@@ -32,14 +31,13 @@ _CLOUD_INIT = (
     "cloud_init_user_data",
     "cloud_init_vendor_data",
 )
-# So many VMs without a name in the list are read to find a template by its name; there are more only while a node
-# starts.
+# Maximum number of VMs to read that the list shows without a name. There are more only while a node starts.
 _MOST_READ = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Template:
-    """A template: where it is, and its configuration (None: these credentials may not read it)."""
+    """A template and its node. ``config`` is None when these credentials may not read it."""
 
     vmid: int
     node: str
@@ -55,16 +53,16 @@ class Template:
 
     @property
     def storages(self) -> set[str]:
-        """The storages on which its disks lie."""
+        """The storages that hold the template's disks."""
         config = self.config or {}
         keys = [*vm_config.disks(config), *(key for key in ("efidisk0", "tpmstate0") if key in config)]
         return {str(config[key]).partition(":")[0] for key in keys}
 
 
 def find(ctx: Context, wanted: str | None, node: str | None = None) -> Template:
-    """Return the template of that VMID or name.
+    """Return the template with this VMID or name; among several of that name, the template on ``node``.
 
-    Of several with that name the one on ``node``. InvalidInput says what is there instead.
+    Raises InvalidInput, which lists the templates that exist.
     """
     if not wanted:
         raise InvalidInput(
@@ -93,10 +91,10 @@ def find(ctx: Context, wanted: str | None, node: str | None = None) -> Template:
     try:
         silent = sorted(name for name, online in ctx.cluster.nodes().items() if not online)
     except AccessDenied:
-        # Without Sys.Audit on / nobody can tell which nodes are offline.
+        # Only Sys.Audit on / shows which nodes are offline.
         silent = []
     if silent:
-        # Of what is on them Proxmox tells neither the name nor that it is a template.
+        # For VMs on an offline node Proxmox tells neither the name nor whether the VM is a template.
         raise InvalidInput(
             f"template: {wanted!r} is not to be seen, but {', '.join(silent)} is offline, and what is there is not "
             "known; wait until the "
@@ -122,7 +120,7 @@ def _number(wanted: str) -> int | None:
 
 
 def named_so(ctx: Context, wanted: str) -> dict[int, str]:
-    """Return the templates of that name, each with its node; empty where a VMID was given."""
+    """Return the templates of that name as {VMID: node}; empty when ``wanted`` is a VMID."""
     rows = ctx.cluster.vms()
     number = _number(wanted)
     if number is not None and number in rows:
@@ -160,7 +158,7 @@ def _of_number(ctx: Context, vmid: int) -> Template:
 
 
 def _of_unclear_rows(ctx: Context, wanted: str) -> dict[int, str]:
-    """Return the templates of that name, with their nodes, among the VMs of which the list says too little."""
+    """Return the templates of that name as {VMID: node}, among the VMs that the list describes incompletely."""
     unclear = [
         vmid
         for vmid, row in sorted(ctx.cluster.vms().items())
@@ -171,7 +169,7 @@ def _of_unclear_rows(ctx: Context, wanted: str) -> dict[int, str]:
         try:
             template = read(ctx, vmid, str(ctx.cluster.vms()[vmid].get("node")), listed=False)
         except (InvalidInput, ProxmoxError):
-            # What does not answer is told below, by its node.
+            # A node that does not answer is reported below.
             continue
         if (
             template.config is not None
@@ -183,9 +181,9 @@ def _of_unclear_rows(ctx: Context, wanted: str) -> dict[int, str]:
 
 
 def read(ctx: Context, vmid: int, node: str, *, listed: bool = True) -> Template:
-    """Read the configuration.
+    """Read the configuration and return the template.
 
-    ``listed``: the list says that it is a template, so it is one also where the configuration may not be read.
+    ``listed``: the VM list marks the VM as a template. Then an unreadable configuration is no error.
     """
     try:
         config = ctx.once(("config", node, vmid), lambda: ctx.client.get_dict(f"nodes/{node}/qemu/{vmid}/config"))
@@ -207,15 +205,15 @@ def read(ctx: Context, vmid: int, node: str, *, listed: bool = True) -> Template
         raise
 
 
-# ---- what can be made of it ----
+# ---- suitability for the requested sandbox ----
 
 
 def clone_mode(ctx: Context, spec: Spec, template: Template) -> tuple[bool | None, str | None]:
-    """Return ``full`` and ``storage`` of the clone call.
+    """Return ``full`` and ``storage`` for the clone call.
 
-    A linked clone lies where its template does. So the configuration's ``storage`` makes a full clone only where the
-    template lies elsewhere
-    (or where that cannot be read); ``storage`` and ``full_clone`` of a creation or profile do as they say.
+    Proxmox VE puts a linked clone on the template's storage. So the configured ``storage`` causes a full clone only
+    where the template lies on another storage, or where its storage is unknown. ``storage`` and ``full_clone`` of a
+    creation or profile apply as given.
     """
     if spec.storage:
         return (True if spec.full_clone is None else spec.full_clone), spec.storage
@@ -228,8 +226,9 @@ def clone_mode(ctx: Context, spec: Spec, template: Template) -> tuple[bool | Non
 
 
 def check(ctx: Context, spec: Spec, template: Template, node: str, *, placed: bool = False) -> None:
-    """Refuse, by the name of the option, what Proxmox VE would refuse after the clone, or would take without any
-    effect. ``placed``: the choice of the node has seen to its storage and its CPUs.
+    """Raise InvalidInput, by option, for a request that Proxmox VE would refuse after the clone or would ignore.
+
+    ``placed``: the choice of the node has already checked storage and CPUs.
     """
     if not placed:
         _check_storage(ctx, clone_mode(ctx, spec, template)[1], node)
@@ -262,7 +261,7 @@ def _check_storage(ctx: Context, storage: str | None, node: str) -> None:
     if storage is None:
         return
     rows = ctx.once(("storages", node), lambda: ctx.client.get_list(f"nodes/{node}/storage", content="images"))
-    # Without rights the list is empty, and says nothing.
+    # Without the right to see storages the list is empty, which proves nothing.
     if rows and not any(row.get("storage") == storage for row in rows):
         names = ", ".join(sorted(str(row.get("storage")) for row in rows))
         raise InvalidInput(
@@ -273,7 +272,7 @@ def _check_storage(ctx: Context, storage: str | None, node: str) -> None:
 
 
 def _check_disk_size(size: str, template: Template, config: dict[str, Any]) -> None:
-    """Refuse a size below the template's: Proxmox VE shrinks no disk, and would say so after the clone."""
+    """Raise InvalidInput for a size below the template's: Proxmox VE shrinks no disk, and says so only after the clone."""
     disk = vm_config.boot_disk(config)
     if disk is None:
         raise InvalidInput(
@@ -290,9 +289,9 @@ def _check_disk_size(size: str, template: Template, config: dict[str, Any]) -> N
 
 
 def check_cores(ctx: Context, cores: int, config: dict[str, Any], node: str, owner: str) -> None:
-    """Refuse more virtual CPUs than the node has CPUs: Proxmox VE would not start the VM.
+    """Raise InvalidInput for more virtual CPUs than the node has, because Proxmox VE would not start the VM.
 
-    ``owner`` is whose configuration that is, for the message: ``template`` or ``VM``.
+    ``owner`` names the owner of the configuration in the message: ``template`` or ``VM``.
     """
     try:
         known = ctx.cluster.cpus(node)

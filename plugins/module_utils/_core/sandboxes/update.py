@@ -1,10 +1,9 @@
 # Copyright: the agentlab.proxmox contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""A sandbox that is there is asked for with other options: tell which of them differ, and apply the few that can be
-applied.
+"""Compare an existing sandbox with the options now asked for, and apply those that can be applied.
 
-What a sandbox was created with stands in the event of its clone, so that telling asks Proxmox VE nothing.
+The event of the clone holds the options of the creation, so comparing needs no request to Proxmox VE.
 """
 
 from __future__ import annotations
@@ -27,17 +26,16 @@ from . import template as templates
 from . import vm_config
 from .spec import Spec
 
-# What can be applied to a sandbox that is there, and what of it Proxmox VE applies for certain only to a VM that is
-# stopped.
+# Options that can be applied to an existing sandbox. Proxmox VE reliably applies _STOPPED_ONLY only to a stopped VM.
 APPLICABLE = ("cores", "memory", "tags", "description")
 _STOPPED_ONLY = ("cores", "memory")
-# Of options that an update does not apply: the remedy for what was asked.
+# The remedy for options that an update does not apply.
 _INSTEAD = {"ttl": "renew_lease", "workspace": "attach_workspace"}
-# The event that remembers options: the decision to clone, and each update.
+# Reasons of the events that hold options: the decision to clone, and each update.
 _REASONS = ("clone", "options")
-# Nothing of these is kept, so nothing can be compared.
+# Secrets are stored nowhere, so they cannot be compared.
 _SECRET = ("cloud_init_user_data", "cloud_init_password")
-# What is said elsewhere, or concerns this run alone.
+# Options that other checks compare, or that concern only this run.
 _NOT_COMPARED = (
     "vmid",
     "name",
@@ -54,9 +52,9 @@ _STATES = (states.READY, states.RUNNING, states.SUSPENDED, states.STOPPED, state
 
 
 def remembered(spec: Spec) -> dict[str, Any]:
-    """Return the options that the clone's event keeps.
+    """Return the options to store in the clone's event.
 
-    What was asked for, without secrets; public keys as a hash, for they are long.
+    These are the requested options without secrets. Public keys are long, so they are stored as a hash.
     """
     values = {name: getattr(spec, name) for name in Spec.__dataclass_fields__ if name not in (*_NOT_COMPARED, *_SECRET)}
     return {name: _comparable(name, value) for name, value in values.items() if value not in (None, [])}
@@ -69,17 +67,14 @@ def _comparable(name: str, value: Any) -> Any:
 
 
 def different(ctx: Context, sandbox: Sandbox, spec: Spec) -> dict[str, tuple[Any, Any]]:
-    """Return the options that were given and differ from what the sandbox was created with.
-
-    Name -> (what it has, what is asked for).
-    """
+    """Return the given options that differ from those of the creation, as {name: (current value, requested value)}."""
     asked = {name: _comparable(name, getattr(spec, name)) for name in sorted(spec.given - {*_NOT_COMPARED, *_SECRET})}
     if not asked:
         return {}
     had: dict[str, Any] = {}
     for evidence in history.evidence(ctx.database, sandbox.uuid, _REASONS):
         had.update(evidence.get("options") or {})
-    # A sandbox of an earlier release remembers nothing: then only what the record itself has is compared.
+    # Sandboxes of earlier releases stored no options. Then only the columns of the record can be compared.
     known = bool(had)
     had.update(tags=sorted(set(sandbox.tags)), profile=sandbox.profile)
     found = {}
@@ -98,7 +93,7 @@ def _means_the_same(ctx: Context, sandbox: Sandbox, name: str, was: Any, value: 
     if name == "node":
         return bool(value in (sandbox.node, AUTO))
     if name == "template":
-        # By its VMID or by its name; the clone's event has the VMID.
+        # The template may be given by VMID or by name.
         last = next(iter(history.evidence(ctx.database, sandbox.uuid, ("clone",))), {})
         return str(value) == str(last.get("template")) or str(value) == str(last.get("template_name"))
     if name == "workspace" and sandbox.workspace_id is not None:
@@ -110,7 +105,7 @@ def _means_the_same(ctx: Context, sandbox: Sandbox, name: str, was: Any, value: 
 
 
 def advise(sandbox: Sandbox, differences: dict[str, tuple[Any, Any]]) -> list[Advice]:
-    """Return one warning for each option that was given and not applied, with what to do."""
+    """Return one warning, with a remedy, for each given option that was not applied."""
     warnings = []
     for name, (was, asked) in differences.items():
         text = f"{name}: {_shown(name, asked)} was not applied to sandbox {sandbox.vmid}, which has {_shown(name, was)}"
@@ -135,13 +130,13 @@ def _shown(name: str, value: Any) -> str:
     return repr(", ".join(map(str, value)) if isinstance(value, list) else str(value))
 
 
-# ---- applying ----
+# ---- applying options ----
 
 
 def apply(ctx: Context, sandbox: Sandbox, spec: Spec) -> Outcome:
-    """Make the VM what the Spec's applicable options say.
+    """Change the VM to the applicable options of the spec, and return the outcome.
 
-    Their values count where they were given, or where the given profile sets them.
+    An option counts if it was given, or if the given profile sets it.
     """
     asked = {
         name: getattr(spec, name)
@@ -193,7 +188,7 @@ def apply(ctx: Context, sandbox: Sandbox, spec: Spec) -> Outcome:
                 lambda now: vm_config.write_config(ctx, now, _Plan(current, asked, now).changes, refused),
             )
         finally:
-            # Also when the write failed: whoever allowed a restart did not ask for a VM that is off.
+            # Start the VM even after a failed write: permission to restart is no permission to leave the VM off.
             if restart:
                 done, warned = power.start(ctx, current, require_match(ctx, current))
                 upids += done
@@ -219,7 +214,7 @@ def apply(ctx: Context, sandbox: Sandbox, spec: Spec) -> Outcome:
 
 
 class _Plan:
-    """What has to be written into one configuration, and what that means in our options."""
+    """The changes to write into one configuration, and their values as options of ours."""
 
     def __init__(self, sandbox: Sandbox, asked: dict[str, Any], located: Located) -> None:
         self.located = located
@@ -246,7 +241,7 @@ class _Plan:
 
     def _tags(self, sandbox: Sandbox, tags: list[str], config: dict[str, Any]) -> None:
         there = vm_config.split_tags(config.get("tags"))
-        # Tags that somebody else put on the VM stay.
+        # Keep tags that other people put on the VM.
         wanted = (there - set(sandbox.tags)) | set(tags) | {identity.OUR_TAG}
         if tags != sorted(sandbox.tags):
             self.new["tags"], self.before["tags"] = tags, sorted(sandbox.tags)
@@ -254,7 +249,7 @@ class _Plan:
             self.changes["tags"] = ";".join(sorted(wanted))
 
     def check(self, ctx: Context) -> None:
-        """Refuse, before the VM is stopped for it, what Proxmox VE would take and then not start."""
+        """Raise InvalidInput, before the VM is stopped, for values with which Proxmox VE would not start the VM."""
         if "cores" in self.new:
             templates.check_cores(ctx, self.new["cores"], self.located.config, str(self.located.node), "VM")
 
@@ -267,13 +262,13 @@ class _Plan:
 
 
 def _number(value: Any, default: int) -> int:
-    """Return a number of the configuration; memory may be written ``current=2048``."""
+    """Return a number of the configuration. Memory may be written ``current=2048``."""
     text = str(value if value is not None else default).partition(",")[0].removeprefix("current=")
     return int(text) if text.isascii() and text.isdecimal() else default
 
 
 def _require_writes(ctx: Context, sandbox: Sandbox) -> None:
-    """Raise Kept without quorum: a VM can be stopped then, and neither be changed nor started again."""
+    """Raise Kept without quorum. A VM could then be stopped, but neither changed nor started again."""
     try:
         ctx.cluster.require_quorum()
     except Kept as error:
@@ -285,7 +280,7 @@ def _require_writes(ctx: Context, sandbox: Sandbox) -> None:
 
 
 def _check_restart(ctx: Context, sandbox: Sandbox, spec: Spec, plan: _Plan, status: dict[str, Any]) -> bool:
-    """Return whether the VM has to be stopped and started again; refuse where nobody allowed that."""
+    """Return whether the VM needs a restart. Raises StateConflict or Kept when the restart is not allowed."""
     option = next(name for name in _STOPPED_ONLY if name in plan.new)
     if is_hibernated(plan.located.config) or is_paused(status):
         raise StateConflict(

@@ -30,7 +30,7 @@ _BUSES = ("ide", "scsi", "virtio", "sata")
 
 
 def desired_config(ctx: Context, spec: Spec, sandbox: Sandbox, config: dict[str, Any]) -> dict[str, Any]:
-    """Return the keys, and their new values, in which ``config`` differs from what the Spec asks for."""
+    """Return the keys of ``config`` that differ from the spec, with the values that the spec asks for."""
     values: dict[str, Any] = {
         "cores": spec.cores,
         "cpu": spec.cpu_type,
@@ -47,15 +47,15 @@ def desired_config(ctx: Context, spec: Spec, sandbox: Sandbox, config: dict[str,
     if tags != split_tags(config.get("tags")):
         values["tags"] = ";".join(sorted(tags))
     if str(config.get("protection", "0")) == "1":
-        # The clone copied it from the template. A sandbox that cannot be deleted is none; its own protection is a
-        # matter of the record.
+        # The clone copied the flag from the template, and a VM with it cannot be deleted. A sandbox's own protection is
+        # kept in the record.
         values["protection"] = 0
     custom = _cicustom(ctx, spec, sandbox, str(config.get("cicustom") or ""))
     if custom is not None:
         values["cicustom"] = custom
     if spec.ssh_public_keys:
         values["sshkeys"] = quote("\n".join(key.strip() for key in spec.ssh_public_keys), safe="")
-    # A security group means nothing on an interface that the firewall does not look at.
+    # A security group has no effect on an interface whose firewall flag is off.
     firewall = True if spec.firewall_group else spec.firewall
     first = str(config.get("net0") or "virtio")
     if spec.bridge or spec.network_model or spec.vlan_tag or firewall is not None:
@@ -69,9 +69,9 @@ def desired_config(ctx: Context, spec: Spec, sandbox: Sandbox, config: dict[str,
 
 
 def memory_values(memory: int | None, config: dict[str, Any]) -> dict[str, Any]:
-    """Return ``memory`` (MiB), and a lower ``balloon`` where the configuration's is above it.
+    """Return ``memory`` in MiB, and a lower ``balloon`` where the configured one exceeds it.
 
-    Proxmox VE refuses memory below balloon.
+    Proxmox VE refuses less memory than balloon.
     """
     if memory is None:
         return {}
@@ -80,10 +80,7 @@ def memory_values(memory: int | None, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _cicustom(ctx: Context, spec: Spec, sandbox: Sandbox, current: str) -> str | None:
-    """Return the value of ``cicustom`` with our user data and the Spec's vendor data in it.
-
-    None when neither is given.
-    """
+    """Return the value of ``cicustom`` with our user data and the spec's vendor data; None when neither is given."""
     volumes: dict[str, str] = {}
     if sandbox.snippet is not None:
         volumes["user"] = cloud_init.volume_of(ctx, sandbox)
@@ -99,28 +96,27 @@ def _cicustom(ctx: Context, spec: Spec, sandbox: Sandbox, current: str) -> str |
 
 
 def split_tags(value: object) -> set[str]:
-    """Return the tags of a configuration's ``tags``.
+    """Return the tags in the value of ``tags``.
 
-    Proxmox VE stores them in small letters, and takes ``;``, ``,`` and blanks between them.
+    Proxmox VE stores tags in small letters, and accepts ``;``, ``,`` and blanks as separators.
     """
     return {tag.lower() for tag in re.split(r"[;,\s]+", str(value or "")) if tag}
 
 
 def write_config(ctx: Context, located: Located, changes: dict[str, Any], refused: set[str]) -> None:
-    """Write ``changes`` with the digest of the configuration that was judged; a tag that the cluster refuses is left
-    as it is on the VM.
+    """Write ``changes``, guarded by the digest of the judged configuration. Leave a refused tag as it is on the VM.
 
-    Proxmox VE refuses the whole write for one tag that the user may not set or take away, and names that tag.
-    ``refused`` collects those tags.
+    Proxmox VE refuses the whole write when the user may not add or remove one of the tags, and names that tag. Such
+    tags are added to ``refused``, and the write is repeated without them.
     """
     before = split_tags(located.config.get("tags"))
     wanted = split_tags(changes.pop("tags")) if "tags" in changes else before
     while True:
-        # A refused tag stays what it is on the VM: not set, or not taken away.
+        # A refused tag keeps its present state on the VM, whether set or missing.
         tags = (wanted - (refused - before)) | (before & refused)
         values = dict(changes)
         if tags != before:
-            # An empty value would store one blank.
+            # Proxmox VE would store an empty value as one blank.
             values.update({"tags": ";".join(sorted(tags))} if tags else {"delete": "tags"})
         if not values:
             return
@@ -133,14 +129,12 @@ def write_config(ctx: Context, located: Located, changes: dict[str, Any], refuse
             if named is None or not changing:
                 raise
             tag = named[1].lower()
-            # A name that is not among them ends the tries: then no tag is changed at all.
+            # The named tag may not be among ours. Then leave all tags unchanged, so that the loop ends.
             refused |= {tag} if tag in changing else changing
 
 
 def tag_warnings(sandbox: Sandbox, refused: set[str], template_tags: set[str]) -> list[str]:
-    """Return one warning for the tags that the cluster did not let us set, and one for those of the template that it
-    did not let us take away.
-    """
+    """Return a warning for the tags that could not be set, and another for template tags that could not be removed."""
     wanted = {OUR_TAG, *sandbox.tags}
     remedy = (
         "Proxmox VE asks for Sys.Modify on / to change them; have an administrator allow them (Datacenter, Options, "
@@ -170,10 +164,10 @@ def tag_warnings(sandbox: Sandbox, refused: set[str], template_tags: set[str]) -
 def network(
     current: str, bridge: str | None, firewall: bool | None, model: str | None = None, vlan_tag: int | None = None
 ) -> str:
-    """Return the value of an interface with another bridge, firewall flag, model or VLAN tag; its MAC address stays."""
+    """Return the interface with a new bridge, firewall flag, model or VLAN tag. The MAC address stays."""
     parts = [part for part in current.split(",") if part]
     if model and parts:
-        # The model stands first, with the MAC address as its value: virtio=BC:24:11:00:00:01.
+        # The first field is the model with the MAC address: virtio=BC:24:11:00:00:01.
         parts[0] = "=".join([model, *parts[0].split("=")[1:]])
     values = {"bridge": bridge, "firewall": None if firewall is None else int(firewall), "tag": vlan_tag}
     new = {name: value for name, value in values.items() if value is not None and value != ""}
@@ -186,8 +180,9 @@ def network(
 
 
 def join_firewall_group(ctx: Context, sandbox: Sandbox, found: Located, group: str) -> None:
-    """Put the VM's firewall on and the security group into its rules, unless that is so already (a template's rules
-    are cloned along).
+    """Switch the VM's firewall on and add the security group to its rules, where that is not already so.
+
+    Proxmox VE clones the template's firewall rules along.
     """
     base = f"{found.path}/firewall"
 
@@ -207,12 +202,12 @@ def join_firewall_group(ctx: Context, sandbox: Sandbox, found: Located, group: s
     for is_so, write in writes:
         if is_so():
             continue
-        # These writes know no digest of the VM's configuration: whose VM it is is looked at directly before each.
+        # These writes take no digest. So prove directly before each of them that the VM is ours.
         require_match(ctx, sandbox)
         try:
             write()
         except OutcomeUnknown:
-            # Also what pvesh says of a write that answers nothing: what is there now tells.
+            # pvesh reports this also for a write without an answer. The present rules show whether the write was done.
             if not is_so():
                 raise
 
@@ -221,7 +216,7 @@ def join_firewall_group(ctx: Context, sandbox: Sandbox, found: Located, group: s
 
 
 def grown(drive: str, more: str) -> str:
-    """Return the size of a drive of the configuration, with so much (``+10G``) added, in KiB as Proxmox takes it."""
+    """Return the size of a configured drive plus ``more`` (such as ``+10G``), in KiB as Proxmox takes it."""
     now = size_of(drive)
     if now is None:
         raise InvalidInput(
@@ -232,21 +227,19 @@ def grown(drive: str, more: str) -> str:
 
 
 def size_of(drive: str) -> str | None:
-    """Return the size that the value of a drive names, such as 8G; None where it names none."""
+    """Return the size in the value of a drive, such as 8G; None without a size."""
     match = re.search(r"(?:^|,)size=(\d+(?:\.\d+)?[KMGT]?)(?:,|$)", drive)
     return match[1] if match else None
 
 
 def kib(size: str) -> float:
-    """Return a size of Proxmox VE (8G, 512M, 4096) in KiB; a number without a unit is bytes."""
+    """Return a size of Proxmox VE (8G, 512M, 4096) in KiB. A number without a unit is in bytes."""
     units = {"K": 1.0, "M": 1024.0, "G": 1024.0**2, "T": 1024.0**3}
     return float(size[:-1]) * units[size[-1]] if size[-1] in units else float(size) / 1024
 
 
 def disks(config: dict[str, Any]) -> list[str]:
-    """Return the keys of the disks (no CD-ROM, no cloud-init drive), in the order in which Proxmox VE looks for one
-    to boot from.
-    """
+    """Return the keys of the disks in Proxmox VE's boot order, without CD-ROMs and cloud-init drives."""
     numbered = [
         (_BUSES.index(match[1]), int(match[2]), match[0])
         for match in map(re.compile(rf"({'|'.join(_BUSES)})(\d+)").fullmatch, config)
@@ -260,11 +253,10 @@ def disks(config: dict[str, Any]) -> list[str]:
 
 
 def boot_disk(config: dict[str, Any]) -> str | None:
-    """Return the disk that Proxmox VE boots the VM from; None when there is no disk.
+    """Return the key of the disk that Proxmox VE boots the VM from; None without a disk.
 
-    The first disk of ``boot: order=``; in the older form, where ``boot`` is letters (``c`` is the disk) or missing,
-    the disk that ``bootdisk``
-    names; else the first disk in Proxmox VE's own order.
+    This is the first disk of ``boot: order=``. In the older form (``boot`` is letters, ``c`` for the disk, or missing)
+    it is the disk named by ``bootdisk``. Otherwise it is the first disk in Proxmox VE's own order.
     """
     found = disks(config)
     boot = str(config.get("boot") or "")
@@ -276,15 +268,16 @@ def boot_disk(config: dict[str, Any]) -> str | None:
 
 
 def has_cloud_init_drive(config: dict[str, Any]) -> bool:
-    """Whether the VM has the drive on which Proxmox VE hands cloud-init its data."""
+    """Return whether the VM has the drive that gives cloud-init its data."""
     return any(
         re.fullmatch(r"(ide|scsi|sata|virtio)\d+", key) and _is_cloud_init(value) for key, value in config.items()
     )
 
 
 def _is_cloud_init(drive: object) -> bool:
-    """Whether that drive holds cloud-init's data: by its volume's name, as Proxmox VE tells it; a storage may be
-    named so, too.
+    """Return whether the drive is a cloud-init drive, judged by the name of its volume.
+
+    A storage may be called "cloudinit" too, so the name of the storage does not count.
     """
     volume = str(drive).partition(",")[0].partition(":")[2]
     return re.search(r"(^|[/-])cloudinit(\.[a-z0-9]+)?$", volume) is not None

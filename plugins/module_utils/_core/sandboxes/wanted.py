@@ -1,7 +1,7 @@
 # Copyright: the agentlab.proxmox contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""From the options of a creation to its Spec: an option that is given wins over the profile, the profile over the
+"""Make the Spec from the options of a creation. A given option wins over the profile, the profile over the
 configuration.
 """
 
@@ -57,7 +57,7 @@ OPTIONS = (
     "update",
     "allow_restart",
 )
-# Whatever blanks are around them was pasted along. Not: the password and the user data, in which a blank may be meant.
+# Blanks around these values come from pasting. Password and user data are left out: their blanks may be intended.
 _TRIMMED = (
     "name",
     "profile",
@@ -81,7 +81,7 @@ _TRIMMED = (
 
 
 def normalise(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options as the Spec takes them, from what surveys, files and people write: see
+    """Return the options in the form that Spec takes. Surveys, files and people write them differently: see
     patterns.split_lines.
     """
     values = {
@@ -98,7 +98,7 @@ def normalise(given: Mapping[str, Any]) -> dict[str, Any]:
     if "ssh_public_keys" in values:
         values["ssh_public_keys"] = patterns.split_keys("ssh_public_keys", values["ssh_public_keys"])
     if isinstance(values.get("description"), str):
-        # Proxmox VE keeps no blanks at the end of the notes.
+        # Proxmox VE drops blanks at the end of the notes.
         text = values["description"].replace("\r\n", "\n").replace("\r", "\n")
         values["description"] = text.strip("\n").rstrip()
     password = values.get("cloud_init_password")
@@ -114,9 +114,9 @@ def normalise(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def spec(ctx: Context, options: Mapping[str, Any]) -> Spec:
-    """The Spec of ``vmid``, ``name`` and OPTIONS (absent or None: not given); refuses by name what cannot be used.
+    """Return the Spec of ``vmid``, ``name`` and OPTIONS; absent and None both mean "not given".
 
-    ``ttl`` as a duration.
+    ``ttl`` is a duration. Raises InvalidInput with the name of the option whose value cannot be used.
     """
     given = normalise({name: options[name] for name in ("vmid", "name", *OPTIONS) if options.get(name) is not None})
     profile = profiles.load(ctx.config.profiles_dir, str(given["profile"])) if "profile" in given else None
@@ -135,7 +135,7 @@ def spec(ctx: Context, options: Mapping[str, Any]) -> Spec:
 
 
 def _of_profile(profile: profiles.Profile | None, given: Mapping[str, Any]) -> dict[str, Any]:
-    """What the profile fills in, without what would contradict an option that is given."""
+    """Return the values that the profile supplies, without those that would contradict a given option."""
     if profile is None:
         return {}
     values = dict(profile.values)
@@ -148,7 +148,7 @@ def _of_profile(profile: profiles.Profile | None, given: Mapping[str, Any]) -> d
     if "storage" in given:
         values.pop("full_clone", None)
     if "cloud_init_user_data" in given:
-        # It replaces what Proxmox would say of users.
+        # User data replaces the users that Proxmox VE would configure.
         values.pop("ssh_public_keys", None)
         values.pop("cloud_init_user", None)
         values.pop("cloud_init_upgrade", None)
@@ -156,7 +156,7 @@ def _of_profile(profile: profiles.Profile | None, given: Mapping[str, Any]) -> d
 
 
 def _ttl(ctx: Context, given: object, profile: profiles.Profile | None) -> tuple[int, int | None]:
-    """Seconds of the first lease, and the longest that the profile grants."""
+    """Return the first lease and the profile's maximum lease (None without one), both in seconds."""
     maximum, lifetime = profile.lease_maximum if profile else None, ctx.config.max_lifetime
     if given is not None:
         ttl = ctx.config.parse_ttl(given)
