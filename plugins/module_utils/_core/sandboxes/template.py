@@ -272,7 +272,7 @@ def _check_storage(ctx: Context, storage: str | None, node: str) -> None:
 
 
 def _check_disk_size(size: str, template: Template, config: dict[str, Any]) -> None:
-    """Raise InvalidInput for a size below the template's: Proxmox VE shrinks no disk, and says so only after the clone."""
+    """Raise InvalidInput for a size below the template's. Proxmox VE shrinks no disk, and says so after the clone."""
     disk = vm_config.boot_disk(config)
     if disk is None:
         raise InvalidInput(

@@ -280,7 +280,7 @@ def _require_writes(ctx: Context, sandbox: Sandbox) -> None:
 
 
 def _check_restart(ctx: Context, sandbox: Sandbox, spec: Spec, plan: _Plan, status: dict[str, Any]) -> bool:
-    """Return whether the VM needs a restart. Raises StateConflict or Kept when the restart is not allowed."""
+    """Return whether the VM needs a restart. Raises StateConflict or InvalidInput when it is not allowed."""
     option = next(name for name in _STOPPED_ONLY if name in plan.new)
     if is_hibernated(plan.located.config) or is_paused(status):
         raise StateConflict(
