@@ -23,6 +23,7 @@ import os
 import random
 import resource
 import signal
+import subprocess
 import sys
 import tempfile
 import threading
@@ -68,21 +69,34 @@ FAILURES: dict[str, Callable[[str], None]] = {
 
 
 class Points:
-    """Counts the points a run passes, and kills this process (or takes its disk away) at one of them."""
+    """Counts the points a run passes. At one of them this process is killed, or what ``how`` says happens.
 
-    def __init__(self, kill_at: int | None, fail: dict[str, Any] | None = None) -> None:
+    ``how`` is "kill"; or "lose", which loses the answer to a COMMIT that was carried out; or {"run": command, "user":
+    id}, which runs a command (one that ends the connections, or the server) and then goes on. ``fail`` takes the
+    process's disk or descriptors away at a point: {"at": number, "kind": one of FAILURES, "folder": path}.
+    """
+
+    def __init__(self, kill_at: int | None, how: Any = "kill", fail: dict[str, Any] | None = None) -> None:
         self.kill_at = kill_at
+        self.how = how
         self.fail = fail or {}
         self.seen: list[str] = []
         self._lock = threading.Lock()
 
-    def passed(self, label: str) -> None:
+    def passed(self, label: str) -> bool:
+        """Count a point; return whether the answer that came is to be lost."""
         with self._lock:
             self.seen.append(label)
-            if len(self.seen) == self.kill_at:
+            if len(self.seen) != self.kill_at:
+                return False
+            if self.how == "lose":
+                return True
+            if self.how == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
-            if len(self.seen) == self.fail.get("at"):
-                FAILURES[self.fail["kind"]](self.fail["folder"])
+            subprocess.run(
+                self.how["run"], user=self.how["user"], check=True, stdout=subprocess.DEVNULL, stdin=subprocess.DEVNULL
+            )
+            return False
 
     def end_failure(self) -> None:
         """Give back what the failure took, so that the result can be written."""
@@ -91,11 +105,10 @@ class Points:
                 hard = resource.getrlimit(limit)[1]
                 resource.setrlimit(limit, (hard, hard))
 
-    def install(self) -> None:
+    def install(self, engine: str) -> None:
         from ansible_collections.agentlab.proxmox.plugins.module_utils._core.proxmox.client import ProxmoxClient
-        from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.sqlite.engine import Database
 
-        request, write = ProxmoxClient._request, Database.write
+        request = ProxmoxClient._request
 
         def asked(client: Any, method: str, path: str, params: dict[str, Any]) -> Any:
             self.passed(f"before {method} {path}")
@@ -104,6 +117,17 @@ class Points:
             finally:
                 self.passed(f"after {method} {path}")
 
+        ProxmoxClient._request = asked  # type: ignore[method-assign]
+        if engine == "sqlite":
+            self._install_sqlite()
+        else:
+            self._install_postgresql()
+
+    def _install_sqlite(self) -> None:
+        from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.sqlite.engine import Database
+
+        write = Database.write
+
         def written(database: Any, work: Callable[..., Any], **how: Any) -> Any:
             self.passed("before commit")
             try:
@@ -111,8 +135,25 @@ class Points:
             finally:
                 self.passed("after commit")
 
-        ProxmoxClient._request = asked  # type: ignore[method-assign]
         Database.write = written  # type: ignore[method-assign,assignment]
+
+    def _install_postgresql(self) -> None:
+        """Points around each COMMIT: all of its transaction was written, and it was carried out."""
+        import psycopg
+
+        execute = psycopg.Connection.execute
+
+        def executed(connection: Any, query: Any, *arguments: Any, **options: Any) -> Any:
+            if "INSERT INTO controllers" not in str(query):
+                return execute(connection, query, *arguments, **options)
+            self.passed("before commit")
+            cursor = execute(connection, query, *arguments, **options)
+            if self.passed("after commit"):
+                connection.close()
+                raise psycopg.OperationalError("server closed the connection unexpectedly")
+            return cursor
+
+        psycopg.Connection.execute = executed  # type: ignore[method-assign]
 
 
 # ---- the operations, as the modules call them ----
@@ -273,8 +314,8 @@ def wander(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def child(job: dict[str, Any], path: str) -> None:
-    points = Points(job.get("kill"), job.get("fail"))
-    points.install()
+    points = Points(job.get("kill"), job.get("how", "kill"), job.get("fail"))
+    points.install("postgresql" if job["env"]["AGENTLAB_DATABASE"].startswith("postgresql:") else "sqlite")
     try:
         if "start" in job:
             # A race: all of them begin at the same moment.

@@ -27,6 +27,7 @@ from ansible_collections.agentlab.proxmox.plugins.module_utils._core.proxmox imp
 from fakepve.model import FakeVm, TaskError
 
 from support.double import Server
+from support.engines import new_address
 
 BYSTANDER = 1000
 
@@ -71,9 +72,11 @@ class Zygote:
 
 
 class Rig:
-    """A server, a database, and children that work on both."""
+    """A server, a database on one of the engines, and children that work on both. ``address``: of the database."""
 
-    def __init__(self, folder: Path, *, time_scale: float = 0.02) -> None:
+    def __init__(
+        self, folder: Path, *, time_scale: float = 0.02, engine: str = "sqlite", address: str | None = None
+    ) -> None:
         (folder / "pve").mkdir()
         self.folder = folder
         self.server = Server(str(folder / "pve"), time_scale=time_scale)
@@ -85,6 +88,9 @@ class Rig:
         self.pve.hold_snippets(str(self.snippets))
         (folder / "config.yaml").write_text(f"{CONFIG}snippets_dir: {self.snippets}\n", encoding="utf-8")
         self.env = self.server.environment(str(folder))
+        self.engine = engine
+        if engine != "sqlite":
+            self.env["AGENTLAB_DATABASE"] = address or new_address(engine, "")
         self.database = Path(self.env["AGENTLAB_DATABASE"])
         self.bystanders: dict[int, dict[str, Any]] = {}
         self._kept: Any = None
@@ -129,24 +135,27 @@ class Rig:
         op: str,
         *,
         kill: int | None = None,
+        how: Any = "kill",
         fail: dict[str, Any] | None = None,
         bound: float = 60,
         **args: Any,
     ) -> dict[str, Any]:
+        """Return a job. ``kill``: the number of the point at which ``how`` happens (see crash_child.Points)."""
         return {
             "op": op,
             "args": args,
             "env": self.env,
             "options": {},
             "kill": kill,
+            "how": how,
             "fail": {**fail, "folder": str(self.database.parent)} if fail else None,
             "bound": bound,
         }
 
     def do(
-        self, op: str, *, kill: int | None = None, fail: dict[str, Any] | None = None, **args: Any
+        self, op: str, *, kill: int | None = None, how: Any = "kill", fail: dict[str, Any] | None = None, **args: Any
     ) -> dict[str, Any]:
-        return self.zygote.run([self.job(op, kill=kill, fail=fail, **args)])[0]
+        return self.zygote.run([self.job(op, kill=kill, how=how, fail=fail, **args)])[0]
 
     def must(self, op: str, **args: Any) -> dict[str, Any]:
         answer = self.do(op, **args)
@@ -195,17 +204,38 @@ class Rig:
         self.in_loop(work)
 
     def sql(self, text: str, *values: Any) -> list[dict[str, Any]]:
+        if self.engine != "sqlite":
+            with self._server() as server:
+                cursor = server.execute(text.replace("%", "%%").replace("?", "%s"), values)
+                return cursor.fetchall() if cursor.description else []
         with closing(sqlite3.connect(self.database, timeout=30)) as conn:
             conn.row_factory = sqlite3.Row
             with conn:
                 return [dict(row) for row in conn.execute(text, values).fetchall()]
+
+    def _server(self) -> Any:
+        """Return a connection with rows that are dicts."""
+        import psycopg
+        from psycopg.rows import dict_row
+
+        return psycopg.connect(self.env["AGENTLAB_DATABASE"], row_factory=dict_row)
+
+    def is_made(self) -> bool:
+        """Return whether the tables are there."""
+        return self.database.exists() if self.engine == "sqlite" else bool(self._tables())
+
+    def _tables(self) -> list[str]:
+        rows = self.sql("SELECT tablename FROM pg_tables WHERE schemaname = 'public' ORDER BY tablename")
+        return [row["tablename"] for row in rows]
 
     # ---- there and back ----
 
     def keep(self) -> None:
         """Remember everything as it is now, for restore()."""
         self.idle()
-        if self.database.exists():
+        if self.engine != "sqlite":
+            self._rows = {table: self.sql(f"SELECT * FROM {table}") for table in self._tables()}
+        elif self.database.exists():
             self.sql("PRAGMA wal_checkpoint(TRUNCATE)")
             shutil.copy(self.database, self.folder / "kept.db")
         self._kept = self.in_loop(
@@ -218,14 +248,34 @@ class Rig:
         self._bystanders = copy.deepcopy(self.bystanders)
         self._files = {path.name: path.read_bytes() for path in self.snippets.iterdir()}
 
-    def restore(self) -> None:
-        self.idle()
+    def _restore_rows(self) -> None:
+        # Waits for the transaction of a process that was killed just now, until the server has rolled it back.
+        with self._server() as server:
+            server.execute(f"TRUNCATE {', '.join(self._rows)}")
+            # Rows are written back in any order.
+            server.execute("SET LOCAL session_replication_role = replica")
+            for table, rows in self._rows.items():
+                for row in rows:
+                    marks = ", ".join(["%s"] * len(row))
+                    server.execute(
+                        f"INSERT INTO {table} ({', '.join(row)}) VALUES ({marks})",
+                        list(row.values()),
+                    )
+
+    def _restore_file(self) -> None:
         # With the note by which an older copy is recognised: here everything goes back, Proxmox VE included.
         note = self.database.with_name(f".{self.database.name}.latest")
         for name in (self.database, Path(f"{self.database}-wal"), Path(f"{self.database}-shm"), note):
             name.unlink(missing_ok=True)
         if (self.folder / "kept.db").exists():
             shutil.copy(self.folder / "kept.db", self.database)
+
+    def restore(self) -> None:
+        self.idle()
+        if self.engine == "sqlite":
+            self._restore_file()
+        else:
+            self._restore_rows()
         self.bystanders = copy.deepcopy(self._bystanders)
         for path in self.snippets.iterdir():
             path.unlink()

@@ -20,12 +20,20 @@ from typing import Any
 
 import pytest
 
+from faults.conftest import SEED
 from faults.crash_support import BYSTANDER, Rig
+from support.engines import require_postgresql, server
+from support.postgres import PostgresServer
 
 pytestmark = pytest.mark.faults
 
 GHOST = 1009
 SAMPLE = 60
+# Ends all other connections to the database.
+CUT = (
+    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database() AND pid <> "
+    "pg_backend_pid()"
+)
 WHOLE = {
     "name": "crash",
     "ttl": 3600,
@@ -220,7 +228,7 @@ def _disk(state: str) -> Callable[[Rig], None]:
         if rig.sql("SELECT 1 FROM workspaces WHERE state IN ('CREATING', 'ATTACHING', 'DETACHING', 'DELETING')"):
             time.sleep(1.5)
             rig.must("reconcile")
-        found = rig.sql("SELECT state FROM workspaces WHERE reason IS NOT 'creation_interrupted'")
+        found = rig.sql("SELECT state FROM workspaces WHERE reason IS NULL OR reason <> 'creation_interrupted'")
         assert [row["state"] for row in found] == [state], found
 
     return look
@@ -317,6 +325,7 @@ CASES = {
         {"vmids": [1001, 1002, 1003], "force": True},
         states={"a": "DESTROYED", "b": "DESTROYED", "c": "DESTROYED"},
     ),
+    "renew": Case(_made("a"), "renew", {"vmid": 1001, "ttl": 7200}, states={"a": "RUNNING"}),
     "expire": Case(
         _made("a", "b", "ghost"),
         "expire",
@@ -345,9 +354,18 @@ CASES = {
 }
 
 
+# On PostgreSQL too: what a lease or a VM hangs on.
+ON_BOTH_ENGINES = ("create", "force", "renew", "expire")
+
+
 @pytest.fixture
-def rig(tmp_path: Path) -> Iterator[Rig]:
-    made = Rig(tmp_path)
+def engine() -> str:
+    return "sqlite"
+
+
+@pytest.fixture
+def rig(tmp_path: Path, engine: str) -> Iterator[Rig]:
+    made = Rig(tmp_path, engine=engine)
     made.foreign(BYSTANDER, name="bystander", running=True)
     yield made
     made.stop()
@@ -357,14 +375,15 @@ def try_case(
     rig: Rig,
     case: Case,
     number: int | None,
+    how: Any = "kill",
     fail: dict[str, Any] | None = None,
     mend: Callable[[], None] = lambda: None,
 ) -> tuple[dict[str, Any], list[str]]:
-    """Run the case once, killed at that point or failing (and mended afterwards), then again, and judge the end."""
+    """Run the case once, killed or failing at that point (and mended afterwards), then again, and judge the end."""
     rig.restore()
     if case.ready:
         case.ready(rig)
-    first = rig.do(case.op, kill=number, fail=fail, **case.args)
+    first = rig.do(case.op, kill=number, how=how, fail=fail, **case.args)
     mend()
     wrong = []
     if number is not None or fail:
@@ -388,7 +407,10 @@ def try_case(
     return first, wrong + rig.broken()
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("name", "engine"),
+    [*((name, "sqlite") for name in CASES), *((name, "postgresql") for name in ON_BOTH_ENGINES)],
+)
 def test_killed_anywhere_and_run_again(rig: Rig, name: str, record_property: Any) -> None:
     case = CASES[name]
     case.prepare(rig)
@@ -412,8 +434,8 @@ def test_killed_anywhere_and_run_again(rig: Rig, name: str, record_property: Any
                 f"{number}/{len(points)} {points[number - 1]} (after {points[max(0, number - 4) : number - 1]})"
             ] = wrong
     summary = (
-        f"{name}: {len(points)} points, {len(numbers)} tried, {killed} killed, {len(numbers) - len(failures)} passed, "
-        f"{time.monotonic() - began:.0f} s"
+        f"{name} on {rig.engine}: {len(points)} points, {len(numbers)} tried, {killed} killed, "
+        f"{len(numbers) - len(failures)} passed, {time.monotonic() - began:.0f} s"
     )
     record_property(
         "faults",
@@ -427,3 +449,56 @@ def test_killed_anywhere_and_run_again(rig: Rig, name: str, record_property: Any
     assert not failures, summary + "".join(
         f"\n{where}:\n    " + "\n    ".join(map(str, what)) for where, what in failures.items()
     )
+
+
+@pytest.mark.parametrize("how", ["connections cut", "answer lost", "server killed"])
+@pytest.mark.parametrize("engine", ["postgresql"])
+@pytest.mark.parametrize("name", ON_BOTH_ENGINES)
+def test_the_database_is_lost_around_each_commit(
+    tmp_path: Path, name: str, how: str, engine: str, record_property: Any
+) -> None:
+    """What was not committed is repeated or told, and what was committed is not repeated."""
+    require_postgresql()
+    own = PostgresServer().create() if how == "server killed" else server()
+    rig = Rig(tmp_path, engine=engine, address=own.uri())
+    rig.foreign(BYSTANDER, name="bystander", running=True)
+    try:
+        case = CASES[name]
+        case.prepare(rig)
+        rig.keep()
+        points = try_case(rig, case, None)[0]["result"]["points"]
+        label = "after commit" if how == "answer lost" else "before commit"
+        numbers = [number for number, point in enumerate(points, 1) if point == label]
+        assert numbers, points
+        known = len(numbers)
+        if how == "server killed":
+            # A restart takes a second: other commits each day.
+            numbers = random.Random(f"{SEED} {name}").sample(numbers, min(3, known))
+        loss = {
+            "answer lost": "lose",
+            "connections cut": own.command(
+                "psql", "-h", "127.0.0.1", "-p", str(own.port), "-U", own.user, "-c", CUT, rig.env["AGENTLAB_DATABASE"]
+            ),
+            "server killed": own.restart_command(),
+        }[how]
+        failures = {}
+        for number in numbers:
+            first, wrong = try_case(rig, case, number, loss)
+            # Several steps in one transaction are not repeated by the store; the next run goes on with them.
+            told = how != "answer lost" and "cannot be reached" in str(first["result"])
+            if not (first["result"] or {}).get("ok") and not told:
+                wrong.append(f"the operation neither went on nor said why: {first}")
+            if wrong:
+                failures[number] = wrong
+        record_property(
+            "faults",
+            (
+                f"{how}: {name}",
+                {"known": known, "cases": len(numbers), "met": len(numbers), "passed": len(numbers) - len(failures)},
+            ),
+        )
+        assert not failures, failures
+    finally:
+        rig.stop()
+        if own is not server():
+            own.destroy()

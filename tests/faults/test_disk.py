@@ -83,7 +83,7 @@ def lose(rig: Rig, kind: str, number: int, record_property: Any) -> None:
     assert not wrong, wrong
     points = dry["result"]["points"]
     at = 1 + int(part * len(points))
-    first, wrong = try_case(rig, case, None, {"kind": kind, "at": at}, lambda: free_disk(rig, kind))
+    first, wrong = try_case(rig, case, None, fail={"kind": kind, "at": at}, mend=lambda: free_disk(rig, kind))
     where = f"{kind} in {name} at {at}/{len(points)} {points[at - 1]}"
     result = first["result"]
     print(f"\n{where}: {result and (result.get('message') or result.get('outcomes') or result)}")

@@ -104,6 +104,16 @@ class PostgresServer:
     def stop(self, mode: str = "immediate") -> None:
         self.run("pg_ctl", "-D", str(self.data), "-w", "-t", "60", "-m", mode, "stop")
 
+    def command(self, program: str, *arguments: str) -> dict[str, Any]:
+        """Return a call of one of PostgreSQL's programs for another process: the command, and the user to run it."""
+        return {"run": [str(self._programs / program), *arguments], "user": self._account.get("user", os.geteuid())}
+
+    def restart_command(self) -> dict[str, Any]:
+        """Return the call that kills the server as a crash would, and starts it again."""
+        options = f"-p {self.port} -k {self.folder} -c listen_addresses=127.0.0.1"
+        arguments = ("-D", str(self.data), "-w", "-t", "60", "-m", "immediate", "-l", str(self.folder / "log"))
+        return self.command("pg_ctl", *arguments, "-o", options, "restart")
+
     def pid(self) -> int:
         return int((self.data / "postmaster.pid").read_text().split("\n")[0])
 
