@@ -1,10 +1,10 @@
 # Copyright: the agentlab.proxmox contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Group commit: writes of many threads share one transaction, whatever the engine.
+"""Group commit: writes of many threads share one transaction, on either engine.
 
-The thread that gets the writer's lock first commits for all that queued up meanwhile. A bulk run then pays for few disk
-syncs at full durability, and one refused write spoils no other.
+The thread that gets the writer's lock first commits every write queued by then. A bulk run so needs few disk syncs at
+full durability. A refused write rolls back only itself.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ T = TypeVar("T")
 
 
 class QueuedWrite:
-    """One write that waits for its commit, and its result."""
+    """One write that waits for its commit, and its result or error."""
 
     __slots__ = ("done", "error", "turn", "value", "work")
 
     def __init__(self, work: Callable[[Any], Any]) -> None:
         self.work = work
         self.done = False
-        # Set when it is done, or when it is for this one to commit what has queued up.
+        # Set when the write is done, or when its thread is the next to commit the queue.
         self.turn = threading.Event()
         self.value: Any = None
         self.error: BaseException | None = None
 
 
 class GroupCommit:
-    """The queue of writes. An engine says how a batch of them becomes one transaction."""
+    """The queue of writes. A subclass defines how an engine runs a batch in one transaction."""
 
     def __init__(self) -> None:
         self._queue: list[QueuedWrite] = []
@@ -40,7 +40,7 @@ class GroupCommit:
         self._writer_lock = threading.Lock()
 
     def run_batch(self, batch: list[QueuedWrite]) -> None:
-        """Run these writes in one transaction and set their values and errors; raise when nothing was written."""
+        """Run these writes in one transaction and set their values and errors. Raises when nothing was written."""
         raise NotImplementedError
 
     def interrupted(self) -> Exception:
@@ -48,7 +48,7 @@ class GroupCommit:
         raise NotImplementedError
 
     def enqueue(self, work: Callable[[Any], T]) -> T:
-        """Have ``work`` committed with what else waits; return its value or raise its error."""
+        """Commit ``work`` together with the other queued writes. Returns its value or raises its error."""
         job = QueuedWrite(work)
         with self._queue_lock:
             self._queue.append(job)
@@ -68,7 +68,7 @@ class GroupCommit:
         return value
 
     def _lead(self) -> None:
-        """Commit for all that have queued up, then let the next one do it for those that came meanwhile."""
+        """Commit all queued writes, then let the next waiting thread commit those that arrived meanwhile."""
         batch: list[QueuedWrite] = []
         try:
             with self._writer_lock:
@@ -87,7 +87,7 @@ class GroupCommit:
             self._queue[0].turn.set()
 
     def _withdraw(self, job: QueuedWrite) -> None:
-        """Interrupted while it waited: nobody may wait for it to commit for them."""
+        """Take an interrupted write out of the queue, so that no other thread waits for it to commit."""
         with self._queue_lock:
             if job in self._queue:
                 self._queue.remove(job)
@@ -98,7 +98,7 @@ class GroupCommit:
         try:
             self.run_batch(batch)
         except BaseException as error:
-            # Also when this thread is interrupted: the others must not take for written what was undone.
+            # Also when this thread is interrupted: the other threads must not take a rolled back write for written.
             told = error if isinstance(error, Exception) else self.interrupted()
             for job in batch:
                 job.error = job.error or told

@@ -1,7 +1,7 @@
 # Copyright: the agentlab.proxmox contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""What has been: the events of sandboxes, and how long those that are destroyed are kept."""
+"""Read the events of sandboxes, and apply the retention of destroyed records."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def events(
     tail: int | None = None,
     limit: int = 1000,
 ) -> list[dict[str, Any]]:
-    """Events of a sandbox (or of every sandbox a VMID has had, or of all), oldest first."""
+    """Return events, oldest first: of one sandbox, of every sandbox that a VMID has had, or of all sandboxes."""
     where, value = (
         ("sandbox_uuid = ?", uuid) if uuid is not None else ("vmid = ?", vmid) if vmid is not None else ("1 = ?", 1)
     )
@@ -43,7 +43,7 @@ def events(
 
 
 def owners(database: Engine) -> dict[str, str]:
-    """Return who created each live sandbox: UUID -> actor of its first event ``create``."""
+    """Return the creator of each live sandbox, as {UUID: actor of its first event ``create``}."""
     rows = database.read(
         "SELECT s.uuid, e.actor FROM sandboxes s JOIN events e ON e.id = "
         "(SELECT min(id) FROM events WHERE sandbox_uuid = s.uuid AND operation = 'create') WHERE s.state <> 'DESTROYED'"
@@ -52,7 +52,7 @@ def owners(database: Engine) -> dict[str, str]:
 
 
 def parse_json(row: Row, table: str, column: str, kind: type = dict) -> Any:
-    """Return what the column's JSON says; what is damaged is told as such, and hides no other event."""
+    """Return the parsed JSON of a column. For damaged JSON return {"damaged": text}, or [] where a list is expected."""
     try:
         value = json.loads(row[column])
     except (ValueError, TypeError):
@@ -72,7 +72,7 @@ def evidence(database: Engine, uuid: str, reasons: tuple[str, ...]) -> list[dict
 
 
 def forgettable(records: Records, older_than: int) -> int:
-    """How many records ``forget`` would remove."""
+    """Return how many records ``forget`` would remove. ``older_than`` is in seconds."""
     found: int = records.db.read(
         "SELECT count(*) FROM sandboxes WHERE state = 'DESTROYED' AND state_changed_at < ?",
         records.clock.now() - older_than,
@@ -81,8 +81,9 @@ def forgettable(records: Records, older_than: int) -> int:
 
 
 def forget(records: Records, older_than: int, most: int = 2**62) -> int:
-    """Retention: remove DESTROYED records (and their events) older than so many seconds, ``most`` at once; returns
-    how many.
+    """Remove DESTROYED records and their events that are older than ``older_than`` seconds, at most ``most`` records.
+
+    Returns how many records were removed.
     """
     limit = records.clock.now() - older_than
 

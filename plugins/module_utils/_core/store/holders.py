@@ -1,7 +1,10 @@
 # Copyright: the agentlab.proxmox contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Who holds a claim, and whether that process still lives. Lets the next run take over from a killed one at once."""
+"""Identify the holder of a claim, and tell whether its process still lives.
+
+This lets the next run take over from a killed process at once.
+"""
 
 from __future__ import annotations
 
@@ -22,28 +25,34 @@ def _read(path: str) -> str:
 
 
 def _started(pid: int) -> str:
-    # Field 22 of /proc/PID/stat; the command in field 2 may hold blanks and brackets.
+    # Field 22 of /proc/PID/stat is the start time. The command in field 2 may contain blanks and brackets.
     return _read(f"/proc/{pid}/stat").rpartition(")")[2].split()[19:20].__str__()
 
 
 @functools.lru_cache(1)
 def machine() -> str:
-    """Return a word that stays the same for this machine over boots, or an empty text; /etc/machine-id itself is
-    kept secret by systemd's advice.
+    """Return an id of this machine that survives reboots, or "" without one.
+
+    systemd advises to keep /etc/machine-id secret, so the id is derived from it.
     """
     number = _read("/etc/machine-id").strip()
     return hashlib.sha256(f"agentlab {number}".encode()).hexdigest()[:16] if number else ""
 
 
 def host() -> str:
-    """Return the name under which this host notes what is its own: two hosts may have the same name, and two
-    machines made from one image the same id.
+    """Return the name by which this host marks its own claims.
+
+    The name combines host name and machine id: two hosts may share a name, and two machines from one image may share an
+    id.
     """
     return f"{socket.gethostname()}/{machine()}"
 
 
 def identity() -> str:
-    """Return this process, told apart from any other before or after it, on this host or another (JSON)."""
+    """Return the identity of this process as JSON.
+
+    No other process has it, before or after, on this or another host.
+    """
     boot = _read("/proc/sys/kernel/random/boot_id").strip()
     try:
         namespace = os.readlink("/proc/self/ns/pid")
@@ -63,8 +72,10 @@ def identity() -> str:
 
 
 def is_over(process: str, expires_at: int, now: int, since_boot: float) -> bool:
-    """Whether a claim has run out: by the time since boot where it was written in this boot, so that no jump of the
-    clock ends or lengthens it.
+    """Return whether a claim has expired. ``expires_at`` and ``now`` are seconds since the epoch.
+
+    A claim of this boot is compared by the time since boot, so that a jump of the wall clock neither ends nor extends
+    it.
     """
     try:
         found = json.loads(process)
@@ -72,27 +83,27 @@ def is_over(process: str, expires_at: int, now: int, since_boot: float) -> bool:
             return float(found["until"]) <= since_boot
     except (ValueError, KeyError, TypeError):
         pass
-    # A text that somebody wrote there ends no claim; its holder's death does.
+    # The column may hold text that a person wrote there. Such a claim ends only with its holder.
     return isinstance(expires_at, int) and expires_at <= now
 
 
 def _of_an_earlier_boot(holder: dict[str, object], here: dict[str, object]) -> bool:
-    """Whether a holder with this host's name and another boot id is of this machine before its last boot, and not of
-    another machine of that name.
+    """Return whether a holder is from an earlier boot of this machine, and not from another machine of the same name.
 
-    The machine's id must be the same, and the claim must have been written before this boot: a machine made from the
-    same image may have both.
+    The machine id must be the same, and the claim must have been written before this boot. Both are needed, because
+    machines made from one image may share name and id.
     """
     if "machine" not in holder:
-        # Written by release 1.0.0, which compared the name alone.
+        # Release 1.0.0 stored no machine id and compared the name alone.
         return True
     booted = time.time() - time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
     return holder["machine"] == here["machine"] and float(str(holder.get("at", 0))) < booted
 
 
 def is_dead(process: str) -> bool:
-    """True only when it is certain; a process of another host, or of another container on this one, cannot be judged
-    and counts as alive.
+    """Return whether the process is dead for certain.
+
+    A process of another host, or of another container on this host, cannot be checked and counts as alive.
     """
     try:
         found = json.loads(process)
@@ -105,7 +116,7 @@ def is_dead(process: str) -> bool:
             return False
         pid = int(found["pid"])
         if not _read(f"/proc/{pid}/stat"):
-            # Unreadable is not dead: /proc may hide other users' processes.
+            # An unreadable file proves nothing: /proc may hide other users' processes.
             try:
                 os.kill(pid, 0)
             except ProcessLookupError:

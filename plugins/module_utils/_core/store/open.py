@@ -1,7 +1,7 @@
 # Copyright: the agentlab.proxmox contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Open the records that the configuration names, with the engine for their address."""
+"""Open the configured records with the engine for their address."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .rehearsal import Rehearsal
 def open_database(
     database: str, *, password: str | None = None, group_mode: bool = False, dry_run: bool = False
 ) -> Engine:
-    """Return the opened records; StoreError when they cannot be used."""
+    """Return the opened records. Raises StoreError when they cannot be used."""
     address = parse(database)
     if address.engine == POSTGRESQL:
         from .postgres.engine import PostgresDatabase

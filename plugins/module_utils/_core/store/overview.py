@@ -1,9 +1,9 @@
 # Copyright: the agentlab.proxmox contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""All live records at once: whose lease is over, how many there are, which changed.
+"""Read all live records at once: expired leases, counts, changes since an earlier read.
 
-For passes and metrics; work on one sandbox needs none of it.
+Passes and metrics use this. Work on a single sandbox does not.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from .records import LIVE, SELECT, Records, sound_sandbox
 
 
 def over(records: Records, now: int) -> list[Sandbox]:
-    """Live sandboxes whose lease is over."""
+    """Return the live sandboxes whose lease is over. ``now`` is in seconds since the epoch."""
     rows = records.db.read_as(
         sound_sandbox, f"{SELECT} WHERE {LIVE} AND lease_expires_at <= ? ORDER BY lease_expires_at", now
     )
@@ -23,18 +23,18 @@ def over(records: Records, now: int) -> list[Sandbox]:
 
 
 def next_lease_end(records: Records) -> int | None:
-    """When the next lease is over (it may be so already), or None; from the index of live leases."""
+    """Return when the next lease ends, in seconds since the epoch (possibly in the past); None without live leases."""
     names = states.OPERATIONS["expire"].allowed
     rows = records.db.read(
         f"SELECT min(lease_expires_at) FROM sandboxes WHERE {LIVE} AND state IN ({', '.join('?' * len(names))})", *names
     )
     end = rows[0][0]
-    # A text, which somebody wrote into the column, sorts behind every number.
+    # SQLite sorts text behind every number. Text can only be there if a person wrote it.
     return end if isinstance(end, int) else None
 
 
 def by_state(records: Records) -> dict[str, int]:
-    """How many records there are in each state, from the indexes alone."""
+    """Return the number of records in each state. Reads only indexes."""
     found = dict.fromkeys(states.STATES, 0)
     found.update(
         (row[0], row[1])
@@ -45,12 +45,12 @@ def by_state(records: Records) -> dict[str, int]:
 
 
 def generations(records: Records) -> dict[str, int]:
-    """UUID -> generation of each live sandbox: which of them were changed since they were read."""
+    """Return the generation of each live sandbox by UUID. A changed generation shows a write since an earlier read."""
     return dict(records.db.read_as(tuple, f"SELECT uuid, generation FROM sandboxes WHERE {LIVE}"))
 
 
 def drop_dead_claims(records: Records) -> None:
-    """Remove the claims of processes that are certainly dead; what they left in the journal stays."""
+    """Remove the claims of processes that are certainly dead. Their journal entries stay."""
     dead = [
         row
         for row in records.db.read("SELECT sandbox_uuid, fence, process FROM claims")

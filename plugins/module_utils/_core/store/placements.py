@@ -1,11 +1,10 @@
 # Copyright: the agentlab.proxmox contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""What new sandboxes take on their nodes before Proxmox VE's figures show it: reservations that controllers share.
+"""Keep reservations: the memory and disk of new sandboxes that Proxmox VE's figures do not show yet.
 
-A reservation stands beside its sandbox from the decision on. It counts in full while the creation is under way, and
-as a young sandbox afterwards. It counts no more when the sandbox failed or is gone, when the run that made it is dead,
-or when it is old.
+All controllers share them. A reservation exists from the decision on. It counts in full during the creation, and then
+as a young sandbox. It ends when the sandbox fails or is gone, when the run that made it is dead, or when it is old.
 """
 
 from __future__ import annotations
@@ -18,14 +17,14 @@ from ..placement import Load, Reservation
 from .port import Connection
 from .records import LIVE, Records
 
-# States in which the VM may take up its memory.
+# States in which the VM may still be taking up its memory.
 _RUNNING = (states.READY, states.RUNNING, states.COMPLETED)
-# So many VMIDs in one query; SQLite takes 999 variables at the least.
+# VMIDs in one query: SQLite guarantees only 999 variables.
 _CHUNK = 500
 
 
 def own(records: Records, vmids: Collection[int]) -> set[int]:
-    """Return those of the VMIDs that belong to live sandboxes of these records."""
+    """Return those VMIDs that belong to live sandboxes of these records."""
     wanted = sorted(vmids)
     found: set[int] = set()
     for first in range(0, len(wanted), _CHUNK):
@@ -41,7 +40,10 @@ def own(records: Records, vmids: Collection[int]) -> set[int]:
 def read_load(
     records: Records, settle: int, affinity: str | None = None, profile: str | None = None, tags: Iterable[str] = ()
 ) -> Load:
-    """Return what the records know of each node. ``settle`` in seconds; the rest chooses what anti-affinity counts."""
+    """Return what the records know about each node.
+
+    ``settle`` is in seconds. ``affinity``, ``profile`` and ``tags`` select the sandboxes that anti-affinity counts.
+    """
     return _load(records, records.db.read, settle, affinity, profile, frozenset(tags))
 
 
@@ -53,11 +55,11 @@ def reserve(
     tags: Iterable[str],
     decide: Callable[[Load], Reservation],
 ) -> Callable[[Connection], Callable[[Connection, str], None]]:
-    """Return what decides within the transaction of a new record: it takes the connection, and returns what then writes
-    the reservation, which takes the connection and the sandbox's UUID.
+    """Return a function that decides within the transaction of a new record.
 
-    An engine has one writer at a time. So the creations of all controllers decide one after the other, each with the
-    reservations of those before it.
+    It takes the connection, and returns the function that writes the reservation (given connection and sandbox UUID).
+    An engine has one writer at a time, so the creations of all controllers decide one after the other, and each
+    decision sees the reservations of the earlier ones.
     """
     wanted_tags = frozenset(tags)
 
@@ -96,7 +98,8 @@ def _load(
     now = records.clock.now()
 
     def ask(query: str, values: Sequence[Any]) -> list[Any]:
-        # Within a transaction another connection must not be asked: when only that one is lost, nothing is repeated.
+        # Read on the transaction's own connection. If only a second connection were lost, the transaction would not be
+        # retried.
         return list(read(query, *values))
 
     sandboxes = {

@@ -1,10 +1,10 @@
 # Copyright: the agentlab.proxmox contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""What an engine must offer: connections, transactions and the few places where dialects differ.
+"""Define what an engine must offer: connections, transactions, and the few differences between the dialects.
 
-All SQL of the records stands in this room once, in the common subset of the engines: ``?`` for a value, whole numbers
-and texts as column types, ``ON CONFLICT`` for upserts. An engine translates nothing but the placeholder.
+All SQL of the records is in this room, in the common subset of the engines: ``?`` for a value, whole numbers and text
+as column types, ``ON CONFLICT`` for upserts. An engine translates only the placeholder.
 """
 
 from __future__ import annotations
@@ -36,20 +36,20 @@ class Cursor(Protocol):
 
     @property
     def rowcount(self) -> int:
-        """How many rows the statement changed."""
+        """Return how many rows the statement changed."""
 
     def fetchone(self) -> Any:
         """Return the next row, or None."""
 
     def fetchall(self) -> list[Any]:
-        """Return the rows that are left."""
+        """Return the remaining rows."""
 
     def __iter__(self) -> Iterator[Any]:
-        """Iterate over the rows that are left."""
+        """Iterate over the remaining rows."""
 
 
 class Connection(Protocol):
-    """A connection inside a transaction: what the functions given to ``Engine.write`` work with."""
+    """A connection inside a transaction, as the functions given to ``Engine.write`` receive it."""
 
     def execute(self, sql: str, values: Sequence[Any] = (), /) -> Cursor:
         """Run one statement with its values."""
@@ -59,84 +59,87 @@ class Connection(Protocol):
 
 
 class Engine(Protocol):
-    """The records' database, opened. Every method may raise StoreError, whose message names the database."""
+    """The opened database of the records. Every method may raise StoreError, whose message names the database."""
 
     # The path or URI, without a password.
     path: str
     # "sqlite" or "postgresql", and the schema of the opened records.
     kind: str
-    # Since when a write waits for other processes to finish theirs (monotonic seconds), or None.
+    # Time since which a write has been waiting for other processes (monotonic seconds), or None.
     waits_since: float | None
-    # What a statement raises that breaks a unique index.
+    # Exceptions raised by a statement that violates a unique index.
     conflicts: tuple[type[Exception], ...]
-    # The name of this process in the table of heartbeats; None for an engine without heartbeats.
+    # The id of this process in the table of heartbeats; None on an engine without heartbeats.
     controller: str | None
-    # How often a connection was replaced, and a transaction repeated.
+    # Number of replaced connections, and of repeated transactions.
     reconnects: int
     retries: int
-    # How many claims this process took over from holders that had died.
+    # Number of claims that this process took over from dead holders.
     takeovers: int
 
     def clock(self, own: Clock) -> Clock:
-        """Return the clock that leases, ages and heartbeats are compared by: this host's own, or the server's."""
+        """Return the clock for leases, ages and heartbeats: this host's own, or the server's."""
 
     def wall_time(self) -> float:
-        """Return the wall time of that clock, with fractions of a second."""
+        """Return the wall time of that clock in seconds since the epoch, with fractions."""
 
     def clock_difference(self) -> float:
-        """Return the seconds by which this host's wall clock is ahead of the one that leases are compared by."""
+        """Return by how many seconds this host's wall clock is ahead of the clock for leases."""
 
     def read(self, sql: str, *values: Any) -> list[Any]:
-        """Return the rows of a query, outside any transaction of a writer."""
+        """Return the rows of a query, read outside any write transaction."""
 
     def read_as(self, make: Callable[[Any], T], sql: str, *values: Any) -> list[T]:
-        """Return what ``make`` makes of each row."""
+        """Return ``make(row)`` for each row."""
 
     def write(self, work: Callable[[Any], T], *, checked: bool = False) -> T:
-        """Run ``work`` in a transaction; return its value once that is durable. What it raises undoes its own writes.
+        """Run ``work`` in a transaction and return its value once that is durable. An exception rolls its writes back.
 
-        ``work`` may be called again after a conflict with another writer, so it changes nothing but the records.
-        ``checked``: it refuses, if at all, before its first write.
+        ``work`` may be called again after a conflict with another writer, so its only side effects are writes to the
+        records. ``checked``: ``work`` raises only before its first write, so it needs no savepoint.
         """
 
     def together(self) -> AbstractContextManager[None]:
         """Group all writes of this thread into one transaction. Report nothing as done until the block has ended."""
 
     def freeze(self) -> AbstractContextManager[None]:
-        """Keep every other writer out, for as long as it takes: for a copy of all records."""
+        """Keep all other writers out until the block ends, for a copy of all records."""
 
     def set_counters(self, conn: Any, counters: dict[str, int]) -> None:
-        """Let the next id of each table be greater than this number. Called in a transaction."""
+        """Make the next id of each table greater than the given number. Called within a transaction."""
 
     def is_abandoned(self, process: str, read: Callable[[str, Sequence[Any]], Sequence[Any]]) -> bool:
-        """Return whether the heartbeat of a claim's holder has ended. ``read`` runs a query in the caller's place."""
+        """Return whether the heartbeat of a claim's holder has stopped.
+
+        ``read`` runs a query on the caller's connection.
+        """
 
     def keep_alive(self) -> None:
-        """Begin the heartbeat of this process: from now on it holds claims."""
+        """Start the heartbeat of this process, because it holds claims from now on."""
 
     def write_later(self, sql: str, values: Sequence[Any]) -> None:
-        """Run a statement when the database answers again; an engine whose claims end with the process forgets it."""
+        """Run a statement once the database answers again. Engines whose claims end with the process do nothing."""
 
     def lead(self, job: str) -> bool:
-        """Return whether this process is the one that does ``job`` now. On one host there is no other."""
+        """Return whether this process is the one that does ``job`` now. Always True on an engine for a single host."""
 
     def replaced(self) -> str | None:
-        """Return the sentence for a database that is not the one that was opened, or None."""
+        """Return the error text if the opened database was replaced by another; else None."""
 
     def latest_event(self) -> int:
-        """Return the id of the newest event that these records ever had, 0 without one."""
+        """Return the id of the newest event that these records ever had; 0 without one."""
 
     def noted_event(self) -> int | None:
-        """Return the newest event that this host noted beside the records; None where it keeps no such note."""
+        """Return the newest event id noted beside the records on this host; None on an engine without such a note."""
 
     def note_event(self, event: int) -> None:
-        """Note the newest event beside the records, where this host keeps such a note."""
+        """Write the newest event id beside the records, on an engine with such a note."""
 
     def limit_cache(self, kib: int) -> None:
-        """Let each connection keep at most so many KiB, for a process that lives long."""
+        """Limit the page cache of each connection to ``kib`` KiB, for a long-lived process."""
 
     def integrity(self) -> str:
-        """Return ``ok``, or what the engine's own check found."""
+        """Return ``ok``, or the result of the engine's own check."""
 
     def close(self) -> None:
         """Close the connections."""

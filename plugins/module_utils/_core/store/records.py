@@ -1,10 +1,10 @@
 # Copyright: the agentlab.proxmox contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""The records: sandboxes, their events, the claims on them and the journal of what is under way.
+"""Read and write the records: sandboxes, their events, claims, and the journal of unfinished operations.
 
-Every change of state is a compare-and-set on state and generation, in the same transaction as its event. Every write of
-an operation is fenced by its claim: a run that lost its claim cannot write any more.
+Every state change is a compare-and-set on state and generation, in the same transaction as its event. Every write of an
+operation is fenced by its claim: a run that has lost its claim cannot write.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ from .port import Connection, Engine, Row
 
 T = TypeVar("T")
 
-# At the least; every journal entry extends a claim. Between two of them lie at most six waits (a creation: resize,
-# three tries to start, the HA manager, the guest agent), and some requests.
+# Minimum life of a claim; every journal entry extends it. Between two entries an operation makes at most six waits (a
+# creation: resize, three attempts to start, the HA manager, the guest agent) and some requests.
 CLAIM_SECONDS = 3600
 _WAITS = 8
-# Digits of the largest number that SQLite counts to.
+# Digits of the largest integer in SQLite.
 _LONGEST_FENCE = len(str(2**63 - 1))
-# Phases of a destroy after which the VM may already be gone.
+# Phases of a destroy in which the VM may already be deleted.
 POINT_OF_NO_RETURN = ("deleting", "waiting")
-# The phase of a creation that ended waiting, and that its next run goes on with.
+# The phase of a creation that ended while waiting; the next run resumes it.
 AWAITED = "awaited"
-# From the first of these on it is too late to protect a sandbox; a destroy that was cut off in it is still judged anew
-# by the rules.
+# From the first of these phases on, protecting the sandbox is too late. An interrupted destroy in that phase is still
+# checked against the rules again.
 _TOO_LATE_TO_PROTECT = ("detaching", *POINT_OF_NO_RETURN)
 LIVE = "state <> 'DESTROYED'"
 SELECT = f"SELECT {', '.join(COLUMNS)} FROM sandboxes"
-# Notes in the table meta, and what raises ValueError, TypeError or KeyError for one that is damaged.
+# Keys of the table meta. The function raises ValueError, TypeError or KeyError for a damaged value.
 _NOTES: dict[str, Callable[[str], object]] = {
     "clock": lambda text: float(json.loads(text)["offset"]),
     "cleanup_frozen": lambda text: json.loads(text)["reason"],
@@ -50,7 +50,7 @@ _NOTES: dict[str, Callable[[str], object]] = {
     "cluster": lambda text: json.loads(text)["authority"],
     "last_vmid": int,
 }
-# What a journal entry's detail holds that is worked with, and of which type; an entry without the key is sound.
+# Keys of a journal entry's detail that the code relies on, with their types. A missing key is valid.
 _DETAIL_KINDS: dict[str, tuple[type, str]] = {
     "upid": (str, "a text"),
     "phase": (str, "a text"),
@@ -61,27 +61,28 @@ _DETAIL_KINDS: dict[str, tuple[type, str]] = {
     "create": (dict, "an object"),
 }
 DATABASE_ID = re.compile(r"[0-9a-f]{32}")
-# Claims (sandbox, fence) that this process was done with and could not give back: nobody here waits for them.
+# Claims (sandbox, fence) that this process has finished with but could not release. Its own threads do not wait for
+# them.
 _unreturned: set[tuple[str, int]] = set()
-# Per thread, the claims that it holds on records with heartbeats: they are confirmed before each change in Proxmox.
+# The claims that a thread holds on records with heartbeats. They are confirmed before each change in Proxmox.
 _held = threading.local()
 
 
 @dataclass(slots=True)
 class Claim:
-    """The right to work on one sandbox. ``interrupted`` is the journal entry a killed run left behind, if any."""
+    """The right to work on one sandbox. ``interrupted`` is the journal entry that a killed run left, if any."""
 
     uuid: str
     fence: int
     operation: str
     interrupted: JournalEntry | None = None
-    # Whether its holder before had died.
+    # True when the claim was taken from a dead holder.
     taken_over: bool = False
 
 
 @dataclass(slots=True)
 class JournalEntry:
-    """A journal entry: what is under way on a sandbox, and how far it has come."""
+    """A journal entry: the unfinished operation on a sandbox, and its phase."""
 
     sandbox_uuid: str
     kind: str
@@ -93,7 +94,7 @@ class JournalEntry:
 
     @classmethod
     def from_row(cls, row: Row) -> JournalEntry:
-        """Return the entry of a row of the table operations; DamagedRecord names a value that cannot be one."""
+        """Return the entry in a row of the table operations. Raises DamagedRecord, which names an invalid value."""
         try:
             detail = json.loads(row["detail"])
         except (ValueError, TypeError):
@@ -111,7 +112,7 @@ class JournalEntry:
 
 
 def _wrong_detail(detail: dict[str, Any]) -> str | None:
-    """Return what a journal entry's detail would have to be, or None for one that is sound."""
+    """Return what is wrong with a journal entry's detail, or None for a valid one."""
     for name, (kind, valid) in _DETAIL_KINDS.items():
         if name in detail and (detail[name] is not None or kind is int) and not isinstance(detail[name], kind):
             return f"a JSON object whose {name} is {valid}"
@@ -119,9 +120,9 @@ def _wrong_detail(detail: dict[str, Any]) -> str | None:
 
 
 def sound_sandbox(row: Row) -> Sandbox | None:
-    """Return the record of a row, or None for a damaged one.
+    """Return the record in a row, or None for a damaged one.
 
-    A list goes on with the other rows; ``Records.damage`` names the damaged ones.
+    Lists skip damaged rows; ``Records.damage`` names them.
     """
     try:
         return Sandbox.from_row(row)
@@ -130,7 +131,7 @@ def sound_sandbox(row: Row) -> Sandbox | None:
 
 
 def sound_operations(rows: Iterable[Row]) -> list[JournalEntry]:
-    """Return the journal entries of these rows, without the damaged ones."""
+    """Return the journal entries in these rows, without damaged ones."""
     entries = []
     for row in rows:
         try:
@@ -141,7 +142,7 @@ def sound_operations(rows: Iterable[Row]) -> list[JournalEntry]:
 
 
 def _json(value: list[Any] | dict[str, Any]) -> str:
-    """Most are empty, and a bulk run writes thousands."""
+    """Return the value as JSON. Empty values take a short cut, because a bulk run writes thousands of them."""
     return json.dumps(value) if value else "{}" if isinstance(value, dict) else "[]"
 
 
@@ -154,7 +155,7 @@ def _update(names: tuple[str, ...]) -> str:
 
 
 class Records:
-    """Reads and writes of records on one database."""
+    """Read and write the records in one database."""
 
     def __init__(
         self,
@@ -190,7 +191,7 @@ class Records:
         return Sandbox.from_row(rows[0]) if rows else None
 
     def last_by_vmid(self, vmid: int) -> Sandbox | None:
-        """The live record of that VMID, or else the newest destroyed one."""
+        """Return the live record with that VMID, else the newest destroyed one, else None."""
         live = self.live_by_vmid(vmid)
         if live:
             return live
@@ -210,7 +211,9 @@ class Records:
         return Sandbox.from_row(rows[0]) if rows else None
 
     def find_all(self, wanted: Iterable[str] | None = None, *, include_destroyed: bool = False) -> list[Sandbox]:
-        """Sandboxes in the order of their VMIDs; the live ones unless asked otherwise."""
+        """Return sandboxes in the order of their VMIDs, in the states ``wanted`` (None: all); live ones unless told
+        otherwise.
+        """
         names = list(wanted) if wanted is not None else None
         where, values = ("1 = 1", []) if include_destroyed else (LIVE, [])
         if names is not None:
@@ -222,7 +225,7 @@ class Records:
         return [sandbox for sandbox in rows if sandbox is not None]
 
     def damage(self) -> list[DamagedRecord]:
-        """Return what is damaged in live records, in the journal and in the notes about all of them."""
+        """Return the damage in live records, in the journal and in the table meta."""
         errors: list[DamagedRecord] = []
         for make, query in (
             (Sandbox.from_row, f"{SELECT} WHERE {LIVE}"),
@@ -249,23 +252,23 @@ class Records:
         return errors
 
     def unfinished(self) -> tuple[list[JournalEntry], list[JournalEntry]]:
-        """The journal: what is under way, and what was interrupted."""
+        """Return the journal as (operations under way, interrupted operations)."""
         stale = {one.sandbox_uuid: one for one in self.interrupted()}
         rows = self.db.read("SELECT * FROM operations ORDER BY id")
         return sound_operations(row for row in rows if row["sandbox_uuid"] not in stale), list(stale.values())
 
     def under_way(self, uuid: str) -> JournalEntry | None:
-        """The journal entry of a sandbox, if an operation on it is unfinished."""
+        """Return the journal entry of a sandbox's unfinished operation, or None."""
         rows = self.db.read("SELECT * FROM operations WHERE sandbox_uuid = ?", uuid)
         return JournalEntry.from_row(rows[0]) if rows else None
 
     def is_worked_on(self, uuid: str) -> bool:
-        """Return whether a sandbox has a journal entry or a claim, alive or not."""
+        """Return whether a sandbox has a journal entry or a claim, whether its holder lives or not."""
         query = "SELECT 1 FROM operations WHERE sandbox_uuid = ? UNION SELECT 1 FROM claims WHERE sandbox_uuid = ?"
         return bool(self.db.read(query, uuid, uuid))
 
     def interrupted(self) -> list[JournalEntry]:
-        """Journal entries whose run is dead or whose claim is gone: what the next run has to finish."""
+        """Return the journal entries whose run is dead or has lost its claim. The next run has to finish them."""
         rows = self.db.read(
             "SELECT o.*, c.fence, c.process, c.expires_at FROM operations o "
             "LEFT JOIN claims c USING (sandbox_uuid) ORDER BY o.id"
@@ -273,7 +276,7 @@ class Records:
         return sound_operations(row for row in rows if row["process"] is None or self._given_up(row))
 
     def interrupted_sandboxes(self) -> list[tuple[JournalEntry, Sandbox]]:
-        """Return what the next run has to finish, with its sandbox; ``damage`` names those whose row is not sound."""
+        """Return each interrupted operation with its sandbox. ``damage`` names the sandboxes with a damaged row."""
         pairs = []
         for entry in self.interrupted():
             with contextlib.suppress(DamagedRecord, NotFound):
@@ -286,7 +289,7 @@ class Records:
     def _given_up(self, claim: Row, read: Callable[[str, Sequence[Any]], list[Any]] | None = None) -> bool:
         """Return whether the holder of a claim is gone.
 
-        ``read`` asks inside a transaction; without it any connection is used.
+        ``read`` runs the query inside a transaction; without it any connection is used.
         """
         return (
             (claim["sandbox_uuid"], claim["fence"]) in _unreturned
@@ -296,7 +299,7 @@ class Records:
         )
 
     def _claim_holder(self) -> str:
-        """Return which process holds a claim, when it said so, and until when by the time since boot (JSON)."""
+        """Return the holder of a claim as JSON: the process, the time, and the end by the time since boot."""
         until = float(self.clock.since_boot() + self.claim_seconds)
         return f'{self._process[:-1]}, "at": {self.clock.now()}, "until": {until!r}}}'
 
@@ -305,7 +308,7 @@ class Records:
         return rows[0]["value"] if rows else None
 
     def database_id(self) -> str | None:
-        """Return the name of these records in the marker of their VMs (32 hexadecimal digits); None if it was lost."""
+        """Return the id of these records in the marker of their VMs (32 hexadecimal digits); None if it was lost."""
         value = self.meta("database_id")
         return value if isinstance(value, str) and DATABASE_ID.fullmatch(value) else None
 
@@ -321,7 +324,7 @@ class Records:
 
         self.db.write(work)
 
-    # ---- a new record ----
+    # ---- new records ----
 
     def reserve(
         self,
@@ -333,12 +336,11 @@ class Records:
         journal: dict[str, Any],
         place: Callable[[Connection], Callable[[Connection, str], None]] | None = None,
     ) -> Claim:
-        """Write a REQUESTED record under a VMID that no live record has.
+        """Write a REQUESTED record under a VMID that no live record has, and return its claim.
 
-        Its claim and its journal entry are written in the same transaction.
-        ``place(connection)`` sets the node of the sandbox, and returns what writes the reservation on that node.
-        Without ``vmid`` the range is walked on from the last one given out, so that a freed VMID is not the next one
-        taken.
+        Claim and journal entry are written in the same transaction. ``place(connection)`` sets the sandbox's node and
+        returns the function that writes the reservation on that node. Without ``vmid`` the search starts after the VMID
+        given out last, so that a freed VMID is not reused at once.
         """
         self._refuse_new()
 
@@ -371,7 +373,7 @@ class Records:
         return self._hold(self.db.write(work))
 
     def _insert_free(self, conn: Connection, sandbox: Sandbox, vmid_range: tuple[int, int], occupied: set[int]) -> None:
-        """Insert the record under the next free VMID after the one that was given out last."""
+        """Insert the record under the next free VMID after the one given out last."""
         first, last = vmid_range
         row = conn.execute("SELECT value FROM meta WHERE key = 'last_vmid'").fetchone()
         last_vmid = int(row["value"]) if row and str(row["value"]).isdecimal() else 0
@@ -394,7 +396,7 @@ class Records:
         )
 
     def _insert(self, conn: Connection, sandbox: Sandbox) -> bool:
-        """Insert a record; False when the unique index says that a live record has its VMID."""
+        """Insert a record. Returns False when the unique index reports that a live record has its VMID."""
         values = [json.dumps(sandbox.tags) if name == "tags" else getattr(sandbox, name) for name in COLUMNS]
         conn.execute("SAVEPOINT reserved_vmid")
         try:
@@ -409,7 +411,7 @@ class Records:
         return True
 
     def renumber(self, claim: Claim, sandbox: Sandbox, *, vmid_range: tuple[int, int], occupied: set[int]) -> None:
-        """Give a REQUESTED record another VMID of the range: Proxmox said that the first is occupied."""
+        """Give a REQUESTED record another VMID of the range, because Proxmox reported the first one as occupied."""
 
         def work(conn: Connection) -> int:
             taken = {row["vmid"] for row in conn.execute(f"SELECT vmid FROM sandboxes WHERE {LIVE}")}
@@ -441,7 +443,10 @@ class Records:
     # ---- claims ----
 
     def claim(self, uuid: str, operation: str, *, wait: float = 0) -> Claim:
-        """Take the claim on a sandbox; waits up to ``wait`` seconds for another run, then says who holds it (Busy)."""
+        """Take the claim on a sandbox.
+
+        Raises Busy, which names the holder, after waiting ``wait`` seconds for another run.
+        """
         deadline = self.clock.monotonic() + wait
         pause = 0.05
         while True:
@@ -456,7 +461,7 @@ class Records:
                 pause = min(pause * 1.5, 1.0)
 
     def _hold(self, claim: Claim) -> Claim:
-        """Remember a claim that was taken, where it lives by a heartbeat; count those that were taken over."""
+        """Remember a claim that depends on heartbeats, and count it if it was taken over."""
         if claim.taken_over:
             self.db.takeovers += 1
         if self.db.controller is not None:
@@ -465,11 +470,11 @@ class Records:
         return claim
 
     def confirm_claims(self) -> None:
-        """Raise ClaimLost when a claim of this thread is another's by now, StoreError when that cannot be asked.
+        """Raise ClaimLost when another run has taken a claim of this thread, and StoreError when the records do not
+        answer.
 
-        Called directly before a request that changes Proxmox. A process that was paused may come back after its claim
-        was
-        taken over. Where claims live by their process alone (SQLite), nothing is asked.
+        Called directly before each request that changes Proxmox, because a paused process may resume after its claim
+        was taken over. On SQLite a claim ends only with its process, so nothing is read.
         """
         if self.db.controller is None:
             return
@@ -498,11 +503,11 @@ class Records:
                 holder=row["holder"],
                 operation=row["operation"],
             )
-        # Never below the time in milliseconds: a database restored from a backup hands out no fence that somebody may
-        # still hold.
+        # A fence is never below the time in milliseconds. So a database restored from a backup gives out no fence that
+        # a process may still hold.
         last = conn.execute("SELECT value FROM meta WHERE key = 'fence'").fetchone()["value"]
         fence = now * 1000
-        # A damaged note beyond what SQLite counts to is left out of account.
+        # Ignore a damaged value that exceeds SQLite's integers.
         if str(last).isdecimal() and len(str(last)) < _LONGEST_FENCE:
             fence = max(int(last) + 1, fence)
         conn.execute("UPDATE meta SET value = ? WHERE key = 'fence'", (str(fence),))
@@ -518,10 +523,11 @@ class Records:
         return Claim(uuid, fence, operation, JournalEntry.from_row(left) if left else None, taken_over)
 
     def fenced(self, claim: Claim, work: Callable[[Connection], T], *, finish: bool = False) -> T:
-        """Run a write only while the claim is still ours, and extend it; ``finish``: end it, if the write is done."""
+        """Run a write only while the claim is ours, and extend the claim. ``finish``: release it with the write."""
 
         def inner(conn: Connection) -> T:
-            # The claim is read first and written last: what is refused here or by the work has written nothing yet.
+            # Check the claim first and extend it last. A refusal, here or in ``work``, so happens before the first
+            # write.
             if not conn.execute(
                 "SELECT 1 FROM claims WHERE sandbox_uuid = ? AND fence = ?", (claim.uuid, claim.fence)
             ).fetchone():
@@ -545,9 +551,9 @@ class Records:
         return value
 
     def release(self, claim: Claim) -> None:
-        """Give the claim back; the journal entry stays if the operation is not finished.
+        """Release the claim. The journal entry of an unfinished operation stays.
 
-        On a full disk nothing is written: other processes take the claim over when this process has ended.
+        On a full disk the claim stays in the database. Other processes take it over once this process has ended.
         """
         query, values = "DELETE FROM claims WHERE sandbox_uuid = ? AND fence = ?", (claim.uuid, claim.fence)
         vars(_held).get("claims", {}).pop(claim.fence, None)
@@ -572,9 +578,9 @@ class Records:
     def journal(
         self, claim: Claim, kind: str, phase: str, detail: dict[str, Any], *, unprotected: bool = False
     ) -> None:
-        """Write the phase that is about to begin into the journal, before its first request.
+        """Write the next phase to the journal, before the first request of that phase.
 
-        ``unprotected``: raise Kept when the sandbox was protected meanwhile.
+        ``unprotected``: raise Kept when the sandbox has been protected meanwhile.
         """
 
         def work(conn: Connection) -> None:
@@ -591,14 +597,14 @@ class Records:
         self.fenced(claim, work)
 
     def drop_journal(self, claim: Claim) -> None:
-        """Remove the journal entry of a sandbox: what it announced is over."""
+        """Remove the journal entry of a sandbox, because its operation has ended."""
         query = "DELETE FROM operations WHERE sandbox_uuid = ?"
         self.fenced(claim, lambda conn: conn.execute(query, (claim.uuid,)) and None)
 
     # ---- changes ----
 
     def _set(self, conn: Connection, sandbox: Sandbox, values: dict[str, Any]) -> Sandbox:
-        """Compare-and-set of some columns on state and generation; the record as it is now."""
+        """Set columns by compare-and-set on state and generation, and return the new record. Raises RecordChanged."""
         new = {**values, "updated_at": self.clock.now()}
         row = {**new, "tags": json.dumps(new["tags"])} if "tags" in new else new
         done = conn.execute(_update(tuple(row)), (*row.values(), sandbox.uuid, sandbox.state, sandbox.generation))
@@ -609,8 +615,7 @@ class Records:
                 f"{found['state'] if found else 'gone'}); run again",
                 vmid=sandbox.vmid,
             )
-        # Whatever writes to a record raises its generation. That was still the one that was read, so the other columns
-        # were too.
+        # Every write raises the generation. The generation was unchanged, so all other columns were unchanged too.
         return sandbox.written(new)
 
     def _state(self, conn: Connection, sandbox: Sandbox) -> str:
@@ -667,12 +672,10 @@ class Records:
         journal: tuple[str, dict[str, Any]] | None = None,
         **values: Any,
     ) -> Sandbox:
-        """Write one fenced step of an operation, a transition or new column values or both, with its event.
+        """Write one fenced step of an operation (a transition, new column values, or both) with its event.
 
-        Return the new record.
-
-        ``finish`` removes the journal entry and the claim in the same transaction; ``journal`` is the next phase to
-        note in it.
+        Returns the new record. ``finish`` removes journal entry and claim in the same transaction. ``journal`` is the
+        next phase and its detail, written in the same transaction.
         """
         target = to or sandbox.state
         if to is not None and to != sandbox.state and not states.can_follow(sandbox.state, to):
@@ -688,7 +691,8 @@ class Records:
             if new:
                 after = self._set(conn, sandbox, new)
             else:
-                # Nothing is set, so nothing was compared: the lease may have run out since the record was read.
+                # No column was set, so nothing was compared. Read again: the lease may have expired since the record
+                # was read.
                 before = after = Sandbox.from_row(conn.execute(f"{SELECT} WHERE uuid = ?", (sandbox.uuid,)).fetchone())
             self._event(
                 conn,
@@ -720,32 +724,31 @@ class Records:
         over: bool = False,
         evidence: dict[str, Any] | None = None,
     ) -> Sandbox:
-        """Renew the lease by one conditional UPDATE.
+        """Renew the lease by one conditional UPDATE, and return the new record.
 
-        Its conditions: the state is RUNNING, the lease is not over, the generation is unchanged, no destroy is under
-        way.
+        The conditions: the state is RUNNING, the lease is not over, the generation is unchanged, no destroy is under
+        way. Raises RecordChanged when another write came first. docs/safety.md, way 11, describes the accident that
+        this prevents.
 
-        Raises RecordChanged when another write came first. docs/safety.md, way 11, tells which accident this prevents.
-
-        ``keepalive`` is the expiry pass itself, which renews what is over instead of expiring it; ``over``: leases
-        rest, and it is known to be over.
+        ``expires_at`` and ``now`` are seconds since the epoch. ``keepalive``: the expiry pass renews an expired lease.
+        ``over``: leases are held after a restore, and the caller knows that this one has expired.
         """
         began = self.clock.monotonic()
-        # A caller whose ``now`` is another clock's is taken at its word; a second of difference is rounding.
+        # The caller's ``now`` may come from another clock. Keep that difference; a second is rounding.
         apart = now - self.clock.now()
         apart = apart if abs(apart) > 1 else 0
 
         def work(conn: Connection) -> Sandbox:
-            # Waiting for the writer's lock may have taken this past the end of the lease. The clock is read here: the
-            # second in which this began and the seconds of waiting, each rounded down, would add up to a second too
-            # little. (It may be set back meanwhile.)
+            # Waiting for the writer's lock may have taken us past the end of the lease, so read the clock again here.
+            # The sum of the start time and the waiting time, each rounded down, could be a second too small. The larger
+            # of both counts, because the clock may have been set back meanwhile.
             latest = (
                 -1 if keepalive or over else max(self.clock.now() + apart, now + int(self.clock.monotonic() - began))
             )
             done = conn.execute(
                 "UPDATE sandboxes SET lease_expires_at = ?, updated_at = ?, generation = generation + 1 "
                 "WHERE uuid = ? AND state = 'RUNNING' AND lease_expires_at > ? AND generation = ? "
-                # A destroy under way wins: a renewal is never a success on a dying VM.
+                # A destroy under way wins: a renewal must not succeed on a dying VM.
                 "AND NOT EXISTS (SELECT 1 FROM operations WHERE sandbox_uuid = uuid AND kind = 'destroy')",
                 (expires_at, now, sandbox.uuid, latest, sandbox.generation),
             )
@@ -753,7 +756,7 @@ class Records:
                 raise RecordChanged(
                     f"sandbox {sandbox.vmid} was changed or expired while its lease was renewed", vmid=sandbox.vmid
                 )
-            # A workspace is the sandbox's as long as its lease, unless it was given for another time.
+            # A workspace belongs to the sandbox for as long as the lease, unless its own end was given.
             conn.execute(
                 "UPDATE workspaces SET lease_expires_at = ?, updated_at = ? "
                 "WHERE sandbox_uuid = ? AND lease_expires_at = ?",
@@ -773,12 +776,10 @@ class Records:
         return self.db.write(work, checked=True)
 
     def expire(self, sandbox: Sandbox, now: int) -> Sandbox:
-        """Set TIMEOUT, only while the lease is over and nothing has changed: the other side of the race with ``renew``.
+        """Set TIMEOUT if the lease is over and the record unchanged: the other side of the race with ``renew``.
 
-        Raise RecordChanged when the renewal won.
-
-        Needs no claim, so that a busy sandbox expires on time; a creation or a stop under way meets the new state at
-        its next step.
+        Returns the new record. Raises RecordChanged when the renewal won. Needs no claim, so that a busy sandbox
+        expires on time; a creation or stop under way notices the new state at its next step.
         """
 
         def work(conn: Connection) -> Sandbox:
@@ -803,10 +804,12 @@ class Records:
         return self.db.write(work, checked=True)
 
     def amend(self, sandbox: Sandbox, operation: str, **values: Any) -> Sandbox:
-        """Change columns that concern no VM (protected, keepalive, absent_seen_at) with an event; needs no claim.
+        """Change columns that do not concern the VM (protected, keepalive, absent_seen_at), with an event.
 
-        Kept (busy) when it is to be protected and its delete is already decided: the other side of the check in
-        ``journal``.
+        Needs no claim.
+
+        Raises Kept (busy) when the sandbox is to be protected but its delete is already decided. ``journal`` has the
+        other side of this check.
         """
 
         def work(conn: Connection) -> Sandbox:
@@ -825,9 +828,9 @@ class Records:
         return self.db.write(work, checked=True)
 
     def confirm_address(self, sandbox: Sandbox) -> Sandbox:
-        """Note that the guest agent named the recorded address again; return the record.
+        """Store that the guest agent reported the recorded address again, and return the record.
 
-        There is no event and no new generation, because nothing changed for any other run.
+        Writes no event and no new generation, because nothing changed for other runs.
         """
         query = "UPDATE sandboxes SET ip_seen_at = ? WHERE uuid = ? AND ip = ?"
         values = (self.clock.now(), sandbox.uuid, sandbox.ip)
@@ -844,7 +847,7 @@ class Records:
         evidence: dict[str, Any] | None = None,
         upids: Iterable[str] = (),
     ) -> None:
-        """An event without a change: something was looked at, refused or left alone."""
+        """Write an event without a change: an object was looked at, refused or left alone."""
 
         def work(conn: Connection) -> None:
             self.write_event(conn, sandbox, operation, outcome=outcome, reason=reason, evidence=evidence, upids=upids)
@@ -852,6 +855,6 @@ class Records:
         self.db.write(work, checked=True)
 
     def write_event(self, conn: Connection, sandbox: Sandbox, operation: str, **values: Any) -> None:
-        """Write an event that changes no state, within a transaction of the caller's; ``values`` as in ``note``."""
+        """Write an event without a state change, in the caller's transaction; ``values`` as in ``note``."""
         state = self._state(conn, sandbox)
         self._event(conn, sandbox, state, state, operation, **values)

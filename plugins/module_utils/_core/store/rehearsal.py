@@ -1,7 +1,10 @@
 # Copyright: the agentlab.proxmox contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Dry runs: read what another engine reads, and undo at once what is written. Costs no copy of the records."""
+"""Dry runs on the connections of another engine: read as usual, and roll each write back at once.
+
+This needs no copy of the records.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ T = TypeVar("T")
 
 
 class Rehearsal:
-    """An engine for check mode, on the connections of another. ``owner``: closes the other one, too."""
+    """An engine for check mode on another engine's connections. ``owner``: close that engine as well."""
 
     waits_since: float | None = None
     reconnects = 0
@@ -47,7 +50,10 @@ class Rehearsal:
         return self._database.read_as(make, sql, *values)
 
     def write(self, work: Callable[[Any], T], *, checked: bool = False) -> T:
-        """Run ``work`` and return its value; its savepoint is rolled back (so it needs one, also when ``checked``)."""
+        """Run ``work``, roll its savepoint back, and return its value.
+
+        The savepoint is needed even when ``checked``.
+        """
 
         def undone(conn: Any) -> None:
             raise _Undone(work(conn))
@@ -73,10 +79,10 @@ class Rehearsal:
         return self._database.is_abandoned(process, read)
 
     def keep_alive(self) -> None:
-        """A dry run holds no claim."""
+        """Do nothing: a dry run holds no claim."""
 
     def write_later(self, sql: str, values: Sequence[Any]) -> None:
-        """A dry run writes nothing."""
+        """Do nothing: a dry run writes nothing."""
 
     def lead(self, job: str) -> bool:
         return self._database.lead(job)
@@ -91,10 +97,10 @@ class Rehearsal:
         return self._database.noted_event()
 
     def note_event(self, event: int) -> None:
-        """A dry run writes nothing."""
+        """Do nothing: a dry run writes nothing."""
 
     def limit_cache(self, kib: int) -> None:
-        """The connections belong to the other engine."""
+        """Do nothing: the connections belong to the other engine."""
 
     def integrity(self) -> str:
         return self._database.integrity()

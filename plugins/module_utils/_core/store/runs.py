@@ -1,7 +1,7 @@
 # Copyright: the agentlab.proxmox contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""The journal of commands that were run in sandboxes: written before the command is sent, closed with its event."""
+"""The journal of commands in sandboxes. A run is written before its command is sent, and closed with its event."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from ..model import Sandbox
 from .port import Connection, Row
 from .records import Records
 
-# The command may have begun; nothing is known beyond that.
+# The command may have started; nothing more is known.
 SENT = "sent"
 RUNNING = "running"
 ENDED = "ended"
-# The command was certainly not begun.
+# The command certainly did not start.
 REFUSED = "refused"
-# The command began, and what became of it can no longer be known.
+# The command started, and its result can no longer be known.
 LOST = "lost"
 STATES = (SENT, RUNNING, ENDED, REFUSED, LOST)
 _SELECT = (
     "SELECT id, sandbox_uuid, state, fingerprint, program, actor, detached, acked, started_at, updated_at, detail "
     "FROM runs"
 )
-# Results whose end in the guest is told with the next request.
+# Number of results whose deletion in the guest is requested along with the next request.
 _MOST_ACKS = 40
 
 
 @dataclass(slots=True)
 class Run:
-    """One command. Times are whole seconds since the epoch; ``detail`` has what is known of its end."""
+    """One command. Times are whole seconds since the epoch. ``detail`` holds what is known of the end."""
 
     id: str
     sandbox_uuid: str
@@ -46,7 +46,7 @@ class Run:
     started_at: int
     updated_at: int
     detail: dict[str, Any] = field(default_factory=dict)
-    # Whether this call wrote the row, so that no earlier request can have begun the command.
+    # True when this call wrote the row. Then no earlier request can have started the command.
     is_new: bool = False
 
 
@@ -67,10 +67,9 @@ def _run(row: Row) -> Run:
 def begin(
     records: Records, sandbox: Sandbox, run_id: str, *, fingerprint: str, program: str, detached: bool
 ) -> tuple[Run, list[str]]:
-    """Write a run down before it is sent; return it, and the ids of results that the guest may forget.
+    """Write a run to the journal before it is sent. Returns it, and the ids of results that the guest may delete.
 
-    A run of that id which is known already is returned as it is. InvalidInput when it belongs to another sandbox or
-    is another command.
+    A known run with that id is returned unchanged. Raises InvalidInput when it belongs to another sandbox or command.
     """
 
     def work(conn: Connection) -> tuple[Run, list[str]]:
@@ -109,7 +108,7 @@ def begin(
 
 
 def get(records: Records, sandbox: Sandbox, run_id: str) -> Run:
-    """Return a run of a sandbox; NotFound when the journal has none of that id."""
+    """Return a run of a sandbox. Raises NotFound when the journal has no run with that id."""
     rows = records.db.read(f"{_SELECT} WHERE id = ? AND sandbox_uuid = ?", run_id, sandbox.uuid)
     if not rows:
         raise NotFound(
@@ -121,7 +120,7 @@ def get(records: Records, sandbox: Sandbox, run_id: str) -> Run:
 
 
 def of_sandbox(records: Records, sandbox: Sandbox, limit: int = 1000) -> list[Run]:
-    """Return the runs of a sandbox, oldest first: the newest ``limit`` of them."""
+    """Return the newest ``limit`` runs of a sandbox, oldest first."""
     rows = records.db.read(
         f"{_SELECT} WHERE sandbox_uuid = ? ORDER BY started_at DESC, id LIMIT ?", sandbox.uuid, limit
     )
@@ -129,7 +128,7 @@ def of_sandbox(records: Records, sandbox: Sandbox, limit: int = 1000) -> list[Ru
 
 
 def set_state(records: Records, run: Run, state: str) -> None:
-    """Note how far a run has come; an end that is known stays."""
+    """Store the state of a run. A stored end stays."""
 
     def work(conn: Connection) -> None:
         conn.execute(
@@ -154,12 +153,12 @@ def finish(
     duration_ms: int | None = None,
     acks: list[str] | None = None,
 ) -> None:
-    """Close a run with its event, in one transaction. ``acks``: results that the guest has been told to forget.
+    """Close a run with its event, in one transaction, and update ``run``.
 
-    Several callers may wait for one run. The first end that is written stays, with its one event; only a result that
-    the guest told replaces an end without a result.
+    ``acks`` are the results that the guest has been told to delete. Several callers may wait for one run: the first
+    stored end stays, with one event. Only a result reported by the guest replaces an end without a result.
     """
-    # A run that ended must not become refused: a refused run is begun again when its id is given again.
+    # An ended run must not become REFUSED: a refused run starts again when its id is used again.
     replaced = (SENT, RUNNING, REFUSED, LOST) if state == ENDED else (SENT, RUNNING)
 
     def work(conn: Connection) -> Run | None:

@@ -1,11 +1,11 @@
 # Copyright: the agentlab.proxmox contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""The database's shape, as numbered steps. A step is never edited once released: a change is a new step."""
+"""The database schema as numbered steps. A released step is never edited: each change is a new step."""
 
 from __future__ import annotations
 
-# "alab": tells our file from any other SQLite file before anything is written to it.
+# "alab": distinguishes our file from any other SQLite file before the first write.
 APPLICATION_ID = 0x616C6162
 
 MIGRATIONS: tuple[tuple[str, ...], ...] = (
@@ -36,7 +36,7 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         # VMIDs and names are unique among live records, not over history: Proxmox hands VMIDs out again.
         "CREATE UNIQUE INDEX live_vmid ON sandboxes (vmid) WHERE state <> 'DESTROYED'",
         "CREATE UNIQUE INDEX live_name ON sandboxes (name) WHERE state <> 'DESTROYED'",
-        # Small however long the history: listing, prune planning and expiry never read a destroyed record.
+        # Partial indexes stay small with a long history: listing, prune and expiry never read destroyed records.
         "CREATE INDEX live_state ON sandboxes (state, state_changed_at) WHERE state <> 'DESTROYED'",
         "CREATE INDEX live_lease ON sandboxes (lease_expires_at) WHERE state <> 'DESTROYED'",
         "CREATE INDEX gone_vmid ON sandboxes (vmid, state_changed_at) WHERE state = 'DESTROYED'",
@@ -77,13 +77,13 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             started_at INTEGER NOT NULL,
             updated_at INTEGER NOT NULL
         )""",
-        # One unfinished operation a sandbox; finished ones leave their trace in the events.
+        # One unfinished operation for each sandbox. Finished operations remain as events.
         "CREATE UNIQUE INDEX operation_of ON operations (sandbox_uuid)",
         "INSERT INTO meta (key, value) VALUES ('fence', '0')",
     ),
-    # Profiles: the longest lease that the profile of a sandbox grants.
+    # Profiles: the maximum lease that the sandbox's profile grants.
     ("ALTER TABLE sandboxes ADD COLUMN lease_max_seconds INTEGER",),
-    # Cloud-init: the path of a snippet, which is to be removed with the sandbox.
+    # Cloud-init: the path of the snippet to remove with the sandbox.
     ("ALTER TABLE sandboxes ADD COLUMN snippet TEXT",),
     # Workspaces: disks that outlive sandboxes.
     (
@@ -107,7 +107,7 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         ) WITHOUT ROWID""",
         "CREATE UNIQUE INDEX workspace_name ON workspaces (name) WHERE state <> 'DELETED'",
         "CREATE UNIQUE INDEX workspace_owner ON workspaces (owner_vmid) WHERE state <> 'DELETED'",
-        # A sandbox has one workspace at most.
+        # A sandbox has at most one workspace.
         "CREATE UNIQUE INDEX workspace_sandbox ON workspaces (sandbox_uuid) WHERE sandbox_uuid IS NOT NULL",
         """CREATE TABLE workspace_events (
             id INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -125,11 +125,11 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         )""",
         "CREATE INDEX workspace_events_of ON workspace_events (workspace_id, id)",
     ),
-    # When the guest agent last named the address; NULL for one that is older than the last start.
+    # Time when the guest agent last reported the address; NULL if that was before the last start.
     ("ALTER TABLE sandboxes ADD COLUMN ip_seen_at INTEGER",),
-    # The name of these records in the marker of their VMs: several databases may work on one cluster.
+    # The id of these records in the marker of their VMs, because several databases may use one cluster.
     ("INSERT OR IGNORE INTO meta (key, value) VALUES ('database_id', lower(hex(randomblob(16))))",),
-    # Commands in sandboxes. A run is written before it is sent, so that it is never begun twice.
+    # Commands in sandboxes. A run is written before it is sent, so that it never starts twice.
     (
         """CREATE TABLE runs (
             id TEXT PRIMARY KEY,
@@ -146,7 +146,7 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         ) WITHOUT ROWID""",
         "CREATE INDEX runs_of ON runs (sandbox_uuid, started_at)",
     ),
-    # Placement: what a new sandbox takes on its node, in bytes, until Proxmox VE's own figures show it.
+    # Placement: memory and disk of a new sandbox on its node, in bytes, until Proxmox VE's figures show them.
     (
         """CREATE TABLE placements (
             sandbox_uuid TEXT PRIMARY KEY REFERENCES sandboxes (uuid) ON DELETE CASCADE,

@@ -1,7 +1,7 @@
 # Copyright: the agentlab.proxmox contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Copy records from one database to another, empty one: from SQLite to PostgreSQL and back, all or nothing."""
+"""Copy all records to another, empty database: from SQLite to PostgreSQL or back. All or nothing."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from .open import open_database
 from .port import Connection, Engine
 from .records import Records
 
-# Table -> its key, in an order in which each row's references are there before it. Claims are not copied: they end with
-# their holders.
+# Table -> key, ordered so that referenced rows are copied first. Claims are not copied, because they end with their
+# holders.
 TABLES = {
     "sandboxes": "uuid",
     "events": "id",
@@ -31,9 +31,9 @@ TABLES = {
     "runs": "id",
     "placements": "sandbox_uuid",
 }
-# Tables whose ids are handed out by the engine.
+# Tables whose ids the engine generates.
 COUNTED = ("events", "operations", "workspace_events")
-# Notes about one host's clocks, and the engine's own note of its schema: they stay where they are.
+# Rows of meta about one host's clocks and the engine's schema version. They are not copied.
 _LOCAL_NOTES = ("clock", "schema_version")
 _PAGE = 2000
 
@@ -42,7 +42,7 @@ Query = Callable[[str, Sequence[Any]], Sequence[Any]]
 
 @dataclass(slots=True)
 class Copied:
-    """How many rows each table has, and the checksum of all, on either side."""
+    """The number of rows in each table, and the checksum over all rows. Both are equal on either side."""
 
     counts: dict[str, int]
     source_checksum: str
@@ -50,8 +50,9 @@ class Copied:
 
 
 def copy_records(source: str, target: str, passwords: tuple[str | None, str | None] = (None, None)) -> Copied:
-    """Copy all records; StoreError when the source is in use or the target is not empty, and then nothing is
-    written.
+    """Copy all records from ``source`` to ``target`` and return the counts.
+
+    Raises StoreError, and writes nothing, when the source is in use or the target is not empty.
     """
     addresses = parse(source), parse(target)
     if addresses[0].text == addresses[1].text:
@@ -137,7 +138,7 @@ def _counters(database: Engine) -> dict[str, int]:
 
 
 def _checksum(read: Query) -> str:
-    """Return a checksum of all rows that does not depend on their order: engines sort texts differently."""
+    """Return a checksum over all rows that ignores their order, because engines sort text differently."""
     total = 0
     for table, key in TABLES.items():
         for rows in _pages(read, table, key):

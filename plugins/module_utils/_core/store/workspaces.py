@@ -1,10 +1,10 @@
 # Copyright: the agentlab.proxmox contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""The records of workspaces. The state of the row is the journal: it is written before the request that it announces.
+"""The records of workspaces. The state is the journal: it is written before the request that it announces.
 
-A workspace belongs to at most one sandbox: whoever moves it from DETACHED to ATTACHING has it, and from then on only
-whoever holds that sandbox's claim may go on with it.
+A workspace belongs to at most one sandbox. The run that moves it from DETACHED to ATTACHING owns it. From then on only
+the holder of that sandbox's claim may continue.
 """
 
 from __future__ import annotations
@@ -29,17 +29,16 @@ DETACHING = "DETACHING"
 DELETING = "DELETING"
 DELETED = "DELETED"
 STATES = (CREATING, DETACHED, ATTACHING, ATTACHED, DETACHING, DELETING, DELETED)
-# Something was begun and has to be finished.
+# States of an operation that has started and has to be finished.
 UNFINISHED = (CREATING, ATTACHING, DETACHING, DELETING)
 _LIVE = "state <> 'DELETED'"
 
 
 @dataclass(slots=True)
 class Workspace:
-    """One record.
+    """One record of a workspace; sizes are in bytes.
 
-    ``volume`` is Proxmox's volume id, ``owner_vmid`` the VMID in its name, ``node`` None on shared storage; sizes in
-    bytes.
+    ``volume`` is Proxmox's volume id, and ``owner_vmid`` the VMID in its name. ``node`` is None on shared storage.
     """
 
     id: str
@@ -58,7 +57,7 @@ class Workspace:
     updated_at: int = 0
     state_changed_at: int = 0
     reason: str | None = None
-    # Not columns: of the sandbox that holds it.
+    # Not columns: VMID and name of the sandbox that holds the workspace.
     vmid: int | None = None
     sandbox: str | None = None
 
@@ -76,9 +75,9 @@ class Workspace:
         return f"workspace {self.name!r}"
 
     def public(self) -> dict[str, Any]:
-        """The shape every answer uses; absent values are null, times are UTC.
+        """Return the workspace for answers. Missing values are null, times are UTC.
 
-        ``device`` is where the guest finds the disk.
+        ``device`` is the path of the disk in the guest.
         """
         return {
             "id": self.id,
@@ -112,7 +111,7 @@ _NUMBERS = ("size", "owner_vmid", "generation", "created_at", "updated_at", "sta
 
 
 def _sound(row: Row) -> Workspace:
-    """Return the workspace of a row; DamagedRecord names a value that cannot be one."""
+    """Return the workspace in a row. Raises DamagedRecord, which names an invalid value."""
     for name in _NUMBERS:
         if not isinstance(row[name], int) or not 0 <= row[name] <= 2**53:
             raise DamagedRecord("workspaces", f"id {row['id']}", name, "a whole number")
@@ -124,7 +123,7 @@ def _sound(row: Row) -> Workspace:
 
 
 class Workspaces:
-    """Reads and writes of workspaces, on the database of the records."""
+    """Read and write workspaces in the database of the records."""
 
     def __init__(self, records: Records) -> None:
         self._records = records
@@ -139,7 +138,7 @@ class Workspaces:
         return found[0]
 
     def find(self, which: str) -> Workspace | None:
-        """The live workspace of that name or id."""
+        """Return the live workspace with that name or id, or None."""
         found = self._rows(f"(w.id = ? OR w.name = ?) AND w.{_LIVE} ORDER BY w.id = ? DESC", which, which, which)
         return found[0] if found else None
 
@@ -152,7 +151,7 @@ class Workspaces:
         return workspaces
 
     def damage(self) -> list[DamagedRecord]:
-        """Return what is damaged in the records of live workspaces."""
+        """Return the damage in the records of live workspaces."""
         errors = []
         for row in self._db.read(f"{_SELECT} WHERE w.{_LIVE}"):
             try:
@@ -166,11 +165,11 @@ class Workspaces:
         return found[0] if found else None
 
     def _rows(self, where: str, *values: Any) -> list[Workspace]:
-        # A single one that is damaged is refused: its sandbox must not be destroyed as if it had no workspace.
+        # Raise for a damaged row instead of skipping it: its sandbox must not be destroyed as if it had no workspace.
         return [_sound(row) for row in self._db.read(f"{_SELECT} WHERE {where}", *values)]
 
     def events(self, ident: str, limit: int) -> list[dict[str, Any]]:
-        """The newest events of a workspace, oldest first."""
+        """Return the newest ``limit`` events of a workspace, oldest first."""
         rows = self._db.read(
             "SELECT * FROM workspace_events WHERE workspace_id = ? ORDER BY id DESC LIMIT ?", ident, limit
         )
@@ -198,14 +197,14 @@ class Workspaces:
         suffix: str,
         folder: bool,
     ) -> Workspace:
-        """A CREATING record with an owner VMID of the range that no live workspace has and that is not ``occupied``."""
+        """Write a CREATING record under an owner VMID of the range that is free and not in ``occupied``."""
 
         def work(conn: Connection) -> Workspace:
             now = self._records.clock.now()
             if conn.execute(f"SELECT 1 FROM workspaces WHERE name = ? AND {_LIVE}", (name,)).fetchone():
                 raise RecordChanged(f"workspace {name!r} was created by another run meanwhile; run again")
-            # Never given out again while any record remembers it: a volume that was lost and turns up is not taken for
-            # another's.
+            # Prefer an owner VMID that no record has, not even a deleted one. Otherwise a lost volume that reappears
+            # could be taken for the volume of another workspace.
             taken = {row["owner_vmid"] for row in conn.execute("SELECT owner_vmid FROM workspaces")}
             first, last = owners
             owner = next((n for n in range(first, last + 1) if n not in taken and n not in occupied), None)
@@ -265,10 +264,10 @@ class Workspaces:
         upids: tuple[str, ...] = (),
         **values: Any,
     ) -> Workspace:
-        """One step: compare-and-set on state and generation, with its event, fenced by the claim on the sandbox
-        where one is held.
+        """Write one step by compare-and-set on state and generation, with its event, fenced by the sandbox's claim if
+        held.
 
-        RecordChanged when another run was faster. The sandbox's own record tells the same in the same transaction.
+        Updates the sandbox's record in the same transaction. Raises RecordChanged when another run came first.
         """
         target = to or found.state
 

@@ -1,15 +1,15 @@
 # Copyright: the agentlab.proxmox contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""The PostgreSQL engine: connections, transactions, heartbeats, and what happens when the server goes away.
+"""The PostgreSQL engine: connections, transactions, heartbeats, and the loss of the server.
 
-One writer at a time, as on SQLite: every write transaction first takes an advisory lock, and holds it until its commit.
-So the rules of the records, which were made for one writer, hold unchanged; ids of events are handed out in commit
-order; and two controllers cannot deadlock. Threads of one process share transactions (group_commit). A writer that was
-paused inside a transaction loses it after ``_IDLE_SECONDS``, by the server's own time-out.
+One writer at a time, as on SQLite: every write transaction first takes an advisory lock and holds it until its commit.
+So the rules of the records, which assume one writer, hold unchanged; ids of events are given out in commit order; two
+controllers cannot deadlock. Threads of one process share transactions (group_commit). The server ends the transaction
+of a paused writer after ``_IDLE_SECONDS``.
 
-Each commit also writes its number into the table ``controllers``. When the answer to a COMMIT is lost, that number
-tells whether it was carried out, before anything is repeated.
+Each commit also writes its number to the table ``controllers``. When the answer to a COMMIT is lost, that number shows
+whether the commit was carried out, before anything is repeated.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ try:
     import psycopg
     from psycopg import conninfo, errors
 except ImportError:
-    # Told when records on PostgreSQL are opened: a host with records of SQLite needs no psycopg.
+    # Reported when records on PostgreSQL are opened. A host with records on SQLite needs no psycopg.
     INSTALLED = False
     _CONFLICTS: tuple[type[Exception], ...] = ()
     _LOST: tuple[type[Exception], ...] = ()
     _TAKEN: tuple[type[Exception], ...] = ()
 else:
     INSTALLED = True
-    # Errors after which the same transaction may succeed: another writer won, or the server went away and came back.
+    # Errors after which a repeated transaction may succeed: another writer won, or the server was away and is back.
     _CONFLICTS = (errors.SerializationFailure, errors.DeadlockDetected)
     _TAKEN = (errors.UniqueViolation,)
     _LOST = (
@@ -56,19 +56,19 @@ T = TypeVar("T")
 # Keys of advisory locks: "alab", and what the lock is for.
 _LOCK_SPACE = 0x616C6162
 _WRITER, _MIGRATION = 1, 2
-# Locks of jobs have numbers from here on, by their place in this tuple.
+# Numbers of the locks of jobs start here; add the job's position in JOBS.
 JOBS = ("reconcile", "cleanup")
 _FIRST_JOB = 10
 
 HEARTBEAT_SECONDS = 10.0
 DEAD_SECONDS = 30.0
-# Rows of processes that ended without a word are kept as long, for whoever asks about them.
+# Rows of processes that ended without closing are kept this long, because a claim may still refer to them.
 _FORGET_SECONDS = 86400
 _IDLE_SECONDS = 15
 _LOCK_SECONDS = 60
 _CONNECT_SECONDS = 5
 _ATTEMPTS = 5
-# The server's clock is asked again after so many seconds, at the latest.
+# Maximum age in seconds of the last reading of the server's clock.
 _CLOCK_SECONDS = 10.0
 
 _EPOCH = "extract(epoch FROM clock_timestamp())::float8"
@@ -80,7 +80,7 @@ _BEGIN = f"BEGIN; SELECT pg_advisory_xact_lock({_LOCK_SPACE}, {_WRITER}); {_OPEN
 
 
 class NamedRow(tuple[Any, ...]):
-    """A row that is read by name or by position, as those of SQLite are."""
+    """A row that is read by name or by position, as SQLite's rows are."""
 
     __slots__ = ()
     names: dict[str, int]
@@ -107,12 +107,12 @@ def _make_rows(cursor: Any) -> Callable[[Sequence[Any]], NamedRow]:
 
 @lru_cache(512)
 def translate(sql: str) -> str:
-    """Return a statement with psycopg's placeholders. No statement of ours has a question mark inside a text."""
+    """Return the statement with psycopg's placeholders. No statement of ours has a question mark inside a text."""
     return sql.replace("%", "%%").replace("?", "%s")
 
 
 class Session:
-    """A connection inside a transaction, in the shape that the records work with."""
+    """A connection inside a transaction, with the interface that the records use."""
 
     __slots__ = ("_connection",)
 
@@ -120,7 +120,7 @@ class Session:
         self._connection = connection
 
     def execute(self, sql: str, values: Sequence[Any] = ()) -> Any:
-        # PostgreSQL does not take true and false for the numbers that the columns hold.
+        # PostgreSQL does not accept true and false for an integer column.
         return self._connection.execute(
             translate(sql), [int(value) if isinstance(value, bool) else value for value in values]
         )
@@ -131,7 +131,7 @@ class Session:
 
 
 class ServerClock:
-    """The server's wall time, and this host's clocks for waiting."""
+    """The server's wall time, combined with this host's clocks for waiting."""
 
     def __init__(self, database: PostgresDatabase, own: Clock) -> None:
         self._database = database
@@ -151,14 +151,14 @@ class ServerClock:
 
 
 def since_boot() -> float:
-    """Return the seconds since boot, sleep included: a host that slept does not take old answers for new ones."""
+    """Return the seconds since boot, including sleep, so that a host that slept does not take old answers for new."""
     return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
 class PostgresDatabase(GroupCommit):
     """One PostgreSQL database.
 
-    ``uri`` has no password; ``password`` None leaves it to libpq (PGPASSWORD, a passfile).
+    ``uri`` contains no password. With ``password`` None libpq looks for it (PGPASSWORD, a passfile).
     """
 
     kind = "postgresql"
@@ -170,7 +170,7 @@ class PostgresDatabase(GroupCommit):
         self.waits_since: float | None = None
         self.controller: str | None = uuid.uuid4().hex
         self.server_version = ""
-        # For the daemon's metrics.
+        # Counters for the daemon's metrics.
         self.reconnects = 0
         self.retries = 0
         self.takeovers = 0
@@ -193,7 +193,7 @@ class PostgresDatabase(GroupCommit):
         self._closed = threading.Event()
         self._beating: threading.Thread | None = None
         self._later: list[tuple[str, Sequence[Any]]] = []
-        # The server's time less this host's time since boot, and when it was read (since boot).
+        # The server's time minus this host's time since boot, and the time since boot of that reading.
         self._offset: tuple[float, float] | None = None
         self._open()
 
@@ -207,10 +207,10 @@ class PostgresDatabase(GroupCommit):
         if password is not None:
             parameters["password"] = password
         parameters.setdefault("application_name", f"agentlab {holders.host().partition('/')[0]}"[:60])
-        # A standby would refuse the first write; after a failover it is passed over.
+        # Skip a standby after a failover: it would refuse the first write.
         parameters.setdefault("target_session_attrs", "read-write")
         parameters.setdefault("connect_timeout", _CONNECT_SECONDS)
-        # A host that vanished: this side notices within seconds, and so does the server, which then frees its locks.
+        # With these, client and server both notice a vanished peer within seconds. The server then frees the locks.
         for name, value in (("keepalives_idle", 4), ("keepalives_interval", 1), ("keepalives_count", 3)):
             parameters.setdefault(name, value)
         parameters.setdefault("tcp_user_timeout", 10000)
@@ -220,7 +220,8 @@ class PostgresDatabase(GroupCommit):
             "tcp_keepalives_idle": 4,
             "tcp_keepalives_interval": 1,
             "tcp_keepalives_count": 3,
-            # Keepalives rest while an answer is not acknowledged; then the server would hold the locks for minutes.
+            # Keepalives pause while an answer is unacknowledged. Without this the server would hold the locks for
+            # minutes.
             "tcp_user_timeout": 7000,
             "default_transaction_isolation": "read\\ committed",
         }
@@ -255,9 +256,9 @@ class PostgresDatabase(GroupCommit):
                 self._migrate(connection)
 
     def _judge(self, row: Any) -> int:
-        """Note the server's clock and version; return the version of the schema.
+        """Store the server's clock and version, and return the schema's version.
 
-        StoreError for one that is not known.
+        Raises StoreError for an unknown version.
         """
         self._offset = (float(row[0]) - since_boot(), since_boot())
         self.server_version = str(row[3])
@@ -271,14 +272,15 @@ class PostgresDatabase(GroupCommit):
         return version
 
     def _migrate(self, connection: Any) -> None:
-        """Bring the tables to the present version, once, whichever process comes first."""
+        """Bring the tables to the present version. Runs once, in the first process that comes."""
         try:
             with connection.transaction():
                 connection.execute(f"SELECT pg_advisory_xact_lock({_LOCK_SPACE}, {_MIGRATION})")
-                # No process writes meanwhile: the older release meets the new version at its next write, and refuses.
+                # Keep writers out meanwhile. A process of the older release sees the new version at its next write, and
+                # stops.
                 connection.execute(f"SELECT pg_advisory_xact_lock({_LOCK_SPACE}, {_WRITER})")
                 version = 0
-                # The first table of the current schema on the search path, if any.
+                # to_regclass finds the first such table on the search path.
                 if connection.execute("SELECT to_regclass('meta')").fetchone()[0] is not None:
                     version = self._judge(connection.execute(_OPENING).fetchone())
                 if version < schema.VERSION:
@@ -306,7 +308,7 @@ class PostgresDatabase(GroupCommit):
             raise self.explain(error) from error
 
     def explain(self, error: Exception) -> StoreError:
-        """Return PostgreSQL's error as a sentence that names the database and says what to do."""
+        """Return PostgreSQL's error as a StoreError that names the database and says what to do."""
         text = _first_line(error)
         state = getattr(error, "sqlstate", None) or ""
         if isinstance(error, errors.LockNotAvailable):
@@ -335,7 +337,7 @@ class PostgresDatabase(GroupCommit):
         return ServerClock(self, own)
 
     def server_time(self) -> float:
-        """Return the server's time in seconds since 1970; while it cannot be asked, it goes on from the last answer."""
+        """Return the server's time in seconds since the epoch. Without an answer, extrapolate from the last reading."""
         if self._offset is None:
             raise StoreError("the server's time was not read when the records were opened")
         offset, read_at = self._offset
@@ -349,7 +351,7 @@ class PostgresDatabase(GroupCommit):
         return self.server_time()
 
     def clock_difference(self) -> float:
-        """Return the seconds by which this host's wall clock is ahead of the server's."""
+        """Return by how many seconds this host's wall clock is ahead of the server's."""
         return time.time() - self.server_time()
 
     # ---- reading ----
@@ -358,7 +360,7 @@ class PostgresDatabase(GroupCommit):
         return self.read_as(lambda row: row, sql, *values)
 
     def read_as(self, make: Callable[[Any], T], sql: str, *values: Any) -> list[T]:
-        """Return what ``make`` makes of each row; a connection that was lost is replaced once."""
+        """Return ``make(row)`` for each row. Replaces a lost connection once."""
         if self._together == threading.get_ident():
             with self._told():
                 return list(map(make, Session(self._writer).execute(sql, values)))
@@ -375,7 +377,7 @@ class PostgresDatabase(GroupCommit):
         raise AssertionError("unreachable")
 
     def _drop(self, connection: Any) -> Any:
-        """Close a connection that is of no use any more; return None, for its place."""
+        """Close a broken connection, and return None to store in its place."""
         self.reconnects += 1
         if connection is not None:
             with contextlib.suppress(psycopg.Error):
@@ -385,12 +387,15 @@ class PostgresDatabase(GroupCommit):
     # ---- writing ----
 
     def write(self, work: Callable[[Any], T], *, checked: bool = False) -> T:
-        """Run ``work`` in a transaction; return its value once that is committed. It may be called more than once."""
+        """Run ``work`` in a transaction and return its value once that is committed.
+
+        May call ``work`` more than once.
+        """
         if self._together == threading.get_ident():
             with self._told():
                 self._refuse_ended()
                 session = Session(self._writer)
-                # What is checked refuses before its first write: there is nothing to undo.
+                # A checked ``work`` raises only before its first write, so it needs no savepoint.
                 return work(session) if checked else self._in_savepoint(session, work)
         with self._told():
             return self.enqueue(work)
@@ -410,7 +415,7 @@ class PostgresDatabase(GroupCommit):
         return psycopg.OperationalError("interrupted")
 
     def run_batch(self, batch: list[QueuedWrite]) -> None:
-        """Commit these writes together. Conflicts are retried; after a lost commit its outcome is looked up first."""
+        """Commit these writes together. Retries conflicts. After a lost commit it first looks up the outcome."""
         for attempt in range(1, _ATTEMPTS + 1):
             for queued in batch:
                 queued.error = queued.value = None
@@ -429,7 +434,7 @@ class PostgresDatabase(GroupCommit):
                                 raise
                 return
             except (*_CONFLICTS, *_LOST) as error:
-                # A server that does not answer at all is not worth a second wait.
+                # Do not wait a second time for a server that does not answer at all.
                 if attempt == _ATTEMPTS or isinstance(error, errors.LockNotAvailable) or _refused(error):
                     raise
                 self.retries += 1
@@ -437,7 +442,7 @@ class PostgresDatabase(GroupCommit):
 
     @contextlib.contextmanager
     def _transact(self) -> Iterator[Session]:
-        """One transaction, with the writer's lock. Called with the lock of this process's writer held."""
+        """Run one transaction under the writer's lock. Called with this process's own writer lock held."""
         connection = self._begin()
         try:
             yield Session(connection)
@@ -454,7 +459,7 @@ class PostgresDatabase(GroupCommit):
                 self._writer = self._connect()
             try:
                 cursor = self._writer.execute(_BEGIN)
-                # Of the three statements the last one has the answer.
+                # Of the three statements only the last returns rows.
                 while cursor.nextset():
                     pass
                 version = self._judge(cursor.fetchone())
@@ -479,12 +484,12 @@ class PostgresDatabase(GroupCommit):
         self._writer = self._drop(connection)
 
     def _refuse_ended(self) -> None:
-        """Raise when the transaction is over before its commit: what was written in it is undone."""
+        """Raise when the server ended the transaction before its commit. Its writes are then rolled back."""
         if self._writer.info.transaction_status != psycopg.pq.TransactionStatus.INTRANS:
             raise psycopg.InternalError("the transaction was rolled back")
 
     def _finish(self, connection: Any) -> None:
-        """Commit; when the answer is lost, look up whether it was carried out."""
+        """Commit. When the answer is lost, look up whether the commit was carried out."""
         number = self._commits = self._commits + 1
         host = holders.host().replace("'", "")
         try:
@@ -504,11 +509,11 @@ class PostgresDatabase(GroupCommit):
             self._registered = True
 
     def _was_committed(self, number: int) -> bool:
-        """Return whether a commit whose answer was lost was carried out; raises when the server cannot be asked."""
+        """Return whether a commit without an answer was carried out. Raises when the server does not answer."""
         for attempt in range(1, _ATTEMPTS + 1):
             try:
                 self._writer = self._connect()
-                # The lost transaction holds the writer's lock until it has ended one way or the other.
+                # The lost transaction holds the writer's lock until it has ended either way, so wait for that lock.
                 cursor = self._writer.execute(
                     f"BEGIN; SELECT pg_advisory_xact_lock({_LOCK_SPACE}, {_WRITER}); "
                     f"SELECT max(commits) FROM controllers WHERE id = '{self.controller}'; COMMIT"
@@ -537,7 +542,7 @@ class PostgresDatabase(GroupCommit):
     @contextlib.contextmanager
     def freeze(self) -> Iterator[None]:
         with self.together():
-            # This transaction waits while the other database writes.
+            # The transaction is idle while the other database writes.
             self._writer.execute("SET LOCAL idle_in_transaction_session_timeout = 0")
             yield
 
@@ -549,17 +554,15 @@ class PostgresDatabase(GroupCommit):
     # ---- heartbeats ----
 
     def is_abandoned(self, process: str, read: Callable[[str, Sequence[Any]], Sequence[Any]]) -> bool:
-        """Return whether the holder's heartbeat is older than 30 seconds by the server's clock, or was ended by
-        itself.
-        """
+        """Return whether the holder's heartbeat is older than DEAD_SECONDS by the server's clock, or was ended."""
         try:
             controller = json.loads(process)["controller"]
         except (ValueError, KeyError, TypeError):
-            # Written by a copy from SQLite: its processes are judged by their host alone.
+            # A claim written on SQLite names no controller. Its process can only be checked on its host.
             return False
         if controller == self.controller:
             return False
-        # A server that was started anew gives everybody the time for a heartbeat.
+        # After a restart of the server give every controller time for a new heartbeat.
         began = "extract(epoch FROM pg_postmaster_start_time())::float8"
         rows = list(read(f"SELECT greatest(seen_at, {began}) FROM controllers WHERE id = ?", [controller]))
         return not rows or float(rows[0][0]) < self.server_time() - DEAD_SECONDS
@@ -580,7 +583,7 @@ class PostgresDatabase(GroupCommit):
             try:
                 if connection is None or connection.closed:
                     connection = self._connect()
-                    # A heartbeat that is lost in a crash of the server is no loss.
+                    # A heartbeat may be lost in a crash of the server, so do not wait for the disk.
                     connection.execute("SET synchronous_commit = off")
                 connection.execute(f"UPDATE controllers SET seen_at = {_EPOCH} WHERE id = %s", [self.controller])
                 while self._later:
@@ -598,14 +601,14 @@ class PostgresDatabase(GroupCommit):
     # ---- jobs that one controller does ----
 
     def lead(self, job: str) -> bool:
-        """Return whether this process does ``job`` now: it holds the lock of that job, on a session of its own."""
+        """Return whether this process does ``job`` now, that is, holds the job's lock on a session of its own."""
         query = f"SELECT pg_try_advisory_lock({_LOCK_SPACE}, {_FIRST_JOB + JOBS.index(job)})"
         with self._leader_lock, self._told():
             try:
                 if self._leader is None or self._leader.closed:
                     self._leads.clear()
                     self._leader = self._connect()
-                # Asks the server in either case: a session that was lost leads nothing.
+                # Ask the server in either case: a lost session holds no lock.
                 if job in self._leads:
                     self._leader.execute("SELECT 1")
                 elif self._leader.execute(query).fetchone()[0]:
@@ -622,7 +625,7 @@ class PostgresDatabase(GroupCommit):
         return None
 
     def latest_event(self) -> int:
-        # The counter stays when retention removes events. Without a right to see it, the newest event has to do.
+        # The sequence stays when retention removes events. Without the right to read it use the newest event.
         rows = self.read(
             "SELECT COALESCE(pg_sequence_last_value(pg_get_serial_sequence('events', 'id')), (SELECT max(id) FROM "
             "events), 0)"
@@ -633,10 +636,10 @@ class PostgresDatabase(GroupCommit):
         return None
 
     def note_event(self, event: int) -> None:
-        """Nothing is noted beside a database on a server."""
+        """Do nothing: a database on a server has no file to write a note beside."""
 
     def limit_cache(self, kib: int) -> None:
-        """The server keeps the pages."""
+        """Do nothing: the server caches the pages."""
 
     def integrity(self) -> str:
         return "ok"
@@ -648,7 +651,7 @@ class PostgresDatabase(GroupCommit):
         if self._registered and not self._later:
             with contextlib.suppress(psycopg.Error):
                 if self._writer is not None and not self._writer.closed:
-                    # Claims that this process still has are free at once.
+                    # Release the claims that this process still holds.
                     self._writer.execute("SET synchronous_commit = off")
                     self._writer.execute("DELETE FROM controllers WHERE id = %s", [self.controller])
         for connection in (self._reader, self._writer, self._leader):
@@ -658,7 +661,7 @@ class PostgresDatabase(GroupCommit):
 
 
 def _refused(error: Exception) -> bool:
-    """Return whether no connection was made at all: no server listens, or none of them takes writes."""
+    """Return whether no connection was made at all: no server listens, or no server accepts writes."""
     return (
         isinstance(error, psycopg.OperationalError)
         and error.sqlstate is None

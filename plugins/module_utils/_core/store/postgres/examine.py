@@ -1,7 +1,7 @@
 # Copyright: the agentlab.proxmox contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""What the doctor asks a PostgreSQL server."""
+"""Read from a PostgreSQL server what the doctor checks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from ..port import Engine
 from ..transfer import TABLES
 
-# has_table_privilege with several privileges asks for any of them, so each is asked for by itself.
+# has_table_privilege with several privileges tests for any of them, so test each by itself.
 _QUERY = f"""
 WITH ours AS (
     SELECT schemaname, tablename, tableowner, format('%I.%I', schemaname, tablename) AS name FROM pg_tables
@@ -37,8 +37,9 @@ SELECT current_setting('server_version_num')::int AS version,
 
 
 def examine(database: Engine) -> dict[str, Any]:
-    """Return what the server says of itself, of this connection and of this role; StoreError when it does not
-    answer.
+    """Return facts about the server, this connection and this role.
+
+    Raises StoreError when the server does not answer.
     """
     facts = dict(database.read(_QUERY)[0])
     facts["clock_difference"] = int(database.clock_difference())
@@ -47,7 +48,7 @@ def examine(database: Engine) -> dict[str, Any]:
 
 
 def _verification(uri: str) -> str:
-    """Return the sslmode of connections with this URI, which may also come from PGSSLMODE."""
+    """Return the sslmode of connections with this URI. It may also come from PGSSLMODE."""
     from psycopg import conninfo, pq
 
     defaults = {option.keyword: option.val for option in pq.Conninfo.get_defaults()}

@@ -1,9 +1,9 @@
 # Copyright: the agentlab.proxmox contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""The tables on PostgreSQL: the same numbered steps as on SQLite, in PostgreSQL's words, and one table of its own.
+"""The tables on PostgreSQL: SQLite's numbered steps in PostgreSQL's dialect, and one table of its own.
 
-The steps stand once, in ``store/schema.py``. Four words of them differ between the engines; ``translate`` names them.
+The steps stand in ``store/schema.py``. They differ between the engines in four words, which ``translate`` replaces.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import re
 
 from .. import schema
 
-# Kept in the table meta; SQLite keeps it in the header of its file.
+# Stored in the table meta. SQLite stores it in the file header.
 VERSION_KEY = "schema_version"
 
-# One row for each process that writes: its heartbeat, and the number of its last commit. By that number a process that
-# lost the answer to a COMMIT learns whether the commit was carried out, also after a failover.
+# One row for each writing process: its heartbeat, and the number of its last commit. A process that lost the answer to
+# a COMMIT reads that number to learn whether the commit was carried out, even after a failover.
 OWN_TABLES = (
     """CREATE TABLE controllers (
         id TEXT PRIMARY KEY,
@@ -36,7 +36,7 @@ _WORDS = (
 
 
 def translate(statement: str) -> str:
-    """Return a statement of a migration in PostgreSQL's words."""
+    """Return a statement of a migration in PostgreSQL's dialect."""
     for pattern, words in _WORDS:
         statement = re.sub(pattern, words, statement)
     if "INSERT OR IGNORE" in statement:
@@ -45,7 +45,7 @@ def translate(statement: str) -> str:
 
 
 def steps(version: int) -> list[str]:
-    """Return the statements that bring the tables from ``version`` (0: there are none) to the present one."""
+    """Return the statements that migrate the tables from ``version`` (0: no tables) to the present version."""
     statements = list(OWN_TABLES) if version == 0 else []
     for step in schema.MIGRATIONS[version:]:
         statements += [translate(statement) for statement in step]

@@ -1,9 +1,9 @@
 # Copyright: the agentlab.proxmox contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""The SQLite engine: open, migrate and write a file. It knows transactions and files; it knows nothing of sandboxes.
+"""The SQLite engine: open, migrate and write a file. It knows transactions and files, and nothing about sandboxes.
 
-Writes of many threads are committed together (group_commit), each in a savepoint of its own.
+Writes of many threads are committed together (group_commit), each in its own savepoint.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ LIBRARY = sqlite3.sqlite_version
 
 
 def explain(path: str, error: Exception) -> StoreError:
-    """SQLite's error as a sentence that names the file and says what to do."""
+    """Return SQLite's error as a StoreError that names the file and says what to do."""
     text = str(error)
     low = text.lower()
     unreadable = _why_unreadable(path)
@@ -70,7 +70,7 @@ def explain(path: str, error: Exception) -> StoreError:
 
 
 def _why_unreadable(path: str) -> str | None:
-    """Return the sentence for a file (or its -wal, -shm) that this user may not read; None where all can be read."""
+    """Return the message for a file (or its -wal, -shm) that this user may not read; None when all are readable."""
     for name in (path, f"{path}-wal", f"{path}-shm"):
         try:
             if os.access(name, os.R_OK):
@@ -90,11 +90,11 @@ def _why_unreadable(path: str) -> str | None:
 
 
 class Database(GroupCommit):
-    """One SQLite file. ``read`` gives rows, ``write`` runs a function inside a durable transaction."""
+    """One SQLite file. ``read`` returns rows, ``write`` runs a function in a durable transaction."""
 
     kind = "sqlite"
     conflicts: tuple[type[Exception], ...] = (sqlite3.IntegrityError,)
-    # Claims end with their process, which any other process of this host can see.
+    # A claim ends with its process, and every process of this host can see whether that process lives.
     controller: str | None = None
     reconnects = 0
     retries = 0
@@ -104,15 +104,15 @@ class Database(GroupCommit):
         super().__init__()
         self.path = path
         self._together: int | None = None
-        # What rolled the bulk transaction back before its end.
+        # The error that rolled the bulk transaction back before its end.
         self._broken: sqlite3.Error | None = None
-        # Check mode: the file itself is read, and nothing can be written to it.
+        # Check mode before the first write: the file is read directly, and nothing can be written to it.
         self._untouched = False
         self._reader_lock = threading.Lock()
-        # Since when a write waits for other processes to finish theirs (monotonic seconds), or None.
+        # Time since which a write has been waiting for other processes (monotonic seconds), or None.
         self.waits_since: float | None = None
         self._wrote = False
-        # Device and inode of the file and of its -wal, as this process opened them; None where no file is open for
+        # Device and inode of the file and of its -wal as this process opened them; None when no file is open for
         # writing.
         self._opened: tuple[Any, Any] | None = None
         if os.path.islink(path) and not os.path.exists(path):
@@ -130,11 +130,11 @@ class Database(GroupCommit):
                 self._create_file(group_mode)
                 before = _file_identity(path)
                 self._writer = self._connect(path)
-                # Judged to be ours by now: the mode of a file that is not is not ours to change.
+                # Change the mode only now, after the file was recognised as ours.
                 self._narrow()
                 self._migrate(self._writer)
                 self._reader = self._connect(path)
-                # The -wal exists from the first read on, until the last connection closes.
+                # SQLite creates the -wal at the first read, and deletes it when the last connection closes.
                 self._opened = (before, _file_identity(f"{path}-wal"))
                 self._refuse_replaced()
         except (sqlite3.Error, OSError) as error:
@@ -148,10 +148,10 @@ class Database(GroupCommit):
         conn.row_factory = sqlite3.Row
         conn.execute("PRAGMA foreign_keys = ON")
         if path != ":memory:":
-            # A file that is not ours must not be turned into WAL: look before the first pragma that writes.
+            # Check for a foreign file before the first pragma that writes: switching it to WAL would change it.
             _patiently(lambda: Database._refuse_foreign(path, conn))
             _patiently(lambda: conn.execute("PRAGMA journal_mode = WAL"))
-            # FULL: a commit is on the disk before Proxmox is asked to do what it announces.
+            # FULL puts each commit on the disk before Proxmox receives the request that the commit announces.
             conn.execute("PRAGMA synchronous = FULL")
         return conn
 
@@ -167,7 +167,7 @@ class Database(GroupCommit):
         os.close(fd)
 
     def _narrow(self) -> None:
-        """Somebody widened it (or restored it from a backup): nobody but the owner and the group may ever read it."""
+        """Remove access for others. A person may have widened the mode, or restored the file from a backup."""
         for path in (self.path, f"{self.path}-wal", f"{self.path}-shm"):
             with contextlib.suppress(PermissionError, FileNotFoundError):
                 found = os.stat(path).st_mode & 0o777
@@ -175,10 +175,9 @@ class Database(GroupCommit):
                     os.chmod(path, found & ~0o007)
 
     def _look_only(self) -> sqlite3.Connection:
-        """For check mode: no file is created, migrated or written.
+        """Return the connection for check mode, which creates, migrates and writes no file.
 
-        What is there is read as it is; not before something is written, to try what would come of it, are the records
-        copied into memory.
+        Check mode reads the file directly. The first write switches to an in-memory copy.
         """
         if not os.path.exists(self.path) or not os.path.getsize(self.path):
             memory = self._connect(":memory:")
@@ -215,7 +214,7 @@ class Database(GroupCommit):
         return memory
 
     def _begin_writing(self) -> None:
-        """In check mode, before the first write: from now on everything happens in a copy.
+        """Switch check mode to an in-memory copy, before its first write.
 
         Called with the writer's lock held.
         """
@@ -225,8 +224,8 @@ class Database(GroupCommit):
 
     @staticmethod
     def _refuse_foreign(path: str, conn: sqlite3.Connection) -> None:
-        # In this order: our first step writes both at once, so whoever sees our tables sees our id too, also while
-        # another run creates them.
+        # Read the tables first and the id second. Our first step writes both at once, so a reader that sees our tables
+        # sees our id as well, even while another run creates them.
         tables = conn.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
         found = conn.execute("PRAGMA application_id").fetchone()[0]
         if tables and found != schema.APPLICATION_ID:
@@ -247,7 +246,7 @@ class Database(GroupCommit):
             return
         for number, step in enumerate(schema.MIGRATIONS, 1):
             with _transaction(conn):
-                # Read again inside the transaction: another process may have been faster.
+                # Read the version again inside the transaction: another process may have migrated the file meanwhile.
                 if conn.execute("PRAGMA user_version").fetchone()[0] >= number:
                     continue
                 for statement in step:
@@ -255,7 +254,7 @@ class Database(GroupCommit):
                 conn.execute(f"PRAGMA application_id = {schema.APPLICATION_ID}")
                 conn.execute(f"PRAGMA user_version = {number}")
 
-    # ---- what another engine would do over a network ----
+    # ---- functions that only an engine on a server needs ----
 
     def clock(self, own: Clock) -> Clock:
         return own
@@ -277,10 +276,10 @@ class Database(GroupCommit):
             conn.execute("UPDATE sqlite_sequence SET seq = max(seq, ?) WHERE name = ?", (number, table))
 
     def keep_alive(self) -> None:
-        """Claims need no heartbeat on one host."""
+        """Do nothing: on one host a claim needs no heartbeat."""
 
     def write_later(self, sql: str, values: Sequence[Any]) -> None:
-        """A claim that could not be given back ends with this process."""
+        """Do nothing: a claim that could not be released ends with this process."""
 
     def lead(self, job: str) -> bool:
         return True
@@ -288,14 +287,13 @@ class Database(GroupCommit):
     # ---- use ----
 
     def replaced(self) -> str | None:
-        """Return the sentence for a file that was deleted, moved or replaced since this process opened it; None
-        while it is the same.
+        """Return the message for a file that was deleted, moved or replaced since it was opened; None otherwise.
 
-        SQLite goes on with the file that it opened: a commit succeeds, and nobody who opens the path reads it.
+        SQLite keeps using the file that it opened. A commit succeeds, but no process that opens the path can read it.
         """
         if self._opened is None:
             return None
-        # Two calls of stat, a few microseconds: nothing beside the sync of a commit.
+        # Two calls of stat cost microseconds, far less than the sync of a commit.
         for path, opened in zip((self.path, f"{self.path}-wal"), self._opened, strict=True):
             if opened is not None and _file_identity(path) != opened:
                 return (
@@ -312,8 +310,9 @@ class Database(GroupCommit):
 
     @contextlib.contextmanager
     def _transact(self) -> Iterator[None]:
-        """One transaction of the writer, on the file that stands at the path when it begins and when it is
-        committed.
+        """Run one transaction of the writer.
+
+        Raises StoreError if the file at the path changed before begin or commit.
         """
         self.waits_since = time.monotonic()
         try:
@@ -327,11 +326,11 @@ class Database(GroupCommit):
             self.waits_since = None
 
     def read(self, sql: str, *values: Any) -> list[sqlite3.Row]:
-        """Rows of a query, outside any transaction of a writer."""
+        """Return the rows of a query, read outside any write transaction."""
         return self.read_as(lambda row: row, sql, *values)
 
     def read_as(self, make: Callable[[sqlite3.Row], T], sql: str, *values: Any) -> list[T]:
-        """What is made of each row, as it comes: of very many only one of the two is there at once."""
+        """Return ``make(row)`` for each row. Converts row by row, so that a long result is not held twice in memory."""
         try:
             if self._together == threading.get_ident():
                 return list(map(make, self._writer.execute(sql, values)))
@@ -341,11 +340,12 @@ class Database(GroupCommit):
             raise explain(self.path, error) from error
 
     def write(self, work: Callable[[sqlite3.Connection], T], *, checked: bool = False) -> T:
-        """Run ``work`` in a transaction and return its value once that is on the disk; what it raises undoes only
-        its own writes.
+        """Run ``work`` in a transaction and return its value once that is on the disk.
 
-        ``checked``: what it refuses, it refuses before its first write. So there is nothing to undo then, and in a bulk
-        run no savepoint is taken, into which SQLite would copy each page that it touches.
+        An exception rolls its writes back.
+
+        ``checked``: ``work`` raises only before its first write, so no savepoint is needed (savepoints copy each page
+        that they touch).
         """
         if self._together == threading.get_ident():
             try:
@@ -361,11 +361,10 @@ class Database(GroupCommit):
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """Commit all that this thread writes within in one transaction.
+        """Group all writes of this thread into one transaction. Report nothing as done until the block has ended.
 
-        Nothing of it is on the disk, and nothing may be said of it, before the end; when that fails, or the database
-        breaks off a write halfway, nothing of it was written. What is refused within undoes only itself. For work that
-        asks nobody else: other writers wait meanwhile.
+        If the commit fails, or SQLite aborts a write halfway, nothing was written. A refused write rolls back only
+        itself. Other writers wait meanwhile, so make no network calls inside.
         """
         try:
             with self._writer_lock:
@@ -387,8 +386,8 @@ class Database(GroupCommit):
         try:
             return work(self._writer)
         except BaseException:
-            # Not refused, but broken off halfway, which only the database does (a full disk, say): half of it must not
-            # stay, so nothing does.
+            # Only the database itself stops a checked write halfway (on a full disk, for example). Half of the write
+            # must not stay, so roll the whole transaction back.
             if self._writer.in_transaction and self._writer.total_changes != before:
                 self._writer.execute("ROLLBACK")
             raise
@@ -403,7 +402,7 @@ class Database(GroupCommit):
         try:
             return work(self._writer)
         except Exception:
-            # A full disk may already have rolled everything back: then the savepoint is gone with it.
+            # On a full disk SQLite may already have rolled the transaction back, and the savepoint with it.
             if self._writer.in_transaction:
                 self._writer.execute("ROLLBACK TO job")
             raise
@@ -416,7 +415,7 @@ class Database(GroupCommit):
         with self._transact():
             for job in batch:
                 try:
-                    # One alone needs no savepoint: the transaction is undone with it.
+                    # A single write needs no savepoint: the whole transaction is rolled back with it.
                     job.value = self._in_savepoint(job.work) if len(batch) > 1 else job.work(self._writer)
                 except Exception as error:
                     job.error = error
@@ -427,20 +426,21 @@ class Database(GroupCommit):
         return sqlite3.OperationalError("interrupted")
 
     def limit_cache(self, kib: int) -> None:
-        """Let each connection keep at most so many KiB of pages, for a process that lives long: the system's own
-        cache holds them too.
+        """Limit the page cache of each connection to ``kib`` KiB, for a long-lived process.
+
+        The kernel caches the file's pages as well.
         """
         for lock, conn in ((self._reader_lock, self._reader), (self._writer_lock, self._writer)):
             with lock:
                 conn.execute(f"PRAGMA cache_size = -{int(kib)}")
 
     def integrity(self) -> str:
-        """``ok``, or what SQLite's own check found."""
+        """Return ``ok``, or the result of SQLite's own check."""
         return "; ".join(str(row[0]) for row in self.read("PRAGMA quick_check"))
 
     def latest_event(self) -> int:
         """Return the id of the newest event that these records ever had, 0 without one."""
-        # Two rows: SQLite's own counters, which stay when retention removes events.
+        # SQLite's own counter stays when retention removes events.
         rows = self.read("SELECT c.seq FROM sqlite_sequence AS c WHERE c.name = 'events'")
         return int(rows[0][0]) if rows and isinstance(rows[0][0], int) else 0
 
@@ -454,7 +454,7 @@ class Database(GroupCommit):
         if self._wrote and self._opened is not None and not self.replaced():
             with contextlib.suppress(StoreError):
                 event = self.latest_event()
-                # An older copy stays one until timeguard has seen it.
+                # Do not lower the note for an older copy of the file before timeguard has detected that copy.
                 if event >= (latest.read(self.path) or 0):
                     latest.write(self.path, event)
         for conn in (self._reader, self._writer):
@@ -463,8 +463,9 @@ class Database(GroupCommit):
 
 
 def _patiently(call: Callable[[], Any]) -> None:
-    """busy_timeout does not cover every case (the switch to WAL, a WAL being recovered, a schema just changed): go
-    on until the bound.
+    """Run ``call``, and repeat it for BUSY_SECONDS while the database is locked.
+
+    SQLite's busy_timeout does not cover every case: the switch to WAL, the recovery of a WAL, a schema just changed.
     """
     deadline = time.monotonic() + BUSY_SECONDS
     while True:
@@ -490,7 +491,7 @@ def _transaction(conn: sqlite3.Connection) -> Iterator[None]:
 
 
 def _file_identity(path: str) -> tuple[int, int] | None:
-    """Return device and inode of the file that the path leads to now, or None without one."""
+    """Return device and inode of the file that the path leads to now, or None without a file."""
     try:
         status = os.stat(path)
     except OSError:

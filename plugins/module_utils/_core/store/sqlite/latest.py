@@ -1,10 +1,10 @@
 # Copyright: the agentlab.proxmox contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""How far the records had come, noted beside their file: an older copy that is put in its place is known by it.
+"""Note the newest event in a file beside the records, to detect an older copy restored in their place.
 
-An older copy brings old leases back, so that a sandbox renewed since would be ended. The note is a hidden file in the
-folder of the records; a restore moves the records (and ``-wal``, ``-shm``), not the note.
+An older copy brings old leases back, which would end a sandbox that was renewed since. The note is a hidden file in the
+records' folder. A restore replaces the records (with ``-wal`` and ``-shm``), but not the note.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ import tempfile
 
 
 def path_of(database: str) -> str:
-    """Return the path of the note for a file of records."""
+    """Return the path of the note for a database file."""
     folder, name = os.path.split(os.path.abspath(database))
     return os.path.join(folder, f".{name}.latest")
 
 
 def read(database: str) -> int | None:
-    """Return the id of the newest event that was ever noted, or None when nothing is known."""
+    """Return the id of the newest event ever noted, or None without a readable note."""
     try:
-        # Opening a FIFO would wait for a writer.
+        # O_NONBLOCK, because opening a FIFO would wait for a writer.
         descriptor = os.open(path_of(database), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         with os.fdopen(descriptor, encoding="ascii") as file:
             text = file.read(32).strip() if stat.S_ISREG(os.fstat(descriptor).st_mode) else ""
@@ -34,7 +34,7 @@ def read(database: str) -> int | None:
 
 
 def write(database: str, event: int) -> None:
-    """Note the newest event; where that is not allowed, an older copy is not recognised, and nothing else is lost."""
+    """Write the id of the newest event. Without permission only the detection of older copies is lost."""
     path = path_of(database)
     with contextlib.suppress(OSError):
         like = os.stat(database)
@@ -42,7 +42,7 @@ def write(database: str, event: int) -> None:
         try:
             with os.fdopen(handle, "w", encoding="ascii") as file:
                 file.write(f"{event}\n")
-                # Whoever may read the records may read it: root's plays and the daemon share both.
+                # Give the note the readers of the records: root's plays and the daemon share both files.
                 os.fchmod(file.fileno(), like.st_mode & 0o660)
                 if os.geteuid() == 0:
                     os.fchown(file.fileno(), like.st_uid, like.st_gid)
