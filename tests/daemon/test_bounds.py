@@ -13,8 +13,11 @@ import http.client
 import json
 import os
 import resource
+import select
 import socket
+import sqlite3
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -181,6 +184,42 @@ def test_two_hundred_clients_that_are_answered_at_the_same_time_are_all_answered
         for client in clients:
             client.sendall(b"\r\n")
         assert {client.recv(65536).split()[1] for client in clients} == {b"200"}
+
+
+def test_answers_that_nobody_reads_are_bounded_together(daemon: Make, lab: Lab) -> None:
+    """Sixty clients leave two megabytes each; those who read get theirs whole."""
+    lab.create("a1")
+    tags = json.dumps([f"tag-{number}-" + "x" * 40 for number in range(16)])
+    columns = "uuid, vmid, name, state, tags, lease_expires_at, created_at, updated_at, state_changed_at"
+    now = int(time.time())
+    with contextlib.closing(sqlite3.connect(lab.database)) as records:
+        records.executemany(
+            f"INSERT INTO sandboxes ({columns}) VALUES (?, ?, ?, 'RUNNING', ?, ?, ?, ?, ?)",
+            [(str(uuid.uuid4()), vmid, f"b{vmid}", tags, now + 9999, now, now, now) for vmid in range(200000, 202000)],
+        )
+        records.commit()
+    one = daemon(start=False)
+    # As the unit has it: what is freed goes back to the kernel.
+    one.environment.update(MALLOC_ARENA_MAX="2", MALLOC_MMAP_THRESHOLD_="131072")
+    one.start()
+    for _time in range(3):
+        assert len(one.good("GET", "/v1/sandboxes")["sandboxes"]) == 2001
+    before = one.rss()
+    with contextlib.ExitStack() as held:
+        clients = flood(one, "socket", 60, b"GET /v1/sandboxes HTTP/1.1\r\nHost: localhost\r\n\r\n" * 4, held)
+        # A request that is made later is answered later: those sixty have their answers by then.
+        for _time in range(5):
+            assert len(one.good("GET", "/v1/sandboxes")["sandboxes"]) == 2001
+        time.sleep(1.5)
+        one.good("GET", "/v1/sandboxes")
+        grown = one.rss() - before
+        poll = select.poll()
+        for client in clients:
+            poll.register(client, 0)
+        ended = sum(1 for _client, events in poll.poll(0) if events & select.POLLHUP)
+    assert ended >= 35, f"33554432 bytes are the answers of some 18 clients; {60 - ended} hold theirs"
+    assert grown < 110 * 1024, f"{grown} KiB"
+    assert "Traceback" not in one.log(), one.log()
 
 
 def test_a_head_that_never_ends_is_refused_for_its_size(daemon: Make) -> None:

@@ -61,6 +61,7 @@ def test_the_bounds_on_clients_are_those_of_the_code() -> None:
         "bytes of a head, and of requests sent ahead": code["HEAD_BYTES"],
         "bytes of a body": code["BODY_BYTES"],
         f"bytes of all bodies on their way, beyond the first {code['SMALL_BODY']} of each": code["BODIES_BYTES"],
+        "bytes of all answers that their clients have not read": code["ANSWERS_BYTES"],
         "lines of a kind in the log that clients or libraries can cause": f"one in {logs['SELDOM_SECONDS']:.0f} s",
         "lines of requests that changed nothing, for each who asks": f"{logs['IDLE_LINES']} in "
         f"{logs['SELDOM_SECONDS']:.0f} s",
@@ -75,6 +76,8 @@ def test_the_bounds_on_clients_are_those_of_the_code() -> None:
         "time for what is under way when the daemon stops": config.DEFAULTS["stop_timeout"].replace("s", " s"),
     }
     assert numbers == {name: str(value) for name, value in expected.items()}
+    beyond = {row[0]: row[3] for row in rows("bounds")}
+    assert f"at least {code['ANSWER_SECONDS']:.0f} s" in beyond["bytes of all answers that their clients have not read"]
 
 
 def test_keys_and_sentences_are_those_of_the_code() -> None:

@@ -34,6 +34,10 @@ BODY_BYTES = 1024 * 1024
 # small one always passes.
 BODIES_BYTES = 8 * 1024 * 1024
 SMALL_BODY = 16 * 1024
+# Bytes of all answers that their clients have not read yet, beyond what the kernel holds of each; and the seconds that
+# an answer may wait while there are more.
+ANSWERS_BYTES = 32 * 1024 * 1024
+ANSWER_SECONDS = 1.0
 # aiohttp stops reading a body when this much (twice) waits to be taken.
 READ_BYTES = 16 * 1024
 # Connections of each listener at once, where the process may have enough descriptors.
@@ -92,13 +96,53 @@ class Bodies:
         self.bytes -= max(0, size - SMALL_BODY)
 
 
+class UnreadAnswers:
+    """The answers that wait for their clients to read them, on all listeners together."""
+
+    def __init__(self) -> None:
+        # A dict keeps the order: the connection whose client has read nothing for longest is the first.
+        self._gates: dict[Gate, None] = {}
+        self._timer: asyncio.TimerHandle | None = None
+
+    def add(self, gate: Gate) -> None:
+        """Count the answer of a connection whose client does not read as fast as the daemon writes."""
+        self._gates[gate] = None
+        self._end_slowest()
+
+    def remove(self, gate: Gate) -> None:
+        """Forget a connection whose client has read its answer, or that has ended."""
+        self._gates.pop(gate, None)
+
+    def _end_slowest(self) -> None:
+        """End the connections that wait longest until the rest is within ANSWERS_BYTES.
+
+        A client that reads as fast as it can is given ANSWER_SECONDS, however many ask at the same moment.
+        """
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        loop = asyncio.get_running_loop()
+        total = sum(gate.unread_bytes for gate in self._gates)
+        for gate in list(self._gates):
+            if total <= ANSWERS_BYTES:
+                return
+            age = loop.time() - gate.sending_since
+            if age < ANSWER_SECONDS:
+                self._timer = loop.call_later(ANSWER_SECONDS - age, self._end_slowest)
+                return
+            total -= gate.unread_bytes
+            self.remove(gate)
+            gate.cut("its client does not read, and too many answers wait")
+
+
 class Listener:
     """The connections of one listening socket; called for each new one. ``option`` names it in the log."""
 
-    def __init__(self, option: str, server: Callable[[], Any], most: int) -> None:
+    def __init__(self, option: str, server: Callable[[], Any], most: int, unread: UnreadAnswers) -> None:
         self.option = option
         self.most = most
         self.server = server
+        self.unread = unread
         self.refused = 0
         # By the protocol of aiohttp, which a request knows; those that came first are first.
         self.gates: dict[Any, Gate] = {}
@@ -142,6 +186,12 @@ class Gate(asyncio.Protocol):
         self._tail = b""
         self._sending = False
         self.since = 0.0
+        self.sending_since = 0.0
+
+    @property
+    def unread_bytes(self) -> int:
+        """Return how many bytes of answers wait in this process until the client reads."""
+        return 0 if self._transport is None else self._transport.get_write_buffer_size()
 
     @property
     def replaceable(self) -> bool:
@@ -215,6 +265,7 @@ class Gate(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         if self._timer is not None:
             self._timer.cancel()
+        self._listener.unread.remove(self)
         if self._state == _REFUSED:
             self._listener.told -= 1
         if self._inner is not None:
@@ -223,11 +274,14 @@ class Gate(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         self._sending = True
+        self.sending_since = asyncio.get_running_loop().time()
         if self._inner is not None:
             self._inner.pause_writing()
+        self._listener.unread.add(self)
 
     def resume_writing(self) -> None:
         self._sending = False
+        self._listener.unread.remove(self)
         if self._inner is not None:
             self._inner.resume_writing()
 

@@ -124,6 +124,7 @@ class Api:
         self._runners: list[web.AppRunner] = []
         self._lock_file: int | None = None
         self._bodies = connections.Bodies()
+        self._unread = connections.UnreadAnswers()
         self._places = spool.Places()
         # How many connections each listener may have.
         self._share: dict[str, int] = {}
@@ -408,7 +409,7 @@ class Api:
         await runner.setup()
         self._runners.append(runner)
         assert runner.server is not None
-        self._listeners[option] = Listener(option, runner.server, self._share[option])
+        self._listeners[option] = Listener(option, runner.server, self._share[option], self._unread)
 
     async def _tcp(self, option: str, where: tuple[str, int]) -> None:
         try:
