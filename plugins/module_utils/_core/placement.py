@@ -1,11 +1,11 @@
 # Copyright: the agentlab.proxmox contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Choose the node of a new sandbox. Pure: the same input gives the same answer, and nothing is read or written here.
+"""Choose the node of a new sandbox. This file is pure: the same input gives the same answer, without any I/O.
 
-``decide`` gets what was read of Proxmox VE (nodes, young VMs), what the records know (sandboxes on each node, what is
-being created right now), the wish, and the operator's rules. The answer names the node, and for every node why it was
-taken or passed over. docs/placement.md describes the rules for users.
+``decide`` takes Proxmox VE's data (nodes, young VMs), the records' data (sandboxes on each node, creations under way),
+the wish, and the operator's rules. It returns the node, and for each node the reason. docs/placement.md describes the
+rules for users.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .nodes import Node, Preference, Rules, Vm
 
 MIB = 1024 * 1024
 
-# Why a node is passed over. Metrics count by these words; docs/placement.md explains them.
+# Reasons for refusing a node. Metrics count by these words; docs/placement.md explains them.
 REASONS: dict[str, str] = {
     "offline": "the node is offline",
     "maintenance": "the node is in HA maintenance",
@@ -39,9 +39,9 @@ CHOSEN = "chosen"
 
 @dataclass(frozen=True, slots=True)
 class Reservation:
-    """What a sandbox takes on a node, by the records: memory and disk in bytes.
+    """The memory and disk, in bytes, that the records reserve for a sandbox on a node.
 
-    ``creating``: its creation has not ended, so its disk may not show in the figures of the storage either.
+    ``creating``: the creation has not ended, so the storage's figures may not include the disk yet.
     """
 
     vmid: int
@@ -54,7 +54,7 @@ class Reservation:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What the records know: live sandboxes on each node, those of the same kind (anti-affinity), and reservations."""
+    """The records' data: live sandboxes on each node, those of the same kind (anti-affinity), and reservations."""
 
     sandboxes: Mapping[str, int] = field(default_factory=dict)
     same: Mapping[str, int] = field(default_factory=dict)
@@ -63,10 +63,10 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Wish:
-    """What the sandbox needs. Memory and disk in bytes; 0 means that it is not known."""
+    """The needs of the sandbox. Memory and disk are in bytes; 0 means unknown."""
 
     memory: int = 0
-    # Virtual CPUs: Proxmox VE starts no VM with more of them than the node has.
+    # Virtual CPUs. Proxmox VE does not start a VM with more of them than the node has CPUs.
     cpus: int = 0
     storage: str | None = None
     disk: int = 0
@@ -78,7 +78,7 @@ class Wish:
 
 @dataclass(frozen=True, slots=True)
 class NodeVerdict:
-    """Why a node was taken or passed over. ``free`` is its free memory in bytes, before the sandbox is there."""
+    """The reason for choosing or refusing a node. ``free`` is its free memory in bytes, without the new sandbox."""
 
     node: str
     reason: str
@@ -87,7 +87,7 @@ class NodeVerdict:
     sandboxes: int
 
     def public(self) -> dict[str, Any]:
-        """Return the verdict for answers; memory in MiB, null where it is not known."""
+        """Return the verdict for answers. Memory is in MiB, null where unknown."""
         return {
             "node": self.node,
             "chosen": self.reason == CHOSEN,
@@ -100,7 +100,7 @@ class NodeVerdict:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """The node, or None when no node fits; a verdict for each node; ``by``: what was compared, memory or sandboxes."""
+    """The chosen node (None: no node fits), a verdict for each node, and the compared value: memory or sandboxes."""
 
     node: str | None
     verdicts: tuple[NodeVerdict, ...]
@@ -117,20 +117,20 @@ class Decision:
         }
 
     def why_none(self) -> str:
-        """Return why no node fits, a reason for each."""
+        """Return one text with the reason of each node, for the case that no node fits."""
         return "; ".join(f"{verdict.node}: {verdict.message}" for verdict in self.verdicts)
 
 
 def show_memory(size: int) -> str:
-    """Return a size in bytes as people write memory."""
+    """Return a size in bytes in the form in which people write memory."""
     return f"{size / 1024**3:.1f} GiB" if abs(size) >= 10 * 1024**3 else f"{size // MIB} MiB"
 
 
 def promised(nodes: Iterable[Node], vms: Mapping[int, Vm], load: Load, settle: int) -> dict[str, int]:
-    """Return, by node, the memory in bytes that is promised to sandboxes and not yet part of what the node uses.
+    """Return for each node the memory in bytes that is reserved for sandboxes and not yet in use.
 
-    A VM that has just booted uses a fraction of its memory. So until it has been up for ``settle`` seconds, all of
-    its configured memory counts. ``vms`` are our own VMs only.
+    A VM that has just booted uses a fraction of its memory. So all of its configured memory counts until it has been up
+    for ``settle`` seconds. ``vms`` are our own VMs only.
     """
     sums = {node.name: 0 for node in nodes}
     reserved: set[int] = set()
@@ -140,9 +140,9 @@ def promised(nodes: Iterable[Node], vms: Mapping[int, Vm], load: Load, settle: i
         if vm is not None and vm.uptime >= settle:
             if not reservation.creating:
                 continue
-            # The list is older than the reservation, and shows an earlier VM of this VMID.
+            # The list is older than the reservation, so the row is an earlier VM with this VMID.
             vm = None
-        # Proxmox VE may have moved the VM since the record was written.
+        # Proxmox VE may have migrated the VM since the record was written.
         node = vm.node if vm is not None and not reservation.creating else reservation.node
         if node in sums:
             sums[node] += max(0, reservation.memory - (vm.used if vm is not None else 0))
@@ -153,10 +153,10 @@ def promised(nodes: Iterable[Node], vms: Mapping[int, Vm], load: Load, settle: i
 
 
 def decide(nodes: Iterable[Node], vms: Mapping[int, Vm], load: Load, wish: Wish, rules: Rules) -> Decision:
-    """Return the node for the wish, and for every node why it was taken or passed over.
+    """Return the node for the wish, and for each node why it was chosen or refused.
 
-    ``vms``: our own VMs that run, as listed. Where a node that could be taken has no figures, the number of sandboxes
-    is compared instead of memory.
+    ``vms`` are our own running VMs in the list. If a node that fits has no memory figures, the number of sandboxes is
+    compared instead of memory.
     """
     known = sorted(nodes, key=lambda node: node.name)
     promises = promised(known, vms, load, rules.settle)
@@ -211,7 +211,7 @@ def _refusal(
     wish: Wish,
     rules: Rules,
 ) -> tuple[str, str] | None:
-    """Return the word and the sentence for which the node cannot be taken, or None."""
+    """Return (reason, sentence) if the node cannot take the sandbox, else None."""
     if not node.online:
         return "offline", "it is offline"
     if node.maintenance:
@@ -272,7 +272,7 @@ def _storage_refusal(
 
 
 def _concerned(preferences: Iterable[Preference], node: str, wish: Wish) -> bool:
-    """Whether a preference for the wish's profile or tags names the node."""
+    """Return whether a preference for the wish's profile or tags names the node."""
     return any(
         node in preference.nodes
         and (preference.value == wish.profile if preference.kind == "profile" else preference.value in wish.tags)
@@ -301,7 +301,7 @@ def _why_less(
     rules: Rules,
     by: str,
 ) -> str:
-    """Return by which rule the chosen node came before this node, which could have been taken too."""
+    """Return the rule by which the chosen node came before this node, which fits as well."""
     if _concerned(rules.avoid, name, wish) and not _concerned(rules.avoid, chosen, wish):
         return "placement.avoid names it"
     if _concerned(rules.prefer, chosen, wish) and not _concerned(rules.prefer, name, wish):

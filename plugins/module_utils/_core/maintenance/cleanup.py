@@ -1,9 +1,9 @@
 # Copyright: the agentlab.proxmox contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Cleanup: what the rules say, through the one destroy pipeline.
+"""Cleanup: apply the cleanup rules through the destroy pipeline.
 
-A guard stops a run that would destroy too much, and freezes all later ones.
+A guard stops a run that would destroy too many sandboxes, and freezes all later runs.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from ..model import Outcome, Sandbox
 from ..store import history
 from . import prune, reconcile
 
-# Fewer than so many are never too large a share.
+# Below this number of sandboxes the percentage of the guard is not applied.
 GUARD_FROM = 5
-# So many records go in one transaction: others get their turn between two of them.
+# Records to remove in one transaction, so that other writers get their turn between two transactions.
 _FORGET_AT_ONCE = 500
 
 
 @dataclass(slots=True)
 class CleanupResult:
-    """What a run did (or would do): the same shape in both.
+    """The outcomes of a run or a dry run, in the same shape.
 
-    ``guard`` says why it would have been stopped, in a run that only looks.
+    ``guard``: in a dry run, the reason why the guard would stop the run.
     """
 
     pruned: list[Outcome] = field(default_factory=list)
@@ -58,7 +58,10 @@ class CleanupResult:
 
 
 def freeze(ctx: Context, reason: str) -> dict[str, Any]:
-    """Let no rule act until somebody releases it, also after a restart. Frozen already: the first reason stays."""
+    """Freeze all rules until a person releases them, also across restarts, and return the freeze.
+
+    Keeps the first reason.
+    """
     known = timeguard.frozen(ctx)
     if known:
         return known
@@ -68,7 +71,7 @@ def freeze(ctx: Context, reason: str) -> dict[str, Any]:
 
 
 def release(ctx: Context) -> dict[str, Any] | None:
-    """Let the rules act again; what had frozen them, or None."""
+    """Release the rules; return the freeze that was in force, or None."""
     known = timeguard.frozen(ctx)
     if known:
         ctx.records.set_meta(timeguard.FROZEN, None)
@@ -79,9 +82,9 @@ def release(ctx: Context) -> dict[str, Any] | None:
 
 
 def run(ctx: Context, policy: rules.Policy) -> CleanupResult:
-    """One run of the rules. In a dry run (and in shadow mode, which is one) everything is read and nothing is written.
+    """Run the rules once. A dry run and shadow mode read everything and write nothing.
 
-    Raises Frozen when it is frozen, GuardTripped when it has just frozen itself.
+    Raises Frozen when cleanup is frozen, and GuardTripped when this run has just frozen it.
     """
     looking = ctx.dry_run
     stopped = timeguard.frozen(ctx)
@@ -113,7 +116,7 @@ def run(ctx: Context, policy: rules.Policy) -> CleanupResult:
             if policy.keep_destroyed is not None and not rest:
                 report.forgotten = history.forgettable(ctx.records, policy.keep_destroyed)
             return report
-        # Nothing but what the guard has counted: the others may have come free meanwhile.
+        # Destroy only what the guard has counted: other sandboxes may have become eligible meanwhile.
         counted = {one.uuid for one in planned.pruned}
         chosen = [(rule, one) for rule, one in chosen if rule.action != rules.DESTROY or one.uuid in counted]
         planned.pruned = []
@@ -135,8 +138,9 @@ def run(ctx: Context, policy: rules.Policy) -> CleanupResult:
 def _choose(
     ctx: Context, policy: rules.Policy, live: list[Sandbox], rest: tuple[str, str] | None, report: CleanupResult
 ) -> list[tuple[rules.CleanupRule, Sandbox]]:
-    """From the records alone: which rule acts on which sandbox now; the others of a matching rule are kept, with the
-    reason.
+    """Return which rule acts on which sandbox now, judged by the records alone.
+
+    The other sandboxes of a matching rule are added to the report as kept, with the reason.
     """
     now = ctx.clock.now()
     chosen = []
@@ -166,7 +170,7 @@ def _exceeded_guard(policy: rules.Policy, count: int, live: int) -> str | None:
 
 
 def _apply(ctx: Context, rule: rules.CleanupRule, found: list[Sandbox], report: CleanupResult) -> None:
-    # The events say which rule it was.
+    # Events name the rule as part of the actor.
     acting = ctx.derive(actor=f"{ctx.actor} (cleanup rule {rule.name})")
     if rule.action == rules.DESTROY:
         done = prune.PruneResult()
@@ -178,14 +182,15 @@ def _apply(ctx: Context, rule: rules.CleanupRule, found: list[Sandbox], report: 
 
 
 def _refuse_frozen(ctx: Context, one: Sandbox) -> None:
-    """Kept when somebody who saw the run at work has frozen it."""
+    """Raise Kept when a person has frozen cleanup during the run."""
     if timeguard.frozen(ctx):
         raise Kept("changed", f"sandbox {one.vmid}: cleanup was frozen while it ran; release it")
 
 
 def _fail(ctx: Context, rule: rules.CleanupRule, planned: Sandbox) -> Outcome:
-    """Give up a creation that nobody works on any more; its VM, if there is one, is bound to the record and left for
-    a later rule.
+    """Give up a creation that no run works on any more, and return the outcome.
+
+    Its VM, if there is one, is bound to the record and left for a later rule.
     """
     try:
         _refuse_frozen(ctx, planned)

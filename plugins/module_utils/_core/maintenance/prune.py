@@ -1,7 +1,10 @@
 # Copyright: the agentlab.proxmox contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Prune: destroy what is over, say for each thing kept why. One planner serves the real run, check mode and dry run."""
+"""Prune: destroy expired sandboxes and give the reason for each kept one.
+
+One planner serves the real run, check mode and dry run.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from ..sandboxes import destroy
 
 @dataclass(slots=True)
 class PruneResult:
-    """What a prune did (or would do): the same shape in both."""
+    """The outcomes of a prune or a dry run, in the same shape."""
 
     pruned: list[Outcome] = field(default_factory=list)
     kept: list[Outcome] = field(default_factory=list)
@@ -31,7 +34,7 @@ class PruneResult:
 
 @dataclass(slots=True)
 class Selection:
-    """Which records: their states, a minimum age in seconds, tags (any of them)."""
+    """The records to select: states, a minimum age in seconds, tags (any of them)."""
 
     states: Sequence[str] = (states.TIMEOUT,)
     older_than: int | None = None
@@ -53,7 +56,7 @@ class Selection:
 
 
 def select(ctx: Context, wanted: Selection) -> tuple[list[Sandbox], list[Outcome]]:
-    """From the records alone: the candidates, and what is kept already, with the reason."""
+    """Return (candidates, kept outcomes with their reason), judged by the records alone."""
     wanted.check()
     now = ctx.clock.now()
     candidates: list[Sandbox] = []
@@ -73,14 +76,17 @@ def select(ctx: Context, wanted: Selection) -> tuple[list[Sandbox], list[Outcome
 
 
 def spared(sandbox: Sandbox, older_than: int | None, now: int) -> tuple[str, str] | None:
-    """Why the record alone keeps it (word and sentence), or None."""
+    """Return (reason, sentence) if the record alone keeps the sandbox, else None. Ages and times are in seconds."""
     if sandbox.protected:
         return "protected", f"sandbox {sandbox.vmid} is protected"
     return None if older_than is None else too_soon(sandbox, older_than, now)
 
 
 def too_soon(sandbox: Sandbox, older_than: int, now: int) -> tuple[str, str] | None:
-    """Age counts from the moment the state was entered, and must be strictly greater; no time means not old enough."""
+    """Return (reason, sentence) for a sandbox that is too young, else None.
+
+    The age counts from entering the state and must be strictly greater. Without a timestamp the sandbox is too young.
+    """
     if sandbox.state_changed_at is None:
         return "too_young", f"sandbox {sandbox.vmid} has no time at which it entered {sandbox.state}"
     age = now - sandbox.state_changed_at
@@ -92,7 +98,10 @@ def too_soon(sandbox: Sandbox, older_than: int, now: int) -> tuple[str, str] | N
 
 
 def run(ctx: Context, wanted: Selection) -> PruneResult:
-    """Prune. ``max_count`` is a guard: with more candidates nothing is pruned and GuardTripped says so."""
+    """Prune, and return the outcomes.
+
+    Raises GuardTripped, and prunes nothing, with more than ``max_count`` candidates.
+    """
     candidates, kept = select(ctx, wanted)
     report = PruneResult(kept=kept)
     if not candidates:
@@ -125,9 +134,9 @@ def execute(
     operation: str = "prune",
     allowed: Callable[[Sandbox], None] | None = None,
 ) -> None:
-    """Destroy these, each only if it is still what it was when it was chosen.
+    """Destroy the candidates, each only if it is unchanged since it was chosen. Adds the outcomes to the report.
 
-    ``allowed`` raises Kept where nothing may be begun any more.
+    ``allowed`` raises Kept when nothing more may be started.
     """
 
     def still(planned: Sandbox) -> destroy.Request:
@@ -160,7 +169,7 @@ def _sort(report: PruneResult, outcome: Outcome) -> None:
 
 
 def plan(ctx: Context, candidates: list[Sandbox], report: PruneResult) -> None:
-    """The pipeline's own reads, without its writes."""
+    """Add to the report what a run would do: all reads of the pipeline, none of its writes."""
     if not candidates:
         return
     absent: list[Sandbox] = []

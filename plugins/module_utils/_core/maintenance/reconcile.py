@@ -1,11 +1,11 @@
 # Copyright: the agentlab.proxmox contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Reconcile: compare the records with Proxmox in one pass, report the drift and (with apply) repair it.
+"""Reconcile: compare the records with Proxmox in one pass, report the drift, and repair it with ``apply``.
 
-Reports first what it would do and why; ``apply`` carries exactly that out. An unreachable node changes nothing, a VM
-without a record is reported and never adopted, and when a large share of the records turns absent at once nothing is
-written at all.
+The report says what would be done and why; ``apply`` does exactly that. An unreachable node changes nothing. A VM
+without a record is reported and never adopted. When a large share of the records turns absent at once, nothing is
+written.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from ..vm import address, binding, power
 from ..vm.locate import Located, is_hibernated, locate, power_state
 from ..workspaces import workspace, workspace_disk
 
-# Absences of fewer records than this are never "a large share".
+# Fewer absences than this are never "a large share".
 _GUARD_FROM = 5
 _STOPS = ("qmstop", "qmshutdown", "qmsuspend", "hastop", "stopall", "qmreboot")
 _STARTS = ("qmstart", "qmresume", "hastart", "startall")
-# Seconds for which a configuration counts as known while its VM runs on without a break.
+# Seconds for which a configuration stays known while its VM keeps running.
 KNOWN_SECONDS = 3600
-# The list of VMs lags by ten seconds, and by more on a busy node.
+# The VM list lags by ten seconds, and by more on a busy node.
 _LAG_SECONDS = 60
 
 
 @dataclass(slots=True)
 class Drift:
-    """One difference: what it is, what is done about it, and what shows it."""
+    """One difference: its kind, the action, and the evidence."""
 
     kind: str
     action: str
@@ -69,29 +69,31 @@ class Drift:
 
 
 class KnownVms:
-    """The configurations that earlier passes of a daemon judged to be ours, and when: what saves reading them again.
+    """The configurations that earlier passes of a daemon judged to be ours, to save reading them again.
 
-    A VM that has run without a break since before its configuration was judged is still the same VM: its VMID cannot
-    have come to another one. Only a configuration that somebody edited meanwhile goes unseen, for KNOWN_SECONDS at the
-    most. Nothing is done to a VM on the strength of this: every operation judges it anew.
+    A VM that has run without a break since its configuration was judged is still the same VM: its VMID cannot have gone
+    to another VM. Only an edited configuration goes unnoticed, for at most KNOWN_SECONDS. No operation relies on this:
+    each judges the VM again before it acts.
     """
 
     def __init__(self) -> None:
-        # By UUID of the sandbox: seconds since boot before the configuration was read.
+        # UUID of the sandbox -> seconds since boot before its configuration was read.
         self._judged_at: dict[str, float] = {}
 
     def note(self, sandbox: Sandbox, at: float) -> None:
-        """Note that nothing was wrong with a sandbox whose VM was read then."""
+        """Remember that a sandbox's VM was read at ``at`` (seconds since boot) without drift."""
         self._judged_at[sandbox.uuid] = at
 
     def keep_only(self, sandboxes: list[Sandbox]) -> None:
-        """Forget all sandboxes but these."""
+        """Forget all other sandboxes."""
         live = {sandbox.uuid for sandbox in sandboxes}
         self._judged_at = {uuid: at for uuid, at in self._judged_at.items() if uuid in live}
 
     def covers(self, sandbox: Sandbox, row: dict[str, Any], now: float) -> bool:
-        """Return whether the VM of that row in the list needs no look: it runs as the record says, where the record
-        says, and has done so since it was judged. ``now`` is in seconds since boot.
+        """Return whether the VM in this row of the list needs no reading.
+
+        That is so if it runs on the recorded node in the recorded state, and has run since it was judged. ``now`` is in
+        seconds since boot.
         """
         at = self._judged_at.get(sandbox.uuid)
         if at is None or sandbox.state not in (states.READY, states.RUNNING) or sandbox.absent_seen_at is not None:
@@ -103,10 +105,10 @@ class KnownVms:
 
 
 def run(ctx: Context, *, apply: bool, adopt_cluster: bool = False, known_vms: KnownVms | None = None) -> list[Drift]:
-    """One pass over all live records.
+    """Run one pass over all live records and return the drift.
 
-    ``known_vms`` is what earlier passes learnt; without it every configuration is read. Raises GuardTripped when too
-    many are absent at once (with apply: nothing was written).
+    ``known_vms`` holds results of earlier passes; without it every configuration is read. With ``apply`` GuardTripped
+    is raised before the first write when too many sandboxes are absent at once.
     """
     writing = apply and not ctx.dry_run
     if adopt_cluster:
@@ -120,7 +122,7 @@ def run(ctx: Context, *, apply: bool, adopt_cluster: bool = False, known_vms: Kn
     del live
     absent = [drift for drift in drifts.values() if drift.kind in ("absent", "vmid_reused")]
     if apply and len(absent) >= _GUARD_FROM and len(absent) * 100 > ctx.config.absent_guard * count:
-        # Judged before anything is written: a pass that is not to be trusted finishes and expires nothing either.
+        # Check before any write: a pass that cannot be trusted must not finish or expire anything either.
         raise GuardTripped(
             f"{len(absent)} of {count} sandboxes are absent at once (absent_guard is {ctx.config.absent_guard} %); "
             "nothing was written. Check that api_host leads to the right cluster, then prune or destroy what is "
@@ -138,11 +140,11 @@ def run(ctx: Context, *, apply: bool, adopt_cluster: bool = False, known_vms: Kn
                 found.append(Drift("interrupted", "finish it", evidence, sandbox))
     found += _leases(ctx, writing)
     if writing:
-        # What those two changed is compared anew; the rest stands as it was judged.
+        # Compare again what those two steps changed. The other results stay valid.
         now = overview.generations(ctx.records)
         changed = {uuid for uuid, generation in now.items() if before.get(uuid) != generation}
         if found:
-            # That may have taken long: whoever was seen to be gone or stopped before it is looked at once more.
+            # Those steps may have taken long. Look again at each sandbox that is about to be repaired.
             changed |= {uuid for uuid, drift in drifts.items() if drift.repair and uuid in now}
         again: dict[str, Drift] = {}
         if changed:
@@ -158,7 +160,7 @@ def run(ctx: Context, *, apply: bool, adopt_cluster: bool = False, known_vms: Kn
 
 
 def _workspaces(ctx: Context, writing: bool) -> list[Drift]:
-    """What killed runs began on workspaces is finished or undone, and what a sandbox that is gone had is free."""
+    """Finish or undo the operations of killed runs on workspaces, and free the workspaces of destroyed sandboxes."""
     drifts = []
     for one in workspace_disk.unfinished(ctx):
         drift = Drift("workspace", "finish or undo it", {"workspace": one.name, "state": one.state}, vmid=one.vmid)
@@ -180,9 +182,9 @@ def _survey(
     *,
     unrecorded: bool = True,
 ) -> tuple[dict[str, Drift], list[Drift]]:
-    """Compare these records with Proxmox: drift by sandbox, and the VMs with our marker that no record has.
+    """Compare these records with Proxmox. Returns the drift by sandbox, and the VMs with our marker but no record.
 
-    Reads only.
+    Only reads.
     """
     if not records and not unrecorded:
         return {}, []
@@ -218,7 +220,7 @@ def _apply(drift: Drift) -> None:
 
 
 def _leases(ctx: Context, apply: bool) -> list[Drift]:
-    """Leases that are over: the daemon does this by itself; without one this is where a play does it."""
+    """Return the drift of expired leases, and expire them with ``apply``. A running daemon does this by itself."""
     if not apply:
         rest = timeguard.suspended(ctx)
         if rest:
@@ -252,7 +254,7 @@ def _leases(ctx: Context, apply: bool) -> list[Drift]:
         for one in passed.renewed
     ]
     if timeguard.hold_leases(ctx):
-        # By the older copy they are over; their VMs may have been started and renewed since.
+        # The leases are over only by the older copy of the records. They may have been renewed since that copy.
         return drifts
     known = {one.uuid for one in passed.expired if one.uuid}
     drifts += [
@@ -270,7 +272,7 @@ def _leases(ctx: Context, apply: bool) -> list[Drift]:
 
 
 def _failure_of(problem: str | None) -> str | None:
-    """Return why a VM could not be stopped; None where the same pass settles it, or another run is stopping it."""
+    """Return why a VM could not be stopped; None when this pass settles it, or another run is stopping it."""
     return None if problem in (lease.NO_VM, lease.ANOTHER_VM, lease.UNDER_WAY) else problem
 
 
@@ -279,8 +281,10 @@ def _with_note(evidence: dict[str, Any], problem: str | None) -> dict[str, Any]:
 
 
 def _finish_interrupted(ctx: Context) -> list[Drift]:
-    """Finish what killed runs left: a destroy goes on, a creation becomes FAILED (its VM bound if it is ours), the
-    rest is compared anew.
+    """Finish the operations of killed runs, and return them as drift.
+
+    A destroy continues. A creation becomes FAILED, with its VM bound if that is ours. Everything else is compared
+    again.
     """
     found = []
     overview.drop_dead_claims(ctx.records)
@@ -290,7 +294,7 @@ def _finish_interrupted(ctx: Context) -> list[Drift]:
             if left.kind == "destroy" and sandbox.live:
                 drift.action = "destroy finished"
                 force = bool(left.detail.get("force"))
-                # Before the delete was decided the request is judged anew, by the rules as they are now.
+                # Until the delete was decided, check the request again by the present rules.
                 try:
                     todo = left.phase in POINT_OF_NO_RETURN
                     if not todo:
@@ -327,7 +331,7 @@ def _finish_interrupted(ctx: Context) -> list[Drift]:
                 drift.action = "journal closed"
                 with ctx.claimed(sandbox, "reconcile", wait=0) as (claim, current):
                     if left.kind == "create" and current.state == states.READY:
-                        # Started; only the last step of the creation was missing.
+                        # The VM was started; only the last step of the creation was missing.
                         drift.action = "creation finished"
                         current = ctx.records.change(claim, current, "create", to=states.RUNNING, reason="ready")
                     if (
@@ -335,9 +339,9 @@ def _finish_interrupted(ctx: Context) -> list[Drift]:
                         and current.state in (states.STOPPED, states.SUSPENDED)
                         and current.smbios_uuid is not None
                     ):
-                        # Its answer was lost. A VM that runs is not left under a record that no lease ends.
+                        # The answer to the start was lost. A running VM needs a record whose lease can end it.
                         found_there = locate(ctx, current)
-                        # What was said of its power counts if that was our VM, before and after.
+                        # The reported power state counts only if the VM was ours both before and after the request.
                         if found_there.match and power.runs(ctx, found_there) and locate(ctx, current).match:
                             drift.action = "start finished"
                             current = ctx.records.change(
@@ -352,8 +356,9 @@ def _finish_interrupted(ctx: Context) -> list[Drift]:
 
 
 def _refuse_chosen(ctx: Context, entry: JournalEntry) -> None:
-    """Kept for a destroy that was chosen by rule or age, and not decided: by now they may say something else, be
-    frozen, or rest.
+    """Raise Kept for a destroy that a rule or an age chose and that is not decided yet.
+
+    Meanwhile the rules may say something else, be frozen, or be held.
     """
     if entry.detail.get("operation") == "cleanup":
         raise Kept("rule", "a cleanup rule had chosen it; the next run of the rules decides anew")
@@ -362,9 +367,9 @@ def _refuse_chosen(ctx: Context, entry: JournalEntry) -> None:
 
 
 def give_up_creation(ctx: Context, sandbox: Sandbox, evidence: dict[str, Any] | None = None) -> Sandbox:
-    """Make a creation that nobody works on FAILED, its VM bound to the record if it is ours.
+    """Set a creation that no run works on to FAILED, bind its VM if that is ours, and return the record.
 
-    Busy while somebody does.
+    Raises Busy while a run works on it.
     """
     with ctx.claimed(sandbox, "reconcile", wait=0) as (claim, current):
         if current.state != sandbox.state:
@@ -377,7 +382,7 @@ def give_up_creation(ctx: Context, sandbox: Sandbox, evidence: dict[str, Any] | 
             current = ctx.records.get(current.uuid)
             bound = bound or (unfinished is not None and binding.left_nothing(ctx, current, unfinished))
         snippets.remove(ctx, current)
-        # Unbound: the journal entry stays, a later destroy needs it to tell whether a VM is its own.
+        # Keep the journal entry of an unbound VM: a later destroy needs it to recognise its own VM.
         return ctx.records.change(
             claim,
             current,
@@ -421,23 +426,24 @@ def _compare(
     try:
         drift = _power_drift(ctx, sandbox, located)
     except ProxmoxError as error:
-        # It may have gone, or its node stopped answering, since it was judged: said for this one, and the others are
-        # looked at.
+        # The VM may have vanished, or its node stopped answering, since the list was read. Report this sandbox as
+        # unknown and continue with the others.
         return Drift("unknown", "none", {"why": error.message}, sandbox)
     if drift is not None:
         try:
             ctx.cluster.require_quorum()
         except Kept as error:
-            # This side's copy of the configuration may be old: the VM may have been started on the other side.
+            # This node's copy of the configuration may be old: the VM may have been started on the other side of a
+            # partition.
             return Drift("unknown", "none", {**drift.evidence, "why": error.message}, sandbox)
         return drift
     return _address_drift(ctx, sandbox, looks.look_up(sandbox, located))
 
 
 def _address_drift(ctx: Context, sandbox: Sandbox, ip: str | None) -> Drift | None:
-    """Return the drift of an address that the guest names and the record does not have."""
+    """Return the drift when the guest reports another address than the record has, else None."""
     if ip is None or sandbox.ip in (None, ip):
-        # A first address completes the record (see Looks.remember); a difference is only another one.
+        # Looks.remember stores a first address. Only a different address is drift.
         return None
     return Drift(
         "address",
@@ -449,7 +455,7 @@ def _address_drift(ctx: Context, sandbox: Sandbox, ip: str | None) -> Drift | No
 
 
 def _absent(ctx: Context, sandbox: Sandbox, kind: str, evidence: dict[str, Any]) -> Drift:
-    """A first absence is noted; the second pass in a row believes it."""
+    """Return the drift of an absent VM. The first pass notes the absence; the second in a row marks it DESTROYED."""
     if kind == "absent" and sandbox.absent_seen_at is None:
         return Drift(
             kind,
@@ -486,8 +492,7 @@ def _power_drift(ctx: Context, sandbox: Sandbox, located: Located) -> Drift | No
         target = states.STOPPED
         if not explained:
             hidden = _hidden_tasks(ctx, str(located.node))
-            # FAILED says that nobody stopped it; without a sight of everybody's tasks all that is known is that it is
-            # stopped.
+            # FAILED claims that nobody stopped the VM. If tasks may be hidden, only "stopped" is certain.
             target = states.STOPPED if hidden else states.FAILED
             if hidden:
                 evidence["why"] = hidden
@@ -524,9 +529,9 @@ def _power_drift(ctx: Context, sandbox: Sandbox, located: Located) -> Drift | No
 
 
 def _seen(ctx: Context, sandbox: Sandbox, located: Located) -> str | None:
-    """The state of a VM that the list shows in another one than the record; asked of the VM itself, for the list lags.
+    """Return the power state that the VM itself reports, where the list disagrees with the record. The list lags.
 
-    None where list and record agree, or where the record says nothing of the VM's power.
+    None where list and record agree, or where the record's state says nothing about power.
     """
     listed = located.row.get("status")
     agrees = {states.READY: "running", states.RUNNING: "running", states.STOPPED: "stopped"}
@@ -572,8 +577,9 @@ def _moving(ctx: Context, sandbox: Sandbox, target: str, evidence: dict[str, Any
 
 
 def _stop_task(ctx: Context, sandbox: Sandbox, node: str) -> str | None:
-    """The task that explains why the VM is stopped: the newest of those that start or stop it, if that stopped it
-    since the state was entered.
+    """Return the task that explains why the VM is stopped, or None.
+
+    That is the newest start or stop task since the state was entered, if it is a stop.
     """
     for row in ctx.client.get_list(
         f"nodes/{node}/tasks",
@@ -583,13 +589,13 @@ def _stop_task(ctx: Context, sandbox: Sandbox, node: str) -> str | None:
         since=max(0, (sandbox.state_changed_at or 0) - 60),
     ):
         if row.get("type") in (*_STOPS, *_STARTS) and str(row.get("status") or "").startswith(("OK", "WARNINGS")):
-            # A stop from before the last start (perhaps of another sandbox with this VMID) explains nothing.
+            # A stop before the last start explains nothing. It may even belong to an earlier VM with this VMID.
             return str(row.get("upid")) if row.get("type") in _STOPS else None
     return None
 
 
 def _hidden_tasks(ctx: Context, node: str) -> str | None:
-    """Why tasks of others may be hidden, so that the missing of one proves nothing; None when all can be seen."""
+    """Return why other users' tasks may be hidden, so that a missing task proves nothing; None if all are visible."""
     path = f"/nodes/{node}"
     try:
         if ctx.cluster.holds(path, "Sys.Audit"):
@@ -600,7 +606,7 @@ def _hidden_tasks(ctx: Context, node: str) -> str | None:
 
 
 def _stale_creation(ctx: Context, sandbox: Sandbox) -> Drift | None:
-    """A REQUESTED or PROVISIONING record that nobody works on (no journal, no claim) becomes FAILED."""
+    """Return the drift of a creation without journal and claim: no run works on it, so it becomes FAILED."""
     if sandbox.state not in states.CREATING:
         return None
     if ctx.records.is_worked_on(sandbox.uuid):
@@ -612,7 +618,7 @@ def _stale_creation(ctx: Context, sandbox: Sandbox) -> Drift | None:
 def _unrecorded(ctx: Context, rows: dict[int, dict[str, Any]], live: list[Sandbox]) -> list[Drift]:
     """Return the VMs with our marker that no live record has. They are never adopted.
 
-    A VM of another database, outside our own vmid_range, is left out.
+    A VM of another database is left out, unless it is inside our own vmid_range.
     """
     database = ctx.records.database_id()
     known = {sandbox.vmid for sandbox in live}
@@ -633,16 +639,15 @@ def _unrecorded(ctx: Context, rows: dict[int, dict[str, Any]], live: list[Sandbo
         marks = identity.markers(config)
         others = identity.other_databases(config, database)
         if others and not _in_range(ctx, vmid):
-            # That database has its record. Within our own range nobody else's VM is expected, and our records may have
-            # been lost.
+            # The other database has its record. Inside our range no other VM is expected, and our records may be lost.
             return None
         try:
             now = ctx.records.live_by_vmid(vmid)
         except DamagedRecord:
-            # It has a record, which cannot be read.
+            # The VM has a record, which is damaged and reported elsewhere.
             return None
         if not marks or (now is not None and now.uuid in marks):
-            # Created since the records were read.
+            # Without a marker it is not ours. With a record it was created after the records were read.
             return None
         return Drift(
             "unrecorded",

@@ -1,9 +1,9 @@
 # Copyright: the agentlab.proxmox contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""What is asked of workspaces: there and of a size, attached, detached, gone; and what killed runs left of that.
+"""The operations on workspaces: create, grow, attach, detach, delete, and finish what a killed run left.
 
-How a disk gets into a VM and out of it is in ``workspace_disk``.
+``workspace_disk`` moves the disk into a VM and out of it.
 """
 
 from __future__ import annotations
@@ -48,17 +48,17 @@ from .workspace_disk import (
 STATES = store.STATES
 _SIZE = re.compile(r"(\d{1,6})([MGT])", re.ASCII)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}", re.ASCII)
-# Storages that keep disks as files, with the suffix (and format) of a new one; all others have volumes without.
+# File-based storages, with the suffix (and format) of a new volume. On all other storages volumes have no suffix.
 _FILES = {"dir": ".qcow2", "nfs": ".qcow2", "cifs": ".qcow2", "glusterfs": ".qcow2", "btrfs": ".raw"}
-# States in which a sandbox's VM may get or lose a disk.
-# The list of a directory storage for one VMID also has its snippets and images to import (Proxmox VE 9.2).
+# A directory storage lists these contents for every owner VMID, snippets and imports included (Proxmox VE 9.2).
 _OWNED_BY_NOBODY = ("snippets", "import", "iso", "vztmpl")
+# States in which a sandbox's VM may get or lose a disk.
 _USABLE = ("BOOTING", "READY", "RUNNING", "STOPPED")
 
 
 @dataclass(slots=True)
 class Done:
-    """What became of a workspace; ``changed`` follows from what was done."""
+    """The outcome for a workspace; ``changed`` follows from the actions taken."""
 
     outcome: str
     workspace: Workspace | None
@@ -70,7 +70,7 @@ class Done:
 
 
 def parse_size(value: object) -> int:
-    """Bytes of ``20G``; refused by name."""
+    """Return a size such as ``20G`` in bytes. Raises InvalidInput for anything else."""
     match = _SIZE.fullmatch(patterns.shorten_size(str(value).strip()))
     if not match or not int(match[1]):
         raise InvalidInput(
@@ -96,7 +96,7 @@ def check_name(name: str) -> None:
 def present(
     ctx: Context, name: str, *, size: object = None, storage: str | None = None, node: str | None = None
 ) -> Done:
-    """Make sure that the workspace exists; one that is there may only grow."""
+    """Make sure that the workspace exists, and return the outcome. An existing workspace can only grow."""
     check_name(name)
     wanted = None if size is None else parse_size(size)
     disk = records(ctx).find(name)
@@ -130,7 +130,7 @@ def _create(ctx: Context, name: str, size: int | None, storage: str | None, node
             "storage: missing; give the storage for the workspace (or set it in the configuration)", option="storage"
         )
     nodes = ctx.cluster.nodes()
-    # Which node a sandbox goes to is chosen anew for each; a workspace on local storage stays where it is made.
+    # ``node: auto`` chooses a node for each sandbox. A workspace on local storage stays on the node where it was made.
     configured = None if ctx.config.node == AUTO else ctx.config.node
     node = node or configured or next(iter(sorted(name for name, up in nodes.items() if up)), None)
     if node not in nodes or not nodes[node]:
@@ -169,9 +169,9 @@ def _create(ctx: Context, name: str, size: int | None, storage: str | None, node
 
 
 def _allocate(ctx: Context, disk: Workspace, node: str | None = None, *, first: bool = False) -> Workspace:
-    """Make the volume. Its name carries the workspace's id, so asking again after a kill can make no second one.
+    """Create the volume. Its name contains the workspace's id, so a repeated request cannot create a second volume.
 
-    ``first``: no other run has asked for it, so a refusal means that there is none, and the record ends.
+    ``first``: no other run has sent the request. A refusal then proves that there is no volume, and ends the record.
     """
     node = node or node_for(ctx, disk)
     row = exists(ctx, disk, node)
@@ -179,10 +179,10 @@ def _allocate(ctx: Context, disk: Workspace, node: str | None = None, *, first: 
         try:
             _require_free_owner(ctx, disk, node)
             if not first:
-                # From now on this request is the one in doubt: doubt_window counts from here, and nobody gives the
-                # record up beside it.
+                # From here on this request is the one whose outcome is unknown. doubt_window starts again, so no other
+                # run gives the record up meanwhile.
                 disk = records(ctx).change(disk, "create", outcome="decided", reason="allocating")
-            # This request knows no T.
+            # This request accepts no unit above G, so give the size in MiB.
             answer = ctx.client.post(
                 f"nodes/{node}/storage/{disk.storage}/content",
                 vmid=disk.owner_vmid,
@@ -197,7 +197,7 @@ def _allocate(ctx: Context, disk: Workspace, node: str | None = None, *, first: 
             answer = disk.volume
         except WorkspaceRefused as error:
             if not first:
-                # An earlier request may still be carried out.
+                # Proxmox may still carry out an earlier request.
                 raise WorkspaceRefused(
                     f"{error.message}; agentlab_reconcile gives this one up once its volume can come no more "
                     "(doubt_window), and a run after that takes another VMID"
@@ -226,14 +226,14 @@ def _allocate(ctx: Context, disk: Workspace, node: str | None = None, *, first: 
 
 
 def _require_free_owner(ctx: Context, disk: Workspace, node: str) -> None:
-    """No VM has the owner's VMID, and no volume is owned by it: whatever the list of VMs may have hidden."""
+    """Raise WorkspaceRefused if a VM (even a hidden one) has the owner VMID, or another volume belongs to it."""
     proof = ctx.cluster.prove_absent([disk.owner_vmid])[disk.owner_vmid]
     if not proof.absent:
         raise WorkspaceRefused(
             f"{disk.title}: VMID {disk.owner_vmid} of workspace_owner_range is not proven to be free ({proof.why}); "
             "VMs must never get a VMID of that range"
         )
-    # Its own may have come into being just now: by another run, or by a request whose answer was lost.
+    # Our own volume may have appeared just now, through another run or a request whose answer was lost.
     others = [
         row
         for row in ctx.client.get_list(f"nodes/{node}/storage/{disk.storage}/content", vmid=disk.owner_vmid)
@@ -272,7 +272,7 @@ def _grow(ctx: Context, disk: Workspace, wanted: int) -> Done:
         disk = records(ctx).change(
             disk, "grow", claim=claim, outcome="decided", reason="grow", evidence={"from": disk.size, "to": wanted}
         )
-        # An absolute size: asking twice is asking once.
+        # An absolute size is idempotent, so the request can be repeated.
         write_with_digest(
             ctx,
             sandbox,
@@ -295,7 +295,10 @@ def _grow(ctx: Context, disk: Workspace, wanted: int) -> Done:
 
 
 def attached(ctx: Context, which: str, sandbox: Sandbox, ttl: int | None = None) -> Done:
-    """Make sure that the sandbox has it. One whose lease is over and whose holder's VM does not run is taken over."""
+    """Make sure that the sandbox has the workspace.
+
+    Take it over if its lease is over and its holder's VM does not run.
+    """
     disk = select(ctx, which)
     if disk.state == store.ATTACHED and disk.sandbox_uuid == sandbox.uuid:
         slot_of(ctx, sandbox, require_match(ctx, sandbox), disk)
@@ -325,7 +328,7 @@ def attached(ctx: Context, which: str, sandbox: Sandbox, ttl: int | None = None)
         try:
             done = attach(ctx, claim, current, located, held)
         except (WorkspaceRefused, Kept) as error:
-            # Nothing was asked for, or it was asked for and answered; anything else is left to the next run.
+            # Detach only if no request was sent, or its answer is known. The next run settles every other case.
             if isinstance(error, WorkspaceRefused) or records(ctx).get(held.id).slot is None:
                 try:
                     _let_go(ctx, claim, current, held, error)
@@ -339,9 +342,7 @@ def attached(ctx: Context, which: str, sandbox: Sandbox, ttl: int | None = None)
 
 
 def _let_go(ctx: Context, claim: Claim, sandbox: Sandbox, held: Workspace, error: AgentlabError) -> None:
-    """An attachment that was refused before or undone after it was asked for: the workspace is free again, if that
-    is so.
-    """
+    """Free the workspace after an attachment that was refused, or that has to be undone."""
     disk = records(ctx).get(held.id)
     if disk.state == store.ATTACHING and disk.slot is None:
         records(ctx).change(
@@ -356,7 +357,7 @@ def _let_go(ctx: Context, claim: Claim, sandbox: Sandbox, held: Workspace, error
             evidence={"message": error.message},
         )
         return
-    # Held with a slot: an earlier run had asked for it, and Proxmox may still carry that out.
+    # A stored slot means that an earlier run sent the request. Proxmox may still carry that out.
     detach_volume(ctx, claim, sandbox, require_match(ctx, sandbox), disk, sure=held.slot is None)
 
 
@@ -375,9 +376,9 @@ def _check_over(ctx: Context, disk: Workspace) -> None:
 
 
 def detached(ctx: Context, which: str, *, only_stopped: bool = False) -> Done:
-    """Make sure that nobody has it.
+    """Make sure that no sandbox has the workspace, and return the outcome.
 
-    What is written in the guest but not yet on the disk is the guest's to care for: unmount it there first.
+    The guest must unmount the disk first: data that the guest has not written yet is lost.
     """
     disk = select(ctx, which)
     if disk.state == store.DETACHED:
@@ -396,7 +397,7 @@ def detached(ctx: Context, which: str, *, only_stopped: bool = False) -> Done:
         if not current.live:
             return Done("detached", released(ctx, claim, current) or disk, True)
         if only_stopped:
-            # Renewed since it was looked at?
+            # The lease may have been renewed since the caller looked at it.
             _check_over(ctx, disk)
         if current.smbios_uuid is None:
             raise WorkspaceRefused(
@@ -415,7 +416,7 @@ def detached(ctx: Context, which: str, *, only_stopped: bool = False) -> Done:
 
 
 def absent(ctx: Context, which: str, *, force: bool) -> Done:
-    """Delete a workspace and what is on it: only a detached one that nobody has attached, and only with force."""
+    """Delete a workspace and its data. Needs ``force``, and a workspace that is detached and attached to no VM."""
     disk = records(ctx).find(which)
     if disk is None:
         return Done("not_found", None)
@@ -445,8 +446,7 @@ def absent(ctx: Context, which: str, *, force: bool) -> Done:
             "it was not deleted"
         )
     if disk.state != store.DELETING:
-        # Kept, before it is called DELETING, which it would have to stay, where it cannot be told whether the volume is
-        # there.
+        # Raise Kept now if the storage cannot show the volume: after DELETING there is no way back.
         missing(ctx, disk, node_for(ctx, disk))
     if ctx.dry_run:
         return Done("would_delete", disk, True)
@@ -461,7 +461,7 @@ def _delete(ctx: Context, disk: Workspace) -> Workspace:
     node = node_for(ctx, disk)
     upids: tuple[str, ...] = ()
     there = not missing(ctx, disk, node)
-    # The name carries the workspace's id: what is listed under it is the volume that we made.
+    # The name contains the workspace's id, so the listed volume is ours.
     if there:
         answer = ctx.client.delete(f"nodes/{node}/storage/{disk.storage}/content/{disk.volume}")
         if isinstance(answer, str) and answer.startswith("UPID:"):
@@ -493,7 +493,7 @@ def show(
     events: int = 0,
     verify: bool = False,
 ) -> dict[str, Any]:
-    """{workspaces, count}: the records, and with ``verify`` what Proxmox says of each."""
+    """Return {workspaces, count} from the records, and with ``verify`` what Proxmox says about each workspace."""
     disks = [
         disk
         for disk in records(ctx).find_all(include_deleted=include_deleted or bool(states and store.DELETED in states))
@@ -512,7 +512,7 @@ def show(
 
 
 def _look(ctx: Context, disk: Workspace) -> dict[str, Any]:
-    """{volume_present, attached_to, unknown}: None for what cannot be told, and why."""
+    """Return {volume_present, attached_to, unknown}. Unknown values are None, with the reason in ``unknown``."""
     told: dict[str, Any] = {"volume_present": None, "attached_to": None, "unknown": []}
     for name, look in (
         ("volume_present", lambda: not missing(ctx, disk, node_for(ctx, disk))),
@@ -529,7 +529,7 @@ def _look(ctx: Context, disk: Workspace) -> dict[str, Any]:
 
 
 def finish(ctx: Context, disk: Workspace) -> Workspace:
-    """Finish (or undo) what a killed run began on a workspace."""
+    """Finish or undo the operation of a killed run on a workspace, and return the record."""
     if disk.state == store.CREATING:
         if not missing(ctx, disk, node_for(ctx, disk)):
             return _allocate(ctx, disk)
@@ -547,18 +547,17 @@ def finish(ctx: Context, disk: Workspace) -> Workspace:
             return released(ctx, claim, current) or disk
         unfinished = claim.interrupted
         if current.smbios_uuid is None and unfinished is None and current.state not in sandbox_states.CREATING:
-            # The creation was given up before its VM was bound, and only a bound VM gets a workspace: none has the
+            # The creation was given up before its VM was bound. Only a bound VM gets a workspace, so no VM has the
             # volume.
             return released(ctx, claim, current) or disk
         if current.smbios_uuid is None or (unfinished is not None and unfinished.kind in ("create", "destroy")):
-            # The creation, or the destroy, brings it to an end with its own.
+            # The unfinished creation or destroy settles its workspace itself.
             return disk
         located = require_match(ctx, current)
         if disk.state == store.ATTACHING and naming(rows_of(ctx, str(located.node), current.vmid), disk.volume):
             return attach(ctx, claim, current, located, disk)
         if disk.state == store.DETACHING and power.status(ctx, located).get("status") != "stopped":
-            # A destroy that was given up, perhaps, and somebody works with it again: no disk is pulled out of a machine
-            # that runs.
+            # Possibly a destroy that was given up, whose sandbox is used again. Never take a disk out of a running VM.
             raise Kept(
                 "workspace",
                 f"{disk.title}: it was being taken off sandbox {current.vmid}, which runs; detach it, or stop the "

@@ -1,14 +1,14 @@
 # Copyright: the agentlab.proxmox contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Workspaces: disks that outlive sandboxes.
+"""Workspaces: disks that outlive sandboxes. Move their volumes into a VM and out of it.
 
-Created under an owner VMID that no VM ever has, attached to one sandbox at a time.
+A volume is created under an owner VMID that no VM ever has, and is attached to one sandbox at a time.
 
-Proxmox deletes with a VM what the VMID in a volume's name owns, and stops nobody from attaching a volume twice. So a
-workspace's volume is owned by a VMID of a range of its own, the database decides who has it, the VMs' configurations
-are read to see that nobody else has, and a VM is deleted only when its configuration, read directly before, names no
-workspace. Volumes are never moved (that would give them to the VM).
+Deleting a VM in Proxmox deletes the volumes whose name contains its VMID, and Proxmox lets several VMs attach one
+volume. So the owner VMIDs of workspaces have a range of their own; the database decides which sandbox has a workspace;
+the configurations of all VMs are read to see that no other VM has it; and a VM is deleted only if its configuration,
+read directly before, names no workspace. Volumes are never moved, because that would make the VM their owner.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ from ..vm.locate import Located, require_match, write_with_digest
 UNITS = {"M": 1024**2, "G": 1024**3, "T": 1024**4}
 _DRIVE = re.compile(r"(?:ide|sata|scsi|virtio|efidisk|tpmstate|unused)\d+")
 _OWNER = re.compile(r"(?:^|[:/])(?:vm|base)-(\d+)-[^/]*$")
-# The last ones first, so that a template's own disks are in nobody's way.
+# The highest slots first, because templates use the low ones for their own disks.
 _SLOTS = tuple(f"scsi{number}" for number in range(30, 0, -1))
 _UNPLUG_SECONDS = 10
-# What Proxmox says, after some 18 seconds, of a guest that does not let a disk go.
+# Proxmox's errors, after some 18 seconds, for a guest that does not release a disk.
 _UNPLUG_REFUSED = re.compile(r"hotplug problem|error on hot-unplugging|still busy in guest")
-# Times a VM is looked for where the list says that it is.
+# Times to look for a VM that the list shows on a node.
 _LOOKS = 3
 
 
 class WorkspaceRefused(AgentlabError):
-    """What is asked of a workspace cannot be done now: somebody else has it, or it is not where it would have to be."""
+    """A request for a workspace that cannot be done now: another sandbox has it, or it is not in the right place."""
 
     code = "workspace"
 
 
 def show_size(size: int) -> str:
-    """As Proxmox writes it: the largest unit that divides it."""
+    """Return a size in bytes as Proxmox writes it: in the largest unit that divides it."""
     for unit in ("T", "G", "M"):
         if size % UNITS[unit] == 0:
             return f"{size // UNITS[unit]}{unit}"
@@ -52,12 +52,15 @@ def show_size(size: int) -> str:
 
 
 def records(ctx: Context) -> store.Workspaces:
-    """Their records. Not a part of the context: a module that knows no workspaces need not ship what keeps them."""
+    """Return the records of workspaces.
+
+    They are no part of Context, so that modules without workspaces need not ship this code.
+    """
     return store.Workspaces(ctx.records)
 
 
 def unfinished(ctx: Context) -> list[Workspace]:
-    """Return the workspaces whose operation nobody is at work on, and those whose sandbox is gone."""
+    """Return the workspaces with an unfinished operation that no run works on, and those of destroyed sandboxes."""
     now = ctx.clock.now()
 
     def is_left(workspace: Workspace) -> bool:
@@ -69,7 +72,7 @@ def unfinished(ctx: Context) -> list[Workspace]:
 
 
 def select(ctx: Context, which: str) -> Workspace:
-    """The live workspace of a name or id."""
+    """Return the live workspace with that name or id. Raises NotFound."""
     disk = records(ctx).find(which)
     if disk is None:
         there = ", ".join(one.name for one in records(ctx).find_all()) or "none"
@@ -77,16 +80,16 @@ def select(ctx: Context, which: str) -> Workspace:
     return disk
 
 
-# ---- looking ----
+# ---- reading the present state ----
 
 
 def volumes_in(config: dict[str, Any]) -> dict[str, str]:
-    """Volume ids of a VM's configuration by the key that names them, unused ones included."""
+    """Return the volume ids in a VM's configuration by their key, including unused volumes."""
     return {key: str(value).partition(",")[0] for key, value in config.items() if _DRIVE.fullmatch(key)}
 
 
 def rows_of(ctx: Context, node: str, vmid: int) -> dict[str, dict[str, Any]]:
-    """What the VM's configuration says of its drives, by key: {"value": as it is now, "pending": as it will be}."""
+    """Return the VM's drives by key as {"value": present value, "pending": value after the next start}."""
     return {
         str(row.get("key")): row
         for row in ctx.client.get_list(f"nodes/{node}/qemu/{vmid}/pending")
@@ -95,7 +98,7 @@ def rows_of(ctx: Context, node: str, vmid: int) -> dict[str, dict[str, Any]]:
 
 
 def naming(rows: dict[str, dict[str, Any]], volume: str) -> list[str]:
-    """The keys that name the volume now or will name it: only what is in neither is off."""
+    """Return the keys that name the volume now or after the next start. Only with no such key is the volume off."""
     return [
         key
         for key, row in rows.items()
@@ -104,7 +107,7 @@ def naming(rows: dict[str, dict[str, Any]], volume: str) -> list[str]:
 
 
 def _in_use(rows: dict[str, dict[str, Any]], volume: str) -> str | None:
-    """The slot in which the VM has the volume now: not noted for its next start only, and not put aside as unused."""
+    """Return the slot in which the VM uses the volume now, or None. Pending and unused entries do not count."""
     return next(
         (
             key
@@ -116,26 +119,27 @@ def _in_use(rows: dict[str, dict[str, Any]], volume: str) -> str | None:
 
 
 def exists(ctx: Context, disk: Workspace, node: str) -> dict[str, Any] | None:
-    """The storage's own entry of the volume, or None when its list does not have it."""
+    """Return the storage's entry for the volume, or None when it is not listed."""
     rows = ctx.client.get_list(f"nodes/{node}/storage/{disk.storage}/content", vmid=disk.owner_vmid)
     return next((row for row in rows if row.get("volid") == disk.volume), None)
 
 
 def missing(ctx: Context, disk: Workspace, node: str) -> bool:
-    """Whether the volume is proven not to be there.
+    """Return whether the volume is proven to be missing.
 
-    Kept when the storage's list leaves it out for another reason, which it does with the status of a success.
+    Raises Kept when the storage may omit the volume for another reason. Proxmox reports such a list as a success.
     """
     if exists(ctx, disk, node) is not None:
         return False
     _require_sight(ctx, disk, node)
-    # Once more: what was set right meanwhile shows it now.
+    # Look once more: a problem that was solved meanwhile no longer hides the volume.
     return exists(ctx, disk, node) is None
 
 
 def _require_sight(ctx: Context, disk: Workspace, node: str) -> None:
-    """Kept unless the volume would be listed if it were there: as PVE::Storage decides that (volume_list,
-    check_volume_access).
+    """Raise Kept unless an existing volume would be listed.
+
+    The conditions are those of PVE::Storage (volume_list, check_volume_access).
     """
     unseen = (
         f"{disk.title}: storage {disk.storage!r} does not list its volume {disk.volume}, but it would not if it "
@@ -162,7 +166,7 @@ def _require_sight(ctx: Context, disk: Workspace, node: str) -> None:
 
 
 def node_for(ctx: Context, disk: Workspace) -> str:
-    """A node that sees the storage: its own, or any that is online."""
+    """Return a node that sees the storage: the workspace's own node, or any node that is online."""
     if disk.node is not None:
         return disk.node
     online = sorted(node for node, up in ctx.cluster.nodes().items() if up)
@@ -173,7 +177,7 @@ def node_for(ctx: Context, disk: Workspace) -> str:
 
 
 def attached_vms(ctx: Context, disk: Workspace) -> list[int]:
-    """VMIDs of all VMs whose configuration names the volume. Kept when one that might cannot be read."""
+    """Return the VMIDs of all VMs whose configuration names the volume. Raises Kept when a VM cannot be read."""
     rows = [
         (vmid, row)
         for vmid, row in ctx.cluster.vms(fresh=True).items()
@@ -190,7 +194,7 @@ def attached_vms(ctx: Context, disk: Workspace) -> list[int]:
                     raise Kept(
                         "unknown", f"{disk.title}: whether VM {vmid} has it attached cannot be read: {error.message}"
                     ) from None
-                # That proves only that it is not on that node: gone, or moved to another.
+                # That proves only that the VM is not on that node. It may be gone, or migrated.
                 again = ctx.cluster.vms(fresh=True).get(vmid)
                 if again is None or (disk.node is not None and again.get("node") != disk.node):
                     return None
@@ -210,9 +214,9 @@ def attached_vms(ctx: Context, disk: Workspace) -> list[int]:
 
 
 def require_full_sight(ctx: Context, disk: Workspace) -> None:
-    """Raise Kept unless these credentials see every VM: Proxmox VE attaches one volume to two VMs without a word.
+    """Raise Kept unless these credentials see every VM, because Proxmox VE silently attaches one volume to two VMs.
 
-    A role without VM.Audit on /vms, on /vms/N or on a pool hides VMs, whatever stands on the paths above.
+    A role without VM.Audit on /vms, on /vms/N or on a pool hides VMs, whatever roles the paths above have.
     """
     if not ctx.cluster.sees_everything():
         raise Kept(
@@ -224,13 +228,16 @@ def require_full_sight(ctx: Context, disk: Workspace) -> None:
 
 
 def in_snapshots(ctx: Context, located: Located, disk: Workspace) -> list[str]:
-    """Names of the VM's snapshots that contain the volume: rolling back to one would roll the workspace back."""
+    """Return the names of the VM's snapshots that contain the volume.
+
+    A rollback to one would roll the workspace back.
+    """
     return [name for name, config in _snapshots(ctx, located).items() if disk.volume in volumes_in(config).values()]
 
 
 def _snapshots(ctx: Context, located: Located) -> dict[str, dict[str, Any]]:
-    # Always asked for: the configuration names the snapshot that it stands on, and may stand on none although there are
-    # some.
+    # Always read the list of snapshots. The configuration names only the parent snapshot, and may name none although
+    # snapshots exist.
     names = [
         str(row.get("name")) for row in ctx.client.get_list(f"{located.path}/snapshot") if row.get("name") != "current"
     ]
@@ -238,7 +245,7 @@ def _snapshots(ctx: Context, located: Located) -> dict[str, dict[str, Any]]:
 
 
 def slot_of(ctx: Context, sandbox: Sandbox, located: Located, disk: Workspace) -> str:
-    """The slot of a workspace that the records call ATTACHED; refused when the VM does not have it."""
+    """Return the slot of an ATTACHED workspace. Raises WorkspaceRefused when the VM does not have it."""
     slot = _in_use(rows_of(ctx, str(located.node), sandbox.vmid), disk.volume)
     if slot is None:
         raise WorkspaceRefused(
@@ -253,7 +260,7 @@ def slot_of(ctx: Context, sandbox: Sandbox, located: Located, disk: Workspace) -
 
 
 def assign(ctx: Context, claim: Claim, sandbox: Sandbox, disk: Workspace, ttl: int | None = None) -> Workspace:
-    """Take the workspace for the sandbox, in the records: from here on nobody else gets it.
+    """Assign the workspace to the sandbox in the records. From then on no other sandbox gets it.
 
     The caller holds the sandbox's claim.
     """
@@ -301,8 +308,9 @@ def taken(ctx: Context, disk: Workspace) -> WorkspaceRefused:
 
 
 def of_creation(ctx: Context, claim: Claim, sandbox: Sandbox, which: str | None) -> Workspace | None:
-    """The workspace of a sandbox that is being created, held from here on; also the one that an earlier, killed run
-    took for it.
+    """Return the workspace of a sandbox being created, assigned from now on; None without one.
+
+    A workspace that an earlier, killed run assigned is returned as well.
     """
     disk = records(ctx).of_sandbox(sandbox.uuid)
     if disk is None and which is not None:
@@ -311,7 +319,7 @@ def of_creation(ctx: Context, claim: Claim, sandbox: Sandbox, which: str | None)
 
 
 def check_usable(ctx: Context, disk: Workspace, node: str) -> None:
-    """Before anything is made: whether a new sandbox on that node could have it."""
+    """Raise, before anything is created, if a new sandbox on that node could not have the workspace."""
     if disk.state != store.DETACHED:
         raise taken(ctx, disk)
     check_node(disk, node)
@@ -327,7 +335,7 @@ def check_node(disk: Workspace, node: str | None) -> None:
 
 
 def attach(ctx: Context, claim: Claim, sandbox: Sandbox, located: Located, disk: Workspace) -> Workspace:
-    """Put the volume into the VM, for a workspace that ``hold`` took; proven by reading the configuration back."""
+    """Attach the assigned volume to the VM, and prove it by reading the configuration back."""
     if disk.state == store.ATTACHED:
         return disk
     check_node(disk, located.node)
@@ -352,7 +360,7 @@ def attach(ctx: Context, claim: Claim, sandbox: Sandbox, located: Located, disk:
         if free is None:
             raise WorkspaceRefused(f"sandbox {sandbox.vmid} has no free slot for a disk")
         disk = records(ctx).change(disk, "attach", claim=claim, outcome="decided", reason="attaching", slot=free)
-        # Neither backups nor replication of a throw-away VM are to take it along.
+        # Backups and replication of a throw-away VM must not include the workspace.
         drive = f"{disk.volume},backup=0,replicate=0,serial={disk.serial},size={show_size(disk.size)}"
 
         def put_in(now: Located) -> None:
@@ -375,8 +383,8 @@ def attach(ctx: Context, claim: Claim, sandbox: Sandbox, located: Located, disk:
                 f"{sandbox.vmid} --delete {slot}; Proxmox VE removes only what the VM's own VMID owns), then attach it",
                 vmid=sandbox.vmid,
             )
-        # Noted for the next start only, by this run or one before: a disk that is half there is none. Whose VM it is
-        # now is looked at before that is written, too.
+        # The disk is only pending for the next start, through this run or an earlier one. Revert that, so that no disk
+        # is half attached. Judge the VM again before this write as well.
         located = require_match(ctx, sandbox)
         write_with_digest(
             ctx, sandbox, located, lambda now: ctx.client.put(f"{now.path}/config", revert=slot, digest=now.digest)
@@ -409,7 +417,7 @@ def attach(ctx: Context, claim: Claim, sandbox: Sandbox, located: Located, disk:
 
 
 def refuse_snapshots(ctx: Context, sandbox: Sandbox, located: Located, disk: Workspace) -> None:
-    """Kept when a snapshot of the VM contains the workspace."""
+    """Raise Kept when a snapshot of the VM contains the workspace."""
     names = in_snapshots(ctx, located, disk)
     if names:
         raise Kept(
@@ -423,11 +431,11 @@ def refuse_snapshots(ctx: Context, sandbox: Sandbox, located: Located, disk: Wor
 def detach_volume(
     ctx: Context, claim: Claim, sandbox: Sandbox, located: Located, disk: Workspace, *, sure: bool = False
 ) -> Workspace:
-    """Take the volume off a VM that was judged to be ours, proven by reading the configuration back, and that the
-    volume is still what it was.
+    """Detach the volume from a VM that was judged to be ours, and return the record.
 
-    ``sure``: no attachment of a killed run can come after this (the caller writes the configuration next, guarded by
-    its digest).
+    Reading the configuration back proves the detachment, and reading the storage proves that the volume is unchanged.
+    ``sure``: no attachment by a killed run can come later, because the caller writes the configuration next, guarded by
+    its digest.
     """
     refuse_snapshots(ctx, sandbox, located, disk)
     node = str(located.node)
@@ -497,9 +505,10 @@ def detach_volume(
 
 
 def _undo_unplug(ctx: Context, claim: Claim, sandbox: Sandbox, disk: Workspace, slots: list[str]) -> NoReturn:
-    """Take back a detachment that the running guest refused: the delete that Proxmox keeps pending goes. Always Kept.
+    """Revert a detachment that the running guest refused, and raise Kept.
 
-    The workspace is ATTACHED again, because the VM has it: nothing of the refused try comes true at the next start.
+    Proxmox keeps the removal pending, and it would come true at the next start. So remove the pending entry. The VM
+    still has the workspace, so it becomes ATTACHED again.
     """
     located = require_match(ctx, sandbox)
     write_with_digest(
@@ -530,7 +539,7 @@ def _undo_unplug(ctx: Context, claim: Claim, sandbox: Sandbox, disk: Workspace, 
 
 
 def _refuse_lost(ctx: Context, sandbox: Sandbox, disk: Workspace, node: str) -> None:
-    """Kept when the volume of a workspace that the sandbox has is not there any more, or not to be seen."""
+    """Raise Kept when the volume of the sandbox's workspace is missing or hidden."""
     if missing(ctx, disk, node):
         vmid = sandbox.vmid
         raise Kept(
@@ -543,7 +552,7 @@ def _refuse_lost(ctx: Context, sandbox: Sandbox, disk: Workspace, node: str) -> 
 
 
 def _await_off(ctx: Context, node: str, sandbox: Sandbox, disk: Workspace) -> None:
-    """A running guest may take a moment to let a disk go."""
+    """Wait up to _UNPLUG_SECONDS for a running guest to release a disk. Raises Kept when it does not."""
     deadline = ctx.clock.monotonic() + min(_UNPLUG_SECONDS, ctx.wait_timeout)
     while naming(rows_of(ctx, node, sandbox.vmid), disk.volume):
         if ctx.clock.monotonic() > deadline:
@@ -556,14 +565,13 @@ def _await_off(ctx: Context, node: str, sandbox: Sandbox, disk: Workspace) -> No
         ctx.clock.sleep(0.5)
 
 
-# ---- before a VM is deleted, and after ----
+# ---- around the deletion of a VM ----
 
 
 def refuse_listed(ctx: Context, sandbox: Sandbox, located: Located) -> bool:
-    """Kept when the deletion of the VM, as its configuration is now, could take a workspace along (or might, because
-    one is missing).
+    """Raise Kept when deleting the VM with its present configuration could delete a workspace's volume.
 
-    Returns whether Proxmox was asked anything.
+    Also when a missing workspace may be one of the VM's own disks. Returns whether a request was sent to Proxmox.
     """
     live = records(ctx).find_all()
     config = located.config
@@ -597,11 +605,9 @@ def refuse_listed(ctx: Context, sandbox: Sandbox, located: Located) -> bool:
 
 
 def refuse_planned(ctx: Context, sandbox: Sandbox, located: Located) -> bool:
-    """As the destroy would do it in the end: its own workspace would be taken off first.
+    """Raise Kept as refuse_listed would after the sandbox's own workspace has been detached.
 
-    Asked before anything is stopped or taken off, too.
-
-    False when the records alone said it: there are no workspaces.
+    Called before the VM is stopped or a disk detached. Returns False when the records alone decided (no workspaces).
     """
     own = records(ctx).of_sandbox(sandbox.uuid)
     if own is not None:
@@ -614,8 +620,9 @@ def refuse_planned(ctx: Context, sandbox: Sandbox, located: Located) -> bool:
 
 
 def _refuse_if_missing(ctx: Context, sandbox: Sandbox, config: dict[str, Any], held: list[Workspace]) -> None:
-    """A volume that a VM was given (move_disk) bears that VM's name: if a workspace is missing, a VM with a further
-    disk of its own is left alone.
+    """Raise Kept if a workspace is missing and the VM has more than one disk of its own.
+
+    move_disk to a VM renames the volume after that VM, so one of those disks may be the workspace.
     """
     own = [
         volume
@@ -640,9 +647,9 @@ def _refuse_if_missing(ctx: Context, sandbox: Sandbox, config: dict[str, Any], h
 
 
 def released(ctx: Context, claim: Claim | None, sandbox: Sandbox) -> Workspace | None:
-    """The VM is proven to be gone: what it had is free.
+    """Free the workspace of a sandbox whose VM is proven to be gone, and return its record; None without one.
 
-    The next attachment looks whether anybody else has the volume.
+    The next attachment checks whether another VM has the volume.
     """
     disk = records(ctx).of_sandbox(sandbox.uuid)
     if disk is None:
