@@ -1,7 +1,7 @@
 # Copyright: the agentlab.proxmox contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""What Proxmox's refusals mean, however they came: over https (``https.py``) or through pvesh (``pvesh.py``)."""
+"""Interpret Proxmox's refusals, whether they came over https (``https.py``) or through pvesh (``pvesh.py``)."""
 
 from __future__ import annotations
 
@@ -11,26 +11,27 @@ from typing import Any
 from ..config import ProxmoxSettings
 from ..errors import AccessDenied, ApiError, OutcomeUnknown, ProxmoxError, Unreachable
 
-# Proxmox says "not begun" in these; asking again is safe (start worker failed, locks held for a moment).
+# Texts by which Proxmox says that it did not begin (worker not started, lock not acquired). Repeating is safe.
 _NOT_BEGUN = ("start worker failed", "got no worker upid", "can't lock file", "unable to acquire lock")
-# 595 comes from Proxmox's own proxy: the connection to the node was refused, so the request was not delivered.
+# 595 comes from Proxmox's own proxy: the node refused the connection, so the request was not delivered.
 _NOT_DELIVERED = (595,)
-# 596-599 come from Proxmox's own proxy; 502-504 from one in front of it: the request may still be carried out.
+# 596-599 come from Proxmox's own proxy, 502-504 from a proxy in front of it. The request may still be carried out.
 _FOREIGN_PROXY = (408, 502, 503, 504)
 _UNKNOWN = (*_FOREIGN_PROXY, 596, 597, 598, 599)
-# Bytes of one answer, unpacked: a list of 10,000 VMs has 5 MB. Objects and lists within one another: Proxmox needs six.
+# Bytes of one unpacked answer (a list of 10,000 VMs has 5 MB), and depth of nested objects and lists (Proxmox uses
+# six).
 LARGEST_ANSWER = 32 * 1024 * 1024
 DEEPEST_ANSWER = 32
 _LONGEST_TEXT = 1000
-# A storage without room, in the words of the kernel, qemu-img, LVM (thick and thin), ZFS, Ceph and quotas.
+# The texts for a full storage: from the kernel, qemu-img, LVM (thick and thin), ZFS, Ceph and quotas.
 _FULL = re.compile(
     r"no space left|out of space|insufficient (free|suitable|allocatable) ?(space|extents)?|disk quota exceeded|"
     r"not enough (free )?space|free space in thin pool|thin pool .{0,80}(full|exceeds|out of)|osd.{0,40}full|"
     r"pool.{0,40}is full",
     re.IGNORECASE,
 )
-# What each kind of request needs, for answers that do not say it. A role on a deeper path replaces what is inherited
-# there.
+# The privilege for each kind of request, because not every answer names it. A role on a deeper path replaces the
+# inherited roles.
 _NEEDS = {
     "GET cluster/status": "Sys.Audit on /",
     "GET cluster/ha/status/current": "Sys.Audit on /",
@@ -48,7 +49,7 @@ _NEEDS = {
 
 
 def changed(text: str) -> bool:
-    """Return True when Proxmox says by this text that the configuration is not the one of the digest any more.
+    """Return whether the text says that the configuration has changed since the digest.
 
     Some releases write "mismatch" with two s.
     """
@@ -56,39 +57,39 @@ def changed(text: str) -> bool:
 
 
 def not_begun(text: str) -> bool:
-    """Return True when Proxmox says by this text that it did not begin: no worker, or a lock not got."""
+    """Return whether the text says that Proxmox did not begin: no worker started, or a lock not acquired."""
     return any(part in text for part in _NOT_BEGUN)
 
 
 def storage_full(text: str) -> bool:
-    """Return True when Proxmox, or the log of its task, says by this text that a storage has no room left."""
+    """Return whether a text of Proxmox or of a task's log says that a storage is full."""
     return _FULL.search(text) is not None
 
 
 def room_advice(text: str) -> str:
-    """Return what to do when this text of Proxmox, or of a task's log, speaks of a full storage; "" otherwise."""
+    """Return the remedy if a text of Proxmox or of a task's log reports a full storage; "" otherwise."""
     return "; the storage is full: free space there, then run again" if storage_full(text) else ""
 
 
 def template_of(path: str) -> str:
-    """Return the kind of a request, for counting: names and numbers of the path replaced."""
+    """Return the kind of a request for counting: its path with names and numbers replaced."""
     path = re.sub(r"/tasks/[^/]+", "/tasks/{upid}", path)
     path = re.sub(r"^nodes/[^/]+", "nodes/{node}", path)
     return re.sub(r"/qemu/\d+", "/qemu/{vmid}", path)
 
 
 def clean(text: object, settings: ProxmoxSettings | None = None) -> str:
-    """Return a text of somebody else's as part of a message: one line, no control characters, bounded, no secret."""
+    """Return a foreign text for use in a message: one line, bounded, without control characters and secrets."""
     line = " ".join("".join(char if char.isprintable() else " " for char in str(text)).split())
     for secret in (settings.api_password, settings.api_token_secret) if settings else ():
-        # A text that quotes a request may quote its header. A value this short would be found in half of all words.
+        # A text that quotes a request may quote its header. A shorter secret would be found in half of all words.
         if secret and len(secret) > 3:
             line = line.replace(secret, "(secret)")
     return line[:_LONGEST_TEXT]
 
 
 def no_descriptor(path: str) -> Unreachable:
-    """Return the error of a request that was not sent because no file descriptor is left."""
+    """Return the error for a request that was not sent because no file descriptor is left."""
     return Unreachable(
         "this process has no file descriptor left; Proxmox was not asked. Raise its limit (ulimit -n; "
         "LimitNOFILE= of the unit), or lower connections",
@@ -97,7 +98,7 @@ def no_descriptor(path: str) -> Unreachable:
 
 
 def unanswered(method: str, path: str, settings: ProxmoxSettings) -> OutcomeUnknown:
-    """Return the error of a request that was not answered within api_timeout."""
+    """Return the error for a request without an answer within api_timeout."""
     return OutcomeUnknown(
         f"{method} /{path} on {settings.where}: no answer within {settings.api_timeout} s (api_timeout); "
         f"{became_of(method)}. Look at pveproxy and at the load of the node, or raise api_timeout; then run again",
@@ -108,12 +109,12 @@ def unanswered(method: str, path: str, settings: ProxmoxSettings) -> OutcomeUnkn
 
 
 def became_of(method: str) -> str:
-    """Return what is known of a request whose answer is lost. A read changes nothing, whatever became of it."""
+    """Return the sentence on the outcome of a request without an answer. A read changes nothing in any case."""
     return "nothing was changed" if method == "GET" else "whether it was carried out is not known"
 
 
 def too_deep(data: Any) -> bool:
-    """Return True when objects and lists stand within one another more often than any answer of Proxmox needs."""
+    """Return whether objects and lists are nested deeper than in any answer of Proxmox."""
     level = [data]
     for _depth in range(DEEPEST_ANSWER):
         level = [
@@ -130,9 +131,9 @@ def too_deep(data: Any) -> bool:
 def failure(
     method: str, path: str, settings: ProxmoxSettings, status: int, text: str, params: dict[str, Any]
 ) -> ProxmoxError:
-    """Return the error that stands for an answer with an error status.
+    """Return the error for an answer with an error status.
 
-    ``text`` is Proxmox's own sentence. The message names the request, the sentence and what to do.
+    ``text`` is Proxmox's own sentence. The message names the request, that sentence and the remedy.
     """
     where = f"{method} /{path} on {settings.where}"
     text = clean(text, settings)
@@ -171,7 +172,7 @@ def failure(
             )
         return OutcomeUnknown(f"{where}: {became_of(method)} ({said})", **facts)
     if method != "GET" and "/etc/pve/" in text and "Permission denied" in text:
-        # The cluster's file system is read-only without quorum, whatever the user may do.
+        # Without quorum the cluster file system is read-only, whatever privileges the user has.
         said += (
             "; the cluster takes no changes, most likely because it has no quorum. Look at pvecm status, then run again"
         )
@@ -180,7 +181,7 @@ def failure(
 
 def _grant(method: str, path: str, text: str, params: dict[str, Any]) -> str:
     kind = f"{method} {template_of(path)}"
-    # Proxmox does not always name the privilege.
+    # Proxmox does not always name the missing privilege.
     if re.search(r"\b(VM|SDN|Sys|Datastore|Pool)\.\w+", text) and kind not in (
         "GET nodes/{node}/qemu/{vmid}/config",
         "GET nodes/{node}/qemu/{vmid}/status/current",
@@ -189,7 +190,7 @@ def _grant(method: str, path: str, text: str, params: dict[str, Any]) -> str:
     else:
         advice = f"grant {_NEEDS.get(kind, 'the missing privilege')}"
     if "(" not in text and kind == "POST nodes/{node}/qemu/{vmid}/clone" and params.get("pool"):
-        # Proxmox answers so to everybody but root when the pool is gone.
+        # For every user but root Proxmox gives the same answer when the pool does not exist.
         advice += (
             f"; or pool {params['pool']!r} does not exist: create it (pveum pool add {params['pool']}), or correct pool"
         )

@@ -1,9 +1,9 @@
 # Copyright: the agentlab.proxmox contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""What the nodes have and carry, from the one list of all resources, and the bridges of a node.
+"""Read the resources and the load of the nodes from the list of all resources, and the bridges of a node.
 
-Figures of a node need Sys.Audit on it: without that Proxmox VE leaves them out, and here they are None, never zero.
+A node's figures need Sys.Audit on the node. Without it Proxmox VE omits them; they are then None, never zero.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from .client import ProxmoxClient
 
 @dataclass(slots=True)
 class Capacity:
-    """The cluster as the list shows it: nodes by name, VMs that run, and what templates are configured with."""
+    """The cluster in the list of resources: nodes by name, running VMs, and the templates' configured sizes."""
 
     nodes: dict[str, Node] = field(default_factory=dict)
     running: dict[int, Vm] = field(default_factory=dict)
-    # Memory and disk in bytes, and virtual CPUs, of each template; a value that the list does not tell is 0.
+    # Template VMID -> (memory in bytes, virtual CPUs, disk in bytes). A value that the list omits is 0.
     templates: dict[int, tuple[int, int, int]] = field(default_factory=dict)
 
-    # Names of the storages that are shared by nodes, whatever they hold.
+    # Names of all shared storages, whatever their content.
     shared: set[str] = field(default_factory=set)
 
     def sees_figures(self) -> bool:
-        """Return whether some node that is online shows its memory."""
+        """Return whether the list shows the memory of at least one online node."""
         return any(node.memory is not None for node in self.nodes.values() if node.online)
 
 
 def _number(row: dict[str, Any], key: str) -> int | None:
-    """Return a whole number of a row; None where it is missing or something else."""
+    """Return a whole number from a row; None if it is missing or of another type."""
     try:
         return int(row[key])
     except (KeyError, TypeError, ValueError):
@@ -43,7 +43,7 @@ def _number(row: dict[str, Any], key: str) -> int | None:
 
 
 def parse(rows: Iterable[dict[str, Any]]) -> Capacity:
-    """Return what ``GET /cluster/resources`` tells of nodes, storages and VMs."""
+    """Return the nodes, storages and VMs in the answer to ``GET /cluster/resources``."""
     capacity = Capacity()
     storages: dict[str, dict[str, Room]] = {}
     told = list(rows)
@@ -70,7 +70,7 @@ def parse(rows: Iterable[dict[str, Any]]) -> Capacity:
                     _number(row, "maxdisk") or 0,
                 )
             elif row.get("status") == "running":
-                # memhost: what the process takes on the node, where Proxmox VE 9 tells it.
+                # memhost is the memory of the VM's process on the node. Proxmox VE 9 reports it.
                 used_memory = max(_number(row, "memhost") or 0, _number(row, "mem") or 0)
                 capacity.running[vmid] = Vm(node, used_memory, _number(row, "maxmem"), _number(row, "uptime") or 0)
     for row in told:
@@ -83,14 +83,14 @@ def parse(rows: Iterable[dict[str, Any]]) -> Capacity:
                 memory=_number(row, "maxmem"),
                 used=_number(row, "mem"),
                 cpus=_number(row, "maxcpu"),
-                # Without rights no storage is listed at all, on any node, and that says nothing.
+                # Without the right to see storages the list contains none at all, which proves nothing.
                 storages=storages.get(name, {}) if storages else None,
             )
     return capacity
 
 
 def bridges(client: ProxmoxClient, node: str) -> frozenset[str] | None:
-    """Return the bridges and vnets of a node; None where these credentials are shown none of them."""
+    """Return the bridges and vnets of a node; None when these credentials may see none of them."""
     try:
         rows = client.get_list(f"nodes/{node}/network", type="any_bridge")
     except ProxmoxError:

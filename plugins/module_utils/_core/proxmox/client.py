@@ -39,9 +39,9 @@ from .answers import not_begun, template_of
 
 _RETRIES = 3
 _NODE_AUTHORITY = "/etc/pve/pve-root-ca.pem"
-# A refused login is not tried again for so long: threads and later requests would lock the user out.
+# Seconds without another attempt after a refused login: repeated attempts would lock the user out.
 _REFUSAL_SECONDS = 60
-# Asked for again only by whoever judges the VM anew: there is no digest that would stop the second try.
+# Requests without a digest. Only a caller that judges the VM again may repeat them.
 _UNGUARDED = re.compile(r"/qemu/\d+(/status/\w+)?$")
 _KINDS = {
     "proxmox_api": "api",
@@ -52,24 +52,22 @@ _KINDS = {
 
 
 class Transport(Protocol):
-    """A way to the API: a path and parameters in, the answer's data or a typed error out."""
+    """A way to the API: takes path and parameters, returns the answer's data or raises a typed error."""
 
     awaits_tasks: bool
 
     def send(self, method: str, path: str, params: dict[str, Any]) -> Any:
-        """Return the answer's data."""
+        """Send one request and return the answer's data."""
 
     def ended_well(self, upid: str) -> bool:
-        """Return True if an answer has told that this task ended with ``OK``."""
+        """Return whether an answer has already reported the task's end with ``OK``."""
 
     def shows_input(self, path: str) -> bool:
-        """Return True where other users of the host could see the parameters of a request to this path."""
+        """Return whether other users of the host could see the parameters of a request to this path."""
 
 
 class Statistics:
-    """What became of the requests: counted by ``METHOD template`` and by kind of error, and the last failure to
-    reach Proxmox at all.
-    """
+    """Counts of requests by ``METHOD template`` and of errors by kind, and the last failure to reach Proxmox."""
 
     def __init__(self) -> None:
         self.requests: Counter[str] = Counter()
@@ -77,7 +75,7 @@ class Statistics:
         # None until the first request.
         self.reachable: bool | None = None
         self.last_error: str | None = None
-        # The last refusal of the credentials themselves (401), or None since a request was accepted.
+        # The last refusal of the credentials themselves (401); None once a request was accepted.
         self.refused: str | None = None
 
     def failed(self, error: ProxmoxError) -> None:
@@ -85,34 +83,34 @@ class Statistics:
         if isinstance(error, (Unreachable, OutcomeUnknown)):
             self.reachable, self.last_error = False, error.message
         elif isinstance(error, ApiError):
-            # A refusal is an answer, too.
+            # A refusal is an answer too, so Proxmox is reachable.
             self.reachable, self.last_error = True, None
             if error.status == 401:
                 self.refused = error.message
 
     def answered(self) -> None:
-        """Proxmox was reached; what it said may still be a refusal."""
+        """Record that Proxmox was reached, even if the answer is a refusal."""
         self.reachable, self.last_error, self.refused = True, None, None
 
 
 class ProxmoxClient:
-    """Requests to one Proxmox host or cluster; safe to use from several threads."""
+    """Send requests to one Proxmox host or cluster. Safe to use from several threads."""
 
     def __init__(self, settings: ProxmoxSettings, clock: Clock, statistics: Statistics | None = None) -> None:
         self.settings = settings
         self.clock = clock
         self.statistics = statistics or Statistics()
         self.requests = self.statistics.requests
-        # Called directly before a request that changes something; what it raises ends the request unsent.
+        # Called directly before a request that changes something. An exception ends the request unsent.
         self.before_change: Callable[[], None] | None = None
         self._api: Transport | None = None
-        # The last refusal of a login, and when it came.
+        # The last refusal of a login, and its monotonic time.
         self._refusal: tuple[AccessDenied | None, float] = None, 0.0
         self._lock = threading.Lock()
-        # Node -> the requests that may be in flight to it; and to all of them.
+        # One semaphore for each node limits the requests in flight to it; another limits those to all nodes.
         self._turns: dict[str, threading.Semaphore] = {}
         self._places = threading.Semaphore(settings.connections)
-        # Of each thread: how many requests it has sent, and whether it holds a place.
+        # For each thread: the number of requests that it has sent, and whether it holds a place.
         self._mine = threading.local()
 
     # ---- connecting ----
@@ -122,7 +120,7 @@ class ProxmoxClient:
             if self._api is None:
                 refusal, at = self._refusal
                 if refusal is not None and self.clock.monotonic() - at < _REFUSAL_SECONDS:
-                    # An object of its own: callers add to the detail.
+                    # A new object for each caller, because callers add to the detail.
                     raise AccessDenied(refusal.message, **refusal.detail)
                 try:
                     self._api = self._open()
@@ -132,7 +130,7 @@ class ProxmoxClient:
             return self._api
 
     def _open(self) -> Transport:
-        # Imported here: most of what a module has to load is one of these.
+        # Imported here because each of them is large, and a module needs only one.
         if self.settings.api_host is None:
             from .pvesh import Pvesh
 
@@ -143,24 +141,22 @@ class ProxmoxClient:
 
     @property
     def awaits_tasks(self) -> bool:
-        """Whether a write returns only when the task that it started has ended."""
+        """Return whether a write returns only after the task that it started has ended."""
         return self._connect().awaits_tasks
 
     def ended_well(self, upid: str) -> bool:
-        """Return True, once, if the answer to the write that started this task told that it has ended with ``OK``."""
+        """Return True, once, if the answer to the write that started this task has reported its end with ``OK``."""
         return self._connect().ended_well(upid)
 
     def shows_input(self, path: str) -> bool:
-        """Return True where a request to this path would show its parameters in a process list (pvesh, another
-        node).
-        """
+        """Return whether a request to this path would show its parameters in a process list (pvesh, another node)."""
         return self._connect().shows_input(path)
 
     def trusted_authority(self) -> str | None:
-        """Return the SHA-256 fingerprint (as Proxmox writes it) of the one authority whose cluster answers; None if
-        more could.
+        """Return the SHA-256 fingerprint of the only authority whose cluster can answer, in Proxmox's form.
 
-        Over https it is the certificate of ca_path. pvesh asks the node's own cluster, whose authority is a file there.
+        Over https that is the certificate in ca_path. pvesh asks the node's own cluster, whose authority is a file
+        there. None when several authorities are trusted.
         """
         settings = self.settings
         if settings.api_host is None:
@@ -184,7 +180,7 @@ class ProxmoxClient:
     # ---- requests ----
 
     def get(self, path: str, /, **params: Any) -> Any:
-        """Return what a read answers. A lost answer is asked for again (see the table above), a time-out is not."""
+        """Return the answer to a read. A lost answer is retried (see the table above), a timeout is not."""
         return self._request("GET", path, params)
 
     def post(self, path: str, /, **params: Any) -> Any:
@@ -197,7 +193,7 @@ class ProxmoxClient:
         return self._request("DELETE", path, params)
 
     def get_list(self, path: str, /, **params: Any) -> list[dict[str, Any]]:
-        """Read a list of objects; anything else is OutcomeUnknown, never an empty list."""
+        """Return a list of objects. Raises OutcomeUnknown for any other answer; it is never taken for an empty list."""
         found = self.get(path, **params)
         if not isinstance(found, list) or not all(isinstance(item, dict) for item in found):
             raise OutcomeUnknown(
@@ -206,7 +202,7 @@ class ProxmoxClient:
         return found
 
     def get_dict(self, path: str, /, **params: Any) -> dict[str, Any]:
-        """Read an object; anything else is OutcomeUnknown."""
+        """Return an object. Raises OutcomeUnknown for any other answer."""
         found = self.get(path, **params)
         if not isinstance(found, dict):
             raise OutcomeUnknown(
@@ -236,11 +232,11 @@ class ProxmoxClient:
                 return answer
             except ProxmoxError as error:
                 if not (isinstance(error, ApiError) and path == "cluster/nextid"):
-                    # That a VMID is taken is an answer.
+                    # "This VMID is taken" is the answer to the question, not a failure.
                     self.statistics.failed(error)
                 if self._ticket_ended(error) and not logins:
-                    # A ticket lives for two hours, less when the node's key is renewed. 401 means not carried out: log
-                    # in again, once.
+                    # A ticket lives for two hours, or less when the node's key is renewed. A request with 401 was not
+                    # carried out, so log in and repeat it once.
                     logins += 1
                     with self._lock:
                         if self._api is api:
@@ -262,14 +258,14 @@ class ProxmoxClient:
 
     @property
     def asked(self) -> int:
-        """How many requests this thread has sent: two looks at it tell whether something was asked in between."""
+        """Return how many requests this thread has sent. Two equal readings prove that none was sent in between."""
         return int(getattr(self._mine, "asked", 0))
 
     @contextlib.contextmanager
     def reserve_place(self, path: str) -> Iterator[float]:
-        """Wait for a place now, and keep it: what this thread asks within, one request directly after the other,
-        queues behind nobody. Gives the
-        seconds that were waited.
+        """Reserve a place among the requests in flight until the block ends, and yield the seconds of waiting.
+
+        The thread's requests within the block follow each other directly and wait for no other thread.
         """
         began = self.clock.monotonic()
         with self._place(path):
@@ -281,14 +277,14 @@ class ProxmoxClient:
 
     @contextlib.contextmanager
     def _place(self, path: str) -> Iterator[None]:
-        """Wait until there are no more than ``connections`` requests of ours in flight, and to the node that the
-        path leads to no more than
-        ``node_connections``; each ends within api_timeout.
+        """Wait for one of the ``connections`` places, and one of the node's ``node_connections`` places.
+
+        Each request ends within api_timeout, so the wait is bounded.
         """
         if getattr(self._mine, "held", False):
             yield
             return
-        # The node's first: who waits for a slow node takes no place from the others.
+        # Take the node's place first: a thread that waits for a slow node then occupies no common place.
         with self._turn(path), self._places:
             yield
 
@@ -300,9 +296,9 @@ class ProxmoxClient:
             return self._turns.setdefault(parts[1], threading.Semaphore(limit))
 
     def _was_written(self, path: str, params: dict[str, Any]) -> bool:
-        """Return True when the configuration has what a write without an answer was to write.
+        """Return whether the configuration contains the values of a write without an answer.
 
-        pveproxy was seen to cut the connection of a write that it carried out (with a ticket, never with a token).
+        pveproxy sometimes cuts the connection of a write that it carries out (with a ticket, never with a token).
         """
         if not path.endswith("/config") or "revert" in params:
             return False
@@ -323,16 +319,16 @@ class ProxmoxClient:
 
 
 def _parts(value: Any) -> list[str]:
-    # Proxmox writes the parts of a property string in its own order, and ends descriptions with a line feed.
+    # Proxmox reorders the parts of a property string, and ends descriptions with a line feed.
     return sorted(str(value).rstrip("\n").split(","))
 
 
 def _may_retry(method: str, path: str, error: ProxmoxError) -> bool:
-    """Return True when the same request may be sent again at once; the table at the top of this file says why.
+    """Return whether the same request may be sent again at once. The table at the top of this file gives the reasons.
 
-    ``error`` is what the last try came to. A refusal is repeated only where Proxmox says by it that it did not begin,
-    and where the request cannot meet another VM by then: power and delete have no digest, so their callers judge the VM
-    anew first. A lost answer is repeated only for a read, and not after a time-out, which would double the wait.
+    ``error`` is the result of the last attempt. A refusal is retried only if Proxmox did not begin, and if the request
+    cannot reach another VM by then: power requests and delete take no digest, so their callers judge the VM again
+    first. A lost answer is retried only for a read, and not after a timeout, which would double the wait.
     """
     if isinstance(error, ApiError):
         return not_begun(error.text) and (method == "GET" or not _UNGUARDED.search(path))

@@ -1,7 +1,7 @@
 # Copyright: the agentlab.proxmox contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""The cluster as a whole: its quorum, its nodes, the list of its VMs, and the proof that a VM is not there.
+"""Read the state of the whole cluster (quorum, nodes, VM list), and prove that a VM is absent.
 
 Absence is proven, never inferred: the right cluster answers, it has quorum, and either the list shows every VM or
 ``nextid`` offers the VMID. docs/safety.md, "When a list proves an absence", says when the list is enough.
@@ -25,23 +25,20 @@ if TYPE_CHECKING:
     from ..nodes import Node
     from .capacity import Capacity
 
-# Quorum changes rarely and is asked before every delete of a bulk run: an answer is good for this long. The config
-# write directly before the delete is what really tells whether the cluster takes writes.
+# Seconds for which a reading of quorum is used. Quorum changes rarely, and each delete of a bulk run needs it. The
+# final proof is the config write directly before the delete, which fails without quorum.
 _STATUS_SECONDS = 5.0
-# The list that a run began with proves an absence for so long.
+# Seconds for which the list from the beginning of a run can prove an absence.
 _LIST_SECONDS = 30.0
-# So few are asked for one by one; for more the list is cheaper, with the reads that show that nothing is missing from
-# it.
+# Up to this number, VMIDs are checked one by one. For more, reading the list and its completeness is cheaper.
 _FEW = 4
-# Of the twenty-odd values that the list has of each VM; the rest is a kilobyte for each of some thousands.
+# The columns of the VM list to keep. The list has over twenty, about a kilobyte for each VM.
 _LOOKED_AT = ("vmid", "type", "node", "status", "name", "template", "tags", "hastate", "lock", "uptime")
 
 
 @dataclass(slots=True)
 class Presence:
-    """Whether a VMID is in use: ``absent`` is True (proven), False (something is there) or None (not known, ``why``
-    says it).
-    """
+    """Whether a VMID is in use: ``absent`` is True (proven free), False (in use) or None (unknown; see ``why``)."""
 
     absent: bool | None
     why: str
@@ -66,9 +63,9 @@ class Cluster:
         # See note_deleted().
         self._deleted: dict[int, tuple[float, dict[str, Any]]] = {}
         self._confirmed = False
-        # A list that shows every VM, and the quorum it was read under: see survey().
+        # A list that shows every VM, the quorum evidence of its time, and its age; see survey().
         self._whole: tuple[dict[int, dict[str, Any]], dict[str, Any], float] | None = None
-        # Once it is known that VMs may be hidden, each absence of this run is asked for by itself.
+        # True once some VMs may be hidden. Then this run checks each absence by itself.
         self._partial = False
         self._ours: set[int] = set()
 
@@ -82,7 +79,7 @@ class Cluster:
             return self._status[1]
 
     def _quorum_row(self) -> dict[str, Any]:
-        """Return the row ``quorum`` of the HA manager's status, which speaks for the node that answers."""
+        """Return the row ``quorum`` of the HA manager's status, which is live on the node that answers."""
         with self._lock:
             if self._quorum is None or self._clock.monotonic() - self._quorum[0] > _STATUS_SECONDS:
                 rows = self._client.get_list("cluster/ha/status/current")
@@ -96,11 +93,10 @@ class Cluster:
             return self._quorum[1]
 
     def require_quorum(self) -> dict[str, Any]:
-        """Return the evidence of quorum. Kept(unknown) without it: Proxmox would delete the disks and then fail.
+        """Return the evidence of quorum. Raises Kept without quorum: Proxmox would delete the disks and then fail.
 
-        ``GET /cluster/status`` is no source for this: pvedaemon caches it, and it says 0 (or 1) for minutes after that
-        stopped being true. The HA manager's row is right within two seconds, with and without HA resources, and a node
-        that was never part of a cluster has it too.
+        ``GET /cluster/status`` cannot be used: pvedaemon caches it, and its value may be wrong for minutes. The HA
+        manager's row is right within two seconds, with and without HA resources. A node outside any cluster has it too.
         """
         row = self._quorum_row()
         if str(row.get("quorate")) not in ("1", "True", "true"):
@@ -112,12 +108,12 @@ class Cluster:
         return {"quorum": "quorate", "node": row.get("node"), "status": str(row.get("status"))[:200]}
 
     def node_online(self, node: str) -> bool:
-        """False only when the cluster says so."""
+        """Return False only when the cluster reports the node as offline."""
         row = next((row for row in self._status_rows() if row.get("type") == "node" and row.get("name") == node), None)
         return row is None or str(row.get("online", 1)) in ("1", "True", "true")
 
     def nodes(self) -> dict[str, bool]:
-        """Node names with whether each is online."""
+        """Return {node name: whether the node is online}."""
         return {
             str(row.get("name")): str(row.get("online", 1)) in ("1", "True", "true")
             for row in self._status_rows()
@@ -141,7 +137,7 @@ class Cluster:
         authority = None
         if local:
             try:
-                # Every cluster has a certificate authority of its own: two single nodes named "pve" differ in it.
+                # Each cluster has its own certificate authority. Only that tells two single nodes named "pve" apart.
                 for row in self._client.get_list(f"nodes/{local}/certificates/info"):
                     if row.get("filename") == "pve-root-ca.pem":
                         authority = row.get("fingerprint")
@@ -150,8 +146,9 @@ class Cluster:
         return {"name": cluster, "nodes": nodes, "authority": authority}
 
     def confirm(self, *, creating: bool = False) -> None:
-        """Refuse to draw conclusions from a cluster other than the one the records belong to; the first creation
-        decides which that is.
+        """Raise if this cluster is not the cluster of the records.
+
+        The first creation stores the cluster of the records.
         """
         with self._lock:
             if self._confirmed:
@@ -170,7 +167,7 @@ class Cluster:
                     "right cluster",
                 )
             if known and known["authority"] and known["authority"] == self._client.trusted_authority():
-                # The connection itself proves it: nobody is talked to but whom that cluster's own authority signed for.
+                # The connection itself is the proof: only nodes signed by that cluster's authority are accepted.
                 self._confirmed = True
                 return
             found = self._identity()
@@ -192,7 +189,7 @@ class Cluster:
                         "belong to it",
                     )
                 else:
-                    # A single node that has become a cluster keeps its name among the nodes.
+                    # A single node that joined a cluster is still among the cluster's nodes by its name.
                     same = (known["name"] == found["name"] or known["name"] is None) and bool(
                         set(known["nodes"]) & set(found["nodes"])
                     )
@@ -209,29 +206,29 @@ class Cluster:
             self._confirmed = True
 
     def adopt(self) -> None:
-        """Note this cluster as the one the records belong to, because the operator says so."""
+        """Store this cluster as the cluster of the records, because the operator says so."""
         self._records.set_meta("cluster", json.dumps(self._identity()))
         self._confirmed = True
 
     def seen_ours(self, vmid: int) -> None:
-        """A VM proven to be ours was found here.
+        """Note that a VM on this cluster was proven to be ours.
 
-        Its own absence, later in this run, needs no other sign that this is the right cluster; that of others does: a
-        single VM may be here because somebody restored its backup.
+        In this run, its own absence later needs no other proof of the right cluster. Absences of other VMs do: a single
+        VM may be here because a person restored its backup.
         """
         self._ours.add(vmid)
 
     # ---- the list ----
 
     def vms(self, *, fresh: bool = False) -> dict[int, dict[str, Any]]:
-        """All VMs and containers the credentials may see, by VMID. A hint only: where to look, never whether to act."""
+        """Return all visible VMs and containers by VMID. A hint where to look, never a reason to act."""
         with self._lock:
             if self._vms is None or fresh:
                 self._vms = _by_vmid(self._client.get_list("cluster/resources", type="vm"))
             return self._vms
 
     def capacity(self) -> Capacity:
-        """Return what the nodes have and carry, from one request that is the list of all VMs as well."""
+        """Return resources and load of the nodes. The same request also reads the list of all VMs."""
         from .capacity import parse
 
         with self._lock:
@@ -242,11 +239,11 @@ class Cluster:
             return self._capacity
 
     def cpus(self, node: str) -> int | None:
-        """Return how many CPUs a node has; None where these credentials are not shown it (Sys.Audit on the node)."""
+        """Return the number of CPUs of a node; None when these credentials may not see it (Sys.Audit on the node)."""
         from .capacity import parse
 
         with self._lock:
-            # A creation has read the list of everything; nobody else needs more than the nodes.
+            # A creation has read all resources already. Every other caller needs only the nodes.
             if self._capacity is not None:
                 nodes = self._capacity.nodes
             elif self._nodes is not None:
@@ -256,45 +253,44 @@ class Cluster:
         return nodes[node].cpus or None if node in nodes else None
 
     def expect_stopped(self, vmid: int, node: str) -> None:
-        """Note where a record says that its VM is, switched off: as long as no list was read, find() answers with
-        that.
-        """
+        """Remember the node of a stopped VM from its record. find() answers with it as long as no list was read."""
         self._expected[vmid] = {"vmid": vmid, "type": "qemu", "node": node, "status": "stopped", "expected": True}
 
     def note_deleted(self, vmid: int, upid: str) -> None:
-        """Note that a VM proven to be ours was marked and then deleted by a task that ended well just now.
+        """Remember that a VM proven to be ours was just marked and deleted, and that the task ended well.
 
-        Both are writes that the cluster takes only with quorum, so they prove quorum for the absence of this VM.
+        Both writes need quorum, so they prove quorum for the absence of this VM.
         """
         evidence = {"quorum": "quorate", "status": f"the cluster took the delete of VM {vmid} (task {upid})"}
         self._deleted[vmid] = self._clock.monotonic(), evidence
 
     def _quorum_of_delete(self, vmid: int) -> dict[str, Any] | None:
-        """Return the evidence of quorum of a VM's own delete while it is fresh."""
+        """Return the evidence of quorum from a VM's own recent delete, or None."""
         at, evidence = self._deleted.get(vmid, (0.0, None))
         return evidence if self._clock.monotonic() - at <= _STATUS_SECONDS else None
 
     def add_vm(self, vmid: int, node: str | None) -> None:
-        """Add a VM that this run has just made, switched off, to the list as it was read; a row that is there stays."""
+        """Add a stopped VM that this run has just created to the cached list. An existing row stays."""
         with self._lock:
             if self._vms is not None and vmid not in self._vms:
-                # A new dict: other threads may be walking through this one.
+                # A new dict, because other threads may be iterating over this one.
                 self._vms = {**self._vms, vmid: {"vmid": vmid, "type": "qemu", "node": node, "status": "stopped"}}
 
     def find(self, vmid: int, *, fresh: bool = False) -> dict[str, Any] | None:
-        """Return the row of that VMID; a hint where to look, as the list."""
+        """Return the list's row of that VMID, or None. Like the list, it is a hint where to look."""
         if self._vms is None and not fresh and vmid in self._expected:
             return self._expected[vmid]
         return self.vms(fresh=fresh).get(vmid)
 
     def known(self) -> tuple[list[str], dict[int, str]]:
-        """Names of the nodes, and of the VMs by VMID, as far as this run has read them: asks nothing."""
+        """Return the node names, and the VM names by VMID, that this run has read so far. Sends no request."""
         nodes = [str(row.get("name")) for row in (self._status[1] if self._status else []) if row.get("type") == "node"]
         return nodes, {vmid: str(row["name"]) for vmid, row in (self._vms or {}).items() if row.get("name")}
 
     def sees_everything(self) -> bool:
-        """True when no VM is hidden from these credentials now: root@pam itself has no ACL, for anybody else two
-        reads must show it.
+        """Return whether no VM is hidden from these credentials now.
+
+        root@pam has no ACL and sees everything. For other users two reads must prove it.
         """
         if self._client.settings.is_root:
             return True
@@ -307,7 +303,7 @@ class Cluster:
         return not self._partial
 
     def holds(self, path: str, privilege: str) -> bool:
-        """Whether these credentials have the privilege on the path now, inherited or not."""
+        """Return whether these credentials have the privilege on the path now, directly or inherited."""
         return self._client.settings.is_root or privilege in _rights(
             self._client.get_dict("access/permissions", path=path), path
         )
@@ -315,17 +311,17 @@ class Cluster:
     # ---- absence ----
 
     def survey(self, vmids: Iterable[int]) -> dict[int, dict[str, Any]]:
-        """The list a bulk run begins with.
+        """Return the VM list for the beginning of a bulk run.
 
-        When it lacks many of what is looked for, find out at once whether it shows every VM: then it is the proof of
-        those absences (prove_absent), and need not be read again.
+        When the list lacks many of the VMIDs, also check whether it shows every VM. Then prove_absent() can use it as
+        the proof of those absences without reading it again.
         """
         wanted = set(vmids)
         if len(wanted) <= _FEW:
             return self.vms()
         with self._lock:
             try:
-                # Before the list: a node that had quorum then shows what existed then.
+                # Read quorum before the list: a node with quorum then shows every VM that existed at that time.
                 quorum = self.require_quorum()
             except (ProxmoxError, Kept):
                 return self.vms()
@@ -335,10 +331,10 @@ class Cluster:
             return listed
 
     def prove_absent(self, vmids: Iterable[int], *, anew: bool = True) -> dict[int, Presence]:
-        """For each VMID whether it is proven free. Never raises for Proxmox's errors: those are ``absent=None``.
+        """Return for each VMID whether it is proven free. Errors of Proxmox are not raised but give ``absent=None``.
 
-        ``anew=False``: the list of survey() is as good as a new one, because nothing was done about these VMIDs since,
-        by us or by another run; if it is not old, for anybody may restore a VM.
+        ``anew=False``: neither we nor another run has acted on these VMIDs since survey(), so its list counts like a
+        new one while it is recent. (An old list does not count, because a person may restore a VM at any time.)
         """
         wanted = sorted(set(vmids))
         if len(wanted) == 1 and wanted[0] in self._ours:
@@ -369,12 +365,11 @@ class Cluster:
                 listed = self.vms(fresh=True)
             except ProxmoxError as error:
                 return {vmid: Presence(None, error.message, {}) for vmid in wanted}
-            # Rights are read after the list: a VM that is hidden from now on was still listed.
+            # Read the rights after the list: a VM hidden from now on was still listed.
             if not listed or not self.sees_everything():
                 return self._ask_for_each(wanted, quorum)
         free = [vmid for vmid in wanted if vmid not in listed]
-        # A list that was cut short by something in between would make VMs vanish: one of them is asked for in another
-        # way.
+        # A list cut short on its way would make VMs seem absent. So check one of the VMIDs in another way.
         if free and self._nextid(free[0], quorum).absent is not True:
             return self._ask_for_each(wanted, quorum)
         proof = {**quorum, "proof": "not in the list of all VMs", "listed": len(listed)}
@@ -390,12 +385,13 @@ class Cluster:
         return dict(zip(vmids, found, strict=True))
 
     def is_in_use(self, vmid: int) -> bool:
-        """Return whether Proxmox VE says that a VMID is in use, be it by a VM that the credentials may not see."""
+        """Return whether Proxmox VE reports the VMID as in use, even by a VM hidden from these credentials."""
         return self._nextid(vmid, {}).absent is False
 
     def why_in_use(self, vmid: int) -> str:
-        """Return the sentence for a VMID that is in use: with what to grant, where the credentials do not see its
-        VM.
+        """Return the sentence for a VMID in use.
+
+        If its VM is hidden from the credentials, it names the missing privilege.
         """
         if self._vms is None or vmid in self._vms:
             return f"VMID {vmid} is in use"
@@ -421,13 +417,15 @@ class Cluster:
 
 
 def sees_every_vm(entries: list[dict[str, Any]], held: dict[str, Any]) -> bool:
-    """Whether rights as GET /access/acl and GET /access/permissions tell them hide no VM.
+    """Return whether these rights hide no VM.
 
-    A VM is listed when VM.Audit is effective on /vms/N. It is when /vms hands it down and nothing on the way takes it
-    away again: an entry on /vms/N itself (it replaces what was handed down), or NoAccess on the VM's pool. Permissions
-    leave out paths without any right, so which paths have entries must be known from the list of all entries - those of
-    everybody, which takes Sys.Audit on /access: without it the list is cut. It is never empty for anybody but root: no
-    entry, no right.
+    ``entries`` comes from GET /access/acl, ``held`` from GET /access/permissions.
+
+    A VM is listed if VM.Audit is effective on /vms/N. That is so if /vms passes it down and nothing takes it away:
+    neither an entry on /vms/N itself (it replaces what was passed down), nor NoAccess on the VM's pool. The permissions
+    omit paths without any right, so the paths with entries must come from the list of all entries. Reading the entries
+    of everybody takes Sys.Audit on /access; without it the list is cut. For every user but root the list is never
+    empty, because without an entry there are no rights.
     """
     if not entries:
         return False

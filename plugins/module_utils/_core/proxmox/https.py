@@ -1,15 +1,15 @@
 # Copyright: the agentlab.proxmox contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Requests over the https API: proxmoxer for addresses, tokens and JSON, and what it leaves open around it.
+"""Send requests over the https API: proxmoxer handles addresses, tokens and JSON; this file adds what it lacks.
 
-Added to proxmoxer (1.2 of Debian 12 and newer) and requests are:
+The additions to proxmoxer (1.2 of Debian 12 and newer) and requests:
 
 - A deadline for the whole answer, and bounds for its size and depth.
 - No request over a connection that was idle so long that Proxmox may be closing it.
-- A second try where the TLS handshake of a new connection breaks: nothing has been sent yet.
-- The sentence of an error from the answer's body; proxies drop the reason line that proxmoxer reads.
-- A login by password that stops where a second factor is asked for.
+- A second attempt when the TLS handshake of a new connection breaks: nothing has been sent yet.
+- The error text from the answer's body; proxies drop the reason line that proxmoxer reads.
+- A login by password that stops when a second factor is asked for.
 - Addresses with a path prefix, and IPv6 addresses.
 """
 
@@ -41,22 +41,21 @@ try:
     from urllib3.exceptions import NewConnectionError
 except ImportError as error:
     MISSING_LIBRARY = error.name
-    # The file can be imported all the same, as ansible-test asks of every file; the classes below need something to
-    # stand on.
+    # The file must be importable without the libraries, as ansible-test requires. The classes below need base classes.
     requests = SimpleNamespace(
         auth=SimpleNamespace(AuthBase=object), exceptions=SimpleNamespace(RequestException=Exception)
     )  # type: ignore[assignment]
     HTTPAdapter = HTTPSConnection = HTTPConnectionPool = HTTPSConnectionPool = object  # type: ignore[assignment,misc]
 
-# Proxmox VE closes a connection that was idle for five. A request sent just then is cut off, and its outcome is
-# unknown.
+# Proxmox VE closes a connection after five idle seconds. A request sent at that moment is cut off, with an unknown
+# outcome.
 IDLE_SECONDS = 4.0
 _HANDSHAKES = 3
-# Seconds until a ticket is renewed; Proxmox's own end after two hours.
+# Seconds until a ticket is renewed. Proxmox ends it after two hours.
 _TICKET_SECONDS = 3600
 # TLS failures before any request was sent.
 _TLS_REFUSED = re.compile(r"CERTIFICATE_VERIFY_FAILED|certificate verify failed|[Hh]ostname mismatch|doesn't match")
-# No TLS at that port; or what took the place of the answer in the middle of a connection.
+# The port does not speak TLS, or other data replaced the answer in the middle of a connection.
 _NO_TLS = "WRONG_VERSION_NUMBER"
 _REASONS = re.compile(
     r"(Connection refused|Name or service not known|Temporary failure in name resolution|No route to host|"
@@ -74,7 +73,7 @@ _NEVER_CONNECTED = (
 
 
 class Https:
-    """One session with the API of a Proxmox host; safe to use from several threads. Logs in when it is made."""
+    """One session with the API of a Proxmox host. Logs in when it is created. Safe to use from several threads."""
 
     # A write that starts a task is answered at once.
     awaits_tasks = False
@@ -91,7 +90,7 @@ class Https:
         verify: bool | str = (
             settings.ca_path if settings.validate_certs and settings.ca_path else settings.validate_certs
         )
-        # With a token proxmoxer sends nothing when it is made. A password is exchanged for a ticket by our own class.
+        # With a token proxmoxer sends nothing on creation. Our own class exchanges a password for a ticket.
         api = proxmoxer.ProxmoxAPI(
             "proxmox",
             user=settings.user,
@@ -104,7 +103,7 @@ class Https:
         session = api._store["session"]
         host = f"[{settings.api_host}]" if ":" in str(settings.api_host) else settings.api_host
         api._store["base_url"] = self._url = f"https://{host}:{settings.api_port}{settings.api_path}/api2/json"
-        # proxmoxer has no setting for the pool: one connection for each request in flight, and no more than that.
+        # proxmoxer has no setting for the pool. Allow one connection for each request in flight, and no more.
         session.mount("https://", _Adapter(settings))
         session.verify = verify
         self._api, self._session = api, session
@@ -113,7 +112,7 @@ class Https:
             session.auth.login()
 
     def send(self, method: str, path: str, params: dict[str, Any]) -> Any:
-        """Return the answer's data. Raises AccessDenied, ApiError, Unreachable or OutcomeUnknown."""
+        """Send a request and return the answer's data. Raises AccessDenied, ApiError, Unreachable or OutcomeUnknown."""
         parts = [quote(part, safe=":!@-._~") for part in path.split("/")]
         values = {name.replace("_", "-"): value for name, value in params.items() if value is not None}
 
@@ -121,7 +120,7 @@ class Https:
             return getattr(self._api(parts), method.lower())(**values)
 
         data = self._call(method, path, params, send_request)
-        # proxmoxer hands out what it could not parse as {"errors": ...}: never take that for data.
+        # proxmoxer returns an answer that it cannot parse as {"errors": ...}. Never take that for data.
         if isinstance(data, (dict, list)) and (
             answers.too_deep(data) or (isinstance(data, dict) and set(data) == {"errors"})
         ):
@@ -129,7 +128,7 @@ class Https:
         return data
 
     def ended_well(self, upid: str) -> bool:
-        """Return False: a request is answered when its task has begun."""
+        """Return False: the answer comes when the task has begun."""
         return False
 
     def shows_input(self, path: str) -> bool:
@@ -137,7 +136,7 @@ class Https:
         return False
 
     def log_in(self, data: dict[str, Any]) -> Any:
-        """Return what Proxmox answers to a login; one attempt."""
+        """Return Proxmox's answer to a login. Sends one attempt only."""
         settings = self._settings
 
         def post() -> Any:
@@ -152,7 +151,7 @@ class Https:
             )
 
         response = self._call("POST", "access/ticket", {}, post)
-        # proxmoxer prefers the session's cookies to the ticket.
+        # proxmoxer prefers the session's cookies to the ticket, so remove them.
         self._session.cookies.clear()
         if response.status_code == 401:
             raise AccessDenied(
@@ -182,7 +181,7 @@ class Https:
         )
 
     def _call(self, method: str, path: str, params: dict[str, Any], call: Any) -> Any:
-        """Run one request and turn every exception of the libraries into one of our errors."""
+        """Run one request, and turn every exception of the libraries into one of our errors."""
         settings = self._settings
         where = f"{method} /{path} on {settings.where}"
         try:
@@ -232,12 +231,12 @@ class Https:
                 cut=isinstance(error, requests.exceptions.ChunkedEncodingError) or None,
             ) from None
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
-            # proxmoxer looks for "data" in whatever was sent.
+            # proxmoxer looks for "data" in any answer, whatever its type.
             raise self._nonsense(method, path) from None
         except OSError as error:
             if out_of_descriptors(error):
                 raise answers.no_descriptor(path) from None
-            # requests reads the file of ca_path before it connects.
+            # requests reads the file in ca_path before it connects.
             raise Unreachable(f"{where}: {error}; is ca_path right?", path=path) from None
 
     def _tls_error(self, method: str, path: str, error: Exception) -> ProxmoxError:
@@ -246,7 +245,7 @@ class Https:
             return answers.no_descriptor(path)
         harmless = method == "GET" or path == "access/ticket"
         if not (_TLS_REFUSED.search(text) or (_NO_TLS in text and harmless)):
-            # Perhaps after the handshake: the request may have been sent.
+            # The failure may have come after the handshake, so the request may have been sent.
             return OutcomeUnknown(
                 f"{method} /{path} on {settings.where}: the encrypted connection broke before the answer; "
                 f"{answers.became_of(method)}",
@@ -269,7 +268,7 @@ class Https:
         )
 
     def _certificate_end(self) -> str | None:
-        """Return the day the node's certificate expired, by asking for it once more without checking it."""
+        """Return the day on which the node's certificate expired, or None. Reads the certificate again, unchecked."""
         import socket
         from datetime import UTC, datetime
 
@@ -282,20 +281,20 @@ class Https:
                 certificate = sock.getpeercert(binary_form=True) or b""
         except (OSError, ValueError):
             return None
-        # The validity is a sequence of two times (UTCTime until 2049, GeneralizedTime after it).
+        # The validity is a sequence of two times (UTCTime until 2049, GeneralizedTime afterwards).
         dates = re.search(rb"(?:\x17\x0d|\x18\x0f)\d{12,14}Z(?:\x17\x0d(\d{12})|\x18\x0f(\d{14}))Z", certificate)
         if dates is None:
             return None
         end = datetime.strptime((b"20" + dates[1] if dates[1] else dates[2]).decode(), "%Y%m%d%H%M%S").replace(
             tzinfo=UTC
         )
-        # Otherwise it is the CA's certificate that expired.
+        # A certificate that is still valid means that the CA's certificate has expired.
         return f"{end:%Y-%m-%d}" if end.timestamp() < time.time() else None
 
     # ---- proxies of the environment ----
 
     def _proxy(self) -> tuple[str, str] | None:
-        """Return the variable that sets a proxy for this host, and the proxy without its user and password."""
+        """Return the variable that sets a proxy for this host, and the proxy without user and password; or None."""
         if requests.utils.should_bypass_proxies(self._url, no_proxy=None):
             return None
         for name in ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
@@ -335,15 +334,15 @@ class Https:
 
 
 def _keep(request: Any) -> Any:
-    """Stand in for authentication: without any, requests would look for a password in ~/.netrc."""
+    """Take the place of authentication, because without any requests would look for a password in ~/.netrc."""
     return request
 
 
 class _Ticket(requests.auth.AuthBase):
-    """Logs in by password, and renews the ticket every hour."""
+    """Log in by password, and renew the ticket every hour."""
 
     def __init__(self, https: Https, settings: ProxmoxSettings, verify: bool | str) -> None:
-        # proxmoxer's session reads these four.
+        # proxmoxer's session reads these four attributes.
         self.verify_ssl, self.timeout, self.cert, self.proxies = verify, settings.api_timeout, None, None
         self._https = https
         self._settings = settings
@@ -386,11 +385,11 @@ class _Ticket(requests.auth.AuthBase):
 
 
 class _TooLarge(requests.exceptions.RequestException):
-    """The answer is larger than any of Proxmox."""
+    """The answer is larger than any answer of Proxmox."""
 
 
 class _Adapter(HTTPAdapter):
-    """Bounds every answer, refuses redirects, and takes an error's sentence from the body."""
+    """Limit every answer in size and time, refuse redirects, and read an error's text from the body."""
 
     def __init__(self, settings: ProxmoxSettings) -> None:
         self._seconds = settings.api_timeout
@@ -403,7 +402,7 @@ class _Adapter(HTTPAdapter):
         return manager
 
     def send(self, request: Any, **options: Any) -> Any:  # type: ignore[override]
-        # proxmoxer 1.2 (Debian 12) passes no time-out on.
+        # proxmoxer 1.2 (Debian 12) does not pass the timeout on.
         response = super().send(request, **{**options, "timeout": self._seconds})
         content = bytearray()
         for chunk in response.iter_content(65536):
@@ -414,23 +413,23 @@ class _Adapter(HTTPAdapter):
         response._content = bytes(content)
         length = response.headers.get("Content-Length", "")
         if length.isdecimal() and "Content-Encoding" not in response.headers and len(content) < int(length):
-            # urllib3 1.26 (Debian 12) takes half an answer for a whole one.
+            # urllib3 1.26 (Debian 12) accepts half an answer as a whole one.
             raise requests.exceptions.ChunkedEncodingError("IncompleteRead", response=response)
         if 300 <= response.status_code < 400:
-            # A redirect would turn a POST into a GET of some other host, token included. Without a target it would be
-            # taken for success with an empty answer.
+            # A redirect would send a POST, token included, as a GET to another host. A redirect without a target would
+            # look like success with an empty answer.
             raise requests.exceptions.TooManyRedirects(
                 "redirected elsewhere; set api_host to the Proxmox node itself", response=response
             )
         if response.status_code >= 400:
             response.reason = _sentence(response._content) or response.reason
-            # proxmoxer adds the errors of the body to its own message, each release in another way.
+            # proxmoxer appends the body's errors to its own message, differently in each release. So leave it none.
             response._content = b'{"data":null}'
         return response
 
 
 def _sentence(body: bytes) -> str | None:
-    """Return the text of an error's body: the message, then the parameters' errors by name."""
+    """Return the text of an error's body: the message, then the parameters' errors by name; None without a text."""
     try:
         answer = json.loads(body)
     except (ValueError, RecursionError):
@@ -445,7 +444,7 @@ def _sentence(body: bytes) -> str | None:
 
 
 class _Reader(io.RawIOBase):
-    """Reads a socket until a deadline. The socket's own time-out begins anew with each byte that arrives."""
+    """Read a socket until a deadline. The socket's own timeout starts again with each byte that arrives."""
 
     def __init__(self, sock: Any, raw: Any, deadline: float) -> None:
         self._sock = sock
@@ -464,24 +463,25 @@ class _Reader(io.RawIOBase):
 
     def close(self) -> None:
         super().close()
-        # The socket stays open for as long as this is.
+        # The socket stays open until this reader is closed as well.
         self._raw.close()
 
 
 class _Connection(HTTPSConnection):
-    """One connection: asks again when the TLS handshake breaks, and holds each answer to a deadline."""
+    """One connection that retries a broken TLS handshake and holds each answer to a deadline."""
 
     deadline = math.inf
 
     def connect(self) -> None:
         for number in range(1, _HANDSHAKES + 1):
-            # A proxy's answer is read in here.
+            # Sets the deadline: connect() may already read a proxy's answer.
             self._begin()
             try:
                 super().connect()
                 return
             except (ssl.SSLEOFError, ssl.SSLZeroReturnError, ConnectionResetError, BrokenPipeError):
-                # Seen once in some thousands when a worker of pveproxy had just been replaced. Nothing was sent yet.
+                # pveproxy does this once in some thousand times, when a worker has just been replaced. Nothing was sent
+                # yet.
                 self.close()
                 if number == _HANDSHAKES:
                     raise NewConnectionError(self, "TLS handshake broken") from None
@@ -490,18 +490,18 @@ class _Connection(HTTPSConnection):
     def request(self, *arguments: Any, **options: Any) -> None:
         seconds = self._begin()
         if self.sock is not None:
-            # The last answer's deadline is still set.
+            # The socket still has the deadline of the last answer.
             self.sock.settimeout(seconds)
         super().request(*arguments, **options)
 
     def _begin(self) -> float | None:
-        """Set the deadline, and return the seconds until it."""
+        """Set the deadline, and return the seconds until then."""
         seconds = self.timeout if isinstance(self.timeout, (int, float)) else None
         self.deadline = time.monotonic() + seconds if seconds else math.inf
         return seconds
 
     def response_class(self, sock: Any, *arguments: Any, **options: Any) -> Any:  # type: ignore[override]
-        """Make http.client's response read by the deadline."""
+        """Make http.client's response read until the deadline only."""
         import http.client
 
         response = http.client.HTTPResponse(sock, *arguments, **options)
@@ -511,7 +511,7 @@ class _Connection(HTTPSConnection):
 
 
 class _Pool(HTTPSConnectionPool):
-    """Sends nothing over a connection that was idle for too long; urllib3 only knows those that are closed already."""
+    """Close connections that were idle for too long. urllib3 only notices those that are already closed."""
 
     ConnectionCls = _Connection
 

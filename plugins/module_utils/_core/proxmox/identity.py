@@ -1,10 +1,11 @@
 # Copyright: the agentlab.proxmox contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Is the VM at this VMID ours? Two marks decide: our UUID in the description (set by the clone call itself, so it is
-there from the first
-moment), and the SMBIOS UUID that Proxmox gave the clone. Name and tags are no proof: a clone made by hand copies them,
-and the description too.
+"""Judge whether the VM at a VMID is ours, by two marks.
+
+The marks are our UUID in the description, which the clone call itself sets, so the VM has it from its first moment, and
+the SMBIOS UUID that Proxmox gave the clone. Name and tags prove nothing: a clone made by hand copies them, and the
+description as well.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ AMBIGUOUS = "AMBIGUOUS"
 UNBOUND = "UNBOUND"
 UNKNOWN = "UNKNOWN"
 
-# A hint for people and for inventories; never a proof.
+# The tag is a hint for people and inventories, never a proof.
 OUR_TAG = "agentlab"
 _MARKER = re.compile(
     r"agentlab-sandbox: ([0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12})(?![0-9a-f-])",
     re.IGNORECASE | re.ASCII,
 )
-# The database whose sandbox it is. Markers of older releases lack it.
+# The id of the database with the sandbox's record. Markers of older releases lack it.
 _DATABASE = re.compile(r" \(database ([0-9a-f]{32})\)", re.IGNORECASE | re.ASCII)
 _NOTE = "agentlab-delete:"
 _SMBIOS = re.compile(r"(?:^|,)uuid=([0-9A-Fa-f-]{36})(?:,|$)")
@@ -34,7 +35,7 @@ _LONGEST_DESCRIPTION = 8192
 
 @dataclass(slots=True)
 class Verdict:
-    """The judgement on one VM, with what it was judged by."""
+    """The verdict on one VM, with its evidence."""
 
     identity: str
     evidence: dict[str, Any]
@@ -43,9 +44,9 @@ class Verdict:
 
 
 def marker(uuid: str, database: str | None = None) -> str:
-    """Return the description that a sandbox's VM is cloned with.
+    """Return the description with which a sandbox's VM is cloned.
 
-    ``database`` is the id of the database with its record.
+    ``database`` is the id of the database with the sandbox's record.
     """
     of = f" (database {database})" if database else ""
     return (
@@ -57,13 +58,13 @@ def marker(uuid: str, database: str | None = None) -> str:
 def described(config: dict[str, Any], text: str) -> str:
     """Return the description with ``text`` after its first empty line.
 
-    All before that line stays: it carries our marker.
+    The lines before that stay, because they contain our marker.
     """
     return f"{_head(config)}\n\n{text}" if text else _head(config)
 
 
 def own_text(config: dict[str, Any]) -> str:
-    """Return what stands after the first empty line of the description, without the note of a deletion."""
+    """Return the description after its first empty line, without the note of a deletion."""
     text = str(config.get("description") or "").partition("\n\n")[2]
     return "\n".join(line for line in text.split("\n") if not line.startswith(_NOTE)).strip("\n")
 
@@ -74,19 +75,19 @@ def _head(config: dict[str, Any]) -> str:
 
 
 def is_ours(text: str) -> bool:
-    """Whether a text holds what only we may write into a description."""
+    """Return whether a text contains our marker or note, which only we may write into a description."""
     return _MARKER.search(text) is not None or any(line.startswith(_NOTE) for line in text.splitlines())
 
 
 def markers(config: dict[str, Any]) -> set[str]:
-    """The sandbox UUIDs that a VM's description carries."""
+    """Return the sandbox UUIDs in the markers of a VM's description."""
     return {found.lower() for found in _MARKER.findall(str(config.get("description") or ""))}
 
 
 def other_databases(config: dict[str, Any], database: str | None) -> set[str]:
-    """Return the databases that the VM's markers name, if each names one and none names ``database``; else nothing.
+    """Return the databases named by the VM's markers, if every marker names one and none names ``database``.
 
-    Only then the VM is known to be another database's.
+    Otherwise return an empty set: the VM is then not known to belong to another database.
     """
     text = str(config.get("description") or "")
     named = set()
@@ -99,7 +100,7 @@ def other_databases(config: dict[str, Any], database: str | None) -> set[str]:
 
 
 def smbios_uuid(config: dict[str, Any]) -> str | None:
-    """The SMBIOS UUID of a VM's configuration, lower case."""
+    """Return the SMBIOS UUID of a VM's configuration in lower case, or None."""
     found = _SMBIOS.search(str(config.get("smbios1") or ""))
     return found[1].lower() if found else None
 
@@ -126,8 +127,8 @@ def judge(uuid: str, known_smbios: str | None, config: dict[str, Any]) -> Verdic
         "name": config.get("name"),
         "lock": config.get("lock"),
     }
-    # Until a clone or a restore is done the configuration says nothing yet: it may become our own clone, or ours again
-    # from its backup.
+    # While a clone or a restore runs, the configuration decides nothing: the VM may become our own clone, or be ours
+    # again from its backup.
     unfinished = config.get("lock") in ("clone", "create")
     if known_smbios is not None and found_smbios == known_smbios.lower():
         identity = MATCH if ours else AMBIGUOUS
@@ -141,10 +142,10 @@ def judge(uuid: str, known_smbios: str | None, config: dict[str, Any]) -> Verdic
 
 
 def deletion_note(config: dict[str, Any], operation: str, at: str | None) -> str:
-    """The description with one line more that says who deletes the VM and when; replaces the line of an earlier try."""
+    """Return the description with a line about the deletion: by which operation, and when. Replaces an earlier line."""
     lines = [line for line in str(config.get("description") or "").splitlines() if not line.startswith(_NOTE)]
     text = "\n".join([*lines, f"{_NOTE} {operation} {at}"])
     if len(text) > _LONGEST_DESCRIPTION:
-        # Whatever is cut off, our own line is not: first the lines that carry a marker.
+        # Cut a long description, but never our own lines: put the lines with a marker first.
         text = "\n".join(sorted(text.splitlines(), key=lambda line: not _MARKER.search(line)))
     return text[:_LONGEST_DESCRIPTION]

@@ -32,15 +32,15 @@ from ..errors import ApiError, InvalidInput, OutcomeUnknown, ProxmoxError, Unrea
 from . import answers
 
 _COMMANDS = {"GET": "get", "POST": "create", "PUT": "set", "DELETE": "delete"}
-# A task id as the answer: in quotes (escaped ones within a glued string), and nothing after it.
+# A task id as the answer: in quotes (escaped inside a glued string), and at the end.
 _TASK_ID = re.compile(
     r'\\?"(UPID:[^:\s"\\]+:[0-9A-F]{8,}:[0-9A-F]{8,}:[0-9A-F]{8,}:[^:\s"\\]+:[^:\s"\\]*:[^:\s"\\]+:)\\?"["\s]*$'
 )
-# Another answer at the end of a glued string, such as the name of a new volume.
+# Any other answer at the end of a glued string, such as the name of a new volume.
 _LAST_STRING = re.compile(r'"([^"\s]+)"\s*$')
 _CONFIG = re.compile(r"/(qemu|lxc)/\d+/config$")
 _USAGE = re.compile(r"(proxy handler failed: )?(pvesh (get|create|set|delete|ls|usage) <api_path>|USAGE: )")
-# Perl's nine lines about a locale that is not installed, and other warnings that are no part of an error.
+# Perl's nine lines about a missing locale, and other warnings that do not belong to an error.
 _WARNING = re.compile(
     r"perl: warning: |(LANGUAGE|LC_\w+|LANG) = |are supported and installed|Use of uninitialized value|Wide character in |"
     r"Warning: Permanently added |WARN(ING)?: "
@@ -53,8 +53,8 @@ _BROKEN_SSH = re.compile(
     r"[Cc]onnection (to \S+ )?(closed|reset|timed out)|closed by remote host|Broken pipe|client_loop|"
     r"Timeout, server \S+ not responding"
 )
-# A VM, its hook script and a backup inherit the environment of the pvesh that started them: what the service sets for
-# its own Python stays out.
+# A VM, its hook script and a backup inherit the environment of the pvesh that started them. So remove what the service
+# sets for its own Python.
 _SERVICE_ENVIRONMENT = {
     "PYTHONPATH",
     "PYTHONDONTWRITEBYTECODE",
@@ -65,14 +65,14 @@ _SERVICE_ENVIRONMENT = {
     "WATCHDOG_PID",
     "WATCHDOG_USEC",
 }
-# pvesh shows its arguments to every user of the host.
+# Every user of the host can see pvesh's arguments.
 _SECRET_OPTIONS = ("cipassword", "password")
 
 
 class Pvesh:
-    """Runs one pvesh for each request; safe to use from several threads."""
+    """Run one pvesh for each request. Safe to use from several threads."""
 
-    # A write returns when its task has ended: the task's status is there at once.
+    # A write returns only after its task has ended, so the task's status is available at once.
     awaits_tasks = True
 
     def __init__(self, settings: ProxmoxSettings) -> None:
@@ -84,16 +84,16 @@ class Pvesh:
                 option="api_host",
             )
         self._program = program
-        # Tasks that pvesh has seen end well, until somebody asks.
+        # Tasks that ended well according to pvesh, until a caller asks for them.
         self._ended_well: set[str] = set()
         self._qm = shutil.which("qm") or shutil.which("qm", path="/usr/bin:/usr/sbin")
 
     def shows_input(self, path: str) -> bool:
-        """Return True unless the path leads to this node, where qm takes a command's input from its standard input."""
+        """Return False only for this node, where qm reads a command's input from standard input."""
         return self._qm is None or path.split("/")[1:2] != [socket.gethostname().partition(".")[0]]
 
     def send(self, method: str, path: str, params: dict[str, Any]) -> Any:
-        """Return the answer's data; a task id for what started a task, None for what answers nothing.
+        """Send a request and return the answer's data: a task id if it started a task, None for an empty answer.
 
         Raises the same errors as the https API: ApiError, Unreachable, OutcomeUnknown.
         """
@@ -108,7 +108,7 @@ class Pvesh:
         raise self._refusal(method, path, params, status, complaint)
 
     def ended_well(self, upid: str) -> bool:
-        """Return True, once, if pvesh itself has told that this task ended with ``OK``: no request is needed then."""
+        """Return True, once, if pvesh itself has reported the task's end with ``OK``. No request is needed then."""
         try:
             self._ended_well.remove(upid)
         except KeyError:
@@ -118,14 +118,14 @@ class Pvesh:
     # ---- asking ----
 
     def _exec(self, path: str, params: dict[str, Any]) -> Any:
-        """Start a program in a guest of this node. ``qm guest exec`` takes the input from a pipe (up to 1 MiB)."""
+        """Start a program in a guest on this node. ``qm guest exec`` reads the input from a pipe (up to 1 MiB)."""
         words = [str(self._qm), "guest", "exec", path.split("/")[3], "--pass-stdin", "1", "--synchronous", "0", "--"]
         arguments = [word.encode("ascii") for word in (*words, *params["command"])]
         status, output, complaint = self._run(
             "POST", path, arguments, str(params.get("input_data") or "").encode("ascii")
         )
         if status == 0:
-            # The answer is JSON on several lines.
+            # This answer is JSON on several lines.
             data = _parse(output.strip())
             return None if data is _NO_JSON else data
         raise self._refusal("POST", path, params, status, complaint)
@@ -155,16 +155,16 @@ class Pvesh:
         return encoded
 
     def _run(self, method: str, path: str, arguments: list[bytes], sent: bytes | None = None) -> tuple[int, str, str]:
-        """Return exit status, standard output and standard error. ``sent`` is the standard input, if there is any.
+        """Run pvesh and return (exit status, standard output, standard error). ``sent`` is the standard input, if any.
 
-        Output goes to files in memory instead of pipes, and the process has a session of its own: when this process
-        ends, a task that pvesh runs must not end with it (a clone that is cut off leaves a locked VM behind). Files
-        that a task makes get the modes that they get from a root shell, not those of the daemon's umask (0077).
+        Output goes to files in memory, not to pipes, and the process has a session of its own. So a task inside pvesh
+        goes on when this process ends (an interrupted clone would leave a locked VM). Files that a task creates get the
+        modes of a root shell, not those of the daemon's umask (0077).
         """
         settings = self._settings
         seconds = settings.api_timeout if method == "GET" else max(settings.api_timeout, settings.task_timeout)
         hidden = {*ENVIRONMENT.values(), "LANGUAGE", *_SERVICE_ENVIRONMENT}
-        # Without a UTF-8 locale pvesh breaks what is not ASCII; with a missing one perl prints warnings.
+        # Without a UTF-8 locale pvesh garbles non-ASCII text. With a missing locale perl prints warnings.
         environment = {name: value for name, value in os.environ.items() if name not in hidden} | {"LC_ALL": "C.UTF-8"}
         try:
             with (
@@ -175,9 +175,9 @@ class Pvesh:
                 standard_input.write(sent or b"")
                 standard_input.flush()
                 standard_input.seek(0)
-                # pmxcfs admits uid 0 only together with gid 0 (or group www-data).
+                # pmxcfs accepts uid 0 only together with gid 0 (or group www-data).
                 group = 0 if os.geteuid() == 0 and os.getegid() != 0 else None
-                # The core knows no module whose run_command it could call.
+                # The core has no AnsibleModule, so it cannot use run_command.
                 process = subprocess.Popen(  # pylint: disable=ansible-bad-function
                     arguments,
                     stdin=subprocess.DEVNULL if sent is None else standard_input,
@@ -229,7 +229,7 @@ class Pvesh:
     # ---- reading ----
 
     def _data(self, method: str, path: str, output: str) -> Any:
-        # What a config write prints quotes the description, which is a user's text.
+        # The output of a config write quotes the description, which is a user's text, so do not parse it.
         if method == "PUT" and _CONFIG.search(path):
             return None
         if method != "GET":
@@ -250,7 +250,7 @@ class Pvesh:
                 )
             return data
         if data is _NO_JSON:
-            # Log lines of what answers nothing, or log lines and then the answer.
+            # Log lines only, or log lines followed by the answer in the last line.
             data = _parse(text.splitlines()[-1])
             return None if data is _NO_JSON else data
         glued = _LAST_STRING.search(data) if isinstance(data, str) else None
@@ -260,7 +260,7 @@ class Pvesh:
         settings = self._settings
         where = f"{method} /{path} on {settings.where}"
         lines = [line.strip() for line in complaint.splitlines() if line.strip() and not _USAGE.match(line)]
-        # Warnings count only where there is nothing else to go by.
+        # Use the warnings only if standard error contains nothing else.
         lines = [line for line in lines if not _WARNING.match(line)] or lines
         text = " ".join(lines).removeprefix("proxy handler failed: ")
         facts = {"method": method, "path": path}
@@ -294,12 +294,12 @@ class Pvesh:
 
 
 def clean_path(path: str) -> str:
-    """Return a path for a message: only what can be printed."""
+    """Return a path for a message, with printable characters only."""
     return "".join(char for char in path if char.isascii() and char.isprintable())[:200]
 
 
 def _status(text: str) -> int:
-    """Return the status that the https API has for the same sentence."""
+    """Return the status that the https API gives for the same text."""
     if text.startswith("Permission check failed"):
         return 403
     return 501 if re.match(r"No '\w+' handler defined for", text) else 500

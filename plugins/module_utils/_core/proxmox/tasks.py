@@ -1,9 +1,9 @@
 # Copyright: the agentlab.proxmox contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Waiting for tasks.
+"""Wait for tasks of Proxmox.
 
-Many waiters share one poll a node: the list of its tasks, instead of one request a task a tick.
+Many waiters share one poll for each node: it reads the node's list of tasks instead of each task's status.
 """
 
 from __future__ import annotations
@@ -16,19 +16,22 @@ from ..errors import ApiError, InvalidInput, OutcomeUnknown, ProxmoxError, TaskF
 from . import answers
 from .client import ProxmoxClient
 
-# The first task of its kind is looked at soon and then ever more rarely; from then on it is known how long such a task
-# takes at the least.
+# Longest pause in seconds between two polls. The pauses grow until the first task of a kind has ended. From then on the
+# shortest duration of that kind is known.
 LONGEST_POLL = 2.0
 _LIST_LIMIT = 5000
 _LOST_AFTER = 10
-# Of a failed task's log: how much is read (a full clone writes a line for each percent), and how much of it is told.
+# Lines of a failed task's log to read (a full clone writes one for each percent), and lines to quote.
 _LOG_READ = 10_000
 _LOG_LINES = 5
 _LOG_LINE_CHARS = 300
 
 
 def node_of(upid: str) -> str:
-    """The node a task runs on; it must be asked for there. UPID:node:pid:pstart:starttime:type:id:user:"""
+    """Return the node that runs a task; only that node knows its status.
+
+    UPID:node:pid:pstart:starttime:type:id:user:
+    """
     parts = upid.split(":")
     if len(parts) < 9 or parts[0] != "UPID" or not parts[1]:
         raise OutcomeUnknown(
@@ -38,12 +41,12 @@ def node_of(upid: str) -> str:
 
 
 def kind_of(upid: str) -> str:
-    """What kind of task it is, such as ``qmdestroy``."""
+    """Return the type of a task, such as ``qmdestroy``."""
     return upid.split(":")[5]
 
 
 def started_at(upid: str) -> int:
-    """The node's wall time at the task's start, seconds."""
+    """Return the start time of a task by the node's clock, in seconds since the epoch."""
     try:
         return int(upid.split(":")[4], 16)
     except (IndexError, ValueError):
@@ -51,9 +54,9 @@ def started_at(upid: str) -> int:
 
 
 class TaskWaiter:
-    """Waits for task ids; use one for a whole run, from any number of threads.
+    """Wait for tasks, from any number of threads. Use one waiter for a whole run.
 
-    Looks at a node's tasks at most every ``interval`` seconds.
+    Polls a node at most every ``interval`` seconds.
     """
 
     def __init__(self, client: ProxmoxClient, clock: Clock, interval: float) -> None:
@@ -67,14 +70,14 @@ class TaskWaiter:
         self._ended: dict[str, str] = {}
         self._errors: dict[str, ProxmoxError] = {}
         self._last_problem: dict[str, str] = {}
-        # Kind of task -> the shortest time that one took.
+        # Kind of task -> shortest duration seen, in seconds.
         self._shortest: dict[str, float] = {}
 
     def wait(self, upid: Any, what: str, timeout: float) -> list[str]:
-        """Return the warnings ([] for none) once the task has ended well; ``timeout`` is in seconds.
+        """Wait at most ``timeout`` seconds for a task to end well, and return its warnings ([] for none).
 
-        Raises TaskFailed with Proxmox's text and the end of the task's log, TaskTimeout when the task goes on,
-        TaskUnknown when its outcome cannot be read.
+        Raises TaskFailed with Proxmox's text and the end of the task's log, TaskTimeout when the task still runs, and
+        TaskUnknown when its result cannot be read.
         """
         try:
             upid = str(upid)
@@ -85,13 +88,13 @@ class TaskWaiter:
             raise
 
     def _await(self, upid: str, what: str, node: str, timeout: float) -> str:
-        """Return the exit status of a task once it has ended."""
+        """Wait for the end of a task, and return its exit status."""
         begun = self._clock.monotonic()
         deadline = begun + timeout
         with self._lock:
             self._waiting.setdefault(node, {})[upid] = begun
         try:
-            # pvesh has waited for the task already, so one look before any pause is enough.
+            # pvesh has already waited for the task, so look once before any pause.
             if self._client.awaits_tasks:
                 if self._client.ended_well(upid):
                     return "OK"
@@ -139,8 +142,10 @@ class TaskWaiter:
                 self._waiting[node].pop(upid, None)
 
     def _pause(self, node: str) -> float:
-        """Until the first of the node's tasks can have ended; for one that is overdue a share of its delay, so that
-        long tasks cost few looks.
+        """Return the seconds until the next poll of a node.
+
+        That is when the first of its tasks can have ended. An overdue task is polled after a quarter of its delay, so
+        that long tasks cost few polls.
         """
         now = self._clock.monotonic()
         late = [now - since - self._shortest.get(kind_of(upid), 0.0) for upid, since in self._waiting[node].items()]
@@ -152,11 +157,15 @@ class TaskWaiter:
         now = self._clock.monotonic()
         for upid in ended:
             took, kind = now - awaited[upid], kind_of(upid)
-            # Forgets slowly: when all take longer than one once did, the looks in between are for nothing.
+            # Raise the shortest duration slowly: if all tasks take longer than one once did, the early polls are
+            # useless.
             self._shortest[kind] = min(took, self._shortest.get(kind, took) * 1.1)
 
     def _poll(self, node: str, awaited: dict[str, float]) -> tuple[dict[str, str], dict[str, ProxmoxError]]:
-        """Exit statuses of those that ended. A failed poll is tolerated until the waiter's own time-out."""
+        """Return (exit statuses of ended tasks, errors by task).
+
+        A failed poll is tolerated until the waiter's timeout.
+        """
         ended: dict[str, str] = {}
         errors: dict[str, ProxmoxError] = {}
         single = list(awaited) if len(awaited) == 1 else []
@@ -171,7 +180,7 @@ class TaskWaiter:
                 for upid, since_ in awaited.items():
                     row = listed.get(upid)
                     if row is None:
-                        # New tasks may be listed a moment late; old ones that are missing are asked for by themselves.
+                        # A new task may be listed a moment late. Ask separately for an old task that is missing.
                         if now - since_ > _LOST_AFTER:
                             single.append(upid)
                     elif row.get("endtime") or row.get("status") not in (None, "", "RUNNING", "running"):
@@ -204,21 +213,21 @@ class TaskWaiter:
         return ended, errors
 
     def _look(self, upid: str, node: str) -> str | None:
-        """Return the exit status of one task that has ended, None when it runs or cannot be read."""
+        """Return the exit status of an ended task; None while it runs or cannot be read."""
         try:
             task = self._client.get_dict(f"nodes/{node}/tasks/{upid}/status")
         except (ProxmoxError, InvalidInput):
-            # The loop of the waiter looks again, and says what is wrong.
+            # The waiter's loop polls again and reports the problem.
             return None
         return str(task.get("exitstatus") or "unexpected status") if task.get("status") == "stopped" else None
 
     def _judge(self, upid: str, what: str, node: str, status: str) -> list[str]:
-        """Return the warnings of a task that ended well; raise TaskFailed or TaskUnknown for another exit status."""
+        """Return the warnings of a task that ended well. Raises TaskFailed or TaskUnknown for another exit status."""
         if status == "OK":
             return []
         if status.startswith("WARNINGS"):
             return [f"{what}: task {upid} ended with {status}; see its log on node {node}"]
-        # A lock that was not got is tried again by the caller, and its log says no more than the status.
+        # The caller retries after a lock that was not acquired, and the log says no more than the status.
         log = "" if answers.not_begun(status) else self._end_of_log(upid, node, status)
         if status == "unexpected status":
             raise TaskUnknown(
@@ -236,7 +245,7 @@ class TaskWaiter:
         )
 
     def _end_of_log(self, upid: str, node: str, status: str) -> str:
-        """Return the last lines of a failed task's log for its message; the cause often stands only there."""
+        """Return the last lines of a failed task's log for its message, because the cause often stands only there."""
         try:
             rows = self._client.get_list(f"nodes/{node}/tasks/{upid}/log", limit=_LOG_READ)
         except (ProxmoxError, InvalidInput) as error:
@@ -246,7 +255,7 @@ class TaskWaiter:
             return f" (its log cannot be read: {said})"
         lines = [answers.clean(row.get("t"), self._client.settings) for row in rows if row.get("t")]
         if lines and lines[0].startswith("unable to open file"):
-            # Proxmox answers so, with status 200, when the file of the log is gone.
+            # Proxmox answers with this text and status 200 when the log file is gone.
             return f" (its log cannot be read: {lines[0][:_LOG_LINE_CHARS]})"
         told = [line[:_LOG_LINE_CHARS] for line in lines if line != f"TASK ERROR: {answers.clean(status)}"]
         return f". Its log ends: {' | '.join(told[-_LOG_LINES:])}" if told else ""
