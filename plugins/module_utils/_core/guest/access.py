@@ -1,10 +1,10 @@
 # Copyright: the agentlab.proxmox contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""The way into a sandbox: whose VM it is, before and after, and one request of the wrapper with its answer.
+"""Enter a sandbox's guest: prove whose VM it is before and after, and send one request of the wrapper.
 
-A command or a file goes only into a VM that is proven to be ours, in state READY or RUNNING, with a lease that runs.
-The VM is judged again after it: an answer counts only if it was our VM that gave it.
+A command or a file goes only into a VM that is proven to be ours, in state READY or RUNNING, with a running lease. The
+VM is judged again afterwards, so that only an answer of our own VM counts.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from ..vm import locate
 from . import wrapper
 from .agent import Agent, GuestFailed, GuestRefused, Status
 
-# Seconds from the answer to exec to the first look. A first look later than 0.05 s misses the agent's next wake-up; a
-# guest that is not ready by then costs a request more, so a slow one is asked later from then on.
+# Seconds from the answer to exec until the first poll. After 0.05 s it meets the agent's present wake-up. If the guest
+# is not ready by then, one more request is needed, so a slow guest is polled later from then on.
 _SOON = 0.05
 _LATER = 0.22
 _MISSES = 3
-# Seconds between looks at a program that goes on running: a fifth of its time so far, at most this.
+# Longest pause in seconds between polls of a running program. The pause is a fifth of the running time so far.
 _LONGEST_PAUSE = 2.0
-# Seconds between requests to an agent that does not answer: each one holds a worker of the node's daemon for three.
+# Seconds between requests to a silent agent, because each request occupies a worker of the node's daemon for three.
 _SILENT_PAUSES = (2.0, 4.0, 8.0, 15.0, 30.0)
 _HEADER = re.compile(rb"agentlab1 ([0-9a-f]{32}) ([ -~]*)\n")
 _FIELD = re.compile(r"([a-z]+)=(\S*)")
@@ -56,14 +56,14 @@ _REFUSALS = {
     "mode": "mode: cannot be set; look at the file system in the guest",
     "stat": "stat failed in the guest; look at coreutils or busybox there",
 }
-# Sandbox UUID -> how often the first look came too early, less how often it did not. Bounded by _forget_misses.
+# Sandbox UUID -> first polls that came too early, minus those that did not. Bounded by _forget_misses.
 _misses: dict[str, int] = {}
 _misses_lock = threading.Lock()
 
 
 @dataclass(slots=True)
 class Frame:
-    """The answer of one request of the wrapper: its fields (all of them words), and the bytes that follow."""
+    """The answer to one request of the wrapper: its fields (all of them words), and the bytes that follow."""
 
     fields: dict[str, str]
     body: bytes = b""
@@ -73,7 +73,7 @@ class Frame:
         return self.fields.get("state", "")
 
     def number(self, name: str, most: int = 2**53) -> int:
-        """Return a field that must be a number from 0 to ``most``; GuestFailed otherwise."""
+        """Return a field as a number from 0 to ``most``. Raises GuestFailed for anything else."""
         text = self.fields.get(name, "")
         if not text.isdecimal() or len(text) > 16 or int(text) > most:
             raise GuestFailed(f"the guest's answer has no number {name}, so it is not believed; look at the guest")
@@ -82,25 +82,26 @@ class Frame:
 
 @dataclass(slots=True)
 class Guest:
-    """One use of a sandbox's guest. ``agent`` belongs to the VM as it was judged last."""
+    """One use of a sandbox's guest. ``agent`` belongs to the VM with the last verdict."""
 
     ctx: Context
     sandbox: Sandbox
     agent: Agent
-    # Words that tell what is done, for messages.
+    # The action, as a verb with its object for messages.
     what: str = "run a command"
     secret: bool = False
-    # Called while a program runs, with the seconds it has run; may raise to stop waiting.
+    # Called while a program runs, with its running time in seconds. May raise to stop waiting.
     on_wait: Callable[[float], None] | None = None
     statuses: list[int] = field(default_factory=list)
 
-    # ---- whose VM ----
+    # ---- identity of the VM ----
 
     @classmethod
     def enter(cls, ctx: Context, sandbox: Sandbox, *, secret: bool = False) -> Guest:
-        """Return the guest of a sandbox that may be used now: state, lease, no destroy under way, and the VM is ours.
+        """Return the guest of a sandbox that may be used now: state and lease allow it, no destroy runs, the VM is
+        ours.
 
-        Raises StateConflict, Kept, or what reading the VM's configuration raises. One request.
+        Sends one request. Raises StateConflict, Kept, or the error of reading the VM's configuration.
         """
         sandbox = ctx.records.get(sandbox.uuid)
         states.check("exec", sandbox.state)
@@ -118,15 +119,17 @@ class Guest:
         return cls(ctx, sandbox, Agent(ctx, sandbox, _judge(ctx, sandbox)), secret=secret)
 
     def judge_again(self) -> None:
-        """Prove that the VM is still ours, so that what it answered counts. Raises Kept otherwise. One request."""
+        """Prove that the VM is still ours, so that its answers count. Sends one request. Raises Kept."""
         self.agent = Agent(self.ctx, self.sandbox, _judge(self.ctx, self.sandbox))
 
     # ---- one request ----
 
     def send(self, script: str) -> int:
-        """Start the wrapper with a script in the guest; return the process id there. Errors as of ``Agent.exec``.
+        """Start the wrapper with a script in the guest, and return its process id there.
 
-        A VM that was migrated meanwhile is judged and asked on its new node, once.
+        Raises the errors of ``Agent.exec``.
+
+        A VM that was migrated meanwhile is judged again and asked on its new node, once.
         """
         argv = ["/bin/sh", "-c", wrapper.BOOT, "agentlab", str(len(script))]
         try:
@@ -138,9 +141,9 @@ class Guest:
         return self.agent.exec(argv, script, secret=self.secret)
 
     def collect(self, pid: int, run_id: str) -> Frame | None:
-        """Wait for the end of a wrapper that was started, and return its answer; None when the answer is lost.
+        """Wait for the end of a started wrapper, and return its answer; None when the answer is lost.
 
-        GuestFailed when the program answered something else.
+        Raises GuestFailed for an answer in another form.
         """
         began = self.ctx.clock.monotonic()
         self.ctx.clock.sleep(_first_delay(self.sandbox.uuid))
@@ -168,10 +171,9 @@ class Guest:
             self.ctx.clock.sleep(max(0.0 if took > _SOON else _SOON, min(waited / 5, _LONGEST_PAUSE)))
 
     def ask(self, script: str, run_id: str, *, patience: float = 60.0, refusals: bool = False) -> Frame:
-        """Send a script that may be repeated without harm, and return its answer.
+        """Send an idempotent script, and return its answer.
 
-        ``patience``: seconds for which it is repeated while the answer is lost. ``refusals``: return a refusal of the
-        wrapper as an answer, too.
+        ``patience``: seconds for which a lost answer is retried. ``refusals``: return a refusal of the wrapper as well.
         """
         deadline = self.ctx.clock.monotonic() + patience
         for pause in (*_SILENT_PAUSES, None):
@@ -189,7 +191,10 @@ class Guest:
         raise AssertionError("unreachable")
 
     def accept(self, frame: Frame) -> Frame:
-        """Return a frame that is no refusal; GuestRefused with the sentence for the word that the wrapper said."""
+        """Return the frame.
+
+        Raises GuestRefused, with the sentence for the wrapper's word, if the frame is a refusal.
+        """
         if frame.state != "refused":
             return frame
         word = frame.fields.get("why", "")
@@ -229,32 +234,32 @@ class Guest:
 
 
 def new_id() -> str:
-    """Return a random id of a run or a transfer (32 hexadecimal digits)."""
+    """Return a random id for a run or a transfer (32 hexadecimal digits)."""
     return secrets.token_hex(16)
 
 
 def checksum(data: bytes) -> str:
-    """Return the SHA-256 of the data as the guest writes it."""
+    """Return the SHA-256 of the data in the guest's notation."""
     return hashlib.sha256(data).hexdigest()
 
 
 def silent_pause(attempt: int) -> float:
-    """Return the seconds to wait before the next request to an agent that did not answer ``attempt`` times."""
+    """Return the seconds to wait before the next request to an agent that has not answered ``attempt`` times."""
     return _SILENT_PAUSES[min(attempt, len(_SILENT_PAUSES) - 1)]
 
 
 def _judge(ctx: Context, sandbox: Sandbox) -> locate.Located:
-    """Return the VM, proven to be ours: one request where it is on the node that the record names."""
+    """Return the VM, proven to be ours. Sends one request if the VM is on the recorded node."""
     node = sandbox.node
     if node:
         try:
             config = ctx.client.get_dict(f"nodes/{node}/qemu/{sandbox.vmid}/config")
         except Unreachable as error:
             if error.detail.get("status") is None:
-                # Nobody answered at api_host: that says nothing of the VM's node.
+                # api_host did not answer at all, which says nothing about the VM's node.
                 raise
         except ApiError:
-            # Perhaps it was migrated: the list tells where to look.
+            # The VM may have been migrated. The VM list shows its node.
             pass
         except ProxmoxError as error:
             raise Kept("unknown", f"sandbox {sandbox.vmid}: its VM cannot be read: {error.message}") from None

@@ -1,17 +1,16 @@
 # Copyright: the agentlab.proxmox contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Requests to the QEMU guest agent of one VM: bounds before they are sent, types after, and refusals that say what
-to do.
+"""Send requests to the QEMU guest agent of one VM: check bounds before, types after, and explain refusals.
 
-How the agent answers through Proxmox VE (tried on 9.2 with qemu-ga 10.0), which the code below rests on:
+The code relies on the agent's behaviour through Proxmox VE (tried on 9.2 with qemu-ga 10.0):
 
-- A request that is not ASCII can leave the agent silent for everybody, for minutes. So such a request is never sent.
-- ``exec`` that ends in ``got timeout``, 596 or a cut connection may have been carried out; ``is not running`` and
-  ``Configuration file ... does not exist`` were not sent to the guest.
-- ``exec-status`` hands the output out once. Bytes arrive as the characters 0 to 255 of a JSON string.
-- Every request waits up to 0.1 s for the agent to wake up, and holds a worker of the node's daemon for that time, for
-  three seconds or more while the agent is silent.
+- A request with non-ASCII text can silence the agent for every client, for minutes. So such a request is never sent.
+- ``exec`` that ends in ``got timeout``, 596 or a cut connection may have been carried out. ``is not running`` and
+  ``Configuration file ... does not exist`` prove that nothing was sent to the guest.
+- ``exec-status`` returns the output only once. Bytes arrive as the characters 0 to 255 of a JSON string.
+- Every request waits up to 0.1 s for the agent's wake-up, and occupies a worker of the node's daemon for that time.
+  While the agent is silent that is three seconds or more.
 """
 
 from __future__ import annotations
@@ -29,17 +28,17 @@ from ..model import Sandbox
 from ..vm.address import agent_is_on
 from ..vm.locate import Located
 
-# Characters of input-data, and bytes of all arguments that this module sends (one may have 131,071 on Linux).
+# Characters of input-data, and bytes of all arguments, that this module sends. (Linux allows 131,071 for one argument.)
 LARGEST_INPUT = 65536
 LARGEST_ARGUMENTS = 100_000
-# Bytes of one file-read that this module asks for; Proxmox allows 16 MiB.
+# Bytes to request with one file-read. Proxmox allows 16 MiB.
 READ_PIECE = 1024 * 1024
 _MOST_READ = 16 * 1024 * 1024
 _BLOCKED = re.compile(r"(?:Command )?(guest-[a-z-]+) has been disabled")
 _MOVED = re.compile(r"Configuration file '[^']*' does not exist")
 _SILENT = "QEMU guest agent is not running"
 _STOPPED = re.compile(r"VM \d+ (is )?not running")
-# qemu-ga 10 says the first of an unknown process id, 7.2 (Debian 12) the second.
+# Errors for an unknown process id: the first from qemu-ga 10, the second from 7.2 (Debian 12).
 _GONE_PID = re.compile(r"PID \S+ does not exist|Invalid parameter '?pid'?")
 _WINDOWS = re.compile(r"w(in\d|xp|2k|vista)")
 
@@ -47,7 +46,7 @@ _WINDOWS = re.compile(r"w(in\d|xp|2k|vista)")
 class GuestRefused(AgentlabError):
     """The request was certainly not carried out in the guest.
 
-    ``detail["reason"]`` is one word, the message says what to do.
+    ``detail["reason"]`` is one word. The message names the remedy.
     """
 
     code = "guest_agent"
@@ -58,14 +57,14 @@ class GuestRefused(AgentlabError):
 
 
 class GuestFailed(AgentlabError):
-    """The guest answered, and its answer is an error or no answer that the wrapper gives."""
+    """The guest's answer is an error, or has a form that the wrapper never sends."""
 
     code = "guest"
 
 
 @dataclass(slots=True)
 class Status:
-    """The answer to ``exec-status``. ``exitcode`` is None while the program runs and after a signal."""
+    """The answer to ``exec-status``. ``exitcode`` is None while the program runs, and after a signal."""
 
     exited: bool
     exitcode: int | None = None
@@ -75,7 +74,7 @@ class Status:
 
 
 class Agent:
-    """The guest agent of one sandbox's VM, at the node where the VM was judged to be ours."""
+    """The guest agent of one sandbox's VM, on the node where the VM was judged to be ours."""
 
     def __init__(self, ctx: Context, sandbox: Sandbox, located: Located) -> None:
         self._ctx = ctx
@@ -85,7 +84,7 @@ class Agent:
 
     @property
     def is_windows(self) -> bool:
-        """Whether the VM's configuration says that Windows runs in it (``ostype``)."""
+        """Return whether the VM's configuration (``ostype``) names Windows as its system."""
         return _WINDOWS.match(str(self._located.config.get("ostype") or "")) is not None
 
     # ---- requests ----
@@ -93,9 +92,8 @@ class Agent:
     def exec(self, argv: Sequence[str], input_data: str = "", *, secret: bool = False) -> int:
         """Start a program in the guest and return its process id there.
 
-        ``argv`` and ``input_data`` must be ASCII. ``secret`` says that ``input_data`` must not be seen in a process
-        list of the node. Raises GuestRefused when nothing was carried out for certain, and OutcomeUnknown when it may
-        have been.
+        ``argv`` and ``input_data`` must be ASCII. ``secret``: ``input_data`` must not appear in a process list of the
+        node. Raises GuestRefused when the program certainly did not start, and OutcomeUnknown when it may have started.
         """
         text = "".join(argv)
         if not text.isascii() or not input_data.isascii():
@@ -130,9 +128,9 @@ class Agent:
         return pid
 
     def exec_status(self, pid: int) -> Status | None:
-        """Return what became of a program; None when the agent does not know that process id (any more).
+        """Return the status of a program; None when the agent does not know its process id (any more).
 
-        The output is handed out once. Raises OutcomeUnknown when the answer was lost, and the output with it.
+        The agent returns the output only once. Raises OutcomeUnknown when the answer, and with it the output, is lost.
         """
         try:
             answer = self._ctx.client.get_dict(f"{self.path}/exec-status", pid=pid)
@@ -154,11 +152,10 @@ class Agent:
         )
 
     def read_file(self, path: str, offset: int, count: int) -> bytes:
-        """Return up to ``count`` bytes of a file in the guest, from ``offset`` on.
+        """Return up to ``count`` bytes of a file in the guest, starting at ``offset``.
 
-        ``path`` is a name of our own, ASCII.
-
-        Raises GuestRefused with the reason ``old`` where Proxmox VE (8) knows no offset.
+        ``path`` is one of our own names, in ASCII. Raises GuestRefused with reason ``old`` on Proxmox VE 8, which has
+        no offset.
         """
         if not path.isascii() or not 0 < count <= _MOST_READ:
             raise InvalidInput("path: a file name for the guest agent must be ASCII; the request was not sent")
@@ -174,7 +171,7 @@ class Agent:
         if not isinstance(content, str) or len(content) > count * 2 + 4096:
             raise self._nonsense("guest-file-read")
         try:
-            # Several pieces may follow one another, each with padding of its own.
+            # The answer may consist of several base64 pieces, each with its own padding.
             data = b"".join(
                 base64.b64decode(part, validate=True) for part in re.findall(r"[^=]+={0,2}", "".join(content.split()))
             )
@@ -185,7 +182,7 @@ class Agent:
         return data
 
     def abilities(self) -> dict[str, bool]:
-        """Return each command of the agent with whether it is allowed in the guest (``agent/info``)."""
+        """Return each command of the agent (``agent/info``) with whether the guest allows it."""
         try:
             answer = self._ctx.client.get_dict(f"{self.path}/info")
         except ApiError as error:
@@ -200,10 +197,10 @@ class Agent:
             if isinstance(command, dict)
         }
 
-    # ---- what answers mean ----
+    # ---- interpretation of answers ----
 
     def refusal(self, error: ApiError, command: str) -> AgentlabError:
-        """Return the error to raise for a refusal of Proxmox: GuestRefused with its reason, or OutcomeUnknown."""
+        """Return the error for a refusal of Proxmox: GuestRefused with its reason, or OutcomeUnknown."""
         vmid, text = self._sandbox.vmid, error.text
         of = f"sandbox {vmid}"
         if isinstance(error, AccessDenied):
@@ -269,7 +266,7 @@ class Agent:
                 vmid=vmid,
             )
         if error.status >= 500 and not text.startswith("Agent error:"):
-            # An answer that is not known here proves nothing.
+            # An unfamiliar answer proves nothing.
             return OutcomeUnknown(
                 f"{of}: Proxmox answers {command} with {error.status} {text}; whether it was carried out is not known.",
                 vmid=vmid,
@@ -294,7 +291,7 @@ class Agent:
         if value is None:
             return None
         if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 0xFFFFFFFF:
-            # Windows has exit codes of 32 bits.
+            # Exit codes of Windows have 32 bits.
             return value if value <= most or self.is_windows else most
         raise self._nonsense("guest-exec-status")
 

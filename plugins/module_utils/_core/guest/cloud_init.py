@@ -1,12 +1,12 @@
 # Copyright: the agentlab.proxmox contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Custom user data for cloud-init, and waiting until the guest says that cloud-init has ended.
+"""Write custom user data for cloud-init, and wait until the guest reports the end of cloud-init.
 
-Proxmox VE takes no uploads of snippets: they are files in a folder of the node (or of a storage that its nodes share),
-so user data needs a run on a host that has that folder. The file's name carries the sandbox's UUID, its path stands in
-the record before the file is written, and every way to DESTROYED removes it first. The data itself goes into that file
-and nowhere else.
+Proxmox VE does not accept snippets by upload: a snippet is a file in a folder of the node, or of a storage shared by
+nodes. So user data needs a run on a host with that folder. The file name contains the sandbox's UUID. The record holds
+the path before the file is written, and every way to DESTROYED removes the file first. The data is written to that file
+only.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from ..vm.locate import Located, match_if_readable
 from . import snippets
 
 _LONGEST = 512 * 1024
-# What cloud-init recognises user data by, in small letters, after white space. Anything else it ignores, with a warning
-# in a log that nobody reads.
+# The beginnings, in small letters and after white space, by which cloud-init recognises user data. It ignores all other
+# data, with a warning only in the guest's log.
 _KINDS = ("#cloud-config", "#!", "#include", "#cloud-boothook", "#part-handler", "#upstart-job", "## template:")
-# It looks for a MIME message's header in so many bytes, in any case.
+# cloud-init looks for the header of a MIME message in this many bytes, in upper or lower case.
 _MIME, _MIME_WITHIN = "mime-version:", 4096
 _RESULT = "/run/cloud-init/result.json"
-# The guest writes the result: what is longer is not read.
+# The guest writes this file, so do not read a longer one.
 _LONGEST_RESULT = 1024 * 1024
 _LONGEST_ERROR = 10_000
 _MOST_ERRORS = 20
@@ -54,7 +54,7 @@ class CloudInitFailed(AgentlabError):
 
 
 def check_data(data: str) -> None:
-    """Refuse what cloud-init would not understand. No message ever holds a part of the data."""
+    """Raise InvalidInput for user data that cloud-init would ignore. No message quotes the data."""
     if not patterns.encodable(data):
         raise InvalidInput(
             "cloud_init_user_data: holds characters that UTF-8 cannot hold (half of a surrogate pair)",
@@ -75,7 +75,7 @@ def check_data(data: str) -> None:
             "another header of cloud-init's",
             option="cloud_init_user_data",
         )
-    # An archive and a JSON patch are lists.
+    # An archive and a JSON patch are lists, all other cloud-configs are mappings.
     if head.startswith("#cloud-config") and not head.startswith(("#cloud-config-archive", "#cloud-config-jsonp")):
         try:
             import yaml  # noqa: F401 - safe_yaml needs it
@@ -98,7 +98,10 @@ def check_data(data: str) -> None:
 
 
 def check_storage(ctx: Context, node: str) -> dict[str, Any]:
-    """Return the node's entry of the storage for snippets; InvalidInput when it is missing, idle or holds none."""
+    """Return the node's entry for the snippets storage.
+
+    Raises InvalidInput if it is missing, inactive or without snippets.
+    """
     storage = ctx.config.snippets_storage
     row = next((row for row in ctx.client.get_list(f"nodes/{node}/storage") if row.get("storage") == storage), None)
     if row is None:
@@ -126,7 +129,7 @@ def check_storage(ctx: Context, node: str) -> dict[str, Any]:
 
 
 def why_hidden(ctx: Context, node: str, nodes: Collection[str], shared: bool) -> str | None:
-    """Return why a node would not see a snippet written here, or None; ``shared``: the storage of snippets is."""
+    """Return why a node would not see a snippet written here, or None. ``shared``: the snippets storage is shared."""
     here = _here()
     return None if here == node or shared or here not in nodes else _elsewhere(ctx, node, here)
 
@@ -139,9 +142,9 @@ def _elsewhere(ctx: Context, node: str, here: str) -> str:
 
 
 def check_place(ctx: Context, node: str) -> None:
-    """Before anything is made: whether a snippet written here is one that ``node`` will find.
+    """Check, before anything is created, that ``node`` will see a snippet written on this host.
 
-    InvalidInput says what is missing.
+    Raises InvalidInput, which names what is missing.
     """
     folder = ctx.config.snippets_dir
     row = check_storage(ctx, node)
@@ -177,7 +180,7 @@ def check_place(ctx: Context, node: str) -> None:
 
 
 def provide(ctx: Context, claim: Claim, sandbox: Sandbox, data: str | None) -> Sandbox:
-    """Write the snippet (its path first into the record), and make sure that the VM's node will find it."""
+    """Store the snippet's path in the record, write the snippet, check that the node sees it; return the record."""
     if data is None:
         if sandbox.snippet is not None and not os.path.exists(sandbox.snippet):
             raise InvalidInput(
@@ -211,7 +214,7 @@ def _write(path: str, data: str) -> None:
     new = snippets.temporary(path)
     with contextlib.suppress(FileNotFoundError):
         os.unlink(new)
-    # Proxmox reads it as root; nobody else has to, and the mode is right from the first moment on.
+    # Proxmox reads the file as root. No other user needs it, so set the mode at creation.
     fd = os.open(new, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
         with os.fdopen(fd, "w", encoding="utf-8") as file:
@@ -226,8 +229,10 @@ def _write(path: str, data: str) -> None:
 
 
 def _require_seen(ctx: Context, sandbox: Sandbox, path: str) -> None:
-    """The node's own list of snippets decides; a token without Datastore.Allocate is shown none, then the name of
-    this host has to do.
+    """Raise InvalidInput unless the node sees the snippet.
+
+    The node's own list of snippets decides. A token without Datastore.Allocate gets an empty list; then the name of
+    this host decides.
     """
     storage, node = ctx.config.snippets_storage, str(sandbox.node)
     wanted = volume_of(ctx, sandbox)
@@ -239,7 +244,7 @@ def _require_seen(ctx: Context, sandbox: Sandbox, path: str) -> None:
     here = _here()
     shared = any(_shared(row) for row in ctx.client.get_list(f"nodes/{node}/storage") if row.get("storage") == storage)
     if here == node or (shared and here in ctx.cluster.nodes()):
-        # The configuration write fails if the node does not find it after all, and the creation is cleaned up.
+        # If the node does not see the snippet after all, the config write fails and the creation is cleaned up.
         return
     raise InvalidInput(
         f"cloud_init_user_data: node {node} does not see {path} of this host ({here}) as {wanted}. {_ELSEWHERE}. (A "
@@ -253,25 +258,25 @@ def _shared(row: dict[str, Any]) -> bool:
 
 
 def _here() -> str:
-    """This host's name as Proxmox would call it as a node."""
+    """Return the name that this host would have as a Proxmox node."""
     return socket.gethostname().partition(".")[0]
 
 
-# ---- waiting for its end ----
+# ---- waiting for the end of cloud-init ----
 
 
 def wait(ctx: Context, sandbox: Sandbox) -> None:
-    """Until the guest agent shows cloud-init's result; CloudInitFailed with the names of what failed.
+    """Wait until the guest agent shows cloud-init's result. Raises CloudInitFailed with the names of the failed parts.
 
-    Read is the file that cloud-init writes at its end, so nothing is executed in the guest.
+    Reads the file that cloud-init writes at its end, so that no program runs in the guest.
     """
     deadline = ctx.clock.monotonic() + ctx.wait_timeout
     pause = 0.2
     while True:
-        # Nothing is read in the guest of whoever may have got the VMID since.
+        # Judge the VM before reading: another VM may have got the VMID meanwhile.
         found = match_if_readable(ctx, sandbox)
         errors = _result(ctx, sandbox, found) if found else None
-        # And it is believed only if that was nobody else's.
+        # Judge it again after reading: the result counts only if the VM was ours.
         if errors is not None and match_if_readable(ctx, sandbox):
             if errors:
                 raise CloudInitFailed(
@@ -292,14 +297,14 @@ def wait(ctx: Context, sandbox: Sandbox) -> None:
 
 
 def _result(ctx: Context, sandbox: Sandbox, found: Located) -> list[str] | None:
-    """Return what failed, by names ([]: nothing), or None while cloud-init is at work or the guest agent is not up.
+    """Return the names of the failed parts ([]: none), or None while cloud-init or the guest agent is not ready.
 
     Raises AgentUnusable when the guest agent will never answer.
     """
     try:
         answer = ctx.client.get_dict(f"{found.path}/agent/file-read", file=_RESULT)
     except ApiError as error:
-        # 500: no agent yet, or no such file yet.
+        # Status 500 means: no agent yet, or no such file yet.
         if error.status != 500:
             raise
         address.refuse_hopeless(sandbox, found, error, "wait_for_cloud_init")
@@ -312,11 +317,11 @@ def _result(ctx: Context, sandbox: Sandbox, found: Located) -> list[str] | None:
     try:
         errors = json.loads(content)["v1"]["errors"]
     except (ValueError, KeyError, TypeError, RecursionError):
-        # Half written, or not cloud-init's: the guest may write into that file what it likes.
+        # The file is half written, or not from cloud-init: the guest may write anything into it.
         return None
     if not isinstance(errors, list):
         return None
-    # The texts may quote user data: only the names of what failed are told.
+    # The error texts may quote user data, so use only the names of the failed parts.
     texts = [text[:_LONGEST_ERROR] for text in errors[:_MOST_ERRORS] if isinstance(text, str)]
     names = [": ".join(part) for text in texts for part in _ERROR_NAMES.findall(text)][:_MOST_ERRORS]
     return names or ["an error without a name"] if errors else []

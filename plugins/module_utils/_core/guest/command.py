@@ -1,15 +1,15 @@
 # Copyright: the agentlab.proxmox contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Run commands in a sandbox, each once, and say afterwards what happened.
+"""Run commands in a sandbox, each exactly once, and report the result.
 
-The interface: ``run_command`` waits for the end; ``start_command`` does not, and ``read_run``, ``wait_command``,
-``kill_command`` and ``list_runs`` work on what it started. All of them check the sandbox's state, lease and identity
-before, and its identity after (``access.Guest``).
+The interface: ``run_command`` waits for the end. ``start_command`` does not wait; ``read_run``, ``wait_command``,
+``kill_command`` and ``list_runs`` work on the run that it started. Each of them checks the sandbox's state, lease and
+identity before, and its identity afterwards (``access.Guest``).
 
-Each run has an id, written into the journal (``store/runs.py``) before the first request. The guest makes a folder of
-that name, which succeeds once. So a request whose answer was lost is repeated without harm, and a caller that was
-killed gives the same ``run_id`` again and gets the result, not a second run.
+Each run has an id, which the journal (``store/runs.py``) holds before the first request. The guest creates a folder of
+that name, and creating it succeeds only once. So a request whose answer was lost can be repeated. A caller that was
+killed passes the same ``run_id`` again and gets the result, not a second run.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ from .agent import READ_PIECE, GuestFailed, GuestRefused
 LARGEST_STDIN = 64 * 1024 * 1024
 LARGEST_OUTPUT = 256 * 1024 * 1024
 LONGEST_TIMEOUT = 30 * 86400
-# Bytes of a command as shell text: argv, environment, folder. More has to go by stdin or into a file.
+# Bytes of a command as shell text: argv, environment, folder. Larger data must use stdin or a file.
 _LARGEST_WORK = 30_000
-# Seconds that one request waits in the guest for the end; while output is shown, a look each so many seconds.
+# Seconds for which one request waits in the guest for the end; while output is shown, seconds between two polls.
 _WAIT = 20
 _SHOW_WAIT = 1
-# Seconds beyond the command's own time-out for which a lost answer is asked for again.
+# Seconds beyond the command's own timeout for which a lost answer is retried.
 _PATIENCE = 90.0
 _PARALLEL = 4
 _READERS = 3
-# More output than this is a mistake of the dd that bounds it: one block beyond the limit.
+# Output may exceed its limit by one block of the dd that bounds it, and by no more.
 _OVERSHOOT = 65536
 _ID = re.compile(r"[0-9a-f]{32}")
 _USER = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,31}|\d{1,10}")
@@ -56,12 +56,12 @@ Output = Callable[[bytes, bytes], None]
 
 @dataclass(slots=True)
 class CommandSpec:
-    """One command. Texts are sent as UTF-8 (surrogate escapes become the bytes they stand for); NUL is refused.
+    """One command. Texts are sent as UTF-8 (surrogate escapes become the bytes that they stand for); NUL is refused.
 
     ``argv`` runs a program with these arguments; ``cmd`` is one text for the guest's /bin/sh. ``timeout`` and
-    ``kill_after`` are seconds (0: no time-out), ``max_output`` bytes of each stream. ``creates`` and ``removes`` are
-    paths with wildcards as of ansible.builtin.command. ``secret``: stdin or environment must not be seen in a process
-    list of the Proxmox node. ``wait_for_agent``: seconds for which an agent that does not answer yet is asked again.
+    ``kill_after`` are seconds (0: no timeout), ``max_output`` is bytes of each stream. ``creates`` and ``removes`` are
+    paths with the wildcards of ansible.builtin.command. ``secret``: stdin or environment must not appear in a process
+    list of the Proxmox node. ``wait_for_agent``: seconds for which an agent that does not answer yet is retried.
     """
 
     argv: Sequence[str | bytes] | None = None
@@ -83,12 +83,12 @@ class CommandSpec:
 
 @dataclass(slots=True)
 class CommandResult:
-    """What is known of a run.
+    """The result of a run, as far as it is known.
 
-    ``state``: ``ended``, ``running``, or ``skipped`` (creates or removes; ``message`` says why). ``rc`` is the exit
-    status as a shell tells it: 128 + n for signal n, which ``signal`` names where the guest's shell told it apart.
-    ``timed_out``: the time-out ended it; ``killed``: a request did. ``truncated``: the output was longer than
-    ``max_output``. ``stdout_bytes`` and ``stderr_bytes``: how many bytes the guest holds.
+    ``state``: ``ended``, ``running``, or ``skipped`` (by creates or removes; ``message`` gives the reason). ``rc`` is
+    the exit status in the shell's form: 128 + n for signal n, which ``signal`` names if the guest's shell reported it.
+    ``timed_out``: the timeout ended the command; ``killed``: a request ended it. ``truncated``: the output exceeded
+    ``max_output``. ``stdout_bytes`` and ``stderr_bytes``: number of bytes that the guest holds.
     """
 
     run_id: str
@@ -121,19 +121,20 @@ def run_command(
     on_output: Output | None = None,
     cancel: Callable[[], bool] | None = None,
 ) -> CommandResult:
-    """Run a command in a sandbox and return its result when it has ended.
+    """Run a command in a sandbox, wait for its end, and return the result.
 
-    ``on_output`` is called with what standard output and standard error got since the last call, about every second.
-    ``cancel`` is asked now and then; once it says True the command is ended in the guest, and the result says
-    ``killed``. Raises GuestRefused (certainly not begun), OutcomeUnknown (may have begun; its id is in the detail),
-    GuestFailed, Kept, StateConflict, InvalidInput.
+    ``on_output`` is called about every second with the new bytes of standard output and standard error. ``cancel`` is
+    called repeatedly; once it returns True, the command is ended in the guest and the result says ``killed``. Raises
+    GuestRefused (certainly not started), OutcomeUnknown (may have started; its id is in the detail), GuestFailed, Kept,
+    StateConflict, InvalidInput.
     """
     return _Command(ctx, sandbox, spec, False, on_output, cancel).run()
 
 
 def start_command(ctx: Context, sandbox: Sandbox, spec: CommandSpec) -> CommandResult:
-    """Begin a command that goes on by itself (until its time-out, or the end of the sandbox); return its id and
-    state.
+    """Start a command that runs on by itself, and return its id and state.
+
+    It ends by itself, at its timeout, or with the sandbox.
     """
     return _Command(ctx, sandbox, spec, True, None, None).run()
 
@@ -148,9 +149,9 @@ def read_run(
     wait: float = 0,
     limit: int = 1024 * 1024,
 ) -> CommandResult:
-    """Return the state of a run, with its output from these offsets on (at most ``limit`` bytes of each stream).
+    """Return the state of a run, and its output from these offsets on (at most ``limit`` bytes of each stream).
 
-    ``wait``: seconds to wait in the guest for the end first. NotFound when the journal knows no such run.
+    ``wait``: seconds to wait in the guest for the end first. Raises NotFound when the journal has no such run.
     """
     return _Run(ctx, sandbox, run_id).read(stdout_offset, stderr_offset, wait, limit)
 
@@ -164,21 +165,20 @@ def wait_command(
     on_output: Output | None = None,
     cancel: Callable[[], bool] | None = None,
 ) -> CommandResult:
-    """Wait for the end of a run, at most ``timeout`` seconds, and return the result with the output that the guest
-    holds.
+    """Wait at most ``timeout`` seconds for the end of a run; return the result with the output that the guest holds.
 
-    After the time-out the result's state is ``running``; the command goes on. So it does when ``cancel`` says True.
+    After the timeout, or once ``cancel`` returns True, the state of the result is ``running`` and the command goes on.
     """
     return _Run(ctx, sandbox, run_id).wait(timeout, on_output, cancel)
 
 
 def kill_command(ctx: Context, sandbox: Sandbox, run_id: str, *, kill_after: float = 5) -> CommandResult:
-    """End a run in the guest: its process group gets TERM, and KILL after ``kill_after`` seconds. Return the result."""
+    """End a run and return its result. Its process group gets TERM, and KILL after ``kill_after`` seconds."""
     return _Run(ctx, sandbox, run_id).end(kill_after)
 
 
 def list_runs(ctx: Context, sandbox: Sandbox) -> list[dict[str, Any]]:
-    """Return the runs that the journal knows of a sandbox, oldest first. Asks neither Proxmox nor the guest."""
+    """Return the sandbox's runs in the journal, oldest first. Sends no request to Proxmox or the guest."""
     from ..clock import iso
 
     return [
@@ -198,11 +198,11 @@ def list_runs(ctx: Context, sandbox: Sandbox) -> list[dict[str, Any]]:
     ]
 
 
-# ---- what is sent ----
+# ---- preparing a command ----
 
 
 def encode(value: str | bytes, option: str) -> bytes:
-    """Return a value as bytes; InvalidInput for one with a NUL byte, or that cannot be encoded."""
+    """Return a value as bytes. Raises InvalidInput for a NUL byte, or for text that cannot be encoded."""
     try:
         data = value if isinstance(value, bytes) else value.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError:
@@ -213,7 +213,7 @@ def encode(value: str | bytes, option: str) -> bytes:
 
 
 def encode_text(value: str) -> bytes:
-    """Return a text for standard input as bytes; NUL is allowed there."""
+    """Return text for standard input as bytes. NUL is allowed there."""
     try:
         return value.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError:
@@ -221,7 +221,7 @@ def encode_text(value: str) -> bytes:
 
 
 def check_id(run_id: str) -> str:
-    """Return a run id in small letters without dashes (a UUID fits); InvalidInput otherwise."""
+    """Return a run id in small letters and without dashes (a UUID fits). Raises InvalidInput for anything else."""
     text = str(run_id).replace("-", "").lower()
     if not _ID.fullmatch(text):
         raise InvalidInput(
@@ -265,7 +265,7 @@ def _words(spec: CommandSpec) -> list[bytes]:
 def _number(value: float, option: str, most: float) -> int:
     if isinstance(value, bool) or not 0 <= value <= most:
         raise InvalidInput(f"{option}: {value} is out of range. Valid: 0 to {most:.0f}", option=option, value=value)
-    # A command that may take half a second may take one: sleep in the guest may know whole seconds only.
+    # Round up to whole seconds, because sleep in the guest may accept nothing else.
     return int(value) if value == int(value) else int(value) + 1
 
 
@@ -286,7 +286,7 @@ class _Prepared:
 
 
 def prepare(spec: CommandSpec) -> _Prepared:
-    """Check a command and bring it into the form in which it is sent. InvalidInput names the option."""
+    """Check a command and return it in the form in which it is sent. Raises InvalidInput with the option's name."""
     words = _words(spec)
     for name in spec.environment:
         if not _VARIABLE.fullmatch(str(name)):
@@ -370,7 +370,7 @@ def prepare(spec: CommandSpec) -> _Prepared:
 
 
 class _Run:
-    """A run that the journal knows: look at it, wait for it, end it."""
+    """A run in the journal: read it, wait for it, end it."""
 
     def __init__(self, ctx: Context, sandbox: Sandbox, run_id: str) -> None:
         self.ctx = ctx
@@ -389,7 +389,7 @@ class _Run:
         limit = _number(limit, "limit", LARGEST_OUTPUT)
         out, err = self._split(frame)
         while frame.state != "acked" and (len(out) < limit or len(err) < limit):
-            # Never waits again: only what was there at the first look is told.
+            # Do not wait again. Return only the output that existed at the first look.
             more_out = min(result.stdout_bytes - oo, limit) - len(out)
             more_err = min(result.stderr_bytes - eo, limit) - len(err)
             if more_out <= 0 and more_err <= 0:
@@ -446,7 +446,10 @@ class _Run:
         return self._known(self.guest.ask(script, self.id))
 
     def _known(self, frame: Frame) -> Frame:
-        """Return a frame that tells what became of the run; OutcomeUnknown where the guest cannot know any more."""
+        """Return a frame with the run's result.
+
+        Raises OutcomeUnknown when the guest cannot know the result any more.
+        """
         vmid = self.sandbox.vmid
         if frame.state in ("none", "gone"):
             self.guest.judge_again()
@@ -472,7 +475,7 @@ class _Run:
         return frame
 
     def _split(self, frame: Frame) -> tuple[bytes, bytes]:
-        """Return the parts of the output that a frame carries, checked by length and checksum."""
+        """Return the output in a frame as (stdout, stderr), after checking length and checksum."""
         if frame.state == "acked":
             return b"", b""
         lo, le = frame.number("lo"), frame.number("le")
@@ -506,7 +509,7 @@ class _Run:
         return result
 
     def _close(self, result: CommandResult, acks: list[str] | None = None, command: str | None = None) -> None:
-        """Prove that the VM is still ours, then write the result into the journal. What is not ours is no result."""
+        """Prove that the VM is still ours, then write the result into the journal. Otherwise there is no result."""
         self.guest.judge_again()
         records, journal = self.ctx.records, self.journal
         if result.state == "running":
@@ -551,7 +554,7 @@ class _Run:
 
 
 class _Command(_Run):
-    """A command that is to be begun, unless its id says that it was."""
+    """A command to start, unless the journal says that its id was already started."""
 
     def __init__(
         self,
@@ -635,7 +638,7 @@ class _Command(_Run):
         return result
 
     def _follow(self, result: CommandResult, out: bytes, err: bytes) -> tuple[CommandResult, bytes, bytes]:
-        """Wait for the end in further requests; return the result and the whole output."""
+        """Wait for the end with further requests; return the result and the whole output."""
         shown = self.on_output is not None
         asked = False
         while result.state == "running" or len(out) < result.stdout_bytes or len(err) < result.stderr_bytes:
@@ -658,7 +661,7 @@ class _Command(_Run):
             new_out, new_err = self._split(frame)
             if not was_running and (not shown or not (new_out or new_err)):
                 raise GuestFailed(f"sandbox {self.sandbox.vmid}: the guest does not hand out the output that it holds")
-            # Without anybody to show it to, each answer has the output from its beginning.
+            # Without on_output each request reads the output from its beginning.
             out, err = (out + new_out, err + new_err) if shown else (new_out, new_err)
             if self.on_output is not None and (new_out or new_err):
                 self.on_output(new_out, new_err)
@@ -673,15 +676,15 @@ class _Command(_Run):
     def _frame_values(self, part: int) -> dict[str, object]:
         return {"id": self.id, "lim": wrapper.INLINE, "part": part, "oo": 0, "eo": 0}
 
-    # ---- beginning ----
+    # ---- starting ----
 
     def _begin(self) -> Frame:
-        """Send the command until its beginning is answered, and return that answer."""
+        """Send the command until its start is confirmed, and return that answer."""
         clock, guest, prepared = self.ctx.clock, self.guest, self.prepared
         guest.what = "run a command"
         began = clock.monotonic()
         known_age = None if self.journal.is_new else max(0, self.ctx.clock.now() - self.journal.started_at)
-        # Seconds for which a lost answer is asked for again, and for which an agent that is not up yet is waited for.
+        # Seconds for which a lost answer is retried, and for which an agent that is not up yet is retried.
         patience = _PATIENCE + (self.spec.timeout or _PATIENCE)
         may_have_begun = known_age is not None
         wait = 0 if self.detached else _SHOW_WAIT if self.on_output or self.cancel else _WAIT
@@ -716,7 +719,8 @@ class _Command(_Run):
                 if frame is not None:
                     word = frame.fields.get("why", "") if frame.state == "refused" else ""
                     if word.startswith("missing,") and resent < 3:
-                        # Nothing was begun. Pieces whose sending was not answered did not arrive.
+                        # Nothing was started. Pieces without an answer may not have arrived, so send the missing ones
+                        # again.
                         missing = [
                             int(n) for n in word.split(",")[1:] if n.isdecimal() and int(n) < len(prepared.pieces)
                         ]
@@ -755,7 +759,7 @@ class _Command(_Run):
             try:
                 self.guest.send(wrapper.request("stage", values, {"input": data}))
             except OutcomeUnknown:
-                # The beginning finds out whether the piece arrived.
+                # The start request reports whether the piece arrived.
                 pass
 
         parallel.each(send, numbers, _PARALLEL)
@@ -790,9 +794,11 @@ def read_held(
     *,
     offset: int = 0,
 ) -> bytes:
-    """Return ``size`` bytes from ``offset`` on of a file in a folder of ours in the guest, in pieces, several at once.
+    """Return ``size`` bytes, from ``offset`` on, of a file in one of our folders in the guest.
 
-    ``on_piece`` is called with the bytes of each piece that has come.
+    Reads pieces in parallel.
+
+    ``on_piece`` is called with the bytes of each piece that has arrived.
     """
     if size == 0:
         return b""
@@ -822,7 +828,7 @@ def _read_piece(guest: Guest, run_id: str, folder: str, name: str, offset: int, 
         try:
             return guest.agent.read_file(f"{folder}/{name}", offset, count)
         except OutcomeUnknown:
-            # A read may be repeated.
+            # A read can be repeated.
             if attempt == 3:
                 raise
             guest.ctx.clock.sleep(access.silent_pause(attempt))
@@ -832,7 +838,7 @@ def _read_piece(guest: Guest, run_id: str, folder: str, name: str, offset: int, 
                 continue
             if error.reason not in ("old", "blocked", "denied"):
                 raise
-            # Proxmox VE 8 reads files as a whole only; a guest may block file-read alone.
+            # Proxmox VE 8 reads only whole files, and a guest may block file-read alone. Then read through the wrapper.
             values = {"id": run_id, "file": name, "oo": offset, "lim": min(count, wrapper.INLINE)}
             frame = guest.ask(wrapper.request("chunk", values), run_id)
             if frame.state != "chunk" or len(frame.body) > count:
@@ -844,7 +850,7 @@ def _read_piece(guest: Guest, run_id: str, folder: str, name: str, offset: int, 
 
 
 def unpack(data: bytes, size: int) -> bytes:
-    """Return gzip data unpacked; GuestFailed unless it is exactly ``size`` bytes. Never unpacks more than that."""
+    """Return the unpacked gzip data. Raises GuestFailed unless it is exactly ``size`` bytes; never unpacks more."""
     unpacker = zlib.decompressobj(31)
     try:
         plain = unpacker.decompress(data, size + 1)

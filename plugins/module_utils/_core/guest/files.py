@@ -1,13 +1,13 @@
 # Copyright: the agentlab.proxmox contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Bring files into a sandbox and out of it: byte for byte, in pieces, checked by length and checksum.
+"""Copy files into a sandbox and out of it: byte for byte, in pieces, checked by length and checksum.
 
-Up: pieces are written into a hidden file with a private name in the target's folder, several at once, without asking
-what became of each. The last request looks whether all are there, compares length and SHA-256, sets mode and owner and
-renames. So the target is the old file or the new one at any time. Down: the guest is asked for length and checksum
-first; a small file comes with that answer, a larger one by file-read under a name of ours (file names of file-read
-stand in Proxmox's access log). Both go through gzip where a sample says that it pays.
+Up: the pieces go in parallel into a hidden file with a private name in the target's folder; their answers are not
+awaited. The last request checks that all pieces are there, compares length and SHA-256, sets mode and owner, and
+renames the file. So the target is always either the old file or the new one. Down: the guest first reports length and
+checksum. A small file comes with that answer; a larger one by file-read under a name of our own, because Proxmox's
+access log contains the file names of file-read. Both directions use gzip if a sample shows that it pays.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ LARGEST_FILE = 2 * 1024**3
 _PARALLEL = 4
 _TRIES = 4
 _SAMPLE = 256 * 1024
-# Bytes: the path travels with each piece.
+# Bytes. The path is sent with each piece.
 _LONGEST_PATH = 1000
-# Packed data is held in memory while it is unpacked; a larger file comes as it is.
+# Packed data is held in memory while it is unpacked, so a larger file is sent unpacked.
 _LARGEST_PACKED = 32 * 1024 * 1024
 _OWNER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,31}(:[A-Za-z0-9_][A-Za-z0-9_.-]{0,31})?")
 
@@ -47,7 +47,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(slots=True)
 class FileInfo:
-    """A file that was brought: its path in the guest, bytes, mode there, and SHA-256."""
+    """A copied file: its path in the guest, size in bytes, mode in the guest, and SHA-256."""
 
     path: str
     size: int
@@ -65,11 +65,11 @@ def put_file(
     owner: str | None = None,
     on_progress: Progress | None = None,
 ) -> FileInfo:
-    """Write a file in a sandbox; the target is replaced as a whole at the end, or not at all.
+    """Write a file in a sandbox. The target is replaced as a whole at the end, or not at all.
 
-    ``source`` is read from where it stands to its end. ``mode`` and ``owner`` (user, or user:group) default to those of
-    the file that is replaced, or else to 0644 and the agent's user. ``on_progress(bytes sent, bytes in all)`` counts
-    what travels, which gzip makes less. Raises what ``run_command`` raises; asking again is harmless.
+    ``source`` is read from its position to its end. ``mode`` and ``owner`` (user, or user:group) default to those of
+    the replaced file, or else to 0644 and the agent's user. ``on_progress(bytes sent, bytes in all)`` counts
+    transferred bytes, after gzip. Raises the errors of ``run_command``. Idempotent.
     """
     name = _path(path)
     if owner is not None and not _OWNER.fullmatch(owner):
@@ -78,7 +78,8 @@ def put_file(
         raise InvalidInput(f"mode: {mode:o} is no mode. Valid: 0 to 7777", option="mode")
     guest = Guest.enter(ctx, sandbox)
     guest.what = f"write {path[:200]!r}"
-    # The source may be a pipe, and pieces are read in any order: so the data is kept, in memory while it is small.
+    # The source may be a pipe, and pieces are read in any order. So keep the data: small data in memory, else in a
+    # file.
     with tempfile.SpooledTemporaryFile(max_size=8 * 1024 * 1024) as spool:
         upload = _Upload(guest, name, io.BytesIO(source) if isinstance(source, bytes) else source, spool)
         try:
@@ -94,10 +95,10 @@ def put_file(
 def fetch_file(
     ctx: Context, sandbox: Sandbox, path: str, target: BinaryIO, *, on_progress: Progress | None = None
 ) -> FileInfo:
-    """Read a file of a sandbox into ``target``, which is written from where it stands, in order.
+    """Read a file of a sandbox into ``target``, which is written in order from its position on.
 
-    GuestFailed when the file changes while it is read: what was written to ``target`` is to be thrown away then, as
-    after every other error.
+    Raises GuestFailed when the file changes while it is read. After this or any other error the caller discards what
+    was written to ``target``.
     """
     name = _path(path)
     guest = Guest.enter(ctx, sandbox)
@@ -114,7 +115,7 @@ def fetch_file(
     else:
         _fetch_large(guest, transfer, frame.fields, size, target, digest, on_progress)
         with contextlib.suppress(OutcomeUnknown):
-            # Nobody waits for it; what stays is swept after a day.
+            # Do not wait for the answer. A folder that stays is removed after a day.
             guest.send(wrapper.request("drop", {"id": transfer}, {"name": name}))
     if digest.hexdigest() != expected:
         raise GuestFailed(
@@ -154,7 +155,7 @@ def _fetch_large(
         digest.update(data)
         target.write(data)
         return
-    # A few pieces at a time, so that memory is bounded by them and not by the file.
+    # Read a few pieces at a time, so that they bound the memory, not the file.
     step = 4 * READ_PIECE
     for offset in range(0, size, step):
         data = read_held(guest, transfer, folder, "f", min(step, size - offset), offset=offset)
@@ -165,7 +166,7 @@ def _fetch_large(
 
 
 class _Upload:
-    """One file on its way up."""
+    """The transfer of one file into the guest."""
 
     def __init__(self, guest: Guest, name: bytes, source: BinaryIO, spool: Any) -> None:
         self.guest, self.name = guest, name
@@ -195,7 +196,7 @@ class _Upload:
         self.checksum = digest.hexdigest()
 
     def run(self, path: str, mode: int | None, owner: str | None, on_progress: Progress | None) -> FileInfo:
-        """Send all pieces, then the request that puts the file in its place; again what did not arrive."""
+        """Send all pieces, then the request that installs the file. Sends pieces again that did not arrive."""
         last = max(0, (self.length - 1) // wrapper.PIECE)
         base = {"id": self.id, "bs": wrapper.PIECE, "gzs": ".gz" if self.packed else ""}
         came = 0
@@ -205,7 +206,7 @@ class _Upload:
             self.sent = True
             data = self._piece(number)
             with contextlib.suppress(OutcomeUnknown):
-                # The last request finds out whether the piece arrived.
+                # The last request reports whether the piece arrived.
                 self.guest.send(wrapper.request("piece", {**base, "i": number}, {"name": self.name, "input": data}))
             came += len(data)
             if on_progress is not None:
@@ -246,7 +247,7 @@ class _Upload:
         )
 
     def abandon(self) -> None:
-        """Remove what was sent so far; the file of that path is as it was."""
+        """Remove the pieces sent so far. The target file stays unchanged."""
         if self.sent:
             with contextlib.suppress(Exception):
                 self.guest.send(wrapper.request("drop", {"id": self.id}, {"name": self.name}))

@@ -1,9 +1,9 @@
 # Copyright: the agentlab.proxmox contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""The file of a sandbox's user data: its name, and its end. cloud_init.py writes it.
+"""Name and remove the file with a sandbox's user data. cloud_init.py writes it.
 
-Apart from that, because every way to DESTROYED removes the file and only a creation writes it.
+The two are apart, because every way to DESTROYED removes the file and only a creation writes it.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ def name_of(sandbox: Sandbox) -> str:
 
 
 def remove(ctx: Context, sandbox: Sandbox) -> None:
-    """Remove the sandbox's snippet, finished or half written.
+    """Remove the sandbox's snippet, complete or half written.
 
-    Kept when it is there and cannot be removed: it may hold secrets.
+    Raises Kept when the file exists and cannot be removed, because it may hold secrets.
     """
     if sandbox.snippet is None or os.path.basename(sandbox.snippet) != name_of(sandbox):
         return
@@ -49,5 +49,5 @@ def remove(ctx: Context, sandbox: Sandbox) -> None:
 
 
 def temporary(path: str) -> str:
-    """Return the path that a snippet is written to before it gets its own."""
+    """Return the path to which a snippet is written before it is renamed to its own."""
     return os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.new")

@@ -34,11 +34,11 @@ import re
 from collections.abc import Mapping, Sequence
 
 BOOT = 's=$(cat);[ ${#s} = "$1" ]||{ echo agentlab1 cut;exit 0;};eval "$s"'
-# Bytes of output that are told in the answer itself; more is fetched from the folder.
+# Bytes of output inside the answer itself. More output is read from the folder.
 INLINE = 65536
-# Bytes of data that fit into one request beside the script.
+# Bytes of data that fit into one request besides the script.
 ROOM = 40_500
-# Bytes of a piece that is sent by itself; a multiple of three, so that its base64 has no padding.
+# Bytes of a piece that is sent by itself: a multiple of three, so that its base64 has no padding.
 PIECE = 44_100
 
 _BASE = r"""
@@ -381,8 +381,8 @@ _WILDCARD = re.compile(rb"([*?\[\]])")
 def request(operation: str, values: Mapping[str, object], blobs: Mapping[str, bytes] | None = None) -> str:
     """Return the script of one request: an operation of the wrapper with its values and data.
 
-    ``values`` become shell variables; each must consist of harmless ASCII characters (numbers, ids, words), ValueError
-    otherwise. ``blobs`` become functions of that name which write the bytes.
+    ``values`` become shell variables and must be plain ASCII (numbers, ids, words); otherwise ValueError is raised.
+    ``blobs`` become functions of that name which write the bytes.
     """
     lines = [_PARTS[operation].strip()]
     for name, value in values.items():
@@ -396,7 +396,7 @@ def request(operation: str, values: Mapping[str, object], blobs: Mapping[str, by
 
 
 def quote(value: bytes) -> bytes:
-    """Return a value as one word of shell text, whatever bytes it has (but NUL)."""
+    """Return a value as one word of shell text. Any bytes but NUL are possible."""
     return b"'" + value.replace(b"'", b"'\\''") + b"'"
 
 
@@ -408,8 +408,9 @@ def shell_text(
     creates: bytes | None = None,
     removes: bytes | None = None,
 ) -> bytes:
-    """Return the command as shell text: change to the folder, look at creates and removes, set the environment,
-    exec.
+    """Return the command as shell text.
+
+    The text changes to the folder, checks creates and removes, sets the environment, and calls exec.
     """
     lines = [b"exec 3<&-"]
     if chdir is None:
@@ -429,14 +430,14 @@ def shell_text(
         lines.append(b"export " + name + b"=" + quote(value))
     lines.append(b"set -- " + b" ".join(quote(word) for word in argv))
     if b"/" not in argv[0] and not argv[0].startswith(b"-"):
-        # dash and busybox answer 126 to exec of a program that is nowhere, once PATH has a folder that the user may
-        # not search; to the same program without exec they answer 127, as every shell does.
+        # After exec of a missing program dash and busybox exit with 126 if PATH has a folder that the user may not
+        # search. Without exec they exit with 127, as every shell does.
         lines.append(b'command -v "$1" >/dev/null 2>&1 || { "$@"; exit $?; }')
     lines.append(b'exec "$@"')
     return b"\n".join(lines) + b"\n"
 
 
 def _pattern(value: bytes) -> bytes:
-    # As ansible.builtin.command does: * ? and [...] are wildcards, all else stands for itself.
+    # The wildcards of ansible.builtin.command are * ? and [...]. All other characters stand for themselves.
     parts = [part for part in _WILDCARD.split(value) if part]
     return b"".join(part if _WILDCARD.fullmatch(part) else quote(part) for part in parts)
