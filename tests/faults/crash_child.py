@@ -268,15 +268,22 @@ def wander(job: dict[str, Any]) -> dict[str, Any]:
     """So many random operations, chosen by the seed; what each answered."""
     from ansible_collections.agentlab.proxmox.plugins.module_utils._core import config
     from ansible_collections.agentlab.proxmox.plugins.module_utils._core.context import Context
+    from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import StoreUnavailable
 
     dice = random.Random(job["seed"])
     told = []
     number = 0
     end = time.monotonic() + job["seconds"]
     while time.monotonic() < end:
-        ctx = Context(config.load(job.get("options", {}), job["env"]), actor="looking")
-        live = ctx.records.find_all()
-        ctx.close()
+        try:
+            ctx = Context(config.load(job.get("options", {}), job["env"]), actor="looking")
+            live = ctx.records.find_all()
+            ctx.close()
+        except StoreUnavailable as error:
+            # Somebody took the database away: a person would try again in a moment.
+            told.append({"op": "look", "code": error.code, "message": error.message})
+            time.sleep(0.2)
+            continue
         word = dice.choices(job["words"], job["weights"])[0]
         args: dict[str, Any] = {}
         if word == "create":

@@ -7,10 +7,15 @@
 It is killed and restarted, so are other processes that work on its records, Proxmox VE fails, the disk with its records
 is full, its socket is deleted, and clients are rude.
 
-chaos.py [MINUTES [SEED [KIND …]]] prints its seed; the same seed makes the same choices (not the same timing). KINDS
-leave out all other disturbances: "kill process fault" is a run of kill -9. At the end the faults stop, and the daemon
-has two minutes to bring everything to its end: no claim and no journal entry is left, no stranger's VM was touched, no
-record says DESTROYED while its VM is there, and every VM of ours has a record. The exit status is 1 otherwise.
+chaos.py [--controllers N] [MINUTES [SEED [KIND …]]] prints its seed; the same seed makes the same choices (not the same
+timing). KINDS leave out all other disturbances: "kill process fault" is a run of kill -9. At the end the faults stop,
+and the daemon has two minutes to bring everything to its end: no claim and no journal entry is left, no stranger's VM
+was touched, no record says DESTROYED while its VM is there, and every VM of ours has a record. The exit status is 1
+otherwise.
+
+With several controllers (daemons, and the processes beside them) the records lie on PostgreSQL with a synchronous
+standby. Then a daemon is also paused until others take its claims over, connections are cut, the server is killed, and
+the standby takes its place. How long each takeover of reconcile took is printed, and ten seconds are the most.
 
 The small disk is a tmpfs in a mount namespace of this process, which only root can make. Without it that fault is left
 out, and the output says so.
@@ -18,11 +23,13 @@ out, and the output says so.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import logging
 import os
 import random
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -37,8 +44,9 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / ".collections")]
 
 from faults.crash_support import Zygote  # noqa: E402
-from support.daemon import Daemon  # noqa: E402
+from support.daemon import Daemon, free_port  # noqa: E402
 from support.lab import Lab  # noqa: E402
+from support.postgres import PostgresServer  # noqa: E402
 
 CLIENTS = 4
 RULES = """auto_cleanup:
@@ -54,6 +62,13 @@ DISTURBANCES = (
     *("kill", "restart", "fault", "fault", "fault", "task", "rude", "socket", "stranger", "full disk"),
     "process",
 )
+# With several controllers; "pause" is a daemon that is stopped until its claims are dead, and comes back.
+OF_CONTROLLERS = (
+    *("kill", "kill", "restart", "fault", "fault", "fault", "task", "stranger"),
+    *("pause", "cut", "database", "failover", "process"),
+)
+PAUSE_SECONDS = 35
+TAKEOVER_SECONDS = 10
 # What a process beside the daemon does, one after the other, until it kills itself at one of its points.
 WORDS = {"create": 4, "renew": 3, "stop": 2, "start": 2, "force": 3, "prune": 1, "expire": 1, "reconcile": 1}
 # The records of an hour of chaos have two megabytes.
@@ -63,24 +78,39 @@ NAMESPACE = "AGENTLAB_CHAOS_NAMESPACE"
 
 
 class Chaos:
-    """One run: the daemon, its clients, and whoever disturbs them."""
+    """One run: the daemons, their clients, and whoever disturbs them."""
 
-    def __init__(self, folder: Path, seed: int, kinds: tuple[str, ...] = DISTURBANCES) -> None:
+    def __init__(self, folder: Path, seed: int, kinds: tuple[str, ...], controllers: int = 1) -> None:
         self.random = random.Random(seed)
         self.kinds = kinds
         self.zygote = Zygote()
         self.lab = Lab(folder)
-        self.disk = mount_small_disk(Path(self.lab.database).parent)
+        self.disk: Path | None = None
+        self.postgres: Pair | None = None
+        if controllers == 1:
+            self.disk = mount_small_disk(Path(self.lab.database).parent)
+        else:
+            self.postgres = Pair()
+            self.lab.database = self.postgres.address
         environment = {**self.lab.server.environment(self.lab.folder), "AGENTLAB_DATABASE": self.lab.database}
-        self.daemon = Daemon(
-            folder / "daemon",
-            environment,
-            cleanup=RULES,
-            reconcile_interval="3s",
-            expire_interval="1s",
-            wait_timeout="10s",
-            api_timeout=3,
-        )
+        self.daemons = [
+            Daemon(
+                folder / f"daemon-{number}",
+                environment,
+                cleanup=RULES,
+                metrics_listen=f"127.0.0.1:{free_port()}",
+                reconcile_interval="3s",
+                expire_interval="1s",
+                wait_timeout="10s",
+                api_timeout=3,
+            )
+            for number in range(controllers)
+        ]
+        # Daemons that a thread has paused: nobody else disturbs them.
+        self.paused: set[int] = set()
+        self.pauses: list[threading.Thread] = []
+        self.takeovers: list[float] = []
+        self.internal: list[str] = []
         self.counts: Counter[str] = Counter()
         self.traces: list[str] = []
         self.end = threading.Event()
@@ -92,16 +122,19 @@ class Chaos:
         while not self.end.is_set():
             number += 1
             with contextlib.suppress(OSError, ValueError, Exception):
-                answer = self.daemon.post(
-                    "/v1/sandboxes", {"name": f"c{seed}-{number}", "ttl": f"{choice.randint(2, 20)}s"}
-                )
+                daemon = choice.choice(self.daemons)
+                answer = daemon.post("/v1/sandboxes", {"name": f"c{seed}-{number}", "ttl": f"{choice.randint(2, 20)}s"})
                 self.counts[f"create {answer.status}"] += 1
                 vmid = answer.body.get("vmid")
                 if vmid:
                     what: tuple[str, Any] = choice.choice(
                         [("lease/renew", {"ttl": "20s"}), ("stop", None), ("destroy", {"force": True})]
                     )
-                    self.counts[f"{what[0]} {self.daemon.post(f'/v1/sandboxes/{vmid}/{what[0]}', what[1]).status}"] += 1
+                    # Perhaps another controller than the one that made it.
+                    answer = choice.choice(self.daemons).post(f"/v1/sandboxes/{vmid}/{what[0]}", what[1])
+                    self.counts[f"{what[0]} {answer.status}"] += 1
+                    if answer.status == 500:
+                        self.internal.append(f"{what[0]} of {vmid} answered 500: {answer.body}")
             time.sleep(choice.random())
 
     def disturb(self) -> None:
@@ -111,12 +144,26 @@ class Chaos:
             return
         self.counts[what] += 1
         pve = self.lab.pve
+        number = self.random.choice([number for number in range(len(self.daemons)) if number not in self.paused])
+        daemon = self.daemons[number]
         if what == "kill":
-            self.daemon.kill()
-            self.daemon.start()
+            leads = self.postgres is not None and self.leads(daemon)
+            daemon.kill()
+            if leads:
+                self.await_takeover(daemon)
+            daemon.start()
         elif what == "restart":
-            self.daemon.stop(60)
-            self.daemon.start()
+            daemon.stop(60)
+            daemon.start()
+        elif what == "pause":
+            # The last one that is not paused stays.
+            if len(self.paused) < len(self.daemons) - 1:
+                self.paused.add(number)
+                self.pauses.append(threading.Thread(target=self.pause, args=(number,), daemon=True))
+                self.pauses[-1].start()
+        elif what in ("cut", "database", "failover"):
+            assert self.postgres is not None
+            self.postgres.disturb(what)
         elif what == "fault":
             values = {"status": self.random.choice([500, 502, 596])}
             kind = self.random.choice(FAULTS)
@@ -143,19 +190,47 @@ class Chaos:
                 for _number in range(150):
                     with contextlib.suppress(OSError):
                         one = held.enter_context(contextlib.closing(socket.socket(socket.AF_UNIX)))
-                        one.connect(self.daemon.socket)
+                        one.connect(daemon.socket)
                         one.sendall(b"POST /v1/sandboxes HTTP/1.1\r\nX")
                 time.sleep(self.random.random())
         elif what == "full disk":
             self.fill_disk()
         elif what == "socket":
             with contextlib.suppress(FileNotFoundError):
-                os.unlink(self.daemon.socket)
-            self.daemon.wait_for(self.daemon.serving, "the socket is there again", 60)
+                os.unlink(daemon.socket)
+            daemon.wait_for(daemon.serving, "the socket is there again", 60)
         else:
             vmid = self.random.choice([vmid for vmid in range(1000, 2000) if pve.vm(vmid) is None])
             pve.add_vm(vmid, f"stranger-{vmid}", status="running", config={"description": "not ours"})
             self.lab.strangers = [*getattr(self.lab, "strangers", []), pve.vm(vmid)]  # type: ignore[attr-defined]
+
+    @staticmethod
+    def leads(daemon: Daemon) -> bool:
+        """Return whether the daemon says that it is the one that reconciles."""
+        with contextlib.suppress(OSError, AssertionError, ValueError, IndexError):
+            return daemon.metric('agentlab_leader{duty="reconcile"}') == 1
+        return False
+
+    def await_takeover(self, dead: Daemon) -> None:
+        """Measure how long it takes until another daemon reconciles. One that is paused cannot."""
+        others = [other for n, other in enumerate(self.daemons) if other is not dead and n not in self.paused]
+        began = time.monotonic()
+        while others and time.monotonic() - began < 3 * TAKEOVER_SECONDS:
+            if any(self.leads(other) for other in others):
+                self.takeovers.append(time.monotonic() - began)
+                return
+            time.sleep(0.1)
+        if others:
+            self.takeovers.append(time.monotonic() - began)
+
+    def pause(self, number: int) -> None:
+        """Stop a daemon until others have taken over its claims, and let it go on."""
+        daemon = self.daemons[number]
+        daemon.signal(signal.SIGSTOP)
+        self.end.wait(PAUSE_SECONDS)
+        daemon.signal(signal.SIGCONT)
+        daemon.wait_for(daemon.serving, "it serves after its pause", 60)
+        self.paused.discard(number)
 
     def kill_processes(self, seed: int) -> None:
         """Let two processes at a time work on the same records, as modules do, until they kill themselves."""
@@ -171,7 +246,7 @@ class Chaos:
                     "most": 20,
                     "words": list(WORDS),
                     "weights": list(WORDS.values()),
-                    "env": self.daemon.environment,
+                    "env": self.daemons[0].environment,
                     "options": {},
                 }
                 for _number in range(2)
@@ -194,14 +269,15 @@ class Chaos:
         time.sleep(self.random.uniform(0.5, 4.0))
         killed = self.random.random() < 0.3
         if killed:
-            self.daemon.kill()
+            self.daemons[0].kill()
         filler.unlink()
         if killed:
-            self.daemon.start()
+            self.daemons[0].start()
 
     def run(self, seconds: float) -> list[str]:
         """Disturb for so many seconds; what does not hold afterwards is returned, a sentence each."""
-        self.daemon.start()
+        for daemon in self.daemons:
+            daemon.start()
         clients = [threading.Thread(target=self.client, args=(number,), daemon=True) for number in range(CLIENTS)]
         if "process" in self.kinds:
             clients.append(
@@ -214,20 +290,26 @@ class Chaos:
             time.sleep(self.random.uniform(0.2, 2.0))
             self.disturb()
         self.end.set()
-        for one in clients:
+        for one in clients + self.pauses:
             one.join(60)
         self.lab.calm()
-        self.daemon.kill()
-        self.daemon.start()
+        for daemon in self.daemons:
+            daemon.kill()
+            daemon.start()
         return self.judge()
 
     def judge(self) -> list[str]:
         deadline = time.monotonic() + SETTLE_SECONDS
         while (problems := self.problems()) and time.monotonic() < deadline:
             time.sleep(2)
-        if "Traceback" in self.daemon.log():
-            problems.append("the daemon's log has a traceback")
-        return problems + self.traces
+        if "Traceback" in self.logs():
+            problems.append("a daemon's log has a traceback")
+        late = [seconds for seconds in self.takeovers if seconds > TAKEOVER_SECONDS]
+        problems += [f"reconcile was taken over after {seconds:.1f} s" for seconds in late]
+        return problems + self.traces + self.internal
+
+    def logs(self) -> str:
+        return "".join(daemon.log() for daemon in self.daemons)
 
     def problems(self) -> list[str]:
         found = [
@@ -246,6 +328,45 @@ class Chaos:
         named = {record.uuid for record in self.lab.records()}
         found += [f"VM {vmid} of ours has no record" for uuid, vmid in self.lab.ours().items() if uuid not in named]
         return found
+
+
+class Pair:
+    """A PostgreSQL server and its synchronous standby, on two ports that stay: one takes the other's place."""
+
+    def __init__(self) -> None:
+        self.primary = PostgresServer().create()
+        ports = self.primary.port, free_port()
+        database = self.primary.uri().rpartition("/")[2]
+        hosts = ",".join(f"127.0.0.1:{port}" for port in ports)
+        self.address = f"postgresql://{self.primary.user}@{hosts}/{database}?target_session_attrs=read-write"
+        self._follow(ports[1])
+
+    def _follow(self, port: int) -> None:
+        """Start a standby on that port, and have commits wait for it from then on."""
+        self.standby = self.primary.standby(port)
+        self.primary.execute("ALTER SYSTEM SET synchronous_standby_names = '*'")
+        self.primary.execute("SELECT pg_reload_conf()")
+
+    def disturb(self, what: str) -> None:
+        """Cut all connections (cut), kill the server and start it (database), or kill it for good (failover)."""
+        if what == "cut":
+            self.primary.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+                "WHERE pid <> pg_backend_pid() AND backend_type = 'client backend'"
+            )
+        elif what == "database":
+            self.primary.stop()
+            self.primary.start()
+        else:
+            port = self.primary.port
+            self.primary.destroy()
+            self.standby.promote()
+            self.primary = self.standby
+            self._follow(port)
+
+    def destroy(self) -> None:
+        self.standby.destroy()
+        self.primary.destroy()
 
 
 def mount_small_disk(folder: Path) -> Path | None:
@@ -268,34 +389,49 @@ def enter_namespace() -> None:
 
 def main() -> int:
     enter_namespace()
-    minutes = float(sys.argv[1]) if len(sys.argv) > 1 else 15
-    seed = int(sys.argv[2]) if len(sys.argv) > 2 else random.SystemRandom().randint(0, 999999)
-    kinds = tuple(sys.argv[3:]) or DISTURBANCES
-    unknown = set(kinds) - set(DISTURBANCES)
+    parser = argparse.ArgumentParser(prog="chaos.py")
+    parser.add_argument("--controllers", type=int, default=1)
+    parser.add_argument("minutes", type=float, nargs="?", default=15)
+    parser.add_argument("seed", type=int, nargs="?", default=random.SystemRandom().randint(0, 999999))
+    parser.add_argument("kinds", nargs="*")
+    wanted = parser.parse_args()
+    possible = DISTURBANCES if wanted.controllers == 1 else OF_CONTROLLERS
+    kinds = tuple(wanted.kinds) or possible
+    unknown = set(kinds) - set(possible)
     if unknown:
-        print(f"no such kind of disturbance: {', '.join(unknown)}. Valid: {', '.join(sorted(set(DISTURBANCES)))}")
+        print(f"no such kind of disturbance: {', '.join(unknown)}. Valid: {', '.join(sorted(set(possible)))}")
         return 2
-    # The double's own requests break off when the daemon is killed.
+    # The double's own requests break off when a daemon is killed.
     logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)
     left_out = "" if os.environ.get(NAMESPACE) else "; without a full disk, which only root can make"
-    print(f"chaos for {minutes:g} minutes, seed {seed}{left_out}", flush=True)
+    several = f"{wanted.controllers} controllers on PostgreSQL" if wanted.controllers > 1 else "one daemon"
+    print(
+        f"chaos for {wanted.minutes:g} minutes, seed {wanted.seed}, {several}"
+        f"{left_out if wanted.controllers == 1 else ''}",
+        flush=True,
+    )
     with tempfile.TemporaryDirectory(prefix="agentlab-chaos-") as folder:
-        chaos = Chaos(Path(folder), seed, kinds)
+        chaos = Chaos(Path(folder), wanted.seed, kinds, wanted.controllers)
         try:
-            problems = chaos.run(minutes * 60)
+            problems = chaos.run(wanted.minutes * 60)
             print(", ".join(f"{what}: {count}" for what, count in sorted(chaos.counts.items())))
+            if chaos.takeovers:
+                print(f"{len(chaos.takeovers)} takeovers of reconcile, the longest {max(chaos.takeovers):.1f} s")
             print(f"{len(chaos.lab.records())} sandboxes, {len(problems)} violations")
             if chaos.disk and chaos.counts["full disk"] and not chaos.counts["disk was full"]:
                 problems.append("the disk was to be full, and never was")
             for problem in problems:
                 print(f"BROKEN: {problem}")
             if problems:
-                print(chaos.daemon.log()[-4000:])
+                print(chaos.logs()[-4000:])
             return 1 if problems else 0
         finally:
-            chaos.daemon.close()
+            for daemon in chaos.daemons:
+                daemon.close()
             chaos.zygote.stop()
             chaos.lab.stop()
+            if chaos.postgres:
+                chaos.postgres.destroy()
             if chaos.disk:
                 subprocess.run(["umount", "--lazy", str(chaos.disk)], check=False)
 

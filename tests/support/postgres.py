@@ -121,9 +121,9 @@ class PostgresServer:
         """Stop the main process: nobody gets a new connection, and those that are there go on."""
         os.kill(self.pid(), signal.SIGSTOP)
 
-    def standby(self) -> PostgresServer:
-        """Start a streaming standby of this server."""
-        other = PostgresServer()
+    def standby(self, port: int | None = None) -> PostgresServer:
+        """Start a streaming standby of this server, on that port or on a free one."""
+        other = PostgresServer(port)
         self_uri = f"host=127.0.0.1 port={self.port} user={self.user}"
         other.run("pg_basebackup", "-D", str(other.data), "-d", self_uri, "-R", "-X", "stream", "-c", "fast")
         other.user = self.user
