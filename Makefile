@@ -34,7 +34,7 @@ CORES ?= 2.16 2.17 2.18 2.19 2.20 2.21
 
 .PHONY: check gates test-awx test-cores demo-installed importer docs faults-everyday test-faults-all test-inventory release-check
 
-.PHONY: bench bench-short test-chaos test-bare test-disk soak
+.PHONY: bench bench-engines bench-short test-chaos test-bare test-disk soak
 
 help: ## Show this list
 	@echo "Targets:"
@@ -105,9 +105,9 @@ soak: setup ## The daemon under churn for SOAK_MINUTES (beside SOAK_SANDBOXES, w
 	@echo "==> Soak, $(SOAK_MINUTES) minutes"
 	@.venv/bin/python tests/support/soak.py $(SOAK_MINUTES) $(SOAK_SANDBOXES) $(SOAK_RATE)
 
-test-chaos: setup ## The daemon under kills, faults, a full disk, restarts and rude clients for MINUTES, and whether the promises hold (SEED replays the choices; KINDS="kill process fault" leaves out the rest)
+test-chaos: setup ## The daemon under kills, faults, a full disk, restarts and rude clients for MINUTES, and whether the promises hold (SEED replays the choices; KINDS="kill process fault" leaves out the rest; CONTROLLERS=3: so many daemons on PostgreSQL)
 	@echo "==> Chaos, $(MINUTES) minutes"
-	@.venv/bin/python tests/support/chaos.py $(MINUTES) $(or $(SEED),$(if $(KINDS),$$RANDOM)) $(KINDS)
+	@.venv/bin/python tests/support/chaos.py $(if $(CONTROLLERS),--controllers $(CONTROLLERS)) $(MINUTES) $(or $(SEED),$(if $(KINDS),$$RANDOM)) $(KINDS)
 
 test-cli-oldest: setup ## The command line and the requests to Proxmox with the releases of the libraries that Debian 12 has
 	@echo "==> Command line with click 8.1.3"
@@ -169,6 +169,9 @@ demo-installed: setup ## The demo, from the archive as users install it
 importer: setup ## What Galaxy does with an uploaded archive
 	@echo "==> galaxy-importer"
 	@scripts/importer.sh
+
+bench-engines: setup ## Measure records on PostgreSQL beside records in SQLite, with a million destroyed ones: ten minutes
+	@.venv/bin/python benchmarks/engines.py --runs $(RUNS)
 
 bench: setup ## Measure us and the peers side by side, on a quiet machine, about 20 minutes; ROWS="1 2" for some rows, RUNS=5
 	@.venv/bin/python benchmarks/run.py --runs $(RUNS) --rows "$(ROWS)"
