@@ -2,11 +2,11 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Run by the role on the host: judges a configuration before it replaces the one in force, keeps the records safe
-when the release changes, and
-tells whether the daemon has taken in what stands on the disk.
+"""Judge a configuration before it replaces the one in force, back up the records, and tell what the daemon knows.
 
-Every command prints one JSON object. Exit status 1 and a line on standard error: refused, and nothing was changed.
+The role runs this on the host. ``secure`` protects the records when the release changes; ``settle`` tells whether the
+daemon has read the files on the disk. Every command prints one JSON object. Exit status 1 with a line on standard error
+means: refused, and nothing was changed.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-# How a file begins that the role wrote (agentlabd__managed).
+# The first line of each file that the role writes (agentlabd__managed).
 MANAGED = b"# Managed by the role agentlab.proxmox.agentlabd"
 BACKUP = re.compile(r"agentlab-(?P<version>.+)-schema(?P<schema>\d+)-(?P<at>\d{8}T\d{6}Z)\.db$")
 
 
 class Refused(Exception):
-    """Why nothing was done."""
+    """The reason why nothing was done."""
 
 
 def main() -> int:
@@ -71,21 +71,20 @@ def main() -> int:
 
 
 def judge(given: argparse.Namespace) -> dict[str, Any]:
-    """Standard input: {"config.yaml": text, "cleanup.yaml": text, "ca.pem": text or null, "profiles": {name: text},
-    "remove": file names}, as it would
-    stand in ``etc``.
+    """Judge a configuration as a whole, by the release that is to run, and as the user that it is to run as.
 
-    Everything is judged together, by the release that is to run, as the user that it is to run as: {"restart": whether
-    a reload would not do}.
+    Standard input is {"config.yaml": text, "cleanup.yaml": text, "ca.pem": text or null, "profiles": {name: text},
+    "remove": file names}, with the files as they would stand in ``etc``. Returns {"restart": whether a reload is not
+    enough}. Raises Refused.
     """
     import yaml
 
     texts: dict[str, Any] = json.load(sys.stdin)
     user = pwd.getpwnam(given.user)
-    # In memory: a secret never reaches the disk before its file has the right owner.
+    # In memory, so that a secret never reaches the disk before its file has the right owner.
     with tempfile.TemporaryDirectory(prefix="agentlab-check-", dir="/run" if os.geteuid() == 0 else None) as made:
         folder = Path(made)
-        # What somebody put there by hand counts too, unless it is to be replaced.
+        # Profiles that a person put there count too, unless they are about to be replaced.
         profiles = given.etc / "profiles"
         (folder / "profiles").mkdir()
         for path in sorted(profiles.glob("*.yaml")) if profiles.is_dir() else []:
@@ -103,7 +102,7 @@ def judge(given: argparse.Namespace) -> dict[str, Any]:
             (folder / "ca.pem").write_text(texts["ca.pem"], encoding="utf-8")
             staged["ca_path"] = f"{folder}/ca.pem"
         (folder / "config.yaml").write_text(yaml.safe_dump(staged), encoding="utf-8")
-        # The folder last: until it is the user's, nobody can put a link where a file was.
+        # Change the folder last: until then the user cannot replace a file by a link.
         for path in (*sorted(folder.rglob("*"), reverse=True), folder):
             path.chmod(0o700 if path.is_dir() else 0o600)
             os.chown(path, user.pw_uid, user.pw_gid, follow_symlinks=False)
@@ -125,7 +124,7 @@ def judge(given: argparse.Namespace) -> dict[str, Any]:
             },
         )
     if done.returncode:
-        # The words alone, without the time and the level of a log.
+        # Keep only the message, without the time and level of the log.
         words = re.sub(r"(?m)^[-\d]+ [\d:,]+ [A-Z]+ (Error: )?", "", (done.stderr or done.stdout).strip()).replace(
             made, str(given.etc)
         )
@@ -134,7 +133,7 @@ def judge(given: argparse.Namespace) -> dict[str, Any]:
 
 
 def _needs_restart(given: argparse.Namespace, config: dict[str, Any]) -> bool:
-    """Some keys are read at the start only."""
+    """Return whether a key has changed that the daemon reads only at its start."""
     import yaml
 
     try:
@@ -158,10 +157,10 @@ def _core(release: Path, module: str) -> Any:
 
 
 def secure(given: argparse.Namespace) -> dict[str, Any]:
-    """{"schema", "known", "backup", "restored"}: schema of the records and of the release, the copy that was made,
-    the one that was restored.
+    """Back up the records before a change of release, and restore a backup when the records are too new for it.
 
-    The daemon must not run. A copy is restored only when the records' schema is newer than the release knows.
+    Returns {"schema", "known", "backup", "restored"}: the schema of the records, the schema of the release, the new
+    backup, the restored backup. The daemon must not run.
     """
     known = _core(given.release, "store.schema").VERSION
     answer: dict[str, Any] = {"schema": None, "known": known, "backup": None, "restored": None}
@@ -196,7 +195,7 @@ def _schema(path: Path) -> int:
 
 
 def _backups(folder: Path) -> list[tuple[Path, int]]:
-    """Newest first, each with its schema."""
+    """Return the backups, newest first, each with its schema."""
     found = [
         (match["at"], path, int(match["schema"]))
         for path in folder.glob("agentlab-*.db")
@@ -206,7 +205,7 @@ def _backups(folder: Path) -> list[tuple[Path, int]]:
 
 
 def _copy(source: Path, target: Path) -> None:
-    """SQLite's own way, which sees what stands in the WAL; on the disk before it has its name."""
+    """Copy the records with SQLite's backup function, which includes the WAL. Sync the copy before it gets its name."""
     draft = target.with_suffix(".part")
     draft.unlink(missing_ok=True)
     os.close(os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
@@ -215,7 +214,7 @@ def _copy(source: Path, target: Path) -> None:
         contextlib.closing(sqlite3.connect(draft)) as copy,
     ):
         conn.backup(copy)
-        # One file, without a WAL beside it.
+        # The copy is a single file, without a WAL.
         copy.execute("PRAGMA journal_mode = DELETE")
         if copy.execute("PRAGMA quick_check").fetchone()[0] != "ok":
             raise Refused(f"the copy of {source} is damaged, and so may be the records; nothing was changed")
@@ -225,11 +224,11 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def _restore(copy: Path, database: Path) -> None:
-    """Put a copy in the place of the records, with their owner and mode."""
+    """Replace the records by a copy. Keep the owner and mode of the records."""
     was = database.stat()
     draft = database.with_name(f".{database.name}.restored")
     draft.unlink(missing_ok=True)
-    # The folder is the daemon's, and we are root: nothing is written through a link that stands there.
+    # We are root, and the folder belongs to the daemon. So never write through a link in it.
     with (
         copy.open("rb") as source,
         open(os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW, 0o600), "wb") as target,
@@ -239,27 +238,27 @@ def _restore(copy: Path, database: Path) -> None:
         os.fchmod(target.fileno(), was.st_mode & 0o777)
         target.flush()
         os.fsync(target.fileno())
-    # A WAL belongs to the file that it was written for.
+    # The old WAL belongs to the replaced file.
     for suffix in ("-wal", "-shm"):
         database.with_name(database.name + suffix).unlink(missing_ok=True)
     draft.rename(database)
     _sync(database.parent)
 
 
-# ---- what the daemon has taken in ----
+# ---- what the daemon has read ----
 
 
 def settle(given: argparse.Namespace) -> dict[str, Any]:
-    """{"settled", "noted"}: a run that is broken off between writing a file and telling the daemon leaves them
-    apart, and no file changes in the next.
+    """Return {"settled", "noted"}: whether the daemon has read the present files.
 
-    The list of what the daemon was last told of lies beside the releases, for root only: it holds a hash of the file
-    with the secret.
+    A run that is interrupted between writing a file and telling the daemon leaves the two different, and the next run
+    changes no file. The note of what the daemon was last told is beside the releases, readable for root only, because
+    it contains a hash of the file with the secret.
     """
     note = given.lib / "settled"
     there = _fingerprint(given)
     known = note.read_text(encoding="utf-8") if note.exists() else ""
-    # Before the first start there is nothing to catch up with.
+    # Before the first start there is no daemon that could be behind.
     answer = {
         "settled": there == known or not (given.lib / "current").is_symlink(),
         "noted": given.note and there != known,
@@ -275,7 +274,7 @@ def settle(given: argparse.Namespace) -> dict[str, Any]:
 
 
 def _fingerprint(given: argparse.Namespace) -> str:
-    """Of the files that the role writes; what somebody put beside them is theirs to make known."""
+    """Return a fingerprint of the files that the role writes. Files of other people do not count."""
     profiles = [
         path for path in sorted((given.etc / "profiles").glob("*.yaml")) if path.read_bytes().startswith(MANAGED)
     ]

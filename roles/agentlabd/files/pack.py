@@ -2,10 +2,10 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Run by the role on the controller: what is to be installed, as one piece instead of a hundred copied files.
+"""Pack everything that is to be installed into one archive, instead of a hundred copied files.
 
-``info`` prints JSON: the version, a manifest as sha256sum reads it, and the example profiles. ``archive`` prints a
-gzipped tar in base64.
+The role runs this on the controller. ``info`` prints JSON: the version, a manifest in the form of sha256sum, and the
+example profiles. ``archive`` prints a gzipped tar in base64.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ import tarfile
 from pathlib import Path
 
 FILES = Path(__file__).resolve().parent
-# The core of the modules, in the same collection: the daemon runs on a copy of it.
+# The modules' core in the same collection. The daemon runs on a copy of it.
 CORE = FILES.parents[2] / "plugins" / "module_utils" / "_core"
 PACKAGES = ("agentlab_core", "agentlabd", "agentlab_cli")
 
 
 def contents() -> dict[str, bytes]:
-    """Return name on the host -> content, of the core (as agentlab_core) and of everything beside this file."""
+    """Return {name on the host: content} for the core (as agentlab_core) and all files beside this one."""
     files: dict[str, bytes] = {}
     for folder, prefix in ((CORE, "agentlab_core/"), (FILES, "")):
         for path in sorted(folder.rglob("*")):

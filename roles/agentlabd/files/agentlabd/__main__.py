@@ -17,7 +17,7 @@ from . import LAST_WORD, __version__, logs
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The exit status: 0 ended as asked, 1 could not start or failed."""
+    """Run the command and return the exit status: 0 ended as asked, 1 could not start or failed."""
     parser = argparse.ArgumentParser(
         prog="agentlabd", description="Daemon of agentlab.proxmox: ends leases, cleans up, reconciles, serves the API."
     )
@@ -92,7 +92,7 @@ def copy(source: str, target: str) -> int:
 
 
 def migrate(config: Config) -> int:
-    """Make or update the tables of the records."""
+    """Create or migrate the tables of the records; return the exit status."""
     from agentlab_core.store import schema
     from agentlab_core.store.open import open_database
 

@@ -2,10 +2,10 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""What rests, waits or fails at the moment: one list, which status, log and metrics tell alike.
+"""Collect what is held, waiting or failing at the moment, as one list for status, log and metrics.
 
-Each condition is collected anew from what the daemon knows; nothing in here asks Proxmox VE. When a condition began is
-remembered between looks.
+Each condition is collected again from the daemon's own data, without a request to Proxmox VE. Only the beginning of
+each condition is remembered.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from agentlab_core.errors import AgentlabError
 from .logs import log
 
 RESTS, WAITS, FAILS = "rests", "waits", "fails"
-# What can be in a condition, and so a label of the metric: each is there from the start.
+# Parts that can have a condition. They are label values of the metric, so all exist from the start.
 PARTS = (
     "expiry",
     "reconcile",
@@ -39,16 +39,16 @@ PARTS = (
     "configuration",
     "socket",
 )
-# Seconds after which a wait is told.
+# Seconds of waiting before a wait is reported.
 _WAIT_SECONDS = 5.0
 _JOB_SECONDS = 60.0
-# An interrupted operation is taken up by the next reconcile; one that stays has a cause that somebody has to mend.
+# The next reconcile resumes an interrupted operation. After this many seconds a person has to remove the cause.
 _INTERRUPTED_SECONDS = 3600
 
 
 @dataclass(slots=True)
 class Condition:
-    """One part of the daemon that does not do its work: how, since when (seconds since the epoch), why, and what to
+    """A part of the daemon that does not do its work: the condition, since when (seconds since the epoch), why, what to
     do.
     """
 
@@ -69,18 +69,18 @@ class Condition:
 
 
 class Conditions:
-    """Collects them, remembers when each began, and logs each once when it begins and when it ends."""
+    """Collect the conditions, remember when each began, and log the beginning and end of each once."""
 
     def __init__(self, service: Any) -> None:
-        # A Service, which has these conditions.
+        # The Service that owns this object.
         self._service = service
-        # What the look at the socket found, by the event loop.
+        # Set by the event loop after its last look at the socket's file.
         self.socket_problem: str | None = None
         self._since: dict[tuple[str, str], int] = {}
         self._logged: dict[str, str] = {}
 
     def now(self) -> list[Condition]:
-        """Return all conditions of this moment, each with its beginning."""
+        """Return all present conditions, each with its beginning."""
         found = list(self._collect())
         keys = {(one.part, one.condition) for one in found}
         for key in set(self._since) - keys:
@@ -91,13 +91,13 @@ class Conditions:
         return found
 
     def tell(self) -> None:
-        """Log what began and what ended since the last look."""
+        """Log the conditions that began or ended since the last call."""
         found: dict[str, Condition] = {}
         for one in self.now():
             found.setdefault(one.part, one)
         for part, one in found.items():
             if self._logged.get(part) != one.condition:
-                # Failures of a job are told where they happen.
+                # The scheduler logs failures of jobs itself.
                 if part not in ("reconcile", "cleanup", "configuration"):
                     log.warning("%s %s: %s. %s", part, one.condition, one.why, one.todo)
                 self._logged[part] = one.condition
@@ -147,7 +147,7 @@ class Conditions:
                 "end that process, or wait until it has done",
                 began,
             )
-            # The other looks would wait, too.
+            # The other reads would wait as well.
             return
         damaged = service.damage()
         if damaged:
@@ -263,9 +263,9 @@ def _seconds(text: str | None) -> int | None:
 
 
 def _locker(database: str) -> str:
-    """Name the process that holds the writer's lock of the records, as far as this host tells."""
+    """Return which process holds the writer's lock of the records, as far as this host shows it."""
     try:
-        # SQLite's writer holds byte 120 of the -shm file.
+        # SQLite's writer locks byte 120 of the -shm file.
         shared = os.stat(f"{database}-shm")
         wanted = f"{os.major(shared.st_dev):02x}:{os.minor(shared.st_dev):02x}:{shared.st_ino}"
         with open("/proc/locks", encoding="ascii", errors="replace") as file:

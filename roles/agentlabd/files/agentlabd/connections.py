@@ -2,12 +2,10 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Bounds on clients: how many connections, how long each may take, how many bytes they may have on the way.
+"""Limit the clients: number of connections, time for each, and bytes in transit. docs/bounds.md lists the limits.
 
-docs/bounds.md lists them.
-
-A gate stands between asyncio and aiohttp's protocol of each connection. aiohttp bounds none of this before a request's
-head is complete, and what it can bound differs between the releases that Debian 12 and 13 have.
+A gate stands between asyncio and aiohttp's protocol of each connection. aiohttp limits none of this before the head of
+a request is complete. Its own limits differ between the releases in Debian 12 and 13.
 """
 
 from __future__ import annotations
@@ -22,33 +20,33 @@ from .logs import log, seldom
 
 # Seconds from the first byte of a request (or from the connection) until its head is complete.
 HEAD_SECONDS = 10.0
-# Seconds for a request's body.
+# Seconds for the body of a request.
 BODY_SECONDS = 30.0
-# Seconds a connection may be idle between two requests, and a client may take to read an answer.
+# Seconds that a connection may be idle between two requests, and that a client may take to read an answer.
 IDLE_SECONDS = 60.0
-# Bytes of a request's head, and of what a client sends ahead while its request is being answered.
+# Bytes of the head of a request, and of data that a client sends ahead of its answer.
 HEAD_BYTES = 128 * 1024
 # Bytes of one body.
 BODY_BYTES = 1024 * 1024
-# Bytes of all bodies that are on their way or being worked on; the first SMALL_BODY bytes of each are not counted, so a
-# small one always passes.
+# Bytes of all bodies in transit or in work. The first SMALL_BODY bytes of each do not count, so small bodies always
+# pass.
 BODIES_BYTES = 8 * 1024 * 1024
 SMALL_BODY = 16 * 1024
-# Bytes of all answers that their clients have not read yet, beyond what the kernel holds of each; and the seconds that
-# an answer may wait while there are more.
+# Bytes of all answers that clients have not read yet, without the kernel's own buffers. Above that, an answer may wait
+# ANSWER_SECONDS.
 ANSWERS_BYTES = 32 * 1024 * 1024
 ANSWER_SECONDS = 1.0
-# aiohttp stops reading a body when this much (twice) waits to be taken.
+# aiohttp stops reading a body when twice this number of bytes waits to be taken.
 READ_BYTES = 16 * 1024
-# Connections of each listener at once, where the process may have enough descriptors.
+# Maximum number of connections for each listener, if the process may open enough descriptors.
 CONNECTIONS = {"socket": 256, "listen": 64, "metrics_listen": 16}
-# Connections of each listener that asyncio accepts at one go, and that may wait in the kernel for it.
+# Connections that asyncio accepts at one time, and connections that may wait in the kernel, for each listener.
 ACCEPTED_AT_ONCE = 32
 QUEUE = 1024
-# Refused connections that are still told why; more of them are cut off without a word.
+# Refused connections at one time that get an answer. Further ones are closed without an answer.
 _TOLD = 16
 _TOLD_SECONDS = 1.0
-# Descriptors kept for the records, the log, the sockets and what a library opens for a moment.
+# Descriptors reserved for the records, the log, the sockets and short-lived files of libraries.
 _OWN_DESCRIPTORS = 64
 
 _HEAD, _BODY, _WORK, _LINGER, _IDLE, _REFUSED = "head", "body", "work", "linger", "idle", "refused"
@@ -56,7 +54,7 @@ _REASONS = {408: "Request Timeout", 431: "Request Header Fields Too Large", 503:
 
 
 def raise_descriptors() -> int:
-    """Raise the soft limit of descriptors to the hard one where that is allowed; returns the limit in force."""
+    """Raise the soft limit of descriptors to the hard limit where allowed, and return the limit in force."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 4096 if hard == resource.RLIM_INFINITY else min(hard, 4096)
     if soft < wanted:
@@ -64,14 +62,15 @@ def raise_descriptors() -> int:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
             return wanted
         except (OSError, ValueError):
-            # The unit's system call filter refuses it; LimitNOFILE says there what the limit is.
+            # The system call filter of the unit forbids the change. LimitNOFILE in the unit sets the limit.
             return soft
     return soft
 
 
 def shares(descriptors: int, proxmox: int) -> dict[str, int]:
-    """How many connections each listener may have, so that descriptors are left for ``proxmox`` connections to
-    Proxmox VE (twice: requests, stops).
+    """Return the number of connections for each listener.
+
+    Leaves descriptors for ``proxmox`` connections to Proxmox VE twice, for requests and for stops.
     """
     reserved = _OWN_DESCRIPTORS + 2 * proxmox + len(CONNECTIONS) * (ACCEPTED_AT_ONCE + _TOLD)
     room, wanted = descriptors - reserved, sum(CONNECTIONS.values())
@@ -79,13 +78,13 @@ def shares(descriptors: int, proxmox: int) -> dict[str, int]:
 
 
 class Bodies:
-    """The bytes of all bodies that are on their way."""
+    """The bytes of all bodies in transit."""
 
     def __init__(self) -> None:
         self.bytes = 0
 
     def take(self, before: int, after: int) -> bool:
-        """Count a body that grew from ``before`` to ``after`` bytes; False when there is no room for it."""
+        """Count the growth of a body from ``before`` to ``after`` bytes. Returns False when there is no room for it."""
         more = max(0, after - SMALL_BODY) - max(0, before - SMALL_BODY)
         if self.bytes + more > BODIES_BYTES:
             return False
@@ -97,26 +96,26 @@ class Bodies:
 
 
 class UnreadAnswers:
-    """The answers that wait for their clients to read them, on all listeners together."""
+    """The answers on all listeners that their clients have not read yet."""
 
     def __init__(self) -> None:
-        # A dict keeps the order: the connection whose client has read nothing for longest is the first.
+        # A dict keeps the order: the first connection is the one whose client has read nothing for longest.
         self._gates: dict[Gate, None] = {}
         self._timer: asyncio.TimerHandle | None = None
 
     def add(self, gate: Gate) -> None:
-        """Count the answer of a connection whose client does not read as fast as the daemon writes."""
+        """Add a connection whose client reads more slowly than the daemon writes."""
         self._gates[gate] = None
         self._end_slowest()
 
     def remove(self, gate: Gate) -> None:
-        """Forget a connection whose client has read its answer, or that has ended."""
+        """Remove a connection whose client has read its answer, or that has ended."""
         self._gates.pop(gate, None)
 
     def _end_slowest(self) -> None:
-        """End the connections that wait longest until the rest is within ANSWERS_BYTES.
+        """End the longest waiting connections until the others are within ANSWERS_BYTES.
 
-        A client that reads as fast as it can is given ANSWER_SECONDS, however many ask at the same moment.
+        Each client gets ANSWER_SECONDS to read, however many clients ask at the same moment.
         """
         if self._timer is not None:
             self._timer.cancel()
@@ -136,7 +135,10 @@ class UnreadAnswers:
 
 
 class Listener:
-    """The connections of one listening socket; called for each new one. ``option`` names it in the log."""
+    """The connections of one listening socket.
+
+    Called for each new one. ``option`` is the listener's name in the log.
+    """
 
     def __init__(self, option: str, server: Callable[[], Any], most: int, unread: UnreadAnswers) -> None:
         self.option = option
@@ -144,7 +146,7 @@ class Listener:
         self.server = server
         self.unread = unread
         self.refused = 0
-        # By the protocol of aiohttp, which a request knows; those that came first are first.
+        # aiohttp's protocol (a request knows its own) -> gate, in the order of arrival.
         self.gates: dict[Any, Gate] = {}
         self.told = 0
 
@@ -152,8 +154,9 @@ class Listener:
         return Gate(self)
 
     def make_room(self) -> bool:
-        """Whether one more connection may be served; with all places taken, the one that has been idle longest loses
-        its own.
+        """Return whether one more connection can be served.
+
+        If all places are taken, close the longest idle connection.
         """
         if len(self.gates) < self.most:
             return True
@@ -164,16 +167,16 @@ class Listener:
         return True
 
     def head_is_complete(self, protocol: Any) -> Gate | None:
-        """A request's head was read: its body is expected now."""
+        """Return the gate of a request whose head is complete, and wait for its body."""
         gate = self.gates.get(protocol)
         if gate is not None:
-            # The body has a deadline of its own, where it is read.
+            # Reading the body has its own deadline; this one is only a fallback.
             gate.expect(_BODY, BODY_SECONDS * 2)
         return gate
 
 
 class Gate(asyncio.Protocol):
-    """One connection, seen from outside of aiohttp."""
+    """One connection, as seen from outside aiohttp."""
 
     def __init__(self, listener: Listener) -> None:
         self._listener = listener
@@ -181,7 +184,7 @@ class Gate(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._state = _HEAD
-        # Bytes of the head so far, or sent ahead; and the last of them, in which the head's end may begin.
+        # Number of bytes of the head so far or sent ahead, and the last bytes, in which the end of the head may begin.
         self._bytes = 0
         self._tail = b""
         self._sending = False
@@ -190,15 +193,15 @@ class Gate(asyncio.Protocol):
 
     @property
     def unread_bytes(self) -> int:
-        """Return how many bytes of answers wait in this process until the client reads."""
+        """Return how many bytes of answers wait in this process for the client to read."""
         return 0 if self._transport is None else self._transport.get_write_buffer_size()
 
     @property
     def replaceable(self) -> bool:
-        """Nothing is asked over it, or what is asked has not been sent; no answer is on its way."""
+        """Return whether the connection may be closed: no complete request, no answer in transit."""
         return self._state in (_HEAD, _IDLE) and not self._sending
 
-    # ---- what asyncio says ----
+    # ---- callbacks of asyncio ----
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
@@ -237,13 +240,14 @@ class Gate(asyncio.Protocol):
             self._refuse(431, f"the head of the request is larger than {HEAD_BYTES} bytes", "head_too_large")
             return
         if complete:
-            # Its body has a deadline of its own, where it is read.
+            # Reading the body has its own deadline; this one is only a fallback.
             self.expect(_BODY, BODY_SECONDS * 2)
         self._inner.data_received(data)
 
     def _ends_head(self, data: bytes) -> bool:
-        """Count the bytes of a head; whether these are its last (an empty line ends it, also one without a carriage
-        return).
+        """Count the bytes of a head; return whether it is complete.
+
+        An empty line ends it, with or without carriage return.
         """
         known = len(self._tail)
         window = self._tail + data
@@ -288,7 +292,7 @@ class Gate(asyncio.Protocol):
     # ---- deadlines ----
 
     def expect(self, state: str, seconds: float | None) -> None:
-        """Wait for the end of this state for so many seconds; None: for ever."""
+        """Set the state, and the seconds until it must have ended; None: no limit."""
         loop = asyncio.get_running_loop()
         if self._timer is not None:
             self._timer.cancel()
@@ -296,27 +300,28 @@ class Gate(asyncio.Protocol):
         self._timer = None if seconds is None else loop.call_later(seconds, self._late)
 
     def body_goes_on(self, seconds: float) -> None:
-        """A body that is a file has this long until more of it is there."""
+        """Give a body that is a file this many seconds until its next bytes."""
         if self._state == _BODY:
             self.expect(_BODY, seconds)
 
     def body_is_read(self) -> None:
-        """The request is complete: what happens now takes as long as it takes."""
+        """Stop the clock: the request is complete, and the work on it has no deadline here."""
         self._bytes = 0
         self._tail = b""
         self.expect(_WORK, None)
 
     def answered(self, complete: bool) -> None:
-        """The answer is handed over.
+        """Continue after an answer.
 
-        ``complete``: so was the request; aiohttp reads the rest of one that was not, for some seconds, and ends.
+        ``complete``: the request was complete too. Otherwise aiohttp reads the rest of the request for some seconds and
+        ends.
         """
         if self._state == _REFUSED:
             return
         if not complete:
             self.expect(_LINGER, IDLE_SECONDS)
         elif self._bytes and self._state == _WORK:
-            # The next request came meanwhile, or a part of it.
+            # The next request, or a part of it, has arrived meanwhile.
             self.expect(_HEAD, HEAD_SECONDS)
         else:
             self.expect(_IDLE, IDLE_SECONDS)
@@ -339,7 +344,7 @@ class Gate(asyncio.Protocol):
             self._transport.abort()
 
     def _refuse(self, status: int, message: str, code: str) -> None:
-        """Say why, as far as that costs nothing, and end the connection."""
+        """Send the reason if that is cheap, and end the connection."""
         assert self._transport is not None
         if self._listener.told >= _TOLD or self._transport.is_closing():
             self.cut(message)
@@ -353,7 +358,7 @@ class Gate(asyncio.Protocol):
             ).encode()
             + body
         )
-        # Closed at once, with its request unread, the client would get a reset instead of the answer.
+        # Closing at once, with the request unread, would give the client a reset instead of the answer.
         if self._transport.can_write_eof():
             self._transport.write_eof()
         self.expect(_REFUSED, _TOLD_SECONDS)

@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""The process: starts the parts, waits for signals, ends in order."""
+"""Run the process: start the parts, wait for signals, stop the parts in order."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .scheduler import Scheduler
 from .scrape import Scrape
 from .service import Service
 
-# How often the socket's file and the records' are looked for.
+# Seconds between two checks of the files of the socket and the records.
 _LOOK_SECONDS = 2.0
 
 
@@ -37,12 +37,12 @@ class Daemon:
         self.scheduler = Scheduler(service)
         service.metrics.registry.register(Scrape(service))
         self._end = asyncio.Event()
-        # Set by SIGHUP. A storm of them asks for one reload, so that SIGTERM never waits behind thousands.
+        # Set by SIGHUP. Many SIGHUPs so cause one reload, and SIGTERM never waits behind thousands of them.
         self._hangup = asyncio.Event()
         self._failure: BaseException | None = None
 
     async def run(self) -> bool:
-        """Until SIGTERM or SIGINT; True when nothing had to be abandoned."""
+        """Run until SIGTERM or SIGINT. Returns False when work had to be abandoned."""
         handle_signals({signal.SIGTERM: self._end.set, signal.SIGINT: self._end.set, signal.SIGHUP: self._hangup.set})
         try:
             await self.api.listen()
@@ -70,7 +70,7 @@ class Daemon:
         watchdog.cancel()
         reloads.cancel()
         look.cancel()
-        # A second SIGTERM must not kill a daemon that has nearly ended.
+        # A second SIGTERM must not kill a daemon that is about to end.
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
         if self._failure:
@@ -82,7 +82,7 @@ class Daemon:
         return f"cleanup: {len(policy.rules)} rules, mode {policy.mode}" if policy.enabled else "cleanup: off"
 
     def _ended(self, task: asyncio.Task[None]) -> None:
-        """A loop that ends by itself is an error of ours: better a new start than a daemon that only seems to work."""
+        """End the daemon when one of its loops has ended: a restart is better than a daemon that only seems to work."""
         if not task.cancelled() and task.exception():
             log.critical("internal error: a loop of the daemon ended", exc_info=task.exception())
             self._failure = task.exception()
@@ -101,18 +101,18 @@ class Daemon:
             self._reload()
 
     async def _look_after(self) -> None:
-        """Look every few seconds whether what the daemon stands on is still there; costs some calls of stat."""
+        """Check every few seconds that the files under the daemon still exist. Costs some calls of stat."""
         service = self.service
         while True:
             await asyncio.sleep(_LOOK_SECONDS)
             if self._end.is_set():
                 return
             service.conditions.socket_problem = await self.api.look_after_socket()
-            # In a thread: it reads the records.
+            # In a thread, because it reads the records.
             await asyncio.get_running_loop().run_in_executor(service.records_pool, service.conditions.tell)
 
     def _reload(self) -> None:
-        """SIGHUP: reading a few small files holds nothing up."""
+        """Reload the configuration after SIGHUP. Reading a few small files delays nothing."""
         if self._end.is_set():
             return
         self.manager.reloading()
@@ -129,13 +129,14 @@ class Daemon:
         self.manager.ready(f"serving {self.service.config.socket}")
 
     async def _stop(self) -> bool:
-        """Begin nothing new, let what is under way end; after stop_timeout it is abandoned: the journal tells the
-        next start.
+        """Start nothing new, and wait up to stop_timeout for work under way. Returns False when work was abandoned.
+
+        The journal holds abandoned work for the next start.
         """
         self.scheduler.stop()
         self.service.begin_no_more()
         self.manager.stopping("finishing what is under way")
-        # What was waiting for a thread is cancelled by now, and its client gets the answer.
+        # Work that waited for a thread is cancelled by now. Let its clients get their answer.
         await asyncio.sleep(0)
         left = set(self.service.under_way)
         if left:
@@ -151,13 +152,13 @@ class Daemon:
                 self._named(left),
             )
             return False
-        # Answers that are ready now go out before the sockets close.
+        # Let finished answers go out before the sockets close.
         await asyncio.sleep(0)
         await self.api.close()
         return True
 
     def _named(self, work: set[asyncio.Future[Any]]) -> str:
-        """Ten of them by name."""
+        """Return the names of up to ten pieces of work."""
         names = sorted(self.service.under_way.get(one, "what has just ended") for one in work)
         return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
@@ -178,7 +179,7 @@ def handle_signals(actions: Mapping[signal.Signals, Callable[[], object]]) -> No
 
 
 def run(config: Config, path: str | None, environment: Mapping[str, str], asked: str | None = None) -> int:
-    """Serve until told to end; the exit status."""
+    """Serve until told to end, and return the exit status."""
     service = Service(config, path, environment, asked)
     try:
         clean = asyncio.run(_serve(service))
@@ -186,12 +187,12 @@ def run(config: Config, path: str | None, environment: Mapping[str, str], asked:
         service.close()
         raise
     except Exception:
-        # Told already, where it happened. Threads may be waiting for anything.
+        # The error was logged where it happened. Other threads may still be waiting.
         log.error("%s", LAST_WORD)
         sys.stderr.flush()
         os._exit(1)
     if not clean:
-        # Threads that wait for Proxmox cannot be ended; the journal holds what they were about.
+        # Threads that wait for Proxmox cannot be ended. The journal holds their work.
         sys.stderr.flush()
         os._exit(0)
     service.close()

@@ -2,10 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Logging to standard error: with priorities for the journal, with a time for anything else.
-
-One message is one line.
-"""
+"""Log to standard error, one line for each message: with a priority for the journal, else with a time."""
 
 from __future__ import annotations
 
@@ -20,17 +17,16 @@ from agentlab_core.escapes import escape_controls
 log = logging.getLogger("agentlabd")
 
 _PRIORITY = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3, logging.CRITICAL: 2}
-# Lines of one kind that clients or libraries can cause: one in so many seconds; the next one says how many there were.
+# Seconds in which one line of a kind passes that clients or libraries can cause. The next line counts those held back.
 SELDOM_SECONDS = 60.0
-# Lines of requests that changed nothing, for each who asks, in so many seconds. What changes something is always
-# logged.
+# Lines in SELDOM_SECONDS for each client about requests that changed nothing. Changes are always logged.
 IDLE_LINES = 60
-# Kinds that are remembered; names of loggers and of places in the code, so there are few.
+# Kinds to remember. They are names of loggers and places in the code, so there are few.
 _KINDS = 1000
 
 
 class _Journal(logging.Formatter):
-    """systemd reads the priority from the beginning of each line."""
+    """Put the priority at the beginning of each line, where systemd reads it."""
 
     def format(self, record: logging.LogRecord) -> str:
         prefix = f"<{_PRIORITY.get(record.levelno, 6)}>"
@@ -43,23 +39,24 @@ class _Plain(logging.Formatter):
 
 
 def _lines(text: str, record: logging.LogRecord) -> list[str]:
-    """The lines of a message, of which only a traceback has several: a name with a line feed must not look like a
-    line of ours.
+    """Return the lines of a message.
+
+    Only a traceback may have several: a name with a line feed must not forge a line.
     """
     lines = text.split("\n") if record.exc_info else [text.replace("\r", " ").replace("\n", " ")]
     return [escape_controls(line, "\t") for line in lines]
 
 
 class _Seldom(logging.Filter):
-    """Let one line of a kind pass each minute, or as many as ``seldom`` allows, and count the rest.
+    """Let one line of a kind pass each minute, or as many as ``seldom`` allows, and count the others.
 
-    A kind is named by ``seldom``, or is a library's logger and text, or the place of an exception.
+    A kind is the name given to ``seldom``, or a library's logger and text, or the place of an exception.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._lock = threading.Lock()
-        # Kind -> when its minute began, how many lines passed in it, and how many were held back.
+        # Kind -> beginning of its minute, lines passed in it, lines held back.
         self._passed: dict[str, tuple[float, int, int]] = {}
 
     def filter(self, record: logging.LogRecord) -> bool:
@@ -92,17 +89,17 @@ class _Seldom(logging.Filter):
                 if place
                 else type(error).__name__
             )
-        # Lines of our own are about somebody's request or about a job, and each is needed.
+        # Our own lines are about a request or a job, and each is needed.
         return None if record.name.startswith(log.name) else f"{record.name} {str(record.msg)[:80]}"
 
 
 def seldom(level: int, kind: str, text: str, *values: object, allowed: int = 1) -> None:
-    """Log a line of which a client can cause very many: ``allowed`` of the kind a minute, the rest is counted."""
+    """Log a line that a client can cause very often: ``allowed`` lines of the kind a minute. The others are counted."""
     log.log(level, text, *values, extra={"kind": kind, "allowed": allowed})
 
 
 def to_journal() -> bool:
-    """Whether standard error is the journal's socket: JOURNAL_STREAM names its device and inode."""
+    """Return whether standard error is the journal's socket. JOURNAL_STREAM names its device and inode."""
     try:
         device, _colon, inode = os.environ.get("JOURNAL_STREAM", "").partition(":")
         found = os.fstat(sys.stderr.fileno())
@@ -112,11 +109,11 @@ def to_journal() -> bool:
 
 
 def setup(verbose: bool) -> None:
-    """Send everything of ours (and warnings of the libraries) to standard error."""
+    """Send our log, and warnings of libraries, to standard error."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Journal("%(message)s") if to_journal() else _Plain("%(asctime)s %(levelname)s %(message)s"))
     handler.addFilter(_Seldom())
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
-    # Requests that are no HTTP are answered with 400; they are not worth a trace each.
+    # Requests that are not HTTP get a 400. They are not worth a traceback each.
     logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)
     log.setLevel(logging.DEBUG if verbose else logging.INFO)

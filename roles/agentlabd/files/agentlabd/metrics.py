@@ -2,10 +2,9 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Counters for Prometheus, in a registry of their own.
+"""Count for Prometheus, in a registry of its own.
 
-No label names a single VM, and each value of a label is there from the start. ``scrape`` adds the values that are read
-at the time of a scrape.
+No label names a single VM, and all values of a label exist from the start. ``scrape`` adds values read during a scrape.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
-# The time at which each counter was made is of no use to anybody, and doubles the number of series.
+# The creation time of each counter is useless, and would double the number of series.
 os.environ.setdefault("PROMETHEUS_DISABLE_CREATED_SERIES", "true")
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -35,13 +34,13 @@ COUNTED_OPERATIONS = (
     *("exec", "exec_kill", "fetch", "put"),
 )
 _SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
-# How a destroy ended, as the kind of orphan it was.
+# Reason of a destroy -> kind of orphan that it removed.
 _ORPHANS = {"vm_absent": "vm_absent", "vmid_reused": "vmid_reused", "destroyed": "lease_over"}
 _MISMATCHES = {"foreign": "FOREIGN", "vmid_reused": "FOREIGN", "ambiguous": "AMBIGUOUS"}
 
 
 class Metrics:
-    """Count what the daemon does."""
+    """Count the daemon's work."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -122,7 +121,7 @@ class Metrics:
         Gauge("agentlab_build_info", "The version that runs", ["version"], registry=self.registry).labels(
             __version__
         ).set(1)
-        # Orphans of the last pass that are still there, by kind: each is counted once.
+        # Orphans of the last pass that still exist, by kind, so that each is counted only once.
         self._still_there: dict[str, set[int | None]] = {}
 
     def text(self) -> bytes:
@@ -131,7 +130,7 @@ class Metrics:
     # ---- operations ----
 
     def done(self, operation: str, outcomes: Iterable[Outcome]) -> None:
-        """Count what became of sandboxes."""
+        """Count the outcomes of an operation."""
         for one in outcomes:
             self.operations.labels(operation, result_of(one)).inc()
             self._identity(one.reason)
@@ -140,13 +139,13 @@ class Metrics:
             self._pass_over(one.extra.get("placement"))
 
     def _pass_over(self, decision: dict[str, Any] | None) -> None:
-        """Count the nodes that a decision passed over."""
+        """Count the nodes that a placement decision passed over."""
         for node in (decision or {}).get("nodes", ()):
             if not node["chosen"]:
                 self.passed_over.labels(node["reason"]).inc()
 
     def refused(self, operation: str, error: AgentlabError) -> None:
-        """Count an operation that ended with an error; a request that made no sense is none."""
+        """Count an operation that ended with an error. An invalid request does not count."""
         self._pass_over(error.detail.get("placement"))
         if isinstance(error, (StateConflict, Kept, Busy, GuardTripped, Frozen)) or (
             isinstance(error, CreationFailed) and error.detail.get("option")
@@ -160,7 +159,7 @@ class Metrics:
         self._identity(error.reason if isinstance(error, Kept) else None)
 
     def broke(self, operation: str) -> None:
-        """Count an operation that ended with an error of ours."""
+        """Count an operation that ended with an internal error."""
         self.operations.labels(operation, "failed").inc()
 
     def _identity(self, reason: str | None) -> None:
@@ -192,7 +191,7 @@ class Metrics:
         *,
         shadow: bool = False,
     ) -> None:
-        """Count a run of prune or of the rules that came to its end."""
+        """Count a completed run of prune or of the cleanup rules."""
         self.prune_candidates.set(candidates)
         self.prune_runs.labels("shadow" if shadow else "failed" if failed else "ok").inc()
         self.prune_items.labels("would_prune" if shadow else "pruned").inc(len(pruned))
@@ -209,9 +208,9 @@ class Metrics:
                     self.orphans.labels(_ORPHANS[one.reason]).inc()
 
     def prune_stopped(self, error: AgentlabError, *, by_rules: bool = False) -> None:
-        """Count a run that did nothing, or broke off.
+        """Count a run that did nothing or was aborted.
 
-        ``by_rules``: of the cleanup rules; a limit that somebody gives for one prune is no alarm.
+        ``by_rules``: a run of the cleanup rules. The limit of a single prune by a person is no alarm.
         """
         if isinstance(error, GuardTripped):
             if by_rules:
@@ -239,7 +238,7 @@ class Metrics:
 
 
 def result_of(outcome: Outcome) -> str:
-    """ok, failed, or kept (left alone for a reason of ours)."""
+    """Return ok, failed, or kept (left alone for a reason of ours)."""
     if outcome.outcome == "kept" or (outcome.failed and status_of(outcome.reason or "error") == 409):
         return "kept"
     return "failed" if outcome.failed else "ok"

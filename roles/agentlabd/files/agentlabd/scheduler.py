@@ -2,10 +2,10 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""What the daemon does by itself: end leases on time, compare with Proxmox, clean up. Between two of these it sleeps.
+"""Run the daemon's own jobs: expire leases on time, reconcile, clean up. Between them it sleeps.
 
-The loops only wait; the work is done in threads. A VM that is slow to stop holds up no other lease, and a slow Proxmox
-no loop but its own.
+The loops only wait; threads do the work. So a VM that stops slowly delays no other lease, and a slow Proxmox delays
+only its own loop.
 """
 
 from __future__ import annotations
@@ -35,25 +35,25 @@ from .service import Service
 
 T = TypeVar("T")
 
-# After a failure the next try comes soon, then later and later, up to the interval.
+# Seconds until the first retry after a failure. The pauses grow up to the interval.
 _FIRST_RETRY = 15.0
-# With records on PostgreSQL: how often a daemon asks whether it is its turn to reconcile and clean up, and whether a
-# controller that died left work behind. A job is taken over within 10 seconds, and the server needs up to 7 of them to
-# notice that a host vanished (store/postgres/engine.py).
+# On PostgreSQL: seconds between two checks whether this daemon reconciles and cleans up, and whether a dead controller
+# left work. A job is taken over within 10 seconds; the server needs up to 7 of them to notice a vanished host
+# (store/postgres/engine.py).
 _TURN_SECONDS = 1.0
-# How long a look waits that met a host without descriptors, threads or memory.
+# Seconds to wait after the host ran out of descriptors, threads or memory.
 _HOST_PAUSE_SECONDS = 5.0
 _LAST_CLEANUP = "cleanup_last_run"
 
 
 @dataclass(slots=True)
 class Job:
-    """When it was done last, when it is due, and what went wrong (None: nothing did)."""
+    """The last run of a job, the next one, and its last error (None: no error)."""
 
     last_run: int | None = None
     next_run: int | None = None
     last_error: str | None = None
-    # Since when it fails, and since when its present turn runs; None: it does not.
+    # Time since which it has been failing, and start of its present run; None: neither.
     failing_since: int | None = None
     running_since: int | None = None
 
@@ -70,7 +70,7 @@ class Job:
         self.last_run, self.last_error, self.failing_since = int(time.time()), None, None
 
     def failed(self, name: str, error: AgentlabError) -> None:
-        # Told once, not at every try.
+        # Log an error once, not at every retry.
         if error.message != self.last_error:
             log.warning("%s: %s", name, error.message)
         self.last_error = error.message
@@ -78,7 +78,7 @@ class Job:
 
 
 class Scheduler:
-    """Three loops: expiry, reconcile, cleanup."""
+    """Run the three loops: expiry, reconcile, cleanup."""
 
     def __init__(self, service: Service) -> None:
         self.service = service
@@ -92,9 +92,9 @@ class Scheduler:
         self._jobs = ThreadPoolExecutor(3, "job")
         self._stops = ThreadPoolExecutor(service.config.proxmox.connections, "stop")
         self.tasks: list[asyncio.Task[None]] = []
-        # Jobs that another controller did when this daemon last asked.
+        # Jobs that another controller was doing at the last check.
         self._done_elsewhere: set[str] = set()
-        # Sandboxes whose operation was cut off, at the last look.
+        # Sandboxes with an interrupted operation at the last check.
         self._left: set[str] = set()
         service.wake_expiry = self._wake
         service.jobs = {"expiry": self.expiry, "reconcile": self.reconcile, "cleanup": self.cleanup}
@@ -111,19 +111,17 @@ class Scheduler:
         self._loop.call_soon_threadsafe(self._look.set)
 
     def reloaded(self) -> None:
-        """Intervals and rules may be others now."""
+        """Apply new intervals and rules after a reload."""
         for one in (self._look, self._changed, self._reconsider):
             one.set()
 
     def stop(self) -> None:
-        """Begin nothing more."""
+        """Start nothing more."""
         for task in self.tasks:
             task.cancel()
 
     async def _run(self, work: Callable[[], T], name: str) -> T:
-        """Run it in a thread; when the loop is stopped meanwhile, the work goes on and is waited for elsewhere, by
-        that name.
-        """
+        """Run ``work`` in a thread and return its value. When the loop is stopped, the work goes on under ``name``."""
         job = self.service.jobs.get(name)
 
         def timed() -> T:
@@ -139,7 +137,7 @@ class Scheduler:
             try:
                 return await asyncio.shield(self.service.begin(self._jobs, timed, name))
             except Exception as error:
-                # A host without descriptors, threads or memory ends no job for good: later it may have them again.
+                # A lack of descriptors, threads or memory ends no job for good, because it may pass.
                 known = host_error(error)
                 if known is None:
                     raise
@@ -168,15 +166,15 @@ class Scheduler:
                 await asyncio.wait_for(self._look.wait(), pause)
 
     def _note_the_clock(self) -> None:
-        # A jump can be told only from a time noted before it.
+        # A jump can only be detected from a time stored before it.
         with contextlib.suppress(AgentlabError):
             timeguard.suspended(self.service.context("agentlabd"))
 
     def _expire(self) -> float:
-        """End the leases that are over; answers how long to sleep. Asks the records only."""
+        """Expire leases, and return the seconds to sleep. Reads only the records."""
         longest = float(self.service.config.expire_interval)
         ctx = self.service.context("agentlabd")
-        # Notes how far the records have come, and recognises an older copy.
+        # Also stores the newest event, and detects an older copy of the records.
         timeguard.hold_leases(ctx)
         due = overview.next_lease_end(ctx.records)
         if due is not None and due <= ctx.clock.now():
@@ -193,7 +191,7 @@ class Scheduler:
                 if one.sandbox is not None:
                     self._stop_vm(ctx, one.sandbox)
             if not passed.expired and all(one.failed for one in passed.renewed):
-                # Somebody else works on them; the next look may find them done.
+                # Other runs work on these sandboxes. They may be finished at the next look.
                 return min(longest, 1.0) if not passed.failed else longest
             due = overview.next_lease_end(ctx.records)
         return longest if due is None else min(longest, max(0.05, due - ctx.database.wall_time()))
@@ -216,7 +214,7 @@ class Scheduler:
             await self._wait_for_turn("reconcile")
             began = time.monotonic()
             try:
-                # The first pass finishes what an earlier run of the daemon was killed in.
+                # The first pass finishes operations in which an earlier daemon was killed.
                 found = await self._run(self._compare, "reconcile")
                 self.reconcile.done("reconcile")
                 self.service.metrics.reconciled(found)
@@ -241,8 +239,8 @@ class Scheduler:
         return reconcile.run(self.service.context("agentlabd"), apply=True, known_vms=self.service.known_vms)
 
     async def _rest(self, longest: float) -> None:
-        """Sleep until the next pass is due: for the interval, which a reload may change, or for ``longest`` if that
-        is shorter.
+        """Sleep until the next pass: for the interval, which a reload may change, or for ``longest`` seconds if
+        shorter.
         """
         began = time.monotonic()
         shared = self.service.base.database.controller is not None
@@ -255,12 +253,12 @@ class Scheduler:
                 return
 
     async def _wait_for_turn(self, job: str) -> None:
-        """Return when this daemon is the one that does the job; at once where no other works on these records."""
+        """Return once this daemon is the one that does the job; at once where no other daemon shares the records."""
         while not await self._run(functools.partial(self._lead, job), f"a look at whose turn {job} is"):
             await asyncio.sleep(_TURN_SECONDS)
 
     def _lead(self, job: str) -> bool:
-        """Return whether this daemon does the job now; False too while the database does not answer."""
+        """Return whether this daemon does the job now. False also while the database does not answer."""
         try:
             leads = self.service.base.database.lead(job)
         except AgentlabError as error:
@@ -278,9 +276,7 @@ class Scheduler:
         return leads
 
     def _is_work_left(self) -> bool:
-        """Return whether work of a dead controller waits that did not wait at the last look, or it is not this
-        daemon's turn any more.
-        """
+        """Return whether a dead controller has left new work since the last check, or this daemon has lost its turn."""
         if not self._lead("reconcile"):
             return True
         try:
@@ -316,7 +312,7 @@ class Scheduler:
             pause = None if due is None else max(0.0, due - self.service.base.database.wall_time())
             try:
                 await asyncio.wait_for(self._changed.wait(), pause)
-                # Other rules, another interval.
+                # Rules and interval have changed.
                 continue
             except TimeoutError:
                 pass
@@ -327,8 +323,9 @@ class Scheduler:
                 await self._run(self._clean, "cleanup")
 
     def _next_cleanup(self, policy: rules.Policy) -> int | None:
-        """When the rules run next: an interval and a little more after the last run, which a restart does not make
-        forgotten.
+        """Return the time of the next run of the rules: an interval and some jitter after the last one.
+
+        The time of the last run is in the records, so that a restart does not forget it.
         """
         if not policy.enabled:
             return None
@@ -337,11 +334,11 @@ class Scheduler:
         except AgentlabError:
             text = None
         now = int(self.service.base.database.wall_time())
-        # Not a number: somebody damaged it, and the run is due.
+        # A damaged value counts as "never": the run is due.
         last = int(text) if text and text.isdecimal() else None
         jitter = random.randint(0, policy.jitter)
         if last is None or not now - policy.interval <= last <= now:
-            # The first time, or overdue: let the start be over first.
+            # On the first run, or when overdue, let the start finish first.
             return now + min(policy.interval, 10) + jitter
         return last + policy.interval + jitter
 

@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Metrics that are read when Prometheus asks: states of sandboxes, conditions, requests to Proxmox."""
+"""Metrics that are read during a scrape: states of sandboxes, conditions, requests to Proxmox."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ ERRORS = ("api", "access", "unreachable", "unknown", "task")
 
 
 class Scrape:
-    """Collect the values of this moment: from the indexes of the records, and from memory."""
+    """Collect the present values from the indexes of the records, and from memory."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
 
     def describe(self) -> list[Metric]:
-        # Nothing is read before the first scrape.
+        # Register without reading anything: values are read at the first scrape.
         return []
 
     def collect(self) -> Iterator[Metric]:

@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""What the API and the scheduler share: the configuration in force, the database, the connections, the threads."""
+"""The state that API and scheduler share: the configuration in force, the database, connections, threads."""
 
 from __future__ import annotations
 
@@ -33,25 +33,25 @@ from .metrics import Metrics
 
 T = TypeVar("T")
 
-# Threads for what the records alone answer. SQLite serialises them anyway; a few hide the waiting for the disk.
+# Threads for requests answered by the records alone. SQLite serialises them, but a few hide the waiting for the disk.
 _READERS = 4
-# Commands and files inside sandboxes at once.
+# Commands and file transfers inside sandboxes at one time.
 GUESTS_AT_ONCE = 8
-# SQLite's own pages, for each of two connections: enough for a list of a thousand, and less than the two megabytes it
-# would take.
+# SQLite's page cache in KiB for each of two connections. Enough for a list of a thousand sandboxes; SQLite's default is
+# 2 MiB.
 _CACHE_KIB = 512
 _DAMAGE_SECONDS = 60.0
 _SHORTEST_TOKEN = 16
 
 
 class Service:
-    """One daemon. ``config`` and what hangs on it may be replaced by a reload; the database and the sockets stay."""
+    """One daemon. A reload may replace ``config`` and what depends on it; database and sockets stay."""
 
     def __init__(
         self, config: Config, path: str | None, environment: Mapping[str, str], asked: str | None = None
     ) -> None:
         self.path = path
-        # The file that was named at the start; None for the usual place.
+        # The configuration file named at the start; None for the default path.
         self._asked = asked
         self.environment = environment
         self.started_at = int(time.time())
@@ -63,29 +63,29 @@ class Service:
         self.base.database.limit_cache(_CACHE_KIB)
         self.loaded_at = self.started_at
         self.config_error: str | None = None
-        # The token of the TCP listener, as it was read last; None without one.
+        # The token of the TCP listener as last read; None without a listener.
         self.token = read_token(config.listen_token_file) if config.listen else None
         self.records_pool = ThreadPoolExecutor(_READERS, "records")
         self.work_pool = ThreadPoolExecutor(config.proxmox.connections, "work")
-        # What happens inside sandboxes takes as long as it takes: it must hold up nothing else.
+        # Work inside sandboxes may take arbitrarily long, so it has threads of its own.
         self.guest_pool = ThreadPoolExecutor(GUESTS_AT_ONCE, "guest")
-        # The doctor is asked when the others wait.
+        # The doctor is needed just when the other threads are stuck, so it has a thread of its own.
         self.doctor_pool = ThreadPoolExecutor(1, "doctor")
-        # Work that has not ended, and what it is; belongs to the event loop.
+        # Unfinished work -> its name. Used only in the event loop.
         self.under_way: dict[asyncio.Future[Any], str] = {}
-        # What waits for the next lease to be over looks again.
+        # Makes the loop that waits for the next expiry look again.
         self.wake_expiry: Callable[[], None] = lambda: None
-        # Set by the scheduler: what it does, by name.
+        # Job name -> Job. Set by the scheduler.
         self.jobs: dict[str, Any] = {}
-        # Set by the scheduler: whether this daemon reconciles and cleans up, or another controller of these records
-        # does.
+        # Whether this daemon (and not another controller of these records) reconciles and cleans up. Set by the
+        # scheduler.
         self.leads: dict[str, bool] = {}
-        # How often it took such a duty over from another controller.
+        # How often this daemon took the job over from another controller.
         self.takeovers = {"reconcile": 0, "cleanup": 0}
         self.last_cleanup: dict[str, Any] | None = None
-        # VMs with our marker and without a record, of the last reconcile: vmid, name, node.
+        # VMs with our marker but no record, from the last reconcile: vmid, name, node.
         self.unrecorded: list[dict[str, Any]] = []
-        # What the scheduled reconciles learnt of the VMs.
+        # Results of the scheduled reconciles that later ones reuse.
         self.known_vms = reconcile.KnownVms()
         self._damage: tuple[float, list[str]] = (0.0, [])
         self.conditions = Conditions(self)
@@ -97,18 +97,17 @@ class Service:
         return self.base.config
 
     def context(self, actor: str, *, dry_run: bool = False) -> Context:
-        """A run of its own on the shared database and connections."""
+        """Return a context for one run, on the shared database and connections."""
         return self.base.derive(actor=actor, dry_run=dry_run)
 
     def lease_changed(self) -> None:
         self.wake_expiry()
 
     def reload(self) -> list[str]:
-        """Read the files again and act by them from now on; what is under way goes on by the old ones.
+        """Read the files again and use them from now on. Work under way keeps the old values.
 
-        The keys that need a restart are returned.
-
-        Raises the error of a broken file: then everything stays as it was.
+        Returns the changed keys that need a restart. Raises the error of a broken file, and then keeps everything as it
+        was.
         """
         try:
             config, path = load(self._asked, self.environment)
@@ -121,29 +120,29 @@ class Service:
         stays = {name: getattr(self.config, name) for name in core_config.FIXED}
         waiting = [name for name, value in stays.items() if getattr(config, name) != value]
         self.path, self.policy, self.token = path, policy, token
-        # From the first one: a chain of all those before would grow with each reload.
+        # Derive from the first context: a chain of contexts would grow with each reload.
         self.base = self._owner.derive(actor="agentlabd", config=dataclasses.replace(config, **stays))
-        # Another cluster may be meant now.
+        # The configuration may now name another cluster.
         self.known_vms = reconcile.KnownVms()
         self.loaded_at, self.config_error = int(time.time()), None
         self.metrics.reload.set(1)
         return waiting
 
     def begin(self, pool: ThreadPoolExecutor, work: Callable[[], T], what: str) -> asyncio.Future[T]:
-        """Run something in a thread, and remember that it is under way. To be called in the event loop."""
+        """Run work in a thread, and remember its name until it ends. Called in the event loop."""
         done = asyncio.get_running_loop().run_in_executor(pool, work)
         self.under_way[done] = what
         done.add_done_callback(self.under_way.pop)
         return done
 
     def begin_no_more(self) -> None:
-        """What waits for a thread is cancelled; its client is told."""
+        """Cancel work that waits for a thread. Its clients get an answer that says so."""
         self.stopping.set()
         for pool in (self.work_pool, self.guest_pool, self.doctor_pool):
             pool.shutdown(wait=False, cancel_futures=True)
 
     def damage(self) -> list[str]:
-        """Return what is damaged in the records, a sentence each; looked for once a minute."""
+        """Return the damage in the records, one sentence each. Looks at most once a minute."""
         at, told = self._damage
         if not at or time.monotonic() - at > _DAMAGE_SECONDS:
             records = self.base.records
@@ -157,7 +156,7 @@ class Service:
         return timeguard.frozen(self.base)
 
     def clean(self, actor: str, *, dry_run: bool = False) -> cleanup.CleanupResult:
-        """Run the rules once. Busy while they run already; Frozen, GuardTripped as the core says."""
+        """Run the rules once. Raises Busy while they are running, and Frozen and GuardTripped as the core does."""
         policy = self.policy
         shadow = policy.mode == rules.SHADOW
         if not self._cleaning.acquire(blocking=False):
@@ -185,10 +184,10 @@ class Service:
         finally:
             self._cleaning.release()
 
-    # ---- the state of things ----
+    # ---- status ----
 
     def status(self) -> dict[str, Any]:
-        """What GET /v1/status answers; from the records and from memory."""
+        """Return the answer to GET /v1/status, from the records and from memory."""
         records = self.base.records
         under_way, interrupted = records.unfinished()
         conditions = [one.public() for one in self.conditions.now()]
@@ -223,17 +222,14 @@ class Service:
         }
 
     def close(self) -> None:
-        """Give up the threads that are idle, and the database."""
+        """Close idle threads and the database."""
         for pool in (self.work_pool, self.guest_pool, self.records_pool, self.doctor_pool):
             pool.shutdown(wait=True)
         self._owner.close()
 
 
 def check(config: Config) -> rules.Policy:
-    """Read the files that the configuration names; ConfigError for what cannot be used.
-
-    The cleanup rules are returned.
-    """
+    """Read the files that the configuration names, and return the cleanup rules. Raises ConfigError for a bad file."""
     authority = config.proxmox.ca_path
     if authority:
         core_config.refuse_special_file("ca_path", authority)
@@ -251,14 +247,14 @@ def check(config: Config) -> rules.Policy:
 
 
 def read_token(path: str | None) -> str:
-    """The bearer token of the TCP listener; the file must not be readable for others."""
+    """Return the bearer token of the TCP listener. Raises ConfigError if other users may read the file."""
     if path is None:
         raise ConfigError(
             "listen_token_file: missing, but listen is set; give a file with a token (openssl rand -hex 32)",
             option="listen_token_file",
         )
     try:
-        # A FIFO would hold the whole daemon up.
+        # O_NONBLOCK, because opening a FIFO would block the daemon.
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), encoding="ascii") as file:
             mode = os.fstat(file.fileno()).st_mode
             token = file.read(4096).strip() if stat.S_ISREG(mode) else ""
@@ -281,7 +277,7 @@ def read_token(path: str | None) -> str:
 
 
 def load(path: str | None, environment: Mapping[str, str]) -> tuple[Config, str | None]:
-    """The configuration, and the file it is from (None without one)."""
+    """Return the configuration, and the file that it comes from (None without a file)."""
     config = core_config.load({"config_file": path}, environment)
     found = path or environment.get("AGENTLAB_CONFIG") or core_config.CONFIG_FILE
     return config, found if os.path.exists(found) else None

@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""The HTTP status of each type of error. A type that is not in the table has no status, and a test fails."""
+"""Map each type of error to its HTTP status. A test fails for a type that is missing here."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from agentlab_core.vm.address import AgentUnusable
 from agentlab_core.workspaces.workspace_disk import WorkspaceRefused
 
 STATUSES: dict[type[errors.AgentlabError], int] = {
-    # The request makes no sense, or names nothing that there is.
+    # The request is invalid, or names an object that does not exist.
     errors.InvalidInput: 400,
     errors.NotFound: 404,
-    # The request is sound, and the state of things forbids it.
+    # The request is valid, but the present state forbids it.
     errors.StateConflict: 409,
     errors.Kept: 409,
     errors.Busy: 409,
@@ -29,30 +29,30 @@ STATUSES: dict[type[errors.AgentlabError], int] = {
     AgentUnusable: 409,
     GuestRefused: 409,
     CloudInitFailed: 409,
-    # The daemon itself: its files, its records, its code.
+    # The fault is in the daemon: its files, its records, its code.
     errors.AgentlabError: 500,
     errors.ConfigError: 500,
     errors.StoreError: 500,
     errors.DamagedRecord: 500,
-    # Proxmox VE refuses, or its task failed.
+    # Proxmox VE refused a request, or its task failed.
     errors.ProxmoxError: 502,
     errors.ApiError: 502,
     errors.AccessDenied: 502,
     GuestFailed: 502,
     errors.TaskFailed: 502,
     errors.TaskUnknown: 502,
-    # Ask again later.
+    # The client may ask again later.
     errors.Unreachable: 503,
     errors.Stopping: 503,
     errors.HostError: 503,
     errors.StoreUnavailable: 503,
-    # The time is up; Proxmox VE may still do it.
+    # The time limit has passed; Proxmox VE may still carry the request out.
     errors.OutcomeUnknown: 504,
     errors.TaskTimeout: 504,
 }
-# Outcomes carry an error's code as their reason. Subclasses share a code only with the same status.
+# The reason of a failed outcome is an error's code. Subclasses may share a code only if they share the status.
 _BY_CODE = {kind.code: status for kind, status in STATUSES.items()} | {"internal": 500}
-# Every other reason of an outcome ("protected", "unknown", ...) says why a sandbox was left alone.
+# Every other reason of an outcome ("protected", "unknown", ...) says why a sandbox was kept.
 _LEFT_ALONE = 409
 
 

@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Words to the service manager: ready, reloading, stopping, alive."""
+"""Notify the service manager: ready, reloading, stopping, alive."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import sdnotify
 
 
 class Manager:
-    """systemd, or nobody at all: then nothing is said."""
+    """Send notifications to systemd. Without systemd nothing is sent."""
 
     def __init__(self) -> None:
         self._notifier = sdnotify.SystemdNotifier()
@@ -35,7 +35,7 @@ class Manager:
 
 
 def watchdog_seconds() -> float | None:
-    """How often the service manager wants a word, or None."""
+    """Return the seconds within which the service manager expects a sign of life, or None."""
     try:
         period = int(os.environ.get("WATCHDOG_USEC", "0")) / 1e6
         meant = int(os.environ.get("WATCHDOG_PID", os.getpid()))

@@ -2,9 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Outcomes and errors of the core as HTTP answers: the status, and a body that says what a person and a program
-need.
-"""
+"""Turn outcomes and errors of the core into HTTP answers: a status, and a body for people and programs."""
 
 from __future__ import annotations
 
@@ -18,9 +16,9 @@ from agentlab_core.model import Outcome
 
 from ..statuses import status_of
 
-# Seconds after which it is worth asking again (Retry-After of a 503).
+# Seconds after which a client may ask again (Retry-After of a 503).
 RETRY_AFTER = 10
-# How the API and the command line say what can be done about an error.
+# Remedies of errors in the words of the API and the command line.
 REMEDIES: dict[str, str] = {
     "force": "Use --force to bypass",
     "remove": "To give the sandbox up, destroy it with --force",
@@ -35,9 +33,9 @@ REMEDIES: dict[str, str] = {
 
 @dataclass(slots=True)
 class Answer:
-    """A JSON body and its status; ``outcomes`` are what was done, for the log and the metrics.
+    """A JSON body and its status. ``outcomes`` are counted by the metrics and logged.
 
-    ``file`` is sent instead of the body where there is one, and closed then.
+    With ``file``, the file is sent instead of the body, and closed afterwards.
     """
 
     body: dict[str, Any]
@@ -51,13 +49,13 @@ class Answer:
 
 
 def of_error(error: AgentlabError) -> Answer:
-    """The error as {"error", "code", facts}."""
+    """Return the answer for an error: {"error", "code", facts}."""
     code = error.code
     if isinstance(error, CreationFailed):
         cause = error.detail.get("cause") or {}
         found = status_of(str(cause.get("code") or code))
     else:
-        # An option of the daemon's own configuration is no fault of who asks.
+        # A wrong option in the daemon's own configuration is not the client's fault.
         found = 500 if error.detail.get("option") in core_config.ENVIRONMENT else status_of(code)
     message = error.told(REMEDIES)
     if isinstance(error, NotFound) and "run_id" not in error.detail:
@@ -69,7 +67,7 @@ def of_error(error: AgentlabError) -> Answer:
 
 
 def of_failure(outcome: Outcome) -> Answer:
-    """A single item that could not be done."""
+    """Return the answer for a single item that failed."""
     reason = outcome.reason or "error"
     answer = failed(
         status_of(reason),
@@ -85,7 +83,7 @@ def of_failure(outcome: Outcome) -> Answer:
 
 
 def failed(status: int, message: str, code: str, /, **facts: Any) -> Answer:
-    """An error's answer; ``facts`` may have any name but those two of the body."""
+    """Return the answer for an error. ``facts`` may have any names except "error" and "code"."""
     body = {"error": message, "code": code, **{name: value for name, value in facts.items() if value is not None}}
     return Answer(
         json.loads(json.dumps(body, default=str)),
@@ -95,7 +93,7 @@ def failed(status: int, message: str, code: str, /, **facts: Any) -> Answer:
 
 
 def of_item(outcome: Outcome, status: int = 200) -> Answer:
-    """A single item: the sandbox as it is now, and what was done."""
+    """Return the answer for a single item: the sandbox in its present state, and the outcome."""
     if outcome.failed or outcome.sandbox is None:
         return of_failure(outcome)
     body = {
@@ -114,7 +112,7 @@ def of_item(outcome: Outcome, status: int = 200) -> Answer:
 
 
 def of_items(outcomes: list[Outcome]) -> Answer:
-    """Several: an outcome for each; 207 when some failed."""
+    """Return the answer for several items: one outcome each. The status is 207 when some failed."""
     count = sum(one.failed for one in outcomes)
     return Answer(
         {"results": [one.public(REMEDIES) for one in outcomes], "failed_count": count}, 207 if count else 200, outcomes

@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Create sandboxes for clients: the options they may give, the limits the operator sets, and the profiles there are."""
+"""Create sandboxes for clients: the options, the operator's limits, and the list of profiles."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def split_tags(_name: str, value: Any) -> list[str]:
 
 
 def _number(option: str, text: str) -> Field:
-    """Return the field of an option that is a whole number, within the bounds that all interfaces share."""
+    """Return the field of a whole-number option, with the bounds that all interfaces share."""
     low, high = patterns.RANGES[option]
     return Field("integer", text, low=low, high=high)
 
@@ -114,7 +114,7 @@ def create_sandbox(call: Call) -> Answer:
     if dry_run:
         answer = of_item(outcome)
         answer.body["state"] = outcome.state
-        # Nothing was done that could be counted.
+        # Nothing was created, so there is nothing to count.
         answer.outcomes = []
         return answer
     if call.body.get("wait_for_ip") and outcome.outcome in ("unchanged", "updated"):
@@ -124,9 +124,9 @@ def create_sandbox(call: Call) -> Answer:
 
 
 def _check_limits(ctx: Context, body: Mapping[str, Any]) -> None:
-    """Raise InvalidInput for what the configuration keeps from clients of the API.
+    """Raise InvalidInput for options that the configuration forbids to clients of the API.
 
-    Only what the request itself names is judged: profiles and configuration are the operator's own.
+    Checks only what the request itself names. Profiles and configuration belong to the operator.
     """
     config = ctx.config
     low, high = config.vmid_range
@@ -144,7 +144,7 @@ def _check_limits(ctx: Context, body: Mapping[str, Any]) -> None:
             option="pool",
         )
     if config.api_templates is not None and template is not None and template not in config.api_templates:
-        # One list may have the name, the request the VMID, or the other way round.
+        # The list may have the template's name and the request its VMID, or the reverse.
         names = {
             str(found): str(row.get("name") or "") for found, row in ctx.cluster.vms().items() if row.get("template")
         }
@@ -161,7 +161,7 @@ def _check_limits(ctx: Context, body: Mapping[str, Any]) -> None:
 
 
 def creation_options(body: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a creation, each under its own name."""
+    """Return the options of a creation by their own names."""
     given = {name: value for name, value in body.items() if name != "dry_run"}
     minutes = given.pop("ttl_minutes", None)
     if minutes is not None:
@@ -177,7 +177,7 @@ def creation_options(body: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def validate_plan(call: Call) -> Answer:
-    """Say what a creation would do and what is wrong with it; nothing is made."""
+    """Answer with what a creation would do and what is wrong with it. Creates nothing."""
     ctx = call.context(dry_run=True)
     plan = {name: call.body.get(name) for name in ("name", "profile", "ttl_minutes", "workspace_id", "vmid", "tags")}
     plan["keepalive"] = call.body.get("keepalive", False)
@@ -190,7 +190,7 @@ def validate_plan(call: Call) -> Answer:
         if outcome.outcome == "unchanged":
             warnings = [*warnings, f"sandbox {outcome.vmid} ({outcome.name}) is there already and stays as it is"]
     except ProxmoxError:
-        # Whether the plan is sound is not known.
+        # Proxmox VE cannot be asked, so the plan is neither valid nor invalid.
         raise
     except AgentlabError as error:
         option = error.detail.get("option") or ("workspace" if "workspace" in error.detail else "")

@@ -11,7 +11,7 @@ from .route import Call
 
 
 def examine(call: Call) -> Answer:
-    # Here, and not above: it is seldom asked for, and large.
+    # Imported here because the doctor is large and seldom used.
     from agentlab_core.doctor import doctor
 
     found = doctor.Doctor(call.service.config)

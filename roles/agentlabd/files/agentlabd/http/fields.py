@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""What a request may hold: one description for checking it, and for the OpenAPI document."""
+"""Describe the fields of requests, once for checking and for the OpenAPI document."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from typing import Any
 from agentlab_core import durations, patterns
 from agentlab_core.errors import InvalidInput
 
-# A duration that the document promises to take: minutes as a number, or d, h, m, s in that order; what is longer than
-# this allows is refused, or nearly. The core takes more: fractions (1.5h), blanks and ms.
+# Durations that the document promises: minutes as a number, or d, h, m, s in that order. Longer ones are refused by the
+# maximum. The core accepts more forms: fractions (1.5h), blanks and ms.
 _DURATION = r"^(\d{1,5}|(?=\d)(\d{1,3}d)?(\d{1,4}h)?(\d{1,5}m)?(\d{1,6}s)?)$"
 _NOT_ZERO = r"^(?=.*[1-9])" + _DURATION[1:]
 _LONGEST_MINUTES = 5256000
-# Lists and objects within one another, and values, of a body. No request needs more than three, and some hundreds.
+# Depth and number of values of a body. No request needs more than a depth of three and some hundred values.
 DEEPEST_BODY = 16
 MOST_VALUES = 20000
-# What JSON is made of, as far as it is counted: a text (also one without an end), or a sign.
+# The parts of JSON that are counted: a text (even without an end), or a sign.
 _STEP = re.compile(r'"(?:[^"\\]++|\\.)*+"?|[\[\]{},]', re.DOTALL)
 # Single-line fields refuse newlines: multi-line text is usually a pasted key, and error messages quote the value.
 _LINE = r"^[^\x00-\x1f\x7f]*$"
 
-# Names of what an object of texts holds: variables of an environment.
+# Names of environment variables, the keys in an object of texts.
 _VARIABLE = r"^[A-Za-z_][A-Za-z0-9_]{0,99}$"
 
 
@@ -36,7 +36,8 @@ _VARIABLE = r"^[A-Za-z_][A-Za-z0-9_]{0,99}$"
 class Field:
     """One key of a body or of a query.
 
-    ``kind``: integer, string, boolean, duration; integers and strings are lists, texts is an object of texts.
+    ``kind``: integer, string, boolean, duration. ``integers`` and ``strings`` are lists, ``texts`` is an object of
+    texts.
     """
 
     kind: str
@@ -48,13 +49,13 @@ class Field:
     longest: int = 1000
     most: int = 100
     pattern: str | None = None
-    # It may have several lines.
+    # The value may have several lines.
     lines: bool = False
-    # Of "strings": what makes them of a text that holds several (a textarea, a file), and of each text in a list.
+    # For "strings": splits a text with several values (from a textarea or file), and each text in a list.
     split: Callable[[str, Any], list[str]] | None = None
-    # Its value is never quoted.
+    # Messages never quote the value.
     secret: bool = False
-    # Of "string": a whole number is taken as its digits, for a VMID in place of a name.
+    # For "string": accept a whole number as its digits, where a VMID may take the place of a name.
     number: bool = False
 
     @property
@@ -62,7 +63,7 @@ class Field:
         return self.pattern or (None if self.lines or self.split else _LINE)
 
     def schema(self) -> dict[str, Any]:
-        """This field as JSON schema."""
+        """Return this field as JSON schema."""
         one: dict[str, Any]
         if self.kind in ("integer", "integers"):
             one = {"type": "integer", "minimum": self.low, "maximum": self.high}
@@ -103,7 +104,7 @@ class Field:
         return {**one, "description": self.text}
 
     def check(self, name: str, value: Any) -> Any:
-        """The value, or InvalidInput naming the key, the value and what is valid."""
+        """Return the value. Raises InvalidInput with the key, the value and what is valid."""
         if self.split and isinstance(value, str):
             if len(value) > self.longest * self.most or not patterns.encodable(value):
                 raise self._refused(
@@ -171,13 +172,14 @@ class Field:
 
 
 def _fits(pattern: str, value: str) -> bool:
-    """Whether the value fits a pattern as a JSON schema means it: there "$" is the very end, in Python it also stands
-    before a last newline.
+    """Return whether the value matches a pattern as JSON schema defines it.
+
+    There "$" is the very end. In Python "$" also matches before a final newline.
     """
     return re.search(f"{pattern[:-1]}\\Z" if pattern.endswith("$") else pattern, value) is not None
 
 
-# What a name of a key looks like; anything else in its place may be what was meant to be a value.
+# The form of a key. Any other text in its place may be a misplaced value, so messages do not quote it.
 _KEY = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,39}", re.ASCII)
 
 
@@ -186,7 +188,7 @@ def _key(name: str) -> str:
 
 
 def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Make an object of its keys and values; a key that stands twice would silently win over the first one."""
+    """Return an object from its pairs. Raises for a repeated key, whose last value would silently win."""
     found: dict[str, Any] = {}
     for name, value in pairs:
         if name in found:
@@ -196,7 +198,7 @@ def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _refuse_unbounded(text: str) -> None:
-    """Raise InvalidInput for a body that is deeper, or holds more values, than any request needs."""
+    """Raise InvalidInput for a body that is deeper, or has more values, than any request needs."""
     depth = values = 0
     for step in _STEP.finditer(text):
         sign = text[step.start()]
@@ -214,7 +216,10 @@ def _refuse_unbounded(text: str) -> None:
 
 
 def parse_json(raw: bytes) -> Any:
-    """Read a body; InvalidInput when it is not JSON in UTF-8, beyond the bounds, or has a key twice in an object."""
+    """Return the parsed body.
+
+    Raises InvalidInput unless it is UTF-8 JSON within the bounds and without repeated keys.
+    """
     try:
         text = raw.decode("utf-8-sig")
         _refuse_unbounded(text)
@@ -224,9 +229,9 @@ def parse_json(raw: bytes) -> Any:
 
 
 def check_body(fields: Mapping[str, Field], body: Any) -> dict[str, Any]:
-    """The body's values; null is the same as leaving a key out.
+    """Return the values of the body. Null means the same as a missing key.
 
-    Unknown keys are refused: a misspelt guard must not be a missing guard.
+    Raises InvalidInput for unknown keys: a misspelt guard must not become a missing guard.
     """
     if not isinstance(body, dict):
         raise InvalidInput("the body must be a JSON object")
@@ -244,7 +249,7 @@ def check_body(fields: Mapping[str, Field], body: Any) -> dict[str, Any]:
 
 
 def check_query(fields: Mapping[str, Field], query: Sequence[tuple[str, str]]) -> dict[str, Any]:
-    """The query's values; a list is given by repeating the key, or with commas."""
+    """Return the values of the query. A list is a repeated key, or one value with commas."""
     found: dict[str, Any] = {}
     for name, text in query:
         one = fields.get(name)
@@ -267,7 +272,7 @@ def check_query(fields: Mapping[str, Field], query: Sequence[tuple[str, str]]) -
 
 
 def object_schema(fields: Mapping[str, Field]) -> dict[str, Any]:
-    """A body as JSON schema; whatever is not required may also be null."""
+    """Return a body as JSON schema. An optional key may also be null."""
     properties = {}
     for name, one in fields.items():
         schema = one.schema()

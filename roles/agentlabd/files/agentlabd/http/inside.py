@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Answer for what happens inside a sandbox: commands, and files in both directions."""
+"""Serve commands and file transfers inside sandboxes."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from .fields import Field
 from .route import Call, Route
 
 UTF8, BASE64 = "utf-8", "base64"
-# Seconds that one request may wait for the end of a command: longer ones are begun with detach and looked at again.
+# Seconds for which one request may wait for the end of a command. Clients start longer commands with detach.
 LONGEST_WAIT = 300
-# Bytes of each stream that one answer holds.
+# Bytes of each stream in one answer.
 LARGEST_PART = 1024 * 1024
-# A path or a text in which a NUL byte cannot stand.
+# A path or text without NUL bytes.
 _NO_NUL = r"^[^\x00]*$"
 _RUN_ID = "^[0-9a-f]{32}$"
 
@@ -62,7 +62,7 @@ COMMAND: dict[str, Field] = {
 
 
 def run_command(call: Call) -> Answer:
-    """Run a command, or begin one that goes on by itself."""
+    """Run a command, or start one that runs on by itself."""
     body = dict(call.body)
     detach, encoding = body.pop("detach", False), body.pop("encoding", UTF8)
     command.require_one_command("argv" in body, "cmd" in body)
@@ -82,14 +82,14 @@ def run_command(call: Call) -> Answer:
 
 
 def list_runs(call: Call) -> Answer:
-    """List the commands of a sandbox that the records know."""
+    """List the sandbox's commands in the records."""
     ctx = call.context()
     sandbox = ctx.select(call.vmid)
     return Answer({"vmid": sandbox.vmid, "runs": command.list_runs(ctx, sandbox)})
 
 
 def show_run(call: Call) -> Answer:
-    """Tell how far a command is, and what it has written from an offset on."""
+    """Show the state of a command, and its output from an offset on."""
     ctx = call.context()
     sandbox = ctx.select(call.vmid)
     query = call.query
@@ -151,7 +151,7 @@ def _encode(data: bytes, encoding: str) -> str:
 
 
 def fetch_file(call: Call) -> Answer:
-    """Send a file of the guest, byte for byte; length and checksum were compared in the guest."""
+    """Send a file of the guest byte for byte. Length and checksum were compared with the guest's."""
     ctx = call.context()
     sandbox = ctx.select(call.vmid)
     target = spool.make()
@@ -168,7 +168,7 @@ def fetch_file(call: Call) -> Answer:
 
 
 def put_file(call: Call) -> Answer:
-    """Write a file in the guest; it is complete or not there at all."""
+    """Write a file in the guest, completely or not at all."""
     ctx = call.context()
     sandbox = ctx.select(call.vmid)
     assert call.upload is not None

@@ -2,10 +2,9 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Look up the address of a running sandbox that has none or an old one on record, beside the request that shows it.
+"""Look up the address of a running sandbox without a recent one, beside the request that shows the sandbox.
 
-A program that wants to log in asks for the sandbox until it has an address. The answer itself never waits for the
-guest.
+A program that wants to log in polls the sandbox until it has an address. The answer itself never waits for the guest.
 """
 
 from __future__ import annotations
@@ -23,9 +22,9 @@ from agentlab_core.vm.locate import match_if_readable
 
 from ..logs import log
 
-# Seconds between two questions to one guest.
+# Seconds between two requests to one guest.
 EVERY = 3.0
-# Questions under way at once: a guest that is silent must not hold the threads of others' work.
+# Requests at one time. A silent guest must not block the threads for other work.
 AT_ONCE = 2
 
 _lock = threading.Lock()
@@ -34,7 +33,7 @@ _under_way = 0
 
 
 def look_up_address(ctx: Context, sandbox: Sandbox, threads: Executor) -> None:
-    """Have the guest agent asked in one of the threads, unless that was done just now; returns at once."""
+    """Start a thread that asks the guest agent, unless that was done just now. Returns at once."""
     global _under_way
     now = time.monotonic()
     with _lock:
@@ -47,7 +46,7 @@ def look_up_address(ctx: Context, sandbox: Sandbox, threads: Executor) -> None:
     try:
         threads.submit(_ask, ctx, sandbox.uuid)
     except RuntimeError:
-        # The daemon has begun to stop since.
+        # The daemon has begun to stop meanwhile.
         _ended()
 
 
@@ -68,7 +67,7 @@ def _ask(ctx: Context, uuid: str) -> None:
             ctx.records.confirm_address(sandbox)
             return
         with ctx.claimed(sandbox, "address", wait=0) as (claim, current):
-            # Another operation's journal is for that operation to finish.
+            # Another operation's journal entry stays for that operation to finish.
             if claim.interrupted is None and current.ip == sandbox.ip and current.state in states.POWERED:
                 ctx.records.change(
                     claim,

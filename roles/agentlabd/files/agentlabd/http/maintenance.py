@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Answer for many sandboxes at once, chosen by age or rule: prune, reconcile, cleanup."""
+"""Serve prune, reconcile and cleanup, which act on many sandboxes chosen by age or rule."""
 
 from __future__ import annotations
 

@@ -2,9 +2,9 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""The OpenAPI document, made from the table that serves.
+"""Make the OpenAPI document from the table of routes.
 
-What answers look like is described here; tests hold the daemon to it.
+This file describes the form of the answers. Tests compare the daemon's answers with it.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ _WORKSPACE: dict[str, Any] = {
     "updated_at": _TIME,
     "state_changed_at": _TIME,
     "reason": _MAYBE,
-    # As the original command line reads them.
+    # Names that the original command line reads.
     "size_gb": {**_WHOLE, "description": "size in GiB, rounded up"},
     "volid": _TEXT,
     "attached_vmid": {"type": ["integer", "null"]},
@@ -121,7 +121,7 @@ _EVENT: dict[str, Any] = {
     "upids": _list(_TEXT),
     "duration_ms": {"type": ["integer", "null"]},
     "outcome": _TEXT,
-    # As the original command line reads them.
+    # Names that the original command line reads.
     "ts": _TIME,
     "kind": _TEXT,
     "sandbox_vmid": _WHOLE,
@@ -157,7 +157,7 @@ SCHEMAS: dict[str, Any] = {
     ),
     "Health": _object({"status": {"const": "ok"}}),
     "Sandbox": _object(_SANDBOX),
-    # The owner (who created it) is told to whoever asks for it.
+    # The owner (the creator) is shown only on request.
     "ListedSandbox": _object({**_SANDBOX, "owner": _MAYBE, "connection": _MAYBE}, ("owner", "connection")),
     "Sandboxes": _object({"sandboxes": _list(_ref("ListedSandbox"))}),
     "Item": _object({**_SANDBOX, **_DONE, "placement": _ANY}, ("placement",)),
@@ -364,7 +364,7 @@ _WHY = {
 
 
 def document(routes: Sequence[Route]) -> dict[str, Any]:
-    """The whole document."""
+    """Return the whole document."""
     paths: dict[str, Any] = {}
     for route in routes:
         paths.setdefault(route.path, {})[route.method.lower()] = _operation(route)

@@ -18,16 +18,16 @@ from . import answers
 from .answers import Answer
 from .route import Call, Route
 
-# The handlers of these operations count their sandboxes themselves.
+# The handlers of these operations count the sandboxes themselves.
 _COUNTED = ("prune", "cleanup", "reconcile")
 # The keys of a request's body that the log shows.
 _LOGGED_KEYS = ("vmid", "name", "force", "dry_run", "apply", "max_count", "reason")
-# The log names so many sandboxes of one request.
+# Number of sandboxes of one request that the log names.
 _LOGGED_OUTCOMES = 20
 
 
 def perform(route: Route, call: Call) -> Answer:
-    """Answer one request. Every error becomes an answer: this is the outermost edge of a worker thread."""
+    """Answer one request. Every error becomes an answer, because nothing above this in the thread would catch it."""
     metrics = call.service.metrics
     counted_here = route.operation if route.operation not in _COUNTED else None
     began = time.monotonic()
@@ -46,7 +46,7 @@ def perform(route: Route, call: Call) -> Answer:
         if known:
             answer = answers.of_error(known)
         else:
-            # An error that we did not foresee: the client gets one sentence, the log the stack trace.
+            # For an unforeseen error the client gets one sentence, and the log the traceback.
             log.exception("%s: internal error", route.name)
             message = f"internal error: {type(error).__name__}; the daemon's log says more. Please report this"
             answer = answers.failed(500, message, "internal")
@@ -61,12 +61,12 @@ def perform(route: Route, call: Call) -> Answer:
 
 
 def _became(outcome: Outcome) -> str:
-    """Return what became of one sandbox, with why where that is told."""
+    """Return the outcome for one sandbox, with its reason if there is one."""
     return f"{outcome.vmid} {outcome.outcome}{f' ({outcome.message})' if outcome.message else ''}"
 
 
 def _log_change(route: Route, call: Call, answer: Answer, seconds: float) -> None:
-    """Log a request that may change something: who asked for what, and what became of it."""
+    """Log a request that may change something: who asked for what, and the outcome."""
     options = [f"{name}={json.dumps(call.body[name])}" for name in _LOGGED_KEYS if name in call.body]
     result = answer.body.get("error")
     if not result:
@@ -80,5 +80,5 @@ def _log_change(route: Route, call: Call, answer: Answer, seconds: float) -> Non
     if any(outcome.changed for outcome in answer.outcomes) or (answer.status < 400 and not answer.outcomes):
         log.log(level, *line)
     else:
-        # Such requests cost a client nothing, and their lines are not to fill the disk.
+        # Such requests cost a client nothing, so limit their lines, or they could fill the disk.
         seldom(level, f"idle requests of {call.actor}", *line, allowed=IDLE_LINES)

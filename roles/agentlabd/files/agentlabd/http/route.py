@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""One request that the API serves, and one that was asked: what the table, the handlers and the document share."""
+"""Define a route of the API and a checked request, which table, handlers and document share."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class Call:
-    """One request, checked: who asks, and what for."""
+    """One checked request: who asks, and for what."""
 
     service: Service
     actor: str
     vmid: int | None = None
-    # Of a workspace: its id or name.
+    # Id or name of a workspace.
     ident: str = ""
     query: dict[str, Any] = field(default_factory=dict)
     body: dict[str, Any] = field(default_factory=dict)
-    # The file that was sent, at its beginning.
+    # The uploaded file, positioned at its beginning.
     upload: BinaryIO | None = None
 
     def described(self, route: Route) -> str:
-        """What is asked, for the log."""
+        """Return the request in words for the log."""
         which = [self.vmid, self.ident or None, *self.body.get("vmids", ())[:20]]
         return " ".join([route.name, *(str(one) for one in which if one is not None)])
 
@@ -44,9 +44,7 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """One request: ``quick`` ones are answered from the records alone, the others ask Proxmox and have threads of
-    their own.
-    """
+    """One kind of request. ``quick`` ones read only the records. The others ask Proxmox and have their own threads."""
 
     method: str
     path: str
@@ -55,18 +53,18 @@ class Route:
     handler: Callable[[Call], Answer]
     answers: Mapping[int, str]
     quick: bool = False
-    # It has a thread of its own, however many others wait for Proxmox.
+    # The request has a thread of its own, however many others wait for Proxmox.
     apart: bool = False
-    # It waits for a guest: such requests have threads of their own, so that they hold up no other work.
+    # The request waits for a guest. Such requests have their own threads, so that they block no other work.
     inside: bool = False
-    # Its body, or the body of its answer, is a file and not JSON.
+    # The body of the request, or of its answer, is a file instead of JSON.
     receives_file: bool = False
     sends_file: bool = False
-    # What it is counted as.
+    # The name of the operation in the metrics.
     operation: str | None = None
     query: Mapping[str, Field] = field(default_factory=dict)
     body: Mapping[str, Field] | None = None
-    # What the body's fields must be to each other, as JSON schema; the handler refuses the rest.
+    # Conditions between the fields, as JSON schema. The handler refuses the rest.
     together: Mapping[str, Any] = field(default_factory=dict)
 
     @property

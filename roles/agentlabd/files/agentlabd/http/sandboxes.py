@@ -64,14 +64,14 @@ def destroy_sandbox(call: Call) -> Answer:
     ctx = call.context()
     sandbox = ctx.select(call.vmid)
     force = call.body.get("force", False)
-    # Refused here the answer names the valid states.
+    # Refusing here gives an answer that names the valid states.
     destroy.check(ctx, sandbox, force)
     return of_item(destroy.several(ctx, [sandbox], force)[0])
 
 
 def destroy_sandboxes(call: Call) -> Answer:
     ctx = call.context()
-    # All ids are looked up before anything is done.
+    # Look up all ids before anything is done.
     found: list[Sandbox] = [ctx.select(vmid) for vmid in dict.fromkeys(call.body["vmids"])]
     return of_items(destroy.several(ctx, found, call.body.get("force", False)))
 
@@ -84,7 +84,7 @@ def change_power(operation: str) -> Callable[[Call], Answer]:
     return handler
 
 
-# A sandbox in TIMEOUT that becomes STOPPED would be out of prune's sight for ever. The daemon stops the VM itself.
+# prune would never see a TIMEOUT sandbox that became STOPPED. The daemon itself stops the VM of such a sandbox.
 _STOPPABLE = tuple(
     state
     for state in (*states.OPERATIONS["stop"].allowed, *states.OPERATIONS["stop"].satisfied)
@@ -93,7 +93,7 @@ _STOPPABLE = tuple(
 
 
 def _refuse_stop(sandbox: Sandbox) -> None:
-    """Raise StateConflict for a sandbox in TIMEOUT, as the original daemon does. (A module may stop it.)"""
+    """Raise StateConflict for a sandbox in TIMEOUT, as the original daemon does. A module may stop it."""
     if sandbox.state == states.TIMEOUT:
         raise StateConflict(
             f"cannot stop sandbox in {states.TIMEOUT} state. Valid states: {', '.join(_STOPPABLE)}. "
@@ -112,7 +112,7 @@ def stop_sandbox(call: Call) -> Answer:
 
 
 def _start(ctx: Context, sandbox: Sandbox, call: Call) -> Answer:
-    """Start or resume the VM, and with ``wait_for_ip`` wait for the address, which may be another one now."""
+    """Start or resume the VM, and with ``wait_for_ip`` wait for its address, which may have changed."""
     outcome = power.run(ctx, sandbox, "start")
     return of_item(address.with_address(ctx, outcome, started=True) if call.body.get("wait_for_ip") else outcome)
 
@@ -137,7 +137,7 @@ def resume_sandbox(call: Call) -> Answer:
 
 
 def stop_all_sandboxes(call: Call) -> Answer:
-    """Stop every sandbox that is meant to run; the rest is named as skipped. A failure stops no other."""
+    """Stop every sandbox in a state that runs, and list the others as skipped. A failure stops no other."""
     ctx = call.context()
     sandboxes = ctx.records.find_all()
 

@@ -2,10 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""The HTTP side: sockets, who is asking, and passing requests to worker threads.
-
-Everything that blocks happens in those.
-"""
+"""The HTTP server: open sockets, identify clients, and pass requests to worker threads, which do all blocking work."""
 
 from __future__ import annotations
 
@@ -42,9 +39,9 @@ from .route import Call, Route
 from .table import ROUTES
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-# A query with many states and tags is one line.
+# A query with many states and tags is a single line.
 _LONGEST_LINE = 65536
-# Seconds for answers that are on their way when the sockets close.
+# Seconds for answers in transit when the sockets close.
 _LAST_ANSWERS = 2.0
 
 
@@ -59,18 +56,18 @@ def _response(answer: answers.Answer) -> web.Response:
 
 
 def _impatient(status: int, message: str, code: str) -> web.Response:
-    """An answer to a request that was not read to its end: the connection ends with it."""
+    """Return the answer to a request that was not read completely. It closes the connection."""
     response = _response(answers.failed(status, message, code))
     response.force_close()
     return response
 
 
 class _RequestRefused(Exception):
-    """Status, sentence and word of the answer to a request that is not read to its end."""
+    """The status, sentence and code of the answer to a request that is not read completely."""
 
 
 class _ClientGone(Exception):
-    """The client ended the connection before its request was complete."""
+    """The client closed the connection before its request was complete."""
 
 
 def _stopping() -> web.Response:
@@ -88,7 +85,7 @@ def _user(uid: int) -> str:
 
 
 def _peer(request: web.Request) -> int | None:
-    """The user id at the other end of the socket, from the kernel; None for TCP."""
+    """Return the user id at the other end of the unix socket, as the kernel reports it; None for TCP."""
     connection = request.transport.get_extra_info("socket") if request.transport else None
     if connection is None or connection.family != socket.AF_UNIX:
         return None
@@ -117,7 +114,7 @@ def _body(route: Route, raw: bytes) -> dict[str, Any]:
 
 
 class Api:
-    """The routes on their sockets."""
+    """Serve the routes on the sockets."""
 
     def __init__(self, service: Service) -> None:
         self.service = service
@@ -126,18 +123,21 @@ class Api:
         self._bodies = connections.Bodies()
         self._unread = connections.UnreadAnswers()
         self._places = spool.Places()
-        # How many connections each listener may have.
+        # Listener option -> maximum number of connections.
         self._share: dict[str, int] = {}
-        # By the option that names where each listens.
+        # Listeners and servers by the option with their address.
         self._listeners: dict[str, Listener] = {}
         self._servers: dict[str, asyncio.AbstractServer] = {}
-        # Device and inode of the socket's file that is ours.
+        # Device and inode of the socket file that this daemon created.
         self._socket_file: tuple[int, int] | None = None
 
     # ---- requests ----
 
     def application(self, option: str) -> web.Application:
-        """The API, as ``option`` (socket, listen) serves it; over TCP every request must bring the token in force."""
+        """Return the application for the listener ``option`` (socket, listen).
+
+        Over TCP each request needs the token.
+        """
 
         @web.middleware
         async def check_access(request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -174,13 +174,13 @@ class Api:
                 )
 
         app = web.Application(middlewares=[self._timed(option), check_access], client_max_size=BODY_BYTES)
-        # Only digits are a VMID: GET /v1/sandboxes/prnue is answered with 404 and not with "prnue is not a VMID".
+        # Only digits are a VMID, so that GET /v1/sandboxes/prnue is 404 and not "prnue is not a VMID".
         for route in ROUTES:
             app.router.add_route(route.method, route.path.replace("{vmid}", "{vmid:[0-9]+}"), self._handler(route))
         return app
 
     def _timed(self, option: str) -> Any:
-        """A middleware that tells the connection's gate how far its request is."""
+        """Return a middleware that reports the progress of each request to the gate of its connection."""
 
         @web.middleware
         async def timed(request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -199,11 +199,14 @@ class Api:
         return timed
 
     async def _read(self, request: web.Request) -> bytes:
-        """The whole body; refused when it is too large or too slow, or when too much of others' is on its way."""
+        """Return the whole body.
+
+        Refuses a body that is too large or too slow, and any body while too many are in transit.
+        """
         if not request.body_exists:
             return b""
         if request.headers.get("Content-Encoding", "identity").lower() != "identity":
-            # What it would unpack to is not known before it is unpacked.
+            # The unpacked size of a compressed body is unknown before unpacking.
             raise InvalidInput("the body cannot be read: its Content-Encoding or chunks are broken; send it as it is")
         parts: list[bytes] = []
         size = 0
@@ -224,18 +227,18 @@ class Api:
                 408, f"the body of the request was not complete within {BODY_SECONDS:.0f} s", "too_slow"
             ) from None
         except (web.RequestPayloadError, PayloadEncodingError, ConnectionError, ClientError) as error:
-            # A client that broke off is told apart from one that sends nonsense.
+            # Tell a client that went away from a client that sends nonsense.
             if request.transport is None or request.transport.is_closing():
                 raise _ClientGone from error
             raise InvalidInput(
                 "the body cannot be read: its Content-Encoding or chunks are broken; send it as it is"
             ) from None
         finally:
-            # Until it is answered: what waits for a thread is held in memory, too.
+            # Count the body until its request is answered, because it stays in memory until then.
             request["size"] = size
 
     def _pool(self, route: Route) -> ThreadPoolExecutor:
-        """Return the threads that answer such a request."""
+        """Return the threads that handle such a request."""
         service = self.service
         if route.quick:
             return service.records_pool
@@ -244,7 +247,7 @@ class Api:
         return service.doctor_pool if route.apart else service.work_pool
 
     async def _receive(self, request: web.Request) -> BinaryIO:
-        """Return the body as a file on the disk; refused when it is too large, or stops coming."""
+        """Return the body as a file on the disk. Refuses a body that is too large, or that stops arriving."""
         gate = request.get("gate")
         try:
             return await spool.receive(request.content, gate.body_goes_on if gate else lambda _seconds: None)
@@ -288,18 +291,18 @@ class Api:
             call = Call(self.service, "", vmid, request.match_info.get("id", ""), query, body, upload)
 
             def work() -> tuple[answers.Answer, bytes]:
-                # In the thread: looking a user up may ask a directory service, and a long answer takes time to encode.
+                # In the thread: looking up a user may ask a directory service, and encoding a long answer takes time.
                 call.actor = _actor(uid, remote)
                 performed = perform(route, call)
                 return performed, b"" if performed.file else performed.encoded()
 
             service = self.service
             if service.stopping.is_set() and not route.quick:
-                # It was still being sent when the stop began.
+                # The client was still sending the request when the stop began.
                 return _stopping()
             begun = service.begin(self._pool(route), work, call.described(route))
             try:
-                # The client may go away; what was begun goes on.
+                # Work that was started goes on even if the client goes away.
                 performed, raw = await asyncio.shield(begun)
             except asyncio.CancelledError:
                 if not begun.cancelled():
@@ -321,7 +324,7 @@ class Api:
     # ---- sockets ----
 
     async def listen(self) -> None:
-        """Open what the configuration names: the socket, and TCP on loopback if asked for."""
+        """Open the configured listeners: the unix socket, and TCP on loopback if configured."""
         config = self.service.config
         self._share = connections.shares(connections.raise_descriptors(), config.proxmox.connections)
         asyncio.get_running_loop().set_exception_handler(_loop_failed)
@@ -339,7 +342,7 @@ class Api:
 
     async def _bind_socket(self) -> None:
         path = self.service.config.socket
-        # Nobody else may connect, not even between bind and chmod.
+        # No other user may connect, not even between bind and chmod.
         before = os.umask(0o117)
         try:
             self._servers["socket"] = await asyncio.get_running_loop().create_unix_server(
@@ -356,9 +359,7 @@ class Api:
         self._socket_file = _file_at(path)
 
     async def look_after_socket(self) -> str | None:
-        """Make the socket's file anew when it was deleted; the sentence about what stands in the way is returned, or
-        None.
-        """
+        """Create the socket file again if it was deleted. Returns a sentence when that is not possible, else None."""
         path = self.service.config.socket
         there = _file_at(path)
         if there == self._socket_file:
@@ -372,7 +373,7 @@ class Api:
             self._servers.pop("socket").close()
             await self._bind_socket()
         except (AgentlabError, OSError, KeyError) as error:
-            # Without the folder, say; tried again at the next look.
+            # For example without the folder. The next look tries again.
             return f"{path} was deleted and cannot be made anew: {error}. Restart agentlabd"
         log.warning("%s was deleted; it was made anew", path)
         return None
@@ -380,7 +381,7 @@ class Api:
     async def _metrics(self, request: web.Request) -> web.Response:
         where = self.service.config.metrics_listen
         if where is not None and not _addressed(request.headers.get("Host"), where):
-            # A web page whose name was made to lead to loopback may read nothing here.
+            # A web page whose name was made to resolve to loopback (DNS rebinding) must not read the metrics.
             return web.Response(
                 status=421,
                 text=f"this address serves requests for its own host only. Valid: {where[0]}:{where[1]}, "
@@ -396,7 +397,7 @@ class Api:
         return web.Response(body=text, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
 
     async def _serve(self, option: str, app: web.Application) -> None:
-        """Prepare aiohttp's side of a listener."""
+        """Set up aiohttp for a listener."""
         runner = web.AppRunner(
             app,
             handle_signals=False,
@@ -424,7 +425,7 @@ class Api:
             ) from None
 
     def _claim_socket(self, path: str) -> None:
-        """Make sure that no other daemon serves this socket, and remove what a killed one left."""
+        """Make sure that no other daemon serves this socket, and remove the file that a killed daemon left."""
         try:
             self._lock_file = os.open(f"{path}.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
         except OSError as error:
@@ -442,8 +443,10 @@ class Api:
             pass
 
     async def close(self) -> None:
-        """Close all sockets; requests under way have had their time, and one that is still being sent is waited for
-        no longer than it takes to say no.
+        """Close all sockets.
+
+        Requests under way have had their time. A request that is still being sent is waited for only until it can be
+        refused.
         """
         for server in self._servers.values():
             server.close()
@@ -457,8 +460,9 @@ class Api:
 
 
 def _lengthen_queue(server: asyncio.AbstractServer) -> None:
-    """Let more connections wait in the kernel than asyncio accepts at one go: a client that finds no place there is
-    refused at once.
+    """Lengthen the kernel's queue beyond the number of connections that asyncio accepts at one time.
+
+    The kernel refuses a client at once when the queue is full.
     """
     for listening in cast(asyncio.Server, server).sockets:
         with contextlib.closing(socket.socket(fileno=os.dup(listening.fileno()))) as same:
@@ -466,7 +470,7 @@ def _lengthen_queue(server: asyncio.AbstractServer) -> None:
 
 
 def _file_at(path: str) -> tuple[int, int] | None:
-    """Device and inode of the file at a path, or None without one."""
+    """Return device and inode of the file at a path, or None without a file."""
     try:
         status = os.lstat(path)
     except OSError:
@@ -475,7 +479,7 @@ def _file_at(path: str) -> tuple[int, int] | None:
 
 
 def _addressed(host: str | None, where: tuple[str, int]) -> bool:
-    """Whether a Host header names the address that is listened on (HTTP/1.0 has none)."""
+    """Return whether a Host header names the listening address. HTTP/1.0 has no Host header."""
     if host is None:
         return True
     name, colon, port = host.strip().lower().rpartition(":")
@@ -485,7 +489,7 @@ def _addressed(host: str | None, where: tuple[str, int]) -> bool:
 
 
 def _loop_failed(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """What the event loop cannot hand to anybody, in one line a minute."""
+    """Log an error that the event loop cannot hand to any caller, at most once a minute."""
     error = context.get("exception")
     if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
         seldom(
@@ -508,7 +512,7 @@ def _authorised(request: web.Request, token: str) -> bool:
 
 
 def _http_error(request: web.Request, error: web.HTTPException) -> answers.Answer:
-    """What aiohttp itself refuses, in our words."""
+    """Return the answer for a request that aiohttp itself refuses."""
     if isinstance(error, web.HTTPMethodNotAllowed):
         allowed = ", ".join(sorted(error.allowed_methods))
         answer = answers.failed(

@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Files on their way between a client and a guest, kept on the disk: the daemon's memory is too small for them."""
+"""Keep files in transit between client and guest on the disk, because the daemon's memory is too small for them."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from aiohttp import StreamReader, web
 
 from agentlab_core.errors import ConfigError
 
-# Files on their way at once, and bytes of one.
+# Files in transit at one time, and bytes of one file.
 FILES_AT_ONCE = 4
 FILE_BYTES = 1024**3
-# Seconds for the next bytes of a file, in both directions.
+# Seconds to wait for the next bytes of a file, in both directions.
 STALL_SECONDS = 60.0
 PART_BYTES = 256 * 1024
-# /tmp may be memory, and the unit has little of that.
+# Not /tmp, which may be memory, and the unit has little of that.
 _FOLDER = "/var/tmp"
 
 
 def make() -> BinaryIO:
-    """Return a new file without a name, which goes with the process at the latest."""
+    """Return a new file without a name. The kernel removes it at the latest when the process ends."""
     try:
         return cast(BinaryIO, tempfile.TemporaryFile(prefix="agentlabd-", dir=_FOLDER))
     except OSError as error:
@@ -40,29 +40,28 @@ class TooLarge(Exception):
 
 
 class Places:
-    """How many more files may be on their way."""
+    """The number of files that may be in transit."""
 
     def __init__(self) -> None:
         self._taken = 0
 
     def take(self) -> bool:
-        """Take a place; False when there is none."""
+        """Take a place. Returns False when all are taken."""
         if self._taken >= FILES_AT_ONCE:
             return False
         self._taken += 1
         return True
 
     def give_back(self) -> None:
-        """Give a place back."""
+        """Return a place."""
         self._taken -= 1
 
 
 async def receive(content: StreamReader, goes_on: Callable[[float], None]) -> BinaryIO:
-    """Return a body as a file at its beginning.
+    """Return a body as a file, positioned at its beginning.
 
-    TimeoutError when the client sends nothing more, TooLarge beyond FILE_BYTES.
-
-    ``goes_on(seconds)`` gives the connection that much more time.
+    ``goes_on(seconds)`` extends the connection's deadline. Raises TimeoutError when the client stops sending, and
+    TooLarge beyond FILE_BYTES.
     """
     file = make()
     parts: list[bytes] = []
@@ -89,7 +88,7 @@ async def receive(content: StreamReader, goes_on: Callable[[float], None]) -> Bi
 
 
 async def send(request: web.Request, file: BinaryIO, headers: dict[str, str]) -> web.StreamResponse:
-    """Send a file as the answer's body; a client that takes nothing for a minute loses the connection."""
+    """Send a file as the body of the answer. Closes the connection of a client that reads nothing for a minute."""
     response = web.StreamResponse(headers=headers)
     response.content_type = "application/octet-stream"
     response.content_length = await asyncio.to_thread(file.seek, 0, 2)

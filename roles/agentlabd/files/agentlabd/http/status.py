@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Answer whether the daemon lives, and what it does."""
+"""Serve the health check and the daemon's status."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""The API as one table: what is served, what a request may hold, and what answers it.
+"""The API as one table: the routes, the fields of their requests, and their handlers.
 
 The OpenAPI document is made from it.
 """

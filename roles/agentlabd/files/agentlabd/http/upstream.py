@@ -2,9 +2,9 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""The names that the original command line (written in Go) reads, beside our own.
+"""Add the field names that the original command line (written in Go) reads.
 
-Answers get these fields added, nothing of ours is renamed. A client of either kind ignores what it does not know.
+Answers only gain fields; none of ours is renamed. Clients of both kinds ignore fields that they do not know.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from agentlab_core.views import info
 
 from .answers import REMEDIES
 
-# Versions of the shapes as the original counts them.
+# Schema versions in the numbering of the original.
 API_SCHEMA_VERSION = 1
 EVENT_SCHEMA_VERSION = 1
 GIB = 1024**3
-# Events that are looked through for failures, and failures that are shown.
+# Number of events to search for failures, and of failures to show.
 EVENTS_LOOKED_THROUGH = 200
 RECENT_FAILURES = 10
-# Words of the original for what is compared in its inventory.
+# The original's words for differences in its inventory.
 MISSING = "missing_in_proxmox"
 UNMANAGED = "unmanaged_proxmox_vm"
 STOPPED = "stopped_while_marked_running"
@@ -65,7 +65,7 @@ def describe_event(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def describe_status(status: Mapping[str, Any], events: Iterable[dict[str, Any]], *, metrics: bool) -> dict[str, Any]:
-    """Add the original's summary to a status; ``events`` are the last ones of all sandboxes, oldest first."""
+    """Add the original's summary to a status. ``events`` are the latest events of all sandboxes, oldest first."""
     failures = [describe_event(row) for row in events if row["outcome"] == "failed"]
     return {
         **status,
@@ -74,7 +74,7 @@ def describe_status(status: Mapping[str, Any], events: Iterable[dict[str, Any]],
         "sandboxes": dict(status["database"]["by_state"]),
         "metrics": {"enabled": metrics},
         "recent_failures": failures[::-1][:RECENT_FAILURES],
-        # Jobs are playbooks here, their files go to the controller, and there are no network modes.
+        # Here jobs are playbooks, their files go to the controller, and there are no network modes.
         "jobs": {},
         "artifacts": {},
         "network_modes": {},
@@ -82,14 +82,12 @@ def describe_status(status: Mapping[str, Any], events: Iterable[dict[str, Any]],
 
 
 def describe_profile(shown: Mapping[str, Any], path: str) -> dict[str, Any]:
-    """Add ``template_vmid`` (0 for a template that is named) and ``updated_at`` (when its file was written) to a
-    profile.
-    """
+    """Add ``template_vmid`` (0 for a template given by name) and ``updated_at`` (the time of its file) to a profile."""
     template = str(shown.get("template") or "")
     try:
         written = clock.iso(int(os.stat(path).st_mtime))
     except OSError:
-        # Removed since it was read.
+        # The file was removed after it was read.
         written = None
     return {
         **shown,
@@ -99,7 +97,7 @@ def describe_profile(shown: Mapping[str, Any], path: str) -> dict[str, Any]:
 
 
 def describe_stop(sandbox: Sandbox, outcome: Outcome | None) -> dict[str, Any]:
-    """Answer for one sandbox of stop_all; without an outcome nothing was to be stopped."""
+    """Return the answer for one sandbox of stop_all. Without an outcome it did not need to be stopped."""
     result = (
         "skipped" if outcome is None or outcome.outcome == "unchanged" else "failed" if outcome.failed else "stopped"
     )
@@ -129,7 +127,7 @@ def _entry(sandbox: Sandbox | None, vmid: int, row: Mapping[str, Any] | None, dr
 
 def _compare(sandbox: Sandbox, row: Mapping[str, Any] | None) -> list[str]:
     if row is None:
-        # A creation that has only begun has no VM yet.
+        # A creation that has just begun has no VM yet.
         return [] if sandbox.state == states.REQUESTED else [MISSING]
     status = str(row.get("status"))
     if status == "stopped" and sandbox.state in states.POWERED:
@@ -140,9 +138,7 @@ def _compare(sandbox: Sandbox, row: Mapping[str, Any] | None) -> list[str]:
 def inventory(
     sandboxes: Iterable[Sandbox], rows: Mapping[int, Mapping[str, Any]], vmid_range: tuple[int, int]
 ) -> list[dict[str, Any]]:
-    """List the live sandboxes beside the cluster's VM list, and the VMs within the configured range that have no
-    record.
-    """
+    """Return the live sandboxes with their row of the VM list, and the VMs in the configured range without a record."""
     by_vmid = {sandbox.vmid: sandbox for sandbox in sandboxes}
     low, high = vmid_range
     entries = [
@@ -157,8 +153,9 @@ def inventory(
 
 
 def describe_drift(drifts: list[Drift], checked: int, *, applied: bool) -> dict[str, Any]:
-    """Answer a reconcile with our fields and the original's ``dry_run``, ``checked``, ``drifted``, ``reconciled``,
-    ``results``.
+    """Return the answer to a reconcile: our fields, and the original's.
+
+    The original's are ``dry_run``, ``checked``, ``drifted``, ``reconciled`` and ``results``.
     """
     results = []
     for drift in drifts:
@@ -172,7 +169,7 @@ def describe_drift(drifts: list[Drift], checked: int, *, applied: bool) -> dict[
         "dry_run": not applied,
         "checked": checked,
         "drifted": len(drifts),
-        # An absence is only noted the first time it is seen.
+        # The first absence is only noted, so it does not count.
         "reconciled": sum(drift.applied and not drift.action.startswith("noted") for drift in drifts),
         "results": results,
     }

@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Answer for workspaces, the disks that outlive sandboxes."""
+"""Serve workspaces, the disks that outlive sandboxes."""
 
 from __future__ import annotations
 
@@ -53,13 +53,11 @@ def create_workspace(call: Call) -> Answer:
 
 
 def rebind_workspace(call: Call) -> Answer:
-    """Move a workspace into a new sandbox; the old one is stopped first, so that nothing is written while the disk
-    is moved.
-    """
+    """Move a workspace into a new sandbox. The old one is stopped first, so that nothing is written during the move."""
     ctx = call.context()
     disk = workspace_disk.select(ctx, call.ident)
     given: dict[str, Any] = {name: call.body[name] for name in ("profile", "ttl_minutes") if name in call.body}
-    # What is wrong with the new sandbox is said before the old one loses its disk.
+    # Check the new sandbox's options before the old one loses its disk.
     spec = wanted.spec(ctx, creation_options({**given, "workspace_id": disk.id}))
     old = ctx.records.get(disk.sandbox_uuid) if disk.sandbox_uuid else None
     if old is not None and old.live:
@@ -110,7 +108,7 @@ def detach_workspace(call: Call) -> Answer:
 
 def destroy_workspace(call: Call) -> Answer:
     ctx = call.context()
-    # The module is asked for absence, and is content with it; here somebody names a thing.
+    # The module accepts a workspace that is absent already. Here a client names a workspace that must exist.
     return _of_workspace(
         workspace.absent(ctx, workspace_disk.select(ctx, call.ident).id, force=call.body.get("force", False))
     )
