@@ -311,12 +311,20 @@ class Chaos:
     def logs(self) -> str:
         return "".join(daemon.log() for daemon in self.daemons)
 
+    def _describe(self, uuid: str) -> str:
+        """Return what is known of a sandbox whose operation is not finished."""
+        records = {record.uuid: record for record in self.lab.records()}
+        vm = self.lab.pve.vm(records[uuid].vmid) if uuid in records else None
+        last = [f"{row['operation']} {row['outcome']}: {row['detail']}" for row in self.lab.events(records[uuid])[-3:]]
+        return f"{records[uuid]}, VM {vm.status if vm else 'none'} {vm.config if vm else ''}, {last}"
+
     def problems(self) -> list[str]:
         found = [
             f"{len(rows)} row(s) are left in {table}: {rows[:2]}"
             for table, rows in self.lab.leftovers().items()
             if rows
         ]
+        found += [self._describe(row["sandbox_uuid"]) for row in self.lab.leftovers()["operations"]]
         try:
             self.lab.check_promises()
         except AssertionError as error:

@@ -65,9 +65,10 @@ def test_a_value_of_the_wrong_type_in_the_journal(lab: Lab, kind: str, phase: st
 def test_a_damaged_fence_or_name_of_the_records_stops_no_work(lab: Lab) -> None:
     """A fence beyond what SQLite counts to, and a name of the records that is no text."""
     lab.create("a1")
-    with contextlib.closing(sqlite3.connect(lab.database)) as connection, connection:
+    with contextlib.closing(sqlite3.connect(lab.database)) as connection:
         connection.execute("UPDATE meta SET value = '9223372036854775807' WHERE key = 'fence'")
         connection.execute("UPDATE meta SET value = x'ff00' WHERE key = 'database_id'")
+        connection.commit()
     assert not lab.power("stop", 1000).failed
     lab.reconcile()
     assert not lab.destroy(1000, force=True)[0].failed

@@ -730,7 +730,7 @@ except KeyboardInterrupt:
 threads[0].join(); later.join(20)
 print(store.meta("later"), store.meta("mine"))
 """
-    done = child(path, "a", code)
+    done = child(address, "a", code)
     out, err = done.communicate(timeout=60)
     assert out.split("\n")[:2] == ["interrupted", "1 None"], out + err
 

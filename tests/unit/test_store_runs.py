@@ -83,9 +83,7 @@ def place(
         return Reservation(0, "a", 1024, "local", 2048)
 
     work = placements.reserve(records, SETTLE, affinity, sandbox.profile, sandbox.tags, decide or default)
-    claim = records.reserve(
-        sandbox, vmid=None, vmid_range=(1000, 1099), occupied=set(), journal={}, place=lambda conn: work(conn)
-    )
+    claim = records.reserve(sandbox, vmid=None, vmid_range=(1000, 1099), occupied=set(), journal={}, place=work)
     return claim, records.get(sandbox.uuid)
 
 
