@@ -14,6 +14,7 @@ import json
 import os
 import resource
 import select
+import shutil
 import socket
 import sqlite3
 import time
@@ -313,6 +314,31 @@ def test_a_socket_that_is_deleted_is_made_anew(daemon: Make) -> None:
     assert one.stop() == 0 and not os.path.exists(one.socket)
 
 
+@pytest.mark.parametrize("back", [True, False], ids=["it comes back", "it is made anew"])
+def test_a_socket_whose_folder_was_away_serves_again(daemon: Make, back: bool) -> None:
+    """Nothing can be made in a folder that is not there; the daemon tries again until it can."""
+    one = daemon()
+    folder = os.path.dirname(one.socket)
+    away = f"{folder}.away"
+    os.rename(folder, away)
+    try:
+        one.wait_for(lambda: "cannot be made anew" in one.log(), "the daemon misses it", 40)
+    finally:
+        if back:
+            os.rename(away, folder)
+        else:
+            os.mkdir(folder, 0o755)
+
+    def serves() -> bool:
+        with contextlib.suppress(OSError):
+            return one.get("/v1/healthz").status == 200
+        return False
+
+    one.wait_for(serves, "it serves again", 40)
+    if not back:
+        shutil.rmtree(away)
+
+
 def test_what_somebody_else_put_in_the_place_of_the_socket_is_told_and_left_alone(daemon: Make) -> None:
     one = daemon()
     os.unlink(one.socket)
@@ -355,6 +381,7 @@ def test_no_control_character_reaches_the_log(daemon: Make, lab: Lab) -> None:
     lab.pve.vm(1000).config["description"] = "x"
     lab.pve.vm(1000).config["name"] = "evil\x1b]0;title\x07\u202ename"
     told = json.dumps(one.post("/v1/sandboxes/1000/destroy", {"force": True}).body, ensure_ascii=False)
+    told += one.get("/v1/%1b%5b31m%07%e2%80%ae%e2%80%8bx").body["error"]
     one.wait_for(lambda: "destroy_sandbox 1000" in one.log(), "it is told")
     for text in (one.log(), json.loads(json.dumps(told))):
         assert not [char for char in text if char in "\x1b\x07\u202e\u200b"], text

@@ -27,6 +27,7 @@ from aiohttp.http_exceptions import PayloadEncodingError
 
 from agentlab_core import patterns
 from agentlab_core.errors import AgentlabError, ConfigError, InvalidInput, host_error
+from agentlab_core.escapes import escape_controls
 
 from .. import connections
 from ..connections import BODY_BYTES, BODY_SECONDS, IDLE_SECONDS, Listener
@@ -369,12 +370,14 @@ class Api:
                 f"{path} is not this daemon's socket any more: something else was put in its place. Remove it; the "
                 "socket is made anew by itself"
             )
+        # The old one listens until the new one does: a folder that was moved away may come back with its file.
+        old = self._servers["socket"]
         try:
-            self._servers.pop("socket").close()
             await self._bind_socket()
-        except (AgentlabError, OSError, KeyError) as error:
+        except (AgentlabError, OSError) as error:
             # For example without the folder. The next look tries again.
             return f"{path} was deleted and cannot be made anew: {error}. Restart agentlabd"
+        old.close()
         log.warning("%s was deleted; it was made anew", path)
         return None
 
@@ -522,7 +525,9 @@ def _http_error(request: web.Request, error: web.HTTPException) -> answers.Answe
         return answer
     if error.status == 404:
         return answers.failed(
-            404, f"no such path: {request.path[:200]}; GET /v1/openapi.json lists what there is", "no_such_path"
+            404,
+            f"no such path: {escape_controls(request.path[:200], '')}; GET /v1/openapi.json lists what there is",
+            "no_such_path",
         )
     if error.status == 413:
         return answers.failed(413, f"the body is larger than {BODY_BYTES} bytes", "too_large")
