@@ -2,10 +2,11 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""The action behind every module of the collection (meta/runtime.yml): where a task would only start the Python that
-runs Ansible once more, on this
-host and as this user, the module runs right here, and nothing is packed, copied and started. Everywhere else it is
-shipped to the host as any other module is. Both ways run the same ``main`` and give the same answer.
+"""The action plugin of every module in the collection (meta/runtime.yml). It saves starting a second Python.
+
+If the task would run on this host, as this user and with the Python that runs Ansible, the module runs inside this
+process: nothing is packed, copied or started. Otherwise the module is shipped to the host like any other module. Both
+ways run the same ``main`` and give the same answer.
 """
 
 from __future__ import annotations
@@ -51,8 +52,10 @@ class _Ended(BaseException):
 
 
 class _Here:
-    """What our modules use of AnsibleModule, for one that runs here: options checked by the same validator, and an
-    answer without secrets.
+    """Take the place of AnsibleModule for a module that runs in this process.
+
+    It has the attributes that our modules use. It checks options with the same validator, and removes secrets from
+    answers.
     """
 
     def __init__(
@@ -64,18 +67,18 @@ class _Here:
         supports_check_mode: bool,
         **rules: Any,
     ) -> None:
-        # Every module of ours does.
+        # All our modules support check mode.
         del supports_check_mode
         self._name = action._task.action
         self.check_mode = action._task.check_mode
         self._diff = action._task.diff
         self._warnings: list[str] = []
-        # From ansible-core 2.21 on only when it is asked for.
+        # From ansible-core 2.21 on, results contain the invocation only on request.
         self._tells_options = (
             "INJECT_INVOCATION" not in C.config.get_configuration_definitions()
             or C.config.get_config_value("INJECT_INVOCATION", variables=task_vars)
         )
-        # As they would arrive elsewhere: plain values, what a vault holds as text.
+        # Convert the options to the plain values that a shipped module would receive, with vault data as text.
         self.params = json.loads(json.dumps(action._task.args, cls=AnsibleJSONEncoder, vault_to_text=True))
         checked = ModuleArgumentSpecValidator(argument_spec, **rules).validate(self.params)
         self.params.update(checked.validated_parameters)
@@ -100,13 +103,15 @@ class _Here:
             answer["invocation"] = {"module_args": self.params}
         if self._warnings:
             answer["warnings"] = self._warnings
-        # Through JSON as well: what is registered is the same either way.
+        # Through JSON, so that registered results are the same for both ways.
         raise _Ended(json.loads(json.dumps(remove_values(answer, self.no_log_values))))
 
 
 def _stop(_signal: int, _frame: Any) -> NoReturn:
-    """Ansible was told to stop, which it passes on more than once: what is held is given back, or else the alarm
-    ends this process and the journal tells.
+    """Raise KeyboardInterrupt when Ansible is told to stop, and start an alarm.
+
+    Ansible passes the signal on more than once. The exception releases what the module holds. If that takes too long,
+    the alarm ends this process, and the journal shows what was left.
     """
     for one in _STOPS:
         signal.signal(one, signal.SIG_IGN)
@@ -129,7 +134,7 @@ def _as_shipped(folder: str) -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     finally:
-        # Where Ansible was started may be a folder that this user cannot enter: the answer counts all the same.
+        # This user may not be allowed to enter the folder in which Ansible was started. That must not spoil the answer.
         with contextlib.suppress(OSError):
             os.chdir(came_from)
         signal.alarm(0)
@@ -138,12 +143,12 @@ def _as_shipped(folder: str) -> Iterator[None]:
 
 
 class ActionModule(ShippedModule):
-    """Runs a module here, or ships it."""
+    """Run a module in this process, or ship it."""
 
     def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
         variables = task_vars or {}
         for name in ("api_password", "api_token_id", "api_token_secret", "database_password"):
-            # Later the option's type has made text of it: 012345 would be 5349.
+            # Check here: later the option's type has turned the value into text, and 012345 has become 5349.
             if isinstance(self._task.args.get(name), (bool, int, float, datetime.date)):
                 raise AnsibleActionFail(
                     f"{name}: YAML reads the value as a number, a date or a boolean, not as text, which would change "
@@ -152,7 +157,7 @@ class ActionModule(ShippedModule):
         if not self._is_here(variables):
             return super().run(tmp, task_vars)
         result: dict[str, Any] = ActionBase.run(self, tmp, task_vars)
-        # Another collection may call it by a name of its own.
+        # Another collection may redirect its own name to our module.
         found = self._shared_loader_obj.module_loader.find_plugin_with_context(
             self._task.action, collection_list=self._task.collections
         )
@@ -164,7 +169,7 @@ class ActionModule(ShippedModule):
         except _Ended as ended:
             result.update(ended.answer)
         except KeyboardInterrupt:
-            # Now as Ansible ends a worker; from ansible-core 2.21 on it shows a trace of what ends in any other way.
+            # End as a worker of Ansible does. From ansible-core 2.21 on, any other end shows a traceback.
             signal.raise_signal(signal.SIGTERM)
             raise
         return result

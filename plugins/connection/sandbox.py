@@ -2,9 +2,9 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Ansible tasks inside a sandbox through its guest agent: no network, no SSH.
+"""Run Ansible tasks inside a sandbox through its guest agent, without network or SSH.
 
-Only a sandbox that is proven to be ours.
+Works only for a sandbox whose VM is proven to be ours.
 """
 
 from __future__ import annotations
@@ -250,10 +250,10 @@ display = Display()
 Self = TypeVar("Self", bound="Connection")
 
 _CORE_OPTIONS = tuple(name for name in _adapter.COMMON_ARGS if name != "actor")
-# Errors after which certainly nothing was run: for Ansible the host is unreachable, and the next task may try again.
+# Errors that prove that nothing was run. Ansible then marks the host as unreachable, and the next task may retry.
 _UNREACHABLE = ("guest_agent", "not_found", "state_conflict", "busy", "proxmox_unreachable", "proxmox_access")
-# Answers with the become password where sudo asks for it, and only there. The password comes by the environment of this
-# shell, which sudo does not pass on; printf is part of the shell, so no process list shows it.
+# Gives sudo the become password, only if sudo asks for it. The password comes in the environment of this shell, which
+# sudo does not pass on. printf is part of the shell, so no process list shows the password.
 _WITH_PASSWORD = """\
 secret=$AGENTLAB_BECOME; unset AGENTLAB_BECOME
 if {check} >/dev/null 2>&1 </dev/null; then {command}
@@ -262,7 +262,7 @@ fi"""
 
 
 class Connection(ConnectionBase):
-    """A sandbox, through the guest agent of its VM."""
+    """A connection to a sandbox through the guest agent of its VM."""
 
     transport = "agentlab.proxmox.sandbox"
     has_pipelining = True
@@ -273,10 +273,10 @@ class Connection(ConnectionBase):
         self._context: Context | None = None
         self._sandbox: Sandbox | None = None
 
-    # ---- what Ansible asks for ----
+    # ---- the interface of a connection plugin ----
 
     def _connect(self: Self) -> Self:
-        """Find the sandbox in the records. Nothing is asked of the guest yet."""
+        """Find the sandbox in the records. Sends no request to the guest."""
         if not self._connected:
             with _as_ansible_errors():
                 options = {name: self.get_option(name) for name in _CORE_OPTIONS}
@@ -289,9 +289,9 @@ class Connection(ConnectionBase):
         return self
 
     def exec_command(self, cmd: str, in_data: bytes | None = None, sudoable: bool = True) -> tuple[int, bytes, bytes]:
-        """Run a command in the guest's shell and return its exit status, standard output and standard error.
+        """Run a command in the guest's shell. Return its exit status, standard output and standard error.
 
-        A command that a signal ended has 128 and the signal's number as its status, as a shell tells it.
+        For a command ended by a signal the status is 128 plus the number of the signal, as in a shell.
         """
         super().exec_command(cmd, in_data=in_data, sudoable=sudoable)
         context, sandbox = self._reached()
@@ -326,7 +326,7 @@ class Connection(ConnectionBase):
         return status, result.stdout, result.stderr
 
     def put_file(self, in_path: str, out_path: str) -> None:
-        """Copy a file into the guest, byte for byte; it is complete or not there at all."""
+        """Copy a file into the guest byte for byte, completely or not at all."""
         super().put_file(in_path, out_path)
         context, sandbox = self._reached()
         display.vvv(f"PUT {in_path} TO {out_path}", host=self._host)
@@ -337,7 +337,10 @@ class Connection(ConnectionBase):
             files.put_file(context, sandbox, source, target, owner=self._user)
 
     def fetch_file(self, in_path: str, out_path: str) -> None:
-        """Copy a file out of the guest, byte for byte; a file at ``out_path`` is replaced when all of it has come."""
+        """Copy a file out of the guest byte for byte.
+
+        A file at ``out_path`` is replaced once all bytes have arrived.
+        """
         super().fetch_file(in_path, out_path)
         context, sandbox = self._reached()
         display.vvv(f"FETCH {in_path} TO {out_path}", host=self._host)
@@ -347,7 +350,7 @@ class Connection(ConnectionBase):
             try:
                 with os.fdopen(handle, "wb") as file:
                     files.fetch_file(context, sandbox, to_text(in_path, errors="surrogate_or_strict"), file)
-                    # As a file that is opened in place would have it; mkstemp lets only the owner read.
+                    # mkstemp creates a file for its owner only. Give the file the mode that the umask would give it.
                     umask = os.umask(0o077)
                     os.umask(umask)
                     mode = os.stat(target).st_mode & 0o7777 if os.path.exists(target) else 0o666 & ~umask
@@ -359,7 +362,7 @@ class Connection(ConnectionBase):
                 raise
 
     def reset(self) -> None:
-        """Forget what was read, so that the next task finds the sandbox anew."""
+        """Close the connection, so that the next task looks the sandbox up again."""
         self.close()
 
     def close(self) -> None:
@@ -386,7 +389,7 @@ class Connection(ConnectionBase):
         return self._context, self._sandbox
 
     def _find(self, context: Context) -> Sandbox:
-        """Return the record of the sandbox that the options name; NotFound or AnsibleError says what is wrong."""
+        """Return the record of the configured sandbox. Raises NotFound, or AnsibleError with what is wrong."""
         vmid, uuid, name = self.get_option("vmid"), self.get_option("uuid"), self._host
         if uuid:
             sandbox = context.records.get(uuid)
@@ -403,9 +406,9 @@ class Connection(ConnectionBase):
     # ---- become ----
 
     def _with_password(self, cmd: str, sudoable: bool) -> tuple[str, dict[str, str]]:
-        """Return the command and its environment, with the become password where the become method may ask for one."""
+        """Return the command and its environment, with the become password if the become method may ask for it."""
         password = self.become.get_option("become_pass") if self.become is not None and sudoable else None
-        # Nobody asks root for a password.
+        # root needs no password to become another user.
         if self.become is None or not password or self._user in (None, "root"):
             return cmd, {}
         if self.become.name.rpartition(".")[2] != "sudo":
@@ -426,7 +429,7 @@ class Connection(ConnectionBase):
 
 @contextlib.contextmanager
 def _as_ansible_errors() -> Iterator[None]:
-    """Raise errors of the core as Ansible's: unreachable where certainly nothing was run, else a failed task."""
+    """Turn errors of the core into Ansible's: unreachable if certainly nothing was run, else a failed task."""
     try:
         yield
     except AgentlabError as error:

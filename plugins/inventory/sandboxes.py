@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Hosts from the records of agentlab: every live sandbox. Proxmox VE is asked nothing."""
+"""Make a host of every live sandbox in the records. Sends no request to Proxmox VE."""
 
 from __future__ import annotations
 
@@ -141,11 +141,11 @@ try:
 except ImportError:
 
     def make_unsafe(value: Any) -> Any:
-        """Return the value as it is: from ansible-core 2.19 on, text that a plugin makes is never a template."""
+        """Return the value unchanged: from ansible-core 2.19 on, text from a plugin is never a template."""
         return value
 
 
-# ansible_host and the variables that hold what a user, a guest or Proxmox VE wrote.
+# ansible_host, and the variables with text from a user, a guest or Proxmox VE.
 _OF_OTHERS = ("agentlab_owner", "agentlab_tags", "agentlab_profile", "agentlab_node", "agentlab_ip", "ansible_host")
 _VARIABLES = (
     "vmid",
@@ -164,7 +164,7 @@ _VARIABLES = (
     "created_at",
 )
 _THROUGH_AGENT = "agentlab.proxmox.sandbox"
-# Ansible itself has hosts of these names, or means all hosts or none by them.
+# Names of Ansible's own hosts and groups.
 _RESERVED = ("localhost", "all", "ungrouped")
 _LARGEST_ANSWER = 64 * 1024 * 1024
 
@@ -183,16 +183,16 @@ class _DaemonConnection(http.client.HTTPConnection):
 
 
 class InventoryModule(BaseInventoryPlugin, Constructable, Cacheable):
-    """The sandboxes of the records as hosts."""
+    """Make hosts of the sandboxes in the records."""
 
     NAME = "agentlab.proxmox.sandboxes"
 
     def verify_file(self, path: str) -> bool:
-        """Return whether the file's name says that it is for this plugin."""
+        """Return whether the file name has one of this plugin's endings."""
         return bool(super().verify_file(path)) and path.endswith(("agentlab.yml", "agentlab.yaml"))
 
     def parse(self, inventory: Any, loader: Any, path: str, cache: bool = True) -> None:
-        """Add a host for every sandbox; AnsibleParserError says what to change when that is not possible."""
+        """Add a host for every sandbox. Raises AnsibleParserError, which says what to change."""
         super().parse(inventory, loader, path, cache)
         self._read_config_data(path)
         read, source = self._choose_source(os.path.dirname(os.path.abspath(path)))
@@ -202,7 +202,7 @@ class InventoryModule(BaseInventoryPlugin, Constructable, Cacheable):
                 self._add(sandbox)
 
     def _choose_source(self, folder: str) -> tuple[Callable[[], list[dict[str, Any]]], str]:
-        """Return the function that reads the sandboxes, and the name of where it reads them."""
+        """Return the function that reads the sandboxes, and the name of its source."""
         path = self.get_option("socket")
         if path:
             if self.get_option("database") or self.get_option("config_file"):
@@ -223,10 +223,10 @@ class InventoryModule(BaseInventoryPlugin, Constructable, Cacheable):
     def _load(
         self, path: str, source: str, read: Callable[[], list[dict[str, Any]]], cache: bool
     ) -> list[dict[str, Any]]:
-        """Return the sandboxes, from the cache where one is used and has them."""
+        """Return the sandboxes, from the cache if one is in use and has them."""
         if not self.get_option("cache"):
             return read()
-        # What was read from another database is no answer for this one.
+        # The source is part of the key, so that data of another database is never used for this one.
         key = f"{self.get_cache_key(path)}_{hashlib.sha256(source.encode()).hexdigest()[:10]}"
         self.load_cache_plugin()
         if cache:
@@ -241,7 +241,7 @@ class InventoryModule(BaseInventoryPlugin, Constructable, Cacheable):
         return sandboxes
 
     def _ask_daemon(self, path: str) -> list[dict[str, Any]]:
-        """Return the sandboxes that the daemon lists."""
+        """Return the sandboxes in the daemon's list."""
         connection = _DaemonConnection(path, self.get_option("timeout"))
         try:
             connection.request("GET", "/v1/sandboxes?owner=true", headers={"Accept": "application/json"})
@@ -275,7 +275,7 @@ class InventoryModule(BaseInventoryPlugin, Constructable, Cacheable):
         return sandboxes
 
     def _add(self, sandbox: Mapping[str, Any]) -> None:
-        """Add one sandbox with its variables, and what the options make of them."""
+        """Add the host of one sandbox with its variables, and apply keyed_groups, groups and compose."""
         name = f"{self.get_option('host_prefix')}{sandbox['name']}"
         if name in _RESERVED:
             self.display.warning(
@@ -307,14 +307,14 @@ class InventoryModule(BaseInventoryPlugin, Constructable, Cacheable):
 
 
 def _absolute(path: str | None, folder: str) -> str | None:
-    """Return the path, which begins in the inventory file's folder when it is relative; a URL as it is."""
+    """Return the path, relative to the inventory file's folder. A URL stays unchanged."""
     if not path or "://" in path:
         return path
     return str(unfrackpath(os.path.join(folder, os.path.expanduser(path)), follow=False))
 
 
 def _read_records(config: core_config.Config) -> list[dict[str, Any]]:
-    """Return the live sandboxes of the records. Nothing is created, migrated or written."""
+    """Return the live sandboxes in the records. Creates, migrates and writes nothing."""
     if "://" not in config.database and not os.path.exists(config.database):
         raise AnsibleParserError(
             f"database: there is no file {config.database}; name the database of the controller with the option "
@@ -332,7 +332,7 @@ def _read_records(config: core_config.Config) -> list[dict[str, Any]]:
 
 
 def _are_sandboxes(value: Any) -> bool:
-    """Return whether the value is a list of sandboxes as the API lists them."""
+    """Return whether the value is a list of sandboxes in the API's form."""
     return isinstance(value, list) and all(
         isinstance(sandbox, dict)
         and isinstance(sandbox.get("vmid"), int)

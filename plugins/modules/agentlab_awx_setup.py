@@ -277,7 +277,7 @@ ARGUMENT_SPEC = {
     "notification": {"type": "str", "default": ""},
     "galaxy_check": {"type": "bool", "default": True},
     "prefix": {"type": "str", "default": "agentlab - "},
-    # A switch, not a secret.
+    # The option is a switch, not a secret.
     "update_secrets": {"type": "bool", "default": False, "no_log": False},
     "credential_type": {"type": "dict", "required": True},
     "credential_inputs": {
@@ -301,10 +301,10 @@ ARGUMENT_SPEC = {
 
 
 def wanted(params):
-    """Return the options as the planner takes them, without blanks around a text: AWX stores texts without those."""
+    """Return the options for the planner. Texts lose the blanks around them, because AWX stores them without those."""
     names = _awx_plan.DesiredObjects.__dataclass_fields__
     values = {name: params[name] for name in names}
-    # The blank at the end of the prefix stands between it and the rest of the name.
+    # The blank at the end of the prefix separates it from the rest of the name.
     values = {
         name: value.strip() if isinstance(value, str) and name != "prefix" else value for name, value in values.items()
     }

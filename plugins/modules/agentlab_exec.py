@@ -206,7 +206,7 @@ from ansible_collections.agentlab.proxmox.plugins.module_utils import _adapter
 
 
 class SecretModule(_adapter.AnsibleModule):
-    """AnsibleModule that knows the secrets of the options before it logs them, which it does while it is made."""
+    """An AnsibleModule that collects the secrets in options before its constructor logs the options."""
 
     def _log_invocation(self):
         from ansible_collections.agentlab.proxmox.plugins.module_utils import _exec

@@ -93,7 +93,7 @@ ARGUMENT_SPEC = {
     "wait_timeout": {"type": "int"},
 }
 
-# Later releases warn of anything but a boolean, and put that in its place.
+# ansible-core 2.21 and later warn of anything but a boolean, and replace it.
 _MAY_BE_A_LIST = [int(part) for part in ansible_version.split(".")[:2]] < [2, 21]
 
 

@@ -84,11 +84,11 @@ ARGUMENT_SPEC = {
 
 
 def _release(module, context):
-    """Lift the hold on leases and cleanup; return whether there was one."""
+    """Release the hold on leases and cleanup. Return whether there was one."""
     from ansible_collections.agentlab.proxmox.plugins.module_utils._core import timeguard
     from ansible_collections.agentlab.proxmox.plugins.module_utils._core.maintenance import cleanup
 
-    # An older copy is recognised here, if no run has looked since it was put in place.
+    # hold_leases also detects an older copy of the records, if no run has looked at them since the restore.
     held = timeguard.hold_leases(context) or timeguard.frozen(context)
     if held and not module.check_mode:
         cleanup.release(context)

@@ -531,7 +531,7 @@ CREATION = (
     "protected",
 )
 
-# The options of a task that is about one sandbox.
+# The options for a task about one sandbox.
 TASK_SPEC = {
     **_adapter.SELECT_ARGS,
     "state": {
@@ -562,14 +562,14 @@ TASK_SPEC = {
     "firewall": {"type": "bool"},
     "firewall_group": {"type": "str"},
     "cloud_init_user": {"type": "str"},
-    # As it was given: Ansible would make a text of a number.
+    # raw, because Ansible would turn a number into text.
     "cloud_init_password": {"type": "raw", "no_log": True},
     "cloud_init_upgrade": {"type": "bool"},
     "cloud_init_vendor_data": {"type": "str"},
     "ip_config": {"type": "str"},
     "nameserver": {"type": "str"},
     "searchdomain": {"type": "str"},
-    # Ansible would split a text at the commas, which the options of a key hold.
+    # raw, because Ansible would split the text at commas, which the options of a key may contain.
     "ssh_public_keys": {"type": "raw", "no_log": False},
     "cloud_init_user_data": {"type": "str", "no_log": True},
     "workspace": {"type": "str"},
@@ -582,7 +582,7 @@ TASK_SPEC = {
     "wait_for_cloud_init": {"type": "bool", "default": False},
 }
 
-# What one item of ``items`` may have; what it leaves out is taken from the task's own options.
+# The options in one item of ``items``. A missing option is taken from the task.
 ITEM_SPEC = {
     **{name: {key: part for key, part in TASK_SPEC[name].items() if key != "default"} for name in CREATION},
     "vmid": {"type": "int"},
@@ -596,7 +596,7 @@ ARGUMENT_SPEC = {**TASK_SPEC, "items": {"type": "list", "elements": "dict", "opt
 
 
 def work(module, context):
-    # Imported here: a run imports only what its state needs.
+    # Imported here, because a run needs only the code for its state.
     from ansible_collections.agentlab.proxmox.plugins.module_utils import _sandbox
 
     return _sandbox.run(module, context, CREATION)

@@ -161,7 +161,7 @@ def work(module, context):
         raise InvalidInput(
             f"events: {params['events']} is negative. Valid: 0 or more", option="events", value=params["events"]
         )
-    # An empty list asks for none; only without any of the three all are shown.
+    # An empty list selects no sandbox. All sandboxes are shown only without any of the three options.
     chosen = any(params[name] is not None for name in _adapter.SELECT_ARGS)
     wanted = info.Filter(
         ids=_adapter.ids(module) if chosen else None,

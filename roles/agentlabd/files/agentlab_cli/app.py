@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""The entry point. What needs no command tree is answered before the libraries of one are loaded."""
+"""The entry point. It answers what needs no command tree before it loads the libraries for one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from . import COMPLETE_VARIABLE, NAME, __version__
 
 
 def __getattr__(name: str) -> Any:
-    """Load the command tree (``root``) when somebody asks for it."""
+    """Load the command tree (``root``) on its first use."""
     if name == "root":
         from .tree import root
 
@@ -23,7 +23,7 @@ def __getattr__(name: str) -> Any:
 
 
 def main() -> None:
-    """Run the command line and leave with its exit status."""
+    """Run the command line and exit with its status."""
     if sys.argv[1:] in (["--version"], ["version"]) and COMPLETE_VARIABLE not in os.environ:
         try:
             print(f"{NAME} {__version__}", flush=True)

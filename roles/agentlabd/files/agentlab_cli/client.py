@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Requests to the daemon: HTTP over its unix socket, and what to tell a user when that does not work."""
+"""Send requests to the daemon (HTTP over its unix socket), and explain failures to the user."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ if TYPE_CHECKING:
     import http.client
 
 DEFAULT_SOCKET = "/run/agentlab/agentlabd.sock"
-# Reading answers at once; work waits for tasks of Proxmox, one after the other where many are asked for.
+# Seconds. Reads are answered at once. Work waits for tasks of Proxmox, possibly for many in turn.
 READ_TIMEOUT = 30
 WORK_TIMEOUT = 3600
 GROUP = "agentlab"
 _HEADERS = {"Accept": "application/json", "User-Agent": f"agentlab/{__version__}"}
-# The codes of agentlabd for a request that its release does not have.
+# The daemon's codes for a request that its release does not know.
 _UNKNOWN_REQUEST = ("no_such_path", "method_not_allowed")
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What the daemon said: the status, the very bytes, and what they mean."""
+    """The daemon's answer: status, raw bytes, and parsed data."""
 
     status: int
     body: bytes
@@ -49,7 +49,7 @@ class Answer:
 
 @dataclass
 class Client:
-    """Where the daemon is, and how long to wait for it (None: as long as suits the request)."""
+    """The daemon's address, and the timeout in seconds (None: the default of each request)."""
 
     path: str
     timeout: float | None = None
@@ -58,27 +58,27 @@ class Client:
         return self.request("GET", _resource(parts, query), None, READ_TIMEOUT)
 
     def ask(self, *parts: object, **query: object) -> Answer:
-        """As ``get``, of what has to ask Proxmox first."""
+        """Send a GET like ``get``, for data that the daemon first reads from Proxmox."""
         return self.request("GET", _resource(parts, query), None, WORK_TIMEOUT)
 
     def post(self, *parts: object, body: dict[str, Any] | None = None) -> Answer:
         return self.request("POST", _target(parts), body, WORK_TIMEOUT)
 
     def request(self, method: str, target: str, body: dict[str, Any] | None, timeout: int) -> Answer:
-        """The daemon's answer, whatever its status.
+        """Return the daemon's answer, whatever its status.
 
-        Raises Unreachable (with what to do) when there is none, or none that makes sense.
+        Raises Unreachable, with the remedy, when there is no answer or no valid one.
         """
         return self._judge(method, target, self._exchange(method, target, body, timeout))
 
     def send_file(self, parts: Iterable[bytes], length: int | None, *path: object, **query: object) -> Answer:
-        """Send a file as the body of a PUT; without a length it goes in chunks."""
+        """Send a file as the body of a PUT. Without a length it is sent in chunks."""
         headers = {"Content-Type": "application/octet-stream"}
         if length is not None:
             headers["Content-Length"] = str(length)
         target = _resource(path, query)
         with self._exchanging(WORK_TIMEOUT) as connection:
-            # A daemon that refuses a file answers before all of it is sent, and takes no more.
+            # A daemon that refuses a file answers early and reads no further.
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                 connection.request("PUT", target, parts, {**_HEADERS, **headers}, encode_chunked=length is None)
             response = connection.getresponse()
@@ -88,9 +88,9 @@ class Client:
     def receive_file(
         self, write: Callable[[bytes], None], *path: object, **query: object
     ) -> tuple[Answer | None, dict[str, str]]:
-        """Hand the parts of a file to ``write``; return the headers, or the answer when it is an error.
+        """Pass the parts of a file to ``write``; return the headers, or the answer if it is an error.
 
-        Raises Unreachable when the file ends too early or has another checksum than it had in the guest.
+        Raises Unreachable when the file ends too early, or when its checksum differs from the guest's.
         """
         import hashlib
 
@@ -124,14 +124,14 @@ class Client:
 
     @contextlib.contextmanager
     def _exchanging(self, timeout: int) -> Iterator[http.client.HTTPConnection]:
-        """Give a connection for one request and its answer; Unreachable or TimedOut says what went wrong."""
+        """Yield a connection for one request and its answer. Raises Unreachable or TimedOut with what went wrong."""
         import http.client
 
-        # 0 was asked for: no limit.
+        # --timeout 0 means no limit.
         limit = timeout if self.timeout is None else self.timeout or None
         connection = http.client.HTTPConnection("localhost", timeout=limit)
         connection.sock = sock = self._connect(limit)
-        # A socket's own time-out begins anew with each byte; this ends the whole exchange.
+        # A socket's own timeout starts again with each byte. This timer ends the whole exchange.
         over = threading.Event()
         watch = threading.Timer(limit, _end, (sock, over)) if limit else None
         if watch:
@@ -157,7 +157,7 @@ class Client:
                 watch.cancel()
             connection.close()
         if over.is_set():
-            # It ended in the middle of a body without a length.
+            # The timer ended a body without a length, which looks complete.
             raise _too_slow(limit or 0)
 
     def _connect(self, limit: float | None) -> socket.socket:
@@ -171,12 +171,10 @@ class Client:
         return sock
 
     def _judge(self, method: str, target: str, answer: Answer) -> Answer:
-        """The answer if it is one of agentlabd; a release that does not know the request, or something else, is
-        named as that.
-        """
+        """Return the answer if it is from agentlabd and its release knows the request. Raises Unreachable otherwise."""
         told = isinstance(answer.data, dict) and (answer.ok or isinstance(answer.data.get("error"), str))
         if told and answer.data.get("code") == "stopping":
-            # As good as not running; who waits for a restart waits on.
+            # A stopping daemon counts as not running, so that a caller that waits for a restart keeps waiting.
             raise Unreachable(str(answer.data["error"]))
         if told and (answer.status not in (404, 405) or answer.data.get("code") not in _UNKNOWN_REQUEST):
             return answer
@@ -234,14 +232,14 @@ def _parse(raw: bytes) -> Any:
 
 
 def _end(sock: socket.socket, over: threading.Event) -> None:
-    """End a connection whose time is over, in the middle of whatever is being read."""
+    """Shut a connection down when its time is over, even in the middle of a read."""
     over.set()
     with contextlib.suppress(OSError):
         sock.shutdown(socket.SHUT_RDWR)
 
 
 def _why(path: str, error: OSError, limit: float | None) -> str:
-    """Why there is no connection, and what to do."""
+    """Return why there is no connection, and what to do."""
     if isinstance(error, PermissionError):
         user = _user()
         return (

@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""The command that looks at everything, and writes the bundle for a bug report."""
+"""The command ``agentlab doctor``: examine everything, and write the bundle for a bug report."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def _findings(data: dict[str, Any]) -> str:
 
 
 def _write(path: str, content: Any) -> None:
-    """The file is whole or not there, and nobody else's to read; a link in its place is replaced, not followed."""
+    """Write the file completely or not at all, readable for its owner only. Replace a link instead of following it."""
     fresh = f"{path}.{os.getpid()}.new"
     try:
         with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:

@@ -2,8 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""What ends a command early, as types: each knows its exit status, and prints itself as ``Error: ...`` on standard
-error.
+"""The errors that end a command. Each type has an exit status, and prints itself as ``Error: ...`` on standard error.
 
 Exit statuses: 0 done; 1 refused or failed; 2 wrong usage; 3 no usable answer from the daemon; 4 some items done, others
 not; 130 interrupted.
@@ -26,7 +25,7 @@ INTERRUPTED = 130
 
 
 class Problem(click.ClickException):
-    """A refusal or failure, told in one sentence. Text that comes from elsewhere is made harmless for the terminal."""
+    """A refusal or failure in one sentence. Control characters in foreign text are removed for the terminal."""
 
     exit_code = REFUSED
 
@@ -35,7 +34,7 @@ class Problem(click.ClickException):
 
 
 class Usage(Problem):
-    """Wrong usage whose words are fixed: they are printed as they are."""
+    """Wrong usage with a fixed text, which is printed unchanged."""
 
     exit_code = USAGE
 
@@ -44,10 +43,10 @@ class Usage(Problem):
 
 
 class Unreachable(Problem):
-    """The daemon could not be asked, or its answer is of no use."""
+    """The daemon could not be reached, or its answer is unusable."""
 
     exit_code = UNREACHABLE
 
 
 class TimedOut(Unreachable):
-    """The daemon did not answer in time; what was asked may still be carried out."""
+    """The daemon did not answer in time. The request may still be carried out."""

@@ -2,9 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""What all commands share: global options that work anywhere on the line, help with examples, VMIDs that complete
-themselves.
-"""
+"""The parts that all commands share: global options anywhere on the line, help with examples, completion of VMIDs."""
 
 from __future__ import annotations
 
@@ -22,7 +20,7 @@ from .client import DEFAULT_SOCKET, Answer, Client
 from .errors import PARTLY, REFUSED, USAGE, Problem
 from .text import cell, one_line, seconds
 
-# Generic only in newer releases of click.
+# These classes are generic only in newer releases of click.
 if TYPE_CHECKING:
     _IntType = click.ParamType[int]
     _FloatType = click.ParamType[float]
@@ -35,14 +33,14 @@ MIN_VMID, MAX_VMID = 100, 999999999
 
 @dataclass
 class Settings:
-    """The global options. An option wins over the environment, the environment over the default."""
+    """The global options. An option wins over the environment, and the environment over the default."""
 
     socket: str | None = None
     json: bool = False
-    # Seconds for one request; 0 for as long as it takes, None for what suits the request.
+    # Seconds for one request; 0 for no limit, None for the default of each request.
     timeout: float | None = None
 
-    # Something was printed for a program; for all objects of this class, because a run has one standard output.
+    # True once data was printed for a program. Shared by all objects, because a run has a single standard output.
     answered: ClassVar[bool] = False
 
     @property
@@ -50,13 +48,14 @@ class Settings:
         return Client(self.socket or os.environ.get("AGENTLAB_SOCKET") or DEFAULT_SOCKET, self.timeout)
 
     def tell(self, answer: Answer, text: Callable[[Any], str]) -> None:
-        """Show an answer: the very bytes of the API for programs, ``text`` of it for people.
+        """Show an answer: the API's own bytes for programs, ``text`` of its data for people.
 
-        A refusal ends the command.
+        Raises Problem for a refusal.
         """
         if self.json:
             Settings.answered = True
-            # Escapes keep what a guest says from steering the terminal; a program gets the very bytes.
+            # On a terminal escape the text, because a guest could otherwise control the terminal. Programs get the raw
+            # bytes.
             click.echo(json.dumps(answer.data, indent=2) if sys.stdout.isatty() else answer.body.strip())
         if not answer.ok:
             raise Problem(one_line(answer.data["error"]) + self._explain(answer))
@@ -69,7 +68,7 @@ class Settings:
                 click.echo(shown)
 
     def _explain(self, answer: Answer) -> str:
-        """Return further lines for a sandbox or workspace that there is not: its VMID or name, and which there are."""
+        """Return further lines about a missing sandbox or workspace: the VMID or name, and which exist."""
         vmid, workspace = answer.data.get("vmid"), answer.data.get("workspace")
         if answer.data.get("code") == "not_found" and isinstance(workspace, str):
             return self._explain_workspace(workspace)
@@ -105,13 +104,14 @@ def _odd(answer: Answer, error: Exception) -> Problem:
 
 
 def failures(items: list[dict[str, Any]] | None) -> list[tuple[object, str]]:
-    """What could not be done, of an answer's items."""
+    """Return the items of an answer that failed, each with its reason."""
     return [(one.get("vmid"), str(one.get("message") or one.get("reason"))) for one in items or []]
 
 
 def finish(done: int, failed: list[tuple[object, str]]) -> None:
-    """End a command on several items: each failure as one line, exit status 1 when none was done and 4 when only
-    some were.
+    """End a command on several items. Prints a line for each failure.
+
+    The exit status is 1 when no item was done, and 4 when only some were.
     """
     for what, why in failed:
         said = re.search(rf"\b(sandbox|VM|VMID) {re.escape(str(what))}\b", why) is not None
@@ -122,7 +122,7 @@ def finish(done: int, failed: list[tuple[object, str]]) -> None:
 
 
 class Duration(_FloatType):
-    """A time to wait in seconds: a number, or a duration; 0 for no limit."""
+    """A waiting time in seconds, as a number or a duration; 0 for no limit."""
 
     name = "duration"
 
@@ -141,7 +141,7 @@ class Duration(_FloatType):
 
 
 class Vmid(_IntType):
-    """A VMID; the shell completes those that the daemon knows."""
+    """A VMID. The shell completes the VMIDs that the daemon knows."""
 
     name = "vmid"
 
@@ -154,7 +154,7 @@ class Vmid(_IntType):
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[Any]:
         from click.shell_completion import CompletionItem
 
-        # Options that stand on the line before are in force already. A shell does not wait long.
+        # Options earlier on the line are already in force. A shell does not wait long, so use a short timeout.
         client = Client(ctx.ensure_object(Settings).client.path, 2)
         try:
             found = client.get("sandboxes").data["sandboxes"]
@@ -167,12 +167,12 @@ class Vmid(_IntType):
                 and one.get("state") != "DESTROYED"
             ]
         except (Problem, KeyError, TypeError):
-            # A completion that does not work is silent.
+            # Completion stays silent about errors.
             return []
 
 
 class State(_StrType):
-    """The name of a state, in any case."""
+    """The name of a state, in upper or lower case."""
 
     name = "state"
     valid = (
@@ -202,7 +202,7 @@ class State(_StrType):
 
 
 class Known(_StrType):
-    """A name that the shell completes from a list of the daemon."""
+    """A name that the shell completes from one of the daemon's lists."""
 
     name = "name"
 
@@ -242,7 +242,7 @@ def _keep(name: str) -> Callable[[click.Context, click.Parameter, Any], Any]:
 
 
 class _Global(click.Option):
-    """An option that is understood before and after the command."""
+    """An option that is accepted before and after the command."""
 
 
 def _globals() -> list[click.Parameter]:
@@ -277,7 +277,7 @@ _TRUE, _FALSE = ("true", "t", "1", "yes"), ("false", "f", "0", "no")
 
 
 class _Page(click.Command):
-    """Help that shows notes and examples as they are written; flags may be given as ``--flag=true``."""
+    """A command with help that shows notes and examples unchanged. Flags may be written as ``--flag=true``."""
 
     examples: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
@@ -289,7 +289,7 @@ class _Page(click.Command):
         return parser
 
     def _plain_flags(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Return the words with ``--flag=true`` as ``--flag``, and ``--flag=false`` as its opposite or as nothing."""
+        """Return the words, with ``--flag=true`` as ``--flag``, and ``--flag=false`` as its opposite or left out."""
         flags = {
             name: param
             for param in self.get_params(ctx)
@@ -314,7 +314,7 @@ class _Page(click.Command):
         own: list[tuple[str, str]] = []
         shared: list[tuple[str, str]] = []
         for param in self.get_params(ctx):
-            # Newer releases of click list arguments too; the usage line has them.
+            # Newer releases of click list arguments as well, but the usage line already shows them.
             record = param.get_help_record(ctx) if isinstance(param, click.Option) else None
             if record is not None:
                 (shared if isinstance(param, _Global) else own).append(record)
@@ -332,7 +332,7 @@ class _Page(click.Command):
 
 
 class Command(_Page):
-    """A command with the global options; ``usage`` is what its usage line says after its name."""
+    """A command with the global options. ``usage`` follows the command's name in its usage line."""
 
     def __init__(
         self,
@@ -351,11 +351,11 @@ class Command(_Page):
 
 
 class Group(_Page, click.Group):
-    """Commands in the order in which they were written; a wrong word is answered with the nearest right one."""
+    """A group that keeps its commands in the order of definition, and suggests the nearest command for a wrong word."""
 
     command_class = Command
     group_class = type
-    # Nobody who mistypes a word shall be led to what destroys.
+    # A mistyped word must never lead to a command that destroys.
     never_suggested = ("destroy", "prune", "unprotect")
 
     def __init__(
@@ -367,9 +367,10 @@ class Group(_Page, click.Group):
         meant: Mapping[str, str] | None = None,
         **options: Any,
     ) -> None:
-        """``words``: other names of commands, which work and are not listed.
+        """Define a group.
 
-        ``meant``: for words that are no command, the line to type instead.
+        ``words`` maps further names to commands; these names work but are not listed. ``meant`` maps words that are no
+        command to the line to type instead.
         """
         super().__init__(*args, **{"subcommand_metavar": "<command>", **options})
         self.examples, self.notes = examples, notes

@@ -24,10 +24,10 @@ from .framework import DURATION, VMID, Command, Group, Settings, settings
 from .progress import Progress
 from .text import clean, one_line, size, table
 
-# Seconds that the daemon waits for the end of a command before it tells what has come so far.
+# Seconds for which the daemon waits for the end of a command before it returns the output so far.
 _LOOK_SECONDS = 1
 _WAIT_SECONDS = 60
-# Bytes of standard input that one request holds as base64; more goes by cp.
+# Bytes of standard input that fit into one request as base64. Larger input must use cp.
 _LARGEST_INPUT = 700 * 1024
 _RUN = re.compile(r"(\d{3,9})[/:]([0-9a-fA-F-]{32,36})")
 _REMOTE = re.compile(r"(\d{3,9}):(.+)", re.DOTALL)
@@ -51,7 +51,7 @@ class RunId(click.ParamType):  # type: ignore[type-arg,unused-ignore]
 
 
 class ExecGroup(Group):
-    """``exec <vmid> -- <command>`` and ``exec status <id>``: a word that is no command is a VMID."""
+    """A group for both ``exec <vmid> -- <command>`` and ``exec status <id>``: a word that is no command is a VMID."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         words = iter(args)
@@ -255,9 +255,7 @@ def _status(data: dict[str, Any]) -> int:
 
 
 class _Output:
-    """Standard output and standard error of a command: as they are in a pipe, without control characters on a
-    terminal.
-    """
+    """The output streams of a command: raw into a pipe, without control characters on a terminal."""
 
     def __init__(self, raw: bool) -> None:
         self._streams = {"stdout": sys.stdout, "stderr": sys.stderr}
@@ -270,7 +268,7 @@ class _Output:
         self.shown = {"stdout": 0, "stderr": 0}
 
     def show(self, data: dict[str, Any]) -> None:
-        """Write what an answer holds."""
+        """Write the output in an answer."""
         for name, stream in self._streams.items():
             part = base64.b64decode(data[name])
             self.shown[name] += len(part)
@@ -283,12 +281,12 @@ class _Output:
             stream.flush()
 
     def lacks(self, data: dict[str, Any]) -> bool:
-        """Return whether the guest holds more than has been shown."""
+        """Return whether the guest holds output that has not been shown yet."""
         return any(data[f"{name}_bytes"] > self.shown[name] for name in self.shown)
 
 
 def _show_all(to: Settings, data: dict[str, Any], output: _Output, follow: bool) -> dict[str, Any]:
-    """Show what the guest holds, and with ``follow`` what comes until the command has ended."""
+    """Show the output that the guest holds, and with ``follow`` further output until the command ends."""
     run_id = (int(data["vmid"]), str(data["run_id"]))
     while True:
         before = sum(output.shown.values())
@@ -312,7 +310,7 @@ def _show_all(to: Settings, data: dict[str, Any], output: _Output, follow: bool)
 
 
 def _follow(to: Settings, data: dict[str, Any], output: _Output, *, ends: bool) -> None:
-    """Show a command until it ends, and leave with its exit status; Ctrl-C ends it in the guest."""
+    """Show a command until it ends, and exit with its status. Ctrl-C ends the command in the guest."""
     where = f"{data['vmid']}/{data['run_id']}"
     try:
         data = _show_all(to, data, output, True)
@@ -468,7 +466,7 @@ def _remove(path: str) -> None:
 
 @contextlib.contextmanager
 def _local_errors() -> Iterator[None]:
-    """Tell errors of a file here apart from those of the connection to the daemon."""
+    """Turn errors of a local file into Problem, so that they are not taken for errors of the connection."""
     try:
         yield
     except OSError as error:
@@ -476,7 +474,7 @@ def _local_errors() -> Iterator[None]:
 
 
 class _Meter:
-    """How much of a file has passed."""
+    """Count the bytes of a file that have been transferred."""
 
     def __init__(self, length: int | None) -> None:
         self.bytes = 0
@@ -487,14 +485,14 @@ class _Meter:
         return f"{size(self.bytes)}{of}"
 
     def read_from(self, file: IO[bytes]) -> Any:
-        """Yield a file's parts."""
+        """Yield the parts of a file."""
         with _local_errors():
             while part := file.read(65536):
                 self.bytes += len(part)
                 yield part
 
     def write_to(self, file: IO[bytes]) -> Any:
-        """Return the function that takes the parts of a file."""
+        """Return a function that writes the parts of a file."""
 
         def write(part: bytes) -> None:
             with _local_errors():

@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Progress of long work: one line on the terminal that is written over, and nothing at all in a pipe."""
+"""Show progress of long work: one line on the terminal that is overwritten. In a pipe nothing is shown."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from types import TracebackType
 from .errors import Problem
 from .text import one_line, span
 
-# Answers that come within this need no progress.
+# Seconds. Answers that come sooner need no progress.
 _SHOW_AFTER = 0.4
 _EVERY = 1.0
 
 
 class Progress:
-    """Shows ``look()`` and the time passed until the block is left.
+    """Show ``look()`` and the elapsed time until the block ends.
 
-    Its own requests to the daemon run beside the one waited for.
+    Its own requests to the daemon run in parallel to the request of the block.
     """
 
     def __init__(self, look: Callable[[], str], *, wanted: bool = True) -> None:
@@ -44,7 +44,7 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # Under the lock, so that nothing is drawn after the line is cleared: a look that hangs does not hold up the
+        # Under the lock, so that nothing is drawn after the line is cleared. A look that hangs does not delay the
         # answer.
         with self._drawing:
             self._end.set()
@@ -59,7 +59,7 @@ class Progress:
             try:
                 text = self._look()
             except (Problem, KeyError, TypeError):
-                # No usable answer: it is shown by the command itself, if it matters.
+                # Ignore an unusable answer here. The command itself reports an error that matters.
                 continue
             line = f"{one_line(text)} ({span(time.monotonic() - begun)})"[: _width() - 1]
             with self._drawing:

@@ -20,13 +20,13 @@ from .inside import cp, exec_, ssh
 from .progress import Progress
 from .text import cell, pairs, since, table, terminal_width, until
 
-# How often --follow asks, and how long it waits for a daemon that is being restarted.
+# Seconds between requests of --follow, and seconds to wait for a daemon that restarts.
 _FOLLOW_EVERY = 1.0
 _FOLLOW_PATIENCE = 60
-# The most events that one answer holds.
+# Maximum number of events in one answer.
 _PAGE = 1000
 
-# Characters of a file that is sent; the daemon takes a little less.
+# Maximum number of characters in a file to send. The daemon accepts slightly less.
 _LONGEST_USER_DATA = 512 * 1024
 _LONGEST_KEYS = 256 * 1024
 _LONGEST_PASSWORD = 4096
@@ -158,7 +158,7 @@ def _shown(client: Client, data: dict[str, Any]) -> list[tuple[str, Any]]:
 
 
 def _name_of(client: Client, workspace: str) -> str | None:
-    """Return the name of a workspace, None where it cannot be told."""
+    """Return the name of a workspace, or None if it cannot be read."""
     try:
         return str(client.get("workspaces", workspace).data["name"])
     except (Problem, KeyError, TypeError):
@@ -191,7 +191,7 @@ def events(to: Settings, vmid: int, follow: bool, tail: int | None) -> None:
     try:
         _show_events(to, vmid, follow, tail)
     except KeyboardInterrupt:
-        # With --follow that is how it ends: no error, and the status that a shell expects.
+        # Ctrl-C is the normal end of --follow: no error message, and the exit status that a shell expects.
         if not follow:
             raise
         sys.exit(INTERRUPTED)
@@ -214,7 +214,7 @@ def _show_events(to: Settings, vmid: int, follow: bool, tail: int | None) -> Non
 
 
 def _patiently(ask: Callable[[], Any]) -> Any:
-    """Ask again while the daemon is away, as it is while it is restarted."""
+    """Repeat a request while the daemon is away, for example during a restart."""
     gives_up, told = time.monotonic() + _FOLLOW_PATIENCE, False
     while True:
         try:
@@ -392,7 +392,7 @@ def new(to: Settings, /, **given: Any) -> None:
 
 
 def _planned(data: dict[str, Any]) -> str:
-    """Return what a dry run found: the node, and a line for each node that could have been chosen."""
+    """Return the result of a dry run: the node, and a line for each node that could have been chosen."""
     if data.get("outcome") != "would_create":
         return _created(data)
     lines = [
@@ -416,14 +416,14 @@ def _created(data: dict[str, Any]) -> str:
 
 
 def _warn(to: Settings, *items: dict[str, Any]) -> None:
-    """What Proxmox warned of, beside the answer."""
+    """Print warnings of Proxmox, beside the answer."""
     for one in items:
         for warning in () if to.json else one.get("warnings") or ():
             click.echo(f"Warning: sandbox {cell(one.get('vmid'))}: {cell(warning)}", err=True)
 
 
 def _read(option: str, file: Any, longest: int) -> str:
-    """Return the text of a file of at most so many characters. More is not read: a device has no end."""
+    """Return the text of a file with at most ``longest`` characters. Reads no more, because a device has no end."""
     try:
         text = str(file.read(longest + 1))
     except (OSError, UnicodeDecodeError) as error:
@@ -437,7 +437,10 @@ def _read(option: str, file: Any, longest: int) -> str:
 
 
 def _read_keys(file: Any) -> list[str]:
-    """Return the keys of a file, one a line. A file without any would make a sandbox that nobody can log in to."""
+    """Return the keys in a file, one from each line.
+
+    Raises Problem without a key: nobody could log in to the sandbox.
+    """
     lines = [line.strip() for line in _read("--ssh-public-keys", file, _LONGEST_KEYS).splitlines()]
     keys = [line for line in lines if line and not line.startswith("#")]
     if not keys:
@@ -449,7 +452,7 @@ def _read_keys(file: Any) -> list[str]:
 
 
 def _put_ttl(body: dict[str, Any], ttl: str | None) -> None:
-    """A plain number is minutes, for which the API has a field of its own; anything else is for the daemon to judge."""
+    """Put the ttl into the body. A plain number is in minutes, which has its own field; the daemon judges all else."""
     if ttl is not None:
         text = ttl.strip()
         whole = text.isascii() and text.isdecimal() and 0 < int(text[:10]) < 10**9
@@ -628,7 +631,7 @@ def _destroyed(data: dict[str, Any]) -> str:
     return f"sandbox {cell(data['vmid'])} destroyed (state={cell(data['previous_state'])})"
 
 
-# What became of the VM, where it was not deleted just now.
+# Notes about VMs that this command did not delete, by reason.
 _FATES = {
     "vm_absent": "Note: sandbox {vmid}: its VM was already gone",
     "vmid_reused": "Note: sandbox {vmid}: its VM was already gone; VMID {vmid} is somebody else's VM now, and was "
@@ -638,7 +641,7 @@ _FATES = {
 
 
 def _tell_fates(to: Settings, *items: dict[str, Any]) -> None:
-    """Say beside the answer, whose words are fixed, what became of VMs that were not there any more."""
+    """Print a note about VMs that were already gone. The answer itself has a fixed text."""
     for item in () if to.json else items:
         fate = _FATES.get(str(item.get("reason")))
         if fate and not item.get("failed") and item.get("changed", True):
@@ -790,9 +793,7 @@ def _would_prune(data: dict[str, Any]) -> str:
 
 
 def plan(items: dict[str, list[dict[str, Any]]]) -> str:
-    """What would be done with each sandbox, and why, as a table below the line that says how many; nothing when
-    there is none.
-    """
+    """Return a table with the outcome and reason of each sandbox, to print below the count; "" without sandboxes."""
     rows = [
         (action, one["vmid"], one["name"], one["previous_state"], _reason(one))
         for action, found in items.items()
@@ -802,7 +803,7 @@ def plan(items: dict[str, list[dict[str, Any]]]) -> str:
 
 
 class _Pruning:
-    """How many of those that were in TIMEOUT at first are still there."""
+    """The progress of a prune: how many of the sandboxes first in TIMEOUT still are."""
 
     def __init__(self, client: Client) -> None:
         self.client = client
@@ -856,7 +857,7 @@ def reconcile(to: Settings, apply: bool, dry_run: bool, adopt_cluster: bool) -> 
 def _drifted(drift: list[dict[str, Any]], apply: bool) -> str:
     if not drift:
         return "no drift: the records and Proxmox VE agree"
-    # An absence is only noted the first time it is seen.
+    # The first absence is only noted.
     noted = sum(1 for one in drift if one["applied"] and str(one["action"]).startswith("noted"))
     repaired = sum(1 for one in drift if one["applied"]) - noted
     head = f"{len(drift)} difference(s)" + (

@@ -74,7 +74,7 @@ def _turn(job: dict[str, Any]) -> str:
 
 
 def _outcome(last: dict[str, Any] | None) -> str:
-    """What the rules did last; in shadow mode, what they would have done."""
+    """Return what the rules did last, or in shadow mode would have done."""
     if not last:
         return ""
     if "message" in last:
@@ -231,7 +231,7 @@ def completion(ctx: click.Context, shell: str) -> None:
     if made is None:
         ctx.fail(f"click knows no completion for {shell}")
     tool = made(ctx.find_root().command, {}, NAME, COMPLETE_VARIABLE)
-    # Not source(): it would look for the shell itself, which need not be installed where the script is made.
+    # Not source(): it looks for the shell, which need not be installed on the host that makes the script.
     click.echo(tool.source_template % tool.source_vars())
 
 

@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Text for people: harmless for their terminal, durations and ages as they would write them, tables."""
+"""Format text for people: safe for their terminal, with readable durations and ages, and in tables."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from typing import Any
 _UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
 _NUMBER = r"(\d{1,9}(?:\.\d{1,6})?)"
 _DURATION = re.compile(rf"(?:{_NUMBER}d)?(?:{_NUMBER}h)?(?:{_NUMBER}m)?(?:{_NUMBER}s)?(?:{_NUMBER}ms)?", re.ASCII)
-# Names, addresses and messages may come from inside a guest: nothing in them may steer the terminal (C0, DEL, C1).
+# Names, addresses and messages may come from a guest and must not control the terminal (C0, DEL, C1).
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
 
 
 def clean(text: object) -> str:
-    """Text without control characters; line feeds and tabs stay."""
+    """Return the text without control characters. Line feeds and tabs stay."""
     return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", str(text))
 
 
 def one_line(text: object) -> str:
-    """Return text on one line without control characters: a name with line feeds makes no lines of its own."""
+    """Return the text on one line and without control characters, so that a name cannot forge a line."""
     return " ".join(clean(text).split())
 
 
 def cell(value: object) -> str:
-    """One value on one line: lists with commas, nothing as a hyphen."""
+    """Return a value on one line: a list with commas, nothing as a hyphen."""
     if value is None or value in ("", []):
         return "-"
     if isinstance(value, bool):
@@ -43,8 +43,9 @@ def cell(value: object) -> str:
 
 
 def seconds(text: str) -> float:
-    """Return the seconds of ``30`` (seconds), ``1500ms``, ``90s``, ``1.5h``, ``1h30m``; ValueError for anything
-    else, and for nothing.
+    """Return the seconds of ``30`` (seconds), ``1500ms``, ``90s``, ``1.5h`` or ``1h30m``.
+
+    Raises ValueError for anything else, and for empty text.
     """
     if re.fullmatch(_NUMBER, text, re.ASCII):
         total = float(text)
@@ -61,7 +62,7 @@ def seconds(text: str) -> float:
 
 
 def span(length: float) -> str:
-    """A length of time, at most two units: ``1d4h``, ``3m``, ``12s``."""
+    """Return a time in seconds as text with at most two units: ``1d4h``, ``3m``, ``12s``."""
     rest, out = max(0, int(length)), []
     for unit, size in _UNITS.items():
         count, rest = divmod(rest, size)
@@ -71,7 +72,7 @@ def span(length: float) -> str:
 
 
 def size(count: float) -> str:
-    """Return a number of bytes as people write it: 512 B, 1.5 MiB."""
+    """Return a number of bytes in readable form: 512 B, 1.5 MiB."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1024 or unit == "GiB":
             break
@@ -80,12 +81,12 @@ def size(count: float) -> str:
 
 
 def time_limit(length: float) -> str:
-    """Return a time that was given, with its fraction: ``1.5s``, ``2h``."""
+    """Return a time limit in seconds as text with its fraction: ``1.5s``, ``2h``."""
     return span(length) if length == int(length) else f"{length:.10g}s"
 
 
 def until(value: object, now: datetime | None = None) -> str:
-    """How long until a moment of an answer: ``1h58m``, ``over`` when it has passed, a hyphen when there is none."""
+    """Return the time until a moment: ``1h58m``, ``over`` for a past moment, a hyphen without one."""
     moment = _moment(value)
     if moment is None:
         return cell(value)
@@ -94,7 +95,7 @@ def until(value: object, now: datetime | None = None) -> str:
 
 
 def since(value: object, now: datetime | None = None) -> str:
-    """How long ago a moment of an answer was."""
+    """Return the time since a moment, in the same form."""
     moment = _moment(value)
     return cell(value) if moment is None else span(((now or datetime.now(UTC)) - moment).total_seconds())
 
@@ -109,9 +110,9 @@ def _moment(value: object) -> datetime | None:
 def table(
     headers: Sequence[str], rows: Iterable[Sequence[object]], *, width: int | None = None, droppable: Sequence[str] = ()
 ) -> str:
-    """Return columns for people; nothing in a cell breaks its line.
+    """Return columns of text for people. No cell breaks its line.
 
-    With ``width``, the columns of ``droppable`` are left out, one after the other, while a line is longer than that.
+    ``width`` is in characters. While a line is longer, the columns in ``droppable`` are left out one after the other.
     """
     columns = [
         [header, *column]
@@ -129,7 +130,7 @@ def table(
 
 
 def terminal_width() -> int | None:
-    """Return the columns of the terminal, or None when standard output is none."""
+    """Return the number of columns of the terminal, or None if standard output is no terminal."""
     if not sys.stdout.isatty():
         return None
     import shutil
@@ -138,7 +139,7 @@ def terminal_width() -> int | None:
 
 
 def pairs(rows: Iterable[tuple[str, Any]]) -> str:
-    """Names and values, one pair a line."""
+    """Return names and values, one pair on each line."""
     shown = [(name, cell(value)) for name, value in rows]
     width = max((len(name) for name, _value in shown), default=0)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in shown)

@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""The command tree, and how a command ends. A command's module is loaded when the command is asked for."""
+"""Define the command tree and the end of a command. A command's module is loaded when the command is used."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .errors import INTERRUPTED, REFUSED, UNREACHABLE, USAGE
 from .framework import Group
 from .text import clean
 
-# Where each command is. Those of the second table work and are not listed: words that people type.
+# The module of each command. Those in the second table work without being listed: words that people type.
 COMMANDS = {
     "sandbox": "sandbox",
     "workspace": "workspace",
@@ -30,12 +30,12 @@ COMMANDS = {
     "completion": "status",
 }
 WORDS = {"logs": ("sandbox", "events"), "version": ("status", "version"), "help": ("status", "help_")}
-# Words of programs for the code of an exit status.
+# The code of an exit status, for programs.
 CODES = {USAGE: "usage", UNREACHABLE: "unreachable", REFUSED: "failed"}
 
 
 class Root(Group):
-    """The first word of a line."""
+    """The root of the command tree."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -45,7 +45,7 @@ class Root(Group):
         return getattr(import_module(f".{module}", __package__), name) if module else None
 
     def _advise(self, ctx: click.Context, word: str) -> str:
-        """Name the whole line for a word that belongs behind ``sandbox``, such as ``agentlab stop 1009``."""
+        """Return the full line for a word that belongs behind ``sandbox``, such as ``agentlab stop 1009``."""
         from .sandbox import sandbox
 
         if word in sandbox.meant:
@@ -79,7 +79,7 @@ def root() -> None:
 
 
 def _tell_program(message: str, status: int) -> None:
-    """Print an error as an object where --json was asked for and nothing has been printed yet."""
+    """Print an error as a JSON object, if --json was given and nothing has been printed yet."""
     if framework.Settings.answered or not any(word in ("--json", "--json=true") for word in sys.argv[1:]):
         return
     shown: dict[str, Any] = {"error": clean(message), "code": CODES.get(status, "error")}
@@ -87,7 +87,7 @@ def _tell_program(message: str, status: int) -> None:
 
 
 def run() -> None:
-    """Run the command line and leave with its exit status."""
+    """Run the command line and exit with its status."""
     try:
         status = root.main(prog_name=NAME, complete_var=COMPLETE_VARIABLE, standalone_mode=False)
     except click.ClickException as error:
@@ -100,10 +100,10 @@ def run() -> None:
         )
         sys.exit(INTERRUPTED)
     except OSError as error:
-        # A full disk behind standard output; what the daemon was asked for is done.
+        # The disk behind standard output is full. The daemon has already carried out the request.
         click.echo(f"Error: standard output: {error.strerror or error}; the daemon has answered", err=True)
-        # Or Python tries once more when it ends.
+        # Otherwise Python would flush, and fail, once more at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(REFUSED)
-    # Commands return nothing; a number is the status of an early exit (--help, a group without a command).
+    # Commands return nothing. A number is the status of an early exit (--help, a group without a command).
     sys.exit(status if isinstance(status, int) else 0)

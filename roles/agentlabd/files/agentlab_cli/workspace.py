@@ -22,14 +22,14 @@ def _size(found: Any) -> str:
     return next((f"{found // unit}{name}" for name, unit in _UNITS if found % unit == 0), f"{found // 1024}K")
 
 
-# Fields that the API has for the original command line too.
+# Fields that the API has only for the original command line.
 _SAID_TWICE = ("size_gb", "volid", "attached_vmid")
 
 
 def _plain_size(text: str) -> str:
-    """Return a size as the daemon takes it: 10, 10g, 10GB and 10GiB are 10G.
+    """Return a size in the daemon's form: 10, 10g, 10GB and 10GiB become 10G.
 
-    Anything else as it is, for the daemon to judge.
+    Any other text is returned unchanged, for the daemon to judge.
     """
     found = re.fullmatch(r"([0-9]+)([kmgt]?)(?:i?b)?", text.strip(), re.IGNORECASE | re.ASCII)
     return f"{found[1]}{found[2].upper() or 'G'}" if found else text
