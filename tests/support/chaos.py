@@ -301,12 +301,21 @@ class Chaos:
     def judge(self) -> list[str]:
         deadline = time.monotonic() + SETTLE_SECONDS
         while (problems := self.problems()) and time.monotonic() < deadline:
+            self.remove_by_hand()
             time.sleep(2)
         if "Traceback" in self.logs():
             problems.append("a daemon's log has a traceback")
         late = [seconds for seconds in self.takeovers if seconds > TAKEOVER_SECONDS]
         problems += [f"reconcile was taken over after {seconds:.1f} s" for seconds in late]
         return problems + self.traces + self.internal
+
+    def remove_by_hand(self) -> None:
+        """Do what the daemon asks a person for: remove a VM whose clone failed and left it there."""
+        for record in self.lab.records():
+            events = self.lab.events(record)[-3:] if record.live and record.smbios_uuid is None else []
+            if any(event["reason"] == "ambiguous" for event in events) and self.lab.pve.vm(record.vmid):
+                self.lab.pve.remove_vm(record.vmid)
+                self.counts["removed by hand"] += 1
 
     def logs(self) -> str:
         return "".join(daemon.log() for daemon in self.daemons)
@@ -315,8 +324,8 @@ class Chaos:
         """Return what is known of a sandbox whose operation is not finished."""
         records = {record.uuid: record for record in self.lab.records()}
         vm = self.lab.pve.vm(records[uuid].vmid) if uuid in records else None
-        last = [f"{row['operation']} {row['outcome']}: {row['detail']}" for row in self.lab.events(records[uuid])[-3:]]
-        return f"{records[uuid]}, VM {vm.status if vm else 'none'} {vm.config if vm else ''}, {last}"
+        events = self.lab.events(records[uuid])[-3:] if uuid in records else []
+        return f"{records.get(uuid)}, VM {vm.status if vm else 'none'} {vm.config if vm else ''}, events {events}"
 
     def problems(self) -> list[str]:
         found = [
