@@ -149,7 +149,11 @@ def ids(module: AnsibleModule) -> list[dict[str, Any]]:
     if name is not None and params.get("vmid") is None:
         return [{"name": name}]
     option = "vmids" if params.get("vmids") is not None else "vmid"
-    values: list[Any] = patterns.split_words(params["vmids"]) if option == "vmids" else [params.get("vmid")]
+    values: list[Any] = [params.get("vmid")]
+    if option == "vmids":
+        # A number is shown without quotes, as it was written in the list.
+        words = patterns.split_words(params["vmids"])
+        values = [word if (number := patterns.read_whole(word)) is None else number for word in words]
     vmids = [patterns.read_vmid(option, value) for value in values if value is not None]
     # Both for one sandbox: it is to be that one.
     named = {"name": name} if name is not None and params.get("state") != "present" else {}

@@ -139,9 +139,9 @@ def read_vmid(option: str, value: object) -> int:
     vmid = read_whole(value)
     if vmid is None or not MIN_VMID <= vmid <= MAX_VMID:
         raise InvalidInput(
-            f"{option}: {shown(value if vmid is None else vmid)} is not a VMID. Valid: {MIN_VMID} to {MAX_VMID}",
+            f"{option}: {shown(value)} is not a VMID. Valid: {MIN_VMID} to {MAX_VMID}",
             option=option,
-            value=vmid,
+            value=value if isinstance(value, int) else None,
         )
     return vmid
 
