@@ -180,6 +180,20 @@ def test_without_quorum_nothing_is_deleted_through_pvesh(lab: Lab) -> None:
     assert lab.destroy(made.vmid)[0].state == "DESTROYED"
 
 
+def test_a_vm_that_somebody_moved_and_started_is_not_stopped_without_quorum(lab: Lab) -> None:
+    """The record says switched off, so the mark is to prove quorum; but the VM runs elsewhere, so the stop is first."""
+    made = lab.create()
+    lab.power("stop", made.vmid)
+    lab.pve.move_vm(made.vmid, "pve2")
+    lab.pve.power(made.vmid, "running")
+    lab.pve.lose_quorum()
+    outcome = lab.destroy(made.vmid, force=True)[0]
+    assert outcome.state == "STOPPED" and "the cluster has no quorum" in str(outcome.message), outcome
+    assert lab.pve.vm(made.vmid).status == "running"
+    lab.pve.regain_quorum()
+    assert lab.destroy(made.vmid, force=True)[0].state == "DESTROYED"
+
+
 def test_a_task_goes_on_when_the_run_that_began_it_is_killed(lab: Lab, tmp_path: Path) -> None:
     """A worker of Proxmox ends with pvesh; a clone that is cut off would leave a locked VM."""
     (tmp_path / "bin" / "pvesh").write_text(

@@ -203,10 +203,11 @@ class Removal:
         ctx = self._ctx
         # Read quorum before the verdict, so that no request stands between verdict and stop. Raise its error
         # afterwards, because the verdict may make quorum unnecessary.
-        no_quorum = None if self._mark_is_first() else self._why_no_quorum()
+        mark_is_first = self._mark_is_first()
+        no_quorum = None if mark_is_first else self._why_no_quorum()
         found = self._locate()
-        if is_hibernated(found.config) and self._mark_is_first():
-            # Check quorum before the saved memory is thrown away.
+        if mark_is_first and (is_hibernated(found.config) or not self._mark_is_first()):
+            # The VM is not as the records or the list had it: a stop, or the loss of its saved memory, would be first.
             no_quorum = self._why_no_quorum()
         if self._sandbox.smbios_uuid is None:
             self._sandbox = ctx.records.get(self._sandbox.uuid)
