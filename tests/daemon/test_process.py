@@ -194,6 +194,7 @@ def test_a_scrape_that_fails_says_why_here_and_there(daemon: Make, tmp_path: Pat
             {"listen": "127.0.0.1:9820", "listen_token_file": "{tmp}/short"},
             "must hold one token of at least 16 characters",
         ),
+        ({"listen": "127.0.0.1:9820", "listen_token_file": "{tmp}/long"}, "and at most 4096"),
         (
             {"listen": "127.0.0.1:9820", "listen_token_file": "{tmp}/none"},
             "listen_token_file: {tmp}/none: No such file or directory",
@@ -205,7 +206,7 @@ def test_a_scrape_that_fails_says_why_here_and_there(daemon: Make, tmp_path: Pat
 def test_check_refuses_what_the_start_would_refuse(
     daemon: Make, tmp_path: Path, options: dict[str, Any], words: str
 ) -> None:
-    for name, mode, text in (("open", 0o644, "x" * 40), ("short", 0o600, "x")):
+    for name, mode, text in (("open", 0o644, "x" * 40), ("short", 0o600, "x"), ("long", 0o600, "x" * 4097)):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(mode)
     one = daemon(start=False, **{name: value.replace("{tmp}", str(tmp_path)) for name, value in options.items()})

@@ -42,6 +42,7 @@ GUESTS_AT_ONCE = 8
 _CACHE_KIB = 512
 _DAMAGE_SECONDS = 60.0
 _SHORTEST_TOKEN = 16
+_LONGEST_TOKEN = 4096
 
 
 class Service:
@@ -257,7 +258,8 @@ def read_token(path: str | None) -> str:
         # O_NONBLOCK, because opening a FIFO would block the daemon.
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), encoding="ascii") as file:
             mode = os.fstat(file.fileno()).st_mode
-            token = file.read(4096).strip() if stat.S_ISREG(mode) else ""
+            # With room for a line end, and one character more than is valid: a longer token is refused, not cut.
+            token = file.read(_LONGEST_TOKEN + 3).strip() if stat.S_ISREG(mode) else ""
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"listen_token_file: {path}: {getattr(error, 'strerror', None) or 'not a token'}",
@@ -268,9 +270,10 @@ def read_token(path: str | None) -> str:
             f"listen_token_file: {path} can be read by every user; chmod 0640 it, and make a new token",
             option="listen_token_file",
         )
-    if len(token) < _SHORTEST_TOKEN or not token.isprintable() or " " in token:
+    if not _SHORTEST_TOKEN <= len(token) <= _LONGEST_TOKEN or not token.isprintable() or " " in token:
         raise ConfigError(
-            f"listen_token_file: {path} must hold one token of at least {_SHORTEST_TOKEN} characters",
+            f"listen_token_file: {path} must hold one token of at least {_SHORTEST_TOKEN} characters, "
+            f"and at most {_LONGEST_TOKEN}",
             option="listen_token_file",
         )
     return token
