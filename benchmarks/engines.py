@@ -12,6 +12,7 @@ The server runs on loopback with its durable defaults (fsync and synchronous com
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import statistics
@@ -57,7 +58,7 @@ def measure_queries(contexts: dict[str, Context], runs: int) -> dict[str, dict[s
     for _run in range(runs + 1):
         for what, query in QUERIES.items():
             for engine, ctx in contexts.items():
-                times[what][engine].append(timed(lambda query=query, ctx=ctx: query(ctx)))  # type: ignore[misc]
+                times[what][engine].append(timed(functools.partial(query, ctx)))
     # The first run prepares statements and fills caches.
     return {
         what: {engine: statistics.median(seconds[1:]) for engine, seconds in by_engine.items()}
@@ -115,9 +116,8 @@ def measure_plays(databases: dict[str, str], folder: Path, runs: int) -> dict[st
     for _run in range(runs):
         for name in plays:
             command = [str(ROOT / ".venv/bin/ansible-playbook"), str(folder / f"{name}.yml")]
-            times[name].append(
-                timed(lambda command=command: subprocess.run(command, env=environment, check=True, capture_output=True))  # type: ignore[misc]
-            )
+            run = functools.partial(subprocess.run, command, env=environment, check=True, capture_output=True)
+            times[name].append(timed(run))
     return {name: statistics.median(seconds) for name, seconds in times.items()}
 
 

@@ -186,14 +186,14 @@ def states_of(module: AnsibleModule, valid: Sequence[str]) -> list[str] | None:
 
 def answer(outcomes: Sequence[Outcome], *, single: bool, diff: bool) -> dict[str, Any]:
     """One shape for 0, 1 and n items; a failed item fails the call with all outcomes in the answer."""
-    sandboxes = [one.sandbox for one in outcomes if one.sandbox is not None]
-    failed = [one for one in outcomes if one.failed]
+    sandboxes = [outcome.sandbox for outcome in outcomes if outcome.sandbox is not None]
+    failed = [outcome for outcome in outcomes if outcome.failed]
     result: dict[str, Any] = {
-        "changed": any(one.changed for one in outcomes),
-        "sandboxes": [_shown(one) for one in outcomes if one.sandbox is not None],
-        "results": [one.public(REMEDIES) for one in outcomes],
+        "changed": any(outcome.changed for outcome in outcomes),
+        "sandboxes": [_shown(outcome) for outcome in outcomes if outcome.sandbox is not None],
+        "results": [outcome.public(REMEDIES) for outcome in outcomes],
         "failed_count": len(failed),
-        "warnings": [warning for one in outcomes for warning in one.told_warnings(REMEDIES)],
+        "warnings": [warning for outcome in outcomes for warning in outcome.told_warnings(REMEDIES)],
     }
     if single:
         result["sandbox"] = result["sandboxes"][0] if sandboxes else None

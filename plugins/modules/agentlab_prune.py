@@ -117,10 +117,10 @@ def work(module, context):
     result = {
         "changed": bool(report.pruned),
         "count": report.count,
-        "pruned": [one.public(_adapter.REMEDIES) for one in report.pruned],
-        "kept": [one.public(_adapter.REMEDIES) for one in report.kept],
-        "failed_items": [one.public(_adapter.REMEDIES) for one in report.failed],
-        "warnings": [warning for one in report.pruned for warning in one.told_warnings(_adapter.REMEDIES)],
+        "pruned": [outcome.public(_adapter.REMEDIES) for outcome in report.pruned],
+        "kept": [outcome.public(_adapter.REMEDIES) for outcome in report.kept],
+        "failed_items": [outcome.public(_adapter.REMEDIES) for outcome in report.failed],
+        "warnings": [warning for outcome in report.pruned for warning in outcome.told_warnings(_adapter.REMEDIES)],
     }
     if module._diff:
         result["diff"] = _adapter.difference(report.pruned)

@@ -43,6 +43,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / ".collections")]
 
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.model import Sandbox  # noqa: E402
+
 from faults.crash_support import Zygote  # noqa: E402
 from support.daemon import Daemon, free_port  # noqa: E402
 from support.lab import Lab  # noqa: E402
@@ -320,31 +322,33 @@ class Chaos:
     def logs(self) -> str:
         return "".join(daemon.log() for daemon in self.daemons)
 
-    def _describe(self, uuid: str) -> str:
+    def _describe(self, record: Sandbox | None, uuid: str) -> str:
         """Return what is known of a sandbox whose operation is not finished."""
-        records = {record.uuid: record for record in self.lab.records()}
-        vm = self.lab.pve.vm(records[uuid].vmid) if uuid in records else None
-        events = self.lab.events(records[uuid])[-3:] if uuid in records else []
-        return f"{records.get(uuid)}, VM {vm.status if vm else 'none'} {vm.config if vm else ''}, events {events}"
+        if record is None:
+            return f"no record is {uuid}, whose operation is not finished"
+        vm = self.lab.pve.vm(record.vmid)
+        there = f"{vm.status} {vm.config}" if vm else "not there"
+        return f"the operation of {record} is not finished; VM {there}; events {self.lab.events(record)[-3:]}"
 
     def problems(self) -> list[str]:
-        found = [
-            f"{len(rows)} row(s) are left in {table}: {rows[:2]}"
-            for table, rows in self.lab.leftovers().items()
-            if rows
-        ]
-        found += [self._describe(row["sandbox_uuid"]) for row in self.lab.leftovers()["operations"]]
+        """Return a sentence for each promise that does not hold now."""
+        leftovers = self.lab.leftovers()
+        records = {record.uuid: record for record in self.lab.records()}
+        problems = [f"{len(rows)} row(s) stay in {table}: {rows[:2]}" for table, rows in leftovers.items() if rows]
+        for row in leftovers["operations"]:
+            problems.append(self._describe(records.get(row["sandbox_uuid"]), row["sandbox_uuid"]))
         try:
             self.lab.check_promises()
         except AssertionError as error:
-            found.append(str(error))
+            problems.append(str(error))
         for vm in getattr(self.lab, "strangers", []):
             if vm not in list(self.lab.pve.vms) or vm.status != "running":
-                found.append(f"the stranger's VM {vm.vmid} was touched")
-        # A clone whose task failed is left for a person on purpose; what no record has ever named is lost.
-        named = {record.uuid for record in self.lab.records()}
-        found += [f"VM {vmid} of ours has no record" for uuid, vmid in self.lab.ours().items() if uuid not in named]
-        return found
+                problems.append(f"the stranger's VM {vm.vmid} was touched")
+        # A clone whose task failed is kept for a person on purpose; what no record has ever named is lost.
+        problems += [
+            f"VM {vmid} of ours has no record" for uuid, vmid in self.lab.ours().items() if uuid not in records
+        ]
+        return problems
 
 
 class Pair:

@@ -11,11 +11,12 @@ import os
 import pwd
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from .daemon import free_port
 
 WHY_SKIPPED = (
     "PostgreSQL or psycopg is not installed: apt-get install postgresql, and make setup. Nothing of PostgreSQL was "
@@ -41,13 +42,6 @@ def is_installed() -> bool:
     return find_programs() is not None
 
 
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
-
-
 class PostgresServer:
     """One server. ``uri()`` makes a fresh database and returns its URI."""
 
@@ -58,7 +52,7 @@ class PostgresServer:
         self._temporary = tempfile.TemporaryDirectory(prefix="agentlab-postgres-", ignore_cleanup_errors=True)
         self.folder = Path(self._temporary.name)
         self.data = self.folder / "data"
-        self.port = port or _free_port()
+        self.port = port or free_port()
         self.user = "tester"
         self._numbers = itertools.count(1)
         # initdb refuses root.

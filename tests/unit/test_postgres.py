@@ -26,12 +26,12 @@ from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors impo
     StoreUnavailable,
 )
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.model import Sandbox
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store import history, holders, schema, transfer
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store import history, schema, transfer
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.open import open_database
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.records import Claim, Records
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.transfer import copy_records
 
-from support.engines import require_postgresql, server
+from support.engines import move_to_host, require_postgresql, server
 from support.postgres import PostgresServer
 
 RANGE = (1000, 1099)
@@ -67,11 +67,7 @@ def connect() -> Iterator[Any]:
     def make(uri: str, actor: str = "tester", host: str = "elsewhere") -> Records:
         database = open_database(uri)
         opened.append(database)
-        records = Records(database, database.clock(SystemClock()), actor)
-        records._process = records._process.replace(
-            holders.identity()[:-1], f'{{"host": "{host}", "boot": "{actor}"', 1
-        )
-        return records
+        return move_to_host(Records(database, database.clock(SystemClock()), actor), host, actor)
 
     yield make
     for database in opened:

@@ -23,11 +23,11 @@ from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors impo
 )
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.model import Sandbox
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.placement import Load, Reservation
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store import history, holders, placements, runs
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store import history, placements, runs
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.open import open_database
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.records import Claim, Records
 
-from support.engines import ENGINES, new_address
+from support.engines import ENGINES, move_to_host, new_address
 
 SETTLE = 60
 Connect = Callable[..., Records]
@@ -53,11 +53,7 @@ def connect(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Connect]
     def make(actor: str = "tester") -> Records:
         database = open_database(address)
         opened.append(database)
-        records = Records(database, MovedClock(database.clock(SystemClock())), actor)
-        records._process = records._process.replace(
-            holders.identity()[:-1], f'{{"host": "elsewhere", "boot": "{actor}"', 1
-        )
-        return records
+        return move_to_host(Records(database, MovedClock(database.clock(SystemClock())), actor), "elsewhere", actor)
 
     yield make
     for database in opened:

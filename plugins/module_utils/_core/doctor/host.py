@@ -375,8 +375,8 @@ def _mend(client: str, detail: Mapping[str, Any]) -> str:
     new = _HARMLESS.get((table, column))
     if new is None:
         return (
-            f"""{begin}look at the row with {client} "SELECT * FROM {table} {where}", set {column} to what it was (agentlab sandbox events, """
-            "a backup), or restore a backup"
+            f'{begin}look at the row with {client} "SELECT * FROM {table} {where}", set {column} to what it was '
+            "(agentlab sandbox events, a backup), or restore a backup"
         )
     return (
         begin

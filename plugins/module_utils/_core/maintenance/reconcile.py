@@ -162,12 +162,12 @@ def run(ctx: Context, *, apply: bool, adopt_cluster: bool = False, known_vms: Kn
 def _workspaces(ctx: Context, writing: bool) -> list[Drift]:
     """Finish or undo the operations of killed runs on workspaces, and free the workspaces of destroyed sandboxes."""
     drifts = []
-    for one in workspace_disk.unfinished(ctx):
-        drift = Drift("workspace", "finish or undo it", {"workspace": one.name, "state": one.state}, vmid=one.vmid)
+    for disk in workspace_disk.unfinished(ctx):
+        drift = Drift("workspace", "finish or undo it", {"workspace": disk.name, "state": disk.state}, vmid=disk.vmid)
         if writing:
             try:
-                done = workspace.finish(ctx, one)
-                drift.action, drift.applied = done.state, done.generation != one.generation
+                finished = workspace.finish(ctx, disk)
+                drift.action, drift.applied = finished.state, finished.generation != disk.generation
             except AgentlabError as error:
                 drift.error = error.message
         drifts.append(drift)
@@ -188,9 +188,9 @@ def _survey(
     """
     if not records and not unrecorded:
         return {}, []
-    rows = ctx.cluster.survey([one.vmid for one in records])
-    missing = [one for one in records if one.vmid not in rows and one.smbios_uuid is not None]
-    proofs = ctx.cluster.prove_absent([one.vmid for one in missing], anew=False) if missing else {}
+    rows = ctx.cluster.survey([sandbox.vmid for sandbox in records])
+    missing = [sandbox for sandbox in records if sandbox.vmid not in rows and sandbox.smbios_uuid is not None]
+    proofs = ctx.cluster.prove_absent([sandbox.vmid for sandbox in missing], anew=False) if missing else {}
 
     def compare(sandbox: Sandbox) -> Drift | None:
         if known_vms is None:
@@ -204,8 +204,8 @@ def _survey(
             known_vms.note(sandbox, now)
         return drift
 
-    found = ctx.each(compare, records)
-    drifts = {one.uuid: drift for one, drift in zip(records, found, strict=True) if drift is not None}
+    compared = ctx.each(compare, records)
+    drifts = {sandbox.uuid: drift for sandbox, drift in zip(records, compared, strict=True) if drift is not None}
     return drifts, _unrecorded(ctx, rows, records) if unrecorded else []
 
 

@@ -775,20 +775,20 @@ def _clean_up(
         if clean:
             # An accepted clone request leaves its task id in the journal.
             made = sandbox.smbios_uuid is not None or sandbox.snippet is not None or noted.get("upid") is not None
-            left = "what was made for it has been removed" if made else "nothing was made for it"
+            rest = "what was made for it has been removed" if made else "nothing was made for it"
         else:
-            left = f"its record is in {outcome.state} state: {outcome.message}"
+            rest = f"its record is in {outcome.state} state: {outcome.message}"
             remedy = "remove"
     except AgentlabError as second:
-        left = f"and cleaning up failed too: {second.message}"
+        rest = f"and cleaning up failed too: {second.message}"
     try:
         # Remove the snippet even when the VM could not be removed, because it may hold secrets.
         snippets.remove(ctx, ctx.records.get(sandbox.uuid))
     except AgentlabError as third:
         clean = False
-        left += f"; {third.message}"
+        rest += f"; {third.message}"
     return CreationFailed(
-        f"sandbox {sandbox.vmid} could not be created: {told}; {left}",
+        f"sandbox {sandbox.vmid} could not be created: {told}; {rest}",
         vmid=sandbox.vmid,
         cause=error.as_dict(),
         clean=clean,

@@ -261,9 +261,8 @@ class NodeChoice:
         option = _OPTION_OF.get(next(iter(reasons)), "node") if len(reasons) == 1 else "node"
         why = self.decision.why_none() if self.decision else "no node is listed"
         return CreationFailed(
-            f"{option}: no node can take the sandbox, and nothing is left behind. {why}. Free room there, ask for less, or "
-            "see "
-            "agentlab_doctor",
+            f"{option}: no node can take the sandbox, and nothing is left behind. {why}. Free room there, ask for "
+            "less, or see agentlab_doctor",
             option=option,
             placement=self.decision.public() if self.decision else None,
         )

@@ -287,8 +287,8 @@ def _grow(ctx: Context, disk: Workspace, wanted: int) -> Done:
         )
         row = exists(ctx, disk, str(located.node))
         size = int((row or {}).get("size") or wanted)
-        done = records(ctx).change(disk, "grow", claim=claim, reason="grown", size=size, evidence={"size": size})
-    return Done("grown", done, True)
+        grown = records(ctx).change(disk, "grow", claim=claim, reason="grown", size=size, evidence={"size": size})
+    return Done("grown", grown, True)
 
 
 # ---- attaching and detaching ----

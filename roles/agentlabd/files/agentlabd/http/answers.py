@@ -113,7 +113,9 @@ def of_item(outcome: Outcome, status: int = 200) -> Answer:
 
 def of_items(outcomes: list[Outcome]) -> Answer:
     """Return the answer for several items: one outcome each. The status is 207 when some failed."""
-    count = sum(one.failed for one in outcomes)
+    count = sum(outcome.failed for outcome in outcomes)
     return Answer(
-        {"results": [one.public(REMEDIES) for one in outcomes], "failed_count": count}, 207 if count else 200, outcomes
+        {"results": [outcome.public(REMEDIES) for outcome in outcomes], "failed_count": count},
+        207 if count else 200,
+        outcomes,
     )

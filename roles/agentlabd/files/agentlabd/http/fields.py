@@ -64,44 +64,44 @@ class Field:
 
     def schema(self) -> dict[str, Any]:
         """Return this field as JSON schema."""
-        one: dict[str, Any]
+        schema: dict[str, Any]
         if self.kind in ("integer", "integers"):
-            one = {"type": "integer", "minimum": self.low, "maximum": self.high}
+            schema = {"type": "integer", "minimum": self.low, "maximum": self.high}
         elif self.kind in ("string", "strings", "texts"):
-            one = (
+            schema = (
                 {"type": "string", "enum": list(self.valid)}
                 if self.valid
                 else {"type": "string", "maxLength": self.longest, "pattern": self._pattern}
             )
             if self.number:
-                one = {name: value for name, value in one.items() if value is not None}
-                one = {"anyOf": [{"type": "integer", "minimum": 0}, one]}
+                schema = {name: value for name, value in schema.items() if value is not None}
+                schema = {"anyOf": [{"type": "integer", "minimum": 0}, schema]}
         elif self.kind == "boolean":
-            one = {"type": "boolean"}
+            schema = {"type": "boolean"}
         else:
             low = 0 if self.low == 0 else 1
-            one = {
+            schema = {
                 "anyOf": [
                     {"type": "integer", "minimum": low, "maximum": _LONGEST_MINUTES},
                     {"type": "string", "pattern": _NOT_ZERO if low else _DURATION},
                 ]
             }
-        one = {name: value for name, value in one.items() if value is not None}
+        schema = {name: value for name, value in schema.items() if value is not None}
         if self.kind in ("integers", "strings"):
-            one = {"type": "array", "items": one, "maxItems": self.most}
+            schema = {"type": "array", "items": schema, "maxItems": self.most}
         elif self.kind == "texts":
             names = {"type": "string", "pattern": _VARIABLE}
-            one = {
+            schema = {
                 "type": "object",
                 "propertyNames": names,
-                "additionalProperties": one,
+                "additionalProperties": schema,
                 "maxProperties": self.most,
             }
         if self.kind in ("integers", "strings"):
-            one = {name: value for name, value in one.items() if value is not None}
+            schema = {name: value for name, value in schema.items() if value is not None}
             if self.split:
-                one = {"anyOf": [one, {"type": "string", "maxLength": self.longest * self.most}]}
-        return {**one, "description": self.text}
+                schema = {"anyOf": [schema, {"type": "string", "maxLength": self.longest * self.most}]}
+        return {**schema, "description": self.text}
 
     def check(self, name: str, value: Any) -> Any:
         """Return the value. Raises InvalidInput with the key, the value and what is valid."""

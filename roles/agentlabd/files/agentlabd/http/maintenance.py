@@ -36,7 +36,10 @@ def prune_sandboxes(call: Call) -> Answer:
     body = {
         "count": report.count,
         "dry_run": dry_run,
-        **{name: [one.public(REMEDIES) for one in getattr(report, name)] for name in ("pruned", "kept", "failed")},
+        **{
+            name: [outcome.public(REMEDIES) for outcome in getattr(report, name)]
+            for name in ("pruned", "kept", "failed")
+        },
     }
     return Answer(body, 207 if report.failed else 200, [*report.pruned, *report.kept, *report.failed])
 
