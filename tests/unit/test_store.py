@@ -1008,6 +1008,20 @@ def test_a_claim_that_cannot_be_given_back_keeps_its_own_process_waiting_for_not
         store.claim(sandbox.uuid, "create")
 
 
+def test_a_claim_that_cannot_be_given_back_ends_no_claim_in_another_database(path: Path) -> None:
+    """The fence begins with the time, so two databases may give out the same one in the same second."""
+    clock = FakeClock()
+    first = Records(Database(str(path)), clock, "tester")
+    second = Records(Database(str(path.with_name("second.db"))), clock, "tester")
+    lost, held = reserve(first)[0], reserve(second)[0]
+    assert (lost.uuid, lost.fence) == (held.uuid, held.fence)
+    first.db._writer.execute("PRAGMA query_only = ON")
+    first.release(lost)
+    first.db._writer.execute("PRAGMA query_only = OFF")
+    with pytest.raises(Busy):
+        second.claim(held.uuid, "stop")
+
+
 def test_waiting_for_a_claim_is_bounded_and_succeeds_when_it_is_given_back(store: Records) -> None:
     claim, sandbox = reserve(store)
     other = Records(store.db, SystemClock(), "other")

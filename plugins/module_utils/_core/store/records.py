@@ -61,9 +61,9 @@ _DETAIL_KINDS: dict[str, tuple[type, str]] = {
     "create": (dict, "an object"),
 }
 DATABASE_ID = re.compile(r"[0-9a-f]{32}")
-# Claims (sandbox, fence) that this process has finished with but could not release. Its own threads do not wait for
-# them.
-_unreturned: set[tuple[str, int]] = set()
+# Claims (database, sandbox, fence) that this process has finished with but could not release. Its own threads do not
+# wait for them.
+_unreturned: set[tuple[str, str, int]] = set()
 # The claims that a thread holds on records with heartbeats. They are confirmed before each change in Proxmox.
 _held = threading.local()
 
@@ -292,7 +292,7 @@ class Records:
         ``read`` runs the query inside a transaction; without it any connection is used.
         """
         return (
-            (claim["sandbox_uuid"], claim["fence"]) in _unreturned
+            (self.db.path, claim["sandbox_uuid"], claim["fence"]) in _unreturned
             or holders.is_over(claim["process"], claim["expires_at"], self.clock.now(), self.clock.since_boot())
             or holders.is_dead(claim["process"])
             or self.db.is_abandoned(claim["process"], read or self._read)
@@ -519,7 +519,7 @@ class Records:
             (uuid, fence, operation, self.actor, self._claim_holder(), now, now + self.claim_seconds),
         )
         left = conn.execute("SELECT * FROM operations WHERE sandbox_uuid = ?", (uuid,)).fetchone()
-        taken_over = row is not None and (uuid, row["fence"]) not in _unreturned
+        taken_over = row is not None and (self.db.path, uuid, row["fence"]) not in _unreturned
         return Claim(uuid, fence, operation, JournalEntry.from_row(left) if left else None, taken_over)
 
     def fenced(self, claim: Claim, work: Callable[[Connection], T], *, finish: bool = False) -> T:
@@ -560,7 +560,7 @@ class Records:
         try:
             self.db.write(lambda conn: conn.execute(query, values) and None, checked=True)
         except StoreError:
-            _unreturned.add((claim.uuid, claim.fence))
+            _unreturned.add((self.db.path, claim.uuid, claim.fence))
             self.db.write_later(query, values)
 
     # ---- journal ----
