@@ -301,7 +301,7 @@ def test_variables_are_checked_before_anything_is_made(job: Callable[..., Job], 
     assert ended.pve.counted["POST"] == 0 and not Path(ended.database).exists()
 
 
-@pytest.mark.parametrize("form", ["text", "lines", "json text", "folder"])
+@pytest.mark.parametrize("form", ["text", "lines", "json text", "folder", "pasted"])
 def test_what_is_collected_may_be_named_in_each_way(job: Callable[..., Job], tmp_path: Path, form: str) -> None:
     out = tmp_path / "out"
     tasks = f"""\
@@ -310,7 +310,9 @@ def test_what_is_collected_may_be_named_in_each_way(job: Callable[..., Job], tmp
   changed_when: true
 """
     a, b = f"{out}/a.txt", f"{out}/deep/.hidden/b.txt"
-    fetch = {"text": a, "lines": f"{a}\r\n\n  {b}\n", "json text": json.dumps([a, b]), "folder": f"{out}/"}[form]
+    fetch = {"text": a, "lines": f"{a}\r\n\n  {b}\n", "json text": json.dumps([a, b]), "folder": f"{out}/"}.get(
+        form, f"# the report\r\n- {a}\r\n- '{b}'\r\n"
+    )
     ended = job(tasks, job_fetch=fetch)
     assert ended.run.rc == 0 and ended.cleared_up(), ended.run.output
     names = {
@@ -318,9 +320,11 @@ def test_what_is_collected_may_be_named_in_each_way(job: Callable[..., Job], tmp
         "lines": ["a.txt", "b.txt"],
         "json text": ["a.txt", "b.txt"],
         "folder": ["out/a.txt", "out/deep/.hidden/b.txt"],
+        "pasted": ["a.txt", "b.txt"],
     }[form]
     files = sorted(str(path.relative_to(ended.result(""))) for path in ended.result("").rglob("*") if path.is_file())
     assert files == names and f"Collected {len(names)} file(s)" in ended.said
+    assert "Not there" not in ended.said
 
 
 def test_a_file_that_is_not_there_is_told_and_two_of_one_name_are_both_kept(
@@ -352,6 +356,23 @@ def test_a_sandbox_whose_results_cannot_be_collected_stays_and_its_workspace_is_
         and "Results that were not collected are in sandbox job-1 (VMID 1000)" in ended.said
     )
     assert "its lease ends at 20" in ended.said and "Workspace data is free" in ended.said
+
+
+@pytest.mark.parametrize("how", ["not made", "half attached"])
+def test_the_answer_says_of_the_workspace_what_is_so(job: Callable[..., Job], server: Any, how: str) -> None:
+    if how == "not made":
+        body = '{"data": null, "message": "out of space"}'
+        server.pve.fault("POST", "/content", "answer", status=500, body=body, times=9)
+        ended = job()
+        assert "out of space" in ended.said and "is free" not in ended.said, ended.said
+        return
+    # The clone ends badly and leaves a VM that nobody can prove to be ours: the record stays.
+    server.pve.task_endings["qmclone"] = "clone failed: it broke off"
+    ended = job()
+    assert ended.run.rc == 2 and ended.states == ["FAILED"] and len(ended.vms) == 1, ended.run.output
+    free = ended.workspace == "DETACHED"
+    assert ("Workspace data is free" in ended.said) is free, (ended.workspace, ended.said)
+    assert free or "It still has its workspace; free that with agentlab_workspace" in ended.said, ended.said
 
 
 def test_a_guest_that_cannot_be_reached_any_more_is_cleared_up(job: Callable[..., Job]) -> None:
