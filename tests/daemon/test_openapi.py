@@ -120,3 +120,16 @@ def test_every_creation_option_of_the_core_is_in_the_document() -> None:
         "assert set(CREATION) == {'vmid', 'name', 'ttl_minutes', 'workspace_id', *wanted.OPTIONS}, set(CREATION)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": PYTHONPATH}, timeout=30)
+
+
+def test_a_body_without_which_the_daemon_refuses_is_required_in_the_document() -> None:
+    """Where one of several fields is needed, no single one is required, but a body is."""
+    code = (
+        "from agentlabd.http import openapi, table;"
+        "paths = openapi.document(table.ROUTES)['paths'];"
+        "operations = [o for path in paths.values() for o in path.values()];"
+        "needed = {o['operationId'] for o in operations if o.get('requestBody', {}).get('required')};"
+        "assert {'renew_lease', 'run_command'} <= needed, needed;"
+        "assert not {'destroy_sandbox', 'prune_sandboxes'} & needed, needed"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": PYTHONPATH}, timeout=30)

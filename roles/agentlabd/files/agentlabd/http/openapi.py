@@ -412,7 +412,9 @@ def _operation(route: Route) -> dict[str, Any]:
     found: dict[str, Any] = {"operationId": route.name, "summary": route.summary, "parameters": parameters}
     if route.body is not None:
         found["requestBody"] = {
-            "required": any(one.required for one in route.body.values()),
+            # A body is needed too where one of several fields is: no single one is required then.
+            "required": any(one.required for one in route.body.values())
+            or bool({"anyOf", "oneOf"} & route.together.keys()),
             "content": {"application/json": {"schema": {**object_schema(route.body), **route.together}}},
         }
     if route.receives_file:
