@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 
-from support.play import REPO, Run, run_play
+from support.play import REPO, Run, collections_path, run_play
 
 JOB = """\
 ---
@@ -146,7 +146,8 @@ def test_the_life_of_a_job(job: Callable[..., Job], server: Any, how: str) -> No
     volume, owner = ended.rows("SELECT volume, owner_vmid FROM workspaces")[0]
     assert server.pve.volumes_of(owner) == [volume]
     if how == "completed":
-        assert ended.run.rc == 0 and not ended.run.warnings, ended.run.output
+        # Older releases of Ansible warn that this machine as the guest has no connection to reset.
+        assert ended.run.rc == 0 and not [w for w in ended.run.warnings if "Reset is not" not in w], ended.run.output
         assert ended.result("made-inside").read_text() == "worked in job-1"
         assert ("complete", "COMPLETED", "done") in ended.events
         assert (
@@ -226,52 +227,118 @@ UNUSABLE = {
     "two actions": ("- name: Work\n  ansible.builtin.ping:\n  ansible.builtin.debug:\n", "conflicting action"),
     "an end": ("- name: Work\n  ansible.builtin.meta: end_play\n", "meta: end_play"),
     "a missing file": (None, "does not exist"),
+    "an end in the old form": ("- name: Work\n  action: meta end_host\n", "meta: end_host"),
+    "an end in a role": ("- include_role: {name: ends}\n", "runs the role ends, which 'meta: end_play' would end"),
+    "an end in a file of a role": ("- import_role: {name: ends, tasks_from: deep}\n", "includes more.yml, which 'meta"),
+    "an end in a role of a role": ("- include_role: name=calls\n", "role calls, which runs the role ends, which 'meta"),
+    "an end in a dependency": ("- include_role: {name: depends}\n", "depends, which runs the role ends, which 'meta"),
+    "an end in a handler": (
+        "- include_role: {name: ends, tasks_from: fine, handlers_from: end.yaml}\n",
+        "'meta: end_batch'",
+    ),
+    "no file of a role": (
+        "- include_role: {name: mine, tasks_from: gone}\n",
+        "role mine, which has no file for tasks_from: gone",
+    ),
+    "no variables of a role": (
+        "- include_role: {name: mine, vars_from: gone}\n",
+        "role mine, which has no file for vars_from: gone",
+    ),
+    "no file of a role in free form": (
+        "- import_role: name=mine tasks_from=gone.yml\n",
+        "has no file for tasks_from: gone.yml",
+    ),
+    "no role in a role": ("- include_role: {name: mine, tasks_from: no_role}\n", "no_such_role"),
+    "no file in a role": (
+        "- include_role: {name: mine, tasks_from: no_file}\n",
+        "includes gone.yml, which is not there",
+    ),
+    "itself": ("- import_tasks: job-tasks.yml\n", "includes job-tasks.yml, which is imported by itself"),
+    "each other": (
+        "- import_tasks: back.yml\n",
+        "includes back.yml, which includes job-tasks.yml, which is imported by",
+    ),
+    "roles that call each other": (
+        "- import_role: {name: ping}\n",
+        "role pong, which runs the role ping, which is imported",
+    ),
 }
+
+# What the entries above name: roles and files beside the job's tasks.
+BESIDE = {
+    "back.yml": "- name: Back\n  block:\n    - import_tasks: job-tasks.yml\n",
+    "more.yml": "- ansible.builtin.ping:\n",
+    "roles/ends/tasks/main.yml": "- block:\n    - block:\n        - meta: end_play\n          when: false\n",
+    "roles/ends/tasks/deep.yaml": "- include_tasks: {file: more.yml}\n",
+    "roles/ends/tasks/more.yml": "- ansible.builtin.meta: end_batch\n",
+    "roles/ends/tasks/fine.yml": "- ping:\n",
+    "roles/ends/handlers/end.yaml": "- name: End\n  meta: end_batch\n",
+    "roles/calls/tasks/main.yml": "- include_role: {name: ends}\n  when: false\n",
+    "roles/depends/tasks/main.yml": "---\n",
+    "roles/depends/meta/main.yml": "dependencies: [{role: ends}]\n",
+    "roles/mine/tasks/main.yml": "- ansible.builtin.ping:\n",
+    "roles/mine/tasks/no_role.yml": "- include_role: {name: no_such_role}\n",
+    "roles/mine/tasks/no_file.yml": "- include_tasks: gone.yml\n",
+    "roles/ping/tasks/main.yml": "- import_role: {name: pong}\n",
+    "roles/pong/tasks/main.yml": "- import_role: {name: ping}\n",
+    # A role of somebody else: what its conditions leave out is not missed.
+    "roles/sound/tasks/main.yml": (
+        "- include_tasks: linux.yml\n- include_tasks: other.yml\n  when: false\n"
+        "- include_role: {name: no_such_role}\n  when: false\n- include_tasks: main.yml\n  when: false\n"
+        "- meta: flush_handlers\n"
+    ),
+    "roles/sound/tasks/linux.yml": "- import_role: {name: mine}\n",
+    "roles/sound/meta/main.yml": "dependencies: [mine]\n",
+}
+
+
+def check_tasks(folder: Path, tasks: str | None) -> str:
+    """Return the problem of tasks that stand in a folder with all of BESIDE."""
+    for name, content in BESIDE.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(content, encoding="utf-8")
+    path = folder / "job-tasks.yml"
+    if tasks is not None:
+        path.write_text(tasks, encoding="utf-8")
+    run = subprocess.run(
+        [sys.executable, REPO / "playbooks" / "files" / "check_job_tasks.py", path, folder],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={
+            **os.environ,
+            "ANSIBLE_ROLES_PATH": str(folder / "roles"),
+            "ANSIBLE_COLLECTIONS_PATH": str(collections_path(folder)),
+        },
+    )
+    return str(json.loads(run.stdout)["problem"])
 
 
 @pytest.mark.parametrize("what", UNUSABLE)
 def test_the_check_of_the_tasks_names_what_is_wrong(tmp_path: Path, what: str) -> None:
     tasks, words = UNUSABLE[what]
-    path = tmp_path / "job-tasks.yml"
-    if tasks is not None:
-        path.write_text(tasks, encoding="utf-8")
-    run = subprocess.run(
-        [sys.executable, REPO / "playbooks" / "files" / "check_job_tasks.py", path, tmp_path],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    said = json.loads(run.stdout)["problem"]
+    said = check_tasks(tmp_path, tasks)
     assert words in said and "agentlab-job-" not in said and "\n" not in said, said
 
 
 def test_the_check_of_the_tasks_passes_what_can_be_run(tmp_path: Path) -> None:
-    (tmp_path / "roles" / "mine" / "tasks").mkdir(parents=True)
-    (tmp_path / "roles" / "mine" / "tasks" / "main.yml").write_text("- ansible.builtin.ping:\n", encoding="utf-8")
-    (tmp_path / "more.yml").write_text("- ansible.builtin.ping:\n", encoding="utf-8")
-    path = tmp_path / "job-tasks.yml"
-    path.write_text(
-        """\ufeff---
+    tasks = """\ufeff---
 - name: Work
   block:
     - ansible.builtin.include_role: {name: mine}
+    - ansible.builtin.include_role: {name: ends, tasks_from: fine}
+    - ansible.builtin.import_role: {name: sound}
+    - ansible.builtin.include_role: {name: agentlab.proxmox.agentlabd}
     - ansible.builtin.include_tasks: more.yml
     - ansible.builtin.import_tasks: more.yml
+    - ansible.builtin.include_tasks: job-tasks.yml
+      when: false
     - ansible.builtin.include_tasks: "{{ which }}.yml"
     - ansible.builtin.debug: {msg: !unsafe "{{ text }}"}
   rescue:
     - ansible.builtin.meta: flush_handlers
-""",
-        encoding="utf-8",
-    )
-    run = subprocess.run(
-        [sys.executable, REPO / "playbooks" / "files" / "check_job_tasks.py", path, tmp_path],
-        capture_output=True,
-        text=True,
-        check=True,
-        env={**os.environ, "ANSIBLE_ROLES_PATH": str(tmp_path / "roles")},
-    )
-    assert json.loads(run.stdout) == {"problem": ""}
+"""
+    assert check_tasks(tmp_path, tasks) == ""
 
 
 @pytest.mark.parametrize("what", ["no module", "a tab", "a missing file"])
