@@ -88,6 +88,7 @@ def test_tasks_run_inside_with_few_requests(inside: Inside, server: Server, box:
             {"name": "ping", "ansible.builtin.ping": {}},
             {"name": "command", "ansible.builtin.command": {"argv": ["printf", "%s", "ä €\n'\""]}},
             {"name": "setup", "ansible.builtin.setup": {"gather_subset": ["min"]}},
+            {"name": "setup again", "ansible.builtin.setup": {"gather_subset": ["min"]}},
             {"name": "copy", "ansible.builtin.copy": {"src": str(source), "dest": "{{ guest }}/b ä", "mode": "0640"}},
             {"name": "again", "ansible.builtin.copy": {"src": str(source), "dest": "{{ guest }}/b ä", "mode": "0640"}},
             {
@@ -109,11 +110,13 @@ def test_tasks_run_inside_with_few_requests(inside: Inside, server: Server, box:
     assert (folder / "page").read_text(encoding="utf-8") == "sandbox box ä\n"
     # Requests that begin something: they do not depend on the speed of the guest.
     begun = {task: requests["POST /nodes/{node}/qemu/{vmid}/agent/exec"] for task, requests in run.requests.items()}
-    assert begun["ping"] <= 3 and begun["command"] <= 3 and begun["setup"] <= 6 and begun["raw"] == 1, run.requests
+    # The first task brings Ansible's library into the guest, which keeps it: later tasks send their own part only.
+    assert begun["first"] <= 3 and begun["setup"] <= 4 and begun["raw"] == 1, run.requests
+    assert begun["ping"] == begun["command"] == begun["setup again"] == 1, run.requests
     # The rest asks for the answer: once or twice where the guest is as fast as the agent, and never all the time.
     for task in ("ping", "setup", "raw"):
         assert run.requests[task]["GET /nodes/{node}/qemu/{vmid}/config"] == 2
-        assert agent_requests(run.requests[task]) - begun[task] <= 15, run.requests
+        assert agent_requests(run.requests[task]) - begun[task] <= 10, run.requests
 
 
 def test_pipelining_off_and_async_work_too(inside: Inside) -> None:

@@ -32,6 +32,8 @@ _LATER = 0.22
 _MISSES = 3
 # Longest pause in seconds between polls of a running program. The pause is a fifth of the running time so far.
 _LONGEST_PAUSE = 2.0
+# Longest time in seconds before the first poll, however long the same module took the last time.
+_LONGEST_EXPECTED = 5.0
 # Seconds between requests to a silent agent, because each request occupies a worker of the node's daemon for three.
 _SILENT_PAUSES = (2.0, 4.0, 8.0, 15.0, 30.0)
 _HEADER = re.compile(rb"agentlab1 ([0-9a-f]{32}) ([ -~]*)\n")
@@ -44,6 +46,7 @@ _REFUSALS = {
     "cut": "the data did not arrive as a whole; try again",
     "sum": "the data did not arrive as it was sent (checksum); try again",
     "base64": "base64 failed in the guest; look at coreutils or busybox there",
+    "unkept": "it does not hold the files of modules that it was to keep; try again",
     "gzip": "gzip failed in the guest; look at gzip or busybox there",
     "relative": "path: not absolute. Valid: a path that begins with /",
     "isdir": "path: that is a folder. Give the path of a file",
@@ -140,13 +143,14 @@ class Guest:
         self.judge_again()
         return self.agent.exec(argv, script, secret=self.secret)
 
-    def collect(self, pid: int, run_id: str) -> Frame | None:
+    def collect(self, pid: int, run_id: str, expected: float = 0) -> Frame | None:
         """Wait for the end of a started wrapper, and return its answer; None when the answer is lost.
 
-        Raises GuestFailed for an answer in another form.
+        ``expected``: seconds after which the answer is expected; it is not asked for earlier. Raises GuestFailed for
+        an answer in another form.
         """
         began = self.ctx.clock.monotonic()
-        self.ctx.clock.sleep(_first_delay(self.sandbox.uuid))
+        self.ctx.clock.sleep(max(_first_delay(self.sandbox.uuid), min(expected, _LONGEST_EXPECTED)))
         asked = 0
         while True:
             before = self.ctx.clock.monotonic()
@@ -162,7 +166,8 @@ class Guest:
             if status is None:
                 return None
             if status.exited:
-                _learn_delay(self.sandbox.uuid, asked)
+                if not expected:
+                    _learn_delay(self.sandbox.uuid, asked)
                 self.statuses.append(asked)
                 return self._frame(status, run_id)
             waited, took = self.ctx.clock.monotonic() - began, self.ctx.clock.monotonic() - before

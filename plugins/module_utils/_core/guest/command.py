@@ -19,7 +19,7 @@ import hashlib
 import json
 import re
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,7 +28,7 @@ from ..context import Context
 from ..errors import AgentlabError, InvalidInput, OutcomeUnknown
 from ..model import Sandbox
 from ..store import runs
-from . import access, wrapper
+from . import access, kept, wrapper
 from .access import Frame, Guest
 from .agent import READ_PIECE, GuestFailed, GuestRefused
 
@@ -46,6 +46,10 @@ _PARALLEL = 4
 _READERS = 3
 # Output may exceed its limit by one block of the dd that bounds it, and by no more.
 _OVERSHOOT = 65536
+# Bytes of standard input that are sent as they are. Larger input may be a module of Ansible (kept.py).
+_LARGEST_UNSPLIT = 16 * 1024
+# Seconds between the request and the command's start, and between its end and the answer.
+_OVERHEAD = 0.05
 _ID = re.compile(r"[0-9a-f]{32}")
 _USER = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,31}|\d{1,10}")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -274,15 +278,52 @@ class _Prepared:
     """A command in the form in which it is sent."""
 
     work: bytes
-    raw: bytes
-    gz: bool
-    sum: str
-    pieces: list[bytes]
-    last: bytes
+    stdin: bytes
     values: dict[str, object]
     program: str
     fingerprint: str
     command: str
+
+
+@dataclass(slots=True)
+class _Packed:
+    """Standard input as it is sent: ``pieces`` in requests of their own, ``last`` in the request that starts it.
+
+    ``files``: names of files in it that the guest keeps from then on.
+    """
+
+    pieces: list[bytes]
+    last: bytes
+    values: dict[str, object]
+    files: list[str] = field(default_factory=list)
+
+
+def _numbers(count: int) -> str:
+    return " ".join(map(str, range(count)))
+
+
+def _pack(prepared: _Prepared, layout: kept.Layout | None, known: Set[str]) -> _Packed:
+    """Return standard input as it is sent to a guest that keeps the files ``known``."""
+    raw, gz = prepared.stdin, False
+    values: dict[str, object] = {"nrec": 0}
+    files: list[str] = []
+    if layout is not None:
+        raw, values, files = layout.pack(known)
+    if len(raw) > 4096:
+        packed = gzip.compress(raw, 6, mtime=0)
+        if len(packed) < len(raw) * 0.9:
+            raw, gz = packed, True
+    lists = [str(values.get("need", "")), str(values.get("fresh", "")), _numbers(len(raw) // wrapper.PIECE + 1)]
+    room = wrapper.room(sum(map(len, lists))) - len(prepared.work)
+    head = b"" if len(raw) <= room else raw[: len(raw) - room]
+    pieces = [head[at : at + wrapper.PIECE] for at in range(0, len(head), wrapper.PIECE)]
+    values |= {
+        "pieces": _numbers(len(pieces)),
+        "nraw": len(raw),
+        "nlast": len(raw) - len(head),
+        "gz": int(gz),
+    }
+    return _Packed(pieces, raw[len(head) :], values, files)
 
 
 def prepare(spec: CommandSpec) -> _Prepared:
@@ -319,14 +360,6 @@ def prepare(spec: CommandSpec) -> _Prepared:
             f"stdin: has {len(stdin)} bytes. Valid: up to {LARGEST_STDIN}; put a file into the sandbox instead",
             option="stdin",
         )
-    raw, gz = stdin, False
-    if len(stdin) > 4096:
-        packed = gzip.compress(stdin, 6, mtime=0)
-        if len(packed) < len(stdin) * 0.9:
-            raw, gz = packed, True
-    room = wrapper.ROOM - len(work)
-    head = b"" if len(raw) <= room else raw[: len(raw) - room]
-    pieces = [head[at : at + wrapper.PIECE] for at in range(0, len(head), wrapper.PIECE)]
     limit = _number(spec.timeout, "timeout", LONGEST_TIMEOUT)
     _number(spec.wait_for_agent, "wait_for_agent", LONGEST_TIMEOUT)
     values: dict[str, object] = {
@@ -334,11 +367,7 @@ def prepare(spec: CommandSpec) -> _Prepared:
         "grace": _number(spec.kill_after, "kill_after", 3600),
         "max": _number(spec.max_output, "max_output", LARGEST_OUTPUT),
         "user": spec.user or "",
-        "pieces": " ".join(str(number) for number in range(len(pieces))),
-        "nraw": len(raw),
-        "nlast": len(raw) - len(head),
         "nwork": len(work),
-        "gz": int(gz),
         "insum": access.checksum(stdin) if stdin else "",
     }
     facts = [
@@ -354,11 +383,7 @@ def prepare(spec: CommandSpec) -> _Prepared:
     command = " ".join(word.decode("utf-8", "replace") for word in (words[2:] if spec.cmd is not None else words))
     return _Prepared(
         work,
-        raw,
-        gz,
-        str(values["insum"]),
-        pieces,
-        raw[len(head) :],
+        stdin,
         values,
         escapes.escape_controls(program)[:80],
         hashlib.sha256(json.dumps(facts).encode("utf-8", "surrogatepass")).hexdigest(),
@@ -508,6 +533,10 @@ class _Run:
             result.message = skipped
         return result
 
+    def _memory(self) -> dict[str, Any]:
+        """Return what the journal notes about the guest for later commands."""
+        return {}
+
     def _close(self, result: CommandResult, acks: list[str] | None = None, command: str | None = None) -> None:
         """Prove that the VM is still ours, then write the result into the journal. Otherwise there is no result."""
         self.guest.judge_again()
@@ -525,6 +554,7 @@ class _Run:
             "state": result.state,
             "truncated": result.truncated,
             "timed_out": result.timed_out,
+            **self._memory(),
         }
         evidence: dict[str, Any] = {
             "run_id": self.id,
@@ -587,6 +617,15 @@ class _Command(_Run):
             detached=detached,
         )
         self.detached = detached
+        # Only Ansible sends archives, and only their files are kept.
+        self.layout = kept.split(self.prepared.stdin) if len(self.prepared.stdin) > _LARGEST_UNSPLIT else None
+        known: set[str] = set()
+        self.expected = 0.0
+        if self.layout is not None:
+            known, seconds = runs.guest_memory(ctx.records, self.sandbox, self.layout.kind)
+            if not detached and on_output is None and cancel is None:
+                self.expected = (self.layout.seconds if seconds is None else seconds) + _OVERHEAD
+        self.packed = _pack(self.prepared, self.layout, known)
 
     def run(self) -> CommandResult:
         try:
@@ -636,6 +675,12 @@ class _Command(_Run):
             path = self.spec.creates if option == "creates" else self.spec.removes
             result.message = f"skipped, since {path} {'exists' if option == 'creates' else 'does not exist'} ({option})"
         return result
+
+    def _memory(self) -> dict[str, Any]:
+        if self.layout is None:
+            return {}
+        memory: dict[str, Any] = {"kind": self.layout.kind}
+        return memory | ({"kept": self.packed.files} if self.packed.files else {})
 
     def _follow(self, result: CommandResult, out: bytes, err: bytes) -> tuple[CommandResult, bytes, bytes]:
         """Wait for the end with further requests; return the result and the whole output."""
@@ -688,7 +733,7 @@ class _Command(_Run):
         patience = _PATIENCE + (self.spec.timeout or _PATIENCE)
         may_have_begun = known_age is not None
         wait = 0 if self.detached else _SHOW_WAIT if self.on_output or self.cancel else _WAIT
-        missing = list(range(len(prepared.pieces)))
+        missing = list(range(len(self.packed.pieces)))
         attempt = 0
         resent = 0
         problem: AgentlabError
@@ -698,9 +743,9 @@ class _Command(_Run):
             age = -1
             if may_have_begun:
                 age = int((known_age or 0) + clock.monotonic() - began) + 3
-            values = {**prepared.values, **self._frame_values(int(self.on_output is not None)), "w": wait, "age": age}
-            values["acks"] = " ".join(self.acks)
-            script = wrapper.request("begin", values, {"work": prepared.work, "input": prepared.last})
+            values = {**prepared.values, **self.packed.values, **self._frame_values(int(self.on_output is not None))}
+            values |= {"w": wait, "age": age, "acks": " ".join(self.acks)}
+            script = wrapper.request("begin", values, {"work": prepared.work, "input": self.packed.last})
             try:
                 pid = guest.send(script)
             except OutcomeUnknown as error:
@@ -715,21 +760,24 @@ class _Command(_Run):
                 problem = error
             else:
                 may_have_begun = True
-                frame = guest.collect(pid, self.id)
+                frame = guest.collect(pid, self.id, self.expected)
                 if frame is not None:
                     word = frame.fields.get("why", "") if frame.state == "refused" else ""
                     if word.startswith("missing,") and resent < 3:
                         # Nothing was started. Pieces without an answer may not have arrived, so send the missing ones
                         # again.
                         missing = [
-                            int(n) for n in word.split(",")[1:] if n.isdecimal() and int(n) < len(prepared.pieces)
+                            int(n) for n in word.split(",")[1:] if n.isdecimal() and int(n) < len(self.packed.pieces)
                         ]
                         resent += 1
                         may_have_begun = known_age is not None
                         continue
-                    if word == "cut" and resent < 3:
+                    if (word == "cut" or (word in ("unkept", "sum") and self.layout is not None)) and resent < 3:
+                        if word != "cut":
+                            # The guest was started since, or its memory was cleared. Send all files again.
+                            self.packed = _pack(self.prepared, self.layout, frozenset())
                         resent += 1
-                        missing = list(range(len(prepared.pieces)))
+                        missing = list(range(len(self.packed.pieces)))
                         may_have_begun = known_age is not None
                         continue
                     return self._known(guest.accept(frame))
@@ -754,7 +802,7 @@ class _Command(_Run):
 
     def _send_pieces(self, numbers: list[int]) -> None:
         def send(number: int) -> None:
-            data = self.prepared.pieces[number]
+            data = self.packed.pieces[number]
             values = {"id": self.id, "i": number, "nraw": len(data)}
             try:
                 self.guest.send(wrapper.request("stage", values, {"input": data}))

@@ -23,6 +23,9 @@ One run has one folder, ``/run/agentlab/ID`` (mode 0700; /var/run or /tmp where 
 | ``rc`` | exit status, signal (0: none), milliseconds |
 | ``acked`` | the controller has the result; all but ``rc`` is removed |
 
+``/run/agentlab/keep`` holds files of Ansible's modules by their checksums (``kept.py``), at most 16 MiB, for a day
+after the last addition.
+
 ``mkdir`` of that folder succeeds once, so a request that is repeated begins nothing. A repeat carries its age: where
 the guest was started since, /run is empty, and the answer is that nobody can know.
 """
@@ -36,8 +39,10 @@ from collections.abc import Mapping, Sequence
 BOOT = 's=$(cat);[ ${#s} = "$1" ]||{ echo agentlab1 cut;exit 0;};eval "$s"'
 # Bytes of output inside the answer itself. More output is read from the folder.
 INLINE = 65536
-# Bytes of data that fit into one request besides the script.
-ROOM = 40_500
+# Characters of the longest script (to begin a command) with its values, and with no lists but that of 40 results that
+# the guest may delete.
+_SCRIPT = 11_500
+_REQUEST = 65_536
 # Bytes of a piece that is sent by itself: a multiple of three, so that its base64 has no padding.
 PIECE = 44_100
 
@@ -165,6 +170,7 @@ forget() {
 sweep() {
   for a in $acks; do [ ! -d "$b/$a" ] || forget "$b/$a"; done
   find "$b" ! -path "$b" -prune -type d -mmin +60 | while read -r x; do [ ! -e "$x/acked" ] || rm -rf "$x"; done
+  s=$(du -sk "$b/keep" 2>/dev/null); s=${s%%[!0-9]*}; [ ${s:-0} -le 16384 ] || rm -rf "$b/keep"
   find "$b" ! -path "$b" -prune -type d -mmin +1440 | while read -r x; do d=$x; alive || rm -rf "$x"; done
 }
 supervise() {
@@ -208,6 +214,20 @@ take() {
   [ $nlast -eq 0 ] || input >>"$1" || fail base64
   size "$1"; [ $z -eq $nraw ] || fail cut
 }
+assemble() {
+  # $d/in holds a recipe, what stands before and after the archive, and files that the guest has not kept yet.
+  k=$b/keep; mkdir -p "$k" || fail full
+  if [ "$fresh" ]; then
+    mkdir "$d/k"; o=$((nrec+nhead+ntail))
+    for x in $fresh; do part $o ${x#*:} >"$d/k/${x%%:*}" || fail full; o=$((o+${x#*:})); done
+    mv -f "$d"/k/* "$k" && rmdir "$d/k" || fail full
+  fi
+  for x in $need; do [ -e "$k/$x" ] || fail unkept; done
+  part 0 $nrec >"$d/recipe" || fail full
+  { part $nrec $nhead; . "$d/recipe" | base64 | tr -d '\n'; part $((nrec+nhead)) $ntail; } >"$d/in2" || fail full
+  mv "$d/in2" "$d/in"; rm -f "$d/recipe"
+}
+part() { tail -c +$(($1+1)) "$d/in" | head -c $2; }
 begin() {
   base
   if [ -d "$d" ]; then await; frame; return; fi
@@ -219,6 +239,7 @@ begin() {
   size "$d/do"; [ $z -eq $nwork ] || fail cut
   take "$d/in"
   if [ $gz = 1 ]; then gzip -dc <"$d/in" >"$d/in2" || fail gzip; mv "$d/in2" "$d/in"; fi
+  [ ${nrec:-0} -eq 0 ] || assemble
   if [ "$insum" ]; then s=$(sha256sum <"$d/in"); [ "${s%% *}" = $insum ] || fail sum; fi
   [ -z "$pieces" ] || rm -rf "$b/$id.p"
   : >"$d/out"; : >"$d/err"
@@ -393,6 +414,11 @@ def request(operation: str, values: Mapping[str, object], blobs: Mapping[str, by
         text = base64.b64encode(data).decode()
         lines.append(f"{name}() {{ base64 -d <<'agentlab_end'\n{text}\nagentlab_end\n}}")
     return "\n".join([*lines, operation])
+
+
+def room(lists: int) -> int:
+    """Return how many bytes fit into the request that begins a command, beside its script and lists of that length."""
+    return (_REQUEST - _SCRIPT - lists) * 3 // 4 - 16
 
 
 def quote(value: bytes) -> bytes:

@@ -127,6 +127,32 @@ def of_sandbox(records: Records, sandbox: Sandbox, limit: int = 1000) -> list[Ru
     return [_run(row) for row in rows][::-1]
 
 
+def guest_memory(records: Records, sandbox: Sandbox, kind: str, limit: int = 200) -> tuple[set[str], float | None]:
+    """Return what the newest ``limit`` runs tell about a sandbox's guest.
+
+    That is: the names of the files that it keeps, and the shortest time in seconds that one of the last three runs of
+    this kind took (None: there was none).
+    """
+    names: set[str] = set()
+    times: list[float] = []
+    rows = records.db.read(
+        "SELECT detail FROM runs WHERE sandbox_uuid = ? AND state = ? ORDER BY started_at DESC, id LIMIT ?",
+        sandbox.uuid,
+        ENDED,
+        limit,
+    )
+    for row in rows:
+        try:
+            detail = json.loads(row["detail"])
+            names.update(str(name) for name in detail.get("kept", ()))
+            if detail.get("kind") == kind and len(times) < 3:
+                times.append(float(detail["duration_ms"]) / 1000)
+        except (ValueError, TypeError, AttributeError, KeyError):
+            # A damaged row is told where the run is asked for. Here it only means one transfer more.
+            continue
+    return names, min(times, default=None)
+
+
 def set_state(records: Records, run: Run, state: str) -> None:
     """Store the state of a run. A stored end stays."""
 
