@@ -6,19 +6,29 @@
 
 The controllers share what the records tell (reservations), and see Proxmox VE's figures only as often as it
 broadcasts them: every ten seconds. Run: ``python benchmarks/placement_simulation.py``.
+
+With ``--processes`` the three controllers are real processes with one database. They create 1,000 sandboxes through
+the whole core on a double of Proxmox VE with 16 nodes, over HTTPS (``--creations 100`` for fewer).
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
 import random
 import statistics
+import subprocess
 import sys
+import tempfile
+import threading
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / ".collections"))
+REPO = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(REPO / ".collections"), str(REPO / "tests")]
 
 from agentlab_core.nodes import Node, Rules, Vm
 from agentlab_core.placement import Load, Reservation, Wish, decide
@@ -77,7 +87,99 @@ def decision_time(vms: int = 10000, rounds: int = 50) -> float:
     return statistics.median(times)
 
 
+# ---- real processes ----
+
+
+def control(creations: int) -> None:
+    """Create so many sandboxes, one after the other, with the configuration of the environment."""
+    from agentlab_core import config
+    from agentlab_core.context import Context
+    from agentlab_core.sandboxes import create
+
+    ctx = Context(config.load({"wait_timeout": "120s"}, os.environ), actor=f"controller {os.getpid()}")
+    sys.stdin.readline()
+    for _number in range(creations):
+        ctx.refresh()
+        create.run(ctx, create.Spec(ttl=14400))
+    ctx.close()
+
+
+def broadcast(pve: Any, names: list[str], ended: threading.Event) -> None:
+    """Set the figures of the nodes every ten seconds, as Proxmox VE does: a young VM uses a quarter of its memory."""
+    while True:
+        counts = Counter(vm.node for vm in list(pve.vms) if not vm.template)
+        for name in names:
+            used = 4 * GIB + counts[name] * MEMORY // 4
+            pve.node_figures[name] = {"maxmem": NODE_MEMORY, "mem": used, "maxcpu": 64}
+        if ended.wait(BROADCAST):
+            return
+
+
+def run_processes(creations: int = CREATIONS) -> dict[str, Any]:
+    """Return how three controller processes spread their sandboxes over 16 nodes."""
+    from support.double import Server
+
+    names = [f"pve{number}" for number in range(1, NODES + 1)]
+    with tempfile.TemporaryDirectory(prefix="placement-") as folder:
+        server = Server(folder)
+        pve = server.pve
+        for name in names:
+            pve.nodes.setdefault(name, {"online": True})
+        pve.storages["nfs"] = {"type": "nfs", "active": 1, "content": "images", "files": set(), "shared": 1}
+        template = pve.add_template(9000, "simulated", "nfs", "pve1")
+        template.config["memory"] = str(MEMORY // 1024**2)
+        (Path(folder) / "config.yaml").write_text("template: '9000'\n", encoding="utf-8")
+        ended = threading.Event()
+        figures = threading.Thread(target=broadcast, args=(pve, names, ended))
+        figures.start()
+        env = {**os.environ, **server.environment(folder)}
+        shares = [creations // CONTROLLERS + (number < creations % CONTROLLERS) for number in range(CONTROLLERS)]
+        processes = [
+            subprocess.Popen(
+                [sys.executable, __file__, "--controller", str(share)], env=env, stdin=subprocess.PIPE, text=True
+            )
+            for share in shares
+        ]
+        time.sleep(3)
+        pve.counted.clear()
+        began = time.monotonic()
+        for process in processes:
+            assert process.stdin is not None
+            process.stdin.write("\n")
+            process.stdin.flush()
+        statuses = [process.wait() for process in processes]
+        seconds = time.monotonic() - began
+        ended.set()
+        figures.join()
+        counts = Counter(vm.node for vm in pve.vms if not vm.template)
+        requests = pve.count()
+        server.stop()
+    if any(statuses):
+        raise RuntimeError(f"a controller failed: {statuses}")
+    on_each = [counts[name] for name in names]
+    return {
+        "controllers": CONTROLLERS,
+        "nodes": NODES,
+        "creations": sum(on_each),
+        "seconds": round(seconds, 1),
+        "requests_per_creation": round(requests / creations, 1),
+        "least": min(on_each),
+        "most": max(on_each),
+    }
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--processes", action="store_true", help="run three controllers as processes")
+    parser.add_argument("--creations", type=int, default=CREATIONS, help="how many creations with --processes")
+    parser.add_argument("--controller", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.controller is not None:
+        control(options.controller)
+        return
+    if options.processes:
+        print(json.dumps(run_processes(options.creations), indent=2))
+        return
     print(
         json.dumps(
             {

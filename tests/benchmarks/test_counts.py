@@ -21,6 +21,7 @@ sys.path.append(str(ROOT / "benchmarks"))
 
 import creating
 import payload
+import placement_simulation
 import report
 import rows
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.proxmox import cluster
@@ -156,3 +157,9 @@ def test_the_page_is_made_of_the_results() -> None:
         report.scale_table(known),
     ):
         assert made in text, "run benchmarks/report.py"
+
+
+def test_three_controller_processes_spread_sandboxes_over_sixteen_nodes() -> None:
+    """The benchmark does it with 1,000 creations."""
+    result = placement_simulation.run_processes(creations=32)
+    assert result["creations"] == 32 and result["most"] - result["least"] <= 1, result

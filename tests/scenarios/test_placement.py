@@ -160,6 +160,22 @@ def test_a_template_on_shared_storage_reaches_every_node(context: Callable[..., 
     assert outcome.sandbox.node == "pve3" and cluster.vm(outcome.vmid).node == "pve3"
 
 
+@pytest.mark.parametrize("node", [None, "auto", "pve1"])
+@pytest.mark.parametrize("template", ["9002", "9100"])
+def test_a_template_on_an_offline_node_is_told_with_what_to_do(
+    context: Callable[..., Any], cluster: Any, template: str, node: str | None
+) -> None:
+    cluster.storages["nfs"] = {"type": "nfs", "active": 1, "content": "images", "files": set(), "shared": 1}
+    cluster.add_template(9100, "shared", "nfs", "pve2")
+    cluster.set_node_offline("pve2")
+    with pytest.raises(AgentlabError) as caught:
+        create.run(context(wait_timeout=5), spec(template=template, node=node))
+    assert caught.value.message == (
+        f"template: {template} is on node pve2, which is offline, so it cannot be cloned. Wait until the node is back, "
+        "or give a template of another node. Templates on the other nodes: 9000 (debian-13)"
+    )
+
+
 def test_a_burst_of_several_controllers_spreads(context: Callable[..., Any], cluster: Any) -> None:
     """All read the same figures, in which nothing of the others shows: the reservations count."""
     cluster.add_template(9003, "debian-13", "local-lvm", "pve3")

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..context import Context
-from ..errors import AccessDenied, ApiError, InvalidInput, ProxmoxError
+from ..errors import AccessDenied, ApiError, InvalidInput, ProxmoxError, Unreachable
 from . import vm_config
 from .spec import Spec
 
@@ -85,14 +85,8 @@ def find(ctx: Context, wanted: str | None, node: str | None = None) -> Template:
             option="template",
             value=wanted,
         )
-    templates = {vmid: row for vmid, row in rows.items() if _is_template(row)}
-    names = [f"{vmid} ({row['name']})" if row.get("name") else str(vmid) for vmid, row in sorted(templates.items())]
-    seen = ", ".join(names) or "none that these credentials may see"
-    try:
-        silent = sorted(name for name, online in ctx.cluster.nodes().items() if not online)
-    except AccessDenied:
-        # Only Sys.Audit on / shows which nodes are offline.
-        silent = []
+    silent = _offline_nodes(ctx)
+    seen = _templates_seen(ctx)
     if silent:
         # For VMs on an offline node Proxmox tells neither the name nor whether the VM is a template.
         raise InvalidInput(
@@ -113,6 +107,25 @@ def find(ctx: Context, wanted: str | None, node: str | None = None) -> Template:
             value=wanted,
         )
     raise InvalidInput(f"template: {wanted!r} does not exist. Templates: {seen}", option="template", value=wanted)
+
+
+def _offline_nodes(ctx: Context) -> list[str]:
+    try:
+        return sorted(name for name, online in ctx.cluster.nodes().items() if not online)
+    except ProxmoxError:
+        # Only Sys.Audit on / shows which nodes are offline.
+        return []
+
+
+def _templates_seen(ctx: Context) -> str:
+    """Return the templates on nodes that are online, for messages."""
+    offline = _offline_nodes(ctx)
+    names = [
+        f"{vmid} ({row['name']})" if row.get("name") else str(vmid)
+        for vmid, row in sorted(ctx.cluster.vms().items())
+        if _is_template(row) and row.get("node") not in offline
+    ]
+    return ", ".join(names) or "none that these credentials may see"
 
 
 def _number(wanted: str) -> int | None:
@@ -196,6 +209,19 @@ def read(ctx: Context, vmid: int, node: str, *, listed: bool = True) -> Template
             option="template",
             value=str(vmid),
         ) from None
+    except Unreachable as error:
+        if node in _offline_nodes(ctx):
+            error.message = (
+                f"template: {vmid} is on node {node}, which is offline, so it cannot be cloned. Wait until the node is "
+                f"back, or give a template of another node. Templates on the other nodes: {_templates_seen(ctx)}"
+            )
+        else:
+            error.message = (
+                f"template: {vmid} on node {node} cannot be read: {error.message}. Try again when the node answers, or "
+                "give a template of another node"
+            )
+        error.detail.setdefault("option", "template")
+        raise
     except ApiError as error:
         moved = ctx.cluster.vms(fresh=True).get(vmid, {}).get("node")
         if "does not exist" in error.text and moved is not None and str(moved) != node:
