@@ -47,6 +47,7 @@ SELECT_EXCLUSIVE = [("vmid", "vmids", "name")]
 REMEDIES: dict[str, str] = {
     "force": "Use force=true to bypass",
     "remove": "To give the sandbox up, remove it with state=absent and force=true",
+    "unprotect": "Set protected=false first (force does not skip this)",
     "discard_memory": "Use state=stopped and force=true to throw the saved memory away",
     "delete_workspace": "Use force=true to delete it",
     "allow_restart": "Set allow_restart=true, which stops and starts it, or stop it first",

@@ -18,6 +18,7 @@ import socket
 import subprocess
 import threading
 import time
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -962,6 +963,44 @@ def test_progress_that_cannot_be_looked_up_is_none(daemon: StandIn) -> None:
     assert ("GET", "/v1/sandboxes") in [one[:2] for one in daemon.asked], "it was looked up"
 
 
+NASTY = "x\x1b]0;owned\x07\x9b2J\r\nError: sandbox 1 destroyed\u202e\xad\u2066\U000e0041\udcff"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [f"--{NASTY}"],
+        [NASTY],
+        ["sandbox", NASTY],
+        ["sandbox", "list", NASTY],
+        ["sandbox", "list", f"--{NASTY}"],
+        ["sandbox", "list", f"--json={NASTY}"],
+        ["sandbox", "list", "--state", NASTY],
+        ["sandbox", "destroy", NASTY],
+        ["sandbox", "new", "--memory", NASTY],
+        ["sandbox", "new", "--user-data", f"/{NASTY}"],
+        ["--timeout", NASTY, "status"],
+        ["--socket", f"/{NASTY}", "status"],
+        ["completion", NASTY],
+        ["help", NASTY],
+    ],
+    ids=lambda words: " ".join(words).replace(NASTY, "NASTY"),
+)
+@pytest.mark.parametrize("json_too", [False, True])
+def test_an_argument_cannot_control_the_terminal(words: list[str], json_too: bool) -> None:
+    told = subprocess.run(
+        [os.fsencode(word) for word in (PYTHON, "-m", "agentlab_cli", *(["--json"] if json_too else []), *words)],
+        capture_output=True,
+        timeout=60,
+        env=environment("/nowhere/d.sock", {"PYTHONUTF8": "1"}),
+        check=False,
+    )
+    shown = (told.stdout + told.stderr).decode()
+    assert told.returncode in (2, 3) or words[2:3] == ["--user-data"], told
+    assert not [char for char in shown if char != "\n" and unicodedata.category(char) in ("Cc", "Cf", "Cs", "Zl", "Zp")]
+    assert "Traceback" not in shown and "\nError: sandbox 1" not in shown, shown
+
+
 def test_control_c(daemon: StandIn) -> None:
     slow_bulk(daemon)
     status, shown = on_terminal(
@@ -1007,7 +1046,7 @@ def test_a_full_disk_behind_standard_output(daemon: StandIn) -> None:
 def test_half_a_character_from_elsewhere_is_shown_harmless(daemon: StandIn) -> None:
     daemon.replies["GET", "/v1/sandboxes"] = (200, {"sandboxes": [{**sandbox(1000), "name": "a\ud800"}]})
     found = agentlab("sandbox", "list", socket=daemon.path)
-    assert (found.returncode, found.stderr) == (0, "") and "a\\xd800" in found.stdout
+    assert (found.returncode, found.stderr) == (0, "") and "a\\ud800" in found.stdout
 
 
 # ---- completion ----

@@ -88,6 +88,20 @@ def test_records_that_another_process_has_locked(daemon: Make, lab: Lab) -> None
     one.wait_for(lambda: gone(one, "records"), "it goes on", 20)
 
 
+def test_a_start_that_waits_for_the_records_says_so(daemon: Make, lab: Lab) -> None:
+    records = f"{lab.folder}/alone.db"
+    one = daemon(start=False, environment={"AGENTLAB_DATABASE": records})
+    with contextlib.closing(sqlite3.connect(records, isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        one.spawn()
+        sentence = f"the start waits for the records ({records}): another process has locked them (process"
+        one.wait_for(lambda: sentence in one.log(), "the log says what it waits for", 60)
+        assert f"process {os.getpid()}" in one.log()
+        other.execute("ROLLBACK")
+    one.wait_for(one.serving, "it serves", 60)
+    assert one.log().count("the start waits") == 1
+
+
 def test_a_clock_that_jumped(daemon: Make, lab: Lab) -> None:
     lab.create("a1")
     boot = time.clock_gettime(time.CLOCK_BOOTTIME)
@@ -114,6 +128,19 @@ def test_credentials_that_are_refused(daemon: Make, lab: Lab) -> None:
     assert told["condition"] == "fails" and "refuses the credentials" in told["why"]
     assert one.good("GET", "/v1/status")["proxmox"]["reachable"] is True, "it was asked, and it answered"
     assert TOKEN_SECRET not in json.dumps(one.good("GET", "/v1/status")) + one.log()
+
+
+def test_an_answer_of_a_guest_that_makes_no_sense_is_not_proxmox_failing(daemon: Make, lab: Lab) -> None:
+    sandbox = lab.create("a1")
+    deep = '{"data": {"result": ' + "[" * 5000 + "]" * 5000 + "}}"
+    rule = lab.pve.fault("GET", "/agent/network-get-interfaces", "answer", status=200, body=deep, times=99)
+    one = daemon(metrics_listen=f"127.0.0.1:{free_port()}")
+    one.wait_for(lambda: one.get("/v1/status").body["reconcile"]["last_run"], "the first reconcile is over", 30)
+    assert one.get(f"/v1/sandboxes/{sandbox.vmid}").status == 200
+    one.wait_for(lambda: rule["times"] < 99, "the guest is asked", 30)
+    assert one.good("GET", "/v1/status")["conditions"] == []
+    assert one.good("GET", "/v1/status")["proxmox"]["reachable"] is True
+    assert one.metric('agentlab_proxmox_errors_total{kind="unknown"}') == 0
 
 
 def test_a_job_that_fails(daemon: Make, lab: Lab) -> None:

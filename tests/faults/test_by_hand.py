@@ -163,7 +163,8 @@ def test_a_vm_that_is_kept(lab: Lab, operator: Operator, spoil: Callable[[Lab, i
 
 def test_a_sandbox_that_is_protected(lab: Lab) -> None:
     made = lab.create(protected=True)
-    assert "set protected=false first" in refused(lambda: lab.destroy(made.vmid, force=True))
+    outcome = lab.destroy(made.vmid, force=True)[0]
+    assert outcome.failed and "is protected" in str(outcome.message) and outcome.remedy == "unprotect"
     create.amend(lab.context(), lab.record(made), protected=False)
     assert lab.destroy(made.vmid, force=True)[0].outcome == "destroyed"
 

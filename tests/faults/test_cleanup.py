@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core import rules
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import AgentlabError
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.maintenance import cleanup
 
 from support.lab import FakeClock, Lab
@@ -128,3 +129,51 @@ def test_a_vm_that_could_not_be_stopped_is_not_called_stopped(lab: Lab) -> None:
     del lab.pve.vm(made.vmid).config["lock"]
     assert [(one.kind, one.applied, one.error) for one in lab.reconcile()] == [("still_running", True, None)]
     assert lab.pve.vm(made.vmid).status == "stopped" and lab.reconcile() == []
+
+
+def keep_on(lab: Lab, passes: int) -> list[tuple[str, str]]:
+    """Let the rules and reconcile come by so often; return (operation, outcome) of the events of the first sandbox."""
+    failed = "{name: failed, match: {states: [FAILED]}, after: 0s, action: destroy}"
+    for _pass in range(passes):
+        lab.reconcile()
+        cleanup.run(lab.context(actor="agentlabd"), policy(failed, TIMEOUTS))
+    return [(one["operation"], one["outcome"]) for one in lab.events(lab.records()[0])]
+
+
+@pytest.mark.parametrize("what", ["failed clone", "locked", "foreign marks"])
+def test_what_waits_for_a_person_adds_no_event_with_each_pass(lab: Lab, what: str) -> None:
+    """The first event of a kind stays, with its time; the passes after it learn nothing new."""
+    if what == "failed clone":
+        lab.pve.task_endings["qmclone"] = "the disk is on fire"
+        with pytest.raises(AgentlabError):
+            lab.create("a1")
+        lab.calm()
+        assert lab.pve.vm(1000) is not None
+        lab.force_state(1000, "FAILED", age=10)
+    else:
+        made = lab.timed_out("a1")
+        if what == "locked":
+            lab.pve.vm(made.vmid).config["lock"] = "backup"
+        else:
+            lab.pve.vm(made.vmid).config["description"] = "edited"
+    first = keep_on(lab, 2)
+    times = [one["at"] for one in lab.events(lab.records()[0])]
+    assert first == keep_on(lab, 4)
+    assert times == [one["at"] for one in lab.events(lab.records()[0])]
+    if what == "locked":
+        # What changes is told.
+        lab.pve.vm(made.vmid).config["lock"] = "migrate"
+        changed = keep_on(lab, 1)
+        assert len(changed) == len(first) + 1 and changed == keep_on(lab, 3)
+        del lab.pve.vm(made.vmid).config["lock"]
+        keep_on(lab, 1)
+        assert lab.records()[0].state == "DESTROYED"
+
+
+def test_an_event_is_written_again_after_something_happened(lab: Lab) -> None:
+    made = lab.timed_out("a1")
+    lab.pve.vm(made.vmid).config["lock"] = "backup"
+    before = len(keep_on(lab, 2))
+    ctx = lab.context()
+    ctx.records.amend(lab.record(made), "update", keepalive=True)
+    assert len(keep_on(lab, 2)) == before + 2, "the change, and that it is locked still"

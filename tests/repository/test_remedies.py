@@ -19,7 +19,9 @@ from support.daemon import in_daemon
 
 CORE = Path(__file__).resolve().parents[2] / "plugins/module_utils/_core"
 # How a module is told to do something all the same, and how the command line is.
-_OPTION = re.compile(r"\b(force|update|allow_restart)=true|state=absent|--(force|update|allow-restart)\b")
+_OPTION = re.compile(
+    r"\b(force|update|allow_restart|protected)=(true|false)|state=absent|--(force|update|allow-restart)\b"
+)
 # What the doctor advises are commands to be typed; what the modules of the core say to each other is no option.
 _EXEMPT = ("doctor/",)
 
@@ -41,7 +43,7 @@ def test_every_interface_has_words_for_each_remedy() -> None:
     code = "import json; from agentlabd.http.answers import REMEDIES; print(json.dumps(REMEDIES))"
     api = in_daemon(code)
     assert set(api) == set(_adapter.REMEDIES) == set(REMEDIES)
-    assert not any("=true" in sentence or "agentlab_" in sentence for sentence in api.values())
+    assert not any(re.search("=(true|false)", sentence) or "agentlab_" in sentence for sentence in api.values())
     assert not any("--" in sentence or "agentlab " in sentence for sentence in _adapter.REMEDIES.values())
 
 

@@ -232,7 +232,7 @@ def test_a_protected_sandbox_and_proxmox_protection_survive_force(story: Any, se
     )
     assert run.status("protect") == "changed" and run.status("protect again") == run.status("left out") == "ok"
     assert run["protect"]["diff"]["after"]["sandbox 1000"]["protected"] is True
-    assert run["force kept"]["msg"] == "sandbox 1000 is protected; set protected=false first (force does not skip this)"
+    assert run["force kept"]["msg"] == "sandbox 1000 is protected. Set protected=false first (force does not skip this)"
     assert (
         "Proxmox's protection" in run["force guarded"]["msg"]
         and "templates are never destroyed" in run["force template-now"]["msg"]
@@ -256,7 +256,7 @@ def test_a_failed_creation_that_is_protected_can_be_removed(story: Any, given: A
             task("force at last", SANDBOX, name="kept", state="absent", force=True),
         ]
     )
-    assert run["force"]["msg"] == "sandbox 1000 is protected; set protected=false first (force does not skip this)"
+    assert run["force"]["msg"] == "sandbox 1000 is protected. Set protected=false first (force does not skip this)"
     assert run.status("unprotect in check mode") == run.status("unprotect") == run.status("force at last") == "changed"
     assert "could not be created earlier (creation_interrupted)" in run["present"]["msg"]
 

@@ -219,6 +219,33 @@ def test_an_answer_has_a_largest_depth(serve: Make, depth: int) -> None:
         serve(say("200 OK", '{"data": ' + '{"a": [' * depth + "]}" * depth + "}")).client(api_timeout=30).put(PATH)
 
 
+@pytest.mark.parametrize("nonsense", ["deep", "deeper", "large"])
+@pytest.mark.parametrize("request_name", ["network-get-interfaces", "exec-status", "exec"])
+def test_what_a_guest_answers_is_no_failure_of_proxmox(
+    serve: Make, monkeypatch: pytest.MonkeyPatch, nonsense: str, request_name: str
+) -> None:
+    """Proxmox passes on what a guest agent says; what is wrong then is the guest."""
+    monkeypatch.setattr(answers, "LARGEST_ANSWER", 1_000_000)
+    depth = {"deep": 40, "deeper": 5000, "large": 1}[nonsense]
+    body = '{"data": {"result": ' + "[" * depth + '"%s"' % ("x" * (2_000_000 if depth == 1 else 1)) + "]" * depth + "}}"
+    server = serve(say("200 OK", body))
+    client = server.client(api_timeout=30)
+    with pytest.raises(errors.OutcomeUnknown, match="Look at qemu-guest-agent in the guest") as raised:
+        (client.post if request_name == "exec" else client.get_dict)(f"nodes/pve1/qemu/1000/agent/{request_name}")
+    assert "api_host" not in raised.value.message
+    assert client.statistics.reachable is True and not client.statistics.errors, client.statistics.last_error
+    assert len(server.requests) == 1, "the guest would answer the same again"
+
+
+def test_a_guest_agent_that_does_not_run_is_no_failure_of_proxmox(serve: Make) -> None:
+    client = serve(say("500 QEMU guest agent is not running", '{"data": null}')).client(api_timeout=30)
+    with pytest.raises(errors.ApiError):
+        client.get_dict("nodes/pve1/qemu/1000/agent/network-get-interfaces")
+    with pytest.raises(errors.ApiError):
+        client.get_dict(PATH)
+    assert client.statistics.reachable is True and client.statistics.errors == {"api": 1}
+
+
 # ---- connecting ----
 
 

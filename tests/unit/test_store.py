@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.clock import SystemClock
@@ -35,6 +36,7 @@ from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store impor
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.open import open_database
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.port import Connection
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.records import Claim, Records
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.sqlite import engine
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.sqlite.engine import Database, explain
 
 from support.engines import ENGINES, new_address
@@ -153,7 +155,40 @@ def test_settings_that_promises_stand_on(path: Path) -> None:
     for conn in (database._writer, database._reader):
         assert conn.execute("PRAGMA foreign_keys").fetchone()[0] == 1
         assert conn.execute("PRAGMA synchronous").fetchone()[0] == 2
-        assert conn.execute("PRAGMA busy_timeout").fetchone()[0] >= 30000
+    # Reads wait in SQLite. Writes wait in our own loop: see the next test.
+    assert database._reader.execute("PRAGMA busy_timeout").fetchone()[0] >= 30000 and engine.BUSY_SECONDS >= 30
+
+
+@pytest.mark.parametrize("step", ["open", "look only", "migrate", "write"])
+def test_the_wait_for_a_locked_file_is_bounded_once(path: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+    """No wait within a wait: SQLite's own timeout would be added to that of our loop, for each statement."""
+    Database(str(path)).close()
+    waits: list[float] = []
+    connect = sqlite3.connect
+
+    def spy(*args: Any, **options: Any) -> sqlite3.Connection:
+        waits.append(options["timeout"])
+        return connect(*args, **options)
+
+    monkeypatch.setattr(engine, "BUSY_SECONDS", 0.3)
+    monkeypatch.setattr(engine, "_STEP_SECONDS", 0.05)
+    monkeypatch.setattr(sqlite3, "connect", spy)
+    database = Database(str(path)) if step == "write" else None
+    with contextlib.closing(connect(path, isolation_level=None)) as other:
+        if step == "migrate":
+            other.execute("PRAGMA user_version = 1")
+        if step in ("open", "look only"):
+            # With an exclusive locking mode not even a read is let in.
+            other.execute("PRAGMA locking_mode = EXCLUSIVE")
+        other.execute("BEGIN IMMEDIATE")
+        other.execute("UPDATE meta SET value = value")
+        began = time.monotonic()
+        with pytest.raises(StoreError, match="kept it busy"):
+            if database:
+                database.write(lambda conn: None)
+            else:
+                Database(str(path), dry_run=step == "look only")
+        assert time.monotonic() - began > 0.25 and waits and max(waits) <= 0.05
 
 
 # ---- migrations ----
@@ -1139,3 +1174,20 @@ def test_keepalive_renews_what_is_over_but_never_what_is_being_destroyed(address
     with pytest.raises(RecordChanged):
         store.renew(renewed, 9000, 6000, keepalive=True)
     assert store.get(sandbox.uuid).lease_expires_at == 5000
+
+
+def test_an_event_that_repeats_the_last_one_is_not_written(store: Records) -> None:
+    _claim, sandbox = reserve(store)
+    before = len(history.events(store.db, uuid=sandbox.uuid))
+
+    def count(**changes: Any) -> int:
+        values = {"outcome": "kept", "reason": "locked", "evidence": {"lock": "backup"}, **changes}
+        store.note(sandbox, str(values.pop("operation", "cleanup")), **values)
+        return len(history.events(store.db, uuid=sandbox.uuid)) - before
+
+    assert [count(), count(), count(evidence={"lock": "migrate"}), count(outcome="failed")] == [1, 1, 2, 3]
+    # Another operation in between changes nothing; something that was done does.
+    assert [count(operation="destroy"), count(outcome="failed"), count(operation="destroy")] == [4, 4, 4]
+    assert [count(outcome="done"), count(outcome="done"), count(outcome="failed")] == [5, 6, 7]
+    store.actor = "somebody else"
+    assert [count(outcome="failed"), count(outcome="failed")] == [8, 8]

@@ -17,6 +17,7 @@ from .escapes import escape_controls
 REMEDIES: dict[str, str] = {
     "force": "bypass the state rule of a destroy",
     "remove": "destroy the sandbox by force, which gives it up",
+    "unprotect": "take the protection of the sandbox off before its destroy",
     "discard_memory": "stop a hibernated sandbox, which throws its saved memory away",
     "delete_workspace": "delete a workspace with the data on it",
     "allow_restart": "let an update stop and start the VM",

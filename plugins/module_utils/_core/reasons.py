@@ -8,7 +8,8 @@ from __future__ import annotations
 # Word of ``reason`` -> what somebody can do about it (Markdown).
 KEPT: dict[str, str] = {
     "too_young": "wait, or lower `older_than`",
-    "protected": "`protected: false`, or `qm set VMID --protection 0`; a VM that was made a template stays",
+    "protected": "`agentlab sandbox unprotect VMID` (`protected: false`), or `qm set VMID --protection 0`; a VM that "
+    "was made a template stays",
     "locked": "wait for the backup or clone; an administrator can `qm unlock VMID`",
     "node_offline": "bring the node back",
     "ambiguous": "look at the VM: only one of its marks is ours",

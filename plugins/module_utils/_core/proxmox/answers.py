@@ -18,6 +18,7 @@ _NOT_DELIVERED = (595,)
 # 596-599 come from Proxmox's own proxy, 502-504 from a proxy in front of it. The request may still be carried out.
 _FOREIGN_PROXY = (408, 502, 503, 504)
 _UNKNOWN = (*_FOREIGN_PROXY, 596, 597, 598, 599)
+_AGENT = re.compile(r"nodes/[^/]+/qemu/\d+/agent/")
 # Bytes of one unpacked answer (a list of 10,000 VMs has 5 MB), and depth of nested objects and lists (Proxmox uses
 # six).
 LARGEST_ANSWER = 32 * 1024 * 1024
@@ -105,6 +106,22 @@ def unanswered(method: str, path: str, settings: ProxmoxSettings) -> OutcomeUnkn
         method=method,
         path=path,
         timed_out=True,
+    )
+
+
+def from_guest(path: str) -> bool:
+    """Return whether the answer to a request to this path comes from the guest agent of a VM, through Proxmox."""
+    return _AGENT.match(path) is not None
+
+
+def guest_nonsense(method: str, path: str, settings: ProxmoxSettings) -> OutcomeUnknown:
+    """Return the error for an answer of a guest that is too large or too deep. Proxmox only passed it on."""
+    return OutcomeUnknown(
+        f"{method} /{path} on {settings.where}: the answer of the guest is larger or nested deeper than any that a "
+        f"guest agent sends, so it was not read; {became_of(method)}. Look at qemu-guest-agent in the guest",
+        method=method,
+        path=path,
+        guest=True,
     )
 
 

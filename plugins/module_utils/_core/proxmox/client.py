@@ -13,6 +13,7 @@ Which request is sent again, and by whom:
 | any, password login | 401 | once, after a new login | a ticket ends after two hours; 401 is not carried out |
 | login | second factor asked, any refusal | no | eight failures lock a second factor |
 | read | answer lost (cut, 408, 502-504, 596-599) | up to 3 times within api_timeout | a read changes nothing |
+| read of a guest agent | too large or too deep | no | the guest would answer the same |
 | read | no answer within api_timeout | no | it would take api_timeout once more |
 | any but power, delete | "start worker failed", lock not got | up to 3 times | Proxmox says that it did not begin |
 | start, stop, suspend, delete | the same | by ``power.py``, ``removal.py`` | the VM is judged anew before |
@@ -35,7 +36,7 @@ from typing import Any, Protocol
 from ..clock import Clock
 from ..config import ProxmoxSettings
 from ..errors import AccessDenied, ApiError, OutcomeUnknown, ProxmoxError, Unreachable
-from .answers import not_begun, template_of
+from .answers import from_guest, not_begun, template_of
 
 _RETRIES = 3
 _NODE_AUTHORITY = "/etc/pve/pve-root-ca.pem"
@@ -231,8 +232,9 @@ class ProxmoxClient:
                 self.statistics.answered()
                 return answer
             except ProxmoxError as error:
-                if not (isinstance(error, ApiError) and path == "cluster/nextid"):
-                    # "This VMID is taken" is the answer to the question, not a failure.
+                if _is_answer(path, error):
+                    self.statistics.answered()
+                else:
                     self.statistics.failed(error)
                 if self._ticket_ended(error) and not logins:
                     # A ticket lives for two hours, or less when the node's key is renewed. A request with 401 was not
@@ -318,6 +320,19 @@ class ProxmoxClient:
         )
 
 
+def _is_answer(path: str, error: ProxmoxError) -> bool:
+    """Return whether the error is Proxmox's answer to the question, or the fault of a guest. Neither is a failure.
+
+    That is "this VMID is taken", a guest agent that does not answer (500), and an answer of a guest that cannot be
+    read.
+    """
+    if error.detail.get("guest"):
+        return True
+    if not isinstance(error, ApiError) or isinstance(error, AccessDenied):
+        return False
+    return path == "cluster/nextid" or (error.status == 500 and from_guest(path))
+
+
 def _parts(value: Any) -> list[str]:
     # Proxmox reorders the parts of a property string, and ends descriptions with a line feed.
     return sorted(str(value).rstrip("\n").split(","))
@@ -334,4 +349,4 @@ def _may_retry(method: str, path: str, error: ProxmoxError) -> bool:
         return not_begun(error.text) and (method == "GET" or not _UNGUARDED.search(path))
     if method != "GET":
         return False
-    return isinstance(error, OutcomeUnknown) and not error.detail.get("timed_out")
+    return isinstance(error, OutcomeUnknown) and not error.detail.get("timed_out") and not error.detail.get("guest")

@@ -121,9 +121,9 @@ class Https:
 
         data = self._call(method, path, params, send_request)
         # proxmoxer returns an answer that it cannot parse as {"errors": ...}. Never take that for data.
-        if isinstance(data, (dict, list)) and (
-            answers.too_deep(data) or (isinstance(data, dict) and set(data) == {"errors"})
-        ):
+        if isinstance(data, (dict, list)) and answers.too_deep(data):
+            raise self._nonsense(method, path, too_deep=True)
+        if isinstance(data, dict) and set(data) == {"errors"}:
             raise self._nonsense(method, path)
         return data
 
@@ -172,7 +172,9 @@ class Https:
 
     # ---- errors ----
 
-    def _nonsense(self, method: str, path: str) -> OutcomeUnknown:
+    def _nonsense(self, method: str, path: str, *, too_deep: bool = False) -> OutcomeUnknown:
+        if too_deep and answers.from_guest(path):
+            return answers.guest_nonsense(method, path, self._settings)
         return OutcomeUnknown(
             f"{method} /{path} on {self._settings.where}: the answer is not what Proxmox sends; is api_host a Proxmox "
             "node?",
@@ -224,15 +226,17 @@ class Https:
                 cut=True,
             ) from None
         except requests.exceptions.RequestException as error:
+            if isinstance(error, _TooLarge) and answers.from_guest(path):
+                raise answers.guest_nonsense(method, path, settings) from None
             raise OutcomeUnknown(
                 f"{where}: {_reason(error)}; {answers.became_of(method)}",
                 method=method,
                 path=path,
                 cut=isinstance(error, requests.exceptions.ChunkedEncodingError) or None,
             ) from None
-        except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             # proxmoxer looks for "data" in any answer, whatever its type.
-            raise self._nonsense(method, path) from None
+            raise self._nonsense(method, path, too_deep=isinstance(error, RecursionError)) from None
         except OSError as error:
             if out_of_descriptors(error):
                 raise answers.no_descriptor(path) from None

@@ -127,7 +127,7 @@ class Pvesh:
         if status == 0:
             # This answer is JSON on several lines.
             data = _parse(output.strip())
-            return None if data is _NO_JSON else data
+            return None if data in (_NO_JSON, _TOO_DEEP) else data
         raise self._refusal("POST", path, params, status, complaint)
 
     def _arguments(self, method: str, path: str, params: dict[str, Any]) -> list[bytes]:
@@ -208,6 +208,8 @@ class Pvesh:
                         process.kill()
                     raise
                 if os.fstat(output.fileno()).st_size > answers.LARGEST_ANSWER:
+                    if answers.from_guest(path):
+                        raise answers.guest_nonsense(method, path, settings)
                     raise OutcomeUnknown(
                         f"{method} /{path} on {settings.where}: the answer has more than {answers.LARGEST_ANSWER} "
                         "bytes, which no answer of Proxmox has",
@@ -240,8 +242,10 @@ class Pvesh:
         if not text:
             return None
         data = _parse(text)
+        if data is _TOO_DEEP and answers.from_guest(path):
+            raise answers.guest_nonsense(method, path, self._settings)
         if method == "GET":
-            if data is _NO_JSON:
+            if data in (_NO_JSON, _TOO_DEEP):
                 raise OutcomeUnknown(
                     f"GET /{path} on {self._settings.where}: the answer of pvesh is not JSON, so nothing is known; "
                     "run again, or look at what pvesh prints",
@@ -249,7 +253,7 @@ class Pvesh:
                     path=path,
                 )
             return data
-        if data is _NO_JSON:
+        if data in (_NO_JSON, _TOO_DEEP):
             # Log lines only, or log lines followed by the answer in the last line.
             data = _parse(text.splitlines()[-1])
             return None if data is _NO_JSON else data
@@ -310,11 +314,14 @@ class _NoJson:
 
 
 _NO_JSON = _NoJson()
+_TOO_DEEP = _NoJson()
 
 
 def _parse(text: str) -> Any:
     try:
         data = json.loads(text)
-    except (ValueError, RecursionError):
+    except ValueError:
         return _NO_JSON
-    return _NO_JSON if isinstance(data, (dict, list)) and answers.too_deep(data) else data
+    except RecursionError:
+        return _TOO_DEEP
+    return _TOO_DEEP if isinstance(data, (dict, list)) and answers.too_deep(data) else data

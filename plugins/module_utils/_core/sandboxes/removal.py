@@ -87,9 +87,7 @@ def check(ctx: Context, sandbox: Sandbox, force: bool, clean_up: bool = False) -
     """
     todo = states.check("force_destroy" if force else "destroy", sandbox.state)
     if todo and sandbox.protected and not clean_up:
-        raise Kept(
-            "protected", f"sandbox {sandbox.vmid} is protected; set protected=false first (force does not skip this)"
-        )
+        raise Kept("protected", f"sandbox {sandbox.vmid} is protected", remedy="unprotect")
     return todo
 
 

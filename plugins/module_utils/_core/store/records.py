@@ -40,6 +40,8 @@ AWAITED = "awaited"
 # From the first of these phases on, protecting the sandbox is too late. An interrupted destroy in that phase is still
 # checked against the rules again.
 _TOO_LATE_TO_PROTECT = ("detaching", *POINT_OF_NO_RETURN)
+# Outcomes of events about what was not done.
+_WITHOUT_EFFECT = ("kept", "failed", "interrupted")
 LIVE = "state <> 'DESTROYED'"
 SELECT = f"SELECT {', '.join(COLUMNS)} FROM sandboxes"
 # Keys of the table meta. The function raises ValueError, TypeError or KeyError for a damaged value.
@@ -636,6 +638,9 @@ class Records:
         upids: Iterable[str] = (),
         duration_ms: int | None = None,
     ) -> None:
+        facts = (old, new, reason, _json(evidence or {}), _json(list(upids)), outcome)
+        if outcome in _WITHOUT_EFFECT and old == new and self._is_repeated(conn, sandbox.uuid, operation, facts):
+            return
         conn.execute(
             "INSERT INTO events (at, sandbox_uuid, vmid, from_state, to_state, operation, actor, reason, evidence, "
             "upids, duration_ms, outcome) "
@@ -649,12 +654,31 @@ class Records:
                 operation,
                 self.actor,
                 reason,
-                _json(evidence or {}),
-                _json(list(upids)),
+                *facts[3:5],
                 duration_ms,
                 outcome,
             ),
         )
+
+    def _is_repeated(self, conn: Connection, uuid: str, operation: str, facts: tuple[Any, ...]) -> bool:
+        """Return whether this actor's last event of the operation says the same, and nothing happened since.
+
+        A sandbox that waits for a person is looked at in each pass. The first event stays, with its time.
+        """
+        columns = ("from_state", "to_state", "reason", "evidence", "upids", "outcome")
+        last = conn.execute(
+            f"SELECT id, {', '.join(columns)} FROM events "
+            "WHERE sandbox_uuid = ? AND operation = ? AND actor = ? ORDER BY id DESC LIMIT 1",
+            (uuid, operation, self.actor),
+        ).fetchone()
+        if last is None or tuple(last[name] for name in columns) != facts:
+            return False
+        places = ", ".join("?" for _word in _WITHOUT_EFFECT)
+        return not conn.execute(
+            f"SELECT 1 FROM events WHERE sandbox_uuid = ? AND id > ? AND (outcome NOT IN ({places}) "
+            "OR coalesce(from_state, '') <> coalesce(to_state, '')) LIMIT 1",
+            (uuid, last["id"], *_WITHOUT_EFFECT),
+        ).fetchone()
 
     def change(
         self,

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import __version__
 from .errors import Problem, TimedOut, Unreachable
-from .text import time_limit
+from .text import one_line, time_limit
 
 if TYPE_CHECKING:
     import http.client
@@ -144,8 +144,8 @@ class Client:
                 raise _too_slow(limit) from error
             if isinstance(error, http.client.BadStatusLine) and not isinstance(error, http.client.RemoteDisconnected):
                 raise Unreachable(
-                    f"what listens on {self.path} does not speak HTTP: it is not agentlabd. Check --socket and "
-                    "AGENTLAB_SOCKET"
+                    f"what listens on {one_line(self.path)} does not speak HTTP: it is not agentlabd. Check "
+                    "--socket and AGENTLAB_SOCKET"
                 ) from error
             raise Unreachable(
                 f"the daemon ended the connection before it answered ({error or type(error).__name__}); it was "
@@ -191,9 +191,9 @@ class Client:
                 f"If it was upgraded, 'systemctl restart agentlabd'; this command line is version {__version__}"
             )
         raise Unreachable(
-            f"the answer of {self.path} to {method} {target.partition('?')[0]} makes no sense (status {answer.status}, "
-            f"{answer.body[:60]!r}): it is not agentlabd, or of a very different version. Check --socket and "
-            "AGENTLAB_SOCKET, and 'journalctl -u agentlabd'"
+            f"the answer of {one_line(self.path)} to {method} {target.partition('?')[0]} makes no sense "
+            f"(status {answer.status}, {answer.body[:60]!r}): it is not agentlabd, or of a very different version. "
+            "Check --socket and AGENTLAB_SOCKET, and 'journalctl -u agentlabd'"
         )
 
     def _version(self) -> str | None:
@@ -240,32 +240,33 @@ def _end(sock: socket.socket, over: threading.Event) -> None:
 
 def _why(path: str, error: OSError, limit: float | None) -> str:
     """Return why there is no connection, and what to do."""
+    shown = one_line(path)
     if isinstance(error, PermissionError):
         user = _user()
         return (
-            f"{user} may not use the socket {path}. Add the user to the group {GROUP} and log in again:\n"
+            f"{user} may not use the socket {shown}. Add the user to the group {GROUP} and log in again:\n"
             f"  sudo usermod -aG {GROUP} {user}"
         )
     if isinstance(error, TimeoutError):
         return (
-            f"the daemon accepted no connection on {path} within {time_limit(limit or 0)} (--timeout): it hangs or is "
+            f"the daemon accepted no connection on {shown} within {time_limit(limit or 0)} (--timeout): it hangs or is "
             f"overloaded.\n{_LOOK}"
         )
     if isinstance(error, (FileNotFoundError, NotADirectoryError)):
         return (
-            f"the daemon is not running: there is no socket {path}. If systemctl says that it is active, restart it."
+            f"the daemon is not running: there is no socket {shown}. If systemctl says that it is active, restart it."
             f"\n{_START}"
         )
     if isinstance(error, ConnectionRefusedError):
         if not _is_socket(path):
             return (
-                f"{path} is not a socket. Check --socket and AGENTLAB_SOCKET; the daemon's is {DEFAULT_SOCKET} unless "
+                f"{shown} is not a socket. Check --socket and AGENTLAB_SOCKET; the daemon's is {DEFAULT_SOCKET} unless "
                 "configured otherwise"
             )
-        return f"the daemon is not running: nothing listens on the socket {path}.\n{_START}"
+        return f"the daemon is not running: nothing listens on the socket {shown}.\n{_START}"
     if error.errno is None or error.errno in (errno.ENAMETOOLONG, errno.EINVAL):
         return f"{path!r} cannot be the path of a socket: {error}"
-    return f"the socket {path} cannot be used: {error.strerror or error}.\n{_LOOK}"
+    return f"the socket {shown} cannot be used: {error.strerror or error}.\n{_LOOK}"
 
 
 _LOOK = "  systemctl status agentlabd\n  journalctl -u agentlabd"

@@ -16,7 +16,7 @@ import click
 from .errors import REFUSED, Problem
 from .framework import Command, Settings, settings
 from .progress import Progress
-from .text import cell
+from .text import cell, one_line
 
 
 @click.command(
@@ -94,4 +94,6 @@ def _write(path: str, content: Any) -> None:
             file.write("\n")
         os.replace(fresh, path)
     except OSError as error:
-        raise Problem(f"--bundle {path}: {error.strerror}; give a file in a folder that you may write to") from error
+        raise Problem(
+            f"--bundle {one_line(path)}: {error.strerror}; give a file in a folder that you may write to"
+        ) from error

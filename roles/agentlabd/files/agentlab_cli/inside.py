@@ -347,7 +347,8 @@ def _environment(pairs: tuple[str, ...]) -> dict[str, str]:
         name, equals, value = pair.partition("=")
         if not equals and name not in os.environ:
             raise Usage(
-                f"Error: --env {name}: there is no such variable here. Valid: <name>=<value>, or a name that is set"
+                f"Error: --env {one_line(name)}: there is no such variable here. Valid: <name>=<value>, or a name "
+                "that is set"
             )
         variables[name] = value if equals else os.environ[name]
     return variables
@@ -413,7 +414,7 @@ def _copy_in(to: Settings, source: str, vmid: int, path: str, mode: str | None, 
                 file = stack.enter_context(open(source, "rb"))
                 status = os.fstat(file.fileno())
             except OSError as error:
-                raise Problem(f"{source}: {error.strerror}") from None
+                raise Problem(f"{one_line(source)}: {error.strerror}") from None
             if stat.S_ISREG(status.st_mode):
                 length = status.st_size
                 mode = mode or f"{stat.S_IMODE(status.st_mode) & 0o777:04o}"
@@ -440,7 +441,7 @@ def _copy_out(to: Settings, vmid: int, path: str, target: str) -> None:
             try:
                 handle, fresh = tempfile.mkstemp(prefix=".agentlab-", dir=os.path.dirname(target) or ".")
             except OSError as error:
-                raise Problem(f"{target}: {error.strerror}") from None
+                raise Problem(f"{one_line(target)}: {error.strerror}") from None
             stack.callback(_remove, fresh)
             file = stack.enter_context(os.fdopen(handle, "wb"))
         meter = _Meter(None)

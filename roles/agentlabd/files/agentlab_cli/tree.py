@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -17,7 +18,7 @@ import click
 from . import COMPLETE_VARIABLE, NAME, __version__, framework
 from .errors import INTERRUPTED, REFUSED, UNREACHABLE, USAGE
 from .framework import Group
-from .text import clean
+from .text import clean, one_line
 
 # The module of each command. Those in the second table work without being listed: words that people type.
 COMMANDS = {
@@ -91,8 +92,13 @@ def run() -> None:
     try:
         status = root.main(prog_name=NAME, complete_var=COMPLETE_VARIABLE, standalone_mode=False)
     except click.ClickException as error:
+        if isinstance(error, click.UsageError):
+            # click quotes an argument as it is: its line feeds could forge a line of their own.
+            error = click.UsageError(one_line(error.format_message()), error.ctx)
         _tell_program(error.format_message(), error.exit_code)
-        error.show()
+        shown = io.StringIO()
+        error.show(shown)
+        click.echo(clean(shown.getvalue()), nl=False, err=True)
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         click.echo(

@@ -40,7 +40,7 @@ PARTS = (
     "socket",
 )
 # Seconds of waiting before a wait is reported.
-_WAIT_SECONDS = 5.0
+WAIT_SECONDS = 5.0
 _JOB_SECONDS = 60.0
 # The next reconcile resumes an interrupted operation. After this many seconds a person has to remove the cause.
 _INTERRUPTED_SECONDS = 3600
@@ -138,12 +138,13 @@ class Conditions:
             )
             return
         waits = database.waits_since
-        if waits is not None and time.monotonic() - waits > _WAIT_SECONDS:
+        if waits is not None and time.monotonic() - waits > WAIT_SECONDS:
             began = int(time.time() - (time.monotonic() - waits))
             yield Condition(
                 "records",
                 WAITS,
-                f"a write waits for the records, which another process has locked ({_locker(service.config.database)})",
+                "a write waits for the records, which another process has locked "
+                f"({name_locker(service.config.database)})",
                 "end that process, or wait until it has done",
                 began,
             )
@@ -262,24 +263,25 @@ def _seconds(text: str | None) -> int | None:
         return None
 
 
-def _locker(database: str) -> str:
-    """Return which process holds the writer's lock of the records, as far as this host shows it."""
-    try:
-        # SQLite's writer locks byte 120 of the -shm file.
-        shared = os.stat(f"{database}-shm")
-        wanted = f"{os.major(shared.st_dev):02x}:{os.minor(shared.st_dev):02x}:{shared.st_ino}"
-        with open("/proc/locks", encoding="ascii", errors="replace") as file:
-            for line in file:
-                fields = line.split()
-                if (
-                    len(fields) >= 8
-                    and fields[3] == "WRITE"
-                    and fields[5] == wanted
-                    and int(fields[6]) <= 120 <= int(fields[7].replace("EOF", "9" * 9))
-                ):
-                    pid = int(fields[4])
-                    with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as name:
-                        return f"process {pid}, {name.read().strip()}"
-    except (OSError, ValueError, IndexError):
-        pass
+def name_locker(database: str) -> str:
+    """Return which process holds the lock of the records (the path of a SQLite file), as far as this host shows it."""
+    # SQLite's writer locks byte 120 of the -shm file. A process that uses the file alone locks bytes of that file.
+    for path, byte in ((f"{database}-shm", 120), (database, 0x40000000)):
+        try:
+            status = os.stat(path)
+            wanted = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
+            with open("/proc/locks", encoding="ascii", errors="replace") as file:
+                for line in file:
+                    fields = line.split()
+                    if (
+                        len(fields) >= 8
+                        and fields[3] == "WRITE"
+                        and fields[5] == wanted
+                        and int(fields[6]) <= byte <= int(fields[7].replace("EOF", "9" * 10))
+                    ):
+                        pid = int(fields[4])
+                        with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as name:
+                            return f"process {pid}, {name.read().strip()}"
+        except (OSError, ValueError, IndexError):
+            continue
     return "which process it is cannot be seen from here: fuser -v names it"

@@ -7,19 +7,20 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import os
 import ssl
 import stat
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from agentlab_core import clock as clock_module
 from agentlab_core import config as core_config
-from agentlab_core import profiles, rules, timeguard
+from agentlab_core import database_address, profiles, rules, timeguard
 from agentlab_core.config import Config
 from agentlab_core.context import Context
 from agentlab_core.errors import AgentlabError, Busy, ConfigError
@@ -28,7 +29,8 @@ from agentlab_core.store import overview, schema
 from agentlab_core.store.workspaces import Workspaces
 
 from . import __version__
-from .conditions import Conditions
+from .conditions import WAIT_SECONDS, Conditions, name_locker
+from .logs import log
 from .metrics import Metrics
 
 T = TypeVar("T")
@@ -59,7 +61,8 @@ class Service:
         self._began = time.monotonic()
         self.stopping = threading.Event()
         self.policy = check(config)
-        self.base = Context(config, actor="agentlabd", stopping=self.stopping)
+        with tell_wait(config.database):
+            self.base = Context(config, actor="agentlabd", stopping=self.stopping)
         self._owner = self.base
         self.base.database.limit_cache(_CACHE_KIB)
         self.loaded_at = self.started_at
@@ -227,6 +230,28 @@ class Service:
         for pool in (self.work_pool, self.guest_pool, self.records_pool, self.doctor_pool):
             pool.shutdown(wait=True)
         self._owner.close()
+
+
+@contextlib.contextmanager
+def tell_wait(database: str) -> Iterator[None]:
+    """Log one line when the block, which opens these records, takes longer than some seconds."""
+
+    def tell() -> None:
+        address = database_address.parse(database)
+        why = (
+            "their server has not answered yet"
+            if address.engine == database_address.POSTGRESQL
+            else f"another process has locked them ({name_locker(database)})"
+        )
+        log.warning("the start waits for the records (%s): %s", address.text, why)
+
+    timer = threading.Timer(WAIT_SECONDS, tell)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def check(config: Config) -> rules.Policy:

@@ -28,6 +28,8 @@ from . import latest
 T = TypeVar("T")
 
 BUSY_SECONDS = 60.0
+# SQLite's own wait in a statement that _patiently repeats. A longer one would add to BUSY_SECONDS.
+_STEP_SECONDS = 1.0
 LIBRARY = sqlite3.sqlite_version
 
 
@@ -122,18 +124,22 @@ class Database(GroupCommit):
                 "what the link leads to, or remove the link to begin with an empty file",
                 path=path,
             )
+        # All steps of opening together wait no longer than BUSY_SECONDS.
+        deadline = time.monotonic() + BUSY_SECONDS
         try:
             if dry_run:
                 self._reader_lock = self._writer_lock
-                self._writer = self._reader = self._look_only()
+                self._writer = self._reader = self._look_only(deadline)
             else:
                 self._create_file(group_mode)
                 before = _file_identity(path)
-                self._writer = self._connect(path)
+                self._writer = self._connect(path, deadline)
                 # Change the mode only now, after the file was recognised as ours.
                 self._narrow()
-                self._migrate(self._writer)
-                self._reader = self._connect(path)
+                self._migrate(self._writer, deadline)
+                self._reader = self._connect(path, deadline)
+                # Reads are not repeated, so SQLite itself waits for them.
+                self._reader.execute(f"PRAGMA busy_timeout = {int(BUSY_SECONDS * 1000)}")
                 # SQLite creates the -wal at the first read, and deletes it when the last connection closes.
                 self._opened = (before, _file_identity(f"{path}-wal"))
                 self._refuse_replaced()
@@ -143,16 +149,17 @@ class Database(GroupCommit):
     # ---- opening ----
 
     @staticmethod
-    def _connect(path: str) -> sqlite3.Connection:
-        conn = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
+    def _connect(path: str, deadline: float | None = None) -> sqlite3.Connection:
+        """Return a connection. ``deadline`` (monotonic seconds) ends the wait for a locked file."""
+        conn = sqlite3.connect(path, timeout=_STEP_SECONDS, isolation_level=None, check_same_thread=False)
         conn.row_factory = sqlite3.Row
         conn.execute("PRAGMA foreign_keys = ON")
         if path != ":memory:":
             # Check for a foreign file before the first pragma that writes: switching it to WAL would change it.
-            _patiently(lambda: Database._refuse_foreign(path, conn))
-            _patiently(lambda: conn.execute("PRAGMA journal_mode = WAL"))
+            _patiently(lambda: Database._refuse_foreign(path, conn), deadline)
+            _patiently(lambda: conn.execute("PRAGMA journal_mode = WAL"), deadline)
             # FULL puts each commit on the disk before Proxmox receives the request that the commit announces.
-            conn.execute("PRAGMA synchronous = FULL")
+            _patiently(lambda: conn.execute("PRAGMA synchronous = FULL"), deadline)
         return conn
 
     def _create_file(self, group_mode: bool) -> None:
@@ -174,7 +181,7 @@ class Database(GroupCommit):
                 if found & 0o007:
                     os.chmod(path, found & ~0o007)
 
-    def _look_only(self) -> sqlite3.Connection:
+    def _look_only(self, deadline: float) -> sqlite3.Connection:
         """Return the connection for check mode, which creates, migrates and writes no file.
 
         Check mode reads the file directly. The first write switches to an in-memory copy.
@@ -189,13 +196,14 @@ class Database(GroupCommit):
         source = sqlite3.connect(
             f"file:{_quote(self.path)}?mode=ro",
             uri=True,
-            timeout=BUSY_SECONDS,
+            timeout=_STEP_SECONDS,
             isolation_level=None,
             check_same_thread=False,
         )
         source.row_factory = sqlite3.Row
         try:
-            self._refuse_foreign(self.path, source)
+            _patiently(lambda: self._refuse_foreign(self.path, source), deadline)
+            source.execute(f"PRAGMA busy_timeout = {int(BUSY_SECONDS * 1000)}")
             if source.execute("PRAGMA user_version").fetchone()[0] == schema.VERSION:
                 self._untouched = True
                 return source
@@ -241,11 +249,13 @@ class Database(GroupCommit):
                 path=path,
             )
 
-    def _migrate(self, conn: sqlite3.Connection) -> None:
-        if conn.execute("PRAGMA user_version").fetchone()[0] == schema.VERSION:
+    def _migrate(self, conn: sqlite3.Connection, deadline: float | None = None) -> None:
+        known: list[int] = []
+        _patiently(lambda: known.append(conn.execute("PRAGMA user_version").fetchone()[0]), deadline)
+        if known[-1] == schema.VERSION:
             return
         for number, step in enumerate(schema.MIGRATIONS, 1):
-            with _transaction(conn):
+            with _transaction(conn, deadline):
                 # Read the version again inside the transaction: another process may have migrated the file meanwhile.
                 if conn.execute("PRAGMA user_version").fetchone()[0] >= number:
                     continue
@@ -462,12 +472,13 @@ class Database(GroupCommit):
                 conn.close()
 
 
-def _patiently(call: Callable[[], Any]) -> None:
-    """Run ``call``, and repeat it for BUSY_SECONDS while the database is locked.
+def _patiently(call: Callable[[], Any], deadline: float | None = None) -> None:
+    """Run ``call``, and repeat it while the database is locked, until ``deadline`` or for BUSY_SECONDS.
 
-    SQLite's busy_timeout does not cover every case: the switch to WAL, the recovery of a WAL, a schema just changed.
+    ``deadline`` is in monotonic seconds. SQLite's busy_timeout does not cover every case: the switch to WAL, the
+    recovery of a WAL, a schema just changed.
     """
-    deadline = time.monotonic() + BUSY_SECONDS
+    deadline = time.monotonic() + BUSY_SECONDS if deadline is None else deadline
     while True:
         try:
             call()
@@ -479,8 +490,8 @@ def _patiently(call: Callable[[], Any]) -> None:
 
 
 @contextlib.contextmanager
-def _transaction(conn: sqlite3.Connection) -> Iterator[None]:
-    _patiently(lambda: conn.execute("BEGIN IMMEDIATE"))
+def _transaction(conn: sqlite3.Connection, deadline: float | None = None) -> Iterator[None]:
+    _patiently(lambda: conn.execute("BEGIN IMMEDIATE"), deadline)
     try:
         yield
         conn.execute("COMMIT")

@@ -22,6 +22,7 @@ RETRY_AFTER = 10
 REMEDIES: dict[str, str] = {
     "force": "Use --force to bypass",
     "remove": "To give the sandbox up, destroy it with --force",
+    "unprotect": "Run agentlab sandbox unprotect first (--force does not skip this)",
     "discard_memory": "Stop it with --force to throw the saved memory away",
     "delete_workspace": "Use --force to delete it",
     "allow_restart": "Set --allow-restart, which stops and starts it, or stop it first",
