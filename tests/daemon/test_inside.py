@@ -246,3 +246,56 @@ def test_ssh_goes_to_the_address_in_the_record(one: Daemon, lab: Lab, tmp_path: 
     assert address
     said = agentlab("sandbox", "ssh", "--user", "root", "1000", "--", "uptime", socket=one.socket, env=path)
     assert said.stdout.endswith(f"|-l|root|{address}|uptime|"), said
+    no_address = lab.create("a2")
+    lab.context().database.write(
+        lambda conn: conn.execute("UPDATE sandboxes SET ip = NULL WHERE uuid = ?", (no_address.uuid,)) and None
+    )
+    said = agentlab("sandbox", "ssh", str(no_address.vmid), socket=one.socket, env=path)
+    assert said.returncode == 1 and "has no address in its record (RUNNING)" in said.stderr
+    assert f"agentlab sandbox exec {no_address.vmid} -- <command>" in said.stderr
+    said = agentlab("sandbox", "ssh", "1999", socket=one.socket, env=path)
+    assert said.returncode == 1 and "sandbox not found" in said.stderr
+
+
+@pytest.mark.parametrize("how", ["STOPPED in the record", "switched off from outside", "its lease is over"])
+def test_cp_to_and_from_a_sandbox_that_does_not_run_says_what_to_do(
+    one: Daemon, lab: Lab, tmp_path: Path, how: str
+) -> None:
+    source, target = tmp_path / "here", tmp_path / "back"
+    source.write_text("x")
+    if how == "STOPPED in the record":
+        one.good("POST", "/v1/sandboxes/1000/stop", {})
+        words = [
+            ("in STOPPED state. Valid states: READY, RUNNING. Start the sandbox first", "agentlab sandbox start 1000")
+        ]
+    elif how == "switched off from outside":
+        lab.pve.vm(1000).status = "stopped"
+        # The daemon may have noticed it meanwhile.
+        words = [
+            ("its VM does not run", "Start the sandbox (state: started), then try again"),
+            ("in FAILED state. Valid states: READY, RUNNING", "Create a new sandbox"),
+        ]
+    else:
+        lab.context().database.write(lambda conn: conn.execute("UPDATE sandboxes SET lease_expires_at = 1") and None)
+        words = [
+            ("its lease expired at", "Create a new sandbox"),
+            ("in TIMEOUT state. Valid states: READY, RUNNING", "Create a new sandbox"),
+        ]
+    for direction, pair in (("into", (source, "1000:/tmp/x")), ("out of", ("1000:/etc/passwd", target))):
+        said = agentlab("sandbox", "cp", *pair, socket=one.socket)
+        assert said.returncode == 1 and said.stdout == "", said
+        assert any(all(word in said.stderr for word in choice) for choice in words), said.stderr
+        assert "its VM does not run" in said.stderr or f"cannot copy a file {direction} sandbox" in said.stderr
+    assert not target.exists() and lab.pve.machine(1000).started == []
+
+
+def test_a_large_file_goes_in_and_out_by_cp(one: Daemon, tmp_path: Path) -> None:
+    """AGENTLAB_LARGE_FILE_MIB sets the size; 100 MiB take minutes."""
+    data = random.Random(22).randbytes(int(os.environ.get("AGENTLAB_LARGE_FILE_MIB", "4")) * 1024 * 1024)
+    (tmp_path / "large").write_bytes(data)
+    path = f"1000:{guest_folder(one)}/large"
+    said = agentlab("--timeout", "30m", "sandbox", "cp", tmp_path / "large", path, socket=one.socket, timeout=1800)
+    assert said.returncode == 0, said
+    said = agentlab("--timeout", "30m", "sandbox", "cp", path, tmp_path / "back", socket=one.socket, timeout=1800)
+    assert said.returncode == 0, said
+    assert (tmp_path / "back").read_bytes() == data

@@ -306,3 +306,52 @@ def test_arguments_input_and_file_names_of_any_byte(lab: Lab, shell: str) -> Non
             assert target.getvalue() == data == Path(path).read_bytes(), path
             os.unlink(path)
     assert not guest.deaf
+
+
+# ---- a VM or a lease that ends while the command runs ----
+
+
+@pytest.mark.parametrize("end", ["the VM is stopped", "the lease ends", "the agent is blocked"])
+@pytest.mark.parametrize("at", ["the first answer", "a later look"])
+@pytest.mark.parametrize("shown", [True, False])
+def test_a_command_that_began_is_never_told_as_refused_and_not_run_again(
+    lab: Lab, end: str, at: str, shown: bool
+) -> None:
+    """A repeat with the same id after the guest was started anew runs nothing."""
+    sandbox = lab.create()
+    guest = lab.pve.machine(sandbox.vmid)
+    vm = lab.pve.vm(sandbox.vmid)
+    count: Path = guest.folder / "count"
+    count.touch()
+    count.chmod(0o666)
+
+    def strike(method: str, path: str) -> None:
+        begun = path.endswith("/exec-status") and count.read_text()
+        if not begun if at == "the first answer" else not (path.endswith("/exec") and guest.started):
+            return
+        if end == "the agent is blocked":
+            guest.blocked |= {"guest-exec", "guest-exec-status"}
+            return
+        vm.status = "stopped"
+        guest.kill_all()
+        if end == "the lease ends":
+            swap_record(lab, sandbox, lease_expires_at=1)
+
+    lab.pve.before = strike
+    spec = CommandSpec(argv=["sh", "-c", f"printf x >>{count}; sleep 30"], run_id=uuid.uuid4().hex)
+    # Either makes the controller look once a second.
+    watch: dict[str, Any] = {"on_output": lambda out, err: None} if shown else {"cancel": lambda: False}
+    with pytest.raises(OutcomeUnknown) as caught:
+        command.run_command(lab.context(), sandbox, spec, **watch)
+    assert caught.value.detail["run_id"] == spec.run_id and spec.run_id in caught.value.message
+    if end == "the lease ends":
+        assert "its lease ended at" in caught.value.message and "agentlab_lease" in caught.value.message
+    lab.pve.before = None
+    guest.blocked.clear()
+    vm.status = "running"
+    swap_record(lab, sandbox, lease_expires_at=lab.context().clock.now() + 3600)
+    guest.reboot()
+    with pytest.raises(OutcomeUnknown):
+        command.run_command(lab.context(), sandbox, spec, **watch)
+    time.sleep(0.3)
+    assert count.read_text() == "x"

@@ -148,7 +148,10 @@ def test_states_that_allow_no_command(story: Any, given: Any, env: Any, server: 
             task("over", EXEC, vmid=1001, argv=["true"], check=True, fails=True),
         ]
     )
-    assert run["stopped"]["msg"] == "cannot run a command in sandbox in STOPPED state. Valid states: READY, RUNNING"
+    assert run["stopped"]["msg"] == (
+        "cannot run a command in sandbox in STOPPED state. Valid states: READY, RUNNING. Start the sandbox first "
+        "(state: started, or agentlab sandbox start 1000)"
+    )
     assert "its lease expired" in run["over"]["msg"]
     assert server.pve.machine(1000).started == server.pve.machine(1001).started == []
 

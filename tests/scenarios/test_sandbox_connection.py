@@ -131,6 +131,49 @@ def test_pipelining_off_and_async_work_too(inside: Inside) -> None:
     assert run["ping"]["ping"] == "pong" and run["long"]["rc"] == 0
 
 
+def test_a_task_that_is_left_alone_is_looked_after_later(inside: Inside) -> None:
+    run = inside(
+        [
+            {
+                "name": "start",
+                "ansible.builtin.command": {"argv": ["sh", "-c", "sleep 1; echo {{ guest }} >&2; exit 3"]},
+                "async": 60,
+                "poll": 0,
+                "register": "job",
+            },
+            {
+                "name": "end",
+                "ansible.builtin.async_status": {"jid": "{{ job.ansible_job_id }}"},
+                "register": "status",
+                "until": "status.finished",
+                "retries": 60,
+                "delay": 1,
+                "failed_when": "status.rc != 3",
+            },
+            {
+                "name": "clear",
+                "ansible.builtin.async_status": {"jid": "{{ job.ansible_job_id }}", "mode": "cleanup"},
+            },
+        ],
+        ansible_async_dir="{{ guest }}/async",
+    ).ok()
+    assert run["end"]["rc"] == 3 and "/guest-" in run["end"]["stderr"]
+
+
+def test_a_large_file_goes_in_and_out(inside: Inside, server: Server, box: Any, tmp_path: Path) -> None:
+    """AGENTLAB_LARGE_FILE_MIB sets the size; 100 MiB take minutes."""
+    data = random.Random(23).randbytes(int(os.environ.get("AGENTLAB_LARGE_FILE_MIB", "4")) * 1024 * 1024)
+    (tmp_path / "large").write_bytes(data)
+    back = str(tmp_path / "back")
+    inside(
+        [
+            {"name": "copy", "ansible.builtin.copy": {"src": f"{tmp_path}/large", "dest": "{{ guest }}/large"}},
+            {"name": "fetch", "ansible.builtin.fetch": {"src": "{{ guest }}/large", "dest": back, "flat": True}},
+        ]
+    ).ok()
+    assert (server.pve.machine(box.vmid).folder / "large").read_bytes() == data == Path(back).read_bytes()
+
+
 def test_the_sandbox_is_chosen_by_name_vmid_or_uuid(inside: Inside, box: Any) -> None:
     def pong(host: str, **variables: Any) -> Run:
         return inside([{"name": "ping", "ansible.builtin.raw": "echo pong"}], host, **variables)

@@ -47,6 +47,8 @@ LARGEST_INPUT = 65536
 LARGEST_CONTENT = 61440
 LARGEST_READ = 16777216
 LARGEST_ARGUMENT = 131071
+# A transfer with four requests at a time took 0.57 of the time of one with one at a time, on the real agent.
+CROWDED = 0.57
 _RPC = {"file-read": "guest-file-open", "file-write": "guest-file-open"}
 
 
@@ -114,6 +116,7 @@ class Guest:
         self.unknown_pid = "PID ld does not exist"
         self.lie: Callable[[dict[str, Any]], dict[str, Any]] | None = None
         self.busy = asyncio.Lock()
+        self.waiting = 0
         self.peak = 0
         self._pid = 160
         self._silent_until = 0.0
@@ -303,13 +306,17 @@ class GuestRules:
         """Answer one request as the bridge and the agent do: checks, a ping, then the command."""
         guest = self.machine(vm.vmid)
         self._check_bounds(command, values)
+        guest.waiting += 1
         async with guest.busy:
-            await asyncio.sleep(self.agent_nap)
+            guest.waiting -= 1
+            # The agent sleeps while nobody is connected: less where the next request waits already.
+            nap = self.agent_nap * (CROWDED if guest.waiting else 1)
+            await asyncio.sleep(nap)
             if guest.silent:
                 await asyncio.sleep(3 / self.agent_hurry)
                 raise PveError(500, SILENT)
             # A file is opened, read or written, and closed, each with a ping before it.
-            await asyncio.sleep(self.agent_nap * (5 if command.startswith("file-") else 1))
+            await asyncio.sleep(nap * (5 if command.startswith("file-") else 1))
             rpc = _RPC.get(command, f"guest-{command}")
             if rpc in guest.blocked and command != "info":
                 raise PveError(500, f"Agent error: Command {rpc} has been disabled: the command is not allowed")

@@ -145,6 +145,16 @@ def test_events_name_the_program_only_unless_asked(lab: Lab, sandbox: Sandbox) -
     assert second["evidence"]["command"] == "/bin/echo offen"
 
 
+def test_a_logged_command_has_no_secret(lab: Lab, sandbox: Sandbox) -> None:
+    values = {"environment": {"TOKEN": "t0ken-of-env", "ON": "1"}, "stdin": b"first\npassw0rd-of-stdin\n"}
+    run(lab, sandbox, "echo", "-1", "a=t0ken-of-env", "passw0rd-of-stdin", secret=True, log_command=True, **values)
+    event = events(lab.context(), sandbox)[-1]
+    assert event["evidence"]["command"] == "echo -1 a=******** ********"
+    database = lab.context().database
+    rows = [tuple(row) for table in ("events", "runs") for row in database.read(f"SELECT * FROM {table}")]
+    assert "t0ken-of-env" not in str(rows) and "passw0rd-of-stdin" not in str(rows)
+
+
 SHELLS = ["dash", "bash", "busybox"]
 
 

@@ -59,6 +59,10 @@ _REFUSALS = {
     "mode": "mode: cannot be set; look at the file system in the guest",
     "stat": "stat failed in the guest; look at coreutils or busybox there",
 }
+# State of the record -> what to do before a command or a file.
+_NEXT_STEPS = dict.fromkeys(
+    (states.STOPPED, states.SUSPENDED), "Start the sandbox first (state: started, or agentlab sandbox start {vmid})"
+) | dict.fromkeys((states.REQUESTED, states.PROVISIONING, states.BOOTING), "Wait until its creation has ended")
 # Sandbox UUID -> first polls that came too early, minus those that did not. Bounded by _forget_misses.
 _misses: dict[str, int] = {}
 _misses_lock = threading.Lock()
@@ -100,24 +104,32 @@ class Guest:
     # ---- identity of the VM ----
 
     @classmethod
-    def enter(cls, ctx: Context, sandbox: Sandbox, *, secret: bool = False) -> Guest:
+    def enter(cls, ctx: Context, sandbox: Sandbox, *, what: str = "run a command in", secret: bool = False) -> Guest:
         """Return the guest of a sandbox that may be used now: state and lease allow it, no destroy runs, the VM is
         ours.
 
-        Sends one request. Raises StateConflict, Kept, or the error of reading the VM's configuration.
+        ``what``: the action for messages, before the word sandbox. Sends one request. Raises StateConflict, Kept, or
+        the error of reading the VM's configuration.
         """
         sandbox = ctx.records.get(sandbox.uuid)
-        states.check("exec", sandbox.state)
+        try:
+            states.check("exec", sandbox.state)
+        except StateConflict as error:
+            next_step = _NEXT_STEPS.get(sandbox.state, "Create a new sandbox").format(vmid=sandbox.vmid)
+            error.message = f"{error.message.replace('run a command in', what, 1)}. {next_step}"
+            raise
         if sandbox.expired(ctx.clock.now()):
             raise StateConflict(
-                f"cannot run a command in sandbox {sandbox.vmid}: its lease expired at "
+                f"cannot {what} sandbox {sandbox.vmid}: its lease expired at "
                 f"{clock_module.iso(sandbox.lease_expires_at)} and it is about to become TIMEOUT. Create a new sandbox",
                 vmid=sandbox.vmid,
             )
         under_way = ctx.records.under_way(sandbox.uuid)
         if under_way is not None and under_way.kind == "destroy":
             raise Kept(
-                "busy", f"cannot run a command in sandbox {sandbox.vmid}: it is being destroyed", vmid=sandbox.vmid
+                "busy",
+                f"cannot {what} sandbox {sandbox.vmid}: it is being destroyed. Create a new sandbox",
+                vmid=sandbox.vmid,
             )
         return cls(ctx, sandbox, Agent(ctx, sandbox, _judge(ctx, sandbox)), secret=secret)
 

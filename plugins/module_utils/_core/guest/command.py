@@ -23,6 +23,7 @@ from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
+from .. import clock as clock_module
 from .. import escapes, parallel, patterns
 from ..context import Context
 from ..errors import AgentlabError, InvalidInput, OutcomeUnknown
@@ -54,6 +55,8 @@ _ID = re.compile(r"[0-9a-f]{32}")
 _USER = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,31}|\d{1,10}")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _LONGEST_LOGGED = 1000
+# Characters. A shorter value would mask parts of words, such as the 1 of a variable that is on.
+_SHORTEST_SECRET = 4
 
 Output = Callable[[bytes, bytes], None]
 
@@ -183,8 +186,6 @@ def kill_command(ctx: Context, sandbox: Sandbox, run_id: str, *, kill_after: flo
 
 def list_runs(ctx: Context, sandbox: Sandbox) -> list[dict[str, Any]]:
     """Return the sandbox's runs in the journal, oldest first. Sends no request to Proxmox or the guest."""
-    from ..clock import iso
-
     return [
         {
             "run_id": run.id,
@@ -192,8 +193,8 @@ def list_runs(ctx: Context, sandbox: Sandbox) -> list[dict[str, Any]]:
             "program": run.program,
             "actor": run.actor,
             "detached": run.detached,
-            "started_at": iso(run.started_at),
-            "updated_at": iso(run.updated_at),
+            "started_at": clock_module.iso(run.started_at),
+            "updated_at": clock_module.iso(run.updated_at),
             "rc": run.detail.get("rc"),
             "signal": run.detail.get("signal"),
             "duration_ms": run.detail.get("duration_ms"),
@@ -326,6 +327,15 @@ def _pack(prepared: _Prepared, layout: kept.Layout | None, known: Set[str]) -> _
     return _Packed(pieces, raw[len(head) :], values, files)
 
 
+def _mask(text: str, secrets: list[str]) -> str:
+    """Return a command for the event without the values, and the lines of values, that are secret."""
+    lines = {line.strip() for value in secrets for line in (value, *value.splitlines())}
+    for line in sorted(lines, key=len, reverse=True):
+        if len(line) >= _SHORTEST_SECRET:
+            text = text.replace(line, "********")
+    return text
+
+
 def prepare(spec: CommandSpec) -> _Prepared:
     """Check a command and return it in the form in which it is sent. Raises InvalidInput with the option's name."""
     words = _words(spec)
@@ -381,6 +391,8 @@ def prepare(spec: CommandSpec) -> _Prepared:
     ]
     program = "sh" if spec.cmd is not None else words[0].rpartition(b"/")[2].decode("utf-8", "replace")
     command = " ".join(word.decode("utf-8", "replace") for word in (words[2:] if spec.cmd is not None else words))
+    if spec.secret:
+        command = _mask(command, [*spec.environment.values(), stdin.decode("utf-8", "replace")])
     return _Prepared(
         work,
         stdin,
@@ -399,7 +411,7 @@ class _Run:
 
     def __init__(self, ctx: Context, sandbox: Sandbox, run_id: str) -> None:
         self.ctx = ctx
-        self.guest = Guest.enter(ctx, sandbox)
+        self.guest = Guest.enter(ctx, sandbox, what="look at a command in")
         self.sandbox = self.guest.sandbox
         self.journal = runs.get(ctx.records, self.sandbox, check_id(run_id))
 
@@ -617,6 +629,8 @@ class _Command(_Run):
             detached=detached,
         )
         self.detached = detached
+        # The command has begun, or may have begun.
+        self.begun = not self.journal.is_new
         # Only Ansible sends archives, and only their files are kept.
         self.layout = kept.split(self.prepared.stdin) if len(self.prepared.stdin) > _LARGEST_UNSPLIT else None
         known: set[str] = set()
@@ -631,6 +645,9 @@ class _Command(_Run):
         try:
             return self._run()
         except GuestRefused as error:
+            if self.begun:
+                # A refusal of a later request says nothing about the command.
+                raise self._unknown(error.message) from None
             if error.detail.get("begun") is None and self.journal.state == runs.SENT and self.journal.is_new:
                 self._end_without_result(runs.REFUSED, error)
             raise
@@ -750,6 +767,7 @@ class _Command(_Run):
                 pid = guest.send(script)
             except OutcomeUnknown as error:
                 may_have_begun, problem = True, error
+                self.begun = True
             except GuestRefused as error:
                 if error.reason != "silent":
                     if may_have_begun:
@@ -759,7 +777,7 @@ class _Command(_Run):
                     raise
                 problem = error
             else:
-                may_have_begun = True
+                may_have_begun = self.begun = True
                 frame = guest.collect(pid, self.id, self.expected)
                 if frame is not None:
                     word = frame.fields.get("why", "") if frame.state == "refused" else ""
@@ -770,7 +788,7 @@ class _Command(_Run):
                             int(n) for n in word.split(",")[1:] if n.isdecimal() and int(n) < len(self.packed.pieces)
                         ]
                         resent += 1
-                        may_have_begun = known_age is not None
+                        may_have_begun = self.begun = known_age is not None
                         continue
                     if (word == "cut" or (word in ("unkept", "sum") and self.layout is not None)) and resent < 3:
                         if word != "cut":
@@ -778,8 +796,9 @@ class _Command(_Run):
                             self.packed = _pack(self.prepared, self.layout, frozenset())
                         resent += 1
                         missing = list(range(len(self.packed.pieces)))
-                        may_have_begun = known_age is not None
+                        may_have_begun = self.begun = known_age is not None
                         continue
+                    self.begun = frame.state != "refused" or known_age is not None
                     return self._known(guest.accept(frame))
                 problem = OutcomeUnknown(f"sandbox {self.sandbox.vmid}: the answer of its guest agent was lost.")
             pause = access.silent_pause(attempt)
@@ -793,12 +812,21 @@ class _Command(_Run):
             clock.sleep(pause)
 
     def _unknown(self, why: str) -> OutcomeUnknown:
-        return OutcomeUnknown(
-            f"{why} Whether the command began is not known. Ask again with run_id={self.id}: the same run is never "
-            "begun twice",
-            vmid=self.sandbox.vmid,
-            run_id=self.id,
-        )
+        """Return the error for a command that may have begun and whose result did not arrive."""
+        sandbox = self.ctx.records.get(self.sandbox.uuid)
+        if sandbox.expired(self.ctx.clock.now()):
+            ended = clock_module.iso(sandbox.lease_expires_at)
+            text = (
+                f"sandbox {self.sandbox.vmid}: its lease ended at {ended}, and the command ended with it, so its exit "
+                f"status is not known (run_id={self.id}). Renew the lease while long work goes on (agentlab_lease), or "
+                "create the sandbox with keepalive"
+            )
+        else:
+            text = (
+                f"{why.rstrip('.')}. The command may have begun, and its result is not known. Ask again with "
+                f"run_id={self.id}: the same run is never begun twice"
+            )
+        return OutcomeUnknown(text, vmid=self.sandbox.vmid, run_id=self.id)
 
     def _send_pieces(self, numbers: list[int]) -> None:
         def send(number: int) -> None:

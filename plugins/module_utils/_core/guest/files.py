@@ -76,7 +76,7 @@ def put_file(
         raise InvalidInput(f"owner: {owner[:60]!r} is no owner. Valid: user or user:group", option="owner")
     if mode is not None and not 0 <= mode <= 0o7777:
         raise InvalidInput(f"mode: {mode:o} is no mode. Valid: 0 to 7777", option="mode")
-    guest = Guest.enter(ctx, sandbox)
+    guest = Guest.enter(ctx, sandbox, what="copy a file into")
     guest.what = f"write {path[:200]!r}"
     # The source may be a pipe, and pieces are read in any order. So keep the data: small data in memory, else in a
     # file.
@@ -101,7 +101,7 @@ def fetch_file(
     was written to ``target``.
     """
     name = _path(path)
-    guest = Guest.enter(ctx, sandbox)
+    guest = Guest.enter(ctx, sandbox, what="copy a file out of")
     guest.what = f"read {path[:200]!r}"
     transfer = access.new_id()
     script = wrapper.request("get", {"id": transfer, "lim": wrapper.INLINE}, {"name": name})
