@@ -1,17 +1,19 @@
 # Copyright: the agentlab.proxmox contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Translate a refusal by Proxmox VE into the option of ours that causes it, and what to do.
+"""Judge a refusal by Proxmox VE: what a creation does next, and which option of ours causes it.
 
 Proxmox VE's message names its own objects, or names nothing.
 """
 
 from __future__ import annotations
 
+import enum
 import re
+from dataclasses import dataclass
 
 from ..context import Context
-from ..errors import AccessDenied, AgentlabError, ApiError, ProxmoxError, TaskFailed, Unreachable
+from ..errors import AccessDenied, AgentlabError, ApiError, CreationFailed, ProxmoxError, TaskFailed, Unreachable
 from ..proxmox import answers
 from .spec import Spec
 
@@ -19,6 +21,83 @@ from .spec import Spec
 _EVERYWHERE = re.compile(
     r"no quorum|pool '[^']*' does not exist|shrinking disks|Linked clone feature|Parameter verification failed"
 )
+
+# Attempts at a clone whose template is locked, one second apart.
+_CLONE_TRIES = 3
+# In a task "exists" may also mean a volume, and then the task has already begun to make the VM. These texts mean a VM.
+_VM_EXISTS = re.compile(r"config file|\.conf\b|\b(VM|CT) \d+ already exists")
+
+
+class Step(enum.Enum):
+    """The next step of a creation whose clone was refused, or whose clone task failed."""
+
+    # Find out whether the VMID is free, then judge again.
+    PROVE_ABSENCE = "prove absence"
+    # Look whether the VM is the clone of an earlier run whose answer was lost, then judge again.
+    LOOK_AGAIN = "look again"
+    # Send the same request again after a second: the template is locked for a moment (another clone, a backup).
+    WAIT = "wait"
+    # Send the request for another VMID.
+    TAKE_ANOTHER_VMID = "take another VMID"
+    # The caller gave the VMID, and another VM has it.
+    REFUSE_VMID = "refuse the VMID"
+    GIVE_UP = "give up"
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """What is known about one attempt at a clone when Proxmox VE refuses it."""
+
+    # Attempts so far, this one included.
+    tries: int
+    # The caller gave the VMID, so no other may be taken.
+    vmid_given: bool
+    # An earlier run lost the answer to its clone request, and nobody has looked since the VMID was refused.
+    doubtful: bool
+    # Proxmox VE accepted the request: the journal has its task.
+    has_task: bool
+    # Whether the VMID is proven to be free; None while nobody has asked.
+    vmid_is_free: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """The next step. ``nothing_made``: no clone of ours can appear at this VMID later, so the request is forgotten."""
+
+    step: Step
+    nothing_made: bool = False
+
+
+def judge_refusal(error: ApiError | TaskFailed, attempt: Attempt) -> Judgement:
+    """Return what follows from a refused clone request or a failed clone task. Asks and changes nothing."""
+    text = error.text if isinstance(error, ApiError) else error.exitstatus
+    # A VM, or a leftover volume of that name, is in the way. Another VMID avoids both.
+    exists = "already exists" in text or "File exists" in text
+    # Another VM has the VMID, so nothing of ours is there.
+    taken = exists and (isinstance(error, ApiError) or _VM_EXISTS.search(text) is not None)
+    refused_at_once = isinstance(error, ApiError) and not attempt.has_task
+    locked = isinstance(error, TaskFailed) and answers.not_begun(text)
+    if locked and attempt.tries < _CLONE_TRIES and attempt.vmid_is_free is not False:
+        return Judgement(Step.WAIT, nothing_made=True) if attempt.vmid_is_free else Judgement(Step.PROVE_ABSENCE)
+    if taken and attempt.doubtful:
+        return Judgement(Step.LOOK_AGAIN)
+    if taken:
+        return Judgement(Step.REFUSE_VMID if attempt.vmid_given else Step.TAKE_ANOTHER_VMID, nothing_made=True)
+    if not exists or attempt.vmid_given or attempt.vmid_is_free is False:
+        return Judgement(Step.GIVE_UP, nothing_made=refused_at_once)
+    if attempt.vmid_is_free is None:
+        return Judgement(Step.PROVE_ABSENCE)
+    return Judgement(Step.TAKE_ANOTHER_VMID, nothing_made=True)
+
+
+def occupied(vmid: int, by: str) -> CreationFailed:
+    """Return the error for a given VMID that another VM has. ``by`` names that VM."""
+    return CreationFailed(
+        f"vmid: {vmid} is occupied by a VM that is not ours ({by}); it was not touched. Choose another vmid, or leave "
+        "vmid out",
+        vmid=vmid,
+        option="vmid",
+    )
 
 
 def blames_node(error: AgentlabError) -> bool:

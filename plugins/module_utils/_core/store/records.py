@@ -412,21 +412,24 @@ class Records:
         conn.execute("RELEASE reserved_vmid")
         return True
 
-    def renumber(self, claim: Claim, sandbox: Sandbox, *, vmid_range: tuple[int, int], occupied: set[int]) -> None:
-        """Give a REQUESTED record another VMID of the range, because Proxmox reported the first one as occupied."""
+    def renumber(self, claim: Claim, sandbox: Sandbox, *, vmid_range: tuple[int, int], occupied: set[int]) -> Sandbox:
+        """Give the record of a creation another VMID of the range, because Proxmox reported the first as occupied.
 
-        def work(conn: Connection) -> int:
+        Returns the new record. Raises InvalidInput when no VMID of the range is free.
+        """
+
+        def work(conn: Connection) -> Sandbox:
             taken = {row["vmid"] for row in conn.execute(f"SELECT vmid FROM sandboxes WHERE {LIVE}")}
             first, last = vmid_range
-            found = next((n for n in range(first, last + 1) if n not in taken and n not in occupied), 0)
-            if not found:
+            vmid = next((n for n in range(first, last + 1) if n not in taken and n not in occupied), 0)
+            if not vmid:
                 raise InvalidInput(
                     f"vmid_range: all VMIDs of {first}-{last} are taken, some by VMs that are not ours; configure "
                     "another range",
                     option="vmid_range",
                     value=f"{first}-{last}",
                 )
-            self._set(conn, sandbox, {"vmid": found})
+            renumbered = self._set(conn, sandbox, {"vmid": vmid})
             self._event(
                 conn,
                 sandbox,
@@ -437,10 +440,9 @@ class Records:
                 reason="vmid_occupied",
                 evidence={"was": sandbox.vmid},
             )
-            return found
+            return renumbered
 
-        sandbox.vmid = self.fenced(claim, work)
-        sandbox.generation += 1
+        return self.fenced(claim, work)
 
     # ---- claims ----
 
