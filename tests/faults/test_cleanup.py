@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core import rules
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import AgentlabError
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import AgentlabError, OutcomeUnknown
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.maintenance import cleanup
 
 from support.lab import FakeClock, Lab
@@ -104,6 +104,26 @@ def test_what_a_person_asked_for_is_finished(lab: Lab, operation: str) -> None:
     vmid = cut_off(lab, operation)
     lab.reconcile()
     assert lab.record(vmid).state == "DESTROYED" and lab.pve.vm(vmid) is None
+
+
+def test_a_rule_gives_up_no_creation_whose_clone_may_still_come(lab: Lab) -> None:
+    """A killed destroy has put its own journal entry in the place of the creation's, which knows of the clone."""
+    lab.pve.fault("POST", "/clone", "cut-before")
+    with pytest.raises(OutcomeUnknown):
+        lab.create("a1")
+    ctx = lab.context()
+    sandbox = ctx.records.find_all()[0]
+    claim = ctx.records.claim(sandbox.uuid, "destroy", wait=0)
+    assert claim.interrupted is not None and claim.interrupted.phase == "cloning"
+    creation = {**claim.interrupted.detail, "phase": "cloning", "at": ctx.clock.now()}
+    ctx.records.journal(claim, "destroy", "verifying", {"operation": "destroy", "force": True, "create": creation})
+    ctx.records.release(claim)
+    lab.force_state(sandbox.vmid, "PROVISIONING", age=100)
+    stuck = "{name: stuck, match: {states: [PROVISIONING]}, after: 10s, action: fail}"
+    report = cleanup.run(lab.context(), policy(stuck))
+    assert [(kept.vmid, kept.reason) for kept in report.kept] == [(sandbox.vmid, "unknown")]
+    assert lab.record(sandbox).state == "PROVISIONING"
+    assert [row["kind"] for row in lab.leftovers()["operations"]] == ["destroy"]
 
 
 def test_a_dry_run_tells_what_retention_would_remove(lab: Lab) -> None:

@@ -11,7 +11,6 @@ The phases met are held to those that the code writes.
 
 from __future__ import annotations
 
-import ast
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +21,7 @@ import pytest
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core import config
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.doctor import doctor, host
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import AgentlabError
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store import journal
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.vm import power
 
 from faults.crash_support import BYSTANDER, Rig
@@ -30,7 +30,6 @@ from support.lab import Lab
 
 pytestmark = pytest.mark.faults
 
-CORE = Path(__file__).resolve().parents[2] / "plugins/module_utils/_core"
 RECONCILE = "agentlab sandbox reconcile --apply"
 DESTROY = re.compile(r"agentlab sandbox destroy --force ((?:\d+ ?)+)")
 DETACH = "agentlab workspace detach does"
@@ -234,27 +233,11 @@ def test_what_the_doctor_says_ends_what_timed_out(
     assert lab.records()[0].state == ("RUNNING" if way == "run again" else "DESTROYED")
 
 
-def test_every_phase_that_the_code_writes_is_walked() -> None:
-    """Each literal phase of a journal entry in the core is met above."""
+def test_every_phase_of_the_journal_is_walked() -> None:
+    """Each phase that store/journal.py names is met above (tests/repository/test_journal_phases.py: it names all)."""
     walked = {phase for phases in KILLED.values() for kind, phase in phases if kind != "workspace"}
     walked |= {phase for _kind, phase in TIMED_OUT}
-    written: set[str] = set()
-    for path in CORE.rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if not isinstance(node, ast.Call):
-                continue
-            name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-            texts = [arg.value for arg in node.args if isinstance(arg, ast.Constant) and isinstance(arg.value, str)]
-            if name == "journal" and len(node.args) >= 3:
-                written |= {arg.value for arg in node.args[2:3] if isinstance(arg, ast.Constant)}
-                # By name: AWAITED, or the phase that there was.
-            elif name == "_journal":
-                written |= set(texts[-1:])
-            for keyword in node.keywords:
-                if keyword.arg == "journal" and isinstance(keyword.value, ast.Tuple):
-                    first = keyword.value.elts[0]
-                    written |= {first.value} if isinstance(first, ast.Constant) else set()
-    assert written | {"awaited"} == walked
+    assert {word for name, word in vars(journal).items() if name.isupper() and isinstance(word, str)} == walked
     # Kinds: creation, destroy, and the operations of power.
     kinds = {kind for phases in KILLED.values() for kind, _phase in phases}
     assert set(power.TARGETS) - {"complete", "fail"} <= kinds and {"create", "destroy"} <= kinds

@@ -20,7 +20,7 @@ from .errors import AgentlabError, InvalidInput, Kept, NotFound
 from .model import Outcome, Sandbox
 from .store.open import open_database
 from .store.port import Engine
-from .store.records import POINT_OF_NO_RETURN, Claim, Records
+from .store.records import Claim, Records
 from .store.rehearsal import Rehearsal
 
 if TYPE_CHECKING:
@@ -185,7 +185,7 @@ class Context:
         """
         claim = self.records.claim(sandbox.uuid, operation, wait=self.config.claim_timeout if wait is None else wait)
         try:
-            if claim.interrupted and claim.interrupted.phase in POINT_OF_NO_RETURN and operation != "destroy":
+            if claim.interrupted and claim.interrupted.is_sent_delete and operation != "destroy":
                 refuse_cut_off(claim, sandbox)
             yield claim, self.records.get(sandbox.uuid)
         finally:

@@ -22,7 +22,7 @@ from ..model import Sandbox
 from ..proxmox import identity
 from ..sandboxes import destroy, lease, leftovers, removal
 from ..store import overview
-from ..store.records import POINT_OF_NO_RETURN, JournalEntry
+from ..store.journal import JournalEntry
 from ..vm import address, binding, power
 from ..vm.locate import Located, is_hibernated, locate, power_state
 from ..workspaces import workspace, workspace_disk
@@ -293,10 +293,10 @@ def _finish_interrupted(ctx: Context) -> list[Drift]:
         try:
             if left.kind == "destroy" and sandbox.live:
                 drift.action = "destroy finished"
-                force = bool(left.detail.get("force"))
+                force = left.destroy.force
                 # Until the delete was decided, check the request again by the present rules.
                 try:
-                    todo = left.phase in POINT_OF_NO_RETURN
+                    todo = left.is_sent_delete
                     if not todo:
                         _refuse_chosen(ctx, left)
                         todo = destroy.check(ctx, sandbox, force)
@@ -314,7 +314,7 @@ def _finish_interrupted(ctx: Context) -> list[Drift]:
                     drift.applied = True
                     todo = False
                 if todo:
-                    operation = str(left.detail.get("operation") or "destroy")
+                    operation = left.destroy.operation
                     request = destroy.Request(
                         operation=operation, force=force, claim_wait=0, clean_up=operation == "clean-up"
                     )
@@ -360,9 +360,9 @@ def _refuse_chosen(ctx: Context, entry: JournalEntry) -> None:
 
     Meanwhile the rules may say something else, be frozen, or be held.
     """
-    if entry.detail.get("operation") == "cleanup":
+    if entry.destroy.operation == "cleanup":
         raise Kept("rule", "a cleanup rule had chosen it; the next run of the rules decides anew")
-    if entry.detail.get("operation") == "prune" and (rest := timeguard.suspended(ctx)):
+    if entry.destroy.operation == "prune" and (rest := timeguard.suspended(ctx)):
         raise Kept("clock_jumped", rest)
 
 
@@ -375,7 +375,7 @@ def give_up_creation(ctx: Context, sandbox: Sandbox, evidence: dict[str, Any] | 
         if current.state != sandbox.state:
             raise Kept("changed", f"sandbox {sandbox.vmid} was {sandbox.state} and is {current.state} now")
         unfinished = claim.interrupted
-        created = {**unfinished.detail, "phase": unfinished.phase, "at": unfinished.updated_at} if unfinished else None
+        created = unfinished.creation if unfinished else None
         bound = current.smbios_uuid is not None or removal.never_cloned(current, created)
         if not bound:
             bound = binding.locate_unbound(ctx, current, claim, created).match

@@ -18,6 +18,8 @@ from ..context import Context
 from ..errors import ApiError, Kept, OutcomeUnknown, ProxmoxError, TaskFailed, TaskUnknown, Unreachable
 from ..model import Sandbox
 from ..proxmox import identity
+from ..store import journal
+from ..store.journal import CreationNote
 from ..store.records import Claim
 from ..vm import binding
 from ..vm.locate import Located, locate
@@ -39,28 +41,22 @@ class Creation:
     spec: Spec
     # The record as last written.
     sandbox: Sandbox
-    # The fields of the journal entry.
-    note: dict[str, Any] = field(default_factory=dict)
+    note: CreationNote = field(default_factory=CreationNote)
     # Tasks that this run started, and what they warned of.
     upids: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
     def journal(self, phase: str) -> None:
         """Write the next phase to the journal."""
-        self.ctx.records.journal(self.claim, "create", phase, self.note)
+        self.ctx.records.journal(self.claim, "create", phase, self.note.detail())
 
 
-def first_note(ctx: Context, spec: Spec, template: templates.Template, node: str | None) -> dict[str, Any]:
-    """Return the journal fields from which this run, or a later one, can send the clone request."""
-    full, storage = templates.clone_mode(ctx, spec, template)
-    return {
-        "template": template.vmid,
-        "template_name": template.name,
-        "template_node": template.node,
-        "node": node,
-        "full": full,
-        "storage": storage,
-    }
+def note_request(note: CreationNote, ctx: Context, spec: Spec, template: templates.Template, node: str | None) -> None:
+    """Note what this run, or a later one, needs to send the clone request."""
+    note.template, note.template_name, note.template_node = template.vmid, template.name, template.node
+    note.node = node
+    note.full, note.storage = templates.clone_mode(ctx, spec, template)
+    note.knows_mode = True
 
 
 def make_vm(creation: Creation) -> Located | None:
@@ -71,18 +67,21 @@ def make_vm(creation: Creation) -> Located | None:
     and the refusal itself where neither time nor another VMID would help.
     """
     ctx, spec, note, unfinished = creation.ctx, creation.spec, creation.note, creation.claim.interrupted
-    if note.get("template") is None:
+    if note.template is None:
         template = templates.find(ctx, spec.template or ctx.config.template, creation.sandbox.node)
-        note.update(first_note(ctx, spec, template, creation.sandbox.node))
-    phase = unfinished.phase if unfinished else "reserved"
-    earlier = {**note, "phase": phase, "at": unfinished.updated_at if unfinished else 0}
-    resumed = phase in ("cloning", "waiting")
+        note_request(note, ctx, spec, template, creation.sandbox.node)
+    earlier = replace(
+        note,
+        phase=unfinished.phase if unfinished else journal.RESERVED,
+        at=unfinished.updated_at if unfinished else 0,
+    )
+    resumed = earlier.clone_sent
     # An earlier run sent a clone request and lost the answer: Proxmox may still carry the clone out.
-    doubt = earlier if resumed and not note.get("upid") else None
+    doubt = earlier if resumed and not note.upid else None
     tries = 0
     occupied: set[int] = set()
     while True:
-        if resumed and not note.get("upid"):
+        if resumed and not note.upid:
             if _earlier_clone_is_there(creation, doubt or note):
                 return None
             resumed = False
@@ -102,7 +101,7 @@ def make_vm(creation: Creation) -> Located | None:
             resumed = False
         except (ApiError, TaskFailed) as error:
             tries += 1
-            attempt = Attempt(tries, spec.vmid is not None, doubt is not None, bool(note.get("upid")))
+            attempt = Attempt(tries, spec.vmid is not None, doubt is not None, bool(note.upid))
             judgement = refusals.judge_refusal(error, attempt)
             while judgement.step in (Step.PROVE_ABSENCE, Step.LOOK_AGAIN):
                 if judgement.step is Step.PROVE_ABSENCE:
@@ -135,12 +134,12 @@ def make_vm(creation: Creation) -> Located | None:
 def _send_and_wait(creation: Creation) -> None:
     """Send the clone request unless the journal has its task, and wait for the task."""
     ctx, sandbox = creation.ctx, creation.sandbox
-    upid = creation.note.get("upid")
+    upid = creation.note.upid
     if not upid:
         upid = _send_clone(creation)
         creation.upids.append(upid)
     creation.warnings += ctx.tasks.wait(
-        upid, f"clone template {creation.note['template']} to VM {sandbox.vmid}", ctx.wait_timeout
+        upid, f"clone template {creation.note.template} to VM {sandbox.vmid}", ctx.wait_timeout
     )
 
 
@@ -151,11 +150,11 @@ def _is_vmid_free(creation: Creation) -> bool:
 
 def _forget_request(creation: Creation) -> None:
     """Write to the journal that no clone request of ours is under way."""
-    creation.note.pop("upid", None)
-    creation.journal("reserved")
+    creation.note.upid = None
+    creation.journal(journal.RESERVED)
 
 
-def _earlier_clone_is_there(creation: Creation, doubt: dict[str, Any], *, taken: bool = False) -> bool:
+def _earlier_clone_is_there(creation: Creation, doubt: CreationNote, *, taken: bool = False) -> bool:
     """Return whether the VM is the clone that an earlier run asked for. If so, bind the record to it.
 
     ``taken``: Proxmox says that some VM has the VMID, so a VMID without a visible VM is no proof. Raises Kept for a VM
@@ -176,7 +175,7 @@ def _earlier_clone_is_there(creation: Creation, doubt: dict[str, Any], *, taken:
     return False
 
 
-def _lost_task_made_it(creation: Creation, earlier: dict[str, Any], error: TaskUnknown) -> bool:
+def _lost_task_made_it(creation: Creation, earlier: CreationNote, error: TaskUnknown) -> bool:
     """Return whether the clone task of an earlier run, whose result is lost, made the VM. If so, bind the record to it.
 
     Otherwise the request is forgotten. Raises Kept when neither is certain.
@@ -240,59 +239,55 @@ def _send_clone(creation: Creation) -> str:
             outcome="decided",
             reason="clone",
             evidence={
-                "template": note["template"],
-                "template_name": note.get("template_name"),
+                "template": note.template,
+                "template_name": note.template_name,
                 "options": update.remembered(spec),
             },
-            journal=("cloning", note),
+            journal=(journal.CLONING, note.detail()),
         )
     else:
-        creation.journal("cloning")
-    if "full" not in note:
+        creation.journal(journal.CLONING)
+    if not note.knows_mode:
         # Journals of earlier releases lack these fields.
-        template = templates.find(ctx, str(note["template"]), creation.sandbox.node)
-        note.update(first_note(ctx, spec, template, creation.sandbox.node))
+        template = templates.find(ctx, str(note.template), creation.sandbox.node)
+        note_request(note, ctx, spec, template, creation.sandbox.node)
     try:
         upid = _post_clone(creation)
     except ApiError as error:
-        if (
-            "Linked clone feature is not supported" not in error.text
-            or note["full"] is not None
-            or not ctx.config.storage
-        ):
+        if "Linked clone feature is not supported" not in error.text or note.full is not None or not ctx.config.storage:
             raise
         # Proxmox made nothing. The configured storage is the template's own, and that storage supports full clones
         # only.
-        note.update(full=True, storage=ctx.config.storage)
-        creation.journal("cloning")
+        note.full, note.storage = True, ctx.config.storage
+        creation.journal(journal.CLONING)
         upid = _post_clone(creation)
     except Unreachable:
         # The connection was refused, so the request was certainly not carried out.
-        creation.journal("reserved")
+        creation.journal(journal.RESERVED)
         raise
     if not isinstance(upid, str):
         raise OutcomeUnknown(
             f"clone to VM {creation.sandbox.vmid}: Proxmox answered without a task id; run again to find out what "
             "became of it"
         )
-    note["upid"] = upid
-    creation.journal("waiting")
+    note.upid = upid
+    creation.journal(journal.WAITING)
     return upid
 
 
 def _post_clone(creation: Creation) -> Any:
     ctx, spec, sandbox, note = creation.ctx, creation.spec, creation.sandbox, creation.note
     return ctx.client.post(
-        f"nodes/{note['template_node']}/qemu/{note['template']}/clone",
+        f"nodes/{note.template_node}/qemu/{note.template}/clone",
         newid=sandbox.vmid,
         name=sandbox.name,
         description=identity.described(
             {"description": identity.marker(sandbox.uuid, ctx.records.database_id())}, spec.description or ""
         ),
         pool=spec.pool or ctx.config.pool,
-        storage=note["storage"],
-        target=sandbox.node if sandbox.node != note["template_node"] else None,
-        full=None if note["full"] is None else int(note["full"]),
+        storage=note.storage,
+        target=sandbox.node if sandbox.node != note.template_node else None,
+        full=None if note.full is None else int(note.full),
     )
 
 
@@ -303,7 +298,7 @@ def _clone_appears(creation: Creation) -> bool:
     after a killed run: Proxmox may still carry the request out.
     """
     ctx, sandbox = creation.ctx, creation.sandbox
-    request = {**creation.note, "phase": "cloning", "at": ctx.clock.now()}
+    request = replace(creation.note, phase=journal.CLONING, at=ctx.clock.now())
     patience = min(_CUT_SECONDS, ctx.config.doubt_window / 4)
     now = ctx.clock.monotonic()
     last, deadline = now + ctx.wait_timeout, now + patience
@@ -323,10 +318,10 @@ def _clone_appears(creation: Creation) -> bool:
     return False
 
 
-def _await_doubt(creation: Creation, doubt: dict[str, Any]) -> Located:
+def _await_doubt(creation: Creation, doubt: CreationNote) -> Located:
     """Wait until it is certain whether Proxmox carried out the clone of a killed run, and return the VM.
 
-    ``doubt``: the journal fields of that run, with its phase and time.
+    ``doubt``: what that run noted.
     """
     ctx, sandbox = creation.ctx, creation.sandbox
     deadline = ctx.clock.monotonic() + ctx.wait_timeout

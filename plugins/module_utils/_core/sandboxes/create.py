@@ -33,7 +33,8 @@ from ..errors import (
 )
 from ..guest import cloud_init, snippets
 from ..model import Outcome, Sandbox
-from ..store.records import AWAITED, Claim
+from ..store.journal import AWAITED, CONFIGURING, STARTED, WAITING, CreationNote
+from ..store.records import Claim
 from ..vm import address, power
 from ..vm.locate import Located, match_if_readable, require_match, write_with_digest
 from ..workspaces import workspace_disk
@@ -228,6 +229,7 @@ def _create_once(ctx: Context, spec: Spec, failed: dict[str, str]) -> Outcome:
         lease_expires_at=now + spec.ttl,
         lease_max_seconds=spec.lease_maximum,
     )
+    note = CreationNote()
     journal: dict[str, Any] = {}
 
     def write(reservation: Any) -> Claim:
@@ -245,18 +247,21 @@ def _create_once(ctx: Context, spec: Spec, failed: dict[str, str]) -> Outcome:
         def note_choice() -> None:
             # Each node may have its own template, so the journal can only be completed once the node is chosen.
             chosen = cast(templates.Template, choice.template)
-            journal.update(clone.first_note(ctx, spec, chosen, sandbox.node), chosen=True)
+            clone.note_request(note, ctx, spec, chosen, sandbox.node)
+            note.chosen = True
+            journal.update(note.detail())
 
         claim = choice.reserve(sandbox, write, note_choice)
     else:
         named = cast(templates.Template, template)
-        journal.update(clone.first_note(ctx, spec, named, node))
+        clone.note_request(note, ctx, spec, named, node)
+        journal.update(note.detail())
         claim = write(place.fixed(ctx, spec, named, str(node)))
     decision = choice.decision if choice is not None else None
     if ctx.dry_run:
         outcome = Outcome.of("would_create", sandbox, previous_state=None, state=states.RUNNING, changed=True)
     else:
-        outcome = _carry_on(ctx, claim, spec, sandbox, journal)
+        outcome = _carry_on(ctx, claim, spec, sandbox, note)
     if decision is not None:
         outcome.extra["placement"] = decision.public()
     return outcome
@@ -277,17 +282,16 @@ def _check_node(ctx: Context, node: str) -> None:
         )
 
 
-def _carry_on(
-    ctx: Context, claim: Claim, spec: Spec, sandbox: Sandbox, journal: dict[str, Any] | None = None
-) -> Outcome:
+def _carry_on(ctx: Context, claim: Claim, spec: Spec, sandbox: Sandbox, note: CreationNote | None = None) -> Outcome:
     """Resume the creation at its current step and bring the sandbox to RUNNING.
 
-    ``journal``: the fields of a journal entry that this run has just written. On a definite failure remove the VM that
-    our own clone made, and raise CreationFailed. On an unknown outcome keep the journal and raise the error.
+    ``note``: what this run has just written to the journal; None to read what a killed run wrote. On a definite failure
+    remove the VM that our own clone made, and raise CreationFailed. On an unknown outcome keep the journal and raise
+    the error.
     """
-    creation = Creation(ctx, claim, spec, sandbox)
+    creation = Creation(ctx, claim, spec, sandbox, note or CreationNote())
     try:
-        return _bring_up(creation, journal)
+        return _bring_up(creation)
     except (StoreError, ClaimLost, OutcomeUnknown, TaskTimeout, TaskUnknown, Kept) as error:
         # The outcome is unknown, or another run decides it. Keep the journal, so that the next run resumes here.
         sandbox = creation.sandbox
@@ -308,10 +312,10 @@ def _carry_on(
         ) and sandbox.smbios_uuid is not None:
             # The error tells the caller to run again. AWAITED keeps reconcile from failing the sandbox before that.
             creation.journal(AWAITED)
-        elif isinstance(error, TaskTimeout) and creation.note.get("upid"):
+        elif isinstance(error, TaskTimeout) and creation.note.upid:
             # The clone task still runs, and the next run resumes it. ``awaited`` keeps reconcile from touching it.
-            creation.note["awaited"] = True
-            creation.journal("waiting")
+            creation.note.awaited = True
+            creation.journal(WAITING)
         raise
     except cloud_init.CloudInitFailed as error:
         # Keep the VM so that the cause can be examined. Remove the snippet, because user data may hold secrets.
@@ -328,17 +332,17 @@ def _carry_on(
         )
         raise
     except AgentlabError as error:
-        told = refusals.explain(ctx, spec, creation.sandbox.node, creation.note.get("template"), error)
+        told = refusals.explain(ctx, spec, creation.sandbox.node, creation.note.template, error)
         failure = _clean_up(creation, error, told or error.message)
         clean = failure.detail.pop("clean", False)
-        if creation.note.get("chosen") and clean and refusals.blames_node(error):
+        if creation.note.chosen and clean and refusals.blames_node(error):
             failure.detail["failed_node"] = creation.sandbox.node
         raise failure from None
     finally:
         ctx.records.release(claim)
 
 
-def _bring_up(creation: Creation, journal: dict[str, Any] | None) -> Outcome:
+def _bring_up(creation: Creation) -> Outcome:
     """Take the steps that are left, each written down before it is done, and return the outcome."""
     ctx, claim, spec = creation.ctx, creation.claim, creation.spec
     began = ctx.clock.monotonic()
@@ -349,7 +353,8 @@ def _bring_up(creation: Creation, journal: dict[str, Any] | None) -> Outcome:
     if unfinished and unfinished.kind == "create" and creation.sandbox.state == states.READY:
         sandbox = ctx.records.change(claim, creation.sandbox, "create", to=states.RUNNING, reason="ready", finish=True)
         return Outcome.of("created", sandbox, previous_state=states.READY, changed=True)
-    creation.note.update(journal if journal is not None else (unfinished.detail if unfinished else {}))
+    if unfinished and unfinished.creation:
+        creation.note = unfinished.creation
     disk = workspace_disk.of_creation(ctx, claim, creation.sandbox, spec.workspace)
     creation.sandbox = cloud_init.provide(ctx, claim, creation.sandbox, spec.cloud_init_user_data)
     cloned = clone.make_vm(creation) if creation.sandbox.smbios_uuid is None else None
@@ -361,7 +366,7 @@ def _bring_up(creation: Creation, journal: dict[str, Any] | None) -> Outcome:
             to=states.BOOTING,
             reason="cloned",
             upids=creation.upids,
-            journal=("configuring", creation.note),
+            journal=(CONFIGURING, creation.note.detail()),
         )
     located = _configure(creation, cloned or require_match(ctx, creation.sandbox))
     if disk is not None:
@@ -382,7 +387,7 @@ def _bring_up(creation: Creation, journal: dict[str, Any] | None) -> Outcome:
         to=states.READY,
         reason="started",
         upids=upids,
-        journal=("ready", creation.note),
+        journal=(STARTED, creation.note.detail()),
     )
     took = int((ctx.clock.monotonic() - began) * 1000)
     creation.sandbox = ctx.records.change(
@@ -429,10 +434,10 @@ def _configure(creation: Creation, new: Located) -> Located:
         if size.startswith("+"):
             # Write the target size to the journal before the request. Disks never shrink, so a resumed run must not add
             # the same amount again.
-            if "disk_size" not in note:
-                note["disk_size"] = vm_config.grown(str(current.config[disk]), size)
-                creation.journal("configuring")
-            size = note["disk_size"]
+            if note.disk_size is None:
+                note.disk_size = vm_config.grown(str(current.config[disk]), size)
+                creation.journal(CONFIGURING)
+            size = note.disk_size
         current = require_match(ctx, sandbox)
         write_with_digest(
             ctx,
@@ -456,7 +461,7 @@ def _await_ip(creation: Creation, located: Located) -> Sandbox:
         ip_seen_at=ctx.clock.now(),
         reason="address",
         evidence={"ip": ip},
-        journal=("configuring", creation.note),
+        journal=(CONFIGURING, creation.note.detail()),
     )
 
 
@@ -487,9 +492,7 @@ def _clean_up(creation: Creation, error: AgentlabError, told: str) -> CreationFa
         clean = outcome.state == states.DESTROYED
         if clean:
             # An accepted clone request leaves its task id in the journal.
-            made = (
-                sandbox.smbios_uuid is not None or sandbox.snippet is not None or creation.note.get("upid") is not None
-            )
+            made = sandbox.smbios_uuid is not None or sandbox.snippet is not None or creation.note.upid is not None
             rest = "what was made for it has been removed" if made else "nothing was made for it"
         else:
             rest = f"its record is in {outcome.state} state: {outcome.message}"

@@ -22,7 +22,7 @@ from ..vm import power
 from ..vm.locate import Located, locate, refuse_guarded, refuse_not_ours
 from ..workspaces import workspace_disk
 from . import leftovers
-from .removal import Gone, Removal, Request, abandon, check, creation_of, locate_own, never_cloned, refuse_running
+from .removal import Gone, Removal, Request, abandon, check, locate_own, never_cloned, refuse_running
 
 __all__ = ["Request", "check", "plan", "run", "several"]
 
@@ -45,10 +45,10 @@ def plan(ctx: Context, sandbox: Sandbox, *, force: bool = True) -> Plan:
     Raises Kept for a sandbox that would be kept, and StateConflict for a running VM without force.
     """
     left = ctx.records.under_way(sandbox.uuid)
-    created = creation_of(left) if left else None
+    created = left.creation if left else None
     if never_cloned(sandbox, created):
         return Plan(False, "never_created", "no clone of ours was ever made for it")
-    found = locate_own(ctx, sandbox, None, {"create": created})
+    found = locate_own(ctx, sandbox, None, created)
     if found.node is None:
         presence = ctx.cluster.prove_absent([sandbox.vmid])[sandbox.vmid]
         if presence.absent:

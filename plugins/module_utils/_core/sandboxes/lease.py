@@ -15,6 +15,7 @@ from ..context import Context, failure
 from ..errors import AgentlabError, Busy, InvalidInput, Kept, RecordChanged, StateConflict
 from ..model import Outcome, Sandbox
 from ..store import overview
+from ..store.journal import REQUESTED
 
 # A renewal that moves the end by less than this is a repetition and writes nothing.
 REPEAT_SECONDS = 60
@@ -210,7 +211,7 @@ def stop_expired(ctx: Context, sandbox: Sandbox) -> str | None:
             # Keep the journal of an interrupted destroy, so that the destroy can be finished.
             other = claim.interrupted is not None and claim.interrupted.kind == "destroy"
             if not other:
-                ctx.records.journal(claim, "stop", "requested", {"node": found.node})
+                ctx.records.journal(claim, "stop", REQUESTED, {"node": found.node})
             upids, _warnings = power.stop(ctx, current, found, hard=False)
             ctx.records.change(claim, current, "stop", upids=upids, reason="lease_expired", finish=not other)
             return None

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
 from .. import clock as clock_module
@@ -34,7 +34,18 @@ from ..errors import (
 from ..model import Outcome, Sandbox
 from ..proxmox import identity
 from ..proxmox.answers import changed, not_begun
-from ..store.records import POINT_OF_NO_RETURN, Claim, JournalEntry
+from ..store.journal import (
+    DELETING,
+    DETACHING,
+    RESERVED,
+    STOPPING,
+    VERIFYING,
+    WAITING,
+    CreationNote,
+    DestroyNote,
+    JournalEntry,
+)
+from ..store.records import Claim
 from ..vm import binding, power
 from ..vm.locate import Located, is_hibernated, locate, power_state, refuse_guarded, refuse_not_ours
 from ..workspaces import workspace_disk
@@ -102,14 +113,14 @@ class Removal:
         )
         left = self._left = self._claim.interrupted
         # The journal entry of a killed run whose delete may have been sent and may still be carried out; else None.
-        self._cut_off = left if left and left.kind == "destroy" and left.phase in POINT_OF_NO_RETURN else None
+        self._cut_off = left if left and left.is_sent_delete else None
         # Latest time at which that delete was sent, in seconds since the epoch.
         self._since = 0
         # True while a delete of this run or of the killed run may be carried out.
         self._sent = self._cut_off is not None
         self._stopped = False
         self._sandbox = self._before = planned
-        self._detail: dict[str, Any] = {"operation": request.operation, "force": request.force}
+        self._note = DestroyNote(request.operation, request.force)
         self._upids: list[str] = []
         self._warnings: list[str] = []
         self._round = 0
@@ -155,18 +166,19 @@ class Removal:
             check(ctx, current, True, request.clean_up)
         if left:
             # An unbound VM is recognised by the creation's journal, so keep that journal until the VM is bound.
-            self._detail["create"] = creation_of(left)
+            self._note.creation = left.creation
         if self._cut_off:
-            if self._cut_off.detail.get("upid"):
-                self._detail["upid"] = self._cut_off.detail["upid"]
+            earlier = self._cut_off.destroy
+            self._note.upid = earlier.upid
             # Keep the time of the first delete. Retrying must not restart doubt_window.
-            self._detail["since"] = self._since = int(self._cut_off.detail.get("since", self._cut_off.updated_at))
+            self._since = self._cut_off.updated_at if earlier.since is None else earlier.since
+            self._note.since = self._since
         self._before = current
         if current.generation != self._planned.generation:
             # Another run changed the sandbox while we waited, so the cached VM list is out of date.
             ctx.cluster.vms(fresh=True)
-        self._journal("verifying")
-        if never_cloned(current, self._detail.get("create")):
+        self._journal(VERIFYING)
+        if never_cloned(current, self._note.creation):
             _look_before_closing(ctx, current)
             return self._gone("never_created", {"creation": "the clone was never asked for, or refused"})
         if self._cut_off:
@@ -229,7 +241,7 @@ class Removal:
         if self._cut_off and self._doubt_is_over():
             # doubt_window is over: no delete of the killed run can still be running. This is a new attempt.
             self._sent, self._cut_off = False, None
-            del self._detail["since"]
+            self._note.since = None
         refuse_guarded(self._sandbox, found)
         # Refuse before the stop, so that a sandbox that is kept is neither stopped nor loses its workspace.
         with self._again_if_vanished():
@@ -278,7 +290,7 @@ class Removal:
         question: Proxmox refuses to delete a running VM.
         """
         if is_hibernated(found.config):
-            self._journal("stopping")
+            self._journal(STOPPING)
             with self._again_if_vanished():
                 return power.discard_saved_memory(self._ctx, self._sandbox, found)
         if self._stopped:
@@ -288,7 +300,7 @@ class Removal:
             and workspace_disk.records(self._ctx).of_sandbox(self._sandbox.uuid) is None
         ):
             return found
-        self._journal("stopping")
+        self._journal(STOPPING)
         with self._again_if_vanished():
             upids, warnings = power.stop(
                 self._ctx,
@@ -313,7 +325,7 @@ class Removal:
         own = workspace_disk.records(ctx).of_sandbox(self._sandbox.uuid)
         if own is not None:
             # Protecting the sandbox from here on is too late: it would be kept without its workspace.
-            self._journal("detaching", unprotected=True)
+            self._journal(DETACHING, unprotected=True)
             try:
                 workspace_disk.detach_volume(ctx, self._claim, self._sandbox, found, own, sure=True)
             except ApiError as error:
@@ -331,7 +343,9 @@ class Removal:
         Both share one place among the requests in flight, so no other request of ours comes between them.
         """
         ctx = self._ctx
-        ctx.records.journal(self._claim, "destroy", "deleting", self._detail, unprotected=not self._request.clean_up)
+        ctx.records.journal(
+            self._claim, "destroy", DELETING, self._note.detail(), unprotected=not self._request.clean_up
+        )
         with ctx.client.reserve_place(found.path):
             try:
                 _mark(ctx, self._request, found)
@@ -341,7 +355,8 @@ class Removal:
             self._sent = True
             if self._cut_off:
                 # We send a new delete: doubt_window starts again now.
-                ctx.records.journal(self._claim, "destroy", "deleting", {**self._detail, "since": ctx.clock.now()})
+                again = replace(self._note, since=ctx.clock.now())
+                ctx.records.journal(self._claim, "destroy", DELETING, again.detail())
             try:
                 # ``purge`` takes the VM out of backup jobs, replication and HA. Volumes that its configuration does not
                 # name stay: ``destroy-unreferenced-disks`` is not sent.
@@ -353,7 +368,8 @@ class Removal:
     def _await(self, upid: str) -> None:
         ctx = self._ctx
         self._upids.append(upid)
-        ctx.records.journal(self._claim, "destroy", "waiting", {**self._detail, "upid": upid, "since": ctx.clock.now()})
+        sent = replace(self._note, upid=upid, since=ctx.clock.now())
+        ctx.records.journal(self._claim, "destroy", WAITING, sent.detail())
         try:
             self._warnings += ctx.tasks.wait(upid, f"delete VM {self._sandbox.vmid}", ctx.wait_timeout)
         except TaskFailed as error:
@@ -405,7 +421,7 @@ class Removal:
         """Record that this run's delete was not carried out. The delete of a killed run may still be."""
         self._sent = self._cut_off is not None
         if self._cut_off is not None:
-            self._ctx.records.journal(self._claim, "destroy", self._cut_off.phase, self._detail)
+            self._ctx.records.journal(self._claim, "destroy", self._cut_off.phase, self._note.detail())
 
     @property
     def _last(self) -> bool:
@@ -437,7 +453,7 @@ class Removal:
         return self._ctx.clock.now() - self._since > self._ctx.config.doubt_window
 
     def _locate(self) -> Located:
-        return locate_own(self._ctx, self._sandbox, self._claim, self._detail)
+        return locate_own(self._ctx, self._sandbox, self._claim, self._note.creation)
 
     def _journal(self, phase: str, *, unprotected: bool = False) -> None:
         """Write the phase to the journal.
@@ -448,7 +464,7 @@ class Removal:
             self._claim,
             "destroy",
             self._cut_off.phase if self._cut_off else phase,
-            self._detail,
+            self._note.detail(),
             unprotected=unprotected and not self._request.clean_up,
         )
 
@@ -476,17 +492,9 @@ def refuse_running(ctx: Context, sandbox: Sandbox, located: Located) -> None:
         raise states.refuse("destroy", seen)
 
 
-def never_cloned(sandbox: Sandbox, created: dict[str, Any] | None) -> bool:
+def never_cloned(sandbox: Sandbox, created: CreationNote | None) -> bool:
     """Return whether the journal rules out that we ever sent a clone request. Then no VM at the VMID is ours."""
-    return sandbox.smbios_uuid is None and created is not None and created.get("phase") == "reserved"
-
-
-def creation_of(left: JournalEntry) -> dict[str, Any] | None:
-    """Return the creation's journal fields, from its own entry or the destroy entry that replaced it; else None."""
-    if left.kind == "create":
-        return {**left.detail, "phase": left.phase, "at": left.updated_at}
-    found = left.detail.get("create")
-    return found if isinstance(found, dict) else None
+    return sandbox.smbios_uuid is None and created is not None and created.phase == RESERVED
 
 
 def _look_before_closing(ctx: Context, sandbox: Sandbox) -> None:
@@ -512,7 +520,7 @@ def _await_cut_off(ctx: Context, sandbox: Sandbox, left: JournalEntry) -> list[s
 
     The result of the task does not matter: the VM is judged again afterwards.
     """
-    upid = left.detail.get("upid")
+    upid = left.destroy.upid
     if not upid:
         return []
     try:
@@ -522,7 +530,7 @@ def _await_cut_off(ctx: Context, sandbox: Sandbox, left: JournalEntry) -> list[s
 
 
 def locate_own(
-    ctx: Context, sandbox: Sandbox, claim: Claim | None = None, detail: dict[str, Any] | None = None
+    ctx: Context, sandbox: Sandbox, claim: Claim | None = None, created: CreationNote | None = None
 ) -> Located:
     """Locate the sandbox's VM as ``locate`` does.
 
@@ -530,7 +538,7 @@ def locate_own(
     """
     if sandbox.smbios_uuid is not None:
         return locate(ctx, sandbox)
-    return binding.locate_unbound(ctx, sandbox, claim, (detail or {}).get("create"))
+    return binding.locate_unbound(ctx, sandbox, claim, created)
 
 
 def _mark(ctx: Context, request: Request, found: Located) -> None:
@@ -577,21 +585,18 @@ def abandon(
             )
         if creation is not None:
             # Put the creation's journal back, so that the creation resumes and repeats no finished step.
-            ctx.records.journal(claim, "create", str(creation.pop("phase")), creation)
+            ctx.records.journal(claim, "create", creation.phase, creation.detail())
     except (StoreError, ClaimLost):
         pass
     finally:
         ctx.records.release(claim)
 
 
-def _cut_off_creation(claim: Claim, now: Sandbox) -> dict[str, Any] | None:
-    """Return the journal fields of a creation that this destroy interrupted and that can be resumed; else None."""
+def _cut_off_creation(claim: Claim, now: Sandbox) -> CreationNote | None:
+    """Return the note of a creation that this destroy interrupted and that can be resumed; else None."""
     if claim.interrupted is None or not (now.state in states.CREATING or now.state == states.READY):
         return None
-    found = creation_of(claim.interrupted)
-    if found is not None:
-        found.pop("at", None)
-    return found
+    return claim.interrupted.creation
 
 
 def _drop_journal(ctx: Context, claim: Claim) -> None:

@@ -23,6 +23,7 @@ from ..clock import Clock
 from ..errors import Busy, ClaimLost, DamagedRecord, InvalidInput, Kept, NotFound, RecordChanged, Stopping, StoreError
 from ..model import COLUMNS, Sandbox
 from . import holders
+from .journal import RESERVED, TOO_LATE_TO_PROTECT, JournalEntry
 from .port import Connection, Engine, Row
 
 T = TypeVar("T")
@@ -33,13 +34,6 @@ CLAIM_SECONDS = 3600
 _WAITS = 8
 # Digits of the largest integer in SQLite.
 _LONGEST_FENCE = len(str(2**63 - 1))
-# Phases of a destroy in which the VM may already be deleted.
-POINT_OF_NO_RETURN = ("deleting", "waiting")
-# The phase of a creation that ended while waiting; the next run resumes it.
-AWAITED = "awaited"
-# From the first of these phases on, protecting the sandbox is too late. An interrupted destroy in that phase is still
-# checked against the rules again.
-_TOO_LATE_TO_PROTECT = ("detaching", *POINT_OF_NO_RETURN)
 # Outcomes of events about what was not done.
 _WITHOUT_EFFECT = ("kept", "failed", "interrupted")
 LIVE = "state <> 'DESTROYED'"
@@ -51,16 +45,6 @@ _NOTES: dict[str, Callable[[str], object]] = {
     "cleanup_last_run": int,
     "cluster": lambda text: json.loads(text)["authority"],
     "last_vmid": int,
-}
-# Keys of a journal entry's detail that the code relies on, with their types. A missing key is valid.
-_DETAIL_KINDS: dict[str, tuple[type, str]] = {
-    "upid": (str, "a text"),
-    "phase": (str, "a text"),
-    "template_node": (str, "a text"),
-    "disk_size": (str, "a text"),
-    "since": (int, "a whole number"),
-    "at": (int, "a whole number"),
-    "create": (dict, "an object"),
 }
 DATABASE_ID = re.compile(r"[0-9a-f]{32}")
 # Claims (database, sandbox, fence) that this process has finished with but could not release. Its own threads do not
@@ -80,45 +64,6 @@ class Claim:
     interrupted: JournalEntry | None = None
     # True when the claim was taken from a dead holder.
     taken_over: bool = False
-
-
-@dataclass(slots=True)
-class JournalEntry:
-    """A journal entry: the unfinished operation on a sandbox, and its phase."""
-
-    sandbox_uuid: str
-    kind: str
-    phase: str
-    detail: dict[str, Any]
-    actor: str
-    started_at: int
-    updated_at: int
-
-    @classmethod
-    def from_row(cls, row: Row) -> JournalEntry:
-        """Return the entry in a row of the table operations. Raises DamagedRecord, which names an invalid value."""
-        try:
-            detail = json.loads(row["detail"])
-        except (ValueError, TypeError):
-            detail = None
-        wrong: str | None = None if isinstance(detail, dict) else "a JSON object"
-        wrong = wrong or _wrong_detail(detail) or _wrong_detail(detail.get("create") or {})
-        if wrong:
-            raise DamagedRecord("operations", f"sandbox_uuid {row['sandbox_uuid']}", "detail", wrong)
-        for name in ("started_at", "updated_at"):
-            if not isinstance(row[name], int):
-                raise DamagedRecord("operations", f"sandbox_uuid {row['sandbox_uuid']}", name, "a whole number")
-        return cls(
-            row["sandbox_uuid"], row["kind"], row["phase"], detail, row["actor"], row["started_at"], row["updated_at"]
-        )
-
-
-def _wrong_detail(detail: dict[str, Any]) -> str | None:
-    """Return what is wrong with a journal entry's detail, or None for a valid one."""
-    for name, (kind, valid) in _DETAIL_KINDS.items():
-        if name in detail and (detail[name] is not None or kind is int) and not isinstance(detail[name], kind):
-            return f"a JSON object whose {name} is {valid}"
-    return None
 
 
 def sound_sandbox(row: Row) -> Sandbox | None:
@@ -369,7 +314,7 @@ class Records:
                 reserve_node(conn, sandbox.uuid)
             claim = self._take(conn, sandbox.uuid, "create", now)
             self._event(conn, sandbox, None, states.REQUESTED, "create", outcome="decided", reason="requested")
-            self._journal(conn, sandbox.uuid, "create", "reserved", journal, now)
+            self._journal(conn, sandbox.uuid, "create", RESERVED, journal, now)
             return claim
 
         return self._hold(self.db.write(work))
@@ -843,7 +788,7 @@ class Records:
                 row = conn.execute(
                     "SELECT phase FROM operations WHERE sandbox_uuid = ? AND kind = 'destroy'", (sandbox.uuid,)
                 ).fetchone()
-                if row and row["phase"] in _TOO_LATE_TO_PROTECT:
+                if row and row["phase"] in TOO_LATE_TO_PROTECT:
                     raise Kept(
                         "busy", f"cannot protect sandbox {sandbox.vmid}: it is being destroyed", vmid=sandbox.vmid
                     )

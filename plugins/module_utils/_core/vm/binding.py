@@ -17,7 +17,8 @@ from ..errors import ApiError, Kept, ProxmoxError
 from ..model import Sandbox
 from ..proxmox import identity
 from ..proxmox.tasks import started_at
-from ..store.records import AWAITED, Claim, JournalEntry
+from ..store.journal import AWAITED, CreationNote, JournalEntry
+from ..store.records import Claim
 from .locate import Located, locate
 
 # Node clocks may differ a little from ours.
@@ -31,31 +32,30 @@ def waits_for_next_run(entry: JournalEntry, state: str) -> bool:
     return (
         entry.kind == "create"
         and state in states.CREATING
-        and (entry.phase == AWAITED or bool(entry.detail.get("awaited")))
+        and (entry.phase == AWAITED or bool(entry.creation and entry.creation.awaited))
     )
 
 
-def locate_unbound(ctx: Context, sandbox: Sandbox, claim: Claim | None, created: dict[str, Any] | None) -> Located:
+def locate_unbound(ctx: Context, sandbox: Sandbox, claim: Claim | None, created: CreationNote | None) -> Located:
     """Locate the VM of a record without an SMBIOS UUID; bound to it (in the record, if a claim is given) when it is
     proven to be our clone.
 
-    ``created`` is what the creation noted in the journal: phase, at, template, template_node, upid. Kept while the
-    clone may still come.
+    ``created``: what the creation noted in the journal. Kept while the clone may still come.
     """
     located = locate(ctx, sandbox)
-    sent = bool(created and created.get("phase") in ("cloning", "waiting"))
+    request = created if created is not None and created.clone_sent else None
     if located.node is None:
-        if sent:
-            refuse_in_doubt(ctx, sandbox, created or {})
+        if request is not None:
+            refuse_in_doubt(ctx, sandbox, request)
         return located
     verdict = located.verdict
     if verdict is None or verdict.identity != identity.UNBOUND:
-        if verdict is not None and verdict.identity in (identity.FOREIGN, identity.UNKNOWN) and sent:
-            refuse_in_doubt(ctx, sandbox, created or {})
+        if verdict is not None and verdict.identity in (identity.FOREIGN, identity.UNKNOWN) and request is not None:
+            refuse_in_doubt(ctx, sandbox, request)
         return located
-    if sent:
-        _refuse_running(ctx, sandbox, created or {})
-    if not sent or not _our_clone_ended_well(ctx, created or {}):
+    if request is not None:
+        _refuse_running(ctx, sandbox, request)
+    if request is None or not _our_clone_ended_well(ctx, request):
         verdict.identity = identity.AMBIGUOUS
         return located
     smbios = identity.smbios_uuid(verdict.config or {})
@@ -85,10 +85,10 @@ def bind(ctx: Context, claim: Claim, sandbox: Sandbox, smbios: str, located: Loc
     return done
 
 
-def refuse_in_doubt(ctx: Context, sandbox: Sandbox, created: dict[str, Any]) -> None:
+def refuse_in_doubt(ctx: Context, sandbox: Sandbox, created: CreationNote) -> None:
     """Kept while a clone that was asked for may still appear: a lost request may be carried out afterwards."""
-    age = ctx.clock.now() - int(created.get("at") or 0)
-    if created.get("upid") and _refuse_running(ctx, sandbox, created) is not None:
+    age = ctx.clock.now() - created.at
+    if created.upid and _refuse_running(ctx, sandbox, created) is not None:
         return
     if 0 <= age < ctx.config.doubt_window:
         raise Kept(
@@ -100,16 +100,16 @@ def refuse_in_doubt(ctx: Context, sandbox: Sandbox, created: dict[str, Any]) -> 
     if running:
         raise Kept(
             "locked",
-            f"sandbox {sandbox.vmid}: a clone of template {created.get('template')} that may be its own is still "
+            f"sandbox {sandbox.vmid}: a clone of template {created.template} that may be its own is still "
             f"running ({', '.join(running)}); run again when it has ended (or stop it, if it hangs)",
         )
 
 
-def _refuse_running(ctx: Context, sandbox: Sandbox, created: dict[str, Any]) -> str | None:
+def _refuse_running(ctx: Context, sandbox: Sandbox, created: CreationNote) -> str | None:
     """How the clone task ended (None: not known); Kept while it is running: until then nothing is said about what it
     made.
     """
-    upid = created.get("upid")
+    upid = created.upid
     status = _status(ctx, upid) if upid else None
     if status == "running":
         raise Kept(
@@ -129,13 +129,13 @@ def _status(ctx: Context, upid: str) -> str | None:
     return "running" if status.get("status") == "running" else str(status.get("exitstatus") or "unexpected status")
 
 
-def _clones(ctx: Context, created: dict[str, Any]) -> list[dict[str, Any]]:
-    since = int(created.get("at") or 0) - _CLOCK_SLACK
+def _clones(ctx: Context, created: CreationNote) -> list[dict[str, Any]]:
+    since = created.at - _CLOCK_SLACK
     rows = ctx.client.get_list(
-        f"nodes/{created.get('template_node')}/tasks",
+        f"nodes/{created.template_node}/tasks",
         source="all",
         typefilter="qmclone",
-        vmid=created.get("template"),
+        vmid=created.template,
         since=max(since, 0),
         limit=1000,
     )
@@ -144,15 +144,15 @@ def _clones(ctx: Context, created: dict[str, Any]) -> list[dict[str, Any]]:
         row
         for row in rows
         if row.get("type") == "qmclone"
-        and str(row.get("id")) == str(created.get("template"))
+        and str(row.get("id")) == str(created.template)
         and started_at(str(row.get("upid"))) >= since
         and login in (str(row.get("user")), f"{row.get('user')}!{row.get('tokenid')}")
     ]
 
 
-def _running_clones(ctx: Context, sandbox: Sandbox, created: dict[str, Any]) -> list[str]:
+def _running_clones(ctx: Context, sandbox: Sandbox, created: CreationNote) -> list[str]:
     """Tasks that may be the request whose answer was lost: begun while it could be, and by no other creation."""
-    until = int(created.get("at") or 0) + ctx.config.doubt_window + _CLOCK_SLACK
+    until = created.at + ctx.config.doubt_window + _CLOCK_SLACK
     others = {
         one.detail.get("upid")
         for found in ctx.records.unfinished()
@@ -169,10 +169,10 @@ def _running_clones(ctx: Context, sandbox: Sandbox, created: dict[str, Any]) -> 
     ]
 
 
-def _our_clone_ended_well(ctx: Context, created: dict[str, Any]) -> bool:
+def _our_clone_ended_well(ctx: Context, created: CreationNote) -> bool:
     try:
-        if created.get("upid"):
-            status = _status(ctx, created["upid"]) or ""
+        if created.upid:
+            status = _status(ctx, created.upid) or ""
             return status == "OK" or status.startswith("WARNINGS")
         # Killed between the request and its answer: the task id is not known, but the task is in the node's list.
         return any(str(row.get("status") or "").startswith(("OK", "WARNINGS")) for row in _clones(ctx, created))
@@ -206,7 +206,7 @@ def left_nothing(ctx: Context, sandbox: Sandbox, entry: JournalEntry) -> bool:
     So it is after an administrator removed what a killed clone had left.
     """
     try:
-        located = locate_unbound(ctx, sandbox, None, {**entry.detail, "phase": entry.phase, "at": entry.updated_at})
+        located = locate_unbound(ctx, sandbox, None, entry.creation)
     except (Kept, ProxmoxError):
         return False
     return located.node is None and ctx.cluster.prove_absent([sandbox.vmid])[sandbox.vmid].absent is True

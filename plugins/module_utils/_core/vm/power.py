@@ -28,6 +28,7 @@ from ..errors import (
 )
 from ..model import Outcome, Sandbox
 from ..proxmox.answers import not_begun
+from ..store.journal import REQUESTED
 from ..store.records import Claim
 from . import address
 from .locate import (
@@ -163,7 +164,7 @@ def _refuse_lock(ctx: Context, sandbox: Sandbox, located: Located, operation: st
 def _request(ctx: Context, claim: Claim, sandbox: Sandbox, operation: str, located: Located, seen: str) -> Outcome:
     began = ctx.clock.monotonic()
     target = TARGETS[operation]
-    ctx.records.journal(claim, operation, "requested", {"node": located.node})
+    ctx.records.journal(claim, operation, REQUESTED, {"node": located.node})
     upids: list[str] = []
     warnings: list[str] = []
     try:
