@@ -23,6 +23,7 @@ from ..proxmox import identity
 from ..sandboxes import destroy, lease, leftovers, removal
 from ..store import overview
 from ..store.journal import JournalEntry
+from ..store.records import Claim
 from ..vm import address, binding, power
 from ..vm.locate import Located, is_hibernated, locate, power_state
 from ..workspaces import workspace, workspace_disk
@@ -286,73 +287,90 @@ def _finish_interrupted(ctx: Context) -> list[Drift]:
     A destroy continues. A creation becomes FAILED, with its VM bound if that is ours. Everything else is compared
     again.
     """
-    found = []
+    drifts = []
     overview.drop_dead_claims(ctx.records)
-    for left, sandbox in ctx.records.interrupted_sandboxes():
-        drift = Drift("interrupted", "", {"operation": left.kind, "phase": left.phase, "actor": left.actor}, sandbox)
+    for entry, sandbox in ctx.records.interrupted_sandboxes():
+        drift = Drift("interrupted", "", {"operation": entry.kind, "phase": entry.phase, "actor": entry.actor}, sandbox)
         try:
-            if left.kind == "destroy" and sandbox.live:
-                drift.action = "destroy finished"
-                force = left.destroy.force
-                # Until the delete was decided, check the request again by the present rules.
-                try:
-                    todo = left.is_sent_delete
-                    if not todo:
-                        _refuse_chosen(ctx, left)
-                        todo = destroy.check(ctx, sandbox, force)
-                except (Kept, StateConflict) as refused:
-                    drift.action = f"destroy given up: {refused.message}"
-                    with ctx.claimed(sandbox, "reconcile", wait=0) as (claim, current):
-                        ctx.records.change(
-                            claim,
-                            current,
-                            "destroy",
-                            outcome="interrupted",
-                            reason=left.phase,
-                            finish=current.smbios_uuid is not None,
-                        )
-                    drift.applied = True
-                    todo = False
-                if todo:
-                    operation = left.destroy.operation
-                    request = destroy.Request(
-                        operation=operation, force=force, claim_wait=0, clean_up=operation == "clean-up"
-                    )
-                    outcome = destroy.run(ctx, [(sandbox, request)])[0]
-                    drift.sandbox = outcome.sandbox or sandbox
-                    drift.applied, drift.error = not outcome.failed, outcome.message if outcome.failed else None
-            elif binding.stays_unfinished(ctx, sandbox, left):
+            if entry.kind == "destroy" and sandbox.live:
+                _finish_destroy(ctx, entry, sandbox, drift)
+            elif binding.stays_unfinished(ctx, sandbox, entry):
                 continue
-            elif left.kind == "create" and sandbox.state in states.CREATING:
+            elif entry.kind == "create" and sandbox.state in states.CREATING:
                 drift.action = "creation given up: FAILED"
                 give_up_creation(ctx, sandbox)
                 drift.applied = True
             else:
                 drift.action = "journal closed"
                 with ctx.claimed(sandbox, "reconcile", wait=0) as (claim, current):
-                    if left.kind == "create" and current.state == states.READY:
-                        # The VM was started; only the last step of the creation was missing.
-                        drift.action = "creation finished"
-                        current = ctx.records.change(claim, current, "create", to=states.RUNNING, reason="ready")
-                    if (
-                        left.kind == "start"
-                        and current.state in (states.STOPPED, states.SUSPENDED)
-                        and current.smbios_uuid is not None
-                    ):
-                        # The answer to the start was lost. A running VM needs a record whose lease can end it.
-                        found_there = locate(ctx, current)
-                        # The reported power state counts only if the VM was ours both before and after the request.
-                        if found_there.match and power.runs(ctx, found_there) and locate(ctx, current).match:
-                            drift.action = "start finished"
-                            current = ctx.records.change(
-                                claim, current, "start", to=states.RUNNING, reason="started", ip_seen_at=None
-                            )
-                    ctx.records.change(claim, current, left.kind, outcome="interrupted", reason=left.phase, finish=True)
+                    if entry.kind == "create":
+                        current = _finish_creation(ctx, claim, current, drift)
+                    elif entry.kind == "start":
+                        current = _finish_start(ctx, claim, current, drift)
+                    ctx.records.change(
+                        claim, current, entry.kind, outcome="interrupted", reason=entry.phase, finish=True
+                    )
                 drift.applied = True
         except AgentlabError as error:
             drift.error = error.message
-        found.append(drift)
-    return found
+        drifts.append(drift)
+    return drifts
+
+
+def _finish_destroy(ctx: Context, entry: JournalEntry, sandbox: Sandbox, drift: Drift) -> None:
+    """Continue a destroy, or give it up where the present rules refuse it and its delete was not decided yet."""
+    drift.action = "destroy finished"
+    request = destroy.Request(
+        operation=entry.destroy.operation,
+        force=entry.destroy.force,
+        claim_wait=0,
+        clean_up=entry.destroy.operation == "clean-up",
+    )
+    if not entry.is_sent_delete:
+        # Until the delete was decided, check the request again by the present rules.
+        try:
+            _refuse_chosen(ctx, entry)
+            if not destroy.check(ctx, sandbox, request.force):
+                return
+        except (Kept, StateConflict) as refused:
+            drift.action = f"destroy given up: {refused.message}"
+            with ctx.claimed(sandbox, "reconcile", wait=0) as (claim, current):
+                ctx.records.change(
+                    claim,
+                    current,
+                    "destroy",
+                    outcome="interrupted",
+                    reason=entry.phase,
+                    finish=current.smbios_uuid is not None,
+                )
+            drift.applied = True
+            return
+    outcome = destroy.run(ctx, [(sandbox, request)])[0]
+    drift.sandbox = outcome.sandbox or sandbox
+    drift.applied, drift.error = not outcome.failed, outcome.message if outcome.failed else None
+
+
+def _finish_creation(ctx: Context, claim: Claim, sandbox: Sandbox, drift: Drift) -> Sandbox:
+    """Set a READY sandbox to RUNNING: its VM was started, and only the last step was missing. Returns the record."""
+    if sandbox.state != states.READY:
+        return sandbox
+    drift.action = "creation finished"
+    return ctx.records.change(claim, sandbox, "create", to=states.RUNNING, reason="ready")
+
+
+def _finish_start(ctx: Context, claim: Claim, sandbox: Sandbox, drift: Drift) -> Sandbox:
+    """Set a sandbox to RUNNING whose VM runs although the answer to its start was lost. Returns the record.
+
+    A running VM needs a record whose lease can end it.
+    """
+    if sandbox.state not in (states.STOPPED, states.SUSPENDED) or sandbox.smbios_uuid is None:
+        return sandbox
+    located = locate(ctx, sandbox)
+    # The reported power state counts only if the VM was ours both before and after the request.
+    if not (located.match and power.runs(ctx, located) and locate(ctx, sandbox).match):
+        return sandbox
+    drift.action = "start finished"
+    return ctx.records.change(claim, sandbox, "start", to=states.RUNNING, reason="started", ip_seen_at=None)
 
 
 def _refuse_chosen(ctx: Context, entry: JournalEntry) -> None:

@@ -10,10 +10,10 @@ kill. Identity is proven with and without force. ``destroy.py`` then proves that
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+import enum
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, NoReturn
+from typing import Any
 
 from .. import clock as clock_module
 from .. import states
@@ -87,8 +87,23 @@ class Gone:
     doubtful: bool = False
 
 
-class _Again(Exception):
-    """The VM moved, changed or vanished after its verdict: locate and judge it again."""
+@dataclass(frozen=True, slots=True)
+class PendingDelete:
+    """A delete that may have been sent, and that Proxmox may still carry out."""
+
+    # When it was sent, at the latest (seconds since the epoch).
+    since: int
+    # The journal entry of the killed run that sent it; None for a delete of this run.
+    entry: JournalEntry | None = None
+
+
+class Next(enum.Enum):
+    """What follows a step of a removal."""
+
+    # Take the next step.
+    GO_ON = "go on"
+    # The VM moved, changed or vanished after its verdict: locate and judge it again.
+    LOOK_AGAIN = "look again"
 
 
 def check(ctx: Context, sandbox: Sandbox, force: bool, clean_up: bool = False) -> bool:
@@ -111,36 +126,31 @@ class Removal:
         self._claim = ctx.records.claim(
             planned.uuid, "destroy", wait=ctx.config.claim_timeout if request.claim_wait is None else request.claim_wait
         )
-        left = self._left = self._claim.interrupted
-        # The journal entry of a killed run whose delete may have been sent and may still be carried out; else None.
-        self._cut_off = left if left and left.is_sent_delete else None
-        # Latest time at which that delete was sent, in seconds since the epoch.
-        self._since = 0
-        # True while a delete of this run or of the killed run may be carried out.
-        self._sent = self._cut_off is not None
+        left = self._interrupted = self._claim.interrupted
+        self._pending = pending_delete(left) if left else None
         self._stopped = False
         self._sandbox = self._before = planned
         self._note = DestroyNote(request.operation, request.force)
         self._upids: list[str] = []
         self._warnings: list[str] = []
         self._round = 0
+        # The VM as it was judged last.
+        self._vm: Located | None = None
 
     def run(self) -> Outcome | Gone:
         """Remove the VM. Gone still holds the claim; an Outcome or an error has released it."""
         try:
-            found = self._begin()
-            while found is None and self._round < _MARK_TRIES:
-                try:
-                    found = self._judge_and_delete()
-                except _Again:
-                    self._round += 1
-            if found is None:
-                raise Kept(
-                    "changed", f"sandbox {self._sandbox.vmid}: its VM keeps changing; it was left alone, run again"
-                )
-            return found
+            ended = self._begin()
+            if ended is not None:
+                return ended
+            for self._round in range(_MARK_TRIES):
+                result = self._judge_and_delete()
+                if isinstance(result, Gone):
+                    return result
+            raise Kept("changed", f"sandbox {self._sandbox.vmid}: its VM keeps changing; it was left alone, run again")
         except AgentlabError as error:
-            abandon(self._ctx, self._claim, self._sandbox, self._request, error, sent=self._sent, stopped=self._stopped)
+            sent = self._pending is not None
+            abandon(self._ctx, self._claim, self._sandbox, self._request, error, sent=sent, stopped=self._stopped)
             raise
         except BaseException:
             self._ctx.records.release(self._claim)
@@ -153,26 +163,23 @@ class Removal:
 
         Returns an Outcome or Gone when the removal ends here, and None when the VM has to be located.
         """
-        ctx, request, left = self._ctx, self._request, self._left
+        ctx, request, interrupted, pending = self._ctx, self._request, self._interrupted, self._pending
         current = self._sandbox = ctx.records.get(self._planned.uuid)
         if current.state == states.DESTROYED:
             ctx.records.release(self._claim)
             return Outcome.of("unchanged", current, reason=current.reason)
-        if self._cut_off is None:
+        if pending is None:
             if request.recheck:
                 request.recheck(current)
             check(ctx, current, request.force, request.clean_up)
         elif current.protected:
             check(ctx, current, True, request.clean_up)
-        if left:
+        if interrupted:
             # An unbound VM is recognised by the creation's journal, so keep that journal until the VM is bound.
-            self._note.creation = left.creation
-        if self._cut_off:
-            earlier = self._cut_off.destroy
-            self._note.upid = earlier.upid
-            # Keep the time of the first delete. Retrying must not restart doubt_window.
-            self._since = self._cut_off.updated_at if earlier.since is None else earlier.since
-            self._note.since = self._since
+            self._note.creation = interrupted.creation
+            if pending:
+                # Keep the time of the first delete. Retrying must not restart doubt_window.
+                self._note.upid, self._note.since = interrupted.destroy.upid, pending.since
         self._before = current
         if current.generation != self._planned.generation:
             # Another run changed the sandbox while we waited, so the cached VM list is out of date.
@@ -181,9 +188,9 @@ class Removal:
         if never_cloned(current, self._note.creation):
             _look_before_closing(ctx, current)
             return self._gone("never_created", {"creation": "the clone was never asked for, or refused"})
-        if self._cut_off:
+        if interrupted and pending:
             try:
-                self._warnings += _await_cut_off(ctx, current, self._cut_off)
+                self._warnings += _await_cut_off(ctx, current, interrupted)
             except TaskTimeout:
                 # The delete task still runs, or hangs. A missing VM can still be proven absent. While the VM is there,
                 # start nothing beside that task.
@@ -191,24 +198,18 @@ class Removal:
                     raise
         return None
 
-    def _judge_and_delete(self) -> Gone:
-        """Run one round on the VM as it is now. Raises _Again when the VM changes before the end."""
-        found = self._judge()
-        if isinstance(found, Gone):
-            return found
-        self._refuse_running(found)
-        found = self._stop(found)
-        self._detach(found)
-        upid = self._mark_and_delete(found)
-        if not isinstance(upid, str):
-            raise OutcomeUnknown(
-                f"delete VM {self._sandbox.vmid}: Proxmox answered without a task id; whether it was done is not "
-                "known, run again"
-            )
-        self._await(upid)
-        return self._gone("destroyed", found.verdict.evidence if found.verdict else {})
+    def _judge_and_delete(self) -> Gone | Next:
+        """Take all steps on the VM as it is now. Returns LOOK_AGAIN when the VM changes before the end."""
+        result = self._judge()
+        if not isinstance(result, Located):
+            return result
+        self._vm = result
+        for step in (self._refuse_running, self._stop, self._detach, self._mark_and_delete):
+            if step(self._vm) is Next.LOOK_AGAIN:
+                return Next.LOOK_AGAIN
+        return self._gone("destroyed", self._vm.verdict.evidence if self._vm.verdict else {})
 
-    def _judge(self) -> Located | Gone:
+    def _judge(self) -> Located | Gone | Next:
         """Return our VM if it may be deleted, or Gone if no VM of ours is there. Raises the reason for keeping it."""
         ctx = self._ctx
         # Read quorum before the verdict, so that no request stands between verdict and stop. Raise its error
@@ -226,10 +227,10 @@ class Removal:
                 "vm_absent",
                 {},
                 untouched_since_list=not self._upids
-                and self._left is None
+                and self._interrupted is None
                 and not self._round
                 and self._sandbox.generation == self._planned.generation,
-                doubtful=self._cut_off is not None and not self._doubt_is_over(),
+                doubtful=self._pending is not None and not self._is_over(self._pending),
             )
         if found.verdict and found.verdict.identity == identity.FOREIGN:
             if no_quorum is not None:
@@ -238,14 +239,16 @@ class Removal:
             ctx.cluster.confirm()
             return self._gone("vmid_reused", found.verdict.evidence)
         refuse_not_ours(self._sandbox, found)
-        if self._cut_off and self._doubt_is_over():
+        if self._pending and self._is_over(self._pending):
             # doubt_window is over: no delete of the killed run can still be running. This is a new attempt.
-            self._sent, self._cut_off = False, None
+            self._pending = None
             self._note.since = None
         refuse_guarded(self._sandbox, found)
         # Refuse before the stop, so that a sandbox that is kept is neither stopped nor loses its workspace.
-        with self._again_if_vanished():
+        try:
             asked = workspace_disk.refuse_planned(ctx, self._sandbox, found)
+        except (ApiError, TaskFailed) as error:
+            return self._look_again_or_raise(error)
         if no_quorum is not None:
             raise no_quorum
         if asked:
@@ -253,7 +256,7 @@ class Removal:
             found = self._locate()
             if not found.match:
                 ctx.cluster.vms(fresh=True)
-                raise _Again
+                return Next.LOOK_AGAIN
         return found
 
     def _why_no_quorum(self) -> AgentlabError | None:
@@ -276,50 +279,58 @@ class Removal:
             and workspace_disk.records(self._ctx).of_sandbox(self._sandbox.uuid) is None
         )
 
-    def _refuse_running(self, found: Located) -> None:
+    def _refuse_running(self, found: Located) -> Next:
         """Raise StateConflict when a plain destroy meets a running VM, whatever state the record has. Needs force."""
-        if self._request.force or self._request.operation != "destroy" or self._cut_off is not None:
-            return
-        with self._again_if_vanished():
+        if self._request.force or self._request.operation != "destroy" or self._pending is not None:
+            return Next.GO_ON
+        try:
             refuse_running(self._ctx, self._sandbox, found)
+        except (ApiError, TaskFailed) as error:
+            return self._look_again_or_raise(error)
+        return Next.GO_ON
 
-    def _stop(self, found: Located) -> Located:
-        """Switch the VM off, or discard the saved memory of a hibernated VM; return the VM with its last verdict.
+    def _stop(self, found: Located) -> Next:
+        """Switch the VM off, or discard the saved memory of a hibernated VM.
 
         The VM list lags by ten seconds, so the VM itself is asked before a disk is detached. A delete needs no such
         question: Proxmox refuses to delete a running VM.
         """
         if is_hibernated(found.config):
             self._journal(STOPPING)
-            with self._again_if_vanished():
-                return power.discard_saved_memory(self._ctx, self._sandbox, found)
+            try:
+                self._vm = power.discard_saved_memory(self._ctx, self._sandbox, found)
+            except (ApiError, TaskFailed) as error:
+                return self._look_again_or_raise(error)
+            return Next.GO_ON
         if self._stopped:
-            return found
+            return Next.GO_ON
         if (
             str(found.row.get("status")) == "stopped"
             and workspace_disk.records(self._ctx).of_sandbox(self._sandbox.uuid) is None
         ):
-            return found
+            return Next.GO_ON
         self._journal(STOPPING)
-        with self._again_if_vanished():
+        try:
             upids, warnings = power.stop(
                 self._ctx,
                 self._sandbox,
                 found,
                 hard=self._request.force or self._sandbox.state in (states.TIMEOUT, states.SUSPENDED),
             )
+        except (ApiError, TaskFailed) as error:
+            return self._look_again_or_raise(error)
         self._upids += upids
         self._warnings += warnings
         self._stopped = True
-        return found
+        return Next.GO_ON
 
-    def _detach(self, found: Located) -> None:
+    def _detach(self, found: Located) -> Next:
         """Take the sandbox's workspace off the VM, and refuse a VM that still names a workspace.
 
         By Proxmox VE's rule a DELETE removes the volumes that the configuration names and that are named after this
         VMID. Every other volume stays. A workspace's volume is named after a VMID in workspace_owner_range, so it would
         stay, too. We do not rely on that alone: a volume may have been renamed or reassigned to the VM by hand.
-        Raises _Again after a workspace was taken off, and Kept for a VM that names another one.
+        Returns LOOK_AGAIN after a workspace was taken off. Raises Kept for a VM that names another one.
         """
         ctx = self._ctx
         own = workspace_disk.records(ctx).of_sandbox(self._sandbox.uuid)
@@ -333,14 +344,17 @@ class Removal:
                     raise
             # The detach changed the configuration: judge it again before any other step.
             self._sandbox = ctx.records.get(self._sandbox.uuid)
-            raise _Again
-        with self._again_if_vanished():
+            return Next.LOOK_AGAIN
+        try:
             workspace_disk.refuse_listed(ctx, self._sandbox, found)
+        except (ApiError, TaskFailed) as error:
+            return self._look_again_or_raise(error)
+        return Next.GO_ON
 
-    def _mark_and_delete(self, found: Located) -> Any:
-        """Write the mark, send the delete, and return the answer (the task id).
+    def _mark_and_delete(self, found: Located) -> Next:
+        """Write the mark, send the delete, and wait for its task.
 
-        Both share one place among the requests in flight, so no other request of ours comes between them.
+        Both requests share one place among the requests in flight, so no other request of ours comes between them.
         """
         ctx = self._ctx
         ctx.records.journal(
@@ -350,20 +364,27 @@ class Removal:
             try:
                 _mark(ctx, self._request, found)
             except ApiError as error:
-                self._sent = self._cut_off is not None
-                self._not_marked(error)
-            self._sent = True
-            if self._cut_off:
+                return self._not_marked(error)
+            if self._pending is None:
+                self._pending = PendingDelete(ctx.clock.now())
+            else:
                 # We send a new delete: doubt_window starts again now.
                 again = replace(self._note, since=ctx.clock.now())
                 ctx.records.journal(self._claim, "destroy", DELETING, again.detail())
             try:
                 # ``purge`` takes the VM out of backup jobs, replication and HA. Volumes that its configuration does not
                 # name stay: ``destroy-unreferenced-disks`` is not sent.
-                return ctx.client.delete(found.path, purge=1)
+                upid = ctx.client.delete(found.path, purge=1)
             except ApiError as error:
                 self._not_deleted()
-                self._refused(error)
+                return self._refused(error)
+        if not isinstance(upid, str):
+            raise OutcomeUnknown(
+                f"delete VM {self._sandbox.vmid}: Proxmox answered without a task id; whether it was done is not "
+                "known, run again"
+            )
+        self._await(upid)
+        return Next.GO_ON
 
     def _await(self, upid: str) -> None:
         ctx = self._ctx
@@ -386,10 +407,10 @@ class Removal:
 
     # ---- answers to a step ----
 
-    def _not_marked(self, error: ApiError) -> NoReturn:
+    def _not_marked(self, error: ApiError) -> Next:
         vmid = self._sandbox.vmid
         if self._vanished(error):
-            raise _Again from None
+            return Next.LOOK_AGAIN
         if changed(error.text):
             raise Kept(
                 "changed", f"sandbox {vmid}: its VM's configuration keeps changing; it was left alone, run again"
@@ -402,26 +423,27 @@ class Removal:
             f"sandbox {vmid}: the VM was not deleted, because it cannot be marked: {error.message}",
         ) from None
 
-    def _refused(self, error: ApiError) -> NoReturn:
+    def _refused(self, error: ApiError) -> Next:
         ctx = self._ctx
         if "is running" in error.text and not self._last:
             # The list lags, or a person started the VM meanwhile: judge it again, then stop it.
             ctx.cluster.vms(fresh=True).get(self._sandbox.vmid, {})["status"] = "running"
             self._stopped = False
-            raise _Again from None
+            return Next.LOOK_AGAIN
         if "does not exist" in error.text:
             ctx.cluster.vms(fresh=True)
-            raise _Again from None
+            return Next.LOOK_AGAIN
         if not_begun(error.text) and not self._last:
             ctx.clock.sleep(1.0)
-            raise _Again from None
+            return Next.LOOK_AGAIN
         raise error
 
     def _not_deleted(self) -> None:
         """Record that this run's delete was not carried out. The delete of a killed run may still be."""
-        self._sent = self._cut_off is not None
-        if self._cut_off is not None:
-            self._ctx.records.journal(self._claim, "destroy", self._cut_off.phase, self._note.detail())
+        if self._pending is not None and self._pending.entry is not None:
+            self._ctx.records.journal(self._claim, "destroy", self._pending.entry.phase, self._note.detail())
+        else:
+            self._pending = None
 
     @property
     def _last(self) -> bool:
@@ -440,17 +462,14 @@ class Removal:
         self._ctx.cluster.vms(fresh=True)
         return True
 
-    @contextlib.contextmanager
-    def _again_if_vanished(self) -> Iterator[None]:
-        try:
-            yield
-        except (ApiError, TaskFailed) as error:
-            if self._vanished(error):
-                raise _Again from None
-            raise
+    def _look_again_or_raise(self, error: ApiError | TaskFailed) -> Next:
+        """Return LOOK_AGAIN for an error that says that the VM has vanished or changed. Raises every other error."""
+        if self._vanished(error):
+            return Next.LOOK_AGAIN
+        raise error
 
-    def _doubt_is_over(self) -> bool:
-        return self._ctx.clock.now() - self._since > self._ctx.config.doubt_window
+    def _is_over(self, pending: PendingDelete) -> bool:
+        return self._ctx.clock.now() - pending.since > self._ctx.config.doubt_window
 
     def _locate(self) -> Located:
         return locate_own(self._ctx, self._sandbox, self._claim, self._note.creation)
@@ -463,7 +482,7 @@ class Removal:
         self._ctx.records.journal(
             self._claim,
             "destroy",
-            self._cut_off.phase if self._cut_off else phase,
+            self._pending.entry.phase if self._pending and self._pending.entry else phase,
             self._note.detail(),
             unprotected=unprotected and not self._request.clean_up,
         )
@@ -483,6 +502,14 @@ class Removal:
             untouched_since_list,
             doubtful,
         )
+
+
+def pending_delete(interrupted: JournalEntry) -> PendingDelete | None:
+    """Return the delete that a killed run may have sent and that may still be carried out; else None."""
+    if not interrupted.is_sent_delete:
+        return None
+    since = interrupted.destroy.since
+    return PendingDelete(interrupted.updated_at if since is None else since, interrupted)
 
 
 def refuse_running(ctx: Context, sandbox: Sandbox, located: Located) -> None:
@@ -515,12 +542,12 @@ def _look_before_closing(ctx: Context, sandbox: Sandbox) -> None:
         )
 
 
-def _await_cut_off(ctx: Context, sandbox: Sandbox, left: JournalEntry) -> list[str]:
+def _await_cut_off(ctx: Context, sandbox: Sandbox, entry: JournalEntry) -> list[str]:
     """Wait for the delete task of a killed run if its id is known, and return its warnings.
 
     The result of the task does not matter: the VM is judged again afterwards.
     """
-    upid = left.destroy.upid
+    upid = entry.destroy.upid
     if not upid:
         return []
     try:
