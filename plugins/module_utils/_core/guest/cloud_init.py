@@ -20,7 +20,7 @@ import stat
 from collections.abc import Collection
 from typing import Any
 
-from .. import patterns, safe_yaml
+from .. import patterns, safe_yaml, waiting
 from ..context import Context
 from ..errors import AgentlabError, ApiError, InvalidInput, ProxmoxError, TaskTimeout
 from ..model import Sandbox
@@ -270,30 +270,28 @@ def wait(ctx: Context, sandbox: Sandbox) -> None:
 
     Reads the file that cloud-init writes at its end, so that no program runs in the guest.
     """
-    deadline = ctx.clock.monotonic() + ctx.wait_timeout
-    pause = 0.2
-    while True:
+
+    def look() -> list[str] | None:
         # Judge the VM before reading: another VM may have got the VMID meanwhile.
-        found = match_if_readable(ctx, sandbox)
-        errors = _result(ctx, sandbox, found) if found else None
+        located = match_if_readable(ctx, sandbox)
+        errors = _result(ctx, sandbox, located) if located else None
         # Judge it again after reading: the result counts only if the VM was ours.
-        if errors is not None and match_if_readable(ctx, sandbox):
-            if errors:
-                raise CloudInitFailed(
-                    f"cloud-init ended with errors in sandbox {sandbox.vmid}: {'; '.join(errors)}; see "
-                    "/var/log/cloud-init.log in the VM, which is left as it is",
-                    vmid=sandbox.vmid,
-                )
-            return
-        if ctx.clock.monotonic() > deadline:
-            raise TaskTimeout(
-                f"sandbox {sandbox.vmid} runs, but its guest agent did not report the end of cloud-init within "
-                f"{ctx.wait_timeout} s (wait_timeout); are cloud-init and qemu-guest-agent in the template, and "
-                "agent=1 set? Run again to go on waiting",
-                vmid=sandbox.vmid,
-            )
-        ctx.clock.sleep(pause)
-        pause = min(pause * 1.5, 3.0)
+        return errors if errors is not None and match_if_readable(ctx, sandbox) else None
+
+    errors = waiting.until(ctx.clock, ctx.wait_timeout, look)
+    if errors is None:
+        raise TaskTimeout(
+            f"sandbox {sandbox.vmid} runs, but its guest agent did not report the end of cloud-init within "
+            f"{ctx.wait_timeout} s (wait_timeout); are cloud-init and qemu-guest-agent in the template, and "
+            "agent=1 set? Run again to go on waiting",
+            vmid=sandbox.vmid,
+        )
+    if errors:
+        raise CloudInitFailed(
+            f"cloud-init ended with errors in sandbox {sandbox.vmid}: {'; '.join(errors)}; see "
+            "/var/log/cloud-init.log in the VM, which is left as it is",
+            vmid=sandbox.vmid,
+        )
 
 
 def _result(ctx: Context, sandbox: Sandbox, found: Located) -> list[str] | None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from .. import states
+from .. import states, waiting
 from ..context import Context
 from ..errors import ApiError, Kept, OutcomeUnknown, ProxmoxError, TaskFailed, TaskUnknown, Unreachable
 from ..model import Sandbox
@@ -324,20 +324,26 @@ def _await_doubt(creation: Creation, doubt: CreationNote) -> Located:
     ``doubt``: what that run noted.
     """
     ctx, sandbox = creation.ctx, creation.sandbox
-    deadline = ctx.clock.monotonic() + ctx.wait_timeout
-    while True:
+    last_refusal: Kept | None = None
+
+    def look() -> Located | None:
+        nonlocal last_refusal
+        last_refusal = None
         ctx.cluster.vms(fresh=True)
         try:
             located = binding.locate_unbound(ctx, sandbox, creation.claim, doubt)
-            if not (located.verdict and located.verdict.identity == identity.UNKNOWN):
-                return located
         except Kept as error:
-            if error.reason not in ("unknown", "locked") or ctx.clock.monotonic() > deadline:
+            if error.reason not in ("unknown", "locked"):
                 raise
-        if ctx.clock.monotonic() > deadline:
-            raise Kept(
-                "locked",
-                f"sandbox {sandbox.vmid}: the clone that an earlier run began has not ended within {ctx.wait_timeout} "
-                "s (wait_timeout)",
-            )
-        ctx.clock.sleep(1.0)
+            last_refusal = error
+            return None
+        return None if located.verdict and located.verdict.identity == identity.UNKNOWN else located
+
+    located = waiting.until(ctx.clock, ctx.wait_timeout, look, pause=1.0, longest=1.0)
+    if located is not None:
+        return located
+    raise last_refusal or Kept(
+        "locked",
+        f"sandbox {sandbox.vmid}: the clone that an earlier run began has not ended within {ctx.wait_timeout} "
+        "s (wait_timeout)",
+    )

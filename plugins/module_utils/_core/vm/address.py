@@ -16,7 +16,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, Union
 
-from .. import states
+from .. import states, waiting
 from ..context import Context
 from ..errors import (
     AccessDenied,
@@ -234,9 +234,10 @@ def wait(ctx: Context, sandbox: Sandbox, located: Located) -> str:
     Raises AgentUnusable at once when nothing can come, TaskTimeout when nothing came.
     """
     deadline = ctx.clock.monotonic() + ctx.wait_timeout
-    pause = 0.2
     seen_since: float | None = None
-    while True:
+
+    def look() -> str | None:
+        nonlocal seen_since
         now = ctx.clock.monotonic()
         try:
             choice = ask(ctx, located)
@@ -257,15 +258,17 @@ def wait(ctx: Context, sandbox: Sandbox, located: Located) -> str:
         except (Unreachable, OutcomeUnknown):
             # A single look that failed does not end the wait: the sandbox is there.
             pass
-        if now > deadline:
-            raise TaskTimeout(
-                f"sandbox {sandbox.vmid} runs, but its guest agent named no address within {ctx.wait_timeout} s "
-                "(wait_timeout); is qemu-guest-agent in the template, and does the guest get an address? Run again to "
-                "go on waiting",
-                vmid=sandbox.vmid,
-            )
-        ctx.clock.sleep(pause)
-        pause = min(pause * 1.5, 3.0)
+        return None
+
+    ip = waiting.until(ctx.clock, ctx.wait_timeout, look)
+    if ip is None:
+        raise TaskTimeout(
+            f"sandbox {sandbox.vmid} runs, but its guest agent named no address within {ctx.wait_timeout} s "
+            "(wait_timeout); is qemu-guest-agent in the template, and does the guest get an address? Run again to "
+            "go on waiting",
+            vmid=sandbox.vmid,
+        )
+    return ip
 
 
 def refresh(ctx: Context, sandbox: Sandbox, *, patient: bool = True) -> Sandbox:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .. import states
+from .. import states, waiting
 from ..context import Context, refuse_cut_off
 from ..errors import (
     ApiError,
@@ -374,16 +374,15 @@ def runs(ctx: Context, located: Located) -> bool:
 
 
 def _await_status(ctx: Context, located: Located, wanted: str, what: str) -> None:
-    deadline = ctx.clock.monotonic() + ctx.wait_timeout
-    pause = 0.2
-    while status(ctx, located).get("status") != wanted:
-        if ctx.clock.monotonic() > deadline:
-            raise TaskTimeout(
-                f"{what}: the HA manager did not bring it to {wanted} within {ctx.wait_timeout} s (wait_timeout); run "
-                "again"
-            )
-        ctx.clock.sleep(pause)
-        pause = min(pause * 1.5, 2.0)
+    """Wait until the VM has the wanted status. Raises TaskTimeout when wait_timeout is over."""
+
+    def look() -> bool | None:
+        return status(ctx, located).get("status") == wanted or None
+
+    if waiting.until(ctx.clock, ctx.wait_timeout, look, longest=2.0) is None:
+        raise TaskTimeout(
+            f"{what}: the HA manager did not bring it to {wanted} within {ctx.wait_timeout} s (wait_timeout); run again"
+        )
 
 
 def _past(operation: str) -> str:

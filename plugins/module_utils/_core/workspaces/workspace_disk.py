@@ -17,6 +17,7 @@ import dataclasses
 import re
 from typing import Any, NoReturn
 
+from .. import waiting
 from ..context import Context
 from ..errors import AgentlabError, ApiError, Kept, NotFound, ProxmoxError
 from ..model import Sandbox
@@ -553,16 +554,18 @@ def _refuse_lost(ctx: Context, sandbox: Sandbox, disk: Workspace, node: str) -> 
 
 def _await_off(ctx: Context, node: str, sandbox: Sandbox, disk: Workspace) -> None:
     """Wait up to _UNPLUG_SECONDS for a running guest to release a disk. Raises Kept when it does not."""
-    deadline = ctx.clock.monotonic() + min(_UNPLUG_SECONDS, ctx.wait_timeout)
-    while naming(rows_of(ctx, node, sandbox.vmid), disk.volume):
-        if ctx.clock.monotonic() > deadline:
-            raise Kept(
-                "workspace",
-                f"{disk.title}: VM {sandbox.vmid} still has it after it was taken off; the running guest does not "
-                "let it go. Stop the sandbox, then detach it",
-                vmid=sandbox.vmid,
-            )
-        ctx.clock.sleep(0.5)
+
+    def look() -> bool | None:
+        return None if naming(rows_of(ctx, node, sandbox.vmid), disk.volume) else True
+
+    patience = min(_UNPLUG_SECONDS, ctx.wait_timeout)
+    if waiting.until(ctx.clock, patience, look, pause=0.5, longest=0.5) is None:
+        raise Kept(
+            "workspace",
+            f"{disk.title}: VM {sandbox.vmid} still has it after it was taken off; the running guest does not "
+            "let it go. Stop the sandbox, then detach it",
+            vmid=sandbox.vmid,
+        )
 
 
 # ---- around the deletion of a VM ----
