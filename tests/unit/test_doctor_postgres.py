@@ -48,7 +48,6 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PostgresServe
     running.configure(fsync="on", ssl="on")
     running.stop("fast")
     running.start()
-    running.execute("CREATE ROLE agentlab_owner LOGIN; CREATE ROLE agentlab LOGIN")
     yield running
     running.destroy()
 
@@ -58,10 +57,7 @@ def uri(postgres: PostgresServer) -> str:
     """A database with tables and rights as documented; the URI of the run-time role."""
     uri = postgres.uri()
     name = uri.rpartition("/")[2]
-    sql = "".join(
-        line for line in ROLES.read_text().splitlines(keepends=True) if not line.startswith("CREATE ROLE")
-    ).replace(":DATABASE", name)
-    postgres.execute(sql, name)
+    postgres.execute(ROLES.read_text().replace(":DATABASE", name), name)
     open_database(uri.replace("tester@", "agentlab_owner@")).close()
     return uri.replace("tester@", "agentlab@")
 

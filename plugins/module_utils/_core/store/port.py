@@ -76,6 +76,8 @@ class Engine(Protocol):
     retries: int
     # Number of claims that this process took over from dead holders.
     takeovers: int
+    # Whether this process created or updated the tables when it opened the records.
+    migrated: bool
 
     def clock(self, own: Clock) -> Clock:
         """Return the clock for leases, ages and heartbeats: this host's own, or the server's."""

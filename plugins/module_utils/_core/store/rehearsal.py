@@ -25,6 +25,7 @@ class Rehearsal:
     reconnects = 0
     retries = 0
     takeovers = 0
+    migrated = False
 
     def __init__(self, database: Engine, *, owner: bool = False) -> None:
         self.path = database.path

@@ -41,17 +41,27 @@ def main(arguments: list[str] | None = None) -> int:
         action="store_true",
         help="make or update the tables of the records with the role of the configured database, and end",
     )
+    parser.add_argument(
+        "--password-stdin",
+        action="store_true",
+        help="with --migrate-records or --copy-records: read the password of the PostgreSQL role from standard input",
+    )
     parser.add_argument("--verbose", action="store_true", help="log more")
     parser.add_argument("--version", action="version", version=f"agentlabd {__version__}")
     options = parser.parse_args(arguments)
     if options.cleanup_file and not options.check:
         parser.error("--cleanup-file is for --check; set cleanup_file in the configuration")
+    once = options.check or options.migrate_records or options.copy_records
+    if options.password_stdin and not (options.migrate_records or options.copy_records):
+        parser.error("--password-stdin is for --migrate-records and --copy-records")
+    password = read_password() if options.password_stdin else None
     logs.setup(options.verbose)
     from .service import check, load
 
     try:
         if options.copy_records:
-            return copy(*options.copy_records)
+            source, target = options.copy_records
+            return copy(source, target, password)
         config, path = load(options.config, os.environ)
         if options.cleanup_file:
             config.cleanup_file = options.cleanup_file
@@ -60,30 +70,40 @@ def main(arguments: list[str] | None = None) -> int:
             print("agentlabd: the configuration can be used")
             return 0
         if options.migrate_records:
-            return migrate(config)
+            return migrate(config, password)
         from . import daemon
 
         return daemon.run(config, path, os.environ, options.config)
     except AgentlabError as error:
         logs.log.error("Error: %s", error.message)
-        if not options.check:
-            logs.log.error("%s", LAST_WORD)
-        return 1
     except Exception as error:  # the outermost edge: whoever reads the journal needs a sentence after the trace
         if known := host_error(error):
             logs.log.error("Error: %s", known.message)
-            logs.log.error("%s", LAST_WORD)
-            return 1
-        logs.log.critical("internal error: %s. Please report this", type(error).__name__, exc_info=True)
+        else:
+            logs.log.critical("internal error: %s. Please report this", type(error).__name__, exc_info=True)
+    if not once:
+        # Only the daemon is started again by systemd.
         logs.log.error("%s", LAST_WORD)
-        return 1
+    return 1
 
 
-def copy(source: str, target: str) -> int:
-    """Copy records between databases and print the counts and checksums of both sides."""
+def read_password() -> str:
+    """Return the first line of standard input; a terminal does not show what is typed."""
+    if sys.stdin.isatty():
+        import getpass
+
+        return getpass.getpass("Password of the PostgreSQL role: ")
+    return sys.stdin.readline().rstrip("\n")
+
+
+def copy(source: str, target: str, password: str | None) -> int:
+    """Copy records between databases and print the counts and checksums of both sides.
+
+    ``password`` is for the PostgreSQL side; with None libpq looks for it (PGPASSWORD, a passfile).
+    """
     from agentlab_core.store.transfer import copy_records
 
-    copied = copy_records(source, target)
+    copied = copy_records(source, target, (password, password))
     for table, count in copied.counts.items():
         print(f"{table}: {count}")
     print(f"checksum of the source: {copied.source_checksum}")
@@ -91,13 +111,17 @@ def copy(source: str, target: str) -> int:
     return 0
 
 
-def migrate(config: Config) -> int:
-    """Create or migrate the tables of the records; return the exit status."""
+def migrate(config: Config, password: str | None) -> int:
+    """Create or migrate the tables of the records; return the exit status. ``password`` replaces the configured one."""
     from agentlab_core.store import schema
     from agentlab_core.store.open import open_database
 
-    open_database(config.database, password=config.database_password, group_mode=config.database_group_access).close()
-    print(f"agentlabd: the records have schema {schema.VERSION}")
+    database = open_database(
+        config.database, password=password or config.database_password, group_mode=config.database_group_access
+    )
+    before = "" if database.migrated else ", as before"
+    database.close()
+    print(f"agentlabd: the records have schema {schema.VERSION}{before}")
     return 0
 
 

@@ -174,6 +174,7 @@ class PostgresDatabase(GroupCommit):
         self.reconnects = 0
         self.retries = 0
         self.takeovers = 0
+        self.migrated = False
         if not INSTALLED:
             raise StoreError(
                 "database: records on PostgreSQL need the Python library psycopg 3 where this runs: install "
@@ -291,6 +292,7 @@ class PostgresDatabase(GroupCommit):
                         "excluded.value",
                         [own_schema.VERSION_KEY, str(schema.VERSION)],
                     )
+                    self.migrated = True
         except errors.InsufficientPrivilege as error:
             raise StoreError(
                 f"database {self.path}: its tables are missing or of an older release, and this role may not change "

@@ -101,6 +101,7 @@ class Database(GroupCommit):
     reconnects = 0
     retries = 0
     takeovers = 0
+    migrated = False
 
     def __init__(self, path: str, *, group_mode: bool = False, dry_run: bool = False) -> None:
         super().__init__()
@@ -263,6 +264,7 @@ class Database(GroupCommit):
                     conn.execute(statement)
                 conn.execute(f"PRAGMA application_id = {schema.APPLICATION_ID}")
                 conn.execute(f"PRAGMA user_version = {number}")
+                self.migrated = True
 
     # ---- functions that only an engine on a server needs ----
 
