@@ -461,6 +461,45 @@ def test_a_guest_that_cannot_be_reached_any_more_is_cleared_up(job: Callable[...
     assert "Results that were not collected are in sandbox job-1" in ended.said
 
 
+# What reaches beyond the sandbox's own host: the task after "Work" in a file that the check cannot look into.
+BEYOND = {
+    "an end of the play": "- ansible.builtin.meta: end_play\n",
+    "an end of the batch": "- ansible.builtin.meta: end_batch\n",
+    "an end of the host": "- ansible.builtin.meta: end_host\n",
+    "a failure for all": "- ansible.builtin.command: /bin/false\n  any_errors_fatal: true\n",
+    "a failure that runs once": "- ansible.builtin.command: /bin/false\n  run_once: true\n",
+}
+
+
+@pytest.mark.parametrize("what", BEYOND)
+def test_a_task_that_ends_the_play_does_not_keep_the_sandbox(
+    job: Callable[..., Job], tmp_path: Path, what: str
+) -> None:
+    (tmp_path / "more.yml").write_text(BEYOND[what], encoding="utf-8")
+    tasks = JOB + '- ansible.builtin.include_tasks: "{{ job_more }}.yml"\n'
+    ended = job(tasks, job_more=f"{tmp_path}/more")
+    assert ended.run.rc == 2 and ended.cleared_up() and ended.result("made-inside").exists(), ended.run.output
+    assert ended.said.startswith("the job in sandbox job-1 failed: ") and "Collected 1 file(s)" in ended.said
+    ending = "an end" in what
+    assert ("or a task ended the play before the last one" in ended.said) is ending, ended.said
+
+
+def test_a_job_that_deals_with_its_failure_is_completed(job: Callable[..., Job]) -> None:
+    tasks = (
+        JOB
+        + """\
+- block:
+    - ansible.builtin.command: /bin/false
+      run_once: true
+  rescue:
+    - ansible.builtin.ping:
+"""
+    )
+    ended = job(tasks)
+    assert ended.run.rc == 0 and ended.cleared_up() and ended.result("made-inside").exists(), ended.run.output
+    assert ended.said.startswith("the job in sandbox job-1 is completed. Collected 1 file(s)"), ended.said
+
+
 def test_a_name_that_is_used_is_refused_and_the_other_sandbox_left_alone(
     job: Callable[..., Job], given: Callable[..., Any]
 ) -> None:
