@@ -39,6 +39,9 @@ _SECONDS_TO_STOP = 5
 
 display = Display()
 
+# Options whose value is a word: Ansible would make the texts True and False of a boolean.
+_WORDS = ("name", "profile", "template", "node", "storage", "pool", "bridge", "workspace", "cloud_init_user", "tags")
+
 
 class _Ended(BaseException):
     """Carry a module's result out of ``main()``.
@@ -154,9 +157,27 @@ class ActionModule(ShippedModule):
                     f"{name}: YAML reads the value as a number, a date or a boolean, not as text, which would change "
                     "it; put it in quotes"
                 )
+        items = self._task.args.get("items")
+        for options in [self._task.args, *(items if isinstance(items, list) else ())]:
+            for name in _WORDS if isinstance(options, dict) else ():
+                value = options.get(name)
+                if any(isinstance(word, bool) for word in (value if isinstance(value, list) else [value])):
+                    raise AnsibleActionFail(
+                        f"{name}: YAML reads a word such as yes, no, on or off as true or false, not as text; put it "
+                        "in quotes"
+                    )
+        result = self._run_module(tmp, variables)
+        message = result.get("msg")
+        if result.get("failed") and isinstance(message, str) and "unable to convert" in message:
+            adapter = importlib.import_module(f"{_MODULES.rpartition('.')[0]}.module_utils._adapter")
+            result["msg"] = adapter.explain_type(message, self._task.args)
+        return result
+
+    def _run_module(self, tmp: str | None, variables: dict[str, Any]) -> dict[str, Any]:
         if not self._is_here(variables):
-            return super().run(tmp, task_vars)
-        result: dict[str, Any] = ActionBase.run(self, tmp, task_vars)
+            answer: dict[str, Any] = super().run(tmp, variables)
+            return answer
+        result: dict[str, Any] = ActionBase.run(self, tmp, variables)
         # Another collection may redirect its own name to our module.
         found = self._shared_loader_obj.module_loader.find_plugin_with_context(
             self._task.action, collection_list=self._task.collections

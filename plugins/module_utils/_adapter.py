@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import getpass
 import os
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
@@ -121,6 +122,41 @@ def run(
     if result.get("failed"):
         module.fail_json(**result)
     module.exit_json(**result)
+
+
+# Ansible's refusal of a value that it cannot convert; in older releases with the Python type of the value.
+_WRONG_TYPE = re.compile(
+    r"argument '(?P<option>\w+)' is of type .*? and we were unable to convert to (?P<kind>int|bool|dict|list|float)\b",
+    re.S,
+)
+_KINDS = {
+    "bool": "true or false",
+    "dict": "a mapping",
+    "list": "a list, or a text with one item a line",
+    "float": "a number",
+}
+
+
+def explain_type(message: str, options: Mapping[str, Any]) -> str:
+    """Return Ansible's refusal of a value of a wrong type in the words that we use; other messages as they are.
+
+    ``options`` are the task's. Ansible names the type of the value, not the value and not what is valid.
+    """
+    refusal = _WRONG_TYPE.search(message)
+    if refusal is None:
+        return message
+    option, kind = refusal["option"], refusal["kind"]
+    valid = patterns.describe_number(option) if kind == "int" else _KINDS[kind]
+    if "found in 'items'" in refusal[0]:
+        listed = options.get("items")
+        items = [item for item in (listed if isinstance(listed, list) else ()) if isinstance(item, dict)]
+        values = [item[option] for item in items if option in item and not isinstance(item[option], (bool, int))]
+        option = f"items: {option}"
+    else:
+        values = [options[option]] if option in options else []
+    value = f"{patterns.shown(values[0])}" if values else "the value"
+    what = "is not a VMID" if refusal["option"] in ("vmid", "vmids") else "is not valid"
+    return f"{option}: {value} {what}. Valid: {valid}"
 
 
 def _extra(error: AgentlabError) -> dict[str, Any]:

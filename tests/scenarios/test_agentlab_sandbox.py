@@ -514,7 +514,21 @@ def test_bad_input_is_one_sentence_that_names_option_and_value(story: Any, serve
         ),
         "stop another": ({"name": "other", "vmid": 1000, "state": "stopped"}, "name: sandbox 1000 is named"),
         "tags": ({"name": "a", "tags": ["-upper"]}, "tags: '-upper' is not valid"),
-        "cores": ({"name": "a", "cores": 0}, "cores: 0 is not valid. Valid: 1 to 512"),
+        "cores": ({"name": "a", "cores": 0}, "cores: 0 is not valid. Valid: a whole number from 1 to 512"),
+        "cores as a word": ({"name": "a", "cores": "two"}, "cores: 'two' is not valid. Valid: a whole number from 1"),
+        "memory with a unit": (
+            {"name": "a", "memory": "4G"},
+            "memory: '4G' is not valid. Valid: a whole number from 16 to 16777216, in MiB and without a unit",
+        ),
+        "vlan as a list": ({"name": "a", "vlan_tag": [7]}, "vlan_tag: that list is not valid. Valid: a whole number"),
+        "a flag": ({"name": "a", "keepalive": "maybe"}, "keepalive: 'maybe' is not valid. Valid: true or false"),
+        "vmid as a word": ({"vmid": "abc"}, "vmid: 'abc' is not a VMID. Valid: 100 to 999999999"),
+        "memory in items": (
+            {"items": [{"name": "a"}, {"name": "b", "memory": "half"}]},
+            "items: memory: 'half' is not valid. Valid: a whole number from 16",
+        ),
+        "tags as a boolean": ({"name": "a", "tags": [True]}, "tags: YAML reads a word such as yes"),
+        "name as a boolean": ({"items": [{"name": False}]}, "name: YAML reads a word such as yes"),
         "storage": (
             {"name": "a", "storage": "x", "full_clone": False},
             "storage: a linked clone stays on its template's storage",

@@ -19,6 +19,7 @@ Word = tuple[re.Pattern[str], str]
 MIN_VMID, MAX_VMID = 100, 999999999
 # Low and high of the whole numbers of a creation.
 RANGES = {"cores": (1, 512), "memory": (16, 16777216), "vlan_tag": (1, 4094), "second_vlan_tag": (1, 4094)}
+_UNITS = {"memory": ", in MiB and without a unit (4G is 4096)"}
 
 DNS_NAME: Word = (
     re.compile(
@@ -48,9 +49,10 @@ SEARCHDOMAIN: Word = (
     re.compile(r"[A-Za-z0-9_][A-Za-z0-9_. -]{0,252}", re.ASCII),
     "a domain such as example.org; several separated by blanks",
 )
+# As useradd takes it: service accounts of a Windows domain end in $.
 USER: Word = (
-    re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,31}", re.ASCII),
-    "a user name of letters, digits, dot, hyphen and underscore",
+    re.compile(r"(?=.{1,32}\Z)[A-Za-z_][A-Za-z0-9_.-]*\$?", re.ASCII),
+    "a user name of letters, digits, dot, hyphen and underscore, which may end in $",
 )
 CPU: Word = (
     re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,59}(,[a-z-]+=[A-Za-z0-9+;._-]{1,200})*", re.ASCII),
@@ -132,6 +134,16 @@ def read_whole(value: object) -> int | None:
     if isinstance(value, bool) or not (text.isascii() and text.isdecimal()) or len(text) > 18:
         return None
     return int(text)
+
+
+def describe_number(option: str) -> str:
+    """Return the words for what is valid for an option that takes a whole number."""
+    if option in ("vmid", "vmids"):
+        return f"{MIN_VMID} to {MAX_VMID}"
+    if option not in RANGES:
+        return "a whole number"
+    low, high = RANGES[option]
+    return f"a whole number from {low} to {high}{_UNITS.get(option, '')}"
 
 
 def read_vmid(option: str, value: object) -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -92,7 +92,7 @@ def _whole(option: str) -> Check:
 
     def check(value: Any) -> int:
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            raise _Refused(f"a whole number from {low} to {high}")
+            raise _Refused(patterns.describe_number(option))
         return value
 
     return check
@@ -342,6 +342,18 @@ def read(path: str) -> Profile:
     return Profile(name, path, plain["description"], values, default, maximum, workspace, plain["connection"])
 
 
+def _place_of(name: object, keys: Mapping[str, Any] = _KEYS, section: str = "") -> str:
+    """Return the place of a key that stands in another section, or is named as the option; "" where there is none."""
+    for key, known in keys.items():
+        if isinstance(known, dict):
+            place = _place_of(name, known, f"{section}.{key}" if section else key)
+            if place:
+                return place
+        elif section and name in (key, known[1], f"{section}.{key}"):
+            return f"{key} under {section}"
+    return ""
+
+
 def _section(path: str, prefix: str, content: safe_yaml.Mapping, keys: dict[str, Any]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for key, value in content.items():
@@ -349,9 +361,10 @@ def _section(path: str, prefix: str, content: safe_yaml.Mapping, keys: dict[str,
         if known is None:
             # The file may be a link to one with secrets: what is no word is not quoted.
             name = safe_yaml.shown(key).strip("'")
+            place = _place_of(key)
             raise ConfigError(
-                f"{path}: {prefix}{name}: no such key. Valid: {', '.join(prefix + one for one in keys)} (line "
-                f"{content.lines[key]})",
+                f"{path}: {prefix}{name}: no such key{f'; write it as {place}' if place else ''}. "
+                f"Valid: {', '.join(prefix + one for one in keys)} (line {content.lines[key]})",
                 file=path,
                 key=f"{prefix}{name}",
             )

@@ -111,7 +111,7 @@ class Spec:
             number = patterns.read_whole(value)
             if value is not None and (number is None or not low <= number <= high):
                 raise InvalidInput(
-                    f"{option}: {patterns.shown(value)} is not valid. Valid: {low} to {high}",
+                    f"{option}: {patterns.shown(value)} is not valid. Valid: {patterns.describe_number(option)}",
                     option=option,
                     value=value,
                 )
