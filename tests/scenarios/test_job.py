@@ -484,6 +484,35 @@ def test_a_task_that_ends_the_play_does_not_keep_the_sandbox(
     assert ("or a task ended the play before the last one" in ended.said) is ending, ended.said
 
 
+@pytest.mark.parametrize("signal", ["INT", "TERM"])
+def test_what_a_job_that_is_interrupted_leaves_is_named_and_goes_with_its_lease(
+    job: Callable[..., Job], env: Any, tmp_path: Path, signal: str
+) -> None:
+    # The worker that runs a lookup is a child of ansible-playbook.
+    parent = "sed -n s/^PPid:[[:space:]]*//p /proc/$PPID/status"
+    tasks = (
+        JOB
+        + f"""\
+- name: Interrupt
+  ansible.builtin.shell: kill -{signal} {{{{ lookup('ansible.builtin.pipe', {parent!r}) }}}}; sleep 20
+"""
+    )
+    ended = job(tasks)
+    assert ended.run.rc != 0 and ended.states == ["RUNNING"] and ended.workspace == "ATTACHED", ended.run.output
+    # The next job on that workspace makes nothing, takes nothing, and says who has it, until when, and the way out.
+    ended = job(job_name="job-2")
+    assert ended.run.rc == 2 and ended.states[0] == "RUNNING" and ended.workspace == "ATTACHED", ended.run.output
+    assert "ATTACHED to sandbox 1000 (job-1)" in ended.said and "detach it first" in ended.said, ended.said
+    assert "is free" not in ended.said and ended.vms == [1000]
+    with sqlite3.connect(env["AGENTLAB_DATABASE"]) as conn:
+        conn.execute("UPDATE sandboxes SET lease_expires_at = 1")
+    conn.close()
+    # Without a daemon, reconcile ends the lease.
+    for playbook in ("reconcile", "prune"):
+        run_play(f"playbooks/{playbook}.yml", env, tmp_path, extra_vars={"agentlab_hosts": "localhost"}).ok()
+    assert ended.cleared_up(), ended.states
+
+
 def test_a_job_that_deals_with_its_failure_is_completed(job: Callable[..., Job]) -> None:
     tasks = (
         JOB
