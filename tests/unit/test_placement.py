@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import random
 import time
 from dataclasses import replace
@@ -541,15 +540,3 @@ def test_a_wrong_rule_is_refused_by_its_name(tmp_path: Path, text: str, message:
     with pytest.raises(InvalidInput) as caught:
         loaded(tmp_path, text)
     assert caught.value.message.startswith(message), caught.value.message
-
-
-def test_a_thousand_creations_of_three_controllers_differ_by_one() -> None:
-    spec = importlib.util.spec_from_file_location("simulation", ROOT / "benchmarks/placement_simulation.py")
-    assert spec is not None and spec.loader is not None
-    simulation = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(simulation)
-    result = simulation.simulate(seed=7)
-    assert result["most"] - result["least"] <= 1
-    # Without the reservations of the others it would not: the figures are up to ten seconds old.
-    alone = simulation.simulate(seed=7, shared=False)
-    assert alone["most"] - alone["least"] > 1
