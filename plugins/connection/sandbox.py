@@ -227,6 +227,56 @@ notes:
     method asks for one.
 """
 
+EXAMPLES = r"""
+# A play that creates a sandbox and works inside it
+- name: Create a sandbox
+  hosts: localhost
+  gather_facts: false
+  tasks:
+    - name: A sandbox for two hours
+      agentlab.proxmox.agentlab_sandbox:
+        name: agent-1
+        template: debian-13
+        ttl: 2h
+        state: present
+
+    - name: The sandbox becomes a host
+      ansible.builtin.add_host:
+        name: agent-1
+        ansible_connection: agentlab.proxmox.sandbox
+        ansible_python_interpreter: /usr/bin/python3
+
+- name: Work inside the sandbox, without network and SSH
+  hosts: agent-1
+  gather_facts: false
+  tasks:
+    - name: Wait for the guest agent of a guest that boots
+      ansible.builtin.wait_for_connection:
+        timeout: 120
+
+    - name: Copy a file
+      ansible.builtin.copy:
+        content: "Read this first.\n"
+        dest: /srv/task.md
+        mode: "0644"
+
+    - name: Run a command
+      ansible.builtin.command: cat /srv/task.md
+      changed_when: false
+
+# boxes.yml: sandboxes that exist, as hosts by name and by VMID
+# all:
+#   hosts:
+#     agent-1:
+#     build:
+#       ansible_host: 1001
+#   vars:
+#     ansible_connection: agentlab.proxmox.sandbox
+#     ansible_python_interpreter: /usr/bin/python3
+#
+# ansible -i boxes.yml all -m ansible.builtin.ping
+"""
+
 import contextlib
 import os
 import shlex

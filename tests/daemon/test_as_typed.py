@@ -23,6 +23,7 @@ from support.daemon import Daemon
 from support.lab import Lab
 
 README, CREATION, DAEMON = pages.ROOT / "README.md", pages.ROOT / "docs/creation.md", pages.ROOT / "docs/daemon.md"
+INSIDE = pages.ROOT / "docs/inside.md"
 # First words of a command -> the file that types it.
 ELSEWHERE = {
     "apt-get install git make python3-venv": "scripts/test-bare.sh",
@@ -162,3 +163,36 @@ def test_the_command_line_of_the_daemons_page(type_all: Callable[[list[str]], li
     lines = commands(DAEMON, "<!-- quickstart -->", "<!-- /quickstart -->")
     assert len(lines) == 4
     assert "sandbox 1000 destroyed (state=RUNNING)" in type_all(lines)[3] and lab.ours() == {}
+
+
+def test_the_page_on_work_inside(type_all: Callable[[list[str]], list[str]], lab: Lab, clone: Path) -> None:
+    """The double's guest has an ordinary user only: its folders, programs and users stand for those of the page."""
+    lines = pages.commands(INSIDE)
+    assert len(lines) == 17
+    folder = lab.pve.machine(1000).folder
+    inventory = INSIDE.read_text(encoding="utf-8").split("<!-- connection -->\n```yaml\n")[1].split("```")[0]
+    python = "compose: {ansible_python_interpreter: \"'/usr/bin/python3'\"}\n"
+    (clone / "boxes.agentlab.yml").write_text(inventory + python)
+    instead = {
+        " --user debian": "",
+        "--chdir /srv": f"--chdir {folder}",
+        ":/tmp/": f":{folder}/",
+        ":/srv/": f":{folder}/",
+        "/etc/motd": f"{folder}/motd </etc/hostname",
+        "cp - ": "cp - <README.md ",
+        "make ": "echo ",
+        "./agent ": "echo ",
+        "/var/log/syslog": "/etc/hostname",
+    }
+    run_id = ""
+    for line in lines:
+        for theirs, ours in instead.items():
+            line = line.replace(theirs, ours)
+        if run_id:
+            line = re.sub(r"1000/[0-9a-f]{32}", run_id, line)
+        told = type_all([line])[0]
+        if "--detach" in line:
+            run_id = told.strip()
+            assert re.fullmatch(r"1000/[0-9a-f]{32}", run_id)
+    assert (folder / "README.md").read_bytes() == (clone / "README.md").read_bytes()
+    assert (folder / "project.tar.gz").read_bytes() == (clone / "README.md").read_bytes()

@@ -12,7 +12,9 @@ import getpass
 import json
 import os
 import random
+import shutil
 import sqlite3
+import subprocess
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +24,7 @@ import pytest
 import yaml
 
 from support.double import Server
-from support.play import Run, play
+from support.play import Run, play, run_command, run_play
 
 Inside = Callable[..., Run]
 Task = dict[str, Any]
@@ -117,6 +119,24 @@ def test_tasks_run_inside_with_few_requests(inside: Inside, server: Server, box:
     for task in ("ping", "setup", "raw"):
         assert run.requests[task]["GET /nodes/{node}/qemu/{vmid}/config"] == 2
         assert agent_requests(run.requests[task]) - begun[task] <= 10, run.requests
+
+
+def test_the_examples_of_the_documentation_run(env: dict[str, str], tmp_path: Path, server: Server, given: Any) -> None:
+    """The play as it stands, then the inventory of its comment with the command below it."""
+    from ansible_collections.agentlab.proxmox.plugins.connection import sandbox
+
+    server.pve.agent_default = True
+    folder = server.pve.machine(1000).folder
+    text = sandbox.EXAMPLES.replace("/srv/", f"{folder}/")
+    run = run_play(text, env, tmp_path, extra_vars={"ansible_remote_tmp": str(folder / "ansible")}).ok()
+    assert run["Run a command"]["stdout"] == "Read this first."
+    given(name="build")
+    lines = [line.removeprefix("#").removeprefix(" ") for line in text[text.index("# boxes.yml") :].splitlines()[1:]]
+    (tmp_path / "boxes.yml").write_text("\n".join(lines[: lines.index("")]), encoding="utf-8")
+    words = lines[-1].replace("boxes.yml", str(tmp_path / "boxes.yml")).split()
+    server.pve.machine(1001)
+    said = run_command([*words, "-e", f"ansible_remote_tmp={server.pve.machine(1001).folder}"], env, tmp_path)
+    assert said.rc == 0 and said.stdout.count("pong") == 2, said.output
 
 
 def test_pipelining_off_and_async_work_too(inside: Inside) -> None:
@@ -286,4 +306,54 @@ def test_become_gives_the_password_only_where_sudo_asks(inside: Inside, server: 
     assert not any("right one" in " ".join(argv) for argv, _input in guest.started)
     if asks:
         bad = inside([task], ansible_become_password="wrong one", **values)
+        assert bad.rc != 0 and "become_password" in bad.output and "wrong one" not in bad.output
+
+
+# The password "right one" of user nobody, for the real sudo.
+SHADOW = """\
+root:*:19000:0:99999:7:::
+nobody:$6$agentlabtests$Fa5n2b47bUUKh0FqWRVzGR4MGcUcROUjIqJtfa.bMcy\
+7SH5AZDV8Dc3Gz/uIE0orpFlNQ94kbV1WO837MRC4c/:19000:0:99999:7:::
+"""
+SUDOERS = """\
+Defaults env_reset
+Defaults secure_path="/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+Defaults %suse_pty
+root ALL=(ALL:ALL) ALL
+nobody ALL=(ALL:ALL) %s ALL
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="the guest's sudoers and shadow are mounted, which needs root")
+@pytest.mark.skipif(shutil.which("sudo") is None, reason="sudo is not installed: apt-get install sudo")
+@pytest.mark.skipif(
+    subprocess.run(["unshare", "--mount", "true"], capture_output=True, check=False).returncode != 0,
+    reason="this place allows no mounts of its own",
+)
+@pytest.mark.parametrize("terminal", ["", "!"], ids=["use_pty", "no pty"])
+@pytest.mark.parametrize("asks", [True, False])
+def test_become_with_the_real_sudo(
+    inside: Inside, server: Server, box: Any, tmp_path: Path, asks: bool, terminal: str
+) -> None:
+    guest = server.pve.machine(box.vmid)
+    guest.replace_files({"/etc/shadow": SHADOW, "/etc/sudoers": SUDOERS % (terminal, "" if asks else "NOPASSWD:")})
+    data = random.Random(24).randbytes(100_000)
+    (tmp_path / "source").write_bytes(data)
+    tasks: list[Task] = [
+        {"name": "root", "ansible.builtin.command": "id -un", "become": True},
+        {"name": "daemon", "ansible.builtin.command": "id -un", "become": True, "become_user": "daemon"},
+        {"name": "input", "ansible.builtin.raw": "cat; env", "become": True},
+        {
+            "name": "copy",
+            "ansible.builtin.copy": {"src": f"{tmp_path}/source", "dest": "{{ guest }}/of-root", "mode": "0644"},
+            "become": True,
+        },
+    ]
+    good = inside(tasks, ansible_become_password="right one", ansible_user="nobody").ok()
+    assert good["root"]["stdout"] == "root" and good["daemon"]["stdout"] == "daemon"
+    assert "right one" not in good["input"]["stdout"] and "AGENTLAB_BECOME" not in good["input"]["stdout"]
+    file = guest.folder / "of-root"
+    assert file.read_bytes() == data and file.stat().st_uid == 0
+    if asks:
+        bad = inside(tasks[:1], ansible_become_password="wrong one", ansible_user="nobody")
         assert bad.rc != 0 and "become_password" in bad.output and "wrong one" not in bad.output

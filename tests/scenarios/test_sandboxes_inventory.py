@@ -259,3 +259,26 @@ def test_the_files_of_the_page_work(ask: Ask, given: Any, tmp_path: Path, env: d
     run = ask(**options)
     assert set(hosts(run)) == {"one"}
     assert groups(run)["sandboxes"] == ["one"] == groups(run)["tag_ci"]
+
+
+def test_the_examples_of_the_documentation_work(
+    env: dict[str, str], tmp_path: Path, given: Any, request: pytest.FixtureRequest
+) -> None:
+    """The file as it stands, and the file of its comments, which asks a daemon."""
+    from ansible_collections.agentlab.proxmox.plugins.inventory import sandboxes
+
+    given(name="one", tags=["ci"])
+    first, _line, second = sandboxes.EXAMPLES.partition("# Another file")
+    texts = {"lab.agentlab.yml": first, "other.agentlab.yml": "\n".join(second.replace("\n# ", "\n").splitlines()[1:])}
+    one = Daemon(tmp_path / "daemon", {name: env[name] for name in env if name.startswith(("PROXMOX", "AGENTLAB"))})
+    request.addfinalizer(one.close)
+    one.start()
+    for name, text in texts.items():
+        text = text.replace("/run/agentlab/agentlabd.sock", str(one.socket)).replace("~/.cache", str(tmp_path))
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        run = run_command(["ansible-inventory", "-i", str(tmp_path / name), "--list"], env, tmp_path)
+        assert set(hosts(run)) == {"one"}, run.output
+        if name == "lab.agentlab.yml":
+            assert groups(run)["tag_ci"] == groups(run)["running"] == groups(run)["sandboxes"] == ["one"]
+        else:
+            assert hosts(run)["one"]["ansible_connection"] == "agentlab.proxmox.sandbox"

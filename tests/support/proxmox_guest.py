@@ -65,14 +65,14 @@ class Program:
             source.write(data)
             source.seek(0)
             self.process = subprocess.Popen(
-                [os.fsencode(word) for word in argv],
+                [os.fsencode(word) for word in [*guest.entrance, *argv]],
                 stdin=source if data else subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 cwd="/",
                 env=guest.environment,
                 start_new_session=True,
-                **({"user": NOBODY, "group": NOBODY, "extra_groups": []} if root else {}),
+                **({"user": NOBODY, "group": NOBODY, "extra_groups": []} if root and not guest.entrance else {}),
             )
         self.out = bytearray()
         self.err = bytearray()
@@ -108,6 +108,9 @@ class Guest:
         self.path = os.defpath if not os.environ.get("PATH") else os.environ["PATH"]
         self.booted = time.monotonic() - 7 * 86400
         self.programs: dict[int, Program] = {}
+        # Words before each program: they enter the guest's mounts and become its user.
+        self.entrance: list[str] = []
+        self._mounts: subprocess.Popen[str] | None = None
         # Every command that began, in order: the arguments and the input as the agent got them.
         self.started: list[tuple[list[str], str]] = []
         self.blocked: set[str] = set()
@@ -138,6 +141,24 @@ class Guest:
         folder.mkdir(exist_ok=True)
         subprocess.run([program, "--install", "-s", str(folder)], check=True)
         self.shell, self.path = str(folder / "sh"), str(folder)
+
+    def replace_files(self, files: dict[str, str]) -> None:
+        """Give this guest files of its own in the place of the machine's, owned by root and mode 0440. Needs root."""
+        lines = []
+        for number, (path, text) in enumerate(files.items()):
+            own = self.folder / f"own-{number}"
+            own.write_text(text, encoding="utf-8")
+            own.chmod(0o440)
+            lines.append(f"mount --bind {own} {path}")
+        script = " && ".join([*lines, "echo mounted", "exec sleep 3600"])
+        self._mounts = subprocess.Popen(
+            ["unshare", "--mount", "--propagation", "private", "sh", "-c", script], stdout=subprocess.PIPE, text=True
+        )
+        assert self._mounts.stdout is not None and self._mounts.stdout.readline() == "mounted\n"
+        self.entrance = [
+            *("nsenter", f"--mount=/proc/{self._mounts.pid}/ns/mnt", "--"),
+            *("setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "--"),
+        ]
 
     def freeze(self, seconds: float) -> None:
         self._silent_until = time.monotonic() + seconds
@@ -189,6 +210,9 @@ class Guest:
 
     def close(self) -> None:
         self.kill_all()
+        if self._mounts is not None:
+            self._mounts.kill()
+            self._mounts.wait()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     # ---- what the agent does ----

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import signal
@@ -25,7 +26,7 @@ from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors impo
     OutcomeUnknown,
     StateConflict,
 )
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.guest import access, command
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.guest import access, command, files
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.guest.agent import GuestFailed, GuestRefused
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.guest.command import CommandResult, CommandSpec
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.model import Sandbox
@@ -517,6 +518,27 @@ def test_each_missing_agent_has_its_own_sentence(lab: Lab, sandbox: Sandbox, gue
     with pytest.raises(GuestRefused, match=text) as caught:
         run(lab, sandbox, "true")
     assert caught.value.reason == reason and guest.started == []
+
+
+@pytest.mark.parametrize("ostype", ["win11", "win10", "win7", "w2k8", "w2k", "wxp", "wvista"])
+@pytest.mark.parametrize("what", ["run a command in", "copy a file into", "copy a file out of"])
+def test_windows_is_refused_before_anything_is_sent(
+    lab: Lab, sandbox: Sandbox, guest: Guest, ostype: str, what: str
+) -> None:
+    lab.pve.vm(sandbox.vmid).config["ostype"] = ostype
+    ctx = lab.context()
+    with pytest.raises(GuestRefused) as caught:
+        if what == "run a command in":
+            command.run_command(ctx, sandbox, CommandSpec(argv=["true"]))
+        elif what == "copy a file into":
+            files.put_file(ctx, sandbox, b"x", "/tmp/x")
+        else:
+            files.fetch_file(ctx, sandbox, "/etc/passwd", io.BytesIO())
+    assert caught.value.message.startswith(
+        f"cannot {what} sandbox {sandbox.vmid}: Windows runs in it (ostype: {ostype})"
+    )
+    assert "Valid: guests with a POSIX shell. Use WinRM or SSH" in caught.value.message
+    assert guest.started == [] and not lab.pve.counted[EXEC]
 
 
 def test_a_missing_privilege_is_named(lab: Lab, sandbox: Sandbox, guest: Guest) -> None:

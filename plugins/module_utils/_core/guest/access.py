@@ -131,7 +131,16 @@ class Guest:
                 f"cannot {what} sandbox {sandbox.vmid}: it is being destroyed. Create a new sandbox",
                 vmid=sandbox.vmid,
             )
-        return cls(ctx, sandbox, Agent(ctx, sandbox, _judge(ctx, sandbox)), secret=secret)
+        agent = Agent(ctx, sandbox, _judge(ctx, sandbox))
+        if agent.is_windows:
+            raise GuestRefused(
+                f"cannot {what} sandbox {sandbox.vmid}: Windows runs in it (ostype: {agent.ostype}), which has no "
+                "POSIX shell for our wrapper, so nothing was sent. Valid: guests with a POSIX shell. Use WinRM or SSH "
+                f"by its address, or correct the template where it is no Windows (qm set {sandbox.vmid} --ostype l26)",
+                reason="windows",
+                vmid=sandbox.vmid,
+            )
+        return cls(ctx, sandbox, agent, secret=secret)
 
     def judge_again(self) -> None:
         """Prove that the VM is still ours, so that its answers count. Sends one request. Raises Kept."""

@@ -83,9 +83,14 @@ class Agent:
         self.path = f"{located.path}/agent"
 
     @property
+    def ostype(self) -> str:
+        """Return the kind of system that the VM's configuration names; empty when it names none."""
+        return str(self._located.config.get("ostype") or "")[:40]
+
+    @property
     def is_windows(self) -> bool:
         """Return whether the VM's configuration (``ostype``) names Windows as its system."""
-        return _WINDOWS.match(str(self._located.config.get("ostype") or "")) is not None
+        return _WINDOWS.match(self.ostype) is not None
 
     # ---- requests ----
 

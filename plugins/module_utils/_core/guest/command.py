@@ -613,13 +613,6 @@ class _Command(_Run):
         self.on_output, self.cancel = on_output, cancel
         self.guest = Guest.enter(ctx, sandbox, secret=spec.secret)
         self.sandbox = self.guest.sandbox
-        if self.guest.agent.is_windows:
-            raise GuestRefused(
-                f"sandbox {self.sandbox.vmid}: Windows runs in it (ostype), which has no POSIX shell for our wrapper. "
-                "Use WinRM or SSH by its address instead",
-                reason="windows",
-                vmid=self.sandbox.vmid,
-            )
         self.journal, self.acks = runs.begin(
             ctx.records,
             self.sandbox,
