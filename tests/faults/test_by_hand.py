@@ -253,6 +253,8 @@ def test_a_clone_in_doubt(lab: Lab, operator: Operator, kind: str, then: str) ->
         assert sum("/clone" in path for method, path, _body in lab.pve.requests if method == "POST") == 1
         assert lab.destroy(1000, force=True)[0].outcome == "destroyed"
         return
+    # Longer than the look for the clone and the destroy take together: ages are whole seconds.
+    lab.options["doubt_window"] = "4s"
     refused(lab.create)
     if then == "create":
         # Waits for it by itself.
