@@ -461,7 +461,7 @@ def test_a_creation_that_another_run_gave_up_is_not_taken_for_a_success(lab: Lab
 
 def test_a_destroy_that_was_cut_off_and_is_refused_now_bars_nothing(lab: Lab) -> None:
     made = lab.create()
-    lab.pve.cut_next("DELETE", f"/qemu/{made.vmid}", when="before")
+    lab.pve.fault("DELETE", f"/qemu/{made.vmid}", "cut-before")
     assert lab.destroy(made.vmid, force=True)[0].failed
     lab.pve.vm(made.vmid).config["protection"] = 1
     time.sleep(2.2)
@@ -477,17 +477,17 @@ def test_the_doubt_of_a_cut_off_destroy_ends_however_often_it_is_asked_for_again
     lab.clock = FakeClock()
     lab.options["doubt_window"] = "60s"
     made = lab.create()
-    lab.pve.cut_next("DELETE", f"/qemu/{made.vmid}", when="before")
+    lab.pve.fault("DELETE", f"/qemu/{made.vmid}", "cut-before")
     assert lab.destroy(made.vmid, force=True)[0].failed
     if refused == "before the mark":
         lab.pve.vm(made.vmid).config["protection"] = 1
     else:
-        lab.pve.answer_next(
+        lab.pve.fault(
             "PUT",
             f"/qemu/{made.vmid}/config",
-            403,
-            '{"data": null, "message": "Permission check failed"}',
-            "application/json",
+            "answer",
+            status=403,
+            body='{"data": null, "message": "Permission check failed"}',
             times=99,
         )
     for _time in range(5):

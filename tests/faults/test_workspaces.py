@@ -296,7 +296,7 @@ def test_a_workspace_that_its_sandbox_owns_is_never_taken_off(lab: Lab) -> None:
 
 def test_a_volume_that_comes_into_being_late_is_its_own(lab: Lab) -> None:
     """The answer was lost, and the request is carried out between the two looks of the next run."""
-    lab.pve.cut_next("POST", "/content", when="before")
+    lab.pve.fault("POST", "/content", "cut-before")
     with pytest.raises(AgentlabError):
         make(lab)
     reserved = now(lab)

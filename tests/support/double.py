@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""The corrected fake Proxmox as the tests and the demo use it: short words for faults, and a server with a user's
+"""The corrected fake Proxmox as the tests and the demo use it: counts by request, and a server with a user's
 environment.
 """
 
@@ -21,21 +21,16 @@ TEMPLATE = 9000
 
 
 class Double(ProxmoxDouble):
-    """ProxmoxDouble with faults that are named in one line, and requests counted by ``METHOD /template``."""
+    """ProxmoxDouble with requests counted by ``METHOD /template``, and endings for all tasks of a kind."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.agent_default = True
         self.counted: Counter[str] = Counter()
-        self.faults: list[dict[str, Any]] = []
         # Kind of task -> exit status that it ends with, or "hang".
         self.task_endings: dict[str, str] = {}
         # Tasks that ended (or went on) otherwise than they would have by themselves.
         self.spoiled: set[str] = set()
-        # Called with (method, path) before a request is handled, and after it was.
-        self.before: Any = None
-        self.after: Any = None
-        self._wire_hooks()
 
     # ---- counting and looking ----
 
@@ -66,47 +61,6 @@ class Double(ProxmoxDouble):
         if tags:
             made.config["tags"] = tags
         return made
-
-    # ---- faults ----
-
-    def fault(self, method: str, suffix: str, kind: str, *, times: int = 1, **values: Any) -> dict[str, Any]:
-        """The next requests whose path ends with the pattern: cut-before, cut-after, truncate, answer (status,
-        body), hang (seconds, carry_out).
-
-        Returned is the rule, whose ``times`` says how many are left.
-        """
-        self.faults.append({"method": method, "suffix": suffix, "kind": kind, "times": times, **values})
-        return self.faults[-1]
-
-    def _take_rule(self, method: str, path: str, template: str) -> Any:
-        for fault in self.faults:
-            if fault["method"] == method and re.search(fault["suffix"] + "$", path):
-                fault["times"] -= 1
-                if fault["times"] <= 0:
-                    self.faults.remove(fault)
-                return self._rule_of(method, fault)
-        return super()._take_rule(method, path, template)
-
-    def _rule_of(self, method: str, fault: dict[str, Any]) -> Any:
-        kind = fault["kind"]
-        if kind == "answer":
-            rule = self.answer_next(
-                method, fault["suffix"], fault["status"], fault.get("body", ""), fault.get("type", "application/json")
-            )
-        elif kind == "hang":
-            rule = self.hang_next(method, fault["suffix"], fault["seconds"], fault.get("carry_out", False))
-        else:
-            rule = self.cut_next(method, fault["suffix"], kind.removeprefix("cut-"))
-        self._rules.remove(rule)
-        return rule
-
-    def _wire_hooks(self) -> None:
-        self.before_request = lambda method, path, _values: self.before and self.before(method, "/api2/json" + path)
-        self.after_request = lambda method, path, _values: self.after and self.after(method, "/api2/json" + path)
-
-    def clear_faults(self) -> None:
-        super().clear_faults()
-        self._wire_hooks()
 
     # ---- tasks that end otherwise ----
 

@@ -23,7 +23,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from aiohttp import web
@@ -92,23 +92,6 @@ class Outcome:
     times: int = 1
 
 
-@dataclass
-class Rule:
-    """What shall happen to a request yet to come."""
-
-    method: str
-    suffix: str
-    kind: str
-    times: int = 1
-    when: str = ""
-    seconds: float = 0.0
-    carry_out: bool | str = False
-    status: int = 200
-    body: bytes = b""
-    content_type: str = "application/json"
-    used: list[str] = field(default_factory=list)
-
-
 def on_loop(method: Callable[..., Any]) -> Callable[..., Any]:
     """Run a method on the server's thread, whichever thread calls it."""
 
@@ -144,10 +127,10 @@ class ProxmoxDouble(AccessRules, PowerRules, GuestRules, FakePve):
         self.loop: asyncio.AbstractEventLoop | None = None
         self.loop_thread: int | None = None
         self.ca_fingerprint = _fingerprint()
-        # Called as hook(method, path, params) on the server's thread; may be a coroutine function. Paths begin with
-        # /nodes, /cluster, ...
-        self.before_request: Callable[[str, str, dict[str, Any]], Any] | None = None
-        self.after_request: Callable[[str, str, dict[str, Any]], Any] | None = None
+        # Called with (method, path) before a request is handled, and after it was, on the server's thread; may be
+        # coroutine functions. Paths begin with /api2/json.
+        self.before: Any = None
+        self.after: Any = None
         self.hook_errors: list[BaseException] = []
         # Answered as one node that was never part of a cluster: /cluster/status has no entry for a cluster.
         self.standalone = False
@@ -188,7 +171,7 @@ class ProxmoxDouble(AccessRules, PowerRules, GuestRules, FakePve):
         self._guard = threading.RLock()
         self._counter: Counter[tuple[str, str]] = Counter()
         self._touched: dict[int, list[tuple[str, str, dict[str, Any]]]] = {}
-        self._rules: list[Rule] = []
+        self.faults: list[dict[str, Any]] = []
         self._outcomes: list[Outcome] = []
         self._cell: dict[str, str] = {}
         self._running: dict[str, asyncio.Task[Any]] = {}
@@ -226,74 +209,41 @@ class ProxmoxDouble(AccessRules, PowerRules, GuestRules, FakePve):
 
     # ------------------------------------------------------------------ faults of the connection
 
-    def cut_next(self, method: str, suffix: str, when: str = "before", times: int = 1) -> Rule:
-        """Cut the connection of the next such request: `before` it is handled, `after` it was carried out, or
-        `truncate`: half the answer.
+    def fault(self, method: str, suffix: str, kind: str, *, times: int = 1, **values: Any) -> dict[str, Any]:
+        """Spoil the next requests whose path ends with ``suffix`` (a pattern), or whose template is ``suffix``.
 
-        suffix is the end of a path (`/qemu/101/config`) or a whole template (`/nodes/{node}/qemu/{vmid}`).
+        Kinds: `cut-before` cuts the connection before the request is handled, `cut-after` after it was carried out,
+        `truncate` in the middle of the answer. `answer` says exactly this (status, body, type, headers); the request is
+        handled, and its real answer dropped, only with carry_out. `hang` says nothing for real seconds. With carry_out
+        False the request is never handled, and 596 in the end; True: handled at once; "late": handled after them.
+
+        Returns the fault, whose ``times`` says how many are left.
         """
-        if when not in ("before", "after", "truncate"):
-            raise ValueError(when)
-        return self._rule(Rule(method, suffix, "cut", times, when=when))
-
-    def answer_next(
-        self,
-        method: str,
-        suffix: str,
-        raw_status: int = 200,
-        raw_body: bytes | str = b"",
-        content_type: str = "application/json",
-        carry_out: bool = False,
-        times: int = 1,
-    ) -> Rule:
-        """Answer the next such request with exactly this; it is handled (and its real answer dropped) only with
-        carry_out.
-        """
-        body = raw_body.encode() if isinstance(raw_body, str) else raw_body
-        return self._rule(
-            Rule(
-                method,
-                suffix,
-                "answer",
-                times,
-                carry_out=carry_out,
-                status=raw_status,
-                body=body,
-                content_type=content_type,
-            )
-        )
-
-    def hang_next(
-        self, method: str, suffix: str, seconds: float, carry_out: bool | str = False, times: int = 1
-    ) -> Rule:
-        """Say nothing for real seconds.
-
-        carry_out False: never handled, 596 in the end; True: handled at once; 'late': handled after them.
-        """
-        return self._rule(Rule(method, suffix, "hang", times, seconds=seconds, carry_out=carry_out))
+        known = {"cut-before": set(), "cut-after": set(), "truncate": set(), "hang": {"seconds", "carry_out"}}
+        known["answer"] = {"status", "body", "type", "headers", "carry_out"}
+        if not set(values) <= known.get(kind, set()) or kind not in known:
+            raise ValueError(f"{kind}: {values}")
+        fault = {"method": method, "suffix": suffix, "kind": kind, "times": times, **values}
+        with self._guard:
+            self.faults.append(fault)
+        return fault
 
     def clear_faults(self) -> None:
         """Forget every fault that has not happened yet: of connections, tasks and fail()."""
         with self._guard:
-            self._rules.clear()
+            self.faults.clear()
             self._outcomes.clear()
         self.failures.clear()
-        self.before_request = self.after_request = None
 
-    def _rule(self, rule: Rule) -> Rule:
+    def _take_fault(self, method: str, path: str, template: str) -> dict[str, Any] | None:
         with self._guard:
-            self._rules.append(rule)
-        return rule
-
-    def _take_rule(self, method: str, path: str, template: str) -> Rule | None:
-        with self._guard:
-            for rule in self._rules:
-                if rule.method == method and (path.endswith(rule.suffix) or template == rule.suffix):
-                    rule.times -= 1
-                    rule.used.append(path)
-                    if rule.times <= 0:
-                        self._rules.remove(rule)
-                    return rule
+            for fault in self.faults:
+                suffix = fault["suffix"]
+                if fault["method"] == method and (template == suffix or re.search(suffix + "$", path)):
+                    fault["times"] -= 1
+                    if fault["times"] <= 0:
+                        self.faults.remove(fault)
+                    return fault
         return None
 
     # ------------------------------------------------------------------ the server
@@ -352,17 +302,17 @@ class ProxmoxDouble(AccessRules, PowerRules, GuestRules, FakePve):
         }
         self._note(entry)
         self._snap_broadcast()
-        if not await self._hook(self.before_request, request.method, path, values):
-            return web.json_response({"data": None, "message": "the test's before_request failed"}, status=500)
-        rule = self._take_rule(request.method, path, template)
+        if not await self._hook(self.before, request.method, path):
+            return web.json_response({"data": None, "message": "the test's hook before failed"}, status=500)
+        fault = self._take_fault(request.method, path, template)
 
         async def handle() -> web.StreamResponse:
             response = await self._as_sent(request, handler)
             entry["status"], entry["user"] = response.status, request.get(USER)
-            await self._hook(self.after_request, request.method, path, values)
+            await self._hook(self.after, request.method, path)
             return response
 
-        return await (self._with_fault(request, rule, handle) if rule else handle())
+        return await (self._with_fault(request, fault, handle) if fault else handle())
 
     def _note(self, entry: dict[str, Any]) -> None:
         with self._guard:
@@ -372,11 +322,11 @@ class ProxmoxDouble(AccessRules, PowerRules, GuestRules, FakePve):
             if found and entry["method"] != "GET":
                 self._touched.setdefault(int(found[1]), []).append((entry["method"], entry["path"], entry["params"]))
 
-    async def _hook(self, hook: Any, method: str, path: str, values: dict[str, Any]) -> bool:
+    async def _hook(self, hook: Any, method: str, path: str) -> bool:
         if hook is None:
             return True
         try:
-            waited = hook(method, path, values)
+            waited = hook(method, API + path)
             if inspect.isawaitable(waited):
                 await waited
         except Exception as error:  # kept for the test, which would otherwise see a 500 of unknown origin
@@ -413,21 +363,27 @@ class ProxmoxDouble(AccessRules, PowerRules, GuestRules, FakePve):
             presented = request.headers.get("Authorization") or request.cookies.get("PVEAuthCookie")
             raise PveError(401, "Authentication failed!" if presented else "No ticket") from None
 
-    async def _with_fault(self, request: web.Request, rule: Rule, handle: Any) -> web.StreamResponse:
-        if rule.kind == "cut":
-            if rule.when == "before":
-                return _dropped(request)
+    async def _with_fault(self, request: web.Request, fault: dict[str, Any], handle: Any) -> web.StreamResponse:
+        kind, carry_out = fault["kind"], fault.get("carry_out", False)
+        if kind == "cut-before":
+            return _dropped(request)
+        if kind in ("cut-after", "truncate"):
             response = await handle()
-            return _dropped(request) if rule.when == "after" else await _half(request, response)
-        if rule.kind == "hang":
-            response = await handle() if rule.carry_out is True else None
-            await self._sleep(rule.seconds)
-            if rule.carry_out == "late":
+            return _dropped(request) if kind == "cut-after" else await _half(request, response)
+        if kind == "hang":
+            response = await handle() if carry_out is True else None
+            await self._sleep(fault["seconds"])
+            if carry_out == "late":
                 response = await handle()
             return response or web.Response(status=596, reason="Connection timed out")
-        if rule.carry_out:
+        if carry_out:
             await handle()
-        return web.Response(status=rule.status, body=rule.body, headers={"Content-Type": rule.content_type})
+        body = fault.get("body", "")
+        return web.Response(
+            status=fault["status"],
+            body=body.encode() if isinstance(body, str) else body,
+            headers={"Content-Type": fault.get("type", "application/json"), **fault.get("headers", {})},
+        )
 
     def _serve_count(self, request: web.Request) -> web.Response:
         """GET: {template with method: n} and total since the last DELETE."""

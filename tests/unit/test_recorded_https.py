@@ -243,7 +243,7 @@ STAGE: dict[str, Callable[[ProxmoxDouble], None]] = {
     "clone without any right": lambda pve: pve.remove_vm(5090) and None,
     "config": change(5000, config={"agent": "1", "serial0": "socket", "memory": "192"}),
     "config of a VM on a node whose proxy does not answer": lambda pve: (
-        pve.hang_next("GET", "/qemu/5010/config", 0.05) and None
+        pve.fault("GET", "/qemu/5010/config", "hang", seconds=0.05) and None
     ),
     "config of a locked VM": guest(5003, lock="backup"),
     "start": change(5001, config={"cores": 1}),

@@ -492,20 +492,28 @@ def test_counting(api: Any, pve: ProxmoxDouble) -> None:
     assert pve.touched(9000) == [] and [entry["status"] for entry in pve.history] == [200] * 4
 
 
-@pytest.mark.parametrize(("when", "done"), [("before", False), ("after", True), ("truncate", True)])
-def test_connections_cut(api: Any, pve: ProxmoxDouble, when: str, done: bool) -> None:
+@pytest.mark.parametrize(("kind", "done"), [("cut-before", False), ("cut-after", True), ("truncate", True)])
+def test_connections_cut(api: Any, pve: ProxmoxDouble, kind: str, done: bool) -> None:
     pve.add_guest(101)
-    pve.cut_next("POST", "/qemu/101/status/start", when)
+    pve.fault("POST", "/qemu/101/status/start", kind)
     with pytest.raises(requests.exceptions.RequestException):
         api.nodes("pve1").qemu(101).status.start.post()
     assert (pve.vm(101).status == "running") is done
     assert api.nodes("pve1").qemu(101).config.get()["name"] == "somebody-elses"
 
 
+def test_a_fault_that_does_not_exist_is_refused(pve: ProxmoxDouble) -> None:
+    with pytest.raises(ValueError, match="cut-off"):
+        pve.fault("GET", "/version", "cut-off")
+    with pytest.raises(ValueError, match="state"):
+        pve.fault("GET", "/version", "answer", state=502)
+    assert pve.faults == []
+
+
 def test_raw_answers(api: Any, pve: ProxmoxDouble) -> None:
-    pve.answer_next("GET", "/version", 200, '{"data": {"vers')
+    pve.fault("GET", "/version", "answer", status=200, body='{"data": {"vers')
     assert set(api.version.get()) == {"errors"}
-    pve.answer_next("GET", "/version", 502, "<html>bad gateway</html>", "text/html")
+    pve.fault("GET", "/version", "answer", status=502, body="<html>bad gateway</html>", type="text/html")
     assert _refused(api.version.get)[0] == 502
     assert "version" in api.version.get()
 
@@ -517,7 +525,7 @@ def test_hanging_requests(
     api: Any, pve: ProxmoxDouble, agentlab_env: dict[str, str], carry_out: bool | str, at_once: bool, later: bool
 ) -> None:
     pve.add_guest(101)
-    pve.hang_next("POST", "/nodes/{node}/qemu/{vmid}/status/start", 0.5, carry_out)
+    pve.fault("POST", "/nodes/{node}/qemu/{vmid}/status/start", "hang", seconds=0.5, carry_out=carry_out)
     with pytest.raises(requests.exceptions.ReadTimeout):
         _login(agentlab_env, timeout=0.2).nodes("pve1").qemu(101).status.start.post()
     assert (pve.vm(101).status == "running") is at_once
@@ -529,14 +537,14 @@ def test_a_vm_swapped_just_before_its_deletion(api: Any, pve: ProxmoxDouble) -> 
     _clone(api)
     seen = []
 
-    def swap(method: str, path: str, params: dict[str, Any]) -> None:
+    def swap(method: str, path: str) -> None:
         if method == "DELETE":
             pve.make_foreign(101, same_name=True, copy_description=True, running=True)
 
-    pve.before_request = swap
-    pve.after_request = lambda method, path, params: seen.append((method, path, params))
+    pve.before = swap
+    pve.after = lambda method, path: seen.append((method, path, pve.history[-1]["params"]))
     assert "is running" in _refused(lambda: api.nodes("pve1").qemu(101).delete(purge=1))[1]
-    assert seen == [("DELETE", "/nodes/pve1/qemu/101", {"purge": "1"})]
+    assert seen == [("DELETE", "/api2/json/nodes/pve1/qemu/101", {"purge": "1"})]
 
 
 def test_foreign_vms(api: Any, pve: ProxmoxDouble) -> None:
