@@ -187,6 +187,7 @@ EXAMPLES = r"""
     host: https://awx.example.net
     token: "{{ lookup('ansible.builtin.env', 'CONTROLLER_OAUTH_TOKEN') }}"
     inventory: proxmox
+    project_scm_url: https://git.example.net/agentlab-awx.git
     credential_type:
       name: agentlab Proxmox VE API
       description: A token of Proxmox VE
