@@ -327,7 +327,8 @@ nobody ALL=(ALL:ALL) %s ALL
 @pytest.mark.skipif(os.geteuid() != 0, reason="the guest's sudoers and shadow are mounted, which needs root")
 @pytest.mark.skipif(shutil.which("sudo") is None, reason="sudo is not installed: apt-get install sudo")
 @pytest.mark.skipif(
-    subprocess.run(["unshare", "--mount", "true"], capture_output=True, check=False).returncode != 0,
+    shutil.which("unshare") is None
+    or subprocess.run(["unshare", "--mount", "true"], capture_output=True, check=False).returncode != 0,
     reason="this place allows no mounts of its own",
 )
 @pytest.mark.parametrize("terminal", ["", "!"], ids=["use_pty", "no pty"])

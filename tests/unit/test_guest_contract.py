@@ -9,99 +9,30 @@ wrapper.
 from __future__ import annotations
 
 import base64
-import json
+import io
 import os
 import re
 import shutil
-import socket
-import subprocess
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.guest import wrapper
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.guest import command, files, wrapper
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.guest.command import CommandSpec
 
-from support.proxmox_guest import NOBODY
+from support.lab import Lab
+from support.real_agent import PROGRAM, RealAgent, RealGuest
 
-PROGRAM = shutil.which("qemu-ga", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
 pytestmark = pytest.mark.skipif(PROGRAM is None, reason="qemu-ga is not installed: apt-get install qemu-guest-agent")
-
-
-class RealAgent:
-    """One qemu-ga as an ordinary user. As Proxmox does, every request opens the socket anew."""
-
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / "ga.sock"
-        root = os.geteuid() == 0
-        self.process = subprocess.Popen(
-            [
-                str(PROGRAM),
-                "--method=unix-listen",
-                f"--path={self.path}",
-                f"--statedir={folder}",
-                f"--pidfile={folder}/pid",
-            ],
-            cwd="/",
-            stderr=subprocess.DEVNULL,
-            **({"user": NOBODY, "group": NOBODY, "extra_groups": []} if root else {}),
-        )
-        deadline = time.monotonic() + 20
-        while not self.path.exists():
-            assert self.process.poll() is None and time.monotonic() < deadline, "qemu-ga does not listen"
-            time.sleep(0.05)
-
-    def ask(self, command: str, **arguments: Any) -> dict[str, Any]:
-        """Send one request on a connection of its own, and return the whole answer."""
-        deadline = time.monotonic() + 20
-        while True:
-            with socket.socket(socket.AF_UNIX) as sock:
-                sock.settimeout(10)
-                try:
-                    sock.connect(str(self.path))
-                    sock.sendall(json.dumps({"execute": command, "arguments": arguments}).encode() + b"\n")
-                    data = b""
-                    while not data.endswith(b"\n"):
-                        block = sock.recv(65536)
-                        if not block:
-                            break
-                        data += block
-                except OSError:
-                    data = b""
-            if data:
-                answer: dict[str, Any] = json.loads(data)
-                return answer
-            assert time.monotonic() < deadline, "qemu-ga does not answer"
-            time.sleep(0.1)
-
-    def end_of(self, pid: int) -> dict[str, Any]:
-        """Ask until a program has ended, and return that answer."""
-        deadline = time.monotonic() + 30
-        while True:
-            status: dict[str, Any] = self.ask("guest-exec-status", pid=pid)["return"]
-            if status["exited"]:
-                return status
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
-
-    def run(self, *argv: str, data: bytes = b"") -> dict[str, Any]:
-        values = {"input-data": base64.b64encode(data).decode()} if data else {}
-        answer = self.ask("guest-exec", path=argv[0], arg=list(argv[1:]), **values, **{"capture-output": True})
-        return self.end_of(answer["return"]["pid"])
 
 
 @pytest.fixture(scope="module")
 def agent() -> Iterator[RealAgent]:
-    folder = Path(tempfile.mkdtemp(prefix="qemu-ga-", dir="/tmp"))
-    if os.geteuid() == 0:
-        os.chown(folder, NOBODY, NOBODY)
-    real = RealAgent(folder)
+    real = RealAgent()
     yield real
-    real.process.terminate()
-    real.process.wait(10)
-    shutil.rmtree(folder, ignore_errors=True)
+    real.close()
 
 
 def decoded(status: dict[str, Any], name: str) -> bytes:
@@ -176,3 +107,39 @@ def test_a_script_that_was_cut_runs_nothing(agent: RealAgent, tmp_path: Path) ->
 def test_info_tells_what_is_blocked(agent: RealAgent) -> None:
     commands = {entry["name"]: entry["enabled"] for entry in agent.ask("guest-info")["return"]["supported_commands"]}
     assert commands["guest-exec"] and commands["guest-file-read"]
+
+
+# ---- the double with the real agent ----
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    made = Lab(tmp_path_factory.mktemp("real"))
+    yield made
+    made.pve.close_machines()
+    made.stop()
+
+
+def test_commands_and_files_work_through_the_real_agent(lab: Lab) -> None:
+    """The whole core, the double's API, and the real agent: one request begins a command and nothing is lost."""
+    sandbox = lab.create()
+    guest = lab.pve.machines[sandbox.vmid] = RealGuest(sandbox.vmid)
+    ctx = lab.context()
+    every = bytes(range(1, 256))
+    for number in range(5):
+        argv = ["sh", "-c", f'printf %s "$1"; cat >&2; exit {number}', "x", every]
+        result = command.run_command(ctx, sandbox, CommandSpec(argv=argv, stdin=b"in\0put"))
+        assert (result.rc, result.stdout, result.stderr) == (number, every, b"in\0put")
+    assert len(guest.started) == 5
+    killed = command.run_command(ctx, sandbox, CommandSpec(argv=["sh", "-c", "kill -9 $$"]))
+    assert killed.signal == 9
+    large = command.run_command(
+        ctx, sandbox, CommandSpec(argv=["head", "-c", "3000000", "/dev/urandom"], max_output=4000000)
+    )
+    assert len(large.stdout) == 3_000_000
+    data = os.urandom(400_000)
+    path = str(guest.folder / "run" / "file ä")
+    files.put_file(ctx, sandbox, data, path)
+    target = io.BytesIO()
+    files.fetch_file(ctx, sandbox, path, target)
+    assert target.getvalue() == data == Path(path).read_bytes()
