@@ -41,7 +41,9 @@ def _yaml(name: str) -> Any:
     return yaml.safe_load((ROLE / name).read_text())
 
 
-OPTIONS = _yaml("meta/argument_specs.yml")["argument_specs"]["main"]["options"]
+SPECS = _yaml("meta/argument_specs.yml")["argument_specs"]
+# Those of both entry points: the role's own, and the one that makes a PostgreSQL database.
+OPTIONS = {**SPECS["database"]["options"], **SPECS["main"]["options"]}
 
 
 # ---- variables ----
@@ -64,9 +66,8 @@ def test_defaults_are_those_of_the_argument_specs() -> None:
 def test_every_variable_stands_in_the_readme_and_secrets_are_marked() -> None:
     readme = (ROLE / "README.md").read_text()
     assert set(re.findall(r"^\| `(agentlabd_\w+)`", readme, re.M)) == set(OPTIONS)
-    assert {name for name, option in OPTIONS.items() if option.get("no_log")} == {
-        f"agentlabd_{key}" for key in config.SECRETS
-    }
+    secrets = {name for name, option in OPTIONS.items() if option.get("no_log")}
+    assert secrets == {f"agentlabd_{key}" for key in (*config.SECRETS, "database_owner_password")}
 
 
 # ---- what is installed ----

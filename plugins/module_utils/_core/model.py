@@ -44,10 +44,12 @@ class Sandbox:
     reason: str | None = None
     # The longest lease its profile grants.
     lease_max_seconds: int | None = None
-    # Path of its cloud-init snippet on this host.
+    # Path of its cloud-init snippet on ``snippet_host``.
     snippet: str | None = None
     # When the guest agent last named ``ip``. None: not since the sandbox was started, so the address may be an old one.
     ip_seen_at: int | None = None
+    # The host that wrote the snippet, as store/holders.py names it.
+    snippet_host: str | None = None
 
     @classmethod
     def from_row(cls, row: Any) -> Sandbox:

@@ -24,6 +24,7 @@ from .. import patterns, safe_yaml, waiting
 from ..context import Context
 from ..errors import AgentlabError, ApiError, InvalidInput, ProxmoxError, TaskTimeout
 from ..model import Sandbox
+from ..store import holders
 from ..store.records import Claim
 from ..vm import address
 from ..vm.locate import Located, match_if_readable
@@ -190,11 +191,19 @@ def provide(ctx: Context, claim: Claim, sandbox: Sandbox, data: str | None) -> S
             )
         return sandbox
     path = os.path.join(ctx.config.snippets_dir, snippets.name_of(sandbox))
-    if sandbox.snippet != path:
+    host = holders.host()
+    if sandbox.snippet != path or snippets.is_elsewhere(ctx, sandbox):
         if sandbox.snippet is not None:
             snippets.remove(ctx, sandbox)
         sandbox = ctx.records.change(
-            claim, sandbox, "create", snippet=path, outcome="decided", reason="snippet", evidence={"snippet": path}
+            claim,
+            sandbox,
+            "create",
+            snippet=path,
+            snippet_host=host,
+            outcome="decided",
+            reason="snippet",
+            evidence={"snippet": path, "host": host},
         )
     try:
         _write(path, data)

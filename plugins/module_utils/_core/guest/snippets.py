@@ -13,6 +13,7 @@ import os
 from ..context import Context
 from ..errors import Kept
 from ..model import Sandbox
+from ..store import holders
 
 
 def name_of(sandbox: Sandbox) -> str:
@@ -27,6 +28,16 @@ def remove(ctx: Context, sandbox: Sandbox) -> None:
     """
     if sandbox.snippet is None or os.path.basename(sandbox.snippet) != name_of(sandbox):
         return
+    # A storage that both hosts share shows the file here too.
+    if is_elsewhere(ctx, sandbox) and not os.path.lexists(sandbox.snippet):
+        host = str(sandbox.snippet_host).partition("/")[0]
+        raise Kept(
+            "snippet",
+            f"sandbox {sandbox.vmid}: its cloud-init snippet {sandbox.snippet} was written on host {host}, and is not "
+            f"on this one; run again on {host}. If {host} is gone for good, make an empty file of that name here, then "
+            "run again",
+            vmid=sandbox.vmid,
+        )
     for path in (sandbox.snippet, temporary(sandbox.snippet)):
         try:
             os.unlink(path)
@@ -46,6 +57,11 @@ def remove(ctx: Context, sandbox: Sandbox) -> None:
                 "it, or run as a user who may, then run again",
                 vmid=sandbox.vmid,
             ) from None
+
+
+def is_elsewhere(ctx: Context, sandbox: Sandbox) -> bool:
+    """Return whether another host wrote the snippet. Records without heartbeats are those of one host."""
+    return ctx.records.db.controller is not None and sandbox.snippet_host not in (None, holders.host())
 
 
 def temporary(path: str) -> str:

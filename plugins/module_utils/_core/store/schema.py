@@ -157,6 +157,8 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         ) WITHOUT ROWID""",
         "CREATE INDEX live_node ON sandboxes (node) WHERE state <> 'DESTROYED'",
     ),
+    # The host that wrote the snippet. NULL when an earlier release wrote it.
+    ("ALTER TABLE sandboxes ADD COLUMN snippet_host TEXT",),
 )
 
 VERSION = len(MIGRATIONS)

@@ -1,0 +1,91 @@
+# Copyright: the agentlab.proxmox contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""The file with user data lies on the host that wrote it, and another controller does not take it for removed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store import holders
+
+from support.engines import ENGINES, new_address
+from support.lab import Lab
+
+DATA = "#cloud-config\npackages: [git]\n"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    made = tmp_path / "snippets"
+    made.mkdir(mode=0o755)
+    return made
+
+
+@pytest.fixture
+def lab(tmp_path: Path, folder: Path, request: pytest.FixtureRequest) -> Iterator[Lab]:
+    """A cluster, and records on the engine that the test names."""
+    made = Lab(tmp_path, snippets_dir=str(folder))
+    made.pve.hold_snippets(str(folder))
+    made.database = new_address(request.param, made.database)
+    yield made
+    made.stop()
+
+
+@pytest.mark.parametrize("lab", ["postgresql"], indirect=True)
+def test_another_host_keeps_the_record_until_the_file_is_removed_where_it_is(
+    lab: Lab, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = lab.create(cloud_init_user_data=DATA)
+    (file,) = folder.iterdir()
+    here = holders.host()
+    assert lab.record(made).snippet_host == here
+    # The other host has a folder of the same name, and the file is not in it.
+    hidden = folder.rename(folder.with_name("of-the-first-host"))
+    folder.mkdir()
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(holders, "host", lambda: "second/0123456789abcdef")
+        (kept,) = lab.destroy(made.vmid, force=True)
+        assert (kept.reason, lab.record(made).state != "DESTROYED") == ("snippet", True)
+        name = here.partition("/")[0]
+        assert kept.message.endswith(
+            f"its cloud-init snippet {file} was written on host {name}, and is not on this one; run again on {name}. "
+            f"If {name} is gone for good, make an empty file of that name here, then run again"
+        )
+        lab.reconcile()
+        assert lab.record(made).state != "DESTROYED"
+    assert [path.name for path in hidden.iterdir()] == [file.name]
+    folder.rmdir()
+    hidden.rename(folder)
+    lab.destroy(made.vmid, force=True)
+    assert lab.record(made).state == "DESTROYED" and list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("lab", ["postgresql"], indirect=True)
+def test_a_storage_that_both_hosts_share_and_a_host_that_is_gone(
+    lab: Lab, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared, lost = lab.create("shared", cloud_init_user_data=DATA), lab.create("lost", cloud_init_user_data=DATA)
+    monkeypatch.setattr(holders, "host", lambda: "second/0123456789abcdef")
+    lab.destroy(shared.vmid, force=True)
+    assert lab.record(shared).state == "DESTROYED"
+    (file,) = folder.iterdir()
+    file.unlink()
+    assert lab.destroy(lost.vmid, force=True)[0].reason == "snippet"
+    file.touch()
+    lab.destroy(lost.vmid, force=True)
+    assert lab.record(lost).state == "DESTROYED" and list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("lab", ENGINES[:1], indirect=True)
+def test_records_of_one_host_survive_its_new_name(lab: Lab, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that a person removed holds nothing up, also after the host was renamed."""
+    made = lab.create(cloud_init_user_data=DATA)
+    (file,) = folder.iterdir()
+    file.unlink()
+    monkeypatch.setattr(holders, "host", lambda: "renamed/0123456789abcdef")
+    lab.destroy(made.vmid, force=True)
+    assert lab.record(made).state == "DESTROYED"
