@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -139,6 +140,48 @@ def test_a_node_is_passed_over(context: Callable[..., Any], cluster: Any, env: A
     outcome = create.run(context(), spec(**options))
     word = {"nodes": "not_allowed", "cores": "cpus", "inactive": "storage"}.get(kind, kind)
     assert outcome.sandbox.node == "pve1" and reasons(outcome)["pve2"] == word
+
+
+RULES = {
+    "prefer": "placement: {prefer: [{tag: gpu, nodes: [pve1]}]}",
+    "avoid": "placement: {avoid: [{tag: gpu, nodes: [pve2]}]}",
+    "max_per_node": "placement: {max_per_node: 1}",
+    "anti_affinity": "placement: {anti_affinity: tag}",
+    "pack": "placement: {strategy: pack}",
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_rule_of_the_configuration_decides(context: Callable[..., Any], cluster: Any, env: Any, rule: str) -> None:
+    """Without the rule pve2 is chosen, which has the most free memory of those with the template."""
+    if rule in ("max_per_node", "anti_affinity"):
+        assert create.run(context(), spec(tags=["gpu"])).sandbox.node == "pve2"
+    with open(env["AGENTLAB_CONFIG"], "a", encoding="utf-8") as file:
+        file.write(RULES[rule] + "\n")
+    assert create.run(context(), spec(tags=["gpu"])).sandbox.node == "pve1"
+
+
+def test_a_workspace_on_local_storage_decides(story: Callable[..., Any], cluster: Any) -> None:
+    run = story(
+        [
+            task("workspace", "agentlab_workspace", name="w1", size="1G", storage="local-lvm"),
+            task("create", SANDBOX, name="a1", workspace="w1", node="auto"),
+            task("elsewhere", SANDBOX, name="a2"),
+        ]
+    )
+    assert run["workspace"]["workspace"]["node"] == "pve1" == run["create"]["sandbox"]["node"]
+    rows = {row["node"]: row for row in run["create"]["results"][0]["placement"]["nodes"]}
+    assert rows["pve2"]["reason"] == "workspace" and "lies on local storage of node pve1" in rows["pve2"]["message"]
+    assert run["elsewhere"]["sandbox"]["node"] == "pve2"
+
+
+def test_a_profile_may_say_auto(story: Callable[..., Any], cluster: Any, env: Any, tmp_path: Path) -> None:
+    (tmp_path / "profiles").mkdir()
+    (tmp_path / "profiles" / "ci.yaml").write_text("name: ci\ntemplate: debian-13\nnode: auto\n", encoding="utf-8")
+    with open(env["AGENTLAB_CONFIG"], "a", encoding="utf-8") as file:
+        file.write(f"profiles_dir: {tmp_path}/profiles\nnode: pve1\n")
+    run = story([task("by profile", SANDBOX, name="a1", profile="ci"), task("without", SANDBOX, name="a2")])
+    assert run["by profile"]["sandbox"]["node"] == "pve2" and run["without"]["sandbox"]["node"] == "pve1"
 
 
 def test_allowed_nodes_that_do_not_exist_are_told(context: Callable[..., Any], cluster: Any, env: Any) -> None:

@@ -26,7 +26,7 @@ from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors impo
     StoreUnavailable,
 )
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.model import Sandbox
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store import history, schema, transfer
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store import history, placements, schema, transfer
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.open import open_database
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.records import Claim, Records
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.transfer import copy_records
@@ -85,6 +85,41 @@ def own_server() -> Iterator[PostgresServer]:
 
 def database_of(uri: str) -> str:
     return uri.rpartition("/")[2]
+
+
+# ---- placement ----
+
+
+def test_the_node_of_one_controllers_creation_counts_for_the_next(uri: str, connect: Any) -> None:
+    """Three controllers create at once: each decides with the reservations of those before it."""
+    controllers = [connect(uri, f"controller {number}") for number in range(3)]
+    loads: list[int] = []
+    failures: list[BaseException] = []
+
+    def create(number: int) -> None:
+        store = controllers[number % 3]
+        sandbox = new(number)
+
+        def decide(load: placements.Load) -> placements.Reservation:
+            loads.append(sum(reservation.memory for reservation in load.reservations))
+            sandbox.node = f"pve{len(load.reservations) % 3 + 1}"
+            return placements.Reservation(0, sandbox.node, memory=10)
+
+        place = placements.reserve(store, 600, None, None, (), decide)
+        try:
+            store.reserve(sandbox, vmid=None, vmid_range=RANGE, occupied=set(), journal={}, place=place)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=lambda turn=turn: [create(turn + n * 3) for n in range(4)]) for turn in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert sorted(loads) == [number * 10 for number in range(12)]
+    nodes = [row["node"] for row in controllers[0].db.read("SELECT node FROM sandboxes")]
+    assert {name: nodes.count(name) for name in set(nodes)} == {"pve1": 4, "pve2": 4, "pve3": 4}
 
 
 # ---- claims and heartbeats ----
