@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import platform
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -173,6 +174,23 @@ def test_a_workspace_on_local_storage_decides(story: Callable[..., Any], cluster
     rows = {row["node"]: row for row in run["create"]["results"][0]["placement"]["nodes"]}
     assert rows["pve2"]["reason"] == "workspace" and "lies on local storage of node pve1" in rows["pve2"]["message"]
     assert run["elsewhere"]["sandbox"]["node"] == "pve2"
+
+
+def test_user_data_written_on_a_node_keeps_the_sandbox_on_that_node(
+    context: Callable[..., Any], cluster: Any, tmp_path: Path
+) -> None:
+    """This host is a node, and its snippets storage is its own: another node would not see the file."""
+    here = platform.node().partition(".")[0]
+    cluster.nodes[here] = {"online": True}
+    cluster.storages["mine"] = {"type": "lvmthin", "active": 1, "content": "images", "files": set(), "nodes": here}
+    cluster.add_template(9003, "debian-13", "mine", here)
+    cluster.node_figures[here] = figures(20)
+    (tmp_path / "snippets").mkdir()
+    cluster.hold_snippets(str(tmp_path / "snippets"), "local", here)
+    ctx = context(snippets_dir=str(tmp_path / "snippets"), snippets_storage="local")
+    outcome = create.run(ctx, spec(cloud_init_user_data="#cloud-config\n"))
+    assert outcome.sandbox.node == here and reasons(outcome)["pve2"] == "snippets"
+    assert create.run(context(), spec()).sandbox.node == "pve2"
 
 
 def test_a_profile_may_say_auto(story: Callable[..., Any], cluster: Any, env: Any, tmp_path: Path) -> None:
