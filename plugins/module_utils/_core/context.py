@@ -157,21 +157,21 @@ class Context:
         to have that name.
         """
         if vmid is not None:
-            found, word = self.records.last_by_vmid(vmid), f"vmid: {vmid}"
+            sandbox, word = self.records.last_by_vmid(vmid), f"vmid: {vmid}"
         elif name is not None:
-            found, word = self.records.last_by_name(name), f"name: {name!r}"
+            sandbox, word = self.records.last_by_name(name), f"name: {name!r}"
         else:
             raise InvalidInput("give vmid, vmids or name")
-        if found is None:
+        if sandbox is None:
             raise NotFound(f"sandbox not found ({word}). A VM without a record is never touched", vmid=vmid, name=name)
-        if vmid is not None and name not in (None, found.name):
+        if vmid is not None and name not in (None, sandbox.name):
             raise InvalidInput(
-                f"name: sandbox {vmid} is named {found.name!r}, not {name!r} (VMIDs are handed out again); nothing "
+                f"name: sandbox {vmid} is named {sandbox.name!r}, not {name!r} (VMIDs are handed out again); nothing "
                 "was done. Give the one that is meant",
                 option="name",
                 value=name,
             )
-        return found
+        return sandbox
 
     # ---- claiming ----
 

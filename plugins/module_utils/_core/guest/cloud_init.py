@@ -303,18 +303,18 @@ def wait(ctx: Context, sandbox: Sandbox) -> None:
         )
 
 
-def _result(ctx: Context, sandbox: Sandbox, found: Located) -> list[str] | None:
+def _result(ctx: Context, sandbox: Sandbox, located: Located) -> list[str] | None:
     """Return the names of the failed parts ([]: none), or None while cloud-init or the guest agent is not ready.
 
     Raises AgentUnusable when the guest agent will never answer.
     """
     try:
-        answer = ctx.client.get_dict(f"{found.path}/agent/file-read", file=_RESULT)
+        answer = ctx.client.get_dict(f"{located.path}/agent/file-read", file=_RESULT)
     except ApiError as error:
         # Status 500 means: no agent yet, or no such file yet.
         if error.status != 500:
             raise
-        address.refuse_hopeless(sandbox, found, error, "wait_for_cloud_init")
+        address.refuse_hopeless(sandbox, located, error, "wait_for_cloud_init")
         return None
     except ProxmoxError:
         return None

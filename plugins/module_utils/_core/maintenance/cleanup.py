@@ -50,7 +50,10 @@ class CleanupResult:
             "candidates": self.candidates,
             "forgotten": self.forgotten,
             "guard": self.guard,
-            **{name: [one.public() for one in getattr(self, name)] for name in ("pruned", "marked", "kept", "failed")},
+            **{
+                name: [outcome.public() for outcome in getattr(self, name)]
+                for name in ("pruned", "marked", "kept", "failed")
+            },
         }
 
 
@@ -98,7 +101,7 @@ def run(ctx: Context, policy: rules.Policy) -> CleanupResult:
     rest = timeguard.rests(ctx)
     live = ctx.records.find_all()
     chosen = _choose(ctx, policy, live, rest, report)
-    doomed = [one for rule, one in chosen if rule.action == rules.DESTROY]
+    doomed = [sandbox for rule, sandbox in chosen if rule.action == rules.DESTROY]
     report.candidates = len(doomed)
     too_many = _exceeded_guard(policy, len(doomed), len(live))
     if looking or too_many:
@@ -109,16 +112,18 @@ def run(ctx: Context, policy: rules.Policy) -> CleanupResult:
             _add(report, planned)
             report.guard = too_many
             report.marked = [
-                Outcome.of("would_fail", one, state=states.FAILED, reason=rule.name, changed=True)
-                for rule, one in chosen
+                Outcome.of("would_fail", sandbox, state=states.FAILED, reason=rule.name, changed=True)
+                for rule, sandbox in chosen
                 if rule.action == rules.FAIL
             ]
             if policy.keep_destroyed is not None and not rest:
                 report.forgotten = history.forgettable(ctx.records, policy.keep_destroyed)
             return report
         # Destroy only what the guard has counted: other sandboxes may have become eligible meanwhile.
-        counted = {one.uuid for one in planned.pruned}
-        chosen = [(rule, one) for rule, one in chosen if rule.action != rules.DESTROY or one.uuid in counted]
+        counted = {sandbox.uuid for sandbox in planned.pruned}
+        chosen = [
+            (rule, sandbox) for rule, sandbox in chosen if rule.action != rules.DESTROY or sandbox.uuid in counted
+        ]
         planned.pruned = []
         _add(report, planned)
     if too_many:
@@ -127,7 +132,7 @@ def run(ctx: Context, policy: rules.Policy) -> CleanupResult:
             f"{too_many}; nothing was destroyed, and cleanup is frozen until it is released", count=report.candidates
         )
     for rule in policy.rules:
-        mine = [one for other, one in chosen if other is rule]
+        mine = [sandbox for other, sandbox in chosen if other is rule]
         if mine:
             _apply(ctx, rule, mine, report)
     if policy.keep_destroyed is not None and not rest:
@@ -144,20 +149,24 @@ def _choose(
     """
     now = ctx.clock.now()
     chosen = []
-    for one in live:
-        rule = policy.rule_for(one)
+    for sandbox in live:
+        rule = policy.rule_for(sandbox)
         if rule is None:
             continue
         if rule.action == rules.KEEP:
-            report.kept.append(Outcome.of("kept", one, reason="rule", message=f"rule {rule.name!r} keeps it"))
+            report.kept.append(Outcome.of("kept", sandbox, reason="rule", message=f"rule {rule.name!r} keeps it"))
             continue
-        why = prune.too_soon(one, rule.after, now) if rule.action == rules.FAIL else prune.spared(one, rule.after, now)
+        why = (
+            prune.too_soon(sandbox, rule.after, now)
+            if rule.action == rules.FAIL
+            else prune.spared(sandbox, rule.after, now)
+        )
         if why is None and rest:
             why = rest
         if why:
-            report.kept.append(Outcome.of("kept", one, reason=why[0], message=f"rule {rule.name!r}: {why[1]}"))
+            report.kept.append(Outcome.of("kept", sandbox, reason=why[0], message=f"rule {rule.name!r}: {why[1]}"))
         else:
-            chosen.append((rule, one))
+            chosen.append((rule, sandbox))
     return chosen
 
 
@@ -169,22 +178,24 @@ def _exceeded_guard(policy: rules.Policy, count: int, live: int) -> str | None:
     return None
 
 
-def _apply(ctx: Context, rule: rules.CleanupRule, found: list[Sandbox], report: CleanupResult) -> None:
+def _apply(ctx: Context, rule: rules.CleanupRule, chosen: list[Sandbox], report: CleanupResult) -> None:
     # Events name the rule as part of the actor.
     acting = ctx.derive(actor=f"{ctx.actor} (cleanup rule {rule.name})")
     if rule.action == rules.DESTROY:
-        done = prune.PruneResult()
-        prune.execute(acting, found, done, operation="cleanup", allowed=lambda one: _refuse_frozen(acting, one))
-        _add(report, done)
+        pruned = prune.PruneResult()
+        prune.execute(
+            acting, chosen, pruned, operation="cleanup", allowed=lambda sandbox: _refuse_frozen(acting, sandbox)
+        )
+        _add(report, pruned)
         return
-    for outcome in acting.each(lambda one: _fail(acting, rule, one), found):
+    for outcome in acting.each(lambda sandbox: _fail(acting, rule, sandbox), chosen):
         {"failed": report.failed, "kept": report.kept}.get(outcome.outcome, report.marked).append(outcome)
 
 
-def _refuse_frozen(ctx: Context, one: Sandbox) -> None:
+def _refuse_frozen(ctx: Context, sandbox: Sandbox) -> None:
     """Raise Kept when a person has frozen cleanup during the run."""
     if timeguard.frozen(ctx):
-        raise Kept("changed", f"sandbox {one.vmid}: cleanup was frozen while it ran; release it")
+        raise Kept("changed", f"sandbox {sandbox.vmid}: cleanup was frozen while it ran; release it")
 
 
 def _fail(ctx: Context, rule: rules.CleanupRule, planned: Sandbox) -> Outcome:
@@ -194,8 +205,8 @@ def _fail(ctx: Context, rule: rules.CleanupRule, planned: Sandbox) -> Outcome:
     """
     try:
         _refuse_frozen(ctx, planned)
-        done = reconcile.give_up_creation(ctx, planned, {"rule": rule.name, "after": show(rule.after)})
-        return Outcome.of("failed_reported", done, previous_state=planned.state, reason=rule.name, changed=True)
+        given_up = reconcile.give_up_creation(ctx, planned, {"rule": rule.name, "after": show(rule.after)})
+        return Outcome.of("failed_reported", given_up, previous_state=planned.state, reason=rule.name, changed=True)
     except (Kept, Busy) as error:
         return Outcome.of(
             "kept", planned, reason=error.reason if isinstance(error, Kept) else "busy", message=error.message

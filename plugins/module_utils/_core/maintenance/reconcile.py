@@ -115,7 +115,7 @@ def run(ctx: Context, *, apply: bool, adopt_cluster: bool = False, known_vms: Kn
     if adopt_cluster:
         ctx.cluster.adopt()
     live = ctx.records.find_all()
-    before, count = {one.uuid: one.generation for one in live}, len(live)
+    before, count = {record.uuid: record.generation for record in live}, len(live)
     looks = address.Looks(ctx, live)
     if known_vms is not None:
         known_vms.keep_only(live)
@@ -131,20 +131,20 @@ def run(ctx: Context, *, apply: bool, adopt_cluster: bool = False, known_vms: Kn
             drift=[drift.public() for drift in [*drifts.values(), *unrecorded]],
             count=len(drifts) + len(unrecorded),
         )
-    found: list[Drift] = []
+    settled: list[Drift] = []
     if writing:
-        found += _finish_interrupted(ctx)
+        settled += _finish_interrupted(ctx)
     else:
-        for left, sandbox in ctx.records.interrupted_sandboxes():
-            if not binding.stays_unfinished(ctx, sandbox, left):
-                evidence = {"operation": left.kind, "phase": left.phase, "actor": left.actor}
-                found.append(Drift("interrupted", "finish it", evidence, sandbox))
-    found += _leases(ctx, writing)
+        for entry, sandbox in ctx.records.interrupted_sandboxes():
+            if not binding.stays_unfinished(ctx, sandbox, entry):
+                evidence = {"operation": entry.kind, "phase": entry.phase, "actor": entry.actor}
+                settled.append(Drift("interrupted", "finish it", evidence, sandbox))
+    settled += _leases(ctx, writing)
     if writing:
         # Compare again what those two steps changed. The other results stay valid.
         now = overview.generations(ctx.records)
         changed = {uuid for uuid, generation in now.items() if before.get(uuid) != generation}
-        if found:
+        if settled:
             # Those steps may have taken long. Look again at each sandbox that is about to be repaired.
             changed |= {uuid for uuid, drift in drifts.items() if drift.repair and uuid in now}
         again: dict[str, Drift] = {}
@@ -156,8 +156,8 @@ def run(ctx: Context, *, apply: bool, adopt_cluster: bool = False, known_vms: Kn
         for drift in drifts.values():
             _apply(drift)
         looks.remember()
-    found += _workspaces(ctx, writing)
-    return found + list(drifts.values()) + unrecorded
+    settled += _workspaces(ctx, writing)
+    return settled + list(drifts.values()) + unrecorded
 
 
 def _workspaces(ctx: Context, writing: bool) -> list[Drift]:
@@ -231,43 +231,50 @@ def _leases(ctx: Context, apply: bool) -> list[Drift]:
         drifts = [
             Drift(
                 "lease_expired",
-                "renew (keepalive)" if lease.is_kept_alive(ctx, one, now) else "expire",
-                {"lease_expires_at": one.public()["lease_expires_at"]},
-                one,
+                "renew (keepalive)" if lease.is_kept_alive(ctx, sandbox, now) else "expire",
+                {"lease_expires_at": sandbox.public()["lease_expires_at"]},
+                sandbox,
             )
-            for one in over
+            for sandbox in over
         ]
-        return drifts + [Drift("still_running", "stop", {}, one) for one in lease.leftovers(ctx)]
+        return drifts + [Drift("still_running", "stop", {}, sandbox) for sandbox in lease.leftovers(ctx)]
     passed = lease.expire(ctx)
     drifts = [
         Drift(
             "lease_expired",
             "expired",
-            _with_note({"previous_state": one.previous_state}, one.message),
-            one.sandbox,
+            _with_note({"previous_state": outcome.previous_state}, outcome.message),
+            outcome.sandbox,
             applied=True,
-            error=_failure_of(one.message),
+            error=_failure_of(outcome.message),
         )
-        for one in passed.expired
+        for outcome in passed.expired
     ]
     drifts += [
-        Drift("lease_expired", "renewed (keepalive)", {}, one.sandbox, applied=not one.failed, error=one.message)
-        for one in passed.renewed
+        Drift(
+            "lease_expired",
+            "renewed (keepalive)",
+            {},
+            outcome.sandbox,
+            applied=not outcome.failed,
+            error=outcome.message,
+        )
+        for outcome in passed.renewed
     ]
     if timeguard.hold_leases(ctx):
         # The leases are over only by the older copy of the records. They may have been renewed since that copy.
         return drifts
-    known = {one.uuid for one in passed.expired if one.uuid}
+    known = {outcome.uuid for outcome in passed.expired if outcome.uuid}
     drifts += [
         Drift(
             "still_running",
             "stop",
             _with_note({}, problem),
-            one,
+            sandbox,
             applied=_failure_of(problem) is None and problem != lease.UNDER_WAY,
             error=_failure_of(problem),
         )
-        for one, problem in lease.stop_leftovers(ctx, known)
+        for sandbox, problem in lease.stop_leftovers(ctx, known)
     ]
     return drifts
 

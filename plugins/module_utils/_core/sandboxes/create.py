@@ -72,17 +72,17 @@ def run(ctx: Context, spec: Spec) -> Outcome:
     earlier creation of this sandbox failed.
     """
     spec.check()
-    found = existing(ctx, spec)
-    if found is None:
+    sandbox = existing(ctx, spec)
+    if sandbox is None:
         return _create(ctx, spec)
-    if found.state in states.CREATING or _almost_done(ctx, found):
+    if sandbox.state in states.CREATING or _almost_done(ctx, sandbox):
         if ctx.dry_run:
-            return Outcome.of("would_create", found, changed=True, state=states.RUNNING)
-        claim = ctx.records.claim(found.uuid, "create", wait=ctx.config.claim_timeout)
-        now = ctx.records.get(found.uuid)
-        left = claim.interrupted
+            return Outcome.of("would_create", sandbox, changed=True, state=states.RUNNING)
+        claim = ctx.records.claim(sandbox.uuid, "create", wait=ctx.config.claim_timeout)
+        now = ctx.records.get(sandbox.uuid)
+        unfinished = claim.interrupted
         if now.state in states.CREATING or (
-            left and (left.kind == "destroy" or (left.kind == "create" and now.state == states.READY))
+            unfinished and (unfinished.kind == "destroy" or (unfinished.kind == "create" and now.state == states.READY))
         ):
             try:
                 return _carry_on(ctx, claim, spec, now)
@@ -94,15 +94,16 @@ def run(ctx: Context, spec: Spec) -> Outcome:
         # While this run waited for the claim, another run finished the creation or gave it up. Decide again.
         ctx.records.release(claim)
         return run(ctx, spec)
-    if found.state == states.FAILED and (
-        found.smbios_uuid is None or found.reason in ("creation_failed", "creation_interrupted", "cloud_init_failed")
+    if sandbox.state == states.FAILED and (
+        sandbox.smbios_uuid is None
+        or sandbox.reason in ("creation_failed", "creation_interrupted", "cloud_init_failed")
     ):
         raise CreationFailed(
-            f"sandbox {found.vmid} could not be created earlier ({found.reason}) and is in FAILED state",
-            vmid=found.vmid,
+            f"sandbox {sandbox.vmid} could not be created earlier ({sandbox.reason}) and is in FAILED state",
+            vmid=sandbox.vmid,
             remedy="remove",
         )
-    return _renewed(ctx, found, spec)
+    return _renewed(ctx, sandbox, spec)
 
 
 def _renewed(ctx: Context, sandbox: Sandbox, spec: Spec) -> Outcome:
@@ -121,22 +122,24 @@ def _renewed(ctx: Context, sandbox: Sandbox, spec: Spec) -> Outcome:
     return outcome
 
 
-def _almost_done(ctx: Context, found: Sandbox) -> bool:
+def _almost_done(ctx: Context, sandbox: Sandbox) -> bool:
     """Return whether the sandbox is READY only because its creation was killed before the last step."""
-    left = ctx.records.under_way(found.uuid) if found.state == states.READY else None
-    return left is not None and left.kind == "create"
+    unfinished = ctx.records.under_way(sandbox.uuid) if sandbox.state == states.READY else None
+    return unfinished is not None and unfinished.kind == "create"
 
 
-def amend(ctx: Context, found: Sandbox, **wanted: bool | None) -> Outcome:
+def amend(ctx: Context, sandbox: Sandbox, **wanted: bool | None) -> Outcome:
     """Set the options that concern only the record (protected, keepalive) where they differ, and return the outcome."""
-    new = {name: value for name, value in wanted.items() if value is not None and value != getattr(found, name)}
+    new = {name: value for name, value in wanted.items() if value is not None and value != getattr(sandbox, name)}
     if not new:
-        return Outcome.of("unchanged", found)
-    before = {name: getattr(found, name) for name in new}
+        return Outcome.of("unchanged", sandbox)
+    before = {name: getattr(sandbox, name) for name in new}
     if ctx.dry_run:
-        return Outcome.of("would_update", found, changed=True, extra={"after": new, "before": before})
-    done = ctx.records.amend(found, "update", **new)
-    return Outcome.of("updated", done, previous_state=found.state, changed=True, extra={"after": new, "before": before})
+        return Outcome.of("would_update", sandbox, changed=True, extra={"after": new, "before": before})
+    amended = ctx.records.amend(sandbox, "update", **new)
+    return Outcome.of(
+        "updated", amended, previous_state=sandbox.state, changed=True, extra={"after": new, "before": before}
+    )
 
 
 def _create(ctx: Context, spec: Spec, failed: dict[str, str] | None = None) -> Outcome:

@@ -44,25 +44,25 @@ def plan(ctx: Context, sandbox: Sandbox, *, force: bool = True) -> Plan:
 
     Raises Kept for a sandbox that would be kept, and StateConflict for a running VM without force.
     """
-    left = ctx.records.under_way(sandbox.uuid)
-    created = left.creation if left else None
+    unfinished = ctx.records.under_way(sandbox.uuid)
+    created = unfinished.creation if unfinished else None
     if never_cloned(sandbox, created):
         return Plan(False, "never_created", "no clone of ours was ever made for it")
-    found = locate_own(ctx, sandbox, None, created)
-    if found.node is None:
+    located = locate_own(ctx, sandbox, None, created)
+    if located.node is None:
         presence = ctx.cluster.prove_absent([sandbox.vmid])[sandbox.vmid]
         if presence.absent:
             return Plan(False, "vm_absent", presence.why)
         raise Kept("unknown", f"sandbox {sandbox.vmid}: {presence.why}")
-    if found.verdict and found.verdict.identity == identity.FOREIGN:
+    if located.verdict and located.verdict.identity == identity.FOREIGN:
         ctx.cluster.require_quorum()
         ctx.cluster.confirm()
         return Plan(False, "vmid_reused", "the VMID belongs to another VM now, which is left alone")
-    refuse_not_ours(sandbox, found)
-    refuse_guarded(sandbox, found)
+    refuse_not_ours(sandbox, located)
+    refuse_guarded(sandbox, located)
     if not force:
-        refuse_running(ctx, sandbox, found)
-    workspace_disk.refuse_planned(ctx, sandbox, found)
+        refuse_running(ctx, sandbox, located)
+    workspace_disk.refuse_planned(ctx, sandbox, located)
     ctx.cluster.require_quorum()
     return Plan(True, "destroyed")
 
@@ -77,8 +77,8 @@ def run(ctx: Context, items: list[tuple[Sandbox, Request]]) -> list[Outcome]:
         return _run(ctx, items, held)
     except BaseException:
         # Also when the process is told to stop. Closed sandboxes have already given up their claim.
-        for found in held:
-            ctx.records.release(found.claim)
+        for gone in held:
+            ctx.records.release(gone.claim)
         raise
 
 
@@ -88,12 +88,12 @@ def _run(ctx: Context, items: list[tuple[Sandbox, Request]], held: list[Gone]) -
     def first(item: tuple[Sandbox, Request]) -> Outcome | Gone:
         sandbox, request = item
         try:
-            found = Removal(ctx, sandbox, request).run()
-            if isinstance(found, Outcome):
-                return found
-            held.append(found)
+            result = Removal(ctx, sandbox, request).run()
+            if isinstance(result, Outcome):
+                return result
+            held.append(result)
             # Close a record with a proof of its own at once. Waiting for the other items could take long.
-            return _finish(ctx, found, {}) if found.reason in _PROVEN else found
+            return _finish(ctx, result, {}) if result.reason in _PROVEN else result
         except Kept as error:
             return Outcome.of(
                 "kept",
@@ -129,23 +129,23 @@ def _run(ctx: Context, items: list[tuple[Sandbox, Request]], held: list[Gone]) -
     return [finished[id(found)] if isinstance(found, Gone) else found for found in results]
 
 
-def several(ctx: Context, found: list[Sandbox], force: bool) -> list[Outcome]:
+def several(ctx: Context, sandboxes: list[Sandbox], force: bool) -> list[Outcome]:
     """Destroy the sandboxes that the rules allow (in check mode: plan it); return an outcome for each, in order."""
     outcomes: dict[str, Outcome] = {}
     todo: list[Sandbox] = []
-    for one in found:
+    for sandbox in sandboxes:
         try:
-            if not check(ctx, one, force):
-                outcomes[one.uuid] = Outcome.of("unchanged", one, reason=one.reason)
+            if not check(ctx, sandbox, force):
+                outcomes[sandbox.uuid] = Outcome.of("unchanged", sandbox, reason=sandbox.reason)
             elif ctx.dry_run:
-                outcomes[one.uuid] = _planned(ctx, one, force)
+                outcomes[sandbox.uuid] = _planned(ctx, sandbox, force)
             else:
-                todo.append(one)
+                todo.append(sandbox)
         except AgentlabError as error:
-            outcomes[one.uuid] = failure(one, error)
-    done = run(ctx, [(one, Request(force=force)) for one in todo]) if todo else []
-    outcomes.update(zip((one.uuid for one in todo), done, strict=True))
-    return [outcomes[one.uuid] for one in found]
+            outcomes[sandbox.uuid] = failure(sandbox, error)
+    destroyed = run(ctx, [(sandbox, Request(force=force)) for sandbox in todo]) if todo else []
+    outcomes.update(zip((sandbox.uuid for sandbox in todo), destroyed, strict=True))
+    return [outcomes[sandbox.uuid] for sandbox in sandboxes]
 
 
 def _planned(ctx: Context, sandbox: Sandbox, force: bool) -> Outcome:
@@ -174,19 +174,19 @@ def _close(ctx: Context, proven: list[Gone], proofs: dict[int, Any]) -> list[Out
     """Close the records of all VMs proven to be gone, in one transaction and without a request to Proxmox."""
     try:
         with ctx.database.together():
-            return [_finish(ctx, found, proofs) for found in proven]
+            return [_finish(ctx, gone, proofs) for gone in proven]
     except AgentlabError as error:
-        for found in proven:
-            ctx.records.release(found.claim)
-        return [failure(_now(ctx, found.sandbox), error) for found in proven]
+        for gone in proven:
+            ctx.records.release(gone.claim)
+        return [failure(_now(ctx, gone.sandbox), error) for gone in proven]
 
 
-def _still_there(ctx: Context, found: Gone) -> Kept:
+def _still_there(ctx: Context, gone: Gone) -> Kept:
     """Return why a record is kept whose VM was deleted or is missing, although its VMID is still in use."""
-    vmid = found.sandbox.vmid
-    if not found.upids and vmid not in ctx.cluster.vms():
+    vmid = gone.sandbox.vmid
+    if not gone.upids and vmid not in ctx.cluster.vms():
         return Kept("unknown", f"sandbox {vmid}: {ctx.cluster.why_in_use(vmid)}")
-    was = "deleted" if found.upids else "not to be seen"
+    was = "deleted" if gone.upids else "not to be seen"
     return Kept(
         "unknown",
         f"sandbox {vmid}: a VM with that VMID is still there although it was {was} (VMID {vmid} is in use; hidden from "
@@ -208,12 +208,12 @@ def _fate(vmid: int, reason: str) -> str | None:
     return f"sandbox {vmid}: {text.format(vmid=vmid)}" if text else None
 
 
-def _finish(ctx: Context, found: Gone, proofs: dict[int, Any]) -> Outcome:
+def _finish(ctx: Context, gone: Gone, proofs: dict[int, Any]) -> Outcome:
     """Set the record to DESTROYED if absence is proven. Otherwise keep record and journal for the next run."""
-    sandbox = found.sandbox
+    sandbox = gone.sandbox
     try:
-        evidence = dict(found.evidence)
-        reason = found.reason
+        evidence = dict(gone.evidence)
+        reason = gone.reason
         if reason not in _PROVEN:
             proof = proofs[sandbox.vmid]
             if proof.absent is False:
@@ -222,60 +222,60 @@ def _finish(ctx: Context, found: Gone, proofs: dict[int, Any]) -> Outcome:
                 ctx.cluster.vms(fresh=True)
                 again = locate(ctx, sandbox) if sandbox.smbios_uuid else Located(None, {}, None)
                 if again.verdict is None or again.verdict.identity != identity.FOREIGN:
-                    raise _still_there(ctx, found)
+                    raise _still_there(ctx, gone)
                 reason, evidence = "vmid_reused", again.verdict.evidence
             elif proof.absent is None:
                 raise Kept("unknown", f"sandbox {sandbox.vmid}: it is not proven that its VM is gone: {proof.why}")
             else:
                 evidence.update(proof.evidence)
-        leftovers.clear(ctx, found.claim, ctx.records.get(sandbox.uuid))
-        took = int((ctx.clock.monotonic() - found.began) * 1000)
-        done = power.settle(
+        leftovers.clear(ctx, gone.claim, ctx.records.get(sandbox.uuid))
+        took = int((ctx.clock.monotonic() - gone.began) * 1000)
+        closed = power.settle(
             ctx,
-            found.claim,
+            gone.claim,
             ctx.records.get(sandbox.uuid),
             "destroy",
             to=states.DESTROYED,
             reason=reason,
             evidence=evidence,
-            upids=found.upids,
+            upids=gone.upids,
             duration_ms=took,
             finish=True,
         )
         return Outcome.of(
             "destroyed",
-            done,
-            previous_state=found.before.state,
+            closed,
+            previous_state=gone.before.state,
             reason=reason,
             message=_fate(sandbox.vmid, reason),
             changed=True,
-            upids=found.upids,
-            warnings=found.warnings,
+            upids=gone.upids,
+            warnings=gone.warnings,
         )
     except Kept as error:
-        abandon(ctx, found.claim, sandbox, Request(), error, sent=found.doubtful or bool(found.upids), stopped=False)
+        abandon(ctx, gone.claim, sandbox, Request(), error, sent=gone.doubtful or bool(gone.upids), stopped=False)
         return Outcome.of(
             "kept",
             _now(ctx, sandbox),
-            previous_state=found.before.state,
+            previous_state=gone.before.state,
             reason=error.reason,
             message=error.message,
             remedy=error.remedy,
             failed=True,
-            upids=found.upids,
+            upids=gone.upids,
         )
     except AgentlabError as error:
-        ctx.records.release(found.claim)
+        ctx.records.release(gone.claim)
         now = _now(ctx, sandbox)
         if now.state == states.DESTROYED:
             # Another run took over the claim and finished the destroy.
             return Outcome.of(
                 "destroyed",
                 now,
-                previous_state=found.before.state,
+                previous_state=gone.before.state,
                 reason=now.reason,
                 changed=True,
-                upids=found.upids,
-                warnings=found.warnings,
+                upids=gone.upids,
+                warnings=gone.warnings,
             )
         return failure(now, error)

@@ -83,10 +83,10 @@ def renew(
         if ctx.dry_run:
             return _answer("would_renew", sandbox, wanted, now, capped, changed=True, was=current)
         try:
-            done = ctx.records.renew(
+            renewed = ctx.records.renew(
                 sandbox, wanted, now, over=over, evidence={"ttl": ttl, "capped": capped, "was": current}
             )
-            return _answer("renewed", done, wanted, now, capped, changed=True, was=current)
+            return _answer("renewed", renewed, wanted, now, capped, changed=True, was=current)
         except RecordChanged:
             sandbox = ctx.records.get(sandbox.uuid)
     raise RecordChanged(f"sandbox {sandbox.vmid} keeps being changed by other runs; run again", vmid=sandbox.vmid)
@@ -148,16 +148,18 @@ def expire(ctx: Context, *, stop_vms: bool = True) -> Expiry:
                 )
                 continue
             try:
-                done = ctx.records.expire(sandbox, now)
+                expired = ctx.records.expire(sandbox, now)
             except RecordChanged as error:
                 result.failed.append(Outcome.of("unchanged", sandbox, reason="changed", message=error.message))
                 continue
-            moved.append(done)
+            moved.append(expired)
             result.expired.append(
-                Outcome.of("expired", done, previous_state=sandbox.state, changed=True, reason="lease_expired")
+                Outcome.of("expired", expired, previous_state=sandbox.state, changed=True, reason="lease_expired")
             )
     if stop_vms:
-        for outcome, problem in zip(result.expired, ctx.each(lambda one: stop_expired(ctx, one), moved), strict=False):
+        for outcome, problem in zip(
+            result.expired, ctx.each(lambda timed_out: stop_expired(ctx, timed_out), moved), strict=False
+        ):
             outcome.message = problem
     return result
 
@@ -177,10 +179,10 @@ def _keep_alive(ctx: Context, sandbox: Sandbox, until: int) -> Outcome:
         return Outcome.of("would_renew", sandbox, changed=True, reason="keepalive")
     now = ctx.clock.now()
     try:
-        done = ctx.records.renew(sandbox, until, now, keepalive=True, evidence={"was": sandbox.lease_expires_at})
+        renewed = ctx.records.renew(sandbox, until, now, keepalive=True, evidence={"was": sandbox.lease_expires_at})
     except RecordChanged as error:
         return failure(sandbox, error)
-    return _answer("renewed", done, until, now, False, changed=True)
+    return _answer("renewed", renewed, until, now, False, changed=True)
 
 
 def stop_expired(ctx: Context, sandbox: Sandbox) -> str | None:
@@ -199,20 +201,20 @@ def stop_expired(ctx: Context, sandbox: Sandbox) -> str | None:
         with ctx.claimed(sandbox, "stop", wait=0) as (claim, current):
             if current.state != states.TIMEOUT:
                 return None
-            found = locate(ctx, current)
-            if found.verdict is None:
+            located = locate(ctx, current)
+            if located.verdict is None:
                 return NO_VM
-            if found.verdict.identity == identity.FOREIGN:
+            if located.verdict.identity == identity.FOREIGN:
                 return ANOTHER_VM
-            if not found.match:
-                return f"its VM is {found.verdict.identity}, so it was left alone"
+            if not located.match:
+                return f"its VM is {located.verdict.identity}, so it was left alone"
             # A hibernated VM is switched off already.
-            refuse_locked(current, found, but=HIBERNATED)
+            refuse_locked(current, located, but=HIBERNATED)
             # Keep the journal of an interrupted destroy, so that the destroy can be finished.
             other = claim.interrupted is not None and claim.interrupted.kind == "destroy"
             if not other:
-                ctx.records.journal(claim, "stop", REQUESTED, {"node": found.node})
-            upids, _warnings = power.stop(ctx, current, found, hard=False)
+                ctx.records.journal(claim, "stop", REQUESTED, {"node": located.node})
+            upids, _warnings = power.stop(ctx, current, located, hard=False)
             ctx.records.change(claim, current, "stop", upids=upids, reason="lease_expired", finish=not other)
             return None
     except Busy as error:
@@ -222,23 +224,23 @@ def stop_expired(ctx: Context, sandbox: Sandbox) -> str | None:
         return error.message
 
 
-def stop_leftovers(ctx: Context, done: Collection[str] = ()) -> list[tuple[Sandbox, str | None]]:
+def stop_leftovers(ctx: Context, handled: Collection[str] = ()) -> list[tuple[Sandbox, str | None]]:
     """Stop VMs of TIMEOUT records that still run because an earlier pass failed or was interrupted.
 
-    ``done`` holds the UUIDs that this pass has already handled; the VM list is older than that. Returns each sandbox
+    ``handled`` holds the UUIDs that this pass has already handled; the VM list is older than that. Returns each sandbox
     with None, or with the reason why its VM was not stopped.
     """
-    running = leftovers(ctx, done)
-    return list(zip(running, ctx.each(lambda one: stop_expired(ctx, one), running), strict=True))
+    running = leftovers(ctx, handled)
+    return list(zip(running, ctx.each(lambda sandbox: stop_expired(ctx, sandbox), running), strict=True))
 
 
-def leftovers(ctx: Context, done: Collection[str] = ()) -> list[Sandbox]:
+def leftovers(ctx: Context, handled: Collection[str] = ()) -> list[Sandbox]:
     """Return the sandboxes that stop_leftovers would stop."""
-    waiting = [one for one in ctx.records.find_all([states.TIMEOUT]) if one.uuid not in done]
+    waiting = [sandbox for sandbox in ctx.records.find_all([states.TIMEOUT]) if sandbox.uuid not in handled]
     if not waiting:
         return []
     rows = ctx.cluster.vms()
-    return [one for one in waiting if rows.get(one.vmid, {}).get("status") == "running"]
+    return [sandbox for sandbox in waiting if rows.get(sandbox.vmid, {}).get("status") == "running"]
 
 
 def check_min_remaining(value: object) -> int | None:

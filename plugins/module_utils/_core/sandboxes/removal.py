@@ -126,8 +126,8 @@ class Removal:
         self._claim = ctx.records.claim(
             planned.uuid, "destroy", wait=ctx.config.claim_timeout if request.claim_wait is None else request.claim_wait
         )
-        left = self._interrupted = self._claim.interrupted
-        self._pending = pending_delete(left) if left else None
+        interrupted = self._interrupted = self._claim.interrupted
+        self._pending = pending_delete(interrupted) if interrupted else None
         self._stopped = False
         self._sandbox = self._before = planned
         self._note = DestroyNote(request.operation, request.force)
@@ -216,13 +216,13 @@ class Removal:
         # afterwards, because the verdict may make quorum unnecessary.
         mark_is_first = self._mark_is_first()
         no_quorum = None if mark_is_first else self._why_no_quorum()
-        found = self._locate()
-        if mark_is_first and (is_hibernated(found.config) or not self._mark_is_first()):
+        located = self._locate()
+        if mark_is_first and (is_hibernated(located.config) or not self._mark_is_first()):
             # The VM is not as the records or the list had it: a stop, or the loss of its saved memory, would be first.
             no_quorum = self._why_no_quorum()
         if self._sandbox.smbios_uuid is None:
             self._sandbox = ctx.records.get(self._sandbox.uuid)
-        if found.node is None:
+        if located.node is None:
             return self._gone(
                 "vm_absent",
                 {},
@@ -232,32 +232,32 @@ class Removal:
                 and self._sandbox.generation == self._planned.generation,
                 doubtful=self._pending is not None and not self._is_over(self._pending),
             )
-        if found.verdict and found.verdict.identity == identity.FOREIGN:
+        if located.verdict and located.verdict.identity == identity.FOREIGN:
             if no_quorum is not None:
                 raise no_quorum
             ctx.cluster.require_quorum()
             ctx.cluster.confirm()
-            return self._gone("vmid_reused", found.verdict.evidence)
-        refuse_not_ours(self._sandbox, found)
+            return self._gone("vmid_reused", located.verdict.evidence)
+        refuse_not_ours(self._sandbox, located)
         if self._pending and self._is_over(self._pending):
             # doubt_window is over: no delete of the killed run can still be running. This is a new attempt.
             self._pending = None
             self._note.since = None
-        refuse_guarded(self._sandbox, found)
+        refuse_guarded(self._sandbox, located)
         # Refuse before the stop, so that a sandbox that is kept is neither stopped nor loses its workspace.
         try:
-            asked = workspace_disk.refuse_planned(ctx, self._sandbox, found)
+            asked = workspace_disk.refuse_planned(ctx, self._sandbox, located)
         except (ApiError, TaskFailed) as error:
             return self._look_again_or_raise(error)
         if no_quorum is not None:
             raise no_quorum
         if asked:
             # Those requests took time, and a stop takes no digest. Judge the VM again directly before it.
-            found = self._locate()
-            if not found.match:
+            located = self._locate()
+            if not located.match:
                 ctx.cluster.vms(fresh=True)
                 return Next.LOOK_AGAIN
-        return found
+        return located
 
     def _why_no_quorum(self) -> AgentlabError | None:
         try:
@@ -279,33 +279,33 @@ class Removal:
             and workspace_disk.records(self._ctx).of_sandbox(self._sandbox.uuid) is None
         )
 
-    def _refuse_running(self, found: Located) -> Next:
+    def _refuse_running(self, located: Located) -> Next:
         """Raise StateConflict when a plain destroy meets a running VM, whatever state the record has. Needs force."""
         if self._request.force or self._request.operation != "destroy" or self._pending is not None:
             return Next.GO_ON
         try:
-            refuse_running(self._ctx, self._sandbox, found)
+            refuse_running(self._ctx, self._sandbox, located)
         except (ApiError, TaskFailed) as error:
             return self._look_again_or_raise(error)
         return Next.GO_ON
 
-    def _stop(self, found: Located) -> Next:
+    def _stop(self, located: Located) -> Next:
         """Switch the VM off, or discard the saved memory of a hibernated VM.
 
         The VM list lags by ten seconds, so the VM itself is asked before a disk is detached. A delete needs no such
         question: Proxmox refuses to delete a running VM.
         """
-        if is_hibernated(found.config):
+        if is_hibernated(located.config):
             self._journal(STOPPING)
             try:
-                self._vm = power.discard_saved_memory(self._ctx, self._sandbox, found)
+                self._vm = power.discard_saved_memory(self._ctx, self._sandbox, located)
             except (ApiError, TaskFailed) as error:
                 return self._look_again_or_raise(error)
             return Next.GO_ON
         if self._stopped:
             return Next.GO_ON
         if (
-            str(found.row.get("status")) == "stopped"
+            str(located.row.get("status")) == "stopped"
             and workspace_disk.records(self._ctx).of_sandbox(self._sandbox.uuid) is None
         ):
             return Next.GO_ON
@@ -314,7 +314,7 @@ class Removal:
             upids, warnings = power.stop(
                 self._ctx,
                 self._sandbox,
-                found,
+                located,
                 hard=self._request.force or self._sandbox.state in (states.TIMEOUT, states.SUSPENDED),
             )
         except (ApiError, TaskFailed) as error:
@@ -324,7 +324,7 @@ class Removal:
         self._stopped = True
         return Next.GO_ON
 
-    def _detach(self, found: Located) -> Next:
+    def _detach(self, located: Located) -> Next:
         """Take the sandbox's workspace off the VM, and refuse a VM that still names a workspace.
 
         By Proxmox VE's rule a DELETE removes the volumes that the configuration names and that are named after this
@@ -338,7 +338,7 @@ class Removal:
             # Protecting the sandbox from here on is too late: it would be kept without its workspace.
             self._journal(DETACHING, unprotected=True)
             try:
-                workspace_disk.detach_volume(ctx, self._claim, self._sandbox, found, own, sure=True)
+                workspace_disk.detach_volume(ctx, self._claim, self._sandbox, located, own, sure=True)
             except ApiError as error:
                 if not self._vanished(error):
                     raise
@@ -346,12 +346,12 @@ class Removal:
             self._sandbox = ctx.records.get(self._sandbox.uuid)
             return Next.LOOK_AGAIN
         try:
-            workspace_disk.refuse_listed(ctx, self._sandbox, found)
+            workspace_disk.refuse_listed(ctx, self._sandbox, located)
         except (ApiError, TaskFailed) as error:
             return self._look_again_or_raise(error)
         return Next.GO_ON
 
-    def _mark_and_delete(self, found: Located) -> Next:
+    def _mark_and_delete(self, located: Located) -> Next:
         """Write the mark, send the delete, and wait for its task.
 
         Both requests share one place among the requests in flight, so no other request of ours comes between them.
@@ -360,9 +360,9 @@ class Removal:
         ctx.records.journal(
             self._claim, "destroy", DELETING, self._note.detail(), unprotected=not self._request.clean_up
         )
-        with ctx.client.reserve_place(found.path):
+        with ctx.client.reserve_place(located.path):
             try:
-                _mark(ctx, self._request, found)
+                _mark(ctx, self._request, located)
             except ApiError as error:
                 return self._not_marked(error)
             if self._pending is None:
@@ -374,7 +374,7 @@ class Removal:
             try:
                 # ``purge`` takes the VM out of backup jobs, replication and HA. Volumes that its configuration does not
                 # name stay: ``destroy-unreferenced-disks`` is not sent.
-                upid = ctx.client.delete(found.path, purge=1)
+                upid = ctx.client.delete(located.path, purge=1)
             except ApiError as error:
                 self._not_deleted()
                 return self._refused(error)
@@ -530,15 +530,15 @@ def _look_before_closing(ctx: Context, sandbox: Sandbox) -> None:
     That is a VM with our marker, or a VM that is just being cloned.
     """
     try:
-        found = locate(ctx, sandbox)
+        located = locate(ctx, sandbox)
     except (Kept, ProxmoxError):
         return
-    if found.verdict and found.verdict.identity != identity.FOREIGN:
+    if located.verdict and located.verdict.identity != identity.FOREIGN:
         raise Kept(
             "ambiguous",
             f"sandbox {sandbox.vmid}: Proxmox refused its clone, but a VM that may be that clone is there now; it was "
             "left alone. Look at it, and remove it by hand if it is to go",
-            evidence=found.verdict.evidence,
+            evidence=located.verdict.evidence,
         )
 
 
@@ -568,16 +568,16 @@ def locate_own(
     return binding.locate_unbound(ctx, sandbox, claim, created)
 
 
-def _mark(ctx: Context, request: Request, found: Located) -> None:
+def _mark(ctx: Context, request: Request, located: Located) -> None:
     """Write the deletion mark, guarded by the digest of the judged configuration.
 
     The write fails if the configuration changed since, or if the cluster accepts no writes.
     """
-    verdict = found.verdict
+    verdict = located.verdict
     if verdict is None or verdict.digest is None:
         raise Kept("unknown", "Proxmox gave no digest with the VM's configuration; without it nothing is deleted")
     note = identity.deletion_note(verdict.config or {}, request.operation, clock_module.iso(ctx.clock.now()))
-    ctx.client.put(f"{found.path}/config", description=note, digest=verdict.digest)
+    ctx.client.put(f"{located.path}/config", description=note, digest=verdict.digest)
 
 
 def abandon(
@@ -627,8 +627,8 @@ def _cut_off_creation(claim: Claim, now: Sandbox) -> CreationNote | None:
 
 
 def _drop_journal(ctx: Context, claim: Claim) -> None:
-    left = claim.interrupted
+    interrupted = claim.interrupted
     # An interrupted destroy that is refused now has ended. Its entry would otherwise block the sandbox for ever. The
     # callers have already made sure that its delete is no longer running.
-    if left is None or left.kind == "destroy":
+    if interrupted is None or interrupted.kind == "destroy":
         ctx.records.drop_journal(claim)

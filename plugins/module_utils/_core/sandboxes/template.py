@@ -177,7 +177,7 @@ def _of_unclear_rows(ctx: Context, wanted: str) -> dict[int, str]:
         for vmid, row in sorted(ctx.cluster.vms().items())
         if row.get("type") == "qemu" and (not row.get("name") or row.get("name") == wanted) and not _is_template(row)
     ]
-    found = {}
+    nodes = {}
     for vmid in unclear[:_MOST_READ]:
         try:
             template = read(ctx, vmid, str(ctx.cluster.vms()[vmid].get("node")), listed=False)
@@ -189,8 +189,8 @@ def _of_unclear_rows(ctx: Context, wanted: str) -> dict[int, str]:
             and template.config.get("name") == wanted
             and str(template.config.get("template", "0")) == "1"
         ):
-            found[vmid] = template.node
-    return found
+            nodes[vmid] = template.node
+    return nodes
 
 
 def read(ctx: Context, vmid: int, node: str, *, listed: bool = True) -> Template:

@@ -77,14 +77,14 @@ def different(ctx: Context, sandbox: Sandbox, spec: Spec) -> dict[str, tuple[Any
     # Sandboxes of earlier releases stored no options. Then only the columns of the record can be compared.
     known = bool(had)
     had.update(tags=sorted(set(sandbox.tags)), profile=sandbox.profile)
-    found = {}
+    differences = {}
     for name, value in asked.items():
         if name not in had and not known:
             continue
         was = had.get(name)
         if value != was and not _means_the_same(ctx, sandbox, name, was, value):
-            found[name] = (was, value)
-    return found
+            differences[name] = (was, value)
+    return differences
 
 
 def _means_the_same(ctx: Context, sandbox: Sandbox, name: str, was: Any, value: Any) -> bool:
@@ -175,8 +175,8 @@ def apply(ctx: Context, sandbox: Sandbox, spec: Spec) -> Outcome:
                 _require_writes(ctx, current)
             located = require_match(ctx, current)
         if restart:
-            done, warned = power.stop(ctx, current, located, hard=False)
-            upids += done
+            tasks, warned = power.stop(ctx, current, located, hard=False)
+            upids += tasks
             told += warned
             located = require_match(ctx, current)
         refused: set[str] = set()
@@ -190,8 +190,8 @@ def apply(ctx: Context, sandbox: Sandbox, spec: Spec) -> Outcome:
         finally:
             # Start the VM even after a failed write: permission to restart is no permission to leave the VM off.
             if restart:
-                done, warned = power.start(ctx, current, require_match(ctx, current))
-                upids += done
+                tasks, warned = power.start(ctx, current, require_match(ctx, current))
+                upids += tasks
                 told += warned
         values = {"tags": plan.new["tags"]} if "tags" in plan.new else {}
         current = ctx.records.change(

@@ -179,12 +179,12 @@ def network(
     )
 
 
-def join_firewall_group(ctx: Context, sandbox: Sandbox, found: Located, group: str) -> None:
+def join_firewall_group(ctx: Context, sandbox: Sandbox, located: Located, group: str) -> None:
     """Switch the VM's firewall on and add the security group to its rules, where that is not already so.
 
     Proxmox VE clones the template's firewall rules along.
     """
-    base = f"{found.path}/firewall"
+    base = f"{located.path}/firewall"
 
     def joined() -> bool:
         return any(
@@ -258,13 +258,13 @@ def boot_disk(config: dict[str, Any]) -> str | None:
     This is the first disk of ``boot: order=``. In the older form (``boot`` is letters, ``c`` for the disk, or missing)
     it is the disk named by ``bootdisk``. Otherwise it is the first disk in Proxmox VE's own order.
     """
-    found = disks(config)
+    present = disks(config)
     boot = str(config.get("boot") or "")
     if "order=" in boot:
         named = re.findall(r"[a-z]+\d+", boot.partition("order=")[2])
     else:
         named = [str(config.get("bootdisk") or "")]
-    return next((key for key in named if key in found), found[0] if found else None)
+    return next((key for key in named if key in present), present[0] if present else None)
 
 
 def has_cloud_init_drive(config: dict[str, Any]) -> bool:

@@ -129,9 +129,9 @@ def spec(ctx: Context, options: Mapping[str, Any]) -> Spec:
         values["disk_size"] = patterns.shorten_size(values["disk_size"])
     values["ttl"], values["lease_maximum"] = _ttl(ctx, given.get("ttl"), profile)
     values["given"] = frozenset(given)
-    found = Spec(**values)
-    found.check()
-    return found
+    checked = Spec(**values)
+    checked.check()
+    return checked
 
 
 def _of_profile(profile: profiles.Profile | None, given: Mapping[str, Any]) -> dict[str, Any]:

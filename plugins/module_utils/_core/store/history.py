@@ -30,7 +30,7 @@ def events(
     rows = database.read(
         f"SELECT * FROM events WHERE {where} AND id > ? ORDER BY id {order} LIMIT ?", value, after, count
     )
-    found = [
+    selected = [
         dict(
             row,
             at=row["at"] if isinstance(row["at"], int) else None,
@@ -39,7 +39,7 @@ def events(
         )
         for row in rows
     ]
-    return found[::-1] if tail is not None else found
+    return selected[::-1] if tail is not None else selected
 
 
 def owners(database: Engine) -> dict[str, str]:
@@ -73,11 +73,11 @@ def evidence(database: Engine, uuid: str, reasons: tuple[str, ...]) -> list[dict
 
 def forgettable(records: Records, older_than: int) -> int:
     """Return how many records ``forget`` would remove. ``older_than`` is in seconds."""
-    found: int = records.db.read(
+    count: int = records.db.read(
         "SELECT count(*) FROM sandboxes WHERE state = 'DESTROYED' AND state_changed_at < ?",
         records.clock.now() - older_than,
     )[0][0]
-    return found
+    return count
 
 
 def forget(records: Records, older_than: int, most: int = 2**62) -> int:

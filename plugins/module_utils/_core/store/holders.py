@@ -78,9 +78,9 @@ def is_over(process: str, expires_at: int, now: int, since_boot: float) -> bool:
     it.
     """
     try:
-        found = json.loads(process)
-        if found["boot"] and found["boot"] == json.loads(identity())["boot"]:
-            return float(found["until"]) <= since_boot
+        holder = json.loads(process)
+        if holder["boot"] and holder["boot"] == json.loads(identity())["boot"]:
+            return float(holder["until"]) <= since_boot
     except (ValueError, KeyError, TypeError):
         pass
     # The column may hold text that a person wrote there. Such a claim ends only with its holder.
@@ -106,15 +106,15 @@ def is_dead(process: str) -> bool:
     A process of another host, or of another container on this host, cannot be checked and counts as alive.
     """
     try:
-        found = json.loads(process)
+        holder = json.loads(process)
         here = json.loads(identity())
-        if not found["boot"] or found["host"] != here["host"]:
+        if not holder["boot"] or holder["host"] != here["host"]:
             return False
-        if found["boot"] != here["boot"]:
-            return _of_an_earlier_boot(found, here)
-        if found["ns"] != here["ns"]:
+        if holder["boot"] != here["boot"]:
+            return _of_an_earlier_boot(holder, here)
+        if holder["ns"] != here["ns"]:
             return False
-        pid = int(found["pid"])
+        pid = int(holder["pid"])
         if not _read(f"/proc/{pid}/stat"):
             # An unreadable file proves nothing: /proc may hide other users' processes.
             try:
@@ -124,6 +124,6 @@ def is_dead(process: str) -> bool:
             except OSError:
                 return False
             return False
-        return bool(_started(pid) != found["started"])
+        return bool(_started(pid) != holder["started"])
     except (ValueError, KeyError, TypeError):
         return False

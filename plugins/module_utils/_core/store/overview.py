@@ -35,13 +35,13 @@ def next_lease_end(records: Records) -> int | None:
 
 def by_state(records: Records) -> dict[str, int]:
     """Return the number of records in each state. Reads only indexes."""
-    found = dict.fromkeys(states.STATES, 0)
-    found.update(
+    counts = dict.fromkeys(states.STATES, 0)
+    counts.update(
         (row[0], row[1])
         for row in records.db.read(f"SELECT state, count(*) FROM sandboxes WHERE {LIVE} GROUP BY state")
     )
-    found[states.DESTROYED] = records.db.read("SELECT count(*) FROM sandboxes WHERE state = 'DESTROYED'")[0][0]
-    return found
+    counts[states.DESTROYED] = records.db.read("SELECT count(*) FROM sandboxes WHERE state = 'DESTROYED'")[0][0]
+    return counts
 
 
 def generations(records: Records) -> dict[str, int]:

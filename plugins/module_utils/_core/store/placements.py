@@ -26,15 +26,15 @@ _CHUNK = 500
 def own(records: Records, vmids: Collection[int]) -> set[int]:
     """Return those VMIDs that belong to live sandboxes of these records."""
     wanted = sorted(vmids)
-    found: set[int] = set()
+    own_vmids: set[int] = set()
     for first in range(0, len(wanted), _CHUNK):
         part = wanted[first : first + _CHUNK]
         marks = ", ".join("?" * len(part))
-        found.update(
+        own_vmids.update(
             row["vmid"]
             for row in records.db.read(f"SELECT vmid FROM sandboxes WHERE {LIVE} AND vmid IN ({marks})", *part)
         )
-    return found
+    return own_vmids
 
 
 def read_load(

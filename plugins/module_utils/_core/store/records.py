@@ -200,7 +200,7 @@ class Records:
 
     def unfinished(self) -> tuple[list[JournalEntry], list[JournalEntry]]:
         """Return the journal as (operations under way, interrupted operations)."""
-        stale = {one.sandbox_uuid: one for one in self.interrupted()}
+        stale = {entry.sandbox_uuid: entry for entry in self.interrupted()}
         rows = self.db.read("SELECT * FROM operations ORDER BY id")
         return sound_operations(row for row in rows if row["sandbox_uuid"] not in stale), list(stale.values())
 
@@ -403,10 +403,10 @@ class Records:
             try:
                 return self._hold(self.db.write(lambda conn: self._take(conn, uuid, operation, self.clock.now())))
             except Busy:
-                left = deadline - self.clock.monotonic()
-                if left <= 0:
+                remaining = deadline - self.clock.monotonic()
+                if remaining <= 0:
                     raise
-                self.clock.sleep(min(pause, left))
+                self.clock.sleep(min(pause, remaining))
                 pause = min(pause * 1.5, 1.0)
 
     def _hold(self, claim: Claim) -> Claim:
@@ -467,9 +467,9 @@ class Records:
             "acquired_at = excluded.acquired_at, expires_at = excluded.expires_at",
             (uuid, fence, operation, self.actor, self._claim_holder(), now, now + self.claim_seconds),
         )
-        left = conn.execute("SELECT * FROM operations WHERE sandbox_uuid = ?", (uuid,)).fetchone()
+        entry = conn.execute("SELECT * FROM operations WHERE sandbox_uuid = ?", (uuid,)).fetchone()
         taken_over = row is not None and (self.db.path, uuid, row["fence"]) not in _unreturned
-        return Claim(uuid, fence, operation, JournalEntry.from_row(left) if left else None, taken_over)
+        return Claim(uuid, fence, operation, JournalEntry.from_row(entry) if entry else None, taken_over)
 
     def fenced(self, claim: Claim, work: Callable[[Connection], T], *, finish: bool = False) -> T:
         """Run a write only while the claim is ours, and extend the claim. ``finish``: release it with the write."""
@@ -556,20 +556,20 @@ class Records:
         """Set columns by compare-and-set on state and generation, and return the new record. Raises RecordChanged."""
         new = {**values, "updated_at": self.clock.now()}
         row = {**new, "tags": json.dumps(new["tags"])} if "tags" in new else new
-        done = conn.execute(_update(tuple(row)), (*row.values(), sandbox.uuid, sandbox.state, sandbox.generation))
-        if done.rowcount != 1:
-            found = conn.execute("SELECT state FROM sandboxes WHERE uuid = ?", (sandbox.uuid,)).fetchone()
+        written = conn.execute(_update(tuple(row)), (*row.values(), sandbox.uuid, sandbox.state, sandbox.generation))
+        if written.rowcount != 1:
+            current = conn.execute("SELECT state FROM sandboxes WHERE uuid = ?", (sandbox.uuid,)).fetchone()
             raise RecordChanged(
                 f"sandbox {sandbox.vmid} was changed by another run meanwhile (now "
-                f"{found['state'] if found else 'gone'}); run again",
+                f"{current['state'] if current else 'gone'}); run again",
                 vmid=sandbox.vmid,
             )
         # Every write raises the generation. The generation was unchanged, so all other columns were unchanged too.
         return sandbox.written(new)
 
     def _state(self, conn: Connection, sandbox: Sandbox) -> str:
-        found = conn.execute("SELECT state FROM sandboxes WHERE uuid = ?", (sandbox.uuid,)).fetchone()
-        return str(found["state"]) if found else sandbox.state
+        row = conn.execute("SELECT state FROM sandboxes WHERE uuid = ?", (sandbox.uuid,)).fetchone()
+        return str(row["state"]) if row else sandbox.state
 
     def _event(
         self,
@@ -716,14 +716,14 @@ class Records:
             latest = (
                 -1 if keepalive or over else max(self.clock.now() + apart, now + int(self.clock.monotonic() - began))
             )
-            done = conn.execute(
+            update = conn.execute(
                 "UPDATE sandboxes SET lease_expires_at = ?, updated_at = ?, generation = generation + 1 "
                 "WHERE uuid = ? AND state = 'RUNNING' AND lease_expires_at > ? AND generation = ? "
                 # A destroy under way wins: a renewal must not succeed on a dying VM.
                 "AND NOT EXISTS (SELECT 1 FROM operations WHERE sandbox_uuid = uuid AND kind = 'destroy')",
                 (expires_at, now, sandbox.uuid, latest, sandbox.generation),
             )
-            if done.rowcount != 1:
+            if update.rowcount != 1:
                 raise RecordChanged(
                     f"sandbox {sandbox.vmid} was changed or expired while its lease was renewed", vmid=sandbox.vmid
                 )
@@ -761,11 +761,11 @@ class Records:
                 "absent_seen_at": None,
                 "reason": "lease_expired",
             }
-            done = conn.execute(
+            update = conn.execute(
                 f"{_update(tuple(new))} AND lease_expires_at <= ?",
                 (*new.values(), sandbox.uuid, sandbox.state, sandbox.generation, now),
             )
-            if done.rowcount != 1:
+            if update.rowcount != 1:
                 raise RecordChanged(
                     f"sandbox {sandbox.vmid} was renewed or changed before it expired", vmid=sandbox.vmid
                 )
@@ -792,9 +792,9 @@ class Records:
                     raise Kept(
                         "busy", f"cannot protect sandbox {sandbox.vmid}: it is being destroyed", vmid=sandbox.vmid
                     )
-            done = self._set(conn, sandbox, values)
+            amended = self._set(conn, sandbox, values)
             self._event(conn, sandbox, sandbox.state, sandbox.state, operation, outcome="done", evidence=values)
-            return done
+            return amended
 
         return self.db.write(work, checked=True)
 

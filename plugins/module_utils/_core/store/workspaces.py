@@ -132,15 +132,15 @@ class Workspaces:
     # ---- reading ----
 
     def get(self, ident: str) -> Workspace:
-        found = self._rows("w.id = ?", ident)
-        if not found:
+        rows = self._rows("w.id = ?", ident)
+        if not rows:
             raise NotFound("workspace not found", id=ident)
-        return found[0]
+        return rows[0]
 
     def find(self, which: str) -> Workspace | None:
         """Return the live workspace with that name or id, or None."""
-        found = self._rows(f"(w.id = ? OR w.name = ?) AND w.{_LIVE} ORDER BY w.id = ? DESC", which, which, which)
-        return found[0] if found else None
+        rows = self._rows(f"(w.id = ? OR w.name = ?) AND w.{_LIVE} ORDER BY w.id = ? DESC", which, which, which)
+        return rows[0] if rows else None
 
     def find_all(self, *, include_deleted: bool = False) -> list[Workspace]:
         where = "1 = 1 ORDER BY w.name, w.created_at" if include_deleted else f"w.{_LIVE} ORDER BY w.name"
@@ -161,8 +161,8 @@ class Workspaces:
         return errors
 
     def of_sandbox(self, sandbox_uuid: str) -> Workspace | None:
-        found = self._rows(f"w.sandbox_uuid = ? AND w.{_LIVE}", sandbox_uuid)
-        return found[0] if found else None
+        rows = self._rows(f"w.sandbox_uuid = ? AND w.{_LIVE}", sandbox_uuid)
+        return rows[0] if rows else None
 
     def _rows(self, where: str, *values: Any) -> list[Workspace]:
         # Raise for a damaged row instead of skipping it: its sandbox must not be destroyed as if it had no workspace.
@@ -253,7 +253,7 @@ class Workspaces:
 
     def change(
         self,
-        found: Workspace,
+        workspace: Workspace,
         operation: str,
         *,
         to: str | None = None,
@@ -269,29 +269,31 @@ class Workspaces:
 
         Updates the sandbox's record in the same transaction. Raises RecordChanged when another run came first.
         """
-        target = to or found.state
+        target = to or workspace.state
 
         def work(conn: Connection) -> Workspace:
             now = self._records.clock.now()
             new: dict[str, Any] = {**values, "updated_at": now, "reason": reason}
-            if target != found.state:
+            if target != workspace.state:
                 new.update(state=target, state_changed_at=now)
             names = ", ".join(f"{name} = ?" for name in new)
             try:
-                done = conn.execute(
+                update = conn.execute(
                     f"UPDATE workspaces SET {names}, generation = generation + 1 WHERE id = ? AND state = ? AND "
                     "generation = ?",
-                    (*new.values(), found.id, found.state, found.generation),
+                    (*new.values(), workspace.id, workspace.state, workspace.generation),
                 )
             except self._db.conflicts:
-                raise RecordChanged(f"{found.title}: the sandbox has another workspace already") from None
-            if done.rowcount != 1:
-                raise RecordChanged(f"{found.title} was changed by another run meanwhile; run again", id=found.id)
-            after = Workspace(**dict(conn.execute(f"{_SELECT} WHERE w.id = ?", (found.id,)).fetchone()))
+                raise RecordChanged(f"{workspace.title}: the sandbox has another workspace already") from None
+            if update.rowcount != 1:
+                raise RecordChanged(
+                    f"{workspace.title} was changed by another run meanwhile; run again", id=workspace.id
+                )
+            after = Workspace(**dict(conn.execute(f"{_SELECT} WHERE w.id = ?", (workspace.id,)).fetchone()))
             self._event(
-                conn, after, found.state, operation, outcome=outcome, reason=reason, evidence=evidence, upids=upids
+                conn, after, workspace.state, operation, outcome=outcome, reason=reason, evidence=evidence, upids=upids
             )
-            self._tell_sandbox(conn, found, after, now)
+            self._tell_sandbox(conn, workspace, after, now)
             return after
 
         return self._records.fenced(claim, work) if claim is not None else self._db.write(work)
@@ -308,7 +310,7 @@ class Workspaces:
     def _event(
         self,
         conn: Connection,
-        found: Workspace,
+        workspace: Workspace,
         before: str | None,
         operation: str,
         *,
@@ -322,10 +324,10 @@ class Workspaces:
             "reason, evidence, upids, outcome) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             (
                 self._records.clock.now(),
-                found.id,
-                found.sandbox_uuid,
+                workspace.id,
+                workspace.sandbox_uuid,
                 before,
-                found.state,
+                workspace.state,
                 operation,
                 self._records.actor,
                 reason,

@@ -16,17 +16,17 @@ from ..vm.address import Looks
 from ..vm.locate import is_hibernated, locate
 
 
-def verified(ctx: Context, found: list[Sandbox], identities: bool = True) -> list[dict[str, Any]]:
+def verified(ctx: Context, sandboxes: list[Sandbox], identities: bool = True) -> list[dict[str, Any]]:
     """For each: vm_status, identity and drift. The list is read once; a VM's configuration only where there is a VM.
 
     Without ``identities`` no configuration is read: records and list are compared, whose the VMs are is not said.
     With it, an address that is missing or old is asked of the guest (see ``Looks``): ip and ip_seen_at are those of
     now.
     """
-    rows = ctx.cluster.survey([one.vmid for one in found if one.live])
-    absent = [one.vmid for one in found if one.live and one.vmid not in rows]
+    rows = ctx.cluster.survey([one.vmid for one in sandboxes if one.live])
+    absent = [one.vmid for one in sandboxes if one.live and one.vmid not in rows]
     proofs = ctx.cluster.prove_absent(absent, anew=False) if absent else {}
-    looks = Looks(ctx, found if identities else [])
+    looks = Looks(ctx, sandboxes if identities else [])
 
     def one(sandbox: Sandbox) -> dict[str, Any]:
         row = rows.get(sandbox.vmid)
@@ -62,7 +62,7 @@ def verified(ctx: Context, found: list[Sandbox], identities: bool = True) -> lis
                 )
         return answer
 
-    return ctx.each(one, found) if identities else [one(sandbox) for sandbox in found]
+    return ctx.each(one, sandboxes) if identities else [one(sandbox) for sandbox in sandboxes]
 
 
 def _status(row: dict[str, Any]) -> Any:

@@ -71,7 +71,7 @@ def locate_unbound(ctx: Context, sandbox: Sandbox, claim: Claim | None, created:
 
 def bind(ctx: Context, claim: Claim, sandbox: Sandbox, smbios: str, located: Located) -> Sandbox:
     """Store the SMBIOS UUID: from here on the VM is known to be ours."""
-    done = ctx.records.change(
+    bound = ctx.records.change(
         claim,
         sandbox,
         "create",
@@ -81,8 +81,8 @@ def bind(ctx: Context, claim: Claim, sandbox: Sandbox, smbios: str, located: Loc
         evidence={"smbios_uuid": smbios, "node": located.node},
     )
     for name in ("smbios_uuid", "node", "generation", "updated_at"):
-        setattr(sandbox, name, getattr(done, name))
-    return done
+        setattr(sandbox, name, getattr(bound, name))
+    return bound
 
 
 def refuse_in_doubt(ctx: Context, sandbox: Sandbox, created: CreationNote) -> None:
@@ -154,10 +154,10 @@ def _running_clones(ctx: Context, sandbox: Sandbox, created: CreationNote) -> li
     """Tasks that may be the request whose answer was lost: begun while it could be, and by no other creation."""
     until = created.at + ctx.config.doubt_window + _CLOCK_SLACK
     others = {
-        one.detail.get("upid")
-        for found in ctx.records.unfinished()
-        for one in found
-        if one.sandbox_uuid != sandbox.uuid
+        entry.detail.get("upid")
+        for entries in ctx.records.unfinished()
+        for entry in entries
+        if entry.sandbox_uuid != sandbox.uuid
     }
     return [
         str(row.get("upid"))

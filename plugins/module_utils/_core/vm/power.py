@@ -68,8 +68,8 @@ def run(ctx: Context, sandbox: Sandbox, operation: str, *, force: bool = False) 
     """
     if operation in ("complete", "fail"):
         return _report(ctx, sandbox, operation)
-    left = ctx.records.under_way(sandbox.uuid)
-    if left is not None and left.kind == "destroy":
+    unfinished = ctx.records.under_way(sandbox.uuid)
+    if unfinished is not None and unfinished.kind == "destroy":
         # Its VM may be gone already: what is to be done about that comes before what the VM says.
         with ctx.claimed(sandbox, operation) as (claim, sandbox):
             refuse_cut_off(claim, sandbox)
@@ -102,8 +102,8 @@ def run(ctx: Context, sandbox: Sandbox, operation: str, *, force: bool = False) 
             follow(ctx, claim, current, operation, actual, located)
             raise
         if not todo:
-            done = follow(ctx, claim, current, operation, actual, located)
-            return Outcome.of(_past(operation), done, previous_state=sandbox.state, changed=True, reason="external")
+            followed = follow(ctx, claim, current, operation, actual, located)
+            return Outcome.of(_past(operation), followed, previous_state=sandbox.state, changed=True, reason="external")
         # Before a refusal, too: the record says from now on what the VM is.
         current = follow(ctx, claim, current, operation, actual, located)
         _refuse_lock(ctx, current, located, operation, force)
@@ -123,8 +123,8 @@ def _report(ctx: Context, sandbox: Sandbox, operation: str) -> Outcome:
         if not states.check(operation, current.state):
             return Outcome.of("unchanged", current, reason=f"already {current.state}")
         refuse_cut_off(claim, current)
-        done = ctx.records.change(claim, current, operation, to=target, reason="reported", finish=True)
-        return Outcome.of(_past(operation), done, previous_state=current.state, changed=True, reason="reported")
+        reported = ctx.records.change(claim, current, operation, to=target, reason="reported", finish=True)
+        return Outcome.of(_past(operation), reported, previous_state=current.state, changed=True, reason="reported")
 
 
 def _actual_state(sandbox: Sandbox, seen: str) -> str:
@@ -196,9 +196,9 @@ def _request(ctx: Context, claim: Claim, sandbox: Sandbox, operation: str, locat
     values: dict[str, Any] = {"to": target, "upids": upids, "duration_ms": took, "finish": True, "node": located.node}
     if operation == "start":
         values.update(address.columns_after_start(ctx, sandbox, located))
-    done = settle(ctx, claim, sandbox, operation, **values)
+    settled = settle(ctx, claim, sandbox, operation, **values)
     return Outcome.of(
-        _past(operation), done, previous_state=sandbox.state, changed=True, upids=upids, warnings=warnings
+        _past(operation), settled, previous_state=sandbox.state, changed=True, upids=upids, warnings=warnings
     )
 
 

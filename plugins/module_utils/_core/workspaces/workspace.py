@@ -326,7 +326,7 @@ def attached(ctx: Context, which: str, sandbox: Sandbox, ttl: int | None = None)
         check_node(disk, located.node)
         held = assign(ctx, claim, current, disk, ttl)
         try:
-            done = attach(ctx, claim, current, located, held)
+            attached_disk = attach(ctx, claim, current, located, held)
         except (WorkspaceRefused, Kept) as error:
             # Detach only if no request was sent, or its answer is known. The next run settles every other case.
             if isinstance(error, WorkspaceRefused) or records(ctx).get(held.id).slot is None:
@@ -338,7 +338,7 @@ def attached(ctx: Context, which: str, sandbox: Sandbox, ttl: int | None = None)
                         vmid=current.vmid,
                     ) from None
             raise
-    return Done("attached", done, True)
+    return Done("attached", attached_disk, True)
 
 
 def _let_go(ctx: Context, claim: Claim, sandbox: Sandbox, held: Workspace, error: AgentlabError) -> None:

@@ -76,7 +76,7 @@ def select(ctx: Context, which: str) -> Workspace:
     """Return the live workspace with that name or id. Raises NotFound."""
     disk = records(ctx).find(which)
     if disk is None:
-        there = ", ".join(one.name for one in records(ctx).find_all()) or "none"
+        there = ", ".join(known.name for known in records(ctx).find_all()) or "none"
         raise NotFound(f"workspace not found ({which[:80]!r}). Workspaces: {there}", workspace=which[:80])
     return disk
 
@@ -395,7 +395,7 @@ def attach(ctx: Context, claim: Claim, sandbox: Sandbox, located: Located, disk:
             "sandbox, then attach it"
         )
     slot = used
-    done = records(ctx).change(
+    attached = records(ctx).change(
         disk,
         "attach",
         to=store.ATTACHED,
@@ -411,7 +411,7 @@ def attach(ctx: Context, claim: Claim, sandbox: Sandbox, located: Located, disk:
         reason=disk.name,
         evidence={"workspace_id": disk.id, "slot": slot},
     )
-    return done
+    return attached
 
 
 # ---- detaching ----
@@ -484,7 +484,7 @@ def detach_volume(
             _undo_unplug(ctx, claim, sandbox, disk, listed)
         _await_off(ctx, node, sandbox, disk)
     _refuse_lost(ctx, sandbox, disk, node)
-    done = records(ctx).change(
+    detached = records(ctx).change(
         disk,
         "detach",
         to=store.DETACHED,
@@ -502,7 +502,7 @@ def detach_volume(
         reason=disk.name,
         evidence={"workspace_id": disk.id, "slots": listed},
     )
-    return done
+    return detached
 
 
 def _undo_unplug(ctx: Context, claim: Claim, sandbox: Sandbox, disk: Workspace, slots: list[str]) -> NoReturn:
@@ -580,8 +580,8 @@ def refuse_listed(ctx: Context, sandbox: Sandbox, located: Located) -> bool:
     config = located.config
     configs = {"": config, **_snapshots(ctx, located)} if live else {"": config}
     first, last = ctx.config.workspace_owner_range
-    known = {one.volume: one for one in live}
-    serials = {one.serial: one for one in live}
+    known = {listed.volume: listed for listed in live}
+    serials = {listed.serial: listed for listed in live}
     for where, content in configs.items():
         place = f"snapshot {where!r}" if where else "its configuration"
         for key, volume in volumes_in(content).items():
@@ -603,7 +603,7 @@ def refuse_listed(ctx: Context, sandbox: Sandbox, located: Located) -> bool:
                     volume=volume,
                     vmid=sandbox.vmid,
                 )
-    _refuse_if_missing(ctx, sandbox, config, [one for one in live if one.sandbox_uuid is not None])
+    _refuse_if_missing(ctx, sandbox, config, [listed for listed in live if listed.sandbox_uuid is not None])
     return bool(live)
 
 
