@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import itertools
 import os
@@ -131,25 +132,23 @@ def test_a_vm_swapped_meanwhile_makes_the_result_an_error(lab: Lab, at: str) -> 
 # ---- a controller that is killed ----
 
 
-def child(lab: Lab, sandbox: Sandbox, spec: CommandSpec, point: int, moment: str, place: str) -> int:
-    """Run the command in a process that ends itself before or after its nth request or commit; return its exit
-    status.
-    """
+def child(lab: Lab, work: Callable[[Any], Any], point: int, moment: str, place: str) -> int:
+    """Do the work in a process that ends itself before or after its nth request or commit; return its exit status."""
     ctx = lab.context()
     pid = os.fork()
     if pid:
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     status = 3
     try:
-        counter = [0]
+        counter = itertools.count(1)
 
         def dying(real: Callable[..., Any]) -> Callable[..., Any]:
             def call(*args: Any, **values: Any) -> Any:
-                counter[0] += 1
-                if counter[0] == point and moment == "before":
+                number = next(counter)
+                if number == point and moment == "before":
                     os._exit(9)
                 answer = real(*args, **values)
-                if counter[0] == point:
+                if number == point:
                     os._exit(9)
                 return answer
 
@@ -160,7 +159,7 @@ def child(lab: Lab, sandbox: Sandbox, spec: CommandSpec, point: int, moment: str
         else:
             database: Any = ctx.records.db
             database.write = dying(database.write)
-        command.run_command(ctx, sandbox, spec)
+        work(ctx)
         status = 0
     finally:
         os._exit(status)
@@ -177,9 +176,37 @@ def test_a_killed_controller_never_runs_a_command_twice(lab: Lab, place: str, po
         spec = CommandSpec(
             argv=["sh", "-c", f"printf x >>{count}; sleep 0.2; echo ran {point}"], run_id=uuid.uuid4().hex
         )
-        killed += child(lab, sandbox, spec, point, moment, place) == 9
+        run = functools.partial(command.run_command, sandbox=sandbox, spec=spec)
+        killed += child(lab, run, point, moment, place) == 9
         result = command.run_command(lab.context(), sandbox, spec)
         assert (result.rc, result.stdout, count.read_text()) == (0, f"ran {point}\n".encode(), "x"), point
+    assert killed == points
+
+
+@pytest.mark.parametrize("place, points", [("request", 5), ("commit", 1)])
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_controller_that_is_killed_while_it_copies_leaves_the_old_file_or_the_new_one(
+    lab: Lab, place: str, points: int, moment: str
+) -> None:
+    """A repeat brings the new one. 100,000 bytes take two pieces and the request that installs the file."""
+    sandbox = lab.create()
+    target = lab.pve.machine(sandbox.vmid).folder / "run" / "file"
+    old, new = b"old" * 1000, os.urandom(100_000)
+    killed = 0
+    for point in range(1, points + 1):
+        files.put_file(lab.context(), sandbox, old, str(target), mode=0o640)
+        put = functools.partial(files.put_file, sandbox=sandbox, source=new, path=str(target))
+        killed += child(lab, put, point, moment, place) == 9
+        # What was on its way may still arrive.
+        time.sleep(0.3)
+        assert target.read_bytes() in (old, new), point
+        put(lab.context())
+        assert target.read_bytes() == new and target.stat().st_mode & 0o7777 == 0o640, point
+        back = io.BytesIO()
+        get = functools.partial(files.fetch_file, sandbox=sandbox, path=str(target))
+        assert child(lab, lambda ctx, get=get: get(ctx, target=io.BytesIO()), min(point, 3), moment, place) == 9
+        get(lab.context(), target=back)
+        assert back.getvalue() == new
     assert killed == points
 
 
