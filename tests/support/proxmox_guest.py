@@ -120,6 +120,7 @@ class Guest:
         self.lie: Callable[[dict[str, Any]], dict[str, Any]] | None = None
         self.busy = asyncio.Lock()
         self.waiting = 0
+        self.served = 0.0
         self.peak = 0
         self._pid = 160
         self._silent_until = 0.0
@@ -335,7 +336,9 @@ class GuestRules:
             guest.waiting -= 1
             # The agent sleeps while nobody is connected: less where the next request waits already.
             nap = self.agent_nap * (CROWDED if guest.waiting else 1)
-            await asyncio.sleep(nap)
+            # It sleeps again and again from the end of the last request on, and the next wake-up counts.
+            asleep = time.monotonic() - guest.served
+            await asyncio.sleep(nap - asleep % nap if nap else 0)
             if guest.silent:
                 await asyncio.sleep(3 / self.agent_hurry)
                 raise PveError(500, SILENT)
@@ -352,6 +355,8 @@ class GuestRules:
             except BrokenPipe:
                 await asyncio.sleep(5 / self.agent_hurry)
                 raise
+            finally:
+                guest.served = time.monotonic()
 
     def _check_bounds(self, command: str, values: dict[str, Any]) -> None:
         data = str(values.get("input-data") or "")
