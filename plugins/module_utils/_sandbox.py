@@ -130,14 +130,14 @@ def _ensure(context: Context, params: dict[str, Any], asked: Spec) -> Outcome:
     from ._core.vm import address
 
     asked.check()
-    found = create.existing(context, asked)
-    if found is not None and found.state == states.FAILED and params["protected"] is False:
+    sandbox = create.existing(context, asked)
+    if sandbox is not None and sandbox.state == states.FAILED and params["protected"] is False:
         # Its creation failed, so it can only be removed; its protection, which bars that, has to be taken off first.
-        done = create.amend(context, found, protected=False)
+        done = create.amend(context, sandbox, protected=False)
         if done.changed:
             return done
     outcome = create.run(context, asked)
-    if found is not None and outcome.outcome in ("unchanged", "updated") and outcome.sandbox is not None:
+    if sandbox is not None and outcome.outcome in ("unchanged", "updated") and outcome.sandbox is not None:
         # Given as false they are to be switched off; left out they stay as they are.
         second = create.amend(context, outcome.sandbox, protected=params["protected"], keepalive=params["keepalive"])
         if second.changed:

@@ -314,13 +314,17 @@ class Config:
 def load(options: Mapping[str, Any], environment: Mapping[str, str]) -> Config:
     """Merge options, environment and file; refuses by name what cannot be used."""
     path = options.get("config_file") or environment.get(ENVIRONMENT["config_file"]) or CONFIG_FILE
-    given = options.get("config_file")
-    from_file = read_file(str(path)) if given or not is_missing("config_file", str(path)) else {}
+    named_file = options.get("config_file")
+    from_file = read_file(str(path)) if named_file or not is_missing("config_file", str(path)) else {}
 
     def value(name: str) -> Any:
-        for found in (options.get(name), environment.get(ENVIRONMENT.get(name, ""), None) or None, from_file.get(name)):
-            if found is not None and found != "":
-                return found
+        for source_value in (
+            options.get(name),
+            environment.get(ENVIRONMENT.get(name, ""), None) or None,
+            from_file.get(name),
+        ):
+            if source_value is not None and source_value != "":
+                return source_value
         return DEFAULTS[name]
 
     connections = _integer("connections", value("connections"), 1, 256)

@@ -89,12 +89,12 @@ class Sandbox:
 
         (dataclasses.replace takes five times as long.)
         """
-        found = Sandbox(*_values(self))
-        found.generation += 1
+        after = Sandbox(*_values(self))
+        after.generation += 1
         for name, value in values.items():
-            setattr(found, name, value)
-        found.protected, found.keepalive = bool(found.protected), bool(found.keepalive)
-        return found
+            setattr(after, name, value)
+        after.protected, after.keepalive = bool(after.protected), bool(after.keepalive)
+        return after
 
     @property
     def live(self) -> bool:

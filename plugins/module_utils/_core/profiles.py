@@ -132,7 +132,7 @@ def _choice(choices: tuple[str, ...]) -> Check:
     return check
 
 
-def _several(split: Callable[[Any], list[str]], one: Check) -> Check:
+def _several(split: Callable[[Any], list[str]], check_item: Check) -> Check:
     """Check a list of texts, or a text that holds several of them."""
 
     def check(value: Any) -> list[Any]:
@@ -140,7 +140,7 @@ def _several(split: Callable[[Any], list[str]], one: Check) -> Check:
             isinstance(value, list) and any(isinstance(item, (list, dict, bool)) for item in value)
         ):
             raise _Refused("a list of texts (in quotes where YAML reads a word such as yes or on)")
-        return [one(item) for item in split(value)]
+        return [check_item(item) for item in split(value)]
 
     return check
 
@@ -238,19 +238,19 @@ def load_all(folder: str) -> dict[str, Profile]:
 
     A folder that is not there has none.
     """
-    found: dict[str, Profile] = {}
+    profiles: dict[str, Profile] = {}
     for path in _files(folder):
-        _add(found, read(path))
-    return found
+        _add(profiles, read(path))
+    return profiles
 
 
 def load(folder: str, name: str) -> Profile:
     """One profile. Files that are wrong matter only if the name is not found without them."""
-    found: dict[str, Profile] = {}
+    profiles: dict[str, Profile] = {}
     wrong: list[ConfigError] = []
     for path in _files(folder):
         try:
-            _add(found, read(path))
+            _add(profiles, read(path))
         except ConfigError as error:
             wrong.append(error)
     of_that_name = [
@@ -258,25 +258,25 @@ def load(folder: str, name: str) -> Profile:
     ]
     if of_that_name:
         raise of_that_name[0]
-    if name in found:
-        return found[name]
+    if name in profiles:
+        return profiles[name]
     unusable = f"; not usable: {wrong[0].message}" if wrong else ""
     raise InvalidInput(
-        f"profile: {name!r} does not exist in {folder}. Profiles: {', '.join(sorted(found)) or 'none'}{unusable}",
+        f"profile: {name!r} does not exist in {folder}. Profiles: {', '.join(sorted(profiles)) or 'none'}{unusable}",
         option="profile",
         value=name,
     )
 
 
-def _add(found: dict[str, Profile], profile: Profile) -> None:
-    if profile.name in found:
+def _add(profiles: dict[str, Profile], profile: Profile) -> None:
+    if profile.name in profiles:
         raise ConfigError(
-            f"{profile.path}: name: {profile.name!r} is also the name of {found[profile.name].path}; give each "
+            f"{profile.path}: name: {profile.name!r} is also the name of {profiles[profile.name].path}; give each "
             "profile a name of its own",
             file=profile.path,
             key="name",
         )
-    found[profile.name] = profile
+    profiles[profile.name] = profile
 
 
 def _files(folder: str) -> list[str]:

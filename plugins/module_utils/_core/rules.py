@@ -148,17 +148,17 @@ class _RuleReader:
         if not isinstance(node, yaml.SequenceNode) or not node.value:
             raise self.refuse(node, f"{key} must be a list, such as [{(choices or ('web',))[0]}]")
         if choices is not None:
-            return tuple(self.choice(one, key, choices) for one in node.value)
+            return tuple(self.choice(word, key, choices) for word in node.value)
         pattern, valid = patterns.TAG if key == "tags" else patterns.WORD
-        for one in node.value:
+        for word in node.value:
             # What was written: YAML reads 1.10 as a number, and on as true. What nothing can be called makes a rule
             # that never matches.
-            if not isinstance(one, yaml.ScalarNode) or not pattern.fullmatch(
-                one.value.lower() if key == "tags" else one.value
+            if not isinstance(word, yaml.ScalarNode) or not pattern.fullmatch(
+                word.value.lower() if key == "tags" else word.value
             ):
-                raise self.refuse(one, f"{key}: {str(getattr(one, 'value', ''))[:80]!r} is not valid. Valid: {valid}")
+                raise self.refuse(word, f"{key}: {str(getattr(word, 'value', ''))[:80]!r} is not valid. Valid: {valid}")
         # Tags are kept in small letters, as Proxmox VE stores them.
-        return tuple(str(one.value).lower() if key == "tags" else str(one.value) for one in node.value)
+        return tuple(str(word.value).lower() if key == "tags" else str(word.value) for word in node.value)
 
 
 def parse(text: str, file: str) -> Policy:
@@ -188,27 +188,27 @@ def parse(text: str, file: str) -> Policy:
             node,
             key,
             {
-                "count": lambda one, name: read.whole(one, name, 1, 1000000),
-                "percent": lambda one, name: read.whole(one, name, 1, 100),
+                "count": lambda number, name: read.whole(number, name, 1, 1000000),
+                "percent": lambda number, name: read.whole(number, name, 1, 100),
             },
         ),
         "rules": lambda node, key: _rules(read, node),
         "retention": lambda node, key: read.mapping(node, key, {"destroyed_records": read.duration}),
     }
-    found = read.mapping(
+    values = read.mapping(
         root, "the file", {"auto_cleanup": lambda node, key: read.mapping(node, key, known)}, ("auto_cleanup",)
     )["auto_cleanup"]
     default = Policy()
-    guard = found.get("guard", {})
+    guard = values.get("guard", {})
     return Policy(
-        enabled=found.get("enabled", True),
-        mode=found.get("mode", ENFORCE),
-        interval=found.get("interval", default.interval),
-        jitter=found.get("jitter", default.jitter),
+        enabled=values.get("enabled", True),
+        mode=values.get("mode", ENFORCE),
+        interval=values.get("interval", default.interval),
+        jitter=values.get("jitter", default.jitter),
         guard_count=guard.get("count", default.guard_count),
         guard_percent=guard.get("percent", default.guard_percent),
-        rules=found.get("rules", ()),
-        keep_destroyed=found.get("retention", {}).get("destroyed_records"),
+        rules=values.get("rules", ()),
+        keep_destroyed=values.get("retention", {}).get("destroyed_records"),
     )
 
 
@@ -217,21 +217,21 @@ def _rules(read: _RuleReader, node: Any) -> tuple[CleanupRule, ...]:
 
     if not isinstance(node, yaml.SequenceNode):
         raise read.refuse(node, "rules must be a list of rules")
-    found: list[CleanupRule] = []
-    for one in node.value:
-        rule = _rule(read, one)
-        if any(rule.name == other.name for other in found):
-            raise read.refuse(one, f"name: {rule.name!r} is the name of an earlier rule")
-        found.append(rule)
-    return tuple(found)
+    accepted: list[CleanupRule] = []
+    for item in node.value:
+        rule = _rule(read, item)
+        if any(rule.name == other.name for other in accepted):
+            raise read.refuse(item, f"name: {rule.name!r} is the name of an earlier rule")
+        accepted.append(rule)
+    return tuple(accepted)
 
 
 def _rule(read: _RuleReader, node: Any) -> CleanupRule:
-    def name(one: Any, key: str) -> str:
-        value = str(read.scalar(one, key, "a name"))
+    def name(part: Any, key: str) -> str:
+        value = str(read.scalar(part, key, "a name"))
         if not _NAME.fullmatch(value):
             raise read.refuse(
-                one,
+                part,
                 f"{key}: {value[:80]!r} is not valid. Valid: letters, digits, dot, hyphen and underscore, 63 at most",
             )
         return value

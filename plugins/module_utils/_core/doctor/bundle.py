@@ -38,7 +38,7 @@ def bundle(exam: Examination, report: Diagnosis, *, hosts: bool = False, events:
     config = {name: getattr(exam.config.proxmox, name) for name in exam.config.proxmox.__slots__ if name not in SECRETS}
     config.update({name: getattr(exam.config, name) for name in exam.config.__slots__ if name != "proxmox"})
     live = context.records.find_all()
-    found = {
+    content = {
         "made_at": clock.iso(context.clock.now()),
         "system": {
             "kernel": platform.release(),
@@ -48,10 +48,10 @@ def bundle(exam: Examination, report: Diagnosis, *, hosts: bool = False, events:
         },
         "configuration": config,
         **report.public(),
-        "sandboxes": [one.public() for one in live],
+        "sandboxes": [sandbox.public() for sandbox in live],
         "events": [info.event(row) for row in history.events(context.database, tail=events)],
     }
-    return dict(_redacted(json.loads(json.dumps(found, default=str)), _replacements(exam, hosts), hosts))
+    return dict(_redacted(json.loads(json.dumps(content, default=str)), _replacements(exam, hosts), hosts))
 
 
 def shown(exam: Examination, report: Diagnosis) -> dict[str, Any]:
@@ -113,16 +113,16 @@ def _redacted(value: Any, replaced: Mapping[str, str], hosts: bool) -> Any:
         if hosts:
             return text
         if words:
-            text = words.sub(lambda found: replaced[found[0]], text)
-        return _ADDRESS.sub(lambda found: found[0] if found[0] in _KEEP else "(address)", text)
+            text = words.sub(lambda match: replaced[match[0]], text)
+        return _ADDRESS.sub(lambda match: match[0] if match[0] in _KEEP else "(address)", text)
 
     def walk(part: Any) -> Any:
         if isinstance(part, str):
             return text_of(part)
         if isinstance(part, list):
-            return [walk(one) for one in part]
+            return [walk(item) for item in part]
         if isinstance(part, dict):
-            return {text_of(str(name)): walk(one) for name, one in part.items()}
+            return {text_of(str(name)): walk(item) for name, item in part.items()}
         return part
 
     return walk(value)

@@ -91,7 +91,7 @@ def check_quorum(exam: Examination) -> Iterable[Finding]:
 def check_vmid_range(exam: Examination) -> Iterable[Finding]:
     low, high = exam.config.vmid_range
     rows = exam.context.cluster.vms()
-    ours = {one.vmid for one in exam.context.records.find_all()}
+    ours = {sandbox.vmid for sandbox in exam.context.records.find_all()}
     within = {vmid: row for vmid, row in rows.items() if low <= vmid <= high}
     strangers = sorted(set(within) - ours)
     taken = len(set(within) | {vmid for vmid in ours if low <= vmid <= high})

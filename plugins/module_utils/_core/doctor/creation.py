@@ -188,5 +188,7 @@ def cluster_options(exam: Examination) -> dict[str, Any]:
 def _as_list(value: Any) -> list[str]:
     """Return a list that Proxmox VE gives as such, or as text with semicolons."""
     return [
-        str(one).lower() for one in (value if isinstance(value, list) else re.split(r"[;, ]+", str(value or ""))) if one
+        str(item).lower()
+        for item in (value if isinstance(value, list) else re.split(r"[;, ]+", str(value or "")))
+        if item
     ]

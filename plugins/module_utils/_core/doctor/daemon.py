@@ -52,7 +52,7 @@ def check_daemon(exam: Examination) -> Iterable[Finding]:
         )
         return
     try:
-        found = ask_daemon(exam)
+        answer = ask_daemon(exam)
     except PermissionError:
         yield Finding(
             "daemon",
@@ -71,8 +71,8 @@ def check_daemon(exam: Examination) -> Iterable[Finding]:
             {"socket": path},
         )
         return
-    facts = {"socket": path, "status": found}
-    conditions = conditions_of(found)
+    facts = {"socket": path, "status": answer}
+    conditions = conditions_of(answer)
     for condition in conditions:
         yield Finding(
             "daemon",
@@ -83,7 +83,7 @@ def check_daemon(exam: Examination) -> Iterable[Finding]:
             facts,
         )
     # Release 1.0.0 tells no conditions.
-    told = "conditions" in found
+    told = "conditions" in answer
     complaints = (
         []
         if told
@@ -95,16 +95,16 @@ def check_daemon(exam: Examination) -> Iterable[Finding]:
                 ("expiry", "last_error"),
                 ("reconcile", "last_error"),
             )
-            if (text := (found.get(part) or {}).get(key))
+            if (text := (answer.get(part) or {}).get(key))
         ]
     )
-    frozen = (found.get("cleanup") or {}).get("frozen")
+    frozen = (answer.get("cleanup") or {}).get("frozen")
     if frozen and not told:
         complaints.append(
             f"cleanup is frozen since {frozen.get('at')}: {frozen.get('reason')} (agentlab cleanup release)"
         )
-    if found.get("version") not in (None, __version__):
-        complaints.append(f"it is version {found.get('version')}, the modules here are {__version__}")
+    if answer.get("version") not in (None, __version__):
+        complaints.append(f"it is version {answer.get('version')}, the modules here are {__version__}")
     if complaints:
         yield Finding(
             "daemon",
@@ -114,7 +114,7 @@ def check_daemon(exam: Examination) -> Iterable[Finding]:
             facts,
         )
     elif not conditions:
-        yield Finding("daemon", OK, f"the daemon answers (version {found.get('version')})", None, facts)
+        yield Finding("daemon", OK, f"the daemon answers (version {answer.get('version')})", None, facts)
 
 
 class _Local(http.client.HTTPConnection):

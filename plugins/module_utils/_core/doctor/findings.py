@@ -62,14 +62,15 @@ class Diagnosis:
         """The findings that are a ``problem``, or with ``warning`` those, too; none with ``never``."""
         wanted = {"problem": (PROBLEM,), "warning": (PROBLEM, UNKNOWN, WARNING)}.get(limit, ())
         return sorted(
-            (one for one in self.findings if one.status in wanted), key=lambda one: STATUSES.index(one.status)
+            (finding for finding in self.findings if finding.status in wanted),
+            key=lambda finding: STATUSES.index(finding.status),
         )
 
     def public(self) -> dict[str, Any]:
         return {
             "status": self.status,
-            "problems": sum(one.status == PROBLEM for one in self.findings),
-            "findings": [one.public() for one in self.findings],
+            "problems": sum(finding.status == PROBLEM for finding in self.findings),
+            "findings": [finding.public() for finding in self.findings],
             "pveum": self.pveum,
         }
 

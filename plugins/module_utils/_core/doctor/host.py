@@ -297,12 +297,12 @@ def check_work(exam: Examination) -> Iterable[Finding]:
             cut_off.append(f"{sandbox.vmid} ({entry.kind}, {entry.phase})")
     disks = workspace_disk.unfinished(context)
     facts = {"sandboxes": len(live), "overdue": overdue[:50], "cut_off": cut_off[:50]}
-    found: list[tuple[str, str]] = []
+    unfinished: list[tuple[str, str]] = []
     rest = timeguard.rests(context)
     if rest:
-        found.append((rest[1], _REST_ADVICE[rest[0]]))
+        unfinished.append((rest[1], _REST_ADVICE[rest[0]]))
     if overdue:
-        found.append(
+        unfinished.append(
             (
                 f"{len(overdue)} sandboxes are past their lease and still live ({some(overdue)}): nobody lets leases"
                 " expire",
@@ -310,7 +310,7 @@ def check_work(exam: Examination) -> Iterable[Finding]:
             )
         )
     if cut_off:
-        found.append(
+        unfinished.append(
             (
                 f"{len(cut_off)} operations were cut off: {some(cut_off)}",
                 "run agentlab_reconcile (agentlab sandbox reconcile --apply), which finishes them; while it says that "
@@ -318,7 +318,7 @@ def check_work(exam: Examination) -> Iterable[Finding]:
             )
         )
     if disks:
-        found.append(
+        unfinished.append(
             (
                 f"{len(disks)} operations on workspaces were cut off: "
                 f"{some(f'{disk.name} ({disk.state})' for disk in disks)}",
@@ -327,7 +327,7 @@ def check_work(exam: Examination) -> Iterable[Finding]:
             )
         )
     if doubtful:
-        found.append(
+        unfinished.append(
             (
                 f"{len(doubtful)} creations failed, and what is at their VMIDs is not certain to be theirs: "
                 f"{some(doubtful)}",
@@ -336,16 +336,16 @@ def check_work(exam: Examination) -> Iterable[Finding]:
             )
         )
     if waiting:
-        found.append(
+        unfinished.append(
             (
                 f"{len(waiting)} creations wait for their task to be run again: {some(waiting)}",
                 "run the same task again, or destroy them with force (agentlab sandbox destroy --force "
                 f"{' '.join(waiting[:20])}); otherwise their leases end them",
             )
         )
-    for meaning, advice in found:
+    for meaning, advice in unfinished:
         yield Finding("work", WARNING, meaning, advice, facts)
-    if not found:
+    if not unfinished:
         yield Finding("work", OK, f"{len(live)} sandboxes, none past its lease, no operation cut off", None, facts)
 
 

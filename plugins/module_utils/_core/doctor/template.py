@@ -63,8 +63,8 @@ def check_template(exam: Examination, wanted: str | None) -> Iterable[Finding]:
     exam.template = (vmid, node, config)
     name = f"template {vmid} ({config.get('name')})"
     facts = {"vmid": vmid, "node": node}
-    found = list(_misfits(exam, vmid, node, config, name, facts))
-    yield from found or [
+    misfits = list(_misfits(exam, vmid, node, config, name, facts))
+    yield from misfits or [
         Finding("template", OK, f"{name} is fit: guest agent, cloud-init drive, linked clones", None, facts)
     ]
 

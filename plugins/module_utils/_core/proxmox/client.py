@@ -195,21 +195,21 @@ class ProxmoxClient:
 
     def get_list(self, path: str, /, **params: Any) -> list[dict[str, Any]]:
         """Return a list of objects. Raises OutcomeUnknown for any other answer; it is never taken for an empty list."""
-        found = self.get(path, **params)
-        if not isinstance(found, list) or not all(isinstance(item, dict) for item in found):
+        rows = self.get(path, **params)
+        if not isinstance(rows, list) or not all(isinstance(item, dict) for item in rows):
             raise OutcomeUnknown(
                 f"GET /{path}: the answer is not a list, so nothing is known; is api_host a Proxmox node?", path=path
             )
-        return found
+        return rows
 
     def get_dict(self, path: str, /, **params: Any) -> dict[str, Any]:
         """Return an object. Raises OutcomeUnknown for any other answer."""
-        found = self.get(path, **params)
-        if not isinstance(found, dict):
+        answer = self.get(path, **params)
+        if not isinstance(answer, dict):
             raise OutcomeUnknown(
                 f"GET /{path}: the answer is not an object, so nothing is known; is api_host a Proxmox node?", path=path
             )
-        return found
+        return answer
 
     def _request(self, method: str, path: str, params: dict[str, Any]) -> Any:
         try:

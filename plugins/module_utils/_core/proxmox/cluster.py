@@ -170,7 +170,7 @@ class Cluster:
                 # The connection itself is the proof: only nodes signed by that cluster's authority are accepted.
                 self._confirmed = True
                 return
-            found = self._identity()
+            actual = self._identity()
             if known is None:
                 if not creating:
                     raise Kept(
@@ -178,10 +178,10 @@ class Cluster:
                         "these records do not know yet which cluster they belong to (the first creation notes it), so "
                         "nothing is concluded from this one",
                     )
-                self._records.set_meta("cluster", json.dumps(found))
+                self._records.set_meta("cluster", json.dumps(actual))
             else:
-                if known["authority"] and found["authority"]:
-                    same = known["authority"] == found["authority"]
+                if known["authority"] and actual["authority"]:
+                    same = known["authority"] == actual["authority"]
                 elif known["authority"]:
                     raise Kept(
                         "unknown",
@@ -190,19 +190,19 @@ class Cluster:
                     )
                 else:
                     # A single node that joined a cluster is still among the cluster's nodes by its name.
-                    same = (known["name"] == found["name"] or known["name"] is None) and bool(
-                        set(known["nodes"]) & set(found["nodes"])
+                    same = (known["name"] == actual["name"] or known["name"] is None) and bool(
+                        set(known["nodes"]) & set(actual["nodes"])
                     )
                 if not same:
                     raise Kept(
                         "unknown",
                         f"this is not the cluster these records belong to (they know {_title(known)}, api_host leads "
-                        f"to {_title(found)}); correct api_host or database; if it is the same cluster with a new "
+                        f"to {_title(actual)}); correct api_host or database; if it is the same cluster with a new "
                         "certificate authority, or a node that joined one, run agentlab_reconcile with "
                         "adopt_cluster=true once",
                     )
-                if known != found and found["authority"]:
-                    self._records.set_meta("cluster", json.dumps(found))
+                if known != actual and actual["authority"]:
+                    self._records.set_meta("cluster", json.dumps(actual))
             self._confirmed = True
 
     def adopt(self) -> None:
@@ -381,8 +381,8 @@ class Cluster:
         }
 
     def _ask_for_each(self, vmids: list[int], quorum: dict[str, Any]) -> dict[int, Presence]:
-        found = parallel.each(lambda vmid: self._nextid(vmid, quorum), vmids, self._client.settings.connections)
-        return dict(zip(vmids, found, strict=True))
+        presences = parallel.each(lambda vmid: self._nextid(vmid, quorum), vmids, self._client.settings.connections)
+        return dict(zip(vmids, presences, strict=True))
 
     def is_in_use(self, vmid: int) -> bool:
         """Return whether Proxmox VE reports the VMID as in use, even by a VM hidden from these credentials."""
@@ -402,16 +402,16 @@ class Cluster:
 
     def _nextid(self, vmid: int, quorum: dict[str, Any]) -> Presence:
         try:
-            found = self._client.get("cluster/nextid", vmid=vmid)
+            free = self._client.get("cluster/nextid", vmid=vmid)
         except ApiError as error:
             if error.status in (400, 500) and "already exists" in error.text:
                 return Presence(False, self.why_in_use(vmid), {"nextid": error.text})
             return Presence(None, error.message, {})
         except ProxmoxError as error:
             return Presence(None, error.message, {})
-        if str(found) != str(vmid):
+        if str(free) != str(vmid):
             return Presence(
-                None, f"GET /cluster/nextid answered {str(found)[:40]!r} for {vmid}, so nothing is known", {}
+                None, f"GET /cluster/nextid answered {str(free)[:40]!r} for {vmid}, so nothing is known", {}
             )
         return Presence(True, f"Proxmox says that VMID {vmid} is free", {**quorum, "proof": "nextid"})
 
@@ -454,8 +454,8 @@ def _by_vmid(rows: Iterable[dict[str, Any]]) -> dict[int, dict[str, Any]]:
 
 
 def _rights(held: dict[str, Any], path: str) -> dict[str, Any]:
-    found = held.get(path)
-    return found if isinstance(found, dict) else {}
+    rights = held.get(path)
+    return rights if isinstance(rights, dict) else {}
 
 
 def _title(identity: dict[str, Any]) -> str:

@@ -81,7 +81,7 @@ def is_ours(text: str) -> bool:
 
 def markers(config: dict[str, Any]) -> set[str]:
     """Return the sandbox UUIDs in the markers of a VM's description."""
-    return {found.lower() for found in _MARKER.findall(str(config.get("description") or ""))}
+    return {uuid.lower() for uuid in _MARKER.findall(str(config.get("description") or ""))}
 
 
 def other_databases(config: dict[str, Any], database: str | None) -> set[str]:
@@ -101,8 +101,8 @@ def other_databases(config: dict[str, Any], database: str | None) -> set[str]:
 
 def smbios_uuid(config: dict[str, Any]) -> str | None:
     """Return the SMBIOS UUID of a VM's configuration in lower case, or None."""
-    found = _SMBIOS.search(str(config.get("smbios1") or ""))
-    return found[1].lower() if found else None
+    match = _SMBIOS.search(str(config.get("smbios1") or ""))
+    return match[1].lower() if match else None
 
 
 def judge(uuid: str, known_smbios: str | None, config: dict[str, Any]) -> Verdict:
