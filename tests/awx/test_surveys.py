@@ -212,6 +212,10 @@ def test_job(launch: Any, runner: Runner) -> None:
     own = {"job_connection": "local", "job_python": f"{runner.bin}/python"}
     status, _result, output = launch("job", {"job_tasks": "jobs/work.yml"}, own)
     assert status == 0 and (runner.folder / "made").read_text() == "done", output
+    blank = dict.fromkeys(("job_name", "job_profile", "job_workspace", "job_user", "job_ttl"), " ")
+    (runner.folder / "made").unlink()
+    status, _result, output = launch("job", {"job_tasks": " jobs/work.yml ", "job_template": " 9000 ", **blank}, own)
+    assert status == 0 and (runner.folder / "made").read_text() == "done", output
     status, _result, output = launch("job", {"job_tasks": "jobs/nosuch.yml", "job_keep": "true"}, own)
     assert status != 0 and "nosuch.yml" in output
 

@@ -368,7 +368,7 @@ def test_variables_are_checked_before_anything_is_made(job: Callable[..., Job], 
     assert ended.pve.counted["POST"] == 0 and not Path(ended.database).exists()
 
 
-@pytest.mark.parametrize("form", ["text", "lines", "json text", "folder", "pasted"])
+@pytest.mark.parametrize("form", ["text", "lines", "json text", "folder", "pasted", "commas"])
 def test_what_is_collected_may_be_named_in_each_way(job: Callable[..., Job], tmp_path: Path, form: str) -> None:
     out = tmp_path / "out"
     tasks = f"""\
@@ -377,9 +377,14 @@ def test_what_is_collected_may_be_named_in_each_way(job: Callable[..., Job], tmp
   changed_when: true
 """
     a, b = f"{out}/a.txt", f"{out}/deep/.hidden/b.txt"
-    fetch = {"text": a, "lines": f"{a}\r\n\n  {b}\n", "json text": json.dumps([a, b]), "folder": f"{out}/"}.get(
-        form, f"# the report\r\n- {a}\r\n- '{b}'\r\n"
-    )
+    commas = f"{a}, '{b}',"
+    fetch = {
+        "text": a,
+        "commas": commas,
+        "lines": f"{a}\r\n\n  {b}\n",
+        "json text": json.dumps([a, b]),
+        "folder": f"{out}/",
+    }.get(form, f"# the report\r\n- {a}\r\n- '{b}'\r\n")
     ended = job(tasks, job_fetch=fetch)
     assert ended.run.rc == 0 and ended.cleared_up(), ended.run.output
     names = {
@@ -388,10 +393,31 @@ def test_what_is_collected_may_be_named_in_each_way(job: Callable[..., Job], tmp
         "json text": ["a.txt", "b.txt"],
         "folder": ["out/a.txt", "out/deep/.hidden/b.txt"],
         "pasted": ["a.txt", "b.txt"],
+        "commas": ["a.txt", "b.txt"],
     }[form]
     files = sorted(str(path.relative_to(ended.result(""))) for path in ended.result("").rglob("*") if path.is_file())
     assert files == names and f"Collected {len(names)} file(s)" in ended.said
     assert "Not there" not in ended.said
+
+
+def test_blanks_around_an_answer_do_not_count(job: Callable[..., Job]) -> None:
+    blanks = {
+        "job_name": " job-1 ",
+        "job_workspace": "data ",
+        "job_profile": "\tjobs",
+        "job_template": " ",
+        "job_ttl": " ",
+    }
+    more = {
+        "job_user": " ",
+        "job_keep": " no ",
+        "job_connect_timeout": " 60",
+        "job_connection": "local ",
+        "job_node": " ",
+    }
+    ended = job(**blanks, **more)
+    assert ended.run.rc == 0 and ended.cleared_up() and ended.result("made-inside").exists(), ended.run.output
+    assert "Workspace data is free" in ended.said and ended.rows("SELECT name FROM sandboxes") == [("job-1",)]
 
 
 def test_a_file_that_is_not_there_is_told_and_two_of_one_name_are_both_kept(
