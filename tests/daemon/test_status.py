@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import sqlite3
 import time
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from typing import Any
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store import holders
 
 from support.cli import agentlab
-from support.daemon import Daemon, free_port
+from support.daemon import Daemon, free_port, in_daemon
 from support.double import TOKEN_SECRET
 from support.lab import Lab
 
@@ -141,6 +142,72 @@ def test_an_answer_of_a_guest_that_makes_no_sense_is_not_proxmox_failing(daemon:
     assert one.good("GET", "/v1/status")["conditions"] == []
     assert one.good("GET", "/v1/status")["proxmox"]["reachable"] is True
     assert one.metric('agentlab_proxmox_errors_total{kind="unknown"}') == 0
+
+
+def test_what_could_not_be_done_for_single_sandboxes(daemon: Make, lab: Lab) -> None:
+    """Each job as a whole went well, so its own state says nothing of them."""
+    locked = lab.create("locked")
+    lab.pve.vm(locked.vmid).config["lock"] = "backup"
+    doubtful = lab.timed_out("doubtful")
+    lab.pve.vm(doubtful.vmid).config["description"] = "edited"
+    switched_on = lab.create("on")
+    lab.power("stop", switched_on.vmid)
+    vm = lab.pve.vm(switched_on.vmid)
+    vm.status = vm.qmpstatus = "running"
+    one = daemon(metrics_listen=f"127.0.0.1:{free_port()}", reconcile_interval="1h", expire_interval="1s")
+    told = condition(one, "sandboxes")
+    assert told["condition"] == "fails" and f"sandbox {doubtful.vmid} (reconcile): only one of the two" in told["why"]
+    assert f"sandbox {switched_on.vmid} (reconcile): somebody started it, and no lease ends it" in told["why"], told
+    assert f"sandbox {locked.vmid}" not in told["why"], "a backup ends by itself"
+    assert one.metric('agentlab_condition{part="sandboxes"}') == 1
+    lab.force_state(locked.vmid, "RUNNING", lease_expires_at=int(time.time()) - 1)
+    sentence = f"sandbox {locked.vmid} (expiry): its lease is over, but its VM was not stopped"
+    one.wait_for(lambda: sentence in condition(one, "sandboxes")["why"], "the VM that goes on is told", 60)
+    assert sentence in re.sub(r"\s+", " ", agentlab("status", socket=one.socket).stdout)
+    assert "sandboxes fails: " in one.log()
+    # What is mended is told no more: by the next pass, or because the sandbox is gone.
+    lab.pve.vm(locked.vmid).config.pop("lock")
+    lab.pve.remove_vm(doubtful.vmid)
+    lab.power("start", switched_on.vmid)
+    for _pass in range(2):
+        assert one.post("/v1/sandboxes/reconcile", {"apply": True}).status == 200
+    one.wait_for(lambda: gone(one, "sandboxes"), "nothing is left", 30)
+
+
+def test_what_the_rules_could_not_do(daemon: Make, lab: Lab) -> None:
+    made = lab.timed_out("a1")
+    lab.pve.fail("DELETE", f"/qemu/{made.vmid}", 500, "storage is not online", times=99)
+    rules = (
+        "auto_cleanup:\n  enabled: true\n  interval: 1h\n  jitter: 0s\n  rules:\n"
+        "    - {name: timeouts, match: {states: [TIMEOUT]}, after: 1s, action: destroy}\n"
+    )
+    one = daemon(cleanup=rules)
+    assert one.post("/v1/cleanup/run", {}).status == 207
+    told = condition(one, "sandboxes")
+    assert f"sandbox {made.vmid} (cleanup): " in told["why"] and "storage is not online" in told["why"]
+    lab.calm()
+    lab.pve.clear_faults()
+    assert one.post(f"/v1/sandboxes/{made.vmid}/destroy", {"force": True}).status == 200
+    assert gone(one, "sandboxes"), "a destroyed sandbox needs nothing"
+
+
+def test_what_passes_by_itself_is_told_when_it_lasts() -> None:
+    code = """
+import json
+from agentlabd.problems import Problem, Problems
+now = [1000.0]
+problems = Problems(lambda: now[0])
+told = []
+for at in (1000, 4000, 4700):
+    now[0] = at
+    problems.replace("cleanup", [Problem("sandbox 1", "locked", "u1", passing=True), Problem("sandbox 2", "x", "u2")])
+    told.append([(job, one.what, one.since) for job, one in problems.told(lambda: ["u1", "u2"])])
+problems.replace("cleanup", [])
+told.append(problems.told(lambda: 1 / 0))
+print(json.dumps(told))
+"""
+    second = ["cleanup", "sandbox 2", 1000]
+    assert in_daemon(code) == [[second], [second], [["cleanup", "sandbox 1", 1000], second], []]
 
 
 def test_a_job_that_fails(daemon: Make, lab: Lab) -> None:

@@ -39,7 +39,7 @@ CORE_ROOMS: dict[str, tuple[str, str]] = {
 DAEMON_ROOMS: dict[str, tuple[str, str]] = {
     "process": ("systemd logs connections", ""),
     "statuses": ("statuses", ""),
-    "service": ("service metrics conditions", "process statuses"),
+    "service": ("service metrics problems conditions", "process statuses"),
     "forms": ("http/fields http/answers", "statuses"),
     "http": ("http/", "process service statuses forms"),
     "scheduler": ("scheduler", "process service"),

@@ -19,6 +19,7 @@ from typing import Any
 from agentlab_core import clock as clock_module
 from agentlab_core import timeguard
 from agentlab_core.errors import AgentlabError
+from agentlab_core.store import overview
 
 from .logs import log
 
@@ -35,6 +36,7 @@ PARTS = (
     "clock",
     "restore",
     "unrecorded",
+    "sandboxes",
     "operations",
     "configuration",
     "socket",
@@ -44,6 +46,8 @@ WAIT_SECONDS = 5.0
 _JOB_SECONDS = 60.0
 # The next reconcile resumes an interrupted operation. After this many seconds a person has to remove the cause.
 _INTERRUPTED_SECONDS = 3600
+# Sandboxes with a problem that are named in one condition.
+_MOST_NAMED = 3
 
 
 @dataclass(slots=True)
@@ -215,6 +219,21 @@ class Conditions:
                 f"{len(unrecorded)} VM(s) carry our marker and have no record here, so no lease ends them: {some}",
                 "after a restore: they were created since the copy; look at each, and remove by hand what nobody "
                 "needs (qm destroy)",
+            )
+        yield from self._of_sandboxes()
+
+    def _of_sandboxes(self) -> Iterator[Condition]:
+        service = self._service
+        problems = service.problems.told(lambda: overview.generations(service.base.records))
+        if problems:
+            some = "; ".join(f"{problem.what} ({job}): {problem.why}" for job, problem in problems[:_MOST_NAMED])
+            more = f"; and {len(problems) - _MOST_NAMED} more" if len(problems) > _MOST_NAMED else ""
+            yield Condition(
+                "sandboxes",
+                FAILS,
+                f"something could not be done for {len(problems)} of them: {some}{more}",
+                "each message says what to look at; agentlab sandbox reconcile tells all. It is tried again by itself",
+                problems[0][1].since,
             )
 
     def _of_jobs(self) -> Iterator[Condition]:

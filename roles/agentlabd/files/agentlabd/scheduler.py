@@ -31,6 +31,7 @@ from agentlab_core.sandboxes import lease
 from agentlab_core.store import overview
 
 from .logs import log, seldom
+from .problems import Problem
 from .service import Service
 
 T = TypeVar("T")
@@ -201,6 +202,10 @@ class Scheduler:
             problem = lease.stop_expired(ctx, sandbox)
             if problem and problem != lease.UNDER_WAY:
                 log.warning("sandbox %s is TIMEOUT, but its VM was not stopped: %s", sandbox.vmid, problem)
+                if problem in (lease.NO_VM, lease.ANOTHER_VM):
+                    return
+                why = f"its lease is over, but its VM was not stopped: {problem}"
+                self.service.problems.set("expiry", Problem(f"sandbox {sandbox.vmid}", why, sandbox.uuid))
 
         self._loop.call_soon_threadsafe(
             self.service.begin, self._stops, work, f"the stop of expired sandbox {sandbox.vmid}"
@@ -217,7 +222,7 @@ class Scheduler:
                 # The first pass finishes operations in which an earlier daemon was killed.
                 found = await self._run(self._compare, "reconcile")
                 self.reconcile.done("reconcile")
-                self.service.metrics.reconciled(found)
+                self.service.note_reconciled(found)
                 self._tell(found)
                 self.service.unrecorded = [
                     {"vmid": one.vmid, "name": one.evidence.get("name"), "node": one.evidence.get("node")}

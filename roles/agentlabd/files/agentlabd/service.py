@@ -28,7 +28,7 @@ from agentlab_core.maintenance import cleanup, reconcile
 from agentlab_core.store import overview, schema
 from agentlab_core.store.workspaces import Workspaces
 
-from . import __version__
+from . import __version__, problems
 from .conditions import WAIT_SECONDS, Conditions, name_locker
 from .logs import log
 from .metrics import Metrics
@@ -91,6 +91,7 @@ class Service:
         self.unrecorded: list[dict[str, Any]] = []
         # Results of the scheduled reconciles that later ones reuse.
         self.known_vms = reconcile.KnownVms()
+        self.problems = problems.Problems()
         self._damage: tuple[float, list[str]] = (0.0, [])
         self.conditions = Conditions(self)
         self._cleaning = threading.Lock()
@@ -159,6 +160,13 @@ class Service:
     def frozen(self) -> dict[str, Any] | None:
         return timeguard.frozen(self.base)
 
+    def note_reconciled(self, found: list[reconcile.Drift]) -> None:
+        """Count the drift of a pass that has repaired what it could, and remember what it could not."""
+        self.metrics.reconciled(found)
+        self.problems.replace("reconcile", problems.of_drift(found))
+        # A pass stops again what expiry could not stop, and has told what became of it.
+        self.problems.replace("expiry", ())
+
     def clean(self, actor: str, *, dry_run: bool = False) -> cleanup.CleanupResult:
         """Run the rules once. Raises Busy while they are running, and Frozen and GuardTripped as the core does."""
         policy = self.policy
@@ -168,6 +176,7 @@ class Service:
         try:
             report = cleanup.run(self.context(actor, dry_run=dry_run or shadow), policy)
             if not dry_run:
+                self.problems.replace("cleanup", problems.of_outcomes((*report.failed, *report.kept)))
                 self.metrics.pruned(
                     "cleanup", report.pruned, report.kept, report.failed, report.candidates, shadow=shadow
                 )

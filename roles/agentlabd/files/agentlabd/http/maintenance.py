@@ -55,7 +55,7 @@ def reconcile_sandboxes(call: Call) -> Answer:
     checked = len(ctx.records.find_all())
     found = reconcile.run(ctx, apply=apply, adopt_cluster=adopt)
     if apply:
-        call.service.metrics.reconciled(found)
+        call.service.note_reconciled(found)
         call.service.lease_changed()
     return Answer(upstream.describe_drift(found, checked, applied=apply))
 

@@ -1,0 +1,120 @@
+# Copyright: the agentlab.proxmox contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Remember what the daemon's jobs could not do for single sandboxes, until a later run of the job does it.
+
+A job that fails as a whole is told by its own state. Without this file the failure of one sandbox among many would be
+a line in the log, and nothing else.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from agentlab_core.maintenance.reconcile import Drift
+from agentlab_core.model import Outcome
+
+# Reasons that usually pass by themselves: told only when they last longer than PASSING_SECONDS.
+_PASSING = ("locked", "node_offline", "unknown", "busy", "changed")
+PASSING_SECONDS = 3600
+# Reasons for which nothing has to be done, or which other conditions tell.
+_ORDINARY = ("too_young", "protected", "foreign", "rule", "clock_jumped", "restored")
+# Kinds of drift that reconcile leaves to a person, or to a later pass.
+_LEFT_ALONE = ("ambiguous", "denied", "running", "locked", "node_offline", "unknown")
+
+
+@dataclass(slots=True)
+class Problem:
+    """What a job could not do: the sandbox (VMID and UUID; a workspace has only its name), why, since when."""
+
+    what: str
+    why: str
+    uuid: str | None = None
+    passing: bool = False
+    since: int = 0
+
+
+class Problems:
+    """The problems of the last run of each job. Safe to use from several threads."""
+
+    def __init__(self, now: Callable[[], float] = time.time) -> None:
+        self._now = now
+        self._lock = threading.Lock()
+        # Job -> name of the sandbox or workspace -> problem.
+        self._jobs: dict[str, dict[str, Problem]] = {}
+
+    def replace(self, job: str, problems: Iterable[Problem]) -> None:
+        """Set the problems of a run that has looked at everything. A problem that lasts keeps its beginning."""
+        with self._lock:
+            before = self._jobs.get(job, {})
+            self._jobs[job] = {}
+            for problem in problems:
+                known = before.get(problem.what)
+                problem.since = known.since if known else int(self._now())
+                self._jobs[job][problem.what] = problem
+
+    def set(self, job: str, problem: Problem) -> None:
+        """Add the problem of one sandbox."""
+        with self._lock:
+            known = self._jobs.setdefault(job, {}).get(problem.what)
+            problem.since = known.since if known else int(self._now())
+            self._jobs[job][problem.what] = problem
+
+    def told(self, live: Callable[[], Iterable[str]]) -> list[tuple[str, Problem]]:
+        """Return (job, problem) of everything that a person should know, oldest first.
+
+        ``live`` returns the UUIDs of the live sandboxes. It is called only if there is a problem.
+        """
+        with self._lock:
+            problems = [(job, problem) for job, each in self._jobs.items() for problem in each.values()]
+        now = self._now()
+        problems = [
+            (job, problem) for job, problem in problems if not problem.passing or now - problem.since >= PASSING_SECONDS
+        ]
+        if not problems:
+            return []
+        present = set(live())
+        problems = [(job, one) for job, one in problems if one.uuid is None or one.uuid in present]
+        return sorted(problems, key=lambda entry: (entry[1].since, entry[1].what))
+
+
+def of_outcomes(outcomes: Iterable[Outcome]) -> list[Problem]:
+    """Return the problems among the outcomes of the cleanup rules: what failed, and what is kept for a person."""
+    return [
+        Problem(
+            f"sandbox {outcome.vmid}",
+            outcome.message or str(outcome.reason),
+            outcome.uuid,
+            passing=outcome.reason in _PASSING,
+        )
+        for outcome in outcomes
+        if outcome.reason not in _ORDINARY
+    ]
+
+
+def of_drift(drifts: Iterable[Drift]) -> list[Problem]:
+    """Return the problems among the drift of a pass of reconcile that has repaired what it could."""
+    problems = []
+    for drift in drifts:
+        if drift.error is None and (drift.applied or drift.kind not in _LEFT_ALONE):
+            continue
+        sandbox = drift.sandbox
+        what = f"sandbox {sandbox.vmid}" if sandbox else f"workspace {drift.evidence.get('workspace')}"
+        passing = drift.error is None and drift.kind in _PASSING
+        problems.append(Problem(what, drift.error or _explain(drift), sandbox.uuid if sandbox else None, passing))
+    return problems
+
+
+def _explain(drift: Drift) -> str:
+    evidence = drift.evidence
+    if drift.kind == "ambiguous":
+        return "only one of the two marks of its VM is ours; look at the VM, and remove it by hand if it is to go"
+    if drift.kind == "node_offline":
+        return f"node {evidence.get('node')} is offline"
+    if drift.kind == "locked":
+        return str(evidence.get("why") or f"its VM is locked ({evidence.get('lock')})")
+    return str(evidence.get("why") or drift.action.removeprefix("none: "))
