@@ -122,7 +122,7 @@ class Canned:
             "api_token_id": TOKEN_ID,
             "api_token_secret": TOKEN_SECRET,
             "ca_path": self.cafile,
-            "api_timeout": 2,
+            "api_timeout": 10,
             **changes,
         }
         return ProxmoxClient(ProxmoxSettings(**values), Hurried())
