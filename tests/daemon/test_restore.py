@@ -22,15 +22,19 @@ import pytest
 
 from support.cli import agentlab
 from support.daemon import Daemon, free_port
+from support.engines import require_postgresql, server
 from support.lab import Lab
+from support.postgres import find_programs
 
 Make = Callable[..., Daemon]
-MANUAL = (Path(__file__).resolve().parents[2] / "docs" / "troubleshooting.md").read_text()
+DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 
-def commands(name: str) -> list[str]:
+def commands(name: str, page: str = "troubleshooting.md") -> list[str]:
     """The commands of a part of the manual."""
-    return re.findall(r"^[#$] (.+)$", MANUAL.split(f"<!-- {name} -->")[1].split(f"<!-- /{name} -->")[0], re.M)
+    return re.findall(
+        r"^[#$] (.+)$", (DOCS / page).read_text().split(f"<!-- {name} -->")[1].split(f"<!-- /{name} -->")[0], re.M
+    )
 
 
 def back_up(lab: Lab, to: Path) -> None:
@@ -154,3 +158,58 @@ def test_nothing_is_noted_by_who_only_looks(lab: Lab) -> None:
     lab.prune(dry_run=True)
     lab.close_contexts()
     assert {path.name: path.read_bytes() for path in folder.iterdir() if path.name.startswith(".")} == before
+
+
+def test_the_manuals_restore_on_postgresql_ends_nobodys_work(daemon: Make, lab: Lab, tmp_path: Path) -> None:
+    require_postgresql()
+    postgres = server()
+    lab.database = postgres.uri()
+    name = lab.database.rpartition("/")[2]
+    programs = {
+        "PATH": f"{find_programs()}:{os.environ['PATH']}",
+        "PGHOST": "127.0.0.1",
+        "PGPORT": str(postgres.port),
+        "PGUSER": postgres.user,
+    }
+
+    def follow_page(one: Daemon | None, part: str) -> dict[str, str]:
+        told = {}
+        for step in commands(part, "controllers.md"):
+            if one is not None and step.startswith(("systemctl", "agentlab ")):
+                told |= follow(one, lab, tmp_path, [step])
+            else:
+                mine = re.sub(r"(?<![\w/])agentlab(?![\w.])", name, step).replace("/root/", f"{tmp_path}/")
+                subprocess.run(["bash", "-euc", mine], check=True, env={**os.environ, **programs})
+        return told
+
+    for sandbox in ("renewed", "steady"):
+        lab.create(sandbox, ttl=3600)
+    # By the copy the first lease is over when it is restored.
+    over = int(time.time()) + 6
+    postgres.execute(f"UPDATE sandboxes SET lease_expires_at = {over} WHERE vmid = 1000", name)
+    follow_page(None, "backup")
+    lab.renew(1000, 4 * 3600)
+    one = daemon(database=lab.database, expire_interval="1s")
+    assert one.post("/v1/sandboxes", {"name": "newer", "vmid": 1010}).status == 201
+    lab.close_contexts()
+    lab.pve.requests.clear()
+    time.sleep(max(0.0, over + 1 - time.time()))
+    told = follow_page(one, "restore")
+    assert "older copy" in told["agentlab status"] and "agentlab cleanup release" in told["agentlab status"]
+    assert one.good("POST", "/v1/sandboxes/reconcile", {"apply": True})
+    assert one.good("POST", "/v1/sandboxes/prune")["count"] == 0
+    time.sleep(3)
+    assert {vmid: lab.pve.vm(vmid).status for vmid in (1000, 1001, 1010)} == dict.fromkeys(
+        (1000, 1001, 1010), "running"
+    )
+    assert lab.record(1000).state == "RUNNING" and lab.pve.touched(1010) == []
+    follow_page(one, "release")
+    one.wait_for(
+        lambda: "restore" not in {row["part"] for row in one.good("GET", "/v1/status")["conditions"]},
+        "leases go on",
+        20,
+    )
+    time.sleep(3)
+    assert lab.record(1000).state == "RUNNING" and lab.pve.vm(1000).status == "running"
+    assert one.post("/v1/sandboxes/1001/lease/renew", {"ttl": "2s", "allow_shorten": True}).status == 200
+    one.wait_for(lambda: lab.pve.vm(1001).status == "stopped", "leases end again", 30)

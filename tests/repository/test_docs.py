@@ -299,7 +299,7 @@ NOT_RUN = {
 }
 # Tested as they stand: the restore by tests/daemon/test_restore.py,
 # the role's quickstart by molecule, sqlite3 by tests/scenarios/test_pages.py, the archive by scripts/installed.sh.
-ELSEWHERE = {"ansible-galaxy", "sqlite3", "mkdir", "mv", "cp", "chown", "echo"}
+ELSEWHERE = {"ansible-galaxy", "sqlite3", "pg_dump", "pg_restore", "psql", "mkdir", "mv", "cp", "chown", "echo"}
 CHECKED = {"agentlab", "agentlabd", "ansible", "ansible-playbook", "ansible-inventory", "cd", "pre-commit"}
 
 
