@@ -164,7 +164,7 @@ def test_what_could_not_be_done_for_single_sandboxes(daemon: Make, lab: Lab) -> 
     sentence = f"sandbox {locked.vmid} (expiry): its lease is over, but its VM was not stopped"
     one.wait_for(lambda: sentence in condition(one, "sandboxes")["why"], "the VM that goes on is told", 60)
     assert sentence in re.sub(r"\s+", " ", agentlab("status", socket=one.socket).stdout)
-    assert "sandboxes fails: " in one.log()
+    one.wait_for(lambda: "sandboxes fails: " in one.log(), "the log says it", 60)
     # What is mended is told no more: by the next pass, or because the sandbox is gone.
     lab.pve.vm(locked.vmid).config.pop("lock")
     lab.pve.remove_vm(doubtful.vmid)
