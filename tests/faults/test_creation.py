@@ -465,6 +465,29 @@ def test_a_clone_that_takes_longer_than_was_waited_is_left_to_the_next_run(lab: 
     assert lab.create("a1", options={"wait_timeout": "30s"}).state == "RUNNING"
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "can't lock file '/var/lock/qemu-server/lock-9000.conf' - got timeout",
+        "unable to create VM 1000: config file already exists",
+    ],
+    ids=["the template was locked", "the VMID was taken"],
+)
+def test_a_resumed_clone_whose_task_failed_is_sent_again_at_once(lab: Lab, text: str) -> None:
+    """The failed task proves that nothing of the earlier request comes any more: there is no doubt to wait for."""
+    lab.pve.next_task("qmclone", "hang")
+    with pytest.raises(TaskTimeout):
+        lab.create("a1", options={"wait_timeout": "1s"})
+    lab.pve.kill_task(lab.pve.running_tasks()[0], text)
+    if lab.pve.vm(1000):
+        lab.pve.remove_vm(1000)
+    if "exists" in text:
+        lab.pve.add_vm(1000, "stranger", config={"smbios1": "uuid=11111111-1111-4111-8111-111111111000"})
+    made = lab.create("a1", options={"doubt_window": "60s", "wait_timeout": "6s"})
+    assert (made.state, made.vmid) == ("RUNNING", 1001 if "exists" in text else 1000)
+    assert "exists" not in text or lab.pve.touched(1000) == []
+
+
 def interrupted(lab: Lab, *, apply: bool) -> list[int]:
     """Return the sandboxes of the operations that a reconcile finishes, or would finish."""
     drifts = lab.reconcile(apply=apply)

@@ -18,6 +18,7 @@ from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors impo
     AgentlabError,
     CreationFailed,
     InvalidInput,
+    ProxmoxError,
 )
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.model import Outcome
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.sandboxes import (
@@ -102,6 +103,13 @@ def test_what_is_no_template_is_told_as_what_it_is(lab: Lab) -> None:
     assert refused(lab, template="701") == "template: 701 is a container; a sandbox is made from the template of a VM"
     assert refused(lab, template="box") == "template: 701 is a container; a sandbox is made from the template of a VM"
     assert refused(lab, template="nowhere") == "template: 'nowhere' does not exist. Templates: 9000 (debian-13)"
+
+
+def test_a_template_that_may_be_on_an_offline_node_is_not_called_missing(lab: Lab) -> None:
+    """Without the cluster's status it is not known whether the list is whole."""
+    lab.pve.fault("GET", "/cluster/status", "answer", status=502, body="<html>", times=99)
+    with pytest.raises(ProxmoxError, match="502"):
+        outcome_of(lab, template="debian-99")
 
 
 def test_a_template_that_cannot_be_read_is_not_called_none(lab: Lab) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.guest.cloud_init import CloudInitFailed
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store import holders
 
 from support.engines import ENGINES, new_address
@@ -78,6 +79,20 @@ def test_a_storage_that_both_hosts_share_and_a_host_that_is_gone(
     file.touch()
     lab.destroy(lost.vmid, force=True)
     assert lab.record(lost).state == "DESTROYED" and list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("lab", ["postgresql"], indirect=True)
+def test_a_file_that_its_host_removed_holds_no_other_host_up(
+    lab: Lab, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lab.pve.cloud_init_errors = ["('cc_runcmd', RuntimeError('no'))"]
+    with pytest.raises(CloudInitFailed):
+        lab.create(cloud_init_user_data=DATA, wait_for_cloud_init=True)
+    (made,) = lab.records()
+    assert (made.state, list(folder.iterdir())) == ("FAILED", [])
+    monkeypatch.setattr(holders, "host", lambda: "second/0123456789abcdef")
+    lab.destroy(made.vmid, force=True)
+    assert lab.record(made).state == "DESTROYED"
 
 
 @pytest.mark.parametrize("lab", ENGINES[:1], indirect=True)

@@ -192,7 +192,7 @@ def provide(ctx: Context, claim: Claim, sandbox: Sandbox, data: str | None) -> S
         return sandbox
     path = os.path.join(ctx.config.snippets_dir, snippets.name_of(sandbox))
     host = holders.host()
-    if sandbox.snippet != path or snippets.is_elsewhere(ctx, sandbox):
+    if (sandbox.snippet, sandbox.snippet_host) != (path, host):
         if sandbox.snippet is not None:
             snippets.remove(ctx, sandbox)
         sandbox = ctx.records.change(

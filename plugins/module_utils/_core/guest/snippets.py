@@ -57,6 +57,13 @@ def remove(ctx: Context, sandbox: Sandbox) -> None:
                 "it, or run as a user who may, then run again",
                 vmid=sandbox.vmid,
             ) from None
+    _note_removal(ctx, sandbox)
+
+
+def _note_removal(ctx: Context, sandbox: Sandbox) -> None:
+    # Other hosts cannot see that the file is gone.
+    if ctx.records.db.controller is not None and sandbox.snippet_host is not None:
+        ctx.records.forget_snippet_host(sandbox.uuid)
 
 
 def is_elsewhere(ctx: Context, sandbox: Sandbox) -> bool:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import uuid as uuid_module
+from dataclasses import replace
 from typing import Any, cast
 
 from .. import states
@@ -357,7 +358,8 @@ def _bring_up(creation: Creation) -> Outcome:
         sandbox = ctx.records.change(claim, creation.sandbox, "create", to=states.RUNNING, reason="ready", finish=True)
         return Outcome.of("created", sandbox, previous_state=states.READY, changed=True)
     if unfinished and unfinished.creation:
-        creation.note = unfinished.creation
+        # Phase and time belong to the entry of the earlier run, not to what this run notes.
+        creation.note = replace(unfinished.creation, phase="", at=0)
     disk = workspace_disk.of_creation(ctx, claim, creation.sandbox, spec.workspace)
     creation.sandbox = cloud_init.provide(ctx, claim, creation.sandbox, spec.cloud_init_user_data)
     cloned = clone.make_vm(creation) if creation.sandbox.smbios_uuid is None else None

@@ -9,6 +9,7 @@ template. The VM's own configuration decides.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -112,9 +113,23 @@ def find(ctx: Context, wanted: str | None, node: str | None = None) -> Template:
 def _offline_nodes(ctx: Context) -> list[str]:
     try:
         return sorted(name for name, online in ctx.cluster.nodes().items() if not online)
-    except ProxmoxError:
+    except AccessDenied:
         # Only Sys.Audit on / shows which nodes are offline.
         return []
+
+
+def _why_unreachable(ctx: Context, vmid: int, node: str, error: Unreachable) -> str:
+    # The refusal itself counts. A cluster status that cannot be read only makes the sentence less exact.
+    with contextlib.suppress(ProxmoxError):
+        if node in _offline_nodes(ctx):
+            return (
+                f"template: {vmid} is on node {node}, which is offline, so it cannot be cloned. Wait until the node is "
+                f"back, or give a template of another node. Templates on the other nodes: {_templates_seen(ctx)}"
+            )
+    return (
+        f"template: {vmid} on node {node} cannot be read: {error.message}. Try again when the node answers, or give a "
+        "template of another node"
+    )
 
 
 def _templates_seen(ctx: Context) -> str:
@@ -210,16 +225,7 @@ def read(ctx: Context, vmid: int, node: str, *, listed: bool = True) -> Template
             value=str(vmid),
         ) from None
     except Unreachable as error:
-        if node in _offline_nodes(ctx):
-            error.message = (
-                f"template: {vmid} is on node {node}, which is offline, so it cannot be cloned. Wait until the node is "
-                f"back, or give a template of another node. Templates on the other nodes: {_templates_seen(ctx)}"
-            )
-        else:
-            error.message = (
-                f"template: {vmid} on node {node} cannot be read: {error.message}. Try again when the node answers, or "
-                "give a template of another node"
-            )
+        error.message = _why_unreachable(ctx, vmid, node, error)
         error.detail.setdefault("option", "template")
         raise
     except ApiError as error:

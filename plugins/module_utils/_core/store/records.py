@@ -774,6 +774,11 @@ class Records:
 
         return self.db.write(work, checked=True)
 
+    def forget_snippet_host(self, uuid: str) -> None:
+        """Write that the sandbox's snippet is on no host any more. Needs no claim: only a removed file is forgotten."""
+        query = "UPDATE sandboxes SET snippet_host = NULL WHERE uuid = ?"
+        self.db.write(lambda conn: conn.execute(query, (uuid,)) and None, checked=True)
+
     def amend(self, sandbox: Sandbox, operation: str, **values: Any) -> Sandbox:
         """Change columns that do not concern the VM (protected, keepalive, absent_seen_at), with an event.
 
