@@ -147,6 +147,19 @@ def test_a_claim_lives_as_long_as_its_heartbeat(uri: str, connect: Any, monkeypa
         first.confirm_claims()
 
 
+def test_a_claim_in_another_database_is_not_asked_of_this_one(uri: str, connect: Any) -> None:
+    other = connect(uri)
+    reserve(other)
+    here = connect(server().uri())
+    claim, _sandbox = reserve(here, 2)
+    here.confirm_claims()
+    other.confirm_claims()
+    here.db.write(lambda conn: conn.execute("DELETE FROM claims WHERE fence = ?", (claim.fence,)) and None)
+    with pytest.raises(ClaimLost):
+        here.confirm_claims()
+    other.confirm_claims()
+
+
 def test_a_heartbeat_that_ended_is_told_by_the_clock_of_the_server(
     uri: str, connect: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

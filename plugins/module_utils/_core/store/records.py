@@ -50,7 +50,8 @@ DATABASE_ID = re.compile(r"[0-9a-f]{32}")
 # Claims (database, sandbox, fence) that this process has finished with but could not release. Its own threads do not
 # wait for them.
 _unreturned: set[tuple[str, str, int]] = set()
-# The claims that a thread holds on records with heartbeats. They are confirmed before each change in Proxmox.
+# The claims that a thread holds on records with heartbeats, by database. They are confirmed before each change in
+# Proxmox.
 _held = threading.local()
 
 
@@ -415,7 +416,7 @@ class Records:
             self.db.takeovers += 1
         if self.db.controller is not None:
             self.db.keep_alive()
-            vars(_held).setdefault("claims", {})[claim.fence] = claim.uuid
+            self._held_claims()[claim.fence] = claim.uuid
         return claim
 
     def confirm_claims(self) -> None:
@@ -427,7 +428,7 @@ class Records:
         """
         if self.db.controller is None:
             return
-        claims = dict(vars(_held).get("claims", {}))
+        claims = dict(self._held_claims())
         if not claims:
             self.db.read("SELECT 1")
         for fence, uuid in claims.items():
@@ -435,6 +436,11 @@ class Records:
                 raise ClaimLost(
                     f"the claim on sandbox {uuid} was lost to another controller; nothing more was done here", uuid=uuid
                 )
+
+    def _held_claims(self) -> dict[int, str]:
+        """Return the claims that this thread holds in this database: the sandbox's UUID by fence."""
+        claims: dict[int, str] = vars(_held).setdefault(self.db.path, {})
+        return claims
 
     def _refuse_new(self) -> None:
         if self._stopping is not None and self._stopping.is_set():
@@ -496,7 +502,7 @@ class Records:
 
         value = self.db.write(inner, checked=True)
         if finish:
-            vars(_held).get("claims", {}).pop(claim.fence, None)
+            self._held_claims().pop(claim.fence, None)
         return value
 
     def release(self, claim: Claim) -> None:
@@ -505,7 +511,7 @@ class Records:
         On a full disk the claim stays in the database. Other processes take it over once this process has ended.
         """
         query, values = "DELETE FROM claims WHERE sandbox_uuid = ? AND fence = ?", (claim.uuid, claim.fence)
-        vars(_held).get("claims", {}).pop(claim.fence, None)
+        self._held_claims().pop(claim.fence, None)
         try:
             self.db.write(lambda conn: conn.execute(query, values) and None, checked=True)
         except StoreError:
