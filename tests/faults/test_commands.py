@@ -19,7 +19,11 @@ from random import Random
 from typing import Any
 
 import pytest
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import AgentlabError, OutcomeUnknown
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import (
+    AgentlabError,
+    OutcomeUnknown,
+    StoreError,
+)
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.guest import command, files
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.guest.command import CommandSpec
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.model import Sandbox
@@ -362,7 +366,7 @@ def test_a_command_that_began_is_never_told_as_refused_and_not_run_again(
         vm.status = "stopped"
         guest.kill_all()
         if end == "the lease ends":
-            swap_record(lab, sandbox, lease_expires_at=1)
+            swap_record(lab, sandbox, lease_expires_at=1, state="TIMEOUT")
 
     lab.pve.before = strike
     spec = CommandSpec(argv=["sh", "-c", f"printf x >>{count}; sleep 30"], run_id=uuid.uuid4().hex)
@@ -376,9 +380,38 @@ def test_a_command_that_began_is_never_told_as_refused_and_not_run_again(
     lab.pve.before = None
     guest.blocked.clear()
     vm.status = "running"
-    swap_record(lab, sandbox, lease_expires_at=lab.context().clock.now() + 3600)
+    swap_record(lab, sandbox, lease_expires_at=lab.context().clock.now() + 3600, state=sandbox.state)
     guest.reboot()
     with pytest.raises(OutcomeUnknown):
         command.run_command(lab.context(), sandbox, spec, **watch)
     time.sleep(0.3)
     assert count.read_text() == "x"
+
+
+@pytest.mark.parametrize("case", ["expiry rests", "the records cannot be read"])
+def test_only_a_sandbox_in_timeout_is_said_to_have_ended_its_command(
+    lab: Lab, case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command goes on while a lease that is over waits for expiry. The answer names the run in every case."""
+    sandbox = lab.create()
+    guest = lab.pve.machine(sandbox.vmid)
+    ctx = lab.context()
+
+    def refuse(_uuid: str) -> Sandbox:
+        raise StoreError("the records cannot be read")
+
+    def strike(_method: str, path: str) -> None:
+        if not path.endswith("/exec") or not guest.started:
+            return
+        guest.blocked |= {"guest-exec", "guest-exec-status"}
+        if case == "expiry rests":
+            swap_record(lab, sandbox, lease_expires_at=1)
+        else:
+            monkeypatch.setattr(ctx.records, "get", refuse)
+
+    lab.pve.before = strike
+    spec = CommandSpec(argv=["sleep", "30"], run_id=uuid.uuid4().hex)
+    with pytest.raises(OutcomeUnknown) as caught:
+        command.run_command(ctx, sandbox, spec, cancel=lambda: False)
+    assert caught.value.detail["run_id"] == spec.run_id and f"run_id={spec.run_id}" in caught.value.message
+    assert "ended with it" not in caught.value.message

@@ -1192,3 +1192,14 @@ def test_an_event_that_repeats_the_last_one_is_not_written(store: Records) -> No
     assert [count(outcome="done"), count(outcome="done"), count(outcome="failed")] == [5, 6, 7]
     store.actor = "somebody else"
     assert [count(outcome="failed"), count(outcome="failed")] == [8, 8]
+
+
+def test_each_closed_journal_of_a_killed_run_has_its_event(store: Records) -> None:
+    claim, sandbox = reserve(store)
+    sandbox = store.change(claim, sandbox, "create", finish=True)
+    for _run in range(4):
+        claim = store.claim(sandbox.uuid, "stop")
+        store.journal(claim, "stop", "requested", {})
+        sandbox = store.change(claim, sandbox, "stop", outcome="interrupted", reason="requested", finish=True)
+    outcomes = [row["outcome"] for row in history.events(store.db, uuid=sandbox.uuid)]
+    assert outcomes.count("interrupted") == 4

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .. import clock as clock_module
-from .. import escapes, parallel, patterns
+from .. import escapes, parallel, patterns, states
 from ..context import Context
 from ..errors import AgentlabError, InvalidInput, OutcomeUnknown
 from ..model import Sandbox
@@ -806,8 +806,13 @@ class _Command(_Run):
 
     def _unknown(self, why: str) -> OutcomeUnknown:
         """Return the error for a command that may have begun and whose result did not arrive."""
-        sandbox = self.ctx.records.get(self.sandbox.uuid)
-        if sandbox.expired(self.ctx.clock.now()):
+        try:
+            sandbox = self.ctx.records.get(self.sandbox.uuid)
+        except AgentlabError:
+            # The caller needs the run's id more than the reason.
+            sandbox = self.sandbox
+        if sandbox.state == states.TIMEOUT:
+            # Expiry stops the VM. Until then the command goes on, although the lease is over.
             ended = clock_module.iso(sandbox.lease_expires_at)
             text = (
                 f"sandbox {self.sandbox.vmid}: its lease ended at {ended}, and the command ended with it, so its exit "

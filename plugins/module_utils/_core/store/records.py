@@ -590,9 +590,12 @@ class Records:
         evidence: dict[str, Any] | None = None,
         upids: Iterable[str] = (),
         duration_ms: int | None = None,
+        always: bool = False,
     ) -> None:
+        """Write an event. Unless ``always``, one that only repeats the last one is left out."""
         facts = (old, new, reason, _json(evidence or {}), _json(list(upids)), outcome)
-        if outcome in _WITHOUT_EFFECT and old == new and self._is_repeated(conn, sandbox.uuid, operation, facts):
+        may_repeat = not always and outcome in _WITHOUT_EFFECT and old == new
+        if may_repeat and self._is_repeated(conn, sandbox.uuid, operation, facts):
             return
         conn.execute(
             "INSERT INTO events (at, sandbox_uuid, vmid, from_state, to_state, operation, actor, reason, evidence, "
@@ -682,6 +685,8 @@ class Records:
                 evidence=evidence,
                 upids=upids,
                 duration_ms=duration_ms,
+                # Each closed journal is another run that was killed.
+                always=finish and outcome == "interrupted",
             )
             if finish:
                 conn.execute("DELETE FROM operations WHERE sandbox_uuid = ?", (sandbox.uuid,))
