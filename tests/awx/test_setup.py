@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import yaml
 
 from support.awx import ORGANIZATION_TOKEN, PASSWORD, TOKEN, Awx
 from support.awx_setup import PROJECT_URL, furnish, lines, result, run_module, told
@@ -92,7 +93,10 @@ def test_a_first_run_makes_all_and_the_second_nothing(awx: Awx, set_up: SetUp) -
     assert TOKEN not in run.output and TOKEN_SECRET not in run.output
     # Survey answers are variables of the playbook that the template runs.
     for number, survey in awx.surveys.items():
-        text = (REPO / "playbooks" / awx.row("job_templates", number)["playbook"]).read_text(encoding="utf-8")
+        playbook = REPO / "playbooks" / awx.row("job_templates", number)["playbook"]
+        text = playbook.read_text(encoding="utf-8")
+        for name in {name for play in yaml.safe_load(text) for name in play.get("vars_files", [])}:
+            text += (playbook.parent / name).read_text(encoding="utf-8")
         for question in survey["spec"]:
             assert re.search(rf"\b{question['variable']}\b", text), question["variable"]
     awx.writes.clear()
