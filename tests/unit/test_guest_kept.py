@@ -106,7 +106,7 @@ def test_only_what_the_guest_does_not_keep_is_sent(lab: Lab, sandbox: Sandbox, g
     assert len(contents) == 10 and not any(b"password-of-the-first" in content for content in contents)
 
 
-@pytest.mark.parametrize("loss", ["reboot", "a file is missing", "a file is another"])
+@pytest.mark.parametrize("loss", ["reboot", "a file is missing", "a file is another", "the folder is a file"])
 def test_what_the_guest_has_lost_is_sent_again_and_the_command_runs_once(
     lab: Lab, sandbox: Sandbox, guest: Guest, loss: str
 ) -> None:
@@ -115,6 +115,9 @@ def test_what_the_guest_has_lost_is_sent_again_and_the_command_runs_once(
     folder = guest.folder / "run" / "agentlab" / "keep"
     if loss == "reboot":
         guest.reboot()
+    elif loss == "the folder is a file":
+        shutil.rmtree(folder)
+        folder.write_bytes(b"x")
     else:
         file = next(folder.iterdir())
         size = file.stat().st_size

@@ -216,11 +216,12 @@ take() {
 }
 assemble() {
   # $d/in holds a recipe, what stands before and after the archive, and files that the guest has not kept yet.
-  k=$b/keep; mkdir -p "$k" || fail full
+  k=$b/keep; [ -d "$k" ] || rm -f "$k"; mkdir -p "$k" || fail full
   if [ "$fresh" ]; then
     mkdir "$d/k"; o=$((nrec+nhead+ntail))
     for x in $fresh; do part $o ${x#*:} >"$d/k/${x%%:*}" || fail full; o=$((o+${x#*:})); done
-    mv -f "$d"/k/* "$k" && rmdir "$d/k" || fail full
+    # A sweep of another command may have removed the folder meanwhile.
+    mv -f "$d"/k/* "$k/" && rmdir "$d/k" || fail unkept
   fi
   for x in $need; do [ -e "$k/$x" ] || fail unkept; done
   part 0 $nrec >"$d/recipe" || fail full
