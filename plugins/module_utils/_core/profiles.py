@@ -342,7 +342,7 @@ def read(path: str) -> Profile:
     return Profile(name, path, plain["description"], values, default, maximum, workspace, plain["connection"])
 
 
-def _place_of(name: object, keys: Mapping[str, Any] = _KEYS, section: str = "") -> str:
+def _place_of(name: object, keys: Mapping[str, Any], section: str = "") -> str:
     """Return the place of a key that stands in another section, or is named as the option; "" where there is none."""
     for key, known in keys.items():
         if isinstance(known, dict):
@@ -361,7 +361,7 @@ def _section(path: str, prefix: str, content: safe_yaml.Mapping, keys: dict[str,
         if known is None:
             # The file may be a link to one with secrets: what is no word is not quoted.
             name = safe_yaml.shown(key).strip("'")
-            place = _place_of(key)
+            place = _place_of(key, _KEYS)
             raise ConfigError(
                 f"{path}: {prefix}{name}: no such key{f'; write it as {place}' if place else ''}. "
                 f"Valid: {', '.join(prefix + one for one in keys)} (line {content.lines[key]})",
