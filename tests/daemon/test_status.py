@@ -214,3 +214,26 @@ def test_a_job_that_fails(daemon: Make, lab: Lab) -> None:
     one = daemon(environment={"PROXMOX_PORT": str(free_port())})
     told = condition(one, "reconcile")
     assert told["condition"] == "fails" and condition(one, "proxmox")["condition"] == "fails"
+
+
+def test_a_daemon_that_lost_its_turn_tells_no_problem_of_that_job() -> None:
+    code = """
+import json
+from types import SimpleNamespace
+from agentlabd.problems import Problem, Problems
+from agentlabd.scheduler import Scheduler
+seconds = iter(range(100, 200))
+problems = Problems(lambda: next(seconds))
+problems.replace("reconcile", [Problem("sandbox 1000", "why", "a")])
+problems.replace("reconcile", [Problem("sandbox 1000", "why", "b")])
+problems.set("expiry", Problem("sandbox 1000", "why", "b"))
+before = [(job, one.since) for job, one in problems.told(lambda: ["b"])]
+scheduler = Scheduler.__new__(Scheduler)
+scheduler._done_elsewhere = set()
+database = SimpleNamespace(lead=lambda job: False)
+scheduler.service = SimpleNamespace(base=SimpleNamespace(database=database), leads={}, problems=problems)
+scheduler._lead("reconcile")
+print(json.dumps([before, [job for job, _one in problems.told(lambda: ["b"])]]))
+"""
+    # The sandbox that has the VMID now has its own beginning: the second reading of the clock, not the first.
+    assert in_daemon(code) == [[["reconcile", 101], ["expiry", 102]], ["expiry"]]

@@ -53,16 +53,18 @@ class Problems:
             before = self._jobs.get(job, {})
             self._jobs[job] = {}
             for problem in problems:
-                known = before.get(problem.what)
-                problem.since = known.since if known else int(self._now())
+                problem.since = self._since(before.get(problem.what), problem)
                 self._jobs[job][problem.what] = problem
 
     def set(self, job: str, problem: Problem) -> None:
         """Add the problem of one sandbox."""
         with self._lock:
-            known = self._jobs.setdefault(job, {}).get(problem.what)
-            problem.since = known.since if known else int(self._now())
+            problem.since = self._since(self._jobs.setdefault(job, {}).get(problem.what), problem)
             self._jobs[job][problem.what] = problem
+
+    def _since(self, known: Problem | None, problem: Problem) -> int:
+        # A new sandbox may have the VMID of an earlier one.
+        return known.since if known and known.uuid == problem.uuid else int(self._now())
 
     def told(self, live: Callable[[], Iterable[str]]) -> list[tuple[str, Problem]]:
         """Return (job, problem) of everything that a person should know, oldest first.

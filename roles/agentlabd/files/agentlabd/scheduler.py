@@ -275,6 +275,8 @@ class Scheduler:
         self.service.leads[job] = leads
         if not leads:
             self._done_elsewhere.add(job)
+            # The controller whose turn it is tells what it cannot do.
+            self.service.problems.replace(job, ())
         elif job in self._done_elsewhere:
             self._done_elsewhere.remove(job)
             self.service.takeovers[job] += 1
