@@ -140,20 +140,20 @@ def argument(task: dict[str, Any], action: str, *options: str) -> str | None:
     """Return the first of these options that a task gives an action, if it is that action and the text needs no
     templating.
     """
-    given = arguments(task, action)
+    task_arguments = arguments(task, action)
     more = task["args"] if isinstance(task.get("args"), dict) else {}
     # The option that a text without a name stands for.
     free = {"include_role": "name", "import_role": "name", "meta": "_raw_params"}.get(action, "file")
-    for option in options if given is not None else ():
+    for option in options if task_arguments is not None else ():
         value = None
-        if isinstance(given, str):
-            named = re.search(rf"(?:^|\s){option}=(?:\"([^\"]*)\"|'([^']*)'|(\S+))", given)
+        if isinstance(task_arguments, str):
+            named = re.search(rf"(?:^|\s){option}=(?:\"([^\"]*)\"|'([^']*)'|(\S+))", task_arguments)
             if named:
                 value = named[1] or named[2] or named[3]
-            elif option == free and (option == "file" or "=" not in given):
-                value = given.strip()
-        elif isinstance(given, dict):
-            value = given.get(option) or (given.get("_raw_params") if option == free else None)
+            elif option == free and (option == "file" or "=" not in task_arguments):
+                value = task_arguments.strip()
+        elif isinstance(task_arguments, dict):
+            value = task_arguments.get(option) or (task_arguments.get("_raw_params") if option == free else None)
         value = value or more.get(option)
         if isinstance(value, str) and value and "{{" not in value and "{%" not in value:
             return value

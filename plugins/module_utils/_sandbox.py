@@ -133,9 +133,9 @@ def _ensure(context: Context, params: dict[str, Any], asked: Spec) -> Outcome:
     sandbox = create.existing(context, asked)
     if sandbox is not None and sandbox.state == states.FAILED and params["protected"] is False:
         # Its creation failed, so it can only be removed; its protection, which bars that, has to be taken off first.
-        done = create.amend(context, sandbox, protected=False)
-        if done.changed:
-            return done
+        amended = create.amend(context, sandbox, protected=False)
+        if amended.changed:
+            return amended
     outcome = create.run(context, asked)
     if sandbox is not None and outcome.outcome in ("unchanged", "updated") and outcome.sandbox is not None:
         # Given as false they are to be switched off; left out they stay as they are.

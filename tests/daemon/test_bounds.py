@@ -317,12 +317,12 @@ def test_a_socket_that_is_deleted_is_made_anew(daemon: Make) -> None:
 @pytest.mark.parametrize("back", [True, False], ids=["it comes back", "it is made anew"])
 def test_a_socket_whose_folder_was_away_serves_again(daemon: Make, back: bool) -> None:
     """Nothing can be made in a folder that is not there; the daemon tries again until it can."""
-    one = daemon()
-    folder = os.path.dirname(one.socket)
+    agentlabd = daemon()
+    folder = os.path.dirname(agentlabd.socket)
     away = f"{folder}.away"
     os.rename(folder, away)
     try:
-        one.wait_for(lambda: "cannot be made anew" in one.log(), "the daemon misses it", 40)
+        agentlabd.wait_for(lambda: "cannot be made anew" in agentlabd.log(), "the daemon misses it", 40)
     finally:
         if back:
             os.rename(away, folder)
@@ -331,10 +331,10 @@ def test_a_socket_whose_folder_was_away_serves_again(daemon: Make, back: bool) -
 
     def serves() -> bool:
         with contextlib.suppress(OSError):
-            return one.get("/v1/healthz").status == 200
+            return agentlabd.get("/v1/healthz").status == 200
         return False
 
-    one.wait_for(serves, "it serves again", 40)
+    agentlabd.wait_for(serves, "it serves again", 40)
     if not back:
         shutil.rmtree(away)
 

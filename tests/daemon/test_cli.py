@@ -30,16 +30,16 @@ WHEN = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ"
 
 
 def test_a_protected_sandbox_is_refused_in_the_words_of_the_command_line(daemon: Make, lab: Lab) -> None:
-    one = daemon()
+    agentlabd = daemon()
     vmids = [lab.create(f"p{number}", protected=True).vmid for number in range(2)]
-    told = agentlab("sandbox", "destroy", "--force", vmids[0], socket=one.socket)
+    told = agentlab("sandbox", "destroy", "--force", vmids[0], socket=agentlabd.socket)
     advice = "is protected. Run agentlab sandbox unprotect first (--force does not skip this)"
     assert (told.returncode, told.stderr) == (1, f"Error: sandbox {vmids[0]} {advice}\n")
-    many = agentlab("sandbox", "destroy", "--force", *vmids, socket=one.socket)
+    many = agentlab("sandbox", "destroy", "--force", *vmids, socket=agentlabd.socket)
     assert many.stderr == "".join(f"Error: sandbox {vmid} {advice}\n" for vmid in vmids)
-    assert one.post(f"/v1/sandboxes/{vmids[0]}/destroy", {"force": True}).body["remedy"] == "unprotect"
-    assert agentlab("sandbox", "unprotect", vmids[0], socket=one.socket).returncode == 0
-    assert agentlab("sandbox", "destroy", "--force", vmids[0], socket=one.socket).returncode == 0
+    assert agentlabd.post(f"/v1/sandboxes/{vmids[0]}/destroy", {"force": True}).body["remedy"] == "unprotect"
+    assert agentlab("sandbox", "unprotect", vmids[0], socket=agentlabd.socket).returncode == 0
+    assert agentlab("sandbox", "destroy", "--force", vmids[0], socket=agentlabd.socket).returncode == 0
 
 
 def test_the_seeds_examples_to_the_letter(daemon: Make, lab: Lab) -> None:

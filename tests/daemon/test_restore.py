@@ -37,21 +37,16 @@ def commands(name: str, page: str = "troubleshooting.md") -> list[str]:
     )
 
 
-def back_up(lab: Lab, to: Path) -> None:
-    with contextlib.closing(sqlite3.connect(lab.database)) as source, contextlib.closing(sqlite3.connect(to)) as copy:
-        source.backup(copy)
-
-
-def follow(one: Daemon, lab: Lab, tmp_path: Path, steps: list[str]) -> dict[str, str]:
+def follow(agentlabd: Daemon, lab: Lab, tmp_path: Path, steps: list[str]) -> dict[str, str]:
     """Do what the manual says, with this daemon and these records; what each command of agentlab said is returned."""
     told = {}
     for step in steps:
         if step == "systemctl stop agentlabd":
-            assert one.stop() == 0
+            assert agentlabd.stop() == 0
         elif step == "systemctl start agentlabd":
-            one.start()
+            agentlabd.start()
         elif step.startswith("agentlab "):
-            ran = agentlab(*step.split()[1:], socket=one.socket)
+            ran = agentlab(*step.split()[1:], socket=agentlabd.socket)
             assert ran.returncode in (0, 3), ran
             told[step] = ran.stdout
         else:
@@ -61,68 +56,85 @@ def follow(one: Daemon, lab: Lab, tmp_path: Path, steps: list[str]) -> dict[str,
     return told
 
 
-@pytest.mark.parametrize("lost", [False, True], ids=["the folder is there", "the folder was lost"])
-def test_the_manuals_restore_ends_nobodys_work_and_forgets_nobodys_vm(
-    daemon: Make, lab: Lab, tmp_path: Path, lost: bool
-) -> None:
-    for name in ("renewed", "steady", "ended"):
-        lab.create(name, ttl=3600)
-    one = daemon(metrics_listen=f"127.0.0.1:{free_port()}", expire_interval="1s")
-    back_up(lab, tmp_path / "agentlab-backup.db")
-    with contextlib.closing(sqlite3.connect(tmp_path / "agentlab-backup.db", isolation_level=None)) as copy:
-        # As if the copy had been made hours ago: by it this lease is over.
-        copy.execute("UPDATE sandboxes SET lease_expires_at = ? WHERE vmid = 1000", (int(time.time()) - 5,))
-    # The life goes on.
-    assert one.post("/v1/sandboxes/1000/lease/renew", {"ttl_minutes": 240}).status == 200
-    assert one.post("/v1/sandboxes/1002/destroy", {"force": True}).status == 200
-    assert one.post("/v1/sandboxes", {"name": "newer", "vmid": 1010}).status == 201
-    assert lab.pve.vm(1000).status == "running"
-    if lost:
-        for name in os.listdir(os.path.dirname(lab.database)):
-            if name.startswith("."):
-                os.unlink(os.path.join(os.path.dirname(lab.database), name))
-    lab.pve.requests.clear()
-    told = follow(one, lab, tmp_path, commands("restore"))
+def wait_for_newer_vm(agentlabd: Daemon) -> dict[str, Any]:
+    """Wait until the status names the VM that was created after the copy; return the status."""
 
-    said = told["agentlab status"]
-    assert "older copy" in said and "agentlab cleanup release" in said, said
-    status = one.wait_for(
-        lambda: (found := one.good("GET", "/v1/status"))["unrecorded"] and found, "the newer VM is seen", 30
-    )
+    def read() -> Any:
+        status = agentlabd.good("GET", "/v1/status")
+        return status if status["unrecorded"] else None
+
+    status: dict[str, Any] = agentlabd.wait_for(read, "the newer VM is seen", 30)
     assert [row["vmid"] for row in status["unrecorded"]] == [1010]
-    parts = {row["part"]: row for row in status["conditions"]}
-    assert parts["restore"]["condition"] == "rests" and "1010 (newer" in parts["unrecorded"]["why"], parts
-    assert one.metric("agentlab_unrecorded_vms") == 1 and one.metric('agentlab_condition{part="restore"}') == 1
-    one.wait_for(lambda: "unrecorded fails" in one.log() and "restore rests" in one.log(), "the log says both", 20)
-    # Passes of every kind, by the daemon and by people, end nothing.
-    assert one.good("POST", "/v1/sandboxes/reconcile", {"apply": True})
-    assert one.good("POST", "/v1/sandboxes/prune")["count"] == 0
-    time.sleep(3)
-    assert lab.record(1000).state == "RUNNING" and lab.pve.vm(1000).status == "running"
-    assert lab.pve.vm(1001).status == "running" and lab.pve.vm(1010).status == "running"
-    # Also over a restart.
-    assert one.stop() == 0
-    one.start()
-    time.sleep(2)
-    assert lab.record(1000).state == "RUNNING" and lab.pve.vm(1000).status == "running"
+    return status
 
-    follow(one, lab, tmp_path, commands("release"))
-    one.wait_for(
-        lambda: "restore" not in {row["part"] for row in one.good("GET", "/v1/status")["conditions"]},
+
+def check_leases_go_on(agentlabd: Daemon, lab: Lab) -> None:
+    """After the release nothing ends that is needed, and the next lease that is over ends."""
+    agentlabd.wait_for(
+        lambda: "restore" not in {row["part"] for row in agentlabd.good("GET", "/v1/status")["conditions"]},
         "leases go on",
         20,
     )
     time.sleep(3)
     assert lab.record(1000).state == "RUNNING" and lab.pve.vm(1000).status == "running"
     assert lab.pve.vm(1010).status == "running" and lab.pve.touched(1010) == []
-    # And the next lease that is over ends.
-    assert one.post("/v1/sandboxes/1001/lease/renew", {"ttl": "2s", "allow_shorten": True}).status == 200
-    one.wait_for(lambda: lab.pve.vm(1001).status == "stopped", "leases end again", 30)
+    assert agentlabd.post("/v1/sandboxes/1001/lease/renew", {"ttl": "2s", "allow_shorten": True}).status == 200
+    agentlabd.wait_for(lambda: lab.pve.vm(1001).status == "stopped", "leases end again", 30)
+
+
+@pytest.mark.parametrize("lost", [False, True], ids=["the folder is there", "the folder was lost"])
+def test_the_manuals_restore_ends_nobodys_work_and_forgets_nobodys_vm(
+    daemon: Make, lab: Lab, tmp_path: Path, lost: bool
+) -> None:
+    for name in ("renewed", "steady", "ended"):
+        lab.create(name, ttl=3600)
+    agentlabd = daemon(metrics_listen=f"127.0.0.1:{free_port()}", expire_interval="1s")
+    lab.back_up(tmp_path / "agentlab-backup.db")
+    with contextlib.closing(sqlite3.connect(tmp_path / "agentlab-backup.db", isolation_level=None)) as copy:
+        # As if the copy had been made hours ago: by it this lease is over.
+        copy.execute("UPDATE sandboxes SET lease_expires_at = ? WHERE vmid = 1000", (int(time.time()) - 5,))
+    # The life goes on.
+    assert agentlabd.post("/v1/sandboxes/1000/lease/renew", {"ttl_minutes": 240}).status == 200
+    assert agentlabd.post("/v1/sandboxes/1002/destroy", {"force": True}).status == 200
+    assert agentlabd.post("/v1/sandboxes", {"name": "newer", "vmid": 1010}).status == 201
+    assert lab.pve.vm(1000).status == "running"
+    if lost:
+        for name in os.listdir(os.path.dirname(lab.database)):
+            if name.startswith("."):
+                os.unlink(os.path.join(os.path.dirname(lab.database), name))
+    lab.pve.requests.clear()
+    told = follow(agentlabd, lab, tmp_path, commands("restore"))
+
+    said = told["agentlab status"]
+    assert "older copy" in said and "agentlab cleanup release" in said, said
+    status = wait_for_newer_vm(agentlabd)
+    parts = {row["part"]: row for row in status["conditions"]}
+    assert parts["restore"]["condition"] == "rests" and "1010 (newer" in parts["unrecorded"]["why"], parts
+    assert (
+        agentlabd.metric("agentlab_unrecorded_vms") == 1 and agentlabd.metric('agentlab_condition{part="restore"}') == 1
+    )
+    agentlabd.wait_for(
+        lambda: "unrecorded fails" in agentlabd.log() and "restore rests" in agentlabd.log(), "the log says both", 20
+    )
+    # Passes of every kind, by the daemon and by people, end nothing.
+    assert agentlabd.good("POST", "/v1/sandboxes/reconcile", {"apply": True})
+    assert agentlabd.good("POST", "/v1/sandboxes/prune")["count"] == 0
+    time.sleep(3)
+    assert lab.record(1000).state == "RUNNING" and lab.pve.vm(1000).status == "running"
+    assert lab.pve.vm(1001).status == "running" and lab.pve.vm(1010).status == "running"
+    # Also over a restart.
+    assert agentlabd.stop() == 0
+    agentlabd.start()
+    time.sleep(2)
+    assert lab.record(1000).state == "RUNNING" and lab.pve.vm(1000).status == "running"
+
+    follow(agentlabd, lab, tmp_path, commands("release"))
+    check_leases_go_on(agentlabd, lab)
 
 
 def test_an_older_copy_holds_plays_without_a_daemon_too(lab: Lab, tmp_path: Path) -> None:
     lab.create("a1", ttl=2)
-    back_up(lab, tmp_path / "copy.db")
+    lab.back_up(tmp_path / "copy.db")
     lab.renew(1000, 7200)
     lab.close_contexts()
     for path in Path(lab.database).parent.glob("agentlab.db*"):
@@ -136,7 +148,7 @@ def test_an_older_copy_holds_plays_without_a_daemon_too(lab: Lab, tmp_path: Path
     assert lab.renew(1000, 7200).outcome == "renewed"
     assert not lab.expire(dry_run=True).expired
     lab.timed_out("a2")
-    assert [one.reason for one in lab.prune().kept] == ["restored"]
+    assert [agentlabd.reason for agentlabd in lab.prune().kept] == ["restored"]
 
 
 def test_records_that_only_went_on_are_no_older_copy(lab: Lab) -> None:
@@ -145,7 +157,7 @@ def test_records_that_only_went_on_are_no_older_copy(lab: Lab) -> None:
         lab.close_contexts()
         assert lab.expire().suspended is None
     lab.force_state(1002, "RUNNING", lease_expires_at=1)
-    assert [one.vmid for one in lab.expire().expired] == [1002]
+    assert [agentlabd.vmid for agentlabd in lab.expire().expired] == [1002]
 
 
 def test_nothing_is_noted_by_who_only_looks(lab: Lab) -> None:
@@ -172,11 +184,11 @@ def test_the_manuals_restore_on_postgresql_ends_nobodys_work(daemon: Make, lab: 
         "PGUSER": postgres.user,
     }
 
-    def follow_page(one: Daemon | None, part: str) -> dict[str, str]:
+    def follow_page(agentlabd: Daemon | None, part: str) -> dict[str, str]:
         told = {}
         for step in commands(part, "controllers.md"):
-            if one is not None and step.startswith(("systemctl", "agentlab ")):
-                told |= follow(one, lab, tmp_path, [step])
+            if agentlabd is not None and step.startswith(("systemctl", "agentlab ")):
+                told |= follow(agentlabd, lab, tmp_path, [step])
             else:
                 mine = re.sub(r"(?<![\w/])agentlab(?![\w.])", name, step).replace("/root/", f"{tmp_path}/")
                 subprocess.run(["bash", "-euc", mine], check=True, env={**os.environ, **programs})
@@ -189,27 +201,20 @@ def test_the_manuals_restore_on_postgresql_ends_nobodys_work(daemon: Make, lab: 
     postgres.execute(f"UPDATE sandboxes SET lease_expires_at = {over} WHERE vmid = 1000", name)
     follow_page(None, "backup")
     lab.renew(1000, 4 * 3600)
-    one = daemon(database=lab.database, expire_interval="1s")
-    assert one.post("/v1/sandboxes", {"name": "newer", "vmid": 1010}).status == 201
+    agentlabd = daemon(database=lab.database, expire_interval="1s")
+    assert agentlabd.post("/v1/sandboxes", {"name": "newer", "vmid": 1010}).status == 201
     lab.close_contexts()
     lab.pve.requests.clear()
     time.sleep(max(0.0, over + 1 - time.time()))
-    told = follow_page(one, "restore")
+    told = follow_page(agentlabd, "restore")
     assert "older copy" in told["agentlab status"] and "agentlab cleanup release" in told["agentlab status"]
-    assert one.good("POST", "/v1/sandboxes/reconcile", {"apply": True})
-    assert one.good("POST", "/v1/sandboxes/prune")["count"] == 0
+    wait_for_newer_vm(agentlabd)
+    assert agentlabd.good("POST", "/v1/sandboxes/reconcile", {"apply": True})
+    assert agentlabd.good("POST", "/v1/sandboxes/prune")["count"] == 0
     time.sleep(3)
     assert {vmid: lab.pve.vm(vmid).status for vmid in (1000, 1001, 1010)} == dict.fromkeys(
         (1000, 1001, 1010), "running"
     )
     assert lab.record(1000).state == "RUNNING" and lab.pve.touched(1010) == []
-    follow_page(one, "release")
-    one.wait_for(
-        lambda: "restore" not in {row["part"] for row in one.good("GET", "/v1/status")["conditions"]},
-        "leases go on",
-        20,
-    )
-    time.sleep(3)
-    assert lab.record(1000).state == "RUNNING" and lab.pve.vm(1000).status == "running"
-    assert one.post("/v1/sandboxes/1001/lease/renew", {"ttl": "2s", "allow_shorten": True}).status == 200
-    one.wait_for(lambda: lab.pve.vm(1001).status == "stopped", "leases end again", 30)
+    follow_page(agentlabd, "release")
+    check_leases_go_on(agentlabd, lab)

@@ -91,16 +91,16 @@ def test_records_that_another_process_has_locked(daemon: Make, lab: Lab) -> None
 
 def test_a_start_that_waits_for_the_records_says_so(daemon: Make, lab: Lab) -> None:
     records = f"{lab.folder}/alone.db"
-    one = daemon(start=False, environment={"AGENTLAB_DATABASE": records})
+    agentlabd = daemon(start=False, environment={"AGENTLAB_DATABASE": records})
     with contextlib.closing(sqlite3.connect(records, isolation_level=None)) as other:
         other.execute("BEGIN EXCLUSIVE")
-        one.spawn()
+        agentlabd.spawn()
         sentence = f"the start waits for the records ({records}): another process has locked them (process"
-        one.wait_for(lambda: sentence in one.log(), "the log says what it waits for", 60)
-        assert f"process {os.getpid()}" in one.log()
+        agentlabd.wait_for(lambda: sentence in agentlabd.log(), "the log says what it waits for", 60)
+        assert f"process {os.getpid()}" in agentlabd.log()
         other.execute("ROLLBACK")
-    one.wait_for(one.serving, "it serves", 60)
-    assert one.log().count("the start waits") == 1
+    agentlabd.wait_for(agentlabd.serving, "it serves", 60)
+    assert agentlabd.log().count("the start waits") == 1
 
 
 def test_a_clock_that_jumped(daemon: Make, lab: Lab) -> None:
@@ -135,13 +135,15 @@ def test_an_answer_of_a_guest_that_makes_no_sense_is_not_proxmox_failing(daemon:
     sandbox = lab.create("a1")
     deep = '{"data": {"result": ' + "[" * 5000 + "]" * 5000 + "}}"
     rule = lab.pve.fault("GET", "/agent/network-get-interfaces", "answer", status=200, body=deep, times=99)
-    one = daemon(metrics_listen=f"127.0.0.1:{free_port()}")
-    one.wait_for(lambda: one.get("/v1/status").body["reconcile"]["last_run"], "the first reconcile is over", 30)
-    assert one.get(f"/v1/sandboxes/{sandbox.vmid}").status == 200
-    one.wait_for(lambda: rule["times"] < 99, "the guest is asked", 30)
-    assert one.good("GET", "/v1/status")["conditions"] == []
-    assert one.good("GET", "/v1/status")["proxmox"]["reachable"] is True
-    assert one.metric('agentlab_proxmox_errors_total{kind="unknown"}') == 0
+    agentlabd = daemon(metrics_listen=f"127.0.0.1:{free_port()}")
+    agentlabd.wait_for(
+        lambda: agentlabd.get("/v1/status").body["reconcile"]["last_run"], "the first reconcile is over", 30
+    )
+    assert agentlabd.get(f"/v1/sandboxes/{sandbox.vmid}").status == 200
+    agentlabd.wait_for(lambda: rule["times"] < 99, "the guest is asked", 30)
+    assert agentlabd.good("GET", "/v1/status")["conditions"] == []
+    assert agentlabd.good("GET", "/v1/status")["proxmox"]["reachable"] is True
+    assert agentlabd.metric('agentlab_proxmox_errors_total{kind="unknown"}') == 0
 
 
 def test_what_could_not_be_done_for_single_sandboxes(daemon: Make, lab: Lab) -> None:
@@ -154,24 +156,24 @@ def test_what_could_not_be_done_for_single_sandboxes(daemon: Make, lab: Lab) -> 
     lab.power("stop", switched_on.vmid)
     vm = lab.pve.vm(switched_on.vmid)
     vm.status = vm.qmpstatus = "running"
-    one = daemon(metrics_listen=f"127.0.0.1:{free_port()}", reconcile_interval="1h", expire_interval="1s")
-    told = condition(one, "sandboxes")
+    agentlabd = daemon(metrics_listen=f"127.0.0.1:{free_port()}", reconcile_interval="1h", expire_interval="1s")
+    told = condition(agentlabd, "sandboxes")
     assert told["condition"] == "fails" and f"sandbox {doubtful.vmid} (reconcile): only one of the two" in told["why"]
     assert f"sandbox {switched_on.vmid} (reconcile): somebody started it, and no lease ends it" in told["why"], told
     assert f"sandbox {locked.vmid}" not in told["why"], "a backup ends by itself"
-    assert one.metric('agentlab_condition{part="sandboxes"}') == 1
+    assert agentlabd.metric('agentlab_condition{part="sandboxes"}') == 1
     lab.force_state(locked.vmid, "RUNNING", lease_expires_at=int(time.time()) - 1)
     sentence = f"sandbox {locked.vmid} (expiry): its lease is over, but its VM was not stopped"
-    one.wait_for(lambda: sentence in condition(one, "sandboxes")["why"], "the VM that goes on is told", 60)
-    assert sentence in re.sub(r"\s+", " ", agentlab("status", socket=one.socket).stdout)
-    one.wait_for(lambda: "sandboxes fails: " in one.log(), "the log says it", 60)
+    agentlabd.wait_for(lambda: sentence in condition(agentlabd, "sandboxes")["why"], "the VM that goes on is told", 60)
+    assert sentence in re.sub(r"\s+", " ", agentlab("status", socket=agentlabd.socket).stdout)
+    agentlabd.wait_for(lambda: "sandboxes fails: " in agentlabd.log(), "the log says it", 60)
     # What is mended is told no more: by the next pass, or because the sandbox is gone.
     lab.pve.vm(locked.vmid).config.pop("lock")
     lab.pve.remove_vm(doubtful.vmid)
     lab.power("start", switched_on.vmid)
     for _pass in range(2):
-        assert one.post("/v1/sandboxes/reconcile", {"apply": True}).status == 200
-    one.wait_for(lambda: gone(one, "sandboxes"), "nothing is left", 30)
+        assert agentlabd.post("/v1/sandboxes/reconcile", {"apply": True}).status == 200
+    agentlabd.wait_for(lambda: gone(agentlabd, "sandboxes"), "nothing is left", 30)
 
 
 def test_what_the_rules_could_not_do(daemon: Make, lab: Lab) -> None:
@@ -181,14 +183,14 @@ def test_what_the_rules_could_not_do(daemon: Make, lab: Lab) -> None:
         "auto_cleanup:\n  enabled: true\n  interval: 1h\n  jitter: 0s\n  rules:\n"
         "    - {name: timeouts, match: {states: [TIMEOUT]}, after: 1s, action: destroy}\n"
     )
-    one = daemon(cleanup=rules)
-    assert one.post("/v1/cleanup/run", {}).status == 207
-    told = condition(one, "sandboxes")
+    agentlabd = daemon(cleanup=rules)
+    assert agentlabd.post("/v1/cleanup/run", {}).status == 207
+    told = condition(agentlabd, "sandboxes")
     assert f"sandbox {made.vmid} (cleanup): " in told["why"] and "storage is not online" in told["why"]
     lab.calm()
     lab.pve.clear_faults()
-    assert one.post(f"/v1/sandboxes/{made.vmid}/destroy", {"force": True}).status == 200
-    assert gone(one, "sandboxes"), "a destroyed sandbox needs nothing"
+    assert agentlabd.post(f"/v1/sandboxes/{made.vmid}/destroy", {"force": True}).status == 200
+    assert gone(agentlabd, "sandboxes"), "a destroyed sandbox needs nothing"
 
 
 def test_what_passes_by_itself_is_told_when_it_lasts() -> None:

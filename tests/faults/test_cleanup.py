@@ -157,7 +157,7 @@ def keep_on(lab: Lab, passes: int) -> list[tuple[str, str]]:
     for _pass in range(passes):
         lab.reconcile()
         cleanup.run(lab.context(actor="agentlabd"), policy(failed, TIMEOUTS))
-    return [(one["operation"], one["outcome"]) for one in lab.events(lab.records()[0])]
+    return [(event["operation"], event["outcome"]) for event in lab.events(lab.records()[0])]
 
 
 @pytest.mark.parametrize("what", ["failed clone", "locked", "foreign marks"])
@@ -177,9 +177,9 @@ def test_what_waits_for_a_person_adds_no_event_with_each_pass(lab: Lab, what: st
         else:
             lab.pve.vm(made.vmid).config["description"] = "edited"
     first = keep_on(lab, 2)
-    times = [one["at"] for one in lab.events(lab.records()[0])]
+    times = [event["at"] for event in lab.events(lab.records()[0])]
     assert first == keep_on(lab, 4)
-    assert times == [one["at"] for one in lab.events(lab.records()[0])]
+    assert times == [event["at"] for event in lab.events(lab.records()[0])]
     if what == "locked":
         # What changes is told.
         lab.pve.vm(made.vmid).config["lock"] = "migrate"

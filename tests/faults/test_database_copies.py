@@ -7,10 +7,8 @@
 from __future__ import annotations
 
 import asyncio
-import sqlite3
 import time
 from collections.abc import Iterator
-from contextlib import closing
 from typing import Any
 
 import pytest
@@ -99,8 +97,7 @@ def test_a_destroy_whose_claim_was_taken_over_is_no_failure_when_it_is_done(lab:
 def test_an_old_copy_of_the_database_whose_vmid_is_another_sandboxs_by_now(lab: Lab, tmp_path: Any) -> None:
     old = lab.create("old")
     lab.close_contexts()
-    with closing(sqlite3.connect(lab.database)) as source, closing(sqlite3.connect(tmp_path / "copy.db")) as target:
-        source.backup(target)
+    lab.back_up(tmp_path / "copy.db")
     lab.destroy(old.vmid, force=True)
     new = lab.create("new", vmid=old.vmid)
     lab.close_contexts()
@@ -114,7 +111,7 @@ def test_an_old_copy_of_the_database_whose_vmid_is_another_sandboxs_by_now(lab: 
     assert lab.record(old).state == "DESTROYED" and lab.record(old).reason == "vmid_reused"
     assert vm in lab.pve.vms and vm.config == before and vm.status == "running" and lab.pve.touched(new.vmid) == []
     drifts = lab.reconcile()
-    assert [(one.kind, one.vmid, one.applied) for one in drifts] == [("unrecorded", new.vmid, False)]
+    assert [(drift.kind, drift.vmid, drift.applied) for drift in drifts] == [("unrecorded", new.vmid, False)]
     lab.close_contexts()
     lab.database = database
     assert lab.record(new).state == "RUNNING"
@@ -127,8 +124,7 @@ def test_an_old_copy_of_the_database_with_a_half_done_destroy_of_what_is_gone(la
     lab.destroy(old.vmid, force=True, wait_timeout="1s")
     lab.calm()
     lab.close_contexts()
-    with closing(sqlite3.connect(lab.database)) as source, closing(sqlite3.connect(tmp_path / "copy.db")) as target:
-        source.backup(target)
+    lab.back_up(tmp_path / "copy.db")
     lab.destroy(old.vmid, force=True)
     new = lab.create("new", vmid=old.vmid)
     lab.close_contexts()
@@ -143,7 +139,7 @@ def test_an_old_copy_of_the_database_with_a_half_done_destroy_of_what_is_gone(la
 
 def test_two_databases_on_one_cluster_touch_only_their_own(lab: Lab, tmp_path: Any) -> None:
     first = [lab.timed_out("a1"), lab.timed_out("a2")]
-    one = lab.database
+    database = lab.database
     two = str(tmp_path / "second.db")
     lab.database = two
     second = lab.create("a1")
@@ -154,7 +150,7 @@ def test_two_databases_on_one_cluster_touch_only_their_own(lab: Lab, tmp_path: A
     for made in first:
         assert lab.pve.touched(made.vmid) == [] and lab.pve.vm(made.vmid) is not None
     lab.close_contexts()
-    lab.database = one
+    lab.database = database
     third = [made.reason for made in lab.prune().pruned]
     assert third == ["destroyed"] * 2 and lab.leftovers() == NOTHING_LEFT
 
@@ -177,17 +173,17 @@ def test_another_cluster_with_a_restored_copy_of_one_of_ours_says_nothing_of_the
     ours = [lab.timed_out(f"b{number}") for number in range(5)]
     copied = ours[0] if first else ours[-1]
     other.pve.add_vm(copied.vmid, copied.name, status="stopped", config=dict(lab.pve.vm(copied.vmid).config))
-    gone = {one.uuid for one in ours} - {copied.uuid}
+    gone = {sandbox.uuid for sandbox in ours} - {copied.uuid}
     prune.run(lab.context(server=other), prune.Selection())
     for _dummy in range(2):
         try:
             reconcile.run(lab.context(server=other), apply=True)
         except AgentlabError as error:
             assert error.message
-    rest = [one for one in ours if one.uuid in gone]
-    destroy.run(lab.context(server=other), [(one, destroy.Request(force=True)) for one in rest])
-    assert {lab.record(one).state for one in rest} == {"TIMEOUT"}
-    assert all(lab.pve.vm(one.vmid) is not None for one in ours)
+    others = [sandbox for sandbox in ours if sandbox.uuid in gone]
+    destroy.run(lab.context(server=other), [(sandbox, destroy.Request(force=True)) for sandbox in others])
+    assert {lab.record(sandbox).state for sandbox in others} == {"TIMEOUT"}
+    assert all(lab.pve.vm(sandbox.vmid) is not None for sandbox in ours)
     # The copy itself may have gone (both its marks are ours); the original has not, so its record is not to be trusted
     # with that.
     lab.pve.vms.remove(lab.pve.vm(copied.vmid))

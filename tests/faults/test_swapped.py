@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,24 @@ def lab(one_lab: Lab) -> Iterator[Lab]:
         yield one_lab
 
 
+def swap_when(
+    lab: Lab, vmid: int, matches: Callable[[str, str], bool], *, moment: str = "before", running: bool
+) -> list[Any]:
+    """Let a stranger's VM take the VMID at the first request that matches (method, path).
+
+    Returns a list that holds the stranger's VM from then on.
+    """
+    strangers: list[Any] = []
+
+    def swap(method: str, path: str) -> None:
+        if matches(method, path) and not strangers:
+            strangers.append(lab.pve.make_foreign(vmid, running=running))
+            lab.pve.requests.clear()
+
+    setattr(lab.pve, moment, swap)
+    return strangers
+
+
 @pytest.mark.parametrize("operation", ["stop", "force", "suspend"])
 def test_a_second_try_to_stop_judges_anew(lab: Lab, operation: str) -> None:
     """The first try failed for a lock and took its time; whoever has the VMID by then is not stopped."""
@@ -45,14 +63,9 @@ def test_a_second_try_to_stop_judges_anew(lab: Lab, operation: str) -> None:
         text=f"can't lock file '/var/lock/qemu-server/lock-{ours.vmid}.conf' - got timeout",
         carry_out=False,
     )
-    swapped: list[Any] = []
-
-    def swap(method: str, path: str) -> None:
-        if method == "GET" and "/tasks" in path and not swapped:
-            swapped.append(lab.pve.make_foreign(ours.vmid, running=True))
-            lab.pve.requests.clear()
-
-    lab.pve.after = swap
+    swapped = swap_when(
+        lab, ours.vmid, lambda method, path: method == "GET" and "/tasks" in path, moment="after", running=True
+    )
     try:
         lab.destroy(ours.vmid, force=True) if operation == "force" else lab.power(operation, ours.vmid)
     except AgentlabError as error:
@@ -71,15 +84,8 @@ def test_a_second_try_to_stop_judges_anew(lab: Lab, operation: str) -> None:
 )
 def test_a_second_try_to_delete_judges_and_marks_anew(lab: Lab, said: str) -> None:
     ours = lab.timed_out()
-    swapped: list[Any] = []
     lab.pve.fail("DELETE", f"/qemu/{ours.vmid}", 500, said, times=1)
-
-    def swap(method: str, path: str) -> None:
-        if method == "DELETE" and not swapped:
-            swapped.append(lab.pve.make_foreign(ours.vmid, running=False))
-            lab.pve.requests.clear()
-
-    lab.pve.after = swap
+    swapped = swap_when(lab, ours.vmid, lambda method, _path: method == "DELETE", moment="after", running=False)
     lab.prune()
     assert swapped
     lab.pve.after = None
@@ -91,13 +97,13 @@ def test_a_second_try_to_delete_judges_and_marks_anew(lab: Lab, said: str) -> No
 def test_a_mark_that_met_a_change_is_set_anew_however_proxmox_spells_it(lab: Lab) -> None:
     ours = lab.timed_out()
     lab.pve.fail("PUT", "/config", 500, "checksum missmatch (file change by other user?)", times=1)
-    assert [one.reason for one in lab.prune().pruned] == ["destroyed"] and lab.record(ours).state == "DESTROYED"
+    assert [outcome.reason for outcome in lab.prune().pruned] == ["destroyed"] and lab.record(ours).state == "DESTROYED"
 
 
 def test_a_delete_that_was_not_begun_is_tried_again(lab: Lab) -> None:
     ours = lab.timed_out()
     lab.pve.fail("DELETE", f"/qemu/{ours.vmid}", 500, "got no worker upid - start worker failed", times=2)
-    assert [one.reason for one in lab.prune().pruned] == ["destroyed"]
+    assert [outcome.reason for outcome in lab.prune().pruned] == ["destroyed"]
 
 
 def swapped_at(lab: Lab, method: str, ending: str, moment: str = "after", **options: Any) -> Any:
@@ -120,14 +126,7 @@ def swapped_at(lab: Lab, method: str, ending: str, moment: str = "after", **opti
 @pytest.mark.parametrize("act", ["force", "prune"])
 def test_a_vm_swapped_while_the_quorum_is_looked_at_is_not_stopped(lab: Lab, act: str) -> None:
     ours = lab.create() if act == "force" else lab.timed_out(stopped=False)
-    swapped: list[Any] = []
-
-    def swap(_method: str, path: str) -> None:
-        if path.endswith("/ha/status/current") and not swapped:
-            swapped.append(lab.pve.make_foreign(ours.vmid, running=True))
-            lab.pve.requests.clear()
-
-    lab.pve.before = swap
+    swapped = swap_when(lab, ours.vmid, lambda _method, path: path.endswith("/ha/status/current"), running=True)
     if act == "force":
         lab.destroy(ours.vmid, force=True)
     else:
@@ -145,14 +144,7 @@ def test_a_vm_swapped_while_its_power_state_is_looked_at_is_left_alone(lab: Lab,
     ctx = lab.context()
     # The list lags.
     ctx.cluster.vms()[ours.vmid]["status"] = "stopped"
-    swapped: list[Any] = []
-
-    def swap(_method: str, path: str) -> None:
-        if path.endswith("/status/current") and not swapped:
-            swapped.append(lab.pve.make_foreign(ours.vmid, running=runs))
-            lab.pve.requests.clear()
-
-    lab.pve.before = swap
+    swapped = swap_when(lab, ours.vmid, lambda _method, path: path.endswith("/status/current"), running=runs)
     with pytest.raises(Kept, match="now belongs to another VM"):
         power.run(ctx, ctx.select(ours.vmid), operation)
     lab.untouched(swapped[0], status="running" if runs else "stopped")
@@ -165,16 +157,16 @@ def test_no_queue_of_ours_lies_between_judging_and_acting(tmp_path: Path, limits
     lab = Lab(tmp_path, storage=None)
     try:
         made = [lab.create(name) for name in ("a1", "b1", "c1")]
-        seen: dict[int, list[tuple[str, float]]] = {one.vmid: [] for one in made}
+        seen: dict[int, list[tuple[str, float]]] = {sandbox.vmid: [] for sandbox in made}
 
         def note(method: str, path: str) -> None:
-            found = re.search(r"/qemu/(\d+)(.*)", path)
-            if found and int(found[1]) in seen and "/tasks/" not in path:
-                seen[int(found[1])].append((f"{method} {found[2]}", time.monotonic()))
+            match = re.search(r"/qemu/(\d+)(.*)", path)
+            if match and int(match[1]) in seen and "/tasks/" not in path:
+                seen[int(match[1])].append((f"{method} {match[2]}", time.monotonic()))
 
         lab.pve.before = note
-        for one in made:
-            lab.pve.fault("GET", f"/qemu/{one.vmid}/config", "hang", seconds=0.7, carry_out=True, times=20)
+        for sandbox in made:
+            lab.pve.fault("GET", f"/qemu/{sandbox.vmid}/config", "hang", seconds=0.7, carry_out=True, times=20)
         base = lab.context(**limits)
         with ThreadPoolExecutor(3) as pool:
 

@@ -78,8 +78,8 @@ class Breaker:
 
     def close(self) -> None:
         self._listener.close()
-        for one in self._open:
-            one.close()
+        for connection in self._open:
+            connection.close()
 
 
 BREAKS = {

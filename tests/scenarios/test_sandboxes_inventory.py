@@ -270,11 +270,13 @@ def test_the_examples_of_the_documentation_work(
     given(name="one", tags=["ci"])
     first, _line, second = sandboxes.EXAMPLES.partition("# Another file")
     texts = {"lab.agentlab.yml": first, "other.agentlab.yml": "\n".join(second.replace("\n# ", "\n").splitlines()[1:])}
-    one = Daemon(tmp_path / "daemon", {name: env[name] for name in env if name.startswith(("PROXMOX", "AGENTLAB"))})
-    request.addfinalizer(one.close)
-    one.start()
+    agentlabd = Daemon(
+        tmp_path / "daemon", {name: env[name] for name in env if name.startswith(("PROXMOX", "AGENTLAB"))}
+    )
+    request.addfinalizer(agentlabd.close)
+    agentlabd.start()
     for name, text in texts.items():
-        text = text.replace("/run/agentlab/agentlabd.sock", str(one.socket)).replace("~/.cache", str(tmp_path))
+        text = text.replace("/run/agentlab/agentlabd.sock", str(agentlabd.socket)).replace("~/.cache", str(tmp_path))
         (tmp_path / name).write_text(text, encoding="utf-8")
         run = run_command(["ansible-inventory", "-i", str(tmp_path / name), "--list"], env, tmp_path)
         assert set(hosts(run)) == {"one"}, run.output

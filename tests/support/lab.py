@@ -11,7 +11,9 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import sqlite3
 import time
+from contextlib import closing
 from typing import Any
 
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core import config, states
@@ -153,6 +155,11 @@ class Lab:
         for one in self._contexts:
             one.close()
         self._contexts.clear()
+
+    def back_up(self, to: Any) -> None:
+        """Copy the SQLite records to the file ``to``, as the manual does."""
+        with closing(sqlite3.connect(self.database)) as records, closing(sqlite3.connect(to)) as copy:
+            records.backup(copy)
 
     def stop(self) -> None:
         self.close_contexts()

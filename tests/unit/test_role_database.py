@@ -115,7 +115,13 @@ def agentlabd(postgres: PostgresServer, role: str, password: str, *arguments: st
     """Run the command agentlabd once, with the password on standard input."""
     uri = f"postgresql://{role}@127.0.0.1:{postgres.port}/records"
     return subprocess.run(
-        [sys.executable, "-m", "agentlabd", "--password-stdin", *(one.replace("URI", uri) for one in arguments)],
+        [
+            sys.executable,
+            "-m",
+            "agentlabd",
+            "--password-stdin",
+            *(argument.replace("URI", uri) for argument in arguments),
+        ],
         input=f"{password}\n",
         capture_output=True,
         text=True,

@@ -364,7 +364,7 @@ def _section(path: str, prefix: str, content: safe_yaml.Mapping, keys: dict[str,
             place = _place_of(key, _KEYS)
             raise ConfigError(
                 f"{path}: {prefix}{name}: no such key{f'; write it as {place}' if place else ''}. "
-                f"Valid: {', '.join(prefix + one for one in keys)} (line {content.lines[key]})",
+                f"Valid: {', '.join(prefix + valid for valid in keys)} (line {content.lines[key]})",
                 file=path,
                 key=f"{prefix}{name}",
             )

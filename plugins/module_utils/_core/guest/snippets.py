@@ -61,7 +61,7 @@ def remove(ctx: Context, sandbox: Sandbox) -> None:
 
 
 def _note_removal(ctx: Context, sandbox: Sandbox) -> None:
-    # Other hosts cannot see that the file is gone.
+    """Write to the record that the file is removed. Other hosts cannot see that."""
     if ctx.records.db.controller is not None and sandbox.snippet_host is not None:
         ctx.records.forget_snippet_host(sandbox.uuid)
 

@@ -87,7 +87,7 @@ def find(ctx: Context, wanted: str | None, node: str | None = None) -> Template:
             value=wanted,
         )
     silent = _offline_nodes(ctx)
-    seen = _templates_seen(ctx)
+    seen = _templates_seen(ctx, silent)
     if silent:
         # For VMs on an offline node Proxmox tells neither the name nor whether the VM is a template.
         raise InvalidInput(
@@ -119,12 +119,15 @@ def _offline_nodes(ctx: Context) -> list[str]:
 
 
 def _why_unreachable(ctx: Context, vmid: int, node: str, error: Unreachable) -> str:
+    """Return the sentence for a template whose node does not answer."""
     # The refusal itself counts. A cluster status that cannot be read only makes the sentence less exact.
     with contextlib.suppress(ProxmoxError):
-        if node in _offline_nodes(ctx):
+        offline = _offline_nodes(ctx)
+        if node in offline:
             return (
                 f"template: {vmid} is on node {node}, which is offline, so it cannot be cloned. Wait until the node is "
-                f"back, or give a template of another node. Templates on the other nodes: {_templates_seen(ctx)}"
+                "back, or give a template of another node. Templates on the other nodes: "
+                f"{_templates_seen(ctx, offline)}"
             )
     return (
         f"template: {vmid} on node {node} cannot be read: {error.message}. Try again when the node answers, or give a "
@@ -132,9 +135,8 @@ def _why_unreachable(ctx: Context, vmid: int, node: str, error: Unreachable) -> 
     )
 
 
-def _templates_seen(ctx: Context) -> str:
-    """Return the templates on nodes that are online, for messages."""
-    offline = _offline_nodes(ctx)
+def _templates_seen(ctx: Context, offline: list[str]) -> str:
+    """Return the templates that are not on ``offline`` nodes, for messages."""
     names = [
         f"{vmid} ({row['name']})" if row.get("name") else str(vmid)
         for vmid, row in sorted(ctx.cluster.vms().items())

@@ -23,8 +23,8 @@ def verified(ctx: Context, sandboxes: list[Sandbox], identities: bool = True) ->
     With it, an address that is missing or old is asked of the guest (see ``Looks``): ip and ip_seen_at are those of
     now.
     """
-    rows = ctx.cluster.survey([one.vmid for one in sandboxes if one.live])
-    absent = [one.vmid for one in sandboxes if one.live and one.vmid not in rows]
+    rows = ctx.cluster.survey([sandbox.vmid for sandbox in sandboxes if sandbox.live])
+    absent = [sandbox.vmid for sandbox in sandboxes if sandbox.live and sandbox.vmid not in rows]
     proofs = ctx.cluster.prove_absent(absent, anew=False) if absent else {}
     looks = Looks(ctx, sandboxes if identities else [])
 

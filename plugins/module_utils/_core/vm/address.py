@@ -206,8 +206,8 @@ def refuse_hopeless(sandbox: Sandbox, located: Located, error: ApiError, wanted:
     unknown = _UNKNOWN.search(error.text)
     if unknown:
         raise AgentUnusable(
-            f"{wanted}: the guest agent of sandbox {vmid} has no {unknown[1] or 'such command'} (it is too old, or that "
-            "of another system). Install a newer qemu-guest-agent in the template, or leave the option out",
+            f"{wanted}: the guest agent of sandbox {vmid} has no {unknown[1] or 'such command'} (it is too old, or "
+            "that of another system). Install a newer qemu-guest-agent in the template, or leave the option out",
             vmid=vmid,
         )
     if re.search(r"VM \d+ is not running|VM \d+ not running", error.text):

@@ -80,7 +80,7 @@ class Problems:
         if not problems:
             return []
         present = set(live())
-        problems = [(job, one) for job, one in problems if one.uuid is None or one.uuid in present]
+        problems = [(job, problem) for job, problem in problems if problem.uuid is None or problem.uuid in present]
         return sorted(problems, key=lambda entry: (entry[1].since, entry[1].what))
 
 

@@ -160,10 +160,10 @@ class Service:
     def frozen(self) -> dict[str, Any] | None:
         return timeguard.frozen(self.base)
 
-    def note_reconciled(self, found: list[reconcile.Drift]) -> None:
+    def note_reconciled(self, drifts: list[reconcile.Drift]) -> None:
         """Count the drift of a pass that has repaired what it could, and remember what it could not."""
-        self.metrics.reconciled(found)
-        self.problems.replace("reconcile", problems.of_drift(found))
+        self.metrics.reconciled(drifts)
+        self.problems.replace("reconcile", problems.of_drift(drifts))
         # A pass stops again what expiry could not stop, and has told what became of it.
         self.problems.replace("expiry", ())
 

@@ -404,16 +404,16 @@ def _operation(route: Route) -> dict[str, Any]:
                 else {"type": "string", "minLength": 1, "maxLength": 100},
             }
         )
-    for name, one in route.query.items():
-        schema = {key: value for key, value in one.schema().items() if key != "description"}
+    for name, field in route.query.items():
+        schema = {key: value for key, value in field.schema().items() if key != "description"}
         parameters.append(
-            {"name": name, "in": "query", "required": one.required, "description": one.text, "schema": schema}
+            {"name": name, "in": "query", "required": field.required, "description": field.text, "schema": schema}
         )
     found: dict[str, Any] = {"operationId": route.name, "summary": route.summary, "parameters": parameters}
     if route.body is not None:
         found["requestBody"] = {
             # A body is needed too where one of several fields is: no single one is required then.
-            "required": any(one.required for one in route.body.values())
+            "required": any(field.required for field in route.body.values())
             or bool({"anyOf", "oneOf"} & route.together.keys()),
             "content": {"application/json": {"schema": {**object_schema(route.body), **route.together}}},
         }
