@@ -28,8 +28,13 @@ LOAD_TIMEOUT = 120
 LARGEST = 4 * 1024 * 1024
 VAULT = b"$ANSIBLE_VAULT"
 TASKS_IN_A_BLOCK = ("block", "rescue", "always")
-# Directives of ``meta`` that end the play of the sandbox; the wish to end early has another form.
-ENDING = ("end_play", "end_host", "end_batch", "clear_host_errors")
+# Directives of ``meta`` that the play of the sandbox does not survive, with what they would do and what to do instead.
+ENDING = {
+    "end_play": "which would end the play before the sandbox is cleared up; put the rest into a block with 'when', "
+    "or fail",
+    "clear_host_errors": "which would bring back hosts that are lost; leave it out",
+}
+ENDING["end_host"] = ENDING["end_batch"] = ENDING["end_play"]
 # Options of a role that name a file of it.
 ROLE_FILES = ("tasks_from", "vars_from", "defaults_from", "handlers_from")
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
@@ -198,10 +203,8 @@ class Tasks:
     def _look_at(self, task: dict[str, Any], conditional: bool, path: str, role: str) -> None:
         ending = argument(task, "meta", "_raw_params")
         if ending in ENDING:
-            raise Problem(
-                f"'meta: {ending}' would end the play before the sandbox is cleared up; "
-                "put the rest into a block with 'when', or fail"
-            )
+            where = f" in {os.path.relpath(path, role)}" if role else ""
+            raise Problem(f"has 'meta: {ending}'{where}, {ENDING[ending]}")
         # Of a missing file that is imported Ansible says only that it cannot be retrieved.
         for action in ("include_tasks", "import_tasks"):
             name = argument(task, action, "file")

@@ -225,13 +225,26 @@ UNUSABLE = {
     ),
     "one word": ("run\n", "is not a list of tasks but 'run'; begin each task"),
     "two actions": ("- name: Work\n  ansible.builtin.ping:\n  ansible.builtin.debug:\n", "conflicting action"),
-    "an end": ("- name: Work\n  ansible.builtin.meta: end_play\n", "meta: end_play"),
+    "an end": ("- name: Work\n  ansible.builtin.meta: end_play\n", "has 'meta: end_play', which would end the play"),
+    "lost hosts": ("- meta: clear_host_errors\n", "has 'meta: clear_host_errors', which would bring back hosts"),
     "a missing file": (None, "does not exist"),
     "an end in the old form": ("- name: Work\n  action: meta end_host\n", "meta: end_host"),
-    "an end in a role": ("- include_role: {name: ends}\n", "runs the role ends, which 'meta: end_play' would end"),
-    "an end in a file of a role": ("- import_role: {name: ends, tasks_from: deep}\n", "includes more.yml, which 'meta"),
-    "an end in a role of a role": ("- include_role: name=calls\n", "role calls, which runs the role ends, which 'meta"),
-    "an end in a dependency": ("- include_role: {name: depends}\n", "depends, which runs the role ends, which 'meta"),
+    "an end in a role": (
+        "- include_role: {name: ends}\n",
+        "runs the role ends, which has 'meta: end_play' in tasks/main.yml, which would end the play",
+    ),
+    "an end in a file of a role": (
+        "- import_role: {name: ends, tasks_from: deep}\n",
+        "includes more.yml, which has 'meta",
+    ),
+    "an end in a role of a role": (
+        "- include_role: name=calls\n",
+        "role calls, which runs the role ends, which has 'meta",
+    ),
+    "an end in a dependency": (
+        "- include_role: {name: depends}\n",
+        "depends, which runs the role ends, which has 'meta",
+    ),
     "an end in a handler": (
         "- include_role: {name: ends, tasks_from: fine, handlers_from: end.yaml}\n",
         "'meta: end_batch'",

@@ -528,8 +528,21 @@ def test_records_move_to_postgresql_and_back_unchanged(uri: str, tmp_path: Path,
     assert again.counts["events"] == number + 2 and again.source_checksum == again.target_checksum
     with pytest.raises(StoreError, match="it is not empty"):
         copy_records(first, uri)
-    with pytest.raises(InvalidInput, match="does not exist"):
+    with pytest.raises(
+        InvalidInput, match=r"FROM .*none\.db does not exist; nothing was copied\. Give the SQLite file"
+    ):
         copy_records(str(tmp_path / "none.db"), uri)
+    with pytest.raises(InvalidInput, match="is no file; nothing was copied"):
+        copy_records(str(tmp_path), uri)
+
+
+def test_a_file_is_not_copied_to_itself_by_another_path(tmp_path: Path) -> None:
+    path = tmp_path / "first.db"
+    open_database(str(path)).close()
+    (tmp_path / "link.db").symlink_to(path)
+    for other in (path, tmp_path / "link.db", tmp_path / ".." / tmp_path.name / "first.db"):
+        with pytest.raises(InvalidInput, match="are the same database; nothing was copied. Name an empty database"):
+            copy_records(str(path), str(other))
 
 
 def test_every_table_is_copied() -> None:

@@ -149,16 +149,26 @@ def test_tables_and_copies_are_made_with_a_password_from_standard_input(
     copied = agentlabd(postgres, *owner, "--copy-records", str(file), "URI")
     assert copied.returncode == 0, copied.stderr
     assert "checksum of the copy:" in copied.stdout and PASSWORDS["agentlab_owner"] not in copied.stdout
-    alone = subprocess.run(
-        [sys.executable, "-m", "agentlabd", "--password-stdin"],
-        input="x\n",
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": PYTHONPATH},
-        check=False,
-    )
-    assert alone.returncode == 2
-    assert "--password-stdin is for --migrate-records and --copy-records" in alone.stderr
+    assert copied.stdout.startswith(f"copied {file} to postgresql://agentlab_owner@127.0.0.1:{postgres.port}/records\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "password", "message"),
+    [
+        ([], "x", "--password-stdin is for --migrate-records and --copy-records"),
+        (["--migrate-records"], "", "--password-stdin: standard input is empty. Write the password"),
+        (
+            ["--check", "--migrate-records"],
+            "x",
+            "--check, --migrate-records and --copy-records exclude each other; give one of them",
+        ),
+    ],
+)
+def test_options_that_make_no_sense_are_refused_before_anything_is_done(
+    postgres: PostgresServer, arguments: list[str], password: str, message: str
+) -> None:
+    run = agentlabd(postgres, "agentlab_owner", password, *arguments)
+    assert run.returncode == 2 and message in " ".join(run.stderr.split())
 
 
 @pytest.mark.parametrize("password", ["grün", "line\nbreak"])

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..clock import SystemClock
-from ..database_address import SQLITE, parse
+from ..database_address import SQLITE, Address, parse
 from ..errors import InvalidInput, StoreError
 from .open import open_database
 from .port import Connection, Engine
@@ -55,16 +55,34 @@ def copy_records(source: str, target: str, passwords: tuple[str | None, str | No
     Raises StoreError, and writes nothing, when the source is in use or the target is not empty.
     """
     addresses = parse(source), parse(target)
-    if addresses[0].text == addresses[1].text:
-        raise InvalidInput("--copy-records: FROM and TO are the same database; nothing was copied")
-    if addresses[0].engine == SQLITE and not os.path.exists(source):
-        raise InvalidInput(f"--copy-records: {source} does not exist; nothing was copied")
+    if _are_same(*addresses):
+        raise InvalidInput(
+            f"--copy-records: FROM {addresses[0].text} and TO {addresses[1].text} are the same database; nothing was "
+            "copied. Name an empty database as TO"
+        )
+    if addresses[0].engine == SQLITE and not os.path.isfile(addresses[0].text):
+        what = "is no file" if os.path.exists(addresses[0].text) else "does not exist"
+        raise InvalidInput(
+            f"--copy-records: FROM {addresses[0].text} {what}; nothing was copied. Give the SQLite file of the "
+            "records, such as /var/lib/agentlab/agentlab.db"
+        )
     with contextlib.ExitStack() as stack:
         engines: list[Engine] = []
         for address, password in zip(addresses, passwords, strict=True):
             engines.append(open_database(address.text, password=password or address.password))
             stack.callback(engines[-1].close)
         return _copy(*engines)
+
+
+def _are_same(source: Address, target: Address) -> bool:
+    """Return whether both addresses are one database: the same text, or one file by two paths."""
+    if source.text == target.text:
+        return True
+    try:
+        return source.engine == target.engine == SQLITE and os.path.samefile(source.text, target.text)
+    except OSError:
+        # One of them is not there.
+        return False
 
 
 def _copy(source: Engine, target: Engine) -> Copied:

@@ -51,10 +51,17 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.cleanup_file and not options.check:
         parser.error("--cleanup-file is for --check; set cleanup_file in the configuration")
-    once = options.check or options.migrate_records or options.copy_records
+    once = [name for name in ("check", "migrate_records", "copy_records") if getattr(options, name)]
+    if len(once) > 1:
+        parser.error("--check, --migrate-records and --copy-records exclude each other; give one of them")
     if options.password_stdin and not (options.migrate_records or options.copy_records):
         parser.error("--password-stdin is for --migrate-records and --copy-records")
     password = read_password() if options.password_stdin else None
+    if password == "":
+        parser.error(
+            "--password-stdin: standard input is empty. Write the password of the PostgreSQL role to it, or leave the "
+            "option out"
+        )
     logs.setup(options.verbose)
     from .service import check, load
 
@@ -101,9 +108,11 @@ def copy(source: str, target: str, password: str | None) -> int:
 
     ``password`` is for the PostgreSQL side; with None libpq looks for it (PGPASSWORD, a passfile).
     """
+    from agentlab_core.database_address import parse
     from agentlab_core.store.transfer import copy_records
 
     copied = copy_records(source, target, (password, password))
+    print(f"copied {parse(source).text} to {parse(target).text}")
     for table, count in copied.counts.items():
         print(f"{table}: {count}")
     print(f"checksum of the source: {copied.source_checksum}")
