@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
 # Make .cache/core-VERSION once: an environment with that ansible-core and what the tests need beside it. Print its bin folder.
 # Print nothing when this machine has no Python that the release runs on; a line on standard error then says so.
-# `scripts/core-env.sh --today` prints the releases whose turn it is: three on even days, the other three on odd days.
+# `scripts/core-env.sh --today` prints the release whose turn it is: one a day, all in six days.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 # AGENTLAB_CORES_DAY replays another day's turn (days since 1970).
 if [ "${1:-}" = --today ]; then
     day=${AGENTLAB_CORES_DAY:-$(($(date -u +%s) / 86400))}
-    if [ $((day % 2)) -eq 0 ]; then echo "2.16 2.18 2.20"; else echo "2.17 2.19 2.21"; fi
+    releases=(2.16 2.17 2.18 2.19 2.20 2.21)
+    echo "${releases[day % 6]}"
     exit 0
 fi
 

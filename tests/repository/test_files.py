@@ -79,22 +79,48 @@ def test_every_supported_ansible_core_is_tested_and_the_pages_say_the_same() -> 
     assert f"Supported: ansible-core {CORES[0]} to {CORES[-1]}," in (ROOT / "README.md").read_text()
 
 
-def test_ci_takes_every_release_at_least_every_second_day() -> None:
-    def today(script: str, variable: str, day: int) -> set[str]:
-        env = {**os.environ, variable: str(day)}
-        command = [str(ROOT / "scripts" / script), "--today"]
-        return set(subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout.split())
+def run_ci(folder: Path, day: int) -> set[str]:
+    """Run the folder's `.ci/run` as on that day (since 1970); return what it called: its programs only say that."""
+    calls = folder / "calls"
+    calls.unlink(missing_ok=True)
+    environment = {**os.environ, "PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "CALLS": str(calls), "DAY": str(day)}
+    # What this run itself was given must not choose for the other.
+    for name in ("SHARD", "SHIPPED", "AGENTLAB_CI_LIMITED", "AGENTLAB_CORES_DAY", "AGENTLAB_BARE_DAY"):
+        environment.pop(name, None)
+    subprocess.run([str(folder / ".ci/run")], env=environment, capture_output=True, text=True, check=True, timeout=60)
+    return set(calls.read_text().splitlines())
 
-    assert today("core-env.sh", "AGENTLAB_CORES_DAY", 20000) | today("core-env.sh", "AGENTLAB_CORES_DAY", 20001) == set(
-        CORES
-    )
-    ci = (ROOT / ".ci/run").read_text()
-    assert "scripts/test-bare.sh --today" in ci and "scripts/core-env.sh --today" in ci
-    # Five days in a row take all parts of the faults, two days all scenarios with shipped modules.
-    assert "day=$(($(date -u +%s) / 86400))\n" in ci
-    assert "part=$((day % 5 + 1))/5" in ci and "SHARD=$part make test-faults" in ci
-    assert "SHIPPED=$((day % 2 + 1))/2 make gates" in ci
-    assert re.search(r"if \[ \$\(\(day % 3\)\) -eq 0 \]; then\n.*\n    make test-chaos MINUTES=5\nfi\n", ci)
+
+def test_ci_takes_each_suite_within_six_days_and_each_part_within_thirty(tmp_path: Path) -> None:
+    say = '#!/usr/bin/env bash\necho "${SHARD:+SHARD=$SHARD }${SHIPPED:+SHIPPED=$SHIPPED }${0##*/} $*" >>"$CALLS"\n'
+    programs = dict.fromkeys(("git", "systemd-nspawn", "mmdebstrap", "ssh-keygen", "promtool"), "#!/bin/sh\n")
+    programs |= {"busybox": "#!/bin/sh\n", "apt-get": "#!/bin/sh\n", "id": "#!/bin/sh\necho 0\n", "make": say}
+    programs["date"] = "#!/bin/sh\ncase $2 in +%s) echo $((DAY * 86400 + 60));; *) echo 12:00:00Z;; esac\n"
+    scripts = {"find-python.sh": "#!/bin/sh\n", "test-bare.sh": say}
+    files = {f"bin/{name}": text for name, text in programs.items()}
+    files |= {f"scripts/{name}": text for name, text in scripts.items()}
+    files |= {name: (ROOT / name).read_text() for name in (".ci/run", "scripts/core-env.sh")}
+    for name, text in files.items():
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+        path.chmod(0o755)
+
+    days = [run_ci(tmp_path, day) for day in range(20000, 20030)]
+    daily = {"make test", "make test-daemon", "make test-cli-oldest", "make test-monitoring"}
+    assert all(daily <= calls for calls in days)
+    for first in range(25):
+        six = set().union(*days[first : first + 6])
+        gates = zip((1, 2) * 3, CORES, strict=True)
+        assert {f"SHIPPED={part}/2 make gates-daily CORES={core}" for part, core in gates} <= six
+        assert {"make test-molecule", "make test-awx", "make test-chaos MINUTES=5"} <= six
+        assert "make test-chaos CONTROLLERS=3 MINUTES=2" in six
+        assert {f"SHARD={part}/5 make test-faults" for part in range(1, 6)} <= six
+    # Which Debian it is, the script itself says.
+    bare = [day for day, calls in enumerate(days) if "test-bare.sh --today" in calls]
+    assert {day % 2 for day in bare[:4]} == {0, 1}
+    makefile = (ROOT / "Makefile").read_text()
+    assert re.search(r"^gates: gates-daily test-awx ", makefile, re.M)
 
 
 @pytest.mark.parametrize("core", [CORES[0], CORES[-1]])
