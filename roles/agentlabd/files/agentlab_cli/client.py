@@ -55,14 +55,14 @@ class Client:
     timeout: float | None = None
 
     def get(self, *parts: object, **query: object) -> Answer:
-        return self.request("GET", _resource(parts, query), None, READ_TIMEOUT)
+        return self.request("GET", _build_target(parts, query), None, READ_TIMEOUT)
 
     def ask(self, *parts: object, **query: object) -> Answer:
         """Send a GET like ``get``, for data that the daemon first reads from Proxmox."""
-        return self.request("GET", _resource(parts, query), None, WORK_TIMEOUT)
+        return self.request("GET", _build_target(parts, query), None, WORK_TIMEOUT)
 
     def post(self, *parts: object, body: dict[str, Any] | None = None) -> Answer:
-        return self.request("POST", _target(parts), body, WORK_TIMEOUT)
+        return self.request("POST", _build_path(parts), body, WORK_TIMEOUT)
 
     def request(self, method: str, target: str, body: dict[str, Any] | None, timeout: int) -> Answer:
         """Return the daemon's answer, whatever its status.
@@ -76,7 +76,7 @@ class Client:
         headers = {"Content-Type": "application/octet-stream"}
         if length is not None:
             headers["Content-Length"] = str(length)
-        target = _resource(path, query)
+        target = _build_target(path, query)
         with self._exchanging(WORK_TIMEOUT) as connection:
             # A daemon that refuses a file answers early and reads no further.
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
@@ -94,7 +94,7 @@ class Client:
         """
         import hashlib
 
-        target = _resource(path, query)
+        target = _build_target(path, query)
         digest = hashlib.sha256()
         with self._exchanging(WORK_TIMEOUT) as connection:
             connection.request("GET", target, None, _HEADERS)
@@ -133,7 +133,7 @@ class Client:
         connection.sock = sock = self._connect(limit)
         # A socket's own timeout starts again with each byte. This timer ends the whole exchange.
         over = threading.Event()
-        watch = threading.Timer(limit, _end, (sock, over)) if limit else None
+        watch = threading.Timer(limit, _shut_down_when_over, (sock, over)) if limit else None
         if watch:
             watch.daemon = True
             watch.start()
@@ -141,7 +141,7 @@ class Client:
             yield connection
         except (http.client.HTTPException, OSError) as error:
             if limit and (over.is_set() or isinstance(error, TimeoutError)):
-                raise _too_slow(limit) from error
+                raise _time_out_error(limit) from error
             if isinstance(error, http.client.BadStatusLine) and not isinstance(error, http.client.RemoteDisconnected):
                 raise Unreachable(
                     f"what listens on {one_line(self.path)} does not speak HTTP: it is not agentlabd. Check "
@@ -158,7 +158,7 @@ class Client:
             connection.close()
         if over.is_set():
             # The timer ended a body without a length, which looks complete.
-            raise _too_slow(limit or 0)
+            raise _time_out_error(limit or 0)
 
     def _connect(self, limit: float | None) -> socket.socket:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -167,24 +167,24 @@ class Client:
             sock.connect(self.path)
         except OSError as error:
             sock.close()
-            raise Unreachable(_why(self.path, error, limit)) from error
+            raise Unreachable(_explain_connection_error(self.path, error, limit)) from error
         return sock
 
     def _judge(self, method: str, target: str, answer: Answer) -> Answer:
         """Return the answer if it is from agentlabd and its release knows the request. Raises Unreachable otherwise."""
-        told = isinstance(answer.data, dict) and (answer.ok or isinstance(answer.data.get("error"), str))
-        if told and answer.data.get("code") == "stopping":
+        has_error_text = isinstance(answer.data, dict) and (answer.ok or isinstance(answer.data.get("error"), str))
+        if has_error_text and answer.data.get("code") == "stopping":
             # A stopping daemon counts as not running, so that a caller that waits for a restart keeps waiting.
             raise Unreachable(str(answer.data["error"]))
-        if told and (answer.status not in (404, 405) or answer.data.get("code") not in _UNKNOWN_REQUEST):
+        if has_error_text and (answer.status not in (404, 405) or answer.data.get("code") not in _UNKNOWN_REQUEST):
             return answer
         if answer.status in (404, 405):
-            theirs = self._version()
-            if theirs is not None and theirs != __version__:
+            daemon_version = self._version()
+            if daemon_version is not None and daemon_version != __version__:
                 raise Unreachable(
-                    f"the daemon (version {theirs}) does not know {method} {target.partition('?')[0]}, which this "
-                    f"command line (version {__version__}) asks for. Upgrade the older of the two; after an upgrade "
-                    "'systemctl restart agentlabd'"
+                    f"the daemon (version {daemon_version}) does not know {method} {target.partition('?')[0]}, which "
+                    f"this command line (version {__version__}) asks for. Upgrade the older of the two; after an "
+                    "upgrade 'systemctl restart agentlabd'"
                 )
             raise Unreachable(
                 f"the daemon does not know {method} {target.partition('?')[0]}. "
@@ -198,30 +198,30 @@ class Client:
 
     def _version(self) -> str | None:
         try:
-            told = Client(self.path, 2)._exchange("GET", "/v1/status", None, 2).data
+            status = Client(self.path, 2)._exchange("GET", "/v1/status", None, 2).data
         except Problem:
             return None
-        return str(told["version"]) if isinstance(told, dict) and told.get("version") else None
+        return str(status["version"]) if isinstance(status, dict) and status.get("version") else None
 
 
-def _too_slow(limit: float) -> TimedOut:
+def _time_out_error(limit: float) -> TimedOut:
     return TimedOut(
         f"the daemon did not answer within {time_limit(limit)} (--timeout). It goes on with what it was asked to do; "
         "see 'agentlab sandbox list'"
     )
 
 
-def _target(parts: tuple[object, ...]) -> str:
+def _build_path(parts: tuple[object, ...]) -> str:
     from urllib.parse import quote
 
     return "/v1/" + "/".join(quote(str(part), safe="") for part in parts)
 
 
-def _resource(parts: tuple[object, ...], query: dict[str, object]) -> str:
+def _build_target(parts: tuple[object, ...], query: dict[str, object]) -> str:
     from urllib.parse import urlencode
 
-    asked = urlencode({name: value for name, value in query.items() if value not in (None, ())}, doseq=True)
-    return _target(parts) + (f"?{asked}" if asked else "")
+    encoded = urlencode({name: value for name, value in query.items() if value not in (None, ())}, doseq=True)
+    return _build_path(parts) + (f"?{encoded}" if encoded else "")
 
 
 def _parse(raw: bytes) -> Any:
@@ -231,18 +231,18 @@ def _parse(raw: bytes) -> Any:
         return None
 
 
-def _end(sock: socket.socket, over: threading.Event) -> None:
+def _shut_down_when_over(sock: socket.socket, over: threading.Event) -> None:
     """Shut a connection down when its time is over, even in the middle of a read."""
     over.set()
     with contextlib.suppress(OSError):
         sock.shutdown(socket.SHUT_RDWR)
 
 
-def _why(path: str, error: OSError, limit: float | None) -> str:
+def _explain_connection_error(path: str, error: OSError, limit: float | None) -> str:
     """Return why there is no connection, and what to do."""
     shown = one_line(path)
     if isinstance(error, PermissionError):
-        user = _user()
+        user = _current_user()
         return (
             f"{user} may not use the socket {shown}. Add the user to the group {GROUP} and log in again:\n"
             f"  sudo usermod -aG {GROUP} {user}"
@@ -284,7 +284,7 @@ def _is_socket(path: str) -> bool:
         return True
 
 
-def _user() -> str:
+def _current_user() -> str:
     import pwd
 
     try:

@@ -56,26 +56,26 @@ def doctor(to: Settings, template: str | None, bundle: str | None, bundle_hosts:
             bundle="true" if bundle else None,
             bundle_hosts="true" if bundle_hosts else None,
         )
-    to.tell(answer, _findings)
+    to.tell(answer, _format_findings)
     if bundle:
-        _write(bundle, answer.data["bundle"])
+        _write_private_file(bundle, answer.data["bundle"])
         click.echo(f"bundle written to {bundle}; look through it before you send it", err=True)
     if answer.data["problems"]:
         sys.stdout.flush()
         sys.exit(REFUSED)
 
 
-def _findings(data: dict[str, Any]) -> str:
-    found = data["findings"]
-    width = max((len(str(one["check"])) for one in found), default=0)
+def _format_findings(data: dict[str, Any]) -> str:
+    findings = data["findings"]
+    width = max((len(str(finding["check"])) for finding in findings), default=0)
     lines = []
-    for one in found:
-        lines.append(f"{cell(one['status']):<7}  {cell(one['check']):<{width}}  {cell(one['meaning'])}")
-        if one["advice"] and one["status"] != "ok":
-            lines.append(f"{'':<7}  {'':<{width}}  -> {cell(one['advice'])}")
+    for finding in findings:
+        lines.append(f"{cell(finding['status']):<7}  {cell(finding['check']):<{width}}  {cell(finding['meaning'])}")
+        if finding["advice"] and finding["status"] != "ok":
+            lines.append(f"{'':<7}  {'':<{width}}  -> {cell(finding['advice'])}")
     if data["pveum"] and any(
-        one["status"] != "ok" and one["check"] in ("configuration", "privileges", "proxmox", "creation")
-        for one in found
+        finding["status"] != "ok" and finding["check"] in ("configuration", "privileges", "proxmox", "creation")
+        for finding in findings
     ):
         lines += [
             "",
@@ -85,7 +85,7 @@ def _findings(data: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _write(path: str, content: Any) -> None:
+def _write_private_file(path: str, content: Any) -> None:
     """Write the file completely or not at all, readable for its owner only. Replace a link instead of following it."""
     fresh = f"{path}.{os.getpid()}.new"
     try:

@@ -63,7 +63,7 @@ class Settings:
             try:
                 shown = text(answer.data)
             except (KeyError, TypeError, AttributeError) as error:
-                raise _odd(answer, error) from error
+                raise _explain_mismatch(answer, error) from error
             if shown:
                 click.echo(shown)
 
@@ -76,25 +76,26 @@ class Settings:
             return ""
         try:
             sandboxes = self.client.get("sandboxes").data["sandboxes"]
-            there = sorted(
-                {int(sandbox["vmid"]) for sandbox in sandboxes}, key=lambda other: (abs(other - vmid), other)
+            vmids = sorted(
+                {int(sandbox["vmid"]) for sandbox in sandboxes},
+                key=lambda known_vmid: (abs(known_vmid - vmid), known_vmid),
             )
         except (Problem, KeyError, TypeError, ValueError):
-            there = []
-        near = f" Nearest: {', '.join(map(str, sorted(there[:3])))}." if there else " There is none."
+            vmids = []
+        near = f" Nearest: {', '.join(map(str, sorted(vmids[:3])))}." if vmids else " There is none."
         return f"\nThere is no sandbox {vmid}.{near} See 'agentlab sandbox list --all'"
 
     def _explain_workspace(self, name: str) -> str:
         try:
-            there = [str(workspace["name"]) for workspace in self.client.get("workspaces").data["workspaces"]]
+            existing = [str(workspace["name"]) for workspace in self.client.get("workspaces").data["workspaces"]]
         except (Problem, KeyError, TypeError):
             return ""
-        more = f" and {len(there) - 10} more" if len(there) > 10 else ""
-        names = f"{', '.join(map(one_line, there[:10]))}{more}" if there else "none"
+        more = f" and {len(existing) - 10} more" if len(existing) > 10 else ""
+        names = f"{', '.join(map(one_line, existing[:10]))}{more}" if existing else "none"
         return f"\nThere is no workspace {one_line(name)!r}. Workspaces: {names}. See 'agentlab workspace list --all'"
 
 
-def _odd(answer: Answer, error: Exception) -> Problem:
+def _explain_mismatch(answer: Answer, error: Exception) -> Problem:
     from .errors import Unreachable
 
     return Unreachable(
@@ -103,22 +104,22 @@ def _odd(answer: Answer, error: Exception) -> Problem:
     )
 
 
-def failures(items: list[dict[str, Any]] | None) -> list[tuple[object, str]]:
+def list_failures(items: list[dict[str, Any]] | None) -> list[tuple[object, str]]:
     """Return the items of an answer that failed, each with its reason."""
-    return [(one.get("vmid"), str(one.get("message") or one.get("reason"))) for one in items or []]
+    return [(item.get("vmid"), str(item.get("message") or item.get("reason"))) for item in items or []]
 
 
-def finish(done: int, failed: list[tuple[object, str]]) -> None:
+def finish(succeeded: int, failed: list[tuple[object, str]]) -> None:
     """End a command on several items. Prints a line for each failure.
 
     The exit status is 1 when no item was done, and 4 when only some were.
     """
-    for what, why in failed:
-        said = re.search(rf"\b(sandbox|VM|VMID) {re.escape(str(what))}\b", why) is not None
-        click.echo(f"Error: {'' if said else f'sandbox {what}: '}{one_line(why)}", err=True)
+    for vmid, reason in failed:
+        named = re.search(rf"\b(sandbox|VM|VMID) {re.escape(str(vmid))}\b", reason) is not None
+        click.echo(f"Error: {'' if named else f'sandbox {vmid}: '}{one_line(reason)}", err=True)
     if failed:
         sys.stdout.flush()
-        sys.exit(PARTLY if done else REFUSED)
+        sys.exit(PARTLY if succeeded else REFUSED)
 
 
 class Duration(_FloatType):
@@ -157,14 +158,14 @@ class Vmid(_IntType):
         # Options earlier on the line are already in force. A shell does not wait long, so use a short timeout.
         client = Client(ctx.ensure_object(Settings).client.path, 2)
         try:
-            found = client.get("sandboxes").data["sandboxes"]
-            taken = {str(one) for one in ctx.params.get(param.name or "") or ()} if param.nargs == -1 else set()
+            sandboxes = client.get("sandboxes").data["sandboxes"]
+            typed = {str(vmid) for vmid in ctx.params.get(param.name or "") or ()} if param.nargs == -1 else set()
             return [
-                CompletionItem(str(one["vmid"]), help=f"{cell(one.get('name'))} {cell(one.get('state'))}")
-                for one in found
-                if str(one["vmid"]).startswith(incomplete)
-                and str(one["vmid"]) not in taken
-                and one.get("state") != "DESTROYED"
+                CompletionItem(str(sandbox["vmid"]), help=f"{cell(sandbox.get('name'))} {cell(sandbox.get('state'))}")
+                for sandbox in sandboxes
+                if str(sandbox["vmid"]).startswith(incomplete)
+                and str(sandbox["vmid"]) not in typed
+                and sandbox.get("state") != "DESTROYED"
             ]
         except (Problem, KeyError, TypeError):
             # Completion stays silent about errors.
@@ -190,10 +191,10 @@ class State(_StrType):
     )
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        found = str(value).upper()
-        if found not in self.valid:
+        state = str(value).upper()
+        if state not in self.valid:
             self.fail(f"{value!r} is not a state. Valid: {', '.join(self.valid)}", param, ctx)
-        return found
+        return state
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[Any]:
         from click.shell_completion import CompletionItem
@@ -232,7 +233,7 @@ STATE = State()
 DURATION = Duration()
 
 
-def _keep(name: str) -> Callable[[click.Context, click.Parameter, Any], Any]:
+def _make_saver(name: str) -> Callable[[click.Context, click.Parameter, Any], Any]:
     def keep(ctx: click.Context, _param: click.Parameter, value: Any) -> Any:
         if value not in (None, False):
             setattr(ctx.ensure_object(Settings), name, value)
@@ -245,20 +246,20 @@ class _Global(click.Option):
     """An option that is accepted before and after the command."""
 
 
-def _globals() -> list[click.Parameter]:
+def _make_global_options() -> list[click.Parameter]:
     return [
         _Global(
             ["--socket"],
             metavar="PATH",
             expose_value=False,
-            callback=_keep("socket"),
+            callback=_make_saver("socket"),
             help=f"Socket of the daemon. Environment: AGENTLAB_SOCKET. Default: {DEFAULT_SOCKET}",
         ),
         _Global(
             ["--json"],
             is_flag=True,
             expose_value=False,
-            callback=_keep("json"),
+            callback=_make_saver("json"),
             help="Print the daemon's answer as it is, for programs; indented on a terminal.",
         ),
         _Global(
@@ -266,7 +267,7 @@ def _globals() -> list[click.Parameter]:
             metavar="DURATION",
             type=DURATION,
             expose_value=False,
-            callback=_keep("timeout"),
+            callback=_make_saver("timeout"),
             help="How long to wait for the daemon's whole answer: seconds, or 1500ms, 90s, 30m, 2h; 0 for no limit. "
             "Default: 30s to look, 1h to work.",
         ),
@@ -344,7 +345,7 @@ class Command(_Page):
     ) -> None:
         super().__init__(*args, **options)
         self.usage, self.examples, self.notes = usage, examples, notes
-        self.params.extend(_globals())
+        self.params.extend(_make_global_options())
 
     def collect_usage_pieces(self, ctx: click.Context) -> list[str]:
         return [self.usage]
@@ -375,7 +376,7 @@ class Group(_Page, click.Group):
         super().__init__(*args, **{"subcommand_metavar": "<command>", **options})
         self.examples, self.notes = examples, notes
         self.words, self.meant = words or {}, meant or {}
-        self.params.extend(_globals())
+        self.params.extend(_make_global_options())
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         self.format_commands(ctx, formatter)

@@ -39,15 +39,15 @@ class RunId(click.ParamType):  # type: ignore[type-arg,unused-ignore]
     name = "id"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, str]:
-        found = _RUN.fullmatch(str(value))
-        if found is None:
+        match = _RUN.fullmatch(str(value))
+        if match is None:
             self.fail(
                 f"{str(value)[:80]!r} is no id of a command. Valid: <vmid>/<id>, as 'exec --detach' and 'exec list' "
                 "print it",
                 param,
                 ctx,
             )
-        return int(found[1]), found[2].replace("-", "").lower()
+        return int(match[1]), match[2].replace("-", "").lower()
 
 
 class ExecGroup(Group):
@@ -139,7 +139,7 @@ def run(
     words: for pipes and variables run sh -c '...'.
     """
     body: dict[str, Any] = {
-        "argv": [_text(word) for word in argv],
+        "argv": [_require_utf8(word) for word in argv],
         "detach": True,
         "encoding": "base64",
         "timeout": int(limit) if limit == int(limit) else int(limit) + 1,
@@ -147,9 +147,9 @@ def run(
         "chdir": chdir,
     }
     if environment:
-        body["environment"] = _environment(environment)
+        body["environment"] = _read_environment(environment)
     if with_stdin:
-        body["stdin"] = _standard_input()
+        body["stdin"] = _read_standard_input()
     body = {name: value for name, value in body.items() if value is not None}
     answer = to.client.post("sandboxes", vmid, "exec", body=body)
     if detach or to.json or not answer.ok:
@@ -163,24 +163,24 @@ def run(
 @settings
 def list_(to: Settings, vmid: int) -> None:
     """List the commands of a sandbox that the records know."""
-    to.tell(to.client.get("sandboxes", vmid, "exec"), _listed)
+    to.tell(to.client.get("sandboxes", vmid, "exec"), _format_list)
 
 
-def _listed(data: dict[str, Any]) -> str:
+def _format_list(data: dict[str, Any]) -> str:
     if not data["runs"]:
         return "no commands"
     return table(
         ("ID", "STATE", "PROGRAM", "STATUS", "STARTED", "BY"),
         [
             (
-                f"{data['vmid']}/{one['run_id']}",
-                one["state"],
-                one.get("program"),
-                one.get("rc"),
-                one.get("started_at"),
-                one.get("actor"),
+                f"{data['vmid']}/{run['run_id']}",
+                run["state"],
+                run.get("program"),
+                run.get("rc"),
+                run.get("started_at"),
+                run.get("actor"),
             )
-            for one in data["runs"]
+            for run in data["runs"]
         ],
     )
 
@@ -190,7 +190,7 @@ def _listed(data: dict[str, Any]) -> str:
 @settings
 def status(to: Settings, run_id: tuple[int, str]) -> None:
     """Tell whether a command runs, and how it ended."""
-    to.tell(_look(to.client, run_id, limit=1), _told)
+    to.tell(_read_run(to.client, run_id, limit=1), _format_state)
 
 
 @exec_.command(
@@ -206,7 +206,7 @@ def status(to: Settings, run_id: tuple[int, str]) -> None:
 @settings
 def logs(to: Settings, run_id: tuple[int, str], follow: bool, raw: bool) -> None:
     """Show what a command has written."""
-    answer = _look(to.client, run_id)
+    answer = _read_run(to.client, run_id)
     if to.json or not answer.ok:
         to.tell(answer, lambda _data: "")
         return
@@ -218,11 +218,11 @@ def logs(to: Settings, run_id: tuple[int, str], follow: bool, raw: bool) -> None
 @settings
 def wait(to: Settings, run_id: tuple[int, str]) -> None:
     """Wait for the end of a command; its exit status becomes that of this command."""
-    answer = _look(to.client, run_id, wait=_WAIT_SECONDS, limit=1)
+    answer = _read_run(to.client, run_id, wait=_WAIT_SECONDS, limit=1)
     while answer.ok and answer.data["state"] == "running":
-        answer = _look(to.client, run_id, wait=_WAIT_SECONDS, limit=1)
-    to.tell(answer, _told)
-    sys.exit(_status(answer.data))
+        answer = _read_run(to.client, run_id, wait=_WAIT_SECONDS, limit=1)
+    to.tell(answer, _format_state)
+    sys.exit(_exit_status(answer.data))
 
 
 @exec_.command("kill", usage="<id>", examples=("agentlab sandbox exec kill 1009/3f2a9c0b1d7e4e55a1b2c3d4e5f60718",))
@@ -230,24 +230,24 @@ def wait(to: Settings, run_id: tuple[int, str]) -> None:
 @settings
 def kill(to: Settings, run_id: tuple[int, str]) -> None:
     """End a command in the guest, and its children: TERM first, then KILL."""
-    to.tell(to.client.post("sandboxes", run_id[0], "exec", run_id[1], "kill", body={}), _told)
+    to.tell(to.client.post("sandboxes", run_id[0], "exec", run_id[1], "kill", body={}), _format_state)
 
 
-def _look(client: Client, run_id: tuple[int, str], **query: object) -> Any:
+def _read_run(client: Client, run_id: tuple[int, str], **query: object) -> Any:
     return client.ask("sandboxes", run_id[0], "exec", run_id[1], encoding="base64", **query)
 
 
-def _told(data: dict[str, Any]) -> str:
+def _format_state(data: dict[str, Any]) -> str:
     name = f"command {data['vmid']}/{data['run_id']}"
     if data["state"] == "running":
         return f"{name} runs ({data['stdout_bytes'] + data['stderr_bytes']} bytes written)"
     if data["state"] == "skipped":
         return f"{name} was not run: {one_line(data['message'])}"
     why = " (its time was over)" if data["timed_out"] else " (it was killed)" if data["killed"] else ""
-    return f"{name} ended with exit status {_status(data)}{why}"
+    return f"{name} ended with exit status {_exit_status(data)}{why}"
 
 
-def _status(data: dict[str, Any]) -> int:
+def _exit_status(data: dict[str, Any]) -> int:
     """Return the exit status of a command that has ended."""
     if data.get("rc") is None and data.get("signal") is None:
         return 0 if data.get("state") == "skipped" else 1
@@ -282,7 +282,7 @@ class _Output:
 
     def lacks(self, data: dict[str, Any]) -> bool:
         """Return whether the guest holds output that has not been shown yet."""
-        return any(data[f"{name}_bytes"] > self.shown[name] for name in self.shown)
+        return any(data[f"{stream}_bytes"] > self.shown[stream] for stream in self.shown)
 
 
 def _show_all(to: Settings, data: dict[str, Any], output: _Output, follow: bool) -> dict[str, Any]:
@@ -294,7 +294,7 @@ def _show_all(to: Settings, data: dict[str, Any], output: _Output, follow: bool)
         running = data["state"] == "running"
         if not (running and follow) and (not output.lacks(data) or sum(output.shown.values()) == before):
             return data
-        answer = _look(
+        answer = _read_run(
             to.client,
             run_id,
             wait=_LOOK_SECONDS if running and not output.lacks(data) else 0,
@@ -328,10 +328,10 @@ def _follow(to: Settings, data: dict[str, Any], output: _Output, *, ends: bool) 
         click.echo(
             "Error: it wrote more than the guest holds; what came later is lost. Let it write to a file", err=True
         )
-    sys.exit(_status(data))
+    sys.exit(_exit_status(data))
 
 
-def _text(word: str) -> str:
+def _require_utf8(word: str) -> str:
     try:
         word.encode()
     except UnicodeEncodeError:
@@ -341,7 +341,7 @@ def _text(word: str) -> str:
     return word
 
 
-def _environment(pairs: tuple[str, ...]) -> dict[str, str]:
+def _read_environment(pairs: tuple[str, ...]) -> dict[str, str]:
     variables: dict[str, str] = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
@@ -354,7 +354,7 @@ def _environment(pairs: tuple[str, ...]) -> dict[str, str]:
     return variables
 
 
-def _standard_input() -> str:
+def _read_standard_input() -> str:
     data = sys.stdin.buffer.read(_LARGEST_INPUT + 1)
     if len(data) > _LARGEST_INPUT:
         raise Usage(
@@ -389,16 +389,16 @@ def _standard_input() -> str:
 @settings
 def cp(to: Settings, source: str, target: str, mode: str | None, owner: str | None) -> None:
     """Copy a file into a sandbox, or out of it."""
-    there, here = _REMOTE.fullmatch(source), _REMOTE.fullmatch(target)
-    if (there is None) == (here is None):
+    remote_source, remote_target = _REMOTE.fullmatch(source), _REMOTE.fullmatch(target)
+    if (remote_source is None) == (remote_target is None):
         raise Usage("Error: give one file here and one in a sandbox, as <vmid>:<path> (./1009:x is a file here)")
-    if here is not None:
-        _copy_in(to, source, int(here[1]), here[2], mode, owner)
+    if remote_target is not None:
+        _copy_in(to, source, int(remote_target[1]), remote_target[2], mode, owner)
     else:
-        assert there is not None
+        assert remote_source is not None
         if mode or owner:
             raise Usage("Error: --mode and --owner are those of a file in the guest; leave them out")
-        _copy_out(to, int(there[1]), there[2], target)
+        _copy_out(to, int(remote_source[1]), remote_source[2], target)
 
 
 def _copy_in(to: Settings, source: str, vmid: int, path: str, mode: str | None, owner: str | None) -> None:

@@ -61,7 +61,7 @@ class Progress:
             except (Problem, KeyError, TypeError):
                 # Ignore an unusable answer here. The command itself reports an error that matters.
                 continue
-            line = f"{one_line(text)} ({span(time.monotonic() - begun)})"[: _width() - 1]
+            line = f"{one_line(text)} ({span(time.monotonic() - begun)})"[: _terminal_width() - 1]
             with self._drawing:
                 if not self._end.is_set():
                     self._shown = True
@@ -69,7 +69,7 @@ class Progress:
                     sys.stderr.flush()
 
 
-def _width() -> int:
+def _terminal_width() -> int:
     try:
         return os.get_terminal_size(sys.stderr.fileno()).columns or 80
     except OSError:

@@ -15,7 +15,7 @@ import click
 
 from .client import Client
 from .errors import INTERRUPTED, Problem, Unreachable, Usage
-from .framework import PROFILE, STATE, VMID, WORKSPACE, Group, Settings, failures, finish, settings
+from .framework import PROFILE, STATE, VMID, WORKSPACE, Group, Settings, finish, list_failures, settings
 from .inside import cp, exec_, ssh
 from .progress import Progress
 from .text import cell, pairs, since, table, terminal_width, until
@@ -32,7 +32,7 @@ _LONGEST_KEYS = 256 * 1024
 _LONGEST_PASSWORD = 4096
 
 
-def one_vmid(function: Callable[..., Any]) -> Callable[..., Any]:
+def vmid_argument(function: Callable[..., Any]) -> Callable[..., Any]:
     return click.argument("vmid", type=VMID, metavar="<vmid>")(function)
 
 
@@ -105,59 +105,59 @@ def list_(to: Settings, states: tuple[str, ...], profile: str | None, tags: tupl
     answer = to.client.get(
         "sandboxes", state=states, profile=profile, tag=tags, include_destroyed="true" if every else None
     )
-    to.tell(answer, lambda data: _listed(data["sandboxes"]))
+    to.tell(answer, lambda data: _format_list(data["sandboxes"]))
 
 
-def _listed(found: list[dict[str, Any]]) -> str:
-    if not found:
+def _format_list(sandboxes: list[dict[str, Any]]) -> str:
+    if not sandboxes:
         return "no sandboxes"
     return table(
         ("VMID", "NAME", "STATE", "NODE", "IP", "PROFILE", "LEASE", "AGE", "TAGS"),
         [
             (
-                one["vmid"],
-                one["name"],
-                one["state"],
-                one["node"],
-                one["ip"],
-                one["profile"],
-                _lease(one),
-                since(one["created_at"]),
-                one["tags"],
+                row["vmid"],
+                row["name"],
+                row["state"],
+                row["node"],
+                row["ip"],
+                row["profile"],
+                _format_lease(row),
+                since(row["created_at"]),
+                row["tags"],
             )
-            for one in found
+            for row in sandboxes
         ],
         width=terminal_width(),
         droppable=("TAGS", "NODE", "PROFILE", "AGE"),
     )
 
 
-def _lease(one: dict[str, Any]) -> str:
-    if one["state"] == "DESTROYED":
+def _format_lease(sandbox: dict[str, Any]) -> str:
+    if sandbox["state"] == "DESTROYED":
         return "-"
-    return until(one["lease_expires_at"]) + (" (keepalive)" if one["keepalive"] else "")
+    return until(sandbox["lease_expires_at"]) + (" (keepalive)" if sandbox["keepalive"] else "")
 
 
 @sandbox.command(usage="<vmid>", examples=("agentlab sandbox show 1009",))
-@one_vmid
+@vmid_argument
 @settings
 def show(to: Settings, vmid: int) -> None:
     """Show everything that is known about one sandbox."""
-    to.tell(to.client.get("sandboxes", vmid), lambda data: pairs(_shown(to.client, data)))
+    to.tell(to.client.get("sandboxes", vmid), lambda data: pairs(_list_fields(to.client, data)))
 
 
-def _shown(client: Client, data: dict[str, Any]) -> list[tuple[str, Any]]:
+def _list_fields(client: Client, data: dict[str, Any]) -> list[tuple[str, Any]]:
     rows: list[tuple[str, Any]] = []
     for name, value in data.items():
         rows.append((name.replace("_", " "), value))
         if name == "lease_expires_at":
-            rows.append(("time left", _lease(data)))
+            rows.append(("time left", _format_lease(data)))
         elif name == "workspace_id" and value:
-            rows.append(("workspace", _name_of(client, str(value))))
+            rows.append(("workspace", _read_workspace_name(client, str(value))))
     return rows
 
 
-def _name_of(client: Client, workspace: str) -> str | None:
+def _read_workspace_name(client: Client, workspace: str) -> str | None:
     """Return the name of a workspace, or None if it cannot be read."""
     try:
         return str(client.get("workspaces", workspace).data["name"])
@@ -180,7 +180,7 @@ def _name_of(client: Client, workspace: str) -> str | None:
     help="Go on showing events as they happen, until the sandbox is DESTROYED (or Ctrl-C).",
 )
 @click.option("--tail", type=click.IntRange(1, _PAGE), metavar="<n>", help="Only the last n events.")
-@one_vmid
+@vmid_argument
 @settings
 def events(to: Settings, vmid: int, follow: bool, tail: int | None) -> None:
     """Show what happened to a sandbox.
@@ -200,43 +200,43 @@ def events(to: Settings, vmid: int, follow: bool, tail: int | None) -> None:
 def _show_events(to: Settings, vmid: int, follow: bool, tail: int | None) -> None:
     answer = to.client.get("sandboxes", vmid, "events", tail=tail)
     while True:
-        found = answer.data.get("events") or []
-        if found or not follow or not answer.ok:
-            to.tell(answer, _told)
+        shown = answer.data.get("events") or []
+        if shown or not follow or not answer.ok:
+            to.tell(answer, _format_events)
             sys.stdout.flush()
-        more = len(found) >= _PAGE and tail is None
-        if not more and (not follow or (found and found[-1].get("to_state") == "DESTROYED")):
+        more = len(shown) >= _PAGE and tail is None
+        if not more and (not follow or (shown and shown[-1].get("to_state") == "DESTROYED")):
             return
         after = answer.data.get("last_id") or 0
         if not more:
             time.sleep(_FOLLOW_EVERY)
-        answer = _patiently(lambda after=after: to.client.get("sandboxes", vmid, "events", after=after))  # type: ignore[misc]
+        answer = _retry_while_away(lambda after=after: to.client.get("sandboxes", vmid, "events", after=after))  # type: ignore[misc]
 
 
-def _patiently(ask: Callable[[], Any]) -> Any:
+def _retry_while_away(ask: Callable[[], Any]) -> Any:
     """Repeat a request while the daemon is away, for example during a restart."""
-    gives_up, told = time.monotonic() + _FOLLOW_PATIENCE, False
+    gives_up, announced = time.monotonic() + _FOLLOW_PATIENCE, False
     while True:
         try:
             return ask()
         except Unreachable:
             if time.monotonic() > gives_up:
                 raise
-            if not told:
+            if not announced:
                 click.echo("the daemon is away; waiting for it", err=True)
-                told = True
+                announced = True
             time.sleep(_FOLLOW_EVERY)
 
 
-def _told(data: dict[str, Any]) -> str:
+def _format_events(data: dict[str, Any]) -> str:
     lines = []
-    for one in data["events"]:
-        before, after = one["from_state"], one["to_state"]
+    for event in data["events"]:
+        before, after = event["from_state"], event["to_state"]
         change = f"{before} -> {after}" if before and after and before != after else cell(after or before)
-        why = f"  {cell(one['reason'])}" if one["reason"] else ""
+        why = f"  {cell(event['reason'])}" if event["reason"] else ""
         lines.append(
-            f"{cell(one['at'])}  {cell(one['operation']):<13}  {change:<28}  {cell(one['outcome']):<11}  "
-            f"{cell(one['actor'])}{why}"
+            f"{cell(event['at'])}  {cell(event['operation']):<13}  {change:<28}  {cell(event['outcome']):<11}  "
+            f"{cell(event['actor'])}{why}"
         )
     return "\n".join(lines) or "no events"
 
@@ -365,12 +365,12 @@ def _told(data: dict[str, Any]) -> str:
     help="Make nothing; say what would be made, on which node, and why the other nodes were passed over.",
 )
 @settings
-def new(to: Settings, /, **given: Any) -> None:
+def new(to: Settings, /, **options: Any) -> None:
     """Create a sandbox and start it.
 
     The command ends when the sandbox runs, and prints its VMID; it is an error when it does not.
     """
-    body = {name: value for name, value in given.items() if value is not None and value != ()}
+    body = {name: value for name, value in options.items() if value is not None and value != ()}
     _put_ttl(body, body.pop("ttl", None))
     if "workspace" in body:
         body["workspace_id"] = body.pop("workspace")
@@ -385,16 +385,16 @@ def new(to: Settings, /, **given: Any) -> None:
     if "cloud_init_user_data" in body:
         body["cloud_init_user_data"] = _read("--cloud-init-user-data", body["cloud_init_user_data"], _LONGEST_USER_DATA)
     label = f"sandbox {body.get('vmid') or body.get('name') or ''}".strip()
-    with Progress(lambda: _state_of(to.client, label, body.get("vmid"), body.get("name")), wanted=not to.json):
+    with Progress(lambda: _read_state(to.client, label, body.get("vmid"), body.get("name")), wanted=not to.json):
         answer = to.client.post("sandboxes", body=body)
-    to.tell(answer, _planned if body.get("dry_run") else _created)
-    _warn(to, answer.data)
+    to.tell(answer, _format_plan if body.get("dry_run") else _format_creation)
+    _show_warnings(to, answer.data)
 
 
-def _planned(data: dict[str, Any]) -> str:
+def _format_plan(data: dict[str, Any]) -> str:
     """Return the result of a dry run: the node, and a line for each node that could have been chosen."""
     if data.get("outcome") != "would_create":
-        return _created(data)
+        return _format_creation(data)
     lines = [
         f"sandbox {cell(data['vmid'])} would be created (name={cell(data['name'])}, node={cell(data['node'])})",
         *(
@@ -405,7 +405,7 @@ def _planned(data: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _created(data: dict[str, Any]) -> str:
+def _format_creation(data: dict[str, Any]) -> str:
     what = {"created": "created", "updated": "was there already, and was updated"}.get(
         data.get("outcome", "created"), "was there already"
     )
@@ -415,11 +415,11 @@ def _created(data: dict[str, Any]) -> str:
     )
 
 
-def _warn(to: Settings, *items: dict[str, Any]) -> None:
+def _show_warnings(to: Settings, *items: dict[str, Any]) -> None:
     """Print warnings of Proxmox, beside the answer."""
-    for one in items:
-        for warning in () if to.json else one.get("warnings") or ():
-            click.echo(f"Warning: sandbox {cell(one.get('vmid'))}: {cell(warning)}", err=True)
+    for item in items:
+        for warning in () if to.json else item.get("warnings") or ():
+            click.echo(f"Warning: sandbox {cell(item.get('vmid'))}: {cell(warning)}", err=True)
 
 
 def _read(option: str, file: Any, longest: int) -> str:
@@ -459,18 +459,18 @@ def _put_ttl(body: dict[str, Any], ttl: str | None) -> None:
         body.update({"ttl_minutes": int(text)} if whole else {"ttl": text})
 
 
-def _state_of(client: Client, label: str, vmid: int | None, name: str | None) -> str:
-    for one in client.get("sandboxes").data["sandboxes"]:
-        if one["vmid"] == vmid or (vmid is None and name is not None and one["name"] == name):
-            return f"sandbox {one['vmid']}: {one['state']}"
+def _read_state(client: Client, label: str, vmid: int | None, name: str | None) -> str:
+    for sandbox in client.get("sandboxes").data["sandboxes"]:
+        if sandbox["vmid"] == vmid or (vmid is None and name is not None and sandbox["name"] == name):
+            return f"sandbox {sandbox['vmid']}: {sandbox['state']}"
     return f"{label}: waiting"
 
 
 # ---- power ----
 
 
-def _power(to: Settings, vmid: int, action: str, body: dict[str, Any] | None = None) -> None:
-    with Progress(lambda: _state_of(to.client, f"sandbox {vmid}", vmid, None), wanted=not to.json):
+def _change_power(to: Settings, vmid: int, action: str, body: dict[str, Any] | None = None) -> None:
+    with Progress(lambda: _read_state(to.client, f"sandbox {vmid}", vmid, None), wanted=not to.json):
         answer = to.client.post("sandboxes", vmid, action, body=body)
     to.tell(
         answer,
@@ -479,7 +479,7 @@ def _power(to: Settings, vmid: int, action: str, body: dict[str, Any] | None = N
             + (f" at {cell(data['ip'])}" if (body or {}).get("wait_for_ip") else "")
         ),
     )
-    _warn(to, answer.data)
+    _show_warnings(to, answer.data)
 
 
 wait_for_ip_option = click.option("--wait-for-ip", is_flag=True, help="Wait until the guest agent names an address.")
@@ -490,11 +490,11 @@ wait_for_ip_option = click.option("--wait-for-ip", is_flag=True, help="Wait unti
     examples=("agentlab sandbox start 1009", "agentlab sandbox start --wait-for-ip 1009"),
 )
 @wait_for_ip_option
-@one_vmid
+@vmid_argument
 @settings
 def start(to: Settings, vmid: int, wait_for_ip: bool) -> None:
     """Start a sandbox that is STOPPED or SUSPENDED."""
-    _power(to, vmid, "start", {"wait_for_ip": True} if wait_for_ip else None)
+    _change_power(to, vmid, "start", {"wait_for_ip": True} if wait_for_ip else None)
 
 
 @sandbox.command(
@@ -517,36 +517,36 @@ def stop(to: Settings, vmid: int | None, every: bool, force: bool) -> None:
     if every and force:
         raise click.UsageError("--force throws saved memory away, so it is for one <vmid> at a time, not for --all")
     if vmid is not None:
-        _power(to, vmid, "stop", {"force": True} if force else None)
+        _change_power(to, vmid, "stop", {"force": True} if force else None)
         return
     with Progress(lambda: "stopping every sandbox", wanted=not to.json):
         answer = to.client.post("sandboxes", "stop_all", body={})
     to.tell(answer, lambda data: f"stopped {cell(data['stopped'])} sandbox(es), {cell(data['skipped'])} did not run")
-    failed = [one for one in answer.data.get("results") or [] if one.get("result") == "failed"]
-    finish(int(answer.data.get("stopped") or 0), [(one.get("vmid"), str(one.get("error"))) for one in failed])
+    failed = [result for result in answer.data.get("results") or [] if result.get("result") == "failed"]
+    finish(int(answer.data.get("stopped") or 0), [(result.get("vmid"), str(result.get("error"))) for result in failed])
 
 
 @sandbox.command(usage="<vmid>", examples=("agentlab sandbox suspend 1009",))
-@one_vmid
+@vmid_argument
 @settings
 def suspend(to: Settings, vmid: int) -> None:
     """Suspend a sandbox that is READY or RUNNING; start resumes it."""
-    _power(to, vmid, "suspend")
+    _change_power(to, vmid, "suspend")
 
 
 @sandbox.command(usage="[--wait-for-ip] <vmid>", hidden=True, examples=("agentlab sandbox resume 1009",))
 @wait_for_ip_option
-@one_vmid
+@vmid_argument
 @settings
 def resume(to: Settings, vmid: int, wait_for_ip: bool) -> None:
     """Resume a sandbox that is SUSPENDED."""
-    _power(to, vmid, "resume", {"wait_for_ip": True} if wait_for_ip else None)
+    _change_power(to, vmid, "resume", {"wait_for_ip": True} if wait_for_ip else None)
 
 
 # ---- what protects it, and what keeps it alive ----
 
 
-def _amend(to: Settings, vmid: int, action: str, text: str, body: dict[str, Any] | None = None) -> None:
+def _change_record(to: Settings, vmid: int, action: str, text: str, body: dict[str, Any] | None = None) -> None:
     answer = to.client.post("sandboxes", vmid, action, body=body)
     to.tell(
         answer, lambda data: f"sandbox {cell(data['vmid'])} {text}" + ("" if data.get("changed", True) else " already")
@@ -558,30 +558,30 @@ def _amend(to: Settings, vmid: int, action: str, text: str, body: dict[str, Any]
     examples=("agentlab sandbox protect 1009",),
     notes=("Its lease still ends: then it is stopped, and stays. 'unprotect' is the way back.",),
 )
-@one_vmid
+@vmid_argument
 @settings
 def protect(to: Settings, vmid: int) -> None:
     """Keep a sandbox from every destroy, forced or not."""
-    _amend(to, vmid, "protect", "is protected")
+    _change_record(to, vmid, "protect", "is protected")
 
 
 @sandbox.command(usage="<vmid>", examples=("agentlab sandbox unprotect 1009",))
-@one_vmid
+@vmid_argument
 @settings
 def unprotect(to: Settings, vmid: int) -> None:
     """Let a protected sandbox be destroyed again."""
-    _amend(to, vmid, "unprotect", "is not protected")
+    _change_record(to, vmid, "unprotect", "is not protected")
 
 
 @sandbox.command(
     usage="on|off <vmid>", examples=("agentlab sandbox keepalive on 1009", "agentlab sandbox keepalive off 1009")
 )
 @click.argument("switch", type=click.Choice(["on", "off"]), metavar="on|off")
-@one_vmid
+@vmid_argument
 @settings
 def keepalive(to: Settings, switch: str, vmid: int) -> None:
     """Renew the lease of a sandbox by itself when it runs out, or no more."""
-    _amend(to, vmid, "keepalive", f"has keepalive {switch}", {"keepalive": switch == "on"})
+    _change_record(to, vmid, "keepalive", f"has keepalive {switch}", {"keepalive": switch == "on"})
 
 
 # ---- destroying ----
@@ -610,24 +610,27 @@ def destroy(to: Settings, vmids: tuple[int, ...], force: bool) -> None:
     """Destroy sandboxes and their VMs. Prints the state in which each was."""
     wanted = list(dict.fromkeys(vmids))
     if len(wanted) == 1:
-        with Progress(lambda: _state_of(to.client, f"sandbox {wanted[0]}", wanted[0], None), wanted=not to.json):
+        with Progress(lambda: _read_state(to.client, f"sandbox {wanted[0]}", wanted[0], None), wanted=not to.json):
             answer = to.client.post("sandboxes", wanted[0], "destroy", body={"force": force})
-        to.tell(answer, _destroyed)
-        _tell_fates(to, answer.data)
-        _warn(to, answer.data)
+        to.tell(answer, _format_destruction)
+        _show_fates(to, answer.data)
+        _show_warnings(to, answer.data)
         return
-    with Progress(lambda: _gone(to.client, wanted), wanted=not to.json):
+    with Progress(lambda: _count_destroyed(to.client, wanted), wanted=not to.json):
         answer = to.client.post("sandboxes", "destroy", body={"vmids": wanted, "force": force})
     if answer.data.get("code") == "not_found" and not to.json:
         raise Problem(f"{answer.data['error']} (vmid {answer.data.get('vmid')}); nothing was destroyed")
-    failed = [one for one in answer.data.get("results") or [] if one.get("failed")]
-    to.tell(answer, lambda data: "\n".join(_destroyed(one) for one in data["results"] if not one["failed"]))
-    _tell_fates(to, *answer.data.get("results") or [])
-    _warn(to, *answer.data.get("results") or [])
-    finish(len(answer.data.get("results") or []) - len(failed), failures(failed))
+    failed = [result for result in answer.data.get("results") or [] if result.get("failed")]
+    to.tell(
+        answer,
+        lambda data: "\n".join(_format_destruction(result) for result in data["results"] if not result["failed"]),
+    )
+    _show_fates(to, *answer.data.get("results") or [])
+    _show_warnings(to, *answer.data.get("results") or [])
+    finish(len(answer.data.get("results") or []) - len(failed), list_failures(failed))
 
 
-def _destroyed(data: dict[str, Any]) -> str:
+def _format_destruction(data: dict[str, Any]) -> str:
     return f"sandbox {cell(data['vmid'])} destroyed (state={cell(data['previous_state'])})"
 
 
@@ -640,7 +643,7 @@ _FATES = {
 }
 
 
-def _tell_fates(to: Settings, *items: dict[str, Any]) -> None:
+def _show_fates(to: Settings, *items: dict[str, Any]) -> None:
     """Print a note about VMs that were already gone. The answer itself has a fixed text."""
     for item in () if to.json else items:
         fate = _FATES.get(str(item.get("reason")))
@@ -648,9 +651,11 @@ def _tell_fates(to: Settings, *items: dict[str, Any]) -> None:
             click.echo(fate.format(vmid=cell(item.get("vmid"))), err=True)
 
 
-def _gone(client: Client, vmids: list[int]) -> str:
-    there = {one["vmid"] for one in client.get("sandboxes").data["sandboxes"] if one["state"] != "DESTROYED"}
-    return f"destroying: {sum(1 for vmid in vmids if vmid not in there)} of {len(vmids)} done"
+def _count_destroyed(client: Client, vmids: list[int]) -> str:
+    remaining = {
+        sandbox["vmid"] for sandbox in client.get("sandboxes").data["sandboxes"] if sandbox["state"] != "DESTROYED"
+    }
+    return f"destroying: {sum(1 for vmid in vmids if vmid not in remaining)} of {len(vmids)} done"
 
 
 # ---- leases ----
@@ -687,7 +692,7 @@ def renew(
 ) -> None:
     """Renew the lease of a sandbox."""
     if ttl is None:
-        _no_ttl(ctx)
+        _refuse_missing_ttl(ctx)
     if vmid is None:
         ctx.fail("which sandbox? <vmid> is missing")
     to = ctx.ensure_object(Settings)
@@ -712,7 +717,7 @@ def renew(
         click.echo("Note: shorter than asked for, because the maximum lifetime of this sandbox ends then", err=True)
 
 
-def _no_ttl(ctx: click.Context) -> NoReturn:
+def _refuse_missing_ttl(ctx: click.Context) -> NoReturn:
     raise Usage(
         f"Usage: {ctx.command_path} --ttl <ttl> <vmid>\n"
         "Note: Flags must come before vmid argument (e.g., --ttl 120 1009)\n"
@@ -760,59 +765,59 @@ def _no_ttl(ctx: click.Context) -> NoReturn:
     "--max-count", type=click.IntRange(0), metavar="<n>", help="Prune nothing at all when it would be more than this."
 )
 @settings
-def prune(to: Settings, /, **given: Any) -> None:
+def prune(to: Settings, /, **options: Any) -> None:
     """Remove sandboxes whose time is over (state TIMEOUT)."""
     body = {
         name: list(value) if isinstance(value, tuple) else value
-        for name, value in given.items()
+        for name, value in options.items()
         if value is not None and value is not False and value != ()
     }
     dry_run = bool(body.get("dry_run"))
     with Progress(_Pruning(to.client), wanted=not to.json and not dry_run):
         answer = to.client.post("sandboxes", "prune", body=body or None)
-    _warn(to, *answer.data.get("pruned") or [])
+    _show_warnings(to, *answer.data.get("pruned") or [])
     if dry_run:
-        to.tell(answer, _would_prune)
+        to.tell(answer, _format_prune_plan)
     else:
         to.tell(answer, lambda data: f"pruned {cell(data['count'])} sandbox(es)")
         if not to.json:
-            for one in answer.data.get("kept") or []:
-                click.echo(f"kept {cell(one.get('vmid'))}: {_reason(one)}", err=True)
+            for kept in answer.data.get("kept") or []:
+                click.echo(f"kept {cell(kept.get('vmid'))}: {_format_reason(kept)}", err=True)
     if not dry_run:
-        finish(len(answer.data.get("pruned") or []), failures(answer.data.get("failed")))
+        finish(len(answer.data.get("pruned") or []), list_failures(answer.data.get("failed")))
 
 
-def _reason(one: dict[str, Any]) -> str:
-    return cell(one.get("reason")) + (f" - {cell(one['message'])}" if one.get("message") else "")
+def _format_reason(item: dict[str, Any]) -> str:
+    return cell(item.get("reason")) + (f" - {cell(item['message'])}" if item.get("message") else "")
 
 
-def _would_prune(data: dict[str, Any]) -> str:
-    return f"would prune {cell(data['count'])} sandbox(es)" + plan(
+def _format_prune_plan(data: dict[str, Any]) -> str:
+    return f"would prune {cell(data['count'])} sandbox(es)" + format_plan(
         {"prune": data["pruned"], "keep": data["kept"], "cannot": data["failed"]}
     )
 
 
-def plan(items: dict[str, list[dict[str, Any]]]) -> str:
+def format_plan(items: dict[str, list[dict[str, Any]]]) -> str:
     """Return a table with the outcome and reason of each sandbox, to print below the count; "" without sandboxes."""
     rows = [
-        (action, one["vmid"], one["name"], one["previous_state"], _reason(one))
-        for action, found in items.items()
-        for one in found
+        (action, sandbox["vmid"], sandbox["name"], sandbox["previous_state"], _format_reason(sandbox))
+        for action, sandboxes in items.items()
+        for sandbox in sandboxes
     ]
     return f"\n\n{table(('', 'VMID', 'NAME', 'STATE', 'WHY'), rows)}" if rows else ""
 
 
 class _Pruning:
-    """The progress of a prune: how many of the sandboxes first in TIMEOUT still are."""
+    """The progress of a prune: the share of the sandboxes initially in TIMEOUT that have left that state."""
 
     def __init__(self, client: Client) -> None:
         self.client = client
-        self.first: set[str] = set()
+        self.initial: set[str] = set()
 
     def __call__(self) -> str:
-        now = {one["uuid"] for one in self.client.get("sandboxes", state="TIMEOUT").data["sandboxes"]}
-        self.first = self.first or now
-        return f"pruning: {len(self.first - now)} of {len(self.first)} done"
+        remaining = {sandbox["uuid"] for sandbox in self.client.get("sandboxes", state="TIMEOUT").data["sandboxes"]}
+        self.initial = self.initial or remaining
+        return f"pruning: {len(self.initial - remaining)} of {len(self.initial)} done"
 
 
 @sandbox.command(
@@ -846,26 +851,32 @@ def reconcile(to: Settings, apply: bool, dry_run: bool, adopt_cluster: bool) -> 
         answer = to.client.post(
             "sandboxes", "reconcile", body={"apply": apply, **({"adopt_cluster": True} if adopt_cluster else {})}
         )
-    to.tell(answer, lambda data: _drifted(data["drift"], apply))
-    failed = [one for one in answer.data.get("drift") or [] if one.get("error")]
+    to.tell(answer, lambda data: _format_drift(data["drift"], apply))
+    failed = [difference for difference in answer.data.get("drift") or [] if difference.get("error")]
     finish(
-        sum(1 for one in answer.data.get("drift") or [] if one.get("applied")),
-        [(one.get("vmid"), str(one["error"])) for one in failed],
+        sum(1 for difference in answer.data.get("drift") or [] if difference.get("applied")),
+        [(difference.get("vmid"), str(difference["error"])) for difference in failed],
     )
 
 
-def _drifted(drift: list[dict[str, Any]], apply: bool) -> str:
+def _format_drift(drift: list[dict[str, Any]], apply: bool) -> str:
     if not drift:
         return "no drift: the records and Proxmox VE agree"
-    # The first absence is only noted.
-    noted = sum(1 for one in drift if one["applied"] and str(one["action"]).startswith("noted"))
-    repaired = sum(1 for one in drift if one["applied"]) - noted
+    # Reconcile only notes the first absence of a VM; a second pass repairs the record.
+    observed = sum(1 for difference in drift if difference["applied"] and str(difference["action"]).startswith("noted"))
+    repaired = sum(1 for difference in drift if difference["applied"]) - observed
     head = f"{len(drift)} difference(s)" + (
-        f", {repaired} repaired" + (f", {noted} noted" if noted else "") if apply else "; repair with --apply"
+        f", {repaired} repaired" + (f", {observed} noted" if observed else "") if apply else "; repair with --apply"
     )
     rows = [
-        (one["vmid"], one["state"], one["kind"], one["action"] + (" (done)" if one["applied"] else ""), one["evidence"])
-        for one in drift
+        (
+            difference["vmid"],
+            difference["state"],
+            difference["kind"],
+            difference["action"] + (" (done)" if difference["applied"] else ""),
+            difference["evidence"],
+        )
+        for difference in drift
     ]
     return f"{head}\n\n{table(('VMID', 'STATE', 'WHAT', 'ACTION', 'EVIDENCE'), rows)}"
 

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from . import COMPLETE_VARIABLE, NAME, __version__
-from .framework import Command, Group, Settings, failures, finish, settings
+from .framework import Command, Group, Settings, finish, list_failures, settings
 from .progress import Progress
 from .text import cell, pairs, span, table, terminal_width
 
@@ -20,10 +20,10 @@ from .text import cell, pairs, span, table, terminal_width
 @settings
 def status(to: Settings) -> None:
     """Show how the daemon is, and what it does next."""
-    to.tell(to.client.get("status"), _status)
+    to.tell(to.client.get("status"), _format_status)
 
 
-def _status(data: dict[str, Any]) -> str:
+def _format_status(data: dict[str, Any]) -> str:
     database, proxmox, cleanup = data["database"], data["proxmox"], data["cleanup"]
     operations, config = data["operations"], data["config"]
     by_state = {state: count for state, count in database["by_state"].items() if count}
@@ -32,12 +32,12 @@ def _status(data: dict[str, Any]) -> str:
             ("daemon", f"agentlabd {data['version']}, up {span(data['uptime_seconds'])} (since {data['started_at']})"),
             ("sandboxes", by_state or "none"),
             ("database", f"{database['path']} (schema {database['schema']})"),
-            ("Proxmox VE", f"{proxmox['where']}: {_reachable(proxmox)}"),
-            ("expiry", _turn(data["expiry"])),
-            ("reconcile", _turn(data["reconcile"])),
+            ("Proxmox VE", f"{proxmox['where']}: {_format_reachability(proxmox)}"),
+            ("expiry", _format_turn(data["expiry"])),
+            ("reconcile", _format_turn(data["reconcile"])),
             (
                 "cleanup",
-                f"{cleanup['mode']}, {_turn(cleanup)}{_outcome(cleanup['last_result'])}"
+                f"{cleanup['mode']}, {_format_turn(cleanup)}{_format_outcome(cleanup['last_result'])}"
                 if cleanup["enabled"]
                 else "off",
             ),
@@ -52,36 +52,37 @@ def _status(data: dict[str, Any]) -> str:
             f"{cell(frozen['reason'])}\n  agentlab cleanup run --dry-run    # what would go; where a guard would stop "
             "it again, raise the guard first\n  agentlab cleanup release          # go on"
         )
-    for one in data.get("conditions") or []:
+    for condition in data.get("conditions") or []:
         text += (
-            f"\n\n{cell(one['part'])} {cell(one['condition']).upper()} since {cell(one['since'])}: {cell(one['why'])}\n"
-            f"  {cell(one['todo'])}"
+            f"\n\n{cell(condition['part'])} {cell(condition['condition']).upper()} since "
+            f"{cell(condition['since'])}: {cell(condition['why'])}\n"
+            f"  {cell(condition['todo'])}"
         )
     if config["error"]:
         text += f"\n\nThe configuration could not be reloaded, the one before it is in force: {cell(config['error'])}"
     return text
 
 
-def _reachable(proxmox: dict[str, Any]) -> str:
+def _format_reachability(proxmox: dict[str, Any]) -> str:
     if proxmox["reachable"] is None:
         return "not asked yet"
     return "reachable" if proxmox["reachable"] else f"NOT reachable: {proxmox['last_error']}"
 
 
-def _turn(job: dict[str, Any]) -> str:
+def _format_turn(job: dict[str, Any]) -> str:
     text = f"last {job['last_run'] or 'never'}, next {job['next_run'] or 'not planned'}"
     return text + (f"; failed: {job['last_error']}" if job.get("last_error") else "")
 
 
-def _outcome(last: dict[str, Any] | None) -> str:
-    """Return what the rules did last, or in shadow mode would have done."""
-    if not last:
+def _format_outcome(result: dict[str, Any] | None) -> str:
+    """Return the result of the last run of the rules; in shadow mode, what that run would have done."""
+    if not result:
         return ""
-    if "message" in last:
-        return f"; {last['message']}"
-    failed = f", {last['failed']} failed" if last["failed"] else ""
-    did = "would have cleaned up" if last["result"] == "shadow" else "cleaned up"
-    return f"; {did} {last['count']} sandbox(es), kept {last['kept']}{failed}"
+    if "message" in result:
+        return f"; {result['message']}"
+    failed = f", {result['failed']} failed" if result["failed"] else ""
+    verb = "would have cleaned up" if result["result"] == "shadow" else "cleaned up"
+    return f"; {verb} {result['count']} sandbox(es), kept {result['kept']}{failed}"
 
 
 @click.group(
@@ -110,23 +111,23 @@ def run(to: Settings, dry_run: bool) -> None:
     """Run the cleanup rules now."""
     with Progress(lambda: "running the cleanup rules", wanted=not to.json):
         answer = to.client.post("cleanup", "run", body={"dry_run": dry_run})
-    to.tell(answer, _ran)
+    to.tell(answer, _format_run)
     if not answer.data.get("dry_run"):
         finish(
             len(answer.data.get("pruned") or []) + len(answer.data.get("marked") or []),
-            failures(answer.data.get("failed")),
+            list_failures(answer.data.get("failed")),
         )
 
 
-def _ran(data: dict[str, Any]) -> str:
+def _format_run(data: dict[str, Any]) -> str:
     marked = f", {len(data['marked'])} FAILED" if data["marked"] else ""
     forgotten = f", {data['forgotten']} old record(s) removed" if data["forgotten"] else ""
     if not data["dry_run"]:
         return f"cleaned up {data['count']} sandbox(es){marked}, kept {len(data['kept'])}{forgotten}"
-    from .sandbox import plan
+    from .sandbox import format_plan
 
     guard = f"\nThe guard would stop it: {cell(data['guard'])}" if data["guard"] else ""
-    return f"would clean up {data['count']} sandbox(es){marked}{forgotten}{guard}" + plan(
+    return f"would clean up {data['count']} sandbox(es){marked}{forgotten}{guard}" + format_plan(
         {"destroy": data["pruned"], "FAILED": data["marked"], "keep": data["kept"], "cannot": data["failed"]}
     )
 
@@ -180,11 +181,11 @@ def profile() -> None:
 @settings
 def profiles(to: Settings) -> None:
     """List the profiles that the daemon has read."""
-    to.tell(to.client.get("profiles"), lambda data: _profiles(data["profiles"]))
+    to.tell(to.client.get("profiles"), lambda data: _format_profiles(data["profiles"]))
 
 
-def _profiles(found: list[dict[str, Any]]) -> str:
-    if not found:
+def _format_profiles(profiles: list[dict[str, Any]]) -> str:
+    if not profiles:
         return "no profiles"
     names = [
         name
@@ -199,11 +200,11 @@ def _profiles(found: list[dict[str, Any]]) -> str:
             "keepalive",
             "description",
         )
-        if any(one.get(name) is not None for one in found)
+        if any(profile.get(name) is not None for profile in profiles)
     ]
     return table(
         [name.replace("_", " ").upper() for name in names],
-        [[one.get(name) for name in names] for one in found],
+        [[profile.get(name) for name in names] for profile in profiles],
         width=terminal_width(),
         droppable=("DESCRIPTION",),
     )
@@ -227,12 +228,12 @@ def completion(ctx: click.Context, shell: str) -> None:
     """
     from click.shell_completion import get_completion_class
 
-    made = get_completion_class(shell)
-    if made is None:
+    shell_class = get_completion_class(shell)
+    if shell_class is None:
         ctx.fail(f"click knows no completion for {shell}")
-    tool = made(ctx.find_root().command, {}, NAME, COMPLETE_VARIABLE)
+    generator = shell_class(ctx.find_root().command, {}, NAME, COMPLETE_VARIABLE)
     # Not source(): it looks for the shell, which need not be installed on the host that makes the script.
-    click.echo(tool.source_template % tool.source_vars())
+    click.echo(generator.source_template % generator.source_vars())
 
 
 @click.command(cls=Command, usage="", hidden=True)

@@ -47,9 +47,9 @@ def cell(value: object) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, (list, tuple)):
-        return ", ".join(cell(one) for one in value)
+        return ", ".join(cell(item) for item in value)
     if isinstance(value, dict):
-        return ", ".join(f"{name}={cell(one)}" for name, one in value.items())
+        return ", ".join(f"{name}={cell(item)}" for name, item in value.items())
     return one_line(value)
 
 
@@ -74,12 +74,12 @@ def seconds(text: str) -> float:
 
 def span(length: float) -> str:
     """Return a time in seconds as text with at most two units: ``1d4h``, ``3m``, ``12s``."""
-    rest, out = max(0, int(length)), []
+    remainder, parts = max(0, int(length)), []
     for unit, size in _UNITS.items():
-        count, rest = divmod(rest, size)
+        count, remainder = divmod(remainder, size)
         if count:
-            out.append(f"{count}{unit}")
-    return "".join(out[:2]) or "0s"
+            parts.append(f"{count}{unit}")
+    return "".join(parts[:2]) or "0s"
 
 
 def size(count: float) -> str:
@@ -98,22 +98,22 @@ def time_limit(length: float) -> str:
 
 def until(value: object, now: datetime | None = None) -> str:
     """Return the time until a moment: ``1h58m``, ``over`` for a past moment, a hyphen without one."""
-    moment = _moment(value)
+    moment = _parse_moment(value)
     if moment is None:
         return cell(value)
-    left = (moment - (now or datetime.now(UTC))).total_seconds()
-    return span(left) if left > 0 else "over"
+    remaining = (moment - (now or datetime.now(UTC))).total_seconds()
+    return span(remaining) if remaining > 0 else "over"
 
 
 def since(value: object, now: datetime | None = None) -> str:
     """Return the time since a moment, in the same form."""
-    moment = _moment(value)
+    moment = _parse_moment(value)
     return cell(value) if moment is None else span(((now or datetime.now(UTC)) - moment).total_seconds())
 
 
-def _moment(value: object) -> datetime | None:
+def _parse_moment(text: object) -> datetime | None:
     try:
-        return datetime.strptime(str(value), "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC)
+        return datetime.strptime(str(text), "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC)
     except ValueError:
         return None
 

@@ -18,28 +18,28 @@ from .text import cell, pairs, since, table
 _UNITS = (("T", 1024**4), ("G", 1024**3), ("M", 1024**2))
 
 
-def _size(found: Any) -> str:
-    return next((f"{found // unit}{name}" for name, unit in _UNITS if found % unit == 0), f"{found // 1024}K")
+def _format_size(length: Any) -> str:
+    return next((f"{length // unit}{name}" for name, unit in _UNITS if length % unit == 0), f"{length // 1024}K")
 
 
 # Fields that the API has only for the original command line.
 _SAID_TWICE = ("size_gb", "volid", "attached_vmid")
 
 
-def _plain_size(text: str) -> str:
+def _normalise_size(text: str) -> str:
     """Return a size in the daemon's form: 10, 10g, 10GB and 10GiB become 10G.
 
     Any other text is returned unchanged, for the daemon to judge.
     """
-    found = re.fullmatch(r"([0-9]+)([kmgt]?)(?:i?b)?", text.strip(), re.IGNORECASE | re.ASCII)
-    return f"{found[1]}{found[2].upper() or 'G'}" if found else text
+    match = re.fullmatch(r"([0-9]+)([kmgt]?)(?:i?b)?", text.strip(), re.IGNORECASE | re.ASCII)
+    return f"{match[1]}{match[2].upper() or 'G'}" if match else text
 
 
-def _which(data: dict[str, Any]) -> str:
+def _format_name(data: dict[str, Any]) -> str:
     return f"workspace {cell(data['name'])}"
 
 
-def _with(data: dict[str, Any]) -> str:
+def _format_holder(data: dict[str, Any]) -> str:
     return "-" if data["vmid"] is None else f"{cell(data['vmid'])} ({cell(data['sandbox'])})"
 
 
@@ -68,26 +68,27 @@ def workspace() -> None:
 def list_(to: Settings, every: bool) -> None:
     """List workspaces, and who has them."""
     to.tell(
-        to.client.get("workspaces", include_deleted="true" if every else None), lambda data: _listed(data["workspaces"])
+        to.client.get("workspaces", include_deleted="true" if every else None),
+        lambda data: _format_list(data["workspaces"]),
     )
 
 
-def _listed(found: list[dict[str, Any]]) -> str:
-    if not found:
+def _format_list(workspaces: list[dict[str, Any]]) -> str:
+    if not workspaces:
         return "no workspaces"
     return table(
         ("NAME", "STATE", "SIZE", "STORAGE", "NODE", "SANDBOX", "AGE"),
         [
             (
-                one["name"],
-                one["state"],
-                _size(one["size"]),
-                one["storage"],
-                one["node"],
-                _with(one),
-                since(one["created_at"]),
+                workspace["name"],
+                workspace["state"],
+                _format_size(workspace["size"]),
+                workspace["storage"],
+                workspace["node"],
+                _format_holder(workspace),
+                since(workspace["created_at"]),
             )
-            for one in found
+            for workspace in workspaces
         ],
     )
 
@@ -100,7 +101,7 @@ def show(to: Settings, name: str) -> None:
     to.tell(
         to.client.get("workspaces", name),
         lambda data: pairs(
-            (field.replace("_", " "), _size(value) if field == "size" else value)
+            (field.replace("_", " "), _format_size(value) if field == "size" else value)
             for field, value in data.items()
             if field not in _SAID_TWICE
         ),
@@ -126,20 +127,20 @@ def show(to: Settings, name: str) -> None:
 @click.option("--name", "named", metavar="<workspace>", help="Its name, which may also stand without the option.")
 @click.argument("name", type=WORKSPACE, metavar="<workspace>", required=False)
 @settings
-def new(to: Settings, /, **given: Any) -> None:
+def new(to: Settings, /, **options: Any) -> None:
     """Create a workspace, or let one grow."""
-    named = given.pop("named")
-    if (named is None) == (given["name"] is None):
+    named = options.pop("named")
+    if (named is None) == (options["name"] is None):
         raise click.UsageError("which workspace? Give its name once: <workspace>, or --name <workspace>")
-    given["name"] = given["name"] or named
-    if given["size"] is not None:
-        given["size"] = _plain_size(given["size"])
-    answer = to.client.post("workspaces", body={name: value for name, value in given.items() if value is not None})
+    options["name"] = options["name"] or named
+    if options["size"] is not None:
+        options["size"] = _normalise_size(options["size"])
+    answer = to.client.post("workspaces", body={name: value for name, value in options.items() if value is not None})
     to.tell(
         answer,
         lambda data: (
-            f"{_which(data)} {'was there already' if data['outcome'] == 'unchanged' else data['outcome']} "
-            f"({_size(data['size'])} on {cell(data['storage'])}, {data['state']})"
+            f"{_format_name(data)} {'was there already' if data['outcome'] == 'unchanged' else data['outcome']} "
+            f"({_format_size(data['size'])} on {cell(data['storage'])}, {data['state']})"
         ),
     )
 
@@ -180,7 +181,9 @@ def attach(to: Settings, name: str, vmid: int | None, named: int | None, ttl: st
     )
     with Progress(lambda: f"attaching workspace {name}", wanted=not to.json):
         answer = to.client.post("workspaces", name, "attach", body=body)
-    to.tell(answer, lambda data: f"{_which(data)} attached to sandbox {cell(data['vmid'])} as {cell(data['device'])}")
+    to.tell(
+        answer, lambda data: f"{_format_name(data)} attached to sandbox {cell(data['vmid'])} as {cell(data['device'])}"
+    )
 
 
 @workspace.command(
@@ -194,7 +197,7 @@ def detach(to: Settings, name: str) -> None:
     """Take a workspace off the sandbox that has it."""
     with Progress(lambda: f"detaching workspace {name}", wanted=not to.json):
         answer = to.client.post("workspaces", name, "detach")
-    to.tell(answer, lambda data: f"{_which(data)} detached")
+    to.tell(answer, lambda data: f"{_format_name(data)} detached")
 
 
 @workspace.command(
@@ -212,4 +215,4 @@ def destroy(to: Settings, name: str, force: bool) -> None:
     """Delete a workspace and the data on it."""
     with Progress(lambda: f"deleting workspace {name}", wanted=not to.json):
         answer = to.client.post("workspaces", name, "destroy", body={"force": force})
-    to.tell(answer, lambda data: f"{_which(data)} destroyed")
+    to.tell(answer, lambda data: f"{_format_name(data)} destroyed")
