@@ -1,0 +1,168 @@
+# Copyright: the agentlab.proxmox contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""A file that cannot be used is refused, named and left alone: newer, foreign, damaged, unreadable, on a full disk."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import pwd
+import sqlite3
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.clock import SystemClock
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import (
+    StoreError,
+)
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.records import Records
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.sqlite.engine import Database, explain
+
+from support.records import reserve
+
+
+def test_newer_schema_is_refused_and_left_alone(path: Path) -> None:
+    Database(str(path)).close()
+    with sqlite3.connect(path) as conn:
+        conn.execute("PRAGMA user_version = 99")
+    conn.close()
+    before = path.read_bytes()
+    for dry_run in (False, True):
+        with pytest.raises(
+            StoreError,
+            match="schema version 99 is newer than the \\d+ that this release knows; upgrade agentlab.proxmox",
+        ):
+            Database(str(path), dry_run=dry_run)
+    assert path.read_bytes() == before
+
+
+def test_file_of_another_program_is_refused_and_left_alone(path: Path) -> None:
+    path.parent.mkdir()
+    with sqlite3.connect(path) as conn:
+        conn.execute("CREATE TABLE theirs (a)")
+    conn.close()
+    path.chmod(0o600)
+    before = path.read_bytes()
+    for dry_run in (False, True):
+        with pytest.raises(StoreError, match="the SQLite file of another program; set database to a path of its own"):
+            Database(str(path), dry_run=dry_run)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+@pytest.mark.parametrize("damage", ["text", "header", "middle"])
+def test_damaged_file_is_named(path: Path, damage: str, dry_run: bool) -> None:
+    store = Records(Database(str(path)), SystemClock(), "x")
+    for number in range(40):
+        reserve(store, number)
+    store.db.write(lambda conn: None)
+    store.db._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    store.db.close()
+    content = bytearray(path.read_bytes())
+    if damage == "text":
+        content = bytearray(b"this is no database, but long enough to be looked at by anyone who wants to\n" * 20)
+    elif damage == "header":
+        content[:16] = b"x" * 16
+    else:
+        content[4096:] = b"\xa5" * (len(content) - 4096)
+    path.write_bytes(bytes(content))
+    for beside in ("-wal", "-shm"):
+        Path(f"{path}{beside}").unlink(missing_ok=True)
+    with pytest.raises(StoreError) as caught:
+        Records(Database(str(path), dry_run=dry_run), SystemClock(), "x").find_all()
+    assert str(path) in caught.value.message and "damaged" in caught.value.message
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match="file"):
+        Database(str(tmp_path / "file" / "agentlab.db"))
+    with pytest.raises(StoreError):
+        Database(str(tmp_path))
+
+
+def test_read_only_file_is_explained(path: Path) -> None:
+    database = Database(str(path))
+    database._writer.execute("PRAGMA query_only = ON")
+    with pytest.raises(StoreError, match="read-only for this user; run as the owner or mend the permissions"):
+        database.write(lambda conn: conn.execute("INSERT INTO meta VALUES ('a', 'b')") and None)
+
+
+@contextlib.contextmanager
+def as_another_user(folder: Path) -> Iterator[None]:
+    """Be a user who may enter the folder and owns nothing in it (as root; else the files are taken from ourselves)."""
+    if os.geteuid() != 0:
+        yield
+        return
+    folder.chmod(0o777)
+    os.setresuid(65534, 65534, 0)
+    try:
+        yield
+    finally:
+        os.setresuid(0, 0, 0)
+
+
+@pytest.mark.parametrize("suffix", ["", "-wal"])
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_a_file_that_this_user_may_not_read_is_told_with_mode_and_owner(suffix: str, dry_run: bool) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        path = Path(name) / "agentlab.db"
+        store = Records(Database(str(path)), SystemClock(), "test")
+        closed = Path(f"{path}{suffix}")
+        path.chmod(0o666)
+        Path(f"{path}-shm").chmod(0o666)
+        closed.chmod(0o200)
+        owner = pwd.getpwuid(closed.stat().st_uid).pw_name
+        with as_another_user(Path(name)), pytest.raises(StoreError) as caught:
+            Database(str(path), dry_run=dry_run).read("SELECT count(*) FROM meta")
+        sentence = (
+            f"this user may not read {closed} (mode 0200, owner {owner}); run as {owner}, or mend its owner and mode"
+        )
+        assert sentence in caught.value.message, caught.value.message
+        store.db.close()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        sqlite3.OperationalError("disk I/O error"),
+        OSError(errno.EIO, "Input/output error"),
+        sqlite3.DatabaseError("something new"),
+    ],
+)
+def test_each_error_of_the_disk_has_a_next_step(path: Path, error: Exception) -> None:
+    Database(str(path)).close()
+    message = explain(str(path), error).message
+    assert message.startswith(f"database {path}: {error}: ") and "nothing was written" in message
+    assert ("dmesg" in message and "df" in message) if "something new" not in message else "agentlab doctor" in message
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_a_database_behind_a_dangling_link_is_not_created(tmp_path: Path, dry_run: bool) -> None:
+    target, link = tmp_path / "target.db", tmp_path / "link.db"
+    link.symlink_to(target)
+    with pytest.raises(StoreError) as caught:
+        Database(str(link), dry_run=dry_run)
+    assert f"database {link}: it is a link to {target}, which does not exist; mount or create" in caught.value.message
+    assert not target.exists()
+    # A link to records that are there is a path like any other.
+    Database(str(target)).close()
+    Database(str(link), dry_run=dry_run).close()
+
+
+def test_full_disk_is_explained_and_nothing_is_written(path: Path) -> None:
+    store = Records(Database(str(path)), SystemClock(), "x")
+    claim, sandbox = reserve(store)
+    pages = store.db._writer.execute("PRAGMA page_count").fetchone()[0]
+    store.db._writer.execute(f"PRAGMA max_page_count = {pages}")
+    with pytest.raises(StoreError, match="the disk is full"):
+        store.db.write(lambda conn: conn.execute("INSERT INTO meta VALUES ('big', ?)", ("x" * 1000000,)) and None)
+    store.db._writer.execute("PRAGMA max_page_count = 1073741823")
+    assert store.meta("big") is None
+    store.release(claim)
+    assert store.get(sandbox.uuid).state == "REQUESTED"
