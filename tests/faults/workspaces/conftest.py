@@ -1,0 +1,31 @@
+# Copyright: the agentlab.proxmox contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""A laboratory with two nodes and three kinds of storages for workspaces."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from support.lab import Lab
+
+
+@pytest.fixture
+def lab(tmp_path: Path) -> Iterator[Lab]:
+    made = Lab(tmp_path, storage=None)
+    made.pve.add_node("pve2")
+    made.pve.storages["local"]["content"] = "iso,images"
+    made.pve.storages["shared"] = {
+        "type": "nfs",
+        "active": 1,
+        "content": "images",
+        "shared": 1,
+        "files": set(),
+        "volumes": {},
+    }
+    yield made
+    made.stop()

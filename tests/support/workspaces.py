@@ -1,0 +1,49 @@
+# Copyright: the agentlab.proxmox contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""What the tests of workspaces share: one call for each operation, and what must be so afterwards."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.workspaces import Workspace
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.workspaces import workspace
+
+from support.lab import Lab
+
+STORAGES = ("local-lvm", "local", "shared")
+
+
+def make(lab: Lab, name: str = "w1", storage: str = "local-lvm", **values: Any) -> Workspace:
+    found = workspace.present(lab.context(), name, size=values.pop("size", "8G"), storage=storage, **values).workspace
+    assert found is not None
+    return found
+
+
+def attach(lab: Lab, name: str, vmid: int, ttl: int | None = None, **options: Any) -> workspace.Done:
+    ctx = lab.context(**options)
+    return workspace.attached(ctx, name, ctx.select(vmid), ttl)
+
+
+def detach(lab: Lab, name: str, **options: Any) -> workspace.Done:
+    return workspace.detached(lab.context(**options), name)
+
+
+def now(lab: Lab, name: str = "w1") -> Workspace:
+    found = workspace.records(lab.context()).find(name)
+    assert found is not None
+    return found
+
+
+def kept_whole(lab: Lab, found: Workspace) -> None:
+    """The volume is there, under its name, and no VM has it."""
+    assert lab.pve.volumes_of(found.owner_vmid) == [found.volume]
+    assert not any(found.volume in str(value) for vm in lab.pve.vms for value in vm.config.values())
+    again = now(lab, found.name)
+    assert (again.state, again.sandbox_uuid, again.slot, again.vmid) == ("DETACHED", None, None, None)
+
+
+def in_vm(lab: Lab, found: Workspace) -> list[str]:
+    return [f"{vm.vmid}:{key}" for vm in lab.pve.vms for key, value in vm.config.items() if found.volume in str(value)]
