@@ -7,11 +7,7 @@
 from __future__ import annotations
 
 import pytest
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import (
-    AgentlabError,
-    CreationFailed,
-    Kept,
-)
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import AgentlabError, CreationFailed, Kept
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.workspaces import workspace
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.workspaces.workspace import WorkspaceRefused
 

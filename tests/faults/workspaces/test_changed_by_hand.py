@@ -11,9 +11,7 @@ import time
 from typing import Any
 
 import pytest
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import (
-    Kept,
-)
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import Kept
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.workspaces import workspace
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.workspaces.workspace import WorkspaceRefused
 

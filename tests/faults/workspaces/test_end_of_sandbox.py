@@ -9,9 +9,7 @@ from __future__ import annotations
 import time
 
 import pytest
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import (
-    CreationFailed,
-)
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import CreationFailed
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.workspaces.workspace import WorkspaceRefused
 
 from support.lab import Lab

@@ -9,9 +9,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import (
-    Kept,
-)
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import Kept
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.sandboxes import destroy
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.workspaces import workspace
 

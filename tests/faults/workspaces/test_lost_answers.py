@@ -9,9 +9,7 @@ from __future__ import annotations
 import time
 
 import pytest
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import (
-    AgentlabError,
-)
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import AgentlabError
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.workspaces import workspace
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.workspaces.workspace import WorkspaceRefused
 

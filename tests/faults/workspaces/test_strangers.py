@@ -10,9 +10,7 @@ import contextlib
 from typing import Any
 
 import pytest
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import (
-    AgentlabError,
-)
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import AgentlabError
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.workspaces import workspace
 
 from support.lab import Lab

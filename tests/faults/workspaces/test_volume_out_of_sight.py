@@ -9,10 +9,7 @@ from __future__ import annotations
 import time
 
 import pytest
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import (
-    AgentlabError,
-    Kept,
-)
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import AgentlabError, Kept
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.workspaces import workspace, workspace_disk
 
 from support.double import TOKEN_ID

@@ -10,11 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import (
-    InvalidInput,
-    NotFound,
-    RecordChanged,
-)
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import InvalidInput, NotFound, RecordChanged
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store import history, records
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.open import open_database
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.records import Records

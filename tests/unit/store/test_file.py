@@ -15,9 +15,7 @@ from typing import Any
 
 import pytest
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.clock import SystemClock
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import (
-    StoreError,
-)
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import StoreError
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.records import Records
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.sqlite import engine
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.sqlite.engine import Database

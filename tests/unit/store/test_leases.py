@@ -10,9 +10,7 @@ from collections.abc import Callable
 
 import pytest
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.clock import SystemClock
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import (
-    RecordChanged,
-)
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import RecordChanged
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.model import Sandbox
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.open import open_database
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.port import Connection

@@ -10,9 +10,7 @@ from pathlib import Path
 
 import pytest
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.clock import SystemClock
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import (
-    StoreError,
-)
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import StoreError
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store import schema
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.open import open_database
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.records import Records
