@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""agentlab_doctor in real playbooks; what it finds is tested one by one in tests/unit/test_doctor.py."""
+"""agentlab_doctor in real playbooks; what it finds is tested one by one in tests/unit/doctor/."""
 
 from __future__ import annotations
 

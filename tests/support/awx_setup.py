@@ -10,7 +10,9 @@ many runs takes seconds.
 
 from __future__ import annotations
 
+import copy
 import re
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
@@ -22,6 +24,8 @@ from support.awx import TOKEN, Awx
 from support.double import TOKEN_SECRET
 from support.play import REPO, Run
 
+SetUp = Callable[..., Run]
+NAMES = ("create", "renew", "destroy", "prune check", "prune", "reconcile", "job", "doctor")
 PROJECT_URL = "https://git.example.net/agentlab-awx.git"
 # A token of Proxmox VE that is kept in AWX.
 PROXMOX = {"awx_proxmox_api_host": "pve.example.net", "awx_proxmox_api_token_id": "agentlab@pve!awx"}
@@ -36,6 +40,12 @@ def furnish(awx: Awx, organization: int, credential: str = "nodes", inventory: s
     awx.related["organizations", organization, "galaxy_credentials"] = [galaxy]
 
 
+def second_organization(awx: Awx) -> int:
+    number = awx.add("organizations", name="Second")
+    furnish(awx, number)
+    return number
+
+
 def result(run: Run) -> dict[str, Any]:
     """Return what the task that sets up returned."""
     return run.result("Make AWX what is wanted")
@@ -43,6 +53,28 @@ def result(run: Run) -> dict[str, Any]:
 
 def lines(run: Run) -> str:
     return "\n".join(result(run)["lines"])
+
+
+def written(awx: Awx) -> list[str]:
+    return sorted(re.sub(r"/\d+", "/N", line) for line in awx.writes)
+
+
+def failure(run: Run) -> str:
+    assert run.rc != 0 and not run.warnings, run.output
+    assert TOKEN not in run.output and TOKEN_SECRET not in run.output
+    assert "no_log" not in run.output and "Traceback" not in run.output
+    return str(run.failed[-1]["result"]["msg"])
+
+
+def refusal(answer: dict[str, Any]) -> str:
+    """Return the message of a run in this process that was refused."""
+    assert answer["failed"] is True, answer
+    return str(answer["msg"])
+
+
+def snapshot(awx: Awx) -> Any:
+    """Return all that lasts in AWX."""
+    return copy.deepcopy((awx.objects, awx.surveys, awx.attached, awx.related))
 
 
 # ---- the module in this process ----

@@ -1,0 +1,60 @@
+# Copyright: the agentlab.proxmox contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""What the tests of commands share: a run, the shells of guests, and what a guest was sent."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.context import Context
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.guest import command
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.guest.command import CommandResult, CommandSpec
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.model import Sandbox
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store import history
+
+from support.lab import Lab
+from support.proxmox_guest import Guest
+
+EXEC = "POST /nodes/{node}/qemu/{vmid}/agent/exec"
+
+
+def run(lab: Lab, sandbox: Sandbox, *argv: str | bytes, **values: Any) -> CommandResult:
+    """Run a command in a run of its own."""
+    callbacks = {name: values.pop(name) for name in ("on_output", "cancel") if name in values}
+    options = values.pop("options", {})
+    spec = CommandSpec(argv=argv or None, **values)
+    return command.run_command(lab.context(**options), sandbox, spec, **callbacks)
+
+
+def events(ctx: Context, sandbox: Sandbox) -> list[dict[str, Any]]:
+    return [event for event in history.events(ctx.database, uuid=sandbox.uuid) if event["operation"] == "exec"]
+
+
+SHELLS = ["dash", "bash", "busybox"]
+
+
+def use_shell(guest: Guest, shell: str) -> None:
+    if shell == "busybox":
+        if not shutil.which("busybox"):
+            pytest.skip("busybox is not installed: apt-get install busybox-static")
+        guest.use_busybox()
+    else:
+        found = shutil.which(shell)
+        if not found:
+            pytest.skip(f"{shell} is not installed")
+        guest.shell = found
+
+
+def command_lines(guest: Guest) -> list[str]:
+    lines = []
+    for pid in guest.processes():
+        try:
+            lines.append(Path(f"/proc/{pid}/cmdline").read_text())
+        except OSError:
+            continue
+    return lines
