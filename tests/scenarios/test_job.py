@@ -3,17 +3,13 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 
 """The life of a job in one playbook, with this machine standing in for the guest: what is refused before anything is
-made, and that results,
-workspace and sandbox end where they should, however the job ends.
+made, and that results, workspace and sandbox end where they should, however the job ends.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import sqlite3
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +17,8 @@ from typing import Any
 
 import pytest
 
-from support.play import REPO, Run, collections_path, run_play
+from support.job_tasks import UNUSABLE
+from support.play import REPO, Run, run_play
 
 JOB = """\
 ---
@@ -195,163 +192,6 @@ def test_a_job_through_the_guest_agent_needs_no_address(job: Callable[..., Job],
     assert guest.started
     # Nobody asked the guest for an address.
     assert not any("network-get-interfaces" in request for request in server.pve.counted), server.pve.counted
-
-
-UNUSABLE = {
-    "no module": ("- name: Work\n  no_such_module:\n    path: /tmp\n", "no_such_module"),
-    "no module in a block": (
-        "- name: Work\n  block:\n    - name: Inner\n      a.b.no_such_module:\n",
-        "no_such_module",
-    ),
-    "a playbook": ("- name: Play\n  hosts: all\n  tasks: []\n", "is a playbook"),
-    "a tab": ("- name: Work\n\tansible.builtin.ping:\n", "line 2, column 1"),
-    "not yaml": ("- name: {Work\n", "is not valid YAML"),
-    "a mapping": ("name: Work\n", "is not a list of tasks"),
-    "empty": ("---\n", "holds no tasks"),
-    "words": ("- run the thing\n", "entry 1 is 'run the thing'"),
-    "no role": ("- name: Work\n  ansible.builtin.include_role:\n    name: no_such_role\n", "no_such_role"),
-    "no role in a block": (
-        "- name: Work\n  block:\n    - ansible.builtin.import_role:\n        name: no_such_role\n",
-        "no_such_role",
-    ),
-    "no file": ("- name: Work\n  ansible.builtin.include_tasks: not-there.yml\n", "not-there.yml"),
-    "no imported file": (
-        "- name: Work\n  ansible.builtin.import_tasks: not-there.yml\n",
-        "includes not-there.yml, which is not there",
-    ),
-    "no imported file in a block": (
-        "- block:\n    - import_tasks: {file: sub/gone.yml}\n",
-        "includes sub/gone.yml, which is not there",
-    ),
-    "one word": ("run\n", "is not a list of tasks but 'run'; begin each task"),
-    "two actions": ("- name: Work\n  ansible.builtin.ping:\n  ansible.builtin.debug:\n", "conflicting action"),
-    "an end": ("- name: Work\n  ansible.builtin.meta: end_play\n", "has 'meta: end_play', which would end the play"),
-    "lost hosts": ("- meta: clear_host_errors\n", "has 'meta: clear_host_errors', which would bring back hosts"),
-    "a missing file": (None, "does not exist"),
-    "an end in the old form": ("- name: Work\n  action: meta end_host\n", "meta: end_host"),
-    "an end in a role": (
-        "- include_role: {name: ends}\n",
-        "runs the role ends, which has 'meta: end_play' in tasks/main.yml, which would end the play",
-    ),
-    "an end in a file of a role": (
-        "- import_role: {name: ends, tasks_from: deep}\n",
-        "includes more.yml, which has 'meta",
-    ),
-    "an end in a role of a role": (
-        "- include_role: name=calls\n",
-        "role calls, which runs the role ends, which has 'meta",
-    ),
-    "an end in a dependency": (
-        "- include_role: {name: depends}\n",
-        "depends, which runs the role ends, which has 'meta",
-    ),
-    "an end in a handler": (
-        "- include_role: {name: ends, tasks_from: fine, handlers_from: end.yaml}\n",
-        "'meta: end_batch'",
-    ),
-    "no file of a role": (
-        "- include_role: {name: mine, tasks_from: gone}\n",
-        "role mine, which has no file for tasks_from: gone",
-    ),
-    "no variables of a role": (
-        "- include_role: {name: mine, vars_from: gone}\n",
-        "role mine, which has no file for vars_from: gone",
-    ),
-    "no file of a role in free form": (
-        "- import_role: name=mine tasks_from=gone.yml\n",
-        "has no file for tasks_from: gone.yml",
-    ),
-    "no role in a role": ("- include_role: {name: mine, tasks_from: no_role}\n", "no_such_role"),
-    "no file in a role": (
-        "- include_role: {name: mine, tasks_from: no_file}\n",
-        "includes gone.yml, which is not there",
-    ),
-    "itself": ("- import_tasks: job-tasks.yml\n", "includes job-tasks.yml, which is imported by itself"),
-    "each other": (
-        "- import_tasks: back.yml\n",
-        "includes back.yml, which includes job-tasks.yml, which is imported by",
-    ),
-    "roles that call each other": (
-        "- import_role: {name: ping}\n",
-        "role pong, which runs the role ping, which is imported",
-    ),
-}
-
-# What the entries above name: roles and files beside the job's tasks.
-BESIDE = {
-    "back.yml": "- name: Back\n  block:\n    - import_tasks: job-tasks.yml\n",
-    "more.yml": "- ansible.builtin.ping:\n",
-    "roles/ends/tasks/main.yml": "- block:\n    - block:\n        - meta: end_play\n          when: false\n",
-    "roles/ends/tasks/deep.yaml": "- include_tasks: {file: more.yml}\n",
-    "roles/ends/tasks/more.yml": "- ansible.builtin.meta: end_batch\n",
-    "roles/ends/tasks/fine.yml": "- ping:\n",
-    "roles/ends/handlers/end.yaml": "- name: End\n  meta: end_batch\n",
-    "roles/calls/tasks/main.yml": "- include_role: {name: ends}\n  when: false\n",
-    "roles/depends/tasks/main.yml": "---\n",
-    "roles/depends/meta/main.yml": "dependencies: [{role: ends}]\n",
-    "roles/mine/tasks/main.yml": "- ansible.builtin.ping:\n",
-    "roles/mine/tasks/no_role.yml": "- include_role: {name: no_such_role}\n",
-    "roles/mine/tasks/no_file.yml": "- include_tasks: gone.yml\n",
-    "roles/ping/tasks/main.yml": "- import_role: {name: pong}\n",
-    "roles/pong/tasks/main.yml": "- import_role: {name: ping}\n",
-    # A role of somebody else: what its conditions leave out is not missed.
-    "roles/sound/tasks/main.yml": (
-        "- include_tasks: linux.yml\n- include_tasks: other.yml\n  when: false\n"
-        "- include_role: {name: no_such_role}\n  when: false\n- include_tasks: main.yml\n  when: false\n"
-        "- meta: flush_handlers\n"
-    ),
-    "roles/sound/tasks/linux.yml": "- import_role: {name: mine}\n",
-    "roles/sound/meta/main.yml": "dependencies: [mine]\n",
-}
-
-
-def check_tasks(folder: Path, tasks: str | None) -> str:
-    """Return the problem of tasks that stand in a folder with all of BESIDE."""
-    for name, content in BESIDE.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(content, encoding="utf-8")
-    path = folder / "job-tasks.yml"
-    if tasks is not None:
-        path.write_text(tasks, encoding="utf-8")
-    run = subprocess.run(
-        [sys.executable, REPO / "playbooks" / "files" / "check_job_tasks.py", path, folder],
-        capture_output=True,
-        text=True,
-        check=True,
-        env={
-            **os.environ,
-            "ANSIBLE_ROLES_PATH": str(folder / "roles"),
-            "ANSIBLE_COLLECTIONS_PATH": str(collections_path(folder)),
-        },
-    )
-    return str(json.loads(run.stdout)["problem"])
-
-
-@pytest.mark.parametrize("what", UNUSABLE)
-def test_the_check_of_the_tasks_names_what_is_wrong(tmp_path: Path, what: str) -> None:
-    tasks, words = UNUSABLE[what]
-    said = check_tasks(tmp_path, tasks)
-    assert words in said and "agentlab-job-" not in said and "\n" not in said, said
-
-
-def test_the_check_of_the_tasks_passes_what_can_be_run(tmp_path: Path) -> None:
-    tasks = """\ufeff---
-- name: Work
-  block:
-    - ansible.builtin.include_role: {name: mine}
-    - ansible.builtin.include_role: {name: ends, tasks_from: fine}
-    - ansible.builtin.import_role: {name: sound}
-    - ansible.builtin.include_role: {name: agentlab.proxmox.agentlabd}
-    - ansible.builtin.include_tasks: more.yml
-    - ansible.builtin.import_tasks: more.yml
-    - ansible.builtin.include_tasks: job-tasks.yml
-      when: false
-    - ansible.builtin.include_tasks: "{{ which }}.yml"
-    - ansible.builtin.debug: {msg: !unsafe "{{ text }}"}
-  rescue:
-    - ansible.builtin.meta: flush_handlers
-"""
-    assert check_tasks(tmp_path, tasks) == ""
 
 
 @pytest.mark.parametrize("what", ["no module", "a tab", "a missing file"])
