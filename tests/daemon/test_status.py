@@ -234,7 +234,7 @@ scheduler = Scheduler.__new__(Scheduler)
 scheduler._done_elsewhere = set()
 database = SimpleNamespace(lead=lambda job: False)
 scheduler.service = SimpleNamespace(base=SimpleNamespace(database=database), leads={}, problems=problems)
-scheduler._lead("reconcile")
+scheduler._try_to_lead("reconcile")
 print(json.dumps([before, [job for job, _one in problems.told(lambda: ["b"])]]))
 """
     # The sandbox that has the VMID now has its own beginning: the second reading of the clock, not the first.

@@ -61,16 +61,16 @@ def main() -> int:
     settled.add_argument("--lib", type=Path, required=True)
     settled.add_argument("--unit", type=Path, required=True)
     settled.add_argument("--note", action="store_true", help="it was started or reloaded with them just now")
-    given = parser.parse_args()
-    does = {"check": judge, "records": secure, "settled": settle}
-    print(json.dumps(does[given.command](given), sort_keys=True))
+    arguments = parser.parse_args()
+    actions = {"check": judge, "records": secure, "settled": settle}
+    print(json.dumps(actions[arguments.command](arguments), sort_keys=True))
     return 0
 
 
 # ---- configuration ----
 
 
-def judge(given: argparse.Namespace) -> dict[str, Any]:
+def judge(arguments: argparse.Namespace) -> dict[str, Any]:
     """Judge a configuration as a whole, by the release that is to run, and as the user that it is to run as.
 
     Standard input is {"config.yaml": text, "cleanup.yaml": text, "ca.pem": text or null, "profiles": {name: text},
@@ -80,12 +80,12 @@ def judge(given: argparse.Namespace) -> dict[str, Any]:
     import yaml
 
     texts: dict[str, Any] = json.load(sys.stdin)
-    user = pwd.getpwnam(given.user)
+    user = pwd.getpwnam(arguments.user)
     # In memory, so that a secret never reaches the disk before its file has the right owner.
-    with tempfile.TemporaryDirectory(prefix="agentlab-check-", dir="/run" if os.geteuid() == 0 else None) as made:
-        folder = Path(made)
+    with tempfile.TemporaryDirectory(prefix="agentlab-check-", dir="/run" if os.geteuid() == 0 else None) as temporary:
+        folder = Path(temporary)
         # Profiles that a person put there count too, unless they are about to be replaced.
-        profiles = given.etc / "profiles"
+        profiles = arguments.etc / "profiles"
         (folder / "profiles").mkdir()
         for path in sorted(profiles.glob("*.yaml")) if profiles.is_dir() else []:
             (folder / "profiles" / path.name).write_bytes(path.read_bytes())
@@ -96,8 +96,8 @@ def judge(given: argparse.Namespace) -> dict[str, Any]:
         (folder / "cleanup.yaml").write_text(texts["cleanup.yaml"], encoding="utf-8")
         config = yaml.safe_load(texts["config.yaml"]) or {}
         staged = {**config, "cleanup_file": f"{folder}/cleanup.yaml", "profiles_dir": f"{folder}/profiles"}
-        known = _core(given.release, "config").DEFAULTS
-        staged = {name: value for name, value in staged.items() if name in known or name in config}
+        defaults = _import_core(arguments.release, "config").DEFAULTS
+        staged = {name: value for name, value in staged.items() if name in defaults or name in config}
         if texts["ca.pem"] is not None:
             (folder / "ca.pem").write_text(texts["ca.pem"], encoding="utf-8")
             staged["ca_path"] = f"{folder}/ca.pem"
@@ -109,7 +109,7 @@ def judge(given: argparse.Namespace) -> dict[str, Any]:
         become: dict[str, Any] = (
             {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []} if os.geteuid() == 0 else {}
         )
-        done = subprocess.run(
+        check = subprocess.run(
             [sys.executable, "-Ps", "-m", "agentlabd", "--config", f"{folder}/config.yaml", "--check"],
             capture_output=True,
             text=True,
@@ -117,35 +117,35 @@ def judge(given: argparse.Namespace) -> dict[str, Any]:
             cwd="/",
             **become,
             env={
-                "PYTHONPATH": str(given.release),
+                "PYTHONPATH": str(arguments.release),
                 "PYTHONDONTWRITEBYTECODE": "1",
                 "PATH": "/usr/sbin:/usr/bin:/sbin:/bin",
                 "LC_ALL": "C.UTF-8",
             },
         )
-    if done.returncode:
+    if check.returncode:
         # Keep only the message, without the time and level of the log.
-        words = re.sub(r"(?m)^[-\d]+ [\d:,]+ [A-Z]+ (Error: )?", "", (done.stderr or done.stdout).strip()).replace(
-            made, str(given.etc)
+        message = re.sub(r"(?m)^[-\d]+ [\d:,]+ [A-Z]+ (Error: )?", "", (check.stderr or check.stdout).strip()).replace(
+            temporary, str(arguments.etc)
         )
-        raise Refused(words or f"agentlabd --check ended with {done.returncode}")
-    return {"restart": _needs_restart(given, config)}
+        raise Refused(message or f"agentlabd --check ended with {check.returncode}")
+    return {"restart": _needs_restart(arguments, config)}
 
 
-def _needs_restart(given: argparse.Namespace, config: dict[str, Any]) -> bool:
+def _needs_restart(arguments: argparse.Namespace, config: dict[str, Any]) -> bool:
     """Return whether a key has changed that the daemon reads only at its start."""
     import yaml
 
     try:
-        before = yaml.safe_load((given.etc / "config.yaml").read_text(encoding="utf-8")) or {}
+        present = yaml.safe_load((arguments.etc / "config.yaml").read_text(encoding="utf-8")) or {}
     except (OSError, ValueError, yaml.YAMLError):
         return True
-    return not isinstance(before, dict) or any(
-        before.get(name) != config.get(name) for name in _core(given.release, "config").FIXED
+    return not isinstance(present, dict) or any(
+        present.get(name) != config.get(name) for name in _import_core(arguments.release, "config").FIXED
     )
 
 
-def _core(release: Path, module: str) -> Any:
+def _import_core(release: Path, module: str) -> Any:
     import importlib
 
     if str(release) not in sys.path:
@@ -156,55 +156,56 @@ def _core(release: Path, module: str) -> Any:
 # ---- records ----
 
 
-def secure(given: argparse.Namespace) -> dict[str, Any]:
+def secure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Back up the records before a change of release, and restore a backup when the records are too new for it.
 
     Returns {"schema", "known", "backup", "restored"}: the schema of the records, the schema of the release, the new
     backup, the restored backup. The daemon must not run.
     """
-    known = _core(given.release, "store.schema").VERSION
+    known = _import_core(arguments.release, "store.schema").VERSION
     answer: dict[str, Any] = {"schema": None, "known": known, "backup": None, "restored": None}
-    if not given.database.exists() or not given.database.stat().st_size:
+    if not arguments.database.exists() or not arguments.database.stat().st_size:
         return answer
-    answer["schema"] = _schema(given.database)
+    answer["schema"] = _read_schema(arguments.database)
     older = None
     if answer["schema"] > known:
-        older = next((path for path, schema in _backups(given.backups) if schema <= known), None)
+        older = next((path for path, schema in _list_backups(arguments.backups) if schema <= known), None)
         if older is None:
             raise Refused(
-                f"the records {given.database} have schema {answer['schema']}, this release knows {known}, and "
-                f"{given.backups} holds no older copy; run a newer release, or move the records away to begin with none"
+                f"the records {arguments.database} have schema {answer['schema']}, this release knows {known}, and "
+                f"{arguments.backups} holds no older copy; run a newer release, or move the records away to begin with "
+                "none"
             )
         answer["restored"] = str(older)
     stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
-    backup = given.backups / f"agentlab-{given.running}-schema{answer['schema']}-{stamp}.db"
+    backup = arguments.backups / f"agentlab-{arguments.running}-schema{answer['schema']}-{stamp}.db"
     answer["backup"] = str(backup)
-    if given.dry_run:
+    if arguments.dry_run:
         return answer
-    _copy(given.database, backup)
+    _copy_records(arguments.database, backup)
     if older is not None:
-        _restore(older, given.database)
-    for path, _schema_number in _backups(given.backups)[given.keep :]:
+        _restore_records(older, arguments.database)
+    for path, _schema_number in _list_backups(arguments.backups)[arguments.keep :]:
         path.unlink()
     return answer
 
 
-def _schema(path: Path) -> int:
+def _read_schema(path: Path) -> int:
     with contextlib.closing(sqlite3.connect(path, timeout=60)) as conn:
         return int(conn.execute("PRAGMA user_version").fetchone()[0])
 
 
-def _backups(folder: Path) -> list[tuple[Path, int]]:
+def _list_backups(folder: Path) -> list[tuple[Path, int]]:
     """Return the backups, newest first, each with its schema."""
-    found = [
+    backups = [
         (match["at"], path, int(match["schema"]))
         for path in folder.glob("agentlab-*.db")
         if (match := BACKUP.match(path.name))
     ]
-    return [(path, schema) for _at, path, schema in sorted(found, reverse=True)]
+    return [(path, schema) for _at, path, schema in sorted(backups, reverse=True)]
 
 
-def _copy(source: Path, target: Path) -> None:
+def _copy_records(source: Path, target: Path) -> None:
     """Copy the records with SQLite's backup function, which includes the WAL. Sync the copy before it gets its name."""
     draft = target.with_suffix(".part")
     draft.unlink(missing_ok=True)
@@ -218,14 +219,14 @@ def _copy(source: Path, target: Path) -> None:
         copy.execute("PRAGMA journal_mode = DELETE")
         if copy.execute("PRAGMA quick_check").fetchone()[0] != "ok":
             raise Refused(f"the copy of {source} is damaged, and so may be the records; nothing was changed")
-    _sync(draft)
+    _sync_to_disk(draft)
     draft.rename(target)
-    _sync(target.parent)
+    _sync_to_disk(target.parent)
 
 
-def _restore(copy: Path, database: Path) -> None:
+def _restore_records(copy: Path, database: Path) -> None:
     """Replace the records by a copy. Keep the owner and mode of the records."""
-    was = database.stat()
+    replaced = database.stat()
     draft = database.with_name(f".{database.name}.restored")
     draft.unlink(missing_ok=True)
     # We are root, and the folder belongs to the daemon. So never write through a link in it.
@@ -234,62 +235,62 @@ def _restore(copy: Path, database: Path) -> None:
         open(os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW, 0o600), "wb") as target,
     ):
         shutil.copyfileobj(source, target)
-        os.fchown(target.fileno(), was.st_uid, was.st_gid)
-        os.fchmod(target.fileno(), was.st_mode & 0o777)
+        os.fchown(target.fileno(), replaced.st_uid, replaced.st_gid)
+        os.fchmod(target.fileno(), replaced.st_mode & 0o777)
         target.flush()
         os.fsync(target.fileno())
     # The old WAL belongs to the replaced file.
     for suffix in ("-wal", "-shm"):
         database.with_name(database.name + suffix).unlink(missing_ok=True)
     draft.rename(database)
-    _sync(database.parent)
+    _sync_to_disk(database.parent)
 
 
 # ---- what the daemon has read ----
 
 
-def settle(given: argparse.Namespace) -> dict[str, Any]:
+def settle(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return {"settled", "noted"}: whether the daemon has read the present files.
 
     A run that is interrupted between writing a file and telling the daemon leaves the two different, and the next run
     changes no file. The note of what the daemon was last told is beside the releases, readable for root only, because
     it contains a hash of the file with the secret.
     """
-    note = given.lib / "settled"
-    there = _fingerprint(given)
-    known = note.read_text(encoding="utf-8") if note.exists() else ""
+    note = arguments.lib / "settled"
+    present = _fingerprint_files(arguments)
+    noted_before = note.read_text(encoding="utf-8") if note.exists() else ""
     # Before the first start there is no daemon that could be behind.
     answer = {
-        "settled": there == known or not (given.lib / "current").is_symlink(),
-        "noted": given.note and there != known,
+        "settled": present == noted_before or not (arguments.lib / "current").is_symlink(),
+        "noted": arguments.note and present != noted_before,
     }
     if answer["noted"]:
         draft = note.with_suffix(".part")
         draft.unlink(missing_ok=True)
         with open(os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w", encoding="utf-8") as file:
-            file.write(there)
-        _sync(draft)
+            file.write(present)
+        _sync_to_disk(draft)
         draft.rename(note)
     return answer
 
 
-def _fingerprint(given: argparse.Namespace) -> str:
+def _fingerprint_files(arguments: argparse.Namespace) -> str:
     """Return a fingerprint of the files that the role writes. Files of other people do not count."""
     profiles = [
-        path for path in sorted((given.etc / "profiles").glob("*.yaml")) if path.read_bytes().startswith(MANAGED)
+        path for path in sorted((arguments.etc / "profiles").glob("*.yaml")) if path.read_bytes().startswith(MANAGED)
     ]
-    dropins = sorted(given.unit.with_name(f"{given.unit.name}.d").glob("10-local.conf"))
+    dropins = sorted(arguments.unit.with_name(f"{arguments.unit.name}.d").glob("10-local.conf"))
     files = [
-        given.unit,
+        arguments.unit,
         *dropins,
-        given.lib / "current/MANIFEST",
-        *(given.etc / name for name in ("config.yaml", "cleanup.yaml", "ca.pem")),
+        arguments.lib / "current/MANIFEST",
+        *(arguments.etc / name for name in ("config.yaml", "cleanup.yaml", "ca.pem")),
         *profiles,
     ]
     return "".join(f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path}\n" for path in files if path.exists())
 
 
-def _sync(path: Path) -> None:
+def _sync_to_disk(path: Path) -> None:
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)

@@ -85,27 +85,27 @@ class Conditions:
 
     def now(self) -> list[Condition]:
         """Return all present conditions, each with its beginning."""
-        found = list(self._collect())
-        keys = {(one.part, one.condition) for one in found}
+        conditions = list(self._collect())
+        keys = {(condition.part, condition.condition) for condition in conditions}
         for key in set(self._since) - keys:
             self._since.pop(key, None)
-        for one in found:
-            known = self._since.setdefault((one.part, one.condition), one.since or int(time.time()))
-            one.since = one.since or known
-        return found
+        for condition in conditions:
+            known = self._since.setdefault((condition.part, condition.condition), condition.since or int(time.time()))
+            condition.since = condition.since or known
+        return conditions
 
     def tell(self) -> None:
         """Log the conditions that began or ended since the last call."""
-        found: dict[str, Condition] = {}
-        for one in self.now():
-            found.setdefault(one.part, one)
-        for part, one in found.items():
-            if self._logged.get(part) != one.condition:
+        first_by_part: dict[str, Condition] = {}
+        for condition in self.now():
+            first_by_part.setdefault(condition.part, condition)
+        for part, condition in first_by_part.items():
+            if self._logged.get(part) != condition.condition:
                 # The scheduler logs failures of jobs itself.
                 if part not in ("reconcile", "cleanup", "configuration"):
-                    log.warning("%s %s: %s. %s", part, one.condition, one.why, one.todo)
-                self._logged[part] = one.condition
-        for part in set(self._logged) - set(found):
+                    log.warning("%s %s: %s. %s", part, condition.condition, condition.why, condition.todo)
+                self._logged[part] = condition.condition
+        for part in set(self._logged) - set(first_by_part):
             del self._logged[part]
             log.info("%s: as usual again", part)
 
@@ -113,11 +113,11 @@ class Conditions:
 
     def _collect(self) -> Iterator[Condition]:
         try:
-            yield from self._of_records()
+            yield from self._check_records()
         except AgentlabError as error:
             yield Condition("records", FAILS, error.message, "the message says what to look at; run agentlab doctor")
-        yield from self._of_jobs()
-        yield from self._of_proxmox()
+        yield from self._check_jobs()
+        yield from self._check_proxmox()
         service = self._service
         if service.config_error:
             yield Condition(
@@ -129,7 +129,7 @@ class Conditions:
         if self.socket_problem:
             yield Condition("socket", FAILS, self.socket_problem, "the message says what to do")
 
-    def _of_records(self) -> Iterator[Condition]:
+    def _check_records(self) -> Iterator[Condition]:
         service = self._service
         database = service.base.database
         replaced = database.replaced()
@@ -166,7 +166,7 @@ class Conditions:
                 f"{frozen['reason']}; no lease ends and nothing is cleaned up",
                 "look at agentlab sandbox reconcile and list, renew what is still needed, then agentlab cleanup "
                 "release",
-                _seconds(frozen["at"]),
+                _parse_time(frozen["at"]),
             )
         elif frozen:
             yield Condition(
@@ -174,15 +174,15 @@ class Conditions:
                 RESTS,
                 f"cleanup is frozen by {frozen['actor']}: {frozen['reason']}",
                 "look at agentlab cleanup run --dry-run, then agentlab cleanup release",
-                _seconds(frozen["at"]),
+                _parse_time(frozen["at"]),
             )
-        apart = database.clock_difference()
-        if abs(apart) > timeguard.JUMP_SECONDS:
+        seconds_ahead = database.clock_difference()
+        if abs(seconds_ahead) > timeguard.JUMP_SECONDS:
             yield Condition(
                 "clock",
                 FAILS,
-                f"the clock of this host is {abs(int(apart))} seconds {'ahead of' if apart > 0 else 'behind'} that of "
-                "the database server, by which leases end",
+                f"the clock of this host is {abs(int(seconds_ahead))} seconds "
+                f"{'ahead of' if seconds_ahead > 0 else 'behind'} that of the database server, by which leases end",
                 "set the clock of this host (timedatectl), or that of the server",
             )
         until = timeguard.rests_until(service.base)
@@ -195,9 +195,9 @@ class Conditions:
                 until - service.config.clock_jump_pause,
             )
         stuck = [
-            one
-            for one in service.base.records.interrupted()
-            if one.updated_at < service.base.clock.now() - _INTERRUPTED_SECONDS
+            operation
+            for operation in service.base.records.interrupted()
+            if operation.updated_at < service.base.clock.now() - _INTERRUPTED_SECONDS
         ]
         if stuck:
             yield Condition(
@@ -206,11 +206,11 @@ class Conditions:
                 f"{len(stuck)} operation(s) were cut off and could not be finished since; the oldest: {stuck[0].kind} "
                 f"by {stuck[0].actor}",
                 "run agentlab doctor, which names them and what ends them",
-                min(one.updated_at for one in stuck),
+                min(operation.updated_at for operation in stuck),
             )
         unrecorded = service.unrecorded
         if unrecorded:
-            some = ", ".join(f"{one['vmid']} ({one['name']} on {one['node']})" for one in unrecorded[:5]) + (
+            some = ", ".join(f"{vm['vmid']} ({vm['name']} on {vm['node']})" for vm in unrecorded[:5]) + (
                 ", ..." if len(unrecorded) > 5 else ""
             )
             yield Condition(
@@ -220,9 +220,9 @@ class Conditions:
                 "after a restore: they were created since the copy; look at each, and remove by hand what nobody "
                 "needs (qm destroy)",
             )
-        yield from self._of_sandboxes()
+        yield from self._check_sandboxes()
 
-    def _of_sandboxes(self) -> Iterator[Condition]:
+    def _check_sandboxes(self) -> Iterator[Condition]:
         service = self._service
         problems = service.problems.told(lambda: overview.generations(service.base.records))
         if problems:
@@ -236,7 +236,7 @@ class Conditions:
                 problems[0][1].since,
             )
 
-    def _of_jobs(self) -> Iterator[Condition]:
+    def _check_jobs(self) -> Iterator[Condition]:
         for name, job in self._service.jobs.items():
             if job.last_error:
                 yield Condition(
@@ -255,7 +255,7 @@ class Conditions:
                     job.running_since,
                 )
 
-    def _of_proxmox(self) -> Iterator[Condition]:
+    def _check_proxmox(self) -> Iterator[Condition]:
         statistics = self._service.base.client.statistics
         if statistics.reachable is False:
             yield Condition(
@@ -273,7 +273,7 @@ class Conditions:
             )
 
 
-def _seconds(text: str | None) -> int | None:
+def _parse_time(text: str | None) -> int | None:
     from datetime import datetime
 
     try:
@@ -288,14 +288,14 @@ def name_locker(database: str) -> str:
     for path, byte in ((f"{database}-shm", 120), (database, 0x40000000)):
         try:
             status = os.stat(path)
-            wanted = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
+            inode = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
             with open("/proc/locks", encoding="ascii", errors="replace") as file:
                 for line in file:
                     fields = line.split()
                     if (
                         len(fields) >= 8
                         and fields[3] == "WRITE"
-                        and fields[5] == wanted
+                        and fields[5] == inode
                         and int(fields[6]) <= byte <= int(fields[7].replace("EOF", "9" * 10))
                     ):
                         pid = int(fields[4])

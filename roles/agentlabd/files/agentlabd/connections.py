@@ -160,10 +160,10 @@ class Listener:
         """
         if len(self.gates) < self.most:
             return True
-        idle = [one for one in self.gates.values() if one.replaceable]
+        idle = [gate for gate in self.gates.values() if gate.replaceable]
         if not idle:
             return False
-        min(idle, key=lambda one: one.since).cut("its place was needed")
+        min(idle, key=lambda gate: gate.since).cut("its place was needed")
         return True
 
     def head_is_complete(self, protocol: Any) -> Gate | None:

@@ -138,18 +138,18 @@ class Daemon:
         self.manager.stopping("finishing what is under way")
         # Work that waited for a thread is cancelled by now. Let its clients get their answer.
         await asyncio.sleep(0)
-        left = set(self.service.under_way)
-        if left:
+        unfinished = set(self.service.under_way)
+        if unfinished:
             log.info(
                 "stopping: waiting up to %d s (stop_timeout) for %s",
                 self.service.config.stop_timeout,
-                self._named(left),
+                self._list_names(unfinished),
             )
-            _done, left = await asyncio.wait(left, timeout=self.service.config.stop_timeout)
-        if left:
+            _finished, unfinished = await asyncio.wait(unfinished, timeout=self.service.config.stop_timeout)
+        if unfinished:
             log.warning(
                 "stopping: %s did not end within stop_timeout; what was begun is journaled, the next start takes it up",
-                self._named(left),
+                self._list_names(unfinished),
             )
             return False
         # Let finished answers go out before the sockets close.
@@ -157,9 +157,9 @@ class Daemon:
         await self.api.close()
         return True
 
-    def _named(self, work: set[asyncio.Future[Any]]) -> str:
+    def _list_names(self, work: set[asyncio.Future[Any]]) -> str:
         """Return the names of up to ten pieces of work."""
-        names = sorted(self.service.under_way.get(one, "what has just ended") for one in work)
+        names = sorted(self.service.under_way.get(future, "what has just ended") for future in work)
         return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 

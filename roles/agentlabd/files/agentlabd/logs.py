@@ -98,12 +98,12 @@ def seldom(level: int, kind: str, text: str, *values: object, allowed: int = 1) 
     log.log(level, text, *values, extra={"kind": kind, "allowed": allowed})
 
 
-def to_journal() -> bool:
+def is_journal() -> bool:
     """Return whether standard error is the journal's socket. JOURNAL_STREAM names its device and inode."""
     try:
         device, _colon, inode = os.environ.get("JOURNAL_STREAM", "").partition(":")
-        found = os.fstat(sys.stderr.fileno())
-        return (int(device), int(inode)) == (found.st_dev, found.st_ino)
+        stream = os.fstat(sys.stderr.fileno())
+        return (int(device), int(inode)) == (stream.st_dev, stream.st_ino)
     except (ValueError, OSError):
         return False
 
@@ -111,7 +111,7 @@ def to_journal() -> bool:
 def setup(verbose: bool) -> None:
     """Send our log, and warnings of libraries, to standard error."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_Journal("%(message)s") if to_journal() else _Plain("%(asctime)s %(levelname)s %(message)s"))
+    handler.setFormatter(_Journal("%(message)s") if is_journal() else _Plain("%(asctime)s %(levelname)s %(message)s"))
     handler.addFilter(_Seldom())
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     # Requests that are not HTTP get a 400. They are not worth a traceback each.

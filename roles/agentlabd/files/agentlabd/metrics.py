@@ -46,10 +46,10 @@ class Metrics:
         self.registry = CollectorRegistry()
 
         def counter(name: str, text: str, label: str | None = None, values: Iterable[str] = ()) -> Counter:
-            made = Counter(f"agentlab_{name}", text, [label] if label else [], registry=self.registry)
+            metric = Counter(f"agentlab_{name}", text, [label] if label else [], registry=self.registry)
             for value in values:
-                made.labels(value)
-            return made
+                metric.labels(value)
+            return metric
 
         def gauge(name: str, text: str) -> Gauge:
             return Gauge(f"agentlab_{name}", text, registry=self.registry)
@@ -124,29 +124,29 @@ class Metrics:
         # Orphans of the last pass that still exist, by kind, so that each is counted only once.
         self._still_there: dict[str, set[int | None]] = {}
 
-    def text(self) -> bytes:
+    def render(self) -> bytes:
         return generate_latest(self.registry)
 
     # ---- operations ----
 
-    def done(self, operation: str, outcomes: Iterable[Outcome]) -> None:
+    def count_outcomes(self, operation: str, outcomes: Iterable[Outcome]) -> None:
         """Count the outcomes of an operation."""
-        for one in outcomes:
-            self.operations.labels(operation, result_of(one)).inc()
-            self._identity(one.reason)
-            if operation == "create" and one.outcome == "created" and one.sandbox is not None:
-                self.creations.labels(one.sandbox.node).inc()
-            self._pass_over(one.extra.get("placement"))
+        for outcome in outcomes:
+            self.operations.labels(operation, result_of(outcome)).inc()
+            self._count_identity(outcome.reason)
+            if operation == "create" and outcome.outcome == "created" and outcome.sandbox is not None:
+                self.creations.labels(outcome.sandbox.node).inc()
+            self._count_passed_over_nodes(outcome.extra.get("placement"))
 
-    def _pass_over(self, decision: dict[str, Any] | None) -> None:
+    def _count_passed_over_nodes(self, decision: dict[str, Any] | None) -> None:
         """Count the nodes that a placement decision passed over."""
         for node in (decision or {}).get("nodes", ()):
             if not node["chosen"]:
                 self.passed_over.labels(node["reason"]).inc()
 
-    def refused(self, operation: str, error: AgentlabError) -> None:
+    def count_refusal(self, operation: str, error: AgentlabError) -> None:
         """Count an operation that ended with an error. An invalid request does not count."""
-        self._pass_over(error.detail.get("placement"))
+        self._count_passed_over_nodes(error.detail.get("placement"))
         if isinstance(error, (StateConflict, Kept, Busy, GuardTripped, Frozen)) or (
             isinstance(error, CreationFailed) and error.detail.get("option")
         ):
@@ -156,13 +156,13 @@ class Metrics:
         else:
             result = "failed"
         self.operations.labels(operation, result).inc()
-        self._identity(error.reason if isinstance(error, Kept) else None)
+        self._count_identity(error.reason if isinstance(error, Kept) else None)
 
-    def broke(self, operation: str) -> None:
+    def count_internal_error(self, operation: str) -> None:
         """Count an operation that ended with an internal error."""
         self.operations.labels(operation, "failed").inc()
 
-    def _identity(self, reason: str | None) -> None:
+    def _count_identity(self, reason: str | None) -> None:
         if reason in _MISMATCHES:
             self.mismatches.labels(_MISMATCHES[reason]).inc()
         elif reason == "unknown":
@@ -170,18 +170,18 @@ class Metrics:
 
     # ---- leases ----
 
-    def renewed(self, outcome: Outcome) -> None:
+    def count_renewal(self, outcome: Outcome) -> None:
         if outcome.changed:
             self.leases.labels("capped" if outcome.extra.get("capped") else "renewed").inc()
 
-    def expired(self, passed: Expiry) -> None:
-        self.leases.labels("expired").inc(len(passed.expired))
-        self.leases.labels("kept_alive").inc(sum(not one.failed for one in passed.renewed))
-        self.done("expire", passed.expired)
+    def count_expiry(self, expiry: Expiry) -> None:
+        self.leases.labels("expired").inc(len(expiry.expired))
+        self.leases.labels("kept_alive").inc(sum(not outcome.failed for outcome in expiry.renewed))
+        self.count_outcomes("expire", expiry.expired)
 
     # ---- prune and cleanup ----
 
-    def pruned(
+    def count_prune(
         self,
         operation: str,
         pruned: list[Outcome],
@@ -197,17 +197,17 @@ class Metrics:
         self.prune_items.labels("would_prune" if shadow else "pruned").inc(len(pruned))
         self.prune_items.labels("kept").inc(len(kept))
         self.prune_items.labels("failed").inc(len(failed))
-        for one in kept:
-            self.prune_kept.labels(one.reason if one.reason in reasons.KEPT else "changed").inc()
+        for outcome in kept:
+            self.prune_kept.labels(outcome.reason if outcome.reason in reasons.KEPT else "changed").inc()
         if not failed:
             self.prune_success.set(time.time())
         if not shadow:
-            self.done(operation, [*pruned, *kept, *failed])
-            for one in pruned:
-                if one.reason in _ORPHANS:
-                    self.orphans.labels(_ORPHANS[one.reason]).inc()
+            self.count_outcomes(operation, [*pruned, *kept, *failed])
+            for outcome in pruned:
+                if outcome.reason in _ORPHANS:
+                    self.orphans.labels(_ORPHANS[outcome.reason]).inc()
 
-    def prune_stopped(self, error: AgentlabError, *, by_rules: bool = False) -> None:
+    def count_stopped_prune(self, error: AgentlabError, *, by_rules: bool = False) -> None:
         """Count a run that did nothing or was aborted.
 
         ``by_rules``: a run of the cleanup rules. The limit of a single prune by a person is no alarm.
@@ -222,19 +222,23 @@ class Metrics:
 
     # ---- reconcile ----
 
-    def reconciled(self, found: list[Drift]) -> None:
+    def count_reconcile(self, drifts: list[Drift]) -> None:
         self.reconcile_success.set(time.time())
         self.operations.labels("reconcile", "ok").inc()
-        for one in found:
-            self._identity(one.kind)
-            if one.kind == "vmid_reused" and one.applied:
+        for drift in drifts:
+            self._count_identity(drift.kind)
+            if drift.kind == "vmid_reused" and drift.applied:
                 self.orphans.labels("vmid_reused").inc()
-            elif one.kind == "absent" and one.applied and one.action.startswith("noted"):
+            elif drift.kind == "absent" and drift.applied and drift.action.startswith("noted"):
                 self.orphans.labels("vm_absent").inc()
         for kind, label in (("unrecorded", "unrecorded"), ("still_running", "lease_over")):
-            there = {one.sandbox.vmid if one.sandbox else one.vmid: one.applied for one in found if one.kind == kind}
-            self.orphans.labels(label).inc(len(there.keys() - self._still_there.get(kind, set())))
-            self._still_there[kind] = {vmid for vmid, settled in there.items() if not settled}
+            present = {
+                drift.sandbox.vmid if drift.sandbox else drift.vmid: drift.applied
+                for drift in drifts
+                if drift.kind == kind
+            }
+            self.orphans.labels(label).inc(len(present.keys() - self._still_there.get(kind, set())))
+            self._still_there[kind] = {vmid for vmid, settled in present.items() if not settled}
 
 
 def result_of(outcome: Outcome) -> str:

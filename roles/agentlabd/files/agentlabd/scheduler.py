@@ -65,12 +65,12 @@ class Job:
             "last_error": self.last_error,
         }
 
-    def done(self, name: str) -> None:
+    def note_success(self, name: str) -> None:
         if self.last_error:
             log.info("%s works again", name)
         self.last_run, self.last_error, self.failing_since = int(time.time()), None, None
 
-    def failed(self, name: str, error: AgentlabError) -> None:
+    def note_failure(self, name: str, error: AgentlabError) -> None:
         # Log an error once, not at every retry.
         if error.message != self.last_error:
             log.warning("%s: %s", name, error.message)
@@ -86,9 +86,9 @@ class Scheduler:
         self.expiry = Job()
         self.reconcile = Job()
         self.cleanup = Job()
-        self._look = asyncio.Event()
-        self._changed = asyncio.Event()
-        self._reconsider = asyncio.Event()
+        self._expiry_event = asyncio.Event()
+        self._cleanup_event = asyncio.Event()
+        self._reconcile_event = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         self._jobs = ThreadPoolExecutor(3, "job")
         self._stops = ThreadPoolExecutor(service.config.proxmox.connections, "stop")
@@ -96,7 +96,7 @@ class Scheduler:
         # Jobs that another controller was doing at the last check.
         self._done_elsewhere: set[str] = set()
         # Sandboxes with an interrupted operation at the last check.
-        self._left: set[str] = set()
+        self._interrupted: set[str] = set()
         service.wake_expiry = self._wake
         service.jobs = {"expiry": self.expiry, "reconcile": self.reconcile, "cleanup": self.cleanup}
 
@@ -106,15 +106,15 @@ class Scheduler:
             self._reconcile_forever,
             self._clean_forever,
         )
-        self.tasks = [asyncio.create_task(one()) for one in loops]
+        self.tasks = [asyncio.create_task(begin()) for begin in loops]
 
     def _wake(self) -> None:
-        self._loop.call_soon_threadsafe(self._look.set)
+        self._loop.call_soon_threadsafe(self._expiry_event.set)
 
     def reloaded(self) -> None:
         """Apply new intervals and rules after a reload."""
-        for one in (self._look, self._changed, self._reconsider):
-            one.set()
+        for event in (self._expiry_event, self._cleanup_event, self._reconcile_event):
+            event.set()
 
     def stop(self) -> None:
         """Start nothing more."""
@@ -139,12 +139,12 @@ class Scheduler:
                 return await asyncio.shield(self.service.begin(self._jobs, timed, name))
             except Exception as error:
                 # A lack of descriptors, threads or memory ends no job for good, because it may pass.
-                known = host_error(error)
-                if known is None:
+                lack = host_error(error)
+                if lack is None:
                     raise
                 if job is not None:
-                    raise known from None
-                seldom(60, "host", "%s: %s", name, known.message)
+                    raise lack from None
+                seldom(60, "host", "%s: %s", name, lack.message)
             await asyncio.sleep(_HOST_PAUSE_SECONDS)
 
     # ---- leases ----
@@ -152,19 +152,19 @@ class Scheduler:
     async def _expire_forever(self) -> None:
         await self._run(self._note_the_clock, "a look at the clock")
         while True:
-            self._look.clear()
+            self._expiry_event.clear()
             try:
                 pause = await self._run(self._expire, "expiry")
-                self.expiry.done("expiry")
+                self.expiry.note_success("expiry")
                 self.service.metrics.expiry_success.set(time.time())
             except Stopping:
                 return
             except AgentlabError as error:
-                self.expiry.failed("expiry", error)
+                self.expiry.note_failure("expiry", error)
                 pause = float(self.service.config.expire_interval)
             self.expiry.next_run = int(time.time() + pause)
             with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._look.wait(), pause)
+                await asyncio.wait_for(self._expiry_event.wait(), pause)
 
     def _note_the_clock(self) -> None:
         # A jump can only be detected from a time stored before it.
@@ -179,21 +179,21 @@ class Scheduler:
         timeguard.hold_leases(ctx)
         due = overview.next_lease_end(ctx.records)
         if due is not None and due <= ctx.clock.now():
-            passed = lease.expire(ctx, stop_vms=False)
-            if passed.suspended:
-                seldom(30, "expiry rests", "expiry rests: %s", passed.suspended)
+            expiry = lease.expire(ctx, stop_vms=False)
+            if expiry.suspended:
+                seldom(30, "expiry rests", "expiry rests: %s", expiry.suspended)
                 return longest
-            self.service.metrics.expired(passed)
-            for one in passed.renewed:
-                if not one.failed:
-                    log.info("lease of sandbox %s renewed (keepalive)", one.vmid)
-            for one in passed.expired:
-                log.info("lease of sandbox %s is over: %s -> TIMEOUT", one.vmid, one.previous_state)
-                if one.sandbox is not None:
-                    self._stop_vm(ctx, one.sandbox)
-            if not passed.expired and all(one.failed for one in passed.renewed):
+            self.service.metrics.count_expiry(expiry)
+            for outcome in expiry.renewed:
+                if not outcome.failed:
+                    log.info("lease of sandbox %s renewed (keepalive)", outcome.vmid)
+            for outcome in expiry.expired:
+                log.info("lease of sandbox %s is over: %s -> TIMEOUT", outcome.vmid, outcome.previous_state)
+                if outcome.sandbox is not None:
+                    self._stop_vm(ctx, outcome.sandbox)
+            if not expiry.expired and all(outcome.failed for outcome in expiry.renewed):
                 # Other runs work on these sandboxes. They may be finished at the next look.
-                return min(longest, 1.0) if not passed.failed else longest
+                return min(longest, 1.0) if not expiry.failed else longest
             due = overview.next_lease_end(ctx.records)
         return longest if due is None else min(longest, max(0.05, due - ctx.database.wall_time()))
 
@@ -220,49 +220,51 @@ class Scheduler:
             began = time.monotonic()
             try:
                 # The first pass finishes operations in which an earlier daemon was killed.
-                found = await self._run(self._compare, "reconcile")
-                self.reconcile.done("reconcile")
-                self.service.note_reconciled(found)
-                self._tell(found)
+                drifts = await self._run(self._compare, "reconcile")
+                self.reconcile.note_success("reconcile")
+                self.service.note_reconciled(drifts)
+                self._log_drifts(drifts)
                 self.service.unrecorded = [
-                    {"vmid": one.vmid, "name": one.evidence.get("name"), "node": one.evidence.get("node")}
-                    for one in found
-                    if one.kind == "unrecorded"
+                    {"vmid": drift.vmid, "name": drift.evidence.get("name"), "node": drift.evidence.get("node")}
+                    for drift in drifts
+                    if drift.kind == "unrecorded"
                 ]
-                self._look.set()
+                self._expiry_event.set()
                 longest, retry = math.inf, _FIRST_RETRY
             except Stopping:
                 return
             except AgentlabError as error:
-                self.reconcile.failed("reconcile", error)
-                self.service.metrics.refused("reconcile", error)
+                self.reconcile.note_failure("reconcile", error)
+                self.service.metrics.count_refusal("reconcile", error)
                 longest, retry = retry, retry * 2
             self.service.metrics.durations.labels("reconcile").observe(time.monotonic() - began)
-            await self._rest(longest)
+            await self._sleep_until_next_pass(longest)
 
     def _compare(self) -> list[reconcile.Drift]:
         return reconcile.run(self.service.context("agentlabd"), apply=True, known_vms=self.service.known_vms)
 
-    async def _rest(self, longest: float) -> None:
+    async def _sleep_until_next_pass(self, longest: float) -> None:
         """Sleep until the next pass: for the interval, which a reload may change, or for ``longest`` seconds if
         shorter.
         """
         began = time.monotonic()
         shared = self.service.base.database.controller is not None
-        while (left := began + min(longest, float(self.service.config.reconcile_interval)) - time.monotonic()) > 0:
-            self._reconsider.clear()
-            self.reconcile.next_run = int(time.time() + left)
+        while (remaining := began + min(longest, float(self.service.config.reconcile_interval)) - time.monotonic()) > 0:
+            self._reconcile_event.clear()
+            self.reconcile.next_run = int(time.time() + remaining)
             with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._reconsider.wait(), min(left, _TURN_SECONDS) if shared else left)
+                await asyncio.wait_for(
+                    self._reconcile_event.wait(), min(remaining, _TURN_SECONDS) if shared else remaining
+                )
             if shared and await self._run(self._is_work_left, "a look at work left behind"):
                 return
 
     async def _wait_for_turn(self, job: str) -> None:
         """Return once this daemon is the one that does the job; at once where no other daemon shares the records."""
-        while not await self._run(functools.partial(self._lead, job), f"a look at whose turn {job} is"):
+        while not await self._run(functools.partial(self._try_to_lead, job), f"a look at whose turn {job} is"):
             await asyncio.sleep(_TURN_SECONDS)
 
-    def _lead(self, job: str) -> bool:
+    def _try_to_lead(self, job: str) -> bool:
         """Return whether this daemon does the job now. False also while the database does not answer."""
         try:
             leads = self.service.base.database.lead(job)
@@ -284,46 +286,46 @@ class Scheduler:
 
     def _is_work_left(self) -> bool:
         """Return whether a dead controller has left new work since the last check, or this daemon has lost its turn."""
-        if not self._lead("reconcile"):
+        if not self._try_to_lead("reconcile"):
             return True
         try:
-            left = {one.sandbox_uuid for one in self.service.base.records.interrupted()}
+            interrupted = {operation.sandbox_uuid for operation in self.service.base.records.interrupted()}
         except AgentlabError:
             return False
-        fresh = bool(left - self._left)
-        self._left = left
+        fresh = bool(interrupted - self._interrupted)
+        self._interrupted = interrupted
         return fresh
 
     @staticmethod
-    def _tell(found: list[reconcile.Drift]) -> None:
-        for one in found:
-            if one.applied or one.error:
-                vmid = one.sandbox.vmid if one.sandbox else one.vmid
+    def _log_drifts(drifts: list[reconcile.Drift]) -> None:
+        for drift in drifts:
+            if drift.applied or drift.error:
+                vmid = drift.sandbox.vmid if drift.sandbox else drift.vmid
                 log.log(
-                    30 if one.error else 20,
+                    30 if drift.error else 20,
                     "reconcile: %s %s: %s%s",
                     vmid,
-                    one.kind,
-                    one.action,
-                    f": {one.error}" if one.error else "",
+                    drift.kind,
+                    drift.action,
+                    f": {drift.error}" if drift.error else "",
                 )
 
     # ---- cleanup ----
 
     async def _clean_forever(self) -> None:
         while True:
-            self._changed.clear()
+            self._cleanup_event.clear()
             policy = self.service.policy
             due = await self._run(functools.partial(self._next_cleanup, policy), "a look at the cleanup's plan")
             self.cleanup.next_run = due
             pause = None if due is None else max(0.0, due - self.service.base.database.wall_time())
             try:
-                await asyncio.wait_for(self._changed.wait(), pause)
+                await asyncio.wait_for(self._cleanup_event.wait(), pause)
                 # Rules and interval have changed.
                 continue
             except TimeoutError:
                 pass
-            if not await self._run(functools.partial(self._lead, "cleanup"), "a look at whose turn cleanup is"):
+            if not await self._run(functools.partial(self._try_to_lead, "cleanup"), "a look at whose turn cleanup is"):
                 await asyncio.sleep(_TURN_SECONDS)
                 continue
             with contextlib.suppress(Stopping):
@@ -353,20 +355,20 @@ class Scheduler:
         began = time.monotonic()
         try:
             report = self.service.clean("agentlabd")
-            self.cleanup.done("cleanup")
-            done = (
+            self.cleanup.note_success("cleanup")
+            summary = (
                 f"{len(report.pruned)} {'would be ' if report.dry_run else ''}destroyed, {len(report.marked)} marked "
                 f"FAILED, {len(report.kept)} kept, {len(report.failed)} failed, {report.forgotten} old records removed"
             )
             log.log(
                 30 if report.failed else 20 if report.pruned or report.marked or report.forgotten else 10,
                 "cleanup: %s",
-                done,
+                summary,
             )
             if report.guard:
                 log.warning("cleanup (shadow): %s", report.guard)
         except AgentlabError as error:
-            self.cleanup.failed("cleanup", error)
+            self.cleanup.note_failure("cleanup", error)
             self.cleanup.last_run = int(time.time())
         self.service.metrics.durations.labels("cleanup").observe(time.monotonic() - began)
         with contextlib.suppress(AgentlabError):

@@ -57,8 +57,8 @@ class Scrape:
             "Claims and duties of other controllers that were taken over, because those had died",
             labels=["what"],
         )
-        for what, count in (("claim", database.takeovers), *service.takeovers.items()):
-            takeovers.add_metric([what], count)
+        for held, count in (("claim", database.takeovers), *service.takeovers.items()):
+            takeovers.add_metric([held], count)
         yield takeovers
         started = [one.started_at for one in (*under_way, *interrupted)]
         age = max(0, int(database.wall_time()) - min(started)) if started else 0

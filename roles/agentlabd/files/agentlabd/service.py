@@ -123,7 +123,7 @@ class Service:
             self.metrics.reload.set(0)
             raise
         stays = {name: getattr(self.config, name) for name in core_config.FIXED}
-        waiting = [name for name, value in stays.items() if getattr(config, name) != value]
+        needing_restart = [name for name, value in stays.items() if getattr(config, name) != value]
         self.path, self.policy, self.token = path, policy, token
         # Derive from the first context: a chain of contexts would grow with each reload.
         self.base = self._owner.derive(actor="agentlabd", config=dataclasses.replace(config, **stays))
@@ -131,14 +131,14 @@ class Service:
         self.known_vms = reconcile.KnownVms()
         self.loaded_at, self.config_error = int(time.time()), None
         self.metrics.reload.set(1)
-        return waiting
+        return needing_restart
 
-    def begin(self, pool: ThreadPoolExecutor, work: Callable[[], T], what: str) -> asyncio.Future[T]:
+    def begin(self, pool: ThreadPoolExecutor, work: Callable[[], T], name: str) -> asyncio.Future[T]:
         """Run work in a thread, and remember its name until it ends. Called in the event loop."""
-        done = asyncio.get_running_loop().run_in_executor(pool, work)
-        self.under_way[done] = what
-        done.add_done_callback(self.under_way.pop)
-        return done
+        future = asyncio.get_running_loop().run_in_executor(pool, work)
+        self.under_way[future] = name
+        future.add_done_callback(self.under_way.pop)
+        return future
 
     def begin_no_more(self) -> None:
         """Cancel work that waits for a thread. Its clients get an answer that says so."""
@@ -148,12 +148,12 @@ class Service:
 
     def damage(self) -> list[str]:
         """Return the damage in the records, one sentence each. Looks at most once a minute."""
-        at, told = self._damage
+        at, messages = self._damage
         if not at or time.monotonic() - at > _DAMAGE_SECONDS:
             records = self.base.records
-            told = [error.message for error in (*records.damage(), *Workspaces(records).damage())]
-            self._damage = time.monotonic(), told
-        return told
+            messages = [error.message for error in (*records.damage(), *Workspaces(records).damage())]
+            self._damage = time.monotonic(), messages
+        return messages
 
     # ---- cleanup ----
 
@@ -162,7 +162,7 @@ class Service:
 
     def note_reconciled(self, drifts: list[reconcile.Drift]) -> None:
         """Count the drift of a pass that has repaired what it could, and remember what it could not."""
-        self.metrics.reconciled(drifts)
+        self.metrics.count_reconcile(drifts)
         self.problems.replace("reconcile", problems.of_drift(drifts))
         # A pass stops again what expiry could not stop, and has told what became of it.
         self.problems.replace("expiry", ())
@@ -177,7 +177,7 @@ class Service:
             report = cleanup.run(self.context(actor, dry_run=dry_run or shadow), policy)
             if not dry_run:
                 self.problems.replace("cleanup", problems.of_outcomes((*report.failed, *report.kept)))
-                self.metrics.pruned(
+                self.metrics.count_prune(
                     "cleanup", report.pruned, report.kept, report.failed, report.candidates, shadow=shadow
                 )
                 self.last_cleanup = {
@@ -191,7 +191,7 @@ class Service:
             return report
         except AgentlabError as error:
             if not dry_run:
-                self.metrics.prune_stopped(error, by_rules=True)
+                self.metrics.count_stopped_prune(error, by_rules=True)
                 self.last_cleanup = {"result": error.code, "message": error.message}
             raise
         finally:
@@ -203,7 +203,7 @@ class Service:
         """Return the answer to GET /v1/status, from the records and from memory."""
         records = self.base.records
         under_way, interrupted = records.unfinished()
-        conditions = [one.public() for one in self.conditions.now()]
+        conditions = [condition.public() for condition in self.conditions.now()]
         statistics = self.base.client.statistics
         return {
             "version": __version__,
@@ -316,5 +316,5 @@ def read_token(path: str | None) -> str:
 def load(path: str | None, environment: Mapping[str, str]) -> tuple[Config, str | None]:
     """Return the configuration, and the file that it comes from (None without a file)."""
     config = core_config.load({"config_file": path}, environment)
-    found = path or environment.get("AGENTLAB_CONFIG") or core_config.CONFIG_FILE
-    return config, found if os.path.exists(found) else None
+    config_file = path or environment.get("AGENTLAB_CONFIG") or core_config.CONFIG_FILE
+    return config, config_file if os.path.exists(config_file) else None

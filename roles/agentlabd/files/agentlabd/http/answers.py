@@ -54,17 +54,17 @@ def of_error(error: AgentlabError) -> Answer:
     code = error.code
     if isinstance(error, CreationFailed):
         cause = error.detail.get("cause") or {}
-        found = status_of(str(cause.get("code") or code))
+        status = status_of(str(cause.get("code") or code))
     else:
         # A wrong option in the daemon's own configuration is not the client's fault.
-        found = 500 if error.detail.get("option") in core_config.ENVIRONMENT else status_of(code)
+        status = 500 if error.detail.get("option") in core_config.ENVIRONMENT else status_of(code)
     message = error.told(REMEDIES)
     if isinstance(error, NotFound) and "run_id" not in error.detail:
         message = "workspace not found" if "workspace" in error.detail else "sandbox not found"
     facts = {name: value for name, value in error.detail.items() if value is not None and name not in ("error", "code")}
     if isinstance(error, Kept):
         facts["reason"] = error.reason
-    return failed(found, message, code, **facts)
+    return failed(status, message, code, **facts)
 
 
 def of_failure(outcome: Outcome) -> Answer:

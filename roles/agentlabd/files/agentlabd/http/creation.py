@@ -146,13 +146,13 @@ def _check_limits(ctx: Context, body: Mapping[str, Any]) -> None:
     if config.api_templates is not None and template is not None and template not in config.api_templates:
         # The list may have the template's name and the request its VMID, or the reverse.
         names = {
-            str(found): str(row.get("name") or "") for found, row in ctx.cluster.vms().items() if row.get("template")
+            str(ident): str(row.get("name") or "") for ident, row in ctx.cluster.vms().items() if row.get("template")
         }
         allowed = {
-            found for found, name in names.items() if found in config.api_templates or name in config.api_templates
+            ident for ident, name in names.items() if ident in config.api_templates or name in config.api_templates
         }
-        asked = {found for found, name in names.items() if template in (found, name)}
-        if not asked or not asked <= allowed:
+        requested = {ident for ident, name in names.items() if template in (ident, name)}
+        if not requested or not requested <= allowed:
             raise InvalidInput(
                 f"template: {patterns.quoted(template)} is not for clients (api_templates). "
                 f"Valid: {', '.join(config.api_templates) or 'none, leave it out'}",
@@ -162,18 +162,18 @@ def _check_limits(ctx: Context, body: Mapping[str, Any]) -> None:
 
 def creation_options(body: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options of a creation by their own names."""
-    given = {name: value for name, value in body.items() if name != "dry_run"}
-    minutes = given.pop("ttl_minutes", None)
+    options = {name: value for name, value in body.items() if name != "dry_run"}
+    minutes = options.pop("ttl_minutes", None)
     if minutes is not None:
-        if "ttl" in given:
+        if "ttl" in options:
             raise InvalidInput("ttl_minutes: give ttl or ttl_minutes, not both", option="ttl_minutes")
-        given["ttl"] = minutes
-    by_id = given.pop("workspace_id", None)
+        options["ttl"] = minutes
+    by_id = options.pop("workspace_id", None)
     if by_id is not None:
-        if "workspace" in given:
+        if "workspace" in options:
             raise InvalidInput("workspace_id: give workspace or workspace_id, not both", option="workspace_id")
-        given["workspace"] = by_id
-    return given
+        options["workspace"] = by_id
+    return options
 
 
 def validate_plan(call: Call) -> Answer:
@@ -206,11 +206,11 @@ def validate_plan(call: Call) -> Answer:
 
 
 def list_profiles(call: Call) -> Answer:
-    found = profiles.load_all(call.service.config.profiles_dir)
+    by_name = profiles.load_all(call.service.config.profiles_dir)
     return Answer(
         {
             "profiles": [
-                upstream.describe_profile(profile.public(), profile.path) for _name, profile in sorted(found.items())
+                upstream.describe_profile(profile.public(), profile.path) for _name, profile in sorted(by_name.items())
             ]
         }
     )

@@ -14,14 +14,14 @@ def examine(call: Call) -> Answer:
     # Imported here because the doctor is large and seldom used.
     from agentlab_core.doctor import doctor
 
-    found = doctor.Doctor(call.service.config)
+    examiner = doctor.Doctor(call.service.config)
     try:
-        report = found.examine(doctor.Scope(template=call.query.get("template")))
-        made = (
-            doctor.bundle(found, report, hosts=call.query.get("bundle_hosts", False))
+        report = examiner.examine(doctor.Scope(template=call.query.get("template")))
+        bundle = (
+            doctor.bundle(examiner, report, hosts=call.query.get("bundle_hosts", False))
             if call.query.get("bundle")
             else None
         )
-        return Answer({**doctor.shown(found, report), "bundle": made})
+        return Answer({**doctor.shown(examiner, report), "bundle": bundle})
     finally:
-        found.close()
+        examiner.close()

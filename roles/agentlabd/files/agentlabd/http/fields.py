@@ -107,7 +107,7 @@ class Field:
         """Return the value. Raises InvalidInput with the key, the value and what is valid."""
         if self.split and isinstance(value, str):
             if len(value) > self.longest * self.most or not patterns.encodable(value):
-                raise self._refused(
+                raise self._invalid(
                     name,
                     value,
                     f"a text of {self.longest * self.most} characters at most that UTF-8 can hold, or a list of texts",
@@ -115,23 +115,23 @@ class Field:
             return self.split(name, value)
         if self.kind in ("integers", "strings"):
             if not isinstance(value, list) or len(value) > self.most:
-                raise self._refused(
+                raise self._invalid(
                     name,
                     value,
                     f"a list of {'whole numbers' if self.kind == 'integers' else 'texts'}, {self.most} at most",
                 )
-            items = [self._one(name, item) for item in value]
+            items = [self._check_value(name, item) for item in value]
             return self.split(name, items) if self.split else items
         if self.kind == "texts":
             if not isinstance(value, dict) or len(value) > self.most:
-                raise self._refused(name, value, f"an object of texts, {self.most} at most")
+                raise self._invalid(name, value, f"an object of texts, {self.most} at most")
             for key in value:
-                if not _fits(_VARIABLE, key):
-                    raise self._refused(name, key, "names of letters, digits and _, no digit first")
-            return {key: self._one(name, text) for key, text in value.items()}
-        return self._one(name, value)
+                if not _matches(_VARIABLE, key):
+                    raise self._invalid(name, key, "names of letters, digits and _, no digit first")
+            return {key: self._check_value(name, text) for key, text in value.items()}
+        return self._check_value(name, value)
 
-    def _one(self, name: str, value: Any) -> Any:
+    def _check_value(self, name: str, value: Any) -> Any:
         if self.kind in ("integer", "integers"):
             if isinstance(value, float) and value.is_integer():
                 value = int(value)
@@ -142,36 +142,36 @@ class Field:
             ):
                 upper = "" if self.high is None else f" to {self.high}"
                 quotes = ", without quotes" if isinstance(value, str) and value.strip().isdecimal() else ""
-                raise self._refused(name, value, f"a whole number from {self.low or 0}{upper}{quotes}")
+                raise self._invalid(name, value, f"a whole number from {self.low or 0}{upper}{quotes}")
         elif self.kind == "boolean":
             if not isinstance(value, bool):
-                raise self._refused(name, value, "true or false")
+                raise self._invalid(name, value, "true or false")
         elif self.kind in ("string", "strings", "texts"):
             if self.number and isinstance(value, int) and not isinstance(value, bool) and value >= 0:
                 value = str(value)
             if not isinstance(value, str):
                 or_number = "a whole number, or " if self.number else ""
-                raise self._refused(name, value, f"{or_number}a text in quotes, of {self.longest} characters at most")
+                raise self._invalid(name, value, f"{or_number}a text in quotes, of {self.longest} characters at most")
             if len(value) > self.longest:
-                raise self._refused(name, value, f"a text of {self.longest} characters at most")
+                raise self._invalid(name, value, f"a text of {self.longest} characters at most")
             if not patterns.encodable(value):
-                raise self._refused(name, value, "a text that UTF-8 can hold")
-            if self._pattern and not _fits(self._pattern, value):
-                raise self._refused(name, value, self.text if self.pattern else "a text in one line")
+                raise self._invalid(name, value, "a text that UTF-8 can hold")
+            if self._pattern and not _matches(self._pattern, value):
+                raise self._invalid(name, value, self.text if self.pattern else "a text in one line")
             if self.valid and value not in self.valid:
-                raise self._refused(name, value, ", ".join(self.valid))
-        elif isinstance(value, bool) or not isinstance(value, (int, float, str)) or not _fits(_LINE, str(value)):
-            raise self._refused(name, value, durations.VALID)
+                raise self._invalid(name, value, ", ".join(self.valid))
+        elif isinstance(value, bool) or not isinstance(value, (int, float, str)) or not _matches(_LINE, str(value)):
+            raise self._invalid(name, value, durations.VALID)
         return value
 
-    def _refused(self, name: str, value: Any, valid: str) -> InvalidInput:
+    def _invalid(self, name: str, value: Any, valid: str) -> InvalidInput:
         return InvalidInput(
             f"{name}: {'that value' if self.secret else patterns.quoted(value)} is not valid. Valid: {valid}",
             option=name,
         )
 
 
-def _fits(pattern: str, value: str) -> bool:
+def _matches(pattern: str, value: str) -> bool:
     """Return whether the value matches a pattern as JSON schema defines it.
 
     There "$" is the very end. In Python "$" also matches before a final newline.
@@ -183,18 +183,18 @@ def _fits(pattern: str, value: str) -> bool:
 _KEY = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,39}", re.ASCII)
 
 
-def _key(name: str) -> str:
+def _quote_key(name: str) -> str:
     return name if _KEY.fullmatch(name) else "that key"
 
 
 def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Return an object from its pairs. Raises for a repeated key, whose last value would silently win."""
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for name, value in pairs:
-        if name in found:
-            raise InvalidInput(f"{_key(name)}: is given twice. Give each key once", option=_key(name))
-        found[name] = value
-    return found
+        if name in values:
+            raise InvalidInput(f"{_quote_key(name)}: is given twice. Give each key once", option=_quote_key(name))
+        values[name] = value
+    return values
 
 
 def _refuse_unbounded(text: str) -> None:
@@ -237,55 +237,56 @@ def check_body(fields: Mapping[str, Field], body: Any) -> dict[str, Any]:
         raise InvalidInput("the body must be a JSON object")
     unknown = sorted(set(body) - set(fields))
     if unknown:
-        shown = _key(unknown[0])
+        shown = _quote_key(unknown[0])
         raise InvalidInput(
             f"{shown}: unknown key. Valid: {', '.join(fields) or 'none, leave the body out'}", option=shown
         )
-    found = {name: fields[name].check(name, value) for name, value in body.items() if value is not None}
-    for name, one in fields.items():
-        if one.required and name not in found:
-            raise InvalidInput(f"{name} is required: {one.text}", option=name)
-    return found
+    values = {name: fields[name].check(name, value) for name, value in body.items() if value is not None}
+    for name, field in fields.items():
+        if field.required and name not in values:
+            raise InvalidInput(f"{name} is required: {field.text}", option=name)
+    return values
 
 
 def check_query(fields: Mapping[str, Field], query: Sequence[tuple[str, str]]) -> dict[str, Any]:
     """Return the values of the query. A list is a repeated key, or one value with commas."""
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for name, text in query:
-        one = fields.get(name)
-        if one is None:
+        field = fields.get(name)
+        if field is None:
             raise InvalidInput(
-                f"{_key(name)}: unknown query parameter. Valid: {', '.join(fields) or 'none'}", option=_key(name)
+                f"{_quote_key(name)}: unknown query parameter. Valid: {', '.join(fields) or 'none'}",
+                option=_quote_key(name),
             )
-        if one.kind == "strings":
-            found.setdefault(name, []).extend(text.split(","))
-        elif one.kind == "integer":
-            found[name] = int(text) if text.isascii() and text.isdecimal() and len(text) < 20 else text
-        elif one.kind == "boolean":
-            found[name] = {"true": True, "1": True, "false": False, "0": False}.get(text.lower(), text)
+        if field.kind == "strings":
+            values.setdefault(name, []).extend(text.split(","))
+        elif field.kind == "integer":
+            values[name] = int(text) if text.isascii() and text.isdecimal() and len(text) < 20 else text
+        elif field.kind == "boolean":
+            values[name] = {"true": True, "1": True, "false": False, "0": False}.get(text.lower(), text)
         else:
-            found[name] = text
-    for name, one in fields.items():
-        if one.required and name not in found:
-            raise InvalidInput(f"{name} is required: {one.text}", option=name)
-    return {name: fields[name].check(name, value) for name, value in found.items()}
+            values[name] = text
+    for name, field in fields.items():
+        if field.required and name not in values:
+            raise InvalidInput(f"{name} is required: {field.text}", option=name)
+    return {name: fields[name].check(name, value) for name, value in values.items()}
 
 
 def object_schema(fields: Mapping[str, Field]) -> dict[str, Any]:
     """Return a body as JSON schema. An optional key may also be null."""
     properties = {}
-    for name, one in fields.items():
-        schema = one.schema()
+    for name, field in fields.items():
+        schema = field.schema()
         properties[name] = (
             schema
-            if one.required
+            if field.required
             else {
                 "anyOf": [{k: v for k, v in schema.items() if k != "description"}, {"type": "null"}],
-                "description": one.text,
+                "description": field.text,
             }
         )
-    found: dict[str, Any] = {"type": "object", "properties": properties, "additionalProperties": False}
-    required = [name for name, one in fields.items() if one.required]
+    body_schema: dict[str, Any] = {"type": "object", "properties": properties, "additionalProperties": False}
+    required = [name for name, field in fields.items() if field.required]
     if required:
-        found["required"] = required
-    return found
+        body_schema["required"] = required
+    return body_schema

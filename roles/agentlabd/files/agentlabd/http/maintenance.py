@@ -18,7 +18,7 @@ from .route import Call
 def prune_sandboxes(call: Call) -> Answer:
     dry_run = call.body.get("dry_run", False)
     older = call.body.get("older_than")
-    which = prune.Selection(
+    selection = prune.Selection(
         states=call.body.get("states") or (states.TIMEOUT,),
         older_than=None if older is None else durations.parse(older, "older_than", zero=True),
         tags=call.body.get("tags", ()),
@@ -26,13 +26,13 @@ def prune_sandboxes(call: Call) -> Answer:
     )
     metrics = call.service.metrics
     try:
-        report = prune.run(call.context(dry_run), which)
+        report = prune.run(call.context(dry_run), selection)
     except AgentlabError as error:
         if not dry_run and not isinstance(error, InvalidInput):
-            metrics.prune_stopped(error)
+            metrics.count_stopped_prune(error)
         raise
     if not dry_run:
-        metrics.pruned("prune", report.pruned, report.kept, report.failed, report.count + len(report.failed))
+        metrics.count_prune("prune", report.pruned, report.kept, report.failed, report.count + len(report.failed))
     body = {
         "count": report.count,
         "dry_run": dry_run,
@@ -53,11 +53,11 @@ def reconcile_sandboxes(call: Call) -> Answer:
         raise InvalidInput("adopt_cluster: has an effect together with apply only", option="adopt_cluster")
     ctx = call.context(dry_run=not apply)
     checked = len(ctx.records.find_all())
-    found = reconcile.run(ctx, apply=apply, adopt_cluster=adopt)
+    drifts = reconcile.run(ctx, apply=apply, adopt_cluster=adopt)
     if apply:
-        call.service.note_reconciled(found)
+        call.service.note_reconciled(drifts)
         call.service.lease_changed()
-    return Answer(upstream.describe_drift(found, checked, applied=apply))
+    return Answer(upstream.describe_drift(drifts, checked, applied=apply))
 
 
 def run_cleanup(call: Call) -> Answer:

@@ -409,16 +409,16 @@ def _operation(route: Route) -> dict[str, Any]:
         parameters.append(
             {"name": name, "in": "query", "required": field.required, "description": field.text, "schema": schema}
         )
-    found: dict[str, Any] = {"operationId": route.name, "summary": route.summary, "parameters": parameters}
+    operation: dict[str, Any] = {"operationId": route.name, "summary": route.summary, "parameters": parameters}
     if route.body is not None:
-        found["requestBody"] = {
+        operation["requestBody"] = {
             # A body is needed too where one of several fields is: no single one is required then.
             "required": any(field.required for field in route.body.values())
             or bool({"anyOf", "oneOf"} & route.together.keys()),
             "content": {"application/json": {"schema": {**object_schema(route.body), **route.together}}},
         }
     if route.receives_file:
-        found["requestBody"] = {"required": True, "content": _FILE_CONTENT}
+        operation["requestBody"] = {"required": True, "content": _FILE_CONTENT}
     errors = [400]
     if "{" in route.path or route.name == "destroy_sandboxes":
         errors.append(404)
@@ -429,15 +429,17 @@ def _operation(route: Route) -> dict[str, Any]:
     elif route.inside:
         errors += [409, 502, 504]
     errors.append(503)
-    found["responses"] = {str(status): _response(_says(status), schema) for status, schema in route.answers.items()}
+    operation["responses"] = {
+        str(status): _response(_describe_status(status), schema) for status, schema in route.answers.items()
+    }
     if route.sends_file:
-        found["responses"]["200"] = {"description": _says(200), "content": _FILE_CONTENT}
-    found["responses"].update({str(status): _response(_WHY[status], "Error") for status in errors})
-    found["responses"]["default"] = _response("Any other error", "Error")
-    return found
+        operation["responses"]["200"] = {"description": _describe_status(200), "content": _FILE_CONTENT}
+    operation["responses"].update({str(status): _response(_WHY[status], "Error") for status in errors})
+    operation["responses"]["default"] = _response("Any other error", "Error")
+    return operation
 
 
-def _says(status: int) -> str:
+def _describe_status(status: int) -> str:
     return {
         200: "Done",
         201: "Created",

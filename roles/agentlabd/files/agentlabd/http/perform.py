@@ -34,11 +34,11 @@ def perform(route: Route, call: Call) -> Answer:
     try:
         answer = route.handler(call)
         if counted_here:
-            metrics.done(counted_here, answer.outcomes)
+            metrics.count_outcomes(counted_here, answer.outcomes)
     except AgentlabError as error:
         answer = answers.of_error(error)
         if counted_here:
-            metrics.refused(counted_here, error)
+            metrics.count_refusal(counted_here, error)
         elif route.name == "renew_lease" and answer.status == 409:
             metrics.leases.labels("refused").inc()
     except Exception as error:
@@ -51,7 +51,7 @@ def perform(route: Route, call: Call) -> Answer:
             message = f"internal error: {type(error).__name__}; the daemon's log says more. Please report this"
             answer = answers.failed(500, message, "internal")
         if route.operation:
-            metrics.broke(route.operation)
+            metrics.count_internal_error(route.operation)
     seconds = time.monotonic() - began
     if route.operation and answer.status not in (400, 404):
         metrics.durations.labels(route.operation).observe(seconds)
@@ -75,7 +75,7 @@ def _log_change(route: Route, call: Call, answer: Answer, seconds: float) -> Non
         if len(answer.outcomes) > len(shown):
             result += f" and {len(answer.outcomes) - len(shown)} more"
     level = logging.WARNING if answer.status >= 500 else logging.INFO
-    request = " ".join([call.described(route), *options])
+    request = " ".join([call.describe(route), *options])
     line = ("%s by %s: %s (%s, %.1f s)", request, call.actor, result, answer.status, seconds)
     if any(outcome.changed for outcome in answer.outcomes) or (answer.status < 400 and not answer.outcomes):
         log.log(level, *line)

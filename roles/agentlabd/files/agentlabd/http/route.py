@@ -33,10 +33,10 @@ class Call:
     # The uploaded file, positioned at its beginning.
     upload: BinaryIO | None = None
 
-    def described(self, route: Route) -> str:
+    def describe(self, route: Route) -> str:
         """Return the request in words for the log."""
-        which = [self.vmid, self.ident or None, *self.body.get("vmids", ())[:20]]
-        return " ".join([route.name, *(str(one) for one in which if one is not None)])
+        targets = [self.vmid, self.ident or None, *self.body.get("vmids", ())[:20]]
+        return " ".join([route.name, *(str(target) for target in targets if target is not None)])
 
     def context(self, dry_run: bool = False) -> Context:
         return self.service.context(self.actor, dry_run=dry_run)

@@ -23,13 +23,13 @@ from .route import Call
 
 
 def list_sandboxes(call: Call) -> Answer:
-    which = info.Filter(
+    selection = info.Filter(
         states=call.query.get("state"),
         profile=call.query.get("profile"),
         tags=call.query.get("tag", ()),
         include_destroyed=call.query.get("include_destroyed", False),
     )
-    shown = info.show(call.context(), which, owner=call.query.get("owner", False))
+    shown = info.show(call.context(), selection, owner=call.query.get("owner", False))
     return Answer({"sandboxes": shown["sandboxes"]})
 
 
@@ -45,11 +45,11 @@ def list_events(call: Call) -> Answer:
     ctx = call.context()
     ctx.select(call.vmid)
     after = call.query.get("after", 0)
-    found = history.events(
+    events = history.events(
         ctx.database, vmid=call.vmid, after=after, tail=call.query.get("tail"), limit=call.query.get("limit", 1000)
     )
     return Answer(
-        {"events": [upstream.describe_event(row) for row in found], "last_id": found[-1]["id"] if found else after}
+        {"events": [upstream.describe_event(row) for row in events], "last_id": events[-1]["id"] if events else after}
     )
 
 
@@ -72,8 +72,8 @@ def destroy_sandbox(call: Call) -> Answer:
 def destroy_sandboxes(call: Call) -> Answer:
     ctx = call.context()
     # Look up all ids before anything is done.
-    found: list[Sandbox] = [ctx.select(vmid) for vmid in dict.fromkeys(call.body["vmids"])]
-    return of_items(destroy.several(ctx, found, call.body.get("force", False)))
+    sandboxes: list[Sandbox] = [ctx.select(vmid) for vmid in dict.fromkeys(call.body["vmids"])]
+    return of_items(destroy.several(ctx, sandboxes, call.body.get("force", False)))
 
 
 def change_power(operation: str) -> Callable[[Call], Answer]:
@@ -197,7 +197,7 @@ def renew_lease(call: Call) -> Answer:
         ctx, ctx.select(call.vmid), ttl, min_remaining=shortest, allow_shorten=call.body.get("allow_shorten", False)
     )
     call.service.lease_changed()
-    call.service.metrics.renewed(outcome)
+    call.service.metrics.count_renewal(outcome)
     return Answer(
         {
             "vmid": outcome.vmid,

@@ -144,7 +144,7 @@ class Api:
         async def check_access(request: web.Request, handler: Handler) -> web.StreamResponse:
             try:
                 token = self.service.token if option == "listen" else None
-                if option == "listen" and not (token and _authorised(request, token)):
+                if option == "listen" and not (token and _is_authorised(request, token)):
                     refused = answers.failed(401, "a valid bearer token is required", "unauthorised")
                     refused.headers["WWW-Authenticate"] = "Bearer"
                     return _response(refused)
@@ -301,7 +301,7 @@ class Api:
             if service.stopping.is_set() and not route.quick:
                 # The client was still sending the request when the stop began.
                 return _stopping()
-            begun = service.begin(self._pool(route), work, call.described(route))
+            begun = service.begin(self._pool(route), work, call.describe(route))
             try:
                 # Work that was started goes on even if the client goes away.
                 performed, raw = await asyncio.shield(begun)
@@ -392,7 +392,7 @@ class Api:
             )
         try:
             text = await asyncio.get_running_loop().run_in_executor(
-                self.service.records_pool, self.service.metrics.text
+                self.service.records_pool, self.service.metrics.render
             )
         except AgentlabError as error:
             seldom(30, "metrics", "metrics: %s", error.message)
@@ -507,10 +507,10 @@ def _loop_failed(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> No
         loop.default_exception_handler(context)
 
 
-def _authorised(request: web.Request, token: str) -> bool:
-    scheme, _blank, given = request.headers.get("Authorization", "").partition(" ")
+def _is_authorised(request: web.Request, token: str) -> bool:
+    scheme, _blank, credential = request.headers.get("Authorization", "").partition(" ")
     return scheme.lower() == "bearer" and hmac.compare_digest(
-        given.strip().encode("utf-8", "surrogateescape"), token.encode()
+        credential.strip().encode("utf-8", "surrogateescape"), token.encode()
     )
 
 

@@ -20,18 +20,18 @@ from .creation import creation_options
 from .route import Call
 
 
-def _of_workspace(done: workspace.Done) -> Answer:
-    shown = upstream.describe_workspace(done.workspace.public()) if done.workspace else {}
+def _of_workspace(result: workspace.Done) -> Answer:
+    shown = upstream.describe_workspace(result.workspace.public()) if result.workspace else {}
     return Answer(
-        {**shown, "outcome": done.outcome, "changed": done.changed}, 201 if done.outcome == "created" else 200
+        {**shown, "outcome": result.outcome, "changed": result.changed}, 201 if result.outcome == "created" else 200
     )
 
 
 def list_workspaces(call: Call) -> Answer:
-    found = workspace.show(
+    answer = workspace.show(
         call.context(), states=call.query.get("state"), include_deleted=call.query.get("include_deleted", False)
     )
-    return Answer({"workspaces": [upstream.describe_workspace(shown) for shown in found["workspaces"]]})
+    return Answer({"workspaces": [upstream.describe_workspace(row) for row in answer["workspaces"]]})
 
 
 def show_workspace(call: Call) -> Answer:
@@ -39,15 +39,15 @@ def show_workspace(call: Call) -> Answer:
 
 
 def create_workspace(call: Call) -> Answer:
-    given = call.body
-    size = given.get("size")
-    if given.get("size_gb") is not None:
+    options = call.body
+    size = options.get("size")
+    if options.get("size_gb") is not None:
         if size is not None:
             raise InvalidInput("size_gb: give size or size_gb, not both", option="size_gb")
-        size = f"{given['size_gb']}G"
+        size = f"{options['size_gb']}G"
     return _of_workspace(
         workspace.present(
-            call.context(), given["name"], size=size, storage=given.get("storage"), node=given.get("node")
+            call.context(), options["name"], size=size, storage=options.get("storage"), node=options.get("node")
         )
     )
 
@@ -56,9 +56,9 @@ def rebind_workspace(call: Call) -> Answer:
     """Move a workspace into a new sandbox. The old one is stopped first, so that nothing is written during the move."""
     ctx = call.context()
     disk = workspace_disk.select(ctx, call.ident)
-    given: dict[str, Any] = {name: call.body[name] for name in ("profile", "ttl_minutes") if name in call.body}
+    options: dict[str, Any] = {name: call.body[name] for name in ("profile", "ttl_minutes") if name in call.body}
     # Check the new sandbox's options before the old one loses its disk.
-    spec = wanted.spec(ctx, creation_options({**given, "workspace_id": disk.id}))
+    spec = wanted.spec(ctx, creation_options({**options, "workspace_id": disk.id}))
     old = ctx.records.get(disk.sandbox_uuid) if disk.sandbox_uuid else None
     if old is not None and old.live:
         if not call.body.get("keep_old", False):
