@@ -9,16 +9,14 @@ from __future__ import annotations
 import contextlib
 import getpass
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from support.daemon import Daemon, UnixConnection, ask, free_port
+from support.daemon import Daemon, Make, UnixConnection, ask, free_port
 from support.lab import Lab
 
-Make = Callable[..., Daemon]
 ACTOR = f"{getpass.getuser()} (uid {os.getuid()}) via API"
 
 

@@ -19,15 +19,14 @@ import socket
 import sqlite3
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from support.daemon import Daemon, ask, free_port
+from support.daemon import Daemon, Make, ask, free_port
 from support.lab import Lab
 
-Make = Callable[..., Daemon]
 HALF = b"POST /v1/sandboxes HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 
 

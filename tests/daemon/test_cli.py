@@ -16,16 +16,14 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from support.cli import PYTHON, ROOT, agentlab, environment, on_terminal, start
-from support.daemon import PYTHONPATH, Daemon
+from support.daemon import PYTHONPATH, Make
 from support.lab import Lab
 
-Make = Callable[..., Daemon]
 WHEN = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ"
 
 

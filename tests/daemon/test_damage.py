@@ -11,15 +11,12 @@ from __future__ import annotations
 import contextlib
 import re
 import sqlite3
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from support.daemon import Daemon
+from support.daemon import Make
 from support.lab import Lab
-
-Make = Callable[..., Daemon]
 
 
 def execute(lab: Lab, sql: str) -> None:

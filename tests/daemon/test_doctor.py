@@ -11,16 +11,14 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from support.cli import agentlab
-from support.daemon import Daemon
+from support.daemon import Make
 from support.double import TOKEN_ID, TOKEN_SECRET
 from support.lab import Lab
 
-Make = Callable[..., Daemon]
 CHECKS = [
     "versions",
     "configuration",

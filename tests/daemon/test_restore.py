@@ -14,19 +14,17 @@ import re
 import sqlite3
 import subprocess
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from support.cli import agentlab
-from support.daemon import Daemon, free_port
+from support.daemon import Daemon, Make, free_port
 from support.engines import require_postgresql, server
 from support.lab import Lab
 from support.postgres import find_programs
 
-Make = Callable[..., Daemon]
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 

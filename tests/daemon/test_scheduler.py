@@ -20,10 +20,9 @@ from typing import Any
 
 import pytest
 
-from support.daemon import Daemon, free_port
+from support.daemon import Daemon, Make, free_port
 from support.lab import Lab
 
-Make = Callable[..., Daemon]
 DESTROY_TIMEOUTS = "{name: timeouts, match: {states: [TIMEOUT]}, after: 0s, action: destroy}"
 LAST_CLEANUP = "cleanup_last_run"
 

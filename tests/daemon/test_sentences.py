@@ -29,12 +29,11 @@ from ansible_collections.agentlab.proxmox.plugins.module_utils._core.proxmox imp
 
 from support.canned import Canned
 from support.cli import agentlab
-from support.daemon import Daemon, free_port
+from support.daemon import Make, free_port
 from support.double import TOKEN_ID
 from support.lab import Lab
 from support.play import Run, play
 
-Make = Callable[..., Daemon]
 CAUSE = "kvm: -drive file=/dev/pve/vm-1-disk-0: Could not open '/dev/pve/vm-1-disk-0': No such file or directory"
 DESTROY = ("sandbox", "destroy", "--force")
 

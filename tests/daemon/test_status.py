@@ -12,17 +12,14 @@ import os
 import re
 import sqlite3
 import time
-from collections.abc import Callable
 from typing import Any
 
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store import holders
 
 from support.cli import agentlab
-from support.daemon import Daemon, free_port, in_daemon
+from support.daemon import Daemon, Make, free_port, in_daemon
 from support.double import TOKEN_SECRET
 from support.lab import Lab
-
-Make = Callable[..., Daemon]
 
 
 def condition(one: Daemon, part: str, timeout: float = 30) -> Any:

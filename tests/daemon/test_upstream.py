@@ -11,15 +11,12 @@ missing is 0 or "" to it. So a field that a command shows must be there: ``read`
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from support.daemon import Daemon
+from support.daemon import Daemon, Make
 from support.lab import Lab
-
-Make = Callable[..., Daemon]
 
 SANDBOX = {
     "vmid": int,

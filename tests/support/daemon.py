@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,6 +40,13 @@ CONFIG = {
     "api_timeout": 10,
     "stop_timeout": "10s",
 }
+
+
+# Rules of a cleanup file: TIMEOUT for an hour, then destroyed.
+CLEANUP_RULES = (
+    "auto_cleanup:\n  interval: 1h\n  rules:\n"
+    "    - {name: timeouts, match: {states: [TIMEOUT]}, after: 1h, action: destroy}\n"
+)
 
 
 def in_daemon(code: str) -> Any:
@@ -249,6 +256,10 @@ class Daemon:
         answer = self.request(method, path, body)
         assert answer.status == status, (answer.status, answer.body)
         return answer.body
+
+
+# The type of the fixture ``daemon``: a call makes one daemon.
+Make = Callable[..., Daemon]
 
 
 @contextlib.contextmanager
