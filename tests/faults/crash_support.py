@@ -31,6 +31,50 @@ from support.engines import new_address
 
 BYSTANDER = 1000
 
+# What may be broken: a request's method, the end of its path, and how.
+REQUEST_FAULTS = [
+    ("GET", "/config", "cut-before"),
+    ("GET", "/config", "truncate"),
+    ("GET", "/cluster/resources", "cut-before"),
+    ("GET", "/ha/status/current", "truncate"),
+    ("GET", "/cluster/nextid", "cut-before"),
+    ("GET", "/status", "cut-after"),
+    ("GET", "/tasks", "truncate"),
+    ("POST", "/clone", "cut-before"),
+    ("POST", "/clone", "cut-after"),
+    ("POST", "/clone", "truncate"),
+    ("POST", "/status/start", "cut-after"),
+    ("POST", "/status/stop", "cut-before"),
+    ("POST", "/status/stop", "cut-after"),
+    ("POST", "/status/shutdown", "cut-after"),
+    ("PUT", "/config", "cut-before"),
+    ("PUT", "/config", "cut-after"),
+    ("DELETE", r"/qemu/\d+", "cut-before"),
+    ("DELETE", r"/qemu/\d+", "cut-after"),
+    ("DELETE", r"/qemu/\d+", "truncate"),
+    ("GET", "/config", 500),
+    ("GET", "/config", 403),
+    ("GET", "/cluster/resources", 500),
+    ("GET", "/cluster/nextid", 500),
+    ("GET", "/status", 596),
+    ("POST", "/clone", 500),
+    ("POST", "/clone", 596),
+    ("POST", "/clone", 595),
+    ("PUT", "/config", 500),
+    ("DELETE", r"/qemu/\d+", 596),
+    ("POST", "/status/start", 500),
+    ("POST", "/status/stop", 596),
+]
+# How a task may end badly: its type and its exit status.
+TASK_FAULTS = [
+    ("qmclone", "clone failed: no space left"),
+    ("qmstart", "start failed: QEMU exited with code 1"),
+    ("qmdestroy", "storage is not online"),
+    ("qmstop", "VM quit/powerdown failed - got timeout"),
+    ("qmdestroy", "unexpected status"),
+    ("qmstart", "unexpected status"),
+]
+
 CONFIG = """\
 template: debian-13
 shutdown_timeout: 5s
