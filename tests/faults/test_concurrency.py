@@ -36,7 +36,6 @@ SEED = int(os.environ.get("AGENTLAB_TEST_SEED") or 0)
 PROCESSES = 7
 SECONDS = 10
 
-
 # Nobody may wait longer: claim_timeout, doubt_window and wait_timeout of the test's configuration, and some requests.
 BOUND = 60
 
