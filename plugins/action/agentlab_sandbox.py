@@ -110,14 +110,14 @@ class _Here:
         raise _Ended(json.loads(json.dumps(remove_values(answer, self.no_log_values))))
 
 
-def _stop(_signal: int, _frame: Any) -> NoReturn:
+def _interrupt(_signal: int, _frame: Any) -> NoReturn:
     """Raise KeyboardInterrupt when Ansible is told to stop, and start an alarm.
 
     Ansible passes the signal on more than once. The exception releases what the module holds. If that takes too long,
     the alarm ends this process, and the journal shows what was left.
     """
-    for one in _STOPS:
-        signal.signal(one, signal.SIG_IGN)
+    for number in _STOPS:
+        signal.signal(number, signal.SIG_IGN)
     signal.alarm(_SECONDS_TO_STOP)
     raise KeyboardInterrupt
 
@@ -129,8 +129,8 @@ def _as_shipped(folder: str) -> Iterator[None]:
     Set the working directory, turn SIGINT and SIGTERM into an exception, and silence warnings of libraries, which
     Ansible would report as stray output.
     """
-    before = {one: signal.signal(one, _stop) for one in _STOPS}
-    came_from = os.getcwd()
+    handlers = {number: signal.signal(number, _interrupt) for number in _STOPS}
+    previous_folder = os.getcwd()
     try:
         os.chdir(folder)
         with warnings.catch_warnings():
@@ -139,10 +139,10 @@ def _as_shipped(folder: str) -> Iterator[None]:
     finally:
         # This user may not be allowed to enter the folder in which Ansible was started. That must not spoil the answer.
         with contextlib.suppress(OSError):
-            os.chdir(came_from)
+            os.chdir(previous_folder)
         signal.alarm(0)
-        for one, handler in before.items():
-            signal.signal(one, handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 class ActionModule(ShippedModule):
@@ -179,14 +179,14 @@ class ActionModule(ShippedModule):
             return answer
         result: dict[str, Any] = ActionBase.run(self, tmp, variables)
         # Another collection may redirect its own name to our module.
-        found = self._shared_loader_obj.module_loader.find_plugin_with_context(
+        resolved = self._shared_loader_obj.module_loader.find_plugin_with_context(
             self._task.action, collection_list=self._task.collections
         )
-        name = found.resolved_fqcn.rpartition(".")[2]
+        name = resolved.resolved_fqcn.rpartition(".")[2]
         display.vvv(f"Running {name} in place, see agentlab_in_place")
         try:
             with _as_shipped(self._loader.get_basedir()):
-                importlib.import_module(f"{_MODULES}.{name}").main(lambda **given: _Here(self, variables, **given))
+                importlib.import_module(f"{_MODULES}.{name}").main(lambda **options: _Here(self, variables, **options))
         except _Ended as ended:
             result.update(ended.answer)
         except KeyboardInterrupt:
@@ -207,9 +207,9 @@ class ActionModule(ShippedModule):
             return False
         if task.delegate_to:
             task_vars = task_vars.get("ansible_delegated_vars", {}).get(task.delegate_to, {})
-        wanted = self._templar.template(task_vars.get("agentlab_in_place"))
+        setting = self._templar.template(task_vars.get("agentlab_in_place"))
         try:
-            if wanted is not None and not boolean(wanted):
+            if setting is not None and not boolean(setting):
                 return False
         except TypeError as error:
             raise AnsibleActionFail(f"agentlab_in_place: {error}") from None

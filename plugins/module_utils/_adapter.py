@@ -71,43 +71,42 @@ def run(
     argument_spec: dict[str, Any],
     work: Callable[[AnsibleModule, Any], dict[str, Any]],
     *,
-    make: Callable[[AnsibleModule, core_config.Config], Any] = _context,
-    front: Any = AnsibleModule,
+    build_context: Callable[[AnsibleModule, core_config.Config], Any] = _context,
+    module_class: Any = AnsibleModule,
     **kwargs: Any,
 ) -> None:
-    """Run a module: make what it works on (a Context) from options, environment and file, call ``work``, answer.
+    """Run a module: build its Context from options, environment and file, call ``work``, and answer.
 
-    Never shows a trace for what we know.
-
-    ``front`` stands for Ansible: AnsibleModule in a module that was shipped, something of the same kind in one that
-    runs in place (plugins/action).
+    A known error is answered without a stack trace. ``build_context`` makes the object that ``work`` gets; the doctor
+    needs another one than a Context. ``module_class`` is AnsibleModule in a shipped module, and a class with the same
+    interface in a module that runs in place (plugins/action).
     """
-    module = front(argument_spec={**COMMON_ARGS, **argument_spec}, supports_check_mode=True, **kwargs)
+    module = module_class(argument_spec={**COMMON_ARGS, **argument_spec}, supports_check_mode=True, **kwargs)
     context: Any = None
     failure: dict[str, Any] = {}
     result: dict[str, Any] = {}
     module.no_log_values.update(database_address.find_passwords(str(module.params.get("database") or "")))
     try:
-        found = core_config.load(module.params, os.environ)
+        config = core_config.load(module.params, os.environ)
         # Secrets that came from the file or the environment are as secret as those given as options.
         module.no_log_values.update(
             value
-            for value in (found.proxmox.api_password, found.proxmox.api_token_secret, found.database_password)
+            for value in (config.proxmox.api_password, config.proxmox.api_token_secret, config.database_password)
             if value
         )
-        context = make(module, found)
+        context = build_context(module, config)
         result = work(module, context)
     except AgentlabError as error:
         failure = {"msg": error.told(REMEDIES), "error": error.as_dict(REMEDIES), "changed": False, **_extra(error)}
     except Exception as error:  # the outermost edge: what we did not foresee is told without a trace
-        known = host_error(error)
+        host_failure = host_error(error)
         kind = type(error).__name__
         text = (
             f"internal error: {kind}: {error}; nothing more was done. Please report this with the steps that led to it"
         )
         failure = {
-            "msg": known.message if known else text,
-            "error": known.as_dict() if known else {"code": "internal", "type": kind},
+            "msg": host_failure.message if host_failure else text,
+            "error": host_failure.as_dict() if host_failure else {"code": "internal", "type": kind},
             "changed": False,
         }
     finally:
@@ -258,21 +257,21 @@ def difference(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     """What changed, by VMID; nothing that did not."""
     before: dict[str, Any] = {}
     after: dict[str, Any] = {}
-    for one in outcomes:
-        if not one.changed:
+    for outcome in outcomes:
+        if not outcome.changed:
             continue
-        key = f"sandbox {one.vmid}"
-        old: dict[str, Any] = {"state": one.previous_state}
-        new: dict[str, Any] = {"state": one.state}
-        for name, value in (one.extra.get("after") or {}).items():
-            old[name], new[name] = (one.extra.get("before") or {}).get(name), value
-        if "lease_expires_at" in one.extra:
-            new["lease_expires_at"] = one.extra["lease_expires_at"]
-            old["lease_expires_at"] = one.extra.get("was")
+        key = f"sandbox {outcome.vmid}"
+        old: dict[str, Any] = {"state": outcome.previous_state}
+        new: dict[str, Any] = {"state": outcome.state}
+        for name, value in (outcome.extra.get("after") or {}).items():
+            old[name], new[name] = (outcome.extra.get("before") or {}).get(name), value
+        if "lease_expires_at" in outcome.extra:
+            new["lease_expires_at"] = outcome.extra["lease_expires_at"]
+            old["lease_expires_at"] = outcome.extra.get("was")
         before[key], after[key] = old, new
     return {"before": before, "after": after}
 
 
-def public(found: Sequence[Sandbox]) -> list[dict[str, Any]]:
+def public(sandboxes: Sequence[Sandbox]) -> list[dict[str, Any]]:
     """Sandboxes in the shape of every answer."""
-    return [one.public() for one in found]
+    return [sandbox.public() for sandbox in sandboxes]

@@ -202,19 +202,19 @@ class SetUp(ProjectPlanner):
         differs = any(present.get(key) != merged.get(key) for key in plain) or any(
             key not in present for key in merged if key in secrets
         )
-        given = [key for key in inputs if key in secrets and key in present]
-        if differs or (self.wanted.update_secrets and given):
+        kept_secrets = [key for key in inputs if key in secrets and key in present]
+        if differs or (self.wanted.update_secrets and kept_secrets):
             body["inputs"] = merged
             shown = {"inputs": {key: ENCRYPTED if key in secrets else value for key, value in merged.items()}}
         else:
             body["inputs"] = present
-            if given:
+            if kept_secrets:
                 self.plan.notes.append(
                     f"credential {name}: AWX does not show its secret, so it cannot be compared and stays as it is; "
                     "to write the one that you gave, set awx_update_secrets to true"
                 )
         number = int(row["id"])
-        if self.wanted.update_secrets and given and not differs:
+        if self.wanted.update_secrets and kept_secrets and not differs:
             # The fields that can be seen are alike; the secret is written all the same.
             self.add(
                 "changed",

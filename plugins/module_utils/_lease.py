@@ -21,9 +21,9 @@ def run(module: AnsibleModule, context: Context) -> dict[str, Any]:
     params = module.params
     ttl = context.config.parse_ttl(params["ttl"])
     min_remaining = lease.check_min_remaining(params["min_remaining"])
-    found = [context.select(**which) for which in _adapter.ids(module)]
+    sandboxes = [context.select(**which) for which in _adapter.ids(module)]
 
-    def one(sandbox: Sandbox) -> Outcome:
+    def renew(sandbox: Sandbox) -> Outcome:
         try:
             return lease.renew(
                 context, sandbox, ttl, min_remaining=min_remaining, allow_shorten=params["allow_shorten"]
@@ -31,4 +31,6 @@ def run(module: AnsibleModule, context: Context) -> dict[str, Any]:
         except AgentlabError as error:
             return failure(sandbox, error)
 
-    return _adapter.answer([one(sandbox) for sandbox in found], single=params.get("vmids") is None, diff=module._diff)
+    return _adapter.answer(
+        [renew(sandbox) for sandbox in sandboxes], single=params.get("vmids") is None, diff=module._diff
+    )

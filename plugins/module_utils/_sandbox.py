@@ -25,34 +25,36 @@ def run(module: AnsibleModule, context: Context, creation: Sequence[str]) -> dic
     state = params["state"]
     if params["force"] and state not in ("absent", "stopped"):
         raise InvalidInput(f"force: only with state=absent or state=stopped, not with state={state}", option="force")
-    given = [name for name in creation if params.get(name) is not None]
-    given += [name for name in ("update", "allow_restart") if params.get(name)]
-    if state != "present" and given:
-        raise InvalidInput(f"{given[0]}: only with state=present, not with state={state}", option=given[0])
+    creation_options = [name for name in creation if params.get(name) is not None]
+    creation_options += [name for name in ("update", "allow_restart") if params.get(name)]
+    if state != "present" and creation_options:
+        raise InvalidInput(
+            f"{creation_options[0]}: only with state=present, not with state={state}", option=creation_options[0]
+        )
     if state != "present" and params.get("items") is not None:
         raise InvalidInput(f"items: only with state=present, not with state={state}", option="items")
-    wanted = _adapter.ids(module)
-    if not wanted and state != "present" and params.get("vmids") is None:
+    ids = _adapter.ids(module)
+    if not ids and state != "present" and params.get("vmids") is None:
         raise InvalidInput(f"vmid: state={state} needs vmid, vmids or name", option="vmid")
     if state == "present":
-        outcomes = _present(module, context, wanted)
+        outcomes = _create(module, context, ids)
     elif state == "absent":
-        outcomes = _absent(context, wanted, params["force"])
+        outcomes = _destroy(context, ids, params["force"])
     else:
-        outcomes = _power(context, wanted, state, params["force"], params["wait_for_ip"])
+        outcomes = _change_power(context, ids, state, params["force"], params["wait_for_ip"])
     return _adapter.answer(
         outcomes, single=params.get("vmids") is None and params.get("items") is None, diff=module._diff
     )
 
 
-def _outcome_of(work: Callable[[Sandbox], Outcome], sandbox: Sandbox) -> Outcome:
+def _catch_failure(work: Callable[[Sandbox], Outcome], sandbox: Sandbox) -> Outcome:
     try:
         return work(sandbox)
     except AgentlabError as error:
         return failure(sandbox, error)
 
 
-def _present(module: AnsibleModule, context: Context, which_ones: list[dict[str, Any]]) -> list[Outcome]:
+def _create(module: AnsibleModule, context: Context, ids: list[dict[str, Any]]) -> list[Outcome]:
     """Create, or bring to what is asked for, each of the sandboxes, several at once."""
     import dataclasses
 
@@ -60,16 +62,14 @@ def _present(module: AnsibleModule, context: Context, which_ones: list[dict[str,
 
     params = module.params
     if params.get("items") is not None:
-        return context.each(
-            lambda item: _outcome_of_item(context, *item), _check_items(context, params, params["items"])
-        )
+        return context.each(lambda item: _create_item(context, *item), _check_items(context, params, params["items"]))
     several = params.get("vmids") is not None
     spec = wanted.spec(context, {**params, "vmid": None, "name": None if several else params.get("name")})
     if not several:
-        which = (which_ones or [{}])[0]
-        return [_ensure(context, params, dataclasses.replace(spec, vmid=which.get("vmid")))]
+        ident = (ids or [{}])[0]
+        return [_ensure(context, params, dataclasses.replace(spec, vmid=ident.get("vmid")))]
     return context.each(
-        lambda which: _outcome_of_item(context, params, dataclasses.replace(spec, vmid=which.get("vmid"))), which_ones
+        lambda ident: _create_item(context, params, dataclasses.replace(spec, vmid=ident.get("vmid"))), ids
     )
 
 
@@ -83,10 +83,10 @@ def _check_items(
     checked: list[tuple[dict[str, Any], Spec]] = []
     seen: dict[tuple[str, object], int] = {}
     for number, item in enumerate(items):
-        own = {**common, **{name: value for name, value in item.items() if value is not None}}
+        options = {**common, **{name: value for name, value in item.items() if value is not None}}
         where = f"items[{number}]"
         try:
-            spec = wanted.spec(context, own)
+            spec = wanted.spec(context, options)
         except InvalidInput as error:
             raise InvalidInput(f"{where}: {error.message}", option="items", index=number) from None
         if spec.name is None and spec.vmid is None:
@@ -103,11 +103,11 @@ def _check_items(
                     index=number,
                 )
             seen[key] = number
-        checked.append((own, spec))
+        checked.append((options, spec))
     return checked
 
 
-def _outcome_of_item(context: Context, params: dict[str, Any], spec: Spec) -> Outcome:
+def _create_item(context: Context, params: dict[str, Any], spec: Spec) -> Outcome:
     """Return what became of one of several; a failure stops no other."""
     try:
         return _ensure(context, params, spec)
@@ -123,20 +123,20 @@ def _outcome_of_item(context: Context, params: dict[str, Any], spec: Spec) -> Ou
         )
 
 
-def _ensure(context: Context, params: dict[str, Any], asked: Spec) -> Outcome:
+def _ensure(context: Context, params: dict[str, Any], spec: Spec) -> Outcome:
     """Create one sandbox, or bring what is there to what is asked for."""
     from ._core import states
     from ._core.sandboxes import create
     from ._core.vm import address
 
-    asked.check()
-    sandbox = create.existing(context, asked)
+    spec.check()
+    sandbox = create.existing(context, spec)
     if sandbox is not None and sandbox.state == states.FAILED and params["protected"] is False:
         # Its creation failed, so it can only be removed; its protection, which bars that, has to be taken off first.
         amended = create.amend(context, sandbox, protected=False)
         if amended.changed:
             return amended
-    outcome = create.run(context, asked)
+    outcome = create.run(context, spec)
     if sandbox is not None and outcome.outcome in ("unchanged", "updated") and outcome.sandbox is not None:
         # Given as false they are to be switched off; left out they stay as they are.
         second = create.amend(context, outcome.sandbox, protected=params["protected"], keepalive=params["keepalive"])
@@ -149,36 +149,38 @@ def _ensure(context: Context, params: dict[str, Any], asked: Spec) -> Outcome:
     return outcome
 
 
-def _absent(context: Context, wanted: list[dict[str, Any]], force: bool) -> list[Outcome]:
+def _destroy(context: Context, ids: list[dict[str, Any]], force: bool) -> list[Outcome]:
     from ._core.sandboxes import destroy
 
-    found: list[Sandbox | Outcome] = []
-    for which in wanted:
+    selected: list[Sandbox | Outcome] = []
+    for ident in ids:
         try:
-            found.append(context.select(**which))
+            selected.append(context.select(**ident))
         except NotFound:
-            found.append(
+            selected.append(
                 Outcome(
                     "not_found",
-                    vmid=which.get("vmid"),
-                    name=which.get("name"),
+                    vmid=ident.get("vmid"),
+                    name=ident.get("name"),
                     reason="no record; a VM without one is never touched",
                 )
             )
-    done = iter(destroy.several(context, [one for one in found if isinstance(one, Sandbox)], force))
-    return [one if isinstance(one, Outcome) else next(done) for one in found]
+    destroyed = iter(destroy.several(context, [entry for entry in selected if isinstance(entry, Sandbox)], force))
+    return [entry if isinstance(entry, Outcome) else next(destroyed) for entry in selected]
 
 
-def _power(context: Context, wanted: list[dict[str, Any]], state: str, force: bool, wait_for_ip: bool) -> list[Outcome]:
+def _change_power(
+    context: Context, ids: list[dict[str, Any]], state: str, force: bool, wait_for_ip: bool
+) -> list[Outcome]:
     from ._core.vm import address, power
 
     operation = power.operation_for(state)
     # All ids are looked up before anything is done.
-    found = [context.select(**which) for which in wanted]
+    sandboxes = [context.select(**ident) for ident in ids]
 
     def work(sandbox: Sandbox) -> Outcome:
         outcome = power.run(context, sandbox, operation, force=force)
         # A guest that was started may have got another address.
         return address.with_address(context, outcome, started=True) if wait_for_ip and state == "started" else outcome
 
-    return context.each(lambda sandbox: _outcome_of(work, sandbox), found)
+    return context.each(lambda sandbox: _catch_failure(work, sandbox), sandboxes)

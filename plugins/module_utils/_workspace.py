@@ -34,39 +34,39 @@ def run(module: AnsibleModule, context: Context) -> dict[str, Any]:
             raise InvalidInput(
                 f"{option}: only with state={' or '.join(states)}, not with state={state}", option=option
             )
-    before = workspace.records(context).find(params["name"])
+    previous = workspace.records(context).find(params["name"])
     if state == "present":
-        done = workspace.present(
+        result = workspace.present(
             context, params["name"], size=params["size"], storage=params["storage"], node=params["node"]
         )
     elif state == "attached":
         if params["vmid"] is None and params["sandbox"] is None:
             raise InvalidInput("vmid: state=attached needs vmid or sandbox", option="vmid")
         ttl = None if params["ttl"] is None else context.config.parse_ttl(params["ttl"])
-        done = workspace.attached(
+        result = workspace.attached(
             context, params["name"], context.select(vmid=params["vmid"], name=params["sandbox"]), ttl
         )
     elif state == "detached":
-        done = workspace.detached(context, params["name"])
+        result = workspace.detached(context, params["name"])
     else:
-        done = workspace.absent(context, params["name"], force=params["force"])
-    found = done.workspace
-    result: dict[str, Any] = {
-        "changed": done.changed,
-        "outcome": done.outcome,
-        "workspace": found.public() if found else None,
+        result = workspace.absent(context, params["name"], force=params["force"])
+    disk = result.workspace
+    answer: dict[str, Any] = {
+        "changed": result.changed,
+        "outcome": result.outcome,
+        "workspace": disk.public() if disk else None,
     }
     if module._diff:
-        result["diff"] = {
-            "before": _seen(before) if done.changed else {},
-            "after": _seen(found) if done.changed else {},
+        answer["diff"] = {
+            "before": _describe(previous) if result.changed else {},
+            "after": _describe(disk) if result.changed else {},
         }
-    return result
+    return answer
 
 
-def _seen(found: Any) -> dict[str, Any]:
+def _describe(disk: Any) -> dict[str, Any]:
     return {
-        "state": found.state if found else None,
-        "size": found.size if found else None,
-        "vmid": found.vmid if found else None,
+        "state": disk.state if disk else None,
+        "size": disk.size if disk else None,
+        "vmid": disk.vmid if disk else None,
     }

@@ -321,22 +321,28 @@ def main():
     module = AnsibleModule(argument_spec=ARGUMENT_SPEC, supports_check_mode=True)
     params = module.params
     plan = _awx_plan.Plan()
-    done = 0
+    done_steps = 0
 
     def result():
         steps = [
-            {"kind": step.kind, "name": step.name, "action": step.action, "fields": step.fields, "done": number < done}
+            {
+                "kind": step.kind,
+                "name": step.name,
+                "action": step.action,
+                "fields": step.fields,
+                "done": number < done_steps,
+            }
             for number, step in enumerate(plan.steps)
         ]
         pending = module.check_mode
-        lines = [step.told(pending) for number, step in enumerate(plan.steps) if pending or number < done]
+        lines = [step.told(pending) for number, step in enumerate(plan.steps) if pending or number < done_steps]
         lines += [
             f"not made by this set-up, changed only with awx_adopt=true: {text}" for text in plan.foreign if pending
         ]
         before = {f"{step.kind} {step.name}": step.before for step in plan.steps if step.before or step.after}
         after = {f"{step.kind} {step.name}": step.after for step in plan.steps if step.before or step.after}
         answer = {
-            "changed": any(step.changes for number, step in enumerate(plan.steps) if pending or number < done),
+            "changed": any(step.changes for number, step in enumerate(plan.steps) if pending or number < done_steps),
             "steps": steps,
             "foreign": plan.foreign,
             "notes": plan.notes,
@@ -378,11 +384,11 @@ def main():
         if not module.check_mode:
             for step in plan.steps:
                 step.run()
-                done += 1
+                done_steps += 1
     except _awx_client.AwxError as error:
         after = (
-            f" (done before that: {done} of {len(plan.steps)} steps; they stay, and the next run goes on)"
-            if done
+            f" (done before that: {done_steps} of {len(plan.steps)} steps; they stay, and the next run goes on)"
+            if done_steps
             else ""
         )
         module.fail_json(msg=f"{error}{after}", **result())

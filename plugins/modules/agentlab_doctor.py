@@ -112,22 +112,22 @@ ARGUMENT_SPEC = {
 }
 
 
-def make(module, config):
+def build_context(module, config):
     from ansible_collections.agentlab.proxmox.plugins.module_utils._core.doctor import doctor
 
     return doctor.Doctor(config)
 
 
-def work(module, found):
+def work(module, examiner):
     from ansible_collections.agentlab.proxmox.plugins.module_utils._core.doctor import doctor
 
     params = module.params
-    report = found.examine(doctor.Scope(template=params["template"]))
+    report = examiner.examine(doctor.Scope(template=params["template"]))
     result = {"changed": bool(params["bundle"]), **report.public()}
     if params["bundle"]:
         result["bundle"] = params["bundle"]
         if not module.check_mode:
-            doctor.write_bundle(params["bundle"], doctor.bundle(found, report, hosts=params["bundle_hosts"]))
+            doctor.write_bundle(params["bundle"], doctor.bundle(examiner, report, hosts=params["bundle_hosts"]))
         if module._diff:
             result["diff"] = {"before": {}, "after": {"bundle": params["bundle"]}}
     bad = report.worse_than(params["fail_on"])
@@ -138,8 +138,8 @@ def work(module, found):
     return result
 
 
-def main(front=_adapter.AnsibleModule):
-    _adapter.run(ARGUMENT_SPEC, work, front=front, make=make)
+def main(module_class=_adapter.AnsibleModule):
+    _adapter.run(ARGUMENT_SPEC, work, module_class=module_class, build_context=build_context)
 
 
 if __name__ == "__main__":

@@ -244,11 +244,11 @@ def work(module, context):
     return _exec.run(module, context)
 
 
-def main(front=SecretModule):
+def main(module_class=SecretModule):
     _adapter.run(
         ARGUMENT_SPEC,
         work,
-        front=front,
+        module_class=module_class,
         mutually_exclusive=[("argv", "cmd")],
         required_one_of=[("vmid", "name")],
         required_if=[

@@ -80,11 +80,11 @@ def work(module, context):
     return _lease.run(module, context)
 
 
-def main(front=_adapter.AnsibleModule):
+def main(module_class=_adapter.AnsibleModule):
     _adapter.run(
         ARGUMENT_SPEC,
         work,
-        front=front,
+        module_class=module_class,
         mutually_exclusive=[_adapter.SELECT_EXCLUSIVE[0]],
         required_one_of=[_adapter.SELECT_EXCLUSIVE[0]],
     )

@@ -135,8 +135,8 @@ def work(module, context):
     return result
 
 
-def main(front=_adapter.AnsibleModule):
-    _adapter.run(ARGUMENT_SPEC, work, front=front)
+def main(module_class=_adapter.AnsibleModule):
+    _adapter.run(ARGUMENT_SPEC, work, module_class=module_class)
 
 
 if __name__ == "__main__":

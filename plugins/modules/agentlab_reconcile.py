@@ -89,21 +89,21 @@ def _release(module, context):
     from ansible_collections.agentlab.proxmox.plugins.module_utils._core.maintenance import cleanup
 
     # hold_leases also detects an older copy of the records, if no run has looked at them since the restore.
-    held = timeguard.hold_leases(context) or timeguard.frozen(context)
-    if held and not module.check_mode:
+    hold = timeguard.hold_leases(context) or timeguard.frozen(context)
+    if hold and not module.check_mode:
         cleanup.release(context)
-    return bool(held)
+    return bool(hold)
 
 
 def work(module, context):
     from ansible_collections.agentlab.proxmox.plugins.module_utils._core.maintenance import reconcile
 
     released = module.params["release_leases"] and _release(module, context)
-    found = reconcile.run(context, apply=not module.check_mode, adopt_cluster=module.params["adopt_cluster"])
-    drift = [one.public() for one in found]
-    changes = [one for one in found if (one.applied if not module.check_mode else one.would_change)]
+    drifts = reconcile.run(context, apply=not module.check_mode, adopt_cluster=module.params["adopt_cluster"])
+    drift = [entry.public() for entry in drifts]
+    changes = [entry for entry in drifts if (entry.applied if not module.check_mode else entry.would_change)]
     result = {"changed": bool(changes or released), "drift": drift, "count": len(drift)}
-    wrong = [one for one in found if one.error]
+    wrong = [entry for entry in drifts if entry.error]
     if wrong:
         result["failed"] = True
         result["msg"] = (
@@ -112,14 +112,14 @@ def work(module, context):
         )
     if module._diff:
         result["diff"] = {
-            "before": {f"sandbox {one.public()['vmid']}": one.kind for one in changes},
-            "after": {f"sandbox {one.public()['vmid']}": one.action for one in changes},
+            "before": {f"sandbox {entry.public()['vmid']}": entry.kind for entry in changes},
+            "after": {f"sandbox {entry.public()['vmid']}": entry.action for entry in changes},
         }
     return result
 
 
-def main(front=_adapter.AnsibleModule):
-    _adapter.run(ARGUMENT_SPEC, work, front=front)
+def main(module_class=_adapter.AnsibleModule):
+    _adapter.run(ARGUMENT_SPEC, work, module_class=module_class)
 
 
 if __name__ == "__main__":

@@ -605,8 +605,8 @@ def work(module, context):
 EXCLUSIVE = [("vmid", "vmids"), ("name", "vmids"), ("items", "vmid"), ("items", "vmids"), ("items", "name")]
 
 
-def main(front=_adapter.AnsibleModule):
-    _adapter.run(ARGUMENT_SPEC, work, front=front, mutually_exclusive=EXCLUSIVE)
+def main(module_class=_adapter.AnsibleModule):
+    _adapter.run(ARGUMENT_SPEC, work, module_class=module_class, mutually_exclusive=EXCLUSIVE)
 
 
 if __name__ == "__main__":

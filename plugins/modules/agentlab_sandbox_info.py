@@ -163,7 +163,7 @@ def work(module, context):
         )
     # An empty list selects no sandbox. All sandboxes are shown only without any of the three options.
     chosen = any(params[name] is not None for name in _adapter.SELECT_ARGS)
-    wanted = info.Filter(
+    selection = info.Filter(
         ids=_adapter.ids(module) if chosen else None,
         states=_adapter.states_of(module, states.STATES),
         profile=params["profile"],
@@ -173,14 +173,14 @@ def work(module, context):
     )
     result = dict(
         info.show(
-            context, wanted, events=params["events"], verify=params["verify"], identities=params["verify_identity"]
+            context, selection, events=params["events"], verify=params["verify"], identities=params["verify_identity"]
         ),
         changed=False,
     )
     if params["profiles"]:
         from ansible_collections.agentlab.proxmox.plugins.module_utils._core import profiles
 
-        result["profiles"] = [one.public() for one in profiles.load_all(context.config.profiles_dir).values()]
+        result["profiles"] = [profile.public() for profile in profiles.load_all(context.config.profiles_dir).values()]
     if params["nodes"]:
         from ansible_collections.agentlab.proxmox.plugins.module_utils._core.sandboxes import place
 
@@ -188,8 +188,8 @@ def work(module, context):
     return result
 
 
-def main(front=_adapter.AnsibleModule):
-    _adapter.run(ARGUMENT_SPEC, work, front=front, mutually_exclusive=[_adapter.SELECT_EXCLUSIVE[0]])
+def main(module_class=_adapter.AnsibleModule):
+    _adapter.run(ARGUMENT_SPEC, work, module_class=module_class, mutually_exclusive=[_adapter.SELECT_EXCLUSIVE[0]])
 
 
 if __name__ == "__main__":

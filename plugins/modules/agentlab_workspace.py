@@ -152,8 +152,8 @@ def work(module, context):
     return _workspace.run(module, context)
 
 
-def main(front=_adapter.AnsibleModule):
-    _adapter.run(ARGUMENT_SPEC, work, front=front, mutually_exclusive=[("vmid", "sandbox")])
+def main(module_class=_adapter.AnsibleModule):
+    _adapter.run(ARGUMENT_SPEC, work, module_class=module_class, mutually_exclusive=[("vmid", "sandbox")])
 
 
 if __name__ == "__main__":

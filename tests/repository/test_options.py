@@ -64,7 +64,7 @@ def profile_options(keys: dict[str, Any] | None = None) -> set[str]:
 
 def test_the_spec_has_a_field_for_each() -> None:
     fields = set(spec.Spec.__dataclass_fields__)
-    assert fields - {"given", "lease_maximum"} == OPTIONS | IDENTITY
+    assert fields - {"given_options", "lease_maximum"} == OPTIONS | IDENTITY
 
 
 def test_the_module_takes_and_describes_each() -> None:

@@ -22,12 +22,12 @@ def make(lab: Lab, name: str = "w1", storage: str = "local-lvm", **values: Any) 
     return found
 
 
-def attach(lab: Lab, name: str, vmid: int, ttl: int | None = None, **options: Any) -> workspace.Done:
+def attach(lab: Lab, name: str, vmid: int, ttl: int | None = None, **options: Any) -> workspace.WorkspaceResult:
     ctx = lab.context(**options)
     return workspace.attached(ctx, name, ctx.select(vmid), ttl)
 
 
-def detach(lab: Lab, name: str, **options: Any) -> workspace.Done:
+def detach(lab: Lab, name: str, **options: Any) -> workspace.WorkspaceResult:
     return workspace.detached(lab.context(**options), name)
 
 

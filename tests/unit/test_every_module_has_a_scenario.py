@@ -70,7 +70,7 @@ def test_documentation_and_argument_spec_agree(name: str, monkeypatch: pytest.Mo
     if name in OUTSIDE_THE_GROUP:
         monkeypatch.setattr(module_of(name), "AnsibleModule", module)
     with pytest.raises(Stopped):
-        module_of(name).main(**({} if name in OUTSIDE_THE_GROUP else {"front": module}))
+        module_of(name).main(**({} if name in OUTSIDE_THE_GROUP else {"module_class": module}))
     assert given["supports_check_mode"] is True
     spec, options = given["argument_spec"], documented(name)
     assert sorted(spec) == sorted(options)

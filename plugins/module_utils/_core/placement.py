@@ -256,16 +256,16 @@ def _storage_refusal(
         return "storage", f"its storage {name} is not active"
     if room.free is None:
         return None
-    taken = sum(
+    promised = sum(
         reservation.disk
         for reservation in reservations
         if reservation.creating and reservation.storage == name and (room.shared or reservation.node == node.name)
     )
-    left = room.free - taken - (room.total or 0) * rules.reserve // 100
-    if left < max(disk, 1):
+    free = room.free - promised - (room.total or 0) * rules.reserve // 100
+    if free < max(disk, 1):
         return (
             "storage",
-            f"its storage {name} has {show_memory(max(left, 0))} of room beyond placement.reserve ({rules.reserve}%) "
+            f"its storage {name} has {show_memory(max(free, 0))} of room beyond placement.reserve ({rules.reserve}%) "
             f"and what is being created, and the sandbox needs {show_memory(disk)}",
         )
     return None

@@ -219,14 +219,14 @@ def _rules(read: _RuleReader, node: Any) -> tuple[CleanupRule, ...]:
         raise read.refuse(node, "rules must be a list of rules")
     accepted: list[CleanupRule] = []
     for item in node.value:
-        rule = _rule(read, item)
+        rule = _read_rule(read, item)
         if any(rule.name == other.name for other in accepted):
             raise read.refuse(item, f"name: {rule.name!r} is the name of an earlier rule")
         accepted.append(rule)
     return tuple(accepted)
 
 
-def _rule(read: _RuleReader, node: Any) -> CleanupRule:
+def _read_rule(read: _RuleReader, node: Any) -> CleanupRule:
     def name(part: Any, key: str) -> str:
         value = str(read.scalar(part, key, "a name"))
         if not _NAME.fullmatch(value):
@@ -236,9 +236,9 @@ def _rule(read: _RuleReader, node: Any) -> CleanupRule:
             )
         return value
 
-    def match(one: Any, key: str) -> dict[str, Any]:
+    def match(filter_node: Any, key: str) -> dict[str, Any]:
         values = read.mapping(
-            one,
+            filter_node,
             key,
             {
                 "states": lambda part, word: read.words(part, word, states.STATES),
@@ -248,30 +248,31 @@ def _rule(read: _RuleReader, node: Any) -> CleanupRule:
         )
         if not values:
             raise read.refuse(
-                one, "match: names nothing; a rule for everything is not a rule. Valid keys: states, tags, profiles"
+                filter_node,
+                "match: names nothing; a rule for everything is not a rule. Valid keys: states, tags, profiles",
             )
         return values
 
-    found = read.mapping(
+    options = read.mapping(
         node,
         "a rule",
         {
             "name": name,
             "match": match,
-            "after": lambda one, key: read.duration(one, key, zero=True),
-            "action": lambda one, key: read.choice(one, key, (KEEP, DESTROY, FAIL)),
+            "after": lambda part, key: read.duration(part, key, zero=True),
+            "action": lambda part, key: read.choice(part, key, (KEEP, DESTROY, FAIL)),
         },
         ("name", "match", "action"),
     )
-    rule = CleanupRule(found["name"], found["action"], after=found.get("after", 0), **found["match"])
+    rule = CleanupRule(options["name"], options["action"], after=options.get("after", 0), **options["match"])
     allowed = _STATES_OF[rule.action]
     wrong = [state for state in rule.states if state not in allowed]
     if wrong or (rule.action != KEEP and not rule.states):
         what = f"{wrong[0]} may not be named" if wrong else "states are missing in match"
         raise read.refuse(node, f"rule {rule.name!r} with action {rule.action}: {what}. Valid: {', '.join(allowed)}")
-    if rule.action == KEEP and "after" in found:
+    if rule.action == KEEP and "after" in options:
         raise read.refuse(node, f"rule {rule.name!r}: after means nothing with action keep")
-    if rule.action != KEEP and "after" not in found:
+    if rule.action != KEEP and "after" not in options:
         raise read.refuse(
             node, f"rule {rule.name!r}: after is missing; say how long the state must last (0s for no time at all)"
         )

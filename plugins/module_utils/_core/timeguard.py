@@ -40,11 +40,11 @@ def suspended(ctx: Context) -> str | None:
 
 def rests(ctx: Context) -> tuple[str, str] | None:
     """Return the word (a reason of reasons.py) and the sentence for why expiry and prune rest, or None."""
-    held = hold_leases(ctx)
-    if held:
-        return "restored", held
-    jumped = _clock_jumped(ctx)
-    return ("clock_jumped", jumped) if jumped else None
+    hold = hold_leases(ctx)
+    if hold:
+        return "restored", hold
+    jump = _clock_jumped(ctx)
+    return ("clock_jumped", jump) if jump else None
 
 
 def hold_leases(ctx: Context) -> str | None:
@@ -57,23 +57,23 @@ def hold_leases(ctx: Context) -> str | None:
     note = frozen(ctx)
     if note and note["leases"]:
         return _HELD.format(at=note["at"])
-    noted = ctx.database.noted_event()
-    if noted is None:
+    noted_event = ctx.database.noted_event()
+    if noted_event is None:
         return None
     event = ctx.database.latest_event()
     at = clock_module.iso(ctx.clock.now())
-    if event < noted:
+    if event < noted_event:
         if not ctx.dry_run:
             reason = (
-                f"the records were replaced by an older copy (its last event is {event}, {noted} was the last one "
-                "before)"
+                f"the records were replaced by an older copy (its last event is {event}, {noted_event} was the last "
+                "one before)"
             )
             if note:
                 reason = f"{note['reason']}; and {reason}"
             ctx.records.set_meta(FROZEN, json.dumps({"reason": reason, "at": at, "actor": ctx.actor, "leases": True}))
             ctx.database.note_event(event)
         return _HELD.format(at=at)
-    if event > noted and not ctx.dry_run:
+    if event > noted_event and not ctx.dry_run:
         ctx.database.note_event(event)
     return None
 

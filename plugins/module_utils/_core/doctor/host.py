@@ -284,7 +284,8 @@ def check_work(exam: Examination) -> Iterable[Finding]:
     context = exam.context
     now = context.clock.now()
     live = context.records.find_all()
-    overdue = [one.vmid for one in live if one.state in states.OPERATIONS["expire"].allowed and one.expired(now)]
+    may_expire = states.OPERATIONS["expire"].allowed
+    overdue = [sandbox.vmid for sandbox in live if sandbox.state in may_expire and sandbox.expired(now)]
     waiting: list[str] = []
     doubtful: list[str] = []
     cut_off: list[str] = []

@@ -137,7 +137,7 @@ def repair_commands(
             holders.append(f"--tokens '{login.login}'")
     if login.user == "root@pam":
         # root@pam holds everything and has no ACL.
-        holders = [one for one in holders if one.startswith("--tokens")]
+        holders = [holder for holder in holders if holder.startswith("--tokens")]
     commands += [
         f"pveum acl modify {path} {holder} --roles {role}"
         for path, (role, _names) in granted.items()

@@ -445,8 +445,8 @@ class _Run:
         deadline = None if timeout is None else clock.monotonic() + timeout
         out = err = b""
         while True:
-            left = _WAIT if deadline is None else deadline - clock.monotonic()
-            pause = max(0, min(_SHOW_WAIT if on_output or cancel else _WAIT, int(left)))
+            remaining = _WAIT if deadline is None else deadline - clock.monotonic()
+            pause = max(0, min(_SHOW_WAIT if on_output or cancel else _WAIT, int(remaining)))
             frame = self._look(len(out), len(err), pause)
             result = self._result(frame)
             new_out, new_err = self._split(frame)
@@ -457,7 +457,7 @@ class _Run:
             ended = result.state != "running"
             if (ended and not (behind and (new_out or new_err))) or frame.state == "acked":
                 break
-            if not ended and (left <= 0 or (cancel is not None and cancel())):
+            if not ended and (remaining <= 0 or (cancel is not None and cancel())):
                 break
         result.stdout, result.stderr = out, err
         self._close(result)

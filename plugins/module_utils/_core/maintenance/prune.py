@@ -113,16 +113,16 @@ def run(ctx: Context, wanted: Selection) -> PruneResult:
             raise GuardTripped(
                 f"max_count: {count} sandbox(es) would be pruned, more than max_count={wanted.max_count}; nothing was "
                 "pruned. Look at them (a dry run, check mode), then raise max_count",
-                would_prune=[one.public() for one in report.pruned],
+                would_prune=[outcome.public() for outcome in report.pruned],
                 count=count,
                 max_count=wanted.max_count,
             )
         if ctx.dry_run:
             return report
-        chosen = {one.uuid for one in report.pruned}
+        chosen = {outcome.uuid for outcome in report.pruned}
         report.pruned = []
         report.failed = []
-        candidates = [one for one in candidates if one.uuid in chosen]
+        candidates = [sandbox for sandbox in candidates if sandbox.uuid in chosen]
     execute(ctx, candidates, report)
     return report
 
@@ -152,7 +152,7 @@ def execute(
 
         return destroy.Request(operation=operation, force=True, claim_wait=0, recheck=recheck)
 
-    for outcome in destroy.run(ctx, [(one, still(one)) for one in candidates]):
+    for outcome in destroy.run(ctx, [(sandbox, still(sandbox)) for sandbox in candidates]):
         _sort(report, outcome)
 
 
@@ -175,7 +175,7 @@ def plan(ctx: Context, candidates: list[Sandbox], report: PruneResult) -> None:
     absent: list[Sandbox] = []
     listed = ctx.cluster.survey([sandbox.vmid for sandbox in candidates])
 
-    def one(sandbox: Sandbox) -> Outcome | None:
+    def plan_sandbox(sandbox: Sandbox) -> Outcome | None:
         if sandbox.vmid not in listed and sandbox.smbios_uuid is not None:
             absent.append(sandbox)
             return None
@@ -196,7 +196,7 @@ def plan(ctx: Context, candidates: list[Sandbox], report: PruneResult) -> None:
         except AgentlabError as error:
             return Outcome.of("failed", sandbox, reason=error.code, message=error.message, failed=True)
 
-    planned = ctx.each(one, candidates)
+    planned = ctx.each(plan_sandbox, candidates)
     proofs = ctx.cluster.prove_absent([sandbox.vmid for sandbox in absent], anew=False) if absent else {}
     for sandbox, outcome in zip(candidates, planned, strict=True):
         if outcome is None:

@@ -107,8 +107,8 @@ class TaskWaiter:
                         return self._ended.pop(upid)
                     if upid in self._errors:
                         raise self._errors.pop(upid)
-                    left = deadline - self._clock.monotonic()
-                    if left <= 0:
+                    remaining = deadline - self._clock.monotonic()
+                    if remaining <= 0:
                         raise TaskTimeout(
                             f"{what}: task {upid} on node {node} did not end within {timeout:g} s (wait_timeout); it "
                             "goes on there, run again to take it up, or stop it there if it "
@@ -118,10 +118,10 @@ class TaskWaiter:
                             timeout=timeout,
                         )
                     if node in self._polling:
-                        self._changed.wait(min(left, 0.5))
+                        self._changed.wait(min(remaining, 0.5))
                         continue
                     self._polling.add(node)
-                    pause = min(left, self._pause(node))
+                    pause = min(remaining, self._pause(node))
                 try:
                     self._clock.sleep(pause)
                     with self._lock:
@@ -134,8 +134,12 @@ class TaskWaiter:
                 with self._lock:
                     self._learn(awaited, ended)
                     # Drop results of waiters that timed out, or this dict grows forever.
-                    self._ended.update((one, how) for one, how in ended.items() if one in self._waiting[node])
-                    self._errors.update((one, error) for one, error in errors.items() if one in self._waiting[node])
+                    self._ended.update(
+                        (ended_upid, how) for ended_upid, how in ended.items() if ended_upid in self._waiting[node]
+                    )
+                    self._errors.update(
+                        (ended_upid, error) for ended_upid, error in errors.items() if ended_upid in self._waiting[node]
+                    )
                     self._changed.notify_all()
         finally:
             with self._lock:
@@ -193,9 +197,9 @@ class TaskWaiter:
             return ended, errors
         for upid in single:
             try:
-                found = self._client.get_dict(f"nodes/{node}/tasks/{upid}/status")
-                if found.get("status") == "stopped":
-                    ended[upid] = str(found.get("exitstatus") or "unexpected status")
+                task = self._client.get_dict(f"nodes/{node}/tasks/{upid}/status")
+                if task.get("status") == "stopped":
+                    ended[upid] = str(task.get("exitstatus") or "unexpected status")
             except ApiError as error:
                 if (
                     "no such task" in error.text
@@ -249,13 +253,13 @@ class TaskWaiter:
         try:
             rows = self._client.get_list(f"nodes/{node}/tasks/{upid}/log", limit=_LOG_READ)
         except (ProxmoxError, InvalidInput) as error:
-            said = (
+            problem = (
                 f"{error.detail['status']} {error.detail.get('text')}" if error.detail.get("status") else error.message
             )
-            return f" (its log cannot be read: {said})"
+            return f" (its log cannot be read: {problem})"
         lines = [answers.clean(row.get("t"), self._client.settings) for row in rows if row.get("t")]
         if lines and lines[0].startswith("unable to open file"):
             # Proxmox answers with this text and status 200 when the log file is gone.
             return f" (its log cannot be read: {lines[0][:_LOG_LINE_CHARS]})"
-        told = [line[:_LOG_LINE_CHARS] for line in lines if line != f"TASK ERROR: {answers.clean(status)}"]
-        return f". Its log ends: {' | '.join(told[-_LOG_LINES:])}" if told else ""
+        excerpt = [line[:_LOG_LINE_CHARS] for line in lines if line != f"TASK ERROR: {answers.clean(status)}"]
+        return f". Its log ends: {' | '.join(excerpt[-_LOG_LINES:])}" if excerpt else ""

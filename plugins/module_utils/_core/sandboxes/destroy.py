@@ -82,22 +82,22 @@ def run(ctx: Context, items: list[tuple[Sandbox, Request]]) -> list[Outcome]:
         raise
 
 
-def _run(ctx: Context, items: list[tuple[Sandbox, Request]], held: list[Gone]) -> list[Outcome]:
-    """Do the work of ``run``. Append to ``held`` each sandbox whose VM is gone and whose claim we still hold."""
+def _run(ctx: Context, items: list[tuple[Sandbox, Request]], claimed: list[Gone]) -> list[Outcome]:
+    """Do the work of ``run``. Append to ``claimed`` each sandbox whose VM is gone and whose claim we still hold."""
 
-    def first(item: tuple[Sandbox, Request]) -> Outcome | Gone:
+    def remove_vm(item: tuple[Sandbox, Request]) -> Outcome | Gone:
         sandbox, request = item
         try:
             result = Removal(ctx, sandbox, request).run()
             if isinstance(result, Outcome):
                 return result
-            held.append(result)
+            claimed.append(result)
             # Close a record with a proof of its own at once. Waiting for the other items could take long.
             return _finish(ctx, result, {}) if result.reason in _PROVEN else result
         except Kept as error:
             return Outcome.of(
                 "kept",
-                _now(ctx, sandbox),
+                _read_current(ctx, sandbox),
                 previous_state=sandbox.state,
                 reason=error.reason,
                 message=error.message,
@@ -105,7 +105,7 @@ def _run(ctx: Context, items: list[tuple[Sandbox, Request]], held: list[Gone]) -
                 failed=True,
             )
         except AgentlabError as error:
-            return failure(_now(ctx, sandbox), error)
+            return failure(_read_current(ctx, sandbox), error)
 
     if len(items) == 1 and items[0][0].state == states.STOPPED and items[0][0].node:
         # Look on the sandbox's own node first: that saves the request for the list.
@@ -114,19 +114,19 @@ def _run(ctx: Context, items: list[tuple[Sandbox, Request]], held: list[Gone]) -
         # An unreadable list is reported with each item later.
         with contextlib.suppress(ProxmoxError):
             ctx.cluster.survey([sandbox.vmid for sandbox, _request in items])
-    results = ctx.each(first, items)
-    gone = [found for found in results if isinstance(found, Gone)]
+    results = ctx.each(remove_vm, items)
+    gone = [result for result in results if isinstance(result, Gone)]
     if not gone:
-        return [found for found in results if isinstance(found, Outcome)]
+        return [result for result in results if isinstance(result, Outcome)]
     proofs = ctx.cluster.prove_absent(
-        [found.sandbox.vmid for found in gone], anew=not all(found.untouched_since_list for found in gone)
+        [vm.sandbox.vmid for vm in gone], anew=not all(vm.untouched_since_list for vm in gone)
     )
-    sure = [found for found in gone if proofs[found.sandbox.vmid].absent]
-    closing = set(map(id, sure))
-    rest = [found for found in gone if id(found) not in closing]
-    outcomes = [*_close(ctx, sure, proofs), *ctx.each(lambda found: _finish(ctx, found, proofs), rest)]
-    finished = dict(zip(map(id, [*sure, *rest]), outcomes, strict=True))
-    return [finished[id(found)] if isinstance(found, Gone) else found for found in results]
+    proven = [vm for vm in gone if proofs[vm.sandbox.vmid].absent]
+    closing = set(map(id, proven))
+    unproven = [vm for vm in gone if id(vm) not in closing]
+    outcomes = [*_close(ctx, proven, proofs), *ctx.each(lambda vm: _finish(ctx, vm, proofs), unproven)]
+    finished = dict(zip(map(id, [*proven, *unproven]), outcomes, strict=True))
+    return [finished[id(result)] if isinstance(result, Gone) else result for result in results]
 
 
 def several(ctx: Context, sandboxes: list[Sandbox], force: bool) -> list[Outcome]:
@@ -138,7 +138,7 @@ def several(ctx: Context, sandboxes: list[Sandbox], force: bool) -> list[Outcome
             if not check(ctx, sandbox, force):
                 outcomes[sandbox.uuid] = Outcome.of("unchanged", sandbox, reason=sandbox.reason)
             elif ctx.dry_run:
-                outcomes[sandbox.uuid] = _planned(ctx, sandbox, force)
+                outcomes[sandbox.uuid] = _plan_outcome(ctx, sandbox, force)
             else:
                 todo.append(sandbox)
         except AgentlabError as error:
@@ -148,7 +148,7 @@ def several(ctx: Context, sandboxes: list[Sandbox], force: bool) -> list[Outcome
     return [outcomes[sandbox.uuid] for sandbox in sandboxes]
 
 
-def _planned(ctx: Context, sandbox: Sandbox, force: bool) -> Outcome:
+def _plan_outcome(ctx: Context, sandbox: Sandbox, force: bool) -> Outcome:
     try:
         planned = plan(ctx, sandbox, force=force)
         return Outcome.of(
@@ -163,7 +163,7 @@ def _planned(ctx: Context, sandbox: Sandbox, force: bool) -> Outcome:
         return failure(sandbox, error)
 
 
-def _now(ctx: Context, sandbox: Sandbox) -> Sandbox:
+def _read_current(ctx: Context, sandbox: Sandbox) -> Sandbox:
     try:
         return ctx.records.get(sandbox.uuid)
     except AgentlabError:
@@ -178,10 +178,10 @@ def _close(ctx: Context, proven: list[Gone], proofs: dict[int, Any]) -> list[Out
     except AgentlabError as error:
         for gone in proven:
             ctx.records.release(gone.claim)
-        return [failure(_now(ctx, gone.sandbox), error) for gone in proven]
+        return [failure(_read_current(ctx, gone.sandbox), error) for gone in proven]
 
 
-def _still_there(ctx: Context, gone: Gone) -> Kept:
+def _explain_kept(ctx: Context, gone: Gone) -> Kept:
     """Return why a record is kept whose VM was deleted or is missing, although its VMID is still in use."""
     vmid = gone.sandbox.vmid
     if not gone.upids and vmid not in ctx.cluster.vms():
@@ -202,7 +202,7 @@ _FATES = {
 }
 
 
-def _fate(vmid: int, reason: str) -> str | None:
+def _explain_fate(vmid: int, reason: str) -> str | None:
     """Return the sentence for a VM that this run did not delete; None when this run deleted it."""
     text = _FATES.get(reason)
     return f"sandbox {vmid}: {text.format(vmid=vmid)}" if text else None
@@ -222,7 +222,7 @@ def _finish(ctx: Context, gone: Gone, proofs: dict[int, Any]) -> Outcome:
                 ctx.cluster.vms(fresh=True)
                 again = locate(ctx, sandbox) if sandbox.smbios_uuid else Located(None, {}, None)
                 if again.verdict is None or again.verdict.identity != identity.FOREIGN:
-                    raise _still_there(ctx, gone)
+                    raise _explain_kept(ctx, gone)
                 reason, evidence = "vmid_reused", again.verdict.evidence
             elif proof.absent is None:
                 raise Kept("unknown", f"sandbox {sandbox.vmid}: it is not proven that its VM is gone: {proof.why}")
@@ -247,7 +247,7 @@ def _finish(ctx: Context, gone: Gone, proofs: dict[int, Any]) -> Outcome:
             closed,
             previous_state=gone.before.state,
             reason=reason,
-            message=_fate(sandbox.vmid, reason),
+            message=_explain_fate(sandbox.vmid, reason),
             changed=True,
             upids=gone.upids,
             warnings=gone.warnings,
@@ -256,7 +256,7 @@ def _finish(ctx: Context, gone: Gone, proofs: dict[int, Any]) -> Outcome:
         abandon(ctx, gone.claim, sandbox, Request(), error, sent=gone.doubtful or bool(gone.upids), stopped=False)
         return Outcome.of(
             "kept",
-            _now(ctx, sandbox),
+            _read_current(ctx, sandbox),
             previous_state=gone.before.state,
             reason=error.reason,
             message=error.message,
@@ -266,7 +266,7 @@ def _finish(ctx: Context, gone: Gone, proofs: dict[int, Any]) -> Outcome:
         )
     except AgentlabError as error:
         ctx.records.release(gone.claim)
-        now = _now(ctx, sandbox)
+        now = _read_current(ctx, sandbox)
         if now.state == states.DESTROYED:
             # Another run took over the claim and finished the destroy.
             return Outcome.of(

@@ -84,7 +84,7 @@ class Spec:
     update: bool = False
     allow_restart: bool = False
     # Names of the options that the caller gave, without those from the profile or the configuration.
-    given: frozenset[str] = frozenset()
+    given_options: frozenset[str] = frozenset()
     keepalive: bool = False
     protected: bool = False
     wait_for_ip: bool = False

@@ -39,7 +39,7 @@ _SECRET = ("cloud_init_user_data", "cloud_init_password")
 _NOT_COMPARED = (
     "vmid",
     "name",
-    "given",
+    "given_options",
     "lease_maximum",
     "keepalive",
     "protected",
@@ -68,7 +68,9 @@ def _comparable(name: str, value: Any) -> Any:
 
 def different(ctx: Context, sandbox: Sandbox, spec: Spec) -> dict[str, tuple[Any, Any]]:
     """Return the given options that differ from those of the creation, as {name: (current value, requested value)}."""
-    asked = {name: _comparable(name, getattr(spec, name)) for name in sorted(spec.given - {*_NOT_COMPARED, *_SECRET})}
+    asked = {
+        name: _comparable(name, getattr(spec, name)) for name in sorted(spec.given_options - {*_NOT_COMPARED, *_SECRET})
+    }
     if not asked:
         return {}
     had: dict[str, Any] = {}
@@ -141,7 +143,7 @@ def apply(ctx: Context, sandbox: Sandbox, spec: Spec) -> Outcome:
     asked = {
         name: getattr(spec, name)
         for name in APPLICABLE
-        if getattr(spec, name) is not None and (name != "tags" or name in spec.given or spec.tags)
+        if getattr(spec, name) is not None and (name != "tags" or name in spec.given_options or spec.tags)
     }
     if not asked:
         return Outcome.of("unchanged", sandbox)

@@ -80,12 +80,12 @@ _TRIMMED = (
 )
 
 
-def normalise(given: Mapping[str, Any]) -> dict[str, Any]:
+def normalise(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options in the form that Spec takes. Surveys, files and people write them differently: see
     patterns.split_lines.
     """
     values = {
-        name: value.strip() if name in _TRIMMED and isinstance(value, str) else value for name, value in given.items()
+        name: value.strip() if name in _TRIMMED and isinstance(value, str) else value for name, value in options.items()
     }
     for option in ("nameserver", "searchdomain"):
         if values.get(option):
@@ -118,36 +118,40 @@ def spec(ctx: Context, options: Mapping[str, Any]) -> Spec:
 
     ``ttl`` is a duration. Raises InvalidInput with the name of the option whose value cannot be used.
     """
-    given = normalise({name: options[name] for name in ("vmid", "name", *OPTIONS) if options.get(name) is not None})
-    profile = profiles.load(ctx.config.profiles_dir, str(given["profile"])) if "profile" in given else None
-    if profile and profile.workspace == "required" and "workspace" not in given:
+    given_options = normalise(
+        {name: options[name] for name in ("vmid", "name", *OPTIONS) if options.get(name) is not None}
+    )
+    profile = (
+        profiles.load(ctx.config.profiles_dir, str(given_options["profile"])) if "profile" in given_options else None
+    )
+    if profile and profile.workspace == "required" and "workspace" not in given_options:
         raise InvalidInput(f"workspace: missing; profile {profile.name!r} requires one", option="workspace")
-    if profile and profile.workspace == "none" and "workspace" in given:
+    if profile and profile.workspace == "none" and "workspace" in given_options:
         raise InvalidInput(f"workspace: profile {profile.name!r} allows none", option="workspace")
-    values = {**_of_profile(profile, given), **given}
+    values = {**_values_of_profile(profile, given_options), **given_options}
     if isinstance(values.get("disk_size"), str):
         values["disk_size"] = patterns.shorten_size(values["disk_size"])
-    values["ttl"], values["lease_maximum"] = _ttl(ctx, given.get("ttl"), profile)
-    values["given"] = frozenset(given)
+    values["ttl"], values["lease_maximum"] = _limit_ttl(ctx, given_options.get("ttl"), profile)
+    values["given_options"] = frozenset(given_options)
     checked = Spec(**values)
     checked.check()
     return checked
 
 
-def _of_profile(profile: profiles.Profile | None, given: Mapping[str, Any]) -> dict[str, Any]:
+def _values_of_profile(profile: profiles.Profile | None, options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values that the profile supplies, without those that would contradict a given option."""
     if profile is None:
         return {}
     values = dict(profile.values)
-    if given.get("firewall") is False:
+    if options.get("firewall") is False:
         values.pop("firewall_group", None)
-    if "firewall_group" in given:
+    if "firewall_group" in options:
         values.pop("firewall", None)
-    if given.get("full_clone") is False:
+    if options.get("full_clone") is False:
         values.pop("storage", None)
-    if "storage" in given:
+    if "storage" in options:
         values.pop("full_clone", None)
-    if "cloud_init_user_data" in given:
+    if "cloud_init_user_data" in options:
         # User data replaces the users that Proxmox VE would configure.
         values.pop("ssh_public_keys", None)
         values.pop("cloud_init_user", None)
@@ -155,27 +159,27 @@ def _of_profile(profile: profiles.Profile | None, given: Mapping[str, Any]) -> d
     return values
 
 
-def _ttl(ctx: Context, given: object, profile: profiles.Profile | None) -> tuple[int, int | None]:
+def _limit_ttl(ctx: Context, text: object, profile: profiles.Profile | None) -> tuple[int, int | None]:
     """Return the first lease and the profile's maximum lease (None without one), both in seconds."""
     maximum, lifetime = profile.lease_maximum if profile else None, ctx.config.max_lifetime
-    if given is not None:
-        ttl = ctx.config.parse_ttl(given)
+    if text is not None:
+        ttl = ctx.config.parse_ttl(text)
         if lifetime is not None and ttl > lifetime:
             raise InvalidInput(
                 f"ttl: {durations.show(ttl)} is longer than max_lifetime ({durations.show(lifetime)}), the longest "
                 "life of a sandbox",
                 option="ttl",
-                value=str(given),
+                value=str(text),
             )
         if maximum is not None and ttl > maximum:
             raise InvalidInput(
                 f"ttl: {durations.show(ttl)} is longer than the maximum of {durations.show(maximum)} that profile "
                 f"{profile.name if profile else ''!r} grants",
                 option="ttl",
-                value=str(given),
+                value=str(text),
             )
         return ttl, maximum
-    wanted = ctx.config.default_ttl
+    default = ctx.config.default_ttl
     if profile and profile.lease_default is not None:
-        wanted = ctx.config.parse_ttl(durations.show(profile.lease_default), f"{profile.path}: lease.default")
-    return min(limit for limit in (wanted, maximum, lifetime) if limit is not None), maximum
+        default = ctx.config.parse_ttl(durations.show(profile.lease_default), f"{profile.path}: lease.default")
+    return min(limit for limit in (default, maximum, lifetime) if limit is not None), maximum

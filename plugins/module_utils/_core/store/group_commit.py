@@ -19,11 +19,11 @@ T = TypeVar("T")
 class QueuedWrite:
     """One write that waits for its commit, and its result or error."""
 
-    __slots__ = ("done", "error", "turn", "value", "work")
+    __slots__ = ("error", "finished", "turn", "value", "work")
 
     def __init__(self, work: Callable[[Any], Any]) -> None:
         self.work = work
-        self.done = False
+        self.finished = False
         # Set when the write is done, or when its thread is the next to commit the queue.
         self.turn = threading.Event()
         self.value: Any = None
@@ -60,7 +60,7 @@ class GroupCommit:
         except BaseException:
             self._withdraw(job)
             raise
-        if not job.done:
+        if not job.finished:
             self._lead()
         if job.error is not None:
             raise job.error
@@ -99,11 +99,11 @@ class GroupCommit:
             self.run_batch(batch)
         except BaseException as error:
             # Also when this thread is interrupted: the other threads must not take a rolled back write for written.
-            told = error if isinstance(error, Exception) else self.interrupted()
+            shared_error = error if isinstance(error, Exception) else self.interrupted()
             for job in batch:
-                job.error = job.error or told
-            if told is not error:
+                job.error = job.error or shared_error
+            if shared_error is not error:
                 raise
         finally:
             for job in batch:
-                job.done = True
+                job.finished = True

@@ -28,7 +28,7 @@ def verified(ctx: Context, sandboxes: list[Sandbox], identities: bool = True) ->
     proofs = ctx.cluster.prove_absent(absent, anew=False) if absent else {}
     looks = Looks(ctx, sandboxes if identities else [])
 
-    def one(sandbox: Sandbox) -> dict[str, Any]:
+    def compare(sandbox: Sandbox) -> dict[str, Any]:
         row = rows.get(sandbox.vmid)
         if not sandbox.live:
             return {"vm_status": None, "identity": None, "drift": None}
@@ -42,17 +42,17 @@ def verified(ctx: Context, sandboxes: list[Sandbox], identities: bool = True) ->
                 }
             return {"vm_status": None, "identity": identity.UNKNOWN, "drift": f"not known: {proof.why}"}
         if not identities:
-            judged = None if row.get("type") == "qemu" else identity.FOREIGN
-            drift = _drift(sandbox, row, judged or identity.MATCH)
+            verdict = None if row.get("type") == "qemu" else identity.FOREIGN
+            drift = _drift(sandbox, row, verdict or identity.MATCH)
             if drift is None and row.get("name", sandbox.name) != sandbox.name:
                 drift = f"the VM is called {row['name']} there; whether it is ours tells only its configuration"
-            return {"vm_status": _status(row), "identity": judged, "drift": drift}
+            return {"vm_status": _status(row), "identity": verdict, "drift": drift}
         try:
             located = locate(ctx, sandbox)
         except AgentlabError as error:
             return {"vm_status": _status(row), "identity": identity.UNKNOWN, "drift": f"not known: {error.message}"}
-        judged = located.verdict.identity if located.verdict else identity.UNKNOWN
-        answer = {"vm_status": _status(row), "identity": judged, "drift": _drift(sandbox, row, judged)}
+        verdict = located.verdict.identity if located.verdict else identity.UNKNOWN
+        answer = {"vm_status": _status(row), "identity": verdict, "drift": _drift(sandbox, row, verdict)}
         ip = looks.look_up(sandbox, located) if located.match else None
         if ip is not None:
             answer.update(ip=ip, ip_seen_at=clock.iso(ctx.clock.now()))
@@ -62,7 +62,7 @@ def verified(ctx: Context, sandboxes: list[Sandbox], identities: bool = True) ->
                 )
         return answer
 
-    return ctx.each(one, sandboxes) if identities else [one(sandbox) for sandbox in sandboxes]
+    return ctx.each(compare, sandboxes) if identities else [compare(sandbox) for sandbox in sandboxes]
 
 
 def _status(row: dict[str, Any]) -> Any:

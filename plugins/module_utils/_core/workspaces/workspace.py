@@ -57,7 +57,7 @@ _USABLE = ("BOOTING", "READY", "RUNNING", "STOPPED")
 
 
 @dataclass(slots=True)
-class Done:
+class WorkspaceResult:
     """The outcome for a workspace; ``changed`` follows from the actions taken."""
 
     outcome: str
@@ -95,7 +95,7 @@ def check_name(name: str) -> None:
 
 def present(
     ctx: Context, name: str, *, size: object = None, storage: str | None = None, node: str | None = None
-) -> Done:
+) -> WorkspaceResult:
     """Make sure that the workspace exists, and return the outcome. An existing workspace can only grow."""
     check_name(name)
     wanted = None if size is None else parse_size(size)
@@ -111,9 +111,13 @@ def present(
             f"node: {disk.title} is on {disk.node!r} (local storage) and is never moved", option="node", value=node
         )
     if disk.state == store.CREATING:
-        return Done("would_create", disk, True) if ctx.dry_run else Done("created", _allocate(ctx, disk), True)
+        return (
+            WorkspaceResult("would_create", disk, True)
+            if ctx.dry_run
+            else WorkspaceResult("created", _allocate(ctx, disk), True)
+        )
     if wanted is None or wanted == disk.size:
-        return Done("unchanged", disk)
+        return WorkspaceResult("unchanged", disk)
     if wanted < disk.size:
         raise InvalidInput(
             f"size: {disk.title} has {show_size(disk.size)}, and workspaces only grow", option="size", value=str(size)
@@ -121,7 +125,7 @@ def present(
     return _grow(ctx, disk, wanted)
 
 
-def _create(ctx: Context, name: str, size: int | None, storage: str | None, node: str | None) -> Done:
+def _create(ctx: Context, name: str, size: int | None, storage: str | None, node: str | None) -> WorkspaceResult:
     if size is None:
         raise InvalidInput(f"size: missing; a new workspace ({name!r}) needs one, such as 20G", option="size")
     storage = storage or ctx.config.storage
@@ -164,8 +168,8 @@ def _create(ctx: Context, name: str, size: int | None, storage: str | None, node
         folder=bool(suffix),
     )
     if ctx.dry_run:
-        return Done("would_create", disk, True)
-    return Done("created", _allocate(ctx, disk, node, first=True), True)
+        return WorkspaceResult("would_create", disk, True)
+    return WorkspaceResult("created", _allocate(ctx, disk, node, first=True), True)
 
 
 def _allocate(ctx: Context, disk: Workspace, node: str | None = None, *, first: bool = False) -> Workspace:
@@ -257,14 +261,14 @@ def _give_up(ctx: Context, disk: Workspace, error: AgentlabError) -> None:
     )
 
 
-def _grow(ctx: Context, disk: Workspace, wanted: int) -> Done:
+def _grow(ctx: Context, disk: Workspace, wanted: int) -> WorkspaceResult:
     if disk.state != store.ATTACHED or disk.sandbox_uuid is None:
         raise WorkspaceRefused(
             f"size: {disk.title} is {disk.state}; Proxmox VE resizes disks of VMs only, so attach it to a sandbox, "
             "then let it grow"
         )
     if ctx.dry_run:
-        return Done("would_grow", disk, True)
+        return WorkspaceResult("would_grow", disk, True)
     with ctx.claimed(ctx.records.get(disk.sandbox_uuid), "grow_workspace") as (claim, sandbox):
         located = require_match(ctx, sandbox)
         refuse_locked(sandbox, located)
@@ -288,13 +292,13 @@ def _grow(ctx: Context, disk: Workspace, wanted: int) -> Done:
         row = exists(ctx, disk, str(located.node))
         size = int((row or {}).get("size") or wanted)
         grown = records(ctx).change(disk, "grow", claim=claim, reason="grown", size=size, evidence={"size": size})
-    return Done("grown", grown, True)
+    return WorkspaceResult("grown", grown, True)
 
 
 # ---- attaching and detaching ----
 
 
-def attached(ctx: Context, which: str, sandbox: Sandbox, ttl: int | None = None) -> Done:
+def attached(ctx: Context, which: str, sandbox: Sandbox, ttl: int | None = None) -> WorkspaceResult:
     """Make sure that the sandbox has the workspace.
 
     Take it over if its lease is over and its holder's VM does not run.
@@ -314,7 +318,7 @@ def attached(ctx: Context, which: str, sandbox: Sandbox, ttl: int | None = None)
             disk = detached(ctx, disk.id, only_stopped=True).workspace or disk
     if ctx.dry_run:
         check_node(disk, sandbox.node)
-        return Done("would_attach", disk, True)
+        return WorkspaceResult("would_attach", disk, True)
     with ctx.claimed(sandbox, "attach_workspace") as (claim, current):
         if current.state not in _USABLE:
             raise WorkspaceRefused(
@@ -338,7 +342,7 @@ def attached(ctx: Context, which: str, sandbox: Sandbox, ttl: int | None = None)
                         vmid=current.vmid,
                     ) from None
             raise
-    return Done("attached", attached_disk, True)
+    return WorkspaceResult("attached", attached_disk, True)
 
 
 def _let_go(ctx: Context, claim: Claim, sandbox: Sandbox, held: Workspace, error: AgentlabError) -> None:
@@ -361,13 +365,15 @@ def _let_go(ctx: Context, claim: Claim, sandbox: Sandbox, held: Workspace, error
     detach_volume(ctx, claim, sandbox, require_match(ctx, sandbox), disk, sure=held.slot is None)
 
 
-def _renew(ctx: Context, disk: Workspace, ttl: int | None) -> Done:
+def _renew(ctx: Context, disk: Workspace, ttl: int | None) -> WorkspaceResult:
     until = None if ttl is None else ctx.clock.now() + ttl
     if until is None or until - (disk.lease_expires_at or 0) < 60:
-        return Done("unchanged", disk)
+        return WorkspaceResult("unchanged", disk)
     if ctx.dry_run:
-        return Done("would_renew", disk, True)
-    return Done("renewed", records(ctx).change(disk, "renew_lease", reason="renewed", lease_expires_at=until), True)
+        return WorkspaceResult("would_renew", disk, True)
+    return WorkspaceResult(
+        "renewed", records(ctx).change(disk, "renew_lease", reason="renewed", lease_expires_at=until), True
+    )
 
 
 def _check_over(ctx: Context, disk: Workspace) -> None:
@@ -375,27 +381,27 @@ def _check_over(ctx: Context, disk: Workspace) -> None:
         raise taken(ctx, disk)
 
 
-def detached(ctx: Context, which: str, *, only_stopped: bool = False) -> Done:
+def detached(ctx: Context, which: str, *, only_stopped: bool = False) -> WorkspaceResult:
     """Make sure that no sandbox has the workspace, and return the outcome.
 
     The guest must unmount the disk first: data that the guest has not written yet is lost.
     """
     disk = select(ctx, which)
     if disk.state == store.DETACHED:
-        return Done("unchanged", disk)
+        return WorkspaceResult("unchanged", disk)
     if disk.sandbox_uuid is None:
         raise taken(ctx, disk)
     sandbox = ctx.records.get(disk.sandbox_uuid)
     if ctx.dry_run:
         if sandbox.live and sandbox.smbios_uuid is not None:
             refuse_snapshots(ctx, sandbox, require_match(ctx, sandbox), disk)
-        return Done("would_detach", disk, True)
+        return WorkspaceResult("would_detach", disk, True)
     with ctx.claimed(sandbox, "detach_workspace") as (claim, current):
         disk = records(ctx).get(disk.id)
         if disk.sandbox_uuid != current.uuid:
-            return Done("unchanged", disk)
+            return WorkspaceResult("unchanged", disk)
         if not current.live:
-            return Done("detached", released(ctx, claim, current) or disk, True)
+            return WorkspaceResult("detached", released(ctx, claim, current) or disk, True)
         if only_stopped:
             # The lease may have been renewed since the caller looked at it.
             _check_over(ctx, disk)
@@ -409,17 +415,17 @@ def detached(ctx: Context, which: str, *, only_stopped: bool = False) -> Done:
             raise WorkspaceRefused(
                 f"{disk.title}: the lease of sandbox {current.vmid} on it is over, but its VM still runs; stop it first"
             )
-        return Done("detached", detach_volume(ctx, claim, current, located, disk), True)
+        return WorkspaceResult("detached", detach_volume(ctx, claim, current, located, disk), True)
 
 
 # ---- deleting ----
 
 
-def absent(ctx: Context, which: str, *, force: bool) -> Done:
+def absent(ctx: Context, which: str, *, force: bool) -> WorkspaceResult:
     """Delete a workspace and its data. Needs ``force``, and a workspace that is detached and attached to no VM."""
     disk = records(ctx).find(which)
     if disk is None:
-        return Done("not_found", None)
+        return WorkspaceResult("not_found", None)
     if disk.state not in (store.DETACHED, store.CREATING, store.DELETING):
         raise taken(ctx, disk)
     if disk.state == store.DETACHED and not force:
@@ -449,12 +455,12 @@ def absent(ctx: Context, which: str, *, force: bool) -> Done:
         # Raise Kept now if the storage cannot show the volume: after DELETING there is no way back.
         missing(ctx, disk, node_for(ctx, disk))
     if ctx.dry_run:
-        return Done("would_delete", disk, True)
+        return WorkspaceResult("would_delete", disk, True)
     if disk.state != store.DELETING:
         disk = records(ctx).change(
             disk, "delete", to=store.DELETING, outcome="decided", reason="delete", evidence={"volume": disk.volume}
         )
-    return Done("deleted", _delete(ctx, disk), True)
+    return WorkspaceResult("deleted", _delete(ctx, disk), True)
 
 
 def _delete(ctx: Context, disk: Workspace) -> Workspace:

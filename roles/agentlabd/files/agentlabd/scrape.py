@@ -60,7 +60,7 @@ class Scrape:
         for held, count in (("claim", database.takeovers), *service.takeovers.items()):
             takeovers.add_metric([held], count)
         yield takeovers
-        started = [one.started_at for one in (*under_way, *interrupted)]
+        started = [operation.started_at for operation in (*under_way, *interrupted)]
         age = max(0, int(database.wall_time()) - min(started)) if started else 0
         yield GaugeMetricFamily(
             "agentlab_oldest_operation_age_seconds", "Age of the oldest operation that is not finished", value=age
@@ -69,18 +69,18 @@ class Scrape:
             "agentlab_prune_frozen", "1 while cleanup is frozen", value=int(service.frozen() is not None)
         )
         present = service.conditions.now()
-        condition = GaugeMetricFamily(
+        condition_gauge = GaugeMetricFamily(
             "agentlab_condition", "1 while a part of the daemon rests, waits or fails", labels=["part"]
         )
-        since = GaugeMetricFamily(
+        since_gauge = GaugeMetricFamily(
             "agentlab_condition_since_timestamp_seconds", "When that began; 0 while all is as usual", labels=["part"]
         )
         for part in PARTS:
-            began = [one.since or 0 for one in present if one.part == part]
-            condition.add_metric([part], int(bool(began)))
-            since.add_metric([part], min(began, default=0))
-        yield condition
-        yield since
+            began = [condition.since or 0 for condition in present if condition.part == part]
+            condition_gauge.add_metric([part], int(bool(began)))
+            since_gauge.add_metric([part], min(began, default=0))
+        yield condition_gauge
+        yield since_gauge
         yield GaugeMetricFamily(
             "agentlab_unrecorded_vms",
             "VMs with our marker that have no record, at the last reconcile",

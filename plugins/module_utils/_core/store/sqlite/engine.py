@@ -178,9 +178,9 @@ class Database(GroupCommit):
         """Remove access for others. A person may have widened the mode, or restored the file from a backup."""
         for path in (self.path, f"{self.path}-wal", f"{self.path}-shm"):
             with contextlib.suppress(PermissionError, FileNotFoundError):
-                found = os.stat(path).st_mode & 0o777
-                if found & 0o007:
-                    os.chmod(path, found & ~0o007)
+                mode = os.stat(path).st_mode & 0o777
+                if mode & 0o007:
+                    os.chmod(path, mode & ~0o007)
 
     def _look_only(self, deadline: float) -> sqlite3.Connection:
         """Return the connection for check mode, which creates, migrates and writes no file.
@@ -236,8 +236,8 @@ class Database(GroupCommit):
         # Read the tables first and the id second. Our first step writes both at once, so a reader that sees our tables
         # sees our id as well, even while another run creates them.
         tables = conn.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
-        found = conn.execute("PRAGMA application_id").fetchone()[0]
-        if tables and found != schema.APPLICATION_ID:
+        application = conn.execute("PRAGMA application_id").fetchone()[0]
+        if tables and application != schema.APPLICATION_ID:
             raise StoreError(
                 f"database {path}: this is the SQLite file of another program; set database to a path of its own",
                 path=path,
@@ -251,9 +251,9 @@ class Database(GroupCommit):
             )
 
     def _migrate(self, conn: sqlite3.Connection, deadline: float | None = None) -> None:
-        known: list[int] = []
-        _patiently(lambda: known.append(conn.execute("PRAGMA user_version").fetchone()[0]), deadline)
-        if known[-1] == schema.VERSION:
+        versions: list[int] = []
+        _patiently(lambda: versions.append(conn.execute("PRAGMA user_version").fetchone()[0]), deadline)
+        if versions[-1] == schema.VERSION:
             return
         for number, step in enumerate(schema.MIGRATIONS, 1):
             with _transaction(conn, deadline):

@@ -67,7 +67,7 @@ _SANDBOX: dict[str, Any] = {
     "updated_at": _TIME,
     "state_changed_at": _TIME,
 }
-_DONE: dict[str, Any] = {
+_OUTCOME: dict[str, Any] = {
     "previous_state": _MAYBE,
     "outcome": _TEXT,
     "changed": _FLAG,
@@ -77,7 +77,7 @@ _DONE: dict[str, Any] = {
     "warnings": _list(_TEXT),
 }
 _RESULT: dict[str, Any] = {
-    **_DONE,
+    **_OUTCOME,
     "vmid": {"type": ["integer", "null"]},
     "uuid": _MAYBE,
     "name": _MAYBE,
@@ -160,7 +160,7 @@ SCHEMAS: dict[str, Any] = {
     # The owner (the creator) is shown only on request.
     "ListedSandbox": _object({**_SANDBOX, "owner": _MAYBE, "connection": _MAYBE}, ("owner", "connection")),
     "Sandboxes": _object({"sandboxes": _list(_ref("ListedSandbox"))}),
-    "Item": _object({**_SANDBOX, **_DONE, "placement": _ANY}, ("placement",)),
+    "Item": _object({**_SANDBOX, **_OUTCOME, "placement": _ANY}, ("placement",)),
     "Result": _object(_RESULT, ("warnings",), more=True),
     "Results": _object({"results": _list(_ref("Result")), "failed_count": _WHOLE}),
     "Lease": _object(

@@ -39,16 +39,16 @@ _FORCE = Field("boolean", "destroy it whatever its state; identity and protectio
 _OLD = Field("duration", "only what entered its state longer ago than this", low=0)
 
 
-_GIVEN: dict[str, Any] = {"not": {"type": "null"}}
+_NOT_NULL: dict[str, Any] = {"not": {"type": "null"}}
 
 
 _NOT_BOTH: dict[str, Any] = {
-    "not": {"required": ["ttl", "ttl_minutes"], "properties": {"ttl": _GIVEN, "ttl_minutes": _GIVEN}}
+    "not": {"required": ["ttl", "ttl_minutes"], "properties": {"ttl": _NOT_NULL, "ttl_minutes": _NOT_NULL}}
 }
 
 
 _ONE_OF_THEM: dict[str, Any] = {
-    "anyOf": [{"required": [name], "properties": {name: _GIVEN}} for name in ("ttl", "ttl_minutes")]
+    "anyOf": [{"required": [name], "properties": {name: _NOT_NULL}} for name in ("ttl", "ttl_minutes")]
 }
 
 

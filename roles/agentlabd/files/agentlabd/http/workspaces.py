@@ -20,7 +20,7 @@ from .creation import creation_options
 from .route import Call
 
 
-def _of_workspace(result: workspace.Done) -> Answer:
+def _of_workspace(result: workspace.WorkspaceResult) -> Answer:
     shown = upstream.describe_workspace(result.workspace.public()) if result.workspace else {}
     return Answer(
         {**shown, "outcome": result.outcome, "changed": result.changed}, 201 if result.outcome == "created" else 200
