@@ -24,8 +24,9 @@ from urllib.error import HTTPError
 
 import pytest
 
-from support.awx import PASSWORD, TOKEN, Awx, dump_variables
+from support.awx import PASSWORD, TOKEN, Awx
 from support.awx_setup import PROJECT_URL
+from support.awx_tables import dump_variables
 
 REAL = os.environ.get("AGENTLAB_TEST_AWX", "")
 DESCRIPTION = {"description": "changed"}

@@ -20,8 +20,9 @@ from typing import Any
 
 import pytest
 
-from support.awx import TOKEN, Awx, Refused
+from support.awx import TOKEN, Awx
 from support.awx_setup import PROJECT_URL, furnish
+from support.awx_tables import Refused
 from support.play import REPO, run_play
 from support.runner import Runner
 

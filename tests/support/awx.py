@@ -21,106 +21,26 @@ from collections.abc import Callable
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
-import yaml
+from support.awx_tables import (
+    ACTIVE,
+    FIELDS,
+    MODELS,
+    OTHER_FILTERS,
+    PLAYBOOKS,
+    REFERENCES,
+    REQUIRED,
+    UNIQUE,
+    Refused,
+    check_survey,
+    dump_variables,
+    kept_fields,
+    wrong_answers,
+)
 
 TOKEN = "made-up-awx-token-0f6c21d4a9"
 # An administrator of the organization Default, who is no system administrator.
 ORGANIZATION_TOKEN = "made-up-awx-token-of-an-org-admin-77"
 PASSWORD = "made-up-awx-password-3d1b"
-
-# Endpoint -> the fields that AWX keeps (others are ignored), with their defaults; REQUIRED names those without which
-# AWX refuses to create one.
-FIELDS: dict[str, dict[str, Any]] = {
-    "organizations": {"name": "", "description": ""},
-    "inventories": {"name": "", "description": "", "organization": None, "kind": "", "has_inventory_sources": False},
-    "groups": {"name": "", "description": "", "inventory": None},
-    "hosts": {"name": "", "description": "", "inventory": None, "variables": ""},
-    "execution_environments": {"name": "", "description": "", "image": "", "organization": None},
-    "labels": {"name": "", "organization": None},
-    "notification_templates": {"name": "", "description": "", "organization": None, "notification_type": "email"},
-    "projects": {
-        "name": "", "description": "", "organization": None, "scm_type": "", "scm_url": "", "scm_branch": "",
-        "scm_update_on_launch": False, "scm_update_cache_timeout": 0, "allow_override": False, "status": "never updated",
-    },
-    "credential_types": {"name": "", "description": "", "kind": "", "inputs": {}, "injectors": {}},
-    "credentials": {"name": "", "description": "", "organization": None, "credential_type": None, "inputs": {}},
-    "job_templates": {
-        "name": "", "description": "", "job_type": "run", "inventory": None, "project": None, "playbook": "",
-        "extra_vars": "", "execution_environment": None, "survey_enabled": False, "allow_simultaneous": False, "forks": 0,
-        "verbosity": 0, "limit": "", "ask_variables_on_launch": False, "ask_inventory_on_launch": False,
-    },
-    "schedules": {
-        "name": "", "description": "", "rrule": "", "enabled": True, "unified_job_template": None, "extra_data": {},
-    },
-    "jobs": {"name": "", "unified_job_template": None, "project": None, "status": "pending", "extra_vars": "",
-             "created_by": None},
-    # AWX says that all events are stored when it has counted none yet, so that is no proof of an empty output.
-    "project_updates": {"name": "", "status": "", "job_explanation": "", "result_traceback": "", "output": "",
-                        "event_processing_finished": True},
-    "workflow_job_template_nodes": {"unified_job_template": None},
-    "inventory_sources": {"name": "", "description": "", "inventory": None, "source": "", "source_project": None},
-}  # fmt: skip
-READ_ONLY = {"status", "has_inventory_sources"}
-REQUIRED = {
-    "organizations": ["name"], "inventories": ["name", "organization"], "groups": ["name", "inventory"],
-    "hosts": ["name", "inventory"], "execution_environments": ["name", "image"], "labels": ["name", "organization"],
-    "notification_templates": ["name", "organization"], "projects": ["name"], "credential_types": ["name", "kind"],
-    "credentials": ["name", "credential_type"], "job_templates": ["name"],
-    "schedules": ["rrule", "name", "unified_job_template"],
-}  # fmt: skip
-UNIQUE = {
-    "organizations": ["name"], "inventories": ["organization", "name"], "groups": ["name", "inventory"],
-    "hosts": ["name", "inventory"], "execution_environments": ["name"], "labels": ["name", "organization"],
-    "notification_templates": ["organization", "name"], "projects": ["name", "organization"],
-    "credential_types": ["name", "kind"], "credentials": ["organization", "name", "credential_type"],
-    "job_templates": ["organization", "name"], "schedules": ["unified_job_template", "name"],
-}  # fmt: skip
-MODELS = {
-    "organizations": "Organization", "inventories": "Inventory", "groups": "Group", "hosts": "Host",
-    "execution_environments": "ExecutionEnvironment", "labels": "Label", "notification_templates": "NotificationTemplate",
-    "projects": "Project", "credential_types": "CredentialType", "credentials": "Credential",
-    "job_templates": "JobTemplate", "schedules": "Schedule", "jobs": "Job", "project_updates": "ProjectUpdate",
-    "workflow_job_template_nodes": "WorkflowJobTemplateNode", "inventory_sources": "InventorySource",
-}  # fmt: skip
-REFERENCES = {
-    "organization": "organizations", "inventory": "inventories", "project": "projects",
-    "execution_environment": "execution_environments", "credential_type": "credential_types",
-    "unified_job_template": "job_templates", "source_project": "projects",
-}  # fmt: skip
-SURVEY_TYPES: dict[str, Any] = {
-    "text": str, "textarea": str, "password": str, "multiplechoice": str, "multiselect": (str, list), "integer": int,
-    "float": (int, float),
-}  # fmt: skip
-WITH_CREDENTIALS = ("job_templates", "inventory_sources", "schedules", "workflow_job_template_nodes")
-OTHER_FILTERS = {("job_templates", "organization"), *((endpoint, "credentials") for endpoint in WITH_CREDENTIALS)}
-LIMITS = {"name": 512, "scm_url": 1024, "scm_branch": 256}
-ACTIVE = ("pending", "waiting", "running")
-PLAYBOOKS = [
-    "doctor.yml", "job.yml", "lease_renew.yml", "prune.yml", "reconcile.yml", "sandbox_create.yml", "sandbox_destroy.yml",
-]  # fmt: skip
-
-
-class Refused(Exception):
-    def __init__(self, status: int, answer: Any) -> None:
-        super().__init__(status)
-        self.status, self.answer = status, answer
-
-
-class _SafeStringDumper(yaml.SafeDumper):
-    def represent_data(self, data: Any) -> Any:
-        return self.represent_scalar("!unsafe", data) if isinstance(data, str) else super().represent_data(data)
-
-
-def dump_variables(variables: dict[str, Any], of_template: dict[str, Any]) -> str:
-    """Return the file of extra variables as AWX writes it: a text is !unsafe unless it is the template's own."""
-    return "".join(
-        yaml.dump_all(
-            [{key: value}],
-            Dumper=yaml.SafeDumper if key in of_template and of_template[key] == value else _SafeStringDumper,
-            default_flow_style=False,
-        )
-        for key, value in variables.items()
-    )
 
 
 class Awx:
@@ -342,7 +262,7 @@ class Awx:
             return 200, self._list(self._filtered("schedules", query, rows), parts, query)
         if (endpoint, part) == ("job_templates", "survey_spec"):
             if method == "POST":
-                self._check_survey(body)
+                check_survey(body)
                 self.surveys[number] = body
                 return 200, None
             return 200, self._shown_survey(number)
@@ -404,7 +324,7 @@ class Awx:
         missing = [name for name in REQUIRED.get(endpoint, []) if name not in body]
         if missing:
             raise Refused(400, {name: ["This field is required."] for name in missing})
-        body = self._fields(endpoint, body)
+        body = kept_fields(endpoint, body)
         row = {**json.loads(json.dumps(FIELDS[endpoint])), **body}
         self._check(endpoint, row, body)
         self._check_unique(endpoint, row, None)
@@ -415,22 +335,6 @@ class Awx:
         elif endpoint == "projects":
             row["status"] = "ok"
         return row
-
-    @staticmethod
-    def _fields(endpoint: str, body: dict[str, Any]) -> dict[str, Any]:
-        """Return the fields that AWX keeps, without blanks around short texts. Refuse what is too long."""
-        fields = {
-            key: value.strip() if isinstance(value, str) and key in (*LIMITS, "description") else value
-            for key, value in body.items()
-            if key in FIELDS[endpoint] and key not in READ_ONLY
-        }
-        for key, limit in LIMITS.items():
-            if len(fields.get(key) or "") > limit:
-                raise Refused(400, {key: [f"Ensure this field has no more than {limit} characters."]})
-        timeout = fields.get("scm_update_cache_timeout", 0)
-        if timeout < 0:
-            raise Refused(400, {"scm_update_cache_timeout": ["Ensure this value is greater than or equal to 0."]})
-        return fields
 
     def _check_unique(self, endpoint: str, row: dict[str, Any], own: int | None) -> None:
         keys = UNIQUE.get(endpoint, [])
@@ -452,7 +356,7 @@ class Awx:
             raise Refused(400, {"__all__": [f"{model} with this ({', '.join(keys)}) combination already exists."]})
 
     def _change(self, endpoint: str, row: dict[str, Any], body: dict[str, Any]) -> None:
-        body = self._fields(endpoint, body)
+        body = kept_fields(endpoint, body)
         of_type = [one for one in self.objects["credentials"] if one["credential_type"] == row["id"]]
         if endpoint == "credential_types" and body.get("inputs", row["inputs"]) != row["inputs"] and of_type:
             detail = "Modifications to inputs are not allowed for credential types that are in use"
@@ -590,33 +494,6 @@ class Awx:
         if not re.fullmatch(r"DTSTART(;TZID=[\w/]+)?:\d{8}T\d{6}Z? RRULE:FREQ=\w+;INTERVAL=\d+(;.*)?", row["rrule"]):
             raise Refused(400, {"rrule": ["rrule parsing failed validation"]})
 
-    def _check_survey(self, body: dict[str, Any]) -> None:
-        for name in ("name", "description", "spec"):
-            if name not in body:
-                raise Refused(400, {"error": f"Field '{name}' is missing from survey spec."})
-        if not body["spec"]:
-            raise Refused(400, {"error": "'spec' doesn't contain any items."})
-        seen: set[str] = set()
-        for number, question in enumerate(body["spec"]):
-            for name in ("type", "question_name", "variable", "required"):
-                if name not in question:
-                    raise Refused(400, {"error": f"'{name}' missing from survey question {number}"})
-            if question["variable"] in seen:
-                told = f"'variable' '{question['variable']}' duplicated in survey question {number}."
-                raise Refused(400, {"error": told})
-            seen.add(question["variable"])
-            kind, default = question["type"], question.get("default", "")
-            if kind not in SURVEY_TYPES:
-                raise Refused(400, {"error": f"'{kind}' in survey question {number} is not one of the question types."})
-            if default != "" and not isinstance(default, SURVEY_TYPES[kind]):
-                label = kind if kind in ("integer", "float") else "string"
-                told = f"Default value {default} in survey question {number} expected to be {label}."
-                raise Refused(400, {"error": told})
-            if kind in ("multiplechoice", "multiselect"):
-                defaults = default.splitlines() if isinstance(default, str) else default
-                if any(item not in question["choices"] for item in defaults):
-                    raise Refused(400, {"error": "Default choice must be answered from the choices listed."})
-
     def _shown_survey(self, number: int) -> dict[str, Any]:
         """Return a survey without the defaults of its passwords. AWX encrypts a default unless it is empty."""
         survey = copy.deepcopy(self.surveys.get(number, {}))
@@ -661,7 +538,7 @@ class Awx:
         """Launch as the API does; ``variables[job]`` is the file of variables that AWX hands to ansible-runner."""
         of_template = json.loads(template["extra_vars"] or "{}")
         spec = self.surveys.get(template["id"], {}).get("spec", []) if template["survey_enabled"] else []
-        errors = [error for question in spec for error in self._wrong_answers(question, answers)]
+        errors = [error for question in spec for error in wrong_answers(question, answers)]
         if errors:
             raise Refused(400, {"variables_needed_to_start": errors})
         named = {question["variable"] for question in spec}
@@ -669,47 +546,28 @@ class Awx:
         for question in spec:
             # A default that its own limits refuse is left out: a required question with the default "".
             default = question.get("default")
-            if default is not None and not self._wrong_answers(question, {question["variable"]: default}):
+            if default is not None and not wrong_answers(question, {question["variable"]: default}):
                 variables[question["variable"]] = default
         variables.update({key: value for key, value in answers.items() if key in named})
         ignored = {key: value for key, value in answers.items() if key not in named and of_template.get(key) != value}
         job = self.add("jobs", name=template["name"], unified_job_template=template["id"], project=template["project"])
         meta: dict[str, Any] = {}
         for prefix in ("awx", "tower"):
-            meta |= {f"{prefix}_job_id": job, f"{prefix}_job_launch_type": "manual", f"{prefix}_user_id": 1,
-                     f"{prefix}_user_name": user, f"{prefix}_user_email": "", f"{prefix}_inventory_id": template["inventory"],
-                     f"{prefix}_job_template_name": template["name"]}  # fmt: skip
+            meta |= {
+                f"{prefix}_job_id": job,
+                f"{prefix}_job_launch_type": "manual",
+                f"{prefix}_user_id": 1,
+                f"{prefix}_user_name": user,
+                f"{prefix}_user_email": "",
+                f"{prefix}_inventory_id": template["inventory"],
+                f"{prefix}_job_template_name": template["name"],
+            }
         secret = {question["variable"] for question in spec if question["type"] == "password"}
         self.row("jobs", job)["extra_vars"] = json.dumps(
             {key: "$encrypted$" if key in secret else value for key, value in variables.items()}
         )
         self.variables[job] = dump_variables({**variables, **meta}, of_template)
         return {"job": job, "ignored_fields": {"extra_vars": ignored} if ignored else {}, "id": job, "type": "job"}
-
-    @staticmethod
-    def _wrong_answers(question: dict[str, Any], answers: dict[str, Any]) -> list[str]:
-        name, kind = question["variable"], question["type"]
-        if name not in answers:
-            return [f"'{name}' value missing"] if question["required"] else []
-        value, low, high = answers[name], question.get("min"), question.get("max")
-        if kind in ("text", "textarea", "password"):
-            if not isinstance(value, str):
-                return [f"Value {value} for '{name}' expected to be a string."]
-            told = []
-            if low is not None and len(value) < low:
-                told.append(f"'{name}' value {value} is too small (length is {len(value)} must be at least {low}).")
-            if high is not None and len(value) > high:
-                told.append(f"'{name}' value {value} is too large (must be no more than {high}).")
-            return told
-        if kind == "integer":
-            return (
-                []
-                if isinstance(value, int) and not isinstance(value, bool)
-                else [f"Value {value} for '{name}' expected to be an integer."]
-            )
-        choices = question.get("choices") or []
-        values = value if isinstance(value, list) else [value]
-        return [f"Value {one} for '{name}' expected to be one of {choices}." for one in values if one not in choices]
 
     # ---- what is shown ----
 
