@@ -76,9 +76,13 @@ def test_the_picture_of_the_rooms_is_current() -> None:
 
 def test_the_readme_of_the_tests_names_every_folder_and_real_files() -> None:
     page = (ROOT / "tests/README.md").read_text()
-    folders = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir() and path.name[0] not in "._"}
-    assert set(re.findall(r"^\| `(\w+)/` \|", page, re.M)) == folders - {"output"}
-    for name in re.findall(r"`(\w+/test_\w+\.py)`", page):
+    tests = ROOT / "tests"
+    folders = {path.name for path in tests.iterdir() if path.is_dir() and path.name[0] not in "._"} - {"output"}
+    folders |= {
+        str(path.parent.relative_to(tests)) for folder in folders for path in (tests / folder).rglob("test_*.py")
+    }
+    assert set(re.findall(r"^\| `([\w/]+)/` \|", page, re.M)) == folders
+    for name in re.findall(r"`([\w/]+/test_\w+\.py)`", page):
         assert (ROOT / "tests" / name).is_file(), name
 
 
