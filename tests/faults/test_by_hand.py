@@ -264,6 +264,15 @@ def test_a_clone_in_doubt(lab: Lab, operator: Operator, kind: str, then: str) ->
     assert lab.destroy(1000, force=True)[0].outcome == "destroyed" and lab.pve.vm(1000) is None
 
 
+def test_a_clone_whose_answer_is_cut_is_awaited_while_its_vm_is_locked(lab: Lab) -> None:
+    """The look for the clone takes a second here, and cloning takes longer: the lock of the new VM extends the look."""
+    lab.options["doubt_window"] = "4s"
+    lab.pve.next_task("qmclone", "slow", seconds=2.5)
+    lab.pve.fault("POST", "/clone", "cut-after")
+    assert lab.create().state == "RUNNING"
+    assert sum("/clone" in path for method, path, _body in lab.pve.requests if method == "POST") == 1
+
+
 @pytest.mark.parametrize("ending", ["the disk is on fire", "unexpected status", "hang"])
 def test_a_clone_that_was_made_although_its_task_says_otherwise(lab: Lab, operator: Operator, ending: str) -> None:
     """Left alone (it may be anybody's), FAILED with the reason; the operator looks and removes it, and the name can

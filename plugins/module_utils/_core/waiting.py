@@ -1,7 +1,12 @@
 # Copyright: the agentlab.proxmox contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""The one waiter: look again and again, until there is a result or the time is over."""
+"""The one waiter: look again and again, until there is a result or the time is over.
+
+Other loops with pauses do more than look, and their docstrings say what: the task waiter shares one poll between
+threads, a command in a guest is polled at the pace of its running time, and a write that a lock refused is judged anew
+before it is sent again.
+"""
 
 from __future__ import annotations
 

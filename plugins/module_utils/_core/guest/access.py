@@ -167,8 +167,9 @@ class Guest:
     def collect(self, pid: int, run_id: str, expected: float = 0) -> Frame | None:
         """Wait for the end of a started wrapper, and return its answer; None when the answer is lost.
 
-        ``expected``: seconds after which the answer is expected; it is not asked for earlier. Raises GuestFailed for
-        an answer in another form.
+        ``expected``: seconds after which the answer is expected; it is not asked for earlier. The pauses follow the
+        running time and the time of a request, and the wrapper ends by itself, so ``waiting.until`` would not do.
+        Raises GuestFailed for an answer in another form.
         """
         began = self.ctx.clock.monotonic()
         self.ctx.clock.sleep(max(_first_delay(self.sandbox.uuid), min(expected, _LONGEST_EXPECTED)))
@@ -197,7 +198,7 @@ class Guest:
             self.ctx.clock.sleep(max(0.0 if took > _SOON else _SOON, min(waited / 5, _LONGEST_PAUSE)))
 
     def ask(self, script: str, run_id: str, *, patience: float = 60.0, refusals: bool = False) -> Frame:
-        """Send an idempotent script, and return its answer.
+        """Send an idempotent script, and return its answer. A lost answer is a reason to send the script again.
 
         ``patience``: seconds for which a lost answer is retried. ``refusals``: return a refusal of the wrapper as well.
         """

@@ -441,6 +441,11 @@ class _Run:
         return result
 
     def wait(self, timeout: float | None, on_output: Output | None, cancel: Callable[[], bool] | None) -> CommandResult:
+        """Return the result of a command once it has ended, or its output so far after ``timeout`` seconds.
+
+        The guest does the waiting: each request stays there until the command ends or writes. So there is no pause
+        between two requests.
+        """
         clock = self.ctx.clock
         deadline = None if timeout is None else clock.monotonic() + timeout
         out = err = b""
@@ -734,7 +739,10 @@ class _Command(_Run):
     # ---- starting ----
 
     def _begin(self) -> Frame:
-        """Send the command until its start is confirmed, and return that answer."""
+        """Send the command until its start is confirmed, and return that answer.
+
+        A repeated request is no look: each attempt says how old the run is, and sends the pieces that the guest lacks.
+        """
         clock, guest, prepared = self.ctx.clock, self.guest, self.prepared
         guest.what = "run a command"
         began = clock.monotonic()

@@ -13,6 +13,8 @@ from ..errors import AccessDenied, ApiError, OutcomeUnknown, ProxmoxError, Unrea
 
 # Texts by which Proxmox says that it did not begin (worker not started, lock not acquired). Repeating is safe.
 _NOT_BEGUN = ("start worker failed", "got no worker upid", "can't lock file", "unable to acquire lock")
+# Seconds before a request that did not begin is sent again.
+LOCK_PAUSE = 1.0
 # 595 comes from Proxmox's own proxy: the node refused the connection, so the request was not delivered.
 _NOT_DELIVERED = (595,)
 # 596-599 come from Proxmox's own proxy, 502-504 from a proxy in front of it. The request may still be carried out.

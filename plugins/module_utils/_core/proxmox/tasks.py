@@ -56,7 +56,8 @@ def started_at(upid: str) -> int:
 class TaskWaiter:
     """Wait for tasks, from any number of threads. Use one waiter for a whole run.
 
-    Polls a node at most every ``interval`` seconds.
+    Polls a node at most every ``interval`` seconds. ``waiting.until`` would not do: one thread polls for all that wait
+    for tasks of the same node, and the others wait for what it learns.
     """
 
     def __init__(self, client: ProxmoxClient, clock: Clock, interval: float) -> None:

@@ -18,6 +18,7 @@ from ..context import Context
 from ..errors import ApiError, Kept, OutcomeUnknown, ProxmoxError, TaskFailed, TaskUnknown, Unreachable
 from ..model import Sandbox
 from ..proxmox import identity
+from ..proxmox.answers import LOCK_PAUSE
 from ..store import journal
 from ..store.journal import CreationNote
 from ..store.records import Claim
@@ -121,7 +122,7 @@ def make_vm(creation: Creation) -> Located | None:
                     creation.sandbox.vmid, "one that these credentials may not see, or a container"
                 ) from None
             if judgement.step is Step.WAIT:
-                ctx.clock.sleep(1.0)
+                ctx.clock.sleep(LOCK_PAUSE)
             else:
                 occupied |= {creation.sandbox.vmid, *ctx.cluster.vms(fresh=True)}
                 creation.sandbox = ctx.records.renumber(
@@ -300,9 +301,10 @@ def _clone_appears(creation: Creation) -> bool:
     ctx, sandbox = creation.ctx, creation.sandbox
     request = replace(creation.note, phase=journal.CLONING, at=ctx.clock.now())
     patience = min(_CUT_SECONDS, ctx.config.doubt_window / 4)
-    now = ctx.clock.monotonic()
-    last, deadline = now + ctx.wait_timeout, now + patience
-    while ctx.clock.monotonic() <= min(deadline, last):
+    deadline = ctx.clock.monotonic() + patience
+
+    def look() -> bool | None:
+        nonlocal deadline
         row: dict[str, Any] = {}
         try:
             row = ctx.cluster.vms(fresh=True).get(sandbox.vmid) or {}
@@ -312,10 +314,12 @@ def _clone_appears(creation: Creation) -> bool:
         except (Kept, ProxmoxError):
             # The VM is being cloned, or cannot be read at the moment.
             pass
+        now = ctx.clock.monotonic()
         if row.get("lock"):
-            deadline = ctx.clock.monotonic() + patience
-        ctx.clock.sleep(min(0.5, patience))
-    return False
+            deadline = now + patience
+        return False if now > deadline else None
+
+    return waiting.until(ctx.clock, ctx.wait_timeout, look, pause=min(0.5, patience), longest=0.5) or False
 
 
 def _await_doubt(creation: Creation, doubt: CreationNote) -> Located:

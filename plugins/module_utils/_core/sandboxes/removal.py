@@ -33,7 +33,7 @@ from ..errors import (
 )
 from ..model import Outcome, Sandbox
 from ..proxmox import identity
-from ..proxmox.answers import changed, not_begun
+from ..proxmox.answers import LOCK_PAUSE, changed, not_begun
 from ..store.journal import (
     DELETING,
     DETACHING,
@@ -434,7 +434,7 @@ class Removal:
             ctx.cluster.vms(fresh=True)
             return Next.LOOK_AGAIN
         if not_begun(error.text) and not self._last:
-            ctx.clock.sleep(1.0)
+            ctx.clock.sleep(LOCK_PAUSE)
             return Next.LOOK_AGAIN
         raise error
 

@@ -14,7 +14,7 @@ from ..context import Context
 from ..errors import ApiError, Kept, ProxmoxError, TaskFailed, Unreachable
 from ..model import Sandbox
 from ..proxmox import identity
-from ..proxmox.answers import changed, not_begun
+from ..proxmox.answers import LOCK_PAUSE, changed, not_begun
 
 # A task of a killed run, or a person, changes a configuration now and then; what changes it at each try will not end
 # soon.
@@ -266,10 +266,11 @@ def match_if_readable(ctx: Context, sandbox: Sandbox) -> Located | None:
 
 
 def write_with_digest(ctx: Context, sandbox: Sandbox, located: Located, write: Callable[[Located], Any]) -> Any:
-    """What ``write`` answers, which sends one request with the digest of the VM it is given, and waits for its task.
+    """Call ``write`` with the VM until its request is accepted, and return its answer.
 
-    Where the configuration became another one, the VM is judged anew and ``write`` called with that; Kept when it
-    changes each time.
+    ``write`` sends one request with the digest of the VM that it gets, and waits for the task. The VM is judged anew
+    before each further attempt: after another change of its configuration, and after a lock. Raises Kept when every
+    attempt meets a change.
     """
     for _time in range(_WRITE_TRIES):
         try:
@@ -279,7 +280,7 @@ def write_with_digest(ctx: Context, sandbox: Sandbox, located: Located, write: C
             text = error.text if isinstance(error, ApiError) else error.exitstatus
             if isinstance(error, TaskFailed) and not_begun(text):
                 # The task of a killed run has the lock.
-                ctx.clock.sleep(1.0)
+                ctx.clock.sleep(LOCK_PAUSE)
             elif not changed(text):
                 raise
         located = require_match(ctx, sandbox)

@@ -27,7 +27,7 @@ from ..errors import (
     TaskUnknown,
 )
 from ..model import Outcome, Sandbox
-from ..proxmox.answers import not_begun
+from ..proxmox.answers import LOCK_PAUSE, not_begun
 from ..store.journal import REQUESTED
 from ..store.records import Claim
 from . import address
@@ -335,6 +335,11 @@ def _start_as_seen(ctx: Context, sandbox: Sandbox, located: Located, seen: str) 
 def _task(
     ctx: Context, sandbox: Sandbox, located: Located, what: str, action: str, **params: Any
 ) -> tuple[list[str], list[str]]:
+    """Send a request that starts a task, and return the tasks and their warnings.
+
+    A request that did not begin because of a lock is sent again, _LOCK_TRIES times in all: the VM is judged anew before
+    each. Raises OutcomeUnknown for an answer without a task, and the errors of the request and of the task.
+    """
     upids: list[str] = []
     tries = 0
     while True:
@@ -353,7 +358,7 @@ def _task(
             # The clean-up after a stop may hold the VM's lock for up to 30 s: the task did not begin.
             if tries >= _LOCK_TRIES or not not_begun(error.text if isinstance(error, ApiError) else error.exitstatus):
                 raise
-        ctx.clock.sleep(1.0)
+        ctx.clock.sleep(LOCK_PAUSE)
 
 
 def resize(ctx: Context, located: Located, disk: str, size: str, what: str) -> None:
