@@ -132,7 +132,7 @@ def test_what_is_too_long_for_awx_is_refused_before_anything_is_written(
     assert "AWX takes at most" in message or "outside of" in message
 
 
-def test_the_longest_prefix_that_fits(awx: Awx) -> None:
+def test_the_longest_prefix_is_accepted(awx: Awx) -> None:
     given = {"awx_prefix": "p" * (512 - len("Proxmox VE API"))}
     told(run_module(awx, **given))
     assert run_module(awx, **given)["changed"] is False
@@ -145,7 +145,7 @@ def test_lists_of_many_pages_are_read_to_the_end(awx: Awx, set_up: SetUp) -> Non
     assert "changed=0" in set_up().ok().stdout and awx.writes == []
 
 
-def test_the_path_of_automation_platform(awx: Awx, set_up: SetUp) -> None:
+def test_awx_api_path_leads_to_automation_platform(awx: Awx, set_up: SetUp) -> None:
     awx.prefix = "/api/controller/v2"
     told = failure(set_up())
     assert "answers 404 for organizations: a web page instead of JSON. The API is looked for under /api/v2" in told
@@ -153,7 +153,7 @@ def test_the_path_of_automation_platform(awx: Awx, set_up: SetUp) -> None:
     assert "changed=0" in set_up(awx_api_path="/api/controller/v2").ok().stdout
 
 
-def test_a_user_with_a_password(awx: Awx, set_up: SetUp) -> None:
+def test_a_user_with_a_password_can_set_up(awx: Awx, set_up: SetUp) -> None:
     run = set_up(token="", awx_username="admin", awx_password=PASSWORD).ok()
     assert PASSWORD not in run.output
     told = failure(set_up(token="", awx_username="admin", awx_password="wrong-password-1"))

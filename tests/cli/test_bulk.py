@@ -30,7 +30,7 @@ def test_bulk_destroy_prints_one_line_an_item(daemon: StandIn) -> None:
     assert daemon.asked == [("POST", "/v1/sandboxes/destroy", {"vmids": [1009, 1010, 1011], "force": True})]
 
 
-def test_bulk_destroy_that_is_mixed(daemon: StandIn) -> None:
+def test_bulk_destroy_that_partly_fails_ends_with_4(daemon: StandIn) -> None:
     bulk(
         daemon,
         207,
@@ -49,7 +49,7 @@ def test_bulk_destroy_that_is_mixed(daemon: StandIn) -> None:
     assert told.returncode == 4
 
 
-def test_bulk_destroy_of_which_nothing_succeeds(daemon: StandIn) -> None:
+def test_bulk_destroy_that_fails_wholly_ends_with_1(daemon: StandIn) -> None:
     bulk(daemon, 207, *(outcome(vmid, "failed", state="RUNNING", message=REFUSED) for vmid in (1009, 1010)))
     found = agentlab("sandbox", "destroy", 1009, 1010, socket=daemon.path)
     assert (found.returncode, found.stdout) == (1, "")
@@ -93,7 +93,7 @@ def test_prune_tells_what_is_kept_beside_the_answer(daemon: StandIn) -> None:
     assert daemon.posted() == [("/v1/sandboxes/prune", {"older_than": "24h"})]
 
 
-def test_prune_with_failures(daemon: StandIn) -> None:
+def test_prune_names_each_failure_on_standard_error(daemon: StandIn) -> None:
     failed = [outcome(1003, "failed", state="TIMEOUT", message="the storage is full")]
     for pruned, status in (([outcome(1001, "destroyed")], 4), ([], 1)):
         daemon.replies["POST", "/v1/sandboxes/prune"] = (

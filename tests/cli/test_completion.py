@@ -24,7 +24,7 @@ def complete(daemon: StandIn, words: str) -> list[str]:
     return [line.partition(",")[2] for line in found.stdout.splitlines() if line]
 
 
-def test_completion(daemon: StandIn) -> None:
+def test_commands_options_and_live_vmids_are_completed(daemon: StandIn) -> None:
     daemon.replies["GET", "/v1/sandboxes"] = (
         200,
         {"sandboxes": [sandbox(1000), sandbox(1001, "TIMEOUT"), sandbox(2000, "DESTROYED")]},
@@ -57,14 +57,14 @@ def test_completion(daemon: StandIn) -> None:
         ("fish", "complete --no-files --command agentlab"),
     ],
 )
-def test_completion_scripts(shell: str, part: str) -> None:
+def test_each_shell_gets_its_completion_script(shell: str, part: str) -> None:
     found = agentlab("completion", shell)
     assert (found.returncode, found.stderr) == (0, "")
     assert part in found.stdout
     assert "_AGENTLAB_COMPLETE" in found.stdout
 
 
-def test_completion_in_a_real_bash(daemon: StandIn, short_path: Path) -> None:
+def test_a_real_bash_completes_vmids(daemon: StandIn, short_path: Path) -> None:
     daemon.replies["GET", "/v1/sandboxes"] = (200, {"sandboxes": [sandbox(1000), sandbox(1001)]})
     (short_path / "agentlab").write_text(f'#!/bin/sh\nexec {PYTHON} -m agentlab_cli "$@"\n')
     (short_path / "agentlab").chmod(0o755)
@@ -83,7 +83,7 @@ def test_completion_in_a_real_bash(daemon: StandIn, short_path: Path) -> None:
     assert found.stdout.split() == ["1000", "1001"]
 
 
-def test_names_complete(daemon: StandIn) -> None:
+def test_names_of_profiles_and_workspaces_are_completed(daemon: StandIn) -> None:
     daemon.replies["GET", "/v1/profiles"] = (200, {"profiles": [{"name": "yolo"}, {"name": "dev"}]})
     daemon.replies["GET", "/v1/workspaces"] = (200, {"workspaces": [workspace("project-x")]})
     assert complete(daemon, "agentlab sandbox new --profile y") == ["yolo"]

@@ -30,7 +30,7 @@ def check_unreachable(found: subprocess.CompletedProcess[str], *parts: str) -> N
         assert part in found.stderr
 
 
-def test_daemon_not_running(short_path: Path) -> None:
+def test_a_daemon_that_does_not_run_is_told_with_the_commands_to_start_it(short_path: Path) -> None:
     what_to_do = ("systemctl status agentlabd", "systemctl start agentlabd", "journalctl -u agentlabd")
     check_unreachable(
         agentlab("sandbox", "list", socket=short_path / "none.sock"),
@@ -54,7 +54,7 @@ def test_the_option_wins_over_the_environment(daemon: StandIn) -> None:
     check_unreachable(agentlab("status", env={"AGENTLAB_SOCKET": ""}), "/run/agentlab/agentlabd.sock")
 
 
-def test_socket_not_permitted(daemon: StandIn, short_path: Path) -> None:
+def test_a_socket_that_refuses_the_user_is_told_with_its_group(daemon: StandIn, short_path: Path) -> None:
     """Asked by another user, as the mode of the socket is meant to refuse."""
     if os.geteuid() != 0:
         daemon.path.chmod(0o000)
@@ -79,7 +79,7 @@ def test_socket_not_permitted(daemon: StandIn, short_path: Path) -> None:
     assert daemon.asked == []
 
 
-def test_path_that_cannot_be_a_socket(tmp_path: Path) -> None:
+def test_a_path_that_cannot_be_a_socket_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     check_unreachable(agentlab("status", socket=tmp_path / "file"), "is not a socket", "--socket")
     check_unreachable(agentlab("status", socket=tmp_path / "file" / "d.sock"), "there is no socket")
@@ -105,12 +105,12 @@ def test_path_that_cannot_be_a_socket(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_answers_of_no_use(daemon: StandIn, reply: Any, part: str) -> None:
+def test_an_answer_that_is_none_is_told_as_unusable(daemon: StandIn, reply: Any, part: str) -> None:
     daemon.replies["GET", "/v1/sandboxes"] = reply
     check_unreachable(agentlab("sandbox", "list", socket=daemon.path), part)
 
 
-def test_daemon_of_another_release(daemon: StandIn) -> None:
+def test_a_daemon_of_another_release_is_told_with_both_versions(daemon: StandIn) -> None:
     daemon.replies["GET", "/v1/status"] = (200, {"version": "0.9.0"})
     check_unreachable(
         agentlab("profile", "list", socket=daemon.path),
@@ -119,7 +119,7 @@ def test_daemon_of_another_release(daemon: StandIn) -> None:
     )
 
 
-def test_time_out(daemon: StandIn) -> None:
+def test_an_answer_that_comes_too_late_is_told_as_still_going_on(daemon: StandIn) -> None:
     over = threading.Event()
 
     def slow(_it: StandIn) -> tuple[int, Any]:

@@ -126,7 +126,7 @@ def test_a_key_file_with_many_keys_is_sent_key_by_key(daemon: StandIn, tmp_path:
     assert len(daemon.posted()[-1][1]["ssh_public_keys"]) == 60
 
 
-def test_power(daemon: StandIn) -> None:
+def test_power_commands_say_the_new_state(daemon: StandIn) -> None:
     for name, state in (("start", "RUNNING"), ("stop", "STOPPED"), ("suspend", "SUSPENDED")):
         daemon.replies["POST", f"/v1/sandboxes/1000/{name}"] = (200, sandbox(1000, state))
         found = agentlab("sandbox", name, 1000, socket=daemon.path)
@@ -205,7 +205,7 @@ def test_flags_may_have_a_value(daemon: StandIn) -> None:
         ("10.5", "10.5"),
     ],
 )
-def test_sizes_and_names_of_workspaces(daemon: StandIn, typed: str, sent: str) -> None:
+def test_a_workspace_takes_its_size_and_name_in_every_form(daemon: StandIn, typed: str, sent: str) -> None:
     made = {**workspace("w1"), "outcome": "created"}
     daemon.replies["POST", "/v1/workspaces"] = (201, made)
     for args in (["new", "w1"], ["create", "--name", "w1"], ["create", "--name=w1"]):
@@ -227,7 +227,7 @@ def test_workspaces_are_attached_and_shown(daemon: StandIn) -> None:
     assert re.search(r"^workspace +w1$", shown, re.M) and re.search(r"^time left +\d+d", shown, re.M)
 
 
-def test_protection_and_keepalive(daemon: StandIn) -> None:
+def test_protect_and_keepalive_say_what_holds_now(daemon: StandIn) -> None:
     for action in ("protect", "unprotect", "keepalive"):
         daemon.replies["POST", f"/v1/sandboxes/1000/{action}"] = (200, {**sandbox(1000), "changed": True})
     for args, said in (
@@ -241,7 +241,7 @@ def test_protection_and_keepalive(daemon: StandIn) -> None:
     assert [body for _target, body in daemon.posted()] == [None, None, {"keepalive": True}, {"keepalive": False}]
 
 
-def test_stop_all(daemon: StandIn) -> None:
+def test_stop_all_says_what_was_stopped_and_what_failed(daemon: StandIn) -> None:
     results = [
         {"vmid": 1000, "name": "a", "profile": None, "state": "STOPPED", "result": "stopped", "error": None},
         {"vmid": 1001, "name": "b", "profile": None, "state": "RUNNING", "result": "failed", "error": "it is locked"},

@@ -13,7 +13,7 @@ from ansible_collections.agentlab.proxmox.plugins.module_utils._core import stat
 from support.cli import StandIn, agentlab, on_terminal, sandbox
 
 
-def test_list(daemon: StandIn) -> None:
+def test_the_list_is_a_table_with_one_line_a_sandbox(daemon: StandIn) -> None:
     daemon.replies["GET", "/v1/sandboxes"] = (
         200,
         {
@@ -33,7 +33,7 @@ def test_list(daemon: StandIn) -> None:
     assert (found.returncode, found.stderr) == (0, "")
 
 
-def test_list_by_state(daemon: StandIn) -> None:
+def test_the_list_takes_states_and_names_the_valid_ones(daemon: StandIn) -> None:
     daemon.replies["GET", "/v1/sandboxes?state=TIMEOUT&state=STOPPED"] = (200, {"sandboxes": []})
     found = agentlab("sandbox", "list", "--state", "timeout", "--state", "STOPPED", socket=daemon.path)
     assert (found.returncode, found.stdout) == (0, "no sandboxes\n")
@@ -43,7 +43,7 @@ def test_list_by_state(daemon: StandIn) -> None:
         assert state in wrong.stderr, "the states offered are those of the rules"
 
 
-def test_show(daemon: StandIn) -> None:
+def test_show_prints_one_field_a_line(daemon: StandIn) -> None:
     daemon.replies["GET", "/v1/sandboxes/1000"] = (200, sandbox(1000))
     found = agentlab("sandbox", "show", 1000, socket=daemon.path)
     assert re.search(r"^lease expires at +2126-01-30T02:45:00Z$", found.stdout, re.M)
@@ -74,7 +74,7 @@ def test_what_a_guest_says_does_not_steer_the_terminal(daemon: StandIn) -> None:
     assert len(agentlab("sandbox", "list", socket=daemon.path).stdout.splitlines()) == 2
 
 
-def test_reconcile(daemon: StandIn) -> None:
+def test_reconcile_prints_each_difference_with_its_action(daemon: StandIn) -> None:
     drift = {
         "kind": "stopped",
         "action": "FAILED",

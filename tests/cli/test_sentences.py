@@ -12,7 +12,7 @@ from support.cli import StandIn, agentlab, sandbox
 from support.cli_answers import REFUSED
 
 
-def test_destroy_refused_and_forced(daemon: StandIn) -> None:
+def test_destroy_is_refused_by_the_state_and_goes_on_with_force(daemon: StandIn) -> None:
     daemon.replies["POST", "/v1/sandboxes/1009/destroy"] = lambda it: (
         (200, {**sandbox(1009, "DESTROYED"), "previous_state": "TIMEOUT"})
         if it.asked[-1][2]["force"]
@@ -26,7 +26,7 @@ def test_destroy_refused_and_forced(daemon: StandIn) -> None:
     assert (behind.returncode, behind.stdout, behind.stderr) == (0, "sandbox 1009 destroyed (state=TIMEOUT)\n", "")
 
 
-def test_prune(daemon: StandIn) -> None:
+def test_prune_says_how_many_it_pruned(daemon: StandIn) -> None:
     daemon.replies["POST", "/v1/sandboxes/prune"] = (200, {"count": 5})
     found = agentlab("sandbox", "prune", socket=daemon.path)
     assert (found.returncode, found.stdout, found.stderr) == (0, "pruned 5 sandbox(es)\n", "")
@@ -46,7 +46,7 @@ def test_renewal_without_a_ttl_says_how(daemon: StandIn) -> None:
     assert daemon.asked == []
 
 
-def test_renewal(daemon: StandIn) -> None:
+def test_a_renewal_says_the_new_end_of_the_lease(daemon: StandIn) -> None:
     daemon.replies["POST", "/v1/sandboxes/1009/lease/renew"] = (
         200,
         {"vmid": 1009, "lease_expires_at": "2026-01-30T03:45:00Z"},
@@ -63,7 +63,7 @@ def test_renewal(daemon: StandIn) -> None:
     assert daemon.posted()[-1][1] == {"ttl": "1d12h"}
 
 
-def test_renewal_refused(daemon: StandIn) -> None:
+def test_a_refused_renewal_says_why(daemon: StandIn) -> None:
     daemon.replies["POST", "/v1/sandboxes/1009/lease/renew"] = (
         409,
         {"error": "cannot renew lease in TIMEOUT state. Valid states: RUNNING"},
@@ -97,7 +97,7 @@ def test_a_renewal_that_changes_nothing_says_so(daemon: StandIn) -> None:
     assert found.stderr == "Note: unchanged, because it lasts that long already; --allow-shorten lets it end sooner\n"
 
 
-def test_not_found(daemon: StandIn) -> None:
+def test_a_vmid_without_a_sandbox_is_not_found(daemon: StandIn) -> None:
     for name in ("show", "start", "stop", "suspend", "events", "destroy"):
         method, target = (
             ("GET", "") if name == "show" else ("GET", "/events") if name == "events" else ("POST", f"/{name}")

@@ -37,7 +37,7 @@ STATUS = {
 }
 
 
-def test_status(daemon: StandIn) -> None:
+def test_status_shows_daemon_proxmox_jobs_and_configuration(daemon: StandIn) -> None:
     daemon.replies["GET", "/v1/status"] = (200, STATUS)
     found = agentlab("status", socket=daemon.path)
     assert (found.returncode, found.stderr) == (0, "")
@@ -69,7 +69,7 @@ def test_status(daemon: StandIn) -> None:
     assert "line 3: unknown key" in found.stdout
 
 
-def test_doctor(daemon: StandIn, tmp_path: Path) -> None:
+def test_doctor_prints_findings_and_advice_and_writes_the_bundle(daemon: StandIn, tmp_path: Path) -> None:
     report: dict[str, Any] = {
         "status": "warning",
         "problems": 0,
@@ -110,7 +110,7 @@ def test_doctor(daemon: StandIn, tmp_path: Path) -> None:
     assert agentlab("doctor", "--bundle-hosts", socket=daemon.path).returncode == 2
 
 
-def test_freeze_and_release(daemon: StandIn) -> None:
+def test_cleanup_can_be_frozen_and_released(daemon: StandIn) -> None:
     daemon.replies["POST", "/v1/cleanup/freeze"] = (200, {"frozen": {"reason": "maintenance"}})
     daemon.replies["POST", "/v1/cleanup/release"] = (200, {"frozen": None, "released": {"reason": "maintenance"}})
     assert (
@@ -123,7 +123,7 @@ def test_freeze_and_release(daemon: StandIn) -> None:
     assert agentlab("cleanup", "release", socket=daemon.path).stdout == "cleanup was not frozen\n"
 
 
-def test_profiles(daemon: StandIn) -> None:
+def test_profiles_are_listed_with_their_values(daemon: StandIn) -> None:
     daemon.replies["GET", "/v1/profiles"] = (
         200,
         {

@@ -36,7 +36,7 @@ def slow_bulk(daemon: StandIn) -> None:
     )
 
 
-def test_progress_on_a_terminal_and_none_in_a_pipe(daemon: StandIn) -> None:
+def test_progress_is_shown_on_a_terminal_and_not_in_a_pipe(daemon: StandIn) -> None:
     answer = "".join(f"sandbox {vmid} destroyed (state=TIMEOUT)\n" for vmid in (1009, 1010, 1011))
     args = ("sandbox", "destroy", "--force", 1009, 1010, 1011)
     slow_bulk(daemon)
@@ -57,7 +57,7 @@ def test_progress_on_a_terminal_and_none_in_a_pipe(daemon: StandIn) -> None:
     assert shown == answer.replace("\n", "\r\n")
 
 
-def test_progress_that_cannot_be_looked_up_is_none(daemon: StandIn) -> None:
+def test_progress_that_cannot_be_looked_up_is_not_shown(daemon: StandIn) -> None:
     slow_bulk(daemon)
     daemon.replies["GET", "/v1/sandboxes"] = (500, {"error": "database: disk I/O error", "code": "store"})
     status, shown = on_terminal("sandbox", "destroy", "--force", 1009, 1010, 1011, socket=daemon.path)
@@ -103,7 +103,7 @@ def test_an_argument_cannot_control_the_terminal(words: list[str], json_too: boo
     assert "Traceback" not in shown and "\nError: sandbox 1" not in shown, shown
 
 
-def test_control_c(daemon: StandIn) -> None:
+def test_control_c_says_that_the_daemon_goes_on(daemon: StandIn) -> None:
     slow_bulk(daemon)
     status, shown = on_terminal(
         "sandbox", "destroy", "--force", 1009, 1010, 1011, socket=daemon.path, press=("destroying", b"\x03")
@@ -128,7 +128,7 @@ def test_a_reader_that_leaves_is_no_error(daemon: StandIn) -> None:
     assert found.stderr == ""
 
 
-def test_a_full_disk_behind_standard_output(daemon: StandIn) -> None:
+def test_a_full_disk_behind_standard_output_is_an_error(daemon: StandIn) -> None:
     daemon.replies["GET", "/v1/sandboxes"] = (200, {"sandboxes": [sandbox(1000)]})
     with open("/dev/full", "w", encoding="utf-8") as full:
         found = subprocess.run(

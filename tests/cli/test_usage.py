@@ -57,7 +57,7 @@ from support.cli import PYTHON, ROOT, StandIn, agentlab, environment
         (["completion", "csh"], "csh"),
     ],
 )
-def test_wrong_usage(daemon: StandIn, args: list[str], part: str) -> None:
+def test_wrong_usage_is_refused_with_what_was_meant(daemon: StandIn, args: list[str], part: str) -> None:
     found = agentlab(*args, socket=daemon.path)
     assert found.returncode == 2
     assert found.stdout == ""
@@ -75,7 +75,7 @@ def test_a_group_without_a_command_shows_its_help() -> None:
         assert "Commands:" in found.stderr
 
 
-def test_version() -> None:
+def test_version_is_that_of_the_collection() -> None:
     version = re.search(r"^version: (\S+)$", (ROOT / "galaxy.yml").read_text(), re.M)
     assert version is not None
     assert agentlab("--version").stdout == f"agentlab {version[1]}\n"
@@ -106,7 +106,7 @@ def test_the_manual_says_what_help_says() -> None:
     assert cli_page.written() == cli_page.reference(), "run: .venv/bin/python tests/support/cli_page.py"
 
 
-def test_the_manual_lists_the_statuses() -> None:
+def test_the_manual_lists_every_exit_status() -> None:
     table = cli_page.PAGE.read_text().split("<!-- statuses -->")[1].split("<!-- /statuses -->")[0]
     told = {int(number) for number in re.findall(r"^\| (\d+) \|", table, re.M)}
     source = (ROOT / "roles/agentlabd/files/agentlab_cli/errors.py").read_text()

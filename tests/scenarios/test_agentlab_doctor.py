@@ -53,7 +53,7 @@ def test_it_looks_and_writes_nothing_but_the_bundle(
     assert written(env["AGENTLAB_DATABASE"]) == before and all(writes(made) == [] for made in run.requests.values())
 
 
-def test_without_proxmox_and_with_an_empty_host(env: Any, tmp_path: Path) -> None:
+def test_an_unreachable_proxmox_is_a_problem_and_an_empty_host_is_none(env: Any, tmp_path: Path) -> None:
     alone = {name: value for name, value in env.items() if not name.startswith("PROXMOX_")}
     alone["AGENTLAB_DATABASE"] = str(tmp_path / "none" / "agentlab.db")
     run = run_play([task("look", DOCTOR)], alone, tmp_path).ok()

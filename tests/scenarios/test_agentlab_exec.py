@@ -138,7 +138,7 @@ def test_secrets_are_nowhere(story: Any, given: Any, env: Any, server: Any) -> N
     assert secret not in text and other not in text
 
 
-def test_states_that_allow_no_command(story: Any, given: Any, env: Any, server: Any) -> None:
+def test_a_stopped_sandbox_or_an_expired_lease_gets_no_command(story: Any, given: Any, env: Any, server: Any) -> None:
     given(1, state="STOPPED")
     given(1)
     edit(env, [1001], lease_expires_at=1)

@@ -19,7 +19,7 @@ PLAYBOOKS = REPO / "playbooks"
 
 
 @pytest.mark.everyday
-def test_renewing(story: Any, given: Any, env: Any, server: Any) -> None:
+def test_a_lease_is_renewed_and_shortened_only_when_asked(story: Any, given: Any, env: Any, server: Any) -> None:
     given(3)
     seen: dict[str, Any] = {}
 

@@ -176,7 +176,7 @@ def test_many_absent_ones_cost_a_handful_of_requests_where_nothing_can_be_hidden
         )
 
 
-def test_bad_input(story: Any, given: Any) -> None:
+def test_bad_input_is_one_sentence_that_names_option_and_value(story: Any, given: Any) -> None:
     given(1, "TIMEOUT")
     cases = {
         "older_than": (

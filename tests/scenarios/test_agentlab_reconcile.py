@@ -68,7 +68,7 @@ def test_a_short_lease_runs_out_and_prune_removes_it(story: Any, server: Any, en
 
 
 @pytest.mark.everyday
-def test_drift(story: Any, given: Any, env: Any, server: Any) -> None:
+def test_each_kind_of_drift_is_reported_and_then_corrected(story: Any, given: Any, env: Any, server: Any) -> None:
     given(9)
     pve = server.pve
     # No guest names an address, so there is none to complete a record with.

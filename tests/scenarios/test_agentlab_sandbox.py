@@ -18,7 +18,7 @@ DESTROY_REFUSED = "cannot destroy sandbox in RUNNING state. Valid states: STOPPE
 
 
 @pytest.mark.everyday
-def test_a_life(story: Any, env: Any, server: Any) -> None:
+def test_a_sandbox_lives_from_creation_to_absence(story: Any, env: Any, server: Any) -> None:
     seen: dict[str, Any] = {}
 
     def note(name: str) -> Any:

@@ -38,7 +38,7 @@ def vmids(answer: dict[str, Any]) -> list[int]:
 
 
 @pytest.mark.everyday
-def test_showing(story: Any, given: Any, env: Any, server: Any) -> None:
+def test_each_option_selects_the_sandboxes_that_are_shown(story: Any, given: Any, env: Any, server: Any) -> None:
     empty = story([task("nothing", INFO), task("nothing in check mode", INFO, check=True)])
     assert empty["nothing"]["sandboxes"] == [] and empty["nothing"]["count"] == 0 and empty["nothing"]["by_state"] == {}
     assert {name: empty["nothing in check mode"][name] for name in ("sandboxes", "count", "by_state", "changed")} == {
@@ -116,7 +116,7 @@ def test_showing(story: Any, given: Any, env: Any, server: Any) -> None:
         assert writes(requests) == [] and (name in ("verify", "compare") or not requests), (name, requests)
 
 
-def test_bad_input(story: Any, given: Any) -> None:
+def test_bad_input_is_one_sentence_that_names_option_and_value(story: Any, given: Any) -> None:
     given(1)
     cases = {
         "states": ({"states": ["GONE"]}, "states: 'GONE' is not valid. Valid: REQUESTED"),

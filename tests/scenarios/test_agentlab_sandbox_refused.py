@@ -14,7 +14,7 @@ from support.story import state_of, task, writes
 SANDBOX = "agentlab_sandbox"
 
 
-def test_a_vmid_that_is_somebody_elses_now(story: Any, server: Any, given: Any, env: Any) -> None:
+def test_a_vm_that_is_somebody_elses_now_is_never_touched(story: Any, server: Any, given: Any, env: Any) -> None:
     made = given(3)
     mark: dict[int, int] = {}
 
@@ -53,7 +53,7 @@ def test_a_vmid_that_is_somebody_elses_now(story: Any, server: Any, given: Any, 
     assert [state_of(env, vmid) for vmid in (1000, 1001, 1002)] == ["DESTROYED", "DESTROYED", "RUNNING"]
 
 
-def test_occupied_vmids(story: Any, server: Any) -> None:
+def test_a_vmid_of_a_stranger_is_refused_or_passed_over(story: Any, server: Any) -> None:
     server.pve.make_foreign(1000, running=True)
     server.pve.make_foreign(1002, running=True)
     run = story(
@@ -75,7 +75,7 @@ def test_occupied_vmids(story: Any, server: Any) -> None:
     assert server.pve.touched(1000) == server.pve.touched(1002) == [] and len(server.pve.touched(9000)) == 2
 
 
-def test_a_vm_hidden_from_the_token(story: Any, server: Any) -> None:
+def test_a_vm_hidden_from_the_token_is_never_taken_for_a_free_vmid(story: Any, server: Any) -> None:
     server.pve.make_foreign(1000, running=True)
     server.pve.make_foreign(1001, running=True)
     everything = (
@@ -112,7 +112,7 @@ def test_a_vm_hidden_from_the_token(story: Any, server: Any) -> None:
     assert server.pve.touched(1000) == server.pve.touched(1001) == []
 
 
-def test_what_proxmox_refuses_or_fails(story: Any, server: Any, given: Any, env: Any) -> None:
+def test_a_refusal_or_failure_of_proxmox_is_told_with_its_reason(story: Any, server: Any, given: Any, env: Any) -> None:
     given(5)
     pve = server.pve
 

@@ -19,7 +19,7 @@ SANDBOX = "agentlab_sandbox"
 
 
 @pytest.mark.everyday
-def test_a_life(story: Any, env: Any, server: Any) -> None:
+def test_a_workspace_lives_from_creation_to_absence(story: Any, env: Any, server: Any) -> None:
     seen: dict[str, Any] = {}
 
     def note(name: str) -> Any:
@@ -106,7 +106,9 @@ def test_a_life(story: Any, env: Any, server: Any) -> None:
     assert server.pve.volumes_of(made["owner_vmid"]) == []
 
 
-def test_with_sandboxes_on_two_nodes_and_shared_storage(story: Any, env: Any, server: Any, tmp_path: Any) -> None:
+def test_a_workspace_on_shared_storage_serves_sandboxes_on_two_nodes(
+    story: Any, env: Any, server: Any, tmp_path: Any
+) -> None:
     server.pve.add_node("pve2")
     server.pve.add_template(9001, "debian-pve2", node="pve2")
     server.pve.storages["nfs"] = {

@@ -157,14 +157,14 @@ def test_another_option_is_a_warning_and_update_applies_it(env: Any, tmp_path: P
     assert run["elsewhere"]["msg"] == "update: only with state=present, not with state=stopped"
 
 
-def test_a_cluster_that_forbids_tags(env: Any, tmp_path: Path, server: Any) -> None:
+def test_a_cluster_that_forbids_tags_gives_a_warning(env: Any, tmp_path: Path, server: Any) -> None:
     server.pve.tag_access = "none"
     run = play([task("create", SANDBOX, name="a1", tags=["ci"])], env, tmp_path, pve=server.pve)
     assert run.rc == 0 and run["create"]["sandbox"]["state"] == "RUNNING"
     assert "does not allow the tag agentlab, ci" in run["create"]["warnings"][0]
 
 
-def test_a_survey_of_the_playbook_that_creates(env: Any, tmp_path: Path, server: Any) -> None:
+def test_answers_of_a_survey_become_the_options_of_the_creation(env: Any, tmp_path: Path, server: Any) -> None:
     answers = {
         "agentlab_hosts": "localhost",
         "sandbox_name": " agent-1 ",

@@ -20,7 +20,9 @@ SECRET = "correct-horse-battery-staple"
 
 
 @pytest.mark.parametrize("keywords", [{}, {"vars": {"agentlab_in_place": False}}], ids=["in place", "shipped"])
-def test_a_life_of_several(story: Callable[..., Any], server: Server, keywords: dict[str, Any]) -> None:
+def test_one_task_creates_several_sandboxes_and_leaves_them_unchanged_after_that(
+    story: Callable[..., Any], server: Server, keywords: dict[str, Any]
+) -> None:
     more = [*ITEMS, {"name": "a4"}]
     run = story(
         [
@@ -69,7 +71,7 @@ def test_items_are_checked_as_a_whole_and_fail_by_themselves(story: Callable[...
     assert run["one fails"]["failed_count"] == 1 and server.pve.vm(1700).status is not None
 
 
-def test_requests_of_each_of_twenty(story: Callable[..., Any], server: Server) -> None:
+def test_each_of_twenty_sandboxes_costs_at_most_nine_requests(story: Callable[..., Any], server: Server) -> None:
     items = [{"name": f"w{number}"} for number in range(20)]
     run = story([task("plain", SANDBOX, items=items)])
     assert run["plain"]["failed_count"] == 0 and len(run["plain"]["results"]) == 20

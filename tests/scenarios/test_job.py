@@ -133,7 +133,7 @@ def job(env: Any, server: Any, tmp_path: Path) -> Callable[..., Job]:
 
 
 @pytest.mark.parametrize("how", ["completed", "failed", "not created"])
-def test_the_life_of_a_job(job: Callable[..., Job], server: Any, how: str) -> None:
+def test_a_job_is_cleared_up_however_it_ends(job: Callable[..., Job], server: Any, how: str) -> None:
     if how == "not created":
         server.pve.task_endings["qmstart"] = "start failed: QEMU exited with code 1"
     ended = job(job_breaks=how == "failed")

@@ -53,7 +53,7 @@ def reasons(outcome: Any) -> dict[str, str]:
     return {row["node"]: row["reason"] for row in outcome.extra["placement"]["nodes"]}
 
 
-def test_in_a_playbook(story: Callable[..., Any], cluster: Any) -> None:
+def test_a_playbook_shows_which_node_was_chosen_and_why(story: Callable[..., Any], cluster: Any) -> None:
     run = story(
         [
             task("check", SANDBOX, name="a1", node="auto", check=True),
@@ -105,7 +105,7 @@ def test_the_template_of_the_chosen_node_is_cloned(context: Callable[..., Any], 
     assert second.sandbox.node == "pve1" and cluster.vm(second.vmid).node == "pve1"
 
 
-def test_at_most_two_requests_more(context: Callable[..., Any], cluster: Any) -> None:
+def test_placement_costs_at_most_two_requests_more(context: Callable[..., Any], cluster: Any) -> None:
     def cost(**values: Any) -> int:
         cluster.counted.clear()
         create.run(context(), spec(**values))
@@ -153,7 +153,9 @@ RULES = {
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_a_rule_of_the_configuration_decides(context: Callable[..., Any], cluster: Any, env: Any, rule: str) -> None:
+def test_each_rule_of_the_configuration_decides_the_node(
+    context: Callable[..., Any], cluster: Any, env: Any, rule: str
+) -> None:
     """Without the rule pve2 is chosen, which has the most free memory of those with the template."""
     if rule in ("max_per_node", "anti_affinity"):
         assert create.run(context(), spec(tags=["gpu"])).sandbox.node == "pve2"
@@ -162,7 +164,7 @@ def test_a_rule_of_the_configuration_decides(context: Callable[..., Any], cluste
     assert create.run(context(), spec(tags=["gpu"])).sandbox.node == "pve1"
 
 
-def test_a_workspace_on_local_storage_decides(story: Callable[..., Any], cluster: Any) -> None:
+def test_a_workspace_on_local_storage_decides_the_node(story: Callable[..., Any], cluster: Any) -> None:
     run = story(
         [
             task("workspace", "agentlab_workspace", name="w1", size="1G", storage="local-lvm"),
@@ -237,7 +239,7 @@ def test_a_template_on_an_offline_node_is_told_with_what_to_do(
     )
 
 
-def test_a_burst_of_several_controllers_spreads(context: Callable[..., Any], cluster: Any) -> None:
+def test_a_burst_of_several_controllers_spreads_over_the_nodes(context: Callable[..., Any], cluster: Any) -> None:
     """All read the same figures, in which nothing of the others shows: the reservations count."""
     cluster.add_template(9003, "debian-13", "local-lvm", "pve3")
     for name in ("pve1", "pve2", "pve3"):
@@ -347,7 +349,7 @@ STEPS = ("POST clone", "GET config", "PUT config", "POST start")
 
 
 @pytest.mark.parametrize("step", STEPS)
-def test_a_node_that_dies_at_a_step(context: Callable[..., Any], cluster: Any, step: str) -> None:
+def test_a_node_that_dies_at_any_step_loses_no_sandbox(context: Callable[..., Any], cluster: Any, step: str) -> None:
     """Either the next node takes the sandbox, and nothing is left; or what is on the dead node stays in the records."""
     method, word = step.split()
     step_path = "/nodes/pve2/qemu/9002" if word == "clone" else "/nodes/pve2/qemu/1"
@@ -375,7 +377,7 @@ def test_a_node_that_dies_at_a_step(context: Callable[..., Any], cluster: Any, s
         assert record is not None and record.node == "pve2" and str(record.vmid) in told
 
 
-def test_without_figures_the_number_of_sandboxes_decides(context: Callable[..., Any], cluster: Any) -> None:
+def test_without_figures_the_number_of_sandboxes_decides_the_node(context: Callable[..., Any], cluster: Any) -> None:
     figures_of = ("maxmem", "mem", "maxcpu", "cpu", "maxdisk", "disk", "uptime")
     cluster._node_row = lambda row, _user: {key: value for key, value in row.items() if key not in figures_of}
     placed = [create.run(context(), spec()) for _number in range(3)]
@@ -384,7 +386,7 @@ def test_without_figures_the_number_of_sandboxes_decides(context: Callable[..., 
     assert "Sys.Audit" in placed[0].extra["placement"]["nodes"][0]["message"]
 
 
-def test_auto_in_the_configuration(story: Callable[..., Any], cluster: Any, env: Any) -> None:
+def test_auto_can_stand_in_the_configuration(story: Callable[..., Any], cluster: Any, env: Any) -> None:
     with open(env["AGENTLAB_CONFIG"], "a", encoding="utf-8") as file:
         file.write("node: auto\n")
     run = story(

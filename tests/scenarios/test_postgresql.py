@@ -14,7 +14,7 @@ from support.engines import server as postgres_server
 from support.story import task, writes
 
 
-def test_the_life_of_a_sandbox_on_postgresql(story: Any, server: Any) -> None:
+def test_a_sandbox_lives_on_records_in_postgresql(story: Any, server: Any) -> None:
     require_postgresql()
     uri = postgres_server().uri()
     made = {"name": "a1", "template": "debian-13", "ttl": "1h"}

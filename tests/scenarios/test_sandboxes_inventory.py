@@ -96,7 +96,7 @@ def test_the_records_are_hosts_and_proxmox_is_asked_nothing(ask: Ask, given: Any
     assert not server.pve.counted
 
 
-def test_connection_states_and_prefix(ask: Ask, given: Any, server: Server) -> None:
+def test_the_inventory_takes_a_connection_states_and_a_prefix(ask: Ask, given: Any, server: Server) -> None:
     server.pve.agent_default = True
     given(name="one", wait_for_ip=True)
     given(name="two", state="STOPPED")

@@ -30,7 +30,9 @@ def closed_port() -> int:
         return int(found.getsockname()[1])
 
 
-def test_connection_and_credentials(story: Any, given: Any, tmp_path: Path, server: Any) -> None:
+def test_a_wrong_connection_or_credential_is_one_sentence_that_names_it(
+    story: Any, given: Any, tmp_path: Path, server: Any
+) -> None:
     from fakepve.certs import make_cert
 
     given(1)
@@ -81,7 +83,9 @@ def test_connection_and_credentials(story: Any, given: Any, tmp_path: Path, serv
     assert all(run[name]["changed"] is False for name in cases)
 
 
-def test_configuration_and_records(story: Any, given: Any, tmp_path: Path, env: Any) -> None:
+def test_an_unusable_configuration_or_database_is_one_sentence_that_names_it(
+    story: Any, given: Any, tmp_path: Path, env: Any
+) -> None:
     given(1)
     for name, text in {
         "unknown": "templat: 9000\n",

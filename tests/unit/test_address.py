@@ -86,7 +86,9 @@ LO = nic("lo", "127.0.0.1", "::1", mac="00:00:00:00:00:00")
         ),
     ],
 )
-def test_the_address(interfaces: list[Any], config: dict[str, Any], address: str | None, final: bool | None) -> None:
+def test_the_address_is_that_of_the_vms_own_interface(
+    interfaces: list[Any], config: dict[str, Any], address: str | None, final: bool | None
+) -> None:
     assert choose(interfaces, config) == (None if address is None else Choice(address, bool(final)))
 
 

@@ -87,7 +87,9 @@ def ask(which: ProxmoxClient, method: str, path: str = PATH) -> Any:
     ],
 )
 @pytest.mark.parametrize("method", ["GET", "POST"])
-def test_status(server: Server, method: str, status: int, kind: type[errors.AgentlabError]) -> None:
+def test_each_status_has_its_type_of_error(
+    server: Server, method: str, status: int, kind: type[errors.AgentlabError]
+) -> None:
     server.pve.fault(
         method,
         "/nodes/pve1/qemu/9000/config",
@@ -218,7 +220,7 @@ def test_a_connection_that_the_server_may_be_closing_is_not_used_again(
     which.put("nodes/pve1/qemu/9000/config", description="z")
 
 
-def test_nobody_listens(server: Server) -> None:
+def test_a_port_where_nobody_listens_is_unreachable(server: Server) -> None:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]
@@ -231,7 +233,7 @@ def test_name_that_does_not_resolve(server: Server) -> None:
         client(server, api_host="nowhere.invalid").get(PATH)
 
 
-def test_certificate_of_another_authority(server: Server, tmp_path: Path) -> None:
+def test_a_certificate_of_another_authority_is_refused_with_ca_path(server: Server, tmp_path: Path) -> None:
     other = Server(str(tmp_path))
     try:
         with pytest.raises(errors.Unreachable, match="certificate of 127.0.0.1:.* is not trusted.*set ca_path"):
@@ -256,7 +258,7 @@ def test_host_name_is_checked(server: Server, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("junk", [b"", b"SSH-2.0-OpenSSH_9.9\r\n", b"HTTP/1.1 200 OK\r\n\r\nplain"])
-def test_port_of_something_else(server: Server, junk: bytes) -> None:
+def test_a_port_of_another_service_is_unreachable(server: Server, junk: bytes) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
         def serve() -> None:

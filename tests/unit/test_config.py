@@ -25,7 +25,7 @@ def load(
     return config.load(options, {"AGENTLAB_CONFIG": str(path), **(environment or {})})
 
 
-def test_defaults(tmp_path: Path) -> None:
+def test_an_empty_file_gives_the_documented_defaults(tmp_path: Path) -> None:
     found = load(tmp_path)
     assert (found.proxmox.api_port, found.proxmox.validate_certs, found.vmid_range, found.default_ttl, found.node) == (
         8006,
@@ -37,7 +37,7 @@ def test_defaults(tmp_path: Path) -> None:
     assert found.proxmox.api_host is None and found.proxmox.login == "root@pam"
 
 
-def test_option_before_environment_before_file_before_default(tmp_path: Path) -> None:
+def test_an_option_wins_over_environment_file_and_default(tmp_path: Path) -> None:
     text, environment = "api_host: file\napi_port: 1111\n", {"PROXMOX_HOST": "environment", "PROXMOX_PORT": "2222"}
     assert load(tmp_path, text).proxmox.api_host == "file"
     assert load(tmp_path, text, environment).proxmox.api_host == "environment"
@@ -187,7 +187,7 @@ def test_times_of_waiting_are_seconds_and_leases_minutes(tmp_path: Path) -> None
         ("agentlab@pve", "agentlab@pve!auto", "agentlab@pve!auto"),
     ],
 )
-def test_token_id_short_and_long(tmp_path: Path, user: str, token: str, login: str) -> None:
+def test_a_token_id_may_hold_its_user(tmp_path: Path, user: str, token: str, login: str) -> None:
     found = load(tmp_path, api_host="h", api_user=user, api_token_id=token, api_token_secret=SECRET).proxmox
     assert found.login == login and (found.user, found.token_name) == tuple(login.split("!"))
     found.check_credentials()

@@ -113,7 +113,7 @@ def test_zero_is_refused_unless_it_means_something(text: object) -> None:
     assert durations.parse(text, "older_than", zero=True) == 0
 
 
-def test_maximum() -> None:
+def test_a_duration_over_its_maximum_is_refused() -> None:
     assert durations.parse("2h", "ttl", maximum=7200) == 7200
     with pytest.raises(InvalidInput, match="ttl: '7201s' is longer than the maximum of 2h"):
         durations.parse("7201s", "ttl", maximum=7200)

@@ -97,7 +97,7 @@ def test_any_body_of_an_error_gives_one_clean_line(serve: Make, body: str) -> No
 
 
 @pytest.mark.parametrize("status", [502, 503, 504])
-def test_a_proxy_that_answers_in_the_place_of_proxmox(serve: Make, status: int) -> None:
+def test_a_proxy_that_answers_in_the_place_of_proxmox_is_told(serve: Make, status: int) -> None:
     server = serve(say(f"{status} Bad Gateway", "<html>"))
     with pytest.raises(
         errors.OutcomeUnknown,
@@ -138,7 +138,7 @@ def test_a_read_is_repeated_only_within_api_timeout(serve: Make) -> None:
         ("Permission check failed", "grant VM.Audit on /vms or the VM's pool"),
     ],
 )
-def test_credentials_that_may_not_see_a_vm(serve: Make, text: str, words: str) -> None:
+def test_a_missing_privilege_is_told_with_where_to_grant_it(serve: Make, text: str, words: str) -> None:
     with pytest.raises(errors.AccessDenied, match=words):
         serve(say(f"403 {text}")).client().get(PATH)
 
@@ -156,7 +156,7 @@ def test_credentials_that_may_not_see_a_vm(serve: Make, text: str, words: str) -
         ),
     ],
 )
-def test_a_pool_that_is_gone(serve: Make, text: str, words: str) -> None:
+def test_a_missing_pool_is_told_with_the_command_that_creates_it(serve: Make, text: str, words: str) -> None:
     with pytest.raises(errors.AccessDenied, match=words):
         serve(say(f"403 {text}")).client().post("nodes/pve1/qemu/9000/clone", newid=1000, pool="agents")
 
@@ -262,7 +262,7 @@ def test_a_handshake_that_always_breaks_changed_nothing(serve: Make) -> None:
     assert server.connections == 3
 
 
-def test_a_certificate_that_expired(serve: Make) -> None:
+def test_an_expired_certificate_is_told_with_its_day(serve: Make) -> None:
     server = serve(say("200 OK"), days=-2)
     day = f"{datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=2):%Y-%m-%d}"
     with pytest.raises(
@@ -272,7 +272,7 @@ def test_a_certificate_that_expired(serve: Make) -> None:
         server.client().get(PATH)
 
 
-def test_no_descriptor_left(serve: Make) -> None:
+def test_no_free_descriptor_is_told_as_not_asked(serve: Make) -> None:
     client = serve(say("200 OK", '{"data": {}}')).client()
     client.get(PATH)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -290,7 +290,7 @@ def test_no_descriptor_left(serve: Make) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-def test_an_api_below_a_path(serve: Make) -> None:
+def test_api_path_leads_to_an_api_below_a_path(serve: Make) -> None:
     server = serve(say("200 OK", '{"data": {"digest": "x"}}'))
     assert server.client(api_path="/proxmox").get_dict(PATH)
     assert server.requests[0].startswith(f"GET /proxmox/api2/json/{PATH} ".encode())
@@ -417,7 +417,9 @@ def test_a_proxy_that_refuses_is_named(serve: Make, clean_environment: pytest.Mo
     ("proxy", "words"),
     [("socks5://127.0.0.1:9", "needs the Python library PySocks"), ("gopher://127.0.0.1:9", "of no kind")],
 )
-def test_a_proxy_of_another_kind(serve: Make, clean_environment: pytest.MonkeyPatch, proxy: str, words: str) -> None:
+def test_a_proxy_of_another_kind_is_refused_by_name(
+    serve: Make, clean_environment: pytest.MonkeyPatch, proxy: str, words: str
+) -> None:
     clean_environment.setenv("ALL_PROXY", proxy)
     with pytest.raises(errors.Unreachable, match=f"the proxy {proxy} of ALL_PROXY .*{words}.*NO_PROXY"):
         serve(say("200 OK")).client().get(PATH)

@@ -46,7 +46,7 @@ def config(description: str | None, smbios: str | None, **more: Any) -> dict[str
         (OURS, STRANGE, identity.FOREIGN),
     ],
 )
-def test_judge_of_a_bound_record(description: str | None, smbios: str | None, verdict: str) -> None:
+def test_both_marks_decide_about_a_bound_record(description: str | None, smbios: str | None, verdict: str) -> None:
     assert identity.judge(OURS, SMBIOS, config(description, smbios)).identity == verdict
 
 
@@ -64,7 +64,7 @@ def test_judge_of_a_bound_record(description: str | None, smbios: str | None, ve
         (MINE, SMBIOS, {"lock": "backup"}, identity.UNBOUND),
     ],
 )
-def test_judge_of_an_unbound_record(
+def test_the_marker_decides_about_an_unbound_record(
     description: str | None, smbios: str | None, more: dict[str, str], verdict: str
 ) -> None:
     assert identity.judge(OURS, None, config(description, smbios, **more)).identity == verdict
@@ -82,7 +82,7 @@ def test_an_smbios_that_cannot_be_read_matches_nothing(smbios1: object) -> None:
     assert verdict.identity == identity.AMBIGUOUS and verdict.digest is None
 
 
-def test_uuid_among_other_smbios_values() -> None:
+def test_the_uuid_is_read_among_other_smbios_values() -> None:
     assert identity.smbios_uuid({"smbios1": f"base64=1,uuid={SMBIOS},serial=MQ=="}) == SMBIOS
 
 

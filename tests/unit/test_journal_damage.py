@@ -41,7 +41,7 @@ def lab(tmp_path: Path) -> Iterator[Lab]:
         ("destroy", "verifying", {"create": {"phase": [], "at": 5}}, "whose phase is a text"),
     ],
 )
-def test_a_value_of_the_wrong_type_in_the_journal(lab: Lab, kind: str, phase: str, detail: Any, words: str) -> None:
+def test_a_journal_value_of_the_wrong_type_is_named(lab: Lab, kind: str, phase: str, detail: Any, words: str) -> None:
     damaged, other = lab.create("a1"), lab.create("a2")
     lab.force_state(other.vmid, "RUNNING", lease_expires_at=1)
     lab.close_contexts()

@@ -22,7 +22,7 @@ def test_the_answers_are_in_the_order_of_the_items() -> None:
     assert parallel.each(work, [], 8) == []
 
 
-def test_so_many_at_a_time_and_a_single_one_without_a_thread() -> None:
+def test_as_many_run_at_a_time_as_asked_and_a_single_item_needs_no_thread() -> None:
     together = threading.Barrier(4)
     # Each waits for three others: fewer workers would never end.
     assert set(parallel.each(lambda _number: together.wait(10), list(range(8)), 4)) == {0, 1, 2, 3}

@@ -298,7 +298,7 @@ TABLE: list[tuple[str, list[Node], dict[int, Vm], Load, Wish, Rules, str | None,
 
 
 @pytest.mark.parametrize("case", TABLE, ids=[row[0] for row in TABLE])
-def test_table(case: Any) -> None:
+def test_the_table_of_wishes_decides_the_node(case: Any) -> None:
     _name, nodes, vms, load, wish, rules, chosen, words = case
     decision = decide(nodes, vms, load, wish, rules)
     assert decision.node == chosen

@@ -315,7 +315,7 @@ def test_a_repeated_renewal_is_no_success_while_the_sandbox_is_being_destroyed(l
 
 
 @pytest.mark.parametrize("limit", [None, 2])
-def test_requests_in_flight_to_one_node(lab: Lab, limit: int | None) -> None:
+def test_requests_in_flight_to_one_node_are_limited(lab: Lab, limit: int | None) -> None:
     lab.pve.add_node("pve2")
     for number in range(12):
         lab.create(f"a{number}", node=f"pve{number % 2 + 1}")

@@ -347,7 +347,7 @@ def test_a_copy_holds_what_stands_in_the_wal_and_is_nobody_elses(records: Record
     assert answer["restored"] is None and answer["schema"] == answer["known"] == schema.VERSION
 
 
-def test_no_records_no_copy(records: Records) -> None:
+def test_without_records_there_is_no_backup(records: Records) -> None:
     records.path.unlink()
     assert json.loads(records.secure().stdout)["backup"] is None
     assert not records.path.exists()

@@ -39,7 +39,7 @@ def rule(text: str) -> str:
     return "auto_cleanup:\n  rules:\n    - " + text + "\n"
 
 
-def test_the_example() -> None:
+def test_the_documented_example_is_read_to_its_values() -> None:
     found = rules.parse(EXAMPLE, "f")
     assert (found.enabled, found.mode, found.interval, found.jitter, found.guard_count, found.guard_percent) == (
         True,

@@ -237,7 +237,7 @@ def test_user_data_that_cloud_init_takes(data: str) -> None:
         ("#cloud-config\na: *nowhere\n", "alias"),
     ],
 )
-def test_user_data_that_cloud_init_would_not_understand(data: str, why: str) -> None:
+def test_user_data_that_cloud_init_would_not_understand_is_refused(data: str, why: str) -> None:
     with pytest.raises(InvalidInput, match=f"^cloud_init_user_data: .*{why}"):
         cloud_init.check_data(data)
 

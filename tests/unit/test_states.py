@@ -49,13 +49,13 @@ def test_every_state_and_every_operation_is_known() -> None:
 
 @pytest.mark.parametrize("target", ALL)
 @pytest.mark.parametrize("current", ALL)
-def test_transition(current: str, target: str) -> None:
+def test_a_state_follows_only_as_the_table_says(current: str, target: str) -> None:
     assert states.can_follow(current, target) == (target in TRANSITIONS[current].split())
 
 
 @pytest.mark.parametrize("state", ALL)
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_operation_in_state(operation: str, state: str) -> None:
+def test_an_operation_is_allowed_satisfied_or_refused_by_the_state(operation: str, state: str) -> None:
     allowed, satisfied = (part.split() for part in OPERATIONS[operation])
     if state in allowed:
         assert states.check(operation, state) is True
@@ -119,5 +119,5 @@ def test_an_operation_leads_only_where_the_transitions_allow(state: str) -> None
         ("fail", "READY", "cannot report failed in READY state. Valid states: RUNNING, FAILED"),
     ],
 )
-def test_message_to_the_letter(operation: str, state: str, message: str) -> None:
+def test_a_refusal_names_state_and_valid_states_to_the_letter(operation: str, state: str, message: str) -> None:
     assert states.refuse(operation, state).told(_adapter.REMEDIES) == message

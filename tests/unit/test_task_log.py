@@ -43,7 +43,7 @@ def fail(lab: Lab, kinds: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["qmclone", "qmstart", "resize"])
-def test_of_a_creation(lab: Lab, kind: str) -> None:
+def test_a_failed_creation_tells_the_end_of_the_task_log(lab: Lab, kind: str) -> None:
     fail(lab, kind)
     with pytest.raises(AgentlabError) as caught:
         lab.create(disk_size="64G")
@@ -54,7 +54,7 @@ def test_of_a_creation(lab: Lab, kind: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "operation"), [("qmstart", "start"), ("qmstop", "stop"), ("qmpause qmsuspend", "suspend")]
 )
-def test_of_power(lab: Lab, kind: str, operation: str) -> None:
+def test_a_failed_power_operation_tells_the_end_of_the_task_log(lab: Lab, kind: str, operation: str) -> None:
     made = lab.create()
     if operation == "start":
         lab.power("stop", made.vmid)
@@ -75,7 +75,7 @@ def test_of_a_destroy(lab: Lab) -> None:
     assert TOLD in str(outcome.message) and TOLD in json.dumps(lab.events(made))
 
 
-def test_of_a_workspace(lab: Lab) -> None:
+def test_a_failed_workspace_operation_tells_the_end_of_the_task_log(lab: Lab) -> None:
     workspace.present(lab.context(), "w1", size="2G", storage="local-lvm")
     fail(lab, "imgdel")
     with pytest.raises(AgentlabError) as caught:
@@ -133,7 +133,7 @@ def test_the_log_of_a_lock_that_was_not_got_is_not_read(lab: Lab) -> None:
     assert not [name for name in lab.pve.counted if name.endswith("/log")]
 
 
-def test_the_log_of_a_worker_that_died(lab: Lab) -> None:
+def test_a_worker_that_died_is_told_with_the_end_of_its_log(lab: Lab) -> None:
     made = lab.create()
     lab.power("stop", made.vmid)
     lab.pve.next_task("qmstart", "killed")

@@ -90,7 +90,7 @@ def test_tags_are_words(value: Any, tags: list[str]) -> None:
         'environment="A=b c",cert-authority ssh-rsa AAAA',
     ],
 )
-def test_public_keys(key: str) -> None:
+def test_public_keys_of_every_kind_are_accepted(key: str) -> None:
     assert patterns.fits(key, patterns.PUBLIC_KEY)
 
 

@@ -74,7 +74,7 @@ def test_a_lease_that_is_over_is_taken_over_only_from_a_vm_that_is_stopped(lab: 
 
 
 @pytest.mark.parametrize("storage", STORAGES)
-def test_two_nodes(lab: Lab, storage: str) -> None:
+def test_a_workspace_moves_between_nodes_only_on_shared_storage(lab: Lab, storage: str) -> None:
     found = make(lab, storage=storage, node="pve2")
     lab.pve.add_template(9001, "debian-pve2", node="pve2", storage="local-lvm")
     here = lab.create("here")

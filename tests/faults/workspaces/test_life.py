@@ -27,7 +27,7 @@ pytestmark = pytest.mark.faults
 
 
 @pytest.mark.parametrize("storage", STORAGES)
-def test_a_life(lab: Lab, storage: str) -> None:
+def test_a_workspace_lives_on_each_kind_of_storage(lab: Lab, storage: str) -> None:
     found = make(lab, storage=storage)
     assert found.owner_vmid == 990000 and f"vm-990000-ws-{found.id}" in found.volume and found.size == 8 * 1024**3
     assert found.node == (None if storage == "shared" else "pve1")

@@ -22,7 +22,7 @@ from support.lab import Lab
 from support.proxmox_guest import Guest
 
 
-def test_states_and_leases(lab: Lab, sandbox: Sandbox, guest: Guest) -> None:
+def test_a_stopped_sandbox_or_an_expired_lease_gets_no_command(lab: Lab, sandbox: Sandbox, guest: Guest) -> None:
     lab.power("stop", sandbox.vmid, force=True)
     with pytest.raises(
         StateConflict, match="cannot run a command in sandbox in STOPPED state. Valid states: READY, RUNNING"

@@ -69,7 +69,7 @@ def test_a_logged_command_has_no_secret(lab: Lab, sandbox: Sandbox) -> None:
 
 
 @pytest.mark.parametrize("shell", SHELLS)
-def test_arguments_of_any_byte(lab: Lab, sandbox: Sandbox, guest: Guest, shell: str) -> None:
+def test_arguments_of_any_byte_arrive_unchanged(lab: Lab, sandbox: Sandbox, guest: Guest, shell: str) -> None:
     use_shell(guest, shell)
     every = bytes(range(1, 256))
     odd = [

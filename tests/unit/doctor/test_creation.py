@@ -27,14 +27,16 @@ from support.lab import Lab
         ({"scsi0": "elsewhere:base-9000-disk-0,size=3G"}, "unknown", "cannot be seen"),
     ],
 )
-def test_a_template_that_is_not_fit(lab: Lab, setting: dict[str, Any], status: str, words: str) -> None:
+def test_a_template_that_does_not_fit_is_told_with_its_reason(
+    lab: Lab, setting: dict[str, Any], status: str, words: str
+) -> None:
     assert examine(lab)["template"].status == "ok"
     lab.pve.vm(9000).config.update(setting)
     found = examine(lab)["template"]
     assert found.status == status and words in found.meaning, found
 
 
-def test_templates_that_are_none(lab: Lab) -> None:
+def test_a_vm_that_is_no_template_is_a_problem(lab: Lab) -> None:
     assert examine(lab, template="nowhere")["template"].status == "problem"
     assert "is not a template" in examine(lab, template="500")["template"].meaning
     lab.options.pop("template")
@@ -49,7 +51,7 @@ def test_a_template_with_protection_is_no_finding(lab: Lab) -> None:
     assert lab.destroy(made.vmid, force=True)[0].state == "DESTROYED"
 
 
-def test_a_node_that_cannot_be_used(lab: Lab) -> None:
+def test_a_node_that_cannot_be_used_is_a_problem(lab: Lab) -> None:
     lab.pve.add_node("pve2", online=False)
     ((status, meaning),) = not_well(lab, "creation", node="PVE1")
     assert status == "problem" and "'PVE1' is not a node of this cluster" in meaning and "pve1, pve2" in meaning
@@ -58,7 +60,7 @@ def test_a_node_that_cannot_be_used(lab: Lab) -> None:
     assert not_well(lab, "creation", node="pve1") == []
 
 
-def test_a_pool_that_does_not_exist(lab: Lab) -> None:
+def test_a_pool_that_does_not_exist_is_a_problem(lab: Lab) -> None:
     ((status, meaning),) = not_well(lab, "creation", pool="nowhere")
     assert status == "problem" and "'nowhere' does not exist" in meaning
     assert "pveum pool add nowhere" in examine(lab, pool="nowhere")["report"].pveum
@@ -67,7 +69,7 @@ def test_a_pool_that_does_not_exist(lab: Lab) -> None:
     assert not_well(lab, "creation", pool="nowhere") == []
 
 
-def test_a_template_whose_snippet_is_missing(lab: Lab, tmp_path: Path) -> None:
+def test_a_template_whose_snippet_is_missing_is_a_problem(lab: Lab, tmp_path: Path) -> None:
     lab.pve.vm(9000).config["cicustom"] = "user=local:snippets/nope.yaml,network=local:snippets/there.yaml"
     assert [meaning for _status, meaning in not_well(lab, "template")] == [
         f"template 9000 (debian-13) names the snippet local:snippets/{name}.yaml (cicustom), but storage local holds no"
@@ -92,7 +94,7 @@ def test_a_snippet_that_these_credentials_cannot_see_is_not_called_missing(lab: 
 
 
 @pytest.mark.parametrize("storage", ["elsewhere", "local-lvm"])
-def test_a_storage_for_snippets_that_takes_none(lab: Lab, storage: str) -> None:
+def test_a_storage_that_takes_no_snippets_is_a_problem(lab: Lab, storage: str) -> None:
     ((status, meaning),) = not_well(lab, "creation", snippets_storage=storage)
     assert status == "problem" and f"'{storage}'" in meaning and "cloud_init_user_data is refused" in meaning
 
@@ -113,7 +115,7 @@ def test_names_that_only_a_profile_gives_are_looked_at(lab: Lab, tmp_path: Path,
     assert status == "problem" and f"{line.partition(':')[0]} of profile agent: " in meaning
 
 
-def test_a_storage_that_holds_no_disk_images(lab: Lab) -> None:
+def test_a_storage_that_holds_no_disk_images_is_a_problem(lab: Lab) -> None:
     ((status, meaning),) = not_well(lab, "storage", storage="local")
     assert status == "problem" and "holds no disk images" in meaning
 
@@ -130,7 +132,9 @@ def test_a_storage_that_holds_no_disk_images(lab: Lab) -> None:
         ({"allowed-tags": []}, []),
     ],
 )
-def test_tags_that_the_cluster_refuses(lab: Lab, tmp_path: Path, options: dict[str, Any], refused: list[str]) -> None:
+def test_tags_that_the_cluster_refuses_are_named(
+    lab: Lab, tmp_path: Path, options: dict[str, Any], refused: list[str]
+) -> None:
     (tmp_path / "profiles").mkdir()
     (tmp_path / "profiles" / "p.yaml").write_text("name: p\ntags: [web]\n")
     access = lab.pve.use_access()
@@ -154,6 +158,8 @@ def test_tags_that_the_cluster_refuses(lab: Lab, tmp_path: Path, options: dict[s
         ),
     ],
 )
-def test_the_command_that_allows_refused_tags(lab: Lab, options: dict[str, Any], command: str) -> None:
+def test_refused_tags_are_told_with_the_command_that_allows_them(
+    lab: Lab, options: dict[str, Any], command: str
+) -> None:
     lab.pve.fault("GET", "/cluster/options", "answer", status=200, body=json.dumps({"data": options}), times=9)
     assert examine(lab)["creation"].advice == f"pvesh set /cluster/options {command}, as root on a node"

@@ -63,7 +63,9 @@ class _Daemon(socketserver.ThreadingUnixStreamServer):
         (["nonsense"], "problem", "does not answer"),
     ],
 )
-def test_the_daemon(lab: Lab, tmp_path: Path, answer: Any, status: str, words: str) -> None:
+def test_an_answer_of_the_daemon_becomes_a_finding(
+    lab: Lab, tmp_path: Path, answer: Any, status: str, words: str
+) -> None:
     # Short on purpose: a socket's path may not be long.
     path = f"/tmp/agentlab-{os.getpid()}.sock"
     Path(path).unlink(missing_ok=True)

@@ -37,7 +37,7 @@ def test_what_cannot_be_read_is_unknown_and_no_problem(lab: Lab, tmp_path: Path)
     assert unread == [("configuration", "unknown"), ("template", "unknown")]
 
 
-def test_a_database_that_is_not_well(lab: Lab) -> None:
+def test_a_wide_newer_or_damaged_database_is_told(lab: Lab) -> None:
     lab.create()
     lab.close_contexts()
     os.chmod(lab.database, 0o640)
@@ -89,14 +89,14 @@ def test_a_page_that_was_overwritten_is_found(lab: Lab) -> None:
     assert found.status == "problem" and ("damaged" in found.meaning or "malformed" in found.meaning), found
 
 
-def test_work_left_over(lab: Lab) -> None:
+def test_an_overdue_lease_is_a_warning(lab: Lab) -> None:
     made = lab.create()
     lab.force_state(made.vmid, "RUNNING", lease_expires_at=1)
     found = examine(lab)["work"]
     assert found.status == "warning" and found.facts["overdue"] == [1000] and "agentlab_reconcile" in found.advice
 
 
-def test_secrets_that_everybody_may_read(lab: Lab) -> None:
+def test_secrets_that_everybody_may_read_are_a_problem(lab: Lab) -> None:
     path = Path(lab.folder, "config.yaml")
     path.write_text(f"api_token_secret: {TOKEN_SECRET}\n")
     path.chmod(0o644)
@@ -119,7 +119,7 @@ def test_records_that_were_there_before_are_missed(lab: Lab) -> None:
     assert examine(lab, api_port=1)["database"].status == "ok"
 
 
-def test_records_behind_a_dangling_link(lab: Lab, tmp_path: Path) -> None:
+def test_records_behind_a_dangling_link_are_a_problem(lab: Lab, tmp_path: Path) -> None:
     link = tmp_path / "link.db"
     link.symlink_to(tmp_path / "nowhere" / "agentlab.db")
     found = examine(lab, api_port=1, database=str(link))["database"]

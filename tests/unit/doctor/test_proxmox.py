@@ -18,7 +18,7 @@ from support.pages import ROOT
 from support.story import written
 
 
-def test_all_is_well(lab: Lab) -> None:
+def test_a_healthy_set_up_has_no_finding_but_ok(lab: Lab) -> None:
     lab.create()
     access = lab.pve.use_access()
     access.users, access.tokens = {"root@pam"}, {}
@@ -79,7 +79,7 @@ def test_the_commands_fit_the_release_and_the_readme() -> None:
         assert name.removeprefix("VM.Config") in (ROOT / "docs/safety.md").read_text(), name
 
 
-def test_ranges_that_overlap(lab: Lab) -> None:
+def test_a_foreign_vm_in_the_range_of_vmids_is_a_warning(lab: Lab) -> None:
     lab.create()
     assert examine(lab)["vmid_range"].status == "ok"
     lab.pve.add_guest(1500, "theirs")
@@ -93,7 +93,7 @@ def test_ranges_that_overlap(lab: Lab) -> None:
     assert lab.pve.touched(1500) == []
 
 
-def test_next_id_of_the_datacenter() -> None:
+def test_the_datacenters_range_of_vmids_is_read_in_each_form() -> None:
     assert (
         cluster._next_id("lower=1500,upper=5000") == cluster._next_id({"lower": "1500", "upper": 5000}) == (1500, 5000)
     )
@@ -102,19 +102,19 @@ def test_next_id_of_the_datacenter() -> None:
 
 
 @pytest.mark.parametrize(("offset", "status"), [(0, "ok"), (20, "warning"), (-20, "warning"), (4000, "problem")])
-def test_clocks_that_differ(lab: Lab, offset: int, status: str) -> None:
+def test_the_difference_of_clocks_decides_between_ok_warning_and_problem(lab: Lab, offset: int, status: str) -> None:
     lab.pve.clock_offset = offset
     assert examine(lab)["clock"].status == status
 
 
-def test_quorum_and_nodes(lab: Lab) -> None:
+def test_an_offline_node_is_a_warning_and_lost_quorum_a_problem(lab: Lab) -> None:
     lab.pve.add_node("pve2", online=False)
     assert examine(lab)["quorum"].status == "warning" and "pve2" in examine(lab)["quorum"].meaning
     lab.pve.lose_quorum()
     assert examine(lab)["quorum"].status == "problem" and "no quorum" in examine(lab)["quorum"].meaning
 
 
-def test_proxmox_that_cannot_be_asked(lab: Lab) -> None:
+def test_proxmox_that_cannot_be_asked_is_a_problem(lab: Lab) -> None:
     found = examine(lab, api_port=1)
     assert found["proxmox"].status == "problem" and "Connection refused" in found["proxmox"].meaning
     assert found["privileges"].status == found["clock"].status == "unknown" and found["database"].status == "ok"
@@ -122,7 +122,7 @@ def test_proxmox_that_cannot_be_asked(lab: Lab) -> None:
     assert "refuses the credentials" in examine(lab)["proxmox"].meaning
 
 
-def test_another_cluster(lab: Lab) -> None:
+def test_records_of_another_cluster_are_a_problem(lab: Lab) -> None:
     lab.create()
     lab.pve.ca_fingerprint = "AA:BB"
     assert examine(lab)["cluster"].status == "problem" and "not the cluster" in examine(lab)["cluster"].meaning

@@ -13,7 +13,7 @@ from support.double_api import clone_template, exit_status, refusal_of
 from support.proxmox_double import CLONE_DESCRIPTION, ProxmoxDouble
 
 
-def test_clone_of_a_taken_id(api: Any, pve: ProxmoxDouble) -> None:
+def test_a_clone_to_a_taken_vmid_is_refused(api: Any, pve: ProxmoxDouble) -> None:
     pve.add_node("pve2")
     pve.add_guest(101)
     pve.add_guest(102, node="pve2")

@@ -15,7 +15,7 @@ from support.double_api import TOKEN, clone_template, refusal_of
 from support.proxmox_double import ProxmoxDouble
 
 
-def test_unknown_node(api: Any) -> None:
+def test_an_unknown_node_fails_by_its_host_name(api: Any) -> None:
     status, text = refusal_of(api.nodes("PVE1").qemu(9000).config.get)
     assert status == 500 and "hostname lookup 'PVE1' failed" in text
 
@@ -50,7 +50,7 @@ def test_offline_node_lists_its_vms_as_unknown_and_answers_595_without_body(
 # ---- configuration
 
 
-def test_writes_without_quorum(api: Any, pve: ProxmoxDouble) -> None:
+def test_writes_without_quorum_are_refused(api: Any, pve: ProxmoxDouble) -> None:
     pve.add_guest(101)
     pve.lose_quorum()
     status, text = refusal_of(lambda: api.nodes("pve1").qemu(101).config.put(description="x"))
@@ -60,7 +60,7 @@ def test_writes_without_quorum(api: Any, pve: ProxmoxDouble) -> None:
     assert api.nodes("pve1").qemu(101).config.get()["name"] == "somebody-elses"
 
 
-def test_quorum_as_told_and_as_it_is(api: Any, pve: ProxmoxDouble) -> None:
+def test_the_told_quorum_can_differ_from_the_real_one(api: Any, pve: ProxmoxDouble) -> None:
     pve.lose_quorum()
     assert api.cluster.status.get()[0]["quorate"] == 0
     pve.stale_quorum = True

@@ -31,7 +31,7 @@ def test_cicustom_of_a_missing_file_is_saved_all_the_same(api: Any, pve: Proxmox
     assert exit_status(api, vm.status.start.post()) == "OK"
 
 
-def test_resize_changes_the_drive(api: Any, pve: ProxmoxDouble) -> None:
+def test_a_resize_changes_the_drive_and_never_shrinks_it(api: Any, pve: ProxmoxDouble) -> None:
     clone_template(api)
     vm = api.nodes("pve1").qemu(101)
     assert exit_status(api, vm.resize.put(disk="scsi0", size="+2G")) == "OK"

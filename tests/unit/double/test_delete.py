@@ -23,7 +23,7 @@ def test_delete_without_quorum_loses_the_disks_and_keeps_the_configuration(api: 
     assert exit_status(api, api.nodes("pve1").qemu(101).status.start.post()) != "OK"
 
 
-def test_delete_of_locked_protected_and_running(api: Any, pve: ProxmoxDouble) -> None:
+def test_a_locked_protected_or_running_vm_is_not_deleted(api: Any, pve: ProxmoxDouble) -> None:
     pve.add_guest(101, lock="clone")
     pve.add_guest(102, config={"protection": 1})
     pve.add_guest(103, status="running")
@@ -65,7 +65,7 @@ def test_own_disk_taken_off_stays_as_unused(api: Any, pve: ProxmoxDouble) -> Non
     assert pve.volumes_of(101) == []
 
 
-def test_a_guest_that_does_not_let_a_disk_go(api: Any, pve: ProxmoxDouble) -> None:
+def test_a_guest_can_keep_a_disk_that_is_taken_off(api: Any, pve: ProxmoxDouble) -> None:
     pve.add_guest(101, status="running")
     pve._disk("local-lvm", "vm-800-disk-0", 800, 1024**3)
     vm = api.nodes("pve1").qemu(101)

@@ -16,7 +16,7 @@ from support.double_api import clone_template, exit_status, login, refusal_of
 from support.proxmox_double import DoubleServer, ProxmoxDouble
 
 
-def test_counting(api: Any, pve: ProxmoxDouble) -> None:
+def test_requests_are_counted_by_method_and_path(api: Any, pve: ProxmoxDouble) -> None:
     clone_template(api)
     pve.reset_count()
     vm = api.nodes("pve1").qemu(101)
@@ -37,7 +37,9 @@ def test_counting(api: Any, pve: ProxmoxDouble) -> None:
 
 
 @pytest.mark.parametrize(("kind", "done"), [("cut-before", False), ("cut-after", True), ("truncate", True)])
-def test_connections_cut(api: Any, pve: ProxmoxDouble, kind: str, done: bool) -> None:
+def test_a_connection_is_cut_before_or_after_the_request_is_done(
+    api: Any, pve: ProxmoxDouble, kind: str, done: bool
+) -> None:
     pve.add_guest(101)
     pve.fault("POST", "/qemu/101/status/start", kind)
     with pytest.raises(requests.exceptions.RequestException):
@@ -54,7 +56,7 @@ def test_a_fault_that_does_not_exist_is_refused(pve: ProxmoxDouble) -> None:
     assert pve.faults == []
 
 
-def test_raw_answers(api: Any, pve: ProxmoxDouble) -> None:
+def test_an_answer_can_be_any_bytes(api: Any, pve: ProxmoxDouble) -> None:
     pve.fault("GET", "/version", "answer", status=200, body='{"data": {"vers')
     assert set(api.version.get()) == {"errors"}
     pve.fault("GET", "/version", "answer", status=502, body="<html>bad gateway</html>", type="text/html")
@@ -65,7 +67,7 @@ def test_raw_answers(api: Any, pve: ProxmoxDouble) -> None:
 @pytest.mark.parametrize(
     ("carry_out", "at_once", "later"), [(False, False, False), (True, True, True), ("late", False, True)]
 )
-def test_hanging_requests(
+def test_a_hanging_request_is_carried_out_as_the_test_says(
     api: Any, pve: ProxmoxDouble, agentlab_env: dict[str, str], carry_out: bool | str, at_once: bool, later: bool
 ) -> None:
     pve.add_guest(101)
@@ -77,7 +79,7 @@ def test_hanging_requests(
     assert (pve.vm(101).status == "running") is later
 
 
-def test_a_vm_swapped_just_before_its_deletion(api: Any, pve: ProxmoxDouble) -> None:
+def test_a_vm_can_be_swapped_just_before_its_deletion(api: Any, pve: ProxmoxDouble) -> None:
     clone_template(api)
     seen = []
 
@@ -91,7 +93,7 @@ def test_a_vm_swapped_just_before_its_deletion(api: Any, pve: ProxmoxDouble) -> 
     assert seen == [("DELETE", "/api2/json/nodes/pve1/qemu/101", {"purge": "1"})]
 
 
-def test_foreign_vms(api: Any, pve: ProxmoxDouble) -> None:
+def test_a_foreign_vm_resembles_ours_as_far_as_told(api: Any, pve: ProxmoxDouble) -> None:
     clone_template(api)
     old = dict(pve.vm(101).config, tags="mine")
     pve.vm(101).config = dict(old)
@@ -116,7 +118,7 @@ def test_call_runs_between_requests(pve_server: DoubleServer, pve: ProxmoxDouble
     assert pve_server.call(lambda: 7) == 7
 
 
-def test_many_at_once(api: Any, pve: ProxmoxDouble, agentlab_env: dict[str, str]) -> None:
+def test_many_clones_at_once_all_succeed(api: Any, pve: ProxmoxDouble, agentlab_env: dict[str, str]) -> None:
     from concurrent.futures import ThreadPoolExecutor
 
     pve.time_scale = 0.01

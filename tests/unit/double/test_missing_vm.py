@@ -29,7 +29,7 @@ def test_power_of_a_vm_on_another_node_fails_in_the_task(api: Any, pve: ProxmoxD
     assert "does not exist" in exit_status(api, api.nodes("pve1").qemu(101).status.start.post())
 
 
-def test_missing_vm_elsewhere(api: Any) -> None:
+def test_a_request_about_a_missing_vm_is_500_with_its_file(api: Any) -> None:
     one = api.nodes("pve1").qemu(999)
     for call in (one.config.get, one.status.current.get, one.delete):
         assert refusal_of(call) == (500, "Configuration file 'nodes/pve1/qemu-server/999.conf' does not exist ")
@@ -38,7 +38,7 @@ def test_missing_vm_elsewhere(api: Any) -> None:
         assert status == 500 and "unable to find configuration file for VM 999 on node 'pve1'" in text
 
 
-def test_missing_vm_without_rights_is_403(api: Any, pve: ProxmoxDouble) -> None:
+def test_a_missing_vm_without_rights_is_403(api: Any, pve: ProxmoxDouble) -> None:
     pve.grant(TOKEN, "/vms/500", "VM.Audit")
     one = api.nodes("pve1").qemu(999)
     for call in (

@@ -58,7 +58,7 @@ def test_play_sees_warnings_and_no_outer_settings(tmp_path: Path, monkeypatch: p
         bad.ok()
 
 
-def test_module_and_adhoc(tmp_path: Path) -> None:
+def test_one_module_and_one_command_can_be_run(tmp_path: Path) -> None:
     made = play.run_module(
         "ansible.builtin.file",
         {"path": str(tmp_path / "new"), "state": "directory", "mode": "0700"},

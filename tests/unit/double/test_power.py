@@ -46,7 +46,7 @@ def test_started_clone_answers_the_agent_until_it_stops(api: Any, pve: ProxmoxDo
 # ---- power and hibernation
 
 
-def test_a_hibernated_vm(api: Any, pve: ProxmoxDouble) -> None:
+def test_a_hibernated_vm_is_stopped_and_locked(api: Any, pve: ProxmoxDouble) -> None:
     pve.add_guest(101)
     vm = api.nodes("pve1").qemu(101)
     vm.status.start.post()
@@ -99,7 +99,7 @@ def test_a_hibernation_that_fails_leaves_the_vm_running_and_locked(api: Any, pve
     assert exit_status(api, vm.status.stop.post()) == "OK"
 
 
-def test_a_paused_vm(api: Any, pve: ProxmoxDouble) -> None:
+def test_a_paused_vm_counts_as_running_and_refuses_shutdown(api: Any, pve: ProxmoxDouble) -> None:
     pve.add_guest(101)
     pve.power(101, "paused")
     vm = api.nodes("pve1").qemu(101)
@@ -109,7 +109,7 @@ def test_a_paused_vm(api: Any, pve: ProxmoxDouble) -> None:
     assert ":qmpause:" in upid and exit_status(api, upid) == "OK" and exit_status(api, vm.status.resume.post()) == "OK"
 
 
-def test_more_vcpus_than_the_node_has(api: Any, pve: ProxmoxDouble) -> None:
+def test_more_vcpus_than_the_node_has_fail_the_start(api: Any, pve: ProxmoxDouble) -> None:
     pve.add_guest(101, config={"cores": 3})
     pve.node_figures["pve1"] = {"maxcpu": 2}
     assert (

@@ -37,7 +37,7 @@ def test_tags_are_lowered_and_sorted_or_refused(api: Any, pve: ProxmoxDouble) ->
         (("list", {"reserved1"}), {"reserved1"}, ["reserved1;old"], ["old"]),
     ],
 )
-def test_tags_that_the_cluster_restricts(
+def test_tags_that_the_cluster_restricts_are_refused(
     api: Any,
     pve: ProxmoxDouble,
     policy: tuple[str, set[str]],

@@ -13,7 +13,7 @@ from support.double_api import clone_template, exit_status, refusal_of
 from support.proxmox_double import ProxmoxDouble
 
 
-def test_task_list_filters(api: Any, pve: ProxmoxDouble) -> None:
+def test_the_task_list_is_filtered_by_source_type_and_vmid(api: Any, pve: ProxmoxDouble) -> None:
     pve.add_guest(101)
     done = [api.nodes("pve1").qemu(101).status(action).post() for action in ("start", "stop", "start")]
     pve.next_task("qmstop", "hang")
@@ -33,7 +33,7 @@ def test_task_list_filters(api: Any, pve: ProxmoxDouble) -> None:
     assert exit_status(api, running) == "OK" and pve.vm(101).status == "stopped"
 
 
-def test_task_unknown_or_under_a_wrong_node(api: Any, pve: ProxmoxDouble) -> None:
+def test_an_unknown_task_or_a_wrong_node_is_400(api: Any, pve: ProxmoxDouble) -> None:
     pve.add_node("pve2")
     pve.add_guest(101)
     upid = api.nodes("pve1").qemu(101).status.start.post()
@@ -44,7 +44,7 @@ def test_task_unknown_or_under_a_wrong_node(api: Any, pve: ProxmoxDouble) -> Non
     assert refusal_of(api.nodes("pve1").tasks(upid).status.get)[0] == 400 and api.nodes("pve1").tasks.get() == []
 
 
-def test_how_tasks_end_on_request(api: Any, pve: ProxmoxDouble) -> None:
+def test_tasks_end_as_the_test_says(api: Any, pve: ProxmoxDouble) -> None:
     vm = api.nodes("pve1").qemu(101)
     pve.next_task("qmclone", "killed", vmid=101)
     assert exit_status(api, clone_template(api)) == "unexpected status" and pve.vm(101).lock == "clone"

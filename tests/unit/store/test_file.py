@@ -33,7 +33,7 @@ def test_new_file_is_for_its_owner_alone(path: Path) -> None:
     assert path.parent.stat().st_mode & 0o777 == 0o700
 
 
-def test_group_access_where_configured(path: Path) -> None:
+def test_group_mode_lets_the_group_write(path: Path) -> None:
     old = os.umask(0o077)
     try:
         Database(str(path), group_mode=True)

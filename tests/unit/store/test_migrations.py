@@ -51,7 +51,7 @@ def test_a_migration_that_fails_changes_nothing(path: Path, monkeypatch: pytest.
     assert not database.read("SELECT 1 FROM sqlite_master WHERE name = 'half'")
 
 
-def test_many_processes_may_create_it_at_once(address: str) -> None:
+def test_many_processes_may_create_the_records_at_once(address: str) -> None:
     children = [child(address, str(n), "store.set_meta('k' + me, me)") for n in range(4)]
     for one in children:
         assert one.communicate(timeout=60)[1] == "" and one.returncode == 0

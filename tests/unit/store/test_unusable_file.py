@@ -76,7 +76,7 @@ def test_damaged_file_is_named(path: Path, damage: str, dry_run: bool) -> None:
     assert str(path) in caught.value.message and "damaged" in caught.value.message
 
 
-def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match="file"):
         Database(str(tmp_path / "file" / "agentlab.db"))
