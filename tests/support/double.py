@@ -2,15 +2,13 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""The corrected fake Proxmox as the tests and the demo use it: counts by request, and a server with a user's
-environment.
+"""The corrected fake Proxmox as the tests and the demo use it: endings for every task of a type, and a server with a
+user's environment.
 """
 
 from __future__ import annotations
 
 import asyncio
-import re
-from collections import Counter
 from typing import Any
 
 from support.proxmox_double import DoubleServer, ProxmoxDouble
@@ -21,34 +19,18 @@ TEMPLATE = 9000
 
 
 class Double(ProxmoxDouble):
-    """ProxmoxDouble with requests counted by ``METHOD /template``, and endings for all tasks of a kind."""
+    """ProxmoxDouble whose guests answer the agent, and with endings for every task of a type."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.agent_default = True
-        self.counted: Counter[str] = Counter()
-        # Kind of task -> exit status that it ends with, or "hang".
+        # Task type -> exit status with which every such task ends although its work was done, or "hang": it never ends.
+        # For the next task alone, or for one whose work is not done, there is next_task().
         self.task_endings: dict[str, str] = {}
         # Tasks that ended (or went on) otherwise than they would have by themselves.
         self.spoiled: set[str] = set()
 
-    # ---- counting and looking ----
-
-    def _note(self, entry: dict[str, Any]) -> None:
-        super()._note(entry)
-        self.counted[f"{entry['method']} {entry['template']}"] += 1
-
-    def count(self) -> int:  # type: ignore[override]
-        """All requests since ``counted`` was cleared."""
-        return sum(self.counted.values())
-
-    def touched(self, vmid: int) -> list[str]:  # type: ignore[override]
-        """Every request since ``requests`` was cleared that could change something and names that VM in its path."""
-        return [
-            f"{method} {path}"
-            for method, path, _body in self.requests
-            if method != "GET" and re.search(rf"/qemu/{vmid}(/|$)", path)
-        ]
+    # ---- looking ----
 
     @property
     def disks_lost(self) -> set[int]:

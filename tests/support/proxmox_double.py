@@ -169,8 +169,8 @@ class ProxmoxDouble(AccessRules, PowerRules, GuestRules, FakePve):
         # Every request: {method, path, template, params, status, user}; status None: not answered.
         self.history: list[dict[str, Any]] = []
         self._guard = threading.RLock()
-        self._counter: Counter[tuple[str, str]] = Counter()
-        self._touched: dict[int, list[tuple[str, str, dict[str, Any]]]] = {}
+        # `METHOD /path template` -> requests since reset_count(), or since a test cleared it.
+        self.counted: Counter[str] = Counter()
         self.faults: list[dict[str, Any]] = []
         self._outcomes: list[Outcome] = []
         self._cell: dict[str, str] = {}
@@ -185,27 +185,28 @@ class ProxmoxDouble(AccessRules, PowerRules, GuestRules, FakePve):
 
     # ------------------------------------------------------------------ what was asked
 
-    def count(self) -> Counter[tuple[str, str]]:
-        """(method, path template) -> requests since the last reset_count()."""
+    def count(self) -> int:
+        """Return the number of all requests since ``counted`` was cleared."""
         with self._guard:
-            return Counter(self._counter)
-
-    def total(self) -> int:
-        """All requests since the last reset_count()."""
-        return sum(self.count().values())
+            return sum(self.counted.values())
 
     def reset_count(self) -> None:
+        """Forget all requests so far."""
         with self._guard:
-            self._counter.clear()
-            self._touched.clear()
+            self.counted.clear()
+            self.requests.clear()
             self.history.clear()
 
-    def touched(self, vmid: int) -> list[tuple[str, str, dict[str, Any]]]:
-        """(method, path, params) of every request that could change something and named this VMID in its path,
-        oldest first.
+    def touched(self, vmid: int) -> list[str]:
+        """Return `METHOD /path` of each handled request that names the VM in its path and may change something.
+
+        Oldest first, since ``requests`` was cleared.
         """
-        with self._guard:
-            return list(self._touched.get(vmid, ()))
+        return [
+            f"{method} {path}"
+            for method, path, _body in list(self.requests)
+            if method != "GET" and re.search(rf"/qemu/{vmid}(/|$)", path)
+        ]
 
     # ------------------------------------------------------------------ faults of the connection
 
@@ -316,11 +317,8 @@ class ProxmoxDouble(AccessRules, PowerRules, GuestRules, FakePve):
 
     def _note(self, entry: dict[str, Any]) -> None:
         with self._guard:
-            self._counter[entry["method"], entry["template"]] += 1
+            self.counted[f"{entry['method']} {entry['template']}"] += 1
             self.history.append(entry)
-            found = re.search(r"/qemu/(\d+)(?:/|$)", entry["path"])
-            if found and entry["method"] != "GET":
-                self._touched.setdefault(int(found[1]), []).append((entry["method"], entry["path"], entry["params"]))
 
     async def _hook(self, hook: Any, method: str, path: str) -> bool:
         if hook is None:
@@ -387,10 +385,10 @@ class ProxmoxDouble(AccessRules, PowerRules, GuestRules, FakePve):
 
     def _serve_count(self, request: web.Request) -> web.Response:
         """GET: {template with method: n} and total since the last DELETE."""
-        found = {f"{method} {template}": number for (method, template), number in sorted(self.count().items())}
+        counts = dict(sorted(self.counted.items()))
         if request.method == "DELETE":
             self.reset_count()
-        return web.json_response({"data": {"total": sum(found.values()), "requests": found}})
+        return web.json_response({"data": {"total": sum(counts.values()), "requests": counts}})
 
     async def _answer(
         self, request: web.Request, handler: Any, generic: Any, path_node: str | None
@@ -426,7 +424,8 @@ class ProxmoxDouble(AccessRules, PowerRules, GuestRules, FakePve):
         times: int = 1,
     ) -> None:
         """Decide how the next task of a type (`qmclone`, `qmdestroy`, `qmstart`, `qmstop`, ...) goes; vmid: only
-        that VM's.
+        that VM's. What shall hold for every task of a type is set in the dicts ``task_secs``, ``task_warnings`` and
+        ``task_endings`` (double.py).
 
         how: `warnings` (done, WARNINGS: n) | `killed` (`unexpected status`) | `hang` (runs for ever; release_task() or
         kill_task()) | `vanish` (done, then an unknown id) | `fail` (text) | `slow` (real seconds). carry_out says

@@ -24,14 +24,14 @@ def test_requests_are_counted_by_method_and_path(api: Any, pve: ProxmoxDouble) -
     vm.config.get()
     vm.config.put(description="x")
     vm.status.start.post()
-    assert pve.count() == {
-        ("GET", "/nodes/{node}/qemu/{vmid}/config"): 2,
-        ("PUT", "/nodes/{node}/qemu/{vmid}/config"): 1,
-        ("POST", "/nodes/{node}/qemu/{vmid}/status/start"): 1,
+    assert pve.count() == 4 and pve.counted == {
+        "GET /nodes/{node}/qemu/{vmid}/config": 2,
+        "PUT /nodes/{node}/qemu/{vmid}/config": 1,
+        "POST /nodes/{node}/qemu/{vmid}/status/start": 1,
     }
     assert pve.touched(101) == [
-        ("PUT", "/nodes/pve1/qemu/101/config", {"description": "x"}),
-        ("POST", "/nodes/pve1/qemu/101/status/start", {}),
+        "PUT /api2/json/nodes/pve1/qemu/101/config",
+        "POST /api2/json/nodes/pve1/qemu/101/status/start",
     ]
     assert pve.touched(9000) == [] and [entry["status"] for entry in pve.history] == [200] * 4
 
