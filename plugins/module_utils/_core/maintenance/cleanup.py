@@ -68,9 +68,9 @@ def freeze(ctx: Context, reason: str) -> dict[str, Any]:
     known = timeguard.frozen(ctx)
     if known:
         return known
-    made = {"reason": reason, "at": clock_module.iso(ctx.clock.now()), "actor": ctx.actor, "leases": False}
-    ctx.records.set_meta(timeguard.FROZEN, json.dumps(made))
-    return made
+    freeze_note = {"reason": reason, "at": clock_module.iso(ctx.clock.now()), "actor": ctx.actor, "leases": False}
+    ctx.records.set_meta(timeguard.FROZEN, json.dumps(freeze_note))
+    return freeze_note
 
 
 def release(ctx: Context) -> dict[str, Any] | None:
@@ -98,9 +98,9 @@ def run(ctx: Context, policy: rules.Policy) -> CleanupResult:
             **stopped,
         )
     report = CleanupResult(dry_run=looking)
-    rest = timeguard.rests(ctx)
+    pause_reason = timeguard.rests(ctx)
     live = ctx.records.find_all()
-    chosen = _choose(ctx, policy, live, rest, report)
+    chosen = _choose(ctx, policy, live, pause_reason, report)
     doomed = [sandbox for rule, sandbox in chosen if rule.action == rules.DESTROY]
     report.candidates = len(doomed)
     too_many = _exceeded_guard(policy, len(doomed), len(live))
@@ -116,7 +116,7 @@ def run(ctx: Context, policy: rules.Policy) -> CleanupResult:
                 for rule, sandbox in chosen
                 if rule.action == rules.FAIL
             ]
-            if policy.keep_destroyed is not None and not rest:
+            if policy.keep_destroyed is not None and not pause_reason:
                 report.forgotten = history.forgettable(ctx.records, policy.keep_destroyed)
             return report
         # Destroy only what the guard has counted: other sandboxes may have become eligible meanwhile.
@@ -135,13 +135,13 @@ def run(ctx: Context, policy: rules.Policy) -> CleanupResult:
         mine = [sandbox for other, sandbox in chosen if other is rule]
         if mine:
             _apply(ctx, rule, mine, report)
-    if policy.keep_destroyed is not None and not rest:
+    if policy.keep_destroyed is not None and not pause_reason:
         report.forgotten = _forget(ctx, policy.keep_destroyed)
     return report
 
 
 def _choose(
-    ctx: Context, policy: rules.Policy, live: list[Sandbox], rest: tuple[str, str] | None, report: CleanupResult
+    ctx: Context, policy: rules.Policy, live: list[Sandbox], pause_reason: tuple[str, str] | None, report: CleanupResult
 ) -> list[tuple[rules.CleanupRule, Sandbox]]:
     """Return which rule acts on which sandbox now, judged by the records alone.
 
@@ -161,8 +161,8 @@ def _choose(
             if rule.action == rules.FAIL
             else prune.spared(sandbox, rule.after, now)
         )
-        if why is None and rest:
-            why = rest
+        if why is None and pause_reason:
+            why = pause_reason
         if why:
             report.kept.append(Outcome.of("kept", sandbox, reason=why[0], message=f"rule {rule.name!r}: {why[1]}"))
         else:
@@ -222,9 +222,9 @@ def _add(report: CleanupResult, more: prune.PruneResult) -> None:
 
 
 def _forget(ctx: Context, older_than: int) -> int:
-    gone = 0
+    deleted = 0
     while True:
         count = history.forget(ctx.records, older_than, _FORGET_AT_ONCE)
-        gone += count
+        deleted += count
         if count < _FORGET_AT_ONCE:
-            return gone
+            return deleted

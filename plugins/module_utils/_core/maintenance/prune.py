@@ -55,19 +55,19 @@ class Selection:
             )
 
 
-def select(ctx: Context, wanted: Selection) -> tuple[list[Sandbox], list[Outcome]]:
+def select(ctx: Context, selection: Selection) -> tuple[list[Sandbox], list[Outcome]]:
     """Return (candidates, kept outcomes with their reason), judged by the records alone."""
-    wanted.check()
+    selection.check()
     now = ctx.clock.now()
     candidates: list[Sandbox] = []
     kept: list[Outcome] = []
-    rest = timeguard.rests(ctx)
-    for sandbox in ctx.records.find_all(list(dict.fromkeys(wanted.states))):
-        if wanted.tags and not set(wanted.tags) & set(sandbox.tags):
+    pause_reason = timeguard.rests(ctx)
+    for sandbox in ctx.records.find_all(list(dict.fromkeys(selection.states))):
+        if selection.tags and not set(selection.tags) & set(sandbox.tags):
             continue
-        why = spared(sandbox, wanted.older_than, now)
-        if why is None and rest:
-            why = rest
+        why = spared(sandbox, selection.older_than, now)
+        if why is None and pause_reason:
+            why = pause_reason
         if why:
             kept.append(Outcome.of("kept", sandbox, reason=why[0], message=why[1]))
         else:
@@ -97,25 +97,25 @@ def too_soon(sandbox: Sandbox, older_than: int, now: int) -> tuple[str, str] | N
     )
 
 
-def run(ctx: Context, wanted: Selection) -> PruneResult:
+def run(ctx: Context, selection: Selection) -> PruneResult:
     """Prune, and return the outcomes.
 
     Raises GuardTripped, and prunes nothing, with more than ``max_count`` candidates.
     """
-    candidates, kept = select(ctx, wanted)
+    candidates, kept = select(ctx, selection)
     report = PruneResult(kept=kept)
     if not candidates:
         return report
-    if ctx.dry_run or (wanted.max_count is not None and len(candidates) > wanted.max_count):
+    if ctx.dry_run or (selection.max_count is not None and len(candidates) > selection.max_count):
         plan(ctx, candidates, report)
-        if wanted.max_count is not None and report.count > wanted.max_count:
+        if selection.max_count is not None and report.count > selection.max_count:
             count = report.count
             raise GuardTripped(
-                f"max_count: {count} sandbox(es) would be pruned, more than max_count={wanted.max_count}; nothing was "
-                "pruned. Look at them (a dry run, check mode), then raise max_count",
+                f"max_count: {count} sandbox(es) would be pruned, more than max_count={selection.max_count}; nothing "
+                "was pruned. Look at them (a dry run, check mode), then raise max_count",
                 would_prune=[outcome.public() for outcome in report.pruned],
                 count=count,
-                max_count=wanted.max_count,
+                max_count=selection.max_count,
             )
         if ctx.dry_run:
             return report

@@ -223,8 +223,8 @@ def _apply(drift: Drift) -> None:
 def _leases(ctx: Context, apply: bool) -> list[Drift]:
     """Return the drift of expired leases, and expire them with ``apply``. A running daemon does this by itself."""
     if not apply:
-        rest = timeguard.suspended(ctx)
-        if rest:
+        pause_reason = timeguard.suspended(ctx)
+        if pause_reason:
             return []
         now = ctx.clock.now()
         over = overview.over(ctx.records, now)
@@ -387,8 +387,8 @@ def _refuse_chosen(ctx: Context, entry: JournalEntry) -> None:
     """
     if entry.destroy.operation == "cleanup":
         raise Kept("rule", "a cleanup rule had chosen it; the next run of the rules decides anew")
-    if entry.destroy.operation == "prune" and (rest := timeguard.suspended(ctx)):
-        raise Kept("clock_jumped", rest)
+    if entry.destroy.operation == "prune" and (pause_reason := timeguard.suspended(ctx)):
+        raise Kept("clock_jumped", pause_reason)
 
 
 def give_up_creation(ctx: Context, sandbox: Sandbox, evidence: dict[str, Any] | None = None) -> Sandbox:
@@ -508,10 +508,10 @@ def _absent(ctx: Context, sandbox: Sandbox, kind: str, evidence: dict[str, Any])
 
 def _power_drift(ctx: Context, sandbox: Sandbox, located: Located) -> Drift | None:
     evidence: dict[str, Any] = {"node": located.node, "vm_status": located.row.get("status")}
-    seen = _seen(ctx, sandbox, located)
-    if seen is not None:
-        evidence["vm_status"] = "hibernated" if is_hibernated(located.config) else seen.lower()
-    if sandbox.state in states.POWERED and seen == states.STOPPED:
+    vm_state = _vm_state(ctx, sandbox, located)
+    if vm_state is not None:
+        evidence["vm_status"] = "hibernated" if is_hibernated(located.config) else vm_state.lower()
+    if sandbox.state in states.POWERED and vm_state == states.STOPPED:
         explained = _stop_task(ctx, sandbox, str(located.node))
         evidence.update(stop_task=explained)
         target = states.STOPPED
@@ -524,12 +524,12 @@ def _power_drift(ctx: Context, sandbox: Sandbox, located: Located) -> Drift | No
         return Drift(
             "stopped", target, evidence, sandbox, repair=_moving(ctx, sandbox, target, evidence, node=located.node)
         )
-    if seen == states.STOPPED and sandbox.state == states.SUSPENDED:
-        return Drift("stopped", seen, evidence, sandbox, repair=_following(ctx, sandbox, seen, located))
-    if seen == states.SUSPENDED and sandbox.state in (*states.POWERED, states.STOPPED):
-        return Drift("suspended", seen, evidence, sandbox, repair=_following(ctx, sandbox, seen, located))
-    if seen == states.RUNNING and sandbox.state == states.SUSPENDED:
-        return Drift("running", seen, evidence, sandbox, repair=_following(ctx, sandbox, seen, located))
+    if vm_state == states.STOPPED and sandbox.state == states.SUSPENDED:
+        return Drift("stopped", vm_state, evidence, sandbox, repair=_follow_vm(ctx, sandbox, vm_state, located))
+    if vm_state == states.SUSPENDED and sandbox.state in (*states.POWERED, states.STOPPED):
+        return Drift("suspended", vm_state, evidence, sandbox, repair=_follow_vm(ctx, sandbox, vm_state, located))
+    if vm_state == states.RUNNING and sandbox.state == states.SUSPENDED:
+        return Drift("running", vm_state, evidence, sandbox, repair=_follow_vm(ctx, sandbox, vm_state, located))
     if located.node != sandbox.node:
         evidence["was"] = sandbox.node
         return Drift(
@@ -543,7 +543,7 @@ def _power_drift(ctx: Context, sandbox: Sandbox, located: Located) -> Drift | No
         return Drift(
             "back", "absence note removed", evidence, sandbox, repair=_amending(ctx, sandbox, absent_seen_at=None)
         )
-    if sandbox.state == states.STOPPED and seen == states.RUNNING:
+    if sandbox.state == states.STOPPED and vm_state == states.RUNNING:
         return Drift(
             "running",
             "none: somebody started it, and no lease ends it; start the sandbox, then stop it or renew its lease",
@@ -553,7 +553,7 @@ def _power_drift(ctx: Context, sandbox: Sandbox, located: Located) -> Drift | No
     return None
 
 
-def _seen(ctx: Context, sandbox: Sandbox, located: Located) -> str | None:
+def _vm_state(ctx: Context, sandbox: Sandbox, located: Located) -> str | None:
     """Return the power state that the VM itself reports, where the list disagrees with the record. The list lags.
 
     None where list and record agree, or where the record's state says nothing about power.
@@ -572,12 +572,12 @@ def _seen(ctx: Context, sandbox: Sandbox, located: Located) -> str | None:
         return None
 
 
-def _following(ctx: Context, sandbox: Sandbox, seen: str, located: Located) -> Callable[[], None]:
+def _follow_vm(ctx: Context, sandbox: Sandbox, vm_state: str, located: Located) -> Callable[[], None]:
     def work() -> None:
         with ctx.claimed(sandbox, "reconcile", wait=0) as (claim, current):
             if (current.state, current.generation) != (sandbox.state, sandbox.generation):
                 raise RecordChanged(f"sandbox {sandbox.vmid} was changed by another run meanwhile; run again")
-            power.follow(ctx, claim, current, "reconcile", seen, located)
+            power.follow(ctx, claim, current, "reconcile", vm_state, located)
 
     return work
 
@@ -662,8 +662,8 @@ def _unrecorded(ctx: Context, rows: dict[int, dict[str, Any]], live: list[Sandbo
         except ProxmoxError:
             return None
         marks = identity.markers(config)
-        others = identity.other_databases(config, database)
-        if others and not _in_range(ctx, vmid):
+        other_databases = identity.other_databases(config, database)
+        if other_databases and not _in_range(ctx, vmid):
             # The other database has its record. Inside our range no other VM is expected, and our records may be lost.
             return None
         try:
@@ -678,9 +678,14 @@ def _unrecorded(ctx: Context, rows: dict[int, dict[str, Any]], live: list[Sandbo
             "unrecorded",
             "none: another database made it, inside our vmid_range; give each database a range of its own. Only if "
             "that database is lost, look at it, and remove it by hand if nobody needs it"
-            if others
+            if other_databases
             else "none: look at it, and remove it by hand if nobody needs it",
-            {"node": row.get("node"), "name": row.get("name"), "markers": sorted(marks), "databases": sorted(others)},
+            {
+                "node": row.get("node"),
+                "name": row.get("name"),
+                "markers": sorted(marks),
+                "databases": sorted(other_databases),
+            },
             vmid=vmid,
         )
 

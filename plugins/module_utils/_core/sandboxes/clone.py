@@ -109,7 +109,7 @@ def make_vm(creation: Creation) -> Located | None:
                     attempt = replace(attempt, vmid_is_free=_is_vmid_free(creation))
                 else:
                     # The VMID may be taken by our own earlier clone, whose answer was lost.
-                    if _earlier_clone_is_there(creation, doubt or note, taken=True):
+                    if _earlier_clone_is_there(creation, doubt or note, vmid_taken=True):
                         return None
                     doubt, attempt = None, replace(attempt, doubtful=False)
                 judgement = refusals.judge_refusal(error, attempt)
@@ -155,11 +155,11 @@ def _forget_request(creation: Creation) -> None:
     creation.journal(journal.RESERVED)
 
 
-def _earlier_clone_is_there(creation: Creation, doubt: CreationNote, *, taken: bool = False) -> bool:
+def _earlier_clone_is_there(creation: Creation, doubt: CreationNote, *, vmid_taken: bool = False) -> bool:
     """Return whether the VM is the clone that an earlier run asked for. If so, bind the record to it.
 
-    ``taken``: Proxmox says that some VM has the VMID, so a VMID without a visible VM is no proof. Raises Kept for a VM
-    that cannot be told.
+    ``vmid_taken``: Proxmox says that some VM has the VMID, so a VMID without a visible VM is no proof. Raises Kept for
+    a VM that cannot be told.
     """
     located = _await_doubt(creation, doubt)
     if located.match:
@@ -167,7 +167,7 @@ def _earlier_clone_is_there(creation: Creation, doubt: CreationNote, *, taken: b
         return True
     foreign = located.verdict is not None and located.verdict.identity == identity.FOREIGN
     no_verdict = located.node is None or located.verdict is None
-    if not foreign and (taken or not no_verdict):
+    if not foreign and (vmid_taken or not no_verdict):
         raise Kept(
             "ambiguous",
             f"sandbox {creation.sandbox.vmid}: whether VM {creation.sandbox.vmid} is the clone that was begun is not "

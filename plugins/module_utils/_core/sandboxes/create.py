@@ -129,9 +129,9 @@ def _almost_done(ctx: Context, sandbox: Sandbox) -> bool:
     return unfinished is not None and unfinished.kind == "create"
 
 
-def amend(ctx: Context, sandbox: Sandbox, **wanted: bool | None) -> Outcome:
+def amend(ctx: Context, sandbox: Sandbox, **settings: bool | None) -> Outcome:
     """Set the options that concern only the record (protected, keepalive) where they differ, and return the outcome."""
-    new = {name: value for name, value in wanted.items() if value is not None and value != getattr(sandbox, name)}
+    new = {name: value for name, value in settings.items() if value is not None and value != getattr(sandbox, name)}
     if not new:
         return Outcome.of("unchanged", sandbox)
     before = {name: getattr(sandbox, name) for name in new}
@@ -336,8 +336,8 @@ def _carry_on(ctx: Context, claim: Claim, spec: Spec, sandbox: Sandbox, note: Cr
         )
         raise
     except AgentlabError as error:
-        told = refusals.explain(ctx, spec, creation.sandbox.node, creation.note.template, error)
-        failure = _clean_up(creation, error, told or error.message)
+        explanation = refusals.explain(ctx, spec, creation.sandbox.node, creation.note.template, error)
+        failure = _clean_up(creation, error, explanation or error.message)
         clean = failure.detail.pop("clean", False)
         if creation.note.chosen and clean and refusals.blames_node(error):
             failure.detail["failed_node"] = creation.sandbox.node
@@ -470,7 +470,7 @@ def _await_ip(creation: Creation, located: Located) -> Sandbox:
     )
 
 
-def _clean_up(creation: Creation, error: AgentlabError, told: str) -> CreationFailed:
+def _clean_up(creation: Creation, error: AgentlabError, explanation: str) -> CreationFailed:
     """Set the record to FAILED and remove the VM of our own clone through the destroy pipeline.
 
     Returns the error for the caller. Its message says what was removed and what is left.
@@ -497,21 +497,23 @@ def _clean_up(creation: Creation, error: AgentlabError, told: str) -> CreationFa
         clean = outcome.state == states.DESTROYED
         if clean:
             # An accepted clone request leaves its task id in the journal.
-            made = sandbox.smbios_uuid is not None or sandbox.snippet is not None or creation.note.upid is not None
-            rest = "what was made for it has been removed" if made else "nothing was made for it"
+            has_leftovers = (
+                sandbox.smbios_uuid is not None or sandbox.snippet is not None or creation.note.upid is not None
+            )
+            remainder = "what was made for it has been removed" if has_leftovers else "nothing was made for it"
         else:
-            rest = f"its record is in {outcome.state} state: {outcome.message}"
+            remainder = f"its record is in {outcome.state} state: {outcome.message}"
             remedy = "remove"
     except AgentlabError as second:
-        rest = f"and cleaning up failed too: {second.message}"
+        remainder = f"and cleaning up failed too: {second.message}"
     try:
         # Remove the snippet even when the VM could not be removed, because it may hold secrets.
         snippets.remove(ctx, ctx.records.get(sandbox.uuid))
     except AgentlabError as third:
         clean = False
-        rest += f"; {third.message}"
+        remainder += f"; {third.message}"
     return CreationFailed(
-        f"sandbox {sandbox.vmid} could not be created: {told}; {rest}",
+        f"sandbox {sandbox.vmid} could not be created: {explanation}; {remainder}",
         vmid=sandbox.vmid,
         cause=error.as_dict(),
         clean=clean,

@@ -72,12 +72,12 @@ def run(ctx: Context, items: list[tuple[Sandbox, Request]]) -> list[Outcome]:
 
     The failure of an item stops no other item. Absence is proven for all items together at the end.
     """
-    held: list[Gone] = []
+    claimed: list[Gone] = []
     try:
-        return _run(ctx, items, held)
+        return _run(ctx, items, claimed)
     except BaseException:
         # Also when the process is told to stop. Closed sandboxes have already given up their claim.
-        for gone in held:
+        for gone in claimed:
             ctx.records.release(gone.claim)
         raise
 

@@ -59,42 +59,42 @@ def renew(
                 "about to become TIMEOUT. Create a new sandbox",
                 vmid=sandbox.vmid,
             )
-        wanted = now + ttl
+        new_end = now + ttl
         capped = False
-        if ctx.config.max_lifetime is not None and wanted > sandbox.created_at + ctx.config.max_lifetime:
-            wanted = sandbox.created_at + ctx.config.max_lifetime
+        if ctx.config.max_lifetime is not None and new_end > sandbox.created_at + ctx.config.max_lifetime:
+            new_end = sandbox.created_at + ctx.config.max_lifetime
             capped = True
-        if wanted < current and not allow_shorten:
+        if new_end < current and not allow_shorten:
             # A renewal shortens a lease only with allow_shorten.
-            wanted = current
+            new_end = current
         enough = (
-            min_remaining is not None and current - now >= min_remaining and not (allow_shorten and wanted < current)
+            min_remaining is not None and current - now >= min_remaining and not (allow_shorten and new_end < current)
         )
         if (
             enough
-            or wanted == current
+            or new_end == current
             or (
-                0 <= wanted - current < REPEAT_SECONDS
+                0 <= new_end - current < REPEAT_SECONDS
                 and min_remaining is None
-                and not _far_enough(wanted, current, ttl)
+                and not _far_enough(new_end, current, ttl)
             )
         ):
             return _answer("unchanged", sandbox, current, now, capped, changed=False)
         if ctx.dry_run:
-            return _answer("would_renew", sandbox, wanted, now, capped, changed=True, was=current)
+            return _answer("would_renew", sandbox, new_end, now, capped, changed=True, was=current)
         try:
             renewed = ctx.records.renew(
-                sandbox, wanted, now, over=over, evidence={"ttl": ttl, "capped": capped, "was": current}
+                sandbox, new_end, now, over=over, evidence={"ttl": ttl, "capped": capped, "was": current}
             )
-            return _answer("renewed", renewed, wanted, now, capped, changed=True, was=current)
+            return _answer("renewed", renewed, new_end, now, capped, changed=True, was=current)
         except RecordChanged:
             sandbox = ctx.records.get(sandbox.uuid)
     raise RecordChanged(f"sandbox {sandbox.vmid} keeps being changed by other runs; run again", vmid=sandbox.vmid)
 
 
-def _far_enough(wanted: int, current: int, ttl: int) -> bool:
+def _far_enough(new_end: int, current: int, ttl: int) -> bool:
     # A lease shorter than the repetition window is renewed once half of it has passed.
-    return ttl <= REPEAT_SECONDS and wanted - current >= max(1, ttl // 2)
+    return ttl <= REPEAT_SECONDS and new_end - current >= max(1, ttl // 2)
 
 
 def _answer(

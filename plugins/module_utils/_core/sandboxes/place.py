@@ -87,10 +87,10 @@ class NodeChoice:
 
     def _find_sources(self, read: capacity.Capacity) -> dict[str, tuple[int, str]]:
         """Return the template to clone for each node, as (VMID, node that holds the template)."""
-        ctx, wanted = self._ctx, self._spec.template or self._ctx.config.template
-        named = templates.named_so(ctx, wanted) if wanted else {}
+        ctx, template = self._ctx, self._spec.template or self._ctx.config.template
+        named = templates.named_so(ctx, template) if template else {}
         if len(named) <= 1 or len(set(named.values())) < len(named):
-            first = templates.find(ctx, wanted)
+            first = templates.find(ctx, template)
             own = {}
         else:
             own = {node: (vmid, node) for vmid, node in named.items()}
@@ -165,9 +165,9 @@ class NodeChoice:
             node = dataclasses.replace(node, storage=storage or own, disk=self._wish.disk if full or storage else 0)
         bridges = _bridges(spec, config or {})
         if bridges and (spec.bridge or spec.second_bridge or name != owner):
-            there = ctx.once(("bridges", name), lambda: capacity.bridges(ctx.client, name))
-            if there is not None and not bridges <= there:
-                missing = ", ".join(sorted(bridges - there))
+            node_bridges = ctx.once(("bridges", name), lambda: capacity.bridges(ctx.client, name))
+            if node_bridges is not None and not bridges <= node_bridges:
+                missing = ", ".join(sorted(bridges - node_bridges))
                 node = dataclasses.replace(node, refused=("bridge", f"it has no bridge or vnet {missing}"))
         if spec.cloud_init_user_data is not None:
             try:
@@ -293,9 +293,9 @@ def fixed(
 def _bridges(spec: Spec, config: Mapping[str, Any]) -> frozenset[str]:
     """Return the bridges of the VM's two interfaces: the requested bridges, else the template's."""
     names = set()
-    for asked, key in ((spec.bridge, "net0"), (spec.second_bridge, "net1")):
+    for bridge, key in ((spec.bridge, "net0"), (spec.second_bridge, "net1")):
         match = re.search(r"(?:^|,)bridge=([^,]+)", str(config.get(key) or ""))
-        name = asked or (match[1] if match else None)
+        name = bridge or (match[1] if match else None)
         if name:
             names.add(name)
     return frozenset(names)

@@ -74,14 +74,14 @@ def judge_refusal(error: ApiError | TaskFailed, attempt: Attempt) -> Judgement:
     # A VM, or a leftover volume of that name, is in the way. Another VMID avoids both.
     exists = "already exists" in text or "File exists" in text
     # Another VM has the VMID, so nothing of ours is there.
-    taken = exists and (isinstance(error, ApiError) or _VM_EXISTS.search(text) is not None)
+    vmid_taken = exists and (isinstance(error, ApiError) or _VM_EXISTS.search(text) is not None)
     refused_at_once = isinstance(error, ApiError) and not attempt.has_task
     locked = isinstance(error, TaskFailed) and answers.not_begun(text)
     if locked and attempt.tries < _CLONE_TRIES and attempt.vmid_is_free is not False:
         return Judgement(Step.WAIT, nothing_made=True) if attempt.vmid_is_free else Judgement(Step.PROVE_ABSENCE)
-    if taken and attempt.doubtful:
+    if vmid_taken and attempt.doubtful:
         return Judgement(Step.LOOK_AGAIN)
-    if taken:
+    if vmid_taken:
         return Judgement(Step.REFUSE_VMID if attempt.vmid_given else Step.TAKE_ANOTHER_VMID, nothing_made=True)
     if not exists or attempt.vmid_given or attempt.vmid_is_free is False:
         return Judgement(Step.GIVE_UP, nothing_made=refused_at_once)
@@ -117,59 +117,61 @@ def explain(ctx: Context, spec: Spec, node: str | None, template: object, error:
     None when there is nothing to add to the error's own message.
     """
     if isinstance(error, ApiError):
-        text, asked = error.text, str(error.detail.get("path") or "")
+        text, path = error.text, str(error.detail.get("path") or "")
     elif isinstance(error, TaskFailed):
-        text, asked = error.exitstatus, ""
+        text, path = error.exitstatus, ""
     else:
         return None
     if answers.storage_full(error.message):
         # The storage's own error stands only in the task log, which is part of this message.
         return f"{error.message}, or give another storage{'' if spec.full_clone else ' with full_clone=true'}"
     status = f"{error.status} " if isinstance(error, ApiError) else ""
-    told = f" (Proxmox VE: {status}{text.strip()[:300]})"
+    quote = f" (Proxmox VE: {status}{text.strip()[:300]})"
     pool = spec.pool or ctx.config.pool
     if re.search(r"pool '[^']*' does not exist", text):
-        return f"pool: {pool!r} does not exist. Make it (pveum pool add {pool}), or correct pool{told}"
+        return f"pool: {pool!r} does not exist. Make it (pveum pool add {pool}), or correct pool{quote}"
     if (
         isinstance(error, AccessDenied)
-        and asked.endswith("/clone")
+        and path.endswith("/clone")
         and not re.search(r"\b(VM|SDN|Sys|Datastore|Pool)\.\w+", text)
     ):
         # Proxmox VE gives the same bare 403 for a missing pool and for a missing right to create a VM.
-        return _unnamed(ctx, pool) + told
+        return _unnamed(ctx, pool) + quote
     if "Linked clone feature is not supported" in text:
         return (
             f"full_clone: a linked clone of template {template} is not possible on its storage; set "
-            f"full_clone=true{told}"
+            f"full_clone=true{quote}"
         )
     if "VM uses local storage" in text:
         return (
             f"node: template {template} lies on local storage of another node than {node}, and cannot be cloned to "
             "there. Leave node out, put the "
-            f"template on shared storage, or make one on {node}{told}"
+            f"template on shared storage, or make one on {node}{quote}"
         )
     if "can't clone to non-shared storage" in text:
         return (
             f"storage: {spec.storage or ctx.config.storage!r} is local, and template {template} is on another node "
             f"than {node}. Give a shared storage, "
-            f"or leave node out{told}"
+            f"or leave node out{quote}"
         )
     storage = re.search(
         r"storage '([^']*)' (does not exist|does not support vm images|is not available on node)",
         str(error.detail.get("errors") or text),
     )
     if storage:
-        return f"storage: {storage[1]!r} {storage[2]}. Give a storage of node {node} that holds disks of VMs{told}"
+        return f"storage: {storage[1]!r} {storage[2]}. Give a storage of node {node} that holds disks of VMs{quote}"
     if "shrinking disks is not supported" in text:
-        return f"disk_size: {spec.disk_size} is less than the template's disk has, and disks only grow. Give more{told}"
+        return (
+            f"disk_size: {spec.disk_size} is less than the template's disk has, and disks only grow. Give more{quote}"
+        )
     if "no quorum" in text:
-        return f"the cluster has no quorum, and takes no new VMs until it has (pvecm status); run again then{told}"
+        return f"the cluster has no quorum, and takes no new VMs until it has (pvecm status); run again then{quote}"
     if re.search(r"MAX \d+ vcpus allowed", text):
-        return f"cores: node {node} has fewer CPUs than the VM would get. Give fewer cores, or another node{told}"
+        return f"cores: node {node} has fewer CPUs than the VM would get. Give fewer cores, or another node{quote}"
     bridge = re.search(r"bridge '([^']*)' does not exist", text)
     if bridge:
         option = "second_bridge" if bridge[1] == spec.second_bridge and bridge[1] != spec.bridge else "bridge"
-        return f"{option}: node {node} has no bridge {bridge[1]!r}. Give one that it has, or another node{told}"
+        return f"{option}: node {node} has no bridge {bridge[1]!r}. Give one that it has, or another node{quote}"
     return None
 
 
@@ -181,10 +183,10 @@ def _unnamed(ctx: Context, pool: str | None) -> str:
             "template"
         )
     try:
-        seen = any(row.get("poolid") == pool for row in ctx.client.get_list("pools"))
+        pool_exists = any(row.get("poolid") == pool for row in ctx.client.get_list("pools"))
     except ProxmoxError:
-        seen = False
-    if seen:
+        pool_exists = False
+    if pool_exists:
         return f"pool: {ctx.config.proxmox.login} may not make VMs in pool {pool!r}. Grant VM.Allocate on /pool/{pool}"
     return (
         f"pool: {pool!r} does not exist, or {ctx.config.proxmox.login} may not see it. Make it (pveum pool add "

@@ -246,12 +246,12 @@ class Removal:
         refuse_guarded(self._sandbox, located)
         # Refuse before the stop, so that a sandbox that is kept is neither stopped nor loses its workspace.
         try:
-            asked = workspace_disk.refuse_planned(ctx, self._sandbox, located)
+            reads_sent = workspace_disk.refuse_planned(ctx, self._sandbox, located)
         except (ApiError, TaskFailed) as error:
             return self._look_again_or_raise(error)
         if no_quorum is not None:
             raise no_quorum
-        if asked:
+        if reads_sent:
             # Those requests took time, and a stop takes no digest. Judge the VM again directly before it.
             located = self._locate()
             if not located.match:
@@ -514,9 +514,9 @@ def pending_delete(interrupted: JournalEntry) -> PendingDelete | None:
 
 def refuse_running(ctx: Context, sandbox: Sandbox, located: Located) -> None:
     """Raise StateConflict unless the VM is switched off. The message names the VM's real state, not the record's."""
-    seen = power_state(sandbox, power.status(ctx, located), located.config)
-    if seen != states.STOPPED:
-        raise states.refuse("destroy", seen)
+    vm_state = power_state(sandbox, power.status(ctx, located), located.config)
+    if vm_state != states.STOPPED:
+        raise states.refuse("destroy", vm_state)
 
 
 def never_cloned(sandbox: Sandbox, created: CreationNote | None) -> bool:

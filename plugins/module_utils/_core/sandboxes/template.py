@@ -60,54 +60,57 @@ class Template:
         return {str(config[key]).partition(":")[0] for key in keys}
 
 
-def find(ctx: Context, wanted: str | None, node: str | None = None) -> Template:
+def find(ctx: Context, identifier: str | None, node: str | None = None) -> Template:
     """Return the template with this VMID or name; among several of that name, the template on ``node``.
 
     Raises InvalidInput, which lists the templates that exist.
     """
-    if not wanted:
+    if not identifier:
         raise InvalidInput(
             "template: missing; give the VMID or name of a template (or set it in the configuration)", option="template"
         )
     rows = ctx.cluster.vms()
-    number = _number(wanted)
+    number = _number(identifier)
     if number is not None and number in rows:
         return _of_number(ctx, number)
-    named = named_so(ctx, wanted)
+    named = named_so(ctx, identifier)
     if len(named) > 1 and node is not None:
         named = {vmid: where for vmid, where in named.items() if where == node} or named
     if len(named) == 1:
         return read(ctx, *next(iter(named.items())))
     if named:
         places = ", ".join(f"{vmid} on {where}" for vmid, where in sorted(named.items()))
-        here = f", none of them on node {node}" if node is not None and node not in named.values() else ""
+        on_node = f", none of them on node {node}" if node is not None and node not in named.values() else ""
         raise InvalidInput(
-            f"template: {wanted!r} is the name of several templates ({places}){here}; give the VMID, or the node",
+            f"template: {identifier!r} is the name of several templates ({places}){on_node}; give the VMID, or the "
+            "node",
             option="template",
-            value=wanted,
+            value=identifier,
         )
     silent = _offline_nodes(ctx)
-    seen = _templates_seen(ctx, silent)
+    visible = _templates_seen(ctx, silent)
     if silent:
         # For VMs on an offline node Proxmox tells neither the name nor whether the VM is a template.
         raise InvalidInput(
-            f"template: {wanted!r} is not to be seen, but {', '.join(silent)} is offline, and what is there is not "
+            f"template: {identifier!r} is not to be seen, but {', '.join(silent)} is offline, and what is there is not "
             "known; wait until the "
-            f"node is back, or give another template. Templates on the other nodes: {seen}",
+            f"node is back, or give another template. Templates on the other nodes: {visible}",
             option="template",
-            value=wanted,
+            value=identifier,
         )
-    plain = sorted(vmid for vmid, row in rows.items() if row.get("name") == wanted)
+    plain = sorted(vmid for vmid, row in rows.items() if row.get("name") == identifier)
     if plain:
-        raise _no_template(plain[0], str(rows[plain[0]].get("type")), wanted)
+        raise _no_template(plain[0], str(rows[plain[0]].get("type")), identifier)
     if number is not None and ctx.cluster.is_in_use(number):
         raise InvalidInput(
             f"template: VM {number} exists, but these credentials may not see it. Grant VM.Audit and VM.Clone on "
-            f"/vms/{number}, or give another template. Templates that they see: {seen}",
+            f"/vms/{number}, or give another template. Templates that they see: {visible}",
             option="template",
-            value=wanted,
+            value=identifier,
         )
-    raise InvalidInput(f"template: {wanted!r} does not exist. Templates: {seen}", option="template", value=wanted)
+    raise InvalidInput(
+        f"template: {identifier!r} does not exist. Templates: {visible}", option="template", value=identifier
+    )
 
 
 def _offline_nodes(ctx: Context) -> list[str]:
@@ -145,35 +148,37 @@ def _templates_seen(ctx: Context, offline: list[str]) -> str:
     return ", ".join(names) or "none that these credentials may see"
 
 
-def _number(wanted: str) -> int | None:
-    return int(wanted) if wanted.isascii() and wanted.isdecimal() else None
+def _number(identifier: str) -> int | None:
+    return int(identifier) if identifier.isascii() and identifier.isdecimal() else None
 
 
-def named_so(ctx: Context, wanted: str) -> dict[int, str]:
-    """Return the templates of that name as {VMID: node}; empty when ``wanted`` is a VMID."""
+def named_so(ctx: Context, identifier: str) -> dict[int, str]:
+    """Return the templates of that name as {VMID: node}; empty when ``identifier`` is a VMID."""
     rows = ctx.cluster.vms()
-    number = _number(wanted)
+    number = _number(identifier)
     if number is not None and number in rows:
         return {}
     named = {
-        vmid: str(row.get("node")) for vmid, row in rows.items() if _is_template(row) and row.get("name") == wanted
+        vmid: str(row.get("node")) for vmid, row in rows.items() if _is_template(row) and row.get("name") == identifier
     }
-    return named or _of_unclear_rows(ctx, wanted)
+    return named or _of_unclear_rows(ctx, identifier)
 
 
 def _is_template(row: dict[str, Any]) -> bool:
     return str(row.get("template")) == "1" and row.get("type") == "qemu"
 
 
-def _no_template(vmid: int, kind: str, wanted: str) -> InvalidInput:
+def _no_template(vmid: int, kind: str, identifier: str) -> InvalidInput:
     if kind != "qemu":
         return InvalidInput(
             f"template: {vmid} is a container; a sandbox is made from the template of a VM",
             option="template",
-            value=wanted,
+            value=identifier,
         )
     return InvalidInput(
-        f"template: VM {vmid} is not a template; convert it first (qm template {vmid})", option="template", value=wanted
+        f"template: VM {vmid} is not a template; convert it first (qm template {vmid})",
+        option="template",
+        value=identifier,
     )
 
 
@@ -187,12 +192,14 @@ def _of_number(ctx: Context, vmid: int) -> Template:
     return template
 
 
-def _of_unclear_rows(ctx: Context, wanted: str) -> dict[int, str]:
+def _of_unclear_rows(ctx: Context, identifier: str) -> dict[int, str]:
     """Return the templates of that name as {VMID: node}, among the VMs that the list describes incompletely."""
     unclear = [
         vmid
         for vmid, row in sorted(ctx.cluster.vms().items())
-        if row.get("type") == "qemu" and (not row.get("name") or row.get("name") == wanted) and not _is_template(row)
+        if row.get("type") == "qemu"
+        and (not row.get("name") or row.get("name") == identifier)
+        and not _is_template(row)
     ]
     nodes = {}
     for vmid in unclear[:_MOST_READ]:
@@ -203,7 +210,7 @@ def _of_unclear_rows(ctx: Context, wanted: str) -> dict[int, str]:
             continue
         if (
             template.config is not None
-            and template.config.get("name") == wanted
+            and template.config.get("name") == identifier
             and str(template.config.get("template", "0")) == "1"
         ):
             nodes[vmid] = template.node

@@ -68,10 +68,10 @@ def _comparable(name: str, value: Any) -> Any:
 
 def different(ctx: Context, sandbox: Sandbox, spec: Spec) -> dict[str, tuple[Any, Any]]:
     """Return the given options that differ from those of the creation, as {name: (current value, requested value)}."""
-    asked = {
+    requested = {
         name: _comparable(name, getattr(spec, name)) for name in sorted(spec.given_options - {*_NOT_COMPARED, *_SECRET})
     }
-    if not asked:
+    if not requested:
         return {}
     had: dict[str, Any] = {}
     for evidence in history.evidence(ctx.database, sandbox.uuid, _REASONS):
@@ -80,7 +80,7 @@ def different(ctx: Context, sandbox: Sandbox, spec: Spec) -> dict[str, tuple[Any
     known = bool(had)
     had.update(tags=sorted(set(sandbox.tags)), profile=sandbox.profile)
     differences = {}
-    for name, value in asked.items():
+    for name, value in requested.items():
         if name not in had and not known:
             continue
         was = had.get(name)
@@ -109,8 +109,11 @@ def _means_the_same(ctx: Context, sandbox: Sandbox, name: str, was: Any, value: 
 def advise(sandbox: Sandbox, differences: dict[str, tuple[Any, Any]]) -> list[Advice]:
     """Return one warning, with a remedy, for each given option that was not applied."""
     warnings = []
-    for name, (was, asked) in differences.items():
-        text = f"{name}: {_shown(name, asked)} was not applied to sandbox {sandbox.vmid}, which has {_shown(name, was)}"
+    for name, (current, requested) in differences.items():
+        text = (
+            f"{name}: {_shown(name, requested)} was not applied to sandbox {sandbox.vmid}, which has "
+            f"{_shown(name, current)}"
+        )
         remedy = "update" if name in APPLICABLE else _INSTEAD.get(name)
         if remedy is None:
             text += (
@@ -140,12 +143,12 @@ def apply(ctx: Context, sandbox: Sandbox, spec: Spec) -> Outcome:
 
     An option counts if it was given, or if the given profile sets it.
     """
-    asked = {
+    requested = {
         name: getattr(spec, name)
         for name in APPLICABLE
         if getattr(spec, name) is not None and (name != "tags" or name in spec.given_options or spec.tags)
     }
-    if not asked:
+    if not requested:
         return Outcome.of("unchanged", sandbox)
     if sandbox.state not in _STATES:
         raise StateConflict(
@@ -155,7 +158,7 @@ def apply(ctx: Context, sandbox: Sandbox, spec: Spec) -> Outcome:
             valid=_STATES,
         )
     if ctx.dry_run:
-        plan = _Plan(sandbox, asked, require_match(ctx, sandbox))
+        plan = _Plan(sandbox, requested, require_match(ctx, sandbox))
         plan.check(ctx)
         if plan.needs_stop:
             _check_restart(ctx, sandbox, spec, plan, power.status(ctx, plan.located))
@@ -163,13 +166,13 @@ def apply(ctx: Context, sandbox: Sandbox, spec: Spec) -> Outcome:
     with ctx.claimed(sandbox, "update") as (claim, current):
         refuse_cut_off(claim, current)
         located = require_match(ctx, current)
-        plan = _Plan(current, asked, located)
+        plan = _Plan(current, requested, located)
         if not plan.new:
             return Outcome.of("unchanged", current)
         refuse_locked(current, located)
         plan.check(ctx)
         upids: list[str] = []
-        told: list[str] = []
+        warnings: list[str] = []
         restart = False
         if plan.needs_stop:
             restart = _check_restart(ctx, current, spec, plan, power.status(ctx, located))
@@ -179,7 +182,7 @@ def apply(ctx: Context, sandbox: Sandbox, spec: Spec) -> Outcome:
         if restart:
             tasks, warned = power.stop(ctx, current, located, hard=False)
             upids += tasks
-            told += warned
+            warnings += warned
             located = require_match(ctx, current)
         refused: set[str] = set()
         try:
@@ -187,14 +190,14 @@ def apply(ctx: Context, sandbox: Sandbox, spec: Spec) -> Outcome:
                 ctx,
                 current,
                 located,
-                lambda now: vm_config.write_config(ctx, now, _Plan(current, asked, now).changes, refused),
+                lambda now: vm_config.write_config(ctx, now, _Plan(current, requested, now).changes, refused),
             )
         finally:
             # Start the VM even after a failed write: permission to restart is no permission to leave the VM off.
             if restart:
                 tasks, warned = power.start(ctx, current, require_match(ctx, current))
                 upids += tasks
-                told += warned
+                warnings += warned
         values = {"tags": plan.new["tags"]} if "tags" in plan.new else {}
         current = ctx.records.change(
             claim,
@@ -203,22 +206,22 @@ def apply(ctx: Context, sandbox: Sandbox, spec: Spec) -> Outcome:
             reason="options",
             upids=upids,
             evidence={
-                "options": {name: _comparable(name, value) for name, value in asked.items()},
+                "options": {name: _comparable(name, value) for name, value in requested.items()},
                 "before": plan.before,
             },
             finish=True,
             **values,
         )
-        told += vm_config.tag_warnings(current, refused, set())
+        warnings += vm_config.tag_warnings(current, refused, set())
         outcome = plan.outcome("updated", current)
-        outcome.upids, outcome.warnings = upids, told
+        outcome.upids, outcome.warnings = upids, warnings
         return outcome
 
 
 class _Plan:
     """The changes to write into one configuration, and their values as options of ours."""
 
-    def __init__(self, sandbox: Sandbox, asked: dict[str, Any], located: Located) -> None:
+    def __init__(self, sandbox: Sandbox, requested: dict[str, Any], located: Located) -> None:
         self.located = located
         self.new: dict[str, Any] = {}
         self.before: dict[str, Any] = {}
@@ -232,7 +235,7 @@ class _Plan:
                 {"description": identity.described(config, value)},
             ),
         }
-        for name, value in asked.items():
+        for name, value in requested.items():
             if name == "tags":
                 self._tags(sandbox, sorted(set(value)), config)
                 continue
@@ -242,13 +245,13 @@ class _Plan:
                 self.changes.update(changes)
 
     def _tags(self, sandbox: Sandbox, tags: list[str], config: dict[str, Any]) -> None:
-        there = vm_config.split_tags(config.get("tags"))
+        present = vm_config.split_tags(config.get("tags"))
         # Keep tags that other people put on the VM.
-        wanted = (there - set(sandbox.tags)) | set(tags) | {identity.OUR_TAG}
+        target_tags = (present - set(sandbox.tags)) | set(tags) | {identity.OUR_TAG}
         if tags != sorted(sandbox.tags):
             self.new["tags"], self.before["tags"] = tags, sorted(sandbox.tags)
-        if wanted != there and "tags" in self.new:
-            self.changes["tags"] = ";".join(sorted(wanted))
+        if target_tags != present and "tags" in self.new:
+            self.changes["tags"] = ";".join(sorted(target_tags))
 
     def check(self, ctx: Context) -> None:
         """Raise InvalidInput, before the VM is stopped, for values with which Proxmox VE would not start the VM."""

@@ -88,8 +88,8 @@ def _cicustom(ctx: Context, spec: Spec, sandbox: Sandbox, current: str) -> str |
         volumes["vendor"] = spec.cloud_init_vendor_data
     if not volumes:
         return None
-    kept = [part for part in current.split(",") if part and part.partition("=")[0] not in volumes]
-    return ",".join([*(f"{name}={volume}" for name, volume in volumes.items()), *kept])
+    other_parts = [part for part in current.split(",") if part and part.partition("=")[0] not in volumes]
+    return ",".join([*(f"{name}={volume}" for name, volume in volumes.items()), *other_parts])
 
 
 # ---- tags ----
@@ -110,10 +110,10 @@ def write_config(ctx: Context, located: Located, changes: dict[str, Any], refuse
     tags are added to ``refused``, and the write is repeated without them.
     """
     before = split_tags(located.config.get("tags"))
-    wanted = split_tags(changes.pop("tags")) if "tags" in changes else before
+    requested = split_tags(changes.pop("tags")) if "tags" in changes else before
     while True:
         # A refused tag keeps its present state on the VM, whether set or missing.
-        tags = (wanted - (refused - before)) | (before & refused)
+        tags = (requested - (refused - before)) | (before & refused)
         values = dict(changes)
         if tags != before:
             # Proxmox VE would store an empty value as one blank.
@@ -135,24 +135,24 @@ def write_config(ctx: Context, located: Located, changes: dict[str, Any], refuse
 
 def tag_warnings(sandbox: Sandbox, refused: set[str], template_tags: set[str]) -> list[str]:
     """Return a warning for the tags that could not be set, and another for template tags that could not be removed."""
-    wanted = {OUR_TAG, *sandbox.tags}
+    own_tags = {OUR_TAG, *sandbox.tags}
     remedy = (
         "Proxmox VE asks for Sys.Modify on / to change them; have an administrator allow them (Datacenter, Options, "
         "User Tag Access and "
         "Registered Tags), or leave them out"
     )
     warnings = []
-    missing, kept = sorted(refused & wanted), sorted((refused - wanted) & template_tags)
+    missing, template_leftovers = sorted(refused & own_tags), sorted((refused - own_tags) & template_tags)
     if missing:
         warnings.append(
             f"tags: the cluster does not allow the tag {', '.join(missing)}; VM {sandbox.vmid} is without, the "
             "record has what was asked "
             f"for. {remedy}"
         )
-    if kept:
+    if template_leftovers:
         warnings.append(
-            f"tags: VM {sandbox.vmid} keeps the tag {', '.join(kept)} of its template, which the cluster does not "
-            "allow to be taken away. "
+            f"tags: VM {sandbox.vmid} keeps the tag {', '.join(template_leftovers)} of its template, which the cluster "
+            "does not allow to be taken away. "
             "Take it off the template"
         )
     return warnings

@@ -189,16 +189,16 @@ def ask(ctx: Context, located: Located) -> Choice | None:
     return choose(answer.get("result"), located.config)
 
 
-def refuse_hopeless(sandbox: Sandbox, located: Located, error: ApiError, wanted: str) -> None:
+def refuse_hopeless(sandbox: Sandbox, located: Located, error: ApiError, option: str) -> None:
     """Raise AgentUnusable if the answer says that the guest agent will not answer however long one waits.
 
-    ``wanted`` is the option that waits, with what it waits for.
+    ``option`` is the option that waits, and for what it waits.
     """
     vmid = sandbox.vmid
     blocked = _BLOCKED.search(error.text)
     if blocked:
         raise AgentUnusable(
-            f"{wanted}: the guest agent of sandbox {vmid} refuses {blocked[1]} (it is blocked in the guest, by "
+            f"{option}: the guest agent of sandbox {vmid} refuses {blocked[1]} (it is blocked in the guest, by "
             "block-rpcs or allow-rpcs of /etc/qemu/qemu-ga.conf or its service). Allow it in the template, or leave "
             "the option out",
             vmid=vmid,
@@ -206,13 +206,13 @@ def refuse_hopeless(sandbox: Sandbox, located: Located, error: ApiError, wanted:
     unknown = _UNKNOWN.search(error.text)
     if unknown:
         raise AgentUnusable(
-            f"{wanted}: the guest agent of sandbox {vmid} has no {unknown[1] or 'such command'} (it is too old, or "
+            f"{option}: the guest agent of sandbox {vmid} has no {unknown[1] or 'such command'} (it is too old, or "
             "that of another system). Install a newer qemu-guest-agent in the template, or leave the option out",
             vmid=vmid,
         )
     if re.search(r"VM \d+ is not running|VM \d+ not running", error.text):
         raise AgentUnusable(
-            f"{wanted}: VM {vmid} does not run any more, so its guest agent cannot answer. Look at why the guest "
+            f"{option}: VM {vmid} does not run any more, so its guest agent cannot answer. Look at why the guest "
             "switched itself off, start the sandbox, then wait again",
             vmid=vmid,
         )
@@ -220,7 +220,7 @@ def refuse_hopeless(sandbox: Sandbox, located: Located, error: ApiError, wanted:
     # absent.
     if "No QEMU guest agent configured" in error.text or not agent_is_on(located.config):
         raise AgentUnusable(
-            f"{wanted}: the guest agent of VM {vmid} is switched off in its configuration (agent: "
+            f"{option}: the guest agent of VM {vmid} is switched off in its configuration (agent: "
             f"{str(located.config.get('agent', 'not set'))[:40]}), so it never answers. Set agent=1 on the template "
             "(qm set TEMPLATE --agent 1) and install qemu-guest-agent in it, or leave the option out",
             vmid=vmid,
@@ -277,8 +277,8 @@ def refresh(ctx: Context, sandbox: Sandbox, *, patient: bool = True) -> Sandbox:
     With ``patient`` the address is waited for; otherwise there is one look, and what fails leaves the record as it
     is. Raises what ``wait`` raises. A sandbox whose VM does not run is returned as it is.
     """
-    located, seen = look(ctx, sandbox)
-    if seen != states.RUNNING:
+    located, vm_state = look(ctx, sandbox)
+    if vm_state != states.RUNNING:
         return sandbox
     ip: str | None
     if patient:

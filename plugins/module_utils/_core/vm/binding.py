@@ -153,7 +153,7 @@ def _clones(ctx: Context, created: CreationNote) -> list[dict[str, Any]]:
 def _running_clones(ctx: Context, sandbox: Sandbox, created: CreationNote) -> list[str]:
     """Tasks that may be the request whose answer was lost: begun while it could be, and by no other creation."""
     until = created.at + ctx.config.doubt_window + _CLOCK_SLACK
-    others = {
+    other_tasks = {
         entry.detail.get("upid")
         for entries in ctx.records.unfinished()
         for entry in entries
@@ -165,7 +165,7 @@ def _running_clones(ctx: Context, sandbox: Sandbox, created: CreationNote) -> li
         if row.get("status") in (None, "", "RUNNING", "running")
         and not row.get("endtime")
         and started_at(str(row.get("upid"))) <= until
-        and row.get("upid") not in others
+        and row.get("upid") not in other_tasks
     ]
 
 

@@ -75,8 +75,8 @@ def run(ctx: Context, sandbox: Sandbox, operation: str, *, force: bool = False) 
             refuse_cut_off(claim, sandbox)
     if sandbox.state not in _FOLLOW_THE_VM:
         states.check(operation, sandbox.state)
-    located, seen = look(ctx, sandbox)
-    actual = _actual_state(sandbox, seen)
+    located, vm_state = look(ctx, sandbox)
+    actual = _actual_state(sandbox, vm_state)
     satisfied = states.OPERATIONS[operation].satisfied
     if sandbox.state in satisfied and actual in satisfied:
         return Outcome.of("unchanged", sandbox, reason=f"already {sandbox.state}")
@@ -89,8 +89,8 @@ def run(ctx: Context, sandbox: Sandbox, operation: str, *, force: bool = False) 
             # Another run worked on it meanwhile.
             if current.state not in _FOLLOW_THE_VM:
                 states.check(operation, current.state)
-            located, seen = look(ctx, current)
-            actual = _actual_state(current, seen)
+            located, vm_state = look(ctx, current)
+            actual = _actual_state(current, vm_state)
         # Its journal would be gone with this one.
         refuse_cut_off(claim, current)
         if current.state in satisfied and actual in satisfied:
@@ -107,7 +107,7 @@ def run(ctx: Context, sandbox: Sandbox, operation: str, *, force: bool = False) 
         # Before a refusal, too: the record says from now on what the VM is.
         current = follow(ctx, claim, current, operation, actual, located)
         _refuse_lock(ctx, current, located, operation, force)
-        outcome = _request(ctx, claim, current, operation, located, seen)
+        outcome = _request(ctx, claim, current, operation, located, vm_state)
         outcome.previous_state = sandbox.state
         return outcome
 
@@ -127,11 +127,11 @@ def _report(ctx: Context, sandbox: Sandbox, operation: str) -> Outcome:
         return Outcome.of(_past(operation), reported, previous_state=current.state, changed=True, reason="reported")
 
 
-def _actual_state(sandbox: Sandbox, seen: str) -> str:
+def _actual_state(sandbox: Sandbox, vm_state: str) -> str:
     """The state that the rules are asked with: the VM's, where the record only says how the VM is powered."""
-    if sandbox.state not in _FOLLOW_THE_VM or (seen == states.RUNNING and sandbox.state in states.POWERED):
+    if sandbox.state not in _FOLLOW_THE_VM or (vm_state == states.RUNNING and sandbox.state in states.POWERED):
         return sandbox.state
-    return seen
+    return vm_state
 
 
 def follow(ctx: Context, claim: Claim, sandbox: Sandbox, operation: str, actual: str, located: Located) -> Sandbox:
@@ -161,7 +161,7 @@ def _refuse_lock(ctx: Context, sandbox: Sandbox, located: Located, operation: st
     refuse_locked(sandbox, located, but=HIBERNATED if operation in ("start", "stop") else None)
 
 
-def _request(ctx: Context, claim: Claim, sandbox: Sandbox, operation: str, located: Located, seen: str) -> Outcome:
+def _request(ctx: Context, claim: Claim, sandbox: Sandbox, operation: str, located: Located, vm_state: str) -> Outcome:
     began = ctx.clock.monotonic()
     target = TARGETS[operation]
     ctx.records.journal(claim, operation, REQUESTED, {"node": located.node})
@@ -171,13 +171,13 @@ def _request(ctx: Context, claim: Claim, sandbox: Sandbox, operation: str, locat
         if operation == "stop":
             if is_hibernated(located.config):
                 discard_saved_memory(ctx, sandbox, located)
-            elif seen != states.STOPPED:
-                hard = states.SUSPENDED in (seen, sandbox.state)
+            elif vm_state != states.STOPPED:
+                hard = states.SUSPENDED in (vm_state, sandbox.state)
                 upids, warnings = stop(ctx, sandbox, located, hard=hard)
         elif operation == "start":
-            upids, warnings = _start_as_seen(ctx, sandbox, located, seen)
+            upids, warnings = _start_or_resume(ctx, sandbox, located, vm_state)
         else:
-            upids, warnings = _task(ctx, sandbox, located, f"suspend VM {sandbox.vmid}", "status/suspend")
+            upids, warnings = _run_task(ctx, sandbox, located, f"suspend VM {sandbox.vmid}", "status/suspend")
     except (ApiError, TaskFailed, Kept) as error:
         _close_refused(ctx, claim, sandbox, operation, error)
         raise
@@ -263,14 +263,14 @@ def stop(ctx: Context, sandbox: Sandbox, located: Located, *, hard: bool) -> tup
         located = require_match(ctx, sandbox)
         if now.get("status") == "stopped":
             return [], []
-    what = f"stop VM {sandbox.vmid}"
+    action = f"stop VM {sandbox.vmid}"
     if hard or not ctx.config.shutdown_timeout:
-        upids, warnings = _task(ctx, sandbox, located, what, "status/stop")
+        upids, warnings = _run_task(ctx, sandbox, located, action, "status/stop")
     else:
         try:
             # forceStop: a guest that does not answer is switched off when its time is over.
-            upids, warnings = _task(
-                ctx, sandbox, located, what, "status/shutdown", timeout=ctx.config.shutdown_timeout, forceStop=1
+            upids, warnings = _run_task(
+                ctx, sandbox, located, action, "status/shutdown", timeout=ctx.config.shutdown_timeout, forceStop=1
             )
         except ApiError as error:
             if "not running" in error.text:
@@ -278,10 +278,10 @@ def stop(ctx: Context, sandbox: Sandbox, located: Located, *, hard: bool) -> tup
             if "is paused" not in error.text:
                 raise
             # A paused guest cannot shut itself down.
-            upids, warnings = _task(ctx, sandbox, located, what, "status/stop")
+            upids, warnings = _run_task(ctx, sandbox, located, action, "status/stop")
     if located.row.get("hastate"):
         # The HA manager's task ends when the request is taken, not when the VM has stopped.
-        _await_status(ctx, located, "stopped", what)
+        _await_status(ctx, located, "stopped", action)
     return upids, warnings
 
 
@@ -289,7 +289,7 @@ def start(ctx: Context, sandbox: Sandbox, located: Located) -> tuple[list[str], 
     """Start or resume a VM that was judged to be ours; it is judged once more, after its power state was read."""
     now = status(ctx, located)
     located = require_match(ctx, sandbox)
-    return _start_as_seen(ctx, sandbox, located, power_state(sandbox, now, located.config))
+    return _start_or_resume(ctx, sandbox, located, power_state(sandbox, now, located.config))
 
 
 def start_new(ctx: Context, sandbox: Sandbox, located: Located) -> tuple[list[str], list[str]]:
@@ -297,19 +297,19 @@ def start_new(ctx: Context, sandbox: Sandbox, located: Located) -> tuple[list[st
 
     Its power state is not asked for: should somebody have started it since, the start's task says so.
     """
-    return _start_as_seen(ctx, sandbox, located, states.STOPPED)
+    return _start_or_resume(ctx, sandbox, located, states.STOPPED)
 
 
-def _start_as_seen(ctx: Context, sandbox: Sandbox, located: Located, seen: str) -> tuple[list[str], list[str]]:
+def _start_or_resume(ctx: Context, sandbox: Sandbox, located: Located, vm_state: str) -> tuple[list[str], list[str]]:
     """Start or resume a VM that was judged to be ours and found in that state."""
-    if seen == states.RUNNING:
+    if vm_state == states.RUNNING:
         return [], []
-    what = f"start VM {sandbox.vmid}"
+    action = f"start VM {sandbox.vmid}"
     hibernated = is_hibernated(located.config)
-    if seen == states.SUSPENDED and not hibernated:
-        return _task(ctx, sandbox, located, f"resume VM {sandbox.vmid}", "status/resume")
+    if vm_state == states.SUSPENDED and not hibernated:
+        return _run_task(ctx, sandbox, located, f"resume VM {sandbox.vmid}", "status/resume")
     try:
-        upids, warnings = _task(ctx, sandbox, located, what, "status/start")
+        upids, warnings = _run_task(ctx, sandbox, located, action, "status/start")
     except TaskFailed as error:
         if "already running" in error.exitstatus:
             return [], []
@@ -328,12 +328,12 @@ def _start_as_seen(ctx: Context, sandbox: Sandbox, located: Located, seen: str) 
             ) from None
         raise
     if located.row.get("hastate"):
-        _await_status(ctx, located, "running", what)
+        _await_status(ctx, located, "running", action)
     return upids, warnings
 
 
-def _task(
-    ctx: Context, sandbox: Sandbox, located: Located, what: str, action: str, **params: Any
+def _run_task(
+    ctx: Context, sandbox: Sandbox, located: Located, label: str, action: str, **params: Any
 ) -> tuple[list[str], list[str]]:
     """Send a request that starts a task, and return the tasks and their warnings.
 
@@ -350,10 +350,10 @@ def _task(
                 upid = ctx.client.post(f"{located.path}/{action}", **params)
             if not isinstance(upid, str):
                 raise OutcomeUnknown(
-                    f"{what}: Proxmox answered without a task id; whether it was done is not known, run again"
+                    f"{label}: Proxmox answered without a task id; whether it was done is not known, run again"
                 )
             upids.append(upid)
-            return upids, ctx.tasks.wait(upid, what, ctx.wait_timeout)
+            return upids, ctx.tasks.wait(upid, label, ctx.wait_timeout)
         except (ApiError, TaskFailed) as error:
             # The clean-up after a stop may hold the VM's lock for up to 30 s: the task did not begin.
             if tries >= _LOCK_TRIES or not not_begun(error.text if isinstance(error, ApiError) else error.exitstatus):
@@ -361,11 +361,11 @@ def _task(
         ctx.clock.sleep(LOCK_PAUSE)
 
 
-def resize(ctx: Context, located: Located, disk: str, size: str, what: str) -> None:
+def resize(ctx: Context, located: Located, disk: str, size: str, label: str) -> None:
     """To an absolute size: asking twice is asking once."""
     answer = ctx.client.put(f"{located.path}/resize", disk=disk, size=size, digest=located.digest)
     if isinstance(answer, str) and answer.startswith("UPID:"):
-        ctx.tasks.wait(answer, what, ctx.wait_timeout)
+        ctx.tasks.wait(answer, label, ctx.wait_timeout)
 
 
 def status(ctx: Context, located: Located) -> dict[str, Any]:
@@ -378,15 +378,16 @@ def runs(ctx: Context, located: Located) -> bool:
     return now.get("status") == "running" and not is_paused(now)
 
 
-def _await_status(ctx: Context, located: Located, wanted: str, what: str) -> None:
+def _await_status(ctx: Context, located: Located, wanted_status: str, label: str) -> None:
     """Wait until the VM has the wanted status. Raises TaskTimeout when wait_timeout is over."""
 
     def look() -> bool | None:
-        return status(ctx, located).get("status") == wanted or None
+        return status(ctx, located).get("status") == wanted_status or None
 
     if waiting.until(ctx.clock, ctx.wait_timeout, look, longest=2.0) is None:
         raise TaskTimeout(
-            f"{what}: the HA manager did not bring it to {wanted} within {ctx.wait_timeout} s (wait_timeout); run again"
+            f"{label}: the HA manager did not bring it to {wanted_status} within {ctx.wait_timeout} s (wait_timeout); "
+            "run again"
         )
 
 

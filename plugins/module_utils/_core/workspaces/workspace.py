@@ -98,10 +98,10 @@ def present(
 ) -> WorkspaceResult:
     """Make sure that the workspace exists, and return the outcome. An existing workspace can only grow."""
     check_name(name)
-    wanted = None if size is None else parse_size(size)
+    size_bytes = None if size is None else parse_size(size)
     disk = records(ctx).find(name)
     if disk is None:
-        return _create(ctx, name, wanted, storage, node)
+        return _create(ctx, name, size_bytes, storage, node)
     if storage is not None and storage != disk.storage:
         raise InvalidInput(
             f"storage: {disk.title} is on {disk.storage!r} and is never moved", option="storage", value=storage
@@ -116,13 +116,13 @@ def present(
             if ctx.dry_run
             else WorkspaceResult("created", _allocate(ctx, disk), True)
         )
-    if wanted is None or wanted == disk.size:
+    if size_bytes is None or size_bytes == disk.size:
         return WorkspaceResult("unchanged", disk)
-    if wanted < disk.size:
+    if size_bytes < disk.size:
         raise InvalidInput(
             f"size: {disk.title} has {show_size(disk.size)}, and workspaces only grow", option="size", value=str(size)
         )
-    return _grow(ctx, disk, wanted)
+    return _grow(ctx, disk, size_bytes)
 
 
 def _create(ctx: Context, name: str, size: int | None, storage: str | None, node: str | None) -> WorkspaceResult:
@@ -238,15 +238,15 @@ def _require_free_owner(ctx: Context, disk: Workspace, node: str) -> None:
             "VMs must never get a VMID of that range"
         )
     # Our own volume may have appeared just now, through another run or a request whose answer was lost.
-    others = [
+    volumes = [
         row
         for row in ctx.client.get_list(f"nodes/{node}/storage/{disk.storage}/content", vmid=disk.owner_vmid)
         if row.get("volid") != disk.volume and row.get("content") not in _OWNED_BY_NOBODY
     ]
-    if others:
+    if volumes:
         raise WorkspaceRefused(
             f"{disk.title}: storage {disk.storage!r} has a volume of VMID {disk.owner_vmid} already "
-            f"({others[0].get('volid')}); look at whose it is"
+            f"({volumes[0].get('volid')}); look at whose it is"
         )
 
 
@@ -261,7 +261,7 @@ def _give_up(ctx: Context, disk: Workspace, error: AgentlabError) -> None:
     )
 
 
-def _grow(ctx: Context, disk: Workspace, wanted: int) -> WorkspaceResult:
+def _grow(ctx: Context, disk: Workspace, size_bytes: int) -> WorkspaceResult:
     if disk.state != store.ATTACHED or disk.sandbox_uuid is None:
         raise WorkspaceRefused(
             f"size: {disk.title} is {disk.state}; Proxmox VE resizes disks of VMs only, so attach it to a sandbox, "
@@ -274,7 +274,7 @@ def _grow(ctx: Context, disk: Workspace, wanted: int) -> WorkspaceResult:
         refuse_locked(sandbox, located)
         slot = slot_of(ctx, sandbox, located, disk)
         disk = records(ctx).change(
-            disk, "grow", claim=claim, outcome="decided", reason="grow", evidence={"from": disk.size, "to": wanted}
+            disk, "grow", claim=claim, outcome="decided", reason="grow", evidence={"from": disk.size, "to": size_bytes}
         )
         # An absolute size is idempotent, so the request can be repeated.
         write_with_digest(
@@ -285,12 +285,12 @@ def _grow(ctx: Context, disk: Workspace, wanted: int) -> WorkspaceResult:
                 ctx,
                 now,
                 slot if now is located else slot_of(ctx, sandbox, now, disk),
-                show_size(wanted),
+                show_size(size_bytes),
                 f"grow {disk.title}",
             ),
         )
         row = exists(ctx, disk, str(located.node))
-        size = int((row or {}).get("size") or wanted)
+        size = int((row or {}).get("size") or size_bytes)
         grown = records(ctx).change(disk, "grow", claim=claim, reason="grown", size=size, evidence={"size": size})
     return WorkspaceResult("grown", grown, True)
 
@@ -328,14 +328,14 @@ def attached(ctx: Context, which: str, sandbox: Sandbox, ttl: int | None = None)
         located = require_match(ctx, current)
         refuse_locked(current, located)
         check_node(disk, located.node)
-        held = assign(ctx, claim, current, disk, ttl)
+        assigned = assign(ctx, claim, current, disk, ttl)
         try:
-            attached_disk = attach(ctx, claim, current, located, held)
+            attached_disk = attach(ctx, claim, current, located, assigned)
         except (WorkspaceRefused, Kept) as error:
             # Detach only if no request was sent, or its answer is known. The next run settles every other case.
-            if isinstance(error, WorkspaceRefused) or records(ctx).get(held.id).slot is None:
+            if isinstance(error, WorkspaceRefused) or records(ctx).get(assigned.id).slot is None:
                 try:
-                    _let_go(ctx, claim, current, held, error)
+                    _let_go(ctx, claim, current, assigned, error)
                 except Kept as still:
                     raise WorkspaceRefused(
                         f"{error.message}. Until that is certain nobody else gets it: {still.message}",
@@ -345,9 +345,9 @@ def attached(ctx: Context, which: str, sandbox: Sandbox, ttl: int | None = None)
     return WorkspaceResult("attached", attached_disk, True)
 
 
-def _let_go(ctx: Context, claim: Claim, sandbox: Sandbox, held: Workspace, error: AgentlabError) -> None:
+def _let_go(ctx: Context, claim: Claim, sandbox: Sandbox, assigned: Workspace, error: AgentlabError) -> None:
     """Free the workspace after an attachment that was refused, or that has to be undone."""
-    disk = records(ctx).get(held.id)
+    disk = records(ctx).get(assigned.id)
     if disk.state == store.ATTACHING and disk.slot is None:
         records(ctx).change(
             disk,
@@ -362,7 +362,7 @@ def _let_go(ctx: Context, claim: Claim, sandbox: Sandbox, held: Workspace, error
         )
         return
     # A stored slot means that an earlier run sent the request. Proxmox may still carry that out.
-    detach_volume(ctx, claim, sandbox, require_match(ctx, sandbox), disk, sure=held.slot is None)
+    detach_volume(ctx, claim, sandbox, require_match(ctx, sandbox), disk, sure=assigned.slot is None)
 
 
 def _renew(ctx: Context, disk: Workspace, ttl: int | None) -> WorkspaceResult:
@@ -466,9 +466,9 @@ def absent(ctx: Context, which: str, *, force: bool) -> WorkspaceResult:
 def _delete(ctx: Context, disk: Workspace) -> Workspace:
     node = node_for(ctx, disk)
     upids: tuple[str, ...] = ()
-    there = not missing(ctx, disk, node)
+    present = not missing(ctx, disk, node)
     # The name contains the workspace's id, so the listed volume is ours.
-    if there:
+    if present:
         answer = ctx.client.delete(f"nodes/{node}/storage/{disk.storage}/content/{disk.volume}")
         if isinstance(answer, str) and answer.startswith("UPID:"):
             upids = (answer,)
@@ -481,7 +481,7 @@ def _delete(ctx: Context, disk: Workspace) -> Workspace:
         disk,
         "delete",
         to=store.DELETED,
-        reason="deleted" if there else "volume_missing",
+        reason="deleted" if present else "volume_missing",
         upids=upids,
         evidence={"volume": disk.volume},
     )
@@ -519,16 +519,16 @@ def show(
 
 def _look(ctx: Context, disk: Workspace) -> dict[str, Any]:
     """Return {volume_present, attached_to, unknown}. Unknown values are None, with the reason in ``unknown``."""
-    told: dict[str, Any] = {"volume_present": None, "attached_to": None, "unknown": []}
+    answer: dict[str, Any] = {"volume_present": None, "attached_to": None, "unknown": []}
     for name, look in (
         ("volume_present", lambda: not missing(ctx, disk, node_for(ctx, disk))),
         ("attached_to", lambda: attached_vms(ctx, disk)),
     ):
         try:
-            told[name] = look()
+            answer[name] = look()
         except (Kept, WorkspaceRefused, ProxmoxError) as error:
-            told["unknown"].append(error.message)
-    return told
+            answer["unknown"].append(error.message)
+    return answer
 
 
 # ---- what killed runs left ----

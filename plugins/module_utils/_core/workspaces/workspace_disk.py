@@ -76,8 +76,8 @@ def select(ctx: Context, which: str) -> Workspace:
     """Return the live workspace with that name or id. Raises NotFound."""
     disk = records(ctx).find(which)
     if disk is None:
-        there = ", ".join(known.name for known in records(ctx).find_all()) or "none"
-        raise NotFound(f"workspace not found ({which[:80]!r}). Workspaces: {there}", workspace=which[:80])
+        names = ", ".join(known.name for known in records(ctx).find_all()) or "none"
+        raise NotFound(f"workspace not found ({which[:80]!r}). Workspaces: {names}", workspace=which[:80])
     return disk
 
 
@@ -347,12 +347,12 @@ def attach(ctx: Context, claim: Claim, sandbox: Sandbox, located: Located, disk:
             "renamed (move_disk?), or Datastore.Allocate (with Datastore.AllocateSpace and Datastore.Audit) is "
             f"missing on /storage/{disk.storage}"
         )
-    others = [vmid for vmid in attached_vms(ctx, disk) if vmid != sandbox.vmid]
-    if others:
+    other_vmids = [vmid for vmid in attached_vms(ctx, disk) if vmid != sandbox.vmid]
+    if other_vmids:
         raise WorkspaceRefused(
-            f"{disk.title}: VM {others[0]} has its volume {disk.volume} attached, though by no record of ours; it "
+            f"{disk.title}: VM {other_vmids[0]} has its volume {disk.volume} attached, though by no record of ours; it "
             "was not attached a second time. Take it off there first",
-            vmid=others[0],
+            vmid=other_vmids[0],
         )
     listed = rows_of(ctx, node, sandbox.vmid)
     slot = next(iter(naming(listed, disk.volume)), None)
@@ -589,7 +589,7 @@ def refuse_listed(ctx: Context, sandbox: Sandbox, located: Located) -> bool:
             serial = re.search(r"(?:^|,)serial=([^,]+)", str(content[key]))
             disk = known.get(volume) or (serials.get(serial[1]) if serial else None)
             if disk is not None or (owner and first <= int(owner[1]) <= last):
-                what = disk.title if disk else "a workspace"
+                title = disk.title if disk else "a workspace"
                 # No record of ours says that this VM has it, so none of our commands would take it off.
                 advice = (
                     f"delete the snapshot: qm delsnapshot {sandbox.vmid} {where}"
@@ -598,7 +598,7 @@ def refuse_listed(ctx: Context, sandbox: Sandbox, located: Located) -> bool:
                 )
                 raise Kept(
                     "workspace",
-                    f"sandbox {sandbox.vmid}: {place} names {volume} as {key}, which is (or was) {what}; the VM was "
+                    f"sandbox {sandbox.vmid}: {place} names {volume} as {key}, which is (or was) {title}; the VM was "
                     f"not deleted. Take the disk off it first ({advice})",
                     volume=volume,
                     vmid=sandbox.vmid,
@@ -617,12 +617,14 @@ def refuse_planned(ctx: Context, sandbox: Sandbox, located: Located) -> bool:
         refuse_snapshots(ctx, sandbox, located, own)
         _refuse_lost(ctx, sandbox, own, str(located.node))
     config = dict(located.config)
-    kept = {key: value for key, value in config.items() if own is None or str(value).partition(",")[0] != own.volume}
-    verdict = dataclasses.replace(located.verdict, config=kept) if located.verdict else None
+    remaining_config = {
+        key: value for key, value in config.items() if own is None or str(value).partition(",")[0] != own.volume
+    }
+    verdict = dataclasses.replace(located.verdict, config=remaining_config) if located.verdict else None
     return refuse_listed(ctx, sandbox, Located(located.node, located.row, verdict))
 
 
-def _refuse_if_missing(ctx: Context, sandbox: Sandbox, config: dict[str, Any], held: list[Workspace]) -> None:
+def _refuse_if_missing(ctx: Context, sandbox: Sandbox, config: dict[str, Any], disks: list[Workspace]) -> None:
     """Raise Kept if a workspace is missing and the VM has more than one disk of its own.
 
     move_disk to a VM renames the volume after that VM, so one of those disks may be the workspace.
@@ -638,7 +640,7 @@ def _refuse_if_missing(ctx: Context, sandbox: Sandbox, config: dict[str, Any], h
     ]
     if len(own) < 2:
         return
-    for disk in held:
+    for disk in disks:
         if missing(ctx, disk, node_for(ctx, disk)):
             raise Kept(
                 "workspace",
