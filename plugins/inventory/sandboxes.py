@@ -196,9 +196,9 @@ class InventoryModule(BaseInventoryPlugin, Constructable, Cacheable):
         super().parse(inventory, loader, path, cache)
         self._read_config_data(path)
         read, source = self._choose_source(os.path.dirname(os.path.abspath(path)))
-        wanted = self.get_option("states")
+        chosen_states = self.get_option("states")
         for sandbox in self._load(path, source, read, cache):
-            if not wanted or sandbox["state"] in wanted:
+            if not chosen_states or sandbox["state"] in chosen_states:
                 self._add(sandbox)
 
     def _choose_source(self, folder: str) -> tuple[Callable[[], list[dict[str, Any]]], str]:

@@ -154,8 +154,8 @@ def explain_type(message: str, options: Mapping[str, Any]) -> str:
     else:
         values = [options[option]] if option in options else []
     value = f"{patterns.shown(values[0])}" if values else "the value"
-    what = "is not a VMID" if refusal["option"] in ("vmid", "vmids") else "is not valid"
-    return f"{option}: {value} {what}. Valid: {valid}"
+    problem = "is not a VMID" if refusal["option"] in ("vmid", "vmids") else "is not valid"
+    return f"{option}: {value} {problem}. Valid: {valid}"
 
 
 def _extra(error: AgentlabError) -> dict[str, Any]:

@@ -158,20 +158,20 @@ def hide_login(text: str) -> str:
     return re.sub(r"://[^/@\s]+@", "://***@", text)
 
 
-def same(key: str, actual: Any, wanted: Any) -> bool:
+def same(key: str, actual: Any, desired: Any) -> bool:
     """Return whether AWX's value of a field is the wanted one."""
-    if isinstance(known(wanted), Later):
+    if isinstance(known(desired), Later):
         return False
-    wanted = known(wanted)
+    desired = known(desired)
     if key == "extra_vars":
         try:
-            return json.loads(actual or "{}") == json.loads(wanted or "{}")
+            return json.loads(actual or "{}") == json.loads(desired or "{}")
         except ValueError:
             return False
     if key == "rrule":
         # AWX stores a line break between DTSTART and RRULE as a blank.
-        return " ".join(str(actual).split()) == " ".join(str(wanted).split())
-    return bool(actual == wanted)
+        return " ".join(str(actual).split()) == " ".join(str(desired).split())
+    return bool(actual == desired)
 
 
 def advice(kind: str, refused: Refused) -> str:

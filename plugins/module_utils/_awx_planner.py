@@ -26,9 +26,9 @@ from ansible_collections.agentlab.proxmox.plugins.module_utils._awx_plan import 
 class Planner:
     """Read AWX and plan. One object plans once."""
 
-    def __init__(self, client: Client, wanted: DesiredObjects) -> None:
+    def __init__(self, client: Client, desired: DesiredObjects) -> None:
         self.client = client
-        self.wanted = wanted
+        self.desired = desired
         self.plan = Plan()
         self.organization = 0
 
@@ -37,14 +37,14 @@ class Planner:
         rows = self.client.rows(f"{path}/", name=name, **query)
         if len(rows) == 1:
             return rows[0]
-        where = f" in the organization {self.wanted.organization}" if "organization" in query else ""
+        where = f" in the organization {self.desired.organization}" if "organization" in query else ""
         if rows:
             self.plan.problems.append(
                 f"{path} of AWX has {len(rows)} named {name}{where}; rename one of them, or name another with {option}"
             )
         else:
-            others = self.client.rows(f"{path}/", name=name) if "organization" in query else []
-            beside = f" ({self._owners(others)}; that is not used)" if others else ""
+            elsewhere = self.client.rows(f"{path}/", name=name) if "organization" in query else []
+            beside = f" ({self._owners(elsewhere)}; that is not used)" if elsewhere else ""
             self.plan.problems.append(
                 f"{path} of AWX has none named {name}{where} that this user may see{beside}; create it first, log in "
                 f"as an administrator of the organization, or name another with {option}"
@@ -86,7 +86,7 @@ class Planner:
 
     def _credential_type_row(self) -> dict[str, Any] | None:
         # Credential types belong to all organizations.
-        return self.find("credential_types", self.wanted.credential_type["name"], kind="cloud")
+        return self.find("credential_types", self.desired.credential_type["name"], kind="cloud")
 
     def _lacks_system_rights(self) -> bool:
         try:
@@ -128,7 +128,7 @@ class Planner:
         if not differing:
             return number
         ours = made_here(row, text) if ours is None else ours
-        if not ours and not self.wanted.adopt:
+        if not ours and not self.desired.adopt:
             self.plan.foreign.append(f"{kind} {name} (id {number}; {', '.join(differing)} would be changed)")
 
         def change() -> None:

@@ -27,36 +27,36 @@ class ProjectPlanner(Planner):
     """Plan the project that brings the playbooks."""
 
     def _project(self) -> Id | None:
-        wanted = self.wanted
-        if not wanted.project_scm_url:
+        desired = self.desired
+        if not desired.project_scm_url:
             row = self.only(
-                "projects", wanted.project, "awx_project (or give awx_project_scm_url)", organization=self.organization
+                "projects", desired.project, "awx_project (or give awx_project_scm_url)", organization=self.organization
             )
             if row is None:
                 return None
             self._sync(int(row["id"]), row, changed=False)
             return int(row["id"])
-        row = self.find("projects", wanted.project, organization=self.organization)
+        row = self.find("projects", desired.project, organization=self.organization)
         text = PROJECT_TEXT
         body = {
-            "name": wanted.project,
+            "name": desired.project,
             "description": described(text),
             "organization": self.organization,
             "scm_type": "git",
-            "scm_url": wanted.project_scm_url,
-            "scm_branch": wanted.project_scm_branch,
-            "scm_update_on_launch": wanted.project_update_on_launch,
-            "scm_update_cache_timeout": wanted.project_cache_timeout,
+            "scm_url": desired.project_scm_url,
+            "scm_branch": desired.project_scm_branch,
+            "scm_update_on_launch": desired.project_update_on_launch,
+            "scm_update_cache_timeout": desired.project_cache_timeout,
         }
         before = len(self.plan.steps)
-        number = self.ensure("projects", body, text, row, shown={"scm_url": hide_login(wanted.project_scm_url)})
+        number = self.ensure("projects", body, text, row, shown={"scm_url": hide_login(desired.project_scm_url)})
         # AWX starts a sync by itself whenever a project is created or changed.
         self._sync(number, row, changed=len(self.plan.steps) > before)
         return number
 
     def _sync(self, number: Id, row: dict[str, Any] | None, changed: bool) -> None:
         """Plan that the project is synced and has our playbooks: templates cannot be made before."""
-        name = self.wanted.project
+        name = self.desired.project
         if row is None or changed:
             self.add("synced", "project", name, lambda: self.wait_for_project(number), changes=False)
             return
@@ -79,19 +79,19 @@ class ProjectPlanner(Planner):
 
     def _missing_playbooks(self, number: int) -> list[str]:
         answer = self.client.get(f"projects/{number}/playbooks/")
-        return [name for name in self.wanted.playbooks if name not in (answer if isinstance(answer, list) else [])]
+        return [name for name in self.desired.playbooks if name not in (answer if isinstance(answer, list) else [])]
 
     def _lacks_playbooks(self, missing: list[str]) -> str:
         return (
-            f"project {self.wanted.project}: the sync was successful, but {', '.join(missing)} "
+            f"project {self.desired.project}: the sync was successful, but {', '.join(missing)} "
             f"{'is' if len(missing) == 1 else 'are'} not at the top of the repository. Put the contents of the "
             "collection's folder awx/ (not the folder itself) there, and check awx_project_scm_branch"
         )
 
     def wait_for_project(self, number: Id) -> None:
         """Wait until the sync has ended. Raise AwxError with its reason when it failed, or lacks our playbooks."""
-        name, number = self.wanted.project, int(known(number))
-        end = time.monotonic() + self.wanted.project_timeout
+        name, number = self.desired.project, int(known(number))
+        end = time.monotonic() + self.desired.project_timeout
         while True:
             row = self.client.get(f"projects/{number}/")
             # While an update is under way the status of the project may still be that of the last one.
@@ -100,7 +100,7 @@ class ProjectPlanner(Planner):
                 break
             if time.monotonic() > end:
                 raise AwxError(
-                    f"project {name}: its sync did not end within {self.wanted.project_timeout} s "
+                    f"project {name}: its sync did not end within {self.desired.project_timeout} s "
                     f"(awx_project_timeout; status {row.get('status')}). Look at it in AWX, and run the set-up again"
                 )
             time.sleep(POLL_SECONDS)

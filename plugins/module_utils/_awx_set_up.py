@@ -34,57 +34,57 @@ class SetUp(ProjectPlanner):
     """Plan what the set-up makes and changes."""
 
     def set_up(self) -> Plan:
-        wanted = self.wanted
+        desired = self.desired
         self._check_options()
-        organization = self.only("organizations", wanted.organization, "awx_organization")
+        organization = self.only("organizations", desired.organization, "awx_organization")
         if organization is None:
             return self.plan
         self.organization = int(organization["id"])
-        inventory = self.only("inventories", wanted.inventory, "awx_inventory", organization=self.organization)
+        inventory = self.only("inventories", desired.inventory, "awx_inventory", organization=self.organization)
         if inventory:
             self._check_hosts(inventory)
         environment = self._execution_environment()
         machine = None
-        if wanted.machine_credential:
+        if desired.machine_credential:
             machine = self.only(
                 "credentials",
-                wanted.machine_credential,
+                desired.machine_credential,
                 "awx_machine_credential",
                 organization=self.organization,
                 credential_type__kind="ssh",
             )
         notification = None
-        if wanted.notification:
+        if desired.notification:
             notification = self.only(
-                "notification_templates", wanted.notification, "awx_notification", organization=self.organization
+                "notification_templates", desired.notification, "awx_notification", organization=self.organization
             )
         self._check_galaxy()
         if self.plan.problems:
             return self.plan
-        credential = self._credential() if wanted.credential_inputs else None
+        credential = self._credential() if desired.credential_inputs else None
         project = self._project()
         if self.plan.problems or project is None or inventory is None:
             return self.plan
-        for template in wanted.templates:
+        for template in desired.templates:
             self._template(template, project, inventory, environment, machine, credential, notification)
         return self.plan
 
     def _check_options(self) -> None:
         """Note what AWX would refuse in the middle of a run, before anything is written."""
-        wanted = self.wanted
-        names = [("awx_project", wanted.project)]
-        if wanted.credential_inputs:
-            names.append(("awx_credential_type_name", wanted.credential_type["name"]))
-        prefixed = [wanted.credential_name]
-        for template in wanted.templates:
-            prefixed.append(wanted.template_name(template))
+        desired = self.desired
+        names = [("awx_project", desired.project)]
+        if desired.credential_inputs:
+            names.append(("awx_credential_type_name", desired.credential_type["name"]))
+        prefixed = [desired.credential_name]
+        for template in desired.templates:
+            prefixed.append(desired.template_name(template))
             if template.get("schedule"):
-                prefixed.append(wanted.prefixed(template["schedule"]["name"]))
+                prefixed.append(desired.prefixed(template["schedule"]["name"]))
         names.append(("awx_prefix", max(prefixed, key=len)))
         limited = [(option, text, NAME_LIMIT) for option, text in names]
         limited += [
-            ("awx_project_scm_url", wanted.project_scm_url, URL_LIMIT),
-            ("awx_project_scm_branch", wanted.project_scm_branch, BRANCH_LIMIT),
+            ("awx_project_scm_url", desired.project_scm_url, URL_LIMIT),
+            ("awx_project_scm_branch", desired.project_scm_branch, BRANCH_LIMIT),
         ]
         for option, text, limit in limited:
             if len(text) > limit:
@@ -92,12 +92,12 @@ class SetUp(ProjectPlanner):
                     f"{option}: {hide_login(text)[:40]}... would be {len(text)} characters long; AWX takes at most "
                     f"{limit}. Shorten it by {len(text) - limit}"
                 )
-        if not 0 <= wanted.project_cache_timeout <= NUMBER_LIMIT:
+        if not 0 <= desired.project_cache_timeout <= NUMBER_LIMIT:
             self.plan.problems.append(
-                f"awx_project_cache_timeout: {wanted.project_cache_timeout} is outside of 0 to {NUMBER_LIMIT} seconds; "
-                "0 syncs the project with each launch"
+                f"awx_project_cache_timeout: {desired.project_cache_timeout} is outside of 0 to {NUMBER_LIMIT} "
+                "seconds; 0 syncs the project with each launch"
             )
-        inputs = wanted.credential_inputs
+        inputs = desired.credential_inputs
         if not inputs:
             return
         if not inputs.get("api_host") and (inputs.get("api_token_id") or inputs.get("api_user")):
@@ -111,7 +111,7 @@ class SetUp(ProjectPlanner):
             )
 
     def _execution_environment(self) -> int | None:
-        name = self.wanted.execution_environment
+        name = self.desired.execution_environment
         if not name:
             return None
         # The name is unique in all of AWX; an environment without an organization is for everybody.
@@ -120,7 +120,7 @@ class SetUp(ProjectPlanner):
             return int(row["id"])
         if row:
             self.plan.problems.append(
-                f"execution environment {name}: {self._owners([row])}; name one of {self.wanted.organization} "
+                f"execution environment {name}: {self._owners([row])}; name one of {self.desired.organization} "
                 "with awx_execution_environment"
             )
         else:
@@ -131,7 +131,7 @@ class SetUp(ProjectPlanner):
         return None
 
     def _check_hosts(self, inventory: dict[str, Any]) -> None:
-        hosts, number = self.wanted.hosts, inventory["id"]
+        hosts, number = self.desired.hosts, inventory["id"]
         if hosts in ("all", "localhost") or not re.fullmatch(r"[\w.-]+", hosts):
             return
         dynamic = bool(inventory.get("has_inventory_sources")) or bool(inventory.get("kind"))
@@ -150,7 +150,7 @@ class SetUp(ProjectPlanner):
                 f"awx_hosts: the inventory {inventory['name']} has no group or host {hosts} with a host in it; add "
                 "one host of each cluster to it, or name another group or host with awx_hosts"
             )
-        elif count > 1 and not self.wanted.allow_many_hosts:
+        elif count > 1 and not self.desired.allow_many_hosts:
             self.plan.notes.append(
                 f"the group {hosts} has {count} hosts; create, renew, destroy and job refuse to run on more than one. "
                 "Keep one host of the cluster in it, name one with awx_hosts, or set awx_allow_many_hosts if each "
@@ -158,7 +158,7 @@ class SetUp(ProjectPlanner):
             )
 
     def _check_galaxy(self) -> None:
-        if not self.wanted.galaxy_check:
+        if not self.desired.galaxy_check:
             return
         try:
             rows = self.client.rows(f"organizations/{self.organization}/galaxy_credentials/")
@@ -169,7 +169,7 @@ class SetUp(ProjectPlanner):
             raise
         if not rows:
             self.plan.problems.append(
-                f"the organization {self.wanted.organization} has no Galaxy credential, so AWX installs no collection "
+                f"the organization {self.desired.organization} has no Galaxy credential, so AWX installs no collection "
                 "and every job fails. Add one to the organization (such as Ansible Galaxy), or set awx_galaxy_check "
                 "to false if the collection is in the execution environment or in the project"
             )
@@ -177,9 +177,9 @@ class SetUp(ProjectPlanner):
     def _credential(self) -> Id | None:
         kind_row = self._credential_type_row()
         kind_id = self._credential_type(kind_row)
-        inputs = {key: value for key, value in self.wanted.credential_inputs.items() if value not in (None, "")}
-        secrets = {item["id"] for item in self.wanted.credential_type["inputs"]["fields"] if item.get("secret")}
-        name = self.wanted.credential_name
+        inputs = {key: value for key, value in self.desired.credential_inputs.items() if value not in (None, "")}
+        secrets = {item["id"] for item in self.desired.credential_type["inputs"]["fields"] if item.get("secret")}
+        name = self.desired.credential_name
         row = None
         if kind_row is not None:
             row = self.find("credentials", name, organization=self.organization, credential_type=kind_row["id"])
@@ -203,7 +203,7 @@ class SetUp(ProjectPlanner):
             key not in present for key in merged if key in secrets
         )
         kept_secrets = [key for key in inputs if key in secrets and key in present]
-        if differs or (self.wanted.update_secrets and kept_secrets):
+        if differs or (self.desired.update_secrets and kept_secrets):
             body["inputs"] = merged
             shown = {"inputs": {key: ENCRYPTED if key in secrets else value for key, value in merged.items()}}
         else:
@@ -214,7 +214,7 @@ class SetUp(ProjectPlanner):
                     "to write the one that you gave, set awx_update_secrets to true"
                 )
         number = int(row["id"])
-        if self.wanted.update_secrets and kept_secrets and not differs:
+        if self.desired.update_secrets and kept_secrets and not differs:
             # The fields that can be seen are alike; the secret is written all the same.
             self.add(
                 "changed",
@@ -246,7 +246,7 @@ class SetUp(ProjectPlanner):
                 )
 
     def _credential_type(self, row: dict[str, Any] | None) -> Id:
-        body = dict(self.wanted.credential_type)
+        body = dict(self.desired.credential_type)
         text, name = body["description"], body["name"]
         body["description"] = described(text)
         if row is None:
@@ -259,8 +259,8 @@ class SetUp(ProjectPlanner):
         if row.get("inputs") != body["inputs"]:
             users = self.client.rows("credentials/", credential_type=row["id"])
             if users:
-                there = {item["id"] for item in (row.get("inputs") or {}).get("fields", [])}
-                missing = [item["id"] for item in body["inputs"]["fields"] if item["id"] not in there]
+                present_fields = {item["id"] for item in (row.get("inputs") or {}).get("fields", [])}
+                missing = [item["id"] for item in body["inputs"]["fields"] if item["id"] not in present_fields]
                 self.plan.problems.append(
                     f"credential type {name}: its fields differ (missing: {', '.join(missing) or 'none'}), and AWX "
                     "changes no fields of a type that is in use, here by "
@@ -288,10 +288,10 @@ class SetUp(ProjectPlanner):
         credential: Id | None,
         notification: dict[str, Any] | None,
     ) -> None:
-        name = self.wanted.template_name(template)
+        name = self.desired.template_name(template)
         survey = template.get("survey") or []
-        extra_vars = {"agentlab_hosts": self.wanted.hosts, **(template.get("extra_vars") or {})}
-        if self.wanted.allow_many_hosts:
+        extra_vars = {"agentlab_hosts": self.desired.hosts, **(template.get("extra_vars") or {})}
+        if self.desired.allow_many_hosts:
             extra_vars["agentlab_allow_many_hosts"] = True
         body = {
             "name": name,
@@ -316,7 +316,7 @@ class SetUp(ProjectPlanner):
         if machine:
             wanted_credentials.append((machine["name"], int(machine["id"]), machine["credential_type"]))
         if credential is not None:
-            wanted_credentials.append((self.wanted.credential_name, credential, None))
+            wanted_credentials.append((self.desired.credential_name, credential, None))
         self._credentials(number, name, wanted_credentials)
         self._label(number, name)
         if notification:
@@ -340,14 +340,14 @@ class SetUp(ProjectPlanner):
         before = {"spec": present["spec"]} if present.get("spec") else {}
         self.add("changed" if before else "created", "survey of", name, post, before=before, after={"spec": spec})
 
-    def _credentials(self, number: Id, name: str, wanted: list[tuple[str, Id, Any]]) -> None:
+    def _credentials(self, number: Id, name: str, attachments: list[tuple[str, Id, Any]]) -> None:
         attached = [] if isinstance(number, Later) else self.client.rows(f"job_templates/{number}/credentials/")
 
         def post(body: dict[str, Any]) -> None:
             body = {key: known(value) for key, value in body.items()}
             self.write("POST", f"job_templates/{known(number)}/credentials/", "credential", name, body)
 
-        for credential_name, credential, kind in wanted:
+        for credential_name, credential, kind in attachments:
             if known(credential) in [row["id"] for row in attached]:
                 continue
             for row in attached:
@@ -367,7 +367,7 @@ class SetUp(ProjectPlanner):
 
     def _is_our_type(self, row: dict[str, Any]) -> bool:
         kind = (row.get("summary_fields") or {}).get("credential_type") or {}
-        return bool(kind.get("name") == self.wanted.credential_type["name"])
+        return bool(kind.get("name") == self.desired.credential_type["name"])
 
     def _label(self, number: Id, name: str) -> None:
         if not isinstance(number, Later):
@@ -388,21 +388,23 @@ class SetUp(ProjectPlanner):
         )
 
     def _notification(self, number: Id, name: str, notification: dict[str, Any]) -> None:
-        wanted = int(notification["id"])
+        notification_id = int(notification["id"])
         path = "notification_templates_error"
         if not isinstance(number, Later):
             attached = self.client.rows(f"job_templates/{number}/{path}/")
-            if wanted in [row["id"] for row in attached]:
+            if notification_id in [row["id"] for row in attached]:
                 return
         self.add(
             f"attached to {name}",
             "notification",
             notification["name"],
-            lambda: self.write("POST", f"job_templates/{known(number)}/{path}/", "notification", name, {"id": wanted}),
+            lambda: self.write(
+                "POST", f"job_templates/{known(number)}/{path}/", "notification", name, {"id": notification_id}
+            ),
         )
 
     def _schedule(self, number: Id, template: str, schedule: dict[str, Any]) -> None:
-        name = self.wanted.prefixed(schedule["name"])
+        name = self.desired.prefixed(schedule["name"])
         row = None if isinstance(number, Later) else self.find("schedules", name, unified_job_template=number)
         if not schedule.get("rrule"):
             if row and not made_here(row, schedule["description"]):

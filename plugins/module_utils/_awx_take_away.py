@@ -25,22 +25,22 @@ class TakeAway(Planner):
 
     def take_away(self) -> Plan:
         """Plan the removal of what the set-up made, in the order in which AWX allows it."""
-        wanted = self.wanted
-        organization = self.only("organizations", wanted.organization, "awx_organization")
+        desired = self.desired
+        organization = self.only("organizations", desired.organization, "awx_organization")
         if organization is None:
             return self.plan
         self.organization = int(organization["id"])
-        project = self.find("projects", wanted.project, organization=self.organization)
+        project = self.find("projects", desired.project, organization=self.organization)
         gone: set[int] = set()
-        for template in wanted.templates:
-            row = self.find("job_templates", wanted.template_name(template), organization=self.organization)
+        for template in desired.templates:
+            row = self.find("job_templates", desired.template_name(template), organization=self.organization)
             if row is None:
                 continue
             if not made_here(row, template["description"]):
                 self.keep("job template", row, "the set-up did not make it")
                 continue
             # A template without a project has lost it: AWX keeps the templates of a project that is deleted.
-            if row.get("project") not in (None, project and project["id"]) and not wanted.adopt:
+            if row.get("project") not in (None, project and project["id"]) and not desired.adopt:
                 name = ((row.get("summary_fields") or {}).get("project") or {}).get("name") or row["project"]
                 self.keep(
                     "job template",
@@ -61,10 +61,14 @@ class TakeAway(Planner):
         schedules = self.client.rows(f"job_templates/{number}/schedules/")
         foreign = [item["name"] for item in schedules if not made_here(item, own_text)]
         nodes = self.client.rows("workflow_job_template_nodes/", unified_job_template=number)
-        if (foreign or nodes) and not self.wanted.adopt:
-            what = [f"schedule {item}" for item in foreign] + [f"node {node['id']} of a workflow" for node in nodes]
+        if (foreign or nodes) and not self.desired.adopt:
+            dependents = [f"schedule {item}" for item in foreign] + [
+                f"node {node['id']} of a workflow" for node in nodes
+            ]
             self.keep(
-                "job template", row, f"{', '.join(what)} would go with it; remove that first, or set awx_adopt to true"
+                "job template",
+                row,
+                f"{', '.join(dependents)} would go with it; remove that first, or set awx_adopt to true",
             )
             return False
         self._refuse_running_jobs(f"job template {name}", unified_job_template=number)
@@ -129,7 +133,7 @@ class TakeAway(Planner):
         return sorted(users)
 
     def _take_credential(self, gone: set[int]) -> None:
-        name = self.wanted.credential_name
+        name = self.desired.credential_name
         wanted_type = self._credential_type_row()
         types = {int(wanted_type["id"]): wanted_type} if wanted_type else {}
         removed: set[int] = set()
@@ -165,7 +169,7 @@ class TakeAway(Planner):
             self._take_credential_type(kind, removed)
 
     def _take_credential_type(self, kind: dict[str, Any], removed: set[int]) -> None:
-        if not made_here(kind, self.wanted.credential_type["description"]):
+        if not made_here(kind, self.desired.credential_type["description"]):
             self.keep("credential type", kind, "the set-up did not make it")
             return
         users = [

@@ -81,7 +81,7 @@ def _check_items(
 
     common = {name: value for name, value in params.items() if name not in ("items", "vmid", "vmids", "name")}
     checked: list[tuple[dict[str, Any], Spec]] = []
-    seen: dict[tuple[str, object], int] = {}
+    first_use: dict[tuple[str, object], int] = {}
     for number, item in enumerate(items):
         options = {**common, **{name: value for name, value in item.items() if value is not None}}
         where = f"items[{number}]"
@@ -96,13 +96,14 @@ def _check_items(
                 index=number,
             )
         for key in (("name", spec.name), ("vmid", spec.vmid)):
-            if key[1] is not None and key in seen:
+            if key[1] is not None and key in first_use:
                 raise InvalidInput(
-                    f"{where}: {key[0]} {key[1]!r} is also that of items[{seen[key]}]. Give each item one of its own",
+                    f"{where}: {key[0]} {key[1]!r} is also that of items[{first_use[key]}]. Give each item one of its "
+                    "own",
                     option="items",
                     index=number,
                 )
-            seen[key] = number
+            first_use[key] = number
         checked.append((options, spec))
     return checked
 

@@ -533,11 +533,11 @@ def api_address(value: object, port: int) -> tuple[str | None, int, str]:
             option="api_host",
         )
 
-    scheme, separator, rest = text.partition("://")
+    scheme, separator, after_scheme = text.partition("://")
     if separator and scheme.lower() != "https":
         raise refuse("does not begin with https://, and Proxmox VE answers to nothing else")
     # A URL copied from the browser names a view of the web interface after a #.
-    host, _slash, path = (rest if separator else text).partition("#")[0].partition("/")
+    host, _slash, path = (after_scheme if separator else text).partition("#")[0].partition("/")
     path = re.sub(r"(^|/)api2(/json)?$", "", path.strip("/"))
     if not re.fullmatch(r"[\w.~/-]*", path, re.ASCII):
         raise refuse("has a path that is no path of an API")

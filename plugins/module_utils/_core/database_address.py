@@ -76,11 +76,11 @@ def find_passwords(value: str) -> set[str]:
 
 def _parse_postgresql(text: str, begin: int) -> Address:
     """Return the address for a URI; its password, in the authority or as a parameter, is taken out of the text."""
-    rest = text[begin:]
-    login, at, place = rest.partition("@")
+    after_scheme = text[begin:]
+    login, at, place = after_scheme.partition("@")
     if not at or "/" in login:
         # libpq looks for the login before the first slash only.
-        login, place = "", rest
+        login, place = "", after_scheme
     place, _question, query = place.partition("?")
     if "@" in place:
         raise InvalidInput(

@@ -62,9 +62,9 @@ def _nano(number: str | None) -> int:
 def show(seconds: int) -> str:
     """The shortest exact spelling, such as ``1d12h``; ``0s`` for nothing."""
     out = ""
-    rest = max(0, int(seconds))
+    remainder = max(0, int(seconds))
     for unit, size in _UNITS.items():
-        count, rest = divmod(rest, size)
+        count, remainder = divmod(remainder, size)
         if count:
             out += f"{count}{unit}"
     return out or "0s"

@@ -76,9 +76,9 @@ class _RuleReader:
     file: str
     loader: Any
 
-    def refuse(self, node: Any, what: str) -> ConfigError:
+    def refuse(self, node: Any, problem: str) -> ConfigError:
         return ConfigError(
-            f"cleanup_file: {self.file} line {node.start_mark.line + 1}: {what}; nothing of it was used",
+            f"cleanup_file: {self.file} line {node.start_mark.line + 1}: {problem}; nothing of it was used",
             file=self.file,
             line=node.start_mark.line + 1,
         )
@@ -268,8 +268,8 @@ def _read_rule(read: _RuleReader, node: Any) -> CleanupRule:
     allowed = _STATES_OF[rule.action]
     wrong = [state for state in rule.states if state not in allowed]
     if wrong or (rule.action != KEEP and not rule.states):
-        what = f"{wrong[0]} may not be named" if wrong else "states are missing in match"
-        raise read.refuse(node, f"rule {rule.name!r} with action {rule.action}: {what}. Valid: {', '.join(allowed)}")
+        problem = f"{wrong[0]} may not be named" if wrong else "states are missing in match"
+        raise read.refuse(node, f"rule {rule.name!r} with action {rule.action}: {problem}. Valid: {', '.join(allowed)}")
     if rule.action == KEEP and "after" in options:
         raise read.refuse(node, f"rule {rule.name!r}: after means nothing with action keep")
     if rule.action != KEEP and "after" not in options:

@@ -34,8 +34,8 @@ def suspended(ctx: Context) -> str | None:
 
     Notes the clocks for the next look (not in check mode).
     """
-    rest = rests(ctx)
-    return rest[1] if rest else None
+    reason = rests(ctx)
+    return reason[1] if reason else None
 
 
 def rests(ctx: Context) -> tuple[str, str] | None:
@@ -117,9 +117,9 @@ def _clock_jumped(ctx: Context) -> str | None:
         elif since_boot - note.get("seen", 0) > JUMP_SECONDS:
             _note(ctx, boot, offset, until, now)
         if since_boot < until:
-            rest = show(int(until - since_boot) + 1)
+            remaining = show(int(until - since_boot) + 1)
             return (
-                f"the wall clock jumped by more than a minute; expiry and prune rest for another {rest} "
+                f"the wall clock jumped by more than a minute; expiry and prune rest for another {remaining} "
                 "(clock_jump_pause)"
             )
         return None
@@ -138,12 +138,12 @@ def _clock_jumped(ctx: Context) -> str | None:
 def rests_until(ctx: Context) -> int | None:
     """Return the wall time until which expiry and prune rest on this host, or None; looks only."""
     _damaged, note = _read(ctx)
-    rest = (
+    remaining = (
         float(note.get("until") or 0) - ctx.clock.since_boot()
         if note and note["boot"] == json.loads(process_identity())["boot"]
         else 0.0
     )
-    return ctx.clock.now() + int(rest) + 1 if rest > 0 else None
+    return ctx.clock.now() + int(remaining) + 1 if remaining > 0 else None
 
 
 def _key() -> str:

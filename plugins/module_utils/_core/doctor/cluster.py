@@ -94,8 +94,8 @@ def check_vmid_range(exam: Examination) -> Iterable[Finding]:
     ours = {sandbox.vmid for sandbox in exam.context.records.find_all()}
     within = {vmid: row for vmid, row in rows.items() if low <= vmid <= high}
     strangers = sorted(set(within) - ours)
-    taken = len(set(within) | {vmid for vmid in ours if low <= vmid <= high})
-    free = high - low + 1 - taken
+    used = len(set(within) | {vmid for vmid in ours if low <= vmid <= high})
+    free = high - low + 1 - used
     facts = {"range": f"{low}-{high}", "free": free, "foreign": strangers[:50]}
     findings = list(_overlaps(exam, low, high, facts))
     if free <= 0:
@@ -120,13 +120,13 @@ def check_vmid_range(exam: Examination) -> Iterable[Finding]:
                 {**facts, "marked": marked},
             )
         )
-    others = [vmid for vmid in strangers if vmid not in marked]
-    if others:
+    unmarked = [vmid for vmid in strangers if vmid not in marked]
+    if unmarked:
         findings.append(
             Finding(
                 "vmid_range",
                 WARNING,
-                f"{len(others)} VMs that are not ours are inside {low}-{high} ({some(others)}); they are left"
+                f"{len(unmarked)} VMs that are not ours are inside {low}-{high} ({some(unmarked)}); they are left"
                 " alone, but take VMIDs away",
                 "move the range (vmid_range), or let other tools use another one",
                 facts,

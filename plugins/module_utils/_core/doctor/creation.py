@@ -160,9 +160,9 @@ def _refused_tags(exam: Examination) -> Iterable[Finding]:
         listed = ";".join(dict.fromkeys((*allowed, *refused)))
         mend.append(f"--user-tag-access 'user-allow=list,user-allow-list={listed}'")
     if set(refused) & set(registered):
-        rest = ";".join(tag for tag in registered if tag not in refused)
+        remaining = ";".join(tag for tag in registered if tag not in refused)
         # Proxmox VE refuses an empty list (400, "value does not match the regex pattern").
-        mend.append(f"--registered-tags '{rest}'" if rest else "--delete registered-tags")
+        mend.append(f"--registered-tags '{remaining}'" if remaining else "--delete registered-tags")
     yield Finding(
         "creation",
         WARNING,

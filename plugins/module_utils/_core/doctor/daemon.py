@@ -83,10 +83,10 @@ def check_daemon(exam: Examination) -> Iterable[Finding]:
             facts,
         )
     # Release 1.0.0 tells no conditions.
-    told = "conditions" in answer
+    lists_conditions = "conditions" in answer
     complaints = (
         []
-        if told
+        if lists_conditions
         else [
             f"{part}: {text}"
             for part, key in (
@@ -99,7 +99,7 @@ def check_daemon(exam: Examination) -> Iterable[Finding]:
         ]
     )
     frozen = (answer.get("cleanup") or {}).get("frozen")
-    if frozen and not told:
+    if frozen and not lists_conditions:
         complaints.append(
             f"cleanup is frozen since {frozen.get('at')}: {frozen.get('reason')} (agentlab cleanup release)"
         )

@@ -40,9 +40,9 @@ Check = Callable[[Examination], Iterable[Finding]]
 class Doctor(Examination):
     """Run all checks on one host's configuration."""
 
-    def examine(self, wanted: Scope | None = None) -> Diagnosis:
+    def examine(self, given_scope: Scope | None = None) -> Diagnosis:
         """Every check, in an order in which each can stand on those before it."""
-        asked = wanted or Scope()
+        scope = given_scope or Scope()
         findings = [
             *self._run_check("configuration", host.check_configuration),
             *self._run_check("database", host.check_database),
@@ -53,7 +53,7 @@ class Doctor(Examination):
         checks: dict[str, Check] = {
             "cluster": cluster.check_cluster,
             "quorum": cluster.check_quorum,
-            "template": lambda exam: template.check_template(exam, asked.template),
+            "template": lambda exam: template.check_template(exam, scope.template),
             "storage": template.check_storage,
             "creation": creation.check_creation,
             "placement": capacity.check_placement,

@@ -60,9 +60,9 @@ class Diagnosis:
 
     def worse_than(self, limit: str) -> list[Finding]:
         """The findings that are a ``problem``, or with ``warning`` those, too; none with ``never``."""
-        wanted = {"problem": (PROBLEM,), "warning": (PROBLEM, UNKNOWN, WARNING)}.get(limit, ())
+        statuses = {"problem": (PROBLEM,), "warning": (PROBLEM, UNKNOWN, WARNING)}.get(limit, ())
         return sorted(
-            (finding for finding in self.findings if finding.status in wanted),
+            (finding for finding in self.findings if finding.status in statuses),
             key=lambda finding: STATUSES.index(finding.status),
         )
 

@@ -263,18 +263,18 @@ def _lost_records(exam: Examination, in_use: bool) -> tuple[str, str] | None:
         f"put the file back to {path}, or a backup of it (docs/troubleshooting.md, Backups), before anything that "
         "uses the records is started again"
     )
-    remains = [name for name in (f"{path}-wal", latest.path_of(path)) if os.path.exists(name)]
+    companions = [name for name in (f"{path}-wal", latest.path_of(path)) if os.path.exists(name)]
     if in_use:
         return (
             f"{path} does not exist, but agentlabd runs with it: it was deleted or moved, and agentlabd writes "
             "nothing any more",
             f"systemctl stop agentlabd; {back}",
         )
-    if remains:
+    if companions:
         return (
-            f"{path} does not exist, but was there before ({' and '.join(remains)} is still there): without it no "
+            f"{path} does not exist, but was there before ({' and '.join(companions)} is still there): without it no "
             "lease ends, and VMs that it knows are nobody's",
-            f"{back}; where the records are meant to begin anew: rm {' '.join(remains)}",
+            f"{back}; where the records are meant to begin anew: rm {' '.join(companions)}",
         )
     return None
 
@@ -299,9 +299,9 @@ def check_work(exam: Examination) -> Iterable[Finding]:
     disks = workspace_disk.unfinished(context)
     facts = {"sandboxes": len(live), "overdue": overdue[:50], "cut_off": cut_off[:50]}
     unfinished: list[tuple[str, str]] = []
-    rest = timeguard.rests(context)
-    if rest:
-        unfinished.append((rest[1], _REST_ADVICE[rest[0]]))
+    pause = timeguard.rests(context)
+    if pause:
+        unfinished.append((pause[1], _REST_ADVICE[pause[0]]))
     if overdue:
         unfinished.append(
             (

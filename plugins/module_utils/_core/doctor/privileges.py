@@ -153,12 +153,12 @@ def pool_commands(config: Config) -> list[str]:
     return [f"pveum pool add {config.pool}"] if config.pool else []
 
 
-def satisfies(held: set[str], privilege: str) -> bool:
+def satisfies(privileges: set[str], privilege: str) -> bool:
     """Return whether these privileges serve for that one.
 
     Proxmox VE takes VM.Config.Network in place of VM.Config.Cloudinit.
     """
-    return privilege in held or (privilege == "VM.Config.Cloudinit" and "VM.Config.Network" in held)
+    return privilege in privileges or (privilege == "VM.Config.Cloudinit" and "VM.Config.Network" in privileges)
 
 
 def run_path(config: Config) -> str:
@@ -195,12 +195,12 @@ def _role_commands(granted: Mapping[str, tuple[str, tuple[str, ...]]], standing:
         roles[role] = tuple(dict.fromkeys((*roles.get(role, ()), *names)))
     commands = []
     for role, names in roles.items():
-        there = (standing.roles or {}).get(role)
-        if there is None:
+        present = (standing.roles or {}).get(role)
+        if present is None:
             commands.append(f'pveum role add {role} --privs "{" ".join(names)}"')
-        elif not there.issuperset(names):
+        elif not present.issuperset(names):
             # Others may have the role, too: what it has stays.
-            commands.append(f'pveum role modify {role} --privs "{" ".join((*names, *sorted(there - set(names))))}"')
+            commands.append(f'pveum role modify {role} --privs "{" ".join((*names, *sorted(present - set(names))))}"')
     return commands
 
 

@@ -94,8 +94,8 @@ def check_privileges(exam: Examination) -> Iterable[Finding]:
     exam.pveum = None if too_many else privileges.pool_commands(exam.config) if exam.standing.pool is False else []
     if missing:
         exam.pveum = privileges.repair_commands(exam.config, missing, exam.standing, needed)
-        told = "; ".join(f"{', '.join(names)} on {path}" for path, names in missing.items())
-        yield Finding("privileges", PROBLEM, f"{login} lacks {told}", _repair_advice(exam), facts)
+        lacking_text = "; ".join(f"{', '.join(names)} on {path}" for path, names in missing.items())
+        yield Finding("privileges", PROBLEM, f"{login} lacks {lacking_text}", _repair_advice(exam), facts)
     elif not too_many and not exam.sees_everything():
         yield Finding(
             "privileges",

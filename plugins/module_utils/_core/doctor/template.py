@@ -24,7 +24,7 @@ _NO_LINKED_CLONES = ("lvm", "iscsi", "iscsidirect")
 _DIRECTORIES = ("dir", "nfs", "cifs", "cephfs", "glusterfs")
 
 
-def _home(exam: Examination, asked: str) -> str | None:
+def _home(exam: Examination, identifier: str) -> str | None:
     """Return the configured node; where the node is chosen, the first one that has a template of that name."""
     if exam.config.node not in (None, AUTO):
         return exam.config.node
@@ -32,13 +32,13 @@ def _home(exam: Examination, asked: str) -> str | None:
         # Also when the nodes could not be read: the credentials may lack Sys.Audit.
         return None
     online = exam.context.cluster.nodes()
-    named = sorted(templates.named_so(exam.context, asked).values())
+    named = sorted(templates.named_so(exam.context, identifier).values())
     return next((node for node in named if online.get(node)), None)
 
 
-def check_template(exam: Examination, wanted: str | None) -> Iterable[Finding]:
-    asked = wanted or exam.config.template
-    if not asked:
+def check_template(exam: Examination, option: str | None) -> Iterable[Finding]:
+    identifier = option or exam.config.template
+    if not identifier:
         yield Finding(
             "template",
             UNKNOWN,
@@ -47,7 +47,7 @@ def check_template(exam: Examination, wanted: str | None) -> Iterable[Finding]:
         )
         return
     try:
-        found_template = templates.find(exam.context, asked, _home(exam, asked))
+        found_template = templates.find(exam.context, identifier, _home(exam, identifier))
         vmid, node = found_template.vmid, found_template.node
         config = found_template.config
         if config is None:
@@ -185,14 +185,14 @@ def _storages(exam: Examination, node: str) -> list[dict[str, Any]]:
 
 def check_storage(exam: Examination) -> Iterable[Finding]:
     node = home_node(exam)
-    wanted = exam.storage
+    storage = exam.storage
     if node is None:
         yield Finding(
             "storage", UNKNOWN, "not looked at: no node is known to ask", "see the findings quorum and template"
         )
         return
     rows = {str(row.get("storage")): row for row in _storages(exam, node)}
-    if wanted is None:
+    if storage is None:
         yield Finding(
             "storage",
             UNKNOWN,
@@ -200,38 +200,38 @@ def check_storage(exam: Examination) -> Iterable[Finding]:
             "see the finding template",
         )
         return
-    row = rows.get(wanted)
+    row = rows.get(storage)
     if row is None:
         yield Finding(
             "storage",
             PROBLEM,
-            f"storage {wanted} cannot be seen on node {node}: it is not there, or Datastore.AllocateSpace is missing",
-            f"grant Datastore.AllocateSpace on /storage/{wanted}, or correct storage",
+            f"storage {storage} cannot be seen on node {node}: it is not there, or Datastore.AllocateSpace is missing",
+            f"grant Datastore.AllocateSpace on /storage/{storage}, or correct storage",
         )
         return
     total, used = int(row.get("total") or 0), int(row.get("used") or 0)
-    facts = {"storage": wanted, "total": total, "used": used, "active": row.get("active")}
+    facts = {"storage": storage, "total": total, "used": used, "active": row.get("active")}
     if str(row.get("active")) != "1" or str(row.get("enabled", 1)) != "1":
         yield Finding(
             "storage",
             PROBLEM,
-            f"storage {wanted} is not active on node {node}: nothing can be created there",
-            f"pvesm status --storage {wanted}",
+            f"storage {storage} is not active on node {node}: nothing can be created there",
+            f"pvesm status --storage {storage}",
             facts,
         )
     elif row.get("content") is not None and "images" not in str(row["content"]).split(","):
         yield Finding(
             "storage",
             PROBLEM,
-            f"storage {wanted} holds no disk images (content {row['content']}): nothing can be created there",
-            f"pvesm set {wanted} --content {row['content']},images, or set storage to another one",
+            f"storage {storage} holds no disk images (content {row['content']}): nothing can be created there",
+            f"pvesm set {storage} --content {row['content']},images, or set storage to another one",
             facts,
         )
     elif total and used / total > _FULL:
         yield Finding(
             "storage",
             WARNING,
-            f"storage {wanted} is {used * 100 // total} % full: thin volumes that outgrow it stop every VM on it",
+            f"storage {storage} is {used * 100 // total} % full: thin volumes that outgrow it stop every VM on it",
             "prune sandboxes, or enlarge it",
             facts,
         )
@@ -239,7 +239,7 @@ def check_storage(exam: Examination) -> Iterable[Finding]:
         yield Finding(
             "storage",
             OK,
-            f"storage {wanted} is active" + (f", {used * 100 // total} % used" if total else ""),
+            f"storage {storage} is active" + (f", {used * 100 // total} % used" if total else ""),
             None,
             facts,
         )

@@ -173,7 +173,7 @@ class Guest:
         """
         began = self.ctx.clock.monotonic()
         self.ctx.clock.sleep(max(_first_delay(self.sandbox.uuid), min(expected, _LONGEST_EXPECTED)))
-        asked = 0
+        polls = 0
         while True:
             before = self.ctx.clock.monotonic()
             try:
@@ -184,13 +184,13 @@ class Guest:
                 if error.reason not in ("silent", "stopped", "hibernated", "refused", "moved"):
                     raise
                 return None
-            asked += 1
+            polls += 1
             if status is None:
                 return None
             if status.exited:
                 if not expected:
-                    _learn_delay(self.sandbox.uuid, asked)
-                self.statuses.append(asked)
+                    _learn_delay(self.sandbox.uuid, polls)
+                self.statuses.append(polls)
                 return self._frame(status, run_id)
             waited, took = self.ctx.clock.monotonic() - began, self.ctx.clock.monotonic() - before
             if self.on_wait is not None:
@@ -242,10 +242,10 @@ class Guest:
         if header is None:
             if status.out.startswith(b"agentlab1 cut"):
                 return Frame({"state": "refused", "why": "cut"})
-            said = (status.err or status.out)[:200].decode("utf-8", "replace")
+            excerpt = (status.err or status.out)[:200].decode("utf-8", "replace")
             raise GuestFailed(
                 f"sandbox {self.sandbox.vmid}: sh in the guest did not run the wrapper (exit status {status.exitcode}, "
-                f"{escapes.escape_controls(' '.join(said.split())) or 'no output'}). It needs a POSIX shell, "
+                f"{escapes.escape_controls(' '.join(excerpt.split())) or 'no output'}). It needs a POSIX shell, "
                 "coreutils and util-linux, or busybox; a Windows guest has none of them",
                 vmid=self.sandbox.vmid,
             )
@@ -299,9 +299,9 @@ def _first_delay(uuid: str) -> float:
     return _LATER if _misses.get(uuid, 0) >= _MISSES else _SOON
 
 
-def _learn_delay(uuid: str, asked: int) -> None:
+def _learn_delay(uuid: str, polls: int) -> None:
     with _misses_lock:
         if len(_misses) > 10_000:
             _misses.clear()
-        count = _misses.get(uuid, 0) + (1 if asked > 1 else -1)
+        count = _misses.get(uuid, 0) + (1 if polls > 1 else -1)
         _misses[uuid] = max(-_MISSES, min(2 * _MISSES, count))

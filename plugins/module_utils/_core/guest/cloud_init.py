@@ -131,14 +131,14 @@ def check_storage(ctx: Context, node: str) -> dict[str, Any]:
 
 def why_hidden(ctx: Context, node: str, nodes: Collection[str], shared: bool) -> str | None:
     """Return why a node would not see a snippet written here, or None. ``shared``: the snippets storage is shared."""
-    here = _here()
-    return None if here == node or shared or here not in nodes else _elsewhere(ctx, node, here)
+    own_node = _own_node()
+    return None if own_node == node or shared or own_node not in nodes else _elsewhere(ctx, node, own_node)
 
 
-def _elsewhere(ctx: Context, node: str, here: str) -> str:
+def _elsewhere(ctx: Context, node: str, own_node: str) -> str:
     return (
-        f"the VM will be on node {node}, but this runs on {here} and storage {ctx.config.snippets_storage!r} is local. "
-        f"{_ELSEWHERE}"
+        f"the VM will be on node {node}, but this runs on {own_node} and storage {ctx.config.snippets_storage!r} is "
+        f"local. {_ELSEWHERE}"
     )
 
 
@@ -149,17 +149,17 @@ def check_place(ctx: Context, node: str) -> None:
     """
     folder = ctx.config.snippets_dir
     row = check_storage(ctx, node)
-    here = _here()
-    if here != node and here in ctx.cluster.nodes() and not _shared(row):
+    own_node = _own_node()
+    if own_node != node and own_node in ctx.cluster.nodes() and not _shared(row):
         raise InvalidInput(
-            f"cloud_init_user_data: {_elsewhere(ctx, node, here)}",
+            f"cloud_init_user_data: {_elsewhere(ctx, node, own_node)}",
             option="cloud_init_user_data",
         )
     try:
         mode = os.stat(folder).st_mode
     except OSError as error:
         raise InvalidInput(
-            f"snippets_dir: {folder}: {error.strerror} on this host ({here}). {_ELSEWHERE}",
+            f"snippets_dir: {folder}: {error.strerror} on this host ({own_node}). {_ELSEWHERE}",
             option="snippets_dir",
             value=folder,
         ) from None
@@ -244,20 +244,20 @@ def _require_seen(ctx: Context, sandbox: Sandbox, path: str) -> None:
     this host decides.
     """
     storage, node = ctx.config.snippets_storage, str(sandbox.node)
-    wanted = volume_of(ctx, sandbox)
+    volume = volume_of(ctx, sandbox)
     if any(
-        row.get("volid") == wanted
+        row.get("volid") == volume
         for row in ctx.client.get_list(f"nodes/{node}/storage/{storage}/content", content="snippets")
     ):
         return
-    here = _here()
+    own_node = _own_node()
     shared = any(_shared(row) for row in ctx.client.get_list(f"nodes/{node}/storage") if row.get("storage") == storage)
-    if here == node or (shared and here in ctx.cluster.nodes()):
+    if own_node == node or (shared and own_node in ctx.cluster.nodes()):
         # If the node does not see the snippet after all, the config write fails and the creation is cleaned up.
         return
     raise InvalidInput(
-        f"cloud_init_user_data: node {node} does not see {path} of this host ({here}) as {wanted}. {_ELSEWHERE}. (A "
-        f"token sees snippets only with Datastore.Allocate on /storage/{storage}.)",
+        f"cloud_init_user_data: node {node} does not see {path} of this host ({own_node}) as {volume}. {_ELSEWHERE}. "
+        f"(A token sees snippets only with Datastore.Allocate on /storage/{storage}.)",
         option="cloud_init_user_data",
     )
 
@@ -266,7 +266,7 @@ def _shared(row: dict[str, Any]) -> bool:
     return str(row.get("shared", 0)) == "1"
 
 
-def _here() -> str:
+def _own_node() -> str:
     """Return the name that this host would have as a Proxmox node."""
     return socket.gethostname().partition(".")[0]
 

@@ -700,11 +700,11 @@ class _Command(_Run):
     def _follow(self, result: CommandResult, out: bytes, err: bytes) -> tuple[CommandResult, bytes, bytes]:
         """Wait for the end with further requests; return the result and the whole output."""
         shown = self.on_output is not None
-        asked = False
+        cancelled = False
         while result.state == "running" or len(out) < result.stdout_bytes or len(err) < result.stderr_bytes:
             was_running = result.state == "running"
-            if was_running and not asked and self.cancel is not None and self.cancel():
-                asked = True
+            if was_running and not cancelled and self.cancel is not None and self.cancel():
+                cancelled = True
                 self._end_in_guest()
             if shown:
                 frame = self._look(len(out), len(err), _SHOW_WAIT if was_running else 0)

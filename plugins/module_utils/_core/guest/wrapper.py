@@ -444,11 +444,11 @@ def shell_text(
         lines.append(b'cd "${HOME:-/}" 2>/dev/null || cd /')
     else:
         lines.append(b"cd -- " + quote(chdir) + b" || exit 125")
-    there = b'[ -e "$f" ] || [ -L "$f" ]'
+    exists = b'[ -e "$f" ] || [ -L "$f" ]'
     if creates is not None:
-        lines.append(b"for f in %s; do if %s; then echo creates >&4; exit 0; fi; done" % (_pattern(creates), there))
+        lines.append(b"for f in %s; do if %s; then echo creates >&4; exit 0; fi; done" % (_pattern(creates), exists))
     if removes is not None:
-        lines.append(b"k=1; for f in %s; do if %s; then k=; fi; done" % (_pattern(removes), there))
+        lines.append(b"k=1; for f in %s; do if %s; then k=; fi; done" % (_pattern(removes), exists))
         lines.append(b'if [ "$k" ]; then echo removes >&4; exit 0; fi')
     lines.append(b"unset f k; exec 4>&-")
     for name, value in (environment or {}).items():

@@ -156,46 +156,46 @@ def failure(
     """
     where = f"{method} /{path} on {settings.where}"
     text = clean(text, settings)
-    said = f"{status} {text}".strip()
+    refusal = f"{status} {text}".strip()
     facts = {"status": status, "text": text, "method": method, "path": path}
     if status == 401:
         return AccessDenied(
-            f"Proxmox on {settings.where} refuses the credentials of {settings.login} ({said}); check "
+            f"Proxmox on {settings.where} refuses the credentials of {settings.login} ({refusal}); check "
             f"{settings.credential_options}",
             **facts,
         )
     pool = re.search(r"pool '([^']+)' does not exist", text)
     if pool and status in (403, 500):
         return AccessDenied(
-            f"{where}: {said}; create it (pveum pool add {pool[1]}), or correct pool", **{**facts, "status": 403}
+            f"{where}: {refusal}; create it (pveum pool add {pool[1]}), or correct pool", **{**facts, "status": 403}
         )
     if status == 403:
         return AccessDenied(
-            f"{where}: {settings.login} may not do that ({said}); {_grant(method, path, text, params)}", **facts
+            f"{where}: {settings.login} may not do that ({refusal}); {_grant(method, path, text, params)}", **facts
         )
     node = path.split("/", 2)[1] if path.startswith("nodes/") else ""
     if status in _NOT_DELIVERED:
         return Unreachable(f"{where}: the node does not answer ({status} {text or 'no route to the node'})", **facts)
     if status in _FOREIGN_PROXY:
         return OutcomeUnknown(
-            f"{where}: a proxy between here and Proxmox answers {said}; {became_of(method)}. Look at pveproxy, "
+            f"{where}: a proxy between here and Proxmox answers {refusal}; {became_of(method)}. Look at pveproxy, "
             "then run again",
             **facts,
         )
     if status in _UNKNOWN:
         if method == "GET":
             return OutcomeUnknown(
-                f"{where}: {f'node {node}' if node else 'the node'} does not answer ({said}); nothing was changed. "
+                f"{where}: {f'node {node}' if node else 'the node'} does not answer ({refusal}); nothing was changed. "
                 "Look at pveproxy and the load there, then run again",
                 **facts,
             )
-        return OutcomeUnknown(f"{where}: {became_of(method)} ({said})", **facts)
+        return OutcomeUnknown(f"{where}: {became_of(method)} ({refusal})", **facts)
     if method != "GET" and "/etc/pve/" in text and "Permission denied" in text:
         # Without quorum the cluster file system is read-only, whatever privileges the user has.
-        said += (
+        refusal += (
             "; the cluster takes no changes, most likely because it has no quorum. Look at pvecm status, then run again"
         )
-    return ApiError(f"{where}: {said}{room_advice(text)}", **facts)
+    return ApiError(f"{where}: {refusal}{room_advice(text)}", **facts)
 
 
 def _grant(method: str, path: str, text: str, params: dict[str, Any]) -> str:

@@ -46,8 +46,8 @@ def parse(rows: Iterable[dict[str, Any]]) -> Capacity:
     """Return the nodes, storages and VMs in the answer to ``GET /cluster/resources``."""
     capacity = Capacity()
     storages: dict[str, dict[str, Room]] = {}
-    told = list(rows)
-    for row in told:
+    all_rows = list(rows)
+    for row in all_rows:
         node, kind = str(row.get("node")), row.get("type")
         if kind == "storage":
             if str(row.get("shared")) == "1":
@@ -73,7 +73,7 @@ def parse(rows: Iterable[dict[str, Any]]) -> Capacity:
                 # memhost is the memory of the VM's process on the node. Proxmox VE 9 reports it.
                 used_memory = max(_number(row, "memhost") or 0, _number(row, "mem") or 0)
                 capacity.running[vmid] = Vm(node, used_memory, _number(row, "maxmem"), _number(row, "uptime") or 0)
-    for row in told:
+    for row in all_rows:
         if row.get("type") == "node":
             name = str(row.get("node"))
             capacity.nodes[name] = Node(

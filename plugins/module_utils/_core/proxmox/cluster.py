@@ -316,8 +316,8 @@ class Cluster:
         When the list lacks many of the VMIDs, also check whether it shows every VM. Then prove_absent() can use it as
         the proof of those absences without reading it again.
         """
-        wanted = set(vmids)
-        if len(wanted) <= _FEW:
+        requested = set(vmids)
+        if len(requested) <= _FEW:
             return self.vms()
         with self._lock:
             try:
@@ -326,7 +326,7 @@ class Cluster:
             except (ProxmoxError, Kept):
                 return self.vms()
             listed = self.vms(fresh=True)
-            if len(wanted - listed.keys()) > _FEW and self.sees_everything():
+            if len(requested - listed.keys()) > _FEW and self.sees_everything():
                 self._whole = listed, quorum, self._clock.monotonic()
             return listed
 
@@ -336,27 +336,27 @@ class Cluster:
         ``anew=False``: neither we nor another run has acted on these VMIDs since survey(), so its list counts like a
         new one while it is recent. (An old list does not count, because a person may restore a VM at any time.)
         """
-        wanted = sorted(set(vmids))
-        if len(wanted) == 1 and wanted[0] in self._ours:
-            own = self._quorum_of_delete(wanted[0])
+        requested = sorted(set(vmids))
+        if len(requested) == 1 and requested[0] in self._ours:
+            own = self._quorum_of_delete(requested[0])
             if own is not None:
-                return {wanted[0]: self._nextid(wanted[0], own)}
+                return {requested[0]: self._nextid(requested[0], own)}
         try:
             quorum = self.require_quorum()
         except (ProxmoxError, Kept) as error:
-            return {vmid: Presence(None, error.message, {}) for vmid in wanted}
-        if not self._ours.issuperset(wanted):
+            return {vmid: Presence(None, error.message, {}) for vmid in requested}
+        if not self._ours.issuperset(requested):
             try:
                 self.confirm()
             except (ProxmoxError, Kept) as error:
-                unknown = {vmid: Presence(None, error.message, {}) for vmid in wanted if vmid not in self._ours}
-                return {**unknown, **self.prove_absent(self._ours.intersection(wanted))}
-        if len(wanted) <= _FEW or self._partial:
-            return self._ask_for_each(wanted, quorum)
+                unknown = {vmid: Presence(None, error.message, {}) for vmid in requested if vmid not in self._ours}
+                return {**unknown, **self.prove_absent(self._ours.intersection(requested))}
+        if len(requested) <= _FEW or self._partial:
+            return self._ask_for_each(requested, quorum)
         if (
             not anew
             and self._whole is not None
-            and self._whole[0].keys().isdisjoint(wanted)
+            and self._whole[0].keys().isdisjoint(requested)
             and self._clock.monotonic() - self._whole[2] <= _LIST_SECONDS
         ):
             listed, quorum, _read = self._whole
@@ -364,20 +364,20 @@ class Cluster:
             try:
                 listed = self.vms(fresh=True)
             except ProxmoxError as error:
-                return {vmid: Presence(None, error.message, {}) for vmid in wanted}
+                return {vmid: Presence(None, error.message, {}) for vmid in requested}
             # Read the rights after the list: a VM hidden from now on was still listed.
             if not listed or not self.sees_everything():
-                return self._ask_for_each(wanted, quorum)
-        free = [vmid for vmid in wanted if vmid not in listed]
+                return self._ask_for_each(requested, quorum)
+        free = [vmid for vmid in requested if vmid not in listed]
         # A list cut short on its way would make VMs seem absent. So check one of the VMIDs in another way.
         if free and self._nextid(free[0], quorum).absent is not True:
-            return self._ask_for_each(wanted, quorum)
+            return self._ask_for_each(requested, quorum)
         proof = {**quorum, "proof": "not in the list of all VMs", "listed": len(listed)}
         return {
             vmid: Presence(True, "not in the cluster's list of all VMs", proof)
             if vmid not in listed
             else Presence(False, "a VM with that VMID is in the cluster's list", {"node": listed[vmid].get("node")})
-            for vmid in wanted
+            for vmid in requested
         }
 
     def _ask_for_each(self, vmids: list[int], quorum: dict[str, Any]) -> dict[int, Presence]:
@@ -416,10 +416,10 @@ class Cluster:
         return Presence(True, f"Proxmox says that VMID {vmid} is free", {**quorum, "proof": "nextid"})
 
 
-def sees_every_vm(entries: list[dict[str, Any]], held: dict[str, Any]) -> bool:
+def sees_every_vm(entries: list[dict[str, Any]], permissions: dict[str, Any]) -> bool:
     """Return whether these rights hide no VM.
 
-    ``entries`` comes from GET /access/acl, ``held`` from GET /access/permissions.
+    ``entries`` comes from GET /access/acl, ``permissions`` from GET /access/permissions.
 
     A VM is listed if VM.Audit is effective on /vms/N. That is so if /vms passes it down and nothing takes it away:
     neither an entry on /vms/N itself (it replaces what was passed down), nor NoAccess on the VM's pool. The permissions
@@ -429,7 +429,7 @@ def sees_every_vm(entries: list[dict[str, Any]], held: dict[str, Any]) -> bool:
     """
     if not entries:
         return False
-    if "Sys.Audit" not in _rights(held, "/access") or str(_rights(held, "/vms").get("VM.Audit")) not in (
+    if "Sys.Audit" not in _rights(permissions, "/access") or str(_rights(permissions, "/vms").get("VM.Audit")) not in (
         "1",
         "True",
         "true",
@@ -439,7 +439,7 @@ def sees_every_vm(entries: list[dict[str, Any]], held: dict[str, Any]) -> bool:
         path = str(entry.get("path") or "")
         if not path.startswith("/") or not entry.get("roleid"):
             return False
-        if path.startswith("/vms/") and "VM.Audit" not in _rights(held, path):
+        if path.startswith("/vms/") and "VM.Audit" not in _rights(permissions, path):
             return False
         if entry["roleid"] == "NoAccess" and (path == "/" or path.startswith("/pool")):
             return False
@@ -453,8 +453,8 @@ def _by_vmid(rows: Iterable[dict[str, Any]]) -> dict[int, dict[str, Any]]:
         raise OutcomeUnknown("GET /cluster/resources: entries without a vmid; is api_host a Proxmox node?") from None
 
 
-def _rights(held: dict[str, Any], path: str) -> dict[str, Any]:
-    rights = held.get(path)
+def _rights(permissions: dict[str, Any], path: str) -> dict[str, Any]:
+    rights = permissions.get(path)
     return rights if isinstance(rights, dict) else {}
 
 

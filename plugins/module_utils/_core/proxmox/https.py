@@ -315,10 +315,10 @@ class Https:
         if out_of_descriptors():
             return answers.no_descriptor(path)
         refused = re.search(r"Tunnel connection failed: ([^'\"\\)]+)", str(error))
-        what = f"refuses ({refused[1].strip()})" if refused else f"cannot be reached ({_reason(error)})"
+        problem = f"refuses ({refused[1].strip()})" if refused else f"cannot be reached ({_reason(error)})"
         return Unreachable(
-            f"the proxy {shown} of {name} {what}, so {self._settings.where} was not asked; correct the proxy, or put "
-            f"{self._settings.api_host} into NO_PROXY",
+            f"the proxy {shown} of {name} {problem}, so {self._settings.where} was not asked; correct the proxy, or "
+            f"put {self._settings.api_host} into NO_PROXY",
             path=path,
         )
 

@@ -74,7 +74,7 @@ class TaskWaiter:
         # Kind of task -> shortest duration seen, in seconds.
         self._shortest: dict[str, float] = {}
 
-    def wait(self, upid: Any, what: str, timeout: float) -> list[str]:
+    def wait(self, upid: Any, label: str, timeout: float) -> list[str]:
         """Wait at most ``timeout`` seconds for a task to end well, and return its warnings ([] for none).
 
         Raises TaskFailed with Proxmox's text and the end of the task's log, TaskTimeout when the task still runs, and
@@ -83,12 +83,12 @@ class TaskWaiter:
         try:
             upid = str(upid)
             node = node_of(upid)
-            return self._judge(upid, what, node, self._await(upid, what, node, timeout))
+            return self._judge(upid, label, node, self._await(upid, label, node, timeout))
         except ProxmoxError as error:
             self._client.statistics.failed(error)
             raise
 
-    def _await(self, upid: str, what: str, node: str, timeout: float) -> str:
+    def _await(self, upid: str, label: str, node: str, timeout: float) -> str:
         """Wait for the end of a task, and return its exit status."""
         begun = self._clock.monotonic()
         deadline = begun + timeout
@@ -111,7 +111,7 @@ class TaskWaiter:
                     remaining = deadline - self._clock.monotonic()
                     if remaining <= 0:
                         raise TaskTimeout(
-                            f"{what}: task {upid} on node {node} did not end within {timeout:g} s (wait_timeout); it "
+                            f"{label}: task {upid} on node {node} did not end within {timeout:g} s (wait_timeout); it "
                             "goes on there, run again to take it up, or stop it there if it "
                             f"hangs{self._last_problem.get(node, '')}",
                             upid=upid,
@@ -226,23 +226,23 @@ class TaskWaiter:
             return None
         return str(task.get("exitstatus") or "unexpected status") if task.get("status") == "stopped" else None
 
-    def _judge(self, upid: str, what: str, node: str, status: str) -> list[str]:
+    def _judge(self, upid: str, label: str, node: str, status: str) -> list[str]:
         """Return the warnings of a task that ended well. Raises TaskFailed or TaskUnknown for another exit status."""
         if status == "OK":
             return []
         if status.startswith("WARNINGS"):
-            return [f"{what}: task {upid} ended with {status}; see its log on node {node}"]
+            return [f"{label}: task {upid} ended with {status}; see its log on node {node}"]
         # The caller retries after a lock that was not acquired, and the log says no more than the status.
         log = "" if answers.not_begun(status) else self._end_of_log(upid, node, status)
         if status == "unexpected status":
             raise TaskUnknown(
-                f"{what}: the worker of task {upid} on node {node} died (unexpected status); what it did is not "
+                f"{label}: the worker of task {upid} on node {node} died (unexpected status); what it did is not "
                 f"known, run again{log}",
                 upid=upid,
                 node=node,
             )
         raise TaskFailed(
-            f"{what}: task {upid} on node {node} failed: "
+            f"{label}: task {upid} on node {node} failed: "
             f"{answers.clean(status)}{log}{answers.room_advice(status + log)}",
             upid=upid,
             node=node,

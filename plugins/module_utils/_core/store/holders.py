@@ -87,7 +87,7 @@ def is_over(process: str, expires_at: int, now: int, since_boot: float) -> bool:
     return isinstance(expires_at, int) and expires_at <= now
 
 
-def _of_an_earlier_boot(holder: dict[str, object], here: dict[str, object]) -> bool:
+def _of_an_earlier_boot(holder: dict[str, object], own_process: dict[str, object]) -> bool:
     """Return whether a holder is from an earlier boot of this machine, and not from another machine of the same name.
 
     The machine id must be the same, and the claim must have been written before this boot. Both are needed, because
@@ -97,7 +97,7 @@ def _of_an_earlier_boot(holder: dict[str, object], here: dict[str, object]) -> b
         # Release 1.0.0 stored no machine id and compared the name alone.
         return True
     booted = time.time() - time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
-    return holder["machine"] == here["machine"] and float(str(holder.get("at", 0))) < booted
+    return holder["machine"] == own_process["machine"] and float(str(holder.get("at", 0))) < booted
 
 
 def is_dead(process: str) -> bool:
@@ -107,12 +107,12 @@ def is_dead(process: str) -> bool:
     """
     try:
         holder = json.loads(process)
-        here = json.loads(identity())
-        if not holder["boot"] or holder["host"] != here["host"]:
+        own_process = json.loads(identity())
+        if not holder["boot"] or holder["host"] != own_process["host"]:
             return False
-        if holder["boot"] != here["boot"]:
-            return _of_an_earlier_boot(holder, here)
-        if holder["ns"] != here["ns"]:
+        if holder["boot"] != own_process["boot"]:
+            return _of_an_earlier_boot(holder, own_process)
+        if holder["ns"] != own_process["ns"]:
             return False
         pid = int(holder["pid"])
         if not _read(f"/proc/{pid}/stat"):

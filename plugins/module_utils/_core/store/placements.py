@@ -25,10 +25,10 @@ _CHUNK = 500
 
 def own(records: Records, vmids: Collection[int]) -> set[int]:
     """Return those VMIDs that belong to live sandboxes of these records."""
-    wanted = sorted(vmids)
+    sorted_vmids = sorted(vmids)
     own_vmids: set[int] = set()
-    for first in range(0, len(wanted), _CHUNK):
-        part = wanted[first : first + _CHUNK]
+    for first in range(0, len(sorted_vmids), _CHUNK):
+        part = sorted_vmids[first : first + _CHUNK]
         marks = ", ".join("?" * len(part))
         own_vmids.update(
             row["vmid"]

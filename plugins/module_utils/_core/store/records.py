@@ -158,11 +158,11 @@ class Records:
         )
         return Sandbox.from_row(rows[0]) if rows else None
 
-    def find_all(self, wanted: Iterable[str] | None = None, *, include_destroyed: bool = False) -> list[Sandbox]:
+    def find_all(self, states: Iterable[str] | None = None, *, include_destroyed: bool = False) -> list[Sandbox]:
         """Return sandboxes in the order of their VMIDs, in the states ``wanted`` (None: all); live ones unless told
         otherwise.
         """
-        names = list(wanted) if wanted is not None else None
+        names = list(states) if states is not None else None
         where, values = ("1 = 1", []) if include_destroyed else (LIVE, [])
         if names is not None:
             where += f" AND state IN ({', '.join('?' * len(names))})"
@@ -304,13 +304,13 @@ class Records:
                 )
             sandbox.created_at = sandbox.updated_at = sandbox.state_changed_at = now
             sandbox.state = states.REQUESTED
-            taken = {row["vmid"] for row in conn.execute(f"SELECT vmid FROM sandboxes WHERE {LIVE}")}
+            used_vmids = {row["vmid"] for row in conn.execute(f"SELECT vmid FROM sandboxes WHERE {LIVE}")}
             if vmid is not None:
                 sandbox.vmid = vmid
-                if vmid in taken or not self._insert(conn, sandbox):
+                if vmid in used_vmids or not self._insert(conn, sandbox):
                     raise InvalidInput(f"vmid: {vmid} already belongs to a live sandbox", option="vmid", value=vmid)
             else:
-                self._insert_free(conn, sandbox, vmid_range, taken | occupied)
+                self._insert_free(conn, sandbox, vmid_range, used_vmids | occupied)
             if reserve_node is not None:
                 reserve_node(conn, sandbox.uuid)
             claim = self._take(conn, sandbox.uuid, "create", now)
@@ -365,9 +365,9 @@ class Records:
         """
 
         def work(conn: Connection) -> Sandbox:
-            taken = {row["vmid"] for row in conn.execute(f"SELECT vmid FROM sandboxes WHERE {LIVE}")}
+            used_vmids = {row["vmid"] for row in conn.execute(f"SELECT vmid FROM sandboxes WHERE {LIVE}")}
             first, last = vmid_range
-            vmid = next((n for n in range(first, last + 1) if n not in taken and n not in occupied), 0)
+            vmid = next((n for n in range(first, last + 1) if n not in used_vmids and n not in occupied), 0)
             if not vmid:
                 raise InvalidInput(
                     f"vmid_range: all VMIDs of {first}-{last} are taken, some by VMs that are not ours; configure "

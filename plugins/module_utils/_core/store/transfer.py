@@ -61,9 +61,9 @@ def copy_records(source: str, target: str, passwords: tuple[str | None, str | No
             "copied. Name an empty database as TO"
         )
     if addresses[0].engine == SQLITE and not os.path.isfile(addresses[0].text):
-        what = "is no file" if os.path.exists(addresses[0].text) else "does not exist"
+        problem = "is no file" if os.path.exists(addresses[0].text) else "does not exist"
         raise InvalidInput(
-            f"--copy-records: FROM {addresses[0].text} {what}; nothing was copied. Give the SQLite file of the "
+            f"--copy-records: FROM {addresses[0].text} {problem}; nothing was copied. Give the SQLite file of the "
             "records, such as /var/lib/agentlab/agentlab.db"
         )
     with contextlib.ExitStack() as stack:

@@ -205,9 +205,9 @@ class Workspaces:
                 raise RecordChanged(f"workspace {name!r} was created by another run meanwhile; run again")
             # Prefer an owner VMID that no record has, not even a deleted one. Otherwise a lost volume that reappears
             # could be taken for the volume of another workspace.
-            taken = {row["owner_vmid"] for row in conn.execute("SELECT owner_vmid FROM workspaces")}
+            used_vmids = {row["owner_vmid"] for row in conn.execute("SELECT owner_vmid FROM workspaces")}
             first, last = owners
-            owner = next((n for n in range(first, last + 1) if n not in taken and n not in occupied), None)
+            owner = next((n for n in range(first, last + 1) if n not in used_vmids and n not in occupied), None)
             if owner is None:
                 live = {row["owner_vmid"] for row in conn.execute(f"SELECT owner_vmid FROM workspaces WHERE {_LIVE}")}
                 owner = next((n for n in range(first, last + 1) if n not in live and n not in occupied), None)
@@ -220,7 +220,7 @@ class Workspaces:
                 )
             ident = str(uuid_module.uuid4())
             file = f"vm-{owner}-ws-{ident}{suffix}"
-            made = Workspace(
+            workspace = Workspace(
                 ident,
                 name,
                 CREATING,
@@ -236,18 +236,18 @@ class Workspaces:
             )
             conn.execute(
                 f"INSERT INTO workspaces ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))})",
-                [getattr(made, column) for column in COLUMNS],
+                [getattr(workspace, column) for column in COLUMNS],
             )
             self._event(
                 conn,
-                made,
+                workspace,
                 None,
                 "create",
                 outcome="decided",
                 reason="requested",
-                evidence={"volume": made.volume, "size": size},
+                evidence={"volume": workspace.volume, "size": size},
             )
-            return made
+            return workspace
 
         return self._db.write(work)
 

@@ -49,7 +49,7 @@ def doctor(to: Settings, template: str | None, bundle: str | None, bundle_hosts:
     """Look at everything sandboxes depend on, and say what to do."""
     if bundle_hosts and not bundle:
         raise click.UsageError("--bundle-hosts is for --bundle")
-    with Progress(lambda: "looking at configuration, records, Proxmox VE and daemon", wanted=not to.json):
+    with Progress(lambda: "looking at configuration, records, Proxmox VE and daemon", enabled=not to.json):
         answer = to.client.ask(
             "doctor",
             template=template,

@@ -445,7 +445,7 @@ def _copy_out(to: Settings, vmid: int, path: str, target: str) -> None:
             stack.callback(_remove, fresh)
             file = stack.enter_context(os.fdopen(handle, "wb"))
         meter = _Meter(None)
-        with Progress(lambda: f"{meter} from sandbox {vmid}", wanted=target != "-"):
+        with Progress(lambda: f"{meter} from sandbox {vmid}", enabled=target != "-"):
             answer, headers = to.client.receive_file(meter.write_to(file), "sandboxes", vmid, "files", path=path)
         if answer is not None:
             to.tell(answer, lambda _data: "")

@@ -27,10 +27,10 @@ class Progress:
     Its own requests to the daemon run in parallel to the request of the block.
     """
 
-    def __init__(self, look: Callable[[], str], *, wanted: bool = True) -> None:
+    def __init__(self, look: Callable[[], str], *, enabled: bool = True) -> None:
         self._look = look
         self._on = (
-            wanted and sys.stdout.isatty() and sys.stderr.isatty() and os.environ.get("TERM") not in (None, "", "dumb")
+            enabled and sys.stdout.isatty() and sys.stderr.isatty() and os.environ.get("TERM") not in (None, "", "dumb")
         )
         self._end = threading.Event()
         self._drawing = threading.Lock()

@@ -385,7 +385,7 @@ def new(to: Settings, /, **options: Any) -> None:
     if "cloud_init_user_data" in body:
         body["cloud_init_user_data"] = _read("--cloud-init-user-data", body["cloud_init_user_data"], _LONGEST_USER_DATA)
     label = f"sandbox {body.get('vmid') or body.get('name') or ''}".strip()
-    with Progress(lambda: _read_state(to.client, label, body.get("vmid"), body.get("name")), wanted=not to.json):
+    with Progress(lambda: _read_state(to.client, label, body.get("vmid"), body.get("name")), enabled=not to.json):
         answer = to.client.post("sandboxes", body=body)
     to.tell(answer, _format_plan if body.get("dry_run") else _format_creation)
     _show_warnings(to, answer.data)
@@ -406,11 +406,11 @@ def _format_plan(data: dict[str, Any]) -> str:
 
 
 def _format_creation(data: dict[str, Any]) -> str:
-    what = {"created": "created", "updated": "was there already, and was updated"}.get(
+    verb = {"created": "created", "updated": "was there already, and was updated"}.get(
         data.get("outcome", "created"), "was there already"
     )
     return (
-        f"sandbox {cell(data['vmid'])} {what} (name={cell(data['name'])}, state={cell(data['state'])}, "
+        f"sandbox {cell(data['vmid'])} {verb} (name={cell(data['name'])}, state={cell(data['state'])}, "
         f"ip={cell(data['ip'])}, lease until {cell(data['lease_expires_at'])})"
     )
 
@@ -470,7 +470,7 @@ def _read_state(client: Client, label: str, vmid: int | None, name: str | None) 
 
 
 def _change_power(to: Settings, vmid: int, action: str, body: dict[str, Any] | None = None) -> None:
-    with Progress(lambda: _read_state(to.client, f"sandbox {vmid}", vmid, None), wanted=not to.json):
+    with Progress(lambda: _read_state(to.client, f"sandbox {vmid}", vmid, None), enabled=not to.json):
         answer = to.client.post("sandboxes", vmid, action, body=body)
     to.tell(
         answer,
@@ -519,7 +519,7 @@ def stop(to: Settings, vmid: int | None, every: bool, force: bool) -> None:
     if vmid is not None:
         _change_power(to, vmid, "stop", {"force": True} if force else None)
         return
-    with Progress(lambda: "stopping every sandbox", wanted=not to.json):
+    with Progress(lambda: "stopping every sandbox", enabled=not to.json):
         answer = to.client.post("sandboxes", "stop_all", body={})
     to.tell(answer, lambda data: f"stopped {cell(data['stopped'])} sandbox(es), {cell(data['skipped'])} did not run")
     failed = [result for result in answer.data.get("results") or [] if result.get("result") == "failed"]
@@ -608,16 +608,18 @@ def keepalive(to: Settings, switch: str, vmid: int) -> None:
 @settings
 def destroy(to: Settings, vmids: tuple[int, ...], force: bool) -> None:
     """Destroy sandboxes and their VMs. Prints the state in which each was."""
-    wanted = list(dict.fromkeys(vmids))
-    if len(wanted) == 1:
-        with Progress(lambda: _read_state(to.client, f"sandbox {wanted[0]}", wanted[0], None), wanted=not to.json):
-            answer = to.client.post("sandboxes", wanted[0], "destroy", body={"force": force})
+    ordered_vmids = list(dict.fromkeys(vmids))
+    if len(ordered_vmids) == 1:
+        with Progress(
+            lambda: _read_state(to.client, f"sandbox {ordered_vmids[0]}", ordered_vmids[0], None), enabled=not to.json
+        ):
+            answer = to.client.post("sandboxes", ordered_vmids[0], "destroy", body={"force": force})
         to.tell(answer, _format_destruction)
         _show_fates(to, answer.data)
         _show_warnings(to, answer.data)
         return
-    with Progress(lambda: _count_destroyed(to.client, wanted), wanted=not to.json):
-        answer = to.client.post("sandboxes", "destroy", body={"vmids": wanted, "force": force})
+    with Progress(lambda: _count_destroyed(to.client, ordered_vmids), enabled=not to.json):
+        answer = to.client.post("sandboxes", "destroy", body={"vmids": ordered_vmids, "force": force})
     if answer.data.get("code") == "not_found" and not to.json:
         raise Problem(f"{answer.data['error']} (vmid {answer.data.get('vmid')}); nothing was destroyed")
     failed = [result for result in answer.data.get("results") or [] if result.get("failed")]
@@ -773,7 +775,7 @@ def prune(to: Settings, /, **options: Any) -> None:
         if value is not None and value is not False and value != ()
     }
     dry_run = bool(body.get("dry_run"))
-    with Progress(_Pruning(to.client), wanted=not to.json and not dry_run):
+    with Progress(_Pruning(to.client), enabled=not to.json and not dry_run):
         answer = to.client.post("sandboxes", "prune", body=body or None)
     _show_warnings(to, *answer.data.get("pruned") or [])
     if dry_run:
@@ -847,7 +849,7 @@ def reconcile(to: Settings, apply: bool, dry_run: bool, adopt_cluster: bool) -> 
     """
     if apply and dry_run:
         raise click.UsageError("--dry-run contradicts --apply; give one of the two")
-    with Progress(lambda: "reconciling", wanted=not to.json):
+    with Progress(lambda: "reconciling", enabled=not to.json):
         answer = to.client.post(
             "sandboxes", "reconcile", body={"apply": apply, **({"adopt_cluster": True} if adopt_cluster else {})}
         )

@@ -109,7 +109,7 @@ def cleanup() -> None:
 @settings
 def run(to: Settings, dry_run: bool) -> None:
     """Run the cleanup rules now."""
-    with Progress(lambda: "running the cleanup rules", wanted=not to.json):
+    with Progress(lambda: "running the cleanup rules", enabled=not to.json):
         answer = to.client.post("cleanup", "run", body={"dry_run": dry_run})
     to.tell(answer, _format_run)
     if not answer.data.get("dry_run"):

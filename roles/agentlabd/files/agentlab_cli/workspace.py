@@ -179,7 +179,7 @@ def attach(to: Settings, name: str, vmid: int | None, named: int | None, ttl: st
     body: dict[str, Any] = (
         {"vmid": vmid} if ttl is None else {"vmid": vmid, "ttl": int(ttl) if ttl.isascii() and ttl.isdecimal() else ttl}
     )
-    with Progress(lambda: f"attaching workspace {name}", wanted=not to.json):
+    with Progress(lambda: f"attaching workspace {name}", enabled=not to.json):
         answer = to.client.post("workspaces", name, "attach", body=body)
     to.tell(
         answer, lambda data: f"{_format_name(data)} attached to sandbox {cell(data['vmid'])} as {cell(data['device'])}"
@@ -195,7 +195,7 @@ def attach(to: Settings, name: str, vmid: int | None, named: int | None, ttl: st
 @settings
 def detach(to: Settings, name: str) -> None:
     """Take a workspace off the sandbox that has it."""
-    with Progress(lambda: f"detaching workspace {name}", wanted=not to.json):
+    with Progress(lambda: f"detaching workspace {name}", enabled=not to.json):
         answer = to.client.post("workspaces", name, "detach")
     to.tell(answer, lambda data: f"{_format_name(data)} detached")
 
@@ -213,6 +213,6 @@ def detach(to: Settings, name: str) -> None:
 @settings
 def destroy(to: Settings, name: str, force: bool) -> None:
     """Delete a workspace and the data on it."""
-    with Progress(lambda: f"deleting workspace {name}", wanted=not to.json):
+    with Progress(lambda: f"deleting workspace {name}", enabled=not to.json):
         answer = to.client.post("workspaces", name, "destroy", body={"force": force})
     to.tell(answer, lambda data: f"{_format_name(data)} destroyed")

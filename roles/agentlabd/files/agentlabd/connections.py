@@ -56,11 +56,11 @@ _REASONS = {408: "Request Timeout", 431: "Request Header Fields Too Large", 503:
 def raise_descriptors() -> int:
     """Raise the soft limit of descriptors to the hard limit where allowed, and return the limit in force."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 4096 if hard == resource.RLIM_INFINITY else min(hard, 4096)
-    if soft < wanted:
+    limit = 4096 if hard == resource.RLIM_INFINITY else min(hard, 4096)
+    if soft < limit:
         try:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-            return wanted
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+            return limit
         except (OSError, ValueError):
             # The system call filter of the unit forbids the change. LimitNOFILE in the unit sets the limit.
             return soft
@@ -73,8 +73,8 @@ def shares(descriptors: int, proxmox: int) -> dict[str, int]:
     Leaves descriptors for ``proxmox`` connections to Proxmox VE twice, for requests and for stops.
     """
     reserved = _OWN_DESCRIPTORS + 2 * proxmox + len(CONNECTIONS) * (ACCEPTED_AT_ONCE + _TOLD)
-    room, wanted = descriptors - reserved, sum(CONNECTIONS.values())
-    return {name: max(4, count if room >= wanted else count * room // wanted) for name, count in CONNECTIONS.items()}
+    room, total = descriptors - reserved, sum(CONNECTIONS.values())
+    return {name: max(4, count if room >= total else count * room // total) for name, count in CONNECTIONS.items()}
 
 
 class Bodies:

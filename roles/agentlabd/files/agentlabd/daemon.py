@@ -178,9 +178,9 @@ def handle_signals(actions: Mapping[signal.Signals, Callable[[], object]]) -> No
         signal.signal(number, call_soon)
 
 
-def run(config: Config, path: str | None, environment: Mapping[str, str], asked: str | None = None) -> int:
+def run(config: Config, path: str | None, environment: Mapping[str, str], config_option: str | None = None) -> int:
     """Serve until told to end, and return the exit status."""
-    service = Service(config, path, environment, asked)
+    service = Service(config, path, environment, config_option)
     try:
         clean = asyncio.run(_serve(service))
     except AgentlabError:

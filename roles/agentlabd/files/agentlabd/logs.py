@@ -65,16 +65,16 @@ class _Seldom(logging.Filter):
             return True
         now = time.monotonic()
         with self._lock:
-            began, passed, held = self._passed.get(kind, (-SELDOM_SECONDS, 0, 0))
+            began, passed, suppressed = self._passed.get(kind, (-SELDOM_SECONDS, 0, 0))
             if now - began < SELDOM_SECONDS:
                 allowed = passed < getattr(record, "allowed", 1)
-                self._passed[kind] = (began, passed + allowed, held + (not allowed))
+                self._passed[kind] = (began, passed + allowed, suppressed + (not allowed))
                 return allowed
             if len(self._passed) >= _KINDS:
                 self._passed.clear()
             self._passed[kind] = (now, 1, 0)
-        if held:
-            record.msg, record.args = f"{record.getMessage()} ({held} more of these since the last such line)", ()
+        if suppressed:
+            record.msg, record.args = f"{record.getMessage()} ({suppressed} more of these since the last such line)", ()
         return True
 
     @staticmethod

@@ -105,9 +105,9 @@ def of_drift(drifts: Iterable[Drift]) -> list[Problem]:
         if drift.error is None and (drift.applied or drift.kind not in _LEFT_ALONE):
             continue
         sandbox = drift.sandbox
-        what = f"sandbox {sandbox.vmid}" if sandbox else f"workspace {drift.evidence.get('workspace')}"
+        subject = f"sandbox {sandbox.vmid}" if sandbox else f"workspace {drift.evidence.get('workspace')}"
         passing = drift.error is None and drift.kind in _PASSING
-        problems.append(Problem(what, drift.error or _explain(drift), sandbox.uuid if sandbox else None, passing))
+        problems.append(Problem(subject, drift.error or _explain(drift), sandbox.uuid if sandbox else None, passing))
     return problems
 
 

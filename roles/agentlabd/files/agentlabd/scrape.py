@@ -57,8 +57,8 @@ class Scrape:
             "Claims and duties of other controllers that were taken over, because those had died",
             labels=["what"],
         )
-        for held, count in (("claim", database.takeovers), *service.takeovers.items()):
-            takeovers.add_metric([held], count)
+        for duty, count in (("claim", database.takeovers), *service.takeovers.items()):
+            takeovers.add_metric([duty], count)
         yield takeovers
         started = [operation.started_at for operation in (*under_way, *interrupted)]
         age = max(0, int(database.wall_time()) - min(started)) if started else 0
@@ -91,10 +91,10 @@ class Scrape:
         )
         statistics = service.base.client.statistics
         requests = CounterMetricFamily("agentlab_proxmox_requests", "Requests to Proxmox", labels=["method"])
-        asked: dict[str, int] = dict.fromkeys(METHODS, 0)
+        by_method: dict[str, int] = dict.fromkeys(METHODS, 0)
         for name, count in list(statistics.requests.items()):
-            asked[name.partition(" ")[0]] += count
-        for method, count in asked.items():
+            by_method[name.partition(" ")[0]] += count
+        for method, count in by_method.items():
             requests.add_metric([method], count)
         yield requests
         errors = CounterMetricFamily("agentlab_proxmox_errors", "Requests and tasks that failed", labels=["kind"])

@@ -51,11 +51,11 @@ class Service:
     """One daemon. A reload may replace ``config`` and what depends on it; database and sockets stay."""
 
     def __init__(
-        self, config: Config, path: str | None, environment: Mapping[str, str], asked: str | None = None
+        self, config: Config, path: str | None, environment: Mapping[str, str], config_option: str | None = None
     ) -> None:
         self.path = path
         # The configuration file named at the start; None for the default path.
-        self._asked = asked
+        self._config_option = config_option
         self.environment = environment
         self.started_at = int(time.time())
         self._began = time.monotonic()
@@ -115,7 +115,7 @@ class Service:
         was.
         """
         try:
-            config, path = load(self._asked, self.environment)
+            config, path = load(self._config_option, self.environment)
             policy = check(config)
             token = read_token(config.listen_token_file) if config.listen else None
         except AgentlabError as error:

@@ -75,14 +75,14 @@ class Server:
         return answer.stdout.strip()
 
 
-def check(wanted: dict[str, Any], version: str) -> None:
+def check(request: dict[str, Any], version: str) -> None:
     """Refuse a server that is too old, a standby, and a password that cannot be written here."""
     number, standby = version.split("|")
     if int(number) < OLDEST:
         raise Refused(f"the server has version {int(number) // 10000}. Valid: PostgreSQL 15 or newer")
     if standby == "t":
         raise Refused("the server is a standby. Run this on the host of the primary")
-    for role, password in wanted["passwords"].items():
+    for role, password in request["passwords"].items():
         if not (password.isascii() and password.isprintable()):
             raise Refused(
                 f"the password of {role} has characters outside of printable ASCII. Choose another, or leave it out "
@@ -90,10 +90,10 @@ def check(wanted: dict[str, Any], version: str) -> None:
             )
 
 
-def prepare(wanted: dict[str, Any]) -> list[str]:
+def prepare(request: dict[str, Any]) -> list[str]:
     """Create what is missing and return one text for each change. With ``dry_run`` nothing is written."""
-    server, name, dry_run = Server(wanted["port"]), wanted["database"], wanted["dry_run"]
-    check(wanted, server.run("SELECT current_setting('server_version_num'), pg_is_in_recovery()", "postgres"))
+    server, name, dry_run = Server(request["port"]), request["database"], request["dry_run"]
+    check(request, server.run("SELECT current_setting('server_version_num'), pg_is_in_recovery()", "postgres"))
     changes = []
     databases = json.loads(server.run("SELECT json_agg(datname) FROM pg_database", "postgres"))
     roles_query = "SELECT coalesce(json_object_agg(rolname, rolpassword), '{}') FROM pg_authid WHERE rolname IN " + str(
@@ -107,10 +107,10 @@ def prepare(wanted: dict[str, Any]) -> list[str]:
             server.run(f'CREATE DATABASE "{name}"', "postgres")
     if not dry_run:
         state = server.run(STATE, name)
-        server.run(wanted["sql"].replace(":DATABASE", f'"{name}"'), name)
+        server.run(request["sql"].replace(":DATABASE", f'"{name}"'), name)
         if server.run(STATE, name) != state:
             changes.append(f"rights in database {name} are set")
-    for role, password in wanted["passwords"].items():
+    for role, password in request["passwords"].items():
         if fits(password, before.get(role)):
             continue
         changes.append(f"password of {role} is set")

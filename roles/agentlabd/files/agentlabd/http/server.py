@@ -362,10 +362,10 @@ class Api:
     async def look_after_socket(self) -> str | None:
         """Create the socket file again if it was deleted. Returns a sentence when that is not possible, else None."""
         path = self.service.config.socket
-        there = _file_at(path)
-        if there == self._socket_file:
+        present_file = _file_at(path)
+        if present_file == self._socket_file:
             return None
-        if there is not None:
+        if present_file is not None:
             return (
                 f"{path} is not this daemon's socket any more: something else was put in its place. Remove it; the "
                 "socket is made anew by itself"

@@ -65,7 +65,7 @@ async def receive(content: StreamReader, goes_on: Callable[[float], None]) -> Bi
     """
     file = make()
     parts: list[bytes] = []
-    size = held = 0
+    size = buffered = 0
     try:
         while True:
             goes_on(STALL_SECONDS * 2)
@@ -75,10 +75,10 @@ async def receive(content: StreamReader, goes_on: Callable[[float], None]) -> Bi
             if size > FILE_BYTES:
                 raise TooLarge
             parts.append(part)
-            held += len(part)
-            if held >= PART_BYTES or not part:
+            buffered += len(part)
+            if buffered >= PART_BYTES or not part:
                 await asyncio.to_thread(file.write, b"".join(parts))
-                parts, held = [], 0
+                parts, buffered = [], 0
             if not part:
                 await asyncio.to_thread(file.seek, 0)
                 return file
