@@ -115,7 +115,7 @@ def api() -> Iterator[Api]:
     double.stop()
 
 
-def test_lists_and_errors(api: Api) -> None:
+def test_lists_have_pages_and_errors_have_bodies(api: Api) -> None:
     api.make("inventories", name="one", organization=api.organization)
     api.make("inventories", name="two", organization=api.organization)
     status, answer = api.ask("GET", f"inventories/?organization={api.organization}&page_size=1")
@@ -211,7 +211,7 @@ def test_what_a_template_needs(api: Api) -> None:
     assert told == {"inventory": ['Invalid pk "999999" - object does not exist.']}
 
 
-def test_credentials_of_a_template(api: Api) -> None:
+def test_a_template_takes_one_credential_of_a_type(api: Api) -> None:
     template = api.template()
     kind = api.kind(f"kind {api.suffix}")
     first, second = (
@@ -231,7 +231,7 @@ def test_credentials_of_a_template(api: Api) -> None:
     assert [row["id"] for row in api.ask("GET", path)[1]["results"]] == [second]
 
 
-def test_inputs_of_a_credential(api: Api) -> None:
+def test_secret_inputs_of_a_credential_are_shown_encrypted(api: Api) -> None:
     kind = api.kind(f"kind {api.suffix}")
     body = {"name": "c", "organization": api.organization, "credential_type": kind, "inputs": {"f": "x", "s": "secret"}}
     number = api.make("credentials", **body)
@@ -248,7 +248,7 @@ def test_inputs_of_a_credential(api: Api) -> None:
     assert "Missing 'user', 'team', or 'organization'." in str(told)
 
 
-def test_credential_types(api: Api) -> None:
+def test_a_credential_type_is_checked_against_its_use(api: Api) -> None:
     assert "Must be 'cloud' or 'net', not ssh" in str(
         api.refused("POST", "credential_types/", {"name": "x", "kind": "ssh"})
     )
@@ -270,7 +270,7 @@ def test_credential_types(api: Api) -> None:
     assert api.ask("DELETE", f"credential_types/{kind}/") == (204, None)
 
 
-def test_surveys(api: Api) -> None:
+def test_a_survey_is_checked_when_it_is_stored(api: Api) -> None:
     path = f"job_templates/{api.template()}/survey_spec/"
     assert api.ask("GET", path) == (200, {})
     text = {"type": "text", "variable": "v", "default": "too long", "min": 0, "max": 1}
@@ -295,7 +295,7 @@ def test_surveys(api: Api) -> None:
     }
 
 
-def test_launches(api: Api) -> None:
+def test_a_launch_checks_the_answers_against_the_survey(api: Api) -> None:
     template = api.template(survey_enabled=True, extra_vars=json.dumps({"own": "x"}))
     questions = [
         {"type": "text", "variable": "name", "required": True, "min": 1, "max": 5, "default": ""},
@@ -350,7 +350,7 @@ def test_a_required_question_does_not_take_its_default(api: Api) -> None:
     assert told["variables_needed_to_start"] == ["'v' value missing"]
 
 
-def test_schedules(api: Api) -> None:
+def test_a_schedule_needs_a_complete_rule(api: Api) -> None:
     path = f"job_templates/{api.template()}/schedules/"
     good = "DTSTART:20260101T000000Z\nRRULE:FREQ=DAILY;INTERVAL=1"
     status, row = api.ask("POST", path, {"name": "s", "rrule": good})

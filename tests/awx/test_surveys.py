@@ -88,7 +88,7 @@ def test_create_with_the_defaults_left_alone(launch: Any) -> None:
     assert sandbox["name"] == "agent-1" and sandbox["ip"] and sandbox["tags"] == [] and sandbox["lease_expires_at"]
 
 
-def test_create_with_blanks_lines_and_lists(launch: Any, server: Any) -> None:
+def test_a_creation_takes_answers_with_blanks_lines_and_lists(launch: Any, server: Any) -> None:
     """F11, W4, W16: what people type and paste."""
     keys = f'{KEY} a@x\r\n# the next one is restricted\r\n\r\n  command="a,b" {KEY} b@x\r\n'
     status, result, output = launch("create", {
@@ -104,7 +104,7 @@ def test_create_with_blanks_lines_and_lists(launch: Any, server: Any) -> None:
     assert unquote(vm.config["sshkeys"]).split("\n")[:2] == [f"{KEY} a@x", f'command="a,b" {KEY} b@x']
 
 
-def test_create_with_a_network_and_cloud_init(launch: Any, server: Any, tmp_path: Path) -> None:
+def test_a_creation_takes_a_network_and_cloud_init(launch: Any, server: Any, tmp_path: Path) -> None:
     """F20: the options that people miss are questions too, and blank answers leave the template as it is."""
     (tmp_path / "vendor.yaml").write_text("#cloud-config\n{}\n")
     server.pve.hold_snippets(str(tmp_path))
@@ -189,7 +189,7 @@ def test_renew_and_destroy(launch: Any) -> None:
     assert status != 0 and "memory: '4 GB' is not valid. Valid: a whole number from 16 to" in output, output
 
 
-def test_prune_reconcile_and_doctor(launch: Any) -> None:
+def test_prune_reconcile_and_doctor_take_blank_answers(launch: Any) -> None:
     for template in ("prune check", "prune"):
         for answers in (
             {},
@@ -205,7 +205,7 @@ def test_prune_reconcile_and_doctor(launch: Any) -> None:
     assert status == 0 and result["findings"], output
 
 
-def test_job(launch: Any, runner: Runner) -> None:
+def test_a_job_takes_a_path_relative_to_the_project(launch: Any, runner: Runner) -> None:
     """A path is relative to the project, where AWX starts the job."""
     (runner.folder / "project" / "jobs").mkdir()
     tasks = f"- name: Work\n  ansible.builtin.copy: {{content: done, dest: {runner.folder}/made, mode: '0600'}}\n"

@@ -20,7 +20,7 @@ from support.lab import Lab
 ACTOR = f"{getpass.getuser()} (uid {os.getuid()}) via API"
 
 
-def test_health_and_status(daemon: Make, lab: Lab) -> None:
+def test_health_and_status_are_answered(daemon: Make, lab: Lab) -> None:
     lab.create("a1")
     one = daemon()
     assert one.good("GET", "/v1/healthz") == {"status": "ok"}
@@ -32,7 +32,7 @@ def test_health_and_status(daemon: Make, lab: Lab) -> None:
     assert status["operations"] == {"in_progress": 0, "interrupted": 0}
 
 
-def test_the_life_of_a_sandbox(daemon: Make, lab: Lab) -> None:
+def test_a_sandbox_lives_from_creation_to_absence_through_the_api(daemon: Make, lab: Lab) -> None:
     one = daemon()
     made = one.good("POST", "/v1/sandboxes", {"name": "a1", "ttl_minutes": 120, "tags": ["web"]}, 201)
     assert (made["state"], made["vmid"], made["outcome"], made["changed"]) == ("RUNNING", 1000, "created", True)
@@ -89,7 +89,7 @@ def test_the_life_of_a_sandbox(daemon: Make, lab: Lab) -> None:
     ]
 
 
-def test_the_list_and_its_filters(daemon: Make, lab: Lab) -> None:
+def test_the_list_is_filtered_by_state_and_tag(daemon: Make, lab: Lab) -> None:
     lab.create("a1", tags=["web"])
     lab.create("a2", tags=["db"])
     lab.timed_out("a3")
@@ -186,7 +186,7 @@ def test_reconcile_reports_and_applies(daemon: Make, lab: Lab) -> None:
     assert lab.record(1000).state == "FAILED"
 
 
-def test_the_sentences_of_the_seed(daemon: Make, lab: Lab) -> None:
+def test_fixed_sentences_are_answered_to_the_letter(daemon: Make, lab: Lab) -> None:
     lab.timed_out("a1")
     one = daemon()
     refused = one.post("/v1/sandboxes/1000/destroy", {"force": False})
@@ -398,7 +398,7 @@ def test_proxmox_that_cannot_be_reached_is_503(daemon: Make, lab: Lab) -> None:
     assert one.good("GET", "/v1/sandboxes/1000")["state"] == "RUNNING"
 
 
-def test_workspaces(daemon: Make, lab: Lab) -> None:
+def test_a_workspace_lives_from_creation_to_absence_through_the_api(daemon: Make, lab: Lab) -> None:
     one = daemon()
     made = one.post("/v1/workspaces", {"name": "w1", "size": "2G", "storage": "local-lvm"})
     assert (made.status, made.body["state"], made.body["size"], made.body["outcome"]) == (

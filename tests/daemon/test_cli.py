@@ -40,7 +40,7 @@ def test_a_protected_sandbox_is_refused_in_the_words_of_the_command_line(daemon:
     assert agentlab("sandbox", "destroy", "--force", vmids[0], socket=agentlabd.socket).returncode == 0
 
 
-def test_the_seeds_examples_to_the_letter(daemon: Make, lab: Lab) -> None:
+def test_fixed_sentences_are_printed_to_the_letter(daemon: Make, lab: Lab) -> None:
     one = daemon()
     lab.timed_out("orphan", vmid=1009)
 
@@ -89,7 +89,7 @@ def test_the_seeds_examples_to_the_letter(daemon: Make, lab: Lab) -> None:
     )
 
 
-def test_the_life_of_a_sandbox(daemon: Make, lab: Lab, tmp_path: Path) -> None:
+def test_a_sandbox_lives_from_creation_to_absence_by_commands(daemon: Make, lab: Lab, tmp_path: Path) -> None:
     one = daemon()
     keys = tmp_path / "id.pub"
     keys.write_text("ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIJ a@b\n")
@@ -192,7 +192,7 @@ def test_refusals_are_passed_on(daemon: Make, lab: Lab) -> None:
         assert found.stderr.startswith("Error: ttl: ") and part in found.stderr
 
 
-def test_status(daemon: Make, lab: Lab) -> None:
+def test_status_counts_the_sandboxes_of_each_state(daemon: Make, lab: Lab) -> None:
     one = daemon()
     lab.create("a1")
     found = agentlab("status", socket=one.socket)
@@ -212,7 +212,7 @@ auto_cleanup:
 """
 
 
-def test_cleanup(daemon: Make, lab: Lab) -> None:
+def test_cleanup_runs_freezes_and_is_released(daemon: Make, lab: Lab) -> None:
     one = daemon(cleanup=RULES)
 
     def run(*args: object) -> tuple[int, str, str]:
@@ -338,7 +338,7 @@ def test_another_user_is_refused_and_told_what_to_do(daemon: Make, lab: Lab, tmp
     )
 
 
-def test_progress_on_a_terminal(daemon: Make, lab: Lab) -> None:
+def test_a_terminal_shows_the_progress_of_a_prune(daemon: Make, lab: Lab) -> None:
     for vmid in range(1000, 1006):
         lab.timed_out(f"a{vmid}", vmid=vmid)
     one = daemon()
@@ -349,7 +349,7 @@ def test_progress_on_a_terminal(daemon: Make, lab: Lab) -> None:
     assert shown.endswith("\r\x1b[Kpruned 6 sandbox(es)\r\n")
 
 
-def test_completion_of_vmids(daemon: Make, lab: Lab) -> None:
+def test_vmids_of_a_real_daemon_are_completed(daemon: Make, lab: Lab) -> None:
     one = daemon()
     lab.create("a1", vmid=1000)
     lab.create("a2", vmid=1234)
@@ -360,7 +360,7 @@ def test_completion_of_vmids(daemon: Make, lab: Lab) -> None:
     assert found.stdout == "plain,1234\n"
 
 
-def test_workspaces(daemon: Make, lab: Lab) -> None:
+def test_a_workspace_lives_from_creation_to_absence_by_commands(daemon: Make, lab: Lab) -> None:
     path = daemon().socket
 
     def ws(*arguments: object) -> str:

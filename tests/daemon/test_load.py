@@ -16,7 +16,7 @@ from support.daemon import Make, ask
 from support.lab import Lab
 
 
-def test_hundreds_of_requests_at_once(daemon: Make, lab: Lab) -> None:
+def test_hundreds_of_requests_at_once_are_all_answered(daemon: Make, lab: Lab) -> None:
     for number in range(4):
         lab.create(f"a{number}")
     one = daemon()

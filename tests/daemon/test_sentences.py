@@ -202,7 +202,7 @@ def test_a_module_says_it(lab: Lab, tmp_path: Path) -> None:
     assert missing == []
 
 
-def test_a_certificate_that_expired(daemon: Make, lab: Lab, tmp_path: Path) -> None:
+def test_an_expired_certificate_is_told_with_its_day(daemon: Make, lab: Lab, tmp_path: Path) -> None:
     canned = Canned(tmp_path, lambda _sock, _head: None, days=-2)
     day = time.strftime("%Y-%m-%d", time.gmtime(time.time() - 2 * 86400))
     environment = {"PROXMOX_PORT": str(canned.port), "PROXMOX_CA_PATH": canned.cafile}
@@ -283,7 +283,7 @@ agentlab_sandbox.main()
 
 
 @pytest.mark.parametrize("room", [0, 1, 2, 4])
-def test_a_module_without_descriptors(lab: Lab, room: int) -> None:
+def test_a_module_without_descriptors_ends_with_a_sentence(lab: Lab, room: int) -> None:
     options = {"vmid": 1000, "ttl": "2h", "template": "debian-13", "database": lab.database}
     arguments = json.dumps({"ANSIBLE_MODULE_ARGS": options})
     environment = {**os.environ, **lab.server.environment(lab.folder), "PYTHONPATH": os.pathsep.join(sys.path)}

@@ -146,7 +146,7 @@ def test_a_start_that_fails_leaves_no_socket(daemon: Make) -> None:
     assert not os.path.exists(one.socket)
 
 
-def test_reload_good_and_broken(daemon: Make, tmp_path: Path) -> None:
+def test_a_reload_takes_good_files_and_keeps_the_old_values_over_broken_ones(daemon: Make, tmp_path: Path) -> None:
     one = daemon(metrics_listen=f"127.0.0.1:{free_port()}")
 
     def status() -> Any:

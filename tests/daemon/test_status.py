@@ -100,7 +100,7 @@ def test_a_start_that_waits_for_the_records_says_so(daemon: Make, lab: Lab) -> N
     assert agentlabd.log().count("the start waits") == 1
 
 
-def test_a_clock_that_jumped(daemon: Make, lab: Lab) -> None:
+def test_a_clock_that_jumped_is_a_condition(daemon: Make, lab: Lab) -> None:
     lab.create("a1")
     boot = time.clock_gettime(time.CLOCK_BOOTTIME)
     note = {

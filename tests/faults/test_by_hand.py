@@ -215,7 +215,7 @@ def test_many_vms_that_are_gone_at_once(lab: Lab) -> None:
     assert {one.state for one in lab.records()} == {"DESTROYED"} and lab.reconcile() == []
 
 
-def test_a_vm_without_a_record(lab: Lab) -> None:
+def test_a_vm_without_a_record_is_removed_as_told(lab: Lab) -> None:
     made = lab.create()
     config = dict(lab.pve.vm(made.vmid).config)
     lab.destroy(made.vmid, force=True)
@@ -245,7 +245,7 @@ def test_a_creation_that_failed_and_could_not_be_cleaned_up(lab: Lab) -> None:
 
 @pytest.mark.parametrize("kind", ["cut-before", "cut-after"])
 @pytest.mark.parametrize("then", ["destroy", "create"])
-def test_a_clone_in_doubt(lab: Lab, operator: Operator, kind: str, then: str) -> None:
+def test_a_clone_in_doubt_is_settled_as_told(lab: Lab, operator: Operator, kind: str, then: str) -> None:
     lab.pve.fault("POST", "/clone", kind)
     if kind == "cut-after":
         # Carried out: looked for, and gone on with.
@@ -355,7 +355,7 @@ def test_a_destroy_that_was_cut_off(lab: Lab, kind: str, way: str) -> None:
 # ---- workspaces ----
 
 
-def test_a_volume_that_somebody_attached(lab: Lab, operator: Operator) -> None:
+def test_a_volume_that_somebody_attached_is_freed_as_told(lab: Lab, operator: Operator) -> None:
     disk_by_hand(lab, BYSTANDER)
     made = lab.create()
 
@@ -368,7 +368,7 @@ def test_a_volume_that_somebody_attached(lab: Lab, operator: Operator) -> None:
 
 
 @pytest.mark.parametrize("what", ["attach", "detach"])
-def test_a_guest_without_hotplug(lab: Lab, what: str) -> None:
+def test_a_guest_without_hotplug_is_stopped_first_as_told(lab: Lab, what: str) -> None:
     workspace.present(lab.context(), "w1", size="1G", storage="local-lvm")
     made = lab.create(workspace="w1" if what == "detach" else None)
 

@@ -87,7 +87,7 @@ def _remove_all(rig: Rig) -> list[str]:
 
 
 @pytest.mark.parametrize("number", range(1 if SEED else 3))
-def test_many_processes_at_once(rig: Rig, number: int) -> None:
+def test_many_processes_at_once_keep_the_promises(rig: Rig, number: int) -> None:
     seed = SEED or random.SystemRandom().randrange(1, 10**6)
     print(f"\nAGENTLAB_TEST_SEED={seed}")
     dice = random.Random(seed)
@@ -196,7 +196,7 @@ def chosen_pairs() -> list[tuple[str, str]]:
     return PAIRS if os.environ.get("AGENTLAB_FAULTS") == "all" else random.Random(FAULTS_SEED).sample(PAIRS, 9)
 
 
-def test_two_operations_at_the_same_moment(rig: Rig) -> None:
+def test_two_operations_at_the_same_moment_keep_the_promises(rig: Rig) -> None:
     """Each of nine operations races each of them on a sandbox whose lease ends in that second."""
     rig.must("create", name="a", ttl=3600, vmid=1001)
     rig.keep()

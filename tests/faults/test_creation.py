@@ -173,7 +173,7 @@ def test_the_protection_of_a_template_does_not_bar_the_rest_of_a_creation(lab: L
         ("a:b,size=1048576", "+1M", "2048K"),
     ],
 )
-def test_the_sum_of_sizes(drive: str, more: str, size: str) -> None:
+def test_a_disk_grows_to_the_sum_of_the_sizes(drive: str, more: str, size: str) -> None:
     assert vm_config.grown(drive, more) == size
 
 

@@ -227,7 +227,9 @@ def table(request: pytest.FixtureRequest) -> Table:
 @pytest.mark.parametrize("part", range(PARTS))
 @pytest.mark.parametrize("times", [1, 99], ids=["once", "lasting"])
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_every_error_to_every_request(lab: Lab, table: Table, name: str, times: int, part: int) -> None:
+def test_every_error_to_every_request_keeps_the_promises(
+    lab: Lab, table: Table, name: str, times: int, part: int
+) -> None:
     requests = one_of_each(good_requests()[name])
     assert requests
     for place, asked in list(enumerate(requests))[part::PARTS]:
@@ -245,7 +247,7 @@ def test_every_error_to_every_request(lab: Lab, table: Table, name: str, times: 
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_several_errors_at_once(lab: Lab, table: Table, name: str) -> None:
+def test_several_errors_at_once_keep_the_promises(lab: Lab, table: Table, name: str) -> None:
     """Two to four of them, at any of the requests that a good run makes, some once and some lasting."""
     dice = random.Random(f"{SEED} {name}")
     table.try_out(
@@ -260,7 +262,7 @@ def test_several_errors_at_once(lab: Lab, table: Table, name: str) -> None:
 @pytest.mark.parametrize(
     "name", [name for name in OPERATIONS if name not in ("info", "workspace present", "workspace absent")]
 )
-def test_errors_while_tasks_are_slow(lab: Lab, table: Table, name: str) -> None:
+def test_errors_while_tasks_are_slow_keep_the_promises(lab: Lab, table: Table, name: str) -> None:
     """Tasks that take a while, or longer than is waited for them, and one error or two besides."""
     dice = random.Random(f"{SEED} slow {name}")
     kinds = sorted(

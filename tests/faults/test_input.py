@@ -140,7 +140,7 @@ def test_public_keys_that_pass_are_one_line(key: str) -> None:
 
 @LOOSE
 @given(value=st.one_of(ANY, st.integers(), st.floats(), st.none(), st.booleans(), st.lists(st.integers(), max_size=2)))
-def test_ttl_of_any_kind(lab: Lab, value: Any) -> None:
+def test_a_ttl_of_any_kind_is_read_or_refused_by_name(lab: Lab, value: Any) -> None:
     try:
         found = lab_context(lab).config.parse_ttl(value)
     except InvalidInput as error:
@@ -233,7 +233,7 @@ VALUES = st.recursive(
 
 @LOOSE
 @given(content=st.one_of(st.dictionaries(KEYS, VALUES, max_size=4), VALUES))
-def test_configuration_of_any_shape(content: Any) -> None:
+def test_a_configuration_of_any_shape_is_read_or_refused_by_name(content: Any) -> None:
     import yaml
 
     with tempfile.TemporaryDirectory() as folder:
@@ -251,7 +251,7 @@ def test_configuration_of_any_shape(content: Any) -> None:
         st.binary(max_size=200), st.text(alphabet="abc:-[]{}&*!|>'\"#%@` \n\t", max_size=100).map(str.encode)
     )
 )
-def test_configuration_of_any_bytes(content: bytes) -> None:
+def test_a_configuration_of_any_bytes_is_read_or_refused_by_name(content: bytes) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "config.yaml"
         path.write_bytes(content)
@@ -263,7 +263,7 @@ def test_configuration_of_any_bytes(content: bytes) -> None:
 
 @LOOSE
 @given(name=st.sampled_from(sorted(config.DEFAULTS)), value=VALUES)
-def test_options_of_any_kind(name: str, value: Any) -> None:
+def test_an_option_of_any_kind_is_read_or_refused_by_name(name: str, value: Any) -> None:
     try:
         config.load({name: value, "config_file": None}, {"AGENTLAB_CONFIG": "/nonexistent/config.yaml"})
     except InvalidInput as error:

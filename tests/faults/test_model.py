@@ -209,7 +209,7 @@ class Life(RuleBasedStateMachine):
         self.before = now
 
 
-def test_the_model() -> None:
+def test_any_sequence_of_operations_and_faults_keeps_the_promises() -> None:
     run_state_machine_as_test(
         Life,
         settings=settings(

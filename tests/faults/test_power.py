@@ -306,7 +306,7 @@ def test_a_request_that_is_refused_leaves_nothing_unfinished(lab: Lab, operation
     lab.power(operation, vmid)
 
 
-def test_two_that_ask_at_once(lab: Lab) -> None:
+def test_several_starts_at_once_start_the_vm_once(lab: Lab) -> None:
     vmid = sandbox(lab, "RUNNING", STOPPED)
     ctx: Any = lab.context()
     done = ctx.each(lambda _n: lab.power("start", vmid, claim_timeout="20s"), [1, 2, 3])

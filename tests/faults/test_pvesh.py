@@ -86,7 +86,7 @@ def calls(lab: Lab) -> list[str]:
 
 
 @pytest.mark.parametrize("node", ["pve1", "pve2"])
-def test_the_whole_life_through_pvesh(lab: Lab, node: str) -> None:
+def test_a_sandbox_lives_through_pvesh(lab: Lab, node: str) -> None:
     """On this node, and on another one, whose answers are glued to the log of their tasks."""
     lab.pve.add_node("pve2")
     lab.pve.add_template(9001, "on-pve2", node="pve2")
@@ -292,7 +292,7 @@ def test_a_workspace_and_a_security_group_through_pvesh(lab: Lab) -> None:
     )
 
 
-def test_several_at_once_and_absence(lab: Lab) -> None:
+def test_several_destroys_through_pvesh_prove_absence(lab: Lab) -> None:
     vmids = [lab.create(name=f"a{number}").vmid for number in range(3)]
     lab.pve.remove_vm(vmids[1])
     vm = lab.pve.make_foreign(vmids[2], running=True)

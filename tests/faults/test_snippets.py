@@ -229,7 +229,7 @@ def test_data_that_cloud_init_would_not_understand_is_refused_without_showing_it
     assert "password" not in caught.value.message
 
 
-def test_waiting_for_cloud_init(lab: Lab) -> None:
+def test_a_creation_waits_for_the_end_of_cloud_init(lab: Lab) -> None:
     lab.pve.cloud_init_delay = 0.3
     assert make(lab, wait_for_cloud_init=True, wait_for_ip=True).state == "RUNNING"
     lab.pve.cloud_init_errors = None

@@ -143,7 +143,9 @@ def test_a_stale_list_that_calls_a_vm_a_template_is_not_believed(lab: Lab) -> No
     ],
 )
 @pytest.mark.parametrize("drive", ["none,media=cdrom", "local:iso/debian.iso,media=cdrom", None])
-def test_a_cloud_init_option_without_a_cloud_init_drive(lab: Lab, option: str, value: Any, drive: str | None) -> None:
+def test_a_cloud_init_option_without_a_cloud_init_drive_is_refused(
+    lab: Lab, option: str, value: Any, drive: str | None
+) -> None:
     config = lab.pve.vm(9000).config
     config.pop("ide2")
     if drive:
@@ -158,7 +160,7 @@ def test_a_cloud_init_option_without_a_cloud_init_drive(lab: Lab, option: str, v
 @pytest.mark.parametrize(
     "drive", ["local-lvm:vm-9000-cloudinit,media=cdrom", "local:9000/vm-9000-cloudinit.qcow2,media=cdrom,size=4M"]
 )
-def test_a_cloud_init_drive_of_any_storage(drive: str) -> None:
+def test_a_cloud_init_drive_of_any_storage_is_recognized(drive: str) -> None:
     assert vm_config.has_cloud_init_drive({"scsi1": drive}) and not vm_config.has_cloud_init_drive(
         {"efidisk0": drive, "name": drive}
     )

@@ -249,7 +249,7 @@ def test_a_change_by_somebody_else_meanwhile_stays(lab: Lab) -> None:
     assert identity.markers(lab.pve.vm(1000).config) == {lab.records()[0].uuid}
 
 
-def test_states_and_suspension(lab: Lab) -> None:
+def test_an_update_is_refused_in_a_state_that_does_not_allow_it(lab: Lab) -> None:
     present(lab)
     lab.power("suspend", 1000)
     with pytest.raises(
@@ -283,7 +283,7 @@ def test_a_description_cannot_forge_what_is_ours(lab: Lab, text: str) -> None:
         present(lab, description=text)
 
 
-def test_allow_restart_without_update(lab: Lab) -> None:
+def test_allow_restart_without_update_is_refused(lab: Lab) -> None:
     with pytest.raises(InvalidInput, match="allow_restart: has an effect together with update only"):
         present(lab, allow_restart=True)
 

@@ -121,7 +121,7 @@ def test_a_refusal_of_something_else_is_none_of_a_tag(lab: Lab) -> None:
         ({"ide2": "local:iso/x.iso,media=cdrom", "efidisk0": "a:b", "tpmstate0": "a:c", "unused0": "a:d"}, None),
     ],
 )
-def test_the_disk_that_proxmox_boots_from(config: dict[str, Any], disk: str | None) -> None:
+def test_the_boot_disk_is_the_disk_that_proxmox_boots_from(config: dict[str, Any], disk: str | None) -> None:
     assert vm_config.boot_disk(config) == disk
 
 
@@ -197,6 +197,6 @@ def test_a_second_interface_a_vlan_and_the_rest(lab: Lab) -> None:
         ("virtio", {"bridge": "vmbr1", "vlan_tag": 5}, "virtio,bridge=vmbr1,tag=5"),
     ],
 )
-def test_an_interface(current: str, values: dict[str, Any], expected: str) -> None:
+def test_an_interface_keeps_what_is_not_asked_for(current: str, values: dict[str, Any], expected: str) -> None:
     values = {"bridge": None, "firewall": None, **values}
     assert vm_config.network(current, **values) == expected
