@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from support.double import Server
 from support.lab import Lab
 from support.shards import keep_part
 
@@ -50,6 +51,15 @@ def snippet_lab(tmp_path: Path, folder: Path) -> Iterator[Lab]:
     made.pve.hold_snippets(str(folder))
     yield made
     made.stop()
+
+
+@pytest.fixture
+def other_cluster(tmp_path: Path) -> Iterator[Server]:
+    """Yield a second cluster, which has another certificate authority and the template."""
+    server = Server(str(tmp_path))
+    server.pve.add_template()
+    yield server
+    server.stop()
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

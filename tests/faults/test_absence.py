@@ -279,19 +279,11 @@ def test_quorum_is_read_where_it_is_live(lab: Lab, cached: int) -> None:
 # ---- the wrong cluster ----
 
 
-@pytest.fixture
-def other(tmp_path: Any) -> Iterator[Server]:
-    made = Server(str(tmp_path))
-    made.pve.add_template()
-    yield made
-    made.stop()
-
-
 @pytest.mark.way(12)
 @pytest.mark.parametrize("count", [1, 5])
-def test_records_of_another_cluster_conclude_nothing(lab: Lab, other: Server, count: int) -> None:
+def test_records_of_another_cluster_conclude_nothing(lab: Lab, other_cluster: Server, count: int) -> None:
     ours = [lab.timed_out(f"b{n}") for n in range(count)]
-    ctx = lab.context(server=other)
+    ctx = lab.context(server=other_cluster)
     from ansible_collections.agentlab.proxmox.plugins.module_utils._core.maintenance import prune, reconcile
     from ansible_collections.agentlab.proxmox.plugins.module_utils._core.sandboxes import create, destroy
 
@@ -300,41 +292,41 @@ def test_records_of_another_cluster_conclude_nothing(lab: Lab, other: Server, co
         report.kept[0].message or ""
     )
     for _dummy in range(2):
-        assert not [one for one in reconcile.run(lab.context(server=other), apply=True) if one.applied]
-    outcome = destroy.run(lab.context(server=other), [(ours[0], destroy.Request(force=True))])[0]
+        assert not [one for one in reconcile.run(lab.context(server=other_cluster), apply=True) if one.applied]
+    outcome = destroy.run(lab.context(server=other_cluster), [(ours[0], destroy.Request(force=True))])[0]
     assert outcome.failed and "not the cluster" in (outcome.message or "")
     with pytest.raises(Kept, match="not the cluster"):
-        create.run(lab.context(server=other), create.Spec(name="new", ttl=60))
+        create.run(lab.context(server=other_cluster), create.Spec(name="new", ttl=60))
     for one in ours:
         unchanged(lab, one)
-    assert not [line for line in other.pve.requests if line[0] != "GET"]
+    assert not [line for line in other_cluster.pve.requests if line[0] != "GET"]
 
 
-def test_stranger_at_our_vmid_on_another_cluster_does_not_end_the_record(lab: Lab, other: Server) -> None:
+def test_stranger_at_our_vmid_on_another_cluster_does_not_end_the_record(lab: Lab, other_cluster: Server) -> None:
     ours = lab.timed_out()
-    vm = other.pve.add_vm(
+    vm = other_cluster.pve.add_vm(
         ours.vmid, "theirs", status="running", config={"smbios1": "uuid=22222222-1111-4111-8111-111111111111"}
     )
     from ansible_collections.agentlab.proxmox.plugins.module_utils._core.maintenance import prune, reconcile
     from ansible_collections.agentlab.proxmox.plugins.module_utils._core.sandboxes import lease
 
-    assert [one.reason for one in prune.run(lab.context(server=other), prune.Selection()).kept] == ["unknown"]
+    assert [one.reason for one in prune.run(lab.context(server=other_cluster), prune.Selection()).kept] == ["unknown"]
     assert not [
         one
-        for one in reconcile.run(lab.context(server=other), apply=True)
+        for one in reconcile.run(lab.context(server=other_cluster), apply=True)
         if one.applied and one.kind != "still_running"
     ]
-    lease.expire(lab.context(server=other))
+    lease.expire(lab.context(server=other_cluster))
     unchanged(lab, ours)
-    assert other.pve.touched(vm.vmid) == [] and vm in other.pve.vms and vm.status == "running"
+    assert other_cluster.pve.touched(vm.vmid) == [] and vm in other_cluster.pve.vms and vm.status == "running"
 
 
-def test_cluster_without_a_readable_authority_is_not_ours(lab: Lab, other: Server) -> None:
+def test_cluster_without_a_readable_authority_is_not_ours(lab: Lab, other_cluster: Server) -> None:
     ours = lab.timed_out()
-    other.pve.fail("GET", "/certificates/info", 403, "Permission check failed")
+    other_cluster.pve.fail("GET", "/certificates/info", 403, "Permission check failed")
     from ansible_collections.agentlab.proxmox.plugins.module_utils._core.maintenance import prune
 
-    assert [one.reason for one in prune.run(lab.context(server=other), prune.Selection()).kept] == ["unknown"]
+    assert [one.reason for one in prune.run(lab.context(server=other_cluster), prune.Selection()).kept] == ["unknown"]
     unchanged(lab, ours)
 
 

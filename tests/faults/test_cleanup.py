@@ -39,16 +39,6 @@ def policy(*each: str, guard: str = "{count: 100, percent: 100}", more: str = ""
     )
 
 
-def cut_off(lab: Lab, operation: str, phase: str = "stopping") -> int:
-    """A destroy that was killed before its delete was decided."""
-    made = lab.timed_out("a1")
-    ctx = lab.context()
-    claim = ctx.records.claim(made.uuid, "destroy", wait=0)
-    ctx.records.journal(claim, "destroy", phase, {"operation": operation, "force": True})
-    ctx.records.release(claim)
-    return made.vmid
-
-
 def test_what_comes_free_after_the_guard_has_counted_is_left_for_the_next_run(lab: Lab) -> None:
     for number in range(6):
         lab.timed_out(f"a{number}")
@@ -74,7 +64,9 @@ def test_what_comes_free_after_the_guard_has_counted_is_left_for_the_next_run(la
 
 @pytest.mark.parametrize("why", ["frozen", "kept by a rule now", "nothing"])
 def test_a_destroy_of_a_rule_that_was_cut_off_is_decided_anew_by_the_rules(lab: Lab, why: str) -> None:
-    vmid = cut_off(lab, "cleanup")
+    made = lab.timed_out("a1")
+    lab.interrupt_destroy(made, "cleanup")
+    vmid = made.vmid
     if why == "frozen":
         cleanup.freeze(lab.context(), "storage maintenance")
     found = lab.reconcile()
@@ -93,7 +85,9 @@ def test_a_prune_that_was_cut_off_rests_while_the_clock_is_doubtful(lab: Lab) ->
     lab.clock = FakeClock()
     lab.options["clock_jump_pause"] = "10m"
     lab.expire()
-    vmid = cut_off(lab, "prune")
+    made = lab.timed_out("a1")
+    lab.interrupt_destroy(made, "prune")
+    vmid = made.vmid
     lab.clock.jump(86400)
     lab.reconcile()
     assert lab.record(vmid).state == "TIMEOUT" and lab.pve.vm(vmid) is not None
@@ -101,7 +95,9 @@ def test_a_prune_that_was_cut_off_rests_while_the_clock_is_doubtful(lab: Lab) ->
 
 @pytest.mark.parametrize("operation", ["destroy", "prune"])
 def test_what_a_person_asked_for_is_finished(lab: Lab, operation: str) -> None:
-    vmid = cut_off(lab, operation)
+    made = lab.timed_out("a1")
+    lab.interrupt_destroy(made, operation)
+    vmid = made.vmid
     lab.reconcile()
     assert lab.record(vmid).state == "DESTROYED" and lab.pve.vm(vmid) is None
 

@@ -306,17 +306,9 @@ def test_a_look_that_fails_once_does_not_end_the_wait(lab: Lab, asked: str) -> N
 # ---- what was cut off, and the passes of the daemon ----
 
 
-def cut_off_destroy(lab: Lab) -> Any:
-    made = lab.create("a1")
-    ctx = lab.context()
-    claim = ctx.records.claim(made.uuid, "destroy")
-    ctx.records.journal(claim, "destroy", "stopping", {"operation": "destroy", "force": True})
-    ctx.records.release(claim)
-    return made
-
-
 def test_expiry_leaves_a_destroy_that_was_cut_off_to_be_finished(lab: Lab) -> None:
-    made = cut_off_destroy(lab)
+    made = lab.create("a1")
+    lab.interrupt_destroy(made)
     lab.context().database.write(
         lambda conn: conn.execute("UPDATE sandboxes SET lease_expires_at = 1 WHERE uuid = ?", (made.uuid,)) and None
     )
@@ -329,7 +321,8 @@ def test_expiry_leaves_a_destroy_that_was_cut_off_to_be_finished(lab: Lab) -> No
 
 @pytest.mark.parametrize("operation", ["stop", "suspend", "complete"])
 def test_a_destroy_that_was_cut_off_is_not_forgotten_for_another_operation(lab: Lab, operation: str) -> None:
-    made = cut_off_destroy(lab)
+    made = lab.create("a1")
+    lab.interrupt_destroy(made)
     with pytest.raises(Kept, match="a destroy of sandbox 1000 was cut off; destroy it again or run agentlab_reconcile"):
         lab.power(operation, made.vmid)
     lab.reconcile()

@@ -155,33 +155,25 @@ def test_two_databases_on_one_cluster_touch_only_their_own(lab: Lab, tmp_path: A
     assert third == ["destroyed"] * 2 and lab.leftovers() == NOTHING_LEFT
 
 
-@pytest.fixture
-def other(tmp_path: Any) -> Iterator[Server]:
-    made = Server(str(tmp_path))
-    made.pve.add_template()
-    yield made
-    made.stop()
-
-
 @pytest.mark.parametrize("first", [True, False])
 def test_another_cluster_with_a_restored_copy_of_one_of_ours_says_nothing_of_the_others(
-    lab: Lab, other: Server, first: bool
+    lab: Lab, other_cluster: Server, first: bool
 ) -> None:
     """A test cluster into which a sandbox's backup was restored: that VM carries both marks, and is still no proof
     that this is our cluster.
     """
     ours = [lab.timed_out(f"b{number}") for number in range(5)]
     copied = ours[0] if first else ours[-1]
-    other.pve.add_vm(copied.vmid, copied.name, status="stopped", config=dict(lab.pve.vm(copied.vmid).config))
+    other_cluster.pve.add_vm(copied.vmid, copied.name, status="stopped", config=dict(lab.pve.vm(copied.vmid).config))
     gone = {sandbox.uuid for sandbox in ours} - {copied.uuid}
-    prune.run(lab.context(server=other), prune.Selection())
+    prune.run(lab.context(server=other_cluster), prune.Selection())
     for _dummy in range(2):
         try:
-            reconcile.run(lab.context(server=other), apply=True)
+            reconcile.run(lab.context(server=other_cluster), apply=True)
         except AgentlabError as error:
             assert error.message
     others = [sandbox for sandbox in ours if sandbox.uuid in gone]
-    destroy.run(lab.context(server=other), [(sandbox, destroy.Request(force=True)) for sandbox in others])
+    destroy.run(lab.context(server=other_cluster), [(sandbox, destroy.Request(force=True)) for sandbox in others])
     assert {lab.record(sandbox).state for sandbox in others} == {"TIMEOUT"}
     assert all(lab.pve.vm(sandbox.vmid) is not None for sandbox in ours)
     # The copy itself may have gone (both its marks are ours); the original has not, so its record is not to be trusted

@@ -52,18 +52,9 @@ def grant(lab: Lab, *, but: tuple[str, str] | None = None) -> None:
         lab.pve.grant(TOKEN_ID, path, *kept)
 
 
-def whole_life(lab: Lab) -> None:
-    """Every request that we make, once."""
-    made = lab.create(cores=3, memory=1024, disk_size="20G", bridge="vmbr1", ip_config="ip=dhcp", wait_for_ip=True)
-    lab.power("stop", made.vmid)
-    lab.power("start", made.vmid)
-    outcome = lab.destroy(made.vmid, force=True)[0]
-    assert outcome.state == "DESTROYED", outcome.message
-
-
 def test_the_documented_privileges_are_enough(lab: Lab) -> None:
     grant(lab)
-    whole_life(lab)
+    lab.pass_whole_life()
 
 
 @pytest.mark.parametrize(
@@ -88,7 +79,7 @@ def test_a_missing_privilege_is_named(lab: Lab, path: str, privilege: str) -> No
         lab.pve.fail("GET", "/cluster/ha/status/current", 403, "Permission check failed (/, Sys.Audit)")
         lab.pve.fail("GET", "/cluster/status", 403, "Permission check failed (/, Sys.Audit)")
     with pytest.raises(AgentlabError) as caught:
-        whole_life(lab)
+        lab.pass_whole_life()
     assert privilege in caught.value.message and "403" in caught.value.message, caught.value.message
     assert TOKEN_SECRET not in str(caught.value.as_dict())
     lab.calm()
@@ -99,7 +90,7 @@ def test_a_missing_privilege_is_named(lab: Lab, path: str, privilege: str) -> No
 
 
 def test_no_secret_is_in_the_database(lab: Lab) -> None:
-    whole_life(lab)
+    lab.pass_whole_life()
     lab.pve.fail("POST", "/qemu/9000/clone", 403, f"refused {TOKEN_ID}")
     with pytest.raises(AgentlabError):
         lab.create(name="a2")

@@ -20,7 +20,6 @@ from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors impo
     InvalidInput,
     ProxmoxError,
 )
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.model import Outcome
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.sandboxes import (
     create,
     template,
@@ -43,17 +42,11 @@ def lab(tmp_path: Path) -> Iterator[Lab]:
     made.stop()
 
 
-def outcome_of(lab: Lab, options: dict[str, Any] | None = None, **values: Any) -> Outcome:
-    """Create a sandbox as a module does, and return the whole outcome."""
-    ctx = lab.context(**(options or {}))
-    return create.run(ctx, wanted.spec(ctx, {"name": "a1", **values}))
-
-
 def refused(lab: Lab, options: dict[str, Any] | None = None, **values: Any) -> str:
     """The sentence of a creation that is refused before anything is made."""
     lab.pve.requests.clear()
     with pytest.raises(AgentlabError) as caught:
-        outcome_of(lab, options, **values)
+        lab.present(options=options, **values)
     assert lab.records() == [] and {method for method, _path, _body in lab.pve.requests} <= {"GET"}
     return str(caught.value.message)
 
@@ -69,10 +62,10 @@ def test_one_name_on_two_nodes_means_the_one_on_the_node_that_is_wanted(lab: Lab
     lab.pve.add_node("pve2")
     lab.pve.add_node("pve3")
     lab.pve.add_template(9001, "debian-13", node="pve2")
-    first, second = outcome_of(lab, node="pve2"), outcome_of(lab, name="a2", options={"node": "pve1"})
+    first, second = lab.present(node="pve2"), lab.present(name="a2", options={"node": "pve1"})
     assert [one.sandbox.node for one in (first, second) if one.sandbox] == ["pve2", "pve1"]
     # Where no node is named, one of those that have it is chosen, and its own template is cloned.
-    third = outcome_of(lab, name="a3")
+    third = lab.present(name="a3")
     assert third.sandbox is not None and third.sandbox.node in ("pve1", "pve2")
     assert third.extra["placement"]["node"] == third.sandbox.node
     assert "(9000 on pve1, 9001 on pve2), none of them on node pve3" in refused_name(lab, node="pve3")
@@ -84,7 +77,7 @@ def test_one_name_on_two_nodes_means_the_one_on_the_node_that_is_wanted(lab: Lab
 
 def refused_name(lab: Lab, **values: Any) -> str:
     with pytest.raises(InvalidInput) as caught:
-        outcome_of(lab, name="other", **values)
+        lab.present(name="other", **values)
     return str(caught.value.message)
 
 
@@ -92,7 +85,7 @@ def refused_name(lab: Lab, **values: Any) -> str:
 def test_a_template_that_the_list_does_not_show_as_one_yet(lab: Lab, asked: str) -> None:
     lab.pve.listing_lag = 60.0
     lab.pve._born[9000] = time.time()
-    assert outcome_of(lab, template=asked).state == "RUNNING"
+    assert lab.present(template=asked).state == "RUNNING"
 
 
 def test_what_is_no_template_is_told_as_what_it_is(lab: Lab) -> None:
@@ -109,7 +102,7 @@ def test_a_template_that_may_be_on_an_offline_node_is_not_called_missing(lab: La
     """Without the cluster's status it is not known whether the list is whole."""
     lab.pve.fault("GET", "/cluster/status", "answer", status=502, body="<html>", times=99)
     with pytest.raises(ProxmoxError, match="502"):
-        outcome_of(lab, template="debian-99")
+        lab.present(template="debian-99")
 
 
 def test_a_template_that_cannot_be_read_is_not_called_none(lab: Lab) -> None:
@@ -154,7 +147,7 @@ def test_a_cloud_init_option_without_a_cloud_init_drive_is_refused(
     assert message.startswith(
         f"{option}: template 9000 (debian-13) has no cloud-init drive, so it would have no effect"
     )
-    assert outcome_of(lab).state == "RUNNING"
+    assert lab.present().state == "RUNNING"
 
 
 @pytest.mark.parametrize(
@@ -174,7 +167,7 @@ def test_more_cores_than_the_node_has(lab: Lab) -> None:
     assert refused(lab, cores=3).startswith(
         "cores: 3 (times 2 sockets of the template) is more than the 4 CPUs of node pve1"
     )
-    assert outcome_of(lab, cores=2).state == "RUNNING"
+    assert lab.present(cores=2).state == "RUNNING"
 
 
 def test_a_storage_that_the_node_does_not_have(lab: Lab) -> None:
@@ -185,7 +178,7 @@ def test_a_storage_that_the_node_does_not_have(lab: Lab) -> None:
     )
     assert refused(lab, options={"storage": "nas"}) == message
     lab.pve.counted.clear()
-    outcome_of(lab)
+    lab.present()
     assert lab.pve.counted["GET /nodes/{node}/storage"] == 0 and lab.pve.counted["GET /cluster/resources"] <= 3
 
 
@@ -199,11 +192,11 @@ def test_a_second_interface_that_is_not_there(lab: Lab, option: str) -> None:
 
 
 def test_the_storage_of_the_configuration_makes_no_full_clone_where_the_template_lies_on_it(lab: Lab) -> None:
-    outcome_of(lab, options={"storage": "local-lvm"})
+    lab.present(options={"storage": "local-lvm"})
     assert "full" not in clone_of(lab) and "storage" not in clone_of(lab)
-    outcome_of(lab, name="a2", options={"storage": "local-lvm"}, full_clone=True)
+    lab.present(name="a2", options={"storage": "local-lvm"}, full_clone=True)
     assert str(clone_of(lab)["full"]) == "1" and clone_of(lab)["storage"] == "local-lvm"
-    outcome_of(lab, name="a3", options={"storage": "local-lvm"}, full_clone=False)
+    lab.present(name="a3", options={"storage": "local-lvm"}, full_clone=False)
     assert str(clone_of(lab)["full"]) == "0" and "storage" not in clone_of(lab)
 
 
@@ -239,7 +232,7 @@ def test_a_storage_without_linked_clones_still_gets_full_ones(lab: Lab) -> None:
         "Linked clone feature is not supported for 'local-lvm:base-9000-disk-0' (scsi0)",
         times=1,
     )
-    outcome = outcome_of(lab, options={"storage": "local-lvm"})
+    outcome = lab.present(options={"storage": "local-lvm"})
     assert outcome.state == "RUNNING" and str(clone_of(lab)["full"]) == "1" and clone_of(lab)["storage"] == "local-lvm"
 
 
@@ -277,7 +270,7 @@ def test_a_refused_clone_names_our_option_and_the_remedy(
 ) -> None:
     lab.pve.fail("POST", "/qemu/9000/clone", status, text)
     with pytest.raises(CreationFailed) as failed:
-        outcome_of(lab, **values)
+        lab.present(**values)
     message = failed.value.message
     assert message.startswith(f"sandbox 1000 could not be created: {words}") or words in message
     assert message.endswith("; nothing was made for it") and text.split(" (")[0] in message
@@ -287,7 +280,7 @@ def test_a_pool_on_which_nothing_is_granted(lab: Lab) -> None:
     lab.pve.grant_least(TOKEN_ID, pool="mine")
     lab.pve.grant(TOKEN_ID, "/", "Sys.Audit")
     with pytest.raises(CreationFailed, match="pool: 'nopool' does not exist"):
-        outcome_of(lab, pool="nopool")
+        lab.present(pool="nopool")
 
 
 @pytest.mark.parametrize(
@@ -301,14 +294,14 @@ def test_a_pool_on_which_nothing_is_granted(lab: Lab) -> None:
 def test_a_failed_start_names_our_option(lab: Lab, text: str, values: dict[str, Any], words: str) -> None:
     lab.pve.next_task("qmstart", "fail", text=text)
     with pytest.raises(CreationFailed, match="what was made for it has been removed") as failed:
-        outcome_of(lab, **values)
+        lab.present(**values)
     assert words in failed.value.message and text in failed.value.message
 
 
 def test_nothing_is_removed_where_nothing_was_made(lab: Lab) -> None:
     lab.pve.fault("POST", "/qemu/9000/clone", "answer", status=500, body='{"data": null, "message": "boom"}', times=3)
     with pytest.raises(AgentlabError, match="nothing was made for it"):
-        outcome_of(lab)
+        lab.present()
     assert lab.destroy(1000, force=True)[0].state == "DESTROYED" and lab.pve.touched(1000) == []
 
 

@@ -21,9 +21,7 @@ from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors impo
     Kept,
     StateConflict,
 )
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.model import Outcome
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.proxmox import identity
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.sandboxes import create, wanted
 
 from support.lab import Lab
 
@@ -38,12 +36,6 @@ def lab(tmp_path: Path) -> Iterator[Lab]:
     made = Lab(tmp_path)
     yield made
     made.stop()
-
-
-def present(lab: Lab, dry_run: bool = False, options: dict[str, Any] | None = None, **values: Any) -> Outcome:
-    """Ask for the sandbox a1 as a module does."""
-    ctx = lab.context(dry_run=dry_run, **(options or {}))
-    return create.run(ctx, wanted.spec(ctx, {"name": "a1", **values}))
 
 
 def writes(lab: Lab) -> list[tuple[str, str]]:
@@ -101,10 +93,10 @@ def writes(lab: Lab) -> list[tuple[str, str]]:
 def test_an_option_that_differs_is_told_by_its_name(
     lab: Lab, first: dict[str, Any], again: dict[str, Any], words: str
 ) -> None:
-    present(lab, **first)
+    lab.present(**first)
     lab.pve.requests.clear()
     for dry_run in (False, True):
-        outcome = present(lab, dry_run, **again)
+        outcome = lab.present(dry_run=dry_run, **again)
         warnings = outcome.told_warnings(_adapter.REMEDIES)
         assert outcome.outcome == "unchanged" and len(warnings) == 1 and words in warnings[0], warnings
     assert lab.pve.requests == [], "records alone tell it"
@@ -130,12 +122,12 @@ def test_an_option_that_differs_is_told_by_its_name(
     ],
 )
 def test_what_does_not_differ_is_not_told(lab: Lab, first: dict[str, Any], again: dict[str, Any]) -> None:
-    present(lab, **first)
-    assert present(lab, **again).told_warnings(None) == []
+    lab.present(**first)
+    assert lab.present(**again).told_warnings(None) == []
 
 
 def test_nothing_secret_is_kept(lab: Lab) -> None:
-    present(lab, cloud_init_password="hunter2-secret", ssh_public_keys=[KEY])
+    lab.present(cloud_init_password="hunter2-secret", ssh_public_keys=[KEY])
     told = str(lab.events(lab.records()[0]))
     assert "hunter2" not in told and "AAAAC3" not in told
 
@@ -144,7 +136,7 @@ def test_nothing_secret_is_kept(lab: Lab) -> None:
 
 
 def test_tags_and_description_of_a_sandbox_that_runs(lab: Lab) -> None:
-    present(lab, tags=["ci"], description="first\n\nwith a paragraph")
+    lab.present(tags=["ci"], description="first\n\nwith a paragraph")
     vm = lab.pve.vm(1000)
     assert identity.own_text(vm.config) == "first\n\nwith a paragraph" and identity.markers(vm.config) == {
         lab.records()[0].uuid
@@ -152,9 +144,9 @@ def test_tags_and_description_of_a_sandbox_that_runs(lab: Lab) -> None:
     vm.config["tags"] += ";by-hand"
     lab.pve.requests.clear()
     asked = {"tags": ["night"], "description": "second", "update": True}
-    would = present(lab, True, **asked)
+    would = lab.present(dry_run=True, **asked)
     assert would.outcome == "would_update" and would.changed and writes(lab) == []
-    done = present(lab, **asked)
+    done = lab.present(**asked)
     assert done.outcome == "updated" and done.extra == would.extra
     assert done.extra == {
         "after": {"tags": ["night"], "description": "second"},
@@ -169,9 +161,9 @@ def test_tags_and_description_of_a_sandbox_that_runs(lab: Lab) -> None:
     puts = [one["params"] for one in lab.pve.history if one["method"] == "PUT" and one["path"].endswith("/1000/config")]
     assert puts[-1].get("digest"), "guarded by the digest"
     assert [(one["operation"], one["reason"]) for one in lab.events(lab.records()[0])][-1] == ("update", "options")
-    again = present(lab, **asked)
+    again = lab.present(**asked)
     assert again.outcome == "unchanged" and again.warnings == [] and not again.changed
-    assert present(lab, tags=["night"], description="second").warnings == []
+    assert lab.present(tags=["night"], description="second").warnings == []
     assert lab.destroy(1000, force=True)[0].state == "DESTROYED"
 
 
@@ -179,22 +171,22 @@ def test_tags_and_description_of_a_sandbox_that_runs(lab: Lab) -> None:
     "text", ["ends with blanks  ", "two\r\nlines\t\r\n", "  begins so", "50 % \u00fc\u2028%41 \x85."]
 )
 def test_a_description_is_the_same_when_it_is_given_again(lab: Lab, text: str) -> None:
-    present(lab)
-    assert present(lab, description=text, update=True).outcome == "updated"
-    assert present(lab, description=text, update=True).outcome == "unchanged"
+    lab.present()
+    assert lab.present(description=text, update=True).outcome == "updated"
+    assert lab.present(description=text, update=True).outcome == "unchanged"
 
 
 def test_cores_and_memory_take_a_restart_that_is_allowed(lab: Lab) -> None:
     lab.pve.vm(9000).config["balloon"] = "1024"
-    present(lab, cores=2)
+    lab.present(cores=2)
     vm = lab.pve.vm(1000)
     for dry_run in (True, False):
         lab.pve.requests.clear()
         with pytest.raises(InvalidInput, match=r"cores: sandbox 1000 runs, .* Nothing was changed") as refused:
-            present(lab, dry_run, cores=3, tags=["x"], update=True)
+            lab.present(dry_run=dry_run, cores=3, tags=["x"], update=True)
         assert refused.value.remedy == "allow_restart"
         assert writes(lab) == [] and vm.config["tags"] == "agentlab"
-    done = present(lab, cores=3, memory=512, update=True, allow_restart=True)
+    done = lab.present(cores=3, memory=512, update=True, allow_restart=True)
     assert done.outcome == "updated" and done.state == "RUNNING" and len(done.upids) == 2
     assert (int(vm.config["cores"]), int(vm.config["memory"]), int(vm.config["balloon"]), vm.status) == (
         3,
@@ -208,13 +200,13 @@ def test_cores_and_memory_take_a_restart_that_is_allowed(lab: Lab) -> None:
         ("POST", "1000/status/start"),
     ]
     assert lab.leftovers() == {"claims": [], "operations": []} and lab.reconcile() == []
-    assert present(lab, cores=3, memory=512, update=True).outcome == "unchanged"
+    assert lab.present(cores=3, memory=512, update=True).outcome == "unchanged"
 
 
 def test_a_stopped_sandbox_takes_cores_without_a_start(lab: Lab) -> None:
-    present(lab, cores=2)
+    lab.present(cores=2)
     lab.power("stop", 1000)
-    done = present(lab, cores=3, update=True)
+    done = lab.present(cores=3, update=True)
     assert (
         done.outcome == "updated"
         and lab.pve.vm(1000).status == "stopped"
@@ -223,52 +215,52 @@ def test_a_stopped_sandbox_takes_cores_without_a_start(lab: Lab) -> None:
 
 
 def test_a_write_that_fails_leaves_the_vm_running(lab: Lab) -> None:
-    present(lab, cores=2)
+    lab.present(cores=2)
     lab.pve.fail("PUT", "/qemu/1000/config", 500, "boom")
     with pytest.raises(AgentlabError, match="boom"):
-        present(lab, cores=3, update=True, allow_restart=True)
+        lab.present(cores=3, update=True, allow_restart=True)
     assert lab.pve.vm(1000).status == "running" and int(lab.pve.vm(1000).config["cores"]) == 2
     lab.pve.failures.clear()
-    assert present(lab, cores=3, update=True, allow_restart=True).outcome == "updated"
+    assert lab.present(cores=3, update=True, allow_restart=True).outcome == "updated"
 
 
 def test_no_stranger_is_updated(lab: Lab) -> None:
-    present(lab)
+    lab.present()
     stranger = lab.swap(1000, running=True)
     for dry_run in (True, False):
         with pytest.raises(Kept, match="now belongs to another VM"):
-            present(lab, dry_run, cores=3, tags=["x"], description="mine", update=True, allow_restart=True)
+            lab.present(dry_run=dry_run, cores=3, tags=["x"], description="mine", update=True, allow_restart=True)
     lab.untouched(stranger, status="running")
 
 
 def test_a_change_by_somebody_else_meanwhile_stays(lab: Lab) -> None:
-    present(lab)
+    lab.present()
     edited = lab.edited_before("/config")
-    present(lab, description="mine", update=True)
+    lab.present(description="mine", update=True)
     assert edited == [1000] and "edited 1" in lab.pve.vm(1000).config["description"]
     assert identity.markers(lab.pve.vm(1000).config) == {lab.records()[0].uuid}
 
 
 def test_an_update_is_refused_in_a_state_that_does_not_allow_it(lab: Lab) -> None:
-    present(lab)
+    lab.present()
     lab.power("suspend", 1000)
     with pytest.raises(
         StateConflict, match="is suspended, and would lose its memory; start it first. Nothing was changed"
     ):
-        present(lab, cores=3, update=True, allow_restart=True)
-    assert present(lab, tags=["x"], update=True).outcome == "updated"
+        lab.present(cores=3, update=True, allow_restart=True)
+    assert lab.present(tags=["x"], update=True).outcome == "updated"
     lab.force_state(1000, "TIMEOUT")
     with pytest.raises(
         StateConflict,
         match="cannot update sandbox in TIMEOUT state. Valid states: READY, RUNNING, SUSPENDED, STOPPED, COMPLETED",
     ):
-        present(lab, tags=["y"], update=True)
+        lab.present(tags=["y"], update=True)
 
 
 def test_a_forbidden_tag_is_a_warning_here_too(lab: Lab) -> None:
-    present(lab)
+    lab.present()
     lab.pve.tag_access, lab.pve.tag_allow_list = "list", {"agentlab", "good"}
-    done = present(lab, tags=["good", "bad"], description="d", update=True)
+    done = lab.present(tags=["good", "bad"], description="d", update=True)
     assert done.outcome == "updated" and "does not allow the tag bad" in done.warnings[0]
     assert lab.pve.vm(1000).config["tags"] == "agentlab;good" and lab.record(1000).tags == ["bad", "good"]
     assert identity.own_text(lab.pve.vm(1000).config) == "d"
@@ -280,12 +272,12 @@ def test_a_forbidden_tag_is_a_warning_here_too(lab: Lab) -> None:
 )
 def test_a_description_cannot_forge_what_is_ours(lab: Lab, text: str) -> None:
     with pytest.raises(InvalidInput, match="^description: that text is not valid"):
-        present(lab, description=text)
+        lab.present(description=text)
 
 
 def test_allow_restart_without_update_is_refused(lab: Lab) -> None:
     with pytest.raises(InvalidInput, match="allow_restart: has an effect together with update only"):
-        present(lab, allow_restart=True)
+        lab.present(allow_restart=True)
 
 
 # ---- what would leave the VM switched off ----
@@ -293,28 +285,28 @@ def test_allow_restart_without_update_is_refused(lab: Lab) -> None:
 
 @pytest.mark.parametrize("dry_run", [False, True])
 def test_more_cores_than_the_node_has_are_refused_before_anything_is_stopped(lab: Lab, dry_run: bool) -> None:
-    present(lab, ttl=3600, cores=1)
+    lab.present(ttl=3600, cores=1)
     lab.pve.vm(1000).config["sockets"] = 2
     lab.pve.requests.clear()
     with pytest.raises(
         InvalidInput, match=r"cores: 3 \(times 2 sockets of the VM\) is more than the 4 CPUs of node pve1"
     ):
-        present(lab, dry_run, cores=3, update=True, allow_restart=True)
+        lab.present(dry_run=dry_run, cores=3, update=True, allow_restart=True)
     assert writes(lab) == [] and lab.pve.vm(1000).status == "running"
     lab.power("stop", 1000)
     lab.pve.requests.clear()
     with pytest.raises(InvalidInput, match="cores: 3"):
-        present(lab, dry_run, cores=3, update=True)
+        lab.present(dry_run=dry_run, cores=3, update=True)
     assert writes(lab) == []
 
 
 def test_nothing_is_stopped_without_quorum_and_the_write_says_so(lab: Lab) -> None:
-    present(lab, ttl=3600, cores=1)
+    lab.present(ttl=3600, cores=1)
     lab.pve.lose_quorum()
     lab.pve.requests.clear()
     with pytest.raises(Kept, match="sandbox 1000 was neither stopped nor changed, .*without quorum.*pvecm status"):
-        present(lab, cores=2, update=True, allow_restart=True)
+        lab.present(cores=2, update=True, allow_restart=True)
     assert writes(lab) == [] and lab.pve.vm(1000).status == "running"
     with pytest.raises(AgentlabError, match="the cluster takes no changes, most likely because it has no quorum"):
-        present(lab, tags=["ci"], update=True)
+        lab.present(tags=["ci"], update=True)
     assert "ci" not in str(lab.pve.vm(1000).config["tags"]) and lab.record(1000).tags == []

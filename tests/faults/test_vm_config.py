@@ -15,8 +15,7 @@ from typing import Any
 
 import pytest
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import AgentlabError
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.model import Outcome
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.sandboxes import create, vm_config, wanted
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.sandboxes import vm_config
 
 from support.lab import Lab
 
@@ -28,12 +27,6 @@ def lab(tmp_path: Path) -> Iterator[Lab]:
     made = Lab(tmp_path)
     yield made
     made.stop()
-
-
-def outcome_of(lab: Lab, options: dict[str, Any] | None = None, **values: Any) -> Outcome:
-    """Create a sandbox as a module does, and return the whole outcome."""
-    ctx = lab.context(**(options or {}))
-    return create.run(ctx, wanted.spec(ctx, {"name": "a1", **values}))
 
 
 # ---- tags ----
@@ -54,7 +47,7 @@ def test_a_tag_that_the_cluster_forbids_is_a_warning(
     lab: Lab, access: str, allowed: set[str], registered: set[str], set_: set[str], named: tuple[str, ...]
 ) -> None:
     lab.pve.tag_access, lab.pve.tag_allow_list, lab.pve.registered_tags = access, allowed, registered
-    outcome = outcome_of(lab, tags=["ci", "night"], cores=3)
+    outcome = lab.present(tags=["ci", "night"], cores=3)
     assert outcome.state == "RUNNING" and outcome.sandbox is not None and outcome.sandbox.tags == ["ci", "night"]
     config = lab.pve.vm(1000).config
     assert vm_config.split_tags(config.get("tags")) == set_ and int(config["cores"]) == 3
@@ -70,10 +63,10 @@ def test_a_tag_that_the_cluster_forbids_is_a_warning(
 
 def test_the_tags_of_the_template_stay_only_where_they_may_not_be_taken_away(lab: Lab) -> None:
     lab.pve.vm(9000).config["tags"] = "golden;ci"
-    assert outcome_of(lab, tags=["ci"]).warnings == []
+    assert lab.present(tags=["ci"]).warnings == []
     assert lab.pve.vm(1000).config["tags"] == "agentlab;ci"
     lab.pve.tag_access, lab.pve.tag_allow_list = "list", {"agentlab"}
-    outcome = outcome_of(lab, name="a2", tags=["ci"])
+    outcome = lab.present(name="a2", tags=["ci"])
     assert lab.pve.vm(1001).config["tags"] == "agentlab;ci;golden"
     assert len(outcome.warnings) == 1 and "VM 1001 keeps the tag golden of its template" in outcome.warnings[0]
 
@@ -81,7 +74,7 @@ def test_the_tags_of_the_template_stay_only_where_they_may_not_be_taken_away(lab
 def test_tags_that_are_there_already_are_not_written(lab: Lab) -> None:
     lab.pve.vm(9000).config["tags"] = "ci;agentlab"
     lab.pve.tag_access = "none"
-    assert outcome_of(lab, tags=["CI"]).warnings == []
+    assert lab.present(tags=["CI"]).warnings == []
     assert all(
         "tags" not in one["params"]
         for one in lab.pve.history
@@ -92,7 +85,7 @@ def test_tags_that_are_there_already_are_not_written(lab: Lab) -> None:
 def test_a_refusal_of_something_else_is_none_of_a_tag(lab: Lab) -> None:
     lab.pve.fail("PUT", "/qemu/1000/config", 403, "Permission check failed (/vms/1000, VM.Config.Options)")
     with pytest.raises(AgentlabError, match=r"VM\.Config\.Options"):
-        outcome_of(lab, tags=["ci"])
+        lab.present(tags=["ci"])
 
 
 # ---- the boot disk ----
@@ -149,7 +142,7 @@ def test_the_boot_disk_grows_and_not_the_data_disk(lab: Lab) -> None:
             "bootdisk": "virtio0",
         }
     )
-    outcome_of(lab, disk_size="20G")
+    lab.present(disk_size="20G")
     config = lab.pve.vm(1000).config
     assert "size=20G" in config["virtio0"] and "size=3G" in config["scsi0"]
 
@@ -159,8 +152,7 @@ def test_the_boot_disk_grows_and_not_the_data_disk(lab: Lab) -> None:
 
 def test_a_second_interface_a_vlan_and_the_rest(lab: Lab) -> None:
     lab.pve.vm(9000).config["balloon"] = "1024"
-    outcome_of(
-        lab,
+    lab.present(
         vlan_tag=42,
         second_bridge="vmbr1",
         second_vlan_tag=7,

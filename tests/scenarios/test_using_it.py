@@ -9,7 +9,6 @@ costs.
 from __future__ import annotations
 
 import os
-import socket
 import sqlite3
 from pathlib import Path
 from typing import Any
@@ -17,17 +16,12 @@ from typing import Any
 import pytest
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store import schema
 
+from support.daemon import free_port
 from support.double import TOKEN_SECRET
 from support.play import run_adhoc, run_play
 from support.story import task, writes
 
 MODULES = ("agentlab_lease", "agentlab_prune", "agentlab_reconcile", "agentlab_sandbox", "agentlab_sandbox_info")
-
-
-def closed_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 def test_a_wrong_connection_or_credential_is_one_sentence_that_names_it(
@@ -38,7 +32,7 @@ def test_a_wrong_connection_or_credential_is_one_sentence_that_names_it(
     given(1)
     (tmp_path / "other").mkdir()
     other_ca, _dummy, _dummy = make_cert(str(tmp_path / "other"), hosts=("127.0.0.1",))
-    port = closed_port()
+    port = free_port()
     here = f"127.0.0.1:{server.pve.port}"
     cases = {
         "port": (

@@ -79,13 +79,6 @@ def wrong(report: Any, *checks: str) -> list[str]:
     ]
 
 
-def whole_life(lab: Lab) -> None:
-    made = lab.create(cores=3, memory=1024, disk_size="20G", bridge="vmbr1", ip_config="ip=dhcp", wait_for_ip=True)
-    lab.power("stop", made.vmid)
-    lab.power("start", made.vmid)
-    assert lab.destroy(made.vmid, force=True)[0].state == "DESTROYED"
-
-
 def effective(lab: Lab, access: AccessControl) -> dict[str, set[str]]:
     paths = [
         "/",
@@ -102,7 +95,7 @@ def effective(lab: Lab, access: AccessControl) -> dict[str, set[str]]:
 
 def test_the_commands_of_the_readme_are_enough(lab: Lab, access: AccessControl) -> None:
     run(lab, access, commands_of("README.md"))
-    whole_life(lab)
+    lab.pass_whole_life()
     report = examine(lab)
     assert wrong(report, "privileges", "creation") == [] and report.pveum == []
 
@@ -162,7 +155,7 @@ def test_a_vm_that_may_not_be_started_is_removed_without_a_stop(lab: Lab, access
 def test_the_commands_of_the_creation_page_are_enough_for_workspaces_too(lab: Lab, access: AccessControl) -> None:
     run(lab, access, commands_of("docs/creation.md"))
     lab.options["pool"] = None
-    whole_life(lab)
+    lab.pass_whole_life()
     made = lab.create()
     workspace.present(lab.context(), "w1", size="5G", storage="local-lvm")
     workspace.attached(lab.context(), "w1", lab.context().select(made.vmid))
@@ -247,7 +240,7 @@ def test_the_commands_of_the_doctor_mend_what_it_finds(lab: Lab, access: AccessC
         if (names := {name for name in before[path] - after[path] if path == "/" or not name.startswith("Sys.")})
     }
     assert not lost, "a command took something away"
-    whole_life(lab)
+    lab.pass_whole_life()
 
 
 def test_a_root_login_is_told_how_to_make_a_token(lab: Lab, access: AccessControl) -> None:
@@ -256,7 +249,7 @@ def test_a_root_login_is_told_how_to_make_a_token(lab: Lab, access: AccessContro
     report = examine(lab, api_token_id="root@pam!tests")
     assert any("may administer the whole cluster" in one for one in wrong(report, "privileges"))
     run(lab, access, report.pveum)
-    whole_life(lab)
+    lab.pass_whole_life()
 
 
 def test_a_vm_that_is_hidden_is_told(lab: Lab, access: AccessControl) -> None:
