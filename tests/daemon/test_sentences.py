@@ -2,32 +2,34 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""What an operator reads when something outside fails: the same sentence from the command line, the log, the status
-and a module.
+"""What an operator reads when something outside fails: the same sentence in each of four places.
 
-Each failure is made twice, for the command line (with the daemon behind it) and for a module in a real play. What the
-status says of the records, the clock and the token is in test_status.py.
+The places are a module (in a real play), the command line (with the daemon behind it), the daemon's log, and
+``agentlab status``. ``KINDS`` has each kind of failure, and for each place the test that holds its sentence or the
+reason why that kind cannot be met there.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pwd
 import re
 import resource
+import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.proxmox import answers
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store import holders
 
-from support.canned import Canned
+from support.canned import Canned, Shape
 from support.cli import agentlab
 from support.daemon import Make, free_port
 from support.double import TOKEN_ID
@@ -35,108 +37,310 @@ from support.lab import Lab
 from support.play import Run, play
 
 CAUSE = "kvm: -drive file=/dev/pve/vm-1-disk-0: Could not open '/dev/pve/vm-1-disk-0': No such file or directory"
-DESTROY = ("sandbox", "destroy", "--force")
+NO_SPACE = "clone failed: unable to create image: No space left on device"
+THIN = (
+    "clone failed: lvcreate error: Cannot create new thin volume, free space in thin pool pve/data reached threshold."
+)
+READ_ONLY = "unable to open file '/etc/pve/nodes/pve1/qemu-server/1.conf.tmp.4711' - Permission denied"
+# The sentences.
+PROXY = r"a proxy between here and Proxmox answers {status} [A-Z][\w ]+; "
+UNCHANGED = r"nothing was changed\. Look at pveproxy, then run again"
+UNKNOWN = r"whether it was carried out is not known\. Look at pveproxy, then run again"
+SLOW = (
+    r"no answer within 1 s \(api_timeout\); {fate}\. Look at pveproxy and at the load of the node, or raise api_timeout"
+)
+CLONE_LOST = r"sandbox {vmid} \(PROVISIONING\): whether its clone was begun is not known; run again in 1 s, or reconcile settles it"
+FULL = (
+    r"the storage is full: free space there, then run again, or give another storage with full_clone=true; what was "
+    r"made for it has been removed"
+)
+NO_POOL = r"pool: 'agents' does not exist\. Make it \(pveum pool add agents\), or correct pool"
+NO_STORAGE = r"storage: '{storage}' is not a storage of node pve1 for disks of VMs\. Storages: local-lvm"
 
 
 @dataclass
 class Row:
-    """One failure: what goes wrong before sandbox ``vmid`` is asked for something, what is asked, and what is read
-    then.
+    """One way in which a kind of failure comes about: what goes wrong before something is asked, what is asked, and
+    the sentence.
+
+    ``ask``: an operation on sandbox ``vmid``, which is there; "new" makes it, with ``options``; "workspace" makes a
+    workspace.
     """
 
+    kind: str
     fail: Callable[[Lab, int], Any]
     sentence: str
-    # Options of `agentlab sandbox new`, and of the module; None: the sandbox is there, and is destroyed by force.
-    create: dict[str, str] | None = None
-    # `agentlab status` says it, too.
+    ask: str = "destroy"
+    options: dict[str, str] = field(default_factory=dict)
+    # `agentlab status` says it as long as it lasts.
     status: bool = False
+    # The answer is a success that the command line tells on standard output, with this sentence after it.
+    succeeds: bool = False
 
 
-def answer(lab: Lab, method: str, path: str, status: int) -> None:
-    lab.pve.fault(method, path, "answer", status=status, body="<html>Bad Gateway</html>", type="text/html", times=9)
+def answer(method: str, path: str, status: int) -> Callable[[Lab, int], Any]:
+    """Return a fault: a proxy answers in the place of Proxmox VE. ``{vmid}`` stands for the sandbox's VMID."""
+
+    def fail(lab: Lab, vmid: int) -> None:
+        lab.pve.fault(
+            method,
+            path.replace("{vmid}", str(vmid)),
+            "answer",
+            status=status,
+            body="<html>Bad Gateway</html>",
+            type="text/html",
+            times=9,
+        )
+
+    return fail
+
+
+def hang(method: str, path: str) -> Callable[[Lab, int], Any]:
+    return lambda lab, vmid: lab.pve.fault(method, path.replace("{vmid}", str(vmid)), "hang", seconds=2.0, times=9)
+
+
+def refuse(method: str, path: str, status: int, text: str) -> Callable[[Lab, int], Any]:
+    return lambda lab, vmid: lab.pve.fail(method, path.replace("{vmid}", str(vmid)), status, text, times=9)
+
+
+def cut(kind: str) -> Callable[[Lab, int], Any]:
+    return lambda lab, _vmid: lab.pve.fault("POST", "/qemu/9000/clone", kind)
 
 
 def hide(lab: Lab, vmid: int) -> None:
-    for other in {9000, 500, *range(1000, 1040)} - {vmid}:
+    for other in {9000, 500, *range(1000, 1100)} - {vmid}:
         lab.pve.grant(TOKEN_ID, f"/vms/{other}", "VM.Audit", "VM.Allocate", "VM.PowerMgmt", "VM.Config.Options")
     lab.pve.grant(TOKEN_ID, "/", "Sys.Audit")
 
 
-def fail_start(lab: Lab, _vmid: int) -> None:
-    lab.pve.next_task("qmstart", "fail", text="start failed: QEMU exited with code 1")
-    rows = [{"n": 1, "t": CAUSE}, {"n": 2, "t": "TASK ERROR: start failed: QEMU exited with code 1"}]
-    lab.pve.fault("GET", "/log", "answer", status=200, body=json.dumps({"data": rows}))
+def fail_task(kind: str, text: str, *log: str) -> Callable[[Lab, int], Any]:
+    """Return a fault: the next task of that kind fails with this text, and with these lines in its log."""
+
+    def fail(lab: Lab, _vmid: int) -> None:
+        lab.pve.next_task(kind, "fail", text=text)
+        if log:
+            lines = [*log, f"TASK ERROR: {text}"]
+            rows = [{"n": number, "t": line} for number, line in enumerate(lines, 1)]
+            lab.pve.fault("GET", "/log", "answer", status=200, body=json.dumps({"data": rows}))
+
+    return fail
 
 
-def delete_pool(lab: Lab, _vmid: int) -> None:
-    lab.pve.fail("POST", "/qemu/9000/clone", 403, "Permission check failed (pool 'agents' does not exist)", times=1)
+def stop_first(then: Callable[[Lab, int], Any]) -> Callable[[Lab, int], Any]:
+    def fail(lab: Lab, vmid: int) -> None:
+        lab.power("stop", vmid)
+        then(lab, vmid)
+
+    return fail
+
+
+def lose_quorum(lab: Lab, _vmid: int) -> None:
+    lab.pve.lose_quorum()
 
 
 ROWS = {
-    "a proxy answers 502": Row(
-        lambda lab, vmid: answer(lab, "GET", f"/qemu/{vmid}/config", 502),
-        r"a proxy between here and Proxmox answers 502.*; nothing was changed\. Look at pveproxy, then run again",
+    "a proxy answers 502 to a read": Row(
+        "proxy", answer("GET", "/qemu/{vmid}/config", 502), PROXY.format(status=502) + UNCHANGED
     ),
     "a proxy answers 503 to everything": Row(
-        lambda lab, vmid: answer(lab, "GET", "", 503),
-        r"a proxy between here and Proxmox answers 503.*; nothing was changed\. Look at pveproxy, then run again",
-        status=True,
+        "proxy", answer("GET", "", 503), PROXY.format(status=503) + UNCHANGED, status=True
     ),
-    "no answer in time": Row(
-        lambda lab, vmid: lab.pve.fault("GET", "", "hang", seconds=2.0, times=9),
-        r"no answer within 1 s \(api_timeout\); nothing was changed\. Look at pveproxy and at the load of the node, or "
-        r"raise api_timeout",
-        status=True,
+    "a proxy answers 504 to a start": Row(
+        "proxy", stop_first(answer("POST", "/status/start", 504)), PROXY.format(status=504) + UNKNOWN, "start"
+    ),
+    "a proxy answers 503 to a stop": Row(
+        "proxy", answer("POST", "/status/shutdown", 503), PROXY.format(status=503) + UNKNOWN, "stop"
+    ),
+    "a proxy answers 502 to a delete": Row(
+        "proxy", answer("DELETE", "/qemu/{vmid}", 502), PROXY.format(status=502) + UNKNOWN
+    ),
+    "a proxy answers 502 to the configuration of a new VM": Row(
+        "proxy", answer("PUT", "/qemu/{vmid}/config", 502), PROXY.format(status=502) + UNKNOWN, "new"
+    ),
+    "no answer in time to a read": Row("slow", hang("GET", ""), SLOW.format(fate="nothing was changed"), status=True),
+    "no answer in time to a stop": Row(
+        "slow", hang("POST", "/status/shutdown"), SLOW.format(fate="whether it was carried out is not known"), "stop"
     ),
     "the token lacks VM.Audit": Row(
-        hide, r"these credentials may not see VM {vmid}: grant VM\.Audit on /vms or on its pool"
+        "audit", hide, r"these credentials may not see VM {vmid}: grant VM\.Audit on /vms or on its pool"
     ),
-    "the storage is full": Row(
-        lambda lab, vmid: lab.pve.next_task("qmclone", "fail", text="clone failed: No space left on device"),
-        r"the storage is full: free space there, then run again, or give another storage with full_clone=true; what was "
-        r"made for it has been removed",
-        {},
+    "the token lacks VM.Audit, start": Row(
+        "audit",
+        stop_first(hide),
+        r"these credentials may not see VM {vmid}: grant VM\.Audit on /vms or on its pool",
+        "start",
+    ),
+    "a directory is full": Row("full", fail_task("qmclone", NO_SPACE), FULL, "new"),
+    "a thin pool is full": Row("full", fail_task("qmclone", THIN), FULL, "new"),
+    "ZFS is full, in the log only": Row(
+        "full",
+        fail_task("qmclone", "clone failed: exit code 1", "cannot create 'rpool/data/vm-1-disk-0': out of space"),
+        FULL,
+        "new",
+    ),
+    "Ceph is full": Row(
+        "full", fail_task("qmclone", "clone failed: rbd: copy failed: (28) No space left on device"), FULL, "new"
+    ),
+    "the storage is full at a start": Row(
+        "full",
+        stop_first(fail_task("qmstart", "start failed: unable to write '/var/lib/vz/x': No space left on device")),
+        r"No space left on device; the storage is full: free space there, then run again",
+        "start",
     ),
     "the storage is not on that node": Row(
-        lambda lab, vmid: None,
-        r"storage: 'nas' is not a storage of node pve1 for disks of VMs\. Storages: local-lvm",
-        {"storage": "nas"},
+        "storage", lambda lab, vmid: None, NO_STORAGE.format(storage="nas"), "new", {"storage": "nas"}
     ),
-    "the start fails": Row(fail_start, rf"QEMU exited with code 1\. Its log ends: {re.escape(CAUSE)}", {}),
-    "no quorum": Row(
-        lambda lab, vmid: lab.pve.lose_quorum(),
+    "the storage holds no disks": Row(
+        "storage", lambda lab, vmid: None, NO_STORAGE.format(storage="local"), "new", {"storage": "local"}
+    ),
+    "the storage of a workspace is not on that node": Row(
+        "storage", lambda lab, vmid: None, NO_STORAGE.format(storage="nas"), "workspace", {"storage": "nas"}
+    ),
+    "the start of a new VM fails": Row(
+        "start",
+        fail_task("qmstart", "start failed: QEMU exited with code 1", CAUSE),
+        rf"QEMU exited with code 1\. Its log ends: {re.escape(CAUSE)}",
+        "new",
+    ),
+    "a start fails": Row(
+        "start",
+        stop_first(fail_task("qmstart", "start failed: QEMU exited with code 1", CAUSE)),
+        rf"QEMU exited with code 1\. Its log ends: {re.escape(CAUSE)}",
+        "start",
+    ),
+    "no quorum at a creation": Row(
+        "quorum", lose_quorum, r"the cluster has no quorum, and takes no new VMs until it has \(pvecm status\)", "new"
+    ),
+    "no quorum at the configuration of a new VM": Row(
+        "quorum",
+        refuse("PUT", "/qemu/{vmid}/config", 500, READ_ONLY),
+        r"the cluster takes no changes, most likely because it has no quorum\. Look at pvecm status, then run again",
+        "new",
+    ),
+    "no quorum at a start": Row(
+        "quorum",
+        stop_first(lose_quorum),
+        r"sandbox {vmid} was not started: the cluster has no quorum, and Proxmox VE starts nothing without it; bring "
+        r"the other nodes back \(pvecm status\), then run again",
+        "start",
+    ),
+    "no quorum at the start of a new VM": Row(
+        "quorum",
+        refuse("POST", "/qemu/{vmid}/status/start", 500, "cluster not ready - no quorum?"),
         r"the cluster has no quorum, and takes no new VMs until it has \(pvecm status\)",
-        {},
+        "new",
     ),
-    "the clone's answer is lost": Row(
-        lambda lab, vmid: lab.pve.fault("POST", "/qemu/9000/clone", "cut-before"),
-        r"sandbox {vmid} \(PROVISIONING\): whether its clone was begun is not known; run again in 1 s, or reconcile "
-        r"settles it",
-        {},
+    "no quorum at a destroy": Row(
+        "quorum",
+        lose_quorum,
+        r"the cluster has no quorum; nothing is deleted and nothing is known to be gone until it has \(pvecm status\)",
     ),
-    "the pool was deleted": Row(
-        delete_pool,
-        r"pool: 'agents' does not exist\. Make it \(pveum pool add agents\), or correct pool",
+    "the clone's connection is cut": Row("clone", cut("cut-before"), CLONE_LOST, "new"),
+    "a proxy answers the clone": Row("clone", answer("POST", "/qemu/9000/clone", 504), CLONE_LOST, "new"),
+    "the clone is not answered in time": Row("clone", hang("POST", "/qemu/9000/clone"), CLONE_LOST, "new"),
+    "the pool was deleted, root asks": Row(
+        "pool",
+        refuse("POST", "/qemu/9000/clone", 403, "Permission check failed (pool 'agents' does not exist)"),
+        NO_POOL,
+        "new",
         {"pool": "agents"},
     ),
-    "the VM is gone": Row(lambda lab, vmid: lab.pve.remove_vm(vmid), r"sandbox {vmid}: its VM was already gone"),
+    "the pool was deleted, a token asks": Row(
+        "pool",
+        refuse("POST", "/qemu/9000/clone", 403, "Permission check failed"),
+        r"pool: 'agents' does not exist, or \S+ may not see it\. Make it \(pveum pool add agents\), correct pool, or",
+        "new",
+        {"pool": "agents"},
+    ),
+    "the pool was deleted during the clone": Row(
+        "pool", fail_task("qmclone", "clone failed: pool 'agents' does not exist"), NO_POOL, "new", {"pool": "agents"}
+    ),
+    "the VM is gone": Row(
+        "gone", lambda lab, vmid: lab.pve.remove_vm(vmid), r"sandbox {vmid}: its VM was already gone", succeeds=True
+    ),
     "the VMID is somebody else's": Row(
+        "gone",
         lambda lab, vmid: lab.pve.make_foreign(vmid),
         r"sandbox {vmid}: its VM was already gone; VMID {vmid} is somebody else's VM now, and was left alone",
+        succeeds=True,
     ),
 }
 
+IN_TABLE = "test_the_command_line_the_log_and_the_status_say_it"
+PLAY = "test_a_module_says_it"
+JOBS = "test_the_log_and_the_status_say_it_of_the_daemons_own_work"
+ONCE = "the request is over with its answer: nothing rests, waits or fails afterwards"
+# Kind -> place -> the test of this file (or of test_status.py) that holds the sentence there, or why it cannot be met
+# there.
+KINDS = {
+    "certificate": dict.fromkeys(("module", "command line", "log", "status"), "test_a_certificate_that_cannot_be_used"),
+    "descriptors": {
+        "module": "test_a_module_without_descriptors",
+        **dict.fromkeys(("command line", "log", "status"), "test_no_descriptor_left"),
+    },
+    "proxy": {"module": PLAY, **dict.fromkeys(("command line", "log", "status"), IN_TABLE)},
+    "slow": {"module": PLAY, **dict.fromkeys(("command line", "log", "status"), IN_TABLE)},
+    "audit": {"module": PLAY, **dict.fromkeys(("command line", "log"), IN_TABLE), "status": JOBS},
+    "full": {"module": PLAY, **dict.fromkeys(("command line", "log"), IN_TABLE), "status": f"no: {ONCE}"},
+    "storage": {"module": PLAY, **dict.fromkeys(("command line", "log"), IN_TABLE), "status": f"no: {ONCE}"},
+    "start": {"module": PLAY, **dict.fromkeys(("command line", "log"), IN_TABLE), "status": f"no: {ONCE}"},
+    "quorum": {"module": PLAY, **dict.fromkeys(("command line", "log"), IN_TABLE), "status": JOBS},
+    "clone": {
+        "module": PLAY,
+        **dict.fromkeys(("command line", "log"), IN_TABLE),
+        "status": "no: the doctor names it from the first minute, the status once nobody finished it for an hour",
+    },
+    "pool": {"module": PLAY, **dict.fromkeys(("command line", "log"), IN_TABLE), "status": f"no: {ONCE}"},
+    "gone": {"module": PLAY, **dict.fromkeys(("command line", "log"), IN_TABLE), "status": f"no: {ONCE}"},
+    "unreadable": {
+        "module": "test_records_that_this_user_may_not_read",
+        "command line": "no: the daemon does not start; the command line names the commands that show its log",
+        "log": "test_records_that_this_user_may_not_read",
+        "status": "no: the daemon does not start",
+    },
+    "locked": {
+        "module": "test_records_that_another_process_holds",
+        "command line": "test_records_that_another_process_holds",
+        "log": "test_records_that_another_process_holds",
+        "status": "test_records_that_another_process_has_locked",
+    },
+    "clock": {
+        "module": "test_a_clock_that_jumped_as_modules_and_command_line_say_it",
+        "command line": "test_a_clock_that_jumped_as_modules_and_command_line_say_it",
+        "log": "test_a_clock_that_jumped_as_modules_and_command_line_say_it",
+        "status": "test_a_clock_that_jumped",
+    },
+    "socket": {
+        "module": "no: modules use no socket",
+        "command line": "test_a_socket_that_is_gone",
+        "log": "test_a_socket_that_is_deleted_is_made_anew",
+        "status": "test_a_socket_that_is_gone",
+    },
+}
+
+
+def test_every_kind_has_a_test_or_a_reason_for_each_place() -> None:
+    here = Path(__file__).parent
+    tests = set(re.findall(r"^def (test_\w+)", "".join(path.read_text() for path in here.glob("test_*.py")), re.M))
+    for kind, places in KINDS.items():
+        assert set(places) == {"module", "command line", "log", "status"}, kind
+        for place, holder in places.items():
+            assert holder in tests or holder.startswith("no: "), f"{kind}, {place}: {holder}"
+    assert {row.kind for row in ROWS.values()} == {kind for kind, places in KINDS.items() if places["module"] == PLAY}
+    assert {row.kind for row in ROWS.values() if row.status} == {
+        kind for kind, places in KINDS.items() if places["status"] == IN_TABLE
+    }
+
 
 def vmid_of(name: str, place: int) -> int:
-    """A VMID for each row and place (0: the command line, 1: the module)."""
+    """Return a VMID for each row and place (0: the command line, 1: the module)."""
     return 1000 + list(ROWS).index(name) * 2 + place
 
 
-def prepare(lab: Lab) -> None:
+def prepare(lab: Lab, place: int) -> None:
     for name, row in ROWS.items():
-        if row.create is None:
-            for place in (0, 1):
-                lab.create(f"vm{vmid_of(name, place)}", vmid=vmid_of(name, place))
+        if row.ask not in ("new", "workspace"):
+            lab.create(f"vm{vmid_of(name, place)}", vmid=vmid_of(name, place))
 
 
 def begin(lab: Lab, name: str, place: int) -> None:
@@ -145,83 +349,142 @@ def begin(lab: Lab, name: str, place: int) -> None:
     ROWS[name].fail(lab, vmid_of(name, place))
 
 
+def sentence_of(name: str, vmid: int) -> str:
+    return ROWS[name].sentence.replace("{vmid}", str(vmid))
+
+
+def words(row: Row, vmid: int) -> list[object]:
+    """Return the words of the command line for a row."""
+    options = [word for key, value in row.options.items() for word in (f"--{key}", value)]
+    return {
+        "new": ["sandbox", "new", "--vmid", vmid, "--ttl", "2h", *options],
+        "workspace": ["workspace", "new", "--size", "1G", *options, f"disk{vmid}"],
+        "destroy": ["sandbox", "destroy", "--force", vmid],
+    }.get(row.ask, ["sandbox", row.ask, vmid])
+
+
+def task_of(row: Row, vmid: int) -> dict[str, Any]:
+    """Return the task of a play for a row, without its name."""
+    if row.ask == "workspace":
+        return {"agentlab.proxmox.agentlab_workspace": {"name": f"disk{vmid}", "size": "1G", **row.options}}
+    state = {"new": "present", "destroy": "absent", "start": "started", "stop": "stopped"}[row.ask]
+    force = {"force": True} if row.ask == "destroy" else {}
+    return {"agentlab.proxmox.agentlab_sandbox": {"vmid": vmid, "state": state, **force, **row.options}}
+
+
 def test_the_command_line_the_log_and_the_status_say_it(daemon: Make, lab: Lab) -> None:
-    prepare(lab)
-    one = daemon(api_timeout=1)
+    prepare(lab, 0)
+    one = daemon(api_timeout=1, reconcile_interval="1h")
     one.wait_for(lambda: one.get("/v1/status").body["reconcile"]["last_run"], "the first reconcile is over", 30)
     missing: list[str] = []
     for name, row in ROWS.items():
         vmid = vmid_of(name, 0)
         begin(lab, name, 0)
         logged = len(one.log())
-        if row.create is None:
-            told = agentlab(*DESTROY, vmid, socket=one.socket)
-        else:
-            options = [word for key, value in row.create.items() for word in (f"--{key}", value)]
-            told = agentlab("sandbox", "new", "--vmid", vmid, "--ttl", "2h", *options, socket=one.socket)
-        sentence = row.sentence.replace("{vmid}", str(vmid))
+        told = agentlab(*words(row, vmid), socket=one.socket)
+        sentence = sentence_of(name, vmid)
         if row.status:
             told_status = agentlab("status", socket=one.socket).stdout
             if not re.search(sentence, re.sub(r"\s+", " ", told_status)):
                 missing.append(f"{name}: the status says {told_status}")
-        if not re.search(sentence, told.stderr):
-            missing.append(f"{name}: the command line says {told.stdout}{told.stderr}")
+        if not re.search(sentence, told.stderr) or told.returncode != (0 if row.succeeds else 1):
+            missing.append(f"{name}: the command line says {told.returncode} {told.stdout}{told.stderr}")
         if not re.search(sentence, one.log()[logged:]):
             missing.append(f"{name}: the log says {one.log()[logged:]}")
     lab.calm()
-    assert missing == []
+    assert not missing, "\n".join(missing)
     assert "Traceback" not in one.log()
 
 
 def test_a_module_says_it(lab: Lab, tmp_path: Path) -> None:
-    prepare(lab)
-    tasks = []
-    for name, row in ROWS.items():
-        vmid = vmid_of(name, 1)
-        values = {"vmid": vmid, **({"state": "absent", "force": True} if row.create is None else row.create)}
-        tasks.append(
-            {
-                "name": name,
-                "agentlab.proxmox.agentlab_sandbox": {"database": lab.database, "api_timeout": 1, **values},
-                "ignore_errors": True,
-                "before": lambda name=name: begin(lab, name, 1),
-            }
-        )
+    prepare(lab, 1)
+    tasks = [
+        {
+            "name": name,
+            **task_of(row, vmid_of(name, 1)),
+            "ignore_errors": True,
+            "before": lambda name=name: begin(lab, name, 1),
+        }
+        for name, row in ROWS.items()
+    ]
     (tmp_path / "config.yaml").write_text(
-        "template: debian-13\ndoubt_window: 1s\nwait_timeout: 5s\nshutdown_timeout: 1s\n", encoding="utf-8"
+        "template: debian-13\ndoubt_window: 1s\nwait_timeout: 5s\nshutdown_timeout: 1s\napi_timeout: 1\n",
+        encoding="utf-8",
     )
-    environment = {**lab.server.environment(lab.folder), "AGENTLAB_CONFIG": str(tmp_path / "config.yaml")}
+    environment = {
+        **lab.server.environment(lab.folder),
+        "AGENTLAB_CONFIG": str(tmp_path / "config.yaml"),
+        "AGENTLAB_DATABASE": lab.database,
+    }
     run: Run = play(tasks, environment, tmp_path)
     lab.calm()
     missing = []
     for name, row in ROWS.items():
         result = run[name]
         told = f"{result.get('msg')} {[one.get('message') for one in result.get('results') or ()]}"
-        if not re.search(row.sentence.replace("{vmid}", str(vmid_of(name, 1))), told):
+        if not re.search(sentence_of(name, vmid_of(name, 1)), told) or (run.status(name) == "failed") is row.succeeds:
             missing.append(f"{name}: the module says {told}")
-    assert missing == []
+    assert not missing, "\n".join(missing)
 
 
-def test_an_expired_certificate_is_told_with_its_day(daemon: Make, lab: Lab, tmp_path: Path) -> None:
-    canned = Canned(tmp_path, lambda _sock, _head: None, days=-2)
-    day = time.strftime("%Y-%m-%d", time.gmtime(time.time() - 2 * 86400))
-    environment = {"PROXMOX_PORT": str(canned.port), "PROXMOX_CA_PATH": canned.cafile}
-    one = daemon(environment=environment)
-    sentence = (
-        f"the certificate of 127.0.0.1:{canned.port} expired on {day}: renew it on the node (pvecm updatecerts -f), or "
-        "check the date of this host"
+@pytest.mark.parametrize("kind", ["audit", "quorum"])
+def test_the_log_and_the_status_say_it_of_the_daemons_own_work(daemon: Make, lab: Lab, kind: str) -> None:
+    """A rule destroys a sandbox whose lease is over."""
+    vmid = lab.timed_out("a1").vmid
+    {"audit": hide, "quorum": lose_quorum}[kind](lab, vmid)
+    name = {"audit": "the token lacks VM.Audit", "quorum": "no quorum at a destroy"}[kind]
+    rules = (
+        "auto_cleanup:\n  enabled: true\n  interval: 1h\n  jitter: 0s\n  rules:\n"
+        "    - {name: timeouts, match: {states: [TIMEOUT]}, after: 1s, action: destroy}\n"
     )
+    one = daemon(cleanup=rules, reconcile_interval="1h")
+    one.wait_for(lambda: one.get("/v1/status").body["reconcile"]["last_run"], "the first reconcile is over", 30)
+    one.post("/v1/cleanup/run", {})
+    sentence = sentence_of(name, vmid)
+    assert re.search(sentence, re.sub(r"\s+", " ", agentlab("status", socket=one.socket).stdout))
+    one.wait_for(lambda: re.search(sentence, one.log()), "the log says it", 30)
+
+
+CERTIFICATES = {
+    "it expired": (Shape(end=-2), "expired on {end}: renew it on the node (pvecm updatecerts -f), or check the date"),
+    "it is not valid yet": (Shape(begin=3), "is not valid before {begin}: check the date of this host (timedatectl)"),
+    "its authority expired": (
+        Shape(authority_days=-2),
+        "cannot be verified: the CA certificate in {ca} expired on {authority_end}. Copy the present",
+    ),
+    "it is for another address": (
+        Shape(address="192.0.2.7"),
+        "is not for 127.0.0.1, but for 192.0.2.7: set api_host to a name that is in it",
+    ),
+    "it is its own authority": (Shape(end=60), "is not trusted: {reason}; set ca_path to its CA"),
+}
+
+
+@pytest.mark.parametrize("kind", CERTIFICATES)
+def test_a_certificate_that_cannot_be_used(daemon: Make, lab: Lab, tmp_path: Path, kind: str) -> None:
+    shape, sentence = CERTIFICATES[kind]
+    canned = Canned(tmp_path, lambda _sock, _head: None, shape=shape)
+    environment = {"PROXMOX_PORT": str(canned.port), "PROXMOX_CA_PATH": canned.cafile}
+    if "{reason}" in sentence:
+        # The CA of the laboratory's own node, which has not signed it.
+        environment.pop("PROXMOX_CA_PATH")
+    sentence = f"the certificate of 127.0.0.1:{canned.port} {sentence}".format(
+        ca=canned.cafile, reason="REASON", **canned.dates()
+    )
+    pattern = re.escape(sentence).replace("REASON", "[a-z -]+")
+    one = daemon(environment=environment)
     told = agentlab("sandbox", "new", "--ttl", "2h", socket=one.socket)
-    assert told.returncode == 1 and sentence in told.stderr, told
-    assert sentence in one.log()
-    assert sentence in re.sub(r"\s+", " ", agentlab("status", socket=one.socket).stdout)
-    task = {
-        "name": "new",
-        "agentlab.proxmox.agentlab_sandbox": {"template": "debian-13"},
-        "ignore_errors": True,
+    assert told.returncode == 1 and re.search(pattern, told.stderr), told
+    assert re.search(pattern, one.log())
+    assert re.search(pattern, re.sub(r"\s+", " ", agentlab("status", socket=one.socket).stdout))
+    options = {
+        "template": "debian-13",
+        "vmid": 1000,
+        "api_port": canned.port,
+        "ca_path": environment.get("PROXMOX_CA_PATH"),
     }
-    result = play([task], {**lab.server.environment(lab.folder), **environment}, tmp_path)["new"]
-    assert sentence in result["msg"], result
+    answer = run_module(lab, MODULE, options)
+    assert re.search(pattern, answer["msg"]), answer
     canned.stop()
 
 
@@ -282,13 +545,15 @@ agentlab_sandbox.main()
 """
 
 
-@pytest.mark.parametrize("room", [0, 1, 2, 4])
-def test_a_module_without_descriptors_ends_with_a_sentence(lab: Lab, room: int) -> None:
-    options = {"vmid": 1000, "ttl": "2h", "template": "debian-13", "database": lab.database}
-    arguments = json.dumps({"ANSIBLE_MODULE_ARGS": options})
+def run_module(lab: Lab, code: str, options: dict[str, Any], room: int = 99, begin: tuple[str, ...] = ()) -> Any:
+    """Return what agentlab_sandbox answers in a process of its own, which may open ``room`` files more.
+
+    ``begin``: the beginning of its command.
+    """
+    arguments = json.dumps({"ANSIBLE_MODULE_ARGS": {"database": lab.database, **options}})
     environment = {**os.environ, **lab.server.environment(lab.folder), "PYTHONPATH": os.pathsep.join(sys.path)}
     ended = subprocess.run(
-        [sys.executable, "-c", MODULE, arguments, str(room)],
+        [*begin, sys.executable, "-c", code, arguments, str(room)],
         env=environment,
         capture_output=True,
         text=True,
@@ -296,7 +561,13 @@ def test_a_module_without_descriptors_ends_with_a_sentence(lab: Lab, room: int) 
         check=False,
     )
     assert "Traceback" not in ended.stdout + ended.stderr, ended
-    answer = json.loads(ended.stdout)
+    return json.loads(ended.stdout)
+
+
+@pytest.mark.parametrize("room", [0, 1, 2, 4])
+def test_a_module_without_descriptors(lab: Lab, room: int) -> None:
+    options = {"vmid": 1000, "ttl": "2h", "template": "debian-13", "database": lab.database}
+    answer = run_module(lab, MODULE, options, room)
     assert "this process has no file descriptor left" in answer["msg"], answer
 
 
@@ -321,40 +592,74 @@ def test_records_that_this_user_may_not_read(daemon: Make, lab: Lab) -> None:
     assert sentence in one.log() and "Traceback" not in one.log()
     told = agentlab("status", socket=one.socket)
     assert told.returncode == 3 and "journalctl -u agentlabd" in told.stderr, told
-    arguments = json.dumps({"ANSIBLE_MODULE_ARGS": {"vmid": 1000, "state": "stopped", "database": lab.database}})
-    environment = {**os.environ, **lab.server.environment(lab.folder), "PYTHONPATH": os.pathsep.join(sys.path)}
-    ended = subprocess.run(
-        [*obey_modes(), sys.executable, "-c", MODULE, arguments, "99"],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    answer = run_module(lab, MODULE, {"vmid": 1000, "state": "stopped"}, begin=tuple(obey_modes()))
     closed.chmod(0o600)
-    assert sentence in json.loads(ended.stdout)["msg"], ended
+    assert sentence in answer["msg"], answer
 
 
-def test_a_socket_that_is_gone(daemon: Make) -> None:
+@pytest.mark.parametrize("words", [("status",), ("sandbox", "list")])
+def test_a_socket_that_is_gone(daemon: Make, words: tuple[str, ...]) -> None:
     one = daemon()
     one.stop()
-    told = agentlab("sandbox", "list", socket=one.socket)
+    told = agentlab(*words, socket=one.socket)
     assert told.returncode == 3
     assert f"there is no socket {one.socket}. If systemctl says that it is active, restart it" in told.stderr
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "clone failed: unable to create image: No space left on device",
-        "qemu-img: error while writing at byte 0: No space left on device",
-        'Volume group "pve" has insufficient free space (10 extents): 8192 required.',
-        "Cannot create new thin volume, free space in thin pool pve/data reached threshold.",
-        "cannot create 'rpool/data/vm-100-disk-0': out of space",
-        "rbd: copy failed: (28) No space left on device",
-        "qemu-img: Could not write: Disk quota exceeded",
-    ],
-)
-def test_what_a_full_storage_says(text: str) -> None:
-    assert answers.storage_full(text)
-    assert not answers.storage_full("unable to create image: storage 'pool1' is not online")
+def lock_records(lab: Lab) -> sqlite3.Connection:
+    """Return a connection that keeps every other writer waiting until it is closed."""
+    held = sqlite3.connect(lab.database, isolation_level=None, check_same_thread=False)
+    held.execute("BEGIN IMMEDIATE")
+    return held
+
+
+def test_records_that_another_process_holds(daemon: Make, lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The wait of a minute is two seconds here."""
+    lab.create("a1")
+    lab.close_contexts()
+    one = daemon(start=False)
+    shorter = (
+        "import sys; from agentlab_core.store.sqlite import engine; engine.BUSY_SECONDS = 2.0; "
+        "from agentlabd.__main__ import main; sys.exit(main())"
+    )
+    command = one.command()
+    monkeypatch.setattr(one, "command", lambda *_arguments: [command[0], "-c", shorter, *command[3:]])
+    one.start()
+    one.wait_for(lambda: one.get("/v1/status").body["reconcile"]["last_run"], "the first reconcile is over", 30)
+    sentence = (
+        f"another process has kept it locked for 2 seconds (process {os.getpid()}, {{name}}); nothing was written. End "
+        "that process, or wait until it has done, then run again"
+    ).format(name=Path("/proc/self/comm").read_text().strip())
+    with contextlib.closing(lock_records(lab)):
+        told = agentlab("sandbox", "stop", "1000", socket=one.socket)
+        assert told.returncode == 1 and sentence in told.stderr, told
+        one.wait_for(lambda: sentence in one.log(), "the log says it", 20)
+        code = MODULE.replace(
+            "import resource, os\n",
+            "import resource, os\n"
+            "from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.sqlite import engine\n"
+            "engine.BUSY_SECONDS = 2.0\n",
+        )
+        assert sentence in run_module(lab, code, {"vmid": 1000, "state": "stopped"})["msg"]
+
+
+def test_a_clock_that_jumped_as_modules_and_command_line_say_it(daemon: Make, lab: Lab, tmp_path: Path) -> None:
+    lab.timed_out("a1")
+    boot = time.clock_gettime(time.CLOCK_BOOTTIME)
+    note = {
+        "boot": json.loads(holders.identity())["boot"],
+        "offset": time.time() - boot - 600,
+        "until": 0,
+        "seen": boot,
+        "wall": int(time.time()),
+    }
+    lab.context().records.set_meta(f"clock:{holders.host()}", json.dumps(note))
+    lab.close_contexts()
+    one = daemon()
+    one.wait_for(lambda: "expiry and cleanup rest until 20" in one.log(), "the log says it", 30)
+    sentence = r"the wall clock jumped by more than a minute; expiry and prune rest for another .* \(clock_jump_pause\)"
+    told = agentlab("sandbox", "prune", socket=one.socket)
+    assert re.search(sentence, told.stdout + told.stderr), told
+    task = {"name": "prune", "agentlab.proxmox.agentlab_prune": {"database": lab.database}, "ignore_errors": True}
+    result = play([task], lab.server.environment(lab.folder), tmp_path)["prune"]
+    assert re.search(sentence, json.dumps(result)), result

@@ -13,6 +13,7 @@ import socket
 import ssl
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,40 +36,64 @@ class Hurried(SystemClock):
         pass
 
 
-def certificate(folder: Path, days: int = 30) -> tuple[str, str]:
-    """Return the files of a certificate for 127.0.0.1, which is its own authority, and of its key; it ends in so
-    many days.
+@dataclass(frozen=True)
+class Shape:
+    """What is odd about a certificate: from which day to which it is valid (days from now), and for which address.
+
+    ``authority_days``: another certificate signs it, which is valid until then; None: it is its own authority.
     """
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "127.0.0.1")])
-    now = datetime.datetime.now(datetime.UTC)
-    built = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(days=90))
-        .not_valid_after(now + datetime.timedelta(days=days))
-        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-        .sign(key, hashes.SHA256())
-    )
+
+    begin: float = -90
+    end: float = 30
+    address: str = "127.0.0.1"
+    authority_days: float | None = None
+
+
+def certificate(folder: Path, shape: Shape = Shape()) -> tuple[str, str, str]:
+    """Return the files of a certificate, of its key, and of its authority."""
     folder.mkdir(exist_ok=True)
-    (folder / "cert.pem").write_bytes(built.public_bytes(serialization.Encoding.PEM))
-    (folder / "key.pem").write_bytes(
+
+    def make(name: str, end: float, signer: tuple[Any, Any] | None) -> tuple[Any, Any]:
+        key = ec.generate_private_key(ec.SECP256R1())
+        subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
+        now = datetime.datetime.now(datetime.UTC)
+        built = (
+            x509.CertificateBuilder()
+            .subject_name(subject)
+            .issuer_name(signer[0].subject if signer else subject)
+            .public_key(key.public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now + datetime.timedelta(days=shape.begin))
+            .not_valid_after(now + datetime.timedelta(days=end))
+            .add_extension(
+                x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address(shape.address))]), critical=False
+            )
+            .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+            .sign(signer[1] if signer else key, hashes.SHA256())
+        )
+        return built, key
+
+    authority = None if shape.authority_days is None else make("authority", shape.authority_days, None)
+    built, key = make(shape.address, shape.end, authority)
+    files = [folder / name for name in ("cert.pem", "key.pem", "ca.pem")]
+    files[0].write_bytes(built.public_bytes(serialization.Encoding.PEM))
+    files[1].write_bytes(
         key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     )
-    return str(folder / "cert.pem"), str(folder / "key.pem")
+    files[2].write_bytes((authority or (built,))[0].public_bytes(serialization.Encoding.PEM))
+    return str(files[0]), str(files[1]), str(files[2])
 
 
 class Canned:
     """A TLS server on loopback. ``answer`` is called for each request with the socket and the request's head."""
 
-    def __init__(self, folder: Path, answer: Answer, *, broken: int = 0, days: int = 30) -> None:
-        self.cafile, keyfile = certificate(folder / f"canned-{days}", days)
+    def __init__(
+        self, folder: Path, answer: Answer, *, broken: int = 0, days: int = 30, shape: Shape | None = None
+    ) -> None:
+        shape = shape or Shape(end=days)
+        self.certfile, keyfile, self.cafile = certificate(folder / f"canned-{abs(hash(shape))}", shape)
         self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        self._context.load_cert_chain(self.cafile, keyfile)
+        self._context.load_cert_chain(self.certfile, keyfile)
         self._answer = answer
         # So many connections end before their handshake does.
         self.broken = broken
@@ -114,6 +139,18 @@ class Canned:
 
     def stop(self) -> None:
         self._listener.close()
+
+    def dates(self) -> dict[str, str]:
+        """Return the days on which the certificate begins and ends, and on which its authority ends."""
+        own, authority = (
+            x509.load_pem_x509_certificate(Path(file).read_bytes()) for file in (self.certfile, self.cafile)
+        )
+        days = {
+            "begin": own.not_valid_before_utc,
+            "end": own.not_valid_after_utc,
+            "authority_end": authority.not_valid_after_utc,
+        }
+        return {name: f"{day:%Y-%m-%d}" for name, day in days.items()}
 
     def client(self, **changes: Any) -> ProxmoxClient:
         values: dict[str, Any] = {

@@ -37,7 +37,7 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PostgresServe
     """A server as docs/controllers.md wants it, with TLS and with fsync."""
     require_postgresql()
     running = PostgresServer().create()
-    cert, key = certificate(tmp_path_factory.mktemp("tls"))
+    cert, key, _authority = certificate(tmp_path_factory.mktemp("tls"))
     owner = running.data.stat()
     for name, source in (("server.crt", cert), ("server.key", key)):
         file = running.data / name

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
 import gzip
 import json
 import resource
@@ -21,9 +20,12 @@ from typing import Any
 
 import pytest
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core import errors
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.config import ProxmoxSettings
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.proxmox import answers
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.proxmox.client import ProxmoxClient
 
-from support.canned import Answer, Canned
+from support.canned import Answer, Canned, Hurried, Shape
+from support.double import TOKEN_ID, TOKEN_SECRET
 
 PATH = "nodes/pve1/qemu/1000/config"
 
@@ -262,14 +264,74 @@ def test_a_handshake_that_always_breaks_changed_nothing(serve: Make) -> None:
     assert server.connections == 3
 
 
-def test_an_expired_certificate_is_told_with_its_day(serve: Make) -> None:
-    server = serve(say("200 OK"), days=-2)
-    day = f"{datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=2):%Y-%m-%d}"
+CERTIFICATES = {
+    "it expired": (
+        Shape(end=-2),
+        "expired on {end}: renew it on the node (pvecm updatecerts -f), or check the date of this host",
+    ),
+    "it is not valid yet": (
+        Shape(begin=3),
+        "is not valid before {begin}: check the date of this host (timedatectl); where that is right, set the date of "
+        "the node, then renew the certificate there (pvecm updatecerts -f)",
+    ),
+    "its authority expired": (
+        Shape(authority_days=-2),
+        "cannot be verified: the CA certificate in {ca} expired on {authority_end}. Copy the present "
+        "/etc/pve/pve-root-ca.pem of the node there, or check the date of this host",
+    ),
+    "it is for another address": (
+        Shape(address="192.0.2.7"),
+        "is not for 127.0.0.1, but for 192.0.2.7: set api_host to a name that is in it, or renew it on the node (pvecm "
+        "updatecerts -f)",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", CERTIFICATES)
+def test_a_certificate_that_cannot_be_used(serve: Make, kind: str) -> None:
+    shape, sentence = CERTIFICATES[kind]
+    server = serve(say("200 OK"), shape=shape)
+    sentence = f"the certificate of 127.0.0.1:{server.port} {sentence}".format(ca=server.cafile, **server.dates())
+    for method in ("get", "post"):
+        with pytest.raises(errors.Unreachable) as caught:
+            getattr(server.client(), method)(PATH)
+        assert caught.value.message == sentence
+    assert server.requests == []
+
+
+def test_a_certificate_that_is_its_own_authority(serve: Make) -> None:
+    server = serve(say("200 OK"))
     with pytest.raises(
-        errors.Unreachable,
-        match=rf"expired on {day}: renew it on the node \(pvecm updatecerts -f\), or check the date of this host",
+        errors.Unreachable, match=r"is not trusted: self[- ]signed certificate.*; set ca_path to its CA"
     ):
-        server.client().get(PATH)
+        server.client(ca_path=None).get(PATH)
+    with pytest.raises(errors.Unreachable, match=r"is not trusted: .*; set ca_path to its CA"):
+        server.client(ca_path=serve(say("200 OK"), shape=Shape(end=60)).cafile).get(PATH)
+
+
+def test_a_port_that_does_not_speak_tls() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def answer() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    sock, _address = listener.accept()
+                    with sock:
+                        sock.recv(65536)
+                        sock.sendall(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n")
+
+        threading.Thread(target=answer, daemon=True).start()
+        port = listener.getsockname()[1]
+        settings = ProxmoxSettings(
+            api_host="127.0.0.1", api_port=port, api_token_id=TOKEN_ID, api_token_secret=TOKEN_SECRET, api_timeout=10
+        )
+        with pytest.raises(errors.Unreachable) as caught:
+            ProxmoxClient(settings, Hurried()).get(PATH)
+        assert caught.value.message == (
+            f"127.0.0.1:{port} does not speak TLS, so nothing was asked; check api_host and api_port (Proxmox VE "
+            "listens on 8006)"
+        )
+        listener.shutdown(socket.SHUT_RDWR)
 
 
 def test_no_free_descriptor_is_told_as_not_asked(serve: Make) -> None:

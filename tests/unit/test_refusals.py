@@ -2,7 +2,9 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""What a creation does after Proxmox VE refused its clone: the judgement alone, as a table."""
+"""What a creation does after Proxmox VE refused its clone: the judgement alone, as a table. Which texts say that a
+storage is full.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +12,7 @@ from dataclasses import replace
 
 import pytest
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import ApiError, TaskFailed
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.proxmox import answers
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.sandboxes.refusals import (
     Attempt,
     Judgement,
@@ -106,3 +109,50 @@ def test_no_question_is_asked_twice(
 def test_a_given_vmid_is_never_exchanged(error: ApiError | TaskFailed, vmid_is_free: bool | None) -> None:
     attempt = replace(ACCEPTED, vmid_given=True, vmid_is_free=vmid_is_free)
     assert judge_refusal(error, attempt).step is not Step.TAKE_ANOTHER_VMID
+
+
+FULL = {
+    "dir": "clone failed: unable to create image: No space left on device",
+    "dir, qemu-img": "qemu-img: error while writing at byte 0: No space left on device",
+    "dir, quota": "qemu-img: Could not write: Disk quota exceeded",
+    "LVM": 'Volume group "pve" has insufficient free space (10 extents): 8192 required.',
+    "LVM, extents": "Insufficient suitable allocatable extents for logical volume vm-1000-disk-0: 512 more required",
+    "LVM-thin": "Cannot create new thin volume, free space in thin pool pve/data reached threshold.",
+    "LVM-thin, data": "device-mapper: thin pool pve-data-tpool is out of data space",
+    "LVM-thin, metadata": "Thin pool pve-data-tpool metadata is full",
+    "LVM-thin, growing": "Insufficient free space: 2560 extents needed, but only 12 available",
+    "ZFS": "cannot create 'rpool/data/vm-100-disk-0': out of space",
+    "ZFS, clone": "zfs error: cannot create 'rpool/data/vm-1000-disk-0': out of space",
+    "ZFS, volsize": "cannot set property for 'rpool/data/vm-1000-disk-0': size is greater than available space",
+    "ZFS, quota": "zfs error: cannot create 'rpool/data/vm-1000-disk-0': dataset quota exceeded",
+    "Ceph": "rbd: copy failed: (28) No space left on device",
+    "Ceph, quota": "rbd: create error: (122) Disk quota exceeded",
+    "Ceph, pool": "pool 'vms' is full (reached quota's max_bytes: 10 GiB)",
+    "Ceph, OSD": "HEALTH_ERR 1 full osd(s): osd.3 is full at 95%",
+}
+# What a clone on LVM-thin warns of in its log, however much room there is, and other words that look like it.
+NOT_FULL = (
+    "WARNING: You have not turned on protection against thin pools running out of space.",
+    "WARNING: Set activation/thin_pool_autoextend_threshold below 100 to trigger automatic extension of thin pools "
+    "before they get full.",
+    "WARNING: Sum of all thin volume sizes (64.00 GiB) exceeds the size of thin pool pve/data and the size of whole "
+    "volume group (<50.00 GiB).",
+    'Logical volume "vm-1000-disk-0" created in thin pool pve/data successfully',
+    "osd.3: map 44 fetched successfully",
+    "create full clone of drive scsi0 (local-lvm:vm-9000-disk-0)",
+    "unable to create image: storage 'pool1' is not online",
+)
+
+
+@pytest.mark.parametrize("kind", FULL)
+def test_what_a_full_storage_says(kind: str) -> None:
+    assert answers.storage_full(FULL[kind])
+    # Warnings of LVM stand in the same log.
+    assert answers.storage_full(" | ".join([*NOT_FULL, FULL[kind]]))
+    assert answers.storage_full(f"{FULL[kind]}. Its log ends: {' | '.join(NOT_FULL)}")
+
+
+@pytest.mark.parametrize("text", NOT_FULL)
+def test_what_a_storage_with_room_says(text: str) -> None:
+    assert not answers.storage_full(text)
+    assert not answers.storage_full(f"clone failed: interrupted by signal. Its log ends: {' | '.join(NOT_FULL)}")

@@ -119,7 +119,7 @@ def test_what_is_refused_before_anything_is_made(lab: Lab) -> None:
         with pytest.raises(InvalidInput, match=message):
             make(lab, **values)
     lab.pve.storages["local"]["content"] = "iso"
-    with pytest.raises(InvalidInput, match="storage: 'local' holds no disk images"):
+    with pytest.raises(InvalidInput, match="storage: 'local' is not a storage of node pve1 for disks of VMs"):
         make(lab, storage="local")
     with pytest.raises(InvalidInput, match="workspace_owner_range: 1500-1600 overlaps vmid_range"):
         lab.context(workspace_owner_range="1500-1600")

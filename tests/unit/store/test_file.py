@@ -108,7 +108,7 @@ def test_the_wait_for_a_locked_file_is_bounded_once(path: Path, monkeypatch: pyt
         other.execute("BEGIN IMMEDIATE")
         other.execute("UPDATE meta SET value = value")
         began = time.monotonic()
-        with pytest.raises(StoreError, match="kept it busy"):
+        with pytest.raises(StoreError, match="kept it locked"):
             if database:
                 database.write(lambda conn: None)
             else:

@@ -26,11 +26,17 @@ _AGENT = re.compile(r"nodes/[^/]+/qemu/\d+/agent/")
 LARGEST_ANSWER = 32 * 1024 * 1024
 DEEPEST_ANSWER = 32
 _LONGEST_TEXT = 1000
-# The texts for a full storage: from the kernel, qemu-img, LVM (thick and thin), ZFS, Ceph and quotas.
+# The texts for a full storage: from the kernel, qemu-img, LVM (thick and thin), ZFS, Ceph and quotas. " | " separates
+# lines of a task's log.
 _FULL = re.compile(
-    r"no space left|out of space|insufficient (free|suitable|allocatable) ?(space|extents)?|disk quota exceeded|"
-    r"not enough (free )?space|free space in thin pool|thin pool .{0,80}(full|exceeds|out of)|osd.{0,40}full|"
-    r"pool.{0,40}is full",
+    r"no space left|out of (data )?space|insufficient (free|suitable|allocatable) ?(space|extents)?|quota exceeded|"
+    r"not enough (free )?space|greater than available space|free space in thin pool|"
+    r"thin pool [^|]{0,80}(\bfull\b|exceeds|out of)|\bosd\b[^|]{0,40}\bfull\b|pool[^|]{0,40} is full",
+    re.IGNORECASE,
+)
+# LVM writes these warnings into the log of each clone on a thin pool, however much room is left.
+_WARNED_ALWAYS = re.compile(
+    r"protection against thin pools running out of space|thin pools before they get full|exceeds the size of thin pool",
     re.IGNORECASE,
 )
 # The privilege for each kind of request, because not every answer names it. A role on a deeper path replaces the
@@ -66,7 +72,7 @@ def not_begun(text: str) -> bool:
 
 def storage_full(text: str) -> bool:
     """Return whether a text of Proxmox or of a task's log says that a storage is full."""
-    return _FULL.search(text) is not None
+    return _FULL.search(_WARNED_ALWAYS.sub("", text)) is not None
 
 
 def room_advice(text: str) -> str:

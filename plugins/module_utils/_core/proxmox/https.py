@@ -54,7 +54,10 @@ _HANDSHAKES = 3
 # Seconds until a ticket is renewed. Proxmox ends it after two hours.
 _TICKET_SECONDS = 3600
 # TLS failures before any request was sent.
-_TLS_REFUSED = re.compile(r"CERTIFICATE_VERIFY_FAILED|certificate verify failed|[Hh]ostname mismatch|doesn't match")
+_TLS_REFUSED = re.compile(
+    r"CERTIFICATE_VERIFY_FAILED|certificate verify failed|[Hh]ostname mismatch|IP address mismatch|doesn't match|"
+    r"no appropriate (commonName|subjectAltName)"
+)
 # The port does not speak TLS, or other data replaced the answer in the middle of a connection.
 _NO_TLS = "WRONG_VERSION_NUMBER"
 _REASONS = re.compile(
@@ -257,43 +260,20 @@ class Https:
                 path=path,
                 cut=True,
             )
-        if "has expired" in text or "not yet valid" in text:
-            until = self._certificate_end()
-            how = "is not yet valid" if "not yet valid" in text else f"expired{f' on {until}' if until else ''}"
+        if _NO_TLS in text:
             return Unreachable(
-                f"the certificate of {settings.where} {how}: renew it on the node (pvecm updatecerts -f), or check the "
-                "date of this host",
+                f"{settings.where} does not speak TLS, so nothing was asked; check api_host and api_port (Proxmox VE "
+                f"listens on 8006){self._through_proxy()}",
                 path=path,
             )
+        from . import certificate
+
         return Unreachable(
-            f"the certificate of {settings.where} is not trusted: {_tls_reason(error)}; set ca_path to its CA "
+            certificate.explain(settings, text)
+            or f"the certificate of {settings.where} is not trusted: {_tls_reason(error)}; set ca_path to its CA "
             "(/etc/pve/pve-root-ca.pem of the node), or correct api_host",
             path=path,
         )
-
-    def _certificate_end(self) -> str | None:
-        """Return the day on which the node's certificate expired, or None. Reads the certificate again, unchecked."""
-        import socket
-        from datetime import UTC, datetime
-
-        context = ssl.create_default_context()
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE
-        try:
-            where = (str(self._settings.api_host), self._settings.api_port)
-            with socket.create_connection(where, timeout=5) as plain, context.wrap_socket(plain) as sock:
-                certificate = sock.getpeercert(binary_form=True) or b""
-        except (OSError, ValueError):
-            return None
-        # The validity is a sequence of two times (UTCTime until 2049, GeneralizedTime afterwards).
-        dates = re.search(rb"(?:\x17\x0d|\x18\x0f)\d{12,14}Z(?:\x17\x0d(\d{12})|\x18\x0f(\d{14}))Z", certificate)
-        if dates is None:
-            return None
-        end = datetime.strptime((b"20" + dates[1] if dates[1] else dates[2]).decode(), "%Y%m%d%H%M%S").replace(
-            tzinfo=UTC
-        )
-        # A certificate that is still valid means that the CA's certificate has expired.
-        return f"{end:%Y-%m-%d}" if end.timestamp() < time.time() else None
 
     # ---- proxies of the environment ----
 
@@ -540,9 +520,5 @@ def _reason(error: Exception) -> str:
 
 
 def _tls_reason(error: Exception) -> str:
-    known = re.search(
-        r"certificate verify failed: ([^(\[]+)|(Hostname mismatch[^.]*)|(hostname \S+ doesn't match)|"
-        r"(WRONG_VERSION_NUMBER)",
-        str(error),
-    )
-    return next((part.strip() for part in known.groups() if part), "TLS failed") if known else "TLS failed"
+    known = re.search(r"certificate verify failed: ([^(\[]+)", str(error))
+    return known[1].strip() if known else "TLS failed"

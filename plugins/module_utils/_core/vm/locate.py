@@ -129,7 +129,13 @@ def _unreadable(ctx: Context, sandbox: Sandbox, node: str, error: ApiError) -> K
         return Kept(
             "node_offline", f"sandbox {sandbox.vmid}: node {node} is offline; left as it is until the node is back"
         )
-    return Kept("unknown", f"sandbox {sandbox.vmid}: its VM cannot be read: {error.message}", status=error.status)
+    told = f"its VM cannot be read: {error.message}"
+    if error.status == 403:
+        told = (
+            f"these credentials may not see VM {sandbox.vmid}: grant VM.Audit on /vms or on its pool, then run again "
+            f"({error.status} {error.text})"
+        )
+    return Kept("unknown", f"sandbox {sandbox.vmid}: {told}", status=error.status)
 
 
 def _no_config(sandbox: Sandbox, node: str) -> Kept:

@@ -143,17 +143,24 @@ def _create(ctx: Context, name: str, size: int | None, storage: str | None, node
             option="node",
             value=node,
         )
-    row = next((row for row in ctx.client.get_list(f"nodes/{node}/storage") if row.get("storage") == storage), None)
+    rows = ctx.client.get_list(f"nodes/{node}/storage")
+    usable = sorted(str(row.get("storage")) for row in rows if "images" in str(row.get("content") or "").split(","))
+    row = next((row for row in rows if row.get("storage") == storage and storage in usable), None)
     if row is None:
         raise InvalidInput(
-            f"storage: {storage!r} is not a storage of node {node} that these credentials may see",
+            f"storage: {storage!r} is not a storage of node {node} for disks of VMs. Storages: "
+            f"{', '.join(usable) or 'none that these credentials may see (grant Datastore.Audit on /storage)'}",
             option="storage",
             value=storage,
         )
-    if "images" not in str(row.get("content") or "").split(","):
-        raise InvalidInput(f"storage: {storage!r} holds no disk images", option="storage", value=storage)
     if str(row.get("active", 1)) != "1":
-        raise InvalidInput(f"storage: {storage!r} is not active on node {node}", option="storage", value=storage)
+        others = ", ".join(name for name in usable if name != storage) or "none"
+        raise InvalidInput(
+            f"storage: {storage!r} is not active on node {node}. Look at pvesm status there, or give another storage: "
+            f"{others}",
+            option="storage",
+            value=storage,
+        )
     shared = str(row.get("shared", 0)) == "1"
     suffix = _FILES.get(str(row.get("type")), "")
     ctx.cluster.confirm(creating=True)

@@ -21,6 +21,8 @@ from agentlab_core.model import Outcome
 # Reasons that usually pass by themselves: told only when they last longer than PASSING_SECONDS.
 _PASSING = ("locked", "node_offline", "unknown", "busy", "changed")
 PASSING_SECONDS = 3600
+# In a message: a cause that lasts until a person removes it (a missing privilege, lost quorum). Told at once.
+_LASTING = ("grant ", "has no quorum")
 # Reasons for which nothing has to be done, or which other conditions tell.
 _ORDINARY = ("too_young", "protected", "foreign", "rule", "clock_jumped", "restored")
 # Kinds of drift that reconcile leaves to a person, or to a later pass.
@@ -91,7 +93,7 @@ def of_outcomes(outcomes: Iterable[Outcome]) -> list[Problem]:
             f"sandbox {outcome.vmid}",
             outcome.message or str(outcome.reason),
             outcome.uuid,
-            passing=outcome.reason in _PASSING,
+            passing=_passes(outcome.reason, outcome.message),
         )
         for outcome in outcomes
         if outcome.reason not in _ORDINARY
@@ -106,9 +108,15 @@ def of_drift(drifts: Iterable[Drift]) -> list[Problem]:
             continue
         sandbox = drift.sandbox
         subject = f"sandbox {sandbox.vmid}" if sandbox else f"workspace {drift.evidence.get('workspace')}"
-        passing = drift.error is None and drift.kind in _PASSING
-        problems.append(Problem(subject, drift.error or _explain(drift), sandbox.uuid if sandbox else None, passing))
+        why = drift.error or _explain(drift)
+        passing = drift.error is None and _passes(drift.kind, why)
+        problems.append(Problem(subject, why, sandbox.uuid if sandbox else None, passing))
     return problems
+
+
+def _passes(reason: str | None, why: str | None) -> bool:
+    """Return whether a problem usually passes by itself."""
+    return reason in _PASSING and not any(text in str(why) for text in _LASTING)
 
 
 def _explain(drift: Drift) -> str:

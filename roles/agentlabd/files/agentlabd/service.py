@@ -26,10 +26,11 @@ from agentlab_core.context import Context
 from agentlab_core.errors import AgentlabError, Busy, ConfigError
 from agentlab_core.maintenance import cleanup, reconcile
 from agentlab_core.store import overview, schema
+from agentlab_core.store.sqlite.locker import name_locker
 from agentlab_core.store.workspaces import Workspaces
 
 from . import __version__, problems
-from .conditions import WAIT_SECONDS, Conditions, name_locker
+from .conditions import WAIT_SECONDS, Conditions
 from .logs import log
 from .metrics import Metrics
 

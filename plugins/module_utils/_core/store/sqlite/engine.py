@@ -62,7 +62,12 @@ def explain(path: str, error: Exception) -> StoreError:
             "(df, smartctl), then run again, or restore a backup on another disk (docs/troubleshooting.md, Backups)"
         )
     elif "locked" in low or "busy" in low:
-        advice = f"other runs kept it busy for {BUSY_SECONDS:.0f} seconds; run again"
+        from .locker import name_locker
+
+        advice = (
+            f"another process has kept it locked for {BUSY_SECONDS:.0f} seconds ({name_locker(path)}); nothing was "
+            "written. End that process, or wait until it has done, then run again"
+        )
     else:
         advice = (
             f"nothing was written; look at {path} and its folder (ls -l, df), then run agentlab_doctor "
