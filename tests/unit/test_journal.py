@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -50,6 +51,13 @@ def test_a_destroy_reads_what_it_noted_and_what_the_creation_had(
     note = DestroyNote("clean-up", True, creation, **sent)
     read = entry("destroy", journal.DELETING, note.detail())
     assert read.destroy == note and read.creation == creation
+
+
+@pytest.mark.parametrize("note", NOTES)
+def test_a_creation_that_a_destroy_puts_back_keeps_its_time(note: CreationNote) -> None:
+    """By it the clone's task is looked for, and by it the doubt about the clone ends."""
+    note = replace(note, phase=journal.CLONING, at=120)
+    assert entry("create", journal.CLONING, note.detail_put_back()).creation == note
 
 
 def test_an_entry_of_an_earlier_release_lacks_the_clone_mode() -> None:

@@ -342,14 +342,13 @@ def _finish_destroy(ctx: Context, entry: JournalEntry, sandbox: Sandbox, drift: 
         except (Kept, StateConflict) as refused:
             drift.action = f"destroy given up: {refused.message}"
             with ctx.claimed(sandbox, "reconcile", wait=0) as (claim, current):
+                # An unbound VM is recognised by the creation's journal, so a later destroy needs it.
+                creation = entry.creation if current.smbios_uuid is None else None
                 ctx.records.change(
-                    claim,
-                    current,
-                    "destroy",
-                    outcome="interrupted",
-                    reason=entry.phase,
-                    finish=current.smbios_uuid is not None,
+                    claim, current, "destroy", outcome="interrupted", reason=entry.phase, finish=creation is None
                 )
+                if creation is not None:
+                    ctx.records.journal(claim, "create", creation.phase, creation.detail_put_back())
             drift.applied = True
             return
     outcome = destroy.run(ctx, [(sandbox, request)])[0]

@@ -612,7 +612,7 @@ def abandon(
             )
         if creation is not None:
             # Put the creation's journal back, so that the creation resumes and repeats no finished step.
-            ctx.records.journal(claim, "create", creation.phase, creation.detail())
+            ctx.records.journal(claim, "create", creation.phase, creation.detail_put_back())
     except (StoreError, ClaimLost):
         pass
     finally:

@@ -44,6 +44,15 @@ WAITING = "waiting"
 # A start, a stop or a suspend may have been sent.
 REQUESTED = "requested"
 
+# Each kind of operation, and the phases in which a killed run can leave it.
+PHASES = {
+    "create": (RESERVED, CLONING, WAITING, CONFIGURING, STARTED, AWAITED),
+    "destroy": (VERIFYING, STOPPING, DETACHING, DELETING, WAITING),
+    "start": (REQUESTED,),
+    "stop": (REQUESTED,),
+    "suspend": (REQUESTED,),
+}
+
 # Phases of a creation in which Proxmox may still carry the clone out.
 CLONE_SENT = (CLONING, WAITING)
 # Phases of a destroy in which the VM may already be deleted.
@@ -124,6 +133,10 @@ class CreationNote:
         detail.update({name: value for name, value in present.items() if value})
         return detail
 
+    def detail_put_back(self) -> dict[str, Any]:
+        """Return the note as the detail of an entry that takes the place of a destroy, with the creation's own time."""
+        return {**self.detail(), "at": self.at}
+
     @property
     def clone_sent(self) -> bool:
         """Whether Proxmox may still carry the clone out."""
@@ -203,7 +216,8 @@ class JournalEntry:
     def creation(self) -> CreationNote | None:
         """The creation's note, from its own entry or from the destroy entry that replaced it; else None."""
         if self.kind == "create":
-            return CreationNote.read(self.detail, self.phase, self.updated_at)
+            # An entry that a destroy has put back was written later than the creation's own.
+            return CreationNote.read(self.detail, self.phase, self.detail.get("at", self.updated_at))
         return self.destroy.creation
 
     @property
