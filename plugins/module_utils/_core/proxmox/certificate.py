@@ -112,6 +112,6 @@ def _read_authorities(path: str | None) -> list[bytes]:
     """Return the certificates (DER) in a PEM file; [] when it cannot be read."""
     try:
         with open(path or "", encoding="ascii") as file:
-            return [ssl.PEM_cert_to_DER_cert(found) for found in _PEM.findall(file.read())]
+            return [ssl.PEM_cert_to_DER_cert(text) for text in _PEM.findall(file.read())]
     except (OSError, ValueError):
         return []
