@@ -41,9 +41,11 @@ ONCE = "the request is over with its answer: nothing rests, waits or fails after
 # Kind -> place -> the test of this file that holds the sentence there (or another file, and a text in it), or why the
 # sentence cannot be met there.
 KINDS = {
-    "certificate": dict.fromkeys(("module", "command line", "log", "status"), "test_a_certificate_that_cannot_be_used"),
+    "certificate": dict.fromkeys(
+        ("module", "command line", "log", "status"), "test_a_certificate_that_cannot_be_used_is_told_with_its_cause"
+    ),
     "descriptors": {
-        "module": "test_a_module_without_descriptors",
+        "module": "test_a_module_without_descriptors_ends_with_a_sentence",
         **dict.fromkeys(("command line", "log", "status"), "test_no_descriptor_left"),
     },
     "proxy": {"module": PLAY, **dict.fromkeys(("command line", "log", "status"), IN_TABLE)},
@@ -231,7 +233,9 @@ CERTIFICATES = {
 
 
 @pytest.mark.parametrize("kind", CERTIFICATES)
-def test_a_certificate_that_cannot_be_used(daemon: Make, lab: Lab, tmp_path: Path, kind: str) -> None:
+def test_a_certificate_that_cannot_be_used_is_told_with_its_cause(
+    daemon: Make, lab: Lab, tmp_path: Path, kind: str
+) -> None:
     shape, sentence = CERTIFICATES[kind]
     canned = Canned(tmp_path, lambda _sock, _head: None, shape=shape)
     environment = {"PROXMOX_PORT": str(canned.port), "PROXMOX_CA_PATH": canned.cafile}
@@ -335,7 +339,7 @@ def run_module(lab: Lab, code: str, options: dict[str, Any], room: int = 99, beg
 
 
 @pytest.mark.parametrize("room", [0, 1, 2, 4])
-def test_a_module_without_descriptors(lab: Lab, room: int) -> None:
+def test_a_module_without_descriptors_ends_with_a_sentence(lab: Lab, room: int) -> None:
     options = {"vmid": 1000, "ttl": "2h", "template": "debian-13", "database": lab.database}
     answer = run_module(lab, MODULE, options, room)
     assert "this process has no file descriptor left" in answer["msg"], answer

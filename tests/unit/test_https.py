@@ -288,7 +288,7 @@ CERTIFICATES = {
 
 
 @pytest.mark.parametrize("kind", CERTIFICATES)
-def test_a_certificate_that_cannot_be_used(serve: Make, kind: str) -> None:
+def test_a_certificate_that_cannot_be_used_is_told_with_its_cause(serve: Make, kind: str) -> None:
     shape, sentence = CERTIFICATES[kind]
     server = serve(say("200 OK"), shape=shape)
     sentence = f"the certificate of 127.0.0.1:{server.port} {sentence}".format(ca=server.cafile, **server.dates())
