@@ -74,6 +74,20 @@ def test_the_picture_of_the_rooms_is_current() -> None:
     assert result.returncode == 0, result.stderr
 
 
+def test_the_architecture_page_describes_every_room() -> None:
+    spec = importlib.util.spec_from_file_location("import_tables", ROOT / "tests/repository/test_imports.py")
+    assert spec and spec.loader
+    tables = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tables)
+    rows = re.findall(
+        r"^\| (core|daemon): `(\w+)` \| .+ \|$", between((ROOT / "docs/architecture.md").read_text(), "rooms"), re.M
+    )
+    assert rows == [
+        *(("core", room) for room in tables.CORE_ROOMS),
+        *(("daemon", room) for room in tables.DAEMON_ROOMS),
+    ]
+
+
 def test_the_readme_of_the_tests_names_every_folder_and_real_files() -> None:
     page = (ROOT / "tests/README.md").read_text()
     tests = ROOT / "tests"
