@@ -97,7 +97,7 @@ def run(
         context = build_context(module, config)
         result = work(module, context)
     except AgentlabError as error:
-        failure = {"msg": error.told(REMEDIES), "error": error.as_dict(REMEDIES), "changed": False, **_extra(error)}
+        failure = {"msg": error.explain(REMEDIES), "error": error.as_dict(REMEDIES), "changed": False, **_extra(error)}
     except Exception as error:  # the outermost edge: what we did not foresee is told without a trace
         host_failure = host_error(error)
         kind = type(error).__name__
@@ -229,7 +229,7 @@ def answer(outcomes: Sequence[Outcome], *, single: bool, diff: bool) -> dict[str
         "sandboxes": [_shown(outcome) for outcome in outcomes if outcome.sandbox is not None],
         "results": [outcome.public(REMEDIES) for outcome in outcomes],
         "failed_count": len(failed),
-        "warnings": [warning for outcome in outcomes for warning in outcome.told_warnings(REMEDIES)],
+        "warnings": [warning for outcome in outcomes for warning in outcome.explain_warnings(REMEDIES)],
     }
     if single:
         result["sandbox"] = result["sandboxes"][0] if sandboxes else None
@@ -237,7 +237,7 @@ def answer(outcomes: Sequence[Outcome], *, single: bool, diff: bool) -> dict[str
         result["diff"] = difference(outcomes)
     if failed:
         result["failed"] = True
-        first = failed[0].told(REMEDIES) or failed[0].reason or "failed"
+        first = failed[0].explain(REMEDIES) or failed[0].reason or "failed"
         result["msg"] = (
             first if len(outcomes) == 1 else f"{len(failed)} of {len(outcomes)} sandboxes failed; the first: {first}"
         )

@@ -77,7 +77,7 @@ class Step:
     # A step that only waits changes nothing.
     changes: bool = True
 
-    def told(self, check: bool = False) -> str:
+    def describe(self, check: bool = False) -> str:
         """Return the step as a line for the user."""
         verb = f"would be {self.action}" if check else self.action
         fields = f" ({', '.join(self.fields)})" if self.fields else ""

@@ -301,7 +301,7 @@ ARGUMENT_SPEC = {
 }
 
 
-def wanted(params):
+def read_desired(params):
     """Return the options for the planner. Texts lose the blanks around them, because AWX stores them without those."""
     names = _awx_plan.DesiredObjects.__dataclass_fields__
     values = {name: params[name] for name in names}
@@ -335,7 +335,7 @@ def main():
             for number, step in enumerate(plan.steps)
         ]
         pending = module.check_mode
-        lines = [step.told(pending) for number, step in enumerate(plan.steps) if pending or number < done_steps]
+        lines = [step.describe(pending) for number, step in enumerate(plan.steps) if pending or number < done_steps]
         lines += [
             f"not made by this set-up, changed only with awx_adopt=true: {text}" for text in plan.foreign if pending
         ]
@@ -363,11 +363,11 @@ def main():
             timeout=params["timeout"],
         )
         if params["state"] == "absent":
-            remover = _awx_take_away.TakeAway(client, wanted(params))
+            remover = _awx_take_away.TakeAway(client, read_desired(params))
             plan = remover.plan
             remover.take_away()
         else:
-            maker = _awx_set_up.SetUp(client, wanted(params))
+            maker = _awx_set_up.SetUp(client, read_desired(params))
             plan = maker.plan
             maker.set_up()
         if plan.problems:

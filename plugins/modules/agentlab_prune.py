@@ -120,7 +120,7 @@ def work(module, context):
         "pruned": [outcome.public(_adapter.REMEDIES) for outcome in report.pruned],
         "kept": [outcome.public(_adapter.REMEDIES) for outcome in report.kept],
         "failed_items": [outcome.public(_adapter.REMEDIES) for outcome in report.failed],
-        "warnings": [warning for outcome in report.pruned for warning in outcome.told_warnings(_adapter.REMEDIES)],
+        "warnings": [warning for outcome in report.pruned for warning in outcome.explain_warnings(_adapter.REMEDIES)],
     }
     if module._diff:
         result["diff"] = _adapter.difference(report.pruned)
@@ -130,7 +130,7 @@ def work(module, context):
         result.update(
             failed=True,
             msg=f"{len(report.failed)} sandboxes could not be pruned ({report.count} were); the first: "
-            f"{report.failed[0].told(_adapter.REMEDIES)}",
+            f"{report.failed[0].explain(_adapter.REMEDIES)}",
         )
     return result
 

@@ -200,9 +200,9 @@ told = []
 for at in (1000, 4000, 4700):
     now[0] = at
     problems.replace("cleanup", [Problem("sandbox 1", "locked", "u1", passing=True), Problem("sandbox 2", "x", "u2")])
-    told.append([(job, one.what, one.since) for job, one in problems.told(lambda: ["u1", "u2"])])
+    told.append([(job, one.what, one.since) for job, one in problems.list_lasting(lambda: ["u1", "u2"])])
 problems.replace("cleanup", [])
-told.append(problems.told(lambda: 1 / 0))
+told.append(problems.list_lasting(lambda: 1 / 0))
 print(json.dumps(told))
 """
     second = ["cleanup", "sandbox 2", 1000]
@@ -226,13 +226,13 @@ problems = Problems(lambda: next(seconds))
 problems.replace("reconcile", [Problem("sandbox 1000", "why", "a")])
 problems.replace("reconcile", [Problem("sandbox 1000", "why", "b")])
 problems.set("expiry", Problem("sandbox 1000", "why", "b"))
-before = [(job, one.since) for job, one in problems.told(lambda: ["b"])]
+before = [(job, one.since) for job, one in problems.list_lasting(lambda: ["b"])]
 scheduler = Scheduler.__new__(Scheduler)
 scheduler._done_elsewhere = set()
 database = SimpleNamespace(lead=lambda job: False)
 scheduler.service = SimpleNamespace(base=SimpleNamespace(database=database), leads={}, problems=problems)
 scheduler._try_to_lead("reconcile")
-print(json.dumps([before, [job for job, _one in problems.told(lambda: ["b"])]]))
+print(json.dumps([before, [job for job, _one in problems.list_lasting(lambda: ["b"])]]))
 """
     # The sandbox that has the VMID now has its own beginning: the second reading of the clock, not the first.
     assert in_daemon(code) == [[["reconcile", 101], ["expiry", 102]], ["expiry"]]

@@ -98,10 +98,10 @@ def refused(work: Callable[[], Any]) -> str:
     try:
         found = work()
     except AgentlabError as error:
-        return error.told(_adapter.REMEDIES)
+        return error.explain(_adapter.REMEDIES)
     found = found[0] if isinstance(found, list) else found
     assert found.failed, found
-    return str(found.told(_adapter.REMEDIES))
+    return str(found.explain(_adapter.REMEDIES))
 
 
 # ---- VMs that are kept ----

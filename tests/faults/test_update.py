@@ -97,7 +97,7 @@ def test_an_option_that_differs_is_told_by_its_name(
     lab.pve.requests.clear()
     for dry_run in (False, True):
         outcome = lab.present(dry_run=dry_run, **again)
-        warnings = outcome.told_warnings(_adapter.REMEDIES)
+        warnings = outcome.explain_warnings(_adapter.REMEDIES)
         assert outcome.outcome == "unchanged" and len(warnings) == 1 and words in warnings[0], warnings
     assert lab.pve.requests == [], "records alone tell it"
 
@@ -123,7 +123,7 @@ def test_an_option_that_differs_is_told_by_its_name(
 )
 def test_what_does_not_differ_is_not_told(lab: Lab, first: dict[str, Any], again: dict[str, Any]) -> None:
     lab.present(**first)
-    assert lab.present(**again).told_warnings(None) == []
+    assert lab.present(**again).explain_warnings(None) == []
 
 
 def test_nothing_secret_is_kept(lab: Lab) -> None:

@@ -69,7 +69,7 @@ def test_an_error_is_told_with_its_remedy(remedy: str | None) -> None:
     error = InvalidInput("cores: 3 is too few", option="cores", remedy=remedy)
     words = _adapter.REMEDIES
     sentence = f"cores: 3 is too few. {words[remedy]}" if remedy else "cores: 3 is too few"
-    assert error.told(words) == sentence == error.as_dict(words)["message"]
+    assert error.explain(words) == sentence == error.as_dict(words)["message"]
     assert error.as_dict().get("remedy") == remedy and error.as_dict()["message"] == "cores: 3 is too few"
     outcome = Outcome("failed", message=error.message, remedy=error.remedy, failed=True)
     assert outcome.public(words)["message"] == sentence and outcome.public()["message"] == error.message

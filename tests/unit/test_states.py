@@ -64,7 +64,7 @@ def test_an_operation_is_allowed_satisfied_or_refused_by_the_state(operation: st
     else:
         with pytest.raises(StateConflict) as caught:
             states.check(operation, state)
-        message = caught.value.told(_adapter.REMEDIES)
+        message = caught.value.explain(_adapter.REMEDIES)
         assert f" in {state} state. Valid states: {', '.join(allowed + satisfied)}" in message
         assert message.endswith("Use force=true to bypass") == (operation == "destroy")
         assert caught.value.detail["state"] == state
@@ -120,4 +120,4 @@ def test_an_operation_leads_only_where_the_transitions_allow(state: str) -> None
     ],
 )
 def test_a_refusal_names_state_and_valid_states_to_the_letter(operation: str, state: str, message: str) -> None:
-    assert states.refuse(operation, state).told(_adapter.REMEDIES) == message
+    assert states.refuse(operation, state).explain(_adapter.REMEDIES) == message

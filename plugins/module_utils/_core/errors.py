@@ -58,7 +58,7 @@ class AgentlabError(Exception):
         """The name of what the user can do about the error, or None."""
         return self.detail.get("remedy")
 
-    def told(self, words: Mapping[str, str]) -> str:
+    def explain(self, words: Mapping[str, str]) -> str:
         """Return the message for one interface, whose words for remedies these are."""
         return add_remedy(self.message, self.remedy, words)
 

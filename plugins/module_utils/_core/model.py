@@ -181,11 +181,11 @@ class Outcome:
         values.setdefault("state", sandbox.state)
         return cls(outcome, vmid=sandbox.vmid, uuid=sandbox.uuid, name=sandbox.name, sandbox=sandbox, **values)
 
-    def told(self, words: Mapping[str, str] | None) -> str | None:
+    def explain(self, words: Mapping[str, str] | None) -> str | None:
         """Return the message for one interface, whose words for remedies these are."""
         return self.message and add_remedy(self.message, self.remedy, words)
 
-    def told_warnings(self, words: Mapping[str, str] | None) -> list[str]:
+    def explain_warnings(self, words: Mapping[str, str] | None) -> list[str]:
         """Return all warnings for one interface, whose words for remedies these are."""
         return [*self.warnings, *(add_remedy(advice.message, advice.remedy, words) for advice in self.advice)]
 
@@ -199,7 +199,7 @@ class Outcome:
             "previous_state": self.previous_state,
             "state": self.state,
             "reason": self.reason,
-            "message": self.told(words),
+            "message": self.explain(words),
             "upids": list(self.upids),
             "changed": self.changed,
             "failed": self.failed,
@@ -207,6 +207,6 @@ class Outcome:
         if self.remedy:
             out["remedy"] = self.remedy
         if self.warnings or self.advice:
-            out["warnings"] = self.told_warnings(words)
+            out["warnings"] = self.explain_warnings(words)
         out.update(self.extra)
         return out

@@ -223,7 +223,7 @@ class ProxmoxClient:
         while True:
             attempt += 1
             self.requests[f"{method} {template_of(path)}"] += 1
-            self._mine.asked = self.asked + 1
+            self._mine.requests_sent = self.requests_sent + 1
             try:
                 with self._place(path):
                     if self.before_change is not None and method != "GET":
@@ -259,9 +259,9 @@ class ProxmoxClient:
         return by_password and isinstance(error, AccessDenied) and error.status == 401
 
     @property
-    def asked(self) -> int:
+    def requests_sent(self) -> int:
         """Return how many requests this thread has sent. Two equal readings prove that none was sent in between."""
-        return int(getattr(self._mine, "asked", 0))
+        return int(getattr(self._mine, "requests_sent", 0))
 
     @contextlib.contextmanager
     def reserve_place(self, path: str) -> Iterator[float]:
@@ -271,11 +271,11 @@ class ProxmoxClient:
         """
         began = self.clock.monotonic()
         with self._place(path):
-            before, self._mine.held = getattr(self._mine, "held", False), True
+            before, self._mine.has_place = getattr(self._mine, "has_place", False), True
             try:
                 yield self.clock.monotonic() - began
             finally:
-                self._mine.held = before
+                self._mine.has_place = before
 
     @contextlib.contextmanager
     def _place(self, path: str) -> Iterator[None]:
@@ -283,7 +283,7 @@ class ProxmoxClient:
 
         Each request ends within api_timeout, so the wait is bounded.
         """
-        if getattr(self._mine, "held", False):
+        if getattr(self._mine, "has_place", False):
             yield
             return
         # Take the node's place first: a thread that waits for a slow node then occupies no common place.

@@ -114,7 +114,7 @@ def _judged(ctx: Context, sandbox: Sandbox, node: str, row: dict[str, Any], conf
     verdict = identity.judge(sandbox.uuid, sandbox.smbios_uuid, config)
     if verdict.identity == identity.MATCH:
         ctx.cluster.seen_ours(sandbox.vmid)
-    return Located(node, row, verdict, (ctx.client.asked, ctx.clock.monotonic()))
+    return Located(node, row, verdict, (ctx.client.requests_sent, ctx.clock.monotonic()))
 
 
 def _node_silent(sandbox: Sandbox, node: str, error: Unreachable) -> Kept:
@@ -254,7 +254,7 @@ def just_judged(ctx: Context, sandbox: Sandbox, located: Located, waited: float)
     """
     same = (
         located.read is not None
-        and located.read[0] == ctx.client.asked
+        and located.read[0] == ctx.client.requests_sent
         and waited < _SHORT_WAIT
         and ctx.clock.monotonic() - located.read[1] < _JUST_NOW
     )

@@ -26,6 +26,7 @@ from ..vm.locate import refuse_locked, require_match, write_with_digest
 from .workspace_disk import (
     UNITS,
     WorkspaceRefused,
+    already_held,
     assign,
     attach,
     attached_vms,
@@ -42,7 +43,6 @@ from .workspace_disk import (
     select,
     show_size,
     slot_of,
-    taken,
 )
 
 STATES = store.STATES
@@ -385,7 +385,7 @@ def _renew(ctx: Context, disk: Workspace, ttl: int | None) -> WorkspaceResult:
 
 def _check_over(ctx: Context, disk: Workspace) -> None:
     if disk.lease_expires_at is None or disk.lease_expires_at > ctx.clock.now():
-        raise taken(ctx, disk)
+        raise already_held(ctx, disk)
 
 
 def detached(ctx: Context, which: str, *, only_stopped: bool = False) -> WorkspaceResult:
@@ -397,7 +397,7 @@ def detached(ctx: Context, which: str, *, only_stopped: bool = False) -> Workspa
     if disk.state == store.DETACHED:
         return WorkspaceResult("unchanged", disk)
     if disk.sandbox_uuid is None:
-        raise taken(ctx, disk)
+        raise already_held(ctx, disk)
     sandbox = ctx.records.get(disk.sandbox_uuid)
     if ctx.dry_run:
         if sandbox.live and sandbox.smbios_uuid is not None:
@@ -434,7 +434,7 @@ def absent(ctx: Context, which: str, *, force: bool) -> WorkspaceResult:
     if disk is None:
         return WorkspaceResult("not_found", None)
     if disk.state not in (store.DETACHED, store.CREATING, store.DELETING):
-        raise taken(ctx, disk)
+        raise already_held(ctx, disk)
     if disk.state == store.DETACHED and not force:
         raise WorkspaceRefused(
             f"{disk.title} holds {show_size(disk.size)} of data on {disk.volume}, which would be lost",

@@ -268,7 +268,7 @@ def assign(ctx: Context, claim: Claim, sandbox: Sandbox, disk: Workspace, ttl: i
     if disk.sandbox_uuid == sandbox.uuid and disk.state in (store.ATTACHING, store.ATTACHED):
         return disk
     if disk.state != store.DETACHED:
-        raise taken(ctx, disk)
+        raise already_held(ctx, disk)
     other = records(ctx).of_sandbox(sandbox.uuid)
     if other is not None:
         raise WorkspaceRefused(f"sandbox {sandbox.vmid} has {other.title} already; a sandbox has one workspace at most")
@@ -286,7 +286,8 @@ def assign(ctx: Context, claim: Claim, sandbox: Sandbox, disk: Workspace, ttl: i
     )
 
 
-def taken(ctx: Context, disk: Workspace) -> WorkspaceRefused:
+def already_held(ctx: Context, disk: Workspace) -> WorkspaceRefused:
+    """Return the error for a workspace that another sandbox or a running operation has."""
     from .. import clock as clock_module
 
     if disk.sandbox_uuid is not None:
@@ -322,7 +323,7 @@ def of_creation(ctx: Context, claim: Claim, sandbox: Sandbox, which: str | None)
 def check_usable(ctx: Context, disk: Workspace, node: str) -> None:
     """Raise, before anything is created, if a new sandbox on that node could not have the workspace."""
     if disk.state != store.DETACHED:
-        raise taken(ctx, disk)
+        raise already_held(ctx, disk)
     check_node(disk, node)
     require_full_sight(ctx, disk)
 

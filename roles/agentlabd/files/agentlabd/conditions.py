@@ -224,7 +224,7 @@ class Conditions:
 
     def _check_sandboxes(self) -> Iterator[Condition]:
         service = self._service
-        problems = service.problems.told(lambda: overview.generations(service.base.records))
+        problems = service.problems.list_lasting(lambda: overview.generations(service.base.records))
         if problems:
             some = "; ".join(f"{problem.what} ({job}): {problem.why}" for job, problem in problems[:_MOST_NAMED])
             more = f"; and {len(problems) - _MOST_NAMED} more" if len(problems) > _MOST_NAMED else ""

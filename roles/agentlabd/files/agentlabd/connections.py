@@ -44,8 +44,8 @@ CONNECTIONS = {"socket": 256, "listen": 64, "metrics_listen": 16}
 ACCEPTED_AT_ONCE = 32
 QUEUE = 1024
 # Refused connections at one time that get an answer. Further ones are closed without an answer.
-_TOLD = 16
-_TOLD_SECONDS = 1.0
+_MOST_EXPLAINED = 16
+_REFUSAL_SECONDS = 1.0
 # Descriptors reserved for the records, the log, the sockets and short-lived files of libraries.
 _OWN_DESCRIPTORS = 64
 
@@ -72,7 +72,7 @@ def shares(descriptors: int, proxmox: int) -> dict[str, int]:
 
     Leaves descriptors for ``proxmox`` connections to Proxmox VE twice, for requests and for stops.
     """
-    reserved = _OWN_DESCRIPTORS + 2 * proxmox + len(CONNECTIONS) * (ACCEPTED_AT_ONCE + _TOLD)
+    reserved = _OWN_DESCRIPTORS + 2 * proxmox + len(CONNECTIONS) * (ACCEPTED_AT_ONCE + _MOST_EXPLAINED)
     room, total = descriptors - reserved, sum(CONNECTIONS.values())
     return {name: max(4, count if room >= total else count * room // total) for name, count in CONNECTIONS.items()}
 
@@ -148,7 +148,8 @@ class Listener:
         self.refused = 0
         # aiohttp's protocol (a request knows its own) -> gate, in the order of arrival.
         self.gates: dict[Any, Gate] = {}
-        self.told = 0
+        # Refused connections whose clients are being told why.
+        self.explained_refusals = 0
 
     def __call__(self) -> Gate:
         return Gate(self)
@@ -271,7 +272,7 @@ class Gate(asyncio.Protocol):
             self._timer.cancel()
         self._listener.unread.remove(self)
         if self._state == _REFUSED:
-            self._listener.told -= 1
+            self._listener.explained_refusals -= 1
         if self._inner is not None:
             self._listener.gates.pop(self._inner, None)
             self._inner.connection_lost(exc)
@@ -346,10 +347,10 @@ class Gate(asyncio.Protocol):
     def _refuse(self, status: int, message: str, code: str) -> None:
         """Send the reason if that is cheap, and end the connection."""
         assert self._transport is not None
-        if self._listener.told >= _TOLD or self._transport.is_closing():
+        if self._listener.explained_refusals >= _MOST_EXPLAINED or self._transport.is_closing():
             self.cut(message)
             return
-        self._listener.told += 1
+        self._listener.explained_refusals += 1
         body = json.dumps({"error": message, "code": code}).encode() + b"\n"
         self._transport.write(
             (
@@ -361,4 +362,4 @@ class Gate(asyncio.Protocol):
         # Closing at once, with the request unread, would give the client a reset instead of the answer.
         if self._transport.can_write_eof():
             self._transport.write_eof()
-        self.expect(_REFUSED, _TOLD_SECONDS)
+        self.expect(_REFUSED, _REFUSAL_SECONDS)

@@ -68,7 +68,7 @@ class Problems:
         # A new sandbox may have the VMID of an earlier one.
         return known.since if known and known.uuid == problem.uuid else int(self._now())
 
-    def told(self, live: Callable[[], Iterable[str]]) -> list[tuple[str, Problem]]:
+    def list_lasting(self, live: Callable[[], Iterable[str]]) -> list[tuple[str, Problem]]:
         """Return (job, problem) of everything that a person should know, oldest first.
 
         ``live`` returns the UUIDs of the live sandboxes. It is called only if there is a problem.

@@ -236,7 +236,7 @@ class PostgresDatabase(GroupCommit):
         return connection
 
     def _open(self) -> None:
-        with self._reader_lock, self._told():
+        with self._reader_lock, self._explain_errors():
             connection = self._connect()
             try:
                 row = connection.execute(_OPENING).fetchone()
@@ -303,7 +303,7 @@ class PostgresDatabase(GroupCommit):
         self._judge(connection.execute(_OPENING).fetchone())
 
     @contextlib.contextmanager
-    def _told(self) -> Iterator[None]:
+    def _explain_errors(self) -> Iterator[None]:
         try:
             yield
         except psycopg.Error as error:
@@ -364,9 +364,9 @@ class PostgresDatabase(GroupCommit):
     def read_as(self, make: Callable[[Any], T], sql: str, *values: Any) -> list[T]:
         """Return ``make(row)`` for each row. Replaces a lost connection once."""
         if self._together == threading.get_ident():
-            with self._told():
+            with self._explain_errors():
                 return list(map(make, Session(self._writer).execute(sql, values)))
-        with self._reader_lock, self._told():
+        with self._reader_lock, self._explain_errors():
             for last in (False, True):
                 try:
                     if self._reader is None or self._reader.closed:
@@ -394,12 +394,12 @@ class PostgresDatabase(GroupCommit):
         May call ``work`` more than once.
         """
         if self._together == threading.get_ident():
-            with self._told():
+            with self._explain_errors():
                 self._refuse_ended()
                 session = Session(self._writer)
                 # A checked ``work`` raises only before its first write, so it needs no savepoint.
                 return work(session) if checked else self._in_savepoint(session, work)
-        with self._told():
+        with self._explain_errors():
             return self.enqueue(work)
 
     def _in_savepoint(self, session: Session, work: Callable[[Any], T]) -> T:
@@ -534,7 +534,7 @@ class PostgresDatabase(GroupCommit):
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
         """Group all writes of this thread into one transaction. Report nothing as done until the block has ended."""
-        with self._told(), self._writer_lock, self._transact():
+        with self._explain_errors(), self._writer_lock, self._transact():
             self._together = threading.get_ident()
             try:
                 yield
@@ -605,7 +605,7 @@ class PostgresDatabase(GroupCommit):
     def lead(self, job: str) -> bool:
         """Return whether this process does ``job`` now, that is, holds the job's lock on a session of its own."""
         query = f"SELECT pg_try_advisory_lock({_LOCK_SPACE}, {_FIRST_JOB + JOBS.index(job)})"
-        with self._leader_lock, self._told():
+        with self._leader_lock, self._explain_errors():
             try:
                 if self._leader is None or self._leader.closed:
                     self._leads.clear()

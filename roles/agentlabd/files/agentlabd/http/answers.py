@@ -58,7 +58,7 @@ def of_error(error: AgentlabError) -> Answer:
     else:
         # A wrong option in the daemon's own configuration is not the client's fault.
         status = 500 if error.detail.get("option") in core_config.ENVIRONMENT else status_of(code)
-    message = error.told(REMEDIES)
+    message = error.explain(REMEDIES)
     if isinstance(error, NotFound) and "run_id" not in error.detail:
         message = "workspace not found" if "workspace" in error.detail else "sandbox not found"
     facts = {name: value for name, value in error.detail.items() if value is not None and name not in ("error", "code")}
@@ -72,7 +72,7 @@ def of_failure(outcome: Outcome) -> Answer:
     reason = outcome.reason or "error"
     answer = failed(
         status_of(reason),
-        outcome.told(REMEDIES) or reason,
+        outcome.explain(REMEDIES) or reason,
         reason,
         vmid=outcome.vmid,
         state=outcome.state,
@@ -103,9 +103,9 @@ def of_item(outcome: Outcome, status: int = 200) -> Answer:
         "outcome": outcome.outcome,
         "changed": outcome.changed,
         "reason": outcome.reason,
-        "message": outcome.told(REMEDIES),
+        "message": outcome.explain(REMEDIES),
         "upids": list(outcome.upids),
-        "warnings": outcome.told_warnings(REMEDIES),
+        "warnings": outcome.explain_warnings(REMEDIES),
     }
     if "placement" in outcome.extra:
         body["placement"] = outcome.extra["placement"]

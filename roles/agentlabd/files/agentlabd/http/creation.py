@@ -186,7 +186,7 @@ def validate_plan(call: Call) -> Answer:
     try:
         _check_limits(ctx, call.body)
         outcome = create.run(ctx, wanted.spec(ctx, creation_options(call.body)))
-        warnings = outcome.told_warnings(REMEDIES)
+        warnings = outcome.explain_warnings(REMEDIES)
         if outcome.outcome == "unchanged":
             warnings = [*warnings, f"sandbox {outcome.vmid} ({outcome.name}) is there already and stays as it is"]
     except ProxmoxError:
@@ -194,7 +194,7 @@ def validate_plan(call: Call) -> Answer:
         raise
     except AgentlabError as error:
         option = error.detail.get("option") or ("workspace" if "workspace" in error.detail else "")
-        errors = [{"code": error.code, "field": str(option), "message": error.told(REMEDIES)}]
+        errors = [{"code": error.code, "field": str(option), "message": error.explain(REMEDIES)}]
     return Answer(
         {
             "ok": not errors,

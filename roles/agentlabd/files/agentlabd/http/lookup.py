@@ -28,7 +28,7 @@ EVERY = 3.0
 AT_ONCE = 2
 
 _lock = threading.Lock()
-_asked: dict[str, float] = {}
+_last_lookups: dict[str, float] = {}
 _under_way = 0
 
 
@@ -37,11 +37,11 @@ def look_up_address(ctx: Context, sandbox: Sandbox, threads: Executor) -> None:
     global _under_way
     now = time.monotonic()
     with _lock:
-        for uuid in [uuid for uuid, at in _asked.items() if now - at >= EVERY]:
-            del _asked[uuid]
-        if sandbox.uuid in _asked or _under_way >= AT_ONCE:
+        for uuid in [uuid for uuid, at in _last_lookups.items() if now - at >= EVERY]:
+            del _last_lookups[uuid]
+        if sandbox.uuid in _last_lookups or _under_way >= AT_ONCE:
             return
-        _asked[sandbox.uuid] = now
+        _last_lookups[sandbox.uuid] = now
         _under_way += 1
     try:
         threads.submit(_ask, ctx, sandbox.uuid)

@@ -43,18 +43,18 @@ class Places:
     """The number of files that may be in transit."""
 
     def __init__(self) -> None:
-        self._taken = 0
+        self._places_in_use = 0
 
     def take(self) -> bool:
         """Take a place. Returns False when all are taken."""
-        if self._taken >= FILES_AT_ONCE:
+        if self._places_in_use >= FILES_AT_ONCE:
             return False
-        self._taken += 1
+        self._places_in_use += 1
         return True
 
     def give_back(self) -> None:
         """Return a place."""
-        self._taken -= 1
+        self._places_in_use -= 1
 
 
 async def receive(content: StreamReader, goes_on: Callable[[float], None]) -> BinaryIO:

@@ -107,7 +107,7 @@ def describe_stop(sandbox: Sandbox, outcome: Outcome | None) -> dict[str, Any]:
         "profile": sandbox.profile,
         "state": outcome.state if outcome else sandbox.state,
         "result": result,
-        "error": (outcome.told(REMEDIES) or outcome.reason) if outcome and outcome.failed else None,
+        "error": (outcome.explain(REMEDIES) or outcome.reason) if outcome and outcome.failed else None,
     }
 
 

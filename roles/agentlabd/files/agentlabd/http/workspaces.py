@@ -84,7 +84,9 @@ def rebind_workspace(call: Call) -> Answer:
         return Answer(
             {
                 **body,
-                "warnings": [str(outcome.told(REMEDIES) or outcome.reason) for outcome in outcomes if outcome.failed],
+                "warnings": [
+                    str(outcome.explain(REMEDIES) or outcome.reason) for outcome in outcomes if outcome.failed
+                ],
             },
             207,
             outcomes,
