@@ -203,6 +203,13 @@ class StoreUnavailable(StoreError):
 
     code = "store_unavailable"
 
+    def told_once(self, fate: str) -> str:
+        """Return the message for a command that runs once: no controller goes on, so only ``fate`` is told."""
+        return (
+            f"database {self.detail.get('path')}: cannot be reached: {self.detail.get('cause')}; {fate}. Look at the "
+            "server and the network, then run again"
+        )
+
 
 class DamagedRecord(StoreError):
     """One value in the records cannot be what it should be.

@@ -15,10 +15,11 @@ from typing import Any
 
 from ..clock import SystemClock
 from ..database_address import SQLITE, Address, parse
-from ..errors import InvalidInput, StoreError
+from ..errors import InvalidInput, StoreError, StoreUnavailable
 from .open import open_database
 from .port import Connection, Engine
 from .records import Records
+from .sqlite import latest
 
 # Table -> key, ordered so that referenced rows are copied first. Claims are not copied, because they end with their
 # holders.
@@ -68,10 +69,62 @@ def copy_records(source: str, target: str, passwords: tuple[str | None, str | No
         )
     with contextlib.ExitStack() as stack:
         engines: list[Engine] = []
-        for address, password in zip(addresses, passwords, strict=True):
-            engines.append(open_database(address.text, password=password or address.password))
+        for side, address, password in zip(("FROM", "TO"), addresses, passwords, strict=True):
+            if side == "TO":
+                # Before TO is made: a source in use is the usual reason for a refusal.
+                _refuse_in_use(engines[0])
+                if address.engine == SQLITE and not os.path.lexists(address.text):
+                    stack.push(_NewFile(address.text).remove_after_failure)
+            try:
+                engines.append(open_database(address.text, password=password or address.password))
+            except StoreUnavailable as error:
+                raise StoreError(f"--copy-records: {side}: {error.told_once('nothing was copied')}") from error
             stack.callback(engines[-1].close)
-        return _copy(*engines)
+        try:
+            return _copy(*engines)
+        except StoreUnavailable as error:
+            fate = (
+                "the copy is written as a whole or not at all: where it was carried out, the next run says that TO is "
+                "not empty"
+            )
+            raise StoreError(f"--copy-records: {error.told_once(fate)}") from error
+
+
+class _NewFile:
+    """A SQLite file that a copy is about to make, with the folders that are missing for it."""
+
+    def __init__(self, path: str) -> None:
+        self._path = os.path.abspath(path)
+        self._missing_folders: list[str] = []
+        folder = os.path.dirname(self._path)
+        while not os.path.isdir(folder):
+            self._missing_folders.append(folder)
+            folder = os.path.dirname(folder)
+
+    def remove_after_failure(self, kind: type[BaseException] | None, _error: object, _trace: object) -> None:
+        """Remove the file and those folders when an exception ends the copy. A file that holds records stays."""
+        if kind is None or (os.path.exists(self._path) and not self._is_empty()):
+            return
+        for name in (self._path, f"{self._path}-wal", f"{self._path}-shm", latest.path_of(self._path)):
+            with contextlib.suppress(OSError):
+                os.unlink(name)
+        for folder in self._missing_folders:
+            # A folder that somebody else uses meanwhile is not empty, and stays.
+            with contextlib.suppress(OSError):
+                os.rmdir(folder)
+
+    def _is_empty(self) -> bool:
+        """Return whether no record stands in the file."""
+        try:
+            database = open_database(self._path)
+        except StoreError:
+            return False
+        try:
+            return not any(database.read(f"SELECT 1 FROM {table} LIMIT 1") for table in TABLES)
+        except StoreError:
+            return False
+        finally:
+            database.close()
 
 
 def _are_same(source: Address, target: Address) -> bool:
@@ -87,13 +140,8 @@ def _are_same(source: Address, target: Address) -> bool:
 
 def _copy(source: Engine, target: Engine) -> Copied:
     with source.freeze():
-        records = Records(source, source.clock(SystemClock()), "copy")
-        under_way, _interrupted = records.unfinished()
-        if under_way:
-            raise StoreError(
-                f"database {source.path}: {len(under_way)} operation(s) are under way ({under_way[0].kind} by "
-                f"{under_way[0].actor}); end every controller of these records first. Nothing was copied"
-            )
+        # A run may have begun since the first look.
+        _refuse_in_use(source)
 
         def work(conn: Connection) -> Copied:
             def read_target(sql: str, values: Sequence[Any]) -> Sequence[Any]:
@@ -129,6 +177,17 @@ def _copy(source: Engine, target: Engine) -> Copied:
             return copied
 
         return target.write(work)
+
+
+def _refuse_in_use(source: Engine) -> None:
+    """Raise StoreError when an operation is under way on the source."""
+    records = Records(source, source.clock(SystemClock()), "copy")
+    under_way, _interrupted = records.unfinished()
+    if under_way:
+        raise StoreError(
+            f"database {source.path}: {len(under_way)} operation(s) are under way ({under_way[0].kind} by "
+            f"{under_way[0].actor}); end every controller of these records first. Nothing was copied"
+        )
 
 
 def _reader(database: Engine) -> Query:

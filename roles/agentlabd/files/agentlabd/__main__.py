@@ -11,7 +11,7 @@ import os
 import sys
 
 from agentlab_core.config import Config
-from agentlab_core.errors import AgentlabError, host_error
+from agentlab_core.errors import AgentlabError, StoreError, StoreUnavailable, host_error
 
 from . import LAST_WORD, __version__, logs
 
@@ -125,9 +125,13 @@ def migrate(config: Config, password: str | None) -> int:
     from agentlab_core.store import schema
     from agentlab_core.store.open import open_database
 
-    database = open_database(
-        config.database, password=password or config.database_password, group_mode=config.database_group_access
-    )
+    try:
+        database = open_database(
+            config.database, password=password or config.database_password, group_mode=config.database_group_access
+        )
+    except StoreUnavailable as error:
+        fate = "the tables are changed as a whole or not at all"
+        raise StoreError(f"--migrate-records: {error.told_once(fate)}") from error
     before = "" if database.migrated else ", as before"
     database.close()
     print(f"agentlabd: the records have schema {schema.VERSION}{before}")

@@ -328,6 +328,7 @@ class PostgresDatabase(GroupCommit):
                 f"database {self.path}: cannot be reached: {text}. Nothing is changed in Proxmox VE meanwhile, and "
                 "what was begun is finished later; look at the server and the network, then run again",
                 path=self.path,
+                cause=text,
             )
         else:
             advice = "nothing was written"
