@@ -179,7 +179,10 @@ def name_actor(option: str | None, through: str) -> str:
 
 
 def ids(module: AnsibleModule) -> list[dict[str, Any]]:
-    """What vmid, vmids or name ask for, each once, in order; InvalidInput for numbers that are no VMID."""
+    """Return what vmid, vmids or name ask for, each once and in order.
+
+    Raises InvalidInput for a number that is no VMID.
+    """
     params = module.params
     name = params["name"].strip() if isinstance(params.get("name"), str) else None
     if name is not None and params.get("vmid") is None:
@@ -197,7 +200,7 @@ def ids(module: AnsibleModule) -> list[dict[str, Any]]:
 
 
 def tags(module: AnsibleModule) -> list[str]:
-    """What the option ``tags`` names, in small letters."""
+    """Return the tags of the option ``tags``, in small letters."""
     return patterns.split_tags(module.params.get("tags"))
 
 
@@ -221,7 +224,10 @@ def states_of(module: AnsibleModule, valid: Sequence[str]) -> list[str] | None:
 
 
 def answer(outcomes: Sequence[Outcome], *, single: bool, diff: bool) -> dict[str, Any]:
-    """One shape for 0, 1 and n items; a failed item fails the call with all outcomes in the answer."""
+    """Return the answer of a module, in the same shape for 0, 1 and n items.
+
+    A failed item fails the call, with all outcomes in the answer.
+    """
     sandboxes = [outcome.sandbox for outcome in outcomes if outcome.sandbox is not None]
     failed = [outcome for outcome in outcomes if outcome.failed]
     result: dict[str, Any] = {
@@ -254,7 +260,7 @@ def _shown(outcome: Outcome) -> dict[str, Any]:
 
 
 def difference(outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """What changed, by VMID; nothing that did not."""
+    """Return the changed sandboxes before and after, by VMID, for diff mode."""
     before: dict[str, Any] = {}
     after: dict[str, Any] = {}
     for outcome in outcomes:
@@ -273,5 +279,5 @@ def difference(outcomes: Sequence[Outcome]) -> dict[str, Any]:
 
 
 def public(sandboxes: Sequence[Sandbox]) -> list[dict[str, Any]]:
-    """Sandboxes in the shape of every answer."""
+    """Return sandboxes in the shape of every answer."""
     return [sandbox.public() for sandbox in sandboxes]

@@ -155,7 +155,7 @@ class ProxmoxSettings:
 
     @property
     def credential_options(self) -> str:
-        """The options to check when the credentials are refused."""
+        """Return the options to check when the credentials are refused."""
         return (
             "api_user, api_token_id and api_token_secret (and whether the token has expired)"
             if self.api_token_id
@@ -168,7 +168,7 @@ class ProxmoxSettings:
         return self.login == "root@pam"
 
     def check_credentials(self) -> None:
-        """What is missing or contradictory, by the names of the options."""
+        """Raise InvalidInput with the name of a credential option that is missing or contradicts another."""
         if self.api_token_id and not self.api_token_secret:
             raise InvalidInput(
                 "api_token_secret: missing, but api_token_id is set; give both, or api_password",
@@ -398,7 +398,10 @@ def load(options: Mapping[str, Any], environment: Mapping[str, str]) -> Config:
 
 
 def read_yaml(path: str, where: str) -> Any:
-    """What a YAML file holds; ConfigError, which begins with ``where``, when it cannot be read or parsed."""
+    """Return the content of a YAML file.
+
+    Raises ConfigError, whose message begins with ``where``, for a file that cannot be read or parsed.
+    """
     try:
         import yaml  # noqa: F401 - safe_yaml needs it
     except ImportError:
@@ -417,7 +420,10 @@ def read_yaml(path: str, where: str) -> Any:
 
 
 def read_file(path: str) -> dict[str, Any]:
-    """The configuration file's keys; refused as a whole when it cannot be parsed or has a key that does not exist."""
+    """Return the keys of the configuration file.
+
+    Raises ConfigError for the whole file when it cannot be parsed or has an unknown key.
+    """
     keys = read_yaml(path, f"config_file: {path}")
     if keys is None:
         return {}

@@ -109,7 +109,7 @@ class Context:
 
     @property
     def cluster(self) -> Cluster:
-        """What this run has read of the cluster."""
+        """Return what this run has read of the cluster."""
         with self._lock:
             if self._cluster is None:
                 from .proxmox.cluster import Cluster
@@ -128,8 +128,9 @@ class Context:
             return answer
 
     def derive(self, *, actor: str, dry_run: bool = False, config: Config | None = None) -> Context:
-        """A run of its own for a process that lives longer than one: shares the database and the connections,
-        remembers nothing read of Proxmox.
+        """Return a context for one run inside a process that lives longer, such as the daemon.
+
+        The new context shares the database and the connections, and remembers nothing read from Proxmox.
         """
         return Context(
             config or self.config,
@@ -152,9 +153,9 @@ class Context:
     # ---- choosing sandboxes ----
 
     def select(self, vmid: int | None = None, name: str | None = None) -> Sandbox:
-        """The sandbox of a VMID or name: the live one, or else the last destroyed one; NotFound when there never was
-        one. With both, that VMID's sandbox is
-        to have that name.
+        """Return the sandbox with a VMID or name: the live one, else the last destroyed one.
+
+        With both, the sandbox of the VMID must have the name. Raises NotFound when there never was such a sandbox.
         """
         if vmid is not None:
             sandbox, word = self.records.last_by_vmid(vmid), f"vmid: {vmid}"
@@ -199,9 +200,7 @@ class Context:
 
 
 def refuse_cut_off(claim: Claim, sandbox: Sandbox) -> None:
-    """Kept while a destroy that was cut off is to be finished: for what would put its own journal entry in the place
-    of that one.
-    """
+    """Raise Kept while an interrupted destroy is unfinished: another operation would replace its journal entry."""
     if claim.interrupted is not None and claim.interrupted.kind == "destroy":
         raise Kept(
             "busy",
@@ -211,7 +210,7 @@ def refuse_cut_off(claim: Claim, sandbox: Sandbox) -> None:
 
 
 def failure(sandbox: Sandbox, error: AgentlabError, **values: Any) -> Outcome:
-    """The outcome of an item that could not be done: the word, the sentence, and the state it is in."""
+    """Return the outcome of an item that failed: reason, message, and the state of the sandbox."""
     reason = error.reason if isinstance(error, Kept) else error.code
     upid = error.detail.get("upid")
     return Outcome.of(

@@ -60,7 +60,7 @@ def _nano(number: str | None) -> int:
 
 
 def show(seconds: int) -> str:
-    """The shortest exact spelling, such as ``1d12h``; ``0s`` for nothing."""
+    """Return the shortest exact spelling of a number of seconds, such as ``1d12h``; ``0s`` for none."""
     out = ""
     remainder = max(0, int(seconds))
     for unit, size in _UNITS.items():

@@ -55,7 +55,7 @@ class AgentlabError(Exception):
 
     @property
     def remedy(self) -> str | None:
-        """The name of what the user can do about the error, or None."""
+        """Return the name of what the user can do about the error, or None."""
         return self.detail.get("remedy")
 
     def explain(self, words: Mapping[str, str]) -> str:

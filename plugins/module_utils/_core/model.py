@@ -109,7 +109,7 @@ class Sandbox:
         )
 
     def public(self) -> dict[str, Any]:
-        """The shape every answer uses; absent values are null, times are UTC."""
+        """Return the sandbox in the shape of every answer: absent values are null, times are UTC."""
         return {
             "uuid": self.uuid,
             "vmid": self.vmid,

@@ -14,9 +14,9 @@ B = TypeVar("B")
 
 
 def each(work: Callable[[A], B], items: list[A], workers: int) -> list[B]:
-    """The answers in the order of the items, ``workers`` at a time; a single item needs no thread.
+    """Return the results of ``work`` in the order of the items, with ``workers`` threads. One item needs no thread.
 
-    The first error (in that order) is raised when what was under way has ended, and nothing more is begun.
+    Raises the first error (in that order) when the work under way has ended; then nothing more is begun.
     """
     if len(items) <= 1:
         return [work(item) for item in items]

@@ -288,7 +288,7 @@ def join_words(value: object) -> str:
 
 
 def quoted(value: object) -> str:
-    """A refused value as an error quotes it: one short line, or not at all.
+    """Return a refused value as an error quotes it: one short line, or not at all.
 
     User data or a private key may have got into the wrong place.
     """
@@ -304,8 +304,9 @@ def shown(value: object) -> str:
 
 
 def encodable(text: str) -> bool:
-    """Whether UTF-8 can hold it: JSON and YAML can write half of a surrogate pair, which no file, database or
-    terminal takes.
+    """Return whether UTF-8 can hold the text.
+
+    JSON and YAML can write half of a surrogate pair, which no file, database or terminal takes.
     """
     try:
         text.encode()

@@ -48,7 +48,7 @@ class Profile:
     connection: str | None = None
 
     def public(self) -> dict[str, Any]:
-        """The shape of answers: the options it sets, and its leases as durations."""
+        """Return the profile in the shape of answers: the options that it sets, and its leases as durations."""
         return {
             "name": self.name,
             "path": self.path,
@@ -245,7 +245,7 @@ def load_all(folder: str) -> dict[str, Profile]:
 
 
 def load(folder: str, name: str) -> Profile:
-    """One profile. Files that are wrong matter only if the name is not found without them."""
+    """Return the profile of a name. Faulty files matter only if the other files do not have the name."""
     profiles: dict[str, Profile] = {}
     wrong: list[ConfigError] = []
     for path in _files(folder):
@@ -301,7 +301,10 @@ def _files(folder: str) -> list[str]:
 
 
 def read(path: str) -> Profile:
-    """One file, checked as a whole; ConfigError names the file, the key and what is valid."""
+    """Return the profile in a file, checked as a whole.
+
+    Raises ConfigError with the file, the key and what is valid.
+    """
     from .config import read_yaml
 
     content = read_yaml(path, path)

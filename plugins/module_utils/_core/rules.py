@@ -65,7 +65,7 @@ class Policy:
     keep_destroyed: int | None = None
 
     def rule_for(self, sandbox: Sandbox) -> CleanupRule | None:
-        """The first rule that matches, whether or not its time has come; later rules are not asked."""
+        """Return the first rule that matches, whether or not its time has come. Later rules do not count."""
         return next((rule for rule in self.rules if rule.matches(sandbox)), None)
 
 
@@ -86,7 +86,7 @@ class _RuleReader:
     def mapping(
         self, node: Any, where: str, known: dict[str, Callable[[Any, str], Any]], required: Sequence[str] = ()
     ) -> dict[str, Any]:
-        """The values of a mapping, each read by the function that ``known`` has for its key."""
+        """Return the values of a mapping, each read by the function that ``known`` has for its key."""
         import yaml
 
         if not isinstance(node, yaml.MappingNode):
@@ -162,7 +162,10 @@ class _RuleReader:
 
 
 def parse(text: str, file: str) -> Policy:
-    """The policy of a file's text; ConfigError with line and reason when anything in it cannot be used."""
+    """Return the policy in the text of a file.
+
+    Raises ConfigError with line and reason when any part of the text cannot be used.
+    """
     try:
         import yaml  # noqa: F401 - safe_yaml needs it
     except ImportError:
@@ -280,7 +283,7 @@ def _read_rule(read: _RuleReader, node: Any) -> CleanupRule:
 
 
 def load(path: str) -> Policy:
-    """The policy of a file; a file that is not there means that nothing is cleaned up."""
+    """Return the policy in a file. Without a file nothing is cleaned up."""
     if os.path.islink(path) and not os.path.exists(path):
         raise ConfigError(
             f"cleanup_file: {path} is a link to {os.readlink(path)}, which cannot be followed; mount or create what it "

@@ -69,9 +69,9 @@ class Sequence(list[Any]):
 
 
 def misread(value: object, written: str | None) -> bool:
-    """Whether YAML made something else of a plain scalar than a text that says the same.
+    """Return whether YAML turned a plain scalar into a value that is written otherwise.
 
-    012345 is 5349, 1_000 is 1000, yes is true.
+    012345 becomes 5349, 1_000 becomes 1000, yes becomes true.
     """
     return written is not None and not isinstance(value, str) and str(value) != written
 

@@ -30,9 +30,9 @@ _KEEP = ("127.0.0.1", "::1")
 
 
 def bundle(exam: Examination, report: Diagnosis, *, hosts: bool = False, events: int = 100) -> dict[str, Any]:
-    """What helps with a bug report: findings, configuration, states, the last events.
+    """Return the content of a bundle for a bug report: findings, configuration, states, the last events.
 
-    Secrets are never in it; names of hosts and VMs and their addresses only with ``hosts``.
+    Secrets are never in it. Names of hosts and VMs, and their addresses, are in it only with ``hosts``.
     """
     context = exam.context
     config = {name: getattr(exam.config.proxmox, name) for name in exam.config.proxmox.__slots__ if name not in SECRETS}
@@ -60,7 +60,7 @@ def shown(exam: Examination, report: Diagnosis) -> dict[str, Any]:
 
 
 def write_bundle(path: str, content: Mapping[str, Any]) -> None:
-    """A file of its own with mode 0600, whole or not at all; whatever was there is replaced, never followed."""
+    """Write the bundle to a file with mode 0600, completely or not at all. Replace a link instead of following it."""
     folder = os.path.dirname(os.path.abspath(path))
     try:
         handle, fresh = tempfile.mkstemp(prefix=".agentlab-", dir=folder)
@@ -102,7 +102,10 @@ def _replacements(exam: Examination, hosts: bool) -> dict[str, str]:
 
 
 def _redacted(value: Any, replaced: Mapping[str, str], hosts: bool) -> Any:
-    """The same with every such text replaced, longest first, as whole words (secrets: anywhere)."""
+    """Return the value with the texts of ``replaced`` exchanged, longest first.
+
+    Names are replaced as whole words, secrets anywhere.
+    """
     secrets = {text: word for text, word in replaced.items() if word == "(secret)"}
     names = sorted((text for text in replaced if text not in secrets), key=len, reverse=True)
     words = re.compile("|".join(rf"(?<![\w-]){re.escape(text)}(?![\w-])" for text in names)) if names else None

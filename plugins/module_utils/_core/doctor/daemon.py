@@ -131,7 +131,10 @@ class _Local(http.client.HTTPConnection):
 
 
 def ask(path: str, resource: str) -> dict[str, Any]:
-    """An object that the daemon behind the socket answers with; OSError or ValueError when it does not."""
+    """Return the object that the daemon answers over its socket.
+
+    Raises OSError without a connection, and ValueError for another answer.
+    """
     connection = _Local(path)
     try:
         connection.request("GET", resource)

@@ -54,7 +54,7 @@ class Template:
 
     @property
     def storages(self) -> set[str]:
-        """The storages that hold the template's disks."""
+        """Return the storages that hold the template's disks."""
         config = self.config or {}
         keys = [*vm_config.disks(config), *(key for key in ("efidisk0", "tpmstate0") if key in config)]
         return {str(config[key]).partition(":")[0] for key in keys}

@@ -139,7 +139,7 @@ class CreationNote:
 
     @property
     def clone_sent(self) -> bool:
-        """Whether Proxmox may still carry the clone out."""
+        """Return whether Proxmox may still carry the clone out."""
         return self.phase in CLONE_SENT
 
 
@@ -214,7 +214,7 @@ class JournalEntry:
 
     @property
     def creation(self) -> CreationNote | None:
-        """The creation's note, from its own entry or from the destroy entry that replaced it; else None."""
+        """Return the creation's note, from its own entry or the destroy entry that replaced it; None without one."""
         if self.kind == "create":
             # An entry that a destroy has put back was written later than the creation's own.
             return CreationNote.read(self.detail, self.phase, self.detail.get("at", self.updated_at))
@@ -222,12 +222,12 @@ class JournalEntry:
 
     @property
     def destroy(self) -> DestroyNote:
-        """The note of a destroy."""
+        """Return the note of a destroy."""
         return DestroyNote.read(self.detail)
 
     @property
     def is_sent_delete(self) -> bool:
-        """Whether this is a destroy whose VM may already be deleted."""
+        """Return whether this is a destroy whose VM may already be deleted."""
         return self.kind == "destroy" and self.phase in POINT_OF_NO_RETURN
 
 

@@ -67,7 +67,7 @@ class Workspace:
 
     @property
     def serial(self) -> str:
-        """The disk's serial number in the guest; Proxmox allows 20 characters."""
+        """Return the disk's serial number in the guest. Proxmox allows 20 characters."""
         return f"agentlab-{self.id[:8]}"
 
     @property

@@ -17,11 +17,10 @@ from ..vm.locate import is_hibernated, locate
 
 
 def verified(ctx: Context, sandboxes: list[Sandbox], identities: bool = True) -> list[dict[str, Any]]:
-    """For each: vm_status, identity and drift. The list is read once; a VM's configuration only where there is a VM.
+    """Return vm_status, identity and drift of each sandbox, in order. Reads the VM list once.
 
-    Without ``identities`` no configuration is read: records and list are compared, whose the VMs are is not said.
-    With it, an address that is missing or old is asked of the guest (see ``Looks``): ip and ip_seen_at are those of
-    now.
+    With ``identities`` it also reads the configuration of each VM, and asks the guest for an address that is missing
+    or old (see ``Looks``): ip and ip_seen_at then hold the present address. Without it the identity stays unsaid.
     """
     rows = ctx.cluster.survey([sandbox.vmid for sandbox in sandboxes if sandbox.live])
     absent = [sandbox.vmid for sandbox in sandboxes if sandbox.live and sandbox.vmid not in rows]
@@ -66,7 +65,7 @@ def verified(ctx: Context, sandboxes: list[Sandbox], identities: bool = True) ->
 
 
 def _status(row: dict[str, Any]) -> Any:
-    """What the list says of the VM's power; ``hibernated`` for one that is switched off with its memory saved."""
+    """Return the VM's power state by its list row; ``hibernated`` for a stopped VM with its memory saved."""
     return "hibernated" if _hibernated(row) else row.get("status")
 
 

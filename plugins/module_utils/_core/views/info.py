@@ -31,7 +31,7 @@ class Filter:
 
 
 def find(ctx: Context, filters: Filter) -> list[Sandbox]:
-    """The sandboxes, in the order of their VMIDs."""
+    """Return the sandboxes that the filters select, in the order of their VMIDs."""
     destroyed = filters.include_destroyed or states.DESTROYED in (filters.states or ())
     if filters.ids is not None:
         sandboxes = []
@@ -95,5 +95,5 @@ def _connections(ctx: Context) -> dict[str | None, str | None]:
 
 
 def event(row: dict[str, Any]) -> dict[str, Any]:
-    """An event as answers show it: time in UTC."""
+    """Return an event in the shape of answers, with its time in UTC."""
     return {**row, "at": clock_module.iso(row["at"])}

@@ -176,7 +176,7 @@ def _read_ipconfig(value: object) -> tuple[list[Address], bool]:
 
 
 def agent_is_on(config: dict[str, Any]) -> bool:
-    """Whether the VM's configuration gives the guest agent a channel (``agent: 1``)."""
+    """Return whether the VM's configuration gives the guest agent a channel (``agent: 1``)."""
     return _AGENT_ON.search(str(config.get("agent", "0"))) is not None
 
 

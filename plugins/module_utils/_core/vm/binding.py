@@ -26,8 +26,9 @@ _CLOCK_SLACK = 300
 
 
 def waits_for_next_run(entry: JournalEntry, state: str) -> bool:
-    """Whether this is a creation whose caller was told to run its task again: nobody else finishes it, its lease
-    ends it.
+    """Return whether this is a creation whose caller was told to run its task again.
+
+    No other run finishes it; its lease ends it.
     """
     return (
         entry.kind == "create"
@@ -86,7 +87,7 @@ def bind(ctx: Context, claim: Claim, sandbox: Sandbox, smbios: str, located: Loc
 
 
 def refuse_in_doubt(ctx: Context, sandbox: Sandbox, created: CreationNote) -> None:
-    """Kept while a clone that was asked for may still appear: a lost request may be carried out afterwards."""
+    """Raise Kept while Proxmox may still carry out a clone request whose answer was lost."""
     age = ctx.clock.now() - created.at
     if created.upid and _refuse_running(ctx, sandbox, created) is not None:
         return
@@ -106,8 +107,9 @@ def refuse_in_doubt(ctx: Context, sandbox: Sandbox, created: CreationNote) -> No
 
 
 def _refuse_running(ctx: Context, sandbox: Sandbox, created: CreationNote) -> str | None:
-    """How the clone task ended (None: not known); Kept while it is running: until then nothing is said about what it
-    made.
+    """Return how the clone task ended (None: not known).
+
+    Raises Kept while the task runs: until then nothing is known about the VM that it makes.
     """
     upid = created.upid
     status = _status(ctx, upid) if upid else None
@@ -151,7 +153,10 @@ def _clones(ctx: Context, created: CreationNote) -> list[dict[str, Any]]:
 
 
 def _running_clones(ctx: Context, sandbox: Sandbox, created: CreationNote) -> list[str]:
-    """Tasks that may be the request whose answer was lost: begun while it could be, and by no other creation."""
+    """Return the running clone tasks that may belong to a request whose answer was lost.
+
+    These began while the request could begin, and belong to no other creation.
+    """
     until = created.at + ctx.config.doubt_window + _CLOCK_SLACK
     other_tasks = {
         entry.detail.get("upid")

@@ -54,12 +54,12 @@ class Located:
 
     @property
     def config(self) -> dict[str, Any]:
-        """What was judged; empty when nothing was found, or a container."""
+        """Return the configuration that was judged; empty without a VM, and for a container."""
         return (self.verdict.config if self.verdict else None) or {}
 
     @property
     def digest(self) -> str | None:
-        """Of the configuration that was judged; a write that carries it is refused once that is another one."""
+        """Return the digest of the judged configuration. Proxmox refuses a write with it after any change."""
         return self.verdict.digest if self.verdict else None
 
 
@@ -225,7 +225,7 @@ def is_paused(now: dict[str, Any]) -> bool:
 
 
 def is_hibernated(config: dict[str, Any]) -> bool:
-    """Whether the VM is switched off with its memory saved on a disk, to be loaded by the next start."""
+    """Return whether the VM is switched off with its memory saved on a disk, to be loaded by the next start."""
     return config.get("lock") == HIBERNATED
 
 
@@ -235,7 +235,7 @@ def _known_somewhere(ctx: Context, sandbox: Sandbox) -> bool:
 
 
 def require_match(ctx: Context, sandbox: Sandbox) -> Located:
-    """The VM, proven to be ours; Kept with the reason otherwise. Nothing is ever done to a VM that is not."""
+    """Return the VM, proven to be ours. Raises Kept with the reason otherwise: no other VM is ever acted upon."""
     located = locate(ctx, sandbox)
     if located.node is None:
         raise Kept(
@@ -248,9 +248,10 @@ def require_match(ctx: Context, sandbox: Sandbox) -> Located:
 
 
 def just_judged(ctx: Context, sandbox: Sandbox, located: Located, waited: float) -> Located:
-    """For what has no precondition (start, stop, suspend): the VM as it was judged, if nothing was asked and no time
-    went by since; judged anew
-    otherwise. ``waited``: seconds that this request has waited for its place.
+    """Return a fresh verdict for a request that takes no digest (start, stop, suspend).
+
+    The given verdict is fresh if this thread has sent no request since and hardly any time has passed. Otherwise the
+    VM is judged anew. ``waited``: seconds that the request has waited for its place.
     """
     same = (
         located.read is not None
@@ -262,7 +263,7 @@ def just_judged(ctx: Context, sandbox: Sandbox, located: Located, waited: float)
 
 
 def match_if_readable(ctx: Context, sandbox: Sandbox) -> Located | None:
-    """As require_match, for those who wait and look again anyway: None where it cannot be read just now."""
+    """Return the VM as require_match does, for callers that look again anyway; None while it cannot be read."""
     try:
         return require_match(ctx, sandbox)
     except Kept as error:
@@ -296,7 +297,7 @@ def write_with_digest(ctx: Context, sandbox: Sandbox, located: Located, write: C
 
 
 def refuse_not_ours(sandbox: Sandbox, located: Located) -> None:
-    """Kept unless the verdict is MATCH."""
+    """Raise Kept for a VM with another verdict than MATCH."""
     verdict = located.verdict
     if verdict is None or verdict.identity == identity.MATCH:
         return
@@ -327,7 +328,7 @@ def refuse_not_ours(sandbox: Sandbox, located: Located) -> None:
 
 
 def refuse_guarded(sandbox: Sandbox, located: Located) -> None:
-    """Kept for what must not be destroyed: templates, VMs with Proxmox's protection, and those that are locked."""
+    """Raise Kept for a VM that must not be destroyed: a template, a VM with Proxmox's protection, a locked VM."""
     config = located.config
     if _is_on(config.get("template")) or _is_on(located.row.get("template")):
         raise Kept("protected", f"sandbox {sandbox.vmid}: its VM is a template now, and templates are never destroyed")
@@ -347,9 +348,9 @@ def _is_on(value: Any) -> bool:
 
 
 def refuse_locked(sandbox: Sandbox, located: Located, *, but: str | None = None) -> None:
-    """Kept for a VM that something else works on: Proxmox would refuse the request, or fail in the task.
+    """Raise Kept for a locked VM: Proxmox would refuse the request, or its task would fail.
 
-    ``but`` is a lock that does not hinder what is to be done.
+    ``but`` is a lock that does not hinder the operation.
     """
     lock = located.config.get("lock")
     if not lock or lock == but:

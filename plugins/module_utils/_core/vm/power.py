@@ -128,7 +128,10 @@ def _report(ctx: Context, sandbox: Sandbox, operation: str) -> Outcome:
 
 
 def _actual_state(sandbox: Sandbox, vm_state: str) -> str:
-    """The state that the rules are asked with: the VM's, where the record only says how the VM is powered."""
+    """Return the state that decides whether the operation is allowed.
+
+    That is the VM's state where the record only says how the VM is powered, and the record's state otherwise.
+    """
     if sandbox.state not in _FOLLOW_THE_VM or (vm_state == states.RUNNING and sandbox.state in states.POWERED):
         return sandbox.state
     return vm_state
@@ -150,7 +153,10 @@ def follow(ctx: Context, claim: Claim, sandbox: Sandbox, operation: str, actual:
 
 
 def _refuse_lock(ctx: Context, sandbox: Sandbox, located: Located, operation: str, force: bool) -> None:
-    """Kept for a lock that bars the operation. That of a hibernated VM bars no start, and a stop only without force."""
+    """Raise Kept for a lock that bars the operation.
+
+    The lock of a hibernated VM bars no start, and a stop only without ``force``.
+    """
     if is_hibernated(located.config) and operation == "stop" and not force:
         raise Kept(
             "hibernated",
@@ -362,7 +368,7 @@ def _run_task(
 
 
 def resize(ctx: Context, located: Located, disk: str, size: str, label: str) -> None:
-    """To an absolute size: asking twice is asking once."""
+    """Grow a disk to an absolute size, and wait for the task. Asking twice grows the disk once."""
     answer = ctx.client.put(f"{located.path}/resize", disk=disk, size=size, digest=located.digest)
     if isinstance(answer, str) and answer.startswith("UPID:"):
         ctx.tasks.wait(answer, label, ctx.wait_timeout)
@@ -373,7 +379,7 @@ def status(ctx: Context, located: Located) -> dict[str, Any]:
 
 
 def runs(ctx: Context, located: Located) -> bool:
-    """Whether the VM is running and not suspended, as it says itself."""
+    """Return whether the VM runs and is not paused, read from the VM itself."""
     now = status(ctx, located)
     return now.get("status") == "running" and not is_paused(now)
 
@@ -411,7 +417,7 @@ OPERATION_OF_STATE = {
 
 
 def operation_for(state: str) -> str:
-    """The operation behind a module's ``state``."""
+    """Return the operation for a module's ``state``. Raises InvalidInput for another word."""
     try:
         return OPERATION_OF_STATE[state]
     except KeyError:
