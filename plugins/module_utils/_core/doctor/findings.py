@@ -59,7 +59,10 @@ class Diagnosis:
         return next(status for status in STATUSES if status in statuses or status == OK)
 
     def worse_than(self, limit: str) -> list[Finding]:
-        """Return the findings that count by a limit: ``problem``, ``warning`` (problems and unknowns too) or ``never``."""
+        """Return the findings that fail a run, worst first.
+
+        ``limit``: ``problem``; ``warning``, which counts problems and unknowns too; ``never``.
+        """
         statuses = {"problem": (PROBLEM,), "warning": (PROBLEM, UNKNOWN, WARNING)}.get(limit, ())
         return sorted(
             (finding for finding in self.findings if finding.status in statuses),
