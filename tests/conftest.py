@@ -144,5 +144,5 @@ def context(env: dict[str, str]) -> Iterator[Callable[..., Any]]:
         return made[-1]
 
     yield make
-    for one in made:
-        one.close()
+    for opened_context in made:
+        opened_context.close()

@@ -45,7 +45,7 @@ def set_up(awx: Awx, tmp_path: Path) -> Callable[..., Run]:
             "CONTROLLER_OAUTH_TOKEN": token,
             "PROXMOX_TOKEN_SECRET": secret,
         }
-        given = {
+        answers = {
             "awx_inventory": "proxmox",
             "awx_machine_credential": "nodes",
             "awx_project_scm_url": PROJECT_URL,
@@ -54,7 +54,7 @@ def set_up(awx: Awx, tmp_path: Path) -> Callable[..., Run]:
         }
         return run_play(
             "agentlab.proxmox.awx_setup", env, tmp_path, check=check, diff=diff, args=args,
-            extra_vars={key: value for key, value in given.items() if value is not None},
+            extra_vars={key: value for key, value in answers.items() if value is not None},
         )  # fmt: skip
 
     return run

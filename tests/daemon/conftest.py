@@ -40,13 +40,13 @@ def daemon(lab: Lab, tmp_path: Path) -> Iterator[Callable[..., Daemon]]:
 
     def make(*, start: bool = True, environment: dict[str, str] | None = None, **options: Any) -> Daemon:
         environment = {**lab.server.environment(lab.folder), "AGENTLAB_DATABASE": lab.database, **(environment or {})}
-        one = Daemon(tmp_path / f"daemon-{len(made)}", environment, **options)
-        made.append(one)
-        return one.start() if start else one
+        agentlabd = Daemon(tmp_path / f"daemon-{len(made)}", environment, **options)
+        made.append(agentlabd)
+        return agentlabd.start() if start else agentlabd
 
     yield make
-    for one in made:
-        one.close()
+    for running in made:
+        running.close()
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def one_daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     folder = tmp_path_factory.mktemp("one")
     made = Lab(folder)
     made.create("a1")
-    one = Daemon(folder / "daemon", {**made.server.environment(made.folder), "AGENTLAB_DATABASE": made.database})
-    yield one.start()
-    one.close()
+    agentlabd = Daemon(folder / "daemon", {**made.server.environment(made.folder), "AGENTLAB_DATABASE": made.database})
+    yield agentlabd.start()
+    agentlabd.close()
     made.stop()

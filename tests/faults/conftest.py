@@ -81,5 +81,5 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     total: Counter[str] = Counter()
     for name, row in sorted(rows.items()):
         total.update(row)
-        terminalreporter.write_line(f"{name:{width}}" + "".join(f"{row[one]:8}" for one in COLUMNS))
-    terminalreporter.write_line(f"{'all':{width}}" + "".join(f"{total[one]:8}" for one in COLUMNS))
+        terminalreporter.write_line(f"{name:{width}}" + "".join(f"{row[column]:8}" for column in COLUMNS))
+    terminalreporter.write_line(f"{'all':{width}}" + "".join(f"{total[column]:8}" for column in COLUMNS))

@@ -105,8 +105,8 @@ class Zygote:
         self._process.stdin.flush()
         line = self._process.stdout.readline()
         assert line, "the parent of the children died"
-        found: list[dict[str, Any]] = json.loads(line)
-        return found
+        answers: list[dict[str, Any]] = json.loads(line)
+        return answers
 
     def stop(self) -> None:
         assert self._process.stdin and self._process.stdout
@@ -204,8 +204,8 @@ class Rig:
     def must(self, op: str, **args: Any) -> dict[str, Any]:
         answer = self.do(op, **args)
         assert answer["result"] and answer["result"]["ok"], answer
-        found: dict[str, Any] = answer["result"]
-        return found
+        result: dict[str, Any] = answer["result"]
+        return result
 
     def in_loop(self, work: Callable[[], Any]) -> Any:
         """Change the server's state in its own thread."""
@@ -218,7 +218,7 @@ class Rig:
     def idle(self) -> None:
         """Wait until no task is running."""
         end = time.monotonic() + 20
-        while self.in_loop(lambda: any(one["status"] == "running" for one in self.pve.tasks.values())):
+        while self.in_loop(lambda: any(task["status"] == "running" for task in self.pve.tasks.values())):
             assert time.monotonic() < end, "a task never ended"
             time.sleep(0.005)
 
@@ -335,7 +335,7 @@ class Rig:
                 self.pve.vms.append(vm)
             self.pve.storages = copy.deepcopy(storages)
             self.pve.tasklog[:] = tasklog
-            self.pve.tasks = {one["upid"]: one for one in tasklog}
+            self.pve.tasks = {task["upid"]: task for task in tasklog}
             self.pve.requests.clear()
             self.pve.faults.clear()
             self.pve.task_endings.clear()

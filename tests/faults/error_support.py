@@ -58,25 +58,25 @@ class Operation:
 
 def state(*wanted: str, power: str | None = None) -> Callable[[Lab], bool]:
     def done(lab: Lab) -> bool:
-        found = [one for one in lab.records() if one.name == "a1"]
-        vm = lab.pve.vm(found[-1].vmid) if found else None
+        sandboxes = [sandbox for sandbox in lab.records() if sandbox.name == "a1"]
+        vm = lab.pve.vm(sandboxes[-1].vmid) if sandboxes else None
         # The record alone is not enough: the VM must be so too.
-        return vm is not None and found[-1].state in wanted and power in (None, vm.qmpstatus)
+        return vm is not None and sandboxes[-1].state in wanted and power in (None, vm.qmpstatus)
 
     return done
 
 
 def gone(lab: Lab) -> bool:
-    return all(one.state == "DESTROYED" and lab.pve.vm(one.vmid) is None for one in lab.records())
+    return all(sandbox.state == "DESTROYED" and lab.pve.vm(sandbox.vmid) is None for sandbox in lab.records())
 
 
 def create_again(lab: Lab, **values: Any) -> Any:
     """As a play that is run again would: what failed for good is removed first."""
-    for one in lab.records():
-        if one.live and one.state == "FAILED":
-            left = lab.destroy(one.vmid, force=True)
-            if left[0].failed:
-                return left
+    for sandbox in lab.records():
+        if sandbox.live and sandbox.state == "FAILED":
+            outcomes = lab.destroy(sandbox.vmid, force=True)
+            if outcomes[0].failed:
+                return outcomes
     return lab.create(**{"memory": 1024, "disk_size": "20G", "wait_for_ip": True, **values})
 
 
@@ -99,8 +99,8 @@ def disk(lab: Lab) -> Workspace | None:
 
 def disk_is(*wanted: str) -> Callable[[Lab], bool]:
     def done(lab: Lab) -> bool:
-        found = disk(lab)
-        return (found.state if found else None) in wanted
+        volume = disk(lab)
+        return (volume.state if volume else None) in wanted
 
     return done
 
@@ -115,8 +115,8 @@ def attach(lab: Lab) -> Any:
 
 
 def grown(lab: Lab) -> bool:
-    found = disk(lab)
-    return found is not None and found.size == 2 * 1024**3
+    volume = disk(lab)
+    return volume is not None and volume.size == 2 * 1024**3
 
 
 OPERATIONS = {
@@ -217,7 +217,7 @@ class Fault:
 @functools.cache
 def good_requests() -> dict[str, list[Asked]]:
     """Every request that a good run of each operation makes, in their order."""
-    found: dict[str, list[Asked]] = {}
+    requests: dict[str, list[Asked]] = {}
     with tempfile.TemporaryDirectory() as folder:
         lab = laboratory(Path(folder))
         try:
@@ -228,22 +228,26 @@ def good_requests() -> dict[str, list[Asked]]:
                 operation.run(lab)
                 assert operation.done(lab) and settled(lab), name
                 seen: Counter[tuple[str, str]] = Counter()
-                found[name] = []
+                requests[name] = []
                 for method, path, _dummy in lab.pve.requests:
                     place = (method, where(path.removeprefix("/api2/json")))
-                    found[name].append(Asked(method, path.removeprefix("/api2/json"), seen[place]))
+                    requests[name].append(Asked(method, path.removeprefix("/api2/json"), seen[place]))
                     seen[place] += 1
         finally:
             lab.stop()
-    return found
+    return requests
 
 
 def one_of_each(asked: list[Asked]) -> list[Asked]:
     """The first of each kind, and each write to a configuration: those are different requests with one path."""
     kinds: dict[Any, Asked] = {}
-    for one in asked:
+    for request in asked:
         kinds.setdefault(
-            (one.kind, one.number if one.kind.startswith("PUT") and f"/qemu/{VMID}/config" in one.path else 0), one
+            (
+                request.kind,
+                request.number if request.kind.startswith("PUT") and f"/qemu/{VMID}/config" in request.path else 0,
+            ),
+            request,
         )
     return list(kinds.values())
 
@@ -257,12 +261,12 @@ def where(path: str) -> str:
 
 def faults_for(lab: Lab, asked: Asked) -> list[tuple[str, str]]:
     """(kind, value) of everything that can go wrong with such a request."""
-    found = [("error", one["name"]) for one in lab.pve.errors_for(asked.method, asked.path)]
-    found += [("status", str(status)) for status in STATUSES]
-    found += [("broken", kind) for kind in BROKEN]
+    faults = [("error", error["name"]) for error in lab.pve.errors_for(asked.method, asked.path)]
+    faults += [("status", str(status)) for status in STATUSES]
+    faults += [("broken", kind) for kind in BROKEN]
     if asked.method in ("POST", "DELETE") and "/qemu/" in asked.path:
-        found += [("task", ending) for ending in ENDINGS]
-    return found
+        faults += [("task", ending) for ending in ENDINGS]
+    return faults
 
 
 def task_of(path: str) -> str:
@@ -288,7 +292,7 @@ class Injector:
                 if self.seen[place] >= fault.asked.number:
                     self.waiting.remove(fault)
                     self.met[fault] = self.arm(fault, path)
-        for place in {(one.asked.method, where(one.asked.path)) for one in self.waiting}:
+        for place in {(fault_ahead.asked.method, where(fault_ahead.asked.path)) for fault_ahead in self.waiting}:
             if place[0] == method and re.search(place[1] + "$", path):
                 self.seen[place] += 1
 
@@ -323,7 +327,7 @@ class Injector:
         return lambda: any(self.pve.tasks[upid]["type"] == kind for upid in self.pve.spoiled if upid in self.pve.tasks)
 
     def vanish(self, _method: str, _path: str) -> None:
-        for upid in [one["upid"] for one in self.pve.tasklog if one["type"] in self.vanishing]:
+        for upid in [task["upid"] for task in self.pve.tasklog if task["type"] in self.vanishing]:
             self.pve.forget_task(upid)
             self.pve.spoiled.add(upid)
 
@@ -333,9 +337,9 @@ class Injector:
 
 def settled(lab: Lab) -> bool:
     ctx = lab.context()
-    if any(one.state in UNFINISHED for one in workspace.records(ctx).find_all()):
+    if any(row.state in UNFINISHED for row in workspace.records(ctx).find_all()):
         return False
-    wanted = {os.path.basename(one.snippet) for one in lab.records() if one.live and one.snippet}
+    wanted = {os.path.basename(row.snippet) for row in lab.records() if row.live and row.snippet}
     return (
         lab.leftovers() == NOTHING_LEFT
         and not lab.unrecorded()

@@ -44,7 +44,7 @@ def given(context: Callable[..., Any], server: Server) -> Callable[..., list[Any
 
     def make(count: int = 1, state: str = "RUNNING", **values: Any) -> list[Any]:
         ctx = context()
-        found = []
+        sandboxes = []
         for _dummy in range(count):
             ctx.refresh()
             values.setdefault("ttl", 3600)
@@ -61,9 +61,9 @@ def given(context: Callable[..., Any], server: Server) -> Callable[..., list[Any
                     )
                 )
                 sandbox = ctx.records.expire(ctx.records.get(sandbox.uuid), ctx.clock.now())
-            found.append(ctx.records.get(sandbox.uuid))
+            sandboxes.append(ctx.records.get(sandbox.uuid))
         ctx.close()
         server.pve.counted.clear()
-        return found
+        return sandboxes
 
     return make

@@ -69,10 +69,10 @@ class AccessControl:
         return own
 
     def _granted(self, who: str, path: str, pools: Iterable[str]) -> set[str]:
-        found = self._on(who, path)
+        roles = self._on(who, path)
         for pool in pools:
-            found = found | self._on(who, f"/pool/{pool}")
-        return found
+            roles = roles | self._on(who, f"/pool/{pool}")
+        return roles
 
     def _on(self, who: str, path: str) -> set[str]:
         parts = [part for part in path.split("/") if part]

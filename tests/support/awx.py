@@ -258,7 +258,7 @@ class Awx:
         if (endpoint, part) == ("job_templates", "schedules"):
             if method == "POST":
                 return 201, self._create("schedules", {**body, "unified_job_template": number})
-            rows = [one for one in self.objects["schedules"] if one["unified_job_template"] == number]
+            rows = [item for item in self.objects["schedules"] if item["unified_job_template"] == number]
             return 200, self._list(self._filtered("schedules", query, rows), parts, query)
         if (endpoint, part) == ("job_templates", "survey_spec"):
             if method == "POST":
@@ -269,7 +269,7 @@ class Awx:
         if (endpoint, part) == ("job_templates", "credentials"):
             if method == "POST":
                 return self._attach(number, body)
-            rows = [one for one in self.objects["credentials"] if one["id"] in self.attached.get(number, [])]
+            rows = [item for item in self.objects["credentials"] if item["id"] in self.attached.get(number, [])]
             return 200, self._list(self._filtered("credentials", query, rows), parts, query)
         if (endpoint, part) == ("job_templates", "launch") and method == "POST":
             return 201, self.launch(row, body.get("extra_vars") or {})
@@ -280,7 +280,7 @@ class Awx:
             ids = self.related.setdefault((endpoint, number, part), [])
             if method == "POST":
                 return self._relate(other, ids, body)
-            return 200, self._list(self._filtered(other, query, [self.row(other, one) for one in ids]), parts, query)
+            return 200, self._list(self._filtered(other, query, [self.row(other, item) for item in ids]), parts, query)
         raise Refused(404, "<!doctype html><html><body><h1>Not Found</h1></body></html>")
 
     def _relate(self, endpoint: str, ids: list[int], body: dict[str, Any]) -> tuple[int, Any]:
@@ -357,12 +357,12 @@ class Awx:
 
     def _change(self, endpoint: str, row: dict[str, Any], body: dict[str, Any]) -> None:
         body = kept_fields(endpoint, body)
-        of_type = [one for one in self.objects["credentials"] if one["credential_type"] == row["id"]]
+        of_type = [item for item in self.objects["credentials"] if item["credential_type"] == row["id"]]
         if endpoint == "credential_types" and body.get("inputs", row["inputs"]) != row["inputs"] and of_type:
             detail = "Modifications to inputs are not allowed for credential types that are in use"
             raise Refused(403, {"detail": detail})
         moved = endpoint == "projects" and body.get("organization", row["organization"]) != row["organization"]
-        if moved and any(one["project"] == row["id"] for one in self.objects["job_templates"]):
+        if moved and any(item["project"] == row["id"] for item in self.objects["job_templates"]):
             raise Refused(400, {"organization": ["Organization cannot be changed when in use by job templates."]})
         if endpoint == "credentials" and "inputs" in body:
             # "$encrypted$" keeps the secret; what is not sent is gone.
@@ -405,13 +405,13 @@ class Awx:
             told = f"Related job {unprocessed[0]['id']} is still processing events."
             raise Refused(403, {"detail": told})
         if endpoint == "credential_types" and any(
-            one["credential_type"] == number for one in self.objects["credentials"]
+            item["credential_type"] == number for item in self.objects["credentials"]
         ):
             raise Refused(403, {"detail": "Credential types that are in use cannot be deleted"})
         self.objects[endpoint].remove(row)
         if endpoint == "job_templates":
             self.objects["schedules"] = [
-                one for one in self.objects["schedules"] if one["unified_job_template"] != number
+                item for item in self.objects["schedules"] if item["unified_job_template"] != number
             ]
             self.related.pop(("job_templates", number, "labels"), None)
         if endpoint == "projects":
@@ -427,7 +427,7 @@ class Awx:
 
     def _check(self, endpoint: str, row: dict[str, Any], body: dict[str, Any]) -> None:
         for name, other in REFERENCES.items():
-            if body.get(name) is not None and body[name] not in [one["id"] for one in self.objects[other]]:
+            if body.get(name) is not None and body[name] not in [item["id"] for item in self.objects[other]]:
                 raise Refused(400, {name: [f'Invalid pk "{body[name]}" - object does not exist.']})
         check = getattr(self, f"_check_{endpoint}", None)
         if check:
@@ -572,7 +572,7 @@ class Awx:
     # ---- what is shown ----
 
     def _secrets(self, row: dict[str, Any]) -> set[str]:
-        kind = next((one for one in self.objects["credential_types"] if one["id"] == row["credential_type"]), {})
+        kind = next((item for item in self.objects["credential_types"] if item["id"] == row["credential_type"]), {})
         return {field["id"] for field in kind.get("inputs", {}).get("fields", []) if field.get("secret")}
 
     def _shown(self, endpoint: str, row: dict[str, Any]) -> dict[str, Any]:

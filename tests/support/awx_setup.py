@@ -141,11 +141,11 @@ def run_module(
     from ansible_collections.agentlab.proxmox.plugins.module_utils import _awx_project
     from ansible_collections.agentlab.proxmox.plugins.modules import agentlab_awx_setup
 
-    given = {
+    awx_options = {
         "awx_host": awx.url, "awx_token": TOKEN, "awx_inventory": "proxmox", "awx_machine_credential": "nodes",
         "awx_project_scm_url": PROJECT_URL, "awx_proxmox_api_token_secret": TOKEN_SECRET, **PROXMOX, **variables,
     }  # fmt: skip
-    options = module_options(**given)
+    options = module_options(**awx_options)
     options["templates"] = [template for template in options["templates"] if template["name"] in only]
 
     class Module:

@@ -226,7 +226,9 @@ def wrong_answers(question: dict[str, Any], answers: dict[str, Any]) -> list[str
         )
     choices = question.get("choices") or []
     values = value if isinstance(value, list) else [value]
-    return [f"Value {one} for '{name}' expected to be one of {choices}." for one in values if one not in choices]
+    return [
+        f"Value {choice} for '{name}' expected to be one of {choices}." for choice in values if choice not in choices
+    ]
 
 
 def check_survey(body: dict[str, Any]) -> None:

@@ -191,9 +191,9 @@ class Chaos:
             with contextlib.ExitStack() as held:
                 for _number in range(150):
                     with contextlib.suppress(OSError):
-                        one = held.enter_context(contextlib.closing(socket.socket(socket.AF_UNIX)))
-                        one.connect(daemon.socket)
-                        one.sendall(b"POST /v1/sandboxes HTTP/1.1\r\nX")
+                        connection = held.enter_context(contextlib.closing(socket.socket(socket.AF_UNIX)))
+                        connection.connect(daemon.socket)
+                        connection.sendall(b"POST /v1/sandboxes HTTP/1.1\r\nX")
                 time.sleep(self.random.random())
         elif what == "full disk":
             self.fill_disk()
@@ -285,15 +285,15 @@ class Chaos:
             clients.append(
                 threading.Thread(target=self.kill_processes, args=(self.random.randrange(10**6),), daemon=True)
             )
-        for one in clients:
-            one.start()
+        for thread in clients:
+            thread.start()
         until = time.monotonic() + seconds
         while time.monotonic() < until:
             time.sleep(self.random.uniform(0.2, 2.0))
             self.disturb()
         self.end.set()
-        for one in clients + self.pauses:
-            one.join(60)
+        for thread in clients + self.pauses:
+            thread.join(60)
         self.lab.calm()
         for daemon in self.daemons:
             daemon.kill()

@@ -16,7 +16,7 @@ REFUSED = "cannot destroy sandbox in TIMEOUT state. Valid states: STOPPED, DESTR
 def bulk(daemon: StandIn, status: int, *results: dict[str, Any]) -> None:
     daemon.replies["POST", "/v1/sandboxes/destroy"] = (
         status,
-        {"results": list(results), "failed_count": sum(1 for one in results if one["failed"])},
+        {"results": list(results), "failed_count": sum(1 for result in results if result["failed"])},
     )
 
 

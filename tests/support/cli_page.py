@@ -38,8 +38,8 @@ print(json.dumps(list(walk(root, []))))
 
 def commands() -> list[list[str]]:
     """Every command and group, as words after ``agentlab``."""
-    found = subprocess.run([PYTHON, "-c", _WALK], env=environment(None), capture_output=True, text=True, check=True)
-    return list(json.loads(found.stdout))
+    listing = subprocess.run([PYTHON, "-c", _WALK], env=environment(None), capture_output=True, text=True, check=True)
+    return list(json.loads(listing.stdout))
 
 
 def reference() -> str:

@@ -44,10 +44,10 @@ def use_shell(guest: Guest, shell: str) -> None:
             pytest.skip("busybox is not installed: apt-get install busybox-static")
         guest.use_busybox()
     else:
-        found = shutil.which(shell)
-        if not found:
+        path = shutil.which(shell)
+        if not path:
             pytest.skip(f"{shell} is not installed")
-        guest.shell = found
+        guest.shell = path
 
 
 def command_lines(guest: Guest) -> list[str]:

@@ -52,10 +52,10 @@ CLEANUP_RULES = (
 def in_daemon(code: str) -> Any:
     """Return what a piece of Python prints as JSON where daemon, command line and core can be imported."""
     env = {**os.environ, "PYTHONPATH": PYTHONPATH}
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True, timeout=300
     )
-    return json.loads(done.stdout)
+    return json.loads(process.stdout)
 
 
 class Answer(NamedTuple):
@@ -81,9 +81,9 @@ class UnixConnection(http.client.HTTPConnection):
 
 def free_port() -> int:
     """A TCP port of loopback that nobody listens on."""
-    with contextlib.closing(socket.socket()) as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+    with contextlib.closing(socket.socket()) as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 
 
 def ask(
@@ -100,8 +100,8 @@ def ask(
     )
     answer = connection.getresponse()
     text = answer.read().decode()
-    found = dict(answer.getheaders())
-    return Answer(answer.status, json.loads(text) if "json" in found.get("Content-Type", "") else text, found)
+    received = dict(answer.getheaders())
+    return Answer(answer.status, json.loads(text) if "json" in received.get("Content-Type", "") else text, received)
 
 
 class Daemon:
@@ -204,9 +204,9 @@ class Daemon:
     def rss(self) -> int:
         """Resident memory in KiB."""
         assert self.process is not None
-        found = re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{self.process.pid}/status").read_text())
-        assert found
-        return int(found[1])
+        match = re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{self.process.pid}/status").read_text())
+        assert match
+        return int(match[1])
 
     def cpu(self) -> float:
         """Seconds of processor time used so far."""
@@ -226,9 +226,9 @@ class Daemon:
         """Wait until ``condition()`` is true and return its value; the log is shown when it does not come."""
         deadline = time.monotonic() + timeout
         while True:
-            found = condition()
-            if found:
-                return found
+            value = condition()
+            if value:
+                return value
             if time.monotonic() > deadline:
                 raise AssertionError(f"within {timeout} s it did not happen that {what}; the log:\n{self.log()}")
             time.sleep(0.02)

@@ -40,9 +40,9 @@ def exit_status(api: Any, upid: str, seconds: float = 5) -> str:
     node = upid.split(":")[1]
     until = time.monotonic() + seconds
     while time.monotonic() < until:
-        found = api.nodes(node).tasks(upid).status.get()
-        if found["status"] == "stopped":
-            return str(found["exitstatus"])
+        status = api.nodes(node).tasks(upid).status.get()
+        if status["status"] == "stopped":
+            return str(status["exitstatus"])
         time.sleep(0.01)
     raise AssertionError(f"{upid} still runs")
 

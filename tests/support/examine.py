@@ -16,14 +16,14 @@ from support.lab import Lab
 
 def examine(lab: Lab, *, bundle: bool | None = None, template: str | None = None, **options: Any) -> Any:
     """The findings by check (those that are not ok first), or the bundle: with hosts (True) or without."""
-    found = config.load({**lab.options, "database": lab.database, **options}, lab.server.environment(lab.folder))
-    one = doctor.Doctor(found, now=lab.clock)
+    settings = config.load({**lab.options, "database": lab.database, **options}, lab.server.environment(lab.folder))
+    examiner = doctor.Doctor(settings, now=lab.clock)
     try:
-        report = one.examine(doctor.Scope(template=template))
+        report = examiner.examine(doctor.Scope(template=template))
         if bundle is not None:
-            return doctor.bundle(one, report, hosts=bundle)
+            return doctor.bundle(examiner, report, hosts=bundle)
     finally:
-        one.close()
+        examiner.close()
     assert all(finding.advice for finding in report.findings if finding.status != "ok"), "a finding without advice"
     by_check: dict[str, Any] = {}
     for finding in sorted(report.findings, key=lambda each: findings.STATUSES.index(each.status)):
@@ -35,4 +35,8 @@ def examine(lab: Lab, *, bundle: bool | None = None, template: str | None = None
 def not_well(lab: Lab, check: str, **options: Any) -> list[tuple[str, str]]:
     """Status and meaning of the findings of one check that are not ok."""
     report = examine(lab, **options)["report"]
-    return [(one.status, one.meaning) for one in report.findings if one.check == check and one.status != "ok"]
+    return [
+        (finding.status, finding.meaning)
+        for finding in report.findings
+        if finding.check == check and finding.status != "ok"
+    ]

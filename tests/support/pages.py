@@ -35,25 +35,25 @@ def commands(page: Path) -> list[str]:
 
     Output is left out: it has no prompt.
     """
-    found: list[str] = []
+    lines: list[str] = []
     for block in blocks(page, "console"):
         going_on = False
         for line in block.splitlines():
             prompt = re.match(r"[$#] (?=\S)", line)
             if going_on:
-                found[-1] += " " + line.strip().removesuffix("\\").strip()
+                lines[-1] += " " + line.strip().removesuffix("\\").strip()
             elif prompt:
-                found.append(line[2:].removesuffix("\\").strip())
+                lines.append(line[2:].removesuffix("\\").strip())
             else:
                 continue
             going_on = line.endswith("\\")
-    return [re.sub(r"\s+# .*", "", one) for one in found if one]
+    return [re.sub(r"\s+# .*", "", entry) for entry in lines if entry]
 
 
 def inline(page: Path, program: str) -> list[str]:
     """The commands of that program that stand in the text."""
     text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
-    return [" ".join(one.split()) for one in re.findall(rf"`({program} [a-z-]{{2}}[^`]*)`", text)]
+    return [" ".join(command.split()) for command in re.findall(rf"`({program} [a-z-]{{2}}[^`]*)`", text)]
 
 
 def words(command: str) -> list[str]:
@@ -79,7 +79,7 @@ def templates() -> tuple[Template, ...]:
     """Every text of the code (no comments, no docstrings) and of the playbooks as its constant pieces; between two
     of them is what is filled in.
     """
-    found: set[Template] = set()
+    texts: set[Template] = set()
     for path in sources():
         tree = ast.parse(path.read_text(encoding="utf-8"))
         told = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
@@ -87,18 +87,18 @@ def templates() -> tuple[Template, ...]:
             if isinstance(node, ast.JoinedStr):
                 # The pieces around the holes; adjacent pieces were written in several lines.
                 text = "".join(str(part.value) if isinstance(part, ast.Constant) else "\0" for part in node.values)
-                found.add(tuple(text.split("\0")))
+                texts.add(tuple(text.split("\0")))
             elif (
                 isinstance(node, ast.Constant)
                 and isinstance(node.value, str)
                 and id(node) not in told
                 and len(node.value) > 11
             ):
-                found.add(tuple(re.split(r"%[sd]", node.value)))
+                texts.add(tuple(re.split(r"%[sd]", node.value)))
     for path in sorted((ROOT / "playbooks").glob("*.yml")):
         for text in re.findall(r'^\s+(?:fail_)?msg: "(.+)"$', path.read_text(encoding="utf-8"), re.M):
-            found.add(tuple(re.split(r"\{\{.*?\}\}", text)))
-    return tuple(sorted(found))
+            texts.add(tuple(re.split(r"\{\{.*?\}\}", text)))
+    return tuple(sorted(texts))
 
 
 def said(message: str) -> bool:
@@ -138,7 +138,7 @@ def _filled(text: str, pieces: list[str]) -> int | None:
     """The same where the text begins with something filled in."""
     best = 0 if len(text) <= _LONGEST else None
     for length in range(1, min(len(text), _LONGEST) + 1):
-        found = _matched(text[length:], pieces) if pieces[0] and pieces[0][:1] == text[length : length + 1] else None
-        if found is not None and (best is None or found > best):
-            best = found
+        values = _matched(text[length:], pieces) if pieces[0] and pieces[0][:1] == text[length : length + 1] else None
+        if values is not None and (best is None or values > best):
+            best = values
     return best

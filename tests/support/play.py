@@ -64,10 +64,10 @@ class Run:
     @property
     def warnings(self) -> list[str]:
         """Every warning, deprecation and traceback in the output, and what modules returned of the first two."""
-        found = [line.strip() for line in _COLOUR.sub("", self.output).splitlines() if _BAD.search(line)]
+        lines = [line.strip() for line in _COLOUR.sub("", self.output).splitlines() if _BAD.search(line)]
         for entry in self.results:
-            found += [str(text) for key in ("warnings", "deprecations") for text in entry["result"].get(key) or ()]
-        return found
+            lines += [str(text) for key in ("warnings", "deprecations") for text in entry["result"].get(key) or ()]
+        return lines
 
     def all(self, task: str) -> list[dict[str, Any]]:
         """Entries of the task with that name, loop items included."""
@@ -75,12 +75,12 @@ class Run:
 
     def entry(self, task: str) -> dict[str, Any]:
         """The last entry of the task with that name; raises when it never ran."""
-        found = [entry for entry in self.all(task) if not entry.get("item")]
-        if not found:
+        entries = [entry for entry in self.all(task) if not entry.get("item")]
+        if not entries:
             raise AssertionError(
                 f"no task {task!r} ran; there were {[entry['task'] for entry in self.results]}\n{self.output}"
             )
-        return found[-1]
+        return entries[-1]
 
     def result(self, task: str) -> dict[str, Any]:
         """What that task returned."""
@@ -258,9 +258,9 @@ def run_adhoc(
     timeout: float = 300,
 ) -> Run:
     """Run `ansible localhost -m name -a args`. args given as data travel as JSON, as text the way a user types them."""
-    given = [] if not args else ["-a", args if isinstance(args, str) else json.dumps(args)]
+    module_args = [] if not args else ["-a", args if isinstance(args, str) else json.dumps(args)]
     return _run(
-        [_tool("ansible"), "localhost", "-m", name, *given, *_common(tmp_path, check, diff, extra_vars, forks)],
+        [_tool("ansible"), "localhost", "-m", name, *module_args, *_common(tmp_path, check, diff, extra_vars, forks)],
         env,
         tmp_path,
         timeout,
@@ -294,14 +294,16 @@ def _is_playbook_name(text: str | list[dict[str, Any]]) -> bool:
     )
 
 
-def _as_playbook(given: str | list[dict[str, Any]] | Path) -> str:
+def _as_playbook(tasks_or_playbook: str | list[dict[str, Any]] | Path) -> str:
     play = {"hosts": "localhost", "gather_facts": False}
-    if isinstance(given, list):
+    if isinstance(tasks_or_playbook, list):
         whole = (
-            given if given and ("hosts" in given[0] or "import_playbook" in given[0]) else [{**play, "tasks": given}]
+            tasks_or_playbook
+            if tasks_or_playbook and ("hosts" in tasks_or_playbook[0] or "import_playbook" in tasks_or_playbook[0])
+            else [{**play, "tasks": tasks_or_playbook}]
         )
         return yaml.safe_dump(whole, sort_keys=False, allow_unicode=True)
-    text = textwrap.dedent(str(given)).strip("\n")
+    text = textwrap.dedent(str(tasks_or_playbook)).strip("\n")
     if re.search(r"^(- |  )(hosts|(ansible\.builtin\.)?import_playbook):", text, re.M):
         return text + "\n"
     # Wrapped as text, not parsed: tags such as !unsafe and !vault mean something to Ansible only.
@@ -313,11 +315,11 @@ def _common(
 ) -> list[str]:
     inventory = tmp_path / "inventory.yml"
     inventory.write_text(INVENTORY + SHIPPED, encoding="utf-8")
-    found = ["-i", str(inventory)]
-    found += ["--check"] if check else []
-    found += ["--diff"] if diff else []
-    found += ["-e", json.dumps(dict(extra_vars))] if extra_vars else []
-    return found + (["--forks", str(forks)] if forks else [])
+    options = ["-i", str(inventory)]
+    options += ["--check"] if check else []
+    options += ["--diff"] if diff else []
+    options += ["-e", json.dumps(dict(extra_vars))] if extra_vars else []
+    return options + (["--forks", str(forks)] if forks else [])
 
 
 def _run(command: list[str], env: Mapping[str, str], tmp_path: Path, timeout: float) -> Run:
@@ -347,7 +349,7 @@ def _run(command: list[str], env: Mapping[str, str], tmp_path: Path, timeout: fl
     if not (config.is_file() and "collections_path" in config.read_text(encoding="utf-8")):
         whole["ANSIBLE_COLLECTIONS_PATH"] = str(collections_path(tmp_path))
     whole.update(env)
-    done = subprocess.run(
+    process = subprocess.run(
         command,
         cwd=REPO,
         env=whole,
@@ -358,7 +360,7 @@ def _run(command: list[str], env: Mapping[str, str], tmp_path: Path, timeout: fl
         check=False,
     )
     lines = results.read_text(encoding="utf-8").splitlines() if results.exists() else []
-    return Run(done.returncode, done.stdout, done.stderr, [json.loads(line) for line in lines])
+    return Run(process.returncode, process.stdout, process.stderr, [json.loads(line) for line in lines])
 
 
 def _tool(name: str) -> str:

@@ -65,7 +65,7 @@ class PostgresServer:
 
     def run(self, program: str, *arguments: str) -> str:
         """Run one of PostgreSQL's programs as the server's user; return what it prints."""
-        done = subprocess.run(
+        process = subprocess.run(
             [str(self._programs / program), *arguments],
             capture_output=True,
             text=True,
@@ -74,8 +74,8 @@ class PostgresServer:
             check=False,
             **self._account,
         )
-        assert done.returncode == 0, f"{program} {' '.join(arguments)}: {done.stdout}{done.stderr}"
-        return done.stdout
+        assert process.returncode == 0, f"{program} {' '.join(arguments)}: {process.stdout}{process.stderr}"
+        return process.stdout
 
     def create(self, **settings: str) -> PostgresServer:
         """Make the folder of a new server and start it."""

@@ -118,8 +118,8 @@ def change(vmid: int, **values: Any) -> Callable[[ProxmoxDouble], None]:
 
 def each(*acts: Callable[[ProxmoxDouble], None]) -> Callable[[ProxmoxDouble], None]:
     def act(pve: ProxmoxDouble) -> None:
-        for one in acts:
-            one(pve)
+        for step in acts:
+            step(pve)
 
     return act
 

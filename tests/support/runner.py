@@ -34,17 +34,17 @@ class Runner:
         )
         (folder / "config.yaml").write_text("template: debian-13\nvmid_range: 1000-1999\n")
         (folder / "env").mkdir()
-        found = server.environment(str(folder))
+        environment = server.environment(str(folder))
         # What the credential type injects, and what is the host's own. In the environment only: never on a command
         # line.
         self.env = {
-            "AGENTLAB_API_HOST": found["PROXMOX_HOST"],
-            "AGENTLAB_API_PORT": found["PROXMOX_PORT"],
-            "AGENTLAB_API_TOKEN_ID": found["PROXMOX_TOKEN_ID"],
-            "AGENTLAB_API_TOKEN_SECRET": found["PROXMOX_TOKEN_SECRET"],
-            "AGENTLAB_API_CA_PATH": found["PROXMOX_CA_PATH"],
-            "AGENTLAB_DATABASE": found["AGENTLAB_DATABASE"],
-            "AGENTLAB_CONFIG": found["AGENTLAB_CONFIG"],
+            "AGENTLAB_API_HOST": environment["PROXMOX_HOST"],
+            "AGENTLAB_API_PORT": environment["PROXMOX_PORT"],
+            "AGENTLAB_API_TOKEN_ID": environment["PROXMOX_TOKEN_ID"],
+            "AGENTLAB_API_TOKEN_SECRET": environment["PROXMOX_TOKEN_SECRET"],
+            "AGENTLAB_API_CA_PATH": environment["PROXMOX_CA_PATH"],
+            "AGENTLAB_DATABASE": environment["AGENTLAB_DATABASE"],
+            "AGENTLAB_CONFIG": environment["AGENTLAB_CONFIG"],
             "ANSIBLE_COLLECTIONS_PATH": str(collections_path(folder)),
             "ANSIBLE_HOME": str(folder / "home"),
             "ANSIBLE_FORCE_COLOR": "false",
@@ -81,7 +81,7 @@ class Runner:
             "HOME": str(self.folder),
             "LC_ALL": "C.UTF-8",
         }
-        done = subprocess.run(
+        process = subprocess.run(
             command, env=clean, capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL, check=False
         )
         artifacts = self.folder / "artifacts" / f"job{self.number}"
@@ -92,7 +92,7 @@ class Runner:
             for event in events
             if str(event.get("task_action", "")).startswith("agentlab.proxmox.") and "res" in event
         ]
-        return done.returncode, results, done.stdout + done.stderr + (artifacts / "stdout").read_text()
+        return process.returncode, results, process.stdout + process.stderr + (artifacts / "stdout").read_text()
 
     def leaks(self, secret: str) -> list[str]:
         """Files of the job folders that hold the secret, beyond those in which ansible-runner itself writes the

@@ -165,66 +165,66 @@ class Soak:
     def churn(self, number: int) -> None:
         """One client after another's fashion: a sandbox is made, used, and given up in one of four ways."""
         dice = random.Random(number)
-        one = self.daemon
+        agentlabd = self.daemon
         while not self._end.is_set():
             way = dice.choice(("expire", "destroy", "stop", "bulk"))
-            made = self.expect("create", one.post("/v1/sandboxes", {"ttl": "10m", "tags": [way]}), 201)
+            made = self.expect("create", agentlabd.post("/v1/sandboxes", {"ttl": "10m", "tags": [way]}), 201)
             vmid = made.get("vmid")
             if vmid is None:
                 self._end.wait(1)
                 continue
             lease = {"ttl": "1s", "allow_shorten": True} if way == "expire" else {"ttl_minutes": dice.randint(20, 60)}
-            self.expect("renew", one.post(f"/v1/sandboxes/{vmid}/lease/renew", lease), 200)
+            self.expect("renew", agentlabd.post(f"/v1/sandboxes/{vmid}/lease/renew", lease), 200)
             if way == "stop":
-                self.expect("stop", one.post(f"/v1/sandboxes/{vmid}/stop"), 200)
+                self.expect("stop", agentlabd.post(f"/v1/sandboxes/{vmid}/stop"), 200)
             elif way == "destroy":
-                self.expect("destroy", one.post(f"/v1/sandboxes/{vmid}/destroy", {"force": True}), 200)
+                self.expect("destroy", agentlabd.post(f"/v1/sandboxes/{vmid}/destroy", {"force": True}), 200)
             elif way == "bulk":
-                self.expect("bulk", one.post("/v1/sandboxes/destroy", {"vmids": [vmid], "force": True}), 200)
-            self.expect("refused", one.post(f"/v1/sandboxes/{vmid}/lease/renew", {"ttl": "soon"}), 400)
+                self.expect("bulk", agentlabd.post("/v1/sandboxes/destroy", {"vmids": [vmid], "force": True}), 200)
+            self.expect("refused", agentlabd.post(f"/v1/sandboxes/{vmid}/lease/renew", {"ttl": "soon"}), 400)
 
     def look(self) -> None:
         """Those who read, and who reload."""
-        one, turn = self.daemon, 0
+        agentlabd, turn = self.daemon, 0
         while not self._end.wait(0.5):
             turn += 1
-            live = self.expect("list", one.get("/v1/sandboxes"), 200)["sandboxes"]
-            self.expect("status", one.get("/v1/status"), 200)
-            self.expect("dry run", one.post("/v1/sandboxes/prune", {"dry_run": True}), 200)
+            live = self.expect("list", agentlabd.get("/v1/sandboxes"), 200)["sandboxes"]
+            self.expect("status", agentlabd.get("/v1/status"), 200)
+            self.expect("dry run", agentlabd.post("/v1/sandboxes/prune", {"dry_run": True}), 200)
             if live:
-                self.expect("events", one.get(f"/v1/sandboxes/{live[turn % len(live)]['vmid']}/events"), 200)
+                self.expect("events", agentlabd.get(f"/v1/sandboxes/{live[turn % len(live)]['vmid']}/events"), 200)
             if turn % 10 == 0:
-                one.metric("agentlab_prune_frozen")
-                self.expect("document", one.get("/v1/openapi.json"), 200)
-                self.expect("prune", one.post("/v1/sandboxes/prune", {"older_than": "2s"}), 200)
+                agentlabd.metric("agentlab_prune_frozen")
+                self.expect("document", agentlabd.get("/v1/openapi.json"), 200)
+                self.expect("prune", agentlabd.post("/v1/sandboxes/prune", {"older_than": "2s"}), 200)
             if turn % 60 == 0:
-                one.reload()
+                agentlabd.reload()
 
     def use(self, number: int) -> None:
         """One who works with the sandboxes that run all the time: it shows them, reads, and renews."""
         dice = random.Random(number)
-        one = self.daemon
-        vmids = [sandbox["vmid"] for sandbox in one.get("/v1/sandboxes").body["sandboxes"]]
+        agentlabd = self.daemon
+        vmids = [sandbox["vmid"] for sandbox in agentlabd.get("/v1/sandboxes").body["sandboxes"]]
         while not self._end.is_set():
             vmid, what = dice.choice(vmids[: self.sandboxes]), dice.choices(USES, (4, 3, 2, 2, 1))[0]
             if what == "show":
-                self.expect(what, one.get(f"/v1/sandboxes/{vmid}"), 200)
+                self.expect(what, agentlabd.get(f"/v1/sandboxes/{vmid}"), 200)
             elif what == "events":
-                self.expect(what, one.get(f"/v1/sandboxes/{vmid}/events"), 200)
+                self.expect(what, agentlabd.get(f"/v1/sandboxes/{vmid}/events"), 200)
             elif what == "renew":
-                self.expect(what, one.post(f"/v1/sandboxes/{vmid}/lease/renew", {"ttl": "1d"}), 200)
+                self.expect(what, agentlabd.post(f"/v1/sandboxes/{vmid}/lease/renew", {"ttl": "1d"}), 200)
             else:
-                self.expect(what, one.get("/v1/status" if what == "status" else "/v1/sandboxes"), 200)
+                self.expect(what, agentlabd.get("/v1/status" if what == "status" else "/v1/sandboxes"), 200)
 
     # ---- measuring ----
 
     def sample(self) -> Sample:
-        one = self.daemon
-        assert one.process is not None
-        proc = Path(f"/proc/{one.process.pid}")
-        found = dict(re.findall(r"^(VmRSS|RssAnon|Threads):\s+(\d+)", (proc / "status").read_text(), re.M))
+        agentlabd = self.daemon
+        assert agentlabd.process is not None
+        proc = Path(f"/proc/{agentlabd.process.pid}")
+        figures = dict(re.findall(r"^(VmRSS|RssAnon|Threads):\s+(\d+)", (proc / "status").read_text(), re.M))
         size = sum(os.stat(path).st_size for path in self.database.parent.iterdir()) // 1024
-        live = len(one.get("/v1/sandboxes").body["sandboxes"])
+        live = len(agentlabd.get("/v1/sandboxes").body["sandboxes"])
         # The fake's own history is not what is measured, and would slow it down.
         pve = self.server.pve
         self._requests += pve.count()
@@ -233,9 +233,9 @@ class Soak:
         self.server.call(self._forget_tasks)
         return Sample(
             int(time.monotonic() - self._began),
-            int(found["VmRSS"]),
-            int(found["RssAnon"]),
-            int(found["Threads"]),
+            int(figures["VmRSS"]),
+            int(figures["RssAnon"]),
+            int(figures["Threads"]),
             len(list((proc / "fd").iterdir())),
             size,
             live,
@@ -288,8 +288,8 @@ class Soak:
         self.server.stop()
 
 
-def tell(one: Sample) -> None:
-    print("  ".join(f"{getattr(one, field.name):>9}" for field in fields(Sample)), flush=True)
+def tell(sample: Sample) -> None:
+    print("  ".join(f"{getattr(sample, field.name):>9}" for field in fields(Sample)), flush=True)
 
 
 def judge(samples: list[Sample]) -> list[str]:
@@ -299,7 +299,7 @@ def judge(samples: list[Sample]) -> list[str]:
     grown = []
     for name, limit in LIMITS.items():
         first, last = (
-            statistics.median(getattr(one, name) for one in part) for part in (after[:third], after[-third:])
+            statistics.median(getattr(sample, name) for sample in part) for part in (after[:third], after[-third:])
         )
         print(f"{name}: {first:.0f} after the warm-up, {last:.0f} in the end ({last - first:+.0f}, limit +{limit})")
         if last - first > limit:

@@ -31,20 +31,20 @@ def task(
     """A task of a story: the module by its full name; ``fails`` says that it is to fail, ``before`` what happens
     before it.
     """
-    found: dict[str, Any] = {
+    entry: dict[str, Any] = {
         "name": title,
         f"{COLLECTION}.{module}" if module.startswith("agentlab_") else module: options,
         **(keywords or {}),
     }
     if before:
-        found["before"] = before
+        entry["before"] = before
     if fails:
-        found["ignore_errors"] = True
+        entry["ignore_errors"] = True
     if check is not None:
-        found["check_mode"] = check
+        entry["check_mode"] = check
     if diff is not None:
-        found["diff"] = diff
-    return found
+        entry["diff"] = diff
+    return entry
 
 
 def tell(tasks: list[dict[str, Any]], env: dict[str, str], tmp_path: Path, pve: Any, **options: Any) -> Run:
@@ -52,7 +52,7 @@ def tell(tasks: list[dict[str, Any]], env: dict[str, str], tmp_path: Path, pve: 
     anywhere.
     """
     run = play(tasks, env, tmp_path, pve=pve, **options)
-    expected = [one["name"] for one in tasks if one.get("ignore_errors")]
+    expected = [row["name"] for row in tasks if row.get("ignore_errors")]
     failed = [
         entry["task"] for entry in run.results if entry["status"] in ("failed", "unreachable") and not entry.get("item")
     ]

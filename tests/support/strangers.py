@@ -23,9 +23,9 @@ def try_everything(lab: Lab, sandbox: Sandbox) -> list[str]:
 
     def attempt(name: str, work: Callable[[], Any]) -> None:
         try:
-            found = work()
-            found = found[0] if isinstance(found, list) and found else found
-            words.append(f"{name}: {getattr(found, 'outcome', 'done')} {getattr(found, 'reason', None)}")
+            answer = work()
+            answer = answer[0] if isinstance(answer, list) and answer else answer
+            words.append(f"{name}: {getattr(answer, 'outcome', 'done')} {getattr(answer, 'reason', None)}")
         except AgentlabError as error:
             assert error.message
             words.append(f"{name}: {error.code}")
@@ -62,4 +62,4 @@ EVERYDAY = "same_name_and_tags_running"
 
 def strangers(way: int) -> list[Any]:
     """All of STRANGERS, for the test of one of the thirteen ways (docs/safety.md); one of them every day."""
-    return [pytest.param(one, marks=pytest.mark.way(way)) if one == EVERYDAY else one for one in STRANGERS]
+    return [pytest.param(name, marks=pytest.mark.way(way)) if name == EVERYDAY else name for name in STRANGERS]

@@ -17,9 +17,9 @@ STORAGES = ("local-lvm", "local", "shared")
 
 
 def make(lab: Lab, name: str = "w1", storage: str = "local-lvm", **values: Any) -> Workspace:
-    found = workspace.present(lab.context(), name, size=values.pop("size", "8G"), storage=storage, **values).workspace
-    assert found is not None
-    return found
+    made = workspace.present(lab.context(), name, size=values.pop("size", "8G"), storage=storage, **values).workspace
+    assert made is not None
+    return made
 
 
 def attach(lab: Lab, name: str, vmid: int, ttl: int | None = None, **options: Any) -> workspace.WorkspaceResult:
@@ -32,18 +32,18 @@ def detach(lab: Lab, name: str, **options: Any) -> workspace.WorkspaceResult:
 
 
 def now(lab: Lab, name: str = "w1") -> Workspace:
-    found = workspace.records(lab.context()).find(name)
-    assert found is not None
-    return found
+    record = workspace.records(lab.context()).find(name)
+    assert record is not None
+    return record
 
 
-def kept_whole(lab: Lab, found: Workspace) -> None:
+def kept_whole(lab: Lab, workspace_before: Workspace) -> None:
     """The volume is there, under its name, and no VM has it."""
-    assert lab.pve.volumes_of(found.owner_vmid) == [found.volume]
-    assert not any(found.volume in str(value) for vm in lab.pve.vms for value in vm.config.values())
-    again = now(lab, found.name)
+    assert lab.pve.volumes_of(workspace_before.owner_vmid) == [workspace_before.volume]
+    assert not any(workspace_before.volume in str(value) for vm in lab.pve.vms for value in vm.config.values())
+    again = now(lab, workspace_before.name)
     assert (again.state, again.sandbox_uuid, again.slot, again.vmid) == ("DETACHED", None, None, None)
 
 
-def in_vm(lab: Lab, found: Workspace) -> list[str]:
-    return [f"{vm.vmid}:{key}" for vm in lab.pve.vms for key, value in vm.config.items() if found.volume in str(value)]
+def in_vm(lab: Lab, record: Workspace) -> list[str]:
+    return [f"{vm.vmid}:{key}" for vm in lab.pve.vms for key, value in vm.config.items() if record.volume in str(value)]
