@@ -100,6 +100,7 @@ class Zygote:
         )
 
     def run(self, jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Run jobs at once, each in a child of its own, and return their answers in the order of ``jobs``."""
         assert self._process.stdin and self._process.stdout
         self._process.stdin.write(json.dumps(jobs) + "\n")
         self._process.stdin.flush()
@@ -109,6 +110,7 @@ class Zygote:
         return answers
 
     def stop(self) -> None:
+        """End the parent process."""
         assert self._process.stdin and self._process.stdout
         self._process.stdin.close()
         self._process.wait(30)
@@ -142,11 +144,13 @@ class Rig:
 
     @property
     def zygote(self) -> Zygote:
+        """Start the warm parent at its first use, and return it."""
         if self._zygote is None:
             self._zygote = Zygote()
         return self._zygote
 
     def stop(self) -> None:
+        """End the warm parent and the double."""
         if self._zygote:
             self._zygote.stop()
         self.server.stop()
@@ -199,9 +203,11 @@ class Rig:
     def do(
         self, op: str, *, kill: int | None = None, how: Any = "kill", fail: dict[str, Any] | None = None, **args: Any
     ) -> dict[str, Any]:
+        """Run one operation in a child and return its answer. ``kill`` is the number of the step to kill it at."""
         return self.zygote.run([self.job(op, kill=kill, how=how, fail=fail, **args)])[0]
 
     def must(self, op: str, **args: Any) -> dict[str, Any]:
+        """Run one operation that has to succeed, and return its result."""
         answer = self.do(op, **args)
         assert answer["result"] and answer["result"]["ok"], answer
         result: dict[str, Any] = answer["result"]
@@ -248,6 +254,7 @@ class Rig:
         self.in_loop(work)
 
     def sql(self, text: str, *values: Any) -> list[dict[str, Any]]:
+        """Run one SQL statement on the records, and return its rows."""
         if self.engine != "sqlite":
             with self._server() as server:
                 cursor = server.execute(text.replace("%", "%%").replace("?", "%s"), values)
@@ -315,6 +322,7 @@ class Rig:
             shutil.copy(self.folder / "kept.db", self.database)
 
     def restore(self) -> None:
+        """Put cluster and records back to where ``keep`` found them."""
         self.idle()
         if self.engine == "sqlite":
             self._restore_file()
@@ -346,6 +354,7 @@ class Rig:
     # ---- the promises ----
 
     def records(self) -> list[dict[str, Any]]:
+        """Return the rows of all sandboxes, by VMID."""
         return self.sql("SELECT * FROM sandboxes ORDER BY vmid, created_at")
 
     def broken(self, *, settled: bool = True) -> list[str]:

@@ -57,6 +57,8 @@ class Operation:
 
 
 def state(*wanted: str, power: str | None = None) -> Callable[[Lab], bool]:
+    """Return a check: the newest sandbox a1 has one of these states, and its VM that power state (None: any)."""
+
     def done(lab: Lab) -> bool:
         sandboxes = [sandbox for sandbox in lab.records() if sandbox.name == "a1"]
         vm = lab.pve.vm(sandboxes[-1].vmid) if sandboxes else None
@@ -67,6 +69,7 @@ def state(*wanted: str, power: str | None = None) -> Callable[[Lab], bool]:
 
 
 def gone(lab: Lab) -> bool:
+    """Return whether all records are DESTROYED and have no VM."""
     return all(sandbox.state == "DESTROYED" and lab.pve.vm(sandbox.vmid) is None for sandbox in lab.records())
 
 
@@ -81,10 +84,12 @@ def create_again(lab: Lab, **values: Any) -> Any:
 
 
 def several(make: Callable[[Lab, str], Any]) -> Callable[[Lab], Any]:
+    """Return a preparation that calls ``make`` for three sandboxes."""
     return lambda lab: [make(lab, name) for name in ("a1", "b1", "c1")]
 
 
 def drift(lab: Lab) -> None:
+    """Switch off the sandbox's VM and remove the VM with the next VMID, unknown to the records."""
     vm = lab.pve.vm(VMID)
     vm.status = vm.qmpstatus = "stopped"
     lab.pve.vms.remove(lab.pve.vm(VMID + 1))
@@ -94,10 +99,13 @@ CLEANUP = rules.Policy(enabled=True, rules=(rules.CleanupRule("over", rules.DEST
 
 
 def disk(lab: Lab) -> Workspace | None:
+    """Return the record of the workspace w1, or None."""
     return workspace.records(lab.context()).find("w1")
 
 
 def disk_is(*wanted: str) -> Callable[[Lab], bool]:
+    """Return a check: the workspace w1 has one of these states (None: it has no record)."""
+
     def done(lab: Lab) -> bool:
         volume = disk(lab)
         return (volume.state if volume else None) in wanted
@@ -106,15 +114,18 @@ def disk_is(*wanted: str) -> Callable[[Lab], bool]:
 
 
 def make_disk(lab: Lab) -> Any:
+    """Create the workspace w1."""
     return workspace.present(lab.context(), "w1", size="1G", storage="local-lvm")
 
 
 def attach(lab: Lab) -> Any:
+    """Attach the workspace w1 to the sandbox."""
     ctx = lab.context()
     return workspace.attached(ctx, "w1", ctx.select(name="a1"))
 
 
 def grown(lab: Lab) -> bool:
+    """Return whether the workspace w1 has grown to 2 GiB."""
     volume = disk(lab)
     return volume is not None and volume.size == 2 * 1024**3
 
@@ -198,6 +209,7 @@ class Asked:
 
     @property
     def kind(self) -> str:
+        """Return method and path with names and numbers replaced."""
         return f"{self.method} {template_of(self.path)}"
 
 
@@ -270,6 +282,7 @@ def faults_for(lab: Lab, asked: Asked) -> list[tuple[str, str]]:
 
 
 def task_of(path: str) -> str:
+    """Return the type of the task that a request begins."""
     return TASKS.get(path.rpartition("/")[2], "qmdestroy")
 
 
@@ -285,6 +298,7 @@ class Injector:
         self.pve.before, self.pve.after = self.before, self.vanish
 
     def before(self, method: str, path: str) -> None:
+        """Arm each fault whose request comes now. The double calls this before each request."""
         path = path.removeprefix("/api2/json")
         for fault in list(self.waiting):
             if fault.asked.method == method and re.search(where(fault.asked.path) + "$", path):
@@ -297,6 +311,7 @@ class Injector:
                 self.seen[place] += 1
 
     def arm(self, fault: Fault, path: str) -> Callable[[], bool]:
+        """Let this request go wrong, and return a function that says whether the fault came to pass."""
         method, suffix, times = fault.asked.method, where(fault.asked.path), fault.times
         if fault.kind == "error":
             self.pve.fail(method, path, error=fault.value, times=times)
@@ -316,6 +331,7 @@ class Injector:
         return lambda: entry["times"] < values["times"]
 
     def arm_task(self, kind: str, value: str) -> Callable[[], bool]:
+        """Let the next tasks of a type end as ``value`` says, and return whether one did."""
         if value == "WARNINGS: 1":
             self.pve.task_warnings[kind] = 1
         elif value == "vanished":
@@ -327,15 +343,18 @@ class Injector:
         return lambda: any(self.pve.tasks[upid]["type"] == kind for upid in self.pve.spoiled if upid in self.pve.tasks)
 
     def vanish(self, _method: str, _path: str) -> None:
+        """Let the double forget finished tasks of the types that are to vanish."""
         for upid in [task["upid"] for task in self.pve.tasklog if task["type"] in self.vanishing]:
             self.pve.forget_task(upid)
             self.pve.spoiled.add(upid)
 
     def any_met(self) -> bool:
+        """Return whether any fault came to pass."""
         return any(met() for met in self.met.values())
 
 
 def settled(lab: Lab) -> bool:
+    """Return whether nothing is unfinished: no claim, no journal entry, no unfinished workspace, no stray snippet."""
     ctx = lab.context()
     if any(row.state in UNFINISHED for row in workspace.records(ctx).find_all()):
         return False
@@ -348,6 +367,7 @@ def settled(lab: Lab) -> bool:
 
 
 def laboratory(folder: Path) -> Lab:
+    """Return a laboratory in ``folder`` that has everything the operations need."""
     snippets = folder / "snippets"
     snippets.mkdir(mode=0o755)
     made = Lab(folder, snippets_dir=str(snippets))
@@ -356,6 +376,7 @@ def laboratory(folder: Path) -> Lab:
 
 
 def reset(lab: Lab) -> None:
+    """Put the laboratory back to its start."""
     lab.reset()
     for name in os.listdir(lab.options["snippets_dir"]):
         os.unlink(os.path.join(lab.options["snippets_dir"], name))

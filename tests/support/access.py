@@ -37,6 +37,7 @@ class Entry:
     role: str
 
     def public(self) -> dict[str, Any]:
+        """Return the entry as the API lists it."""
         return {"path": self.path, "type": self.kind, "ugid": self.who, "roleid": self.role, "propagate": 1}
 
 

@@ -113,6 +113,7 @@ class Awx:
         threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
 
     def stop(self) -> None:
+        """End the server."""
         self.server.shutdown()
         self.server.server_close()
 
@@ -125,6 +126,7 @@ class Awx:
         return int(row["id"])
 
     def named(self, endpoint: str, name: str, **more: Any) -> dict[str, Any]:
+        """Return the object of that name (and those further fields). Raises StopIteration if there is none."""
         return next(
             row
             for row in self.objects[endpoint]
@@ -132,6 +134,7 @@ class Awx:
         )
 
     def row(self, endpoint: str, number: Any) -> dict[str, Any]:
+        """Return the object with that id. Raises StopIteration if there is none."""
         return next(row for row in self.objects[endpoint] if row["id"] == number)
 
     def inventory(self, name: str, organization: int, group: str = "pve", hosts: tuple[str, ...] = ("pve1",)) -> int:
@@ -144,6 +147,7 @@ class Awx:
         return number
 
     def user(self, header: str) -> str:
+        """Return the user whom an Authorization header names; raises Refused with status 401."""
         basic = "Basic " + base64.b64encode(f"admin:{PASSWORD}".encode()).decode()
         users = {f"Bearer {TOKEN}": "admin", basic: "admin", f"Bearer {ORGANIZATION_TOKEN}": "org-admin"}
         if header not in users:
@@ -154,6 +158,7 @@ class Awx:
     # ---- requests ----
 
     def handle(self, method: str, target: str, body: dict[str, Any], user: str) -> tuple[int, Any]:
+        """Answer one request: return status and body. Raises Refused for what AWX refuses."""
         parts = urlsplit(target)
         match = re.fullmatch(rf"{re.escape(self.prefix)}/(\w+)/(?:(\d+)/(?:(\w+)/)?)?", parts.path)
         if method != "GET":

@@ -41,6 +41,7 @@ def furnish(awx: Awx, organization: int, credential: str = "nodes", inventory: s
 
 
 def second_organization(awx: Awx) -> int:
+    """Add an organization with all that the set-up needs there, and return its id."""
     number = awx.add("organizations", name="Second")
     furnish(awx, number)
     return number
@@ -52,14 +53,17 @@ def result(run: Run) -> dict[str, Any]:
 
 
 def lines(run: Run) -> str:
+    """Return the lines that the set-up's task tells."""
     return "\n".join(result(run)["lines"])
 
 
 def written(awx: Awx) -> list[str]:
+    """Return the requests that changed AWX, sorted, with N for each id."""
     return sorted(re.sub(r"/\d+", "/N", line) for line in awx.writes)
 
 
 def failure(run: Run) -> str:
+    """Return the message of a run that failed as it has to: no warning, no secret, no traceback."""
     assert run.rc != 0 and not run.warnings, run.output
     assert TOKEN not in run.output and TOKEN_SECRET not in run.output
     assert "no_log" not in run.output and "Traceback" not in run.output

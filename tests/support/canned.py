@@ -33,7 +33,7 @@ class Hurried(SystemClock):
     """Does not wait between tries."""
 
     def sleep(self, seconds: float) -> None:
-        pass
+        """Do not wait."""
 
 
 @dataclass(frozen=True)
@@ -138,6 +138,7 @@ class Canned:
             self._answer(sock, head)
 
     def stop(self) -> None:
+        """Close the port."""
         self._listener.close()
 
     def dates(self) -> dict[str, str]:
@@ -153,6 +154,7 @@ class Canned:
         return {name: f"{day:%Y-%m-%d}" for name, day in days.items()}
 
     def client(self, **changes: Any) -> ProxmoxClient:
+        """Return a client of this server. ``changes`` replace settings."""
         values: dict[str, Any] = {
             "api_host": "127.0.0.1",
             "api_port": self.port,

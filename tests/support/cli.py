@@ -195,6 +195,7 @@ class StandIn:
         self.path.unlink(missing_ok=True)
 
     def posted(self) -> list[tuple[str, Any]]:
+        """Return path and body of each POST."""
         return [(target, body) for method, target, body in self.asked if method == "POST"]
 
 

@@ -14,6 +14,7 @@ REFUSED = "cannot destroy sandbox in TIMEOUT state. Valid states: STOPPED, DESTR
 
 
 def bulk(daemon: StandIn, status: int, *results: dict[str, Any]) -> None:
+    """Let the daemon answer a destroy of several with this status and these results."""
     daemon.replies["POST", "/v1/sandboxes/destroy"] = (
         status,
         {"results": list(results), "failed_count": sum(1 for result in results if result["failed"])},
@@ -21,6 +22,7 @@ def bulk(daemon: StandIn, status: int, *results: dict[str, Any]) -> None:
 
 
 def event(number: int, operation: str, before: str | None, after: str | None) -> dict[str, Any]:
+    """Return an event as the API shows it. ``before`` and ``after`` are states."""
     return {
         "id": number,
         "at": "2026-01-30T00:45:07Z",
@@ -39,6 +41,7 @@ def event(number: int, operation: str, before: str | None, after: str | None) ->
 
 
 def workspace(name: str) -> dict[str, Any]:
+    """Return a detached workspace as the API shows it."""
     return {
         "id": "7b1f",
         "name": name,

@@ -60,6 +60,7 @@ def _without(text: str, title: str) -> str:
 
 
 def written() -> str:
+    """Return the reference as it stands on the page."""
     return PAGE.read_text().split(BEGIN)[1].split(END)[0].strip("\n") + "\n"
 
 

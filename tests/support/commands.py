@@ -32,6 +32,7 @@ def run(lab: Lab, sandbox: Sandbox, *argv: str | bytes, **values: Any) -> Comman
 
 
 def events(ctx: Context, sandbox: Sandbox) -> list[dict[str, Any]]:
+    """Return the events of commands in a sandbox, oldest first."""
     return [event for event in history.events(ctx.database, uuid=sandbox.uuid) if event["operation"] == "exec"]
 
 
@@ -39,6 +40,7 @@ SHELLS = ["dash", "bash", "busybox"]
 
 
 def use_shell(guest: Guest, shell: str) -> None:
+    """Give the guest that shell, or skip the test if it is not installed."""
     if shell == "busybox":
         if not shutil.which("busybox"):
             pytest.skip("busybox is not installed: apt-get install busybox-static")
@@ -51,6 +53,7 @@ def use_shell(guest: Guest, shell: str) -> None:
 
 
 def command_lines(guest: Guest) -> list[str]:
+    """Return the command lines of all processes of the guest, words divided by NUL."""
     lines = []
     for pid in guest.processes():
         try:

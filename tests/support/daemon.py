@@ -74,6 +74,7 @@ class UnixConnection(http.client.HTTPConnection):
         self.path = path
 
     def connect(self) -> None:
+        """Connect to the socket."""
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self.sock.settimeout(self.timeout)
         self.sock.connect(self.path)
@@ -148,6 +149,7 @@ class Daemon:
     # ---- the process ----
 
     def command(self, *arguments: str) -> list[str]:
+        """Return the command line of this daemon."""
         return [PYTHON, "-m", "agentlabd", "--config", str(self.config_file), *arguments]
 
     def spawn(self, **environment: str) -> subprocess.Popen[bytes]:
@@ -159,12 +161,14 @@ class Daemon:
         return self.process
 
     def start(self, **environment: str) -> Daemon:
+        """Start the daemon, wait until it serves, and return it."""
         self.spawn(**environment)
         # Loading the libraries takes half a second of one core; others may want it too.
         self.wait_for(self.serving, "it serves", START_SECONDS)
         return self
 
     def serving(self) -> bool:
+        """Return whether the daemon answers. Fails with its log when it has ended."""
         assert self.process is not None
         if self.process.poll() is not None:
             raise AssertionError(f"agentlabd ended with {self.process.returncode}:\n{self.log()}")
@@ -174,6 +178,7 @@ class Daemon:
             return False
 
     def signal(self, number: int) -> None:
+        """Send the signal with that number."""
         assert self.process is not None
         self.process.send_signal(number)
 
@@ -198,6 +203,7 @@ class Daemon:
             self.process = None
 
     def close(self) -> None:
+        """Kill the daemon and remove its socket."""
         self.kill()
         self._sockets.cleanup()
 
@@ -220,6 +226,7 @@ class Daemon:
         return float(next(line for line in text.splitlines() if line.startswith(series + " ")).split()[-1])
 
     def log(self) -> str:
+        """Return all that the daemon has logged."""
         return self.log_file.read_text(errors="replace") if self.log_file.exists() else ""
 
     def wait_for(self, condition: Any, what: str, timeout: float = 10) -> Any:
@@ -236,9 +243,11 @@ class Daemon:
     # ---- requests ----
 
     def connection(self, timeout: float = 60) -> UnixConnection:
+        """Return a new connection to the socket; ``timeout`` in seconds."""
         return UnixConnection(self.socket, timeout)
 
     def request(self, method: str, path: str, body: Any = None, **headers: str) -> Answer:
+        """Send one request on a connection of its own and return the answer."""
         connection = self.connection()
         try:
             return ask(connection, method, path, body, headers)
@@ -246,9 +255,11 @@ class Daemon:
             connection.close()
 
     def get(self, path: str) -> Answer:
+        """Send a GET and return the answer."""
         return self.request("GET", path)
 
     def post(self, path: str, body: Any = None) -> Answer:
+        """Send a POST and return the answer."""
         return self.request("POST", path, body)
 
     def good(self, method: str, path: str, body: Any = None, status: int = 200) -> Any:

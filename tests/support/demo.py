@@ -23,6 +23,7 @@ from support.double import Server  # noqa: E402
 
 
 def main() -> int:
+    """Run the demo's playbook against a fake Proxmox VE, and return its exit status."""
     arguments = sys.argv[1:]
     # What the play is, where it runs, and where Ansible finds the collection.
     playbook, place, where = str(ROOT / "playbooks" / "demo.yml"), ROOT, {"ANSIBLE_CONFIG": str(ROOT / "ansible.cfg")}

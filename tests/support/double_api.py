@@ -17,6 +17,7 @@ TOKEN = "agentlab@pve!test"
 
 
 def login(env: dict[str, str], timeout: float = 5) -> Any:
+    """Return proxmoxer's API of the double; ``timeout`` in seconds."""
     return ProxmoxAPI(
         env["PROXMOX_HOST"],
         port=int(env["PROXMOX_PORT"]),
@@ -29,6 +30,7 @@ def login(env: dict[str, str], timeout: float = 5) -> Any:
 
 
 def refusal_of(call: Callable[[], Any]) -> tuple[int, str]:
+    """Return status and text of a call that has to be refused."""
     with pytest.raises(ResourceException) as caught:
         call()
     error = caught.value
@@ -48,6 +50,7 @@ def exit_status(api: Any, upid: str, seconds: float = 5) -> str:
 
 
 def clone_template(api: Any, newid: int = 101, **kw: Any) -> str:
+    """Clone template 9000 and return the task's UPID. ``kw`` are further parameters."""
     return str(
         api.nodes("pve1").qemu(9000).clone.post(newid=newid, **{"name": f"vm{newid}", "description": "marker", **kw})
     )

@@ -59,6 +59,7 @@ class Run:
 
     @property
     def output(self) -> str:
+        """Return standard output and standard error."""
         return self.stdout + self.stderr
 
     @property
@@ -87,6 +88,7 @@ class Run:
         return self.entry(task)["result"]
 
     def status(self, task: str) -> str:
+        """Return the status of the task: ok, changed, failed, skipped or unreachable."""
         return str(self.entry(task)["status"])
 
     @property
@@ -98,6 +100,7 @@ class Run:
 
     @property
     def failed(self) -> list[dict[str, Any]]:
+        """Return the entries of tasks that failed and whose failure was not ignored."""
         return [
             entry for entry in self.results if entry["status"] in ("failed", "unreachable") and not entry.get("ignored")
         ]

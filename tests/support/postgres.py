@@ -90,12 +90,14 @@ class PostgresServer:
             file.writelines(f"{name} = '{value}'\n" for name, value in settings.items())
 
     def start(self) -> None:
+        """Start the server and wait until it answers."""
         options = f"-p {self.port} -k {self.folder} -c listen_addresses=127.0.0.1"
         self.run(
             "pg_ctl", "-D", str(self.data), "-w", "-t", "60", "-l", str(self.folder / "log"), "-o", options, "start"
         )
 
     def stop(self, mode: str = "immediate") -> None:
+        """Stop the server; ``mode`` is pg_ctl's: immediate, fast or smart."""
         self.run("pg_ctl", "-D", str(self.data), "-w", "-t", "60", "-m", mode, "stop")
 
     def command(self, program: str, *arguments: str) -> dict[str, Any]:
@@ -109,6 +111,7 @@ class PostgresServer:
         return self.command("pg_ctl", *arguments, "-o", options, "restart")
 
     def pid(self) -> int:
+        """Return the id of the server's first process."""
         return int((self.data / "postmaster.pid").read_text().split("\n")[0])
 
     def pause(self) -> None:
@@ -125,6 +128,7 @@ class PostgresServer:
         return other
 
     def promote(self) -> None:
+        """Make a standby the primary."""
         self.run("pg_ctl", "-D", str(self.data), "-w", "promote")
 
     def execute(self, sql: str, database: str = "postgres") -> list[Any]:

@@ -90,6 +90,7 @@ class Program:
                 target += block
 
     def ended(self) -> bool:
+        """Return whether the program has ended and all its output was read."""
         return self.process.poll() is not None and not any(reader.is_alive() for reader in self._readers)
 
 
@@ -131,6 +132,7 @@ class Guest:
 
     @property
     def environment(self) -> dict[str, str]:
+        """Return the environment of programs in this guest."""
         name, _sign, value = self.mark.partition("=")
         return {"PATH": self.path, name: value}
 
@@ -162,21 +164,26 @@ class Guest:
         ]
 
     def freeze(self, seconds: float) -> None:
+        """Let the agent answer nothing for ``seconds``."""
         self._silent_until = time.monotonic() + seconds
 
     def freeze_after_ping(self, seconds: float) -> None:
+        """Let the agent answer nothing for ``seconds`` after the next ping."""
         self._after_ping = seconds
 
     def lose_status(self, times: int = 1) -> None:
+        """Lose the next ``times`` answers about a program's status."""
         self._lose = times
 
     def restart(self, *, kill: bool = False) -> None:
+        """Restart the agent, which forgets its programs; ``kill`` ends the programs, too."""
         self.programs.clear()
         self.deaf, self._silent_until = False, 0.0
         if kill:
             self.kill_all()
 
     def reboot(self) -> None:
+        """Reboot: all programs end, and the folder /run is emptied."""
         self.restart(kill=True)
         shutil.rmtree(self.folder / "run")
         (self.folder / "run").mkdir()
@@ -198,6 +205,7 @@ class Guest:
         return alive
 
     def kill_all(self) -> None:
+        """End all processes of this guest."""
         for _round in range(20):
             alive = self.processes()
             if not alive:
@@ -210,6 +218,7 @@ class Guest:
             time.sleep(0.02)
 
     def close(self) -> None:
+        """End all processes and remove the guest's folder."""
         self.kill_all()
         if self._mounts is not None:
             self._mounts.kill()
@@ -220,9 +229,11 @@ class Guest:
 
     @property
     def silent(self) -> bool:
+        """Return whether the agent answers nothing now."""
         return self.deaf or time.monotonic() < self._silent_until
 
     def take_freeze(self) -> float:
+        """Return the seconds of silence that were ordered for after a ping, and forget them."""
         seconds, self._after_ping = self._after_ping, 0.0
         return seconds
 
@@ -252,6 +263,7 @@ class Guest:
         )
 
     def status(self, pid: int) -> dict[str, Any]:
+        """Return the agent's answer about a program."""
         program = self.programs.get(pid)
         if program is None:
             raise PveError(500, f"Agent error: {self.unknown_pid}")
@@ -274,9 +286,11 @@ class Guest:
         return self.lie(answer) if self.lie else answer
 
     def real_path(self, path: str) -> str:
+        """Return where a path of the guest lies on this machine."""
         return str(self.folder) + path if path.startswith("/run/") else path
 
     def read(self, path: str, offset: int, count: int, decode: bool) -> dict[str, Any]:
+        """Return the agent's answer about ``count`` bytes of a file from ``offset``."""
         try:
             with open(self.real_path(path), "rb") as file:
                 file.seek(offset)
@@ -296,6 +310,7 @@ class Guest:
         return {**answer, "truncated": 1} if more else answer
 
     def write(self, path: str, data: bytes) -> None:
+        """Write a file of the guest."""
         try:
             with open(self.real_path(path), "wb") as file:
                 file.write(data)

@@ -103,6 +103,7 @@ def refuse(command: str, reason: str, errors: dict[str, Any], remote: bool) -> i
 
 
 def main() -> int:
+    """Answer one call of pvesh, and return its exit status."""
     command, path, *rest = sys.argv[1:]
     locale = os.environ.get("LC_ALL") or os.environ.get("LANG") or "C"
     if os.environ.get("PVESH_PMXCFS") and os.getegid() != 0:

@@ -20,6 +20,7 @@ LARGEST_INPUT = 1024 * 1024
 
 
 def main() -> int:
+    """Answer one call of qm, and return its exit status."""
     words = sys.argv[1:]
     if words[:2] != ["guest", "exec"] or words[3:8] != ["--pass-stdin", "1", "--synchronous", "0", "--"]:
         print(f"ERROR: unknown command 'qm {' '.join(words[:2])}'", file=sys.stderr)

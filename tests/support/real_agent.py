@@ -85,11 +85,13 @@ class RealAgent:
             time.sleep(0.1)
 
     def run(self, *argv: str, data: bytes = b"") -> dict[str, Any]:
+        """Run a program through the agent and return its status as the agent tells it."""
         values = {"input-data": base64.b64encode(data).decode()} if data else {}
         answer = self.ask("guest-exec", path=argv[0], arg=list(argv[1:]), **values, **{"capture-output": True})
         return self.end_of(answer["return"]["pid"])
 
     def close(self) -> None:
+        """End the agent."""
         self.process.terminate()
         self.process.wait(10)
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -103,6 +105,7 @@ class RealGuest(Guest):
         self.agent = RealAgent(self.environment)
 
     def exec(self, argv: list[str], data: str) -> int:
+        """Begin a program through the agent and return its process id."""
         self.started.append((list(argv), data))
         words, here = [self.shell, *argv[1:]], self._here(data)
         if here != data and words[-1] == str(len(data)):
@@ -112,6 +115,7 @@ class RealGuest(Guest):
         return int(answer["return"]["pid"])
 
     def status(self, pid: int) -> dict[str, Any]:
+        """Return the agent's answer about a program."""
         answer = self.agent.ask("guest-exec-status", pid=pid)
         if "error" in answer:
             raise PveError(500, f"Agent error: {answer['error']['desc']}")
@@ -126,6 +130,7 @@ class RealGuest(Guest):
         return shown
 
     def read(self, path: str, offset: int, count: int, decode: bool) -> dict[str, Any]:
+        """Return the agent's answer about ``count`` bytes of a file from ``offset``."""
         opened = self.agent.ask("guest-file-open", path=self.real_path(path), mode="r")
         if "error" in opened:
             raise PveError(500, f"Agent error: {opened['error']['desc']}")
@@ -138,5 +143,6 @@ class RealGuest(Guest):
         return {"content": content, "bytes-read": part["count"], **({} if part["eof"] else {"truncated": 1})}
 
     def close(self) -> None:
+        """End the agent."""
         self.agent.close()
         super().close()

@@ -117,6 +117,8 @@ def change(vmid: int, **values: Any) -> Callable[[ProxmoxDouble], None]:
 
 
 def each(*acts: Callable[[ProxmoxDouble], None]) -> Callable[[ProxmoxDouble], None]:
+    """Return a step that takes all of these steps."""
+
     def act(pve: ProxmoxDouble) -> None:
         for step in acts:
             step(pve)
@@ -146,6 +148,7 @@ def agent(vmid: int, **values: Any) -> Callable[[ProxmoxDouble], None]:
 
 
 def missing_quorum(pve: ProxmoxDouble) -> None:
+    """Add three VMs, start one of them, and take node pve2 and the quorum away."""
     for vmid in (5000, 5004, 5005):
         guest(vmid)(pve)
     pve.power(5000, "running")
@@ -154,17 +157,20 @@ def missing_quorum(pve: ProxmoxDouble) -> None:
 
 
 def quorum_back(pve: ProxmoxDouble) -> None:
+    """Give the quorum back, while the cache of the cluster's status lags."""
     pve.regain_quorum()
     pve.cached_quorate = 0
 
 
 def whole_again(pve: ProxmoxDouble) -> None:
+    """Let the cluster's status tell the quorum as it is, bring pve2 back, and add VM 5050."""
     pve.cached_quorate = None
     pve.nodes["pve2"]["online"] = True
     guest(5050, status="running", config={"agent": "0"})(pve)
 
 
 def snippet_missing(pve: ProxmoxDouble) -> None:
+    """Let VM 5004 name a snippet that does not exist."""
     change(5004, config={"cores": 1, "cicustom": "user=local:snippets/nope.yaml"}, start_error=None)(pve)
 
 
@@ -175,10 +181,13 @@ def abort_clone(pve: ProxmoxDouble) -> None:
 
 
 def being_cloned(pve: ProxmoxDouble) -> None:
+    """Let the next clone go on until it is released."""
     pve.next_task("qmclone", "hang")
 
 
 def join_pool(vmid: int) -> Callable[[ProxmoxDouble], None]:
+    """Return a step that adds a VM to the pool rec."""
+
     def act(pve: ProxmoxDouble) -> None:
         pve.pools["rec"].add(vmid)
         pve.vm(vmid).pool = "rec"
@@ -187,6 +196,7 @@ def join_pool(vmid: int) -> Callable[[ProxmoxDouble], None]:
 
 
 def raw_disk(pve: ProxmoxDouble) -> None:
+    """Give VM 5060 a second disk in the format raw."""
     pve.vm(5060).config["scsi1"] = pve._disk("local", "5060/vm-5060-disk-1.raw", 5060, MIB) + ",size=1M"
 
 

@@ -27,6 +27,7 @@ store = Records(open_database(path), SystemClock(), "child " + me)
 
 
 def child(path: Path | str, me: str, code: str) -> subprocess.Popen[str]:
+    """Start a process with records of its own: ``code`` runs with ``store`` and ``me`` at hand."""
     return subprocess.Popen(
         [sys.executable, "-c", CHILD + code, str(path), me],
         text=True,
@@ -38,12 +39,14 @@ def child(path: Path | str, me: str, code: str) -> subprocess.Popen[str]:
 
 
 def new(number: int, state: str = "REQUESTED") -> Sandbox:
+    """Return a sandbox that is not stored yet, with a UUID and a name made from ``number``."""
     return Sandbox(
         uuid=f"00000000-0000-4000-8000-{number:012d}", vmid=0, name=f"s{number}", state=state, lease_expires_at=10**10
     )
 
 
 def reserve(store: Records, number: int = 1, vmid: int | None = None) -> tuple[Claim, Sandbox]:
+    """Reserve a VMID for a new sandbox, and return its claim and its record."""
     sandbox = new(number)
     claim = store.reserve(sandbox, vmid=vmid, vmid_range=RANGE, occupied=set(), journal={"a": 1})
     return claim, store.get(sandbox.uuid)

@@ -21,6 +21,7 @@ from support.double import Server
 
 
 def main() -> int:
+    """Serve a double in a folder (first argument) for some seconds (second argument, 600 if it is missing)."""
     folder = Path(sys.argv[1])
     deadline = time.monotonic() + float(sys.argv[2] if len(sys.argv) > 2 else 600)
     server = Server(str(folder), time_scale=0.02)
