@@ -33,6 +33,7 @@ from support.awx_tables import (
     Refused,
     check_survey,
     dump_variables,
+    job_variables,
     kept_fields,
     wrong_answers,
 )
@@ -556,22 +557,11 @@ class Awx:
         variables.update({key: value for key, value in answers.items() if key in named})
         ignored = {key: value for key, value in answers.items() if key not in named and of_template.get(key) != value}
         job = self.add("jobs", name=template["name"], unified_job_template=template["id"], project=template["project"])
-        meta: dict[str, Any] = {}
-        for prefix in ("awx", "tower"):
-            meta |= {
-                f"{prefix}_job_id": job,
-                f"{prefix}_job_launch_type": "manual",
-                f"{prefix}_user_id": 1,
-                f"{prefix}_user_name": user,
-                f"{prefix}_user_email": "",
-                f"{prefix}_inventory_id": template["inventory"],
-                f"{prefix}_job_template_name": template["name"],
-            }
         secret = {question["variable"] for question in spec if question["type"] == "password"}
         self.row("jobs", job)["extra_vars"] = json.dumps(
             {key: "$encrypted$" if key in secret else value for key, value in variables.items()}
         )
-        self.variables[job] = dump_variables({**variables, **meta}, of_template)
+        self.variables[job] = dump_variables({**variables, **job_variables(job, template, user)}, of_template)
         return {"job": job, "ignored_fields": {"extra_vars": ignored} if ignored else {}, "id": job, "type": "job"}
 
     # ---- what is shown ----

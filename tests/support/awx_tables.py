@@ -187,6 +187,22 @@ def dump_variables(variables: dict[str, Any], of_template: dict[str, Any]) -> st
     )
 
 
+def job_variables(job: int, template: dict[str, Any], user: str) -> dict[str, Any]:
+    """Return the variables that AWX adds to those of a job: who launched it, from which template."""
+    variables: dict[str, Any] = {}
+    for prefix in ("awx", "tower"):
+        variables |= {
+            f"{prefix}_job_id": job,
+            f"{prefix}_job_launch_type": "manual",
+            f"{prefix}_user_id": 1,
+            f"{prefix}_user_name": user,
+            f"{prefix}_user_email": "",
+            f"{prefix}_inventory_id": template["inventory"],
+            f"{prefix}_job_template_name": template["name"],
+        }
+    return variables
+
+
 def kept_fields(endpoint: str, body: dict[str, Any]) -> dict[str, Any]:
     """Return the fields that AWX keeps, without blanks around short texts. Refuse what is too long."""
     fields = {
