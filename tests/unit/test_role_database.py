@@ -92,7 +92,7 @@ def test_the_script_makes_what_is_missing_once_and_both_roles_work_with_their_pa
         "password of agentlab is set",
         "password of agentlab_owner is set",
     ]
-    assert changes(postgres, dry_run=True) == [text for text in everything if "rights" not in text]
+    assert changes(postgres, dry_run=True) == everything
     assert postgres.execute("SELECT 1 FROM pg_database WHERE datname = 'records'") == []
     assert changes(postgres) == everything
     assert changes(postgres) == []
@@ -109,6 +109,25 @@ def test_the_script_makes_what_is_missing_once_and_both_roles_work_with_their_pa
     log = (postgres.folder / "log").read_text()
     assert "ALTER ROLE agentlab PASSWORD" in log
     assert not any(password in log for password in (*PASSWORDS.values(), "another"))
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "GRANT CREATE ON SCHEMA public TO PUBLIC",
+        "REVOKE USAGE ON SCHEMA public FROM agentlab",
+        "GRANT CONNECT ON DATABASE records TO PUBLIC",
+        "ALTER DEFAULT PRIVILEGES FOR ROLE agentlab_owner IN SCHEMA public REVOKE INSERT ON TABLES FROM agentlab",
+    ],
+)
+def test_check_mode_compares_the_rights_and_changes_none(postgres: PostgresServer, statement: str) -> None:
+    changes(postgres)
+    assert changes(postgres, dry_run=True) == []
+    postgres.execute(statement, "records")
+    for _again in range(2):
+        assert changes(postgres, dry_run=True) == ["rights in database records are set"]
+    assert changes(postgres) == ["rights in database records are set"]
+    assert changes(postgres, dry_run=True) == []
 
 
 def agentlabd(postgres: PostgresServer, role: str, password: str, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -26,12 +26,12 @@ ROLES = ("agentlab_owner", "agentlab")
 OLDEST = 150000
 ITERATIONS = 4096
 VERIFIER = re.compile(r"SCRAM-SHA-256\$(\d+):([A-Za-z0-9+/=]+)\$([A-Za-z0-9+/=]+):([A-Za-z0-9+/=]+)")
-# Everything that roles.sql sets, in one value: equal before and after means that nothing was changed.
+# Everything that roles.sql sets, in one line: equal before and after means that nothing was changed.
 STATE = """
-SELECT json_build_object(
+SELECT jsonb_build_object(
     'database', (SELECT datacl::text FROM pg_database WHERE datname = current_database()),
     'schema', (SELECT nspacl::text FROM pg_namespace WHERE nspname = 'public'),
-    'defaults', (SELECT json_agg(defaclobjtype::text || defaclacl::text ORDER BY oid) FROM pg_default_acl))
+    'defaults', (SELECT jsonb_agg(defaclobjtype::text || defaclacl::text ORDER BY oid) FROM pg_default_acl));
 """
 
 
@@ -90,6 +90,14 @@ def check(request: dict[str, Any], version: str) -> None:
             )
 
 
+def set_rights(server: Server, name: str, sql: str, dry_run: bool) -> bool:
+    """Run roles.sql in the database, and return whether it changed anything. With ``dry_run`` it is rolled back."""
+    statements = sql.replace(":DATABASE", f'"{name}"')
+    end = "ROLLBACK" if dry_run else "COMMIT"
+    before, after = server.run(f"BEGIN;{STATE}{statements}{STATE}{end};", name).splitlines()
+    return before != after
+
+
 def prepare(request: dict[str, Any]) -> list[str]:
     """Create what is missing and return one text for each change. With ``dry_run`` nothing is written."""
     server, name, dry_run = Server(request["port"]), request["database"], request["dry_run"]
@@ -105,11 +113,11 @@ def prepare(request: dict[str, Any]) -> list[str]:
         changes.append(f"database {name} is created")
         if not dry_run:
             server.run(f'CREATE DATABASE "{name}"', "postgres")
-    if not dry_run:
-        state = server.run(STATE, name)
-        server.run(request["sql"].replace(":DATABASE", f'"{name}"'), name)
-        if server.run(STATE, name) != state:
-            changes.append(f"rights in database {name} are set")
+    if dry_run and name not in databases:
+        # The rights in a new database are those of PostgreSQL, which roles.sql narrows.
+        changes.append(f"rights in database {name} are set")
+    elif set_rights(server, name, request["sql"], dry_run):
+        changes.append(f"rights in database {name} are set")
     for role, password in request["passwords"].items():
         if fits(password, before.get(role)):
             continue
