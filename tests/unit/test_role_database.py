@@ -21,6 +21,7 @@ from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.open 
 
 from support.daemon import PYTHONPATH
 from support.engines import require_postgresql
+from support.play import run_play
 from support.postgres import PostgresServer, find_programs
 
 FILES = Path(__file__).resolve().parents[2] / "roles/agentlabd/files/postgresql"
@@ -216,3 +217,28 @@ def test_a_standby_is_refused(postgres: PostgresServer) -> None:
     finally:
         standby.destroy()
     assert (run.returncode, run.stderr) == (1, "the server is a standby. Run this on the host of the primary\n")
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        (
+            {"agentlabd_database": "/var/lib/agentlab/agentlab.db"},
+            "agentlabd_database_owner_password: is for PostgreSQL, but agentlabd_database is a file; unset one of them",
+        ),
+        (
+            {"agentlabd_database": "postgresql://db1/agentlab?user=agentlab"},
+            "agentlabd_database: user, password, passfile and service after the question mark cannot be used together "
+            "with agentlabd_database_owner_password. Write the user before the @",
+        ),
+    ],
+)
+def test_an_owners_password_that_cannot_be_used_is_refused_and_not_shown(
+    tmp_path: Path, variables: dict[str, str], message: str
+) -> None:
+    role = {"name": "agentlab.proxmox.agentlabd", "tasks_from": "settings"}
+    secret = {"agentlabd_database_owner_password": PASSWORDS["agentlab_owner"], "agentlabd_backend": "local"}
+    task = {"name": "Settings", "ansible.builtin.include_role": role, "vars": {**secret, **variables}}
+    run = run_play([task], {}, tmp_path)
+    assert [entry["result"]["msg"] for entry in run.failed] == [message]
+    assert PASSWORDS["agentlab_owner"] not in run.output
