@@ -43,7 +43,7 @@ def _transition(records: Records, item: tuple[Any, Claim]) -> int:
 
 
 def bulk(path: str, count: int) -> float:
-    """Seconds for all of them, written together as expiry and prune write them."""
+    """Seconds for all of them, each a step of its own in one transaction."""
     records, items = _records(path, count)
     began = time.perf_counter()
     with records.db.together():

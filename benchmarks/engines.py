@@ -31,6 +31,7 @@ from ansible_collections.agentlab.proxmox.plugins.module_utils._core import stat
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.context import Context
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.maintenance import prune
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store import overview
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.records import Ending
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.transfer import copy_records
 
 from support.postgres import PostgresServer
@@ -67,7 +68,7 @@ def measure_queries(contexts: dict[str, Context], runs: int) -> dict[str, dict[s
 
 
 def measure_transitions(contexts: dict[str, Context], runs: int) -> dict[str, float]:
-    """Return the median seconds of 1,000 transitions in bulk on each engine, written as expiry writes them."""
+    """Return the median seconds of 1,000 transitions in bulk on each engine, written as a destroy of many ends."""
     times: dict[str, list[float]] = {engine: [] for engine in contexts}
     for run in range(runs):
         for engine, ctx in contexts.items():
@@ -75,12 +76,12 @@ def measure_transitions(contexts: dict[str, Context], runs: int) -> dict[str, fl
             before, after = (states.RUNNING, states.STOPPED) if run % 2 == 0 else (states.STOPPED, states.RUNNING)
             chosen = records.find_all([before])[:TRANSITIONS]
             assert len(chosen) >= LIVE // 2, len(chosen)
-            items = [(sandbox, records.claim(sandbox.uuid, "stop")) for sandbox in chosen]
+            items = [Ending(records.claim(sandbox.uuid, "stop"), "measured", {}) for sandbox in chosen]
 
             def write(records: Any = records, items: Any = items, after: str = after) -> None:
                 with records.db.together():
-                    for sandbox, claim in items:
-                        records.change(claim, sandbox, "stop", to=after, outcome="done", finish=True)
+                    moved = records.finish_all(items, "stop", after)
+                assert None not in moved
 
             times[engine].append(timed(write) / len(items) * TRANSITIONS)
     return {engine: statistics.median(seconds) for engine, seconds in times.items()}

@@ -18,6 +18,7 @@ from ..context import Context, failure
 from ..errors import AgentlabError, Busy, Kept, ProxmoxError, StateConflict
 from ..model import Outcome, Sandbox
 from ..proxmox import identity
+from ..store.records import Ending
 from ..vm import power
 from ..vm.locate import Located, locate, refuse_guarded, refuse_not_ours
 from ..workspaces import workspace_disk
@@ -174,11 +175,57 @@ def _close(ctx: Context, proven: list[Gone], proofs: dict[int, Any]) -> list[Out
     """Close the records of all VMs proven to be gone, in one transaction and without a request to Proxmox."""
     try:
         with ctx.database.together():
-            return [_finish(ctx, gone, proofs) for gone in proven]
+            return _close_together(ctx, proven, proofs)
     except AgentlabError as error:
         for gone in proven:
             ctx.records.release(gone.claim)
         return [failure(_read_current(ctx, gone.sandbox), error) for gone in proven]
+
+
+def _close_together(ctx: Context, proven: list[Gone], proofs: dict[int, Any]) -> list[Outcome]:
+    """Close these records in the transaction of the caller, with few statements for all of them.
+
+    ``_finish`` settles each record that cannot be closed so, and says why.
+    """
+    cleared: dict[str, Gone] = {}
+    for gone in proven:
+        with contextlib.suppress(AgentlabError):
+            leftovers.clear(ctx, gone.claim, ctx.records.get(gone.sandbox.uuid))
+            cleared[gone.claim.uuid] = gone
+    endings = [
+        Ending(
+            gone.claim,
+            gone.reason,
+            {**gone.evidence, **proofs[gone.sandbox.vmid].evidence},
+            gone.upids,
+            _took_ms(ctx, gone),
+        )
+        for gone in cleared.values()
+    ]
+    records = dict(zip(cleared, ctx.records.finish_all(endings, "destroy", states.DESTROYED), strict=True))
+    outcomes = []
+    for gone in proven:
+        closed = records.get(gone.claim.uuid)
+        outcomes.append(_finish(ctx, gone, proofs) if closed is None else _destroyed(gone, closed, gone.reason))
+    return outcomes
+
+
+def _took_ms(ctx: Context, gone: Gone) -> int:
+    return int((ctx.clock.monotonic() - gone.began) * 1000)
+
+
+def _destroyed(gone: Gone, closed: Sandbox, reason: str) -> Outcome:
+    """Return the outcome of a sandbox whose record was closed with that reason."""
+    return Outcome.of(
+        "destroyed",
+        closed,
+        previous_state=gone.before.state,
+        reason=reason,
+        message=_explain_fate(closed.vmid, reason),
+        changed=True,
+        upids=gone.upids,
+        warnings=gone.warnings,
+    )
 
 
 def _explain_kept(ctx: Context, gone: Gone) -> Kept:
@@ -229,7 +276,6 @@ def _finish(ctx: Context, gone: Gone, proofs: dict[int, Any]) -> Outcome:
             else:
                 evidence.update(proof.evidence)
         leftovers.clear(ctx, gone.claim, ctx.records.get(sandbox.uuid))
-        took = int((ctx.clock.monotonic() - gone.began) * 1000)
         closed = power.settle(
             ctx,
             gone.claim,
@@ -239,19 +285,10 @@ def _finish(ctx: Context, gone: Gone, proofs: dict[int, Any]) -> Outcome:
             reason=reason,
             evidence=evidence,
             upids=gone.upids,
-            duration_ms=took,
+            duration_ms=_took_ms(ctx, gone),
             finish=True,
         )
-        return Outcome.of(
-            "destroyed",
-            closed,
-            previous_state=gone.before.state,
-            reason=reason,
-            message=_explain_fate(sandbox.vmid, reason),
-            changed=True,
-            upids=gone.upids,
-            warnings=gone.warnings,
-        )
+        return _destroyed(gone, closed, reason)
     except Kept as error:
         abandon(ctx, gone.claim, sandbox, Request(), error, sent=gone.doubtful or bool(gone.upids), stopped=False)
         return Outcome.of(

@@ -136,21 +136,25 @@ def expire(ctx: Context, *, stop_vms: bool = True) -> Expiry:
     moved: list[Sandbox] = []
     # One commit serves all records. Without due records no transaction is opened, so other writers do not wait.
     with ctx.database.together() if due and not ctx.dry_run else contextlib.nullcontext():
+        ended: list[Sandbox] = []
         for sandbox in due:
             if is_kept_alive(ctx, sandbox, now):
                 limit = None if ctx.config.max_lifetime is None else sandbox.created_at + ctx.config.max_lifetime
                 until = now + (sandbox.ttl_seconds or ctx.config.default_ttl)
                 result.renewed.append(_keep_alive(ctx, sandbox, min(until, limit) if limit else until))
-                continue
-            if ctx.dry_run:
-                result.expired.append(
-                    Outcome.of("would_expire", sandbox, state=states.TIMEOUT, changed=True, reason="lease_expired")
-                )
-                continue
-            try:
-                expired = ctx.records.expire(sandbox, now)
-            except RecordChanged as error:
-                result.failed.append(Outcome.of("unchanged", sandbox, reason="changed", message=error.message))
+            else:
+                ended.append(sandbox)
+        if ctx.dry_run:
+            result.expired = [
+                Outcome.of("would_expire", sandbox, state=states.TIMEOUT, changed=True, reason="lease_expired")
+                for sandbox in ended
+            ]
+            ended = []
+        records = ctx.records.expire_all(ended, now) if ended else []
+        for sandbox, expired in zip(ended, records, strict=True):
+            if expired is None:
+                message = f"sandbox {sandbox.vmid} was renewed or changed before it expired"
+                result.failed.append(Outcome.of("unchanged", sandbox, reason="changed", message=message))
                 continue
             moved.append(expired)
             result.expired.append(

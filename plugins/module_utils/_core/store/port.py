@@ -54,8 +54,8 @@ class Connection(Protocol):
     def execute(self, sql: str, values: Sequence[Any] = (), /) -> Cursor:
         """Run one statement with its values."""
 
-    def executemany(self, sql: str, rows: Iterable[Sequence[Any]], /) -> Any:
-        """Run one statement once for each row of values."""
+    def executemany(self, sql: str, rows: Iterable[Sequence[Any]], /) -> Cursor:
+        """Run one statement once for each row of values. ``rowcount`` is the sum; an engine sends all rows at once."""
 
 
 class Engine(Protocol):

@@ -14,7 +14,7 @@ import functools
 import json
 import re
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -34,6 +34,12 @@ CLAIM_SECONDS = 3600
 _WAITS = 8
 # Digits of the largest integer in SQLite.
 _LONGEST_FENCE = len(str(2**63 - 1))
+_INSERT_EVENT = (
+    "INSERT INTO events (at, sandbox_uuid, vmid, from_state, to_state, operation, actor, reason, evidence, upids, "
+    "duration_ms, outcome) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+)
+# Sandboxes in one statement of a bulk change. psycopg keeps prepared what is shorter than 4,096 characters.
+_AT_ONCE = 100
 # Outcomes of events about what was not done.
 _WITHOUT_EFFECT = ("kept", "failed", "interrupted")
 LIVE = "state <> 'DESTROYED'"
@@ -65,6 +71,17 @@ class Claim:
     interrupted: JournalEntry | None = None
     # True when the claim was taken from a dead holder.
     taken_over: bool = False
+
+
+@dataclass(slots=True)
+class Ending:
+    """The last step of one operation in a bulk change: its claim, and what its event says."""
+
+    claim: Claim
+    reason: str
+    evidence: dict[str, Any]
+    upids: Sequence[str] = ()
+    duration_ms: int | None = None
 
 
 def sound_sandbox(row: Row) -> Sandbox | None:
@@ -100,6 +117,13 @@ def _update(names: tuple[str, ...]) -> str:
         f"UPDATE sandboxes SET {' = ?, '.join(names)} = ?, generation = generation + 1 "
         "WHERE uuid = ? AND state = ? AND generation = ?"
     )
+
+
+def _parts(values: Sequence[str]) -> Iterator[tuple[Sequence[str], str]]:
+    """Return the values in parts for one statement each, with the placeholders of each part."""
+    for begin in range(0, len(values), _AT_ONCE):
+        part = values[begin : begin + _AT_ONCE]
+        yield part, ", ".join("?" * len(part))
 
 
 class Records:
@@ -597,23 +621,26 @@ class Records:
         may_repeat = not always and outcome in _WITHOUT_EFFECT and old == new
         if may_repeat and self._is_repeated(conn, sandbox.uuid, operation, facts):
             return
-        conn.execute(
-            "INSERT INTO events (at, sandbox_uuid, vmid, from_state, to_state, operation, actor, reason, evidence, "
-            "upids, duration_ms, outcome) "
-            "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            (
-                self.clock.now(),
-                sandbox.uuid,
-                sandbox.vmid,
-                old,
-                new,
-                operation,
-                self.actor,
-                reason,
-                *facts[3:5],
-                duration_ms,
-                outcome,
-            ),
+        conn.execute(_INSERT_EVENT, self._event_row(sandbox, operation, facts, duration_ms))
+
+    def _event_row(
+        self, sandbox: Sandbox, operation: str, facts: tuple[Any, ...], duration_ms: int | None = None
+    ) -> tuple[Any, ...]:
+        """Return the values of an event. ``facts``: old and new state, reason, evidence, task ids, outcome."""
+        old, new, reason, evidence, upids, outcome = facts
+        return (
+            self.clock.now(),
+            sandbox.uuid,
+            sandbox.vmid,
+            old,
+            new,
+            operation,
+            self.actor,
+            reason,
+            evidence,
+            upids,
+            duration_ms,
+            outcome,
         )
 
     def _is_repeated(self, conn: Connection, uuid: str, operation: str, facts: tuple[Any, ...]) -> bool:
@@ -764,26 +791,124 @@ class Records:
         expires on time; a creation or stop under way notices the new state at its next step.
         """
 
-        def work(conn: Connection) -> Sandbox:
-            new = {
-                "state": states.TIMEOUT,
-                "state_changed_at": now,
-                "updated_at": now,
-                "absent_seen_at": None,
-                "reason": "lease_expired",
-            }
-            update = conn.execute(
-                f"{_update(tuple(new))} AND lease_expires_at <= ?",
-                (*new.values(), sandbox.uuid, sandbox.state, sandbox.generation, now),
+        moved = self.expire_all([sandbox], now)[0]
+        if moved is None:
+            raise RecordChanged(f"sandbox {sandbox.vmid} was renewed or changed before it expired", vmid=sandbox.vmid)
+        return moved
+
+    # ---- many at once ----
+
+    def expire_all(self, sandboxes: Sequence[Sandbox], now: int) -> list[Sandbox | None]:
+        """Set TIMEOUT, as ``expire`` does, and return the new records; None for each one that was changed meanwhile.
+
+        One statement serves many sandboxes. On a server, statements for each sandbox would wait for thousands of
+        answers.
+        """
+        new = self._entering(states.TIMEOUT, "lease_expired", now)
+
+        def work(conn: Connection) -> list[Sandbox | None]:
+            query = f"SELECT uuid, state, generation FROM sandboxes WHERE {LIVE} AND lease_expires_at <= ?"
+            over = {tuple(row) for row in conn.execute(query, (now,))}
+            moved: list[Sandbox | None] = [
+                sandbox.written(new) if (sandbox.uuid, sandbox.state, sandbox.generation) in over else None
+                for sandbox in sandboxes
+            ]
+            before = [sandbox for sandbox, after in zip(sandboxes, moved, strict=True) if after is not None]
+            self._set_all(conn, before, new)
+            conn.executemany(
+                _INSERT_EVENT,
+                [
+                    self._event_row(
+                        sandbox, "expire", (sandbox.state, states.TIMEOUT, "lease_expired", "{}", "[]", "done")
+                    )
+                    for sandbox in before
+                ],
             )
-            if update.rowcount != 1:
-                raise RecordChanged(
-                    f"sandbox {sandbox.vmid} was renewed or changed before it expired", vmid=sandbox.vmid
-                )
-            self._event(conn, sandbox, sandbox.state, states.TIMEOUT, "expire", outcome="done", reason="lease_expired")
-            return sandbox.written(new)
+            return moved
 
         return self.db.write(work, checked=True)
+
+    def finish_all(self, endings: Sequence[Ending], operation: str, to: str) -> list[Sandbox | None]:
+        """End these operations in state ``to``, each with its event, and remove their journal entries and claims.
+
+        Does what ``change`` does with ``finish``, whatever the present state of a record is, and as ``expire_all`` with
+        few statements. Returns the new records; None for each one whose claim was lost, or that cannot enter ``to``.
+        """
+
+        def work(conn: Connection) -> list[Sandbox | None]:
+            now = self.clock.now()
+            before = self._read_claimed(conn, [ending.claim for ending in endings])
+            moved: list[Sandbox | None] = []
+            by_reason: dict[str, list[Sandbox]] = {}
+            rows = []
+            for ending in endings:
+                sandbox = before.get(ending.claim.uuid)
+                if sandbox is None or not states.can_follow(sandbox.state, to):
+                    moved.append(None)
+                    continue
+                moved.append(sandbox.written(self._entering(to, ending.reason, now)))
+                by_reason.setdefault(ending.reason, []).append(sandbox)
+                texts = _json(ending.evidence), _json(list(ending.upids))
+                facts = (sandbox.state, to, ending.reason, *texts, "done")
+                rows.append(self._event_row(sandbox, operation, facts, ending.duration_ms))
+            for reason, sandboxes in by_reason.items():
+                self._set_all(conn, sandboxes, self._entering(to, reason, now))
+                for part, places in _parts([sandbox.uuid for sandbox in sandboxes]):
+                    conn.execute(f"DELETE FROM operations WHERE sandbox_uuid IN ({places})", part)
+                    conn.execute(f"DELETE FROM claims WHERE sandbox_uuid IN ({places})", part)
+            conn.executemany(_INSERT_EVENT, rows)
+            return moved
+
+        moved = self.db.write(work, checked=True)
+        for ending, after in zip(endings, moved, strict=True):
+            if after is not None:
+                self._held_claims().pop(ending.claim.fence, None)
+        return moved
+
+    def _read_claimed(self, conn: Connection, claims: Sequence[Claim]) -> dict[str, Sandbox]:
+        """Return the records, by UUID, of which these claims are still held."""
+        sandboxes: dict[str, Sandbox] = {}
+        fences = {claim.uuid: claim.fence for claim in claims}
+        for part, places in _parts(list(fences)):
+            query = f"SELECT sandbox_uuid, fence FROM claims WHERE sandbox_uuid IN ({places})"
+            held = {tuple(row) for row in conn.execute(query, part)}
+            for row in conn.execute(f"{SELECT} WHERE uuid IN ({places})", part):
+                sandbox = sound_sandbox(row)
+                if sandbox is not None and (sandbox.uuid, fences[sandbox.uuid]) in held:
+                    sandboxes[sandbox.uuid] = sandbox
+        return sandboxes
+
+    @staticmethod
+    def _entering(state: str, reason: str, now: int) -> dict[str, Any]:
+        """Return the columns that a transition to ``state`` sets."""
+        return {
+            "state": state,
+            "state_changed_at": now,
+            "updated_at": now,
+            "absent_seen_at": None,
+            "reason": reason,
+        }
+
+    @staticmethod
+    def _set_all(conn: Connection, sandboxes: Sequence[Sandbox], new: dict[str, Any]) -> None:
+        """Set the same columns of many sandboxes, which this transaction has read, by compare-and-set.
+
+        Raises StoreError, which rolls the transaction back, when a writer without the writer's lock changed one.
+        """
+        for begin in range(0, len(sandboxes), _AT_ONCE):
+            part = sandboxes[begin : begin + _AT_ONCE]
+            compared = [value for sandbox in part for value in (sandbox.uuid, sandbox.state, sandbox.generation)]
+            rows = ", ".join(["(?, ?, ?)"] * len(part))
+            update = conn.execute(
+                f"UPDATE sandboxes SET {' = ?, '.join(new)} = ?, generation = generation + 1 "
+                f"WHERE (uuid, state, generation) IN (VALUES {rows})",
+                (*new.values(), *compared),
+            )
+            if update.rowcount != len(part):
+                raise StoreError(
+                    "another program changed the records while they were written, and did not wait for its turn (a "
+                    "person with psql?); nothing was written. Run again"
+                )
 
     def forget_snippet_host(self, uuid: str) -> None:
         """Write that the sandbox's snippet is on no host any more. Needs no claim: only a removed file is forgotten."""

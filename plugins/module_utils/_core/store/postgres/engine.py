@@ -120,14 +120,18 @@ class Session:
         self._connection = connection
 
     def execute(self, sql: str, values: Sequence[Any] = ()) -> Any:
-        # PostgreSQL does not accept true and false for an integer column.
-        return self._connection.execute(
-            translate(sql), [int(value) if isinstance(value, bool) else value for value in values]
-        )
+        return self._connection.execute(translate(sql), _adapt(values))
 
-    def executemany(self, sql: str, rows: Iterable[Sequence[Any]]) -> None:
-        with self._connection.cursor() as cursor:
-            cursor.executemany(translate(sql), list(rows))
+    def executemany(self, sql: str, rows: Iterable[Sequence[Any]]) -> Any:
+        """Run the statement for all rows in psycopg's pipeline mode: the server answers once for all of them."""
+        cursor = self._connection.cursor()
+        cursor.executemany(translate(sql), list(map(_adapt, rows)))
+        return cursor
+
+
+def _adapt(values: Sequence[Any]) -> list[Any]:
+    """Return the values as PostgreSQL takes them: it does not accept true and false for an integer column."""
+    return [int(value) if isinstance(value, bool) else value for value in values]
 
 
 class ServerClock:
