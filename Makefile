@@ -108,9 +108,9 @@ soak: setup ## The daemon under churn for SOAK_MINUTES (beside SOAK_SANDBOXES, w
 	@echo "==> Soak, $(SOAK_MINUTES) minutes"
 	@.venv/bin/python tests/support/soak.py $(SOAK_MINUTES) $(SOAK_SANDBOXES) $(SOAK_RATE)
 
-test-chaos: setup ## The daemon under kills, faults, a full disk, restarts and rude clients for MINUTES, and whether the promises hold (SEED replays the choices; KINDS="kill process fault" leaves out the rest; CONTROLLERS=3: so many daemons on PostgreSQL)
-	@echo "==> Chaos, $(MINUTES) minutes"
-	@.venv/bin/python tests/support/chaos.py $(if $(CONTROLLERS),--controllers $(CONTROLLERS)) $(MINUTES) $(or $(SEED),$(if $(KINDS),$$RANDOM)) $(KINDS)
+test-chaos: setup ## The daemon under kills, faults, a full disk, restarts and rude clients for MINUTES, and whether the promises hold (SEED replays the choices; KINDS="kill process fault" leaves out the rest; CONTROLLERS=3: so many daemons on PostgreSQL; OPERATIONS=100000: so many writes to the records by CONTROLLERS processes)
+	@echo "==> Chaos, $(if $(OPERATIONS),$(OPERATIONS) operations,$(MINUTES) minutes)"
+	@$(if $(OPERATIONS),.venv/bin/python tests/support/operations.py --controllers $(or $(CONTROLLERS),3) $(if $(SEED),--seed $(SEED)) $(OPERATIONS),.venv/bin/python tests/support/chaos.py $(if $(CONTROLLERS),--controllers $(CONTROLLERS)) $(MINUTES) $(or $(SEED),$(if $(KINDS),$$RANDOM)) $(KINDS))
 
 test-cli-oldest: setup ## The command line and the requests to Proxmox with the releases of the libraries that Debian 12 has
 	@echo "==> Command line with click 8.1.3"

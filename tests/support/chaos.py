@@ -48,7 +48,7 @@ from ansible_collections.agentlab.proxmox.plugins.module_utils._core.model impor
 from faults.crash_support import Zygote  # noqa: E402
 from support.daemon import Daemon, free_port  # noqa: E402
 from support.lab import Lab  # noqa: E402
-from support.postgres import PostgresServer  # noqa: E402
+from support.postgres import Pair  # noqa: E402
 
 CLIENTS = 4
 RULES = """auto_cleanup:
@@ -349,45 +349,6 @@ class Chaos:
             f"VM {vmid} of ours has no record" for uuid, vmid in self.lab.ours().items() if uuid not in records
         ]
         return problems
-
-
-class Pair:
-    """A PostgreSQL server and its synchronous standby, on two ports that stay: one takes the other's place."""
-
-    def __init__(self) -> None:
-        self.primary = PostgresServer().create()
-        ports = self.primary.port, free_port()
-        database = self.primary.uri().rpartition("/")[2]
-        hosts = ",".join(f"127.0.0.1:{port}" for port in ports)
-        self.address = f"postgresql://{self.primary.user}@{hosts}/{database}?target_session_attrs=read-write"
-        self._follow(ports[1])
-
-    def _follow(self, port: int) -> None:
-        """Start a standby on that port, and have commits wait for it from then on."""
-        self.standby = self.primary.standby(port)
-        self.primary.execute("ALTER SYSTEM SET synchronous_standby_names = '*'")
-        self.primary.execute("SELECT pg_reload_conf()")
-
-    def disturb(self, what: str) -> None:
-        """Cut all connections (cut), kill the server and start it (database), or kill it for good (failover)."""
-        if what == "cut":
-            self.primary.execute(
-                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
-                "WHERE pid <> pg_backend_pid() AND backend_type = 'client backend'"
-            )
-        elif what == "database":
-            self.primary.stop()
-            self.primary.start()
-        else:
-            port = self.primary.port
-            self.primary.destroy()
-            self.standby.promote()
-            self.primary = self.standby
-            self._follow(port)
-
-    def destroy(self) -> None:
-        self.standby.destroy()
-        self.primary.destroy()
 
 
 def mount_small_disk(folder: Path) -> Path | None:

@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +154,52 @@ class PostgresServer:
         if (self.data / "postmaster.pid").exists():
             self.stop()
         self._temporary.cleanup()
+
+
+class Pair:
+    """A PostgreSQL server and its synchronous standby, on two ports that stay: one takes the other's place."""
+
+    def __init__(self) -> None:
+        self.primary = PostgresServer().create()
+        ports = self.primary.port, free_port()
+        database = self.primary.uri().rpartition("/")[2]
+        hosts = ",".join(f"127.0.0.1:{port}" for port in ports)
+        self.address = f"postgresql://{self.primary.user}@{hosts}/{database}?target_session_attrs=read-write"
+        self._follow(ports[1])
+
+    def _follow(self, port: int) -> None:
+        """Start a standby on that port, and have commits wait for it from then on."""
+        self.standby = self.primary.standby(port)
+        self.primary.execute("ALTER SYSTEM SET synchronous_standby_names = '*'")
+        self.primary.execute("SELECT pg_reload_conf()")
+
+    def disturb(self, what: str, back: Callable[[], None] = lambda: None) -> None:
+        """Cut all connections (cut), kill the server and start it (database), or kill it for good (failover).
+
+        ``back`` is called as soon as a server takes connections again. After a failover commits still wait for the new
+        standby then.
+        """
+        if what == "cut":
+            self.primary.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+                "WHERE pid <> pg_backend_pid() AND backend_type = 'client backend'"
+            )
+            back()
+        elif what == "database":
+            self.primary.stop()
+            self.primary.start()
+            back()
+        else:
+            port = self.primary.port
+            self.primary.destroy()
+            self.standby.promote()
+            self.primary = self.standby
+            back()
+            self._follow(port)
+
+    def destroy(self) -> None:
+        self.standby.destroy()
+        self.primary.destroy()
 
 
 def _exists(name: str) -> bool:

@@ -26,7 +26,13 @@ from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors impo
     StoreUnavailable,
 )
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.model import Sandbox
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store import history, placements, schema, transfer
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store import (
+    history,
+    overview,
+    placements,
+    schema,
+    transfer,
+)
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.open import open_database
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.records import Claim, Records
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.transfer import copy_records
@@ -177,6 +183,22 @@ def test_a_controller_that_ended_by_itself_has_no_claim_any_more(uri: str, conne
     _claim, sandbox = reserve(first)
     first.db.close()
     assert second.claim(sandbox.uuid, "destroy").interrupted is not None
+
+
+def test_a_claim_without_a_journal_entry_is_removed_once_its_heartbeat_has_ended(
+    uri: str, connect: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A controller may die between its claim and its first journal entry, and no other run looks at that sandbox."""
+    first, second = connect(uri, "first"), connect(uri, "second")
+    claim, sandbox = reserve(first)
+    first.change(claim, sandbox, "create", to="FAILED", finish=True)
+    first.claim(sandbox.uuid, "stop")
+    overview.drop_dead_claims(second)
+    assert len(second.db.read("SELECT * FROM claims")) == 1
+    real = second.db.server_time
+    monkeypatch.setattr(second.db, "server_time", lambda: real() + 35)
+    overview.drop_dead_claims(second)
+    assert second.db.read("SELECT * FROM claims") == []
 
 
 def test_the_heartbeat_goes_on_without_writes(uri: str, connect: Any, monkeypatch: pytest.MonkeyPatch) -> None:

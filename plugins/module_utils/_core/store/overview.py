@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from .. import states
 from ..model import Sandbox
-from . import holders
 from .records import LIVE, SELECT, Records, sound_sandbox
 
 
@@ -50,19 +49,9 @@ def generations(records: Records) -> dict[str, int]:
 
 
 def drop_dead_claims(records: Records) -> None:
-    """Remove the claims of processes that are certainly dead. Their journal entries stay."""
-    dead = [
-        row
-        for row in records.db.read("SELECT sandbox_uuid, fence, process FROM claims")
-        if holders.is_dead(row["process"])
-    ]
+    """Remove the claims of holders that are gone: dead processes, ended heartbeats. Their journal entries stay."""
+    dead = records.abandoned_claims()
     if dead:
         records.db.write(
-            lambda conn: (
-                conn.executemany(
-                    "DELETE FROM claims WHERE sandbox_uuid = ? AND fence = ?",
-                    [(row["sandbox_uuid"], row["fence"]) for row in dead],
-                )
-                and None
-            )
+            lambda conn: conn.executemany("DELETE FROM claims WHERE sandbox_uuid = ? AND fence = ?", dead) and None
         )

@@ -270,6 +270,11 @@ class Records:
             or self.db.is_abandoned(claim["process"], read or self._read)
         )
 
+    def abandoned_claims(self) -> list[tuple[str, int]]:
+        """Return the sandbox's UUID and the fence of each claim whose holder is gone."""
+        rows = self.db.read("SELECT sandbox_uuid, fence, process, expires_at FROM claims")
+        return [(row["sandbox_uuid"], row["fence"]) for row in rows if self._given_up(row)]
+
     def _claim_holder(self) -> str:
         """Return the holder of a claim as JSON: the process, the time, and the end by the time since boot."""
         until = float(self.clock.since_boot() + self.claim_seconds)

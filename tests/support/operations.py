@@ -1,0 +1,770 @@
+# Copyright: the agentlab.proxmox contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""`make test-chaos CONTROLLERS=3 OPERATIONS=100000`: many operations on the records by several controllers.
+
+operations.py [--controllers N] [--seed SEED] OPERATIONS starts controllers as processes of their own, each as on a host
+of its own, on PostgreSQL with a synchronous standby. Their threads reserve, journal, clone, start, renew, stop, destroy
+and clean up, with the records of the product and a model of Proxmox VE in this process, which judges every request.
+Meanwhile controllers are killed, connections are cut, the server is killed and started, the standby takes its place,
+and strangers' VMs appear, also in the place of ours. The seed draws all choices, not how processes meet.
+
+An operation is one write that the records confirmed to its controller: a reservation, a journal entry, a transition, a
+renewal, an expired lease, a claim, a forgotten record. The run ends after OPERATIONS of them. Then the leader has two
+minutes to finish what is left, and the table at the end says:
+
+- double: two controllers changed one sandbox's VM at once (a request with an older fence than an earlier one), a
+  sandbox has two VMs, or two live records have one VMID or one name;
+- lost: a confirmed write is not in the records, a VM of ours has no live record, a record is DESTROYED while its VM is
+  there, the events of a sandbox do not lead to its state, or a reader of the events missed one;
+- strangers: a VM of somebody else was changed;
+- takeovers of claims: from the kill of their holder, or from the moment at which the server was back, whichever came
+  later, to the next claim; 40 seconds are the most. Of jobs, in the same way: 10 seconds are the most.
+
+The exit status is 1 when one of them is not as promised.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import json
+import random
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from multiprocessing.connection import Client, Connection, Listener
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / ".collections")]
+
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core import states  # noqa: E402
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.clock import SystemClock  # noqa: E402
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import (  # noqa: E402
+    AgentlabError,
+    Busy,
+    StoreError,
+    StoreUnavailable,
+)
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.model import Sandbox  # noqa: E402
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.proxmox import identity  # noqa: E402
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store import history, overview  # noqa: E402
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.open import open_database  # noqa: E402
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.postgres import engine  # noqa: E402
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.records import Claim, Ending, Records  # noqa: E402
+
+from support.engines import move_to_host  # noqa: E402
+from support.postgres import Pair  # noqa: E402
+
+RANGE = (1000, 1999)
+# Live sandboxes above which controllers destroy more than they create.
+LIVE = 250
+THREADS = 4
+CLAIM_SECONDS, JOB_SECONDS = 40.0, 10.0
+SETTLE_SECONDS = 120.0
+# Destroyed records are forgotten after so many seconds.
+KEPT_SECONDS = 60
+
+
+# ---- a model of Proxmox VE ----
+
+
+@dataclass
+class Vm:
+    config: dict[str, Any]
+    owner: str | None
+
+    def __post_init__(self) -> None:
+        self.config["digest"] = uuid.uuid4().hex
+
+
+class Cluster:
+    """VMs by VMID, and what was done to them that should not have been."""
+
+    def __init__(self, path: str) -> None:
+        self.vms: dict[int, Vm] = {}
+        self.fences: dict[str, int] = {}
+        self.double: list[str] = []
+        self.strangers: list[str] = []
+        self._lock = threading.Lock()
+        self._listener = Listener(path, "AF_UNIX", backlog=100)
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                connection = self._listener.accept()
+            except (OSError, EOFError):
+                return
+            threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+
+    def _serve(self, connection: Connection) -> None:
+        # A killed controller ends its connection.
+        with contextlib.suppress(EOFError, OSError), connection:
+            while True:
+                word, *values = connection.recv()
+                connection.send(getattr(self, word)(*values))
+
+    def config(self, vmid: int) -> dict[str, Any] | None:
+        with self._lock:
+            return copy.copy(self.vms[vmid].config) if vmid in self.vms else None
+
+    def clone(self, vmid: int, owner: str, database: str, fence: int) -> str | None:
+        """Make the VM and return its SMBIOS UUID; None when the VMID is taken."""
+        with self._lock:
+            self._judge_fence(owner, fence, f"clone to {vmid}")
+            if vmid in self.vms:
+                return None
+            if any(vm.owner == owner for vm in self.vms.values()):
+                self.double.append(f"{owner} has a second VM, {vmid}")
+            smbios = str(uuid.uuid4())
+            self.vms[vmid] = Vm({"description": identity.marker(owner, database), "smbios1": f"uuid={smbios}"}, owner)
+            return smbios
+
+    def change(self, vmid: int, owner: str, digest: str, fence: int, delete: bool) -> bool:
+        """Start, stop or delete a VM whose configuration is still the one that was judged; else False."""
+        with self._lock:
+            self._judge_fence(owner, fence, f"change of {vmid}")
+            vm = self.vms.get(vmid)
+            if vm is None or vm.config["digest"] != digest:
+                return False
+            if vm.owner != owner:
+                self.strangers.append(f"VM {vmid} of {vm.owner or 'a stranger'} was changed for {owner}")
+            if delete:
+                del self.vms[vmid]
+            else:
+                vm.config["digest"] = uuid.uuid4().hex
+            return True
+
+    def _judge_fence(self, owner: str, fence: int, what: str) -> None:
+        if fence < self.fences.get(owner, 0):
+            self.double.append(f"{what} of {owner} with fence {fence}, after {self.fences[owner]}")
+        self.fences[owner] = max(fence, self.fences.get(owner, 0))
+
+    def close(self) -> None:
+        self._listener.close()
+
+    def add_stranger(self, vmid: int) -> bool:
+        """Put somebody else's VM there, in the place of ours if there is one. Returns whether it took a place."""
+        with self._lock:
+            taken = vmid in self.vms
+            self.vms[vmid] = Vm({"description": "not ours", "smbios1": f"uuid={uuid.uuid4()}"}, None)
+            return taken
+
+
+# ---- a controller: a process of its own ----
+
+
+class Controller:
+    """One process: threads that work on sandboxes, and one that leads jobs. Tells the parent by lines of JSON."""
+
+    def __init__(self, job: dict[str, Any]) -> None:
+        if job["dead_seconds"]:
+            engine.DEAD_SECONDS = float(job["dead_seconds"])
+            engine.HEARTBEAT_SECONDS = engine.DEAD_SECONDS / 3
+        self.job = job
+        self.random = random.Random(job["seed"])
+        self.cluster_path = job["cluster"]
+        self.end = threading.Event()
+        self._local = threading.local()
+        self._print = threading.Lock()
+        self._listed: tuple[float, list[Sandbox]] = (0.0, [])
+        self.number = 0
+        while True:
+            try:
+                self.database = open_database(job["address"])
+                break
+            except StoreUnavailable:
+                time.sleep(0.2)
+        records = Records(self.database, self.database.clock(SystemClock()), f"controller {job['name']}", 30)
+        self.records = move_to_host(records, f"host-{job['name']}", job["name"])
+        self.id = str(self.database.controller)
+
+    def tell(self, what: str, *values: Any) -> None:
+        with self._print:
+            print(json.dumps([what, *values]), flush=True)
+
+    def ask(self, *request: Any) -> Any:
+        if not hasattr(self._local, "connection"):
+            self._local.connection = Client(self.cluster_path, "AF_UNIX")
+        self._local.connection.send(request)
+        return self._local.connection.recv()
+
+    def wrote(self, what: str, record: Sandbox | None = None) -> None:
+        """Tell the parent of a write that the records confirmed."""
+        self.tell("wrote", what, *((record.uuid, record.generation) if record else ()))
+
+    def run(self) -> None:
+        self.tell("ready", self.id)
+        threads = [threading.Thread(target=self.work, args=(number,), daemon=True) for number in range(THREADS)]
+        threads.append(threading.Thread(target=self.lead, daemon=True))
+        for thread in threads:
+            thread.start()
+        # "stop" ends the work and keeps the jobs; the end of the input ends the process.
+        for _line in sys.stdin:
+            self.end.set()
+            for thread in threads[:-1]:
+                thread.join(90)
+            self.tell("stopped", self.database.retries, self.database.reconnects, self.database.takeovers)
+        self.database.close()
+
+    def attempt(self, work: Callable[[], None]) -> None:
+        """Do some work. What it may be refused is counted; anything else is a defect."""
+        try:
+            work()
+        except (StoreUnavailable, EOFError, OSError):
+            self.tell("refused", "the server is away")
+            time.sleep(0.2)
+        except Busy:
+            self.tell("refused", "busy")
+        except AgentlabError as error:
+            self.tell("refused", error.code)
+        except Exception:
+            self.tell("trace", traceback.format_exc())
+
+    def work(self, number: int) -> None:
+        choice = random.Random(f"{self.job['seed']}-{number}")
+        while not self.end.is_set():
+            live = self.read_live()
+            weights = {self.create: 4 if len(live) < LIVE else 1, self.renew: 4, self.power: 3, self.destroy: 2}
+            step = choice.choices(list(weights), list(weights.values()))[0]
+            self.attempt(lambda step=step, live=live: step(choice, live))  # type: ignore[misc]
+
+    def read_live(self) -> list[Sandbox]:
+        """Return the live sandboxes, at most half a second old."""
+        at, sandboxes = self._listed
+        if time.monotonic() - at > 0.5:
+            with contextlib.suppress(AgentlabError):
+                sandboxes = self.records.find_all()
+            self._listed = time.monotonic(), sandboxes
+        return sandboxes
+
+    @contextlib.contextmanager
+    def claimed(self, sandbox: Sandbox, operation: str) -> Iterator[tuple[Claim, Sandbox]]:
+        claim = self.records.claim(sandbox.uuid, operation)
+        self.wrote("claim")
+        try:
+            yield claim, self.records.get(sandbox.uuid)
+        finally:
+            self.records.release(claim)
+
+    def change(self, claim: Claim, sandbox: Sandbox, operation: str, **values: Any) -> Sandbox:
+        after = self.records.change(claim, sandbox, operation, **values)
+        self.wrote("transition", after)
+        return after
+
+    def journal(self, claim: Claim, kind: str, phase: str) -> None:
+        self.records.journal(claim, kind, phase, {})
+        self.wrote("journal")
+
+    def judge(self, sandbox: Sandbox) -> identity.Verdict | None:
+        config = self.ask("config", sandbox.vmid)
+        return None if config is None else identity.judge(sandbox.uuid, sandbox.smbios_uuid, config)
+
+    # ---- what a controller does ----
+
+    def create(self, choice: random.Random, live: list[Sandbox]) -> None:
+        self.number += 1
+        ttl = choice.randint(5, 60)
+        sandbox = Sandbox(
+            uuid=str(uuid.uuid4()),
+            vmid=0,
+            name=f"s{self.job['name']}-{self.number}-{choice.randrange(10**6)}",
+            state=states.REQUESTED,
+            ttl_seconds=ttl,
+            lease_expires_at=self.records.clock.now() + ttl,
+        )
+        claim = self.records.reserve(sandbox, vmid=None, vmid_range=RANGE, occupied=set(), journal={})
+        self.wrote("reservation", sandbox)
+        try:
+            sandbox = self.change(
+                claim, sandbox, "create", to=states.PROVISIONING, journal=("cloning", {}), reason="cloning"
+            )
+            for _attempt in range(20):
+                self.records.confirm_claims()
+                smbios = self.ask("clone", sandbox.vmid, sandbox.uuid, str(self.records.database_id()), claim.fence)
+                if smbios is not None:
+                    break
+                occupied = {sandbox.vmid, *(choice.randint(*RANGE) for _number in range(50))}
+                sandbox = self.records.renumber(claim, sandbox, vmid_range=RANGE, occupied=occupied)
+                self.wrote("transition", sandbox)
+            else:
+                self.change(claim, sandbox, "create", to=states.FAILED, reason="taken", finish=True)
+                return
+            sandbox = self.change(claim, sandbox, "create", to=states.BOOTING, reason="cloned", smbios_uuid=smbios)
+            sandbox = self.change(claim, sandbox, "create", to=states.READY, reason="ready")
+            self.change(claim, sandbox, "create", to=states.RUNNING, reason="ready", finish=True)
+        finally:
+            self.records.release(claim)
+
+    def renew(self, choice: random.Random, live: list[Sandbox]) -> None:
+        running = [sandbox for sandbox in live if sandbox.state == states.RUNNING]
+        if running:
+            now = self.records.clock.now()
+            renewed = self.records.renew(choice.choice(running), now + choice.randint(5, 60), now)
+            self.wrote("renewal", renewed)
+
+    def power(self, choice: random.Random, live: list[Sandbox]) -> None:
+        settled = [sandbox for sandbox in live if sandbox.state in (states.RUNNING, states.STOPPED, states.TIMEOUT)]
+        if not settled:
+            return
+        with self.claimed(choice.choice(settled), "stop") as (claim, sandbox):
+            operation, to = "stop", states.STOPPED
+            if sandbox.state == states.STOPPED:
+                operation, to = "start", states.RUNNING
+            if claim.interrupted is not None or not states.can_follow(sandbox.state, to):
+                return
+            verdict = self.judge(sandbox)
+            if verdict is None or verdict.identity != identity.MATCH:
+                return
+            self.journal(claim, operation, "requested")
+            self.records.confirm_claims()
+            if self.ask("change", sandbox.vmid, sandbox.uuid, verdict.digest, claim.fence, False):
+                self.change(claim, sandbox, operation, to=to, reason=operation, finish=True)
+
+    def destroy(self, choice: random.Random, live: list[Sandbox]) -> None:
+        """Destroy some sandboxes and close their records together."""
+        chosen = choice.sample(live, min(len(live), choice.randint(1, 4 if len(live) < LIVE else 12)))
+        claims: list[Claim] = []
+        endings: list[Ending] = []
+        try:
+            for sandbox in chosen:
+                try:
+                    claims.append(self.records.claim(sandbox.uuid, "destroy"))
+                except Busy:
+                    continue
+                self.wrote("claim")
+                reason = self.remove(claims[-1], self.records.get(sandbox.uuid))
+                if reason:
+                    endings.append(Ending(claims[-1], reason, {}))
+            if endings:
+                with self.database.together():
+                    closed = self.records.finish_all(endings, "destroy", states.DESTROYED)
+                for record in closed:
+                    if record is not None:
+                        self.wrote("transition", record)
+        finally:
+            for claim in claims:
+                self.records.release(claim)
+
+    def remove(self, claim: Claim, sandbox: Sandbox) -> str | None:
+        """Delete the VM of a sandbox and return the reason to close its record; None when it cannot be closed yet."""
+        if not sandbox.live:
+            return None
+        self.journal(claim, "destroy", "verifying")
+        verdict = self.judge(sandbox)
+        if verdict is None or verdict.identity == identity.FOREIGN:
+            return "vm_absent" if verdict is None else "vmid_reused"
+        if verdict.identity not in (identity.MATCH, identity.UNBOUND):
+            return None
+        self.journal(claim, "destroy", "deleting")
+        self.records.confirm_claims()
+        deleted = self.ask("change", sandbox.vmid, sandbox.uuid, verdict.digest, claim.fence, True)
+        return "destroyed" if deleted else None
+
+    # ---- jobs: leases end on every controller, the rest is the leader's ----
+
+    def lead(self) -> None:
+        led = False
+        while True:
+            time.sleep(0.2)
+            try:
+                leads = self.database.lead("reconcile")
+                if leads and not led:
+                    self.tell("leads", time.monotonic())
+                led = leads
+            except StoreError:
+                led = False
+                continue
+            self.attempt(self.expire)
+            if led:
+                self.attempt(self.finish_interrupted)
+                self.attempt(self.clean_up)
+
+    def expire(self) -> None:
+        now = self.records.clock.now()
+        over = overview.over(self.records, now)
+        if not over:
+            return
+        with self.database.together():
+            ended = self.records.expire_all(over, now)
+        for record in ended:
+            if record is not None:
+                self.wrote("expired lease", record)
+
+    def finish_interrupted(self) -> None:
+        """Take over what dead controllers left: the VM is deleted, if there is one, and the record closed."""
+        overview.drop_dead_claims(self.records)
+        for _entry, sandbox in self.records.interrupted_sandboxes():
+            rows = self.database.read("SELECT process FROM claims WHERE sandbox_uuid = ?", sandbox.uuid)
+            try:
+                claim = self.records.claim(sandbox.uuid, "destroy")
+            except Busy:
+                continue
+            try:
+                if claim.taken_over and rows:
+                    self.tell("took over", json.loads(rows[0]["process"])["controller"], time.monotonic())
+                reason = self.remove(claim, self.records.get(sandbox.uuid))
+                if reason:
+                    sandbox = self.records.get(sandbox.uuid)
+                    self.change(claim, sandbox, "destroy", to=states.DESTROYED, reason=reason, finish=True)
+            finally:
+                self.records.release(claim)
+
+    def clean_up(self) -> None:
+        for _record in range(history.forget(self.records, KEPT_SECONDS, 200)):
+            self.wrote("forgotten record")
+
+
+# ---- the run ----
+
+
+@dataclass
+class Child:
+    process: subprocess.Popen[str]
+    name: str
+    id: str = ""
+    killed_at: float | None = None
+
+
+@dataclass
+class Figures:
+    seconds: float = 0.0
+    operations: Counter[str] = field(default_factory=Counter)
+    refused: Counter[str] = field(default_factory=Counter)
+    disturbances: Counter[str] = field(default_factory=Counter)
+    claims: list[float] = field(default_factory=list)
+    jobs: list[float] = field(default_factory=list)
+    double: list[str] = field(default_factory=list)
+    lost: list[str] = field(default_factory=list)
+    strangers: list[str] = field(default_factory=list)
+    other: list[str] = field(default_factory=list)
+    events: int = 0
+    retries: int = 0
+
+    def problems(self) -> list[str]:
+        """Return a sentence for each promise that was broken."""
+        late = [f"a claim was taken over after {seconds:.1f} s" for seconds in self.claims if seconds > CLAIM_SECONDS]
+        late += [f"a job was taken over after {seconds:.1f} s" for seconds in self.jobs if seconds > JOB_SECONDS]
+        return [*self.double, *self.lost, *self.strangers, *late, *self.other]
+
+    def table(self) -> str:
+        def longest(values: list[float]) -> str:
+            return f"{len(values)}, the longest {max(values):.1f} s" if values else "0"
+
+        def counted(counts: Counter[str]) -> str:
+            return ", ".join(f"{count} {what}" for what, count in counts.most_common())
+
+        rows = {
+            "operations": f"{self.operations.total()} ({counted(self.operations)})",
+            "seconds": f"{self.seconds:.0f}",
+            "refused and done again or left": counted(self.refused) or "0",
+            "disturbances": counted(self.disturbances) or "0",
+            "events read in order": str(self.events),
+            "transactions repeated": str(self.retries),
+            "takeovers of claims": longest(self.claims),
+            "takeovers of jobs": longest(self.jobs),
+            "double": str(len(self.double)),
+            "lost": str(len(self.lost)),
+            "strangers touched": str(len(self.strangers)),
+            "other violations": str(len(self.other)),
+        }
+        return "\n".join(["| what | figure |", "|---|---|", *(f"| {what} | {value} |" for what, value in rows.items())])
+
+
+class Run:
+    """Controllers, what they told, and whoever disturbs them."""
+
+    def __init__(self, folder: Path, seed: int, controllers: int, dead_seconds: float | None = None) -> None:
+        self.random = random.Random(seed)
+        self.dead_seconds = dead_seconds
+        self.postgres = Pair()
+        open_database(self.postgres.address).close()
+        self.cluster = Cluster(str(folder / "cluster"))
+        self.figures = Figures()
+        self.generations: dict[str, int] = {}
+        self.children: list[Child] = []
+        self.dead: dict[str, float] = {}
+        # When the last leader was killed, or the server came back after that; None while there is a leader.
+        self.without_leader: float | None = None
+        self.leader: Child | None = None
+        # When the server took connections again, and commits.
+        self.server_back = self.commits_back = 0.0
+        self.stopped = 0
+        self.confirmed = 0
+        self._lock = threading.Lock()
+        self.folder = folder
+        for number in range(controllers):
+            self.start(str(number))
+
+    def start(self, name: str) -> None:
+        job = {
+            "name": name,
+            "seed": self.random.randrange(10**9),
+            "address": self.postgres.address,
+            "cluster": str(self.folder / "cluster"),
+            "dead_seconds": self.dead_seconds,
+        }
+        process = subprocess.Popen(
+            [sys.executable, __file__, "--child", json.dumps(job)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        child = Child(process, name)
+        self.children.append(child)
+        threading.Thread(target=self.listen, args=(child,), daemon=True).start()
+
+    def listen(self, child: Child) -> None:
+        assert child.process.stdout is not None
+        for line in child.process.stdout:
+            try:
+                word, *values = json.loads(line)
+            except ValueError:
+                # The last line of a killed process may be cut. It confirms nothing.
+                continue
+            with self._lock:
+                getattr(self, f"hear_{word.replace(' ', '_')}")(child, *values)
+
+    def hear_ready(self, child: Child, controller: str) -> None:
+        child.id = controller
+
+    def hear_wrote(self, child: Child, what: str, sandbox: str | None = None, generation: int = 0) -> None:
+        self.figures.operations[what] += 1
+        self.confirmed += 1
+        if sandbox is not None:
+            self.generations[sandbox] = max(generation, self.generations.get(sandbox, 0))
+
+    def hear_refused(self, child: Child, why: str) -> None:
+        self.figures.refused[why] += 1
+
+    def hear_trace(self, child: Child, text: str) -> None:
+        self.figures.other.append(f"controller {child.name}: {text}")
+
+    def hear_leads(self, child: Child, at: float) -> None:
+        if self.without_leader is not None:
+            self.figures.jobs.append(max(0.0, at - max(self.without_leader, self.server_back)))
+        self.leader, self.without_leader = child, None
+
+    def hear_took_over(self, child: Child, controller: str, at: float) -> None:
+        if controller in self.dead:
+            self.figures.claims.append(max(0.0, at - max(self.dead[controller], self.commits_back)))
+
+    def hear_stopped(self, child: Child, retries: int, reconnects: int, takeovers: int) -> None:
+        self.figures.retries += retries
+        self.stopped += 1
+
+    # ---- disturbing ----
+
+    def kill(self) -> None:
+        child = self.random.choice(self.children)
+        child.process.kill()
+        child.process.wait()
+        with self._lock:
+            self.children.remove(child)
+            self.dead[child.id] = time.monotonic()
+            if child is self.leader:
+                self.leader, self.without_leader = None, time.monotonic()
+        time.sleep(self.random.uniform(0.0, 3.0))
+        self.start(child.name)
+
+    def disturb_server(self, what: str) -> None:
+        if what == "failovers":
+            # An unsynchronised standby would lose commits: a failover tool does not promote it.
+            state = "SELECT 1 FROM pg_stat_replication WHERE sync_state = 'sync'"
+            wait_for(lambda: bool(self.postgres.primary.execute(state)), "the standby follows", 120)
+        with self._lock:
+            if self.without_leader is None:
+                self.without_leader = time.monotonic()
+        self.postgres.disturb({"cuts": "cut", "restarts": "database", "failovers": "failover"}[what], self.note_back)
+        self.commits_back = time.monotonic() if what != "cuts" else self.commits_back
+
+    def note_back(self) -> None:
+        self.server_back = time.monotonic()
+
+    def add_stranger(self) -> str:
+        taken = self.cluster.add_stranger(self.random.randint(*RANGE))
+        return "strangers' VMs in the place of ours" if taken else "strangers' VMs"
+
+    def plan(self, operations: int) -> list[tuple[int, str]]:
+        """Return the disturbances of a run: after how many operations, and what."""
+        counts = {"kills": operations // 2000, "strangers": operations // 500, "cuts": operations // 10000}
+        counts |= {"restarts": operations // 12500, "failovers": operations // 20000}
+        return sorted(
+            (self.random.randrange(operations // 20, operations), what)
+            for what, count in counts.items()
+            for _number in range(max(1, count))
+        )
+
+    def run(self, operations: int) -> Figures:
+        began = time.monotonic()
+        reader = Reader(self.postgres.address)
+        for after, what in self.plan(operations):
+            while self.confirmed < after:
+                assert all(child.process.poll() is None for child in self.children), "a controller ended by itself"
+                time.sleep(0.02)
+            if what == "kills":
+                self.kill()
+            elif what == "strangers":
+                what = self.add_stranger()
+            else:
+                self.disturb_server(what)
+            self.figures.disturbances[what] += 1
+            print(f"{time.monotonic() - began:6.0f} s, {self.confirmed:6} operations: {what}", flush=True)
+        wait_for(lambda: self.confirmed >= operations, "all operations were done", 3600)
+        for child in self.children:
+            assert child.process.stdin is not None
+            child.process.stdin.write("stop\n")
+            child.process.stdin.flush()
+        wait_for(lambda: self.stopped >= len(self.children), "all controllers stopped their work", 120)
+        self.settle()
+        self.figures.seconds = time.monotonic() - began
+        self.figures.lost += reader.finish()
+        self.figures.events = len(reader.seen)
+        self.judge(reader.destroyed)
+        return self.figures
+
+    def settle(self) -> None:
+        left = "SELECT (SELECT count(*) FROM claims) + (SELECT count(*) FROM operations)"
+        with contextlib.suppress(AssertionError):
+            wait_for(lambda: self.sql(left)[0][0] == 0, "everything is finished", SETTLE_SECONDS)
+
+    def sql(self, text: str) -> list[Any]:
+        return self.postgres.primary.execute(text, self.postgres.address.partition("?")[0].rpartition("/")[2])
+
+    # ---- judging ----
+
+    def judge(self, destroyed: set[str]) -> None:
+        figures = self.figures
+        figures.double += self.cluster.double
+        figures.strangers += self.cluster.strangers
+        for column in ("vmid", "name"):
+            rows = self.sql(
+                f"SELECT {column}, count(*) FROM sandboxes WHERE state <> 'DESTROYED' GROUP BY {column} "
+                "HAVING count(*) > 1"
+            )
+            figures.double += [f"{count} live records have the {column} {value}" for value, count in rows]
+        for table in ("claims", "operations"):
+            figures.other += [f"{table}: {row} was left behind" for row in self.sql(f"SELECT * FROM {table}")]
+        records = {row[0]: row[1:] for row in self.sql("SELECT uuid, vmid, state, generation FROM sandboxes")}
+        for sandbox, generation in self.generations.items():
+            if sandbox not in records and sandbox not in destroyed:
+                figures.lost.append(f"{sandbox} has no record, and was never destroyed")
+            if sandbox in records and records[sandbox][2] < generation:
+                figures.lost.append(f"{sandbox} has generation {records[sandbox][2]}; {generation} was confirmed")
+        self.judge_vms(records)
+        self.judge_events(records)
+
+    def judge_vms(self, records: dict[str, Any]) -> None:
+        for vmid, vm in self.cluster.vms.items():
+            if vm.owner is None:
+                continue
+            state = records[vm.owner][1] if vm.owner in records else "no record"
+            if state in ("no record", states.DESTROYED):
+                self.figures.lost.append(f"VM {vmid} of {vm.owner} is there, and its record says: {state}")
+
+    def judge_events(self, records: dict[str, Any]) -> None:
+        """Look whether the events of each sandbox lead from state to state, and to that of its record."""
+        last: dict[str, str | None] = {}
+        query = "SELECT id, sandbox_uuid, from_state, to_state FROM events ORDER BY id"
+        for number, sandbox, before, after in self.sql(query):
+            if before != last.get(sandbox):
+                self.figures.lost.append(f"event {number} of {sandbox} begins in {before}, not in {last.get(sandbox)}")
+            if before not in (None, after) and after not in states.TRANSITIONS[before]:
+                self.figures.other.append(f"event {number} of {sandbox}: {before} to {after}")
+            last[sandbox] = after
+        for sandbox, (_vmid, state, _generation) in records.items():
+            if last.get(sandbox) != state:
+                self.figures.lost.append(f"{sandbox} is {state}, and its events end in {last.get(sandbox)}")
+
+    def close(self) -> None:
+        for child in self.children:
+            child.process.kill()
+            child.process.wait()
+        self.cluster.close()
+        self.postgres.destroy()
+
+
+class Reader:
+    """A reader of the events that goes on after the last id it has seen, as a follower of the log does."""
+
+    def __init__(self, address: str) -> None:
+        self.seen: set[int] = set()
+        # The sandboxes of which an event said DESTROYED.
+        self.destroyed: set[str] = set()
+        self._database = open_database(address)
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._thread.start()
+
+    def _read(self) -> None:
+        last = 0
+        query = "SELECT id, sandbox_uuid, to_state FROM events WHERE id > ? ORDER BY id LIMIT 1000"
+        while True:
+            ending = self._end.is_set()
+            try:
+                rows = self._database.read(query, last)
+            except StoreError:
+                time.sleep(0.2)
+                continue
+            self.seen.update(row["id"] for row in rows)
+            self.destroyed.update(row["sandbox_uuid"] for row in rows if row["to_state"] == states.DESTROYED)
+            last = rows[-1]["id"] if rows else last
+            if not rows:
+                if ending:
+                    return
+                time.sleep(0.05)
+
+    def finish(self) -> list[str]:
+        """End reading, and return a sentence for each event that was missed."""
+        self._end.set()
+        self._thread.join(60)
+        present = {row["id"] for row in self._database.read("SELECT id FROM events")}
+        self._database.close()
+        return [f"event {number} was not read in order" for number in sorted(present - self.seen)]
+
+
+def wait_for(condition: Callable[[], bool], what: str, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {seconds:.0f} s: {what}"
+        time.sleep(0.05)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="operations.py")
+    parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
+    parser.add_argument("--controllers", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=random.SystemRandom().randint(0, 999999))
+    parser.add_argument("operations", type=int, nargs="?", default=100_000)
+    asked = parser.parse_args()
+    if asked.child:
+        Controller(asked.child).run()
+        return 0
+    print(f"{asked.operations} operations by {asked.controllers} controllers, seed {asked.seed}", flush=True)
+    with tempfile.TemporaryDirectory(prefix="agentlab-operations-") as folder:
+        run = Run(Path(folder), asked.seed, asked.controllers)
+        try:
+            figures = run.run(asked.operations)
+        finally:
+            run.close()
+    print(figures.table())
+    problems = figures.problems()
+    for problem in problems[:50]:
+        print(f"BROKEN: {problem}")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
