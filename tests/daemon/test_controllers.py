@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -35,16 +37,17 @@ def start(server: Server, postgres: PostgresServer, tmp_path: Path) -> Iterator[
     environment = {**server.environment(str(tmp_path)), "AGENTLAB_DATABASE": postgres.uri()}
     daemons: list[Daemon] = []
 
-    def make(**options: Any) -> Daemon:
-        daemons.append(
-            Daemon(
-                tmp_path / f"daemon-{len(daemons)}",
-                environment,
-                metrics_listen=f"127.0.0.1:{free_port()}",
-                **options,
-            )
+    def make(host: str | None = None, **options: Any) -> Daemon:
+        daemon = Daemon(
+            tmp_path / f"daemon-{len(daemons)}", environment, metrics_listen=f"127.0.0.1:{free_port()}", **options
         )
-        return daemons[-1].start()
+        daemons.append(daemon)
+        if host is not None:
+            # Python runs this file at its start.
+            renamed = f"import socket\nsocket.gethostname = lambda: {host!r}\n"
+            (daemon.folder / "sitecustomize.py").write_text(renamed, encoding="utf-8")
+            daemon.environment["PYTHONPATH"] += f"{os.pathsep}{daemon.folder}"
+        return daemon.start()
 
     yield make
     for daemon in daemons:
@@ -120,3 +123,30 @@ def test_the_database_goes_away_in_the_middle_of_a_destroy(
     daemon.wait_for(lambda: daemon.get(f"/v1/sandboxes/{vmid}").status == 200, "it answers again", 60)
     daemon.wait_for(lambda: vmid not in [vm.vmid for vm in server.pve.vms], "what was begun is finished", 90)
     assert "Traceback" not in daemon.log()
+
+
+def test_the_daemon_of_a_snippets_host_closes_a_record_that_the_leader_keeps(
+    start: Callable[..., Daemon], server: Server, tmp_path: Path
+) -> None:
+    folder = tmp_path / "snippets"
+    folder.mkdir(mode=0o755)
+    server.pve.hold_snippets(str(folder))
+    first = start(snippets_dir=str(folder))
+    first.wait_for(lambda: first.metric('agentlab_leader{duty="reconcile"}') == 1, "the first one leads", 60)
+    second = start(host="second", snippets_dir=str(folder))
+    second.wait_for(lambda: "reconcile: done by another controller" in second.log(), "the second one stands by", 60)
+    body = {"name": "a1", "ttl": "1h", "cloud_init_user_data": "#cloud-config\npackages: [git]\n"}
+    vmid = second.good("POST", "/v1/sandboxes", body, 201)["vmid"]
+    (file,) = folder.iterdir()
+    # On the first host there is no such file. The second one must not look into this folder meanwhile.
+    second.signal(signal.SIGSTOP)
+    hidden = file.rename(tmp_path / "hidden")
+    answer = first.post(f"/v1/sandboxes/{vmid}/destroy", {"force": True})
+    assert answer.status == 409 and "was written on host second" in str(answer.body), answer
+    assert first.good("GET", f"/v1/sandboxes/{vmid}")["state"] != "DESTROYED"
+    hidden.rename(file)
+    second.signal(signal.SIGCONT)
+    state = f"/v1/sandboxes/{vmid}"
+    second.wait_for(lambda: second.get(state).body["state"] == "DESTROYED", "its own file is removed", 90)
+    assert list(folder.iterdir()) == [] and second.metric('agentlab_leader{duty="reconcile"}') == 0
+    assert "Traceback" not in first.log() + second.log()

@@ -29,6 +29,7 @@ from ansible_collections.agentlab.proxmox.plugins.module_utils._core.sandboxes i
 
 from faults.conftest import SEED as FAULTS_SEED
 from faults.crash_support import BYSTANDER, REQUEST_FAULTS, TASK_FAULTS, Rig
+from support.engines import ENGINES
 
 pytestmark = pytest.mark.faults
 
@@ -40,9 +41,18 @@ SECONDS = 10
 BOUND = 60
 
 
+# For tests that hold on either engine of the records; the others are about SQLite's files, or about no engine.
+on_both_engines = pytest.mark.parametrize("engine", ENGINES)
+
+
 @pytest.fixture
-def rig(tmp_path: Path) -> Iterator[Rig]:
-    made = Rig(tmp_path, time_scale=0.02)
+def engine() -> str:
+    return "sqlite"
+
+
+@pytest.fixture
+def rig(tmp_path: Path, engine: str) -> Iterator[Rig]:
+    made = Rig(tmp_path, time_scale=0.02, engine=engine)
     made.foreign(BYSTANDER, name="bystander", running=True, tags="agentlab")
     yield made
     made.stop()
@@ -86,7 +96,9 @@ def _remove_all(rig: Rig) -> list[str]:
     return []
 
 
-@pytest.mark.parametrize("number", range(1 if SEED else 3))
+@pytest.mark.parametrize(
+    ("engine", "number"), [*(("sqlite", number) for number in range(1 if SEED else 3)), ("postgresql", 0)]
+)
 def test_many_processes_at_once_keep_the_promises(rig: Rig, number: int) -> None:
     seed = SEED or random.SystemRandom().randrange(1, 10**6)
     print(f"\nAGENTLAB_TEST_SEED={seed}")
@@ -196,6 +208,7 @@ def chosen_pairs() -> list[tuple[str, str]]:
     return PAIRS if os.environ.get("AGENTLAB_FAULTS") == "all" else random.Random(FAULTS_SEED).sample(PAIRS, 9)
 
 
+@on_both_engines
 def test_two_operations_at_the_same_moment_keep_the_promises(rig: Rig) -> None:
     """Each of nine operations races each of them on a sandbox whose lease ends in that second."""
     rig.must("create", name="a", ttl=3600, vmid=1001)
@@ -281,12 +294,13 @@ def _race(rig: Rig, rounds: int, others: int = 0) -> Counter[str]:
     return won
 
 
-def test_renewal_against_expiry_has_one_winner(rig: Rig) -> None:
+@pytest.mark.parametrize(("engine", "rounds"), [("sqlite", 12), ("postgresql", 6)])
+def test_renewal_against_expiry_has_one_winner(rig: Rig, rounds: int) -> None:
     for number in range(4):
         rig.must("create", name=f"race{number}", ttl=600)
-    won = _race(rig, 12)
+    won = _race(rig, rounds)
     print(f"\nwon by: {dict(won)}")
-    assert sum(won.values()) == 48
+    assert sum(won.values()) == 4 * rounds
 
 
 def test_renewal_while_the_expiry_pass_is_busy(rig: Rig) -> None:
@@ -349,6 +363,7 @@ class _Ahead(SystemClock):
         return super().monotonic() + self.ahead
 
 
+@on_both_engines
 def test_a_renewal_that_waited_past_the_end_of_the_lease_has_lost(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     rig.must("create", name="race", ttl=600)
     clock = _Ahead()
@@ -366,6 +381,7 @@ def test_a_renewal_that_waited_past_the_end_of_the_lease_has_lost(rig: Rig, monk
     ctx.close()
 
 
+@on_both_engines
 def test_an_event_without_a_change_tells_the_state_of_now(rig: Rig) -> None:
     """A lease runs out without the claim, also between a look at the record and a word about it."""
     rig.must("create", name="race", ttl=600)

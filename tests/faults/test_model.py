@@ -8,6 +8,7 @@ promises hold after each.
 
 from __future__ import annotations
 
+import functools
 import shutil
 import tempfile
 import time
@@ -34,6 +35,7 @@ from hypothesis.stateful import (
 )
 
 from faults.crash_support import BYSTANDER, REQUEST_FAULTS, TASK_FAULTS, Rig
+from support.engines import require_postgresql
 
 pytestmark = pytest.mark.faults
 
@@ -44,10 +46,10 @@ class Life(RuleBasedStateMachine):
     The model knows what must be so, whatever Proxmox answers.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, engine: str) -> None:
         super().__init__()
         self.folder = Path(tempfile.mkdtemp(prefix="agentlab-model-"))
-        self.rig = Rig(self.folder, time_scale=0)
+        self.rig = Rig(self.folder, time_scale=0, engine=engine)
         self.rig.foreign(BYSTANDER, name="bystander", running=True, tags="agentlab")
         (self.folder / "config.yaml").write_text(
             "template: debian-13\nclaim_timeout: 1s\ndoubt_window: 0s\nwait_timeout: 2s\napi_timeout: 2\n"
@@ -203,17 +205,20 @@ class Life(RuleBasedStateMachine):
     def promises_hold(self) -> None:
         wrong = self.rig.broken(settled=False)
         assert not wrong, wrong
-        now = {row["uuid"]: row["state"] for row in self.rig.records()} if self.rig.database.exists() else {}
+        now = {row["uuid"]: row["state"] for row in self.rig.records()} if self.rig.is_made() else {}
         for uuid, state in self.before.items():
             assert state != "DESTROYED" or now.get(uuid) == "DESTROYED", f"{uuid} was DESTROYED and is {now.get(uuid)}"
         self.before = now
 
 
-def test_any_sequence_of_operations_and_faults_keeps_the_promises() -> None:
+@pytest.mark.parametrize(("engine", "examples"), [("sqlite", 30), ("postgresql", 10)])
+def test_any_sequence_of_operations_and_faults_keeps_the_promises(engine: str, examples: int) -> None:
+    if engine == "postgresql":
+        require_postgresql()
     run_state_machine_as_test(
-        Life,
+        functools.partial(Life, engine),
         settings=settings(
-            max_examples=30,
+            max_examples=examples,
             stateful_step_count=15,
             deadline=None,
             print_blob=True,

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.guest.cloud_init import CloudInitFailed
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.maintenance import reconcile
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store import holders
 
 from support.engines import ENGINES, new_address
@@ -53,8 +54,9 @@ def test_another_host_keeps_the_record_until_the_file_is_removed_where_it_is(
         assert (kept.reason, lab.record(made).state != "DESTROYED") == ("snippet", True)
         name = here.partition("/")[0]
         assert kept.message.endswith(
-            f"its cloud-init snippet {file} was written on host {name}, and is not on this one; run again on {name}. "
-            f"If {name} is gone for good, make an empty file of that name here, then run again"
+            f"its cloud-init snippet {file} was written on host {name}, and is not on this one; the daemon of {name} "
+            f"removes it, or run again on {name}. If {name} is gone for good, make an empty file of that name here, "
+            "then run again"
         )
         lab.reconcile()
         assert lab.record(made).state != "DESTROYED"
@@ -63,6 +65,43 @@ def test_another_host_keeps_the_record_until_the_file_is_removed_where_it_is(
     hidden.rename(folder)
     lab.destroy(made.vmid, force=True)
     assert lab.record(made).state == "DESTROYED" and list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("lab", ["postgresql"], indirect=True)
+@pytest.mark.parametrize("what", ["destroyed", "removed by hand", "replaced", "interrupted"])
+def test_the_host_of_the_file_closes_the_record_without_reconciling(
+    lab: Lab, folder: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    made, other = lab.create("made", cloud_init_user_data=DATA), lab.create("other", cloud_init_user_data=DATA)
+    hidden = folder.rename(folder.with_name("of-the-first-host"))
+    folder.mkdir()
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(holders, "host", lambda: "second/0123456789abcdef")
+        if what == "destroyed":
+            lab.destroy(made.vmid, force=True)
+        elif what == "interrupted":
+            claim = lab.context().records.claim(made.uuid, "destroy")
+            lab.context().records.journal(claim, "destroy", "deleting", {"operation": "destroy", "force": True})
+            lab.context().records.release(claim)
+            lab.reconcile()
+        else:
+            lab.pve.remove_vm(made.vmid)
+            if what == "replaced":
+                lab.pve.add_vm(made.vmid, "somebody-elses", config={"description": "not ours"})
+            for _pass in range(3):
+                lab.reconcile()
+        assert lab.record(made).state != "DESTROYED"
+        # The files are on another host.
+        assert reconcile.finish_own_files(lab.context()) == []
+    folder.rmdir()
+    hidden.rename(folder)
+    lab.pve.requests.clear()
+    assert [drift.error for drift in reconcile.finish_own_files(lab.context())] == [None]
+    assert lab.record(made).state == "DESTROYED" and lab.record(other).state == "RUNNING"
+    assert [path.name for path in folder.iterdir()] == [f"agentlab-{other.uuid}.yaml"]
+    assert (lab.pve.vm(made.vmid) is not None) == (what == "replaced")
+    lab.pve.requests.clear()
+    assert reconcile.finish_own_files(lab.context()) == [] and lab.pve.requests == []
 
 
 @pytest.mark.parametrize("lab", ["postgresql"], indirect=True)

@@ -192,6 +192,15 @@ class Context:
         finally:
             self.records.release(claim)
 
+    def run_alone(self, job: str) -> contextlib.AbstractContextManager[None]:
+        """Keep other controllers from running the same pass (reconcile, cleanup) meanwhile. A dry run waits for none.
+
+        Raises Busy after claim_timeout.
+        """
+        if self.dry_run:
+            return contextlib.nullcontext()
+        return self.database.run_alone(job, self.config.claim_timeout)
+
     # ---- bulk ----
 
     def each(self, work: Callable[[A], B], items: list[A]) -> list[B]:

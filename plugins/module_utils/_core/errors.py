@@ -93,7 +93,7 @@ class StateConflict(AgentlabError):
 
 
 class Busy(AgentlabError):
-    """Another run holds the claim on the sandbox."""
+    """Another run holds the claim on the sandbox, or another controller runs the same pass."""
 
     code = "busy"
 

@@ -34,8 +34,8 @@ def remove(ctx: Context, sandbox: Sandbox) -> None:
         raise Kept(
             "snippet",
             f"sandbox {sandbox.vmid}: its cloud-init snippet {sandbox.snippet} was written on host {host}, and is not "
-            f"on this one; run again on {host}. If {host} is gone for good, make an empty file of that name here, then "
-            "run again",
+            f"on this one; the daemon of {host} removes it, or run again on {host}. If {host} is gone for good, make "
+            "an empty file of that name here, then run again",
             vmid=sandbox.vmid,
         )
     for path in (sandbox.snippet, temporary(sandbox.snippet)):

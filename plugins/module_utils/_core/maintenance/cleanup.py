@@ -87,8 +87,14 @@ def release(ctx: Context) -> dict[str, Any] | None:
 def run(ctx: Context, policy: rules.Policy) -> CleanupResult:
     """Run the rules once. A dry run and shadow mode read everything and write nothing.
 
-    Raises Frozen when cleanup is frozen, and GuardTripped when this run has just frozen it.
+    Raises Frozen when cleanup is frozen, GuardTripped when this run has just frozen it, and Busy while another
+    controller runs the rules.
     """
+    with ctx.run_alone("cleanup"):
+        return _run(ctx, policy)
+
+
+def _run(ctx: Context, policy: rules.Policy) -> CleanupResult:
     looking = ctx.dry_run
     stopped = timeguard.frozen(ctx)
     if stopped and not looking:

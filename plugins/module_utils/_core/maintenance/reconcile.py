@@ -21,13 +21,15 @@ from ..guest import snippets
 from ..model import Sandbox
 from ..proxmox import identity
 from ..sandboxes import destroy, lease, leftovers, removal
-from ..store import overview
+from ..store import holders, overview
 from ..store.journal import JournalEntry
 from ..store.records import Claim
 from ..vm import address, binding, power
 from ..vm.locate import Located, is_hibernated, locate, power_state
 from ..workspaces import workspace, workspace_disk
 
+# Kinds of drift in which the VM of the record is gone.
+_ABSENT = ("absent", "vmid_reused")
 # Fewer absences than this are never "a large share".
 _GUARD_FROM = 5
 _STOPS = ("qmstop", "qmshutdown", "qmsuspend", "hastop", "stopall", "qmreboot")
@@ -109,8 +111,16 @@ def run(ctx: Context, *, apply: bool, adopt_cluster: bool = False, known_vms: Kn
     """Run one pass over all live records and return the drift.
 
     ``known_vms`` holds results of earlier passes; without it every configuration is read. With ``apply`` GuardTripped
-    is raised before the first write when too many sandboxes are absent at once.
+    is raised before the first write when too many sandboxes are absent at once, and Busy while another controller
+    reconciles.
     """
+    if apply:
+        with ctx.run_alone("reconcile"):
+            return _run(ctx, True, adopt_cluster, known_vms)
+    return _run(ctx, False, adopt_cluster, known_vms)
+
+
+def _run(ctx: Context, apply: bool, adopt_cluster: bool, known_vms: KnownVms | None) -> list[Drift]:
     writing = apply and not ctx.dry_run
     if adopt_cluster:
         ctx.cluster.adopt()
@@ -121,16 +131,9 @@ def run(ctx: Context, *, apply: bool, adopt_cluster: bool = False, known_vms: Kn
         known_vms.keep_only(live)
     drifts, unrecorded = _survey(ctx, live, looks, known_vms)
     del live
-    absent = [drift for drift in drifts.values() if drift.kind in ("absent", "vmid_reused")]
-    if apply and len(absent) >= _GUARD_FROM and len(absent) * 100 > ctx.config.absent_guard * count:
+    if apply:
         # Check before any write: a pass that cannot be trusted must not finish or expire anything either.
-        raise GuardTripped(
-            f"{len(absent)} of {count} sandboxes are absent at once (absent_guard is {ctx.config.absent_guard} %); "
-            "nothing was written. Check that api_host leads to the right cluster, then prune or destroy what is "
-            "really gone",
-            drift=[drift.public() for drift in [*drifts.values(), *unrecorded]],
-            count=len(drifts) + len(unrecorded),
-        )
+        _refuse_mass_absence(ctx, [*drifts.values(), *unrecorded], count)
     settled: list[Drift] = []
     if writing:
         settled += _finish_interrupted(ctx)
@@ -158,6 +161,40 @@ def run(ctx: Context, *, apply: bool, adopt_cluster: bool = False, known_vms: Kn
         looks.remember()
     settled += _workspaces(ctx, writing)
     return settled + list(drifts.values()) + unrecorded
+
+
+def finish_own_files(ctx: Context) -> list[Drift]:
+    """Finish what other controllers could not, because a snippet is on this host; return it as drift.
+
+    Another controller that destroys such a sandbox, gives its creation up or finds its VM gone keeps the record
+    (reason ``snippet``). It cannot remove the file. This pass looks at no other sandbox, so it needs no lead.
+    """
+    waiting = overview.waiting_for_snippet(ctx.records, holders.host())
+    if not waiting:
+        return []
+    drifts = _finish_interrupted(ctx, {sandbox.uuid for sandbox in waiting})
+    remaining = overview.waiting_for_snippet(ctx.records, holders.host())
+    if not remaining:
+        return drifts
+    differences, _unrecorded_vms = _survey(ctx, remaining, address.Looks(ctx, remaining), None, unrecorded=False)
+    absent = [drift for drift in differences.values() if drift.kind in _ABSENT]
+    _refuse_mass_absence(ctx, absent, len(ctx.records.find_all()))
+    for drift in absent:
+        _apply(drift)
+    return drifts + absent
+
+
+def _refuse_mass_absence(ctx: Context, drifts: list[Drift], live: int) -> None:
+    """Raise GuardTripped when a large share of the live sandboxes is absent at once."""
+    absent = sum(drift.kind in _ABSENT for drift in drifts)
+    if absent >= _GUARD_FROM and absent * 100 > ctx.config.absent_guard * live:
+        raise GuardTripped(
+            f"{absent} of {live} sandboxes are absent at once (absent_guard is {ctx.config.absent_guard} %); "
+            "nothing was written. Check that api_host leads to the right cluster, then prune or destroy what is "
+            "really gone",
+            drift=[drift.public() for drift in drifts],
+            count=len(drifts),
+        )
 
 
 def _workspaces(ctx: Context, writing: bool) -> list[Drift]:
@@ -288,8 +325,8 @@ def _with_note(evidence: dict[str, Any], problem: str | None) -> dict[str, Any]:
     return {**evidence, "note": problem} if problem is not None and _failure_of(problem) is None else evidence
 
 
-def _finish_interrupted(ctx: Context) -> list[Drift]:
-    """Finish the operations of killed runs, and return them as drift.
+def _finish_interrupted(ctx: Context, only: set[str] | None = None) -> list[Drift]:
+    """Finish the operations of killed runs, and return them as drift. ``only``: UUIDs of the sandboxes; None: all.
 
     A destroy continues. A creation becomes FAILED, with its VM bound if that is ours. Everything else is compared
     again.
@@ -297,6 +334,8 @@ def _finish_interrupted(ctx: Context) -> list[Drift]:
     drifts = []
     overview.drop_dead_claims(ctx.records)
     for entry, sandbox in ctx.records.interrupted_sandboxes():
+        if only is not None and sandbox.uuid not in only:
+            continue
         drift = Drift("interrupted", "", {"operation": entry.kind, "phase": entry.phase, "actor": entry.actor}, sandbox)
         try:
             if entry.kind == "destroy" and sandbox.live:
@@ -495,7 +534,12 @@ def _absent(ctx: Context, sandbox: Sandbox, kind: str, evidence: dict[str, Any])
         with ctx.claimed(sandbox, "reconcile", wait=0) as (claim, current):
             if (current.state, current.generation) != (sandbox.state, sandbox.generation):
                 raise RecordChanged(f"sandbox {sandbox.vmid} was changed by another run meanwhile; run again")
-            leftovers.clear(ctx, claim, current)
+            try:
+                leftovers.clear(ctx, claim, current)
+            except Kept as kept:
+                # The host of a snippet reads this event.
+                ctx.records.note(current, "reconcile", outcome="kept", reason=kept.reason)
+                raise
             current = ctx.records.get(current.uuid)
             reason = "external" if kind == "absent" else "vmid_reused"
             ctx.records.change(

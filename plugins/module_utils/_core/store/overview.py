@@ -48,6 +48,22 @@ def generations(records: Records) -> dict[str, int]:
     return dict(records.db.read_as(tuple, f"SELECT uuid, generation FROM sandboxes WHERE {LIVE}"))
 
 
+def waiting_for_snippet(records: Records, host: str) -> list[Sandbox]:
+    """Return the live sandboxes with a snippet on that host whose operation was interrupted or kept for the snippet.
+
+    A run on another host could not remove the file, so only that host can close the record.
+    """
+    rows = records.db.read_as(
+        sound_sandbox, f"{SELECT} WHERE {LIVE} AND snippet IS NOT NULL AND snippet_host = ? ORDER BY vmid", host
+    )
+    sandboxes = [sandbox for sandbox in rows if sandbox is not None]
+    if not sandboxes:
+        return []
+    kept = "SELECT 1 FROM events WHERE sandbox_uuid = ? AND reason = 'snippet' AND outcome = 'kept' LIMIT 1"
+    interrupted = {entry.sandbox_uuid for entry in records.interrupted()}
+    return [sandbox for sandbox in sandboxes if sandbox.uuid in interrupted or records.db.read(kept, sandbox.uuid)]
+
+
 def drop_dead_claims(records: Records) -> None:
     """Remove the claims of holders that are gone: dead processes, ended heartbeats. Their journal entries stay."""
     dead = records.abandoned_claims()

@@ -125,6 +125,13 @@ class Engine(Protocol):
     def lead(self, job: str) -> bool:
         """Return whether this process is the one that does ``job`` now. Always True on an engine for a single host."""
 
+    def run_alone(self, job: str, wait: float) -> AbstractContextManager[None]:
+        """Keep other controllers from running ``job`` until the block ends, whoever asked for it.
+
+        Raises Busy, which names the host that runs it, after waiting ``wait`` seconds. Does nothing on an engine for a
+        single host.
+        """
+
     def replaced(self) -> str | None:
         """Return the error text if the opened database was replaced by another; else None."""
 

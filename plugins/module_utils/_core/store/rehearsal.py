@@ -88,6 +88,10 @@ class Rehearsal:
     def lead(self, job: str) -> bool:
         return self._database.lead(job)
 
+    def run_alone(self, job: str, wait: float) -> contextlib.AbstractContextManager[None]:
+        """Do nothing: a dry run only reads."""
+        return contextlib.nullcontext()
+
     def replaced(self) -> str | None:
         return self._database.replaced()
 

@@ -24,11 +24,11 @@ from typing import Any, TypeVar
 from agentlab_core import clock as clock_module
 from agentlab_core import rules, timeguard
 from agentlab_core.context import Context
-from agentlab_core.errors import AgentlabError, Stopping, host_error
+from agentlab_core.errors import AgentlabError, Busy, Stopping, host_error
 from agentlab_core.maintenance import reconcile
 from agentlab_core.model import Sandbox
 from agentlab_core.sandboxes import lease
-from agentlab_core.store import overview
+from agentlab_core.store import holders, overview
 
 from .logs import log, seldom
 from .problems import Problem
@@ -42,6 +42,8 @@ _FIRST_RETRY = 15.0
 # left work. A job is taken over within 10 seconds; the server needs up to 7 of them to notice a vanished host
 # (store/postgres/engine.py).
 _TURN_SECONDS = 1.0
+# On PostgreSQL: seconds between two checks whether another controller keeps a record because of a file on this host.
+_OWN_FILES_SECONDS = 5.0
 # Seconds to wait after the host ran out of descriptors, threads or memory.
 _HOST_PAUSE_SECONDS = 5.0
 _LAST_CLEANUP = "cleanup_last_run"
@@ -90,13 +92,16 @@ class Scheduler:
         self._cleanup_event = asyncio.Event()
         self._reconcile_event = asyncio.Event()
         self._loop = asyncio.get_running_loop()
-        self._jobs = ThreadPoolExecutor(3, "job")
+        self._jobs = ThreadPoolExecutor(4, "job")
         self._stops = ThreadPoolExecutor(service.config.proxmox.connections, "stop")
         self.tasks: list[asyncio.Task[None]] = []
         # Jobs that another controller was doing at the last check.
         self._done_elsewhere: set[str] = set()
         # Sandboxes with an interrupted operation at the last check.
         self._interrupted: set[str] = set()
+        # Sandboxes that waited for this host's files at the last check, and when that was tried (monotonic seconds).
+        self._waiting: set[str] = set()
+        self._tried_at = 0.0
         service.wake_expiry = self._wake
         service.jobs = {"expiry": self.expiry, "reconcile": self.reconcile, "cleanup": self.cleanup}
 
@@ -106,6 +111,8 @@ class Scheduler:
             self._reconcile_forever,
             self._clean_forever,
         )
+        if self.service.base.database.controller is not None:
+            loops = (*loops, self._finish_own_files_forever)
         self.tasks = [asyncio.create_task(begin()) for begin in loops]
 
     def _wake(self) -> None:
@@ -233,6 +240,10 @@ class Scheduler:
                 longest, retry = math.inf, _FIRST_RETRY
             except Stopping:
                 return
+            except Busy as error:
+                # A person has begun a pass on another controller.
+                log.info("reconcile: %s", error.message)
+                longest = _FIRST_RETRY
             except AgentlabError as error:
                 self.reconcile.note_failure("reconcile", error)
                 self.service.metrics.count_refusal("reconcile", error)
@@ -295,6 +306,33 @@ class Scheduler:
         fresh = bool(interrupted - self._interrupted)
         self._interrupted = interrupted
         return fresh
+
+    # ---- files of this host ----
+
+    async def _finish_own_files_forever(self) -> None:
+        """Close the records that another controller keeps because of a snippet on this host.
+
+        The daemon that reconciles does this in its own passes.
+        """
+        while True:
+            await asyncio.sleep(_OWN_FILES_SECONDS)
+            if self.service.leads.get("reconcile", True):
+                continue
+            try:
+                await self._run(self._finish_own_files, "a look at files of this host")
+            except Stopping:
+                return
+            except AgentlabError as error:
+                seldom(60, "own files", "files of this host: %s", error.message)
+
+    def _finish_own_files(self) -> None:
+        waiting = {sandbox.uuid for sandbox in overview.waiting_for_snippet(self.service.base.records, holders.host())}
+        now = time.monotonic()
+        # What could not be finished is tried again as seldom as a reconcile would.
+        if waiting - self._waiting or (waiting and now - self._tried_at >= self.service.config.reconcile_interval):
+            self._tried_at = now
+            self._log_drifts(reconcile.finish_own_files(self.service.context("agentlabd")))
+        self._waiting = waiting
 
     @staticmethod
     def _log_drifts(drifts: list[reconcile.Drift]) -> None:
@@ -367,6 +405,8 @@ class Scheduler:
             )
             if report.guard:
                 log.warning("cleanup (shadow): %s", report.guard)
+        except Busy as error:
+            log.info("cleanup: %s", error.message)
         except AgentlabError as error:
             self.cleanup.note_failure("cleanup", error)
             self.cleanup.last_run = int(time.time())

@@ -190,6 +190,9 @@ class Service:
                     "guard": report.guard,
                 }
             return report
+        except Busy:
+            # Another controller runs the rules.
+            raise
         except AgentlabError as error:
             if not dry_run:
                 self.metrics.count_stopped_prune(error, by_rules=True)

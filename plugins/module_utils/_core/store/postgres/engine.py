@@ -25,7 +25,7 @@ from functools import lru_cache
 from typing import Any, TypeVar
 
 from ...clock import Clock
-from ...errors import StoreError, StoreUnavailable
+from ...errors import Busy, StoreError, StoreUnavailable
 from .. import holders, schema
 from ..group_commit import GroupCommit, QueuedWrite
 from . import schema as own_schema
@@ -56,9 +56,10 @@ T = TypeVar("T")
 # Keys of advisory locks: "alab", and what the lock is for.
 _LOCK_SPACE = 0x616C6162
 _WRITER, _MIGRATION = 1, 2
-# Numbers of the locks of jobs start here; add the job's position in JOBS.
+# Numbers of the locks of jobs start here; add the job's position in JOBS. The first lock says which daemon does the job
+# on schedule, and is held as long as that daemon lives. The second is held during one pass.
 JOBS = ("reconcile", "cleanup")
-_FIRST_JOB = 10
+_FIRST_JOB, _FIRST_PASS = 10, 20
 
 HEARTBEAT_SECONDS = 10.0
 DEAD_SECONDS = 30.0
@@ -625,6 +626,34 @@ class PostgresDatabase(GroupCommit):
                 self._leader = self._drop(self._leader)
                 raise
             return job in self._leads
+
+    @contextlib.contextmanager
+    def run_alone(self, job: str, wait: float) -> Iterator[None]:
+        """Hold the lock of a pass on a session of its own. The server frees the lock when this process dies."""
+        lock = f"{_LOCK_SPACE}, {_FIRST_PASS + JOBS.index(job)}"
+        deadline = time.monotonic() + wait
+        with self._told():
+            connection = self._connect()
+        with contextlib.closing(connection):
+            with self._told():
+                while not connection.execute(f"SELECT pg_try_advisory_lock({lock})").fetchone()[0]:
+                    if time.monotonic() >= deadline:
+                        raise Busy(self._name_runner(connection, job))
+                    time.sleep(min(0.2, max(0.0, deadline - time.monotonic())))
+            yield
+
+    def _name_runner(self, connection: Any, job: str) -> str:
+        """Return the sentence that names the controller that holds the lock of a pass."""
+        rows = connection.execute(
+            "SELECT application_name, host(client_addr) FROM pg_locks JOIN pg_stat_activity USING (pid) WHERE "
+            "locktype = 'advisory' AND classid = %s AND objid = %s AND granted",
+            [_LOCK_SPACE, _FIRST_PASS + JOBS.index(job)],
+        ).fetchall()
+        names = [f"{name.removeprefix('agentlab ')} ({address})" for name, address in rows if name]
+        return (
+            f"{job} is being run by another controller{' on ' + ' and '.join(names) if names else ''}; wait until it "
+            "has ended, then run again"
+        )
 
     # ---- the rest of the port ----
 

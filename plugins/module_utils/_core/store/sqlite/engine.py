@@ -301,6 +301,9 @@ class Database(GroupCommit):
     def lead(self, job: str) -> bool:
         return True
 
+    def run_alone(self, job: str, wait: float) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
     # ---- use ----
 
     def replaced(self) -> str | None:
