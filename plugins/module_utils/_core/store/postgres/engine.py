@@ -632,10 +632,10 @@ class PostgresDatabase(GroupCommit):
         """Hold the lock of a pass on a session of its own. The server frees the lock when this process dies."""
         lock = f"{_LOCK_SPACE}, {_FIRST_PASS + JOBS.index(job)}"
         deadline = time.monotonic() + wait
-        with self._told():
+        with self._explain_errors():
             connection = self._connect()
         with contextlib.closing(connection):
-            with self._told():
+            with self._explain_errors():
                 while not connection.execute(f"SELECT pg_try_advisory_lock({lock})").fetchone()[0]:
                     if time.monotonic() >= deadline:
                         raise Busy(self._name_runner(connection, job))
