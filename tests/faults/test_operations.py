@@ -19,7 +19,8 @@ import pytest
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.proxmox import identity
 
 from support.engines import require_postgresql
-from support.operations import Cluster, Figures, Run
+from support.operations import Figures, Run
+from support.operations_cluster import Cluster
 
 pytestmark = pytest.mark.faults
 SEED = int(os.environ.get("AGENTLAB_TEST_SEED") or 0) or random.SystemRandom().randrange(1, 10**6)

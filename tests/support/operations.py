@@ -29,7 +29,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
 import json
 import random
 import subprocess
@@ -37,12 +36,9 @@ import sys
 import tempfile
 import threading
 import time
-import traceback
-import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
 from typing import Any
 
@@ -50,384 +46,17 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / ".collections")]
 
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core import states  # noqa: E402
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.clock import SystemClock  # noqa: E402
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import (  # noqa: E402
-    AgentlabError,
-    Busy,
     StoreError,
-    StoreUnavailable,
 )
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.model import Sandbox  # noqa: E402
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.proxmox import identity  # noqa: E402
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store import history, overview  # noqa: E402
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.open import open_database  # noqa: E402
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.postgres import engine  # noqa: E402
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.records import Claim, Ending, Records  # noqa: E402
 
-from support.engines import move_to_host  # noqa: E402
+from support.operations_cluster import Cluster  # noqa: E402
+from support.operations_controller import RANGE  # noqa: E402
 from support.postgres import Pair  # noqa: E402
 
-RANGE = (1000, 1999)
-# Live sandboxes above which controllers destroy more than they create.
-LIVE = 250
-THREADS = 4
 CLAIM_SECONDS, JOB_SECONDS = 40.0, 10.0
 SETTLE_SECONDS = 120.0
-# Destroyed records are forgotten after so many seconds.
-KEPT_SECONDS = 60
-
-
-# ---- a model of Proxmox VE ----
-
-
-@dataclass
-class Vm:
-    config: dict[str, Any]
-    owner: str | None
-
-    def __post_init__(self) -> None:
-        self.config["digest"] = uuid.uuid4().hex
-
-
-class Cluster:
-    """VMs by VMID, and what was done to them that should not have been."""
-
-    def __init__(self, path: str) -> None:
-        self.vms: dict[int, Vm] = {}
-        self.fences: dict[str, int] = {}
-        self.double: list[str] = []
-        self.strangers: list[str] = []
-        self._lock = threading.Lock()
-        self._listener = Listener(path, "AF_UNIX", backlog=100)
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                connection = self._listener.accept()
-            except (OSError, EOFError):
-                return
-            threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
-
-    def _serve(self, connection: Connection) -> None:
-        # A killed controller ends its connection.
-        with contextlib.suppress(EOFError, OSError), connection:
-            while True:
-                word, *values = connection.recv()
-                connection.send(getattr(self, word)(*values))
-
-    def config(self, vmid: int) -> dict[str, Any] | None:
-        with self._lock:
-            return copy.copy(self.vms[vmid].config) if vmid in self.vms else None
-
-    def clone(self, vmid: int, owner: str, database: str, fence: int) -> str | None:
-        """Make the VM and return its SMBIOS UUID; None when the VMID is taken."""
-        with self._lock:
-            self._judge_fence(owner, fence, f"clone to {vmid}")
-            if vmid in self.vms:
-                return None
-            if any(vm.owner == owner for vm in self.vms.values()):
-                self.double.append(f"{owner} has a second VM, {vmid}")
-            smbios = str(uuid.uuid4())
-            self.vms[vmid] = Vm({"description": identity.marker(owner, database), "smbios1": f"uuid={smbios}"}, owner)
-            return smbios
-
-    def change(self, vmid: int, owner: str, digest: str, fence: int, delete: bool) -> bool:
-        """Start, stop or delete a VM whose configuration is still the one that was judged; else False."""
-        with self._lock:
-            self._judge_fence(owner, fence, f"change of {vmid}")
-            vm = self.vms.get(vmid)
-            if vm is None or vm.config["digest"] != digest:
-                return False
-            if vm.owner != owner:
-                self.strangers.append(f"VM {vmid} of {vm.owner or 'a stranger'} was changed for {owner}")
-            if delete:
-                del self.vms[vmid]
-            else:
-                vm.config["digest"] = uuid.uuid4().hex
-            return True
-
-    def _judge_fence(self, owner: str, fence: int, what: str) -> None:
-        if fence < self.fences.get(owner, 0):
-            self.double.append(f"{what} of {owner} with fence {fence}, after {self.fences[owner]}")
-        self.fences[owner] = max(fence, self.fences.get(owner, 0))
-
-    def close(self) -> None:
-        self._listener.close()
-
-    def add_stranger(self, vmid: int) -> bool:
-        """Put somebody else's VM there, in the place of ours if there is one. Returns whether it took a place."""
-        with self._lock:
-            taken = vmid in self.vms
-            self.vms[vmid] = Vm({"description": "not ours", "smbios1": f"uuid={uuid.uuid4()}"}, None)
-            return taken
-
-
-# ---- a controller: a process of its own ----
-
-
-class Controller:
-    """One process: threads that work on sandboxes, and one that leads jobs. Tells the parent by lines of JSON."""
-
-    def __init__(self, job: dict[str, Any]) -> None:
-        if job["dead_seconds"]:
-            engine.DEAD_SECONDS = float(job["dead_seconds"])
-            engine.HEARTBEAT_SECONDS = engine.DEAD_SECONDS / 3
-        self.job = job
-        self.random = random.Random(job["seed"])
-        self.cluster_path = job["cluster"]
-        self.end = threading.Event()
-        self._local = threading.local()
-        self._print = threading.Lock()
-        self._listed: tuple[float, list[Sandbox]] = (0.0, [])
-        self.number = 0
-        while True:
-            try:
-                self.database = open_database(job["address"])
-                break
-            except StoreUnavailable:
-                time.sleep(0.2)
-        records = Records(self.database, self.database.clock(SystemClock()), f"controller {job['name']}", 30)
-        self.records = move_to_host(records, f"host-{job['name']}", job["name"])
-        self.id = str(self.database.controller)
-
-    def tell(self, what: str, *values: Any) -> None:
-        with self._print:
-            print(json.dumps([what, *values]), flush=True)
-
-    def ask(self, *request: Any) -> Any:
-        if not hasattr(self._local, "connection"):
-            self._local.connection = Client(self.cluster_path, "AF_UNIX")
-        self._local.connection.send(request)
-        return self._local.connection.recv()
-
-    def wrote(self, what: str, record: Sandbox | None = None) -> None:
-        """Tell the parent of a write that the records confirmed."""
-        self.tell("wrote", what, *((record.uuid, record.generation) if record else ()))
-
-    def run(self) -> None:
-        self.tell("ready", self.id)
-        threads = [threading.Thread(target=self.work, args=(number,), daemon=True) for number in range(THREADS)]
-        threads.append(threading.Thread(target=self.lead, daemon=True))
-        for thread in threads:
-            thread.start()
-        # "stop" ends the work and keeps the jobs; the end of the input ends the process.
-        for _line in sys.stdin:
-            self.end.set()
-            for thread in threads[:-1]:
-                thread.join(90)
-            self.tell("stopped", self.database.retries, self.database.reconnects, self.database.takeovers)
-        self.database.close()
-
-    def attempt(self, work: Callable[[], None]) -> None:
-        """Do some work. What it may be refused is counted; anything else is a defect."""
-        try:
-            work()
-        except (StoreUnavailable, EOFError, OSError):
-            self.tell("refused", "the server is away")
-            time.sleep(0.2)
-        except Busy:
-            self.tell("refused", "busy")
-        except AgentlabError as error:
-            self.tell("refused", error.code)
-        except Exception:
-            self.tell("trace", traceback.format_exc())
-
-    def work(self, number: int) -> None:
-        choice = random.Random(f"{self.job['seed']}-{number}")
-        while not self.end.is_set():
-            live = self.read_live()
-            weights = {self.create: 4 if len(live) < LIVE else 1, self.renew: 4, self.power: 3, self.destroy: 2}
-            step = choice.choices(list(weights), list(weights.values()))[0]
-            self.attempt(lambda step=step, live=live: step(choice, live))  # type: ignore[misc]
-
-    def read_live(self) -> list[Sandbox]:
-        """Return the live sandboxes, at most half a second old."""
-        at, sandboxes = self._listed
-        if time.monotonic() - at > 0.5:
-            with contextlib.suppress(AgentlabError):
-                sandboxes = self.records.find_all()
-            self._listed = time.monotonic(), sandboxes
-        return sandboxes
-
-    @contextlib.contextmanager
-    def claimed(self, sandbox: Sandbox, operation: str) -> Iterator[tuple[Claim, Sandbox]]:
-        claim = self.records.claim(sandbox.uuid, operation)
-        self.wrote("claim")
-        try:
-            yield claim, self.records.get(sandbox.uuid)
-        finally:
-            self.records.release(claim)
-
-    def change(self, claim: Claim, sandbox: Sandbox, operation: str, **values: Any) -> Sandbox:
-        after = self.records.change(claim, sandbox, operation, **values)
-        self.wrote("transition", after)
-        return after
-
-    def journal(self, claim: Claim, kind: str, phase: str) -> None:
-        self.records.journal(claim, kind, phase, {})
-        self.wrote("journal")
-
-    def judge(self, sandbox: Sandbox) -> identity.Verdict | None:
-        config = self.ask("config", sandbox.vmid)
-        return None if config is None else identity.judge(sandbox.uuid, sandbox.smbios_uuid, config)
-
-    # ---- what a controller does ----
-
-    def create(self, choice: random.Random, live: list[Sandbox]) -> None:
-        self.number += 1
-        ttl = choice.randint(5, 60)
-        sandbox = Sandbox(
-            uuid=str(uuid.uuid4()),
-            vmid=0,
-            name=f"s{self.job['name']}-{self.number}-{choice.randrange(10**6)}",
-            state=states.REQUESTED,
-            ttl_seconds=ttl,
-            lease_expires_at=self.records.clock.now() + ttl,
-        )
-        claim = self.records.reserve(sandbox, vmid=None, vmid_range=RANGE, occupied=set(), journal={})
-        self.wrote("reservation", sandbox)
-        try:
-            sandbox = self.change(
-                claim, sandbox, "create", to=states.PROVISIONING, journal=("cloning", {}), reason="cloning"
-            )
-            for _attempt in range(20):
-                self.records.confirm_claims()
-                smbios = self.ask("clone", sandbox.vmid, sandbox.uuid, str(self.records.database_id()), claim.fence)
-                if smbios is not None:
-                    break
-                occupied = {sandbox.vmid, *(choice.randint(*RANGE) for _number in range(50))}
-                sandbox = self.records.renumber(claim, sandbox, vmid_range=RANGE, occupied=occupied)
-                self.wrote("transition", sandbox)
-            else:
-                self.change(claim, sandbox, "create", to=states.FAILED, reason="taken", finish=True)
-                return
-            sandbox = self.change(claim, sandbox, "create", to=states.BOOTING, reason="cloned", smbios_uuid=smbios)
-            sandbox = self.change(claim, sandbox, "create", to=states.READY, reason="ready")
-            self.change(claim, sandbox, "create", to=states.RUNNING, reason="ready", finish=True)
-        finally:
-            self.records.release(claim)
-
-    def renew(self, choice: random.Random, live: list[Sandbox]) -> None:
-        running = [sandbox for sandbox in live if sandbox.state == states.RUNNING]
-        if running:
-            now = self.records.clock.now()
-            renewed = self.records.renew(choice.choice(running), now + choice.randint(5, 60), now)
-            self.wrote("renewal", renewed)
-
-    def power(self, choice: random.Random, live: list[Sandbox]) -> None:
-        settled = [sandbox for sandbox in live if sandbox.state in (states.RUNNING, states.STOPPED, states.TIMEOUT)]
-        if not settled:
-            return
-        with self.claimed(choice.choice(settled), "stop") as (claim, sandbox):
-            operation, to = "stop", states.STOPPED
-            if sandbox.state == states.STOPPED:
-                operation, to = "start", states.RUNNING
-            if claim.interrupted is not None or not states.can_follow(sandbox.state, to):
-                return
-            verdict = self.judge(sandbox)
-            if verdict is None or verdict.identity != identity.MATCH:
-                return
-            self.journal(claim, operation, "requested")
-            self.records.confirm_claims()
-            if self.ask("change", sandbox.vmid, sandbox.uuid, verdict.digest, claim.fence, False):
-                self.change(claim, sandbox, operation, to=to, reason=operation, finish=True)
-
-    def destroy(self, choice: random.Random, live: list[Sandbox]) -> None:
-        """Destroy some sandboxes and close their records together."""
-        chosen = choice.sample(live, min(len(live), choice.randint(1, 4 if len(live) < LIVE else 12)))
-        claims: list[Claim] = []
-        endings: list[Ending] = []
-        try:
-            for sandbox in chosen:
-                try:
-                    claims.append(self.records.claim(sandbox.uuid, "destroy"))
-                except Busy:
-                    continue
-                self.wrote("claim")
-                reason = self.remove(claims[-1], self.records.get(sandbox.uuid))
-                if reason:
-                    endings.append(Ending(claims[-1], reason, {}))
-            if endings:
-                with self.database.together():
-                    closed = self.records.finish_all(endings, "destroy", states.DESTROYED)
-                for record in closed:
-                    if record is not None:
-                        self.wrote("transition", record)
-        finally:
-            for claim in claims:
-                self.records.release(claim)
-
-    def remove(self, claim: Claim, sandbox: Sandbox) -> str | None:
-        """Delete the VM of a sandbox and return the reason to close its record; None when it cannot be closed yet."""
-        if not sandbox.live:
-            return None
-        self.journal(claim, "destroy", "verifying")
-        verdict = self.judge(sandbox)
-        if verdict is None or verdict.identity == identity.FOREIGN:
-            return "vm_absent" if verdict is None else "vmid_reused"
-        if verdict.identity not in (identity.MATCH, identity.UNBOUND):
-            return None
-        self.journal(claim, "destroy", "deleting")
-        self.records.confirm_claims()
-        deleted = self.ask("change", sandbox.vmid, sandbox.uuid, verdict.digest, claim.fence, True)
-        return "destroyed" if deleted else None
-
-    # ---- jobs: leases end on every controller, the rest is the leader's ----
-
-    def lead(self) -> None:
-        led = False
-        while True:
-            time.sleep(0.2)
-            try:
-                leads = self.database.lead("reconcile")
-                if leads and not led:
-                    self.tell("leads", time.monotonic())
-                led = leads
-            except StoreError:
-                led = False
-                continue
-            self.attempt(self.expire)
-            if led:
-                self.attempt(self.finish_interrupted)
-                self.attempt(self.clean_up)
-
-    def expire(self) -> None:
-        now = self.records.clock.now()
-        over = overview.over(self.records, now)
-        if not over:
-            return
-        with self.database.together():
-            ended = self.records.expire_all(over, now)
-        for record in ended:
-            if record is not None:
-                self.wrote("expired lease", record)
-
-    def finish_interrupted(self) -> None:
-        """Take over what dead controllers left: the VM is deleted, if there is one, and the record closed."""
-        overview.drop_dead_claims(self.records)
-        for _entry, sandbox in self.records.interrupted_sandboxes():
-            rows = self.database.read("SELECT process FROM claims WHERE sandbox_uuid = ?", sandbox.uuid)
-            try:
-                claim = self.records.claim(sandbox.uuid, "destroy")
-            except Busy:
-                continue
-            try:
-                if claim.taken_over and rows:
-                    self.tell("took over", json.loads(rows[0]["process"])["controller"], time.monotonic())
-                reason = self.remove(claim, self.records.get(sandbox.uuid))
-                if reason:
-                    sandbox = self.records.get(sandbox.uuid)
-                    self.change(claim, sandbox, "destroy", to=states.DESTROYED, reason=reason, finish=True)
-            finally:
-                self.records.release(claim)
-
-    def clean_up(self) -> None:
-        for _record in range(history.forget(self.records, KEPT_SECONDS, 200)):
-            self.wrote("forgotten record")
-
-
-# ---- the run ----
 
 
 @dataclass
@@ -435,7 +64,6 @@ class Child:
     process: subprocess.Popen[str]
     name: str
     id: str = ""
-    killed_at: float | None = None
 
 
 @dataclass
@@ -517,7 +145,7 @@ class Run:
             "dead_seconds": self.dead_seconds,
         }
         process = subprocess.Popen(
-            [sys.executable, __file__, "--child", json.dumps(job)],
+            [sys.executable, str(Path(__file__).with_name("operations_controller.py")), json.dumps(job)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -744,14 +372,10 @@ def wait_for(condition: Callable[[], bool], what: str, seconds: float) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="operations.py")
-    parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
     parser.add_argument("--controllers", type=int, default=3)
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randint(0, 999999))
     parser.add_argument("operations", type=int, nargs="?", default=100_000)
     asked = parser.parse_args()
-    if asked.child:
-        Controller(asked.child).run()
-        return 0
     print(f"{asked.operations} operations by {asked.controllers} controllers, seed {asked.seed}", flush=True)
     with tempfile.TemporaryDirectory(prefix="agentlab-operations-") as folder:
         run = Run(Path(folder), asked.seed, asked.controllers)

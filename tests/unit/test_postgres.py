@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import re
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -18,9 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core import config, rules
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.clock import SystemClock
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.context import Context
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import (
     Busy,
     ClaimLost,
@@ -28,7 +25,6 @@ from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors impo
     StoreError,
     StoreUnavailable,
 )
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.maintenance import cleanup, reconcile
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.model import Sandbox
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store import (
     history,
@@ -351,7 +347,7 @@ def test_failover_to_a_standby_needs_no_restart(own_server: PostgresServer, conn
         standby.destroy()
 
 
-# ---- one writer, one leader ----
+# ---- one writer ----
 
 
 def test_ids_of_events_are_handed_out_in_the_order_of_commits(uri: str, connect: Any) -> None:
@@ -403,66 +399,6 @@ def test_a_vmid_that_somebody_else_took_is_passed_over(uri: str, connect: Any) -
 
     records._insert = insert  # type: ignore[method-assign]
     assert reserve(records)[1].vmid == 1001
-
-
-def test_a_job_is_done_by_one_and_taken_over_when_its_session_ends(uri: str, connect: Any) -> None:
-    first, second = connect(uri, "first").db, connect(uri, "second").db
-    assert first.lead("reconcile") and first.lead("reconcile")
-    assert not second.lead("reconcile") and second.lead("cleanup")
-    server().execute(f"SELECT pg_terminate_backend({first._leader.info.backend_pid})")
-    deadline = time.monotonic() + 10
-    while not second.lead("reconcile"):
-        assert time.monotonic() < deadline, "not taken over within 10 seconds"
-        time.sleep(0.1)
-    with pytest.raises(StoreUnavailable):
-        first.lead("reconcile")
-    assert not first.lead("reconcile")
-
-
-def test_no_two_controllers_run_a_pass_at_once(uri: str, connect: Any) -> None:
-    first, second = connect(uri, "first").db, connect(uri, "second").db
-    host = socket.gethostname()
-    with first.run_alone("reconcile", 0):
-        with pytest.raises(Busy) as busy, second.run_alone("reconcile", 0.3):
-            raise AssertionError("two passes at once")
-        assert busy.value.message == (
-            f"reconcile is being run by another controller on {host} (127.0.0.1); wait until it has ended, then run "
-            "again"
-        )
-        with second.run_alone("cleanup", 0):
-            pass
-        assert second.lead("reconcile"), "who does the job on schedule is another question"
-    with second.run_alone("reconcile", 0):
-        threading.Timer(0.5, server().execute, [_CUT_PASSES]).start()
-        began = time.monotonic()
-        with first.run_alone("reconcile", 20):
-            assert time.monotonic() - began > 0.4, "it waited until the session of the other pass had ended"
-
-
-_CUT_PASSES = (
-    "SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory' AND objid BETWEEN 20 AND 29 AND granted"
-)
-
-
-@pytest.mark.parametrize("what", ["reconcile", "cleanup"])
-def test_a_pass_that_a_person_asks_for_waits_for_another_controllers(
-    uri: str, tmp_path: Path, connect: Any, monkeypatch: pytest.MonkeyPatch, what: str
-) -> None:
-    options = {"database": uri, "config_file": "", "claim_timeout": "1s", "api_host": "127.0.0.1"}
-    ctx = Context(config.load(options, {"AGENTLAB_CONFIG": str(tmp_path / "none.yaml")}), actor="person")
-    policy = rules.parse("auto_cleanup: {rules: []}", "rules")
-    monkeypatch.setattr(reconcile, "_run", lambda *_values: ["the pass"])
-    monkeypatch.setattr(cleanup, "_run", lambda *_values: ["the pass"])
-
-    def ask(context: Context, apply: bool = True) -> Any:
-        return reconcile.run(context, apply=apply) if what == "reconcile" else cleanup.run(context, policy)
-
-    with connect(uri).db.run_alone(what, 0):
-        with pytest.raises(Busy, match=f"^{what} is being run by another controller"):
-            ask(ctx)
-        assert ask(ctx.derive(actor="person", dry_run=True), apply=False) == ["the pass"], "a look waits for nobody"
-    assert ask(ctx) == ["the pass"]
-    ctx.close()
 
 
 def test_a_writer_that_is_paused_inside_a_transaction_holds_up_nobody_for_long(
