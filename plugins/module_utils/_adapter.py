@@ -232,7 +232,7 @@ def answer(outcomes: Sequence[Outcome], *, single: bool, diff: bool) -> dict[str
     failed = [outcome for outcome in outcomes if outcome.failed]
     result: dict[str, Any] = {
         "changed": any(outcome.changed for outcome in outcomes),
-        "sandboxes": [_shown(outcome) for outcome in outcomes if outcome.sandbox is not None],
+        "sandboxes": [_show_outcome(outcome) for outcome in outcomes if outcome.sandbox is not None],
         "results": [outcome.public(REMEDIES) for outcome in outcomes],
         "failed_count": len(failed),
         "warnings": [warning for outcome in outcomes for warning in outcome.explain_warnings(REMEDIES)],
@@ -250,7 +250,7 @@ def answer(outcomes: Sequence[Outcome], *, single: bool, diff: bool) -> dict[str
     return result
 
 
-def _shown(outcome: Outcome) -> dict[str, Any]:
+def _show_outcome(outcome: Outcome) -> dict[str, Any]:
     shown = outcome.sandbox.public() if outcome.sandbox else {}
     if outcome.changed and outcome.state:
         # In check mode the record is as it was; the answer tells what it would be.

@@ -339,7 +339,7 @@ def load(options: Mapping[str, Any], environment: Mapping[str, str]) -> Config:
         api_token_id=_credential("api_token_id", value("api_token_id")),
         api_token_secret=_credential("api_token_secret", value("api_token_secret")),
         validate_certs=_boolean("validate_certs", value("validate_certs")),
-        ca_path=_text("ca_path", value("ca_path")),
+        ca_path=_read_text("ca_path", value("ca_path")),
         api_timeout=_integer("api_timeout", value("api_timeout"), 1, 3600),
         connections=connections,
         node_connections=None if to_node is None else _integer("node_connections", to_node, 1, 256),
@@ -382,11 +382,11 @@ def load(options: Mapping[str, Any], environment: Mapping[str, str]) -> Config:
         snippets_dir=str(value("snippets_dir")),
         socket=str(value("socket")),
         listen=loopback("listen", value("listen")),
-        listen_token_file=_text("listen_token_file", value("listen_token_file")),
+        listen_token_file=_read_text("listen_token_file", value("listen_token_file")),
         metrics_listen=loopback("metrics_listen", value("metrics_listen")),
         api_vmid_range_only=_boolean("api_vmid_range_only", value("api_vmid_range_only")),
-        api_templates=_words("api_templates", value("api_templates"), patterns.WORD),
-        api_pools=_words("api_pools", value("api_pools"), patterns.POOL),
+        api_templates=_read_names("api_templates", value("api_templates"), patterns.WORD),
+        api_pools=_read_names("api_pools", value("api_pools"), patterns.POOL),
         cleanup_file=str(value("cleanup_file")),
         expire_interval=_seconds("expire_interval", value("expire_interval"), zero=False),
         reconcile_interval=_seconds("reconcile_interval", value("reconcile_interval"), zero=False),
@@ -468,7 +468,7 @@ def _placement_rules(value: Any) -> PlacementRules:
                 option=f"placement.{key}",
             )
     if "nodes" in rules:
-        rules["nodes"] = frozenset(_words("placement.nodes", rules["nodes"], patterns.WORD) or ())
+        rules["nodes"] = frozenset(_read_names("placement.nodes", rules["nodes"], patterns.WORD) or ())
     for key in ("prefer", "avoid"):
         if key in rules:
             rules[key] = _preferences(f"placement.{key}", rules[key])
@@ -495,7 +495,7 @@ def _preferences(name: str, value: Any) -> tuple[Preference, ...]:
         kind = "tag" if "tag" in keys else "profile"
         written = item[kind].lower() if kind == "tag" and isinstance(item[kind], str) else item[kind]
         word = _word(f"{name}.{kind}", written, patterns.TAG if kind == "tag" else patterns.WORD)
-        nodes = _words(f"{name}.nodes", item["nodes"], patterns.WORD)
+        nodes = _read_names(f"{name}.nodes", item["nodes"], patterns.WORD)
         if not word or not nodes:
             raise InvalidInput(
                 f"{name}: {patterns.quoted(dict(item))} names no {kind if not word else 'node'}. Valid: a {kind} and "
@@ -618,17 +618,17 @@ def _credential(name: str, value: Any) -> str | None:
     return text
 
 
-def _text(name: str, value: Any) -> str | None:
+def _read_text(name: str, value: Any) -> str | None:
     return None if value is None else str(value)
 
 
 def _word(name: str, value: Any, word: patterns.Word) -> str | None:
     value = value.strip() if isinstance(value, str) else value
     patterns.match(name, value, word)
-    return _text(name, value)
+    return _read_text(name, value)
 
 
-def _words(name: str, value: Any, word: patterns.Word) -> tuple[str, ...] | None:
+def _read_names(name: str, value: Any, word: patterns.Word) -> tuple[str, ...] | None:
     """Return a list, or a text with commas, as names; None when nothing was set. An empty list allows none."""
     if value is None:
         return None

@@ -177,8 +177,8 @@ def decide(nodes: Iterable[Node], vms: Mapping[int, Vm], load: Load, wish: Wish,
     def rank(name: str) -> tuple[Any, ...]:
         amount = free[name]
         return (
-            _concerned(rules.avoid, name, wish),
-            not _concerned(rules.prefer, name, wish),
+            _concerns(rules.avoid, name, wish),
+            not _concerns(rules.prefer, name, wish),
             load.same.get(name, 0) if rules.anti_affinity else 0,
             sign * (counts[name] if by == "sandboxes" or amount is None else -amount),
             sign * counts[name],
@@ -191,13 +191,13 @@ def decide(nodes: Iterable[Node], vms: Mapping[int, Vm], load: Load, wish: Wish,
     for node in known:
         name = node.name
         if name == chosen:
-            reason, message = CHOSEN, _why_chosen(free[name], counts[name], by, rules)
+            reason, message = CHOSEN, _explain_choice(free[name], counts[name], by, rules)
         elif name in refusals:
             reason, message = refusals[name]
         else:
             reason, message = (
                 "less_suitable",
-                _why_less(name, str(chosen), free, counts, load, wish, rules, by),
+                _explain_lower_rank(name, str(chosen), free, counts, load, wish, rules, by),
             )
         verdicts.append(NodeVerdict(name, reason, message, free[name], counts[name]))
     return Decision(chosen, tuple(verdicts), by, rules.strategy)
@@ -271,7 +271,7 @@ def _storage_refusal(
     return None
 
 
-def _concerned(preferences: Iterable[Preference], node: str, wish: Wish) -> bool:
+def _concerns(preferences: Iterable[Preference], node: str, wish: Wish) -> bool:
     """Return whether a preference for the wish's profile or tags names the node."""
     return any(
         node in preference.nodes
@@ -280,7 +280,7 @@ def _concerned(preferences: Iterable[Preference], node: str, wish: Wish) -> bool
     )
 
 
-def _why_chosen(free: int | None, count: int, by: str, rules: Rules) -> str:
+def _explain_choice(free: int | None, count: int, by: str, rules: Rules) -> str:
     if by == "sandboxes":
         most = "fewest" if rules.strategy == "spread" else "most"
         return (
@@ -291,7 +291,7 @@ def _why_chosen(free: int | None, count: int, by: str, rules: Rules) -> str:
     return f"it has the {most} free memory ({show_memory(free or 0)}) of the nodes that suit best"
 
 
-def _why_less(
+def _explain_lower_rank(
     name: str,
     chosen: str,
     free: Mapping[str, int | None],
@@ -302,9 +302,9 @@ def _why_less(
     by: str,
 ) -> str:
     """Return the rule by which the chosen node came before this node, which fits as well."""
-    if _concerned(rules.avoid, name, wish) and not _concerned(rules.avoid, chosen, wish):
+    if _concerns(rules.avoid, name, wish) and not _concerns(rules.avoid, chosen, wish):
         return "placement.avoid names it"
-    if _concerned(rules.prefer, chosen, wish) and not _concerned(rules.prefer, name, wish):
+    if _concerns(rules.prefer, chosen, wish) and not _concerns(rules.prefer, name, wish):
         return f"placement.prefer names {chosen}"
     same = load.same.get(name, 0)
     if rules.anti_affinity and same > load.same.get(chosen, 0):

@@ -72,7 +72,7 @@ class _Secret(_Refused):
 Check = Callable[[Any], Any]
 
 
-def _text(word: patterns.Word, spread: bool = False) -> Check:
+def _make_text_check(word: patterns.Word, spread: bool = False) -> Check:
     """Check a text in one line; ``spread``: words that may be given as a list, or with commas."""
 
     def check(value: Any) -> str:
@@ -109,7 +109,7 @@ def _ip_config(value: Any) -> str:
 
 
 def _nameserver(value: Any) -> str:
-    text = _text(patterns.NAMESERVER, spread=True)(value)
+    text = _make_text_check(patterns.NAMESERVER, spread=True)(value)
     try:
         patterns.check_nameserver("nameserver", text)
     except InvalidInput:
@@ -132,7 +132,7 @@ def _choice(choices: tuple[str, ...]) -> Check:
     return check
 
 
-def _several(split: Callable[[Any], list[str]], check_item: Check) -> Check:
+def _make_list_check(split: Callable[[Any], list[str]], check_item: Check) -> Check:
     """Check a list of texts, or a text that holds several of them."""
 
     def check(value: Any) -> list[Any]:
@@ -164,48 +164,48 @@ def _public_keys(value: Any) -> list[str]:
 # Every key a file may have: what checks it, and the creation option it fills in. Sections are dictionaries of such
 # keys.
 _KEYS: dict[str, Any] = {
-    "name": (_text(NAME), None),
-    "description": (_text((re.compile(r"[^\x00-\x08]{0,500}"), "a text of 500 characters at most")), None),
-    "template": (_text(patterns.WORD), "template"),
+    "name": (_make_text_check(NAME), None),
+    "description": (_make_text_check((re.compile(r"[^\x00-\x08]{0,500}"), "a text of 500 characters at most")), None),
+    "template": (_make_text_check(patterns.WORD), "template"),
     "full_clone": (_flag, "full_clone"),
-    "node": (_text(patterns.WORD), "node"),
-    "pool": (_text(patterns.POOL), "pool"),
-    "storage": (_text(patterns.WORD), "storage"),
+    "node": (_make_text_check(patterns.WORD), "node"),
+    "pool": (_make_text_check(patterns.POOL), "pool"),
+    "storage": (_make_text_check(patterns.WORD), "storage"),
     "resources": {
         "cores": (_whole("cores"), "cores"),
         "memory": (_whole("memory"), "memory"),
-        "disk_size": (_text(patterns.SIZE), "disk_size"),
-        "cpu_type": (_text(patterns.CPU), "cpu_type"),
+        "disk_size": (_make_text_check(patterns.SIZE), "disk_size"),
+        "cpu_type": (_make_text_check(patterns.CPU), "cpu_type"),
     },
     "network": {
-        "bridge": (_text(patterns.WORD), "bridge"),
+        "bridge": (_make_text_check(patterns.WORD), "bridge"),
         "model": (_choice(patterns.MODELS), "network_model"),
         "firewall": (_flag, "firewall"),
-        "firewall_group": (_text(patterns.FIREWALL_GROUP), "firewall_group"),
+        "firewall_group": (_make_text_check(patterns.FIREWALL_GROUP), "firewall_group"),
         "vlan_tag": (_whole("vlan_tag"), "vlan_tag"),
         "second": {
-            "bridge": (_text(patterns.WORD), "second_bridge"),
+            "bridge": (_make_text_check(patterns.WORD), "second_bridge"),
             "vlan_tag": (_whole("second_vlan_tag"), "second_vlan_tag"),
             "ip_config": (_ip_config, "second_ip_config"),
         },
     },
     "cloud_init": {
-        "user": (_text(patterns.USER), "cloud_init_user"),
+        "user": (_make_text_check(patterns.USER), "cloud_init_user"),
         "upgrade": (_flag, "cloud_init_upgrade"),
-        "vendor_data": (_text(patterns.VOLUME), "cloud_init_vendor_data"),
-        "ssh_public_keys": (_several(_public_keys, _text(patterns.PUBLIC_KEY)), "ssh_public_keys"),
+        "vendor_data": (_make_text_check(patterns.VOLUME), "cloud_init_vendor_data"),
+        "ssh_public_keys": (_make_list_check(_public_keys, _make_text_check(patterns.PUBLIC_KEY)), "ssh_public_keys"),
         "ip_config": (_ip_config, "ip_config"),
         "nameserver": (_nameserver, "nameserver"),
-        "searchdomain": (_text(patterns.SEARCHDOMAIN, spread=True), "searchdomain"),
+        "searchdomain": (_make_text_check(patterns.SEARCHDOMAIN, spread=True), "searchdomain"),
     },
     "lease": {
         "default": (_duration, "lease_default"),
         "maximum": (_duration, "lease_maximum"),
     },
     "keepalive": (_flag, "keepalive"),
-    "tags": (_several(patterns.split_tags, _text(patterns.TAG)), "tags"),
+    "tags": (_make_list_check(patterns.split_tags, _make_text_check(patterns.TAG)), "tags"),
     "workspace": (_choice(WORKSPACE), None),
-    "connection": (_text(CONNECTION), None),
+    "connection": (_make_text_check(CONNECTION), None),
 }
 
 
@@ -377,7 +377,7 @@ def _section(path: str, prefix: str, content: safe_yaml.Mapping, keys: dict[str,
         if isinstance(known, dict):
             if not isinstance(value, safe_yaml.Mapping):
                 raise ConfigError(
-                    f"{path}: {where}: {_shown(value)} is not valid. Valid: a mapping of {', '.join(known)}",
+                    f"{path}: {where}: {_quote_value(value)} is not valid. Valid: a mapping of {', '.join(known)}",
                     file=path,
                     key=where,
                 )
@@ -395,7 +395,7 @@ def _section(path: str, prefix: str, content: safe_yaml.Mapping, keys: dict[str,
         try:
             values[option or key] = check(value)
         except _Refused as refused:
-            shown = "that value" if isinstance(refused, _Secret) else _shown(value)
+            shown = "that value" if isinstance(refused, _Secret) else _quote_value(value)
             raise ConfigError(
                 f"{path}: {where}: {shown} is not valid. Valid: {refused}", file=path, key=where
             ) from None
@@ -409,7 +409,7 @@ def _scalars(content: safe_yaml.Mapping, key: Any, value: Any) -> list[tuple[Any
     return [(value, content.written.get(key))]
 
 
-def _shown(value: Any) -> str:
+def _quote_value(value: Any) -> str:
     text = repr(value)
     # Several lines may be a private key.
     return "that value" if "\\n" in text or "PRIVATE KEY" in text else text[:80]

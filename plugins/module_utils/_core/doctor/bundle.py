@@ -51,12 +51,12 @@ def bundle(exam: Examination, report: Diagnosis, *, hosts: bool = False, events:
         "sandboxes": [sandbox.public() for sandbox in live],
         "events": [info.event(row) for row in history.events(context.database, tail=events)],
     }
-    return dict(_redacted(json.loads(json.dumps(content, default=str)), _replacements(exam, hosts), hosts))
+    return dict(_redact(json.loads(json.dumps(content, default=str)), _replacements(exam, hosts), hosts))
 
 
 def shown(exam: Examination, report: Diagnosis) -> dict[str, Any]:
     """Return the report for others' eyes: no secret of the configuration is in it, whoever quoted it."""
-    return dict(_redacted(report.public(), _replacements(exam, True), True))
+    return dict(_redact(report.public(), _replacements(exam, True), True))
 
 
 def write_bundle(path: str, content: Mapping[str, Any]) -> None:
@@ -101,7 +101,7 @@ def _replacements(exam: Examination, hosts: bool) -> dict[str, str]:
     return replaced
 
 
-def _redacted(value: Any, replaced: Mapping[str, str], hosts: bool) -> Any:
+def _redact(value: Any, replaced: Mapping[str, str], hosts: bool) -> Any:
     """Return the value with the texts of ``replaced`` exchanged, longest first.
 
     Names are replaced as whole words, secrets anywhere.

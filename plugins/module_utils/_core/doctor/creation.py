@@ -23,7 +23,7 @@ from .findings import OK, PROBLEM, UNKNOWN, WARNING, Finding, some
 def check_creation(exam: Examination) -> Iterable[Finding]:
     """Look at what makes every creation fail: a wrong node, pool or storage for snippets; and at refused tags."""
     count = 0
-    for check in (_wrong_nodes, _wrong_pools, _wrong_snippets, _refused_tags):
+    for check in (_wrong_nodes, _wrong_pools, _wrong_snippets, _check_tags):
         for finding in check(exam):
             count += 1
             yield finding
@@ -38,7 +38,7 @@ def check_creation(exam: Examination) -> Iterable[Finding]:
         )
 
 
-def _named_values(exam: Examination, option: str) -> dict[str, str]:
+def _list_named_values(exam: Examination, option: str) -> dict[str, str]:
     """Return the values that configuration and profiles give an option, each with the place where it is given."""
     named = {
         str(profile.values[option]): f"{option} of profile {profile.name}"
@@ -51,7 +51,7 @@ def _named_values(exam: Examination, option: str) -> dict[str, str]:
 
 
 def _wrong_nodes(exam: Examination) -> Iterable[Finding]:
-    for node, place in _named_values(exam, "node").items() if exam.nodes else ():
+    for node, place in _list_named_values(exam, "node").items() if exam.nodes else ():
         if node == AUTO:
             continue
         if node not in exam.nodes:
@@ -72,7 +72,7 @@ def _wrong_nodes(exam: Examination) -> Iterable[Finding]:
 
 
 def _wrong_pools(exam: Examination) -> Iterable[Finding]:
-    for pool, place in _named_values(exam, "pool").items():
+    for pool, place in _list_named_values(exam, "pool").items():
         exists = _pool_exists(exam, pool)
         if pool == exam.config.pool:
             exam.standing.pool = exists
@@ -140,7 +140,7 @@ def _load_profiles(exam: Examination) -> list[profiles.Profile]:
         return []
 
 
-def _refused_tags(exam: Examination) -> Iterable[Finding]:
+def _check_tags(exam: Examination) -> Iterable[Finding]:
     """Compare our tags with the cluster's policy: GET /cluster/options lists the tags allowed to who asks."""
     options = cluster_options(exam)
     if exam.config.proxmox.is_root or "allowed-tags" not in options:

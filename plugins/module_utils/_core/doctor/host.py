@@ -144,10 +144,10 @@ def _check_server(exam: Examination, path: str) -> Iterable[Finding]:
         yield Finding("database", PROBLEM if number < problems else WARNING, f"{path}: {why}", advice, facts)
     if not remarks:
         yield Finding("database", OK, f"{path}: PostgreSQL {facts['server']}, schema {schema.VERSION}", None, facts)
-    yield from _damaged_records(exam, f"psql '{path}' -c")
+    yield from _check_damage(exam, f"psql '{path}' -c")
 
 
-def _damaged_records(exam: Examination, client: str) -> Iterable[Finding]:
+def _check_damage(exam: Examination, client: str) -> Iterable[Finding]:
     """Yield each damaged value of the records. ``client`` is the command that takes a statement as its argument."""
     for error in (*exam.context.records.damage(), *workspaces.Workspaces(exam.context.records).damage()):
         yield Finding(
@@ -250,7 +250,7 @@ def check_database(exam: Examination) -> Iterable[Finding]:
             None,
             facts,
         )
-    yield from _damaged_records(exam, f"sqlite3 {path}")
+    yield from _check_damage(exam, f"sqlite3 {path}")
 
 
 def _lost_records(exam: Examination, in_use: bool) -> tuple[str, str] | None:
@@ -362,7 +362,7 @@ def _libraries() -> dict[str, str | None]:
 
 
 def _mend(client: str, detail: Mapping[str, Any]) -> str:
-    """Return how to mend one damaged value, as commands; ``client`` as for ``_damaged_records``."""
+    """Return how to mend one damaged value, as commands; ``client`` as for ``_check_damage``."""
     table, column, row = (str(detail.get(name)) for name in ("table", "column", "row"))
     keys = {"sandboxes": "uuid", "operations": "sandbox_uuid", "workspaces": "id", "meta": "key"}
     # The row is named with its key last, and in brackets for a sandbox.

@@ -150,7 +150,7 @@ def check_place(ctx: Context, node: str) -> None:
     folder = ctx.config.snippets_dir
     row = check_storage(ctx, node)
     own_node = _own_node()
-    if own_node != node and own_node in ctx.cluster.nodes() and not _shared(row):
+    if own_node != node and own_node in ctx.cluster.nodes() and not _is_shared(row):
         raise InvalidInput(
             f"cloud_init_user_data: {_elsewhere(ctx, node, own_node)}",
             option="cloud_init_user_data",
@@ -251,7 +251,9 @@ def _require_seen(ctx: Context, sandbox: Sandbox, path: str) -> None:
     ):
         return
     own_node = _own_node()
-    shared = any(_shared(row) for row in ctx.client.get_list(f"nodes/{node}/storage") if row.get("storage") == storage)
+    shared = any(
+        _is_shared(row) for row in ctx.client.get_list(f"nodes/{node}/storage") if row.get("storage") == storage
+    )
     if own_node == node or (shared and own_node in ctx.cluster.nodes()):
         # If the node does not see the snippet after all, the config write fails and the creation is cleaned up.
         return
@@ -262,7 +264,7 @@ def _require_seen(ctx: Context, sandbox: Sandbox, path: str) -> None:
     )
 
 
-def _shared(row: dict[str, Any]) -> bool:
+def _is_shared(row: dict[str, Any]) -> bool:
     return str(row.get("shared", 0)) == "1"
 
 

@@ -109,11 +109,11 @@ def _run(ctx: Context, policy: rules.Policy) -> CleanupResult:
     chosen = _choose(ctx, policy, live, pause_reason, report)
     doomed = [sandbox for rule, sandbox in chosen if rule.action == rules.DESTROY]
     report.candidates = len(doomed)
-    too_many = _exceeded_guard(policy, len(doomed), len(live))
+    too_many = _find_exceeded_guard(policy, len(doomed), len(live))
     if looking or too_many:
         planned = prune.PruneResult()
         prune.plan(ctx, doomed, planned)
-        too_many = _exceeded_guard(policy, planned.count, len(live))
+        too_many = _find_exceeded_guard(policy, planned.count, len(live))
         if looking:
             _add(report, planned)
             report.guard = too_many
@@ -176,7 +176,7 @@ def _choose(
     return chosen
 
 
-def _exceeded_guard(policy: rules.Policy, count: int, live: int) -> str | None:
+def _find_exceeded_guard(policy: rules.Policy, count: int, live: int) -> str | None:
     if count > policy.guard_count:
         return f"{count} sandboxes would be destroyed at once, more than guard count={policy.guard_count}"
     if count >= GUARD_FROM and count * 100 > policy.guard_percent * live:

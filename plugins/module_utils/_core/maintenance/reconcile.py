@@ -244,7 +244,7 @@ def _survey(
 
     compared = ctx.each(compare, records)
     drifts = {sandbox.uuid: drift for sandbox, drift in zip(records, compared, strict=True) if drift is not None}
-    return drifts, _unrecorded(ctx, rows, records) if unrecorded else []
+    return drifts, _find_unrecorded(ctx, rows, records) if unrecorded else []
 
 
 def _apply(drift: Drift) -> None:
@@ -280,7 +280,7 @@ def _leases(ctx: Context, apply: bool) -> list[Drift]:
         Drift(
             "lease_expired",
             "expired",
-            _with_note({"previous_state": outcome.previous_state}, outcome.message),
+            _add_note({"previous_state": outcome.previous_state}, outcome.message),
             outcome.sandbox,
             applied=True,
             error=_failure_of(outcome.message),
@@ -306,7 +306,7 @@ def _leases(ctx: Context, apply: bool) -> list[Drift]:
         Drift(
             "still_running",
             "stop",
-            _with_note({}, problem),
+            _add_note({}, problem),
             sandbox,
             applied=_failure_of(problem) is None and problem != lease.UNDER_WAY,
             error=_failure_of(problem),
@@ -321,7 +321,7 @@ def _failure_of(problem: str | None) -> str | None:
     return None if problem in (lease.NO_VM, lease.ANOTHER_VM, lease.UNDER_WAY) else problem
 
 
-def _with_note(evidence: dict[str, Any], problem: str | None) -> dict[str, Any]:
+def _add_note(evidence: dict[str, Any], problem: str | None) -> dict[str, Any]:
     return {**evidence, "note": problem} if problem is not None and _failure_of(problem) is None else evidence
 
 
@@ -468,7 +468,7 @@ def _compare(
         proof = proofs.get(sandbox.vmid)
         if proof is None or not proof.absent:
             return Drift("unknown", "none", {"why": proof.why if proof else "not in the list"}, sandbox)
-        return _absent(ctx, sandbox, "absent", proof.evidence)
+        return _absence_drift(ctx, sandbox, "absent", proof.evidence)
     node = str(row.get("node"))
     if not ctx.cluster.node_online(node):
         return Drift("node_offline", "none", {"node": node}, sandbox)
@@ -481,7 +481,7 @@ def _compare(
     if located.verdict is None:
         return Drift("unknown", "none", {"why": "it vanished from the list while it was looked at"}, sandbox)
     if located.verdict.identity == identity.FOREIGN:
-        return _absent(ctx, sandbox, "vmid_reused", located.verdict.evidence)
+        return _absence_drift(ctx, sandbox, "vmid_reused", located.verdict.evidence)
     if located.verdict.identity == identity.UNKNOWN:
         return Drift("locked", "none", located.verdict.evidence, sandbox)
     if not located.match:
@@ -517,7 +517,7 @@ def _address_drift(ctx: Context, sandbox: Sandbox, ip: str | None) -> Drift | No
     )
 
 
-def _absent(ctx: Context, sandbox: Sandbox, kind: str, evidence: dict[str, Any]) -> Drift:
+def _absence_drift(ctx: Context, sandbox: Sandbox, kind: str, evidence: dict[str, Any]) -> Drift:
     """Return the drift of an absent VM. The first pass notes the absence; the second in a row marks it DESTROYED."""
     if kind == "absent" and sandbox.absent_seen_at is None:
         return Drift(
@@ -683,7 +683,7 @@ def _stale_creation(ctx: Context, sandbox: Sandbox) -> Drift | None:
     return Drift("stale", states.FAILED, evidence, sandbox, repair=_moving(ctx, sandbox, states.FAILED, evidence))
 
 
-def _unrecorded(ctx: Context, rows: dict[int, dict[str, Any]], live: list[Sandbox]) -> list[Drift]:
+def _find_unrecorded(ctx: Context, rows: dict[int, dict[str, Any]], live: list[Sandbox]) -> list[Drift]:
     """Return the VMs with our marker that no live record has. They are never adopted.
 
     A VM of another database is left out, unless it is inside our own vmid_range.
@@ -695,7 +695,7 @@ def _unrecorded(ctx: Context, rows: dict[int, dict[str, Any]], live: list[Sandbo
         for vmid, row in sorted(rows.items())
         if vmid not in known
         and row.get("type") == "qemu"
-        and ("agentlab" in str(row.get("tags") or "").replace(",", ";").split(";") or _in_range(ctx, vmid))
+        and ("agentlab" in str(row.get("tags") or "").replace(",", ";").split(";") or _is_in_range(ctx, vmid))
     ]
 
     def look(suspect: tuple[int, dict[str, Any]]) -> Drift | None:
@@ -706,7 +706,7 @@ def _unrecorded(ctx: Context, rows: dict[int, dict[str, Any]], live: list[Sandbo
             return None
         marks = identity.markers(config)
         other_databases = identity.other_databases(config, database)
-        if other_databases and not _in_range(ctx, vmid):
+        if other_databases and not _is_in_range(ctx, vmid):
             # The other database has its record. Inside our range no other VM is expected, and our records may be lost.
             return None
         try:
@@ -735,6 +735,6 @@ def _unrecorded(ctx: Context, rows: dict[int, dict[str, Any]], live: list[Sandbo
     return [drift for drift in ctx.each(look, suspects) if drift is not None]
 
 
-def _in_range(ctx: Context, vmid: int) -> bool:
+def _is_in_range(ctx: Context, vmid: int) -> bool:
     first, last = ctx.config.vmid_range
     return first <= vmid <= last

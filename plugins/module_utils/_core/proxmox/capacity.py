@@ -34,7 +34,7 @@ class Capacity:
         return any(node.memory is not None for node in self.nodes.values() if node.online)
 
 
-def _number(row: dict[str, Any], key: str) -> int | None:
+def _read_number(row: dict[str, Any], key: str) -> int | None:
     """Return a whole number from a row; None if it is missing or of another type."""
     try:
         return int(row[key])
@@ -54,25 +54,27 @@ def parse(rows: Iterable[dict[str, Any]]) -> Capacity:
                 capacity.shared.add(str(row.get("storage")))
             if "images" not in str(row.get("content") or "images").split(","):
                 continue
-            total, used = _number(row, "maxdisk"), _number(row, "disk")
+            total, used = _read_number(row, "maxdisk"), _read_number(row, "disk")
             free = total - used if total is not None and used is not None else None
             active = row.get("status") == "available"
             shared = str(row.get("shared")) == "1"
             storages.setdefault(node, {})[str(row.get("storage"))] = Room(active, total, free, shared)
         elif kind == "qemu":
-            vmid = _number(row, "vmid")
+            vmid = _read_number(row, "vmid")
             if vmid is None:
                 continue
             if str(row.get("template")) == "1":
                 capacity.templates[vmid] = (
-                    _number(row, "maxmem") or 0,
-                    _number(row, "maxcpu") or 0,
-                    _number(row, "maxdisk") or 0,
+                    _read_number(row, "maxmem") or 0,
+                    _read_number(row, "maxcpu") or 0,
+                    _read_number(row, "maxdisk") or 0,
                 )
             elif row.get("status") == "running":
                 # memhost is the memory of the VM's process on the node. Proxmox VE 9 reports it.
-                used_memory = max(_number(row, "memhost") or 0, _number(row, "mem") or 0)
-                capacity.running[vmid] = Vm(node, used_memory, _number(row, "maxmem"), _number(row, "uptime") or 0)
+                used_memory = max(_read_number(row, "memhost") or 0, _read_number(row, "mem") or 0)
+                capacity.running[vmid] = Vm(
+                    node, used_memory, _read_number(row, "maxmem"), _read_number(row, "uptime") or 0
+                )
     for row in all_rows:
         if row.get("type") == "node":
             name = str(row.get("node"))
@@ -80,9 +82,9 @@ def parse(rows: Iterable[dict[str, Any]]) -> Capacity:
                 name,
                 online=row.get("status") == "online",
                 maintenance=row.get("hastate") == "maintenance",
-                memory=_number(row, "maxmem"),
-                used=_number(row, "mem"),
-                cpus=_number(row, "maxcpu"),
+                memory=_read_number(row, "maxmem"),
+                used=_read_number(row, "mem"),
+                cpus=_read_number(row, "maxcpu"),
                 # Without the right to see storages the list contains none at all, which proves nothing.
                 storages=storages.get(name, {}) if storages else None,
             )

@@ -104,10 +104,10 @@ def run(ctx: Context, spec: Spec) -> Outcome:
             vmid=sandbox.vmid,
             remedy="remove",
         )
-    return _renewed(ctx, sandbox, spec)
+    return _update_existing(ctx, sandbox, spec)
 
 
-def _renewed(ctx: Context, sandbox: Sandbox, spec: Spec) -> Outcome:
+def _update_existing(ctx: Context, sandbox: Sandbox, spec: Spec) -> Outcome:
     """Update an existing sandbox where the options allow, and warn of each given option that is not in force."""
     outcome = amend(ctx, sandbox, protected=spec.protected or None, keepalive=spec.keepalive or None)
     if spec.update:
@@ -155,7 +155,7 @@ def _create(ctx: Context, spec: Spec, failed: dict[str, str] | None = None) -> O
         except CreationFailed as error:
             node = error.detail.get("failed_node")
             if node is None or node in failed:
-                raise _with_history(error, failed) from None
+                raise _add_history(error, failed) from None
             failed[node] = error.message
             continue
         outcome.warnings[:0] = [
@@ -166,7 +166,7 @@ def _create(ctx: Context, spec: Spec, failed: dict[str, str] | None = None) -> O
         return outcome
 
 
-def _with_history(error: CreationFailed, failed: dict[str, str]) -> CreationFailed:
+def _add_history(error: CreationFailed, failed: dict[str, str]) -> CreationFailed:
     """Return the error, extended by the reasons why the nodes tried before failed."""
     if not failed or error.detail.get("placement") is not None:
         # The error of a placement decision already lists the failed nodes.

@@ -136,7 +136,7 @@ def explain(ctx: Context, spec: Spec, node: str | None, template: object, error:
         and not re.search(r"\b(VM|SDN|Sys|Datastore|Pool)\.\w+", text)
     ):
         # Proxmox VE gives the same bare 403 for a missing pool and for a missing right to create a VM.
-        return _unnamed(ctx, pool) + quote
+        return _explain_unnamed(ctx, pool) + quote
     if "Linked clone feature is not supported" in text:
         return (
             f"full_clone: a linked clone of template {template} is not possible on its storage; set "
@@ -175,7 +175,7 @@ def explain(ctx: Context, spec: Spec, node: str | None, template: object, error:
     return None
 
 
-def _unnamed(ctx: Context, pool: str | None) -> str:
+def _explain_unnamed(ctx: Context, pool: str | None) -> str:
     if pool is None:
         return (
             f"{ctx.config.proxmox.login} may not make that VM. Grant VM.Allocate on /vms (or give a pool on which it "

@@ -187,7 +187,7 @@ class Removal:
         self._journal(VERIFYING)
         if never_cloned(current, self._note.creation):
             _look_before_closing(ctx, current)
-            return self._gone("never_created", {"creation": "the clone was never asked for, or refused"})
+            return self._make_gone("never_created", {"creation": "the clone was never asked for, or refused"})
         if interrupted and pending:
             try:
                 self._warnings += _await_cut_off(ctx, current, interrupted)
@@ -207,7 +207,7 @@ class Removal:
         for step in (self._refuse_running, self._stop, self._detach, self._mark_and_delete):
             if step(self._vm) is Next.LOOK_AGAIN:
                 return Next.LOOK_AGAIN
-        return self._gone("destroyed", self._vm.verdict.evidence if self._vm.verdict else {})
+        return self._make_gone("destroyed", self._vm.verdict.evidence if self._vm.verdict else {})
 
     def _judge(self) -> Located | Gone | Next:
         """Return our VM if it may be deleted, or Gone if no VM of ours is there. Raises the reason for keeping it."""
@@ -223,7 +223,7 @@ class Removal:
         if self._sandbox.smbios_uuid is None:
             self._sandbox = ctx.records.get(self._sandbox.uuid)
         if located.node is None:
-            return self._gone(
+            return self._make_gone(
                 "vm_absent",
                 {},
                 untouched_since_list=not self._upids
@@ -237,7 +237,7 @@ class Removal:
                 raise no_quorum
             ctx.cluster.require_quorum()
             ctx.cluster.confirm()
-            return self._gone("vmid_reused", located.verdict.evidence)
+            return self._make_gone("vmid_reused", located.verdict.evidence)
         refuse_not_ours(self._sandbox, located)
         if self._pending and self._is_over(self._pending):
             # doubt_window is over: no delete of the killed run can still be running. This is a new attempt.
@@ -340,7 +340,7 @@ class Removal:
             try:
                 workspace_disk.detach_volume(ctx, self._claim, self._sandbox, located, own, sure=True)
             except ApiError as error:
-                if not self._vanished(error):
+                if not self._has_moved_on(error):
                     raise
             # The detach changed the configuration: judge it again before any other step.
             self._sandbox = ctx.records.get(self._sandbox.uuid)
@@ -364,7 +364,7 @@ class Removal:
             try:
                 _mark(ctx, self._request, located)
             except ApiError as error:
-                return self._not_marked(error)
+                return self._handle_refused_mark(error)
             if self._pending is None:
                 self._pending = PendingDelete(ctx.clock.now())
             else:
@@ -376,8 +376,8 @@ class Removal:
                 # name stay: ``destroy-unreferenced-disks`` is not sent.
                 upid = ctx.client.delete(located.path, purge=1)
             except ApiError as error:
-                self._not_deleted()
-                return self._refused(error)
+                self._note_failed_delete()
+                return self._handle_refused_delete(error)
         if not isinstance(upid, str):
             raise OutcomeUnknown(
                 f"delete VM {self._sandbox.vmid}: Proxmox answered without a task id; whether it was done is not "
@@ -397,7 +397,7 @@ class Removal:
             if "does not exist" not in error.exitstatus:
                 # The delete has failed for certain. The configuration still exists (the disks perhaps not), so the next
                 # run starts a new attempt.
-                self._not_deleted()
+                self._note_failed_delete()
                 raise
         else:
             # Mark and delete were written to the cluster file system, which accepts writes only with quorum. Over https
@@ -407,9 +407,9 @@ class Removal:
 
     # ---- answers to a step ----
 
-    def _not_marked(self, error: ApiError) -> Next:
+    def _handle_refused_mark(self, error: ApiError) -> Next:
         vmid = self._sandbox.vmid
-        if self._vanished(error):
+        if self._has_moved_on(error):
             return Next.LOOK_AGAIN
         if changed(error.text):
             raise Kept(
@@ -423,7 +423,7 @@ class Removal:
             f"sandbox {vmid}: the VM was not deleted, because it cannot be marked: {error.message}",
         ) from None
 
-    def _refused(self, error: ApiError) -> Next:
+    def _handle_refused_delete(self, error: ApiError) -> Next:
         ctx = self._ctx
         if "is running" in error.text and not self._last:
             # The list lags, or a person started the VM meanwhile: judge it again, then stop it.
@@ -438,7 +438,7 @@ class Removal:
             return Next.LOOK_AGAIN
         raise error
 
-    def _not_deleted(self) -> None:
+    def _note_failed_delete(self) -> None:
         """Record that this run's delete was not carried out. The delete of a killed run may still be."""
         if self._pending is not None and self._pending.entry is not None:
             self._ctx.records.journal(self._claim, "destroy", self._pending.entry.phase, self._note.detail())
@@ -449,7 +449,7 @@ class Removal:
     def _last(self) -> bool:
         return self._round + 1 >= _MARK_TRIES
 
-    def _vanished(self, error: ApiError | TaskFailed) -> bool:
+    def _has_moved_on(self, error: ApiError | TaskFailed) -> bool:
         """Return whether the VM moved, changed or was deleted since its verdict, and so has to be located and judged
         again.
 
@@ -464,7 +464,7 @@ class Removal:
 
     def _look_again_or_raise(self, error: ApiError | TaskFailed) -> Next:
         """Return LOOK_AGAIN for an error that says that the VM has vanished or changed. Raises every other error."""
-        if self._vanished(error):
+        if self._has_moved_on(error):
             return Next.LOOK_AGAIN
         raise error
 
@@ -487,7 +487,7 @@ class Removal:
             unprotected=unprotected and not self._request.clean_up,
         )
 
-    def _gone(
+    def _make_gone(
         self, reason: str, evidence: dict[str, Any], *, untouched_since_list: bool = False, doubtful: bool = False
     ) -> Gone:
         return Gone(

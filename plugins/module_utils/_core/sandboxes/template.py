@@ -70,9 +70,9 @@ def find(ctx: Context, identifier: str | None, node: str | None = None) -> Templ
             "template: missing; give the VMID or name of a template (or set it in the configuration)", option="template"
         )
     rows = ctx.cluster.vms()
-    number = _number(identifier)
+    number = _parse_vmid(identifier)
     if number is not None and number in rows:
-        return _of_number(ctx, number)
+        return _read_template(ctx, number)
     named = named_so(ctx, identifier)
     if len(named) > 1 and node is not None:
         named = {vmid: where for vmid, where in named.items() if where == node} or named
@@ -148,20 +148,20 @@ def _templates_seen(ctx: Context, offline: list[str]) -> str:
     return ", ".join(names) or "none that these credentials may see"
 
 
-def _number(identifier: str) -> int | None:
+def _parse_vmid(identifier: str) -> int | None:
     return int(identifier) if identifier.isascii() and identifier.isdecimal() else None
 
 
 def named_so(ctx: Context, identifier: str) -> dict[int, str]:
     """Return the templates of that name as {VMID: node}; empty when ``identifier`` is a VMID."""
     rows = ctx.cluster.vms()
-    number = _number(identifier)
+    number = _parse_vmid(identifier)
     if number is not None and number in rows:
         return {}
     named = {
         vmid: str(row.get("node")) for vmid, row in rows.items() if _is_template(row) and row.get("name") == identifier
     }
-    return named or _of_unclear_rows(ctx, identifier)
+    return named or _search_unclear_rows(ctx, identifier)
 
 
 def _is_template(row: dict[str, Any]) -> bool:
@@ -182,7 +182,7 @@ def _no_template(vmid: int, kind: str, identifier: str) -> InvalidInput:
     )
 
 
-def _of_number(ctx: Context, vmid: int) -> Template:
+def _read_template(ctx: Context, vmid: int) -> Template:
     row = ctx.cluster.vms()[vmid]
     if row.get("type") != "qemu":
         raise _no_template(vmid, str(row.get("type")), str(vmid))
@@ -192,7 +192,7 @@ def _of_number(ctx: Context, vmid: int) -> Template:
     return template
 
 
-def _of_unclear_rows(ctx: Context, identifier: str) -> dict[int, str]:
+def _search_unclear_rows(ctx: Context, identifier: str) -> dict[int, str]:
     """Return the templates of that name as {VMID: node}, among the VMs that the list describes incompletely."""
     unclear = [
         vmid

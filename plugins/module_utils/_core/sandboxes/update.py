@@ -111,8 +111,8 @@ def advise(sandbox: Sandbox, differences: dict[str, tuple[Any, Any]]) -> list[Ad
     warnings = []
     for name, (current, requested) in differences.items():
         text = (
-            f"{name}: {_shown(name, requested)} was not applied to sandbox {sandbox.vmid}, which has "
-            f"{_shown(name, current)}"
+            f"{name}: {_format_value(name, requested)} was not applied to sandbox {sandbox.vmid}, which has "
+            f"{_format_value(name, current)}"
         )
         remedy = "update" if name in APPLICABLE else _INSTEAD.get(name)
         if remedy is None:
@@ -123,7 +123,7 @@ def advise(sandbox: Sandbox, differences: dict[str, tuple[Any, Any]]) -> list[Ad
     return warnings
 
 
-def _shown(name: str, value: Any) -> str:
+def _format_value(name: str, value: Any) -> str:
     if value is None:
         return "what its template or the configuration said" if name != "profile" else "no profile"
     if name == "ssh_public_keys":
@@ -228,8 +228,8 @@ class _Plan:
         self.changes: dict[str, Any] = {}
         config = located.config
         makers: dict[str, Callable[[Any], tuple[Any, dict[str, Any]]]] = {
-            "cores": lambda value: (_number(config.get("cores"), 1), {"cores": value}),
-            "memory": lambda value: (_number(config.get("memory"), 512), vm_config.memory_values(value, config)),
+            "cores": lambda value: (_read_number(config.get("cores"), 1), {"cores": value}),
+            "memory": lambda value: (_read_number(config.get("memory"), 512), vm_config.memory_values(value, config)),
             "description": lambda value: (
                 identity.own_text(config),
                 {"description": identity.described(config, value)},
@@ -266,7 +266,7 @@ class _Plan:
         return Outcome.of(word, sandbox, changed=True, extra={"after": dict(self.new), "before": dict(self.before)})
 
 
-def _number(value: Any, default: int) -> int:
+def _read_number(value: Any, default: int) -> int:
     """Return a number of the configuration. Memory may be written ``current=2048``."""
     text = str(value if value is not None else default).partition(",")[0].removeprefix("current=")
     return int(text) if text.isascii() and text.isdecimal() else default

@@ -66,10 +66,10 @@ def verified(ctx: Context, sandboxes: list[Sandbox], identities: bool = True) ->
 
 def _status(row: dict[str, Any]) -> Any:
     """Return the VM's power state by its list row; ``hibernated`` for a stopped VM with its memory saved."""
-    return "hibernated" if _hibernated(row) else row.get("status")
+    return "hibernated" if _is_hibernated_row(row) else row.get("status")
 
 
-def _hibernated(row: dict[str, Any]) -> bool:
+def _is_hibernated_row(row: dict[str, Any]) -> bool:
     return is_hibernated(row) and row.get("status") == "stopped"
 
 
@@ -78,9 +78,9 @@ def _drift(sandbox: Sandbox, row: dict[str, Any], judged: str) -> str | None:
         return "the VMID belongs to another VM now; prune or reconcile closes the record and leaves that VM alone"
     if judged != identity.MATCH:
         return f"it is not certain that the VM is ours ({judged}); it is left alone"
-    if sandbox.state in (*states.POWERED, states.STOPPED) and _hibernated(row):
+    if sandbox.state in (*states.POWERED, states.STOPPED) and _is_hibernated_row(row):
         return f"the record says {sandbox.state}, the VM is hibernated; reconcile corrects the record"
-    if sandbox.state == states.SUSPENDED and row.get("status") == "stopped" and not _hibernated(row):
+    if sandbox.state == states.SUSPENDED and row.get("status") == "stopped" and not _is_hibernated_row(row):
         return "the record says SUSPENDED, the VM is stopped; reconcile corrects the record"
     if sandbox.state in states.POWERED and row.get("status") == "stopped":
         return f"the record says {sandbox.state}, the VM is stopped; reconcile corrects the record"

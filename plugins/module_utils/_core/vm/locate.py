@@ -106,11 +106,11 @@ def locate(ctx: Context, sandbox: Sandbox) -> Located:
                 row,
                 identity.Verdict(identity.FOREIGN, {"type": kind, "name": config.get("hostname") or row.get("name")}),
             )
-        return _judged(ctx, sandbox, node, row, config)
+        return _judge_config(ctx, sandbox, node, row, config)
     return Located(None, {}, None)
 
 
-def _judged(ctx: Context, sandbox: Sandbox, node: str, row: dict[str, Any], config: dict[str, Any]) -> Located:
+def _judge_config(ctx: Context, sandbox: Sandbox, node: str, row: dict[str, Any], config: dict[str, Any]) -> Located:
     verdict = identity.judge(sandbox.uuid, sandbox.smbios_uuid, config)
     if verdict.identity == identity.MATCH:
         ctx.cluster.seen_ours(sandbox.vmid)
@@ -174,7 +174,7 @@ def look(ctx: Context, sandbox: Sandbox) -> tuple[Located, str]:
         else:
             if not config.get("digest"):
                 raise _no_config(sandbox, node)
-            located = _judged(ctx, sandbox, node, _row_of(sandbox, node, now), config)
+            located = _judge_config(ctx, sandbox, node, _row_of(sandbox, node, now), config)
             refuse_not_ours(sandbox, located)
             return located, power_state(sandbox, now, config)
     located = require_match(ctx, sandbox)
@@ -186,7 +186,7 @@ def judged_config(ctx: Context, sandbox: Sandbox, node: str, config: dict[str, A
     """Return the VM of a configuration that was read just now, proven to be ours; Kept otherwise. No request."""
     if not config.get("digest"):
         raise _no_config(sandbox, node)
-    located = _judged(ctx, sandbox, node, {"vmid": sandbox.vmid, "node": node, "type": "qemu"}, config)
+    located = _judge_config(ctx, sandbox, node, {"vmid": sandbox.vmid, "node": node, "type": "qemu"}, config)
     refuse_not_ours(sandbox, located)
     return located
 

@@ -107,7 +107,7 @@ def naming(rows: dict[str, dict[str, Any]], volume: str) -> list[str]:
     ]
 
 
-def _in_use(rows: dict[str, dict[str, Any]], volume: str) -> str | None:
+def _find_slot_in_use(rows: dict[str, dict[str, Any]], volume: str) -> str | None:
     """Return the slot in which the VM uses the volume now, or None. Pending and unused entries do not count."""
     return next(
         (
@@ -247,7 +247,7 @@ def _snapshots(ctx: Context, located: Located) -> dict[str, dict[str, Any]]:
 
 def slot_of(ctx: Context, sandbox: Sandbox, located: Located, disk: Workspace) -> str:
     """Return the slot of an ATTACHED workspace. Raises WorkspaceRefused when the VM does not have it."""
-    slot = _in_use(rows_of(ctx, str(located.node), sandbox.vmid), disk.volume)
+    slot = _find_slot_in_use(rows_of(ctx, str(located.node), sandbox.vmid), disk.volume)
     if slot is None:
         raise WorkspaceRefused(
             f"{disk.title}: sandbox {sandbox.vmid} does not have it attached any more (was it taken off by hand?); "
@@ -377,7 +377,7 @@ def attach(ctx: Context, claim: Claim, sandbox: Sandbox, located: Located, disk:
         write_with_digest(ctx, sandbox, located, put_in)
         slot = free
         listed = rows_of(ctx, node, sandbox.vmid)
-    used = _in_use(listed, disk.volume)
+    used = _find_slot_in_use(listed, disk.volume)
     if used is None:
         if slot.startswith("unused"):
             raise WorkspaceRefused(
@@ -520,7 +520,7 @@ def _undo_unplug(ctx: Context, claim: Claim, sandbox: Sandbox, disk: Workspace, 
         lambda now: ctx.client.put(f"{now.path}/config", revert=",".join(slots), digest=now.digest),
     )
     rows = rows_of(ctx, str(located.node), sandbox.vmid)
-    slot = _in_use(rows, disk.volume)
+    slot = _find_slot_in_use(rows, disk.volume)
     if slot is not None and not rows[slot].get("delete"):
         records(ctx).change(
             disk,

@@ -54,7 +54,7 @@ class Daemon:
         reloads = asyncio.create_task(self._reload_when_asked())
         look = asyncio.create_task(self._look_after())
         for task in (*self.scheduler.tasks, watchdog, reloads, look):
-            task.add_done_callback(self._ended)
+            task.add_done_callback(self._end_with_loop)
         config = self.service.config
         log.info(
             "agentlabd %s serves %s; Proxmox: %s; records: %s; %s",
@@ -81,7 +81,7 @@ class Daemon:
         policy = self.service.policy
         return f"cleanup: {len(policy.rules)} rules, mode {policy.mode}" if policy.enabled else "cleanup: off"
 
-    def _ended(self, task: asyncio.Task[None]) -> None:
+    def _end_with_loop(self, task: asyncio.Task[None]) -> None:
         """End the daemon when one of its loops has ended: a restart is better than a daemon that only seems to work."""
         if not task.cancelled() and task.exception():
             log.critical("internal error: a loop of the daemon ended", exc_info=task.exception())

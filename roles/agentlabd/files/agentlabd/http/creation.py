@@ -25,7 +25,7 @@ def split_tags(_name: str, value: Any) -> list[str]:
     return patterns.split_tags(value)
 
 
-def _number(option: str, text: str) -> Field:
+def _number_field(option: str, text: str) -> Field:
     """Return the field of a whole-number option, with the bounds that all interfaces share."""
     low, high = patterns.RANGES[option]
     return Field("integer", text, low=low, high=high)
@@ -51,17 +51,17 @@ CREATION: dict[str, Field] = {
     "full_clone": Field("boolean", "full instead of linked clone"),
     "storage": Field("string", "storage of a full clone", longest=100),
     "pool": Field("string", "pool it belongs to", longest=100),
-    "cores": _number("cores", "CPU cores"),
+    "cores": _number_field("cores", "CPU cores"),
     "cpu_type": Field("string", "CPU type, such as host or x86-64-v2-AES", longest=200),
-    "memory": _number("memory", "memory in MiB"),
+    "memory": _number_field("memory", "memory in MiB"),
     "disk_size": Field("string", "size of the boot disk, 20G or +10G", longest=20),
     "bridge": Field("string", "bridge of the first network card", longest=100),
     "network_model": Field("string", "model of the first network card", valid=patterns.MODELS),
-    "vlan_tag": _number("vlan_tag", "VLAN of the first network card"),
+    "vlan_tag": _number_field("vlan_tag", "VLAN of the first network card"),
     "second_bridge": Field(
         "string", "bridge of the second network card, which is made where the template has none", longest=100
     ),
-    "second_vlan_tag": _number("second_vlan_tag", "VLAN of the second network card"),
+    "second_vlan_tag": _number_field("second_vlan_tag", "VLAN of the second network card"),
     "second_ip_config": Field("string", "address of the second network card, as ip_config", longest=200),
     "firewall": Field("boolean", "firewall of the first network card"),
     "firewall_group": Field("string", "security group of its firewall", longest=100),

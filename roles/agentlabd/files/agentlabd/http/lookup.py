@@ -47,10 +47,10 @@ def look_up_address(ctx: Context, sandbox: Sandbox, threads: Executor) -> None:
         threads.submit(_ask, ctx, sandbox.uuid)
     except RuntimeError:
         # The daemon has begun to stop meanwhile.
-        _ended()
+        _count_ended()
 
 
-def _ended() -> None:
+def _count_ended() -> None:
     global _under_way
     with _lock:
         _under_way -= 1
@@ -87,4 +87,4 @@ def _ask(ctx: Context, uuid: str) -> None:
             return
         log.exception("internal error while the address of sandbox %s was looked up", uuid)
     finally:
-        _ended()
+        _count_ended()

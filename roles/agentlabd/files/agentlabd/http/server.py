@@ -174,13 +174,15 @@ class Api:
                     answers.failed(500, "internal error; the daemon's log says more. Please report this", "internal")
                 )
 
-        app = web.Application(middlewares=[self._timed(option), check_access], client_max_size=BODY_BYTES)
+        app = web.Application(
+            middlewares=[self._make_progress_middleware(option), check_access], client_max_size=BODY_BYTES
+        )
         # Only digits are a VMID, so that GET /v1/sandboxes/prnue is 404 and not "prnue is not a VMID".
         for route in ROUTES:
             app.router.add_route(route.method, route.path.replace("{vmid}", "{vmid:[0-9]+}"), self._handler(route))
         return app
 
-    def _timed(self, option: str) -> Any:
+    def _make_progress_middleware(self, option: str) -> Any:
         """Return a middleware that reports the progress of each request to the gate of its connection."""
 
         @web.middleware
@@ -336,7 +338,7 @@ class Api:
             await self._serve("listen", self.application("listen"))
             await self._tcp("listen", config.listen)
         if config.metrics_listen:
-            app = web.Application(middlewares=[self._timed("metrics_listen")])
+            app = web.Application(middlewares=[self._make_progress_middleware("metrics_listen")])
             app.router.add_get("/metrics", self._metrics)
             await self._serve("metrics_listen", app)
             await self._tcp("metrics_listen", config.metrics_listen)
@@ -383,7 +385,7 @@ class Api:
 
     async def _metrics(self, request: web.Request) -> web.Response:
         where = self.service.config.metrics_listen
-        if where is not None and not _addressed(request.headers.get("Host"), where):
+        if where is not None and not _names_address(request.headers.get("Host"), where):
             # A web page whose name was made to resolve to loopback (DNS rebinding) must not read the metrics.
             return web.Response(
                 status=421,
@@ -481,7 +483,7 @@ def _file_at(path: str) -> tuple[int, int] | None:
     return status.st_dev, status.st_ino
 
 
-def _addressed(host: str | None, where: tuple[str, int]) -> bool:
+def _names_address(host: str | None, where: tuple[str, int]) -> bool:
     """Return whether a Host header names the listening address. HTTP/1.0 has no Host header."""
     if host is None:
         return True
