@@ -56,6 +56,10 @@ REMEDIES: dict[str, str] = {
     "renew_lease": "Renew its lease with agentlab_lease",
     "attach_workspace": "Attach it with agentlab_workspace",
 }
+# Characters. A shorter secret would be found in half of all words and numbers, and hide them.
+SHORTEST_SECRET = 4
+# What Ansible shows in the place of a secret option.
+HIDDEN = "VALUE_SPECIFIED_IN_NO_LOG_PARAMETER"
 
 
 def _context(module: AnsibleModule, config: core_config.Config) -> Context:
@@ -112,6 +116,7 @@ def run(
     finally:
         if context is not None:
             context.close()
+    _hide_short_secrets(module, {**COMMON_ARGS, **argument_spec})
     if failure:
         # Outside of the handlers: up to ansible-core 2.18 fail_json adds the trace of an exception that is being
         # handled.
@@ -121,6 +126,30 @@ def run(
     if result.get("failed"):
         module.fail_json(**result)
     module.exit_json(**result)
+
+
+def _hide_short_secrets(module: AnsibleModule, spec: Mapping[str, Any]) -> None:
+    """Hide short secrets in the options that the answer quotes, and nowhere else.
+
+    Ansible replaces a secret wherever it is part of a value. One of one or two characters would turn every answer into
+    asterisks, VMIDs and exit statuses included.
+    """
+    module.params = hide_options(module.params, spec)
+    if any(len(text) < SHORTEST_SECRET for text in database_address.find_passwords(str(module.params.get("database")))):
+        module.params["database"] = HIDDEN
+    module.no_log_values = {value for value in module.no_log_values if len(str(value)) >= SHORTEST_SECRET}
+
+
+def hide_options(options: Mapping[str, Any], spec: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a copy of the options without the values of those that the spec calls secret (``no_log``)."""
+    shown = dict(options)
+    for name, rule in spec.items():
+        value = shown.get(name)
+        if value is not None and rule.get("no_log"):
+            shown[name] = HIDDEN
+        elif isinstance(value, list) and "options" in rule:
+            shown[name] = [hide_options(item, rule["options"]) if isinstance(item, dict) else item for item in value]
+    return shown
 
 
 # Ansible's refusal of a value that it cannot convert; in older releases with the Python type of the value.

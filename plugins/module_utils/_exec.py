@@ -24,8 +24,28 @@ _SECRET_LINE = 8
 
 def run(module: AnsibleModule, context: Context) -> dict[str, Any]:
     """Run, begin, look at or end a command, as the options say."""
+    module.no_log_values.update(find_secrets(module.params))
+    try:
+        return _run(module, context)
+    finally:
+        # The answer quotes the options.
+        module.params = hide_options(module.params)
+
+
+def hide_options(params: dict[str, Any]) -> dict[str, Any]:
+    """Return a copy of the options without the values that are secret, however short they are."""
+    if not params["secret"]:
+        return params
+    hidden = dict(params)
+    if hidden["stdin"] is not None:
+        hidden["stdin"] = _adapter.HIDDEN
+    if isinstance(hidden["environment"], dict):
+        hidden["environment"] = dict.fromkeys(hidden["environment"], _adapter.HIDDEN)
+    return hidden
+
+
+def _run(module: AnsibleModule, context: Context) -> dict[str, Any]:
     params = module.params
-    module.no_log_values.update(find_secrets(params))
     timeout = _seconds(params["timeout"])
     if params["name"] is not None and not params["name"].strip():
         raise InvalidInput("name: is empty. Give the name of a sandbox, or vmid", option="name")
@@ -56,7 +76,7 @@ def find_secrets(params: dict[str, Any]) -> set[str]:
 
     A command often prints a secret without the line feed that ended it, or a line of it alone. So the value without
     blanks around it is secret, and so is each line of eight characters or more. ``stdin`` in base64 is secret in both
-    forms.
+    forms. A value of fewer than SHORTEST_SECRET characters is not looked for: it is part of ordinary output.
     """
     if not params["secret"]:
         return set()
@@ -72,7 +92,7 @@ def find_secrets(params: dict[str, Any]) -> set[str]:
     # The log shows environment as Python writes a dict.
     secrets = {form for text in texts for form in (text, text.strip(), repr(text)[1:-1])}
     secrets.update(line.strip() for text in texts for line in text.splitlines() if len(line.strip()) >= _SECRET_LINE)
-    return secrets - {""}
+    return {secret for secret in secrets if len(secret) >= _adapter.SHORTEST_SECRET}
 
 
 def _input(params: dict[str, Any]) -> bytes:

@@ -76,6 +76,8 @@ options:
     description:
       - Whether O(stdin) and the values of O(environment) are secret. They are kept out of what Ansible shows and logs
         then, also where the output holds them, or a line of them of eight characters or more.
+      - A value of fewer than four characters is hidden in the options alone. Half of all words and numbers contain
+        it, so that hiding it in the output would hide those.
       - Other output is returned and shown. C(no_log) of the task hides all of it.
       - Without O(api_host) such a command is refused where the VM is on another node, because C(pvesh) would show
         it in the process list.
@@ -211,8 +213,11 @@ class SecretModule(_adapter.AnsibleModule):
     def _log_invocation(self):
         from ansible_collections.agentlab.proxmox.plugins.module_utils import _exec
 
-        self.no_log_values.update(_exec.find_secrets(self.params))
+        params = self.params
+        self.no_log_values.update(_exec.find_secrets(params))
+        self.params = _exec.hide_options(params)
         super()._log_invocation()
+        self.params = params
 
 
 ARGUMENT_SPEC = {

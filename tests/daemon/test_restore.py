@@ -9,6 +9,7 @@ forgotten.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import sqlite3
@@ -147,6 +148,57 @@ def test_an_older_copy_holds_plays_without_a_daemon_too(lab: Lab, tmp_path: Path
     assert not lab.expire(dry_run=True).expired
     lab.timed_out("a2")
     assert [agentlabd.reason for agentlabd in lab.prune().kept] == ["restored"]
+
+
+def test_a_vmid_that_was_reused_since_the_copy_names_the_newer_vm_at_once(
+    daemon: Make, lab: Lab, tmp_path: Path
+) -> None:
+    older = lab.create("older")
+    lab.back_up(tmp_path / "copy.db")
+    lab.destroy(1000, force=True)
+    assert lab.create("newer", vmid=1000).uuid != older.uuid
+    lab.close_contexts()
+    for path in Path(lab.database).parent.glob("agentlab.db*"):
+        path.unlink()
+    os.rename(tmp_path / "copy.db", lab.database)
+    lab.pve.requests.clear()
+    agentlabd = daemon(metrics_listen=f"127.0.0.1:{free_port()}", reconcile_interval="1h")
+    agentlabd.wait_for(
+        lambda: agentlabd.get("/v1/status").body["reconcile"]["last_run"], "the first reconcile is over", 30
+    )
+    status = agentlabd.good("GET", "/v1/status")
+    assert [(row["vmid"], row["name"]) for row in status["unrecorded"]] == [(1000, "newer")]
+    assert agentlabd.metric("agentlab_unrecorded_vms") == 1
+    assert "1000 (newer on pve1)" in agentlab("status", socket=agentlabd.socket).stdout
+    assert lab.record(older).reason == "vmid_reused" and lab.pve.touched(1000) == []
+    assert lab.pve.vm(1000).status == "running"
+
+
+@pytest.mark.parametrize("first", ["create", "stop and start", "destroy"])
+def test_an_older_copy_is_noticed_before_the_first_run_adds_events(lab: Lab, tmp_path: Path, first: str) -> None:
+    """A play that only creates looks at no lease. Its events would make the copy look as new as what it replaced."""
+    lab.create("a1", ttl=2)
+    lab.create("b1")
+    lab.back_up(tmp_path / "copy.db")
+    lab.renew(1000, 7200)
+    lab.close_contexts()
+    for path in Path(lab.database).parent.glob("agentlab.db*"):
+        path.unlink()
+    os.rename(tmp_path / "copy.db", lab.database)
+    time.sleep(2.1)
+    if first == "create":
+        lab.create("c1")
+    elif first == "destroy":
+        lab.destroy(1001, force=True)
+    else:
+        lab.power("stop", 1001)
+        lab.power("start", 1001)
+    lab.close_contexts()
+    found = lab.expire()
+    assert found.suspended and "older copy" in found.suspended and not found.expired
+    assert lab.record(1000).state == "RUNNING" and lab.pve.vm(1000).status == "running"
+    note = json.loads(lab.context().records.meta("cleanup_frozen") or "{}")
+    assert note["leases"] and "older copy" in note["reason"]
 
 
 def test_records_that_only_went_on_are_no_older_copy(lab: Lab) -> None:

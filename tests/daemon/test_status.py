@@ -215,12 +215,42 @@ def test_a_job_that_fails(daemon: Make, lab: Lab) -> None:
     assert told["condition"] == "fails" and condition(one, "proxmox")["condition"] == "fails"
 
 
+def test_a_failure_of_expiry_that_another_daemon_settled_is_told_no_more(daemon: Make, lab: Lab) -> None:
+    made = lab.create("a1")
+    lab.pve.vm(made.vmid).config["lock"] = "backup"
+    first = daemon(reconcile_interval="1h", expire_interval="1s")
+    first.wait_for(lambda: first.get("/v1/status").body["reconcile"]["last_run"], "the first reconcile is over", 30)
+    lab.force_state(made.vmid, "RUNNING", lease_expires_at=int(time.time()) - 1)
+    assert "(expiry): its lease is over, but its VM was not stopped" in condition(first, "sandboxes")["why"]
+    second = daemon(reconcile_interval="1h")
+    second.wait_for(lambda: second.get("/v1/status").body["reconcile"]["last_run"], "it has looked", 30)
+    # Also where the second one failed: it tells that by itself, now and later.
+    assert f"sandbox {made.vmid} (reconcile): " in condition(second, "sandboxes")["why"]
+    del lab.pve.vm(made.vmid).config["lock"]
+    assert second.post("/v1/sandboxes/reconcile", {"apply": True}).status == 200
+    second.wait_for(lambda: lab.pve.vm(made.vmid).status == "stopped", "the VM is stopped", 30)
+    for one in (first, second):
+        one.wait_for(lambda one=one: gone(one, "sandboxes"), "nothing is left", 30)
+
+
+def test_a_vm_without_a_record_is_told_until_somebody_removes_it(daemon: Make, lab: Lab) -> None:
+    made = lab.create("a1")
+    context = lab.context()
+    context.database.write(lambda conn: conn.execute("DELETE FROM operations") and None)
+    lab.force_state(made.vmid, "DESTROYED")
+    agentlabd = daemon(reconcile_interval="1h")
+    assert f"{made.vmid} (a1 on pve1)" in condition(agentlabd, "unrecorded")["why"]
+    lab.pve.remove_vm(made.vmid)
+    assert agentlabd.post("/v1/sandboxes/reconcile", {"apply": True}).status == 200
+    assert gone(agentlabd, "unrecorded"), "the pass of a person counts like the daemon's own"
+
+
 def test_a_daemon_that_lost_its_turn_tells_no_problem_of_that_job() -> None:
     code = """
 import json
 from types import SimpleNamespace
 from agentlabd.problems import Problem, Problems
-from agentlabd.scheduler import Scheduler
+from agentlabd.scheduler import Job, Scheduler
 seconds = iter(range(100, 200))
 problems = Problems(lambda: next(seconds))
 problems.replace("reconcile", [Problem("sandbox 1000", "why", "a")])
@@ -230,9 +260,16 @@ before = [(job, one.since) for job, one in problems.list_lasting(lambda: ["b"])]
 scheduler = Scheduler.__new__(Scheduler)
 scheduler._done_elsewhere = set()
 database = SimpleNamespace(lead=lambda job: False)
-scheduler.service = SimpleNamespace(base=SimpleNamespace(database=database), leads={}, problems=problems)
+failing = Job(last_run=5, next_run=9, last_error="no answer", failing_since=7)
+scheduler.service = SimpleNamespace(
+    base=SimpleNamespace(database=database), leads={}, problems=problems, jobs={"reconcile": failing},
+    unrecorded=[{"vmid": 1005}],
+)
 scheduler._try_to_lead("reconcile")
-print(json.dumps([before, [job for job, _one in problems.list_lasting(lambda: ["b"])]]))
+after = [failing.public(), failing.failing_since, scheduler.service.unrecorded]
+print(json.dumps([before, [job for job, _one in problems.list_lasting(lambda: ["b"])], after]))
 """
+    before, told, after = in_daemon(code)
     # The sandbox that has the VMID now has its own beginning: the second reading of the clock, not the first.
-    assert in_daemon(code) == [[["reconcile", 101], ["expiry", 102]], ["expiry"]]
+    assert before == [["reconcile", 101], ["expiry", 102]] and told == ["expiry"]
+    assert after == [{"last_run": "1970-01-01T00:00:05Z", "next_run": None, "last_error": None}, None, []]

@@ -186,6 +186,21 @@ def test_what_waits_for_a_person_adds_no_event_with_each_pass(lab: Lab, what: st
         assert lab.records()[0].state == "DESTROYED"
 
 
+def test_each_attempt_of_a_person_is_an_event_of_its_own(lab: Lab) -> None:
+    """Who tried what, and when, is what the events are for; also when nothing came of it, and between two passes."""
+    made = lab.timed_out("a1")
+    lab.pve.vm(made.vmid).config["lock"] = "backup"
+
+    def attempts() -> list[tuple[str, str]]:
+        return [(one["operation"], one["outcome"]) for one in lab.events(made) if one["outcome"] in ("kept", "failed")]
+
+    for number in range(1, 4):
+        assert lab.destroy(made.vmid, force=True)[0].reason == "locked"
+        assert attempts().count(("destroy", "kept")) == number
+        lab.prune()
+        assert attempts().count(("prune", "kept")) == 1
+
+
 def test_an_event_is_written_again_after_something_happened(lab: Lab) -> None:
     made = lab.timed_out("a1")
     lab.pve.vm(made.vmid).config["lock"] = "backup"

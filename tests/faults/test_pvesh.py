@@ -225,6 +225,56 @@ def test_a_write_that_takes_too_long_is_unknown_and_goes_on(lab: Lab, tmp_path: 
     assert (tmp_path / "ended").exists()
 
 
+def test_a_clone_that_outlasts_the_wait_is_taken_up_by_the_next_run(lab: Lab) -> None:
+    """pvesh names the task only when it has ended. A reconcile meanwhile gives nothing up."""
+    lab.pve.next_task("qmclone", "slow", seconds=5.0)
+    with pytest.raises(OutcomeUnknown) as refused:
+        lab.create("a1", options={"api_timeout": 2, "wait_timeout": "2s"})
+    assert re.search(r"did not end within 2 s \(wait_timeout\); it goes on, run again", refused.value.message)
+    time.sleep(1.1)
+    assert lab.reconcile() == [] and lab.records()[0].state == "PROVISIONING"
+    for task in lab.pve.tasklog:
+        # On a node pvesh works as root; here the program in its place has a token.
+        task.update(user="root@pam", tokenid=None)
+    made = lab.create("a1", options={"wait_timeout": "60s"})
+    assert (made.vmid, made.state) == (1000, "RUNNING") and lab.leftovers() == {"claims": [], "operations": []}
+
+
+def odd_program(lab: Lab, path: str, command: str) -> None:
+    """Have pvesh print what this command prints instead of the answers to requests for that path."""
+    program = Path(lab.folder) / "bin" / "pvesh"
+    program.rename(program.with_name(real := f"real-{time.monotonic_ns()}"))
+    program.write_text(
+        f'#!/bin/sh\ncase "$2" in *{path}) {command}; exit 0;; esac\nexec {program.parent}/{real} "$@"\n'
+    )
+    program.chmod(0o755)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        """python3 -c 'print("{\\"result\\": " + "[" * 5000 + "]" * 5000 + "}")'""",
+        """python3 -c 'print("{\\"result\\": " + "[" * 60 + "]" * 60 + "}")'""",
+        """head -c 34000000 /dev/zero | tr "\\0" "1" """,
+    ],
+    ids=["deeper than the parser goes", "deep", "large"],
+)
+def test_an_answer_of_a_guest_that_makes_no_sense_is_not_blamed_on_proxmox(lab: Lab, command: str) -> None:
+    made = lab.create()
+    odd_program(lab, "/agent/network-get-interfaces", command)
+    ctx = lab.context()
+    with pytest.raises(OutcomeUnknown, match="the answer of the guest is larger or nested deeper") as refused:
+        ctx.client.get(f"nodes/pve1/qemu/{made.vmid}/agent/network-get-interfaces")
+    assert refused.value.detail["guest"] and "api_host" not in refused.value.message
+    statistics = ctx.client.statistics
+    assert statistics.reachable is True and statistics.last_error is None and not statistics.errors
+    # The same nonsense in an answer of Proxmox VE itself is told as such.
+    odd_program(lab, "/version", command)
+    with pytest.raises(OutcomeUnknown) as refused:
+        ctx.client.get("version")
+    assert "guest" not in refused.value.detail and statistics.reachable is False
+
+
 @pytest.mark.parametrize("value", [f"{TOKEN_SECRET}", "a secret of the guest"])
 def test_no_secret_reaches_pvesh(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     """Neither in its environment nor among its arguments, which every user of the host may read."""

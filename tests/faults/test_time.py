@@ -236,6 +236,27 @@ def test_rebooted_host_whose_clock_is_behind_rests_for_a_while(lab: Lab, monkeyp
     assert lab.record(made).state == "RUNNING"
 
 
+def test_a_reboot_does_not_end_the_pause_after_a_jump(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clock is as wrong as before, so every lease would seem to be over."""
+    made = lab.create(ttl=3600)
+    lab.expire()
+    lab.clock.jump(86400)
+    assert lab.expire().suspended
+    from ansible_collections.agentlab.proxmox.plugins.module_utils._core import timeguard
+
+    monkeypatch.setattr(timeguard, "process_identity", lambda: '{"boot": "another"}')
+    lab.clock.pass_time(30)
+    lab.clock.boot = 10.0
+    for _look in range(2):
+        assert "the wall clock jumped" in (lab.expire().suspended or "")
+        assert lab.record(made).state == "RUNNING"
+    # It ends when it would have ended without the reboot.
+    lab.clock.pass_time(PAUSE - 35)
+    assert lab.expire().suspended
+    lab.clock.pass_time(10)
+    assert [one.vmid for one in lab.expire().expired] == [made.vmid]
+
+
 def test_check_mode_after_a_jump_says_so_and_notes_nothing(lab: Lab) -> None:
     lab.timed_out("old")
     lab.expire()

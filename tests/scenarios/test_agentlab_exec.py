@@ -115,6 +115,36 @@ def test_a_run_that_goes_on_by_itself(story: Any, given: Any, env: Any, server: 
     assert len(begun) == 3, "the repeated start is sent, and begins nothing"
 
 
+def test_a_secret_of_one_letter_hides_itself_and_nothing_else(story: Any, given: Any) -> None:
+    """Ansible would replace it in every word and number, VMIDs and exit statuses included."""
+    given(1)
+    values = {"stdin": "a", "environment": {"DEBUG": "1", "ZERO": "0"}, "secret": True}
+    run = story(
+        [
+            task("short", EXEC, vmid=1000, cmd="echo banana 10; exit 10", log_command=True, fails=True, **values),
+            task("short and bad", EXEC, vmid=1001, cmd="true", fails=True, **values),
+            task("password", "agentlab_sandbox_info", api_token_secret="1"),
+        ],
+        args=["-vvv"],
+    )
+    answer = run["short"]
+    assert (answer["vmid"], answer["rc"], answer["stdout"]) == (1000, 10, "banana 10\n")
+    assert "1001" in run["short and bad"]["msg"]
+    assert run["password"]["count"] == 1 and run["password"]["sandboxes"][0]["vmid"] == 1000
+    for name, secrets in (
+        ("short", ("stdin", "environment")),
+        ("short and bad", ("stdin", "environment")),
+        ("password", ("api_token_secret",)),
+    ):
+        # From ansible-core 2.21 on a result has them only on request.
+        options = run[name].get("invocation", {}).get("module_args", {})
+        for option in secrets if options else ():
+            told = options[option]
+            assert set(told.values() if isinstance(told, dict) else [told]) == {
+                "VALUE_SPECIFIED_IN_NO_LOG_PARAMETER"
+            }, (name, option)
+
+
 def test_secrets_are_nowhere(story: Any, given: Any, env: Any, server: Any) -> None:
     given(1)
     secret, other = "geheim-4711-stdin", "geheim-4712-umgebung"

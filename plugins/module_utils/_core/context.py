@@ -18,6 +18,7 @@ from .clock import Clock, SystemClock
 from .config import Config
 from .errors import AgentlabError, InvalidInput, Kept, NotFound
 from .model import Outcome, Sandbox
+from .store import freeze
 from .store.open import open_database
 from .store.port import Engine
 from .store.records import Claim, Records
@@ -75,6 +76,8 @@ class Context:
         self._cluster: Cluster | None = None
         self._read_once: dict[Any, Any] = {}
         self._once_lock = threading.RLock()
+        if parent is None and not dry_run:
+            freeze.notice_older_copy(self.records)
 
     # ---- Proxmox, from the first use on ----
 

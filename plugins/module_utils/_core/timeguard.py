@@ -16,12 +16,11 @@ from typing import Any
 from . import clock as clock_module
 from .context import Context
 from .durations import show
+from .store import freeze
 from .store.holders import host
 from .store.holders import identity as process_identity
 
 JUMP_SECONDS = 60
-# The note of a freeze, in the table meta.
-FROZEN = "cleanup_frozen"
 _HELD = (
     "the records are an older copy than those in use before, as after a restore (noticed {at}); no lease ends and "
     "nothing is pruned until somebody has looked. Renew the leases of sandboxes that are still needed, then run "
@@ -64,14 +63,7 @@ def hold_leases(ctx: Context) -> str | None:
     at = clock_module.iso(ctx.clock.now())
     if event < noted_event:
         if not ctx.dry_run:
-            reason = (
-                f"the records were replaced by an older copy (its last event is {event}, {noted_event} was the last "
-                "one before)"
-            )
-            if note:
-                reason = f"{note['reason']}; and {reason}"
-            ctx.records.set_meta(FROZEN, json.dumps({"reason": reason, "at": at, "actor": ctx.actor, "leases": True}))
-            ctx.database.note_event(event)
+            freeze.hold_older_copy(ctx.records, event, noted_event)
         return _HELD.format(at=at)
     if event > noted_event and not ctx.dry_run:
         ctx.database.note_event(event)
@@ -80,20 +72,7 @@ def hold_leases(ctx: Context) -> str | None:
 
 def frozen(ctx: Context) -> dict[str, Any] | None:
     """Return why, since when and by whom cleanup is frozen, and whether leases rest too; None while it is not."""
-    text = ctx.records.meta(FROZEN)
-    if not text:
-        return None
-    try:
-        note = json.loads(text)
-        return {**{name: str(note[name]) for name in ("reason", "at", "actor")}, "leases": bool(note.get("leases"))}
-    except (ValueError, TypeError, KeyError, AttributeError):
-        # Somebody froze it: it stays so, whatever became of the reason.
-        return {
-            "reason": f"its reason cannot be read (meta.value of key {FROZEN} is damaged)",
-            "at": None,
-            "actor": None,
-            "leases": False,
-        }
+    return freeze.read_freeze(ctx.records)
 
 
 def _clock_jumped(ctx: Context) -> str | None:
@@ -131,7 +110,15 @@ def _clock_jumped(ctx: Context) -> str | None:
             "the wall clock is behind the time of the last run, before this host was started; expiry and prune rest "
             f"for {show(ctx.config.clock_jump_pause)} (clock_jump_pause)"
         )
-    _note(ctx, boot, now - since_boot, 0.0, now)
+    # A pause of the last boot goes on: its clock jumped, and starting the host again did not set it right.
+    left = float(note["until"]) - float(note["seen"]) - (now - float(note["wall"])) if note else 0.0
+    left = min(left, ctx.config.clock_jump_pause)
+    _note(ctx, boot, now - since_boot, since_boot + left if left > 0 else 0.0, now)
+    if left > 0:
+        return (
+            "the wall clock jumped by more than a minute before this host was started; expiry and prune rest for "
+            f"another {show(int(left) + 1)} (clock_jump_pause)"
+        )
     return None
 
 

@@ -159,28 +159,39 @@ def test_waiting_for_a_claim_is_bounded_and_succeeds_when_it_is_given_back(store
         ({"boot": ""}, False),
     ],
 )
-def test_only_certain_death_counts(change: dict[str, object], dead: bool) -> None:
+def test_only_certain_death_counts(change: dict[str, object], dead: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(holders, "machine", lambda: "one")
     found = {**json.loads(holders.identity()), **change}
     assert holders.is_dead(json.dumps(found)) is dead
 
 
 @pytest.mark.parametrize(
     "written, machine, dead",
-    [("before this boot", None, True), ("after this boot", None, False), ("before this boot", "other", False)],
+    [("before this boot", "one", True), ("after this boot", "one", False), ("before this boot", "other", False)],
 )
 def test_another_boot_of_this_name_is_dead_only_if_it_was_this_machine(
-    written: str, machine: str | None, dead: bool
+    written: str, machine: str, dead: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A second host with the same name, also one made from the same image, keeps its claims while it works."""
+    monkeypatch.setattr(holders, "machine", lambda: "one")
     booted = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
     holder = {
         **json.loads(holders.identity()),
         "boot": "another",
+        "machine": machine,
         "at": booted + (-5 if written == "before this boot" else 5),
     }
-    if machine:
-        holder["machine"] = machine
     assert holders.is_dead(json.dumps(holder)) is dead
+
+
+@pytest.mark.parametrize("number", ["", "uninitialized\n", "0" * 32, "not an id"])
+def test_machines_without_an_id_are_not_one_machine(number: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two containers of one image on two hosts have the same name and no id. The second started after the claim."""
+    read = holders._read
+    monkeypatch.setattr(holders, "_read", lambda path: number if path == "/etc/machine-id" else read(path))
+    monkeypatch.setattr(holders, "machine", holders.machine.__wrapped__)
+    holder = {**json.loads(holders.identity()), "boot": "that of the first one", "at": 5.0}
+    assert holder["machine"] == "" and holders.is_dead(json.dumps(holder)) is False
 
 
 @pytest.mark.parametrize("text", ["", "x", "{}", "[]", "null", '{"host": 1}'])

@@ -19,6 +19,7 @@ from ..durations import show
 from ..errors import AgentlabError, Busy, Frozen, GuardTripped, Kept
 from ..model import Outcome, Sandbox
 from ..store import history
+from ..store.freeze import FROZEN
 from . import prune, reconcile
 
 # Below this number of sandboxes the percentage of the guard is not applied.
@@ -69,7 +70,7 @@ def freeze(ctx: Context, reason: str) -> dict[str, Any]:
     if known:
         return known
     freeze_note = {"reason": reason, "at": clock_module.iso(ctx.clock.now()), "actor": ctx.actor, "leases": False}
-    ctx.records.set_meta(timeguard.FROZEN, json.dumps(freeze_note))
+    ctx.records.set_meta(FROZEN, json.dumps(freeze_note))
     return freeze_note
 
 
@@ -77,7 +78,7 @@ def release(ctx: Context) -> dict[str, Any] | None:
     """Release the rules; return the freeze that was in force, or None."""
     known = timeguard.frozen(ctx)
     if known:
-        ctx.records.set_meta(timeguard.FROZEN, None)
+        ctx.records.set_meta(FROZEN, None)
     return known
 
 
@@ -99,8 +100,8 @@ def _run(ctx: Context, policy: rules.Policy) -> CleanupResult:
     stopped = timeguard.frozen(ctx)
     if stopped and not looking:
         raise Frozen(
-            f"cleanup is frozen since {stopped['at']} ({stopped['reason']}); look at what it would do (dry run), then "
-            "release it",
+            f"cleanup is frozen since {stopped['at'] or 'an unknown time'} ({stopped['reason']}); look at what it "
+            "would do (dry run), then release it",
             **stopped,
         )
     report = CleanupResult(dry_run=looking)
@@ -187,6 +188,7 @@ def _find_exceeded_guard(policy: rules.Policy, count: int, live: int) -> str | N
 def _apply(ctx: Context, rule: rules.CleanupRule, chosen: list[Sandbox], report: CleanupResult) -> None:
     # Events name the rule as part of the actor.
     acting = ctx.derive(actor=f"{ctx.actor} (cleanup rule {rule.name})")
+    acting.records.in_pass = True
     if rule.action == rules.DESTROY:
         pruned = prune.PruneResult()
         prune.execute(

@@ -102,6 +102,7 @@ def run(ctx: Context, selection: Selection) -> PruneResult:
 
     Raises GuardTripped, and prunes nothing, with more than ``max_count`` candidates.
     """
+    ctx.records.in_pass = True
     candidates, kept = select(ctx, selection)
     report = PruneResult(kept=kept)
     if not candidates:

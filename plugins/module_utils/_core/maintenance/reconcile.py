@@ -122,6 +122,7 @@ def run(ctx: Context, *, apply: bool, adopt_cluster: bool = False, known_vms: Kn
 
 def _run(ctx: Context, apply: bool, adopt_cluster: bool, known_vms: KnownVms | None) -> list[Drift]:
     writing = apply and not ctx.dry_run
+    ctx.records.in_pass = True
     if adopt_cluster:
         ctx.cluster.adopt()
     live = ctx.records.find_all()
@@ -244,7 +245,15 @@ def _survey(
 
     compared = ctx.each(compare, records)
     drifts = {sandbox.uuid: drift for sandbox, drift in zip(records, compared, strict=True) if drift is not None}
-    return drifts, _find_unrecorded(ctx, rows, records) if unrecorded else []
+    if not unrecorded:
+        return drifts, []
+    # The VM at a reused VMID may be of ours, too: after a restore it is newer than the records.
+    reused = {
+        uuid
+        for uuid, drift in drifts.items()
+        if drift.kind == "vmid_reused" and drift.evidence.get("marker") == "other"
+    }
+    return drifts, _find_unrecorded(ctx, rows, [sandbox for sandbox in records if sandbox.uuid not in reused])
 
 
 def _apply(drift: Drift) -> None:

@@ -34,7 +34,7 @@ from ..errors import (
 )
 from ..guest import cloud_init, snippets
 from ..model import Outcome, Sandbox
-from ..store.journal import AWAITED, CONFIGURING, STARTED, WAITING, CreationNote
+from ..store.journal import AWAITED, CLONING, CONFIGURING, STARTED, WAITING, CreationNote
 from ..store.records import Claim
 from ..vm import address, power
 from ..vm.locate import Located, match_if_readable, require_match, write_with_digest
@@ -43,6 +43,9 @@ from . import clone, destroy, place, refusals, update, vm_config
 from . import template as templates
 from .clone import Creation
 from .spec import Spec
+
+# Reasons for leaving a VM alone that pass by themselves, so that the creation can go on.
+_PASSING = ("changed", "unknown", "locked", "node_offline")
 
 
 def existing(ctx: Context, spec: Spec) -> Sandbox | None:
@@ -308,18 +311,13 @@ def _carry_on(ctx: Context, claim: Claim, spec: Spec, sandbox: Sandbox, note: Cr
         if isinstance(error, OutcomeUnknown) and str(error.detail.get("path") or "").endswith("/clone"):
             now = ctx.records.get(sandbox.uuid)
             error.message = (
-                f"sandbox {now.vmid} ({now.state}): whether its clone was begun is not known; run again in "
+                f"sandbox {now.vmid} ({now.state}): its clone did not end within {ctx.wait_timeout} s (wait_timeout); "
+                "it goes on, run again to take it up"
+                if _outlasts_pvesh(creation, error)
+                else f"sandbox {now.vmid} ({now.state}): whether its clone was begun is not known; run again in "
                 f"{ctx.config.doubt_window} s, or reconcile settles it ({error.message})"
             )
-        if (
-            isinstance(error, TaskTimeout) or (isinstance(error, Kept) and error.reason == "changed")
-        ) and sandbox.smbios_uuid is not None:
-            # The error tells the caller to run again. AWAITED keeps reconcile from failing the sandbox before that.
-            creation.journal(AWAITED)
-        elif isinstance(error, TaskTimeout) and creation.note.upid:
-            # The clone task still runs, and the next run resumes it. ``awaited`` keeps reconcile from touching it.
-            creation.note.awaited = True
-            creation.journal(WAITING)
+        _leave_to_next_run(creation, error)
         raise
     except cloud_init.CloudInitFailed as error:
         # Keep the VM so that the cause can be examined. Remove the snippet, because user data may hold secrets.
@@ -344,6 +342,44 @@ def _carry_on(ctx: Context, claim: Claim, spec: Spec, sandbox: Sandbox, note: Cr
         raise failure from None
     finally:
         ctx.records.release(claim)
+
+
+def _leave_to_next_run(creation: Creation, error: AgentlabError) -> None:
+    """Keep a creation for the caller's next run where that run can finish it, and have the error say so.
+
+    Reconcile leaves such a creation alone. Otherwise it would be FAILED before the caller has run again.
+    """
+    sandbox, note, spec = creation.sandbox, creation.note, creation.spec
+    lost = isinstance(error, (OutcomeUnknown, TaskTimeout, TaskUnknown))
+    passing = isinstance(error, Kept) and error.reason in _PASSING and error.remedy is None
+    if not (lost or passing):
+        return
+    if sandbox.smbios_uuid is not None:
+        creation.journal(AWAITED)
+    elif note.upid and (
+        isinstance(error, TaskTimeout)
+        # A later run in doubt keeps the time of its entry, by which the doubt ends.
+        or (creation.claim.interrupted is None and not isinstance(error, TaskUnknown))
+    ):
+        # The id of the clone task is known. ``awaited`` keeps reconcile from touching what the task makes.
+        note.awaited = True
+        creation.journal(WAITING)
+    elif _outlasts_pvesh(creation, error):
+        note.awaited = True
+        creation.journal(CLONING)
+    else:
+        # The error of a lost clone request says what to do. A clone that died is settled by reconcile.
+        return
+    if "run again" not in error.message.lower():
+        error.message += f"; run again to go on with sandbox {sandbox.vmid}"
+    if spec.name is None and spec.vmid is None:
+        error.message += f". Give its name then ({sandbox.name}): a run without a name makes another sandbox"
+
+
+def _outlasts_pvesh(creation: Creation, error: AgentlabError) -> bool:
+    """Return whether pvesh still waits for the clone task, whose id it prints only at the end."""
+    path = str(error.detail.get("path") or "")
+    return path.endswith("/clone") and bool(error.detail.get("timed_out")) and creation.ctx.client.awaits_tasks
 
 
 def _bring_up(creation: Creation) -> Outcome:

@@ -128,6 +128,7 @@ def expire(ctx: Context, *, stop_vms: bool = True) -> Expiry:
 
     All records are moved before the first VM is stopped, so that a slow stop delays no other expiry.
     """
+    ctx.records.in_pass = True
     result = Expiry(suspended=timeguard.suspended(ctx))
     if result.suspended:
         return result

@@ -12,6 +12,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import socket
 import time
 
@@ -33,10 +34,12 @@ def _started(pid: int) -> str:
 def machine() -> str:
     """Return an id of this machine that survives reboots, or "" without one.
 
-    systemd advises to keep /etc/machine-id secret, so the id is derived from it.
+    systemd advises to keep /etc/machine-id secret, so the id is derived from it. In an image that was not booted yet
+    the file is empty or says "uninitialized", as in every other container of that image.
     """
     number = _read("/etc/machine-id").strip()
-    return hashlib.sha256(f"agentlab {number}".encode()).hexdigest()[:16] if number else ""
+    known = re.fullmatch("[0-9a-f]{32}", number) and number.strip("0")
+    return hashlib.sha256(f"agentlab {number}".encode()).hexdigest()[:16] if known else ""
 
 
 def host() -> str:
@@ -91,13 +94,15 @@ def _of_an_earlier_boot(holder: dict[str, object], own_process: dict[str, object
     """Return whether a holder is from an earlier boot of this machine, and not from another machine of the same name.
 
     The machine id must be the same, and the claim must have been written before this boot. Both are needed, because
-    machines made from one image may share name and id.
+    machines made from one image may share name and id. Without an id nothing tells them apart.
     """
     if "machine" not in holder:
         # Release 1.0.0 stored no machine id and compared the name alone.
         return True
     booted = time.time() - time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
-    return holder["machine"] == own_process["machine"] and float(str(holder.get("at", 0))) < booted
+    if not holder["machine"] or holder["machine"] != own_process["machine"]:
+        return False
+    return float(str(holder.get("at", 0))) < booted
 
 
 def is_dead(process: str) -> bool:

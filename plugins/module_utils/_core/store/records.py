@@ -145,6 +145,8 @@ class Records:
         if database.controller is not None:
             self._process = f'{self._process[:-1]}, "controller": "{database.controller}"}}'
         self._stopping = stopping
+        # Set by a pass over many sandboxes (reconcile, rules, expiry), which meets the same ones again and again.
+        self.in_pass = False
 
     # ---- reading ----
 
@@ -621,9 +623,12 @@ class Records:
         duration_ms: int | None = None,
         always: bool = False,
     ) -> None:
-        """Write an event. Unless ``always``, one that only repeats the last one is left out."""
+        """Write an event. One of a pass that only repeats its last one is left out, unless ``always``.
+
+        What somebody asks for is a fact of its own each time.
+        """
         facts = (old, new, reason, _json(evidence or {}), _json(list(upids)), outcome)
-        may_repeat = not always and outcome in _WITHOUT_EFFECT and old == new
+        may_repeat = self.in_pass and not always and outcome in _WITHOUT_EFFECT and old == new
         if may_repeat and self._is_repeated(conn, sandbox.uuid, operation, facts):
             return
         conn.execute(_INSERT_EVENT, self._event_row(sandbox, operation, facts, duration_ms))

@@ -48,8 +48,9 @@ def _format_status(data: dict[str, Any]) -> str:
     if cleanup["frozen"]:
         frozen = cleanup["frozen"]
         text += (
-            f"\n\nThe scheduled cleanup is FROZEN since {cell(frozen['at'])} by {cell(frozen['actor'])}: "
-            f"{cell(frozen['reason'])}\n  agentlab cleanup run --dry-run    # what would go; where a guard would stop "
+            f"\n\nThe scheduled cleanup is FROZEN since {cell(frozen['at'] or 'an unknown time')} by "
+            f"{cell(frozen['actor'] or 'somebody')}: {cell(frozen['reason'])}\n"
+            "  agentlab cleanup run --dry-run    # what would go; where a guard would stop "
             "it again, raise the guard first\n  agentlab cleanup release          # go on"
         )
     for condition in data.get("conditions") or []:

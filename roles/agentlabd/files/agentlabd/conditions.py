@@ -172,7 +172,7 @@ class Conditions:
             yield Condition(
                 "cleanup",
                 RESTS,
-                f"cleanup is frozen by {frozen['actor']}: {frozen['reason']}",
+                f"cleanup is frozen by {frozen['actor'] or 'somebody'}: {frozen['reason']}",
                 "look at agentlab cleanup run --dry-run, then agentlab cleanup release",
                 _parse_time(frozen["at"]),
             )
@@ -224,6 +224,7 @@ class Conditions:
 
     def _check_sandboxes(self) -> Iterator[Condition]:
         service = self._service
+        service.problems.forget_met_before("expiry", service.last_pass)
         problems = service.problems.list_lasting(lambda: overview.generations(service.base.records))
         if problems:
             some = "; ".join(f"{problem.what} ({job}): {problem.why}" for job, problem in problems[:_MOST_NAMED])

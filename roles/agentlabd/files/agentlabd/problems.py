@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 
 from agentlab_core.maintenance.reconcile import Drift
@@ -31,13 +31,16 @@ _LEFT_ALONE = ("ambiguous", "denied", "running", "locked", "node_offline", "unkn
 
 @dataclass(slots=True)
 class Problem:
-    """What a job could not do: the sandbox (VMID and UUID; a workspace has only its name), why, since when."""
+    """What a job could not do: the sandbox (VMID and UUID; a workspace has only its name), why, since when, and when
+    it was met last, by the clock of the records.
+    """
 
     what: str
     why: str
     uuid: str | None = None
     passing: bool = False
     since: int = 0
+    met_at: float = 0.0
 
 
 class Problems:
@@ -63,6 +66,24 @@ class Problems:
         with self._lock:
             problem.since = self._since(self._jobs.setdefault(job, {}).get(problem.what), problem)
             self._jobs[job][problem.what] = problem
+
+    def forget_met_before(
+        self, job: str, read_time: Callable[[], float | None], settled: Container[str | None] = ()
+    ) -> None:
+        """Drop the problems of a job that were last met before a time, and those of the ``settled`` sandboxes (UUIDs).
+
+        The time is read only if there is a problem.
+        """
+        with self._lock:
+            problems = dict(self._jobs.get(job, {}))
+        at = read_time() if problems else None
+        if at is None:
+            return
+        with self._lock:
+            kept = self._jobs[job]
+            for what, problem in problems.items():
+                if (problem.met_at < at or problem.uuid in settled) and kept.get(what) is problem:
+                    del kept[what]
 
     def _since(self, known: Problem | None, problem: Problem) -> int:
         # A new sandbox may have the VMID of an earlier one.

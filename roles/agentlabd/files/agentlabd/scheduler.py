@@ -72,6 +72,10 @@ class Job:
             log.info("%s works again", name)
         self.last_run, self.last_error, self.failing_since = int(time.time()), None, None
 
+    def handed_over(self) -> None:
+        """Forget errors and plans: another controller does the job now."""
+        self.next_run, self.last_error, self.failing_since = None, None, None
+
     def note_failure(self, name: str, error: AgentlabError) -> None:
         # Log an error once, not at every retry.
         if error.message != self.last_error:
@@ -212,7 +216,10 @@ class Scheduler:
                 if problem in (lease.NO_VM, lease.ANOTHER_VM):
                     return
                 why = f"its lease is over, but its VM was not stopped: {problem}"
-                self.service.problems.set("expiry", Problem(f"sandbox {sandbox.vmid}", why, sandbox.uuid))
+                met_at = self.service.base.database.wall_time()
+                self.service.problems.set(
+                    "expiry", Problem(f"sandbox {sandbox.vmid}", why, sandbox.uuid, met_at=met_at)
+                )
 
         self._loop.call_soon_threadsafe(
             self.service.begin, self._stops, work, f"the stop of expired sandbox {sandbox.vmid}"
@@ -229,13 +236,7 @@ class Scheduler:
                 # The first pass finishes operations in which an earlier daemon was killed.
                 drifts = await self._run(self._compare, "reconcile")
                 self.reconcile.note_success("reconcile")
-                self.service.note_reconciled(drifts)
                 self._log_drifts(drifts)
-                self.service.unrecorded = [
-                    {"vmid": drift.vmid, "name": drift.evidence.get("name"), "node": drift.evidence.get("node")}
-                    for drift in drifts
-                    if drift.kind == "unrecorded"
-                ]
                 self._expiry_event.set()
                 longest, retry = math.inf, _FIRST_RETRY
             except Stopping:
@@ -252,7 +253,10 @@ class Scheduler:
             await self._sleep_until_next_pass(longest)
 
     def _compare(self) -> list[reconcile.Drift]:
-        return reconcile.run(self.service.context("agentlabd"), apply=True, known_vms=self.service.known_vms)
+        began = self.service.base.database.wall_time()
+        found = reconcile.run(self.service.context("agentlabd"), apply=True, known_vms=self.service.known_vms)
+        self.service.note_reconciled(found, began)
+        return found
 
     async def _sleep_until_next_pass(self, longest: float) -> None:
         """Sleep until the next pass: for the interval, which a reload may change, or for ``longest`` seconds if
@@ -290,6 +294,9 @@ class Scheduler:
             self._done_elsewhere.add(job)
             # The controller whose turn it is tells what it cannot do.
             self.service.problems.replace(job, ())
+            self.service.jobs[job].handed_over()
+            if job == "reconcile":
+                self.service.unrecorded = []
         elif job in self._done_elsewhere:
             self._done_elsewhere.remove(job)
             self.service.takeovers[job] += 1

@@ -44,6 +44,8 @@ GUESTS_AT_ONCE = 8
 # 2 MiB.
 _CACHE_KIB = 512
 _DAMAGE_SECONDS = 60.0
+# When the last whole pass of reconcile began, by the clock of the records (key of the table meta).
+_LAST_PASS = "reconcile_last_pass"
 _SHORTEST_TOKEN = 16
 _LONGEST_TOKEN = 4096
 
@@ -161,12 +163,33 @@ class Service:
     def frozen(self) -> dict[str, Any] | None:
         return timeguard.frozen(self.base)
 
-    def note_reconciled(self, drifts: list[reconcile.Drift]) -> None:
-        """Count the drift of a pass that has repaired what it could, and remember what it could not."""
+    def note_reconciled(self, drifts: list[reconcile.Drift], began: float) -> None:
+        """Count the drift of a pass that has repaired what it could, and remember what it could not.
+
+        ``began``: when the pass began, by the clock of the records.
+        """
         self.metrics.count_reconcile(drifts)
         self.problems.replace("reconcile", problems.of_drift(drifts))
         # A pass stops again what expiry could not stop, and has told what became of it.
-        self.problems.replace("expiry", ())
+        stopped = {
+            drift.sandbox.uuid for drift in drifts if drift.kind == "still_running" and drift.applied and drift.sandbox
+        }
+        self.problems.forget_met_before("expiry", lambda: began, stopped)
+        self.unrecorded = [
+            {"vmid": drift.vmid, "name": drift.evidence.get("name"), "node": drift.evidence.get("node")}
+            for drift in drifts
+            if drift.kind == "unrecorded"
+        ]
+        with contextlib.suppress(AgentlabError):
+            # Expiry of every daemon on these records may have failed at what this pass has settled.
+            self.base.records.set_meta(_LAST_PASS, str(began))
+
+    def last_pass(self) -> float | None:
+        """Return when the last whole pass of reconcile of any daemon on these records began; None if not known."""
+        try:
+            return float(self.base.records.meta(_LAST_PASS) or "")
+        except (AgentlabError, ValueError):
+            return None
 
     def clean(self, actor: str, *, dry_run: bool = False) -> cleanup.CleanupResult:
         """Run the rules once. Raises Busy while they are running, and Frozen and GuardTripped as the core does."""

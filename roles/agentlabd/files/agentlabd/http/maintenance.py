@@ -53,9 +53,10 @@ def reconcile_sandboxes(call: Call) -> Answer:
         raise InvalidInput("adopt_cluster: has an effect together with apply only", option="adopt_cluster")
     ctx = call.context(dry_run=not apply)
     checked = len(ctx.records.find_all())
+    began = ctx.database.wall_time()
     drifts = reconcile.run(ctx, apply=apply, adopt_cluster=adopt)
     if apply:
-        call.service.note_reconciled(drifts)
+        call.service.note_reconciled(drifts, began)
         call.service.lease_changed()
     return Answer(upstream.describe_drift(drifts, checked, applied=apply))
 

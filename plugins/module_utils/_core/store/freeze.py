@@ -1,0 +1,55 @@
+# Copyright: the agentlab.proxmox contributors
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""The freeze: the note in the records that cleanup rests, and after a restore that leases rest too."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from .. import clock as clock_module
+from .records import Records
+
+# The note of a freeze, in the table meta.
+FROZEN = "cleanup_frozen"
+
+
+def read_freeze(records: Records) -> dict[str, Any] | None:
+    """Return why, since when and by whom cleanup is frozen, and whether leases rest too; None while it is not."""
+    text = records.meta(FROZEN)
+    if not text:
+        return None
+    try:
+        note = json.loads(text)
+        return {**{name: str(note[name]) for name in ("reason", "at", "actor")}, "leases": bool(note.get("leases"))}
+    except (ValueError, TypeError, KeyError, AttributeError):
+        # Somebody froze it: it stays so, whatever became of the reason.
+        return {
+            "reason": f"its reason cannot be read (meta.value of key {FROZEN} is damaged)",
+            "at": None,
+            "actor": None,
+            "leases": False,
+        }
+
+
+def hold_older_copy(records: Records, event: int, noted: int) -> None:
+    """Freeze cleanup and leases, because the newest event is older than the one noted before (ids of events)."""
+    reason = f"the records were replaced by an older copy (its last event is {event}, {noted} was the last one before)"
+    known = read_freeze(records)
+    if known:
+        reason = f"{known['reason']}; and {reason}"
+    at = clock_module.iso(records.clock.now())
+    note = {"reason": reason, "at": at, "actor": records.actor, "leases": True}
+    records.set_meta(FROZEN, json.dumps(note))
+    records.db.note_event(event)
+
+
+def notice_older_copy(records: Records) -> None:
+    """Hold all leases if the records that were just opened are an older copy.
+
+    Before the first event of this run: after some events an older copy looks as new as what it replaced.
+    """
+    noted = records.db.noted_event()
+    if noted and (event := records.db.latest_event()) < noted:
+        hold_older_copy(records, event, noted)
