@@ -33,9 +33,11 @@ def read_freeze(records: Records) -> dict[str, Any] | None:
         }
 
 
-def hold_older_copy(records: Records, event: int, noted: int) -> None:
+def hold_older_copy(records: Records, event: int, noted_event: int) -> None:
     """Freeze cleanup and leases, because the newest event is older than the one noted before (ids of events)."""
-    reason = f"the records were replaced by an older copy (its last event is {event}, {noted} was the last one before)"
+    reason = (
+        f"the records were replaced by an older copy (its last event is {event}, {noted_event} was the last one before)"
+    )
     known = read_freeze(records)
     if known:
         reason = f"{known['reason']}; and {reason}"
@@ -50,6 +52,6 @@ def notice_older_copy(records: Records) -> None:
 
     Before the first event of this run: after some events an older copy looks as new as what it replaced.
     """
-    noted = records.db.noted_event()
-    if noted and (event := records.db.latest_event()) < noted:
-        hold_older_copy(records, event, noted)
+    noted_event = records.db.noted_event()
+    if noted_event and (event := records.db.latest_event()) < noted_event:
+        hold_older_copy(records, event, noted_event)

@@ -254,9 +254,9 @@ class Scheduler:
 
     def _compare(self) -> list[reconcile.Drift]:
         began = self.service.base.database.wall_time()
-        found = reconcile.run(self.service.context("agentlabd"), apply=True, known_vms=self.service.known_vms)
-        self.service.note_reconciled(found, began)
-        return found
+        drifts = reconcile.run(self.service.context("agentlabd"), apply=True, known_vms=self.service.known_vms)
+        self.service.note_reconciled(drifts, began)
+        return drifts
 
     async def _sleep_until_next_pass(self, longest: float) -> None:
         """Sleep until the next pass: for the interval, which a reload may change, or for ``longest`` seconds if
