@@ -111,13 +111,13 @@ def _clock_jumped(ctx: Context) -> str | None:
             f"for {show(ctx.config.clock_jump_pause)} (clock_jump_pause)"
         )
     # A pause of the last boot goes on: its clock jumped, and starting the host again did not set it right.
-    remaining = float(note["until"]) - float(note["seen"]) - (now - float(note["wall"])) if note else 0.0
-    remaining = min(remaining, ctx.config.clock_jump_pause)
-    _note(ctx, boot, now - since_boot, since_boot + remaining if remaining > 0 else 0.0, now)
-    if remaining > 0:
+    pause = float(note["until"]) - float(note["seen"]) - (now - float(note["wall"])) if note else 0.0
+    pause = min(pause, ctx.config.clock_jump_pause)
+    _note(ctx, boot, now - since_boot, since_boot + pause if pause > 0 else 0.0, now)
+    if pause > 0:
         return (
             "the wall clock jumped by more than a minute before this host was started; expiry and prune rest for "
-            f"another {show(int(remaining) + 1)} (clock_jump_pause)"
+            f"another {show(int(pause) + 1)} (clock_jump_pause)"
         )
     return None
 
