@@ -76,7 +76,8 @@ class Canned:
         return sum(psutil.Process(self._process.pid).cpu_times()[:2])
 
     def environment(self, database: str, **more: str) -> dict[str, str]:
-        """What a user would set; a token that sees everything, and the cluster's own CA."""
+        """What a user would set; a token that sees everything, the cluster's own CA, an empty configuration."""
+        Path(self.folder, "empty.yaml").touch()
         return {
             "PROXMOX_HOST": canned.HOST,
             "PROXMOX_PORT": str(self.port),
@@ -85,7 +86,7 @@ class Canned:
             "PROXMOX_TOKEN_SECRET": TOKEN_SECRET,
             "PROXMOX_CA_PATH": self.ca,
             "AGENTLAB_DATABASE": database,
-            "AGENTLAB_CONFIG": f"{self.folder}/none.yaml",
+            "AGENTLAB_CONFIG": f"{self.folder}/empty.yaml",
             **more,
         }
 

@@ -81,6 +81,7 @@ def agentlab_env(tmp_path: Path, pve_server: DoubleServer) -> dict[str, str]:
     """Environment variables that point modules, daemon and command line at the double and at a database of the
     test's own.
     """
+    (tmp_path / "config.yaml").touch()
     return {
         "PROXMOX_HOST": pve_server.host,
         "PROXMOX_PORT": str(pve_server.port),

@@ -37,6 +37,8 @@ ENDING = {
 ENDING["end_host"] = ENDING["end_batch"] = ENDING["end_play"]
 # Options of a role that name a file of it.
 ROLE_FILES = ("tasks_from", "vars_from", "defaults_from", "handlers_from")
+# Files that a message about a missing one names at most.
+MOST_NAMED = 10
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 # Settings of a surrounding run that would make the check report into that run.
 DROPPED = re.compile(r"ANSIBLE_(CALLBACK|STDOUT_CALLBACK|LOG_PATH|LOAD_CALLBACK|DISPLAY|CHECK|DIFF|ASK_|VERBOSITY)")
@@ -74,7 +76,7 @@ def load_tasks(path: str, *, of_role: bool = False) -> list[dict[str, Any]] | No
                 if os.path.isdir(path)
                 else "is not a file"
                 if os.path.exists(path)
-                else "does not exist"
+                else f"does not exist. {list_folder(os.path.dirname(path))}"
             )
         with open(path, "rb") as file:
             raw = file.read(LARGEST + 1)
@@ -113,6 +115,20 @@ def load_tasks(path: str, *, of_role: bool = False) -> list[dict[str, Any]] | No
         if "hosts" in task or any(key.rpartition(".")[2] == "import_playbook" for key in map(str, task)):
             raise Problem("is a playbook (it names hosts); give a file with only the list of its tasks")
     return content
+
+
+def list_folder(folder: str) -> str:
+    """Return a sentence that says which files of tasks or variables a folder holds, for whoever mistyped a name."""
+    try:
+        names = sorted(name for name in os.listdir(folder) if name.endswith((".yml", ".yaml", ".json")))
+    except FileNotFoundError:
+        return f"There is no folder {folder} either"
+    except OSError as error:
+        return f"The folder {folder} cannot be read: {error.strerror}"
+    if not names:
+        return f"There is no YAML file in {folder}"
+    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+    return f"In {folder} there are: {', '.join(name[:100] for name in names[:MOST_NAMED])}{more}"
 
 
 def every_task(tasks: Any, conditional: bool = False) -> Iterator[tuple[dict[str, Any], bool]]:
@@ -229,7 +245,7 @@ class Tasks:
                 raise Problem(f"includes {name}, which {problem}") from None
         # A role of somebody else may name a file that is only there where its condition holds.
         elif not (role and conditional):
-            raise Problem(f"includes {name}, which is not there")
+            raise Problem(f"includes {name}, which is not there. {list_folder(os.path.dirname(path))}")
 
     def _follow_role(self, call: dict[str, str], inside: str, *, imported: bool, conditional: bool) -> None:
         """Look through a role, and have Ansible load it if it is certain that it will be needed.
@@ -253,7 +269,7 @@ class Tasks:
                     and not find_file(named)
                     and not os.path.isdir(named)
                 ):
-                    raise Problem(f"has no file for {option}: {call[option]}")
+                    raise Problem(f"has no file for {option}: {call[option]}. {list_folder(os.path.dirname(named))}")
             for kind, file_name in parts:
                 file = find_file(f"{folder}/{kind}/{file_name}")
                 if file:

@@ -145,6 +145,11 @@ def _as_shipped(folder: str) -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def _adapter() -> Any:
+    """Return the adapter, which most runs in this process have imported already."""
+    return importlib.import_module(f"{_MODULES.rpartition('.')[0]}.module_utils._adapter")
+
+
 class ActionModule(ShippedModule):
     """Run a module in this process, or ship it."""
 
@@ -158,19 +163,20 @@ class ActionModule(ShippedModule):
                     "it; put it in quotes"
                 )
         items = self._task.args.get("items")
-        for options in [self._task.args, *(items if isinstance(items, list) else ())]:
+        for number, options in enumerate([self._task.args, *(items if isinstance(items, list) else ())]):
             for name in _WORDS if isinstance(options, dict) else ():
                 value = options.get(name)
                 if any(isinstance(word, bool) for word in (value if isinstance(value, list) else [value])):
+                    place = f"{_adapter().place_item(number - 1, options)}: " if number else ""
                     raise AnsibleActionFail(
-                        f"{name}: YAML reads a word such as yes, no, on or off as true or false, not as text; put it "
-                        "in quotes"
+                        f"{place}{name}: YAML reads a word such as yes, no, on or off as true or false, not as text; "
+                        "put it in quotes"
                     )
         result = self._run_module(tmp, variables)
         message = result.get("msg")
-        if result.get("failed") and isinstance(message, str) and "unable to convert" in message:
-            adapter = importlib.import_module(f"{_MODULES.rpartition('.')[0]}.module_utils._adapter")
-            result["msg"] = adapter.explain_type(message, self._task.args)
+        is_refusal = isinstance(message, str) and ("unable to convert" in message or items is not None)
+        if result.get("failed") and is_refusal:
+            result["msg"] = _adapter().explain_refusal(str(message), self._task.args)
         return result
 
     def _run_module(self, tmp: str | None, variables: dict[str, Any]) -> dict[str, Any]:

@@ -94,7 +94,12 @@ options:
     vars:
       - name: ansible_agentlab_max_output
   pipelining:
-    description: Send modules as input of the guest's Python, without a file. It saves most of a task's requests.
+    description:
+      - Send a module to the guest's Python as standard input. Without it each task copies the module into a file first,
+        and the guest keeps nothing of it for the next task.
+      - Ansible copies a file all the same for C(async) tasks, with C(become_method=su), for modules that are not in
+        Python, and with E(ANSIBLE_KEEP_REMOTE_FILES).
+      - It is on whatever the section C(connection) of C(ansible.cfg) says. Only the places below switch it off.
     type: bool
     default: true
     ini:
@@ -365,6 +370,8 @@ class Connection(ConnectionBase):
                 f"ended in sandbox {sandbox.vmid}; raise ansible_agentlab_command_timeout, or use async for long "
                 f"work. It had written: {_tail(result.stdout + result.stderr)}"
             )
+        if result.truncated and result.message:
+            raise AnsibleError(result.message)
         if result.truncated:
             raise AnsibleError(
                 f"the command wrote more than {self.get_option('max_output')} bytes (max_output); raise "

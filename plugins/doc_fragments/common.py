@@ -11,10 +11,11 @@ class ModuleDocFragment:
 options:
   config_file:
     description:
-      - Configuration file of agentlab on the host where the module runs. Read if it is there.
+      - Configuration file of agentlab on the host where the module runs. A file that is named here or by the
+        environment variable must exist.
       - An option wins over the environment, the environment over the file.
       - The environment variable E(AGENTLAB_CONFIG) is used when the option is not set, then
-        V(/etc/agentlab/config.yaml).
+        V(/etc/agentlab/config.yaml), which is read if it is there.
     type: path
   database:
     description:

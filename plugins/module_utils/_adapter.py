@@ -15,11 +15,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.common import validation
 
 from ._core import config as core_config
 from ._core import database_address, patterns
 from ._core.context import Context
 from ._core.errors import AgentlabError, InvalidInput, host_error
+from ._core.escapes import escape_controls
 from ._core.model import Outcome, Sandbox
 
 COMMON_ARGS: dict[str, Any] = {
@@ -165,11 +167,68 @@ _KINDS = {
 }
 
 
-def explain_type(message: str, options: Mapping[str, Any]) -> str:
-    """Return Ansible's refusal of a value of a wrong type in the words that we use; other messages as they are.
+# Ansible's other refusals of what stands in items; none of them says which item it is.
+_NO_MAPPING = re.compile(
+    r"^dictionary requested|Elements value for option '?items'? is of type .*? and we were unable to convert to dict",
+    re.S,
+)
+_UNSUPPORTED = re.compile(
+    r"module: items\.(?P<option>[^.,]+)[.,].*?Supported parameters include: (?P<valid>.+?)\.?$", re.S
+)
+_NO_CHOICE = re.compile(
+    r"value of (?P<option>\w+) must be one of: (?P<valid>.*?), got: (?P<value>.*?) found in items", re.S
+)
+_CONVERTERS = {
+    "int": validation.check_type_int,
+    "bool": validation.check_type_bool,
+    "dict": validation.check_type_dict,
+    "list": validation.check_type_list,
+    "float": validation.check_type_float,
+}
 
-    ``options`` are the task's. Ansible names the type of the value, not the value and not what is valid.
+
+def place_item(number: int, item: object) -> str:
+    """Return where an item stands in ``items``, and its name or VMID: ``items[1] (agent-2)``."""
+    values = item if isinstance(item, Mapping) else {}
+    known = {key: escape_controls(str(values[key]))[:80] for key in ("name", "vmid") if values.get(key)}
+    of = known.get("name") or (f"vmid {known['vmid']}" if known else "")
+    return f"items[{number}]{f' ({of})' if of else ''}"
+
+
+def _find_item(options: Mapping[str, Any], is_it: Callable[[Any], bool]) -> str:
+    """Return the place of the first of ``items`` of which ``is_it`` is true; the option's name if there is none."""
+    listed = options.get("items")
+    items = listed if isinstance(listed, list) else []
+    return next((place_item(number, item) for number, item in enumerate(items) if is_it(item)), "items")
+
+
+def _converts(value: object, kind: str) -> bool:
+    try:
+        _CONVERTERS[kind](value)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def explain_refusal(message: str, options: Mapping[str, Any]) -> str:
+    """Return Ansible's refusal of options in the words that we use; other messages as they are.
+
+    ``options`` are the task's. Of a value of a wrong type Ansible names the type, not the value and not what is valid;
+    of what stands in ``items`` it does not name the item.
     """
+    if _NO_MAPPING.search(message):
+        place = _find_item(options, lambda item: not _converts(item, "dict"))
+        return f"{place}: is not a mapping. Valid: a mapping of options, such as {{name: agent-1}}"
+    refusal = _UNSUPPORTED.search(message)
+    if refusal is not None:
+        option = refusal["option"]
+        place = _find_item(options, lambda item: isinstance(item, dict) and option in item)
+        return f"{place}: {option}: there is no such option. Valid: {refusal['valid']}"
+    refusal = _NO_CHOICE.search(message)
+    if refusal is not None:
+        option, text = refusal["option"], refusal["value"]
+        place = _find_item(options, lambda item: isinstance(item, dict) and str(item.get(option)) == text)
+        return f"{place}: {option}: {patterns.shown(text)} is not valid. Valid: {refusal['valid']}"
     refusal = _WRONG_TYPE.search(message)
     if refusal is None:
         return message
@@ -178,8 +237,9 @@ def explain_type(message: str, options: Mapping[str, Any]) -> str:
     if "found in 'items'" in refusal[0]:
         listed = options.get("items")
         items = [item for item in (listed if isinstance(listed, list) else ()) if isinstance(item, dict)]
-        values = [item[option] for item in items if option in item and not isinstance(item[option], (bool, int))]
-        option = f"items: {option}"
+        wrong = [item for item in items if item.get(option) is not None and not _converts(item[option], kind)]
+        values = [item[option] for item in wrong]
+        option = f"{_find_item(options, lambda item: item in wrong)}: {option}"
     else:
         values = [options[option]] if option in options else []
     value = f"{patterns.shown(values[0])}" if values else "the value"
@@ -252,10 +312,13 @@ def states_of(module: AnsibleModule, valid: Sequence[str]) -> list[str] | None:
     return names
 
 
-def answer(outcomes: Sequence[Outcome], *, single: bool, diff: bool) -> dict[str, Any]:
+def answer(
+    outcomes: Sequence[Outcome], *, single: bool, diff: bool, items: Sequence[object] | None = None
+) -> dict[str, Any]:
     """Return the answer of a module, in the same shape for 0, 1 and n items.
 
-    A failed item fails the call, with all outcomes in the answer.
+    A failed item fails the call, with all outcomes in the answer. ``items``: what was asked for by ``items``, in the
+    order of the outcomes.
     """
     sandboxes = [outcome.sandbox for outcome in outcomes if outcome.sandbox is not None]
     failed = [outcome for outcome in outcomes if outcome.failed]
@@ -273,6 +336,9 @@ def answer(outcomes: Sequence[Outcome], *, single: bool, diff: bool) -> dict[str
     if failed:
         result["failed"] = True
         first = failed[0].explain(REMEDIES) or failed[0].reason or "failed"
+        if items is not None:
+            number = next(number for number, outcome in enumerate(outcomes) if outcome.failed)
+            first = f"{place_item(number, items[number])}: {first}"
         result["msg"] = (
             first if len(outcomes) == 1 else f"{len(failed)} of {len(outcomes)} sandboxes failed; the first: {first}"
         )

@@ -43,7 +43,10 @@ def run(module: AnsibleModule, context: Context, creation: Sequence[str]) -> dic
     else:
         outcomes = _change_power(context, ids, state, params["force"], params["wait_for_ip"])
     return _adapter.answer(
-        outcomes, single=params.get("vmids") is None and params.get("items") is None, diff=module._diff
+        outcomes,
+        single=params.get("vmids") is None and params.get("items") is None,
+        diff=module._diff,
+        items=params.get("items"),
     )
 
 
@@ -84,7 +87,7 @@ def _check_items(
     first_use: dict[tuple[str, object], int] = {}
     for number, item in enumerate(items):
         options = {**common, **{name: value for name, value in item.items() if value is not None}}
-        where = f"items[{number}]"
+        where = _adapter.place_item(number, item)
         try:
             spec = wanted.spec(context, options)
         except InvalidInput as error:

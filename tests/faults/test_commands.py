@@ -30,6 +30,7 @@ from ansible_collections.agentlab.proxmox.plugins.module_utils._core.model impor
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.proxmox.https import Https
 
 from support.lab import Lab
+from support.programs import require_program
 
 pytestmark = pytest.mark.faults
 
@@ -296,6 +297,98 @@ def test_a_file_is_the_old_one_or_the_new_one_whatever_happens(lab: Lab) -> None
     assert [path.name for path in target.parent.iterdir() if path.name.startswith(".agentlab-")] == []
 
 
+def leftovers(*folders: Path) -> list[Path]:
+    """Return hidden files and folders of uploads in these folders of the guest."""
+    return [path for folder in folders for path in folder.glob(".agentlab-" + "?" * 32 + "*")]
+
+
+@pytest.fixture
+def given_up(lab: Lab) -> tuple[Sandbox, Path, Path, Path]:
+    """A sandbox, a file of an upload whose controller was killed, its hidden file, and its folder in /run."""
+    sandbox = lab.create()
+    guest = lab.pve.machine(sandbox.vmid)
+    folder = guest.folder / "files $x [a"
+    folder.mkdir()
+    os.chown(folder, guest.folder.stat().st_uid, guest.folder.stat().st_gid)
+    target = folder / "file"
+    put = functools.partial(files.put_file, sandbox=sandbox, source=os.urandom(300_000), path=str(target))
+    assert child(lab, put, 4, "after", "request") == 9
+    wait_until(lambda: len(list((guest.folder / "run/agentlab").glob("*/p.*"))) >= 2)
+    # Pieces that the controller had sent before its end still arrive.
+    time.sleep(0.3)
+    wait_until(lambda: not guest.waiting and not guest.busy.locked() and not guest.processes())
+    (hidden,) = leftovers(folder)
+    (transfer,) = (guest.folder / "run/agentlab").iterdir()
+    return sandbox, target, hidden, transfer
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def make_older(minutes: int, *paths: Path) -> None:
+    for path in paths:
+        os.utime(path, (time.time() - minutes * 60,) * 2)
+
+
+@pytest.mark.parametrize("action", ["a command", "another file", "the same file"])
+def test_the_next_action_removes_what_a_killed_upload_left(
+    lab: Lab, given_up: tuple[Sandbox, Path, Path, Path], action: str
+) -> None:
+    """Not at once: another controller may be sending these pieces."""
+    sandbox, target, hidden, transfer = given_up
+
+    def act() -> None:
+        if action == "a command":
+            command.run_command(lab.context(), sandbox, CommandSpec(argv=["true"]))
+        else:
+            path = target if action == "the same file" else target.parent / "other"
+            files.put_file(lab.context(), sandbox, b"new", str(path))
+
+    act()
+    time.sleep(0.5)
+    assert hidden.exists() and transfer.exists()
+    make_older(11, transfer)
+    act()
+    wait_until(lambda: not hidden.exists() and not transfer.exists())
+    assert leftovers(target.parent) == []
+
+
+def test_a_file_in_the_same_folder_removes_what_an_upload_left_before_a_reboot(
+    lab: Lab, given_up: tuple[Sandbox, Path, Path, Path]
+) -> None:
+    sandbox, target, hidden, _transfer = given_up
+    lab.pve.machine(sandbox.vmid).reboot()
+    users = [target.parent / name for name in (".agentlab-notes", ".agentlab-" + "x" * 32, ".agentlab-" + "a" * 31)]
+    for path in users:
+        path.touch()
+    make_older(121, hidden, *users)
+    files.put_file(lab.context(), sandbox, b"new", str(target))
+    wait_until(lambda: not hidden.exists())
+    assert all(path.exists() for path in users) and target.read_bytes() == b"new"
+
+
+def test_an_upload_whose_pieces_were_removed_meanwhile_arrives(lab: Lab) -> None:
+    """A controller that stood still for minutes goes on, and another one has cleared up after it."""
+    sandbox = lab.create()
+    guest = lab.pve.machine(sandbox.vmid)
+    data, calls = os.urandom(300_000), itertools.count(1)
+
+    def strike(_method: str, path: str) -> None:
+        if path.endswith("/agent/exec") and next(calls) == 6:
+            for transfer in (guest.folder / "run/agentlab").iterdir():
+                shutil.rmtree(transfer)
+            for hidden in leftovers(guest.folder / "run"):
+                hidden.unlink()
+
+    lab.pve.before = strike
+    files.put_file(lab.context(), sandbox, data, str(guest.folder / "run/file"))
+    assert (guest.folder / "run/file").read_bytes() == data and next(calls) > 8
+
+
 def odd_bytes(random: Random, most: int) -> bytes:
     """Return up to so many bytes without NUL: any byte, or any Unicode."""
     if random.random() < 0.5:
@@ -312,12 +405,11 @@ def test_arguments_input_and_file_names_of_any_byte(lab: Lab, shell: str) -> Non
     random = Random(os.environ.get("AGENTLAB_FAULTS_SEED", "4711"))
     sandbox = lab.create()
     guest = lab.pve.machine(sandbox.vmid)
-    if shutil.which(shell) is None:
-        pytest.skip(f"{shell} is not installed")
     if shell == "busybox":
+        require_program("busybox", "busybox-static")
         guest.use_busybox()
     else:
-        guest.shell = str(shutil.which(shell))
+        guest.shell = require_program(shell)
     ctx = lab.context()
     for number in range(int(os.environ.get("AGENTLAB_COMMANDS", "20"))):
         words = [odd_bytes(random, 200) for _word in range(random.randrange(5))]

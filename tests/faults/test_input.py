@@ -25,6 +25,7 @@ from ansible_collections.agentlab.proxmox.plugins.module_utils._core.sandboxes i
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from support.double import EMPTY_CONFIG
 from support.lab import Lab
 
 pytestmark = pytest.mark.faults
@@ -265,7 +266,7 @@ def test_a_configuration_of_any_bytes_is_read_or_refused_by_name(content: bytes)
 @given(name=st.sampled_from(sorted(config.DEFAULTS)), value=VALUES)
 def test_an_option_of_any_kind_is_read_or_refused_by_name(name: str, value: Any) -> None:
     try:
-        config.load({name: value, "config_file": None}, {"AGENTLAB_CONFIG": "/nonexistent/config.yaml"})
+        config.load({name: value, "config_file": None}, {"AGENTLAB_CONFIG": EMPTY_CONFIG})
     except InvalidInput as error:
         assert error.message.startswith(f"{name}: ")
 

@@ -22,14 +22,14 @@ from ansible_collections.agentlab.proxmox.plugins.module_utils._core import conf
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.doctor import doctor
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import AgentlabError
 
-from support.double import TOKEN_ID, TOKEN_SECRET
+from support.double import EMPTY_CONFIG, TOKEN_ID, TOKEN_SECRET
 from support.lab import Lab
 
 pytestmark = pytest.mark.faults
 
 # What the documentation and agentlab_doctor tell; the double asks for them as Proxmox does.
 GRANTS = doctor.needs(
-    config.load({"pool": "agentlab"}, {"AGENTLAB_CONFIG": "/nonexistent"}), template=9000, storage="local-lvm"
+    config.load({"pool": "agentlab"}, {"AGENTLAB_CONFIG": EMPTY_CONFIG}), template=9000, storage="local-lvm"
 )
 
 

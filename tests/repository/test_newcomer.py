@@ -16,6 +16,7 @@ import pytest
 
 from support import pages
 from support.clone import Shell, make_clone
+from support.double import EMPTY_CONFIG
 
 README = pages.ROOT / "README.md"
 INSTALLED = ".ansible/collections/ansible_collections/agentlab/proxmox"
@@ -30,7 +31,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def shell(tmp_path: Path) -> Shell:
     return Shell(
         tmp_path / "home",
-        {"AGENTLAB_DATABASE": str(tmp_path / "agentlab.db"), "AGENTLAB_CONFIG": str(tmp_path / "none.yaml")},
+        {"AGENTLAB_DATABASE": str(tmp_path / "agentlab.db"), "AGENTLAB_CONFIG": EMPTY_CONFIG},
     )
 
 

@@ -61,14 +61,44 @@ def test_items_are_checked_as_a_whole_and_fail_by_themselves(story: Callable[...
         ]
     )
     assert run["no name"]["msg"].startswith("items[1]: has neither name nor vmid")
-    assert run["twice"]["msg"].startswith("items[1]: name 'a1' is also that of items[0]")
-    assert run["wrong"]["msg"].startswith("items[1]: cores: 0 is not valid")
-    assert "cpus" in run["unknown"]["msg"] and "mutually exclusive" in run["with vmid"]["msg"]
+    assert run["twice"]["msg"].startswith("items[1] (a1): name 'a1' is also that of items[0]")
+    assert run["wrong"]["msg"].startswith("items[1] (a2): cores: 0 is not valid")
+    assert "mutually exclusive" in run["with vmid"]["msg"]
     assert run["absent"]["msg"] == "items: only with state=present, not with state=absent"
     assert SECRET not in run.output
     assert all(writes(run.requests[name]) == [] for name in ("no name", "twice", "wrong", "unknown", "with vmid"))
     assert [row["outcome"] for row in run["one fails"]["results"]] == ["created", "failed"]
+    assert run["one fails"]["msg"].startswith("1 of 2 sandboxes failed; the first: items[1] (a2): ")
     assert run["one fails"]["failed_count"] == 1 and server.pve.vm(1700).status is not None
+
+
+@pytest.mark.parametrize("keywords", [{}, {"vars": {"agentlab_in_place": False}}], ids=["in place", "shipped"])
+def test_what_ansible_refuses_names_the_item(story: Callable[..., Any], keywords: dict[str, Any]) -> None:
+    wrong = {
+        "number": {"name": "a2", "cores": "many"},
+        "boolean": {"vmid": 1500, "firewall": "perhaps"},
+        "unknown": {"name": "a2", "cpus": 2},
+        "choice": {"name": "a2", "network_model": "ne2000"},
+        "word": {"name": "a2", "profile": True},
+    }
+    tasks = [
+        task(
+            name, SANDBOX, items=[{"name": "a1", "cores": "2", "firewall": "yes"}, item], fails=True, keywords=keywords
+        )
+        for name, item in wrong.items()
+    ]
+    run = story([*tasks, task("text", SANDBOX, items=[{"name": "a1"}, "a2"], fails=True, keywords=keywords)])
+    told = {name: run[name]["msg"] for name in (*wrong, "text")}
+    assert told["number"].startswith("items[1] (a2): cores: 'many' is not valid. Valid: "), told
+    assert told["boolean"].startswith("items[1] (vmid 1500): firewall: 'perhaps' is not valid. Valid: true or false"), (
+        told
+    )
+    assert told["unknown"].startswith("items[1] (a2): cpus: there is no such option. Valid: allow_restart, "), told
+    assert told["choice"] == (
+        "items[1] (a2): network_model: 'ne2000' is not valid. Valid: virtio, e1000, e1000e, rtl8139, vmxnet3"
+    ), told
+    assert told["word"].startswith("items[1] (a2): profile: YAML reads a word such as yes"), told
+    assert told["text"].startswith("items[1]: is not a mapping. Valid: "), told
 
 
 def test_each_of_twenty_sandboxes_costs_at_most_nine_requests(story: Callable[..., Any], server: Server) -> None:

@@ -12,7 +12,6 @@ import getpass
 import json
 import os
 import random
-import shutil
 import sqlite3
 import subprocess
 from collections import Counter
@@ -25,6 +24,7 @@ import yaml
 
 from support.double import Server
 from support.play import Run, play, run_command, run_play
+from support.programs import require, require_program
 
 Inside = Callable[..., Run]
 Task = dict[str, Any]
@@ -324,13 +324,17 @@ nobody ALL=(ALL:ALL) %s ALL
 """
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="the guest's sudoers and shadow are mounted, which needs root")
-@pytest.mark.skipif(shutil.which("sudo") is None, reason="sudo is not installed: apt-get install sudo")
-@pytest.mark.skipif(
-    shutil.which("unshare") is None
-    or subprocess.run(["unshare", "--mount", "true"], capture_output=True, check=False).returncode != 0,
-    reason="this place allows no mounts of its own",
-)
+@pytest.fixture
+def real_sudo() -> None:
+    """What the test with the real sudo needs."""
+    require(os.geteuid() == 0, "the guest's sudoers and shadow are mounted, which needs root")
+    require_program("sudo")
+    unshare = [require_program("unshare", "util-linux"), "--mount", "true"]
+    mounts = subprocess.run(unshare, capture_output=True, check=False).returncode == 0
+    require(mounts, "this place allows no mounts of its own")
+
+
+@pytest.mark.usefixtures("real_sudo")
 @pytest.mark.parametrize("terminal", ["", "!"], ids=["use_pty", "no pty"])
 @pytest.mark.parametrize("asks", [True, False])
 def test_become_with_the_real_sudo(

@@ -6,11 +6,9 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
-import pytest
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.context import Context
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.guest import command
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.guest.command import CommandResult, CommandSpec
@@ -18,6 +16,7 @@ from ansible_collections.agentlab.proxmox.plugins.module_utils._core.model impor
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store import history
 
 from support.lab import Lab
+from support.programs import require_program
 from support.proxmox_guest import Guest
 
 EXEC = "POST /nodes/{node}/qemu/{vmid}/agent/exec"
@@ -42,14 +41,10 @@ SHELLS = ["dash", "bash", "busybox"]
 def use_shell(guest: Guest, shell: str) -> None:
     """Give the guest that shell, or skip the test if it is not installed."""
     if shell == "busybox":
-        if not shutil.which("busybox"):
-            pytest.skip("busybox is not installed: apt-get install busybox-static")
+        require_program("busybox", "busybox-static")
         guest.use_busybox()
     else:
-        path = shutil.which(shell)
-        if not path:
-            pytest.skip(f"{shell} is not installed")
-        guest.shell = path
+        guest.shell = require_program(shell)
 
 
 def command_lines(guest: Guest) -> list[str]:

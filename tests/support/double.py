@@ -9,6 +9,7 @@ user's environment.
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 from support.proxmox_double import DoubleServer, ProxmoxDouble
@@ -16,6 +17,8 @@ from support.proxmox_double import DoubleServer, ProxmoxDouble
 TOKEN_ID = "agentlab@pve!tests"
 TOKEN_SECRET = "7d0c1a52-made-up-for-tests-9f3b"
 TEMPLATE = 9000
+# A configuration that says nothing: named so that the one of this machine is not read.
+EMPTY_CONFIG = str(Path(__file__).parent / "empty.yaml")
 
 
 class Double(ProxmoxDouble):
@@ -85,7 +88,10 @@ class Server(DoubleServer):
         return self._loop
 
     def environment(self, folder: str) -> dict[str, str]:
-        """What a user would set to reach it, with records in ``folder``."""
+        """What a user would set to reach it: records in ``folder``, and an empty configuration unless one is there."""
+        configuration = Path(folder, "config.yaml")
+        if not configuration.exists():
+            configuration.touch()
         return {
             "PROXMOX_HOST": "127.0.0.1",
             "PROXMOX_PORT": str(self.port),

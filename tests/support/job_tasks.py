@@ -36,7 +36,7 @@ UNUSABLE = {
     "two actions": ("- name: Work\n  ansible.builtin.ping:\n  ansible.builtin.debug:\n", "conflicting action"),
     "an end": ("- name: Work\n  ansible.builtin.meta: end_play\n", "has 'meta: end_play', which would end the play"),
     "lost hosts": ("- meta: clear_host_errors\n", "has 'meta: clear_host_errors', which would bring back hosts"),
-    "a missing file": (None, "does not exist"),
+    "a missing file": (None, "does not exist. In {folder} there are: back.yml, more.yml"),
     "an end in the old form": ("- name: Work\n  action: meta end_host\n", "meta: end_host"),
     "an end in a role": (
         "- include_role: {name: ends}\n",
@@ -60,11 +60,11 @@ UNUSABLE = {
     ),
     "no file of a role": (
         "- include_role: {name: mine, tasks_from: gone}\n",
-        "role mine, which has no file for tasks_from: gone",
+        "mine, which has no file for tasks_from: gone. In {folder}/roles/mine/tasks there are: main.yml, no_file.yml",
     ),
     "no variables of a role": (
         "- include_role: {name: mine, vars_from: gone}\n",
-        "role mine, which has no file for vars_from: gone",
+        "role mine, which has no file for vars_from: gone. There is no folder {folder}/roles/mine/vars either",
     ),
     "no file of a role in free form": (
         "- import_role: name=mine tasks_from=gone.yml\n",
@@ -73,7 +73,7 @@ UNUSABLE = {
     "no role in a role": ("- include_role: {name: mine, tasks_from: no_role}\n", "no_such_role"),
     "no file in a role": (
         "- include_role: {name: mine, tasks_from: no_file}\n",
-        "includes gone.yml, which is not there",
+        "includes gone.yml, which is not there. In {folder}/roles/mine/tasks there are: main.yml, no_file.yml",
     ),
     "itself": ("- import_tasks: job-tasks.yml\n", "includes job-tasks.yml, which is imported by itself"),
     "each other": (

@@ -153,6 +153,14 @@ class Guest:
             own.write_text(text, encoding="utf-8")
             own.chmod(0o440)
             lines.append(f"mount --bind {own} {path}")
+        self._mount(lines)
+
+    def limit_run(self, kibibytes: int) -> None:
+        """Give this guest a /run of that size. Needs root."""
+        self._mount([f"mount -t tmpfs -o size={kibibytes}k,mode=0777 tmpfs {self.folder}/run"])
+
+    def _mount(self, lines: list[str]) -> None:
+        """Let this guest's programs run where these commands were run before, and nothing else sees their mounts."""
         script = " && ".join([*lines, "echo mounted", "exec sleep 3600"])
         self._mounts = subprocess.Popen(
             ["unshare", "--mount", "--propagation", "private", "sh", "-c", script], stdout=subprocess.PIPE, text=True
@@ -287,7 +295,8 @@ class Guest:
 
     def real_path(self, path: str) -> str:
         """Return where a path of the guest lies on this machine."""
-        return str(self.folder) + path if path.startswith("/run/") else path
+        root = f"/proc/{self._mounts.pid}/root" if self._mounts is not None else ""
+        return root + (str(self.folder) + path if path.startswith("/run/") else path)
 
     def read(self, path: str, offset: int, count: int, decode: bool) -> dict[str, Any]:
         """Return the agent's answer about ``count`` bytes of a file from ``offset``."""

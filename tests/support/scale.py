@@ -18,6 +18,8 @@ from ansible_collections.agentlab.proxmox.plugins.module_utils._core.sandboxes i
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store import history, overview
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.views import info
 
+from .double import EMPTY_CONFIG
+
 LIVE, HISTORY = 1000, 20_000
 POLICY = rules.parse(
     """auto_cleanup:
@@ -35,7 +37,7 @@ def filled(database: str, destroyed: int, folder: Path) -> Context:
     All VMIDs have had many sandboxes.
     """
     ctx = Context(
-        config.load({"database": database, "config_file": ""}, {"AGENTLAB_CONFIG": str(folder / "none.yaml")}),
+        config.load({"database": database, "config_file": ""}, {"AGENTLAB_CONFIG": EMPTY_CONFIG}),
         actor="test",
     )
     now = int(time.time())

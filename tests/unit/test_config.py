@@ -20,8 +20,8 @@ def load(
     folder: Path, text: str | None = None, environment: dict[str, str] | None = None, **options: Any
 ) -> config.Config:
     path = folder / "config.yaml"
-    if text is not None:
-        path.write_text(text, encoding="utf-8")
+    if text is not None or not path.exists():
+        path.write_text(text or "", encoding="utf-8")
     return config.load(options, {"AGENTLAB_CONFIG": str(path), **(environment or {})})
 
 
@@ -99,6 +99,18 @@ def test_bytes_that_are_no_text(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_bytes(b"\xff\xfe\x00api_host: \xe9")
     with pytest.raises(ConfigError, match="not valid YAML"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize("as_option", [True, False])
+def test_a_file_that_the_environment_names_must_exist(tmp_path: Path, as_option: bool) -> None:
+    """Plugins of Ansible read the variable themselves, and give its value as an option."""
+    path = str(tmp_path / "none.yaml")
+    with pytest.raises(ConfigError) as caught:
+        config.load({"config_file": path if as_option else None}, {"AGENTLAB_CONFIG": path})
+    assert caught.value.message == (
+        f"config_file: {path} does not exist. The environment variable AGENTLAB_CONFIG names it; correct the variable, "
+        "or unset it for /etc/agentlab/config.yaml"
+    )
 
 
 def test_a_named_file_must_exist(tmp_path: Path) -> None:

@@ -12,7 +12,6 @@ import base64
 import io
 import os
 import re
-import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,9 +22,13 @@ from ansible_collections.agentlab.proxmox.plugins.module_utils._core.guest impor
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.guest.command import CommandSpec
 
 from support.lab import Lab
+from support.programs import require, require_program
 from support.real_agent import PROGRAM, RealAgent, RealGuest
 
-pytestmark = pytest.mark.skipif(PROGRAM is None, reason="qemu-ga is not installed: apt-get install qemu-guest-agent")
+
+@pytest.fixture(scope="module", autouse=True)
+def real_agent() -> None:
+    require(PROGRAM is not None, "qemu-ga is not installed: apt-get install qemu-guest-agent")
 
 
 @pytest.fixture(scope="module")
@@ -82,9 +85,7 @@ def request(operation: str, run_id: str, argv: list[bytes], data: bytes = b"", *
 
 @pytest.mark.parametrize("shell", ["/bin/sh", "dash", "bash"])
 def test_the_wrapper_runs_behind_the_real_agent(agent: RealAgent, shell: str) -> None:
-    program = shutil.which(shell)
-    if program is None:
-        pytest.skip(f"{shell} is not installed")
+    program = require_program(shell)
     run_id = os.urandom(16).hex()
     every = bytes(range(1, 256))
     script = request("begin", run_id, [b"sh", b"-c", b'printf %s "$1"; cat >&2; exit 3', b"x", every], b"in\0put")

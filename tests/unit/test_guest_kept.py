@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import io
+import os
 import random
 import shutil
 import zipfile
@@ -20,6 +21,7 @@ from ansible_collections.agentlab.proxmox.plugins.module_utils._core.guest.comma
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.model import Sandbox
 
 from support.lab import Lab
+from support.programs import require_program
 from support.proxmox_guest import LARGEST_INPUT, Guest
 
 SHELLS = ["dash", "bash", "busybox"]
@@ -76,13 +78,12 @@ def sent(guest: Guest) -> tuple[int, int]:
 
 @pytest.mark.parametrize("shell", SHELLS)
 def test_only_what_the_guest_does_not_keep_is_sent(lab: Lab, sandbox: Sandbox, guest: Guest, shell: str) -> None:
-    if shutil.which(shell) is None:
-        pytest.skip(f"{shell} is not installed")
     before = guest.shell, guest.path
     if shell == "busybox":
+        require_program("busybox", "busybox-static")
         guest.use_busybox()
     else:
-        guest.shell = str(shutil.which(shell))
+        guest.shell = require_program(shell)
     try:
         first = module(value="password-of-the-first")
         assert run(lab, sandbox, first).stdout == first
@@ -131,6 +132,21 @@ def test_what_the_guest_has_lost_is_sent_again_and_the_command_runs_once(
     sent(guest)
     assert run(lab, sandbox, data).stdout == data
     assert sent(guest)[0] == 1
+
+
+def test_a_guest_whose_folder_takes_nothing_gets_the_input_as_it_is(lab: Lab, sandbox: Sandbox, guest: Guest) -> None:
+    """The first command finds out. The next one knows."""
+    run(lab, sandbox, b"")
+    folder = guest.folder / "run" / "agentlab" / "keep"
+    folder.mkdir(mode=0o500)
+    os.chown(folder, folder.parent.stat().st_uid, folder.parent.stat().st_gid)
+    guest.started.clear()
+    counts = []
+    for _time in range(2):
+        assert run(lab, sandbox, module()).stdout == module()
+        counts.append(sum("\nbegin" in text[-10:] for _argv, text in guest.started))
+    folder.chmod(0o700)
+    assert counts == [3, 4]
 
 
 def test_the_answer_is_asked_for_when_the_same_module_ended_the_last_time(

@@ -45,12 +45,19 @@ def test_an_odd_note_beside_the_records_holds_nothing_up(odd: str, tmp_path: Pat
     assert latest.read(database) == 5
 
 
+def load_default_file(path: str) -> object:
+    """Load the configuration where the path stands for /etc/agentlab/config.yaml."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(config, "CONFIG_FILE", path)
+        return config.load({}, {})
+
+
 @pytest.mark.parametrize("target", ["nowhere", "itself"])
 @pytest.mark.parametrize(
     ("option", "read"),
     [
         ("cleanup_file", rules.load),
-        ("config_file", lambda path: config.load({}, {"AGENTLAB_CONFIG": path})),
+        ("config_file", load_default_file),
         ("profiles_dir", profiles.load_all),
     ],
 )

@@ -23,7 +23,7 @@ from ansible_collections.agentlab.proxmox.plugins.module_utils._core.proxmox.cli
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.sandboxes import destroy
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.views import info
 
-from support.double import TOKEN_ID
+from support.double import EMPTY_CONFIG, TOKEN_ID
 from support.lab import Lab
 from support.proxmox_double import SANDBOX_PRIVS
 
@@ -274,13 +274,13 @@ from {core} import config
 from {core}.sandboxes import lease
 from {core}.views import info
 from {core}.context import Context
-ctx = Context(config.load({{"database": sys.argv[1]}}, {{"AGENTLAB_CONFIG": "/nowhere"}}), actor="test")
+ctx = Context(config.load({{"database": sys.argv[1]}}, {{"AGENTLAB_CONFIG": sys.argv[2]}}), actor="test")
 assert info.show(ctx, info.Filter(), events=1)["count"] == 0
 print(json.dumps(sorted(sys.modules)))
 """
     path = os.pathsep.join(filter(None, sys.path))
     done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "agentlab.db")],
+        [sys.executable, "-c", code, str(tmp_path / "agentlab.db"), EMPTY_CONFIG],
         env={**os.environ, "PYTHONPATH": path},
         capture_output=True,
         text=True,

@@ -313,8 +313,16 @@ class Config:
 
 def load(options: Mapping[str, Any], environment: Mapping[str, str]) -> Config:
     """Merge options, environment and file; refuses by name what cannot be used."""
-    path = options.get("config_file") or environment.get(ENVIRONMENT["config_file"]) or CONFIG_FILE
-    named_file = options.get("config_file")
+    from_environment = environment.get(ENVIRONMENT["config_file"])
+    named_file = options.get("config_file") or from_environment
+    path = named_file or CONFIG_FILE
+    if named_file and named_file == from_environment and is_missing("config_file", str(path)):
+        # Plugins of Ansible take the variable as their option, so the option may come from there, too.
+        raise ConfigError(
+            f"config_file: {path} does not exist. The environment variable {ENVIRONMENT['config_file']} names it; "
+            f"correct the variable, or unset it for {CONFIG_FILE}",
+            file=path,
+        )
     from_file = read_file(str(path)) if named_file or not is_missing("config_file", str(path)) else {}
 
     def value(name: str) -> Any:
@@ -424,6 +432,9 @@ def read_file(path: str) -> dict[str, Any]:
 
     Raises ConfigError for the whole file when it cannot be parsed or has an unknown key.
     """
+    if os.path.isfile(path) and os.path.getsize(path) == 0:
+        # Saves the import of the YAML library.
+        return {}
     keys = read_yaml(path, f"config_file: {path}")
     if keys is None:
         return {}

@@ -11,7 +11,7 @@ from ansible_collections.agentlab.proxmox.plugins.module_utils._core import conf
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.doctor import cluster, doctor
 
 from support import pages
-from support.double import TOKEN_ID
+from support.double import EMPTY_CONFIG, TOKEN_ID
 from support.examine import examine
 from support.lab import Lab
 from support.pages import ROOT
@@ -69,7 +69,7 @@ def test_missing_privileges_are_told_by_path_with_the_commands(lab: Lab) -> None
 
 
 def test_the_commands_fit_the_release_and_the_readme() -> None:
-    found = config.load({"pool": "agentlab"}, {"AGENTLAB_CONFIG": "/nonexistent"})
+    found = config.load({"pool": "agentlab"}, {"AGENTLAB_CONFIG": EMPTY_CONFIG})
     commands = doctor.pveum_commands(found, template=9000, storage="local-lvm")
     assert [f"# {line}" for line in commands] == [
         line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("# pveum")

@@ -228,6 +228,8 @@ class Guest:
         if word.startswith("no_"):
             program = escapes.escape_controls(word[3:20])
             text = f"the guest has no program {program}; install coreutils and util-linux (or busybox)"
+        elif word.startswith("missing,"):
+            text = "parts of the input keep being lost on their way; look at the load of the node, then try again"
         else:
             text = _REFUSALS.get(word.partition(",")[0], f"the guest refuses ({escapes.escape_controls(word[:40])})")
         raise GuestRefused(

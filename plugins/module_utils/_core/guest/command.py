@@ -543,6 +543,11 @@ class _Run:
         flags = frame.fields.get("flags", "").split(",")
         result.stdout_bytes, result.stderr_bytes = frame.number("so"), frame.number("se")
         result.truncated = "out.cut" in flags or "err.cut" in flags
+        if "full" in flags:
+            result.message = (
+                "/run of the guest is full, so the rest of the output is lost; make room there, or let the command "
+                "write to a file"
+            )
         result.timed_out, result.killed = "late" in flags, "killed" in flags
         skipped = frame.fields.get("skip")
         if skipped in ("creates", "removes") and result.state == "ended":
@@ -629,14 +634,18 @@ class _Command(_Run):
         self.detached = detached
         # The command has begun, or may have begun.
         self.begun = not self.journal.is_new
+        # Whether the guest had no room for the files that it was to keep, and whether they were sent again.
+        self.is_full = self.is_repacked = False
         # Only Ansible sends archives, and only their files are kept.
         self.layout = kept.split(self.prepared.stdin) if len(self.prepared.stdin) > _LARGEST_UNSPLIT else None
         known: set[str] = set()
         self.expected = 0.0
         if self.layout is not None:
-            known, seconds = runs.guest_memory(ctx.records, self.sandbox, self.layout.kind)
+            known, seconds, has_room = runs.guest_memory(ctx.records, self.sandbox, self.layout.kind)
             if not detached and on_output is None and cancel is None:
                 self.expected = (self.layout.seconds if seconds is None else seconds) + _OVERHEAD
+            if not has_room:
+                self.layout = None
         self.packed = _pack(self.prepared, self.layout, known)
 
     def run(self) -> CommandResult:
@@ -692,6 +701,8 @@ class _Command(_Run):
         return result
 
     def _memory(self) -> dict[str, Any]:
+        if self.is_full:
+            return {"full": True}
         if self.layout is None:
             return {}
         memory: dict[str, Any] = {"kind": self.layout.kind}
@@ -791,10 +802,7 @@ class _Command(_Run):
                         resent += 1
                         may_have_begun = self.begun = known_age is not None
                         continue
-                    if (word == "cut" or (word in ("unkept", "sum") and self.layout is not None)) and resent < 3:
-                        if word != "cut":
-                            # The guest was started since, or its memory was cleared. Send all files again.
-                            self.packed = _pack(self.prepared, self.layout, frozenset())
+                    if resent < 3 and self._can_repeat(word):
                         resent += 1
                         missing = list(range(len(self.packed.pieces)))
                         may_have_begun = self.begun = known_age is not None
@@ -811,6 +819,25 @@ class _Command(_Run):
                     raise self._unknown(problem.message) from None
                 raise problem
             clock.sleep(pause)
+
+    def _can_repeat(self, word: str) -> bool:
+        """Return whether a refusal of the guest, by which nothing was started, is worth a repeat; prepare the repeat.
+
+        ``cut`` is damage on the way. The guest may have lost files that it was to keep (``unkept``, ``sum``); then all
+        files are sent again, and the second time the input is sent as it is. ``full``: the guest has just removed what
+        it kept. The repeat, once, keeps nothing. Nor do later commands for a while.
+        """
+        if word == "full" and not self.is_full:
+            self.is_full, self.layout = True, None
+        elif word in ("unkept", "sum") and self.layout is not None:
+            if self.is_repacked:
+                self.is_full, self.layout = True, None
+            self.is_repacked = True
+        elif word != "cut":
+            return False
+        if word != "cut":
+            self.packed = _pack(self.prepared, self.layout, frozenset())
+        return True
 
     def _unknown(self, why: str) -> OutcomeUnknown:
         """Return the error for a command that may have begun and whose result did not arrive."""

@@ -18,10 +18,18 @@ One run has one folder, ``/run/agentlab/ID`` (mode 0700; /var/run or /tmp where 
 | ``pid`` | process id of the command, which leads a session and process group of its own |
 | ``job``, ``do``, ``in`` | switch of the user, the command as shell text, its standard input; removed at the end |
 | ``out``, ``err`` | the output, at most ``max_output`` bytes each; ``out.cut``, ``err.cut``: there was more |
+| ``full`` | there was no room in /run for all of the output |
+| ``end`` | room for ``rc``, taken before the command starts |
 | ``late``, ``killed`` | the time-out, or a request, ended the command |
 | ``skip`` | ``creates`` or ``removes`` kept the command from starting |
 | ``rc`` | exit status, signal (0: none), milliseconds |
 | ``acked`` | the controller has the result; all but ``rc`` is removed |
+
+| ``put`` | path of the hidden file that an upload fills; ``p.N``: piece N of it has arrived |
+
+``/run/agentlab/ID.p`` holds pieces of standard input until the command takes them. An upload or such a folder that got
+no piece for ``GIVEN_UP`` minutes is one that the controller has given up: the next command or upload removes it with
+its hidden file. Hidden files that outlived /run go when another file is brought into the same folder.
 
 ``/run/agentlab/keep`` holds files of Ansible's modules by their checksums (``kept.py``), at most 16 MiB, for a day
 after the last addition.
@@ -41,8 +49,13 @@ BOOT = 's=$(cat);[ ${#s} = "$1" ]||{ echo agentlab1 cut;exit 0;};eval "$s"'
 INLINE = 65536
 # Characters of the longest script (to begin a command) with its values, and with no lists but that of 40 results that
 # the guest may delete.
-_SCRIPT = 11_500
+_SCRIPT = 11_000
 _REQUEST = 65_536
+# Minutes without a new piece after which an upload counts as given up. Its pieces follow each other within seconds, and
+# while the agent is silent within a minute or two.
+GIVEN_UP = 10
+# Minutes after which a hidden file of an upload counts as given up, where the guest was started anew since.
+_FORGOTTEN = 120
 # Bytes of a piece that is sent by itself: a multiple of three, so that its base64 has no padding.
 PIECE = 44_100
 
@@ -59,6 +72,19 @@ base() {
 }
 size() { z=0; [ ! -f "$1" ] || z=$(wc -c <"$1"); z=$((z)); }
 nap() { sleep 0.1 2>/dev/null || sleep 1; }
+"""
+
+# Remove uploads and pieces of standard input that a controller has given up.
+_CLEAR = r"""
+tidy() {
+  find "$b" ! -path "$b" -prune -type d -mmin +$old | while read -r x; do
+    case $x in *.p) rm -rf "$x"; continue;; esac
+    [ -s "$x/put" ] || continue
+    y=$(cat "$x/put"; echo x); y=${y%x}
+    case $y in */.agentlab-"${x##*/}") rm -f "$y" "$y.gz";; esac
+    rm -rf "$x"
+  done
+}
 """
 
 _LIBRARY = (
@@ -98,7 +124,7 @@ frame() {
     fi
   fi
   [ $((lo+le)) -eq 0 ] || { sum=$(body | sha256sum); sum=${sum%% *}; }
-  t=; for f in out.cut err.cut late killed; do [ ! -e "$d/$f" ] || t=$t$f,; done
+  t=; for f in out.cut err.cut full late killed; do [ ! -e "$d/$f" ] || t=$t$f,; done
   k=; [ ! -s "$d/skip" ] || read -r k <"$d/skip"
   say "state=$st rc=$rc sig=$sg ms=$ms so=$so se=$se lo=$lo le=$le gz=$g sum=$sum flags=$t skip=$k dir=$d"
   body
@@ -128,10 +154,10 @@ rd() {
   # Copy the stream $1 from the pipe to its file, at most $max bytes.
   exec 3<&0; n=0
   while [ $n -lt $max ]; do
-    pull $1 65536 $(((max-n+65535)/65536)) $1
+    pull $1 65536 $(((max-n+65535)/65536)) $1 || room $1 || { : >"$d/full"; break; }
     size "$d/$1"; [ $z -ne $n ] || return 0; n=$z
   done
-  pull $1 1 1 $1.x; [ -s "$d/$1.x" ] || return 0
+  [ -e "$d/full" ] || { pull $1 1 1 $1.x; [ -s "$d/$1.x" ] || return 0; }
   : >"$d/$1.cut"; cat >/dev/null
 }
 pull() {
@@ -167,11 +193,13 @@ forget() {
   : >"$1/acked"
   for f in "$1"/*; do case $f in */rc|*/acked) ;; *) rm -f "$f";; esac; done
 }
+forgetall() { for a in $acks; do [ ! -d "$b/$a" ] || forget "$b/$a"; done; }
 sweep() {
-  for a in $acks; do [ ! -d "$b/$a" ] || forget "$b/$a"; done
+  forgetall
   find "$b" ! -path "$b" -prune -type d -mmin +60 | while read -r x; do [ ! -e "$x/acked" ] || rm -rf "$x"; done
   s=$(du -sk "$b/keep" 2>/dev/null); s=${s%%[!0-9]*}; [ ${s:-0} -le 16384 ] || rm -rf "$b/keep"
   find "$b" ! -path "$b" -prune -type d -mmin +1440 | while read -r x; do d=$x; alive || rm -rf "$x"; done
+  tidy
 }
 supervise() {
   read -r s </proc/self/stat; me=${s%% *}; s=${s##*) }; set -- $s; echo "$me ${20}" >"$d/sup"
@@ -194,25 +222,31 @@ supervise() {
   drain err $r2
   kill $k 2>/dev/null
   g=0; [ $r -le 128 ] || [ ! -s "$d/sig" ] || g=$((r-128))
-  echo "$r $g $t0" >"$d/rc"
+  echo "$r $g $t0" 1<>"$d/end"; mv "$d/end" "$d/rc"
   rm -f "$d/job" "$d/do" "$d/in" "$d/o" "$d/e" "$d/sig" "$d"/*.dd "$d"/*.x
   sweep >/dev/null 2>&1 &
 }
+bad() {
+  # What did not arrive as a whole may have found no room. $1: the refusal where there is room.
+  room in || fail full
+  fail "$1"
+}
+room() { head -c 65536 /dev/zero >"$d/$1.room" 2>/dev/null; set -- $? "$d/$1.room"; rm -f "$2"; return $1; }
 take() {
   # $1: file of the data. Pieces that were sent before, then the input of this request.
   : >"$1"
   if [ "$pieces" ]; then
     n=0
     while [ $n -lt 50 ]; do
-      m=; for i in $pieces; do [ -e "$b/$id.p/$i" ] || m=$m,$i; done
+      m=; for i in $pieces; do [ -e "$b/$id.p/$i" ] || m=$m,$i; [ ${#m} -lt 1000 ] || break; done
       [ "$m" ] || break
       nap; n=$((n+1))
     done
-    [ -z "$m" ] || fail "missing$m"
+    [ -z "$m" ] || bad "missing$m"
     for i in $pieces; do cat "$b/$id.p/$i"; done >"$1" || fail full
   fi
-  [ $nlast -eq 0 ] || input >>"$1" || fail base64
-  size "$1"; [ $z -eq $nraw ] || fail cut
+  [ $nlast -eq 0 ] || input >>"$1" || bad base64
+  size "$1"; [ $z -eq $nraw ] || bad cut
 }
 assemble() {
   # $d/in holds a recipe, what stands before and after the archive, and files that the guest has not kept yet.
@@ -235,11 +269,18 @@ begin() {
   if [ $age -ge 0 ]; then up; [ $u -gt $((age*100)) ] || { say state=gone; return; }; fi
   for c in base64 setsid mkfifo dd wc sha256sum tail head; do command -v $c >/dev/null 2>&1 || die "no_$c"; done
   if ! mkdir -m 700 "$d" 2>/dev/null; then [ -d "$d" ] || die folder; await; frame; return; fi
-  fail() { rm -rf "$d"; die $1; }
-  work >"$d/do" || fail base64
-  size "$d/do"; [ $z -eq $nwork ] || fail cut
+  fail() {
+    rm -rf "$d"
+    # Make room for the repeat.
+    [ $1 != full ] || { rm -rf "$b/$id.p" "$b/keep"; forgetall; }
+    die $1
+  }
+  # The end of the command is written over this, so that it is told also where /run is full by then.
+  echo the-end-of-the-command-stands-here >"$d/end" || fail full
+  work >"$d/do" || bad base64
+  size "$d/do"; [ $z -eq $nwork ] || bad cut
   take "$d/in"
-  if [ $gz = 1 ]; then gzip -dc <"$d/in" >"$d/in2" || fail gzip; mv "$d/in2" "$d/in"; fi
+  if [ $gz = 1 ]; then gzip -dc <"$d/in" >"$d/in2" || bad gzip; mv "$d/in2" "$d/in"; fi
   [ ${nrec:-0} -eq 0 ] || assemble
   if [ "$insum" ]; then s=$(sha256sum <"$d/in"); [ "${s%% *}" = $insum ] || fail sum; fi
   [ -z "$pieces" ] || rm -rf "$b/$id.p"
@@ -301,24 +342,35 @@ place() {
 
 _PIECE = r"""
 piece() {
-  base; place; mkdir -m 700 "$d" 2>/dev/null; : >"$d/put"
+  base; place; mkdir -m 700 "$d" 2>/dev/null; printf %s "$T" >"$d/put"
   input | dd of="$T$gzs" bs=$bs seek=$i conv=notrunc 2>/dev/null && : >"$d/p.$i"
 }
 """
 
 _FINISH = r"""
 fail() { rm -f "$T" "$T.gz"; rm -rf "$d"; die $1; }
+forgotten() {
+  for y in "${T%/*}"/.agentlab-*; do
+    x=${y##*/.agentlab-}; x=${x%.gz}
+    case $x in *[!0-9a-f]*) continue;; esac
+    [ ${#x} -ne 32 ] || [ ! -f "$y" ] || find "$y" -mmin +$older -exec rm -f {} \;
+  done
+}
 finish() {
-  base; place; mkdir -m 700 "$d" 2>/dev/null; : >"$d/put"
+  base; place; mkdir -m 700 "$d" 2>/dev/null; printf %s "$T" >"$d/put"
   ( : >>"$T$gzs" ) 2>/dev/null || fail nowrite
   n=0
   while [ $n -lt 50 ]; do
     m=; i=0
-    while [ $i -lt $last ]; do [ -e "$d/p.$i" ] || m=$m,$i; i=$((i+1)); done
+    while [ $i -lt $last ] && [ ${#m} -lt 1000 ]; do [ -e "$d/p.$i" ] || m=$m,$i; i=$((i+1)); done
     [ "$m" ] || break
     nap; n=$((n+1))
   done
-  [ -z "$m" ] || die "missing$m"
+  if [ "$m" ]; then
+    head -c 65536 /dev/zero >"$T.t" 2>/dev/null || { rm -f "$T.t"; fail full; }
+    rm -f "$T.t"
+    die "missing$m"
+  fi
   if [ $nlast -gt 0 ]; then input | dd of="$T$gzs" bs=$bs seek=$last conv=notrunc 2>/dev/null || fail full; fi
   size "$T$gzs"; [ $z -eq $nraw ] || fail cut
   [ -z "$gzs" ] || { gzip -dc <"$T.gz" >"$T" || fail full; rm -f "$T.gz"; }
@@ -334,6 +386,7 @@ finish() {
   size "$P"; s=$(stat -c %a "$P")
   rm -rf "$d"
   say "state=put so=$z mode=$s sum=$insum"
+  { tidy; forgotten; } </dev/null >/dev/null 2>&1 &
 }
 """
 
@@ -385,15 +438,20 @@ stage() {
 """
 
 _PARTS = {
-    "begin": _LIBRARY + _RUN,
+    "begin": _LIBRARY + _CLEAR + _RUN,
     "look": _LIBRARY,
     "end": _LIBRARY,
     "stage": _BASE + _STAGE,
     "piece": _BASE + _PLACE + _PIECE,
-    "finish": _BASE + _PLACE + _FINISH,
+    "finish": _BASE + _PLACE + _CLEAR + _FINISH,
     "get": _BASE + _GET,
     "drop": _BASE + _PLACE + _DROP,
     "chunk": _BASE + _READ,
+}
+# Comments and indentation are for readers only. A command's text is data, and is not touched.
+_PARTS = {
+    name: "\n".join(line.lstrip() for line in text.splitlines() if line.strip() and not line.lstrip().startswith("# "))
+    for name, text in _PARTS.items()
 }
 _WORD = re.compile(r"[A-Za-z0-9_.,: -]*")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -406,8 +464,8 @@ def request(operation: str, values: Mapping[str, object], blobs: Mapping[str, by
     ``values`` become shell variables and must be plain ASCII (numbers, ids, words); otherwise ValueError is raised.
     ``blobs`` become functions of that name which write the bytes.
     """
-    lines = [_PARTS[operation].strip()]
-    for name, value in values.items():
+    lines = [_PARTS[operation]]
+    for name, value in {"old": GIVEN_UP, "older": _FORGOTTEN, **values}.items():
         if not _WORD.fullmatch(str(value)):
             raise ValueError(f"{name}: {value!r} is no word")
         lines.append(f"{name}='{value}'")

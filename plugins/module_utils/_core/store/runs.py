@@ -29,6 +29,8 @@ _SELECT = (
 )
 # Number of results whose deletion in the guest is requested along with the next request.
 _MOST_ACKS = 40
+# Seconds for which a guest without room is not asked again to keep files.
+_FULL_SECONDS = 3600
 
 
 @dataclass(slots=True)
@@ -127,16 +129,19 @@ def of_sandbox(records: Records, sandbox: Sandbox, limit: int = 1000) -> list[Ru
     return [_run(row) for row in rows][::-1]
 
 
-def guest_memory(records: Records, sandbox: Sandbox, kind: str, limit: int = 200) -> tuple[set[str], float | None]:
+def guest_memory(
+    records: Records, sandbox: Sandbox, kind: str, limit: int = 200
+) -> tuple[set[str], float | None, bool]:
     """Return what the newest ``limit`` runs tell about a sandbox's guest.
 
-    That is: the names of the files that it keeps, and the shortest time in seconds that one of the last three runs of
-    this kind took (None: there was none).
+    That is: the names of the files that it keeps; the shortest time in seconds that one of the last three runs of this
+    kind took (None: there was none); and whether it has room for files, as far as is known.
     """
     names: set[str] = set()
     times: list[float] = []
+    has_room = True
     rows = records.db.read(
-        "SELECT detail FROM runs WHERE sandbox_uuid = ? AND state = ? ORDER BY started_at DESC, id LIMIT ?",
+        "SELECT detail, started_at FROM runs WHERE sandbox_uuid = ? AND state = ? ORDER BY started_at DESC, id LIMIT ?",
         sandbox.uuid,
         ENDED,
         limit,
@@ -144,13 +149,17 @@ def guest_memory(records: Records, sandbox: Sandbox, kind: str, limit: int = 200
     for row in rows:
         try:
             detail = json.loads(row["detail"])
+            if detail.get("full"):
+                # The guest has removed what it kept, and what later runs brought there is in ``names`` already.
+                has_room = records.clock.now() - int(row["started_at"]) > _FULL_SECONDS
+                break
             names.update(str(name) for name in detail.get("kept", ()))
             if detail.get("kind") == kind and len(times) < 3:
                 times.append(float(detail["duration_ms"]) / 1000)
         except (ValueError, TypeError, AttributeError, KeyError):
             # A damaged row is told where the run is asked for. Here it only means one transfer more.
             continue
-    return names, min(times, default=None)
+    return names, min(times, default=None), has_room
 
 
 def set_state(records: Records, run: Run, state: str) -> None:

@@ -69,13 +69,13 @@ class WorkspaceResult:
 # ---- options ----
 
 
-def parse_size(value: object) -> int:
-    """Return a size such as ``20G`` in bytes. Raises InvalidInput for anything else."""
+def parse_size(value: object, option: str = "size") -> int:
+    """Return a size such as ``20G`` in bytes. Raises InvalidInput, by the option's name, for anything else."""
     match = _SIZE.fullmatch(patterns.shorten_size(str(value).strip()))
     if not match or not int(match[1]):
         raise InvalidInput(
-            f"size: {str(value)[:40]!r} is not valid. Valid: a number with M, G or T, such as 20G",
-            option="size",
+            f"{option}: {str(value)[:40]!r} is not valid. Valid: a number with M, G or T, such as 20G",
+            option=option,
             value=str(value)[:40],
         )
     return int(match[1]) * UNITS[match[2]]

@@ -1,0 +1,31 @@
+# Copyright: the agentlab.proxmox contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Programs and rights that some tests need. A machine without them skips these tests; CI fails there."""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+import pytest
+
+
+def require(available: bool, why: str) -> None:
+    """Skip the test unless what it needs is available; fail there when AGENTLAB_REQUIRE_PROGRAMS is set (CI).
+
+    ``why`` says what is missing, and how to install it.
+    """
+    if available:
+        return
+    if os.environ.get("AGENTLAB_REQUIRE_PROGRAMS"):
+        pytest.fail(why)
+    pytest.skip(why)
+
+
+def require_program(name: str, package: str | None = None) -> str:
+    """Return the path of a program; skip or fail as ``require`` does. ``package`` is Debian's, by default its name."""
+    path = shutil.which(name)
+    require(path is not None, f"{name} is not installed: apt-get install {package or name}")
+    return str(path)
