@@ -284,10 +284,12 @@ EXAMPLES = r"""
 
 import contextlib
 import os
+import secrets
 import shlex
+import shutil
 import tempfile
 from collections.abc import Iterator
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 from ansible.errors import AnsibleConnectionFailure, AnsibleError, AnsibleFileNotFound
 from ansible.module_utils.common.text.converters import to_bytes, to_text
@@ -402,21 +404,11 @@ class Connection(ConnectionBase):
         context, sandbox = self._reached()
         display.vvv(f"FETCH {in_path} TO {out_path}", host=self._host)
         target = to_text(out_path, errors="surrogate_or_strict")
-        with _as_ansible_errors():
-            handle, fresh = tempfile.mkstemp(prefix=".agentlab-", dir=os.path.dirname(os.path.abspath(target)))
-            try:
-                with os.fdopen(handle, "wb") as file:
-                    files.fetch_file(context, sandbox, to_text(in_path, errors="surrogate_or_strict"), file)
-                    # mkstemp creates a file for its owner only. Give the file the mode that the umask would give it.
-                    umask = os.umask(0o077)
-                    os.umask(umask)
-                    mode = os.stat(target).st_mode & 0o7777 if os.path.exists(target) else 0o666 & ~umask
-                    os.fchmod(file.fileno(), mode)
-                os.replace(fresh, target)
-            except BaseException:
-                with contextlib.suppress(OSError):
-                    os.unlink(fresh)
-                raise
+        # A file without a name: nothing is left of it when Ansible ends this process in the middle (Ctrl-C, SIGTERM).
+        with _as_ansible_errors(), tempfile.TemporaryFile(dir=os.path.dirname(os.path.abspath(target))) as file:
+            files.fetch_file(context, sandbox, to_text(in_path, errors="surrogate_or_strict"), file)
+            file.flush()
+            _replace(target, file)
 
     def reset(self) -> None:
         """Close the connection, so that the next task looks the sandbox up again."""
@@ -496,6 +488,31 @@ def _as_ansible_errors() -> Iterator[None]:
         raise (AnsibleConnectionFailure if error.code in _UNREACHABLE else AnsibleError)(message) from None
     except OSError as error:
         raise AnsibleError(f"{error.filename or 'file'}: {error.strerror or error}; mend path or permissions") from None
+
+
+def _replace(target: str, source: IO[bytes]) -> None:
+    """Put a file without a name in the place of ``target``, in one step. Raises OSError."""
+    # The source is for its owner only. Give the file the mode that the umask would give it, or that of the old one.
+    umask = os.umask(0o077)
+    os.umask(umask)
+    mode = os.stat(target).st_mode & 0o7777 if os.path.exists(target) else 0o666 & ~umask
+    os.fchmod(source.fileno(), mode)
+    folder = os.path.dirname(os.path.abspath(target))
+    fresh = os.path.join(folder, f".agentlab-{secrets.token_hex(8)}")
+    try:
+        try:
+            os.link(f"/proc/self/fd/{source.fileno()}", fresh, follow_symlinks=True)
+        except OSError:
+            # Not every file system gives a name to a file that had none.
+            source.seek(0)
+            with open(fresh, "xb") as copy:
+                shutil.copyfileobj(source, copy)
+                os.fchmod(copy.fileno(), mode)
+        os.replace(fresh, target)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(fresh)
+        raise
 
 
 def _tail(output: bytes) -> str:

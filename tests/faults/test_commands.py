@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import io
 import itertools
+import json
 import os
 import shutil
 import time
@@ -27,9 +28,10 @@ from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors impo
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.guest import command, files
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.guest.command import CommandSpec
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.model import Sandbox
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.proxmox.https import Https
 
+from faults.command_support import FAULTS, child
 from support.lab import Lab
+from support.play import play
 from support.programs import require_program
 
 pytestmark = pytest.mark.faults
@@ -119,6 +121,40 @@ def test_no_command_and_no_file_reaches_a_strangers_vm(lab: Lab, way: str) -> No
     assert [request for request in lab.pve.requests if "/agent/" in request[1]] == []
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_no_task_reaches_a_strangers_vm_through_the_connection(lab: Lab, tmp_path: Path, way: str) -> None:
+    """The connection plugin in a real play, on the same thirteen ways: a command, a file there, a file back."""
+    sandbox = lab.create("box")
+    guest = lab.pve.machine(sandbox.vmid)
+    lab.server.call(WAYS[way], lab, sandbox) if way.startswith("9") else WAYS[way](lab, sandbox)
+    vm = lab.pve.vm(sandbox.vmid)
+    vm.config.setdefault("agent", "1")
+    vm.agent = vm.agent or {"interfaces": []}
+    lab.pve.requests.clear()
+    env = {**lab.server.environment(lab.folder), "AGENTLAB_DATABASE": lab.database, "PATH": os.environ["PATH"]}
+    source = tmp_path / "source"
+    source.write_text("x")
+    inventory = tmp_path / "boxes.yml"
+    values = {"ansible_connection": "agentlab.proxmox.sandbox", "ansible_remote_tmp": f"{guest.folder}/ansible"}
+    inventory.write_text(json.dumps({"all": {"hosts": {"box": values}}}), encoding="utf-8")
+    on = {"ignore_unreachable": True, "ignore_errors": True}
+    tasks = [
+        {"name": "command", "ansible.builtin.raw": "true", **on},
+        {"name": "there", "ansible.builtin.copy": {"src": str(source), "dest": f"{guest.folder}/x"}, **on},
+        {"name": "back", "ansible.builtin.fetch": {"src": "/etc/passwd", "dest": f"{tmp_path}/back"}, **on},
+    ]
+    run = play(
+        [{"name": "inside", "hosts": "box", "gather_facts": False, "tasks": tasks}],
+        env,
+        tmp_path,
+        args=("-i", str(inventory)),
+    )
+    assert all(run.status(str(task["name"])) in ("failed", "unreachable") for task in tasks), run.output
+    assert "Traceback" not in run.output and not (tmp_path / "back").exists()
+    assert guest.started == [] and not guest.programs
+    assert [request for request in lab.pve.requests if "/agent/" in request[1]] == []
+
+
 @pytest.mark.parametrize("at", ["/agent/exec", "/agent/exec-status"])
 def test_a_vm_swapped_meanwhile_makes_the_result_an_error(lab: Lab, at: str) -> None:
     sandbox = lab.create()
@@ -135,39 +171,6 @@ def test_a_vm_swapped_meanwhile_makes_the_result_an_error(lab: Lab, at: str) -> 
 
 
 # ---- a controller that is killed ----
-
-
-def child(lab: Lab, work: Callable[[Any], Any], point: int, moment: str, place: str) -> int:
-    """Do the work in a process that ends itself before or after its nth request or commit; return its exit status."""
-    ctx = lab.context()
-    pid = os.fork()
-    if pid:
-        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    status = 3
-    try:
-        counter = itertools.count(1)
-
-        def dying(real: Callable[..., Any]) -> Callable[..., Any]:
-            def call(*args: Any, **values: Any) -> Any:
-                number = next(counter)
-                if number == point and moment == "before":
-                    os._exit(9)
-                answer = real(*args, **values)
-                if number == point:
-                    os._exit(9)
-                return answer
-
-            return call
-
-        if place == "request":
-            Https.send = dying(Https.send)  # type: ignore[method-assign]
-        else:
-            database: Any = ctx.records.db
-            database.write = dying(database.write)
-        work(ctx)
-        status = 0
-    finally:
-        os._exit(status)
 
 
 @pytest.mark.parametrize("place, points", [("request", 5), ("commit", 2)])
@@ -216,12 +219,6 @@ def test_a_controller_that_is_killed_while_it_copies_leaves_the_old_file_or_the_
 
 
 # ---- an agent that fails at each request ----
-
-FAULTS: dict[str, Callable[[Any], None]] = {
-    "frozen": lambda guest: guest.freeze(0.5),
-    "restarted": lambda guest: guest.restart(),
-    "frozen after its ping": lambda guest: guest.freeze_after_ping(7),
-}
 
 
 @pytest.mark.parametrize("fault", FAULTS)

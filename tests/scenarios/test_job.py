@@ -8,13 +8,17 @@ made, and that results, workspace and sandbox end where they should, however the
 
 from __future__ import annotations
 
+import contextlib
 import json
+import signal
 import sqlite3
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from support.job_tasks import UNUSABLE
@@ -372,9 +376,9 @@ def test_a_task_that_ends_the_play_does_not_keep_the_sandbox(
     assert ("or a task ended the play before the last one" in ended.said) is ending, ended.said
 
 
-@pytest.mark.parametrize("signal", ["INT", "TERM"])
+@pytest.mark.parametrize("signal_name", ["INT", "TERM"])
 def test_what_a_job_that_is_interrupted_leaves_is_named_and_goes_with_its_lease(
-    job: Callable[..., Job], env: Any, tmp_path: Path, signal: str
+    job: Callable[..., Job], env: Any, tmp_path: Path, signal_name: str
 ) -> None:
     # The worker that runs a lookup is a child of ansible-playbook.
     parent = "sed -n s/^PPid:[[:space:]]*//p /proc/$PPID/status"
@@ -382,7 +386,7 @@ def test_what_a_job_that_is_interrupted_leaves_is_named_and_goes_with_its_lease(
         JOB
         + f"""\
 - name: Interrupt
-  ansible.builtin.shell: kill -{signal} {{{{ lookup('ansible.builtin.pipe', {parent!r}) }}}}; sleep 20
+  ansible.builtin.shell: kill -{signal_name} {{{{ lookup('ansible.builtin.pipe', {parent!r}) }}}}; sleep 20
 """
     )
     ended = job(tasks)
@@ -399,6 +403,76 @@ def test_what_a_job_that_is_interrupted_leaves_is_named_and_goes_with_its_lease(
     for playbook in ("reconcile", "prune"):
         run_play(f"playbooks/{playbook}.yml", env, tmp_path, extra_vars={"agentlab_hosts": "localhost"}).ok()
     assert ended.cleared_up(), ended.states
+
+
+def interrupt(signal_name: str) -> None:
+    """Interrupt the playbook that this process runs: Control-C reaches all of its processes, TERM only the first."""
+
+    def command(process: psutil.Process) -> str:
+        with contextlib.suppress(psutil.Error):
+            return " ".join(process.cmdline())
+        return ""
+
+    (playbook,) = (child for child in psutil.Process().children() if "ansible-playbook" in command(child))
+    processes = [playbook, *playbook.children(recursive=True)] if signal_name == "INT" else [playbook]
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.send_signal(getattr(signal, f"SIG{signal_name}"))
+
+
+@pytest.mark.parametrize(("request_", "signal_name"), [("the clone", "TERM"), ("the start", "INT")])
+def test_a_job_that_is_interrupted_while_it_creates_leaves_nothing_that_reconcile_does_not_end(
+    job: Callable[..., Job], env: Any, tmp_path: Path, server: Any, request_: str, signal_name: str
+) -> None:
+    ending = "/clone" if request_ == "the clone" else "/status/start"
+
+    def strike(method: str, path: str) -> None:
+        if method == "POST" and path.endswith(ending):
+            server.pve.after = None
+            interrupt(signal_name)
+
+    server.pve.after = strike
+    ended = job()
+    assert ended.run.rc != 0 and "Traceback" not in ended.run.output, ended.run.output
+    assert server.pve.after is None and len(ended.vms) == 1, ended.run.output
+    assert ended.states[0] not in ("FAILED", "DESTROYED"), ended.states
+    with sqlite3.connect(env["AGENTLAB_DATABASE"]) as conn:
+        conn.execute("UPDATE sandboxes SET lease_expires_at = 1")
+    conn.close()
+    run_play("playbooks/reconcile.yml", env, tmp_path, extra_vars={"agentlab_hosts": "localhost"}).ok()
+    assert ended.states == ["FAILED"]
+    states = {"agentlab_hosts": "localhost", "prune_states": "TIMEOUT,FAILED"}
+    run_play("playbooks/prune.yml", env, tmp_path, extra_vars=states).ok()
+    assert ended.cleared_up(), (ended.states, ended.vms, ended.workspace)
+
+
+@pytest.mark.parametrize("signal_name", ["INT", "TERM"])
+def test_a_job_that_is_interrupted_while_it_collects_keeps_the_files_in_its_sandbox(
+    job: Callable[..., Job], server: Any, tmp_path: Path, signal_name: str
+) -> None:
+    guest = server.pve.machine(1000)
+
+    def strike(_method: str, path: str) -> None:
+        if path.endswith("/agent/exec") and guest.started[-1][1].endswith("\nget"):
+            server.pve.after = None
+            interrupt(signal_name)
+            time.sleep(1)
+
+    server.pve.after = strike
+    made = f"{guest.folder}/made-inside"
+    ended = job(
+        AGENT_JOB,
+        job_connection="agentlab.proxmox.sandbox",
+        job_python="/usr/bin/python3",
+        job_file=made,
+        job_fetch=[made],
+    )
+    assert ended.run.rc != 0 and "Traceback" not in ended.run.output, ended.run.output
+    assert server.pve.after is None and ended.states == ["RUNNING"] and Path(made).exists()
+    results = tmp_path / "results"
+    assert [path for path in results.rglob("*") if path.name.startswith(".agentlab-")] == []
+    # The sandbox is there for whoever wants the files, and goes with its lease, as any other.
+    assert ended.workspace == "ATTACHED"
 
 
 def test_a_job_that_deals_with_its_failure_is_completed(job: Callable[..., Job]) -> None:

@@ -16,8 +16,8 @@ from ansible_collections.agentlab.proxmox.plugins.module_utils._core.guest impor
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.guest.agent import GuestRefused
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.guest.command import CommandResult, CommandSpec
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.model import Sandbox
-from unit.test_guest_kept import module
 
+from support.ansible_input import module
 from support.lab import Lab
 from support.programs import require, require_program
 from support.proxmox_guest import Guest

@@ -7,11 +7,9 @@
 from __future__ import annotations
 
 import base64
-import io
 import os
 import random
 import shutil
-import zipfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,6 +18,7 @@ from ansible_collections.agentlab.proxmox.plugins.module_utils._core.guest impor
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.guest.command import CommandSpec
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.model import Sandbox
 
+from support.ansible_input import module
 from support.lab import Lab
 from support.programs import require_program
 from support.proxmox_guest import LARGEST_INPUT, Guest
@@ -50,18 +49,6 @@ def guest(lab: Lab, sandbox: Sandbox) -> Iterator[Guest]:
     machine.started.clear()
     yield machine
     assert not machine.deaf
-
-
-def module(*, own: int = 1, year: int = 2020, value: str = "x", files: int = 12) -> bytes:
-    """Return input as Ansible sends it: a text, an archive with the time of its build, and the values of the task."""
-    archive = io.BytesIO()
-    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as opened:
-        for number in range(files):
-            data = random.Random(number).randbytes(9000 if number % 3 else 200)
-            opened.writestr(zipfile.ZipInfo(f"library/{number}.py", (year, 1, 2, 3, 4, 6)), data)
-        info = zipfile.ZipInfo("module ä%\\'.py", (year, 1, 2, 3, 4, 6))
-        opened.writestr(info, random.Random(1000 + own).randbytes(3000))
-    return b"#!/usr/bin/python\nDATA = '" + base64.b64encode(archive.getvalue()) + f"'\n{value}\n".encode()
 
 
 def run(lab: Lab, sandbox: Sandbox, data: bytes) -> command.CommandResult:

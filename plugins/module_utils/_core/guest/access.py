@@ -100,6 +100,8 @@ class Guest:
     # Called while a program runs, with its running time in seconds. May raise to stop waiting.
     on_wait: Callable[[float], None] | None = None
     statuses: list[int] = field(default_factory=list)
+    # Whether the guest has answered in this use of it. A silence after that is waited out.
+    has_answered: bool = False
 
     # ---- identity of the VM ----
 
@@ -200,19 +202,26 @@ class Guest:
     def ask(self, script: str, run_id: str, *, patience: float = 60.0, refusals: bool = False) -> Frame:
         """Send an idempotent script, and return its answer. A lost answer is a reason to send the script again.
 
-        ``patience``: seconds for which a lost answer is retried. ``refusals``: return a refusal of the wrapper as well.
+        ``patience``: seconds for which a lost answer, or an agent that has become silent, is retried. ``refusals``:
+        return a refusal of the wrapper as well.
         """
         deadline = self.ctx.clock.monotonic() + patience
         for pause in (*_SILENT_PAUSES, None):
             try:
                 frame = self.collect(self.send(script), run_id)
             except OutcomeUnknown as error:
-                frame, problem = None, error.message
+                frame, problem, refusal = None, error.message, None
+            except GuestRefused as error:
+                if error.reason != "silent" or not self.has_answered:
+                    raise
+                frame, problem, refusal = None, error.message, error
             else:
-                problem = f"sandbox {self.sandbox.vmid}: the answer of its guest agent was lost."
+                problem, refusal = f"sandbox {self.sandbox.vmid}: the answer of its guest agent was lost.", None
             if frame is not None:
                 return frame if refusals else self.accept(frame)
             if pause is None or self.ctx.clock.monotonic() + pause > deadline:
+                if refusal is not None:
+                    raise refusal
                 raise OutcomeUnknown(f"{problem} Look whether the guest runs, then try again", vmid=self.sandbox.vmid)
             self.ctx.clock.sleep(pause)
         raise AssertionError("unreachable")
@@ -255,6 +264,7 @@ class Guest:
             raise GuestFailed(
                 f"sandbox {self.sandbox.vmid}: the guest answered for another command, so the answer is not believed"
             )
+        self.has_answered = True
         frame = Frame(dict(_FIELD.findall(header[2].decode())), status.out[header.end() :])
         folder = frame.fields.get("dir")
         if folder is not None and (not _FOLDER.fullmatch(folder) or not folder.endswith(run_id)):

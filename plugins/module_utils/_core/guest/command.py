@@ -767,15 +767,15 @@ class _Command(_Run):
         resent = 0
         problem: AgentlabError
         while True:
-            self._send_pieces(missing)
-            missing = []
-            age = -1
-            if may_have_begun:
-                age = int((known_age or 0) + clock.monotonic() - began) + 3
-            values = {**prepared.values, **self.packed.values, **self._frame_values(int(self.on_output is not None))}
-            values |= {"w": wait, "age": age, "acks": " ".join(self.acks)}
-            script = wrapper.request("begin", values, {"work": prepared.work, "input": self.packed.last})
             try:
+                self._send_pieces(missing)
+                # From here on a repeat sends only the pieces that the guest misses.
+                missing = []
+                age = int((known_age or 0) + clock.monotonic() - began) + 3 if may_have_begun else -1
+                frame_values = self._frame_values(int(self.on_output is not None))
+                values = {**prepared.values, **self.packed.values, **frame_values}
+                values |= {"w": wait, "age": age, "acks": " ".join(self.acks)}
+                script = wrapper.request("begin", values, {"work": prepared.work, "input": self.packed.last})
                 pid = guest.send(script)
             except OutcomeUnknown as error:
                 may_have_begun, problem = True, error
