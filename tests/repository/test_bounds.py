@@ -133,5 +133,139 @@ def test_the_bounds_on_answers_are_those_of_the_code() -> None:
             assert re.search(pattern, texts), sentence
 
 
+CLI = ROOT / "roles/agentlabd/files/agentlab_cli"
+# Row of the page -> the folder, file and constant of the code that bounds it.
+ELSEWHERE: dict[str, dict[str, tuple[Path, str, str]]] = {
+    "guests": {
+        "bytes of a command with its arguments, environment and folder": (CORE, "guest/command.py", "_LARGEST_WORK"),
+        "bytes of a command's standard input": (CORE, "guest/command.py", "LARGEST_STDIN"),
+        "bytes of its standard output, and of its standard error, that `max_output` may ask for": (
+            CORE,
+            "guest/command.py",
+            "LARGEST_OUTPUT",
+        ),
+        "seconds that a command may take": (CORE, "guest/command.py", "LONGEST_TIMEOUT"),
+        "bytes of each stream in one answer of the API": (DAEMON, "http/inside.py", "LARGEST_PART"),
+        "bytes of a file that a module brings or fetches": (CORE, "guest/files.py", "LARGEST_FILE"),
+        "bytes of a file's path": (CORE, "guest/files.py", "_LONGEST_PATH"),
+        "bytes of the arguments of one request to the guest agent": (CORE, "guest/agent.py", "LARGEST_ARGUMENTS"),
+        "bytes of the input of one request to the guest agent": (CORE, "guest/agent.py", "LARGEST_INPUT"),
+        "attempts at a piece of a file": (CORE, "guest/files.py", "_TRIES"),
+        "requests for the address of a single sandbox at once": (DAEMON, "http/lookup.py", "AT_ONCE"),
+    },
+    "repeats": {
+        "repeats of a request to Proxmox VE that was not begun, and of a read whose answer was lost": (
+            CORE,
+            "proxmox/client.py",
+            "_RETRIES",
+        ),
+        "handshakes for a new connection": (CORE, "proxmox/https.py", "_HANDSHAKES"),
+        "attempts at a clone whose template is locked": (CORE, "sandboxes/refusals.py", "_CLONE_TRIES"),
+        "attempts at a start, stop or suspend of a VM that is locked for a moment": (
+            CORE,
+            "vm/power.py",
+            "_LOCK_TRIES",
+        ),
+        "attempts at a change of a configuration that others change": (CORE, "vm/locate.py", "_WRITE_TRIES"),
+        "rounds of a destroy whose VM changes each time": (CORE, "sandboxes/removal.py", "_MARK_TRIES"),
+        "attempts at a transaction on PostgreSQL that another one stands in the way of": (
+            CORE,
+            "store/postgres/engine.py",
+            "_ATTEMPTS",
+        ),
+    },
+    "records": {
+        "time of a write for the lock of a SQLite file": (CORE, "store/sqlite/engine.py", "BUSY_SECONDS"),
+        "time for a connection to PostgreSQL": (CORE, "store/postgres/engine.py", "_CONNECT_SECONDS"),
+        "time of a write for a lock of PostgreSQL": (CORE, "store/postgres/engine.py", "_LOCK_SECONDS"),
+        "time of a transaction whose process pauses": (CORE, "store/postgres/engine.py", "_IDLE_SECONDS"),
+        "records that are forgotten in one transaction": (CORE, "maintenance/cleanup.py", "_FORGET_AT_ONCE"),
+    },
+    "values": {
+        "characters of `description`": (CORE, "sandboxes/spec.py", "_LONGEST_DESCRIPTION"),
+        "seconds of any duration": (CORE, "durations.py", "MAX_SECONDS"),
+        "bytes of the token in `listen_token_file`": (DAEMON, "service.py", "_LONGEST_TOKEN"),
+        "bytes of the first line of a request": (DAEMON, "http/server.py", "_LONGEST_LINE"),
+        "refused connections at once that get a sentence": (DAEMON, "connections.py", "_MOST_EXPLAINED"),
+        "sandboxes that one condition of the status names": (DAEMON, "conditions.py", "_MOST_NAMED"),
+        "bytes of user data that the command line reads": (CLI, "sandbox.py", "_LONGEST_USER_DATA"),
+        "bytes of public keys that the command line reads": (CLI, "sandbox.py", "_LONGEST_KEYS"),
+        "bytes of a password that the command line reads": (CLI, "sandbox.py", "_LONGEST_PASSWORD"),
+        "bytes of standard input that the command line sends to a command": (CLI, "inside.py", "_LARGEST_INPUT"),
+        "seconds that the command line waits for an answer to a read": (CLI, "client.py", "READ_TIMEOUT"),
+        "names of a node's certificate in a message": (CORE, "proxmox/certificate.py", "_MOST_NAMES"),
+    },
+}
+# Constants that the tests above hold to the page.
+TOLD_ABOVE = {
+    "connections.py": "HEAD_BYTES BODY_BYTES BODIES_BYTES ANSWERS_BYTES",
+    "http/fields.py": "DEEPEST_BODY MOST_VALUES",
+    "http/inside.py": "LONGEST_WAIT",
+    "http/spool.py": "FILES_AT_ONCE FILE_BYTES",
+    "service.py": "GUESTS_AT_ONCE",
+    "safe_yaml.py": "LONGEST_FILE MAX_NODES MAX_EXPANDED MAX_DEPTH",
+    "proxmox/answers.py": "LARGEST_ANSWER DEEPEST_ANSWER _LONGEST_TEXT",
+    "vm/address.py": "MOST_LOOKS _MOST_INTERFACES _MOST_ADDRESSES _LONGEST_TEXT",
+    "guest/cloud_init.py": "_LONGEST _LONGEST_RESULT _MOST_ERRORS",
+}
+# Constants that look like a bound, and why nobody meets them.
+NOT_MET = {
+    "doctor/host.py": ("_FREE_BYTES", "the doctor warns below it"),
+    "guest/access.py": ("_LONGEST_PAUSE _LONGEST_EXPECTED _LONGEST_HEADER", "pauses, and our own wrapper's header"),
+    "guest/agent.py": ("_MOST_READ", "our own reads"),
+    "guest/cloud_init.py": ("_LONGEST_ERROR", "a part of the result, which is bounded"),
+    "guest/command.py": ("_LARGEST_UNSPLIT _LONGEST_LOGGED", "how input is sent; what the log quotes"),
+    "guest/files.py": ("_LARGEST_PACKED", "a larger file goes unpacked"),
+    "proxmox/identity.py": ("_LONGEST_DESCRIPTION", "Proxmox VE's own, for our note in the description"),
+    "proxmox/tasks.py": ("LONGEST_POLL _LIST_LIMIT", "pauses; a task that a list leaves out is asked for by itself"),
+    "safe_yaml.py": ("_LONGEST_NUMBER", "a longer number is a text"),
+    "sandboxes/template.py": ("_MOST_READ", "our own reads"),
+    "store/records.py": ("_LONGEST_FENCE", "the digits of an integer"),
+    "store/runs.py": ("_MOST_ACKS", "the rest goes along with the next request"),
+    "connections.py": ("READ_BYTES ACCEPTED_AT_ONCE", "pieces of what is bounded"),
+    "http/fields.py": ("_LONGEST_MINUTES", "the ten years of durations.py"),
+    "http/spool.py": ("PART_BYTES", "pieces of what is bounded"),
+}
+_BOUND = re.compile(
+    r"_?(LARGEST|LONGEST|MOST|DEEPEST|MAX)_\w+|_?LONGEST|_?(\w+_)?(TRIES|RETRIES|ATTEMPTS|AT_ONCE|HANDSHAKES)|"
+    r"\w+_(BYTES|LIMIT)|READ_TIMEOUT"
+)
+
+
+def test_the_other_bounds_are_those_of_the_code() -> None:
+    for table, bounds in ELSEWHERE.items():
+        told = {row[0]: row[1].removesuffix(" s") for row in rows(table)}
+        expected = {}
+        for name, (folder, file, constant) in bounds.items():
+            value = constants(file, folder)[constant]
+            assert isinstance(value, (int, float)), constant
+            expected[name] = f"{value:.0f}"
+        assert told == expected
+    texts = "".join(path.read_text() for folder in (CORE, DAEMON, CLI) for path in folder.rglob("*.py"))
+    texts = re.sub(r'"\s*f?"', "", texts)
+    for table in ELSEWHERE:
+        for *_cells, beyond in rows(table):
+            for sentence in re.findall(r"`([a-zE][^`]{14,})`", beyond):
+                pattern = re.sub(r"\d+", r"\\{[^}]+\\}", re.escape(sentence).replace(r"\ ", " "))
+                assert re.search(pattern, texts), sentence
+
+
+def test_every_bound_of_the_code_stands_in_the_page() -> None:
+    """A new constant that bounds something needs its row, or a reason why nobody meets it."""
+    told = {(file, name) for bounds in ELSEWHERE.values() for _folder, file, name in bounds.values()}
+    told |= {(file, name) for file, names in TOLD_ABOVE.items() for name in names.split()}
+    told |= {(file, name) for file, (names, _why) in NOT_MET.items() for name in names.split()}
+    code = {
+        (str(path.relative_to(folder)), node.targets[0].id)
+        for folder in (CORE, DAEMON, CLI)
+        for path in folder.rglob("*.py")
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
+        if _BOUND.fullmatch(node.targets[0].id)
+    }
+    assert code - told == set()
+    assert {pair for pair in told - code if _BOUND.fullmatch(pair[1])} == set()
+
+
 def test_the_page_on_safety_leads_to_this_one() -> None:
     assert "[bounds.md](bounds.md)" in (ROOT / "docs/safety.md").read_text()
