@@ -88,6 +88,9 @@ class Statistics:
             self.reachable, self.last_error = True, None
             if error.status == 401:
                 self.refused = error.message
+            elif error.status == 403:
+                # A privilege is missing, so the credentials themselves were accepted.
+                self.refused = None
 
     def answered(self) -> None:
         """Record that Proxmox was reached, even if the answer is a refusal."""

@@ -37,7 +37,7 @@ def explain(path: str, error: Exception) -> StoreError:
     """Return SQLite's error as a StoreError that names the file and says what to do."""
     text = str(error)
     low = text.lower()
-    unreadable = _why_unreadable(path)
+    unreadable = _why_unreadable(path) or _why_no_file(path)
     if unreadable:
         return StoreError(f"database {path}: {text}: {unreadable}", path=path)
     if ("unable to open" in low or "disk i/o" in low) and out_of_descriptors():
@@ -74,6 +74,20 @@ def explain(path: str, error: Exception) -> StoreError:
             "(agentlab doctor)"
         )
     return StoreError(f"database {path}: {text}: {advice}", path=path)
+
+
+def _why_no_file(path: str) -> str | None:
+    """Return the message for a path at which there can be no file of records; None where there can be one."""
+    if os.path.isdir(path):
+        return f"it is a folder; set database to a file, such as {os.path.join(path, 'agentlab.db')}"
+    if os.path.exists(path) and not os.path.isfile(path):
+        return "it is a device, a pipe or a socket; set database to a file of its own"
+    folder = os.path.dirname(os.path.abspath(path))
+    while not os.path.lexists(folder) and folder != os.path.dirname(folder):
+        folder = os.path.dirname(folder)
+    if os.path.isfile(folder):
+        return f"{folder} is a file and not a folder; set database to a path in a folder"
+    return None
 
 
 def _why_unreadable(path: str) -> str | None:
