@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,21 @@ def test_a_path_that_can_hold_no_records(tmp_path: Path, path: str, sentence: st
     with pytest.raises(StoreError) as refused:
         open_database(place)
     assert sentence.format(place) in refused.value.message
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a device")
+def test_a_device_is_refused_and_keeps_its_mode(tmp_path: Path) -> None:
+    """As root, a database at /dev/null took /dev/null from every other user of the host."""
+    device = tmp_path / "null"
+    try:
+        os.mknod(device, stat.S_IFCHR | 0o666, os.makedev(1, 3))
+    except PermissionError:
+        pytest.skip("this container may make no devices")
+    device.chmod(0o666)
+    with pytest.raises(StoreError, match="it is a device, a pipe or a socket"):
+        open_database(str(device))
+    assert stat.S_IMODE(device.stat().st_mode) == 0o666
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["null"]
 
 
 def test_a_missing_privilege_shows_that_the_credentials_are_accepted() -> None:

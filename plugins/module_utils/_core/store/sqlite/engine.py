@@ -144,6 +144,10 @@ class Database(GroupCommit):
                 "what the link leads to, or remove the link to begin with an empty file",
                 path=path,
             )
+        no_file = None if path == ":memory:" else _why_no_file(path)
+        if no_file:
+            # SQLite opens a device, and then its mode would be narrowed: that of /dev/null, for every user of the host.
+            raise StoreError(f"database {path}: {no_file}", path=path)
         # All steps of opening together wait no longer than BUSY_SECONDS.
         deadline = time.monotonic() + BUSY_SECONDS
         try:
