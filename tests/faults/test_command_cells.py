@@ -3,7 +3,7 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 
 """No command runs twice: each shape of a command, each fault of the agent and each end of the controller, at each
-request and commit. AGENTLAB_FAULTS=all strikes at all of them, otherwise the seed chooses one for each.
+request and commit. They take long, so they run with AGENTLAB_FAULTS=all only.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ from faults.command_support import FAULTS, child
 from support.ansible_input import module
 from support.lab import Lab
 
-pytestmark = pytest.mark.faults
+pytestmark = [
+    pytest.mark.faults,
+    pytest.mark.skipif(os.environ.get("AGENTLAB_FAULTS") != "all", reason="long: make test-faults-all strikes them"),
+]
 
 
 @pytest.fixture
