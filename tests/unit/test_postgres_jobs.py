@@ -71,8 +71,8 @@ def test_no_two_controllers_run_a_pass_at_once(uri: str, connect: Any) -> None:
             pass
         assert second.lead("reconcile"), "who does the job on schedule is another question"
     with second.run_alone("reconcile", 0):
-        threading.Timer(0.5, server().execute, [_CUT_PASSES]).start()
         began = time.monotonic()
+        threading.Timer(0.5, server().execute, [_CUT_PASSES]).start()
         with first.run_alone("reconcile", 20):
             assert time.monotonic() - began > 0.4, "it waited until the session of the other pass had ended"
 
