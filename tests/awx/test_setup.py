@@ -76,6 +76,10 @@ def test_a_first_run_makes_all_and_the_second_nothing(awx: Awx, set_up: SetUp) -
     assert {survey["variable"] for survey in awx.surveys[templates["agentlab - job"]["id"]]["spec"]} >= {
         "job_tasks",
         "job_ttl",
+        "job_connection",
+        "job_fetch",
+        "job_results",
+        "job_workspace_size",
     }
     nightly = awx.named("schedules", "agentlab - nightly prune")
     assert nightly["unified_job_template"] == templates["agentlab - prune"]["id"] and nightly["enabled"] is True

@@ -210,15 +210,50 @@ def test_a_job_takes_a_path_relative_to_the_project(launch: Any, runner: Runner)
     (runner.folder / "project" / "jobs").mkdir()
     tasks = f"- name: Work\n  ansible.builtin.copy: {{content: done, dest: {runner.folder}/made, mode: '0600'}}\n"
     (runner.folder / "project" / "jobs" / "work.yml").write_text(tasks)
-    own = {"job_connection": "local", "job_python": f"{runner.bin}/python"}
-    status, _result, output = launch("job", {"job_tasks": "jobs/work.yml"}, own)
+    own, here = {"job_python": f"{runner.bin}/python"}, {"job_connection": " local "}
+    status, _result, output = launch("job", {"job_tasks": "jobs/work.yml", **here}, own)
     assert status == 0 and (runner.folder / "made").read_text() == "done", output
-    blank = dict.fromkeys(("job_name", "job_profile", "job_workspace", "job_user", "job_ttl"), " ")
+    names = ("job_name", "job_profile", "job_workspace", "job_workspace_size", "job_user", "job_ttl")
+    blank = {**dict.fromkeys((*names, "job_fetch", "job_results"), " "), **here}
     (runner.folder / "made").unlink()
     status, _result, output = launch("job", {"job_tasks": " jobs/work.yml ", "job_template": " 9000 ", **blank}, own)
     assert status == 0 and (runner.folder / "made").read_text() == "done", output
     status, _result, output = launch("job", {"job_tasks": "jobs/nosuch.yml", "job_keep": "true"}, own)
     assert status != 0 and "nosuch.yml" in output
+
+
+def test_the_tasks_of_a_job_use_roles_of_the_project(launch: Any, runner: Runner) -> None:
+    """The playbook that they run in stands in the collection, so Ansible does not look beside it."""
+    role = runner.folder / "project" / "roles" / "greet" / "tasks"
+    role.mkdir(parents=True)
+    (role / "main.yml").write_text("- name: Greet\n  ansible.builtin.debug: {msg: greeted}\n")
+    (runner.folder / "project" / "work.yml").write_text("- ansible.builtin.include_role: {name: greet}\n")
+    answers = {"job_tasks": "work.yml", "job_connection": "local"}
+    status, _result, output = launch("job", answers, {"job_python": f"{runner.bin}/python"})
+    assert status == 0 and "greeted" in output, output
+
+
+def test_a_job_through_the_guest_agent(launch: Any, runner: Runner, server: Any, tmp_path: Path) -> None:
+    """The answers that are left alone suit this connection too: its tasks are root's, not debian's."""
+    guest = server.pve.machine(1000).folder
+    tasks = f"- name: Work\n  ansible.builtin.raw: id -un > {guest}/made; echo log > {guest}/log\n"
+    (runner.folder / "project" / "work.yml").write_text(tasks)
+    own = {"job_python": "/usr/bin/python3", "ansible_remote_tmp": f"{guest}/ansible"}
+    answers = {
+        "job_tasks": "work.yml",
+        "job_connection": "agentlab.proxmox.sandbox",
+        "job_name": "job-1",
+        "job_fetch": f"{guest}/made\r\n{guest}/log\r\n",
+    }
+    status, _result, output = launch("job", {**answers, "job_results": f"{tmp_path}/kept"}, own)
+    assert status == 0 and "deletes" not in output, output
+    # For somebody who cancels the job in AWX: its sandbox stays, and agentlab - destroy asks for a VMID.
+    before = output.partition("PLAY [Work]")[0]
+    assert "sandbox job-1 has VMID 1000 and a lease until 20" in before, output
+    assert (tmp_path / "kept" / "job-1" / "made").exists() and (tmp_path / "kept" / "job-1" / "log").exists()
+    # A folder of the project goes with the job, and somebody should know before the files are missed.
+    status, _result, output = launch("job", answers, own)
+    assert status == 0 and "AWX deletes that folder with the job: name another one in job_results" in output, output
 
 
 @pytest.mark.parametrize("playbook", [

@@ -362,3 +362,21 @@ def test_become_with_the_real_sudo(
     if asks:
         bad = inside(tasks[:1], ansible_become_password="wrong one", ansible_user="nobody")
         assert bad.rc != 0 and "become_password" in bad.output and "wrong one" not in bad.output
+
+
+def test_a_user_that_the_guest_lacks_is_named_and_makes_it_unreachable(inside: Inside) -> None:
+    """As over SSH. cloud-init makes users, so wait_for_connection may try again; its message names the cause."""
+    said = "sandbox 1000 has no user nosuch; name one that it has (ansible_user, job_user), or none for root"
+    refused = inside([{"name": "ping", "ansible.builtin.ping": {}}], ansible_user="nosuch")
+    assert refused.rc != 0 and refused.entry("ping")["status"] == "unreachable"
+    assert said in refused.entry("ping")["result"]["msg"]
+    wait = {"name": "wait", "ansible.builtin.wait_for_connection": {"timeout": 1, "sleep": 1, "delay": 0}}
+    waited = inside([wait], ansible_user="nosuch")
+    assert waited.rc != 0 and said in waited.entry("wait")["result"]["msg"]
+
+
+def test_what_a_command_of_the_guest_says_itself_makes_nothing_unreachable(inside: Inside) -> None:
+    forged = "echo 'agentlab: no user nobody in this guest' >&2; exit 125"
+    tasks = [{"name": "forge", "ansible.builtin.raw": forged}]
+    refused = inside(tasks)
+    assert refused.entry("forge")["status"] == "failed" and refused.entry("forge")["result"]["rc"] == 125

@@ -6,7 +6,9 @@
 
 from __future__ import annotations
 
+import configparser
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -53,6 +55,12 @@ class Runner:
             "ANSIBLE_PIPELINING": "1",
         }
         (folder / "ansible.cfg").write_text("")
+        # AWX reads this setting of the project itself, and puts it before its own.
+        settings = configparser.ConfigParser()
+        settings.read(folder / "project" / "ansible.cfg")
+        own_roles = settings.get("defaults", "roles_path", fallback="")
+        paths = (f"{folder}/requirements_roles", own_roles, "~/.ansible/roles", "/usr/share/ansible/roles")
+        self.env["ANSIBLE_ROLES_PATH"] = os.pathsep.join(path for path in paths if path)
 
     def run(
         self, playbook: str, *, check: bool = False, text: str = "", **variables: Any

@@ -10,6 +10,7 @@ is not there, fails.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -258,6 +259,13 @@ def test_a_vm_that_is_hidden_is_told(lab: Lab, access: AccessControl) -> None:
     report = examine(lab)
     assert any("not proven to see every VM" in one for one in wrong(report, "privileges"))
     assert any("/vms/500" in str(one.advice) for one in report.findings)
+
+
+def test_commands_can_be_copied_out_of_the_output_of_ansible(lab: Lab, access: AccessControl) -> None:
+    """Ansible and AWX show texts as JSON, where a double quote gets a backslash that a shell would take literally."""
+    commands = examine(lab).pveum
+    assert any("VM.Audit" in command for command in commands)
+    assert [json.dumps(command) for command in commands] == [f'"{command}"' for command in commands]
 
 
 def test_what_the_double_takes_for_a_command_is_what_pveum_takes(lab: Lab, access: AccessControl) -> None:

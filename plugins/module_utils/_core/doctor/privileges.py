@@ -197,10 +197,11 @@ def _role_commands(granted: Mapping[str, tuple[str, tuple[str, ...]]], standing:
     for role, names in roles.items():
         present = (standing.roles or {}).get(role)
         if present is None:
-            commands.append(f'pveum role add {role} --privs "{" ".join(names)}"')
+            # In single quotes: the double ones would get backslashes in the output of Ansible, which is JSON.
+            commands.append(f"pveum role add {role} --privs '{' '.join(names)}'")
         elif not present.issuperset(names):
             # Others may have the role, too: what it has stays.
-            commands.append(f'pveum role modify {role} --privs "{" ".join((*names, *sorted(present - set(names))))}"')
+            commands.append(f"pveum role modify {role} --privs '{' '.join((*names, *sorted(present - set(names))))}'")
     return commands
 
 
