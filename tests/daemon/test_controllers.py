@@ -15,9 +15,11 @@ from typing import Any
 
 import pytest
 
-from support.daemon import Daemon, free_port
+from support import engines
+from support.daemon import Daemon, Make, free_port
 from support.double import Server
 from support.engines import require_postgresql
+from support.lab import Lab
 from support.postgres import PostgresServer
 from support.story import writes
 
@@ -69,6 +71,19 @@ def test_two_daemons_serve_and_one_takes_over_from_the_other(start: Callable[...
     assert second.metric('agentlab_leader{duty="reconcile"}') == 1
     assert second.metric('agentlab_takeovers_total{what="reconcile"}') == 1
     second.good("POST", f"/v1/sandboxes/{sandbox['vmid']}/destroy", {"force": True})
+
+
+def test_the_claim_of_a_dead_host_is_counted_when_reconcile_finishes_its_operation(daemon: Make, lab: Lab) -> None:
+    require_postgresql()
+    lab.database = engines.server().uri()
+    made = lab.create("a1")
+    records = engines.move_to_host(lab.context().records, "elsewhere", "another boot")
+    claim = records.claim(made.uuid, "destroy")
+    records.journal(claim, "destroy", "stopping", {"operation": "destroy", "force": True})
+    lab.close_contexts()
+    agentlabd = daemon(metrics_listen=f"127.0.0.1:{free_port()}")
+    agentlabd.wait_for(lambda: lab.record(made).state == "DESTROYED", "reconcile finishes the destroy", 60)
+    assert agentlabd.metric('agentlab_takeovers_total{what="claim"}') == 1
 
 
 def test_the_lease_of_a_sandbox_ends_once_on_two_daemons(start: Callable[..., Daemon]) -> None:

@@ -65,7 +65,10 @@ def waiting_for_snippet(records: Records, host: str) -> list[Sandbox]:
 
 
 def drop_dead_claims(records: Records) -> None:
-    """Remove the claims of holders that are gone: dead processes, ended heartbeats. Their journal entries stay."""
+    """Remove the claims of holders that are gone: dead processes, ended heartbeats. Their journal entries stay.
+
+    On PostgreSQL a claim with a journal entry stays too (``Records.abandoned_claims``).
+    """
     dead = records.abandoned_claims()
     if dead:
         records.db.write(

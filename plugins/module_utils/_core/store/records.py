@@ -273,8 +273,15 @@ class Records:
         )
 
     def abandoned_claims(self) -> list[tuple[str, int]]:
-        """Return the sandbox's UUID and the fence of each claim whose holder is gone."""
-        rows = self.db.read("SELECT sandbox_uuid, fence, process, expires_at FROM claims")
+        """Return the sandbox's UUID and the fence of each claim whose holder is gone.
+
+        Where claims depend on heartbeats, a claim whose sandbox has a journal entry is left out: the run that finishes
+        the operation takes the claim over, and that is counted.
+        """
+        query = "SELECT sandbox_uuid, fence, process, expires_at FROM claims"
+        if self.db.controller is not None:
+            query += " WHERE sandbox_uuid NOT IN (SELECT sandbox_uuid FROM operations)"
+        rows = self.db.read(query)
         return [(row["sandbox_uuid"], row["fence"]) for row in rows if self._given_up(row)]
 
     def _claim_holder(self) -> str:
