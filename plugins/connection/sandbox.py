@@ -409,7 +409,7 @@ class Connection(ConnectionBase):
         display.vvv(f"FETCH {in_path} TO {out_path}", host=self._host)
         target = to_text(out_path, errors="surrogate_or_strict")
         # A file without a name: nothing is left of it when Ansible ends this process in the middle (Ctrl-C, SIGTERM).
-        with _as_ansible_errors(), tempfile.TemporaryFile(dir=os.path.dirname(os.path.abspath(target))) as file:
+        with _as_ansible_errors(), _open_unnamed(os.path.dirname(os.path.abspath(target))) as file:
             files.fetch_file(context, sandbox, to_text(in_path, errors="surrogate_or_strict"), file)
             file.flush()
             _replace(target, file)
@@ -510,6 +510,16 @@ def _as_ansible_errors() -> Iterator[None]:
         raise AnsibleError(f"{error.filename or 'file'}: {error.strerror or error}; mend path or permissions") from None
 
 
+def _open_unnamed(folder: str) -> IO[bytes]:
+    """Return a new file without a name in a folder, open for reading and writing. Raises OSError."""
+    try:
+        # tempfile adds O_EXCL, which forbids to give the file a name later.
+        return os.fdopen(os.open(folder, os.O_TMPFILE | os.O_RDWR, 0o600), "w+b")
+    except (OSError, AttributeError):
+        # A file system, or a system (macOS), without such files.
+        return tempfile.TemporaryFile(dir=folder)
+
+
 def _replace(target: str, source: IO[bytes]) -> None:
     """Put a file without a name in the place of ``target``, in one step. Raises OSError."""
     # The source is for its owner only. Give the file the mode that the umask would give it, or that of the old one.
@@ -521,8 +531,10 @@ def _replace(target: str, source: IO[bytes]) -> None:
     fresh = os.path.join(folder, f".agentlab-{secrets.token_hex(8)}")
     try:
         try:
-            os.link(f"/proc/self/fd/{source.fileno()}", fresh, follow_symlinks=True)
-        except OSError:
+            # The path is absolute, so the folder does not matter. With it, Python makes a link to the file, and not to
+            # the symbolic link in /proc.
+            os.link(f"/proc/self/fd/{source.fileno()}", fresh, src_dir_fd=source.fileno(), follow_symlinks=True)
+        except (OSError, NotImplementedError):
             # Not every file system gives a name to a file that had none.
             source.seek(0)
             with open(fresh, "xb") as copy:

@@ -234,6 +234,23 @@ def test_variables_are_checked_before_anything_is_made(job: Callable[..., Job], 
     assert ended.pve.counted["POST"] == 0 and not Path(ended.database).exists()
 
 
+NAMED = {
+    "node": ({"job_node": "nowhere"}, "job_node: "),
+    "storage of the workspace": (
+        {"job_workspace": "project-x", "job_workspace_size": "2G", "job_workspace_storage": "nowhere"},
+        "job_workspace_storage: 'nowhere' is not a storage of node",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", NAMED)
+def test_an_error_of_the_creation_names_the_variable_of_the_job(job: Callable[..., Job], what: str) -> None:
+    variables, words = NAMED[what]
+    ended = job(**variables)
+    assert ended.run.rc == 2 and ended.states == [], ended.run.output
+    assert f": {words}" in ended.said, ended.said
+
+
 @pytest.mark.parametrize("form", ["text", "lines", "json text", "folder", "pasted", "commas"])
 def test_what_is_collected_may_be_named_in_each_way(job: Callable[..., Job], tmp_path: Path, form: str) -> None:
     out = tmp_path / "out"
