@@ -10,7 +10,6 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +19,7 @@ from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors impo
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.maintenance import cleanup, reconcile
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.open import open_database
 
+from support.double import EMPTY_CONFIG
 from support.engines import require_postgresql, server
 
 
@@ -84,10 +84,10 @@ _CUT_PASSES = (
 
 @pytest.mark.parametrize("what", ["reconcile", "cleanup"])
 def test_a_pass_that_a_person_asks_for_waits_for_another_controllers(
-    uri: str, tmp_path: Path, connect: Any, monkeypatch: pytest.MonkeyPatch, what: str
+    uri: str, connect: Any, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     options = {"database": uri, "config_file": "", "claim_timeout": "1s", "api_host": "127.0.0.1"}
-    ctx = Context(config.load(options, {"AGENTLAB_CONFIG": str(tmp_path / "none.yaml")}), actor="person")
+    ctx = Context(config.load(options, {"AGENTLAB_CONFIG": EMPTY_CONFIG}), actor="person")
     policy = rules.parse("auto_cleanup: {rules: []}", "rules")
     monkeypatch.setattr(reconcile, "_run", lambda *_values: ["the pass"])
     monkeypatch.setattr(cleanup, "_run", lambda *_values: ["the pass"])
