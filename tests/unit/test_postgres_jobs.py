@@ -60,7 +60,9 @@ def test_a_job_is_done_by_one_and_taken_over_when_its_session_ends(uri: str, con
 def test_no_two_controllers_run_a_pass_at_once(uri: str, connect: Any) -> None:
     first, second = connect(uri), connect(uri)
     host = socket.gethostname()
-    with first.run_alone("reconcile", 0):
+    # Other records on the same server have passes of their own. They are named nowhere.
+    others = connect(f"{server().uri()}?application_name=elsewhere")
+    with first.run_alone("reconcile", 0), others.run_alone("reconcile", 0):
         with pytest.raises(Busy) as busy, second.run_alone("reconcile", 0.3):
             raise AssertionError("two passes at once")
         assert busy.value.message == (

@@ -646,7 +646,9 @@ class PostgresDatabase(GroupCommit):
         """Return the sentence that names the controller that holds the lock of a pass."""
         rows = connection.execute(
             "SELECT application_name, host(client_addr) FROM pg_locks JOIN pg_stat_activity USING (pid) WHERE "
-            "locktype = 'advisory' AND classid = %s AND objid = %s AND granted",
+            "locktype = 'advisory' AND classid = %s AND objid = %s AND granted "
+            # The view has the locks of every database of the server.
+            "AND database = (SELECT oid FROM pg_database WHERE datname = current_database())",
             [_LOCK_SPACE, _FIRST_PASS + JOBS.index(job)],
         ).fetchall()
         names = [f"{name.removeprefix('agentlab ')} ({address})" for name, address in rows if name]
