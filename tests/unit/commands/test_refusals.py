@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import time
+from random import Random
 from typing import Any
 
 import pytest
@@ -127,3 +128,36 @@ def test_an_agent_that_comes_up_late_is_waited_for(lab: Lab, sandbox: Sandbox, g
     with pytest.raises(GuestRefused, match="does not answer"):
         run(lab, sandbox, "true")
     assert run(lab, sandbox, "true", wait_for_agent=30).rc == 0
+
+
+def test_pieces_of_input_wait_for_an_agent_that_comes_up_late(lab: Lab, sandbox: Sandbox, guest: Guest) -> None:
+    data = Random(1).randbytes(150_000)
+    silences = [0.4]
+
+    def fall_silent(_method: str, path: str) -> None:
+        if "/agent/" in path and silences:
+            guest.freeze(silences.pop())
+
+    lab.pve.before = fall_silent
+    result = run(lab, sandbox, "cat", stdin=data, wait_for_agent=30, max_output=len(data))
+    assert (result.rc, result.stdout) == (0, data) and not silences
+
+
+def test_a_silence_during_a_long_command_is_waited_out(
+    lab: Lab, sandbox: Sandbox, guest: Guest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command ends during the silence, so its result comes after it."""
+    monkeypatch.setattr(command, "_SHOW_WAIT", 0)
+    gate = guest.folder / "run" / "gate"
+    shown = []
+
+    def fall_silent(_method: str, path: str) -> None:
+        if path.endswith("/agent/exec") and guest.started and not gate.exists():
+            gate.touch()
+            guest.freeze(0.4)
+
+    lab.pve.before = fall_silent
+    spec = CommandSpec(cmd=f"printf x >>{gate}.count; until [ -e {gate} ]; do sleep 0.05; done; echo ran")
+    result = command.run_command(lab.context(), sandbox, spec, on_output=lambda out, err: shown.append(out))
+    assert (result.rc, result.stdout, b"".join(shown)) == (0, b"ran\n", b"ran\n")
+    assert gate.exists() and (guest.folder / "run" / "gate.count").read_text() == "x"
