@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 import uuid
 from pathlib import Path
@@ -90,6 +91,27 @@ def test_a_run_id_given_again_gets_the_result_and_begins_nothing(
     assert count_file.read_text() == "x"
     with pytest.raises(InvalidInput, match="another command"):
         run(lab, sandbox, "true", run_id=run_id)
+
+
+def test_a_repeat_that_meets_a_refused_attempt_runs_the_command(
+    lab: Lab, sandbox: Sandbox, guest: Guest, count_file: Path
+) -> None:
+    """The attempt before has made the folder of the run, is refused (by damaged input, say), and removes the folder."""
+    run(lab, sandbox, "true")
+    run_id = uuid.uuid4().hex
+    folder = guest.folder / "run" / "agentlab" / run_id
+    folder.mkdir(mode=0o700)
+    os.chown(folder, folder.parent.stat().st_uid, folder.parent.stat().st_gid)
+    polls = iter(range(1, 1000))
+
+    def remove(_method: str, path: str) -> None:
+        if path.endswith("/agent/exec-status") and next(polls) == 2:
+            folder.rmdir()
+
+    lab.pve.before = remove
+    result = run(lab, sandbox, *counting(count_file), run_id=run_id)
+    assert (result.rc, result.stdout) == (0, b"ran\n") and next(polls) > 2
+    assert count_file.read_text() == "x"
 
 
 def test_after_a_reboot_nobody_can_know(lab: Lab, sandbox: Sandbox, guest: Guest, count_file: Path) -> None:

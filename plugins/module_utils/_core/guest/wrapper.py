@@ -263,12 +263,19 @@ assemble() {
   mv "$d/in2" "$d/in"; rm -f "$d/recipe"
 }
 part() { tail -c +$(($1+1)) "$d/in" | head -c $2; }
+theirs() {
+  # Answer for the run that another request of this id has begun. Fail if that request is refused: then it began nothing
+  # and removes the folder, which it never does once there is a supervisor.
+  n=0
+  while [ ! -s "$d/sup" ] && [ ! -s "$d/rc" ] && [ $n -lt 60 ]; do [ -d "$d" ] || return 1; nap; n=$((n+1)); done
+  await; frame; return 0
+}
 begin() {
   base
-  if [ -d "$d" ]; then await; frame; return; fi
+  [ ! -d "$d" ] || ! theirs || return 0
   if [ $age -ge 0 ]; then up; [ $u -gt $((age*100)) ] || { say state=gone; return; }; fi
   for c in base64 setsid mkfifo dd wc sha256sum tail head; do command -v $c >/dev/null 2>&1 || die "no_$c"; done
-  if ! mkdir -m 700 "$d" 2>/dev/null; then [ -d "$d" ] || die folder; await; frame; return; fi
+  if ! mkdir -m 700 "$d" 2>/dev/null; then [ -d "$d" ] || die folder; theirs || die cut; return; fi
   fail() {
     rm -rf "$d"
     # Make room for the repeat.
