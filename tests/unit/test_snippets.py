@@ -105,6 +105,19 @@ def test_the_host_of_the_file_closes_the_record_without_reconciling(
 
 
 @pytest.mark.parametrize("lab", ["postgresql"], indirect=True)
+def test_a_file_that_cannot_be_removed_is_told_once_however_often_its_host_looks(lab: Lab, folder: Path) -> None:
+    made = lab.create("made", cloud_init_user_data=DATA)
+    folder.rename(folder.with_name("not-mounted"))
+    assert lab.destroy(made.vmid, force=True)[0].reason == "snippet"
+    counts = []
+    for _look in range(7):
+        drifts = reconcile.finish_own_files(lab.context())
+        assert "mount it" in str(drifts[0].error)
+        counts.append(len(lab.events(made)))
+    assert counts[-1] - counts[0] < 4, "the first looks tell it, and later ones repeat nothing"
+
+
+@pytest.mark.parametrize("lab", ["postgresql"], indirect=True)
 def test_a_storage_that_both_hosts_share_and_a_host_that_is_gone(
     lab: Lab, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,11 +10,12 @@ import json
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.clock import SystemClock
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors import Busy, ClaimLost
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store import holders, records
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store import holders, overview, records
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.open import open_database
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.records import Records
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.sqlite.engine import Database
@@ -54,6 +55,34 @@ def test_writing_extends_the_claim(address: str) -> None:
     clock.pass_time(records.CLAIM_SECONDS - 1)
     with pytest.raises(Busy):
         Records(store.db, clock, "second").claim(claim.uuid, "stop")
+
+
+def test_a_sign_of_life_before_the_removal_of_dead_claims_keeps_the_claim(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The removal may wait for its turn to write, and the holder may go on meanwhile."""
+    clock = FakeClock()
+    store = Records(open_database(address), clock, "x")
+    claim, _dummy = reserve(store)
+    store.drop_journal(claim)
+    clock.pass_time(store.claim_seconds)
+    other = Records(open_database(address), clock, "other")
+    write = other.db.write
+
+    def wait_for_turn(work: Any, **options: Any) -> Any:
+        store.fenced(claim, lambda conn: None)
+        return write(work, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(other.db, "write", wait_for_turn)
+        overview.drop_dead_claims(other)
+    store.fenced(claim, lambda conn: None)
+    clock.pass_time(store.claim_seconds)
+    overview.drop_dead_claims(other)
+    with pytest.raises(ClaimLost):
+        store.fenced(claim, lambda conn: None)
+    for database in (store.db, other.db):
+        database.close()
 
 
 def test_a_dead_process_claim_is_taken_over_at_once(address: str) -> None:

@@ -170,6 +170,7 @@ def finish_own_files(ctx: Context) -> list[Drift]:
     Another controller that destroys such a sandbox, gives its creation up or finds its VM gone keeps the record
     (reason ``snippet``). It cannot remove the file. This pass looks at no other sandbox, so it needs no lead.
     """
+    ctx.records.in_pass = True
     waiting = overview.waiting_for_snippet(ctx.records, holders.host())
     if not waiting:
         return []

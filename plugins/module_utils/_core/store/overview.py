@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from .. import states
 from ..model import Sandbox
+from .port import Connection
 from .records import LIVE, SELECT, Records, sound_sandbox
 
 
@@ -69,8 +70,13 @@ def drop_dead_claims(records: Records) -> None:
 
     On PostgreSQL a claim with a journal entry stays too (``Records.abandoned_claims``).
     """
-    dead = records.abandoned_claims()
-    if dead:
-        records.db.write(
-            lambda conn: conn.executemany("DELETE FROM claims WHERE sandbox_uuid = ? AND fence = ?", dead) and None
-        )
+    if not records.abandoned_claims():
+        return
+
+    def work(conn: Connection) -> None:
+        # Judge again: while this write waited for its turn, a holder that was cut off may have come back.
+        dead = records.abandoned_claims(lambda sql, values: conn.execute(sql, values).fetchall())
+        if dead:
+            conn.executemany("DELETE FROM claims WHERE sandbox_uuid = ? AND fence = ?", dead)
+
+    records.db.write(work)

@@ -272,8 +272,8 @@ class Records:
             or self.db.is_abandoned(claim["process"], read or self._read)
         )
 
-    def abandoned_claims(self) -> list[tuple[str, int]]:
-        """Return the sandbox's UUID and the fence of each claim whose holder is gone.
+    def abandoned_claims(self, read: Callable[[str, Sequence[Any]], list[Any]] | None = None) -> list[tuple[str, int]]:
+        """Return the sandbox's UUID and the fence of each claim whose holder is gone; ``read`` as in ``_given_up``.
 
         Where claims depend on heartbeats, a claim whose sandbox has a journal entry is left out: the run that finishes
         the operation takes the claim over, and that is counted.
@@ -281,8 +281,8 @@ class Records:
         query = "SELECT sandbox_uuid, fence, process, expires_at FROM claims"
         if self.db.controller is not None:
             query += " WHERE sandbox_uuid NOT IN (SELECT sandbox_uuid FROM operations)"
-        rows = self.db.read(query)
-        return [(row["sandbox_uuid"], row["fence"]) for row in rows if self._given_up(row)]
+        rows = (read or self._read)(query, ())
+        return [(row["sandbox_uuid"], row["fence"]) for row in rows if self._given_up(row, read)]
 
     def _claim_holder(self) -> str:
         """Return the holder of a claim as JSON: the process, the time, and the end by the time since boot."""
