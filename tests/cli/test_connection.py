@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import threading
@@ -18,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from support.cli import PYTHON, ROOT, StandIn, agentlab, environment
+from support.cli import PYTHON, ROOT, StandIn, agentlab, environment, start
 
 
 def check_unreachable(found: subprocess.CompletedProcess[str], *parts: str) -> None:
@@ -175,3 +176,26 @@ def test_the_time_out_is_of_the_whole_answer(daemon: StandIn) -> None:
     assert took < 20 and found.returncode == 3 and "did not answer within 1.5s (--timeout)" in found.stderr, (
         found.stderr
     )
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_copy_that_is_ended_leaves_no_file(daemon: StandIn, tmp_path: Path, number: signal.Signals) -> None:
+    """The signal comes while the daemon fetches the file from the guest."""
+    asked, ended = threading.Event(), threading.Event()
+
+    def hold(_daemon: StandIn) -> tuple[int, Any]:
+        asked.set()
+        ended.wait(60)
+        return 0, b""
+
+    daemon.replies["GET", "/v1/sandboxes/1000/files?path=%2Fvar%2Flog%2Fsyslog"] = hold
+    (tmp_path / "syslog").write_text("old")
+    with start("sandbox", "cp", "1000:/var/log/syslog", tmp_path, socket=daemon.path) as process:
+        assert asked.wait(60)
+        begun = os.listdir(tmp_path)
+        process.send_signal(number)
+        status = process.wait(60)
+        ended.set()
+        assert process.stderr is not None and "Traceback" not in process.stderr.read()
+    assert len(begun) == 2 and status == 128 + number
+    assert os.listdir(tmp_path) == ["syslog"] and (tmp_path / "syslog").read_text() == "old"

@@ -438,6 +438,7 @@ def _copy_out(to: Settings, vmid: int, path: str, target: str) -> None:
         else:
             import tempfile
 
+            stack.enter_context(_clean_up_at_signals())
             try:
                 handle, fresh = tempfile.mkstemp(prefix=".agentlab-", dir=os.path.dirname(target) or ".")
             except OSError as error:
@@ -463,6 +464,24 @@ def _copy_out(to: Settings, vmid: int, path: str, target: str) -> None:
 def _remove(path: str) -> None:
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path)
+
+
+@contextlib.contextmanager
+def _clean_up_at_signals() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP, unless they are ignored, end the process as an exception does, which removes its files."""
+    import signal
+
+    def end(number: int, _frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    numbers = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) == signal.SIG_DFL]
+    for number in numbers:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
 
 
 @contextlib.contextmanager
