@@ -468,7 +468,7 @@ def _remove(path: str) -> None:
 
 @contextlib.contextmanager
 def _clean_up_at_signals() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP, unless they are ignored, end the process as an exception does, which removes its files."""
+    """Let SIGTERM and SIGHUP, unless they are ignored, end the process by an exception, which removes its files."""
     import signal
 
     def end(number: int, _frame: Any) -> None:
