@@ -73,6 +73,7 @@ def test_the_bounds_on_clients_are_those_of_the_code() -> None:
         "files on their way at once": spool["FILES_AT_ONCE"],
         "bytes of a file": spool["FILE_BYTES"],
         "time for the next bytes of a file": f"{spool['STALL_SECONDS']:.0f} s",
+        f"bytes a second of a file on average, beyond the first {spool['STALL_SECONDS']:.0f} s": spool["SLOWEST_BYTES"],
         "time for what is under way when the daemon stops": config.DEFAULTS["stop_timeout"].replace("s", " s"),
     }
     assert numbers == {name: str(value) for name, value in expected.items()}
@@ -82,7 +83,8 @@ def test_the_bounds_on_clients_are_those_of_the_code() -> None:
 
 def test_keys_and_sentences_are_those_of_the_code() -> None:
     texts = "".join(
-        (DAEMON / name).read_text() for name in ("http/server.py", "http/fields.py", "http/inside.py", "connections.py")
+        (DAEMON / f"{name}.py").read_text()
+        for name in ("http/server", "http/fields", "http/inside", "http/spool", "connections")
     )
     for _what, _default, key, beyond in rows("bounds"):
         assert not key or key.strip("`") in config.DEFAULTS, key

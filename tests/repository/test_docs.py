@@ -281,7 +281,7 @@ def test_every_reason_for_keeping_is_explained() -> None:
         *(f"| `{word}` | {advice} |" for word, advice in reasons.KEPT.items()),
     ]
     assert between(TROUBLESHOOTING, "kept").splitlines() == table
-    used = set(re.findall(r'Kept\("([a-z_]+)"', CODE)) | {"too_young", "restored", "clock_jumped", "denied", "rule"}
+    used = set(re.findall(r'Kept\(\s*"([a-z_]+)"', CODE)) | {"too_young", "restored", "clock_jumped", "denied", "rule"}
     assert used <= set(reasons.KEPT), used - set(reasons.KEPT)
 
 

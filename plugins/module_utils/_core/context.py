@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from . import parallel
+from . import parallel, reasons
 from .clock import Clock, SystemClock
 from .config import Config
 from .errors import AgentlabError, InvalidInput, Kept, NotFound
@@ -222,11 +222,14 @@ def refuse_cut_off(claim: Claim, sandbox: Sandbox) -> None:
 
 
 def failure(sandbox: Sandbox, error: AgentlabError, **values: Any) -> Outcome:
-    """Return the outcome of an item that failed: reason, message, and the state of the sandbox."""
+    """Return the outcome of an item that was not done: reason, message, and the state of the sandbox.
+
+    The outcome is ``kept`` for a reason of the table in reasons.py, and ``failed`` for any other.
+    """
     reason = error.reason if isinstance(error, Kept) else error.code
     upid = error.detail.get("upid")
     return Outcome.of(
-        "failed",
+        "kept" if reason in reasons.KEPT else "failed",
         sandbox,
         reason=reason,
         message=error.message,

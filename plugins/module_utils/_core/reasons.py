@@ -11,6 +11,7 @@ KEPT: dict[str, str] = {
     "protected": "`agentlab sandbox unprotect VMID` (`protected: false`), or `qm set VMID --protection 0`; a VM that "
     "was made a template stays",
     "locked": "wait for the backup or clone; an administrator can `qm unlock VMID`",
+    "hibernated": "start it to take it up again, or stop it by force, which throws its saved memory away",
     "node_offline": "bring the node back",
     "ambiguous": "look at the VM: only one of its marks is ours",
     "foreign": "nothing: the VM is somebody else's, the record is closed",

@@ -140,6 +140,35 @@ def test_each_error_of_the_disk_has_a_next_step(path: Path, error: Exception) ->
     assert ("dmesg" in message and "df" in message) if "something new" not in message else "agentlab doctor" in message
 
 
+@pytest.mark.parametrize(
+    ("text", "step"),
+    [
+        ("out of memory", "MemoryMax="),
+        ("interrupted", "told to stop"),
+        ("locking protocol", "on a local disk, never on NFS"),
+        ("no such table: events", "Use one release for all"),
+        ("database schema has changed", "Use one release for all"),
+        ("string or blob too big", "Give a smaller one"),
+        ("the transaction was rolled back", "look at the disk (df)"),
+    ],
+)
+def test_each_error_of_sqlite_has_the_next_step_of_its_cause(path: Path, text: str, step: str) -> None:
+    Database(str(path)).close()
+    message = explain(str(path), sqlite3.OperationalError(text)).message
+    assert message.startswith(f"database {path}: {text}: ") and step in message, message
+    assert "nothing was written" in message and "ls -l" not in message, message
+
+
+def test_a_table_that_somebody_removed_is_told_with_the_next_step(path: Path) -> None:
+    database = Database(str(path))
+    with contextlib.closing(sqlite3.connect(path)) as other:
+        other.execute("DROP TABLE events")
+        other.commit()
+    with pytest.raises(StoreError, match="no such table: events: its tables are not as this release made them"):
+        database.read("SELECT count(*) FROM events")
+    database.close()
+
+
 @pytest.mark.parametrize("dry_run", [False, True])
 def test_a_database_behind_a_dangling_link_is_not_created(tmp_path: Path, dry_run: bool) -> None:
     target, link = tmp_path / "target.db", tmp_path / "link.db"

@@ -20,7 +20,7 @@ os.environ.setdefault("PROMETHEUS_DISABLE_CREATED_SERIES", "true")
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from agentlab_core import placement, reasons
-from agentlab_core.errors import AgentlabError, Busy, CreationFailed, Frozen, GuardTripped, Kept, StateConflict
+from agentlab_core.errors import AgentlabError, CreationFailed, Frozen, GuardTripped, Kept, StateConflict
 from agentlab_core.maintenance.reconcile import Drift
 from agentlab_core.model import Outcome
 from agentlab_core.sandboxes.lease import Expiry
@@ -36,6 +36,8 @@ COUNTED_OPERATIONS = (
 _SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 # Reason of a destroy -> kind of orphan that it removed.
 _ORPHANS = {"vm_absent": "vm_absent", "vmid_reused": "vmid_reused", "destroyed": "lease_over"}
+# Codes of errors by which our own rules refuse a request; reasons.KEPT has those that leave a sandbox alone.
+_REFUSALS = {StateConflict.code, GuardTripped.code, Frozen.code}
 _MISMATCHES = {"foreign": "FOREIGN", "vmid_reused": "FOREIGN", "ambiguous": "AMBIGUOUS"}
 
 
@@ -147,14 +149,11 @@ class Metrics:
     def count_refusal(self, operation: str, error: AgentlabError) -> None:
         """Count an operation that ended with an error. An invalid request does not count."""
         self._count_passed_over_nodes(error.detail.get("placement"))
-        if isinstance(error, (StateConflict, Kept, Busy, GuardTripped, Frozen)) or (
-            isinstance(error, CreationFailed) and error.detail.get("option")
-        ):
+        result = _result_of_failure(error.reason if isinstance(error, Kept) else error.code)
+        if isinstance(error, CreationFailed) and error.detail.get("option"):
             result = "kept"
         elif status_of(error.code) < 500 and status_of(error.code) != 409:
             return
-        else:
-            result = "failed"
         self.operations.labels(operation, result).inc()
         self._count_identity(error.reason if isinstance(error, Kept) else None)
 
@@ -243,6 +242,11 @@ class Metrics:
 
 def result_of(outcome: Outcome) -> str:
     """Return ok, failed, or kept (left alone for a reason of ours)."""
-    if outcome.outcome == "kept" or (outcome.failed and status_of(outcome.reason or "error") == 409):
+    if outcome.outcome == "kept":
         return "kept"
-    return "failed" if outcome.failed else "ok"
+    return _result_of_failure(outcome.reason or "error") if outcome.failed else "ok"
+
+
+def _result_of_failure(reason: str) -> str:
+    """Return kept or failed for the reason of what was not done, of an error and of an outcome alike."""
+    return "kept" if reason in reasons.KEPT or reason in _REFUSALS else "failed"

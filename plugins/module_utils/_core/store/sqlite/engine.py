@@ -68,6 +68,30 @@ def explain(path: str, error: Exception) -> StoreError:
             f"another process has kept it locked for {BUSY_SECONDS:.0f} seconds ({name_locker(path)}); nothing was "
             "written. End that process, or wait until it has done, then run again"
         )
+    elif "out of memory" in low or "nomem" in low:
+        advice = (
+            "this process got no memory; nothing was written. End other processes of this host (free -m), or raise "
+            "the limit (ulimit -v; MemoryMax= of the unit), then run again"
+        )
+    elif "interrupted" in low:
+        advice = "this process was told to stop while it waited; nothing was written. Run again"
+    elif "locking protocol" in low:
+        from .locker import name_locker
+
+        advice = (
+            "the locks of its file system do not work, or other processes took them for too long "
+            f"({name_locker(path)}); nothing was written. Put the file on a local disk, never on NFS, then run again"
+        )
+    elif "no such table" in low or "no such column" in low or "schema has changed" in low:
+        advice = (
+            "its tables are not as this release made them: somebody changed them, or two releases use the file; "
+            "nothing was written. Use one release for all, run agentlab_doctor (agentlab doctor), or restore a backup "
+            "(docs/troubleshooting.md, Backups)"
+        )
+    elif "rolled back" in low:
+        advice = "nothing was written; look at the disk (df), then run again"
+    elif "too big" in low or "too large" in low:
+        advice = "a value is larger than SQLite takes; nothing was written. Give a smaller one"
     else:
         advice = (
             f"nothing was written; look at {path} and its folder (ls -l, df), then run agentlab_doctor "

@@ -254,10 +254,8 @@ class Api:
         gate = request.get("gate")
         try:
             return await spool.receive(request.content, gate.body_goes_on if gate else lambda _seconds: None)
-        except TimeoutError:
-            raise _RequestRefused(
-                408, f"nothing of the file came for {spool.STALL_SECONDS:.0f} s", "too_slow"
-            ) from None
+        except spool.TooSlow as slow:
+            raise _RequestRefused(408, str(slow), "too_slow") from None
         except spool.TooLarge:
             raise _RequestRefused(413, f"the file is larger than {spool.FILE_BYTES} bytes", "too_large") from None
         except (web.RequestPayloadError, PayloadEncodingError, ConnectionError, ClientError) as error:
