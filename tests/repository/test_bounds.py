@@ -203,7 +203,7 @@ TOLD_ABOVE = {
     "connections.py": "HEAD_BYTES BODY_BYTES BODIES_BYTES ANSWERS_BYTES",
     "http/fields.py": "DEEPEST_BODY MOST_VALUES",
     "http/inside.py": "LONGEST_WAIT",
-    "http/spool.py": "FILES_AT_ONCE FILE_BYTES",
+    "http/spool.py": "FILES_AT_ONCE FILE_BYTES SLOWEST_BYTES",
     "service.py": "GUESTS_AT_ONCE",
     "safe_yaml.py": "LONGEST_FILE MAX_NODES MAX_EXPANDED MAX_DEPTH",
     "proxmox/answers.py": "LARGEST_ANSWER DEEPEST_ANSWER _LONGEST_TEXT",
