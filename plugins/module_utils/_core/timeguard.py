@@ -50,12 +50,18 @@ def hold_leases(ctx: Context) -> str | None:
     """Return why no lease ends before somebody releases it, or None: the records are an older copy than those that
     were used before.
 
-    An older copy is recognised by its newest event. Then the hold is written into the records, so that it lasts over
-    restarts.
+    An older copy is recognised by its newest event, and on PostgreSQL by commits of this process that the server lost.
+    Then the hold is written into the records, so that it lasts over restarts.
     """
     note = frozen(ctx)
     if note and note["leases"]:
+        # Whoever releases the leases has looked at what this process lost, too.
+        ctx.database.forget_lost_commits()
         return _HELD.format(at=note["at"])
+    if ctx.database.lost_commits():
+        if not ctx.dry_run:
+            freeze.hold_lost_commits(ctx.records)
+        return _HELD.format(at=clock_module.iso(ctx.clock.now()))
     noted_event = ctx.database.noted_event()
     if noted_event is None:
         return None

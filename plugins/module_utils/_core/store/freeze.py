@@ -35,16 +35,27 @@ def read_freeze(records: Records) -> dict[str, Any] | None:
 
 def hold_older_copy(records: Records, event: int, noted_event: int) -> None:
     """Freeze cleanup and leases, because the newest event is older than the one noted before (ids of events)."""
-    reason = (
-        f"the records were replaced by an older copy (its last event is {event}, {noted_event} was the last one before)"
+    _hold(
+        records,
+        f"the records were replaced by an older copy (its last event is {event}, {noted_event} was the last one "
+        "before)",
     )
+    records.db.note_event(event)
+
+
+def hold_lost_commits(records: Records) -> None:
+    """Freeze cleanup and leases, because the database server lost commits of this process."""
+    _hold(records, "the server lost commits that it had confirmed, as after a failover to an asynchronous standby")
+    records.db.forget_lost_commits()
+
+
+def _hold(records: Records, reason: str) -> None:
     known = read_freeze(records)
     if known:
         reason = f"{known['reason']}; and {reason}"
     at = clock_module.iso(records.clock.now())
     note = {"reason": reason, "at": at, "actor": records.actor, "leases": True}
     records.set_meta(FROZEN, json.dumps(note))
-    records.db.note_event(event)
 
 
 def notice_older_copy(records: Records) -> None:

@@ -135,6 +135,14 @@ class Engine(Protocol):
     def replaced(self) -> str | None:
         """Return the error text if the opened database was replaced by another; else None."""
 
+    def lost_commits(self) -> bool:
+        """Return whether the server lacks commits of this process that were confirmed, as after a failover to an
+        asynchronous standby. Always False on an engine without a server.
+        """
+
+    def forget_lost_commits(self) -> None:
+        """Return False from ``lost_commits`` again, because the leases are held."""
+
     def latest_event(self) -> int:
         """Return the id of the newest event that these records ever had; 0 without one."""
 

@@ -95,6 +95,12 @@ class Rehearsal:
     def replaced(self) -> str | None:
         return self._database.replaced()
 
+    def lost_commits(self) -> bool:
+        return self._database.lost_commits()
+
+    def forget_lost_commits(self) -> None:
+        """Do nothing: a dry run holds no leases."""
+
     def latest_event(self) -> int:
         return self._database.latest_event()
 

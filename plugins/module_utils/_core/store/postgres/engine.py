@@ -195,6 +195,9 @@ class PostgresDatabase(GroupCommit):
         self._leads: set[str] = set()
         self._together: int | None = None
         self._commits = 0
+        # The number of the last commit that the server confirmed, and the seconds since boot at that moment.
+        self._confirmed = (0, 0.0)
+        self._lost_commits = False
         self._registered = False
         self._closed = threading.Event()
         self._beating: threading.Thread | None = None
@@ -320,6 +323,10 @@ class PostgresDatabase(GroupCommit):
         state = getattr(error, "sqlstate", None) or ""
         if isinstance(error, errors.LockNotAvailable):
             advice = f"another controller kept the records busy for {_LOCK_SECONDS} seconds; run again"
+        elif isinstance(error, _CONFLICTS):
+            advice = (
+                f"other sessions changed the same rows in each of {_ATTEMPTS} attempts; nothing was written; run again"
+            )
         elif isinstance(error, errors.InsufficientPrivilege):
             advice = "grant the run-time role what docs/controllers.md says"
         elif state.startswith("28") or "authentication failed" in text or "no password supplied" in text:
@@ -464,7 +471,7 @@ class PostgresDatabase(GroupCommit):
         self.waits_since = time.monotonic()
         try:
             if self._writer is None or self._writer.closed:
-                self._writer = self._connect()
+                self._writer = self._connect_writer()
             try:
                 cursor = self._writer.execute(_BEGIN)
                 # Of the three statements only the last returns rows.
@@ -479,6 +486,30 @@ class PostgresDatabase(GroupCommit):
             return self._writer
         finally:
             self.waits_since = None
+
+    def _connect_writer(self) -> Any:
+        """Return a new connection for writing. Checks first whether the server still has this process's commits.
+
+        After the next commit of this process that could not be seen any more.
+        """
+        connection = self._connect()
+        try:
+            self._compare_commits(lambda sql, *values: connection.execute(translate(sql), values).fetchall())
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def _compare_commits(self, read: Callable[..., Sequence[Any]]) -> None:
+        """Remember if the server lacks commits of this process that a server confirmed."""
+        number, at = self._confirmed
+        if not number or self._lost_commits:
+            return
+        rows = read("SELECT commits FROM controllers WHERE id = ?", self.controller)
+        # Other controllers remove the row of a process that was silent for long.
+        missing = not rows and since_boot() - at < _FORGET_SECONDS / 2
+        if missing or (rows and int(rows[0][0]) < number):
+            self._lost_commits = True
 
     def _roll_back(self, connection: Any) -> None:
         try:
@@ -509,18 +540,18 @@ class PostgresDatabase(GroupCommit):
                 pass
             if cursor.statusmessage != "COMMIT":
                 raise psycopg.OperationalError("the server rolled the transaction back")
-            self._registered = True
         except _LOST:
             self._roll_back(connection)
             if not self._was_committed(number):
                 raise
-            self._registered = True
+        self._registered = True
+        self._confirmed = (number, since_boot())
 
     def _was_committed(self, number: int) -> bool:
         """Return whether a commit without an answer was carried out. Raises when the server does not answer."""
         for attempt in range(1, _ATTEMPTS + 1):
             try:
-                self._writer = self._connect()
+                self._writer = self._connect_writer()
                 # The lost transaction holds the writer's lock until it has ended either way, so wait for that lock.
                 cursor = self._writer.execute(
                     f"BEGIN; SELECT pg_advisory_xact_lock({_LOCK_SPACE}, {_WRITER}); "
@@ -661,6 +692,13 @@ class PostgresDatabase(GroupCommit):
 
     def replaced(self) -> str | None:
         return None
+
+    def lost_commits(self) -> bool:
+        self._compare_commits(self.read)
+        return self._lost_commits
+
+    def forget_lost_commits(self) -> None:
+        self._lost_commits, self._confirmed = False, (0, 0.0)
 
     def latest_event(self) -> int:
         # The sequence stays when retention removes events. Without the right to read it use the newest event.

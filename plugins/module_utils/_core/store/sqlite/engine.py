@@ -506,6 +506,12 @@ class Database(GroupCommit):
         rows = self.read("SELECT c.seq FROM sqlite_sequence AS c WHERE c.name = 'events'")
         return int(rows[0][0]) if rows and isinstance(rows[0][0], int) else 0
 
+    def lost_commits(self) -> bool:
+        return False
+
+    def forget_lost_commits(self) -> None:
+        """Do nothing: a file loses no commits while a process has it open."""
+
     def noted_event(self) -> int | None:
         return None if self.path == ":memory:" else latest.read(self.path) or 0
 
