@@ -178,11 +178,11 @@ def test_the_page_on_work_inside(type_all: Callable[[list[str]], list[str]], lab
         "--chdir /srv": f"--chdir {folder}",
         ":/tmp/": f":{folder}/",
         ":/srv/": f":{folder}/",
-        "/etc/motd": f"{folder}/motd </etc/hostname",
-        "cp - ": "cp - <README.md ",
+        "/etc/motd < motd.txt": f"{folder}/motd < /etc/hostname",
+        "tar cz project": "cat README.md",
         "make ": "echo ",
         "./agent ": "echo ",
-        "/var/log/syslog": "/etc/hostname",
+        "/var/log/dpkg.log": "/etc/hostname",
     }
     run_id = ""
     for line in lines:
