@@ -67,7 +67,7 @@ def _create(module: AnsibleModule, context: Context, ids: list[dict[str, Any]]) 
     if params.get("items") is not None:
         return context.each(lambda item: _create_item(context, *item), _check_items(context, params, params["items"]))
     several = params.get("vmids") is not None
-    spec = wanted.spec(context, {**params, "vmid": None, "name": None if several else params.get("name")})
+    spec = wanted.make_spec(context, {**params, "vmid": None, "name": None if several else params.get("name")})
     if not several:
         ident = (ids or [{}])[0]
         return [_ensure(context, params, dataclasses.replace(spec, vmid=ident.get("vmid")))]
@@ -89,7 +89,7 @@ def _check_items(
         options = {**common, **{name: value for name, value in item.items() if value is not None}}
         where = _adapter.place_item(number, item)
         try:
-            spec = wanted.spec(context, options)
+            spec = wanted.make_spec(context, options)
         except InvalidInput as error:
             raise InvalidInput(f"{where}: {error.message}", option="items", index=number) from None
         if spec.name is None and spec.vmid is None:
@@ -134,7 +134,7 @@ def _ensure(context: Context, params: dict[str, Any], spec: Spec) -> Outcome:
     from ._core.vm import address
 
     spec.check()
-    sandbox = create.existing(context, spec)
+    sandbox = create.find_existing(context, spec)
     if sandbox is not None and sandbox.state == states.FAILED and params["protected"] is False:
         # Its creation failed, so it can only be removed; its protection, which bars that, has to be taken off first.
         amended = create.amend(context, sandbox, protected=False)
@@ -149,7 +149,7 @@ def _ensure(context: Context, params: dict[str, Any], spec: Spec) -> Outcome:
             for part in ("after", "before"):
                 second.extra[part] = {**outcome.extra.get(part, {}), **second.extra[part]}
             outcome = second
-        return address.with_address(context, outcome, started=False) if params["wait_for_ip"] else outcome
+        return address.add_address(context, outcome, started=False) if params["wait_for_ip"] else outcome
     return outcome
 
 
@@ -169,7 +169,9 @@ def _destroy(context: Context, ids: list[dict[str, Any]], force: bool) -> list[O
                     reason="no record; a VM without one is never touched",
                 )
             )
-    destroyed = iter(destroy.several(context, [entry for entry in selected if isinstance(entry, Sandbox)], force))
+    destroyed = iter(
+        destroy.destroy_several(context, [entry for entry in selected if isinstance(entry, Sandbox)], force)
+    )
     return [entry if isinstance(entry, Outcome) else next(destroyed) for entry in selected]
 
 
@@ -178,13 +180,13 @@ def _change_power(
 ) -> list[Outcome]:
     from ._core.vm import address, power
 
-    operation = power.operation_for(state)
+    operation = power.get_operation(state)
     # All ids are looked up before anything is done.
     sandboxes = [context.select(**ident) for ident in ids]
 
     def work(sandbox: Sandbox) -> Outcome:
         outcome = power.run(context, sandbox, operation, force=force)
         # A guest that was started may have got another address.
-        return address.with_address(context, outcome, started=True) if wait_for_ip and state == "started" else outcome
+        return address.add_address(context, outcome, started=True) if wait_for_ip and state == "started" else outcome
 
     return context.each(lambda sandbox: _catch_failure(work, sandbox), sandboxes)

@@ -174,12 +174,12 @@ def test_the_protection_of_a_template_does_not_bar_the_rest_of_a_creation(lab: L
     ],
 )
 def test_a_disk_grows_to_the_sum_of_the_sizes(drive: str, more: str, size: str) -> None:
-    assert vm_config.grown(drive, more) == size
+    assert vm_config.compute_grown_size(drive, more) == size
 
 
 def test_a_size_that_is_not_told_is_not_guessed() -> None:
     with pytest.raises(InvalidInput, match="give an absolute one"):
-        vm_config.grown("a:b,ssd=1", "+1G")
+        vm_config.compute_grown_size("a:b,ssd=1", "+1G")
 
 
 @pytest.mark.parametrize("ending", ["killed", "vanish"])
@@ -420,8 +420,11 @@ def test_user_data_that_is_no_mapping_by_its_kind(lab: Lab) -> None:
 def test_no_lease_is_longer_than_a_life(lab: Lab) -> None:
     ctx = lab.context(max_lifetime="1h")
     with pytest.raises(InvalidInput, match=r"ttl: 1d is longer than max_lifetime \(1h\)"):
-        wanted.spec(ctx, {"name": "a1", "ttl": "1d"})
-    assert wanted.spec(ctx, {"name": "a1"}).ttl == 3600 and wanted.spec(ctx, {"name": "a1", "ttl": "30m"}).ttl == 1800
+        wanted.make_spec(ctx, {"name": "a1", "ttl": "1d"})
+    assert (
+        wanted.make_spec(ctx, {"name": "a1"}).ttl == 3600
+        and wanted.make_spec(ctx, {"name": "a1", "ttl": "30m"}).ttl == 1800
+    )
 
 
 def test_a_template_whose_node_is_offline_is_not_called_missing(lab: Lab) -> None:

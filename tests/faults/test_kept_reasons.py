@@ -57,7 +57,7 @@ def test_check_mode_and_the_run_call_a_protected_and_a_locked_sandbox_the_same(l
         # Check mode takes no claim, so that the other run's claim is met by the run alone.
         for dry_run, sandboxes in ((True, [made, locked]), (False, [made, locked, claimed])):
             ctx = lab.context(dry_run=dry_run, claim_timeout=0)
-            outcomes = destroy.several(ctx, sandboxes, True)
+            outcomes = destroy.destroy_several(ctx, sandboxes, True)
             told = [(outcome.outcome, outcome.reason, outcome.failed) for outcome in outcomes]
             assert told == kept[: len(sandboxes)], dry_run
     finally:

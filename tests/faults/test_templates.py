@@ -115,7 +115,7 @@ def test_a_stale_list_that_calls_a_vm_a_template_is_not_believed(lab: Lab) -> No
     lab.pve.vm(9000).config.pop("template")
     ctx.cluster.vms()[9000]["template"] = 1
     with pytest.raises(InvalidInput, match="VM 9000 is not a template"):
-        create.run(ctx, wanted.spec(ctx, {"name": "a1", "template": "9000"}))
+        create.run(ctx, wanted.make_spec(ctx, {"name": "a1", "template": "9000"}))
 
 
 # ---- what is refused before the clone ----
@@ -221,7 +221,9 @@ def test_the_storage_of_the_configuration_makes_no_full_clone_where_the_template
 )
 def test_where_the_template_lies(lab: Lab, config: dict[str, Any] | None, mode: tuple[Any, Any]) -> None:
     ctx = lab.context(storage="local-lvm")
-    assert template.clone_mode(ctx, wanted.spec(ctx, {"name": "a1"}), template.Template(9000, "pve1", config)) == mode
+    assert (
+        template.clone_mode(ctx, wanted.make_spec(ctx, {"name": "a1"}), template.Template(9000, "pve1", config)) == mode
+    )
 
 
 def test_a_storage_without_linked_clones_still_gets_full_ones(lab: Lab) -> None:

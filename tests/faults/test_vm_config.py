@@ -191,4 +191,4 @@ def test_a_second_interface_a_vlan_and_the_rest(lab: Lab) -> None:
 )
 def test_an_interface_keeps_what_is_not_asked_for(current: str, values: dict[str, Any], expected: str) -> None:
     values = {"bridge": None, "firewall": None, **values}
-    assert vm_config.network(current, **values) == expected
+    assert vm_config.compose_network(current, **values) == expected

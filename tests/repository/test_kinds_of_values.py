@@ -70,18 +70,18 @@ ctx = types.SimpleNamespace(config=config.load({"profiles_dir": str(folder / "pr
 
 
 def by_module(option, value):
-    return getattr(wanted.spec(ctx, {option: value}), option)
+    return getattr(wanted.make_spec(ctx, {option: value}), option)
 
 
 def by_profile(option, key, value):
     for part in reversed(key.split(".")):
         value = {part: value}
     (folder / "profiles/p.yaml").write_text(json.dumps({"name": "p", **value}))
-    return getattr(wanted.spec(ctx, {"profile": "p"}), option)
+    return getattr(wanted.make_spec(ctx, {"profile": "p"}), option)
 
 
 def by_api(option, value):
-    return getattr(wanted.spec(ctx, creation_options(check_body(CREATION, {option: value}))), option)
+    return getattr(wanted.make_spec(ctx, creation_options(check_body(CREATION, {option: value}))), option)
 
 
 def by_command_line(option, value):

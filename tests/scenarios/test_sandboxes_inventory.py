@@ -71,7 +71,7 @@ def test_the_records_are_hosts_and_proxmox_is_asked_nothing(ask: Ask, given: Any
     (gone,) = given(name="gone")
     from ansible_collections.agentlab.proxmox.plugins.module_utils._core.sandboxes import destroy
 
-    destroy.several(context(), [gone], True)
+    destroy.destroy_several(context(), [gone], True)
     first = context().records.get(first.uuid)
     assert first.ip
     server.pve.counted.clear()

@@ -213,7 +213,7 @@ class Lab:
         ``options`` are configuration keys of the run.
         """
         ctx = self.context(dry_run=dry_run, **(options or {}))
-        return create.run(ctx, wanted.spec(ctx, {"name": name, **values}))
+        return create.run(ctx, wanted.make_spec(ctx, {"name": name, **values}))
 
     def power(self, operation: str, vmid: int, *, force: bool = False, **options: Any) -> Outcome:
         """Start, stop or suspend a sandbox (or mark it complete or failed) and return the outcome."""

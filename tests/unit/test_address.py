@@ -10,7 +10,7 @@ import random
 from typing import Any
 
 import pytest
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.vm.address import Choice, agent_is_on, choose
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.vm.address import Choice, choose, is_agent_on
 
 MAC = "BC:24:11:00:00:01"
 CONFIG = {"net0": f"virtio={MAC},bridge=vmbr0", "ipconfig0": "ip=dhcp"}
@@ -159,4 +159,4 @@ def test_an_answer_of_any_length_is_looked_at_for_a_moment_only() -> None:
     ],
 )
 def test_the_guest_agent_is_on_in_whatever_order_the_keys_stand(value: str, is_on: bool) -> None:
-    assert agent_is_on({"agent": value}) is is_on
+    assert is_agent_on({"agent": value}) is is_on

@@ -155,7 +155,7 @@ def make(tmp_path: Path, context: Any) -> Any:
     write(tmp_path / "profiles", "storage: local-lvm\nlease: {maximum: 1h}", "short.yaml")
     write(tmp_path / "profiles", "lease: {default: 40d}", "long.yaml")
     write(tmp_path / "profiles", "workspace: none", "none.yaml")
-    return lambda **options: wanted.spec(context(profiles_dir=str(tmp_path / "profiles")), options)
+    return lambda **options: wanted.make_spec(context(profiles_dir=str(tmp_path / "profiles")), options)
 
 
 def test_given_options_win_over_the_profile_and_the_profile_over_the_configuration(make: Any) -> None:

@@ -38,7 +38,7 @@ def entry(kind: str, phase: str, **detail: Any) -> JournalEntry:
 )
 def test_a_killed_run_may_have_sent_its_delete(interrupted: JournalEntry, since: int | None) -> None:
     expected = None if since is None else removal.PendingDelete(since, interrupted)
-    assert removal.pending_delete(interrupted) == expected
+    assert removal.find_pending_delete(interrupted) == expected
 
 
 @pytest.mark.parametrize(
@@ -58,4 +58,4 @@ def test_only_a_reserved_creation_never_sent_its_clone(
     smbios_uuid: str | None, created: CreationNote | None, never: bool
 ) -> None:
     sandbox = Sandbox(uuid="a", vmid=1000, name="a1", state="FAILED", smbios_uuid=smbios_uuid)
-    assert removal.never_cloned(sandbox, created) is never
+    assert removal.was_never_cloned(sandbox, created) is never

@@ -120,7 +120,7 @@ def test_what_is_no_public_key(key: str) -> None:
     ],
 )
 def test_options_as_people_write_them(context: Any, option: str, value: Any, expected: Any) -> None:
-    assert getattr(wanted.spec(context(), {option: value}), option) == expected
+    assert getattr(wanted.make_spec(context(), {option: value}), option) == expected
 
 
 @pytest.mark.parametrize(
@@ -148,7 +148,7 @@ def test_options_as_people_write_them(context: Any, option: str, value: Any, exp
 )
 def test_options_that_are_refused_by_name(context: Any, option: str, value: Any) -> None:
     with pytest.raises(InvalidInput, match=f"^{option}: ") as caught:
-        wanted.spec(context(), {option: value})
+        wanted.make_spec(context(), {option: value})
     assert option != "cloud_init_password" or "12345" not in caught.value.message
 
 

@@ -32,7 +32,7 @@ def _home(exam: Examination, identifier: str) -> str | None:
         # Also when the nodes could not be read: the credentials may lack Sys.Audit.
         return None
     online = exam.context.cluster.nodes()
-    named = sorted(templates.named_so(exam.context, identifier).values())
+    named = sorted(templates.find_by_name(exam.context, identifier).values())
     return next((node for node in named if online.get(node)), None)
 
 
@@ -72,7 +72,7 @@ def check_template(exam: Examination, option: str | None) -> Iterable[Finding]:
 def _misfits(
     exam: Examination, vmid: int, node: str, config: Mapping[str, Any], name: str, facts: dict[str, Any]
 ) -> Iterable[Finding]:
-    if not address.agent_is_on(dict(config)):
+    if not address.is_agent_on(dict(config)):
         yield Finding(
             "template",
             WARNING,

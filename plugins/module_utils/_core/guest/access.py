@@ -303,7 +303,7 @@ def _judge(ctx: Context, sandbox: Sandbox) -> locate.Located:
         except ProxmoxError as error:
             raise Kept("unknown", f"sandbox {sandbox.vmid}: its VM cannot be read: {error.message}") from None
         else:
-            return locate.judged_config(ctx, sandbox, node, config)
+            return locate.require_our_config(ctx, sandbox, node, config)
     return locate.require_match(ctx, sandbox)
 
 

@@ -25,7 +25,7 @@ from typing import Any
 from ..context import Context
 from ..errors import AccessDenied, AgentlabError, ApiError, InvalidInput, OutcomeUnknown
 from ..model import Sandbox
-from ..vm.address import agent_is_on
+from ..vm.address import is_agent_on
 from ..vm.locate import Located
 
 # Characters of input-data, and bytes of all arguments, that this module sends. (Linux allows 131,071 for one argument.)
@@ -255,7 +255,7 @@ class Agent:
                 vmid=vmid,
             )
         if _SILENT in text:
-            if not agent_is_on(self._located.config):
+            if not is_agent_on(self._located.config):
                 return GuestRefused(
                     f"{of}: the guest agent is switched off in the configuration of its VM (agent: "
                     f"{str(self._located.config.get('agent', 'not set'))[:40]}). Set agent=1 (qm set {vmid} --agent 1; "

@@ -25,7 +25,7 @@ from ..store import holders, overview
 from ..store.journal import JournalEntry
 from ..store.records import Claim
 from ..vm import address, binding, power
-from ..vm.locate import Located, is_hibernated, locate, power_state
+from ..vm.locate import Located, is_hibernated, locate, read_power_state
 from ..workspaces import workspace, workspace_disk
 
 # Kinds of drift in which the VM of the record is gone.
@@ -284,7 +284,7 @@ def _leases(ctx: Context, apply: bool) -> list[Drift]:
             )
             for sandbox in over
         ]
-        return drifts + [Drift("still_running", "stop", {}, sandbox) for sandbox in lease.leftovers(ctx)]
+        return drifts + [Drift("still_running", "stop", {}, sandbox) for sandbox in lease.find_leftovers(ctx)]
     passed = lease.expire(ctx)
     drifts = [
         Drift(
@@ -422,7 +422,7 @@ def _finish_start(ctx: Context, claim: Claim, sandbox: Sandbox, drift: Drift) ->
         return sandbox
     located = locate(ctx, sandbox)
     # The reported power state counts only if the VM was ours both before and after the request.
-    if not (located.match and power.runs(ctx, located) and locate(ctx, sandbox).match):
+    if not (located.match and power.is_running(ctx, located) and locate(ctx, sandbox).match):
         return sandbox
     drift.action = "start finished"
     return ctx.records.change(claim, sandbox, "start", to=states.RUNNING, reason="started", ip_seen_at=None)
@@ -449,11 +449,11 @@ def give_up_creation(ctx: Context, sandbox: Sandbox, evidence: dict[str, Any] | 
             raise Kept("changed", f"sandbox {sandbox.vmid} was {sandbox.state} and is {current.state} now")
         unfinished = claim.interrupted
         created = unfinished.creation if unfinished else None
-        bound = current.smbios_uuid is not None or removal.never_cloned(current, created)
+        bound = current.smbios_uuid is not None or removal.was_never_cloned(current, created)
         if not bound:
             bound = binding.locate_unbound(ctx, current, claim, created).match
             current = ctx.records.get(current.uuid)
-            bound = bound or (unfinished is not None and binding.left_nothing(ctx, current, unfinished))
+            bound = bound or (unfinished is not None and binding.has_left_nothing(ctx, current, unfinished))
         snippets.remove(ctx, current)
         # Keep the journal entry of an unbound VM: a later destroy needs it to recognise its own VM.
         return ctx.records.change(
@@ -620,7 +620,7 @@ def _vm_state(ctx: Context, sandbox: Sandbox, located: Located) -> str | None:
     if sandbox.state == states.SUSPENDED and listed == "stopped" and is_hibernated(located.config):
         return None
     try:
-        return power_state(sandbox, power.status(ctx, located), located.config)
+        return read_power_state(sandbox, power.read_status(ctx, located), located.config)
     except Kept:
         return None
 

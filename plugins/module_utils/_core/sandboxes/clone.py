@@ -83,7 +83,7 @@ def make_vm(creation: Creation) -> Located | None:
     occupied: set[int] = set()
     while True:
         if resumed and not note.upid:
-            if _earlier_clone_is_there(creation, doubt or note):
+            if _bind_earlier_clone(creation, doubt or note):
                 return None
             resumed = False
         try:
@@ -97,7 +97,7 @@ def make_vm(creation: Creation) -> Located | None:
             if creation.upids:
                 raise
             # The result of an earlier run's task is lost. Decide by the VM that stands at the VMID now.
-            if _lost_task_made_it(creation, earlier, error):
+            if _has_lost_task_made_it(creation, earlier, error):
                 return None
             resumed = False
         except (ApiError, TaskFailed) as error:
@@ -109,7 +109,7 @@ def make_vm(creation: Creation) -> Located | None:
                     attempt = replace(attempt, vmid_is_free=_is_vmid_free(creation))
                 else:
                     # The VMID may be taken by our own earlier clone, whose answer was lost.
-                    if _earlier_clone_is_there(creation, doubt or note, vmid_taken=True):
+                    if _bind_earlier_clone(creation, doubt or note, vmid_taken=True):
                         return None
                     doubt, attempt = None, replace(attempt, doubtful=False)
                 judgement = refusals.judge_refusal(error, attempt)
@@ -118,7 +118,7 @@ def make_vm(creation: Creation) -> Located | None:
             if judgement.step is Step.GIVE_UP:
                 raise
             if judgement.step is Step.REFUSE_VMID:
-                raise refusals.occupied(
+                raise refusals.make_occupied_error(
                     creation.sandbox.vmid, "one that these credentials may not see, or a container"
                 ) from None
             if judgement.step is Step.WAIT:
@@ -155,7 +155,7 @@ def _forget_request(creation: Creation) -> None:
     creation.journal(journal.RESERVED)
 
 
-def _earlier_clone_is_there(creation: Creation, doubt: CreationNote, *, vmid_taken: bool = False) -> bool:
+def _bind_earlier_clone(creation: Creation, doubt: CreationNote, *, vmid_taken: bool = False) -> bool:
     """Return whether the VM is the clone that an earlier run asked for. If so, bind the record to it.
 
     ``vmid_taken``: Proxmox says that some VM has the VMID, so a VMID without a visible VM is no proof. Raises Kept for
@@ -176,7 +176,7 @@ def _earlier_clone_is_there(creation: Creation, doubt: CreationNote, *, vmid_tak
     return False
 
 
-def _lost_task_made_it(creation: Creation, earlier: CreationNote, error: TaskUnknown) -> bool:
+def _has_lost_task_made_it(creation: Creation, earlier: CreationNote, error: TaskUnknown) -> bool:
     """Return whether the clone task of an earlier run, whose result is lost, made the VM. If so, bind the record to it.
 
     Otherwise the request is forgotten. Raises Kept when neither is certain.
@@ -242,7 +242,7 @@ def _send_clone(creation: Creation) -> str:
             evidence={
                 "template": note.template,
                 "template_name": note.template_name,
-                "options": update.remembered(spec),
+                "options": update.select_remembered(spec),
             },
             journal=(journal.CLONING, note.detail()),
         )

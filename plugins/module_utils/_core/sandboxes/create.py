@@ -48,7 +48,7 @@ from .spec import Spec
 _PASSING = ("changed", "unknown", "locked", "node_offline")
 
 
-def existing(ctx: Context, spec: Spec) -> Sandbox | None:
+def find_existing(ctx: Context, spec: Spec) -> Sandbox | None:
     """Return the live sandbox with the VMID or the name of the spec, or None.
 
     Raises InvalidInput when VMID and name belong to different sandboxes.
@@ -76,10 +76,10 @@ def run(ctx: Context, spec: Spec) -> Outcome:
     earlier creation of this sandbox failed.
     """
     spec.check()
-    sandbox = existing(ctx, spec)
+    sandbox = find_existing(ctx, spec)
     if sandbox is None:
         return _create(ctx, spec)
-    if sandbox.state in states.CREATING or _almost_done(ctx, sandbox):
+    if sandbox.state in states.CREATING or _is_almost_done(ctx, sandbox):
         if ctx.dry_run:
             return Outcome.of("would_create", sandbox, changed=True, state=states.RUNNING)
         claim = ctx.records.claim(sandbox.uuid, "create", wait=ctx.config.claim_timeout)
@@ -119,14 +119,14 @@ def _update_existing(ctx: Context, sandbox: Sandbox, spec: Spec) -> Outcome:
             for part in ("after", "before"):
                 applied.extra[part] = {**outcome.extra.get(part, {}), **applied.extra[part]}
             outcome = applied
-    differences = update.different(ctx, outcome.sandbox or sandbox, spec)
+    differences = update.find_differences(ctx, outcome.sandbox or sandbox, spec)
     if spec.update:
         differences = {name: values for name, values in differences.items() if name not in update.APPLICABLE}
     outcome.advice += update.advise(sandbox, differences)
     return outcome
 
 
-def _almost_done(ctx: Context, sandbox: Sandbox) -> bool:
+def _is_almost_done(ctx: Context, sandbox: Sandbox) -> bool:
     """Return whether the sandbox is READY only because its creation was killed before the last step."""
     unfinished = ctx.records.under_way(sandbox.uuid) if sandbox.state == states.READY else None
     return unfinished is not None and unfinished.kind == "create"
@@ -217,7 +217,7 @@ def _create_once(ctx: Context, spec: Spec, failed: dict[str, str]) -> Outcome:
             cloud_init.check_place(ctx, node)
     known = ctx.cluster.vms()
     if spec.vmid is not None and spec.vmid in known:
-        raise refusals.occupied(spec.vmid, str(known[spec.vmid].get("name") or "unnamed"))
+        raise refusals.make_occupied_error(spec.vmid, str(known[spec.vmid].get("name") or "unnamed"))
     ctx.cluster.confirm(creating=True)
     uid = str(uuid_module.uuid4())
     name = spec.name or f"sandbox-{uid[:8]}"
@@ -263,7 +263,7 @@ def _create_once(ctx: Context, spec: Spec, failed: dict[str, str]) -> Outcome:
         named = cast(templates.Template, template)
         clone.note_request(note, ctx, spec, named, node)
         journal.update(note.detail())
-        claim = write(place.fixed(ctx, spec, named, str(node)))
+        claim = write(place.make_fixed_place(ctx, spec, named, str(node)))
     decision = choice.decision if choice is not None else None
     if ctx.dry_run:
         outcome = Outcome.of("would_create", sandbox, previous_state=None, state=states.RUNNING, changed=True)
@@ -454,7 +454,7 @@ def _configure(creation: Creation, new: Located) -> Located:
     refused: set[str] = set()
 
     def write(located: Located) -> None:
-        changes = vm_config.desired_config(ctx, spec, sandbox, located.config)
+        changes = vm_config.compute_changes(ctx, spec, sandbox, located.config)
         if located is not new:
             # The configuration changed since the clone, so a set protection is a person's wish and not the template's.
             changes.pop("protection", None)
@@ -476,7 +476,7 @@ def _configure(creation: Creation, new: Located) -> Located:
             # Write the target size to the journal before the request. Disks never shrink, so a resumed run must not add
             # the same amount again.
             if note.disk_size is None:
-                note.disk_size = vm_config.grown(str(current.config[disk]), size)
+                note.disk_size = vm_config.compute_grown_size(str(current.config[disk]), size)
                 creation.journal(CONFIGURING)
             size = note.disk_size
         current = require_match(ctx, sandbox)

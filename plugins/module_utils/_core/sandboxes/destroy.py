@@ -23,9 +23,9 @@ from ..vm import power
 from ..vm.locate import Located, locate, refuse_guarded, refuse_not_ours
 from ..workspaces import workspace_disk
 from . import leftovers
-from .removal import Gone, Removal, Request, abandon, check, locate_own, never_cloned, refuse_running
+from .removal import Gone, Removal, Request, abandon, check, locate_own, refuse_running, was_never_cloned
 
-__all__ = ["Request", "check", "plan", "run", "several"]
+__all__ = ["Request", "check", "destroy_several", "plan", "run"]
 
 # Reasons that prove by themselves that no VM of ours is left.
 _PROVEN = ("vmid_reused", "never_created")
@@ -47,7 +47,7 @@ def plan(ctx: Context, sandbox: Sandbox, *, force: bool = True) -> Plan:
     """
     unfinished = ctx.records.under_way(sandbox.uuid)
     created = unfinished.creation if unfinished else None
-    if never_cloned(sandbox, created):
+    if was_never_cloned(sandbox, created):
         return Plan(False, "never_created", "no clone of ours was ever made for it")
     located = locate_own(ctx, sandbox, None, created)
     if located.node is None:
@@ -130,7 +130,7 @@ def _run(ctx: Context, items: list[tuple[Sandbox, Request]], claimed: list[Gone]
     return [finished[id(result)] if isinstance(result, Gone) else result for result in results]
 
 
-def several(ctx: Context, sandboxes: list[Sandbox], force: bool) -> list[Outcome]:
+def destroy_several(ctx: Context, sandboxes: list[Sandbox], force: bool) -> list[Outcome]:
     """Destroy the sandboxes that the rules allow (in check mode: plan it); return an outcome for each, in order."""
     outcomes: dict[str, Outcome] = {}
     todo: list[Sandbox] = []
@@ -198,7 +198,7 @@ def _close_together(ctx: Context, proven: list[Gone], proofs: dict[int, Any]) ->
             gone.reason,
             {**gone.evidence, **proofs[gone.sandbox.vmid].evidence},
             gone.upids,
-            _took_ms(ctx, gone),
+            _measure_ms(ctx, gone),
         )
         for gone in cleared.values()
     ]
@@ -206,15 +206,17 @@ def _close_together(ctx: Context, proven: list[Gone], proofs: dict[int, Any]) ->
     outcomes = []
     for gone in proven:
         closed = records.get(gone.claim.uuid)
-        outcomes.append(_finish(ctx, gone, proofs) if closed is None else _destroyed(gone, closed, gone.reason))
+        outcomes.append(
+            _finish(ctx, gone, proofs) if closed is None else _make_destroyed_outcome(gone, closed, gone.reason)
+        )
     return outcomes
 
 
-def _took_ms(ctx: Context, gone: Gone) -> int:
+def _measure_ms(ctx: Context, gone: Gone) -> int:
     return int((ctx.clock.monotonic() - gone.began) * 1000)
 
 
-def _destroyed(gone: Gone, closed: Sandbox, reason: str) -> Outcome:
+def _make_destroyed_outcome(gone: Gone, closed: Sandbox, reason: str) -> Outcome:
     """Return the outcome of a sandbox whose record was closed with that reason."""
     return Outcome.of(
         "destroyed",
@@ -285,10 +287,10 @@ def _finish(ctx: Context, gone: Gone, proofs: dict[int, Any]) -> Outcome:
             reason=reason,
             evidence=evidence,
             upids=gone.upids,
-            duration_ms=_took_ms(ctx, gone),
+            duration_ms=_measure_ms(ctx, gone),
             finish=True,
         )
-        return _destroyed(gone, closed, reason)
+        return _make_destroyed_outcome(gone, closed, reason)
     except Kept as error:
         abandon(ctx, gone.claim, sandbox, Request(), error, sent=gone.doubtful or bool(gone.upids), stopped=False)
         return Outcome.of(

@@ -76,7 +76,7 @@ def renew(
             or (
                 0 <= new_end - current < REPEAT_SECONDS
                 and min_remaining is None
-                and not _far_enough(new_end, current, ttl)
+                and not _is_far_enough(new_end, current, ttl)
             )
         ):
             return _answer("unchanged", sandbox, current, now, capped, changed=False)
@@ -92,7 +92,7 @@ def renew(
     raise RecordChanged(f"sandbox {sandbox.vmid} keeps being changed by other runs; run again", vmid=sandbox.vmid)
 
 
-def _far_enough(new_end: int, current: int, ttl: int) -> bool:
+def _is_far_enough(new_end: int, current: int, ttl: int) -> bool:
     # A lease shorter than the repetition window is renewed once half of it has passed.
     return ttl <= REPEAT_SECONDS and new_end - current >= max(1, ttl // 2)
 
@@ -235,11 +235,11 @@ def stop_leftovers(ctx: Context, handled: Collection[str] = ()) -> list[tuple[Sa
     ``handled`` holds the UUIDs that this pass has already handled; the VM list is older than that. Returns each sandbox
     with None, or with the reason why its VM was not stopped.
     """
-    running = leftovers(ctx, handled)
+    running = find_leftovers(ctx, handled)
     return list(zip(running, ctx.each(lambda sandbox: stop_expired(ctx, sandbox), running), strict=True))
 
 
-def leftovers(ctx: Context, handled: Collection[str] = ()) -> list[Sandbox]:
+def find_leftovers(ctx: Context, handled: Collection[str] = ()) -> list[Sandbox]:
     """Return the sandboxes that stop_leftovers would stop."""
     waiting = [sandbox for sandbox in ctx.records.find_all([states.TIMEOUT]) if sandbox.uuid not in handled]
     if not waiting:

@@ -88,7 +88,7 @@ class NodeChoice:
     def _find_sources(self, read: capacity.Capacity) -> dict[str, tuple[int, str]]:
         """Return the template to clone for each node, as (VMID, node that holds the template)."""
         ctx, template = self._ctx, self._spec.template or self._ctx.config.template
-        named = templates.named_so(ctx, template) if template else {}
+        named = templates.find_by_name(ctx, template) if template else {}
         if len(named) <= 1 or len(set(named.values())) < len(named):
             first = templates.find(ctx, template)
             own = {}
@@ -138,7 +138,7 @@ class NodeChoice:
             memory=memory,
             cpus=cpus,
             storage=spec.storage,
-            disk=_disk_bytes(spec, max((row[2] for row in figures), default=0)),
+            disk=_compute_disk_bytes(spec, max((row[2] for row in figures), default=0)),
             template=spec.template or self._ctx.config.template or "",
             profile=spec.profile,
             tags=frozenset(spec.tags),
@@ -163,7 +163,7 @@ class NodeChoice:
             disk = vm_config.boot_disk(config)
             own = str(config[disk]).partition(":")[0] if disk else None
             node = dataclasses.replace(node, storage=storage or own, disk=self._wish.disk if full or storage else 0)
-        bridges = _bridges(spec, config or {})
+        bridges = _list_bridges(spec, config or {})
         if bridges and (spec.bridge or spec.second_bridge or name != owner):
             node_bridges = ctx.once(("bridges", name), lambda: capacity.bridges(ctx.client, name))
             if node_bridges is not None and not bridges <= node_bridges:
@@ -186,7 +186,7 @@ class NodeChoice:
 
         The VM list lags behind changes, and never contains the number of sockets.
         """
-        memory = self._wish.memory or _memory_bytes(config)
+        memory = self._wish.memory or _read_memory_bytes(config)
         sockets = re.fullmatch(r"\d{1,3}", str(config.get("sockets") or "1"))
         cpus = self._spec.cores * int(sockets[0]) if self._spec.cores is not None and sockets else 0
         self._wish = dataclasses.replace(self._wish, memory=memory, cpus=max(self._wish.cpus, cpus))
@@ -275,22 +275,24 @@ def show_load(ctx: Context) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: str(row["node"]))
 
 
-def fixed(
+def make_fixed_place(
     ctx: Context, spec: Spec, template: templates.Template, node: str
 ) -> Callable[[Any], Callable[[Any, str], None]]:
     """Return the ``place`` argument of Records.reserve for a given node, so that other runs count this sandbox too."""
     config = template.config or {}
-    memory = spec.memory * placement.MIB if spec.memory is not None else _memory_bytes(config)
+    memory = spec.memory * placement.MIB if spec.memory is not None else _read_memory_bytes(config)
     full, storage = templates.clone_mode(ctx, spec, template)
     disk = vm_config.boot_disk(config)
-    size = vm_config.size_of(str(config[disk])) if disk else None
+    size = vm_config.read_size(str(config[disk])) if disk else None
     own = str(config[disk]).partition(":")[0] if disk else None
-    needed = _disk_bytes(spec, int(vm_config.kib(size) * _KIB) if size else 0) if full or storage else 0
+    needed = (
+        _compute_disk_bytes(spec, int(vm_config.convert_to_kib(size) * _KIB) if size else 0) if full or storage else 0
+    )
     reservation = Reservation(0, node, memory, storage or own, needed)
     return placements.reserve(ctx.records, ctx.config.placement.settle, None, None, (), lambda _load: reservation)
 
 
-def _bridges(spec: Spec, config: Mapping[str, Any]) -> frozenset[str]:
+def _list_bridges(spec: Spec, config: Mapping[str, Any]) -> frozenset[str]:
     """Return the bridges of the VM's two interfaces: the requested bridges, else the template's."""
     names = set()
     for bridge, key in ((spec.bridge, "net0"), (spec.second_bridge, "net1")):
@@ -301,14 +303,14 @@ def _bridges(spec: Spec, config: Mapping[str, Any]) -> frozenset[str]:
     return frozenset(names)
 
 
-def _memory_bytes(config: Mapping[str, Any]) -> int:
+def _read_memory_bytes(config: Mapping[str, Any]) -> int:
     match = re.search(r"(?:^|current=)(\d+)", str(config.get("memory") or "512"))
     return int(match[1]) * placement.MIB if match else 0
 
 
-def _disk_bytes(spec: Spec, template: int) -> int:
+def _compute_disk_bytes(spec: Spec, template: int) -> int:
     """Return the size of the boot disk in bytes; ``template`` is the size of the template's disk in bytes."""
     if spec.disk_size is None:
         return template
-    size = int(vm_config.kib(spec.disk_size.removeprefix("+")) * _KIB)
+    size = int(vm_config.convert_to_kib(spec.disk_size.removeprefix("+")) * _KIB)
     return template + size if spec.disk_size.startswith("+") else size

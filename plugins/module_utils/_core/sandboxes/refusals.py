@@ -90,7 +90,7 @@ def judge_refusal(error: ApiError | TaskFailed, attempt: Attempt) -> Judgement:
     return Judgement(Step.TAKE_ANOTHER_VMID, nothing_made=True)
 
 
-def occupied(vmid: int, by: str) -> CreationFailed:
+def make_occupied_error(vmid: int, by: str) -> CreationFailed:
     """Return the error for a given VMID that another VM has. ``by`` names that VM."""
     return CreationFailed(
         f"vmid: {vmid} is occupied by a VM that is not ours ({by}); it was not touched. Choose another vmid, or leave "

@@ -47,7 +47,7 @@ from ..store.journal import (
 )
 from ..store.records import Claim
 from ..vm import binding, power
-from ..vm.locate import Located, is_hibernated, locate, power_state, refuse_guarded, refuse_not_ours
+from ..vm.locate import Located, is_hibernated, locate, read_power_state, refuse_guarded, refuse_not_ours
 from ..workspaces import workspace_disk
 
 # Rounds in which the VM may change between verdict and mark. After the last round the VM is left alone.
@@ -127,7 +127,7 @@ class Removal:
             planned.uuid, "destroy", wait=ctx.config.claim_timeout if request.claim_wait is None else request.claim_wait
         )
         interrupted = self._interrupted = self._claim.interrupted
-        self._pending = pending_delete(interrupted) if interrupted else None
+        self._pending = find_pending_delete(interrupted) if interrupted else None
         self._stopped = False
         self._sandbox = self._before = planned
         self._note = DestroyNote(request.operation, request.force)
@@ -185,7 +185,7 @@ class Removal:
             # Another run changed the sandbox while we waited, so the cached VM list is out of date.
             ctx.cluster.vms(fresh=True)
         self._journal(VERIFYING)
-        if never_cloned(current, self._note.creation):
+        if was_never_cloned(current, self._note.creation):
             _look_before_closing(ctx, current)
             return self._make_gone("never_created", {"creation": "the clone was never asked for, or refused"})
         if interrupted and pending:
@@ -215,11 +215,11 @@ class Removal:
         # Read quorum before the verdict, so that no request stands between verdict and stop. Raise its error
         # afterwards, because the verdict may make quorum unnecessary.
         mark_is_first = self._mark_is_first()
-        no_quorum = None if mark_is_first else self._why_no_quorum()
+        no_quorum = None if mark_is_first else self._explain_no_quorum()
         located = self._locate()
         if mark_is_first and (is_hibernated(located.config) or not self._mark_is_first()):
             # The VM is not as the records or the list had it: a stop, or the loss of its saved memory, would be first.
-            no_quorum = self._why_no_quorum()
+            no_quorum = self._explain_no_quorum()
         if self._sandbox.smbios_uuid is None:
             self._sandbox = ctx.records.get(self._sandbox.uuid)
         if located.node is None:
@@ -259,7 +259,7 @@ class Removal:
                 return Next.LOOK_AGAIN
         return located
 
-    def _why_no_quorum(self) -> AgentlabError | None:
+    def _explain_no_quorum(self) -> AgentlabError | None:
         try:
             self._ctx.cluster.require_quorum()
         except (ProxmoxError, Kept) as error:
@@ -504,7 +504,7 @@ class Removal:
         )
 
 
-def pending_delete(interrupted: JournalEntry) -> PendingDelete | None:
+def find_pending_delete(interrupted: JournalEntry) -> PendingDelete | None:
     """Return the delete that a killed run may have sent and that may still be carried out; else None."""
     if not interrupted.is_sent_delete:
         return None
@@ -514,12 +514,12 @@ def pending_delete(interrupted: JournalEntry) -> PendingDelete | None:
 
 def refuse_running(ctx: Context, sandbox: Sandbox, located: Located) -> None:
     """Raise StateConflict unless the VM is switched off. The message names the VM's real state, not the record's."""
-    vm_state = power_state(sandbox, power.status(ctx, located), located.config)
+    vm_state = read_power_state(sandbox, power.read_status(ctx, located), located.config)
     if vm_state != states.STOPPED:
         raise states.refuse("destroy", vm_state)
 
 
-def never_cloned(sandbox: Sandbox, created: CreationNote | None) -> bool:
+def was_never_cloned(sandbox: Sandbox, created: CreationNote | None) -> bool:
     """Return whether the journal rules out that we ever sent a clone request. Then no VM at the VMID is ours."""
     return sandbox.smbios_uuid is None and created is not None and created.phase == RESERVED
 

@@ -56,7 +56,7 @@ class Template:
     def storages(self) -> set[str]:
         """Return the storages that hold the template's disks."""
         config = self.config or {}
-        keys = [*vm_config.disks(config), *(key for key in ("efidisk0", "tpmstate0") if key in config)]
+        keys = [*vm_config.list_disks(config), *(key for key in ("efidisk0", "tpmstate0") if key in config)]
         return {str(config[key]).partition(":")[0] for key in keys}
 
 
@@ -73,7 +73,7 @@ def find(ctx: Context, identifier: str | None, node: str | None = None) -> Templ
     number = _parse_vmid(identifier)
     if number is not None and number in rows:
         return _read_template(ctx, number)
-    named = named_so(ctx, identifier)
+    named = find_by_name(ctx, identifier)
     if len(named) > 1 and node is not None:
         named = {vmid: where for vmid, where in named.items() if where == node} or named
     if len(named) == 1:
@@ -87,8 +87,8 @@ def find(ctx: Context, identifier: str | None, node: str | None = None) -> Templ
             option="template",
             value=identifier,
         )
-    silent = _offline_nodes(ctx)
-    visible = _templates_seen(ctx, silent)
+    silent = _list_offline_nodes(ctx)
+    visible = _list_visible_templates(ctx, silent)
     if silent:
         # For VMs on an offline node Proxmox tells neither the name nor whether the VM is a template.
         raise InvalidInput(
@@ -100,7 +100,7 @@ def find(ctx: Context, identifier: str | None, node: str | None = None) -> Templ
         )
     plain = sorted(vmid for vmid, row in rows.items() if row.get("name") == identifier)
     if plain:
-        raise _no_template(plain[0], str(rows[plain[0]].get("type")), identifier)
+        raise _make_no_template_error(plain[0], str(rows[plain[0]].get("type")), identifier)
     if number is not None and ctx.cluster.is_in_use(number):
         raise InvalidInput(
             f"template: VM {number} exists, but these credentials may not see it. Grant VM.Audit and VM.Clone on "
@@ -113,7 +113,7 @@ def find(ctx: Context, identifier: str | None, node: str | None = None) -> Templ
     )
 
 
-def _offline_nodes(ctx: Context) -> list[str]:
+def _list_offline_nodes(ctx: Context) -> list[str]:
     try:
         return sorted(name for name, online in ctx.cluster.nodes().items() if not online)
     except AccessDenied:
@@ -121,16 +121,16 @@ def _offline_nodes(ctx: Context) -> list[str]:
         return []
 
 
-def _why_unreachable(ctx: Context, vmid: int, node: str, error: Unreachable) -> str:
+def _explain_unreachable(ctx: Context, vmid: int, node: str, error: Unreachable) -> str:
     """Return the sentence for a template whose node does not answer."""
     # The refusal itself counts. A cluster status that cannot be read only makes the sentence less exact.
     with contextlib.suppress(ProxmoxError):
-        offline = _offline_nodes(ctx)
+        offline = _list_offline_nodes(ctx)
         if node in offline:
             return (
                 f"template: {vmid} is on node {node}, which is offline, so it cannot be cloned. Wait until the node is "
                 "back, or give a template of another node. Templates on the other nodes: "
-                f"{_templates_seen(ctx, offline)}"
+                f"{_list_visible_templates(ctx, offline)}"
             )
     return (
         f"template: {vmid} on node {node} cannot be read: {error.message}. Try again when the node answers, or give a "
@@ -138,7 +138,7 @@ def _why_unreachable(ctx: Context, vmid: int, node: str, error: Unreachable) -> 
     )
 
 
-def _templates_seen(ctx: Context, offline: list[str]) -> str:
+def _list_visible_templates(ctx: Context, offline: list[str]) -> str:
     """Return the templates that are not on ``offline`` nodes, for messages."""
     names = [
         f"{vmid} ({row['name']})" if row.get("name") else str(vmid)
@@ -152,7 +152,7 @@ def _parse_vmid(identifier: str) -> int | None:
     return int(identifier) if identifier.isascii() and identifier.isdecimal() else None
 
 
-def named_so(ctx: Context, identifier: str) -> dict[int, str]:
+def find_by_name(ctx: Context, identifier: str) -> dict[int, str]:
     """Return the templates of that name as {VMID: node}; empty when ``identifier`` is a VMID."""
     rows = ctx.cluster.vms()
     number = _parse_vmid(identifier)
@@ -168,7 +168,7 @@ def _is_template(row: dict[str, Any]) -> bool:
     return str(row.get("template")) == "1" and row.get("type") == "qemu"
 
 
-def _no_template(vmid: int, kind: str, identifier: str) -> InvalidInput:
+def _make_no_template_error(vmid: int, kind: str, identifier: str) -> InvalidInput:
     if kind != "qemu":
         return InvalidInput(
             f"template: {vmid} is a container; a sandbox is made from the template of a VM",
@@ -185,10 +185,10 @@ def _no_template(vmid: int, kind: str, identifier: str) -> InvalidInput:
 def _read_template(ctx: Context, vmid: int) -> Template:
     row = ctx.cluster.vms()[vmid]
     if row.get("type") != "qemu":
-        raise _no_template(vmid, str(row.get("type")), str(vmid))
+        raise _make_no_template_error(vmid, str(row.get("type")), str(vmid))
     template = read(ctx, vmid, str(row.get("node")), listed=_is_template(row))
     if template.config is not None and str(template.config.get("template", "0")) != "1":
-        raise _no_template(vmid, "qemu", str(vmid))
+        raise _make_no_template_error(vmid, "qemu", str(vmid))
     return template
 
 
@@ -234,7 +234,7 @@ def read(ctx: Context, vmid: int, node: str, *, listed: bool = True) -> Template
             value=str(vmid),
         ) from None
     except Unreachable as error:
-        error.message = _why_unreachable(ctx, vmid, node, error)
+        error.message = _explain_unreachable(ctx, vmid, node, error)
         error.detail.setdefault("option", "template")
         raise
     except ApiError as error:
@@ -319,8 +319,8 @@ def _check_disk_size(size: str, template: Template, config: dict[str, Any]) -> N
         raise InvalidInput(
             f"disk_size: {template.title} has no disk to resize; leave disk_size out", option="disk_size"
         )
-    has = vm_config.size_of(str(config[disk]))
-    if has is not None and not size.startswith("+") and vm_config.kib(size) < vm_config.kib(has):
+    has = vm_config.read_size(str(config[disk]))
+    if has is not None and not size.startswith("+") and vm_config.convert_to_kib(size) < vm_config.convert_to_kib(has):
         raise InvalidInput(
             f"disk_size: {size} is less than the {has} of disk {disk} of {template.title}, and disks only grow. Give "
             f"{has} or more, or leave disk_size out",

@@ -51,25 +51,26 @@ _NOT_COMPARED = (
 _STATES = (states.READY, states.RUNNING, states.SUSPENDED, states.STOPPED, states.COMPLETED)
 
 
-def remembered(spec: Spec) -> dict[str, Any]:
+def select_remembered(spec: Spec) -> dict[str, Any]:
     """Return the options to store in the clone's event.
 
     These are the requested options without secrets. Public keys are long, so they are stored as a hash.
     """
     values = {name: getattr(spec, name) for name in Spec.__dataclass_fields__ if name not in (*_NOT_COMPARED, *_SECRET)}
-    return {name: _comparable(name, value) for name, value in values.items() if value not in (None, [])}
+    return {name: _make_comparable(name, value) for name, value in values.items() if value not in (None, [])}
 
 
-def _comparable(name: str, value: Any) -> Any:
+def _make_comparable(name: str, value: Any) -> Any:
     if name == "ssh_public_keys":
         return hashlib.sha256("\n".join(sorted(value)).encode()).hexdigest()[:16]
     return sorted(set(value)) if isinstance(value, list) else value
 
 
-def different(ctx: Context, sandbox: Sandbox, spec: Spec) -> dict[str, tuple[Any, Any]]:
+def find_differences(ctx: Context, sandbox: Sandbox, spec: Spec) -> dict[str, tuple[Any, Any]]:
     """Return the given options that differ from those of the creation, as {name: (current value, requested value)}."""
     requested = {
-        name: _comparable(name, getattr(spec, name)) for name in sorted(spec.given_options - {*_NOT_COMPARED, *_SECRET})
+        name: _make_comparable(name, getattr(spec, name))
+        for name in sorted(spec.given_options - {*_NOT_COMPARED, *_SECRET})
     }
     if not requested:
         return {}
@@ -161,7 +162,7 @@ def apply(ctx: Context, sandbox: Sandbox, spec: Spec) -> Outcome:
         plan = _Plan(sandbox, requested, require_match(ctx, sandbox))
         plan.check(ctx)
         if plan.needs_stop:
-            _check_restart(ctx, sandbox, spec, plan, power.status(ctx, plan.located))
+            _check_restart(ctx, sandbox, spec, plan, power.read_status(ctx, plan.located))
         return plan.outcome("would_update", sandbox) if plan.new else Outcome.of("unchanged", sandbox)
     with ctx.claimed(sandbox, "update") as (claim, current):
         refuse_cut_off(claim, current)
@@ -175,7 +176,7 @@ def apply(ctx: Context, sandbox: Sandbox, spec: Spec) -> Outcome:
         warnings: list[str] = []
         restart = False
         if plan.needs_stop:
-            restart = _check_restart(ctx, current, spec, plan, power.status(ctx, located))
+            restart = _check_restart(ctx, current, spec, plan, power.read_status(ctx, located))
             if restart:
                 _require_writes(ctx, current)
             located = require_match(ctx, current)
@@ -206,7 +207,7 @@ def apply(ctx: Context, sandbox: Sandbox, spec: Spec) -> Outcome:
             reason="options",
             upids=upids,
             evidence={
-                "options": {name: _comparable(name, value) for name, value in requested.items()},
+                "options": {name: _make_comparable(name, value) for name, value in requested.items()},
                 "before": plan.before,
             },
             finish=True,
@@ -229,7 +230,7 @@ class _Plan:
         config = located.config
         makers: dict[str, Callable[[Any], tuple[Any, dict[str, Any]]]] = {
             "cores": lambda value: (_read_number(config.get("cores"), 1), {"cores": value}),
-            "memory": lambda value: (_read_number(config.get("memory"), 512), vm_config.memory_values(value, config)),
+            "memory": lambda value: (_read_number(config.get("memory"), 512), vm_config.compute_memory(value, config)),
             "description": lambda value: (
                 identity.own_text(config),
                 {"description": identity.described(config, value)},
@@ -237,14 +238,14 @@ class _Plan:
         }
         for name, value in requested.items():
             if name == "tags":
-                self._tags(sandbox, sorted(set(value)), config)
+                self._compare_tags(sandbox, sorted(set(value)), config)
                 continue
             was, changes = makers[name](value)
             if was != value:
                 self.new[name], self.before[name] = value, was
                 self.changes.update(changes)
 
-    def _tags(self, sandbox: Sandbox, tags: list[str], config: dict[str, Any]) -> None:
+    def _compare_tags(self, sandbox: Sandbox, tags: list[str], config: dict[str, Any]) -> None:
         present = vm_config.split_tags(config.get("tags"))
         # Keep tags that other people put on the VM.
         target_tags = (present - set(sandbox.tags)) | set(tags) | {identity.OUR_TAG}

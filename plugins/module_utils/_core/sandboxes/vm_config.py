@@ -29,7 +29,7 @@ _REFUSED_TAG = re.compile(r"Sys\.Modify for modifying tag '([^']*)'")
 _BUSES = ("ide", "scsi", "virtio", "sata")
 
 
-def desired_config(ctx: Context, spec: Spec, sandbox: Sandbox, config: dict[str, Any]) -> dict[str, Any]:
+def compute_changes(ctx: Context, spec: Spec, sandbox: Sandbox, config: dict[str, Any]) -> dict[str, Any]:
     """Return the keys of ``config`` that differ from the spec, with the values that the spec asks for."""
     values: dict[str, Any] = {
         "cores": spec.cores,
@@ -41,7 +41,7 @@ def desired_config(ctx: Context, spec: Spec, sandbox: Sandbox, config: dict[str,
         "ciuser": spec.cloud_init_user,
         "cipassword": spec.cloud_init_password,
         "ciupgrade": None if spec.cloud_init_upgrade is None else int(spec.cloud_init_upgrade),
-        **memory_values(spec.memory, config),
+        **compute_memory(spec.memory, config),
     }
     tags = {OUR_TAG, *sandbox.tags}
     if tags != split_tags(config.get("tags")):
@@ -50,7 +50,7 @@ def desired_config(ctx: Context, spec: Spec, sandbox: Sandbox, config: dict[str,
         # The clone copied the flag from the template, and a VM with it cannot be deleted. A sandbox's own protection is
         # kept in the record.
         values["protection"] = 0
-    custom = _cicustom(ctx, spec, sandbox, str(config.get("cicustom") or ""))
+    custom = _compose_cicustom(ctx, spec, sandbox, str(config.get("cicustom") or ""))
     if custom is not None:
         values["cicustom"] = custom
     if spec.ssh_public_keys:
@@ -59,16 +59,18 @@ def desired_config(ctx: Context, spec: Spec, sandbox: Sandbox, config: dict[str,
     firewall = True if spec.firewall_group else spec.firewall
     first = str(config.get("net0") or "virtio")
     if spec.bridge or spec.network_model or spec.vlan_tag or firewall is not None:
-        values["net0"] = network(first, spec.bridge, firewall, spec.network_model, spec.vlan_tag)
+        values["net0"] = compose_network(first, spec.bridge, firewall, spec.network_model, spec.vlan_tag)
     if spec.second_bridge or spec.second_vlan_tag:
         model = spec.network_model or re.split(r"[=,]", first)[0]
-        values["net1"] = network(str(config.get("net1") or model), spec.second_bridge, None, None, spec.second_vlan_tag)
+        values["net1"] = compose_network(
+            str(config.get("net1") or model), spec.second_bridge, None, None, spec.second_vlan_tag
+        )
     return {
         name: value for name, value in values.items() if value is not None and str(config.get(name, "")) != str(value)
     }
 
 
-def memory_values(memory: int | None, config: dict[str, Any]) -> dict[str, Any]:
+def compute_memory(memory: int | None, config: dict[str, Any]) -> dict[str, Any]:
     """Return ``memory`` in MiB, and a lower ``balloon`` where the configured one exceeds it.
 
     Proxmox VE refuses less memory than balloon.
@@ -79,7 +81,7 @@ def memory_values(memory: int | None, config: dict[str, Any]) -> dict[str, Any]:
     return {"memory": memory, **({"balloon": memory} if balloon.isdecimal() and int(balloon) > memory else {})}
 
 
-def _cicustom(ctx: Context, spec: Spec, sandbox: Sandbox, current: str) -> str | None:
+def _compose_cicustom(ctx: Context, spec: Spec, sandbox: Sandbox, current: str) -> str | None:
     """Return the value of ``cicustom`` with our user data and the spec's vendor data; None when neither is given."""
     volumes: dict[str, str] = {}
     if sandbox.snippet is not None:
@@ -161,7 +163,7 @@ def tag_warnings(sandbox: Sandbox, refused: set[str], template_tags: set[str]) -
 # ---- network ----
 
 
-def network(
+def compose_network(
     current: str, bridge: str | None, firewall: bool | None, model: str | None = None, vlan_tag: int | None = None
 ) -> str:
     """Return the interface with a new bridge, firewall flag, model or VLAN tag. The MAC address stays."""
@@ -215,30 +217,30 @@ def join_firewall_group(ctx: Context, sandbox: Sandbox, located: Located, group:
 # ---- disks ----
 
 
-def grown(drive: str, more: str) -> str:
+def compute_grown_size(drive: str, more: str) -> str:
     """Return the size of a configured drive plus ``more`` (such as ``+10G``), in KiB as Proxmox takes it."""
-    now = size_of(drive)
+    now = read_size(drive)
     if now is None:
         raise InvalidInput(
             "disk_size: Proxmox VE does not tell the size of the template's disk; give an absolute one, such as 20G",
             option="disk_size",
         )
-    return f"{int(kib(now) + kib(more[1:]))}K"
+    return f"{int(convert_to_kib(now) + convert_to_kib(more[1:]))}K"
 
 
-def size_of(drive: str) -> str | None:
+def read_size(drive: str) -> str | None:
     """Return the size in the value of a drive, such as 8G; None without a size."""
     match = re.search(r"(?:^|,)size=(\d+(?:\.\d+)?[KMGT]?)(?:,|$)", drive)
     return match[1] if match else None
 
 
-def kib(size: str) -> float:
+def convert_to_kib(size: str) -> float:
     """Return a size of Proxmox VE (8G, 512M, 4096) in KiB. A number without a unit is in bytes."""
     units = {"K": 1.0, "M": 1024.0, "G": 1024.0**2, "T": 1024.0**3}
     return float(size[:-1]) * units[size[-1]] if size[-1] in units else float(size) / 1024
 
 
-def disks(config: dict[str, Any]) -> list[str]:
+def list_disks(config: dict[str, Any]) -> list[str]:
     """Return the keys of the disks in Proxmox VE's boot order, without CD-ROMs and cloud-init drives."""
     numbered = [
         (_BUSES.index(match[1]), int(match[2]), match[0])
@@ -258,7 +260,7 @@ def boot_disk(config: dict[str, Any]) -> str | None:
     This is the first disk of ``boot: order=``. In the older form (``boot`` is letters, ``c`` for the disk, or missing)
     it is the disk named by ``bootdisk``. Otherwise it is the first disk in Proxmox VE's own order.
     """
-    present = disks(config)
+    present = list_disks(config)
     boot = str(config.get("boot") or "")
     if "order=" in boot:
         named = re.findall(r"[a-z]+\d+", boot.partition("order=")[2])

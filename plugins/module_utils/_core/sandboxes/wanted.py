@@ -113,7 +113,7 @@ def normalise(options: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
-def spec(ctx: Context, options: Mapping[str, Any]) -> Spec:
+def make_spec(ctx: Context, options: Mapping[str, Any]) -> Spec:
     """Return the Spec of ``vmid``, ``name`` and OPTIONS; absent and None both mean "not given".
 
     ``ttl`` is a duration. Raises InvalidInput with the name of the option whose value cannot be used.
@@ -128,7 +128,7 @@ def spec(ctx: Context, options: Mapping[str, Any]) -> Spec:
         raise InvalidInput(f"workspace: missing; profile {profile.name!r} requires one", option="workspace")
     if profile and profile.workspace == "none" and "workspace" in given_options:
         raise InvalidInput(f"workspace: profile {profile.name!r} allows none", option="workspace")
-    values = {**_values_of_profile(profile, given_options), **given_options}
+    values = {**_read_profile_values(profile, given_options), **given_options}
     if isinstance(values.get("disk_size"), str):
         values["disk_size"] = patterns.shorten_size(values["disk_size"])
     values["ttl"], values["lease_maximum"] = _limit_ttl(ctx, given_options.get("ttl"), profile)
@@ -138,7 +138,7 @@ def spec(ctx: Context, options: Mapping[str, Any]) -> Spec:
     return checked
 
 
-def _values_of_profile(profile: profiles.Profile | None, options: Mapping[str, Any]) -> dict[str, Any]:
+def _read_profile_values(profile: profiles.Profile | None, options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values that the profile supplies, without those that would contradict a given option."""
     if profile is None:
         return {}

@@ -16,7 +16,7 @@ from ..vm.address import Looks
 from ..vm.locate import is_hibernated, locate
 
 
-def verified(ctx: Context, sandboxes: list[Sandbox], identities: bool = True) -> list[dict[str, Any]]:
+def verify_sandboxes(ctx: Context, sandboxes: list[Sandbox], identities: bool = True) -> list[dict[str, Any]]:
     """Return vm_status, identity and drift of each sandbox, in order. Reads the VM list once.
 
     With ``identities`` it also reads the configuration of each VM, and asks the guest for an address that is missing
@@ -42,16 +42,20 @@ def verified(ctx: Context, sandboxes: list[Sandbox], identities: bool = True) ->
             return {"vm_status": None, "identity": identity.UNKNOWN, "drift": f"not known: {proof.why}"}
         if not identities:
             verdict = None if row.get("type") == "qemu" else identity.FOREIGN
-            drift = _drift(sandbox, row, verdict or identity.MATCH)
+            drift = _describe_drift(sandbox, row, verdict or identity.MATCH)
             if drift is None and row.get("name", sandbox.name) != sandbox.name:
                 drift = f"the VM is called {row['name']} there; whether it is ours tells only its configuration"
-            return {"vm_status": _status(row), "identity": verdict, "drift": drift}
+            return {"vm_status": _show_status(row), "identity": verdict, "drift": drift}
         try:
             located = locate(ctx, sandbox)
         except AgentlabError as error:
-            return {"vm_status": _status(row), "identity": identity.UNKNOWN, "drift": f"not known: {error.message}"}
+            return {
+                "vm_status": _show_status(row),
+                "identity": identity.UNKNOWN,
+                "drift": f"not known: {error.message}",
+            }
         verdict = located.verdict.identity if located.verdict else identity.UNKNOWN
-        answer = {"vm_status": _status(row), "identity": verdict, "drift": _drift(sandbox, row, verdict)}
+        answer = {"vm_status": _show_status(row), "identity": verdict, "drift": _describe_drift(sandbox, row, verdict)}
         ip = looks.look_up(sandbox, located) if located.match else None
         if ip is not None:
             answer.update(ip=ip, ip_seen_at=clock.iso(ctx.clock.now()))
@@ -64,7 +68,7 @@ def verified(ctx: Context, sandboxes: list[Sandbox], identities: bool = True) ->
     return ctx.each(compare, sandboxes) if identities else [compare(sandbox) for sandbox in sandboxes]
 
 
-def _status(row: dict[str, Any]) -> Any:
+def _show_status(row: dict[str, Any]) -> Any:
     """Return the VM's power state by its list row; ``hibernated`` for a stopped VM with its memory saved."""
     return "hibernated" if _is_hibernated_row(row) else row.get("status")
 
@@ -73,7 +77,7 @@ def _is_hibernated_row(row: dict[str, Any]) -> bool:
     return is_hibernated(row) and row.get("status") == "stopped"
 
 
-def _drift(sandbox: Sandbox, row: dict[str, Any], judged: str) -> str | None:
+def _describe_drift(sandbox: Sandbox, row: dict[str, Any], judged: str) -> str | None:
     if judged == identity.FOREIGN:
         return "the VMID belongs to another VM now; prune or reconcile closes the record and leaves that VM alone"
     if judged != identity.MATCH:

@@ -71,22 +71,24 @@ def show(
     shown = [sandbox.public() for sandbox in sandboxes]
     if owner:
         owners = history.owners(ctx.database)
-        connections = _connections(ctx)
+        connections = _read_connections(ctx)
         for answer in shown:
             answer["owner"] = owners.get(answer["uuid"])
             answer["connection"] = connections.get(answer["profile"])
     if events > 0:
         for sandbox, answer in zip(sandboxes, shown, strict=True):
-            answer["events"] = [event(row) for row in history.events(ctx.database, uuid=sandbox.uuid, tail=events)]
+            answer["events"] = [
+                format_event(row) for row in history.events(ctx.database, uuid=sandbox.uuid, tail=events)
+            ]
     if verify and sandboxes:
         from . import comparison
 
-        for answer, extra in zip(shown, comparison.verified(ctx, sandboxes, identities), strict=True):
+        for answer, extra in zip(shown, comparison.verify_sandboxes(ctx, sandboxes, identities), strict=True):
             answer.update(extra)
     return {"sandboxes": shown, "count": len(shown), "by_state": dict(Counter(sandbox.state for sandbox in sandboxes))}
 
 
-def _connections(ctx: Context) -> dict[str | None, str | None]:
+def _read_connections(ctx: Context) -> dict[str | None, str | None]:
     """Return the connection plugin that each profile names; nothing while a profile cannot be used."""
     try:
         return {name: profile.connection for name, profile in profiles.load_all(ctx.config.profiles_dir).items()}
@@ -94,6 +96,6 @@ def _connections(ctx: Context) -> dict[str | None, str | None]:
         return {}
 
 
-def event(row: dict[str, Any]) -> dict[str, Any]:
+def format_event(row: dict[str, Any]) -> dict[str, Any]:
     """Return an event in the shape of answers, with its time in UTC."""
     return {**row, "at": clock_module.iso(row["at"])}

@@ -87,7 +87,7 @@ def choose(interfaces: object, config: dict[str, Any]) -> Choice | None:
        that is valid outside the site; else any other. Loopback, link-local and multicast addresses never count.
     """
     known = _read_interfaces(interfaces)
-    first = _mac_of(config.get("net0"))
+    first = _read_mac(config.get("net0"))
     expected, ipv4_may_come = _read_ipconfig(config.get("ipconfig0"))
     # A VLAN or another interface on top of the NIC has its MAC address, too; its name has a dot or an @.
     own = [
@@ -96,22 +96,22 @@ def choose(interfaces: object, config: dict[str, Any]) -> Choice | None:
         if first is not None and mac == first
     ]
     if own:
-        return _best([address for addresses in own for address in addresses], expected, ipv4_may_come)
-    macs = {_mac_of(value) for key, value in config.items() if re.fullmatch(r"net\d+", key)} - {None}
+        return _choose_best([address for addresses in own for address in addresses], expected, ipv4_may_come)
+    macs = {_read_mac(value) for key, value in config.items() if re.fullmatch(r"net\d+", key)} - {None}
     ranked = (
         [addresses for _name, mac, addresses in known if mac in macs],
         [addresses for name, _mac, addresses in known if not _INNER.match(name)],
         [addresses for _name, _mac, addresses in known],
     )
     for rank in ranked:
-        choice = _best([address for addresses in rank for address in addresses], expected, ipv4_may_come)
+        choice = _choose_best([address for addresses in rank for address in addresses], expected, ipv4_may_come)
         if choice is not None:
             # The NIC of the configuration may be missing only because the guest is still booting.
             return Choice(choice.address, choice.final and first is None)
     return None
 
 
-def _best(addresses: list[Address], expected: list[Address], ipv4_may_come: bool) -> Choice | None:
+def _choose_best(addresses: list[Address], expected: list[Address], ipv4_may_come: bool) -> Choice | None:
     for address in expected:
         if address in addresses:
             return Choice(str(address), True)
@@ -135,13 +135,13 @@ def _read_interfaces(answer: object) -> list[tuple[str, str | None, list[Address
         addresses = [
             address
             for entry in (listed[:_MOST_ADDRESSES] if isinstance(listed, list) else [])
-            if isinstance(entry, dict) and (address := _usable(entry.get("ip-address"))) is not None
+            if isinstance(entry, dict) and (address := _read_usable(entry.get("ip-address"))) is not None
         ]
-        result.append((name if isinstance(name, str) else "", _mac_of(interface.get("hardware-address")), addresses))
+        result.append((name if isinstance(name, str) else "", _read_mac(interface.get("hardware-address")), addresses))
     return result
 
 
-def _usable(text: object) -> Address | None:
+def _read_usable(text: object) -> Address | None:
     if not isinstance(text, str) or len(text) > _LONGEST_TEXT:
         return None
     try:
@@ -155,7 +155,7 @@ def _usable(text: object) -> Address | None:
     return None if str(address) == "255.255.255.255" else address
 
 
-def _mac_of(value: object) -> str | None:
+def _read_mac(value: object) -> str | None:
     match = _MAC.search(value[:1000]) if isinstance(value, str) else None
     return match[1].lower().replace("-", ":") if match else None
 
@@ -165,7 +165,7 @@ def _read_ipconfig(value: object) -> tuple[list[Address], bool]:
     parts = dict(part.partition("=")[::2] for part in str(value or "").split(",") if part)
     static = []
     for name in ("ip", "ip6"):
-        address = _usable(parts.get(name, "").partition("/")[0])
+        address = _read_usable(parts.get(name, "").partition("/")[0])
         if address is not None:
             static.append(address)
     # cloud-init configures no IPv4 where only ip6 is given; without ipconfig0 the image decides.
@@ -175,7 +175,7 @@ def _read_ipconfig(value: object) -> tuple[list[Address], bool]:
 # ---- asking ----
 
 
-def agent_is_on(config: dict[str, Any]) -> bool:
+def is_agent_on(config: dict[str, Any]) -> bool:
     """Return whether the VM's configuration gives the guest agent a channel (``agent: 1``)."""
     return _AGENT_ON.search(str(config.get("agent", "0"))) is not None
 
@@ -218,7 +218,7 @@ def refuse_hopeless(sandbox: Sandbox, located: Located, error: ApiError, option:
         )
     # The configuration may say agent=0 while the running VM still has a channel: only an agent that is silent is
     # absent.
-    if "No QEMU guest agent configured" in error.text or not agent_is_on(located.config):
+    if "No QEMU guest agent configured" in error.text or not is_agent_on(located.config):
         raise AgentUnusable(
             f"{option}: the guest agent of VM {vmid} is switched off in its configuration (agent: "
             f"{str(located.config.get('agent', 'not set'))[:40]}), so it never answers. Set agent=1 on the template "
@@ -298,8 +298,8 @@ def remember(ctx: Context, sandbox: Sandbox, ip: str) -> Sandbox:
     return ctx.records.amend(sandbox, "address", ip=ip, ip_seen_at=ctx.clock.now())
 
 
-def with_address(ctx: Context, outcome: Outcome, *, started: bool) -> Outcome:
-    """Have the address of the outcome's sandbox in the record and the outcome, if the sandbox runs.
+def add_address(ctx: Context, outcome: Outcome, *, started: bool) -> Outcome:
+    """Add the address of the outcome's sandbox to the record and the outcome, if the sandbox runs.
 
     It is waited for where there is none, where the sandbox was started since, and always with ``started``. One that is
     only old is looked up once. Raises what ``wait`` raises. Check mode asks nothing.
@@ -343,14 +343,14 @@ def look_up(ctx: Context, sandbox: Sandbox, located: Located, *, settled: bool |
     return choice.address if (choice.final or settled) and match_if_readable(ctx, sandbox) else None
 
 
-def columns_after_start(ctx: Context, sandbox: Sandbox, located: Located) -> dict[str, Any]:
+def compute_columns_after_start(ctx: Context, sandbox: Sandbox, located: Located) -> dict[str, Any]:
     """Return the address columns of a sandbox that was just started: DHCP may have given the guest another address.
 
     One look, only where an address is on record and the agent is on. Otherwise the address on record stays, as an old
     one.
     """
     ip = None
-    if sandbox.ip is not None and agent_is_on(located.config):
+    if sandbox.ip is not None and is_agent_on(located.config):
         try:
             ip = look_up(ctx, sandbox, located, settled=False)
         except (ProxmoxError, Kept):
@@ -377,7 +377,7 @@ class Looks:
 
     def look_up(self, sandbox: Sandbox, located: Located) -> str | None:
         """Return the address that the guest names; None if it is not asked, does not answer, or its VM does not run."""
-        if not self.chose(sandbox) or located.row.get("status") != "running" or not agent_is_on(located.config):
+        if not self.chose(sandbox) or located.row.get("status") != "running" or not is_agent_on(located.config):
             return None
         now = self._ctx.clock.monotonic()
         if self._ends is None:

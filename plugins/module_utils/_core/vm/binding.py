@@ -56,7 +56,7 @@ def locate_unbound(ctx: Context, sandbox: Sandbox, claim: Claim | None, created:
         return located
     if request is not None:
         _refuse_running(ctx, sandbox, request)
-    if request is None or not _our_clone_ended_well(ctx, request):
+    if request is None or not _has_our_clone_ended_well(ctx, request):
         verdict.identity = identity.AMBIGUOUS
         return located
     smbios = identity.smbios_uuid(verdict.config or {})
@@ -97,7 +97,7 @@ def refuse_in_doubt(ctx: Context, sandbox: Sandbox, created: CreationNote) -> No
             f"sandbox {sandbox.vmid}: its creation was cut off {age} s ago and may still be carried out; "
             f"run again in {ctx.config.doubt_window - age} s (doubt_window)",
         )
-    running = _running_clones(ctx, sandbox, created)
+    running = _list_running_clones(ctx, sandbox, created)
     if running:
         raise Kept(
             "locked",
@@ -112,7 +112,7 @@ def _refuse_running(ctx: Context, sandbox: Sandbox, created: CreationNote) -> st
     Raises Kept while the task runs: until then nothing is known about the VM that it makes.
     """
     upid = created.upid
-    status = _status(ctx, upid) if upid else None
+    status = _read_task_status(ctx, upid) if upid else None
     if status == "running":
         raise Kept(
             "locked",
@@ -122,8 +122,8 @@ def _refuse_running(ctx: Context, sandbox: Sandbox, created: CreationNote) -> st
     return status
 
 
-def _status(ctx: Context, upid: str) -> str | None:
-    """``running``, the exit status, or None when the task cannot be read."""
+def _read_task_status(ctx: Context, upid: str) -> str | None:
+    """Return ``running``, the exit status, or None when the task cannot be read."""
     try:
         status = ctx.client.get_dict(f"nodes/{upid.split(':')[1]}/tasks/{upid}/status")
     except (ProxmoxError, IndexError):
@@ -131,7 +131,7 @@ def _status(ctx: Context, upid: str) -> str | None:
     return "running" if status.get("status") == "running" else str(status.get("exitstatus") or "unexpected status")
 
 
-def _clones(ctx: Context, created: CreationNote) -> list[dict[str, Any]]:
+def _list_clones(ctx: Context, created: CreationNote) -> list[dict[str, Any]]:
     since = created.at - _CLOCK_SLACK
     rows = ctx.client.get_list(
         f"nodes/{created.template_node}/tasks",
@@ -152,7 +152,7 @@ def _clones(ctx: Context, created: CreationNote) -> list[dict[str, Any]]:
     ]
 
 
-def _running_clones(ctx: Context, sandbox: Sandbox, created: CreationNote) -> list[str]:
+def _list_running_clones(ctx: Context, sandbox: Sandbox, created: CreationNote) -> list[str]:
     """Return the running clone tasks that may belong to a request whose answer was lost.
 
     These began while the request could begin, and belong to no other creation.
@@ -166,7 +166,7 @@ def _running_clones(ctx: Context, sandbox: Sandbox, created: CreationNote) -> li
     }
     return [
         str(row.get("upid"))
-        for row in _clones(ctx, created)
+        for row in _list_clones(ctx, created)
         if row.get("status") in (None, "", "RUNNING", "running")
         and not row.get("endtime")
         and started_at(str(row.get("upid"))) <= until
@@ -174,13 +174,13 @@ def _running_clones(ctx: Context, sandbox: Sandbox, created: CreationNote) -> li
     ]
 
 
-def _our_clone_ended_well(ctx: Context, created: CreationNote) -> bool:
+def _has_our_clone_ended_well(ctx: Context, created: CreationNote) -> bool:
     try:
         if created.upid:
-            status = _status(ctx, created.upid) or ""
+            status = _read_task_status(ctx, created.upid) or ""
             return status == "OK" or status.startswith("WARNINGS")
         # Killed between the request and its answer: the task id is not known, but the task is in the node's list.
-        return any(str(row.get("status") or "").startswith(("OK", "WARNINGS")) for row in _clones(ctx, created))
+        return any(str(row.get("status") or "").startswith(("OK", "WARNINGS")) for row in _list_clones(ctx, created))
     except ApiError:
         return False
 
@@ -201,10 +201,10 @@ def stays_unfinished(ctx: Context, sandbox: Sandbox, entry: JournalEntry) -> boo
     ):
         return False
     # FAILED or TIMEOUT, never bound: the journal is what a later destroy tells the VM by.
-    return not left_nothing(ctx, sandbox, entry)
+    return not has_left_nothing(ctx, sandbox, entry)
 
 
-def left_nothing(ctx: Context, sandbox: Sandbox, entry: JournalEntry) -> bool:
+def has_left_nothing(ctx: Context, sandbox: Sandbox, entry: JournalEntry) -> bool:
     """Return whether a creation's clone is over for certain, and no VM is at its VMID: its journal tells nobody
     anything.
 

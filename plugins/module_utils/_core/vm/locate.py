@@ -68,7 +68,7 @@ def locate(ctx: Context, sandbox: Sandbox) -> Located:
     for fresh in (False, True):
         row = ctx.cluster.find(sandbox.vmid, fresh=fresh)
         if row is None:
-            if fresh or not _known_somewhere(ctx, sandbox):
+            if fresh or not _may_be_new(ctx, sandbox):
                 return Located(None, {}, None)
             continue
         node = str(row.get("node"))
@@ -88,17 +88,17 @@ def locate(ctx: Context, sandbox: Sandbox) -> Located:
             if row.get("expected"):
                 # The record names that node; the VM may have been moved away from it, which the list tells.
                 continue
-            raise _node_silent(sandbox, node, error) from None
+            raise _make_silent_node_error(sandbox, node, error) from None
         except ApiError as error:
             # The per-node answer proves only that the VM is not on that node: it may have moved since the list was
             # read.
             if "does not exist" in error.text and not fresh:
                 continue
-            raise _unreadable(ctx, sandbox, node, error) from None
+            raise _make_unreadable_error(ctx, sandbox, node, error) from None
         except ProxmoxError as error:
             raise Kept("unknown", f"sandbox {sandbox.vmid}: its VM cannot be read: {error.message}") from None
         if not config.get("digest"):
-            raise _no_config(sandbox, node)
+            raise _make_no_config_error(sandbox, node)
         if kind == "lxc":
             # A container has that VMID now: whatever it is, it is not the VM we made.
             return Located(
@@ -117,14 +117,14 @@ def _judge_config(ctx: Context, sandbox: Sandbox, node: str, row: dict[str, Any]
     return Located(node, row, verdict, (ctx.client.requests_sent, ctx.clock.monotonic()))
 
 
-def _node_silent(sandbox: Sandbox, node: str, error: Unreachable) -> Kept:
+def _make_silent_node_error(sandbox: Sandbox, node: str, error: Unreachable) -> Kept:
     return Kept(
         "node_offline",
         f"sandbox {sandbox.vmid}: node {node} does not answer; left as it is until the node is back ({error.message})",
     )
 
 
-def _unreadable(ctx: Context, sandbox: Sandbox, node: str, error: ApiError) -> Kept:
+def _make_unreadable_error(ctx: Context, sandbox: Sandbox, node: str, error: ApiError) -> Kept:
     if not ctx.cluster.node_online(node):
         return Kept(
             "node_offline", f"sandbox {sandbox.vmid}: node {node} is offline; left as it is until the node is back"
@@ -138,7 +138,7 @@ def _unreadable(ctx: Context, sandbox: Sandbox, node: str, error: ApiError) -> K
     return Kept("unknown", f"sandbox {sandbox.vmid}: {told}", status=error.status)
 
 
-def _no_config(sandbox: Sandbox, node: str) -> Kept:
+def _make_no_config_error(sandbox: Sandbox, node: str) -> Kept:
     # Every configuration has a digest. An answer without it is not Proxmox's word on the VM, and proves nothing about
     # whose it is.
     return Kept(
@@ -149,7 +149,7 @@ def _no_config(sandbox: Sandbox, node: str) -> Kept:
 
 
 def look(ctx: Context, sandbox: Sandbox) -> tuple[Located, str]:
-    """Return the sandbox's VM, proven to be ours, and the state it is in (see ``power_state``). Kept otherwise.
+    """Return the sandbox's VM, proven to be ours, and the state it is in (see ``read_power_state``). Kept otherwise.
 
     Both are read from the VM itself, the power state first: it counts if the VM is ours afterwards. Two requests where
     the VM is on the node that the record names; the cluster's list, which lags by ten seconds, is only asked where it
@@ -165,33 +165,33 @@ def look(ctx: Context, sandbox: Sandbox) -> tuple[Located, str]:
             if error.detail.get("status") is None:
                 # Nobody answered at api_host: that says nothing of the VM's node.
                 raise
-            raise _node_silent(sandbox, node, error) from None
+            raise _make_silent_node_error(sandbox, node, error) from None
         except ApiError as error:
             if "does not exist" not in error.text:
-                raise _unreadable(ctx, sandbox, node, error) from None
+                raise _make_unreadable_error(ctx, sandbox, node, error) from None
         except ProxmoxError as error:
             raise Kept("unknown", f"sandbox {sandbox.vmid}: its VM cannot be read: {error.message}") from None
         else:
             if not config.get("digest"):
-                raise _no_config(sandbox, node)
-            located = _judge_config(ctx, sandbox, node, _row_of(sandbox, node, now), config)
+                raise _make_no_config_error(sandbox, node)
+            located = _judge_config(ctx, sandbox, node, _make_row(sandbox, node, now), config)
             refuse_not_ours(sandbox, located)
-            return located, power_state(sandbox, now, config)
+            return located, read_power_state(sandbox, now, config)
     located = require_match(ctx, sandbox)
     now = ctx.client.get_dict(f"{located.path}/status/current")
-    return located, power_state(sandbox, now, located.config)
+    return located, read_power_state(sandbox, now, located.config)
 
 
-def judged_config(ctx: Context, sandbox: Sandbox, node: str, config: dict[str, Any]) -> Located:
+def require_our_config(ctx: Context, sandbox: Sandbox, node: str, config: dict[str, Any]) -> Located:
     """Return the VM of a configuration that was read just now, proven to be ours; Kept otherwise. No request."""
     if not config.get("digest"):
-        raise _no_config(sandbox, node)
+        raise _make_no_config_error(sandbox, node)
     located = _judge_config(ctx, sandbox, node, {"vmid": sandbox.vmid, "node": node, "type": "qemu"}, config)
     refuse_not_ours(sandbox, located)
     return located
 
 
-def _row_of(sandbox: Sandbox, node: str, now: dict[str, Any]) -> dict[str, Any]:
+def _make_row(sandbox: Sandbox, node: str, now: dict[str, Any]) -> dict[str, Any]:
     """Return what the cluster's list would have, from the VM's own status."""
     row = {"vmid": sandbox.vmid, "node": node, "type": "qemu", "status": now.get("status")}
     managed = now.get("ha")
@@ -200,7 +200,7 @@ def _row_of(sandbox: Sandbox, node: str, now: dict[str, Any]) -> dict[str, Any]:
     return row
 
 
-def power_state(sandbox: Sandbox, now: dict[str, Any], config: dict[str, Any]) -> str:
+def read_power_state(sandbox: Sandbox, now: dict[str, Any], config: dict[str, Any]) -> str:
     """Return RUNNING, SUSPENDED (paused, or hibernated) or STOPPED: what ``status/current`` says of a VM.
 
     Kept otherwise.
@@ -229,7 +229,7 @@ def is_hibernated(config: dict[str, Any]) -> bool:
     return config.get("lock") == HIBERNATED
 
 
-def _known_somewhere(ctx: Context, sandbox: Sandbox) -> bool:
+def _may_be_new(ctx: Context, sandbox: Sandbox) -> bool:
     # Not in a list read earlier in this run: worth a second look only if the VM may have come into being since.
     return sandbox.state in states.CREATING
 
@@ -247,7 +247,7 @@ def require_match(ctx: Context, sandbox: Sandbox) -> Located:
     return located
 
 
-def just_judged(ctx: Context, sandbox: Sandbox, located: Located, waited: float) -> Located:
+def require_fresh_match(ctx: Context, sandbox: Sandbox, located: Located, waited: float) -> Located:
     """Return a fresh verdict for a request that takes no digest (start, stop, suspend).
 
     The given verdict is fresh if this thread has sent no request since and hardly any time has passed. Otherwise the

@@ -36,10 +36,10 @@ from .locate import (
     Located,
     is_hibernated,
     is_paused,
-    just_judged,
     look,
-    power_state,
+    read_power_state,
     refuse_locked,
+    require_fresh_match,
     require_match,
     write_with_digest,
 )
@@ -76,7 +76,7 @@ def run(ctx: Context, sandbox: Sandbox, operation: str, *, force: bool = False) 
     if sandbox.state not in _FOLLOW_THE_VM:
         states.check(operation, sandbox.state)
     located, vm_state = look(ctx, sandbox)
-    actual = _actual_state(sandbox, vm_state)
+    actual = _read_actual_state(sandbox, vm_state)
     satisfied = states.OPERATIONS[operation].satisfied
     if sandbox.state in satisfied and actual in satisfied:
         return Outcome.of("unchanged", sandbox, reason=f"already {sandbox.state}")
@@ -90,7 +90,7 @@ def run(ctx: Context, sandbox: Sandbox, operation: str, *, force: bool = False) 
             if current.state not in _FOLLOW_THE_VM:
                 states.check(operation, current.state)
             located, vm_state = look(ctx, current)
-            actual = _actual_state(current, vm_state)
+            actual = _read_actual_state(current, vm_state)
         # Its journal would be gone with this one.
         refuse_cut_off(claim, current)
         if current.state in satisfied and actual in satisfied:
@@ -103,7 +103,9 @@ def run(ctx: Context, sandbox: Sandbox, operation: str, *, force: bool = False) 
             raise
         if not todo:
             followed = follow(ctx, claim, current, operation, actual, located)
-            return Outcome.of(_past(operation), followed, previous_state=sandbox.state, changed=True, reason="external")
+            return Outcome.of(
+                _get_past_tense(operation), followed, previous_state=sandbox.state, changed=True, reason="external"
+            )
         # Before a refusal, too: the record says from now on what the VM is.
         current = follow(ctx, claim, current, operation, actual, located)
         _refuse_lock(ctx, current, located, operation, force)
@@ -124,10 +126,12 @@ def _report(ctx: Context, sandbox: Sandbox, operation: str) -> Outcome:
             return Outcome.of("unchanged", current, reason=f"already {current.state}")
         refuse_cut_off(claim, current)
         reported = ctx.records.change(claim, current, operation, to=target, reason="reported", finish=True)
-        return Outcome.of(_past(operation), reported, previous_state=current.state, changed=True, reason="reported")
+        return Outcome.of(
+            _get_past_tense(operation), reported, previous_state=current.state, changed=True, reason="reported"
+        )
 
 
-def _actual_state(sandbox: Sandbox, vm_state: str) -> str:
+def _read_actual_state(sandbox: Sandbox, vm_state: str) -> str:
     """Return the state that decides whether the operation is allowed.
 
     That is the VM's state where the record only says how the VM is powered, and the record's state otherwise.
@@ -201,10 +205,10 @@ def _request(ctx: Context, claim: Claim, sandbox: Sandbox, operation: str, locat
     took = int((ctx.clock.monotonic() - began) * 1000)
     values: dict[str, Any] = {"to": target, "upids": upids, "duration_ms": took, "finish": True, "node": located.node}
     if operation == "start":
-        values.update(address.columns_after_start(ctx, sandbox, located))
+        values.update(address.compute_columns_after_start(ctx, sandbox, located))
     settled = settle(ctx, claim, sandbox, operation, **values)
     return Outcome.of(
-        _past(operation), settled, previous_state=sandbox.state, changed=True, upids=upids, warnings=warnings
+        _get_past_tense(operation), settled, previous_state=sandbox.state, changed=True, upids=upids, warnings=warnings
     )
 
 
@@ -264,7 +268,7 @@ def stop(ctx: Context, sandbox: Sandbox, located: Located, *, hard: bool) -> tup
     """Stop a VM that was just judged to be ours; gracefully with a hard end after shutdown_timeout, or hard at once."""
     # The list lags by ten seconds, and calls a VM "unknown" that it has no figures of yet: a new one, for instance.
     if str(located.row.get("status")) != "running":
-        now = status(ctx, located)
+        now = read_status(ctx, located)
         # Believed only if that was said of our VM.
         located = require_match(ctx, sandbox)
         if now.get("status") == "stopped":
@@ -293,9 +297,9 @@ def stop(ctx: Context, sandbox: Sandbox, located: Located, *, hard: bool) -> tup
 
 def start(ctx: Context, sandbox: Sandbox, located: Located) -> tuple[list[str], list[str]]:
     """Start or resume a VM that was judged to be ours; it is judged once more, after its power state was read."""
-    now = status(ctx, located)
+    now = read_status(ctx, located)
     located = require_match(ctx, sandbox)
-    return _start_or_resume(ctx, sandbox, located, power_state(sandbox, now, located.config))
+    return _start_or_resume(ctx, sandbox, located, read_power_state(sandbox, now, located.config))
 
 
 def start_new(ctx: Context, sandbox: Sandbox, located: Located) -> tuple[list[str], list[str]]:
@@ -352,7 +356,7 @@ def _run_task(
         tries += 1
         try:
             with ctx.client.reserve_place(located.path) as waited:
-                located = just_judged(ctx, sandbox, located, waited)
+                located = require_fresh_match(ctx, sandbox, located, waited)
                 upid = ctx.client.post(f"{located.path}/{action}", **params)
             if not isinstance(upid, str):
                 raise OutcomeUnknown(
@@ -374,13 +378,13 @@ def resize(ctx: Context, located: Located, disk: str, size: str, label: str) -> 
         ctx.tasks.wait(answer, label, ctx.wait_timeout)
 
 
-def status(ctx: Context, located: Located) -> dict[str, Any]:
+def read_status(ctx: Context, located: Located) -> dict[str, Any]:
     return ctx.client.get_dict(f"{located.path}/status/current")
 
 
-def runs(ctx: Context, located: Located) -> bool:
+def is_running(ctx: Context, located: Located) -> bool:
     """Return whether the VM runs and is not paused, read from the VM itself."""
-    now = status(ctx, located)
+    now = read_status(ctx, located)
     return now.get("status") == "running" and not is_paused(now)
 
 
@@ -388,7 +392,7 @@ def _await_status(ctx: Context, located: Located, wanted_status: str, label: str
     """Wait until the VM has the wanted status. Raises TaskTimeout when wait_timeout is over."""
 
     def look() -> bool | None:
-        return status(ctx, located).get("status") == wanted_status or None
+        return read_status(ctx, located).get("status") == wanted_status or None
 
     if waiting.until(ctx.clock, ctx.wait_timeout, look, longest=2.0) is None:
         raise TaskTimeout(
@@ -397,7 +401,7 @@ def _await_status(ctx: Context, located: Located, wanted_status: str, label: str
         )
 
 
-def _past(operation: str) -> str:
+def _get_past_tense(operation: str) -> str:
     return {
         "start": "started",
         "stop": "stopped",
@@ -416,7 +420,7 @@ OPERATION_OF_STATE = {
 }
 
 
-def operation_for(state: str) -> str:
+def get_operation(state: str) -> str:
     """Return the operation for a module's ``state``. Raises InvalidInput for another word."""
     try:
         return OPERATION_OF_STATE[state]

@@ -418,7 +418,7 @@ def detached(ctx: Context, which: str, *, only_stopped: bool = False) -> Workspa
             )
         located = require_match(ctx, current)
         refuse_locked(current, located)
-        if only_stopped and power.status(ctx, located).get("status") != "stopped":
+        if only_stopped and power.read_status(ctx, located).get("status") != "stopped":
             raise WorkspaceRefused(
                 f"{disk.title}: the lease of sandbox {current.vmid} on it is over, but its VM still runs; stop it first"
             )
@@ -569,7 +569,7 @@ def finish(ctx: Context, disk: Workspace) -> Workspace:
         located = require_match(ctx, current)
         if disk.state == store.ATTACHING and naming(rows_of(ctx, str(located.node), current.vmid), disk.volume):
             return attach(ctx, claim, current, located, disk)
-        if disk.state == store.DETACHING and power.status(ctx, located).get("status") != "stopped":
+        if disk.state == store.DETACHING and power.read_status(ctx, located).get("status") != "stopped":
             # Possibly a destroy that was given up, whose sandbox is used again. Never take a disk out of a running VM.
             raise Kept(
                 "workspace",

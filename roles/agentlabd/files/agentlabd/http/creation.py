@@ -110,7 +110,7 @@ def create_sandbox(call: Call) -> Answer:
     dry_run = bool(call.body.get("dry_run"))
     ctx = call.context(dry_run=True) if dry_run else call.context()
     _check_limits(ctx, call.body)
-    outcome = create.run(ctx, wanted.spec(ctx, creation_options(call.body)))
+    outcome = create.run(ctx, wanted.make_spec(ctx, creation_options(call.body)))
     if dry_run:
         answer = of_item(outcome)
         answer.body["state"] = outcome.state
@@ -118,7 +118,7 @@ def create_sandbox(call: Call) -> Answer:
         answer.outcomes = []
         return answer
     if call.body.get("wait_for_ip") and outcome.outcome in ("unchanged", "updated"):
-        outcome = address.with_address(ctx, outcome, started=False)
+        outcome = address.add_address(ctx, outcome, started=False)
     call.service.lease_changed()
     return of_item(outcome, 201 if outcome.outcome == "created" else 200)
 
@@ -185,7 +185,7 @@ def validate_plan(call: Call) -> Answer:
     warnings: list[str] = []
     try:
         _check_limits(ctx, call.body)
-        outcome = create.run(ctx, wanted.spec(ctx, creation_options(call.body)))
+        outcome = create.run(ctx, wanted.make_spec(ctx, creation_options(call.body)))
         warnings = outcome.explain_warnings(REMEDIES)
         if outcome.outcome == "unchanged":
             warnings = [*warnings, f"sandbox {outcome.vmid} ({outcome.name}) is there already and stays as it is"]

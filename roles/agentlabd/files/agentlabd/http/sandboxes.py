@@ -66,14 +66,14 @@ def destroy_sandbox(call: Call) -> Answer:
     force = call.body.get("force", False)
     # Refusing here gives an answer that names the valid states.
     destroy.check(ctx, sandbox, force)
-    return of_item(destroy.several(ctx, [sandbox], force)[0])
+    return of_item(destroy.destroy_several(ctx, [sandbox], force)[0])
 
 
 def destroy_sandboxes(call: Call) -> Answer:
     ctx = call.context()
     # Look up all ids before anything is done.
     sandboxes: list[Sandbox] = [ctx.select(vmid) for vmid in dict.fromkeys(call.body["vmids"])]
-    return of_items(destroy.several(ctx, sandboxes, call.body.get("force", False)))
+    return of_items(destroy.destroy_several(ctx, sandboxes, call.body.get("force", False)))
 
 
 def change_power(operation: str) -> Callable[[Call], Answer]:
@@ -114,7 +114,7 @@ def stop_sandbox(call: Call) -> Answer:
 def _start(ctx: Context, sandbox: Sandbox, call: Call) -> Answer:
     """Start or resume the VM, and with ``wait_for_ip`` wait for its address, which may have changed."""
     outcome = power.run(ctx, sandbox, "start")
-    return of_item(address.with_address(ctx, outcome, started=True) if call.body.get("wait_for_ip") else outcome)
+    return of_item(address.add_address(ctx, outcome, started=True) if call.body.get("wait_for_ip") else outcome)
 
 
 def start_sandbox(call: Call) -> Answer:

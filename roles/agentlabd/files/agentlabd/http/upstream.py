@@ -45,7 +45,7 @@ def describe_workspace(shown: Mapping[str, Any]) -> dict[str, Any]:
 
 def describe_event(row: dict[str, Any]) -> dict[str, Any]:
     """Add ``ts``, ``kind``, ``sandbox_vmid``, ``msg``, ``json`` and ``job_id`` to an event of the records."""
-    event = info.event(row)
+    event = info.format_event(row)
     operation, outcome = str(row["operation"]), str(row["outcome"])
     moved = (
         f"{row['from_state']} -> {row['to_state']}"

@@ -58,7 +58,7 @@ def rebind_workspace(call: Call) -> Answer:
     disk = workspace_disk.select(ctx, call.ident)
     options: dict[str, Any] = {name: call.body[name] for name in ("profile", "ttl_minutes") if name in call.body}
     # Check the new sandbox's options before the old one loses its disk.
-    spec = wanted.spec(ctx, creation_options({**options, "workspace_id": disk.id}))
+    spec = wanted.make_spec(ctx, creation_options({**options, "workspace_id": disk.id}))
     old = ctx.records.get(disk.sandbox_uuid) if disk.sandbox_uuid else None
     if old is not None and old.live:
         if not call.body.get("keep_old", False):
@@ -73,7 +73,7 @@ def rebind_workspace(call: Call) -> Answer:
         return answer
     outcomes = [created]
     if old is not None and old.live and not call.body.get("keep_old", False):
-        outcomes += destroy.several(ctx, [ctx.records.get(old.uuid)], force=True)
+        outcomes += destroy.destroy_several(ctx, [ctx.records.get(old.uuid)], force=True)
     moved = workspace_disk.select(ctx, disk.id)
     body = {
         "workspace": upstream.describe_workspace(moved.public()),
