@@ -314,6 +314,7 @@ NOT_RUN = {
     "sudo",
     "curl",
     "export",
+    "tar",
 }
 # Tested as they stand: the restore by tests/daemon/test_restore.py,
 # the role's quickstart by molecule, sqlite3 by tests/scenarios/test_pages.py, the archive by scripts/installed.sh.
@@ -330,6 +331,8 @@ def test_every_command_in_a_page_is_one_that_is_checked(page: Path) -> None:
     for command in pages.commands(page):
         for part in command.split(" && "):
             program, *rest = pages.words(part)
+            behind_pipes = {rest[i + 1] for i, word in enumerate(rest) if word == "|"}
+            assert behind_pipes <= NOT_RUN | ELSEWHERE | CHECKED, command
             if program == "make":
                 assert {word for word in rest if "=" not in word} <= targets, command
             elif program.startswith((".venv/bin/", "scripts/")):
