@@ -268,7 +268,7 @@ def test_bad_input_is_one_sentence_that_names_option_and_value(story: Any, serve
         "vmid as a word": ({"vmid": "abc"}, "vmid: 'abc' is not a VMID. Valid: 100 to 999999999"),
         "memory in items": (
             {"items": [{"name": "a"}, {"name": "b", "memory": "half"}]},
-            "items: memory: 'half' is not valid. Valid: a whole number from 16",
+            "items[1] (b): memory: 'half' is not valid. Valid: a whole number from 16",
         ),
         "tags as a boolean": ({"name": "a", "tags": [True]}, "tags: YAML reads a word such as yes"),
         "name as a boolean": ({"items": [{"name": False}]}, "name: YAML reads a word such as yes"),

@@ -532,7 +532,7 @@ def test_a_relative_path_starts_where_ansible_was_started(job: Callable[..., Job
     ended = job(job_tasks="tests/no-such-job.yml")
     assert (
         ended.run["Check that the tasks can be run"]["msg"]
-        == f"job_tasks: {REPO}/tests/no-such-job.yml does not exist. Nothing was made"
+        == f"job_tasks: {REPO}/tests/no-such-job.yml does not exist. In {REPO}/tests there are: config.yml. Nothing was made"
     )
 
 
