@@ -530,9 +530,10 @@ def test_a_task_without_a_name_or_with_secrets_is_told_without_them(job: Callabl
 
 def test_a_relative_path_starts_where_ansible_was_started(job: Callable[..., Job]) -> None:
     ended = job(job_tasks="tests/no-such-job.yml")
+    there = f"In {REPO}/tests there are: config.yml"
     assert (
         ended.run["Check that the tasks can be run"]["msg"]
-        == f"job_tasks: {REPO}/tests/no-such-job.yml does not exist. In {REPO}/tests there are: config.yml. Nothing was made"
+        == f"job_tasks: {REPO}/tests/no-such-job.yml does not exist. {there}. Nothing was made"
     )
 
 
