@@ -53,13 +53,13 @@ def _run(module: AnsibleModule, context: Context) -> dict[str, Any]:
     action = params["action"]
     if action in ("run", "start"):
         spec = _spec(params, timeout)
-        command.prepare(spec)
+        command.prepare_command(spec)
         if context.dry_run:
             Guest.enter(context, sandbox)
             return _answer(module, sandbox, command.CommandResult("", "would_run"), changed=True)
         work = command.run_command if action == "run" else command.start_command
         return _answer(module, sandbox, work(context, sandbox, spec))
-    run_id = command.check_id(params["run_id"])
+    run_id = command.normalise_id(params["run_id"])
     if action == "kill":
         if context.dry_run:
             Guest.enter(context, sandbox)

@@ -76,11 +76,11 @@ def test_a_program_that_is_not_there_is_an_error(agent: RealAgent) -> None:
 
 
 def request(operation: str, run_id: str, argv: list[bytes], data: bytes = b"", **values: Any) -> str:
-    work = wrapper.shell_text(argv)
+    work = wrapper.compose_shell_text(argv)
     common: dict[str, Any] = {"id": run_id, "age": -1, "w": 10, "limit": 30, "grace": 1, "max": 100000, "lim": 65536}
     common |= {"part": 0, "oo": 0, "eo": 0, "acks": "", "user": "", "pieces": "", "gz": 0, "insum": ""}
     common |= {"nraw": len(data), "nlast": len(data), "nwork": len(work), **values}
-    return wrapper.request(operation, common, {"work": work, "input": data})
+    return wrapper.compose_request(operation, common, {"work": work, "input": data})
 
 
 @pytest.mark.parametrize("shell", ["/bin/sh", "dash", "bash"])

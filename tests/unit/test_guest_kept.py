@@ -170,20 +170,20 @@ def test_other_input_is_sent_as_it_is(lab: Lab, sandbox: Sandbox, guest: Guest, 
 
 def test_the_largest_request_fits() -> None:
     """64 MiB of input come in 1,500 pieces, and 40 results may be deleted along with it."""
-    prepared = command.prepare(CommandSpec(argv=["cat"], environment={"A": "x" * 20_000}, stdin=bytes(1)))
+    prepared = command.prepare_command(CommandSpec(argv=["cat"], environment={"A": "x" * 20_000}, stdin=bytes(1)))
     prepared.stdin = random.Random(1).randbytes(command.LARGEST_STDIN)
-    packed = command._pack(prepared, None, frozenset())
+    packed = command._pack_input(prepared, None, frozenset())
     frame: dict[str, Any] = {"id": "a" * 32, "lim": wrapper.INLINE, "part": 0, "oo": 0, "eo": 0, "w": 20, "age": 259200}
     values = {**prepared.values, **packed.values, **frame, "acks": " ".join(["a" * 32] * 40)}
-    script = wrapper.request("begin", values, {"work": prepared.work, "input": packed.last})
+    script = wrapper.compose_request("begin", values, {"work": prepared.work, "input": packed.last})
     assert len(script) <= LARGEST_INPUT and b"".join([*packed.pieces, packed.last]) == prepared.stdin
 
 
 def test_a_layout_gives_back_the_input() -> None:
     data = module(files=40)
-    layout = kept.split(data)
+    layout = kept.split_module(data)
     assert layout is not None
     parts = b"".join(layout.files[part] if isinstance(part, str) else part for part in layout.parts)
     assert layout.head + base64.b64encode(parts) + layout.tail == data
-    other = kept.split(module(files=40, year=2025, value="y"))
+    other = kept.split_module(module(files=40, year=2025, value="y"))
     assert other is not None and other.kind == layout.kind and set(other.files) == set(layout.files)

@@ -156,7 +156,7 @@ def test_the_first_look_is_learned_for_each_vm(lab: Lab) -> None:
     for _time in range(4):
         access._learn_delay("slow", 2)
         access._learn_delay("fast", 1)
-    assert access._first_delay("slow") > access._first_delay("fast")
+    assert access._choose_first_delay("slow") > access._choose_first_delay("fast")
     for _time in range(12):
         access._learn_delay("slow", 1)
-    assert access._first_delay("slow") == access._first_delay("fast")
+    assert access._choose_first_delay("slow") == access._choose_first_delay("fast")

@@ -45,7 +45,7 @@ def check_commands(exam: Examination) -> Iterable[Finding]:
         return
     sandbox = max(running, key=lambda candidate: candidate.created_at)
     try:
-        abilities = Agent(exam.context, sandbox, require_match(exam.context, sandbox)).abilities()
+        abilities = Agent(exam.context, sandbox, require_match(exam.context, sandbox)).read_abilities()
     except AgentlabError as error:
         yield Finding(
             "commands", WARNING, f"no command can be run: {error.message}", "see the message", {"vmid": sandbox.vmid}

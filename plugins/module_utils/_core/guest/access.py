@@ -25,8 +25,8 @@ from ..vm import locate
 from . import wrapper
 from .agent import Agent, GuestFailed, GuestRefused, Status
 
-# Seconds from the answer to exec until the first poll. After 0.05 s it meets the agent's present wake-up. If the guest
-# is not ready by then, one more request is needed, so a slow guest is polled later from then on.
+# Seconds from the answer to exec until the first poll. A poll after 0.05 s still meets the agent's present wake-up. A
+# guest that is not ready by then costs one more request, so a slow guest is polled later from then on.
 _SOON = 0.05
 _LATER = 0.22
 _MISSES = 3
@@ -63,7 +63,7 @@ _REFUSALS = {
 _NEXT_STEPS = dict.fromkeys(
     (states.STOPPED, states.SUSPENDED), "Start the sandbox first (state: started, or agentlab sandbox start {vmid})"
 ) | dict.fromkeys((states.REQUESTED, states.PROVISIONING, states.BOOTING), "Wait until its creation has ended")
-# Sandbox UUID -> first polls that came too early, minus those that did not. Bounded by _forget_misses.
+# Sandbox UUID -> first polls that came too early, minus those that did not. _learn_delay bounds the number of entries.
 _misses: dict[str, int] = {}
 _misses_lock = threading.Lock()
 
@@ -79,7 +79,7 @@ class Frame:
     def state(self) -> str:
         return self.fields.get("state", "")
 
-    def number(self, name: str, most: int = 2**53) -> int:
+    def read_number(self, name: str, most: int = 2**53) -> int:
         """Return a field as a number from 0 to ``most``. Raises GuestFailed for anything else."""
         text = self.fields.get(name, "")
         if not text.isdecimal() or len(text) > 16 or int(text) > most:
@@ -100,18 +100,19 @@ class Guest:
     # Called while a program runs, with its running time in seconds. May raise to stop waiting.
     on_wait: Callable[[float], None] | None = None
     statuses: list[int] = field(default_factory=list)
-    # Whether the guest has answered in this use of it. A silence after that is waited out.
+    # Whether the guest has answered during this use. Silence before the first answer is an error at once; silence
+    # after it is retried.
     has_answered: bool = False
 
     # ---- identity of the VM ----
 
     @classmethod
     def enter(cls, ctx: Context, sandbox: Sandbox, *, what: str = "run a command in", secret: bool = False) -> Guest:
-        """Return the guest of a sandbox that may be used now: state and lease allow it, no destroy runs, the VM is
-        ours.
+        """Return the guest of a sandbox whose state and lease allow its use, and whose VM is proven to be ours.
 
-        ``what``: the action for messages, before the word sandbox. Sends one request. Raises StateConflict, Kept, or
-        the error of reading the VM's configuration.
+        ``what``: the action for messages, before the word sandbox. ``secret``: the input must not appear in a process
+        list of the node. Sends one request. Raises StateConflict, Kept (also while a destroy runs), GuestRefused for a
+        Windows guest, or the error of reading the VM's configuration.
         """
         sandbox = ctx.records.get(sandbox.uuid)
         try:
@@ -133,7 +134,7 @@ class Guest:
                 f"cannot {what} sandbox {sandbox.vmid}: it is being destroyed. Create a new sandbox",
                 vmid=sandbox.vmid,
             )
-        agent = Agent(ctx, sandbox, _judge(ctx, sandbox))
+        agent = Agent(ctx, sandbox, _judge_vm(ctx, sandbox))
         if agent.is_windows:
             raise GuestRefused(
                 f"cannot {what} sandbox {sandbox.vmid}: Windows runs in it (ostype: {agent.ostype}), which has no "
@@ -146,16 +147,15 @@ class Guest:
 
     def judge_again(self) -> None:
         """Prove that the VM is still ours, so that its answers count. Sends one request. Raises Kept."""
-        self.agent = Agent(self.ctx, self.sandbox, _judge(self.ctx, self.sandbox))
+        self.agent = Agent(self.ctx, self.sandbox, _judge_vm(self.ctx, self.sandbox))
 
     # ---- one request ----
 
-    def send(self, script: str) -> int:
+    def send_script(self, script: str) -> int:
         """Start the wrapper with a script in the guest, and return its process id there.
 
-        Raises the errors of ``Agent.exec``.
-
-        A VM that was migrated meanwhile is judged again and asked on its new node, once.
+        A VM that was migrated meanwhile is judged again, and gets the request on its new node, once. Raises the errors
+        of ``Agent.exec``.
         """
         argv = ["/bin/sh", "-c", wrapper.BOOT, "agentlab", str(len(script))]
         try:
@@ -166,20 +166,21 @@ class Guest:
         self.judge_again()
         return self.agent.exec(argv, script, secret=self.secret)
 
-    def collect(self, pid: int, run_id: str, expected: float = 0) -> Frame | None:
+    def collect_answer(self, pid: int, run_id: str, expected: float = 0) -> Frame | None:
         """Wait for the end of a started wrapper, and return its answer; None when the answer is lost.
 
-        ``expected``: seconds after which the answer is expected; it is not asked for earlier. The pauses follow the
-        running time and the time of a request, and the wrapper ends by itself, so ``waiting.until`` would not do.
+        ``expected``: seconds after which the answer is expected; the first poll is not sent earlier.
+        ``waiting.until`` does not fit here: the pauses follow the running time and the time of a request, and the
+        wrapper ends by itself.
         Raises GuestFailed for an answer in another form.
         """
         began = self.ctx.clock.monotonic()
-        self.ctx.clock.sleep(max(_first_delay(self.sandbox.uuid), min(expected, _LONGEST_EXPECTED)))
+        self.ctx.clock.sleep(max(_choose_first_delay(self.sandbox.uuid), min(expected, _LONGEST_EXPECTED)))
         polls = 0
         while True:
             before = self.ctx.clock.monotonic()
             try:
-                status = self.agent.exec_status(pid)
+                status = self.agent.read_exec_status(pid)
             except OutcomeUnknown:
                 return None
             except GuestRefused as error:
@@ -193,13 +194,13 @@ class Guest:
                 if not expected:
                     _learn_delay(self.sandbox.uuid, polls)
                 self.statuses.append(polls)
-                return self._frame(status, run_id)
+                return self._parse_frame(status, run_id)
             waited, took = self.ctx.clock.monotonic() - began, self.ctx.clock.monotonic() - before
             if self.on_wait is not None:
                 self.on_wait(waited)
             self.ctx.clock.sleep(max(0.0 if took > _SOON else _SOON, min(waited / 5, _LONGEST_PAUSE)))
 
-    def ask(self, script: str, run_id: str, *, patience: float = 60.0, refusals: bool = False) -> Frame:
+    def ask_until_answered(self, script: str, run_id: str, *, patience: float = 60.0, refusals: bool = False) -> Frame:
         """Send an idempotent script, and return its answer. A lost answer is a reason to send the script again.
 
         ``patience``: seconds for which a lost answer, or an agent that has become silent, is retried. ``refusals``:
@@ -208,7 +209,7 @@ class Guest:
         deadline = self.ctx.clock.monotonic() + patience
         for pause in (*_SILENT_PAUSES, None):
             try:
-                frame = self.collect(self.send(script), run_id)
+                frame = self.collect_answer(self.send_script(script), run_id)
             except OutcomeUnknown as error:
                 frame, problem, refusal = None, error.message, None
             except GuestRefused as error:
@@ -218,7 +219,7 @@ class Guest:
             else:
                 problem, refusal = f"sandbox {self.sandbox.vmid}: the answer of its guest agent was lost.", None
             if frame is not None:
-                return frame if refusals else self.accept(frame)
+                return frame if refusals else self.require_accepted(frame)
             if pause is None or self.ctx.clock.monotonic() + pause > deadline:
                 if refusal is not None:
                     raise refusal
@@ -226,11 +227,8 @@ class Guest:
             self.ctx.clock.sleep(pause)
         raise AssertionError("unreachable")
 
-    def accept(self, frame: Frame) -> Frame:
-        """Return the frame.
-
-        Raises GuestRefused, with the sentence for the wrapper's word, if the frame is a refusal.
-        """
+    def require_accepted(self, frame: Frame) -> Frame:
+        """Return the frame. Raises GuestRefused, with the sentence for the wrapper's word, if it is a refusal."""
         if frame.state != "refused":
             return frame
         word = frame.fields.get("why", "")
@@ -248,7 +246,8 @@ class Guest:
             vmid=self.sandbox.vmid,
         )
 
-    def _frame(self, status: Status, run_id: str) -> Frame:
+    def _parse_frame(self, status: Status, run_id: str) -> Frame:
+        """Return the wrapper's answer from its output. Raises GuestFailed unless the answer belongs to this request."""
         header = _HEADER.match(status.out[:_LONGEST_HEADER])
         if header is None:
             if status.out.startswith(b"agentlab1 cut"):
@@ -272,22 +271,22 @@ class Guest:
         return frame
 
 
-def new_id() -> str:
+def make_id() -> str:
     """Return a random id for a run or a transfer (32 hexadecimal digits)."""
     return secrets.token_hex(16)
 
 
-def checksum(data: bytes) -> str:
+def compute_checksum(data: bytes) -> str:
     """Return the SHA-256 of the data in the guest's notation."""
     return hashlib.sha256(data).hexdigest()
 
 
-def silent_pause(attempt: int) -> float:
+def choose_silent_pause(attempt: int) -> float:
     """Return the seconds to wait before the next request to an agent that has not answered ``attempt`` times."""
     return _SILENT_PAUSES[min(attempt, len(_SILENT_PAUSES) - 1)]
 
 
-def _judge(ctx: Context, sandbox: Sandbox) -> locate.Located:
+def _judge_vm(ctx: Context, sandbox: Sandbox) -> locate.Located:
     """Return the VM, proven to be ours. Sends one request if the VM is on the recorded node."""
     node = sandbox.node
     if node:
@@ -307,11 +306,13 @@ def _judge(ctx: Context, sandbox: Sandbox) -> locate.Located:
     return locate.require_match(ctx, sandbox)
 
 
-def _first_delay(uuid: str) -> float:
+def _choose_first_delay(uuid: str) -> float:
+    """Return the seconds until the first poll of a program in this sandbox."""
     return _LATER if _misses.get(uuid, 0) >= _MISSES else _SOON
 
 
 def _learn_delay(uuid: str, polls: int) -> None:
+    """Count whether the first poll came too early, which ``polls`` above 1 shows."""
     with _misses_lock:
         if len(_misses) > 10_000:
             _misses.clear()

@@ -121,7 +121,7 @@ class Agent:
         try:
             answer = self._ctx.client.post(f"{self.path}/exec", **params)
         except ApiError as error:
-            raise self.refusal(error, "guest-exec") from None
+            raise self.make_error(error, "guest-exec") from None
         pid = answer.get("pid") if isinstance(answer, dict) else None
         if isinstance(pid, str) and pid.isascii() and pid.isdecimal() and len(pid) < 12:
             pid = int(pid)
@@ -132,7 +132,7 @@ class Agent:
             )
         return pid
 
-    def exec_status(self, pid: int) -> Status | None:
+    def read_exec_status(self, pid: int) -> Status | None:
         """Return the status of a program; None when the agent does not know its process id (any more).
 
         The agent returns the output only once. Raises OutcomeUnknown when the answer, and with it the output, is lost.
@@ -142,18 +142,18 @@ class Agent:
         except ApiError as error:
             if error.status == 500 and _GONE_PID.search(error.text):
                 return None
-            raise self.refusal(error, "guest-exec-status") from None
+            raise self.make_error(error, "guest-exec-status") from None
         exited = answer.get("exited")
         if exited in (0, False, "0"):
             return Status(False)
         if exited not in (1, True, "1"):
-            raise self._nonsense("guest-exec-status")
+            raise self._make_nonsense_error("guest-exec-status")
         return Status(
             True,
-            self._number(answer.get("exitcode"), 255),
-            self._number(answer.get("signal"), 128),
-            self._bytes(answer.get("out-data")),
-            self._bytes(answer.get("err-data")),
+            self._check_number(answer.get("exitcode"), 255),
+            self._check_number(answer.get("signal"), 128),
+            self._decode_bytes(answer.get("out-data")),
+            self._decode_bytes(answer.get("err-data")),
         )
 
     def read_file(self, path: str, offset: int, count: int) -> bytes:
@@ -171,31 +171,31 @@ class Agent:
         except ApiError as error:
             if error.status == 400:
                 raise GuestRefused("this Proxmox VE reads files of a guest only as a whole", reason="old") from None
-            raise self.refusal(error, "guest-file-open") from None
+            raise self.make_error(error, "guest-file-open") from None
         content = answer.get("content")
         if not isinstance(content, str) or len(content) > count * 2 + 4096:
-            raise self._nonsense("guest-file-read")
+            raise self._make_nonsense_error("guest-file-read")
         try:
             # The answer may consist of several base64 pieces, each with its own padding.
             data = b"".join(
                 base64.b64decode(part, validate=True) for part in re.findall(r"[^=]+={0,2}", "".join(content.split()))
             )
         except (binascii.Error, ValueError):
-            raise self._nonsense("guest-file-read") from None
+            raise self._make_nonsense_error("guest-file-read") from None
         if len(data) > count:
-            raise self._nonsense("guest-file-read")
+            raise self._make_nonsense_error("guest-file-read")
         return data
 
-    def abilities(self) -> dict[str, bool]:
+    def read_abilities(self) -> dict[str, bool]:
         """Return each command of the agent (``agent/info``) with whether the guest allows it."""
         try:
             answer = self._ctx.client.get_dict(f"{self.path}/info")
         except ApiError as error:
-            raise self.refusal(error, "guest-info") from None
+            raise self.make_error(error, "guest-info") from None
         result = answer.get("result")
         commands = result.get("supported_commands") if isinstance(result, dict) else None
         if not isinstance(commands, list):
-            raise self._nonsense("guest-info")
+            raise self._make_nonsense_error("guest-info")
         return {
             str(command.get("name"))[:80]: command.get("enabled") in (1, True, "1")
             for command in commands[:500]
@@ -204,7 +204,7 @@ class Agent:
 
     # ---- interpretation of answers ----
 
-    def refusal(self, error: ApiError, command: str) -> AgentlabError:
+    def make_error(self, error: ApiError, command: str) -> AgentlabError:
         """Return the error for a refusal of Proxmox: GuestRefused with its reason, or OutcomeUnknown."""
         vmid, text = self._sandbox.vmid, error.text
         of = f"sandbox {vmid}"
@@ -271,7 +271,7 @@ class Agent:
                 vmid=vmid,
             )
         if error.status >= 500 and not text.startswith("Agent error:"):
-            # An unfamiliar answer proves nothing.
+            # An answer that we do not know does not prove that nothing was run.
             return OutcomeUnknown(
                 f"{of}: Proxmox answers {command} with {error.status} {text}; whether it was carried out is not known.",
                 vmid=vmid,
@@ -285,25 +285,27 @@ class Agent:
             status=error.status,
         )
 
-    def _nonsense(self, command: str) -> GuestFailed:
+    def _make_nonsense_error(self, command: str) -> GuestFailed:
         return GuestFailed(
             f"sandbox {self._sandbox.vmid}: the answer to {command} is not what the QEMU guest agent sends, so it is "
             "not believed. Look at qemu-guest-agent in the guest",
             vmid=self._sandbox.vmid,
         )
 
-    def _number(self, value: Any, most: int) -> int | None:
+    def _check_number(self, value: Any, most: int) -> int | None:
+        """Return a number of ``exec-status``, at most ``most``. Raises GuestFailed for a value of another type."""
         if value is None:
             return None
         if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 0xFFFFFFFF:
-            # Exit codes of Windows have 32 bits.
+            # Exit codes of Windows have 32 bits, so a larger number is valid there.
             return value if value <= most or self.is_windows else most
-        raise self._nonsense("guest-exec-status")
+        raise self._make_nonsense_error("guest-exec-status")
 
-    def _bytes(self, value: Any) -> bytes:
+    def _decode_bytes(self, value: Any) -> bytes:
+        """Return the output of ``exec-status``, whose characters 0 to 255 are bytes. Raises GuestFailed otherwise."""
         if value is None:
             return b""
         try:
             return str(value).encode("latin-1") if isinstance(value, str) else b"" + value
         except (UnicodeEncodeError, TypeError):
-            raise self._nonsense("guest-exec-status") from None
+            raise self._make_nonsense_error("guest-exec-status") from None

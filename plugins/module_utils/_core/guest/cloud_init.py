@@ -129,13 +129,13 @@ def check_storage(ctx: Context, node: str) -> dict[str, Any]:
     return row
 
 
-def why_hidden(ctx: Context, node: str, nodes: Collection[str], shared: bool) -> str | None:
+def explain_hidden(ctx: Context, node: str, nodes: Collection[str], shared: bool) -> str | None:
     """Return why a node would not see a snippet written here, or None. ``shared``: the snippets storage is shared."""
-    own_node = _own_node()
-    return None if own_node == node or shared or own_node not in nodes else _elsewhere(ctx, node, own_node)
+    own_node = _get_own_node()
+    return None if own_node == node or shared or own_node not in nodes else _explain_elsewhere(ctx, node, own_node)
 
 
-def _elsewhere(ctx: Context, node: str, own_node: str) -> str:
+def _explain_elsewhere(ctx: Context, node: str, own_node: str) -> str:
     return (
         f"the VM will be on node {node}, but this runs on {own_node} and storage {ctx.config.snippets_storage!r} is "
         f"local. {_ELSEWHERE}"
@@ -143,16 +143,16 @@ def _elsewhere(ctx: Context, node: str, own_node: str) -> str:
 
 
 def check_place(ctx: Context, node: str) -> None:
-    """Check, before anything is created, that ``node`` will see a snippet written on this host.
+    """Require, before anything is created, that ``node`` will see a snippet written on this host.
 
     Raises InvalidInput, which names what is missing.
     """
     folder = ctx.config.snippets_dir
     row = check_storage(ctx, node)
-    own_node = _own_node()
+    own_node = _get_own_node()
     if own_node != node and own_node in ctx.cluster.nodes() and not _is_shared(row):
         raise InvalidInput(
-            f"cloud_init_user_data: {_elsewhere(ctx, node, own_node)}",
+            f"cloud_init_user_data: {_explain_elsewhere(ctx, node, own_node)}",
             option="cloud_init_user_data",
         )
     try:
@@ -180,8 +180,12 @@ def check_place(ctx: Context, node: str) -> None:
         )
 
 
-def provide(ctx: Context, claim: Claim, sandbox: Sandbox, data: str | None) -> Sandbox:
-    """Store the snippet's path in the record, write the snippet, check that the node sees it; return the record."""
+def provide_snippet(ctx: Context, claim: Claim, sandbox: Sandbox, data: str | None) -> Sandbox:
+    """Write the snippet and its path, check that the node sees the snippet, and return the record.
+
+    The path is in the record before the file is written. ``data`` None: keep the snippet of an earlier run. Raises
+    InvalidInput when that snippet is gone, the file cannot be written, or the node does not see it.
+    """
     if data is None:
         if sandbox.snippet is not None and not os.path.exists(sandbox.snippet):
             raise InvalidInput(
@@ -190,7 +194,7 @@ def provide(ctx: Context, claim: Claim, sandbox: Sandbox, data: str | None) -> S
                 option="cloud_init_user_data",
             )
         return sandbox
-    path = os.path.join(ctx.config.snippets_dir, snippets.name_of(sandbox))
+    path = os.path.join(ctx.config.snippets_dir, snippets.compose_name(sandbox))
     host = holders.host()
     if (sandbox.snippet, sandbox.snippet_host) != (path, host):
         if sandbox.snippet is not None:
@@ -206,7 +210,7 @@ def provide(ctx: Context, claim: Claim, sandbox: Sandbox, data: str | None) -> S
             evidence={"snippet": path, "host": host},
         )
     try:
-        _write(path, data)
+        _write_snippet(path, data)
     except OSError as error:
         raise InvalidInput(
             f"snippets_dir: {path}: {error.strerror}; nothing of it is left", option="snippets_dir"
@@ -215,12 +219,14 @@ def provide(ctx: Context, claim: Claim, sandbox: Sandbox, data: str | None) -> S
     return sandbox
 
 
-def volume_of(ctx: Context, sandbox: Sandbox) -> str:
-    return f"{ctx.config.snippets_storage}:snippets/{snippets.name_of(sandbox)}"
+def compose_volume(ctx: Context, sandbox: Sandbox) -> str:
+    """Return the name by which Proxmox VE knows the sandbox's snippet."""
+    return f"{ctx.config.snippets_storage}:snippets/{snippets.compose_name(sandbox)}"
 
 
-def _write(path: str, data: str) -> None:
-    new = snippets.temporary(path)
+def _write_snippet(path: str, data: str) -> None:
+    """Write the file completely or not at all, readable for this user only. Raises OSError."""
+    new = snippets.make_temporary_path(path)
     with contextlib.suppress(FileNotFoundError):
         os.unlink(new)
     # Proxmox reads the file as root. No other user needs it, so set the mode at creation.
@@ -244,18 +250,18 @@ def _require_seen(ctx: Context, sandbox: Sandbox, path: str) -> None:
     this host decides.
     """
     storage, node = ctx.config.snippets_storage, str(sandbox.node)
-    volume = volume_of(ctx, sandbox)
+    volume = compose_volume(ctx, sandbox)
     if any(
         row.get("volid") == volume
         for row in ctx.client.get_list(f"nodes/{node}/storage/{storage}/content", content="snippets")
     ):
         return
-    own_node = _own_node()
+    own_node = _get_own_node()
     shared = any(
         _is_shared(row) for row in ctx.client.get_list(f"nodes/{node}/storage") if row.get("storage") == storage
     )
     if own_node == node or (shared and own_node in ctx.cluster.nodes()):
-        # If the node does not see the snippet after all, the config write fails and the creation is cleaned up.
+        # If the node does not see the snippet after all, Proxmox refuses cicustom and the creation is cleaned up.
         return
     raise InvalidInput(
         f"cloud_init_user_data: node {node} does not see {path} of this host ({own_node}) as {volume}. {_ELSEWHERE}. "
@@ -268,7 +274,7 @@ def _is_shared(row: dict[str, Any]) -> bool:
     return str(row.get("shared", 0)) == "1"
 
 
-def _own_node() -> str:
+def _get_own_node() -> str:
     """Return the name that this host would have as a Proxmox node."""
     return socket.gethostname().partition(".")[0]
 
@@ -276,7 +282,7 @@ def _own_node() -> str:
 # ---- waiting for the end of cloud-init ----
 
 
-def wait(ctx: Context, sandbox: Sandbox) -> None:
+def wait_for_end(ctx: Context, sandbox: Sandbox) -> None:
     """Wait until the guest agent shows cloud-init's result. Raises CloudInitFailed with the names of the failed parts.
 
     Reads the file that cloud-init writes at its end, so that no program runs in the guest.
@@ -285,7 +291,7 @@ def wait(ctx: Context, sandbox: Sandbox) -> None:
     def look() -> list[str] | None:
         # Judge the VM before reading: another VM may have got the VMID meanwhile.
         located = match_if_readable(ctx, sandbox)
-        errors = _result(ctx, sandbox, located) if located else None
+        errors = _read_failed_parts(ctx, sandbox, located) if located else None
         # Judge it again after reading: the result counts only if the VM was ours.
         return errors if errors is not None and match_if_readable(ctx, sandbox) else None
 
@@ -305,7 +311,7 @@ def wait(ctx: Context, sandbox: Sandbox) -> None:
         )
 
 
-def _result(ctx: Context, sandbox: Sandbox, located: Located) -> list[str] | None:
+def _read_failed_parts(ctx: Context, sandbox: Sandbox, located: Located) -> list[str] | None:
     """Return the names of the failed parts ([]: none), or None while cloud-init or the guest agent is not ready.
 
     Raises AgentUnusable when the guest agent will never answer.

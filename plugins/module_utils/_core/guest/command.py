@@ -225,7 +225,7 @@ def encode_text(value: str) -> bytes:
         raise InvalidInput("stdin: has a character that is no Unicode text; remove it", option="stdin") from None
 
 
-def check_id(run_id: str) -> str:
+def normalise_id(run_id: str) -> str:
     """Return a run id in small letters and without dashes (a UUID fits). Raises InvalidInput for anything else."""
     text = str(run_id).replace("-", "").lower()
     if not _ID.fullmatch(text):
@@ -252,7 +252,8 @@ def require_one_command(has_argv: bool, has_cmd: bool) -> None:
         )
 
 
-def _words(spec: CommandSpec) -> list[bytes]:
+def _compose_argv(spec: CommandSpec) -> list[bytes]:
+    """Return the program and its arguments: ``argv``, or the guest's shell with ``cmd``. Raises InvalidInput."""
     require_one_command(spec.argv is not None, spec.cmd is not None)
     if spec.cmd is not None:
         text = encode(spec.cmd, "cmd")
@@ -267,10 +268,11 @@ def _words(spec: CommandSpec) -> list[bytes]:
     return words
 
 
-def _number(value: float, option: str, most: float) -> int:
+def _check_number(value: float, option: str, most: float) -> int:
+    """Return a number from 0 to ``most``, rounded up to a whole one. Raises InvalidInput with the option's name."""
     if isinstance(value, bool) or not 0 <= value <= most:
         raise InvalidInput(f"{option}: {value} is out of range. Valid: 0 to {most:.0f}", option=option, value=value)
-    # Round up to whole seconds, because sleep in the guest may accept nothing else.
+    # sleep in the guest may accept whole seconds only.
     return int(value) if value == int(value) else int(value) + 1
 
 
@@ -299,12 +301,12 @@ class _Packed:
     files: list[str] = field(default_factory=list)
 
 
-def _numbers(count: int) -> str:
+def _list_numbers(count: int) -> str:
     return " ".join(map(str, range(count)))
 
 
-def _pack(prepared: _Prepared, layout: kept.Layout | None, known: Set[str]) -> _Packed:
-    """Return standard input as it is sent to a guest that keeps the files ``known``."""
+def _pack_input(prepared: _Prepared, layout: kept.Layout | None, known: Set[str]) -> _Packed:
+    """Return standard input as it is sent to a guest that keeps the files ``known``, packed if that pays."""
     raw, gz = prepared.stdin, False
     values: dict[str, object] = {"nrec": 0}
     files: list[str] = []
@@ -314,12 +316,12 @@ def _pack(prepared: _Prepared, layout: kept.Layout | None, known: Set[str]) -> _
         packed = gzip.compress(raw, 6, mtime=0)
         if len(packed) < len(raw) * 0.9:
             raw, gz = packed, True
-    lists = [str(values.get("need", "")), str(values.get("fresh", "")), _numbers(len(raw) // wrapper.PIECE + 1)]
-    room = wrapper.room(sum(map(len, lists))) - len(prepared.work)
+    lists = [str(values.get("need", "")), str(values.get("fresh", "")), _list_numbers(len(raw) // wrapper.PIECE + 1)]
+    room = wrapper.compute_room(sum(map(len, lists))) - len(prepared.work)
     head = b"" if len(raw) <= room else raw[: len(raw) - room]
     pieces = [head[at : at + wrapper.PIECE] for at in range(0, len(head), wrapper.PIECE)]
     values |= {
-        "pieces": _numbers(len(pieces)),
+        "pieces": _list_numbers(len(pieces)),
         "nraw": len(raw),
         "nlast": len(raw) - len(head),
         "gz": int(gz),
@@ -327,7 +329,7 @@ def _pack(prepared: _Prepared, layout: kept.Layout | None, known: Set[str]) -> _
     return _Packed(pieces, raw[len(head) :], values, files)
 
 
-def _mask(text: str, secrets: list[str]) -> str:
+def _mask_secrets(text: str, secrets: list[str]) -> str:
     """Return a command for the event without the values, and the lines of values, that are secret."""
     lines = {line.strip() for value in secrets for line in (value, *value.splitlines())}
     for line in sorted(lines, key=len, reverse=True):
@@ -336,9 +338,9 @@ def _mask(text: str, secrets: list[str]) -> str:
     return text
 
 
-def prepare(spec: CommandSpec) -> _Prepared:
+def prepare_command(spec: CommandSpec) -> _Prepared:
     """Check a command and return it in the form in which it is sent. Raises InvalidInput with the option's name."""
-    words = _words(spec)
+    words = _compose_argv(spec)
     for name in spec.environment:
         if not _VARIABLE.fullmatch(str(name)):
             raise InvalidInput(
@@ -351,7 +353,7 @@ def prepare(spec: CommandSpec) -> _Prepared:
             f"user: {spec.user[:40]!r} is no user name. Valid: up to 32 letters, digits, _ . - or a user id",
             option="user",
         )
-    work = wrapper.shell_text(
+    work = wrapper.compose_shell_text(
         words,
         chdir=None if spec.chdir is None else encode(spec.chdir, "chdir"),
         environment={encode(str(k), "environment"): encode(str(v), "environment") for k, v in spec.environment.items()},
@@ -370,15 +372,15 @@ def prepare(spec: CommandSpec) -> _Prepared:
             f"stdin: has {len(stdin)} bytes. Valid: up to {LARGEST_STDIN}; put a file into the sandbox instead",
             option="stdin",
         )
-    limit = _number(spec.timeout, "timeout", LONGEST_TIMEOUT)
-    _number(spec.wait_for_agent, "wait_for_agent", LONGEST_TIMEOUT)
+    limit = _check_number(spec.timeout, "timeout", LONGEST_TIMEOUT)
+    _check_number(spec.wait_for_agent, "wait_for_agent", LONGEST_TIMEOUT)
     values: dict[str, object] = {
         "limit": limit,
-        "grace": _number(spec.kill_after, "kill_after", 3600),
-        "max": _number(spec.max_output, "max_output", LARGEST_OUTPUT),
+        "grace": _check_number(spec.kill_after, "kill_after", 3600),
+        "max": _check_number(spec.max_output, "max_output", LARGEST_OUTPUT),
         "user": spec.user or "",
         "nwork": len(work),
-        "insum": access.checksum(stdin) if stdin else "",
+        "insum": access.compute_checksum(stdin) if stdin else "",
     }
     facts = [
         [word.hex() for word in words],
@@ -392,7 +394,7 @@ def prepare(spec: CommandSpec) -> _Prepared:
     program = "sh" if spec.cmd is not None else words[0].rpartition(b"/")[2].decode("utf-8", "replace")
     command = " ".join(word.decode("utf-8", "replace") for word in (words[2:] if spec.cmd is not None else words))
     if spec.secret:
-        command = _mask(command, [*spec.environment.values(), stdin.decode("utf-8", "replace")])
+        command = _mask_secrets(command, [*spec.environment.values(), stdin.decode("utf-8", "replace")])
     return _Prepared(
         work,
         stdin,
@@ -413,31 +415,32 @@ class _Run:
         self.ctx = ctx
         self.guest = Guest.enter(ctx, sandbox, what="look at a command in")
         self.sandbox = self.guest.sandbox
-        self.journal = runs.get(ctx.records, self.sandbox, check_id(run_id))
+        self.journal = runs.get(ctx.records, self.sandbox, normalise_id(run_id))
 
     @property
     def id(self) -> str:
         return self.journal.id
 
     def read(self, stdout_offset: int, stderr_offset: int, wait: float, limit: int) -> CommandResult:
-        oo, eo = _number(stdout_offset, "stdout_offset", 2**40), _number(stderr_offset, "stderr_offset", 2**40)
-        frame = self._look(oo, eo, _number(wait, "wait", 3600))
-        result = self._result(frame)
-        limit = _number(limit, "limit", LARGEST_OUTPUT)
-        out, err = self._split(frame)
+        oo = _check_number(stdout_offset, "stdout_offset", 2**40)
+        eo = _check_number(stderr_offset, "stderr_offset", 2**40)
+        frame = self._ask_progress(oo, eo, _check_number(wait, "wait", 3600))
+        result = self._parse_result(frame)
+        limit = _check_number(limit, "limit", LARGEST_OUTPUT)
+        out, err = self._split_output(frame)
         while frame.state != "acked" and (len(out) < limit or len(err) < limit):
             # Do not wait again. Return only the output that existed at the first look.
             more_out = min(result.stdout_bytes - oo, limit) - len(out)
             more_err = min(result.stderr_bytes - eo, limit) - len(err)
             if more_out <= 0 and more_err <= 0:
                 break
-            frame = self._look(oo + len(out), eo + len(err), 0)
-            new_out, new_err = self._split(frame)
+            frame = self._ask_progress(oo + len(out), eo + len(err), 0)
+            new_out, new_err = self._split_output(frame)
             if not new_out and not new_err:
                 break
             out, err = out + new_out, err + new_err
         result.stdout, result.stderr = out[:limit], err[:limit]
-        self._close(result)
+        self._close_run(result)
         return result
 
     def wait(self, timeout: float | None, on_output: Output | None, cancel: Callable[[], bool] | None) -> CommandResult:
@@ -452,9 +455,9 @@ class _Run:
         while True:
             remaining = _WAIT if deadline is None else deadline - clock.monotonic()
             pause = max(0, min(_SHOW_WAIT if on_output or cancel else _WAIT, int(remaining)))
-            frame = self._look(len(out), len(err), pause)
-            result = self._result(frame)
-            new_out, new_err = self._split(frame)
+            frame = self._ask_progress(len(out), len(err), pause)
+            result = self._parse_result(frame)
+            new_out, new_err = self._split_output(frame)
             out, err = out + new_out, err + new_err
             if on_output is not None and (new_out or new_err):
                 on_output(new_out, new_err)
@@ -465,33 +468,31 @@ class _Run:
             if not ended and (remaining <= 0 or (cancel is not None and cancel())):
                 break
         result.stdout, result.stderr = out, err
-        self._close(result)
+        self._close_run(result)
         return result
 
     def end(self, kill_after: float) -> CommandResult:
         values = {"id": self.id, "w": 0, "lim": wrapper.INLINE, "part": 1, "oo": 0, "eo": 0}
-        values["grace"] = grace = _number(kill_after, "kill_after", 3600)
-        script = wrapper.request("end", values)
-        frame = self._known(self.guest.ask(script, self.id, patience=_PATIENCE + grace))
-        result = self._result(frame)
-        result.stdout, result.stderr = self._split(frame)
-        self._close(result)
+        values["grace"] = grace = _check_number(kill_after, "kill_after", 3600)
+        script = wrapper.compose_request("end", values)
+        frame = self._require_result(self.guest.ask_until_answered(script, self.id, patience=_PATIENCE + grace))
+        result = self._parse_result(frame)
+        result.stdout, result.stderr = self._split_output(frame)
+        self._close_run(result)
         return result
 
     # ---- parts ----
 
-    def _look(self, stdout_offset: int, stderr_offset: int, wait: int) -> Frame:
-        script = wrapper.request(
+    def _ask_progress(self, stdout_offset: int, stderr_offset: int, wait: int) -> Frame:
+        """Return the run's state and output from these offsets, after ``wait`` seconds or the run's next change."""
+        script = wrapper.compose_request(
             "look",
             {"id": self.id, "w": wait, "lim": wrapper.INLINE, "part": 1, "oo": stdout_offset, "eo": stderr_offset},
         )
-        return self._known(self.guest.ask(script, self.id))
+        return self._require_result(self.guest.ask_until_answered(script, self.id))
 
-    def _known(self, frame: Frame) -> Frame:
-        """Return a frame with the run's result.
-
-        Raises OutcomeUnknown when the guest cannot know the result any more.
-        """
+    def _require_result(self, frame: Frame) -> Frame:
+        """Return the frame if it shows the run's state. Raises OutcomeUnknown when the guest has lost the result."""
         vmid = self.sandbox.vmid
         if frame.state in ("none", "gone"):
             self.guest.judge_again()
@@ -505,9 +506,9 @@ class _Run:
         if frame.state == "lost":
             self.guest.judge_again()
             raise OutcomeUnknown(
-                f"sandbox {vmid}: what watched run {self.id} in the guest was killed, so its exit status is not known "
-                "(most likely the guest agent was restarted); look in the guest, then run it again (without run_id) "
-                "if need be",
+                f"sandbox {vmid}: the watcher of run {self.id} in the guest was killed, so its exit status is "
+                "not known (most likely the guest agent was restarted); look in the guest, then run it again "
+                "(without run_id) if need be",
                 vmid=vmid,
                 run_id=self.id,
                 lost=True,
@@ -516,32 +517,32 @@ class _Run:
             raise GuestFailed(f"sandbox {vmid}: the guest's answer makes no sense, so it is not believed", vmid=vmid)
         return frame
 
-    def _split(self, frame: Frame) -> tuple[bytes, bytes]:
+    def _split_output(self, frame: Frame) -> tuple[bytes, bytes]:
         """Return the output in a frame as (stdout, stderr), after checking length and checksum."""
         if frame.state == "acked":
             return b"", b""
-        lo, le = frame.number("lo"), frame.number("le")
+        lo, le = frame.read_number("lo"), frame.read_number("le")
         if len(frame.body) != lo + le or lo + le > wrapper.INLINE:
             raise GuestFailed(f"sandbox {self.sandbox.vmid}: the guest's answer is cut off, so it is not believed")
-        if frame.body and access.checksum(frame.body) != frame.fields.get("sum"):
+        if frame.body and access.compute_checksum(frame.body) != frame.fields.get("sum"):
             raise GuestFailed(
                 f"sandbox {self.sandbox.vmid}: the guest's answer fails its checksum, so it is not believed"
             )
         return frame.body[:lo], frame.body[lo:]
 
-    def _result(self, frame: Frame) -> CommandResult:
+    def _parse_result(self, frame: Frame) -> CommandResult:
         if frame.state == "running":
             result = CommandResult(self.id, "running")
         else:
-            signal = frame.number("sig", 128)
+            signal = frame.read_number("sig", 128)
             result = CommandResult(
-                self.id, "ended", frame.number("rc", 255), signal or None, duration_ms=frame.number("ms")
+                self.id, "ended", frame.read_number("rc", 255), signal or None, duration_ms=frame.read_number("ms")
             )
         if frame.state == "acked":
             result.message = "the output was told before, and the guest has forgotten it"
             return result
         flags = frame.fields.get("flags", "").split(",")
-        result.stdout_bytes, result.stderr_bytes = frame.number("so"), frame.number("se")
+        result.stdout_bytes, result.stderr_bytes = frame.read_number("so"), frame.read_number("se")
         result.truncated = "out.cut" in flags or "err.cut" in flags
         if "full" in flags:
             result.message = (
@@ -555,12 +556,16 @@ class _Run:
             result.message = skipped
         return result
 
-    def _memory(self) -> dict[str, Any]:
-        """Return what the journal notes about the guest for later commands."""
+    def _compose_memory(self) -> dict[str, Any]:
+        """Return the facts about the guest that the journal keeps for later commands."""
         return {}
 
-    def _close(self, result: CommandResult, acks: list[str] | None = None, command: str | None = None) -> None:
-        """Prove that the VM is still ours, then write the result into the journal. Otherwise there is no result."""
+    def _close_run(self, result: CommandResult, acks: list[str] | None = None, command: str | None = None) -> None:
+        """Prove that the VM is still ours, then write the result into the journal.
+
+        ``acks``: ids of older runs whose results the guest has deleted with this request. ``command``: the command for
+        the event. Raises Kept for a VM that is not ours; then the answer counts for nothing.
+        """
         self.guest.judge_again()
         records, journal = self.ctx.records, self.journal
         if result.state == "running":
@@ -576,7 +581,7 @@ class _Run:
             "state": result.state,
             "truncated": result.truncated,
             "timed_out": result.timed_out,
-            **self._memory(),
+            **self._compose_memory(),
         }
         evidence: dict[str, Any] = {
             "run_id": self.id,
@@ -619,14 +624,14 @@ class _Command(_Run):
     ) -> None:
         self.ctx = ctx
         self.spec = spec
-        self.prepared = prepare(spec)
+        self.prepared = prepare_command(spec)
         self.on_output, self.cancel = on_output, cancel
         self.guest = Guest.enter(ctx, sandbox, secret=spec.secret)
         self.sandbox = self.guest.sandbox
         self.journal, self.acks = runs.begin(
             ctx.records,
             self.sandbox,
-            check_id(spec.run_id) if spec.run_id is not None else access.new_id(),
+            normalise_id(spec.run_id) if spec.run_id is not None else access.make_id(),
             fingerprint=self.prepared.fingerprint,
             program=self.prepared.program,
             detached=detached,
@@ -637,7 +642,7 @@ class _Command(_Run):
         # Whether the guest had no room for the files that it was to keep, and whether they were sent again.
         self.is_full = self.is_repacked = False
         # Only Ansible sends archives, and only their files are kept.
-        self.layout = kept.split(self.prepared.stdin) if len(self.prepared.stdin) > _LARGEST_UNSPLIT else None
+        self.layout = kept.split_module(self.prepared.stdin) if len(self.prepared.stdin) > _LARGEST_UNSPLIT else None
         known: set[str] = set()
         self.expected = 0.0
         if self.layout is not None:
@@ -646,15 +651,15 @@ class _Command(_Run):
                 self.expected = (self.layout.seconds if seconds is None else seconds) + _OVERHEAD
             if not has_room:
                 self.layout = None
-        self.packed = _pack(self.prepared, self.layout, known)
+        self.packed = _pack_input(self.prepared, self.layout, known)
 
     def run(self) -> CommandResult:
         try:
-            return self._run()
+            return self._run_command()
         except GuestRefused as error:
             if self.begun:
                 # A refusal of a later request says nothing about the command.
-                raise self._unknown(error.message) from None
+                raise self._make_unknown_error(error.message) from None
             if error.detail.get("begun") is None and self.journal.state == runs.SENT and self.journal.is_new:
                 self._end_without_result(runs.REFUSED, error)
             raise
@@ -665,6 +670,7 @@ class _Command(_Run):
             raise
 
     def _end_without_result(self, state: str, error: AgentlabError) -> None:
+        """Close the run in the journal as refused or lost, with the error's reason."""
         runs.finish(
             self.ctx.records,
             self.sandbox,
@@ -676,31 +682,31 @@ class _Command(_Run):
             reason=str(error.detail.get("reason") or error.code),
         )
 
-    def _run(self) -> CommandResult:
-        frame = self._begin()
-        result = self._result(frame)
+    def _run_command(self) -> CommandResult:
+        frame = self._begin_run()
+        result = self._parse_result(frame)
         out = err = b""
         if result.state != "running" and frame.fields.get("gz"):
             out, err = self._fetch_output(frame, result)
         else:
-            out, err = self._split(frame)
+            out, err = self._split_output(frame)
             if self.on_output is not None and (out or err):
                 self.on_output(out, err)
         if not self.detached and frame.state != "acked":
-            result, out, err = self._follow(result, out, err)
+            result, out, err = self._follow_run(result, out, err)
         if max(result.stdout_bytes, result.stderr_bytes, len(out), len(err)) > self.spec.max_output + _OVERSHOOT:
             raise GuestFailed(f"sandbox {self.sandbox.vmid}: the guest holds more output than was asked for")
         limit = self.spec.max_output
         result.truncated = result.truncated or len(out) > limit or len(err) > limit
         result.stdout, result.stderr = out[:limit], err[:limit]
-        self._close(result, self.acks, self.prepared.command if self.spec.log_command else None)
+        self._close_run(result, self.acks, self.prepared.command if self.spec.log_command else None)
         if result.state == "skipped":
             option = "creates" if result.message == "creates" else "removes"
             path = self.spec.creates if option == "creates" else self.spec.removes
             result.message = f"skipped, since {path} {'exists' if option == 'creates' else 'does not exist'} ({option})"
         return result
 
-    def _memory(self) -> dict[str, Any]:
+    def _compose_memory(self) -> dict[str, Any]:
         if self.is_full:
             return {"full": True}
         if self.layout is None:
@@ -708,7 +714,7 @@ class _Command(_Run):
         memory: dict[str, Any] = {"kind": self.layout.kind}
         return memory | ({"kept": self.packed.files} if self.packed.files else {})
 
-    def _follow(self, result: CommandResult, out: bytes, err: bytes) -> tuple[CommandResult, bytes, bytes]:
+    def _follow_run(self, result: CommandResult, out: bytes, err: bytes) -> tuple[CommandResult, bytes, bytes]:
         """Wait for the end with further requests; return the result and the whole output."""
         shown = self.on_output is not None
         cancelled = False
@@ -718,18 +724,18 @@ class _Command(_Run):
                 cancelled = True
                 self._end_in_guest()
             if shown:
-                frame = self._look(len(out), len(err), _SHOW_WAIT if was_running else 0)
+                frame = self._ask_progress(len(out), len(err), _SHOW_WAIT if was_running else 0)
             else:
                 wait = _SHOW_WAIT if self.cancel is not None else _WAIT
-                script = wrapper.request("look", {**self._frame_values(0), "w": wait})
-                frame = self._known(self.guest.ask(script, self.id))
-            result = self._result(frame)
+                script = wrapper.compose_request("look", {**self._make_frame_values(0), "w": wait})
+                frame = self._require_result(self.guest.ask_until_answered(script, self.id))
+            result = self._parse_result(frame)
             if frame.state == "acked":
                 break
             if frame.fields.get("gz"):
                 out, err = self._fetch_output(frame, result)
                 break
-            new_out, new_err = self._split(frame)
+            new_out, new_err = self._split_output(frame)
             if not was_running and (not shown or not (new_out or new_err)):
                 raise GuestFailed(f"sandbox {self.sandbox.vmid}: the guest does not hand out the output that it holds")
             # Without on_output each request reads the output from its beginning.
@@ -741,18 +747,23 @@ class _Command(_Run):
         return result, out, err
 
     def _end_in_guest(self) -> None:
-        script = wrapper.request("end", {**self._frame_values(1), "w": 0, "grace": self.prepared.values["grace"]})
-        self._known(self.guest.ask(script, self.id, patience=_PATIENCE))
+        """End the command in the guest, as the caller's ``cancel`` asks."""
+        script = wrapper.compose_request(
+            "end", {**self._make_frame_values(1), "w": 0, "grace": self.prepared.values["grace"]}
+        )
+        self._require_result(self.guest.ask_until_answered(script, self.id, patience=_PATIENCE))
 
-    def _frame_values(self, part: int) -> dict[str, object]:
+    def _make_frame_values(self, part: int) -> dict[str, object]:
+        """Return the values of a request for output from its beginning. ``part`` 1: send a part where it is long."""
         return {"id": self.id, "lim": wrapper.INLINE, "part": part, "oo": 0, "eo": 0}
 
     # ---- starting ----
 
-    def _begin(self) -> Frame:
+    def _begin_run(self) -> Frame:
         """Send the command until its start is confirmed, and return that answer.
 
-        A repeated request is no look: each attempt says how old the run is, and sends the pieces that the guest lacks.
+        Each attempt carries the age of the run, and sends the pieces that the guest lacks. Raises OutcomeUnknown when
+        the command may have begun and no answer arrives in time, or the error of the agent when nothing was started.
         """
         clock, guest, prepared = self.ctx.clock, self.guest, self.prepared
         guest.what = "run a command"
@@ -772,25 +783,25 @@ class _Command(_Run):
                 # From here on a repeat sends only the pieces that the guest misses.
                 missing = []
                 age = int((known_age or 0) + clock.monotonic() - began) + 3 if may_have_begun else -1
-                frame_values = self._frame_values(int(self.on_output is not None))
+                frame_values = self._make_frame_values(int(self.on_output is not None))
                 values = {**prepared.values, **self.packed.values, **frame_values}
                 values |= {"w": wait, "age": age, "acks": " ".join(self.acks)}
-                script = wrapper.request("begin", values, {"work": prepared.work, "input": self.packed.last})
-                pid = guest.send(script)
+                script = wrapper.compose_request("begin", values, {"work": prepared.work, "input": self.packed.last})
+                pid = guest.send_script(script)
             except OutcomeUnknown as error:
                 may_have_begun, problem = True, error
                 self.begun = True
             except GuestRefused as error:
                 if error.reason != "silent":
                     if may_have_begun:
-                        raise self._unknown(error.message) from None
+                        raise self._make_unknown_error(error.message) from None
                     raise
                 if not may_have_begun and clock.monotonic() - began >= self.spec.wait_for_agent:
                     raise
                 problem = error
             else:
                 may_have_begun = self.begun = True
-                frame = guest.collect(pid, self.id, self.expected)
+                frame = guest.collect_answer(pid, self.id, self.expected)
                 if frame is not None:
                     word = frame.fields.get("why", "") if frame.state == "refused" else ""
                     if word.startswith("missing,") and resent < 3:
@@ -808,24 +819,24 @@ class _Command(_Run):
                         may_have_begun = self.begun = known_age is not None
                         continue
                     self.begun = frame.state != "refused" or known_age is not None
-                    return self._known(guest.accept(frame))
+                    return self._require_result(guest.require_accepted(frame))
                 problem = OutcomeUnknown(f"sandbox {self.sandbox.vmid}: the answer of its guest agent was lost.")
-            pause = access.silent_pause(attempt)
+            pause = access.choose_silent_pause(attempt)
             attempt += 1
             if problem.detail.get("odd") and attempt > 2:
-                raise self._unknown(problem.message) from None
+                raise self._make_unknown_error(problem.message) from None
             if clock.monotonic() - began + pause > (patience if may_have_begun else self.spec.wait_for_agent + 1):
                 if may_have_begun:
-                    raise self._unknown(problem.message) from None
+                    raise self._make_unknown_error(problem.message) from None
                 raise problem
             clock.sleep(pause)
 
     def _can_repeat(self, word: str) -> bool:
         """Return whether a refusal of the guest, by which nothing was started, is worth a repeat; prepare the repeat.
 
-        ``cut`` is damage on the way. The guest may have lost files that it was to keep (``unkept``, ``sum``); then all
-        files are sent again, and the second time the input is sent as it is. ``full``: the guest has just removed what
-        it kept. The repeat, once, keeps nothing. Nor do later commands for a while.
+        ``cut``: the request was damaged on the way. ``unkept`` and ``sum``: the guest may have lost files that it was
+        to keep. The first repeat sends all files again, the second sends the input as it is. ``full``: the guest has
+        just removed the files that it kept. The only repeat, and later commands for a while, keep no files.
         """
         if word == "full" and not self.is_full:
             self.is_full, self.layout = True, None
@@ -836,10 +847,10 @@ class _Command(_Run):
         elif word != "cut":
             return False
         if word != "cut":
-            self.packed = _pack(self.prepared, self.layout, frozenset())
+            self.packed = _pack_input(self.prepared, self.layout, frozenset())
         return True
 
-    def _unknown(self, why: str) -> OutcomeUnknown:
+    def _make_unknown_error(self, why: str) -> OutcomeUnknown:
         """Return the error for a command that may have begun and whose result did not arrive."""
         try:
             sandbox = self.ctx.records.get(self.sandbox.uuid)
@@ -862,20 +873,23 @@ class _Command(_Run):
         return OutcomeUnknown(text, vmid=self.sandbox.vmid, run_id=self.id)
 
     def _send_pieces(self, numbers: list[int]) -> None:
-        def send(number: int) -> None:
+        """Send these pieces of standard input in parallel."""
+
+        def send_piece(number: int) -> None:
             data = self.packed.pieces[number]
             values = {"id": self.id, "i": number, "nraw": len(data)}
             try:
-                self.guest.send(wrapper.request("stage", values, {"input": data}))
+                self.guest.send_script(wrapper.compose_request("stage", values, {"input": data}))
             except OutcomeUnknown:
                 # The start request reports whether the piece arrived.
                 pass
 
-        parallel.each(send, numbers, _PARALLEL)
+        parallel.each(send_piece, numbers, _PARALLEL)
 
     # ---- large output ----
 
     def _fetch_output(self, frame: Frame, result: CommandResult) -> tuple[bytes, bytes]:
+        """Return output that is too long for an answer, read from the files of the run. Raises GuestFailed."""
         folder = frame.fields.get("dir", "")
         packed = [int(text) if text.isdecimal() else 0 for text in (*frame.fields.get("gz", "").split(","), "0", "0")]
         parts = []
@@ -883,17 +897,17 @@ class _Command(_Run):
             if size > self.spec.max_output + _OVERSHOOT:
                 raise GuestFailed(f"sandbox {self.sandbox.vmid}: the guest holds more output than was asked for")
             if 0 < gz < size * 0.9:
-                parts.append(unpack(read_held(self.guest, self.id, folder, f"{name}.gz", gz), size))
+                parts.append(unpack_gzip(read_held_file(self.guest, self.id, folder, f"{name}.gz", gz), size))
             else:
-                parts.append(read_held(self.guest, self.id, folder, name, size))
-        if access.checksum(parts[0] + parts[1]) != frame.fields.get("sum"):
+                parts.append(read_held_file(self.guest, self.id, folder, name, size))
+        if access.compute_checksum(parts[0] + parts[1]) != frame.fields.get("sum"):
             raise GuestFailed(f"sandbox {self.sandbox.vmid}: the output fails its checksum, so it is not believed")
         if self.on_output is not None:
             self.on_output(parts[0], parts[1])
         return parts[0], parts[1]
 
 
-def read_held(
+def read_held_file(
     guest: Guest,
     run_id: str,
     folder: str,
@@ -905,16 +919,15 @@ def read_held(
 ) -> bytes:
     """Return ``size`` bytes, from ``offset`` on, of a file in one of our folders in the guest.
 
-    Reads pieces in parallel.
-
-    ``on_piece`` is called with the bytes of each piece that has arrived.
+    Reads pieces in parallel. ``on_piece`` is called with the number of bytes of each piece that has arrived. Raises
+    GuestFailed for a file that ends earlier.
     """
     if size == 0:
         return b""
 
     end = offset + size
 
-    def read(start: int) -> bytes:
+    def read_part(start: int) -> bytes:
         count = min(READ_PIECE, end - start)
         data = b""
         while len(data) < count:
@@ -929,10 +942,11 @@ def read_held(
             on_piece(len(data))
         return data
 
-    return b"".join(parallel.each(read, list(range(offset, end, READ_PIECE)), _READERS))
+    return b"".join(parallel.each(read_part, list(range(offset, end, READ_PIECE)), _READERS))
 
 
 def _read_piece(guest: Guest, run_id: str, folder: str, name: str, offset: int, count: int) -> bytes:
+    """Return up to ``count`` bytes by file-read, or through the wrapper where file-read is refused."""
     for attempt in range(4):
         try:
             return guest.agent.read_file(f"{folder}/{name}", offset, count)
@@ -940,16 +954,16 @@ def _read_piece(guest: Guest, run_id: str, folder: str, name: str, offset: int, 
             # A read can be repeated.
             if attempt == 3:
                 raise
-            guest.ctx.clock.sleep(access.silent_pause(attempt))
+            guest.ctx.clock.sleep(access.choose_silent_pause(attempt))
         except GuestRefused as error:
             if error.reason == "silent" and attempt < 3:
-                guest.ctx.clock.sleep(access.silent_pause(attempt))
+                guest.ctx.clock.sleep(access.choose_silent_pause(attempt))
                 continue
             if error.reason not in ("old", "blocked", "denied"):
                 raise
             # Proxmox VE 8 reads only whole files, and a guest may block file-read alone. Then read through the wrapper.
             values = {"id": run_id, "file": name, "oo": offset, "lim": min(count, wrapper.INLINE)}
-            frame = guest.ask(wrapper.request("chunk", values), run_id)
+            frame = guest.ask_until_answered(wrapper.compose_request("chunk", values), run_id)
             if frame.state != "chunk" or len(frame.body) > count:
                 raise GuestFailed(
                     f"sandbox {guest.sandbox.vmid}: the guest has no {name} any more; try again"
@@ -958,7 +972,7 @@ def _read_piece(guest: Guest, run_id: str, folder: str, name: str, offset: int, 
     raise AssertionError("unreachable")
 
 
-def unpack(data: bytes, size: int) -> bytes:
+def unpack_gzip(data: bytes, size: int) -> bytes:
     """Return the unpacked gzip data. Raises GuestFailed unless it is exactly ``size`` bytes; never unpacks more."""
     unpacker = zlib.decompressobj(31)
     try:

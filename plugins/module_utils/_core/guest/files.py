@@ -30,7 +30,7 @@ from ..model import Sandbox
 from . import access, wrapper
 from .access import Guest
 from .agent import READ_PIECE, GuestFailed
-from .command import encode, read_held, unpack
+from .command import encode, read_held_file, unpack_gzip
 
 LARGEST_FILE = 2 * 1024**3
 _PARALLEL = 4
@@ -71,7 +71,7 @@ def put_file(
     the replaced file, or else to 0644 and the agent's user. ``on_progress(bytes sent, bytes in all)`` counts
     transferred bytes, after gzip. Raises the errors of ``run_command``. Idempotent.
     """
-    name = _path(path)
+    name = _check_path(path)
     if owner is not None and not _OWNER.fullmatch(owner):
         raise InvalidInput(f"owner: {owner[:60]!r} is no owner. Valid: user or user:group", option="owner")
     if mode is not None and not 0 <= mode <= 0o7777:
@@ -88,7 +88,7 @@ def put_file(
         except BaseException:
             upload.abandon()
             raise
-    _note(ctx, guest.sandbox, "put_file", info)
+    _note_copy(ctx, guest.sandbox, "put_file", info)
     return info
 
 
@@ -100,23 +100,23 @@ def fetch_file(
     Raises GuestFailed when the file changes while it is read. After this or any other error the caller discards what
     was written to ``target``.
     """
-    name = _path(path)
+    name = _check_path(path)
     guest = Guest.enter(ctx, sandbox, what="copy a file out of")
     guest.what = f"read {path[:200]!r}"
-    transfer = access.new_id()
-    script = wrapper.request("get", {"id": transfer, "lim": wrapper.INLINE}, {"name": name})
-    frame = guest.accept(guest.ask(script, transfer))
-    size, mode = frame.number("so", LARGEST_FILE), _mode(frame.fields.get("mode", ""))
+    transfer = access.make_id()
+    script = wrapper.compose_request("get", {"id": transfer, "lim": wrapper.INLINE}, {"name": name})
+    frame = guest.require_accepted(guest.ask_until_answered(script, transfer))
+    size, mode = frame.read_number("so", LARGEST_FILE), _parse_mode(frame.fields.get("mode", ""))
     expected = frame.fields.get("sum", "")
     digest = hashlib.sha256()
-    if frame.number("lo") == size and len(frame.body) == size:
+    if frame.read_number("lo") == size and len(frame.body) == size:
         digest.update(frame.body)
         target.write(frame.body)
     else:
         _fetch_large(guest, transfer, frame.fields, size, target, digest, on_progress)
         with contextlib.suppress(OutcomeUnknown):
             # Do not wait for the answer. A folder that stays is removed after a day.
-            guest.send(wrapper.request("drop", {"id": transfer}, {"name": name}))
+            guest.send_script(wrapper.compose_request("drop", {"id": transfer}, {"name": name}))
     if digest.hexdigest() != expected:
         raise GuestFailed(
             f"sandbox {guest.sandbox.vmid}: {path[:200]!r} is not what its checksum says; it changed while it was "
@@ -127,7 +127,7 @@ def fetch_file(
     info = FileInfo(path, size, mode, expected)
     if on_progress is not None:
         on_progress(size, size)
-    _note(ctx, guest.sandbox, "fetch_file", info)
+    _note_copy(ctx, guest.sandbox, "fetch_file", info)
     return info
 
 
@@ -140,25 +140,26 @@ def _fetch_large(
     digest: Any,
     on_progress: Progress | None,
 ) -> None:
+    """Write a file of ``size`` bytes from the guest to ``target``: packed if the guest says that this pays."""
     folder = fields.get("dir", "")
     packed = int(fields["gz"]) if fields.get("gz", "").isdecimal() else 0
     if 0 < packed < size * 0.9 and packed <= _LARGEST_PACKED and size <= 8 * _LARGEST_PACKED:
         came = 0
 
-        def count(number: int) -> None:
+        def count_bytes(number: int) -> None:
             nonlocal came
             came += number
             if on_progress is not None:
                 on_progress(came, packed)
 
-        data = unpack(read_held(guest, transfer, folder, "f.gz", packed, count), size)
+        data = unpack_gzip(read_held_file(guest, transfer, folder, "f.gz", packed, count_bytes), size)
         digest.update(data)
         target.write(data)
         return
     # Read a few pieces at a time, so that they bound the memory, not the file.
     step = 4 * READ_PIECE
     for offset in range(0, size, step):
-        data = read_held(guest, transfer, folder, "f", min(step, size - offset), offset=offset)
+        data = read_held_file(guest, transfer, folder, "f", min(step, size - offset), offset=offset)
         digest.update(data)
         target.write(data)
         if on_progress is not None:
@@ -170,7 +171,7 @@ class _Upload:
 
     def __init__(self, guest: Guest, name: bytes, source: BinaryIO, spool: Any) -> None:
         self.guest, self.name = guest, name
-        self.id = access.new_id()
+        self.id = access.make_id()
         self.sent = False
         self.size = 0
         self._lock = threading.Lock()
@@ -196,26 +197,31 @@ class _Upload:
         self.checksum = digest.hexdigest()
 
     def run(self, path: str, mode: int | None, owner: str | None, on_progress: Progress | None) -> FileInfo:
-        """Send all pieces, then the request that installs the file. Sends pieces again that did not arrive."""
+        """Send all pieces, then the request that installs the file, and return the facts of the file in the guest.
+
+        Pieces that did not arrive are sent again. Raises OutcomeUnknown when pieces keep being lost.
+        """
         last = max(0, (self.length - 1) // wrapper.PIECE)
         base = {"id": self.id, "bs": wrapper.PIECE, "gzs": ".gz" if self.packed else ""}
         came = 0
 
-        def send(number: int) -> None:
+        def send_piece(number: int) -> None:
             nonlocal came
             self.sent = True
-            data = self._piece(number)
+            data = self._read_piece(number)
             with contextlib.suppress(OutcomeUnknown):
                 # The last request reports whether the piece arrived.
-                self.guest.send(wrapper.request("piece", {**base, "i": number}, {"name": self.name, "input": data}))
+                self.guest.send_script(
+                    wrapper.compose_request("piece", {**base, "i": number}, {"name": self.name, "input": data})
+                )
             came += len(data)
             if on_progress is not None:
                 on_progress(min(came, self.length), self.length)
 
         missing = list(range(last))
         for _attempt in range(_TRIES):
-            parallel.each(send, missing, _PARALLEL)
-            data = self._piece(last)
+            parallel.each(send_piece, missing, _PARALLEL)
+            data = self._read_piece(last)
             values = {
                 **base,
                 "last": last,
@@ -226,20 +232,20 @@ class _Upload:
                 "owner": owner or "",
             }
             self.sent = True
-            script = wrapper.request("finish", values, {"name": self.name, "input": data})
-            frame = self.guest.ask(script, self.id, refusals=True)
+            script = wrapper.compose_request("finish", values, {"name": self.name, "input": data})
+            frame = self.guest.ask_until_answered(script, self.id, refusals=True)
             word = frame.fields.get("why", "") if frame.state == "refused" else ""
             if word.startswith("missing,"):
                 missing = [int(text) for text in word.split(",")[1:] if text.isdecimal() and int(text) < last]
                 continue
-            frame = self.guest.accept(frame)
-            if frame.state != "put" or frame.number("so") != self.size or frame.fields.get("sum") != self.checksum:
+            frame = self.guest.require_accepted(frame)
+            if frame.state != "put" or frame.read_number("so") != self.size or frame.fields.get("sum") != self.checksum:
                 raise GuestFailed(
                     f"sandbox {self.guest.sandbox.vmid}: the guest's answer is not that of the file sent; look at the "
                     "file"
                 )
             self.sent = False
-            return FileInfo(path, self.size, _mode(frame.fields.get("mode", "")), self.checksum)
+            return FileInfo(path, self.size, _parse_mode(frame.fields.get("mode", "")), self.checksum)
         raise OutcomeUnknown(
             f"sandbox {self.guest.sandbox.vmid}: pieces of {path[:200]!r} keep being lost on their way; the file in "
             "the guest is as it was. Look at the load of the node, then try again",
@@ -250,16 +256,17 @@ class _Upload:
         """Remove the pieces sent so far. The target file stays unchanged."""
         if self.sent:
             with contextlib.suppress(Exception):
-                self.guest.send(wrapper.request("drop", {"id": self.id}, {"name": self.name}))
+                self.guest.send_script(wrapper.compose_request("drop", {"id": self.id}, {"name": self.name}))
 
-    def _piece(self, number: int) -> bytes:
+    def _read_piece(self, number: int) -> bytes:
         with self._lock:
             self.spool.seek(number * wrapper.PIECE)
             data: bytes = self.spool.read(wrapper.PIECE)
         return data
 
 
-def _path(path: str) -> bytes:
+def _check_path(path: str) -> bytes:
+    """Return the path as bytes. Raises InvalidInput unless it is an absolute path of a file."""
     data = encode(path, "path")
     if not data.startswith(b"/") or data.endswith(b"/") or len(data) > _LONGEST_PATH:
         raise InvalidInput(
@@ -271,12 +278,14 @@ def _path(path: str) -> bytes:
     return data
 
 
-def _mode(text: str) -> int:
+def _parse_mode(text: str) -> int:
+    """Return the mode that the guest reports in octal digits. Raises GuestFailed for anything else."""
     if not re.fullmatch(r"[0-7]{1,5}", text):
         raise GuestFailed("the guest's answer has no file mode, so it is not believed; look at stat in the guest")
     return int(text, 8) & 0o7777
 
 
-def _note(ctx: Context, sandbox: Sandbox, operation: str, info: FileInfo) -> None:
+def _note_copy(ctx: Context, sandbox: Sandbox, operation: str, info: FileInfo) -> None:
+    """Write the event of a copied file."""
     evidence = {"path": escapes.escape_controls(info.path)[:400], "bytes": info.size, "sha256": info.sha256}
     ctx.records.note(sandbox, operation, outcome="done", evidence=evidence)

@@ -1,7 +1,7 @@
 # Copyright: the agentlab.proxmox contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Split what Ansible sends for a module into parts that the guest keeps, and the rest.
+"""Split Ansible's input for a module into files that the guest keeps, and the rest.
 
 With pipelining Ansible sends each module as a Python text with a base64-encoded ZIP archive inside. The archive holds
 the module and Ansible's library: 120 to 250 kB that hardly differ between two tasks. The guest keeps the compressed
@@ -54,7 +54,7 @@ class Layout:
 
         ``known`` are the names of files that the guest keeps already.
         """
-        recipe = self._recipe()
+        recipe = self._compose_recipe()
         fresh = [name for name in self.files if name not in known]
         values: dict[str, object] = {
             "nrec": len(recipe),
@@ -65,16 +65,16 @@ class Layout:
         }
         return b"".join([recipe, self.head, self.tail, *(self.files[name] for name in fresh)]), values, fresh
 
-    def _recipe(self) -> bytes:
+    def _compose_recipe(self) -> bytes:
         """Return shell text that writes the archive. ``$k`` is the folder of the kept files."""
         lines = [
-            f'cat "$k/{part}"'.encode() if isinstance(part, str) else b"printf '" + _escape(part) + b"'"
+            f'cat "$k/{part}"'.encode() if isinstance(part, str) else b"printf '" + _escape_bytes(part) + b"'"
             for part in self.parts
         ]
         return b"\n".join(lines) + b"\n"
 
 
-def split(data: bytes) -> Layout | None:
+def split_module(data: bytes) -> Layout | None:
     """Return the layout of a module with its archive; None for any other input."""
     match = max(_BASE64.finditer(data), key=lambda match: len(match[0]), default=None)
     if match is None:
@@ -110,7 +110,7 @@ def split(data: bytes) -> Layout | None:
     return Layout(data[: match.start()], tuple(parts), data[match.end() :], files, kind, seconds)
 
 
-def _escape(data: bytes) -> bytes:
+def _escape_bytes(data: bytes) -> bytes:
     """Return bytes as a format of printf in single quotes."""
     return b"".join(
         byte if _PLAIN.fullmatch(byte) else b"\\%03o" % byte[0] for byte in (data[n : n + 1] for n in range(len(data)))

@@ -16,7 +16,7 @@ from ..model import Sandbox
 from ..store import holders
 
 
-def name_of(sandbox: Sandbox) -> str:
+def compose_name(sandbox: Sandbox) -> str:
     """Return the file name of the sandbox's snippet."""
     return f"agentlab-{sandbox.uuid}.yaml"
 
@@ -26,7 +26,7 @@ def remove(ctx: Context, sandbox: Sandbox) -> None:
 
     Raises Kept when the file exists and cannot be removed, because it may hold secrets.
     """
-    if sandbox.snippet is None or os.path.basename(sandbox.snippet) != name_of(sandbox):
+    if sandbox.snippet is None or os.path.basename(sandbox.snippet) != compose_name(sandbox):
         return
     # A storage that both hosts share shows the file here too.
     if is_elsewhere(ctx, sandbox) and not os.path.lexists(sandbox.snippet):
@@ -38,7 +38,7 @@ def remove(ctx: Context, sandbox: Sandbox) -> None:
             "an empty file of that name here, then run again",
             vmid=sandbox.vmid,
         )
-    for path in (sandbox.snippet, temporary(sandbox.snippet)):
+    for path in (sandbox.snippet, make_temporary_path(sandbox.snippet)):
         try:
             os.unlink(path)
         except FileNotFoundError:
@@ -61,7 +61,7 @@ def remove(ctx: Context, sandbox: Sandbox) -> None:
 
 
 def _note_removal(ctx: Context, sandbox: Sandbox) -> None:
-    """Write to the record that the file is removed. Other hosts cannot see that."""
+    """Write to the record that the file is removed, because other hosts cannot see that."""
     if ctx.records.db.controller is not None and sandbox.snippet_host is not None:
         ctx.records.forget_snippet_host(sandbox.uuid)
 
@@ -71,6 +71,6 @@ def is_elsewhere(ctx: Context, sandbox: Sandbox) -> bool:
     return ctx.records.db.controller is not None and sandbox.snippet_host not in (None, holders.host())
 
 
-def temporary(path: str) -> str:
+def make_temporary_path(path: str) -> str:
     """Return the path to which a snippet is written before it is renamed to its own."""
     return os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.new")

@@ -7,8 +7,8 @@ The script needs a shell (dash, bash, busybox), coreutils or busybox, and ``sets
 sent with each request, as input; the only arguments are ``BOOT`` and the script's length. So neither the guest's
 process list nor its journal (qemu-ga logs every command line) shows a value of the user.
 
-All values are ASCII: what a user gives travels as base64. A script that was cut off runs nothing: its length is
-checked before it is evaluated.
+All values are ASCII: a user's text travels as base64. A script that was cut off runs nothing, because ``BOOT`` checks
+its length before the shell evaluates it.
 
 One run has one folder, ``/run/agentlab/ID`` (mode 0700; /var/run or /tmp where the agent may not write to /run):
 
@@ -24,18 +24,19 @@ One run has one folder, ``/run/agentlab/ID`` (mode 0700; /var/run or /tmp where 
 | ``skip`` | ``creates`` or ``removes`` kept the command from starting |
 | ``rc`` | exit status, signal (0: none), milliseconds |
 | ``acked`` | the controller has the result; all but ``rc`` is removed |
-
 | ``put`` | path of the hidden file that an upload fills; ``p.N``: piece N of it has arrived |
 
-``/run/agentlab/ID.p`` holds pieces of standard input until the command takes them. An upload or such a folder that got
-no piece for ``GIVEN_UP`` minutes is one that the controller has given up: the next command or upload removes it with
-its hidden file. Hidden files that outlived /run go when another file is brought into the same folder.
+``/run/agentlab/ID.p`` holds pieces of standard input until the command takes them. The controller has given up an
+upload, or such a folder, that got no piece for ``GIVEN_UP`` minutes. The next command or upload removes it with its
+hidden file. A restart of the guest empties /run, but not the target's folder. So the next upload into that folder
+removes the hidden files there that are older than ``_FORGOTTEN`` minutes.
 
 ``/run/agentlab/keep`` holds files of Ansible's modules by their checksums (``kept.py``), at most 16 MiB, for a day
 after the last addition.
 
-``mkdir`` of that folder succeeds once, so a request that is repeated begins nothing. A repeat carries its age: where
-the guest was started since, /run is empty, and the answer is that nobody can know.
+``mkdir`` of the run's folder succeeds once, so a repeated request starts no second command. A repeat carries the age of
+the run. If the guest was started after the first request, /run is empty and nobody can know whether the command ran:
+the answer says so.
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ from collections.abc import Mapping, Sequence
 BOOT = 's=$(cat);[ ${#s} = "$1" ]||{ echo agentlab1 cut;exit 0;};eval "$s"'
 # Bytes of output inside the answer itself. More output is read from the folder.
 INLINE = 65536
-# Characters of the longest script (to begin a command) with its values, and with no lists but that of 40 results that
-# the guest may delete.
+# Characters of the longest script, which begins a command, with its values. Of the lists, only that of 40 results that
+# the guest may delete is counted in.
 _SCRIPT = 11_000
 _REQUEST = 65_536
 # Minutes without a new piece after which an upload counts as given up. Its pieces follow each other within seconds, and
@@ -465,7 +466,7 @@ _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _WILDCARD = re.compile(rb"([*?\[\]])")
 
 
-def request(operation: str, values: Mapping[str, object], blobs: Mapping[str, bytes] | None = None) -> str:
+def compose_request(operation: str, values: Mapping[str, object], blobs: Mapping[str, bytes] | None = None) -> str:
     """Return the script of one request: an operation of the wrapper with its values and data.
 
     ``values`` become shell variables and must be plain ASCII (numbers, ids, words); otherwise ValueError is raised.
@@ -482,7 +483,7 @@ def request(operation: str, values: Mapping[str, object], blobs: Mapping[str, by
     return "\n".join([*lines, operation])
 
 
-def room(lists: int) -> int:
+def compute_room(lists: int) -> int:
     """Return how many bytes fit into the request that begins a command, beside its script and lists of that length."""
     return (_REQUEST - _SCRIPT - lists) * 3 // 4 - 16
 
@@ -492,7 +493,7 @@ def quote(value: bytes) -> bytes:
     return b"'" + value.replace(b"'", b"'\\''") + b"'"
 
 
-def shell_text(
+def compose_shell_text(
     argv: Sequence[bytes],
     *,
     chdir: bytes | None = None,
@@ -511,9 +512,11 @@ def shell_text(
         lines.append(b"cd -- " + quote(chdir) + b" || exit 125")
     exists = b'[ -e "$f" ] || [ -L "$f" ]'
     if creates is not None:
-        lines.append(b"for f in %s; do if %s; then echo creates >&4; exit 0; fi; done" % (_pattern(creates), exists))
+        lines.append(
+            b"for f in %s; do if %s; then echo creates >&4; exit 0; fi; done" % (_quote_pattern(creates), exists)
+        )
     if removes is not None:
-        lines.append(b"k=1; for f in %s; do if %s; then k=; fi; done" % (_pattern(removes), exists))
+        lines.append(b"k=1; for f in %s; do if %s; then k=; fi; done" % (_quote_pattern(removes), exists))
         lines.append(b'if [ "$k" ]; then echo removes >&4; exit 0; fi')
     lines.append(b"unset f k; exec 4>&-")
     for name, value in (environment or {}).items():
@@ -529,7 +532,7 @@ def shell_text(
     return b"\n".join(lines) + b"\n"
 
 
-def _pattern(value: bytes) -> bytes:
-    # The wildcards of ansible.builtin.command are * ? and [...]. All other characters stand for themselves.
+def _quote_pattern(value: bytes) -> bytes:
+    """Return a pattern of ``creates`` or ``removes`` as shell text. Only * ? and [...] are wildcards."""
     parts = [part for part in _WILDCARD.split(value) if part]
     return b"".join(part if _WILDCARD.fullmatch(part) else quote(part) for part in parts)

@@ -397,7 +397,7 @@ def _bring_up(creation: Creation) -> Outcome:
         # Phase and time belong to the entry of the earlier run, not to what this run notes.
         creation.note = replace(unfinished.creation, phase="", at=0)
     disk = workspace_disk.of_creation(ctx, claim, creation.sandbox, spec.workspace)
-    creation.sandbox = cloud_init.provide(ctx, claim, creation.sandbox, spec.cloud_init_user_data)
+    creation.sandbox = cloud_init.provide_snippet(ctx, claim, creation.sandbox, spec.cloud_init_user_data)
     cloned = clone.make_vm(creation) if creation.sandbox.smbios_uuid is None else None
     if creation.sandbox.state != states.BOOTING:
         creation.sandbox = ctx.records.change(
@@ -420,7 +420,7 @@ def _bring_up(creation: Creation) -> Outcome:
     if spec.wait_for_ip:
         creation.sandbox = _await_ip(creation, located)
     if spec.wait_for_cloud_init:
-        cloud_init.wait(ctx, creation.sandbox)
+        cloud_init.wait_for_end(ctx, creation.sandbox)
     creation.sandbox = ctx.records.change(
         claim,
         creation.sandbox,

@@ -118,7 +118,7 @@ class NodeChoice:
         elif workspace is not None and node.storages is not None and workspace.storage not in node.storages:
             refused = "workspace", f"it has no storage {workspace.storage}, where {workspace.title} lies"
         elif spec.cloud_init_user_data is not None:
-            hidden = cloud_init.why_hidden(ctx, node.name, online, ctx.config.snippets_storage in read.shared)
+            hidden = cloud_init.explain_hidden(ctx, node.name, online, ctx.config.snippets_storage in read.shared)
             refused = ("snippets", hidden) if hidden else None
         source = self._sources.get(node.name)
         return dataclasses.replace(

@@ -85,7 +85,7 @@ def _compose_cicustom(ctx: Context, spec: Spec, sandbox: Sandbox, current: str) 
     """Return the value of ``cicustom`` with our user data and the spec's vendor data; None when neither is given."""
     volumes: dict[str, str] = {}
     if sandbox.snippet is not None:
-        volumes["user"] = cloud_init.volume_of(ctx, sandbox)
+        volumes["user"] = cloud_init.compose_volume(ctx, sandbox)
     if spec.cloud_init_vendor_data:
         volumes["vendor"] = spec.cloud_init_vendor_data
     if not volumes:

@@ -96,7 +96,7 @@ def show_run(call: Call) -> Answer:
     result = command.read_run(
         ctx,
         sandbox,
-        command.check_id(call.ident),
+        command.normalise_id(call.ident),
         stdout_offset=query.get("stdout_offset", 0),
         stderr_offset=query.get("stderr_offset", 0),
         wait=query.get("wait", 0),
@@ -109,7 +109,7 @@ def kill_run(call: Call) -> Answer:
     """End a command in the guest."""
     ctx = call.context()
     sandbox = ctx.select(call.vmid)
-    return _of_run(sandbox, command.kill_command(ctx, sandbox, command.check_id(call.ident)), UTF8, 200)
+    return _of_run(sandbox, command.kill_command(ctx, sandbox, command.normalise_id(call.ident)), UTF8, 200)
 
 
 def _of_run(sandbox: Sandbox, result: command.CommandResult, encoding: str, begun: int = 202) -> Answer:
