@@ -12,7 +12,6 @@ from the test's thread; whatever has to happen at one moment goes through Double
 from __future__ import annotations
 
 import asyncio
-import functools
 import inspect
 import json
 import os
@@ -21,29 +20,29 @@ import tempfile
 import threading
 import time
 import uuid
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from aiohttp import web
-from fakepve import FakePve, FakeVm, PveError, TaskError, settle
+from fakepve import FakePve, FakeVm, PveError, TaskError
 from fakepve import schema as pve_schema
 from fakepve.certs import make_cert
 from fakepve.lxc import format_size, parse_size
 from fakepve.qemu import DRIVE_KEY, NEW_DISK, drives_of, is_cdrom, join_drive, split_drive, volume_ref, with_mac
 from fakepve.routing import param_error
-from fakepve.server import API, EXTJS, USER
+from fakepve.server import API, USER
 from fakepve.server import params as request_params
 
 from support.proxmox_access import AccessRules
-from support.proxmox_guest import BrokenPipe, GuestRules
+from support.proxmox_guest import GuestRules
+from support.proxmox_http import HttpRules
 from support.proxmox_power import STATE_KEYS, PowerRules
+from support.proxmox_tasks import TaskRules
+from support.proxmox_texts import no_config, no_quorum, not_found
+from support.proxmox_thread import on_loop
 
 HOST = "127.0.0.1"
-COUNT_PATH = "/x-agentlab-count"
 CLONE_DESCRIPTION = "qmclone temporary file"
-UNEXPECTED = "unexpected status"
 OWNER = re.compile(r"(?:^|/)(?:vm|base)-(\d+)-")
 HOTPLUGGED = re.compile(r"(scsi|virtio)\d+$")
 CLOUDINIT_KEY = re.compile(
@@ -74,38 +73,8 @@ SANDBOX_PRIVS = (
     "VM.Snapshot.Rollback",
     "VM.GuestAgent.Audit",
 )
-FORCED_SCALE = 1e-9
 # Requests that a guest of ours answers (proxmox_guest.py); all others are fakepve's.
 GUEST_COMMANDS = ("ping", "info", "exec", "exec-status", "file-read", "file-write")
-
-
-@dataclass
-class Outcome:
-    """How a task yet to come shall end."""
-
-    ttype: str
-    how: str
-    vmid: int | None = None
-    carry_out: bool = False
-    text: str = ""
-    seconds: float = 0.0
-    times: int = 1
-
-
-def on_loop(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Run a method on the server's thread, whichever thread calls it."""
-
-    @functools.wraps(method)
-    def call(self: ProxmoxDouble, *args: Any, **kwargs: Any) -> Any:
-        if self.loop is None or not self.loop.is_running() or threading.get_ident() == self.loop_thread:
-            return method(self, *args, **kwargs)
-
-        async def run() -> Any:
-            return method(self, *args, **kwargs)
-
-        return asyncio.run_coroutine_threadsafe(run(), self.loop).result(30)
-
-    return call
 
 
 def volume_owner(volume: str) -> int | None:
@@ -114,32 +83,25 @@ def volume_owner(volume: str) -> int | None:
     return int(found[1]) if found else None
 
 
-class ProxmoxDouble(AccessRules, PowerRules, GuestRules, FakePve):
+class ProxmoxDouble(HttpRules, TaskRules, AccessRules, PowerRules, GuestRules, FakePve):
     """FakePve with the real API's manners. Attributes that tests set are described beside their defaults."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs.setdefault("host", HOST)
         kwargs.setdefault("port", 0)
         super().__init__(*args, **kwargs)
+        self._reset_http()
+        self._reset_tasks()
         self._reset_access()
         self._reset_power()
         self._reset_machines()
-        self.loop: asyncio.AbstractEventLoop | None = None
-        self.loop_thread: int | None = None
         self.ca_fingerprint = _fingerprint()
-        # Called with (method, path) before a request is handled, and after it was, on the server's thread; may be
-        # coroutine functions. Paths begin with /api2/json.
-        self.before: Any = None
-        self.after: Any = None
-        self.hook_errors: list[BaseException] = []
         # Answered as one node that was never part of a cluster: /cluster/status has no entry for a cluster.
         self.standalone = False
         # True: a clone to another node is refused where a disk lies on local storage, as Proxmox VE does.
         self.strict_targets = False
         # Real seconds for which a new VM is listed as `unknown` and without a name.
         self.listing_lag = 0.0
-        # Real seconds before a wrong token is told so (Proxmox: 3).
-        self.auth_delay = 0.0
         # Node -> its bridges and vnets; vmbr0 and vmbr1 where nothing is said.
         self.bridges: dict[str, list[str]] = {}
         # (node, storage) -> maxdisk and disk as the list of resources tells them.
@@ -157,464 +119,16 @@ class ProxmoxDouble(AccessRules, PowerRules, GuestRules, FakePve):
         # None: it never ends.
         self.cloud_init_errors: list[str] | None = []
         self.cloud_init_delay = 0.0
-        # PVE seconds a task of a type takes (times time_scale), and real seconds (whatever time_scale says).
-        self.task_secs: dict[str, float] = {"qmclone": 5, "qmdestroy": 2, "resize": 1}
-        self.real_secs: dict[str, float] = {}
-        # Task type -> n: every such task ends with `WARNINGS: n`. A VM's own dict `task_warnings` does it for one VM.
-        self.task_warnings: dict[str, int] = {}
         # True: a started VM whose config has agent=1 answers the guest agent with an address in 192.0.2.0/24,
         # after agent_delay real seconds.
         self.agent_default = False
         self.agent_delay = 0.0
-        # Every request: {method, path, template, params, status, user}; status None: not answered.
-        self.history: list[dict[str, Any]] = []
-        self._guard = threading.RLock()
-        # `METHOD /path template` -> requests since reset_count(), or since a test cleared it.
-        self.counted: Counter[str] = Counter()
-        self.faults: list[dict[str, Any]] = []
-        self._outcomes: list[Outcome] = []
-        self._cell: dict[str, str] = {}
-        self._running: dict[str, asyncio.Task[Any]] = {}
-        self._held: dict[str, asyncio.Future[str]] = {}
-        self._killed: dict[str, str] = {}
-        self._forgotten: set[str] = set()
-        self._stopping: asyncio.Event | None = None
         self._clone: dict[str, Any] = {}
         self._born: dict[int, float] = {}
         self._addresses: dict[int, str] = {}
 
-    # ------------------------------------------------------------------ what was asked
-
-    def count(self) -> int:
-        """Return the number of all requests since ``counted`` was cleared."""
-        with self._guard:
-            return sum(self.counted.values())
-
-    def reset_count(self) -> None:
-        """Forget all requests so far."""
-        with self._guard:
-            self.counted.clear()
-            self.requests.clear()
-            self.history.clear()
-
-    def touched(self, vmid: int) -> list[str]:
-        """Return `METHOD /path` of each handled request that names the VM in its path and may change something.
-
-        Oldest first, since ``requests`` was cleared.
-        """
-        return [
-            f"{method} {path}"
-            for method, path, _body in list(self.requests)
-            if method != "GET" and re.search(rf"/qemu/{vmid}(/|$)", path)
-        ]
-
-    # ------------------------------------------------------------------ faults of the connection
-
-    def fault(self, method: str, suffix: str, kind: str, *, times: int = 1, **values: Any) -> dict[str, Any]:
-        """Spoil the next requests whose path ends with ``suffix`` (a pattern), or whose template is ``suffix``.
-
-        Kinds: `cut-before` cuts the connection before the request is handled, `cut-after` after it was carried out,
-        `truncate` in the middle of the answer. `answer` says exactly this (status, body, type, headers); the request is
-        handled, and its real answer dropped, only with carry_out. `hang` says nothing for real seconds. With carry_out
-        False the request is never handled, and 596 in the end; True: handled at once; "late": handled after them.
-
-        Returns the fault, whose ``times`` says how many are left.
-        """
-        known = {"cut-before": set(), "cut-after": set(), "truncate": set(), "hang": {"seconds", "carry_out"}}
-        known["answer"] = {"status", "body", "type", "headers", "carry_out"}
-        if not set(values) <= known.get(kind, set()) or kind not in known:
-            raise ValueError(f"{kind}: {values}")
-        fault = {"method": method, "suffix": suffix, "kind": kind, "times": times, **values}
-        with self._guard:
-            self.faults.append(fault)
-        return fault
-
-    def clear_faults(self) -> None:
-        """Forget every fault that has not happened yet: of connections, tasks and fail()."""
-        with self._guard:
-            self.faults.clear()
-            self._outcomes.clear()
-        self.failures.clear()
-
-    def _take_fault(self, method: str, path: str, template: str) -> dict[str, Any] | None:
-        with self._guard:
-            for fault in self.faults:
-                suffix = fault["suffix"]
-                if fault["method"] == method and (template == suffix or re.search(suffix + "$", path)):
-                    fault["times"] -= 1
-                    if fault["times"] <= 0:
-                        self.faults.remove(fault)
-                    return fault
-        return None
-
-    # ------------------------------------------------------------------ the server
-
-    async def start(self, certfile: str, keyfile: str) -> None:
-        self.loop = asyncio.get_running_loop()
-        self.loop_thread = threading.get_ident()
-        self._stopping = asyncio.Event()
-        await super().start(certfile, keyfile)
-        # Requests that hang on purpose must not keep a test from ending.
-        self.runner._shutdown_timeout = 0.5
-
-    async def stop(self) -> None:
-        self.close_machines()
-        if self._stopping is not None:
-            self._stopping.set()
-        for running in list(self._running.values()):
-            running.cancel()
-        await settle()
-        await super().stop()
-
-    async def _sleep(self, seconds: float) -> None:
-        """Real seconds, or until the server stops."""
-        if seconds <= 0:
-            return
-        try:
-            await asyncio.wait_for(self._stopping.wait(), seconds) if self._stopping else await asyncio.sleep(seconds)
-        except TimeoutError:
-            pass
-
-    def _build_app(self) -> web.Application:
-        app = super()._build_app()
-        app.middlewares.insert(0, self._outermost)
-        return app
-
-    @web.middleware
-    async def _outermost(self, request: web.Request, handler: Any) -> web.StreamResponse:
-        """Counting, hooks and faults of the connection: round everything else, so that refused requests count too."""
-        prefix = EXTJS if request.path.startswith(EXTJS + "/") else API
-        path = request.path[len(prefix) :] if request.path.startswith(prefix) else request.path
-        if path == COUNT_PATH:
-            return self._serve_count(request)
-        match = self.resolve(request, API)
-        template = match.template if match else path
-        try:
-            values = await request_params(request)
-        except Exception:  # malformed bodies get their 400 from the handler
-            values = {}
-        entry = {
-            "method": request.method,
-            "path": path,
-            "template": template,
-            "params": values,
-            "status": None,
-            "user": None,
-        }
-        self._note(entry)
-        self._snap_broadcast()
-        if not await self._hook(self.before, request.method, path):
-            return web.json_response({"data": None, "message": "the test's hook before failed"}, status=500)
-        fault = self._take_fault(request.method, path, template)
-
-        async def handle() -> web.StreamResponse:
-            response = await self._as_sent(request, handler)
-            entry["status"], entry["user"] = response.status, request.get(USER)
-            await self._hook(self.after, request.method, path)
-            return response
-
-        return await (self._with_fault(request, fault, handle) if fault else handle())
-
-    def _note(self, entry: dict[str, Any]) -> None:
-        with self._guard:
-            self.counted[f"{entry['method']} {entry['template']}"] += 1
-            self.history.append(entry)
-
-    async def _hook(self, hook: Any, method: str, path: str) -> bool:
-        if hook is None:
-            return True
-        try:
-            waited = hook(method, API + path)
-            if inspect.isawaitable(waited):
-                await waited
-        except Exception as error:  # kept for the test, which would otherwise see a 500 of unknown origin
-            self.hook_errors.append(error)
-            return False
-        return True
-
-    async def _as_sent(self, request: web.Request, handler: Any) -> web.StreamResponse:
-        try:
-            response = await handler(request)
-        except web.HTTPNotFound:
-            response = web.Response(status=404)
-        except BrokenPipe:
-            return web.Response(status=596, reason="Broken pipe")
-        if response.status == 404 and not self.resolve(request, API) and request.path.startswith(API):
-            response = _not_implemented(request.method, request.path[len(API) :])
-        elif response.status == 501:
-            response = _not_implemented(request.method, request.path.removeprefix(API))
-        if response.status == 401:
-            await self._sleep(self.auth_delay)
-        login = request.path == API + "/access/ticket"
-        if response.status in (401, 595, 596) and request.path.startswith(API) and not login:
-            # These come from the daemon in front of the API: a reason, no body.
-            response = web.Response(status=response.status, reason=response.reason)
-        return response
-
-    def _authenticate(self, request: web.Request) -> Any:
-        """Return the user, or refuse with the reason that Proxmox VE has: one for every wrong token or ticket."""
-        try:
-            return super()._authenticate(request)
-        except PveError as error:
-            if "csrf" in error.message:
-                raise
-            presented = request.headers.get("Authorization") or request.cookies.get("PVEAuthCookie")
-            raise PveError(401, "Authentication failed!" if presented else "No ticket") from None
-
-    async def _with_fault(self, request: web.Request, fault: dict[str, Any], handle: Any) -> web.StreamResponse:
-        kind, carry_out = fault["kind"], fault.get("carry_out", False)
-        if kind == "cut-before":
-            return _dropped(request)
-        if kind in ("cut-after", "truncate"):
-            response = await handle()
-            return _dropped(request) if kind == "cut-after" else await _half(request, response)
-        if kind == "hang":
-            response = await handle() if carry_out is True else None
-            await self._sleep(fault["seconds"])
-            if carry_out == "late":
-                response = await handle()
-            return response or web.Response(status=596, reason="Connection timed out")
-        if carry_out:
-            await handle()
-        body = fault.get("body", "")
-        return web.Response(
-            status=fault["status"],
-            body=body.encode() if isinstance(body, str) else body,
-            headers={"Content-Type": fault.get("type", "application/json"), **fault.get("headers", {})},
-        )
-
-    def _serve_count(self, request: web.Request) -> web.Response:
-        """GET: {template with method: n} and total since the last DELETE."""
-        counts = dict(sorted(self.counted.items()))
-        if request.method == "DELETE":
-            self.reset_count()
-        return web.json_response({"data": {"total": sum(counts.values()), "requests": counts}})
-
-    async def _answer(
-        self, request: web.Request, handler: Any, generic: Any, path_node: str | None
-    ) -> web.StreamResponse:
-        match = generic or self.resolve(request, API)
-        if path_node and path_node not in self.nodes:
-            text = (
-                f"hostname lookup '{path_node}' failed - failed to get address info for: {path_node}: Name or service "
-                "not known"
-            )
-            return _error(PveError(500, text))
-        if path_node and not self.nodes[path_node].get("online", True) and match and request.method in match.methods:
-            # Permissions are checked where the request arrives, before it is passed on to the node.
-            try:
-                values = dict(await request_params(request), **match.params)
-                self.check_permissions(request[USER], match.methods[request.method].get("permissions"), values)
-            except PveError as error:
-                return _error(error)
-        return await super()._answer(request, handler, generic, path_node)
-
-    # ------------------------------------------------------------------ tasks
-
-    def next_task(
-        self,
-        ttype: str,
-        how: str,
-        *,
-        vmid: int | None = None,
-        carry_out: bool | None = None,
-        text: str = "",
-        seconds: float = 0.0,
-        warnings: int = 1,
-        times: int = 1,
-    ) -> None:
-        """Decide how the next task of a type (`qmclone`, `qmdestroy`, `qmstart`, `qmstop`, ...) goes; vmid: only
-        that VM's. What shall hold for every task of a type is set in the dicts ``task_secs``, ``task_warnings`` and
-        ``task_endings`` (double.py).
-
-        how: `warnings` (done, WARNINGS: n) | `killed` (`unexpected status`) | `hang` (runs for ever; release_task() or
-        kill_task()) | `vanish` (done, then an unknown id) | `fail` (text) | `slow` (real seconds). carry_out says
-        whether the work gets done; default: for warnings, vanish and slow. A killed clone that is not carried out
-        leaves the VM with lock clone.
-        """
-        if how not in ("warnings", "killed", "hang", "vanish", "fail", "slow"):
-            raise ValueError(how)
-        done = how in ("warnings", "vanish", "slow") if carry_out is None else carry_out
-        with self._guard:
-            self._outcomes.append(Outcome(ttype, how, vmid, done, text or f"WARNINGS: {warnings}", seconds, times))
-
-    @on_loop
-    def kill_task(self, upid: str, text: str = UNEXPECTED) -> None:
-        """End a running task as a killed worker does: what it was doing stays half done."""
-        record = self.tasks[upid]
-        if record["status"] != "running":
-            raise ValueError(f"{upid} has ended")
-        self._killed[upid] = text
-        if upid in self._running:
-            self._running[upid].cancel()
-        record.update(status="stopped", exitstatus=text, endtime=int(time.time()))
-
-    @on_loop
-    def release_task(self, upid: str) -> None:
-        """Let a hanging task go on (its work is done now unless it was before)."""
-        self._held[upid].set_result("go")
-
-    @on_loop
-    def forget_task(self, upid: str) -> None:
-        """Proxmox no longer knows this task id; its work goes on."""
-        self._forgotten.add(upid)
-
-    @on_loop
-    def running_tasks(self, ttype: str | None = None) -> list[str]:
-        return [t["upid"] for t in self.tasklog if t["status"] == "running" and ttype in (None, t["type"])]
-
-    def _take_outcome(self, ttype: str, ids: set[str]) -> Outcome | None:
-        with self._guard:
-            for found in self._outcomes:
-                if found.ttype == ttype and (found.vmid is None or str(found.vmid) in ids):
-                    found.times -= 1
-                    if found.times <= 0:
-                        self._outcomes.remove(found)
-                    return found
-        return None
-
-    def _upid(self, node: str, ttype: str, tid: Any, user: str) -> tuple[str, int, int]:
-        made = super()._upid(node, ttype, tid, user)
-        # task() cannot see the id of its own task before the task runs; this call is the first thing it makes.
-        self._cell["upid"] = made[0]
-        return made
-
-    async def task(
-        self, node: str, ttype: str, tid: Any, user: str, body: Any, vm: Any = None, lock: bool = True, log: Any = ()
-    ) -> str:
-        """Start a task; nothing in here waits before the task is on its way, so the fields it borrows are its own."""
-        cell: dict[str, str] = {}
-        self._cell = cell
-        ids = {str(tid)} | ({str(vm.vmid)} if vm is not None else set())
-        outcome = self._take_outcome(ttype, ids)
-        around = getattr(self, "_around_" + ttype, None)
-        undo: list[Callable[[], None]] = []
-        inner = around(body, vm, undo) if around and vm is not None else body
-        target = vm or self.vm(int(tid)) if str(tid).isdigit() else vm
-        detached = (
-            bool(self.time_scale)
-            or ttype in self.real_secs
-            or (outcome is not None and outcome.how in ("hang", "slow"))
-        )
-
-        async def run() -> Any:
-            upid = cell["upid"]
-            if detached:
-                self._running[upid] = asyncio.current_task()
-            try:
-                await self.pause(self.task_secs.get(ttype, 0))
-                await self._sleep(self.real_secs.get(ttype, 0))
-                return await self._carry_out(upid, ttype, inner, target, outcome, undo)
-            except asyncio.CancelledError:
-                text = self._killed.pop(upid, None)
-                if text is None:
-                    raise
-                if text != UNEXPECTED:
-                    _run_all(undo)
-                raise TaskError(text) from None
-            finally:
-                self._running.pop(upid, None)
-                self._held.pop(upid, None)
-
-        scale = self.time_scale
-        self.time_scale = scale or (FORCED_SCALE if detached else scale)
-        try:
-            if detached:
-                started = super().task(node, ttype, tid, user, run, vm=vm, lock=lock, log=log)
-                return await started
-        finally:
-            self.time_scale = scale
-        return await super().task(node, ttype, tid, user, run, vm=vm, lock=lock, log=log)
-
-    async def _carry_out(
-        self, upid: str, ttype: str, body: Any, vm: Any, outcome: Outcome | None, undo: list[Callable[[], None]]
-    ) -> Any:
-        number = getattr(vm, "task_warnings", {}).get(ttype) or self.task_warnings.get(ttype)
-        if outcome is None:
-            note = await body()
-            if number:
-                raise TaskError(f"WARNINGS: {number}")
-            return note
-        if outcome.how == "slow":
-            await self._sleep(outcome.seconds)
-        note = await body() if outcome.carry_out else None
-        if outcome.how == "hang":
-            self._held[upid] = asyncio.get_running_loop().create_future()
-            await self._held[upid]
-            return note if outcome.carry_out else await body()
-        if outcome.how == "vanish":
-            self._forgotten.add(upid)
-        elif outcome.how == "killed":
-            raise TaskError(UNEXPECTED)
-        elif outcome.how in ("fail", "warnings"):
-            if not outcome.carry_out:
-                _run_all(undo)
-            raise TaskError(outcome.text)
-        return note
-
-    async def _failing(self, node: str, ttype: str, tid: Any, user: str, text: str) -> str:
-        async def body() -> None:
-            raise TaskError(text)
-
-        return await self.task(node, ttype, tid, user, body)
-
-    def _get_task(self, request: web.Request) -> dict[str, Any]:
-        return self._find_task(request.match_info["node"], request.match_info["upid"], request[USER])
-
-    def _find_task(self, node: str, upid: str, user: str) -> dict[str, Any]:
-        found = re.match(r"UPID:([^:]+):[0-9A-F]{8}:[0-9A-F]{8,9}:[0-9A-F]{8}:[^:\s]+:[^:\s]*:[^:\s]+:$", upid)
-        if found is None:
-            raise param_error(upid="unable to parse worker upid")
-        task = self.tasks.get(upid)
-        # Only the node named in the id has the task; asked elsewhere it is as unknown as any.
-        if task is None or upid in self._forgotten or found[1] != node:
-            raise param_error(upid="no such task")
-        if not self._task_owner(user, task):
-            self.require(user, "/nodes/" + node, "Sys.Audit")
-        return task
-
-    async def _task_list(self, request: web.Request) -> web.Response:
-        v = self._verify(request, await request_params(request))
-        found = self._tasks_of(request[USER], request.match_info["node"])
-        source = v.get("source", "archive")
-        found = [t for t in found if source == "all" or (t["status"] == "running") == (source == "active")]
-        tests = {
-            "since": lambda t, x: t["starttime"] >= x,
-            "until": lambda t, x: t["starttime"] <= x,
-            "typefilter": lambda t, x: t["type"] == x,
-            "vmid": lambda t, x: t["id"] == str(x),
-            "userfilter": lambda t, x: x.lower() in t["user"].lower(),
-            "errors": lambda t, x: not x or (t["status"] != "running" and t["exitstatus"] != "OK"),
-        }
-        for name, test in tests.items():
-            if v.get(name) is not None:
-                found = [t for t in found if test(t, v[name])]
-        start = v.get("start", 0)
-        return web.json_response(
-            {"data": [_listed(self._task_view(t, True)) for t in found[start : start + v.get("limit", 50)]]}
-        )
-
-    def _tasks_of(self, user: str, node: str | None = None) -> list[dict[str, Any]]:
-        """Tasks the user may see, newest first."""
-        found = [
-            t
-            for t in self.tasklog
-            if node in (None, t["node"])
-            and t["upid"] not in self._forgotten
-            and (self._task_owner(user, t) or self.allowed(user, "/nodes/" + t["node"], "Sys.Audit"))
-        ]
-        # Started in the same second: the later one first, so turned round before a sort that keeps their order.
-        found.reverse()
-        return sorted(found, key=lambda t: -t["starttime"])
-
-    async def _task_log(self, request: web.Request) -> web.Response:
-        response = await super()._task_log(request)
-        return web.json_response(text=response.text.replace("TASK ERROR: WARNINGS:", "TASK WARNINGS:"))
-
     def _routes_double(self) -> list[tuple[str, str, Any]]:
         return [
-            ("DELETE", "/nodes/{node}/tasks/{upid}", self._task_abort),
-            ("GET", "/cluster/tasks", self._cluster_tasks),
             ("PUT", "/nodes/{node}/qemu/{vmid}/resize", self._qm_resize),
             ("GET", "/nodes/{node}/certificates/info", self._certificates),
             ("GET", "/nodes/{node}/network", self._network),
@@ -624,15 +138,6 @@ class ProxmoxDouble(AccessRules, PowerRules, GuestRules, FakePve):
     async def _node_time(self, v: dict[str, Any], user: str) -> dict[str, Any]:
         now = int(time.time() + self.clock_offset)
         return {"time": now, "localtime": now, "timezone": "UTC"}
-
-    async def _task_abort(self, v: dict[str, Any], user: str) -> None:
-        task = self._find_task(v["node"], v["upid"], user)
-        if task["status"] == "running":
-            clone = "clone failed: copy failed: command '/usr/bin/qemu-img convert' failed: interrupted by signal"
-            self.kill_task(task["upid"], clone if task["type"] == "qmclone" else UNEXPECTED)
-
-    async def _cluster_tasks(self, v: dict[str, Any], user: str) -> list[dict[str, Any]]:
-        return [_listed(self._task_view(t, True)) for t in self._tasks_of(user)[:25]]
 
     async def _network(self, v: dict[str, Any], user: str) -> list[dict[str, Any]]:
         return [
@@ -766,11 +271,11 @@ class ProxmoxDouble(AccessRules, PowerRules, GuestRules, FakePve):
             vm = self.vm(int(vmid))
             if vm is None or vm.node != node:
                 if action in ("reboot", "suspend", "resume"):
-                    raise PveError(500, _not_found(vmid, node))
-                text = _not_found(vmid, node)
+                    raise PveError(500, not_found(vmid, node))
+                text = not_found(vmid, node)
                 if action == "start":
                     self.need_quorum()
-                    text = _no_config(node, vmid)
+                    text = no_config(node, vmid)
                 return web.json_response({"data": await self._failing(node, "qm" + action, vmid, user, text)})
             if not self.quorate and action in ("stop", "shutdown", "suspend", "resume"):
                 # Only what writes a configuration or begins a VM asks for quorum.
@@ -902,7 +407,7 @@ class ProxmoxDouble(AccessRules, PowerRules, GuestRules, FakePve):
             if re.sub(r"\d+$", "[n]", key) not in known and key not in known and key not in ("vmstate", "lock"):
                 raise param_error(delete=f"unknown option '{key}'")
         if not self.quorate:
-            raise PveError(500, _no_quorum(vm.node, vm.vmid))
+            raise PveError(500, no_quorum(vm.node, vm.vmid))
         wanted = [key for key in str(updates.get("delete") or "").split(",") if key]
         if "vmstate" in wanted:
             self._check_state_delete(vm, user, updates)
@@ -1094,7 +599,7 @@ class ProxmoxDouble(AccessRules, PowerRules, GuestRules, FakePve):
         async def body() -> None:
             vm = self.vm(int(vmid))
             if vm is None or vm.node != node:
-                raise TaskError(_no_config(node, vmid))
+                raise TaskError(no_config(node, vmid))
             if v.get("digest") and v["digest"] != vm.digest():
                 raise TaskError("checksum mismatch (file change by other user?)")
             if vm.lock:
@@ -1113,7 +618,7 @@ class ProxmoxDouble(AccessRules, PowerRules, GuestRules, FakePve):
                 # The image is enlarged before the configuration is written: without quorum only the former happens.
                 known["size"] = wanted
             if not self.quorate:
-                raise TaskError(_no_quorum(node, vmid))
+                raise TaskError(no_quorum(node, vmid))
             vm.config[key] = join_drive(volume, dict(props, size=format_size(wanted)))
 
         return await self.task(node, "resize", vmid, user, body, vm=self.vm(int(vmid)))
@@ -1122,7 +627,7 @@ class ProxmoxDouble(AccessRules, PowerRules, GuestRules, FakePve):
         if self.quorate:
             return await super()._qm_snapshot(v, user)
         self.find(v["node"], v["vmid"])
-        return await self._failing(v["node"], "qmsnapshot", v["vmid"], user, _no_quorum(v["node"], v["vmid"]))
+        return await self._failing(v["node"], "qmsnapshot", v["vmid"], user, no_quorum(v["node"], v["vmid"]))
 
     def _around_qmrollback(self, body: Any, vm: Any, undo: list[Callable[[], None]]) -> Any:
         async def run() -> Any:
@@ -1141,7 +646,7 @@ class ProxmoxDouble(AccessRules, PowerRules, GuestRules, FakePve):
         self._qm_perm(user, newid, v.get("pool"), "VM.Allocate")
         src = self.vm(vmid)
         if src is None or src.node != node:
-            raise PveError(500, _not_found(vmid, node))
+            raise PveError(500, not_found(vmid, node))
         target = v.get("target")
         if v.get("snapname") and v["snapname"] not in src.snapshots:
             raise PveError(500, f"snapshot '{v['snapname']}' does not exist")
@@ -1233,7 +738,7 @@ class ProxmoxDouble(AccessRules, PowerRules, GuestRules, FakePve):
                     for volume in own:
                         self._qm_free(volume)
                     vm.disks_lost = True
-                    raise TaskError(_no_quorum(vm.node, vm.vmid))
+                    raise TaskError(no_quorum(vm.node, vm.vmid))
             foreign = self._foreign_volumes(vm)
             note = await body()
             for sid, name, volume in foreign:
@@ -1414,86 +919,12 @@ class ProxmoxDouble(AccessRules, PowerRules, GuestRules, FakePve):
             self._power_off(vm)
 
 
-# ---------------------------------------------------------------------- small things
-
-
-def _no_config(node: str, vmid: Any) -> str:
-    return f"Configuration file 'nodes/{node}/qemu-server/{vmid}.conf' does not exist"
-
-
-def _not_implemented(method: str, path: str) -> web.Response:
-    text = f"Method '{method} {path}' not implemented"
-    return web.json_response({"data": None, "message": text}, status=501, reason=text)
-
-
-def _no_quorum(node: str, vmid: Any) -> str:
-    return f"unable to open file '/etc/pve/nodes/{node}/qemu-server/{vmid}.conf.tmp.4711' - Permission denied"
-
-
-def _not_found(vmid: Any, node: str) -> str:
-    return f"unable to find configuration file for VM {vmid} on node '{node}'"
-
-
-def _listed(view: dict[str, Any]) -> dict[str, Any]:
-    """A task as lists show it: the exit status stands in `status`, RUNNING where there is none yet."""
-    if "status" in view:
-        return view
-    active = dict(view, status="RUNNING", saved="0")
-    token = active.pop("tokenid", None)
-    if token:
-        active["user"] = f"{active['user']}!{token}"
-    return active
-
-
-def _error(error: PveError) -> web.Response:
-    body = {"data": None, "message": error.message + "\n"}
-    if error.errors:
-        body["errors"] = error.errors
-    return web.json_response(body, status=error.status, reason=error.message.splitlines()[0][:200])
-
-
-def _run_all(steps: list[Callable[[], None]]) -> None:
-    for step in steps:
-        step()
-
-
 def _fingerprint() -> str:
     return ":".join(f"{b:02X}" for b in os.urandom(32))
 
 
 def _mac() -> str:
     return "BC:24:11:" + ":".join(f"{b:02X}" for b in os.urandom(3))
-
-
-def _dropped(request: web.Request) -> web.StreamResponse:
-    """The connection is gone before a byte of the answer."""
-    if request.transport is not None:
-        request.transport.abort()
-    return _Nothing()
-
-
-async def _half(request: web.Request, response: web.StreamResponse) -> web.StreamResponse:
-    """The headers promise the whole body; half of it comes."""
-    body = response.body if isinstance(response, web.Response) and isinstance(response.body, bytes) else b"{}"
-    if request.transport is not None:
-        head = (
-            f"HTTP/1.1 {response.status} {response.reason}\r\nContent-Type: application/json;charset=UTF-8\r\n"
-            f"Content-Length: {len(body)}\r\n\r\n"
-        )
-        request.transport.write(head.encode() + body[: len(body) // 2])
-        request.transport.close()
-    return _Nothing()
-
-
-class _Nothing(web.StreamResponse):
-    """An answer that was sent already, or never will be."""
-
-    async def prepare(self, request: web.BaseRequest) -> Any:
-        self.force_close()
-        return None
-
-    async def write_eof(self, data: bytes = b"") -> None:
-        return None
 
 
 class DoubleServer:
@@ -1583,7 +1014,6 @@ class DoubleServer:
 
 __all__ = [
     "CLONE_DESCRIPTION",
-    "COUNT_PATH",
     "DoubleServer",
     "FakeVm",
     "ProxmoxDouble",

@@ -1,0 +1,21 @@
+# Copyright: the agentlab.proxmox contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Texts of Proxmox VE that several parts of the double answer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def no_config(node: str, vmid: Any) -> str:
+    return f"Configuration file 'nodes/{node}/qemu-server/{vmid}.conf' does not exist"
+
+
+def no_quorum(node: str, vmid: Any) -> str:
+    return f"unable to open file '/etc/pve/nodes/{node}/qemu-server/{vmid}.conf.tmp.4711' - Permission denied"
+
+
+def not_found(vmid: Any, node: str) -> str:
+    return f"unable to find configuration file for VM {vmid} on node '{node}'"
