@@ -19,7 +19,7 @@ from ansible_collections.agentlab.proxmox.plugins.module_utils._core.model impor
 
 from support.double import TOKEN_ID, Server
 from support.lab import FakeClock, Lab
-from support.proxmox_double import SANDBOX_PRIVS
+from support.proxmox_access import SANDBOX_PRIVS
 
 pytestmark = pytest.mark.faults
 

@@ -25,13 +25,43 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from fakepve import PveError
+from aiohttp import web
+from fakepve import FakePve, PveError
 from fakepve import schema as pve_schema
+from fakepve.server import USER
 from fakepve.shapes import PRIVILEGES
 
 from support.access import AccessControl, Entry
 
 Grant = tuple[Any, ...]  # (path, privileges) or (path, privileges, propagate)
+CLOUDINIT_KEY = re.compile(
+    r"(ciuser|cipassword|citype|ciupgrade|cicustom|sshkeys|nameserver|searchdomain|ipconfig\d+)$"
+)
+CONFIG_PRIVS = (
+    "VM.Config.Disk",
+    "VM.Config.CDROM",
+    "VM.Config.CPU",
+    "VM.Config.Memory",
+    "VM.Config.Network",
+    "VM.Config.HWType",
+    "VM.Config.Options",
+    "VM.Config.Cloudinit",
+)
+# What the product needs on its own VMs; the template, the storage and the bridge come beside it.
+SANDBOX_PRIVS = (
+    "VM.Audit",
+    "VM.Allocate",
+    "VM.PowerMgmt",
+    "VM.Config.Options",
+    "VM.Config.Cloudinit",
+    "VM.Config.CPU",
+    "VM.Config.Memory",
+    "VM.Config.Disk",
+    "VM.Config.Network",
+    "VM.Snapshot",
+    "VM.Snapshot.Rollback",
+    "VM.GuestAgent.Audit",
+)
 
 
 # Since Proxmox VE 8 everybody who is logged in may read (a part of) the cluster's options.
@@ -43,7 +73,7 @@ def split_tags(text: Any) -> list[str]:
     return [tag for tag in re.split(r"[;,\s]+", str(text or "")) if tag]
 
 
-class AccessRules:
+class AccessRules(FakePve):
     """Mixin of ProxmoxDouble. The module's docstring says how tests use it."""
 
     acl: dict[str, list[Grant]] | None
@@ -78,6 +108,31 @@ class AccessRules:
         if self.acl is None:
             self.acl = {}
         self.acl.setdefault(user, []).append((path.rstrip("/") or "/", set(privs), propagate))
+
+    def grant_least(
+        self,
+        user: str,
+        template: int = 9000,
+        pool: str | None = None,
+        vmids: tuple[int, ...] = (),
+        storage: str = "local-lvm",
+        bridge: str = "vmbr0",
+    ) -> None:
+        """What the product needs and no more, for a user or token: on /vms, on a pool (made here), or on single VMIDs.
+
+        Permissions count for everybody from now on.
+        """
+        if pool is not None and pool not in self.pools:
+            self.pools[pool] = set()
+            self._pool_meta(pool)
+        where = [f"/pool/{pool}"] if pool else [f"/vms/{vmid}" for vmid in vmids] or ["/vms"]
+        for path in where:
+            self.grant(user, path, *SANDBOX_PRIVS)
+        if pool:
+            self.grant(user, f"/pool/{pool}", "Pool.Audit")
+        self.grant(user, f"/vms/{template}", "VM.Audit", "VM.Clone")
+        self.grant(user, f"/storage/{storage}", "Datastore.AllocateSpace", "Datastore.Audit")
+        self.grant(user, f"/sdn/zones/localnetwork/{bridge}", "SDN.Use")
 
     def allowed(self, user: str, path: str, priv: str) -> bool:
         """Return whether a user or token holds a privilege on a path."""
@@ -150,6 +205,19 @@ class AccessRules:
         self.access.users |= {token.partition("!")[0] for token in self.apitokens}
         self.acl = {}
         return self.access
+
+    def _config_priv(self, key: str) -> str:
+        return "VM.Config.Cloudinit" if CLOUDINIT_KEY.match(key) else super()._config_priv(key)
+
+    def _vm(self, request: web.Request, priv: str | None = None) -> Any:
+        """Rights are looked at before the VM is: without them one that is not there answers 403 as well."""
+        path = "/vms/" + request.match_info["vmid"]
+        if request.match_info["vmid"].isdigit():
+            if priv:
+                self.require(request[USER], path, priv)
+            elif not any(self.allowed(request[USER], path, name) for name in CONFIG_PRIVS):
+                raise PveError(403, f"Permission check failed ({path}, {'|'.join(CONFIG_PRIVS)})")
+        return super()._vm(request, priv)
 
     def _routes_access(self) -> list[Any]:
         return [

@@ -11,8 +11,6 @@ root. All else is this machine, so tests write into ``guest.folder`` only.
 How the agent answers is what the real one (qemu-ga 10 through Proxmox VE 9.2) was seen to do; the switches:
 
 - ``guest.shell``: the shell behind /bin/sh. ``guest.use_busybox()``: that shell and all programs are busybox.
-- ``pve.agent_nap``: seconds the agent sleeps at each connection (real: up to 0.1; a request makes two).
-- ``pve.agent_hurry``: the real time-outs (3 s for the ping, 5 s for a command) are divided by it.
 - ``guest.freeze(seconds)``: nothing is answered for that long. ``guest.freeze_after_ping(seconds)``: the next command
   is taken, not answered in time, and carried out afterwards.
 - ``guest.lose_status(times)``: the next exec-status times out, and its output is lost.
@@ -40,16 +38,9 @@ from typing import Any
 from fakepve import PveError
 
 NOBODY = 65534
-SILENT = "QEMU guest agent is not running"
 # Bytes of output that still arrive within the five seconds of an exec-status.
 LARGEST_STATUS = 3 * 1024 * 1024
-LARGEST_INPUT = 65536
-LARGEST_CONTENT = 61440
-LARGEST_READ = 16777216
 LARGEST_ARGUMENT = 131071
-# A transfer with four requests at a time took 0.57 of the time of one with one at a time, on the real agent.
-CROWDED = 0.57
-_RPC = {"file-read": "guest-file-open", "file-write": "guest-file-open"}
 
 
 class BrokenPipe(Exception):
@@ -327,126 +318,3 @@ class Guest:
         except FileNotFoundError:
             text = f"Agent error: failed to open file '{path}' (mode: 'wb'): No such file or directory"
             raise PveError(500, text) from None
-
-
-class GuestRules:
-    """The part of the double that passes agent requests on to guests."""
-
-    def _reset_machines(self) -> None:
-        self.machines: dict[int, Guest] = {}
-        self.agent_nap = 0.0
-        self.agent_hurry = 20.0
-        # False: Proxmox VE 8, where file-read knows neither offset nor count nor decode.
-        self.reads_pieces = True
-
-    def machine(self, vmid: int) -> Guest:
-        """Return the guest of a VM, made at its first use."""
-        if vmid not in self.machines:
-            self.machines[vmid] = Guest(vmid)
-        return self.machines[vmid]
-
-    def close_machines(self) -> None:
-        """End all processes of all guests, and remove their folders."""
-        for guest in self.machines.values():
-            guest.close()
-        self.machines.clear()
-
-    async def _agent_request(self, vm: Any, command: str, values: dict[str, Any]) -> Any:
-        """Answer one request as the bridge and the agent do: checks, a ping, then the command."""
-        guest = self.machine(vm.vmid)
-        self._check_bounds(command, values)
-        guest.waiting += 1
-        async with guest.busy:
-            guest.waiting -= 1
-            # The agent sleeps while nobody is connected: less where the next request waits already.
-            nap = self.agent_nap * (CROWDED if guest.waiting else 1)
-            # It sleeps again and again from the end of the last request on, and the next wake-up counts.
-            asleep = time.monotonic() - guest.served
-            await asyncio.sleep(nap - asleep % nap if nap else 0)
-            if guest.silent:
-                await asyncio.sleep(3 / self.agent_hurry)
-                raise PveError(500, SILENT)
-            # A file is opened, read or written, and closed, each with a ping before it.
-            await asyncio.sleep(nap * (5 if command.startswith("file-") else 1))
-            rpc = _RPC.get(command, f"guest-{command}")
-            if rpc in guest.blocked and command != "info":
-                raise PveError(500, f"Agent error: Command {rpc} has been disabled: the command is not allowed")
-            try:
-                return await self._serve_agent(guest, vm, command, values, rpc)
-            except TimeoutError:
-                await asyncio.sleep(5 / self.agent_hurry)
-                raise PveError(500, f"VM {vm.vmid} qga command '{rpc}' failed - got timeout") from None
-            except BrokenPipe:
-                await asyncio.sleep(5 / self.agent_hurry)
-                raise
-            finally:
-                guest.served = time.monotonic()
-
-    def _check_bounds(self, command: str, values: dict[str, Any]) -> None:
-        data = str(values.get("input-data") or "")
-        content = str(values.get("content") or "")
-        for name, text, most in (("input-data", data, LARGEST_INPUT), ("content", content, LARGEST_CONTENT)):
-            if len(text) > most:
-                raise PveError(
-                    400, "Parameter verification failed.", {name: f"value may only be {most} characters long"}
-                )
-        if not data.isascii():
-            text = "Wide character in subroutine entry at /usr/share/perl5/PVE/QemuServer/Agent.pm line 135."
-            raise PveError(500, text)
-        if not content.isascii():
-            text = "Wide character in subroutine entry at /usr/share/perl5/PVE/API2/Qemu/Agent.pm line 624."
-            raise PveError(500, text)
-        if not self.reads_pieces and command == "file-read":
-            unknown = [name for name in ("offset", "count", "decode") if name in values]
-            if unknown:
-                text = "property is not defined in schema and the schema does not allow additional properties"
-                raise PveError(400, "Parameter verification failed.", dict.fromkeys(unknown, text))
-
-    async def _serve_agent(self, guest: Guest, vm: Any, command: str, values: dict[str, Any], rpc: str) -> Any:
-        frozen = guest.take_freeze()
-        if frozen:
-            guest.freeze(frozen / self.agent_hurry)
-        if command == "exec":
-            argv = values["command"] if isinstance(values["command"], list) else [values["command"]]
-            argv, data = [str(word) for word in argv], str(values.get("input-data") or "")
-            if not argv or not argv[0]:
-                raise PveError(400, "Parameter verification failed.", {"command": "type check ('array') failed"})
-            extra = sum(len(word.encode("utf-8", "surrogateescape")) - len(word) for word in argv)
-            if extra > 1:
-                # The end of the request is cut off, and the agent waits for it.
-                guest.deaf = True
-                raise TimeoutError
-            if frozen:
-                # The bytes are on their way, and the agent reads them when it goes on.
-                asyncio.get_running_loop().call_later(frozen / self.agent_hurry, guest.exec, argv, data)
-                raise TimeoutError
-            return {"pid": guest.exec(argv, data)}
-        if frozen:
-            raise TimeoutError
-        if command == "exec-status":
-            return guest.status(int(values["pid"]))
-        if command == "file-read":
-            count = int(values.get("count") or LARGEST_READ)
-            if not 1 <= count <= LARGEST_READ:
-                raise PveError(400, "Parameter verification failed.", {"count": f"value must be 1 to {LARGEST_READ}"})
-            decode = str(values.get("decode", 1)) not in ("0", "False")
-            return await asyncio.to_thread(guest.read, values["file"], int(values.get("offset") or 0), count, decode)
-        if command == "file-write":
-            content = str(values["content"])
-            if str(values.get("encode", 1)) in ("0", "False"):
-                try:
-                    data_bytes = base64.b64decode(content, validate=True)
-                except ValueError:
-                    guest.write(values["file"], b"")
-                    raise PveError(500, "Agent error: Base64 data contains invalid characters") from None
-            else:
-                data_bytes = content.encode()
-            return guest.write(values["file"], data_bytes)
-        if command == "ping":
-            return {"result": {}}
-        names = ("ping", "info", "exec", "exec-status", "file-open", "file-read", "file-write", "file-close")
-        commands = [
-            {"name": f"guest-{name}", "enabled": f"guest-{name}" not in guest.blocked, "success-response": True}
-            for name in (*names, "network-get-interfaces", "get-osinfo", "shutdown")
-        ]
-        return {"result": {"version": "10.0.13", "supported_commands": commands}}

@@ -21,7 +21,8 @@ from ansible_collections.agentlab.proxmox.plugins.module_utils._core.model impor
 from support.ansible_input import module
 from support.lab import Lab
 from support.programs import require_program
-from support.proxmox_guest import LARGEST_INPUT, Guest
+from support.proxmox_agent import LARGEST_INPUT
+from support.proxmox_guest import Guest
 
 SHELLS = ["dash", "bash", "busybox"]
 

@@ -25,7 +25,7 @@ from ansible_collections.agentlab.proxmox.plugins.module_utils._core.views impor
 
 from support.double import EMPTY_CONFIG, TOKEN_ID
 from support.lab import Lab
-from support.proxmox_double import SANDBOX_PRIVS
+from support.proxmox_access import SANDBOX_PRIVS
 
 
 @pytest.fixture

@@ -10,7 +10,8 @@ import time
 from typing import Any
 
 from support.double_api import clone_template, exit_status, refusal_of
-from support.proxmox_double import CLONE_DESCRIPTION, ProxmoxDouble
+from support.proxmox_double import ProxmoxDouble
+from support.proxmox_lifecycle import CLONE_DESCRIPTION
 
 
 def test_a_clone_to_a_taken_vmid_is_refused(api: Any, pve: ProxmoxDouble) -> None:
