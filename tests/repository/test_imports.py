@@ -175,6 +175,14 @@ def test_the_command_line_has_no_circle() -> None:
     assert circles({name: imports(folder, name) for name in names(folder)}) == []
 
 
+def test_what_the_tests_share_has_no_circle() -> None:
+    folder = ROOT / "tests/support"
+    graph = {name: imports(folder, name, "support") for name in names(folder)}
+    # The parts of the double are reached from proxmox_double.py, so none of them may import it.
+    assert graph["proxmox_double"] > {"proxmox_http", "proxmox_tasks"} and "proxmox_texts" in graph["proxmox_config"]
+    assert circles(graph) == []
+
+
 def test_the_guard_sees_a_wrong_import(tmp_path: Path) -> None:
     """The table is worth nothing if an unlisted file or an upward import passes."""
     (tmp_path / "store").mkdir()
