@@ -203,11 +203,29 @@ class StoreUnavailable(StoreError):
 
     code = "store_unavailable"
 
+    @classmethod
+    def of(cls, database: str, cause: str, advice: str | None = None, *, answers: bool = False) -> StoreUnavailable:
+        """Return the error of a controller, which goes on by itself once the server serves it again.
+
+        ``advice``: the next step of a cause that is known. ``answers``: the server is there, and refuses.
+        """
+        advice = advice or "look at the server and the network"
+        verb = "refuses" if answers else "cannot be reached"
+        return cls(
+            f"database {database}: {verb}: {cause}. Nothing is changed in Proxmox VE meanwhile, and what was "
+            f"begun is finished later; {advice}, then run again",
+            path=database,
+            cause=cause,
+            advice=advice,
+            verb=verb,
+        )
+
     def told_once(self, fate: str) -> str:
         """Return the message for a command that runs once: no controller goes on, so only ``fate`` is told."""
+        advice = str(self.detail.get("advice"))
         return (
-            f"database {self.detail.get('path')}: cannot be reached: {self.detail.get('cause')}; {fate}. Look at the "
-            "server and the network, then run again"
+            f"database {self.detail.get('path')}: {self.detail.get('verb')}: {self.detail.get('cause')}; {fate}. "
+            f"{advice[:1].upper()}{advice[1:]}, then run again"
         )
 
 

@@ -28,6 +28,7 @@ from ...clock import Clock
 from ...errors import Busy, StoreError, StoreUnavailable
 from .. import holders, schema
 from ..group_commit import GroupCommit, QueuedWrite
+from . import refusals
 from . import schema as own_schema
 
 try:
@@ -319,31 +320,25 @@ class PostgresDatabase(GroupCommit):
 
     def explain(self, error: Exception) -> StoreError:
         """Return PostgreSQL's error as a StoreError that names the database and says what to do."""
-        text = _first_line(error)
-        state = getattr(error, "sqlstate", None) or ""
+        failures = refusals.describe(error)
+        text = "; ".join(failures)
         if isinstance(error, errors.LockNotAvailable):
             advice = f"another controller kept the records busy for {_LOCK_SECONDS} seconds; run again"
         elif isinstance(error, _CONFLICTS):
             advice = (
                 f"other sessions changed the same rows in each of {_ATTEMPTS} attempts; nothing was written; run again"
             )
-        elif isinstance(error, errors.InsufficientPrivilege):
-            advice = "grant the run-time role what docs/controllers.md says"
-        elif state.startswith("28") or "authentication failed" in text or "no password supplied" in text:
-            advice = "check the user, database_password (or PGPASSWORD, or the passfile) and pg_hba.conf"
-        elif isinstance(error, errors.InvalidCatalogName) or "does not exist" in text:
-            advice = "create it as docs/controllers.md says, or correct the name"
-        elif state.startswith("53"):
-            advice = "the server has no room or no connection left; nothing was written"
-        elif isinstance(error, _LOST):
-            return StoreUnavailable(
-                f"database {self.path}: cannot be reached: {text}. Nothing is changed in Proxmox VE meanwhile, and "
-                "what was begun is finished later; look at the server and the network, then run again",
-                path=self.path,
-                cause=text,
-            )
         else:
-            advice = "nothing was written"
+            state = getattr(error, "sqlstate", None)
+            step = refusals.next_step(state, failures)
+            if isinstance(error, _LOST) and (step is None or step.passing):
+                answers = step is not None and (state is not None or "FATAL" in text or "read-only" in text)
+                return StoreUnavailable.of(self.path, text, step.advice if step else None, answers=answers)
+            advice = (
+                f"{step.advice}. Nothing was written"
+                if step
+                else "nothing was written; look at the log of the server, then run agentlab_doctor (agentlab doctor)"
+            )
         return StoreError(f"database {self.path}: {text}: {advice}", path=self.path)
 
     # ---- the server's clock ----
@@ -747,5 +742,4 @@ def _refused(error: Exception) -> bool:
 
 
 def _first_line(error: Exception) -> str:
-    text = " ".join(str(error).split("\n")[:1]).strip() or type(error).__name__
-    return text.removeprefix("connection failed: ")
+    return refusals.describe(error)[0]
