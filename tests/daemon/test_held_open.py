@@ -162,7 +162,7 @@ class Slow:
 async def receive(*kind):
     began = time.monotonic()
     try:
-        with await spool.receive(Slow(*kind), lambda seconds: None) as file:
+        with await spool.receive_file(Slow(*kind), lambda seconds: None) as file:
             return len(file.read()), time.monotonic() - began
     except spool.TooSlow as error:
         return str(error), time.monotonic() - began
@@ -189,10 +189,10 @@ spool.STALL_SECONDS = 0.5
 async def main():
     done = asyncio.Event()
     async def handle(request):
-        file = spool.make()
+        file = spool.make_file()
         file.write(b"x" * 30000000)
         with file:
-            answer = await spool.send(request, file, {})
+            answer = await spool.send_file(request, file, {})
         done.set()
         return answer
     app = web.Application()

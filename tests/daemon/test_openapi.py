@@ -126,7 +126,7 @@ def test_a_body_without_which_the_daemon_refuses_is_required_in_the_document() -
     """Where one of several fields is needed, no single one is required, but a body is."""
     code = (
         "from agentlabd.http import openapi, table;"
-        "paths = openapi.document(table.ROUTES)['paths'];"
+        "paths = openapi.compose_document(table.ROUTES)['paths'];"
         "operations = [o for path in paths.values() for o in path.values()];"
         "needed = {o['operationId'] for o in operations if o.get('requestBody', {}).get('required')};"
         "assert {'renew_lease', 'run_command'} <= needed, needed;"

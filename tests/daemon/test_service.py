@@ -23,7 +23,7 @@ from support.lab import Lab
 def service(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     for folder in CODE:
         monkeypatch.syspath_prepend(str(folder))
-    from agentlabd.service import Service, load
+    from agentlabd.service import Service, load_config
 
     path = tmp_path / "config.yaml"
     path.write_text(json.dumps({**lab.options, "cleanup_file": str(tmp_path / "cleanup.yaml")}), encoding="utf-8")
@@ -32,13 +32,13 @@ def service(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         "AGENTLAB_CONFIG": str(path),
         "AGENTLAB_DATABASE": lab.database,
     }
-    return Service(*load(str(path), environment), environment, str(path))
+    return Service(*load_config(str(path), environment), environment, str(path))
 
 
 def test_a_thousand_reloads_leave_nothing_behind(service: Any, lab: Lab) -> None:
     for _dummy in range(1200):
         service.reload()
-    assert service.context("somebody").client.get("version")
+    assert service.make_context("somebody").client.get("version")
 
 
 def test_expiry_rests_while_a_renewal_is_refused(service: Any, lab: Lab) -> None:
@@ -60,7 +60,7 @@ def test_expiry_rests_while_a_renewal_is_refused(service: Any, lab: Lab) -> None
 
     async def pauses() -> list[float]:
         one = Scheduler(service)
-        return [one._expire() for _dummy in range(3)]
+        return [one._expire_leases() for _dummy in range(3)]
 
     assert min(asyncio.run(pauses())) >= 1.0
     assert lab.record(made).state == "RUNNING" and lab.record(made).lease_expires_at == 1

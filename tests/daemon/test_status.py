@@ -255,7 +255,7 @@ seconds = iter(range(100, 200))
 problems = Problems(lambda: next(seconds))
 problems.replace("reconcile", [Problem("sandbox 1000", "why", "a")])
 problems.replace("reconcile", [Problem("sandbox 1000", "why", "b")])
-problems.set("expiry", Problem("sandbox 1000", "why", "b"))
+problems.add_problem("expiry", Problem("sandbox 1000", "why", "b"))
 before = [(job, one.since) for job, one in problems.list_lasting(lambda: ["b"])]
 scheduler = Scheduler.__new__(Scheduler)
 scheduler._done_elsewhere = set()

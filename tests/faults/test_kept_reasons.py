@@ -79,8 +79,8 @@ from agentlab_core.context import failure
 from agentlab_core.errors import AgentlabError, Kept
 from agentlab_core.model import Sandbox
 from agentlab_core.store.schema import VERSION
-from agentlabd.metrics import Metrics, result_of
-from agentlabd.statuses import status_of
+from agentlabd.metrics import Metrics, classify_outcome
+from agentlabd.statuses import get_status
 
 for module in pkgutil.walk_packages(agentlab_core.__path__, "agentlab_core."):
     importlib.import_module(module.name)
@@ -105,7 +105,7 @@ for reason, error in errors.items():
     counted = [sample.labels["result"] for family in metrics.operations.collect() for sample in family.samples
                if sample.name.endswith("_total") and sample.value]
     outcome = failure(sandbox, error)
-    rows[reason] = [outcome.outcome, result_of(outcome), counted, status_of(reason), reason in reasons.KEPT]
+    rows[reason] = [outcome.outcome, classify_outcome(outcome), counted, get_status(reason), reason in reasons.KEPT]
 print(json.dumps(rows))
 """
     rows: dict[str, list[Any]] = in_daemon(code)

@@ -60,7 +60,7 @@ from pathlib import Path
 from agentlab_core import config, profiles
 from agentlab_core.errors import AgentlabError
 from agentlab_core.sandboxes import wanted
-from agentlabd.http.creation import CREATION, creation_options
+from agentlabd.http.creation import CREATION, read_creation_options
 from agentlabd.http.fields import check_body
 from agentlab_cli.sandbox import new
 
@@ -81,7 +81,7 @@ def by_profile(option, key, value):
 
 
 def by_api(option, value):
-    return getattr(wanted.make_spec(ctx, creation_options(check_body(CREATION, {option: value}))), option)
+    return getattr(wanted.make_spec(ctx, read_creation_options(check_body(CREATION, {option: value}))), option)
 
 
 def by_command_line(option, value):

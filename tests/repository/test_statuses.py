@@ -16,7 +16,7 @@ CODE = """
 import importlib, json, pkgutil
 import agentlab_core
 from agentlab_core.errors import AgentlabError
-from agentlabd.statuses import STATUSES, status_of
+from agentlabd.statuses import STATUSES, get_status
 
 for module in pkgutil.walk_packages(agentlab_core.__path__, "agentlab_core."):
     importlib.import_module(module.name)
@@ -26,7 +26,7 @@ def descendants(kind):
     for child in kind.__subclasses__():
         yield from descendants(child)
 
-rows = [[kind.__name__, kind.code, STATUSES.get(kind), status_of(kind.code)] for kind in descendants(AgentlabError)]
+rows = [[kind.__name__, kind.code, STATUSES.get(kind), get_status(kind.code)] for kind in descendants(AgentlabError)]
 print(json.dumps(rows))
 """
 

@@ -62,28 +62,28 @@ def main(arguments: list[str] | None = None) -> int:
             "--password-stdin: standard input is empty. Write the password of the PostgreSQL role to it, or leave the "
             "option out"
         )
-    logs.setup(options.verbose)
-    from .service import check, load
+    logs.set_up_logging(options.verbose)
+    from .service import check_files, load_config
 
     try:
         if options.copy_records:
             source, target = options.copy_records
-            return copy(source, target, password)
-        config, path = load(options.config, os.environ)
+            return copy_and_report(source, target, password)
+        config, path = load_config(options.config, os.environ)
         if options.cleanup_file:
             config.cleanup_file = options.cleanup_file
         if options.check:
-            check(config)
+            check_files(config)
             print("agentlabd: the configuration can be used")
             return 0
         if options.migrate_records:
-            return migrate(config, password)
+            return migrate_records(config, password)
         from . import daemon
 
         return daemon.run(config, path, os.environ, options.config)
     except AgentlabError as error:
         logs.log.error("Error: %s", error.message)
-    except Exception as error:  # the outermost edge: whoever reads the journal needs a sentence after the trace
+    except Exception as error:  # the outermost edge: a reader of the journal needs a sentence after the traceback
         if known := host_error(error):
             logs.log.error("Error: %s", known.message)
         else:
@@ -103,8 +103,8 @@ def read_password() -> str:
     return sys.stdin.readline().rstrip("\n")
 
 
-def copy(source: str, target: str, password: str | None) -> int:
-    """Copy records between databases and print the counts and checksums of both sides.
+def copy_and_report(source: str, target: str, password: str | None) -> int:
+    """Copy records between databases, print the counts and checksums of both sides, and return the exit status.
 
     ``password`` is for the PostgreSQL side; with None libpq looks for it (PGPASSWORD, a passfile).
     """
@@ -120,7 +120,7 @@ def copy(source: str, target: str, password: str | None) -> int:
     return 0
 
 
-def migrate(config: Config, password: str | None) -> int:
+def migrate_records(config: Config, password: str | None) -> int:
     """Create or migrate the tables of the records; return the exit status. ``password`` replaces the configured one."""
     from agentlab_core.store import schema
     from agentlab_core.store.open import open_database

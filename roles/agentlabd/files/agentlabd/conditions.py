@@ -52,8 +52,9 @@ _MOST_NAMED = 3
 
 @dataclass(slots=True)
 class Condition:
-    """A part of the daemon that does not do its work: the condition, since when (seconds since the epoch), why, what to
-    do.
+    """A part of the daemon that does not do its work.
+
+    ``condition`` is RESTS, WAITS or FAILS. ``todo`` is what a person can do. ``since`` is in seconds since the epoch.
     """
 
     part: str
@@ -83,7 +84,7 @@ class Conditions:
         self._since: dict[tuple[str, str], int] = {}
         self._logged: dict[str, str] = {}
 
-    def now(self) -> list[Condition]:
+    def list_present(self) -> list[Condition]:
         """Return all present conditions, each with its beginning."""
         conditions = list(self._collect())
         keys = {(condition.part, condition.condition) for condition in conditions}
@@ -94,10 +95,10 @@ class Conditions:
             condition.since = condition.since or known
         return conditions
 
-    def tell(self) -> None:
+    def log_changes(self) -> None:
         """Log the conditions that began or ended since the last call."""
         first_by_part: dict[str, Condition] = {}
-        for condition in self.now():
+        for condition in self.list_present():
             first_by_part.setdefault(condition.part, condition)
         for part, condition in first_by_part.items():
             if self._logged.get(part) != condition.condition:
@@ -112,6 +113,7 @@ class Conditions:
     # ---- collecting ----
 
     def _collect(self) -> Iterator[Condition]:
+        """Yield the present conditions, without the beginnings that only this object remembers."""
         try:
             yield from self._check_records()
         except AgentlabError as error:
@@ -154,11 +156,11 @@ class Conditions:
             )
             # The other reads would wait as well.
             return
-        damaged = service.damage()
+        damaged = service.find_damage()
         if damaged:
             more = f" (and {len(damaged) - 1} more)" if len(damaged) > 1 else ""
             yield Condition("damage", FAILS, damaged[0] + more, "run agentlab doctor, which says how to mend it")
-        frozen = service.frozen()
+        frozen = service.read_freeze()
         if frozen and frozen["leases"]:
             yield Condition(
                 "restore",
@@ -224,7 +226,7 @@ class Conditions:
 
     def _check_sandboxes(self) -> Iterator[Condition]:
         service = self._service
-        service.problems.forget_met_before("expiry", service.last_pass)
+        service.problems.forget_met_before("expiry", service.read_last_pass)
         problems = service.problems.list_lasting(lambda: overview.generations(service.base.records))
         if problems:
             some = "; ".join(f"{problem.what} ({job}): {problem.why}" for job, problem in problems[:_MOST_NAMED])
@@ -275,6 +277,7 @@ class Conditions:
 
 
 def _parse_time(text: str | None) -> int | None:
+    """Return a time of an answer in seconds since the epoch; None for a damaged one."""
     from datetime import datetime
 
     try:

@@ -16,7 +16,7 @@ import resource
 from collections.abc import Callable
 from typing import Any, cast
 
-from .logs import log, seldom
+from .logs import log, log_seldom
 
 # Seconds from the first byte of a request (or from the connection) until its head is complete.
 HEAD_SECONDS = 10.0
@@ -67,7 +67,7 @@ def raise_descriptors() -> int:
     return soft
 
 
-def shares(descriptors: int, proxmox: int) -> dict[str, int]:
+def divide_connections(descriptors: int, proxmox: int) -> dict[str, int]:
     """Return the number of connections for each listener.
 
     Leaves descriptors for ``proxmox`` connections to Proxmox VE twice, for requests and for stops.
@@ -83,7 +83,7 @@ class Bodies:
     def __init__(self) -> None:
         self.bytes = 0
 
-    def take(self, before: int, after: int) -> bool:
+    def reserve_bytes(self, before: int, after: int) -> bool:
         """Count the growth of a body from ``before`` to ``after`` bytes. Returns False when there is no room for it."""
         more = max(0, after - SMALL_BODY) - max(0, before - SMALL_BODY)
         if self.bytes + more > BODIES_BYTES:
@@ -91,7 +91,7 @@ class Bodies:
         self.bytes += more
         return True
 
-    def give_back(self, size: int) -> None:
+    def release_bytes(self, size: int) -> None:
         self.bytes -= max(0, size - SMALL_BODY)
 
 
@@ -131,13 +131,13 @@ class UnreadAnswers:
                 return
             total -= gate.unread_bytes
             self.remove(gate)
-            gate.cut("its client does not read, and too many answers wait")
+            gate.cut_connection("its client does not read, and too many answers wait")
 
 
 class Listener:
-    """The connections of one listening socket.
+    """The connections of one listening socket. asyncio calls the object for each new connection.
 
-    Called for each new one. ``option`` is the listener's name in the log.
+    ``option`` is the listener's name in the log, ``most`` the maximum number of connections.
     """
 
     def __init__(self, option: str, server: Callable[[], Any], most: int, unread: UnreadAnswers) -> None:
@@ -164,15 +164,15 @@ class Listener:
         idle = [gate for gate in self.gates.values() if gate.replaceable]
         if not idle:
             return False
-        min(idle, key=lambda gate: gate.since).cut("its place was needed")
+        min(idle, key=lambda gate: gate.since).cut_connection("its place was needed")
         return True
 
-    def head_is_complete(self, protocol: Any) -> Gate | None:
-        """Return the gate of a request whose head is complete, and wait for its body."""
+    def note_complete_head(self, protocol: Any) -> Gate | None:
+        """Start the deadline for the body of a request whose head is complete. Return the gate of its connection."""
         gate = self.gates.get(protocol)
         if gate is not None:
             # Reading the body has its own deadline; this one is only a fallback.
-            gate.expect(_BODY, BODY_SECONDS * 2)
+            gate.set_state(_BODY, BODY_SECONDS * 2)
         return gate
 
 
@@ -209,14 +209,14 @@ class Gate(asyncio.Protocol):
         listener = self._listener
         if not listener.make_room():
             listener.refused += 1
-            seldom(
+            log_seldom(
                 30,
                 f"refused {listener.option}",
                 "%s: more than %d connections at once; further ones are refused until some end",
                 listener.option,
                 listener.most,
             )
-            self._refuse(
+            self._refuse_request(
                 503,
                 f"there are {listener.most} connections already, all at work; ask again in some seconds",
                 "too_many_connections",
@@ -225,30 +225,30 @@ class Gate(asyncio.Protocol):
         self._inner = listener.server()
         listener.gates[self._inner] = self
         self._inner.connection_made(transport)
-        self.expect(_HEAD, HEAD_SECONDS)
+        self.set_state(_HEAD, HEAD_SECONDS)
 
     def data_received(self, data: bytes) -> None:
         if self._state == _REFUSED:
             return
         complete = False
         if self._state == _IDLE:
-            self.expect(_HEAD, HEAD_SECONDS)
+            self.set_state(_HEAD, HEAD_SECONDS)
         if self._state == _HEAD:
-            complete = self._ends_head(data)
+            complete = self._count_head(data)
         elif self._state == _WORK:
             self._bytes += len(data)
         if self._state in (_HEAD, _WORK) and self._bytes > HEAD_BYTES:
-            self._refuse(431, f"the head of the request is larger than {HEAD_BYTES} bytes", "head_too_large")
+            self._refuse_request(431, f"the head of the request is larger than {HEAD_BYTES} bytes", "head_too_large")
             return
         if complete:
             # Reading the body has its own deadline; this one is only a fallback.
-            self.expect(_BODY, BODY_SECONDS * 2)
+            self.set_state(_BODY, BODY_SECONDS * 2)
         self._inner.data_received(data)
 
-    def _ends_head(self, data: bytes) -> bool:
-        """Count the bytes of a head; return whether it is complete.
+    def _count_head(self, data: bytes) -> bool:
+        """Count the bytes of a head, and return whether the head is complete.
 
-        An empty line ends it, with or without carriage return.
+        An empty line ends a head, with or without carriage return.
         """
         known = len(self._tail)
         window = self._tail + data
@@ -292,51 +292,56 @@ class Gate(asyncio.Protocol):
 
     # ---- deadlines ----
 
-    def expect(self, state: str, seconds: float | None) -> None:
+    def set_state(self, state: str, seconds: float | None) -> None:
         """Set the state, and the seconds until it must have ended; None: no limit."""
         loop = asyncio.get_running_loop()
         if self._timer is not None:
             self._timer.cancel()
         self._state, self.since = state, loop.time()
-        self._timer = None if seconds is None else loop.call_later(seconds, self._late)
+        self._timer = None if seconds is None else loop.call_later(seconds, self._end_late)
 
-    def body_goes_on(self, seconds: float) -> None:
+    def extend_body_deadline(self, seconds: float) -> None:
         """Give a body that is a file this many seconds until its next bytes."""
         if self._state == _BODY:
-            self.expect(_BODY, seconds)
+            self.set_state(_BODY, seconds)
 
-    def body_is_read(self) -> None:
+    def note_body_read(self) -> None:
         """Stop the clock: the request is complete, and the work on it has no deadline here."""
         self._bytes = 0
         self._tail = b""
-        self.expect(_WORK, None)
+        self.set_state(_WORK, None)
 
-    def answered(self, complete: bool) -> None:
-        """Continue after an answer.
+    def note_answer(self, complete: bool) -> None:
+        """Start the deadline for the client's next request.
 
-        ``complete``: the request was complete too. Otherwise aiohttp reads the rest of the request for some seconds and
-        ends.
+        ``complete``: the answered request was complete too. Otherwise aiohttp reads the rest of the request for some
+        seconds and closes the connection.
         """
         if self._state == _REFUSED:
             return
         if not complete:
-            self.expect(_LINGER, IDLE_SECONDS)
+            self.set_state(_LINGER, IDLE_SECONDS)
         elif self._bytes and self._state == _WORK:
             # The next request, or a part of it, has arrived meanwhile.
-            self.expect(_HEAD, HEAD_SECONDS)
+            self.set_state(_HEAD, HEAD_SECONDS)
         else:
-            self.expect(_IDLE, IDLE_SECONDS)
+            self.set_state(_IDLE, IDLE_SECONDS)
         self._bytes = 0
 
-    def _late(self) -> None:
+    def _end_late(self) -> None:
+        """End the connection whose deadline is over; tell the reason only to a client that is sending a request."""
         if self._state == _HEAD and self._bytes:
-            self._refuse(408, f"the head of the request was not complete within {HEAD_SECONDS:.0f} s", "too_slow")
+            self._refuse_request(
+                408, f"the head of the request was not complete within {HEAD_SECONDS:.0f} s", "too_slow"
+            )
         elif self._state == _REFUSED:
-            self.cut("it was told why")
+            self.cut_connection("it was told why")
         else:
-            self.cut({_HEAD: "nothing was asked", _IDLE: "it was idle"}.get(self._state, "its client was too slow"))
+            self.cut_connection(
+                {_HEAD: "nothing was asked", _IDLE: "it was idle"}.get(self._state, "its client was too slow")
+            )
 
-    def cut(self, why: str) -> None:
+    def cut_connection(self, why: str) -> None:
         """End the connection now."""
         if self._transport is not None:
             log.debug("%s: a connection was ended: %s", self._listener.option, why)
@@ -344,11 +349,11 @@ class Gate(asyncio.Protocol):
                 self._listener.gates.pop(self._inner, None)
             self._transport.abort()
 
-    def _refuse(self, status: int, message: str, code: str) -> None:
-        """Send the reason if that is cheap, and end the connection."""
+    def _refuse_request(self, status: int, message: str, code: str) -> None:
+        """Send the reason unless too many refusals are being sent already, and end the connection."""
         assert self._transport is not None
         if self._listener.explained_refusals >= _MOST_EXPLAINED or self._transport.is_closing():
-            self.cut(message)
+            self.cut_connection(message)
             return
         self._listener.explained_refusals += 1
         body = json.dumps({"error": message, "code": code}).encode() + b"\n"
@@ -362,4 +367,4 @@ class Gate(asyncio.Protocol):
         # Closing at once, with the request unread, would give the client a reset instead of the answer.
         if self._transport.can_write_eof():
             self._transport.write_eof()
-        self.expect(_REFUSED, _REFUSAL_SECONDS)
+        self.set_state(_REFUSED, _REFUSAL_SECONDS)

@@ -37,7 +37,7 @@ class Daemon:
         self.scheduler = Scheduler(service)
         service.metrics.registry.register(Scrape(service))
         self._end = asyncio.Event()
-        # Set by SIGHUP. Many SIGHUPs so cause one reload, and SIGTERM never waits behind thousands of them.
+        # Set by SIGHUP. So many SIGHUPs cause one reload, and SIGTERM never waits behind thousands of them.
         self._hangup = asyncio.Event()
         self._failure: BaseException | None = None
 
@@ -45,14 +45,14 @@ class Daemon:
         """Run until SIGTERM or SIGINT. Returns False when work had to be abandoned."""
         handle_signals({signal.SIGTERM: self._end.set, signal.SIGINT: self._end.set, signal.SIGHUP: self._hangup.set})
         try:
-            await self.api.listen()
+            await self.api.open_sockets()
         except AgentlabError:
             await self.api.close()
             raise
         self.scheduler.start()
-        watchdog = asyncio.create_task(self._watchdog())
+        watchdog = asyncio.create_task(self._feed_watchdog())
         reloads = asyncio.create_task(self._reload_when_asked())
-        look = asyncio.create_task(self._look_after())
+        look = asyncio.create_task(self._watch_files())
         for task in (*self.scheduler.tasks, watchdog, reloads, look):
             task.add_done_callback(self._end_with_loop)
         config = self.service.config
@@ -62,11 +62,11 @@ class Daemon:
             config.socket,
             config.proxmox.where,
             config.database,
-            self._rules(),
+            self._describe_rules(),
         )
-        self.manager.ready(f"serving {config.socket}")
+        self.manager.notify_ready(f"serving {config.socket}")
         await self._end.wait()
-        clean = await self._stop()
+        clean = await self._stop_work()
         watchdog.cancel()
         reloads.cancel()
         look.cancel()
@@ -77,7 +77,7 @@ class Daemon:
             raise self._failure
         return clean
 
-    def _rules(self) -> str:
+    def _describe_rules(self) -> str:
         policy = self.service.policy
         return f"cleanup: {len(policy.rules)} rules, mode {policy.mode}" if policy.enabled else "cleanup: off"
 
@@ -88,54 +88,55 @@ class Daemon:
             self._failure = task.exception()
             self._end.set()
 
-    async def _watchdog(self) -> None:
-        period = systemd.watchdog_seconds()
+    async def _feed_watchdog(self) -> None:
+        """Tell systemd twice in each period of WatchdogSec that the event loop runs."""
+        period = systemd.read_watchdog_seconds()
         while period:
-            self.manager.alive()
+            self.manager.notify_alive()
             await asyncio.sleep(period / 2)
 
     async def _reload_when_asked(self) -> None:
         while True:
             await self._hangup.wait()
             self._hangup.clear()
-            self._reload()
+            self._reload_config()
 
-    async def _look_after(self) -> None:
-        """Check every few seconds that the files under the daemon still exist. Costs some calls of stat."""
+    async def _watch_files(self) -> None:
+        """Check every few seconds that the files of socket and records still exist, and log what began or ended."""
         service = self.service
         while True:
             await asyncio.sleep(_LOOK_SECONDS)
             if self._end.is_set():
                 return
-            service.conditions.socket_problem = await self.api.look_after_socket()
+            service.conditions.socket_problem = await self.api.restore_socket()
             # In a thread, because it reads the records.
-            await asyncio.get_running_loop().run_in_executor(service.records_pool, service.conditions.tell)
+            await asyncio.get_running_loop().run_in_executor(service.records_pool, service.conditions.log_changes)
 
-    def _reload(self) -> None:
-        """Reload the configuration after SIGHUP. Reading a few small files delays nothing."""
+    def _reload_config(self) -> None:
+        """Reload the configuration after SIGHUP, in the event loop: reading a few small files delays nothing."""
         if self._end.is_set():
             return
-        self.manager.reloading()
+        self.manager.notify_reloading()
         try:
             waiting = self.service.reload()
         except AgentlabError as error:
             log.error("not reloaded, the old configuration stays in force: %s", error.message)
-            self.manager.ready(f"serving, but not reloaded: {error.message}")
+            self.manager.notify_ready(f"serving, but not reloaded: {error.message}")
             return
         if waiting:
             log.warning("reloaded, but a change of %s needs a restart", ", ".join(waiting))
-        self.scheduler.reloaded()
-        log.info("reloaded; %s", self._rules())
-        self.manager.ready(f"serving {self.service.config.socket}")
+        self.scheduler.apply_reload()
+        log.info("reloaded; %s", self._describe_rules())
+        self.manager.notify_ready(f"serving {self.service.config.socket}")
 
-    async def _stop(self) -> bool:
+    async def _stop_work(self) -> bool:
         """Start nothing new, and wait up to stop_timeout for work under way. Returns False when work was abandoned.
 
         The journal holds abandoned work for the next start.
         """
         self.scheduler.stop()
-        self.service.begin_no_more()
-        self.manager.stopping("finishing what is under way")
+        self.service.refuse_new_work()
+        self.manager.notify_stopping("finishing what is under way")
         # Work that waited for a thread is cancelled by now. Let its clients get their answer.
         await asyncio.sleep(0)
         unfinished = set(self.service.under_way)

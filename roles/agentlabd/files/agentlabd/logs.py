@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Log to standard error, one line for each message: with a priority for the journal, else with a time."""
+"""Log to standard error, one line for each message: with a priority if the journal reads it, else with a time."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from agentlab_core.escapes import escape_controls
 log = logging.getLogger("agentlabd")
 
 _PRIORITY = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3, logging.CRITICAL: 2}
-# Seconds in which one line of a kind passes that clients or libraries can cause. The next line counts those held back.
+# Seconds in which one line of a kind passes, for kinds that clients or libraries can cause. The next line of the kind
+# counts the suppressed ones.
 SELDOM_SECONDS = 60.0
 # Lines in SELDOM_SECONDS for each client about requests that changed nothing. Changes are always logged.
 IDLE_LINES = 60
@@ -30,15 +31,15 @@ class _Journal(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         prefix = f"<{_PRIORITY.get(record.levelno, 6)}>"
-        return "\n".join(prefix + line for line in _lines(super().format(record), record))
+        return "\n".join(prefix + line for line in _split_lines(super().format(record), record))
 
 
 class _Plain(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        return "\n".join(_lines(super().format(record), record))
+        return "\n".join(_split_lines(super().format(record), record))
 
 
-def _lines(text: str, record: logging.LogRecord) -> list[str]:
+def _split_lines(text: str, record: logging.LogRecord) -> list[str]:
     """Return the lines of a message.
 
     Only a traceback may have several: a name with a line feed must not forge a line.
@@ -48,19 +49,19 @@ def _lines(text: str, record: logging.LogRecord) -> list[str]:
 
 
 class _Seldom(logging.Filter):
-    """Let one line of a kind pass each minute, or as many as ``seldom`` allows, and count the others.
+    """Let one line of a kind pass each minute, or as many as ``log_seldom`` allows, and count the others.
 
-    A kind is the name given to ``seldom``, or a library's logger and text, or the place of an exception.
+    A kind is the name given to ``log_seldom``, or a library's logger and text, or the place of an exception.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._lock = threading.Lock()
-        # Kind -> beginning of its minute, lines passed in it, lines held back.
+        # Kind -> beginning of its minute (monotonic seconds), lines passed in it, lines suppressed in it.
         self._passed: dict[str, tuple[float, int, int]] = {}
 
     def filter(self, record: logging.LogRecord) -> bool:
-        kind = getattr(record, "kind", None) or self._kind(record)
+        kind = getattr(record, "kind", None) or self._identify_kind(record)
         if kind is None:
             return True
         now = time.monotonic()
@@ -78,7 +79,7 @@ class _Seldom(logging.Filter):
         return True
 
     @staticmethod
-    def _kind(record: logging.LogRecord) -> str | None:
+    def _identify_kind(record: logging.LogRecord) -> str | None:
         error = record.exc_info[1] if record.exc_info else None
         if error is not None:
             place = error.__traceback__
@@ -93,8 +94,8 @@ class _Seldom(logging.Filter):
         return None if record.name.startswith(log.name) else f"{record.name} {str(record.msg)[:80]}"
 
 
-def seldom(level: int, kind: str, text: str, *values: object, allowed: int = 1) -> None:
-    """Log a line that a client can cause very often: ``allowed`` lines of the kind a minute. The others are counted."""
+def log_seldom(level: int, kind: str, text: str, *values: object, allowed: int = 1) -> None:
+    """Log a line that a client can cause very often: ``allowed`` lines of the kind a minute. Count the others."""
     log.log(level, text, *values, extra={"kind": kind, "allowed": allowed})
 
 
@@ -108,7 +109,7 @@ def is_journal() -> bool:
         return False
 
 
-def setup(verbose: bool) -> None:
+def set_up_logging(verbose: bool) -> None:
     """Send our log, and warnings of libraries, to standard error."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Journal("%(message)s") if is_journal() else _Plain("%(asctime)s %(levelname)s %(message)s"))

@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Count for Prometheus, in a registry of its own.
+"""Count the daemon's work for Prometheus, in a registry of its own.
 
 No label names a single VM, and all values of a label exist from the start. ``scrape`` adds values read during a scrape.
 """
@@ -26,7 +26,7 @@ from agentlab_core.model import Outcome
 from agentlab_core.sandboxes.lease import Expiry
 
 from . import __version__
-from .statuses import status_of
+from .statuses import get_status
 
 COUNTED_OPERATIONS = (
     *("create", "destroy", "start", "stop", "suspend", "expire", "prune", "cleanup", "reconcile"),
@@ -47,53 +47,53 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
 
-        def counter(name: str, text: str, label: str | None = None, values: Iterable[str] = ()) -> Counter:
+        def make_counter(name: str, text: str, label: str | None = None, values: Iterable[str] = ()) -> Counter:
             metric = Counter(f"agentlab_{name}", text, [label] if label else [], registry=self.registry)
             for value in values:
                 metric.labels(value)
             return metric
 
-        def gauge(name: str, text: str) -> Gauge:
+        def make_gauge(name: str, text: str) -> Gauge:
             return Gauge(f"agentlab_{name}", text, registry=self.registry)
 
-        self.leases = counter(
+        self.leases = make_counter(
             "leases",
             "Leases by what became of them",
             "result",
             ("renewed", "kept_alive", "expired", "capped", "refused"),
         )
-        self.prune_runs = counter(
+        self.prune_runs = make_counter(
             "prune_runs",
             "Runs of prune and of the cleanup rules",
             "result",
             ("ok", "failed", "guard", "frozen", "shadow"),
         )
-        self.prune_items = counter(
+        self.prune_items = make_counter(
             "prune_items", "Sandboxes those runs looked at", "result", ("pruned", "kept", "failed", "would_prune")
         )
-        self.prune_kept = counter("prune_kept", "Sandboxes that were kept, by reason", "reason", reasons.KEPT)
-        self.prune_candidates = gauge("prune_candidates", "Sandboxes that the last run wanted to destroy")
-        self.prune_success = gauge(
+        self.prune_kept = make_counter("prune_kept", "Sandboxes that were kept, by reason", "reason", reasons.KEPT)
+        self.prune_candidates = make_gauge("prune_candidates", "Sandboxes that the last run wanted to destroy")
+        self.prune_success = make_gauge(
             "prune_last_success_timestamp_seconds", "When a run of prune or cleanup last ended well"
         )
-        self.creations = counter("creations", "Sandboxes that were created, by node", "node")
-        self.passed_over = counter(
+        self.creations = make_counter("creations", "Sandboxes that were created, by node", "node")
+        self.passed_over = make_counter(
             "placement_passed_over",
             "Times that a node was passed over for a new sandbox, by reason",
             "reason",
             placement.REASONS,
         )
-        self.guard_trips = counter("prune_guard_trips", "Runs of the cleanup rules that their guard stopped")
-        self.orphans = counter(
+        self.guard_trips = make_counter("prune_guard_trips", "Runs of the cleanup rules that their guard stopped")
+        self.orphans = make_counter(
             "orphans_found", "Orphans found, by kind", "kind", ("vm_absent", "vmid_reused", "lease_over", "unrecorded")
         )
-        self.mismatches = counter(
+        self.mismatches = make_counter(
             "identity_mismatches",
             "VMs at a sandbox's VMID that were not proven to be ours",
             "verdict",
             ("FOREIGN", "AMBIGUOUS"),
         )
-        self.unknown = counter("unknown_absences", "Times that the absence of a VM could not be proven")
+        self.unknown = make_counter("unknown_absences", "Times that the absence of a VM could not be proven")
         self.operations = Counter(
             "agentlab_operations",
             "Sandboxes worked on, by operation and result",
@@ -112,13 +112,15 @@ class Metrics:
                 self.durations.labels(operation)
             for result in ("ok", "failed", "kept"):
                 self.operations.labels(operation, result)
-        self.reconcile_success = gauge(
+        self.reconcile_success = make_gauge(
             "reconcile_last_success_timestamp_seconds", "When records and Proxmox were last compared"
         )
-        self.expiry_success = gauge(
+        self.expiry_success = make_gauge(
             "expiry_last_success_timestamp_seconds", "When leases that are over were last looked for"
         )
-        self.reload = gauge("config_last_reload_successful", "1 when the configuration in force is that of the files")
+        self.reload = make_gauge(
+            "config_last_reload_successful", "1 when the configuration in force is that of the files"
+        )
         self.reload.set(1)
         Gauge("agentlab_build_info", "The version that runs", ["version"], registry=self.registry).labels(
             __version__
@@ -134,7 +136,7 @@ class Metrics:
     def count_outcomes(self, operation: str, outcomes: Iterable[Outcome]) -> None:
         """Count the outcomes of an operation."""
         for outcome in outcomes:
-            self.operations.labels(operation, result_of(outcome)).inc()
+            self.operations.labels(operation, classify_outcome(outcome)).inc()
             self._count_identity(outcome.reason)
             if operation == "create" and outcome.outcome == "created" and outcome.sandbox is not None:
                 self.creations.labels(outcome.sandbox.node).inc()
@@ -149,10 +151,10 @@ class Metrics:
     def count_refusal(self, operation: str, error: AgentlabError) -> None:
         """Count an operation that ended with an error. An invalid request does not count."""
         self._count_passed_over_nodes(error.detail.get("placement"))
-        result = _result_of_failure(error.reason if isinstance(error, Kept) else error.code)
+        result = _classify_failure(error.reason if isinstance(error, Kept) else error.code)
         if isinstance(error, CreationFailed) and error.detail.get("option"):
             result = "kept"
-        elif status_of(error.code) < 500 and status_of(error.code) != 409:
+        elif get_status(error.code) < 500 and get_status(error.code) != 409:
             return
         self.operations.labels(operation, result).inc()
         self._count_identity(error.reason if isinstance(error, Kept) else None)
@@ -162,6 +164,7 @@ class Metrics:
         self.operations.labels(operation, "failed").inc()
 
     def _count_identity(self, reason: str | None) -> None:
+        """Count a VM that was not proven to be ours, or whose absence could not be proven."""
         if reason in _MISMATCHES:
             self.mismatches.labels(_MISMATCHES[reason]).inc()
         elif reason == "unknown":
@@ -222,6 +225,7 @@ class Metrics:
     # ---- reconcile ----
 
     def count_reconcile(self, drifts: list[Drift]) -> None:
+        """Count a completed pass that has repaired what it could."""
         self.reconcile_success.set(time.time())
         self.operations.labels("reconcile", "ok").inc()
         for drift in drifts:
@@ -240,13 +244,13 @@ class Metrics:
             self._still_there[kind] = {vmid for vmid, settled in present.items() if not settled}
 
 
-def result_of(outcome: Outcome) -> str:
-    """Return ok, failed, or kept (left alone for a reason of ours)."""
+def classify_outcome(outcome: Outcome) -> str:
+    """Return ok, failed, or kept (one of our rules left the sandbox alone)."""
     if outcome.outcome == "kept":
         return "kept"
-    return _result_of_failure(outcome.reason or "error") if outcome.failed else "ok"
+    return _classify_failure(outcome.reason or "error") if outcome.failed else "ok"
 
 
-def _result_of_failure(reason: str) -> str:
-    """Return kept or failed for the reason of what was not done, of an error and of an outcome alike."""
+def _classify_failure(reason: str) -> str:
+    """Return kept or failed, by the reason of an outcome or the code of an error."""
     return "kept" if reason in reasons.KEPT or reason in _REFUSALS else "failed"

@@ -4,8 +4,8 @@
 
 """Remember what the daemon's jobs could not do for single sandboxes, until a later run of the job does it.
 
-A job that fails as a whole is told by its own state. Without this file the failure of one sandbox among many would be
-a line in the log, and nothing else.
+A job that fails as a whole shows in its own state. Without this file the failure of one sandbox among many would be a
+line in the log, and nothing else.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from dataclasses import dataclass
 from agentlab_core.maintenance.reconcile import Drift
 from agentlab_core.model import Outcome
 
-# Reasons that usually pass by themselves: told only when they last longer than PASSING_SECONDS.
+# Reasons that usually pass by themselves. They are shown only if they last longer than PASSING_SECONDS.
 _PASSING = ("locked", "node_offline", "unknown", "busy", "changed")
 PASSING_SECONDS = 3600
-# In a message: a cause that lasts until a person removes it (a missing privilege, lost quorum). Told at once.
+# Texts in the message of a cause that lasts until a person removes it (a missing privilege, lost quorum). Problems with
+# such a cause are shown at once.
 _LASTING = ("grant ", "has no quorum")
-# Reasons for which nothing has to be done, or which other conditions tell.
+# Reasons for which nothing has to be done, or which other conditions show.
 _ORDINARY = ("too_young", "protected", "foreign", "rule", "clock_jumped", "restored")
 # Kinds of drift that reconcile leaves to a person, or to a later pass.
 _LEFT_ALONE = ("ambiguous", "denied", "running", "locked", "node_offline", "unknown")
@@ -31,8 +32,10 @@ _LEFT_ALONE = ("ambiguous", "denied", "running", "locked", "node_offline", "unkn
 
 @dataclass(slots=True)
 class Problem:
-    """What a job could not do: the sandbox (VMID and UUID; a workspace has only its name), why, since when, and when
-    it was met last, by the clock of the records.
+    """A sandbox or workspace for which a job could not do its work.
+
+    ``what`` names it; ``uuid`` is None for a workspace. ``passing``: the cause usually ends by itself. ``since`` is in
+    seconds since the epoch; ``met_at`` is the last time that the job met the problem, by the clock of the records.
     """
 
     what: str
@@ -58,13 +61,13 @@ class Problems:
             before = self._jobs.get(job, {})
             self._jobs[job] = {}
             for problem in problems:
-                problem.since = self._since(before.get(problem.what), problem)
+                problem.since = self._find_beginning(before.get(problem.what), problem)
                 self._jobs[job][problem.what] = problem
 
-    def set(self, job: str, problem: Problem) -> None:
+    def add_problem(self, job: str, problem: Problem) -> None:
         """Add the problem of one sandbox."""
         with self._lock:
-            problem.since = self._since(self._jobs.setdefault(job, {}).get(problem.what), problem)
+            problem.since = self._find_beginning(self._jobs.setdefault(job, {}).get(problem.what), problem)
             self._jobs[job][problem.what] = problem
 
     def forget_met_before(
@@ -85,7 +88,8 @@ class Problems:
                 if (problem.met_at < at or problem.uuid in settled) and kept.get(what) is problem:
                     del kept[what]
 
-    def _since(self, known: Problem | None, problem: Problem) -> int:
+    def _find_beginning(self, known: Problem | None, problem: Problem) -> int:
+        """Return when a problem began, which the same problem at the last run may know."""
         # A new sandbox may have the VMID of an earlier one.
         return known.since if known and known.uuid == problem.uuid else int(self._now())
 
@@ -107,21 +111,21 @@ class Problems:
         return sorted(problems, key=lambda entry: (entry[1].since, entry[1].what))
 
 
-def of_outcomes(outcomes: Iterable[Outcome]) -> list[Problem]:
-    """Return the problems among the outcomes of the cleanup rules: what failed, and what is kept for a person."""
+def extract_from_outcomes(outcomes: Iterable[Outcome]) -> list[Problem]:
+    """Return the problems among the outcomes of the cleanup rules: failures, and sandboxes kept for a person."""
     return [
         Problem(
             f"sandbox {outcome.vmid}",
             outcome.message or str(outcome.reason),
             outcome.uuid,
-            passing=_passes(outcome.reason, outcome.message),
+            passing=_is_passing(outcome.reason, outcome.message),
         )
         for outcome in outcomes
         if outcome.reason not in _ORDINARY
     ]
 
 
-def of_drift(drifts: Iterable[Drift]) -> list[Problem]:
+def extract_from_drift(drifts: Iterable[Drift]) -> list[Problem]:
     """Return the problems among the drift of a pass of reconcile that has repaired what it could."""
     problems = []
     for drift in drifts:
@@ -129,18 +133,19 @@ def of_drift(drifts: Iterable[Drift]) -> list[Problem]:
             continue
         sandbox = drift.sandbox
         subject = f"sandbox {sandbox.vmid}" if sandbox else f"workspace {drift.evidence.get('workspace')}"
-        why = drift.error or _explain(drift)
-        passing = drift.error is None and _passes(drift.kind, why)
+        why = drift.error or _explain_drift(drift)
+        passing = drift.error is None and _is_passing(drift.kind, why)
         problems.append(Problem(subject, why, sandbox.uuid if sandbox else None, passing))
     return problems
 
 
-def _passes(reason: str | None, why: str | None) -> bool:
+def _is_passing(reason: str | None, why: str | None) -> bool:
     """Return whether a problem usually passes by itself."""
     return reason in _PASSING and not any(text in str(why) for text in _LASTING)
 
 
-def _explain(drift: Drift) -> str:
+def _explain_drift(drift: Drift) -> str:
+    """Return why reconcile left the sandbox or workspace alone."""
     evidence = drift.evidence
     if drift.kind == "ambiguous":
         return "only one of the two marks of its VM is ours; look at the VM, and remove it by hand if it is to go"

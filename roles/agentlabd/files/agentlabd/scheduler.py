@@ -2,10 +2,10 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Run the daemon's own jobs: expire leases on time, reconcile, clean up. Between them it sleeps.
+"""Run the daemon's own jobs: expire leases on time, reconcile, clean up.
 
-The loops only wait; threads do the work. So a VM that stops slowly delays no other lease, and a slow Proxmox delays
-only its own loop.
+Each job has a loop that only waits; threads do the work. So a VM that stops slowly delays no other lease, and a slow
+Proxmox VE delays only the loop that asks it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from agentlab_core.model import Sandbox
 from agentlab_core.sandboxes import lease
 from agentlab_core.store import holders, overview
 
-from .logs import log, seldom
+from .logs import log, log_seldom
 from .problems import Problem
 from .service import Service
 
@@ -56,7 +56,7 @@ class Job:
     last_run: int | None = None
     next_run: int | None = None
     last_error: str | None = None
-    # Time since which it has been failing, and start of its present run; None: neither.
+    # Beginning of the failures, and of the present run (seconds since the epoch); None: no failure, no run.
     failing_since: int | None = None
     running_since: int | None = None
 
@@ -72,7 +72,7 @@ class Job:
             log.info("%s works again", name)
         self.last_run, self.last_error, self.failing_since = int(time.time()), None, None
 
-    def handed_over(self) -> None:
+    def forget_plans(self) -> None:
         """Forget errors and plans: another controller does the job now."""
         self.next_run, self.last_error, self.failing_since = None, None, None
 
@@ -106,7 +106,7 @@ class Scheduler:
         # Sandboxes that waited for this host's files at the last check, and when that was tried (monotonic seconds).
         self._waiting: set[str] = set()
         self._tried_at = 0.0
-        service.wake_expiry = self._wake
+        service.wake_expiry = self._wake_expiry
         service.jobs = {"expiry": self.expiry, "reconcile": self.reconcile, "cleanup": self.cleanup}
 
     def start(self) -> None:
@@ -119,24 +119,27 @@ class Scheduler:
             loops = (*loops, self._finish_own_files_forever)
         self.tasks = [asyncio.create_task(begin()) for begin in loops]
 
-    def _wake(self) -> None:
+    def _wake_expiry(self) -> None:
         self._loop.call_soon_threadsafe(self._expiry_event.set)
 
-    def reloaded(self) -> None:
+    def apply_reload(self) -> None:
         """Apply new intervals and rules after a reload."""
         for event in (self._expiry_event, self._cleanup_event, self._reconcile_event):
             event.set()
 
     def stop(self) -> None:
-        """Start nothing more."""
+        """Start no further job."""
         for task in self.tasks:
             task.cancel()
 
-    async def _run(self, work: Callable[[], T], name: str) -> T:
-        """Run ``work`` in a thread and return its value. When the loop is stopped, the work goes on under ``name``."""
+    async def _run_in_thread(self, work: Callable[[], T], name: str) -> T:
+        """Run ``work`` in a thread and return its value. Cancelling the loop does not end the work called ``name``.
+
+        A lack of descriptors, threads or memory on this host is retried for work that is no job.
+        """
         job = self.service.jobs.get(name)
 
-        def timed() -> T:
+        def run_timed() -> T:
             if job is None:
                 return work()
             job.running_since = int(time.time())
@@ -147,7 +150,7 @@ class Scheduler:
 
         while True:
             try:
-                return await asyncio.shield(self.service.begin(self._jobs, timed, name))
+                return await asyncio.shield(self.service.begin_work(self._jobs, run_timed, name))
             except Exception as error:
                 # A lack of descriptors, threads or memory ends no job for good, because it may pass.
                 lack = host_error(error)
@@ -155,17 +158,17 @@ class Scheduler:
                     raise
                 if job is not None:
                     raise lack from None
-                seldom(60, "host", "%s: %s", name, lack.message)
+                log_seldom(60, "host", "%s: %s", name, lack.message)
             await asyncio.sleep(_HOST_PAUSE_SECONDS)
 
     # ---- leases ----
 
     async def _expire_forever(self) -> None:
-        await self._run(self._note_the_clock, "a look at the clock")
+        await self._run_in_thread(self._note_clock, "a look at the clock")
         while True:
             self._expiry_event.clear()
             try:
-                pause = await self._run(self._expire, "expiry")
+                pause = await self._run_in_thread(self._expire_leases, "expiry")
                 self.expiry.note_success("expiry")
                 self.service.metrics.expiry_success.set(time.time())
             except Stopping:
@@ -177,22 +180,22 @@ class Scheduler:
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._expiry_event.wait(), pause)
 
-    def _note_the_clock(self) -> None:
-        # A jump can only be detected from a time stored before it.
+    def _note_clock(self) -> None:
+        """Store the time, because a jump of the clock can only be detected from a time stored before it."""
         with contextlib.suppress(AgentlabError):
-            timeguard.suspended(self.service.context("agentlabd"))
+            timeguard.suspended(self.service.make_context("agentlabd"))
 
-    def _expire(self) -> float:
+    def _expire_leases(self) -> float:
         """Expire leases, and return the seconds to sleep. Reads only the records."""
         longest = float(self.service.config.expire_interval)
-        ctx = self.service.context("agentlabd")
+        ctx = self.service.make_context("agentlabd")
         # Also stores the newest event, and detects an older copy of the records.
         timeguard.hold_leases(ctx)
         due = overview.next_lease_end(ctx.records)
         if due is not None and due <= ctx.clock.now():
             expiry = lease.expire(ctx, stop_vms=False)
             if expiry.suspended:
-                seldom(30, "expiry rests", "expiry rests: %s", expiry.suspended)
+                log_seldom(30, "expiry rests", "expiry rests: %s", expiry.suspended)
                 return longest
             self.service.metrics.count_expiry(expiry)
             for outcome in expiry.renewed:
@@ -203,13 +206,15 @@ class Scheduler:
                 if outcome.sandbox is not None:
                     self._stop_vm(ctx, outcome.sandbox)
             if not expiry.expired and all(outcome.failed for outcome in expiry.renewed):
-                # Other runs work on these sandboxes. They may be finished at the next look.
+                # Other runs work on these sandboxes, and may have ended in a second.
                 return min(longest, 1.0) if not expiry.failed else longest
             due = overview.next_lease_end(ctx.records)
         return longest if due is None else min(longest, max(0.05, due - ctx.database.wall_time()))
 
     def _stop_vm(self, ctx: Context, sandbox: Sandbox) -> None:
-        def work() -> None:
+        """Stop the VM of an expired sandbox in a thread of its own."""
+
+        def stop_vm() -> None:
             problem = lease.stop_expired(ctx, sandbox)
             if problem and problem != lease.UNDER_WAY:
                 log.warning("sandbox %s is TIMEOUT, but its VM was not stopped: %s", sandbox.vmid, problem)
@@ -217,12 +222,12 @@ class Scheduler:
                     return
                 why = f"its lease is over, but its VM was not stopped: {problem}"
                 met_at = self.service.base.database.wall_time()
-                self.service.problems.set(
+                self.service.problems.add_problem(
                     "expiry", Problem(f"sandbox {sandbox.vmid}", why, sandbox.uuid, met_at=met_at)
                 )
 
         self._loop.call_soon_threadsafe(
-            self.service.begin, self._stops, work, f"the stop of expired sandbox {sandbox.vmid}"
+            self.service.begin_work, self._stops, stop_vm, f"the stop of expired sandbox {sandbox.vmid}"
         )
 
     # ---- reconcile ----
@@ -234,7 +239,7 @@ class Scheduler:
             began = time.monotonic()
             try:
                 # The first pass finishes operations in which an earlier daemon was killed.
-                drifts = await self._run(self._compare, "reconcile")
+                drifts = await self._run_in_thread(self._reconcile_records, "reconcile")
                 self.reconcile.note_success("reconcile")
                 self._log_drifts(drifts)
                 self._expiry_event.set()
@@ -252,16 +257,15 @@ class Scheduler:
             self.service.metrics.durations.labels("reconcile").observe(time.monotonic() - began)
             await self._sleep_until_next_pass(longest)
 
-    def _compare(self) -> list[reconcile.Drift]:
+    def _reconcile_records(self) -> list[reconcile.Drift]:
+        """Make one pass over records and VMs, and note its result."""
         began = self.service.base.database.wall_time()
-        drifts = reconcile.run(self.service.context("agentlabd"), apply=True, known_vms=self.service.known_vms)
+        drifts = reconcile.run(self.service.make_context("agentlabd"), apply=True, known_vms=self.service.known_vms)
         self.service.note_reconciled(drifts, began)
         return drifts
 
     async def _sleep_until_next_pass(self, longest: float) -> None:
-        """Sleep until the next pass: for the interval, which a reload may change, or for ``longest`` seconds if
-        shorter.
-        """
+        """Sleep for the interval, which a reload may change, or for ``longest`` seconds if that is shorter."""
         began = time.monotonic()
         shared = self.service.base.database.controller is not None
         while (remaining := began + min(longest, float(self.service.config.reconcile_interval)) - time.monotonic()) > 0:
@@ -271,12 +275,14 @@ class Scheduler:
                 await asyncio.wait_for(
                     self._reconcile_event.wait(), min(remaining, _TURN_SECONDS) if shared else remaining
                 )
-            if shared and await self._run(self._is_work_left, "a look at work left behind"):
+            if shared and await self._run_in_thread(self._is_work_left, "a look at work left behind"):
                 return
 
     async def _wait_for_turn(self, job: str) -> None:
-        """Return once this daemon is the one that does the job; at once where no other daemon shares the records."""
-        while not await self._run(functools.partial(self._try_to_lead, job), f"a look at whose turn {job} is"):
+        """Wait until this daemon does the job, which is at once where no other daemon shares the records."""
+        while not await self._run_in_thread(
+            functools.partial(self._try_to_lead, job), f"a look at whose turn {job} is"
+        ):
             await asyncio.sleep(_TURN_SECONDS)
 
     def _try_to_lead(self, job: str) -> bool:
@@ -284,7 +290,7 @@ class Scheduler:
         try:
             leads = self.service.base.database.lead(job)
         except AgentlabError as error:
-            seldom(60, f"turn {job}", "%s: whether it is this daemon's turn is not known: %s", job, error.message)
+            log_seldom(60, f"turn {job}", "%s: whether it is this daemon's turn is not known: %s", job, error.message)
             self.service.leads[job] = False
             return False
         if leads != self.service.leads.get(job, True):
@@ -292,9 +298,9 @@ class Scheduler:
         self.service.leads[job] = leads
         if not leads:
             self._done_elsewhere.add(job)
-            # The controller whose turn it is tells what it cannot do.
+            # The controller that does the job shows its problems.
             self.service.problems.replace(job, ())
-            self.service.jobs[job].handed_over()
+            self.service.jobs[job].forget_plans()
             if job == "reconcile":
                 self.service.unrecorded = []
         elif job in self._done_elsewhere:
@@ -326,19 +332,20 @@ class Scheduler:
             if self.service.leads.get("reconcile", True):
                 continue
             try:
-                await self._run(self._finish_own_files, "a look at files of this host")
+                await self._run_in_thread(self._finish_own_files, "a look at files of this host")
             except Stopping:
                 return
             except AgentlabError as error:
-                seldom(60, "own files", "files of this host: %s", error.message)
+                log_seldom(60, "own files", "files of this host: %s", error.message)
 
     def _finish_own_files(self) -> None:
+        """Close the records that wait for a snippet on this host, if there are new ones or the interval is over."""
         waiting = {sandbox.uuid for sandbox in overview.waiting_for_snippet(self.service.base.records, holders.host())}
         now = time.monotonic()
-        # What could not be finished is tried again as seldom as a reconcile would.
+        # Retry an unfinished record only as often as a reconcile would.
         if waiting - self._waiting or (waiting and now - self._tried_at >= self.service.config.reconcile_interval):
             self._tried_at = now
-            self._log_drifts(reconcile.finish_own_files(self.service.context("agentlabd")))
+            self._log_drifts(reconcile.finish_own_files(self.service.make_context("agentlabd")))
         self._waiting = waiting
 
     @staticmethod
@@ -361,7 +368,9 @@ class Scheduler:
         while True:
             self._cleanup_event.clear()
             policy = self.service.policy
-            due = await self._run(functools.partial(self._next_cleanup, policy), "a look at the cleanup's plan")
+            due = await self._run_in_thread(
+                functools.partial(self._plan_cleanup, policy), "a look at the cleanup's plan"
+            )
             self.cleanup.next_run = due
             pause = None if due is None else max(0.0, due - self.service.base.database.wall_time())
             try:
@@ -370,13 +379,15 @@ class Scheduler:
                 continue
             except TimeoutError:
                 pass
-            if not await self._run(functools.partial(self._try_to_lead, "cleanup"), "a look at whose turn cleanup is"):
+            if not await self._run_in_thread(
+                functools.partial(self._try_to_lead, "cleanup"), "a look at whose turn cleanup is"
+            ):
                 await asyncio.sleep(_TURN_SECONDS)
                 continue
             with contextlib.suppress(Stopping):
-                await self._run(self._clean, "cleanup")
+                await self._run_in_thread(self._clean_up, "cleanup")
 
-    def _next_cleanup(self, policy: rules.Policy) -> int | None:
+    def _plan_cleanup(self, policy: rules.Policy) -> int | None:
         """Return the time of the next run of the rules: an interval and some jitter after the last one.
 
         The time of the last run is in the records, so that a restart does not forget it.
@@ -396,10 +407,11 @@ class Scheduler:
             return now + min(policy.interval, 10) + jitter
         return last + policy.interval + jitter
 
-    def _clean(self) -> None:
+    def _clean_up(self) -> None:
+        """Run the rules, log the result, and store the time of this run."""
         began = time.monotonic()
         try:
-            report = self.service.clean("agentlabd")
+            report = self.service.clean_up("agentlabd")
             self.cleanup.note_success("cleanup")
             summary = (
                 f"{len(report.pruned)} {'would be ' if report.dry_run else ''}destroyed, {len(report.marked)} marked "

@@ -26,7 +26,7 @@ class Scrape:
         self._service = service
 
     def describe(self) -> list[Metric]:
-        # Register without reading anything: values are read at the first scrape.
+        # prometheus_client asks for this at registration. Values are read at the first scrape, not before.
         return []
 
     def collect(self) -> Iterator[Metric]:
@@ -66,9 +66,9 @@ class Scrape:
             "agentlab_oldest_operation_age_seconds", "Age of the oldest operation that is not finished", value=age
         )
         yield GaugeMetricFamily(
-            "agentlab_prune_frozen", "1 while cleanup is frozen", value=int(service.frozen() is not None)
+            "agentlab_prune_frozen", "1 while cleanup is frozen", value=int(service.read_freeze() is not None)
         )
-        present = service.conditions.now()
+        present = service.conditions.list_present()
         condition_gauge = GaugeMetricFamily(
             "agentlab_condition", "1 while a part of the daemon rests, waits or fails", labels=["part"]
         )

@@ -63,7 +63,7 @@ class Service:
         self.started_at = int(time.time())
         self._began = time.monotonic()
         self.stopping = threading.Event()
-        self.policy = check(config)
+        self.policy = check_files(config)
         with tell_wait(config.database):
             self.base = Context(config, actor="agentlabd", stopping=self.stopping)
         self._owner = self.base
@@ -80,7 +80,7 @@ class Service:
         self.doctor_pool = ThreadPoolExecutor(1, "doctor")
         # Unfinished work -> its name. Used only in the event loop.
         self.under_way: dict[asyncio.Future[Any], str] = {}
-        # Makes the loop that waits for the next expiry look again.
+        # Called after a change of a lease: wakes the loop that sleeps until the next expiry. Set by the scheduler.
         self.wake_expiry: Callable[[], None] = lambda: None
         # Job name -> Job. Set by the scheduler.
         self.jobs: dict[str, Any] = {}
@@ -104,11 +104,12 @@ class Service:
     def config(self) -> Config:
         return self.base.config
 
-    def context(self, actor: str, *, dry_run: bool = False) -> Context:
+    def make_context(self, actor: str, *, dry_run: bool = False) -> Context:
         """Return a context for one run, on the shared database and connections."""
         return self.base.derive(actor=actor, dry_run=dry_run)
 
-    def lease_changed(self) -> None:
+    def note_lease_change(self) -> None:
+        """Wake the loop that sleeps until the next expiry."""
         self.wake_expiry()
 
     def reload(self) -> list[str]:
@@ -118,8 +119,8 @@ class Service:
         was.
         """
         try:
-            config, path = load(self._config_option, self.environment)
-            policy = check(config)
+            config, path = load_config(self._config_option, self.environment)
+            policy = check_files(config)
             token = read_token(config.listen_token_file) if config.listen else None
         except AgentlabError as error:
             self.config_error = error.message
@@ -136,21 +137,21 @@ class Service:
         self.metrics.reload.set(1)
         return needing_restart
 
-    def begin(self, pool: ThreadPoolExecutor, work: Callable[[], T], name: str) -> asyncio.Future[T]:
-        """Run work in a thread, and remember its name until it ends. Called in the event loop."""
+    def begin_work(self, pool: ThreadPoolExecutor, work: Callable[[], T], name: str) -> asyncio.Future[T]:
+        """Run work in a thread, and remember its name until it ends. Call this in the event loop."""
         future = asyncio.get_running_loop().run_in_executor(pool, work)
         self.under_way[future] = name
         future.add_done_callback(self.under_way.pop)
         return future
 
-    def begin_no_more(self) -> None:
-        """Cancel work that waits for a thread. Its clients get an answer that says so."""
+    def refuse_new_work(self) -> None:
+        """Cancel work that waits for a thread, and accept no more. The clients get an answer that says so."""
         self.stopping.set()
         for pool in (self.work_pool, self.guest_pool, self.doctor_pool):
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def damage(self) -> list[str]:
-        """Return the damage in the records, one sentence each. Looks at most once a minute."""
+    def find_damage(self) -> list[str]:
+        """Return a sentence for each damage in the records. Reads the records at most once a minute."""
         at, messages = self._damage
         if not at or time.monotonic() - at > _DAMAGE_SECONDS:
             records = self.base.records
@@ -160,7 +161,8 @@ class Service:
 
     # ---- cleanup ----
 
-    def frozen(self) -> dict[str, Any] | None:
+    def read_freeze(self) -> dict[str, Any] | None:
+        """Return who froze the cleanup, when and why; None while it is not frozen."""
         return timeguard.frozen(self.base)
 
     def note_reconciled(self, drifts: list[reconcile.Drift], began: float) -> None:
@@ -169,8 +171,8 @@ class Service:
         ``began``: when the pass began, by the clock of the records.
         """
         self.metrics.count_reconcile(drifts)
-        self.problems.replace("reconcile", problems.of_drift(drifts))
-        # A pass stops again what expiry could not stop, and has told what became of it.
+        self.problems.replace("reconcile", problems.extract_from_drift(drifts))
+        # The pass has stopped VMs that expiry could not stop, or has shown why it cannot either.
         stopped = {
             drift.sandbox.uuid for drift in drifts if drift.kind == "still_running" and drift.applied and drift.sandbox
         }
@@ -181,26 +183,26 @@ class Service:
             if drift.kind == "unrecorded"
         ]
         with contextlib.suppress(AgentlabError):
-            # Expiry of every daemon on these records may have failed at what this pass has settled.
+            # Every other daemon on these records drops the problems of its expiry that this pass has settled.
             self.base.records.set_meta(_LAST_PASS, str(began))
 
-    def last_pass(self) -> float | None:
+    def read_last_pass(self) -> float | None:
         """Return when the last whole pass of reconcile of any daemon on these records began; None if not known."""
         try:
             return float(self.base.records.meta(_LAST_PASS) or "")
         except (AgentlabError, ValueError):
             return None
 
-    def clean(self, actor: str, *, dry_run: bool = False) -> cleanup.CleanupResult:
+    def clean_up(self, actor: str, *, dry_run: bool = False) -> cleanup.CleanupResult:
         """Run the rules once. Raises Busy while they are running, and Frozen and GuardTripped as the core does."""
         policy = self.policy
         shadow = policy.mode == rules.SHADOW
         if not self._cleaning.acquire(blocking=False):
             raise Busy("the cleanup rules are being run already; wait for that to end")
         try:
-            report = cleanup.run(self.context(actor, dry_run=dry_run or shadow), policy)
+            report = cleanup.run(self.make_context(actor, dry_run=dry_run or shadow), policy)
             if not dry_run:
-                self.problems.replace("cleanup", problems.of_outcomes((*report.failed, *report.kept)))
+                self.problems.replace("cleanup", problems.extract_from_outcomes((*report.failed, *report.kept)))
                 self.metrics.count_prune(
                     "cleanup", report.pruned, report.kept, report.failed, report.candidates, shadow=shadow
                 )
@@ -226,11 +228,11 @@ class Service:
 
     # ---- status ----
 
-    def status(self) -> dict[str, Any]:
+    def compose_status(self) -> dict[str, Any]:
         """Return the answer to GET /v1/status, from the records and from memory."""
         records = self.base.records
         under_way, interrupted = records.unfinished()
-        conditions = [condition.public() for condition in self.conditions.now()]
+        conditions = [condition.public() for condition in self.conditions.list_present()]
         statistics = self.base.client.statistics
         return {
             "version": __version__,
@@ -253,7 +255,7 @@ class Service:
                 "mode": self.policy.mode,
                 **(self.jobs["cleanup"].public() if self.jobs else {}),
                 "last_result": self.last_cleanup,
-                "frozen": self.frozen(),
+                "frozen": self.read_freeze(),
             },
             "operations": {"in_progress": len(under_way), "interrupted": len(interrupted)},
             "unrecorded": self.unrecorded,
@@ -272,7 +274,7 @@ class Service:
 def tell_wait(database: str) -> Iterator[None]:
     """Log one line when the block, which opens these records, takes longer than some seconds."""
 
-    def tell() -> None:
+    def log_wait() -> None:
         address = database_address.parse(database)
         why = (
             "their server has not answered yet"
@@ -281,7 +283,7 @@ def tell_wait(database: str) -> Iterator[None]:
         )
         log.warning("the start waits for the records (%s): %s", address.text, why)
 
-    timer = threading.Timer(WAIT_SECONDS, tell)
+    timer = threading.Timer(WAIT_SECONDS, log_wait)
     timer.daemon = True
     timer.start()
     try:
@@ -290,7 +292,7 @@ def tell_wait(database: str) -> Iterator[None]:
         timer.cancel()
 
 
-def check(config: Config) -> rules.Policy:
+def check_files(config: Config) -> rules.Policy:
     """Read the files that the configuration names, and return the cleanup rules. Raises ConfigError for a bad file."""
     authority = config.proxmox.ca_path
     if authority:
@@ -340,8 +342,8 @@ def read_token(path: str | None) -> str:
     return token
 
 
-def load(path: str | None, environment: Mapping[str, str]) -> tuple[Config, str | None]:
-    """Return the configuration, and the file that it comes from (None without a file)."""
+def load_config(path: str | None, environment: Mapping[str, str]) -> tuple[Config, str | None]:
+    """Return the configuration, and the path of its file (None without a file). Raises ConfigError."""
     config = core_config.load({"config_file": path}, environment)
     config_file = path or environment.get("AGENTLAB_CONFIG") or core_config.CONFIG_FILE
     return config, config_file if os.path.exists(config_file) else None

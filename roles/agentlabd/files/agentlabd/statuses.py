@@ -56,6 +56,6 @@ _BY_CODE = {kind.code: status for kind, status in STATUSES.items()} | {"internal
 _LEFT_ALONE = 409
 
 
-def status_of(code: str) -> int:
+def get_status(code: str) -> int:
     """Return the HTTP status of an error's code or of a failed outcome's reason."""
     return _BY_CODE.get(code, _LEFT_ALONE)

@@ -18,24 +18,21 @@ class Manager:
     def __init__(self) -> None:
         self._notifier = sdnotify.SystemdNotifier()
 
-    def ready(self, status: str) -> None:
+    def notify_ready(self, status: str) -> None:
         self._notifier.notify(f"READY=1\nSTATUS={status}")
 
-    def reloading(self) -> None:
+    def notify_reloading(self) -> None:
         self._notifier.notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
 
-    def stopping(self, status: str) -> None:
+    def notify_stopping(self, status: str) -> None:
         self._notifier.notify(f"STOPPING=1\nSTATUS={status}")
 
-    def status(self, status: str) -> None:
-        self._notifier.notify(f"STATUS={status}")
-
-    def alive(self) -> None:
+    def notify_alive(self) -> None:
         self._notifier.notify("WATCHDOG=1")
 
 
-def watchdog_seconds() -> float | None:
-    """Return the seconds within which the service manager expects a sign of life, or None."""
+def read_watchdog_seconds() -> float | None:
+    """Return the seconds within which systemd expects a notification (WatchdogSec), or None without a watchdog."""
     try:
         period = int(os.environ.get("WATCHDOG_USEC", "0")) / 1e6
         meant = int(os.environ.get("WATCHDOG_PID", os.getpid()))

@@ -14,7 +14,7 @@ from agentlab_core import config as core_config
 from agentlab_core.errors import AgentlabError, CreationFailed, Kept, NotFound
 from agentlab_core.model import Outcome
 
-from ..statuses import status_of
+from ..statuses import get_status
 
 # Seconds after which a client may ask again (Retry-After of a 503).
 RETRY_AFTER = 10
@@ -45,33 +45,33 @@ class Answer:
     headers: dict[str, str] = field(default_factory=dict)
     file: BinaryIO | None = None
 
-    def encoded(self) -> bytes:
+    def encode_body(self) -> bytes:
         return json.dumps(self.body, separators=(",", ":")).encode() + b"\n"
 
 
-def of_error(error: AgentlabError) -> Answer:
+def answer_error(error: AgentlabError) -> Answer:
     """Return the answer for an error: {"error", "code", facts}."""
     code = error.code
     if isinstance(error, CreationFailed):
         cause = error.detail.get("cause") or {}
-        status = status_of(str(cause.get("code") or code))
+        status = get_status(str(cause.get("code") or code))
     else:
         # A wrong option in the daemon's own configuration is not the client's fault.
-        status = 500 if error.detail.get("option") in core_config.ENVIRONMENT else status_of(code)
+        status = 500 if error.detail.get("option") in core_config.ENVIRONMENT else get_status(code)
     message = error.explain(REMEDIES)
     if isinstance(error, NotFound) and "run_id" not in error.detail:
         message = "workspace not found" if "workspace" in error.detail else "sandbox not found"
     facts = {name: value for name, value in error.detail.items() if value is not None and name not in ("error", "code")}
     if isinstance(error, Kept):
         facts["reason"] = error.reason
-    return failed(status, message, code, **facts)
+    return compose_error(status, message, code, **facts)
 
 
-def of_failure(outcome: Outcome) -> Answer:
+def answer_failed_item(outcome: Outcome) -> Answer:
     """Return the answer for a single item that failed."""
     reason = outcome.reason or "error"
-    answer = failed(
-        status_of(reason),
+    answer = compose_error(
+        get_status(reason),
         outcome.explain(REMEDIES) or reason,
         reason,
         vmid=outcome.vmid,
@@ -83,7 +83,7 @@ def of_failure(outcome: Outcome) -> Answer:
     return answer
 
 
-def failed(status: int, message: str, code: str, /, **facts: Any) -> Answer:
+def compose_error(status: int, message: str, code: str, /, **facts: Any) -> Answer:
     """Return the answer for an error. ``facts`` may have any names except "error" and "code"."""
     body = {"error": message, "code": code, **{name: value for name, value in facts.items() if value is not None}}
     return Answer(
@@ -93,10 +93,10 @@ def failed(status: int, message: str, code: str, /, **facts: Any) -> Answer:
     )
 
 
-def of_item(outcome: Outcome, status: int = 200) -> Answer:
+def answer_item(outcome: Outcome, status: int = 200) -> Answer:
     """Return the answer for a single item: the sandbox in its present state, and the outcome."""
     if outcome.failed or outcome.sandbox is None:
-        return of_failure(outcome)
+        return answer_failed_item(outcome)
     body = {
         **outcome.sandbox.public(),
         "previous_state": outcome.previous_state,
@@ -112,7 +112,7 @@ def of_item(outcome: Outcome, status: int = 200) -> Answer:
     return Answer(body, status, [outcome])
 
 
-def of_items(outcomes: list[Outcome]) -> Answer:
+def answer_items(outcomes: list[Outcome]) -> Answer:
     """Return the answer for several items: one outcome each. The status is 207 when some failed."""
     count = sum(outcome.failed for outcome in outcomes)
     return Answer(

@@ -16,7 +16,7 @@ from agentlab_core.sandboxes import create, wanted
 from agentlab_core.vm import address
 
 from . import upstream
-from .answers import REMEDIES, Answer, of_item
+from .answers import REMEDIES, Answer, answer_item
 from .fields import Field
 from .route import Call
 
@@ -25,7 +25,7 @@ def split_tags(_name: str, value: Any) -> list[str]:
     return patterns.split_tags(value)
 
 
-def _number_field(option: str, text: str) -> Field:
+def _make_number_field(option: str, text: str) -> Field:
     """Return the field of a whole-number option, with the bounds that all interfaces share."""
     low, high = patterns.RANGES[option]
     return Field("integer", text, low=low, high=high)
@@ -51,17 +51,17 @@ CREATION: dict[str, Field] = {
     "full_clone": Field("boolean", "full instead of linked clone"),
     "storage": Field("string", "storage of a full clone", longest=100),
     "pool": Field("string", "pool it belongs to", longest=100),
-    "cores": _number_field("cores", "CPU cores"),
+    "cores": _make_number_field("cores", "CPU cores"),
     "cpu_type": Field("string", "CPU type, such as host or x86-64-v2-AES", longest=200),
-    "memory": _number_field("memory", "memory in MiB"),
+    "memory": _make_number_field("memory", "memory in MiB"),
     "disk_size": Field("string", "size of the boot disk, 20G or +10G", longest=20),
     "bridge": Field("string", "bridge of the first network card", longest=100),
     "network_model": Field("string", "model of the first network card", valid=patterns.MODELS),
-    "vlan_tag": _number_field("vlan_tag", "VLAN of the first network card"),
+    "vlan_tag": _make_number_field("vlan_tag", "VLAN of the first network card"),
     "second_bridge": Field(
         "string", "bridge of the second network card, which is made where the template has none", longest=100
     ),
-    "second_vlan_tag": _number_field("second_vlan_tag", "VLAN of the second network card"),
+    "second_vlan_tag": _make_number_field("second_vlan_tag", "VLAN of the second network card"),
     "second_ip_config": Field("string", "address of the second network card, as ip_config", longest=200),
     "firewall": Field("boolean", "firewall of the first network card"),
     "firewall_group": Field("string", "security group of its firewall", longest=100),
@@ -108,19 +108,19 @@ CREATION: dict[str, Field] = {
 
 def create_sandbox(call: Call) -> Answer:
     dry_run = bool(call.body.get("dry_run"))
-    ctx = call.context(dry_run=True) if dry_run else call.context()
+    ctx = call.make_context(dry_run=True) if dry_run else call.make_context()
     _check_limits(ctx, call.body)
-    outcome = create.run(ctx, wanted.make_spec(ctx, creation_options(call.body)))
+    outcome = create.run(ctx, wanted.make_spec(ctx, read_creation_options(call.body)))
     if dry_run:
-        answer = of_item(outcome)
+        answer = answer_item(outcome)
         answer.body["state"] = outcome.state
         # Nothing was created, so there is nothing to count.
         answer.outcomes = []
         return answer
     if call.body.get("wait_for_ip") and outcome.outcome in ("unchanged", "updated"):
         outcome = address.add_address(ctx, outcome, started=False)
-    call.service.lease_changed()
-    return of_item(outcome, 201 if outcome.outcome == "created" else 200)
+    call.service.note_lease_change()
+    return answer_item(outcome, 201 if outcome.outcome == "created" else 200)
 
 
 def _check_limits(ctx: Context, body: Mapping[str, Any]) -> None:
@@ -160,8 +160,8 @@ def _check_limits(ctx: Context, body: Mapping[str, Any]) -> None:
             )
 
 
-def creation_options(body: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of a creation by their own names."""
+def read_creation_options(body: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a creation by the core's names. Raises InvalidInput for an option given under two names."""
     options = {name: value for name, value in body.items() if name != "dry_run"}
     minutes = options.pop("ttl_minutes", None)
     if minutes is not None:
@@ -178,14 +178,14 @@ def creation_options(body: Mapping[str, Any]) -> dict[str, Any]:
 
 def validate_plan(call: Call) -> Answer:
     """Answer with what a creation would do and what is wrong with it. Creates nothing."""
-    ctx = call.context(dry_run=True)
+    ctx = call.make_context(dry_run=True)
     plan = {name: call.body.get(name) for name in ("name", "profile", "ttl_minutes", "workspace_id", "vmid", "tags")}
     plan["keepalive"] = call.body.get("keepalive", False)
     errors: list[dict[str, str]] = []
     warnings: list[str] = []
     try:
         _check_limits(ctx, call.body)
-        outcome = create.run(ctx, wanted.make_spec(ctx, creation_options(call.body)))
+        outcome = create.run(ctx, wanted.make_spec(ctx, read_creation_options(call.body)))
         warnings = outcome.explain_warnings(REMEDIES)
         if outcome.outcome == "unchanged":
             warnings = [*warnings, f"sandbox {outcome.vmid} ({outcome.name}) is there already and stays as it is"]

@@ -62,7 +62,7 @@ class Field:
     def _pattern(self) -> str | None:
         return self.pattern or (None if self.lines or self.split else _LINE)
 
-    def schema(self) -> dict[str, Any]:
+    def compose_schema(self) -> dict[str, Any]:
         """Return this field as JSON schema."""
         schema: dict[str, Any]
         if self.kind in ("integer", "integers"):
@@ -104,10 +104,10 @@ class Field:
         return {**schema, "description": self.text}
 
     def check(self, name: str, value: Any) -> Any:
-        """Return the value. Raises InvalidInput with the key, the value and what is valid."""
+        """Return the checked value. Raises InvalidInput with the key, the value and what is valid."""
         if self.split and isinstance(value, str):
             if len(value) > self.longest * self.most or not patterns.encodable(value):
-                raise self._invalid(
+                raise self._make_error(
                     name,
                     value,
                     f"a text of {self.longest * self.most} characters at most that UTF-8 can hold, or a list of texts",
@@ -115,7 +115,7 @@ class Field:
             return self.split(name, value)
         if self.kind in ("integers", "strings"):
             if not isinstance(value, list) or len(value) > self.most:
-                raise self._invalid(
+                raise self._make_error(
                     name,
                     value,
                     f"a list of {'whole numbers' if self.kind == 'integers' else 'texts'}, {self.most} at most",
@@ -124,10 +124,10 @@ class Field:
             return self.split(name, items) if self.split else items
         if self.kind == "texts":
             if not isinstance(value, dict) or len(value) > self.most:
-                raise self._invalid(name, value, f"an object of texts, {self.most} at most")
+                raise self._make_error(name, value, f"an object of texts, {self.most} at most")
             for key in value:
                 if not _matches(_VARIABLE, key):
-                    raise self._invalid(name, key, "names of letters, digits and _, no digit first")
+                    raise self._make_error(name, key, "names of letters, digits and _, no digit first")
             return {key: self._check_value(name, text) for key, text in value.items()}
         return self._check_value(name, value)
 
@@ -142,29 +142,31 @@ class Field:
             ):
                 upper = "" if self.high is None else f" to {self.high}"
                 quotes = ", without quotes" if isinstance(value, str) and value.strip().isdecimal() else ""
-                raise self._invalid(name, value, f"a whole number from {self.low or 0}{upper}{quotes}")
+                raise self._make_error(name, value, f"a whole number from {self.low or 0}{upper}{quotes}")
         elif self.kind == "boolean":
             if not isinstance(value, bool):
-                raise self._invalid(name, value, "true or false")
+                raise self._make_error(name, value, "true or false")
         elif self.kind in ("string", "strings", "texts"):
             if self.number and isinstance(value, int) and not isinstance(value, bool) and value >= 0:
                 value = str(value)
             if not isinstance(value, str):
                 or_number = "a whole number, or " if self.number else ""
-                raise self._invalid(name, value, f"{or_number}a text in quotes, of {self.longest} characters at most")
+                raise self._make_error(
+                    name, value, f"{or_number}a text in quotes, of {self.longest} characters at most"
+                )
             if len(value) > self.longest:
-                raise self._invalid(name, value, f"a text of {self.longest} characters at most")
+                raise self._make_error(name, value, f"a text of {self.longest} characters at most")
             if not patterns.encodable(value):
-                raise self._invalid(name, value, "a text that UTF-8 can hold")
+                raise self._make_error(name, value, "a text that UTF-8 can hold")
             if self._pattern and not _matches(self._pattern, value):
-                raise self._invalid(name, value, self.text if self.pattern else "a text in one line")
+                raise self._make_error(name, value, self.text if self.pattern else "a text in one line")
             if self.valid and value not in self.valid:
-                raise self._invalid(name, value, ", ".join(self.valid))
+                raise self._make_error(name, value, ", ".join(self.valid))
         elif isinstance(value, bool) or not isinstance(value, (int, float, str)) or not _matches(_LINE, str(value)):
-            raise self._invalid(name, value, durations.VALID)
+            raise self._make_error(name, value, durations.VALID)
         return value
 
-    def _invalid(self, name: str, value: Any, valid: str) -> InvalidInput:
+    def _make_error(self, name: str, value: Any, valid: str) -> InvalidInput:
         return InvalidInput(
             f"{name}: {'that value' if self.secret else patterns.quoted(value)} is not valid. Valid: {valid}",
             option=name,
@@ -184,6 +186,7 @@ _KEY = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,39}", re.ASCII)
 
 
 def _quote_key(name: str) -> str:
+    """Return the key for a message, if it has the form of a key."""
     return name if _KEY.fullmatch(name) else "that key"
 
 
@@ -272,11 +275,11 @@ def check_query(fields: Mapping[str, Field], query: Sequence[tuple[str, str]]) -
     return {name: fields[name].check(name, value) for name, value in values.items()}
 
 
-def object_schema(fields: Mapping[str, Field]) -> dict[str, Any]:
+def compose_object_schema(fields: Mapping[str, Field]) -> dict[str, Any]:
     """Return a body as JSON schema. An optional key may also be null."""
     properties = {}
     for name, field in fields.items():
-        schema = field.schema()
+        schema = field.compose_schema()
         properties[name] = (
             schema
             if field.required

@@ -66,7 +66,7 @@ def run_command(call: Call) -> Answer:
     body = dict(call.body)
     detach, encoding = body.pop("detach", False), body.pop("encoding", UTF8)
     command.require_one_command("argv" in body, "cmd" in body)
-    body["stdin"] = _decode(body.get("stdin", ""), encoding)
+    body["stdin"] = _decode_stdin(body.get("stdin", ""), encoding)
     timeout = body.setdefault("timeout", 0 if detach else 60)
     if not detach and not 0 < timeout <= LONGEST_WAIT:
         raise InvalidInput(
@@ -75,22 +75,22 @@ def run_command(call: Call) -> Answer:
             option="timeout",
         )
     spec = command.CommandSpec(**body, secret=bool(body["stdin"] or body.get("environment")))
-    ctx = call.context()
+    ctx = call.make_context()
     sandbox = ctx.select(call.vmid)
     result = (command.start_command if detach else command.run_command)(ctx, sandbox, spec)
-    return _of_run(sandbox, result, encoding)
+    return _answer_run(sandbox, result, encoding)
 
 
 def list_runs(call: Call) -> Answer:
     """List the sandbox's commands in the records."""
-    ctx = call.context()
+    ctx = call.make_context()
     sandbox = ctx.select(call.vmid)
     return Answer({"vmid": sandbox.vmid, "runs": command.list_runs(ctx, sandbox)})
 
 
 def show_run(call: Call) -> Answer:
     """Show the state of a command, and its output from an offset on."""
-    ctx = call.context()
+    ctx = call.make_context()
     sandbox = ctx.select(call.vmid)
     query = call.query
     result = command.read_run(
@@ -102,25 +102,26 @@ def show_run(call: Call) -> Answer:
         wait=query.get("wait", 0),
         limit=query.get("limit", LARGEST_PART),
     )
-    return _of_run(sandbox, result, query.get("encoding", UTF8), 200)
+    return _answer_run(sandbox, result, query.get("encoding", UTF8), 200)
 
 
 def kill_run(call: Call) -> Answer:
     """End a command in the guest."""
-    ctx = call.context()
+    ctx = call.make_context()
     sandbox = ctx.select(call.vmid)
-    return _of_run(sandbox, command.kill_command(ctx, sandbox, command.normalise_id(call.ident)), UTF8, 200)
+    return _answer_run(sandbox, command.kill_command(ctx, sandbox, command.normalise_id(call.ident)), UTF8, 200)
 
 
-def _of_run(sandbox: Sandbox, result: command.CommandResult, encoding: str, begun: int = 202) -> Answer:
+def _answer_run(sandbox: Sandbox, result: command.CommandResult, encoding: str, begun: int = 202) -> Answer:
+    """Return the answer for a run. ``begun``: the status while the command runs."""
     body = {
         "vmid": sandbox.vmid,
         "run_id": result.run_id,
         "state": result.state,
         "rc": result.rc,
         "signal": result.signal,
-        "stdout": _encode(result.stdout, encoding),
-        "stderr": _encode(result.stderr, encoding),
+        "stdout": _encode_output(result.stdout, encoding),
+        "stderr": _encode_output(result.stderr, encoding),
         "encoding": encoding,
         "stdout_bytes": result.stdout_bytes,
         "stderr_bytes": result.stderr_bytes,
@@ -134,7 +135,8 @@ def _of_run(sandbox: Sandbox, result: command.CommandResult, encoding: str, begu
     return Answer(body, begun if result.state == "running" else 200, [Outcome.of(result.state, sandbox)])
 
 
-def _decode(text: str, encoding: str) -> bytes:
+def _decode_stdin(text: str, encoding: str) -> bytes:
+    """Return standard input as bytes. Raises InvalidInput for broken base64."""
     if encoding == UTF8:
         return text.encode()
     try:
@@ -143,7 +145,7 @@ def _decode(text: str, encoding: str) -> bytes:
         raise InvalidInput("stdin: is not base64, which encoding says it is", option="stdin") from None
 
 
-def _encode(data: bytes, encoding: str) -> str:
+def _encode_output(data: bytes, encoding: str) -> str:
     return data.decode("utf-8", "replace") if encoding == UTF8 else base64.b64encode(data).decode()
 
 
@@ -152,16 +154,16 @@ def _encode(data: bytes, encoding: str) -> str:
 
 def fetch_file(call: Call) -> Answer:
     """Send a file of the guest byte for byte. Length and checksum were compared with the guest's."""
-    ctx = call.context()
+    ctx = call.make_context()
     sandbox = ctx.select(call.vmid)
-    target = spool.make()
+    target = spool.make_file()
     try:
         info = files.fetch_file(ctx, sandbox, call.query["path"], target)
     except BaseException:
         target.close()
         raise
     target.seek(0)
-    answer = Answer(_of_file(sandbox, info), 200, [Outcome.of("fetched", sandbox)])
+    answer = Answer(_describe_file(sandbox, info), 200, [Outcome.of("fetched", sandbox)])
     answer.headers = {"X-Agentlab-Sha256": info.sha256, "X-Agentlab-Mode": f"{info.mode & 0o7777:04o}"}
     answer.file = target
     return answer
@@ -169,7 +171,7 @@ def fetch_file(call: Call) -> Answer:
 
 def put_file(call: Call) -> Answer:
     """Write a file in the guest, completely or not at all."""
-    ctx = call.context()
+    ctx = call.make_context()
     sandbox = ctx.select(call.vmid)
     assert call.upload is not None
     mode = call.query.get("mode")
@@ -181,10 +183,10 @@ def put_file(call: Call) -> Answer:
         mode=None if mode is None else int(mode, 8),
         owner=call.query.get("owner"),
     )
-    return Answer(_of_file(sandbox, info), 200, [Outcome.of("written", sandbox)])
+    return Answer(_describe_file(sandbox, info), 200, [Outcome.of("written", sandbox)])
 
 
-def _of_file(sandbox: Sandbox, info: files.FileInfo) -> dict[str, Any]:
+def _describe_file(sandbox: Sandbox, info: files.FileInfo) -> dict[str, Any]:
     return {
         "vmid": sandbox.vmid,
         "path": info.path,

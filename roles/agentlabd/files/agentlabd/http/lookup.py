@@ -44,7 +44,7 @@ def look_up_address(ctx: Context, sandbox: Sandbox, threads: Executor) -> None:
         _last_lookups[sandbox.uuid] = now
         _under_way += 1
     try:
-        threads.submit(_ask, ctx, sandbox.uuid)
+        threads.submit(_ask_guest, ctx, sandbox.uuid)
     except RuntimeError:
         # The daemon has begun to stop meanwhile.
         _count_ended()
@@ -56,7 +56,8 @@ def _count_ended() -> None:
         _under_way -= 1
 
 
-def _ask(ctx: Context, uuid: str) -> None:
+def _ask_guest(ctx: Context, uuid: str) -> None:
+    """Ask the guest agent for the address, and write it into the record. Log an error, because nobody else sees it."""
     try:
         sandbox = ctx.records.get(uuid)
         located = match_if_readable(ctx, sandbox)
@@ -81,7 +82,7 @@ def _ask(ctx: Context, uuid: str) -> None:
                 )
     except AgentlabError as error:
         log.debug("the address of sandbox %s cannot be looked up: %s", uuid, error.message)
-    except Exception as error:  # a thread of the pool would keep it to itself
+    except Exception as error:  # a thread of the pool would lose it silently
         if known := host_error(error):
             log.debug("the address of sandbox %s cannot be looked up: %s", uuid, known.message)
             return

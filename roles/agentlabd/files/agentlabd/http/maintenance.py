@@ -26,7 +26,7 @@ def prune_sandboxes(call: Call) -> Answer:
     )
     metrics = call.service.metrics
     try:
-        report = prune.run(call.context(dry_run), selection)
+        report = prune.run(call.make_context(dry_run), selection)
     except AgentlabError as error:
         if not dry_run and not isinstance(error, InvalidInput):
             metrics.count_stopped_prune(error)
@@ -51,20 +51,20 @@ def reconcile_sandboxes(call: Call) -> Answer:
     adopt = call.body.get("adopt_cluster", False)
     if adopt and not apply:
         raise InvalidInput("adopt_cluster: has an effect together with apply only", option="adopt_cluster")
-    ctx = call.context(dry_run=not apply)
+    ctx = call.make_context(dry_run=not apply)
     checked = len(ctx.records.find_all())
     began = ctx.database.wall_time()
     drifts = reconcile.run(ctx, apply=apply, adopt_cluster=adopt)
     if apply:
         call.service.note_reconciled(drifts, began)
-        call.service.lease_changed()
+        call.service.note_lease_change()
     return Answer(upstream.describe_drift(drifts, checked, applied=apply))
 
 
 def run_cleanup(call: Call) -> Answer:
     if not call.service.policy.rules:
         raise StateConflict(f"there are no cleanup rules: {call.service.config.cleanup_file} is missing or names none")
-    report = call.service.clean(call.actor, dry_run=call.body.get("dry_run", False))
+    report = call.service.clean_up(call.actor, dry_run=call.body.get("dry_run", False))
     return Answer(
         report.public(),
         207 if report.failed and not report.dry_run else 200,
@@ -73,8 +73,8 @@ def run_cleanup(call: Call) -> Answer:
 
 
 def freeze_cleanup(call: Call) -> Answer:
-    return Answer({"frozen": cleanup.freeze(call.context(), call.body["reason"])})
+    return Answer({"frozen": cleanup.freeze(call.make_context(), call.body["reason"])})
 
 
 def release_cleanup(call: Call) -> Answer:
-    return Answer({"frozen": None, "released": cleanup.release(call.context())})
+    return Answer({"frozen": None, "released": cleanup.release(call.make_context())})

@@ -16,7 +16,7 @@ from agentlab_core import patterns, states
 from agentlab_core.errors import REMEDIES
 
 from .. import __version__
-from .fields import object_schema
+from .fields import compose_object_schema
 from .route import Route
 
 _TEXT: dict[str, Any] = {"type": "string"}
@@ -363,11 +363,11 @@ _WHY = {
 }
 
 
-def document(routes: Sequence[Route]) -> dict[str, Any]:
+def compose_document(routes: Sequence[Route]) -> dict[str, Any]:
     """Return the whole document."""
     paths: dict[str, Any] = {}
     for route in routes:
-        paths.setdefault(route.path, {})[route.method.lower()] = _operation(route)
+        paths.setdefault(route.path, {})[route.method.lower()] = _describe_operation(route)
     return {
         "openapi": "3.1.0",
         "info": {
@@ -382,7 +382,7 @@ def document(routes: Sequence[Route]) -> dict[str, Any]:
     }
 
 
-def _operation(route: Route) -> dict[str, Any]:
+def _describe_operation(route: Route) -> dict[str, Any]:
     parameters: list[dict[str, Any]] = []
     if "{vmid}" in route.path:
         parameters.append(
@@ -405,7 +405,7 @@ def _operation(route: Route) -> dict[str, Any]:
             }
         )
     for name, field in route.query.items():
-        schema = {key: value for key, value in field.schema().items() if key != "description"}
+        schema = {key: value for key, value in field.compose_schema().items() if key != "description"}
         parameters.append(
             {"name": name, "in": "query", "required": field.required, "description": field.text, "schema": schema}
         )
@@ -415,7 +415,7 @@ def _operation(route: Route) -> dict[str, Any]:
             # A body is needed too where one of several fields is: no single one is required then.
             "required": any(field.required for field in route.body.values())
             or bool({"anyOf", "oneOf"} & route.together.keys()),
-            "content": {"application/json": {"schema": {**object_schema(route.body), **route.together}}},
+            "content": {"application/json": {"schema": {**compose_object_schema(route.body), **route.together}}},
         }
     if route.receives_file:
         operation["requestBody"] = {"required": True, "content": _FILE_CONTENT}
@@ -430,12 +430,12 @@ def _operation(route: Route) -> dict[str, Any]:
         errors += [409, 502, 504]
     errors.append(503)
     operation["responses"] = {
-        str(status): _response(_describe_status(status), schema) for status, schema in route.answers.items()
+        str(status): _describe_response(_describe_status(status), schema) for status, schema in route.answers.items()
     }
     if route.sends_file:
         operation["responses"]["200"] = {"description": _describe_status(200), "content": _FILE_CONTENT}
-    operation["responses"].update({str(status): _response(_WHY[status], "Error") for status in errors})
-    operation["responses"]["default"] = _response("Any other error", "Error")
+    operation["responses"].update({str(status): _describe_response(_WHY[status], "Error") for status in errors})
+    operation["responses"]["default"] = _describe_response("Any other error", "Error")
     return operation
 
 
@@ -448,5 +448,5 @@ def _describe_status(status: int) -> str:
     }[status]
 
 
-def _response(description: str, schema: str) -> dict[str, Any]:
+def _describe_response(description: str, schema: str) -> dict[str, Any]:
     return {"description": description, "content": {"application/json": {"schema": _ref(schema)}}}

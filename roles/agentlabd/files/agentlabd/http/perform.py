@@ -13,7 +13,7 @@ import time
 from agentlab_core.errors import AgentlabError, host_error
 from agentlab_core.model import Outcome
 
-from ..logs import IDLE_LINES, log, seldom
+from ..logs import IDLE_LINES, log, log_seldom
 from . import answers
 from .answers import Answer
 from .route import Call, Route
@@ -26,8 +26,8 @@ _LOGGED_KEYS = ("vmid", "name", "force", "dry_run", "apply", "max_count", "reaso
 _LOGGED_OUTCOMES = 20
 
 
-def perform(route: Route, call: Call) -> Answer:
-    """Answer one request. Every error becomes an answer, because nothing above this in the thread would catch it."""
+def perform_request(route: Route, call: Call) -> Answer:
+    """Run the handler of one request and return its answer. Every error becomes an answer: no caller would catch it."""
     metrics = call.service.metrics
     counted_here = route.operation if route.operation not in _COUNTED else None
     began = time.monotonic()
@@ -36,7 +36,7 @@ def perform(route: Route, call: Call) -> Answer:
         if counted_here:
             metrics.count_outcomes(counted_here, answer.outcomes)
     except AgentlabError as error:
-        answer = answers.of_error(error)
+        answer = answers.answer_error(error)
         if counted_here:
             metrics.count_refusal(counted_here, error)
         elif route.name == "renew_lease" and answer.status == 409:
@@ -44,12 +44,12 @@ def perform(route: Route, call: Call) -> Answer:
     except Exception as error:
         known = host_error(error)
         if known:
-            answer = answers.of_error(known)
+            answer = answers.answer_error(known)
         else:
             # For an unforeseen error the client gets one sentence, and the log the traceback.
             log.exception("%s: internal error", route.name)
             message = f"internal error: {type(error).__name__}; the daemon's log says more. Please report this"
-            answer = answers.failed(500, message, "internal")
+            answer = answers.compose_error(500, message, "internal")
         if route.operation:
             metrics.count_internal_error(route.operation)
     seconds = time.monotonic() - began
@@ -60,18 +60,18 @@ def perform(route: Route, call: Call) -> Answer:
     return answer
 
 
-def _became(outcome: Outcome) -> str:
+def _describe_outcome(outcome: Outcome) -> str:
     """Return the outcome for one sandbox, with its reason if there is one."""
     return f"{outcome.vmid} {outcome.outcome}{f' ({outcome.message})' if outcome.message else ''}"
 
 
 def _log_change(route: Route, call: Call, answer: Answer, seconds: float) -> None:
-    """Log a request that may change something: who asked for what, and the outcome."""
+    """Log a request that may change something: the actor, the request and the outcome."""
     options = [f"{name}={json.dumps(call.body[name])}" for name in _LOGGED_KEYS if name in call.body]
     result = answer.body.get("error")
     if not result:
         shown = answer.outcomes[:_LOGGED_OUTCOMES]
-        result = ", ".join(_became(outcome) for outcome in shown) or "done"
+        result = ", ".join(_describe_outcome(outcome) for outcome in shown) or "done"
         if len(answer.outcomes) > len(shown):
             result += f" and {len(answer.outcomes) - len(shown)} more"
     level = logging.WARNING if answer.status >= 500 else logging.INFO
@@ -81,4 +81,4 @@ def _log_change(route: Route, call: Call, answer: Answer, seconds: float) -> Non
         log.log(level, *line)
     else:
         # Such requests cost a client nothing, so limit their lines, or they could fill the disk.
-        seldom(level, f"idle requests of {call.actor}", *line, allowed=IDLE_LINES)
+        log_seldom(level, f"idle requests of {call.actor}", *line, allowed=IDLE_LINES)

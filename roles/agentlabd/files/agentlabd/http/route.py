@@ -38,8 +38,9 @@ class Call:
         targets = [self.vmid, self.ident or None, *self.body.get("vmids", ())[:20]]
         return " ".join([route.name, *(str(target) for target in targets if target is not None)])
 
-    def context(self, dry_run: bool = False) -> Context:
-        return self.service.context(self.actor, dry_run=dry_run)
+    def make_context(self, dry_run: bool = False) -> Context:
+        """Return a context for this request, with the client as the actor."""
+        return self.service.make_context(self.actor, dry_run=dry_run)
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from agentlab_core.views import info
 from agentlab_core.vm import address, power
 
 from . import lookup, upstream
-from .answers import Answer, of_item, of_items
+from .answers import Answer, answer_item, answer_items
 from .route import Call
 
 
@@ -29,12 +29,12 @@ def list_sandboxes(call: Call) -> Answer:
         tags=call.query.get("tag", ()),
         include_destroyed=call.query.get("include_destroyed", False),
     )
-    shown = info.show(call.context(), selection, owner=call.query.get("owner", False))
+    shown = info.show(call.make_context(), selection, owner=call.query.get("owner", False))
     return Answer({"sandboxes": shown["sandboxes"]})
 
 
 def show_sandbox(call: Call) -> Answer:
-    ctx = call.context()
+    ctx = call.make_context()
     sandbox = ctx.select(call.vmid)
     if address.is_due(sandbox, ctx.clock.now()):
         lookup.look_up_address(ctx, sandbox, call.service.work_pool)
@@ -42,7 +42,7 @@ def show_sandbox(call: Call) -> Answer:
 
 
 def list_events(call: Call) -> Answer:
-    ctx = call.context()
+    ctx = call.make_context()
     ctx.select(call.vmid)
     after = call.query.get("after", 0)
     events = history.events(
@@ -54,32 +54,38 @@ def list_events(call: Call) -> Answer:
 
 
 def list_inventory(call: Call) -> Answer:
-    ctx = call.context()
+    ctx = call.make_context()
     return Answer(
-        {"sandboxes": upstream.inventory(ctx.records.find_all(), ctx.cluster.vms(fresh=True), ctx.config.vmid_range)}
+        {
+            "sandboxes": upstream.describe_inventory(
+                ctx.records.find_all(), ctx.cluster.vms(fresh=True), ctx.config.vmid_range
+            )
+        }
     )
 
 
 def destroy_sandbox(call: Call) -> Answer:
-    ctx = call.context()
+    ctx = call.make_context()
     sandbox = ctx.select(call.vmid)
     force = call.body.get("force", False)
     # Refusing here gives an answer that names the valid states.
     destroy.check(ctx, sandbox, force)
-    return of_item(destroy.destroy_several(ctx, [sandbox], force)[0])
+    return answer_item(destroy.destroy_several(ctx, [sandbox], force)[0])
 
 
 def destroy_sandboxes(call: Call) -> Answer:
-    ctx = call.context()
+    ctx = call.make_context()
     # Look up all ids before anything is done.
     sandboxes: list[Sandbox] = [ctx.select(vmid) for vmid in dict.fromkeys(call.body["vmids"])]
-    return of_items(destroy.destroy_several(ctx, sandboxes, call.body.get("force", False)))
+    return answer_items(destroy.destroy_several(ctx, sandboxes, call.body.get("force", False)))
 
 
-def change_power(operation: str) -> Callable[[Call], Answer]:
+def make_power_handler(operation: str) -> Callable[[Call], Answer]:
+    """Return the handler of a route that does one operation of vm/power.py."""
+
     def handler(call: Call) -> Answer:
-        ctx = call.context()
-        return of_item(power.run(ctx, ctx.select(call.vmid), operation))
+        ctx = call.make_context()
+        return answer_item(power.run(ctx, ctx.select(call.vmid), operation))
 
     return handler
 
@@ -93,7 +99,7 @@ _STOPPABLE = tuple(
 
 
 def _refuse_stop(sandbox: Sandbox) -> None:
-    """Raise StateConflict for a sandbox in TIMEOUT, as the original daemon does. A module may stop it."""
+    """Raise StateConflict for a sandbox in TIMEOUT, as the original daemon does. Only a module may stop it."""
     if sandbox.state == states.TIMEOUT:
         raise StateConflict(
             f"cannot stop sandbox in {states.TIMEOUT} state. Valid states: {', '.join(_STOPPABLE)}. "
@@ -105,25 +111,25 @@ def _refuse_stop(sandbox: Sandbox) -> None:
 
 
 def stop_sandbox(call: Call) -> Answer:
-    ctx = call.context()
+    ctx = call.make_context()
     sandbox = ctx.select(call.vmid)
     _refuse_stop(sandbox)
-    return of_item(power.run(ctx, sandbox, "stop", force=call.body.get("force", False)))
+    return answer_item(power.run(ctx, sandbox, "stop", force=call.body.get("force", False)))
 
 
-def _start(ctx: Context, sandbox: Sandbox, call: Call) -> Answer:
+def _start_vm(ctx: Context, sandbox: Sandbox, call: Call) -> Answer:
     """Start or resume the VM, and with ``wait_for_ip`` wait for its address, which may have changed."""
     outcome = power.run(ctx, sandbox, "start")
-    return of_item(address.add_address(ctx, outcome, started=True) if call.body.get("wait_for_ip") else outcome)
+    return answer_item(address.add_address(ctx, outcome, started=True) if call.body.get("wait_for_ip") else outcome)
 
 
 def start_sandbox(call: Call) -> Answer:
-    ctx = call.context()
-    return _start(ctx, ctx.select(call.vmid), call)
+    ctx = call.make_context()
+    return _start_vm(ctx, ctx.select(call.vmid), call)
 
 
 def resume_sandbox(call: Call) -> Answer:
-    ctx = call.context()
+    ctx = call.make_context()
     sandbox = ctx.select(call.vmid)
     valid = (states.SUSPENDED, *states.OPERATIONS["start"].satisfied)
     if sandbox.state not in valid:
@@ -133,15 +139,15 @@ def resume_sandbox(call: Call) -> Answer:
             state=sandbox.state,
             valid=valid,
         )
-    return _start(ctx, sandbox, call)
+    return _start_vm(ctx, sandbox, call)
 
 
 def stop_all_sandboxes(call: Call) -> Answer:
-    """Stop every sandbox in a state that runs, and list the others as skipped. A failure stops no other."""
-    ctx = call.context()
+    """Stop every sandbox whose VM runs or is paused; list the others as skipped. A failure does not end the run."""
+    ctx = call.make_context()
     sandboxes = ctx.records.find_all()
 
-    def stop(sandbox: Sandbox) -> Outcome | None:
+    def stop_vm(sandbox: Sandbox) -> Outcome | None:
         if sandbox.state not in (*states.POWERED, states.SUSPENDED):
             return None
         try:
@@ -149,7 +155,7 @@ def stop_all_sandboxes(call: Call) -> Answer:
         except AgentlabError as error:
             return failure(sandbox, error)
 
-    outcomes = ctx.each(stop, sandboxes)
+    outcomes = ctx.each(stop_vm, sandboxes)
     results = [upstream.describe_stop(sandbox, outcome) for sandbox, outcome in zip(sandboxes, outcomes, strict=True)]
     counts = {word: sum(result["result"] == word for result in results) for word in ("stopped", "skipped", "failed")}
     return Answer(
@@ -159,8 +165,9 @@ def stop_all_sandboxes(call: Call) -> Answer:
     )
 
 
-def _amend(call: Call, **values: bool) -> Answer:
-    ctx = call.context()
+def _amend_record(call: Call, **values: bool) -> Answer:
+    """Set options that concern only the record. Raises StateConflict for a destroyed sandbox."""
+    ctx = call.make_context()
     sandbox = ctx.select(call.vmid)
     if not sandbox.live:
         raise StateConflict(
@@ -168,21 +175,22 @@ def _amend(call: Call, **values: bool) -> Answer:
             operation="update",
             state=sandbox.state,
         )
-    answer = of_item(create.amend(ctx, sandbox, **values))
-    call.service.lease_changed()
+    answer = answer_item(create.amend(ctx, sandbox, **values))
+    call.service.note_lease_change()
     return answer
 
 
-def set_protection(protected: bool) -> Callable[[Call], Answer]:
-    return lambda call: _amend(call, protected=protected)
+def make_protection_handler(protected: bool) -> Callable[[Call], Answer]:
+    """Return the handler of a route that sets or removes the protection."""
+    return lambda call: _amend_record(call, protected=protected)
 
 
 def set_keepalive(call: Call) -> Answer:
-    return _amend(call, keepalive=call.body["keepalive"])
+    return _amend_record(call, keepalive=call.body["keepalive"])
 
 
 def renew_lease(call: Call) -> Answer:
-    ctx = call.context()
+    ctx = call.make_context()
     options = [name for name in ("ttl_minutes", "ttl") if name in call.body]
     if len(options) != 1:
         raise InvalidInput(
@@ -196,7 +204,7 @@ def renew_lease(call: Call) -> Answer:
     outcome = lease.renew(
         ctx, ctx.select(call.vmid), ttl, min_remaining=shortest, allow_shorten=call.body.get("allow_shorten", False)
     )
-    call.service.lease_changed()
+    call.service.note_lease_change()
     call.service.metrics.count_renewal(outcome)
     return Answer(
         {

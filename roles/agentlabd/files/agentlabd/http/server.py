@@ -31,11 +31,11 @@ from agentlab_core.escapes import escape_controls
 
 from .. import connections
 from ..connections import BODY_BYTES, BODY_SECONDS, IDLE_SECONDS, Listener
-from ..logs import log, seldom
+from ..logs import log, log_seldom
 from ..service import Service
 from . import answers, spool
 from .fields import check_body, check_query, parse_json
-from .perform import perform
+from .perform import perform_request
 from .route import Call, Route
 from .table import ROUTES
 
@@ -46,46 +46,46 @@ _LONGEST_LINE = 65536
 _LAST_ANSWERS = 2.0
 
 
-def _response(answer: answers.Answer) -> web.Response:
+def _make_response(answer: answers.Answer) -> web.Response:
     return web.Response(
         status=answer.status,
-        body=answer.encoded(),
+        body=answer.encode_body(),
         content_type="application/json",
         charset="utf-8",
         headers=answer.headers,
     )
 
 
-def _impatient(status: int, message: str, code: str) -> web.Response:
+def _make_closing_response(status: int, message: str, code: str) -> web.Response:
     """Return the answer to a request that was not read completely. It closes the connection."""
-    response = _response(answers.failed(status, message, code))
+    response = _make_response(answers.compose_error(status, message, code))
     response.force_close()
     return response
 
 
 class _RequestRefused(Exception):
-    """The status, sentence and code of the answer to a request that is not read completely."""
+    """The request is refused before it is read completely. ``args``: status, sentence and code of the answer."""
 
 
 class _ClientGone(Exception):
     """The client closed the connection before its request was complete."""
 
 
-def _stopping() -> web.Response:
-    return _response(
-        answers.failed(503, "agentlabd is stopping: this was not begun; ask again when it runs", "stopping")
+def _make_stopping_response() -> web.Response:
+    return _make_response(
+        answers.compose_error(503, "agentlabd is stopping: this was not begun; ask again when it runs", "stopping")
     )
 
 
 @functools.lru_cache(256)
-def _user(uid: int) -> str:
+def _look_up_user(uid: int) -> str:
     try:
         return pwd.getpwuid(uid).pw_name
     except KeyError:
         return "unknown"
 
 
-def _peer(request: web.Request) -> int | None:
+def _read_peer(request: web.Request) -> int | None:
     """Return the user id at the other end of the unix socket, as the kernel reports it; None for TCP."""
     connection = request.transport.get_extra_info("socket") if request.transport else None
     if connection is None or connection.family != socket.AF_UNIX:
@@ -96,15 +96,15 @@ def _peer(request: web.Request) -> int | None:
     return uid
 
 
-def _actor(uid: int | None, remote: str | None) -> str:
-    return f"token via API ({remote})" if uid is None else f"{_user(uid)} (uid {uid}) via API"
+def _name_actor(uid: int | None, remote: str | None) -> str:
+    return f"token via API ({remote})" if uid is None else f"{_look_up_user(uid)} (uid {uid}) via API"
 
 
-def _vmid(text: str) -> int:
+def _read_vmid(text: str) -> int:
     return patterns.read_vmid("vmid", text)
 
 
-def _body(route: Route, raw: bytes) -> dict[str, Any]:
+def _parse_body(route: Route, raw: bytes) -> dict[str, Any]:
     if route.body is None:
         if raw.strip():
             raise InvalidInput(f"{route.method} {route.path} takes no body")
@@ -134,7 +134,7 @@ class Api:
 
     # ---- requests ----
 
-    def application(self, option: str) -> web.Application:
+    def make_application(self, option: str) -> web.Application:
         """Return the application for the listener ``option`` (socket, listen).
 
         Over TCP each request needs the token.
@@ -145,33 +145,35 @@ class Api:
             try:
                 token = self.service.token if option == "listen" else None
                 if option == "listen" and not (token and _is_authorised(request, token)):
-                    refused = answers.failed(401, "a valid bearer token is required", "unauthorised")
+                    refused = answers.compose_error(401, "a valid bearer token is required", "unauthorised")
                     refused.headers["WWW-Authenticate"] = "Bearer"
-                    return _response(refused)
+                    return _make_response(refused)
                 if self.service.stopping.is_set() and request.path != "/v1/healthz":
-                    return _stopping()
+                    return _make_stopping_response()
                 return await handler(request)
             except web.HTTPException as error:
-                return _response(_http_error(request, error))
+                return _make_response(_answer_http_error(request, error))
             except InvalidInput as error:
-                return _response(answers.of_error(error))
+                return _make_response(answers.answer_error(error))
             except _RequestRefused as refused:
-                return _impatient(*refused.args)
+                return _make_closing_response(*refused.args)
             except _ClientGone:
                 log.debug(
                     "%s %s: the client ended the connection before its request was complete",
                     request.method,
                     request.path[:200],
                 )
-                return _impatient(400, "the request is not complete", "incomplete")
-            except Exception as error:  # nothing that a client can cause goes unanswered
+                return _make_closing_response(400, "the request is not complete", "incomplete")
+            except Exception as error:  # every request gets an answer
                 known = host_error(error)
                 if known:
-                    seldom(60, "host", "%s", known.message)
-                    return _response(answers.of_error(known))
+                    log_seldom(60, "host", "%s", known.message)
+                    return _make_response(answers.answer_error(known))
                 log.exception("internal error in %s %s", request.method, request.path[:200])
-                return _response(
-                    answers.failed(500, "internal error; the daemon's log says more. Please report this", "internal")
+                return _make_response(
+                    answers.compose_error(
+                        500, "internal error; the daemon's log says more. Please report this", "internal"
+                    )
                 )
 
         app = web.Application(
@@ -179,32 +181,33 @@ class Api:
         )
         # Only digits are a VMID, so that GET /v1/sandboxes/prnue is 404 and not "prnue is not a VMID".
         for route in ROUTES:
-            app.router.add_route(route.method, route.path.replace("{vmid}", "{vmid:[0-9]+}"), self._handler(route))
+            app.router.add_route(route.method, route.path.replace("{vmid}", "{vmid:[0-9]+}"), self._make_handler(route))
         return app
 
     def _make_progress_middleware(self, option: str) -> Any:
         """Return a middleware that reports the progress of each request to the gate of its connection."""
 
         @web.middleware
-        async def timed(request: web.Request, handler: Handler) -> web.StreamResponse:
-            gate = self._listeners[option].head_is_complete(request.protocol)
+        async def report_progress(request: web.Request, handler: Handler) -> web.StreamResponse:
+            gate = self._listeners[option].note_complete_head(request.protocol)
             if gate is None:
                 return await handler(request)
             request["gate"] = gate
             if not request.body_exists:
-                gate.body_is_read()
+                gate.note_body_read()
             try:
                 return await handler(request)
             finally:
-                self._bodies.give_back(request.get("size", 0))
-                gate.answered(request.content.is_eof())
+                self._bodies.release_bytes(request.get("size", 0))
+                gate.note_answer(request.content.is_eof())
 
-        return timed
+        return report_progress
 
-    async def _read(self, request: web.Request) -> bytes:
+    async def _receive_body(self, request: web.Request) -> bytes:
         """Return the whole body.
 
-        Refuses a body that is too large or too slow, and any body while too many are in transit.
+        Raises HTTPRequestEntityTooLarge for a body that is too large, _RequestRefused for one that is too slow or while
+        too many are in transit, _ClientGone, and InvalidInput for a broken one.
         """
         if not request.body_exists:
             return b""
@@ -218,7 +221,7 @@ class Api:
                 while chunk := await request.content.readany():
                     if size + len(chunk) > BODY_BYTES:
                         raise web.HTTPRequestEntityTooLarge(BODY_BYTES, size + len(chunk))
-                    if not self._bodies.take(size, size + len(chunk)):
+                    if not self._bodies.reserve_bytes(size, size + len(chunk)):
                         raise _RequestRefused(
                             503, "too many large bodies are on their way at once; ask again in some seconds", "too_much"
                         )
@@ -240,8 +243,8 @@ class Api:
             # Count the body until its request is answered, because it stays in memory until then.
             request["size"] = size
 
-    def _pool(self, route: Route) -> ThreadPoolExecutor:
-        """Return the threads that handle such a request."""
+    def _choose_pool(self, route: Route) -> ThreadPoolExecutor:
+        """Return the threads that handle requests of the route."""
         service = self.service
         if route.quick:
             return service.records_pool
@@ -249,11 +252,16 @@ class Api:
             return service.guest_pool
         return service.doctor_pool if route.apart else service.work_pool
 
-    async def _receive(self, request: web.Request) -> BinaryIO:
-        """Return the body as a file on the disk. Refuses a body that is too large, or that stops arriving."""
+    async def _receive_file(self, request: web.Request) -> BinaryIO:
+        """Return the body as a file on the disk.
+
+        Raises _RequestRefused for a body that is too large, or that stops arriving, _ClientGone, and InvalidInput.
+        """
         gate = request.get("gate")
         try:
-            return await spool.receive(request.content, gate.body_goes_on if gate else lambda _seconds: None)
+            return await spool.receive_file(
+                request.content, gate.extend_body_deadline if gate else lambda _seconds: None
+            )
         except spool.TooSlow as slow:
             raise _RequestRefused(408, str(slow), "too_slow") from None
         except spool.TooLarge:
@@ -263,55 +271,57 @@ class Api:
                 raise _ClientGone from error
             raise InvalidInput("the body cannot be read: its chunks are broken; send it as it is") from None
 
-    def _handler(self, route: Route) -> Handler:
+    def _make_handler(self, route: Route) -> Handler:
+        """Return aiohttp's handler for a route: check the request, then pass it to a thread and wait."""
+
         async def handle(request: web.Request) -> web.StreamResponse:
             if not (route.receives_file or route.sends_file):
-                return await answer(request, None)
-            if not self._places.take():
+                return await answer_request(request, None)
+            if not self._places.take_place():
                 raise _RequestRefused(
                     503, f"{spool.FILES_AT_ONCE} files are on their way already; ask again in some seconds", "too_much"
                 )
             try:
-                file = await self._receive(request) if route.receives_file else None
+                file = await self._receive_file(request) if route.receives_file else None
                 try:
-                    return await answer(request, file)
+                    return await answer_request(request, file)
                 finally:
                     if file is not None:
                         file.close()
             finally:
-                self._places.give_back()
+                self._places.give_place_back()
 
-        async def answer(request: web.Request, upload: BinaryIO | None) -> web.StreamResponse:
-            vmid = _vmid(request.match_info["vmid"]) if "vmid" in request.match_info else None
+        async def answer_request(request: web.Request, upload: BinaryIO | None) -> web.StreamResponse:
+            vmid = _read_vmid(request.match_info["vmid"]) if "vmid" in request.match_info else None
             query = check_query(route.query, list(request.query.items()))
-            body = {} if upload is not None else _body(route, await self._read(request))
+            body = {} if upload is not None else _parse_body(route, await self._receive_body(request))
             if "gate" in request:
-                request["gate"].body_is_read()
-            uid, remote = _peer(request), request.remote
+                request["gate"].note_body_read()
+            uid, remote = _read_peer(request), request.remote
 
             call = Call(self.service, "", vmid, request.match_info.get("id", ""), query, body, upload)
 
-            def work() -> tuple[answers.Answer, bytes]:
+            def perform_call() -> tuple[answers.Answer, bytes]:
                 # In the thread: looking up a user may ask a directory service, and encoding a long answer takes time.
-                call.actor = _actor(uid, remote)
-                performed = perform(route, call)
-                return performed, b"" if performed.file else performed.encoded()
+                call.actor = _name_actor(uid, remote)
+                performed = perform_request(route, call)
+                return performed, b"" if performed.file else performed.encode_body()
 
             service = self.service
             if service.stopping.is_set() and not route.quick:
                 # The client was still sending the request when the stop began.
-                return _stopping()
-            begun = service.begin(self._pool(route), work, call.describe(route))
+                return _make_stopping_response()
+            begun = service.begin_work(self._choose_pool(route), perform_call, call.describe(route))
             try:
                 # Work that was started goes on even if the client goes away.
                 performed, raw = await asyncio.shield(begun)
             except asyncio.CancelledError:
                 if not begun.cancelled():
                     raise
-                return _stopping()
+                return _make_stopping_response()
             if performed.file is not None:
                 with performed.file:
-                    return await spool.send(request, performed.file, performed.headers)
+                    return await spool.send_file(request, performed.file, performed.headers)
             return web.Response(
                 status=performed.status,
                 body=raw,
@@ -324,24 +334,25 @@ class Api:
 
     # ---- sockets ----
 
-    async def listen(self) -> None:
+    async def open_sockets(self) -> None:
         """Open the configured listeners: the unix socket, and TCP on loopback if configured."""
         config = self.service.config
-        self._share = connections.shares(connections.raise_descriptors(), config.proxmox.connections)
-        asyncio.get_running_loop().set_exception_handler(_loop_failed)
+        self._share = connections.divide_connections(connections.raise_descriptors(), config.proxmox.connections)
+        asyncio.get_running_loop().set_exception_handler(_log_loop_error)
         self._claim_socket(config.socket)
-        await self._serve("socket", self.application("socket"))
+        await self._set_up_listener("socket", self.make_application("socket"))
         await self._bind_socket()
         if config.listen:
-            await self._serve("listen", self.application("listen"))
-            await self._tcp("listen", config.listen)
+            await self._set_up_listener("listen", self.make_application("listen"))
+            await self._bind_tcp("listen", config.listen)
         if config.metrics_listen:
             app = web.Application(middlewares=[self._make_progress_middleware("metrics_listen")])
-            app.router.add_get("/metrics", self._metrics)
-            await self._serve("metrics_listen", app)
-            await self._tcp("metrics_listen", config.metrics_listen)
+            app.router.add_get("/metrics", self._serve_metrics)
+            await self._set_up_listener("metrics_listen", app)
+            await self._bind_tcp("metrics_listen", config.metrics_listen)
 
     async def _bind_socket(self) -> None:
+        """Listen on the unix socket, for its owner and group only. Raises ConfigError if that is not possible."""
         path = self.service.config.socket
         # No other user may connect, not even between bind and chmod.
         before = os.umask(0o117)
@@ -357,12 +368,12 @@ class Api:
             os.umask(before)
         _lengthen_queue(self._servers["socket"])
         os.chmod(path, 0o660)
-        self._socket_file = _file_at(path)
+        self._socket_file = _identify_file(path)
 
-    async def look_after_socket(self) -> str | None:
-        """Create the socket file again if it was deleted. Returns a sentence when that is not possible, else None."""
+    async def restore_socket(self) -> str | None:
+        """Create the socket file again if it was deleted. Return why that is not possible, or None."""
         path = self.service.config.socket
-        present_file = _file_at(path)
+        present_file = _identify_file(path)
         if present_file == self._socket_file:
             return None
         if present_file is not None:
@@ -370,18 +381,18 @@ class Api:
                 f"{path} is not this daemon's socket any more: something else was put in its place. Remove it; the "
                 "socket is made anew by itself"
             )
-        # The old one listens until the new one does: a folder that was moved away may come back with its file.
+        # The old socket listens until the new one does: a folder that was moved away may come back with its file.
         old = self._servers["socket"]
         try:
             await self._bind_socket()
         except (AgentlabError, OSError) as error:
-            # For example without the folder. The next look tries again.
+            # The folder may be missing. The next check tries again.
             return f"{path} was deleted and cannot be made anew: {error}. Restart agentlabd"
         old.close()
         log.warning("%s was deleted; it was made anew", path)
         return None
 
-    async def _metrics(self, request: web.Request) -> web.Response:
+    async def _serve_metrics(self, request: web.Request) -> web.Response:
         where = self.service.config.metrics_listen
         if where is not None and not _names_address(request.headers.get("Host"), where):
             # A web page whose name was made to resolve to loopback (DNS rebinding) must not read the metrics.
@@ -395,11 +406,11 @@ class Api:
                 self.service.records_pool, self.service.metrics.render
             )
         except AgentlabError as error:
-            seldom(30, "metrics", "metrics: %s", error.message)
+            log_seldom(30, "metrics", "metrics: %s", error.message)
             return web.Response(status=503, text=f"{error.message}\n")
         return web.Response(body=text, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
 
-    async def _serve(self, option: str, app: web.Application) -> None:
+    async def _set_up_listener(self, option: str, app: web.Application) -> None:
         """Set up aiohttp for a listener."""
         runner = web.AppRunner(
             app,
@@ -415,7 +426,8 @@ class Api:
         assert runner.server is not None
         self._listeners[option] = Listener(option, runner.server, self._share[option], self._unread)
 
-    async def _tcp(self, option: str, where: tuple[str, int]) -> None:
+    async def _bind_tcp(self, option: str, where: tuple[str, int]) -> None:
+        """Listen on a TCP address. Raises ConfigError if that is not possible."""
         try:
             self._servers[option] = await asyncio.get_running_loop().create_server(
                 self._listeners[option], *where, backlog=connections.ACCEPTED_AT_ONCE
@@ -428,7 +440,7 @@ class Api:
             ) from None
 
     def _claim_socket(self, path: str) -> None:
-        """Make sure that no other daemon serves this socket, and remove the file that a killed daemon left."""
+        """Lock the socket's path for this daemon, and remove the file that a killed daemon left. Raises ConfigError."""
         try:
             self._lock_file = os.open(f"{path}.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
         except OSError as error:
@@ -446,18 +458,14 @@ class Api:
             pass
 
     async def close(self) -> None:
-        """Close all sockets.
-
-        Requests under way have had their time. A request that is still being sent is waited for only until it can be
-        refused.
-        """
+        """Close all sockets. Wait at most ``_LAST_ANSWERS`` seconds for answers in transit; the work is over by now."""
         for server in self._servers.values():
             server.close()
         for runner in self._runners:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(runner.cleanup(), _LAST_ANSWERS)
         path = self.service.config.socket
-        if self._socket_file is not None and _file_at(path) == self._socket_file:
+        if self._socket_file is not None and _identify_file(path) == self._socket_file:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
 
@@ -472,7 +480,7 @@ def _lengthen_queue(server: asyncio.AbstractServer) -> None:
             same.listen(connections.QUEUE)
 
 
-def _file_at(path: str) -> tuple[int, int] | None:
+def _identify_file(path: str) -> tuple[int, int] | None:
     """Return device and inode of the file at a path, or None without a file."""
     try:
         status = os.lstat(path)
@@ -491,11 +499,11 @@ def _names_address(host: str | None, where: tuple[str, int]) -> bool:
     return name.removeprefix("[").removesuffix("]") in (where[0], "localhost", "127.0.0.1", "::1")
 
 
-def _loop_failed(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+def _log_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
     """Log an error that the event loop cannot hand to any caller, at most once a minute."""
     error = context.get("exception")
     if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
-        seldom(
+        log_seldom(
             40,
             "no descriptor",
             "no file descriptor is left for connections of clients (%s); they wait. Raise LimitNOFILE of the unit",
@@ -514,21 +522,21 @@ def _is_authorised(request: web.Request, token: str) -> bool:
     )
 
 
-def _http_error(request: web.Request, error: web.HTTPException) -> answers.Answer:
+def _answer_http_error(request: web.Request, error: web.HTTPException) -> answers.Answer:
     """Return the answer for a request that aiohttp itself refuses."""
     if isinstance(error, web.HTTPMethodNotAllowed):
         allowed = ", ".join(sorted(error.allowed_methods))
-        answer = answers.failed(
+        answer = answers.compose_error(
             405, f"{error.method} is not allowed for {request.path}. Valid: {allowed}", "method_not_allowed"
         )
         answer.headers["Allow"] = allowed
         return answer
     if error.status == 404:
-        return answers.failed(
+        return answers.compose_error(
             404,
             f"no such path: {escape_controls(request.path[:200], '')}; GET /v1/openapi.json lists what there is",
             "no_such_path",
         )
     if error.status == 413:
-        return answers.failed(413, f"the body is larger than {BODY_BYTES} bytes", "too_large")
-    return answers.failed(error.status, error.reason, "http")
+        return answers.compose_error(413, f"the body is larger than {BODY_BYTES} bytes", "too_large")
+    return answers.compose_error(error.status, error.reason, "http")

@@ -16,7 +16,7 @@ from aiohttp import StreamReader, web
 
 from agentlab_core.errors import ConfigError
 
-from ..logs import log, seldom
+from ..logs import log, log_seldom
 
 # Files in transit at one time, and bytes of one file.
 FILES_AT_ONCE = 4
@@ -27,11 +27,11 @@ STALL_SECONDS = 60.0
 # byte now and then would keep all places for ever.
 SLOWEST_BYTES = 16 * 1024
 PART_BYTES = 256 * 1024
-# Not /tmp, which may be memory, and the unit has little of that.
+# Not /tmp: that may be in memory (tmpfs), and MemoryMax of the unit is small.
 _FOLDER = "/var/tmp"
 
 
-def make() -> BinaryIO:
+def make_file() -> BinaryIO:
     """Return a new file without a name. The kernel removes it at the latest when the process ends."""
     try:
         return cast(BinaryIO, tempfile.TemporaryFile(prefix="agentlabd-", dir=_FOLDER))
@@ -50,7 +50,7 @@ class TooSlow(Exception):
 
 
 class Pace:
-    """The time that a client takes for a file; the daemon's own reads and writes of the disk do not count."""
+    """The time that a client takes for a file. The daemon's own reads and writes of the disk do not count."""
 
     def __init__(self) -> None:
         self.bytes = 0
@@ -80,25 +80,25 @@ class Places:
     def __init__(self) -> None:
         self._places_in_use = 0
 
-    def take(self) -> bool:
+    def take_place(self) -> bool:
         """Take a place. Returns False when all are taken."""
         if self._places_in_use >= FILES_AT_ONCE:
             return False
         self._places_in_use += 1
         return True
 
-    def give_back(self) -> None:
+    def give_place_back(self) -> None:
         """Return a place."""
         self._places_in_use -= 1
 
 
-async def receive(content: StreamReader, goes_on: Callable[[float], None]) -> BinaryIO:
+async def receive_file(content: StreamReader, goes_on: Callable[[float], None]) -> BinaryIO:
     """Return a body as a file, positioned at its beginning.
 
     ``goes_on(seconds)`` extends the connection's deadline. Raises TooSlow when the client stops sending or sends too
     slowly, and TooLarge beyond FILE_BYTES.
     """
-    file = make()
+    file = make_file()
     parts: list[bytes] = []
     pace = Pace()
     buffered = 0
@@ -123,7 +123,7 @@ async def receive(content: StreamReader, goes_on: Callable[[float], None]) -> Bi
         raise
 
 
-async def send(request: web.Request, file: BinaryIO, headers: dict[str, str]) -> web.StreamResponse:
+async def send_file(request: web.Request, file: BinaryIO, headers: dict[str, str]) -> web.StreamResponse:
     """Send a file as the body of the answer.
 
     Closes the connection of a client that reads nothing for a minute, or too slowly.
@@ -147,5 +147,5 @@ async def send(request: web.Request, file: BinaryIO, headers: dict[str, str]) ->
         if isinstance(error, (ConnectionError, TooSlow)):
             log.debug("%s: the client did not take the whole file: %s", request.path[:200], error)
         else:
-            seldom(60, "spool", "%s: a file on its way cannot be read: %s", _FOLDER, error.strerror or error)
+            log_seldom(60, "spool", "%s: a file on its way cannot be read: %s", _FOLDER, error.strerror or error)
     return response

@@ -20,4 +20,6 @@ def healthz(call: Call) -> Answer:
 def status(call: Call) -> Answer:
     service = call.service
     events = history.events(service.base.database, tail=upstream.EVENTS_LOOKED_THROUGH)
-    return Answer(upstream.describe_status(service.status(), events, metrics=service.config.metrics_listen is not None))
+    return Answer(
+        upstream.describe_status(service.compose_status(), events, metrics=service.config.metrics_listen is not None)
+    )

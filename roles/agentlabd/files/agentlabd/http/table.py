@@ -24,7 +24,7 @@ from .route import Call, Route
 
 def describe_api(call: Call) -> Answer:
     """Return the OpenAPI document of this table."""
-    return Answer(openapi.document(ROUTES))
+    return Answer(openapi.compose_document(ROUTES))
 
 
 _VMID = Field("integer", "VMID of the sandbox", low=patterns.MIN_VMID, high=patterns.MAX_VMID)
@@ -242,8 +242,8 @@ ROUTES: tuple[Route, ...] = (
         for verb, operation, text, handler in (
             ("start", "start", "Start or resume its VM", sandboxes.start_sandbox),
             ("stop", "stop", "Shut its VM down, switch it off when it does not answer", sandboxes.stop_sandbox),
-            ("suspend", "suspend", "Pause its VM", sandboxes.change_power("suspend")),
-            ("pause", "suspend", "The same as suspend", sandboxes.change_power("suspend")),
+            ("suspend", "suspend", "Pause its VM", sandboxes.make_power_handler("suspend")),
+            ("pause", "suspend", "The same as suspend", sandboxes.make_power_handler("suspend")),
             ("resume", "start", "Resume its VM after a pause", sandboxes.resume_sandbox),
         )
     ),
@@ -253,7 +253,7 @@ ROUTES: tuple[Route, ...] = (
             f"/v1/sandboxes/{{vmid}}/{verb}",
             f"{verb}_sandbox",
             text,
-            sandboxes.set_protection(value),
+            sandboxes.make_protection_handler(value),
             {200: "Item"},
             quick=True,
             body={},

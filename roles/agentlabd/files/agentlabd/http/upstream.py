@@ -97,7 +97,7 @@ def describe_profile(shown: Mapping[str, Any], path: str) -> dict[str, Any]:
 
 
 def describe_stop(sandbox: Sandbox, outcome: Outcome | None) -> dict[str, Any]:
-    """Return the answer for one sandbox of stop_all. Without an outcome it did not need to be stopped."""
+    """Return the answer for one sandbox of stop_all. ``outcome`` None: the sandbox did not need to be stopped."""
     result = (
         "skipped" if outcome is None or outcome.outcome == "unchanged" else "failed" if outcome.failed else "stopped"
     )
@@ -111,7 +111,9 @@ def describe_stop(sandbox: Sandbox, outcome: Outcome | None) -> dict[str, Any]:
     }
 
 
-def _entry(sandbox: Sandbox | None, vmid: int, row: Mapping[str, Any] | None, drift: list[str]) -> dict[str, Any]:
+def _describe_entry(
+    sandbox: Sandbox | None, vmid: int, row: Mapping[str, Any] | None, drift: list[str]
+) -> dict[str, Any]:
     return {
         "vmid": vmid,
         "name": sandbox.name if sandbox else str((row or {}).get("name") or ""),
@@ -125,7 +127,8 @@ def _entry(sandbox: Sandbox | None, vmid: int, row: Mapping[str, Any] | None, dr
     }
 
 
-def _compare(sandbox: Sandbox, row: Mapping[str, Any] | None) -> list[str]:
+def _find_drift(sandbox: Sandbox, row: Mapping[str, Any] | None) -> list[str]:
+    """Return the differences between a sandbox's state and its row of the VM list, in the original's words."""
     if row is None:
         # A creation that has just begun has no VM yet.
         return [] if sandbox.state == states.REQUESTED else [MISSING]
@@ -135,17 +138,18 @@ def _compare(sandbox: Sandbox, row: Mapping[str, Any] | None) -> list[str]:
     return [RUNNING] if status == "running" and sandbox.state == states.STOPPED else []
 
 
-def inventory(
+def describe_inventory(
     sandboxes: Iterable[Sandbox], rows: Mapping[int, Mapping[str, Any]], vmid_range: tuple[int, int]
 ) -> list[dict[str, Any]]:
     """Return the live sandboxes with their row of the VM list, and the VMs in the configured range without a record."""
     by_vmid = {sandbox.vmid: sandbox for sandbox in sandboxes}
     low, high = vmid_range
     entries = [
-        _entry(sandbox, vmid, rows.get(vmid), _compare(sandbox, rows.get(vmid))) for vmid, sandbox in by_vmid.items()
+        _describe_entry(sandbox, vmid, rows.get(vmid), _find_drift(sandbox, rows.get(vmid)))
+        for vmid, sandbox in by_vmid.items()
     ]
     entries += [
-        _entry(None, vmid, row, [UNMANAGED])
+        _describe_entry(None, vmid, row, [UNMANAGED])
         for vmid, row in rows.items()
         if low <= vmid <= high and vmid not in by_vmid and not row.get("template")
     ]
@@ -161,7 +165,7 @@ def describe_drift(drifts: list[Drift], checked: int, *, applied: bool) -> dict[
     for drift in drifts:
         if drift.sandbox is not None or drift.vmid is not None:
             vmid = drift.sandbox.vmid if drift.sandbox else int(drift.vmid or 0)
-            results.append({**_entry(drift.sandbox, vmid, None, [drift.kind])})
+            results.append({**_describe_entry(drift.sandbox, vmid, None, [drift.kind])})
     return {
         "drift": [drift.public() for drift in drifts],
         "count": len(drifts),

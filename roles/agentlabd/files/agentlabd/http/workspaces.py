@@ -15,12 +15,12 @@ from agentlab_core.vm import power
 from agentlab_core.workspaces import workspace, workspace_disk
 
 from . import upstream
-from .answers import REMEDIES, Answer, of_item
-from .creation import creation_options
+from .answers import REMEDIES, Answer, answer_item
+from .creation import read_creation_options
 from .route import Call
 
 
-def _of_workspace(result: workspace.WorkspaceResult) -> Answer:
+def _answer_workspace(result: workspace.WorkspaceResult) -> Answer:
     shown = upstream.describe_workspace(result.workspace.public()) if result.workspace else {}
     return Answer(
         {**shown, "outcome": result.outcome, "changed": result.changed}, 201 if result.outcome == "created" else 200
@@ -29,13 +29,13 @@ def _of_workspace(result: workspace.WorkspaceResult) -> Answer:
 
 def list_workspaces(call: Call) -> Answer:
     answer = workspace.show(
-        call.context(), states=call.query.get("state"), include_deleted=call.query.get("include_deleted", False)
+        call.make_context(), states=call.query.get("state"), include_deleted=call.query.get("include_deleted", False)
     )
     return Answer({"workspaces": [upstream.describe_workspace(row) for row in answer["workspaces"]]})
 
 
 def show_workspace(call: Call) -> Answer:
-    return Answer(upstream.describe_workspace(workspace_disk.select(call.context(), call.ident).public()))
+    return Answer(upstream.describe_workspace(workspace_disk.select(call.make_context(), call.ident).public()))
 
 
 def create_workspace(call: Call) -> Answer:
@@ -45,20 +45,20 @@ def create_workspace(call: Call) -> Answer:
         if size is not None:
             raise InvalidInput("size_gb: give size or size_gb, not both", option="size_gb")
         size = f"{options['size_gb']}G"
-    return _of_workspace(
+    return _answer_workspace(
         workspace.present(
-            call.context(), options["name"], size=size, storage=options.get("storage"), node=options.get("node")
+            call.make_context(), options["name"], size=size, storage=options.get("storage"), node=options.get("node")
         )
     )
 
 
 def rebind_workspace(call: Call) -> Answer:
-    """Move a workspace into a new sandbox. The old one is stopped first, so that nothing is written during the move."""
-    ctx = call.context()
+    """Move a workspace into a new sandbox. Stop the old sandbox first, so that it writes nothing during the move."""
+    ctx = call.make_context()
     disk = workspace_disk.select(ctx, call.ident)
     options: dict[str, Any] = {name: call.body[name] for name in ("profile", "ttl_minutes") if name in call.body}
     # Check the new sandbox's options before the old one loses its disk.
-    spec = wanted.make_spec(ctx, creation_options({**options, "workspace_id": disk.id}))
+    spec = wanted.make_spec(ctx, read_creation_options({**options, "workspace_id": disk.id}))
     old = ctx.records.get(disk.sandbox_uuid) if disk.sandbox_uuid else None
     if old is not None and old.live:
         if not call.body.get("keep_old", False):
@@ -67,8 +67,8 @@ def rebind_workspace(call: Call) -> Answer:
             power.run(ctx, old, "stop")
     workspace.detached(ctx, disk.id)
     created = create.run(ctx, spec)
-    call.service.lease_changed()
-    answer = of_item(created)
+    call.service.note_lease_change()
+    answer = answer_item(created)
     if created.failed or created.sandbox is None:
         return answer
     outcomes = [created]
@@ -95,9 +95,9 @@ def rebind_workspace(call: Call) -> Answer:
 
 
 def attach_workspace(call: Call) -> Answer:
-    ctx = call.context()
+    ctx = call.make_context()
     ttl = call.body.get("ttl")
-    return _of_workspace(
+    return _answer_workspace(
         workspace.attached(
             ctx, call.ident, ctx.select(call.body["vmid"]), None if ttl is None else ctx.config.parse_ttl(ttl)
         )
@@ -105,12 +105,12 @@ def attach_workspace(call: Call) -> Answer:
 
 
 def detach_workspace(call: Call) -> Answer:
-    return _of_workspace(workspace.detached(call.context(), call.ident))
+    return _answer_workspace(workspace.detached(call.make_context(), call.ident))
 
 
 def destroy_workspace(call: Call) -> Answer:
-    ctx = call.context()
+    ctx = call.make_context()
     # The module accepts a workspace that is absent already. Here a client names a workspace that must exist.
-    return _of_workspace(
+    return _answer_workspace(
         workspace.absent(ctx, workspace_disk.select(ctx, call.ident).id, force=call.body.get("force", False))
     )
