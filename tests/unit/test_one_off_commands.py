@@ -68,7 +68,7 @@ def test_a_server_that_does_not_answer_is_told_in_the_words_of_each_command(tmp_
         side, _semicolon, fate = words.partition("; ")
         expected = f"{arguments[0]}: {side}: {sentence}" if fate else f"--migrate-records: {sentence}"
         assert expected in ended.stderr, ended.stderr
-        assert f"{fate or words}. Look at the server and the network, then run again" in ended.stderr, ended.stderr
+        assert f"{fate or words}. Start the server, or correct host and port in the URI" in ended.stderr, ended.stderr
         # Those are the words of a daemon that goes on.
         assert "Proxmox" not in ended.stderr and "finished later" not in ended.stderr, ended.stderr
         assert "systemd" not in ended.stderr and "Traceback" not in ended.stderr

@@ -127,7 +127,6 @@ CASES: dict[str, tuple[str, str, str, bool]] = {
         False,
     ),
     "bad option": ("tester@{server}/records?options=-cno%3D1", '"no"', "correct the options in the URI", False),
-    "bad value": ("tester@{server}/records?connect_timeout=zz", "connect_timeout", "correct the URI", False),
     "no rights": ("norights@{server}/records", "permission denied for table", "grant the run-time role", False),
     "no server": ("tester@127.0.0.1:1/records", "Connection refused", "start the server, or correct host", True),
     "no name": ("tester@no.invalid/records", "resolve host|translate host", "or its entry in DNS", True),

@@ -73,6 +73,9 @@ _ATTEMPTS = 5
 # Maximum age in seconds of the last reading of the server's clock.
 _CLOCK_SECONDS = 10.0
 
+# SQL_ASCII stores the bytes of UTF-8 as they are.
+_ENCODINGS = ("UTF8", "SQL_ASCII")
+
 _EPOCH = "extract(epoch FROM clock_timestamp())::float8"
 _OPENING = (
     f"SELECT {_EPOCH}, (SELECT value FROM meta WHERE key = '{own_schema.VERSION_KEY}'), "
@@ -213,13 +216,18 @@ class PostgresDatabase(GroupCommit):
         try:
             parameters = dict(conninfo.conninfo_to_dict(uri))
         except psycopg.Error as error:
-            raise StoreError(f"database {uri}: {_first_line(error)}; correct the URI", path=uri) from None
+            raise StoreError(
+                f"database {uri}: {_first_line(error)} (libpq {psycopg.pq.version() // 10000}). Correct the URI",
+                path=uri,
+            ) from None
         if password is not None:
             parameters["password"] = password
         parameters.setdefault("application_name", f"agentlab {holders.host().partition('/')[0]}"[:60])
         # Skip a standby after a failover: it would refuse the first write.
         parameters.setdefault("target_session_attrs", "read-write")
         parameters.setdefault("connect_timeout", _CONNECT_SECONDS)
+        # Whatever PGCLIENTENCODING and the database say. With SQL_ASCII psycopg would return bytes.
+        parameters["client_encoding"] = "UTF8"
         # With these, client and server both notice a vanished peer within seconds. The server then frees the locks.
         for name, value in (("keepalives_idle", 4), ("keepalives_interval", 1), ("keepalives_count", 3)):
             parameters.setdefault(name, value)
@@ -293,6 +301,13 @@ class PostgresDatabase(GroupCommit):
                 # to_regclass finds the first such table on the search path.
                 if connection.execute("SELECT to_regclass('meta')").fetchone()[0] is not None:
                     version = self._judge(connection.execute(_OPENING).fetchone())
+                encoding = connection.info.parameter_status("server_encoding")
+                if version == 0 and encoding not in _ENCODINGS:
+                    raise StoreError(
+                        f"database {self.path}: its encoding is {encoding}, which cannot store every text. Valid: "
+                        "UTF8. Make the database again: createdb --encoding=UTF8 --locale=C --template=template0 NAME",
+                        path=self.path,
+                    )
                 if version < schema.VERSION:
                     for statement in own_schema.steps(version):
                         connection.execute(statement)
@@ -330,7 +345,7 @@ class PostgresDatabase(GroupCommit):
             )
         else:
             state = getattr(error, "sqlstate", None)
-            step = refusals.next_step(state, failures)
+            step = refusals.judge_passfile(text, self._parameters) or refusals.next_step(state, failures)
             if isinstance(error, _LOST) and (step is None or step.passing):
                 answers = step is not None and (state is not None or "FATAL" in text or "read-only" in text)
                 return StoreUnavailable.of(self.path, text, step.advice if step else None, answers=answers)

@@ -9,7 +9,10 @@ libpq names no SQLSTATE for a connection that fails, so these are told apart by 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import os
+import stat
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from ...errors import out_of_descriptors
 
@@ -100,6 +103,11 @@ _BY_TEXT: tuple[tuple[str, NextStep], ...] = (
     ("too many connections", NextStep(_CONNECTIONS, True)),
     ("too many clients", NextStep(_CONNECTIONS, True)),
     ("connection slots", NextStep(_CONNECTIONS, True)),
+    (
+        "not in hot standby mode",
+        NextStep("leave target_session_attrs out of the URI: the records need a server that takes writes"),
+    ),
+    ("is not read-only", NextStep("leave target_session_attrs out of the URI: the records need a server for writes")),
     ("is read-only", NextStep(_READ_ONLY, True)),
     ("read-only transaction", NextStep(_READ_ONLY, True)),
     ("in hot standby mode", NextStep(_READ_ONLY, True)),
@@ -110,6 +118,11 @@ _BY_TEXT: tuple[tuple[str, NextStep], ...] = (
         NextStep("as an administrator: ALTER DATABASE ... ALLOW_CONNECTIONS true, or correct the name"),
     ),
     ("permission denied for database", NextStep(_GRANT)),
+    (
+        "definition of service",
+        NextStep("name a service of ~/.pg_service.conf of this user, or of the file that PGSERVICEFILE names"),
+    ),
+    ("could not match", NextStep("give one port and one hostaddr for each host of the URI, or one port for all")),
     ("does not exist", NextStep("create it as docs/controllers.md says, or correct the name")),
     ("No space left", NextStep("the disk of the server is full; free some space there (df of its data folder)", True)),
     ("could not write init file", NextStep(_FILES, True)),
@@ -145,8 +158,34 @@ def describe(error: Exception) -> list[str]:
     elif not all(line.startswith("connection to server") for line in lines[1:]):
         # The further lines of a single failure are libpq's own guesses.
         lines = lines[:1]
-    lines = [line.removeprefix("connection failed: ") for line in lines if line]
+    lines = [line.removeprefix("connection failed: ").removeprefix("connection is bad: ") for line in lines if line]
     return list(dict.fromkeys(lines)) or [type(error).__name__]
+
+
+def judge_passfile(text: str, parameters: Mapping[str, Any]) -> NextStep | None:
+    """Return why libpq found no password in the passfile; None for any other text, or where nobody has a passfile.
+
+    libpq itself only warns on standard error.
+    """
+    if "no password supplied" not in text:
+        return None
+    named = parameters.get("passfile") or os.environ.get("PGPASSFILE")
+    path = os.path.expanduser(str(named or "~/.pgpass"))
+    try:
+        mode = stat.S_IMODE(os.stat(path).st_mode)
+        with open(path, "rb"):
+            pass
+    except FileNotFoundError:
+        advice = f"the passfile {path} does not exist: make it with mode 0600, or correct its path"
+        return NextStep(advice) if named else None
+    except OSError as error:
+        return NextStep(f"the passfile {path} cannot be read ({error.strerror}): correct its owner, mode or path")
+    if mode & 0o077:
+        return NextStep(f"the passfile {path} has mode {mode:04o}, so libpq does not use it: chmod 0600 {path}")
+    advice = (
+        f"the passfile {path} has no line for this host, port, database and user: add one, or set database_password"
+    )
+    return NextStep(advice)
 
 
 def next_step(state: str | None, failures: list[str]) -> NextStep | None:
