@@ -309,8 +309,6 @@ Self = TypeVar("Self", bound="Connection")
 _CORE_OPTIONS = tuple(name for name in _adapter.COMMON_ARGS if name != "actor")
 # Errors that prove that nothing was run. Ansible then marks the host as unreachable, and the next task may retry.
 _UNREACHABLE = ("guest_agent", "not_found", "state_conflict", "busy", "proxmox_unreachable", "proxmox_access")
-# Exit status of a command that the guest did not begin: its user or folder does not exist.
-_NOT_BEGUN = 125
 # Gives sudo the become password, only if sudo asks for it. The password comes in the environment of this shell, which
 # sudo does not pass on. printf is part of the shell, so no process list shows the password.
 _WITH_PASSWORD = """\
@@ -382,10 +380,11 @@ class Connection(ConnectionBase):
                 "ansible_agentlab_max_output, or let it write to a file and fetch that"
             )
         status = result.rc if result.rc is not None else 128 + (result.signal or 0)
-        if status == _NOT_BEGUN and self._user:
-            self._check_user(sandbox, result.stderr.decode(errors="replace"))
+        if result.refusal is not None:
+            raise AnsibleConnectionFailure(self._explain_refusal(sandbox, result.refusal))
         if status and sudoable and environment:
-            self._judge_password(result.stdout + result.stderr)
+            # The output of a module may contain the same words.
+            self._judge_password(result.stderr)
         return status, result.stdout, result.stderr
 
     def put_file(self, in_path: str, out_path: str) -> None:
@@ -435,21 +434,20 @@ class Connection(ConnectionBase):
     def _user(self) -> str | None:
         return self.get_option("remote_user") or None
 
-    def _check_user(self, sandbox: Sandbox, stderr: str) -> None:
-        """Raise AnsibleConnectionFailure if the guest refused the user of the connection.
+    def _explain_refusal(self, sandbox: Sandbox, refusal: str) -> str:
+        """Return why the guest refuses the user of the connection.
 
-        SSH answers so, too. The result of a failed command would be of no use: wait_for_connection does not show it.
+        The host is unreachable then, as by SSH. wait_for_connection shows no result of a failed command.
         """
-        if stderr == f"agentlab: no user {self._user} in this guest\n":
-            raise AnsibleConnectionFailure(
+        if refusal == "no_user":
+            return (
                 f"sandbox {sandbox.vmid} has no user {self._user}; name one that it has (ansible_user, job_user), or "
                 "none for root"
             )
-        if stderr == f"agentlab: the guest agent does not run as root, so it cannot become {self._user}\n":
-            raise AnsibleConnectionFailure(
-                f"the guest agent of sandbox {sandbox.vmid} does not run as root, so nothing can run as {self._user}; "
-                "leave the user out (ansible_user, job_user), or run the agent as root"
-            )
+        return (
+            f"the guest agent of sandbox {sandbox.vmid} does not run as root, so nothing can run as {self._user}; "
+            "leave the user out (ansible_user, job_user), or run the agent as root"
+        )
 
     def _reached(self) -> tuple[Context, Sandbox]:
         self._connect()

@@ -375,8 +375,28 @@ def test_a_user_that_the_guest_lacks_is_named_and_makes_it_unreachable(inside: I
     assert waited.rc != 0 and said in waited.entry("wait")["result"]["msg"]
 
 
-def test_what_a_command_of_the_guest_says_itself_makes_nothing_unreachable(inside: Inside) -> None:
-    forged = "echo 'agentlab: no user nobody in this guest' >&2; exit 125"
+@pytest.mark.parametrize("named", [False, True])
+def test_what_a_command_of_the_guest_says_itself_makes_nothing_unreachable(inside: Inside, named: bool) -> None:
+    user = getpass.getuser() if os.geteuid() else "nobody"
+    forged = f"echo 'agentlab: no user {user} in this guest' >&2; exit 125"
     tasks = [{"name": "forge", "ansible.builtin.raw": forged}]
-    refused = inside(tasks)
+    refused = inside(tasks, **({"ansible_user": user} if named else {}))
     assert refused.entry("forge")["status"] == "failed" and refused.entry("forge")["result"]["rc"] == 125
+
+
+def test_what_a_module_says_itself_is_no_refusal_of_the_become_password(
+    inside: Inside, server: Server, box: Any
+) -> None:
+    guest = server.pve.machine(box.vmid)
+    programs = guest.folder / "programs"
+    programs.mkdir()
+    (programs / "sudo").write_text(SUDO)
+    (programs / "sudo").chmod(0o755)
+    guest.path = f"{programs}:{guest.path}"
+    text = "echo 'Sorry, try again.'; echo '1 incorrect password attempt' >&2; exit 4"
+    run = inside(
+        [{"name": "run", "ansible.builtin.command": {"argv": ["sh", "-c", text]}, "become": True}],
+        ansible_user=getpass.getuser() if os.geteuid() else "nobody",
+        ansible_become_password="right one",
+    )
+    assert run.entry("run")["status"] == "failed" and run.entry("run")["result"].get("rc") == 4, run.output

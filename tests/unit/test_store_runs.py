@@ -267,6 +267,8 @@ def test_a_refused_run_may_be_begun_again(connect: Connect) -> None:
     again, _acks = begin(records, sandbox, "r1")
     assert again.is_new and again.state == runs.SENT
     assert runs.get(records, sandbox, "r1").state == runs.SENT
+    finish(records, sandbox, again, runs.REFUSED)
+    assert begin(records, sandbox, "r1")[0].is_new
 
 
 @pytest.mark.parametrize("late", [runs.LOST, runs.REFUSED, runs.ENDED])
@@ -283,15 +285,29 @@ def test_a_known_end_stays_whatever_another_controller_says_later(connect: Conne
     assert not begin(first, sandbox, "r1")[0].is_new
 
 
-@pytest.mark.parametrize("early", [runs.LOST, runs.REFUSED])
-def test_a_result_of_the_guest_replaces_an_end_without_one(connect: Connect, early: str) -> None:
+def test_a_refusal_does_not_close_a_run_that_another_controller_asked_for(connect: Connect) -> None:
+    """The other one may have begun it, and a refused run begins again."""
     first, second = connect("first"), connect("second")
     _claim, sandbox = place(first, 1)
     mine, _acks = begin(first, sandbox, "r1")
     theirs, _acks = begin(second, sandbox, "r1")
-    finish(first, sandbox, mine, early)
+    finish(first, sandbox, mine, runs.REFUSED)
+    assert runs.get(first, sandbox, "r1").state == mine.state == runs.SENT and exec_events(first) == []
+    assert not begin(first, sandbox, "r1")[0].is_new
     runs.set_state(second, theirs, runs.RUNNING)
-    assert runs.get(first, sandbox, "r1").state == early, "an end is not taken back"
+    finish(first, sandbox, mine, runs.REFUSED)
+    finish(second, sandbox, theirs, runs.ENDED)
+    assert runs.get(first, sandbox, "r1").state == runs.ENDED and exec_events(first) == ["r1"]
+
+
+def test_a_result_of_the_guest_replaces_an_end_without_one(connect: Connect) -> None:
+    first, second = connect("first"), connect("second")
+    _claim, sandbox = place(first, 1)
+    mine, _acks = begin(first, sandbox, "r1")
+    theirs, _acks = begin(second, sandbox, "r1")
+    finish(first, sandbox, mine, runs.LOST)
+    runs.set_state(second, theirs, runs.RUNNING)
+    assert runs.get(first, sandbox, "r1").state == runs.LOST, "an end is not taken back"
     finish(second, sandbox, theirs, runs.ENDED)
     stored = runs.get(first, sandbox, "r1")
     assert stored.state == runs.ENDED and stored.detail == {"rc": 0}

@@ -43,6 +43,9 @@ _WAIT = 20
 _SHOW_WAIT = 1
 # Seconds beyond the command's own timeout for which a lost answer is retried.
 _PATIENCE = 90.0
+# Seconds after the first request within which a run may still begin. The guest removes the folder of a told result
+# after an hour, and every folder after a day. Later a missing folder does not prove that the run never began.
+_LATEST_BEGIN = 3000
 _PARALLEL = 4
 _READERS = 3
 # Output may exceed its limit by one block of the dd that bounds it, and by no more.
@@ -57,6 +60,8 @@ _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _LONGEST_LOGGED = 1000
 # Characters. A shorter value would mask parts of words, such as the 1 of a variable that is on.
 _SHORTEST_SECRET = 4
+# Exit status of a command whose user or folder does not exist.
+_NOT_BEGUN = 125
 
 Output = Callable[[bytes, bytes], None]
 
@@ -95,7 +100,8 @@ class CommandResult:
     ``state``: ``ended``, ``running``, or ``skipped`` (by creates or removes; ``message`` gives the reason). ``rc`` is
     the exit status in the shell's form: 128 + n for signal n, which ``signal`` names if the guest's shell reported it.
     ``timed_out``: the timeout ended the command; ``killed``: a request ended it. ``truncated``: the output exceeded
-    ``max_output``. ``stdout_bytes`` and ``stderr_bytes``: number of bytes that the guest holds.
+    ``max_output``. ``stdout_bytes`` and ``stderr_bytes``: number of bytes that the guest holds. ``refusal``: why the
+    wrapper did not start the command (``no_user``, ``not_root``), which no output of a command can imitate.
     """
 
     run_id: str
@@ -111,6 +117,7 @@ class CommandResult:
     message: str | None = None
     stdout_bytes: int = 0
     stderr_bytes: int = 0
+    refusal: str | None = None
 
     @property
     def changed(self) -> bool:
@@ -492,14 +499,23 @@ class _Run:
         return self._require_result(self.guest.ask_until_answered(script, self.id))
 
     def _require_result(self, frame: Frame) -> Frame:
-        """Return the frame if it shows the run's state. Raises OutcomeUnknown when the guest has lost the result."""
+        """Return a frame with the run's result: the guest's, or that of the journal where the guest has none.
+
+        Raises OutcomeUnknown when neither knows the result.
+        """
         vmid = self.sandbox.vmid
+        if frame.state in ("none", "gone", "lost"):
+            journal = runs.get(self.ctx.records, self.sandbox, self.id)
+            if journal.state == runs.ENDED:
+                self.journal = journal
+                names = {"rc": "rc", "sig": "signal", "ms": "duration_ms"}
+                return Frame({"state": "acked"} | {key: str(journal.detail.get(names[key]) or 0) for key in names})
         if frame.state in ("none", "gone"):
             self.guest.judge_again()
             raise OutcomeUnknown(
                 f"sandbox {vmid}: the guest knows nothing of run {self.id} (any more): it was started anew since, or "
-                "the run is older than a day. Whether the command ran to its end is not known; look in the guest, "
-                "then run it again (without run_id) if it is to run again",
+                f"the run was first asked for more than {_LATEST_BEGIN // 60} minutes ago. Whether the command ran is "
+                "not known; look in the guest, then run it again (without run_id) if it is to run again",
                 vmid=vmid,
                 run_id=self.id,
             )
@@ -540,6 +556,10 @@ class _Run:
             )
         if frame.state == "acked":
             result.message = "the output was told before, and the guest has forgotten it"
+            detail = self.journal.detail
+            if detail.get("state") == "skipped":
+                result.state, result.message = "skipped", detail.get("message") or "skipped before"
+            result.truncated, result.timed_out = detail.get("truncated") is True, detail.get("timed_out") is True
             return result
         flags = frame.fields.get("flags", "").split(",")
         result.stdout_bytes, result.stderr_bytes = frame.read_number("so"), frame.read_number("se")
@@ -554,6 +574,8 @@ class _Run:
         if skipped in ("creates", "removes") and result.state == "ended":
             result.state = "skipped"
             result.message = skipped
+        if skipped in ("no_user", "not_root") and result.rc == _NOT_BEGUN:
+            result.refusal = skipped
         return result
 
     def _compose_memory(self) -> dict[str, Any]:
@@ -581,6 +603,7 @@ class _Run:
             "state": result.state,
             "truncated": result.truncated,
             "timed_out": result.timed_out,
+            **({"message": result.message} if result.state == "skipped" else {}),
             **self._compose_memory(),
         }
         evidence: dict[str, Any] = {
@@ -701,7 +724,9 @@ class _Command(_Run):
         result.stdout, result.stderr = out[:limit], err[:limit]
         self._close_run(result, self.acks, self.prepared.command if self.spec.log_command else None)
         if result.state == "skipped":
-            option = "creates" if result.message == "creates" else "removes"
+            # The journal of an older release does not say by which.
+            guess = "removes" if self.spec.creates is None else "creates"
+            option = result.message if result.message in ("creates", "removes") else guess
             path = self.spec.creates if option == "creates" else self.spec.removes
             result.message = f"skipped, since {path} {'exists' if option == 'creates' else 'does not exist'} ({option})"
         return result
@@ -762,16 +787,18 @@ class _Command(_Run):
     def _begin_run(self) -> Frame:
         """Send the command until its start is confirmed, and return that answer.
 
-        Each attempt carries the age of the run, and sends the pieces that the guest lacks. Raises OutcomeUnknown when
+        Each attempt carries the age of the run, and sends the pieces that the guest lacks. A run that the journal knows
+        to have begun, or whose folder the guest may have removed since, is looked at only. Raises OutcomeUnknown when
         the command may have begun and no answer arrives in time, or the error of the agent when nothing was started.
         """
         clock, guest, prepared = self.ctx.clock, self.guest, self.prepared
         guest.what = "run a command"
         began = clock.monotonic()
-        known_age = None if self.journal.is_new else max(0, self.ctx.clock.now() - self.journal.started_at)
         # Seconds for which a lost answer is retried, and for which an agent that is not up yet is retried.
         patience = _PATIENCE + (self.spec.timeout or _PATIENCE)
-        may_have_begun = known_age is not None
+        # An attempt without an answer may have begun the command. No refusal of a later attempt disproves that.
+        unanswered = not self.journal.is_new
+        measure_age = self._make_age_meter()
         wait = 0 if self.detached else _SHOW_WAIT if self.on_output or self.cancel else _WAIT
         missing = list(range(len(self.packed.pieces)))
         attempt = 0
@@ -779,57 +806,76 @@ class _Command(_Run):
         problem: AgentlabError
         while True:
             try:
-                self._send_pieces(missing)
-                # From here on a repeat sends only the pieces that the guest misses.
-                missing = []
-                age = int((known_age or 0) + clock.monotonic() - began) + 3 if may_have_begun else -1
-                frame_values = self._make_frame_values(int(self.on_output is not None))
-                values = {**prepared.values, **self.packed.values, **frame_values}
-                values |= {"w": wait, "age": age, "acks": " ".join(self.acks)}
-                script = wrapper.compose_request("begin", values, {"work": prepared.work, "input": self.packed.last})
+                values: dict[str, object] = {**self._make_frame_values(int(self.on_output is not None)), "w": wait}
+                age = measure_age()
+                if self.journal.state != runs.SENT or (unanswered and not 0 <= age <= _LATEST_BEGIN):
+                    self.acks, self.packed.files = [], []
+                    script = wrapper.compose_request("look", values)
+                else:
+                    self._send_pieces(missing)
+                    # From here on a repeat sends only the pieces that the guest misses.
+                    missing = []
+                    values = {**prepared.values, **self.packed.values, **values, "acks": " ".join(self.acks)}
+                    values["age"] = measure_age() + 3 if unanswered else -1
+                    data = {"work": prepared.work, "input": self.packed.last}
+                    script = wrapper.compose_request("begin", values, data)
                 pid = guest.send_script(script)
             except OutcomeUnknown as error:
-                may_have_begun, problem = True, error
-                self.begun = True
+                unanswered = self.begun = True
+                problem = error
             except GuestRefused as error:
                 if error.reason != "silent":
-                    if may_have_begun:
-                        raise self._make_unknown_error(error.message) from None
                     raise
-                if not may_have_begun and clock.monotonic() - began >= self.spec.wait_for_agent:
+                if not unanswered and clock.monotonic() - began >= self.spec.wait_for_agent:
                     raise
                 problem = error
             else:
-                may_have_begun = self.begun = True
+                self.begun = True
                 frame = guest.collect_answer(pid, self.id, self.expected)
                 if frame is not None:
+                    # By a refusal this attempt has started nothing.
+                    self.begun = unanswered or frame.state != "refused"
                     word = frame.fields.get("why", "") if frame.state == "refused" else ""
                     if word.startswith("missing,") and resent < 3:
-                        # Nothing was started. Pieces without an answer may not have arrived, so send the missing ones
-                        # again.
+                        # Pieces without an answer may not have arrived, so send the missing ones again.
                         missing = [
                             int(n) for n in word.split(",")[1:] if n.isdecimal() and int(n) < len(self.packed.pieces)
                         ]
                         resent += 1
-                        may_have_begun = self.begun = known_age is not None
                         continue
                     if resent < 3 and self._can_repeat(word):
                         resent += 1
                         missing = list(range(len(self.packed.pieces)))
-                        may_have_begun = self.begun = known_age is not None
                         continue
-                    self.begun = frame.state != "refused" or known_age is not None
                     return self._require_result(guest.require_accepted(frame))
+                unanswered = True
                 problem = OutcomeUnknown(f"sandbox {self.sandbox.vmid}: the answer of its guest agent was lost.")
             pause = access.choose_silent_pause(attempt)
             attempt += 1
             if problem.detail.get("odd") and attempt > 2:
                 raise self._make_unknown_error(problem.message) from None
-            if clock.monotonic() - began + pause > (patience if may_have_begun else self.spec.wait_for_agent + 1):
-                if may_have_begun:
+            if clock.monotonic() - began + pause > (patience if unanswered else self.spec.wait_for_agent + 1):
+                if unanswered:
                     raise self._make_unknown_error(problem.message) from None
                 raise problem
             clock.sleep(pause)
+
+    def _make_age_meter(self) -> Callable[[], int]:
+        """Return a function that returns the seconds since the run was first sent; -1 when nobody can know.
+
+        Time goes on while this host sleeps. A wall clock that was set back since leaves the age of a run of the
+        journal unknown.
+        """
+        clock = self.ctx.clock
+        now, since_boot = clock.now(), clock.since_boot()
+        before = 0 if self.journal.is_new else now - self.journal.started_at
+
+        def measure() -> int:
+            if before < 0:
+                return -1
+            return before + int(max(clock.since_boot() - since_boot, clock.now() - now))
+
+        return measure
 
     def _can_repeat(self, word: str) -> bool:
         """Return whether a refusal of the guest, by which nothing was started, is worth a repeat; prepare the repeat.

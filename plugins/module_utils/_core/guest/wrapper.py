@@ -21,7 +21,7 @@ One run has one folder, ``/run/agentlab/ID`` (mode 0700; /var/run or /tmp where 
 | ``full`` | there was no room in /run for all of the output |
 | ``end`` | room for ``rc``, taken before the command starts |
 | ``late``, ``killed`` | the time-out, or a request, ended the command |
-| ``skip`` | ``creates`` or ``removes`` kept the command from starting |
+| ``skip`` | what kept the command from starting: ``creates``, ``removes``, ``no_user`` or ``not_root`` |
 | ``rc`` | exit status, signal (0: none), milliseconds |
 | ``acked`` | the controller has the result; all but ``rc`` is removed |
 | ``put`` | path of the hidden file that an upload fills; ``p.N``: piece N of it has arrived |
@@ -307,7 +307,7 @@ job() { cat <<'agentlab_job'
 echo $$ >"$d/pid"
 umask 022
 unset CDPATH
-say() { echo "agentlab: $*" >&2; exit 125; }
+say() { echo "$1" >&4; shift; echo "agentlab: $*" >&2; exit 125; }
 find_user() {
   n=; while IFS=: read -r n _ i g _ h c; do [ "$n" = "$1" ] && return; [ "$i" = "$1" ] && return; done </etc/passwd
   IFS=: read -r n _ i g _ h c <<E
@@ -318,11 +318,11 @@ E
 : ${PATH:=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin}
 export PATH
 if [ "$user" ]; then
-  find_user "$user" || say "no user $user in this guest"
+  find_user "$user" || say no_user "no user $user in this guest"
   me=$(id -u)
   export HOME="$h" USER="$n" LOGNAME="$n" SHELL="${c:-/bin/sh}"
   if [ "$me" != "$i" ]; then
-    [ "$me" = 0 ] || say "the guest agent does not run as root, so it cannot become $user"
+    [ "$me" = 0 ] || say not_root "the guest agent does not run as root, so it cannot become $user"
     if setpriv --reuid="$i" --regid="$g" --init-groups true 2>/dev/null; then
       exec setpriv --reuid="$i" --regid="$g" --init-groups sh -c 'eval "$(cat <&3)"'
     fi

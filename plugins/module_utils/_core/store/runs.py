@@ -29,6 +29,8 @@ _SELECT = (
 )
 # Number of results whose deletion in the guest is requested along with the next request.
 _MOST_ACKS = 40
+# The detail of a run that was sent, and that a second caller asked for.
+_SHARED = '{"shared": true}'
 # Seconds for which a guest without room is not asked again to keep files.
 _FULL_SECONDS = 3600
 
@@ -48,7 +50,7 @@ class Run:
     started_at: int
     updated_at: int
     detail: dict[str, Any] = field(default_factory=dict)
-    # True when this call wrote the row. Then no earlier request can have started the command.
+    # True when this call wrote the row, or took a refused one. Then no earlier request can have started the command.
     is_new: bool = False
 
 
@@ -87,9 +89,12 @@ def begin(
                 )
             if run.state == REFUSED:
                 conn.execute(
-                    "UPDATE runs SET state = ?, started_at = ?, updated_at = ? WHERE id = ?", (SENT, now, now, run_id)
+                    "UPDATE runs SET state = ?, started_at = ?, updated_at = ?, detail = '{}' WHERE id = ?",
+                    (SENT, now, now, run_id),
                 )
-                run.state, run.started_at, run.is_new = SENT, now, True
+                run.state, run.started_at, run.detail, run.is_new = SENT, now, {}, True
+            elif run.state == SENT:
+                conn.execute("UPDATE runs SET detail = ? WHERE id = ?", (_SHARED, run_id))
         else:
             run = Run(
                 run_id, sandbox.uuid, SENT, fingerprint, program, records.actor, detached, False, now, now, {}, True
@@ -193,15 +198,19 @@ def finish(
     ``acks`` are the results that the guest has been told to delete. Several callers may wait for one run: the first
     stored end stays, with one event. Only a result reported by the guest replaces an end without a result.
     """
-    # An ended run must not become REFUSED: a refused run starts again when its id is used again.
-    replaced = (SENT, RUNNING, REFUSED, LOST) if state == ENDED else (SENT, RUNNING)
+    replaced: tuple[str, ...] = (SENT, RUNNING, REFUSED, LOST) if state == ENDED else (SENT, RUNNING)
+    only = ""
+    if state == REFUSED:
+        # A refused run starts again when its id is used again. So a run that has ended, or that another caller may
+        # have started, must not become REFUSED.
+        replaced, only = (SENT,), f"AND detail <> '{_SHARED}'"
 
     def work(conn: Connection) -> Run | None:
         if acks:
             conn.execute(f"UPDATE runs SET acked = 1 WHERE id IN ({', '.join('?' * len(acks))})", acks)
         closed = conn.execute(
             f"UPDATE runs SET state = ?, detail = ?, updated_at = ? WHERE id = ? AND state IN "
-            f"({', '.join('?' * len(replaced))})",
+            f"({', '.join('?' * len(replaced))}) {only}",
             (state, json.dumps(detail), records.clock.now(), run.id, *replaced),
         )
         if closed.rowcount != 1:
