@@ -121,6 +121,45 @@ def test_bodies_that_are_never_complete_are_bounded(daemon: Make, lab: Lab, requ
     assert "Traceback" not in agentlabd.log(), agentlabd.log()
 
 
+@pytest.mark.parametrize(
+    "beginning",
+    [
+        b"GET /v1/healthz HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: localhost\r\nno colon\r\n\r\n",
+        f"{POST_SANDBOX}Host: localhost\r\n{CHUNKED}zz\r\n".encode(),
+        f"{POST_SANDBOX}Host: localhost\r\n{CHUNKED}2\r\n{{}}\r\n0\r\n".encode() + b"x: y\r\n" * 2000,
+    ],
+    ids=["after a request", "no header", "no chunk", "trailers"],
+)
+def test_what_cannot_be_parsed_is_not_kept(daemon: Make, lab: Lab, beginning: bytes) -> None:
+    """aiohttp quotes it in its error, several times over: 1.6 MB for each connection that goes on sending."""
+    agentlabd = start_as_the_unit(daemon)
+    agentlabd.good("GET", "/v1/sandboxes")
+    before = agentlabd.rss()
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(contextlib.closing(connect(agentlabd))) for _number in range(120)]
+        for client in clients:
+            client.settimeout(0.02)
+        for _round in range(12):
+            for client in clients:
+                with contextlib.suppress(OSError):
+                    client.sendall((beginning if not _round else b"") + b"x" * 200000)
+        grown = agentlabd.rss() - before
+    assert grown < 60 * KIB
+    assert agentlabd.get("/v1/healthz").status == 200 and "Traceback" not in agentlabd.log(), agentlabd.log()
+
+
+def test_clients_that_were_answered_and_go_on_sending_keep_nobody_out(daemon: Make, lab: Lab) -> None:
+    agentlabd = start_as_the_unit(daemon)
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(contextlib.closing(connect(agentlabd))) for _number in range(256)]
+        for client in clients:
+            client.sendall(one_length(b"x" * 1000, "POST /v1/nothing HTTP/1.1\r\n"))
+        for client in clients:
+            assert client.recv(100).startswith(b"HTTP/1.1 404")
+        assert [agentlabd.get("/v1/sandboxes").status for _number in range(3)] == [200] * 3
+
+
 @pytest.fixture
 def with_file(daemon: Make, lab: Lab) -> Iterator[Daemon]:
     """Return a daemon whose sandbox 1000 has a file of 8 MB at FILE of its guest."""

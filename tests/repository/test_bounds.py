@@ -59,6 +59,7 @@ def test_the_bounds_on_clients_are_those_of_the_code() -> None:
         "time for its body": f"{code['BODY_SECONDS']:.0f} s",
         "time between two requests of a connection, and for reading an answer": f"{code['IDLE_SECONDS']:.0f} s",
         "bytes of a head, and of requests sent ahead": code["HEAD_BYTES"],
+        "bytes that one read takes from a connection": f"{code['ONE_READ_BYTES']}",
         "bytes of a body": code["BODY_BYTES"],
         f"bytes of all bodies on their way, beyond the first {code['SMALL_BODY']} of each": code["BODIES_BYTES"],
         "bytes of all answers that their clients have not read": code["ANSWERS_BYTES"],
@@ -200,7 +201,7 @@ ELSEWHERE: dict[str, dict[str, tuple[Path, str, str]]] = {
 }
 # Constants that the tests above hold to the page.
 TOLD_ABOVE = {
-    "connections.py": "HEAD_BYTES BODY_BYTES BODIES_BYTES ANSWERS_BYTES",
+    "connections.py": "ONE_READ_BYTES HEAD_BYTES BODY_BYTES BODIES_BYTES ANSWERS_BYTES",
     "http/fields.py": "DEEPEST_BODY MOST_VALUES",
     "http/inside.py": "LONGEST_WAIT",
     "http/spool.py": "FILES_AT_ONCE FILE_BYTES SLOWEST_BYTES",

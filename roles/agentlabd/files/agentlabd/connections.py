@@ -36,6 +36,9 @@ SMALL_BODY = 16 * 1024
 # ANSWER_SECONDS.
 ANSWERS_BYTES = 32 * 1024 * 1024
 ANSWER_SECONDS = 1.0
+# Bytes that one read takes from a connection. asyncio's own 256 KiB for each of many connections are too many: aiohttp
+# quotes what it cannot parse in its error, several times over, and stops a body only between two reads.
+ONE_READ_BYTES = 32 * 1024
 # aiohttp stops reading a body when twice this number of bytes waits to be taken.
 READ_BYTES = 16 * 1024
 # Maximum number of connections for each listener, if the process may open enough descriptors.
@@ -199,13 +202,17 @@ class Gate(asyncio.Protocol):
 
     @property
     def replaceable(self) -> bool:
-        """Return whether the connection may be closed: no complete request, no answer in transit."""
-        return self._state in (_HEAD, _IDLE) and not self._sending
+        """Return whether the connection may be closed: no complete request that waits for its answer, no answer in
+        transit.
+        """
+        return self._state in (_HEAD, _IDLE, _LINGER) and not self._sending
 
     # ---- callbacks of asyncio ----
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
+        # The transport reads as many bytes at once as this attribute says.
+        self._transport.max_size = ONE_READ_BYTES  # type: ignore[attr-defined]
         listener = self._listener
         if not listener.make_room():
             listener.refused += 1
