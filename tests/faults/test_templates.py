@@ -222,7 +222,8 @@ def test_the_storage_of_the_configuration_makes_no_full_clone_where_the_template
 def test_where_the_template_lies(lab: Lab, config: dict[str, Any] | None, mode: tuple[Any, Any]) -> None:
     ctx = lab.context(storage="local-lvm")
     assert (
-        template.clone_mode(ctx, wanted.make_spec(ctx, {"name": "a1"}), template.Template(9000, "pve1", config)) == mode
+        template.choose_clone_mode(ctx, wanted.make_spec(ctx, {"name": "a1"}), template.Template(9000, "pve1", config))
+        == mode
     )
 
 

@@ -115,7 +115,7 @@ def test_a_refusal_of_something_else_is_none_of_a_tag(lab: Lab) -> None:
     ],
 )
 def test_the_boot_disk_is_the_disk_that_proxmox_boots_from(config: dict[str, Any], disk: str | None) -> None:
-    assert vm_config.boot_disk(config) == disk
+    assert vm_config.find_boot_disk(config) == disk
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ def spelled_phases(tree: ast.AST) -> list[int]:
         if not isinstance(node, ast.Call):
             continue
         phases: list[ast.expr] = []
-        if isinstance(node.func, ast.Attribute) and node.func.attr in ("journal", "_journal"):
+        if isinstance(node.func, ast.Attribute) and node.func.attr in ("journal", "_write_journal"):
             phases += node.args
         for keyword in node.keywords:
             if keyword.arg == "journal" and isinstance(keyword.value, ast.Tuple):
@@ -69,7 +69,7 @@ def written_phases(tree: ast.AST, kind: str) -> set[tuple[str, str]]:
         if not isinstance(node, ast.Call):
             continue
         arguments: list[ast.expr] = []
-        if isinstance(node.func, ast.Attribute) and node.func.attr in ("journal", "_journal"):
+        if isinstance(node.func, ast.Attribute) and node.func.attr in ("journal", "_write_journal"):
             arguments += node.args
         for keyword in node.keywords:
             if keyword.arg == "journal" and isinstance(keyword.value, ast.Tuple):

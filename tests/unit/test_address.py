@@ -10,7 +10,11 @@ import random
 from typing import Any
 
 import pytest
-from ansible_collections.agentlab.proxmox.plugins.module_utils._core.vm.address import Choice, choose, is_agent_on
+from ansible_collections.agentlab.proxmox.plugins.module_utils._core.vm.address import (
+    Choice,
+    choose_address,
+    is_agent_on,
+)
 
 MAC = "BC:24:11:00:00:01"
 CONFIG = {"net0": f"virtio={MAC},bridge=vmbr0", "ipconfig0": "ip=dhcp"}
@@ -89,7 +93,7 @@ LO = nic("lo", "127.0.0.1", "::1", mac="00:00:00:00:00:00")
 def test_the_address_is_that_of_the_vms_own_interface(
     interfaces: list[Any], config: dict[str, Any], address: str | None, final: bool | None
 ) -> None:
-    assert choose(interfaces, config) == (None if address is None else Choice(address, bool(final)))
+    assert choose_address(interfaces, config) == (None if address is None else Choice(address, bool(final)))
 
 
 ODD: list[Any] = [
@@ -115,10 +119,10 @@ ODD: list[Any] = [
 
 @pytest.mark.parametrize("answer", ODD, ids=lambda answer: repr(answer)[:40])
 def test_what_a_guest_says_is_data(answer: Any) -> None:
-    assert choose(answer, CONFIG) is None
+    assert choose_address(answer, CONFIG) is None
     good = own("192.0.2.50")
     if isinstance(answer, list):
-        assert choose([*answer, good], CONFIG) == Choice("192.0.2.50", True)
+        assert choose_address([*answer, good], CONFIG) == Choice("192.0.2.50", True)
 
 
 def test_answers_of_any_shape_never_crash() -> None:
@@ -135,13 +139,13 @@ def test_answers_of_any_shape_never_crash() -> None:
         return {chance.choice(names): anything(depth + 1) for _number in range(chance.randrange(4))}
 
     for _number in range(3000):
-        found = choose(anything(), {"net0": anything(), "ipconfig0": anything(), "net1": anything()})
+        found = choose_address(anything(), {"net0": anything(), "ipconfig0": anything(), "net1": anything()})
         assert found is None or isinstance(found, Choice)
 
 
 def test_an_answer_of_any_length_is_looked_at_for_a_moment_only() -> None:
     many = [nic("eth0", *["fe80::1"] * 2000)] * 5000
-    assert choose(many, CONFIG) is None
+    assert choose_address(many, CONFIG) is None
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,9 @@ def check_placement(exam: Examination) -> Iterable[Finding]:
     if not chosen or exam.template is None:
         return
     try:
-        decision = place.NodeChoice(exam.context, Spec(template=exam.config.template or str(exam.template[0]))).look()
+        decision = place.NodeChoice(
+            exam.context, Spec(template=exam.config.template or str(exam.template[0]))
+        ).preview_decision()
     except (CreationFailed, InvalidInput) as error:
         yield Finding("placement", PROBLEM, error.message, "correct what the message names")
         return

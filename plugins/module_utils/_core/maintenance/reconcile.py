@@ -159,7 +159,7 @@ def _run(ctx: Context, apply: bool, adopt_cluster: bool, known_vms: KnownVms | N
         drifts = {uuid: drift for uuid, drift in drifts.items() if uuid in now and uuid not in changed} | again
         for drift in drifts.values():
             _apply(drift)
-        looks.remember()
+        looks.store_addresses()
     settled += _workspaces(ctx, writing)
     return settled + list(drifts.values()) + unrecorded
 
@@ -236,7 +236,7 @@ def _survey(
         if known_vms is None:
             return _compare(ctx, sandbox, rows, proofs, looks)
         row, now = rows.get(sandbox.vmid), ctx.clock.since_boot()
-        if row is not None and not looks.chose(sandbox) and known_vms.covers(sandbox, row, now):
+        if row is not None and not looks.has_chosen(sandbox) and known_vms.covers(sandbox, row, now):
             node = str(row.get("node"))
             return None if ctx.cluster.node_online(node) else Drift("node_offline", "none", {"node": node}, sandbox)
         drift = _compare(ctx, sandbox, rows, proofs, looks)
@@ -630,7 +630,7 @@ def _follow_vm(ctx: Context, sandbox: Sandbox, vm_state: str, located: Located) 
         with ctx.claimed(sandbox, "reconcile", wait=0) as (claim, current):
             if (current.state, current.generation) != (sandbox.state, sandbox.generation):
                 raise RecordChanged(f"sandbox {sandbox.vmid} was changed by another run meanwhile; run again")
-            power.follow(ctx, claim, current, "reconcile", vm_state, located)
+            power.follow_vm(ctx, claim, current, "reconcile", vm_state, located)
 
     return work
 

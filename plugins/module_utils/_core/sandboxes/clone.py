@@ -35,7 +35,7 @@ _CUT_SECONDS = 5.0
 
 @dataclass(slots=True)
 class Creation:
-    """One creation under way: who holds it, what it is to become, and how far it has come."""
+    """One creation under way: its claim, the desired sandbox, and the steps done so far."""
 
     ctx: Context
     claim: Claim
@@ -43,7 +43,7 @@ class Creation:
     # The record as last written.
     sandbox: Sandbox
     note: CreationNote = field(default_factory=CreationNote)
-    # Tasks that this run started, and what they warned of.
+    # Tasks that this run started, and their warnings.
     upids: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
@@ -56,7 +56,7 @@ def note_request(note: CreationNote, ctx: Context, spec: Spec, template: templat
     """Note what this run, or a later one, needs to send the clone request."""
     note.template, note.template_name, note.template_node = template.vmid, template.name, template.node
     note.node = node
-    note.full, note.storage = templates.clone_mode(ctx, spec, template)
+    note.full, note.storage = templates.choose_clone_mode(ctx, spec, template)
     note.knows_mode = True
 
 
@@ -64,8 +64,8 @@ def make_vm(creation: Creation) -> Located | None:
     """Clone the template, or resume the clone of a killed run, and bind the record to the new VM.
 
     Returns the VM with its verdict from after the clone task; None when an earlier run sent the clone request, or when
-    its answer was lost. Raises CreationFailed for a given VMID that another VM has, Kept for a VM that cannot be told,
-    and the refusal itself where neither time nor another VMID would help.
+    its answer was lost. Raises CreationFailed for a given VMID that another VM has, Kept for a VM that may be the clone
+    or not, and the refusal itself where neither time nor another VMID would help.
     """
     ctx, spec, note, unfinished = creation.ctx, creation.spec, creation.note, creation.claim.interrupted
     if note.template is None:
@@ -90,14 +90,14 @@ def make_vm(creation: Creation) -> Located | None:
             _send_and_wait(creation)
         except OutcomeUnknown as error:
             # pveproxy sometimes cuts the answers of a password login, but still carries the request out.
-            if not error.detail.get("cut") or not _clone_appears(creation):
+            if not error.detail.get("cut") or not _bind_cut_clone(creation):
                 raise
             return None
         except TaskUnknown as error:
             if creation.upids:
                 raise
             # The result of an earlier run's task is lost. Decide by the VM that stands at the VMID now.
-            if _has_lost_task_made_it(creation, earlier, error):
+            if _bind_lost_clone(creation, earlier, error):
                 return None
             resumed = False
         except (ApiError, TaskFailed) as error:
@@ -156,10 +156,10 @@ def _forget_request(creation: Creation) -> None:
 
 
 def _bind_earlier_clone(creation: Creation, doubt: CreationNote, *, vmid_taken: bool = False) -> bool:
-    """Return whether the VM is the clone that an earlier run asked for. If so, bind the record to it.
+    """Bind the record to the VM if that is the clone that an earlier run asked for. Return whether it is.
 
     ``vmid_taken``: Proxmox says that some VM has the VMID, so a VMID without a visible VM is no proof. Raises Kept for
-    a VM that cannot be told.
+    a VM that may be the clone or not.
     """
     located = _await_doubt(creation, doubt)
     if located.match:
@@ -176,10 +176,10 @@ def _bind_earlier_clone(creation: Creation, doubt: CreationNote, *, vmid_taken: 
     return False
 
 
-def _has_lost_task_made_it(creation: Creation, earlier: CreationNote, error: TaskUnknown) -> bool:
-    """Return whether the clone task of an earlier run, whose result is lost, made the VM. If so, bind the record to it.
+def _bind_lost_clone(creation: Creation, earlier: CreationNote, error: TaskUnknown) -> bool:
+    """Bind the record to the VM if an earlier run's clone task, whose result is lost, made it. Return whether it did.
 
-    Otherwise the request is forgotten. Raises Kept when neither is certain.
+    Otherwise forget the request. Raises Kept when neither is certain.
     """
     ctx, sandbox = creation.ctx, creation.sandbox
     located = binding.locate_unbound(ctx, sandbox, creation.claim, earlier)
@@ -277,6 +277,7 @@ def _send_clone(creation: Creation) -> str:
 
 
 def _post_clone(creation: Creation) -> Any:
+    """Send the clone request, and return Proxmox VE's answer."""
     ctx, spec, sandbox, note = creation.ctx, creation.spec, creation.sandbox, creation.note
     return ctx.client.post(
         f"nodes/{note.template_node}/qemu/{note.template}/clone",
@@ -292,11 +293,11 @@ def _post_clone(creation: Creation) -> Any:
     )
 
 
-def _clone_appears(creation: Creation) -> bool:
-    """Return whether the clone appears whose answer was just cut. If so, bind the record to it.
+def _bind_cut_clone(creation: Creation) -> bool:
+    """Wait for the clone whose answer was just cut, and bind the record to it. Return whether it appeared.
 
-    Looks for _CUT_SECONDS, and longer while a VM is being cloned to that VMID. False leaves the outcome unknown, as
-    after a killed run: Proxmox may still carry the request out.
+    Waits _CUT_SECONDS, and longer while a VM is being cloned to that VMID. False leaves the outcome unknown, as after a
+    killed run: Proxmox VE may still carry the request out.
     """
     ctx, sandbox = creation.ctx, creation.sandbox
     request = replace(creation.note, phase=journal.CLONING, at=ctx.clock.now())

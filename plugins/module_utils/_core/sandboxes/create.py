@@ -78,7 +78,7 @@ def run(ctx: Context, spec: Spec) -> Outcome:
     spec.check()
     sandbox = find_existing(ctx, spec)
     if sandbox is None:
-        return _create(ctx, spec)
+        return _create_sandbox(ctx, spec)
     if sandbox.state in states.CREATING or _is_almost_done(ctx, sandbox):
         if ctx.dry_run:
             return Outcome.of("would_create", sandbox, changed=True, state=states.RUNNING)
@@ -89,12 +89,12 @@ def run(ctx: Context, spec: Spec) -> Outcome:
             unfinished and (unfinished.kind == "destroy" or (unfinished.kind == "create" and now.state == states.READY))
         ):
             try:
-                return _carry_on(ctx, claim, spec, now)
+                return _resume_creation(ctx, claim, spec, now)
             except CreationFailed as error:
                 node = error.detail.get("failed_node")
                 if node is None:
                     raise
-                return _create(ctx, spec, {node: error.message})
+                return _create_sandbox(ctx, spec, {node: error.message})
         # While this run waited for the claim, another run finished the creation or gave it up. Decide again.
         ctx.records.release(claim)
         return run(ctx, spec)
@@ -146,7 +146,7 @@ def amend(ctx: Context, sandbox: Sandbox, **settings: bool | None) -> Outcome:
     )
 
 
-def _create(ctx: Context, spec: Spec, failed: dict[str, str] | None = None) -> Outcome:
+def _create_sandbox(ctx: Context, spec: Spec, failed: dict[str, str] | None = None) -> Outcome:
     """Create the sandbox. Where the node is ours to choose and fails, try the next best node.
 
     ``failed`` maps each node that already failed this creation to the reason.
@@ -179,6 +179,10 @@ def _add_history(error: CreationFailed, failed: dict[str, str]) -> CreationFaile
 
 
 def _create_once(ctx: Context, spec: Spec, failed: dict[str, str]) -> Outcome:
+    """Reserve the record and create the sandbox on one node. Check mode only makes the decisions.
+
+    ``failed``: as for ``_create_sandbox``. Raises CreationFailed, with ``failed_node`` where another node may succeed.
+    """
     first, last = ctx.config.workspace_owner_range
     if spec.vmid is not None and first <= spec.vmid <= last:
         raise InvalidInput(
@@ -193,8 +197,8 @@ def _create_once(ctx: Context, spec: Spec, failed: dict[str, str]) -> Outcome:
     choice = place.NodeChoice(ctx, spec, disk, failed) if place.is_open(ctx, spec, disk, nodes) else None
     if choice is not None:
         node, template = None, None
-        if choice.look().node is None:
-            raise choice.no_node()
+        if choice.preview_decision().node is None:
+            raise choice.make_no_node_error()
     else:
         # A workspace on local storage binds the sandbox to the node of that storage.
         wanted_node = spec.node or (disk.node if disk else None) or ctx.config.node
@@ -258,7 +262,7 @@ def _create_once(ctx: Context, spec: Spec, failed: dict[str, str]) -> Outcome:
             note.chosen = True
             journal.update(note.detail())
 
-        claim = choice.reserve(sandbox, write, note_choice)
+        claim = choice.reserve_node(sandbox, write, note_choice)
     else:
         named = cast(templates.Template, template)
         clone.note_request(note, ctx, spec, named, node)
@@ -268,7 +272,7 @@ def _create_once(ctx: Context, spec: Spec, failed: dict[str, str]) -> Outcome:
     if ctx.dry_run:
         outcome = Outcome.of("would_create", sandbox, previous_state=None, state=states.RUNNING, changed=True)
     else:
-        outcome = _carry_on(ctx, claim, spec, sandbox, note)
+        outcome = _resume_creation(ctx, claim, spec, sandbox, note)
     if decision is not None:
         outcome.extra["placement"] = decision.public()
     return outcome
@@ -289,7 +293,9 @@ def _check_node(ctx: Context, node: str) -> None:
         )
 
 
-def _carry_on(ctx: Context, claim: Claim, spec: Spec, sandbox: Sandbox, note: CreationNote | None = None) -> Outcome:
+def _resume_creation(
+    ctx: Context, claim: Claim, spec: Spec, sandbox: Sandbox, note: CreationNote | None = None
+) -> Outcome:
     """Resume the creation at its current step and bring the sandbox to RUNNING.
 
     ``note``: what this run has just written to the journal; None to read what a killed run wrote. On a definite failure
@@ -298,7 +304,7 @@ def _carry_on(ctx: Context, claim: Claim, spec: Spec, sandbox: Sandbox, note: Cr
     """
     creation = Creation(ctx, claim, spec, sandbox, note or CreationNote())
     try:
-        return _bring_up(creation)
+        return _take_steps(creation)
     except (StoreError, ClaimLost, OutcomeUnknown, TaskTimeout, TaskUnknown, Kept) as error:
         # The outcome is unknown, or another run decides it. Keep the journal, so that the next run resumes here.
         sandbox = creation.sandbox
@@ -335,7 +341,7 @@ def _carry_on(ctx: Context, claim: Claim, spec: Spec, sandbox: Sandbox, note: Cr
         raise
     except AgentlabError as error:
         explanation = refusals.explain(ctx, spec, creation.sandbox.node, creation.note.template, error)
-        failure = _clean_up(creation, error, explanation or error.message)
+        failure = _remove_failed(creation, error, explanation or error.message)
         clean = failure.detail.pop("clean", False)
         if creation.note.chosen and clean and refusals.blames_node(error):
             failure.detail["failed_node"] = creation.sandbox.node
@@ -382,7 +388,7 @@ def _outlasts_pvesh(creation: Creation, error: AgentlabError) -> bool:
     return path.endswith("/clone") and bool(error.detail.get("timed_out")) and creation.ctx.client.awaits_tasks
 
 
-def _bring_up(creation: Creation) -> Outcome:
+def _take_steps(creation: Creation) -> Outcome:
     """Take the steps that are left, each written down before it is done, and return the outcome."""
     ctx, claim, spec = creation.ctx, creation.claim, creation.spec
     began = ctx.clock.monotonic()
@@ -409,7 +415,7 @@ def _bring_up(creation: Creation) -> Outcome:
             upids=creation.upids,
             journal=(CONFIGURING, creation.note.detail()),
         )
-    located = _configure(creation, cloned or require_match(ctx, creation.sandbox))
+    located = _configure_vm(creation, cloned or require_match(ctx, creation.sandbox))
     if disk is not None:
         located = require_match(ctx, creation.sandbox)
         workspace_disk.attach(ctx, claim, creation.sandbox, located, disk)
@@ -444,7 +450,7 @@ def _bring_up(creation: Creation) -> Outcome:
     )
 
 
-def _configure(creation: Creation, new: Located) -> Located:
+def _configure_vm(creation: Creation, new: Located) -> Located:
     """Write the options that the clone call cannot carry, then resize the disk.
 
     ``new``: the VM as it was judged after the clone. Each write carries the digest of the configuration that was
@@ -462,13 +468,13 @@ def _configure(creation: Creation, new: Located) -> Located:
             vm_config.write_config(ctx, located, changes, refused)
 
     write_with_digest(ctx, sandbox, new, write)
-    creation.warnings += vm_config.tag_warnings(sandbox, refused, vm_config.split_tags(new.config.get("tags")))
+    creation.warnings += vm_config.compose_tag_warnings(sandbox, refused, vm_config.split_tags(new.config.get("tags")))
     current = new
     if spec.firewall_group:
         vm_config.join_firewall_group(ctx, sandbox, current, spec.firewall_group)
         current = require_match(ctx, sandbox)
     if spec.disk_size:
-        disk = vm_config.boot_disk(current.config)
+        disk = vm_config.find_boot_disk(current.config)
         if disk is None:
             raise InvalidInput("disk_size: the template has no disk to resize", option="disk_size")
         size = spec.disk_size
@@ -493,7 +499,7 @@ def _await_ip(creation: Creation, located: Located) -> Sandbox:
     """Wait for the address that the guest agent reports, store it, and return the new record."""
     ctx, sandbox = creation.ctx, creation.sandbox
     # ``located`` dates from before the configuration was written. Read again to see the static address of ipconfig0.
-    ip = address.wait(ctx, sandbox, match_if_readable(ctx, sandbox) or located)
+    ip = address.wait_for_address(ctx, sandbox, match_if_readable(ctx, sandbox) or located)
     return ctx.records.change(
         creation.claim,
         sandbox,
@@ -506,7 +512,7 @@ def _await_ip(creation: Creation, located: Located) -> Sandbox:
     )
 
 
-def _clean_up(creation: Creation, error: AgentlabError, explanation: str) -> CreationFailed:
+def _remove_failed(creation: Creation, error: AgentlabError, explanation: str) -> CreationFailed:
     """Set the record to FAILED and remove the VM of our own clone through the destroy pipeline.
 
     Returns the error for the caller. Its message says what was removed and what is left.

@@ -23,7 +23,7 @@ from ..vm import power
 from ..vm.locate import Located, locate, refuse_guarded, refuse_not_ours
 from ..workspaces import workspace_disk
 from . import leftovers
-from .removal import Gone, Removal, Request, abandon, check, locate_own, refuse_running, was_never_cloned
+from .removal import Gone, Removal, Request, abandon_removal, check, locate_own, refuse_running, was_never_cloned
 
 __all__ = ["Request", "check", "destroy_several", "plan", "run"]
 
@@ -75,7 +75,7 @@ def run(ctx: Context, items: list[tuple[Sandbox, Request]]) -> list[Outcome]:
     """
     claimed: list[Gone] = []
     try:
-        return _run(ctx, items, claimed)
+        return _remove_and_close(ctx, items, claimed)
     except BaseException:
         # Also when the process is told to stop. Closed sandboxes have already given up their claim.
         for gone in claimed:
@@ -83,8 +83,8 @@ def run(ctx: Context, items: list[tuple[Sandbox, Request]]) -> list[Outcome]:
         raise
 
 
-def _run(ctx: Context, items: list[tuple[Sandbox, Request]], claimed: list[Gone]) -> list[Outcome]:
-    """Do the work of ``run``. Append to ``claimed`` each sandbox whose VM is gone and whose claim we still hold."""
+def _remove_and_close(ctx: Context, items: list[tuple[Sandbox, Request]], claimed: list[Gone]) -> list[Outcome]:
+    """Do the work of ``run``. Append to ``claimed`` each sandbox whose VM is gone while its claim is held."""
 
     def remove_vm(item: tuple[Sandbox, Request]) -> Outcome | Gone:
         sandbox, request = item
@@ -94,7 +94,7 @@ def _run(ctx: Context, items: list[tuple[Sandbox, Request]], claimed: list[Gone]
                 return result
             claimed.append(result)
             # Close a record with a proof of its own at once. Waiting for the other items could take long.
-            return _finish(ctx, result, {}) if result.reason in _PROVEN else result
+            return _close_or_keep(ctx, result, {}) if result.reason in _PROVEN else result
         except Kept as error:
             return Outcome.of(
                 "kept",
@@ -125,7 +125,7 @@ def _run(ctx: Context, items: list[tuple[Sandbox, Request]], claimed: list[Gone]
     proven = [vm for vm in gone if proofs[vm.sandbox.vmid].absent]
     closing = set(map(id, proven))
     unproven = [vm for vm in gone if id(vm) not in closing]
-    outcomes = [*_close(ctx, proven, proofs), *ctx.each(lambda vm: _finish(ctx, vm, proofs), unproven)]
+    outcomes = [*_close_records(ctx, proven, proofs), *ctx.each(lambda vm: _close_or_keep(ctx, vm, proofs), unproven)]
     finished = dict(zip(map(id, [*proven, *unproven]), outcomes, strict=True))
     return [finished[id(result)] if isinstance(result, Gone) else result for result in results]
 
@@ -150,6 +150,7 @@ def destroy_several(ctx: Context, sandboxes: list[Sandbox], force: bool) -> list
 
 
 def _plan_outcome(ctx: Context, sandbox: Sandbox, force: bool) -> Outcome:
+    """Return the outcome of check mode."""
     try:
         planned = plan(ctx, sandbox, force=force)
         return Outcome.of(
@@ -165,13 +166,14 @@ def _plan_outcome(ctx: Context, sandbox: Sandbox, force: bool) -> Outcome:
 
 
 def _read_current(ctx: Context, sandbox: Sandbox) -> Sandbox:
+    """Return the present record, or the given one if the record cannot be read."""
     try:
         return ctx.records.get(sandbox.uuid)
     except AgentlabError:
         return sandbox
 
 
-def _close(ctx: Context, proven: list[Gone], proofs: dict[int, Any]) -> list[Outcome]:
+def _close_records(ctx: Context, proven: list[Gone], proofs: dict[int, Any]) -> list[Outcome]:
     """Close the records of all VMs proven to be gone, in one transaction and without a request to Proxmox."""
     try:
         with ctx.database.together():
@@ -185,7 +187,7 @@ def _close(ctx: Context, proven: list[Gone], proofs: dict[int, Any]) -> list[Out
 def _close_together(ctx: Context, proven: list[Gone], proofs: dict[int, Any]) -> list[Outcome]:
     """Close these records in the transaction of the caller, with few statements for all of them.
 
-    ``_finish`` settles each record that cannot be closed so, and says why.
+    ``_close_or_keep`` settles each record that cannot be closed so, and says why.
     """
     cleared: dict[str, Gone] = {}
     for gone in proven:
@@ -207,7 +209,7 @@ def _close_together(ctx: Context, proven: list[Gone], proofs: dict[int, Any]) ->
     for gone in proven:
         closed = records.get(gone.claim.uuid)
         outcomes.append(
-            _finish(ctx, gone, proofs) if closed is None else _make_destroyed_outcome(gone, closed, gone.reason)
+            _close_or_keep(ctx, gone, proofs) if closed is None else _make_destroyed_outcome(gone, closed, gone.reason)
         )
     return outcomes
 
@@ -257,7 +259,7 @@ def _explain_fate(vmid: int, reason: str) -> str | None:
     return f"sandbox {vmid}: {text.format(vmid=vmid)}" if text else None
 
 
-def _finish(ctx: Context, gone: Gone, proofs: dict[int, Any]) -> Outcome:
+def _close_or_keep(ctx: Context, gone: Gone, proofs: dict[int, Any]) -> Outcome:
     """Set the record to DESTROYED if absence is proven. Otherwise keep record and journal for the next run."""
     sandbox = gone.sandbox
     try:
@@ -292,7 +294,9 @@ def _finish(ctx: Context, gone: Gone, proofs: dict[int, Any]) -> Outcome:
         )
         return _make_destroyed_outcome(gone, closed, reason)
     except Kept as error:
-        abandon(ctx, gone.claim, sandbox, Request(), error, sent=gone.doubtful or bool(gone.upids), stopped=False)
+        abandon_removal(
+            ctx, gone.claim, sandbox, Request(), error, sent=gone.doubtful or bool(gone.upids), stopped=False
+        )
         return Outcome.of(
             "kept",
             _read_current(ctx, sandbox),

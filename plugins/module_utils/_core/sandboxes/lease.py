@@ -79,14 +79,14 @@ def renew(
                 and not _is_far_enough(new_end, current, ttl)
             )
         ):
-            return _answer("unchanged", sandbox, current, now, capped, changed=False)
+            return _make_renewal_outcome("unchanged", sandbox, current, now, capped, changed=False)
         if ctx.dry_run:
-            return _answer("would_renew", sandbox, new_end, now, capped, changed=True, was=current)
+            return _make_renewal_outcome("would_renew", sandbox, new_end, now, capped, changed=True, was=current)
         try:
             renewed = ctx.records.renew(
                 sandbox, new_end, now, over=over, evidence={"ttl": ttl, "capped": capped, "was": current}
             )
-            return _answer("renewed", renewed, new_end, now, capped, changed=True, was=current)
+            return _make_renewal_outcome("renewed", renewed, new_end, now, capped, changed=True, was=current)
         except RecordChanged:
             sandbox = ctx.records.get(sandbox.uuid)
     raise RecordChanged(f"sandbox {sandbox.vmid} keeps being changed by other runs; run again", vmid=sandbox.vmid)
@@ -97,7 +97,7 @@ def _is_far_enough(new_end: int, current: int, ttl: int) -> bool:
     return ttl <= REPEAT_SECONDS and new_end - current >= max(1, ttl // 2)
 
 
-def _answer(
+def _make_renewal_outcome(
     word: str, sandbox: Sandbox, expires_at: int, now: int, capped: bool, *, changed: bool, was: int | None = None
 ) -> Outcome:
     return Outcome.of(
@@ -142,7 +142,7 @@ def expire(ctx: Context, *, stop_vms: bool = True) -> Expiry:
             if is_kept_alive(ctx, sandbox, now):
                 limit = None if ctx.config.max_lifetime is None else sandbox.created_at + ctx.config.max_lifetime
                 until = now + (sandbox.ttl_seconds or ctx.config.default_ttl)
-                result.renewed.append(_keep_alive(ctx, sandbox, min(until, limit) if limit else until))
+                result.renewed.append(_renew_by_itself(ctx, sandbox, min(until, limit) if limit else until))
             else:
                 ended.append(sandbox)
         if ctx.dry_run:
@@ -179,7 +179,8 @@ def is_kept_alive(ctx: Context, sandbox: Sandbox, now: int) -> bool:
     )
 
 
-def _keep_alive(ctx: Context, sandbox: Sandbox, until: int) -> Outcome:
+def _renew_by_itself(ctx: Context, sandbox: Sandbox, until: int) -> Outcome:
+    """Renew the lease of a keepalive sandbox to ``until`` (seconds since the epoch)."""
     if ctx.dry_run:
         return Outcome.of("would_renew", sandbox, changed=True, reason="keepalive")
     now = ctx.clock.now()
@@ -187,7 +188,7 @@ def _keep_alive(ctx: Context, sandbox: Sandbox, until: int) -> Outcome:
         renewed = ctx.records.renew(sandbox, until, now, keepalive=True, evidence={"was": sandbox.lease_expires_at})
     except RecordChanged as error:
         return failure(sandbox, error)
-    return _answer("renewed", renewed, until, now, False, changed=True)
+    return _make_renewal_outcome("renewed", renewed, until, now, False, changed=True)
 
 
 def stop_expired(ctx: Context, sandbox: Sandbox) -> str | None:
@@ -249,4 +250,5 @@ def find_leftovers(ctx: Context, handled: Collection[str] = ()) -> list[Sandbox]
 
 
 def check_min_remaining(value: object) -> int | None:
+    """Return ``min_remaining`` in seconds; None without one. Raises InvalidInput."""
     return None if value is None else durations.parse(value, "min_remaining")

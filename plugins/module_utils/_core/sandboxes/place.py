@@ -1,10 +1,11 @@
 # Copyright: the agentlab.proxmox contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Read what the choice of a node needs, and decide within the transaction that writes the new record.
+"""Choose the node of a new sandbox within the transaction that writes the record.
 
-placement.decide makes the decision. Some facts cost a request for each node (the template's configuration, the
-bridges). They are read only for the node that would be chosen; if they change the decision, the next node is read.
+This file reads the facts; placement.decide makes the decision. Some facts cost a request for each node (the template's
+configuration, the bridges). They are read only for the node that would be chosen; if they change the decision, the next
+node is read.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ class NodeChoice:
         self.template: templates.Template | None = None
         read = ctx.cluster.capacity()
         self._sources = self._find_sources(read)
-        self._nodes = {name: self._prepare(node, read, failed or {}) for name, node in read.nodes.items()}
+        self._nodes = {name: self._prepare_node(node, read, failed or {}) for name, node in read.nodes.items()}
         self._looked_at: dict[str, templates.Template] = {}
         self._wish = self._make_wish(read)
         young = {vmid: vm for vmid, vm in read.running.items() if vm.uptime < self._rules.settle}
@@ -107,7 +108,8 @@ class NodeChoice:
             sources = dict.fromkeys(read.nodes, (first.vmid, first.node))
         return {**sources, **own}
 
-    def _prepare(self, node: Node, read: capacity.Capacity, failed: Mapping[str, str]) -> Node:
+    def _prepare_node(self, node: Node, read: capacity.Capacity, failed: Mapping[str, str]) -> Node:
+        """Return the node with the reason, if there is one, why it cannot take the sandbox."""
         ctx, spec, workspace = self._ctx, self._spec, self._workspace
         online = ctx.cluster.nodes()
         refused = None
@@ -129,10 +131,11 @@ class NodeChoice:
         )
 
     def _make_wish(self, read: capacity.Capacity) -> Wish:
+        """Return the resources that the sandbox needs, from the spec, else from the templates in the VM list."""
         spec = self._spec
         figures = [read.templates.get(vmid, (0, 0, 0)) for vmid, _node in set(self._sources.values())]
         memory = spec.memory * placement.MIB if spec.memory is not None else max((row[0] for row in figures), default=0)
-        # The number of sockets stands in the template's configuration, which look_at reads later.
+        # The number of sockets stands in the template's configuration, which read_node reads later.
         cpus = spec.cores if spec.cores is not None else max((row[1] for row in figures), default=0)
         return Wish(
             memory=memory,
@@ -146,7 +149,7 @@ class NodeChoice:
 
     # ---- facts about the node that would be chosen ----
 
-    def look_at(self, name: str) -> None:
+    def read_node(self, name: str) -> None:
         """Read the template's configuration and the node's bridges.
 
         Raises InvalidInput for an option that cannot work.
@@ -159,8 +162,8 @@ class NodeChoice:
         config = template.config
         if config is not None:
             self._refine_wish(config)
-            full, storage = templates.clone_mode(ctx, spec, template)
-            disk = vm_config.boot_disk(config)
+            full, storage = templates.choose_clone_mode(ctx, spec, template)
+            disk = vm_config.find_boot_disk(config)
             own = str(config[disk]).partition(":")[0] if disk else None
             node = dataclasses.replace(node, storage=storage or own, disk=self._wish.disk if full or storage else 0)
         bridges = _list_bridges(spec, config or {})
@@ -197,7 +200,7 @@ class NodeChoice:
         self.decision = placement.decide(self._nodes.values(), self._young, load, self._wish, self._rules)
         return self.decision
 
-    def look(self) -> Decision:
+    def preview_decision(self) -> Decision:
         """Return the decision by the current records, after reading the node that it chooses. Reserves nothing."""
         load = placements.read_load(
             self._ctx.records, self._rules.settle, self._rules.anti_affinity, self._spec.profile, self._spec.tags
@@ -206,21 +209,23 @@ class NodeChoice:
             decision = self._decide(load)
             if decision.node is None or decision.node in self._looked_at:
                 return decision
-            self.look_at(decision.node)
+            self.read_node(decision.node)
 
-    def reserve(self, sandbox: Sandbox, write: Callable[[Callable[..., Any]], Any], chosen: Callable[[], None]) -> Any:
+    def reserve_node(
+        self, sandbox: Sandbox, write: Callable[[Callable[..., Any]], Any], chosen: Callable[[], None]
+    ) -> Any:
         """Reserve a node: call ``write`` with the ``place`` argument for Records.reserve, and return its result.
 
         Repeats until the chosen node has been read. Sets the sandbox's node, then calls ``chosen`` within the
         transaction. Raises CreationFailed when no node fits.
         """
-        if self.look().node is None:
-            raise self.no_node()
+        if self.preview_decision().node is None:
+            raise self.make_no_node_error()
 
         def decide(load: Load) -> Reservation:
             name = self._decide(load).node
             if name is None:
-                raise self.no_node()
+                raise self.make_no_node_error()
             if name not in self._looked_at:
                 raise _NotLookedAt(name)
             node = self._nodes[name]
@@ -242,10 +247,10 @@ class NodeChoice:
             try:
                 return write(place)
             except _NotLookedAt as error:
-                # Another run has meanwhile taken the room on the node that look() chose.
-                self.look_at(error.node)
+                # Another run has meanwhile taken the room on the node that preview_decision() chose.
+                self.read_node(error.node)
 
-    def no_node(self) -> CreationFailed:
+    def make_no_node_error(self) -> CreationFailed:
         """Return the error that says for each node why it cannot take the sandbox."""
         verdicts = self.decision.verdicts if self.decision else ()
         listed = {verdict.node for verdict in verdicts}
@@ -270,7 +275,7 @@ class NodeChoice:
 
 def show_load(ctx: Context) -> list[dict[str, Any]]:
     """Return for each node its load, and whether (and why) a sandbox of the configured template would go there."""
-    decision = NodeChoice(ctx, Spec(template=ctx.config.template)).look()
+    decision = NodeChoice(ctx, Spec(template=ctx.config.template)).preview_decision()
     rows: list[dict[str, Any]] = decision.public()["nodes"]
     return sorted(rows, key=lambda row: str(row["node"]))
 
@@ -281,8 +286,8 @@ def make_fixed_place(
     """Return the ``place`` argument of Records.reserve for a given node, so that other runs count this sandbox too."""
     config = template.config or {}
     memory = spec.memory * placement.MIB if spec.memory is not None else _read_memory_bytes(config)
-    full, storage = templates.clone_mode(ctx, spec, template)
-    disk = vm_config.boot_disk(config)
+    full, storage = templates.choose_clone_mode(ctx, spec, template)
+    disk = vm_config.find_boot_disk(config)
     size = vm_config.read_size(str(config[disk])) if disk else None
     own = str(config[disk]).partition(":")[0] if disk else None
     needed = (

@@ -1,9 +1,9 @@
 # Copyright: the agentlab.proxmox contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Judge a refusal by Proxmox VE: what a creation does next, and which option of ours causes it.
+"""Judge a refusal by Proxmox VE: the next step of the creation, and the option of ours that causes the refusal.
 
-Proxmox VE's message names its own objects, or names nothing.
+Proxmox VE's message names its own objects, not our options, or names nothing.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Step(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """What is known about one attempt at a clone when Proxmox VE refuses it."""
+    """The known facts about one attempt at a clone when Proxmox VE refuses it."""
 
     # Attempts so far, this one included.
     tries: int
@@ -69,7 +69,7 @@ class Judgement:
 
 
 def judge_refusal(error: ApiError | TaskFailed, attempt: Attempt) -> Judgement:
-    """Return what follows from a refused clone request or a failed clone task. Asks and changes nothing."""
+    """Return what follows from a refused clone request or a failed clone task. Sends no request, changes nothing."""
     text = error.text if isinstance(error, ApiError) else error.exitstatus
     # A VM, or a leftover volume of that name, is in the way. Another VMID avoids both.
     exists = "already exists" in text or "File exists" in text
@@ -136,7 +136,7 @@ def explain(ctx: Context, spec: Spec, node: str | None, template: object, error:
         and not re.search(r"\b(VM|SDN|Sys|Datastore|Pool)\.\w+", text)
     ):
         # Proxmox VE gives the same bare 403 for a missing pool and for a missing right to create a VM.
-        return _explain_unnamed(ctx, pool) + quote
+        return _explain_denied_clone(ctx, pool) + quote
     if "Linked clone feature is not supported" in text:
         return (
             f"full_clone: a linked clone of template {template} is not possible on its storage; set "
@@ -175,7 +175,8 @@ def explain(ctx: Context, spec: Spec, node: str | None, template: object, error:
     return None
 
 
-def _explain_unnamed(ctx: Context, pool: str | None) -> str:
+def _explain_denied_clone(ctx: Context, pool: str | None) -> str:
+    """Return the sentence for a 403 that names no privilege."""
     if pool is None:
         return (
             f"{ctx.config.proxmox.login} may not make that VM. Grant VM.Allocate on /vms (or give a pool on which it "

@@ -140,7 +140,7 @@ class Removal:
     def run(self) -> Outcome | Gone:
         """Remove the VM. Gone still holds the claim; an Outcome or an error has released it."""
         try:
-            ended = self._begin()
+            ended = self._begin_removal()
             if ended is not None:
                 return ended
             for self._round in range(_MARK_TRIES):
@@ -150,7 +150,9 @@ class Removal:
             raise Kept("changed", f"sandbox {self._sandbox.vmid}: its VM keeps changing; it was left alone, run again")
         except AgentlabError as error:
             sent = self._pending is not None
-            abandon(self._ctx, self._claim, self._sandbox, self._request, error, sent=sent, stopped=self._stopped)
+            abandon_removal(
+                self._ctx, self._claim, self._sandbox, self._request, error, sent=sent, stopped=self._stopped
+            )
             raise
         except BaseException:
             self._ctx.records.release(self._claim)
@@ -158,7 +160,7 @@ class Removal:
 
     # ---- the steps ----
 
-    def _begin(self) -> Outcome | Gone | None:
+    def _begin_removal(self) -> Outcome | Gone | None:
         """Check the record under the claim, and settle what a killed run left.
 
         Returns an Outcome or Gone when the removal ends here, and None when the VM has to be located.
@@ -184,40 +186,40 @@ class Removal:
         if current.generation != self._planned.generation:
             # Another run changed the sandbox while we waited, so the cached VM list is out of date.
             ctx.cluster.vms(fresh=True)
-        self._journal(VERIFYING)
+        self._write_journal(VERIFYING)
         if was_never_cloned(current, self._note.creation):
             _look_before_closing(ctx, current)
             return self._make_gone("never_created", {"creation": "the clone was never asked for, or refused"})
         if interrupted and pending:
             try:
-                self._warnings += _await_cut_off(ctx, current, interrupted)
+                self._warnings += _await_cut_off_delete(ctx, current, interrupted)
             except TaskTimeout:
                 # The delete task still runs, or hangs. A missing VM can still be proven absent. While the VM is there,
                 # start nothing beside that task.
-                if self._locate().node is not None:
+                if self._locate_vm().node is not None:
                     raise
         return None
 
     def _judge_and_delete(self) -> Gone | Next:
         """Take all steps on the VM as it is now. Returns LOOK_AGAIN when the VM changes before the end."""
-        result = self._judge()
+        result = self._judge_vm()
         if not isinstance(result, Located):
             return result
         self._vm = result
-        for step in (self._refuse_running, self._stop, self._detach, self._mark_and_delete):
+        for step in (self._refuse_running, self._stop_vm, self._detach_workspace, self._mark_and_delete):
             if step(self._vm) is Next.LOOK_AGAIN:
                 return Next.LOOK_AGAIN
         return self._make_gone("destroyed", self._vm.verdict.evidence if self._vm.verdict else {})
 
-    def _judge(self) -> Located | Gone | Next:
+    def _judge_vm(self) -> Located | Gone | Next:
         """Return our VM if it may be deleted, or Gone if no VM of ours is there. Raises the reason for keeping it."""
         ctx = self._ctx
         # Read quorum before the verdict, so that no request stands between verdict and stop. Raise its error
         # afterwards, because the verdict may make quorum unnecessary.
-        mark_is_first = self._mark_is_first()
+        mark_is_first = self._is_mark_first()
         no_quorum = None if mark_is_first else self._explain_no_quorum()
-        located = self._locate()
-        if mark_is_first and (is_hibernated(located.config) or not self._mark_is_first()):
+        located = self._locate_vm()
+        if mark_is_first and (is_hibernated(located.config) or not self._is_mark_first()):
             # The VM is not as the records or the list had it: a stop, or the loss of its saved memory, would be first.
             no_quorum = self._explain_no_quorum()
         if self._sandbox.smbios_uuid is None:
@@ -253,20 +255,21 @@ class Removal:
             raise no_quorum
         if reads_sent:
             # Those requests took time, and a stop takes no digest. Judge the VM again directly before it.
-            located = self._locate()
+            located = self._locate_vm()
             if not located.match:
                 ctx.cluster.vms(fresh=True)
                 return Next.LOOK_AGAIN
         return located
 
     def _explain_no_quorum(self) -> AgentlabError | None:
+        """Return the error of a missing quorum, or None with quorum."""
         try:
             self._ctx.cluster.require_quorum()
         except (ProxmoxError, Kept) as error:
             return error
         return None
 
-    def _mark_is_first(self) -> bool:
+    def _is_mark_first(self) -> bool:
         """Return whether the mark is the first write. Then the mark proves quorum, and no request for quorum is needed.
 
         True only over pvesh, where each request is slow, for a VM that is switched off and has no workspace. Without
@@ -289,14 +292,14 @@ class Removal:
             return self._look_again_or_raise(error)
         return Next.GO_ON
 
-    def _stop(self, located: Located) -> Next:
+    def _stop_vm(self, located: Located) -> Next:
         """Switch the VM off, or discard the saved memory of a hibernated VM.
 
         The VM list lags by ten seconds, so the VM itself is asked before a disk is detached. A delete needs no such
         question: Proxmox refuses to delete a running VM.
         """
         if is_hibernated(located.config):
-            self._journal(STOPPING)
+            self._write_journal(STOPPING)
             try:
                 self._vm = power.discard_saved_memory(self._ctx, self._sandbox, located)
             except (ApiError, TaskFailed) as error:
@@ -309,7 +312,7 @@ class Removal:
             and workspace_disk.records(self._ctx).of_sandbox(self._sandbox.uuid) is None
         ):
             return Next.GO_ON
-        self._journal(STOPPING)
+        self._write_journal(STOPPING)
         try:
             upids, warnings = power.stop(
                 self._ctx,
@@ -324,7 +327,7 @@ class Removal:
         self._stopped = True
         return Next.GO_ON
 
-    def _detach(self, located: Located) -> Next:
+    def _detach_workspace(self, located: Located) -> Next:
         """Take the sandbox's workspace off the VM, and refuse a VM that still names a workspace.
 
         By Proxmox VE's rule a DELETE removes the volumes that the configuration names and that are named after this
@@ -336,7 +339,7 @@ class Removal:
         own = workspace_disk.records(ctx).of_sandbox(self._sandbox.uuid)
         if own is not None:
             # Protecting the sandbox from here on is too late: it would be kept without its workspace.
-            self._journal(DETACHING, unprotected=True)
+            self._write_journal(DETACHING, unprotected=True)
             try:
                 workspace_disk.detach_volume(ctx, self._claim, self._sandbox, located, own, sure=True)
             except ApiError as error:
@@ -362,7 +365,7 @@ class Removal:
         )
         with ctx.client.reserve_place(located.path):
             try:
-                _mark(ctx, self._request, located)
+                _write_mark(ctx, self._request, located)
             except ApiError as error:
                 return self._handle_refused_mark(error)
             if self._pending is None:
@@ -383,10 +386,11 @@ class Removal:
                 f"delete VM {self._sandbox.vmid}: Proxmox answered without a task id; whether it was done is not "
                 "known, run again"
             )
-        self._await(upid)
+        self._await_delete(upid)
         return Next.GO_ON
 
-    def _await(self, upid: str) -> None:
+    def _await_delete(self, upid: str) -> None:
+        """Write the delete task to the journal, and wait for its end. A missing VM counts as deleted."""
         ctx = self._ctx
         self._upids.append(upid)
         sent = replace(self._note, upid=upid, since=ctx.clock.now())
@@ -408,6 +412,7 @@ class Removal:
     # ---- answers to a step ----
 
     def _handle_refused_mark(self, error: ApiError) -> Next:
+        """Return LOOK_AGAIN for a VM that moved or changed. Raises Kept otherwise."""
         vmid = self._sandbox.vmid
         if self._has_moved_on(error):
             return Next.LOOK_AGAIN
@@ -424,6 +429,7 @@ class Removal:
         ) from None
 
     def _handle_refused_delete(self, error: ApiError) -> Next:
+        """Return LOOK_AGAIN for a VM that runs, vanished or is locked for a moment. Raises the error otherwise."""
         ctx = self._ctx
         if "is running" in error.text and not self._last:
             # The list lags, or a person started the VM meanwhile: judge it again, then stop it.
@@ -439,7 +445,7 @@ class Removal:
         raise error
 
     def _note_failed_delete(self) -> None:
-        """Record that this run's delete was not carried out. The delete of a killed run may still be."""
+        """Record that this run's delete was not carried out. The delete of a killed run may still be running."""
         if self._pending is not None and self._pending.entry is not None:
             self._ctx.records.journal(self._claim, "destroy", self._pending.entry.phase, self._note.detail())
         else:
@@ -450,11 +456,7 @@ class Removal:
         return self._round + 1 >= _MARK_TRIES
 
     def _has_moved_on(self, error: ApiError | TaskFailed) -> bool:
-        """Return whether the VM moved, changed or was deleted since its verdict, and so has to be located and judged
-        again.
-
-        Always False in the last round.
-        """
+        """Return whether the VM moved, changed or was deleted since its verdict. Always False in the last round."""
         # Proxmox refuses a request with the first text. A task whose VM vanished meanwhile fails with the second.
         vanished = "does not exist" in error.message or "unable to find configuration file" in error.message
         if self._last or not (vanished or changed(error.message)):
@@ -471,10 +473,10 @@ class Removal:
     def _is_over(self, pending: PendingDelete) -> bool:
         return self._ctx.clock.now() - pending.since > self._ctx.config.doubt_window
 
-    def _locate(self) -> Located:
+    def _locate_vm(self) -> Located:
         return locate_own(self._ctx, self._sandbox, self._claim, self._note.creation)
 
-    def _journal(self, phase: str, *, unprotected: bool = False) -> None:
+    def _write_journal(self, phase: str, *, unprotected: bool = False) -> None:
         """Write the phase to the journal.
 
         While a killed run's delete may be carried out, keep that run's phase instead.
@@ -542,7 +544,7 @@ def _look_before_closing(ctx: Context, sandbox: Sandbox) -> None:
         )
 
 
-def _await_cut_off(ctx: Context, sandbox: Sandbox, entry: JournalEntry) -> list[str]:
+def _await_cut_off_delete(ctx: Context, sandbox: Sandbox, entry: JournalEntry) -> list[str]:
     """Wait for the delete task of a killed run if its id is known, and return its warnings.
 
     The result of the task does not matter: the VM is judged again afterwards.
@@ -568,7 +570,7 @@ def locate_own(
     return binding.locate_unbound(ctx, sandbox, claim, created)
 
 
-def _mark(ctx: Context, request: Request, located: Located) -> None:
+def _write_mark(ctx: Context, request: Request, located: Located) -> None:
     """Write the deletion mark, guarded by the digest of the judged configuration.
 
     The write fails if the configuration changed since, or if the cluster accepts no writes.
@@ -580,7 +582,7 @@ def _mark(ctx: Context, request: Request, located: Located) -> None:
     ctx.client.put(f"{located.path}/config", description=note, digest=verdict.digest)
 
 
-def abandon(
+def abandon_removal(
     ctx: Context, claim: Claim, sandbox: Sandbox, request: Request, error: AgentlabError, *, sent: bool, stopped: bool
 ) -> None:
     """Record why the removal ended, and release the claim.
@@ -594,7 +596,7 @@ def abandon(
         now = ctx.records.get(sandbox.uuid)
         to = states.STOPPED if stopped and now.state in (states.READY, states.RUNNING, states.SUSPENDED) else None
         unbound = now.smbios_uuid is None and claim.interrupted is not None
-        creation = _cut_off_creation(claim, now) if to is None and not uncertain and not unbound else None
+        creation = _find_cut_off_creation(claim, now) if to is None and not uncertain and not unbound else None
         if isinstance(error, StateConflict) or (isinstance(error, Kept) and reason == "protected" and not stopped):
             # The rules refused the request. Repeated refusals would only fill the list of events.
             if not unbound and not uncertain:
@@ -619,7 +621,7 @@ def abandon(
         ctx.records.release(claim)
 
 
-def _cut_off_creation(claim: Claim, now: Sandbox) -> CreationNote | None:
+def _find_cut_off_creation(claim: Claim, now: Sandbox) -> CreationNote | None:
     """Return the note of a creation that this destroy interrupted and that can be resumed; else None."""
     if claim.interrupted is None or not (now.state in states.CREATING or now.state == states.READY):
         return None
@@ -627,6 +629,7 @@ def _cut_off_creation(claim: Claim, now: Sandbox) -> CreationNote | None:
 
 
 def _drop_journal(ctx: Context, claim: Claim) -> None:
+    """Remove the journal entry of a destroy that the rules refused; that of another operation stays."""
     interrupted = claim.interrupted
     # An interrupted destroy that is refused now has ended. Its entry would otherwise block the sandbox for ever. The
     # callers have already made sure that its delete is no longer running.

@@ -149,6 +149,7 @@ def _list_visible_templates(ctx: Context, offline: list[str]) -> str:
 
 
 def _parse_vmid(identifier: str) -> int | None:
+    """Return the VMID that the text is; None for a name."""
     return int(identifier) if identifier.isascii() and identifier.isdecimal() else None
 
 
@@ -183,6 +184,7 @@ def _make_no_template_error(vmid: int, kind: str, identifier: str) -> InvalidInp
 
 
 def _read_template(ctx: Context, vmid: int) -> Template:
+    """Return the template with this VMID of the VM list. Raises InvalidInput for a VM that is no template."""
     row = ctx.cluster.vms()[vmid]
     if row.get("type") != "qemu":
         raise _make_no_template_error(vmid, str(row.get("type")), str(vmid))
@@ -249,7 +251,7 @@ def read(ctx: Context, vmid: int, node: str, *, listed: bool = True) -> Template
 # ---- suitability for the requested sandbox ----
 
 
-def clone_mode(ctx: Context, spec: Spec, template: Template) -> tuple[bool | None, str | None]:
+def choose_clone_mode(ctx: Context, spec: Spec, template: Template) -> tuple[bool | None, str | None]:
     """Return ``full`` and ``storage`` for the clone call.
 
     Proxmox VE puts a linked clone on the template's storage. So the configured ``storage`` causes a full clone only
@@ -272,7 +274,7 @@ def check(ctx: Context, spec: Spec, template: Template, node: str, *, placed: bo
     ``placed``: the choice of the node has already checked storage and CPUs.
     """
     if not placed:
-        _check_storage(ctx, clone_mode(ctx, spec, template)[1], node)
+        _check_storage(ctx, choose_clone_mode(ctx, spec, template)[1], node)
     config = template.config
     if config is None:
         return
@@ -299,6 +301,7 @@ def check(ctx: Context, spec: Spec, template: Template, node: str, *, placed: bo
 
 
 def _check_storage(ctx: Context, storage: str | None, node: str) -> None:
+    """Raise InvalidInput for a storage that the node does not have for disks of VMs."""
     if storage is None:
         return
     rows = ctx.once(("storages", node), lambda: ctx.client.get_list(f"nodes/{node}/storage", content="images"))
@@ -314,7 +317,7 @@ def _check_storage(ctx: Context, storage: str | None, node: str) -> None:
 
 def _check_disk_size(size: str, template: Template, config: dict[str, Any]) -> None:
     """Raise InvalidInput for a size below the template's. Proxmox VE shrinks no disk, and says so after the clone."""
-    disk = vm_config.boot_disk(config)
+    disk = vm_config.find_boot_disk(config)
     if disk is None:
         raise InvalidInput(
             f"disk_size: {template.title} has no disk to resize; leave disk_size out", option="disk_size"

@@ -61,6 +61,7 @@ def select_remembered(spec: Spec) -> dict[str, Any]:
 
 
 def _make_comparable(name: str, value: Any) -> Any:
+    """Return the value in the form in which it is stored and compared."""
     if name == "ssh_public_keys":
         return hashlib.sha256("\n".join(sorted(value)).encode()).hexdigest()[:16]
     return sorted(set(value)) if isinstance(value, list) else value
@@ -91,6 +92,7 @@ def find_differences(ctx: Context, sandbox: Sandbox, spec: Spec) -> dict[str, tu
 
 
 def _means_the_same(ctx: Context, sandbox: Sandbox, name: str, was: Any, value: Any) -> bool:
+    """Return whether a value that is written differently has the same effect on this sandbox."""
     if name in ("full_clone", "firewall"):
         return bool(was) == bool(value)
     if name == "node":
@@ -125,6 +127,7 @@ def advise(sandbox: Sandbox, differences: dict[str, tuple[Any, Any]]) -> list[Ad
 
 
 def _format_value(name: str, value: Any) -> str:
+    """Return the value of an option for a warning."""
     if value is None:
         return "what its template or the configuration said" if name != "profile" else "no profile"
     if name == "ssh_public_keys":
@@ -163,7 +166,7 @@ def apply(ctx: Context, sandbox: Sandbox, spec: Spec) -> Outcome:
         plan.check(ctx)
         if plan.needs_stop:
             _check_restart(ctx, sandbox, spec, plan, power.read_status(ctx, plan.located))
-        return plan.outcome("would_update", sandbox) if plan.new else Outcome.of("unchanged", sandbox)
+        return plan.make_outcome("would_update", sandbox) if plan.new else Outcome.of("unchanged", sandbox)
     with ctx.claimed(sandbox, "update") as (claim, current):
         refuse_cut_off(claim, current)
         located = require_match(ctx, current)
@@ -213,8 +216,8 @@ def apply(ctx: Context, sandbox: Sandbox, spec: Spec) -> Outcome:
             finish=True,
             **values,
         )
-        warnings += vm_config.tag_warnings(current, refused, set())
-        outcome = plan.outcome("updated", current)
+        warnings += vm_config.compose_tag_warnings(current, refused, set())
+        outcome = plan.make_outcome("updated", current)
         outcome.upids, outcome.warnings = upids, warnings
         return outcome
 
@@ -263,7 +266,7 @@ class _Plan:
     def needs_stop(self) -> bool:
         return any(name in self.new for name in _STOPPED_ONLY)
 
-    def outcome(self, word: str, sandbox: Sandbox) -> Outcome:
+    def make_outcome(self, word: str, sandbox: Sandbox) -> Outcome:
         return Outcome.of(word, sandbox, changed=True, extra={"after": dict(self.new), "before": dict(self.before)})
 
 

@@ -135,7 +135,7 @@ def write_config(ctx: Context, located: Located, changes: dict[str, Any], refuse
             refused |= {tag} if tag in changing else changing
 
 
-def tag_warnings(sandbox: Sandbox, refused: set[str], template_tags: set[str]) -> list[str]:
+def compose_tag_warnings(sandbox: Sandbox, refused: set[str], template_tags: set[str]) -> list[str]:
     """Return a warning for the tags that could not be set, and another for template tags that could not be removed."""
     own_tags = {OUR_TAG, *sandbox.tags}
     remedy = (
@@ -188,18 +188,18 @@ def join_firewall_group(ctx: Context, sandbox: Sandbox, located: Located, group:
     """
     base = f"{located.path}/firewall"
 
-    def joined() -> bool:
+    def has_group() -> bool:
         return any(
             rule.get("type") == "group" and rule.get("action") == group and str(rule.get("enable", 1)) == "1"
             for rule in ctx.client.get_list(f"{base}/rules")
         )
 
-    def on() -> bool:
+    def is_firewall_on() -> bool:
         return str(ctx.client.get_dict(f"{base}/options").get("enable", 0)) == "1"
 
     writes: tuple[tuple[Callable[[], bool], Callable[[], Any]], ...] = (
-        (joined, lambda: ctx.client.post(f"{base}/rules", type="group", action=group, enable=1)),
-        (on, lambda: ctx.client.put(f"{base}/options", enable=1)),
+        (has_group, lambda: ctx.client.post(f"{base}/rules", type="group", action=group, enable=1)),
+        (is_firewall_on, lambda: ctx.client.put(f"{base}/options", enable=1)),
     )
     for is_so, write in writes:
         if is_so():
@@ -254,7 +254,7 @@ def list_disks(config: dict[str, Any]) -> list[str]:
     ]
 
 
-def boot_disk(config: dict[str, Any]) -> str | None:
+def find_boot_disk(config: dict[str, Any]) -> str | None:
     """Return the key of the disk that Proxmox VE boots the VM from; None without a disk.
 
     This is the first disk of ``boot: order=``. In the older form (``boot`` is letters, ``c`` for the disk, or missing)

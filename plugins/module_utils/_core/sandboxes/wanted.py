@@ -81,8 +81,9 @@ _TRIMMED = (
 
 
 def normalise(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options in the form that Spec takes. Surveys, files and people write them differently: see
-    patterns.split_lines.
+    """Return the options in the form that Spec takes, because surveys, files and people write them differently.
+
+    ``patterns.split_lines`` names the forms. Raises InvalidInput for a password that is no text.
     """
     values = {
         name: value.strip() if name in _TRIMMED and isinstance(value, str) else value for name, value in options.items()

@@ -1,7 +1,7 @@
 # Copyright: the agentlab.proxmox contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Records beside what Proxmox says of their VMs, for showing."""
+"""Compare records with the VMs in Proxmox VE, for answers. Nothing is changed."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from ..vm.locate import is_hibernated, locate
 def verify_sandboxes(ctx: Context, sandboxes: list[Sandbox], identities: bool = True) -> list[dict[str, Any]]:
     """Return vm_status, identity and drift of each sandbox, in order. Reads the VM list once.
 
-    With ``identities`` it also reads the configuration of each VM, and asks the guest for an address that is missing
-    or old (see ``Looks``): ip and ip_seen_at then hold the present address. Without it the identity stays unsaid.
+    ``identities``: read the configuration of each VM, too, and ask the guest for an address that is missing or old (see
+    ``Looks``); ip and ip_seen_at then hold the present address. Without it, identity is None for a VM.
     """
     rows = ctx.cluster.survey([sandbox.vmid for sandbox in sandboxes if sandbox.live])
     absent = [sandbox.vmid for sandbox in sandboxes if sandbox.live and sandbox.vmid not in rows]
@@ -78,6 +78,7 @@ def _is_hibernated_row(row: dict[str, Any]) -> bool:
 
 
 def _describe_drift(sandbox: Sandbox, row: dict[str, Any], judged: str) -> str | None:
+    """Return how the VM differs from the record, and what corrects that; None without a difference."""
     if judged == identity.FOREIGN:
         return "the VMID belongs to another VM now; prune or reconcile closes the record and leaves that VM alone"
     if judged != identity.MATCH:

@@ -1,7 +1,7 @@
 # Copyright: the agentlab.proxmox contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Showing sandboxes: from the records alone, or verified against Proxmox."""
+"""Show sandboxes: from the records alone, or compared with Proxmox VE."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ..store import history
 
 @dataclass(slots=True)
 class Filter:
-    """Which sandboxes to show; a filter that is not given passes all (an empty list of ids passes none)."""
+    """The sandboxes to show. A filter of None passes all sandboxes; an empty list of ids passes none."""
 
     ids: list[dict[str, Any]] | None = None
     states: Sequence[str] | None = None
@@ -64,8 +64,11 @@ def show(
     identities: bool = True,
     owner: bool = False,
 ) -> dict[str, Any]:
-    """Return ``sandboxes``, ``count`` and ``by_state``. ``owner`` adds to each live sandbox who created it, and the
-    connection plugin that its profile names.
+    """Return ``sandboxes``, ``count`` and ``by_state``.
+
+    ``events``: add this number of the latest events of each sandbox. ``verify``: compare with Proxmox VE, and with
+    ``identities`` read each VM's configuration. ``owner``: add the creator of each live sandbox, and the connection
+    plugin that its profile names.
     """
     sandboxes = find(ctx, filters)
     shown = [sandbox.public() for sandbox in sandboxes]
@@ -89,7 +92,7 @@ def show(
 
 
 def _read_connections(ctx: Context) -> dict[str | None, str | None]:
-    """Return the connection plugin that each profile names; nothing while a profile cannot be used."""
+    """Return the connection plugin that each profile names; empty while a profile cannot be used."""
     try:
         return {name: profile.connection for name, profile in profiles.load_all(ctx.config.profiles_dir).items()}
     except ConfigError:

@@ -1,10 +1,10 @@
 # Copyright: the agentlab.proxmox contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Find a sandbox's address: ask the guest agent, choose one of the addresses it names, wait for the first one.
+"""Find a sandbox's address: ask the guest agent, choose one of the addresses in its answer, wait for the first one.
 
-What the guest agent answers is written by the guest, so it is data: types are checked, lengths are bounded, and
-nothing of it is taken for more than an address.
+The guest writes the agent's answer, so this file trusts none of it: it checks types, bounds lengths, and uses nothing
+but addresses.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ from ..errors import (
     Unreachable,
 )
 from ..model import Outcome, Sandbox
-from .locate import Located, look, match_if_readable
+from .locate import Located, match_if_readable, read_vm_and_state
 
 Address = Union[ipaddress.IPv4Address, ipaddress.IPv6Address]  # noqa: UP007 - ansible-test reads this as older Python
 
-# Seconds that DHCP gets to bring the IPv4 address after another address was seen.
+# Seconds to wait for DHCP to bring the IPv4 address after another address was seen.
 GRACE_SECONDS = 5.0
-# Seconds for which an address counts without another look.
+# Seconds for which a stored address counts without asking the guest again.
 FRESH_SECONDS = 300
-# Seconds in one state after which an address counts that is only second best: DHCP has had its time.
+# Seconds in one state after which a second-best address counts, because DHCP has had its time.
 SETTLED_SECONDS = 30
-# How many guests one pass over many sandboxes asks, and for how many seconds. A silent agent takes three seconds.
+# Guests that one pass over many sandboxes asks, and seconds that it asks for. A silent agent takes three seconds.
 MOST_LOOKS = 64
 LOOK_SECONDS = 10.0
-# No guest has more; what comes after is not looked at.
+# Bounds for the guest's answer. No real guest has more; the rest is ignored.
 _MOST_INTERFACES = 256
 _MOST_ADDRESSES = 256
 _LONGEST_TEXT = 64
@@ -63,33 +63,34 @@ _UNKNOWN = re.compile(r"[Cc]ommand '?(guest-[a-z-]+)'? has not been found|comman
 
 
 class AgentUnusable(AgentlabError):
-    """The guest agent will not answer, however long one waits; the message says why and what to do."""
+    """Waiting longer is useless, because the guest agent will not answer. The message says why and what to do."""
 
     code = "guest_agent"
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The address to use. ``final`` is False while a better one of the same interface may still come (DHCP)."""
+    """The address to use. ``final`` is False while DHCP may still bring a better one on the same interface."""
 
     address: str
     final: bool
 
 
-def choose(interfaces: object, config: dict[str, Any]) -> Choice | None:
-    """Choose the sandbox's address from what ``network-get-interfaces`` answers, or None.
+def choose_address(interfaces: object, config: dict[str, Any]) -> Choice | None:
+    """Choose the sandbox's address from the answer to ``network-get-interfaces``; None without a usable one.
 
-    ``config`` is the VM's configuration. The rule (docs/inventory.md has it, too):
+    ``config`` is the VM's configuration. The rule, which docs/inventory.md shows too:
 
-    1. Only interfaces with the MAC address of ``net0`` count, those of a VLAN on it last. Others count if none has
-       it: first those of the configuration's other NICs, then those that no container or tunnel program made, then all.
+    1. Only interfaces with the MAC address of ``net0`` count, and of these a VLAN interface last. If none has that MAC
+       address, the others count: first those of the configuration's other NICs, then those that no container or tunnel
+       program made, then all.
     2. Of their addresses: the static one of ``ipconfig0``; else the first IPv4 address; else the first IPv6 address
        that is valid outside the site; else any other. Loopback, link-local and multicast addresses never count.
     """
     known = _read_interfaces(interfaces)
     first = _read_mac(config.get("net0"))
     expected, ipv4_may_come = _read_ipconfig(config.get("ipconfig0"))
-    # A VLAN or another interface on top of the NIC has its MAC address, too; its name has a dot or an @.
+    # A VLAN or another interface on top of the NIC has the same MAC address; its name contains a dot or an @.
     own = [
         addresses
         for name, mac, addresses in sorted(known, key=lambda interface: re.search(r"[.@]", interface[0]) is not None)
@@ -112,12 +113,13 @@ def choose(interfaces: object, config: dict[str, Any]) -> Choice | None:
 
 
 def _choose_best(addresses: list[Address], expected: list[Address], ipv4_may_come: bool) -> Choice | None:
+    """Return the best of the addresses. ``expected`` are the static addresses of the configuration."""
     for address in expected:
         if address in addresses:
             return Choice(str(address), True)
     for address in addresses:
         if address.version == 4:
-            # The configuration names another one: cloud-init may not have set it yet.
+            # If the configuration names another address, cloud-init may not have set it yet.
             return Choice(str(address), not expected)
     outside = [address for address in addresses if address not in _UNIQUE_LOCAL]
     for address in outside or addresses:
@@ -142,6 +144,7 @@ def _read_interfaces(answer: object) -> list[tuple[str, str | None, list[Address
 
 
 def _read_usable(text: object) -> Address | None:
+    """Return the address in a text; None for one that nobody outside the guest can use."""
     if not isinstance(text, str) or len(text) > _LONGEST_TEXT:
         return None
     try:
@@ -156,6 +159,7 @@ def _read_usable(text: object) -> Address | None:
 
 
 def _read_mac(value: object) -> str | None:
+    """Return the MAC address in a text, in small letters and with colons; None without one."""
     match = _MAC.search(value[:1000]) if isinstance(value, str) else None
     return match[1].lower().replace("-", ":") if match else None
 
@@ -168,7 +172,7 @@ def _read_ipconfig(value: object) -> tuple[list[Address], bool]:
         address = _read_usable(parts.get(name, "").partition("/")[0])
         if address is not None:
             static.append(address)
-    # cloud-init configures no IPv4 where only ip6 is given; without ipconfig0 the image decides.
+    # cloud-init configures no IPv4 where only ip6 is given. Without ipconfig0 the image decides.
     return static, "ip" in parts or "ip6" not in parts
 
 
@@ -180,19 +184,20 @@ def is_agent_on(config: dict[str, Any]) -> bool:
     return _AGENT_ON.search(str(config.get("agent", "0"))) is not None
 
 
-def ask(ctx: Context, located: Located) -> Choice | None:
-    """Ask the guest agent once and choose; None where it names no usable address.
+def ask_agent(ctx: Context, located: Located) -> Choice | None:
+    """Ask the guest agent once, and choose one of its addresses; None when it names no usable one.
 
-    Raises ProxmoxError when it did not answer. ApiError with status 500 is the guest agent's, or that there is none.
+    Raises ProxmoxError when there is no answer. ApiError with status 500 comes from the guest agent, or says that there
+    is no agent.
     """
     answer = ctx.client.get_dict(f"{located.path}/agent/network-get-interfaces")
-    return choose(answer.get("result"), located.config)
+    return choose_address(answer.get("result"), located.config)
 
 
 def refuse_hopeless(sandbox: Sandbox, located: Located, error: ApiError, option: str) -> None:
-    """Raise AgentUnusable if the answer says that the guest agent will not answer however long one waits.
+    """Raise AgentUnusable if the error shows that waiting longer is useless.
 
-    ``option`` is the option that waits, and for what it waits.
+    ``option``: the name of the option that asked to wait, for the message.
     """
     vmid = sandbox.vmid
     blocked = _BLOCKED.search(error.text)
@@ -216,8 +221,8 @@ def refuse_hopeless(sandbox: Sandbox, located: Located, error: ApiError, option:
             "switched itself off, start the sandbox, then wait again",
             vmid=vmid,
         )
-    # The configuration may say agent=0 while the running VM still has a channel: only an agent that is silent is
-    # absent.
+    # The running VM may still have a channel although the configuration says agent=0 by now. So the configuration
+    # counts only once the agent has not answered.
     if "No QEMU guest agent configured" in error.text or not is_agent_on(located.config):
         raise AgentUnusable(
             f"{option}: the guest agent of VM {vmid} is switched off in its configuration (agent: "
@@ -227,11 +232,11 @@ def refuse_hopeless(sandbox: Sandbox, located: Located, error: ApiError, option:
         )
 
 
-def wait(ctx: Context, sandbox: Sandbox, located: Located) -> str:
-    """Ask until the guest agent names an address that is worth having, at most ``wait_timeout`` seconds; return it.
+def wait_for_address(ctx: Context, sandbox: Sandbox, located: Located) -> str:
+    """Wait at most ``wait_timeout`` seconds until the guest agent names an address, and return the address.
 
-    An address that is only second best is taken when no better one comes within GRACE_SECONDS.
-    Raises AgentUnusable at once when nothing can come, TaskTimeout when nothing came.
+    A second-best address is taken if no better one comes within GRACE_SECONDS. Raises AgentUnusable as soon as waiting
+    is useless, TaskTimeout when no address came, and AccessDenied.
     """
     deadline = ctx.clock.monotonic() + ctx.wait_timeout
     seen_since: float | None = None
@@ -240,13 +245,13 @@ def wait(ctx: Context, sandbox: Sandbox, located: Located) -> str:
         nonlocal seen_since
         now = ctx.clock.monotonic()
         try:
-            choice = ask(ctx, located)
+            choice = ask_agent(ctx, located)
             if choice is None:
                 seen_since = None
             else:
                 seen_since = now if seen_since is None else seen_since
                 patient = min(GRACE_SECONDS, max(0.0, deadline - now))
-                # Waiting may have taken minutes: the answer counts only if this is still the machine that was asked.
+                # Waiting may have taken minutes. The answer counts only if the VM is still ours.
                 if (choice.final or now - seen_since >= patient) and match_if_readable(ctx, sandbox):
                     return choice.address
         except AccessDenied:
@@ -256,7 +261,7 @@ def wait(ctx: Context, sandbox: Sandbox, located: Located) -> str:
                 raise
             refuse_hopeless(sandbox, located, error, "wait_for_ip")
         except (Unreachable, OutcomeUnknown):
-            # A single look that failed does not end the wait: the sandbox is there.
+            # A single failed request does not end the wait, because the sandbox exists.
             pass
         return None
 
@@ -271,28 +276,28 @@ def wait(ctx: Context, sandbox: Sandbox, located: Located) -> str:
     return ip
 
 
-def refresh(ctx: Context, sandbox: Sandbox, *, patient: bool = True) -> Sandbox:
-    """Find out the address of a sandbox that runs, and write it into the record; return the record.
+def refresh_address(ctx: Context, sandbox: Sandbox, *, patient: bool = True) -> Sandbox:
+    """Find the address of a running sandbox, write it into the record, and return the record.
 
-    With ``patient`` the address is waited for; otherwise there is one look, and what fails leaves the record as it
-    is. Raises what ``wait`` raises. A sandbox whose VM does not run is returned as it is.
+    ``patient``: wait for the address, and raise what ``wait_for_address`` raises. Otherwise ask once; an error then
+    leaves the record unchanged. So does a VM that does not run.
     """
-    located, vm_state = look(ctx, sandbox)
+    located, vm_state = read_vm_and_state(ctx, sandbox)
     if vm_state != states.RUNNING:
         return sandbox
     ip: str | None
     if patient:
-        ip = wait(ctx, sandbox, located)
+        ip = wait_for_address(ctx, sandbox, located)
     else:
         try:
             ip = look_up(ctx, sandbox, located)
         except ProxmoxError:
             ip = None
-    return sandbox if ip is None else remember(ctx, ctx.records.get(sandbox.uuid), ip)
+    return sandbox if ip is None else store_address(ctx, ctx.records.get(sandbox.uuid), ip)
 
 
-def remember(ctx: Context, sandbox: Sandbox, ip: str) -> Sandbox:
-    """Write the address that the guest agent named just now into the record; return the record."""
+def store_address(ctx: Context, sandbox: Sandbox, ip: str) -> Sandbox:
+    """Write the address that the guest agent has just named into the record, and return the record."""
     if sandbox.ip == ip:
         return ctx.records.confirm_address(sandbox)
     return ctx.records.amend(sandbox, "address", ip=ip, ip_seen_at=ctx.clock.now())
@@ -301,39 +306,43 @@ def remember(ctx: Context, sandbox: Sandbox, ip: str) -> Sandbox:
 def add_address(ctx: Context, outcome: Outcome, *, started: bool) -> Outcome:
     """Add the address of the outcome's sandbox to the record and the outcome, if the sandbox runs.
 
-    It is waited for where there is none, where the sandbox was started since, and always with ``started``. One that is
-    only old is looked up once. Raises what ``wait`` raises. Check mode asks nothing.
+    Waits for the address if the record has none, if the sandbox was started since the last answer, and always with
+    ``started``. Asks once for an address that is only old. Raises what ``wait_for_address`` raises. Check mode sends
+    nothing.
     """
     sandbox = outcome.sandbox
     if sandbox is None or ctx.dry_run or sandbox.state not in states.POWERED:
         return outcome
     if not started and not is_due(sandbox, ctx.clock.now()):
         return outcome
-    now = refresh(ctx, sandbox, patient=started or sandbox.ip is None or sandbox.ip_seen_at is None)
+    now = refresh_address(ctx, sandbox, patient=started or sandbox.ip is None or sandbox.ip_seen_at is None)
     if now.ip != sandbox.ip and not outcome.changed:
         outcome.outcome, outcome.changed, outcome.reason = "updated", True, "address"
     outcome.sandbox = now
     return outcome
 
 
-# ---- one look, without waiting ----
+# ---- asking once, without waiting ----
 
 
 def is_due(sandbox: Sandbox, now: int) -> bool:
-    """Return whether a sandbox that runs has no address, or one that was named long ago or before its last start."""
+    """Return whether a running sandbox has no address, or one from long ago or from before its last start.
+
+    ``now`` is in seconds since the epoch.
+    """
     if sandbox.state not in states.POWERED:
         return False
     return sandbox.ip is None or sandbox.ip_seen_at is None or now - sandbox.ip_seen_at > FRESH_SECONDS
 
 
 def look_up(ctx: Context, sandbox: Sandbox, located: Located, *, settled: bool | None = None) -> str | None:
-    """Ask the guest agent once and return the address that counts; None where it names none.
+    """Ask the guest agent once, and return the address that counts; None without one.
 
-    ``settled`` says whether an address that is only second best counts. Without it, it counts once the sandbox has been
-    in its state for SETTLED_SECONDS. A new address counts only if the VM is still ours after the answer.
-    Raises ProxmoxError when the agent did not answer, and Kept when the VM is not ours any more.
+    ``settled``: whether a second-best address counts. None: it counts once the sandbox has been in its state for
+    SETTLED_SECONDS. A new address counts only if the VM is still ours after the answer. Raises ProxmoxError when the
+    agent did not answer, and Kept when the VM is not ours any more.
     """
-    choice = ask(ctx, located)
+    choice = ask_agent(ctx, located)
     if choice is None:
         return None
     if choice.address == sandbox.ip:
@@ -346,38 +355,38 @@ def look_up(ctx: Context, sandbox: Sandbox, located: Located, *, settled: bool |
 def compute_columns_after_start(ctx: Context, sandbox: Sandbox, located: Located) -> dict[str, Any]:
     """Return the address columns of a sandbox that was just started: DHCP may have given the guest another address.
 
-    One look, only where an address is on record and the agent is on. Otherwise the address on record stays, as an old
-    one.
+    Asks the guest once, and only if the record has an address and the agent is on. Without an answer the recorded
+    address stays and is marked as old.
     """
     ip = None
     if sandbox.ip is not None and is_agent_on(located.config):
         try:
             ip = look_up(ctx, sandbox, located, settled=False)
         except (ProxmoxError, Kept):
-            # The guest still boots: nothing is waited for here.
+            # The guest is still booting. A start does not wait for it.
             pass
     return {"ip_seen_at": None} if ip is None else {"ip": ip, "ip_seen_at": ctx.clock.now()}
 
 
 class Looks:
-    """The looks of one pass over many sandboxes, bounded in number and time."""
+    """The requests of one pass to the guests of many sandboxes, bounded in number and time."""
 
     def __init__(self, ctx: Context, sandboxes: list[Sandbox]) -> None:
         now = ctx.clock.now()
         due = [sandbox.uuid for sandbox in sandboxes if is_due(sandbox, now)]
-        # By chance, so that guests which never answer do not keep the others waiting for ever.
+        # At random, so that guests that never answer do not keep the others waiting for ever.
         self._chosen = frozenset(due if len(due) <= MOST_LOOKS else random.sample(due, MOST_LOOKS))
         self._ctx = ctx
         self._ends: float | None = None
         self._named: list[tuple[Sandbox, str]] = []
 
-    def chose(self, sandbox: Sandbox) -> bool:
-        """Return whether this pass is to ask the sandbox's guest."""
+    def has_chosen(self, sandbox: Sandbox) -> bool:
+        """Return whether this pass asks the sandbox's guest."""
         return sandbox.uuid in self._chosen
 
     def look_up(self, sandbox: Sandbox, located: Located) -> str | None:
         """Return the address that the guest names; None if it is not asked, does not answer, or its VM does not run."""
-        if not self.chose(sandbox) or located.row.get("status") != "running" or not is_agent_on(located.config):
+        if not self.has_chosen(sandbox) or located.row.get("status") != "running" or not is_agent_on(located.config):
             return None
         now = self._ctx.clock.monotonic()
         if self._ends is None:
@@ -392,13 +401,13 @@ class Looks:
             self._named.append((sandbox, ip))
         return ip
 
-    def remember(self) -> None:
-        """Write first addresses, and those that the guests named again, into the records.
+    def store_addresses(self) -> None:
+        """Write first addresses into the records, and confirm those that the guests named again.
 
-        Another address is a drift.
+        A changed address is drift, which the caller handles.
         """
         named, self._named = self._named, []
         for sandbox, ip in named:
-            # A record that another run changed meanwhile waits for the next pass.
+            # Leave a record that another run has changed meanwhile to the next pass.
             with contextlib.suppress(RecordChanged, NotFound):
-                remember(self._ctx, sandbox, ip)
+                store_address(self._ctx, sandbox, ip)

@@ -1,10 +1,10 @@
 # Copyright: the agentlab.proxmox contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""A creation that was cut off: find out whether our clone was made, and bind it.
+"""Find out whether the clone of an interrupted creation was made, and bind the record to it.
 
-A VM whose SMBIOS UUID was never stored is UNBOUND. It may be bound only when our own clone task ended well and marker
-and VMID fit.
+A VM whose SMBIOS UUID was never stored is UNBOUND. It may be bound only if our own clone task ended well, and both
+marker and VMID match the record.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from ..store.journal import AWAITED, CreationNote, JournalEntry
 from ..store.records import Claim
 from .locate import Located, locate
 
-# Node clocks may differ a little from ours.
+# Seconds by which a node's clock may differ from ours.
 _CLOCK_SLACK = 300
 
 
 def waits_for_next_run(entry: JournalEntry, state: str) -> bool:
-    """Return whether this is a creation whose caller was told to run its task again.
+    """Return whether this is a creation whose caller was told to run the task again.
 
-    No other run finishes it; its lease ends it.
+    No other run finishes such a creation. If the caller does not either, the lease ends the sandbox.
     """
     return (
         entry.kind == "create"
@@ -38,10 +38,10 @@ def waits_for_next_run(entry: JournalEntry, state: str) -> bool:
 
 
 def locate_unbound(ctx: Context, sandbox: Sandbox, claim: Claim | None, created: CreationNote | None) -> Located:
-    """Locate the VM of a record without an SMBIOS UUID; bound to it (in the record, if a claim is given) when it is
-    proven to be our clone.
+    """Locate the VM of a record without an SMBIOS UUID, and bind the record to a VM that is proven to be our clone.
 
-    ``created``: what the creation noted in the journal. Kept while the clone may still come.
+    ``claim`` None: judge only, write nothing. ``created``: the note of the creation in the journal. Raises Kept while
+    Proxmox VE may still make the clone.
     """
     located = locate(ctx, sandbox)
     request = created if created is not None and created.clone_sent else None
@@ -71,7 +71,7 @@ def locate_unbound(ctx: Context, sandbox: Sandbox, claim: Claim | None, created:
 
 
 def bind(ctx: Context, claim: Claim, sandbox: Sandbox, smbios: str, located: Located) -> Sandbox:
-    """Store the SMBIOS UUID: from here on the VM is known to be ours."""
+    """Store the VM's SMBIOS UUID in the record: from here on the VM is known to be ours."""
     bound = ctx.records.change(
         claim,
         sandbox,
@@ -107,9 +107,9 @@ def refuse_in_doubt(ctx: Context, sandbox: Sandbox, created: CreationNote) -> No
 
 
 def _refuse_running(ctx: Context, sandbox: Sandbox, created: CreationNote) -> str | None:
-    """Return how the clone task ended (None: not known).
+    """Return the exit status of the clone task; None if it cannot be read.
 
-    Raises Kept while the task runs: until then nothing is known about the VM that it makes.
+    Raises Kept while the task runs, because until its end nothing is known about the VM that it makes.
     """
     upid = created.upid
     status = _read_task_status(ctx, upid) if upid else None
@@ -132,6 +132,7 @@ def _read_task_status(ctx: Context, upid: str) -> str | None:
 
 
 def _list_clones(ctx: Context, created: CreationNote) -> list[dict[str, Any]]:
+    """Return the clone tasks of the template that our login started since the creation's note."""
     since = created.at - _CLOCK_SLACK
     rows = ctx.client.get_list(
         f"nodes/{created.template_node}/tasks",
@@ -175,23 +176,24 @@ def _list_running_clones(ctx: Context, sandbox: Sandbox, created: CreationNote) 
 
 
 def _has_our_clone_ended_well(ctx: Context, created: CreationNote) -> bool:
+    """Return whether the creation's clone task succeeded; False also when that cannot be read."""
     try:
         if created.upid:
             status = _read_task_status(ctx, created.upid) or ""
             return status == "OK" or status.startswith("WARNINGS")
-        # Killed between the request and its answer: the task id is not known, but the task is in the node's list.
+        # The run was killed between the request and its answer. The task id is not known, but the node lists the task.
         return any(str(row.get("status") or "").startswith(("OK", "WARNINGS")) for row in _list_clones(ctx, created))
     except ApiError:
         return False
 
 
 def stays_unfinished(ctx: Context, sandbox: Sandbox, entry: JournalEntry) -> bool:
-    """Return whether no reconcile finishes this operation: it waits for its task, or a later destroy needs its journal.
+    """Return whether reconcile leaves this operation open: the caller finishes it, or a destroy needs its journal.
 
-    Proxmox is only read.
+    Sends only reads to Proxmox VE.
     """
     if waits_for_next_run(entry, sandbox.state):
-        # The VM is there, and the run said to run again; if nobody does, the lease ends the sandbox.
+        # The caller was told to run again. If nobody does, the lease ends the sandbox.
         return True
     if (
         entry.kind != "create"
@@ -200,15 +202,14 @@ def stays_unfinished(ctx: Context, sandbox: Sandbox, entry: JournalEntry) -> boo
         or not sandbox.live
     ):
         return False
-    # FAILED or TIMEOUT, never bound: the journal is what a later destroy tells the VM by.
+    # FAILED or TIMEOUT, and never bound: a later destroy recognises the VM only by this journal.
     return not has_left_nothing(ctx, sandbox, entry)
 
 
 def has_left_nothing(ctx: Context, sandbox: Sandbox, entry: JournalEntry) -> bool:
-    """Return whether a creation's clone is over for certain, and no VM is at its VMID: its journal tells nobody
-    anything.
+    """Return whether a creation's clone is certainly over and no VM is at its VMID. Then nobody needs its journal.
 
-    So it is after an administrator removed what a killed clone had left.
+    An administrator may have removed the VM that a killed clone had left.
     """
     try:
         located = locate_unbound(ctx, sandbox, None, entry.creation)

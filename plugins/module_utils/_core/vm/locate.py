@@ -16,13 +16,14 @@ from ..model import Sandbox
 from ..proxmox import identity
 from ..proxmox.answers import LOCK_PAUSE, changed, not_begun
 
-# A task of a killed run, or a person, changes a configuration now and then; what changes it at each try will not end
-# soon.
+# A task of a killed run, or a person, may change the configuration between verdict and write. After this number of
+# attempts that each met a change, waiting longer is useless.
 _WRITE_TRIES = 3
-# Seconds: a few commits of a loaded disk; a queue that is noticed.
+# Seconds for which a verdict counts as fresh (as long as some commits on a loaded disk), and seconds for which its
+# request may have waited for a place.
 _JUST_NOW = 2.0
 _SHORT_WAIT = 0.25
-# Proxmox VE's lock of a hibernated VM, and of one whose memory is being saved.
+# Proxmox VE's lock of a hibernated VM, and of a VM whose memory is being saved.
 HIBERNATED = "suspended"
 _HIBERNATING = "suspending"
 # QEMU's run states in which the guest stands still and a resume ("cont", or a wake-up) lets it go on. Proxmox VE's
@@ -33,15 +34,15 @@ _PAUSED = ("paused", "suspended", "prelaunch", "io-error")
 
 @dataclass(slots=True)
 class Located:
-    """Where the VM is and what it was judged to be.
+    """The place of a VM, and the verdict about it.
 
-    ``node`` is None when nothing was found at the VMID (which proves nothing yet).
+    ``node`` is None when no VM is visible at the VMID. That alone does not prove its absence.
     """
 
     node: str | None
     row: dict[str, Any]
     verdict: identity.Verdict | None
-    # When it was read: how many requests the thread had sent by then, and the time. None: not known.
+    # When the configuration was read: number of requests sent by this thread until then, and monotonic seconds.
     read: tuple[int, float] | None = None
 
     @property
@@ -64,7 +65,10 @@ class Located:
 
 
 def locate(ctx: Context, sandbox: Sandbox) -> Located:
-    """Read the configuration of whatever is at the sandbox's VMID and judge it. Kept when that cannot be read."""
+    """Read the configuration of the VM or container at the sandbox's VMID, and judge it.
+
+    Raises Kept when the configuration cannot be read.
+    """
     for fresh in (False, True):
         row = ctx.cluster.find(sandbox.vmid, fresh=fresh)
         if row is None:
@@ -80,18 +84,17 @@ def locate(ctx: Context, sandbox: Sandbox) -> Located:
                 "nothing is concluded",
             )
         if kind == "lxc" and not fresh:
-            # The list is only a hint where to look.
+            # The list lags, and is only a hint where to look.
             continue
         try:
             config = ctx.client.get_dict(f"nodes/{node}/{kind}/{sandbox.vmid}/config")
         except Unreachable as error:
             if row.get("expected"):
-                # The record names that node; the VM may have been moved away from it, which the list tells.
+                # The node comes from the record. The VM may have been moved; the fresh list shows its node.
                 continue
             raise _make_silent_node_error(sandbox, node, error) from None
         except ApiError as error:
-            # The per-node answer proves only that the VM is not on that node: it may have moved since the list was
-            # read.
+            # The answer proves only that the VM is not on that node. It may have moved since the list was read.
             if "does not exist" in error.text and not fresh:
                 continue
             raise _make_unreadable_error(ctx, sandbox, node, error) from None
@@ -100,7 +103,7 @@ def locate(ctx: Context, sandbox: Sandbox) -> Located:
         if not config.get("digest"):
             raise _make_no_config_error(sandbox, node)
         if kind == "lxc":
-            # A container has that VMID now: whatever it is, it is not the VM we made.
+            # A container has that VMID now, and we make only VMs.
             return Located(
                 node,
                 row,
@@ -139,8 +142,7 @@ def _make_unreadable_error(ctx: Context, sandbox: Sandbox, node: str, error: Api
 
 
 def _make_no_config_error(sandbox: Sandbox, node: str) -> Kept:
-    # Every configuration has a digest. An answer without it is not Proxmox's word on the VM, and proves nothing about
-    # whose it is.
+    # Every configuration has a digest. An answer without one is no configuration, so it proves nothing about the VM.
     return Kept(
         "unknown",
         f"sandbox {sandbox.vmid}: node {node} answered with something that is no VM configuration (no digest); "
@@ -148,12 +150,12 @@ def _make_no_config_error(sandbox: Sandbox, node: str) -> Kept:
     )
 
 
-def look(ctx: Context, sandbox: Sandbox) -> tuple[Located, str]:
-    """Return the sandbox's VM, proven to be ours, and the state it is in (see ``read_power_state``). Kept otherwise.
+def read_vm_and_state(ctx: Context, sandbox: Sandbox) -> tuple[Located, str]:
+    """Return the sandbox's VM, proven to be ours, and its state (see ``read_power_state``).
 
-    Both are read from the VM itself, the power state first: it counts if the VM is ours afterwards. Two requests where
-    the VM is on the node that the record names; the cluster's list, which lags by ten seconds, is only asked where it
-    is not.
+    Reads the power state first: it counts because the VM is ours afterwards. Sends two requests if the VM is on the
+    recorded node. Otherwise it reads the cluster's VM list too, which lags by ten seconds. Raises Kept for a VM that is
+    not ours, or cannot be read.
     """
     node = sandbox.node
     if node:
@@ -163,7 +165,7 @@ def look(ctx: Context, sandbox: Sandbox) -> tuple[Located, str]:
             config = ctx.client.get_dict(f"{path}/config")
         except Unreachable as error:
             if error.detail.get("status") is None:
-                # Nobody answered at api_host: that says nothing of the VM's node.
+                # api_host did not answer at all, which says nothing about the VM's node.
                 raise
             raise _make_silent_node_error(sandbox, node, error) from None
         except ApiError as error:
@@ -183,7 +185,7 @@ def look(ctx: Context, sandbox: Sandbox) -> tuple[Located, str]:
 
 
 def require_our_config(ctx: Context, sandbox: Sandbox, node: str, config: dict[str, Any]) -> Located:
-    """Return the VM of a configuration that was read just now, proven to be ours; Kept otherwise. No request."""
+    """Return the VM of a configuration that was just read, proven to be ours. Sends no request. Raises Kept."""
     if not config.get("digest"):
         raise _make_no_config_error(sandbox, node)
     located = _judge_config(ctx, sandbox, node, {"vmid": sandbox.vmid, "node": node, "type": "qemu"}, config)
@@ -192,7 +194,7 @@ def require_our_config(ctx: Context, sandbox: Sandbox, node: str, config: dict[s
 
 
 def _make_row(sandbox: Sandbox, node: str, now: dict[str, Any]) -> dict[str, Any]:
-    """Return what the cluster's list would have, from the VM's own status."""
+    """Return the VM's row in the form of the cluster's list, made from the VM's own status."""
     row = {"vmid": sandbox.vmid, "node": node, "type": "qemu", "status": now.get("status")}
     managed = now.get("ha")
     if isinstance(managed, dict) and str(managed.get("managed")) == "1":
@@ -201,9 +203,9 @@ def _make_row(sandbox: Sandbox, node: str, now: dict[str, Any]) -> dict[str, Any
 
 
 def read_power_state(sandbox: Sandbox, now: dict[str, Any], config: dict[str, Any]) -> str:
-    """Return RUNNING, SUSPENDED (paused, or hibernated) or STOPPED: what ``status/current`` says of a VM.
+    """Return RUNNING, SUSPENDED (paused or hibernated) or STOPPED. ``now`` is the VM's ``status/current``.
 
-    Kept otherwise.
+    Raises Kept for any other power state.
     """
     status = now.get("status")
     if status == "stopped":
@@ -218,24 +220,22 @@ def read_power_state(sandbox: Sandbox, now: dict[str, Any], config: dict[str, An
 
 
 def is_paused(now: dict[str, Any]) -> bool:
-    """Return whether the virtual CPUs of a VM stand still, and a resume lets them go on (``now``: its
-    status/current).
-    """
+    """Return whether the VM's CPUs are stopped and a resume continues them. ``now`` is the VM's ``status/current``."""
     return now.get("qmpstatus") in _PAUSED
 
 
 def is_hibernated(config: dict[str, Any]) -> bool:
-    """Return whether the VM is switched off with its memory saved on a disk, to be loaded by the next start."""
+    """Return whether the VM is switched off with its memory saved on a disk. The next start loads that memory."""
     return config.get("lock") == HIBERNATED
 
 
 def _may_be_new(ctx: Context, sandbox: Sandbox) -> bool:
-    # Not in a list read earlier in this run: worth a second look only if the VM may have come into being since.
+    """Return whether the VM may have been created since this run read the VM list."""
     return sandbox.state in states.CREATING
 
 
 def require_match(ctx: Context, sandbox: Sandbox) -> Located:
-    """Return the VM, proven to be ours. Raises Kept with the reason otherwise: no other VM is ever acted upon."""
+    """Return the VM, proven to be ours. Raises Kept with the reason otherwise, so that no other VM is acted upon."""
     located = locate(ctx, sandbox)
     if located.node is None:
         raise Kept(
@@ -250,8 +250,8 @@ def require_match(ctx: Context, sandbox: Sandbox) -> Located:
 def require_fresh_match(ctx: Context, sandbox: Sandbox, located: Located, waited: float) -> Located:
     """Return a fresh verdict for a request that takes no digest (start, stop, suspend).
 
-    The given verdict is fresh if this thread has sent no request since and hardly any time has passed. Otherwise the
-    VM is judged anew. ``waited``: seconds that the request has waited for its place.
+    Reuses the given verdict only if this thread has sent no request since and it is under _JUST_NOW seconds old.
+    Otherwise it judges the VM again. ``waited``: seconds that the request has waited for its place.
     """
     same = (
         located.read is not None
@@ -263,7 +263,7 @@ def require_fresh_match(ctx: Context, sandbox: Sandbox, located: Located, waited
 
 
 def match_if_readable(ctx: Context, sandbox: Sandbox) -> Located | None:
-    """Return the VM as require_match does, for callers that look again anyway; None while it cannot be read."""
+    """Return the VM as require_match does, for callers that will retry; None while the VM cannot be read."""
     try:
         return require_match(ctx, sandbox)
     except Kept as error:
@@ -275,15 +275,15 @@ def match_if_readable(ctx: Context, sandbox: Sandbox) -> Located | None:
 def write_with_digest(ctx: Context, sandbox: Sandbox, located: Located, write: Callable[[Located], Any]) -> Any:
     """Call ``write`` with the VM until its request is accepted, and return its answer.
 
-    ``write`` sends one request with the digest of the VM that it gets, and waits for the task. The VM is judged anew
-    before each further attempt: after another change of its configuration, and after a lock. Raises Kept when every
-    attempt meets a change.
+    ``write`` sends one request with the digest of the VM that it gets, and waits for the task. A changed configuration
+    or a lock causes a further attempt, and the VM is judged again before each. Raises Kept when every attempt meets a
+    change.
     """
     for _time in range(_WRITE_TRIES):
         try:
             return write(located)
         except (ApiError, TaskFailed) as error:
-            # Resizing says it in its task.
+            # A resize reports a changed configuration in its task, not in its answer.
             text = error.text if isinstance(error, ApiError) else error.exitstatus
             if isinstance(error, TaskFailed) and not_begun(text):
                 # The task of a killed run has the lock.
@@ -343,14 +343,14 @@ def refuse_guarded(sandbox: Sandbox, located: Located) -> None:
 
 
 def _is_on(value: Any) -> bool:
-    # In doubt it is on: Proxmox says 1, and takes more words for it.
+    """Return whether a flag is on. An unfamiliar value counts as on: Proxmox VE writes 1, but accepts other words."""
     return value is not None and str(value).strip().lower() not in ("", "0", "no", "off", "false")
 
 
 def refuse_locked(sandbox: Sandbox, located: Located, *, but: str | None = None) -> None:
     """Raise Kept for a locked VM: Proxmox would refuse the request, or its task would fail.
 
-    ``but`` is a lock that does not hinder the operation.
+    ``but``: a lock that does not prevent the operation.
     """
     lock = located.config.get("lock")
     if not lock or lock == but:

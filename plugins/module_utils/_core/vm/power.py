@@ -1,10 +1,10 @@
 # Copyright: the agentlab.proxmox contributors
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Start, stop, suspend, and reporting a job's end.
+"""Start, stop and suspend sandboxes, and record how a job ended.
 
-What Proxmox says of the VM counts, and not what the record remembers: a VM that somebody switched on or off, paused or
-hibernated is brought to what is asked for, and the record with it.
+The VM's real power state counts, not the recorded one. So an operation also works on a VM that a person has started,
+stopped, paused or hibernated, and corrects the record.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from .locate import (
     Located,
     is_hibernated,
     is_paused,
-    look,
     read_power_state,
+    read_vm_and_state,
     refuse_locked,
     require_fresh_match,
     require_match,
@@ -45,7 +45,7 @@ from .locate import (
 )
 
 _LOCK_TRIES = 3
-# What is asked of Proxmox, and the state it leads to.
+# Operation -> the state that it leads to.
 TARGETS = {
     "start": states.RUNNING,
     "stop": states.STOPPED,
@@ -55,27 +55,28 @@ TARGETS = {
 }
 
 
-# A record in one of these says how its VM is powered, so the VM itself is asked. The others say how a job went.
+# In these states the record tells the VM's power state, so the VM itself is read. The other states tell the result of a
+# job.
 _FOLLOW_THE_VM = (states.READY, states.RUNNING, states.SUSPENDED, states.STOPPED)
 
 
 def run(ctx: Context, sandbox: Sandbox, operation: str, *, force: bool = False) -> Outcome:
-    """Carry one of TARGETS out on one sandbox (in check mode: say what would be done).
+    """Do one of the operations of TARGETS on one sandbox, and return the outcome. Check mode only plans it.
 
-    ``start``, ``stop`` and ``suspend`` look at the VM: what the record says of it is brought in line, and what is
-    asked for is done to the VM as it is. ``complete`` and ``fail`` concern the record alone. ``force`` lets ``stop``
-    throw away the saved memory of a hibernated VM.
+    ``start``, ``stop`` and ``suspend`` read the VM's power state, correct the record by it, and act on the VM.
+    ``complete`` and ``fail`` change only the record. ``force`` lets ``stop`` discard the saved memory of a hibernated
+    VM. Raises StateConflict, Kept, and the errors of the request and its task.
     """
     if operation in ("complete", "fail"):
-        return _report(ctx, sandbox, operation)
+        return _report_end(ctx, sandbox, operation)
     unfinished = ctx.records.under_way(sandbox.uuid)
     if unfinished is not None and unfinished.kind == "destroy":
-        # Its VM may be gone already: what is to be done about that comes before what the VM says.
+        # The VM may be gone already. So refuse the interrupted destroy before reading the VM.
         with ctx.claimed(sandbox, operation) as (claim, sandbox):
             refuse_cut_off(claim, sandbox)
     if sandbox.state not in _FOLLOW_THE_VM:
         states.check(operation, sandbox.state)
-    located, vm_state = look(ctx, sandbox)
+    located, vm_state = read_vm_and_state(ctx, sandbox)
     actual = _read_actual_state(sandbox, vm_state)
     satisfied = states.OPERATIONS[operation].satisfied
     if sandbox.state in satisfied and actual in satisfied:
@@ -86,36 +87,36 @@ def run(ctx: Context, sandbox: Sandbox, operation: str, *, force: bool = False) 
         return Outcome.of("would_" + operation, sandbox, state=TARGETS[operation], changed=True)
     with ctx.claimed(sandbox, operation) as (claim, current):
         if current.generation != sandbox.generation:
-            # Another run worked on it meanwhile.
+            # Another run has changed the sandbox meanwhile.
             if current.state not in _FOLLOW_THE_VM:
                 states.check(operation, current.state)
-            located, vm_state = look(ctx, current)
+            located, vm_state = read_vm_and_state(ctx, current)
             actual = _read_actual_state(current, vm_state)
-        # Its journal would be gone with this one.
+        # The journal entry of this operation would replace that of an interrupted creation or destroy.
         refuse_cut_off(claim, current)
         if current.state in satisfied and actual in satisfied:
             return Outcome.of("unchanged", current, reason=f"already {current.state}")
         try:
             todo = states.check(operation, actual)
         except StateConflict:
-            # Said of the state that the VM is in: the record says the same from now on.
-            follow(ctx, claim, current, operation, actual, located)
+            # The refusal names the VM's real state, so write that state to the record.
+            follow_vm(ctx, claim, current, operation, actual, located)
             raise
         if not todo:
-            followed = follow(ctx, claim, current, operation, actual, located)
+            followed = follow_vm(ctx, claim, current, operation, actual, located)
             return Outcome.of(
                 _get_past_tense(operation), followed, previous_state=sandbox.state, changed=True, reason="external"
             )
-        # Before a refusal, too: the record says from now on what the VM is.
-        current = follow(ctx, claim, current, operation, actual, located)
+        # Correct the record first, because a refusal may follow.
+        current = follow_vm(ctx, claim, current, operation, actual, located)
         _refuse_lock(ctx, current, located, operation, force)
-        outcome = _request(ctx, claim, current, operation, located, vm_state)
+        outcome = _send_operation(ctx, claim, current, operation, located, vm_state)
         outcome.previous_state = sandbox.state
         return outcome
 
 
-def _report(ctx: Context, sandbox: Sandbox, operation: str) -> Outcome:
-    """Write down how the sandbox's job ended."""
+def _report_end(ctx: Context, sandbox: Sandbox, operation: str) -> Outcome:
+    """Record how the sandbox's job ended. Sends no request."""
     target = TARGETS[operation]
     if not states.check(operation, sandbox.state):
         return Outcome.of("unchanged", sandbox, reason=f"already {sandbox.state}")
@@ -134,15 +135,15 @@ def _report(ctx: Context, sandbox: Sandbox, operation: str) -> Outcome:
 def _read_actual_state(sandbox: Sandbox, vm_state: str) -> str:
     """Return the state that decides whether the operation is allowed.
 
-    That is the VM's state where the record only says how the VM is powered, and the record's state otherwise.
+    That is the VM's state if the record's state only tells the power state, and the record's state otherwise.
     """
     if sandbox.state not in _FOLLOW_THE_VM or (vm_state == states.RUNNING and sandbox.state in states.POWERED):
         return sandbox.state
     return vm_state
 
 
-def follow(ctx: Context, claim: Claim, sandbox: Sandbox, operation: str, actual: str, located: Located) -> Sandbox:
-    """Bring the record to the state that its VM was found in, with an event for each step; the record as it is then."""
+def follow_vm(ctx: Context, claim: Claim, sandbox: Sandbox, operation: str, actual: str, located: Located) -> Sandbox:
+    """Correct the record's state to the VM's, with an event for each step, and return the record."""
     if sandbox.state == actual:
         return sandbox
     evidence = {"vm": actual, "record": sandbox.state, "node": located.node, "lock": located.config.get("lock")}
@@ -150,16 +151,16 @@ def follow(ctx: Context, claim: Claim, sandbox: Sandbox, operation: str, actual:
     for step in steps:
         values: dict[str, Any] = {"node": located.node}
         if step == states.RUNNING:
-            # Somebody started it: the guest may have another address since.
+            # A person has started the VM, and DHCP may have given the guest another address.
             values["ip_seen_at"] = None
         sandbox = settle(ctx, claim, sandbox, operation, to=step, reason="external", evidence=evidence, **values)
     return sandbox
 
 
 def _refuse_lock(ctx: Context, sandbox: Sandbox, located: Located, operation: str, force: bool) -> None:
-    """Raise Kept for a lock that bars the operation.
+    """Raise Kept for a lock that prevents the operation.
 
-    The lock of a hibernated VM bars no start, and a stop only without ``force``.
+    The lock of a hibernated VM prevents no start, and prevents a stop only without ``force``.
     """
     if is_hibernated(located.config) and operation == "stop" and not force:
         raise Kept(
@@ -171,7 +172,9 @@ def _refuse_lock(ctx: Context, sandbox: Sandbox, located: Located, operation: st
     refuse_locked(sandbox, located, but=HIBERNATED if operation in ("start", "stop") else None)
 
 
-def _request(ctx: Context, claim: Claim, sandbox: Sandbox, operation: str, located: Located, vm_state: str) -> Outcome:
+def _send_operation(
+    ctx: Context, claim: Claim, sandbox: Sandbox, operation: str, located: Located, vm_state: str
+) -> Outcome:
     began = ctx.clock.monotonic()
     target = TARGETS[operation]
     ctx.records.journal(claim, operation, REQUESTED, {"node": located.node})
@@ -192,7 +195,7 @@ def _request(ctx: Context, claim: Claim, sandbox: Sandbox, operation: str, locat
         _close_refused(ctx, claim, sandbox, operation, error)
         raise
     except TaskUnknown as error:
-        # The message has the end of the task's log, which may be gone from the node when somebody looks.
+        # The message quotes the end of the task's log, because the node may soon delete the log.
         ctx.records.note(
             sandbox,
             operation,
@@ -215,9 +218,9 @@ def _request(ctx: Context, claim: Claim, sandbox: Sandbox, operation: str, locat
 def _close_refused(
     ctx: Context, claim: Claim, sandbox: Sandbox, operation: str, error: ApiError | TaskFailed | Kept
 ) -> None:
-    """Close the journal of a request that Proxmox refused or that failed for certain: nothing of it is left to finish.
+    """Close the journal of a request that Proxmox refused or that certainly failed, because nothing is left to finish.
 
-    An error of a read after the request stays in the journal: what became of the request is not certain then.
+    After the error of a read the entry stays, because the outcome of the request before it is unknown.
     """
     if isinstance(error, ApiError) and error.detail.get("method") == "GET":
         return
@@ -234,14 +237,15 @@ def _close_refused(
             finish=True,
         )
     except (ClaimLost, StoreError):
-        # The entry stays, and the next run or a reconcile closes it.
+        # Leave the entry. The next run or a reconcile closes it.
         pass
 
 
 def discard_saved_memory(ctx: Context, sandbox: Sandbox, located: Located) -> Located:
-    """Throw the saved memory of a hibernated VM away: it is switched off then. Returns the VM as judged afterwards.
+    """Discard the saved memory of a hibernated VM, which is then switched off. Return the VM with a new verdict.
 
-    Proxmox's own stop says OK and does nothing; a config write, guarded by the digest, takes file and lock away.
+    Proxmox VE's stop reports OK for a hibernated VM and does nothing. A config write, guarded by the digest, removes
+    the saved memory and the lock.
     """
     write_with_digest(
         ctx, sandbox, located, lambda now: ctx.client.put(f"{now.path}/config", delete="vmstate", digest=now.digest)
@@ -252,8 +256,9 @@ def discard_saved_memory(ctx: Context, sandbox: Sandbox, located: Located) -> Lo
 
 
 def settle(ctx: Context, claim: Claim, sandbox: Sandbox, operation: str, *, to: str, **values: Any) -> Sandbox:
-    """Write the new state; a lease that was renewed or ran out meanwhile is taken into account, anything else is
-    RecordChanged.
+    """Write the new state, and return the record.
+
+    A lease that was renewed or expired meanwhile does not matter. Raises RecordChanged after any other change.
     """
     try:
         return ctx.records.change(claim, sandbox, operation, to=to, **values)
@@ -265,11 +270,14 @@ def settle(ctx: Context, claim: Claim, sandbox: Sandbox, operation: str, *, to: 
 
 
 def stop(ctx: Context, sandbox: Sandbox, located: Located, *, hard: bool) -> tuple[list[str], list[str]]:
-    """Stop a VM that was just judged to be ours; gracefully with a hard end after shutdown_timeout, or hard at once."""
-    # The list lags by ten seconds, and calls a VM "unknown" that it has no figures of yet: a new one, for instance.
+    """Stop a VM that was just judged to be ours, and return the tasks and their warnings.
+
+    ``hard``: switch it off at once. Otherwise shut it down, and switch it off after ``shutdown_timeout`` seconds.
+    """
+    # The list lags by ten seconds, and shows a VM without figures, such as a new one, as "unknown".
     if str(located.row.get("status")) != "running":
         now = read_status(ctx, located)
-        # Believed only if that was said of our VM.
+        # That status counts only if the VM is still ours.
         located = require_match(ctx, sandbox)
         if now.get("status") == "stopped":
             return [], []
@@ -278,7 +286,7 @@ def stop(ctx: Context, sandbox: Sandbox, located: Located, *, hard: bool) -> tup
         upids, warnings = _run_task(ctx, sandbox, located, action, "status/stop")
     else:
         try:
-            # forceStop: a guest that does not answer is switched off when its time is over.
+            # forceStop: Proxmox VE switches off a guest that has not shut down within the timeout.
             upids, warnings = _run_task(
                 ctx, sandbox, located, action, "status/shutdown", timeout=ctx.config.shutdown_timeout, forceStop=1
             )
@@ -290,22 +298,25 @@ def stop(ctx: Context, sandbox: Sandbox, located: Located, *, hard: bool) -> tup
             # A paused guest cannot shut itself down.
             upids, warnings = _run_task(ctx, sandbox, located, action, "status/stop")
     if located.row.get("hastate"):
-        # The HA manager's task ends when the request is taken, not when the VM has stopped.
+        # The HA manager's task ends when it has accepted the request, not when the VM has stopped.
         _await_status(ctx, located, "stopped", action)
     return upids, warnings
 
 
 def start(ctx: Context, sandbox: Sandbox, located: Located) -> tuple[list[str], list[str]]:
-    """Start or resume a VM that was judged to be ours; it is judged once more, after its power state was read."""
+    """Start or resume a VM that was judged to be ours, and return the tasks and their warnings.
+
+    Reads the power state, then judges the VM again.
+    """
     now = read_status(ctx, located)
     located = require_match(ctx, sandbox)
     return _start_or_resume(ctx, sandbox, located, read_power_state(sandbox, now, located.config))
 
 
 def start_new(ctx: Context, sandbox: Sandbox, located: Located) -> tuple[list[str], list[str]]:
-    """Start a VM that this run has cloned and never started; it is judged once more directly before.
+    """Start a VM that this run has cloned and never started. Judges the VM again directly before.
 
-    Its power state is not asked for: should somebody have started it since, the start's task says so.
+    Does not read the power state: if a person has started the VM since, the start task reports that.
     """
     return _start_or_resume(ctx, sandbox, located, states.STOPPED)
 
@@ -347,8 +358,8 @@ def _run_task(
 ) -> tuple[list[str], list[str]]:
     """Send a request that starts a task, and return the tasks and their warnings.
 
-    A request that did not begin because of a lock is sent again, _LOCK_TRIES times in all: the VM is judged anew before
-    each. Raises OutcomeUnknown for an answer without a task, and the errors of the request and of the task.
+    A request that did not begin because of a lock is sent up to _LOCK_TRIES times. The VM is judged again before each.
+    Raises OutcomeUnknown for an answer without a task, and the errors of the request and of the task.
     """
     upids: list[str] = []
     tries = 0
@@ -365,20 +376,21 @@ def _run_task(
             upids.append(upid)
             return upids, ctx.tasks.wait(upid, label, ctx.wait_timeout)
         except (ApiError, TaskFailed) as error:
-            # The clean-up after a stop may hold the VM's lock for up to 30 s: the task did not begin.
+            # The task did not begin: Proxmox VE's clean-up after a stop may hold the VM's lock for up to 30 s.
             if tries >= _LOCK_TRIES or not not_begun(error.text if isinstance(error, ApiError) else error.exitstatus):
                 raise
         ctx.clock.sleep(LOCK_PAUSE)
 
 
 def resize(ctx: Context, located: Located, disk: str, size: str, label: str) -> None:
-    """Grow a disk to an absolute size, and wait for the task. Asking twice grows the disk once."""
+    """Grow a disk to an absolute size, and wait for the task. Idempotent."""
     answer = ctx.client.put(f"{located.path}/resize", disk=disk, size=size, digest=located.digest)
     if isinstance(answer, str) and answer.startswith("UPID:"):
         ctx.tasks.wait(answer, label, ctx.wait_timeout)
 
 
 def read_status(ctx: Context, located: Located) -> dict[str, Any]:
+    """Return the VM's ``status/current``."""
     return ctx.client.get_dict(f"{located.path}/status/current")
 
 
@@ -402,6 +414,7 @@ def _await_status(ctx: Context, located: Located, wanted_status: str, label: str
 
 
 def _get_past_tense(operation: str) -> str:
+    """Return the word of the outcome for an operation."""
     return {
         "start": "started",
         "stop": "stopped",
