@@ -519,7 +519,15 @@ def _open_unnamed(folder: str) -> IO[bytes]:
 
 
 def _replace(target: str, source: IO[bytes]) -> None:
-    """Put a file without a name in the place of ``target``, in one step. Raises OSError."""
+    """Put a file without a name in the place of ``target``, in one step. A device or a pipe is written to.
+
+    Raises OSError.
+    """
+    if os.path.exists(target) and not os.path.isfile(target) and not os.path.isdir(target):
+        source.seek(0)
+        with os.fdopen(os.open(target, os.O_WRONLY), "wb") as special:
+            shutil.copyfileobj(source, special)
+        return
     # The source is for its owner only. Give the file the mode that the umask would give it, or that of the old one.
     umask = os.umask(0o077)
     os.umask(umask)

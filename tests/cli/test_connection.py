@@ -7,10 +7,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import hashlib
+import importlib
 import os
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import threading
 import time
@@ -20,6 +24,7 @@ from typing import Any
 import pytest
 
 from support.cli import PYTHON, ROOT, StandIn, agentlab, environment, start
+from support.programs import require_unnamed_files
 
 
 def check_unreachable(found: subprocess.CompletedProcess[str], *parts: str) -> None:
@@ -178,9 +183,10 @@ def test_the_time_out_is_of_the_whole_answer(daemon: StandIn) -> None:
     )
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGKILL])
 def test_a_copy_that_is_ended_leaves_no_file(daemon: StandIn, tmp_path: Path, number: signal.Signals) -> None:
     """The signal comes while the daemon fetches the file from the guest."""
+    require_unnamed_files(tmp_path)
     asked, ended = threading.Event(), threading.Event()
 
     def hold(_daemon: StandIn) -> tuple[int, Any]:
@@ -192,10 +198,79 @@ def test_a_copy_that_is_ended_leaves_no_file(daemon: StandIn, tmp_path: Path, nu
     (tmp_path / "syslog").write_text("old")
     with start("sandbox", "cp", "1000:/var/log/syslog", tmp_path, socket=daemon.path) as process:
         assert asked.wait(60)
-        begun = os.listdir(tmp_path)
         process.send_signal(number)
         status = process.wait(60)
         ended.set()
         assert process.stderr is not None and "Traceback" not in process.stderr.read()
-    assert len(begun) == 2 and status == 128 + number
+    assert status == (-9 if number == signal.SIGKILL else 128 + number)
     assert os.listdir(tmp_path) == ["syslog"] and (tmp_path / "syslog").read_text() == "old"
+
+
+def serve_file(daemon: StandIn, data: bytes, mode: str = "0640") -> None:
+    digest = hashlib.sha256(data).hexdigest()
+    head = f"Content-Length: {len(data)}\r\nX-Agentlab-Sha256: {digest}\r\nX-Agentlab-Mode: {mode}\r\n\r\n"
+    answer = b"HTTP/1.1 200 OK\r\n" + head.encode() + data
+    daemon.replies["GET", "/v1/sandboxes/1000/files?path=%2Fsrv%2Freport"] = (0, answer)
+
+
+@pytest.mark.parametrize("before", [None, b"old"])
+def test_a_copy_replaces_the_file_as_a_whole(daemon: StandIn, tmp_path: Path, before: bytes | None) -> None:
+    serve_file(daemon, b"new\n" * 50_000)
+    target = tmp_path / "report"
+    if before is not None:
+        target.write_bytes(before)
+    copied = agentlab("sandbox", "cp", "1000:/srv/report", tmp_path, socket=daemon.path)
+    assert (copied.returncode, copied.stderr) == (0, "") and "195 KiB" in copied.stdout
+    assert target.read_bytes() == b"new\n" * 50_000 and target.stat().st_mode & 0o7137 == 0
+    assert os.listdir(tmp_path) == ["report"]
+
+
+def test_a_pipe_is_written_to_and_not_replaced(daemon: StandIn, tmp_path: Path) -> None:
+    """As root, a copy to /dev/null would put a file into its place for everybody."""
+    serve_file(daemon, b"new\n")
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    # Open for both, so that neither side waits for the other.
+    reader = os.open(pipe, os.O_RDWR)
+    copied = agentlab("sandbox", "cp", "1000:/srv/report", pipe, socket=daemon.path)
+    assert copied.returncode == 0, copied.stderr
+    assert stat.S_ISFIFO(pipe.stat().st_mode) and os.read(reader, 100) == b"new\n"
+    os.close(reader)
+    assert os.listdir(tmp_path) == ["pipe"]
+
+
+def test_a_target_that_cannot_be_replaced_is_named(daemon: StandIn, tmp_path: Path) -> None:
+    serve_file(daemon, b"new\n")
+    (tmp_path / "report").mkdir()
+    refused = agentlab("sandbox", "cp", "1000:/srv/report", tmp_path, socket=daemon.path)
+    assert refused.returncode == 1 and f"Error: {tmp_path}/report: Is a directory" in refused.stderr
+    missing = agentlab("sandbox", "cp", "1000:/srv/report", tmp_path / "no" / "report", socket=daemon.path)
+    assert missing.returncode == 1 and "no/report: No such file or directory" in missing.stderr
+    assert os.listdir(tmp_path) == ["report"] and os.listdir(tmp_path / "report") == []
+
+
+@pytest.mark.parametrize("lacks", ["files without a name", "names for them"])
+def test_where_files_need_a_name_a_copy_has_a_hidden_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lacks: str
+) -> None:
+    monkeypatch.syspath_prepend(ROOT / "roles/agentlabd/files")
+    local_file = importlib.import_module("agentlab_cli.local_file")
+
+    def refuse(*_values: Any, **_named: Any) -> None:
+        raise OSError(errno.EOPNOTSUPP, "not here")
+
+    if lacks == "names for them":
+        monkeypatch.setattr(os, "link", refuse)
+    else:
+        monkeypatch.delattr(os, "O_TMPFILE")
+    target = tmp_path / "report"
+    target.write_bytes(b"old")
+    with pytest.raises(KeyboardInterrupt), local_file.Replacement(str(target)) as replacement:
+        replacement.file.write(b"half")
+        raise KeyboardInterrupt
+    assert target.read_bytes() == b"old" and os.listdir(tmp_path) == ["report"]
+    with local_file.Replacement(str(target)) as replacement:
+        replacement.file.write(b"new")
+        replacement.install(0o640)
+    assert target.read_bytes() == b"new" and target.stat().st_mode & 0o7137 == 0
+    assert os.listdir(tmp_path) == ["report"]

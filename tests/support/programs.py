@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -29,3 +30,23 @@ def require_program(name: str, package: str | None = None) -> str:
     path = shutil.which(name)
     require(path is not None, f"{name} is not installed: apt-get install {package or name}")
     return str(path)
+
+
+def require_unnamed_files(folder: Path) -> None:
+    """Skip or fail unless the file system of a folder gives a name to a file that had none (O_TMPFILE)."""
+    require(_can_name_unnamed_files(folder), f"the file system of {folder} has no files without a name; set TMPDIR")
+
+
+def _can_name_unnamed_files(folder: Path) -> bool:
+    try:
+        descriptor = os.open(folder, os.O_TMPFILE | os.O_RDWR, 0o600)
+    except OSError:
+        return False
+    try:
+        os.link(f"/proc/self/fd/{descriptor}", folder / "linked", src_dir_fd=descriptor)
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    (folder / "linked").unlink()
+    return True

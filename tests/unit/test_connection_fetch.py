@@ -11,29 +11,13 @@ import tempfile
 from pathlib import Path
 from typing import IO, Any
 
-import pytest
 from ansible_collections.agentlab.proxmox.plugins.connection import sandbox
 
-
-def supports_linking(folder: Path) -> bool:
-    """Return whether the file system of a folder gives a name to a file that had none."""
-    try:
-        descriptor = os.open(folder, os.O_TMPFILE | os.O_RDWR, 0o600)
-    except OSError:
-        return False
-    try:
-        os.link(f"/proc/self/fd/{descriptor}", folder / "linked", src_dir_fd=descriptor)
-    except OSError:
-        return False
-    finally:
-        os.close(descriptor)
-    (folder / "linked").unlink()
-    return True
+from support.programs import require_unnamed_files
 
 
 def test_a_fetched_file_gets_its_name_without_a_copy(tmp_path: Path, monkeypatch: Any) -> None:
-    if not supports_linking(tmp_path):
-        pytest.skip("the file system of this folder gives no name to a file without one")
+    require_unnamed_files(tmp_path)
 
     def refuse(source: IO[bytes], target: IO[bytes]) -> None:
         raise AssertionError("the file was copied")
@@ -59,3 +43,18 @@ def test_where_no_name_can_be_given_a_fetched_file_is_copied(tmp_path: Path) -> 
         sandbox._replace(str(target), file)
     assert target.read_bytes() == b"data" and target.stat().st_mode & 0o7777 == 0o640
     assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_pipe_is_written_to_and_not_replaced(tmp_path: Path) -> None:
+    """As root, a fetch to /dev/null would put a file into its place for everybody."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    # Open for both, so that neither side waits for the other.
+    reader = os.open(pipe, os.O_RDWR)
+    with tempfile.TemporaryFile(dir=tmp_path) as file:
+        file.write(b"data")
+        file.flush()
+        sandbox._replace(str(pipe), file)
+    assert pipe.is_fifo() and os.read(reader, 100) == b"data"
+    os.close(reader)
+    assert list(tmp_path.iterdir()) == [pipe]

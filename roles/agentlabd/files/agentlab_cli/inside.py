@@ -13,7 +13,6 @@ import os
 import re
 import stat
 import sys
-from collections.abc import Iterator
 from typing import IO, Any
 
 import click
@@ -21,6 +20,7 @@ import click
 from .client import Client
 from .errors import INTERRUPTED, Problem, Usage
 from .framework import DURATION, VMID, Command, Group, Settings, settings
+from .local_file import Replacement, report_errors
 from .progress import Progress
 from .text import clean, one_line, size, table
 
@@ -432,65 +432,21 @@ def _copy_out(to: Settings, vmid: int, path: str, target: str) -> None:
     if os.path.isdir(target):
         target = os.path.join(target, os.path.basename(path.rstrip("/")))
     with contextlib.ExitStack() as stack:
-        fresh = None
-        if target == "-":
-            file: IO[bytes] = sys.stdout.buffer
-        else:
-            import tempfile
-
-            stack.enter_context(_clean_up_at_signals())
-            try:
-                handle, fresh = tempfile.mkstemp(prefix=".agentlab-", dir=os.path.dirname(target) or ".")
-            except OSError as error:
-                raise Problem(f"{one_line(target)}: {error.strerror}") from None
-            stack.callback(_remove, fresh)
-            file = stack.enter_context(os.fdopen(handle, "wb"))
+        replacement = None if target == "-" else stack.enter_context(Replacement(target))
         meter = _Meter(None)
+        write = meter.write_to(sys.stdout.buffer if replacement is None else replacement.file)
         with Progress(lambda: f"{meter} from sandbox {vmid}", enabled=target != "-"):
-            answer, headers = to.client.receive_file(meter.write_to(file), "sandboxes", vmid, "files", path=path)
+            answer, headers = to.client.receive_file(write, "sandboxes", vmid, "files", path=path)
         if answer is not None:
             to.tell(answer, lambda _data: "")
-        file.flush()
-        if fresh is not None:
-            umask = os.umask(0o077)
-            os.umask(umask)
-            with contextlib.suppress(ValueError):
-                os.chmod(fresh, int(headers.get("x-agentlab-mode", "0600"), 8) & 0o777 & ~umask)
-            os.replace(fresh, target)
-            if not to.json:
-                click.echo(f"{size(meter.bytes)} from {vmid}:{one_line(path)} to {one_line(target)}")
-
-
-def _remove(path: str) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(path)
-
-
-@contextlib.contextmanager
-def _clean_up_at_signals() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP, unless they are ignored, end the process by an exception, which removes its files."""
-    import signal
-
-    def end(number: int, _frame: Any) -> None:
-        raise SystemExit(128 + number)
-
-    numbers = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) == signal.SIG_DFL]
-    for number in numbers:
-        signal.signal(number, end)
-    try:
-        yield
-    finally:
-        for number in numbers:
-            signal.signal(number, signal.SIG_DFL)
-
-
-@contextlib.contextmanager
-def _local_errors() -> Iterator[None]:
-    """Turn errors of a local file into Problem, so that they are not taken for errors of the connection."""
-    try:
-        yield
-    except OSError as error:
-        raise Problem(f"the file here: {error.strerror or error}; nothing was copied") from None
+        if replacement is None:
+            with report_errors():
+                sys.stdout.buffer.flush()
+            return
+        mode = headers.get("x-agentlab-mode", "")
+        replacement.install(int(mode, 8) if re.fullmatch("[0-7]{1,5}", mode) else 0o600)
+        if not to.json:
+            click.echo(f"{size(meter.bytes)} from {vmid}:{one_line(path)} to {one_line(target)}")
 
 
 class _Meter:
@@ -506,7 +462,7 @@ class _Meter:
 
     def read_from(self, file: IO[bytes]) -> Any:
         """Yield the parts of a file."""
-        with _local_errors():
+        with report_errors():
             while part := file.read(65536):
                 self.bytes += len(part)
                 yield part
@@ -515,7 +471,7 @@ class _Meter:
         """Return a function that writes the parts of a file."""
 
         def write(part: bytes) -> None:
-            with _local_errors():
+            with report_errors():
                 file.write(part)
             self.bytes += len(part)
 
