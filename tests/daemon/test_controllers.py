@@ -120,7 +120,7 @@ def test_the_database_goes_away_in_the_middle_of_a_destroy(
     daemon = start(reconcile_interval="2s")
     vmid = daemon.good("POST", "/v1/sandboxes", {"name": "a1", "ttl": "1h"}, 201)["vmid"]
     stopped: list[int] = []
-    real = server.pve._note
+    real = server.pve._note_request
 
     def note(entry: dict[str, Any]) -> None:
         real(entry)
@@ -129,7 +129,7 @@ def test_the_database_goes_away_in_the_middle_of_a_destroy(
             postgres.stop()
             server.pve.counted.clear()
 
-    server.pve._note = note  # type: ignore[method-assign]
+    server.pve._note_request = note  # type: ignore[method-assign]
     answer = daemon.post(f"/v1/sandboxes/{vmid}/destroy", {"force": True})
     assert stopped, "the VM was never stopped"
     assert answer.status in (503, 409), answer

@@ -45,7 +45,7 @@ def silence_guest(lab: Lab) -> Callable[[], Any]:
 
     def wake() -> None:
         lab.pve.agent_default = True
-        lab.pve._agent_up(lab.pve.vm(1000))
+        lab.pve.start_agent(lab.pve.vm(1000))
 
     return wake
 

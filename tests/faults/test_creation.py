@@ -139,7 +139,7 @@ def test_a_creation_that_was_told_to_run_again_is_not_given_up_meanwhile(lab: La
     assert lab.reconcile() == []
     assert lab.records()[0].state == "BOOTING"
     lab.pve.agent_default = True
-    lab.pve._agent_up(lab.pve.vm(1000))
+    lab.pve.start_agent(lab.pve.vm(1000))
     assert lab.create("a1", wait_for_ip=True).state == "RUNNING"
 
 
@@ -275,7 +275,7 @@ def test_a_stranger_that_takes_the_vmid_while_it_is_waited_for_is_not_taken_for_
                 lab.pve.vm(1000).status = "running"
                 lab.pve.vm(1000).config["agent"] = "1"
                 lab.pve.agent_default = True
-                lab.pve._agent_up(lab.pve.vm(1000))
+                lab.pve.start_agent(lab.pve.vm(1000))
 
     lab.pve.before = swap
     with pytest.raises(Kept, match="now belongs to another VM"):

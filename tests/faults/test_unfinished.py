@@ -217,7 +217,7 @@ def test_what_the_doctor_says_ends_what_timed_out(
     lab.pve.agent_default = True
     if expected[1] == "awaited":
         # The guest agent is up at last.
-        lab.pve._agent_up(lab.pve.vm(1000))
+        lab.pve.start_agent(lab.pve.vm(1000))
     if way == "destroy":
         # A destroy of a clone that runs says when to come again.
         time.sleep(2)

@@ -137,7 +137,7 @@ def test_the_boot_disk_grows_and_not_the_data_disk(lab: Lab) -> None:
     template = lab.pve.vm(9000).config
     template.update(
         {
-            "virtio0": lab.pve._disk("local-lvm", "base-9000-disk-1", 9000, 3 * 1024**3) + ",size=3G",
+            "virtio0": lab.pve.add_disk("local-lvm", "base-9000-disk-1", 9000, 3 * 1024**3) + ",size=3G",
             "boot": "c",
             "bootdisk": "virtio0",
         }

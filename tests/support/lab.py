@@ -141,7 +141,6 @@ class Lab:
         self.bystander = dict(pve.vm(BYSTANDER).config)
         pve.requests.clear()
         pve.counted.clear()
-        pve.disks_lost.clear()
         pve.hook_errors.clear()
         self._number += 1
         self.database = os.path.join(self.folder, f"records-{self._number}", "agentlab.db")

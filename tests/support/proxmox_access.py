@@ -145,29 +145,29 @@ class AccessRules(FakePve):
     def privileges(self, user: str, path: str) -> set[str]:
         """Return every privilege that a user or token holds on a path."""
         if self.access is not None:
-            return self.access.held(user, path, [pool.removeprefix("/pool/") for pool in self._pool_paths(path)])
+            return self.access.held(user, path, [pool.removeprefix("/pool/") for pool in self._list_pool_paths(path)])
         if user.split("!")[0] == "root@pam":
             return set(PRIVILEGES)
         owner = user.split("!")[0]
         if user in self.separated:
-            return self._granted((owner,), path) & self._granted((user,), path)
-        return self._granted(tuple(dict.fromkeys((user, owner))), path)
+            return self._add_up_grants((owner,), path) & self._add_up_grants((user,), path)
+        return self._add_up_grants(tuple(dict.fromkeys((user, owner))), path)
 
-    def _granted(self, names: tuple[str, ...], path: str) -> set[str]:
+    def _add_up_grants(self, names: tuple[str, ...], path: str) -> set[str]:
         """Return what grants for these names give on a path: the path's own roles, then those of the pools it is in."""
         if self.acl is None:
-            return set() if self.no_access & {path, *self._pool_paths(path)} else set(PRIVILEGES)
-        held = self._along(names, path)
+            return set() if self.no_access & {path, *self._list_pool_paths(path)} else set(PRIVILEGES)
+        held = self._walk_path(names, path)
         if held is None:
             return set()
-        for pool in self._pool_paths(path):
-            added = self._along(names, pool)
+        for pool in self._list_pool_paths(path):
+            added = self._walk_path(names, pool)
             if added is None:
                 return set()
             held = held | added
         return held
 
-    def _along(self, names: tuple[str, ...], path: str) -> set[str] | None:
+    def _walk_path(self, names: tuple[str, ...], path: str) -> set[str] | None:
         """Walk a path from the root: the deepest grant replaces all above it. Return None where that is NoAccess."""
         parts = [part for part in path.split("/") if part]
         steps = ["/", *("/" + "/".join(parts[: n + 1]) for n in range(len(parts)))]
@@ -185,7 +185,7 @@ class AccessRules(FakePve):
                 held = set().union(*(set(entry[1]) for entry in here))
         return held
 
-    def _pool_paths(self, path: str) -> list[str]:
+    def _list_pool_paths(self, path: str) -> list[str]:
         kind, _slash, name = path.strip("/").partition("/")
         if kind == "vms" and name.isdigit():
             return [f"/pool/{pool}" for pool, vmids in self.pools.items() if int(name) in vmids]
@@ -242,7 +242,7 @@ class AccessRules(FakePve):
         """
         who = values.get("userid") or user
         if values.get("path") is not None:
-            return {values["path"]: dict.fromkeys(sorted(self._told(who, values["path"])), 1)}
+            return {values["path"]: dict.fromkeys(sorted(self._list_privileges(who, values["path"])), 1)}
         paths = {
             "/",
             "/access",
@@ -252,14 +252,14 @@ class AccessRules(FakePve):
             "/sdn",
             "/storage",
             "/vms",
-            *(entry["path"] for entry in self._entries()),
+            *(entry["path"] for entry in self._list_entries()),
         }
         paths |= {f"/vms/{vmid}" for vmids in self.pools.values() for vmid in vmids}
         paths |= {f"/storage/{sid}" for meta in self.pool_info.values() for sid in meta.get("storage") or ()}
-        held = {path: dict.fromkeys(sorted(self._told(who, path)), 1) for path in sorted(paths)}
+        held = {path: dict.fromkeys(sorted(self._list_privileges(who, path)), 1) for path in sorted(paths)}
         return {path: privs for path, privs in held.items() if privs}
 
-    def _told(self, user: str, path: str) -> set[str]:
+    def _list_privileges(self, user: str, path: str) -> set[str]:
         # VM.Config.Network serves for cloud-init keys in the double's checks; Proxmox VE lists only what was granted.
         return {priv for priv in self.privileges(user, path) if priv in PRIVILEGES}
 
@@ -268,9 +268,9 @@ class AccessRules(FakePve):
 
         To others none; Proxmox VE returns those whose rights the user may modify.
         """
-        return self._entries() if self.allowed(user, "/access", "Sys.Audit") else []
+        return self._list_entries() if self.allowed(user, "/access", "Sys.Audit") else []
 
-    def _entries(self) -> list[dict[str, Any]]:
+    def _list_entries(self) -> list[dict[str, Any]]:
         if self.access is not None:
             return [entry.public() for entry in self.access.entries]
         if self.acl is None and not self.no_access:
@@ -316,7 +316,7 @@ class AccessRules(FakePve):
         """Return whether the tag policy does not bind a user. Before the first grant() it binds all but root@pam."""
         return user == "root@pam" or (self.acl is not None and self.allowed(user, "/", "Sys.Modify"))
 
-    def _allowed_tags(self, user: str) -> set[str]:
+    def _list_allowed_tags(self, user: str) -> set[str]:
         """Return `allowed-tags` of /cluster/options for a user."""
         privileged = self._modifies_cluster(user)
         kind = self.tag_access
@@ -333,7 +333,7 @@ class AccessRules(FakePve):
         """Refuse a change of tags as Proxmox VE does. Only tags that change count, and they are compared as written."""
         if self._modifies_cluster(user):
             return
-        allowed, free = self._allowed_tags(user), self.tag_access == "free"
+        allowed, free = self._list_allowed_tags(user), self.tag_access == "free"
         for tag in sorted(set(split_tags(before)) ^ set(split_tags(after))):
             if tag in self.registered_tags or not (free or tag in allowed):
                 raise PveError(403, f"Permission check failed (/, Sys.Modify for modifying tag '{tag}')")
@@ -348,4 +348,4 @@ class AccessRules(FakePve):
                 options.setdefault("user-tag-access", {})["user-allow-list"] = sorted(self.tag_allow_list)
             if self.registered_tags:
                 options["registered-tags"] = sorted(self.registered_tags)
-        return {**options, "allowed-tags": sorted(self._allowed_tags(user))}
+        return {**options, "allowed-tags": sorted(self._list_allowed_tags(user))}

@@ -70,7 +70,7 @@ class AgentRules(FakePve):
 
     # ------------------------------------------------------------------ an agent that comes up
 
-    def _agent_up(self, vm: Any) -> None:
+    def start_agent(self, vm: Any) -> None:
         enabled = re.match(r"(enabled=)?(1|yes|on|true)\b", str(vm.config.get("agent", "0")))
         if not (self.agent_default and enabled and vm.agent is None):
             return
@@ -146,11 +146,11 @@ class AgentRules(FakePve):
             return await self._agent_request(vm, command, values)
         answer = await super()._agent_call(match, values)
         if command == "file-read":
-            return self._file_read(vm, values["file"])
+            return self._read_named_file(vm, values["file"])
         return answer
 
     @staticmethod
-    def _file_read(vm: Any, path: str) -> dict[str, Any]:
+    def _read_named_file(vm: Any, path: str) -> dict[str, Any]:
         files = (vm.agent or {}).get("files") or {}
         if path not in files:
             raise PveError(500, f"Agent error: failed to open file '{path}' (mode: 'r'): No such file or directory")

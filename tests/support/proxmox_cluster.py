@@ -34,7 +34,7 @@ class ClusterRules(FakePve):
     """What the double tells of cluster and nodes. The module's docstring says how tests use it."""
 
     def _reset_cluster(self) -> None:
-        self.ca_fingerprint = _fingerprint()
+        self.ca_fingerprint = _make_fingerprint()
         # Answered as one node that was never part of a cluster: /cluster/status has no entry for a cluster.
         self.standalone = False
         self.cached_quorate: int | None = None
@@ -72,7 +72,7 @@ class ClusterRules(FakePve):
                 item["cgroup-mode"] = 2
             if item["type"] != "qemu":
                 continue
-            self._as_broadcast(item)
+            self._set_back_to_broadcast(item)
             if now - self._born.get(item["vmid"], 0) < self.listing_lag:
                 item["status"] = "unknown"
                 item.pop("template", None)
@@ -111,9 +111,9 @@ class ClusterRules(FakePve):
         bare = {key: value for key, value in row.items() if key not in figures}
         if row["status"] != "online" or not self.allowed(user, "/nodes/" + row["node"], "Sys.Audit"):
             return bare
-        return {**bare, **self._figures(row["node"])}
+        return {**bare, **self._read_figures(row["node"])}
 
-    def _snap_broadcast(self) -> None:
+    def _renew_broadcast(self) -> None:
         """Renew what lists tell of every VM, unless the last broadcast is younger than status_lag."""
         now = time.monotonic()
         if self.status_lag and now - self._broadcast[0] >= self.status_lag:
@@ -122,7 +122,7 @@ class ClusterRules(FakePve):
                 {vm.vmid: {"status": vm.status, "name": vm.name, "template": int(vm.template)} for vm in self.vms},
             )
 
-    def _as_broadcast(self, item: dict[str, Any]) -> None:
+    def _set_back_to_broadcast(self, item: dict[str, Any]) -> None:
         """Set back a row of /cluster/resources to the last broadcast."""
         if not self.status_lag:
             return
@@ -190,7 +190,7 @@ class ClusterRules(FakePve):
         ]
         return rows
 
-    def _figures(self, node: str) -> dict[str, Any]:
+    def _read_figures(self, node: str) -> dict[str, Any]:
         # Room for as many sandboxes as a test likes; whoever tests a full node sets node_figures.
         stats = {**super()._node_stats(True), "maxmem": 512 * 1024**3}  # type: ignore[misc]
         return {**stats, **self.node_figures.get(node, {})}
@@ -237,5 +237,5 @@ class ClusterRules(FakePve):
         ]
 
 
-def _fingerprint() -> str:
+def _make_fingerprint() -> str:
     return ":".join(f"{b:02X}" for b in os.urandom(32))

@@ -28,7 +28,7 @@ from fakepve.server import params as request_params
 
 from support.proxmox_power import STATE_KEYS
 from support.proxmox_storage import volume_owner
-from support.proxmox_texts import no_config, no_quorum
+from support.proxmox_texts import tell_no_config, tell_no_quorum
 
 HOTPLUGGED = re.compile(r"(scsi|virtio)\d+$")
 UNPLUGGED = re.compile(r"(scsi|virtio|net)\d+$")
@@ -73,10 +73,10 @@ class ConfigRules(FakePve):
             if re.sub(r"\d+$", "[n]", key) not in known and key not in known and key not in ("vmstate", "lock"):
                 raise param_error(delete=f"unknown option '{key}'")
         if not self.quorate:
-            raise PveError(500, no_quorum(vm.node, vm.vmid))
+            raise PveError(500, tell_no_quorum(vm.node, vm.vmid))
         wanted = [key for key in str(updates.get("delete") or "").split(",") if key]
         if "vmstate" in wanted:
-            self._check_state_delete(vm, user, updates)
+            self._delete_state(vm, user, updates)
             updates["delete"] = ",".join(key for key in wanted if key not in (*STATE_KEYS, "lock"))
         if "tags" in updates:
             self._check_tags(user, vm.config.get("tags"), updates["tags"])
@@ -93,7 +93,7 @@ class ConfigRules(FakePve):
         if not updates.get("digest") or updates["digest"] == vm.digest():
             self._check_lock(vm)
             for key in [key for key in updates if DRIVE_KEY.match(key)]:
-                updates[key] = self._drive_value(vm, user, key, updates[key])
+                updates[key] = self._complete_drive(vm, user, key, updates[key])
         for key in [key for key in updates if re.fullmatch(r"net\d+", key)]:
             # An interface without a MAC address gets one.
             updates[key] = with_mac(updates[key])
@@ -108,16 +108,16 @@ class ConfigRules(FakePve):
         for key in [key for key in updates if HOTPLUGGED.match(key) and vm.pending.get(key) and self.hotplug]:
             vm.config[key] = vm.pending.pop(key)
         for key in deletes:
-            self._detached(vm, key, before[key], bool(updates.get("force")))
-        missing = self._missing_snippet(vm) if "cicustom" in updates and vm.status == "running" else None
+            self._put_disk_aside(vm, key, before[key], bool(updates.get("force")))
+        missing = self._describe_missing_snippet(vm) if "cicustom" in updates and vm.status == "running" else None
         if missing:
             raise PveError(500, missing)
 
-    def _drive_value(self, vm: Any, user: str, key: str, value: str) -> str:
+    def _complete_drive(self, vm: Any, user: str, key: str, value: str) -> str:
         """What the configuration says once the volume is made or found."""
         volume, props = split_drive(value)
         if volume.endswith(":cloudinit"):
-            return join_drive(self._cloudinit_volume(volume_ref(volume)[0], vm.vmid), dict(props, media="cdrom"))
+            return join_drive(self.add_cloudinit_volume(volume_ref(volume)[0], vm.vmid), dict(props, media="cdrom"))
         if not volume or volume in ("none", "cdrom"):
             return value
         if NEW_DISK.match(volume):
@@ -135,7 +135,7 @@ class ConfigRules(FakePve):
             self._check_access(user, sid, vtype, owner, volume)
         return join_drive(volume, dict(props, size=format_size(int(known["size"])))) if known.get("size") else value
 
-    def _detached(self, vm: Any, key: str, value: Any, force: bool) -> None:
+    def _put_disk_aside(self, vm: Any, key: str, value: Any, force: bool) -> None:
         """A disk taken off: the VM's own becomes unusedN (or goes, when it was unused or with force), another
         owner's just goes away.
         """
@@ -176,7 +176,7 @@ class ConfigRules(FakePve):
         async def body() -> None:
             vm = self.vm(int(vmid))
             if vm is None or vm.node != node:
-                raise TaskError(no_config(node, vmid))
+                raise TaskError(tell_no_config(node, vmid))
             if v.get("digest") and v["digest"] != vm.digest():
                 raise TaskError("checksum mismatch (file change by other user?)")
             if vm.lock:
@@ -195,7 +195,7 @@ class ConfigRules(FakePve):
                 # The image is enlarged before the configuration is written: without quorum only the former happens.
                 known["size"] = wanted
             if not self.quorate:
-                raise TaskError(no_quorum(node, vmid))
+                raise TaskError(tell_no_quorum(node, vmid))
             vm.config[key] = join_drive(volume, dict(props, size=format_size(wanted)))
 
         return await self.task(node, "resize", vmid, user, body, vm=self.vm(int(vmid)))

@@ -144,7 +144,7 @@ class DoubleServer:
         """Run a function (or coroutine function) on the server's thread, between requests; returns what it returns."""
 
         async def run() -> Any:
-            found = fn(*args, **kwargs)
-            return await found if inspect.isawaitable(found) else found
+            value = fn(*args, **kwargs)
+            return await value if inspect.isawaitable(value) else value
 
         return asyncio.run_coroutine_threadsafe(run(), self._loop).result(60)

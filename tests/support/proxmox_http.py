@@ -28,8 +28,6 @@ from fakepve.server import params as request_params
 
 from support.proxmox_guest import BrokenPipe
 
-COUNT_PATH = "/x-agentlab-count"
-
 
 class HttpRules(FakePve):
     """How the double answers over HTTP. The module's docstring says how tests use it."""
@@ -146,16 +144,14 @@ class HttpRules(FakePve):
 
     def _build_app(self) -> web.Application:
         app = super()._build_app()
-        app.middlewares.insert(0, self._outermost)
+        app.middlewares.insert(0, self._watch_request)
         return app
 
     @web.middleware
-    async def _outermost(self, request: web.Request, handler: Any) -> web.StreamResponse:
+    async def _watch_request(self, request: web.Request, handler: Any) -> web.StreamResponse:
         """Counting, hooks and faults of the connection: round everything else, so that refused requests count too."""
         prefix = EXTJS if request.path.startswith(EXTJS + "/") else API
         path = request.path[len(prefix) :] if request.path.startswith(prefix) else request.path
-        if path == COUNT_PATH:
-            return self._serve_count(request)
         match = self.resolve(request, API)
         template = match.template if match else path
         try:
@@ -170,26 +166,26 @@ class HttpRules(FakePve):
             "status": None,
             "user": None,
         }
-        self._note(entry)
-        self._snap_broadcast()
-        if not await self._hook(self.before, request.method, path):
+        self._note_request(entry)
+        self._renew_broadcast()
+        if not await self._call_hook(self.before, request.method, path):
             return web.json_response({"data": None, "message": "the test's hook before failed"}, status=500)
         fault = self._take_fault(request.method, path, template)
 
         async def handle() -> web.StreamResponse:
-            response = await self._as_sent(request, handler)
+            response = await self._answer_as_sent(request, handler)
             entry["status"], entry["user"] = response.status, request.get(USER)
-            await self._hook(self.after, request.method, path)
+            await self._call_hook(self.after, request.method, path)
             return response
 
-        return await (self._with_fault(request, fault, handle) if fault else handle())
+        return await (self._answer_spoiled(request, fault, handle) if fault else handle())
 
-    def _note(self, entry: dict[str, Any]) -> None:
+    def _note_request(self, entry: dict[str, Any]) -> None:
         with self._guard:
             self.counted[f"{entry['method']} {entry['template']}"] += 1
             self.history.append(entry)
 
-    async def _hook(self, hook: Any, method: str, path: str) -> bool:
+    async def _call_hook(self, hook: Any, method: str, path: str) -> bool:
         if hook is None:
             return True
         try:
@@ -201,7 +197,7 @@ class HttpRules(FakePve):
             return False
         return True
 
-    async def _as_sent(self, request: web.Request, handler: Any) -> web.StreamResponse:
+    async def _answer_as_sent(self, request: web.Request, handler: Any) -> web.StreamResponse:
         try:
             response = await handler(request)
         except web.HTTPNotFound:
@@ -209,9 +205,9 @@ class HttpRules(FakePve):
         except BrokenPipe:
             return web.Response(status=596, reason="Broken pipe")
         if response.status == 404 and not self.resolve(request, API) and request.path.startswith(API):
-            response = _not_implemented(request.method, request.path[len(API) :])
+            response = _answer_not_implemented(request.method, request.path[len(API) :])
         elif response.status == 501:
-            response = _not_implemented(request.method, request.path.removeprefix(API))
+            response = _answer_not_implemented(request.method, request.path.removeprefix(API))
         if response.status == 401:
             await self._sleep(self.auth_delay)
         login = request.path == API + "/access/ticket"
@@ -230,13 +226,13 @@ class HttpRules(FakePve):
             presented = request.headers.get("Authorization") or request.cookies.get("PVEAuthCookie")
             raise PveError(401, "Authentication failed!" if presented else "No ticket") from None
 
-    async def _with_fault(self, request: web.Request, fault: dict[str, Any], handle: Any) -> web.StreamResponse:
+    async def _answer_spoiled(self, request: web.Request, fault: dict[str, Any], handle: Any) -> web.StreamResponse:
         kind, carry_out = fault["kind"], fault.get("carry_out", False)
         if kind == "cut-before":
-            return _dropped(request)
+            return _drop_connection(request)
         if kind in ("cut-after", "truncate"):
             response = await handle()
-            return _dropped(request) if kind == "cut-after" else await _half(request, response)
+            return _drop_connection(request) if kind == "cut-after" else await _send_half(request, response)
         if kind == "hang":
             response = await handle() if carry_out is True else None
             await self._sleep(fault["seconds"])
@@ -252,13 +248,6 @@ class HttpRules(FakePve):
             headers={"Content-Type": fault.get("type", "application/json"), **fault.get("headers", {})},
         )
 
-    def _serve_count(self, request: web.Request) -> web.Response:
-        """GET: {template with method: n} and total since the last DELETE."""
-        counts = dict(sorted(self.counted.items()))
-        if request.method == "DELETE":
-            self.reset_count()
-        return web.json_response({"data": {"total": sum(counts.values()), "requests": counts}})
-
     async def _answer(
         self, request: web.Request, handler: Any, generic: Any, path_node: str | None
     ) -> web.StreamResponse:
@@ -268,37 +257,37 @@ class HttpRules(FakePve):
                 f"hostname lookup '{path_node}' failed - failed to get address info for: {path_node}: Name or service "
                 "not known"
             )
-            return _error(PveError(500, text))
+            return _answer_error(PveError(500, text))
         if path_node and not self.nodes[path_node].get("online", True) and match and request.method in match.methods:
             # Permissions are checked where the request arrives, before it is passed on to the node.
             try:
                 values = dict(await request_params(request), **match.params)
                 self.check_permissions(request[USER], match.methods[request.method].get("permissions"), values)
             except PveError as error:
-                return _error(error)
+                return _answer_error(error)
         return await super()._answer(request, handler, generic, path_node)
 
 
-def _not_implemented(method: str, path: str) -> web.Response:
+def _answer_not_implemented(method: str, path: str) -> web.Response:
     text = f"Method '{method} {path}' not implemented"
     return web.json_response({"data": None, "message": text}, status=501, reason=text)
 
 
-def _error(error: PveError) -> web.Response:
+def _answer_error(error: PveError) -> web.Response:
     body = {"data": None, "message": error.message + "\n"}
     if error.errors:
         body["errors"] = error.errors
     return web.json_response(body, status=error.status, reason=error.message.splitlines()[0][:200])
 
 
-def _dropped(request: web.Request) -> web.StreamResponse:
+def _drop_connection(request: web.Request) -> web.StreamResponse:
     """The connection is gone before a byte of the answer."""
     if request.transport is not None:
         request.transport.abort()
-    return _Nothing()
+    return _NoAnswer()
 
 
-async def _half(request: web.Request, response: web.StreamResponse) -> web.StreamResponse:
+async def _send_half(request: web.Request, response: web.StreamResponse) -> web.StreamResponse:
     """The headers promise the whole body; half of it comes."""
     body = response.body if isinstance(response, web.Response) and isinstance(response.body, bytes) else b"{}"
     if request.transport is not None:
@@ -308,10 +297,10 @@ async def _half(request: web.Request, response: web.StreamResponse) -> web.Strea
         )
         request.transport.write(head.encode() + body[: len(body) // 2])
         request.transport.close()
-    return _Nothing()
+    return _NoAnswer()
 
 
-class _Nothing(web.StreamResponse):
+class _NoAnswer(web.StreamResponse):
     """An answer that was sent already, or never will be."""
 
     async def prepare(self, request: web.BaseRequest) -> Any:

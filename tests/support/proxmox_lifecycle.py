@@ -16,7 +16,7 @@ from fakepve import FakePve, PveError, TaskError
 from fakepve.qemu import drives_of, is_cdrom, join_drive, split_drive, volume_ref
 
 from support.proxmox_storage import volume_owner
-from support.proxmox_texts import no_quorum, not_found
+from support.proxmox_texts import tell_no_quorum, tell_no_vm
 
 CLONE_DESCRIPTION = "qmclone temporary file"
 
@@ -37,7 +37,7 @@ class LifecycleRules(FakePve):
         self._qm_perm(user, newid, v.get("pool"), "VM.Allocate")
         src = self.vm(vmid)
         if src is None or src.node != node:
-            raise PveError(500, not_found(vmid, node))
+            raise PveError(500, tell_no_vm(vmid, node))
         target = v.get("target")
         if v.get("snapname") and v["snapname"] not in src.snapshots:
             raise PveError(500, f"snapshot '{v['snapname']}' does not exist")
@@ -51,7 +51,7 @@ class LifecycleRules(FakePve):
         taken = self.guest(newid)
         if taken is not None and taken.node != node:
             text = f"close (rename) atomic file '/etc/pve/nodes/{node}/qemu-server/{newid}.conf' failed: File exists"
-            return await self._failing(node, "qmclone", vmid, user, text)
+            return await self._start_failing_task(node, "qmclone", vmid, user, text)
         full = v.get("full")
         self._clone = {"source": dict(src.config), "linked": src.template and not full}
         if v.get("description"):
@@ -84,7 +84,7 @@ class LifecycleRules(FakePve):
             note = await body()
             for key, volume, props in drives_of(new.config):
                 if is_cdrom(volume, props) and re.search(r"vm-\d+-cloudinit", volume):
-                    new.config[key] = join_drive(self._cloudinit_volume(volume_ref(volume)[0], new.vmid), props)
+                    new.config[key] = join_drive(self.add_cloudinit_volume(volume_ref(volume)[0], new.vmid), props)
                 elif linked and key in source and self._qm_volume(volume):
                     self._qm_volume(volume)["base"] = split_drive(source[key])[0]
             return note
@@ -97,7 +97,9 @@ class LifecycleRules(FakePve):
         if self.quorate:
             return await super()._qm_snapshot(v, user)
         self.find(v["node"], v["vmid"])
-        return await self._failing(v["node"], "qmsnapshot", v["vmid"], user, no_quorum(v["node"], v["vmid"]))
+        return await self._start_failing_task(
+            v["node"], "qmsnapshot", v["vmid"], user, tell_no_quorum(v["node"], v["vmid"])
+        )
 
     def _around_qmrollback(self, body: Any, vm: Any, undo: list[Callable[[], None]]) -> Any:
         async def run() -> Any:
@@ -126,8 +128,8 @@ class LifecycleRules(FakePve):
                     for volume in own:
                         self._qm_free(volume)
                     vm.disks_lost = True
-                    raise TaskError(no_quorum(vm.node, vm.vmid))
-            foreign = self._foreign_volumes(vm)
+                    raise TaskError(tell_no_quorum(vm.node, vm.vmid))
+            foreign = self._list_foreign_volumes(vm)
             note = await body()
             for sid, name, volume in foreign:
                 store = self.storages[sid]

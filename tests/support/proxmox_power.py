@@ -32,7 +32,7 @@ from fakepve.routing import param_error
 from fakepve.server import API, USER
 from fakepve.server import params as request_params
 
-from support.proxmox_texts import no_config, not_found
+from support.proxmox_texts import tell_no_config, tell_no_vm
 
 STATE_KEYS = ("vmstate", "runningmachine", "runningcpu", "running-nets-host-mtu")
 
@@ -79,12 +79,14 @@ class PowerRules(FakePve):
             vm = self.vm(int(vmid))
             if vm is None or vm.node != node:
                 if action in ("reboot", "suspend", "resume"):
-                    raise PveError(500, not_found(vmid, node))
-                text = not_found(vmid, node)
+                    raise PveError(500, tell_no_vm(vmid, node))
+                text = tell_no_vm(vmid, node)
                 if action == "start":
                     self.need_quorum()
-                    text = no_config(node, vmid)
-                return web.json_response({"data": await self._failing(node, "qm" + action, vmid, user, text)})
+                    text = tell_no_config(node, vmid)
+                return web.json_response(
+                    {"data": await self._start_failing_task(node, "qm" + action, vmid, user, text)}
+                )
             if not self.quorate and action in ("stop", "shutdown", "suspend", "resume"):
                 # Only what writes a configuration or begins a VM asks for quorum.
                 data = await getattr(self, "_do_" + action)(vm, user, await request_params(request))
@@ -136,15 +138,15 @@ class PowerRules(FakePve):
                     "no such logical volume " + ", ".join(volume for _key, volume, _props in drives_of(vm.config, True))
                 )
             if vm.lock == "suspended":
-                await self._wake(vm)
+                await self._wake_vm(vm)
                 return None
-            missing = self._missing_snippet(vm)
+            missing = self._describe_missing_snippet(vm)
             if missing and vm.status != "running":
                 raise TaskError(missing)
             if vm.status != "running" and not vm.template and not vm.lock:
                 self._check_vcpus(vm)
             note = await body()
-            self._agent_up(vm)
+            self.start_agent(vm)
             return note
 
         return run
@@ -191,7 +193,7 @@ class PowerRules(FakePve):
             vm.config.pop(key, None)
         vm.lock = None
 
-    def _check_state_delete(self, vm: Any, user: str, updates: dict[str, Any]) -> None:
+    def _delete_state(self, vm: Any, user: str, updates: dict[str, Any]) -> None:
         """Throw a hibernated VM's state away: the one write that the lock `suspended` lets through."""
         if updates.get("digest") and updates["digest"] != vm.digest():
             raise PveError(500, "checksum mismatch (file change by other user?)")
@@ -239,12 +241,12 @@ class PowerRules(FakePve):
 
         async def body() -> None:
             if vm.lock == "suspended":
-                await self._wake(vm)
+                await self._wake_vm(vm)
             vm.qmpstatus = "running"
 
         return await self.task(vm.node, "qmresume", vm.vmid, user, body, vm=vm)
 
-    async def _wake(self, vm: Any) -> None:
+    async def _wake_vm(self, vm: Any) -> None:
         """Start a hibernated VM from its state: the state is gone afterwards."""
         await self.pause(vm.start_secs)
         if vm.start_error:
@@ -252,14 +254,10 @@ class PowerRules(FakePve):
         self._forget_state(vm)
         vm.status = vm.qmpstatus = "running"
         vm.started_at = time.time()
-        self._agent_up(vm)
-
-    async def _do_shutdown_refusals(self, vm: Any) -> None:
-        if vm.status == "running" and vm.qmpstatus in ("paused", "suspended", "prelaunch"):
-            raise PveError(500, "VM is paused - cannot shutdown")
+        self.start_agent(vm)
 
     def _check_vcpus(self, vm: Any) -> None:
         """Refuse a start, in its task, of a VM with more vcpus than its node has."""
-        allowed = int(self._figures(vm.node)["maxcpu"])
+        allowed = int(self._read_figures(vm.node)["maxcpu"])
         if int(vm.config.get("cores", 1)) * int(vm.config.get("sockets", 1)) > allowed:
             raise TaskError(f"MAX {allowed} vcpus allowed per VM on this node")

@@ -28,8 +28,8 @@ OWNER = re.compile(r"(?:^|/)(?:vm|base)-(\d+)-")
 
 def volume_owner(volume: str) -> int | None:
     """The VMID in the name of a volume: Proxmox knows no other owner."""
-    found = OWNER.search(volume.partition(":")[2])
-    return int(found[1]) if found else None
+    match = OWNER.search(volume.partition(":")[2])
+    return int(match[1]) if match else None
 
 
 class StorageRules(FakePve):
@@ -53,7 +53,7 @@ class StorageRules(FakePve):
             if volume_owner(f"{sid}:{name}") == vmid
         )
 
-    def _disk(self, sid: str, name: str, vmid: int, size: int) -> str:
+    def add_disk(self, sid: str, name: str, vmid: int, size: int) -> str:
         store = self.storages[sid]
         kind = "raw"
         if store.get("type") in ("dir", "nfs", "cifs") and "/" not in name:
@@ -67,7 +67,7 @@ class StorageRules(FakePve):
         }
         return f"{sid}:{name}"
 
-    def _cloudinit_volume(self, sid: str, vmid: int) -> str:
+    def add_cloudinit_volume(self, sid: str, vmid: int) -> str:
         """Make (or find) the cloud-init volume of a VM; returns its volume id."""
         store = self.storages[sid]
         name = (
@@ -87,19 +87,19 @@ class StorageRules(FakePve):
         )
         return f"{sid}:{name}"
 
-    def _foreign_volumes(self, vm: Any) -> list[tuple[str, str, dict[str, Any]]]:
+    def _list_foreign_volumes(self, vm: Any) -> list[tuple[str, str, dict[str, Any]]]:
         """Volumes in the VM's configuration (and snapshots) whose name says another owner: a delete leaves them
         alone.
         """
-        found = []
+        foreign = []
         for config in (vm.config, *vm.snapshots.values()):
             values = [volume for _key, volume, _props in drives_of(config)]
             values += [split_drive(value)[0] for key, value in config.items() if re.match(r"unused\d+$", key)]
             for volume in values:
                 known = self._qm_volume(volume)
                 if known is not None and volume_owner(volume) != vm.vmid:
-                    found.append((*volume_ref(volume), known))
-        return found
+                    foreign.append((*volume_ref(volume), known))
+        return foreign
 
     def _on_node(self, volume: str, node: str) -> bool:
         """Whether a node sees a volume: one on local storage is on the node that allocated it alone."""
@@ -116,14 +116,16 @@ class StorageRules(FakePve):
         store["shared"] = int(node is None)
         self.snippet_folders[storage] = (folder, node)
 
-    def _missing_snippet(self, vm: Any) -> str | None:
+    def _describe_missing_snippet(self, vm: Any) -> str | None:
         named = [part.partition("=")[2] for part in str(vm.config.get("cicustom") or "").split(",") if part]
         missing = [
-            volume for volume in named if volume not in self.snippets and volume not in self._snippet_files(vm.node)
+            volume
+            for volume in named
+            if volume not in self.snippets and volume not in self._list_snippet_files(vm.node)
         ]
         return f"volume '{missing[0]}' does not exist" if missing else None
 
-    def _snippet_files(self, node: str) -> dict[str, str]:
+    def _list_snippet_files(self, node: str) -> dict[str, str]:
         """Volume id -> path of the snippets that are files of this machine, as that node sees them."""
         return {
             f"{sid}:snippets/{name}": os.path.join(folder, name)
@@ -141,8 +143,8 @@ class StorageRules(FakePve):
         return volume
 
     async def _content_list(self, v: dict[str, Any], user: str) -> list[dict[str, Any]]:
-        found = [row for row in await super()._content_list(v, user) if self._on_node(row["volid"], v["node"])]
-        for row in found:
+        rows = [row for row in await super()._content_list(v, user) if self._on_node(row["volid"], v["node"])]
+        for row in rows:
             if row.get("content") == "images" and self.storages[v["storage"]].get("type") in ("dir", "nfs", "cifs"):
                 row.setdefault("parent", None)
                 row.setdefault("used", row.get("size", 0))
@@ -151,7 +153,7 @@ class StorageRules(FakePve):
             v.get("content") in (None, "snippets")
             and self.allowed(user, f"/storage/{v['storage']}", "Datastore.Allocate")
         ):
-            found += [
+            rows += [
                 {
                     "volid": volume,
                     "content": "snippets",
@@ -159,7 +161,7 @@ class StorageRules(FakePve):
                     "size": os.path.getsize(path),
                     "ctime": int(os.path.getmtime(path)),
                 }
-                for volume, path in self._snippet_files(v["node"]).items()
+                for volume, path in self._list_snippet_files(v["node"]).items()
                 if volume.startswith(v["storage"] + ":")
             ]
-        return found
+        return rows

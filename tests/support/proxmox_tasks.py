@@ -87,9 +87,10 @@ class TaskRules(FakePve):
         """
         if how not in ("warnings", "killed", "hang", "vanish", "fail", "slow"):
             raise ValueError(how)
-        done = how in ("warnings", "vanish", "slow") if carry_out is None else carry_out
+        if carry_out is None:
+            carry_out = how in ("warnings", "vanish", "slow")
         with self._guard:
-            self._outcomes.append(Outcome(ttype, how, vmid, done, text or f"WARNINGS: {warnings}", seconds, times))
+            self._outcomes.append(Outcome(ttype, how, vmid, carry_out, text or f"WARNINGS: {warnings}", seconds, times))
 
     @on_loop
     def kill_task(self, upid: str, text: str = UNEXPECTED) -> None:
@@ -120,12 +121,12 @@ class TaskRules(FakePve):
 
     def _take_outcome(self, ttype: str, ids: set[str]) -> Outcome | None:
         with self._guard:
-            for found in self._outcomes:
-                if found.ttype == ttype and (found.vmid is None or str(found.vmid) in ids):
-                    found.times -= 1
-                    if found.times <= 0:
-                        self._outcomes.remove(found)
-                    return found
+            for outcome in self._outcomes:
+                if outcome.ttype == ttype and (outcome.vmid is None or str(outcome.vmid) in ids):
+                    outcome.times -= 1
+                    if outcome.times <= 0:
+                        self._outcomes.remove(outcome)
+                    return outcome
         return None
 
     def _upid(self, node: str, ttype: str, tid: Any, user: str) -> tuple[str, int, int]:
@@ -165,7 +166,7 @@ class TaskRules(FakePve):
                 if text is None:
                     raise
                 if text != UNEXPECTED:
-                    _run_all(undo)
+                    _undo_all(undo)
                 raise TaskError(text) from None
             finally:
                 self._running.pop(upid, None)
@@ -203,11 +204,11 @@ class TaskRules(FakePve):
             raise TaskError(UNEXPECTED)
         elif outcome.how in ("fail", "warnings"):
             if not outcome.carry_out:
-                _run_all(undo)
+                _undo_all(undo)
             raise TaskError(outcome.text)
         return note
 
-    async def _failing(self, node: str, ttype: str, tid: Any, user: str, text: str) -> str:
+    async def _start_failing_task(self, node: str, ttype: str, tid: Any, user: str, text: str) -> str:
         async def body() -> None:
             raise TaskError(text)
 
@@ -225,12 +226,12 @@ class TaskRules(FakePve):
         return self._find_task(request.match_info["node"], request.match_info["upid"], request[USER])
 
     def _find_task(self, node: str, upid: str, user: str) -> dict[str, Any]:
-        found = re.match(r"UPID:([^:]+):[0-9A-F]{8}:[0-9A-F]{8,9}:[0-9A-F]{8}:[^:\s]+:[^:\s]*:[^:\s]+:$", upid)
-        if found is None:
+        match = re.match(r"UPID:([^:]+):[0-9A-F]{8}:[0-9A-F]{8,9}:[0-9A-F]{8}:[^:\s]+:[^:\s]*:[^:\s]+:$", upid)
+        if match is None:
             raise param_error(upid="unable to parse worker upid")
         task = self.tasks.get(upid)
         # Only the node named in the id has the task; asked elsewhere it is as unknown as any.
-        if task is None or upid in self._forgotten or found[1] != node:
+        if task is None or upid in self._forgotten or match[1] != node:
             raise param_error(upid="no such task")
         if not self._task_owner(user, task):
             self.require(user, "/nodes/" + node, "Sys.Audit")
@@ -238,9 +239,9 @@ class TaskRules(FakePve):
 
     async def _task_list(self, request: web.Request) -> web.Response:
         v = self._verify(request, await request_params(request))
-        found = self._tasks_of(request[USER], request.match_info["node"])
+        tasks = self._list_tasks(request[USER], request.match_info["node"])
         source = v.get("source", "archive")
-        found = [t for t in found if source == "all" or (t["status"] == "running") == (source == "active")]
+        tasks = [t for t in tasks if source == "all" or (t["status"] == "running") == (source == "active")]
         tests = {
             "since": lambda t, x: t["starttime"] >= x,
             "until": lambda t, x: t["starttime"] <= x,
@@ -251,15 +252,15 @@ class TaskRules(FakePve):
         }
         for name, test in tests.items():
             if v.get(name) is not None:
-                found = [t for t in found if test(t, v[name])]
+                tasks = [t for t in tasks if test(t, v[name])]
         start = v.get("start", 0)
         return web.json_response(
-            {"data": [_listed(self._task_view(t, True)) for t in found[start : start + v.get("limit", 50)]]}
+            {"data": [_show_in_list(self._task_view(t, True)) for t in tasks[start : start + v.get("limit", 50)]]}
         )
 
-    def _tasks_of(self, user: str, node: str | None = None) -> list[dict[str, Any]]:
+    def _list_tasks(self, user: str, node: str | None = None) -> list[dict[str, Any]]:
         """Tasks the user may see, newest first."""
-        found = [
+        tasks = [
             t
             for t in self.tasklog
             if node in (None, t["node"])
@@ -267,8 +268,8 @@ class TaskRules(FakePve):
             and (self._task_owner(user, t) or self.allowed(user, "/nodes/" + t["node"], "Sys.Audit"))
         ]
         # Started in the same second: the later one first, so turned round before a sort that keeps their order.
-        found.reverse()
-        return sorted(found, key=lambda t: -t["starttime"])
+        tasks.reverse()
+        return sorted(tasks, key=lambda t: -t["starttime"])
 
     async def _task_log(self, request: web.Request) -> web.Response:
         response = await super()._task_log(request)
@@ -281,10 +282,10 @@ class TaskRules(FakePve):
             self.kill_task(task["upid"], clone if task["type"] == "qmclone" else UNEXPECTED)
 
     async def _cluster_tasks(self, v: dict[str, Any], user: str) -> list[dict[str, Any]]:
-        return [_listed(self._task_view(t, True)) for t in self._tasks_of(user)[:25]]
+        return [_show_in_list(self._task_view(t, True)) for t in self._list_tasks(user)[:25]]
 
 
-def _listed(view: dict[str, Any]) -> dict[str, Any]:
+def _show_in_list(view: dict[str, Any]) -> dict[str, Any]:
     """A task as lists show it: the exit status stands in `status`, RUNNING where there is none yet."""
     if "status" in view:
         return view
@@ -295,6 +296,6 @@ def _listed(view: dict[str, Any]) -> dict[str, Any]:
     return active
 
 
-def _run_all(steps: list[Callable[[], None]]) -> None:
+def _undo_all(steps: list[Callable[[], None]]) -> None:
     for step in steps:
         step()

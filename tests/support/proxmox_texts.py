@@ -9,13 +9,13 @@ from __future__ import annotations
 from typing import Any
 
 
-def no_config(node: str, vmid: Any) -> str:
+def tell_no_config(node: str, vmid: Any) -> str:
     return f"Configuration file 'nodes/{node}/qemu-server/{vmid}.conf' does not exist"
 
 
-def no_quorum(node: str, vmid: Any) -> str:
+def tell_no_quorum(node: str, vmid: Any) -> str:
     return f"unable to open file '/etc/pve/nodes/{node}/qemu-server/{vmid}.conf.tmp.4711' - Permission denied"
 
 
-def not_found(vmid: Any, node: str) -> str:
+def tell_no_vm(vmid: Any, node: str) -> str:
     return f"unable to find configuration file for VM {vmid} on node '{node}'"

@@ -26,7 +26,7 @@ class VmRules(FakePve):
     ) -> Any:
         """A cloud image's template: base disk, cloud-init drive, NIC on vmbr0, agent on."""
         size = 3 * 1024**3
-        base = self._disk(storage, f"base-{vmid}-disk-0", vmid, size)
+        base = self.add_disk(storage, f"base-{vmid}-disk-0", vmid, size)
         settings = {
             "name": name,
             "template": 1,
@@ -38,7 +38,7 @@ class VmRules(FakePve):
             "scsihw": "virtio-scsi-single",
             "serial0": "socket",
             "scsi0": f"{base},size={format_size(size)}",
-            "ide2": f"{self._cloudinit_volume(storage, vmid)},media=cdrom",
+            "ide2": f"{self.add_cloudinit_volume(storage, vmid)},media=cdrom",
             "net0": "virtio=BC:24:11:00:90:00,bridge=vmbr0",
             "smbios1": f"uuid={uuid.uuid4()}",
             "vmgenid": str(uuid.uuid4()),
@@ -60,13 +60,13 @@ class VmRules(FakePve):
         ...), config is merged.
         """
         size = kw.pop("size", 8 * 1024**3)
-        disk = self._disk(storage, f"{'base' if kw.get('template') else 'vm'}-{vmid}-disk-0", vmid, size)
+        disk = self.add_disk(storage, f"{'base' if kw.get('template') else 'vm'}-{vmid}-disk-0", vmid, size)
         config = {
             "name": name,
             "cores": 1,
             "memory": "1024",
             "scsi0": f"{disk},size={format_size(size)}",
-            "net0": f"virtio={_mac()},bridge=vmbr0",
+            "net0": f"virtio={_make_mac()},bridge=vmbr0",
             "vmgenid": str(uuid.uuid4()),
         }
         if smbios:
@@ -149,5 +149,5 @@ class VmRules(FakePve):
             self._power_off(vm)
 
 
-def _mac() -> str:
+def _make_mac() -> str:
     return "BC:24:11:" + ":".join(f"{b:02X}" for b in os.urandom(3))

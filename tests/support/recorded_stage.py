@@ -93,7 +93,7 @@ def guest(vmid: int, **values: Any) -> Callable[[ProxmoxDouble], None]:
         # A copy: the recording may be played more than once in a process.
         more = {"name": f"rec-{vmid}", **values}
         pool = more.pop("pool", None)
-        volume = pve._cloudinit_volume("local", vmid)
+        volume = pve.add_cloudinit_volume("local", vmid)
         config.update({"ide2": f"{volume},media=cdrom", **more.pop("config", {})})
         pve.add_guest(vmid, storage="local", config=config, **more)
         if pool:
@@ -197,7 +197,7 @@ def join_pool(vmid: int) -> Callable[[ProxmoxDouble], None]:
 
 def raw_disk(pve: ProxmoxDouble) -> None:
     """Give VM 5060 a second disk in the format raw."""
-    pve.vm(5060).config["scsi1"] = pve._disk("local", "5060/vm-5060-disk-1.raw", 5060, MIB) + ",size=1M"
+    pve.vm(5060).config["scsi1"] = pve.add_disk("local", "5060/vm-5060-disk-1.raw", 5060, MIB) + ",size=1M"
 
 
 # What a person did before a request, by the request's case.

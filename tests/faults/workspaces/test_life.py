@@ -138,7 +138,7 @@ def test_what_is_refused_before_anything_is_made(lab: Lab) -> None:
 def test_an_owner_that_a_vm_has_or_that_owns_something_is_not_taken(lab: Lab) -> None:
     lab.pve.add_guest(990000)
     assert make(lab).owner_vmid == 990001
-    lab.pve._disk("local-lvm", "vm-990002-disk-0", 990002, 1024**3)
+    lab.pve.add_disk("local-lvm", "vm-990002-disk-0", 990002, 1024**3)
     with pytest.raises(WorkspaceRefused, match="has a volume of VMID 990002 already"):
         make(lab, "w2")
     assert make(lab, "w2").owner_vmid == 990003
@@ -194,7 +194,7 @@ def test_a_volume_that_comes_into_being_late_is_its_own(lab: Lab) -> None:
         if method == "GET" and where.endswith("/content"):
             looks.append(where)
             if len(looks) == 2:
-                lab.pve._disk("local-lvm", reserved.volume.rpartition(":")[2], reserved.owner_vmid, reserved.size)
+                lab.pve.add_disk("local-lvm", reserved.volume.rpartition(":")[2], reserved.owner_vmid, reserved.size)
 
     lab.pve.before = late
     with contextlib.suppress(AgentlabError):

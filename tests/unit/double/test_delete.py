@@ -67,7 +67,7 @@ def test_own_disk_taken_off_stays_as_unused(api: Any, pve: ProxmoxDouble) -> Non
 
 def test_a_guest_can_keep_a_disk_that_is_taken_off(api: Any, pve: ProxmoxDouble) -> None:
     pve.add_guest(101, status="running")
-    pve._disk("local-lvm", "vm-800-disk-0", 800, 1024**3)
+    pve.add_disk("local-lvm", "vm-800-disk-0", 800, 1024**3)
     vm = api.nodes("pve1").qemu(101)
     vm.config.put(scsi5="local-lvm:vm-800-disk-0")
     pve.unplug_refused = {101}
