@@ -3,7 +3,8 @@
 
 """A name says what it holds: no variable, parameter or function is called found, one, left, noted, done or given.
 
-Such a word says how a value came about. The reader has to look for what it is: a sandbox, a drift, a task.
+Such a word says how a value came about. The reader has to look for what it is: a sandbox, a drift, a task. The first
+line of a docstring in tests/support says what the function does, in the imperative.
 """
 
 from __future__ import annotations
@@ -16,7 +17,13 @@ import pytest
 
 TOP = Path(__file__).resolve().parents[2]
 EMPTY_WORDS = frozenset(("found", "one", "left", "noted", "done", "given"))
-FILES = [path for folder in ("plugins", "roles") for path in sorted((TOP / folder).rglob("*.py"))]
+SUPPORT = sorted((TOP / "tests/support").rglob("*.py"))
+FILES = [*(path for folder in ("plugins", "roles") for path in sorted((TOP / folder).rglob("*.py"))), *SUPPORT]
+# A docstring that begins so says what something is, not what the function does.
+NOUN_BEGINNINGS = {
+    *("a", "all", "an", "any", "as", "each", "entries", "every", "how", "it", "one", "somebody", "that", "the"),
+    *("these", "this", "those", "volume", "what", "whatever", "when", "where", "whether", "while", "who"),
+}
 
 
 def list_names(tree: ast.AST) -> Iterator[tuple[int, str]]:
@@ -69,3 +76,49 @@ def test_names_say_what_they_hold() -> None:
         for line, name in list_empty_names(path.read_text(encoding="utf-8"))
     }
     assert not empty, f"call these what they hold (the sandbox, the drift, the task): {empty}"
+
+
+def list_nominal_docstrings(text: str) -> list[tuple[int, str]]:
+    """Return the functions of a source text that have no docstring though they are public, or one that names a thing.
+
+    Each stands with its line. Functions within functions are not looked at; special methods need no docstring.
+    """
+    scopes: list[ast.Module | ast.ClassDef] = [ast.parse(text)]
+    functions: list[ast.FunctionDef | ast.AsyncFunctionDef] = []
+    while scopes:
+        for node in scopes.pop().body:
+            if isinstance(node, ast.ClassDef):
+                scopes.append(node)
+            elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                functions.append(node)
+    nominal = []
+    for function in functions:
+        words = (ast.get_docstring(function) or "").split()
+        public = not function.name.startswith("_")
+        if (public and not words) or (words and words[0].strip(".,:;").lower() in NOUN_BEGINNINGS):
+            nominal.append((function.lineno, function.name))
+    return sorted(nominal)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "def read(): pass",
+        "async def read(): pass",
+        "class Store:\n    def read(self): pass",
+        "def read():\n    'The rows.'",
+        "def _read():\n    'What is there: the rows.'",
+    ],
+)
+def test_a_docstring_that_says_not_what_the_function_does_is_seen(text: str) -> None:
+    assert list_nominal_docstrings(text)
+
+
+def test_what_the_tests_share_says_what_it_does() -> None:
+    assert len(SUPPORT) > 40 and not list_nominal_docstrings("def read():\n    'Return the rows.'\ndef _look(): pass")
+    nominal = {
+        f"{path.relative_to(TOP)}:{line}": name
+        for path in SUPPORT
+        for line, name in list_nominal_docstrings(path.read_text(encoding="utf-8"))
+    }
+    assert not nominal, f"begin their docstrings with a verb (Return, Write, Wait): {nominal}"

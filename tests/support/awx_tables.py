@@ -172,6 +172,7 @@ class Refused(Exception):
 
 class _SafeStringDumper(yaml.SafeDumper):
     def represent_data(self, data: Any) -> Any:
+        """Represent a text as `!unsafe`, and all else as usual."""
         return self.represent_scalar("!unsafe", data) if isinstance(data, str) else super().represent_data(data)
 
 

@@ -118,7 +118,7 @@ class Chaos:
         self.end = threading.Event()
 
     def client(self, seed: int) -> None:
-        """Create, renew, stop, destroy and leave sandboxes, whatever the answers are."""
+        """Create sandboxes; renew, stop or destroy each of them, whatever the answers are."""
         choice = random.Random(seed)
         number = 0
         while not self.end.is_set():
@@ -261,7 +261,7 @@ class Chaos:
             self.end.wait(choice.random())
 
     def fill_disk(self) -> None:
-        """Leave the records no room for some seconds; now and then the daemon is killed meanwhile."""
+        """Leave the records no room for some seconds, and now and then kill the daemon meanwhile."""
         assert self.disk is not None
         filler = self.disk / "filler"
         with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
@@ -277,7 +277,7 @@ class Chaos:
             self.daemons[0].start()
 
     def run(self, seconds: float) -> list[str]:
-        """Disturb for so many seconds; what does not hold afterwards is returned, a sentence each."""
+        """Disturb for so many seconds, and return a sentence for each promise that does not hold afterwards."""
         for daemon in self.daemons:
             daemon.start()
         clients = [threading.Thread(target=self.client, args=(number,), daemon=True) for number in range(CLIENTS)]
@@ -301,6 +301,7 @@ class Chaos:
         return self.judge()
 
     def judge(self) -> list[str]:
+        """Wait until everything is at its end, and return a sentence for each promise that does not hold then."""
         deadline = time.monotonic() + SETTLE_SECONDS
         while (problems := self.problems()) and time.monotonic() < deadline:
             self.remove_by_hand()
@@ -320,6 +321,7 @@ class Chaos:
                 self.counts["removed by hand"] += 1
 
     def logs(self) -> str:
+        """Return the logs of all daemons."""
         return "".join(daemon.log() for daemon in self.daemons)
 
     def _describe(self, record: Sandbox | None, uuid: str) -> str:
@@ -370,6 +372,7 @@ def enter_namespace() -> None:
 
 
 def main() -> int:
+    """Run as the command line says; return 1 if a promise was broken."""
     enter_namespace()
     parser = argparse.ArgumentParser(prog="chaos.py")
     parser.add_argument("--controllers", type=int, default=1)

@@ -29,7 +29,7 @@ LIBRARIES = os.environ.get("AGENTLAB_TEST_CLI_LIBRARIES")
 
 
 def environment(socket: str | Path | None, extra: Mapping[str, str] | None = None) -> dict[str, str]:
-    """A user's environment, with nothing of the test run in it."""
+    """Return a user's environment, with nothing of the test run in it."""
     env = {
         name: value
         for name, value in os.environ.items()
@@ -200,7 +200,7 @@ class StandIn:
 
 
 def sandbox(vmid: int, state: str = "RUNNING", **values: Any) -> dict[str, Any]:
-    """A sandbox as the API shows it."""
+    """Return a sandbox as the API shows it."""
     return {
         "uuid": f"0b0f7f2e-4c0a-4c39-8a55-{vmid:012d}",
         "vmid": vmid,
@@ -225,7 +225,7 @@ def sandbox(vmid: int, state: str = "RUNNING", **values: Any) -> dict[str, Any]:
 def outcome(
     vmid: int, word: str, *, state: str = "DESTROYED", previous: str = "TIMEOUT", **values: Any
 ) -> dict[str, Any]:
-    """An item's outcome as the API shows it."""
+    """Return an item's outcome as the API shows it."""
     return {
         "vmid": vmid,
         "uuid": f"0b0f7f2e-4c0a-4c39-8a55-{vmid:012d}",

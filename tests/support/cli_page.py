@@ -37,13 +37,13 @@ print(json.dumps(list(walk(root, []))))
 
 
 def commands() -> list[list[str]]:
-    """Every command and group, as words after ``agentlab``."""
+    """Return every command and group, as words after ``agentlab``."""
     listing = subprocess.run([PYTHON, "-c", _WALK], env=environment(None), capture_output=True, text=True, check=True)
     return list(json.loads(listing.stdout))
 
 
 def reference() -> str:
-    """A section for each: its help, without the global options, which stand in the first only."""
+    """Return a section for each command: its help. The global options stand in the first section only."""
     parts = []
     for words in commands():
         text = agentlab(*words, "--help").stdout.rstrip()
@@ -54,7 +54,8 @@ def reference() -> str:
 
 
 def _without(text: str, title: str) -> str:
-    before, _found, after = text.partition(f"\n{title}\n")
+    """Return the help without the section of that title."""
+    before, _title, after = text.partition(f"\n{title}\n")
     _options, blank, rest = after.partition("\n\n")
     return before.rstrip() + (f"\n\n{rest}" if blank else "")
 

@@ -81,7 +81,7 @@ class UnixConnection(http.client.HTTPConnection):
 
 
 def free_port() -> int:
-    """A TCP port of loopback that nobody listens on."""
+    """Return a TCP port of loopback that nobody listens on."""
     with contextlib.closing(socket.socket()) as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
@@ -94,7 +94,7 @@ def ask(
     body: Any = None,
     headers: dict[str, str] | None = None,
 ) -> Answer:
-    """One request; ``body`` is sent as JSON unless it is bytes."""
+    """Send one request and return the answer; ``body`` is sent as JSON unless it is bytes."""
     raw = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
     connection.request(
         method, path, raw, {"Content-Type": "application/json", **(headers or {})} if raw is not None else headers or {}
@@ -183,11 +183,11 @@ class Daemon:
         self.process.send_signal(number)
 
     def reload(self) -> None:
-        """SIGHUP; the caller waits for its effect."""
+        """Send SIGHUP; the caller waits for its effect."""
         self.signal(signal.SIGHUP)
 
     def stop(self, timeout: float = 30) -> int:
-        """SIGTERM, and the exit status."""
+        """Send SIGTERM, and return the exit status."""
         assert self.process is not None
         if self.process.poll() is None:
             self.signal(signal.SIGTERM)
@@ -196,7 +196,7 @@ class Daemon:
         return code
 
     def kill(self) -> None:
-        """SIGKILL: it gets no chance to say or write anything."""
+        """Send SIGKILL: the daemon gets no chance to say or write anything."""
         if self.process is not None:
             self.process.kill()
             self.process.wait(10)
@@ -208,20 +208,20 @@ class Daemon:
         self._sockets.cleanup()
 
     def rss(self) -> int:
-        """Resident memory in KiB."""
+        """Return the resident memory in KiB."""
         assert self.process is not None
         match = re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{self.process.pid}/status").read_text())
         assert match
         return int(match[1])
 
     def cpu(self) -> float:
-        """Seconds of processor time used so far."""
+        """Return the seconds of processor time used so far."""
         assert self.process is not None
         fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def metric(self, series: str) -> float:
-        """The value of a series, such as agentlab_prune_runs_total{result="ok"}; metrics_listen must be set."""
+        """Return the value of a series, such as agentlab_prune_runs_total{result="ok"}; metrics_listen must be set."""
         text = urllib.request.urlopen(f"http://{self.options['metrics_listen']}/metrics", timeout=20).read().decode()
         return float(next(line for line in text.splitlines() if line.startswith(series + " ")).split()[-1])
 
@@ -263,7 +263,7 @@ class Daemon:
         return self.request("POST", path, body)
 
     def good(self, method: str, path: str, body: Any = None, status: int = 200) -> Any:
-        """The body of an answer that must have that status."""
+        """Return the body of an answer that must have that status."""
         answer = self.request(method, path, body)
         assert answer.status == status, (answer.status, answer.body)
         return answer.body
@@ -275,7 +275,7 @@ Make = Callable[..., Daemon]
 
 @contextlib.contextmanager
 def daemon(folder: Path, environment: dict[str, str], *, start: bool = True, **options: Any) -> Iterator[Daemon]:
-    """A daemon for a test; it is killed at the end if the test did not stop it."""
+    """Yield a daemon for a test; it is killed at the end if the test did not stop it."""
     made = Daemon(folder, environment, **options)
     try:
         yield made.start() if start else made

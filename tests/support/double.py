@@ -37,11 +37,11 @@ class Double(ProxmoxDouble):
 
     @property
     def disks_lost(self) -> set[int]:
-        """VMIDs whose disks went although their configuration stayed."""
+        """Return the VMIDs whose disks went although their configuration stayed."""
         return {vm.vmid for vm in self.vms if getattr(vm, "disks_lost", False)}
 
     def make_foreign(self, vmid: int, *, tags: str | None = None, **values: Any) -> Any:
-        """As ProxmoxDouble's, with tags of its own."""
+        """Put a VM of somebody else in the place of whatever has the VMID, with tags of its own if they are named."""
         made = super().make_foreign(vmid, **values)
         if tags:
             made.config["tags"] = tags
@@ -52,6 +52,7 @@ class Double(ProxmoxDouble):
     async def task(
         self, node: str, ttype: str, tid: Any, user: str, body: Any, vm: Any = None, lock: bool = True, log: Any = ()
     ) -> Any:
+        """Start a task, and end it as task_endings says; return its id."""
         upid = await super().task(node, ttype, tid, user, body, vm=vm, lock=lock, log=log)
         ending = self.task_endings.get(ttype)
         record = self.tasks[upid]
@@ -84,11 +85,13 @@ class Server(DoubleServer):
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop:
-        """The loop the double runs on."""
+        """Return the loop that the double runs on."""
         return self._loop
 
     def environment(self, folder: str) -> dict[str, str]:
-        """What a user would set to reach it: records in ``folder``, and an empty configuration unless one is there."""
+        """Return what a user would set to reach it: records in ``folder``, and an empty configuration unless there is
+        one.
+        """
         configuration = Path(folder, "config.yaml")
         if not configuration.exists():
             configuration.touch()

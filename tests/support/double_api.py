@@ -38,7 +38,7 @@ def refusal_of(call: Callable[[], Any]) -> tuple[int, str]:
 
 
 def exit_status(api: Any, upid: str, seconds: float = 5) -> str:
-    """Exit status of a task."""
+    """Wait for the end of a task, at most so many seconds, and return its exit status."""
     node = upid.split(":")[1]
     until = time.monotonic() + seconds
     while time.monotonic() < until:

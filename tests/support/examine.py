@@ -15,7 +15,7 @@ from support.lab import Lab
 
 
 def examine(lab: Lab, *, bundle: bool | None = None, template: str | None = None, **options: Any) -> Any:
-    """The findings by check (those that are not ok first), or the bundle: with hosts (True) or without."""
+    """Return the findings by check (those that are not ok first), or the bundle: with hosts (True) or without."""
     settings = config.load({**lab.options, "database": lab.database, **options}, lab.server.environment(lab.folder))
     examiner = doctor.Doctor(settings, now=lab.clock)
     try:
@@ -33,7 +33,7 @@ def examine(lab: Lab, *, bundle: bool | None = None, template: str | None = None
 
 
 def not_well(lab: Lab, check: str, **options: Any) -> list[tuple[str, str]]:
-    """Status and meaning of the findings of one check that are not ok."""
+    """Return status and meaning of the findings of one check that are not ok."""
     report = examine(lab, **options)["report"]
     return [
         (finding.status, finding.meaning)

@@ -78,18 +78,22 @@ def answer(method: str, path: str, status: int) -> Callable[[Lab, int], Any]:
 
 
 def hang(method: str, path: str) -> Callable[[Lab, int], Any]:
+    """Return a fault: nothing is answered to these requests for two seconds."""
     return lambda lab, vmid: lab.pve.fault(method, path.replace("{vmid}", str(vmid)), "hang", seconds=2.0, times=9)
 
 
 def refuse(method: str, path: str, status: int, text: str) -> Callable[[Lab, int], Any]:
+    """Return a fault: Proxmox VE refuses these requests with this status and text."""
     return lambda lab, vmid: lab.pve.fail(method, path.replace("{vmid}", str(vmid)), status, text, times=9)
 
 
 def cut(kind: str) -> Callable[[Lab, int], Any]:
+    """Return a fault: the connection of the clone is cut, as ``kind`` says."""
     return lambda lab, _vmid: lab.pve.fault("POST", "/qemu/9000/clone", kind)
 
 
 def hide(lab: Lab, vmid: int) -> None:
+    """Take the right to see VM ``vmid`` away, and leave the rights on all others."""
     for other in {9000, 500, *range(1000, 1100)} - {vmid}:
         lab.pve.grant(TOKEN_ID, f"/vms/{other}", "VM.Audit", "VM.Allocate", "VM.PowerMgmt", "VM.Config.Options")
     lab.pve.grant(TOKEN_ID, "/", "Sys.Audit")
@@ -109,6 +113,8 @@ def fail_task(kind: str, text: str, *log: str) -> Callable[[Lab, int], Any]:
 
 
 def stop_first(then: Callable[[Lab, int], Any]) -> Callable[[Lab, int], Any]:
+    """Return a fault that happens to a sandbox that was stopped before."""
+
     def fail(lab: Lab, vmid: int) -> None:
         lab.power("stop", vmid)
         then(lab, vmid)
@@ -117,6 +123,7 @@ def stop_first(then: Callable[[Lab, int], Any]) -> Callable[[Lab, int], Any]:
 
 
 def lose_quorum(lab: Lab, _vmid: int) -> None:
+    """Let the cluster lose its quorum."""
     lab.pve.lose_quorum()
 
 

@@ -73,6 +73,7 @@ class Case:
 
     @property
     def title(self) -> str:
+        """Return a sentence that names this case in the messages of tests."""
         asked = f" ({self.operation}, force={self.force})" if self.kind == "destroy" else ""
         return (
             f"{self.vmid}: {self.kind}{asked}, {self.phase}{', awaited' if self.awaited else ''}, record {self.state}, "
@@ -207,6 +208,7 @@ class World:
             self.lab.pve.remove_vm(vmid)
 
     def check_strangers(self) -> None:
+        """Assert that every stranger's VM is as it was, and that no request touched it."""
         for vmid, before in self.strangers.items():
             vm = self.lab.pve.vm(vmid)
             assert vm is not None and {"config": vm.config, "status": vm.status} == before, self.cases[vmid].title

@@ -232,7 +232,7 @@ class Lab:
         ctx.records.release(claim)
 
     def pass_whole_life(self) -> None:
-        """Create, stop, start and destroy a sandbox, so that each kind of request is sent once."""
+        """Take a sandbox through creation, stop, start and destroy, so that each kind of request is sent once."""
         made = self.create(cores=3, memory=1024, disk_size="20G", bridge="vmbr1", ip_config="ip=dhcp", wait_for_ip=True)
         self.power("stop", made.vmid)
         self.power("start", made.vmid)

@@ -61,6 +61,8 @@ SETTLE_SECONDS = 120.0
 
 @dataclass
 class Child:
+    """One controller: its process, its name on the command line, and the id that the database gave it."""
+
     process: subprocess.Popen[str]
     name: str
     id: str = ""
@@ -68,6 +70,8 @@ class Child:
 
 @dataclass
 class Figures:
+    """What a run counted, measured, and saw broken."""
+
     seconds: float = 0.0
     operations: Counter[str] = field(default_factory=Counter)
     refused: Counter[str] = field(default_factory=Counter)
@@ -88,6 +92,8 @@ class Figures:
         return [*self.double, *self.lost, *self.strangers, *late, *self.other]
 
     def table(self) -> str:
+        """Return the figures as a table of Markdown."""
+
         def longest(values: list[float]) -> str:
             return f"{len(values)}, the longest {max(values):.1f} s" if values else "0"
 
@@ -137,6 +143,7 @@ class Run:
             self.start(str(number))
 
     def start(self, name: str) -> None:
+        """Start a controller of that name, and a thread that listens to it."""
         job = {
             "name": name,
             "seed": self.random.randrange(10**9),
@@ -155,6 +162,7 @@ class Run:
         threading.Thread(target=self.listen, args=(child,), daemon=True).start()
 
     def listen(self, child: Child) -> None:
+        """Hand each line that a controller prints to the method of its first word, until the process ends."""
         assert child.process.stdout is not None
         for line in child.process.stdout:
             try:
@@ -166,36 +174,44 @@ class Run:
                 getattr(self, f"hear_{word.replace(' ', '_')}")(child, *values)
 
     def hear_ready(self, child: Child, controller: str) -> None:
+        """Note the id of a controller that is connected."""
         child.id = controller
 
     def hear_wrote(self, child: Child, what: str, sandbox: str | None = None, generation: int = 0) -> None:
+        """Count a write that the records confirmed, and keep the newest generation of its sandbox."""
         self.figures.operations[what] += 1
         self.confirmed += 1
         if sandbox is not None:
             self.generations[sandbox] = max(generation, self.generations.get(sandbox, 0))
 
     def hear_refused(self, child: Child, why: str) -> None:
+        """Count a refusal."""
         self.figures.refused[why] += 1
 
     def hear_trace(self, child: Child, text: str) -> None:
+        """Keep a traceback, which is a defect."""
         self.figures.other.append(f"controller {child.name}: {text}")
 
     def hear_leads(self, child: Child, at: float) -> None:
+        """Note the new leader, and how long there was none."""
         if self.without_leader is not None:
             self.figures.jobs.append(max(0.0, at - max(self.without_leader, self.server_back)))
         self.leader, self.without_leader = child, None
 
     def hear_took_over(self, child: Child, controller: str, at: float) -> None:
+        """Note how long the claim of a dead controller stood."""
         if controller in self.dead:
             self.figures.claims.append(max(0.0, at - max(self.dead[controller], self.commits_back)))
 
     def hear_stopped(self, child: Child, retries: int, reconnects: int, takeovers: int) -> None:
+        """Count a controller that has stopped its work."""
         self.figures.retries += retries
         self.stopped += 1
 
     # ---- disturbing ----
 
     def kill(self) -> None:
+        """Kill a controller, and start another of its name some seconds later."""
         child = self.random.choice(self.children)
         child.process.kill()
         child.process.wait()
@@ -208,6 +224,7 @@ class Run:
         self.start(child.name)
 
     def disturb_server(self, what: str) -> None:
+        """Cut the connections, restart the server or let the standby take its place."""
         if what == "failovers":
             # An unsynchronised standby would lose commits: a failover tool does not promote it.
             state = "SELECT 1 FROM pg_stat_replication WHERE sync_state = 'sync'"
@@ -219,9 +236,11 @@ class Run:
         self.commits_back = time.monotonic() if what != "cuts" else self.commits_back
 
     def note_back(self) -> None:
+        """Note that the server takes connections again."""
         self.server_back = time.monotonic()
 
     def add_stranger(self) -> str:
+        """Put a stranger's VM at some VMID; return what it was, for the table."""
         taken = self.cluster.add_stranger(self.random.randint(*RANGE))
         return "strangers' VMs in the place of ours" if taken else "strangers' VMs"
 
@@ -236,6 +255,7 @@ class Run:
         )
 
     def run(self, operations: int) -> Figures:
+        """Let the controllers do so many operations, disturb them meanwhile, and return the judged figures."""
         began = time.monotonic()
         reader = Reader(self.postgres.address)
         for after, what in self.plan(operations):
@@ -264,16 +284,19 @@ class Run:
         return self.figures
 
     def settle(self) -> None:
-        left = "SELECT (SELECT count(*) FROM claims) + (SELECT count(*) FROM operations)"
+        """Wait until no claim and no journal entry is there, for two minutes at most."""
+        unfinished = "SELECT (SELECT count(*) FROM claims) + (SELECT count(*) FROM operations)"
         with contextlib.suppress(AssertionError):
-            wait_for(lambda: self.sql(left)[0][0] == 0, "everything is finished", SETTLE_SECONDS)
+            wait_for(lambda: self.sql(unfinished)[0][0] == 0, "everything is finished", SETTLE_SECONDS)
 
     def sql(self, text: str) -> list[Any]:
+        """Run a query on the records and return its rows."""
         return self.postgres.primary.execute(text, self.postgres.address.partition("?")[0].rpartition("/")[2])
 
     # ---- judging ----
 
     def judge(self, destroyed: set[str]) -> None:
+        """Compare the records with all that was confirmed, and with the VMs."""
         figures = self.figures
         figures.double += self.cluster.double
         figures.strangers += self.cluster.strangers
@@ -295,6 +318,7 @@ class Run:
         self.judge_events(records)
 
     def judge_vms(self, records: dict[str, Any]) -> None:
+        """Look whether each VM of ours has a live record."""
         for vmid, vm in self.cluster.vms.items():
             if vm.owner is None:
                 continue
@@ -317,6 +341,7 @@ class Run:
                 self.figures.lost.append(f"{sandbox} is {state}, and its events end in {last.get(sandbox)}")
 
     def close(self) -> None:
+        """End all controllers, the cluster and the servers."""
         for child in self.children:
             child.process.kill()
             child.process.wait()
@@ -364,6 +389,7 @@ class Reader:
 
 
 def wait_for(condition: Callable[[], bool], what: str, seconds: float) -> None:
+    """Wait until the condition is true; fail after so many seconds."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"not within {seconds:.0f} s: {what}"
@@ -371,6 +397,7 @@ def wait_for(condition: Callable[[], bool], what: str, seconds: float) -> None:
 
 
 def main() -> int:
+    """Run as the command line says; return 1 if a promise was broken."""
     parser = argparse.ArgumentParser(prog="operations.py")
     parser.add_argument("--controllers", type=int, default=3)
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randint(0, 999999))

@@ -19,6 +19,8 @@ from ansible_collections.agentlab.proxmox.plugins.module_utils._core.proxmox imp
 
 @dataclass
 class Vm:
+    """A VM: its configuration, and the UUID of the sandbox that it belongs to; None for a stranger's VM."""
+
     config: dict[str, Any]
     owner: str | None
 
@@ -54,6 +56,7 @@ class Cluster:
                 connection.send(getattr(self, word)(*values))
 
     def config(self, vmid: int) -> dict[str, Any] | None:
+        """Return the configuration of a VM, or None if there is none."""
         with self._lock:
             return copy.copy(self.vms[vmid].config) if vmid in self.vms else None
 
@@ -85,11 +88,13 @@ class Cluster:
             return True
 
     def _judge_fence(self, owner: str, fence: int, what: str) -> None:
+        """Note a request with an older fence than an earlier request about the same sandbox."""
         if fence < self.fences.get(owner, 0):
             self.double.append(f"{what} of {owner} with fence {fence}, after {self.fences[owner]}")
         self.fences[owner] = max(fence, self.fences.get(owner, 0))
 
     def close(self) -> None:
+        """Take no further connections."""
         self._listener.close()
 
     def add_stranger(self, vmid: int) -> bool:

@@ -74,10 +74,12 @@ class Controller:
         self.id = str(self.database.controller)
 
     def tell(self, what: str, *values: Any) -> None:
+        """Print one line for the parent."""
         with self._print:
             print(json.dumps([what, *values]), flush=True)
 
     def ask(self, *request: Any) -> Any:
+        """Send the cluster one request and return its answer."""
         if not hasattr(self._local, "connection"):
             self._local.connection = Client(self.cluster_path, "AF_UNIX")
         self._local.connection.send(request)
@@ -88,6 +90,7 @@ class Controller:
         self.tell("wrote", what, *((record.uuid, record.generation) if record else ()))
 
     def run(self) -> None:
+        """Work until the parent says stop, and lead jobs until it closes the input."""
         self.tell("ready", self.id)
         threads = [threading.Thread(target=self.work, args=(number,), daemon=True) for number in range(THREADS)]
         threads.append(threading.Thread(target=self.lead, daemon=True))
@@ -116,6 +119,7 @@ class Controller:
             self.tell("trace", traceback.format_exc())
 
     def work(self, number: int) -> None:
+        """Take one random step after another."""
         choice = random.Random(f"{self.job['seed']}-{number}")
         while not self.end.is_set():
             live = self.read_live()
@@ -134,6 +138,7 @@ class Controller:
 
     @contextlib.contextmanager
     def claimed(self, sandbox: Sandbox, operation: str) -> Iterator[tuple[Claim, Sandbox]]:
+        """Yield the claim of a sandbox and its record as it is then."""
         claim = self.records.claim(sandbox.uuid, operation)
         self.wrote("claim")
         try:
@@ -142,21 +147,25 @@ class Controller:
             self.records.release(claim)
 
     def change(self, claim: Claim, sandbox: Sandbox, operation: str, **values: Any) -> Sandbox:
+        """Move a sandbox to another state, and tell of it."""
         after = self.records.change(claim, sandbox, operation, **values)
         self.wrote("transition", after)
         return after
 
     def journal(self, claim: Claim, kind: str, phase: str) -> None:
+        """Write a journal entry, and tell of it."""
         self.records.journal(claim, kind, phase, {})
         self.wrote("journal")
 
     def judge(self, sandbox: Sandbox) -> identity.Verdict | None:
+        """Return whose VM has the sandbox's VMID; None if there is none."""
         config = self.ask("config", sandbox.vmid)
         return None if config is None else identity.judge(sandbox.uuid, sandbox.smbios_uuid, config)
 
     # ---- what a controller does ----
 
     def create(self, choice: random.Random, live: list[Sandbox]) -> None:
+        """Reserve a sandbox, clone its VM and bring it to RUNNING. A VMID that is taken is changed."""
         self.number += 1
         ttl = choice.randint(5, 60)
         sandbox = Sandbox(
@@ -191,6 +200,7 @@ class Controller:
             self.records.release(claim)
 
     def renew(self, choice: random.Random, live: list[Sandbox]) -> None:
+        """Renew the lease of a running sandbox."""
         running = [sandbox for sandbox in live if sandbox.state == states.RUNNING]
         if running:
             now = self.records.clock.now()
@@ -198,6 +208,7 @@ class Controller:
             self.wrote("renewal", renewed)
 
     def power(self, choice: random.Random, live: list[Sandbox]) -> None:
+        """Stop or start a sandbox whose VM is proven to be ours."""
         settled = [sandbox for sandbox in live if sandbox.state in (states.RUNNING, states.STOPPED, states.TIMEOUT)]
         if not settled:
             return
@@ -258,6 +269,7 @@ class Controller:
     # ---- jobs: leases end on every controller, the rest is the leader's ----
 
     def lead(self) -> None:
+        """Expire leases, and lead reconcile and cleanup whenever no other controller does."""
         led = False
         while True:
             time.sleep(0.2)
@@ -275,6 +287,7 @@ class Controller:
                 self.attempt(self.clean_up)
 
     def expire(self) -> None:
+        """Expire all leases that are over."""
         now = self.records.clock.now()
         over = overview.over(self.records, now)
         if not over:
@@ -305,6 +318,7 @@ class Controller:
                 self.records.release(claim)
 
     def clean_up(self) -> None:
+        """Forget records that were destroyed some time ago."""
         for _record in range(history.forget(self.records, KEPT_SECONDS, 200)):
             self.wrote("forgotten record")
 

@@ -26,12 +26,12 @@ _LONGEST = 80
 
 
 def blocks(page: Path, language: str) -> list[str]:
-    """The fenced blocks of that language."""
+    """Return the fenced blocks of that language."""
     return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
 
 
 def commands(page: Path) -> list[str]:
-    """Every command of the console blocks, continued lines joined, without prompt and comment.
+    """Return every command of the console blocks, continued lines joined, without prompt and comment.
 
     Output is left out: it has no prompt.
     """
@@ -51,13 +51,13 @@ def commands(page: Path) -> list[str]:
 
 
 def inline(page: Path, program: str) -> list[str]:
-    """The commands of that program that stand in the text."""
+    """Return the commands of that program that stand in the text."""
     text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
     return [" ".join(command.split()) for command in re.findall(rf"`({program} [a-z-]{{2}}[^`]*)`", text)]
 
 
 def words(command: str) -> list[str]:
-    """As a shell would split it, the first of several commands of a pipe only."""
+    """Split a command as a shell would; of several commands of a pipe, the first alone."""
     return shlex.split(re.split(r" (?:\||&&|>) ", command)[0])
 
 
@@ -67,7 +67,7 @@ Template = tuple[str, ...]
 
 
 def sources() -> Iterator[Path]:
-    """All Python code that says something to users."""
+    """Yield all Python code that says something to users."""
     yield from sorted((ROOT / "plugins").rglob("*.py"))
     for part in ("agentlabd", "agentlab_cli"):
         yield from sorted((ROOT / "roles/agentlabd/files" / part).rglob("*.py"))
@@ -76,8 +76,9 @@ def sources() -> Iterator[Path]:
 
 @cache
 def templates() -> tuple[Template, ...]:
-    """Every text of the code (no comments, no docstrings) and of the playbooks as its constant pieces; between two
-    of them is what is filled in.
+    """Return every text of the code (no comments, no docstrings) and of the playbooks as its constant pieces.
+
+    Between two pieces is what is filled in.
     """
     texts: set[Template] = set()
     for path in sources():
@@ -102,14 +103,16 @@ def templates() -> tuple[Template, ...]:
 
 
 def said(message: str) -> bool:
-    """Whether the code has a text that this quotation is (a part of). ``...`` in it stands for what was filled in."""
+    """Return whether the code has a text that this quotation is (a part of). ``...`` in it stands for what was filled
+    in.
+    """
     parts = [part.strip() for part in message.split("...")]
     parts = [part for part in parts if re.search(r"[A-Za-z]{2}", part)]
     return bool(parts) and any(all(_within(part, template) for part in parts) for template in templates())
 
 
 def _within(part: str, template: Template) -> bool:
-    """Whether the text is a part of the template filled in, at least a third of it being the template's own words."""
+    """Return whether the text is a part of the filled template, at least a third being the template's own words."""
     pieces = list(template)
     for number, piece in enumerate(pieces):
         for offset in range(len(piece) + 1) if number or piece else (0,):
@@ -124,7 +127,7 @@ def _within(part: str, template: Template) -> bool:
 
 
 def _matched(text: str, pieces: list[str]) -> int | None:
-    """How many characters are literal when the text begins with the first piece; None when it does not."""
+    """Return how many characters are literal when the text begins with the first piece; None when it does not."""
     head = pieces[0]
     if head.startswith(text):
         return len(text)
@@ -135,7 +138,7 @@ def _matched(text: str, pieces: list[str]) -> int | None:
 
 
 def _filled(text: str, pieces: list[str]) -> int | None:
-    """The same where the text begins with something filled in."""
+    """Return how many characters are literal when the text begins with something filled in; None when it cannot."""
     best = 0 if len(text) <= _LONGEST else None
     for length in range(1, min(len(text), _LONGEST) + 1):
         values = _matched(text[length:], pieces) if pieces[0] and pieces[0][:1] == text[length : length + 1] else None

@@ -64,18 +64,18 @@ class Run:
 
     @property
     def warnings(self) -> list[str]:
-        """Every warning, deprecation and traceback in the output, and what modules returned of the first two."""
+        """Return every warning, deprecation and traceback in the output, and what modules returned of the first two."""
         lines = [line.strip() for line in _COLOUR.sub("", self.output).splitlines() if _BAD.search(line)]
         for entry in self.results:
             lines += [str(text) for key in ("warnings", "deprecations") for text in entry["result"].get(key) or ()]
         return lines
 
     def all(self, task: str) -> list[dict[str, Any]]:
-        """Entries of the task with that name, loop items included."""
+        """Return the entries of the task with that name, loop items included."""
         return [entry for entry in self.results if entry["task"] == task]
 
     def entry(self, task: str) -> dict[str, Any]:
-        """The last entry of the task with that name; raises when it never ran."""
+        """Return the last entry of the task with that name; raise when it never ran."""
         entries = [entry for entry in self.all(task) if not entry.get("item")]
         if not entries:
             raise AssertionError(
@@ -84,7 +84,7 @@ class Run:
         return entries[-1]
 
     def result(self, task: str) -> dict[str, Any]:
-        """What that task returned."""
+        """Return what that task returned."""
         return self.entry(task)["result"]
 
     def status(self, task: str) -> str:
@@ -93,7 +93,7 @@ class Run:
 
     @property
     def last(self) -> dict[str, Any]:
-        """What the last task returned."""
+        """Return what the last task returned."""
         if not self.results:
             raise AssertionError(f"no task ran\n{self.output}")
         return self.results[-1]["result"]
@@ -106,7 +106,7 @@ class Run:
         ]
 
     def ok(self, warnings: bool = False) -> Run:
-        """Insist on success, and on no warnings unless they are allowed; returns self."""
+        """Insist on success, and on no warnings unless they are allowed; return self."""
         if self.rc != 0 or (self.warnings and not warnings):
             raise AssertionError(f"rc={self.rc} warnings={self.warnings}\n{self.output}")
         return self
@@ -276,8 +276,9 @@ def run_command(command: list[str], env: Mapping[str, str], tmp_path: Path, time
 
 
 def collections_path(tmp_path: Path) -> Path:
-    """A folder that holds this checkout as ansible_collections/agentlab/proxmox: the checkout's own, or one made
-    here.
+    """Return a folder that holds this checkout as ansible_collections/agentlab/proxmox.
+
+    It is the checkout's own folder, or one that is made here.
     """
     own = REPO / ".collections"
     if (own / "ansible_collections" / "agentlab" / "proxmox").is_dir():
@@ -372,7 +373,7 @@ def _tool(name: str) -> str:
 
 
 def _fresh(folder: Path, stem: str, suffix: str) -> Path:
-    """A name nobody has used in the folder; claimed, so that plays may run side by side."""
+    """Return a name that nobody has used in the folder. It is claimed, so that plays may run side by side."""
     number = 0
     while True:
         path = folder / f"{stem}-{number}{suffix}"

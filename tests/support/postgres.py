@@ -198,6 +198,7 @@ class Pair:
             self._follow(port)
 
     def destroy(self) -> None:
+        """End both servers and remove their folders."""
         self.standby.destroy()
         self.primary.destroy()
 

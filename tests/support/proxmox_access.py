@@ -74,7 +74,7 @@ def split_tags(text: Any) -> list[str]:
 
 
 class AccessRules(FakePve):
-    """Mixin of ProxmoxDouble. The module's docstring says how tests use it."""
+    """Who may do what on the double. The module's docstring says how tests use it."""
 
     acl: dict[str, list[Grant]] | None
     apitokens: dict[str, str]
@@ -83,6 +83,7 @@ class AccessRules(FakePve):
     vms: list[Any]
 
     def _reset_access(self) -> None:
+        """Set everything that tests switch in this part."""
         # Paths on which everybody but root@pam has the role NoAccess.
         self.no_access: set[str] = set()
         # Tokens with privilege separation.
@@ -118,7 +119,7 @@ class AccessRules(FakePve):
         storage: str = "local-lvm",
         bridge: str = "vmbr0",
     ) -> None:
-        """What the product needs and no more, for a user or token: on /vms, on a pool (made here), or on single VMIDs.
+        """Grant a user or token what the product needs and no more: on /vms, on a pool (made here), or on single VMIDs.
 
         Permissions count for everybody from now on.
         """
@@ -154,7 +155,7 @@ class AccessRules(FakePve):
         return self._add_up_grants(tuple(dict.fromkeys((user, owner))), path)
 
     def _add_up_grants(self, names: tuple[str, ...], path: str) -> set[str]:
-        """Return what grants for these names give on a path: the path's own roles, then those of the pools it is in."""
+        """Return the privileges that grants for these names give on a path: its own roles, then those of its pools."""
         if self.acl is None:
             return set() if self.no_access & {path, *self._list_pool_paths(path)} else set(PRIVILEGES)
         held = self._walk_path(names, path)
@@ -186,6 +187,7 @@ class AccessRules(FakePve):
         return held
 
     def _list_pool_paths(self, path: str) -> list[str]:
+        """Return the paths of the pools that the VM or the storage of a path belongs to."""
         kind, _slash, name = path.strip("/").partition("/")
         if kind == "vms" and name.isdigit():
             return [f"/pool/{pool}" for pool, vmids in self.pools.items() if int(name) in vmids]
@@ -210,7 +212,9 @@ class AccessRules(FakePve):
         return "VM.Config.Cloudinit" if CLOUDINIT_KEY.match(key) else super()._config_priv(key)
 
     def _vm(self, request: web.Request, priv: str | None = None) -> Any:
-        """Rights are looked at before the VM is: without them one that is not there answers 403 as well."""
+        """Check the rights before the VM is looked up: without them a VM that does not exist is answered with 403 as
+        well.
+        """
         path = "/vms/" + request.match_info["vmid"]
         if request.match_info["vmid"].isdigit():
             if priv:
@@ -229,7 +233,7 @@ class AccessRules(FakePve):
         ]
 
     async def _users(self, _values: dict[str, Any], user: str) -> list[dict[str, Any]]:
-        """Users whose groups one may audit; without that oneself."""
+        """Return the users whose groups the caller may audit; without that right, the caller alone."""
         everybody = sorted(self.access.users) if self.access else []
         audit = self.allowed(user, "/access/groups", "Sys.Audit")
         return [{"userid": name, "enable": 1} for name in everybody if name == user or audit]
@@ -260,6 +264,7 @@ class AccessRules(FakePve):
         return {path: privs for path, privs in held.items() if privs}
 
     def _list_privileges(self, user: str, path: str) -> set[str]:
+        """Return the privileges as Proxmox VE lists them."""
         # VM.Config.Network serves for cloud-init keys in the double's checks; Proxmox VE lists only what was granted.
         return {priv for priv in self.privileges(user, path) if priv in PRIVILEGES}
 
@@ -271,6 +276,7 @@ class AccessRules(FakePve):
         return self._list_entries() if self.allowed(user, "/access", "Sys.Audit") else []
 
     def _list_entries(self) -> list[dict[str, Any]]:
+        """Return the entries of the ACL as the API lists them."""
         if self.access is not None:
             return [entry.public() for entry in self.access.entries]
         if self.acl is None and not self.no_access:
@@ -293,7 +299,7 @@ class AccessRules(FakePve):
         ]
 
     async def _roles(self, _values: dict[str, Any], _user: str) -> list[dict[str, Any]]:
-        """Every user that is logged in may read the roles."""
+        """Return all roles. Every user that is logged in may read them."""
         roles: dict[str, set[str]] = {"Administrator": set(PRIVILEGES), "NoAccess": set()}
         if self.access is not None:
             roles = self.access.roles

@@ -41,6 +41,7 @@ class AgentRules(FakePve):
     """How the double answers requests to guest agents. The module's docstring says how tests use it."""
 
     def _reset_agent(self) -> None:
+        """Set everything that tests switch in this part."""
         self.machines: dict[int, Guest] = {}
         self.agent_nap = 0.0
         self.agent_hurry = 20.0
@@ -71,6 +72,7 @@ class AgentRules(FakePve):
     # ------------------------------------------------------------------ an agent that comes up
 
     def start_agent(self, vm: Any) -> None:
+        """Let the agent of a running VM answer after agent_delay, and cloud-init end after cloud_init_delay."""
         enabled = re.match(r"(enabled=)?(1|yes|on|true)\b", str(vm.config.get("agent", "0")))
         if not (self.agent_default and enabled and vm.agent is None):
             return
@@ -114,8 +116,8 @@ class AgentRules(FakePve):
             up()
 
     def address_of(self, vmid: int) -> str:
-        """The address a started VM's agent answers: the one in ipconfig0, or one of 192.0.2.0/24 that stays with the
-        VMID.
+        """Return the address that a started VM's agent answers: that of ipconfig0, or one of 192.0.2.0/24 that stays
+        with the VMID.
         """
         vm = self.vm(vmid)
         static = re.search(r"ip=(\d+\.\d+\.\d+\.\d+)", str(vm.config.get("ipconfig0", ""))) if vm else None
@@ -124,6 +126,7 @@ class AgentRules(FakePve):
     # ------------------------------------------------------------------ requests
 
     async def _agent_call(self, match: Any, values: dict[str, Any]) -> Any:
+        """Answer one request to an agent: by the guest of the VM, or by what the test put into vm.agent."""
         vm = self.find(values["node"], values["vmid"])
         command = match.template.rsplit("/", 1)[1]
         if vm.status != "running":
@@ -151,6 +154,7 @@ class AgentRules(FakePve):
 
     @staticmethod
     def _read_named_file(vm: Any, path: str) -> dict[str, Any]:
+        """Return the content of a file that the test put into vm.agent."""
         files = (vm.agent or {}).get("files") or {}
         if path not in files:
             raise PveError(500, f"Agent error: failed to open file '{path}' (mode: 'r'): No such file or directory")
@@ -189,6 +193,7 @@ class AgentRules(FakePve):
                 guest.served = time.monotonic()
 
     def _check_bounds(self, command: str, values: dict[str, Any]) -> None:
+        """Refuse values that the API refuses: too long, not ASCII, or unknown to Proxmox VE 8."""
         data = str(values.get("input-data") or "")
         content = str(values.get("content") or "")
         for name, text, most in (("input-data", data, LARGEST_INPUT), ("content", content, LARGEST_CONTENT)):
@@ -209,6 +214,7 @@ class AgentRules(FakePve):
                 raise PveError(400, "Parameter verification failed.", dict.fromkeys(unknown, text))
 
     async def _serve_agent(self, guest: Guest, vm: Any, command: str, values: dict[str, Any], rpc: str) -> Any:
+        """Carry out one command in the guest and return its answer. Raises TimeoutError where the agent is too late."""
         frozen = guest.take_freeze()
         if frozen:
             guest.freeze(frozen / self.agent_hurry)

@@ -34,6 +34,7 @@ class ClusterRules(FakePve):
     """What the double tells of cluster and nodes. The module's docstring says how tests use it."""
 
     def _reset_cluster(self) -> None:
+        """Set everything that tests switch in this part."""
         self.ca_fingerprint = _make_fingerprint()
         # Answered as one node that was never part of a cluster: /cluster/status has no entry for a cluster.
         self.standalone = False
@@ -56,6 +57,7 @@ class ClusterRules(FakePve):
     # ------------------------------------------------------------------ lists
 
     async def _resources(self, request: web.Request) -> web.Response:
+        """Return the list of all VMs, nodes and storages as the caller may see them."""
         response = await super()._resources(request)
         data = json.loads(response.text)["data"]
         now = time.time()
@@ -86,6 +88,7 @@ class ClusterRules(FakePve):
         )
 
     async def _cluster_status(self, request: web.Request) -> web.Response:
+        """Return the cluster's status, whose quorum may be older than the truth."""
         if self.acl is not None:
             self.require(request[USER], "/", "Sys.Audit")
         response = await super()._cluster_status(request)
@@ -100,6 +103,7 @@ class ClusterRules(FakePve):
         return web.json_response({"data": data})
 
     async def _nodes(self, request: web.Request) -> web.Response:
+        """Return the list of nodes, with figures where the caller may see them."""
         response = await super()._nodes(request)  # type: ignore[misc]
         return web.json_response(
             {"data": [self._node_row(row, request[USER]) for row in json.loads(response.text)["data"]]}
@@ -139,6 +143,7 @@ class ClusterRules(FakePve):
         return [("GET", "/cluster/ha/status/current", self._ha_status)]
 
     async def _ha_status(self, values: dict[str, Any], user: str) -> list[dict[str, Any]]:
+        """Return the status of high availability. Its row `quorum` tells the truth unless stale_quorum is set."""
         self.require(user, "/", "Sys.Audit")
         asked = sorted(self.nodes)[0]
         quorate = int(self.quorate or self.stale_quorum)
@@ -191,6 +196,7 @@ class ClusterRules(FakePve):
         return rows
 
     def _read_figures(self, node: str) -> dict[str, Any]:
+        """Return what a node has and uses."""
         # Room for as many sandboxes as a test likes; whoever tests a full node sets node_figures.
         stats = {**super()._node_stats(True), "maxmem": 512 * 1024**3}  # type: ignore[misc]
         return {**stats, **self.node_figures.get(node, {})}

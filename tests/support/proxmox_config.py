@@ -38,6 +38,7 @@ class ConfigRules(FakePve):
     """How the double keeps configurations. The module's docstring says how tests use it."""
 
     def _reset_config(self) -> None:
+        """Set everything that tests switch in this part."""
         # False: running guests take no disk and let none go; the change stays pending until the next start.
         self.hotplug = True
         self.unplug_refused: bool | set[int] = False
@@ -63,6 +64,7 @@ class ConfigRules(FakePve):
         return web.json_response({"data": config})
 
     async def _apply_config(self, vm: Any, user: str, p: dict[str, Any]) -> None:
+        """Carry out one write of a configuration, or refuse it."""
         updates = dict(p)
         if updates.get("skiplock") and user != "root@pam":
             raise param_error(skiplock="Only root may use this option.")
@@ -114,7 +116,7 @@ class ConfigRules(FakePve):
             raise PveError(500, missing)
 
     def _complete_drive(self, vm: Any, user: str, key: str, value: str) -> str:
-        """What the configuration says once the volume is made or found."""
+        """Return what the configuration says of a drive once its volume is made or looked up."""
         volume, props = split_drive(value)
         if volume.endswith(":cloudinit"):
             return join_drive(self.add_cloudinit_volume(volume_ref(volume)[0], vm.vmid), dict(props, media="cdrom"))
@@ -136,8 +138,10 @@ class ConfigRules(FakePve):
         return join_drive(volume, dict(props, size=format_size(int(known["size"])))) if known.get("size") else value
 
     def _put_disk_aside(self, vm: Any, key: str, value: Any, force: bool) -> None:
-        """A disk taken off: the VM's own becomes unusedN (or goes, when it was unused or with force), another
-        owner's just goes away.
+        """Take the volume of a deleted disk off the VM.
+
+        The VM's own volume becomes unusedN; it is freed with force, or when it was unused already. A volume of another
+        owner just leaves the configuration.
         """
         # What is put aside is no device of the guest's: it goes at once.
         if key in vm.pending and (key.startswith("unused") or (HOTPLUGGED.match(key) and self.hotplug)):

@@ -93,14 +93,17 @@ class DoubleServer:
 
     @property
     def url(self) -> str:
+        """Return the address, such as https://127.0.0.1:41001."""
         return self.pve.url
 
     @property
     def port(self) -> int:
+        """Return the port on which the double listens."""
         return self.pve.port
 
     @property
     def host(self) -> str:
+        """Return the address of the interface on which the double listens."""
         return self.pve.host
 
     def _run(self) -> None:
@@ -108,6 +111,7 @@ class DoubleServer:
         self._loop.run_forever()
 
     def start(self) -> DoubleServer:
+        """Make a certificate, run setup(pve), and return this server when it listens."""
         self._folder = tempfile.TemporaryDirectory(prefix="proxmox-double-")
         self.cafile, keyfile, _der = make_cert(self._folder.name, hosts=self._names)
         if self._setup is not None:
@@ -121,6 +125,7 @@ class DoubleServer:
         return self
 
     def stop(self) -> None:
+        """Stop the double, its thread and its event loop."""
         try:
             asyncio.run_coroutine_threadsafe(self.pve.stop(), self._loop).result(30)
         finally:

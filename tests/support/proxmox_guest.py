@@ -182,7 +182,7 @@ class Guest:
             self.kill_all()
 
     def reboot(self) -> None:
-        """Reboot: all programs end, and the folder /run is emptied."""
+        """Reboot the guest: all programs end, and the folder /run is emptied."""
         self.restart(kill=True)
         shutil.rmtree(self.folder / "run")
         (self.folder / "run").mkdir()

@@ -33,6 +33,7 @@ class HttpRules(FakePve):
     """How the double answers over HTTP. The module's docstring says how tests use it."""
 
     def _reset_http(self) -> None:
+        """Set everything that tests switch in this part."""
         self.loop: asyncio.AbstractEventLoop | None = None
         self.loop_thread: int | None = None
         # Called with (method, path) before a request is handled, and after it was, on the server's thread; may be
@@ -104,6 +105,7 @@ class HttpRules(FakePve):
         self.failures.clear()
 
     def _take_fault(self, method: str, path: str, template: str) -> dict[str, Any] | None:
+        """Return the first fault that fits the request, and count it down."""
         with self._guard:
             for fault in self.faults:
                 suffix = fault["suffix"]
@@ -117,6 +119,7 @@ class HttpRules(FakePve):
     # ------------------------------------------------------------------ the server
 
     async def start(self, certfile: str, keyfile: str) -> None:
+        """Serve with this certificate, and remember the thread that serves."""
         self.loop = asyncio.get_running_loop()
         self.loop_thread = threading.get_ident()
         self._stopping = asyncio.Event()
@@ -125,6 +128,7 @@ class HttpRules(FakePve):
         self.runner._shutdown_timeout = 0.5
 
     async def stop(self) -> None:
+        """End all guests, tasks and requests that wait, then the server."""
         self.close_machines()
         if self._stopping is not None:
             self._stopping.set()
@@ -134,7 +138,7 @@ class HttpRules(FakePve):
         await super().stop()
 
     async def _sleep(self, seconds: float) -> None:
-        """Real seconds, or until the server stops."""
+        """Wait for real seconds, or until the server stops."""
         if seconds <= 0:
             return
         try:
@@ -149,7 +153,10 @@ class HttpRules(FakePve):
 
     @web.middleware
     async def _watch_request(self, request: web.Request, handler: Any) -> web.StreamResponse:
-        """Counting, hooks and faults of the connection: round everything else, so that refused requests count too."""
+        """Note each request, call the hooks, and spoil what a test wants spoiled.
+
+        This middleware is round all others, so that refused requests count too.
+        """
         prefix = EXTJS if request.path.startswith(EXTJS + "/") else API
         path = request.path[len(prefix) :] if request.path.startswith(prefix) else request.path
         match = self.resolve(request, API)
@@ -181,11 +188,13 @@ class HttpRules(FakePve):
         return await (self._answer_spoiled(request, fault, handle) if fault else handle())
 
     def _note_request(self, entry: dict[str, Any]) -> None:
+        """Count a request and add it to the history."""
         with self._guard:
             self.counted[f"{entry['method']} {entry['template']}"] += 1
             self.history.append(entry)
 
     async def _call_hook(self, hook: Any, method: str, path: str) -> bool:
+        """Call a test's hook, and return whether it worked. An exception of the hook is kept in hook_errors."""
         if hook is None:
             return True
         try:
@@ -198,6 +207,7 @@ class HttpRules(FakePve):
         return True
 
     async def _answer_as_sent(self, request: web.Request, handler: Any) -> web.StreamResponse:
+        """Return the answer with the status, reason and body that Proxmox VE's own servers send."""
         try:
             response = await handler(request)
         except web.HTTPNotFound:
@@ -227,6 +237,7 @@ class HttpRules(FakePve):
             raise PveError(401, "Authentication failed!" if presented else "No ticket") from None
 
     async def _answer_spoiled(self, request: web.Request, fault: dict[str, Any], handle: Any) -> web.StreamResponse:
+        """Answer one request as its fault says."""
         kind, carry_out = fault["kind"], fault.get("carry_out", False)
         if kind == "cut-before":
             return _drop_connection(request)
@@ -251,6 +262,7 @@ class HttpRules(FakePve):
     async def _answer(
         self, request: web.Request, handler: Any, generic: Any, path_node: str | None
     ) -> web.StreamResponse:
+        """Refuse unknown nodes, and requests to offline nodes for which the caller has no right; pass on the rest."""
         match = generic or self.resolve(request, API)
         if path_node and path_node not in self.nodes:
             text = (
@@ -269,11 +281,13 @@ class HttpRules(FakePve):
 
 
 def _answer_not_implemented(method: str, path: str) -> web.Response:
+    """Return the answer to a path or method that the API does not have."""
     text = f"Method '{method} {path}' not implemented"
     return web.json_response({"data": None, "message": text}, status=501, reason=text)
 
 
 def _answer_error(error: PveError) -> web.Response:
+    """Return the answer to a request that was refused."""
     body = {"data": None, "message": error.message + "\n"}
     if error.errors:
         body["errors"] = error.errors
@@ -281,14 +295,14 @@ def _answer_error(error: PveError) -> web.Response:
 
 
 def _drop_connection(request: web.Request) -> web.StreamResponse:
-    """The connection is gone before a byte of the answer."""
+    """Cut the connection before a byte of the answer is sent."""
     if request.transport is not None:
         request.transport.abort()
     return _NoAnswer()
 
 
 async def _send_half(request: web.Request, response: web.StreamResponse) -> web.StreamResponse:
-    """The headers promise the whole body; half of it comes."""
+    """Send headers that promise the whole body, and half of the body."""
     body = response.body if isinstance(response, web.Response) and isinstance(response.body, bytes) else b"{}"
     if request.transport is not None:
         head = (
@@ -304,8 +318,10 @@ class _NoAnswer(web.StreamResponse):
     """An answer that was sent already, or never will be."""
 
     async def prepare(self, request: web.BaseRequest) -> Any:
+        """Send no headers, and close the connection."""
         self.force_close()
         return None
 
     async def write_eof(self, data: bytes = b"") -> None:
+        """Send nothing."""
         return None

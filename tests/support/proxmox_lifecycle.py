@@ -25,6 +25,7 @@ class LifecycleRules(FakePve):
     """How the double clones and deletes VMs."""
 
     def _reset_lifecycle(self) -> None:
+        """Set everything that tests switch in this part."""
         # True: a clone to another node is refused where a disk lies on local storage, as Proxmox VE does.
         self.strict_targets = False
         self._clone: dict[str, Any] = {}
@@ -32,6 +33,7 @@ class LifecycleRules(FakePve):
     # ------------------------------------------------------------------ clone
 
     async def _qm_clone(self, v: dict[str, Any], user: str) -> str:
+        """Refuse a clone as Proxmox VE does, or start its task."""
         node, vmid, newid = v["node"], int(v["vmid"]), int(v["newid"])
         self._qm_check_pool(v.get("pool"))
         self._qm_perm(user, newid, v.get("pool"), "VM.Allocate")
@@ -64,9 +66,7 @@ class LifecycleRules(FakePve):
         return all(self.storages.get(sid, {}).get("shared") for sid in stores)
 
     def _around_qmclone(self, body: Any, new: Any, undo: list[Callable[[], None]]) -> Any:
-        """While it runs the target has Proxmox's own description and nothing else; what was asked for stands there
-        at the end.
-        """
+        """Give the new VM Proxmox's own description and nothing else until its clone task ends."""
         source, linked = self._clone["source"], self._clone["linked"]
         config, name = new.config, new.name
         new.config = {"description": CLONE_DESCRIPTION, "lock": "clone"}
@@ -94,6 +94,7 @@ class LifecycleRules(FakePve):
     # ------------------------------------------------------------------ snapshots
 
     async def _qm_snapshot(self, v: dict[str, Any], user: str) -> str:
+        """Start a snapshot, whose task fails while the cluster has no quorum."""
         if self.quorate:
             return await super()._qm_snapshot(v, user)
         self.find(v["node"], v["vmid"])
@@ -102,6 +103,8 @@ class LifecycleRules(FakePve):
         )
 
     def _around_qmrollback(self, body: Any, vm: Any, undo: list[Callable[[], None]]) -> Any:
+        """Give the VM a new generation id after a rollback."""
+
         async def run() -> Any:
             note = await body()
             if vm.config.get("vmgenid"):
@@ -113,6 +116,8 @@ class LifecycleRules(FakePve):
     # ------------------------------------------------------------------ delete
 
     def _around_qmdestroy(self, body: Any, vm: Any, undo: list[Callable[[], None]]) -> Any:
+        """Free the VM's own volumes alone, and refuse what Proxmox VE refuses in the task of a delete."""
+
         async def run() -> Any:
             if vm.lock == "suspended":
                 # A hibernated VM is deleted like a stopped one; the saved state goes too.

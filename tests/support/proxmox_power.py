@@ -38,9 +38,10 @@ STATE_KEYS = ("vmstate", "runningmachine", "runningcpu", "running-nets-host-mtu"
 
 
 class PowerRules(FakePve):
-    """Mixin of ProxmoxDouble. The module's docstring says how tests use it."""
+    """How the double starts and stops VMs. The module's docstring says how tests use it."""
 
     def _reset_power(self) -> None:
+        """Set everything that tests switch in this part."""
         self.hibernation_error = ""
 
     async def _status_current(self, request: web.Request) -> web.Response:
@@ -64,6 +65,7 @@ class PowerRules(FakePve):
     # ------------------------------------------------------------------ start and stop
 
     async def _status_action(self, request: web.Request) -> web.StreamResponse:
+        """Check a start, stop, shutdown, reboot, suspend or resume, and start its task."""
         node, action, user = request.match_info["node"], request.match_info["action"], request[USER]
         vmid = request.match_info["vmid"]
         if vmid.isdigit() and action in ("start", "stop", "shutdown", "reboot", "suspend", "resume"):
@@ -94,6 +96,7 @@ class PowerRules(FakePve):
         return await super()._status_action(request)
 
     async def _do_stop(self, vm: Any, user: str, p: dict[str, Any]) -> str:
+        """Stop a VM in a task, whatever its guest does."""
         if vm.ha_managed:
             return await super()._do_stop(vm, user, p)
 
@@ -108,6 +111,7 @@ class PowerRules(FakePve):
         return await self.task(vm.node, "qmstop", vm.vmid, user, body, vm=vm)
 
     async def _do_shutdown(self, vm: Any, user: str, p: dict[str, Any]) -> str:
+        """Shut a VM down in a task, if its guest answers."""
         if vm.ha_managed:
             return await super()._do_shutdown(vm, user, p)
         if vm.status == "running" and vm.qmpstatus in ("paused", "suspended", "prelaunch"):
@@ -126,12 +130,15 @@ class PowerRules(FakePve):
 
     @staticmethod
     def _power_off(vm: Any) -> None:
+        """Set what a VM is when it is stopped."""
         vm.status = vm.qmpstatus = "stopped"
         vm.started_at = None
         if getattr(vm, "agent_by_default", False):
             vm.agent, vm.agent_by_default = None, False
 
     def _around_qmstart(self, body: Any, vm: Any, undo: list[Callable[[], None]]) -> Any:
+        """Fail a start in its task as Proxmox VE does; let the agent come up after a start that worked."""
+
         async def run() -> Any:
             if getattr(vm, "disks_lost", False):
                 raise TaskError(
@@ -186,6 +193,7 @@ class PowerRules(FakePve):
         vm.config.pop("lock", None)
 
     def _forget_state(self, vm: Any) -> None:
+        """Free the volume of a hibernated VM's state, and take its lock away."""
         volume = vm.config.get("vmstate")
         if volume:
             self._qm_free(volume)
@@ -217,6 +225,7 @@ class PowerRules(FakePve):
         return todisk
 
     async def _do_suspend(self, vm: Any, user: str, values: dict[str, Any]) -> str:
+        """Pause a VM in a task, or put it to disk."""
         todisk = self._check_suspend(vm, user, values)
 
         async def body() -> None:
@@ -236,6 +245,7 @@ class PowerRules(FakePve):
         return await self.task(vm.node, "qmsuspend" if todisk else "qmpause", vm.vmid, user, body, vm=vm)
 
     async def _do_resume(self, vm: Any, user: str, values: dict[str, Any]) -> str:
+        """Let a paused VM go on in a task, or start a hibernated one."""
         if vm.lock != "suspended" and vm.status != "running":
             raise PveError(500, f"VM {vm.vmid} not running")
 

@@ -27,7 +27,7 @@ OWNER = re.compile(r"(?:^|/)(?:vm|base)-(\d+)-")
 
 
 def volume_owner(volume: str) -> int | None:
-    """The VMID in the name of a volume: Proxmox knows no other owner."""
+    """Return the VMID in the name of a volume. Proxmox VE knows no other owner."""
     match = OWNER.search(volume.partition(":")[2])
     return int(match[1]) if match else None
 
@@ -36,6 +36,7 @@ class StorageRules(FakePve):
     """What lies on the double's storages. The module's docstring says how tests use it."""
 
     def _reset_storage(self) -> None:
+        """Set everything that tests switch in this part."""
         # Volume ids of the snippets that there are; cicustom may name no other.
         self.snippets: set[str] = set()
         # Storage -> (folder of this machine with its snippets, the node that has it or None for all): a file there is a
@@ -45,7 +46,7 @@ class StorageRules(FakePve):
     # ------------------------------------------------------------------ volumes
 
     def volumes_of(self, vmid: int) -> list[str]:
-        """Volume ids that belong to a VMID by their names, on every storage."""
+        """Return the ids of the volumes that belong to a VMID by their names, on every storage."""
         return sorted(
             f"{sid}:{name}"
             for sid, store in self.storages.items()
@@ -54,6 +55,7 @@ class StorageRules(FakePve):
         )
 
     def add_disk(self, sid: str, name: str, vmid: int, size: int) -> str:
+        """Add a volume of ``size`` bytes to a storage, and return its id."""
         store = self.storages[sid]
         kind = "raw"
         if store.get("type") in ("dir", "nfs", "cifs") and "/" not in name:
@@ -68,7 +70,7 @@ class StorageRules(FakePve):
         return f"{sid}:{name}"
 
     def add_cloudinit_volume(self, sid: str, vmid: int) -> str:
-        """Make (or find) the cloud-init volume of a VM; returns its volume id."""
+        """Return the id of a VM's cloud-init volume, which is made if it does not exist."""
         store = self.storages[sid]
         name = (
             f"{vmid}/vm-{vmid}-cloudinit.qcow2"
@@ -88,7 +90,7 @@ class StorageRules(FakePve):
         return f"{sid}:{name}"
 
     def _list_foreign_volumes(self, vm: Any) -> list[tuple[str, str, dict[str, Any]]]:
-        """Volumes in the VM's configuration (and snapshots) whose name says another owner: a delete leaves them
+        """Return the volumes of a VM's configuration and snapshots that belong to another VMID: a delete leaves them
         alone.
         """
         foreign = []
@@ -102,7 +104,7 @@ class StorageRules(FakePve):
         return foreign
 
     def _on_node(self, volume: str, node: str) -> bool:
-        """Whether a node sees a volume: one on local storage is on the node that allocated it alone."""
+        """Return whether a node sees a volume. A volume on local storage is seen by its node alone."""
         known = self._qm_volume(volume)
         return known is None or known.get("node") in (None, node)
 
@@ -117,6 +119,7 @@ class StorageRules(FakePve):
         self.snippet_folders[storage] = (folder, node)
 
     def _describe_missing_snippet(self, vm: Any) -> str | None:
+        """Return the refusal of a cicustom that names a snippet which does not exist; None if there is none."""
         named = [part.partition("=")[2] for part in str(vm.config.get("cicustom") or "").split(",") if part]
         missing = [
             volume
@@ -126,7 +129,7 @@ class StorageRules(FakePve):
         return f"volume '{missing[0]}' does not exist" if missing else None
 
     def _list_snippet_files(self, node: str) -> dict[str, str]:
-        """Volume id -> path of the snippets that are files of this machine, as that node sees them."""
+        """Return volume id -> path of the snippets that are files of this machine, as that node sees them."""
         return {
             f"{sid}:snippets/{name}": os.path.join(folder, name)
             for sid, (folder, owner) in self.snippet_folders.items()
@@ -137,12 +140,14 @@ class StorageRules(FakePve):
     # ------------------------------------------------------------------ requests
 
     async def _content_create(self, v: dict[str, Any], user: str) -> str:
+        """Allocate a volume, which only its node sees on local storage."""
         volume = await super()._content_create(v, user)
         if not self.storages[v["storage"]].get("shared"):
             self._qm_volume(volume)["node"] = v["node"]
         return volume
 
     async def _content_list(self, v: dict[str, Any], user: str) -> list[dict[str, Any]]:
+        """Return the volumes of a storage that its node sees, snippets included where the caller may see those."""
         rows = [row for row in await super()._content_list(v, user) if self._on_node(row["volid"], v["node"])]
         for row in rows:
             if row.get("content") == "images" and self.storages[v["storage"]].get("type") in ("dir", "nfs", "cifs"):

@@ -50,6 +50,7 @@ class TaskRules(FakePve):
     """How the double runs tasks. The module's docstring says how tests use it."""
 
     def _reset_tasks(self) -> None:
+        """Set everything that tests switch in this part."""
         # PVE seconds a task of a type takes (times time_scale), and real seconds (whatever time_scale says).
         self.task_secs: dict[str, float] = {"qmclone": 5, "qmdestroy": 2, "resize": 1}
         self.real_secs: dict[str, float] = {}
@@ -76,8 +77,10 @@ class TaskRules(FakePve):
         warnings: int = 1,
         times: int = 1,
     ) -> None:
-        """Decide how the next task of a type (`qmclone`, `qmdestroy`, `qmstart`, `qmstop`, ...) goes; vmid: only
-        that VM's. What shall hold for every task of a type is set in the dicts ``task_secs``, ``task_warnings`` and
+        """Decide how the next task of a type (`qmclone`, `qmdestroy`, `qmstart`, `qmstop`, ...) goes; vmid: only that
+        VM's.
+
+        What shall hold for every task of a type is set in the dicts ``task_secs``, ``task_warnings`` and
         ``task_endings`` (double.py).
 
         how: `warnings` (done, WARNINGS: n) | `killed` (`unexpected status`) | `hang` (runs for ever; release_task() or
@@ -110,16 +113,18 @@ class TaskRules(FakePve):
 
     @on_loop
     def forget_task(self, upid: str) -> None:
-        """Proxmox no longer knows this task id; its work goes on."""
+        """Let Proxmox VE no longer know this task id; the task's work goes on."""
         self._forgotten.add(upid)
 
     @on_loop
     def running_tasks(self, ttype: str | None = None) -> list[str]:
+        """Return the ids of all tasks that run, of one type if it is named."""
         return [t["upid"] for t in self.tasklog if t["status"] == "running" and ttype in (None, t["type"])]
 
     # ------------------------------------------------------------------ running a task
 
     def _take_outcome(self, ttype: str, ids: set[str]) -> Outcome | None:
+        """Return how a test wants this task to end, and count that wish down."""
         with self._guard:
             for outcome in self._outcomes:
                 if outcome.ttype == ttype and (outcome.vmid is None or str(outcome.vmid) in ids):
@@ -138,7 +143,10 @@ class TaskRules(FakePve):
     async def task(
         self, node: str, ttype: str, tid: Any, user: str, body: Any, vm: Any = None, lock: bool = True, log: Any = ()
     ) -> str:
-        """Start a task; nothing in here waits before the task is on its way, so the fields it borrows are its own."""
+        """Start a task and return its id.
+
+        Nothing in here waits before the task is on its way, so the fields it borrows are its own.
+        """
         cell: dict[str, str] = {}
         self._cell = cell
         ids = {str(tid)} | ({str(vm.vmid)} if vm is not None else set())
@@ -185,6 +193,7 @@ class TaskRules(FakePve):
     async def _carry_out(
         self, upid: str, ttype: str, body: Any, vm: Any, outcome: Outcome | None, undo: list[Callable[[], None]]
     ) -> Any:
+        """Do the work of a task, and end it as the test wants."""
         number = getattr(vm, "task_warnings", {}).get(ttype) or self.task_warnings.get(ttype)
         if outcome is None:
             note = await body()
@@ -209,6 +218,8 @@ class TaskRules(FakePve):
         return note
 
     async def _start_failing_task(self, node: str, ttype: str, tid: Any, user: str, text: str) -> str:
+        """Start a task that fails with this text, and return its id."""
+
         async def body() -> None:
             raise TaskError(text)
 
@@ -226,6 +237,7 @@ class TaskRules(FakePve):
         return self._find_task(request.match_info["node"], request.match_info["upid"], request[USER])
 
     def _find_task(self, node: str, upid: str, user: str) -> dict[str, Any]:
+        """Return the task with this id, or refuse as the API does."""
         match = re.match(r"UPID:([^:]+):[0-9A-F]{8}:[0-9A-F]{8,9}:[0-9A-F]{8}:[^:\s]+:[^:\s]*:[^:\s]+:$", upid)
         if match is None:
             raise param_error(upid="unable to parse worker upid")
@@ -238,6 +250,7 @@ class TaskRules(FakePve):
         return task
 
     async def _task_list(self, request: web.Request) -> web.Response:
+        """Return the tasks of a node that fit the filters of the request."""
         v = self._verify(request, await request_params(request))
         tasks = self._list_tasks(request[USER], request.match_info["node"])
         source = v.get("source", "archive")
@@ -259,7 +272,7 @@ class TaskRules(FakePve):
         )
 
     def _list_tasks(self, user: str, node: str | None = None) -> list[dict[str, Any]]:
-        """Tasks the user may see, newest first."""
+        """Return the tasks that the user may see, newest first."""
         tasks = [
             t
             for t in self.tasklog
@@ -272,10 +285,12 @@ class TaskRules(FakePve):
         return sorted(tasks, key=lambda t: -t["starttime"])
 
     async def _task_log(self, request: web.Request) -> web.Response:
+        """Return the log of a task. A task with warnings ends in TASK WARNINGS there."""
         response = await super()._task_log(request)
         return web.json_response(text=response.text.replace("TASK ERROR: WARNINGS:", "TASK WARNINGS:"))
 
     async def _task_abort(self, v: dict[str, Any], user: str) -> None:
+        """Abort a task that runs."""
         task = self._find_task(v["node"], v["upid"], user)
         if task["status"] == "running":
             clone = "clone failed: copy failed: command '/usr/bin/qemu-img convert' failed: interrupted by signal"
@@ -286,7 +301,7 @@ class TaskRules(FakePve):
 
 
 def _show_in_list(view: dict[str, Any]) -> dict[str, Any]:
-    """A task as lists show it: the exit status stands in `status`, RUNNING where there is none yet."""
+    """Return a task as lists show it: the exit status stands in `status`, RUNNING where there is none yet."""
     if "status" in view:
         return view
     active = dict(view, status="RUNNING", saved="0")

@@ -24,7 +24,7 @@ class VmRules(FakePve):
     def add_template(
         self, vmid: int = 9000, name: str = "debian-13", storage: str = "local-lvm", node: str = "pve1", **config: Any
     ) -> Any:
-        """A cloud image's template: base disk, cloud-init drive, NIC on vmbr0, agent on."""
+        """Add a cloud image's template: base disk, cloud-init drive, NIC on vmbr0, agent on."""
         size = 3 * 1024**3
         base = self.add_disk(storage, f"base-{vmid}-disk-0", vmid, size)
         settings = {
@@ -56,8 +56,9 @@ class VmRules(FakePve):
         smbios: bool = True,
         **kw: Any,
     ) -> Any:
-        """An ordinary VM with a disk of its own and an identity; kw go to FakeVm (status, lock, pool, template,
-        ...), config is merged.
+        """Add an ordinary VM with a disk of its own and an identity.
+
+        kw go to FakeVm (status, lock, pool, template, ...), config is merged.
         """
         size = kw.pop("size", 8 * 1024**3)
         disk = self.add_disk(storage, f"{'base' if kw.get('template') else 'vm'}-{vmid}-disk-0", vmid, size)
@@ -80,8 +81,9 @@ class VmRules(FakePve):
 
     @on_loop
     def remove_vm(self, vmid: int) -> Any:
-        """Somebody deleted it behind our back: VM, its volumes and its pool membership; returns what it was (None:
-        nothing).
+        """Delete a VM behind our back, with its volumes and its pool membership.
+
+        Returns the VM, or None if there was none.
         """
         gone = self.vm(vmid)
         if gone is not None:
@@ -109,8 +111,9 @@ class VmRules(FakePve):
         name: str = "somebody-elses",
         description: str | None = None,
     ) -> Any:
-        """Whatever is at the VMID goes; a VM of somebody else stands there instead, alike in what is asked for and
-        in nothing else.
+        """Put a VM of somebody else in the place of whatever has the VMID.
+
+        The new VM is like the old one in what is asked for, and in nothing else.
         """
         old = self.remove_vm(vmid)
         before = old.config if old else {}
@@ -134,13 +137,13 @@ class VmRules(FakePve):
 
     @on_loop
     def move_vm(self, vmid: int, node: str) -> None:
-        """The VM lives on another node from now on, as after a migration."""
+        """Move a VM to another node, as a migration does."""
         self.nodes.setdefault(node, {"online": True})
         self.vm(vmid).node = node
 
     @on_loop
     def power(self, vmid: int, status: str) -> None:
-        """Somebody else started, stopped or paused the VM (no task tells of it)."""
+        """Start, stop or pause a VM behind our back: no task tells of it."""
         vm = self.vm(vmid)
         if status in ("running", "paused"):
             vm.status, vm.qmpstatus = "running", status

@@ -53,7 +53,7 @@ def reserve(store: Records, number: int = 1, vmid: int | None = None) -> tuple[C
 
 
 def everything(store: Records, *tables: str) -> list[list[tuple[object, ...]]]:
-    """All rows of these tables, or of all that a step of an operation writes to."""
+    """Return all rows of these tables, or of all tables that a step of an operation writes to."""
     return [
         [tuple(row) for row in store.db.read(f"SELECT * FROM {table} ORDER BY 1")]
         for table in tables or ("sandboxes", "events", "claims", "operations")

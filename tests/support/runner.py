@@ -26,7 +26,7 @@ class Runner:
     """
 
     def __init__(self, folder: Path, server: Any, core: Path | None = None) -> None:
-        """``core`` is the bin folder of another ansible-core."""
+        """Make the folder. ``core`` is the bin folder of another ansible-core."""
         self.folder, self.server, self.number = folder, server, 0
         self.bin = core or Path(sys.executable).parent
         shutil.copytree(PROJECT, folder / "project")
@@ -103,8 +103,9 @@ class Runner:
         return process.returncode, results, process.stdout + process.stderr + (artifacts / "stdout").read_text()
 
     def leaks(self, secret: str) -> list[str]:
-        """Files of the job folders that hold the secret, beyond those in which ansible-runner itself writes the
-        injected environment.
+        """Return the files of the job folders that hold the secret.
+
+        The files in which ansible-runner itself writes the injected environment are left out.
         """
         own = {"env/envvars"} | {f"artifacts/job{number}/command" for number in range(1, self.number + 1)}
         return [

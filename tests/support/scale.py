@@ -99,7 +99,7 @@ WORK: dict[str, Callable[[Context], object]] = {
     "planning a prune": lambda ctx: prune.select(ctx, prune.Selection(older_than=86400)),
     "what was interrupted": lambda ctx: (ctx.records.unfinished(), overview.drop_dead_claims(ctx.records)),
     "whether cleanup is frozen": timeguard.frozen,
-    "a list": lambda ctx: [one.public() for one in info.find(ctx, info.Filter())],
+    "a list": lambda ctx: [sandbox.public() for sandbox in info.find(ctx, info.Filter())],
     "a list of one state": lambda ctx: info.find(ctx, info.Filter(states=["TIMEOUT"])),
     "one sandbox": lambda ctx: ctx.select(1500),
     "a name": lambda ctx: ctx.select(name="a-500"),

@@ -65,7 +65,7 @@ class Sample:
     files: int
     database: int
     live: int
-    done: int
+    answered: int
     requests: int
 
 
@@ -77,6 +77,8 @@ FULL_LENGTH_MINUTES = 60
 
 
 class Soak:
+    """One run: the daemon, its clients, and what was measured."""
+
     def __init__(self, folder: Path, minutes: float, sandboxes: int = 0, rate: float = 0) -> None:
         self.seconds = minutes * 60
         self.sandboxes = sandboxes
@@ -113,7 +115,7 @@ class Soak:
             "SSL_CERT_DIR",
         ):
             self.daemon.environment.pop(name, None)
-        self.done: Counter[str] = Counter()
+        self.answered: Counter[str] = Counter()
         self.wrong: list[str] = []
         self._requests = 0
         self._end = threading.Event()
@@ -122,8 +124,8 @@ class Soak:
     # ---- churn ----
 
     def expect(self, what: str, answer: Any, *good: int) -> Any:
-        """The answer's body; a status that is not expected is noted as wrong."""
-        self.done[what] += 1
+        """Return the answer's body. A status that is not expected is kept for the report."""
+        self.answered[what] += 1
         if answer.status not in good:
             self.wrong.append(f"{what}: {answer.status} {str(answer.body)[:200]}")
         self._await_turn()
@@ -163,7 +165,7 @@ class Soak:
         self._began = time.monotonic()
 
     def churn(self, number: int) -> None:
-        """One client after another's fashion: a sandbox is made, used, and given up in one of four ways."""
+        """Make one sandbox after another, use it, and give it up in one of four ways."""
         dice = random.Random(number)
         agentlabd = self.daemon
         while not self._end.is_set():
@@ -184,7 +186,7 @@ class Soak:
             self.expect("refused", agentlabd.post(f"/v1/sandboxes/{vmid}/lease/renew", {"ttl": "soon"}), 400)
 
     def look(self) -> None:
-        """Those who read, and who reload."""
+        """Read lists, events and metrics, ask for dry runs, and reload the daemon now and then."""
         agentlabd, turn = self.daemon, 0
         while not self._end.wait(0.5):
             turn += 1
@@ -201,7 +203,7 @@ class Soak:
                 agentlabd.reload()
 
     def use(self, number: int) -> None:
-        """One who works with the sandboxes that run all the time: it shows them, reads, and renews."""
+        """Show, read and renew the sandboxes that run all the time."""
         dice = random.Random(number)
         agentlabd = self.daemon
         vmids = [sandbox["vmid"] for sandbox in agentlabd.get("/v1/sandboxes").body["sandboxes"]]
@@ -219,6 +221,7 @@ class Soak:
     # ---- measuring ----
 
     def sample(self) -> Sample:
+        """Return what the daemon is now, and forget the history of the double."""
         agentlabd = self.daemon
         assert agentlabd.process is not None
         proc = Path(f"/proc/{agentlabd.process.pid}")
@@ -239,7 +242,7 @@ class Soak:
             len(list((proc / "fd").iterdir())),
             size,
             live,
-            sum(self.done.values()),
+            sum(self.answered.values()),
             self._requests,
         )
 
@@ -251,6 +254,7 @@ class Soak:
         pve.tasklog[:] = [task for task in pve.tasklog if task.get("upid") in pve.tasks]
 
     def run(self) -> list[Sample]:
+        """Run for the whole time, print each sample, and return the samples."""
         self.daemon.start()
         if self.sandboxes:
             self.populate()
@@ -283,17 +287,19 @@ class Soak:
         return samples
 
     def close(self) -> None:
+        """End the clients, the daemon and the double."""
         self._end.set()
         self.daemon.close()
         self.server.stop()
 
 
 def tell(sample: Sample) -> None:
+    """Print a sample as a row of the table."""
     print("  ".join(f"{getattr(sample, field.name):>9}" for field in fields(Sample)), flush=True)
 
 
 def judge(samples: list[Sample]) -> list[str]:
-    """What grew beyond its limit: a sentence for each."""
+    """Return a sentence for each figure that grew beyond its limit."""
     after = samples[len(samples) // 3 :]
     third = max(1, len(after) // 3)
     grown = []
@@ -324,6 +330,7 @@ def judge_quarters(samples: list[Sample], full_length: bool) -> list[str]:
 
 
 def main() -> int:
+    """Run as the command line says; return 1 if a figure grew or a request failed."""
     numbers = [float(argument) for argument in sys.argv[1:]]
     minutes, sandboxes, rate = (*numbers, *(10.0, 0.0, 0.0)[len(numbers) :])
     with tempfile.TemporaryDirectory(prefix="agentlab-soak-") as folder:
@@ -332,13 +339,13 @@ def main() -> int:
             samples = soak.run()
             load = os.getloadavg()[1]
             print(
-                f"\n{sum(soak.done.values())} requests of clients "
-                f"({', '.join(f'{count} {what}' for what, count in sorted(soak.done.items()))}), "
+                f"\n{sum(soak.answered.values())} requests of clients "
+                f"({', '.join(f'{count} {what}' for what, count in sorted(soak.answered.items()))}), "
                 f"{samples[-1].requests} to Proxmox; load {load:.1f}; idle {samples[0].resident} KiB, at most "
-                f"{max(one.resident for one in samples)} KiB"
+                f"{max(sample.resident for sample in samples)} KiB"
             )
             problems = judge(samples) + judge_quarters(samples, minutes >= FULL_LENGTH_MINUTES) + soak.wrong[:20]
-            if not samples[1:] or samples[-1].done == samples[len(samples) // 2].done:
+            if not samples[1:] or samples[-1].answered == samples[len(samples) // 2].answered:
                 problems.append("the churn stood still")
             ended = (
                 "" if soak.daemon.process is None or soak.daemon.process.poll() is None else "agentlabd ended by itself"
@@ -349,7 +356,11 @@ def main() -> int:
                     print(soak.daemon.log()[-3000:], file=sys.stderr)
         finally:
             soak.close()
-    print("\n".join(["", *(f"FAILED: {one}" for one in problems)]) if problems else "\nIt stayed as small as it was.")
+    print(
+        "\n".join(["", *(f"FAILED: {problem}" for problem in problems)])
+        if problems
+        else "\nIt stayed as small as it was."
+    )
     return 1 if problems else 0
 
 

@@ -28,8 +28,9 @@ def task(
     keywords: dict[str, Any] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """A task of a story: the module by its full name; ``fails`` says that it is to fail, ``before`` what happens
-    before it.
+    """Return a task of a story: the module by its full name.
+
+    ``fails`` says that it is to fail, ``before`` what happens before it.
     """
     entry: dict[str, Any] = {
         "name": title,
@@ -48,8 +49,9 @@ def task(
 
 
 def tell(tasks: list[dict[str, Any]], env: dict[str, str], tmp_path: Path, pve: Any, **options: Any) -> Run:
-    """Run the story in one playbook: those tasks fail that are to fail, and there is no warning and no traceback
-    anywhere.
+    """Run the story in one playbook.
+
+    Those tasks fail that are to fail, and there is no warning and no traceback anywhere.
     """
     run = play(tasks, env, tmp_path, pve=pve, **options)
     expected = [row["name"] for row in tasks if row.get("ignore_errors")]
@@ -64,12 +66,12 @@ def tell(tasks: list[dict[str, Any]], env: dict[str, str], tmp_path: Path, pve: 
 
 
 def writes(requests: dict[str, int]) -> list[str]:
-    """The requests that may change something."""
+    """Return the requests that may change something."""
     return sorted(name for name in requests if not name.startswith("GET "))
 
 
 def written(database: str) -> tuple[Any, ...]:
-    """All that is in the records, and the bytes of the file: equal means that nothing was written."""
+    """Return all that is in the records, and the bytes of the file: equal means that nothing was written."""
     path = Path(database)
     if not path.exists():
         return ("missing",)
@@ -80,7 +82,7 @@ def written(database: str) -> tuple[Any, ...]:
 
 
 def records(database: str) -> list[str]:
-    """The sandboxes and their events; what a run notes of the clocks and the cluster is not among them."""
+    """Return the rows of sandboxes and their events, without what a run notes of the clocks and the cluster."""
     return [line for line in written(database)[2] if 'INTO "sandboxes"' in line or 'INTO "events"' in line]
 
 
@@ -100,7 +102,7 @@ def edit(env: dict[str, str], vmids: Iterable[int], **values: Any) -> None:
 
 
 def state_of(env: dict[str, str], vmid: int) -> str:
-    """The newest record's state."""
+    """Return the state of the newest record of a VMID."""
     conn = sqlite3.connect(env["AGENTLAB_DATABASE"])
     row = conn.execute(
         "SELECT state FROM sandboxes WHERE vmid = ? ORDER BY state = 'DESTROYED', state_changed_at DESC LIMIT 1",

@@ -18,7 +18,7 @@ from support.lab import Lab
 
 
 def try_everything(lab: Lab, sandbox: Sandbox) -> list[str]:
-    """Every operation that could hurt, one after another; what each answered."""
+    """Try every operation that could hurt, one after another, and return what each answered."""
     words: list[str] = []
 
     def attempt(name: str, work: Callable[[], Any]) -> None:
@@ -61,5 +61,5 @@ EVERYDAY = "same_name_and_tags_running"
 
 
 def strangers(way: int) -> list[Any]:
-    """All of STRANGERS, for the test of one of the thirteen ways (docs/safety.md); one of them every day."""
+    """Return all of STRANGERS, for the test of one of the thirteen ways (docs/safety.md); one is run every day."""
     return [pytest.param(name, marks=pytest.mark.way(way)) if name == EVERYDAY else name for name in STRANGERS]

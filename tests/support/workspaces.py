@@ -42,7 +42,7 @@ def now(lab: Lab, name: str = "w1") -> Workspace:
 
 
 def kept_whole(lab: Lab, workspace_before: Workspace) -> None:
-    """The volume is there, under its name, and no VM has it."""
+    """Assert that the volume is there, under its name, and that no VM has it."""
     assert lab.pve.volumes_of(workspace_before.owner_vmid) == [workspace_before.volume]
     assert not any(workspace_before.volume in str(value) for vm in lab.pve.vms for value in vm.config.values())
     again = now(lab, workspace_before.name)

@@ -34,6 +34,8 @@ def _of(result: t.Any, name: str) -> t.Any:
 
 
 class CallbackModule(CallbackBase):
+    """Writes each result of a task to a file, and tells the test of each task before it starts."""
+
     CALLBACK_VERSION = 2.0
     CALLBACK_TYPE = "notification"
     CALLBACK_NAME = "agentlab_results"
@@ -55,6 +57,7 @@ class CallbackModule(CallbackBase):
             out.write(json.dumps(entry, default=str) + "\n")
 
     def v2_playbook_on_task_start(self, task: t.Any, is_conditional: bool) -> None:
+        """Tell the test that a task is about to start, and wait until the test lets it go on."""
         path = os.environ.get("AGENTLAB_TEST_HOOK")
         if not path:
             return
@@ -65,22 +68,29 @@ class CallbackModule(CallbackBase):
             hook.recv(1)
 
     def v2_runner_on_ok(self, result: t.Any) -> None:
+        """Write the result of a task that succeeded."""
         self._dump(result, "ok")
 
     def v2_runner_on_failed(self, result: t.Any, ignore_errors: bool = False) -> None:
+        """Write the result of a task that failed."""
         self._dump(result, "failed", ignored=ignore_errors)
 
     def v2_runner_on_skipped(self, result: t.Any) -> None:
+        """Write that a task was skipped."""
         self._dump(result, "skipped")
 
     def v2_runner_on_unreachable(self, result: t.Any) -> None:
+        """Write that a task did not reach its host."""
         self._dump(result, "unreachable")
 
     def v2_runner_item_on_ok(self, result: t.Any) -> None:
+        """Write the result of an item of a loop that succeeded."""
         self._dump(result, "ok", item=True)
 
     def v2_runner_item_on_failed(self, result: t.Any) -> None:
+        """Write the result of an item of a loop that failed."""
         self._dump(result, "failed", item=True)
 
     def v2_runner_item_on_skipped(self, result: t.Any) -> None:
+        """Write that an item of a loop was skipped."""
         self._dump(result, "skipped", item=True)
