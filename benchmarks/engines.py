@@ -35,7 +35,7 @@ from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.recor
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.transfer import copy_records
 
 from support.postgres import PostgresServer
-from support.scale import LIVE, filled
+from support.scale import LIVE, fill_records
 
 TRANSITIONS = 1000
 COPIED = 100_000
@@ -125,7 +125,7 @@ def measure_plays(databases: dict[str, str], folder: Path, runs: int) -> dict[st
 def measure_copies(server: PostgresServer, folder: Path) -> tuple[float, float]:
     """Return the seconds that 100,000 records take into PostgreSQL and back; both sides must have one checksum."""
     source, back, uri = str(folder / "moved.db"), str(folder / "back.db"), server.uri()
-    filled(source, COPIED - LIVE, folder).close()
+    fill_records(source, COPIED - LIVE, folder).close()
     results: list[Any] = []
     there = timed(lambda: results.append(copy_records(source, uri)))
     again = timed(lambda: results.append(copy_records(uri, back)))
@@ -146,7 +146,7 @@ def main() -> int:
             server.stop("fast")
             server.start()
             databases = {"sqlite": str(folder / "agentlab.db"), "postgresql": server.uri()}
-            contexts = {engine: filled(address, wanted.history, folder) for engine, address in databases.items()}
+            contexts = {engine: fill_records(address, wanted.history, folder) for engine, address in databases.items()}
             contexts["postgresql"].database.write(lambda conn: conn.execute("ANALYZE") and None)
             queries = measure_queries(contexts, wanted.runs)
             plays = measure_plays(databases, folder, wanted.runs)

@@ -117,7 +117,7 @@ class Chaos:
         self.traces: list[str] = []
         self.end = threading.Event()
 
-    def client(self, seed: int) -> None:
+    def run_client(self, seed: int) -> None:
         """Create sandboxes; renew, stop or destroy each of them, whatever the answers are."""
         choice = random.Random(seed)
         number = 0
@@ -280,7 +280,7 @@ class Chaos:
         """Disturb for so many seconds, and return a sentence for each promise that does not hold afterwards."""
         for daemon in self.daemons:
             daemon.start()
-        clients = [threading.Thread(target=self.client, args=(number,), daemon=True) for number in range(CLIENTS)]
+        clients = [threading.Thread(target=self.run_client, args=(number,), daemon=True) for number in range(CLIENTS)]
         if "process" in self.kinds:
             clients.append(
                 threading.Thread(target=self.kill_processes, args=(self.random.randrange(10**6),), daemon=True)
@@ -303,10 +303,10 @@ class Chaos:
     def judge(self) -> list[str]:
         """Wait until everything is at its end, and return a sentence for each promise that does not hold then."""
         deadline = time.monotonic() + SETTLE_SECONDS
-        while (problems := self.problems()) and time.monotonic() < deadline:
+        while (problems := self.list_problems()) and time.monotonic() < deadline:
             self.remove_by_hand()
             time.sleep(2)
-        if "Traceback" in self.logs():
+        if "Traceback" in self.read_logs():
             problems.append("a daemon's log has a traceback")
         late = [seconds for seconds in self.takeovers if seconds > TAKEOVER_SECONDS]
         problems += [f"reconcile was taken over after {seconds:.1f} s" for seconds in late]
@@ -320,7 +320,7 @@ class Chaos:
                 self.lab.pve.remove_vm(record.vmid)
                 self.counts["removed by hand"] += 1
 
-    def logs(self) -> str:
+    def read_logs(self) -> str:
         """Return the logs of all daemons."""
         return "".join(daemon.log() for daemon in self.daemons)
 
@@ -332,7 +332,7 @@ class Chaos:
         there = f"{vm.status} {vm.config}" if vm else "not there"
         return f"the operation of {record} is not finished; VM {there}; events {self.lab.events(record)[-3:]}"
 
-    def problems(self) -> list[str]:
+    def list_problems(self) -> list[str]:
         """Return a sentence for each promise that does not hold now."""
         leftovers = self.lab.leftovers()
         records = {record.uuid: record for record in self.lab.records()}
@@ -408,7 +408,7 @@ def main() -> int:
             for problem in problems:
                 print(f"BROKEN: {problem}")
             if problems:
-                print(chaos.logs()[-4000:])
+                print(chaos.read_logs()[-4000:])
             return 1 if problems else 0
         finally:
             for daemon in chaos.daemons:

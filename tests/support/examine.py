@@ -32,7 +32,7 @@ def examine(lab: Lab, *, bundle: bool | None = None, template: str | None = None
     return by_check
 
 
-def not_well(lab: Lab, check: str, **options: Any) -> list[tuple[str, str]]:
+def list_bad_findings(lab: Lab, check: str, **options: Any) -> list[tuple[str, str]]:
     """Return status and meaning of the findings of one check that are not ok."""
     report = examine(lab, **options)["report"]
     return [

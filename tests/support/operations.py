@@ -287,9 +287,9 @@ class Run:
         """Wait until no claim and no journal entry is there, for two minutes at most."""
         unfinished = "SELECT (SELECT count(*) FROM claims) + (SELECT count(*) FROM operations)"
         with contextlib.suppress(AssertionError):
-            wait_for(lambda: self.sql(unfinished)[0][0] == 0, "everything is finished", SETTLE_SECONDS)
+            wait_for(lambda: self.read_rows(unfinished)[0][0] == 0, "everything is finished", SETTLE_SECONDS)
 
-    def sql(self, text: str) -> list[Any]:
+    def read_rows(self, text: str) -> list[Any]:
         """Run a query on the records and return its rows."""
         return self.postgres.primary.execute(text, self.postgres.address.partition("?")[0].rpartition("/")[2])
 
@@ -301,14 +301,14 @@ class Run:
         figures.double += self.cluster.double
         figures.strangers += self.cluster.strangers
         for column in ("vmid", "name"):
-            rows = self.sql(
+            rows = self.read_rows(
                 f"SELECT {column}, count(*) FROM sandboxes WHERE state <> 'DESTROYED' GROUP BY {column} "
                 "HAVING count(*) > 1"
             )
             figures.double += [f"{count} live records have the {column} {value}" for value, count in rows]
         for table in ("claims", "operations"):
-            figures.other += [f"{table}: {row} was left behind" for row in self.sql(f"SELECT * FROM {table}")]
-        records = {row[0]: row[1:] for row in self.sql("SELECT uuid, vmid, state, generation FROM sandboxes")}
+            figures.other += [f"{table}: {row} was left behind" for row in self.read_rows(f"SELECT * FROM {table}")]
+        records = {row[0]: row[1:] for row in self.read_rows("SELECT uuid, vmid, state, generation FROM sandboxes")}
         for sandbox, generation in self.generations.items():
             if sandbox not in records and sandbox not in destroyed:
                 figures.lost.append(f"{sandbox} has no record, and was never destroyed")
@@ -330,7 +330,7 @@ class Run:
         """Look whether the events of each sandbox lead from state to state, and to that of its record."""
         last: dict[str, str | None] = {}
         query = "SELECT id, sandbox_uuid, from_state, to_state FROM events ORDER BY id"
-        for number, sandbox, before, after in self.sql(query):
+        for number, sandbox, before, after in self.read_rows(query):
             if before != last.get(sandbox):
                 self.figures.lost.append(f"event {number} of {sandbox} begins in {before}, not in {last.get(sandbox)}")
             if before not in (None, after) and after not in states.TRANSITIONS[before]:

@@ -137,7 +137,7 @@ class Controller:
         return sandboxes
 
     @contextlib.contextmanager
-    def claimed(self, sandbox: Sandbox, operation: str) -> Iterator[tuple[Claim, Sandbox]]:
+    def hold_claim(self, sandbox: Sandbox, operation: str) -> Iterator[tuple[Claim, Sandbox]]:
         """Yield the claim of a sandbox and its record as it is then."""
         claim = self.records.claim(sandbox.uuid, operation)
         self.wrote("claim")
@@ -212,7 +212,7 @@ class Controller:
         settled = [sandbox for sandbox in live if sandbox.state in (states.RUNNING, states.STOPPED, states.TIMEOUT)]
         if not settled:
             return
-        with self.claimed(choice.choice(settled), "stop") as (claim, sandbox):
+        with self.hold_claim(choice.choice(settled), "stop") as (claim, sandbox):
             operation, to = "stop", states.STOPPED
             if sandbox.state == states.STOPPED:
                 operation, to = "start", states.RUNNING

@@ -78,7 +78,7 @@ def set_up(pve: ProxmoxDouble) -> None:
     pve.grant(user_of("rec-tag"), "/", "Sys.Audit", "VM.Audit", "VM.Config.Options")
 
 
-def guest(vmid: int, **values: Any) -> Callable[[ProxmoxDouble], None]:
+def put_guest(vmid: int, **values: Any) -> Callable[[ProxmoxDouble], None]:
     """Return a stage direction: this VM is there, as said, in place of whatever had its VMID."""
 
     def act(pve: ProxmoxDouble) -> None:
@@ -103,7 +103,7 @@ def guest(vmid: int, **values: Any) -> Callable[[ProxmoxDouble], None]:
     return act
 
 
-def change(vmid: int, **values: Any) -> Callable[[ProxmoxDouble], None]:
+def change_vm(vmid: int, **values: Any) -> Callable[[ProxmoxDouble], None]:
     """Return a stage direction: attributes of a VM (config is merged)."""
 
     def act(pve: ProxmoxDouble) -> None:
@@ -116,7 +116,7 @@ def change(vmid: int, **values: Any) -> Callable[[ProxmoxDouble], None]:
     return act
 
 
-def each(*acts: Callable[[ProxmoxDouble], None]) -> Callable[[ProxmoxDouble], None]:
+def take_steps(*acts: Callable[[ProxmoxDouble], None]) -> Callable[[ProxmoxDouble], None]:
     """Return a step that takes all of these steps."""
 
     def act(pve: ProxmoxDouble) -> None:
@@ -126,7 +126,7 @@ def each(*acts: Callable[[ProxmoxDouble], None]) -> Callable[[ProxmoxDouble], No
     return act
 
 
-def agent(vmid: int, **values: Any) -> Callable[[ProxmoxDouble], None]:
+def put_agent(vmid: int, **values: Any) -> Callable[[ProxmoxDouble], None]:
     """Return a stage direction: the VM runs and its agent answers."""
 
     def act(pve: ProxmoxDouble) -> None:
@@ -147,31 +147,31 @@ def agent(vmid: int, **values: Any) -> Callable[[ProxmoxDouble], None]:
     return act
 
 
-def missing_quorum(pve: ProxmoxDouble) -> None:
+def lose_quorum_and_node(pve: ProxmoxDouble) -> None:
     """Add three VMs, start one of them, and take node pve2 and the quorum away."""
     for vmid in (5000, 5004, 5005):
-        guest(vmid)(pve)
+        put_guest(vmid)(pve)
     pve.power(5000, "running")
     pve.nodes["pve2"]["online"] = False
     pve.lose_quorum()
 
 
-def quorum_back(pve: ProxmoxDouble) -> None:
+def regain_quorum_late(pve: ProxmoxDouble) -> None:
     """Give the quorum back, while the cache of the cluster's status lags."""
     pve.regain_quorum()
     pve.cached_quorate = 0
 
 
-def whole_again(pve: ProxmoxDouble) -> None:
+def bring_all_back(pve: ProxmoxDouble) -> None:
     """Let the cluster's status tell the quorum as it is, bring pve2 back, and add VM 5050."""
     pve.cached_quorate = None
     pve.nodes["pve2"]["online"] = True
-    guest(5050, status="running", config={"agent": "0"})(pve)
+    put_guest(5050, status="running", config={"agent": "0"})(pve)
 
 
-def snippet_missing(pve: ProxmoxDouble) -> None:
+def name_missing_snippet(pve: ProxmoxDouble) -> None:
     """Let VM 5004 name a snippet that does not exist."""
-    change(5004, config={"cores": 1, "cicustom": "user=local:snippets/nope.yaml"}, start_error=None)(pve)
+    change_vm(5004, config={"cores": 1, "cicustom": "user=local:snippets/nope.yaml"}, start_error=None)(pve)
 
 
 def abort_clone(pve: ProxmoxDouble) -> None:
@@ -180,7 +180,7 @@ def abort_clone(pve: ProxmoxDouble) -> None:
     pve.kill_task(upid, "clone failed: copy failed: command '/usr/bin/qemu-img convert' failed: interrupted by signal")
 
 
-def being_cloned(pve: ProxmoxDouble) -> None:
+def hang_next_clone(pve: ProxmoxDouble) -> None:
     """Let the next clone go on until it is released."""
     pve.next_task("qmclone", "hang")
 
@@ -195,7 +195,7 @@ def join_pool(vmid: int) -> Callable[[ProxmoxDouble], None]:
     return act
 
 
-def raw_disk(pve: ProxmoxDouble) -> None:
+def add_raw_disk(pve: ProxmoxDouble) -> None:
     """Give VM 5060 a second disk in the format raw."""
     pve.vm(5060).config["scsi1"] = pve.add_disk("local", "5060/vm-5060-disk-1.raw", 5060, MIB) + ",size=1M"
 
@@ -204,26 +204,26 @@ def raw_disk(pve: ProxmoxDouble) -> None:
 STAGE: dict[str, Callable[[ProxmoxDouble], None]] = {
     "pools, one": lambda pve: None,
     "clone without any right": lambda pve: pve.remove_vm(5090) and None,
-    "config": change(5000, config={"agent": "1", "serial0": "socket", "memory": "192"}),
+    "config": change_vm(5000, config={"agent": "1", "serial0": "socket", "memory": "192"}),
     "config of a VM on a node whose proxy does not answer": lambda pve: (
         pve.fault("GET", "/qemu/5010/config", "hang", seconds=0.05) and None
     ),
-    "config of a locked VM": guest(5003, lock="backup"),
-    "start": change(5001, config={"cores": 1}),
-    "config of a VM on the other node": guest(5010, name="rec-2", node="pve2"),
+    "config of a locked VM": put_guest(5003, lock="backup"),
+    "start": change_vm(5001, config={"cores": 1}),
+    "config of a VM on the other node": put_guest(5010, name="rec-2", node="pve2"),
     "start of a VM on the other node": lambda pve: None,
-    "start with more cores than the node has": each(
-        guest(5004, config={"cores": 3}), lambda pve: pve.node_figures.update(pve1={"maxcpu": 2})
+    "start with more cores than the node has": take_steps(
+        put_guest(5004, config={"cores": 3}), lambda pve: pve.node_figures.update(pve1={"maxcpu": 2})
     ),
-    "start, QEMU refuses its command line": change(
+    "start, QEMU refuses its command line": change_vm(
         5004, config={"cores": 1}, start_error="start failed: QEMU exited with code 1"
     ),
-    "start, cicustom with a missing file": snippet_missing,
-    "shutdown, guest answers": each(
-        lambda pve: pve.power(5001, "running"), guest(5007, status="running"), change(5007, acpi=False)
+    "start, cicustom with a missing file": name_missing_snippet,
+    "shutdown, guest answers": take_steps(
+        lambda pve: pve.power(5001, "running"), put_guest(5007, status="running"), change_vm(5007, acpi=False)
     ),
     "shutdown, guest does not answer, forceStop": lambda pve: pve.power(5007, "running"),
-    "suspend todisk": each(
+    "suspend todisk": take_steps(
         lambda pve: pve.power(5001, "running"),
         lambda pve: setattr(
             pve,
@@ -231,36 +231,40 @@ STAGE: dict[str, Callable[[ProxmoxDouble], None]] = {
             "VM 5001 qmp command 'savevm-start' failed - The command savevm-start has not been found",
         ),
     ),
-    "resize": guest(5002, size=64 * MIB),
-    "DELETE, protected": change(5002, config={"protection": 1}),
-    "DELETE, running": each(change(5002, config={"protection": 0}), lambda pve: pve.power(5002, "running")),
-    "storage list of a node": each(guest(5005), guest(5006)),
+    "resize": put_guest(5002, size=64 * MIB),
+    "DELETE, protected": change_vm(5002, config={"protection": 1}),
+    "DELETE, running": take_steps(change_vm(5002, config={"protection": 0}), lambda pve: pve.power(5002, "running")),
+    "storage list of a node": take_steps(put_guest(5005), put_guest(5006)),
     "config PUT, attach a foreign volume, VM.Config.Disk on the owner missing": join_pool(5006),
     "DELETE, a disk cannot be freed": lambda pve: pve.task_warnings.update(qmdestroy=1),
     "firewall options": lambda pve: pve.task_warnings.clear(),
-    "no quorum: agent exec": guest(5051),
+    "no quorum: agent exec": put_guest(5051),
     "stop of a locked, running VM": lambda pve: pve.power(5003, "running"),
     "agent ping, VM stopped": lambda pve: pve.power(5000, "stopped"),
-    "agent ping": agent(5000),
+    "agent ping": put_agent(5000),
     "agent exec, VM paused": lambda pve: pve.power(5000, "paused"),
-    "agent exec, VM with lock backup": each(lambda pve: pve.power(5000, "running"), change(5000, lock="backup")),
-    "agent ping, agent: 0 written while the VM runs": each(
-        change(5000, lock=None), lambda pve: pve.vm(5000).pending.update(agent="0")
+    "agent exec, VM with lock backup": take_steps(
+        lambda pve: pve.power(5000, "running"), change_vm(5000, lock="backup")
+    ),
+    "agent ping, agent: 0 written while the VM runs": take_steps(
+        change_vm(5000, lock=None), lambda pve: pve.vm(5000).pending.update(agent="0")
     ),
     "agent ping, switched on again": lambda pve: pve.vm(5000).pending.clear(),
     "agent ping, not answering": lambda pve: pve.power(5007, "running"),
-    "agent exec, blocked by the guest": change(5000, agent_blocks=("exec", "exec-status", "file-read", "file-write")),
-    "snapshot create": guest(5060, config={"description": "before", "tags": "a"}),
-    "snapshot create, a disk without the feature": raw_disk,
-    "feature snapshot, yes": lambda pve: pve.vm(5060).config.pop("scsi1"),
-    "config, hibernated": each(
-        guest(5080, name="rec-hib", pool="rec"),
-        lambda pve: pve.hibernate(5080),
-        change(5080, start_error="start failed: QEMU exited with code 1"),
+    "agent exec, blocked by the guest": change_vm(
+        5000, agent_blocks=("exec", "exec-status", "file-read", "file-write")
     ),
-    "suspend todisk, no rights": each(agent(5000), change(5000, agent_blocks=())),
-    "config PUT, tags not allowed (user-tag-access none)": each(
-        guest(5082, config={"tags": "old"}), lambda pve: setattr(pve, "tag_access", "none")
+    "snapshot create": put_guest(5060, config={"description": "before", "tags": "a"}),
+    "snapshot create, a disk without the feature": add_raw_disk,
+    "feature snapshot, yes": lambda pve: pve.vm(5060).config.pop("scsi1"),
+    "config, hibernated": take_steps(
+        put_guest(5080, name="rec-hib", pool="rec"),
+        lambda pve: pve.hibernate(5080),
+        change_vm(5080, start_error="start failed: QEMU exited with code 1"),
+    ),
+    "suspend todisk, no rights": take_steps(put_agent(5000), change_vm(5000, agent_blocks=())),
+    "config PUT, tags not allowed (user-tag-access none)": take_steps(
+        put_guest(5082, config={"tags": "old"}), lambda pve: setattr(pve, "tag_access", "none")
     ),
     "cluster/options, user-tag-access: list": lambda pve: (
         setattr(pve, "tag_access", "list"),
@@ -269,13 +273,13 @@ STAGE: dict[str, Callable[[ProxmoxDouble], None]] = {
     "node status": lambda pve: setattr(pve, "tag_access", "free"),
     "cluster/resources type=node, a node in HA maintenance": lambda pve: pve.maintenance.add("pve2"),
     "cluster/ha/status/current, no rights": lambda pve: pve.maintenance.clear(),
-    "no quorum: cluster/status": missing_quorum,
-    "quorum regained by pvecm expected 1: cluster/status": quorum_back,
-    "agent ping, started with agent: 0": whole_again,
+    "no quorum: cluster/status": lose_quorum_and_node,
+    "quorum regained by pvecm expected 1: cluster/status": regain_quorum_late,
+    "agent ping, started with agent: 0": bring_all_back,
     "agent ping, started without agent": lambda pve: pve.vm(5050).config.pop("agent"),
-    "clone full, aborted afterwards": being_cloned,
+    "clone full, aborted afterwards": hang_next_clone,
     "status/current of a VM on the other node": lambda pve: (
         [pve.vm(5010).config.pop(key) for key in ("agent", "serial0")] and None
     ),
-    "suspend todisk, unknown statestorage": each(lambda pve: pve.power(5000, "running"), abort_clone),
+    "suspend todisk, unknown statestorage": take_steps(lambda pve: pve.power(5000, "running"), abort_clone),
 }

@@ -52,7 +52,7 @@ def reserve(store: Records, number: int = 1, vmid: int | None = None) -> tuple[C
     return claim, store.get(sandbox.uuid)
 
 
-def everything(store: Records, *tables: str) -> list[list[tuple[object, ...]]]:
+def read_all_rows(store: Records, *tables: str) -> list[list[tuple[object, ...]]]:
     """Return all rows of these tables, or of all tables that a step of an operation writes to."""
     return [
         [tuple(row) for row in store.db.read(f"SELECT * FROM {table} ORDER BY 1")]

@@ -30,7 +30,7 @@ POLICY = rules.parse(
 )
 
 
-def filled(database: str, destroyed: int, folder: Path) -> Context:
+def fill_records(database: str, destroyed: int, folder: Path) -> Context:
     """Return a run on a new database of either engine, with live records, half of them TIMEOUT, among so many
     destroyed ones with an event each.
 

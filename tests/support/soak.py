@@ -185,7 +185,7 @@ class Soak:
                 self.expect("bulk", agentlabd.post("/v1/sandboxes/destroy", {"vmids": [vmid], "force": True}), 200)
             self.expect("refused", agentlabd.post(f"/v1/sandboxes/{vmid}/lease/renew", {"ttl": "soon"}), 400)
 
-    def look(self) -> None:
+    def read_and_reload(self) -> None:
         """Read lists, events and metrics, ask for dry runs, and reload the daemon now and then."""
         agentlabd, turn = self.daemon, 0
         while not self._end.wait(0.5):
@@ -202,7 +202,7 @@ class Soak:
             if turn % 60 == 0:
                 agentlabd.reload()
 
-    def use(self, number: int) -> None:
+    def use_sandboxes(self, number: int) -> None:
         """Show, read and renew the sandboxes that run all the time."""
         dice = random.Random(number)
         agentlabd = self.daemon
@@ -220,7 +220,7 @@ class Soak:
 
     # ---- measuring ----
 
-    def sample(self) -> Sample:
+    def take_sample(self) -> Sample:
         """Return what the daemon is now, and forget the history of the double."""
         agentlabd = self.daemon
         assert agentlabd.process is not None
@@ -264,12 +264,12 @@ class Soak:
         time.sleep(2)
         names = [field.name for field in fields(Sample)]
         print("  ".join(f"{name:>9}" for name in names), flush=True)
-        samples = [self.sample()]
-        tell(samples[-1])
+        samples = [self.take_sample()]
+        print_sample(samples[-1])
         threads = [threading.Thread(target=self.churn, args=(number,)) for number in range(CLIENTS)]
-        threads.append(threading.Thread(target=self.look))
+        threads.append(threading.Thread(target=self.read_and_reload))
         if self.sandboxes:
-            threads += [threading.Thread(target=self.use, args=(100 + number,)) for number in range(USERS)]
+            threads += [threading.Thread(target=self.use_sandboxes, args=(100 + number,)) for number in range(USERS)]
         for thread in threads:
             thread.start()
         pause = max(2.0, self.seconds / 60)
@@ -279,8 +279,8 @@ class Soak:
             and self.daemon.process.poll() is None
         ):
             time.sleep(pause)
-            samples.append(self.sample())
-            tell(samples[-1])
+            samples.append(self.take_sample())
+            print_sample(samples[-1])
         self._end.set()
         for thread in threads:
             thread.join(60)
@@ -293,7 +293,7 @@ class Soak:
         self.server.stop()
 
 
-def tell(sample: Sample) -> None:
+def print_sample(sample: Sample) -> None:
     """Print a sample as a row of the table."""
     print("  ".join(f"{getattr(sample, field.name):>9}" for field in fields(Sample)), flush=True)
 

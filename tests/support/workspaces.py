@@ -41,7 +41,7 @@ def now(lab: Lab, name: str = "w1") -> Workspace:
     return record
 
 
-def kept_whole(lab: Lab, workspace_before: Workspace) -> None:
+def assert_kept_whole(lab: Lab, workspace_before: Workspace) -> None:
     """Assert that the volume is there, under its name, and that no VM has it."""
     assert lab.pve.volumes_of(workspace_before.owner_vmid) == [workspace_before.volume]
     assert not any(workspace_before.volume in str(value) for vm in lab.pve.vms for value in vm.config.values())
@@ -49,6 +49,6 @@ def kept_whole(lab: Lab, workspace_before: Workspace) -> None:
     assert (again.state, again.sandbox_uuid, again.slot, again.vmid) == ("DETACHED", None, None, None)
 
 
-def in_vm(lab: Lab, record: Workspace) -> list[str]:
+def list_mentions(lab: Lab, record: Workspace) -> list[str]:
     """Return VMID:key of each configuration line that names the workspace's volume."""
     return [f"{vm.vmid}:{key}" for vm in lab.pve.vms for key, value in vm.config.items() if record.volume in str(value)]

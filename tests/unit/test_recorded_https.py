@@ -30,7 +30,7 @@ from urllib.parse import quote, urlencode, urlsplit
 import pytest
 
 from support.proxmox_double import DoubleServer
-from support.recorded_stage import SECRET, STAGE, guest, set_up, user_of
+from support.recorded_stage import SECRET, STAGE, put_guest, set_up, user_of
 
 FOLDER = Path(__file__).parents[1] / "recorded"
 ANSWERS: list[dict[str, Any]] = json.loads((FOLDER / "https.json").read_text(encoding="utf-8"))
@@ -368,7 +368,7 @@ TASK_DIFFERENCES: dict[str, tuple[set[str], str]] = {
 def tasks_played() -> Iterator[dict[str, dict[str, Any]]]:
     """A shutdown that hangs, asked for, aborted, and looked up again."""
     with DoubleServer(setup=set_up) as server:
-        server.call(guest(5007, status="running"), server.pve)
+        server.call(put_guest(5007, status="running"), server.pve)
         server.pve.next_task("qmshutdown", "hang")
         asker = Asker(server)
         began = asker.ask({"method": "POST", "path": "/api2/json/nodes/pve1/qemu/5007/status/shutdown", "params": {}})

@@ -19,7 +19,7 @@ import pytest
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.context import Context
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store import history, overview
 
-from support.scale import HISTORY, WORK, filled
+from support.scale import HISTORY, WORK, fill_records
 
 EVERY = 50
 
@@ -28,7 +28,7 @@ EVERY = 50
 def contexts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Context, Context]]:
     """The same live records without history, and with it."""
     folders = [(tmp_path_factory.mktemp(name), count) for name, count in (("young", 0), ("old", HISTORY))]
-    made = [filled(str(folder / "agentlab.db"), count, folder) for folder, count in folders]
+    made = [fill_records(str(folder / "agentlab.db"), count, folder) for folder, count in folders]
     yield made[0], made[1]
     for one in made:
         one.close()

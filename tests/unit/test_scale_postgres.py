@@ -16,14 +16,14 @@ from ansible_collections.agentlab.proxmox.plugins.module_utils._core.context imp
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store import overview
 
 from support.engines import require_postgresql, server
-from support.scale import HISTORY, LIVE, WORK, filled
+from support.scale import HISTORY, LIVE, WORK, fill_records
 
 
 @pytest.fixture(scope="module")
 def ctx(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Context]:
     """Live records among many destroyed ones, on a server that knows how many there are."""
     require_postgresql()
-    made = filled(server().uri(), HISTORY, tmp_path_factory.mktemp("old"))
+    made = fill_records(server().uri(), HISTORY, tmp_path_factory.mktemp("old"))
     made.database.write(lambda conn: conn.execute("ANALYZE") and None)
     yield made
     made.close()

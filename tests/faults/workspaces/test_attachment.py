@@ -12,7 +12,7 @@ from ansible_collections.agentlab.proxmox.plugins.module_utils._core.workspaces 
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.workspaces.workspace import WorkspaceRefused
 
 from support.lab import BYSTANDER, Lab
-from support.workspaces import STORAGES, attach, detach, in_vm, kept_whole, make, now
+from support.workspaces import STORAGES, assert_kept_whole, attach, detach, list_mentions, make, now
 
 pytestmark = pytest.mark.faults
 
@@ -27,7 +27,7 @@ def test_a_second_attachment_is_refused_by_the_records(lab: Lab) -> None:
         attach(lab, "w1", two.vmid)
     with pytest.raises(WorkspaceRefused, match="is ATTACHED to sandbox"):
         lab.create("a3", workspace="w1")
-    assert len(in_vm(lab, found)) == 1 and len(lab.records()) == 2
+    assert len(list_mentions(lab, found)) == 1 and len(lab.records()) == 2
     make(lab, "w2")
     with pytest.raises(WorkspaceRefused, match="has workspace 'w1' already"):
         attach(lab, "w2", one.vmid)
@@ -47,7 +47,7 @@ def test_a_foreign_attachment_is_refused_and_left_alone(lab: Lab) -> None:
     with pytest.raises(WorkspaceRefused, match=f"VM {BYSTANDER} has its volume"):
         workspace.absent(lab.context(), "w1", force=True)
     assert lab.pve.vm(BYSTANDER).config == before and now(lab).state == "DETACHED"
-    assert in_vm(lab, found) == [f"{BYSTANDER}:scsi7"]
+    assert list_mentions(lab, found) == [f"{BYSTANDER}:scsi7"]
 
 
 def test_a_vm_that_cannot_be_read_may_have_it(lab: Lab) -> None:
@@ -57,7 +57,7 @@ def test_a_vm_that_cannot_be_read_may_have_it(lab: Lab) -> None:
     lab.pve.set_node_offline("pve2")
     with pytest.raises(Kept, match="whether VM 700 has it attached cannot be read"):
         attach(lab, "w1", made.vmid)
-    assert in_vm(lab, found) == []
+    assert list_mentions(lab, found) == []
 
 
 def test_a_lease_that_is_over_is_taken_over_only_from_a_vm_that_is_stopped(lab: Lab) -> None:
@@ -68,7 +68,7 @@ def test_a_lease_that_is_over_is_taken_over_only_from_a_vm_that_is_stopped(lab: 
         attach(lab, "w1", two.vmid)
     lab.power("stop", one.vmid)
     assert attach(lab, "w1", two.vmid, ttl=600).outcome == "attached"
-    assert [where.partition(":")[0] for where in in_vm(lab, found)] == [str(two.vmid)]
+    assert [where.partition(":")[0] for where in list_mentions(lab, found)] == [str(two.vmid)]
     assert lab.record(one).workspace_id is None and lab.record(two).workspace_id == found.id
     assert attach(lab, "w1", two.vmid, ttl=6000).outcome == "renewed"
 
@@ -90,14 +90,14 @@ def test_a_workspace_moves_between_nodes_only_on_shared_storage(lab: Lab, storag
             attach(lab, "w1", here.vmid)
         with pytest.raises(WorkspaceRefused, match="is on node pve2"):
             lab.create("no", workspace="w1", node="pve1")
-    kept_whole(lab, found)
+    assert_kept_whole(lab, found)
     # Without a node, the workspace's own is taken.
     there = lab.create(
         "there", workspace="w1", template="debian-pve2", **({"node": "pve2"} if storage == "shared" else {})
     )
     assert there.node == "pve2"
     lab.destroy(there.vmid, force=True)
-    kept_whole(lab, found)
+    assert_kept_whole(lab, found)
 
 
 def test_a_guest_that_does_not_take_or_release_a_disk(lab: Lab) -> None:
@@ -106,7 +106,7 @@ def test_a_guest_that_does_not_take_or_release_a_disk(lab: Lab) -> None:
     lab.pve.hotplug = False
     with pytest.raises(WorkspaceRefused, match="did not take the disk"):
         attach(lab, "w1", made.vmid)
-    kept_whole(lab, found)
+    assert_kept_whole(lab, found)
     assert not lab.pve.vm(made.vmid).pending
     lab.pve.hotplug = True
     attach(lab, "w1", made.vmid)
@@ -116,7 +116,7 @@ def test_a_guest_that_does_not_take_or_release_a_disk(lab: Lab) -> None:
     assert now(lab).state == "DETACHING"
     lab.pve.hotplug = True
     assert detach(lab, "w1").changed
-    kept_whole(lab, found)
+    assert_kept_whole(lab, found)
 
 
 @pytest.mark.parametrize("times", [1, 9])
@@ -138,5 +138,5 @@ def test_a_vm_that_migrates_while_it_is_asked_may_have_it(lab: Lab, times: int) 
     with pytest.raises(AgentlabError, match="VM 700 has (its volume|it attached cannot be read)"):
         workspace.absent(lab.context(), "w1", force=True)
     lab.pve.before = None
-    assert in_vm(lab, found) == ["700:scsi7"] and lab.pve.volumes_of(found.owner_vmid) == [found.volume]
+    assert list_mentions(lab, found) == ["700:scsi7"] and lab.pve.volumes_of(found.owner_vmid) == [found.volume]
     lab.pve.remove_vm(700)

@@ -16,7 +16,7 @@ from ansible_collections.agentlab.proxmox.plugins.module_utils._core.workspaces 
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.workspaces.workspace import WorkspaceRefused
 
 from support.lab import Lab
-from support.workspaces import attach, detach, in_vm, kept_whole, make, now
+from support.workspaces import assert_kept_whole, attach, detach, list_mentions, make, now
 
 pytestmark = pytest.mark.faults
 
@@ -33,7 +33,7 @@ def test_a_configuration_that_somebody_changes_meanwhile_is_judged_anew(lab: Lab
         edited = lab.edited_before(ending)
         assert act().outcome == outcome and edited == [vmid]
     assert lab.pve.vm(vmid).config["description"].count("edited") == 3 and now(lab).size == 12 * 1024**3
-    kept_whole(lab, found)
+    assert_kept_whole(lab, found)
 
 
 def test_a_slot_that_somebody_takes_meanwhile_is_not_taken_from_him(lab: Lab) -> None:
@@ -47,9 +47,9 @@ def test_a_slot_that_somebody_takes_meanwhile_is_not_taken_from_him(lab: Lab) ->
     lab.pve.before = edit
     with pytest.raises(Kept, match=f"another disk was put into sandbox {vmid} as scsi30 meanwhile; run again"):
         attach(lab, "w1", vmid)
-    assert lab.pve.vm(vmid).config["scsi30"] == "local-lvm:vm-1-disk-9,size=1G" and in_vm(lab, found) == []
+    assert lab.pve.vm(vmid).config["scsi30"] == "local-lvm:vm-1-disk-9,size=1G" and list_mentions(lab, found) == []
     lab.pve.before = None
-    assert attach(lab, "w1", vmid).outcome == "attached" and in_vm(lab, found) == [f"{vmid}:scsi29"]
+    assert attach(lab, "w1", vmid).outcome == "attached" and list_mentions(lab, found) == [f"{vmid}:scsi29"]
 
 
 def test_no_disk_is_pulled_out_of_a_machine_that_runs_again(lab: Lab) -> None:
@@ -64,9 +64,9 @@ def test_no_disk_is_pulled_out_of_a_machine_that_runs_again(lab: Lab) -> None:
     assert [one.error for one in drift if one.error] and "which runs; detach it, or stop the sandbox" in str(
         [one.error for one in drift]
     )
-    assert len(in_vm(lab, found)) == 1 and now(lab).state == "DETACHING"
+    assert len(list_mentions(lab, found)) == 1 and now(lab).state == "DETACHING"
     detach(lab, "w1")
-    kept_whole(lab, found)
+    assert_kept_whole(lab, found)
 
 
 def test_a_workspace_that_is_put_aside_in_a_vm_is_attached_once_it_is_taken_off_as_the_message_says(lab: Lab) -> None:
@@ -98,7 +98,7 @@ def test_what_was_taken_off_by_hand_is_not_called_attached(lab: Lab) -> None:
     with pytest.raises(WorkspaceRefused, match="does not have it attached any more"):
         workspace.present(lab.context(), "w1", size="12G")
     assert detach(lab, "w1").changed
-    kept_whole(lab, found)
+    assert_kept_whole(lab, found)
     assert attach(lab, "w1", made.vmid).outcome == "attached"
     assert vm.config[str(now(lab).slot)] == drive
 
@@ -112,4 +112,4 @@ def test_what_a_message_advises_frees_the_vm_from_a_disk_that_no_record_tells_of
     assert advised is not None and "agentlab_workspace" not in str(outcome.message)
     del lab.pve.vm(int(advised[1])).config[advised[2]]
     assert lab.destroy(made.vmid, force=True)[0].state == "DESTROYED"
-    kept_whole(lab, found)
+    assert_kept_whole(lab, found)

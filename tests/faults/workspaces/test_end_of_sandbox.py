@@ -13,7 +13,7 @@ from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors impo
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.workspaces.workspace import WorkspaceRefused
 
 from support.lab import Lab
-from support.workspaces import attach, in_vm, kept_whole, make
+from support.workspaces import assert_kept_whole, attach, list_mentions, make
 
 pytestmark = pytest.mark.faults
 
@@ -54,7 +54,7 @@ def test_it_outlives_every_way_out(lab: Lab, way: str, storage: str) -> None:
             lab.reconcile()
             lab.reconcile()
     assert lab.records()[0].state == "DESTROYED" and lab.records()[0].workspace_id is None
-    kept_whole(lab, found)
+    assert_kept_whole(lab, found)
     lab.calm()
     assert lab.create("next", workspace="w1").workspace_id == found.id
 
@@ -62,7 +62,7 @@ def test_it_outlives_every_way_out(lab: Lab, way: str, storage: str) -> None:
 def test_a_reused_vmid_that_has_the_volume_keeps_it_from_everybody_else(lab: Lab) -> None:
     found = make(lab)
     made = lab.create("a1", workspace="w1")
-    slot = in_vm(lab, found)[0].partition(":")[2]
+    slot = list_mentions(lab, found)[0].partition(":")[2]
     drive = lab.pve.vm(made.vmid).config[slot]
     lab.pve.vms.remove(lab.pve.vm(made.vmid))
     foreign = lab.pve.make_foreign(made.vmid)

@@ -14,7 +14,7 @@ from ansible_collections.agentlab.proxmox.plugins.module_utils._core.sandboxes i
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.workspaces import workspace
 
 from support.lab import Lab
-from support.workspaces import detach, in_vm, kept_whole, make, now
+from support.workspaces import assert_kept_whole, detach, list_mentions, make, now
 
 pytestmark = pytest.mark.faults
 
@@ -39,7 +39,7 @@ def test_a_volume_that_is_there_again_when_the_vm_is_deleted_keeps_the_vm(lab: L
         destroy.plan(ctx, ctx.select(made.vmid))
     del lab.pve.vm(made.vmid).config["scsi5"]
     assert lab.destroy(made.vmid, force=True)[0].state == "DESTROYED"
-    kept_whole(lab, found)
+    assert_kept_whole(lab, found)
 
 
 def test_a_volume_put_there_between_judging_and_deleting_keeps_the_vm(lab: Lab) -> None:
@@ -61,7 +61,7 @@ def test_a_volume_that_was_given_to_a_vm_keeps_that_vm(lab: Lab, to: str) -> Non
     """move_disk with target-vmid renames the volume: it would die with that VM."""
     found = make(lab)
     made, other = lab.create("a1", workspace="w1"), lab.create("a2")
-    slot = in_vm(lab, found)[0].partition(":")[2]
+    slot = list_mentions(lab, found)[0].partition(":")[2]
     target = made if to == "itself" else other
     volumes = lab.pve.storages["local-lvm"]["volumes"]
     moved = f"vm-{target.vmid}-disk-7"
@@ -92,7 +92,7 @@ def test_a_snapshot_that_contains_it_bars_detaching_and_deleting(lab: Lab) -> No
     vm.snapshots.clear()
     del vm.config["parent"]
     assert lab.destroy(made.vmid, force=True)[0].state == "DESTROYED"
-    kept_whole(lab, found)
+    assert_kept_whole(lab, found)
 
 
 # ---- what is looked at before anything is given up ----
@@ -143,7 +143,7 @@ def test_a_destroy_that_is_refused_keeps_the_workspace_attached_and_the_vm_runni
         "another workspace": "workspace",
         "snapshot": "workspace_in_snapshot",
     }.get(why, why)
-    assert now(lab).state == "ATTACHED" and now(lab).sandbox_uuid == made.uuid and len(in_vm(lab, found)) == 1
+    assert now(lab).state == "ATTACHED" and now(lab).sandbox_uuid == made.uuid and len(list_mentions(lab, found)) == 1
     assert lab.leftovers() == {"claims": [], "operations": []}
     if why != "protected":
         assert vm.status == "running" and lab.record(made).state == "RUNNING"
@@ -185,7 +185,7 @@ def test_a_vm_that_goes_while_its_workspace_is_looked_at_is_looked_for_again(lab
     lab.pve.before = None
     assert (outcome.failed, outcome.state) == (False, "DESTROYED"), outcome.message
     assert lab.leftovers() == {"claims": [], "operations": []}
-    kept_whole(lab, found)
+    assert_kept_whole(lab, found)
 
 
 def test_a_guest_that_does_not_let_the_disk_go_leaves_a_clear_state(lab: Lab) -> None:

@@ -21,7 +21,7 @@ from ansible_collections.agentlab.proxmox.plugins.module_utils._core.workspaces 
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.workspaces.workspace import WorkspaceRefused
 
 from support.lab import FakeClock, Lab
-from support.workspaces import STORAGES, attach, detach, in_vm, kept_whole, make, now
+from support.workspaces import STORAGES, assert_kept_whole, attach, detach, list_mentions, make, now
 
 pytestmark = pytest.mark.faults
 
@@ -34,7 +34,7 @@ def test_a_workspace_lives_on_each_kind_of_storage(lab: Lab, storage: str) -> No
     assert workspace.present(lab.context(), "w1", size="8G").outcome == "unchanged"
     made = lab.create("a1", workspace="w1")
     assert made.workspace_id == found.id and now(lab).state == "ATTACHED"
-    key = in_vm(lab, found)[0].partition(":")[2]
+    key = list_mentions(lab, found)[0].partition(":")[2]
     drive = lab.pve.vm(made.vmid).config[key]
     assert "backup=0" in drive and "replicate=0" in drive and f"serial={found.serial}" in drive
     assert lab.events(made)[-1]["reason"] == "ready"
@@ -43,10 +43,10 @@ def test_a_workspace_lives_on_each_kind_of_storage(lab: Lab, storage: str) -> No
         workspace.absent(lab.context(), "w1", force=True)
     assert detach(lab, "w1").changed and not detach(lab, "w1").changed
     assert lab.record(made).workspace_id is None
-    kept_whole(lab, found)
+    assert_kept_whole(lab, found)
     assert attach(lab, "w1", made.vmid).outcome == "attached" and attach(lab, "w1", made.vmid).outcome == "unchanged"
     lab.destroy(made.vmid, force=True)
-    kept_whole(lab, found)
+    assert_kept_whole(lab, found)
     with pytest.raises(WorkspaceRefused, match="holds 12G of data .* would be lost") as refused:
         workspace.absent(lab.context(), "w1", force=False)
     assert refused.value.remedy == "delete_workspace"
@@ -166,7 +166,7 @@ def test_a_sandbox_gets_no_vmid_that_owns_a_workspace(lab: Lab) -> None:
         with pytest.raises(InvalidInput, match=rf"vmid: {vmid} is in workspace_owner_range \(990000-990999\)"):
             lab.create("a1", vmid=vmid)
     assert lab.records() == [] and lab.pve.vm(found.owner_vmid) is None
-    kept_whole(lab, found)
+    assert_kept_whole(lab, found)
 
 
 def test_a_workspace_that_its_sandbox_owns_is_never_taken_off(lab: Lab) -> None:
@@ -176,10 +176,10 @@ def test_a_workspace_that_its_sandbox_owns_is_never_taken_off(lab: Lab) -> None:
     found = make(lab)
     vmid = lab.create("a1", vmid=found.owner_vmid, options={"workspace_owner_range": "991000-991999"}).vmid
     attach(lab, "w1", vmid)
-    before = in_vm(lab, found)
+    before = list_mentions(lab, found)
     with pytest.raises(Kept, match=f"owned by the VMID of sandbox {vmid} itself"):
         detach(lab, "w1")
-    assert in_vm(lab, found) == before and before
+    assert list_mentions(lab, found) == before and before
 
 
 def test_a_volume_that_comes_into_being_late_is_its_own(lab: Lab) -> None:
@@ -204,7 +204,7 @@ def test_a_volume_that_comes_into_being_late_is_its_own(lab: Lab) -> None:
     assert now(lab).state in ("CREATING", "DETACHED")
     done = workspace.present(lab.context(), "w1", size="8G", storage="local-lvm").workspace
     assert done is not None and done.id == reserved.id
-    kept_whole(lab, done)
+    assert_kept_whole(lab, done)
 
 
 @pytest.mark.parametrize("size", ["1T", "1024G", "524288M", "3M"])

@@ -14,7 +14,7 @@ from ansible_collections.agentlab.proxmox.plugins.module_utils._core.workspaces 
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.workspaces.workspace import WorkspaceRefused
 
 from support.lab import BYSTANDER, Lab
-from support.workspaces import attach, detach, in_vm, kept_whole, make, now
+from support.workspaces import assert_kept_whole, attach, detach, list_mentions, make, now
 
 pytestmark = pytest.mark.faults
 
@@ -32,7 +32,7 @@ def test_a_disk_that_is_only_pending_after_a_lost_answer_is_not_called_attached(
     assert now(lab).state != "ATTACHED" and not lab.pve.vm(made.vmid).pending
     lab.pve.hotplug = True
     assert attach(lab, "w1", made.vmid).outcome == "attached"
-    assert len(in_vm(lab, found)) == 1
+    assert len(list_mentions(lab, found)) == 1
 
 
 @pytest.mark.parametrize("kind", ["cut-before", "cut-after"])
@@ -43,7 +43,7 @@ def test_a_lost_answer_is_settled_by_the_next_run(lab: Lab, kind: str, method: s
         with pytest.raises(AgentlabError):
             make(lab)
         found = make(lab)
-        kept_whole(lab, found)
+        assert_kept_whole(lab, found)
         return
     found = make(lab)
     made = lab.create("a1")
@@ -55,13 +55,13 @@ def test_a_lost_answer_is_settled_by_the_next_run(lab: Lab, kind: str, method: s
                 attach(lab, "w1", made.vmid)
             assert now(lab).state == "ATTACHING"
         assert attach(lab, "w1", made.vmid).outcome == "attached"
-        assert len(in_vm(lab, found)) == 1
+        assert len(list_mentions(lab, found)) == 1
         lab.pve.fault(method, suffix, kind)
         if kind == "cut-before":
             with pytest.raises(AgentlabError):
                 detach(lab, "w1")
         assert detach(lab, "w1").changed
-        kept_whole(lab, found)
+        assert_kept_whole(lab, found)
     else:
         lab.pve.fault(method, suffix, kind)
         with pytest.raises(AgentlabError):
@@ -93,5 +93,5 @@ def test_a_refusal_after_a_lost_answer_does_not_free_what_may_still_be_attached(
     with pytest.raises(AgentlabError):
         attach(lab, "w1", two.vmid)
     time.sleep(3.5)
-    assert [where.partition(":")[0] for where in in_vm(lab, found)] in ([], [str(one.vmid)])
+    assert [where.partition(":")[0] for where in list_mentions(lab, found)] in ([], [str(one.vmid)])
     assert now(lab).sandbox_uuid == one.uuid

@@ -14,7 +14,7 @@ from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors impo
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.workspaces import workspace
 
 from support.lab import Lab
-from support.workspaces import attach, in_vm, make, now
+from support.workspaces import attach, list_mentions, make, now
 
 pytestmark = pytest.mark.faults
 
@@ -30,7 +30,7 @@ def stranger_with(lab: Lab, vmid: int, config: dict[str, str], *, running: bool 
 def test_growing_changes_no_stranger_that_took_the_vmid(lab: Lab, moment: str) -> None:
     found = make(lab)
     made = lab.create("a1", workspace="w1")
-    slot = in_vm(lab, found)[0].partition(":")[2]
+    slot = list_mentions(lab, found)[0].partition(":")[2]
     drive = lab.pve.vm(made.vmid).config[slot]
     method, suffix = moment.split()
     swapped: list[Any] = []
@@ -105,7 +105,7 @@ def test_a_vm_that_is_swapped_while_it_gets_its_workspace_is_not_started(lab: La
         if method == "GET" and path.endswith("/qemu/1000/pending") and written and not swapped:
             swapped.append(stranger_with(lab, 1000, {"scsi30": f"{found.volume},size=8G"}, running=False))
             lab.pve.requests.clear()
-        if method == "PUT" and in_vm(lab, found) == [] and now(lab).slot is not None:
+        if method == "PUT" and list_mentions(lab, found) == [] and now(lab).slot is not None:
             written.append(path)
 
     lab.pve.before = swap

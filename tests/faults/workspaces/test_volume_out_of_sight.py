@@ -14,7 +14,7 @@ from ansible_collections.agentlab.proxmox.plugins.module_utils._core.workspaces 
 
 from support.double import TOKEN_ID
 from support.lab import FakeClock, Lab
-from support.workspaces import in_vm, kept_whole, make, now
+from support.workspaces import assert_kept_whole, list_mentions, make, now
 
 pytestmark = pytest.mark.faults
 
@@ -131,7 +131,7 @@ def test_a_second_try_to_make_a_volume_is_in_doubt_from_then_on(lab: Lab) -> Non
     time.sleep(2.5)
     assert lab.pve.volumes_of(found.owner_vmid) == [found.volume]
     assert workspace.present(lab.context(), "w1", size="8G").changed
-    kept_whole(lab, found)
+    assert_kept_whole(lab, found)
 
 
 def test_a_destroy_that_cannot_see_its_workspace_stops_nothing_and_names_the_right(lab: Lab) -> None:
@@ -160,10 +160,10 @@ def test_a_destroy_that_cannot_see_its_workspace_stops_nothing_and_names_the_rig
             outcome.message
         )
         assert lab.pve.vm(vmid).status == "running"
-    assert now(lab).state == "ATTACHED" and len(in_vm(lab, found)) == 1
+    assert now(lab).state == "ATTACHED" and len(list_mentions(lab, found)) == 1
     lab.pve.acl = None
     assert lab.destroy(made.vmid, force=True)[0].state == "DESTROYED"
-    kept_whole(lab, found)
+    assert_kept_whole(lab, found)
 
 
 def test_one_storage_that_cannot_be_read_leaves_the_others_told(lab: Lab) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from support.double import TOKEN_ID
-from support.examine import examine, not_well
+from support.examine import examine, list_bad_findings
 from support.lab import Lab
 
 
@@ -53,35 +53,35 @@ def test_a_template_with_protection_is_no_finding(lab: Lab) -> None:
 
 def test_a_node_that_cannot_be_used_is_a_problem(lab: Lab) -> None:
     lab.pve.add_node("pve2", online=False)
-    ((status, meaning),) = not_well(lab, "creation", node="PVE1")
+    ((status, meaning),) = list_bad_findings(lab, "creation", node="PVE1")
     assert status == "problem" and "'PVE1' is not a node of this cluster" in meaning and "pve1, pve2" in meaning
-    ((status, meaning),) = not_well(lab, "creation", node="pve2")
+    ((status, meaning),) = list_bad_findings(lab, "creation", node="pve2")
     assert status == "problem" and "offline" in meaning
-    assert not_well(lab, "creation", node="pve1") == []
+    assert list_bad_findings(lab, "creation", node="pve1") == []
 
 
 def test_a_pool_that_does_not_exist_is_a_problem(lab: Lab) -> None:
-    ((status, meaning),) = not_well(lab, "creation", pool="nowhere")
+    ((status, meaning),) = list_bad_findings(lab, "creation", pool="nowhere")
     assert status == "problem" and "'nowhere' does not exist" in meaning
     assert "pveum pool add nowhere" in examine(lab, pool="nowhere")["report"].pveum
     lab.pve.pools["nowhere"] = set()
     lab.pve.pool_info["nowhere"] = {"comment": None, "storage": set()}
-    assert not_well(lab, "creation", pool="nowhere") == []
+    assert list_bad_findings(lab, "creation", pool="nowhere") == []
 
 
 def test_a_template_whose_snippet_is_missing_is_a_problem(lab: Lab, tmp_path: Path) -> None:
     lab.pve.vm(9000).config["cicustom"] = "user=local:snippets/nope.yaml,network=local:snippets/there.yaml"
-    assert [meaning for _status, meaning in not_well(lab, "template")] == [
+    assert [meaning for _status, meaning in list_bad_findings(lab, "template")] == [
         f"template 9000 (debian-13) names the snippet local:snippets/{name}.yaml (cicustom), but storage local holds no"
         " snippets: no sandbox starts"
         for name in ("nope", "there")
     ]
     (tmp_path / "there.yaml").write_text("#cloud-config")
     lab.pve.hold_snippets(str(tmp_path))
-    ((status, meaning),) = not_well(lab, "template")
+    ((status, meaning),) = list_bad_findings(lab, "template")
     assert status == "problem" and "local:snippets/nope.yaml" in meaning and "not there" in meaning
     (tmp_path / "nope.yaml").write_text("#cloud-config")
-    assert not_well(lab, "template") == []
+    assert list_bad_findings(lab, "template") == []
 
 
 def test_a_snippet_that_these_credentials_cannot_see_is_not_called_missing(lab: Lab) -> None:
@@ -89,13 +89,13 @@ def test_a_snippet_that_these_credentials_cannot_see_is_not_called_missing(lab: 
     lab.pve.storages["local"]["content"] = "iso,vztmpl,backup,snippets"
     lab.pve.grant_least(TOKEN_ID)
     lab.pve.grant(TOKEN_ID, "/storage/local", "Datastore.Audit")
-    ((status, meaning),) = not_well(lab, "template")
+    ((status, meaning),) = list_bad_findings(lab, "template")
     assert status == "unknown" and "may not see" in meaning
 
 
 @pytest.mark.parametrize("storage", ["elsewhere", "local-lvm"])
 def test_a_storage_that_takes_no_snippets_is_a_problem(lab: Lab, storage: str) -> None:
-    ((status, meaning),) = not_well(lab, "creation", snippets_storage=storage)
+    ((status, meaning),) = list_bad_findings(lab, "creation", snippets_storage=storage)
     assert status == "problem" and f"'{storage}'" in meaning and "cloud_init_user_data is refused" in meaning
 
 
@@ -103,7 +103,7 @@ def test_the_default_storage_without_snippets_is_a_problem_where_user_data_is_us
     assert examine(lab)["creation"].status == "ok" and "holds no snippets" in examine(lab)["creation"].meaning
     made = lab.create()
     lab.force_state(made.vmid, "RUNNING", snippet="/nonexistent/agentlab.yaml")
-    ((status, meaning),) = not_well(lab, "creation")
+    ((status, meaning),) = list_bad_findings(lab, "creation")
     assert status == "problem" and "pvesm set local --content" in meaning
 
 
@@ -111,12 +111,12 @@ def test_the_default_storage_without_snippets_is_a_problem_where_user_data_is_us
 def test_names_that_only_a_profile_gives_are_looked_at(lab: Lab, tmp_path: Path, line: str) -> None:
     (tmp_path / "profiles").mkdir()
     (tmp_path / "profiles" / "agent.yaml").write_text(f"name: agent\n{line}\n")
-    ((status, meaning),) = not_well(lab, "creation", profiles_dir=str(tmp_path / "profiles"))
+    ((status, meaning),) = list_bad_findings(lab, "creation", profiles_dir=str(tmp_path / "profiles"))
     assert status == "problem" and f"{line.partition(':')[0]} of profile agent: " in meaning
 
 
 def test_a_storage_that_holds_no_disk_images_is_a_problem(lab: Lab) -> None:
-    ((status, meaning),) = not_well(lab, "storage", storage="local")
+    ((status, meaning),) = list_bad_findings(lab, "storage", storage="local")
     assert status == "problem" and "holds no disk images" in meaning
 
 
@@ -141,7 +141,7 @@ def test_tags_that_the_cluster_refuses_are_named(
     access.roles["All"] = {*access.roles["Administrator"]} - {"Sys.Modify", "Permissions.Modify"}
     access.pveum(lab.pve, "pveum acl modify / --users agentlab@pve --tokens agentlab@pve!tests --roles All")
     lab.pve.fault("GET", "/cluster/options", "answer", status=200, body=json.dumps({"data": options}), times=9)
-    findings = not_well(lab, "creation", profiles_dir=str(tmp_path / "profiles"))
+    findings = list_bad_findings(lab, "creation", profiles_dir=str(tmp_path / "profiles"))
     assert [status for status, _meaning in findings] == (["warning"] if refused else [])
     assert not refused or f"refuses the tags {', '.join(refused)} to whoever" in findings[0][1]
 

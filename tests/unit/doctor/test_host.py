@@ -15,7 +15,7 @@ from ansible_collections.agentlab.proxmox.plugins.module_utils._core import conf
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.doctor import doctor
 
 from support.double import TOKEN_SECRET
-from support.examine import examine, not_well
+from support.examine import examine, list_bad_findings
 from support.lab import Lab
 
 
@@ -134,6 +134,6 @@ def test_a_mode_that_is_too_wide_does_not_hide_a_folder_that_cannot_be_written(l
     # Root may write everywhere, so the kernel's answer for this folder is changed.
     real = os.access
     monkeypatch.setattr(os, "access", lambda path, mode: False if path == folder else real(path, mode))
-    found = not_well(lab, "database")
+    found = list_bad_findings(lab, "database")
     assert [status for status, _meaning in found] == ["warning", "problem"]
     assert "0640" in found[0][1] and f"{folder} cannot be written" in found[1][1]

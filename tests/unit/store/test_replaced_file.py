@@ -15,7 +15,7 @@ from ansible_collections.agentlab.proxmox.plugins.module_utils._core.errors impo
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.records import Records
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.sqlite.engine import Database
 
-from support.records import everything, reserve
+from support.records import read_all_rows, reserve
 
 
 def moved(path: Path) -> None:
@@ -49,7 +49,7 @@ def test_nothing_is_written_once_another_file_stands_at_the_path(path: Path, dam
         and sentence.startswith(f"database {path}: {path}")
         and "was deleted, moved or replaced while this process had it open" in sentence
     )
-    before = everything(store)
+    before = read_all_rows(store)
     writes: list[Callable[[], object]] = [
         lambda: store.set_meta("a", "1"),
         lambda: store.claim(sandbox.uuid, "stop"),
@@ -65,7 +65,7 @@ def test_nothing_is_written_once_another_file_stands_at_the_path(path: Path, dam
     with pytest.raises(StoreError) as refused, store.db.together():
         raise AssertionError("the bulk run was begun")
     assert refused.value.message == sentence
-    assert everything(store) == before
+    assert read_all_rows(store) == before
 
 
 def test_a_file_that_is_replaced_in_the_middle_of_a_transaction_takes_its_commit_along(path: Path) -> None:

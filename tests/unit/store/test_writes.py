@@ -24,7 +24,7 @@ from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.port 
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.records import Records
 from ansible_collections.agentlab.proxmox.plugins.module_utils._core.store.sqlite.engine import Database
 
-from support.records import child, everything, reserve
+from support.records import child, read_all_rows, reserve
 
 
 @pytest.mark.parametrize("checked", [False, True])
@@ -158,7 +158,7 @@ def test_a_step_that_is_refused_in_a_bulk_run_leaves_nothing_and_spoils_no_other
     lost.fence -= 1
     with store.db.together():
         store.change(first, one, "create", to="FAILED", finish=True)
-        before = everything(store)
+        before = read_all_rows(store)
         for finish in (True, False):
             with pytest.raises(RecordChanged, match="changed by another run"):
                 store.change(stale, two, "create", to="FAILED", finish=finish, journal=("late", {}))
@@ -173,7 +173,7 @@ def test_a_step_that_is_refused_in_a_bulk_run_leaves_nothing_and_spoils_no_other
         ):
             with pytest.raises(RecordChanged):
                 refused()
-        assert everything(store) == before
+        assert read_all_rows(store) == before
         store.change(last, four, "create", to="FAILED", finish=True)
     assert [found.state for found in store.find_all()] == ["FAILED", "REQUESTED", "REQUESTED", "FAILED"]
     assert [found.sandbox_uuid for found in store.unfinished()[0]] == [two.uuid, three.uuid]
@@ -185,14 +185,14 @@ def test_a_step_that_the_database_breaks_off_halfway_leaves_no_half(path: Path) 
     """As a full disk does: after the record was written, and before its event was."""
     store = Records(Database(str(path)), SystemClock(), "test")
     (first, one), (second, two), (third, three) = (reserve(store, number) for number in (1, 2, 3))
-    before = everything(store)
+    before = read_all_rows(store)
     store.db._writer.execute(
         f"CREATE TEMP TRIGGER broken BEFORE INSERT ON main.events WHEN NEW.sandbox_uuid = '{two.uuid}' "
         "BEGIN SELECT RAISE(ABORT, 'disk is full'); END"
     )
     with pytest.raises(StoreError, match="disk is full"):
         store.change(second, two, "create", to="FAILED", finish=True)
-    assert everything(store) == before
+    assert read_all_rows(store) == before
     with pytest.raises(StoreError, match="disk is full"), store.db.together():
         store.change(first, one, "create", to="FAILED", finish=True)
         with pytest.raises(StoreError, match="disk is full"):
@@ -200,7 +200,7 @@ def test_a_step_that_the_database_breaks_off_halfway_leaves_no_half(path: Path) 
         # Nobody is told that it was written: neither those before it nor those after it were.
         with pytest.raises(StoreError, match="disk is full"):
             store.change(third, three, "create", to="FAILED", finish=True)
-    assert everything(store) == before
+    assert read_all_rows(store) == before
     store.db._writer.execute("DROP TRIGGER broken")
     with store.db.together():
         for claim, sandbox in ((first, one), (second, two), (third, three)):
