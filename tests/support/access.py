@@ -2,8 +2,9 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Users, tokens, roles and ACL entries as Proxmox VE keeps them, and its command pveum: for the double, and for
-commands that we print.
+"""Users, tokens, roles and ACL entries as Proxmox VE keeps them, and its command pveum.
+
+The double uses them, and so do tests of commands that we print.
 
 The rules are those of the real pve-access-control: a role on a deeper path replaces what is inherited, roles on one
 path add up, a pool's roles add to those of its VMs, and a token with privilege separation has what both it and its user
@@ -58,8 +59,9 @@ class AccessControl:
     # ---- who may do what ----
 
     def held(self, who: str, path: str, pools: Iterable[str] = ()) -> set[str]:
-        """Return the privileges in force for a user or token on a path; ``pools`` are those that the VM of the path
-        is in.
+        """Return the privileges in force for a user or token on a path.
+
+        ``pools`` are those that the VM of the path is in.
         """
         user = who.partition("!")[0]
         if who == "root@pam":

@@ -2,8 +2,9 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""The command line as a real process: in pipes and on a terminal, and a stand-in daemon that answers (or misbehaves)
-as a test says.
+"""The command line as a real process, in pipes and on a terminal.
+
+A stand-in daemon answers (or misbehaves) as a test says.
 """
 
 from __future__ import annotations
@@ -134,8 +135,9 @@ Reply = tuple[int, Any] | Callable[["StandIn"], tuple[int, Any]]
 
 
 class StandIn:
-    """A daemon that answers what a test says: ``replies[method, target]`` is (status, body) or a function; ``asked``
-    is what came.
+    """A daemon that answers what a test says.
+
+    ``replies[method, target]`` is (status, body) or a function; ``asked`` is what came.
     """
 
     def __init__(self, path: Path, replies: Mapping[tuple[str, str], Reply] | None = None) -> None:

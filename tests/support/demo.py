@@ -2,8 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""`make demo`: the fake Proxmox on loopback, and the real ansible-playbook against it, step by step with the
-requests each step made.
+"""`make demo`: the real ansible-playbook against the fake Proxmox on loopback, with the requests that each step made.
 
 demo.py --installed FOLDER [ARGUMENTS] runs it from the collection that is installed there instead of the checkout.
 """

@@ -2,9 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""The corrected fake Proxmox as the tests and the demo use it: endings for every task of a type, and a server with a
-user's environment.
-"""
+"""The double as the tests and the demo use it: endings for every task of a type, and a user's environment."""
 
 from __future__ import annotations
 
@@ -89,8 +87,9 @@ class Server(DoubleServer):
         return self._loop
 
     def environment(self, folder: str) -> dict[str, str]:
-        """Return what a user would set to reach it: records in ``folder``, and an empty configuration unless there is
-        one.
+        """Return what a user would set to reach it.
+
+        The records are in ``folder``, and so is an empty configuration unless there is one.
         """
         configuration = Path(folder, "config.yaml")
         if not configuration.exists():

@@ -2,8 +2,9 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Both engines of the records, for tests that hold on either: a fixture parameter and one server for each test
-process.
+"""Both engines of the records, for tests that hold on either.
+
+There is one PostgreSQL server for each test process.
 """
 
 from __future__ import annotations

@@ -42,11 +42,10 @@ NO_STORAGE = r"storage: '{storage}' is not a storage of node pve1 for disks of V
 
 @dataclass
 class Row:
-    """One way in which a kind of failure comes about: what goes wrong before something is asked, what is asked, and
-    the sentence.
+    """One way in which a kind of failure comes about.
 
-    ``ask``: an operation on sandbox ``vmid``, which is there; "new" makes it, with ``options``; "workspace" makes a
-    workspace.
+    ``fail`` makes it go wrong, ``sentence`` is what operators read. ``ask``: an operation on sandbox ``vmid``, which is
+    there; "new" makes it, with ``options``; "workspace" makes a workspace.
     """
 
     kind: str

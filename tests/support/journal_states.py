@@ -2,8 +2,10 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Every state in which a killed run can leave an operation: kind and phase of the journal, what became of its task,
-and what is at the VMID. All of them are made at once, in one cluster and one database, without running anything.
+"""Every state in which a killed run can leave an operation.
+
+A state is kind and phase of the journal, what became of its task, and what is at the VMID. All of them are made at
+once, in one cluster and one database, without running anything.
 """
 
 from __future__ import annotations

@@ -2,9 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""A laboratory for tests of the core: a Proxmox double over HTTPS, records of its own, and a fresh Context for every
-run.
-"""
+"""A laboratory for tests of the core: a Proxmox double, records of its own, and a fresh Context for every run."""
 
 from __future__ import annotations
 

@@ -103,8 +103,9 @@ def templates() -> tuple[Template, ...]:
 
 
 def said(message: str) -> bool:
-    """Return whether the code has a text that this quotation is (a part of). ``...`` in it stands for what was filled
-    in.
+    """Return whether the code has a text that this quotation is (a part of).
+
+    ``...`` in it stands for what was filled in.
     """
     parts = [part.strip() for part in message.split("...")]
     parts = [part for part in parts if re.search(r"[A-Za-z]{2}", part)]

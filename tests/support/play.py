@@ -42,9 +42,10 @@ _BAD = re.compile(r"\[WARNING\]|\[DEPRECATION WARNING\]|Traceback \(most recent 
 
 @dataclass
 class Run:
-    """What one ansible command did. results: {task, action, host, status, result, item?, ignored?}, in order; status is
-    ok, changed, failed, skipped or unreachable. A loop gives an entry an item (item: True) and then one for the whole
-    task.
+    """What one ansible command did.
+
+    results: {task, action, host, status, result, item?, ignored?}, in order; status is ok, changed, failed, skipped or
+    unreachable. A loop gives an entry an item (item: True) and then one for the whole task.
     """
 
     rc: int
@@ -217,8 +218,9 @@ def run_play(
     args: tuple[str, ...] = (),
     timeout: float = 300,
 ) -> Run:
-    """Run a playbook (a path, its text, or its plays as data) or a list of tasks (text or data) with the real
-    ansible-playbook.
+    """Run a playbook or a list of tasks with the real ansible-playbook.
+
+    A playbook is a path, its text, or its plays as data; tasks are text or data.
     """
     if isinstance(tasks_or_playbook, Path) or _is_playbook_name(tasks_or_playbook):
         playbook = str(tasks_or_playbook)

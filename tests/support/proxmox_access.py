@@ -212,8 +212,9 @@ class AccessRules(FakePve):
         return "VM.Config.Cloudinit" if CLOUDINIT_KEY.match(key) else super()._config_priv(key)
 
     def _vm(self, request: web.Request, priv: str | None = None) -> Any:
-        """Check the rights before the VM is looked up: without them a VM that does not exist is answered with 403 as
-        well.
+        """Return the VM; the caller's rights are checked first.
+
+        Without the rights a VM that does not exist is answered with 403 as well.
         """
         path = "/vms/" + request.match_info["vmid"]
         if request.match_info["vmid"].isdigit():

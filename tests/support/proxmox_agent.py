@@ -116,8 +116,9 @@ class AgentRules(FakePve):
             up()
 
     def address_of(self, vmid: int) -> str:
-        """Return the address that a started VM's agent answers: that of ipconfig0, or one of 192.0.2.0/24 that stays
-        with the VMID.
+        """Return the address that a started VM's agent answers.
+
+        It is that of ipconfig0, or one of 192.0.2.0/24 that stays with the VMID.
         """
         vm = self.vm(vmid)
         static = re.search(r"ip=(\d+\.\d+\.\d+\.\d+)", str(vm.config.get("ipconfig0", ""))) if vm else None

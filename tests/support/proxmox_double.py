@@ -2,8 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""A Proxmox VE cluster for tests: fakepve, corrected where it differs from what the real API was seen to do, plus
-faults.
+"""A Proxmox VE cluster for tests: fakepve, corrected by what the real API was seen to do, with faults on demand.
 
 ProxmoxDouble is the cluster, DoubleServer runs one over HTTPS on a thread of its own. State may be read and changed
 from the test's thread; whatever has to happen at one moment goes through DoubleServer.call().

@@ -90,8 +90,9 @@ class StorageRules(FakePve):
         return f"{sid}:{name}"
 
     def _list_foreign_volumes(self, vm: Any) -> list[tuple[str, str, dict[str, Any]]]:
-        """Return the volumes of a VM's configuration and snapshots that belong to another VMID: a delete leaves them
-        alone.
+        """Return the volumes of a VM's configuration and snapshots that belong to another VMID.
+
+        A delete leaves them alone.
         """
         foreign = []
         for config in (vm.config, *vm.snapshots.values()):

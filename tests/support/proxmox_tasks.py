@@ -77,11 +77,10 @@ class TaskRules(FakePve):
         warnings: int = 1,
         times: int = 1,
     ) -> None:
-        """Decide how the next task of a type (`qmclone`, `qmdestroy`, `qmstart`, `qmstop`, ...) goes; vmid: only that
-        VM's.
+        """Decide how the next task of a type (`qmclone`, `qmdestroy`, `qmstart`, `qmstop`, ...) goes.
 
-        What shall hold for every task of a type is set in the dicts ``task_secs``, ``task_warnings`` and
-        ``task_endings`` (double.py).
+        vmid: only a task of that VM. What shall hold for every task of a type is set in the dicts ``task_secs``,
+        ``task_warnings`` and ``task_endings`` (double.py).
 
         how: `warnings` (done, WARNINGS: n) | `killed` (`unexpected status`) | `hang` (runs for ever; release_task() or
         kill_task()) | `vanish` (done, then an unknown id) | `fail` (text) | `slow` (real seconds). carry_out says

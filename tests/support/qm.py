@@ -2,8 +2,9 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""A stand-in for ``qm guest exec VMID --pass-stdin 1 --synchronous 0 -- ARG...`` on "node" pve1: it speaks to the
-double.
+"""A stand-in for ``qm guest exec VMID --pass-stdin 1 --synchronous 0 -- ARG...`` on "node" pve1.
+
+It speaks to the double.
 
 As the source of qemu-server 9.2 says: input-data is read from standard input, at most 1 MiB; the answer is JSON on
 several lines; a VM of another node is unknown here.

@@ -21,8 +21,9 @@ PROJECT = REPO / "awx"
 
 
 class Runner:
-    """A private data folder as AWX makes one for each job: project, inventory, injected environment, extra
-    variables; and ansible-runner itself.
+    """A private data folder as AWX makes one for each job, and ansible-runner itself.
+
+    It holds project, inventory, injected environment and extra variables.
     """
 
     def __init__(self, folder: Path, server: Any, core: Path | None = None) -> None:

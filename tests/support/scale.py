@@ -31,10 +31,9 @@ POLICY = rules.parse(
 
 
 def fill_records(database: str, destroyed: int, folder: Path) -> Context:
-    """Return a run on a new database of either engine, with live records, half of them TIMEOUT, among so many
-    destroyed ones with an event each.
+    """Return a run on a new database of either engine, with live records among destroyed ones.
 
-    All VMIDs have had many sandboxes.
+    Half of the live records are TIMEOUT. Each record has an event, and all VMIDs have had many sandboxes.
     """
     ctx = Context(
         config.load({"database": database, "config_file": ""}, {"AGENTLAB_CONFIG": EMPTY_CONFIG}),

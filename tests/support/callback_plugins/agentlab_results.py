@@ -2,8 +2,9 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Writes every task result as one JSON line to the file named by AGENTLAB_TEST_RESULTS: what a play did, without
-reading its output.
+"""Writes every task result as one JSON line to the file named by AGENTLAB_TEST_RESULTS.
+
+So a test knows what a play did without reading its output.
 
 Before each task it tells the test (on the socket AGENTLAB_TEST_HOOK, if there is one) and waits until the test has done
 its part.
