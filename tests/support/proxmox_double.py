@@ -47,7 +47,7 @@ class ProxmoxDouble(
     VmRules,
     FakePve,
 ):
-    """FakePve with the real API's manners. Attributes that tests set are described beside their defaults."""
+    """FakePve with the real API's manners. What tests can set stands in each part, beside its default."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs.setdefault("host", HOST)
